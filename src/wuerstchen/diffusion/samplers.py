@@ -1,0 +1,82 @@
+"""Samplers: short functions from noise to a sample, over any callable that predicts the noise."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from wuerstchen.diffusion.schedule import CosineSchedule
+
+PredictNoise = Callable[[Tensor, Tensor], Tensor]
+"""(x: b c h w, t: b) → ε̂: b c h w."""
+
+OnStep = Callable[[int, Tensor], None]
+"""Called after each step with its number (from 0) and the sample."""
+
+
+def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Float[Tensor, "b ..."]:
+    """Standard normal noise, one picture from each generator, on the generators' device in fp32.
+
+    A picture's noise depends on its own generator alone, never on the batch it is drawn in.
+    """
+    return torch.stack([torch.randn(tuple(shape), generator=g, device=g.device) for g in generators])
+
+
+def guided(predict: PredictNoise, unconditional: PredictNoise | None, scale: float) -> PredictNoise:
+    """Classifier-free guidance (arXiv 2207.12598): ε̂ = lerp(ε̂_uncond, ε̂_cond, scale).
+
+    A scale of 1 is no guidance: the unconditional network is then not run.
+    """
+    if unconditional is None or scale == 1.0:
+        return predict
+    return lambda x, t: torch.lerp(unconditional(x, t), predict(x, t), scale)
+
+
+def ddpm(
+    predict: PredictNoise,
+    x: Float[Tensor, "b c h w"],
+    timesteps: Sequence[float],
+    generators: Sequence[torch.Generator],
+    schedule: CosineSchedule,
+    on_step: OnStep | None = None,
+) -> Float[Tensor, "b c h w"]:
+    """Ancestral sampling (arXiv 2006.11239, algorithm 2) along ``timesteps``, which fall from noise to 0.
+
+    From t to t', with α = ᾱ(t)/ᾱ(t'):
+    μ = (x − (1 − α)·ε̂ / √(1 − ᾱ(t))) / √α and x' = μ + √((1 − α)(1 − ᾱ(t'))/(1 − ᾱ(t)))·z.
+    The last step, to t' = 0, adds no noise; it still draws, as the published scheduler does.
+    """
+    times = torch.tensor(list(timesteps), dtype=torch.float32, device=x.device)
+    alpha_bars = schedule.alpha_bar(times)
+    for step in range(len(times) - 1):
+        noise_pred = predict(x, times[step].expand(len(x)))
+        now, then = alpha_bars[step], alpha_bars[step + 1]
+        alpha = now / then
+        mean = (x - (1 - alpha) * noise_pred / (1 - now).sqrt()) / alpha.sqrt()
+        z = draw_noise(x.shape[1:], generators).to(x)
+        std = ((1 - alpha) * (1 - then) / (1 - now)).sqrt() * (times[step + 1] != 0)
+        x = mean + std * z
+        if on_step is not None:
+            on_step(step, x)
+    return x
+
+
+def ddim(
+    predict: PredictNoise,
+    x: Float[Tensor, "b c h w"],
+    timesteps: Sequence[float],
+    schedule: CosineSchedule,
+    on_step: OnStep | None = None,
+) -> Float[Tensor, "b c h w"]:
+    """Deterministic sampling (arXiv 2010.02502, equation 12 with η = 0) along falling ``timesteps``."""
+    times = torch.tensor(list(timesteps), dtype=torch.float32, device=x.device)
+    alpha_bars = schedule.alpha_bar(times)
+    for step in range(len(times) - 1):
+        noise_pred = predict(x, times[step].expand(len(x)))
+        now, then = alpha_bars[step], alpha_bars[step + 1]
+        clean = (x - (1 - now).sqrt() * noise_pred) / now.sqrt()
+        x = then.sqrt() * clean + (1 - then).sqrt() * noise_pred
+        if on_step is not None:
+            on_step(step, x)
+    return x

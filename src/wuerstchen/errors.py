@@ -1,0 +1,21 @@
+"""The errors a user can meet. Each says what is wrong, by which rule, and what to do."""
+
+
+class UserError(ValueError):
+    """Something the user gave cannot be used.
+
+    The message is one line: the value, the rule it breaks, and the fix. The command line prints it as
+    ``Error: ...`` and exits with code 2; no traceback is shown.
+    """
+
+
+class CheckpointError(UserError):
+    """A file of weights or of training state is damaged, foreign, or does not fit."""
+
+
+class DataError(UserError):
+    """A data set, an image or a caption cannot be used."""
+
+
+class RunFolderError(UserError):
+    """A run folder is in use, belongs to another run, or cannot be written."""

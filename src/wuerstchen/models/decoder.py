@@ -1,0 +1,261 @@
+"""Stage B of v2: a latent diffusion decoder (DiffNeXt), steered by the semantic map at every level."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from wuerstchen.errors import UserError
+from wuerstchen.models.layers import (
+    AttnBlock,
+    ConditionedResBlock,
+    KeysValues,
+    TimestepBlock,
+    convolve,
+    init_blocks,
+    init_linear_and_conv,
+    layer_norm,
+    pointwise,
+    timestep_embedding,
+    to_channels_last,
+)
+
+SCALE_EPS = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The shape of Stage B. The defaults are the published v2 model (1,055,365,280 parameters)."""
+
+    c_in: int = 4
+    c_out: int = 4
+    c_r: int = 64
+    """Width of the timestep embedding."""
+    patch_size: int = 2
+    c_cond: int = 1024
+    """Width that text states and semantic map are brought to."""
+    c_hidden: tuple[int, ...] = (320, 640, 1280, 1280)
+    """Width of each level, finest first."""
+    nhead: tuple[int, ...] = (-1, 10, 20, 20)
+    """Attention heads of each level; -1 where a level has no attention."""
+    blocks: tuple[int, ...] = (4, 4, 14, 4)
+    """How often each level repeats its blocks."""
+    level_config: tuple[str, ...] = ("CT", "CTA", "CTA", "CTA")
+    """Blocks of each level: C convolution, T timestep, A attention."""
+    inject_effnet: tuple[bool, ...] = (False, True, True, True)
+    """Which levels see the semantic map."""
+    effnet_embd: int = 16
+    """Channels of the semantic map."""
+    clip_embd: int | None = 1024
+    """Width of the text states; None for a decoder without text."""
+    kernel_size: int = 3
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        levels = len(self.c_hidden)
+        for name in ("nhead", "blocks", "level_config", "inject_effnet"):
+            if len(getattr(self, name)) != levels:
+                raise UserError(
+                    f"{name}={getattr(self, name)} must have one entry for each of the {levels} levels of "
+                    f"c_hidden={self.c_hidden}; change either"
+                )
+        for width, heads, kinds in zip(self.c_hidden, self.nhead, self.level_config, strict=True):
+            if not kinds.startswith("C") or set(kinds) - set("CTA"):
+                raise UserError(f"level_config entry {kinds!r} must be C followed by T or A; write 'CT'")
+            if "A" not in kinds:
+                continue
+            if heads < 1 or width % heads:
+                raise UserError(
+                    f"nhead={heads} does not divide the level's width {width}; choose a divisor, "
+                    f"or drop the A from {kinds!r}"
+                )
+            if self.clip_embd is None:
+                raise UserError(
+                    "clip_embd=None leaves attention without text; drop every A from level_config"
+                )
+
+    @property
+    def size_multiple(self) -> int:
+        """Sides of the latents must be a multiple of this."""
+        return self.patch_size * 2 ** (len(self.c_hidden) - 1)
+
+
+@dataclass(frozen=True)
+class DecoderContext:
+    """What steers the decoder: computed once for a picture, used at every step."""
+
+    maps: list[Float[Tensor, "b _ _ c_cond"] | None]
+    """The semantic map at the grid of each level, down and then up; None where it is not injected."""
+    texts: list[KeysValues]
+    """Keys and values of each attention block, in order; empty for a decoder without text."""
+
+
+class Decoder(nn.Module):
+    """Predicts the noise in Stage A latents, given the semantic map and, by choice, the text."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths, levels = config.c_hidden, len(config.c_hidden)
+
+        if config.clip_embd is not None:
+            self.clip_mapper = nn.Linear(config.clip_embd, config.c_cond)
+        injected = (*config.inject_effnet, *reversed(config.inject_effnet))
+        self.effnet_mappers = nn.ModuleList(
+            [nn.Conv2d(config.effnet_embd, config.c_cond, kernel_size=1) if i else None for i in injected]
+        )
+        self.embedding = nn.Sequential(
+            nn.PixelUnshuffle(config.patch_size),
+            nn.Conv2d(config.c_in * config.patch_size**2, widths[0], kernel_size=1),
+        )
+
+        self.down_blocks = nn.ModuleList()
+        for level in range(levels):
+            blocks = self._level_blocks(level, c_skip=0)
+            if level > 0:
+                down = nn.Conv2d(widths[level - 1], widths[level], kernel_size=2, stride=2)
+                blocks.insert(0, nn.Sequential(nn.Identity(), down))
+            self.down_blocks.append(nn.ModuleList(blocks))
+
+        self.up_blocks = nn.ModuleList()
+        for level in reversed(range(levels)):
+            blocks = self._level_blocks(level, c_skip=widths[level] if level < levels - 1 else 0)
+            if level > 0:
+                up = nn.ConvTranspose2d(widths[level], widths[level - 1], kernel_size=2, stride=2)
+                blocks.append(nn.Sequential(nn.Identity(), up))
+            self.up_blocks.append(nn.ModuleList(blocks))
+
+        self.clf = nn.Sequential(
+            nn.Identity(),
+            nn.Conv2d(widths[0], 2 * config.c_out * config.patch_size**2, kernel_size=1),
+            nn.PixelShuffle(config.patch_size),
+        )
+        self._init_weights()
+
+    def _level_blocks(self, level: int, c_skip: int) -> list[nn.Module]:
+        """The blocks of a level; only its first convolution block takes the ``c_skip`` channels."""
+        config = self.config
+        c = config.c_hidden[level]
+        c_map = config.c_cond if config.inject_effnet[level] else 0
+        blocks: list[nn.Module] = []
+        for repeat in range(config.blocks[level]):
+            for position, kind in enumerate(config.level_config[level]):
+                if kind == "C":
+                    c_extra = c_map + (c_skip if repeat == position == 0 else 0)
+                    kernel, dropout = config.kernel_size, config.dropout
+                    blocks.append(ConditionedResBlock(c, c_extra, kernel_size=kernel, dropout=dropout))
+                elif kind == "T":
+                    blocks.append(TimestepBlock(c, config.c_r))
+                else:
+                    heads = config.nhead[level]
+                    blocks.append(AttnBlock(c, config.c_cond, heads, dropout=config.dropout))
+        return blocks
+
+    def _init_weights(self) -> None:
+        init_linear_and_conv(self)
+        if self.config.clip_embd is not None:
+            nn.init.normal_(self.clip_mapper.weight, std=0.02)
+        for mapper in self.effnet_mappers:
+            if isinstance(mapper, nn.Conv2d):
+                nn.init.normal_(mapper.weight, std=0.02)
+        nn.init.xavier_uniform_(self.embedding[1].weight, gain=0.02)
+        nn.init.zeros_(self.clf[1].weight)
+        init_blocks(list(self._blocks()), sum(self.config.blocks))
+
+    def _blocks(self) -> Iterator[nn.Module]:
+        for level in (*self.down_blocks, *self.up_blocks):
+            yield from level
+
+    def context(
+        self,
+        semantic_map: Float[Tensor, "b c_map mh mw"],
+        size: tuple[int, int],
+        text: Float[Tensor, "b t clip_embd"] | None = None,
+        mask: Bool[Tensor, "b t"] | None = None,
+    ) -> DecoderContext:
+        """Brings the semantic map to the grid of every level, and the text to keys and values.
+
+        ``size`` is the height and width of the latents to denoise; the map may have any size. The published
+        model attends to the text's padding: give no ``mask`` for it.
+        """
+        if (text is None) != (self.config.clip_embd is None):
+            raise ValueError(
+                "this decoder needs text states" if text is None else "this decoder takes no text"
+            )
+        texts = []
+        if text is not None:
+            states = layer_norm(self.clip_mapper(text))
+            texts = [b.keys_values(states, mask) for b in self._blocks() if isinstance(b, AttnBlock)]
+
+        levels = len(self.config.c_hidden)
+        maps: list[Tensor | None] = []
+        for position, mapper in enumerate(self.effnet_mappers):
+            if not isinstance(mapper, nn.Conv2d):
+                maps.append(None)
+                continue
+            level = position if position < levels else 2 * levels - 1 - position
+            grid = [side // self.config.patch_size // 2**level for side in size]
+            # Antialiased bicubic with aligned corners: neither flag can be left out (up to 3 apart).
+            resized = F.interpolate(
+                semantic_map.to(torch.promote_types(semantic_map.dtype, torch.float32)),
+                size=grid,
+                mode="bicubic",
+                antialias=True,
+                align_corners=True,
+            )
+            maps.append(pointwise(mapper, to_channels_last(resized.to(semantic_map.dtype))))
+        return DecoderContext(maps=maps, texts=texts)
+
+    def affine(
+        self, x: Float[Tensor, "b c h w"], r: Float[Tensor, " b"], context: DecoderContext
+    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
+        """The network's own output: ``a`` and ``b`` in ε̂ = (x − a) / b, with b in (0.001, 0.999)."""
+        r_embed = timestep_embedding(r, self.config.c_r)
+        maps, texts = iter(context.maps), iter(context.texts)
+        inner = layer_norm(pointwise(self.embedding[1], to_channels_last(self.embedding[0](x))))
+
+        outputs = []
+        for blocks in self.down_blocks:
+            level_map = next(maps)
+            inner = _run_level(blocks, inner, r_embed, [] if level_map is None else [level_map], texts)
+            outputs.append(inner)
+        for number, blocks in enumerate(self.up_blocks):
+            level_map = next(maps)
+            skip = None if number == 0 else outputs[-1 - number]
+            inner = _run_level(blocks, inner, r_embed, [] if level_map is None else [level_map], texts, skip)
+
+        out = convolve(self.clf[2], pointwise(self.clf[1], layer_norm(inner))).permute(0, 3, 1, 2)
+        a, b = out.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=1)
+        return a, b.sigmoid() * (1 - 2 * SCALE_EPS) + SCALE_EPS
+
+    def forward(
+        self, x: Float[Tensor, "b c h w"], r: Float[Tensor, " b"], context: DecoderContext
+    ) -> Float[Tensor, "b c h w"]:
+        """The noise ε̂ in the noised latents ``x`` at timesteps ``r`` in [0, 1]."""
+        a, b = self.affine(x, r, context)
+        return ((x.to(a.dtype) - a) / b).to(x.dtype)
+
+
+def _run_level(
+    blocks: nn.ModuleList,
+    x: Tensor,
+    r_embed: Tensor,
+    level_map: list[Tensor],
+    texts: Iterator[KeysValues],
+    skip: Tensor | None = None,
+) -> Tensor:
+    """Runs one level. The first convolution block takes the skip before the map, as the weights expect."""
+    for block in blocks:
+        if isinstance(block, ConditionedResBlock):
+            x = block(x, *([] if skip is None else [skip]), *level_map)
+            skip = None
+        elif isinstance(block, TimestepBlock):
+            x = block(x, r_embed)
+        elif isinstance(block, AttnBlock):
+            x = block(x, next(texts))
+        else:  # between levels: a layer norm, then a convolution that halves or doubles the grid
+            x = convolve(block[1], layer_norm(x))
+    return x

@@ -1,0 +1,207 @@
+"""The blocks that Stages B and C are built from.
+
+Feature maps travel channels-last, ``b h w c``, from block to block: the wide linear layers, which do most of
+the work, then need no transposition. Convolutions see the same memory as a ``channels_last`` tensor.
+
+Legend: ``b`` batch, ``h w`` grid, ``c`` width, ``t`` text positions, ``n`` heads, ``d`` width of a head.
+Parameter names are those of the published checkpoints in diffusers' layout.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+LAYER_NORM_EPS = 1e-6
+TIMESTEP_SCALE = 10_000
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """Layer norm over the last axis without weights: the only kind that Würstchen has."""
+    return F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
+
+
+def to_channels_last(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h w c"]:
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def convolve(conv: nn.Module, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h2 w2 c2"]:
+    """Applies a convolution, or another module on channels-first maps, to a channels-last map."""
+    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def pointwise(conv: nn.Conv2d, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c2"]:
+    """A 1×1 convolution as the linear layer it is."""
+    return F.linear(x, conv.weight.flatten(1), conv.bias)
+
+
+def timestep_embedding(r: Float[Tensor, " b"], width: int) -> Float[Tensor, "b width"]:
+    """Sine and cosine features of the timestep ``r`` in [0, 1].
+
+    The order of operations is part of the model: the features of r·10000 are so steep that another order
+    of rounding reaches 1e-4 in the output. Odd widths end in a zero.
+    """
+    half = width // 2
+    frequencies = torch.arange(half, device=r.device).float()
+    frequencies = frequencies.mul(-math.log(TIMESTEP_SCALE) / (half - 1)).exp()
+    angles = (r * TIMESTEP_SCALE)[:, None] * frequencies[None, :]
+    features = torch.cat([angles.sin(), angles.cos()], dim=1)
+    return F.pad(features, (0, width % 2)).to(r.dtype)
+
+
+class GlobalResponseNorm(nn.Module):
+    """ConvNeXt V2, equation 1 to 3 (arXiv 2301.00808): channels compete by their norm over the grid."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, width))
+        self.beta = nn.Parameter(torch.zeros(1, 1, 1, width))
+
+    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+        # torch's norm has gradient 0 where the whole map is zero; a plain square root would give NaN.
+        norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
+        share = norm / (norm.mean(dim=-1, keepdim=True) + 1e-6)
+        return torch.addcmul(self.beta + x, self.gamma * share, x)
+
+
+def channel_mlp(c_in: int, c: int, dropout: float) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(c_in, 4 * c), nn.GELU(), GlobalResponseNorm(4 * c), nn.Dropout(dropout), nn.Linear(4 * c, c)
+    )
+
+
+class ResBlock(nn.Module):
+    """Stage C's block: depthwise convolution, layer norm, MLP with global response norm, residual."""
+
+    def __init__(self, c: int, *, kernel_size: int = 3, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(c, c, kernel_size, padding=kernel_size // 2, groups=c)
+        self.channelwise = channel_mlp(c, c, dropout)
+
+    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+        return x + self.channelwise(layer_norm(convolve(self.depthwise, x)))
+
+
+class ConditionedResBlock(nn.Module):
+    """Stage B's block: as ``ResBlock``, with ``c_skip`` further channels joined after the norm."""
+
+    def __init__(self, c: int, c_skip: int = 0, *, kernel_size: int = 3, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(c, c, kernel_size, padding=kernel_size // 2, groups=c)
+        self.channelwise = channel_mlp(c + c_skip, c, dropout)
+
+    def forward(
+        self, x: Float[Tensor, "b h w c"], *skips: Float[Tensor, "b h w _"]
+    ) -> Float[Tensor, "b h w c"]:
+        inner = layer_norm(convolve(self.depthwise, x))
+        if skips:
+            inner = torch.cat([inner, *skips], dim=-1)
+        return x + self.channelwise(inner)
+
+
+class TimestepBlock(nn.Module):
+    """Scales and shifts every channel by the timestep."""
+
+    def __init__(self, c: int, c_r: int) -> None:
+        super().__init__()
+        self.mapper = nn.Linear(c_r, 2 * c)
+
+    def forward(
+        self, x: Float[Tensor, "b h w c"], r_embed: Float[Tensor, "b c_r"]
+    ) -> Float[Tensor, "b h w c"]:
+        scale, shift = self.mapper(r_embed)[:, None, None, :].chunk(2, dim=-1)
+        return torch.addcmul(shift, x, 1 + scale)
+
+
+@dataclass(frozen=True)
+class KeysValues:
+    """What one attention block needs of a text: computed once for a prompt, used at every step."""
+
+    keys: Float[Tensor, "b n t d"]
+    values: Float[Tensor, "b n t d"]
+    mask: Bool[Tensor, "b t"] | None  # False where the text is padding; None attends to everything
+
+
+class Attention(nn.Module):
+    """Multi-head attention's four linear layers, under diffusers' names."""
+
+    def __init__(self, c: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.to_q = nn.Linear(c, c)
+        self.to_k = nn.Linear(c, c)
+        self.to_v = nn.Linear(c, c)
+        self.to_out = nn.ModuleList([nn.Linear(c, c)])
+
+    def split_heads(self, x: Float[Tensor, "b s c"]) -> Float[Tensor, "b n s d"]:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def forward(self, tokens: Float[Tensor, "b s c"], text: KeysValues) -> Float[Tensor, "b s c"]:
+        keys = torch.cat([self.split_heads(self.to_k(tokens)), text.keys], dim=2)
+        values = torch.cat([self.split_heads(self.to_v(tokens)), text.values], dim=2)
+        mask = None
+        if text.mask is not None:
+            mask = F.pad(text.mask, (tokens.shape[1], 0), value=True)[:, None, None, :]
+        # Dropout acts on the attention weights, as in the original.
+        attended = F.scaled_dot_product_attention(
+            self.split_heads(self.to_q(tokens)),
+            keys,
+            values,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.to_out[0](attended.transpose(1, 2).flatten(2))
+
+
+class AttnBlock(nn.Module):
+    """Every position of the grid attends to the grid and to the text at once."""
+
+    def __init__(self, c: int, c_cond: int, heads: int, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.attention = Attention(c, heads, dropout)
+        self.kv_mapper = nn.Sequential(nn.SiLU(), nn.Linear(c_cond, c))
+
+    def keys_values(self, text: Float[Tensor, "b t c_cond"], mask: Bool[Tensor, "b t"] | None) -> KeysValues:
+        """The text's part of keys and values: the same for every step of a prompt."""
+        tokens = self.kv_mapper(text)
+        attention = self.attention
+        return KeysValues(
+            keys=attention.split_heads(attention.to_k(tokens)),
+            values=attention.split_heads(attention.to_v(tokens)),
+            mask=mask,
+        )
+
+    def forward(self, x: Float[Tensor, "b h w c"], text: KeysValues) -> Float[Tensor, "b h w c"]:
+        tokens = layer_norm(x).flatten(1, 2)
+        return x + self.attention(tokens, text).unflatten(1, x.shape[1:3])
+
+
+def init_linear_and_conv(module: nn.Module) -> None:
+    """The original's general rule: Xavier-uniform weights and zero biases.
+
+    Query, key and value were one (3c, c) matrix there, so their bound is that matrix's √(6 / 4c).
+    Transposed convolutions keep PyTorch's default.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    for layer in module.modules():
+        if isinstance(layer, Attention):
+            for projection in (layer.to_q, layer.to_k, layer.to_v):
+                nn.init.xavier_uniform_(projection.weight, gain=math.sqrt(0.5))
+
+
+def init_blocks(blocks: list[nn.Module], depth: int) -> None:
+    """Residual branches start at 1/√depth of their size, timestep blocks as the identity."""
+    with torch.no_grad():
+        for block in blocks:
+            if isinstance(block, ResBlock | ConditionedResBlock):
+                block.channelwise[-1].weight.mul_(math.sqrt(1 / depth))
+            elif isinstance(block, TimestepBlock):
+                nn.init.zeros_(block.mapper.weight)

@@ -1,0 +1,105 @@
+"""Stage C: the text-conditional prior, a diffusion model in the 42× smaller semantic map."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from wuerstchen.errors import UserError
+from wuerstchen.models.layers import (
+    AttnBlock,
+    KeysValues,
+    ResBlock,
+    TimestepBlock,
+    init_blocks,
+    init_linear_and_conv,
+    layer_norm,
+    pointwise,
+    timestep_embedding,
+    to_channels_last,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorConfig:
+    """The shape of Stage C. The defaults are the published v2 model (993,636,896 parameters)."""
+
+    c_in: int = 16
+    """Channels of the semantic map."""
+    c: int = 1536
+    """Width."""
+    c_cond: int = 1280
+    """Width of the text states."""
+    c_r: int = 64
+    """Width of the timestep embedding."""
+    depth: int = 32
+    nhead: int = 24
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.c % self.nhead:
+            raise UserError(
+                f"c={self.c} is not a multiple of nhead={self.nhead}, so heads would be uneven; change either"
+            )
+        if self.c_r < 4:
+            raise UserError(f"c_r={self.c_r} leaves no frequencies; use at least 4")
+
+
+class Prior(nn.Module):
+    """Predicts the noise in a semantic map, given the text.
+
+    The text's keys and values do not depend on the step: ``context`` computes them once for a prompt and
+    ``forward`` takes them.
+    """
+
+    def __init__(self, config: PriorConfig) -> None:
+        super().__init__()
+        self.config = config
+        c, dropout = config.c, config.dropout
+        self.projection = nn.Conv2d(config.c_in, c, kernel_size=1)
+        self.cond_mapper = nn.Sequential(nn.Linear(config.c_cond, c), nn.LeakyReLU(0.2), nn.Linear(c, c))
+        self.blocks = nn.ModuleList()
+        for _ in range(config.depth):
+            self.blocks.append(ResBlock(c, dropout=dropout))
+            self.blocks.append(TimestepBlock(c, config.c_r))
+            self.blocks.append(AttnBlock(c, c, config.nhead, dropout=dropout))
+        self.out = nn.Sequential(nn.Identity(), nn.Conv2d(c, 2 * config.c_in, kernel_size=1))
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        init_linear_and_conv(self)
+        for layer in (self.projection, self.cond_mapper[0], self.cond_mapper[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        init_blocks(list(self.blocks), self.config.depth)
+        nn.init.zeros_(self.out[1].weight)
+
+    def context(
+        self, text: Float[Tensor, "b t c_cond"], mask: Bool[Tensor, "b t"] | None = None
+    ) -> list[KeysValues]:
+        """Keys and values of the text, one pair for each attention block.
+
+        ``mask`` is False at padding. The published models attend to padding: give None for them.
+        """
+        states = self.cond_mapper(text)
+        return [block.keys_values(states, mask) for block in self.blocks if isinstance(block, AttnBlock)]
+
+    def forward(
+        self, x: Float[Tensor, "b c h w"], r: Float[Tensor, " b"], context: list[KeysValues]
+    ) -> Float[Tensor, "b c h w"]:
+        """The noise ε̂ in the noised map ``x`` at timesteps ``r`` in [0, 1]."""
+        r_embed = timestep_embedding(r, self.config.c_r)
+        texts = iter(context)
+        inner = pointwise(self.projection, to_channels_last(x))
+        for block in self.blocks:
+            if isinstance(block, TimestepBlock):
+                inner = block(inner, r_embed)
+            elif isinstance(block, AttnBlock):
+                inner = block(inner, next(texts))
+            else:
+                inner = block(inner)
+        a, b = pointwise(self.out[1], layer_norm(inner)).permute(0, 3, 1, 2).chunk(2, dim=1)
+        # Half precision cannot hold 1e-5 beside 1, and b comes close to 1.
+        exact = torch.promote_types(x.dtype, torch.float32)
+        a, b = a.to(exact), b.to(exact)
+        return ((x.to(exact) - a) / ((1 - b).abs() + 1e-5)).to(x.dtype)

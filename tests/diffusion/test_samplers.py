@@ -1,0 +1,163 @@
+"""Whole sampling runs against diffusers, and the samplers on a target whose answer is known."""
+
+import dataclasses
+
+import pytest
+import torch
+from diffusers import DDPMWuerstchenScheduler
+from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_diffnext import WuerstchenDiffNeXt
+from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import WuerstchenPrior
+
+from wuerstchen.diffusion.samplers import ddim, ddpm, draw_noise, guided
+from wuerstchen.diffusion.schedule import CosineSchedule, stage_c_timesteps, uniform_timesteps
+from wuerstchen.models.decoder import Decoder, DecoderConfig
+from wuerstchen.models.prior import Prior, PriorConfig
+
+SCHEDULE = CosineSchedule()
+PRIOR = PriorConfig(c_in=4, c=32, c_cond=24, c_r=16, depth=2, nhead=4)
+DECODER = DecoderConfig(
+    c_r=16,
+    c_cond=12,
+    c_hidden=(8, 16),
+    nhead=(-1, 2),
+    blocks=(1, 1),
+    level_config=("CT", "CTA"),
+    inject_effnet=(False, True),
+    effnet_embd=5,
+    clip_embd=10,
+)
+
+
+def seeds(*values: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(value) for value in values]
+
+
+def diffusers_run(predict, x, timesteps, generator):
+    """The loop of diffusers' pipelines around its own scheduler."""
+    scheduler = DDPMWuerstchenScheduler()
+    scheduler.set_timesteps(timesteps=timesteps)
+    for t in scheduler.timesteps[:-1]:
+        ratio = t.expand(len(x))
+        noise = predict(x, ratio)
+        x = scheduler.step(model_output=noise, timestep=ratio, sample=x, generator=generator).prev_sample
+    return x
+
+
+def calm(randomise, model, output):
+    """Random weights with a mild output: a wild random network would amplify rounding without end."""
+    randomise(model).eval()
+    with torch.no_grad():
+        output(model).weight.mul_(0.1)
+    return model
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_29_prior_steps_equal_diffusers(guidance, randomise, relative_error):
+    ours = calm(randomise, Prior(PRIOR), lambda m: m.out[1])
+    theirs = WuerstchenPrior(**dataclasses.asdict(PRIOR)).eval()
+    theirs.load_state_dict(ours.state_dict())
+    text, empty = torch.randn(1, 7, 24), torch.randn(1, 7, 24)
+    noise = draw_noise((4, 6, 5), seeds(3))
+
+    def reference(x, r):
+        if guidance <= 1:
+            return theirs(x, r, text)
+        cond, uncond = theirs(torch.cat([x] * 2), torch.cat([r] * 2), torch.cat([text, empty])).chunk(2)
+        return torch.lerp(uncond, cond, guidance)
+
+    with torch.no_grad():
+        cond, uncond = ours.context(text), ours.context(empty)
+        predict = guided(lambda x, t: ours(x, t, cond), lambda x, t: ours(x, t, uncond), guidance)
+        sample = ddpm(predict, noise, stage_c_timesteps(), seeds(9), SCHEDULE)
+        expected = diffusers_run(reference, noise, stage_c_timesteps(), seeds(9)[0])
+    assert len(stage_c_timesteps()) - 1 == 29
+    assert relative_error(sample, expected) <= 1e-3
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_29_decoder_steps_equal_diffusers(guidance, randomise, relative_error):
+    ours = calm(randomise, Decoder(DECODER), lambda m: m.clf[1])
+    arguments = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(DECODER).items()}
+    theirs = WuerstchenDiffNeXt(**arguments).eval()
+    theirs.load_state_dict(ours.state_dict())
+    semantic_map, text = torch.randn(1, 5, 3, 3), torch.randn(1, 7, 10)
+    empty = torch.randn(1, 7, 10)
+    noise = draw_noise((4, 16, 16), seeds(3))
+
+    def reference(x, r):
+        if guidance <= 1:
+            return theirs(x, r, semantic_map, text)
+        maps = torch.cat([semantic_map, torch.zeros_like(semantic_map)])
+        both = theirs(torch.cat([x] * 2), torch.cat([r] * 2), maps, torch.cat([text, empty]))
+        return torch.lerp(both[1:], both[:1], guidance)
+
+    with torch.no_grad():
+        cond = ours.context(semantic_map, (16, 16), text)
+        uncond = ours.context(torch.zeros_like(semantic_map), (16, 16), empty)
+        predict = guided(lambda x, t: ours(x, t, cond), lambda x, t: ours(x, t, uncond), guidance)
+        sample = ddpm(predict, noise, uniform_timesteps(29), seeds(9), SCHEDULE)
+        expected = diffusers_run(reference, noise, uniform_timesteps(29), seeds(9)[0])
+    assert relative_error(sample, expected) <= 1e-3
+
+
+def gaussian_predictor(mean: float, std: float):
+    """The exact noise prediction where data are N(mean, std²): a target that needs no network."""
+
+    def predict(x, t):
+        alpha_bar = SCHEDULE.alpha_bar(t).view(-1, 1, 1, 1)
+        variance = alpha_bar * std**2 + 1 - alpha_bar
+        return (1 - alpha_bar).sqrt() * (x - alpha_bar.sqrt() * mean) / variance
+
+    return predict
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_samplers_reach_a_known_distribution(sampler):
+    noise = draw_noise((1, 100, 100), seeds(1))
+    times = uniform_timesteps(300)
+    predict = gaussian_predictor(2.0, 0.5)
+    if sampler == "ddpm":
+        sample = ddpm(predict, noise, times, seeds(2), SCHEDULE)
+    else:
+        sample = ddim(predict, noise, times, SCHEDULE)
+    assert sample.mean().item() == pytest.approx(2.0, abs=0.03)
+    assert sample.std().item() == pytest.approx(0.5, abs=0.03)
+
+
+def test_ddim_is_deterministic_and_converges_in_the_step():
+    noise = draw_noise((1, 8, 8), seeds(1))
+    predict = gaussian_predictor(1.0, 0.3)
+    coarse, fine, finer = (ddim(predict, noise, uniform_timesteps(n), SCHEDULE) for n in (20, 200, 400))
+    assert (fine - finer).abs().max() < (coarse - finer).abs().max() / 3
+
+
+def test_a_picture_does_not_depend_on_its_batch():
+    predict = gaussian_predictor(0.0, 1.0)
+    times = uniform_timesteps(5)
+    together = ddpm(predict, draw_noise((2, 4, 4), seeds(5, 6)), times, seeds(7, 8), SCHEDULE)
+    alone = ddpm(predict, draw_noise((2, 4, 4), seeds(6)), times, seeds(8), SCHEDULE)
+    assert torch.equal(together[1:], alone)
+
+
+def test_guidance_of_one_skips_the_unconditional_network():
+    def never(x, t):
+        raise AssertionError("the unconditional network was run")
+
+    predict = guided(lambda x, t: x + 1, never, 1.0)
+    assert torch.equal(predict(torch.zeros(1), torch.zeros(1)), torch.ones(1))
+    # lerp goes past the conditional prediction for scales above one, away from the unconditional one
+    stronger = guided(lambda x, t: x + 1, lambda x, t: x, 3.0)
+    assert torch.equal(stronger(torch.zeros(1), torch.zeros(1)), torch.full((1,), 3.0))
+
+
+def test_every_step_is_reported():
+    seen = []
+    ddpm(
+        gaussian_predictor(0, 1),
+        torch.randn(1, 1, 2, 2),
+        uniform_timesteps(4),
+        seeds(0),
+        SCHEDULE,
+        on_step=lambda step, x: seen.append(step),
+    )
+    assert seen == [0, 1, 2, 3]

@@ -1,0 +1,94 @@
+"""The schedule against its golden values, diffusers' scheduler and float64."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMWuerstchenScheduler
+from diffusers.pipelines.deprecated.wuerstchen import DEFAULT_STAGE_C_TIMESTEPS
+
+from wuerstchen.diffusion.schedule import (
+    CosineSchedule,
+    stage_c_timesteps,
+    training_timesteps,
+    uniform_timesteps,
+)
+from wuerstchen.errors import UserError
+
+GOLDEN = {
+    0.1: 0.972093,
+    0.25: 0.847012,
+    0.5: 0.493844,
+    2 / 3: 0.246448,
+    0.75: 0.144272,
+    0.9: 0.024092,
+    0.99: 0.000243,
+    1.0: 0.0001,
+    0.0: 0.9999,
+}
+
+
+def test_golden_values():
+    ours = CosineSchedule().alpha_bar(torch.tensor(list(GOLDEN)))
+    np.testing.assert_allclose(ours.numpy(), list(GOLDEN.values()), atol=6e-7)
+
+
+@pytest.mark.parametrize("scaler", [0.5, 1.0, 2.0])
+def test_alpha_bar_equals_diffusers_and_float64(scaler):
+    t = torch.linspace(0, 1, 501)
+    ours = CosineSchedule(scaler=scaler).alpha_bar(t)
+    theirs = DDPMWuerstchenScheduler(scaler=scaler)._alpha_cumprod(t.clone(), "cpu")
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+    exact = CosineSchedule(scaler=scaler).alpha_bar(t.double())
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-6)
+
+
+def test_add_noise_equals_diffusers():
+    x, noise, t = torch.randn(4, 3, 5, 2), torch.randn(4, 3, 5, 2), torch.tensor([0.0, 0.2, 0.7, 1.0])
+    theirs = DDPMWuerstchenScheduler().add_noise(x, noise, t)
+    torch.testing.assert_close(CosineSchedule().add_noise(x, noise, t), theirs)
+
+
+def test_p2_weight_is_the_formula_of_the_code():
+    t = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
+    alpha_bar = CosineSchedule().alpha_bar(t)
+    torch.testing.assert_close(
+        CosineSchedule().p2_weight(t), (1 + alpha_bar / (1 - alpha_bar)) ** -1, rtol=1e-9, atol=0
+    )
+
+
+def test_training_timesteps():
+    t = training_timesteps(torch.arange(0, 1, 1e-4, dtype=torch.float64))
+    assert t.min() >= 0.001
+    assert t.max() == 1
+    assert (t == 1).double().mean().item() == pytest.approx(0.075, abs=5e-4)
+    assert t.mean().item() == pytest.approx(0.538, abs=2e-3)
+
+
+def test_stage_c_timesteps_are_diffusers():
+    np.testing.assert_allclose(stage_c_timesteps(), np.array(DEFAULT_STAGE_C_TIMESTEPS), atol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 10, 29, 60])
+def test_timesteps_fall_from_one_to_zero(steps):
+    for times in (stage_c_timesteps(steps), uniform_timesteps(steps)):
+        assert len(times) == steps + 1
+        assert times[0] == 1
+        assert times[-1] == 0
+        assert all(a > b for a, b in itertools.pairwise(times))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: uniform_timesteps(0), "steps=0 draws nothing"),
+        (lambda: stage_c_timesteps(-1), "steps=-1 draws nothing"),
+        (lambda: CosineSchedule(s=math.nan), "s=nan must be a finite number"),
+        (lambda: CosineSchedule(scaler=0.0), "scaler=0.0 must be a finite number above 0"),
+    ],
+)
+def test_impossible_values_are_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()

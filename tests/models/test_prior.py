@@ -1,0 +1,112 @@
+"""Stage C against diffusers' WuerstchenPrior with random weights, and the published sizes."""
+
+import dataclasses
+
+import pytest
+import torch
+from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import WuerstchenPrior
+
+from wuerstchen.errors import UserError
+from wuerstchen.models.prior import Prior, PriorConfig
+
+SMALL = PriorConfig(c_in=4, c=32, c_cond=24, c_r=16, depth=3, nhead=4, dropout=0.1)
+CONFIGS = {
+    "small": (SMALL, (6, 6)),
+    "odd timestep width": (dataclasses.replace(SMALL, c_r=13), (4, 4)),
+    "not square": (dataclasses.replace(SMALL, c_in=3), (3, 7)),
+    "one head, one layer": (dataclasses.replace(SMALL, nhead=1, depth=1, c=20), (5, 2)),
+    "one position": (SMALL, (1, 1)),
+}
+
+
+def make_pair(config: PriorConfig, randomise):
+    ours = randomise(Prior(config)).eval()
+    with torch.no_grad():  # 1 / |1 − b| amplifies rounding without bound where b is close to 1
+        ours.out[1].weight.mul_(0.2)
+    theirs = WuerstchenPrior(**dataclasses.asdict(config)).eval()
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+def inputs(config: PriorConfig, size: tuple[int, int], positions: int = 7):
+    x = torch.randn(3, config.c_in, *size)
+    return x, torch.tensor([1.0, 0.51, 0.003]), torch.randn(3, positions, config.c_cond)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_forward_equals_diffusers(name, randomise, relative_error):
+    config, size = CONFIGS[name]
+    ours, theirs = make_pair(config, randomise)
+    x, r, text = inputs(config, size)
+    with torch.no_grad():
+        assert relative_error(ours(x, r, ours.context(text)), theirs(x, r, text)) <= 1e-5
+        ours.double(), theirs.double()
+        x, r, text = x.double(), r.double(), text.double()
+        assert relative_error(ours(x, r, ours.context(text)), theirs(x, r, text)) <= 1e-10
+
+
+def test_gradients_equal_diffusers(randomise, assert_same_gradients):
+    ours, theirs = make_pair(SMALL, randomise)
+    x, r, text = inputs(SMALL, (4, 5))
+    direction = torch.randn(3, SMALL.c_in, 4, 5)
+    (ours(x, r, ours.context(text)) * direction).sum().backward()
+    (theirs(x, r, text) * direction).sum().backward()
+    assert_same_gradients(ours, theirs)
+
+
+def test_context_serves_every_step(randomise):
+    """The keys and values must not depend on the step they were computed at."""
+    ours = randomise(Prior(SMALL)).eval()
+    x, _, text = inputs(SMALL, (4, 4))
+    with torch.no_grad():
+        context = ours.context(text)
+        first = ours(x, torch.full((3,), 0.9), context)
+        ours(x, torch.full((3,), 0.1), context)
+        assert torch.equal(first, ours(x, torch.full((3,), 0.9), context))
+
+
+def test_mask_hides_padding_and_only_padding(randomise):
+    ours = randomise(Prior(SMALL)).eval()
+    x, r, text = inputs(SMALL, (4, 4), positions=6)
+    mask = torch.tensor([[True] * 4 + [False] * 2] * 3)
+    with torch.no_grad():
+        masked = ours(x, r, ours.context(text, mask))
+        short = ours(x, r, ours.context(text[:, :4]))
+        unmasked = ours(x, r, ours.context(text))
+    torch.testing.assert_close(masked, short, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(masked, unmasked, atol=1e-2)
+
+
+@pytest.mark.parametrize(("c_cond", "parameters"), [(1024, 993_243_680), (1280, 993_636_896)])
+def test_published_size(c_cond, parameters):
+    with torch.device("meta"):
+        ours = Prior(PriorConfig(c_cond=c_cond))
+        theirs = WuerstchenPrior(c=1536, c_cond=c_cond, depth=32, nhead=24)
+    assert sum(p.numel() for p in ours.parameters()) == parameters
+    shapes = {name: tensor.shape for name, tensor in ours.state_dict().items()}
+    assert shapes == {name: tensor.shape for name, tensor in theirs.state_dict().items()}
+    # The original fuses query, key and value: 648 entries here are 520 there.
+    assert len(shapes) == 648
+
+
+def test_starts_as_the_identity():
+    """At initialisation ε̂ = x / (1 + 1e-5): spec of the original, seen by running it."""
+    ours = Prior(SMALL)
+    x, r, text = inputs(SMALL, (4, 4))
+    torch.testing.assert_close(ours(x, r, ours.context(text)), x / (1 + 1e-5))
+
+
+def test_initial_spread_follows_the_original():
+    config = PriorConfig(c=64, c_cond=64, depth=4, nhead=4)
+    ours = Prior(config)
+    bound = (6 / (4 * 64)) ** 0.5
+    query = ours.blocks[2].attention.to_q.weight
+    assert 0.95 * bound < query.abs().max() <= bound
+    last = ours.blocks[0].channelwise[-1].weight
+    assert last.abs().max() <= (6 / (5 * 64)) ** 0.5 / 4**0.5
+    assert ours.cond_mapper[0].weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_uneven_heads_are_refused():
+    with pytest.raises(UserError, match="c=30 is not a multiple of nhead=4"):
+        PriorConfig(c=30, nhead=4)
