@@ -1,0 +1,303 @@
+"""Pictures in and out of files: decode, turn upright, crop, resize, lay out, save with settings.
+
+Importing this loads neither torch nor numpy: the command line does it early.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import stat
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import ExifTags, Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from wuerstchen.errors import DataError, UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from jaxtyping import Float
+    from torch import Tensor
+
+MAX_PIXELS = 100_000_000
+
+# EXIF orientation → what turns the stored picture upright (EXIF 2.32, tag 0x0112).
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+_SETTINGS_KEY = "wuerstchen"
+
+
+def open_image(path: Path | str) -> Image.Image:
+    """Decode the picture in ``path``: RGB, 8 bits, upright, on white where it was transparent.
+
+    Of an animation it is the first frame. Embedded colour profiles are not applied. Raises ``DataError`` for
+    what is missing, empty, damaged, cut off, no picture, or larger than ``MAX_PIXELS`` (told from the header,
+    before anything is decoded), and for EPS, whose decoder is a program run on the file.
+    """
+    with _pillow_errors(path):
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            if image.format == "EPS":
+                raise _bad_image(path, "EPS is a program to run and no picture", "save it as PNG or JPEG")
+            image.load()
+            upright = _turned_upright(image)
+        picture = to_rgb(upright, f"image {str(path)!r}")
+    picture.info = {}  # the source's own profile, EXIF and text must not end up in what is saved from it
+    return picture
+
+
+def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
+    """Convert a decoded picture of any mode to 8-bit RGB.
+
+    16-bit grey is scaled (Pillow's own conversion clips it), transparent parts are laid on white, CMYK is
+    converted without a profile. Raises ``DataError`` for integers outside 0..65535 and floats outside 0..1,
+    which say nothing about their white; ``name`` is what the message calls the picture.
+    """
+    if image.mode.startswith("I"):
+        return _grey_to_rgb(image, 65535, name)
+    if image.mode == "F":
+        return _grey_to_rgb(image, 1, name)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def center_crop_resize(image: Image.Image, size: int) -> Image.Image:
+    """Scale the largest centred square to ``size`` × ``size``."""
+    return resize_crop(image, size, size)
+
+
+def resize_crop(
+    image: Image.Image, width: int, height: int, rng: np.random.Generator | None = None
+) -> Image.Image:
+    """Scale until ``width`` × ``height`` is just covered (the aspect is kept), and crop what sticks out.
+
+    The crop is centred, or placed by two draws from ``rng``. Antialiased (Lanczos). Raises ``UserError`` for
+    sizes under 1.
+    """
+    if width < 1 or height < 1:
+        raise UserError(
+            f"size {width}×{height} is wrong because a side must be at least 1; choose a larger one"
+        )
+    scale = max(width / image.width, height / image.height)
+    crop_width = min(width / scale, image.width)
+    crop_height = min(height / scale, image.height)
+    along, down = (0.5, 0.5) if rng is None else (rng.random(), rng.random())
+    left, top = along * (image.width - crop_width), down * (image.height - crop_height)
+    box = (left, top, min(left + crop_width, image.width), min(top + crop_height, image.height))
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+
+
+def to_tensor(image: Image.Image) -> Float[Tensor, "3 h w"]:
+    """The picture as float32 in [0, 1]. Modes other than RGB are converted as ``to_rgb`` does."""
+    import numpy as np
+    import torch
+
+    pixels = np.array(image if image.mode == "RGB" else to_rgb(image))
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+
+
+def to_images(tensor: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
+    """Pictures from values in [0, 1], rounded to 8 bits; values outside are clamped.
+
+    Raises ``UserError`` for NaN, which would otherwise be a black picture without a word.
+    """
+    if bool(tensor.isnan().any()):
+        raise UserError(
+            "image tensor is wrong because it holds NaN (a model overflowed); use bfloat16 or float32"
+        )
+    pixels = (tensor.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(picture) for picture in pixels]
+
+
+def grid(
+    images: Sequence[Image.Image], columns: int, padding: int = 4, labels: Sequence[str] | None = None
+) -> Image.Image:
+    """Lay pictures out row by row on white, ``padding`` pixels around each, each label under its picture.
+
+    Cells are as large as the largest picture; long labels are wrapped. Raises ``UserError`` for no pictures,
+    for columns under 1, for a negative padding, and for labels that do not match the pictures in number.
+    """
+    if not images:
+        raise UserError("images [] is wrong because a grid needs at least one; give some")
+    if columns < 1:
+        raise UserError(f"columns {columns} is wrong because a grid needs at least 1; choose 1 or more")
+    if padding < 0:
+        raise UserError(f"padding {padding} is wrong because it must not be negative; choose 0 or more")
+    if labels is not None and len(labels) != len(images):
+        raise UserError(
+            f"labels are wrong because there are {len(labels)} for {len(images)} images; give one for each"
+        )
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    width, height = max(image.width for image in images), max(image.height for image in images)
+    font = ImageFont.load_default(max(12, width // 18))
+    texts = [_wrapped(label, width, font) for label in labels or []]
+    text_height = max((_text_height(text, font) for text in texts), default=0)
+    cell_width, cell_height = width + padding, height + text_height + padding
+    canvas = Image.new("RGB", (columns * cell_width + padding, rows * cell_height + padding), "white")
+    draw = ImageDraw.Draw(canvas)
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        x, y = padding + column * cell_width, padding + row * cell_height
+        canvas.paste(image if image.mode == "RGB" else to_rgb(image), (x, y))
+        if texts:
+            draw.multiline_text((x, y + height), texts[index], fill="black", font=font)
+    return canvas
+
+
+def check_writable(folder: Path | str) -> None:
+    """Make ``folder`` if it is missing, and raise ``UserError`` now if no file can be written into it."""
+    folder = Path(folder)
+    probe = folder / f".{secrets.token_hex(4)}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"folder {str(folder)!r} is wrong because it cannot be written ({error.strerror or error});"
+            " choose one that you may write to"
+        ) from error
+
+
+def save_png(image: Image.Image, path: Path | str, settings: Mapping[str, Any]) -> None:
+    """Write ``image`` as PNG with ``settings`` (whatever JSON can hold) in its text chunks.
+
+    Each setting is a chunk under its own name, for people and other programs to read; all together, with
+    their types, are JSON in the chunk "wuerstchen", for ``read_settings``. The file appears under its name
+    only when it is whole. Raises ``UserError`` if it cannot be written.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise UserError(f"path {str(path)!r} is wrong because a PNG is written; end the name in .png")
+    chunks = PngInfo()
+    for key, value in settings.items():
+        assert key != _SETTINGS_KEY
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        chunks.add_text(key, text.encode("utf-8", "replace").decode())
+    chunks.add_text(_SETTINGS_KEY, json.dumps(dict(settings), allow_nan=False))
+    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            image.save(file, "PNG", pnginfo=chunks)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(
+            f"path {str(path)!r} is wrong because it cannot be written ({error.strerror or error});"
+            " choose a file in a folder that exists and that you may write to"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def read_settings(path: Path | str) -> dict[str, Any]:
+    """The settings that ``save_png`` wrote. Raises ``DataError`` if ``path`` is no PNG or holds none."""
+    with _pillow_errors(path), Image.open(path, formats=["PNG"]) as image:
+        text = image.info.get(_SETTINGS_KEY)
+    if text is None:
+        raise _bad_image(path, "it holds no settings", "give a PNG that wuerstchen saved")
+    try:
+        settings = json.loads(text)
+    except ValueError as error:
+        raise _bad_image(path, "its settings are not JSON", "give a PNG as wuerstchen saved it") from error
+    if not isinstance(settings, dict):
+        raise _bad_image(path, "its settings are not an object", "give a PNG as wuerstchen saved it")
+    return settings
+
+
+@contextlib.contextmanager
+def _pillow_errors(path: Path | str) -> Iterator[None]:
+    """Check that ``path`` is a file that is not empty, and turn all that Pillow raises into ``DataError``."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise _bad_image(path, f"it cannot be read ({reason})", "give the path of an image") from error
+    if stat.S_ISDIR(status.st_mode):
+        raise _bad_image(path, "it is a folder", "give the path of one image")
+    if not stat.S_ISREG(status.st_mode):
+        raise _bad_image(path, "it is not a regular file", "give the path of an image")
+    if status.st_size == 0:
+        raise _bad_image(path, "it is empty", "fetch it again or leave it out")
+    try:
+        with warnings.catch_warnings():
+            # Of size we judge ourselves; the rest is about metadata that is not used.
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            yield
+    except DataError:
+        raise
+    except Image.DecompressionBombError as error:
+        limit = MAX_PIXELS // 1_000_000
+        raise _bad_image(path, f"it has over {limit} megapixels", "shrink it or leave it out") from error
+    except Image.UnidentifiedImageError as error:
+        raise _bad_image(path, "it is no image in a known format", "save it as PNG or JPEG") from error
+    except PermissionError as error:
+        raise _bad_image(path, "you may not read it", "change its permissions") from error
+    except Exception as error:  # damaged files make the decoders fail in ways of every kind
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise _bad_image(
+            path, f"it is damaged or cut off ({reason})", "fetch it again or leave it out"
+        ) from error
+
+
+def _bad_image(path: Path | str, rule: str, fix: str) -> DataError:
+    return DataError(f"image {str(path)!r} is wrong because {rule}; {fix}")
+
+
+def _turned_upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # damaged EXIF says nothing about the pixels
+        return image
+    turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
+
+
+def _grey_to_rgb(image: Image.Image, white: int, name: str) -> Image.Image:
+    import numpy as np
+
+    values = np.asarray(image).astype(np.float64)
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= white):
+        raise DataError(
+            f"{name} is wrong because its values reach from {low:g} to {high:g}, and in Pillow's mode"
+            f" {image.mode} they must be from 0 to {white}; save it with 8 or 16 bits"
+        )
+    pixels = np.rint(values * (255 / white)).astype(np.uint8)
+    if isinstance(image.info.get("transparency"), int):
+        pixels[values == image.info["transparency"]] = 255
+    return Image.fromarray(pixels).convert("RGB")
+
+
+def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return "\n".join(lines)
+
+
+def _text_height(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> int:
+    box = ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), text, font=font)
+    return int(box[3]) + 2
