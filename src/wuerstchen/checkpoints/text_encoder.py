@@ -1,0 +1,138 @@
+"""Reads the folder of a small text encoder: BERT's weights, its configuration and its vocabulary.
+
+``transformers`` is imported inside the functions: it takes as long to import as torch does.
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.processors import BertProcessing
+
+from wuerstchen.checkpoints.int8 import dequantize
+from wuerstchen.errors import CheckpointError, UserError
+from wuerstchen.models.text import TextEncoder
+
+if TYPE_CHECKING:
+    from transformers import BertModel
+
+
+def read_text_encoder(path: Path | str) -> TextEncoder:
+    """Read ``config.json``, ``model.safetensors`` (int8 or floating) and ``vocab.txt`` of a BERT model.
+
+    Nothing is fetched and nothing unpickled. Raises ``CheckpointError`` for a missing, damaged or
+    ill-fitting file.
+    """
+    folder = Path(path)
+    config = _read_config(folder / "config.json")
+    tokenizer = _read_word_pieces(folder / "vocab.txt", config["vocab_size"])
+    model = _read_bert(folder / "model.safetensors", config)
+    pad_id, text_positions = config["pad_token_id"], config["text_positions"]
+    try:
+        return TextEncoder(model, tokenizer, pad_id=pad_id, text_positions=text_positions)
+    except UserError as error:
+        raise CheckpointError(f"{_quoted(folder / 'config.json')}: {error}") from error
+
+
+def _quoted(path: Path) -> str:
+    return f"text encoder file {str(path)!r}"
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(
+            f"{_quoted(path)} is wrong because it cannot be read ({error.strerror});"
+            " give the folder of a text encoder, or install the package again"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{_quoted(path)} is wrong because it is not JSON; fetch it again") from error
+    if not isinstance(config, dict) or config.get("model_type") != "bert":
+        raise CheckpointError(
+            f"{_quoted(path)} is wrong because its model_type is not 'bert';"
+            " give the folder of a BERT text encoder"
+        )
+    for field in ("vocab_size", "pad_token_id", "text_positions"):
+        if type(config.get(field)) is not int:
+            raise CheckpointError(
+                f"{_quoted(path)} is wrong because {field} is {config.get(field)!r} and must be an integer;"
+                " fetch it again"
+            )
+    return config
+
+
+def _read_word_pieces(path: Path, vocab_size: int) -> Tokenizer:
+    """The uncased WordPiece tokenizer of BERT; the line of a piece in ``vocab.txt`` is its id."""
+    try:
+        pieces = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except OSError as error:
+        raise CheckpointError(
+            f"{_quoted(path)} is wrong because it cannot be read ({error.strerror});"
+            " give the folder of a text encoder, or install the package again"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{_quoted(path)} is wrong because it is not UTF-8; fetch it again") from error
+    ids = {piece: line for line, piece in enumerate(pieces)}
+    if len(ids) != vocab_size or len(pieces) != vocab_size:
+        raise CheckpointError(
+            f"{_quoted(path)} is wrong because it holds {len(ids)} different pieces in {len(pieces)} lines"
+            f" and config.json says {vocab_size}; fetch it again"
+        )
+    for special in ("[UNK]", "[CLS]", "[SEP]"):
+        if special not in ids:
+            raise CheckpointError(f"{_quoted(path)} is wrong because {special} is not in it; fetch it again")
+    tokenizer = Tokenizer(WordPiece(ids, unk_token="[UNK]"))
+    tokenizer.normalizer = BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = BertPreTokenizer()
+    tokenizer.post_processor = BertProcessing(("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"]))
+    return tokenizer
+
+
+def _read_bert(path: Path, config: dict[str, Any]) -> "BertModel":
+    from transformers.models.bert.configuration_bert import BertConfig
+    from transformers.models.bert.modeling_bert import BertModel
+
+    try:
+        state = dequantize(safetensors.torch.load_file(path))
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{_quoted(path)} is wrong because it cannot be read ({reason});"
+            " give the folder of a text encoder, or install the package again"
+        ) from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{_quoted(path)}: {error}") from error
+    try:
+        # On "meta" no random weights are drawn: it is fast, and torch's global generator stays as it was.
+        with torch.device("meta"):
+            model = BertModel(BertConfig.from_dict(config), add_pooling_layer=False)
+    except Exception as error:  # transformers checks the fields with exceptions of many kinds
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{_quoted(path.with_name('config.json'))} is wrong because BERT cannot be built from it"
+            f" ({reason}); fetch it again"
+        ) from error
+    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    found = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    for key in sorted(expected.keys() | found.keys()):
+        if expected.get(key) != found.get(key):
+            raise CheckpointError(
+                f"{_quoted(path)} is wrong because {key!r} is {found.get(key, 'missing')} there and"
+                f" {expected.get(key, 'unknown')} by config.json; fetch both again"
+            )
+    model.load_state_dict(state, assign=True)
+    # The two buffers that no file holds.
+    positions = model.config.max_position_embeddings
+    model.embeddings.register_buffer("position_ids", torch.arange(positions)[None], persistent=False)
+    token_types = torch.zeros(1, positions, dtype=torch.long)
+    model.embeddings.register_buffer("token_type_ids", token_types, persistent=False)
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    return model

@@ -1,0 +1,290 @@
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from transformers import BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.models.bert.configuration_bert import BertConfig
+from transformers.models.bert.modeling_bert import BertModel
+
+from wuerstchen.checkpoints.int8 import quantize_rows
+from wuerstchen.checkpoints.text_encoder import read_text_encoder
+from wuerstchen.errors import CheckpointError, UserError
+from wuerstchen.models.text import PromptTooLongWarning, TextEncoder
+
+BUNDLED = Path(str(files("wuerstchen"))) / "bundled" / "text_encoder"
+
+PROMPTS = [
+    "",
+    "a 3D render of a purple dromedary camel on a blue background",
+    "Crème brûlée, São Paulo: 12.5% — 一只猫!",
+    "antidisestablishmentarianism",
+]
+
+
+@pytest.fixture(scope="module")
+def bundled() -> TextEncoder:
+    return read_text_encoder(BUNDLED)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A text encoder of a few kilobytes, with random weights."""
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "camel", "on", "blue", "un", "##read", "##able", ","]
+    config = {
+        "model_type": "bert",
+        "vocab_size": len(pieces),
+        "hidden_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "max_position_embeddings": 12,
+        "pad_token_id": 0,
+        "text_positions": 6,
+    }
+    torch.manual_seed(0)
+    model = BertModel(BertConfig(**config), add_pooling_layer=False)
+    safetensors.torch.save_file(quantize_rows(dict(model.state_dict())), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces) + "\n", encoding="utf-8")
+    return tmp_path
+
+
+def test_the_bundled_encoder_knows_what_words_mean(bundled: TextEncoder) -> None:
+    """A wrong mapping of the weights, or of the vocabulary, would leave no such order."""
+    prompts = ["a puppy", "a young dog", "a suspension bridge", "the colour crimson", "dark red"]
+    result = bundled.encode(prompts)
+    means = (result.states * result.mask[..., None]).sum(1) / result.mask.sum(1, keepdim=True)
+    means = torch.nn.functional.normalize(means, dim=-1)
+    likeness = means @ means.T
+    assert likeness[0, 1] > likeness[0, 2] + 0.3
+    assert likeness[3, 4] > likeness[3, 2] + 0.3
+
+
+def test_states_are_those_of_transformers(bundled: TextEncoder) -> None:
+    tokenizer = BertTokenizer.from_pretrained(
+        BUNDLED, vocab=str(BUNDLED / "vocab.txt"), local_files_only=True
+    )
+    tokens = tokenizer(PROMPTS, padding="max_length", max_length=32, return_tensors="pt")
+    with torch.no_grad():
+        expected = bundled.model(tokens.input_ids, tokens.attention_mask).last_hidden_state
+    result = bundled.encode(PROMPTS)
+    assert torch.equal(result.mask, tokens.attention_mask.bool())
+    torch.testing.assert_close(result.states, expected, rtol=0, atol=1e-6)
+
+
+def test_shapes_and_mask(bundled: TextEncoder) -> None:
+    result = bundled.encode(["", "ox"])
+    assert bundled.width == 384
+    assert bundled.text_positions == 32
+    assert result.states.shape == (2, 32, 384)
+    assert result.states.dtype == torch.float32
+    assert result.mask.dtype == torch.bool
+    assert result.mask.sum(1).tolist() == [2, 3]  # begin and end, and one word
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        result.mask = result.mask  # type: ignore[misc]
+
+
+def test_a_prompt_has_the_same_states_alone_and_in_a_batch(bundled: TextEncoder) -> None:
+    full = " ".join("abcdefghijklmnopqrstuvwxyz1234")  # fills all 32 positions: nothing is masked
+    prompts = [*PROMPTS, full]
+    together = bundled.encode(prompts).states
+    for row, prompt in enumerate(prompts):
+        alone = bundled.encode([prompt]).states[0]
+        torch.testing.assert_close(together[row], alone, rtol=0, atol=1e-6)
+
+
+def test_padding_does_not_reach_the_words(bundled: TextEncoder) -> None:
+    short = TextEncoder(bundled.model, bundled.tokenizer, pad_id=0, text_positions=8).encode(["a blue ox"])
+    long = bundled.encode(["a blue ox"])
+    torch.testing.assert_close(long.states[:, :5], short.states[:, :5], rtol=0, atol=1e-5)
+
+
+def test_stays_frozen_inside_a_model_that_trains(folder: Path) -> None:
+    encoder = read_text_encoder(folder)
+    before = encoder.encode(["a camel"]).states
+    torch.nn.Sequential(encoder).train()
+    torch.testing.assert_close(
+        encoder.encode(["a camel"]).states, before, rtol=0, atol=0
+    )  # dropout stays off
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    weight = torch.ones(8, requires_grad=True)
+    (encoder.encode(["a camel"]).states * weight).sum().backward()  # fails on tensors of inference mode
+    assert weight.grad is not None
+
+
+def test_reading_leaves_the_global_generator_alone(folder: Path) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    read_text_encoder(folder)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_int8_and_floating_files_agree(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    encoder = read_text_encoder(folder)
+    other = tmp_path_factory.mktemp("floating")
+    shutil.copytree(folder, other, dirs_exist_ok=True)
+    safetensors.torch.save_file(dict(encoder.model.state_dict()), other / "model.safetensors")
+    expected = encoder.encode(["a camel, blue"]).states
+    torch.testing.assert_close(read_text_encoder(other).encode(["a camel, blue"]).states, expected)
+
+
+def test_moves_and_follows_the_dtype(folder: Path) -> None:
+    encoder = read_text_encoder(folder).to(torch.bfloat16)
+    assert encoder.encode(["a"]).states.dtype == torch.bfloat16
+    assert not any(tensor.is_meta for tensor in encoder.buffers())
+
+
+def test_a_cut_prompt_warns_and_names_the_words(folder: Path) -> None:
+    encoder = read_text_encoder(folder)
+    with pytest.warns(PromptTooLongWarning, match="these words are lost: 'Unreadable, blue'$"):
+        cut = encoder.encode(["a camel on Unreadable, blue"])  # the cut falls behind "un"
+    assert issubclass(PromptTooLongWarning, UserWarning)
+    kept = encoder.encode(["a camel on un"])
+    assert torch.equal(cut.mask, kept.mask)
+    assert torch.equal(cut.states, kept.states)  # the end token is kept
+
+
+def test_a_prompt_that_just_fits_does_not_warn(folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_text_encoder(folder).encode(["a camel on blue"]).mask.all()
+
+
+def test_brackets_in_a_prompt_are_no_special_tokens(folder: Path) -> None:
+    encoder = read_text_encoder(folder)
+    assert encoder.tokenizer.encode("[SEP]").ids == [2, 1, 1, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("a camel", "prompts 'a camel' is wrong because a list is read"),
+        ([], r"prompts \[\] is wrong because at least one is read"),
+        (["caf\udce9"], r"prompt 'caf\\udce9' is wrong because it is not Unicode; write it in UTF-8"),
+    ],
+)
+def test_refuses_prompts_it_cannot_read(folder: Path, prompts: Sequence[str], message: str) -> None:
+    with pytest.raises(UserError, match=f"^{message}") as caught:
+        read_text_encoder(folder).encode(prompts)
+    assert "\n" not in str(caught.value)
+
+
+def _config(**changes: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+    return change
+
+
+def _weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        state = safetensors.torch.load((folder / "model.safetensors").read_bytes())
+        change(state)
+        safetensors.torch.save_file(state, folder / "model.safetensors")
+
+    return damage
+
+
+def _truncate(folder: Path) -> None:
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+BIAS = "encoder.layer.1.output.dense.bias"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: shutil.rmtree(f), "config.json' is wrong because it cannot be read"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json' is wrong because it is not JSON"),
+        (lambda f: (f / "config.json").write_text("[]"), "config.json' is wrong because its model_type"),
+        (_config(model_type="t5"), "its model_type is not 'bert'"),
+        (_config(text_positions="6"), "text_positions is '6' and must be an integer"),
+        (_config(text_positions=13), "text_positions 13 is wrong because this text model reads 3 to 12"),
+        (_config(num_attention_heads=3), "BERT cannot be built from it"),
+        (_config(hidden_size="eight"), "BERT cannot be built from it"),
+        (_config(intermediate_size=24), r"is \(16,\) there and \(24,\) by config.json"),
+        (_config(num_hidden_layers=3), "'encoder.layer.2.*' is missing there"),
+        (lambda f: (f / "vocab.txt").unlink(), "vocab.txt' is wrong because it cannot be read"),
+        (lambda f: (f / "vocab.txt").write_bytes(b"\xff\xfe"), "vocab.txt' is wrong because it is not UTF-8"),
+        (lambda f: (f / "vocab.txt").write_text("a\nb\n"), "it holds 2 different pieces in 2 lines"),
+        (
+            lambda f: (f / "vocab.txt").write_text((f / "vocab.txt").read_text().replace("[SEP]", "sep")),
+            r"\[SEP\] is not in it",
+        ),
+        (
+            lambda f: (f / "model.safetensors").unlink(),
+            "model.safetensors' is wrong because it cannot be read",
+        ),
+        (
+            lambda f: (f / "model.safetensors").write_bytes(b""),
+            "model.safetensors' is wrong because it cannot",
+        ),
+        (_truncate, "model.safetensors' is wrong because it cannot be read"),
+        (_weights(lambda s: s.pop(BIAS)), f"'{BIAS}' is missing there"),
+        (_weights(lambda s: s.update(extra=torch.ones(1))), "'extra' is .* there and unknown by config.json"),
+        (_weights(lambda s: s.pop("embeddings.word_embeddings.weight.scale")), "weight.scale' is missing"),
+    ],
+)
+def test_refuses_damaged_folders(folder: Path, damage: Callable[[Path], None], message: str) -> None:
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_text_encoder(folder)
+    assert "\n" not in str(caught.value)
+    assert "; " in str(caught.value)
+
+
+def _tiny_clip() -> tuple[CLIPTextModel, CLIPTokenizer]:
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)] + [","]
+    pieces = [*letters, *(f"{letter}</w>" for letter in letters), "ca", "camel</w>", "mel</w>", "me", "l</w>"]
+    pieces = list(dict.fromkeys([*pieces, "<|startoftext|>", "<|endoftext|>"]))
+    merges = [("c", "a"), ("m", "e"), ("me", "l</w>"), ("ca", "mel</w>")]
+    tokenizer = CLIPTokenizer({piece: i for i, piece in enumerate(pieces)}, merges, model_max_length=7)
+    config = CLIPTextConfig(
+        vocab_size=len(pieces),
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=7,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    return CLIPTextModel(config), tokenizer
+
+
+def test_clip_states_are_those_of_the_published_recipe() -> None:
+    """Padded and cut to the tokenizer's length, with the mask given to the text model."""
+    model, tokenizer = _tiny_clip()
+    prompts = ["", "a camel", "a camel, a ox, a camel"]
+    tokens = tokenizer(prompts, padding="max_length", truncation=True, max_length=7, return_tensors="pt")
+    model.eval()
+    with torch.no_grad():
+        expected = model(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+    # The call above stored a length of 7 in the tokenizer; the encoder must still see the lost words.
+    encoder = TextEncoder.from_transformers(model, tokenizer)
+    with pytest.warns(PromptTooLongWarning, match="these words are lost: 'ox, a camel'"):
+        result = encoder.encode(prompts)
+    assert encoder.text_positions == 7
+    assert encoder.width == 8
+    assert torch.equal(result.mask, tokens.attention_mask.bool())
+    torch.testing.assert_close(result.states, expected, rtol=0, atol=1e-6)
+
+
+def test_importing_does_not_import_transformers() -> None:
+    code = "import sys, wuerstchen.models.text; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
