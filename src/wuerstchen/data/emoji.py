@@ -1,0 +1,343 @@
+"""The built-in data set: 1,337 emoji subjects, each drawn in five styles, with captions composed for them.
+
+``emoji_build.build`` makes the pictures from public npm packages; ``EmojiSource`` serves them to training.
+A subject may be held out in one of its five styles: the pair is for evaluation, never seen in training.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from wuerstchen.data.captions import MONO_STYLE, Scene, caption, plain_caption
+from wuerstchen.data.colours import COLOURS, name_colours, to_lab
+from wuerstchen.data.sources import Example
+from wuerstchen.errors import DataError, UserError
+
+STYLES = ("fluent-3d", "fluent-flat", "fluent-mono", "noto", "twemoji")
+LICENSES = dict(zip(STYLES, ("MIT", "MIT", "MIT", "Apache-2.0", "CC-BY-4.0"), strict=True))
+RESOLUTION = 256
+
+_HERE = Path(__file__).parent
+HEX = r"[0-9a-f]{2,6}(?:-[0-9a-f]{2,6})*"
+
+
+def sample_root() -> Path:
+    """The folder of the 100 training pictures that come with the package, laid out as a built set."""
+    return _HERE / "sample"
+
+
+def listed_subjects() -> tuple[str, ...]:
+    """The 1,337 subjects by their code points, in Unicode's order."""
+    return tuple((_HERE / "emoji_subjects.txt").read_text().split())
+
+
+def listed_heldout() -> frozenset[str]:
+    """The 650 pairs ``STYLE/HEX`` that training may never see."""
+    return frozenset((_HERE / "emoji_heldout.txt").read_text().split())
+
+
+def subject_hash(subject: str) -> int:
+    """The number that decides about the subject: the SHA-256 of ``wue`` and its code points."""
+    return int.from_bytes(hashlib.sha256(f"wue{subject}".encode()).digest(), "big")
+
+
+def split_of(style: str, subject: str) -> str:
+    """``train`` or ``heldout``: half of the subjects lose one of their five styles."""
+    number = subject_hash(subject)
+    lost = STYLES[number // 1000 % len(STYLES)] if number % 1000 < 500 else None
+    return "heldout" if style == lost else "train"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """A line of ``index.jsonl``: one picture and what is known about it."""
+
+    id: str  # STYLE/HEX
+    style: str
+    hex: str
+    names: tuple[str, ...]
+    tags: tuple[str, ...]
+    group: str
+    subgroup: str
+    colours: tuple[str, ...]
+    license: str
+    split: str
+
+    def __post_init__(self) -> None:
+        if self.style not in STYLES:
+            raise DataError(f"style {self.style!r} must be one of {', '.join(STYLES)}; build the set anew")
+        if not re.fullmatch(HEX, self.hex) or self.id != f"{self.style}/{self.hex}":
+            raise DataError(f"id {self.id!r} must be STYLE/HEX of its line; build the set anew")
+        if not self.names or not all(self.names):
+            raise DataError(f"names of {self.id} must hold a name; build the set anew")
+        if self.split != split_of(self.style, self.hex):
+            raise DataError(
+                f"split {self.split!r} of {self.id} must be {split_of(self.style, self.hex)!r}, as the rule "
+                "for held-out pairs says; build the set anew"
+            )
+
+
+def read_index(root: Path) -> list[Record]:
+    """The records of a built folder. Raises ``DataError`` naming the line that cannot be used."""
+    path = root / "index.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path} cannot be read ({error.__class__.__name__}); "
+            f"make the data set with `wuerstchen data emoji {root}`"
+        ) from error
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            fields: dict[str, Any] = json.loads(line)
+            for key in ("names", "tags", "colours"):
+                fields[key] = tuple(map(str, fields[key]))
+            records.append(Record(**fields))
+        except DataError as error:
+            raise DataError(f"{path} line {number}: {error}") from error
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(
+                f"{path} line {number} is not a record of the index ({error}); build the set anew"
+            ) from error
+    if not records:
+        raise DataError(f"{path} is empty; make the data set with `wuerstchen data emoji {root}`")
+    return records
+
+
+def write_index(root: Path, records: Iterable[Record]) -> None:
+    """Write ``index.jsonl``, one record a line."""
+    lines = [json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records]
+    write_whole(root / "index.jsonl", "".join(lines).encode())
+
+
+def write_attribution(root: Path) -> None:
+    """Write ``ATTRIBUTION.txt``: whose work the pictures are, and under which licences."""
+    write_whole(root / "ATTRIBUTION.txt", (_HERE / "emoji_attribution.txt").read_bytes())
+
+
+def read_picture(path: Path) -> UInt8[np.ndarray, "256 256 4"]:
+    """The picture as straight (not premultiplied) RGBA. Raises ``DataError`` naming the file."""
+    try:
+        with Image.open(path, formats=["WEBP"]) as image:
+            if image.size != (RESOLUTION, RESOLUTION):
+                raise DataError(
+                    f"{path} is {image.width}×{image.height} but must be {RESOLUTION}×{RESOLUTION}; "
+                    "delete it and build the set again"
+                )
+            return np.array(image.convert("RGBA"))
+    except DataError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"{path} cannot be read as a WebP picture ({error.__class__.__name__}); "
+            "delete it and build the set again"
+        ) from error
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}); make room or choose another folder"
+        ) from error
+
+
+# --- Pictures for training ---
+
+_SCALES = (0.6, 1.0)  # side of the picture over the side of the canvas
+_TOUCHES_BORDER = {"twemoji": 0.85}  # the other styles have a margin of their own
+_PLAIN_SCALE = 0.8
+_P_WHITE, _P_RECOLOUR = 1 / 3, 1 / 2
+_HUE_SHIFTS = (21, 236)  # of 256: at least 30 degrees either way
+
+_MIN_DISTANCE = 35.0  # in L*a*b*: a pixel nearer to the background than that is lost in it
+_MAX_LOST = 0.3  # share of the subject that may be lost
+_MIN_LIGHTNESS = 40.0  # of a background behind a black glyph: about a contrast of 3 to 1
+
+_BACKGROUND_NAMES = tuple(COLOURS)
+_BACKGROUND_LAB = to_lab(np.array(list(COLOURS.values()), dtype=np.uint8))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where a picture's frame lies on the canvas, in pixels."""
+
+    side: int
+    left: int
+    top: int
+
+
+def compose(
+    rgba: UInt8[np.ndarray, "h h 4"], placement: Placement, background: tuple[int, int, int], size: int
+) -> UInt8[np.ndarray, "size size 3"]:
+    """The straight RGBA picture, resized and laid on a canvas of ``size`` × ``size`` in one colour.
+
+    Colour is multiplied by alpha before the resize, so that what lies under transparent pixels does not
+    come up as a fringe (Porter and Duff 1984).
+    """
+    return _lay(_resize(rgba, placement.side), placement, background, size)
+
+
+def visible_backgrounds(rgba: UInt8[np.ndarray, "h w 4"], style: str) -> tuple[str, ...]:
+    """The background colours before which the subject can be told apart; at least one."""
+    opaque = rgba[::4, ::4][rgba[::4, ::4, 3] > 128][:, :3]
+    distance = np.linalg.norm(to_lab(opaque)[:, None] - _BACKGROUND_LAB, axis=2)
+    lost = (distance < _MIN_DISTANCE).mean(axis=0) if len(opaque) else np.zeros(len(COLOURS))
+    allowed = lost <= max(_MAX_LOST, lost.min())
+    if style == MONO_STYLE:
+        allowed = _BACKGROUND_LAB[:, 0] >= _MIN_LIGHTNESS
+    return tuple(name for name, ok in zip(_BACKGROUND_NAMES, allowed, strict=True) if ok)
+
+
+def _resize(rgba: np.ndarray, side: int) -> np.ndarray:
+    premultiplied = Image.fromarray(rgba).convert("RGBa")
+    return np.asarray(premultiplied.resize((side, side), Image.Resampling.BICUBIC))
+
+
+def _lay(
+    premultiplied: np.ndarray, placement: Placement, background: tuple[int, int, int], size: int
+) -> np.ndarray:
+    canvas = np.empty((size, size, 3), dtype=np.uint8)
+    canvas[:] = background
+    rows = slice(placement.top, placement.top + placement.side)
+    columns = slice(placement.left, placement.left + placement.side)
+    behind = np.array(background, dtype=np.uint16) * (255 - premultiplied[..., 3:].astype(np.uint16))
+    # Bicubic weights overshoot, so colour may exceed alpha a little.
+    canvas[rows, columns] = np.minimum(premultiplied[..., :3] + (behind + 127) // 255, 255)
+    return canvas
+
+
+def _shift_hue(rgba: np.ndarray, shift: int) -> np.ndarray:
+    hsv = np.array(Image.fromarray(rgba[..., :3]).convert("HSV"))
+    hsv[..., 0] += np.uint8(shift)  # hue counts to 256 and wraps, as the type does
+    rgb = np.asarray(Image.frombytes("HSV", hsv.shape[1::-1], hsv.tobytes()).convert("RGB"))
+    return np.concatenate([rgb, rgba[..., 3:]], axis=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Drawing:
+    rgba: np.ndarray  # the subject as it is shown, straight alpha
+    recoloured: bool
+    background: str
+    image: np.ndarray
+
+
+class EmojiSource:
+    """The pictures of a built folder (or of `sample_root`) as a ``Source``.
+
+    ``split`` is ``train`` or ``heldout``. With ``cache`` every decoded picture stays in memory: 256 KiB
+    each, 1.6 GB for the whole set.
+    """
+
+    def __init__(self, root: Path, split: str = "train", *, cache: bool = False) -> None:
+        if split not in ("train", "heldout"):
+            raise DataError(f"split {split!r} must be train or heldout; choose one")
+        self.root = Path(root)
+        self.split = split
+        self.records = tuple(record for record in read_index(self.root) if record.split == split)
+        if not self.records:
+            raise DataError(f"{self.root} holds no pictures of the split {split}; build the whole set")
+        for record in self.records:
+            if not self._path(record).is_file():
+                raise DataError(
+                    f"{self._path(record)} is missing; run `wuerstchen data emoji {self.root}` again"
+                )
+        self._pictures: dict[int, np.ndarray] | None = {} if cache else None
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def name(self, item: int) -> str:
+        """The picture's file, relative to the folder."""
+        return f"{self.records[item].id}.webp"
+
+    def picture(self, item: int) -> UInt8[np.ndarray, "256 256 4"]:
+        """The picture itself, straight RGBA. Raises ``DataError`` naming a file that is damaged."""
+        if self._pictures is None:
+            return read_picture(self._path(self.records[item]))
+        if item not in self._pictures:
+            self._pictures[item] = read_picture(self._path(self.records[item]))
+        return self._pictures[item]
+
+    def image(self, item: int, rng: np.random.Generator, size: int) -> UInt8[np.ndarray, "size size 3"]:
+        """The picture at a random place and scale, half of the time recoloured, on a named colour."""
+        return self._draw(item, rng, size).image
+
+    def example(self, item: int, rng: np.random.Generator, size: int) -> Example:
+        """`image` with a caption composed for what it shows."""
+        record, drawing = self.records[item], self._draw(item, rng, size)
+        colours = record.colours
+        if drawing.recoloured:
+            colours = tuple(name_colours(drawing.rgba[::4, ::4]))
+        scene = Scene(
+            style=record.style,
+            names=record.names,
+            tags=record.tags,
+            colours=colours,
+            recoloured=drawing.recoloured,
+            background=drawing.background,
+        )
+        return Example(image=drawing.image, caption=caption(scene, rng))
+
+    def plain(self, item: int, size: int) -> Example:
+        """The subject in its own colours, in the middle of white, with the shortest full caption."""
+        record = self.records[item]
+        side = round(size * _PLAIN_SCALE * _TOUCHES_BORDER.get(record.style, 1))
+        placement = Placement(side=side, left=(size - side) // 2, top=(size - side) // 2)
+        image = compose(self.picture(item), placement, COLOURS["white"], size)
+        return Example(image=image, caption=plain_caption(record.style, record.names[0]))
+
+    def fingerprint(self) -> str:
+        """A hash of the split's records and of the bytes of their files."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        for record in self.records:
+            content = hashlib.blake2b(self._path(record).read_bytes(), digest_size=16).hexdigest()
+            digest.update(json.dumps([asdict(record), content]).encode())
+        return digest.hexdigest()
+
+    def _path(self, record: Record) -> Path:
+        return self.root / f"{record.id}.webp"
+
+    def _draw(self, item: int, rng: np.random.Generator, size: int) -> _Drawing:
+        # Everything is drawn in every case, so that the caption's draws begin at the same place.
+        scale, across, down = rng.uniform(*_SCALES), rng.random(), rng.random()
+        recolour, shift = rng.random() < _P_RECOLOUR, int(rng.integers(*_HUE_SHIFTS))
+        on_white, choice = rng.random() < _P_WHITE, rng.random()
+
+        style = self.records[item].style
+        side = max(1, round(size * scale * _TOUCHES_BORDER.get(style, 1)))
+        placement = Placement(
+            side=side, left=int(across * (size - side + 1)), top=int(down * (size - side + 1))
+        )
+        rgba = self.picture(item)
+        recoloured = recolour and style != MONO_STYLE
+        if recoloured:
+            rgba = _shift_hue(rgba, shift)
+        visible = visible_backgrounds(rgba, style)
+        coloured = [name for name in visible if name != "white"]
+        if "white" in visible and (on_white or not coloured):
+            background = "white"
+        else:
+            background = coloured[int(choice * len(coloured))]
+        image = compose(rgba, placement, COLOURS[background], size)
+        return _Drawing(rgba=rgba, recoloured=recoloured, background=background, image=image)

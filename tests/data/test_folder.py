@@ -1,0 +1,306 @@
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from wuerstchen.data.folder import FolderSource
+from wuerstchen.data.sources import Source
+from wuerstchen.errors import DataError
+
+
+def _image(path: Path, colour: str = "red", size: tuple[int, int] = (24, 16)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+def _metadata(root: Path, *lines: object) -> None:
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    (root / "metadata.jsonl").write_text(text + "\n", encoding="utf-8")
+
+
+@pytest.fixture
+def with_metadata(tmp_path: Path) -> Path:
+    _image(tmp_path / "b.png", "red")
+    _image(tmp_path / "cats" / "a.jpg", "blue")
+    _image(tmp_path / "Z.WEBP", "green")
+    _metadata(
+        tmp_path,
+        {"file_name": "cats/a.jpg", "text": "a blue cat", "width": 24},
+        {"file_name": "./b.png", "caption": " red\n square "},
+        "",
+        {"file_name": "Z.WEBP", "text": ["green", "ein grünes Würstchen"]},
+    )
+    return tmp_path
+
+
+@pytest.fixture
+def with_text_files(tmp_path: Path) -> Path:
+    _image(tmp_path / "b.png")
+    _image(tmp_path / "cats" / "a.jpg")
+    (tmp_path / "b.txt").write_text("ein rotes Würstchen\nauf Rot\n", encoding="utf-8")
+    (tmp_path / "cats" / "a.txt").write_bytes("a cat".encode("utf-8-sig"))
+    return tmp_path
+
+
+def _caption(source: FolderSource, item: int, seed: int = 0) -> str:
+    return source.example(item, np.random.default_rng(seed), 8).caption
+
+
+def test_metadata(with_metadata: Path) -> None:
+    source: Source = FolderSource(with_metadata)
+    assert [source.name(item) for item in range(len(source))] == ["Z.WEBP", "b.png", "cats/a.jpg"]
+    example = source.example(2, np.random.default_rng(0), 8)
+    assert example.caption == "a blue cat"
+    assert example.image.shape == (8, 8, 3)
+    assert example.image.dtype == np.uint8
+    assert np.abs(example.image.astype(int) - [0, 0, 255]).max() < 10
+    assert _caption(FolderSource(with_metadata), 1) == "red square"
+
+
+def test_text_files(with_text_files: Path) -> None:
+    source = FolderSource(with_text_files)
+    assert [source.name(item) for item in range(len(source))] == ["b.png", "cats/a.jpg"]
+    assert _caption(source, 0) == "ein rotes Würstchen auf Rot"
+    assert _caption(source, 1) == "a cat"  # without the byte order mark
+
+
+def test_one_of_several_captions_is_drawn(with_metadata: Path) -> None:
+    source = FolderSource(with_metadata)
+    drawn = [_caption(source, 0, seed) for seed in range(40)]
+    assert set(drawn) == {"green", "ein grünes Würstchen"}
+    assert drawn == [_caption(source, 0, seed) for seed in range(40)]
+
+
+def test_the_shorter_side_is_scaled_and_the_crop_is_random(tmp_path: Path) -> None:
+    ramp = np.tile(np.linspace(0, 255, 96).astype(np.uint8)[None, :, None], (32, 1, 3))
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a ramp")
+    source = FolderSource(tmp_path)
+    crops = [source.image(0, np.random.default_rng(seed), 16) for seed in range(30)]
+    for crop in crops:
+        across = crop[8].astype(int)
+        assert (
+            255 / 3 * 0.8 < across[-1, 0] - across[0, 0] < 255 / 3
+        )  # a third of the width, so no stretching
+    assert max(crop.mean() for crop in crops) - min(crop.mean() for crop in crops) > 100
+
+
+def test_image_is_the_picture_of_example(with_metadata: Path) -> None:
+    source = FolderSource(with_metadata)
+    for item in range(3):
+        example = source.example(item, np.random.default_rng(item), 8)
+        assert np.array_equal(source.image(item, np.random.default_rng(item), 8), example.image)
+
+
+def test_travels_to_worker_processes(with_metadata: Path) -> None:
+    source = pickle.loads(pickle.dumps(FolderSource(with_metadata)))
+    assert _caption(source, 2) == "a blue cat"
+
+
+def test_hidden_files_and_other_files_are_left_alone(with_metadata: Path) -> None:
+    _image(with_metadata / ".thumbs" / "x.png")
+    (with_metadata / "._b.png").write_bytes(b"resource fork")
+    (with_metadata / "README.txt").write_text("about")
+    (with_metadata / "notes.md").write_text("about")
+    assert len(FolderSource(with_metadata)) == 3
+
+
+def test_fingerprint_is_of_the_content_not_of_the_place(with_text_files: Path, tmp_path_factory) -> None:
+    first = FolderSource(with_text_files).fingerprint()
+    moved = tmp_path_factory.mktemp("other") / "root"
+    os.rename(with_text_files / "cats", with_text_files / "tmp")  # the order on disk changes
+    os.rename(with_text_files / "tmp", with_text_files / "cats")
+    os.rename(with_text_files, moved)
+    assert FolderSource(moved).fingerprint() == first
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda root: (root / "b.txt").write_text("another caption"),
+        lambda root: (_image(root / "c.png"), (root / "c.txt").write_text("c")),
+        lambda root: ((root / "b.png").unlink(), (root / "b.txt").unlink()),
+        lambda root: _image(root / "b.png", size=(300, 200)),
+        lambda root: ((root / "b.png").rename(root / "d.png"), (root / "b.txt").rename(root / "d.txt")),
+    ],
+)
+def test_fingerprint_changes_with_files_and_captions(
+    with_text_files: Path, change: Callable[[Path], object]
+) -> None:
+    before = FolderSource(with_text_files).fingerprint()
+    change(with_text_files)
+    assert FolderSource(with_text_files).fingerprint() != before
+
+
+def _line(**fields: object) -> Callable[[Path], None]:
+    """``metadata.jsonl`` with one good line, and ``fields`` in the second."""
+
+    def make(root: Path) -> None:
+        _image(root / "a.png")
+        _metadata(root, {"file_name": "a.png", "text": "a"}, fields)
+
+    return make
+
+
+def _second_line(line: str) -> Callable[[Path], None]:
+    def make(root: Path) -> None:
+        _image(root / "a.png")
+        _metadata(root, {"file_name": "a.png", "text": "a"}, line)
+
+    return make
+
+
+def _files(**texts: bytes | None) -> Callable[[Path], None]:
+    """An image for each name, and its text file unless it is None."""
+
+    def make(root: Path) -> None:
+        for name, text in texts.items():
+            _image(root / f"{name}.png")
+            if text is not None:
+                (root / f"{name}.txt").write_bytes(text)
+
+    return make
+
+
+def _then(*steps: Callable[[Path], object]) -> Callable[[Path], None]:
+    def make(root: Path) -> None:
+        for step in steps:
+            step(root)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda root: None,
+            r"^data folder '.*' is wrong because it holds no images \(\.avif, ",
+        ),
+        (
+            lambda root: root.rmdir(),
+            "^data folder '.*' is wrong because it is no folder; give one with images in it",
+        ),
+        (lambda root: (root.rmdir(), root.touch()), "because it is no folder"),
+        (
+            _files(a=b"a", b=None),
+            r"^image 'b\.png' is wrong because it has no caption; write it into a \.txt file",
+        ),
+        (_files(a=None, b=None, c=None), r"^image 'a\.png' .* has no caption \(nor do 2 others\); "),
+        (
+            _then(_files(a=b"a"), lambda root: _metadata(root, {"file_name": "b.png", "text": "b"})),
+            r"^file 'a\.txt' is wrong because captions are in metadata\.jsonl already; remove one of the two",
+        ),
+        (
+            _then(_files(a=b"a"), lambda root: (root / "gone.txt").write_text("gone")),
+            r"^file 'gone\.txt' is wrong because there is no image beside it; add the image",
+        ),
+        (
+            _then(_files(a=b"a"), lambda root: _image(root / "a.jpg")),
+            r"^file 'a\.txt' is wrong because it is beside both 'a\.jpg' and 'a\.png'; rename one",
+        ),
+        (_files(a=b"ok\ncaf\xe9"), r"^file 'a\.txt' is wrong because line 2 is not UTF-8; save it in UTF-8"),
+        (_files(a=b" \n\t"), r"^file 'a\.txt' is wrong because it holds no caption; write one"),
+        (_files(a=b"\xef\xbb\xbf"), r"^file 'a\.txt' is wrong because it holds no caption; write one"),
+        (
+            _then(_files(a=None, b=None), lambda root: _metadata(root, {"file_name": "b.png", "text": "b"})),
+            r"^image 'a\.png' is wrong because it has no caption; add a line for it to metadata\.jsonl",
+        ),
+        (
+            _then(
+                _files(a=None), lambda root: (root / "metadata.jsonl").write_bytes(b'\n{"text": "caf\xe9"}')
+            ),
+            r"^file 'metadata\.jsonl' is wrong because line 2 is not UTF-8; save it in UTF-8",
+        ),
+        (
+            _then(
+                _files(a=None),
+                lambda root: _image(root / "b" / "b.png"),
+                lambda root: _metadata(root / "b", {}),
+            ),
+            r"^file 'b/metadata\.jsonl' is wrong because .* is read at the top .*/b' as the data folder",
+        ),
+        (
+            _second_line("{'file_name': 1}"),
+            r"^metadata\.jsonl line 2 is wrong because it is not JSON \(.*\); write",
+        ),
+        (_second_line("[" * 100_000), "line 2 is wrong because it is not JSON"),
+        (
+            _second_line('["a.png"]'),
+            "line 2 is wrong because it is not a JSON object; write one object a line",
+        ),
+        (
+            _line(text="b"),
+            "line 2 is wrong because file_name is None and must be the name of an image; add it",
+        ),
+        (_line(file_name=3, text="b"), "line 2 is wrong because file_name is 3 and"),
+        (
+            _line(file_name="b.png", text="b"),
+            r"line 2 is wrong because 'b\.png' is no image in the data folder; add",
+        ),
+        (
+            _line(file_name="a.png", text="b"),
+            r"line 2 is wrong because 'a\.png' is in line 1 already; remove one",
+        ),
+        (_line(file_name="./a.png", text="b"), r"line 2 is wrong because 'a\.png' is in line 1 already"),
+        (
+            _line(file_name="../b.png", text="b"),
+            r"line 2 .* file_name '\.\./b\.png' leads out of the data folder; ",
+        ),
+        (
+            _line(file_name="x/../../b.png", text="b"),
+            "line 2 .* leads out of the data folder; name the image",
+        ),
+        (_line(file_name="/etc/b.png", text="b"), "line 2 .* '/etc/b.png' leads out of the data folder"),
+        (_line(file_name="C:\\b.png", text="b"), "line 2 .* leads out of the data folder"),
+        (_line(file_name="\n.png", text="b"), r"line 2 is wrong because '\\n\.png' is no image"),
+    ],
+)
+def test_refuses_what_does_not_match_up(tmp_path: Path, make: Callable[[Path], object], message: str) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    make(root)
+    with pytest.raises(DataError, match=message) as caught:
+        FolderSource(root)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "rule"),
+    [
+        ({}, "it has neither text nor caption; give the caption in the field text"),
+        ({"text": "a", "caption": "b"}, "it has both text and caption; give the caption in the field text"),
+        ({"text": ""}, "text is '' and must be a caption or a list of captions, none of them empty; write"),
+        ({"text": " \n"}, r"text is ' \\n' and must be"),
+        ({"text": None}, "text is None and must be"),
+        ({"text": 3}, "text is 3 and must be"),
+        ({"text": []}, r"text is \[\] and must be"),
+        ({"caption": ["a", ""]}, r"caption is \['a', ''\] and must be"),
+        ({"text": "half \ud83d"}, "text is not Unicode; write the caption anew"),
+    ],
+)
+def test_refuses_captions_that_say_nothing(tmp_path: Path, fields: dict[str, object], rule: str) -> None:
+    _image(tmp_path / "a.png")
+    _metadata(tmp_path, {"file_name": "a.png", **fields})
+    with pytest.raises(DataError, match=rf"^metadata\.jsonl line 1 is wrong because {rule}"):
+        FolderSource(tmp_path)
+
+
+def test_a_damaged_picture_is_named_when_it_is_read(with_text_files: Path) -> None:
+    content = (with_text_files / "b.png").read_bytes()
+    (with_text_files / "b.png").write_bytes(content[: len(content) // 2])
+    source = FolderSource(with_text_files)
+    with pytest.raises(DataError, match=r"^image '.*b\.png' is wrong because it is damaged or cut off"):
+        source.example(0, np.random.default_rng(0), 8)
+
+
+def test_fingerprint_names_a_picture_that_went_away(with_text_files: Path) -> None:
+    source = FolderSource(with_text_files)
+    (with_text_files / "b.png").unlink()
+    with pytest.raises(DataError, match=r"^image 'b\.png' is wrong because it cannot be read \(No such file"):
+        source.fingerprint()
