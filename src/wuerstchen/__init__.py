@@ -1,3 +1,38 @@
-"""Würstchen: text-to-image in a latent map shrunk 42 times. See README.md."""
+"""Würstchen: text-to-image in a latent map shrunk 42 times.
+
+    import wuerstchen
+    model = wuerstchen.load()
+    model.generate("a 3D render of a purple camel")[0].save("camel.png")
+
+The names below are imported when they are first used, so that importing the package loads no torch.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wuerstchen.errors import CheckpointError, DataError, RunFolderError, UserError
+    from wuerstchen.pipeline import Sampling, Wuerstchen, load
 
 __version__ = "0.1.0.dev0"
+
+__all__ = [
+    "CheckpointError",
+    "DataError",
+    "RunFolderError",
+    "Sampling",
+    "UserError",
+    "Wuerstchen",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from wuerstchen import errors
+
+    if hasattr(errors, name):
+        return getattr(errors, name)
+    from wuerstchen import pipeline
+
+    return getattr(pipeline, name)

@@ -1,0 +1,5 @@
+import sys
+
+from wuerstchen.cli import main
+
+sys.exit(main())

@@ -1,0 +1,222 @@
+"""The project's own layout: a folder with ``model.json`` and one safetensors file a network.
+
+Every file carries, in its header, what it is and where it came from (``Provenance``). Nothing here can run
+code: tensors are safetensors, all else is JSON, and a pickle is refused by its first bytes.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import wuerstchen
+from wuerstchen.checkpoints.int8 import dequantize, quantize_rows
+from wuerstchen.checkpoints.text_encoder import read_text_encoder
+from wuerstchen.errors import CheckpointError, UserError
+from wuerstchen.models.cascade import Cascade, CascadeSettings, MapStatistics
+from wuerstchen.models.compressor import Compressor, CompressorConfig
+from wuerstchen.models.decoder import Decoder, DecoderConfig
+from wuerstchen.models.prior import Prior, PriorConfig
+from wuerstchen.models.vqgan import VQGAN, VQGANConfig
+
+FORMAT = 1
+"""Raised by one whenever older programs would misread what is written."""
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+"""From format n to n + 1: one function a step, on the header alone."""
+
+Storage = Literal["float32", "float16", "int8"]
+NETWORKS: dict[str, tuple[type[nn.Module], type]] = {
+    "vqgan": (VQGAN, VQGANConfig),
+    "compressor": (Compressor, CompressorConfig),
+    "decoder": (Decoder, DecoderConfig),
+    "prior": (Prior, PriorConfig),
+}
+_HEADER = "wuerstchen"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where weights came from."""
+
+    recipe: str
+    seed: int
+    images: int
+    """Images seen in training."""
+    data: str
+    """Fingerprint of the data set."""
+    licence: str = ""
+    versions: dict[str, str] = dataclasses.field(
+        default_factory=lambda: {"wuerstchen": wuerstchen.__version__, "torch": torch.__version__}
+    )
+
+
+def migrate(header: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Brings a header to the current format, or says what to do about it."""
+    found = header.get("format")
+    if not isinstance(found, int) or found < 1:
+        raise CheckpointError(f"{path} has format {found!r}, which is no number from 1; get the file again")
+    if found > FORMAT:
+        raise CheckpointError(
+            f"{path} has format {found}, newer than {FORMAT}, the newest this version reads; "
+            "upgrade with: pip install --upgrade wuerstchen"
+        )
+    for step in range(found, FORMAT):
+        header = MIGRATIONS[step](header)
+    return header
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, header: Mapping[str, Any]) -> None:
+    """Writes a safetensors file whole: to a temporary name first, flushed to disk, then renamed."""
+    partial = path.with_name(f".{path.name}.partial")
+    contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    try:
+        save_file(contiguous, partial, metadata={_HEADER: json.dumps(header)})
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{path} cannot be written ({error}); free some space or choose another folder"
+        ) from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of a file that ``write_tensors`` made. Never unpickles."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist; check the name") from error
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file ({error}); get it again, or convert it if it is a pickle"
+        ) from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} was not written by wuerstchen (no header); give a native model folder")
+    return tensors, migrate(header, path)
+
+
+def write_network(
+    network: nn.Module, path: Path, provenance: Provenance, storage: Storage = "float32"
+) -> None:
+    """Writes one network with its configuration. ``int8`` stores matrices by row, the rest in fp16."""
+    kind = next(name for name, (cls, _) in NETWORKS.items() if isinstance(network, cls))
+    tensors = dict(network.state_dict())
+    if storage == "float16":
+        tensors = {k: t.half() if t.is_floating_point() else t for k, t in tensors.items()}
+    elif storage == "int8":
+        tensors = quantize_rows(tensors)
+    header = {
+        "format": FORMAT,
+        "kind": kind,
+        "storage": storage,
+        "config": dataclasses.asdict(network.config),  # type: ignore[arg-type]
+        "provenance": dataclasses.asdict(provenance),
+    }
+    write_tensors(tensors, path, header)
+
+
+def read_network(path: Path) -> tuple[nn.Module, Provenance]:
+    """Reads one network, in fp32 and eval mode. Raises ``CheckpointError`` for anything that does not fit."""
+    tensors, header = read_tensors(path)
+    try:
+        cls, config_cls = NETWORKS[header["kind"]]
+        config = config_cls(
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in header["config"].items()}
+        )
+        provenance = Provenance(**header["provenance"])
+        with torch.device("meta"):
+            network = cls(config)
+        if header["storage"] == "int8":
+            tensors = dequantize(tensors)
+        state = {k: t.float() if t.is_floating_point() else t for k, t in tensors.items()}
+        network.load_state_dict(state, assign=True)
+    except (KeyError, TypeError, RuntimeError) as error:
+        detail = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{path} does not hold what its header says ({detail}); get it again"
+        ) from error
+    return network.eval().requires_grad_(False), provenance
+
+
+def write_cascade(
+    cascade: Cascade,
+    folder: Path,
+    provenance: Mapping[str, Provenance],
+    storage: Mapping[str, Storage] | None = None,
+    text_encoder: Path | None = None,
+) -> None:
+    """Writes a whole model into a new folder; the folder appears when everything in it is written.
+
+    ``text_encoder`` is the folder of the frozen text encoder, which is copied.
+    """
+    if folder.exists():
+        raise CheckpointError(f"{folder} exists already; choose another folder or remove it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
+        partial = Path(name) / folder.name
+        partial.mkdir()
+        parts = [part for part in cascade.networks() if part in NETWORKS]
+        for part in parts:
+            network = cascade.networks()[part]
+            how = (storage or {}).get(part, "float32")
+            write_network(network, partial / f"{part}.safetensors", provenance[part], how)
+        if text_encoder is not None:
+            shutil.copytree(text_encoder, partial / "text_encoder")
+            parts.append("text_encoder")
+        description = {
+            "format": FORMAT,
+            "parts": parts,
+            "settings": dataclasses.asdict(cascade.settings),
+        }
+        (partial / "model.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        os.rename(partial, folder)
+
+
+def read_settings(path: Path) -> tuple[CascadeSettings, list[str]]:
+    """The settings and the names of the parts in a ``model.json``."""
+    try:
+        description = migrate(json.loads(path.read_text(encoding="utf-8")), path)
+        raw = dict(description["settings"])
+        statistics = MapStatistics(**{k: tuple(v) for k, v in raw.pop("map_statistics").items()})
+        return CascadeSettings(map_statistics=statistics, **raw), list(description["parts"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise CheckpointError(
+            f"{path} is no description of a model ({type(error).__name__}: {error}); get the model again"
+        ) from error
+
+
+def read_cascade(folder: Path) -> Cascade:
+    """Reads a model folder, in fp32 on the CPU."""
+    if not (folder / "model.json").is_file():
+        raise CheckpointError(f"{folder} is no model folder: it has no model.json; give one that has")
+    settings, names = read_settings(folder / "model.json")
+    parts: dict[str, Any] = {}
+    for name in names:
+        if name == "text_encoder":
+            parts[name] = read_text_encoder(folder / name)
+        elif name in NETWORKS:
+            parts[name], _ = read_network(folder / f"{name}.safetensors")
+            if not isinstance(parts[name], NETWORKS[name][0]):
+                raise CheckpointError(f"{folder / name}.safetensors holds another network; get it again")
+        else:
+            raise CheckpointError(f"{folder}/model.json names an unknown part {name!r}; upgrade wuerstchen")
+    missing = {"vqgan", "decoder"} - set(parts)
+    if missing:
+        raise CheckpointError(f"{folder} lacks {', '.join(sorted(missing))}; get the model again")
+    return Cascade(settings=settings, **parts)

@@ -1,0 +1,293 @@
+"""The command line: parse, call, print. What it does is done elsewhere.
+
+Nothing heavy is imported until a command needs it, so ``wuerstchen --help`` answers at once.
+"""
+
+import argparse
+import re
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import wuerstchen
+from wuerstchen.errors import UserError
+
+if TYPE_CHECKING:
+    from wuerstchen.pipeline import Progress, Sampling
+    from wuerstchen.train.config import Recipe
+
+EXAMPLES = """examples:
+  wuerstchen generate "a 3D render of a purple camel on a blue background"
+  wuerstchen generate "a cat" "a red car" --count 3 --grid --out grid.png
+  wuerstchen reconstruct photo.jpg
+  wuerstchen data emoji data/emoji
+  wuerstchen train tiny --run-dir runs/tiny
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns the exit code: 0, or 2 for what the user can mend, or 130 after Ctrl-C."""
+    warnings.showwarning = lambda message, *_, **__: print(f"Warning: {message}", file=sys.stderr)
+    try:
+        known, others = _parser().parse_known_args(arguments)
+        if others and known.run is not _train:
+            raise UserError(
+                f"{' '.join(others)} is no option of this command; see wuerstchen {known.command} --help"
+            )
+        known.overrides = others
+        return known.run(known)
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="wuerstchen",
+        description="Text to image in a latent map shrunk 42 times.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"wuerstchen {wuerstchen.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    generate = commands.add_parser("generate", help="draw pictures of prompts")
+    generate.set_defaults(run=_generate)
+    generate.add_argument("prompts", nargs="*", metavar="PROMPT")
+    generate.add_argument("--negative", default="", help="what to steer away from")
+    generate.add_argument("--count", type=int, default=1, help="pictures of each prompt (1)")
+    generate.add_argument("--size", type=_size, help="N or WIDTHxHEIGHT in pixels (the model's own)")
+    generate.add_argument("--guidance", type=float, help="how strictly to follow the prompt; 1 is not at all")
+    generate.add_argument("--prior-steps", type=int, help="steps of Stage C")
+    generate.add_argument("--grid", action="store_true", help="one picture with all of them, a row a prompt")
+    _add_drawing_options(generate)
+
+    reconstruct = commands.add_parser("reconstruct", help="squeeze a picture through the map and back")
+    reconstruct.set_defaults(run=_reconstruct)
+    reconstruct.add_argument("image", type=Path, metavar="IMAGE")
+    reconstruct.add_argument("--size", type=int, help="side of the square in pixels (the model's own)")
+    _add_drawing_options(reconstruct)
+
+    data = commands.add_parser("data", help="build data sets")
+    kinds = data.add_subparsers(dest="kind", required=True, metavar="KIND", parser_class=_Parser)
+    emoji = kinds.add_parser("emoji", help="6,685 captioned pictures in five styles, from their npm packages")
+    emoji.set_defaults(run=_data_emoji)
+    emoji.add_argument("out", type=Path, metavar="OUT")
+
+    train = commands.add_parser(
+        "train", help="train a model; the same command goes on after any stop", add_help=False
+    )
+    train.set_defaults(run=_train)
+    train.add_argument("recipe", nargs="?", metavar="RECIPE")
+    train.add_argument("--run-dir", type=Path, help="folder of the run (runs/RECIPE)")
+    train.add_argument("--data", help="folder of the data; 'sample' is in the package")
+    train.add_argument("--seed", type=int)
+    train.add_argument("--compressor-init", help="weights that the compressor's backbone starts from")
+    train.add_argument("--device", help="cpu, cuda or mps (a GPU if there is one)")
+    train.add_argument("--accept-changed-data", action="store_true")
+    return parser
+
+
+def _add_drawing_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, help="model folder (the model in the package)")
+    parser.add_argument("--out", type=Path, default=Path(), help="folder, or file name ending in .png (here)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next has the next (0)")
+    parser.add_argument("--decoder-steps", type=int, help="steps of Stage B")
+    parser.add_argument("--decoder-guidance", type=float, help="guidance of Stage B by the map; 1 is none")
+    parser.add_argument("--device", help="cpu, cuda or mps (a GPU if there is one)")
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither N nor WIDTHxHEIGHT; write 256 or 256x384")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def _sampling(options: argparse.Namespace) -> "Sampling":
+    from wuerstchen.pipeline import Sampling
+
+    return Sampling(
+        guidance=getattr(options, "guidance", None),
+        prior_steps=getattr(options, "prior_steps", None),
+        decoder_steps=options.decoder_steps,
+        decoder_guidance=options.decoder_guidance,
+    )
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from wuerstchen.images import check_writable, grid, save_png
+
+    began = time.monotonic()
+    prompts: list[str] = options.prompts
+    one_file = options.out.suffix.lower() == ".png"
+    if not prompts:
+        raise UserError('no prompt was given, so there is nothing to draw; try: wuerstchen generate "a cat"')
+    if one_file and not options.grid and len(prompts) * options.count > 1:
+        raise UserError(
+            f"{options.out} is one file for {len(prompts) * options.count} pictures; add --grid, or name a "
+            "folder"
+        )
+    check_writable(options.out.parent if one_file else options.out)
+    sampling = _sampling(options)
+
+    from wuerstchen.pipeline import load
+
+    model = load(options.model, options.device)
+    with _progress() as progress:
+        images = model.generate(
+            prompts,
+            negative=options.negative,
+            seed=options.seed,
+            count=options.count,
+            size=options.size,
+            sampling=sampling,
+            progress=progress,
+        )
+    used = model.settings_of(sampling)
+    shared = {"model": str(options.model or "bundled"), "negative": options.negative, **used}
+    if options.grid:
+        columns = options.count if options.count > 1 else _columns(len(images))
+        path = options.out if one_file else _free_name(options.out, "grid")
+        save_png(
+            grid(images, columns=columns),
+            path,
+            {"prompt": "\n".join(prompts), "seed": options.seed, **shared},
+        )
+        print(path)
+    else:
+        texts = [prompt for prompt in prompts for _ in range(options.count)]
+        for number, (image, text) in enumerate(zip(images, texts, strict=True)):
+            seed = options.seed + number
+            path = options.out if one_file else _free_name(options.out, f"{_slug(text)}-{seed}")
+            save_png(image, path, {"prompt": text, "seed": seed, **shared})
+            print(path)
+    print(f"{len(images)} pictures in {time.monotonic() - began:.1f} s", file=sys.stderr)
+    return 0
+
+
+def _reconstruct(options: argparse.Namespace) -> int:
+    from wuerstchen.images import check_writable, grid, open_image, save_png
+
+    one_file = options.out.suffix.lower() == ".png"
+    check_writable(options.out.parent if one_file else options.out)
+    image = open_image(options.image)
+    sampling = _sampling(options)
+
+    from wuerstchen.pipeline import load
+
+    model = load(options.model, options.device)
+    with _progress() as progress:
+        result = model.reconstruct(
+            image, seed=options.seed, size=options.size, sampling=sampling, progress=progress
+        )
+    path = options.out if one_file else _free_name(options.out, f"{_slug(options.image.stem)}-reconstructed")
+    settings = {"image": options.image.name, "seed": options.seed, "model": str(options.model or "bundled")}
+    save_png(grid([result.original, result.image], columns=2), path, settings)
+    channels, height, width = result.map_size
+    print(path)
+    print(
+        f"map {channels}x{height}x{width}: {result.spatial_compression:.2f} times smaller a side, "
+        f"{result.element_compression:.0f} times fewer numbers",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _data_emoji(options: argparse.Namespace) -> int:
+    from wuerstchen.data.emoji_build import build
+
+    build(options.out)
+    print(options.out)
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    from wuerstchen.recipes import RECIPES
+
+    if options.recipe is None:
+        summaries = "; ".join(
+            f"{name}: {(make.__doc__ or '').splitlines()[0]}" for name, make in RECIPES.items()
+        )
+        raise UserError(f"no recipe was named; use one of {summaries} See wuerstchen train RECIPE --help")
+    if options.recipe not in RECIPES:
+        raise UserError(f"'{options.recipe}' is no recipe; use one of {', '.join(RECIPES)}")
+    recipe = _overridden(RECIPES[options.recipe](), options)
+
+    from wuerstchen.train.loop import Interrupted
+    from wuerstchen.train.run import train
+
+    run_dir = options.run_dir or Path("runs") / recipe.name
+    print(f"Recipe {recipe.name} in {run_dir}. {' '.join((RECIPES[options.recipe].__doc__ or '').split())}")
+    try:
+        model = train(recipe, run_dir, device=options.device, accept_changed_data=options.accept_changed_data)
+    except Interrupted as stopped:
+        print(f"{stopped}; a checkpoint is saved: start the same command again to go on", file=sys.stderr)
+        return 130
+    print(f"{model}: draw with wuerstchen generate --model {model} ...")
+    return 0
+
+
+def _overridden(recipe: "Recipe", options: argparse.Namespace) -> "Recipe":
+    """The recipe with what the command line changes: any field, as ``--stage-b.optimization.images 1000``."""
+    import dataclasses
+
+    import tyro
+
+    recipe = tyro.cli(
+        type(recipe), default=recipe, args=options.overrides, prog=f"wuerstchen train {recipe.name}"
+    )
+    changes = {name: value for name in ("data", "seed") if (value := getattr(options, name)) is not None}
+    if options.compressor_init is not None:
+        changes["stage_b"] = dataclasses.replace(recipe.stage_b, compressor_init=options.compressor_init)
+    return dataclasses.replace(recipe, **changes)
+
+
+@contextmanager
+def _progress() -> "Iterator[Progress]":
+    """A bar over the steps of all stages."""
+    from tqdm import tqdm
+
+    with tqdm(unit="step", leave=False, dynamic_ncols=True) as bar:
+
+        def report(stage: str, step: int, steps: int) -> None:
+            if bar.desc != f"{stage}: " or step == 1:
+                bar.set_description(stage, refresh=False)
+                bar.reset(total=steps)
+            bar.update()
+
+        yield report
+
+
+def _columns(count: int) -> int:
+    """Columns of the squarest grid."""
+    return next(n for n in range(1, count + 1) if n * n >= count)
+
+
+def _slug(text: str) -> str:
+    """A file name's worth of a prompt, in letters, digits and dashes."""
+    return re.sub(r"[^\w]+", "-", text.lower()).strip("-")[:60].strip("-") or "picture"
+
+
+def _free_name(folder: Path, stem: str) -> Path:
+    """``stem.png`` in the folder, numbered where that name is taken."""
+    path = folder / f"{stem}.png"
+    number = 2
+    while path.exists():
+        path = folder / f"{stem}-{number}.png"
+        number += 1
+    return path

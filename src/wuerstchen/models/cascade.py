@@ -1,0 +1,112 @@
+"""One whole Würstchen: its networks, and the few numbers without which they do not fit together."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from wuerstchen.errors import UserError
+from wuerstchen.models.compressor import Compressor
+from wuerstchen.models.decoder import Decoder
+from wuerstchen.models.prior import Prior
+from wuerstchen.models.text import TextEncoder
+from wuerstchen.models.vqgan import VQGAN
+
+
+@dataclass(frozen=True)
+class MapStatistics:
+    """How Stage C's map is normalised: (z − mean) / std, by channel or the same for all.
+
+    Stage B works on the compressor's own z; the diffusion of Stage C wants unit variance.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std) or not self.mean:
+            raise UserError(
+                f"{len(self.mean)} means and {len(self.std)} deviations do not pair; give one of each "
+                "for every channel"
+            )
+        if not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std) <= 0:
+            raise UserError(
+                f"map statistics mean={self.mean}, std={self.std} must be finite, with std above 0; measure "
+                "them again"
+            )
+
+    def normalise(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        mean, std = (torch.tensor(v, device=z.device, dtype=z.dtype) for v in (self.mean, self.std))
+        return (z - mean[:, None, None]) / std[:, None, None]
+
+    def restore(self, normalised: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """The inverse of ``normalise``."""
+        z = normalised
+        mean, std = (torch.tensor(v, device=z.device, dtype=z.dtype) for v in (self.mean, self.std))
+        return z * std[:, None, None] + mean[:, None, None]
+
+
+PUBLISHED_MAP = MapStatistics(mean=(-1.0,), std=(42.0,))
+"""The published v2: Stage C works on (z + 1) / 42."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CascadeSettings:
+    """What belongs to a trained model besides its weights. The defaults are the published v2."""
+
+    image_size: int = 1024
+    """Side of the pictures it was trained on, in pixels."""
+    size_multiple: int = 128
+    """Sides that can be drawn are multiples of this: 128 pixels are 3 positions of the map."""
+    view_scale: float = 0.75
+    """Side of the compressor's view over the picture's."""
+    map_statistics: MapStatistics = field(default=PUBLISHED_MAP)
+    text_mask: bool = False
+    """Whether padding is hidden from attention. The published models attend to it."""
+    prior_steps: int = 29
+    prior_guidance: float = 4.0
+    decoder_steps: int = 12
+    decoder_guidance: float = 1.0
+    """1 is no guidance, as published."""
+
+    def check_size(self, width: int, height: int) -> None:
+        """Raises ``UserError`` for a size that the model cannot draw."""
+        multiple = self.size_multiple
+        for side in (width, height):
+            if side < multiple or side % multiple or side > 16 * self.image_size:
+                fit = min(max(round(side / multiple), 1) * multiple, 16 * self.image_size)
+                raise UserError(
+                    f"size {width}x{height} cannot be drawn: sides are multiples of {multiple} from "
+                    f"{multiple} to {16 * self.image_size}; use {fit} in place of {side}"
+                )
+
+    def map_size(self, width: int, height: int) -> tuple[int, int]:
+        """Height and width of the semantic map of a picture."""
+        return tuple(math.ceil(round(side * self.view_scale) / 32) for side in (height, width))  # type: ignore
+
+
+@dataclass
+class Cascade:
+    """The parts of one model. A part that a file does not hold is None."""
+
+    settings: CascadeSettings
+    vqgan: VQGAN
+    decoder: Decoder
+    compressor: Compressor | None = None
+    prior: Prior | None = None
+    text_encoder: TextEncoder | None = None
+    decoder_text_encoder: TextEncoder | None = None
+    """Stage B's own text encoder, where it has one; otherwise it reads Stage C's."""
+
+    def text_encoder_of_decoder(self) -> TextEncoder | None:
+        """The text encoder that Stage B reads, None where it takes no text."""
+        if self.decoder.config.clip_embd is None:
+            return None
+        return self.decoder_text_encoder or self.text_encoder
+
+    def networks(self) -> dict[str, torch.nn.Module]:
+        """The networks that are there, by name."""
+        names = ("vqgan", "decoder", "compressor", "prior", "text_encoder", "decoder_text_encoder")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}

@@ -1,0 +1,191 @@
+"""What a training run is told: frozen dataclasses, nothing else. A recipe is a function that returns one."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from wuerstchen.errors import UserError
+from wuerstchen.models.compressor import CompressorConfig
+from wuerstchen.models.decoder import DecoderConfig
+from wuerstchen.models.prior import PriorConfig
+from wuerstchen.models.vqgan import VQGANConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimization:
+    """How long and how fast one stage learns. All lengths are in images."""
+
+    images: int
+    batch_size: int
+    learning_rate: float = 1e-4
+    warmup: int = 0
+    """Images over which the learning rate rises from 0."""
+    decay: Literal["constant", "cosine"] = "constant"
+    """After the warm-up: constant, as published, or a cosine down to a twentieth at the end."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    """Gradients longer than this are shortened to it."""
+    ema_decay: float = 0.999
+    """Of the weight average, an update; it starts lower, so that the first weights are soon forgotten."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("images", 1), ("batch_size", 1), ("warmup", 0)):
+            if getattr(self, name) < least:
+                raise UserError(
+                    f"{name}={getattr(self, name)} must be at least {least}; give a larger number"
+                )
+        if not 0 < self.learning_rate < 1:
+            raise UserError(f"learning_rate={self.learning_rate} must be between 0 and 1; 1e-4 is common")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"ema_decay={self.ema_decay} must be from 0 to below 1; 0.999 is common")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageAConfig:
+    """Stage A: reconstruction, perceptual, adversarial and quantiser terms."""
+
+    optimization: Optimization
+    crop: int | None = None
+    """Side of the random crops to train on; None for whole pictures. The network is convolutional."""
+    perceptual: Literal["efficientnet_lite0", "none"] = "efficientnet_lite0"
+    """The network whose features are compared."""
+    perceptual_weight: float = 0.1
+    adversarial_weight: float = 0.01
+    adversarial_from: int = 0
+    """Images after which the discriminator joins in."""
+    discriminator_width: int = 512
+    discriminator_depth: int = 6
+    quantise_dropout: float = 0.1
+    """Share of the pictures that pass unquantised."""
+    measure_scale: bool = True
+    """Whether ``vqgan.scale_factor`` becomes the measured deviation of the latents after the stage."""
+    codebook_init: Literal["uniform", "normal"] = "uniform"
+    """``uniform`` as published, ±1/codes; ``normal`` spreads the codes over the latents from the start."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageBConfig:
+    """Stage B, with the compressor trained along with it."""
+
+    optimization: Optimization
+    compressor_init: str = ""
+    """Weights the backbone starts from: a torchvision .pth or timm .safetensors file; empty for the
+    installed EfficientNet-Lite0 (only for that backbone)."""
+    frozen_stride: int = 1
+    """The backbone's layers down to this stride stay as they are; 8 halves the cost of training it."""
+    map_dropout: float = 0.05
+    """Share of the pictures whose map is zeroed."""
+    map_noise: float = 0.3
+    """Share of the other pictures whose map is noised, to a time uniform in [0, 0.5)."""
+    caption_dropout: float = 0.05
+    """Share of the pictures without their caption, where the decoder reads text at all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageCConfig:
+    """Stage C, on the frozen compressor's maps."""
+
+    optimization: Optimization
+    caption_dropout: float = 0.05
+    """Share of the pictures trained without their caption, for classifier-free guidance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole run: three networks, their stages, the data, and what to watch on the way."""
+
+    name: str
+    data: str
+    """``sample`` for the sample in the package, or a folder: a built emoji set, or images with captions."""
+    image_size: int
+    """Side of the pictures in pixels, a multiple of 128."""
+    seed: int = 0
+    vqgan: VQGANConfig
+    compressor: CompressorConfig
+    decoder: DecoderConfig
+    prior: PriorConfig
+    stage_a: StageAConfig
+    stage_b: StageBConfig
+    stage_c: StageCConfig
+    statistics_images: int = 1024
+    """Images over which the scale of the latents and the map's mean and deviation are measured."""
+    prior_steps: int = 29
+    prior_guidance: float = 4.0
+    decoder_steps: int = 12
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16 is autocast over fp32 weights; auto takes it on a GPU."""
+    preview_prompts: tuple[str, ...] = ()
+    """Prompts of the preview grid, fixed for the whole run."""
+    preview_every: int = 0
+    """Images between previews; 0 for one at the end of each stage."""
+    checkpoint_seconds: float = 120.0
+    """Time between checkpoints: what a kill costs at most."""
+    log_every: int = 10
+    """Updates between lines in log.jsonl."""
+    workers: int = 1
+    """Processes that load pictures; 0 loads them in the training process."""
+
+    def __post_init__(self) -> None:
+        if self.image_size < 128 or self.image_size % 128:
+            raise UserError(f"image_size={self.image_size} must be a multiple of 128; use 256")
+        channels = self.compressor.c_latent
+        if not channels == self.prior.c_in == self.decoder.effnet_embd:
+            raise UserError(
+                f"the map has {channels} channels in compressor.c_latent, {self.prior.c_in} in prior.c_in "
+                f"and {self.decoder.effnet_embd} in decoder.effnet_embd; give all three the same number"
+            )
+        latent = self.vqgan.latent_channels
+        if not latent == self.decoder.c_in == self.decoder.c_out:
+            raise UserError(
+                f"the latents have {latent} channels in vqgan.latent_channels, {self.decoder.c_in} in "
+                f"decoder.c_in and {self.decoder.c_out} in decoder.c_out; give all three the same number"
+            )
+        if self.image_size // self.vqgan.factor % self.decoder.size_multiple:
+            raise UserError(
+                f"image_size={self.image_size} gives latents of {self.image_size // self.vqgan.factor}, no "
+                f"multiple of {self.decoder.size_multiple} as the decoder's levels need; use fewer levels"
+            )
+        crop = self.stage_a.crop or self.image_size
+        least = 2**self.stage_a.discriminator_depth + 1
+        if self.stage_a.adversarial_weight > 0 and crop < least:
+            raise UserError(
+                f"stage_a.crop={crop} is too small for a discriminator of depth "
+                f"{self.stage_a.discriminator_depth}, which needs {least}; use a larger crop or less depth"
+            )
+        if crop > self.image_size or crop % self.vqgan.factor:
+            raise UserError(
+                f"stage_a.crop={crop} must be a multiple of {self.vqgan.factor} and at most image_size="
+                f"{self.image_size}; use {self.image_size}"
+            )
+
+
+FREE_FIELDS = frozenset({"workers", "checkpoint_seconds", "log_every", "preview_every", "preview_prompts"})
+"""What may change between the starts of a run, because the result does not depend on it."""
+
+
+def differing_fields(stored: dict, given: dict, prefix: str = "") -> list[str]:
+    """Names of the fields in which two resolved recipes differ, ``FREE_FIELDS`` left out."""
+    names = []
+    for key in sorted(stored.keys() | given.keys()):
+        if not prefix and key in FREE_FIELDS:
+            continue
+        a, b = stored.get(key), given.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            names += differing_fields(a, b, f"{prefix}{key}.")
+        elif a != b:
+            names.append(f"{prefix}{key}")
+    return names
+
+
+def as_dict(recipe: Recipe) -> dict:
+    """The resolved recipe as JSON holds it: tuples are lists."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+    result = plain(dataclasses.asdict(recipe))
+    assert isinstance(result, dict)
+    return result

@@ -1,0 +1,29 @@
+"""The weight average that is used in the end, beside the weights that are trained."""
+
+import copy
+
+import torch
+from torch import nn
+
+
+def make_average(network: nn.Module) -> nn.Module:
+    """A frozen copy of the network, in eval mode, to be kept up by ``update_average``."""
+    return copy.deepcopy(network).eval().requires_grad_(False)
+
+
+def decay_at(update: int, decay: float) -> float:
+    """The decay of update number ``update`` (from 1): it rises from 2/11 to ``decay``.
+
+    Without this warm-up, a decay of 0.999 leaves one third of random weights after a thousand updates.
+    """
+    return min(decay, (1 + update) / (10 + update))
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
+    """average ← decay·average + (1 − decay)·network, statistics included; counts are copied."""
+    ours, theirs = average.state_dict(), network.state_dict()
+    floating = [name for name, tensor in ours.items() if tensor.is_floating_point()]
+    torch._foreach_lerp_([ours[n] for n in floating], [theirs[n] for n in floating], 1 - decay)
+    for name in ours.keys() - set(floating):
+        ours[name].copy_(theirs[name])

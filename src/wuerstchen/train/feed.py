@@ -1,0 +1,93 @@
+"""Batches for training: picture number ``index`` of the run, for index after index.
+
+Nothing is shuffled or remembered here. What comes next follows from the number of images seen, so a resumed
+run is fed as the unbroken one would have been.
+"""
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from wuerstchen.data.plan import generator, item_at
+from wuerstchen.data.sources import Example, Source
+from wuerstchen.errors import DataError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures of one update."""
+
+    indices: Int[Tensor, " b"]
+    """Their numbers in the run: the key to everything random about them."""
+    images: UInt8[Tensor, "b h w 3"]
+    captions: list[str]
+    """Empty where captions were not asked for."""
+    skipped: list[tuple[str, str]]
+    """Names of pictures that could not be read, with the reason; their successors took their places."""
+
+    def pixels(self, device: torch.device) -> Tensor:
+        """The pictures in [0, 1], as (b, 3, h, w) in fp32."""
+        return self.images.to(device).permute(0, 3, 1, 2).float().div(255).contiguous()
+
+
+class Feed(Dataset[tuple[int, Example, list[tuple[str, str]]]]):
+    """Picture number ``index`` of a run."""
+
+    def __init__(self, source: Source, seed: int, size: int, captions: bool) -> None:
+        self.source = source
+        self.seed = seed
+        self.size = size
+        self.captions = captions
+
+    def __getitem__(self, index: int) -> tuple[int, Example, list[tuple[str, str]]]:
+        length = len(self.source)
+        item = item_at(index, length, self.seed)
+        skipped: list[tuple[str, str]] = []
+        while len(skipped) < length:
+            try:
+                rng = generator(self.seed, index, "example")
+                if self.captions:
+                    example = self.source.example(item, rng, self.size)
+                else:
+                    example = Example(image=self.source.image(item, rng, self.size), caption="")
+                return index, example, skipped
+            except DataError as error:
+                skipped.append((self.source.name(item), str(error)))
+                item = (item + 1) % length
+        raise DataError(f"none of the {length} images can be read, the last because: {skipped[-1][1]}")
+
+
+def collate(samples: list[tuple[int, Example, list[tuple[str, str]]]]) -> Batch:
+    return Batch(
+        indices=torch.tensor([index for index, _, _ in samples]),
+        images=torch.from_numpy(np.stack([example.image for _, example, _ in samples])),
+        captions=[example.caption for _, example, _ in samples],
+        skipped=[entry for _, _, skipped in samples for entry in skipped],
+    )
+
+
+def _ignore_interrupts(_: int) -> None:
+    """Ctrl-C reaches every process of a terminal; only the training process answers it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def batches(feed: Feed, start: int, end: int, batch_size: int, workers: int) -> Iterator[Batch]:
+    """The pictures ``start`` to ``end`` - 1 in batches; the last may be smaller."""
+    ranges = [list(range(i, min(i + batch_size, end))) for i in range(start, end, batch_size)]
+    loader = DataLoader(
+        feed,
+        batch_sampler=ranges,
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=_ignore_interrupts,
+        prefetch_factor=4 if workers else None,
+        pin_memory=torch.cuda.is_available(),
+    )
+    yield from loader

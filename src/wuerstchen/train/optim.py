@@ -1,0 +1,61 @@
+"""Optimizers and the learning rate: what turns a loss into an update."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from wuerstchen.train.config import Optimization
+
+FINAL_SHARE = 0.05  # of the learning rate, where a cosine ends
+
+
+def learning_rate(config: Optimization, images: int) -> float:
+    """The learning rate of the update that ends at ``images``: a pure function, nothing to checkpoint."""
+    if images < config.warmup:
+        return config.learning_rate * images / config.warmup
+    if config.decay == "constant":
+        return config.learning_rate
+    share = (images - config.warmup) / max(config.images - config.warmup, 1)
+    cosine = (1 + math.cos(math.pi * min(share, 1.0))) / 2
+    return config.learning_rate * (FINAL_SHARE + (1 - FINAL_SHARE) * cosine)
+
+
+def make_optimizer(network: nn.Module, config: Optimization) -> torch.optim.AdamW:
+    """AdamW over a network's trainable parameters; weight decay acts on matrices alone."""
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as named tensors, which is what safetensors hold."""
+    state = optimizer.state_dict()["state"]
+    return {f"{index}.{name}": tensor for index, entry in state.items() for name, tensor in entry.items()}
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The inverse of ``optimizer_tensors``. Raises ``KeyError`` or ``ValueError`` if they do not fit."""
+    description = optimizer.state_dict()
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        index, name = key.split(".")
+        state.setdefault(int(index), {})[name] = tensor
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, entry in state.items():
+        if entry["exp_avg"].shape != parameters[index].shape:
+            raise ValueError(f"optimizer state {index} has shape {tuple(entry['exp_avg'].shape)}")
+    optimizer.load_state_dict({**description, "state": state})
+
+
+def update(network: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float, rate: float) -> Tensor:
+    """One update from the gradients at hand; returns their norm before shortening."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm

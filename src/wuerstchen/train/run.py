@@ -1,0 +1,324 @@
+"""A whole run: the run folder, its three stages one after the other, and the model at the end.
+
+DIR/run.json  log.jsonl  lock
+DIR/stage_{a,b,c}/{checkpoints,previews}/
+DIR/model/            the averaged weights as a model folder; appears when all three stages are done
+"""
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from filelock import FileLock, Timeout
+from torch import nn
+
+from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
+from wuerstchen.checkpoints.native import FORMAT, Provenance, migrate, write_cascade
+from wuerstchen.checkpoints.text_encoder import read_text_encoder
+from wuerstchen.data.emoji import EmojiSource, sample_root
+from wuerstchen.data.folder import FolderSource
+from wuerstchen.data.plan import stable_hash
+from wuerstchen.data.sources import Source
+from wuerstchen.errors import RunFolderError, UserError
+from wuerstchen.models.cascade import PUBLISHED_MAP, Cascade, MapStatistics
+from wuerstchen.models.compressor import Compressor
+from wuerstchen.models.decoder import Decoder
+from wuerstchen.models.efficientnet import EfficientNetLite
+from wuerstchen.models.prior import Prior
+from wuerstchen.models.vqgan import VQGAN
+from wuerstchen.pipeline import BUNDLED, default_device
+from wuerstchen.train.config import Recipe, as_dict, differing_fields
+from wuerstchen.train.feed import Batch, Feed, batches
+from wuerstchen.train.loop import Settings, run_stage
+from wuerstchen.train.snapshot import read_averages
+from wuerstchen.train.stages import (
+    DecoderAndCompressor,
+    Stage,
+    StageA,
+    StageB,
+    StageC,
+    cascade_settings,
+    measure_map,
+)
+from wuerstchen.train.track import Log
+
+N = TypeVar("N", bound=nn.Module)
+TEXT_ENCODER = BUNDLED / "text_encoder"
+
+
+def open_source(data: str) -> Source:
+    """The data set that a recipe names: the sample, a built emoji set, or a folder with captions."""
+    if data == "sample":
+        return EmojiSource(sample_root(), split="train")
+    root = Path(data)
+    if (root / "index.jsonl").is_file():
+        return EmojiSource(root, split="train")
+    return FolderSource(root)
+
+
+def train(
+    recipe: Recipe, run_dir: Path, *, device: str | None = None, accept_changed_data: bool = False
+) -> Path:
+    """Runs a recipe to its end, from wherever the run folder stands. Returns the finished model's folder.
+
+    Raises ``RunFolderError`` for a folder that is in use or belongs to another recipe, ``DataError`` for data
+    that cannot be used, ``Interrupted`` after a signal.
+    """
+    source = open_source(recipe.data)
+    largest = max(s.optimization.batch_size for s in (recipe.stage_a, recipe.stage_b, recipe.stage_c))
+    if len(source) < largest:
+        raise UserError(
+            f"{recipe.data} has {len(source)} images, fewer than a batch of {largest}; use a smaller "
+            "batch_size or more images"
+        )
+    with _locked(run_dir):
+        log = Log(run_dir / "log.jsonl")
+        fingerprint = _check_run(recipe, run_dir, source, log, accept_changed_data)
+        return _Run(recipe, run_dir, source, fingerprint, default_device(device), log).train()
+
+
+@contextlib.contextmanager
+def _locked(run_dir: Path) -> Iterator[None]:
+    """Keeps other processes out of the run folder. The lock goes with the process, however it ends."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(run_dir / "lock")
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RunFolderError(
+            f"{run_dir} is in use by another process; wait for it, or use another --run-dir"
+        ) from error
+    except OSError as error:
+        raise RunFolderError(
+            f"{run_dir} cannot be written ({error.strerror}); use another --run-dir"
+        ) from error
+    with lock:
+        lock.release()  # the count of this acquisition; ``with`` took one of its own
+        yield
+
+
+def _check_run(recipe: Recipe, run_dir: Path, source: Source, log: Log, accept_changed_data: bool) -> str:
+    """Compares what the folder was begun with and what is asked now; begins it if it is new."""
+    path = run_dir / "run.json"
+    given, data = as_dict(recipe), source.fingerprint()
+    if not path.exists():
+        if any(run_dir.glob("stage_*")):
+            raise RunFolderError(f"{run_dir} holds stages but no run.json; use another --run-dir")
+        _write_json(path, {"format": FORMAT, "recipe": given, "data": data})
+        return data
+    try:
+        stored = migrate(json.loads(path.read_text(encoding="utf-8")), path)
+        differing = differing_fields(stored["recipe"], given)
+    except (ValueError, KeyError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise RunFolderError(f"{path} cannot be read ({error}); use another --run-dir") from error
+    if differing:
+        raise RunFolderError(
+            f"{run_dir} belongs to another recipe: {', '.join(differing)} differ; use the same settings or "
+            "another --run-dir"
+        )
+    if stored["data"] != data:
+        if not accept_changed_data:
+            raise RunFolderError(
+                f"the data in {recipe.data} have changed since {run_dir} was begun; put them back, or give "
+                "--accept-changed-data"
+            )
+        log.event("accepted changed data", before=stored["data"], now=data)
+        _write_json(path, {**stored, "data": data})
+    return data
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    try:
+        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be written ({error.strerror}); free some space") from error
+
+
+class _Run:
+    """One start of a run: builds each stage from the results of those before it."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run_dir: Path,
+        source: Source,
+        fingerprint: str,
+        device: torch.device,
+        log: Log,
+    ) -> None:
+        self.recipe = recipe
+        self.run_dir = run_dir
+        self.source = source
+        self.fingerprint = fingerprint
+        self.device = device
+        self.log = log
+        self.text_encoder = read_text_encoder(TEXT_ENCODER).to(device)
+        self.settings = Settings(
+            seed=recipe.seed,
+            autocast=recipe.precision == "bf16" or (recipe.precision == "auto" and device.type == "cuda"),
+            workers=recipe.workers,
+            checkpoint_seconds=recipe.checkpoint_seconds,
+            log_every=recipe.log_every,
+            preview_every=recipe.preview_every,
+            preview_size=recipe.image_size,
+            previews=min(8, len(source)),
+        )
+
+    def train(self) -> Path:
+        began = time.monotonic()
+        vqgan = self.stage_a()
+        decoder, compressor = self.stage_b(vqgan)
+        prior, statistics = self.stage_c(vqgan, decoder, compressor)
+        target = self.run_dir / "model"
+        if not target.exists():
+            cascade = Cascade(
+                settings=cascade_settings(self.recipe, statistics),
+                vqgan=vqgan,
+                decoder=decoder,
+                compressor=compressor,
+                prior=prior,
+            )
+            provenance = {
+                "vqgan": self.provenance(self.recipe.stage_a.optimization.images),
+                "decoder": self.provenance(self.recipe.stage_b.optimization.images),
+                "compressor": self.provenance(self.recipe.stage_b.optimization.images),
+                "prior": self.provenance(self.recipe.stage_c.optimization.images),
+            }
+            write_cascade(cascade, target, provenance, text_encoder=TEXT_ENCODER)
+        self.say_skipped()
+        self.log.event("end", seconds=round(time.monotonic() - began, 1))
+        return target
+
+    def stage_a(self) -> VQGAN:
+        config = self.recipe.stage_a
+        self.seed_weights("a")
+        perceptual = None
+        if config.perceptual == "efficientnet_lite0":
+            perceptual = EfficientNetLite()
+            load_backbone(perceptual, lite0_path())
+            perceptual.to(self.device)
+        vqgan = VQGAN(self.recipe.vqgan)
+        final = self.run_stage(StageA(config, vqgan, perceptual))
+        trained = self.averaged(vqgan, final, "vqgan")
+        if config.measure_scale:
+            trained.config = dataclasses.replace(trained.config, scale_factor=self.latent_scale(trained))
+        return trained
+
+    def latent_scale(self, vqgan: VQGAN) -> float:
+        """The latents' standard deviation, measured once, which becomes their scale factor."""
+
+        def measure() -> dict[str, Any]:
+            z = torch.cat([vqgan.embed(b.pixels(self.device)) for b in self.some_images("latents")])
+            return {"scale_factor": round(float(z.double().std()), 6)}
+
+        return self.measured_once("stage_a", measure)["scale_factor"]
+
+    def stage_b(self, vqgan: VQGAN) -> tuple[Decoder, Compressor]:
+        config = self.recipe.stage_b
+        self.seed_weights("b")
+        compressor = Compressor(self.recipe.compressor)
+        load_backbone(compressor.backbone, self.compressor_weights())
+        compressor.freeze_early_layers(config.frozen_stride)
+        decoder = Decoder(self.recipe.decoder)
+        stage = StageB(config, vqgan, decoder, compressor, self.text_encoder, self.recipe.decoder_steps)
+        final = self.run_stage(stage)
+        both = self.averaged(DecoderAndCompressor(decoder, compressor), final, "decoder_and_compressor")
+        return both.decoder, both.compressor
+
+    def compressor_weights(self) -> Path:
+        """The file that the compressor's backbone starts from."""
+        named, backbone = self.recipe.stage_b.compressor_init, self.recipe.compressor.backbone
+        if named:
+            return Path(named)
+        if backbone != "efficientnet_lite0":
+            raise UserError(
+                f"{backbone} needs pretrained weights to start from; give --compressor-init FILE, "
+                "torchvision's .pth or timm's .safetensors"
+            )
+        return lite0_path()
+
+    def stage_c(self, vqgan: VQGAN, decoder: Decoder, compressor: Compressor) -> tuple[Prior, MapStatistics]:
+        recipe, config = self.recipe, self.recipe.stage_c
+        if recipe.prior.c_cond != self.text_encoder.width:
+            raise UserError(
+                f"prior.c_cond={recipe.prior.c_cond} is not the text encoder's width; "
+                f"use {self.text_encoder.width}"
+            )
+        self.seed_weights("c")
+        prior = Prior(recipe.prior)
+        frozen = Cascade(
+            settings=cascade_settings(recipe, PUBLISHED_MAP),
+            vqgan=vqgan,
+            decoder=decoder,
+            compressor=compressor,
+            text_encoder=self.text_encoder,
+        )
+        statistics = self.map_statistics(compressor)
+        final = self.run_stage(StageC(config, recipe, prior, frozen, statistics))
+        return self.averaged(prior, final, "prior"), statistics
+
+    def map_statistics(self, compressor: Compressor) -> MapStatistics:
+        """Measured once, before Stage C."""
+
+        def measure() -> dict[str, Any]:
+            return dataclasses.asdict(measure_map(compressor, self.some_images("map"), self.device))
+
+        return MapStatistics(**{k: tuple(v) for k, v in self.measured_once("stage_c", measure).items()})
+
+    def some_images(self, purpose: str) -> Iterator[Batch]:
+        """Training pictures to measure on, in an order of their own."""
+        feed = Feed(self.source, stable_hash(self.recipe.seed, purpose) >> 1, self.recipe.image_size, False)
+        return batches(feed, 0, self.recipe.statistics_images, 16, self.recipe.workers)
+
+    @torch.no_grad()
+    def measured_once(self, stage: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What ``measure`` finds, kept beside the stage's checkpoints: later starts read it back."""
+        path = self.run_dir / stage / "measured.json"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_json(path, measure())
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def run_stage(self, stage: Stage) -> Path:
+        optimization = stage.optimization
+        parameters = sum(p.numel() for n in stage.networks.values() for p in n.parameters())
+        print(
+            f"Stage {stage.name.upper()}: {optimization.images:,} images in batches of "
+            f"{optimization.batch_size}, {parameters / 1e6:.1f} M parameters, on {self.device}"
+        )
+        seed = stable_hash(self.recipe.seed, stage.name, "data") >> 1
+        feed = Feed(self.source, seed, self.recipe.image_size, stage.captions)
+        header = dataclasses.asdict(self.provenance(0))
+        folder = self.run_dir / f"stage_{stage.name}"
+        return run_stage(stage, feed, folder, self.settings, self.device, self.log, header)
+
+    def averaged(self, network: N, checkpoint: Path, name: str) -> N:
+        """The network with the averaged weights of a finished stage, frozen."""
+        network.load_state_dict(read_averages(checkpoint, name))
+        return network.to(self.device).eval().requires_grad_(False)
+
+    def seed_weights(self, stage: str) -> None:
+        """Initial weights are a function of the recipe's seed and the stage alone."""
+        torch.manual_seed(stable_hash(self.recipe.seed, stage, "weights") >> 1)
+
+    def provenance(self, images: int) -> Provenance:
+        return Provenance(
+            recipe=self.recipe.name, seed=self.recipe.seed, images=images, data=self.fingerprint
+        )
+
+    def say_skipped(self) -> None:
+        """Names the images that could not be read, over all starts of the run."""
+        skipped = {e["name"]: e["reason"] for e in self.log.events() if e["event"] == "skipped"}
+        for name, reason in sorted(skipped.items()):
+            print(f"skipped {name}: {reason}")
+        if skipped:
+            print(f"{len(skipped)} images could not be read and were skipped")

@@ -1,0 +1,325 @@
+"""The three stages as training sees them: a batch in, losses out. The loop around them is one, in loop.py.
+
+A stage names the networks that it trains (``networks``) and yields ``(network, loss, terms)`` for each
+batch: the loop makes one update of that network from each loss before it asks for the next.
+"""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor, nn
+
+from wuerstchen.diffusion.samplers import ddpm
+from wuerstchen.diffusion.schedule import CosineSchedule, training_timesteps, uniform_timesteps
+from wuerstchen.images import to_images
+from wuerstchen.models.cascade import Cascade, CascadeSettings, MapStatistics
+from wuerstchen.models.compressor import Compressor, compressor_input
+from wuerstchen.models.decoder import Decoder
+from wuerstchen.models.efficientnet import EfficientNetLite
+from wuerstchen.models.prior import Prior
+from wuerstchen.models.text import TextEncoder
+from wuerstchen.models.vqgan import VQGAN, Discriminator
+from wuerstchen.pipeline import Sampling, Wuerstchen
+from wuerstchen.train.config import Optimization, Recipe, StageAConfig, StageBConfig, StageCConfig
+from wuerstchen.train.feed import Batch
+from wuerstchen.train.random import ImageRandom
+
+SCHEDULE = CosineSchedule()
+
+Losses = Iterator[tuple[str, Tensor, dict[str, Tensor]]]
+
+
+class Stage(Protocol):
+    """What the loop needs to know of a stage."""
+
+    name: str
+    optimization: Optimization
+    networks: dict[str, nn.Module]
+    """Trained, each by an optimizer of its own."""
+    averaged: tuple[str, ...]
+    """Those of which a weight average is kept."""
+    captions: bool
+    """Whether batches need captions."""
+
+    def losses(self, batch: Batch, device: torch.device, random: ImageRandom) -> Losses:
+        """One loss for each update that this batch makes."""
+        ...
+
+    def preview(
+        self, averages: dict[str, nn.Module], pixels: Tensor, device: torch.device
+    ) -> list[Image.Image]:
+        """Pictures of the state of training, drawn with the averaged weights."""
+        ...
+
+
+def p2_loss(
+    predicted: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], t: Float[Tensor, " b"]
+) -> Float[Tensor, ""]:
+    """Mean over pictures of (1 − ᾱ(t)) · ‖ε̂ − ε‖² / n."""
+    errors = (predicted.float() - noise).square().flatten(1).mean(1)
+    return (errors * SCHEDULE.p2_weight(t)).mean()
+
+
+# --- Stage A ---
+
+
+class PerceptualLoss(nn.Module):
+    """Distance of two pictures in the features of an image network, in the manner of arXiv 1801.03924.
+
+    At each resolution the features are scaled to unit length a position and compared by squared distance.
+    """
+
+    def __init__(self, network: EfficientNetLite) -> None:
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+
+    def forward(self, x: Float[Tensor, "b 3 h w"], y: Float[Tensor, "b 3 h w"]) -> Float[Tensor, ""]:
+        with torch.no_grad():
+            targets = self.network.feature_maps(y)
+        pairs = zip(self.network.feature_maps(x), targets, strict=True)
+        distances = [
+            (F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)).square().sum(1).mean()
+            for a, b in pairs
+        ]
+        return torch.stack(distances).mean()
+
+
+def random_crops(
+    pixels: Float[Tensor, "b c h w"], side: int, random: ImageRandom
+) -> Float[Tensor, "b c side side"]:
+    """A square of each picture, at a place of its own."""
+    height, width = pixels.shape[2:]
+    places = random.uniform("crop", (2,)).cpu()
+    tops = (places[:, 0] * (height - side + 1)).long().tolist()
+    lefts = (places[:, 1] * (width - side + 1)).long().tolist()
+    rows = zip(pixels, tops, lefts, strict=True)
+    return torch.stack([p[:, top : top + side, left : left + side] for p, top, left in rows])
+
+
+class StageA:
+    """The VQGAN against its discriminator."""
+
+    name = "a"
+    averaged = ("vqgan",)
+    captions = False
+
+    def __init__(self, config: StageAConfig, vqgan: VQGAN, perceptual: EfficientNetLite | None) -> None:
+        self.config = config
+        self.optimization = config.optimization
+        self.vqgan = vqgan
+        self.networks: dict[str, nn.Module] = {"vqgan": vqgan}
+        self.perceptual = None if perceptual is None else PerceptualLoss(perceptual)
+        self.discriminator: Discriminator | None = None
+        if config.adversarial_weight > 0:
+            width, depth = config.discriminator_width, config.discriminator_depth
+            self.discriminator = Discriminator(vqgan.config.in_channels, width, depth)
+            self.networks["discriminator"] = self.discriminator
+        if config.codebook_init == "normal":
+            nn.init.normal_(vqgan.vquantizer.embedding.weight)
+
+    def losses(self, batch: Batch, device: torch.device, random: ImageRandom) -> Losses:
+        config = self.config
+        pixels = batch.pixels(device)
+        if config.crop is not None:
+            pixels = random_crops(pixels, config.crop, random)
+        quantise = random.uniform("quantise") >= config.quantise_dropout
+        output, quantised = self.vqgan(pixels, quantise=quantise)
+        output = output.float()
+        terms = {"reconstruction": F.mse_loss(output, pixels) + F.l1_loss(output, pixels)}
+        terms["quantiser"] = quantised.loss
+        total = terms["reconstruction"] + terms["quantiser"]
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(output, pixels)
+            total = total + config.perceptual_weight * terms["perceptual"]
+        adversarial = self.discriminator is not None and int(batch.indices[0]) >= config.adversarial_from
+        if adversarial:
+            assert self.discriminator is not None
+            terms["adversarial"] = -self.discriminator(output).float().mean()
+            total = total + config.adversarial_weight * terms["adversarial"]
+        yield "vqgan", total, terms
+        if adversarial:
+            assert self.discriminator is not None
+            # Hinge loss (arXiv 1705.02894): only what is not yet told apart clearly teaches anything.
+            real = F.relu(1 - self.discriminator(pixels).float()).mean()
+            fake = F.relu(1 + self.discriminator(output.detach()).float()).mean()
+            yield "discriminator", real + fake, {"discriminator": real + fake}
+
+    def preview(
+        self, averages: dict[str, nn.Module], pixels: Tensor, device: torch.device
+    ) -> list[Image.Image]:
+        """Originals, then unquantised and quantised reconstructions."""
+        vqgan = averages["vqgan"]
+        rows = [pixels, *(vqgan(pixels, quantise=q)[0].clamp(0, 1) for q in (False, True))]
+        return [image for row in rows for image in to_images(row.float())]
+
+
+# --- Stage B ---
+
+
+class DecoderAndCompressor(nn.Module):
+    """What Stage B trains as one."""
+
+    def __init__(self, decoder: Decoder, compressor: Compressor) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.compressor = compressor
+
+
+class StageB:
+    """The latent diffusion decoder and, with it, the semantic compressor."""
+
+    name = "b"
+    averaged = ("decoder_and_compressor",)
+
+    def __init__(
+        self,
+        config: StageBConfig,
+        vqgan: VQGAN,
+        decoder: Decoder,
+        compressor: Compressor,
+        text_encoder: TextEncoder | None,
+        decoder_steps: int,
+    ) -> None:
+        self.config = config
+        self.optimization = config.optimization
+        self.vqgan = vqgan.eval().requires_grad_(False)
+        self.text_encoder = text_encoder if decoder.config.clip_embd is not None else None
+        self.captions = self.text_encoder is not None
+        self.decoder_steps = decoder_steps
+        self.trained = DecoderAndCompressor(decoder, compressor)
+        self.networks: dict[str, nn.Module] = {"decoder_and_compressor": self.trained}
+
+    def disturb(self, z: Float[Tensor, "b c h w"], random: ImageRandom) -> Float[Tensor, "b c h w"]:
+        """Zeroes the map of some pictures and noises that of others, so that B bears with what C draws.
+
+        The noise has the map's own scale: its BatchNorm keeps every channel near unit variance.
+        """
+        config = self.config
+        noised = SCHEDULE.add_noise(
+            z, random.normal("map noise", z.shape[1:]), random.uniform("map time") / 2
+        )
+        u = random.uniform("map choice")[:, None, None, None]
+        z = torch.where(u >= 1 - config.map_noise * (1 - config.map_dropout), noised, z)
+        return torch.where(u < config.map_dropout, 0.0, z)
+
+    def losses(self, batch: Batch, device: torch.device, random: ImageRandom) -> Losses:
+        pixels = batch.pixels(device)
+        with torch.no_grad():
+            latents = self.vqgan.encode(pixels).float()
+        z = self.trained.compressor(compressor_input(pixels)).float()
+        states = None
+        if self.text_encoder is not None:
+            drop = random.uniform("caption") < self.config.caption_dropout
+            texts = ["" if d else caption for caption, d in zip(batch.captions, drop.tolist(), strict=True)]
+            states = self.text_encoder.encode(texts).states
+        context = self.trained.decoder.context(self.disturb(z, random), tuple(latents.shape[2:]), states)
+        t = training_timesteps(random.uniform("time"))
+        noise = random.normal("noise", latents.shape[1:])
+        predicted = self.trained.decoder(SCHEDULE.add_noise(latents, noise, t), t, context)
+        loss = p2_loss(predicted, noise, t)
+        yield "decoder_and_compressor", loss, {"map_std": z.detach().std()}
+
+    def preview(
+        self, averages: dict[str, nn.Module], pixels: Tensor, device: torch.device
+    ) -> list[Image.Image]:
+        """Originals, Stage A's reconstructions, and those of A+B."""
+        trained = averages["decoder_and_compressor"]
+        latents = self.vqgan.encode(pixels)
+        z = trained.compressor(compressor_input(pixels))
+        states = None if self.text_encoder is None else self.text_encoder.encode([""] * len(z)).states
+        context = trained.decoder.context(z, tuple(latents.shape[2:]), states)
+        generators = [torch.Generator().manual_seed(i) for i in range(len(pixels))]
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators]).to(device)
+        sample = ddpm(
+            lambda x, t: trained.decoder(x, t, context),
+            noise,
+            uniform_timesteps(self.decoder_steps),
+            generators,
+            SCHEDULE,
+        )
+        rows = [pixels, *(self.vqgan.decode(x).clamp(0, 1) for x in (latents, sample))]
+        return [image for row in rows for image in to_images(row.float())]
+
+
+# --- Stage C ---
+
+
+class StageC:
+    """The prior, on the frozen compressor's normalised maps."""
+
+    name = "c"
+    averaged = ("prior",)
+    captions = True
+
+    def __init__(
+        self,
+        config: StageCConfig,
+        recipe: Recipe,
+        prior: Prior,
+        frozen: Cascade,
+        statistics: MapStatistics,
+    ) -> None:
+        assert frozen.compressor is not None
+        assert frozen.text_encoder is not None
+        self.config = config
+        self.recipe = recipe
+        self.optimization = config.optimization
+        self.prior = prior
+        self.compressor = frozen.compressor.eval().requires_grad_(False)
+        self.text_encoder = frozen.text_encoder
+        self.frozen = frozen
+        self.statistics = statistics
+        self.networks: dict[str, nn.Module] = {"prior": prior}
+
+    def losses(self, batch: Batch, device: torch.device, random: ImageRandom) -> Losses:
+        drop = random.uniform("caption") < self.config.caption_dropout
+        texts = ["" if d else caption for caption, d in zip(batch.captions, drop.tolist(), strict=True)]
+        with torch.no_grad():
+            z = self.compressor(compressor_input(batch.pixels(device))).float()
+            x = self.statistics.normalise(z)
+            encoded = self.text_encoder.encode(texts)
+        t = training_timesteps(random.uniform("time"))
+        noise = random.normal("noise", x.shape[1:])
+        context = self.prior.context(encoded.states, encoded.mask)
+        predicted = self.prior(SCHEDULE.add_noise(x, noise, t), t, context)
+        yield "prior", p2_loss(predicted, noise, t), {}
+
+    def preview(
+        self, averages: dict[str, nn.Module], pixels: Tensor, device: torch.device
+    ) -> list[Image.Image]:
+        """Pictures of the recipe's prompts, through C, B and A."""
+        prior = averages["prior"]
+        assert isinstance(prior, Prior)
+        cascade = Cascade(
+            settings=cascade_settings(self.recipe, self.statistics),
+            vqgan=self.frozen.vqgan,
+            decoder=self.frozen.decoder,
+            compressor=self.frozen.compressor,
+            prior=prior,
+            text_encoder=self.frozen.text_encoder,
+        )
+        return Wuerstchen(cascade, device).generate(list(self.recipe.preview_prompts), sampling=Sampling())
+
+
+def cascade_settings(recipe: Recipe, statistics: MapStatistics) -> CascadeSettings:
+    """The settings of the model that a recipe makes."""
+    return CascadeSettings(
+        image_size=recipe.image_size,
+        map_statistics=statistics,
+        text_mask=True,
+        prior_steps=recipe.prior_steps,
+        prior_guidance=recipe.prior_guidance,
+        decoder_steps=recipe.decoder_steps,
+    )
+
+
+@torch.no_grad()
+def measure_map(compressor: Compressor, batches: Iterator[Batch], device: torch.device) -> MapStatistics:
+    """Mean and standard deviation of each channel of the map over some pictures."""
+    maps = torch.cat([compressor(compressor_input(batch.pixels(device))).float().cpu() for batch in batches])
+    columns = maps.double().transpose(0, 1).flatten(1)
+    return MapStatistics(mean=tuple(columns.mean(1).tolist()), std=tuple(columns.std(1).tolist()))
