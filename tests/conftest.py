@@ -1,10 +1,20 @@
 """What several test files share."""
 
 import hashlib
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+
+from wuerstchen.checkpoints.native import Provenance, write_cascade
+from wuerstchen.checkpoints.text_encoder import read_text_encoder
+from wuerstchen.models.cascade import Cascade, CascadeSettings, MapStatistics
+from wuerstchen.models.compressor import Compressor, CompressorConfig
+from wuerstchen.models.decoder import Decoder, DecoderConfig
+from wuerstchen.models.prior import Prior, PriorConfig
+from wuerstchen.models.vqgan import VQGAN, VQGANConfig
+from wuerstchen.pipeline import BUNDLED
 
 
 def _fill(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -63,3 +73,52 @@ def assert_same_gradients():
             assert error <= 1e-4 * reference[name].norm() + 1e-7 * total, name
 
     return check
+
+
+@pytest.fixture(scope="session")
+def small_cascade() -> Cascade:
+    """A whole model of random weights, every part of it tiny but the text encoder."""
+    torch.manual_seed(0)
+    cascade = Cascade(
+        settings=CascadeSettings(
+            image_size=128,
+            map_statistics=MapStatistics(mean=(0.5, -1.0), std=(2.0, 3.0)),
+            text_mask=True,
+            prior_steps=3,
+            decoder_steps=2,
+        ),
+        vqgan=VQGAN(VQGANConfig(bottleneck_blocks=1, embed_dim=8, num_vq_embeddings=16)),
+        decoder=Decoder(
+            DecoderConfig(
+                c_r=8,
+                c_cond=8,
+                c_hidden=(8, 8),
+                nhead=(-1, -1),
+                blocks=(1, 1),
+                level_config=("CT", "CT"),
+                inject_effnet=(False, True),
+                effnet_embd=2,
+                clip_embd=None,
+            )
+        ),
+        compressor=Compressor(CompressorConfig(backbone="efficientnet_lite0", c_latent=2)),
+        prior=Prior(PriorConfig(c_in=2, c=16, c_cond=384, c_r=8, depth=1, nhead=2)),
+        text_encoder=read_text_encoder(BUNDLED / "text_encoder"),
+    )
+    for part in (cascade.decoder, cascade.prior):
+        assert part is not None
+        with torch.no_grad():
+            for name, parameter in part.named_parameters():
+                if not parameter.any():
+                    parameter.copy_(0.1 * _fill(name, parameter))
+    return cascade
+
+
+@pytest.fixture(scope="session")
+def model_folder(small_cascade: Cascade, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``small_cascade`` on disk."""
+    folder = tmp_path_factory.mktemp("models") / "small"
+    provenance = Provenance(recipe="test", seed=1, images=2, data="none")
+    parts = dict.fromkeys(("vqgan", "decoder", "compressor", "prior"), provenance)
+    write_cascade(small_cascade, folder, parts, text_encoder=BUNDLED / "text_encoder")
+    return folder

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import wuerstchen
-from wuerstchen.errors import UserError
+from wuerstchen.errors import UserError, UserNotice
 
 if TYPE_CHECKING:
     from wuerstchen.pipeline import Progress, Sampling
@@ -38,7 +38,21 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0, or 2 for what the user can mend, or 130 after Ctrl-C."""
-    warnings.showwarning = lambda message, *_, **__: print(f"Warning: {message}", file=sys.stderr)
+    with warnings.catch_warnings():
+        # Only what is meant for the user is shown, and never as a traceback.
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", UserNotice)
+        warnings.showwarning = _print_warning
+        return _run(arguments)
+
+
+def _print_warning(message: Warning | str, *_: object, **__: object) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(f"Warning: {message}", file=sys.stderr)  # beside a progress bar, not into it
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         known, others = _parser().parse_known_args(arguments)
         if others and known.run is not _train:

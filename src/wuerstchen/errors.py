@@ -19,3 +19,7 @@ class DataError(UserError):
 
 class RunFolderError(UserError):
     """A run folder is in use, belongs to another run, or cannot be written."""
+
+
+class UserNotice(UserWarning):
+    """Something went on, but not quite as asked. The command line prints it in one line."""

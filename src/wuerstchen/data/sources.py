@@ -1,7 +1,7 @@
 """Where captioned pictures come from: the one interface that every data set offers to training."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -14,6 +14,7 @@ class Example:
     caption: str
 
 
+@runtime_checkable
 class Source(Protocol):
     """A set of captioned pictures with random access.
 

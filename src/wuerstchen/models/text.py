@@ -10,13 +10,13 @@ from jaxtyping import Bool, Float
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from wuerstchen.errors import UserError
+from wuerstchen.errors import UserError, UserNotice
 
 if TYPE_CHECKING:
     from transformers import BertModel, CLIPTextModel, PreTrainedTokenizerBase
 
 
-class PromptTooLongWarning(UserWarning):
+class PromptTooLongWarning(UserNotice):
     """A prompt has more tokens than the text model reads; the message names the words that are lost."""
 
 

@@ -140,7 +140,7 @@ def _train_batch(
             name, loss, terms = following
             if not bool(torch.isfinite(loss)):
                 raise UserError(
-                    f"the loss of {name} is {float(loss)} at image {state.images:,} of stage "
+                    f"the loss of {name} is {float(loss.detach())} at image {state.images:,} of stage "
                     f"{stage.name.upper()}: nothing was updated; lower the learning rate, or look at the "
                     "pictures from there on"
                 )
@@ -148,7 +148,7 @@ def _train_batch(
             loss.backward()
             norm = update(network, state.optimizers[name], optimization.clip_norm, rate)
             key = "loss" if "loss" not in values else f"loss_{name}"
-            values |= {key: float(loss), f"gradient_{name}": float(norm)}
+            values |= {key: float(loss.detach()), f"gradient_{name}": float(norm)}
             values |= {term: float(value.detach()) for term, value in terms.items()}
     state.images += len(batch.indices)
     state.updates += 1

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from wuerstchen.checkpoints.native import FORMAT, migrate, read_tensors, write_tensors
-from wuerstchen.errors import CheckpointError
+from wuerstchen.errors import CheckpointError, UserNotice
 from wuerstchen.train.optim import load_optimizer_tensors, optimizer_tensors
 
 KEPT = 2
@@ -37,7 +37,7 @@ class TrainingState:
     updates: int = 0
 
 
-class DamagedCheckpointWarning(UserWarning):
+class DamagedCheckpointWarning(UserNotice):
     """A checkpoint could not be read, and an older one was used."""
 
 

@@ -5,7 +5,7 @@ batch: the loop makes one update of that network from each loss before it asks f
 """
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ SCHEDULE = CosineSchedule()
 Losses = Iterator[tuple[str, Tensor, dict[str, Tensor]]]
 
 
+@runtime_checkable
 class Stage(Protocol):
     """What the loop needs to know of a stage."""
 

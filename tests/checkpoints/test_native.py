@@ -1,0 +1,196 @@
+"""The native layout: exact both ways, and nothing foreign or damaged gets through."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from wuerstchen.checkpoints import native
+from wuerstchen.checkpoints.native import (
+    Provenance,
+    read_cascade,
+    read_network,
+    read_tensors,
+    write_cascade,
+    write_network,
+    write_tensors,
+)
+from wuerstchen.errors import CheckpointError
+from wuerstchen.models.prior import Prior, PriorConfig
+
+PROVENANCE = Provenance(recipe="r", seed=7, images=99, data="abc")
+CONFIG = PriorConfig(c_in=2, c=16, c_cond=8, c_r=8, depth=1, nhead=2)
+
+
+@pytest.fixture
+def copy(model_folder, tmp_path) -> Path:
+    """A model folder to damage."""
+    return shutil.copytree(model_folder, tmp_path / "model")
+
+
+def test_a_network_keeps_weights_configuration_and_origin(tmp_path, randomise):
+    prior = randomise(Prior(CONFIG))
+    write_network(prior, tmp_path / "prior.safetensors", PROVENANCE)
+    again, provenance = read_network(tmp_path / "prior.safetensors")
+    assert again.config == CONFIG
+    assert provenance == PROVENANCE
+    assert provenance.versions["torch"] == torch.__version__
+    assert not again.training
+    for name, tensor in prior.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(("storage", "error", "share"), [("float16", 6e-4, 0.6), ("int8", 2e-2, 0.5)])
+def test_small_storage_costs_little(storage, error, share, tmp_path, randomise, relative_error):
+    prior = randomise(Prior(CONFIG))
+    full, small = tmp_path / "full.safetensors", tmp_path / "small.safetensors"
+    write_network(prior, full, PROVENANCE)
+    write_network(prior, small, PROVENANCE, storage)
+    again, _ = read_network(small)
+    for name, tensor in prior.state_dict().items():
+        assert again.state_dict()[name].dtype == tensor.dtype
+        assert relative_error(again.state_dict()[name], tensor) <= error, name
+    assert small.stat().st_size < share * full.stat().st_size
+
+
+def test_a_whole_model_round_trips(model_folder, small_cascade):
+    again = read_cascade(model_folder)
+    assert again.settings == small_cascade.settings
+    ours, theirs = small_cascade.networks(), again.networks()
+    assert ours.keys() == theirs.keys() == {"vqgan", "decoder", "compressor", "prior", "text_encoder"}
+    for part, network in ours.items():
+        for name, tensor in network.state_dict().items():
+            assert torch.equal(tensor, theirs[part].state_dict()[name]), (part, name)
+
+
+def test_an_existing_folder_is_not_overwritten(model_folder, small_cascade):
+    with pytest.raises(CheckpointError, match="exists already; choose another folder"):
+        write_cascade(small_cascade, model_folder, {})
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path, small_cascade):
+    with pytest.raises(KeyError):
+        write_cascade(small_cascade, tmp_path / "model", {"vqgan": PROVENANCE})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_older_formats_are_migrated_step_by_step(tmp_path, monkeypatch):
+    path = tmp_path / "x.safetensors"
+    write_tensors({"a": torch.ones(1)}, path, {"format": 1, "old": 5})
+    monkeypatch.setattr(native, "FORMAT", 3)
+    steps = {
+        1: lambda header: {**header, "format": 2, "new": header["old"] + 1},
+        2: lambda header: {**header, "format": 3, "newest": header["new"] + 1},
+    }
+    monkeypatch.setattr(native, "MIGRATIONS", steps)
+    _, header = read_tensors(path)
+    assert header == {"format": 3, "old": 5, "new": 6, "newest": 7}
+
+
+def test_a_newer_format_is_refused_with_upgrade(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_tensors({"a": torch.ones(1)}, path, {"format": 2})
+    with pytest.raises(CheckpointError, match=r"format 2, newer than 1, .*pip install --upgrade wuerstchen"):
+        read_tensors(path)
+
+
+class Bomb:
+    """Unpickled, it would raise the alarm."""
+
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was executed",))
+
+
+def test_a_pickle_is_never_opened(copy):
+    torch.save({"weight": Bomb()}, copy / "prior.safetensors")
+    with pytest.raises(CheckpointError, match=r"prior\.safetensors is not a whole safetensors file"):
+        read_cascade(copy)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def foreign(path: Path) -> None:
+    save_file({"x": torch.ones(2)}, path)
+
+
+def other_network(path: Path) -> None:
+    shutil.copy(path.with_name("vqgan.safetensors"), path)
+
+
+def without_a_tensor(path: Path) -> None:
+    tensors, header = read_tensors(path)
+    tensors.popitem()
+    write_tensors(tensors, path, header)
+
+
+def wrong_shape(path: Path) -> None:
+    tensors, header = read_tensors(path)
+    name = next(iter(tensors))
+    write_tensors({**tensors, name: torch.ones(3)}, path, header)
+
+
+def unknown_field(path: Path) -> None:
+    tensors, header = read_tensors(path)
+    header["config"]["flux_capacitor"] = 1
+    write_tensors(tensors, path, header)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (Path.unlink, "does not exist"),
+        (truncate, "is not a whole safetensors file"),
+        (empty, "is not a whole safetensors file"),
+        (foreign, "was not written by wuerstchen"),
+        (other_network, "holds another network"),
+        (without_a_tensor, "does not hold what its header says"),
+        (wrong_shape, "does not hold what its header says"),
+        (unknown_field, "flux_capacitor"),
+    ],
+)
+def test_damaged_and_foreign_files_are_refused(damage, message, copy):
+    damage(copy / "prior.safetensors")
+    with pytest.raises(CheckpointError, match=message) as raised:
+        read_cascade(copy)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is no description of a model"),
+        ("[]", "is no description of a model"),
+        ('{"format": 1}', "is no description of a model"),
+        ('{"format": "x"}', "format 'x', which is no number"),
+        ('{"format": 9}', "upgrade"),
+    ],
+)
+def test_damaged_descriptions_are_refused(content, message, copy):
+    (copy / "model.json").write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        read_cascade(copy)
+
+
+def test_unknown_parts_missing_parts_and_bad_numbers_are_refused(copy):
+    description = json.loads((copy / "model.json").read_text())
+
+    def write(**changes):
+        (copy / "model.json").write_text(json.dumps({**description, **changes}))
+
+    write(parts=[*description["parts"], "telepathy"])
+    with pytest.raises(CheckpointError, match="unknown part 'telepathy'"):
+        read_cascade(copy)
+    write(parts=["prior"])
+    with pytest.raises(CheckpointError, match="lacks decoder, vqgan"):
+        read_cascade(copy)
+    with pytest.raises(CheckpointError, match=r"is no model folder: it has no model\.json"):
+        read_cascade(copy / "text_encoder")

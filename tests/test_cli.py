@@ -1,0 +1,172 @@
+"""The command line: what it writes, and one line with exit code 2 for what the user can mend."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from wuerstchen.cli import main
+from wuerstchen.images import read_settings
+
+
+@pytest.fixture
+def run(capsys, model_folder, monkeypatch, tmp_path):
+    """Runs a command in an empty folder; returns exit code, output and errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str | Path, model: bool = True) -> tuple[int, str, str]:
+        drawing = arguments[:1] and arguments[0] in ("generate", "reconstruct") and model
+        code = main([*map(str, arguments), *(["--model", str(model_folder)] if drawing else [])])
+        captured = capsys.readouterr()
+        return code, captured.out, re.sub(r"[^\n]*\r", "", captured.err)
+
+    return call
+
+
+def size_of(path: str | Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
+
+
+def test_generate_writes_a_picture_with_its_settings(run, tmp_path, model_folder):
+    code, out, _ = run(
+        "generate", "a Purple  camel, ümlaut", "--seed", "7", "--guidance", "2", "--prior-steps", "4"
+    )
+    assert code == 0
+    path = Path(out.strip())
+    assert path.name == "a-purple-camel-ümlaut-7.png"
+    assert read_settings(path) == {
+        "prompt": "a Purple  camel, ümlaut",
+        "negative": "",
+        "seed": 7,
+        "model": str(model_folder),
+        "guidance": 2.0,
+        "prior_steps": 4,
+        "decoder_steps": 2,
+        "decoder_guidance": 1.0,
+    }
+    assert size_of(path) == (128, 128)
+
+
+def test_pictures_are_numbered_by_seed_and_nothing_is_overwritten(run, tmp_path):
+    _, out, _ = run("generate", "a cat", "a dog", "--count", "2", "--out", "deep/er")
+    names = [Path(line).name for line in out.split()]
+    assert names == ["a-cat-0.png", "a-cat-1.png", "a-dog-2.png", "a-dog-3.png"]
+    _, out, _ = run("generate", "a cat", "--out", "deep/er")
+    assert Path(out.strip()).name == "a-cat-0-2.png"
+
+
+def test_grid_and_size(run):
+    code, out, _ = run(
+        "generate", "a cat", "a dog", "a cow", "--grid", "--out", "all.png", "--size", "256x128"
+    )
+    assert (code, out.strip()) == (0, "all.png")
+    width, height = size_of("all.png")
+    assert width > 2 * 256
+    assert 2 * 128 < height < 3 * 128
+    assert read_settings("all.png")["prompt"] == "a cat\na dog\na cow"
+
+
+def test_reconstruct_shows_both_and_says_how_small_the_map_is(run):
+    Image.effect_noise((200, 150), 50).save("photo.jpg")
+    code, out, err = run("reconstruct", "photo.jpg")
+    assert (code, out.strip()) == (0, "photo-reconstructed.png")
+    assert size_of("photo-reconstructed.png")[0] > 2 * 128
+    assert "map 2x3x3: 42.67 times smaller a side" in err
+
+
+BAD_CALLS = {
+    "no prompt": (["generate"], "no prompt was given"),
+    "steps 0": (["generate", "a", "--prior-steps", "0"], "prior_steps 0 must be from 1"),
+    "guidance nan": (["generate", "a", "--guidance", "nan"], "guidance nan must be a number"),
+    "negative seed": (["generate", "a", "--seed", "-1"], "seed -1 must be from 0"),
+    "large seed": (["generate", "a", "--seed", str(2**64)], "must be from 0 to"),
+    "no number": (["generate", "a", "--count", "many"], "invalid int value: 'many'"),
+    "bad size": (["generate", "a", "--size", "big"], "'big' is neither N nor WIDTHxHEIGHT"),
+    "impossible size": (["generate", "a", "--size", "130"], "use 128 in place of 130"),
+    "one file for two": (["generate", "a", "b", "--out", "x.png"], "is one file for 2 pictures; add --grid"),
+    "unknown option": (["generate", "a", "--speed", "9"], "--speed 9 is no option of this command"),
+    "unknown command": (["dream"], "invalid choice: 'dream'"),
+    "no model": (["generate", "a", "--model", "nowhere"], "nowhere is no model folder"),
+    "bad device": (["generate", "a", "--device", "toaster"], "device 'toaster' is unknown"),
+    "missing image": (["reconstruct", "nothing.png"], "nothing.png"),
+    "no recipe": (["train"], "no recipe was named; use one of tiny"),
+    "unknown recipe": (["train", "huge"], "'huge' is no recipe; use one of tiny, mini"),
+    "missing data": (["train", "tiny", "--data", "nowhere"], "nowhere"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_bad_calls_get_one_line_and_exit_code_2(name, run, tmp_path):
+    arguments, message = BAD_CALLS[name]
+    code, out, err = run(*arguments, model="--model" not in arguments)
+    assert code == 2
+    assert message in err
+    assert re.fullmatch(r"Error: [^\n]+\n", err)
+    assert out == "" or name == "missing data"
+    assert [p for p in tmp_path.rglob("*") if p.suffix in (".png", ".tmp")] == []
+
+
+@pytest.mark.parametrize("content", ["empty", "truncated", "text", "huge"])
+def test_bad_images_get_one_line(content, run, tmp_path):
+    path = tmp_path / "x.png"
+    Image.effect_noise((64, 64), 50).save(path)
+    if content == "empty":
+        path.write_bytes(b"")
+    elif content == "truncated":
+        path.write_bytes(path.read_bytes()[:-500])
+    elif content == "text":
+        path.write_text("not a picture")
+    else:
+        Image.new("1", (10_001, 10_000)).save(path)
+    code, _, err = run("reconstruct", path)
+    assert code == 2
+    assert re.fullmatch(r"Error: [^\n]*x\.png[^\n]+\n", err)
+
+
+def test_a_folder_that_cannot_be_written_is_noticed_before_drawing(run, tmp_path):
+    (tmp_path / "file").touch()
+    code, _, err = run("generate", "a", "--out", "file/inside", "--model", "nowhere", model=False)
+    assert code == 2
+    assert "cannot be written" in err
+
+
+def test_a_prompt_that_is_cut_warns_in_one_line(run):
+    code, _, err = run("generate", "cat " * 40 + "lostword")
+    assert code == 0
+    assert re.search(r"^Warning: [^\n]*lostword[^\n]*$", err, re.MULTILINE)
+
+
+def python(code: str) -> str:
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    ).stdout
+
+
+@pytest.mark.parametrize(
+    "statement", ["import wuerstchen", "import wuerstchen.cli; wuerstchen.cli._parser()"]
+)
+def test_nothing_heavy_is_imported_before_it_is_needed(statement):
+    loaded = python(f"import sys; {statement}; print(*sys.modules)").split()
+    assert not {"torch", "numpy", "transformers", "PIL", "tyro", "tqdm"} & set(loaded)
+
+
+def test_public_names_are_there():
+    import wuerstchen
+
+    for name in wuerstchen.__all__:
+        assert getattr(wuerstchen, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        wuerstchen.nothing  # noqa: B018
+
+
+def test_help_shows_examples(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    assert 'wuerstchen generate "a 3D render of a purple camel' in capsys.readouterr().out

@@ -1,0 +1,55 @@
+"""The rooms of the house: each may import only those before it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import wuerstchen
+
+ROOT = Path(wuerstchen.__file__).parent
+ORDER = [
+    {"errors"},
+    {"images"},
+    {"models", "diffusion"},
+    {"checkpoints"},
+    {"pipeline"},
+    {"data"},
+    {"train"},
+    {"recipes"},
+    {"cli"},
+    {"__main__", "__init__"},
+]
+LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def room_of(parts: tuple[str, ...]) -> str:
+    return Path(parts[0]).stem
+
+
+def imports(path: Path) -> set[str]:
+    """Rooms that a file imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("wuerstchen."):
+            found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.ImportFrom) and node.module == "wuerstchen":
+            found |= {alias.name for alias in node.names if alias.name in LEVEL}
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("wuerstchen.")}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    own = room_of(path.relative_to(ROOT).parts)
+    for other in imports(path):
+        assert other == own or LEVEL[other] < LEVEL[own], f"{own} may not import {other}"
+    text = path.read_text(encoding="utf-8")
+    assert "import diffusers" not in text
+    assert "from diffusers" not in text
+
+
+def test_every_room_is_in_the_order():
+    assert {room_of(path.relative_to(ROOT).parts) for path in FILES} <= LEVEL.keys()

@@ -1,0 +1,145 @@
+"""The loop: what it computes does not depend on where it was stopped."""
+
+import dataclasses
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from wuerstchen.errors import UserError
+from wuerstchen.train.feed import Feed
+from wuerstchen.train.loop import Interrupted, run_stage
+from wuerstchen.train.snapshot import newest
+from wuerstchen.train.track import Log
+
+CPU = torch.device("cpu")
+
+
+def run(folder: Path, stage, source, settings, **changes):
+    settings = dataclasses.replace(settings, **changes)
+    log = Log(folder / "log.jsonl")
+    folder.mkdir(exist_ok=True)
+    feed = Feed(source, 5, settings.preview_size, stage.captions)
+    return run_stage(stage, feed, folder, settings, CPU, log, {"recipe": "toy"}), log
+
+
+def digests(checkpoint: Path) -> dict[str, str]:
+    found = newest(checkpoint.parent)
+    assert found is not None
+    assert found[0] == checkpoint
+    return found[1]["files"]
+
+
+class StopAt:
+    """Raises at a picture: the process is gone as far as the loop can tell."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def __call__(self, batch) -> None:
+        if self.index in batch.indices.tolist():
+            raise SystemExit
+
+
+@pytest.mark.parametrize("stops", [[2], [50], [3, 30, 31, 77, 119]])
+def test_a_broken_run_ends_as_the_unbroken_one(stops, tmp_path, toy_stage, toy_source, settings):
+    """Weights, averages and optimizers bit for bit, with dropout, batch norm and previews on the way."""
+    whole, _ = run(tmp_path / "whole", toy_stage(), toy_source(), settings, preview_every=20)
+    for stop in stops:
+        with pytest.raises(SystemExit):
+            run(
+                tmp_path / "broken",
+                toy_stage(on_batch=StopAt(stop)),
+                toy_source(),
+                settings,
+                checkpoint_seconds=0.0,
+            )
+    # The last start loads pictures in another process and draws no previews: neither may matter.
+    broken, log = run(tmp_path / "broken", toy_stage(), toy_source(), settings, workers=1)
+    assert digests(broken) == digests(whole)
+    starts = [event["images"] for event in log.events() if event["event"] == "start"]
+    assert starts == [0, *(stop // 4 * 4 for stop in stops)]
+
+
+def test_state_differs_between_seeds_and_moments(tmp_path, toy_stage, toy_source, settings):
+    """The comparison above can fail."""
+    one, _ = run(tmp_path / "1", toy_stage(), toy_source(), settings)
+    two, _ = run(tmp_path / "2", toy_stage(), toy_source(), settings, seed=1)
+    three, _ = run(tmp_path / "3", toy_stage(images=116), toy_source(), settings)
+    assert len({tuple(digests(path).values()) for path in (one, two, three)}) == 3
+
+
+def test_every_network_trains_and_the_average_follows(tmp_path, toy_stage, toy_source, settings):
+    stage, before = toy_stage(), toy_stage()
+    run(tmp_path, stage, toy_source(), settings)
+    for name in ("model", "critic"):
+        pairs = zip(stage.networks[name].parameters(), before.networks[name].parameters(), strict=True)
+        assert all(not torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_checkpoint_and_a_clean_end(number, tmp_path, toy_stage, toy_source, settings):
+    def interrupt(batch) -> None:
+        if 40 in batch.indices.tolist():
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match="stopped at image 44 of 120"):
+        run(tmp_path, toy_stage(on_batch=interrupt), toy_source(), settings)
+    assert signal.getsignal(number) is before
+    found = newest(tmp_path / "checkpoints")
+    assert found is not None
+    assert found[1]["images"] == 44
+    _, log = run(tmp_path, toy_stage(), toy_source(), settings)
+    assert [e["images"] for e in log.events() if e["event"] == "start"] == [0, 44]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, toy_stage, toy_source, settings):
+    stage = toy_stage()
+
+    def poison(batch) -> None:
+        if 8 in batch.indices.tolist():
+            torch.nn.init.constant_(stage.networks["critic"].bias, torch.nan)
+
+    stage.on_batch = poison
+    with pytest.raises(
+        UserError, match=r"the loss of model is nan at image 8 of stage A: nothing was updated"
+    ):
+        run(tmp_path, stage, toy_source(), settings)
+    assert newest(tmp_path / "checkpoints") is None
+
+
+def test_out_of_memory_says_size_and_batch(tmp_path, toy_stage, toy_source, settings):
+    def full(batch) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(
+        UserError, match=r"batch_size=4 at 4x4 pixels does not fit into memory; use a smaller"
+    ):
+        run(tmp_path, toy_stage(on_batch=full), toy_source(), settings)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(tmp_path, toy_stage, toy_source, settings):
+    def broken(batch) -> None:
+        raise RuntimeError("size mismatch")
+
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        run(tmp_path, toy_stage(on_batch=broken), toy_source(), settings)
+
+
+def test_unreadable_pictures_are_skipped_and_logged(tmp_path, toy_stage, toy_source, settings):
+    _, log = run(tmp_path, toy_stage(images=20), toy_source(broken=(3,)), settings)
+    skipped = [event for event in log.events() if event["event"] == "skipped"]
+    assert [event["name"] for event in skipped] == ["3.png", "3.png"]  # once an epoch of ten
+    assert "3.png is broken" in skipped[0]["reason"]
+
+
+def test_the_log_tells_speed_and_losses(tmp_path, toy_stage, toy_source, settings):
+    _, log = run(tmp_path, toy_stage(images=20), toy_source(), settings, log_every=2)
+    progress = [event for event in log.events() if event["event"] == "progress"]
+    assert [event["images"] for event in progress] == [8, 16, 20]
+    assert {"loss", "loss_critic", "spread", "learning_rate", "images_per_second"} <= progress[0].keys()
+    previews = sorted((tmp_path / "previews").iterdir())
+    assert [p.name for p in previews] == ["000000000020.png"]

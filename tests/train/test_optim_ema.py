@@ -1,0 +1,77 @@
+"""Learning rate, optimizer and weight average against their formulas."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from wuerstchen.errors import UserError
+from wuerstchen.train.config import Optimization
+from wuerstchen.train.ema import decay_at, make_average, update_average
+from wuerstchen.train.optim import learning_rate, make_optimizer, update
+
+
+def test_learning_rate_rises_then_stays_or_falls():
+    constant = Optimization(images=1000, batch_size=1, learning_rate=1e-3, warmup=100)
+    assert [learning_rate(constant, i) for i in (0, 50, 100, 1000)] == [0, 5e-4, 1e-3, 1e-3]
+    cosine = Optimization(images=1100, batch_size=1, learning_rate=1e-3, warmup=100, decay="cosine")
+    assert learning_rate(cosine, 100) == pytest.approx(1e-3)
+    assert learning_rate(cosine, 600) == pytest.approx(1e-3 * (0.05 + 0.95 / 2))
+    assert learning_rate(cosine, 1100) == pytest.approx(5e-5)
+
+
+def test_update_is_adamw_with_shortened_gradients():
+    """Against the update written out (arXiv 1711.05101, algorithm 2), in fp64."""
+    network = nn.Linear(3, 2).double()
+    config = Optimization(images=1, batch_size=1, betas=(0.8, 0.9), weight_decay=0.1, learning_rate=0.01)
+    before = copy.deepcopy(network)
+    optimizer = make_optimizer(network, config)
+    gradients = {name: 10 * torch.randn_like(p) for name, p in network.named_parameters()}
+    total = torch.stack([g.norm() for g in gradients.values()]).norm()
+    for name, p in network.named_parameters():
+        p.grad = gradients[name].clone()
+    assert update(network, optimizer, clip_norm=1.0, rate=0.02).item() == pytest.approx(total.item())
+    for name, p in network.named_parameters():
+        g = gradients[name] / (total + 1e-6)
+        start = dict(before.named_parameters())[name]
+        decayed = start * (1 - 0.02 * (0.1 if p.ndim > 1 else 0))
+        # after one step both bias corrections cancel: m̂ = g, v̂ = g²
+        torch.testing.assert_close(p, decayed - 0.02 * g / (g.abs() + 1e-8))
+        assert p.grad is None
+
+
+def test_the_average_forgets_its_beginning():
+    """The trap of a fixed decay: after a thousand updates a third of it would be random weights."""
+    network = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(network.weight, 100.0)
+    average = make_average(network)
+    nn.init.constant_(network.weight, 0.0)
+    for step in range(1, 1001):
+        update_average(average, network, decay_at(step, 0.999))
+    assert average.weight.item() < 1e-2
+    assert decay_at(10**6, 0.999) == 0.999
+
+
+def test_the_average_takes_statistics_and_copies_counts():
+    network = nn.BatchNorm1d(2)
+    average = make_average(network)
+    network(torch.randn(50, 2) + 3)
+    update_average(average, network, 0.25)
+    torch.testing.assert_close(average.running_mean, 0.75 * network.running_mean)
+    assert average.num_batches_tracked == 1
+    assert not average.training
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": 0}, "images=0 must be at least 1"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0 must be between 0 and 1"),
+        ({"ema_decay": 1.0}, "ema_decay=1.0 must be from 0 to below 1"),
+    ],
+)
+def test_impossible_values_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        Optimization(**{"images": 1, "batch_size": 1, **change})

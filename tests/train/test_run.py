@@ -1,0 +1,261 @@
+"""Whole runs: a kill changes nothing, and a run folder is guarded."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from wuerstchen.checkpoints.native import read_cascade, read_network
+from wuerstchen.data.emoji import EmojiSource, listed_heldout, sample_root
+from wuerstchen.errors import DataError, RunFolderError, UserError
+from wuerstchen.recipes import RECIPES
+from wuerstchen.recipes.mini import mini
+from wuerstchen.recipes.tiny import tiny
+from wuerstchen.train.config import as_dict, differing_fields
+from wuerstchen.train.feed import Feed
+from wuerstchen.train.run import open_source, train
+from wuerstchen.train.snapshot import newest
+
+MICRO = [
+    word
+    for option in (
+        "--workers 0 --checkpoint-seconds 0 --statistics-images 16 --prior-steps 2 --decoder-steps 2",
+        "--stage-a.optimization.images 40 --stage-a.optimization.batch-size 4 --stage-a.adversarial-from 16",
+        "--stage-b.optimization.images 20 --stage-b.optimization.batch-size 2",
+        "--stage-c.optimization.images 40 --stage-c.optimization.batch-size 4 --preview-prompts cat",
+    )
+    for word in option.split()
+]
+
+
+def start(run_dir: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "wuerstchen", "train", "tiny", "--run-dir", str(run_dir), *MICRO]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def events(run_dir: Path) -> list[dict]:
+    path = run_dir / "log.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def kill_in(run_dir: Path, stage: str) -> int:
+    """Starts the run and kills it without warning after a checkpoint in the middle of ``stage``."""
+    before = len(events(run_dir))
+    process = start(run_dir)
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[0]
+        for event in events(run_dir)[before:]:
+            if event["event"] == "checkpoint" and event["stage"] == stage and event["images"] >= 8:
+                os.kill(process.pid, signal.SIGKILL)
+                process.communicate()
+                return event["images"]
+        time.sleep(0.02)
+    process.kill()
+    raise AssertionError(f"no checkpoint in stage {stage}: {process.communicate()[0]}")
+
+
+def final_files(run_dir: Path) -> dict[str, dict[str, str]]:
+    found = {stage: newest(run_dir / f"stage_{stage}" / "checkpoints") for stage in "abc"}
+    return {stage: state["files"] for stage, (_, state) in found.items()}
+
+
+def test_kills_in_every_stage_change_nothing(tmp_path):
+    """Networks, averages and optimizers of all three stages, bit for bit; the model too."""
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    killed_at = {stage: kill_in(broken, stage) for stage in "abc"}
+    for run_dir in (broken, whole):
+        process = start(run_dir)
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, output
+
+    assert final_files(broken) == final_files(whole)
+    for part in ("vqgan", "decoder", "compressor", "prior"):
+        name = Path("model") / f"{part}.safetensors"
+        assert (broken / name).read_bytes() == (whole / name).read_bytes()
+
+    starts = [e for e in events(broken) if e["event"] == "start"]
+    for stage, images in killed_at.items():
+        first, second = [e for e in starts if e["stage"] == stage][:2]
+        assert first["images"] == 0
+        assert second["resumed"]
+        # The next start goes on from the checkpoint seen, or from one written before the kill arrived.
+        assert second["images"] >= images > 0
+
+    # The finished run is left alone by the same command, and the model says where it came from.
+    process = start(broken)
+    process.communicate(timeout=300)
+    assert process.returncode == 0
+    assert final_files(broken) == final_files(whole)
+    _, provenance = read_network(broken / "model" / "prior.safetensors")
+    assert (provenance.recipe, provenance.seed, provenance.images) == ("tiny", 0, 40)
+    assert provenance.data == open_source("sample").fingerprint()
+    assert provenance.versions.keys() == {"wuerstchen", "torch"}
+    cascade = read_cascade(broken / "model")
+    assert len(cascade.settings.map_statistics.mean) == 16
+    assert cascade.vqgan.config.scale_factor != tiny().vqgan.scale_factor
+
+
+def test_a_lock_keeps_two_processes_apart(tmp_path):
+    with (
+        FileLock(tmp_path / "lock"),
+        pytest.raises(
+            RunFolderError, match="in use by another process; wait for it, or use another --run-dir"
+        ),
+    ):
+        train(tiny(), tmp_path)
+
+
+@pytest.fixture
+def begun(tmp_path, monkeypatch):
+    """A run folder that was begun; what trains is left out."""
+    monkeypatch.setattr("wuerstchen.train.run._Run.train", lambda self: self.run_dir / "model")
+    train(tiny(), tmp_path)
+    return tmp_path
+
+
+def test_the_run_folder_of_another_recipe_is_refused(begun):
+    recipe = tiny()
+    longer = dataclasses.replace(recipe.stage_b.optimization, images=9999)
+    other = dataclasses.replace(
+        recipe, seed=3, stage_b=dataclasses.replace(recipe.stage_b, optimization=longer)
+    )
+    with pytest.raises(RunFolderError, match=r"another recipe: seed, stage_b\.optimization\.images differ"):
+        train(other, begun)
+
+
+def test_what_does_not_change_the_result_may_change(begun):
+    train(dataclasses.replace(tiny(), workers=0, checkpoint_seconds=5.0, preview_every=100), begun)
+
+
+def test_changed_data_are_refused_unless_accepted_and_recorded(begun, monkeypatch):
+    monkeypatch.setattr("wuerstchen.data.emoji.EmojiSource.fingerprint", lambda self: "other")
+    with pytest.raises(RunFolderError, match=r"data in sample have changed .* --accept-changed-data"):
+        train(tiny(), begun)
+    train(tiny(), begun, accept_changed_data=True)
+    accepted = [e for e in events(begun) if e["event"] == "accepted changed data"]
+    assert [e["now"] for e in accepted] == ["other"]
+    train(tiny(), begun)  # accepted once is accepted
+
+
+def test_a_damaged_run_json_and_a_newer_one_are_refused(begun):
+    (begun / "run.json").write_text("{")
+    with pytest.raises(RunFolderError, match=r"run\.json cannot be read"):
+        train(tiny(), begun)
+    (begun / "run.json").write_text('{"format": 2}')
+    with pytest.raises(UserError, match="upgrade with"):
+        train(tiny(), begun)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(RunFolderError, match=r"cannot be written .*; use another --run-dir"):
+        train(tiny(), file / "run")
+
+
+def test_fewer_images_than_a_batch_are_refused(tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (128, 128)).save(tmp_path / "one.png")
+    (tmp_path / "one.txt").write_text("a black square")
+    with pytest.raises(UserError, match="has 1 images, fewer than a batch of 16; use a smaller batch_size"):
+        train(dataclasses.replace(tiny(), data=str(tmp_path)), tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no images"):
+        train(dataclasses.replace(tiny(), data=str(tmp_path / "empty")), tmp_path / "run")
+
+
+def test_nothing_held_out_is_fed_to_training(tmp_path, monkeypatch):
+    """A built set holds the held-out pictures too: what a run reads of it is written down and compared."""
+    built = tmp_path / "emoji"
+    shutil.copytree(sample_root(), built)
+    lines = (built / "index.jsonl").read_text().splitlines()
+    heldout = sorted(listed_heldout())[:40]
+    for name in heldout:  # pictures borrowed from the sample under held-out names
+        style, subject = name.split("/")
+        record = json.loads(lines[0]) | {"id": name, "style": style, "hex": subject, "split": "heldout"}
+        record["license"] = {"noto": "Apache-2.0", "twemoji": "CC-BY-4.0"}.get(style, "MIT")
+        lines.append(json.dumps(record))
+        shutil.copy(built / f"{json.loads(lines[0])['id']}.webp", built / f"{name}.webp")
+    (built / "index.jsonl").write_text("\n".join(lines) + "\n")
+    assert len(EmojiSource(built, split="heldout")) == 40
+
+    read = []
+    original = EmojiSource.picture
+
+    def picture(self, item):
+        read.append(self.records[item].id)
+        return original(self, item)
+
+    monkeypatch.setattr(EmojiSource, "picture", picture)
+    source = open_source(str(built))
+    feed = Feed(source, 0, 16, captions=True)
+    for index in range(2 * len(source)):
+        feed[index]
+    assert len(set(read)) == 100
+    assert not set(read) & listed_heldout()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_hold_together(name):
+    recipe = RECIPES[name]()
+    assert recipe.name == name
+    assert json.loads(json.dumps(as_dict(recipe))) == as_dict(recipe)
+    for word in ("Hardware", "Time", "Cost", "Result"):
+        assert f"{word}:" in RECIPES[name].__doc__
+
+
+def test_mini_is_the_papers_compression():
+    recipe = mini()
+    assert recipe.image_size == 256
+    assert recipe.image_size / 6 == pytest.approx(42.67, abs=0.01)
+
+
+def test_differing_fields_are_named_by_path():
+    recipe = as_dict(tiny())
+    other = as_dict(dataclasses.replace(tiny(), seed=1, workers=7))
+    assert differing_fields(recipe, other) == ["seed"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_size": 100}, "image_size=100 must be a multiple of 128"),
+        (
+            {"prior": dataclasses.replace(tiny().prior, c_in=8)},
+            "the map has 16 channels in compressor.c_latent, 8",
+        ),
+        ({"vqgan": dataclasses.replace(tiny().vqgan, latent_channels=8)}, "the latents have 8 channels"),
+        (
+            {"stage_a": dataclasses.replace(tiny().stage_a, crop=16)},
+            "too small for a discriminator of depth 4",
+        ),
+        ({"stage_a": dataclasses.replace(tiny().stage_a, crop=256)}, "at most image_size=128"),
+        (
+            {
+                "decoder": dataclasses.replace(
+                    tiny().decoder,
+                    c_hidden=(8,) * 6,
+                    nhead=(-1,) * 6,
+                    blocks=(1,) * 6,
+                    level_config=("CT",) * 6,
+                    inject_effnet=(True,) * 6,
+                )
+            },
+            "gives latents of 32, no multiple of 64",
+        ),
+    ],
+)
+def test_recipes_that_cannot_work_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(tiny(), **change)

@@ -1,0 +1,107 @@
+"""Checkpoints: whole or not there, and damage is noticed."""
+
+import json
+import resource
+
+import pytest
+import torch
+from torch import nn
+
+from wuerstchen.errors import CheckpointError
+from wuerstchen.train.config import Optimization
+from wuerstchen.train.ema import make_average
+from wuerstchen.train.optim import make_optimizer, update
+from wuerstchen.train.snapshot import DamagedCheckpointWarning, TrainingState, newest, restore, save
+
+CONFIG = Optimization(images=10, batch_size=1)
+
+
+def make_state(seed: int = 0, width: int = 4) -> TrainingState:
+    torch.manual_seed(seed)
+    network = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width))
+    optimizer = make_optimizer(network, CONFIG)
+    network(torch.randn(3, width)).square().mean().backward()
+    update(network, optimizer, 1.0, 1e-2)
+    return TrainingState({"n": network}, {"n": make_average(network)}, {"n": optimizer}, images=8, updates=2)
+
+
+def test_round_trip_is_exact(tmp_path):
+    before, after = make_state(0), make_state(1)
+    save(before, tmp_path, {"recipe": "r"})
+    restore(after, *newest(tmp_path))
+    for kind in ("networks", "averages"):
+        a, b = (getattr(s, kind)["n"].state_dict() for s in (before, after))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    a, b = (s.optimizers["n"].state_dict()["state"] for s in (before, after))
+    assert all(torch.equal(a[i][key], b[i][key]) for i in a for key in a[i])
+    assert (after.images, after.updates) == (8, 2)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path):
+    state = make_state()
+    old = save(state, tmp_path, {})
+    state.images = 16
+    new = save(state, tmp_path, {})
+    file = new / "networks.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1  # one bit on the disk
+    file.write_bytes(content)
+    with pytest.warns(DamagedCheckpointWarning, match=r"000000000016 is damaged \(networks.safetensors has"):
+        path, description = newest(tmp_path)
+    assert path == old
+    assert description["images"] == 8
+    (old / "state.json").write_text("{")
+    with (
+        pytest.warns(DamagedCheckpointWarning),
+        pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged; remove that folder"),
+    ):
+        newest(tmp_path)
+
+
+def test_a_checkpoint_cut_short_by_a_kill_is_not_seen(tmp_path):
+    state = make_state()
+    save(state, tmp_path, {})
+    (tmp_path / ".000000000099.partial").mkdir()
+    assert newest(tmp_path)[1]["images"] == 8
+    state.images = 99
+    save(state, tmp_path, {})
+    assert newest(tmp_path)[1]["images"] == 99
+
+
+def test_two_are_kept(tmp_path):
+    state = make_state()
+    for state.images in (8, 16, 24):
+        save(state, tmp_path, {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000000000016", "000000000024"]
+
+
+def test_a_full_disk_leaves_the_older_checkpoint_whole(tmp_path):
+    """A limit on the size of files stands for the full disk: writing fails half-way, as it would there."""
+    state = make_state(width=64)
+    save(state, tmp_path, {})
+    state.images = 16
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(
+            CheckpointError, match=r"cannot be written .* the one before it is whole: free some"
+        ):
+            save(state, tmp_path, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [p.name for p in tmp_path.iterdir()] == ["000000000008"]
+    assert newest(tmp_path)[1]["images"] == 8
+
+
+def test_a_newer_format_is_refused_with_upgrade(tmp_path):
+    path = save(make_state(), tmp_path, {})
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps({**state, "format": 2}))
+    with pytest.raises(CheckpointError, match=r"format 2, newer than 1.*pip install --upgrade wuerstchen"):
+        newest(tmp_path)
+
+
+def test_a_checkpoint_of_other_networks_is_refused(tmp_path):
+    save(make_state(), tmp_path, {})
+    with pytest.raises(CheckpointError, match="does not fit this recipe"):
+        restore(make_state(width=5), *newest(tmp_path))
