@@ -168,6 +168,15 @@ def test_impossible_requests_are_refused(model, arguments, message):
         model.generate(**{"prompts": "a cat", **arguments, "sampling": sampling()})
 
 
+def test_out_of_memory_says_size_and_batch(model, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model.cascade.vqgan, "decode", full)
+    with pytest.raises(UserError, match="batch_size=2 at 128x128 pixels does not fit into memory"):
+        model.generate("a cat", count=2)
+
+
 def test_models_without_stage_c_or_compressor_say_so(small_cascade):
     import dataclasses
 

@@ -1,5 +1,8 @@
 """The errors a user can meet. Each says what is wrong, by which rule, and what to do."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(ValueError):
     """Something the user gave cannot be used.
@@ -23,3 +26,15 @@ class RunFolderError(UserError):
 
 class UserNotice(UserWarning):
     """Something went on, but not quite as asked. The command line prints it in one line."""
+
+
+@contextmanager
+def out_of_memory_named(what: str) -> Iterator[None]:
+    """Turns a lack of memory, on a GPU or not, into a ``UserError`` that names what did not fit."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # torch raises a RuntimeError of its own on a GPU and a plain one on a CPU.
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        raise UserError(f"{what} does not fit into memory; use a smaller batch_size or size") from error

@@ -17,7 +17,7 @@ from torch import Tensor
 from wuerstchen.checkpoints.native import read_cascade
 from wuerstchen.diffusion.samplers import ddpm, draw_noise, guided
 from wuerstchen.diffusion.schedule import CosineSchedule, stage_c_timesteps, uniform_timesteps
-from wuerstchen.errors import UserError
+from wuerstchen.errors import UserError, out_of_memory_named
 from wuerstchen.images import center_crop_resize, to_images, to_tensor
 from wuerstchen.models.cascade import Cascade
 from wuerstchen.models.compressor import Compressor, compressor_input
@@ -137,11 +137,12 @@ class Wuerstchen:
         for start in range(0, len(texts), batch_size):
             batch = texts[start : start + batch_size]
             generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
-            z = self._sample_map(
-                prior, text_encoder, batch, negative, (width, height), sampling, generators, progress
-            )
-            latents = self._sample_latents(z, batch, (width, height), sampling, generators, progress)
-            images += to_images(self.cascade.vqgan.decode(latents).clamp(0, 1))
+            with out_of_memory_named(f"batch_size={len(batch)} at {width}x{height} pixels"):
+                z = self._sample_map(
+                    prior, text_encoder, batch, negative, (width, height), sampling, generators, progress
+                )
+                latents = self._sample_latents(z, batch, (width, height), sampling, generators, progress)
+                images += to_images(self.cascade.vqgan.decode(latents).clamp(0, 1))
         return images
 
     @torch.inference_mode()

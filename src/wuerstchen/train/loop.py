@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from wuerstchen.data.plan import stable_hash
-from wuerstchen.errors import UserError
+from wuerstchen.errors import UserError, out_of_memory_named
 from wuerstchen.images import grid, save_png
 from wuerstchen.train import snapshot
 from wuerstchen.train.ema import decay_at, make_average, update_average
@@ -130,7 +130,8 @@ def _train_batch(
     random = ImageRandom(stable_hash(settings.seed, stage.name) >> 1, batch.indices.to(device))
     rate = learning_rate(optimization, state.images + len(batch.indices))
     values: dict[str, float] = {"learning_rate": rate}
-    with _out_of_memory_said(optimization.batch_size, batch):
+    height, width = batch.images.shape[1:3]
+    with out_of_memory_named(f"batch_size={optimization.batch_size} at {width}x{height} pixels"):
         losses = stage.losses(batch, device, random)
         while True:
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):
@@ -155,21 +156,6 @@ def _train_batch(
     for name, average in state.averages.items():
         update_average(average, state.networks[name], decay_at(state.updates, optimization.ema_decay))
     return values
-
-
-@contextlib.contextmanager
-def _out_of_memory_said(batch_size: int, batch: Batch) -> Iterator[None]:
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        message = str(error)
-        if isinstance(error, RuntimeError) and "memory" not in message:
-            raise
-        height, width = batch.images.shape[1:3]
-        raise UserError(
-            f"batch_size={batch_size} at {width}x{height} pixels does not fit into memory; use a smaller "
-            "batch_size or smaller networks"
-        ) from error
 
 
 @torch.no_grad()

@@ -77,9 +77,16 @@ def train(
             "batch_size or more images"
         )
     with _locked(run_dir):
-        log = Log(run_dir / "log.jsonl")
-        fingerprint = _check_run(recipe, run_dir, source, log, accept_changed_data)
-        return _Run(recipe, run_dir, source, fingerprint, default_device(device), log).train()
+        try:
+            log = Log(run_dir / "log.jsonl")
+            fingerprint = _check_run(recipe, run_dir, source, log, accept_changed_data)
+            return _Run(recipe, run_dir, source, fingerprint, default_device(device), log).train()
+        except OSError as error:
+            # Reading data has errors of its own, so it is the run folder: a full disk, as a rule.
+            raise RunFolderError(
+                f"{run_dir} cannot be written ({error.strerror or error}); free some space and start "
+                "the same command again"
+            ) from error
 
 
 @contextlib.contextmanager
@@ -195,6 +202,7 @@ class _Run:
             }
             write_cascade(cascade, target, provenance, text_encoder=TEXT_ENCODER)
         self.say_skipped()
+        print(f"previews: {', '.join(str(path) for path in sorted(self.run_dir.glob('stage_*/previews')))}")
         self.log.event("end", seconds=round(time.monotonic() - began, 1))
         return target
 

@@ -1,0 +1,52 @@
+# Each target sets up what it needs in .venv. On a machine with an NVIDIA driver pip takes its own choice of
+# torch; elsewhere constraints-cpu.txt names a release, and PIP_FLAGS can point pip at the CPU build:
+#   make demo PIP_FLAGS="--extra-index-url URL"      (URL: PyTorch's index of CPU builds, see README)
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+CONSTRAINTS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "-c constraints-cpu.txt")
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) $(CONSTRAINTS)
+TESTS ?= tests
+
+.PHONY: demo test lint format clean
+
+demo: .venv/.run
+	$(BIN)/wuerstchen generate --grid --out demo.png \
+	  "a 3D render of a purple camel on a blue background" \
+	  "a flat illustration of a red apple" \
+	  "a black glyph of a tree on a yellow background" \
+	  "a noto emoji of a cat" \
+	  "a twemoji of a rocket on a black background" \
+	  "a 3D render of a green car" \
+	  "a flat illustration of a pizza on a pink background" \
+	  "a noto emoji of a smiling face" \
+	  "a 3D render of an umbrella on an orange background"
+
+test: .venv/.dev
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(TESTS)
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv demo.png
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("wuerstchen needs Python 3.11 or newer; set PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+
+# torch comes first: what comes after is content with the one that is there.
+.venv/.run: pyproject.toml constraints-cpu.txt | .venv/bin/python
+	$(INSTALL) torch
+	$(INSTALL) -e .
+	touch $@
+
+.venv/.dev: .venv/.run
+	$(INSTALL) -e ".[train,dev]"
+	touch $@

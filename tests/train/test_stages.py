@@ -1,0 +1,242 @@
+"""The losses of the three stages: what is dropped, noised and weighted, a picture at a time."""
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from wuerstchen.diffusion.schedule import CosineSchedule
+from wuerstchen.models.cascade import MapStatistics
+from wuerstchen.models.compressor import compressor_input
+from wuerstchen.models.efficientnet import EfficientNetLite
+from wuerstchen.models.vqgan import VQGAN
+from wuerstchen.recipes.tiny import tiny
+from wuerstchen.train.feed import Batch, Feed
+from wuerstchen.train.random import ImageRandom
+from wuerstchen.train.stages import PerceptualLoss, StageA, StageB, StageC, measure_map, p2_loss, random_crops
+
+CPU = torch.device("cpu")
+RECIPE = tiny()
+
+
+def make_batch(size: int = 64, count: int = 4) -> Batch:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+    return Batch(torch.arange(count) + 8, torch.from_numpy(images), ["a cat"] * count, [])
+
+
+def random_of(batch: Batch) -> ImageRandom:
+    return ImageRandom(0, batch.indices)
+
+
+def test_p2_loss_in_numpy():
+    predicted, noise = torch.randn(2, 3, 3, 2, 2)
+    t = torch.tensor([0.1, 0.5, 0.9])
+    alpha_bar = CosineSchedule().alpha_bar(t.double()).numpy()
+    errors = ((predicted - noise).double().numpy() ** 2).mean((1, 2, 3))
+    assert p2_loss(predicted, noise, t).item() == pytest.approx(((1 - alpha_bar) * errors).mean(), rel=1e-5)
+
+
+def test_crops_stay_inside_and_differ():
+    x = torch.arange(2 * 3 * 20 * 30.0).view(2, 3, 20, 30)
+    many = torch.cat([x] * 50)
+    crops = random_crops(many, 8, ImageRandom(0, torch.arange(100)))
+    assert crops.shape == (100, 3, 8, 8)
+    corners = {(int(c[0, 0, 0]) % 600 // 30, int(c[0, 0, 0]) % 30) for c in crops}
+    assert len(corners) > 50
+    assert {top for top, _ in corners} == set(range(13))
+    assert max(left for _, left in corners) == 22
+    assert torch.equal(crops[0][:, 1, 1], many[0][:, 1, 1] + crops[0][:, 0, 0] - many[0][:, 0, 0])
+
+
+class TestStageA:
+    def make(self, **changes):
+        torch.manual_seed(0)
+        config = dataclasses.replace(RECIPE.stage_a, crop=None, perceptual="none", **changes)
+        return StageA(config, VQGAN(RECIPE.vqgan), None)
+
+    def test_reconstruction_and_quantiser_terms(self):
+        batch, stage = make_batch(), self.make(adversarial_weight=0.0, quantise_dropout=0.0)
+        stage.vqgan.eval()
+        ((name, loss, terms),) = stage.losses(batch, CPU, random_of(batch))
+        output, quantised = stage.vqgan(batch.pixels(CPU))
+        pixels = batch.pixels(CPU)
+        expected = F.mse_loss(output, pixels) + F.l1_loss(output, pixels) + quantised.loss
+        assert name == "vqgan"
+        torch.testing.assert_close(loss, expected)
+        assert terms.keys() == {"reconstruction", "quantiser"}
+
+    def test_the_share_that_passes_unquantised(self):
+        stage = self.make(adversarial_weight=0.0)
+        seen = []
+        stage.vqgan.forward = lambda pixels, quantise: (
+            seen.append(quantise),
+            VQGAN.forward(stage.vqgan, pixels),
+        )[1]
+        for start in range(0, 400, 4):
+            batch = dataclasses.replace(make_batch(16), indices=torch.arange(start, start + 4))
+            list(stage.losses(batch, CPU, random_of(batch)))
+        assert torch.cat(seen).float().mean().item() == pytest.approx(0.9, abs=0.04)
+        assert any(0 < q.sum() < 4 for q in seen)  # decided a picture, not a batch
+
+    def test_the_discriminator_joins_in_later_and_learns_alone(self):
+        stage = self.make(adversarial_from=10)
+        batch = make_batch()
+        assert [name for name, *_ in stage.losses(batch, CPU, random_of(batch))] == ["vqgan"]
+        later = dataclasses.replace(batch, indices=batch.indices + 4)
+        losses = stage.losses(later, CPU, random_of(later))
+        name, loss, terms = next(losses)
+        assert (name, "adversarial" in terms) == ("vqgan", True)
+        loss.backward()
+        stage.vqgan.zero_grad()
+        name, loss, _ = next(losses)
+        assert name == "discriminator"
+        loss.backward()
+        assert all(p.grad is None or not p.grad.any() for p in stage.vqgan.parameters())
+        # Logits of zero cost one for the real and one for the made picture.
+        assert loss.item() == pytest.approx(2, abs=0.5)
+
+    def test_the_codebook_can_start_spread_out(self):
+        spread, published = self.make(), self.make(codebook_init="uniform")
+        assert spread.vqgan.vquantizer.embedding.weight.std() > 0.9
+        assert published.vqgan.vquantizer.embedding.weight.abs().max() <= 1 / 256
+
+
+def test_perceptual_loss_sees_blur_and_is_zero_for_equals():
+    torch.manual_seed(0)
+    loss = PerceptualLoss(EfficientNetLite())
+    x = torch.rand(2, 3, 64, 64)
+    assert loss(x, x).item() == 0
+    near, far = (x + s * torch.randn_like(x) for s in (0.01, 0.3))
+    assert 0 < loss(near, x) < loss(far, x)
+    y = x.clone().requires_grad_()
+    loss(y, 1 - x).backward()
+    assert y.grad.abs().sum() > 0
+    assert not any(p.requires_grad for p in loss.parameters())
+
+
+@pytest.fixture
+def small_cascade(small_cascade):
+    """A copy that a test may train."""
+    return copy.deepcopy(small_cascade)
+
+
+@pytest.fixture
+def stage_b(small_cascade):
+    return StageB(
+        RECIPE.stage_b, small_cascade.vqgan, small_cascade.decoder, small_cascade.compressor, None, 2
+    )
+
+
+class TestStageB:
+    def test_maps_are_zeroed_and_noised_a_picture_at_a_time(self, stage_b):
+        stage_b.config = dataclasses.replace(stage_b.config, map_dropout=0.2, map_noise=0.5)
+        z = torch.full((4000, 2, 3, 3), 7.0)
+        disturbed = stage_b.disturb(z, ImageRandom(0, torch.arange(4000)))
+        zeroed = (disturbed == 0).flatten(1).all(1)
+        untouched = (disturbed == 7).flatten(1).all(1)
+        noised = ~zeroed & ~untouched
+        assert zeroed.float().mean().item() == pytest.approx(0.2, abs=0.02)
+        assert noised.float().mean().item() == pytest.approx(0.8 * 0.5, abs=0.03)
+        # Times reach to 0.5, where √ᾱ is 0.70: the mean of a map falls to no less than that of itself.
+        shares = disturbed[noised].flatten(1).mean(1) / 7
+        assert shares.max() < 1.2
+        assert 0.75 < shares.mean() < 0.97
+
+    def test_the_compressor_learns_with_the_decoder(self, stage_b):
+        """Gradients reach the backbone through the map; Stage A's weights stay out of it."""
+        for parameter in stage_b.trained.parameters():
+            parameter.requires_grad_(True)
+        stage_b.config = dataclasses.replace(stage_b.config, map_dropout=0.0, map_noise=0.0)
+        batch = make_batch(128)
+        ((name, loss, terms),) = stage_b.losses(batch, CPU, random_of(batch))
+        loss.backward()
+        mapper = stage_b.trained.compressor.mapper[0].weight
+        assert (name, set(terms)) == ("decoder_and_compressor", {"map_std"})
+        assert mapper.grad.abs().sum() > 0
+        assert all(p.grad is None for p in stage_b.vqgan.parameters())
+
+    def test_the_loss_does_not_depend_on_the_rest_of_the_batch(self, stage_b):
+        stage_b.trained.eval()
+        batch = make_batch(128)
+        with torch.no_grad():
+            whole = next(stage_b.losses(batch, CPU, random_of(batch)))[1]
+            parts = []
+            for i in range(4):
+                one = Batch(batch.indices[i : i + 1], batch.images[i : i + 1], ["a cat"], [])
+                parts.append(next(stage_b.losses(one, CPU, random_of(one)))[1])
+        torch.testing.assert_close(whole, torch.stack(parts).mean())
+
+
+class TestStageC:
+    STATISTICS = MapStatistics(mean=(0.5, -1.0), std=(2.0, 3.0))
+
+    def make(self, small_cascade, dropout):
+        config = dataclasses.replace(RECIPE.stage_c, caption_dropout=dropout)
+        return StageC(config, RECIPE, small_cascade.prior, small_cascade, self.STATISTICS)
+
+    def test_the_loss_written_out(self, small_cascade):
+        batch, stage = make_batch(128), self.make(small_cascade, 0.0)
+        stage.prior.eval()
+        random = random_of(batch)
+        with torch.no_grad():
+            loss = next(stage.losses(batch, CPU, random))[1]
+            z = small_cascade.compressor(compressor_input(batch.pixels(CPU)))
+            x = (z - torch.tensor([0.5, -1.0]).view(2, 1, 1)) / torch.tensor([2.0, 3.0]).view(2, 1, 1)
+            t = ((1 - random.uniform("time")) * 1.08 + 0.001).clamp(0.001, 1)
+            noise = random.normal("noise", (2, 3, 3))
+            alpha_bar = CosineSchedule().alpha_bar(t).view(-1, 1, 1, 1)
+            text = small_cascade.text_encoder.encode(batch.captions)
+            noised = alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise
+            predicted = stage.prior(noised, t, stage.prior.context(text.states, text.mask))
+            expected = ((predicted - noise).square().mean((1, 2, 3)) * (1 - alpha_bar.flatten())).mean()
+        torch.testing.assert_close(loss, expected)
+
+    def test_captions_are_dropped_a_picture_at_a_time(self, small_cascade, monkeypatch):
+        stage, seen = self.make(small_cascade, 0.3), []
+        encode = small_cascade.text_encoder.encode
+        monkeypatch.setattr(
+            small_cascade.text_encoder, "encode", lambda texts: (seen.append(list(texts)), encode(texts))[1]
+        )
+        with torch.no_grad():
+            for start in range(0, 240, 4):
+                batch = dataclasses.replace(make_batch(128), indices=torch.arange(start, start + 4))
+                next(stage.losses(batch, CPU, random_of(batch)))
+        dropped = [text == "" for texts in seen for text in texts]
+        assert sum(dropped) / len(dropped) == pytest.approx(0.3, abs=0.1)
+        assert any(0 < sum(text == "" for text in texts) < 4 for texts in seen)
+
+
+def test_map_statistics_are_those_of_numpy(small_cascade):
+    batches = [make_batch(128), make_batch(128, 3)]
+    measured = measure_map(small_cascade.compressor, iter(batches), CPU)
+    with torch.no_grad():
+        maps = [small_cascade.compressor(compressor_input(b.pixels(CPU))).numpy() for b in batches]
+    columns = np.concatenate(maps).transpose(1, 0, 2, 3).reshape(2, -1).astype(np.float64)
+    np.testing.assert_allclose(measured.mean, columns.mean(1), rtol=1e-5)
+    np.testing.assert_allclose(measured.std, columns.std(1, ddof=1), rtol=1e-5)
+
+
+def test_the_feed_is_a_function_of_the_image_number(toy_source):
+    source = toy_source()
+    first, again, plain = Feed(source, 1, 8, True), Feed(source, 1, 8, True), Feed(source, 1, 8, False)
+    for index in (25, 3):
+        a, b, c = first[index], again[index], plain[index]
+        assert np.array_equal(a[1].image, b[1].image)
+        assert np.array_equal(a[1].image, c[1].image)
+        assert a[1].caption == b[1].caption != c[1].caption == ""
+    epoch = [first[i][1].caption for i in range(10)]
+    assert sorted(epoch) == sorted(f"picture {i}" for i in range(10))
+    assert epoch != [first[i][1].caption for i in range(10, 20)]
+    assert not np.array_equal(first[0][1].image[1:], Feed(source, 2, 8, True)[0][1].image[1:])
+
+
+def test_a_set_of_unreadable_pictures_ends_with_their_reason(toy_source):
+    from wuerstchen.errors import DataError
+
+    feed = Feed(toy_source(3, broken=(0, 1, 2)), 0, 8, False)
+    with pytest.raises(DataError, match=r"none of the 3 images can be read, .*: \d\.png is broken"):
+        feed[0]
