@@ -4,12 +4,15 @@ Nothing heavy is imported until a command needs it, so ``wuerstchen --help`` ans
 """
 
 import argparse
+import contextlib
+import dataclasses
+import io
+import math
 import re
 import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -19,6 +22,8 @@ from wuerstchen.errors import UserError, UserNotice
 if TYPE_CHECKING:
     from wuerstchen.pipeline import Progress, Sampling
     from wuerstchen.train.config import Recipe
+
+BATCH_SIZE = 8  # pictures drawn at a time
 
 EXAMPLES = """examples:
   wuerstchen generate "a 3D render of a purple camel on a blue background"
@@ -42,14 +47,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Only what is meant for the user is shown, and never as a traceback.
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", UserNotice)
-        warnings.showwarning = _print_warning
+        warnings.showwarning = _WarningPrinter()
         return _run(arguments)
 
 
-def _print_warning(message: Warning | str, *_: object, **__: object) -> None:
-    from tqdm import tqdm
+class _WarningPrinter:
+    """Prints each warning once, beside a progress bar and not into it."""
 
-    tqdm.write(f"Warning: {message}", file=sys.stderr)  # beside a progress bar, not into it
+    def __init__(self) -> None:
+        self.seen: set[str] = set()
+
+    def __call__(self, message: Warning | str, *_: object, **__: object) -> None:
+        from tqdm import tqdm
+
+        if str(message) not in self.seen:
+            self.seen.add(str(message))
+            tqdm.write(f"Warning: {message}", file=sys.stderr)
 
 
 def _run(arguments: Sequence[str] | None) -> int:
@@ -85,7 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--negative", default="", help="what to steer away from")
     generate.add_argument("--count", type=int, default=1, help="pictures of each prompt (1)")
     generate.add_argument("--size", type=_size, help="N or WIDTHxHEIGHT in pixels (the model's own)")
-    generate.add_argument("--guidance", type=float, help="how strictly to follow the prompt; 1 is not at all")
+    generate.add_argument(
+        "--guidance", type=float, help="guidance scale of Stage C: above 1 follows the prompt more strictly"
+    )
     generate.add_argument("--prior-steps", type=int, help="steps of Stage C")
     generate.add_argument("--grid", action="store_true", help="one picture with all of them, a row a prompt")
     _add_drawing_options(generate)
@@ -105,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train", help="train a model; the same command goes on after any stop", add_help=False
     )
-    train.set_defaults(run=_train)
+    train.set_defaults(run=_train, parser=train)
     train.add_argument("recipe", nargs="?", metavar="RECIPE")
     train.add_argument("--run-dir", type=Path, help="folder of the run (runs/RECIPE)")
     train.add_argument("--data", help="folder of the data; 'sample' is in the package")
@@ -144,61 +159,59 @@ def _sampling(options: argparse.Namespace) -> "Sampling":
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from wuerstchen.images import check_writable, grid, save_png
+    from wuerstchen.images import grid, save_png
 
     began = time.monotonic()
-    prompts: list[str] = options.prompts
-    one_file = options.out.suffix.lower() == ".png"
-    if not prompts:
+    if not options.prompts:
         raise UserError('no prompt was given, so there is nothing to draw; try: wuerstchen generate "a cat"')
-    if one_file and not options.grid and len(prompts) * options.count > 1:
-        raise UserError(
-            f"{options.out} is one file for {len(prompts) * options.count} pictures; add --grid, or name a "
-            "folder"
-        )
-    check_writable(options.out.parent if one_file else options.out)
+    if options.count < 1:
+        raise UserError(f"count {options.count} draws nothing; use at least 1")
+    texts: list[str] = [prompt for prompt in options.prompts for _ in range(options.count)]
+    one_file = _is_file(options.out)
+    if one_file and not options.grid and len(texts) > 1:
+        raise UserError(f"{options.out} is one file for {len(texts)} pictures; add --grid, or name a folder")
     sampling = _sampling(options)
 
-    from wuerstchen.pipeline import load
+    from wuerstchen.pipeline import check_seed, load
 
+    check_seed(options.seed, len(texts))
     model = load(options.model, options.device)
+    settings = {"model": str(options.model or "bundled"), "negative": options.negative}
+    settings |= model.settings_of(sampling)
+    images = []
     with _progress() as progress:
-        images = model.generate(
-            prompts,
-            negative=options.negative,
-            seed=options.seed,
-            count=options.count,
-            size=options.size,
-            sampling=sampling,
-            progress=progress,
-        )
-    used = model.settings_of(sampling)
-    shared = {"model": str(options.model or "bundled"), "negative": options.negative, **used}
+        # Drawn a few at a time, so that each is on disk before the next are begun.
+        for start in range(0, len(texts), BATCH_SIZE):
+            few = texts[start : start + BATCH_SIZE]
+            drawn = model.generate(
+                few,
+                negative=options.negative,
+                seed=options.seed + start,
+                size=options.size,
+                sampling=sampling,
+                batch_size=BATCH_SIZE,
+                progress=progress,
+            )
+            images += drawn
+            for number, (image, text) in enumerate(zip(drawn, few, strict=True), start=options.seed + start):
+                if not options.grid:
+                    path = options.out if one_file else _free_name(options.out, f"{_slug(text)}-{number}")
+                    save_png(image, path, {"prompt": text, "seed": number, **settings})
+                    print(path)
     if options.grid:
-        columns = options.count if options.count > 1 else _columns(len(images))
+        columns = options.count if options.count > 1 else math.isqrt(len(images) - 1) + 1
         path = options.out if one_file else _free_name(options.out, "grid")
-        save_png(
-            grid(images, columns=columns),
-            path,
-            {"prompt": "\n".join(prompts), "seed": options.seed, **shared},
-        )
+        prompts = "\n".join(options.prompts)
+        save_png(grid(images, columns=columns), path, {"prompt": prompts, "seed": options.seed, **settings})
         print(path)
-    else:
-        texts = [prompt for prompt in prompts for _ in range(options.count)]
-        for number, (image, text) in enumerate(zip(images, texts, strict=True)):
-            seed = options.seed + number
-            path = options.out if one_file else _free_name(options.out, f"{_slug(text)}-{seed}")
-            save_png(image, path, {"prompt": text, "seed": seed, **shared})
-            print(path)
     print(f"{len(images)} pictures in {time.monotonic() - began:.1f} s", file=sys.stderr)
     return 0
 
 
 def _reconstruct(options: argparse.Namespace) -> int:
-    from wuerstchen.images import check_writable, grid, open_image, save_png
+    from wuerstchen.images import grid, open_image, save_png
 
-    one_file = options.out.suffix.lower() == ".png"
-    check_writable(options.out.parent if one_file else options.out)
+    one_file = _is_file(options.out)
     image = open_image(options.image)
     sampling = _sampling(options)
 
@@ -231,15 +244,22 @@ def _data_emoji(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    asked_for_help = bool({"-h", "--help"} & set(options.overrides))
     from wuerstchen.recipes import RECIPES
 
+    recipes = "; ".join(f"{name}: {(make.__doc__ or '').splitlines()[0]}" for name, make in RECIPES.items())
+    if asked_for_help:
+        print(options.parser.format_help())
+        print(f"recipes: {recipes}")
+        if options.recipe not in RECIPES:
+            print("wuerstchen train RECIPE --help lists all fields of a recipe, which are options too.")
+            return 0
     if options.recipe is None:
-        summaries = "; ".join(
-            f"{name}: {(make.__doc__ or '').splitlines()[0]}" for name, make in RECIPES.items()
-        )
-        raise UserError(f"no recipe was named; use one of {summaries} See wuerstchen train RECIPE --help")
+        raise UserError(f"no recipe was named; use one of {recipes}")
     if options.recipe not in RECIPES:
-        raise UserError(f"'{options.recipe}' is no recipe; use one of {', '.join(RECIPES)}")
+        raise UserError(
+            f"'{options.recipe}' is no recipe; name one of {', '.join(RECIPES)} before the options"
+        )
     recipe = _overridden(RECIPES[options.recipe](), options)
 
     from wuerstchen.train.loop import Interrupted
@@ -258,20 +278,38 @@ def _train(options: argparse.Namespace) -> int:
 
 def _overridden(recipe: "Recipe", options: argparse.Namespace) -> "Recipe":
     """The recipe with what the command line changes: any field, as ``--stage-b.optimization.images 1000``."""
-    import dataclasses
-
     import tyro
 
-    recipe = tyro.cli(
-        type(recipe), default=recipe, args=options.overrides, prog=f"wuerstchen train {recipe.name}"
-    )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            recipe = tyro.cli(
+                type(recipe), default=recipe, args=options.overrides, prog=f"wuerstchen train {recipe.name}"
+            )
+    except SystemExit as stopped:
+        if not stopped.code:
+            raise
+        # tyro frames its message; within the frame it is the user's one line.
+        lines = (re.sub(r"[─│╭╮╰╯]+", " ", line) for line in said.getvalue().splitlines())
+        raise UserError(" ".join(" ".join(lines).split())) from None
     changes = {name: value for name in ("data", "seed") if (value := getattr(options, name)) is not None}
     if options.compressor_init is not None:
         changes["stage_b"] = dataclasses.replace(recipe.stage_b, compressor_init=options.compressor_init)
     return dataclasses.replace(recipe, **changes)
 
 
-@contextmanager
+def _is_file(out: Path) -> bool:
+    """Whether ``--out`` names a file; makes its folder and checks now that it can be written."""
+    from wuerstchen.images import check_writable
+
+    suffix = out.suffix.lower()
+    if suffix in {".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp"}:
+        raise UserError(f"{out} is no name for a PNG, which is what is written; end it in .png")
+    check_writable(out.parent if suffix == ".png" else out)
+    return suffix == ".png"
+
+
+@contextlib.contextmanager
 def _progress() -> "Iterator[Progress]":
     """A bar over the steps of all stages."""
     from tqdm import tqdm
@@ -285,11 +323,6 @@ def _progress() -> "Iterator[Progress]":
             bar.update()
 
         yield report
-
-
-def _columns(count: int) -> int:
-    """Columns of the squarest grid."""
-    return next(n for n in range(1, count + 1) if n * n >= count)
 
 
 def _slug(text: str) -> str:

@@ -35,6 +35,7 @@ def out_of_memory_named(what: str) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:
         # torch raises a RuntimeError of its own on a GPU and a plain one on a CPU.
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        lack = ("out of memory", "not enough memory", "can't allocate memory")
+        if isinstance(error, RuntimeError) and not any(phrase in str(error) for phrase in lack):
             raise
         raise UserError(f"{what} does not fit into memory; use a smaller batch_size or size") from error

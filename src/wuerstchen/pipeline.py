@@ -16,7 +16,7 @@ from torch import Tensor
 
 from wuerstchen.checkpoints.native import read_cascade
 from wuerstchen.diffusion.samplers import ddpm, draw_noise, guided
-from wuerstchen.diffusion.schedule import CosineSchedule, stage_c_timesteps, uniform_timesteps
+from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, stage_c_timesteps, uniform_timesteps
 from wuerstchen.errors import UserError, out_of_memory_named
 from wuerstchen.images import center_crop_resize, to_images, to_tensor
 from wuerstchen.models.cascade import Cascade
@@ -25,9 +25,8 @@ from wuerstchen.models.prior import Prior
 from wuerstchen.models.text import TextEncoder
 
 BUNDLED = Path(__file__).parent / "bundled"
-MAX_SEED = 2**63 - 1
+MAX_SEED = 2**32 - 1  # a CPU generator keeps 32 bits: larger seeds would repeat the noise of smaller ones
 MAX_STEPS = 1000
-SCHEDULE = CosineSchedule()
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, steps done and steps in all."""
@@ -88,9 +87,12 @@ def default_device(device: str | torch.device | None = None) -> torch.device:
     """The device asked for, or the first that is there: CUDA, Apple's MPS, the CPU."""
     if device is not None:
         try:
-            return torch.device(device)
-        except RuntimeError as error:
-            raise UserError(f"device {device!r} is unknown to torch; use cpu, cuda or mps") from error
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
+            raise UserError(f"device {str(device)!r} is not there; use cpu, cuda or mps") from error
+        if torch.device(device).type == "meta":
+            raise UserError("device 'meta' computes nothing; use cpu, cuda or mps")
+        return torch.device(device)
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -163,10 +165,11 @@ class Wuerstchen:
         side, _ = self._checked_size(size)
         _check_request([""], seed, 1, 1)
         original = center_crop_resize(image, side)
-        z = self.encode(compressor, to_tensor(original)[None].to(self.device))
         generators = [torch.Generator().manual_seed(seed)]
-        latents = self._sample_latents(z, [""], (side, side), sampling, generators, progress)
-        result = to_images(self.cascade.vqgan.decode(latents).clamp(0, 1))[0]
+        with out_of_memory_named(f"one picture of {side}x{side} pixels"):
+            z = self.encode(compressor, to_tensor(original)[None].to(self.device))
+            latents = self._sample_latents(z, [""], (side, side), sampling, generators, progress)
+            result = to_images(self.cascade.vqgan.decode(latents).clamp(0, 1))[0]
         return Reconstruction(original=original, image=result, map_size=(z.shape[1], z.shape[2], z.shape[3]))
 
     def settings_of(self, sampling: Sampling) -> dict[str, float]:
@@ -205,7 +208,7 @@ class Wuerstchen:
             draw_noise(shape, generators).to(self.device),
             stage_c_timesteps(sampling.prior_steps),
             generators,
-            SCHEDULE,
+            PUBLISHED_SCHEDULE,
             _reporter(progress, "Stage C", sampling.prior_steps),
         )
         return settings.map_statistics.restore(sample)
@@ -228,8 +231,12 @@ class Wuerstchen:
 
         def predictor(semantic_map: Tensor, texts: list[str]) -> Callable[[Tensor, Tensor], Tensor]:
             encoder = self.cascade.text_encoder_of_decoder()
-            states = None if encoder is None else encoder.encode(texts).states
-            context = decoder.context(semantic_map, grid, states)
+            if encoder is None:
+                context = decoder.context(semantic_map, grid)
+            else:
+                text = encoder.encode(texts)
+                mask = text.mask if self.cascade.settings.text_mask else None
+                context = decoder.context(semantic_map, grid, text.states, mask)
             return lambda x, t: decoder(x, t, context)
 
         unconditional = None
@@ -240,7 +247,7 @@ class Wuerstchen:
             draw_noise((decoder.config.c_in, *grid), generators).to(self.device),
             uniform_timesteps(sampling.decoder_steps),
             generators,
-            SCHEDULE,
+            PUBLISHED_SCHEDULE,
             _reporter(progress, "Stage B", sampling.decoder_steps),
         )
 
@@ -265,6 +272,15 @@ class Wuerstchen:
         return width, height
 
 
+def check_seed(seed: int, pictures: int) -> None:
+    """Raises ``UserError`` unless ``seed`` and those of the pictures after it can be used."""
+    if not 0 <= seed <= MAX_SEED - pictures + 1:
+        raise UserError(
+            f"seed {seed} must be from 0 to {MAX_SEED}, and so must those of the pictures after it; "
+            "use a smaller one"
+        )
+
+
 def _check_request(prompts: list[str], seed: int, count: int, batch_size: int) -> None:
     if not prompts:
         raise UserError("no prompt was given, so there is nothing to draw; give at least one")
@@ -272,10 +288,7 @@ def _check_request(prompts: list[str], seed: int, count: int, batch_size: int) -
         raise UserError(f"count {count} draws nothing; use at least 1")
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size} draws nothing; use at least 1")
-    if not 0 <= seed <= MAX_SEED - count * len(prompts):
-        raise UserError(
-            f"seed {seed} must be from 0 to {MAX_SEED} less the number of pictures; use a smaller one"
-        )
+    check_seed(seed, count * len(prompts))
 
 
 def _reporter(progress: Progress | None, stage: str, steps: int) -> Callable[[int, Tensor], None] | None:

@@ -45,6 +45,7 @@ class ToyStage:
     name = "a"
     averaged = ("model",)
     captions = True
+    rate_scales: dict[str, float] = {}  # noqa: RUF012
 
     def __init__(self, images: int = 120, batch_size: int = 4, on_batch=None) -> None:
         torch.manual_seed(1)

@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from wuerstchen.errors import UserError
 from wuerstchen.train.feed import Feed
 from wuerstchen.train.loop import Interrupted, run_stage
-from wuerstchen.train.snapshot import newest
+from wuerstchen.train.snapshot import newest, read_averages
 from wuerstchen.train.track import Log
 
 CPU = torch.device("cpu")
@@ -73,10 +75,62 @@ def test_state_differs_between_seeds_and_moments(tmp_path, toy_stage, toy_source
 
 def test_every_network_trains_and_the_average_follows(tmp_path, toy_stage, toy_source, settings):
     stage, before = toy_stage(), toy_stage()
-    run(tmp_path, stage, toy_source(), settings)
+    path, _ = run(tmp_path, stage, toy_source(), settings)
+    average = read_averages(path, "model")
+    weight = [stage.networks["model"][0].weight, before.networks["model"][0].weight]
+    distance = [(average["0.weight"] - w).norm() for w in weight]
+    assert 0 < distance[0] < distance[1]
     for name in ("model", "critic"):
         pairs = zip(stage.networks[name].parameters(), before.networks[name].parameters(), strict=True)
         assert all(not torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_network_learns_from_its_own_loss_alone(tmp_path, toy_stage, toy_source, settings):
+    """The critic sits in the model's loss; its gradient from there is not its own."""
+    stage = toy_stage(images=4)
+    losses = stage.losses
+    stage.losses = lambda *given: (entry for entry in losses(*given) if entry[0] == "model")
+    run(tmp_path, stage, toy_source(), settings)
+    assert all(p.grad is None for p in stage.networks["critic"].parameters())
+
+
+def test_bf16_trains_and_resumes_exactly(tmp_path, toy_stage, toy_source, settings):
+    whole, _ = run(tmp_path / "whole", toy_stage(), toy_source(), settings, autocast=True)
+    plain, _ = run(tmp_path / "plain", toy_stage(), toy_source(), settings)
+    stage = toy_stage(on_batch=StopAt(50))
+    with pytest.raises(SystemExit):
+        run(tmp_path / "broken", stage, toy_source(), settings, autocast=True, checkpoint_seconds=0.0)
+    broken, _ = run(tmp_path / "broken", toy_stage(), toy_source(), settings, autocast=True)
+    assert digests(whole) == digests(broken) != digests(plain)
+
+
+GROUP_STOP = """
+import os, signal, sys
+sys.path.insert(0, {folder!r})
+from conftest import ToySource, ToyStage
+from test_loop import run
+from wuerstchen.train.loop import Interrupted, Settings
+from pathlib import Path
+def stop(batch):
+    if 40 in batch.indices.tolist():
+        os.killpg(0, signal.SIGTERM)
+settings = Settings(seed=0, autocast=False, workers=2, checkpoint_seconds=1e9, log_every=1, preview_every=0,
+                    preview_size=4, previews=2)
+try:
+    run(Path({run!r}), ToyStage(on_batch=stop), ToySource(), settings)
+except Interrupted as stopped:
+    print(stopped)
+"""
+
+
+def test_a_signal_to_the_whole_group_leaves_a_checkpoint_too(tmp_path):
+    """As a scheduler or a terminal sends it: the processes that load pictures must not die of it first."""
+    code = GROUP_STOP.format(folder=str(Path(__file__).parent), run=str(tmp_path / "run"))
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, start_new_session=True
+    )
+    assert done.stdout == "stopped at image 44 of 120 of stage A\n", done.stderr
+    assert newest(tmp_path / "run" / "checkpoints")[1]["images"] == 44
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -104,9 +158,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, toy_stage, 
             torch.nn.init.constant_(stage.networks["critic"].bias, torch.nan)
 
     stage.on_batch = poison
-    with pytest.raises(
-        UserError, match=r"the loss of model is nan at image 8 of stage A: nothing was updated"
-    ):
+    with pytest.raises(UserError, match=r"the loss of model is nan at image 8 of stage A, so the weights"):
         run(tmp_path, stage, toy_source(), settings)
     assert newest(tmp_path / "checkpoints") is None
 

@@ -31,7 +31,7 @@ def test_update_is_adamw_with_shortened_gradients():
     total = torch.stack([g.norm() for g in gradients.values()]).norm()
     for name, p in network.named_parameters():
         p.grad = gradients[name].clone()
-    assert update(network, optimizer, clip_norm=1.0, rate=0.02).item() == pytest.approx(total.item())
+    assert update(network, optimizer, clip_norm=1.0, rate=0.02) == pytest.approx(total.item())
     for name, p in network.named_parameters():
         g = gradients[name] / (total + 1e-6)
         start = dict(before.named_parameters())[name]
@@ -39,6 +39,29 @@ def test_update_is_adamw_with_shortened_gradients():
         # after one step both bias corrections cancel: m̂ = g, v̂ = g²
         torch.testing.assert_close(p, decayed - 0.02 * g / (g.abs() + 1e-8))
         assert p.grad is None
+
+
+def test_a_gradient_that_is_not_finite_updates_nothing():
+    network = nn.Linear(2, 2)
+    before = copy.deepcopy(network.state_dict())
+    optimizer = make_optimizer(network, Optimization(images=1, batch_size=1))
+    network(torch.full((1, 2), torch.inf)).sum().backward()
+    assert not update(network, optimizer, 1.0, 0.1) < torch.inf
+    assert all(torch.equal(before[name], p) for name, p in network.state_dict().items())
+    assert not optimizer.state
+
+
+def test_parts_can_learn_more_slowly():
+    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    before = copy.deepcopy(network)
+    optimizer = make_optimizer(network, Optimization(images=1, batch_size=1), {"0.": 0.1})
+    for p in network.parameters():
+        p.grad = torch.ones_like(p)
+    update(network, optimizer, 1e9, 0.01)
+    moved = [
+        (a - b).abs().max().item() for a, b in zip(network.parameters(), before.parameters(), strict=True)
+    ]
+    assert moved == pytest.approx([0.001, 0.001, 0.01, 0.01], rel=1e-3)
 
 
 def test_the_average_forgets_its_beginning():

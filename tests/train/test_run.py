@@ -16,6 +16,8 @@ from filelock import FileLock
 from wuerstchen.checkpoints.native import read_cascade, read_network
 from wuerstchen.data.emoji import EmojiSource, listed_heldout, sample_root
 from wuerstchen.errors import DataError, RunFolderError, UserError
+from wuerstchen.models.cascade import PUBLISHED_MAP
+from wuerstchen.models.compressor import CompressorConfig
 from wuerstchen.recipes import RECIPES
 from wuerstchen.recipes.mini import mini
 from wuerstchen.recipes.tiny import tiny
@@ -23,6 +25,7 @@ from wuerstchen.train.config import as_dict, differing_fields
 from wuerstchen.train.feed import Feed
 from wuerstchen.train.run import open_source, train
 from wuerstchen.train.snapshot import newest
+from wuerstchen.train.stages import cascade_settings
 
 MICRO = [
     word
@@ -96,11 +99,20 @@ def test_kills_in_every_stage_change_nothing(tmp_path):
     process.communicate(timeout=300)
     assert process.returncode == 0
     assert final_files(broken) == final_files(whole)
+    for file in (whole / "model").rglob("*"):
+        if file.is_file():
+            assert file.read_bytes() == (broken / "model" / file.relative_to(whole / "model")).read_bytes()
     _, provenance = read_network(broken / "model" / "prior.safetensors")
     assert (provenance.recipe, provenance.seed, provenance.images) == ("tiny", 0, 40)
     assert provenance.data == open_source("sample").fingerprint()
     assert provenance.versions.keys() == {"wuerstchen", "torch"}
+    _, state = newest(broken / "stage_c" / "checkpoints")
+    assert state["format"] == 1
+    assert state["images"] == 40
+    assert {"recipe", "seed", "data", "versions"} <= state.keys()
+    assert state["fields"]["stage_b"]["backbone_rate"] == 0.1
     cascade = read_cascade(broken / "model")
+    assert min(cascade.settings.map_statistics.std) > 0.3  # the map tells pictures apart
     assert len(cascade.settings.map_statistics.mean) == 16
     assert cascade.vqgan.config.scale_factor != tiny().vqgan.scale_factor
 
@@ -135,6 +147,14 @@ def test_the_run_folder_of_another_recipe_is_refused(begun):
 
 def test_what_does_not_change_the_result_may_change(begun):
     train(dataclasses.replace(tiny(), workers=0, checkpoint_seconds=5.0, preview_every=100), begun)
+    train(dataclasses.replace(tiny(), data=str(sample_root())), begun)  # the same pictures by another name
+
+
+def test_what_kills_left_half_written_is_swept_out(begun):
+    for name in ("stage_a/checkpoints/.000000000012.partial", ".model.x1y2/model"):
+        (begun / name).mkdir(parents=True)
+    train(tiny(), begun)
+    assert not list(begun.rglob(".*"))
 
 
 def test_changed_data_are_refused_unless_accepted_and_recorded(begun, monkeypatch):
@@ -221,6 +241,44 @@ def test_mini_is_the_papers_compression():
     assert recipe.image_size / 6 == pytest.approx(42.67, abs=0.01)
 
 
+def test_shares_are_shares():
+    with pytest.raises(UserError, match=r"map_dropout=1\.5 must be a share from 0 to 1"):
+        dataclasses.replace(tiny().stage_b, map_dropout=1.5)
+    with pytest.raises(UserError, match=r"clip_norm=0\.0 must be above 0"):
+        dataclasses.replace(tiny().stage_b.optimization, clip_norm=0.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"prior": dataclasses.replace(tiny().prior, c_cond=100)},
+            r"c_cond=100 is not the width .*; use 384",
+        ),
+        ({"compressor": CompressorConfig(backbone="efficientnet_v2_s")}, "--compressor-init FILE"),
+    ],
+)
+def test_what_stage_b_and_c_need_is_asked_before_stage_a(change, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        train(dataclasses.replace(tiny(), **change), tmp_path)
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_sizes_fit_the_decoder_too():
+    recipe = dataclasses.replace(tiny(), image_size=256)
+    deeper = dataclasses.replace(
+        recipe.decoder,
+        patch_size=16,
+        c_hidden=(8, 8, 8),
+        nhead=(-1,) * 3,
+        blocks=(1,) * 3,
+        level_config=("CT",) * 3,
+        inject_effnet=(True,) * 3,
+    )
+    settings = cascade_settings(dataclasses.replace(recipe, decoder=deeper), PUBLISHED_MAP)
+    assert settings.size_multiple == 256
+
+
 def test_differing_fields_are_named_by_path():
     recipe = as_dict(tiny())
     other = as_dict(dataclasses.replace(tiny(), seed=1, workers=7))
@@ -231,6 +289,11 @@ def test_differing_fields_are_named_by_path():
     ("change", "message"),
     [
         ({"image_size": 100}, "image_size=100 must be a multiple of 128"),
+        ({"prior_steps": 0}, "prior_steps=0 must be at least 1"),
+        ({"statistics_images": 0}, "statistics_images=0 must be at least 1"),
+        ({"log_every": 0}, "log_every=0 must be at least 1"),
+        ({"workers": -1}, "workers=-1 must be at least 0"),
+        ({"checkpoint_seconds": float("nan")}, "checkpoint_seconds=nan must be at least 0"),
         (
             {"prior": dataclasses.replace(tiny().prior, c_in=8)},
             "the map has 16 channels in compressor.c_latent, 8",

@@ -63,9 +63,17 @@ def test_a_checkpoint_cut_short_by_a_kill_is_not_seen(tmp_path):
     save(state, tmp_path, {})
     (tmp_path / ".000000000099.partial").mkdir()
     assert newest(tmp_path)[1]["images"] == 8
-    state.images = 99
+
+
+def test_what_was_found_damaged_makes_room(tmp_path):
+    """Two whole ones are kept, not a whole one and a damaged one."""
+    state = make_state()
+    for state.images in (8, 16):
+        save(state, tmp_path, {})
+    (tmp_path / "000000000016" / "networks.safetensors").write_bytes(b"")
+    state.images = 12
     save(state, tmp_path, {})
-    assert newest(tmp_path)[1]["images"] == 99
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000000000008", "000000000012"]
 
 
 def test_two_are_kept(tmp_path):

@@ -8,13 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
 from wuerstchen.diffusion.schedule import CosineSchedule
+from wuerstchen.errors import DataError, UserError
 from wuerstchen.models.cascade import MapStatistics
 from wuerstchen.models.compressor import compressor_input
 from wuerstchen.models.efficientnet import EfficientNetLite
 from wuerstchen.models.vqgan import VQGAN
 from wuerstchen.recipes.tiny import tiny
-from wuerstchen.train.feed import Batch, Feed
+from wuerstchen.train.feed import Batch, Feed, batches
 from wuerstchen.train.random import ImageRandom
 from wuerstchen.train.stages import PerceptualLoss, StageA, StageB, StageC, measure_map, p2_loss, random_crops
 
@@ -64,7 +66,7 @@ class TestStageA:
         ((name, loss, terms),) = stage.losses(batch, CPU, random_of(batch))
         output, quantised = stage.vqgan(batch.pixels(CPU))
         pixels = batch.pixels(CPU)
-        expected = F.mse_loss(output, pixels) + F.l1_loss(output, pixels) + quantised.loss
+        expected = F.mse_loss(output, pixels) + 1.0 * F.l1_loss(output, pixels) + quantised.loss
         assert name == "vqgan"
         torch.testing.assert_close(loss, expected)
         assert terms.keys() == {"reconstruction", "quantiser"}
@@ -120,14 +122,16 @@ def test_perceptual_loss_sees_blur_and_is_zero_for_equals():
 
 @pytest.fixture
 def small_cascade(small_cascade):
-    """A copy that a test may train."""
-    return copy.deepcopy(small_cascade)
+    """A copy that a test may train, with a compressor whose backbone sees something."""
+    cascade = copy.deepcopy(small_cascade)
+    load_backbone(cascade.compressor.backbone, lite0_path())
+    return cascade
 
 
 @pytest.fixture
 def stage_b(small_cascade):
     return StageB(
-        RECIPE.stage_b, small_cascade.vqgan, small_cascade.decoder, small_cascade.compressor, None, 2
+        RECIPE.stage_b, small_cascade.vqgan, small_cascade.decoder, small_cascade.compressor, None, RECIPE
     )
 
 
@@ -154,10 +158,36 @@ class TestStageB:
         batch = make_batch(128)
         ((name, loss, terms),) = stage_b.losses(batch, CPU, random_of(batch))
         loss.backward()
-        mapper = stage_b.trained.compressor.mapper[0].weight
+        compressor = stage_b.trained.compressor
         assert (name, set(terms)) == ("decoder_and_compressor", {"map_std"})
-        assert mapper.grad.abs().sum() > 0
+        assert compressor.mapper[0].weight.grad.abs().sum() > 0
+        assert compressor.backbone._conv_stem.weight.grad.abs().sum() > 0
         assert all(p.grad is None for p in stage_b.vqgan.parameters())
+
+    def test_a_map_that_says_nothing_stops_the_training(self, stage_b):
+        """A saturated backbone gives the same map for every picture, and no gradient to get out of it."""
+        stage_b.trained.train()
+        torch.nn.init.constant_(stage_b.trained.compressor.backbone._bn1.bias, 100.0)
+        batch = make_batch(128)
+        with pytest.raises(UserError, match=r"deviation fell to .*; use a lower stage_b\.backbone_rate"):
+            next(stage_b.losses(batch, CPU, random_of(batch)))
+
+    def test_the_backbone_learns_more_slowly(self, stage_b):
+        assert stage_b.rate_scales == {"compressor.backbone.": 0.1}
+        names = [name for name, _ in stage_b.trained.named_parameters()]
+        assert sum(name.startswith("compressor.backbone.") for name in names) > 100
+
+    def test_early_layers_can_be_frozen(self, small_cascade):
+        compressor = small_cascade.compressor.requires_grad_(True)
+        compressor.freeze_early_layers(8)
+        z = compressor(torch.rand(1, 3, 96, 96))
+        z.square().sum().backward()
+        blocks = compressor.backbone._blocks
+        # Lite0: blocks 0 | 1, 2 | 3, 4 work at strides 2, 4 and 8, block 5 is the first at 16.
+        assert all(p.grad is None for p in blocks[:5].parameters())
+        assert all(p.grad is not None for p in blocks[5].parameters())
+        assert compressor.backbone._conv_stem.weight.grad is None
+        assert compressor.mapper[0].weight.grad is not None
 
     def test_the_loss_does_not_depend_on_the_rest_of_the_batch(self, stage_b):
         stage_b.trained.eval()
@@ -234,9 +264,14 @@ def test_the_feed_is_a_function_of_the_image_number(toy_source):
     assert not np.array_equal(first[0][1].image[1:], Feed(source, 2, 8, True)[0][1].image[1:])
 
 
-def test_a_set_of_unreadable_pictures_ends_with_their_reason(toy_source):
-    from wuerstchen.errors import DataError
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_worker_s_error_is_one_line(workers, toy_source):
+    feed = Feed(toy_source(3, broken=(0, 1, 2)), 0, 8, False)
+    with pytest.raises(DataError, match=r"^none of the 3 images can be read, .*: \d\.png is broken$"):
+        next(batches(feed, 0, 3, 1, workers))
 
+
+def test_a_set_of_unreadable_pictures_ends_with_their_reason(toy_source):
     feed = Feed(toy_source(3, broken=(0, 1, 2)), 0, 8, False)
     with pytest.raises(DataError, match=r"none of the 3 images can be read, .*: \d\.png is broken"):
         feed[0]

@@ -92,6 +92,19 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, header: Mapping[str
         ) from error
 
 
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes JSON whole: to a temporary name first, flushed to disk, then renamed. Raises ``OSError``."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and header of a file that ``write_tensors`` made. Never unpickles."""
     try:
@@ -144,8 +157,8 @@ def read_network(path: Path) -> tuple[nn.Module, Provenance]:
             tensors = dequantize(tensors)
         state = {k: t.float() if t.is_floating_point() else t for k, t in tensors.items()}
         network.load_state_dict(state, assign=True)
-    except (KeyError, TypeError, RuntimeError) as error:
-        detail = str(error).splitlines()[0]
+    except (KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        detail = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"{path} does not hold what its header says ({detail}); get it again"
         ) from error
@@ -182,7 +195,7 @@ def write_cascade(
             "parts": parts,
             "settings": dataclasses.asdict(cascade.settings),
         }
-        (partial / "model.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        write_json(partial / "model.json", description)
         os.rename(partial, folder)
 
 

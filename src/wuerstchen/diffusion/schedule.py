@@ -51,6 +51,10 @@ class CosineSchedule:
         return 1 - self.alpha_bar(t)
 
 
+PUBLISHED_SCHEDULE = CosineSchedule()
+"""Of all published models, and of those trained here."""
+
+
 def training_timesteps(u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
     """Timesteps to train at, from u uniform in [0, 1): 7.5 % of them are exactly 1, pure noise."""
     return ((1 - u) * 1.08 + 0.001).clamp(0.001, 1.0)

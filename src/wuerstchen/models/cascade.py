@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from wuerstchen.errors import UserError
-from wuerstchen.models.compressor import Compressor
+from wuerstchen.models.compressor import Compressor, latent_side
 from wuerstchen.models.decoder import Decoder
 from wuerstchen.models.prior import Prior
 from wuerstchen.models.text import TextEncoder
@@ -84,7 +84,7 @@ class CascadeSettings:
 
     def map_size(self, width: int, height: int) -> tuple[int, int]:
         """Height and width of the semantic map of a picture."""
-        return tuple(math.ceil(round(side * self.view_scale) / 32) for side in (height, width))  # type: ignore
+        return latent_side(round(height * self.view_scale)), latent_side(round(width * self.view_scale))
 
 
 @dataclass

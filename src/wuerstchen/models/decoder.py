@@ -15,6 +15,7 @@ from wuerstchen.models.layers import (
     KeysValues,
     TimestepBlock,
     convolve,
+    exact_output,
     init_blocks,
     init_linear_and_conv,
     layer_norm,
@@ -227,8 +228,7 @@ class Decoder(nn.Module):
             skip = None if number == 0 else outputs[-1 - number]
             inner = _run_level(blocks, inner, r_embed, [] if level_map is None else [level_map], texts, skip)
 
-        out = convolve(self.clf[2], pointwise(self.clf[1], layer_norm(inner))).permute(0, 3, 1, 2)
-        a, b = out.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=1)
+        a, b = self.clf[2](exact_output(self.clf[1], inner, x.dtype)).chunk(2, dim=1)
         return a, b.sigmoid() * (1 - 2 * SCALE_EPS) + SCALE_EPS
 
     def forward(

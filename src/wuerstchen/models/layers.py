@@ -38,6 +38,19 @@ def pointwise(conv: nn.Conv2d, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b 
     return F.linear(x, conv.weight.flatten(1), conv.bias)
 
 
+def exact_output(
+    conv: nn.Conv2d, x: Float[Tensor, "b h w c"], dtype: torch.dtype
+) -> Float[Tensor, "b c2 h w"]:
+    """A model's last layer, layer norm and 1×1 convolution, in at least fp32 whatever surrounds it.
+
+    What follows divides by it: Stage C by |1 − b|, where half precision cannot tell b from 1.
+    """
+    exact = torch.promote_types(dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        bias = None if conv.bias is None else conv.bias.to(exact)
+        return F.linear(layer_norm(x.to(exact)), conv.weight.flatten(1).to(exact), bias).permute(0, 3, 1, 2)
+
+
 def timestep_embedding(r: Float[Tensor, " b"], width: int) -> Float[Tensor, "b width"]:
     """Sine and cosine features of the timestep ``r`` in [0, 1].
 

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -12,9 +11,9 @@ from wuerstchen.models.layers import (
     KeysValues,
     ResBlock,
     TimestepBlock,
+    exact_output,
     init_blocks,
     init_linear_and_conv,
-    layer_norm,
     pointwise,
     timestep_embedding,
     to_channels_last,
@@ -98,8 +97,5 @@ class Prior(nn.Module):
                 inner = block(inner, next(texts))
             else:
                 inner = block(inner)
-        a, b = pointwise(self.out[1], layer_norm(inner)).permute(0, 3, 1, 2).chunk(2, dim=1)
-        # Half precision cannot hold 1e-5 beside 1, and b comes close to 1.
-        exact = torch.promote_types(x.dtype, torch.float32)
-        a, b = a.to(exact), b.to(exact)
-        return ((x.to(exact) - a) / ((1 - b).abs() + 1e-5)).to(x.dtype)
+        a, b = exact_output(self.out[1], inner, x.dtype).chunk(2, dim=1)
+        return ((x.to(a.dtype) - a) / ((1 - b).abs() + 1e-5)).to(x.dtype)

@@ -85,10 +85,12 @@ class VectorQuantizer(nn.Module):
     def lookup(self, indices: Int[Tensor, "b h w"]) -> Float[Tensor, "b c h w"]:
         return self.embedding(indices).permute(0, 3, 1, 2)
 
+    @torch.no_grad()
     def nearest(self, z: Float[Tensor, "b c h w"]) -> Int[Tensor, "b h w"]:
         codes = self.embedding.weight
+        lengths = codes.square().sum(1)
         # |z|² is the same for every code, so it is left out; a picture at a time bounds the memory.
-        rows = (torch.addmm(codes.square().sum(1), p.flatten(1).T, codes.T, alpha=-2).argmin(1) for p in z)
+        rows = (torch.addmm(lengths, p.flatten(1).T, codes.T, alpha=-2).argmin(1) for p in z)
         return torch.stack([row.unflatten(0, z.shape[2:]) for row in rows])
 
     def forward(self, z: Float[Tensor, "b c h w"]) -> Quantised:

@@ -34,23 +34,24 @@ def mini() -> Recipe:
         prior=PriorConfig(c=256, c_cond=384, depth=8, nhead=4, dropout=0.0),
         stage_a=StageAConfig(
             optimization=Optimization(
-                images=24_000, batch_size=16, learning_rate=2e-3, warmup=1600, decay="cosine"
+                images=16_000, batch_size=16, learning_rate=2e-3, warmup=1600, decay="cosine"
             ),
             crop=96,
             discriminator_width=128,
             discriminator_depth=4,
-            adversarial_from=12_000,
+            adversarial_from=8_000,
             codebook_init="normal",
+            l1_weight=1.0,
         ),
         stage_b=StageBConfig(
             optimization=Optimization(
-                images=54_000, batch_size=16, learning_rate=6e-4, warmup=3200, decay="cosine"
+                images=44_000, batch_size=16, learning_rate=6e-4, warmup=3200, decay="cosine"
             ),
-            frozen_stride=8,
+            frozen_stride=16,
         ),
         stage_c=StageCConfig(
             optimization=Optimization(
-                images=44_000, batch_size=32, learning_rate=1e-3, warmup=3200, decay="cosine"
+                images=40_000, batch_size=32, learning_rate=1e-3, warmup=3200, decay="cosine"
             ),
             caption_dropout=0.1,
         ),

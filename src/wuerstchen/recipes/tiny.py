@@ -40,6 +40,7 @@ def tiny() -> Recipe:
             discriminator_depth=4,
             adversarial_from=1200,
             codebook_init="normal",
+            l1_weight=1.0,
         ),
         stage_b=StageBConfig(
             optimization=Optimization(

@@ -37,8 +37,19 @@ class Optimization:
                 )
         if not 0 < self.learning_rate < 1:
             raise UserError(f"learning_rate={self.learning_rate} must be between 0 and 1; 1e-4 is common")
+        if not self.clip_norm > 0 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(
+                f"clip_norm={self.clip_norm} must be above 0 and betas={self.betas} from 0 to below 1; 1.0 "
+                "and 0.9 0.999 are common"
+            )
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"ema_decay={self.ema_decay} must be from 0 to below 1; 0.999 is common")
+
+
+def _check_shares(config: object, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(config, name) <= 1:
+            raise UserError(f"{name}={getattr(config, name)} must be a share from 0 to 1; give one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +59,9 @@ class StageAConfig:
     optimization: Optimization
     crop: int | None = None
     """Side of the random crops to train on; None for whole pictures. The network is convolutional."""
+    l1_weight: float = 0.0
+    """Weight of the absolute error beside the squared one, which is all that the original has. The squared
+    error alone leaves small models blurred and slow to find pure white and black."""
     perceptual: Literal["efficientnet_lite0", "none"] = "efficientnet_lite0"
     """The network whose features are compared."""
     perceptual_weight: float = 0.1
@@ -63,6 +77,9 @@ class StageAConfig:
     codebook_init: Literal["uniform", "normal"] = "uniform"
     """``uniform`` as published, ±1/codes; ``normal`` spreads the codes over the latents from the start."""
 
+    def __post_init__(self) -> None:
+        _check_shares(self, "quantise_dropout")
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageBConfig:
@@ -72,6 +89,9 @@ class StageBConfig:
     compressor_init: str = ""
     """Weights the backbone starts from: a torchvision .pth or timm .safetensors file; empty for the
     installed EfficientNet-Lite0 (only for that backbone)."""
+    backbone_rate: float = 0.1
+    """Share of the learning rate for the pretrained backbone. At the full rate its activations saturate
+    within a few hundred updates, and the map is the same for every picture from then on."""
     frozen_stride: int = 1
     """The backbone's layers down to this stride stay as they are; 8 halves the cost of training it."""
     map_dropout: float = 0.05
@@ -81,6 +101,9 @@ class StageBConfig:
     caption_dropout: float = 0.05
     """Share of the pictures without their caption, where the decoder reads text at all."""
 
+    def __post_init__(self) -> None:
+        _check_shares(self, "map_dropout", "map_noise", "caption_dropout", "backbone_rate")
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageCConfig:
@@ -89,6 +112,9 @@ class StageCConfig:
     optimization: Optimization
     caption_dropout: float = 0.05
     """Share of the pictures trained without their caption, for classifier-free guidance."""
+
+    def __post_init__(self) -> None:
+        _check_shares(self, "caption_dropout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +153,14 @@ class Recipe:
     """Processes that load pictures; 0 loads them in the training process."""
 
     def __post_init__(self) -> None:
+        positive = ("statistics_images", "prior_steps", "decoder_steps", "log_every")
+        for name, least in (*((n, 1) for n in positive), ("seed", 0), ("workers", 0), ("preview_every", 0)):
+            if getattr(self, name) < least:
+                raise UserError(
+                    f"{name}={getattr(self, name)} must be at least {least}; give a larger number"
+                )
+        if not self.checkpoint_seconds >= 0:
+            raise UserError(f"checkpoint_seconds={self.checkpoint_seconds} must be at least 0; 120 is common")
         if self.image_size < 128 or self.image_size % 128:
             raise UserError(f"image_size={self.image_size} must be a multiple of 128; use 256")
         channels = self.compressor.c_latent
@@ -160,8 +194,11 @@ class Recipe:
             )
 
 
-FREE_FIELDS = frozenset({"workers", "checkpoint_seconds", "log_every", "preview_every", "preview_prompts"})
-"""What may change between the starts of a run, because the result does not depend on it."""
+FREE_FIELDS = frozenset(
+    {"data", "workers", "checkpoint_seconds", "log_every", "preview_every", "preview_prompts"}
+)
+"""What may change between the starts of a run, because the result does not depend on it. ``data`` is only a
+place: what is in it has a fingerprint."""
 
 
 def differing_fields(stored: dict, given: dict, prefix: str = "") -> list[str]:

@@ -4,6 +4,7 @@ Nothing is shuffled or remembered here. What comes next follows from the number 
 run is fed as the unbroken one would have been.
 """
 
+import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -72,22 +73,46 @@ def collate(samples: list[tuple[int, Example, list[tuple[str, str]]]]) -> Batch:
     )
 
 
-def _ignore_interrupts(_: int) -> None:
-    """Ctrl-C reaches every process of a terminal; only the training process answers it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _start_worker(_: int) -> None:
+    """Leaves the process group, whose signals only the training process is to answer (Ctrl-C, a scheduler's
+    SIGTERM): it ends its workers itself when it has written a checkpoint."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+    else:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """The image numbers from ``start`` to ``end`` - 1 in groups; none is made before it is asked for."""
+
+    start: int
+    end: int
+    batch_size: int
+
+    def __iter__(self) -> Iterator[range]:
+        for first in range(self.start, self.end, self.batch_size):
+            yield range(first, min(first + self.batch_size, self.end))
+
+    def __len__(self) -> int:
+        return -(-(self.end - self.start) // self.batch_size)
 
 
 def batches(feed: Feed, start: int, end: int, batch_size: int, workers: int) -> Iterator[Batch]:
     """The pictures ``start`` to ``end`` - 1 in batches; the last may be smaller."""
-    ranges = [list(range(i, min(i + batch_size, end))) for i in range(start, end, batch_size)]
     loader = DataLoader(
         feed,
-        batch_sampler=ranges,
+        batch_sampler=_Batches(start, end, batch_size),
         num_workers=workers,
         collate_fn=collate,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_start_worker,
         prefetch_factor=4 if workers else None,
-        pin_memory=torch.cuda.is_available(),
     )
-    yield from loader
+    try:
+        yield from loader
+    except DataError as error:
+        # From a worker the message comes wrapped in that process's traceback; its last line is ours.
+        raise DataError(
+            str(error).strip().splitlines()[-1].removeprefix("wuerstchen.errors.DataError: ")
+        ) from None

@@ -6,6 +6,7 @@ their averages and the optimizers come from the last whole checkpoint.
 """
 
 import contextlib
+import math
 import signal
 import threading
 import time
@@ -99,7 +100,7 @@ def run_stage(
             if time.monotonic() - saved >= settings.checkpoint_seconds and state.images < total:
                 checkpoint()
                 saved = time.monotonic()
-    return checkpoint()
+        return checkpoint()
 
 
 def _prepare(stage: Stage, folder: Path, device: torch.device) -> tuple[snapshot.TrainingState, bool]:
@@ -109,7 +110,10 @@ def _prepare(stage: Stage, folder: Path, device: torch.device) -> tuple[snapshot
     state = snapshot.TrainingState(
         networks=stage.networks,
         averages={name: make_average(stage.networks[name]) for name in stage.averaged},
-        optimizers={name: make_optimizer(n, stage.optimization) for name, n in stage.networks.items()},
+        optimizers={
+            name: make_optimizer(network, stage.optimization, stage.rate_scales)
+            for name, network in stage.networks.items()
+        },
     )
     found = snapshot.newest(folder)
     if found is not None:
@@ -139,23 +143,31 @@ def _train_batch(
             if following is None:
                 break
             name, loss, terms = following
-            if not bool(torch.isfinite(loss)):
-                raise UserError(
-                    f"the loss of {name} is {float(loss.detach())} at image {state.images:,} of stage "
-                    f"{stage.name.upper()}: nothing was updated; lower the learning rate, or look at the "
-                    "pictures from there on"
-                )
             network = stage.networks[name]
-            loss.backward()
+            value = float(loss.detach())
+            _check_finite("loss", name, value, stage, state)
+            # Gradients for this network alone: what else the loss passes through learns from its own loss.
+            loss.backward(inputs=[p for p in network.parameters() if p.requires_grad])
             norm = update(network, state.optimizers[name], optimization.clip_norm, rate)
+            _check_finite("gradient", name, norm, stage, state)
             key = "loss" if "loss" not in values else f"loss_{name}"
-            values |= {key: float(loss.detach()), f"gradient_{name}": float(norm)}
+            values |= {key: value, f"gradient_{name}": norm}
             values |= {term: float(value.detach()) for term, value in terms.items()}
     state.images += len(batch.indices)
     state.updates += 1
     for name, average in state.averages.items():
         update_average(average, state.networks[name], decay_at(state.updates, optimization.ema_decay))
     return values
+
+
+def _check_finite(what: str, name: str, value: float, stage: Stage, state: snapshot.TrainingState) -> None:
+    """Stops before anything is updated, so that the last checkpoint stays good."""
+    if not math.isfinite(value):
+        where = f"image {state.images:,} of stage {stage.name.upper()}"
+        raise UserError(
+            f"the {what} of {name} is {value} at {where}, so the weights were left as they were; use a lower "
+            "learning rate in another --run-dir"
+        )
 
 
 @torch.no_grad()
@@ -172,9 +184,12 @@ def _preview(
     examples = [shown[i][1].image for i in range(settings.previews)]
     pixels = torch.stack([torch.from_numpy(e) for e in examples]).permute(0, 3, 1, 2).float().to(device) / 255
     images: list[Image.Image] = stage.preview(state.averages, pixels, device)
+    if not images:
+        return
     path = folder / "previews" / f"{state.images:012d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_png(grid(images, columns=settings.previews), path, {"stage": stage.name, "images": state.images})
+    columns = settings.previews if len(images) % settings.previews == 0 else math.isqrt(len(images) - 1) + 1
+    save_png(grid(images, columns=columns), path, {"stage": stage.name, "images": state.images})
 
 
 def _next_multiple(images: int, every: int, total: int) -> int:

@@ -1,6 +1,7 @@
 """Optimizers and the learning rate: what turns a loss into an update."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +22,23 @@ def learning_rate(config: Optimization, images: int) -> float:
     return config.learning_rate * (FINAL_SHARE + (1 - FINAL_SHARE) * cosine)
 
 
-def make_optimizer(network: nn.Module, config: Optimization) -> torch.optim.AdamW:
-    """AdamW over a network's trainable parameters; weight decay acts on matrices alone."""
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+def make_optimizer(
+    network: nn.Module, config: Optimization, rate_scales: Mapping[str, float] | None = None
+) -> torch.optim.AdamW:
+    """AdamW over a network's trainable parameters; weight decay acts on matrices alone.
+
+    ``rate_scales`` gives parameters whose names begin so a share of the learning rate.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            scales = [s for prefix, s in (rate_scales or {}).items() if name.startswith(prefix)]
+            groups.setdefault((min(scales, default=1.0), parameter.ndim > 1), []).append(parameter)
+    described = [
+        {"params": parameters, "weight_decay": config.weight_decay if is_matrix else 0.0, "scale": scale}
+        for (scale, is_matrix), parameters in groups.items()
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+    return torch.optim.AdamW(described, lr=config.learning_rate, betas=config.betas, fused=True)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -51,11 +61,15 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
     optimizer.load_state_dict({**description, "state": state})
 
 
-def update(network: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float, rate: float) -> Tensor:
-    """One update from the gradients at hand; returns their norm before shortening."""
+def update(network: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float, rate: float) -> float:
+    """One update from the gradients at hand; returns their norm before shortening.
+
+    A norm that is not finite updates nothing.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = rate
-    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
-    optimizer.step()
+        group["lr"] = rate * group["scale"]
+    norm = float(torch.nn.utils.clip_grad_norm_(network.parameters(), clip_norm))
+    if math.isfinite(norm):
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

@@ -8,7 +8,9 @@ DIR/model/            the averaged weights as a model folder; appears when all t
 import contextlib
 import dataclasses
 import json
+import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +20,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
-from wuerstchen.checkpoints.native import FORMAT, Provenance, migrate, write_cascade
+from wuerstchen.checkpoints.native import FORMAT, Provenance, migrate, write_cascade, write_json
 from wuerstchen.checkpoints.text_encoder import read_text_encoder
 from wuerstchen.data.emoji import EmojiSource, sample_root
 from wuerstchen.data.folder import FolderSource
@@ -30,6 +32,7 @@ from wuerstchen.models.compressor import Compressor
 from wuerstchen.models.decoder import Decoder
 from wuerstchen.models.efficientnet import EfficientNetLite
 from wuerstchen.models.prior import Prior
+from wuerstchen.models.text import PromptTooLongWarning, TextEncoder
 from wuerstchen.models.vqgan import VQGAN
 from wuerstchen.pipeline import BUNDLED, default_device
 from wuerstchen.train.config import Recipe, as_dict, differing_fields
@@ -69,6 +72,9 @@ def train(
     Raises ``RunFolderError`` for a folder that is in use or belongs to another recipe, ``DataError`` for data
     that cannot be used, ``Interrupted`` after a signal.
     """
+    on = default_device(device)
+    if recipe.precision == "auto":  # what it stands for is part of the recipe that a run folder keeps
+        recipe = dataclasses.replace(recipe, precision="bf16" if on.type == "cuda" else "fp32")
     source = open_source(recipe.data)
     largest = max(s.optimization.batch_size for s in (recipe.stage_a, recipe.stage_b, recipe.stage_c))
     if len(source) < largest:
@@ -76,11 +82,17 @@ def train(
             f"{recipe.data} has {len(source)} images, fewer than a batch of {largest}; use a smaller "
             "batch_size or more images"
         )
-    with _locked(run_dir):
+    text_encoder = read_text_encoder(TEXT_ENCODER)
+    _check_text_width(recipe, text_encoder.width)
+    with _locked(run_dir), warnings.catch_warnings():
+        # Captions longer than the encoder takes are cut; once is enough to know, and the card says it.
+        warnings.simplefilter("ignore", PromptTooLongWarning)
         try:
             log = Log(run_dir / "log.jsonl")
-            fingerprint = _check_run(recipe, run_dir, source, log, accept_changed_data)
-            return _Run(recipe, run_dir, source, fingerprint, default_device(device), log).train()
+            run = _Run(recipe, run_dir, source, text_encoder, on, log)
+            run.check_compressor_weights()
+            run.fingerprint = _check_run(recipe, run_dir, source, log, accept_changed_data)
+            return run.train()
         except OSError as error:
             # Reading data has errors of its own, so it is the run folder: a full disk, as a rule.
             raise RunFolderError(
@@ -89,13 +101,21 @@ def train(
             ) from error
 
 
+def _check_text_width(recipe: Recipe, width: int) -> None:
+    for name, value in (
+        ("prior.c_cond", recipe.prior.c_cond),
+        ("decoder.clip_embd", recipe.decoder.clip_embd),
+    ):
+        if value not in (width, None):
+            raise UserError(f"{name}={value} is not the width of the text encoder's states; use {width}")
+
+
 @contextlib.contextmanager
 def _locked(run_dir: Path) -> Iterator[None]:
     """Keeps other processes out of the run folder. The lock goes with the process, however it ends."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(run_dir / "lock")
-        lock.acquire(timeout=0)
+        lock = FileLock(run_dir / "lock").acquire(timeout=0)
     except Timeout as error:
         raise RunFolderError(
             f"{run_dir} is in use by another process; wait for it, or use another --run-dir"
@@ -105,7 +125,8 @@ def _locked(run_dir: Path) -> Iterator[None]:
             f"{run_dir} cannot be written ({error.strerror}); use another --run-dir"
         ) from error
     with lock:
-        lock.release()  # the count of this acquisition; ``with`` took one of its own
+        for partial in (*run_dir.glob("stage_*/checkpoints/.*.partial"), *run_dir.glob(".model.*")):
+            shutil.rmtree(partial, ignore_errors=True)  # what kills left half-written
         yield
 
 
@@ -116,15 +137,10 @@ def _check_run(recipe: Recipe, run_dir: Path, source: Source, log: Log, accept_c
     if not path.exists():
         if any(run_dir.glob("stage_*")):
             raise RunFolderError(f"{run_dir} holds stages but no run.json; use another --run-dir")
-        _write_json(path, {"format": FORMAT, "recipe": given, "data": data})
+        write_json(path, {"format": FORMAT, "recipe": given, "data": data})
         return data
-    try:
-        stored = migrate(json.loads(path.read_text(encoding="utf-8")), path)
-        differing = differing_fields(stored["recipe"], given)
-    except (ValueError, KeyError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise RunFolderError(f"{path} cannot be read ({error}); use another --run-dir") from error
+    stored = migrate(_read_json(path), path)
+    differing = differing_fields(stored["recipe"], given)
     if differing:
         raise RunFolderError(
             f"{run_dir} belongs to another recipe: {', '.join(differing)} differ; use the same settings or "
@@ -137,17 +153,18 @@ def _check_run(recipe: Recipe, run_dir: Path, source: Source, log: Log, accept_c
                 "--accept-changed-data"
             )
         log.event("accepted changed data", before=stored["data"], now=data)
-        _write_json(path, {**stored, "data": data})
+        write_json(path, {**stored, "data": data})
     return data
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
+def _read_json(path: Path) -> dict[str, Any]:
+    """A file that this run wrote."""
     try:
-        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise RunFolderError(f"{path} cannot be written ({error.strerror}); free some space") from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(content, dict)
+        return content
+    except (ValueError, AssertionError) as error:
+        raise RunFolderError(f"{path} cannot be read ({error}); use another --run-dir") from error
 
 
 class _Run:
@@ -158,20 +175,20 @@ class _Run:
         recipe: Recipe,
         run_dir: Path,
         source: Source,
-        fingerprint: str,
+        text_encoder: TextEncoder,
         device: torch.device,
         log: Log,
     ) -> None:
         self.recipe = recipe
         self.run_dir = run_dir
         self.source = source
-        self.fingerprint = fingerprint
+        self.fingerprint = ""
         self.device = device
         self.log = log
-        self.text_encoder = read_text_encoder(TEXT_ENCODER).to(device)
+        self.text_encoder = text_encoder.to(device)
         self.settings = Settings(
             seed=recipe.seed,
-            autocast=recipe.precision == "bf16" or (recipe.precision == "auto" and device.type == "cuda"),
+            autocast=recipe.precision == "bf16",
             workers=recipe.workers,
             checkpoint_seconds=recipe.checkpoint_seconds,
             log_every=recipe.log_every,
@@ -226,7 +243,7 @@ class _Run:
 
         def measure() -> dict[str, Any]:
             z = torch.cat([vqgan.embed(b.pixels(self.device)) for b in self.some_images("latents")])
-            return {"scale_factor": round(float(z.double().std()), 6)}
+            return {"scale_factor": round(float(z.cpu().double().std()), 6)}
 
         return self.measured_once("stage_a", measure)["scale_factor"]
 
@@ -234,13 +251,23 @@ class _Run:
         config = self.recipe.stage_b
         self.seed_weights("b")
         compressor = Compressor(self.recipe.compressor)
-        load_backbone(compressor.backbone, self.compressor_weights())
+        if self.begins("b"):
+            load_backbone(compressor.backbone, self.compressor_weights())
         compressor.freeze_early_layers(config.frozen_stride)
         decoder = Decoder(self.recipe.decoder)
-        stage = StageB(config, vqgan, decoder, compressor, self.text_encoder, self.recipe.decoder_steps)
+        stage = StageB(config, vqgan, decoder, compressor, self.text_encoder, self.recipe)
         final = self.run_stage(stage)
         both = self.averaged(DecoderAndCompressor(decoder, compressor), final, "decoder_and_compressor")
         return both.decoder, both.compressor
+
+    def begins(self, stage: str) -> bool:
+        """Whether a stage starts from nothing, as opposed to from a checkpoint of its own."""
+        return not any((self.run_dir / f"stage_{stage}" / "checkpoints").glob("[0-9]*"))
+
+    def check_compressor_weights(self) -> None:
+        """Reads the backbone's weights once before anything is trained: Stage B may be hours away."""
+        if self.begins("b"):
+            load_backbone(Compressor(self.recipe.compressor).backbone, self.compressor_weights())
 
     def compressor_weights(self) -> Path:
         """The file that the compressor's backbone starts from."""
@@ -256,11 +283,6 @@ class _Run:
 
     def stage_c(self, vqgan: VQGAN, decoder: Decoder, compressor: Compressor) -> tuple[Prior, MapStatistics]:
         recipe, config = self.recipe, self.recipe.stage_c
-        if recipe.prior.c_cond != self.text_encoder.width:
-            raise UserError(
-                f"prior.c_cond={recipe.prior.c_cond} is not the text encoder's width; "
-                f"use {self.text_encoder.width}"
-            )
         self.seed_weights("c")
         prior = Prior(recipe.prior)
         frozen = Cascade(
@@ -293,8 +315,8 @@ class _Run:
         path = self.run_dir / stage / "measured.json"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write_json(path, measure())
-        return json.loads(path.read_text(encoding="utf-8"))
+            write_json(path, measure())
+        return _read_json(path)
 
     def run_stage(self, stage: Stage) -> Path:
         optimization = stage.optimization
@@ -305,7 +327,7 @@ class _Run:
         )
         seed = stable_hash(self.recipe.seed, stage.name, "data") >> 1
         feed = Feed(self.source, seed, self.recipe.image_size, stage.captions)
-        header = dataclasses.asdict(self.provenance(0))
+        header = {**dataclasses.asdict(self.provenance(0)), "fields": as_dict(self.recipe)}
         folder = self.run_dir / f"stage_{stage.name}"
         return run_stage(stage, feed, folder, self.settings, self.device, self.log, header)
 

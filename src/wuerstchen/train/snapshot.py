@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from wuerstchen.checkpoints.native import FORMAT, migrate, read_tensors, write_tensors
+from wuerstchen.checkpoints.native import FORMAT, migrate, read_tensors, write_json, write_tensors
 from wuerstchen.errors import CheckpointError, UserNotice
 from wuerstchen.train.optim import load_optimizer_tensors, optimizer_tensors
 
@@ -56,7 +56,7 @@ def save(state: TrainingState, folder: Path, header: dict[str, Any]) -> Path:
             write_tensors(tensors, partial / f"{name}.safetensors", {"format": FORMAT})
         files = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
         description = {**header, "format": FORMAT, "images": state.images, "updates": state.updates}
-        _write_text(partial / "state.json", json.dumps({**description, "files": files}, indent=2))
+        write_json(partial / "state.json", {**description, "files": files})
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
     except (OSError, CheckpointError) as error:
@@ -66,8 +66,11 @@ def save(state: TrainingState, folder: Path, header: dict[str, Any]) -> Path:
             f"checkpoint {target} cannot be written ({reason}); the one before it is whole: free some space "
             "and start the same command again"
         ) from error
-    for old in _all(folder)[KEPT:]:
-        shutil.rmtree(old, ignore_errors=True)
+    # Newer ones are those that were found damaged: training went on from one before them.
+    others = [path for path in _all(folder) if path != target]
+    older = [path for path in others if path < target]
+    for path in (*older[KEPT - 1 :], *(path for path in others if path > target)):
+        shutil.rmtree(path, ignore_errors=True)
     return target
 
 
@@ -152,10 +155,3 @@ def _all(folder: Path) -> list[Path]:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_text(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())

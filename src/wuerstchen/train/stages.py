@@ -4,6 +4,7 @@ A stage names the networks that it trains (``networks``) and yields ``(network, 
 batch: the loop makes one update of that network from each loss before it asks for the next.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
@@ -13,22 +14,22 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from wuerstchen.diffusion.samplers import ddpm
-from wuerstchen.diffusion.schedule import CosineSchedule, training_timesteps, uniform_timesteps
+from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, training_timesteps
+from wuerstchen.errors import UserError
 from wuerstchen.images import to_images
-from wuerstchen.models.cascade import Cascade, CascadeSettings, MapStatistics
+from wuerstchen.models.cascade import PUBLISHED_MAP, Cascade, CascadeSettings, MapStatistics
 from wuerstchen.models.compressor import Compressor, compressor_input
 from wuerstchen.models.decoder import Decoder
 from wuerstchen.models.efficientnet import EfficientNetLite
 from wuerstchen.models.prior import Prior
 from wuerstchen.models.text import TextEncoder
 from wuerstchen.models.vqgan import VQGAN, Discriminator
-from wuerstchen.pipeline import Sampling, Wuerstchen
+from wuerstchen.pipeline import Wuerstchen
 from wuerstchen.train.config import Optimization, Recipe, StageAConfig, StageBConfig, StageCConfig
 from wuerstchen.train.feed import Batch
 from wuerstchen.train.random import ImageRandom
 
-SCHEDULE = CosineSchedule()
+LEAST_SPREAD = 0.1  # of the map, which its batch norm keeps near 1 as long as pictures differ at all
 
 Losses = Iterator[tuple[str, Tensor, dict[str, Tensor]]]
 
@@ -45,6 +46,8 @@ class Stage(Protocol):
     """Those of which a weight average is kept."""
     captions: bool
     """Whether batches need captions."""
+    rate_scales: dict[str, float]
+    """Shares of the learning rate, for parameters whose names begin so."""
 
     def losses(self, batch: Batch, device: torch.device, random: ImageRandom) -> Losses:
         """One loss for each update that this batch makes."""
@@ -62,7 +65,7 @@ def p2_loss(
 ) -> Float[Tensor, ""]:
     """Mean over pictures of (1 − ᾱ(t)) · ‖ε̂ − ε‖² / n."""
     errors = (predicted.float() - noise).square().flatten(1).mean(1)
-    return (errors * SCHEDULE.p2_weight(t)).mean()
+    return (errors * PUBLISHED_SCHEDULE.p2_weight(t)).mean()
 
 
 # --- Stage A ---
@@ -113,6 +116,7 @@ class StageA:
         self.optimization = config.optimization
         self.vqgan = vqgan
         self.networks: dict[str, nn.Module] = {"vqgan": vqgan}
+        self.rate_scales: dict[str, float] = {}
         self.perceptual = None if perceptual is None else PerceptualLoss(perceptual)
         self.discriminator: Discriminator | None = None
         if config.adversarial_weight > 0:
@@ -130,7 +134,8 @@ class StageA:
         quantise = random.uniform("quantise") >= config.quantise_dropout
         output, quantised = self.vqgan(pixels, quantise=quantise)
         output = output.float()
-        terms = {"reconstruction": F.mse_loss(output, pixels) + F.l1_loss(output, pixels)}
+        squared, absolute = F.mse_loss(output, pixels), F.l1_loss(output, pixels)
+        terms = {"reconstruction": squared + config.l1_weight * absolute}
         terms["quantiser"] = quantised.loss
         total = terms["reconstruction"] + terms["quantiser"]
         if self.perceptual is not None:
@@ -183,16 +188,17 @@ class StageB:
         decoder: Decoder,
         compressor: Compressor,
         text_encoder: TextEncoder | None,
-        decoder_steps: int,
+        recipe: Recipe,
     ) -> None:
         self.config = config
+        self.recipe = recipe
         self.optimization = config.optimization
         self.vqgan = vqgan.eval().requires_grad_(False)
         self.text_encoder = text_encoder if decoder.config.clip_embd is not None else None
         self.captions = self.text_encoder is not None
-        self.decoder_steps = decoder_steps
         self.trained = DecoderAndCompressor(decoder, compressor)
         self.networks: dict[str, nn.Module] = {"decoder_and_compressor": self.trained}
+        self.rate_scales = {"compressor.backbone.": config.backbone_rate}
 
     def disturb(self, z: Float[Tensor, "b c h w"], random: ImageRandom) -> Float[Tensor, "b c h w"]:
         """Zeroes the map of some pictures and noises that of others, so that B bears with what C draws.
@@ -200,7 +206,7 @@ class StageB:
         The noise has the map's own scale: its BatchNorm keeps every channel near unit variance.
         """
         config = self.config
-        noised = SCHEDULE.add_noise(
+        noised = PUBLISHED_SCHEDULE.add_noise(
             z, random.normal("map noise", z.shape[1:]), random.uniform("map time") / 2
         )
         u = random.uniform("map choice")[:, None, None, None]
@@ -212,38 +218,44 @@ class StageB:
         with torch.no_grad():
             latents = self.vqgan.encode(pixels).float()
         z = self.trained.compressor(compressor_input(pixels)).float()
-        states = None
+        spread = z.detach().std()
+        if spread < LEAST_SPREAD:
+            raise UserError(
+                f"the semantic map's deviation fell to {float(spread):.3g}, so all pictures look the same to "
+                "the compressor; use a lower stage_b.backbone_rate in another --run-dir"
+            )
+        states = mask = None
         if self.text_encoder is not None:
             drop = random.uniform("caption") < self.config.caption_dropout
             texts = ["" if d else caption for caption, d in zip(batch.captions, drop.tolist(), strict=True)]
-            states = self.text_encoder.encode(texts).states
-        context = self.trained.decoder.context(self.disturb(z, random), tuple(latents.shape[2:]), states)
+            encoded = self.text_encoder.encode(texts)
+            states, mask = encoded.states, encoded.mask
+        context = self.trained.decoder.context(
+            self.disturb(z, random), tuple(latents.shape[2:]), states, mask
+        )
         t = training_timesteps(random.uniform("time"))
         noise = random.normal("noise", latents.shape[1:])
-        predicted = self.trained.decoder(SCHEDULE.add_noise(latents, noise, t), t, context)
+        predicted = self.trained.decoder(PUBLISHED_SCHEDULE.add_noise(latents, noise, t), t, context)
         loss = p2_loss(predicted, noise, t)
-        yield "decoder_and_compressor", loss, {"map_std": z.detach().std()}
+        yield "decoder_and_compressor", loss, {"map_std": spread}
 
     def preview(
         self, averages: dict[str, nn.Module], pixels: Tensor, device: torch.device
     ) -> list[Image.Image]:
         """Originals, Stage A's reconstructions, and those of A+B."""
         trained = averages["decoder_and_compressor"]
-        latents = self.vqgan.encode(pixels)
-        z = trained.compressor(compressor_input(pixels))
-        states = None if self.text_encoder is None else self.text_encoder.encode([""] * len(z)).states
-        context = trained.decoder.context(z, tuple(latents.shape[2:]), states)
-        generators = [torch.Generator().manual_seed(i) for i in range(len(pixels))]
-        noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators]).to(device)
-        sample = ddpm(
-            lambda x, t: trained.decoder(x, t, context),
-            noise,
-            uniform_timesteps(self.decoder_steps),
-            generators,
-            SCHEDULE,
+        assert isinstance(trained, DecoderAndCompressor)
+        cascade = Cascade(
+            settings=cascade_settings(self.recipe, PUBLISHED_MAP),
+            vqgan=self.vqgan,
+            decoder=trained.decoder,
+            compressor=trained.compressor,
+            text_encoder=self.text_encoder,
         )
-        rows = [pixels, *(self.vqgan.decode(x).clamp(0, 1) for x in (latents, sample))]
-        return [image for row in rows for image in to_images(row.float())]
+        model = Wuerstchen(cascade, device)
+        originals = to_images(pixels)
+        stage_a = to_images(self.vqgan.decode(self.vqgan.encode(pixels)).clamp(0, 1).float())
+        return [*originals, *stage_a, *(model.reconstruct(image).image for image in originals)]
 
 
 # --- Stage C ---
@@ -275,6 +287,7 @@ class StageC:
         self.frozen = frozen
         self.statistics = statistics
         self.networks: dict[str, nn.Module] = {"prior": prior}
+        self.rate_scales: dict[str, float] = {}
 
     def losses(self, batch: Batch, device: torch.device, random: ImageRandom) -> Losses:
         drop = random.uniform("caption") < self.config.caption_dropout
@@ -286,7 +299,7 @@ class StageC:
         t = training_timesteps(random.uniform("time"))
         noise = random.normal("noise", x.shape[1:])
         context = self.prior.context(encoded.states, encoded.mask)
-        predicted = self.prior(SCHEDULE.add_noise(x, noise, t), t, context)
+        predicted = self.prior(PUBLISHED_SCHEDULE.add_noise(x, noise, t), t, context)
         yield "prior", p2_loss(predicted, noise, t), {}
 
     def preview(
@@ -303,13 +316,16 @@ class StageC:
             prior=prior,
             text_encoder=self.frozen.text_encoder,
         )
-        return Wuerstchen(cascade, device).generate(list(self.recipe.preview_prompts), sampling=Sampling())
+        prompts = list(self.recipe.preview_prompts)
+        return Wuerstchen(cascade, device).generate(prompts) if prompts else []
 
 
 def cascade_settings(recipe: Recipe, statistics: MapStatistics) -> CascadeSettings:
     """The settings of the model that a recipe makes."""
     return CascadeSettings(
         image_size=recipe.image_size,
+        # 128 pixels are three positions of the map; the decoder's levels may need more.
+        size_multiple=math.lcm(128, recipe.vqgan.factor * recipe.decoder.size_multiple),
         map_statistics=statistics,
         text_mask=True,
         prior_steps=recipe.prior_steps,
@@ -323,4 +339,10 @@ def measure_map(compressor: Compressor, batches: Iterator[Batch], device: torch.
     """Mean and standard deviation of each channel of the map over some pictures."""
     maps = torch.cat([compressor(compressor_input(batch.pixels(device))).float().cpu() for batch in batches])
     columns = maps.double().transpose(0, 1).flatten(1)
-    return MapStatistics(mean=tuple(columns.mean(1).tolist()), std=tuple(columns.std(1).tolist()))
+    spread = columns.std(1).clamp(min=1e-3).tolist()  # a channel may lie idle, but is not to divide by zero
+    if max(spread) < LEAST_SPREAD:
+        raise UserError(
+            f"the semantic map's deviation over the pictures is {max(spread):.3g} at most, so it says "
+            "nothing about them; train Stage B anew with a lower stage_b.backbone_rate"
+        )
+    return MapStatistics(mean=tuple(columns.mean(1).tolist()), std=tuple(spread))

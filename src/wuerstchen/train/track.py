@@ -21,7 +21,7 @@ class Log:
                 os.truncate(path, len(whole))
 
     def event(self, kind: str, **values: Any) -> None:
-        line = json.dumps({"event": kind, "time": round(time.time(), 3), **values}, ensure_ascii=False)
+        line = json.dumps({"event": kind, "time": round(time.time(), 3), **values}, allow_nan=False)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
 
@@ -29,7 +29,7 @@ class Log:
         """All events so far, oldest first."""
         if not self.path.exists():
             return []
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 class Meter:
