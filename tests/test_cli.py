@@ -97,7 +97,7 @@ BAD_CALLS = {
     "bad device": (["generate", "a", "--device", "toaster"], "device 'toaster' is not there"),
     "missing image": (["reconstruct", "nothing.png"], "nothing.png"),
     "no recipe": (["train"], "no recipe was named; use one of tiny"),
-    "unknown recipe": (["train", "huge"], "'huge' is no recipe; use one of tiny, mini"),
+    "unknown recipe": (["train", "huge"], "'huge' is no recipe; name one of tiny, mini"),
     "recipe after options": (["train", "--seed", "5"], "no recipe was named"),
     "bad field": (["train", "tiny", "--image-size", "100"], "image_size=100 must be a multiple of 128"),
     "bad number": (["train", "tiny", "--log-every", "many"], "many"),

@@ -10,7 +10,7 @@ from wuerstchen.train.config import Optimization, Recipe, StageAConfig, StageBCo
 def mini() -> Recipe:
     """The model in the package: 256×256 pixels, a 6×6×16 map, all three stages on the emoji set.
 
-    Hardware: two CPU cores with bf16 arithmetic. Time: about an hour and a half. Cost: 0.1 kWh or so.
+    Hardware: two CPU cores with bf16 arithmetic. Time: about an hour. Cost: not metered.
     Result: see the model's card. Build the data first: wuerstchen data emoji data/emoji.
     """
     return Recipe(
