@@ -20,8 +20,9 @@ import wuerstchen
 from wuerstchen.checkpoints.native import Storage, read_cascade, read_network, write_cascade
 from wuerstchen.data.emoji import EmojiSource
 from wuerstchen.images import to_images, to_tensor
-from wuerstchen.pipeline import BUNDLED
-from wuerstchen.recipes.mini import PROMPTS
+from wuerstchen.pipeline import BUNDLED, Sampling
+from wuerstchen.recipes.mini import PROMPTS, mini
+from wuerstchen.train.stages import cascade_settings
 
 STORAGE: dict[str, Storage] = {"vqgan": "float16", "compressor": "int8", "decoder": "int8", "prior": "int8"}
 HELD_OUT = 64
@@ -56,10 +57,16 @@ def main() -> None:
     options = parser.parse_args()
     source: Path = options.model
     provenance = {part: read_network(source / f"{part}.safetensors")[1] for part in STORAGE}
-    before = [np.asarray(i) for i in wuerstchen.load(source, device="cpu").generate(PROMPTS)]
+    sampling = Sampling(decoder_guidance=mini().decoder_guidance)
+    before = [
+        np.asarray(i) for i in wuerstchen.load(source, device="cpu").generate(PROMPTS, sampling=sampling)
+    ]
     with tempfile.TemporaryDirectory(dir=BUNDLED.parent) as folder:
         small = Path(folder) / "model"
-        write_cascade(read_cascade(source), small, provenance, STORAGE, text_encoder=source / "text_encoder")
+        cascade = read_cascade(source)
+        # How to sample is the recipe's choice as it stands now; it may have been made after the training.
+        cascade.settings = cascade_settings(mini(), cascade.settings.map_statistics)
+        write_cascade(cascade, small, provenance, STORAGE, text_encoder=source / "text_encoder")
         after = [np.asarray(i) for i in wuerstchen.load(small, device="cpu").generate(PROMPTS)]
         for name in ("model.json", *(f"{part}.safetensors" for part in STORAGE)):
             shutil.move(small / name, BUNDLED / name)

@@ -55,6 +55,7 @@ def mini() -> Recipe:
             ),
             caption_dropout=0.1,
         ),
+        decoder_guidance=1.5,
         preview_prompts=PROMPTS,
         preview_every=12_000,
     )

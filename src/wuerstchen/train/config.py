@@ -139,6 +139,8 @@ class Recipe:
     prior_steps: int = 29
     prior_guidance: float = 4.0
     decoder_steps: int = 12
+    decoder_guidance: float = 1.0
+    """How strictly Stage B keeps to the map; 1 is no guidance, as published."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 is autocast over fp32 weights; auto takes it on a GPU."""
     preview_prompts: tuple[str, ...] = ()

@@ -331,6 +331,7 @@ def cascade_settings(recipe: Recipe, statistics: MapStatistics) -> CascadeSettin
         prior_steps=recipe.prior_steps,
         prior_guidance=recipe.prior_guidance,
         decoder_steps=recipe.decoder_steps,
+        decoder_guidance=recipe.decoder_guidance,
     )
 
 
