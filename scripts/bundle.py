@@ -48,6 +48,10 @@ def held_out_psnr(data: Path) -> tuple[float, float]:
     return float(np.mean(alone)), float(np.mean(through_map))
 
 
+def drawn(model: Path, sampling: Sampling) -> list[np.ndarray]:
+    return [np.asarray(i) for i in wuerstchen.load(model, device="cpu").generate(PROMPTS, sampling=sampling)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -67,7 +71,7 @@ def main() -> None:
         # How to sample is the recipe's choice as it stands now; it may have been made after the training.
         cascade.settings = cascade_settings(mini(), cascade.settings.map_statistics)
         write_cascade(cascade, small, provenance, STORAGE, text_encoder=source / "text_encoder")
-        after = [np.asarray(i) for i in wuerstchen.load(small, device="cpu").generate(PROMPTS)]
+        after = drawn(small, sampling)
         for name in ("model.json", *(f"{part}.safetensors" for part in STORAGE)):
             shutil.move(small / name, BUNDLED / name)
     for prompt, a, b in zip(PROMPTS, before, after, strict=True):

@@ -82,6 +82,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, header: Mapping[str
     contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     try:
         save_file(contiguous, partial, metadata={_HEADER: json.dumps(header)})
+        partial.chmod(0o644)  # safetensors leaves files that nobody else can read
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
