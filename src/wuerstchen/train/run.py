@@ -219,7 +219,8 @@ class _Run:
             }
             write_cascade(cascade, target, provenance, text_encoder=TEXT_ENCODER)
         self.say_skipped()
-        print(f"previews: {', '.join(str(path) for path in sorted(self.run_dir.glob('stage_*/previews')))}")
+        for picture in sorted((self.run_dir / "stage_c" / "previews").glob("*.png"))[-1:]:
+            print(f"{picture}: the recipe's prompts, drawn at the end of Stage C")
         self.log.event("end", seconds=round(time.monotonic() - began, 1))
         return target
 
