@@ -29,6 +29,7 @@ test: .venv/.dev
 lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check --summary=none src
 
 format: .venv/.dev
 	$(BIN)/ruff check --fix .
