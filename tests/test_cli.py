@@ -60,6 +60,27 @@ def test_pictures_are_numbered_by_seed_and_nothing_is_overwritten(run, tmp_path)
     assert Path(out.strip()).name == "a-cat-0-2.png"
 
 
+def test_long_names_are_cut_in_bytes(run):
+    code, out, _ = run("generate", "𠀀" * 80, "--seed", "4294967290")
+    assert code == 0
+    assert len(Path(out.strip()).name.encode()) < 200
+
+
+def test_a_folder_named_like_a_file_is_noticed_before_drawing(run, tmp_path):
+    (tmp_path / "x.png").mkdir()
+    code, _, err = run("generate", "a", "--out", "x.png", "--model", "nowhere", model=False)
+    assert (code, "x.png is a folder" in err) == (2, True)
+
+
+def test_a_reader_that_goes_away_is_no_error(model_folder, tmp_path):
+    command = (
+        f"{sys.executable} -m wuerstchen generate a b --model {model_folder} | true; echo ${{PIPESTATUS[0]}}"
+    )
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0"
+    assert "Traceback" not in done.stderr
+
+
 def test_grid_and_size(run):
     code, out, _ = run(
         "generate", "a cat", "a dog", "a cow", "--grid", "--out", "all.png", "--size", "256x128"
@@ -86,6 +107,11 @@ BAD_CALLS = {
     "negative seed": (["generate", "a", "--seed", "-1"], "seed -1 must be from 0"),
     "large seed": (["generate", "a", "--seed", str(2**32)], "must be from 0 to"),
     "count 0": (["generate", "a", "--count", "0"], "count 0 draws nothing"),
+    "far too many": (["generate", "a", "--count", str(10**11)], "so must those of the pictures after it"),
+    "too large a grid": (
+        ["generate", "a", "--count", "500", "--grid"],
+        "a grid of 500 pictures is too large",
+    ),
     "a JPEG": (["generate", "a", "--out", "cat.jpg"], "end it in .png"),
     "no number": (["generate", "a", "--count", "many"], "invalid int value: 'many'"),
     "bad size": (["generate", "a", "--size", "big"], "'big' is neither N nor WIDTHxHEIGHT"),

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import io
 import math
+import os
 import re
 import sys
 import time
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from wuerstchen.train.config import Recipe
 
 BATCH_SIZE = 8  # pictures drawn at a time
+MAX_GRID = 400  # pictures that a grid may hold
 
 EXAMPLES = """examples:
   wuerstchen generate "a 3D render of a purple camel on a blue background"
@@ -43,6 +45,13 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0, or 2 for what the user can mend, or 130 after Ctrl-C."""
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # a prompt in a file name may be more than the terminal can show
+        sys.stdout.reconfigure(errors="backslashreplace")
+    # Threads that wait by spinning take the cores from each other as soon as anything else runs: drawing then
+    # takes several times as long. OpenMP reads this when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with warnings.catch_warnings():
         # Only what is meant for the user is shown, and never as a traceback.
         warnings.simplefilter("ignore")
@@ -77,6 +86,10 @@ def _run(arguments: Sequence[str] | None) -> int:
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Whoever read our output has gone, as ``| head`` does; what is left of it goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
@@ -94,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="draw pictures of prompts")
     generate.set_defaults(run=_generate)
-    generate.add_argument("prompts", nargs="*", metavar="PROMPT")
+    generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw, one picture a prompt")
     generate.add_argument("--negative", default="", help="what to steer away from")
     generate.add_argument("--count", type=int, default=1, help="pictures of each prompt (1)")
     generate.add_argument("--size", type=_size, help="N or WIDTHxHEIGHT in pixels (the model's own)")
@@ -107,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
 
     reconstruct = commands.add_parser("reconstruct", help="squeeze a picture through the map and back")
     reconstruct.set_defaults(run=_reconstruct)
-    reconstruct.add_argument("image", type=Path, metavar="IMAGE")
+    reconstruct.add_argument("image", type=Path, metavar="IMAGE", help="picture to squeeze, cut to a square")
     reconstruct.add_argument("--size", type=int, help="side of the square in pixels (the model's own)")
     _add_drawing_options(reconstruct)
 
@@ -124,10 +137,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("recipe", nargs="?", metavar="RECIPE")
     train.add_argument("--run-dir", type=Path, help="folder of the run (runs/RECIPE)")
     train.add_argument("--data", help="folder of the data; 'sample' is in the package")
-    train.add_argument("--seed", type=int)
+    train.add_argument("--seed", type=int, help="of everything random in the run (0)")
     train.add_argument("--compressor-init", help="weights that the compressor's backbone starts from")
     train.add_argument("--device", help="cpu, cuda or mps (a GPU if there is one)")
-    train.add_argument("--accept-changed-data", action="store_true")
+    train.add_argument("--accept-changed-data", action="store_true", help="go on although the data changed")
     return parser
 
 
@@ -166,23 +179,28 @@ def _generate(options: argparse.Namespace) -> int:
         raise UserError('no prompt was given, so there is nothing to draw; try: wuerstchen generate "a cat"')
     if options.count < 1:
         raise UserError(f"count {options.count} draws nothing; use at least 1")
-    texts: list[str] = [prompt for prompt in options.prompts for _ in range(options.count)]
+    total = len(options.prompts) * options.count
+    if options.grid and total > MAX_GRID:
+        raise UserError(
+            f"a grid of {total} pictures is too large; draw at most {MAX_GRID}, or leave out --grid"
+        )
     one_file = _is_file(options.out)
-    if one_file and not options.grid and len(texts) > 1:
-        raise UserError(f"{options.out} is one file for {len(texts)} pictures; add --grid, or name a folder")
+    if one_file and not options.grid and total > 1:
+        raise UserError(f"{options.out} is one file for {total} pictures; add --grid, or name a folder")
     sampling = _sampling(options)
 
     from wuerstchen.pipeline import check_seed, load
 
-    check_seed(options.seed, len(texts))
+    check_seed(options.seed, total)
     model = load(options.model, options.device)
     settings = {"model": str(options.model or "bundled"), "negative": options.negative}
     settings |= model.settings_of(sampling)
     images = []
     with _progress() as progress:
         # Drawn a few at a time, so that each is on disk before the next are begun.
-        for start in range(0, len(texts), BATCH_SIZE):
-            few = texts[start : start + BATCH_SIZE]
+        for start in range(0, total, BATCH_SIZE):
+            numbers = range(start, min(start + BATCH_SIZE, total))
+            few: list[str] = [options.prompts[number // options.count] for number in numbers]
             drawn = model.generate(
                 few,
                 negative=options.negative,
@@ -192,7 +210,7 @@ def _generate(options: argparse.Namespace) -> int:
                 batch_size=BATCH_SIZE,
                 progress=progress,
             )
-            images += drawn
+            images += drawn if options.grid else []
             for number, (image, text) in enumerate(zip(drawn, few, strict=True), start=options.seed + start):
                 if not options.grid:
                     path = options.out if one_file else _free_name(options.out, f"{_slug(text)}-{number}")
@@ -202,9 +220,10 @@ def _generate(options: argparse.Namespace) -> int:
         columns = options.count if options.count > 1 else math.isqrt(len(images) - 1) + 1
         path = options.out if one_file else _free_name(options.out, "grid")
         prompts = "\n".join(options.prompts)
-        save_png(grid(images, columns=columns), path, {"prompt": prompts, "seed": options.seed, **settings})
+        shown = {"prompt": prompts, "count": options.count, "seed": options.seed, **settings}
+        save_png(grid(images, columns=columns), path, shown)
         print(path)
-    print(f"{len(images)} pictures in {time.monotonic() - began:.1f} s", file=sys.stderr)
+    print(f"{total} pictures in {time.monotonic() - began:.1f} s", file=sys.stderr)
     return 0
 
 
@@ -224,6 +243,7 @@ def _reconstruct(options: argparse.Namespace) -> int:
         )
     path = options.out if one_file else _free_name(options.out, f"{_slug(options.image.stem)}-reconstructed")
     settings = {"image": options.image.name, "seed": options.seed, "model": str(options.model or "bundled")}
+    settings |= {"size": result.image.width, **model.settings_of(sampling)}
     save_png(grid([result.original, result.image], columns=2), path, settings)
     channels, height, width = result.map_size
     print(path)
@@ -290,8 +310,9 @@ def _overridden(recipe: "Recipe", options: argparse.Namespace) -> "Recipe":
         if not stopped.code:
             raise
         # tyro frames its message; within the frame it is the user's one line.
-        lines = (re.sub(r"[─│╭╮╰╯]+", " ", line) for line in said.getvalue().splitlines())
-        raise UserError(" ".join(" ".join(lines).split())) from None
+        lines = (re.sub(r"^[│ ]+|[│ ]+$", "", line) for line in said.getvalue().splitlines())
+        body = " ".join(line for line in lines if line and not re.match(r"[╭╰─]", line))
+        raise UserError(re.sub(r"^Error parsing \w+: | *For full helptext.*$", "", body)) from None
     changes = {name: value for name in ("data", "seed") if (value := getattr(options, name)) is not None}
     if options.compressor_init is not None:
         changes["stage_b"] = dataclasses.replace(recipe.stage_b, compressor_init=options.compressor_init)
@@ -305,6 +326,8 @@ def _is_file(out: Path) -> bool:
     suffix = out.suffix.lower()
     if suffix in {".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp"}:
         raise UserError(f"{out} is no name for a PNG, which is what is written; end it in .png")
+    if suffix == ".png" and out.is_dir():
+        raise UserError(f"{out} is a folder; name a file in it, or a folder that does not end in .png")
     check_writable(out.parent if suffix == ".png" else out)
     return suffix == ".png"
 
@@ -314,10 +337,10 @@ def _progress() -> "Iterator[Progress]":
     """A bar over the steps of all stages."""
     from tqdm import tqdm
 
-    with tqdm(unit="step", leave=False, dynamic_ncols=True) as bar:
+    with tqdm(unit="step", leave=False, dynamic_ncols=True, disable=None) as bar:
 
         def report(stage: str, step: int, steps: int) -> None:
-            if bar.desc != f"{stage}: " or step == 1:
+            if step == 1:
                 bar.set_description(stage, refresh=False)
                 bar.reset(total=steps)
             bar.update()
@@ -326,8 +349,9 @@ def _progress() -> "Iterator[Progress]":
 
 
 def _slug(text: str) -> str:
-    """A file name's worth of a prompt, in letters, digits and dashes."""
-    return re.sub(r"[^\w]+", "-", text.lower()).strip("-")[:60].strip("-") or "picture"
+    """A file name's worth of a prompt, in letters, digits and dashes; names are limited in bytes."""
+    name = re.sub(r"[^\w]+", "-", text.lower()).strip("-")[:60]
+    return name.encode()[:150].decode(errors="ignore").strip("-") or "picture"
 
 
 def _free_name(folder: Path, stem: str) -> Path:

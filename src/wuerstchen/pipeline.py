@@ -277,7 +277,7 @@ def check_seed(seed: int, pictures: int) -> None:
     if not 0 <= seed <= MAX_SEED - pictures + 1:
         raise UserError(
             f"seed {seed} must be from 0 to {MAX_SEED}, and so must those of the pictures after it; "
-            "use a smaller one"
+            "use another"
         )
 
 

@@ -1,6 +1,7 @@
 """The native layout: exact both ways, and nothing foreign or damaged gets through."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -177,6 +178,24 @@ def test_damaged_and_foreign_files_are_refused(damage, message, copy):
 def test_damaged_descriptions_are_refused(content, message, copy):
     (copy / "model.json").write_text(content)
     with pytest.raises(CheckpointError, match=message):
+        read_cascade(copy)
+
+
+@pytest.mark.parametrize(
+    "change", [{"image_size": 0}, {"image_size": "abc"}, {"prior_guidance": None}, {"view_scale": "x"}]
+)
+def test_settings_of_the_wrong_kind_are_refused(change, copy):
+    description = json.loads((copy / "model.json").read_text())
+    description["settings"] |= change
+    (copy / "model.json").write_text(json.dumps(description))
+    with pytest.raises(CheckpointError, match=r"model\.json is no description of a model"):
+        read_cascade(copy)
+
+
+def test_a_pipe_in_place_of_a_file_does_not_hang(copy):
+    (copy / "decoder.safetensors").unlink()
+    os.mkfifo(copy / "decoder.safetensors")
+    with pytest.raises(CheckpointError, match=r"decoder\.safetensors is no file"):
         read_cascade(copy)
 
 

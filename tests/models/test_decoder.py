@@ -140,6 +140,9 @@ def test_starts_at_twice_the_input():
     ("change", "message"),
     [
         ({"blocks": (1, 2)}, "blocks=.* must have one entry for each of the 3 levels"),
+        ({"kernel_size": 2}, "kernel_size=2 has no centre; use an odd number"),
+        ({"blocks": (1, 0, 1)}, "widths and counts of at least 1"),
+        ({"nhead": (-1, 0, 3)}, "nhead=0 does not divide"),
         ({"nhead": (-1, 3, 3)}, "nhead=3 does not divide the level's width 16"),
         ({"level_config": ("CT", "CTX", "CTA")}, "'CTX' must be C followed by T or A"),
         ({"clip_embd": None}, "clip_embd=None leaves attention without text"),

@@ -107,6 +107,12 @@ def test_initial_spread_follows_the_original():
     assert ours.cond_mapper[0].weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
+@pytest.mark.parametrize("change", [{"nhead": 0}, {"depth": -1}, {"c": 0}])
+def test_nothing_is_no_size(change):
+    with pytest.raises(UserError, match="must be at least 1"):
+        PriorConfig(**change)
+
+
 def test_uneven_heads_are_refused():
     with pytest.raises(UserError, match="c=30 is not a multiple of nhead=4"):
         PriorConfig(c=30, nhead=4)

@@ -188,6 +188,18 @@ def test_unreadable_pictures_are_skipped_and_logged(tmp_path, toy_stage, toy_sou
     assert "3.png is broken" in skipped[0]["reason"]
 
 
+def test_a_failing_last_preview_costs_no_work(tmp_path, toy_stage, toy_source, settings):
+    stage = toy_stage()
+
+    def preview(*_):
+        raise UserError("the disk is full")
+
+    stage.preview = preview
+    with pytest.raises(UserError, match="the disk is full"):
+        run(tmp_path, stage, toy_source(), settings)
+    assert newest(tmp_path / "checkpoints")[1]["images"] == 120
+
+
 def test_the_log_tells_speed_and_losses(tmp_path, toy_stage, toy_source, settings):
     _, log = run(tmp_path, toy_stage(images=20), toy_source(), settings, log_every=2)
     progress = [event for event in log.events() if event["event"] == "progress"]

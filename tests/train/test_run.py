@@ -23,9 +23,10 @@ from wuerstchen.recipes.mini import mini
 from wuerstchen.recipes.tiny import tiny
 from wuerstchen.train.config import as_dict, differing_fields
 from wuerstchen.train.feed import Feed
-from wuerstchen.train.run import open_source, train
+from wuerstchen.train.run import _Run, open_source, train
 from wuerstchen.train.snapshot import newest
 from wuerstchen.train.stages import cascade_settings
+from wuerstchen.train.track import Log
 
 MICRO = [
     word
@@ -167,6 +168,41 @@ def test_changed_data_are_refused_unless_accepted_and_recorded(begun, monkeypatc
     train(tiny(), begun)  # accepted once is accepted
 
 
+def test_damaged_files_of_a_run_are_named(begun):
+    stored = json.loads((begun / "run.json").read_text())
+    (begun / "run.json").write_text(json.dumps({**stored, "recipe": 3}))
+    with pytest.raises(RunFolderError, match=r"run\.json names no recipe and data"):
+        train(tiny(), begun)
+    (begun / "run.json").write_text(json.dumps(stored))
+    run = _Run.__new__(_Run)
+    run.run_dir = begun
+    for content in ("{}", "[]", "{", '"x"'):
+        (begun / "measured.json").write_text(content)
+        with pytest.raises(RunFolderError, match=r"measured\.json .*; remove it, and it will be measured"):
+            run.measured_once(".", dict)
+
+
+def test_a_log_edited_by_hand_does_not_stop_a_run(tmp_path):
+    log = Log(tmp_path / "log.jsonl")
+    log.event("start", stage="a")
+    with open(log.path, "ab") as file:
+        file.write(b'garbage\n{"no": "event"}\n[1]\n\xff\xfe\n')
+    log.event("skipped", name="\u2028 \udcff", reason="odd name")
+    assert [event["event"] for event in log.events()] == ["start", "skipped"]
+    assert log.events()[1]["name"] == "\u2028 \udcff"
+
+
+def test_a_killed_loader_is_one_line(begun, monkeypatch):
+    def killed(self):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    monkeypatch.setattr("wuerstchen.train.run._Run.train", killed)
+    with pytest.raises(
+        RunFolderError, match=r"a process that loads pictures was killed.*; use fewer --workers"
+    ):
+        train(tiny(), begun)
+
+
 def test_a_damaged_run_json_and_a_newer_one_are_refused(begun):
     (begun / "run.json").write_text("{")
     with pytest.raises(RunFolderError, match=r"run\.json cannot be read"):
@@ -290,6 +326,9 @@ def test_differing_fields_are_named_by_path():
     [
         ({"image_size": 100}, "image_size=100 must be a multiple of 128"),
         ({"prior_steps": 0}, "prior_steps=0 must be at least 1"),
+        ({"prior_steps": 5000}, "prior_steps 5000 must be from 1 to 1000"),
+        ({"prior_guidance": float("nan")}, "guidance nan must be a number"),
+        ({"decoder_guidance": -1.0}, "decoder_guidance -1.0 must be a number"),
         ({"statistics_images": 0}, "statistics_images=0 must be at least 1"),
         ({"log_every": 0}, "log_every=0 must be at least 1"),
         ({"workers": -1}, "workers=-1 must be at least 0"),

@@ -92,7 +92,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_whole(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
         with pytest.raises(
-            CheckpointError, match=r"cannot be written .* the one before it is whole: free some"
+            CheckpointError, match=r"cannot be written .* those before it are whole: free some"
         ):
             save(state, tmp_path, {})
     finally:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import wuerstchen
 from wuerstchen.checkpoints.int8 import dequantize, quantize_rows
 from wuerstchen.checkpoints.text_encoder import read_text_encoder
-from wuerstchen.errors import CheckpointError, UserError
+from wuerstchen.errors import CheckpointError
 from wuerstchen.models.cascade import Cascade, CascadeSettings, MapStatistics
 from wuerstchen.models.compressor import Compressor, CompressorConfig
 from wuerstchen.models.decoder import Decoder, DecoderConfig
@@ -108,6 +108,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and header of a file that ``write_tensors`` made. Never unpickles."""
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is no file; get the model again")
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
@@ -158,7 +160,7 @@ def read_network(path: Path) -> tuple[nn.Module, Provenance]:
             tensors = dequantize(tensors)
         state = {k: t.float() if t.is_floating_point() else t for k, t in tensors.items()}
         network.load_state_dict(state, assign=True)
-    except (KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         detail = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"{path} does not hold what its header says ({detail}); get it again"
@@ -208,7 +210,7 @@ def read_settings(path: Path) -> tuple[CascadeSettings, list[str]]:
         statistics = MapStatistics(**{k: tuple(v) for k, v in raw.pop("map_statistics").items()})
         return CascadeSettings(map_statistics=statistics, **raw), list(description["parts"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
+        if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(
             f"{path} is no description of a model ({type(error).__name__}: {error}); get the model again"

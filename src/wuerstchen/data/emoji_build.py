@@ -31,6 +31,7 @@ from wuerstchen.data.emoji import (
     write_whole,
 )
 from wuerstchen.errors import DataError, UserError
+from wuerstchen.images import check_writable
 
 _PACKAGES = {
     "fluent-3d": "@lobehub/fluent-emoji-3d@1.1.0",
@@ -99,6 +100,7 @@ def build(out: Path) -> list[Record]:
 
     subjects = {key: value for key, value in subjects.items() if all(key in art[s] for s in STYLES)}
     _check_lists(subjects)
+    check_writable(out)
     records = []
     pairs = [(subject, style) for subject in subjects for style in STYLES]
     for subject, style in tqdm(pairs, desc="rendering", unit="picture"):

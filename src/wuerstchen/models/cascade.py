@@ -71,6 +71,16 @@ class CascadeSettings:
     decoder_guidance: float = 1.0
     """1 is no guidance, as published."""
 
+    def __post_init__(self) -> None:
+        whole = ("image_size", "size_multiple", "prior_steps", "decoder_steps")
+        if not all(type(getattr(self, name)) is int and getattr(self, name) >= 1 for name in whole):
+            raise UserError(f"{', '.join(whole)} must be whole numbers of at least 1; get the model again")
+        real = ("view_scale", "prior_guidance", "decoder_guidance")
+        if not all(
+            isinstance(getattr(self, n), int | float) and math.isfinite(getattr(self, n)) for n in real
+        ):
+            raise UserError(f"{', '.join(real)} must be finite numbers; get the model again")
+
     def check_size(self, width: int, height: int) -> None:
         """Raises ``UserError`` for a size that the model cannot draw."""
         multiple = self.size_multiple

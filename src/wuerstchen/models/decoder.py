@@ -57,6 +57,13 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         levels = len(self.c_hidden)
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise UserError(f"kernel_size={self.kernel_size} has no centre; use an odd number")
+        counts = (self.c_in, self.c_out, self.patch_size, self.c_cond, self.effnet_embd)
+        if levels < 1 or min(*counts, *self.c_hidden, *self.blocks) < 1:
+            raise UserError(
+                "a decoder needs a level, and widths and counts of at least 1; give larger numbers"
+            )
         for name in ("nhead", "blocks", "level_config", "inject_effnet"):
             if len(getattr(self, name)) != levels:
                 raise UserError(

@@ -37,6 +37,9 @@ class PriorConfig:
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
+        for name in ("c_in", "c", "c_cond", "depth", "nhead"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1; give a larger number")
         if self.c % self.nhead:
             raise UserError(
                 f"c={self.c} is not a multiple of nhead={self.nhead}, so heads would be uneven; change either"

@@ -1,6 +1,7 @@
 """What a training run is told: frozen dataclasses, nothing else. A recipe is a function that returns one."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +10,7 @@ from wuerstchen.models.compressor import CompressorConfig
 from wuerstchen.models.decoder import DecoderConfig
 from wuerstchen.models.prior import PriorConfig
 from wuerstchen.models.vqgan import VQGANConfig
+from wuerstchen.pipeline import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +81,11 @@ class StageAConfig:
 
     def __post_init__(self) -> None:
         _check_shares(self, "quantise_dropout")
+        for name in ("l1_weight", "perceptual_weight", "adversarial_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(
+                    f"{name}={getattr(self, name)} must be a number of at least 0; 0 leaves it out"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +168,12 @@ class Recipe:
                 raise UserError(
                     f"{name}={getattr(self, name)} must be at least {least}; give a larger number"
                 )
+        Sampling(
+            guidance=self.prior_guidance,
+            prior_steps=self.prior_steps,
+            decoder_steps=self.decoder_steps,
+            decoder_guidance=self.decoder_guidance,
+        )  # refuses what cannot be sampled with, before anything is trained
         if not self.checkpoint_seconds >= 0:
             raise UserError(f"checkpoint_seconds={self.checkpoint_seconds} must be at least 0; 120 is common")
         if self.image_size < 128 or self.image_size % 128:

@@ -79,6 +79,7 @@ def run_stage(
     meter = Meter(f"Stage {stage.name.upper()}", state.images, total)
     saved = time.monotonic()
     next_preview = _next_multiple(state.images, settings.preview_every, total)
+    final: Path | None = None
     with _stop_request() as stop_requested, contextlib.closing(meter):
         for batch in batches(feed, state.images, total, batch_size, settings.workers):
             values = _train_batch(stage, state, batch, settings, device)
@@ -88,11 +89,13 @@ def run_stage(
             if state.updates % settings.log_every == 0 or state.images >= total:
                 rate = round(meter.rate(), 2)
                 log.event("progress", stage=stage.name, images=state.images, images_per_second=rate, **values)
+            if state.images >= total:  # before the last preview: whatever befalls it costs no work
+                final = checkpoint()
             if state.images >= next_preview:
                 _preview(stage, state, feed, folder, settings, device)
                 log.event("preview", stage=stage.name, images=state.images)
                 next_preview = _next_multiple(state.images, settings.preview_every, total)
-            if stop_requested():
+            if stop_requested() and final is None:
                 checkpoint()
                 raise Interrupted(
                     f"stopped at image {state.images:,} of {total:,} of stage {stage.name.upper()}"
@@ -100,7 +103,8 @@ def run_stage(
             if time.monotonic() - saved >= settings.checkpoint_seconds and state.images < total:
                 checkpoint()
                 saved = time.monotonic()
-        return checkpoint()
+    assert final is not None
+    return final
 
 
 def _prepare(stage: Stage, folder: Path, device: torch.device) -> tuple[snapshot.TrainingState, bool]:

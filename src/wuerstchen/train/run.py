@@ -93,6 +93,13 @@ def train(
             run.check_compressor_weights()
             run.fingerprint = _check_run(recipe, run_dir, source, log, accept_changed_data)
             return run.train()
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise RunFolderError(
+                "a process that loads pictures was killed, for lack of memory as a rule; use fewer --workers "
+                "and start the same command again"
+            ) from error
         except OSError as error:
             # Reading data has errors of its own, so it is the run folder: a full disk, as a rule.
             raise RunFolderError(
@@ -140,6 +147,8 @@ def _check_run(recipe: Recipe, run_dir: Path, source: Source, log: Log, accept_c
         write_json(path, {"format": FORMAT, "recipe": given, "data": data})
         return data
     stored = migrate(_read_json(path), path)
+    if not (isinstance(stored.get("recipe"), dict) and isinstance(stored.get("data"), str)):
+        raise RunFolderError(f"{path} names no recipe and data; use another --run-dir")
     differing = differing_fields(stored["recipe"], given)
     if differing:
         raise RunFolderError(
@@ -157,14 +166,14 @@ def _check_run(recipe: Recipe, run_dir: Path, source: Source, log: Log, accept_c
     return data
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, fix: str = "use another --run-dir") -> dict[str, Any]:
     """A file that this run wrote."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         assert isinstance(content, dict)
         return content
     except (ValueError, AssertionError) as error:
-        raise RunFolderError(f"{path} cannot be read ({error}); use another --run-dir") from error
+        raise RunFolderError(f"{path} cannot be read ({error}); {fix}") from error
 
 
 class _Run:
@@ -203,7 +212,7 @@ class _Run:
         decoder, compressor = self.stage_b(vqgan)
         prior, statistics = self.stage_c(vqgan, decoder, compressor)
         target = self.run_dir / "model"
-        if not target.exists():
+        if not (target / "model.json").exists():
             cascade = Cascade(
                 settings=cascade_settings(self.recipe, statistics),
                 vqgan=vqgan,
@@ -317,7 +326,11 @@ class _Run:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, measure())
-        return _read_json(path)
+        again = "remove it, and it will be measured again"
+        found = _read_json(path, again)
+        if not found:
+            raise RunFolderError(f"{path} is empty; {again}")
+        return found
 
     def run_stage(self, stage: Stage) -> Path:
         optimization = stage.optimization

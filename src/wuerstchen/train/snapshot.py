@@ -63,7 +63,7 @@ def save(state: TrainingState, folder: Path, header: dict[str, Any]) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) else error.__cause__ or error
         raise CheckpointError(
-            f"checkpoint {target} cannot be written ({reason}); the one before it is whole: free some space "
+            f"checkpoint {target} cannot be written ({reason}); those before it are whole: free some space "
             "and start the same command again"
         ) from error
     # Newer ones are those that were found damaged: training went on from one before them.
@@ -86,15 +86,15 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             state = json.loads((path / "state.json").read_text(encoding="utf-8"))
             migrate(state, path / "state.json")
             wrong = [name for name, digest in state["files"].items() if _sha256(path / name) != digest]
-            if not wrong:
+            if not wrong and isinstance(state["images"], int) and isinstance(state["updates"], int):
                 return path, state
-            reason = f"{wrong[0]} has changed since it was written"
+            reason = f"{wrong[0]} has changed since it was written" if wrong else "it counts no images"
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             if isinstance(error, CheckpointError):
                 raise
             reason = f"{type(error).__name__}: {error}"
         warnings.warn(
-            f"checkpoint {path} is damaged ({reason}); using the one before it",
+            f"checkpoint {path} is damaged ({reason}); looking for one before it",
             DamagedCheckpointWarning,
             stacklevel=2,
         )

@@ -1,5 +1,6 @@
 """What a run leaves to be read: ``log.jsonl``, a line an event, and the progress bar."""
 
+import contextlib
 import json
 import os
 import time
@@ -29,7 +30,13 @@ class Log:
         """All events so far, oldest first."""
         if not self.path.exists():
             return []
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").split("\n")[:-1]]
+        events = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            with contextlib.suppress(ValueError):  # a log that was edited by hand is no reason to fail
+                entry = json.loads(line)
+                if isinstance(entry, dict) and "event" in entry:
+                    events.append(entry)
+        return events
 
 
 class Meter:
