@@ -9,6 +9,9 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) $(CONSTRAINTS)
 TESTS ?= tests
 
+# Threads that wait by spinning slow every other process down, and the tests start some.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: demo test lint format clean
 
 demo: .venv/.run
