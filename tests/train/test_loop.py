@@ -150,6 +150,19 @@ def test_a_signal_leaves_a_checkpoint_and_a_clean_end(number, tmp_path, toy_stag
     assert [e["images"] for e in log.events() if e["event"] == "start"] == [0, 44]
 
 
+def test_a_signal_in_the_last_update_is_heard_too(tmp_path, toy_stage, toy_source, settings):
+    """The stage is whole by then, but what comes after it must not begin."""
+
+    def interrupt(batch) -> None:
+        if 119 in batch.indices.tolist():
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="stopped at image 120 of 120"):
+        run(tmp_path, toy_stage(on_batch=interrupt), toy_source(), settings)
+    _, log = run(tmp_path, toy_stage(), toy_source(), settings)
+    assert [e["images"] for e in log.events() if e["event"] == "start"] == [0, 120]
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, toy_stage, toy_source, settings):
     stage = toy_stage()
 

@@ -95,8 +95,9 @@ def run_stage(
                 _preview(stage, state, feed, folder, settings, device)
                 log.event("preview", stage=stage.name, images=state.images)
                 next_preview = _next_multiple(state.images, settings.preview_every, total)
-            if stop_requested() and final is None:
-                checkpoint()
+            if stop_requested():
+                if final is None:
+                    checkpoint()
                 raise Interrupted(
                     f"stopped at image {state.images:,} of {total:,} of stage {stage.name.upper()}"
                 )

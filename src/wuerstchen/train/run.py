@@ -85,7 +85,7 @@ def train(
     text_encoder = read_text_encoder(TEXT_ENCODER)
     _check_text_width(recipe, text_encoder.width)
     with _locked(run_dir), warnings.catch_warnings():
-        # Captions longer than the encoder takes are cut; once is enough to know, and the card says it.
+        # Captions longer than the encoder reads are cut; a line for each would bury everything else.
         warnings.simplefilter("ignore", PromptTooLongWarning)
         try:
             log = Log(run_dir / "log.jsonl")
@@ -170,9 +170,10 @@ def _read_json(path: Path, fix: str = "use another --run-dir") -> dict[str, Any]
     """A file that this run wrote."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(content, dict)
+        if not isinstance(content, dict):
+            raise ValueError("it holds no object")
         return content
-    except (ValueError, AssertionError) as error:
+    except ValueError as error:
         raise RunFolderError(f"{path} cannot be read ({error}); {fix}") from error
 
 
