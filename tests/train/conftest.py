@@ -8,6 +8,7 @@ from torch import nn
 from wuerstchen.data.sources import Example
 from wuerstchen.errors import DataError
 from wuerstchen.train.config import Optimization
+from wuerstchen.train.feed import pixels_of
 from wuerstchen.train.loop import Settings
 
 
@@ -45,6 +46,8 @@ class ToyStage:
     name = "a"
     averaged = ("model",)
     captions = True
+    reads_images = True
+    rates: dict[str, float] = {}  # noqa: RUF012
     rate_scales: dict[str, float] = {}  # noqa: RUF012
 
     def __init__(self, images: int = 120, batch_size: int = 4, on_batch=None) -> None:
@@ -54,13 +57,20 @@ class ToyStage:
         self.networks: dict[str, nn.Module] = {"model": model, "critic": nn.Linear(1, 1)}
         self.on_batch = on_batch
 
-    def losses(self, batch, device, random):
+    def prepare(self, batch, device):
+        return {"first": batch.pixels(device)[:, 0, 0, 0]}
+
+    def losses(self, inputs, random):
         if self.on_batch is not None:
-            self.on_batch(batch)
-        x = batch.pixels(device).flatten(1) + 0.1 * random.normal("noise", (48,))
+            self.on_batch(random)
+        x = pixels_of(inputs["images"]).flatten(1) + 0.1 * random.normal("noise", (48,))
+        x = x + inputs["first"][:, None]
         y = self.networks["model"](x)
         yield "model", (self.networks["critic"](y) ** 2).mean(), {"spread": y.detach().std()}
         yield "critic", (self.networks["critic"](y.detach()) - 1).square().mean(), {}
+
+    def check(self, values):
+        pass
 
     def preview(self, averages, pixels, device):
         from wuerstchen.images import to_images

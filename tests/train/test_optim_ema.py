@@ -9,7 +9,7 @@ from torch import nn
 from wuerstchen.errors import UserError
 from wuerstchen.train.config import Optimization
 from wuerstchen.train.ema import decay_at, make_average, update_average
-from wuerstchen.train.optim import learning_rate, make_optimizer, update
+from wuerstchen.train.optim import learning_rate, make_optimizer, set_rate, update
 
 
 def test_learning_rate_rises_then_stays_or_falls():
@@ -31,7 +31,9 @@ def test_update_is_adamw_with_shortened_gradients():
     total = torch.stack([g.norm() for g in gradients.values()]).norm()
     for name, p in network.named_parameters():
         p.grad = gradients[name].clone()
-    assert update(network, optimizer, clip_norm=1.0, rate=0.02) == pytest.approx(total.item())
+    set_rate(optimizer, 0.02)
+    norm = update(network, optimizer, clip_norm=1.0, loss=torch.tensor(1.0))
+    assert norm.item() == pytest.approx(total.item())
     for name, p in network.named_parameters():
         g = gradients[name] / (total + 1e-6)
         start = dict(before.named_parameters())[name]
@@ -45,10 +47,16 @@ def test_a_gradient_that_is_not_finite_updates_nothing():
     network = nn.Linear(2, 2)
     before = copy.deepcopy(network.state_dict())
     optimizer = make_optimizer(network, Optimization(images=1, batch_size=1))
-    network(torch.full((1, 2), torch.inf)).sum().backward()
-    assert not update(network, optimizer, 1.0, 0.1) < torch.inf
-    assert all(torch.equal(before[name], p) for name, p in network.state_dict().items())
-    assert not optimizer.state
+    for x, loss in ((torch.inf, 1.0), (1.0, torch.nan)):
+        network(torch.full((1, 2), x)).sum().backward()
+        norm = update(network, optimizer, 1.0, torch.tensor(loss))
+        assert norm.isfinite() == (x == 1.0)
+        assert all(torch.equal(before[name], p) for name, p in network.state_dict().items())
+    for entry in optimizer.state.values():  # as if nothing had been
+        assert not any(tensor.any() for tensor in entry.values())
+    network(torch.ones(1, 2)).sum().backward()
+    update(network, optimizer, 1.0, torch.tensor(1.0))
+    assert not any(torch.equal(before[name], p) for name, p in network.state_dict().items())
 
 
 def test_parts_can_learn_more_slowly():
@@ -57,7 +65,8 @@ def test_parts_can_learn_more_slowly():
     optimizer = make_optimizer(network, Optimization(images=1, batch_size=1), {"0.": 0.1})
     for p in network.parameters():
         p.grad = torch.ones_like(p)
-    update(network, optimizer, 1e9, 0.01)
+    set_rate(optimizer, 0.01)
+    update(network, optimizer, 1e9, torch.tensor(1.0))
     moved = [
         (a - b).abs().max().item() for a, b in zip(network.parameters(), before.parameters(), strict=True)
     ]

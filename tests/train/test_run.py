@@ -33,11 +33,14 @@ MICRO = [
     for option in (
         "--workers 0 --checkpoint-seconds 0 --statistics-images 16 --prior-steps 2 --decoder-steps 2",
         "--stage-a.optimization.images 40 --stage-a.optimization.batch-size 4 --stage-a.adversarial-from 16",
-        "--stage-b.optimization.images 20 --stage-b.optimization.batch-size 2",
+        "--stage-b.optimization.images 20 --stage-b.optimization.batch-size 2 --stage-b.refine-images 20",
         "--stage-c.optimization.images 40 --stage-c.optimization.batch-size 4 --preview-prompts cat",
     )
     for word in option.split()
 ]
+
+
+STAGES = ("a", "b", "b2", "c")
 
 
 def start(run_dir: Path) -> subprocess.Popen:
@@ -69,21 +72,21 @@ def kill_in(run_dir: Path, stage: str) -> int:
 
 
 def final_files(run_dir: Path) -> dict[str, dict[str, str]]:
-    found = {stage: newest(run_dir / f"stage_{stage}" / "checkpoints") for stage in "abc"}
+    found = {stage: newest(run_dir / f"stage_{stage}" / "checkpoints") for stage in STAGES}
     return {stage: state["files"] for stage, (_, state) in found.items()}
 
 
 def test_kills_in_every_stage_change_nothing(tmp_path):
     """Networks, averages and optimizers of all three stages, bit for bit; the model too."""
     broken, whole = tmp_path / "broken", tmp_path / "whole"
-    killed_at = {stage: kill_in(broken, stage) for stage in "abc"}
+    killed_at = {stage: kill_in(broken, stage) for stage in STAGES}
     for run_dir in (broken, whole):
         process = start(run_dir)
         output = process.communicate(timeout=300)[0]
         assert process.returncode == 0, output
 
     assert final_files(broken) == final_files(whole)
-    for part in ("vqgan", "decoder", "compressor", "prior"):
+    for part in ("vqgan", "decoder", "compressor", "prior", "previewer"):
         name = Path("model") / f"{part}.safetensors"
         assert (broken / name).read_bytes() == (whole / name).read_bytes()
 

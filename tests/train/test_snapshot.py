@@ -21,7 +21,7 @@ def make_state(seed: int = 0, width: int = 4) -> TrainingState:
     network = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width))
     optimizer = make_optimizer(network, CONFIG)
     network(torch.randn(3, width)).square().mean().backward()
-    update(network, optimizer, 1.0, 1e-2)
+    update(network, optimizer, 1.0, torch.tensor(1.0))
     return TrainingState({"n": network}, {"n": make_average(network)}, {"n": optimizer}, images=8, updates=2)
 
 

@@ -26,6 +26,7 @@ from wuerstchen.errors import CheckpointError
 from wuerstchen.models.cascade import Cascade, CascadeSettings, MapStatistics
 from wuerstchen.models.compressor import Compressor, CompressorConfig
 from wuerstchen.models.decoder import Decoder, DecoderConfig
+from wuerstchen.models.previewer import Previewer, PreviewerConfig
 from wuerstchen.models.prior import Prior, PriorConfig
 from wuerstchen.models.vqgan import VQGAN, VQGANConfig
 
@@ -41,6 +42,7 @@ NETWORKS: dict[str, tuple[type[nn.Module], type]] = {
     "compressor": (Compressor, CompressorConfig),
     "decoder": (Decoder, DecoderConfig),
     "prior": (Prior, PriorConfig),
+    "previewer": (Previewer, PreviewerConfig),
 }
 _HEADER = "wuerstchen"
 

@@ -34,3 +34,8 @@ def item_at(index: int, length: int, seed: int) -> int:
         raise ValueError(f"length {length} must be at least 1")
     epoch, position = divmod(index, length)
     return int(_order(length, seed, epoch)[position])
+
+
+def items_at(indices: range, length: int, seed: int) -> list[int]:
+    """``item_at`` of each index."""
+    return [item_at(index, length, seed) for index in indices]

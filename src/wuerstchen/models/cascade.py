@@ -1,5 +1,6 @@
 """One whole Würstchen: its networks, and the few numbers without which they do not fit together."""
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from wuerstchen.errors import UserError
 from wuerstchen.models.compressor import Compressor, latent_side
 from wuerstchen.models.decoder import Decoder
+from wuerstchen.models.previewer import Previewer
 from wuerstchen.models.prior import Prior
 from wuerstchen.models.text import TextEncoder
 from wuerstchen.models.vqgan import VQGAN
@@ -106,6 +108,7 @@ class Cascade:
     decoder: Decoder
     compressor: Compressor | None = None
     prior: Prior | None = None
+    previewer: Previewer | None = None
     text_encoder: TextEncoder | None = None
     decoder_text_encoder: TextEncoder | None = None
     """Stage B's own text encoder, where it has one; otherwise it reads Stage C's."""
@@ -118,5 +121,5 @@ class Cascade:
 
     def networks(self) -> dict[str, torch.nn.Module]:
         """The networks that are there, by name."""
-        names = ("vqgan", "decoder", "compressor", "prior", "text_encoder", "decoder_text_encoder")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        parts = (field.name for field in dataclasses.fields(self) if field.name != "settings")
+        return {name: getattr(self, name) for name in parts if getattr(self, name) is not None}

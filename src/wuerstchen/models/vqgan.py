@@ -47,7 +47,7 @@ class MixingResidualBlock(nn.Module):
 
     def __init__(self, c: int) -> None:
         super().__init__()
-        # The first entry has no weights; published checkpoints count it (`depthwise.1`).
+        # The first entry, which `_repeat_edges` stands for, is counted by published keys (`depthwise.1`).
         self.depthwise = nn.Sequential(nn.ReplicationPad2d(1), nn.Conv2d(c, c, kernel_size=3, groups=c))
         self.channelwise = nn.Sequential(nn.Linear(c, 4 * c), nn.GELU(), nn.Linear(4 * c, c))
         self.gammas = nn.Parameter(torch.zeros(6))
@@ -57,8 +57,14 @@ class MixingResidualBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
         g = self.gammas
-        x = x + convolve(self.depthwise, layer_norm(x) * (1 + g[0]) + g[1]) * g[2]
+        x = x + convolve(self.depthwise[1], _repeat_edges(layer_norm(x) * (1 + g[0]) + g[1])) * g[2]
         return x + self.channelwise(layer_norm(x) * (1 + g[3]) + g[4]) * g[5]
+
+
+def _repeat_edges(x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h+2 w+2 c"]:
+    """Replication padding by one, which keeps the channels last when it is compiled; torch's does not."""
+    x = torch.cat([x[:, :1], x, x[:, -1:]], dim=1)
+    return torch.cat([x[:, :, :1], x, x[:, :, -1:]], dim=2)
 
 
 @dataclass(frozen=True)

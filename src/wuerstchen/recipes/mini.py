@@ -10,23 +10,22 @@ from wuerstchen.train.config import Optimization, Recipe, StageAConfig, StageBCo
 def mini() -> Recipe:
     """The model in the package: 256×256 pixels, a 6×6×16 map, all three stages on the emoji set.
 
-    Hardware: two CPU cores with bf16 arithmetic. Time: 48 minutes. Cost: not metered.
+    Hardware: one H100 (50 GB of its memory) and 16 CPU cores. Time: TIME. Cost: COST.
     Result: see the model's card. Build the data first: wuerstchen data emoji data/emoji.
     """
     return Recipe(
         name="mini",
         data="data/emoji",
         image_size=256,
-        precision="bf16",
-        vqgan=VQGANConfig(bottleneck_blocks=2, embed_dim=96, num_vq_embeddings=1024),
+        vqgan=VQGANConfig(bottleneck_blocks=4, embed_dim=128, num_vq_embeddings=1024),
         compressor=CompressorConfig(backbone="efficientnet_lite0", c_latent=16),
         decoder=DecoderConfig(
-            patch_size=4,
-            c_hidden=(128, 256),
-            nhead=(-1, -1),
-            blocks=(2, 3),
-            level_config=("CT", "CT"),
-            inject_effnet=(True, True),
+            patch_size=2,
+            c_hidden=(96, 192, 320),
+            nhead=(-1, -1, -1),
+            blocks=(2, 3, 3),
+            level_config=("CT", "CT", "CT"),
+            inject_effnet=(True, True, True),
             c_cond=64,
             clip_embd=None,
             dropout=0.0,
@@ -34,30 +33,49 @@ def mini() -> Recipe:
         prior=PriorConfig(c=256, c_cond=384, depth=8, nhead=4, dropout=0.0),
         stage_a=StageAConfig(
             optimization=Optimization(
-                images=16_000, batch_size=16, learning_rate=2e-3, warmup=1600, decay="cosine"
+                images=64 * 10_000, batch_size=64, learning_rate=1.5e-3, warmup=64 * 300, decay="cosine"
             ),
-            crop=96,
+            crop=128,
             discriminator_width=128,
             discriminator_depth=4,
-            adversarial_from=8_000,
+            adversarial_from=64 * 2_000,
             codebook_init="normal",
             l1_weight=1.0,
+            quantise_dropout=0.5,
         ),
         stage_b=StageBConfig(
             optimization=Optimization(
-                images=44_000, batch_size=16, learning_rate=6e-4, warmup=3200, decay="cosine"
+                images=256 * 9_000,
+                batch_size=256,
+                learning_rate=1e-3,
+                warmup=256 * 500,
+                decay="cosine",
+                betas=(0.9, 0.99),
+                ema_decay=0.999,
             ),
-            frozen_stride=16,
+            frozen_stride=4,
+            refine_images=256 * 10_000,
+            refine_rate=6e-4,
         ),
         stage_c=StageCConfig(
             optimization=Optimization(
-                images=40_000, batch_size=32, learning_rate=1e-3, warmup=3200, decay="cosine"
+                images=512 * 14_000,
+                batch_size=512,
+                learning_rate=1e-3,
+                warmup=512 * 500,
+                decay="cosine",
+                betas=(0.9, 0.99),
+                ema_decay=0.9995,
             ),
             caption_dropout=0.1,
         ),
-        decoder_guidance=1.5,
+        prepared_images=98_304,
+        statistics_images=8192,
+        decoder_guidance=1.0,
         preview_prompts=PROMPTS,
-        preview_every=12_000,
+        workers=16,
+        log_every=50,
+        checkpoint_seconds=300.0,
     )
 
 

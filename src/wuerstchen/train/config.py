@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from wuerstchen.errors import UserError
 from wuerstchen.models.compressor import CompressorConfig
 from wuerstchen.models.decoder import DecoderConfig
+from wuerstchen.models.previewer import PreviewerConfig
 from wuerstchen.models.prior import PriorConfig
 from wuerstchen.models.vqgan import VQGANConfig
 from wuerstchen.pipeline import Sampling
@@ -69,7 +70,7 @@ class StageAConfig:
     perceptual_weight: float = 0.1
     adversarial_weight: float = 0.01
     adversarial_from: int = 0
-    """Images after which the discriminator joins in."""
+    """Images after which the discriminator, which learns from the beginning, is listened to."""
     discriminator_width: int = 512
     discriminator_depth: int = 6
     quantise_dropout: float = 0.1
@@ -107,9 +108,21 @@ class StageBConfig:
     """Share of the other pictures whose map is noised, to a time uniform in [0, 0.5)."""
     caption_dropout: float = 0.05
     """Share of the pictures without their caption, where the decoder reads text at all."""
+    previewer_rate: float = 1e-3
+    """Learning rate of the previewer, which is trained along on the map, without a say in it."""
+    refine_images: int = 0
+    """Length of a second phase: the decoder goes on alone, from its averaged weights with a fresh optimizer,
+    on the maps of the compressor, which stays as the first phase left it. 0 for none."""
+    refine_rate: float = 5e-4
+    """Learning rate of the second phase; all else is as in the first."""
 
     def __post_init__(self) -> None:
         _check_shares(self, "map_dropout", "map_noise", "caption_dropout", "backbone_rate")
+        if self.refine_images < 0:
+            raise UserError(f"refine_images={self.refine_images} must be at least 0; 0 leaves the phase out")
+        for name in ("previewer_rate", "refine_rate"):
+            if not 0 < getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be between 0 and 1; 5e-4 is common")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +149,7 @@ class Recipe:
     seed: int = 0
     vqgan: VQGANConfig
     compressor: CompressorConfig
+    previewer: PreviewerConfig = field(default_factory=PreviewerConfig)
     decoder: DecoderConfig
     prior: PriorConfig
     stage_a: StageAConfig
@@ -150,6 +164,12 @@ class Recipe:
     """How strictly Stage B keeps to the map; 1 is no guidance, as published."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 is autocast over fp32 weights; auto takes it on a GPU."""
+    acceleration: Literal["auto", "none", "compile", "graph"] = "auto"
+    """``compile`` compiles the networks' blocks; ``graph`` also records an update once and replays it as a
+    CUDA graph, which needs ``prepared_images``. auto takes graph where it can, and none elsewhere."""
+    prepared_images: int = 0
+    """Pictures composed once at the start and held on the device with what the frozen networks make of them,
+    to train on; 0 composes every picture anew. 120,000 of 256 pixels take 45 GB."""
     preview_prompts: tuple[str, ...] = ()
     """Prompts of the preview grid, fixed for the whole run."""
     preview_every: int = 0
@@ -163,7 +183,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         positive = ("statistics_images", "prior_steps", "decoder_steps", "log_every")
-        for name, least in (*((n, 1) for n in positive), ("seed", 0), ("workers", 0), ("preview_every", 0)):
+        others = ("seed", "workers", "preview_every", "prepared_images")
+        for name, least in (*((n, 1) for n in positive), *((n, 0) for n in others)):
             if getattr(self, name) < least:
                 raise UserError(
                     f"{name}={getattr(self, name)} must be at least {least}; give a larger number"
@@ -176,13 +197,18 @@ class Recipe:
         )  # refuses what cannot be sampled with, before anything is trained
         if not self.checkpoint_seconds >= 0:
             raise UserError(f"checkpoint_seconds={self.checkpoint_seconds} must be at least 0; 120 is common")
+        if self.acceleration == "graph" and not self.prepared_images:
+            raise UserError(
+                "acceleration=graph needs pictures on the device; give prepared_images, or use compile"
+            )
         if self.image_size < 128 or self.image_size % 128:
             raise UserError(f"image_size={self.image_size} must be a multiple of 128; use 256")
         channels = self.compressor.c_latent
-        if not channels == self.prior.c_in == self.decoder.effnet_embd:
+        if not channels == self.prior.c_in == self.decoder.effnet_embd == self.previewer.c_in:
             raise UserError(
-                f"the map has {channels} channels in compressor.c_latent, {self.prior.c_in} in prior.c_in "
-                f"and {self.decoder.effnet_embd} in decoder.effnet_embd; give all three the same number"
+                f"the map has {channels} channels in compressor.c_latent, {self.prior.c_in} in prior.c_in, "
+                f"{self.decoder.effnet_embd} in decoder.effnet_embd and {self.previewer.c_in} in "
+                "previewer.c_in; give all four the same number"
             )
         latent = self.vqgan.latent_channels
         if not latent == self.decoder.c_in == self.decoder.c_out:

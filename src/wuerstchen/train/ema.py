@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def make_average(network: nn.Module) -> nn.Module:
@@ -20,10 +20,15 @@ def decay_at(update: int, decay: float) -> float:
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
-    """average ← decay·average + (1 − decay)·network, statistics included; counts are copied."""
+def update_average(average: nn.Module, network: nn.Module, decay: Tensor | float) -> None:
+    """average ← decay·average + (1 − decay)·network, statistics included; counts are copied.
+
+    ``decay`` as a tensor of no dimension can change between replays of a recorded update.
+    """
     ours, theirs = average.state_dict(), network.state_dict()
     floating = [name for name, tensor in ours.items() if tensor.is_floating_point()]
-    torch._foreach_lerp_([ours[n] for n in floating], [theirs[n] for n in floating], 1 - decay)
+    difference = torch._foreach_sub([theirs[n] for n in floating], [ours[n] for n in floating])
+    torch._foreach_mul_(difference, 1 - decay)
+    torch._foreach_add_([ours[n] for n in floating], difference)
     for name in ours.keys() - set(floating):
         ours[name].copy_(theirs[name])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -34,7 +34,12 @@ class Batch:
 
     def pixels(self, device: torch.device) -> Tensor:
         """The pictures in [0, 1], as (b, 3, h, w) in fp32."""
-        return self.images.to(device).permute(0, 3, 1, 2).float().div(255).contiguous()
+        return pixels_of(self.images.to(device))
+
+
+def pixels_of(images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b 3 h w"]:
+    """Pictures in [0, 1], in fp32."""
+    return images.permute(0, 3, 1, 2).float().div(255).contiguous()
 
 
 class Feed(Dataset[tuple[int, Example, list[tuple[str, str]]]]):

@@ -6,6 +6,7 @@ their averages and the optimizers come from the last whole checkpoint.
 """
 
 import contextlib
+import dataclasses
 import math
 import signal
 import threading
@@ -19,15 +20,17 @@ from typing import Any
 import torch
 from PIL import Image
 
-from wuerstchen.data.plan import stable_hash
+from wuerstchen.data.plan import items_at, stable_hash
 from wuerstchen.errors import UserError, out_of_memory_named
 from wuerstchen.images import grid, save_png
 from wuerstchen.train import snapshot
-from wuerstchen.train.ema import decay_at, make_average, update_average
-from wuerstchen.train.feed import Batch, Feed, batches
-from wuerstchen.train.optim import learning_rate, make_optimizer, update
-from wuerstchen.train.random import ImageRandom
+from wuerstchen.train.bank import Bank
+from wuerstchen.train.cost import CostMeter
+from wuerstchen.train.ema import decay_at, make_average
+from wuerstchen.train.feed import Feed, batches
+from wuerstchen.train.optim import learning_rate, make_optimizer, set_rate
 from wuerstchen.train.stages import Stage
+from wuerstchen.train.step import RecordedStep, Step, Values, compile_regions
 from wuerstchen.train.track import Log, Meter
 
 
@@ -37,17 +40,32 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How the loop runs, as opposed to what it computes. Only ``seed`` and ``autocast`` change results."""
+    """How the loop runs, as opposed to what it computes.
+
+    ``seed`` and ``autocast`` change results; ``compiles`` and ``records`` change their rounding.
+    """
 
     seed: int
     autocast: bool
     """bf16 where it is safe, over fp32 weights."""
+    compiles: bool = False
+    records: bool = False
+    """Whether updates on a bank are recorded as a CUDA graph."""
     workers: int
     checkpoint_seconds: float
     log_every: int
     preview_every: int
     preview_size: int
     previews: int
+
+
+@dataclass
+class _Fed:
+    """What one update has done."""
+
+    images: int
+    skipped: list[tuple[str, str]]
+    values: Values
 
 
 def run_stage(
@@ -58,13 +76,16 @@ def run_stage(
     device: torch.device,
     log: Log,
     header: dict[str, Any],
+    bank: Bank | None = None,
 ) -> Path:
     """Trains a stage to its end, from the last checkpoint in ``folder`` if there is one.
 
-    Returns the last checkpoint. Raises ``Interrupted`` after SIGINT or SIGTERM, with a checkpoint written.
+    Pictures come from the ``bank`` where there is one, else from the feed. Returns the last checkpoint.
+    Raises ``Interrupted`` after SIGINT or SIGTERM, with a checkpoint written.
     """
-    state, resumed = _prepare(stage, folder / "checkpoints", device)
-    total, batch_size = stage.optimization.images, stage.optimization.batch_size
+    cost = CostMeter(device)
+    state, resumed = _prepare(stage, folder / "checkpoints", settings, device)
+    total = stage.optimization.images
     log.event(
         "start", stage=stage.name, images=state.images, total=total, resumed=resumed, device=str(device)
     )
@@ -73,18 +94,29 @@ def run_stage(
 
     def checkpoint() -> Path:
         path = snapshot.save(state, folder / "checkpoints", {**header, "stage": stage.name})
-        log.event("checkpoint", stage=stage.name, images=state.images)
+        spent = cost.spent()
+        log.event("checkpoint", stage=stage.name, images=state.images, seconds=spent.seconds, kwh=spent.kwh)
         return path
 
+    seed = stable_hash(settings.seed, stage.name) >> 1
+    step = Step(stage, state, seed, settings.autocast, device)
+    updates = _fed_updates(step, feed, settings) if bank is None else _bank_updates(step, bank, settings)
     meter = Meter(f"Stage {stage.name.upper()}", state.images, total)
     saved = time.monotonic()
     next_preview = _next_multiple(state.images, settings.preview_every, total)
     final: Path | None = None
-    with _stop_request() as stop_requested, contextlib.closing(meter):
-        for batch in batches(feed, state.images, total, batch_size, settings.workers):
-            values = _train_batch(stage, state, batch, settings, device)
-            meter.update(len(batch.indices), values["loss"])
-            for name, reason in batch.skipped:
+    values: dict[str, float] = {}
+    with _stop_request() as stop_requested, contextlib.closing(meter), _memory_named(stage, feed):
+        for fed in updates:
+            state.updates += 1
+            # A recorded update is not waited for, unless its values are to be read.
+            reads = bank is None or not values or state.updates % settings.log_every == 0
+            if reads or state.images + fed.images >= total:
+                values = _read(fed.values, stage, state.images)
+                values["learning_rate"] = learning_rate(stage.optimization, state.images + fed.images)
+            state.images += fed.images
+            meter.update(fed.images, values["loss"])
+            for name, reason in fed.skipped:
                 log.event("skipped", stage=stage.name, name=name, reason=reason)
             if state.updates % settings.log_every == 0 or state.images >= total:
                 rate = round(meter.rate(), 2)
@@ -108,7 +140,9 @@ def run_stage(
     return final
 
 
-def _prepare(stage: Stage, folder: Path, device: torch.device) -> tuple[snapshot.TrainingState, bool]:
+def _prepare(
+    stage: Stage, folder: Path, settings: Settings, device: torch.device
+) -> tuple[snapshot.TrainingState, bool]:
     """The stage's state at its beginning, or as the newest whole checkpoint holds it."""
     for network in stage.networks.values():
         network.to(device).train()
@@ -123,56 +157,69 @@ def _prepare(stage: Stage, folder: Path, device: torch.device) -> tuple[snapshot
     found = snapshot.newest(folder)
     if found is not None:
         snapshot.restore(state, *found)
+    if settings.compiles:
+        for network in stage.networks.values():
+            compile_regions(network)
     return state, found is not None
 
 
-def _train_batch(
-    stage: Stage,
-    state: snapshot.TrainingState,
-    batch: Batch,
-    settings: Settings,
-    device: torch.device,
-) -> dict[str, float]:
-    """The updates of one batch; returns losses, gradient norms and learning rate."""
+def _begin(step: Step, settings: Settings, images: int) -> None:
+    """Sets what changes from update to update: rates, the averages' decay, and the seed of dropout."""
+    stage, state = step.stage, step.state
     optimization = stage.optimization
-    torch.manual_seed(stable_hash(settings.seed, stage.name, "dropout", state.images) >> 1)
-    random = ImageRandom(stable_hash(settings.seed, stage.name) >> 1, batch.indices.to(device))
-    rate = learning_rate(optimization, state.images + len(batch.indices))
-    values: dict[str, float] = {"learning_rate": rate}
-    height, width = batch.images.shape[1:3]
-    with out_of_memory_named(f"batch_size={optimization.batch_size} at {width}x{height} pixels"):
-        losses = stage.losses(batch, device, random)
-        while True:
-            with torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):
-                following = next(losses, None)
-            if following is None:
-                break
-            name, loss, terms = following
-            network = stage.networks[name]
-            value = float(loss.detach())
-            _check_finite("loss", name, value, stage, state)
-            # Gradients for this network alone: what else the loss passes through learns from its own loss.
-            loss.backward(inputs=[p for p in network.parameters() if p.requires_grad])
-            norm = update(network, state.optimizers[name], optimization.clip_norm, rate)
-            _check_finite("gradient", name, norm, stage, state)
-            key = "loss" if "loss" not in values else f"loss_{name}"
-            values |= {key: value, f"gradient_{name}": norm}
-            values |= {term: float(value.detach()) for term, value in terms.items()}
-    state.images += len(batch.indices)
-    state.updates += 1
-    for name, average in state.averages.items():
-        update_average(average, state.networks[name], decay_at(state.updates, optimization.ema_decay))
-    return values
-
-
-def _check_finite(what: str, name: str, value: float, stage: Stage, state: snapshot.TrainingState) -> None:
-    """Stops before anything is updated, so that the last checkpoint stays good."""
-    if not math.isfinite(value):
-        where = f"image {state.images:,} of stage {stage.name.upper()}"
-        raise UserError(
-            f"the {what} of {name} is {value} at {where}, so the weights were left as they were; use a lower "
-            "learning rate in another --run-dir"
+    for name, optimizer in state.optimizers.items():
+        peak = dataclasses.replace(
+            optimization, learning_rate=stage.rates.get(name, optimization.learning_rate)
         )
+        set_rate(optimizer, learning_rate(peak, state.images + images))
+    step.decay.fill_(decay_at(state.updates + 1, optimization.ema_decay))
+    torch.manual_seed(stable_hash(settings.seed, stage.name, "dropout", state.images) >> 1)
+
+
+def _fed_updates(step: Step, feed: Feed, settings: Settings) -> Iterator[_Fed]:
+    """Updates on pictures composed on the way."""
+    optimization, device = step.stage.optimization, step.device
+    start, total = step.state.images, optimization.images
+    for batch in batches(feed, start, total, optimization.batch_size, settings.workers):
+        _begin(step, settings, len(batch.indices))
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):
+            inputs = step.stage.prepare(batch, device)
+        if step.stage.reads_images:
+            inputs["images"] = batch.images.to(device)
+        values = step(inputs, batch.indices.to(device))
+        yield _Fed(len(batch.indices), batch.skipped, values)
+
+
+def _bank_updates(step: Step, bank: Bank, settings: Settings) -> Iterator[_Fed]:
+    """Updates on pictures of the bank, in an order that is a function of the image number."""
+    optimization = step.stage.optimization
+    recorded = RecordedStep(step, bank.prepare(step.stage, settings.autocast), settings.records)
+    for first in range(step.state.images, optimization.images, optimization.batch_size):
+        numbers = range(first, min(first + optimization.batch_size, optimization.images))
+        _begin(step, settings, len(numbers))
+        rows = torch.tensor(items_at(numbers, len(bank), step.seed))
+        yield _Fed(len(numbers), [], recorded(rows, torch.arange(numbers.start, numbers.stop)))
+
+
+def _read(values: Values, stage: Stage, images: int) -> dict[str, float]:
+    """The values of an update on the host. Raises ``UserError`` where one is not finite, or says to stop."""
+    read = dict(zip(values, torch.stack([v.float() for v in values.values()]).tolist(), strict=True))
+    for name, value in read.items():
+        if name.startswith(("loss", "gradient")) and not math.isfinite(value):
+            what = f"loss_{stage.averaged[0]}" if name == "loss" else name
+            raise UserError(
+                f"the {what.replace('_', ' of ', 1)} is {value} at image {images:,} of stage "
+                f"{stage.name.upper()}, so the weights were left as they were; use a lower learning rate in "
+                "another --run-dir"
+            )
+    stage.check(read)
+    return read
+
+
+@contextlib.contextmanager
+def _memory_named(stage: Stage, feed: Feed) -> Iterator[None]:
+    with out_of_memory_named(f"batch_size={stage.optimization.batch_size} at {feed.size}x{feed.size} pixels"):
+        yield
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from wuerstchen.train.config import Optimization
@@ -38,7 +39,18 @@ def make_optimizer(
         {"params": parameters, "weight_decay": config.weight_decay if is_matrix else 0.0, "scale": scale}
         for (scale, is_matrix), parameters in groups.items()
     ]
-    return torch.optim.AdamW(described, lr=config.learning_rate, betas=config.betas, fused=True)
+    # A tensor as rate can change between replays of a recorded update.
+    device = next(network.parameters()).device
+    optimizer = torch.optim.AdamW(
+        described,
+        lr=torch.tensor(config.learning_rate, device=device),
+        betas=config.betas,
+        fused=True,
+        capturable=device.type == "cuda",
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(config.learning_rate, device=device)  # one of its own
+    return optimizer
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -61,15 +73,23 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
     optimizer.load_state_dict({**description, "state": state})
 
 
-def update(network: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float, rate: float) -> float:
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate of the next update, scaled for each group as ``make_optimizer`` was told."""
+    for group in optimizer.param_groups:
+        group["lr"].fill_(rate * group["scale"])
+
+
+def update(
+    network: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float, loss: Float[Tensor, ""]
+) -> Float[Tensor, ""]:
     """One update from the gradients at hand; returns their norm before shortening.
 
-    A norm that is not finite updates nothing.
+    A loss or a norm that is not finite updates nothing. That is decided on the device: nothing waits for it.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["scale"]
-    norm = float(torch.nn.utils.clip_grad_norm_(network.parameters(), clip_norm))
-    if math.isfinite(norm):
-        optimizer.step()
+    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
+    # The optimizer's part of the contract with torch's GradScaler: an update is left out where this is 1.
+    optimizer.found_inf = 1 - (norm.isfinite() & loss.isfinite()).float()
+    optimizer.grad_scale = None
+    optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

@@ -31,11 +31,14 @@ from wuerstchen.models.cascade import PUBLISHED_MAP, Cascade, MapStatistics
 from wuerstchen.models.compressor import Compressor
 from wuerstchen.models.decoder import Decoder
 from wuerstchen.models.efficientnet import EfficientNetLite
+from wuerstchen.models.previewer import Previewer
 from wuerstchen.models.prior import Prior
 from wuerstchen.models.text import PromptTooLongWarning, TextEncoder
 from wuerstchen.models.vqgan import VQGAN
 from wuerstchen.pipeline import BUNDLED, default_device
+from wuerstchen.train.bank import Bank, compose
 from wuerstchen.train.config import Recipe, as_dict, differing_fields
+from wuerstchen.train.cost import total_cost
 from wuerstchen.train.feed import Batch, Feed, batches
 from wuerstchen.train.loop import Settings, run_stage
 from wuerstchen.train.snapshot import read_averages
@@ -44,6 +47,7 @@ from wuerstchen.train.stages import (
     Stage,
     StageA,
     StageB,
+    StageBRefinement,
     StageC,
     cascade_settings,
     measure_map,
@@ -52,15 +56,16 @@ from wuerstchen.train.track import Log
 
 N = TypeVar("N", bound=nn.Module)
 TEXT_ENCODER = BUNDLED / "text_encoder"
+CENTRED = 0.7  # of the emoji pictures: what a prompt without a place should give is a subject in the middle
 
 
 def open_source(data: str) -> Source:
     """The data set that a recipe names: the sample, a built emoji set, or a folder with captions."""
     if data == "sample":
-        return EmojiSource(sample_root(), split="train")
+        return EmojiSource(sample_root(), split="train", centred=CENTRED)
     root = Path(data)
     if (root / "index.jsonl").is_file():
-        return EmojiSource(root, split="train")
+        return EmojiSource(root, split="train", centred=CENTRED)
     return FolderSource(root)
 
 
@@ -73,11 +78,10 @@ def train(
     that cannot be used, ``Interrupted`` after a signal.
     """
     on = default_device(device)
-    if recipe.precision == "auto":  # what it stands for is part of the recipe that a run folder keeps
-        recipe = dataclasses.replace(recipe, precision="bf16" if on.type == "cuda" else "fp32")
+    recipe = _resolved(recipe, on)
     source = open_source(recipe.data)
     largest = max(s.optimization.batch_size for s in (recipe.stage_a, recipe.stage_b, recipe.stage_c))
-    if len(source) < largest:
+    if len(source) < largest and not recipe.prepared_images:
         raise UserError(
             f"{recipe.data} has {len(source)} images, fewer than a batch of {largest}; use a smaller "
             "batch_size or more images"
@@ -106,6 +110,19 @@ def train(
                 f"{run_dir} cannot be written ({error.strerror or error}); free some space and start "
                 "the same command again"
             ) from error
+
+
+def _resolved(recipe: Recipe, device: torch.device) -> Recipe:
+    """The recipe with every ``auto`` replaced: what it stands for is part of what a run folder keeps."""
+    gpu = device.type == "cuda"
+    if recipe.precision == "auto":
+        recipe = dataclasses.replace(recipe, precision="bf16" if gpu else "fp32")
+    if recipe.acceleration == "auto":
+        graph = gpu and recipe.prepared_images > 0
+        recipe = dataclasses.replace(recipe, acceleration="graph" if graph else "none")
+    if recipe.acceleration == "graph" and not gpu:
+        raise UserError(f"acceleration=graph records CUDA graphs, and {device} has none; use compile or none")
+    return recipe
 
 
 def _check_text_width(recipe: Recipe, width: int) -> None:
@@ -196,9 +213,12 @@ class _Run:
         self.device = device
         self.log = log
         self.text_encoder = text_encoder.to(device)
+        self._bank: Bank | None = None
         self.settings = Settings(
             seed=recipe.seed,
             autocast=recipe.precision == "bf16",
+            compiles=recipe.acceleration in ("compile", "graph"),
+            records=recipe.acceleration == "graph",
             workers=recipe.workers,
             checkpoint_seconds=recipe.checkpoint_seconds,
             log_every=recipe.log_every,
@@ -210,7 +230,7 @@ class _Run:
     def train(self) -> Path:
         began = time.monotonic()
         vqgan = self.stage_a()
-        decoder, compressor = self.stage_b(vqgan)
+        decoder, compressor, previewer = self.stage_b(vqgan)
         prior, statistics = self.stage_c(vqgan, decoder, compressor)
         target = self.run_dir / "model"
         if not (target / "model.json").exists():
@@ -220,17 +240,22 @@ class _Run:
                 decoder=decoder,
                 compressor=compressor,
                 prior=prior,
+                previewer=previewer,
             )
+            b = self.recipe.stage_b.optimization.images
             provenance = {
                 "vqgan": self.provenance(self.recipe.stage_a.optimization.images),
-                "decoder": self.provenance(self.recipe.stage_b.optimization.images),
-                "compressor": self.provenance(self.recipe.stage_b.optimization.images),
+                "decoder": self.provenance(b + self.recipe.stage_b.refine_images),
+                "compressor": self.provenance(b),
                 "prior": self.provenance(self.recipe.stage_c.optimization.images),
+                "previewer": self.provenance(b + self.recipe.stage_b.refine_images),
             }
             write_cascade(cascade, target, provenance, text_encoder=TEXT_ENCODER)
         self.say_skipped()
         for picture in sorted((self.run_dir / "stage_c" / "previews").glob("*.png"))[-1:]:
             print(f"{picture}: the recipe's prompts, drawn at the end of Stage C")
+        for name, cost in total_cost(self.log.events()).items():
+            print(f"Stage {name.upper()}: {cost}")
         self.log.event("end", seconds=round(time.monotonic() - began, 1))
         return target
 
@@ -242,9 +267,9 @@ class _Run:
             perceptual = EfficientNetLite()
             load_backbone(perceptual, lite0_path())
             perceptual.to(self.device)
-        vqgan = VQGAN(self.recipe.vqgan)
-        final = self.run_stage(StageA(config, vqgan, perceptual))
-        trained = self.averaged(vqgan, final, "vqgan")
+        final = self.run_stage(StageA(config, VQGAN(self.recipe.vqgan), perceptual))
+        # Into a network of its own: the one that was trained may be compiled.
+        trained = self.averaged(VQGAN(self.recipe.vqgan), final, "vqgan")
         if config.measure_scale:
             trained.config = dataclasses.replace(trained.config, scale_factor=self.latent_scale(trained))
         return trained
@@ -258,18 +283,31 @@ class _Run:
 
         return self.measured_once("stage_a", measure)["scale_factor"]
 
-    def stage_b(self, vqgan: VQGAN) -> tuple[Decoder, Compressor]:
-        config = self.recipe.stage_b
+    def stage_b(self, vqgan: VQGAN) -> tuple[Decoder, Compressor, Previewer]:
+        recipe, config = self.recipe, self.recipe.stage_b
         self.seed_weights("b")
-        compressor = Compressor(self.recipe.compressor)
+        compressor = Compressor(recipe.compressor)
         if self.begins("b"):
             load_backbone(compressor.backbone, self.compressor_weights())
         compressor.freeze_early_layers(config.frozen_stride)
-        decoder = Decoder(self.recipe.decoder)
-        stage = StageB(config, vqgan, decoder, compressor, self.text_encoder, self.recipe)
-        final = self.run_stage(stage)
-        both = self.averaged(DecoderAndCompressor(decoder, compressor), final, "decoder_and_compressor")
-        return both.decoder, both.compressor
+        decoder, previewer = Decoder(recipe.decoder), Previewer(recipe.previewer)
+        parts = (vqgan, decoder, compressor, previewer, self.text_encoder, recipe)
+        final = self.run_stage(StageB(config, *parts))
+        both = self.averaged(
+            DecoderAndCompressor(Decoder(recipe.decoder), Compressor(recipe.compressor)),
+            final,
+            "decoder_and_compressor",
+        )
+        decoder, compressor = both.decoder, both.compressor
+        previewer = self.averaged(Previewer(recipe.previewer), final, "previewer")
+        if config.refine_images:
+            for network in (decoder, previewer):
+                network.requires_grad_(True)
+            parts = (vqgan, decoder, compressor, previewer, self.text_encoder, recipe)
+            final = self.run_stage(StageBRefinement(config, *parts))
+            decoder = self.averaged(Decoder(recipe.decoder), final, "decoder")
+            previewer = self.averaged(Previewer(recipe.previewer), final, "previewer")
+        return decoder, compressor, previewer
 
     def begins(self, stage: str) -> bool:
         """Whether a stage starts from nothing, as opposed to from a checkpoint of its own."""
@@ -305,7 +343,7 @@ class _Run:
         )
         statistics = self.map_statistics(compressor)
         final = self.run_stage(StageC(config, recipe, prior, frozen, statistics))
-        return self.averaged(prior, final, "prior"), statistics
+        return self.averaged(Prior(recipe.prior), final, "prior"), statistics
 
     def map_statistics(self, compressor: Compressor) -> MapStatistics:
         """Measured once, before Stage C."""
@@ -344,7 +382,19 @@ class _Run:
         feed = Feed(self.source, seed, self.recipe.image_size, stage.captions)
         header = {**dataclasses.asdict(self.provenance(0)), "fields": as_dict(self.recipe)}
         folder = self.run_dir / f"stage_{stage.name}"
-        return run_stage(stage, feed, folder, self.settings, self.device, self.log, header)
+        finished = (folder / "checkpoints" / f"{optimization.images:012d}").is_dir()
+        bank = None if finished else self.bank()
+        return run_stage(stage, feed, folder, self.settings, self.device, self.log, header, bank)
+
+    def bank(self) -> Bank | None:
+        """The pictures that all stages train on, composed when a stage first needs them; None without any."""
+        if self._bank is None and self.recipe.prepared_images:
+            seed = stable_hash(self.recipe.seed, "bank") >> 1
+            feed = Feed(self.source, seed, self.recipe.image_size, captions=True)
+            self._bank = compose(feed, self.recipe.prepared_images, self.recipe.workers, self.device)
+            for name, reason in self._bank.skipped:
+                self.log.event("skipped", stage="bank", name=name, reason=reason)
+        return self._bank
 
     def averaged(self, network: N, checkpoint: Path, name: str) -> N:
         """The network with the averaged weights of a finished stage, frozen."""

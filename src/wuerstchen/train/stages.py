@@ -1,16 +1,19 @@
 """The three stages as training sees them: a batch in, losses out. The loop around them is one, in loop.py.
 
-A stage names the networks that it trains (``networks``) and yields ``(network, loss, terms)`` for each
-batch: the loop makes one update of that network from each loss before it asks for the next.
+A stage works in two steps. ``prepare`` is what does not change while it trains: what frozen networks make of
+a picture and of its caption. ``losses`` is the rest: it yields ``(network, loss, terms)`` for each batch, and
+the loop makes one update of that network from each loss before it asks for the next. ``losses`` decides
+nothing on the host, so that an update can be recorded once and replayed.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
@@ -21,17 +24,22 @@ from wuerstchen.models.cascade import PUBLISHED_MAP, Cascade, CascadeSettings, M
 from wuerstchen.models.compressor import Compressor, compressor_input
 from wuerstchen.models.decoder import Decoder
 from wuerstchen.models.efficientnet import EfficientNetLite
+from wuerstchen.models.previewer import Previewer
 from wuerstchen.models.prior import Prior
-from wuerstchen.models.text import TextEncoder
+from wuerstchen.models.text import TextEncoder, TextStates
 from wuerstchen.models.vqgan import VQGAN, Discriminator
 from wuerstchen.pipeline import Wuerstchen
 from wuerstchen.train.config import Optimization, Recipe, StageAConfig, StageBConfig, StageCConfig
-from wuerstchen.train.feed import Batch
+from wuerstchen.train.feed import Batch, pixels_of
 from wuerstchen.train.random import ImageRandom
 
 LEAST_SPREAD = 0.1  # of the map, which its batch norm keeps near 1 as long as pictures differ at all
 
 Losses = Iterator[tuple[str, Tensor, dict[str, Tensor]]]
+
+
+Inputs = dict[str, Tensor]
+"""What an update reads, a row a picture."""
 
 
 @runtime_checkable
@@ -46,11 +54,23 @@ class Stage(Protocol):
     """Those of which a weight average is kept."""
     captions: bool
     """Whether batches need captions."""
+    reads_images: bool
+    """Whether ``losses`` reads ``inputs["images"]``: the pictures themselves, (b, h, w, 3) in uint8."""
+    rates: dict[str, float]
+    """Learning rates of networks that have their own in place of ``optimization``'s."""
     rate_scales: dict[str, float]
     """Shares of the learning rate, for parameters whose names begin so."""
 
-    def losses(self, batch: Batch, device: torch.device, random: ImageRandom) -> Losses:
+    def prepare(self, batch: Batch, device: torch.device) -> Inputs:
+        """What frozen networks make of a batch. Called without gradients, once a picture if it is kept."""
+        ...
+
+    def losses(self, inputs: Inputs, random: ImageRandom) -> Losses:
         """One loss for each update that this batch makes."""
+        ...
+
+    def check(self, values: dict[str, float]) -> None:
+        """Raises ``UserError`` where the values of an update show that going on is in vain."""
         ...
 
     def preview(
@@ -93,15 +113,16 @@ class PerceptualLoss(nn.Module):
 
 
 def random_crops(
-    pixels: Float[Tensor, "b c h w"], side: int, random: ImageRandom
-) -> Float[Tensor, "b c side side"]:
+    images: UInt8[Tensor, "b h w c"], side: int, random: ImageRandom
+) -> UInt8[Tensor, "b side side c"]:
     """A square of each picture, at a place of its own."""
-    height, width = pixels.shape[2:]
-    places = random.uniform("crop", (2,)).cpu()
-    tops = (places[:, 0] * (height - side + 1)).long().tolist()
-    lefts = (places[:, 1] * (width - side + 1)).long().tolist()
-    rows = zip(pixels, tops, lefts, strict=True)
-    return torch.stack([p[:, top : top + side, left : left + side] for p, top, left in rows])
+    height, width = images.shape[1:3]
+    places = random.uniform("crop", (2,))
+    steps = torch.arange(side, device=images.device)
+    rows = (places[:, :1] * (height - side + 1)).long() + steps
+    columns = (places[:, 1:] * (width - side + 1)).long() + steps
+    pictures = torch.arange(len(images), device=images.device)[:, None, None]
+    return images[pictures, rows[:, :, None], columns[:, None, :]]
 
 
 class StageA:
@@ -110,12 +131,14 @@ class StageA:
     name = "a"
     averaged = ("vqgan",)
     captions = False
+    reads_images = True
 
     def __init__(self, config: StageAConfig, vqgan: VQGAN, perceptual: EfficientNetLite | None) -> None:
         self.config = config
         self.optimization = config.optimization
         self.vqgan = vqgan
         self.networks: dict[str, nn.Module] = {"vqgan": vqgan}
+        self.rates: dict[str, float] = {}
         self.rate_scales: dict[str, float] = {}
         self.perceptual = None if perceptual is None else PerceptualLoss(perceptual)
         self.discriminator: Discriminator | None = None
@@ -126,11 +149,14 @@ class StageA:
         if config.codebook_init == "normal":
             nn.init.normal_(vqgan.vquantizer.embedding.weight)
 
-    def losses(self, batch: Batch, device: torch.device, random: ImageRandom) -> Losses:
-        config = self.config
-        pixels = batch.pixels(device)
+    def prepare(self, batch: Batch, device: torch.device) -> Inputs:
+        return {}
+
+    def losses(self, inputs: Inputs, random: ImageRandom) -> Losses:
+        config, images = self.config, inputs["images"]
         if config.crop is not None:
-            pixels = random_crops(pixels, config.crop, random)
+            images = random_crops(images, config.crop, random)
+        pixels = pixels_of(images)
         quantise = random.uniform("quantise") >= config.quantise_dropout
         output, quantised = self.vqgan(pixels, quantise=quantise)
         output = output.float()
@@ -141,18 +167,19 @@ class StageA:
         if self.perceptual is not None:
             terms["perceptual"] = self.perceptual(output, pixels)
             total = total + config.perceptual_weight * terms["perceptual"]
-        adversarial = self.discriminator is not None and int(batch.indices[0]) >= config.adversarial_from
-        if adversarial:
-            assert self.discriminator is not None
+        if self.discriminator is not None:
             terms["adversarial"] = -self.discriminator(output).float().mean()
-            total = total + config.adversarial_weight * terms["adversarial"]
+            listens = (random.indices[0] >= config.adversarial_from).float()
+            total = total + config.adversarial_weight * listens * terms["adversarial"]
         yield "vqgan", total, terms
-        if adversarial:
-            assert self.discriminator is not None
+        if self.discriminator is not None:
             # Hinge loss (arXiv 1705.02894): only what is not yet told apart clearly teaches anything.
             real = F.relu(1 - self.discriminator(pixels).float()).mean()
             fake = F.relu(1 + self.discriminator(output.detach()).float()).mean()
             yield "discriminator", real + fake, {"discriminator": real + fake}
+
+    def check(self, values: dict[str, float]) -> None:
+        pass
 
     def preview(
         self, averages: dict[str, nn.Module], pixels: Tensor, device: torch.device
@@ -175,30 +202,24 @@ class DecoderAndCompressor(nn.Module):
         self.compressor = compressor
 
 
-class StageB:
-    """The latent diffusion decoder and, with it, the semantic compressor."""
+class _Decoding:
+    """What both phases of Stage B share: the decoder's loss on a map, and the previewer's."""
 
-    name = "b"
-    averaged = ("decoder_and_compressor",)
+    captions: bool
 
     def __init__(
-        self,
-        config: StageBConfig,
-        vqgan: VQGAN,
-        decoder: Decoder,
-        compressor: Compressor,
-        text_encoder: TextEncoder | None,
-        recipe: Recipe,
+        self, config: StageBConfig, vqgan: VQGAN, text_encoder: TextEncoder | None, recipe: Recipe
     ) -> None:
         self.config = config
         self.recipe = recipe
-        self.optimization = config.optimization
         self.vqgan = vqgan.eval().requires_grad_(False)
-        self.text_encoder = text_encoder if decoder.config.clip_embd is not None else None
+        self.text_encoder = text_encoder if recipe.decoder.clip_embd is not None else None
         self.captions = self.text_encoder is not None
-        self.trained = DecoderAndCompressor(decoder, compressor)
-        self.networks: dict[str, nn.Module] = {"decoder_and_compressor": self.trained}
-        self.rate_scales = {"compressor.backbone.": config.backbone_rate}
+        self.no_text = None if self.text_encoder is None else self.text_encoder.encode([""])
+        self.rates = {"previewer": config.previewer_rate}
+
+    def prepare_text(self, batch: Batch, device: torch.device) -> Inputs:
+        return {} if self.text_encoder is None else encoded_captions(self.text_encoder, batch.captions)
 
     def disturb(self, z: Float[Tensor, "b c h w"], random: ImageRandom) -> Float[Tensor, "b c h w"]:
         """Zeroes the map of some pictures and noises that of others, so that B bears with what C draws.
@@ -213,49 +234,180 @@ class StageB:
         z = torch.where(u >= 1 - config.map_noise * (1 - config.map_dropout), noised, z)
         return torch.where(u < config.map_dropout, 0.0, z)
 
-    def losses(self, batch: Batch, device: torch.device, random: ImageRandom) -> Losses:
-        pixels = batch.pixels(device)
-        with torch.no_grad():
-            latents = self.vqgan.encode(pixels).float()
-        z = self.trained.compressor(compressor_input(pixels)).float()
-        spread = z.detach().std()
-        if spread < LEAST_SPREAD:
-            raise UserError(
-                f"the semantic map's deviation fell to {float(spread):.3g}, so all pictures look the same to "
-                "the compressor; use a lower stage_b.backbone_rate in another --run-dir"
-            )
+    def decoder_loss(
+        self, decoder: Decoder, z: Float[Tensor, "b c mh mw"], inputs: Inputs, random: ImageRandom
+    ) -> Float[Tensor, ""]:
         states = mask = None
-        if self.text_encoder is not None:
-            drop = random.uniform("caption") < self.config.caption_dropout
-            texts = ["" if d else caption for caption, d in zip(batch.captions, drop.tolist(), strict=True)]
-            encoded = self.text_encoder.encode(texts)
-            states, mask = encoded.states, encoded.mask
-        context = self.trained.decoder.context(
-            self.disturb(z, random), tuple(latents.shape[2:]), states, mask
-        )
+        if self.no_text is not None:
+            states, mask = with_captions_dropped(self.no_text, inputs, random, self.config.caption_dropout)
+        latents = inputs["latents"]
+        context = decoder.context(self.disturb(z, random), tuple(latents.shape[2:]), states, mask)
         t = training_timesteps(random.uniform("time"))
         noise = random.normal("noise", latents.shape[1:])
-        predicted = self.trained.decoder(PUBLISHED_SCHEDULE.add_noise(latents, noise, t), t, context)
-        loss = p2_loss(predicted, noise, t)
-        yield "decoder_and_compressor", loss, {"map_std": spread}
+        predicted = decoder(PUBLISHED_SCHEDULE.add_noise(latents, noise, t), t, context)
+        return p2_loss(predicted, noise, t)
 
-    def preview(
-        self, averages: dict[str, nn.Module], pixels: Tensor, device: torch.device
+    def pictures(
+        self,
+        decoder: Decoder,
+        compressor: Compressor,
+        previewer: Previewer,
+        pixels: Tensor,
+        device: torch.device,
     ) -> list[Image.Image]:
-        """Originals, Stage A's reconstructions, and those of A+B."""
-        trained = averages["decoder_and_compressor"]
-        assert isinstance(trained, DecoderAndCompressor)
+        """Originals, Stage A's reconstructions, those of A+B, and the previewer's."""
         cascade = Cascade(
             settings=cascade_settings(self.recipe, PUBLISHED_MAP),
             vqgan=self.vqgan,
-            decoder=trained.decoder,
-            compressor=trained.compressor,
+            decoder=decoder,
+            compressor=compressor,
             text_encoder=self.text_encoder,
         )
         model = Wuerstchen(cascade, device)
         originals = to_images(pixels)
         stage_a = to_images(self.vqgan.decode(self.vqgan.encode(pixels)).clamp(0, 1).float())
-        return [*originals, *stage_a, *(model.reconstruct(image).image for image in originals)]
+        previews = previewer(compressor(compressor_input(pixels))).clamp(0, 1)
+        return [
+            *originals,
+            *stage_a,
+            *(model.reconstruct(image).image for image in originals),
+            *to_images(F.interpolate(previews, size=pixels.shape[2:], mode="nearest")),
+        ]
+
+
+def previewer_loss(
+    previewer: nn.Module, z: Float[Tensor, "b c mh mw"], pixels: Float[Tensor, "b 3 h w"]
+) -> Float[Tensor, ""]:
+    """Mean squared error against the pictures, shrunk to the size of previews."""
+    drawn = previewer(z.detach()).float()
+    return F.mse_loss(drawn, F.interpolate(pixels, size=drawn.shape[2:], mode="area"))
+
+
+class StageB(_Decoding):
+    """The latent diffusion decoder and, with it, the semantic compressor."""
+
+    name = "b"
+    averaged = ("decoder_and_compressor", "previewer")
+    reads_images = True
+
+    def __init__(
+        self,
+        config: StageBConfig,
+        vqgan: VQGAN,
+        decoder: Decoder,
+        compressor: Compressor,
+        previewer: Previewer,
+        text_encoder: TextEncoder | None,
+        recipe: Recipe,
+    ) -> None:
+        super().__init__(config, vqgan, text_encoder, recipe)
+        self.optimization = config.optimization
+        self.trained = DecoderAndCompressor(decoder, compressor)
+        self.previewer = previewer
+        self.networks: dict[str, nn.Module] = {
+            "decoder_and_compressor": self.trained,
+            "previewer": previewer,
+        }
+        self.rate_scales = {"compressor.backbone.": config.backbone_rate}
+
+    def prepare(self, batch: Batch, device: torch.device) -> Inputs:
+        latents = self.vqgan.encode(batch.pixels(device)).float()
+        return {"latents": latents, **self.prepare_text(batch, device)}
+
+    def losses(self, inputs: Inputs, random: ImageRandom) -> Losses:
+        pixels = pixels_of(inputs["images"])
+        z = self.trained.compressor(compressor_input(pixels)).float()
+        loss = self.decoder_loss(self.trained.decoder, z, inputs, random)
+        yield "decoder_and_compressor", loss, {"map_std": z.detach().std()}
+        yield "previewer", previewer_loss(self.previewer, z, pixels), {}
+
+    def check(self, values: dict[str, float]) -> None:
+        if values["map_std"] < LEAST_SPREAD:
+            raise UserError(
+                f"the semantic map's deviation fell to {values['map_std']:.3g}, so all pictures look alike "
+                "to the compressor; use a lower stage_b.backbone_rate in another --run-dir"
+            )
+
+    def preview(
+        self, averages: dict[str, nn.Module], pixels: Tensor, device: torch.device
+    ) -> list[Image.Image]:
+        """Originals, Stage A's reconstructions, those of A+B, and the previewer's."""
+        trained, previewer = averages["decoder_and_compressor"], averages["previewer"]
+        assert isinstance(trained, DecoderAndCompressor)
+        assert isinstance(previewer, Previewer)
+        return self.pictures(trained.decoder, trained.compressor, previewer, pixels, device)
+
+
+class StageBRefinement(_Decoding):
+    """The second phase of Stage B: the decoder alone, on the maps of the finished compressor."""
+
+    name = "b2"
+    averaged = ("decoder", "previewer")
+    reads_images = False
+
+    def __init__(
+        self,
+        config: StageBConfig,
+        vqgan: VQGAN,
+        decoder: Decoder,
+        compressor: Compressor,
+        previewer: Previewer,
+        text_encoder: TextEncoder | None,
+        recipe: Recipe,
+    ) -> None:
+        super().__init__(config, vqgan, text_encoder, recipe)
+        self.optimization = dataclasses.replace(
+            config.optimization, images=config.refine_images, learning_rate=config.refine_rate
+        )
+        self.decoder = decoder
+        self.compressor = compressor.eval().requires_grad_(False)
+        self.previewer = previewer
+        self.networks: dict[str, nn.Module] = {"decoder": decoder, "previewer": previewer}
+        self.rate_scales: dict[str, float] = {}
+
+    def prepare(self, batch: Batch, device: torch.device) -> Inputs:
+        pixels = batch.pixels(device)
+        z = self.compressor(compressor_input(pixels)).float()
+        return {
+            "latents": self.vqgan.encode(pixels).float(),
+            "z": z,
+            "small": F.interpolate(pixels, size=self.previewer.size(*z.shape[2:]), mode="area"),
+            **self.prepare_text(batch, device),
+        }
+
+    def losses(self, inputs: Inputs, random: ImageRandom) -> Losses:
+        yield "decoder", self.decoder_loss(self.decoder, inputs["z"], inputs, random), {}
+        yield "previewer", previewer_loss(self.previewer, inputs["z"], inputs["small"]), {}
+
+    def check(self, values: dict[str, float]) -> None:
+        pass
+
+    def preview(
+        self, averages: dict[str, nn.Module], pixels: Tensor, device: torch.device
+    ) -> list[Image.Image]:
+        """Originals, Stage A's reconstructions, those of A+B, and the previewer's."""
+        decoder, previewer = averages["decoder"], averages["previewer"]
+        assert isinstance(decoder, Decoder)
+        assert isinstance(previewer, Previewer)
+        return self.pictures(decoder, self.compressor, previewer, pixels, device)
+
+
+# --- Text ---
+
+
+def encoded_captions(text_encoder: TextEncoder, captions: list[str]) -> Inputs:
+    """The captions as inputs: states of (b, t, d), masks of (b, t)."""
+    encoded = text_encoder.encode(captions)
+    return {"states": encoded.states.float(), "mask": encoded.mask}
+
+
+def with_captions_dropped(
+    empty: TextStates, inputs: Inputs, random: ImageRandom, share: float
+) -> tuple[Float[Tensor, "b t d"], Bool[Tensor, "b t"]]:
+    """The captions of ``inputs``, for a ``share`` of the pictures in place of it the states of no text."""
+    drop = random.uniform("caption") < share
+    states = torch.where(drop[:, None, None], empty.states, inputs["states"])
+    return states, torch.where(drop[:, None], empty.mask, inputs["mask"])
 
 
 # --- Stage C ---
@@ -267,6 +419,7 @@ class StageC:
     name = "c"
     averaged = ("prior",)
     captions = True
+    reads_images = False
 
     def __init__(
         self,
@@ -284,23 +437,28 @@ class StageC:
         self.prior = prior
         self.compressor = frozen.compressor.eval().requires_grad_(False)
         self.text_encoder = frozen.text_encoder
+        self.no_text = frozen.text_encoder.encode([""])
         self.frozen = frozen
         self.statistics = statistics
         self.networks: dict[str, nn.Module] = {"prior": prior}
+        self.rates: dict[str, float] = {}
         self.rate_scales: dict[str, float] = {}
 
-    def losses(self, batch: Batch, device: torch.device, random: ImageRandom) -> Losses:
-        drop = random.uniform("caption") < self.config.caption_dropout
-        texts = ["" if d else caption for caption, d in zip(batch.captions, drop.tolist(), strict=True)]
-        with torch.no_grad():
-            z = self.compressor(compressor_input(batch.pixels(device))).float()
-            x = self.statistics.normalise(z)
-            encoded = self.text_encoder.encode(texts)
+    def prepare(self, batch: Batch, device: torch.device) -> Inputs:
+        z = self.compressor(compressor_input(batch.pixels(device))).float()
+        return {"x": self.statistics.normalise(z), **encoded_captions(self.text_encoder, batch.captions)}
+
+    def losses(self, inputs: Inputs, random: ImageRandom) -> Losses:
+        x = inputs["x"]
+        states, mask = with_captions_dropped(self.no_text, inputs, random, self.config.caption_dropout)
         t = training_timesteps(random.uniform("time"))
         noise = random.normal("noise", x.shape[1:])
-        context = self.prior.context(encoded.states, encoded.mask)
+        context = self.prior.context(states, mask)
         predicted = self.prior(PUBLISHED_SCHEDULE.add_noise(x, noise, t), t, context)
         yield "prior", p2_loss(predicted, noise, t), {}
+
+    def check(self, values: dict[str, float]) -> None:
+        pass
 
     def preview(
         self, averages: dict[str, nn.Module], pixels: Tensor, device: torch.device

@@ -1,0 +1,118 @@
+"""One update of a stage: run as it is written, or recorded once as a CUDA graph and replayed.
+
+A small network on small maps leaves a GPU waiting: starting its thousand kernels takes longer than running
+them. A recorded update is started as one. So nothing in it may be decided on the host: what changes from
+update to update (which pictures, the learning rate, the decay of the averages) is read from tensors.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from wuerstchen.models.efficientnet import EfficientNetLite
+from wuerstchen.models.layers import AttnBlock, ConditionedResBlock, ResBlock, TimestepBlock
+from wuerstchen.models.vqgan import MixingResidualBlock
+from wuerstchen.train.ema import update_average
+from wuerstchen.train.optim import update
+from wuerstchen.train.random import ImageRandom
+from wuerstchen.train.snapshot import TrainingState
+from wuerstchen.train.stages import Inputs, Stage
+
+Values = dict[str, Tensor]
+"""Losses, terms and gradient norms of an update, each a tensor of no dimension on the device."""
+
+_REGIONS = (ResBlock, ConditionedResBlock, TimestepBlock, AttnBlock, MixingResidualBlock, EfficientNetLite)
+_UNRECORDED = 3  # updates that run as written before one is recorded: they compile, and allocate what stays
+
+
+def compile_regions(network: nn.Module) -> None:
+    """Compiles block by block: a block that repeats is compiled once, and the keys of the weights stay."""
+    # One block class has as many versions as there are widths and grids.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for module in network.modules():
+        if isinstance(module, _REGIONS):
+            module.compile(dynamic=False)
+
+
+class Step:
+    """Makes the updates of a stage, one a call."""
+
+    def __init__(
+        self, stage: Stage, state: TrainingState, seed: int, autocast: bool, device: torch.device
+    ) -> None:
+        self.stage = stage
+        self.state = state
+        self.seed = seed
+        self.autocast = autocast
+        self.device = device
+        self.decay = torch.zeros((), device=device)
+        """Of the weight averages, for the next update."""
+
+    def __call__(self, inputs: Inputs, indices: Int[Tensor, " b"]) -> Values:
+        """One update of every network of the stage, and of the averages. Waits for nothing on the device."""
+        stage, state = self.stage, self.state
+        random = ImageRandom(self.seed, indices)
+        values: Values = {}
+        losses = stage.losses(inputs, random)
+        while True:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+                following = next(losses, None)
+            if following is None:
+                break
+            name, loss, terms = following
+            network = stage.networks[name]
+            # Gradients for this network alone: what else the loss passes through learns from its own loss.
+            loss.backward(inputs=[p for p in network.parameters() if p.requires_grad])
+            norm = update(network, state.optimizers[name], stage.optimization.clip_norm, loss.detach())
+            key = "loss" if "loss" not in values else f"loss_{name}"
+            values |= {key: loss.detach(), f"gradient_{name}": norm}
+            values |= {term: value.detach() for term, value in terms.items()}
+        for name, average in state.averages.items():
+            update_average(average, stage.networks[name], self.decay)
+        return values
+
+
+class RecordedStep:
+    """A ``Step`` on pictures that are on the device: after its first updates it is recorded and replayed.
+
+    ``inputs`` holds a row for every picture; an update reads those in ``rows``.
+    """
+
+    def __init__(self, step: Step, inputs: Inputs, record: bool) -> None:
+        self.step = step
+        self.inputs = inputs
+        self.left_unrecorded = _UNRECORDED if record else -1
+        self.stream = torch.cuda.Stream() if record else None
+        self.replay: Callable[[], None] | None = None
+        self.rows = torch.empty(0, dtype=torch.long)
+        self.indices = torch.empty(0, dtype=torch.long)
+        self.values: Values = {}
+
+    def __call__(self, rows: Int[Tensor, " b"], indices: Int[Tensor, " b"]) -> Values:
+        device = self.step.device
+        if self.stream is None or (self.replay is not None and len(rows) != len(self.rows)):
+            return self._run(rows.to(device), indices.to(device))  # a last batch that is smaller
+        if self.left_unrecorded > 0:
+            self.left_unrecorded -= 1
+            # On a stream of its own, as what is recorded later will be.
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                values = self._run(rows.to(device), indices.to(device))
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return values
+        if self.replay is None:
+            self.rows, self.indices = rows.to(device), indices.to(device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self.stream):
+                self.values = self._run(self.rows, self.indices)
+            self.replay = graph.replay
+        else:
+            self.rows.copy_(rows, non_blocking=True)
+            self.indices.copy_(indices, non_blocking=True)
+        self.replay()
+        return self.values
+
+    def _run(self, rows: Tensor, indices: Tensor) -> Values:
+        return self.step({name: tensor[rows] for name, tensor in self.inputs.items()}, indices)

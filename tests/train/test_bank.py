@@ -1,0 +1,105 @@
+"""Pictures held on the device: the same pictures, and a run on them that a kill does not change."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from wuerstchen.data.plan import item_at, items_at
+from wuerstchen.errors import UserError
+from wuerstchen.recipes.tiny import tiny
+from wuerstchen.train.bank import compose
+from wuerstchen.train.feed import Feed
+from wuerstchen.train.loop import run_stage
+from wuerstchen.train.snapshot import newest, read_averages
+from wuerstchen.train.track import Log
+
+CPU = torch.device("cpu")
+
+
+def run(folder, stage, settings, source, device=CPU, **changes):
+    settings = dataclasses.replace(settings, **changes)
+    folder.mkdir(exist_ok=True)
+    feed = Feed(source, 5, settings.preview_size, captions=True)
+    bank = compose(feed, 30, 0, device)
+    return run_stage(stage, feed, folder, settings, device, Log(folder / "log.jsonl"), {}, bank)
+
+
+def test_the_bank_holds_the_first_pictures_of_the_feed(toy_source):
+    feed = Feed(toy_source(broken=(3,)), 5, 4, captions=True)
+    bank = compose(feed, 300, 0, CPU)
+    assert len(bank) == len(bank.captions) == 300
+    for index in (0, 7, 255, 256, 299):
+        example = feed[index][1]
+        assert np.array_equal(bank.images[index].numpy(), example.image)
+        assert bank.captions[index] == example.caption
+    assert len(bank.skipped) == 30
+
+
+def test_it_keeps_what_the_stage_prepares_and_images_only_if_they_are_read(toy_stage, toy_source):
+    stage = toy_stage()
+    bank = compose(Feed(toy_source(), 5, 4, captions=True), 300, 0, CPU)
+    inputs = bank.prepare(stage, autocast=False)
+    assert inputs.keys() == {"first", "images"}
+    torch.testing.assert_close(inputs["first"], bank.images[:, 0, 0, 0].float() / 255)
+    assert inputs["images"].data_ptr() == bank.images.data_ptr()  # 20 GB are not copied
+    stage.reads_images = False
+    assert bank.prepare(stage, autocast=False).keys() == {"first"}
+
+
+def test_every_epoch_shows_every_picture_of_the_bank_once():
+    assert sorted(items_at(range(30, 60), 30, 1)) == list(range(30))
+    assert items_at(range(25, 35), 30, 1) == [item_at(i, 30, 1) for i in range(25, 35)]
+
+
+def test_a_broken_run_on_a_bank_ends_as_the_unbroken_one(tmp_path, toy_stage, toy_source, settings):
+    """Values are read every third update only: what is not read must happen all the same."""
+    whole = run(tmp_path / "whole", toy_stage(images=122), settings, toy_source(), log_every=3)
+
+    def stop(random):
+        if 50 in random.indices.tolist():
+            raise SystemExit
+
+    stage = toy_stage(images=122, on_batch=stop)
+    with pytest.raises(SystemExit):
+        run(tmp_path / "broken", stage, settings, toy_source(), checkpoint_seconds=0.0)
+    broken = run(tmp_path / "broken", toy_stage(images=122), settings, toy_source())
+    files = [newest(path.parent)[1]["files"] for path in (whole, broken)]
+    assert files[0] == files[1]
+    fed = Feed(toy_source(), 5, 4, captions=True)
+    log = Log(tmp_path / "log.jsonl")
+    other = run_stage(toy_stage(images=122), fed, tmp_path / "fed", settings, CPU, log, {})
+    assert newest(other.parent)[1]["files"] != files[0]  # an order of its own
+
+
+def test_a_loss_that_is_not_finite_is_noticed_at_the_next_reading(tmp_path, toy_stage, toy_source, settings):
+    stage = toy_stage()
+
+    def poison(random):
+        if 20 in random.indices.tolist():
+            torch.nn.init.constant_(stage.networks["critic"].bias, torch.nan)
+
+    stage.on_batch = poison
+    with pytest.raises(UserError, match=r"the loss of model is nan at image 36 of stage A, so the weights"):
+        run(tmp_path, stage, settings, toy_source(), log_every=10)
+    weights = stage.networks["model"].parameters()
+    assert all(bool(p.isfinite().all()) for p in weights)
+
+
+def test_graphs_need_a_bank():
+    with pytest.raises(UserError, match="acceleration=graph needs pictures on the device; give prepared_im"):
+        dataclasses.replace(tiny(), acceleration="graph")
+
+
+@pytest.mark.gpu
+def test_recorded_updates_are_those_that_are_run_as_written(tmp_path, toy_stage, toy_source, settings):
+    """Dropout, rates that change, averages, and a last batch that is smaller."""
+    device = torch.device("cuda")
+    averages = {}
+    for name, records in (("written", False), ("recorded", True)):
+        stage = toy_stage(images=122)
+        path = run(tmp_path / name, stage, settings, toy_source(), device, records=records, log_every=10)
+        averages[name] = read_averages(path, "model")
+    for key, tensor in averages["written"].items():
+        torch.testing.assert_close(averages["recorded"][key], tensor, rtol=1e-4, atol=1e-6)
