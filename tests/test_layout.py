@@ -15,6 +15,7 @@ ORDER = [
     {"checkpoints"},
     {"pipeline"},
     {"data"},
+    {"evaluate"},
     {"train"},
     {"recipes"},
     {"cli"},

@@ -70,6 +70,26 @@ def test_a_picture_is_the_same_alone_and_in_a_batch(model):
     assert np.abs(pixels(together) - pixels(chunked)).max() <= 1
 
 
+def test_seeds_can_be_named(model):
+    named = model.generate(["a cat", "a dog"], seed=[9, 6], batch_size=1)
+    for prompt, seed, image in (("a cat", 9, named[0]), ("a dog", 6, named[1])):
+        assert np.array_equal(pixels([image]), pixels(model.generate(prompt, seed=seed)))
+    with pytest.raises(UserError, match="1 seeds do not fit 2 pictures"):
+        model.generate(["a cat", "a dog"], seed=[9])
+    with pytest.raises(UserError, match="seed -1 must be from 0"):
+        model.generate(["a cat", "a dog"], seed=[9, -1])
+
+
+def test_pictures_are_reconstructed_together_as_alone(model):
+    images = [Image.effect_noise((150, 130), sigma).convert("RGB") for sigma in (20, 60, 90)]
+    together = model.reconstruct_batch(images, seeds=[4, 2, 7])
+    for image, seed, result in zip(images, [4, 2, 7], together, strict=True):
+        alone = model.reconstruct(image, seed=seed)
+        assert np.array_equal(pixels([result.original]), pixels([alone.original]))
+        assert np.abs(pixels([result.image]) - pixels([alone.image])).max() <= 1
+        assert result.map_size == alone.map_size
+
+
 def test_what_should_matter_matters(model):
     base = pixels(model.generate("a cat"))
     for other in (

@@ -33,6 +33,7 @@ EXAMPLES = """examples:
   wuerstchen reconstruct photo.jpg
   wuerstchen data emoji data/emoji
   wuerstchen train tiny --run-dir runs/tiny
+  wuerstchen evaluate runs/mini/model --data data/emoji --out evaluation
 """
 
 
@@ -111,10 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--negative", default="", help="what to steer away from")
     generate.add_argument("--count", type=int, default=1, help="pictures of each prompt (1)")
     generate.add_argument("--size", type=_size, help="N or WIDTHxHEIGHT in pixels (the model's own)")
-    generate.add_argument(
-        "--guidance", type=float, help="guidance scale of Stage C: above 1 follows the prompt more strictly"
-    )
-    generate.add_argument("--prior-steps", type=int, help="steps of Stage C")
+    _add_guidance_options(generate)
     generate.add_argument("--grid", action="store_true", help="one picture with all of them, a row a prompt")
     _add_drawing_options(generate)
 
@@ -129,6 +127,43 @@ def _parser() -> argparse.ArgumentParser:
     emoji = kinds.add_parser("emoji", help="6,685 captioned pictures in five styles, from their npm packages")
     emoji.set_defaults(run=_data_emoji)
     emoji.add_argument("out", type=Path, metavar="OUT")
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="score a model on held-out pictures and composed prompts",
+        description="Scores a model on two fixed lists; writes report.json and report.html.",
+    )
+    evaluate.set_defaults(run=_evaluate)
+    evaluate.add_argument(
+        "model", nargs="?", type=Path, metavar="MODEL", help="model folder (the model in the package)"
+    )
+    evaluate.add_argument(
+        "--data", type=Path, help="built emoji set (data/emoji, or none where --photos is given alone)"
+    )
+    evaluate.add_argument(
+        "--split", choices=("val", "test", "all"), default="all", help="choose on val; test is for the report"
+    )
+    evaluate.add_argument(
+        "--lists", type=_lists, default=("a", "b"), help="a: held-out pairs, b: composed prompts (a,b)"
+    )
+    evaluate.add_argument(
+        "--limit", type=int, help="the first N of each list and split only, for a quick look"
+    )
+    evaluate.add_argument(
+        "--before",
+        type=Path,
+        metavar="FOLDER",
+        help="the model before it was stored small, to see what that cost",
+    )
+    evaluate.add_argument(
+        "--photos", type=Path, metavar="DIR", help="also take the photographs in DIR through Stages A and B"
+    )
+    evaluate.add_argument(
+        "--out", type=Path, default=Path("evaluation"), help="folder of the report (evaluation)"
+    )
+    evaluate.add_argument("--batch-size", type=int, help="pictures drawn at a time (8 on a CPU, 64 on a GPU)")
+    _add_guidance_options(evaluate)
+    _add_sampling_options(evaluate)
 
     train = commands.add_parser(
         "train", help="train a model; the same command goes on after any stop", add_help=False
@@ -148,6 +183,17 @@ def _add_drawing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, help="model folder (the model in the package)")
     parser.add_argument("--out", type=Path, default=Path(), help="folder, or file name ending in .png (here)")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next has the next (0)")
+    _add_sampling_options(parser)
+
+
+def _add_guidance_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--guidance", type=float, help="guidance scale of Stage C: above 1 follows the prompt more strictly"
+    )
+    parser.add_argument("--prior-steps", type=int, help="steps of Stage C")
+
+
+def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decoder-steps", type=int, help="steps of Stage B")
     parser.add_argument("--decoder-guidance", type=float, help="guidance of Stage B by the map; 1 is none")
     parser.add_argument("--device", help="cpu, cuda or mps (a GPU if there is one)")
@@ -158,6 +204,13 @@ def _size(text: str) -> tuple[int, int]:
     if match is None:
         raise argparse.ArgumentTypeError(f"'{text}' is neither N nor WIDTHxHEIGHT; write 256 or 256x384")
     return int(match[1]), int(match[2] or match[1])
+
+
+def _lists(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(text.split(",")))
+    if not set(names) <= {"a", "b"}:
+        raise argparse.ArgumentTypeError(f"'{text}' names no lists; write a, b or a,b")
+    return names
 
 
 def _sampling(options: argparse.Namespace) -> "Sampling":
@@ -260,6 +313,44 @@ def _data_emoji(options: argparse.Namespace) -> int:
 
     build(options.out)
     print(options.out)
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from wuerstchen.images import check_writable
+
+    check_writable(options.out)
+    sampling = _sampling(options)
+
+    from wuerstchen.evaluate.page import write_report
+    from wuerstchen.evaluate.report import evaluate, summary
+    from wuerstchen.pipeline import BUNDLED, load
+
+    data = options.data
+    if data is None and options.photos is None:
+        data = Path("data/emoji")
+    report = evaluate(
+        load(options.model, options.device),
+        data,
+        lists=options.lists,
+        splits=("val", "test") if options.split == "all" else (options.split,),
+        limit=options.limit,
+        sampling=sampling,
+        before=None if options.before is None else load(options.before, options.device),
+        photos=options.photos,
+        batch_size=options.batch_size,
+        announce=lambda line: print(line, file=sys.stderr),
+    )
+    written = write_report(
+        report,
+        options.out,
+        model=options.model or BUNDLED,
+        before=options.before,
+        name=str(options.model or "the model in the package"),
+    )
+    print(summary(report))
+    for path in written:
+        print(path)
     return 0
 
 

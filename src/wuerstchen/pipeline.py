@@ -113,7 +113,7 @@ class Wuerstchen:
         prompts: str | Sequence[str],
         *,
         negative: str = "",
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         count: int = 1,
         size: int | tuple[int, int] | None = None,
         sampling: Sampling | None = None,
@@ -122,14 +122,15 @@ class Wuerstchen:
     ) -> list[Image.Image]:
         """Draws ``count`` pictures of each prompt, in order: all of the first prompt, then the next.
 
-        Picture number i of the call has seed ``seed + i`` and noise of its own: drawn alone with that seed it
-        is the same picture, up to rounding. ``size`` is (width, height) in pixels or one number for both;
-        ``negative`` is the text to steer away from. Raises ``UserError`` for what cannot be drawn.
+        Picture number i of the call has seed ``seed + i``, or ``seed[i]`` of a list, and noise of its own:
+        drawn alone with that seed it is the same picture, up to rounding. ``size`` is (width, height) in
+        pixels or one number for both; ``negative`` is the text to steer away from. Raises ``UserError`` for
+        what cannot be drawn.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         sampling = self._resolved(sampling or Sampling())
         width, height = self._checked_size(size)
-        _check_request(prompts, seed, count, batch_size)
+        seeds = _checked_request(prompts, seed, count, batch_size)
         prior, text_encoder = self.cascade.prior, self.cascade.text_encoder
         if prior is None or text_encoder is None:
             raise UserError("this model has no Stage C or no text encoder; it reconstructs, but cannot draw")
@@ -138,7 +139,7 @@ class Wuerstchen:
         images: list[Image.Image] = []
         for start in range(0, len(texts), batch_size):
             batch = texts[start : start + batch_size]
-            generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
+            generators = _generators(seeds[start : start + batch_size])
             with out_of_memory_named(f"batch_size={len(batch)} at {width}x{height} pixels"):
                 z = self._sample_map(
                     prior, text_encoder, batch, negative, (width, height), sampling, generators, progress
@@ -158,19 +159,41 @@ class Wuerstchen:
         progress: Progress | None = None,
     ) -> Reconstruction:
         """Squeezes a picture (centre crop to a square) through the semantic map and back."""
+        (result,) = self.reconstruct_batch(
+            [image], seeds=[seed], size=size, sampling=sampling, progress=progress
+        )
+        return result
+
+    @torch.inference_mode()
+    def reconstruct_batch(
+        self,
+        images: Sequence[Image.Image],
+        *,
+        seeds: Sequence[int],
+        size: int | None = None,
+        sampling: Sampling | None = None,
+        progress: Progress | None = None,
+    ) -> list[Reconstruction]:
+        """``reconstruct`` for several pictures at once, each with a seed and noise of its own."""
         compressor = self.cascade.compressor
         if compressor is None:
             raise UserError("this model has no compressor, so it cannot encode pictures; use one that has")
         sampling = self._resolved(sampling or Sampling())
         side, _ = self._checked_size(size)
-        _check_request([""], seed, 1, 1)
-        original = center_crop_resize(image, side)
-        generators = [torch.Generator().manual_seed(seed)]
-        with out_of_memory_named(f"one picture of {side}x{side} pixels"):
-            z = self.encode(compressor, to_tensor(original)[None].to(self.device))
-            latents = self._sample_latents(z, [""], (side, side), sampling, generators, progress)
-            result = to_images(self.cascade.vqgan.decode(latents).clamp(0, 1))[0]
-        return Reconstruction(original=original, image=result, map_size=(z.shape[1], z.shape[2], z.shape[3]))
+        generators = _generators(_checked_request([""] * len(images), seeds, 1, len(images)))
+        originals = [center_crop_resize(image, side) for image in images]
+        with out_of_memory_named(f"batch_size={len(images)} at {side}x{side} pixels"):
+            pixels = torch.stack([to_tensor(original) for original in originals])
+            z = self.encode(compressor, pixels.to(self.device))
+            latents = self._sample_latents(
+                z, [""] * len(images), (side, side), sampling, generators, progress
+            )
+            results = to_images(self.cascade.vqgan.decode(latents).clamp(0, 1))
+        map_size = (z.shape[1], z.shape[2], z.shape[3])
+        return [
+            Reconstruction(original=original, image=result, map_size=map_size)
+            for original, result in zip(originals, results, strict=True)
+        ]
 
     def settings_of(self, sampling: Sampling) -> dict[str, float]:
         """The sampling settings in full, as they are recorded with a picture."""
@@ -281,14 +304,29 @@ def check_seed(seed: int, pictures: int) -> None:
         )
 
 
-def _check_request(prompts: list[str], seed: int, count: int, batch_size: int) -> None:
+def _checked_request(
+    prompts: list[str], seed: int | Sequence[int], count: int, batch_size: int
+) -> Sequence[int]:
+    """The seed of each picture. Raises ``UserError`` for what asks for no picture or an impossible one."""
     if not prompts:
         raise UserError("no prompt was given, so there is nothing to draw; give at least one")
     if count < 1:
         raise UserError(f"count {count} draws nothing; use at least 1")
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size} draws nothing; use at least 1")
-    check_seed(seed, count * len(prompts))
+    pictures = count * len(prompts)
+    if isinstance(seed, int):
+        check_seed(seed, pictures)
+        return range(seed, seed + pictures)
+    if len(seed) != pictures:
+        raise UserError(f"{len(seed)} seeds do not fit {pictures} pictures; give one for each, or one number")
+    for one in seed:
+        check_seed(one, 1)
+    return seed
+
+
+def _generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def _reporter(progress: Progress | None, stage: str, steps: int) -> Callable[[int, Tensor], None] | None:

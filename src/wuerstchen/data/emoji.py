@@ -164,7 +164,7 @@ _SCALES = (0.6, 1.0)  # side of the picture over the side of the canvas
 _TOUCHES_BORDER = {"twemoji": 0.85}  # the other styles have a margin of their own
 _PLAIN_SCALE = 0.8
 _P_WHITE, _P_RECOLOUR = 1 / 3, 1 / 2
-_HUE_SHIFTS = (21, 236)  # of 256: at least 30 degrees either way
+HUE_SHIFTS = (21, 236)  # of 256, the last excluded: at least 30 degrees either way
 
 _MIN_DISTANCE = 35.0  # in L*a*b*: a pixel nearer to the background than that is lost in it
 _MAX_LOST = 0.3  # share of the subject that may be lost
@@ -223,7 +223,14 @@ def _lay(
     return canvas
 
 
-def _shift_hue(rgba: np.ndarray, shift: int) -> np.ndarray:
+def plain_placement(style: str, size: int) -> Placement:
+    """The middle of a canvas of ``size`` × ``size``, at the scale that all styles look alike large in."""
+    side = round(size * _PLAIN_SCALE * _TOUCHES_BORDER.get(style, 1))
+    return Placement(side=side, left=(size - side) // 2, top=(size - side) // 2)
+
+
+def shift_hue(rgba: UInt8[np.ndarray, "h w 4"], shift: int) -> UInt8[np.ndarray, "h w 4"]:
+    """The picture with its hue turned by ``shift`` of 256 parts of the circle, its alpha as it was."""
     hsv = np.array(Image.fromarray(rgba[..., :3]).convert("HSV"))
     hsv[..., 0] += np.uint8(shift)  # hue counts to 256 and wraps, as the type does
     rgb = np.asarray(Image.frombytes("HSV", hsv.shape[1::-1], hsv.tobytes()).convert("RGB"))
@@ -241,15 +248,19 @@ class _Drawing:
 class EmojiSource:
     """The pictures of a built folder (or of `sample_root`) as a ``Source``.
 
-    ``split`` is ``train`` or ``heldout``. With ``cache`` every decoded picture stays in memory: 256 KiB
+    ``split`` is ``train`` or ``heldout``. The share ``centred`` of the pictures is placed as ``plain`` places
+    them, the others at random. With ``cache`` every decoded picture stays in memory: 256 KiB
     each, 1.6 GB for the whole set.
     """
 
-    def __init__(self, root: Path, split: str = "train", *, cache: bool = False) -> None:
+    def __init__(
+        self, root: Path, split: str = "train", *, cache: bool = False, centred: float = 0.0
+    ) -> None:
         if split not in ("train", "heldout"):
             raise DataError(f"split {split!r} must be train or heldout; choose one")
         self.root = Path(root)
         self.split = split
+        self.centred = centred
         self.records = tuple(record for record in read_index(self.root) if record.split == split)
         if not self.records:
             raise DataError(f"{self.root} holds no pictures of the split {split}; build the whole set")
@@ -298,9 +309,7 @@ class EmojiSource:
     def plain(self, item: int, size: int) -> Example:
         """The subject in its own colours, in the middle of white, with the shortest full caption."""
         record = self.records[item]
-        side = round(size * _PLAIN_SCALE * _TOUCHES_BORDER.get(record.style, 1))
-        placement = Placement(side=side, left=(size - side) // 2, top=(size - side) // 2)
-        image = compose(self.picture(item), placement, COLOURS["white"], size)
+        image = compose(self.picture(item), plain_placement(record.style, size), COLOURS["white"], size)
         return Example(image=image, caption=plain_caption(record.style, record.names[0]))
 
     def fingerprint(self) -> str:
@@ -321,18 +330,21 @@ class EmojiSource:
     def _draw(self, item: int, rng: np.random.Generator, size: int) -> _Drawing:
         # Everything is drawn in every case, so that the caption's draws begin at the same place.
         scale, across, down = rng.uniform(*_SCALES), rng.random(), rng.random()
-        recolour, shift = rng.random() < _P_RECOLOUR, int(rng.integers(*_HUE_SHIFTS))
+        recolour, shift = rng.random() < _P_RECOLOUR, int(rng.integers(*HUE_SHIFTS))
         on_white, choice = rng.random() < _P_WHITE, rng.random()
+        centred = rng.random() < self.centred
 
         style = self.records[item].style
         side = max(1, round(size * scale * _TOUCHES_BORDER.get(style, 1)))
         placement = Placement(
             side=side, left=int(across * (size - side + 1)), top=int(down * (size - side + 1))
         )
+        if centred:
+            placement = plain_placement(style, size)
         rgba = self.picture(item)
         recoloured = recolour and style != MONO_STYLE
         if recoloured:
-            rgba = _shift_hue(rgba, shift)
+            rgba = shift_hue(rgba, shift)
         visible = visible_backgrounds(rgba, style)
         coloured = [name for name in visible if name != "white"]
         if "white" in visible and (on_white or not coloured):

@@ -1,0 +1,63 @@
+"""Score a model's ways to sample on val, to choose one. Test is never touched.
+
+    python scripts/sweep.py runs/mini/model data/emoji --guidance 2 3 4 --decoder-guidance 1 1.5
+
+Prints a line for each combination: the C+B+A row of both lists. What is not given is the model's own.
+"""
+
+import argparse
+import itertools
+from pathlib import Path
+
+import wuerstchen
+from wuerstchen.evaluate.report import evaluate
+from wuerstchen.evaluate.scoring import Column
+from wuerstchen.pipeline import Sampling
+
+COLUMNS: dict[str, tuple[Column, ...]] = {
+    "a": ("recall_1", "recall_5", "style", "kid_e3"),
+    "b": ("recall_1", "style", "background", "object", "kid_e3"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path)
+    parser.add_argument("data", type=Path, help="built emoji set")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[None])
+    parser.add_argument("--prior-steps", type=int, nargs="+", default=[None])
+    parser.add_argument("--decoder-guidance", type=float, nargs="+", default=[None])
+    parser.add_argument("--decoder-steps", type=int, nargs="+", default=[None])
+    parser.add_argument("--limit", type=int, help="the first N of each list only")
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--device")
+    options = parser.parse_args()
+    model = wuerstchen.load(options.model, options.device)
+    names = ("guidance", "prior_steps", "decoder_guidance", "decoder_steps")
+    head = [f"{name:>18}" for name in names]
+    head += [f"{f'({name}) {column}':>14}" for name, columns in COLUMNS.items() for column in columns]
+    print("".join(head), flush=True)
+    for values in itertools.product(*(getattr(options, name) for name in names)):
+        sampling = Sampling(**dict(zip(names, values, strict=True)))
+        report = evaluate(
+            model,
+            options.data,
+            splits=("val",),
+            rows=("c_b_a",),
+            sampling=sampling,
+            limit=options.limit,
+            batch_size=options.batch_size,
+            shown=0,
+        )
+        settings = model.settings_of(sampling)
+        line = [f"{settings[name]:>18g}" for name in names]
+        for name, columns in COLUMNS.items():
+            scores = report.lists[name].scores["val"]["c_b_a"]
+            line += [f"{scores[c].value if c in scores else float('nan'):>14.3f}" for c in columns]
+        print("".join(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
