@@ -60,11 +60,11 @@ def test_every_row_is_there_for_every_entry(found):
 
 
 def test_columns_are_scored_where_they_mean_something(found):
-    base = {"recall_1", "recall_5", "style", "kid_e3"}
+    base = {"recall_1", "recall_5", "style", "kid_e3", "kid_lite0_e3"}
     for name, extra in (("a", set()), ("b", {"background", "object"})):
         for row, scores in found.lists[name].scores["val"].items():
             likeness = {"psnr", "ssim"} if row in ("jpeg20", "stage_a", "stage_a_quantised", "a_b") else set()
-            kid = {"kid_e3"} if row == "real" else set()  # halves of four are too few
+            kid = {"kid_e3", "kid_lite0_e3"} if row == "real" else set()  # halves of four are too few
             assert set(scores) == (base | extra | likeness) - kid
     assert found.lists["b"].scores["val"]["real"]["background"].value == 1
     asked = sum(entry.colour is not None for entry in select("b", ("val",), LIMIT))
@@ -134,8 +134,10 @@ def test_scores_compare_with_what_was_asked():
     ]
     measured[3] = dataclasses.replace(measured[3], object=entries[3].colour)
     features = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
-    scores = scores_of("c_b_a", entries, measured, features, features)
+    kids = {"kid_e3": (features, features), "kid_lite0_e3": (features + 3, features)}
+    scores = scores_of("c_b_a", entries, measured, kids)
     values = {column: score.value for column, score in scores.items()}
+    assert values.pop("kid_lite0_e3") > 1000
     assert values == {
         "recall_1": 0.25,
         "recall_5": 0.75,

@@ -24,12 +24,13 @@ _COLUMN_TITLES: dict[Column, str] = {
     "recall_5": "R@5",
     "style": "style",
     "kid_e3": "KID×1e3",
+    "kid_lite0_e3": "KID×1e3, Lite0",
     "background": "background",
     "object": "object",
     "psnr": "PSNR, dB",
     "ssim": "SSIM",
 }
-_DIGITS: dict[Column, int] = {"kid_e3": 1, "psnr": 2}
+_DIGITS: dict[Column, int] = {"kid_e3": 1, "kid_lite0_e3": 1, "psnr": 2}
 _SHORT: dict[Row, str] = {
     "real": "real",
     "stage_a": "A",

@@ -23,6 +23,7 @@ from wuerstchen.evaluate.lists import LISTS, SPLITS, ListName, RealPictures, Spl
 from wuerstchen.evaluate.metrics import Score, mean, psnr, ssim
 from wuerstchen.evaluate.scoring import (
     FEATURES,
+    LITE0,
     ROWS,
     Artist,
     Column,
@@ -148,7 +149,8 @@ def evaluate(
         total=count + len(photo_files), unit="picture", smoothing=0, dynamic_ncols=True, disable=None
     ) as bar:
         if real is not None:
-            look, judge = FeatureNetwork(FEATURES, model.device), load_judges(model.device)
+            look, look_lite0 = (FeatureNetwork(network, model.device) for network in (FEATURES, LITE0))
+            judge = load_judges(model.device)
             for name, part in entries.items():
                 bar.set_description(f"list ({name})")
                 results[name] = score_list(
@@ -158,6 +160,7 @@ def evaluate(
                     rows=rows,
                     real=real,
                     look=look,
+                    look_lite0=look_lite0,
                     judge=judge,
                     batch_size=batch_size,
                     shown=shown,

@@ -47,12 +47,16 @@ ROWS: dict[Row, str] = {
 RECONSTRUCTIONS: frozenset[Row] = frozenset({"jpeg20", "stage_a", "stage_a_quantised", "a_b"})
 """Rows with an original: PSNR and SSIM have a meaning there only."""
 
-Column = Literal["recall_1", "recall_5", "style", "kid_e3", "background", "object", "psnr", "ssim"]
+Column = Literal[
+    "recall_1", "recall_5", "style", "kid_e3", "kid_lite0_e3", "background", "object", "psnr", "ssim"
+]
 COLUMNS: tuple[Column, ...] = get_args(Column)
-"""PSNR is in dB, KID times 1000; the others are shares or at most 1."""
+"""PSNR is in dB, KID times 1000; the others are shares or at most 1. ``kid_lite0_e3`` looks with the network
+that the small model itself learnt from, so it may flatter it."""
 
 JPEG_QUALITY = 20
 FEATURES: FeatureName = "efficientnet_lite1"
+LITE0: FeatureName = "efficientnet_lite0"
 SHOWN: tuple[Row, ...] = ("real", "stage_a", "a_b", "c_b_a")
 """Rows of which the page shows pictures."""
 _SHOWN_SIDE = 256  # pixels of a picture on the page at most
@@ -166,6 +170,7 @@ def score_list(
     rows: Sequence[Row],
     real: RealPictures,
     look: Callable[[Tensor], Features],
+    look_lite0: Callable[[Tensor], Features],
     judge: Judge,
     batch_size: int,
     shown: int = 0,
@@ -173,8 +178,8 @@ def score_list(
 ) -> ListResult:
     """Draws and scores ``rows`` for ``entries`` of a list; "real" is always among them.
 
-    ``look`` gives the features of uint8 pictures. Of each split the first ``shown`` entries get a strip for
-    the page. ``on_batch`` is told how many entries a batch has finished.
+    ``look`` and ``look_lite0`` give the features of uint8 pictures. Of each split the first ``shown`` entries
+    get a strip for the page. ``on_batch`` is told how many entries a batch has finished.
     """
     rows = tuple(row for row in ROWS if row in rows or row == "real")
     strip_of = {
@@ -183,6 +188,7 @@ def score_list(
         for entry in [entry for entry in entries if entry.split == split][:shown]
     }
     seen: dict[Row, list[Features]] = {row: [] for row in rows}
+    pooled: dict[Row, list[Tensor]] = {row: [] for row in rows}  # Lite0's
     found: dict[Row, list[dict[str, object]]] = {row: [] for row in rows}
     strips: dict[int, bytes] = {}
     for start in range(0, len(entries), batch_size):
@@ -192,6 +198,7 @@ def score_list(
         drawn = {row: artist.draw(row, originals, captions, seeds) for row in rows}
         for row, pictures in drawn.items():
             seen[row].append(look(torch.from_numpy(pictures)))
+            pooled[row].append(look_lite0(torch.from_numpy(pictures)).pooled)
             found[row] += _measured(row, pictures, originals, batch if name == "b" else None)
         for i, entry in enumerate(batch):
             if entry.number in strip_of:
@@ -202,6 +209,10 @@ def score_list(
     captions = list(dict.fromkeys(entry.caption for entry in read_list(name)))
     correct = np.array([captions.index(entry.caption) for entry in entries])
     features = {row: Features.joined(parts) for row, parts in seen.items()}
+    networks: dict[Column, dict[Row, Tensor]] = {
+        "kid_e3": {row: found.pooled for row, found in features.items()},
+        "kid_lite0_e3": {row: torch.cat(parts) for row, parts in pooled.items()},
+    }
     measured: dict[Row, list[Measured]] = {}
     for row in rows:
         ranks, styles = judge.rank(features[row], captions, correct), judge.style(features[row])
@@ -218,8 +229,10 @@ def score_list(
                     row,
                     [entries[i] for i in of_split],
                     [measured[row][i] for i in of_split],
-                    features[row].pooled[of_split].numpy(),
-                    features["real"].pooled[of_split].numpy(),
+                    {
+                        column: (made[row][of_split].numpy(), made["real"][of_split].numpy())
+                        for column, made in networks.items()
+                    },
                 )
                 for row in rows
             }
@@ -230,11 +243,11 @@ def scores_of(
     row: Row,
     entries: Sequence[Entry],
     measured: Sequence[Measured],
-    features: np.ndarray,
-    real_features: np.ndarray,
+    features: dict[Column, tuple[np.ndarray, np.ndarray]],
 ) -> dict[Column, Score]:
     """The columns of one row over some entries; a column with nothing to score is left out.
 
+    ``features`` are, for each KID, those of the row's pictures and of the real ones.
     KID is against the real pictures of the same entries. Of the real pictures themselves it is between
     entries at even and at odd places: what chance alone gives, with half the pictures.
     """
@@ -244,12 +257,13 @@ def scores_of(
         "recall_5": recall(ranks, 5),
         "style": mean([one.style == entry.style for one, entry in zip(measured, entries, strict=True)]),
     }
-    if row == "real":
-        half = len(features) // 2
-        features, real_features = features[0 : 2 * half : 2], features[1 : 2 * half : 2]
-    if len(features) >= 3:
-        distance = kid(features, real_features)
-        scores["kid_e3"] = Score(value=1e3 * distance.value, error=1e3 * distance.error, n=distance.n)
+    for column, (drawn, real) in features.items():
+        if row == "real":
+            half = len(real) // 2
+            drawn, real = real[0 : 2 * half : 2], real[1 : 2 * half : 2]
+        if len(drawn) >= 3:
+            distance = kid(drawn, real)
+            scores[column] = Score(value=1e3 * distance.value, error=1e3 * distance.error, n=distance.n)
     backgrounds = [(m.background, e.background) for m, e in zip(measured, entries, strict=True)]
     backgrounds = [(found, asked) for found, asked in backgrounds if found is not None]
     if backgrounds:
