@@ -99,7 +99,7 @@ def test_a_prompt_has_the_same_states_alone_and_in_a_batch(bundled: TextEncoder)
     together = bundled.encode(prompts).states
     for row, prompt in enumerate(prompts):
         alone = bundled.encode([prompt]).states[0]
-        torch.testing.assert_close(together[row], alone, rtol=0, atol=1e-6)
+        torch.testing.assert_close(together[row], alone, rtol=0, atol=3e-6)
 
 
 def test_padding_does_not_reach_the_words(bundled: TextEncoder) -> None:

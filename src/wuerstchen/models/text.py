@@ -32,7 +32,7 @@ class TextEncoder(nn.Module):
     """A frozen text model with its tokenizer; every prompt becomes ``text_positions`` states of ``width``.
 
     The length is fixed, so the states of a prompt do not depend on the prompts beside it (beyond the rounding
-    of another batch size: under 1e-6 in float32).
+    of another batch size: some 1e-6 in float32).
     """
 
     def __init__(
