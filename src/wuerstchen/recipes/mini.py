@@ -10,7 +10,8 @@ from wuerstchen.train.config import Optimization, Recipe, StageAConfig, StageBCo
 def mini() -> Recipe:
     """The model in the package: 256×256 pixels, a 6×6×16 map, all three stages on the emoji set.
 
-    Hardware: one H100 (50 GB of its memory) and 16 CPU cores. Time: TIME. Cost: COST.
+    Hardware: one H100 (25 GB of its memory) and 16 CPU cores. Time: 8.5 minutes, 2.5 of them compiling.
+    Cost: 0.046 kWh of the GPU.
     Result: see the model's card. Build the data first: wuerstchen data emoji data/emoji.
     """
     return Recipe(
@@ -33,45 +34,44 @@ def mini() -> Recipe:
         prior=PriorConfig(c=256, c_cond=384, depth=8, nhead=4, dropout=0.0),
         stage_a=StageAConfig(
             optimization=Optimization(
-                images=64 * 10_000, batch_size=64, learning_rate=1.5e-3, warmup=64 * 300, decay="cosine"
+                images=64 * 2_400, batch_size=64, learning_rate=1.5e-3, warmup=64 * 300, decay="cosine"
             ),
             crop=128,
             discriminator_width=128,
             discriminator_depth=4,
-            adversarial_from=64 * 2_000,
+            adversarial_from=64 * 600,
             codebook_init="normal",
             l1_weight=1.0,
             quantise_dropout=0.5,
         ),
         stage_b=StageBConfig(
             optimization=Optimization(
-                images=256 * 9_000,
+                images=256 * 3_200,
                 batch_size=256,
                 learning_rate=1e-3,
-                warmup=256 * 500,
+                warmup=256 * 200,
                 decay="cosine",
                 betas=(0.9, 0.99),
                 ema_decay=0.999,
             ),
             frozen_stride=4,
-            refine_images=256 * 10_000,
-            refine_rate=6e-4,
         ),
         stage_c=StageCConfig(
             optimization=Optimization(
-                images=512 * 14_000,
+                images=512 * 5_400,
                 batch_size=512,
                 learning_rate=1e-3,
-                warmup=512 * 500,
+                warmup=512 * 200,
                 decay="cosine",
                 betas=(0.9, 0.99),
                 ema_decay=0.9995,
             ),
             caption_dropout=0.1,
         ),
-        prepared_images=98_304,
-        statistics_images=8192,
-        decoder_guidance=1.0,
+        prepared_images=49_152,
+        statistics_images=2048,
+        decoder_steps=20,
+        decoder_guidance=1.5,
         preview_prompts=PROMPTS,
         workers=16,
         log_every=50,
