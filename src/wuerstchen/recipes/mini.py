@@ -10,7 +10,7 @@ from wuerstchen.train.config import Optimization, Recipe, StageAConfig, StageBCo
 def mini() -> Recipe:
     """The model in the package: 256×256 pixels, a 6×6×16 map, all three stages on the emoji set.
 
-    Hardware: one H100 (25 GB of its memory) and 16 CPU cores. Time: 8.5 minutes, 2.5 of them compiling.
+    Hardware: one H100 and 16 CPU cores. Time: 8.5 minutes, 2.5 of them compiling.
     Cost: 0.046 kWh of the GPU.
     Result: see the model's card. Build the data first: wuerstchen data emoji data/emoji.
     """
