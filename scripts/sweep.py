@@ -2,7 +2,7 @@
 
     python scripts/sweep.py runs/mini/model data/emoji --guidance 2 3 4 --decoder-guidance 1 1.5
 
-Prints a line for each combination: the C+B+A row of both lists. What is not given is the model's own.
+Prints a line for each combination: the C+B+A row of both lists, or A+B. What is not given is the model's own.
 """
 
 import argparse
@@ -30,12 +30,14 @@ def main() -> None:
     parser.add_argument("--prior-steps", type=int, nargs="+", default=[None])
     parser.add_argument("--decoder-guidance", type=float, nargs="+", default=[None])
     parser.add_argument("--decoder-steps", type=int, nargs="+", default=[None])
+    parser.add_argument("--decoder-shift", type=float, nargs="+", default=[None])
+    parser.add_argument("--row", choices=("a_b", "c_b_a"), default="c_b_a", help="which row to score")
     parser.add_argument("--limit", type=int, help="the first N of each list only")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--device")
     options = parser.parse_args()
     model = wuerstchen.load(options.model, options.device)
-    names = ("guidance", "prior_steps", "decoder_guidance", "decoder_steps")
+    names = ("guidance", "prior_steps", "decoder_guidance", "decoder_steps", "decoder_shift")
     head = [f"{name:>18}" for name in names]
     head += [f"{f'({name}) {column}':>14}" for name, columns in COLUMNS.items() for column in columns]
     print("".join(head), flush=True)
@@ -45,7 +47,7 @@ def main() -> None:
             model,
             options.data,
             splits=("val",),
-            rows=("c_b_a",),
+            rows=(options.row,),
             sampling=sampling,
             limit=options.limit,
             batch_size=options.batch_size,
@@ -54,7 +56,7 @@ def main() -> None:
         settings = model.settings_of(sampling)
         line = [f"{settings[name]:>18g}" for name in names]
         for name, columns in COLUMNS.items():
-            scores = report.lists[name].scores["val"]["c_b_a"]
+            scores = report.lists[name].scores["val"][options.row]
             line += [f"{scores[c].value if c in scores else float('nan'):>14.3f}" for c in columns]
         print("".join(line), flush=True)
 

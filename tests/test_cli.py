@@ -48,6 +48,7 @@ def test_generate_writes_a_picture_with_its_settings(run, tmp_path, model_folder
         "prior_steps": 4,
         "decoder_steps": 2,
         "decoder_guidance": 1.0,
+        "decoder_shift": 1.0,
     }
     assert size_of(path) == (128, 128)
 

@@ -11,7 +11,8 @@ ROOT = Path(wuerstchen.__file__).parent
 ORDER = [
     {"errors"},
     {"images"},
-    {"models", "diffusion"},
+    {"diffusion"},
+    {"models"},
     {"checkpoints"},
     {"pipeline"},
     {"data"},

@@ -100,6 +100,7 @@ def test_what_should_matter_matters(model):
         model.generate("a cat", sampling=Sampling(prior_steps=5)),
         model.generate("a cat", sampling=Sampling(decoder_steps=4)),
         model.generate("a cat", sampling=Sampling(decoder_guidance=3.0)),
+        model.generate("a cat", sampling=Sampling(decoder_shift=3.0)),
     ):
         assert np.abs(base - pixels(other)).max() > 1
     assert np.array_equal(base, pixels(model.generate("a cat")))
@@ -177,6 +178,7 @@ def test_long_prompts_are_cut_with_a_warning(model):
         ({"sampling": {"decoder_steps": -3}}, "decoder_steps -3 must be from 1"),
         ({"sampling": {"guidance": math.nan}}, "guidance nan must be a number from 0 to 100"),
         ({"sampling": {"guidance": math.inf}}, "guidance inf must be a number"),
+        ({"sampling": {"decoder_shift": 0.0}}, "decoder_shift 0.0 must be above 0"),
         ({"sampling": {"decoder_guidance": -1.0}}, "decoder_guidance -1.0 must be a number"),
     ],
 )

@@ -196,6 +196,7 @@ def _add_guidance_options(parser: argparse.ArgumentParser) -> None:
 def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decoder-steps", type=int, help="steps of Stage B")
     parser.add_argument("--decoder-guidance", type=float, help="guidance of Stage B by the map; 1 is none")
+    parser.add_argument("--decoder-shift", type=float, help="how far Stage B's steps lean towards noise")
     parser.add_argument("--device", help="cpu, cuda or mps (a GPU if there is one)")
 
 
@@ -221,6 +222,7 @@ def _sampling(options: argparse.Namespace) -> "Sampling":
         prior_steps=getattr(options, "prior_steps", None),
         decoder_steps=options.decoder_steps,
         decoder_guidance=options.decoder_guidance,
+        decoder_shift=options.decoder_shift,
     )
 
 

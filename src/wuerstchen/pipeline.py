@@ -41,6 +41,8 @@ class Sampling:
     prior_steps: int | None = None
     decoder_steps: int | None = None
     decoder_guidance: float | None = None
+    decoder_shift: float | None = None
+    """How far Stage B's steps lean towards noise; 1 is equal steps."""
 
     def __post_init__(self) -> None:
         for name in ("guidance", "decoder_guidance"):
@@ -49,6 +51,8 @@ class Sampling:
                 raise UserError(
                     f"{name} {value} must be a number from 0 to 100; 1 is no guidance, 4 is common"
                 )
+        if self.decoder_shift is not None and not 0 < self.decoder_shift <= 100:
+            raise UserError(f"decoder_shift {self.decoder_shift} must be above 0 and at most 100; 1 is none")
         for name in ("prior_steps", "decoder_steps"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= MAX_STEPS:
@@ -248,6 +252,7 @@ class Wuerstchen:
         """Stage B: Stage A's latents of the picture that the map describes."""
         assert sampling.decoder_guidance is not None
         assert sampling.decoder_steps is not None
+        assert sampling.decoder_shift is not None
         decoder = self.cascade.decoder
         factor = self.cascade.vqgan.config.factor
         grid = (size[1] // factor, size[0] // factor)
@@ -268,7 +273,7 @@ class Wuerstchen:
         return ddpm(
             guided(predictor(z, prompts), unconditional, sampling.decoder_guidance),
             draw_noise((decoder.config.c_in, *grid), generators).to(self.device),
-            uniform_timesteps(sampling.decoder_steps),
+            uniform_timesteps(sampling.decoder_steps, sampling.decoder_shift),
             generators,
             PUBLISHED_SCHEDULE,
             _reporter(progress, "Stage B", sampling.decoder_steps),
@@ -281,6 +286,7 @@ class Wuerstchen:
             guidance=own.prior_guidance if sampling.guidance is None else sampling.guidance,
             prior_steps=sampling.prior_steps or own.prior_steps,
             decoder_steps=sampling.decoder_steps or own.decoder_steps,
+            decoder_shift=sampling.decoder_shift or own.decoder_shift,
             decoder_guidance=(
                 own.decoder_guidance if sampling.decoder_guidance is None else sampling.decoder_guidance
             ),

@@ -54,7 +54,8 @@ def calm(randomise, model, output):
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_29_prior_steps_equal_diffusers(guidance, randomise, relative_error):
     ours = calm(randomise, Prior(PRIOR), lambda m: m.out[1])
-    theirs = WuerstchenPrior(**dataclasses.asdict(PRIOR)).eval()
+    arguments = {k: v for k, v in dataclasses.asdict(PRIOR).items() if k != "prediction"}
+    theirs = WuerstchenPrior(**arguments).eval()
     theirs.load_state_dict(ours.state_dict())
     text, empty = torch.randn(1, 7, 24), torch.randn(1, 7, 24)
     noise = draw_noise((4, 6, 5), seeds(3))
@@ -78,6 +79,7 @@ def test_29_prior_steps_equal_diffusers(guidance, randomise, relative_error):
 def test_29_decoder_steps_equal_diffusers(guidance, randomise, relative_error):
     ours = calm(randomise, Decoder(DECODER), lambda m: m.clf[1])
     arguments = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(DECODER).items()}
+    del arguments["prediction"]
     theirs = WuerstchenDiffNeXt(**arguments).eval()
     theirs.load_state_dict(ours.state_dict())
     semantic_map, text = torch.randn(1, 5, 3, 3), torch.randn(1, 7, 10)

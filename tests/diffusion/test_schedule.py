@@ -11,6 +11,8 @@ from diffusers.pipelines.deprecated.wuerstchen import DEFAULT_STAGE_C_TIMESTEPS
 
 from wuerstchen.diffusion.schedule import (
     CosineSchedule,
+    check_prediction,
+    shifted,
     stage_c_timesteps,
     training_timesteps,
     uniform_timesteps,
@@ -65,6 +67,22 @@ def test_training_timesteps():
     assert t.max() == 1
     assert (t == 1).double().mean().item() == pytest.approx(0.075, abs=5e-4)
     assert t.mean().item() == pytest.approx(0.538, abs=2e-3)
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+def test_shift_divides_signal_over_noise(shift):
+    """Without the schedule's small offset s, ᾱ/(1 − ᾱ) is divided by shift²; the ends stay in place."""
+    t = torch.linspace(0.02, 0.9, 45, dtype=torch.float64)
+    schedule = CosineSchedule(s=0.0)
+    before, after = (schedule.alpha_bar(u).clamp(max=1) for u in (t, shifted(t, shift)))
+    torch.testing.assert_close(after / (1 - after), before / (1 - before) / shift**2)
+    assert shifted(torch.tensor([0.0, 1.0]), shift).tolist() == pytest.approx([0, 1])
+    assert training_timesteps(torch.tensor([0.0]), shift).item() == pytest.approx(1)
+
+
+def test_unknown_prediction_is_refused():
+    with pytest.raises(UserError, match="use one of noise, velocity"):
+        check_prediction("epsilon")
 
 
 def test_stage_c_timesteps_are_diffusers():

@@ -55,6 +55,7 @@ def test_every_row_is_there_for_every_entry(found):
         "prior_steps": 2,
         "decoder_steps": 2,
         "decoder_guidance": 1.0,
+        "decoder_shift": 1.0,
     }
     assert found.settings["image_size"] == 128
 

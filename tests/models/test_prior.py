@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import WuerstchenPrior
 
+from wuerstchen.diffusion.schedule import CosineSchedule
 from wuerstchen.errors import UserError
 from wuerstchen.models.prior import Prior, PriorConfig
 
@@ -23,7 +24,9 @@ def make_pair(config: PriorConfig, randomise):
     ours = randomise(Prior(config)).eval()
     with torch.no_grad():  # 1 / |1 − b| amplifies rounding without bound where b is close to 1
         ours.out[1].weight.mul_(0.2)
-    theirs = WuerstchenPrior(**dataclasses.asdict(config)).eval()
+    arguments = dataclasses.asdict(config)
+    assert arguments.pop("prediction") == "noise"  # all that diffusers knows
+    theirs = WuerstchenPrior(**arguments).eval()
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
 
@@ -52,6 +55,18 @@ def test_gradients_equal_diffusers(randomise, assert_same_gradients):
     (ours(x, r, ours.context(text)) * direction).sum().backward()
     (theirs(x, r, text) * direction).sum().backward()
     assert_same_gradients(ours, theirs)
+
+
+def test_velocity_is_the_last_layer(randomise):
+    """With a silent last layer v̂ is its bias, and the noise what follows from that."""
+    model = randomise(Prior(dataclasses.replace(SMALL, prediction="velocity"))).eval()
+    x, r, text = inputs(SMALL, (4, 5))
+    with torch.no_grad():
+        model.out[1].weight.zero_()
+        noise = model(x, r, model.context(text))
+    alpha_bar = CosineSchedule().alpha_bar(r)[:, None, None, None]
+    expected = alpha_bar.sqrt() * model.out[1].bias[:, None, None] + (1 - alpha_bar).sqrt() * x
+    torch.testing.assert_close(noise, expected)
 
 
 def test_context_serves_every_step(randomise):

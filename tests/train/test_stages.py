@@ -19,7 +19,15 @@ from wuerstchen.models.vqgan import VQGAN
 from wuerstchen.recipes.tiny import tiny
 from wuerstchen.train.feed import Batch, Feed, batches
 from wuerstchen.train.random import ImageRandom
-from wuerstchen.train.stages import PerceptualLoss, StageA, StageB, StageC, measure_map, p2_loss, random_crops
+from wuerstchen.train.stages import (
+    PerceptualLoss,
+    StageA,
+    StageB,
+    StageC,
+    diffusion_loss,
+    measure_map,
+    random_crops,
+)
 
 CPU = torch.device("cpu")
 RECIPE = tiny()
@@ -42,12 +50,14 @@ def losses_of(stage, batch: Batch):
     return stage.losses({"images": batch.images, **inputs}, random_of(batch))
 
 
-def test_p2_loss_in_numpy():
+def test_diffusion_loss_in_numpy():
     predicted, noise = torch.randn(2, 3, 3, 2, 2)
     t = torch.tensor([0.1, 0.5, 0.9])
     alpha_bar = CosineSchedule().alpha_bar(t.double()).numpy()
     errors = ((predicted - noise).double().numpy() ** 2).mean((1, 2, 3))
-    assert p2_loss(predicted, noise, t).item() == pytest.approx(((1 - alpha_bar) * errors).mean(), rel=1e-5)
+    for weighting, weights in (("p2", 1 - alpha_bar), ("velocity", 1 / alpha_bar)):
+        loss = diffusion_loss(predicted, noise, t, weighting).item()
+        assert loss == pytest.approx((weights * errors).mean(), rel=1e-5)
 
 
 def test_crops_stay_inside_and_differ():

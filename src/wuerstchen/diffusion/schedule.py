@@ -2,12 +2,20 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from wuerstchen.errors import UserError
+
+Prediction = Literal["noise", "velocity"]
+"""What a network's last layer says of x_t = √ᾱ·x₀ + √(1 − ᾱ)·ε. ``noise`` is ε, as published; ``velocity`` is
+v = √ᾱ·ε − √(1 − ᾱ)·x₀ (arXiv 2202.00512), which keeps its size where hardly any signal is left."""
+
+Weighting = Literal["p2", "velocity"]
+"""Weight of ‖ε̂ − ε‖² in the loss. ``p2`` is 1 − ᾱ, as published; ``velocity`` is 1/ᾱ, that is ‖v̂ − v‖²."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,21 +58,54 @@ class CosineSchedule:
         """
         return 1 - self.alpha_bar(t)
 
+    def loss_weight(self, t: Float[Tensor, "..."], weighting: Weighting) -> Float[Tensor, "..."]:
+        """What the squared error of ε̂ counts at time t.
+
+        In terms of the picture, ‖x̂₀ − x₀‖² = ‖ε̂ − ε‖²·(1 − ᾱ)/ᾱ counts ᾱ under ``p2`` and 1/(1 − ᾱ) under
+        ``velocity``: the first cares about texture, the second also about what is decided in the noise.
+        """
+        return self.p2_weight(t) if weighting == "p2" else 1 / self.alpha_bar(t)
+
+    def noise_of_velocity(
+        self, x: Float[Tensor, "b ..."], velocity: Float[Tensor, "b ..."], t: Float[Tensor, " b"]
+    ) -> Float[Tensor, "b ..."]:
+        """ε = √ᾱ·v + √(1 − ᾱ)·x_t."""
+        alpha_bar = self.alpha_bar(t).view(-1, *[1] * (x.ndim - 1))
+        return alpha_bar.sqrt() * velocity + (1 - alpha_bar).sqrt() * x
+
+
+def check_prediction(prediction: str) -> None:
+    """Raises ``UserError`` for a word that is no ``Prediction``."""
+    if prediction not in get_args(Prediction):
+        raise UserError(f"prediction={prediction!r} is unknown; use one of {', '.join(get_args(Prediction))}")
+
 
 PUBLISHED_SCHEDULE = CosineSchedule()
 """Of all published models, and of those trained here."""
 
 
-def training_timesteps(u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+def training_timesteps(u: Float[Tensor, " b"], shift: float = 1.0) -> Float[Tensor, " b"]:
     """Timesteps to train at, from u uniform in [0, 1): 7.5 % of them are exactly 1, pure noise."""
-    return ((1 - u) * 1.08 + 0.001).clamp(0.001, 1.0)
+    return shifted(((1 - u) * 1.08 + 0.001).clamp(0.001, 1.0), shift)
 
 
-def uniform_timesteps(steps: int) -> list[float]:
-    """``steps`` equal steps from 1 to 0: ``steps + 1`` points."""
+def shifted(t: Float[Tensor, "..."], shift: float) -> Float[Tensor, "..."]:
+    """Time t' with tan(t'·π/2) = shift · tan(t·π/2), which divides signal over noise by shift².
+
+    arXiv 2301.11093, section 2.1: the finer a grid, the more noise it takes to hide the same picture, so more
+    of the time belongs there. 0 and 1 stay where they are, and 1 is no shift.
+    """
+    if shift == 1:
+        return t
+    angle = t * (math.pi / 2)
+    return (torch.atan2(shift * angle.sin(), angle.cos()) * (2 / math.pi)).clamp(0, 1)
+
+
+def uniform_timesteps(steps: int, shift: float = 1.0) -> list[float]:
+    """``steps`` steps from 1 to 0, equal but for the ``shift`` towards noise: ``steps + 1`` points."""
     if steps < 1:
         raise UserError(f"steps={steps} draws nothing; use at least 1")
-    return torch.linspace(1.0, 0.0, steps + 1).tolist()
+    return shifted(torch.linspace(1.0, 0.0, steps + 1), shift).tolist()
 
 
 def stage_c_timesteps(steps: int = 29) -> list[float]:

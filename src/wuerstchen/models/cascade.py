@@ -72,16 +72,20 @@ class CascadeSettings:
     decoder_steps: int = 12
     decoder_guidance: float = 1.0
     """1 is no guidance, as published."""
+    decoder_shift: float = 1.0
+    """How far Stage B's steps lean towards noise (``diffusion.schedule.shifted``); 1 is as published."""
 
     def __post_init__(self) -> None:
         whole = ("image_size", "size_multiple", "prior_steps", "decoder_steps")
         if not all(type(getattr(self, name)) is int and getattr(self, name) >= 1 for name in whole):
             raise UserError(f"{', '.join(whole)} must be whole numbers of at least 1; get the model again")
-        real = ("view_scale", "prior_guidance", "decoder_guidance")
+        real = ("view_scale", "prior_guidance", "decoder_guidance", "decoder_shift")
         if not all(
             isinstance(getattr(self, n), int | float) and math.isfinite(getattr(self, n)) for n in real
         ):
             raise UserError(f"{', '.join(real)} must be finite numbers; get the model again")
+        if not self.decoder_shift > 0:
+            raise UserError(f"decoder_shift={self.decoder_shift} must be above 0; get the model again")
 
     def check_size(self, width: int, height: int) -> None:
         """Raises ``UserError`` for a size that the model cannot draw."""

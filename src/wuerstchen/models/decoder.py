@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, Prediction, check_prediction
 from wuerstchen.errors import UserError
 from wuerstchen.models.layers import (
     AttnBlock,
@@ -54,8 +55,10 @@ class DecoderConfig:
     """Width of the text states; None for a decoder without text."""
     kernel_size: int = 3
     dropout: float = 0.1
+    prediction: Prediction = "noise"
 
     def __post_init__(self) -> None:
+        check_prediction(self.prediction)
         levels = len(self.c_hidden)
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
             raise UserError(f"kernel_size={self.kernel_size} has no centre; use an odd number")
@@ -136,9 +139,10 @@ class Decoder(nn.Module):
                 blocks.append(nn.Sequential(nn.Identity(), up))
             self.up_blocks.append(nn.ModuleList(blocks))
 
+        c_last = config.c_out * (2 if config.prediction == "noise" else 1)
         self.clf = nn.Sequential(
             nn.Identity(),
-            nn.Conv2d(widths[0], 2 * config.c_out * config.patch_size**2, kernel_size=1),
+            nn.Conv2d(widths[0], c_last * config.patch_size**2, kernel_size=1),
             nn.PixelShuffle(config.patch_size),
         )
         self._init_weights()
@@ -217,10 +221,10 @@ class Decoder(nn.Module):
             maps.append(pointwise(mapper, to_channels_last(resized.to(semantic_map.dtype))))
         return DecoderContext(maps=maps, texts=texts)
 
-    def affine(
+    def output(
         self, x: Float[Tensor, "b c h w"], r: Float[Tensor, " b"], context: DecoderContext
-    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
-        """The network's own output: ``a`` and ``b`` in ε̂ = (x − a) / b, with b in (0.001, 0.999)."""
+    ) -> Float[Tensor, "b c_last h w"]:
+        """The network's own output, in at least fp32: v̂, or a and b before its sigmoid."""
         r_embed = timestep_embedding(r, self.config.c_r)
         maps, texts = iter(context.maps), iter(context.texts)
         inner = layer_norm(pointwise(self.embedding[1], to_channels_last(self.embedding[0](x))))
@@ -235,13 +239,22 @@ class Decoder(nn.Module):
             skip = None if number == 0 else outputs[-1 - number]
             inner = _run_level(blocks, inner, r_embed, [] if level_map is None else [level_map], texts, skip)
 
-        a, b = self.clf[2](exact_output(self.clf[1], inner, x.dtype)).chunk(2, dim=1)
+        return self.clf[2](exact_output(self.clf[1], inner, x.dtype))
+
+    def affine(
+        self, x: Float[Tensor, "b c h w"], r: Float[Tensor, " b"], context: DecoderContext
+    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
+        """``a`` and ``b`` in ε̂ = (x − a) / b of a decoder that predicts noise, with b in (0.001, 0.999)."""
+        a, b = self.output(x, r, context).chunk(2, dim=1)
         return a, b.sigmoid() * (1 - 2 * SCALE_EPS) + SCALE_EPS
 
     def forward(
         self, x: Float[Tensor, "b c h w"], r: Float[Tensor, " b"], context: DecoderContext
     ) -> Float[Tensor, "b c h w"]:
         """The noise ε̂ in the noised latents ``x`` at timesteps ``r`` in [0, 1]."""
+        if self.config.prediction == "velocity":
+            velocity = self.output(x, r, context)
+            return PUBLISHED_SCHEDULE.noise_of_velocity(x.to(velocity.dtype), velocity, r).to(x.dtype)
         a, b = self.affine(x, r, context)
         return ((x.to(a.dtype) - a) / b).to(x.dtype)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, Prediction, check_prediction
 from wuerstchen.errors import UserError
 from wuerstchen.models.layers import (
     AttnBlock,
@@ -35,8 +36,10 @@ class PriorConfig:
     depth: int = 32
     nhead: int = 24
     dropout: float = 0.1
+    prediction: Prediction = "noise"
 
     def __post_init__(self) -> None:
+        check_prediction(self.prediction)
         for name in ("c_in", "c", "c_cond", "depth", "nhead"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1; give a larger number")
@@ -66,7 +69,8 @@ class Prior(nn.Module):
             self.blocks.append(ResBlock(c, dropout=dropout))
             self.blocks.append(TimestepBlock(c, config.c_r))
             self.blocks.append(AttnBlock(c, c, config.nhead, dropout=dropout))
-        self.out = nn.Sequential(nn.Identity(), nn.Conv2d(c, 2 * config.c_in, kernel_size=1))
+        c_last = config.c_in * (2 if config.prediction == "noise" else 1)
+        self.out = nn.Sequential(nn.Identity(), nn.Conv2d(c, c_last, kernel_size=1))
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -100,5 +104,8 @@ class Prior(nn.Module):
                 inner = block(inner, next(texts))
             else:
                 inner = block(inner)
-        a, b = exact_output(self.out[1], inner, x.dtype).chunk(2, dim=1)
+        output = exact_output(self.out[1], inner, x.dtype)
+        if self.config.prediction == "velocity":
+            return PUBLISHED_SCHEDULE.noise_of_velocity(x.to(output.dtype), output, r).to(x.dtype)
+        a, b = output.chunk(2, dim=1)
         return ((x.to(a.dtype) - a) / ((1 - b).abs() + 1e-5)).to(x.dtype)

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from wuerstchen.diffusion.schedule import Weighting
 from wuerstchen.errors import UserError
 from wuerstchen.models.compressor import CompressorConfig
 from wuerstchen.models.decoder import DecoderConfig
@@ -55,6 +56,11 @@ def _check_shares(config: object, *names: str) -> None:
             raise UserError(f"{name}={getattr(config, name)} must be a share from 0 to 1; give one")
 
 
+def _check_shift(shift: float) -> None:
+    if not 0 < shift <= 100:
+        raise UserError(f"time_shift={shift} must be above 0 and at most 100; 1 is no shift")
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageAConfig:
     """Stage A: reconstruction, perceptual, adversarial and quantiser terms."""
@@ -102,6 +108,9 @@ class StageBConfig:
     within a few hundred updates, and the map is the same for every picture from then on."""
     frozen_stride: int = 1
     """The backbone's layers down to this stride stay as they are; 8 halves the cost of training it."""
+    loss_weight: Weighting = "p2"
+    time_shift: float = 1.0
+    """How far training times are moved towards noise (``diffusion.schedule.shifted``); 1 is as published."""
     map_dropout: float = 0.05
     """Share of the pictures whose map is zeroed."""
     map_noise: float = 0.3
@@ -118,6 +127,7 @@ class StageBConfig:
 
     def __post_init__(self) -> None:
         _check_shares(self, "map_dropout", "map_noise", "caption_dropout", "backbone_rate")
+        _check_shift(self.time_shift)
         if self.refine_images < 0:
             raise UserError(f"refine_images={self.refine_images} must be at least 0; 0 leaves the phase out")
         for name in ("previewer_rate", "refine_rate"):
@@ -130,11 +140,15 @@ class StageCConfig:
     """Stage C, on the frozen compressor's maps."""
 
     optimization: Optimization
+    loss_weight: Weighting = "p2"
+    time_shift: float = 1.0
+    """How far training times are moved towards noise (``diffusion.schedule.shifted``); 1 is as published."""
     caption_dropout: float = 0.05
     """Share of the pictures trained without their caption, for classifier-free guidance."""
 
     def __post_init__(self) -> None:
         _check_shares(self, "caption_dropout")
+        _check_shift(self.time_shift)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +176,8 @@ class Recipe:
     decoder_steps: int = 12
     decoder_guidance: float = 1.0
     """How strictly Stage B keeps to the map; 1 is no guidance, as published."""
+    decoder_shift: float = 1.0
+    """How far Stage B's steps lean towards noise when it draws; 1 is equal steps, as published."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 is autocast over fp32 weights; auto takes it on a GPU."""
     acceleration: Literal["auto", "none", "compile", "graph"] = "auto"
@@ -195,6 +211,7 @@ class Recipe:
             prior_steps=self.prior_steps,
             decoder_steps=self.decoder_steps,
             decoder_guidance=self.decoder_guidance,
+            decoder_shift=self.decoder_shift,
         )  # refuses what cannot be sampled with, before anything is trained
         if not self.checkpoint_seconds >= 0:
             raise UserError(f"checkpoint_seconds={self.checkpoint_seconds} must be at least 0; 120 is common")

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
-from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, training_timesteps
+from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, Weighting, training_timesteps
 from wuerstchen.errors import UserError
 from wuerstchen.images import to_images
 from wuerstchen.models.cascade import PUBLISHED_MAP, Cascade, CascadeSettings, MapStatistics
@@ -80,12 +80,15 @@ class Stage(Protocol):
         ...
 
 
-def p2_loss(
-    predicted: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], t: Float[Tensor, " b"]
+def diffusion_loss(
+    predicted: Float[Tensor, "b c h w"],
+    noise: Float[Tensor, "b c h w"],
+    t: Float[Tensor, " b"],
+    weighting: Weighting,
 ) -> Float[Tensor, ""]:
-    """Mean over pictures of (1 − ᾱ(t)) · ‖ε̂ − ε‖² / n."""
+    """Mean over pictures of w(t) · ‖ε̂ − ε‖² / n, with w by ``CosineSchedule.loss_weight``."""
     errors = (predicted.float() - noise).square().flatten(1).mean(1)
-    return (errors * PUBLISHED_SCHEDULE.p2_weight(t)).mean()
+    return (errors * PUBLISHED_SCHEDULE.loss_weight(t, weighting)).mean()
 
 
 # --- Stage A ---
@@ -242,10 +245,10 @@ class _Decoding:
             states, mask = with_captions_dropped(self.no_text, inputs, random, self.config.caption_dropout)
         latents = inputs["latents"]
         context = decoder.context(self.disturb(z, random), tuple(latents.shape[2:]), states, mask)
-        t = training_timesteps(random.uniform("time"))
+        t = training_timesteps(random.uniform("time"), self.config.time_shift)
         noise = random.normal("noise", latents.shape[1:])
         predicted = decoder(PUBLISHED_SCHEDULE.add_noise(latents, noise, t), t, context)
-        return p2_loss(predicted, noise, t)
+        return diffusion_loss(predicted, noise, t, self.config.loss_weight)
 
     def pictures(
         self,
@@ -451,11 +454,11 @@ class StageC:
     def losses(self, inputs: Inputs, random: ImageRandom) -> Losses:
         x = inputs["x"]
         states, mask = with_captions_dropped(self.no_text, inputs, random, self.config.caption_dropout)
-        t = training_timesteps(random.uniform("time"))
+        t = training_timesteps(random.uniform("time"), self.config.time_shift)
         noise = random.normal("noise", x.shape[1:])
         context = self.prior.context(states, mask)
         predicted = self.prior(PUBLISHED_SCHEDULE.add_noise(x, noise, t), t, context)
-        yield "prior", p2_loss(predicted, noise, t), {}
+        yield "prior", diffusion_loss(predicted, noise, t, self.config.loss_weight), {}
 
     def check(self, values: dict[str, float]) -> None:
         pass
@@ -490,6 +493,7 @@ def cascade_settings(recipe: Recipe, statistics: MapStatistics) -> CascadeSettin
         prior_guidance=recipe.prior_guidance,
         decoder_steps=recipe.decoder_steps,
         decoder_guidance=recipe.decoder_guidance,
+        decoder_shift=recipe.decoder_shift,
     )
 
 
