@@ -223,15 +223,16 @@ class Wuerstchen:
         assert sampling.prior_steps is not None
         settings = self.cascade.settings
 
-        def predictor(texts: list[str]) -> Callable[[Tensor, Tensor], Tensor]:
-            encoded = text_encoder.encode(texts)
-            context = prior.context(encoded.states, encoded.mask if settings.text_mask else None)
-            return lambda x, t: prior(x, t, context)
+        guides = sampling.guidance != 1
+        encoded = text_encoder.encode(prompts + [negative] * len(prompts) if guides else prompts)
+        context = prior.context(encoded.states, encoded.mask if settings.text_mask else None)
 
-        unconditional = None if sampling.guidance == 1 else predictor([negative] * len(prompts))
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            return prior(x, t, context)
+
         shape = (prior.config.c_in, *settings.map_size(*size))
         sample = ddpm(
-            guided(predictor(prompts), unconditional, sampling.guidance),
+            guided(predict, sampling.guidance) if guides else predict,
             draw_noise(shape, generators).to(self.device),
             stage_c_timesteps(sampling.prior_steps),
             generators,
@@ -257,21 +258,21 @@ class Wuerstchen:
         factor = self.cascade.vqgan.config.factor
         grid = (size[1] // factor, size[0] // factor)
 
-        def predictor(semantic_map: Tensor, texts: list[str]) -> Callable[[Tensor, Tensor], Tensor]:
-            encoder = self.cascade.text_encoder_of_decoder()
-            if encoder is None:
-                context = decoder.context(semantic_map, grid)
-            else:
-                text = encoder.encode(texts)
-                mask = text.mask if self.cascade.settings.text_mask else None
-                context = decoder.context(semantic_map, grid, text.states, mask)
-            return lambda x, t: decoder(x, t, context)
+        guides = sampling.decoder_guidance != 1
+        if guides:
+            z, prompts = torch.cat([z, torch.zeros_like(z)]), prompts + [""] * len(prompts)
+        states = mask = None
+        encoder = self.cascade.text_encoder_of_decoder()
+        if encoder is not None:
+            text = encoder.encode(prompts)
+            states, mask = text.states, text.mask if self.cascade.settings.text_mask else None
+        context = decoder.context(z, grid, states, mask)
 
-        unconditional = None
-        if sampling.decoder_guidance != 1:
-            unconditional = predictor(torch.zeros_like(z), [""] * len(prompts))
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            return decoder(x, t, context)
+
         return ddpm(
-            guided(predictor(z, prompts), unconditional, sampling.decoder_guidance),
+            guided(predict, sampling.decoder_guidance) if guides else predict,
             draw_noise((decoder.config.c_in, *grid), generators).to(self.device),
             uniform_timesteps(sampling.decoder_steps, sampling.decoder_shift),
             generators,
