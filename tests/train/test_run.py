@@ -33,14 +33,16 @@ MICRO = [
     for option in (
         "--workers 0 --checkpoint-seconds 0 --statistics-images 16 --prior-steps 2 --decoder-steps 2",
         "--stage-a.optimization.images 40 --stage-a.optimization.batch-size 4 --stage-a.adversarial-from 16",
+        "--stage-a.refine-images 20",
         "--stage-b.optimization.images 20 --stage-b.optimization.batch-size 2 --stage-b.refine-images 20",
         "--stage-c.optimization.images 40 --stage-c.optimization.batch-size 4 --preview-prompts cat",
+        "--stage-c.refine-images 20",
     )
     for word in option.split()
 ]
 
 
-STAGES = ("a", "b", "b2", "c")
+STAGES = ("a", "b", "b2", "a2", "c", "c2")
 
 
 def start(run_dir: Path) -> subprocess.Popen:
@@ -107,7 +109,7 @@ def test_kills_in_every_stage_change_nothing(tmp_path):
         if file.is_file():
             assert file.read_bytes() == (broken / "model" / file.relative_to(whole / "model")).read_bytes()
     _, provenance = read_network(broken / "model" / "prior.safetensors")
-    assert (provenance.recipe, provenance.seed, provenance.images) == ("tiny", 0, 40)
+    assert (provenance.recipe, provenance.seed, provenance.images) == ("tiny", 0, 60)
     assert provenance.data == open_source("sample").fingerprint()
     assert provenance.versions.keys() == {"wuerstchen", "torch"}
     _, state = newest(broken / "stage_c" / "checkpoints")
@@ -285,6 +287,21 @@ def test_shares_are_shares():
         dataclasses.replace(tiny().stage_b, map_dropout=1.5)
     with pytest.raises(UserError, match=r"clip_norm=0\.0 must be above 0"):
         dataclasses.replace(tiny().stage_b.optimization, clip_norm=0.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"time_shift": 0.0}, "time_shift=0.0 must be above 0"),
+        ({"time_shift": float("nan")}, "time_shift=nan must be above 0"),
+        ({"refine_images": -1}, "refine_images=-1 must be at least 0"),
+        ({"refine_rate": 1.0}, "refine_rate=1.0 must be between 0 and 1"),
+    ],
+)
+def test_phases_and_shifts_are_checked(change, message):
+    for config in (tiny().stage_b, tiny().stage_c):
+        with pytest.raises(UserError, match=message):
+            dataclasses.replace(config, **change)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
-from wuerstchen.diffusion.schedule import CosineSchedule
+from wuerstchen.diffusion.schedule import CosineSchedule, shifted
 from wuerstchen.errors import DataError, UserError
 from wuerstchen.models.cascade import MapStatistics
 from wuerstchen.models.compressor import compressor_input
@@ -22,7 +22,9 @@ from wuerstchen.train.random import ImageRandom
 from wuerstchen.train.stages import (
     PerceptualLoss,
     StageA,
+    StageARefinement,
     StageB,
+    StageBRefinement,
     StageC,
     diffusion_loss,
     measure_map,
@@ -72,6 +74,14 @@ def test_crops_stay_inside_and_differ():
     for crop in crops[:5]:
         top, left, _ = crop[0, 0].tolist()
         assert torch.equal(crop, picture[top : top + 8, left : left + 8])
+
+
+def test_crops_of_latents_lie_where_those_of_pixels_do():
+    rows, columns = torch.meshgrid(torch.arange(16), torch.arange(24), indexing="ij")
+    cells = torch.stack([rows, columns], dim=2).expand(50, -1, -1, -1)
+    pixels = cells.repeat_interleave(4, dim=1).repeat_interleave(4, dim=2)
+    random = ImageRandom(0, torch.arange(50))
+    assert torch.equal(random_crops(pixels, 32, random, grid=4)[:, ::4, ::4], random_crops(cells, 8, random))
 
 
 class TestStageA:
@@ -129,6 +139,49 @@ class TestStageA:
         spread, published = self.make(), self.make(codebook_init="uniform")
         assert spread.vqgan.vquantizer.embedding.weight.std() > 0.9
         assert published.vqgan.vquantizer.embedding.weight.abs().max() <= 1 / 256
+
+
+class TestStageARefinement:
+    def make(self, small_cascade, **changes):
+        config = dataclasses.replace(
+            RECIPE.stage_a, perceptual="none", refine_images=8, **{"adversarial_weight": 0.0, **changes}
+        )
+        return StageARefinement(config, small_cascade.vqgan, None, small_cascade, None)
+
+    @pytest.mark.parametrize("quantise", [False, True])
+    def test_the_loss_without_stage_b_is_that_of_stage_a(self, quantise, small_cascade):
+        changes = {"refine_redrawn": 0.0, "quantise_dropout": 0.0 if quantise else 1.0, "crop": None}
+        batch, stage = make_batch(128), self.make(small_cascade, **changes)
+        _, loss, _ = next(losses_of(stage, batch))
+        pixels = batch.pixels(CPU)
+        output, _ = small_cascade.vqgan(pixels, quantise=quantise)
+        torch.testing.assert_close(loss, F.mse_loss(output, pixels) + F.l1_loss(output, pixels))
+
+    def test_stage_b_redraws_a_picture_by_its_number(self, small_cascade):
+        batch, stage = make_batch(128), self.make(small_cascade, refine_redrawn=1.0, crop=None)
+        with torch.no_grad():
+            made = stage.prepare(batch, CPU)
+            alone = stage.prepare(Batch(batch.indices[1:2], batch.images[1:2], ["a cat"], []), CPU)
+        assert (made["redrawn"] - made["latents"]).abs().max() > 0.01
+        torch.testing.assert_close(made["redrawn"][1:2], alone["redrawn"], rtol=1e-4, atol=1e-4)
+        _, loss, _ = next(losses_of(stage, batch))
+        output, pixels = small_cascade.vqgan.decode(made["redrawn"]), batch.pixels(CPU)
+        torch.testing.assert_close(loss, F.mse_loss(output, pixels) + F.l1_loss(output, pixels))
+
+    def test_only_the_way_to_pixels_learns(self, small_cascade):
+        batch, stage = make_batch(128), self.make(small_cascade, adversarial_weight=1.0, crop=64)
+        before = small_cascade.vqgan.encode(batch.pixels(CPU))
+        for name, loss, _ in losses_of(stage, batch):
+            loss.backward(inputs=list(stage.networks[name].parameters()))
+        learns = {name for name, p in small_cascade.vqgan.named_parameters() if p.grad is not None}
+        assert learns == {
+            n for n in small_cascade.vqgan.state_dict() if n.startswith(("up_blocks", "out_block"))
+        }
+        torch.testing.assert_close(small_cascade.vqgan.encode(batch.pixels(CPU)), before)
+        previews = stage.preview(
+            {"decoder_half": copy.deepcopy(stage.networks["decoder_half"])}, batch.pixels(CPU), CPU
+        )
+        assert len(previews) == 3 * len(batch.images)
 
 
 def test_perceptual_loss_sees_blur_and_is_zero_for_equals():
@@ -221,6 +274,15 @@ class TestStageB:
         assert compressor.backbone._conv_stem.weight.grad is None
         assert compressor.mapper[0].weight.grad is not None
 
+    def test_the_second_phase_has_rate_length_and_shift_of_its_own(self, small_cascade):
+        parts = (small_cascade.decoder, small_cascade.compressor, Previewer(PreviewerConfig(c_in=2)))
+        config = dataclasses.replace(
+            RECIPE.stage_b, time_shift=4.0, refine_images=12, refine_rate=2e-4, refine_shift=0.5
+        )
+        stage = StageBRefinement(config, small_cascade.vqgan, *parts, None, RECIPE)
+        assert (stage.optimization.images, stage.optimization.learning_rate) == (12, 2e-4)
+        assert stage.config.time_shift == 0.5
+
     def test_the_loss_does_not_depend_on_the_rest_of_the_batch(self, stage_b):
         stage_b.trained.eval()
         batch = make_batch(128)
@@ -236,8 +298,8 @@ class TestStageB:
 class TestStageC:
     STATISTICS = MapStatistics(mean=(0.5, -1.0), std=(2.0, 3.0))
 
-    def make(self, small_cascade, dropout):
-        config = dataclasses.replace(RECIPE.stage_c, caption_dropout=dropout)
+    def make(self, small_cascade, dropout, **fields):
+        config = dataclasses.replace(RECIPE.stage_c, caption_dropout=dropout, **fields)
         return StageC(config, RECIPE, small_cascade.prior, small_cascade, self.STATISTICS)
 
     def test_the_loss_written_out(self, small_cascade):
@@ -255,6 +317,23 @@ class TestStageC:
             noised = alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise
             predicted = stage.prior(noised, t, stage.prior.context(text.states, text.mask))
             expected = ((predicted - noise).square().mean((1, 2, 3)) * (1 - alpha_bar.flatten())).mean()
+        torch.testing.assert_close(loss, expected)
+
+    def test_velocity_and_shifted_times_are_asked_for_by_the_recipe(self, small_cascade):
+        batch = make_batch(128)
+        stage = self.make(small_cascade, 0.0, loss_weight="velocity", time_shift=2.0)
+        stage.prior.eval()
+        random = random_of(batch)
+        with torch.no_grad():
+            loss = next(losses_of(stage, batch))[1]
+            x = stage.prepare(batch, CPU)["x"]
+            t = shifted(((1 - random.uniform("time")) * 1.08 + 0.001).clamp(0.001, 1), 2.0)
+            noise = random.normal("noise", (2, 3, 3))
+            alpha_bar = CosineSchedule().alpha_bar(t)
+            text = small_cascade.text_encoder.encode(batch.captions)
+            noised = CosineSchedule().add_noise(x, noise, t)
+            predicted = stage.prior(noised, t, stage.prior.context(text.states, text.mask))
+            expected = ((predicted - noise).square().mean((1, 2, 3)) / alpha_bar).mean()
         torch.testing.assert_close(loss, expected)
 
     def test_captions_are_dropped_a_picture_at_a_time(self, small_cascade):

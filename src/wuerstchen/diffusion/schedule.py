@@ -51,6 +51,13 @@ class CosineSchedule:
         alpha_bar = self.alpha_bar(t).view(-1, *[1] * (x.ndim - 1))
         return alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise
 
+    def clean(
+        self, x: Float[Tensor, "b ..."], noise: Float[Tensor, "b ..."], t: Float[Tensor, " b"]
+    ) -> Float[Tensor, "b ..."]:
+        """x̂₀ = (x_t − √(1 − ᾱ)·ε̂) / √ᾱ, the inverse of ``add_noise``."""
+        alpha_bar = self.alpha_bar(t).view(-1, *[1] * (x.ndim - 1))
+        return (x - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()
+
     def p2_weight(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Loss weight (k + ᾱ/(1 − ᾱ))^−γ of arXiv 2204.00227 with k = γ = 1, which is 1 − ᾱ.
 

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import math
 import platform
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -146,7 +147,11 @@ def evaluate(
     began = time.monotonic()
     results: dict[ListName, ListResult] = {}
     with tqdm(
-        total=count + len(photo_files), unit="picture", smoothing=0, dynamic_ncols=True, disable=None
+        total=count + len(photo_files),
+        unit="picture",
+        smoothing=0,
+        dynamic_ncols=True,
+        mininterval=0.1 if sys.stderr.isatty() else 60,  # a log has a line a minute
     ) as bar:
         if real is not None:
             look, look_lite0 = (FeatureNetwork(network, model.device) for network in (FEATURES, LITE0))

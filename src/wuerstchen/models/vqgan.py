@@ -145,6 +145,10 @@ class VQGAN(nn.Module):
             nn.Conv2d(widths[0], config.out_channels * patch**2, kernel_size=1), nn.PixelShuffle(patch)
         )
 
+    def decoder_half(self) -> nn.ModuleList:
+        """What ``unembed`` uses: the layers from latents to pixels."""
+        return nn.ModuleList([self.up_blocks, self.out_block])
+
     def embed(self, pixels: Float[Tensor, "b c h w"]) -> Float[Tensor, "b z h4 w4"]:
         """The encoder's output before quantisation, in the codebook's units (not divided by the factor)."""
         x = pointwise(self.in_block[1], to_channels_last(self.in_block[0](pixels)))

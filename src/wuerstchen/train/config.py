@@ -61,6 +61,13 @@ def _check_shift(shift: float) -> None:
         raise UserError(f"time_shift={shift} must be above 0 and at most 100; 1 is no shift")
 
 
+def _check_refinement(images: int, rate: float) -> None:
+    if images < 0:
+        raise UserError(f"refine_images={images} must be at least 0; 0 leaves the phase out")
+    if not 0 < rate < 1:
+        raise UserError(f"refine_rate={rate} must be between 0 and 1; 5e-4 is common")
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageAConfig:
     """Stage A: reconstruction, perceptual, adversarial and quantiser terms."""
@@ -85,9 +92,17 @@ class StageAConfig:
     """Whether ``vqgan.scale_factor`` becomes the measured deviation of the latents after the stage."""
     codebook_init: Literal["uniform", "normal"] = "uniform"
     """``uniform`` as published, ±1/codes; ``normal`` spreads the codes over the latents from the start."""
+    refine_images: int = 0
+    """Length of a second phase, after Stage B: the way from latents to pixels goes on alone, from its
+    averaged weights with a fresh optimizer and discriminator. 0 for none."""
+    refine_rate: float = 5e-4
+    """Learning rate of the second phase."""
+    refine_redrawn: float = 0.5
+    """Share of its pictures whose latents Stage B has drawn anew out of noise."""
 
     def __post_init__(self) -> None:
-        _check_shares(self, "quantise_dropout")
+        _check_shares(self, "quantise_dropout", "refine_redrawn")
+        _check_refinement(self.refine_images, self.refine_rate)
         for name in ("l1_weight", "perceptual_weight", "adversarial_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(
@@ -123,16 +138,17 @@ class StageBConfig:
     """Length of a second phase: the decoder goes on alone, from its averaged weights with a fresh optimizer,
     on the maps of the compressor, which stays as the first phase left it. 0 for none."""
     refine_rate: float = 5e-4
-    """Learning rate of the second phase; all else is as in the first."""
+    """Learning rate of the second phase."""
+    refine_shift: float = 1.0
+    """``time_shift`` of the second phase, which finds the layout learnt and texture not yet."""
 
     def __post_init__(self) -> None:
         _check_shares(self, "map_dropout", "map_noise", "caption_dropout", "backbone_rate")
         _check_shift(self.time_shift)
-        if self.refine_images < 0:
-            raise UserError(f"refine_images={self.refine_images} must be at least 0; 0 leaves the phase out")
-        for name in ("previewer_rate", "refine_rate"):
-            if not 0 < getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be between 0 and 1; 5e-4 is common")
+        _check_shift(self.refine_shift)
+        _check_refinement(self.refine_images, self.refine_rate)
+        if not 0 < self.previewer_rate < 1:
+            raise UserError(f"previewer_rate={self.previewer_rate} must be between 0 and 1; 1e-3 is common")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,10 +161,15 @@ class StageCConfig:
     """How far training times are moved towards noise (``diffusion.schedule.shifted``); 1 is as published."""
     caption_dropout: float = 0.05
     """Share of the pictures trained without their caption, for classifier-free guidance."""
+    refine_images: int = 0
+    """Length of a second phase, from the averaged weights with a fresh optimizer. 0 for none."""
+    refine_rate: float = 5e-4
+    """Learning rate of the second phase; all else is as in the first."""
 
     def __post_init__(self) -> None:
         _check_shares(self, "caption_dropout")
         _check_shift(self.time_shift)
+        _check_refinement(self.refine_images, self.refine_rate)
 
 
 @dataclass(frozen=True, kw_only=True)

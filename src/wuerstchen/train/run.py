@@ -46,6 +46,7 @@ from wuerstchen.train.stages import (
     DecoderAndCompressor,
     Stage,
     StageA,
+    StageARefinement,
     StageB,
     StageBRefinement,
     StageC,
@@ -231,6 +232,7 @@ class _Run:
         began = time.monotonic()
         vqgan = self.stage_a()
         decoder, compressor, previewer = self.stage_b(vqgan)
+        vqgan = self.stage_a_refined(vqgan, decoder, compressor)
         prior, statistics = self.stage_c(vqgan, decoder, compressor)
         target = self.run_dir / "model"
         if not (target / "model.json").exists():
@@ -243,16 +245,18 @@ class _Run:
                 previewer=previewer,
             )
             b = self.recipe.stage_b.optimization.images
+            c = self.recipe.stage_c.optimization.images + self.recipe.stage_c.refine_images
+            a = self.recipe.stage_a.optimization.images + self.recipe.stage_a.refine_images
             provenance = {
-                "vqgan": self.provenance(self.recipe.stage_a.optimization.images),
+                "vqgan": self.provenance(a),
                 "decoder": self.provenance(b + self.recipe.stage_b.refine_images),
                 "compressor": self.provenance(b),
-                "prior": self.provenance(self.recipe.stage_c.optimization.images),
+                "prior": self.provenance(c),
                 "previewer": self.provenance(b + self.recipe.stage_b.refine_images),
             }
             write_cascade(cascade, target, provenance, text_encoder=TEXT_ENCODER)
         self.say_skipped()
-        for picture in sorted((self.run_dir / "stage_c" / "previews").glob("*.png"))[-1:]:
+        for picture in sorted(self.run_dir.glob("stage_c*/previews/*.png"))[-1:]:
             print(f"{picture}: the recipe's prompts, drawn at the end of Stage C")
         for name, cost in total_cost(self.log.events()).items():
             print(f"Stage {name.upper()}: {cost}")
@@ -262,17 +266,40 @@ class _Run:
     def stage_a(self) -> VQGAN:
         config = self.recipe.stage_a
         self.seed_weights("a")
-        perceptual = None
-        if config.perceptual == "efficientnet_lite0":
-            perceptual = EfficientNetLite()
-            load_backbone(perceptual, lite0_path())
-            perceptual.to(self.device)
-        final = self.run_stage(StageA(config, VQGAN(self.recipe.vqgan), perceptual))
+        final = self.run_stage(StageA(config, VQGAN(self.recipe.vqgan), self.perceptual()))
         # Into a network of its own: the one that was trained may be compiled.
         trained = self.averaged(VQGAN(self.recipe.vqgan), final, "vqgan")
         if config.measure_scale:
             trained.config = dataclasses.replace(trained.config, scale_factor=self.latent_scale(trained))
         return trained
+
+    def perceptual(self) -> EfficientNetLite | None:
+        """The network of Stage A's perceptual loss."""
+        if self.recipe.stage_a.perceptual == "none":
+            return None
+        network = EfficientNetLite()
+        load_backbone(network, lite0_path())
+        return network.to(self.device)
+
+    def stage_a_refined(self, vqgan: VQGAN, decoder: Decoder, compressor: Compressor) -> VQGAN:
+        """Stage A after its second phase, if the recipe has one."""
+        config = self.recipe.stage_a
+        if not config.refine_images:
+            return vqgan
+        self.seed_weights("a2")
+        frozen = Cascade(
+            settings=cascade_settings(self.recipe, PUBLISHED_MAP),
+            vqgan=vqgan,
+            decoder=decoder,
+            compressor=compressor,
+        )
+        stage = StageARefinement(config, vqgan, self.perceptual(), frozen, self.text_encoder)
+        final = self.run_stage(stage)
+        # Into a network of its own: the one that was trained may be compiled.
+        refined = VQGAN(vqgan.config)
+        refined.load_state_dict(vqgan.state_dict())
+        self.averaged(refined.decoder_half(), final, "decoder_half")
+        return refined.to(self.device).eval().requires_grad_(False)
 
     def latent_scale(self, vqgan: VQGAN) -> float:
         """The latents' standard deviation, measured once, which becomes their scale factor."""
@@ -343,7 +370,12 @@ class _Run:
         )
         statistics = self.map_statistics(compressor)
         final = self.run_stage(StageC(config, recipe, prior, frozen, statistics))
-        return self.averaged(Prior(recipe.prior), final, "prior"), statistics
+        prior = self.averaged(Prior(recipe.prior), final, "prior")
+        if config.refine_images:
+            prior.requires_grad_(True)
+            final = self.run_stage(StageC(config, recipe, prior, frozen, statistics, refines=True))
+            prior = self.averaged(Prior(recipe.prior), final, "prior")
+        return prior, statistics
 
     def map_statistics(self, compressor: Compressor) -> MapStatistics:
         """Measured once, before Stage C."""
