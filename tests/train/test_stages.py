@@ -19,17 +19,10 @@ from wuerstchen.models.vqgan import VQGAN
 from wuerstchen.recipes.tiny import tiny
 from wuerstchen.train.feed import Batch, Feed, batches
 from wuerstchen.train.random import ImageRandom
-from wuerstchen.train.stages import (
-    PerceptualLoss,
-    StageA,
-    StageARefinement,
-    StageB,
-    StageBRefinement,
-    StageC,
-    diffusion_loss,
-    measure_map,
-    random_crops,
-)
+from wuerstchen.train.stage_a import PerceptualLoss, StageA, StageARefinement, random_crops
+from wuerstchen.train.stage_b import StageB, StageBRefinement
+from wuerstchen.train.stage_c import StageC, measure_map
+from wuerstchen.train.stages import diffusion_loss
 
 CPU = torch.device("cpu")
 RECIPE = tiny()

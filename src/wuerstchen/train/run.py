@@ -42,17 +42,10 @@ from wuerstchen.train.cost import total_cost
 from wuerstchen.train.feed import Batch, Feed, batches
 from wuerstchen.train.loop import Settings, run_stage
 from wuerstchen.train.snapshot import read_averages
-from wuerstchen.train.stages import (
-    DecoderAndCompressor,
-    Stage,
-    StageA,
-    StageARefinement,
-    StageB,
-    StageBRefinement,
-    StageC,
-    cascade_settings,
-    measure_map,
-)
+from wuerstchen.train.stage_a import StageA, StageARefinement
+from wuerstchen.train.stage_b import DecoderAndCompressor, StageB, StageBRefinement
+from wuerstchen.train.stage_c import StageC, measure_map
+from wuerstchen.train.stages import Stage, cascade_settings
 from wuerstchen.train.track import Log
 
 N = TypeVar("N", bound=nn.Module)

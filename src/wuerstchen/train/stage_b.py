@@ -1,0 +1,231 @@
+"""Stage B in training: the decoder with the semantic compressor, and then the decoder alone."""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor, nn
+
+from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, training_timesteps
+from wuerstchen.errors import UserError
+from wuerstchen.images import to_images
+from wuerstchen.models.cascade import PUBLISHED_MAP, Cascade
+from wuerstchen.models.compressor import Compressor, compressor_input
+from wuerstchen.models.decoder import Decoder
+from wuerstchen.models.previewer import Previewer
+from wuerstchen.models.text import TextEncoder
+from wuerstchen.models.vqgan import VQGAN
+from wuerstchen.pipeline import Wuerstchen
+from wuerstchen.train.config import Recipe, StageBConfig
+from wuerstchen.train.feed import Batch, pixels_of
+from wuerstchen.train.random import ImageRandom
+from wuerstchen.train.stages import (
+    LEAST_SPREAD,
+    Inputs,
+    Losses,
+    cascade_settings,
+    diffusion_loss,
+    encoded_captions,
+    refining,
+    with_captions_dropped,
+)
+
+
+class DecoderAndCompressor(nn.Module):
+    """What Stage B trains as one."""
+
+    def __init__(self, decoder: Decoder, compressor: Compressor) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.compressor = compressor
+
+
+class _Decoding:
+    """What both phases of Stage B share: the decoder's loss on a map, and the previewer's."""
+
+    captions: bool
+
+    def __init__(
+        self, config: StageBConfig, vqgan: VQGAN, text_encoder: TextEncoder | None, recipe: Recipe
+    ) -> None:
+        self.config = config
+        self.recipe = recipe
+        self.vqgan = vqgan.eval().requires_grad_(False)
+        self.text_encoder = text_encoder if recipe.decoder.clip_embd is not None else None
+        self.captions = self.text_encoder is not None
+        self.no_text = None if self.text_encoder is None else self.text_encoder.encode([""])
+        self.rates = {"previewer": config.previewer_rate}
+
+    def prepare_text(self, batch: Batch, device: torch.device) -> Inputs:
+        return {} if self.text_encoder is None else encoded_captions(self.text_encoder, batch.captions)
+
+    def disturb(self, z: Float[Tensor, "b c h w"], random: ImageRandom) -> Float[Tensor, "b c h w"]:
+        """Zeroes the map of some pictures and noises that of others, so that B bears with what C draws.
+
+        The noise has the map's own scale: its BatchNorm keeps every channel near unit variance.
+        """
+        config = self.config
+        noised = PUBLISHED_SCHEDULE.add_noise(
+            z, random.normal("map noise", z.shape[1:]), random.uniform("map time") / 2
+        )
+        u = random.uniform("map choice")[:, None, None, None]
+        z = torch.where(u >= 1 - config.map_noise * (1 - config.map_dropout), noised, z)
+        return torch.where(u < config.map_dropout, 0.0, z)
+
+    def decoder_loss(
+        self, decoder: Decoder, z: Float[Tensor, "b c mh mw"], inputs: Inputs, random: ImageRandom
+    ) -> Float[Tensor, ""]:
+        states = mask = None
+        if self.no_text is not None:
+            states, mask = with_captions_dropped(self.no_text, inputs, random, self.config.caption_dropout)
+        latents = inputs["latents"]
+        context = decoder.context(self.disturb(z, random), tuple(latents.shape[2:]), states, mask)
+        t = training_timesteps(random.uniform("time"), self.config.time_shift)
+        noise = random.normal("noise", latents.shape[1:])
+        predicted = decoder(PUBLISHED_SCHEDULE.add_noise(latents, noise, t), t, context)
+        return diffusion_loss(predicted, noise, t, self.config.loss_weight)
+
+    def pictures(
+        self,
+        decoder: Decoder,
+        compressor: Compressor,
+        previewer: Previewer,
+        pixels: Tensor,
+        device: torch.device,
+    ) -> list[Image.Image]:
+        """Originals, Stage A's reconstructions, those of A+B, and the previewer's."""
+        cascade = Cascade(
+            settings=cascade_settings(self.recipe, PUBLISHED_MAP),
+            vqgan=self.vqgan,
+            decoder=decoder,
+            compressor=compressor,
+            text_encoder=self.text_encoder,
+        )
+        model = Wuerstchen(cascade, device)
+        originals = to_images(pixels)
+        stage_a = to_images(self.vqgan.decode(self.vqgan.encode(pixels)).clamp(0, 1).float())
+        previews = previewer(compressor(compressor_input(pixels))).clamp(0, 1)
+        return [
+            *originals,
+            *stage_a,
+            *(model.reconstruct(image).image for image in originals),
+            *to_images(F.interpolate(previews, size=pixels.shape[2:], mode="nearest")),
+        ]
+
+
+def previewer_loss(
+    previewer: nn.Module, z: Float[Tensor, "b c mh mw"], pixels: Float[Tensor, "b 3 h w"]
+) -> Float[Tensor, ""]:
+    """Mean squared error against the pictures, shrunk to the size of previews."""
+    drawn = previewer(z.detach()).float()
+    return F.mse_loss(drawn, F.interpolate(pixels, size=drawn.shape[2:], mode="area"))
+
+
+class StageB(_Decoding):
+    """The latent diffusion decoder and, with it, the semantic compressor."""
+
+    name = "b"
+    averaged = ("decoder_and_compressor", "previewer")
+    reads_images = True
+
+    def __init__(
+        self,
+        config: StageBConfig,
+        vqgan: VQGAN,
+        decoder: Decoder,
+        compressor: Compressor,
+        previewer: Previewer,
+        text_encoder: TextEncoder | None,
+        recipe: Recipe,
+    ) -> None:
+        super().__init__(config, vqgan, text_encoder, recipe)
+        self.optimization = config.optimization
+        self.trained = DecoderAndCompressor(decoder, compressor)
+        self.previewer = previewer
+        self.networks: dict[str, nn.Module] = {
+            "decoder_and_compressor": self.trained,
+            "previewer": previewer,
+        }
+        self.rate_scales = {"compressor.backbone.": config.backbone_rate}
+
+    def prepare(self, batch: Batch, device: torch.device) -> Inputs:
+        latents = self.vqgan.encode(batch.pixels(device)).float()
+        return {"latents": latents, **self.prepare_text(batch, device)}
+
+    def losses(self, inputs: Inputs, random: ImageRandom) -> Losses:
+        pixels = pixels_of(inputs["images"])
+        z = self.trained.compressor(compressor_input(pixels)).float()
+        loss = self.decoder_loss(self.trained.decoder, z, inputs, random)
+        yield "decoder_and_compressor", loss, {"map_std": z.detach().std()}
+        yield "previewer", previewer_loss(self.previewer, z, pixels), {}
+
+    def check(self, values: dict[str, float]) -> None:
+        if values["map_std"] < LEAST_SPREAD:
+            raise UserError(
+                f"the semantic map's deviation fell to {values['map_std']:.3g}, so all pictures look alike "
+                "to the compressor; use a lower stage_b.backbone_rate in another --run-dir"
+            )
+
+    def preview(
+        self, averages: dict[str, nn.Module], pixels: Tensor, device: torch.device
+    ) -> list[Image.Image]:
+        """Originals, Stage A's reconstructions, those of A+B, and the previewer's."""
+        trained, previewer = averages["decoder_and_compressor"], averages["previewer"]
+        assert isinstance(trained, DecoderAndCompressor)
+        assert isinstance(previewer, Previewer)
+        return self.pictures(trained.decoder, trained.compressor, previewer, pixels, device)
+
+
+class StageBRefinement(_Decoding):
+    """The second phase of Stage B: the decoder alone, on the maps of the finished compressor."""
+
+    name = "b2"
+    averaged = ("decoder", "previewer")
+    reads_images = False
+
+    def __init__(
+        self,
+        config: StageBConfig,
+        vqgan: VQGAN,
+        decoder: Decoder,
+        compressor: Compressor,
+        previewer: Previewer,
+        text_encoder: TextEncoder | None,
+        recipe: Recipe,
+    ) -> None:
+        config = dataclasses.replace(config, time_shift=config.refine_shift)
+        super().__init__(config, vqgan, text_encoder, recipe)
+        self.optimization = refining(config)
+        self.decoder = decoder
+        self.compressor = compressor.eval().requires_grad_(False)
+        self.previewer = previewer
+        self.networks: dict[str, nn.Module] = {"decoder": decoder, "previewer": previewer}
+        self.rate_scales: dict[str, float] = {}
+
+    def prepare(self, batch: Batch, device: torch.device) -> Inputs:
+        pixels = batch.pixels(device)
+        z = self.compressor(compressor_input(pixels)).float()
+        return {
+            "latents": self.vqgan.encode(pixels).float(),
+            "z": z,
+            "small": F.interpolate(pixels, size=self.previewer.size(*z.shape[2:]), mode="area"),
+            **self.prepare_text(batch, device),
+        }
+
+    def losses(self, inputs: Inputs, random: ImageRandom) -> Losses:
+        yield "decoder", self.decoder_loss(self.decoder, inputs["z"], inputs, random), {}
+        yield "previewer", previewer_loss(self.previewer, inputs["z"], inputs["small"]), {}
+
+    def check(self, values: dict[str, float]) -> None:
+        pass
+
+    def preview(
+        self, averages: dict[str, nn.Module], pixels: Tensor, device: torch.device
+    ) -> list[Image.Image]:
+        """Originals, Stage A's reconstructions, those of A+B, and the previewer's."""
+        decoder, previewer = averages["decoder"], averages["previewer"]
+        assert isinstance(decoder, Decoder)
+        assert isinstance(previewer, Previewer)
+        return self.pictures(decoder, self.compressor, previewer, pixels, device)

@@ -1,0 +1,108 @@
+"""Stage C in training: the prior on the maps of the finished compressor."""
+
+from collections.abc import Iterator
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, training_timesteps
+from wuerstchen.errors import UserError
+from wuerstchen.models.cascade import Cascade, MapStatistics
+from wuerstchen.models.compressor import Compressor, compressor_input
+from wuerstchen.models.prior import Prior
+from wuerstchen.pipeline import Wuerstchen
+from wuerstchen.train.config import Recipe, StageCConfig
+from wuerstchen.train.feed import Batch
+from wuerstchen.train.random import ImageRandom
+from wuerstchen.train.stages import (
+    LEAST_SPREAD,
+    Inputs,
+    Losses,
+    cascade_settings,
+    diffusion_loss,
+    encoded_captions,
+    refining,
+    with_captions_dropped,
+)
+
+
+class StageC:
+    """The prior, on the frozen compressor's normalised maps. Its second phase is the same by another name."""
+
+    averaged = ("prior",)
+    captions = True
+    reads_images = False
+
+    def __init__(
+        self,
+        config: StageCConfig,
+        recipe: Recipe,
+        prior: Prior,
+        frozen: Cascade,
+        statistics: MapStatistics,
+        *,
+        refines: bool = False,
+    ) -> None:
+        assert frozen.compressor is not None
+        assert frozen.text_encoder is not None
+        self.name = "c2" if refines else "c"
+        self.config = config
+        self.recipe = recipe
+        self.optimization = refining(config) if refines else config.optimization
+        self.prior = prior
+        self.compressor = frozen.compressor.eval().requires_grad_(False)
+        self.text_encoder = frozen.text_encoder
+        self.no_text = frozen.text_encoder.encode([""])
+        self.frozen = frozen
+        self.statistics = statistics
+        self.networks: dict[str, nn.Module] = {"prior": prior}
+        self.rates: dict[str, float] = {}
+        self.rate_scales: dict[str, float] = {}
+
+    def prepare(self, batch: Batch, device: torch.device) -> Inputs:
+        z = self.compressor(compressor_input(batch.pixels(device))).float()
+        return {"x": self.statistics.normalise(z), **encoded_captions(self.text_encoder, batch.captions)}
+
+    def losses(self, inputs: Inputs, random: ImageRandom) -> Losses:
+        x = inputs["x"]
+        states, mask = with_captions_dropped(self.no_text, inputs, random, self.config.caption_dropout)
+        t = training_timesteps(random.uniform("time"), self.config.time_shift)
+        noise = random.normal("noise", x.shape[1:])
+        context = self.prior.context(states, mask)
+        predicted = self.prior(PUBLISHED_SCHEDULE.add_noise(x, noise, t), t, context)
+        yield "prior", diffusion_loss(predicted, noise, t, self.config.loss_weight), {}
+
+    def check(self, values: dict[str, float]) -> None:
+        pass
+
+    def preview(
+        self, averages: dict[str, nn.Module], pixels: Tensor, device: torch.device
+    ) -> list[Image.Image]:
+        """Pictures of the recipe's prompts, through C, B and A."""
+        prior = averages["prior"]
+        assert isinstance(prior, Prior)
+        cascade = Cascade(
+            settings=cascade_settings(self.recipe, self.statistics),
+            vqgan=self.frozen.vqgan,
+            decoder=self.frozen.decoder,
+            compressor=self.frozen.compressor,
+            prior=prior,
+            text_encoder=self.frozen.text_encoder,
+        )
+        prompts = list(self.recipe.preview_prompts)
+        return Wuerstchen(cascade, device).generate(prompts) if prompts else []
+
+
+@torch.no_grad()
+def measure_map(compressor: Compressor, batches: Iterator[Batch], device: torch.device) -> MapStatistics:
+    """Mean and standard deviation of each channel of the map over some pictures."""
+    maps = torch.cat([compressor(compressor_input(batch.pixels(device))).float().cpu() for batch in batches])
+    columns = maps.double().transpose(0, 1).flatten(1)
+    spread = columns.std(1).clamp(min=1e-3).tolist()  # a channel may lie idle, but is not to divide by zero
+    if max(spread) < LEAST_SPREAD:
+        raise UserError(
+            f"the semantic map's deviation over the pictures is {max(spread):.3g} at most, so it says "
+            "nothing about them; train Stage B anew with a lower stage_b.backbone_rate"
+        )
+    return MapStatistics(mean=tuple(columns.mean(1).tolist()), std=tuple(spread))
