@@ -26,7 +26,7 @@ _P_NO_STYLE = 0.15
 _P_SYNONYM = 0.3
 _P_COLOURS = 0.5  # of a picture whose colours are its own; changed colours are always told
 _P_ONE_COLOUR = 0.4  # of two
-_P_BACKGROUND = 0.9
+_P_BACKGROUND = 0.98  # so that a caption without one nearly always means white
 _P_WHITE_BACKGROUND = 0.25  # plain white is what a picture has that says nothing
 
 # "light blue" comes before "blue", so that it goes as a whole.
