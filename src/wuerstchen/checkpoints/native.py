@@ -6,9 +6,7 @@ code: tensors are safetensors, all else is JSON, and a pickle is refused by its 
 
 import dataclasses
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +14,12 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import wuerstchen
 from wuerstchen.checkpoints.int8 import dequantize, quantize_rows
 from wuerstchen.checkpoints.text_encoder import read_text_encoder
+from wuerstchen.checkpoints.weights import new_folder, write_json, write_safetensors
 from wuerstchen.errors import CheckpointError
 from wuerstchen.models.cascade import Cascade, CascadeSettings, MapStatistics
 from wuerstchen.models.compressor import Compressor, CompressorConfig
@@ -79,33 +77,8 @@ def migrate(header: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, header: Mapping[str, Any]) -> None:
-    """Writes a safetensors file whole: to a temporary name first, flushed to disk, then renamed."""
-    partial = path.with_name(f".{path.name}.partial")
-    contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    try:
-        save_file(contiguous, partial, metadata={_HEADER: json.dumps(header)})
-        partial.chmod(0o644)  # safetensors leaves files that nobody else can read
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise CheckpointError(
-            f"{path} cannot be written ({error}); free some space or choose another folder"
-        ) from error
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes JSON whole: to a temporary name first, flushed to disk, then renamed. Raises ``OSError``."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Writes a safetensors file whole, with our header in it."""
+    write_safetensors(tensors, path, {_HEADER: json.dumps(header)})
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -181,12 +154,7 @@ def write_cascade(
 
     ``text_encoder`` is the folder of the frozen text encoder, which is copied.
     """
-    if folder.exists():
-        raise CheckpointError(f"{folder} exists already; choose another folder or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
-        partial = Path(name) / folder.name
-        partial.mkdir()
+    with new_folder(folder) as partial:
         parts = [part for part in cascade.networks() if part in NETWORKS]
         for part in parts:
             network = cascade.networks()[part]
@@ -201,7 +169,6 @@ def write_cascade(
             "settings": dataclasses.asdict(cascade.settings),
         }
         write_json(partial / "model.json", description)
-        os.rename(partial, folder)
 
 
 def read_settings(path: Path) -> tuple[CascadeSettings, list[str]]:
