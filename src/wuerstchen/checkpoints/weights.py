@@ -9,6 +9,7 @@ import os
 import pickle
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,7 +43,27 @@ def read_tensors_of(path: Path) -> dict[str, Tensor]:
                 f"{path} is wrong because its entry '{name}' is no tensor; "
                 "give a file with nothing but a state dict of tensors"
             )
+        check_whole(value, f"{path} is wrong because its entry '{name}'")
     return dict(state)
+
+
+def check_whole(tensor: Tensor, subject: str) -> None:
+    """Refuses what ``torch.save`` can store but no weight is: sparse, quantised, or without all its values.
+
+    A tensor of stride 0 would be small in the file and of any size in memory. Raises ``CheckpointError``,
+    which begins with ``subject``.
+    """
+    whole = (
+        tensor.layout is torch.strided
+        and tensor.device.type == "cpu"
+        and not tensor.is_nested
+        and not tensor.is_quantized
+        and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
+    )
+    if not whole:
+        raise CheckpointError(
+            f"{subject} is not stored as a plain tensor with all its values; save it as one (.clone()) again"
+        )
 
 
 def read_torch_file(path: Path) -> object:
@@ -53,11 +74,20 @@ def read_torch_file(path: Path) -> object:
     _check_is_file(path)
     with _damage_named(path), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about unusual files; what cannot be read is refused
-        try:
-            # Mapped, so that a file is not held twice; the legacy format cannot be.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:
-            return torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped, so that a file is not held twice; the legacy format, which is no archive, cannot be.
+        mapped = zipfile.is_zipfile(path)
+        if mapped:
+            _check_not_compressed(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+
+
+def _check_not_compressed(path: Path) -> None:
+    """torch would map compressed bytes as if they were numbers."""
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise CheckpointError(
+                f"{path} is wrong because it was compressed after torch.save wrote it; get the file as it was"
+            )
 
 
 @dataclass(frozen=True)
@@ -144,6 +174,13 @@ def fill(
                 "get both again"
             )
     tensors = stored.read(dtype)
+    state = network.state_dict()
+    for name, (key, _) in expected.items():
+        if tensors[name].is_floating_point() != state[key].is_floating_point():
+            raise CheckpointError(
+                f"{where} is wrong because {name!r} is {tensors[name].dtype} there, which {state[key].dtype} "
+                "cannot be read from; get it again"
+            )
     network.load_state_dict({key: tensors[name] for name, (key, _) in expected.items()}, assign=True)
     network.eval().requires_grad_(False)
 
