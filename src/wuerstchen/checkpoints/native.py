@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import wuerstchen
 from wuerstchen.checkpoints.int8 import dequantize, quantize_rows
-from wuerstchen.checkpoints.text_encoder import read_text_encoder
+from wuerstchen.checkpoints.text_encoder import read_text_encoder, write_text_encoder
 from wuerstchen.checkpoints.weights import new_folder, write_json, write_safetensors
 from wuerstchen.errors import CheckpointError
 from wuerstchen.models.cascade import Cascade, CascadeSettings, MapStatistics
@@ -42,6 +42,7 @@ NETWORKS: dict[str, tuple[type[nn.Module], type]] = {
     "prior": (Prior, PriorConfig),
     "previewer": (Previewer, PreviewerConfig),
 }
+TEXT_ENCODERS = ("text_encoder", "decoder_text_encoder")
 _HEADER = "wuerstchen"
 
 
@@ -120,8 +121,8 @@ def write_network(
     write_tensors(tensors, path, header)
 
 
-def read_network(path: Path) -> tuple[nn.Module, Provenance]:
-    """Reads one network, in fp32 and eval mode. Raises ``CheckpointError`` for anything that does not fit."""
+def read_network(path: Path, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Provenance]:
+    """Reads one network, in ``dtype`` and eval mode. Raises ``CheckpointError`` for anything that does not fit."""
     tensors, header = read_tensors(path)
     try:
         cls, config_cls = NETWORKS[header["kind"]]
@@ -133,7 +134,7 @@ def read_network(path: Path) -> tuple[nn.Module, Provenance]:
             network = cls(config)
         if header["storage"] == "int8":
             tensors = dequantize(tensors)
-        state = {k: t.float() if t.is_floating_point() else t for k, t in tensors.items()}
+        state = {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
         network.load_state_dict(state, assign=True)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         detail = (str(error).splitlines() or [type(error).__name__])[0]
@@ -152,7 +153,7 @@ def write_cascade(
 ) -> None:
     """Writes a whole model into a new folder; the folder appears when everything in it is written.
 
-    ``text_encoder`` is the folder of the frozen text encoder, which is copied.
+    ``text_encoder`` is the folder of the frozen text encoder, which is copied; CLIP is written without one.
     """
     with new_folder(folder) as partial:
         parts = [part for part in cascade.networks() if part in NETWORKS]
@@ -160,9 +161,15 @@ def write_cascade(
             network = cascade.networks()[part]
             how = (storage or {}).get(part, "float32")
             write_network(network, partial / f"{part}.safetensors", provenance[part], how)
-        if text_encoder is not None:
-            shutil.copytree(text_encoder, partial / "text_encoder")
-            parts.append("text_encoder")
+        for part in TEXT_ENCODERS:
+            encoder = getattr(cascade, part)
+            if part == "text_encoder" and text_encoder is not None:
+                shutil.copytree(text_encoder, partial / part)
+            elif encoder is not None:
+                write_text_encoder(encoder, partial / part)
+            else:
+                continue
+            parts.append(part)
         description = {
             "format": FORMAT,
             "parts": parts,
@@ -186,17 +193,17 @@ def read_settings(path: Path) -> tuple[CascadeSettings, list[str]]:
         ) from error
 
 
-def read_cascade(folder: Path) -> Cascade:
-    """Reads a model folder, in fp32 on the CPU."""
+def read_cascade(folder: Path, dtype: torch.dtype = torch.float32) -> Cascade:
+    """Reads a model folder, onto the CPU."""
     if not (folder / "model.json").is_file():
         raise CheckpointError(f"{folder} is no model folder: it has no model.json; give one that has")
     settings, names = read_settings(folder / "model.json")
     parts: dict[str, Any] = {}
     for name in names:
-        if name == "text_encoder":
-            parts[name] = read_text_encoder(folder / name)
+        if name in TEXT_ENCODERS:
+            parts[name] = read_text_encoder(folder / name, dtype)
         elif name in NETWORKS:
-            parts[name], _ = read_network(folder / f"{name}.safetensors")
+            parts[name], _ = read_network(folder / f"{name}.safetensors", dtype)
             if not isinstance(parts[name], NETWORKS[name][0]):
                 raise CheckpointError(f"{folder / name}.safetensors holds another network; get it again")
         else:

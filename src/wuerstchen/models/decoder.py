@@ -225,7 +225,7 @@ class Decoder(nn.Module):
         self, x: Float[Tensor, "b c h w"], r: Float[Tensor, " b"], context: DecoderContext
     ) -> Float[Tensor, "b c_last h w"]:
         """The network's own output, in at least fp32: v̂, or a and b before its sigmoid."""
-        r_embed = timestep_embedding(r, self.config.c_r)
+        r_embed = timestep_embedding(r, self.config.c_r).to(x.dtype)
         maps, texts = iter(context.maps), iter(context.texts)
         inner = layer_norm(pointwise(self.embedding[1], to_channels_last(self.embedding[0](x))))
 
