@@ -122,7 +122,7 @@ def write_network(
 
 
 def read_network(path: Path, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Provenance]:
-    """Reads one network, in ``dtype`` and eval mode. Raises ``CheckpointError`` for anything that does not fit."""
+    """Reads one network, in eval mode. Raises ``CheckpointError`` for anything that does not fit."""
     tensors, header = read_tensors(path)
     try:
         cls, config_cls = NETWORKS[header["kind"]]
