@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 PRIOR_PIPELINE = "WuerstchenPriorPipeline"
 DECODER_PIPELINE = "WuerstchenDecoderPipeline"
 COMBINED_PIPELINE = "WuerstchenCombinedPipeline"
+INNER_PRIOR = "prior_pipeline"
+"""Where a folder that holds a whole model keeps the pipeline of Stage C."""
 PRIOR_PARTS = ("prior", "scheduler", "text_encoder", "tokenizer")
 DECODER_PARTS = ("decoder", "scheduler", "text_encoder", "tokenizer", "vqgan")
 COMPONENTS = {
@@ -220,9 +222,29 @@ def write_decoder_folder(parts: DecoderFolder, folder: Path) -> None:
     with new_folder(folder) as partial:
         _write_decoder_parts(parts, partial)
         _write_index(partial, DECODER_PIPELINE, parts)
-        if parts.prior is not None:
-            text = f"---\npipeline_tag: text-to-image\nprior:\n- {parts.prior}\n---\n"
-            (partial / "README.md").write_text(text, encoding="utf-8")
+        _write_readme(parts, partial)
+
+
+def write_model_folder(
+    decoder: DecoderFolder,
+    prior: PriorFolder | None,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    layout: TensorLayout = TORCH,
+) -> None:
+    """Writes a whole model: the pipeline of Stages B and A, and that of Stage C inside it, which it names."""
+    _check_writable(decoder.decoder)
+    decoder.prior = None if prior is None else INNER_PRIOR
+    with new_folder(folder) as partial:
+        _write_decoder_parts(decoder, partial)
+        _write_index(partial, DECODER_PIPELINE, decoder)
+        _write_readme(decoder, partial)
+        if prior is not None:
+            _check_writable(prior.prior)
+            (partial / INNER_PRIOR).mkdir()
+            _write_prior_parts(prior, partial / INNER_PRIOR, "")
+            _write_index(partial / INNER_PRIOR, PRIOR_PIPELINE, prior)
 
 
 def write_combined_folder(decoder: DecoderFolder, prior: PriorFolder, folder: Path) -> None:
@@ -435,6 +457,12 @@ def _write_decoder_parts(parts: DecoderFolder, folder: Path) -> None:
     _write_network(parts.decoder, "decoder", folder / "decoder")
     _write_network(parts.vqgan, "vqgan", folder / "vqgan")
     _write_text(parts, folder, "")
+
+
+def _write_readme(parts: DecoderFolder, folder: Path) -> None:
+    if parts.prior is not None:
+        text = f"---\npipeline_tag: text-to-image\nprior:\n- {parts.prior}\n---\n"
+        (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def _write_network(network: Prior | Decoder | VQGAN | None, part: str, folder: Path) -> None:

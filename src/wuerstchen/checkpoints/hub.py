@@ -1,6 +1,7 @@
 """Where a model lies: a folder of this machine, or a name on the Hugging Face hub and its ordinary cache."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from wuerstchen.errors import CheckpointError
@@ -22,12 +23,13 @@ def local_folder(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     token: str | bool | None = None,
+    only: Sequence[str] = (),
 ) -> Path:
     """The folder of a model: ``name_or_path`` itself if it exists, else a copy from the hub.
 
     A name like ``warp-ai/wuerstchen`` is fetched into the hub's cache, or found there: with
     ``local_files_only`` or ``HF_HUB_OFFLINE=1`` nothing else is tried. Of each network one file format is
-    fetched, safetensors where there are. Raises ``CheckpointError`` if it is neither a path nor a name that
+    fetched, safetensors where there are; ``only`` are patterns of the files that are wanted. Raises ``CheckpointError`` if it is neither a path nor a name that
     can be had.
     """
     path = Path(name_or_path)
@@ -61,6 +63,8 @@ def local_folder(
                 " check the name and the network, or give the path of a copy"
             ) from error
 
+    if only:
+        return fetch(list(only))
     folder = fetch([*_DESCRIPTIONS, "*.safetensors"])
     if not any(folder.rglob("*.safetensors")):
         folder = fetch([*_DESCRIPTIONS, "*.bin", *_ORIGINAL_V2])

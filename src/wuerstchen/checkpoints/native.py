@@ -24,6 +24,7 @@ from wuerstchen.errors import CheckpointError
 from wuerstchen.models.cascade import Cascade, CascadeSettings, MapStatistics
 from wuerstchen.models.compressor import Compressor, CompressorConfig
 from wuerstchen.models.decoder import Decoder, DecoderConfig
+from wuerstchen.models.paella import Paella, PaellaConfig
 from wuerstchen.models.previewer import Previewer, PreviewerConfig
 from wuerstchen.models.prior import Prior, PriorConfig
 from wuerstchen.models.vqgan import VQGAN, VQGANConfig
@@ -39,6 +40,7 @@ NETWORKS: dict[str, tuple[type[nn.Module], type]] = {
     "vqgan": (VQGAN, VQGANConfig),
     "compressor": (Compressor, CompressorConfig),
     "decoder": (Decoder, DecoderConfig),
+    "paella": (Paella, PaellaConfig),
     "prior": (Prior, PriorConfig),
     "previewer": (Previewer, PreviewerConfig),
 }
@@ -184,7 +186,8 @@ def read_settings(path: Path) -> tuple[CascadeSettings, list[str]]:
         description = migrate(json.loads(path.read_text(encoding="utf-8")), path)
         raw = dict(description["settings"])
         statistics = MapStatistics(**{k: tuple(v) for k, v in raw.pop("map_statistics").items()})
-        return CascadeSettings(map_statistics=statistics, **raw), list(description["parts"])
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+        return CascadeSettings(map_statistics=statistics, **values), list(description["parts"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -202,9 +205,10 @@ def read_cascade(folder: Path, dtype: torch.dtype = torch.float32) -> Cascade:
     for name in names:
         if name in TEXT_ENCODERS:
             parts[name] = read_text_encoder(folder / name, dtype)
-        elif name in NETWORKS:
+        elif name in NETWORKS and name != "paella":
             parts[name], _ = read_network(folder / f"{name}.safetensors", dtype)
-            if not isinstance(parts[name], NETWORKS[name][0]):
+            kinds = (Decoder, Paella) if name == "decoder" else NETWORKS[name][0]
+            if not isinstance(parts[name], kinds):
                 raise CheckpointError(f"{folder / name}.safetensors holds another network; get it again")
         else:
             raise CheckpointError(f"{folder}/model.json names an unknown part {name!r}; upgrade wuerstchen")

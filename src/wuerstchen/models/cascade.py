@@ -100,7 +100,8 @@ class CascadeSettings:
             isinstance(t, int | float) and math.isfinite(t) and t > 0 for t in self.decoder_temperatures
         ):
             raise UserError(
-                f"decoder_temperatures={self.decoder_temperatures} must be two numbers above 0; get the model again"
+                f"decoder_temperatures={self.decoder_temperatures} must be two numbers above 0; "
+                "get the model again"
             )
         if not self.decoder_shift > 0:
             raise UserError(f"decoder_shift={self.decoder_shift} must be above 0; get the model again")
@@ -150,6 +151,32 @@ class Cascade:
     text_encoder: TextEncoder | None = None
     decoder_text_encoder: TextEncoder | None = None
     """Stage B's own text encoder, where it has one; otherwise it reads Stage C's."""
+
+    def __post_init__(self) -> None:
+        """Raises ``UserError`` if parts that are there do not fit one another."""
+        decoder, text = self.decoder.config, self.text_encoder_of_decoder()
+        if isinstance(self.decoder, Paella):
+            latents = ("codes", self.vqgan.config.num_vq_embeddings, self.decoder.config.num_labels)
+        else:
+            latents = ("channels", self.vqgan.config.latent_channels, self.decoder.config.c_in)
+        fits = [("vqgan", "decoder", *latents)]
+        if self.compressor is not None:
+            channels = self.compressor.config.c_latent
+            fits.append(("compressor", "decoder", "channels of the map", channels, decoder.effnet_embd))
+        if self.prior is not None:
+            channels = self.prior.config.c_in
+            fits.append(("prior", "decoder", "channels of the map", channels, decoder.effnet_embd))
+            if self.text_encoder is not None:
+                width = self.text_encoder.width
+                fits.append(("text_encoder", "prior", "text states", width, self.prior.config.c_cond))
+        if text is not None and decoder.clip_embd is not None:
+            fits.append(("text encoder", "decoder", "text states", text.width, decoder.clip_embd))
+        for one, other, what, has, wants in fits:
+            if has != wants:
+                raise UserError(
+                    f"{one} has {has} {what} and the {other} wants {wants}, so they are not of one model; "
+                    "get both again"
+                )
 
     def text_encoder_of_decoder(self) -> TextEncoder | None:
         """The text encoder that Stage B reads, None where it takes no text."""

@@ -76,8 +76,8 @@ class GlobalResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, width))
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
-        # torch's norm has gradient 0 where the whole map is zero; a plain square root would give NaN. On 256x256
-        # positions a sum of squares leaves fp16's range as soon as they are 1 on average, so it is in fp32.
+        # torch's norm has gradient 0 where the whole map is zero; a plain square root would give NaN. On
+        # 256x256 positions a sum of squares leaves fp16's range once they are 1 on average, hence fp32.
         exact = torch.promote_types(x.dtype, torch.float32)
         norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=exact)
         share = (norm / (norm.mean(dim=-1, keepdim=True) + 1e-6)).to(x.dtype)
