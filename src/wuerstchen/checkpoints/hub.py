@@ -29,8 +29,8 @@ def local_folder(
 
     A name like ``warp-ai/wuerstchen`` is fetched into the hub's cache, or found there: with
     ``local_files_only`` or ``HF_HUB_OFFLINE=1`` nothing else is tried. Of each network one file format is
-    fetched, safetensors where there are; ``only`` are patterns of the files that are wanted. Raises ``CheckpointError`` if it is neither a path nor a name that
-    can be had.
+    fetched, safetensors where there are; ``only`` are patterns of the files that are wanted.
+    Raises ``CheckpointError`` if it is neither a path nor a name that can be had.
     """
     path = Path(name_or_path)
     if path.exists():

@@ -1,7 +1,6 @@
 """Any layout of a model: telling which one a folder has, reading it whole, and writing it in another."""
 
 import dataclasses
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +84,8 @@ def layout_of(path: Path) -> Layout:
             f"{path} holds one network and no whole model; name the whole one, and this as prior"
         )
     raise CheckpointError(
-        f"{path} is no model: it has no model.json, no model_index.json and no .pt file; give a folder that has"
+        f"{path} is no model: it has no model.json, no model_index.json and no .pt file; "
+        "give a folder that has one"
     )
 
 
@@ -98,8 +98,8 @@ def read_model(
 ) -> Cascade:
     """Reads a model in any layout onto the CPU; ``source`` is a path or a name on the hub.
 
-    ``leave_out`` names parts that are not wanted. Raises ``CheckpointError`` if a part is missing, damaged, or
-    does not fit the others; nothing is then loaded.
+    ``leave_out`` names parts that are not wanted. Raises ``CheckpointError`` if a part is missing or damaged,
+    ``UserError`` if parts do not fit one another; nothing is then loaded.
     """
     sources = sources or Sources()
     path = local_folder(source, revision=sources.revision, local_files_only=sources.local_files_only)
@@ -145,7 +145,7 @@ def convert(
     if layout == "native":
         whence = Provenance(recipe=f"converted from {path.name}", seed=0, images=0, data="")
         parts = {part: whence for part in cascade.networks() if part in NETWORKS}
-        small = {part: storage for part in parts}
+        small = dict.fromkeys(parts, storage)
         # A text encoder of ours is a folder with a vocabulary of its own, and is copied.
         copied = path / "text_encoder" if native and cascade.text_encoder is not None else None
         write_cascade(cascade, target, parts, small, copied)
@@ -176,15 +176,13 @@ def _read_pipelines(path: Path, sources: Sources, dtype: torch.dtype, layout: Te
     if own is None:
         own = _fetched(linked_prior(path), sources)
     own_layout = PADDLE if is_paddle(own) else TORCH
-    prior = read_prior_folder(
-        own, dtype=dtype, layout=own_layout, given=[] if network is None else ["prior"]
-    )
+    prior = read_prior_folder(own, dtype=dtype, layout=own_layout, given=[] if network is None else ["prior"])
     prior.prior = network or prior.prior
     return cascade_of(decoder, prior)
 
 
 def cascade_of(decoder: DecoderFolder, prior: PriorFolder) -> Cascade:
-    """One model of two pipelines. Raises ``CheckpointError`` for numbers that only diffusers' code could use."""
+    """One model of two pipelines. Raises ``CheckpointError`` for numbers that are not the published ones."""
     published = (42.67, 10.67, PUBLISHED_SCHEDULE, PUBLISHED_SCHEDULE)
     found = (prior.resolution_multiple, decoder.latent_dim_scale, prior.schedule, decoder.schedule)
     if found != published:
@@ -242,8 +240,8 @@ def _read_original(path: Path, sources: Sources, dtype: torch.dtype, leave_out: 
     missing = {"vqgan", "decoder"} - parts.keys()
     if missing:
         raise CheckpointError(
-            f"{path} holds {', '.join(parts)} and lacks {', '.join(sorted(missing))}; put the files of Stages A, "
-            "B and C into one folder"
+            f"{path} holds {', '.join(parts)} and lacks {', '.join(sorted(missing))}; "
+            "put the files of Stages A, B and C into one folder"
         )
     v1 = isinstance(parts["decoder"], Paella)
     wanted: dict[str, int] = {}
@@ -273,8 +271,9 @@ def _check_places(cascade: Cascade, layout: str) -> None:
     for part in cascade.networks():
         if part not in PLACES[layout]:
             raise UserError(
-                f"{part} has no place in the {layout} layout, which holds {', '.join(sorted(PLACES[layout]))}; "
-                f"leave it behind with --leave-out {part}, or keep the native layout"
+                f"{part} has no place in the {layout} layout, which holds "
+                f"{', '.join(sorted(PLACES[layout]))}; leave it behind with --leave-out {part}, or keep the "
+                "native layout"
             )
     is_v1 = isinstance(cascade.decoder, Paella)
     if is_v1 and layout != "original":

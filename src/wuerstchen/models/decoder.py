@@ -207,7 +207,7 @@ class Decoder(nn.Module):
                 antialias=True,
                 align_corners=True,
             )
-            maps.append(pointwise(mapper, to_channels_last(resized.to(semantic_map.dtype))))
+            maps.append(pointwise(mapper, to_channels_last(resized.to(mapper.weight.dtype))))
         return DecoderContext(maps=maps, texts=texts)
 
     def output(
