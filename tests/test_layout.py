@@ -14,6 +14,8 @@ ORDER = [
     {"diffusion"},
     {"models"},
     {"checkpoints"},
+    {"memory"},
+    {"lora"},
     {"pipeline"},
     {"data"},
     {"evaluate"},

@@ -1,20 +1,24 @@
-"""Tensors from the files that other programs write: safetensors or torch's own, whole or in shards.
+"""Files of tensors and of JSON: safetensors or torch's own, whole or in shards, from any program.
 
-Nothing in a file is ever run: torch files are opened with ``weights_only=True``.
+Nothing in a file is ever run: torch files are opened with ``weights_only=True``. What is written appears
+when it is whole.
 """
 
 import json
+import os
 import pickle
+import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from wuerstchen.errors import CheckpointError
@@ -151,15 +155,17 @@ def fill(
     stored: StoredTensors,
     names: Mapping[str, str],
     dtype: torch.dtype = torch.float32,
+    *,
+    ignored: Collection[str] = (),
 ) -> None:
     """Gives ``network``, built on ``meta``, the stored tensors, where ``names`` says how a key is called.
 
-    Names and shapes are compared before anything is read. Raises ``CheckpointError`` with the first that
-    does not fit; the network is then as it was.
+    Names and shapes are compared before anything is read; stored names in ``ignored`` may be there or not.
+    Raises ``CheckpointError`` with the first that does not fit; the network is then as it was.
     """
     where = stored.files[0]
     expected = {names.get(key, key): (key, tuple(t.shape)) for key, t in network.state_dict().items()}
-    for name in sorted(expected.keys() | stored.shapes.keys()):
+    for name in sorted(expected.keys() | stored.shapes.keys() - set(ignored)):
         wanted = expected[name][1] if name in expected else "unknown"
         found = stored.shapes.get(name, "missing")
         if wanted != found:
@@ -176,6 +182,7 @@ def fill(
                 "cannot be read from; get it again"
             )
     network.load_state_dict({key: tensors[name] for name, (key, _) in expected.items()}, assign=True)
+    network.eval().requires_grad_(False)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -186,6 +193,57 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is wrong because it holds no JSON object; get the model again")
     return content
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file whole: to a temporary name first, flushed to disk, then renamed."""
+    partial = path.with_name(f".{path.name}.partial")
+    contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    try:
+        save_file(contiguous, partial, metadata=dict(metadata))
+        partial.chmod(0o644)  # safetensors leaves files that nobody else can read
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{path} cannot be written ({error}); free some space or choose another folder"
+        ) from error
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes JSON whole: to a temporary name first, flushed to disk, then renamed. Raises ``OSError``."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes ``folder`` when all in it is written, and vanishes otherwise.
+
+    Raises ``CheckpointError`` if ``folder`` exists or cannot be made.
+    """
+    if folder.exists():
+        raise CheckpointError(f"{folder} exists already; choose another folder or remove it")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
+            partial = Path(name) / folder.name
+            partial.mkdir()
+            yield partial
+            os.rename(partial, folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} cannot be written ({error.strerror or error}); free some space, or choose another"
+        ) from error
 
 
 def _shards(index: Path) -> list[Path]:
