@@ -25,6 +25,7 @@ from wuerstchen.errors import CheckpointError
 from wuerstchen.models.compressor import Compressor, CompressorConfig
 from wuerstchen.models.decoder import Decoder, DecoderConfig
 from wuerstchen.models.layers import timestep_embedding
+from wuerstchen.models.paella import Paella, PaellaConfig
 from wuerstchen.models.previewer import Previewer, PreviewerConfig
 from wuerstchen.models.prior import Prior, PriorConfig
 from wuerstchen.models.vqgan import VQGAN, VQGANConfig
@@ -38,6 +39,18 @@ DECODER = DecoderConfig(
     blocks=(2, 1, 2),
     level_config=("CT", "CTA", "CTA"),
     inject_effnet=(False, True, True),
+    effnet_embd=5,
+    clip_embd=10,
+)
+PAELLA = PaellaConfig(
+    num_labels=11,
+    c_token=6,
+    c_r=10,
+    c_cond=12,
+    c_hidden=(8, 80, 160),
+    nhead=(-1, 1, 2),
+    blocks=(1, 2, 1),
+    level_config=("CT", "CTA", "CTA"),
     effnet_embd=5,
     clip_embd=10,
 )
@@ -219,6 +232,7 @@ def test_the_names_are_those_of_diffusers_conversion(part, theirs, config, tmp_p
         ("decoder", lambda: WuerstchenDiffNeXt(), DecoderConfig(), 814),
         ("prior", lambda: WuerstchenPrior(c=1536, c_cond=1280, depth=32, nhead=24), PriorConfig(), 520),
         ("prior", lambda: WuerstchenPrior(c=1536, depth=32, nhead=24), PriorConfig(c_cond=1024), 520),
+        ("decoder", lambda: Paella(PaellaConfig()), PaellaConfig(), 610),
         ("compressor", lambda: Compressor(CompressorConfig()), CompressorConfig(), 786),
         (
             "compressor",
@@ -227,7 +241,7 @@ def test_the_names_are_those_of_diffusers_conversion(part, theirs, config, tmp_p
             1552,
         ),
     ],
-    ids=["vqgan", "v2 decoder", "v2 prior", "v1 prior", "v2 compressor", "v1 compressor"],
+    ids=["vqgan", "v2 decoder", "v2 prior", "v1 prior", "v1 decoder", "v2 compressor", "v1 compressor"],
 )
 def test_published_networks_are_known_by_their_shapes(part, theirs, config, keys, monkeypatch):
     # diffusers scales weights once for every module above them, which takes half a minute.
@@ -255,6 +269,18 @@ def test_published_networks_are_known_by_their_shapes(part, theirs, config, keys
 )
 def test_decoders_of_other_shapes(config, tmp_path, randomise):
     network = randomise(Decoder(config))
+    write_original({"decoder": network}, tmp_path)
+    again = read_original(tmp_path)["decoder"]
+    assert again.config == config
+    assert_same(again.state_dict(), network.state_dict())
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"patch_size": 1}, {"patch_size": 4, "level_config": ("C", "CTA", "CA")}]
+)
+def test_decoders_of_v1(change, tmp_path, randomise):
+    config = dataclasses.replace(PAELLA, **change)
+    network = randomise(Paella(config))
     write_original({"decoder": network}, tmp_path)
     again = read_original(tmp_path)["decoder"]
     assert again.config == config
@@ -352,14 +378,16 @@ def test_finding_files(tmp_path):
     (tmp_path / "folder.pt").mkdir()
     assert find_original(tmp_path) == [tmp_path / "a.pt", tmp_path / "b.pt"]
     assert find_original(tmp_path / "b.pt") == [tmp_path / "b.pt"]
+    for none in ("notes.txt", "folder.pt", "nowhere", "nowhere.pt"):
+        assert find_original(tmp_path / none) == []
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("none.pt", "there is no such file; give one of the original's .pt files, or their folder"),
-        ("notes.txt", "it is no .pt file; give one of the original's .pt files, or their folder"),
-        ("empty", "it holds no .pt file; give a folder that does"),
+        ("none.pt", "there is no such file or folder; give one of the original's .pt files, or their folder"),
+        ("notes.txt", "it is no .pt file and holds none; give one of the original's .pt files, or their"),
+        ("empty", "it is no .pt file and holds none; give one of the original's .pt files, or their folder"),
     ],
 )
 def test_nothing_to_read(name, words, tmp_path):
@@ -401,6 +429,11 @@ SMALLEST = {
             inject_effnet=(False, True),
         )
     ),
+    "v1 decoder": lambda: Paella(
+        dataclasses.replace(
+            PAELLA, c_hidden=(8, 80), nhead=(-1, 1), blocks=(1, 1), level_config=("CT", "CTA")
+        )
+    ),
     "vqgan": lambda: VQGAN(dataclasses.replace(VQ, bottleneck_blocks=1)),
 }
 
@@ -410,7 +443,7 @@ def test_every_tensor_is_needed_in_its_shape(part):
     """Missing, with one more row, one more axis, no values, or of whole numbers."""
     with torch.device("meta"):
         state = in_original(SMALLEST[part]().state_dict())
-    assert network_of(StateDict("place", state))[0] == part
+    assert network_of(StateDict("place", state))[0] == part.removeprefix("v1 ")
     for key, tensor in state.items():
         shape = tuple(tensor.shape)
         others = [None, tensor.new_empty(1, *shape), tensor.new_empty(*shape, 0)]
@@ -557,6 +590,18 @@ def test_a_model_comes_back_as_it_was(tmp_path, parts, compressor):
         assert_same(again[part].state_dict(), network.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("v1", "made"),
+    [
+        ({"decoder": Paella(PAELLA), "prior": Prior(PRIOR)}, ["model_stage_b.pt", "model_stage_c_ema.pt"]),
+        ({"prior": Prior(dataclasses.replace(PRIOR, c_cond=1024))}, ["model_stage_c_ema.pt"]),
+        ({"prior": Prior(dataclasses.replace(PRIOR, c_cond=1280))}, ["model_v2_stage_c.pt"]),
+    ],
+)
+def test_the_names_of_v1(v1, made, tmp_path):
+    assert [path.name for path in write_original(v1, tmp_path)] == made
+
+
 def test_the_originals_code_finds_what_it_reads(tmp_path, parts, compressor):
     parts["compressor"] = compressor
     write_original(parts, tmp_path)
@@ -618,6 +663,11 @@ def velocity(config: Any) -> Any:
             "decoder",
             lambda: Decoder(dataclasses.replace(DECODER, nhead=(-1, 1, 4))),
             r"its nhead is \(-1, 1, 4\), and readers give a head 64 channels",
+        ),
+        (
+            "decoder",
+            lambda: Paella(dataclasses.replace(PAELLA, nhead=(-1, 1, 1))),
+            r"its nhead is \(-1, 1, 1\), and readers give a head 80 channels",
         ),
         (
             "decoder",

@@ -1,12 +1,13 @@
 """The original repository's layout: ``.pt`` files of dictionaries of tensors, and nothing to describe them.
 
 What a dictionary holds is told by its keys, the configuration by the shapes. What no shape tells has its
-published value: 64 channels for an attention head, patches of 2×2, Stage A's scale factor.
+published value: the width of attention heads, patches of 2×2, Stage A's scale factor.
 Our names are those of diffusers. As its script ``convert_wuerstchen.py`` shows, three things differ: here
 queries, keys and values are one matrix, and the projection after attention and the codebook have other names.
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,11 +21,14 @@ from wuerstchen.checkpoints.weights import check_whole, read_torch_file
 from wuerstchen.errors import CheckpointError, UserError
 from wuerstchen.models.compressor import BackboneName, Compressor, CompressorConfig
 from wuerstchen.models.decoder import Decoder, DecoderConfig
+from wuerstchen.models.paella import Paella, PaellaConfig
 from wuerstchen.models.prior import Prior, PriorConfig
 from wuerstchen.models.vqgan import VQGAN, VQGANConfig
 
 HEAD_WIDTH = 64
 """Channels of an attention head in every published prior and v2 decoder."""
+PAELLA_HEAD_WIDTH = 80
+"""The same in v1's decoder."""
 PATCH = 2
 """Side of the patches at both ends of Stages A and B."""
 STATE_KEYS = ("ema_state_dict", "state_dict_ema", "state_dict")
@@ -37,26 +41,16 @@ MAX_KEYS = 5_000
 """More than three times as many as any published network has."""
 
 VQGAN_FILE = "vqgan_f4_v1_500k.pt"
-DECODER_FILE = "model_v2_stage_b.pt"
-PRIOR_FILE = "model_v2_stage_c.pt"
+"""The same for v1 and v2."""
+V1_FILES = {"decoder": "model_stage_b.pt", "prior": "model_stage_c_ema.pt"}
+V2_FILES = {"decoder": "model_v2_stage_b.pt", "prior": "model_v2_stage_c.pt"}
 
 
 def find_original(source: Path) -> list[Path]:
-    """``source`` itself if it is a ``.pt`` file, else the ``.pt`` files in the folder ``source``, by name.
-
-    Raises ``CheckpointError`` if there are none.
-    """
-    if source.is_dir():
-        found = sorted(path for path in source.glob("*.pt") if path.is_file() and path.name[0] != ".")
-        if not found:
-            raise CheckpointError(f"{source} is wrong because it holds no .pt file; give a folder that does")
-        return found
-    if source.suffix != ".pt" or not source.is_file():
-        reason = "there is no such file" if not source.exists() else "it is no .pt file"
-        raise CheckpointError(
-            f"{source} is wrong because {reason}; give one of the original's .pt files, or their folder"
-        )
-    return [source]
+    """``source`` itself if it is a ``.pt`` file, else the ``.pt`` files in that folder, sorted, if any."""
+    if source.is_file():
+        return [source] if source.suffix == ".pt" else []
+    return sorted(path for path in source.glob("*.pt") if path.is_file() and path.name[0] != ".")
 
 
 def read_original(source: Path, *, dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
@@ -70,9 +64,15 @@ def read_original(source: Path, *, dtype: torch.dtype = torch.float32) -> dict[s
     Raises ``CheckpointError`` if a file is damaged or holds anything but these networks, if a key is missing
     or left over, if a shape does not fit, and if two files hold the same part.
     """
+    paths = find_original(source)
+    if not paths:
+        reason = "it is no .pt file and holds none" if source.exists() else "there is no such file or folder"
+        raise CheckpointError(
+            f"{source} is wrong because {reason}; give one of the original's .pt files, or their folder"
+        )
     networks: dict[str, nn.Module] = {}
     origins: dict[str, str] = {}
-    for path in find_original(source):
+    for path in paths:
         for state in _state_dicts(read_torch_file(path), path):
             part, network = network_of(state, dtype=dtype)
             if part in networks:
@@ -87,7 +87,8 @@ def read_original(source: Path, *, dtype: torch.dtype = torch.float32) -> dict[s
 def write_original(parts: Mapping[str, nn.Module], folder: Path) -> list[Path]:
     """Writes networks (keys of ``parts``: vqgan, decoder, compressor, prior) under the published names.
 
-    Every file appears when it is whole, and holds nothing but tensors. What belongs to a model besides its
+    Those are v1's if the decoder is, or if there is none and the prior reads states of width 1024. Every file
+    appears when it is whole, and holds nothing but tensors. What belongs to a model besides its
     networks has no place in this layout: the reader needs to know how the semantic map is normalised.
 
     Raises ``CheckpointError``, before anything is written, for a network that the layout cannot hold or that
@@ -99,15 +100,16 @@ def write_original(parts: Mapping[str, nn.Module], folder: Path) -> list[Path]:
             "the compressor cannot be written alone because the original keeps it in Stage B's file; "
             "give the decoder too"
         )
+    names = V1_FILES if _is_v1(parts) else V2_FILES
     contents: dict[str, dict[str, dict[str, Tensor]]] = {}
     if "vqgan" in states:
         contents[VQGAN_FILE] = {"state_dict": states["vqgan"]}
     if "decoder" in states:
-        contents[DECODER_FILE] = {"state_dict": states["decoder"]}
+        contents[names["decoder"]] = {"state_dict": states["decoder"]}
     if "compressor" in states:
-        contents[DECODER_FILE][COMPRESSOR_KEY] = states["compressor"]
+        contents[names["decoder"]][COMPRESSOR_KEY] = states["compressor"]
     if "prior" in states:
-        contents[PRIOR_FILE] = {"ema_state_dict": states["prior"]}
+        contents[names["prior"]] = {"ema_state_dict": states["prior"]}
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -170,10 +172,11 @@ def network_of(state: StateDict, *, dtype: torch.dtype = torch.float32) -> tuple
 
     Raises ``CheckpointError`` before anything is allocated if it is none of ours or does not fit in itself.
     """
-    part, config = _describe(state)
+    config = _config_of(state)
+    part, network_class = _NETWORKS[type(config)]
     try:
         with torch.device("meta"):
-            network = _NETWORKS[part](config)
+            network = network_class(config)
     except RuntimeError as error:  # more values than can be counted
         raise CheckpointError(
             f"{state.place} is wrong because its shapes make no {part} ({str(error).partition(chr(10))[0]}); "
@@ -233,28 +236,33 @@ def _state_dict(content: object, place: str) -> StateDict:
 # From shapes to configurations
 
 
-def _describe(state: StateDict) -> tuple[str, Any]:
-    """Which part a state dict holds, by its keys, and the configuration, by the shapes."""
+Config = VQGANConfig | DecoderConfig | PaellaConfig | CompressorConfig | PriorConfig
+
+
+def _config_of(state: StateDict) -> Config:
+    """What a state dict holds, by its keys, and its configuration, by the shapes."""
     if "vquantizer.codebook.weight" in state.tensors:
-        part, configuration_of = "vqgan", _vqgan_config
+        derive = _vqgan_config
     elif "projection.weight" in state.tensors and "cond_mapper.0.weight" in state.tensors:
-        part, configuration_of = "prior", _prior_config
+        derive = _prior_config
     elif "clip_mapper.weight" in state.tensors and state.first("effnet_mappers.", "") is not None:
-        part, configuration_of = "decoder", _decoder_config
+        derive = _decoder_config
+    elif "in_mapper.0.weight" in state.tensors:
+        derive = _paella_config
     elif "backbone.0.0.weight" in state.tensors:
-        part, configuration_of = "compressor", _compressor_config
+        derive = _compressor_config
     else:
         raise CheckpointError(
             f"{state.place} is wrong because its keys (the first is {next(iter(state.tensors))!r}) are "
             "those of no network of Würstchen; give one of the original's files"
         )
     try:
-        return part, configuration_of(state)
+        return derive(state)
     except CheckpointError:
         raise
     except UserError as error:
         raise CheckpointError(
-            f"{state.place} is wrong because its shapes make no {part} ({error}); get the file again"
+            f"{state.place} is wrong because its shapes make no network ({error}); get the file again"
         ) from error
 
 
@@ -295,34 +303,52 @@ def _prior_config(state: StateDict) -> PriorConfig:
 
 def _decoder_config(state: StateDict) -> DecoderConfig:
     c_cond, clip_embd = state.shape("clip_mapper.weight", 2)
-    levels = range(state.count("down_blocks."))
-    entries = ["embedding.1.weight", *(f"down_blocks.{level}.0.1.weight" for level in levels[1:])]
-    kinds = [_block_kinds(state, level) for level in levels]
-    # The shortest pattern that is repeated to give all: the first rotation of the string that equals it.
-    lengths = [(all_kinds + all_kinds).find(all_kinds, 1) for all_kinds in kinds]
-    patterns = [all_kinds[:length] for all_kinds, length in zip(kinds, lengths, strict=True)]
-    timestep, mapper = (
-        state.first("down_blocks.", ".mapper.weight"),
-        state.first("effnet_mappers.", ".weight"),
-    )
+    levels = _levels(state, HEAD_WIDTH)
+    mapper = state.first("effnet_mappers.", ".weight") or "effnet_mappers.1.weight"
     return DecoderConfig(
         c_in=state.quotient("embedding.1.weight", 1, PATCH**2),
         c_out=state.quotient("clf.1.weight", 0, 2 * PATCH**2),
-        c_r=DecoderConfig.c_r if timestep is None else state.shape(timestep, 2)[1],
         patch_size=PATCH,
         c_cond=c_cond,
-        c_hidden=tuple(state.shape(entry, 4)[0] for entry in entries),
-        nhead=tuple(
-            state.quotient(entry, 0, HEAD_WIDTH) if "A" in pattern else -1
-            for entry, pattern in zip(entries, patterns, strict=True)
+        inject_effnet=tuple(
+            f"effnet_mappers.{level}.weight" in state.tensors for level in range(len(levels["c_hidden"]))
         ),
-        blocks=tuple(len(all_kinds) // length for all_kinds, length in zip(kinds, lengths, strict=True)),
-        level_config=tuple(patterns),
-        inject_effnet=tuple(f"effnet_mappers.{level}.weight" in state.tensors for level in levels),
-        effnet_embd=state.shape(mapper or "effnet_mappers.1.weight", 4)[1],
+        effnet_embd=state.shape(mapper, 4)[1],
         clip_embd=clip_embd,
         kernel_size=state.shape("down_blocks.0.0.depthwise.weight", 4)[3],
+        **levels,
     )
+
+
+def _paella_config(state: StateDict) -> PaellaConfig:
+    num_labels, c_token = state.shape("in_mapper.0.weight", 2)
+    c_cond, clip_embd = state.shape("byt5_mapper.weight", 2)
+    return PaellaConfig(
+        num_labels=num_labels,
+        c_token=c_token,
+        patch_size=math.isqrt(state.quotient("embedding.1.weight", 1, c_token)),
+        c_cond=c_cond,
+        effnet_embd=state.shape("effnet_mapper.weight", 2)[1],
+        clip_embd=clip_embd,
+        **_levels(state, PAELLA_HEAD_WIDTH),
+    )
+
+
+def _levels(state: StateDict, head_width: int) -> dict[str, Any]:
+    """The fields of a UNet's configuration that have an entry a level, and ``c_r``."""
+    fields: dict[str, list[Any]] = {"c_hidden": [], "nhead": [], "blocks": [], "level_config": []}
+    for level in range(state.count("down_blocks.")):
+        entry = "embedding.1.weight" if level == 0 else f"down_blocks.{level}.0.1.weight"
+        kinds = _block_kinds(state, level)
+        # The shortest pattern that gives all when it is repeated: the first rotation that changes nothing.
+        length = (kinds + kinds).find(kinds, 1)
+        fields["c_hidden"].append(state.shape(entry, 4)[0])
+        fields["nhead"].append(state.quotient(entry, 0, head_width) if "A" in kinds else -1)
+        fields["blocks"].append(len(kinds) // length)
+        fields["level_config"].append(kinds[:length])
+    timestep = state.first("down_blocks.", ".mapper.weight")
+    c_r = DecoderConfig.c_r if timestep is None else state.shape(timestep, 2)[1]
+    return {name: tuple(values) for name, values in fields.items()} | {"c_r": c_r}
 
 
 def _block_kinds(state: StateDict, level: int) -> str:
@@ -342,11 +368,12 @@ def _block_kinds(state: StateDict, level: int) -> str:
 # From our names to the original's, and back
 
 
-_NETWORKS: dict[str, type[nn.Module]] = {
-    "vqgan": VQGAN,
-    "decoder": Decoder,
-    "compressor": Compressor,
-    "prior": Prior,
+_NETWORKS: dict[type, tuple[str, type[nn.Module]]] = {
+    VQGANConfig: ("vqgan", VQGAN),
+    DecoderConfig: ("decoder", Decoder),
+    PaellaConfig: ("decoder", Paella),
+    CompressorConfig: ("compressor", Compressor),
+    PriorConfig: ("prior", Prior),
 }
 _RENAMED = {
     "attention.to_out.0.": "attention.attn.out_proj.",
@@ -387,24 +414,30 @@ def _from_original(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[st
 # Writing
 
 
+def _is_v1(parts: Mapping[str, nn.Module]) -> bool:
+    decoder, prior = parts.get("decoder"), parts.get("prior")
+    if decoder is None and isinstance(prior, Prior):
+        return prior.config.c_cond == 1024
+    return isinstance(decoder, Paella)
+
+
 def _state_to_write(part: str, network: nn.Module) -> dict[str, Tensor]:
     """The tensors of a network under the original's names, if they are read back as the same network."""
-    if part not in _NETWORKS:
+    if part not in {name for name, _ in _NETWORKS.values()}:
         raise _cannot_hold(part, "the original's files have no place for it")
-    assert isinstance(network, _NETWORKS[part])
     config: Any = network.config
+    assert _NETWORKS[type(config)] == (part, type(network))
     if getattr(config, "prediction", "noise") != "noise":
         raise _cannot_hold(part, f"it predicts the {config.prediction}, and the original's networks noise")
     if isinstance(config, DecoderConfig) and config.clip_embd is None:
         raise _cannot_hold(part, "it takes no text, and the original's decoders do")
     if isinstance(config, CompressorConfig) and config.backbone not in BACKBONES.values():
         raise _cannot_hold(part, f"its backbone is {config.backbone}, and the original's EfficientNetV2")
-    if any(width != heads * HEAD_WIDTH for width, heads in _widths_and_heads(config)):
-        raise _cannot_hold(
-            part, f"its nhead is {config.nhead}, and readers give a head {HEAD_WIDTH} channels"
-        )
+    width = PAELLA_HEAD_WIDTH if isinstance(config, PaellaConfig) else HEAD_WIDTH
+    if any(c != heads * width for c, heads in _widths_and_heads(config)):
+        raise _cannot_hold(part, f"its nhead is {config.nhead}, and readers give a head {width} channels")
     with torch.device("meta"):
-        plain = _NETWORKS[part](config)
+        plain = type(network)(config)
     if plain.state_dict().keys() != network.state_dict().keys():
         raise _cannot_hold(part, "it has other weights than its configuration says, adapters perhaps")
     tensors = _to_original(network.state_dict())
@@ -420,11 +453,11 @@ def _state_to_write(part: str, network: nn.Module) -> dict[str, Tensor]:
     return {key: _compact(tensor) for key, tensor in tensors.items()}
 
 
-def _widths_and_heads(config: object) -> list[tuple[int, int]]:
+def _widths_and_heads(config: Config) -> list[tuple[int, int]]:
     """Of all attention blocks, level by level."""
     if isinstance(config, PriorConfig):
         return [(config.c, config.nhead)]
-    if isinstance(config, DecoderConfig):
+    if isinstance(config, DecoderConfig | PaellaConfig):
         levels = zip(config.c_hidden, config.nhead, config.level_config, strict=True)
         return [(width, heads) for width, heads, kinds in levels if "A" in kinds]
     return []
