@@ -198,7 +198,7 @@ def test_v1_ends_in_tokens_of_the_codebook(small_v1, monkeypatch):
     (z,) = seen
     codes = vqgan.vquantizer.embedding.weight.detach()
     distances = torch.cdist(z.clone().permute(0, 2, 3, 1).flatten(0, 2), codes)
-    assert float(distances.min(dim=1).values.max()) < 1e-5
+    assert float(distances.min(dim=1).values.max()) < 1e-4
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])

@@ -32,7 +32,7 @@ from wuerstchen.checkpoints.native import (
     read_tensors,
     write_cascade,
 )
-from wuerstchen.checkpoints.original import find_original, read_original, write_original
+from wuerstchen.checkpoints.original import read_original, write_original
 from wuerstchen.checkpoints.paddle import PADDLE, is_paddle
 from wuerstchen.checkpoints.text_encoder import read_text_encoder
 from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE
@@ -77,7 +77,7 @@ def layout_of(path: Path) -> Layout:
         return "native"
     if (path / "model_index.json").is_file():
         return "paddle" if is_paddle(path) else "diffusers"
-    if find_original(path):
+    if path.suffix == ".pt" or any(path.glob("*.pt")):
         return "original"
     if (path / "config.json").is_file():
         raise CheckpointError(
