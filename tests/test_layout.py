@@ -21,6 +21,7 @@ ORDER = [
     {"evaluate"},
     {"train"},
     {"recipes"},
+    {"doctor"},
     {"cli"},
     {"__main__", "__init__"},
 ]
