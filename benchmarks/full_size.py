@@ -1,0 +1,143 @@
+"""The published v2 model's size, with random weights, against diffusers on the same GPU in the same process.
+
+    python benchmarks/full_size.py [--pictures 2]
+
+prints what one 1024×1024 picture takes of memory and time, with all networks on the GPU and with one at a
+time there, in the published recipe: 29 steps of Stage C with guidance, 12 of Stage B. diffusers is measured
+as it is, eager, and so are we.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+
+import torch
+from random_model import letters, random_v2
+
+from wuerstchen.models.cascade import Cascade
+from wuerstchen.pipeline import LowMemory, Wuerstchen
+
+PROMPT = "a capybara wearing a raincoat, in the style of an old photograph"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pictures", type=int, default=2, help="drawn one after another after a first one")
+    parser.add_argument("--skip-layer", action="store_true", help="leave out the slow offload by layer")
+    options = parser.parse_args()
+    cuda = torch.device("cuda")
+    cascade = random_v2(cuda)
+    for network in cascade.networks().values():
+        network.to("cpu", torch.float16)
+    rows = {}
+
+    def measure(name: str, drawn: Callable[[int], object], pictures: int = options.pictures) -> None:
+        drawn(0)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        times = []
+        for seed in range(1, pictures + 1):
+            began = time.perf_counter()
+            drawn(seed)
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        rows[name] = {"gib": round(peak, 2), "seconds": round(statistics.median(times), 2)}
+        print(f"{name:<44} {peak:6.2f} GiB {rows[name]['seconds']:7.2f} s a picture", flush=True)
+
+    layers: list[LowMemory] = ["stage"] if options.skip_layer else ["stage", "layer"]
+    for low_memory in layers:
+        model = Wuerstchen(cascade, cuda, low_memory=low_memory)
+        measure(f"wuerstchen, low memory by {low_memory}", partial(draw, model), 1)
+        model.residence.release()
+        free()
+    pipe = diffusers_pipeline(cascade)
+    pipe.enable_model_cpu_offload()
+    measure("diffusers, enable_model_cpu_offload", lambda seed: diffusers_draw(pipe, seed), 1)
+    pipe = None
+    free()
+
+    for network in cascade.networks().values():
+        network.to(cuda)
+    pipe = diffusers_pipeline(cascade).to(cuda)
+    measure("diffusers, all on the GPU", lambda seed: diffusers_draw(pipe, seed))
+    pipe = None
+    free()
+    model = Wuerstchen(cascade, cuda)
+    measure("wuerstchen, all on the GPU", partial(draw, model))
+
+    ours, theirs = rows["wuerstchen, low memory by stage"], rows["diffusers, enable_model_cpu_offload"]
+    print(f"memory, one network at a time: {ours['gib'] / theirs['gib']:.2f} of diffusers'")
+    ours, theirs = rows["wuerstchen, all on the GPU"], rows["diffusers, all on the GPU"]
+    print(f"time, all on the GPU: {ours['seconds'] / theirs['seconds']:.2f} of diffusers'")
+    versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
+    print(json.dumps({"gpu": torch.cuda.get_device_name(), **versions, "rows": rows}))
+
+
+def draw(model: Wuerstchen, seed: int) -> object:
+    return model.generate(PROMPT, seed=seed)
+
+
+def free() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def diffusers_pipeline(cascade: Cascade):
+    """diffusers' pipeline with the same weights."""
+    import dataclasses
+
+    from diffusers import DDPMWuerstchenScheduler, WuerstchenCombinedPipeline
+    from diffusers.pipelines.deprecated.wuerstchen.modeling_paella_vq_model import PaellaVQModel
+    from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_diffnext import WuerstchenDiffNeXt
+    from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import WuerstchenPrior
+
+    def same(network_class, ours):
+        fields = dataclasses.asdict(ours.config)
+        fields.pop("prediction", None)
+        fields = {name: list(v) if isinstance(v, tuple) else v for name, v in fields.items()}
+        with torch.device("meta"):
+            network = network_class(**fields)
+        network.load_state_dict(ours.state_dict(), assign=True)
+        return network.eval().requires_grad_(False)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipe = WuerstchenCombinedPipeline(
+            letters(),
+            cascade.decoder_text_encoder.model,
+            same(WuerstchenDiffNeXt, cascade.decoder),
+            DDPMWuerstchenScheduler(),
+            same(PaellaVQModel, cascade.vqgan),
+            letters(),
+            cascade.text_encoder.model,
+            same(WuerstchenPrior, cascade.prior),
+            DDPMWuerstchenScheduler(),
+        )
+    pipe.prior_pipe.set_progress_bar_config(disable=True)
+    pipe.decoder_pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def diffusers_draw(pipe, seed: int) -> object:
+    from wuerstchen.diffusion.schedule import stage_c_timesteps
+
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return pipe(
+        PROMPT,
+        width=1024,
+        height=1024,
+        prior_timesteps=stage_c_timesteps(29),
+        prior_guidance_scale=4.0,
+        generator=generator,
+    ).images
+
+
+if __name__ == "__main__":
+    main()
