@@ -1,0 +1,158 @@
+"""What all pipelines share: their components, where those live, progress bars, loading and saving."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from wuerstchen.diffusers.outputs import Config
+from wuerstchen.errors import UserError, UserNotice
+
+AnyPipeline = TypeVar("AnyPipeline", bound="DiffusionPipeline")
+
+
+class DiffusionPipeline:
+    """The base of all pipelines. ``DiffusionPipeline.from_pretrained`` gives the kind that a folder holds.
+
+    Components are plain attributes: ``pipe.prior = torch.compile(pipe.prior)`` is all that compiling takes.
+    """
+
+    model_cpu_offload_seq: str | None = None
+    _callback_tensor_inputs: tuple[str, ...] = ("latents",)
+    _component_names: tuple[str, ...] = ()
+    _network_name: str = ""
+    """The component whose dtype and device are the pipeline's."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.config = Config(settings)
+        self._guidance_scale = 1.0
+        self._num_timesteps = 0
+        self._progress_bar_config: dict[str, Any] = {}
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """All components by name: another pipeline can be built from them, sharing their memory."""
+        return {name: getattr(self, name) for name in self._component_names}
+
+    def _networks(self) -> dict[str, nn.Module]:
+        return {name: part for name, part in self.components.items() if isinstance(part, nn.Module)}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline's network is."""
+        return device_of(getattr(self, self._network_name))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the pipeline's network computes in."""
+        return dtype_of(getattr(self, self._network_name))
+
+    @property
+    def _execution_device(self) -> torch.device:
+        return self.device
+
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance scale of the call that runs, or ran last. A callback changes ``_guidance_scale``."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the call that runs, or ran last."""
+        return self._num_timesteps
+
+    def to(
+        self: AnyPipeline,
+        *args: Any,
+        device: str | int | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        torch_device: str | int | torch.device | None = None,
+        torch_dtype: torch.dtype | None = None,
+        silence_dtype_warnings: bool = False,
+    ) -> AnyPipeline:
+        """Moves or converts all networks: ``to("cuda")``, ``to(torch.float16)``, or both in this order.
+
+        Ends offloading. Returns the pipeline.
+        """
+        for value in args:
+            if isinstance(value, torch.dtype):
+                dtype = _once("dtype", dtype, value)
+            elif value is not None:
+                device = _once("device", device, value)
+        device = device if torch_device is None else _once("device", device, torch_device)
+        dtype = dtype if torch_dtype is None else _once("dtype", dtype, torch_dtype)
+        for network in self._networks().values():
+            network.to(device=device, dtype=dtype)
+        return self
+
+    @contextmanager
+    def _using(self, network: nn.Module | None) -> Iterator[torch.device]:
+        """While it lasts, ``network`` can run; gives the device that its inputs must be on."""
+        yield self.device if network is None else device_of(network)
+
+    def maybe_free_model_hooks(self) -> None:
+        """Does nothing: offloaded networks go back as soon as a call ends."""
+
+    def progress_bar(self, iterable: Any = None, total: int | None = None) -> tqdm:
+        """A bar over ``iterable``, or one of ``total`` steps that is moved by hand."""
+        if (iterable is None) == (total is None):
+            raise UserError("a progress bar needs either `iterable` or `total`; give one of them")
+        return tqdm(iterable, total=total, **self._progress_bar_config)
+
+    def set_progress_bar_config(self, **kwargs: Any) -> None:
+        """Settings of the bars to come, as tqdm takes them: ``disable=True`` hides them."""
+        self._progress_bar_config = kwargs
+
+    def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
+        """Changes nothing, and says so: attention never holds the whole table of scores here."""
+        _already_efficient("enable_xformers_memory_efficient_attention")
+
+    def disable_xformers_memory_efficient_attention(self) -> None:
+        """Changes nothing."""
+
+    def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
+        """Changes nothing, and says so: attention never holds the whole table of scores here."""
+        _already_efficient("enable_attention_slicing")
+
+    def disable_attention_slicing(self) -> None:
+        """Changes nothing."""
+
+    def __repr__(self) -> str:
+        parts = (f"  {name}: {type(part).__name__}" for name, part in self.components.items())
+        settings = (f"  {name}={value}" for name, value in self.config.items())
+        return "\n".join([f"{type(self).__name__}(", *parts, *settings, ")"])
+
+
+def device_of(network: nn.Module) -> torch.device:
+    return next(network.parameters()).device
+
+
+def dtype_of(network: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in network.parameters() if p.is_floating_point())
+
+
+def check_network(name: str, network: Any, kind: type[nn.Module]) -> None:
+    """Raises ``TypeError`` for a network of another kind, such as diffusers' own. A compiled one is fine."""
+    if not isinstance(getattr(network, "_orig_mod", network), kind):
+        raise TypeError(
+            f"{name} must be a {kind.__module__}.{kind.__name__}, but got {type(network)}; "
+            "from_pretrained reads diffusers' weights into one"
+        )
+
+
+def _once(name: str, earlier: Any, value: Any) -> Any:
+    if earlier is not None:
+        raise UserError(f"{name} was given twice, as {earlier} and {value}; give it once")
+    return value
+
+
+def _already_efficient(what: str) -> None:
+    warnings.warn(f"{what} changes nothing: attention is memory-efficient already", UserNotice, stacklevel=3)
