@@ -1,11 +1,18 @@
 """What several test files share."""
 
 import hashlib
+import json
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
+import tokenizers
 import torch
 from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from wuerstchen.checkpoints.native import Provenance, write_cascade
 from wuerstchen.checkpoints.text_encoder import read_text_encoder
@@ -122,3 +129,124 @@ def model_folder(small_cascade: Cascade, tmp_path_factory: pytest.TempPathFactor
     parts = dict.fromkeys(("vqgan", "decoder", "compressor", "prior"), provenance)
     write_cascade(small_cascade, folder, parts, text_encoder=BUNDLED / "text_encoder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def clip_tokenizer() -> CLIPTokenizer:
+    """CLIP's byte-level tokenizer with no words but the letters and two pairs."""
+    letters = [*tokenizers.pre_tokenizers.ByteLevel.alphabet()]
+    letters.sort()
+    pieces = [*letters, *(letter + "</w>" for letter in letters), "ca", "ca" + "t</w>"]
+    vocab = {piece: number for number, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
+    return CLIPTokenizer(vocab=vocab, merges=[("c", "a"), ("ca", "t</w>")], model_max_length=12)
+
+
+@pytest.fixture(scope="session")
+def diffusers_pipelines(clip_tokenizer: CLIPTokenizer) -> SimpleNamespace:
+    """diffusers' own pipelines of Stage C (``prior``) and of Stages B and A (``decoder``), tiny, random."""
+    from diffusers import DDPMWuerstchenScheduler, WuerstchenDecoderPipeline, WuerstchenPriorPipeline
+    from diffusers.pipelines.deprecated.wuerstchen.modeling_paella_vq_model import PaellaVQModel
+    from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_diffnext import WuerstchenDiffNeXt
+    from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import WuerstchenPrior
+
+    def text_encoder(width: int) -> CLIPTextModel:
+        words = len(clip_tokenizer)
+        config = CLIPTextConfig(
+            vocab_size=words,
+            hidden_size=width,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=12,
+            hidden_act="gelu",
+            bos_token_id=words - 2,
+            eos_token_id=words - 1,
+            pad_token_id=words - 1,
+        )
+        return CLIPTextModel(config)
+
+    def filled(network: nn.Module) -> nn.Module:
+        with torch.no_grad():
+            for name, tensor in network.state_dict().items():
+                if tensor.is_floating_point():
+                    tensor.copy_(_fill(name, tensor))
+        return network.eval()
+
+    prior = WuerstchenPrior(c_in=4, c=16, c_cond=16, c_r=16, depth=2, nhead=2)
+    decoder = WuerstchenDiffNeXt(
+        c_r=16,
+        c_cond=12,
+        c_hidden=[8, 16, 16, 16],
+        nhead=[-1, 2, 2, 2],
+        blocks=[1, 1, 2, 1],
+        effnet_embd=4,
+        clip_embd=12,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are deprecated there
+        return SimpleNamespace(
+            prior=WuerstchenPriorPipeline(
+                clip_tokenizer, filled(text_encoder(16)), filled(prior), DDPMWuerstchenScheduler()
+            ),
+            decoder=WuerstchenDecoderPipeline(
+                clip_tokenizer,
+                filled(text_encoder(12)),
+                filled(decoder),
+                DDPMWuerstchenScheduler(),
+                filled(PaellaVQModel(bottleneck_blocks=2, embed_dim=16, num_vq_embeddings=32)),
+            ),
+        )
+
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def write_published(diffusers_pipelines: SimpleNamespace) -> Write:
+    """Writes those pipelines into a folder, in the layout of a year."""
+
+    def write(folder: Path, year: int = 2023, *, pickled: bool = False, shard_size: str = "10GB") -> Path:
+        """``folder/wuerstchen``, which names ``folder/wuerstchen/prior_pipeline`` as its prior.
+
+        2023 is as published; 2026 as diffusers 0.42 and transformers 5 write.
+        """
+        root = folder / "wuerstchen"
+        for part, place in (("decoder", root), ("prior", root / "prior_pipeline")):
+            pipeline = getattr(diffusers_pipelines, part)
+            pipeline.save_pretrained(place, safe_serialization=not pickled, max_shard_size=shard_size)
+            if pickled:
+                # transformers 5 writes safetensors only.
+                torch.save(pipeline.text_encoder.state_dict(), place / "text_encoder" / "pytorch_model.bin")
+                for path in (place / "text_encoder").glob("model*.safetensors*"):
+                    path.unlink()
+            if year == 2023:
+                _as_published(place, pickled)
+        (root / "README.md").write_text("---\nlicense: mit\nprior:\n- prior_pipeline\n---\n# A model\n")
+        return root
+
+    return write
+
+
+def _as_published(folder: Path, pickled: bool) -> None:
+    """Turns what is written today into what was published."""
+    index = json.loads((folder / "model_index.json").read_text())
+    for part, entry in index.items():
+        if isinstance(entry, list) and part in ("prior", "decoder", "vqgan"):
+            entry[0] = "wuerstchen"
+    index["tokenizer"][1] = "CLIPTokenizerFast"
+    (folder / "model_index.json").write_text(json.dumps(index))
+    text = folder / "text_encoder"
+    path = text / ("pytorch_model.bin" if pickled else "model.safetensors")
+    if path.is_file():
+        state = torch.load(path) if pickled else safetensors.torch.load_file(path)
+        state = {f"text_model.{key}": value for key, value in state.items()}
+        state["text_model.embeddings.position_ids"] = torch.arange(12)[None]
+        if pickled:
+            torch.save(state, path)
+        else:
+            safetensors.torch.save_file(state, path, metadata={"format": "pt"})
+    pieces = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(pieces["vocab"]))
+    merges = "\n".join(" ".join(merge) for merge in pieces["merges"])
+    (folder / "tokenizer" / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")

@@ -1,6 +1,9 @@
 """From text to pictures, and from pictures through the map and back: pure steps, to be read from the top.
 
 prompt → text states → Stage C: map (b, 16, h, w) → Stage B: latents (b, 4, H, W) → Stage A: pixels
+
+A picture is drawn on a canvas that the grids of all stages fit, and cut out of its middle. Networks compute
+in their own precision, diffusion between them in fp32.
 """
 
 import dataclasses
@@ -8,21 +11,27 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from wuerstchen.checkpoints.native import read_cascade
-from wuerstchen.diffusion.samplers import ddpm, draw_noise, guided
+from wuerstchen.checkpoints.layouts import Sources, read_model
+from wuerstchen.diffusion.samplers import PredictNoise, ddpm, draw_noise, guided
 from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, stage_c_timesteps, uniform_timesteps
+from wuerstchen.diffusion.tokens import draw_tokens, sample_tokens
 from wuerstchen.errors import UserError, out_of_memory_named
-from wuerstchen.images import center_crop_resize, to_images, to_tensor
+from wuerstchen.images import center_crop_resize, resize_crop, to_images, to_tensor
+from wuerstchen.memory import AllOnDevice, Blockwise, OneAtATime, tiled_decode
 from wuerstchen.models.cascade import Cascade
 from wuerstchen.models.compressor import Compressor, compressor_input
+from wuerstchen.models.decoder import Decoder
+from wuerstchen.models.paella import Paella
 from wuerstchen.models.prior import Prior
-from wuerstchen.models.text import TextEncoder
+from wuerstchen.models.text import TextEncoder, TextStates
 
 BUNDLED = Path(__file__).parent / "bundled"
 MAX_SEED = 2**32 - 1  # a CPU generator keeps 32 bits: larger seeds would repeat the noise of smaller ones
@@ -79,12 +88,32 @@ class Reconstruction:
         return 3 * self.original.height * self.original.width / math.prod(self.map_size)
 
 
-def load(model: str | Path | None = None, device: str | torch.device | None = None) -> "Wuerstchen":
-    """Loads a model folder, or the bundled model when none is named, onto ``device`` (a GPU if there is one).
+Precision = Literal["float32", "bfloat16", "float16"]
+LowMemory = Literal["stage", "layer"]
+"""What is on a small GPU at a time: one network, or one layer of it, which is far slower."""
 
-    Needs no network. Raises ``CheckpointError`` for a folder that is damaged or no model.
+
+def load(
+    model: str | Path | None = None,
+    device: str | torch.device | None = None,
+    *,
+    precision: Precision = "float32",
+    low_memory: LowMemory | None = None,
+    sources: Sources | None = None,
+) -> "Wuerstchen":
+    """Loads a model, or the bundled one when none is named, onto ``device`` (a GPU if there is one).
+
+    ``model`` is a folder in any layout, or a name on the hub; ``sources`` names parts that come from
+    elsewhere. Half precision takes half the memory: pictures are near those of float32, bfloat16's a
+    little less than float16's. The bundled model needs no network. Raises ``CheckpointError`` for what is
+    damaged or no model.
     """
-    return Wuerstchen(read_cascade(BUNDLED if model is None else Path(model)), default_device(device))
+    for value, kind in ((precision, Precision), (low_memory, LowMemory)):
+        if value is not None and value not in get_args(kind):
+            raise UserError(f"{value!r} is unknown; use one of {', '.join(get_args(kind))}")
+    device = default_device(device)
+    cascade = read_model(BUNDLED if model is None else model, sources, dtype=getattr(torch, precision))
+    return Wuerstchen(cascade, device, low_memory=low_memory)
 
 
 def default_device(device: str | torch.device | None = None) -> torch.device:
@@ -105,11 +134,22 @@ def default_device(device: str | torch.device | None = None) -> torch.device:
 class Wuerstchen:
     """A model ready to draw. ``cascade`` holds its networks."""
 
-    def __init__(self, cascade: Cascade, device: torch.device) -> None:
+    def __init__(
+        self, cascade: Cascade, device: torch.device, *, low_memory: LowMemory | None = None
+    ) -> None:
+        """With ``low_memory`` the networks stay on the CPU and visit ``device`` when they are needed."""
         self.cascade = cascade
         self.device = device
+        self.low_memory = low_memory
+        self.residence = (
+            AllOnDevice(device)
+            if low_memory is None
+            else (OneAtATime if low_memory == "stage" else Blockwise)(device)
+        )
         for network in cascade.networks().values():
-            network.to(device).eval()
+            network.eval()
+            if low_memory is None:
+                network.to(device)
 
     @torch.inference_mode()
     def generate(
@@ -120,6 +160,8 @@ class Wuerstchen:
         seed: int | Sequence[int] = 0,
         count: int = 1,
         size: int | tuple[int, int] | None = None,
+        init: Image.Image | None = None,
+        strength: float = 0.7,
         sampling: Sampling | None = None,
         batch_size: int = 8,
         progress: Progress | None = None,
@@ -128,16 +170,27 @@ class Wuerstchen:
 
         Picture number i of the call has seed ``seed + i``, or ``seed[i]`` of a list, and noise of its own:
         drawn alone with that seed it is the same picture, up to rounding. ``size`` is (width, height) in
-        pixels or one number for both; ``negative`` is the text to steer away from. Raises ``UserError`` for
-        what cannot be drawn.
+        pixels or one number for both, in steps of 8; ``negative`` is the text to steer away from.
+
+        With ``init`` Stage C begins with that picture's map, noised to the time ``strength`` in (0, 1]: small
+        values keep its layout, 1 keeps nothing. The empty prompt then gives variations of it. The picture is
+        scaled and cropped to the size. Raises ``UserError`` for what cannot be drawn.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         sampling = self._resolved(sampling or Sampling())
         width, height = self._checked_size(size)
+        canvas = self.cascade.settings.canvas(width, height)
         seeds = _checked_request(prompts, seed, count, batch_size)
+        if not 0 < strength <= 1:
+            raise UserError(f"strength {strength} must be above 0 and at most 1; 0.7 is common")
         prior, text_encoder = self.cascade.prior, self.cascade.text_encoder
         if prior is None or text_encoder is None:
             raise UserError("this model has no Stage C or no text encoder; it reconstructs, but cannot draw")
+        begin = None
+        if init is not None:
+            pixels = to_tensor(resize_crop(init, width, height))[None]
+            z = self.encode(self._compressor(), _on_canvas(pixels, canvas))
+            begin = self.cascade.settings.map_statistics.normalise(z)
 
         texts = [prompt for prompt in prompts for _ in range(count)]
         images: list[Image.Image] = []
@@ -146,10 +199,19 @@ class Wuerstchen:
             generators = _generators(seeds[start : start + batch_size])
             with out_of_memory_named(f"batch_size={len(batch)} at {width}x{height} pixels"):
                 z = self._sample_map(
-                    prior, text_encoder, batch, negative, (width, height), sampling, generators, progress
+                    prior,
+                    text_encoder,
+                    batch,
+                    negative,
+                    canvas,
+                    sampling,
+                    generators,
+                    progress,
+                    begin,
+                    strength,
                 )
-                latents = self._sample_latents(z, batch, (width, height), sampling, generators, progress)
-                images += to_images(self.cascade.vqgan.decode(latents).clamp(0, 1))
+                pixels = self._draw(z, batch, canvas, sampling, generators, progress)
+                images += to_images(_cut(pixels, (width, height)))
         return images
 
     @torch.inference_mode()
@@ -179,20 +241,17 @@ class Wuerstchen:
         progress: Progress | None = None,
     ) -> list[Reconstruction]:
         """``reconstruct`` for several pictures at once, each with a seed and noise of its own."""
-        compressor = self.cascade.compressor
-        if compressor is None:
-            raise UserError("this model has no compressor, so it cannot encode pictures; use one that has")
+        compressor = self._compressor()
         sampling = self._resolved(sampling or Sampling())
         side, _ = self._checked_size(size)
+        canvas = self.cascade.settings.canvas(side, side)
         generators = _generators(_checked_request([""] * len(images), seeds, 1, len(images)))
         originals = [center_crop_resize(image, side) for image in images]
         with out_of_memory_named(f"batch_size={len(images)} at {side}x{side} pixels"):
             pixels = torch.stack([to_tensor(original) for original in originals])
-            z = self.encode(compressor, pixels.to(self.device))
-            latents = self._sample_latents(
-                z, [""] * len(images), (side, side), sampling, generators, progress
-            )
-            results = to_images(self.cascade.vqgan.decode(latents).clamp(0, 1))
+            z = self.encode(compressor, _on_canvas(pixels, canvas))
+            drawn = self._draw(z, [""] * len(images), canvas, sampling, generators, progress)
+            results = to_images(_cut(drawn, (side, side)))
         map_size = (z.shape[1], z.shape[2], z.shape[3])
         return [
             Reconstruction(original=original, image=result, map_size=map_size)
@@ -204,8 +263,22 @@ class Wuerstchen:
         return dataclasses.asdict(self._resolved(sampling))
 
     def encode(self, compressor: Compressor, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c mh mw"]:
-        """The semantic map of pictures in [0, 1], as Stage B reads it."""
-        return compressor(compressor_input(pixels, self.cascade.settings.view_scale))
+        """The semantic map of pictures in [0, 1], as Stage B reads it, in fp32."""
+        with self.residence.using(compressor):
+            view = compressor_input(pixels.to(self.device), self.cascade.settings.view_scale)
+            return compressor(view.to(_dtype(compressor))).float()
+
+    def _compressor(self) -> Compressor:
+        if self.cascade.compressor is None:
+            raise UserError(
+                "this model has no compressor, so it cannot encode pictures; use one that has "
+                "(of the published v2, the original's .pt file of Stage B)"
+            )
+        return self.cascade.compressor
+
+    def _encode_text(self, encoder: TextEncoder, texts: list[str]) -> TextStates:
+        with self.residence.using(encoder):
+            return encoder.encode(texts)
 
     def _sample_map(
         self,
@@ -213,72 +286,91 @@ class Wuerstchen:
         text_encoder: TextEncoder,
         prompts: list[str],
         negative: str,
-        size: tuple[int, int],
+        canvas: tuple[int, int],
         sampling: Sampling,
         generators: list[torch.Generator],
         progress: Progress | None,
+        begin: Float[Tensor, "1 c mh mw"] | None,
+        strength: float,
     ) -> Float[Tensor, "b c mh mw"]:
-        """Stage C: the semantic map that the texts describe, in Stage B's units."""
+        """Stage C: the semantic map that the texts describe, in Stage B's units.
+
+        ``begin`` is a normalised map to start from in place of noise alone.
+        """
         assert sampling.guidance is not None
         assert sampling.prior_steps is not None
         settings = self.cascade.settings
 
         guides = sampling.guidance != 1
-        encoded = text_encoder.encode(prompts + [negative] * len(prompts) if guides else prompts)
-        context = prior.context(encoded.states, encoded.mask if settings.text_mask else None)
+        encoded = self._encode_text(text_encoder, prompts + [negative] * len(prompts) if guides else prompts)
+        spaced = uniform_timesteps if settings.prior_equal_steps else stage_c_timesteps
+        timesteps = spaced(sampling.prior_steps)
+        x = draw_noise((prior.config.c_in, *settings.map_size(*canvas)), generators).to(self.device)
+        if begin is not None:
+            timesteps = [strength, *(t for t in timesteps if t < strength)]
+            x = PUBLISHED_SCHEDULE.add_noise(begin, x, torch.full((1,), strength, device=self.device))
 
-        def predict(x: Tensor, t: Tensor) -> Tensor:
-            return prior(x, t, context)
+        with self.residence.using(prior):
+            context = prior.context(encoded.states, encoded.mask if settings.text_mask else None)
 
-        shape = (prior.config.c_in, *settings.map_size(*size))
-        sample = ddpm(
-            guided(predict, sampling.guidance) if guides else predict,
-            draw_noise(shape, generators).to(self.device),
-            stage_c_timesteps(sampling.prior_steps),
-            generators,
-            PUBLISHED_SCHEDULE,
-            _reporter(progress, "Stage C", sampling.prior_steps),
-        )
+            def predict(x: Tensor, t: Tensor) -> Tensor:
+                return prior(x.to(_dtype(prior)), t, context).float()
+
+            sample = ddpm(
+                guided(predict, sampling.guidance) if guides else predict,
+                x,
+                timesteps,
+                generators,
+                PUBLISHED_SCHEDULE,
+                _reporter(progress, "Stage C", len(timesteps) - 1),
+            )
         return settings.map_statistics.restore(sample)
 
-    def _sample_latents(
+    def _draw(
         self,
         z: Float[Tensor, "b c mh mw"],
         prompts: list[str],
-        size: tuple[int, int],
+        canvas: tuple[int, int],
         sampling: Sampling,
         generators: list[torch.Generator],
         progress: Progress | None,
-    ) -> Float[Tensor, "b 4 h w"]:
-        """Stage B: Stage A's latents of the picture that the map describes."""
+    ) -> Float[Tensor, "b 3 h w"]:
+        """Stages B and A: the picture that the map describes, in [0, 1]."""
         assert sampling.decoder_guidance is not None
         assert sampling.decoder_steps is not None
         assert sampling.decoder_shift is not None
-        decoder = self.cascade.decoder
-        factor = self.cascade.vqgan.config.factor
-        grid = (size[1] // factor, size[0] // factor)
+        decoder, vqgan = self.cascade.decoder, self.cascade.vqgan
+        grid = (canvas[1] // vqgan.config.factor, canvas[0] // vqgan.config.factor)
 
         guides = sampling.decoder_guidance != 1
         if guides:
             z, prompts = torch.cat([z, torch.zeros_like(z)]), prompts + [""] * len(prompts)
-        states = mask = None
         encoder = self.cascade.text_encoder_of_decoder()
-        if encoder is not None:
-            text = encoder.encode(prompts)
-            states, mask = text.states, text.mask if self.cascade.settings.text_mask else None
-        context = decoder.context(z, grid, states, mask)
+        text = None if encoder is None else self._encode_text(encoder, prompts)
 
-        def predict(x: Tensor, t: Tensor) -> Tensor:
-            return decoder(x, t, context)
+        def steered(predict: PredictNoise) -> PredictNoise:
+            assert sampling.decoder_guidance is not None
+            return guided(predict, sampling.decoder_guidance) if guides else predict
 
-        return ddpm(
-            guided(predict, sampling.decoder_guidance) if guides else predict,
-            draw_noise((decoder.config.c_in, *grid), generators).to(self.device),
-            uniform_timesteps(sampling.decoder_steps, sampling.decoder_shift),
-            generators,
-            PUBLISHED_SCHEDULE,
-            _reporter(progress, "Stage B", sampling.decoder_steps),
-        )
+        timesteps = uniform_timesteps(sampling.decoder_steps, sampling.decoder_shift)
+        report = _reporter(progress, "Stage B", sampling.decoder_steps)
+        with self.residence.using(decoder):
+            if isinstance(decoder, Paella):
+                assert text is not None
+                noise = draw_tokens(grid, decoder.config.num_labels, generators).to(self.device)
+                predict = _predicts_tokens(decoder, z, text)
+                temperatures = self.cascade.settings.decoder_temperatures
+                drawn = sample_tokens(steered(predict), noise, timesteps, generators, temperatures, report)
+            else:
+                noise = draw_noise((decoder.config.c_in, *grid), generators).to(self.device)
+                predict = _predicts_latents(decoder, z, grid, text, self.cascade.settings.text_mask)
+                drawn = ddpm(steered(predict), noise, timesteps, generators, PUBLISHED_SCHEDULE, report)
+        with self.residence.using(vqgan):
+            if isinstance(decoder, Paella):
+                drawn = vqgan.vquantizer.lookup(drawn) / vqgan.config.scale_factor
+            drawn = drawn.to(_dtype(vqgan))
+            pixels = vqgan.decode(drawn) if self.low_memory is None else tiled_decode(vqgan, drawn)
+        return pixels.float().clamp(0, 1)
 
     def _resolved(self, sampling: Sampling) -> Sampling:
         """Fills what was left open from the model's settings."""
@@ -298,8 +390,41 @@ class Wuerstchen:
         if size is None:
             size = settings.image_size
         width, height = (size, size) if isinstance(size, int) else size
-        settings.check_size(width, height)
         return width, height
+
+
+def _dtype(network: nn.Module) -> torch.dtype:
+    return next(network.parameters()).dtype
+
+
+def _predicts_latents(
+    decoder: Decoder, z: Tensor, grid: tuple[int, int], text: TextStates | None, masked: bool
+) -> PredictNoise:
+    """Stage B of v2 with all that does not change from step to step."""
+    states = None if text is None else text.states
+    context = decoder.context(z, grid, states, text.mask if text is not None and masked else None)
+    return lambda x, t: decoder(x.to(_dtype(decoder)), t, context).float()
+
+
+def _predicts_tokens(decoder: Paella, z: Tensor, text: TextStates) -> PredictNoise:
+    """Stage B of v1, likewise."""
+    context = decoder.context(z.to(_dtype(decoder)), text.states)
+    return lambda tokens, t: decoder(tokens, t, context)
+
+
+def _on_canvas(pixels: Float[Tensor, "b 3 h w"], canvas: tuple[int, int]) -> Float[Tensor, "b 3 h2 w2"]:
+    """Pictures in the middle of a larger canvas, their edges repeated."""
+    (right, left), (bottom, top) = (
+        ((rest := whole - own) - rest // 2, rest // 2)
+        for whole, own in zip(canvas, (pixels.shape[3], pixels.shape[2]), strict=True)
+    )
+    return F.pad(pixels, (left, right, top, bottom), mode="replicate")
+
+
+def _cut(pixels: Float[Tensor, "b 3 h2 w2"], size: tuple[int, int]) -> Float[Tensor, "b 3 h w"]:
+    """The middle of pictures, (width, height) large."""
+    left, top = (pixels.shape[3] - size[0]) // 2, (pixels.shape[2] - size[1]) // 2
+    return pixels[:, :, top : top + size[1], left : left + size[0]]
 
 
 def check_seed(seed: int, pictures: int) -> None:

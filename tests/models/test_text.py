@@ -210,7 +210,7 @@ BIAS = "encoder.layer.1.output.dense.bias"
         (lambda f: shutil.rmtree(f), "config.json' is wrong because it cannot be read"),
         (lambda f: (f / "config.json").write_text("{"), "config.json' is wrong because it is not JSON"),
         (lambda f: (f / "config.json").write_text("[]"), "config.json' is wrong because its model_type"),
-        (_config(model_type="t5"), "its model_type is not 'bert'"),
+        (_config(model_type="t5"), "its model_type is neither 'bert' nor 'clip_text_model'"),
         (_config(text_positions="6"), "text_positions is '6' and must be an integer"),
         (_config(text_positions=13), "text_positions 13 is wrong because this text model reads 3 to 12"),
         (_config(num_attention_heads=3), "BERT cannot be built from it"),

@@ -6,9 +6,7 @@ code: tensors are safetensors, all else is JSON, and a pickle is refused by its 
 
 import dataclasses
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +14,17 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import wuerstchen
 from wuerstchen.checkpoints.int8 import dequantize, quantize_rows
-from wuerstchen.checkpoints.text_encoder import read_text_encoder
+from wuerstchen.checkpoints.text_encoder import read_text_encoder, write_text_encoder
+from wuerstchen.checkpoints.weights import new_folder, write_json, write_safetensors
 from wuerstchen.errors import CheckpointError
 from wuerstchen.models.cascade import Cascade, CascadeSettings, MapStatistics
 from wuerstchen.models.compressor import Compressor, CompressorConfig
 from wuerstchen.models.decoder import Decoder, DecoderConfig
+from wuerstchen.models.paella import Paella, PaellaConfig
 from wuerstchen.models.previewer import Previewer, PreviewerConfig
 from wuerstchen.models.prior import Prior, PriorConfig
 from wuerstchen.models.vqgan import VQGAN, VQGANConfig
@@ -41,9 +40,11 @@ NETWORKS: dict[str, tuple[type[nn.Module], type]] = {
     "vqgan": (VQGAN, VQGANConfig),
     "compressor": (Compressor, CompressorConfig),
     "decoder": (Decoder, DecoderConfig),
+    "paella": (Paella, PaellaConfig),
     "prior": (Prior, PriorConfig),
     "previewer": (Previewer, PreviewerConfig),
 }
+TEXT_ENCODERS = ("text_encoder", "decoder_text_encoder")
 _HEADER = "wuerstchen"
 
 
@@ -79,33 +80,8 @@ def migrate(header: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, header: Mapping[str, Any]) -> None:
-    """Writes a safetensors file whole: to a temporary name first, flushed to disk, then renamed."""
-    partial = path.with_name(f".{path.name}.partial")
-    contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    try:
-        save_file(contiguous, partial, metadata={_HEADER: json.dumps(header)})
-        partial.chmod(0o644)  # safetensors leaves files that nobody else can read
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise CheckpointError(
-            f"{path} cannot be written ({error}); free some space or choose another folder"
-        ) from error
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes JSON whole: to a temporary name first, flushed to disk, then renamed. Raises ``OSError``."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Writes a safetensors file whole, with our header in it."""
+    write_safetensors(tensors, path, {_HEADER: json.dumps(header)})
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -147,8 +123,8 @@ def write_network(
     write_tensors(tensors, path, header)
 
 
-def read_network(path: Path) -> tuple[nn.Module, Provenance]:
-    """Reads one network, in fp32 and eval mode. Raises ``CheckpointError`` for anything that does not fit."""
+def read_network(path: Path, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Provenance]:
+    """Reads one network, in eval mode. Raises ``CheckpointError`` for anything that does not fit."""
     tensors, header = read_tensors(path)
     try:
         cls, config_cls = NETWORKS[header["kind"]]
@@ -160,7 +136,7 @@ def read_network(path: Path) -> tuple[nn.Module, Provenance]:
             network = cls(config)
         if header["storage"] == "int8":
             tensors = dequantize(tensors)
-        state = {k: t.float() if t.is_floating_point() else t for k, t in tensors.items()}
+        state = {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
         network.load_state_dict(state, assign=True)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         detail = (str(error).splitlines() or [type(error).__name__])[0]
@@ -179,29 +155,29 @@ def write_cascade(
 ) -> None:
     """Writes a whole model into a new folder; the folder appears when everything in it is written.
 
-    ``text_encoder`` is the folder of the frozen text encoder, which is copied.
+    ``text_encoder`` is the folder of the frozen text encoder, which is copied; CLIP is written without one.
     """
-    if folder.exists():
-        raise CheckpointError(f"{folder} exists already; choose another folder or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
-        partial = Path(name) / folder.name
-        partial.mkdir()
+    with new_folder(folder) as partial:
         parts = [part for part in cascade.networks() if part in NETWORKS]
         for part in parts:
             network = cascade.networks()[part]
             how = (storage or {}).get(part, "float32")
             write_network(network, partial / f"{part}.safetensors", provenance[part], how)
-        if text_encoder is not None:
-            shutil.copytree(text_encoder, partial / "text_encoder")
-            parts.append("text_encoder")
+        for part in TEXT_ENCODERS:
+            encoder = getattr(cascade, part)
+            if part == "text_encoder" and text_encoder is not None:
+                shutil.copytree(text_encoder, partial / part)
+            elif encoder is not None:
+                write_text_encoder(encoder, partial / part)
+            else:
+                continue
+            parts.append(part)
         description = {
             "format": FORMAT,
             "parts": parts,
             "settings": dataclasses.asdict(cascade.settings),
         }
         write_json(partial / "model.json", description)
-        os.rename(partial, folder)
 
 
 def read_settings(path: Path) -> tuple[CascadeSettings, list[str]]:
@@ -210,7 +186,8 @@ def read_settings(path: Path) -> tuple[CascadeSettings, list[str]]:
         description = migrate(json.loads(path.read_text(encoding="utf-8")), path)
         raw = dict(description["settings"])
         statistics = MapStatistics(**{k: tuple(v) for k, v in raw.pop("map_statistics").items()})
-        return CascadeSettings(map_statistics=statistics, **raw), list(description["parts"])
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+        return CascadeSettings(map_statistics=statistics, **values), list(description["parts"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -219,18 +196,19 @@ def read_settings(path: Path) -> tuple[CascadeSettings, list[str]]:
         ) from error
 
 
-def read_cascade(folder: Path) -> Cascade:
-    """Reads a model folder, in fp32 on the CPU."""
+def read_cascade(folder: Path, dtype: torch.dtype = torch.float32) -> Cascade:
+    """Reads a model folder, onto the CPU."""
     if not (folder / "model.json").is_file():
         raise CheckpointError(f"{folder} is no model folder: it has no model.json; give one that has")
     settings, names = read_settings(folder / "model.json")
     parts: dict[str, Any] = {}
     for name in names:
-        if name == "text_encoder":
-            parts[name] = read_text_encoder(folder / name)
-        elif name in NETWORKS:
-            parts[name], _ = read_network(folder / f"{name}.safetensors")
-            if not isinstance(parts[name], NETWORKS[name][0]):
+        if name in TEXT_ENCODERS:
+            parts[name] = read_text_encoder(folder / name, dtype)
+        elif name in NETWORKS and name != "paella":
+            parts[name], _ = read_network(folder / f"{name}.safetensors", dtype)
+            kinds = (Decoder, Paella) if name == "decoder" else NETWORKS[name][0]
+            if not isinstance(parts[name], kinds):
                 raise CheckpointError(f"{folder / name}.safetensors holds another network; get it again")
         else:
             raise CheckpointError(f"{folder}/model.json names an unknown part {name!r}; upgrade wuerstchen")

@@ -1,4 +1,4 @@
-"""Reads the folder of a small text encoder: BERT's weights, its configuration and its vocabulary.
+"""Reads and writes the folder of a text encoder: the small BERT's, or CLIP's with its tokenizer beside it.
 
 ``transformers`` is imported inside the functions: it takes as long to import as torch does.
 """
@@ -16,6 +16,13 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import BertProcessing
 
+from wuerstchen.checkpoints.clip import (
+    clip_tokenizer_of,
+    read_clip,
+    read_clip_tokenizer,
+    write_clip,
+    write_clip_tokenizer,
+)
 from wuerstchen.checkpoints.int8 import dequantize
 from wuerstchen.errors import CheckpointError, UserError
 from wuerstchen.models.text import TextEncoder
@@ -24,13 +31,44 @@ if TYPE_CHECKING:
     from transformers import BertModel
 
 
-def read_text_encoder(path: Path | str) -> TextEncoder:
-    """Read ``config.json``, ``model.safetensors`` (int8 or floating) and ``vocab.txt`` of a BERT model.
+def read_text_encoder(path: Path | str, dtype: torch.dtype = torch.float32) -> TextEncoder:
+    """Read a text encoder's ``config.json``, ``model.safetensors`` and tokenizer.
 
-    Nothing is fetched and nothing unpickled. Raises ``CheckpointError`` for a missing, damaged or
-    ill-fitting file.
+    BERT has ``vocab.txt`` and may be stored in int8. CLIP has ``tokenizer.json``, or ``vocab.json`` and
+    ``merges.txt``; where they and the model lie in the folders ``tokenizer`` and ``text_encoder`` of a
+    pipeline, its folder does as well. Nothing is fetched and no code is run. Raises ``CheckpointError`` for a
+    missing, damaged or ill-fitting file.
     """
     folder = Path(path)
+    if (folder / "text_encoder").is_dir() and not (folder / "config.json").exists():
+        model_folder, tokenizer_folder = folder / "text_encoder", folder / "tokenizer"
+    else:
+        model_folder = tokenizer_folder = folder
+    if _is_clip(model_folder / "config.json"):
+        model = read_clip(model_folder, dtype=dtype)
+        return TextEncoder.from_transformers(model, read_clip_tokenizer(tokenizer_folder, model))
+    return _read_bert_encoder(folder).to(dtype)
+
+
+def write_text_encoder(encoder: TextEncoder, folder: Path) -> None:
+    """Writes CLIP and its tokenizer into one new folder, which ``read_text_encoder`` reads.
+
+    Raises ``UserError`` for BERT, whose vocabulary is a file of its own: copy its folder.
+    """
+    if encoder.model.config.model_type != "clip_text_model":
+        raise UserError("a text encoder that is no CLIP cannot be written; name its folder, to be copied")
+    write_clip(encoder.model, folder)
+    write_clip_tokenizer(clip_tokenizer_of(encoder), folder)
+
+
+def _is_clip(path: Path) -> bool:
+    try:
+        return json.loads(path.read_bytes()).get("model_type") == "clip_text_model"
+    except (OSError, ValueError, AttributeError):
+        return False  # which the other reader says better
+
+
+def _read_bert_encoder(folder: Path) -> TextEncoder:
     config = _read_config(folder / "config.json")
     tokenizer = _read_word_pieces(folder / "vocab.txt", config["vocab_size"])
     model = _read_bert(folder / "model.safetensors", config)
@@ -57,8 +95,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{_quoted(path)} is wrong because it is not JSON; fetch it again") from error
     if not isinstance(config, dict) or config.get("model_type") != "bert":
         raise CheckpointError(
-            f"{_quoted(path)} is wrong because its model_type is not 'bert';"
-            " give the folder of a BERT text encoder"
+            f"{_quoted(path)} is wrong because its model_type is neither 'bert' nor 'clip_text_model';"
+            " give the folder of a BERT or CLIP text encoder"
         )
     for field in ("vocab_size", "pad_token_id", "text_positions"):
         if type(config.get(field)) is not int:

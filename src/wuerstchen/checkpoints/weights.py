@@ -1,19 +1,24 @@
-"""Tensors from the files that other programs write: safetensors or torch's own, whole or in shards.
+"""Files of tensors and of JSON: safetensors or torch's own, whole or in shards, from any program.
 
-Nothing in a file is ever run: torch files are opened with ``weights_only=True``.
+Nothing in a file is ever run: torch files are opened with ``weights_only=True``. What is written appears
+when it is whole.
 """
 
 import json
+import os
 import pickle
+import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+import zipfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from wuerstchen.errors import CheckpointError
@@ -38,7 +43,27 @@ def read_tensors_of(path: Path) -> dict[str, Tensor]:
                 f"{path} is wrong because its entry '{name}' is no tensor; "
                 "give a file with nothing but a state dict of tensors"
             )
+        check_whole(value, f"{path} is wrong because its entry '{name}'")
     return dict(state)
+
+
+def check_whole(tensor: Tensor, subject: str) -> None:
+    """Refuses what ``torch.save`` can store but no weight is: sparse, quantised, or without all its values.
+
+    A tensor of stride 0 would be small in the file and of any size in memory. Raises ``CheckpointError``,
+    which begins with ``subject``.
+    """
+    whole = (
+        tensor.layout is torch.strided
+        and tensor.device.type == "cpu"
+        and not tensor.is_nested
+        and not tensor.is_quantized
+        and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
+    )
+    if not whole:
+        raise CheckpointError(
+            f"{subject} is not stored as a plain tensor with all its values; save it as one (.clone()) again"
+        )
 
 
 def read_torch_file(path: Path) -> object:
@@ -49,11 +74,20 @@ def read_torch_file(path: Path) -> object:
     _check_is_file(path)
     with _damage_named(path), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about unusual files; what cannot be read is refused
-        try:
-            # Mapped, so that a file is not held twice; the legacy format cannot be.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:
-            return torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped, so that a file is not held twice; the legacy format, which is no archive, cannot be.
+        mapped = zipfile.is_zipfile(path)
+        if mapped:
+            _check_not_compressed(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+
+
+def _check_not_compressed(path: Path) -> None:
+    """torch would map compressed bytes as if they were numbers."""
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise CheckpointError(
+                f"{path} is wrong because it was compressed after torch.save wrote it; get the file as it was"
+            )
 
 
 @dataclass(frozen=True)
@@ -121,15 +155,17 @@ def fill(
     stored: StoredTensors,
     names: Mapping[str, str],
     dtype: torch.dtype = torch.float32,
+    *,
+    ignored: Collection[str] = (),
 ) -> None:
     """Gives ``network``, built on ``meta``, the stored tensors, where ``names`` says how a key is called.
 
-    Names and shapes are compared before anything is read. Raises ``CheckpointError`` with the first that
-    does not fit; the network is then as it was.
+    Names and shapes are compared before anything is read; stored names in ``ignored`` may be there or not.
+    Raises ``CheckpointError`` with the first that does not fit; the network is then as it was.
     """
     where = stored.files[0]
     expected = {names.get(key, key): (key, tuple(t.shape)) for key, t in network.state_dict().items()}
-    for name in sorted(expected.keys() | stored.shapes.keys()):
+    for name in sorted(expected.keys() | stored.shapes.keys() - set(ignored)):
         wanted = expected[name][1] if name in expected else "unknown"
         found = stored.shapes.get(name, "missing")
         if wanted != found:
@@ -138,7 +174,15 @@ def fill(
                 "get both again"
             )
     tensors = stored.read(dtype)
+    state = network.state_dict()
+    for name, (key, _) in expected.items():
+        if tensors[name].is_floating_point() != state[key].is_floating_point():
+            raise CheckpointError(
+                f"{where} is wrong because {name!r} is {tensors[name].dtype} there, which {state[key].dtype} "
+                "cannot be read from; get it again"
+            )
     network.load_state_dict({key: tensors[name] for name, (key, _) in expected.items()}, assign=True)
+    network.eval().requires_grad_(False)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -149,6 +193,57 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is wrong because it holds no JSON object; get the model again")
     return content
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file whole: to a temporary name first, flushed to disk, then renamed."""
+    partial = path.with_name(f".{path.name}.partial")
+    contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    try:
+        save_file(contiguous, partial, metadata=dict(metadata))
+        partial.chmod(0o644)  # safetensors leaves files that nobody else can read
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{path} cannot be written ({error}); free some space or choose another folder"
+        ) from error
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes JSON whole: to a temporary name first, flushed to disk, then renamed. Raises ``OSError``."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes ``folder`` when all in it is written, and vanishes otherwise.
+
+    Raises ``CheckpointError`` if ``folder`` exists or cannot be made.
+    """
+    if folder.exists():
+        raise CheckpointError(f"{folder} exists already; choose another folder or remove it")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
+            partial = Path(name) / folder.name
+            partial.mkdir()
+            yield partial
+            os.rename(partial, folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} cannot be written ({error.strerror or error}); free some space, or choose another"
+        ) from error
 
 
 def _shards(index: Path) -> list[Path]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from wuerstchen.errors import UserError
 from wuerstchen.models.compressor import Compressor, latent_side
 from wuerstchen.models.decoder import Decoder
+from wuerstchen.models.paella import Paella
 from wuerstchen.models.previewer import Previewer
 from wuerstchen.models.prior import Prior
 from wuerstchen.models.text import TextEncoder
@@ -50,6 +51,11 @@ class MapStatistics:
         return z * std[:, None, None] + mean[:, None, None]
 
 
+MIN_SIDE = 64
+SIDE_STEP = 8
+MAX_SIDES = 16
+"""A side has at most so many times the pixels that the model was trained on."""
+
 PUBLISHED_MAP = MapStatistics(mean=(-1.0,), std=(42.0,))
 """The published v2: Stage C works on (z + 1) / 42."""
 
@@ -61,19 +67,23 @@ class CascadeSettings:
     image_size: int = 1024
     """Side of the pictures it was trained on, in pixels."""
     size_multiple: int = 128
-    """Sides that can be drawn are multiples of this: 128 pixels are 3 positions of the map."""
+    """Sides are drawn in multiples of this, 3 positions of the map, and cut to what was asked for."""
     view_scale: float = 0.75
     """Side of the compressor's view over the picture's."""
     map_statistics: MapStatistics = field(default=PUBLISHED_MAP)
     text_mask: bool = False
     """Whether padding is hidden from attention. The published models attend to it."""
     prior_steps: int = 29
+    prior_equal_steps: bool = False
+    """Whether Stage C's steps are equal, as in v1. v2 gives two thirds of them to the noisiest third."""
     prior_guidance: float = 4.0
     decoder_steps: int = 12
     decoder_guidance: float = 1.0
     """1 is no guidance, as published."""
     decoder_shift: float = 1.0
     """How far Stage B's steps lean towards noise (``diffusion.schedule.shifted``); 1 is as published."""
+    decoder_temperatures: tuple[float, float] = (1.0, 0.6)
+    """Of the first and last step of a Stage B on tokens (v1): above 1 bolder, below 1 safer."""
 
     def __post_init__(self) -> None:
         whole = ("image_size", "size_multiple", "prior_steps", "decoder_steps")
@@ -84,23 +94,48 @@ class CascadeSettings:
             isinstance(getattr(self, n), int | float) and math.isfinite(getattr(self, n)) for n in real
         ):
             raise UserError(f"{', '.join(real)} must be finite numbers; get the model again")
+        if type(self.prior_equal_steps) is not bool:
+            raise UserError("prior_equal_steps must be true or false; get the model again")
+        if len(self.decoder_temperatures) != 2 or not all(
+            isinstance(t, int | float) and math.isfinite(t) and t > 0 for t in self.decoder_temperatures
+        ):
+            raise UserError(
+                f"decoder_temperatures={self.decoder_temperatures} must be two numbers above 0; "
+                "get the model again"
+            )
         if not self.decoder_shift > 0:
             raise UserError(f"decoder_shift={self.decoder_shift} must be above 0; get the model again")
 
-    def check_size(self, width: int, height: int) -> None:
-        """Raises ``UserError`` for a size that the model cannot draw."""
-        multiple = self.size_multiple
+    def canvas(self, width: int, height: int) -> tuple[int, int]:
+        """The size to draw for a picture of the size asked for: the next that the grids of all stages fit.
+
+        The picture is cut out of its middle. Raises ``UserError`` for a size that cannot be drawn.
+        """
+        multiple, most = self.size_multiple, MAX_SIDES * self.image_size
         for side in (width, height):
-            if side < multiple or side % multiple or side > 16 * self.image_size:
-                fit = min(max(round(side / multiple), 1) * multiple, 16 * self.image_size)
+            if side < MIN_SIDE or side % SIDE_STEP or side > most:
+                fit = min(max(round(side / SIDE_STEP) * SIDE_STEP, MIN_SIDE), most)
                 raise UserError(
-                    f"size {width}x{height} cannot be drawn: sides are multiples of {multiple} from "
-                    f"{multiple} to {16 * self.image_size}; use {fit} in place of {side}"
+                    f"size {width}x{height} cannot be drawn: sides are multiples of {SIDE_STEP} from "
+                    f"{MIN_SIDE} to {most}; use {fit} in place of {side}"
                 )
+        return tuple(-(-side // multiple) * multiple for side in (width, height))
 
     def map_size(self, width: int, height: int) -> tuple[int, int]:
         """Height and width of the semantic map of a picture."""
         return latent_side(round(height * self.view_scale)), latent_side(round(width * self.view_scale))
+
+
+PUBLISHED_V1 = CascadeSettings(
+    image_size=512,
+    map_statistics=MapStatistics(mean=(0.0,), std=(1.0,)),
+    prior_steps=60,
+    prior_equal_steps=True,
+    prior_guidance=6.0,
+    decoder_steps=8,
+    decoder_guidance=2.0,
+)
+"""Würstchen v1, as its notebook draws: Stage C works on the compressor's own map."""
 
 
 @dataclass
@@ -109,13 +144,39 @@ class Cascade:
 
     settings: CascadeSettings
     vqgan: VQGAN
-    decoder: Decoder
+    decoder: Decoder | Paella
     compressor: Compressor | None = None
     prior: Prior | None = None
     previewer: Previewer | None = None
     text_encoder: TextEncoder | None = None
     decoder_text_encoder: TextEncoder | None = None
     """Stage B's own text encoder, where it has one; otherwise it reads Stage C's."""
+
+    def __post_init__(self) -> None:
+        """Raises ``UserError`` if parts that are there do not fit one another."""
+        decoder, text = self.decoder.config, self.text_encoder_of_decoder()
+        if isinstance(self.decoder, Paella):
+            latents = ("codes", self.vqgan.config.num_vq_embeddings, self.decoder.config.num_labels)
+        else:
+            latents = ("channels", self.vqgan.config.latent_channels, self.decoder.config.c_in)
+        fits = [("vqgan", "decoder", *latents)]
+        if self.compressor is not None:
+            channels = self.compressor.config.c_latent
+            fits.append(("compressor", "decoder", "channels of the map", channels, decoder.effnet_embd))
+        if self.prior is not None:
+            channels = self.prior.config.c_in
+            fits.append(("prior", "decoder", "channels of the map", channels, decoder.effnet_embd))
+            if self.text_encoder is not None:
+                width = self.text_encoder.width
+                fits.append(("text_encoder", "prior", "text states", width, self.prior.config.c_cond))
+        if text is not None and decoder.clip_embd is not None:
+            fits.append(("text encoder", "decoder", "text states", text.width, decoder.clip_embd))
+        for one, other, what, has, wants in fits:
+            if has != wants:
+                raise UserError(
+                    f"{one} has {has} {what} and the {other} wants {wants}, so they are not of one model; "
+                    "get both again"
+                )
 
     def text_encoder_of_decoder(self) -> TextEncoder | None:
         """The text encoder that Stage B reads, None where it takes no text."""

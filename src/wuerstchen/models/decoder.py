@@ -15,6 +15,7 @@ from wuerstchen.models.layers import (
     ConditionedResBlock,
     KeysValues,
     TimestepBlock,
+    check_levels,
     convolve,
     exact_output,
     init_blocks,
@@ -67,26 +68,14 @@ class DecoderConfig:
             raise UserError(
                 "a decoder needs a level, and widths and counts of at least 1; give larger numbers"
             )
-        for name in ("nhead", "blocks", "level_config", "inject_effnet"):
-            if len(getattr(self, name)) != levels:
-                raise UserError(
-                    f"{name}={getattr(self, name)} must have one entry for each of the {levels} levels of "
-                    f"c_hidden={self.c_hidden}; change either"
-                )
-        for width, heads, kinds in zip(self.c_hidden, self.nhead, self.level_config, strict=True):
-            if not kinds.startswith("C") or set(kinds) - set("CTA"):
-                raise UserError(f"level_config entry {kinds!r} must be C followed by T or A; write 'CT'")
-            if "A" not in kinds:
-                continue
-            if heads < 1 or width % heads:
-                raise UserError(
-                    f"nhead={heads} does not divide the level's width {width}; choose a divisor, "
-                    f"or drop the A from {kinds!r}"
-                )
-            if self.clip_embd is None:
-                raise UserError(
-                    "clip_embd=None leaves attention without text; drop every A from level_config"
-                )
+        check_levels(self.c_hidden, self.nhead, self.blocks, self.level_config)
+        if len(self.inject_effnet) != levels:
+            raise UserError(
+                f"inject_effnet={self.inject_effnet} must have one entry for each of the {levels} levels of "
+                f"c_hidden={self.c_hidden}; change either"
+            )
+        if self.clip_embd is None and any("A" in kinds for kinds in self.level_config):
+            raise UserError("clip_embd=None leaves attention without text; drop every A from level_config")
 
     @property
     def size_multiple(self) -> int:
@@ -218,14 +207,14 @@ class Decoder(nn.Module):
                 antialias=True,
                 align_corners=True,
             )
-            maps.append(pointwise(mapper, to_channels_last(resized.to(semantic_map.dtype))))
+            maps.append(pointwise(mapper, to_channels_last(resized.to(mapper.weight.dtype))))
         return DecoderContext(maps=maps, texts=texts)
 
     def output(
         self, x: Float[Tensor, "b c h w"], r: Float[Tensor, " b"], context: DecoderContext
     ) -> Float[Tensor, "b c_last h w"]:
         """The network's own output, in at least fp32: v̂, or a and b before its sigmoid."""
-        r_embed = timestep_embedding(r, self.config.c_r)
+        r_embed = timestep_embedding(r, self.config.c_r).to(x.dtype)
         maps, texts = iter(context.maps), iter(context.texts)
         inner = layer_norm(pointwise(self.embedding[1], to_channels_last(self.embedding[0](x))))
 

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from wuerstchen.errors import UserError
+
 LAYER_NORM_EPS = 1e-6
 TIMESTEP_SCALE = 10_000
 
@@ -74,9 +76,11 @@ class GlobalResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, width))
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
-        # torch's norm has gradient 0 where the whole map is zero; a plain square root would give NaN.
-        norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
-        share = norm / (norm.mean(dim=-1, keepdim=True) + 1e-6)
+        # torch's norm has gradient 0 where the whole map is zero; a plain square root would give NaN. On
+        # 256x256 positions a sum of squares leaves fp16's range once they are 1 on average, hence fp32.
+        exact = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=exact)
+        share = (norm / (norm.mean(dim=-1, keepdim=True) + 1e-6)).to(x.dtype)
         return torch.addcmul(self.beta + x, self.gamma * share, x)
 
 
@@ -87,19 +91,27 @@ def channel_mlp(c_in: int, c: int, dropout: float) -> nn.Sequential:
 
 
 class ResBlock(nn.Module):
-    """Stage C's block: depthwise convolution, layer norm, MLP with global response norm, residual."""
+    """Stage C's block: depthwise convolution, layer norm, MLP with global response norm, residual.
 
-    def __init__(self, c: int, *, kernel_size: int = 3, dropout: float = 0.0) -> None:
+    In Stage B of v1 it also takes ``c_skip`` channels, a multiple of ``c``, that join before the convolution.
+    Its groups then read neighbours of the joined channels, not a channel and its partner in the skip: with
+    ``c_skip = c`` the first half of the output comes from ``x`` alone and the second from the skip alone.
+    """
+
+    def __init__(self, c: int, c_skip: int = 0, *, kernel_size: int = 3, dropout: float = 0.0) -> None:
         super().__init__()
-        self.depthwise = nn.Conv2d(c, c, kernel_size, padding=kernel_size // 2, groups=c)
+        self.depthwise = nn.Conv2d(c + c_skip, c, kernel_size, padding=kernel_size // 2, groups=c)
         self.channelwise = channel_mlp(c, c, dropout)
 
-    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
-        return x + self.channelwise(layer_norm(convolve(self.depthwise, x)))
+    def forward(
+        self, x: Float[Tensor, "b h w c"], skip: Float[Tensor, "b h w c_skip"] | None = None
+    ) -> Float[Tensor, "b h w c"]:
+        joined = x if skip is None else torch.cat([x, skip], dim=-1)
+        return x + self.channelwise(layer_norm(convolve(self.depthwise, joined)))
 
 
 class ConditionedResBlock(nn.Module):
-    """Stage B's block: as ``ResBlock``, with ``c_skip`` further channels joined after the norm."""
+    """The block of Stage B in v2: as ``ResBlock``, with ``c_skip`` further channels joined after the norm."""
 
     def __init__(self, c: int, c_skip: int = 0, *, kernel_size: int = 3, dropout: float = 0.0) -> None:
         super().__init__()
@@ -218,3 +230,23 @@ def init_blocks(blocks: list[nn.Module], depth: int) -> None:
                 block.channelwise[-1].weight.mul_(math.sqrt(1 / depth))
             elif isinstance(block, TimestepBlock):
                 nn.init.zeros_(block.mapper.weight)
+
+
+def check_levels(
+    c_hidden: tuple[int, ...], nhead: tuple[int, ...], blocks: tuple[int, ...], level_config: tuple[str, ...]
+) -> None:
+    """Raises ``UserError`` where a UNet's levels do not fit together."""
+    for name, entries in {"nhead": nhead, "blocks": blocks, "level_config": level_config}.items():
+        if len(entries) != len(c_hidden):
+            raise UserError(
+                f"{name}={entries} must have one entry for each of the {len(c_hidden)} levels of "
+                f"c_hidden={c_hidden}; change either"
+            )
+    for width, heads, kinds in zip(c_hidden, nhead, level_config, strict=True):
+        if not kinds.startswith("C") or set(kinds) - set("CTA"):
+            raise UserError(f"level_config entry {kinds!r} must be C followed by T or A; write 'CT'")
+        if "A" in kinds and (heads < 1 or width % heads):
+            raise UserError(
+                f"nhead={heads} does not divide the level's width {width}; choose a divisor, "
+                f"or drop the A from {kinds!r}"
+            )

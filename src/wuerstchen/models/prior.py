@@ -94,7 +94,7 @@ class Prior(nn.Module):
         self, x: Float[Tensor, "b c h w"], r: Float[Tensor, " b"], context: list[KeysValues]
     ) -> Float[Tensor, "b c h w"]:
         """The noise ε̂ in the noised map ``x`` at timesteps ``r`` in [0, 1]."""
-        r_embed = timestep_embedding(r, self.config.c_r)
+        r_embed = timestep_embedding(r, self.config.c_r).to(x.dtype)
         texts = iter(context)
         inner = pointwise(self.projection, to_channels_last(x))
         for block in self.blocks:

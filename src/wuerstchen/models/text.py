@@ -98,7 +98,8 @@ class TextEncoder(nn.Module):
             tokens = self._tokens(prompt)
             ids[row, : len(tokens)] = torch.tensor(tokens)
             mask[row, : len(tokens)] = True
-        device = next(self.model.parameters()).device
+        # Where the ids are looked up: other layers may be on another device for now.
+        device = self.model.get_input_embeddings().weight.device
         ids, mask = ids.to(device), mask.to(device)
         with torch.no_grad():
             states = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state

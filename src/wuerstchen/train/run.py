@@ -20,8 +20,9 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
-from wuerstchen.checkpoints.native import FORMAT, Provenance, migrate, write_cascade, write_json
+from wuerstchen.checkpoints.native import FORMAT, Provenance, migrate, write_cascade
 from wuerstchen.checkpoints.text_encoder import read_text_encoder
+from wuerstchen.checkpoints.weights import write_json
 from wuerstchen.data.emoji import EmojiSource, sample_root
 from wuerstchen.data.folder import FolderSource
 from wuerstchen.data.plan import stable_hash

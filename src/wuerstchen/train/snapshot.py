@@ -19,7 +19,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from wuerstchen.checkpoints.native import FORMAT, migrate, read_tensors, write_json, write_tensors
+from wuerstchen.checkpoints.native import FORMAT, migrate, read_tensors, write_tensors
+from wuerstchen.checkpoints.weights import write_json
 from wuerstchen.errors import CheckpointError, UserNotice
 from wuerstchen.train.optim import load_optimizer_tensors, optimizer_tensors
 

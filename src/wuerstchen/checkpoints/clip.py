@@ -1,0 +1,208 @@
+"""Reads and writes the folders of CLIP's text half, as ``transformers`` lays them out.
+
+``transformers`` is imported inside the functions: it takes as long to import as torch does.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from wuerstchen.checkpoints.weights import (
+    StoredTensors,
+    fill,
+    read_json,
+    write_json,
+    write_safetensors,
+)
+from wuerstchen.errors import CheckpointError
+from wuerstchen.models.text import TextEncoder
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+Fill = Callable[[nn.Module, StoredTensors, torch.dtype], None]
+"""Gives a network on ``meta`` its stored tensors, whatever the layout calls them."""
+
+PREFIX = "text_model."
+_POSITIONS = "embeddings.position_ids"  # a counter that older versions of transformers stored
+_MAX_WIDTH, _MAX_LAYERS, _MAX_WORDS = 65_536, 512, 10_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPTextFields:
+    """What describes a CLIP text model. Only these fields of a ``config.json`` are used.
+
+    So a configuration can neither name code nor choose how attention is computed.
+    """
+
+    vocab_size: int = 49_408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    projection_dim: int = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    attention_dropout: float = 0.0
+    bos_token_id: int = 49_406
+    eos_token_id: int = 49_407
+    pad_token_id: int = 1
+
+    def __post_init__(self) -> None:
+        limits = {
+            "vocab_size": _MAX_WORDS,
+            "hidden_size": _MAX_WIDTH,
+            "intermediate_size": 4 * _MAX_WIDTH,
+            "projection_dim": _MAX_WIDTH,
+            "num_hidden_layers": _MAX_LAYERS,
+            "num_attention_heads": _MAX_WIDTH,
+            "max_position_embeddings": _MAX_WIDTH,
+        }
+        for name, limit in limits.items():
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= limit:
+                raise CheckpointError(f"{name} is {value!r}, not a whole number from 1 to {limit}")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            if type(value) is not int or not 0 <= value <= _MAX_WORDS:
+                raise CheckpointError(f"{name} is {value!r}, not the number of a token")
+        if self.hidden_size % self.num_attention_heads:
+            raise CheckpointError(
+                f"hidden_size {self.hidden_size} is no multiple of num_attention_heads "
+                f"{self.num_attention_heads}"
+            )
+        if self.hidden_act not in ("gelu", "quick_gelu"):
+            raise CheckpointError(f"hidden_act is {self.hidden_act!r}, neither gelu nor quick_gelu")
+        for name in ("layer_norm_eps", "attention_dropout"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not (math.isfinite(value) and 0 <= value < 1):
+                raise CheckpointError(f"{name} is {value!r}, not a number from 0 to below 1")
+
+
+def fill_torch(network: nn.Module, stored: StoredTensors, dtype: torch.dtype) -> None:
+    """Fills a network from tensors under PyTorch's names.
+
+    CLIP's keys begin with ``text_model.`` up to transformers 4 and have lost it since; both are read.
+    """
+    keys = network.state_dict().keys()
+    with_prefix = any(name.startswith(PREFIX) for name in stored.shapes)
+    ours_with_prefix = any(key.startswith(PREFIX) for key in keys)
+    if with_prefix and not ours_with_prefix:
+        names = {key: PREFIX + key for key in keys}
+    elif ours_with_prefix and not with_prefix:
+        names = {key: key.removeprefix(PREFIX) for key in keys}
+    else:
+        names = {}
+    fill(network, stored, names, dtype, ignored=(_POSITIONS, PREFIX + _POSITIONS))
+
+
+def read_clip(
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    stems: Sequence[str] = ("model", "pytorch_model"),
+    fill_from: Fill = fill_torch,
+) -> "CLIPTextModel":
+    """Reads a CLIP text model, frozen and in eval mode.
+
+    Sizes are compared with the weights' header before anything is allocated. Raises ``CheckpointError`` for
+    a missing or damaged file, another kind of model, or sizes that do not fit.
+    """
+    path = folder / "config.json"
+    raw = read_json(path)
+    if raw.get("model_type", "clip_text_model") != "clip_text_model":
+        raise CheckpointError(
+            f"{path} is wrong because its model_type is {raw['model_type']!r} and not 'clip_text_model'; "
+            "get the text encoder's own folder"
+        )
+    known = {field.name for field in dataclasses.fields(CLIPTextFields)}
+    try:
+        # A configuration may leave a token out, written as null.
+        fields = CLIPTextFields(**{k: v for k, v in raw.items() if k in known and v is not None})
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is wrong because {error}; get it again") from None
+    stored = StoredTensors.in_folder(folder, stems)
+
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.device("meta"):
+        model = CLIPTextModel(CLIPTextConfig(**dataclasses.asdict(fields)))
+    fill_from(model, stored, dtype)
+    # A counter that no file of today holds.
+    embeddings = next(m for m in model.modules() if hasattr(m, "position_embedding"))
+    embeddings.register_buffer(
+        "position_ids", torch.arange(fields.max_position_embeddings)[None], persistent=False
+    )
+    return model
+
+
+def read_clip_tokenizer(folder: Path, model: "CLIPTextModel | None" = None) -> "CLIPTokenizer":
+    """Reads a CLIP tokenizer: ``tokenizer.json``, or ``vocab.json`` and ``merges.txt``.
+
+    Raises ``CheckpointError`` if a file is missing or damaged, or if it has tokens that ``model`` does not
+    know.
+    """
+    whole = (folder / "tokenizer.json").is_file()
+    for name in () if whole else ("vocab.json", "merges.txt"):
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                f"{folder} is no tokenizer: it has neither tokenizer.json nor {name}; get the model again"
+            )
+
+    from transformers import CLIPTokenizer
+
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokens, pad = len(tokenizer), tokenizer.pad_token_id
+    except Exception as error:  # damage surfaces in transformers and tokenizers as almost anything
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CheckpointError(f"{folder} is no CLIP tokenizer ({reason}); get the model again") from error
+    if pad is None:
+        raise CheckpointError(f"{folder} has no padding token, and CLIP is padded; get the model again")
+    if model is not None and tokens > model.config.vocab_size:
+        raise CheckpointError(
+            f"{folder} has {tokens} tokens and the text encoder knows {model.config.vocab_size}; "
+            "get both again, from one model"
+        )
+    return tokenizer
+
+
+def clip_tokenizer_of(encoder: TextEncoder) -> "CLIPTokenizer":
+    """The ``transformers`` tokenizer that equals a text encoder's own."""
+    from transformers import CLIPTokenizer
+
+    pieces = json.loads(encoder.tokenizer.to_str())["model"]
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in pieces["merges"]]
+    return CLIPTokenizer(
+        vocab=pieces["vocab"],
+        merges=merges,
+        pad_token=encoder.tokenizer.id_to_token(encoder.pad_id),
+        model_max_length=encoder.text_positions,
+    )
+
+
+def write_clip(model: nn.Module, folder: Path) -> None:
+    """Writes ``config.json`` and ``model.safetensors``, under the names that every transformers reads."""
+    folder.mkdir()
+    fields = {field.name: getattr(model.config, field.name) for field in dataclasses.fields(CLIPTextFields)}
+    description = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **fields}
+    write_json(folder / "config.json", description)
+    state = {PREFIX + key.removeprefix(PREFIX): tensor for key, tensor in model.state_dict().items()}
+    write_safetensors(state, folder / "model.safetensors", {"format": "pt"})
+
+
+def write_clip_tokenizer(tokenizer: "CLIPTokenizer", folder: Path) -> None:
+    """Writes ``tokenizer.json`` for today's transformers, and vocabulary and merges for older ones."""
+    tokenizer.save_pretrained(str(folder))
+    pieces = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    write_json(folder / "vocab.json", pieces["vocab"])
+    merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in pieces["merges"])
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")

@@ -1,0 +1,494 @@
+"""The folders that diffusers writes: one pipeline for Stage C, another for Stages B and A, which may name it.
+
+All generations are read: the published ones of 2023 (libraries called ``wuerstchen``, ``.bin`` or
+safetensors, whole or in shards), those that diffusers 0.38 and later write and cannot load, and a prior alone
+with its configuration at the root. Class names are compared with a fixed list; no code from a folder is run.
+"""
+
+import dataclasses
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import nn
+
+from wuerstchen.checkpoints.clip import (
+    Fill,
+    fill_torch,
+    read_clip,
+    read_clip_tokenizer,
+    write_clip,
+    write_clip_tokenizer,
+)
+from wuerstchen.checkpoints.hub import HUB_NAME
+from wuerstchen.checkpoints.weights import (
+    StoredTensors,
+    new_folder,
+    read_json,
+    write_json,
+    write_safetensors,
+)
+from wuerstchen.diffusion.schedule import CosineSchedule
+from wuerstchen.errors import CheckpointError, UserError
+from wuerstchen.models.decoder import Decoder, DecoderConfig
+from wuerstchen.models.prior import Prior, PriorConfig
+from wuerstchen.models.vqgan import VQGAN, VQGANConfig
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+PRIOR_PIPELINE = "WuerstchenPriorPipeline"
+DECODER_PIPELINE = "WuerstchenDecoderPipeline"
+COMBINED_PIPELINE = "WuerstchenCombinedPipeline"
+INNER_PRIOR = "prior_pipeline"
+"""Where a folder that holds a whole model keeps the pipeline of Stage C."""
+PRIOR_PARTS = ("prior", "scheduler", "text_encoder", "tokenizer")
+DECODER_PARTS = ("decoder", "scheduler", "text_encoder", "tokenizer", "vqgan")
+COMPONENTS = {
+    PRIOR_PIPELINE: PRIOR_PARTS,
+    DECODER_PIPELINE: DECODER_PARTS,
+    COMBINED_PIPELINE: (*DECODER_PARTS, *(f"prior_{part}" for part in PRIOR_PARTS)),
+}
+_CLASSES = {
+    "prior": ("WuerstchenPrior",),
+    "decoder": ("WuerstchenDiffNeXt",),
+    "vqgan": ("PaellaVQModel",),
+    "scheduler": ("DDPMWuerstchenScheduler",),
+    "text_encoder": ("CLIPTextModel",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+}
+# Numbers that a pipeline keeps beside its components, with diffusers' defaults.
+_NUMBERS = {
+    PRIOR_PIPELINE: {"latent_mean": 42.0, "latent_std": 1.0, "resolution_multiple": 42.67},
+    DECODER_PIPELINE: {"latent_dim_scale": 10.67},
+    COMBINED_PIPELINE: {},
+}
+# What diffusers takes for a field that a configuration leaves out, where it is not the published value.
+_PRIOR_DEFAULTS = {"c": 1280, "c_cond": 1024, "depth": 16, "nhead": 16}
+# Fields that say how often something is repeated: large ones would take for ever, or overflow.
+_COUNTS = {"depth", "blocks", "levels", "bottleneck_blocks", "patch_size", "kernel_size"}
+_COUNTS |= {"up_down_scale_factor"}
+_MAX_COUNT, _MAX_NUMBER = 512, 2**24
+
+N = TypeVar("N", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """How a program names and stores the tensors of a network."""
+
+    libraries: frozenset[str]
+    """What ``model_index.json`` may call the libraries of its classes."""
+    network_stems: tuple[str, ...]
+    text_stems: tuple[str, ...]
+    fill: Fill
+
+
+TORCH = TensorLayout(
+    libraries=frozenset({"wuerstchen", "diffusers", "transformers"}),
+    network_stems=("diffusion_pytorch_model",),
+    text_stems=("model", "pytorch_model"),
+    fill=fill_torch,
+)
+
+
+@dataclass(kw_only=True)
+class PriorFolder:
+    """A pipeline of Stage C. A part that the reader was not asked for is None."""
+
+    prior: Prior | None
+    text_encoder: "CLIPTextModel | None"
+    tokenizer: "CLIPTokenizer | None"
+    schedule: CosineSchedule = dataclasses.field(default_factory=CosineSchedule)
+    latent_mean: float = 42.0
+    """The factor that brings Stage C's map to Stage B's units."""
+    latent_std: float = 1.0
+    """What is subtracted after it."""
+    resolution_multiple: float = 42.67
+    """Pixels a position of the map."""
+
+
+@dataclass(kw_only=True)
+class DecoderFolder:
+    """A pipeline of Stages B and A. A part that the reader was not asked for is None."""
+
+    decoder: Decoder | None
+    vqgan: VQGAN | None
+    text_encoder: "CLIPTextModel | None"
+    tokenizer: "CLIPTokenizer | None"
+    schedule: CosineSchedule = dataclasses.field(default_factory=CosineSchedule)
+    latent_dim_scale: float = 10.67
+    """Latents a position of the map."""
+    prior: str | None = None
+    """The pipeline of Stage C that belongs to it: a folder inside it, or a name on the hub."""
+
+
+def pipeline_class(folder: Path, layout: TensorLayout = TORCH) -> str:
+    """Which of the three pipelines a folder holds. Raises ``CheckpointError`` for anything else."""
+    return _read_index(folder, layout)[0]
+
+
+def read_prior_folder(
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    given: Collection[str] = (),
+    layout: TensorLayout = TORCH,
+) -> PriorFolder:
+    """Reads a pipeline of Stage C, or the Stage C half of a combined one, frozen and in eval mode.
+
+    Components named in ``given`` are left out. Raises ``CheckpointError`` for a part that is missing or
+    damaged, of an unknown class, or of other sizes than its configuration says; sizes are checked before
+    anything is allocated.
+    """
+    name, numbers = _read_index(folder, layout)
+    if name == DECODER_PIPELINE:
+        raise CheckpointError(f"{folder} holds a {name}, which has no Stage C; give a {PRIOR_PIPELINE}")
+    prefix = "prior_" if name == COMBINED_PIPELINE else ""
+    parts: dict[str, Any] = dict.fromkeys(("prior", "text_encoder", "tokenizer"))
+    if "prior" not in given:
+        parts["prior"] = read_prior_network(folder / f"{prefix}prior", dtype=dtype, layout=layout)
+    parts |= _read_text(folder, prefix, dtype, given, layout)
+    if "scheduler" not in given:
+        parts["schedule"] = _read_schedule(folder / f"{prefix}scheduler")
+    return PriorFolder(**parts, **numbers)
+
+
+def read_decoder_folder(
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    given: Collection[str] = (),
+    layout: TensorLayout = TORCH,
+) -> DecoderFolder:
+    """Reads a pipeline of Stages B and A, or that half of a combined one, like ``read_prior_folder``."""
+    name, numbers = _read_index(folder, layout)
+    if name == PRIOR_PIPELINE:
+        raise CheckpointError(f"{folder} holds a {name}, which has no Stage B; give a {DECODER_PIPELINE}")
+    parts: dict[str, Any] = dict.fromkeys(("decoder", "vqgan", "text_encoder", "tokenizer"))
+    networks: dict[str, tuple[type[nn.Module], Any]] = {
+        "decoder": (Decoder, DecoderConfig),
+        "vqgan": (VQGAN, VQGANConfig),
+    }
+    for part, (network, config) in networks.items():
+        if part not in given:
+            parts[part] = _read_network(folder / part, part, network, config, {}, dtype, layout)
+    parts |= _read_text(folder, "", dtype, given, layout)
+    if "scheduler" not in given:
+        parts["schedule"] = _read_schedule(folder / "scheduler")
+    return DecoderFolder(**parts, **numbers, prior=_prior_line(folder))
+
+
+def read_prior_network(
+    folder: Path, *, dtype: torch.dtype = torch.float32, layout: TensorLayout = TORCH
+) -> Prior:
+    """Reads Stage C's network alone: a folder with its ``config.json`` and weights, as the variants are."""
+    return _read_network(folder, "prior", Prior, PriorConfig, _PRIOR_DEFAULTS, dtype, layout)
+
+
+def linked_prior(folder: Path) -> Path | str:
+    """The Stage C that the ``prior:`` line of a folder's README names: a folder inside it, or a hub name.
+
+    Raises ``CheckpointError`` if there is no such line, or if it points anywhere else.
+    """
+    name = _prior_line(folder)
+    if name is None:
+        raise CheckpointError(
+            f"{folder} has no Stage C, and no line prior: in a README.md that names one; "
+            "give the folder of Stage C as prior"
+        )
+    inside = folder / name
+    return inside if inside.is_dir() else name
+
+
+def write_prior_folder(parts: PriorFolder, folder: Path) -> None:
+    """Writes a pipeline of Stage C into a new folder, as published: diffusers up to 0.37 loads it.
+
+    So does diffusers from 0.38 on after ``wuerstchen.diffusers.register()``. Raises ``UserError`` for what
+    the layout has no place for.
+    """
+    _check_writable(parts.prior)
+    with new_folder(folder) as partial:
+        _write_prior_parts(parts, partial, "")
+        _write_index(partial, PRIOR_PIPELINE, parts)
+
+
+def write_decoder_folder(parts: DecoderFolder, folder: Path) -> None:
+    """Writes a pipeline of Stages B and A into a new folder; see ``write_prior_folder``."""
+    _check_writable(parts.decoder)
+    with new_folder(folder) as partial:
+        _write_decoder_parts(parts, partial)
+        _write_index(partial, DECODER_PIPELINE, parts)
+        _write_readme(parts, partial)
+
+
+def write_model_folder(
+    decoder: DecoderFolder,
+    prior: PriorFolder | None,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    layout: TensorLayout = TORCH,
+) -> None:
+    """Writes a whole model: the pipeline of Stages B and A, and that of Stage C inside it, which it names."""
+    _check_writable(decoder.decoder)
+    decoder.prior = None if prior is None else INNER_PRIOR
+    with new_folder(folder) as partial:
+        _write_decoder_parts(decoder, partial)
+        _write_index(partial, DECODER_PIPELINE, decoder)
+        _write_readme(decoder, partial)
+        if prior is not None:
+            _check_writable(prior.prior)
+            (partial / INNER_PRIOR).mkdir()
+            _write_prior_parts(prior, partial / INNER_PRIOR, "")
+            _write_index(partial / INNER_PRIOR, PRIOR_PIPELINE, prior)
+
+
+def write_combined_folder(decoder: DecoderFolder, prior: PriorFolder, folder: Path) -> None:
+    """Writes all nine components as one pipeline.
+
+    The layout has no place for the numbers of the two halves: raises ``UserError`` unless they are diffusers'
+    defaults.
+    """
+    _check_writable(decoder.decoder)
+    _check_writable(prior.prior)
+    for half, name in ((prior, PRIOR_PIPELINE), (decoder, DECODER_PIPELINE)):
+        for number, default in _NUMBERS[name].items():
+            if getattr(half, number) != default:
+                raise UserError(
+                    f"{number}={getattr(half, number)} has no place in a {COMBINED_PIPELINE}, which means "
+                    f"{default}; save the two halves, each in a folder of its own"
+                )
+    with new_folder(folder) as partial:
+        _write_decoder_parts(decoder, partial)
+        _write_prior_parts(prior, partial, "prior_")
+        _write_index(partial, COMBINED_PIPELINE, decoder)
+
+
+def _read_index(folder: Path, layout: TensorLayout) -> tuple[str, dict[str, float]]:
+    """The pipeline's class and numbers in ``model_index.json``, all of it checked."""
+    path = folder / "model_index.json"
+    index = read_json(path)
+    name = index.pop("_class_name", None)
+    if name not in COMPONENTS:
+        raise CheckpointError(
+            f"{path} is wrong because its _class_name is {name!r}, none of {', '.join(COMPONENTS)}; "
+            "give the folder of a Würstchen v2 model"
+        )
+    numbers = dict(_NUMBERS[name])
+    for part in COMPONENTS[name]:
+        entry = index.pop(part, None)
+        classes = _CLASSES[part.removeprefix("prior_") if name == COMBINED_PIPELINE else part]
+        if not isinstance(entry, list) or len(entry) != 2:
+            raise CheckpointError(
+                f"{path} is wrong because {part} is {entry!r} there, not [library, class]; get it again"
+            )
+        if entry[0] not in layout.libraries or entry[1] not in classes:
+            raise CheckpointError(
+                f"{path} is wrong because {part} is of class {entry!r}, and only {' or '.join(classes)} of "
+                f"{', '.join(sorted(layout.libraries))} can stand there; get it again"
+            )
+    for key, value in index.items():
+        if key in numbers:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise CheckpointError(f"{path} is wrong because {key} is {value!r}, no number; get it again")
+            numbers[key] = float(value)
+        elif not key.startswith("_") and value not in (None, [None, None]):
+            raise CheckpointError(
+                f"{path} is wrong because a {name} has no {key!r}; give the folder of a Würstchen v2 model"
+            )
+    return name, numbers
+
+
+def _read_network(
+    folder: Path,
+    part: str,
+    network_class: type[N],
+    config_class: Any,
+    defaults: Mapping[str, Any],
+    dtype: torch.dtype,
+    layout: TensorLayout,
+) -> N:
+    path = folder / "config.json"
+    raw = read_json(path)
+    class_name = raw.get("_class_name", _CLASSES[part][0])
+    if class_name not in _CLASSES[part]:
+        raise CheckpointError(
+            f"{path} is wrong because its _class_name is {class_name!r} where {_CLASSES[part][0]} belongs; "
+            "get the model again"
+        )
+    config = _network_config(path, config_class, raw, defaults)
+    stored = StoredTensors.in_folder(folder, layout.network_stems)
+    with torch.device("meta"):
+        network = network_class(config)
+    layout.fill(network, stored, dtype)
+    return network
+
+
+def _network_config(
+    path: Path, config_class: Any, raw: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> Any:
+    """The configuration in a ``config.json``: known fields only, each of the kind and size it should be."""
+    published = config_class()
+    values = dict(defaults)
+    for name, value in raw.items():
+        if name.startswith("_"):
+            continue
+        default = getattr(published, name, None)
+        if default is None or name == "prediction":
+            raise CheckpointError(
+                f"{path} is wrong because a {config_class.__name__.removesuffix('Config')} has no field "
+                f"{name!r}; give the folder of a Würstchen v2 model"
+            )
+        several = isinstance(default, tuple)
+        if several != isinstance(value, list):
+            raise CheckpointError(
+                f"{path} is wrong because {name} is {value!r} and should be like {default!r}; get it again"
+            )
+        limit = _MAX_COUNT if name in _COUNTS else _MAX_NUMBER
+        for one in value if several else [value]:
+            _check_value(path, name, one, default[0] if several else default, limit)
+        values[name] = tuple(value) if several else value
+    if len(values.get("blocks", ())) > _MAX_COUNT:
+        raise CheckpointError(f"{path} is wrong because it has {len(values['blocks'])} levels; get it again")
+    try:
+        return config_class(**values)
+    except UserError as error:
+        raise CheckpointError(f"{path} is wrong: {error}") from error
+
+
+def _check_value(path: Path, name: str, value: object, like: object, limit: int) -> None:
+    """Raises ``CheckpointError`` unless ``value`` is of the kind of ``like`` and of a bearable size."""
+    if isinstance(like, bool | str):
+        fits = type(value) is type(like)
+    elif isinstance(like, int):
+        fits = type(value) is int and -1 <= value <= limit
+    else:
+        fits = type(value) in (int, float) and abs(value) <= limit  # a NaN is not
+    if not fits:
+        raise CheckpointError(
+            f"{path} is wrong because {name} is {str(value)[:40]!r} where something like {like!r} belongs, "
+            f"numbers at most {limit}; get it again"
+        )
+
+
+def _read_text(
+    folder: Path, prefix: str, dtype: torch.dtype, given: Collection[str], layout: TensorLayout
+) -> dict[str, Any]:
+    """The text encoder and the tokenizer, as far as they are asked for."""
+    parts: dict[str, Any] = {}
+    if "text_encoder" not in given:
+        parts["text_encoder"] = read_clip(
+            folder / f"{prefix}text_encoder", dtype=dtype, stems=layout.text_stems, fill_from=layout.fill
+        )
+    if "tokenizer" not in given:
+        parts["tokenizer"] = read_clip_tokenizer(folder / f"{prefix}tokenizer", parts.get("text_encoder"))
+    return parts
+
+
+def _read_schedule(folder: Path) -> CosineSchedule:
+    path = folder / "scheduler_config.json"
+    raw = read_json(path)
+    name = raw.get("_class_name", _CLASSES["scheduler"][0])
+    fields = {key: value for key, value in raw.items() if not key.startswith("_")}
+    if name not in _CLASSES["scheduler"] or set(fields) - {"s", "scaler"}:
+        raise CheckpointError(
+            f"{path} is wrong because it describes a {name} of {', '.join(fields) or 'nothing'}, where a "
+            f"{_CLASSES['scheduler'][0]} of s and scaler belongs; get the model again"
+        )
+    for key, value in fields.items():
+        _check_value(path, key, value, 1.0, _MAX_COUNT)
+    try:
+        return CosineSchedule(**fields)
+    except UserError as error:
+        raise CheckpointError(f"{path} is wrong: {error}") from error
+
+
+def _prior_line(folder: Path) -> str | None:
+    """What the README's front matter says of the prior, None if nothing. A path must stay inside."""
+    path = folder / "README.md"
+    if not path.is_file():
+        return None
+
+    from huggingface_hub.repocard import metadata_load
+
+    try:
+        value = (metadata_load(path) or {}).get("prior")
+    except Exception as error:  # YAML's errors, and those of the text's encoding
+        reason = " ".join(str(error).split())[:100]
+        raise CheckpointError(f"{path} cannot be read ({reason}); mend its front matter") from error
+    if isinstance(value, list) and value:
+        value = value[0]
+    if value is None:
+        return None
+    name = str(value)
+    inside = (folder / name).resolve()
+    stays = inside.is_relative_to(folder.resolve()) and inside != folder.resolve()
+    if not isinstance(value, str) or not ((stays and inside.is_dir()) or HUB_NAME.fullmatch(name)):
+        raise CheckpointError(
+            f"{path} is wrong because its line prior: names {name[:80]!r}, neither a folder inside it nor "
+            "OWNER/NAME on the hub; mend the line, or give the folder of Stage C as prior"
+        )
+    return name
+
+
+def _check_writable(network: Prior | Decoder | None) -> None:
+    """Raises ``UserError`` if diffusers' classes cannot be told what this network is."""
+    if network is not None and network.config.prediction != "noise":
+        raise UserError(
+            f"a network that predicts the {network.config.prediction} has no place in diffusers' layout, "
+            "whose networks predict the noise; keep it in the native layout"
+        )
+    if isinstance(network, Decoder) and network.config.clip_embd is None:
+        raise UserError(
+            "a Stage B without text has no place in diffusers' layout; keep it in the native layout"
+        )
+
+
+def _write_prior_parts(parts: PriorFolder, folder: Path, prefix: str) -> None:
+    _write_network(parts.prior, "prior", folder / f"{prefix}prior")
+    _write_text(parts, folder, prefix)
+
+
+def _write_decoder_parts(parts: DecoderFolder, folder: Path) -> None:
+    _write_network(parts.decoder, "decoder", folder / "decoder")
+    _write_network(parts.vqgan, "vqgan", folder / "vqgan")
+    _write_text(parts, folder, "")
+
+
+def _write_readme(parts: DecoderFolder, folder: Path) -> None:
+    if parts.prior is not None:
+        text = f"---\npipeline_tag: text-to-image\nprior:\n- {parts.prior}\n---\n"
+        (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _write_network(network: Prior | Decoder | VQGAN | None, part: str, folder: Path) -> None:
+    if network is None:
+        raise UserError(f"the model has no {part}, which the pipeline's folder needs; load it whole")
+    folder.mkdir()
+    fields = {key: value for key, value in dataclasses.asdict(network.config).items() if key != "prediction"}
+    write_json(folder / "config.json", {"_class_name": _CLASSES[part][0], **fields})
+    weights = folder / f"{TORCH.network_stems[0]}.safetensors"
+    write_safetensors(network.state_dict(), weights, {"format": "pt"})
+
+
+def _write_text(parts: PriorFolder | DecoderFolder, folder: Path, prefix: str) -> None:
+    if parts.text_encoder is None or parts.tokenizer is None:
+        raise UserError("the model has no text encoder, which the pipeline's folder needs; load it whole")
+    write_clip(parts.text_encoder, folder / f"{prefix}text_encoder")
+    write_clip_tokenizer(parts.tokenizer, folder / f"{prefix}tokenizer")
+    (folder / f"{prefix}scheduler").mkdir()
+    schedule = {"_class_name": _CLASSES["scheduler"][0], **dataclasses.asdict(parts.schedule)}
+    write_json(folder / f"{prefix}scheduler" / "scheduler_config.json", schedule)
+
+
+def _write_index(folder: Path, name: str, parts: PriorFolder | DecoderFolder) -> None:
+    index: dict[str, Any] = {"_class_name": name, "_diffusers_version": "0.21.0"}
+    for part in sorted(COMPONENTS[name]):
+        kind = part.removeprefix("prior_") if name == COMBINED_PIPELINE else part
+        library = {"scheduler": "diffusers", "text_encoder": "transformers", "tokenizer": "transformers"}
+        index[part] = [library.get(kind, "wuerstchen"), _CLASSES[kind][0]]
+    write_json(folder / "model_index.json", index | {key: getattr(parts, key) for key in _NUMBERS[name]})

@@ -1,0 +1,78 @@
+"""Where a model lies: a folder of this machine, or a name on the Hugging Face hub and its ordinary cache."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from wuerstchen.errors import CheckpointError
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_DESCRIPTIONS = ["*.json", "*.txt", "*.md"]
+# What the original repository calls the v2 files; its v1 files have to be fetched by name.
+_ORIGINAL_V2 = [
+    "vqgan_f4_v1_500k.pt",
+    "model_v2_stage_b.pt",
+    "model_v2_stage_c_finetune_interpolation.pt",
+]
+
+
+def local_folder(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+    only: Sequence[str] = (),
+) -> Path:
+    """The folder of a model: ``name_or_path`` itself if it exists, else a copy from the hub.
+
+    A name like ``warp-ai/wuerstchen`` is fetched into the hub's cache, or found there: with
+    ``local_files_only`` or ``HF_HUB_OFFLINE=1`` nothing else is tried. Of each network one file format is
+    fetched, safetensors where there are; ``only`` are patterns of the files that are wanted.
+    Raises ``CheckpointError`` if it is neither a path nor a name that can be had.
+    """
+    path = Path(name_or_path)
+    if path.exists():
+        return path
+    name = str(name_or_path)
+    if not HUB_NAME.fullmatch(name) or ".." in name:
+        raise CheckpointError(
+            f"{name!r} does not exist, and is no name on the hub; give a folder, a file, or OWNER/NAME"
+        )
+    # Only here: without a network nobody waits for the hub's client.
+    from huggingface_hub import snapshot_download
+
+    def fetch(patterns: list[str]) -> Path:
+        try:
+            return Path(
+                snapshot_download(
+                    name,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    local_files_only=local_files_only,
+                    token=token,
+                    allow_patterns=patterns,
+                    ignore_patterns=["*.fp16.*", "*.non_ema.*"],
+                )
+            )
+        except Exception as error:  # the hub's client raises its own kinds, httpx's, and OSError
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise CheckpointError(
+                f"{name!r} is no folder here, and the hub gives none ({type(error).__name__}: {reason});"
+                " check the name and the network, or give the path of a copy"
+            ) from error
+
+    if only:
+        return fetch(list(only))
+    folder = fetch([*_DESCRIPTIONS, "*.safetensors"])
+    if not any(folder.rglob("*.safetensors")):
+        folder = fetch([*_DESCRIPTIONS, "*.bin", *_ORIGINAL_V2])
+    elif lacking := [part for part in _component_folders(folder) if not any(part.glob("*.safetensors"))]:
+        folder = fetch([*_DESCRIPTIONS, *(f"{part.name}/*.bin" for part in lacking)])
+    return folder
+
+
+def _component_folders(folder: Path) -> list[Path]:
+    """The sub-folders that describe a network."""
+    return [config.parent for config in folder.glob("*/config.json")]

@@ -1,0 +1,334 @@
+"""Folders as diffusers writes them: parity with diffusers' own networks, and every way to be wrong."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from wuerstchen.checkpoints.clip import clip_tokenizer_of
+from wuerstchen.checkpoints.diffusers import (
+    linked_prior,
+    pipeline_class,
+    read_decoder_folder,
+    read_prior_folder,
+    read_prior_network,
+    write_combined_folder,
+    write_decoder_folder,
+    write_prior_folder,
+)
+from wuerstchen.errors import CheckpointError, UserError
+from wuerstchen.models.text import TextEncoder
+
+GENERATIONS = {
+    "published": {"year": 2023},
+    "published, pickled": {"year": 2023, "pickled": True},
+    "published, in shards": {"year": 2023, "shard_size": "10KB"},
+    "published, pickled, in shards": {"year": 2023, "pickled": True, "shard_size": "10KB"},
+    "as written today": {"year": 2026},
+}
+
+
+@pytest.fixture(scope="module")
+def published(write_published, tmp_path_factory):
+    return write_published(tmp_path_factory.mktemp("published"))
+
+
+@pytest.fixture
+def copy(published, tmp_path):
+    return shutil.copytree(published, tmp_path / "wuerstchen")
+
+
+def edit(path: Path, **changes) -> None:
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in (content | changes).items() if v != "gone"}))
+
+
+@pytest.mark.parametrize("generation", GENERATIONS.values(), ids=GENERATIONS)
+def test_reads_every_generation_as_diffusers_does(
+    generation, write_published, diffusers_pipelines, tmp_path, relative_error
+):
+    root = write_published(tmp_path, **generation)
+    prior, decoder = read_prior_folder(root / "prior_pipeline"), read_decoder_folder(root)
+    theirs = diffusers_pipelines
+    prompts = ["a cat", "Ab 2!", ""]
+    for ours, reference in ((prior, theirs.prior), (decoder, theirs.decoder)):
+        padded = reference.tokenizer(prompts, padding="max_length", return_tensors="pt")
+        with torch.no_grad():
+            wanted = reference.text_encoder(padded.input_ids, attention_mask=padded.attention_mask)
+        states = TextEncoder.from_transformers(ours.text_encoder, ours.tokenizer).encode(prompts).states
+        assert relative_error(states, wanted.last_hidden_state) < 1e-6
+        assert (ours.schedule.s, ours.schedule.scaler) == (0.008, 1.0)
+
+    x, r = torch.randn(2, 4, 6, 6), torch.tensor([0.3, 0.8])
+    text = torch.randn(2, 12, 16)
+    with torch.no_grad():
+        ours = prior.prior(x, r, prior.prior.context(text))
+        assert relative_error(ours, theirs.prior.prior(x, r, text)) < 1e-4
+        latents, text = torch.randn(2, 4, 32, 16), torch.randn(2, 12, 12)
+        ours = decoder.decoder(latents, r, decoder.decoder.context(x, (32, 16), text))
+        assert relative_error(ours, theirs.decoder.decoder(latents, r, x, text)) < 1e-5
+        pixels = decoder.vqgan.unembed(latents)
+        assert relative_error(pixels, theirs.decoder.vqgan.decode(latents).sample) < 1e-5
+    assert (prior.latent_mean, prior.latent_std, prior.resolution_multiple) == (42.0, 1.0, 42.67)
+    assert decoder.latent_dim_scale == 10.67
+    assert linked_prior(root) == root / "prior_pipeline"
+
+
+def test_reads_the_variants_of_the_prior_with_their_configuration_at_the_root(published, diffusers_pipelines):
+    prior = read_prior_network(published / "prior_pipeline" / "prior")
+    for key, value in diffusers_pipelines.prior.prior.state_dict().items():
+        assert torch.equal(prior.state_dict()[key], value), key
+
+
+def test_fields_that_are_left_out_have_diffusers_defaults(copy):
+    config = copy / "prior_pipeline" / "prior" / "config.json"
+    edit(config, c="gone", depth="gone", nhead="gone", c_cond="gone")
+    with pytest.raises(CheckpointError, match=r"\(5120,\) by its configuration"):
+        read_prior_folder(copy / "prior_pipeline")
+
+
+def test_reads_in_half_precision_and_leaves_out_what_is_given(published):
+    prior = read_prior_folder(published / "prior_pipeline", dtype=torch.bfloat16, given=["text_encoder"])
+    assert prior.text_encoder is None
+    assert {p.dtype for p in prior.prior.parameters()} == {torch.bfloat16}
+    decoder = read_decoder_folder(published, dtype=torch.float16, given=["decoder", "tokenizer"])
+    assert decoder.decoder is None
+    assert decoder.vqgan.state_dict()["down_blocks.3.1.num_batches_tracked"].dtype == torch.int64
+
+
+def test_what_is_written_is_what_was_read_and_diffusers_reads_it(published, tmp_path, monkeypatch):
+    import importlib
+
+    import diffusers
+
+    old = importlib.import_module("diffusers.pipelines.deprecated.wuerstchen")
+    monkeypatch.setattr(diffusers.pipelines, "wuerstchen", old, raising=False)
+    prior, decoder = read_prior_folder(published / "prior_pipeline"), read_decoder_folder(published)
+    decoder.prior = "someone/some-prior"
+    write_prior_folder(prior, tmp_path / "prior")
+    write_decoder_folder(decoder, tmp_path / "decoder")
+    write_combined_folder(decoder, prior, tmp_path / "combined")
+    assert linked_prior(tmp_path / "decoder") == "someone/some-prior"
+    assert pipeline_class(tmp_path / "combined") == "WuerstchenCombinedPipeline"
+    for folder in ("prior", "combined"):
+        again = read_prior_folder(tmp_path / folder)
+        assert_equal(again.prior, prior.prior)
+        assert_equal(again.text_encoder, prior.text_encoder)
+    for folder in ("decoder", "combined"):
+        again = read_decoder_folder(tmp_path / folder)
+        assert_equal(again.decoder, decoder.decoder)
+        assert_equal(again.vqgan, decoder.vqgan)
+    theirs = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "combined")
+    assert_equal(theirs.decoder, decoder.decoder)
+    theirs = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "decoder")
+    assert_equal(theirs.vqgan, decoder.vqgan)
+    theirs = diffusers.WuerstchenPriorPipeline.from_pretrained(tmp_path / "prior")
+    assert_equal(theirs.prior, prior.prior)
+    assert theirs.tokenizer("a cat")["input_ids"] == prior.tokenizer("a cat")["input_ids"]
+
+
+def assert_equal(ours, theirs):
+    ours, theirs = ours.state_dict(), theirs.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_the_tokenizer_of_a_text_encoder_is_the_one_it_was_made_of(clip_tokenizer, published):
+    prior = read_prior_folder(published / "prior_pipeline")
+    made = clip_tokenizer_of(TextEncoder.from_transformers(prior.text_encoder, prior.tokenizer))
+    prompt = "A Cat, 12 cats and a ütf"
+    assert (
+        made(prompt, padding="max_length", truncation=True)["input_ids"]
+        == (clip_tokenizer(prompt, padding="max_length", truncation=True)["input_ids"])
+    )
+
+
+def test_what_has_no_place_in_the_layout_is_refused(small_cascade, published, tmp_path):
+    decoder = read_decoder_folder(published)
+    decoder.decoder = small_cascade.decoder
+    with pytest.raises(UserError, match="without text has no place"):
+        write_decoder_folder(decoder, tmp_path / "out")
+    prior = read_prior_folder(published / "prior_pipeline")
+    prior.latent_mean = 40.0
+    with pytest.raises(UserError, match=r"latent_mean=40\.0 has no place"):
+        write_combined_folder(decoder=read_decoder_folder(published), prior=prior, folder=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+INDEX = {
+    "another pipeline": ({"_class_name": "StableDiffusionPipeline"}, "'StableDiffusionPipeline', none of"),
+    "a class of a hub's code": ({"decoder": ["os", "system"]}, r"decoder is of class \['os', 'system'\]"),
+    "a class of the right library": ({"vqgan": ["diffusers", "VQModel"]}, "only PaellaVQModel"),
+    "a missing part": ({"vqgan": "gone"}, "vqgan is None there"),
+    "a part left empty": ({"vqgan": [None, None]}, r"vqgan is of class \[None, None\]"),
+    "a part too many": ({"unet": ["diffusers", "UNet2DModel"]}, "has no 'unet'"),
+    "a number that is none": ({"latent_dim_scale": "10.67"}, "latent_dim_scale is '10.67', no number"),
+    "infinite": ({"latent_dim_scale": float("inf")}, "latent_dim_scale is inf, no number"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), INDEX.values(), ids=INDEX)
+def test_an_index_that_is_nearly_right_is_refused(copy, changes, message):
+    edit(copy / "model_index.json", **changes)
+    with pytest.raises(CheckpointError, match=message):
+        read_decoder_folder(copy)
+
+
+CONFIGS = {
+    "absurd depth": ("prior_pipeline/prior", {"depth": 10**12}, "depth is '1000000000000'"),
+    "absurd width": ("prior_pipeline/prior", {"c": 10**12}, "c is '1000000000000'"),
+    "large width": ("prior_pipeline/prior", {"c": 2**20}, "by its configuration"),
+    "levels to overflow": ("vqgan", {"levels": 10**9}, "levels is '1000000000'"),
+    "a word": ("prior_pipeline/prior", {"nhead": "24"}, "nhead is '24'"),
+    "a yes": ("prior_pipeline/prior", {"nhead": True}, "nhead is 'True'"),
+    "a fraction": ("prior_pipeline/prior", {"depth": 2.5}, "depth is '2.5'"),
+    "no number": ("prior_pipeline/prior", {"dropout": float("nan")}, "dropout is 'nan'"),
+    "uneven heads": ("prior_pipeline/prior", {"nhead": 3}, "not a multiple of nhead=3"),
+    "a number for a list": ("decoder", {"blocks": 4}, "blocks is 4"),
+    "a list for a number": ("decoder", {"c_cond": [4]}, r"c_cond is \[4\]"),
+    "lists of unequal length": ("decoder", {"blocks": [1, 1]}, "one entry for each of the 4 levels"),
+    "unknown blocks": ("decoder", {"level_config": ["CT", "XTA", "CTA", "CTA"]}, "'XTA'"),
+    "an unknown field": ("decoder", {"block_repeat": [1]}, "no field 'block_repeat'"),
+    "our own field": ("decoder", {"prediction": "velocity"}, "no field 'prediction'"),
+    "another class": ("decoder", {"_class_name": "StableCascadeUNet"}, "'StableCascadeUNet'"),
+    "another text model": ("text_encoder", {"model_type": "t5"}, "model_type is 't5'"),
+    "absurd text model": ("text_encoder", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+    "no heads": ("text_encoder", {"num_attention_heads": 0}, "num_attention_heads is 0"),
+    "an activation of somebody's": ("text_encoder", {"hidden_act": "evil"}, "'evil', neither gelu"),
+    "a schedule of its own": ("scheduler", {"scaler": -1.0}, "scaler=-1.0"),
+    "another scheduler": ("scheduler", {"beta_start": 0.1}, "beta_start"),
+}
+
+
+@pytest.mark.parametrize(("part", "changes", "message"), CONFIGS.values(), ids=CONFIGS)
+def test_a_configuration_that_is_wrong_or_absurd_is_refused(copy, part, changes, message):
+    edit(copy / part / ("scheduler_config.json" if part == "scheduler" else "config.json"), **changes)
+    with pytest.raises(CheckpointError, match=message) as raised:
+        (read_prior_folder(copy / "prior_pipeline") if "prior" in part else read_decoder_folder(copy))
+    assert "\n" not in str(raised.value)
+    assert part in str(raised.value)
+
+
+MISSING = ("model_index.json", "decoder/config.json", "vqgan/diffusion_pytorch_model.safetensors")
+MISSING += ("text_encoder/model.safetensors", "tokenizer/vocab.json", "scheduler/scheduler_config.json")
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_a_missing_file_is_named(copy, name):
+    (copy / name).unlink()
+    with pytest.raises(CheckpointError, match=f"{Path(name).parent}|{Path(name).name}"):
+        read_decoder_folder(copy)
+
+
+@pytest.mark.parametrize("name", [n for n in MISSING if not n.startswith("vqgan")])
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe[1", b"[]", b"null"])
+def test_a_damaged_file_is_named(copy, name, content):
+    (copy / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{Path(name).parent}|{Path(name).name}"):
+        read_decoder_folder(copy)
+
+
+def test_a_truncated_file_is_refused(copy):
+    path = copy / "decoder" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_decoder_folder(copy)
+
+
+def test_a_key_too_many_or_too_few_is_refused(copy):
+    path = copy / "vqgan" / "diffusion_pytorch_model.safetensors"
+    state = safetensors.torch.load_file(path)
+    safetensors.torch.save_file(state | {"extra": torch.zeros(1)}, path)
+    with pytest.raises(CheckpointError, match="'extra' is \\(1,\\) there and unknown"):
+        read_decoder_folder(copy)
+    state.pop("in_block.1.bias")
+    safetensors.torch.save_file(state, path)
+    with pytest.raises(CheckpointError, match=r"'in_block.1.bias' is missing there and \(8,\)"):
+        read_decoder_folder(copy)
+
+
+class WritesToDisk:
+    def __reduce__(self):
+        return Path.write_text, (Path("evil"), "was here")
+
+
+def test_code_in_a_pickle_is_never_run(write_published, tmp_path, monkeypatch):
+    root = write_published(tmp_path, pickled=True)
+    monkeypatch.chdir(tmp_path)
+    for part in ("decoder/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin"):
+        kept = (root / part).read_bytes()
+        for payload in (pickle.dumps(WritesToDisk()), kept[:200] + pickle.dumps(WritesToDisk())):
+            (root / part).write_bytes(payload)
+            with pytest.raises(CheckpointError, match=Path(part).name):
+                read_decoder_folder(root)
+        torch.save({"weight": WritesToDisk()}, root / part)
+        with pytest.raises(CheckpointError, match="pickled objects, which are never run"):
+            read_decoder_folder(root)
+        (root / part).write_bytes(kept)
+    assert not Path("evil").exists()
+    # The file is a real threat: whoever unpickles it runs it.
+    pickle.loads(pickle.dumps(WritesToDisk()))
+    assert Path("evil").exists()
+
+
+LINES = {
+    "../prior_pipeline": False,
+    "/etc": False,
+    "https://example.org/prior": False,
+    ".": False,
+    "nowhere": False,
+    "warp-ai/wuerstchen-prior": True,
+    "prior_pipeline": True,
+    "warp-ai/../prior": False,
+}
+
+
+@pytest.mark.parametrize(("line", "allowed"), LINES.items(), ids=LINES)
+def test_the_prior_line_names_a_folder_inside_or_a_hub_name(copy, line, allowed):
+    (copy.parent / "prior_pipeline").mkdir()
+    (copy / "README.md").write_text(f"---\nprior:\n- {line}\n---\n")
+    if allowed:
+        assert str(linked_prior(copy)).endswith(line)
+    else:
+        with pytest.raises(CheckpointError, match="neither a folder inside it nor"):
+            linked_prior(copy)
+
+
+def test_a_link_out_of_the_folder_is_no_folder_inside(copy, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (copy / "sly").symlink_to(tmp_path / "elsewhere")
+    (copy / "README.md").write_text("---\nprior:\n- sly\n---\n")
+    with pytest.raises(CheckpointError, match="neither a folder inside it nor"):
+        linked_prior(copy)
+
+
+@pytest.mark.parametrize("text", ["", "no front matter", "---\nlicense: mit\n---\n"])
+def test_a_readme_without_the_line_says_what_to_do(copy, text):
+    (copy / "README.md").write_text(text)
+    with pytest.raises(CheckpointError, match="give the folder of Stage C as prior"):
+        linked_prior(copy)
+
+
+@pytest.mark.parametrize("text", ["---\nprior: [\n---\n", "---\nprior: 3\n---\n", "---\n- a\n---\n"])
+def test_a_damaged_readme_is_named(copy, text):
+    (copy / "README.md").write_text(text)
+    with pytest.raises(CheckpointError, match=r"README\.md"):
+        linked_prior(copy)
+
+
+def test_the_halves_are_not_taken_for_one_another(published):
+    with pytest.raises(CheckpointError, match="has no Stage C"):
+        read_prior_folder(published)
+    with pytest.raises(CheckpointError, match="has no Stage B"):
+        read_decoder_folder(published / "prior_pipeline")
+
+
+def test_more_tokens_than_the_text_encoder_knows_are_refused(copy):
+    path = copy / "tokenizer" / "vocab.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"one": 600, "more": 601}))
+    with pytest.raises(CheckpointError, match="tokens and the text encoder knows"):
+        read_decoder_folder(copy)

@@ -1,0 +1,375 @@
+"""Files of other programs: read exactly; what is damaged or hostile is named, and nothing of it run."""
+
+import json
+import os
+import pickle
+import re
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from wuerstchen.checkpoints.weights import (
+    StoredTensors,
+    fill,
+    read_json,
+    read_tensors_of,
+    read_torch_file,
+)
+from wuerstchen.errors import CheckpointError
+
+STATE = {
+    "weight": torch.arange(6.0).reshape(2, 3),
+    "bias": torch.tensor([1.0, -2.0], dtype=torch.float16),
+    "steps": torch.tensor(7),
+}
+
+
+class Network(nn.Module):
+    """A matrix, a vector and a counter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2, 3))
+        self.bias = nn.Parameter(torch.zeros(2))
+        self.register_buffer("steps", torch.tensor(0))
+
+
+def on_meta() -> Network:
+    with torch.device("meta"):
+        return Network()
+
+
+def save(state: dict[str, Tensor], path: Path) -> Path:
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path)
+    return path
+
+
+def save_legacy(content: object, path: Path) -> None:
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+def rewritten(
+    source: Path, target: Path, change: Callable[[str, bytes], bytes], method: int = zipfile.ZIP_STORED
+) -> Path:
+    """The archive again, its entries changed or stored in another way."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", method) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, change(entry.filename, old.read(entry)))
+    return target
+
+
+class Touches:
+    """When unpickled by plain pickle, creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str, int]]:
+        return os.open, (str(self.path), os.O_CREAT | os.O_WRONLY)
+
+
+# Whole files
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.bin", "model.pt"])
+def test_a_file_gives_back_what_was_saved(name: str, tmp_path: Path) -> None:
+    assert_same(read_tensors_of(save(STATE, tmp_path / name)), STATE)
+
+
+def test_the_legacy_format_of_torch(tmp_path: Path) -> None:
+    save_legacy(STATE, tmp_path / "model.bin")
+    assert_same(read_tensors_of(tmp_path / "model.bin"), STATE)
+
+
+def test_a_torch_file_may_hold_more_than_tensors(tmp_path: Path) -> None:
+    content = {"state_dict": STATE, "iter": 3, "optimizer": {"groups": [{"lr": 1e-4}]}, "none": None}
+    torch.save(content, tmp_path / "trainer.pt")
+    again = read_torch_file(tmp_path / "trainer.pt")
+    assert isinstance(again, dict)
+    assert_same(again.pop("state_dict"), STATE)
+    content.pop("state_dict")
+    assert again == content
+
+
+def test_shapes_and_metadata_are_there_before_the_values(tmp_path: Path) -> None:
+    save_file(STATE, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    stored = StoredTensors.of([tmp_path / "model.safetensors"])
+    assert stored.shapes == {"weight": (2, 3), "bias": (2,), "steps": ()}
+    assert stored.metadata == {"format": "pt"}
+    assert stored.files == (tmp_path / "model.safetensors",)
+
+
+def test_floating_tensors_are_read_in_the_given_type_and_others_as_they_are(tmp_path: Path) -> None:
+    stored = StoredTensors.of([save(STATE, tmp_path / "model.safetensors")])
+    assert_same(stored.read(), STATE)
+    assert_same(
+        stored.read(torch.float64),
+        {"weight": STATE["weight"].double(), "bias": STATE["bias"].double(), "steps": STATE["steps"]},
+    )
+
+
+# Folders and shards
+
+
+def write_shards(folder: Path, ending: str = ".safetensors", stem: str = "model") -> Path:
+    """STATE in two files and their index."""
+    shards = {f"{stem}-1{ending}": ["weight"], f"{stem}-2{ending}": ["bias", "steps"]}
+    places = {name: shard for shard, names in shards.items() for name in names}
+    for shard, names in shards.items():
+        save({name: STATE[name] for name in names}, folder / shard)
+    index = folder / f"{stem}{ending}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return index
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".bin"])
+def test_shards_are_read_as_one(ending: str, tmp_path: Path) -> None:
+    write_shards(tmp_path, ending)
+    assert_same(StoredTensors.in_folder(tmp_path, ["model"]).read(), STATE)
+
+
+def test_the_order_in_which_files_are_looked_for(tmp_path: Path) -> None:
+    """safetensors before .bin, the first stem before the second, a whole file before shards."""
+    for order, name in enumerate(["b.bin", "a.bin", "b.safetensors"]):
+        save({"order": torch.tensor(order)}, tmp_path / name)
+        assert int(StoredTensors.in_folder(tmp_path, ["a", "b"]).read()["order"]) == order, name
+    write_shards(tmp_path, stem="a")
+    assert StoredTensors.in_folder(tmp_path, ["a", "b"]).shapes.keys() == STATE.keys()
+    save({"order": torch.tensor(3)}, tmp_path / "a.safetensors")
+    assert int(StoredTensors.in_folder(tmp_path, ["a", "b"]).read()["order"]) == 3
+
+
+def test_a_folder_without_weights(tmp_path: Path) -> None:
+    (tmp_path / "model.pdparams").touch()
+    with pytest.raises(CheckpointError, match=r"holds no weights: there is no model\.safetensors nor \.bin"):
+        StoredTensors.in_folder(tmp_path, ["model"])
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["../outside.safetensors", "sub/inside.safetensors", "model.pt", ".", "", 3, None, ["m.safetensors"]],
+)
+def test_shards_lie_beside_their_index(place: object, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    (folder / "sub").mkdir(parents=True)
+    save(STATE, tmp_path / "outside.safetensors")
+    save(STATE, folder / "sub" / "inside.safetensors")
+    save(STATE, folder / "model.pt")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"weight": place}}))
+    with pytest.raises(CheckpointError, match="is no file of weights beside it"):
+        StoredTensors.in_folder(folder, ["model"])
+
+
+def test_an_absolute_shard(tmp_path: Path) -> None:
+    outside = save(STATE, tmp_path / "outside.safetensors")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"weight": str(outside)}}))
+    with pytest.raises(CheckpointError, match=re.escape(f"'{outside}' is no file of weights beside it")):
+        StoredTensors.in_folder(folder, ["model"])
+
+
+def test_a_lost_shard(tmp_path: Path) -> None:
+    write_shards(tmp_path)
+    (tmp_path / "model-2.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model-2\.safetensors is wrong because there is no such file"):
+        StoredTensors.in_folder(tmp_path, ["model"])
+
+
+def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
+    write_shards(tmp_path)
+    save(STATE, tmp_path / "model-2.safetensors")
+    with pytest.raises(CheckpointError, match="'weight' is in another shard too"):
+        StoredTensors.in_folder(tmp_path, ["model"])
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": {}}', '{"weight_map": [1]}'])
+def test_an_index_that_names_nothing(content: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(CheckpointError, match="has no weight_map"):
+        StoredTensors.in_folder(tmp_path, ["model"])
+
+
+@pytest.mark.parametrize("content", ["", "{", "\x00", "[" * 100_000, '{"a": ' * 100_000])
+def test_json_that_cannot_be_read(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"config\.json is wrong because it cannot be read"):
+        read_json(tmp_path / "config.json")
+
+
+def test_json_that_is_no_object(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(CheckpointError, match="holds no JSON object"):
+        read_json(tmp_path / "config.json")
+
+
+# Filling a network
+
+
+def test_a_network_on_meta_is_filled(tmp_path: Path) -> None:
+    network = on_meta()
+    stored = StoredTensors.of([save(STATE, tmp_path / "model.safetensors")])
+    fill(network, stored, {})
+    assert_same(network.state_dict(), {**STATE, "bias": STATE["bias"].float()})
+
+
+def test_names_in_the_file_may_differ(tmp_path: Path) -> None:
+    network = on_meta()
+    state = {"old.matrix": STATE["weight"], "bias": STATE["bias"], "steps": STATE["steps"]}
+    stored = StoredTensors.of([save(state, tmp_path / "model.bin")])
+    fill(network, stored, {"weight": "old.matrix"}, dtype=torch.float16)
+    assert torch.equal(network.weight, STATE["weight"].half())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"weight": None}, r"'weight' is missing there and \(2, 3\) by its configuration"),
+        ({"extra": torch.ones(4)}, r"'extra' is \(4,\) there and unknown by its configuration"),
+        ({"weight": torch.ones(3, 2)}, r"'weight' is \(3, 2\) there and \(2, 3\) by its configuration"),
+        ({"weight": torch.ones(2, 3, dtype=torch.int64)}, "'weight' is torch.int64 there, which"),
+        ({"steps": torch.tensor(0.5)}, "'steps' is torch.float32 there, which"),
+    ],
+)
+def test_what_does_not_fit_leaves_the_network_as_it_was(
+    change: dict[str, Tensor | None], words: str, tmp_path: Path
+) -> None:
+    network = on_meta()
+    state = {name: tensor for name, tensor in (STATE | change).items() if tensor is not None}
+    stored = StoredTensors.of([save(state, tmp_path / "model.safetensors")])
+    with pytest.raises(CheckpointError, match=words):
+        fill(network, stored, {})
+    assert all(tensor.is_meta for tensor in network.state_dict().values())
+
+
+# Damage and malice
+
+
+def refused(path: Path, words: str) -> None:
+    with pytest.raises(CheckpointError, match=f"{re.escape(str(path))} is wrong because .*{words}"):
+        read_tensors_of(path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
+def test_a_missing_file_and_a_folder(name: str, tmp_path: Path) -> None:
+    refused(tmp_path / name, "there is no such file; check the name")
+    (tmp_path / name).mkdir()
+    refused(tmp_path / name, "there is no such file; check the name")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
+def test_a_truncated_file(name: str, share: float, tmp_path: Path) -> None:
+    path = save({"weight": torch.ones(50, 50)}, tmp_path / name)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    refused(path, "")
+
+
+def test_a_truncated_legacy_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    save_legacy({"weight": torch.ones(50, 50)}, path)
+    path.write_bytes(path.read_bytes()[:-100])
+    refused(path, "it cannot be read .*; download it again")
+
+
+def with_header(path: Path, header: bytes, length: int | None = None) -> Path:
+    path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + bytes(24))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("header", "length"),
+    [
+        (b"{}", 2**63),
+        (b"{}", 2**31),
+        (b"not json", None),
+        (b"[" * 50_000, None),
+        (b'{"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 1099511627776]}}', None),
+        (b'{"a": {"dtype": "F32", "shape": [4294967296, 4294967296], "data_offsets": [0, 24]}}', None),
+        (b'{"a": {"dtype": "F32", "shape": [-2, 3], "data_offsets": [0, 24]}}', None),
+        (b'{"a": {"dtype": "X9", "shape": [2, 3], "data_offsets": [0, 24]}}', None),
+    ],
+)
+def test_an_absurd_header_of_safetensors(header: bytes, length: int | None, tmp_path: Path) -> None:
+    refused(with_header(tmp_path / "model.safetensors", header, length), "it cannot be read")
+
+
+@pytest.mark.parametrize("write", [torch.save, save_legacy, lambda x, p: p.write_bytes(pickle.dumps(x))])
+def test_pickled_code_is_refused_and_not_run(write: Callable[..., object], tmp_path: Path) -> None:
+    touched = tmp_path / "touched"
+    write({**STATE, "extra": Touches(touched)}, tmp_path / "weights.pt")
+    refused(tmp_path / "weights.pt", "holds pickled objects, which are never run")
+    assert not touched.exists()
+    # The same bytes do create it where they are run: the test would notice.
+    os.close(pickle.loads(pickle.dumps(Touches(touched))))
+    assert touched.exists()
+
+
+def test_a_pickle_is_not_read_as_safetensors(tmp_path: Path) -> None:
+    touched = tmp_path / "touched"
+    torch.save({"extra": Touches(touched)}, tmp_path / "model.safetensors")
+    refused(tmp_path / "model.safetensors", "it cannot be read")
+    assert not touched.exists()
+
+
+def test_an_archive_compressed_again(tmp_path: Path) -> None:
+    """Mapped as it lies, its bytes would come out as other numbers."""
+    path = save(STATE, tmp_path / "a.pt")
+    packed = rewritten(path, tmp_path / "b.pt", lambda _, data: data, zipfile.ZIP_DEFLATED)
+    refused(packed, "it was compressed after torch.save wrote it; get the file as it was")
+
+
+def test_a_tensor_that_claims_more_than_the_file_holds(tmp_path: Path) -> None:
+    path = save({"weight": torch.ones(6)}, tmp_path / "a.pt")
+
+    def enlarge(name: str, data: bytes) -> bytes:
+        # In the pickle: BININT1 6 becomes BININT 2^30, in the storage's size and in the tensor's.
+        return data.replace(b"K\x06", b"J\x00\x00\x00\x40") if name.endswith("data.pkl") else data
+
+    larger = rewritten(path, tmp_path / "b.pt", enlarge)
+    assert b"J\x00\x00\x00\x40" in larger.read_bytes()
+    refused(larger, "it cannot be read")
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(1).expand(100_000, 100_000),
+        torch.empty(10**12, device="meta"),
+        torch.eye(3).to_sparse(),
+    ],
+    ids=["expanded", "meta", "sparse"],
+)
+def test_tensors_without_their_values(tensor: Tensor, tmp_path: Path) -> None:
+    refused(save({"weight": tensor}, tmp_path / "model.pt"), "'weight' is not stored as a plain tensor")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (torch.zeros(3), "it holds a Tensor, not a state dict"),
+        ([torch.zeros(3)], "it holds a list, not a state dict"),
+        ({"state_dict": STATE}, "its entry 'state_dict' is no tensor"),
+        ({"epoch": 3}, "its entry 'epoch' is no tensor"),
+        ({3: torch.zeros(3)}, "its entry '3' is no tensor"),
+    ],
+)
+def test_torch_files_that_are_no_state_dict(content: object, words: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "model.pt")
+    refused(tmp_path / "model.pt", words)
