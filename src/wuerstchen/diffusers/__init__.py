@@ -6,6 +6,7 @@ and what cannot be drawn is refused before anything is computed.
 """
 
 from wuerstchen.diffusers.base import DiffusionPipeline
+from wuerstchen.diffusers.combined import WuerstchenCombinedPipeline
 from wuerstchen.diffusers.decoder import WuerstchenDecoderPipeline
 from wuerstchen.diffusers.outputs import (
     DDPMWuerstchenSchedulerOutput,
@@ -21,6 +22,7 @@ __all__ = [
     "DDPMWuerstchenSchedulerOutput",
     "DiffusionPipeline",
     "ImagePipelineOutput",
+    "WuerstchenCombinedPipeline",
     "WuerstchenDecoderPipeline",
     "WuerstchenPriorPipeline",
     "WuerstchenPriorPipelineOutput",

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from wuerstchen.diffusers.outputs import Config
 from wuerstchen.errors import UserError, UserNotice
+from wuerstchen.memory import Blockwise, OneAtATime, Residence
 
 AnyPipeline = TypeVar("AnyPipeline", bound="DiffusionPipeline")
 
@@ -28,10 +29,20 @@ class DiffusionPipeline:
     """The component whose dtype and device are the pipeline's."""
 
     def __init__(self, **settings: Any) -> None:
-        self.config = Config(settings)
+        self._config = Config(settings)
+        self._residence: Residence | None = None
         self._guidance_scale = 1.0
         self._num_timesteps = 0
         self._progress_bar_config: dict[str, Any] = {}
+
+    @property
+    def config(self) -> Config:
+        """The pipeline's numbers, as they stand in ``model_index.json``."""
+        return self._config
+
+    def _pipes(self) -> "tuple[DiffusionPipeline, ...]":
+        """The pipelines that do the work: this one, where it is not made of others."""
+        return (self,)
 
     @property
     def components(self) -> dict[str, Any]:
@@ -53,7 +64,9 @@ class DiffusionPipeline:
 
     @property
     def _execution_device(self) -> torch.device:
-        return self.device
+        """Where the pipeline computes, which with offloading is not where its networks wait."""
+        residence = self._pipes()[-1]._residence
+        return self.device if residence is None else residence.device
 
     @property
     def guidance_scale(self) -> float:
@@ -80,7 +93,7 @@ class DiffusionPipeline:
     ) -> AnyPipeline:
         """Moves or converts all networks: ``to("cuda")``, ``to(torch.float16)``, or both in this order.
 
-        Ends offloading. Returns the pipeline.
+        A device ends offloading. Returns the pipeline.
         """
         for value in args:
             if isinstance(value, torch.dtype):
@@ -89,6 +102,9 @@ class DiffusionPipeline:
                 device = _once("device", device, value)
         device = device if torch_device is None else _once("device", device, torch_device)
         dtype = dtype if torch_dtype is None else _once("dtype", dtype, torch_dtype)
+        for pipe in self._pipes():
+            pipe.maybe_free_model_hooks()
+            pipe._residence = pipe._residence if device is None else None
         for network in self._networks().values():
             network.to(device=device, dtype=dtype)
         return self
@@ -96,10 +112,43 @@ class DiffusionPipeline:
     @contextmanager
     def _using(self, network: nn.Module | None) -> Iterator[torch.device]:
         """While it lasts, ``network`` can run; gives the device that its inputs must be on."""
-        yield self.device if network is None else device_of(network)
+        if network is None or self._residence is None:
+            yield self.device if network is None else device_of(network)
+            return
+        with self._residence.using(network):
+            yield self._residence.device
+
+    def enable_model_cpu_offload(
+        self, gpu_id: int | None = None, device: str | torch.device | None = None
+    ) -> None:
+        """Keeps the networks on the CPU, from where each visits the device as long as it is needed.
+
+        The device is the one named, or the first accelerator that is there.
+        """
+        self._offload(OneAtATime, gpu_id, device)
+
+    def enable_sequential_cpu_offload(
+        self, gpu_id: int | None = None, device: str | torch.device | None = None
+    ) -> None:
+        """As ``enable_model_cpu_offload``, a layer at a time: the least memory, and far slower."""
+        self._offload(Blockwise, gpu_id, device)
+
+    def _offload(
+        self,
+        kind: type[OneAtATime] | type[Blockwise],
+        gpu_id: int | None,
+        device: str | torch.device | None,
+    ) -> None:
+        target = _offload_device(gpu_id, device)
+        self.to("cpu")
+        for pipe in self._pipes():
+            pipe._residence = kind(target)
 
     def maybe_free_model_hooks(self) -> None:
-        """Does nothing: offloaded networks go back as soon as a call ends."""
+        """Sends offloaded networks back to the CPU. Every call ends with it."""
+        for pipe in self._pipes():
+            if pipe._residence is not None:
+                pipe._residence.release()
 
     def progress_bar(self, iterable: Any = None, total: int | None = None) -> tqdm:
         """A bar over ``iterable``, or one of ``total`` steps that is moved by hand."""
@@ -129,6 +178,20 @@ class DiffusionPipeline:
         parts = (f"  {name}: {type(part).__name__}" for name, part in self.components.items())
         settings = (f"  {name}={value}" for name, value in self.config.items())
         return "\n".join([f"{type(self).__name__}(", *parts, *settings, ")"])
+
+
+def _offload_device(gpu_id: int | None, device: str | torch.device | None) -> torch.device:
+    if device is not None:
+        target = torch.device(device)
+        if gpu_id is not None and target.index not in (None, gpu_id):
+            raise UserError(f"device {device} is not number gpu_id={gpu_id}; give only one of them")
+    elif torch.cuda.is_available():
+        target = torch.device("cuda")
+    elif torch.backends.mps.is_available():
+        target = torch.device("mps")
+    else:
+        raise UserError("there is no accelerator to offload from; leave offloading out, or name a device")
+    return target if gpu_id is None else torch.device(target.type, gpu_id)
 
 
 def device_of(network: nn.Module) -> torch.device:

@@ -146,9 +146,9 @@ class WuerstchenDecoderPipeline(DiffusionPipeline):
         text, negative = self.encode_prompt(
             prompts, None, pictures // len(prompts), guides, negative_prompt if guides else None
         )
-        size = [int(side * self.config.latent_dim_scale) for side in maps.shape[2:]]
+        size = [self.latent_side(side) for side in maps.shape[2:]]
         multiple = self.decoder.config.size_multiple
-        canvas = [-(-max(side, 1) // multiple) * multiple for side in size]
+        canvas = [-(-side // multiple) * multiple for side in size]
         with self._using(self.decoder) as device:
             dtype = dtype_of(self.decoder)
             text = text.to(device, dtype)
@@ -170,7 +170,12 @@ class WuerstchenDecoderPipeline(DiffusionPipeline):
             factor = self.vqgan.config.factor
             pixels = self._pixels(sample)
             images = as_output(centre_crop(pixels, factor * size[0], factor * size[1]), output_type)
+        self.maybe_free_model_hooks()
         return ImagePipelineOutput(images) if return_dict else (images,)
+
+    def latent_side(self, positions: int) -> int:
+        """How many of Stage A's latents a side has for ``positions`` of the map."""
+        return max(int(positions * self.config.latent_dim_scale), 1)
 
     def _checked_maps(self, given: Any) -> Float[Tensor, "b c h w"]:
         """The semantic maps as one tensor. Raises ``TypeError`` or ``UserError``."""

@@ -148,6 +148,10 @@ class WuerstchenPriorPipeline(DiffusionPipeline):
                     )
         check_count("num_inference_steps", num_inference_steps, least=0)
 
+    def grid_side(self, pixels: float) -> int:
+        """How many positions a side of the map has for a side of ``pixels``."""
+        return math.ceil(pixels / self.config.resolution_multiple)
+
     def _positions(self) -> int | None:
         return None if self.tokenizer is None else self.tokenizer.model_max_length
 
@@ -202,10 +206,7 @@ class WuerstchenPriorPipeline(DiffusionPipeline):
         check_generator(generator)
         count = 1 if num_images_per_prompt is None else num_images_per_prompt
         check_count("num_images_per_prompt", count)
-        multiple = self.config.resolution_multiple
-        grid = [
-            math.ceil(side / multiple) for side in (check_side("height", height), check_side("width", width))
-        ]
+        sides = (check_side("height", height), check_side("width", width))
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"output_type={output_type!r} is unknown; use one of {', '.join(OUTPUT_TYPES)}")
 
@@ -223,7 +224,7 @@ class WuerstchenPriorPipeline(DiffusionPipeline):
             text = text.to(device, dtype)
             negative = None if negative is None else negative.to(device, dtype)
             self.scheduler.set_timesteps(num_inference_steps, timesteps=timesteps, device=device)
-            shape = (len(text), self.prior.config.c_in, *grid)
+            shape = (len(text), self.prior.config.c_in, *map(self.grid_side, sides))
             state = {
                 "latents": initial_latents(
                     latents, shape, generator, device, dtype, self.scheduler.init_noise_sigma
@@ -232,6 +233,7 @@ class WuerstchenPriorPipeline(DiffusionPipeline):
                 "negative_prompt_embeds": negative,
             }
             sample = denoise(self, self.prior, self._context, state, generator, callbacks)
+        self.maybe_free_model_hooks()
         image_embeddings = sample * self.config.latent_mean - self.config.latent_std
         if output_type == "np":
             image_embeddings = image_embeddings.cpu().float().numpy()

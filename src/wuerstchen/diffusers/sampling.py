@@ -34,27 +34,30 @@ class Callbacks:
         allowed: Sequence[str],
         callback: Any,
         callback_steps: Any,
-        prefix: str = "",
     ) -> "Callbacks":
-        """Raises ``UserError`` for names that a callback cannot have. ``prefix`` is the arguments'."""
-        names = list(tensor_inputs or ())
-        if unknown := [name for name in names if name not in allowed]:
-            raise UserError(
-                f"`{prefix}callback_on_step_end_tensor_inputs` has to be in {list(allowed)}, "
-                f"but found {unknown}"
-            )
-        for name, value in (("callback_on_step_end", on_step_end), ("callback", callback)):
-            if value is not None and not callable(value):
-                raise TypeError(f"'{prefix}{name}' must be a function, but got {type(value)}")
+        """Raises ``UserError`` or ``TypeError`` for what cannot be called so."""
+        names = check_callbacks(on_step_end, tensor_inputs, allowed)
+        if callback is not None and not callable(callback):
+            raise TypeError(f"'callback' must be a function, but got {type(callback)}")
         for name, value in (("callback", callback), ("callback_steps", callback_steps)):
             if value is not None:
                 warnings.warn(
-                    f"`{prefix}{name}` is deprecated; use `{prefix}callback_on_step_end`",
-                    FutureWarning,
-                    stacklevel=4,
+                    f"`{name}` is deprecated; use `callback_on_step_end`", FutureWarning, stacklevel=4
                 )
-        steps = 1 if callback_steps is None else check_count(f"{prefix}callback_steps", callback_steps)
+        steps = 1 if callback_steps is None else check_count("callback_steps", callback_steps)
         return cls(on_step_end=on_step_end, tensor_inputs=names, every=callback, every_steps=steps)
+
+
+def check_callbacks(on_step_end: Any, names: Any, allowed: Sequence[str], prefix: str = "") -> list[str]:
+    """The tensors that a callback asks for. ``prefix`` is that of the arguments' names."""
+    if on_step_end is not None and not callable(on_step_end):
+        raise TypeError(f"'{prefix}callback_on_step_end' must be a function, but got {type(on_step_end)}")
+    names = [names] if isinstance(names, str) else list(names or ())
+    if unknown := [name for name in names if name not in allowed]:
+        raise UserError(
+            f"`{prefix}callback_on_step_end_tensor_inputs` has to be in {list(allowed)}, but found {unknown}"
+        )
+    return names
 
 
 def check_count(name: str, value: Any, least: int = 1) -> int:
@@ -88,7 +91,7 @@ def check_generator(generator: Any) -> None:
             )
 
 
-def check_steps(prefix: str, num_inference_steps: Any, timesteps: Any, name: str = "timesteps") -> None:
+def check_steps(prefix: str, num_inference_steps: Any, timesteps: Any) -> None:
     """Raises unless the steps can be taken. 0 steps give back the noise, as in diffusers."""
     check_count(f"{prefix}num_inference_steps", num_inference_steps, least=0)
     if timesteps is not None:
