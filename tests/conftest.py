@@ -1,5 +1,6 @@
 """What several test files share."""
 
+import dataclasses
 import hashlib
 import json
 import warnings
@@ -16,9 +17,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from wuerstchen.checkpoints.native import Provenance, write_cascade
 from wuerstchen.checkpoints.text_encoder import read_text_encoder
-from wuerstchen.models.cascade import Cascade, CascadeSettings, MapStatistics
+from wuerstchen.models.cascade import PUBLISHED_V1, Cascade, CascadeSettings, MapStatistics
 from wuerstchen.models.compressor import Compressor, CompressorConfig
 from wuerstchen.models.decoder import Decoder, DecoderConfig
+from wuerstchen.models.paella import Paella, PaellaConfig
 from wuerstchen.models.prior import Prior, PriorConfig
 from wuerstchen.models.vqgan import VQGAN, VQGANConfig
 from wuerstchen.pipeline import BUNDLED
@@ -119,6 +121,32 @@ def small_cascade() -> Cascade:
                 if not parameter.any():
                     parameter.copy_(0.1 * _fill(name, parameter))
     return cascade
+
+
+@pytest.fixture(scope="session")
+def small_v1(small_cascade: Cascade) -> Cascade:
+    """The same with a Stage B on tokens."""
+    decoder = Paella(
+        PaellaConfig(
+            num_labels=16,
+            c_token=8,
+            c_r=8,
+            c_cond=8,
+            c_hidden=(8, 16),
+            nhead=(-1, 2),
+            blocks=(1, 1),
+            level_config=("CT", "CTA"),
+            effnet_embd=2,
+            clip_embd=384,
+        )
+    )
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            parameter.copy_(_fill(name, parameter))
+    settings = dataclasses.replace(
+        PUBLISHED_V1, image_size=128, text_mask=True, prior_steps=3, decoder_steps=2
+    )
+    return dataclasses.replace(small_cascade, decoder=decoder, settings=settings)
 
 
 @pytest.fixture(scope="session")

@@ -120,7 +120,10 @@ BAD_CALLS = {
     "one file for two": (["generate", "a", "b", "--out", "x.png"], "is one file for 2 pictures; add --grid"),
     "unknown option": (["generate", "a", "--speed", "9"], "--speed 9 is no option of this command"),
     "unknown command": (["dream"], "invalid choice: 'dream'"),
-    "no model": (["generate", "a", "--model", "nowhere"], "nowhere is no model folder"),
+    "no model": (
+        ["generate", "a", "--model", "nowhere"],
+        "'nowhere' does not exist",
+    ),
     "bad device": (["generate", "a", "--device", "toaster"], "device 'toaster' is not there"),
     "missing image": (["reconstruct", "nothing.png"], "nothing.png"),
     "no recipe": (["train"], "no recipe was named; use one of tiny"),

@@ -22,6 +22,7 @@ ORDER = [
     {"evaluate"},
     {"train"},
     {"recipes"},
+    {"doctor"},
     {"cli"},
     {"__main__", "__init__"},
 ]

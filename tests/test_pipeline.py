@@ -1,20 +1,23 @@
 """Drawing and reconstructing with a small random model: the way through, seeds, sizes and refusals."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import wuerstchen
 from wuerstchen.diffusion.samplers import ddpm, draw_noise
 from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, stage_c_timesteps, uniform_timesteps
 from wuerstchen.errors import UserError
-from wuerstchen.images import to_images
+from wuerstchen.images import center_crop_resize, to_images, to_tensor
 from wuerstchen.models.cascade import PUBLISHED_MAP, CascadeSettings, MapStatistics
 from wuerstchen.models.compressor import compressor_input
 from wuerstchen.models.text import PromptTooLongWarning
+from wuerstchen.models.vqgan import VQGAN, VQGANConfig
 from wuerstchen.pipeline import Sampling, Wuerstchen
 
 
@@ -130,6 +133,133 @@ def test_sizes_follow_the_map(model):
     assert settings.map_size(1024, 1536) == (36, 24)
 
 
+def test_a_size_between_two_canvases_is_cut_out_of_the_larger(model):
+    whole = model.generate("a cat", size=(256, 128))[0]
+    part = model.generate("a cat", size=(136, 72))[0]
+    assert np.array_equal(pixels([part]), pixels([whole.crop((60, 28, 196, 100))]))
+    image = Image.effect_noise((300, 300), 80).convert("RGB")
+    result = model.reconstruct(image, size=200)
+    assert result.original.size == result.image.size == (200, 200)
+    # The map is that of the picture with its edges repeated to 256 pixels.
+    padded = np.pad(pixels([result.original])[0], ((28, 28), (28, 28), (0, 0)), mode="edge")
+    canvas = model.reconstruct(Image.fromarray(padded.astype(np.uint8)), size=256).image
+    assert np.array_equal(pixels([result.image]), pixels([canvas.crop((28, 28, 228, 228))]))
+
+
+def test_drawing_begins_with_the_map_of_a_picture(model):
+    """The steps written out: from the picture's map, noised to the time that the strength names."""
+    init = Image.effect_noise((150, 130), 80).convert("RGB")
+    cascade, generator = model.cascade, [torch.Generator().manual_seed(3)]
+    statistics = cascade.settings.map_statistics
+    with torch.no_grad():
+        z = model.encode(cascade.compressor, torch.stack([to_tensor(center_crop_resize(init, 128))]))
+        noised = PUBLISHED_SCHEDULE.add_noise(
+            statistics.normalise(z), draw_noise((2, 3, 3), generator), torch.tensor([0.5])
+        )
+        text = cascade.text_encoder.encode([""])
+        context = cascade.prior.context(text.states, text.mask)
+        # The three steps from 1 to 0 have points at 1, 5/6, 2/3 and 0.
+        sample = ddpm(
+            lambda x, t: cascade.prior(x, t, context), noised, [0.5, 0.0], generator, PUBLISHED_SCHEDULE
+        )
+        expected = model._draw(
+            statistics.restore(sample), [""], (128, 128), model._resolved(Sampling()), generator, None
+        )
+    seen = []
+    drawn = model.generate("", init=init, strength=0.5, seed=3, progress=lambda *step: seen.append(step))
+    assert np.abs(pixels(drawn) - pixels(to_images(expected))).max() <= 1
+    assert seen[0] == ("Stage C", 1, 1)
+    # As good as nothing changed: what comes out is the picture's reconstruction.
+    kept = model.generate("a cat", init=init, strength=1e-6, sampling=Sampling(decoder_steps=30))
+    assert kept[0].size == (128, 128)
+    changed = model.generate("a cat", init=init, strength=1.0)
+    assert np.abs(pixels(kept) - pixels(changed)).mean() > 1
+
+
+def test_v1_draws_and_reconstructs(small_v1):
+    model = Wuerstchen(small_v1, torch.device("cpu"))
+    together = model.generate(["a cat", "a cat"], seed=5, size=(72, 128))
+    assert together[0].size == (72, 128)
+    alone = model.generate("a cat", seed=6, size=(72, 128))
+    assert np.abs(pixels(together[1:]) - pixels(alone)).max() <= 1
+    for other in (Sampling(decoder_guidance=1.0), Sampling(decoder_steps=3), Sampling(guidance=1.0)):
+        changed = model.generate("a cat", seed=6, size=(72, 128), sampling=other)
+        assert np.abs(pixels(alone) - pixels(changed)).max() > 1
+    assert model.reconstruct(Image.new("RGB", (80, 80), "red"), size=128).map_size == (2, 3, 3)
+
+
+def test_v1_ends_in_tokens_of_the_codebook(small_v1, monkeypatch):
+    """What Stage A decodes are entries of its codebook, without the factor of the latents."""
+    seen = []
+    vqgan = small_v1.vqgan
+    decoded = vqgan.unembed
+    monkeypatch.setattr(vqgan, "unembed", lambda z: seen.append(z) or decoded(z))
+    Wuerstchen(small_v1, torch.device("cpu")).generate("a cat", size=128)
+    (z,) = seen
+    codes = vqgan.vquantizer.embedding.weight.detach()
+    distances = torch.cdist(z.clone().permute(0, 2, 3, 1).flatten(0, 2), codes)
+    assert float(distances.min(dim=1).values.max()) < 1e-4
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_is_near(model_folder, model, precision):
+    half = wuerstchen.load(model_folder, device="cpu", precision=precision)
+    networks = half.cascade.networks().values()
+    assert {p.dtype for network in networks for p in network.parameters()} == {getattr(torch, precision)}
+    exact, near = (pixels(m.generate("a cat", seed=1)) for m in (model, half))
+    assert 0 < np.abs(exact - near).mean() < (8 if precision == "bfloat16" else 3)
+
+
+@pytest.mark.parametrize("low_memory", ["stage", "layer"])
+def test_low_memory_draws_the_same(model_folder, model, low_memory):
+    small = wuerstchen.load(model_folder, device="cpu", low_memory=low_memory)
+    assert np.abs(pixels(model.generate("a cat")) - pixels(small.generate("a cat"))).max() <= 1
+    image = Image.effect_noise((150, 130), 60).convert("RGB")
+    one, other = (m.reconstruct(image).image for m in (model, small))
+    assert np.abs(pixels([one]) - pixels([other])).max() <= 1
+
+
+def test_adapters_mix_and_come_off_again(model_folder, model, tmp_path):
+    layer = "prior.blocks.2.attention.to_q"
+    for name, seed in (("one", 1), ("two", 2)):
+        draw = torch.Generator().manual_seed(seed)
+        shapes = {"lora_A": (4, 16), "lora_B": (16, 4)}
+        tensors = {f"{layer}.{k}.weight": torch.randn(s, generator=draw) for k, s in shapes.items()}
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    adapted = wuerstchen.load(model_folder, device="cpu")
+    plain = pixels(adapted.generate("a cat"))
+    adapted.load_lora(tmp_path / "one.safetensors", 0.5)
+    one = pixels(adapted.generate("a cat"))
+    adapted.load_lora(tmp_path / "two.safetensors", 2.0)
+    both = pixels(adapted.generate("a cat"))
+    assert np.abs(plain - one).max() > 0
+    assert np.abs(one - both).max() > 0
+    adapted.unload_lora()
+    assert np.array_equal(plain, pixels(adapted.generate("a cat")))
+    adapted.load_lora(tmp_path / "one.safetensors", 0.5)
+    assert np.array_equal(one, pixels(adapted.generate("a cat")))
+    with pytest.raises(UserError, match="scale nan of an adapter"):
+        adapted.load_lora(tmp_path / "one.safetensors", math.nan)
+
+
+@pytest.mark.parametrize("strength", [0.0, -1.0, 1.5, math.nan])
+def test_strength_is_a_time(model, strength):
+    with pytest.raises(UserError, match=r"strength .* must be above 0 and at most 1"):
+        model.generate("a cat", init=Image.new("RGB", (8, 8)), strength=strength)
+
+
+def test_without_a_compressor_there_is_nothing_to_begin_with(small_cascade):
+    model = Wuerstchen(dataclasses.replace(small_cascade, compressor=None), torch.device("cpu"))
+    with pytest.raises(UserError, match="no compressor, so it cannot encode"):
+        model.generate("a cat", init=Image.new("RGB", (8, 8)))
+
+
+def test_parts_of_two_models_do_not_make_one(small_cascade):
+    other = VQGAN(VQGANConfig(bottleneck_blocks=1, embed_dim=8, latent_channels=3))
+    with pytest.raises(UserError, match="vqgan has 3 channels and the decoder wants 4"):
+        dataclasses.replace(small_cascade, vqgan=other)
+
+
 def test_reconstruction(model):
     image = Image.effect_noise((300, 200), 80).convert("RGB")
     result = model.reconstruct(image)
@@ -170,10 +300,10 @@ def test_long_prompts_are_cut_with_a_warning(model):
         ({"batch_size": 0}, "batch_size 0 draws nothing"),
         (
             {"size": 100},
-            "size 100x100 cannot be drawn: sides are multiples of 128 .* use 128 in place of 100",
+            "size 100x100 cannot be drawn: sides are multiples of 8 .* use 96 in place of 100",
         ),
-        ({"size": (256, 0)}, "use 128 in place of 0"),
-        ({"size": 10**6}, "from 128 to 2048; use 2048 in place of 1000000"),
+        ({"size": (256, 0)}, "use 64 in place of 0"),
+        ({"size": 10**6}, "from 64 to 2048; use 2048 in place of 1000000"),
         ({"sampling": {"prior_steps": 0}}, "prior_steps 0 must be from 1"),
         ({"sampling": {"decoder_steps": -3}}, "decoder_steps -3 must be from 1"),
         ({"sampling": {"guidance": math.nan}}, "guidance nan must be a number from 0 to 100"),

@@ -21,7 +21,8 @@ import wuerstchen
 from wuerstchen.errors import UserError, UserNotice
 
 if TYPE_CHECKING:
-    from wuerstchen.pipeline import Progress, Sampling
+    from wuerstchen.checkpoints.layouts import Sources
+    from wuerstchen.pipeline import Progress, Sampling, Wuerstchen
     from wuerstchen.train.config import Recipe
 
 BATCH_SIZE = 8  # pictures drawn at a time
@@ -30,10 +31,14 @@ MAX_GRID = 400  # pictures that a grid may hold
 EXAMPLES = """examples:
   wuerstchen generate "a 3D render of a purple camel on a blue background"
   wuerstchen generate "a cat" "a red car" --count 3 --grid --out grid.png
+  wuerstchen generate "a red car" --init photo.jpg --strength 0.7
   wuerstchen reconstruct photo.jpg
   wuerstchen data emoji data/emoji
   wuerstchen train tiny --run-dir runs/tiny
   wuerstchen evaluate runs/mini/model --data data/emoji --out evaluation
+  wuerstchen generate "a cat" --model warp-ai/wuerstchen --precision bfloat16
+  wuerstchen convert warp-ai/wuerstchen models/wuerstchen --layout native
+  wuerstchen doctor --model warp-ai/wuerstchen
 """
 
 
@@ -113,6 +118,15 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--count", type=int, default=1, help="pictures of each prompt (1)")
     generate.add_argument("--size", type=_size, help="N or WIDTHxHEIGHT in pixels (the model's own)")
     _add_guidance_options(generate)
+    generate.add_argument(
+        "--init", type=Path, metavar="IMAGE", help="begin with this picture; without a prompt, vary it"
+    )
+    generate.add_argument(
+        "--strength", type=float, default=0.7, help="how much of it may change, above 0 to 1 (0.7)"
+    )
+    generate.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[:SCALE]", help="adapter for Stage C; repeatable"
+    )
     generate.add_argument("--grid", action="store_true", help="one picture with all of them, a row a prompt")
     _add_drawing_options(generate)
 
@@ -121,6 +135,34 @@ def _parser() -> argparse.ArgumentParser:
     reconstruct.add_argument("image", type=Path, metavar="IMAGE", help="picture to squeeze, cut to a square")
     reconstruct.add_argument("--size", type=int, help="side of the square in pixels (the model's own)")
     _add_drawing_options(reconstruct)
+
+    convert = commands.add_parser("convert", help="write a model in another layout")
+    convert.set_defaults(run=_convert)
+    convert.add_argument("source", metavar="SRC", help="model in any layout: a path, or a name on the hub")
+    convert.add_argument("target", type=Path, metavar="DST", help="new folder")
+    convert.add_argument("--layout", choices=("native", "diffusers", "original", "paddle"), required=True)
+    convert.add_argument(
+        "--storage",
+        choices=("float32", "float16", "int8"),
+        default="float32",
+        help="how weights are stored (float32); int8 is for native",
+    )
+    convert.add_argument(
+        "--leave-out", nargs="+", default=[], metavar="PART", help="parts that may be left behind"
+    )
+    _add_source_options(convert)
+
+    doctor = commands.add_parser(
+        "doctor", help="check a model: files, versions, three pictures and how long they took"
+    )
+    doctor.set_defaults(run=_doctor)
+    doctor.add_argument(
+        "--model", help="model in any layout, or a name on the hub (the model in the package)"
+    )
+    doctor.add_argument("--out", type=Path, default=Path("doctor"), help="folder of the pictures (doctor)")
+    doctor.add_argument("--device", help="cpu, cuda or mps (a GPU if there is one)")
+    _add_source_options(doctor)
+    _add_precision_options(doctor)
 
     data = commands.add_parser("data", help="build data sets")
     kinds = data.add_subparsers(dest="kind", required=True, metavar="KIND", parser_class=_Parser)
@@ -180,10 +222,59 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_drawing_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, help="model folder (the model in the package)")
+    parser.add_argument(
+        "--model", help="model in any layout, or a name on the hub (the model in the package)"
+    )
+    _add_source_options(parser)
+    _add_precision_options(parser)
     parser.add_argument("--out", type=Path, default=Path(), help="folder, or file name ending in .png (here)")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next has the next (0)")
     _add_sampling_options(parser)
+
+
+def _add_source_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prior", metavar="SRC", help="Stage C from elsewhere: a folder, or a name on the hub"
+    )
+    parser.add_argument("--text-encoder", metavar="SRC", help="for .pt files, which hold none")
+    parser.add_argument("--decoder-text-encoder", metavar="SRC", help="likewise, Stage B's")
+    parser.add_argument("--revision", help="of a model on the hub")
+
+
+def _add_precision_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--precision", choices=("float32", "bfloat16", "float16"), default="float32", help="(float32)"
+    )
+    parser.add_argument(
+        "--low-memory",
+        nargs="?",
+        const="stage",
+        choices=("stage", "layer"),
+        help="keep one network at a time on the GPU, or one layer",
+    )
+
+
+def _sources(options: argparse.Namespace) -> "Sources":
+    from wuerstchen.checkpoints.layouts import Sources
+
+    return Sources(
+        prior=options.prior,
+        text_encoder=options.text_encoder,
+        decoder_text_encoder=options.decoder_text_encoder,
+        revision=options.revision,
+    )
+
+
+def _load(options: argparse.Namespace) -> "Wuerstchen":
+    from wuerstchen.pipeline import load
+
+    return load(
+        options.model,
+        options.device,
+        precision=options.precision,
+        low_memory=options.low_memory,
+        sources=_sources(options),
+    )
 
 
 def _add_guidance_options(parser: argparse.ArgumentParser) -> None:
@@ -227,9 +318,11 @@ def _sampling(options: argparse.Namespace) -> "Sampling":
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from wuerstchen.images import grid, save_png
+    from wuerstchen.images import grid, open_image, save_png
 
     began = time.monotonic()
+    if options.init is not None and not options.prompts:
+        options.prompts = [""]
     if not options.prompts:
         raise UserError('no prompt was given, so there is nothing to draw; try: wuerstchen generate "a cat"')
     if options.count < 1:
@@ -243,12 +336,20 @@ def _generate(options: argparse.Namespace) -> int:
     if one_file and not options.grid and total > 1:
         raise UserError(f"{options.out} is one file for {total} pictures; add --grid, or name a folder")
     sampling = _sampling(options)
+    adapters = [_adapter(text) for text in options.lora]
+    init = None if options.init is None else open_image(options.init)
 
-    from wuerstchen.pipeline import check_seed, load
+    from wuerstchen.pipeline import check_seed
 
     check_seed(options.seed, total)
-    model = load(options.model, options.device)
-    settings = {"model": str(options.model or "bundled"), "negative": options.negative}
+    model = _load(options)
+    for path, scale in adapters:
+        model.load_lora(path, scale)
+    settings = {"model": options.model or "bundled", "negative": options.negative}
+    if init is not None:
+        settings |= {"init": options.init.name, "strength": options.strength}
+    if adapters:
+        settings["lora"] = " ".join(options.lora)
     settings |= model.settings_of(sampling)
     images = []
     with _progress() as progress:
@@ -261,6 +362,8 @@ def _generate(options: argparse.Namespace) -> int:
                 negative=options.negative,
                 seed=options.seed + start,
                 size=options.size,
+                init=init,
+                strength=options.strength,
                 sampling=sampling,
                 batch_size=BATCH_SIZE,
                 progress=progress,
@@ -268,7 +371,8 @@ def _generate(options: argparse.Namespace) -> int:
             images += drawn if options.grid else []
             for number, (image, text) in enumerate(zip(drawn, few, strict=True), start=options.seed + start):
                 if not options.grid:
-                    path = options.out if one_file else _free_name(options.out, f"{_slug(text)}-{number}")
+                    name = _slug(text) if text or init is None else _slug(options.init.stem)
+                    path = options.out if one_file else _free_name(options.out, f"{name}-{number}")
                     save_png(image, path, {"prompt": text, "seed": number, **settings})
                     print(path)
     if options.grid:
@@ -289,15 +393,13 @@ def _reconstruct(options: argparse.Namespace) -> int:
     image = open_image(options.image)
     sampling = _sampling(options)
 
-    from wuerstchen.pipeline import load
-
-    model = load(options.model, options.device)
+    model = _load(options)
     with _progress() as progress:
         result = model.reconstruct(
             image, seed=options.seed, size=options.size, sampling=sampling, progress=progress
         )
     path = options.out if one_file else _free_name(options.out, f"{_slug(options.image.stem)}-reconstructed")
-    settings = {"image": options.image.name, "seed": options.seed, "model": str(options.model or "bundled")}
+    settings = {"image": options.image.name, "seed": options.seed, "model": options.model or "bundled"}
     settings |= {"size": result.image.width, **model.settings_of(sampling)}
     save_png(grid([result.original, result.image], columns=2), path, settings)
     channels, height, width = result.map_size
@@ -307,6 +409,49 @@ def _reconstruct(options: argparse.Namespace) -> int:
         f"{result.element_compression:.0f} times fewer numbers",
         file=sys.stderr,
     )
+    return 0
+
+
+def _adapter(text: str) -> tuple[Path, float]:
+    """``FILE`` or ``FILE:SCALE``."""
+    path, colon, scale = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        return Path(path), float(scale)
+    except ValueError:
+        raise UserError(f"adapter {text!r} ends in no number; write FILE, or FILE:0.8") from None
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from wuerstchen.checkpoints.layouts import convert
+
+    convert(
+        options.source,
+        options.target,
+        options.layout,
+        _sources(options),
+        storage=options.storage,
+        leave_out=options.leave_out,
+    )
+    print(options.target)
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from wuerstchen.doctor import examine
+    from wuerstchen.images import check_writable
+
+    check_writable(options.out)
+    for line in examine(
+        options.model,
+        options.out,
+        device=options.device,
+        precision=options.precision,
+        low_memory=options.low_memory,
+        sources=_sources(options),
+    ):
+        print(line, flush=True)
     return 0
 
 

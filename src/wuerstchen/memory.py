@@ -2,7 +2,8 @@
 
 A ``Residence`` brings to the device what a stage is about to use. The CPU's copy of every weight stays where
 it is (pinned for CUDA, so that it travels fast), and giving a weight back only points to it again: drawing
-changes no weights. Whoever does change them in place (fusing an adapter, training) calls ``release`` before.
+changes no weights. Whoever does change them in place or adds some (training, an adapter) calls ``release``
+before.
 """
 
 import math

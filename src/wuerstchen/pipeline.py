@@ -25,6 +25,7 @@ from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, stage_c_timesteps,
 from wuerstchen.diffusion.tokens import draw_tokens, sample_tokens
 from wuerstchen.errors import UserError, out_of_memory_named
 from wuerstchen.images import center_crop_resize, resize_crop, to_images, to_tensor
+from wuerstchen.lora import load_lora, lora_names, set_lora, unload_lora
 from wuerstchen.memory import AllOnDevice, Blockwise, OneAtATime, tiled_decode
 from wuerstchen.models.cascade import Cascade
 from wuerstchen.models.compressor import Compressor, compressor_input
@@ -141,6 +142,7 @@ class Wuerstchen:
         self.cascade = cascade
         self.device = device
         self.low_memory = low_memory
+        self._loras: dict[str, float] = {}
         self.residence = (
             AllOnDevice(device)
             if low_memory is None
@@ -257,6 +259,35 @@ class Wuerstchen:
             Reconstruction(original=original, image=result, map_size=map_size)
             for original, result in zip(originals, results, strict=True)
         ]
+
+    def load_lora(self, source: str | Path, scale: float = 1.0) -> None:
+        """Puts an adapter of the diffusers kind on Stage C, and on its text encoder if it has one for it.
+
+        ``source`` is a file, or a folder with ``pytorch_lora_weights.safetensors``. Raises
+        ``CheckpointError`` if it does not fit this model; nothing is then changed.
+        """
+        if self.cascade.prior is None or self.cascade.text_encoder is None:
+            raise UserError("this model has no Stage C, which an adapter belongs to; use one that has")
+        if not math.isfinite(scale):
+            raise UserError(f"scale {scale} of an adapter must be a finite number; 1 is as trained")
+        self.residence.release()
+        prior, text_model = self.cascade.prior, self.cascade.text_encoder.model
+        name = f"adapter_{len(self._loras)}"
+        load_lora(prior, source, adapter_name=name, text_encoder=text_model)
+        self._loras[name] = scale
+        for network in (prior, text_model):
+            names = lora_names(network)
+            set_lora(network, names, [self._loras[name] for name in names])
+
+    def unload_lora(self) -> None:
+        """Takes all adapters off again: the weights are the same bits as before."""
+        self.residence.release()
+        if self._loras:
+            assert self.cascade.prior is not None
+            assert self.cascade.text_encoder is not None
+            unload_lora(self.cascade.prior)
+            unload_lora(self.cascade.text_encoder.model)
+            self._loras.clear()
 
     def settings_of(self, sampling: Sampling) -> dict[str, float]:
         """The sampling settings in full, as they are recorded with a picture."""

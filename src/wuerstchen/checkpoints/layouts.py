@@ -32,7 +32,7 @@ from wuerstchen.checkpoints.native import (
     read_tensors,
     write_cascade,
 )
-from wuerstchen.checkpoints.original import find_original, read_original, write_original
+from wuerstchen.checkpoints.original import read_original, write_original
 from wuerstchen.checkpoints.paddle import PADDLE, is_paddle
 from wuerstchen.checkpoints.text_encoder import read_text_encoder
 from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE
@@ -77,7 +77,7 @@ def layout_of(path: Path) -> Layout:
         return "native"
     if (path / "model_index.json").is_file():
         return "paddle" if is_paddle(path) else "diffusers"
-    if find_original(path):
+    if path.suffix == ".pt" or any(path.glob("*.pt")):
         return "original"
     if (path / "config.json").is_file():
         raise CheckpointError(
@@ -305,3 +305,18 @@ def _check_not_int8(folder: Path, layout: str) -> None:
                 f"{path} is stored in int8, which has no place in the {layout} layout; "
                 f"keep the native layout, or convert it to native with --storage float32 first"
             )
+
+
+def weight_files(path: Path, sources: Sources | None = None) -> list[Path]:
+    """The files of weights that ``read_model`` reads, its linked or given Stage C included."""
+    sources = sources or Sources()
+    if path.is_file():
+        return [path]
+    roots = [path]
+    if layout_of(path) in ("diffusers", "paddle"):
+        if sources.prior is not None:
+            roots.append(_fetched(sources.prior, sources))
+        elif pipeline_class(path, PADDLE if is_paddle(path) else TORCH) != COMBINED_PIPELINE:
+            roots.append(_fetched(linked_prior(path), sources))
+    endings = ("*.safetensors", "*.bin", "*.pt")
+    return sorted({file for root in roots for ending in endings for file in root.rglob(ending)})

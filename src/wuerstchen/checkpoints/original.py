@@ -1,0 +1,460 @@
+"""The original repository's layout: ``.pt`` files of dictionaries of tensors, and nothing to describe them.
+
+What a dictionary holds is told by its keys, the configuration by the shapes. What no shape tells has its
+published value: 64 channels for an attention head, patches of 2×2, Stage A's scale factor.
+Our names are those of diffusers. As its script ``convert_wuerstchen.py`` shows, three things differ: here
+queries, keys and values are one matrix, and the projection after attention and the codebook have other names.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wuerstchen.checkpoints.weights import check_whole, read_torch_file
+from wuerstchen.errors import CheckpointError, UserError
+from wuerstchen.models.compressor import BackboneName, Compressor, CompressorConfig
+from wuerstchen.models.decoder import Decoder, DecoderConfig
+from wuerstchen.models.prior import Prior, PriorConfig
+from wuerstchen.models.vqgan import VQGAN, VQGANConfig
+
+HEAD_WIDTH = 64
+"""Channels of an attention head in every published prior and v2 decoder."""
+PATCH = 2
+"""Side of the patches at both ends of Stages A and B."""
+STATE_KEYS = ("ema_state_dict", "state_dict_ema", "state_dict")
+"""Where a file keeps its network. The first that is there is read: rather an average over training."""
+COMPRESSOR_KEY = "effnet_state_dict"
+"""Where Stage B's file keeps the semantic compressor, which was trained with it."""
+BACKBONES: dict[int, BackboneName] = {24: "efficientnet_v2_s", 32: "efficientnet_v2_l"}
+"""The image network by the width of its first convolution."""
+MAX_KEYS = 5_000
+"""More than three times as many as any published network has."""
+
+VQGAN_FILE = "vqgan_f4_v1_500k.pt"
+DECODER_FILE = "model_v2_stage_b.pt"
+PRIOR_FILE = "model_v2_stage_c.pt"
+
+
+def find_original(source: Path) -> list[Path]:
+    """``source`` itself if it is a ``.pt`` file, else the ``.pt`` files in the folder ``source``, by name.
+
+    Raises ``CheckpointError`` if there are none.
+    """
+    if source.is_dir():
+        found = sorted(path for path in source.glob("*.pt") if path.is_file() and path.name[0] != ".")
+        if not found:
+            raise CheckpointError(f"{source} is wrong because it holds no .pt file; give a folder that does")
+        return found
+    if source.suffix != ".pt" or not source.is_file():
+        reason = "there is no such file" if not source.exists() else "it is no .pt file"
+        raise CheckpointError(
+            f"{source} is wrong because {reason}; give one of the original's .pt files, or their folder"
+        )
+    return [source]
+
+
+def read_original(source: Path, *, dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
+    """The networks in a ``.pt`` file, or in all ``.pt`` files of a folder, in eval mode on the CPU.
+
+    They are found under ``vqgan``, ``decoder``, ``compressor`` and ``prior``, as far as the files hold them.
+    A file may be a bare state dict, a dictionary of some, or what the original's training scripts save: what
+    belongs to training is ignored. Floating weights come in ``dtype``; without conversion they stay mapped
+    from the file.
+
+    Raises ``CheckpointError`` if a file is damaged or holds anything but these networks, if a key is missing
+    or left over, if a shape does not fit, and if two files hold the same part.
+    """
+    networks: dict[str, nn.Module] = {}
+    origins: dict[str, str] = {}
+    for path in find_original(source):
+        for state in _state_dicts(read_torch_file(path), path):
+            part, network = network_of(state, dtype=dtype)
+            if part in networks:
+                raise CheckpointError(
+                    f"{state.place} is wrong because {origins[part]} holds a {part} too; "
+                    "give the files of one model"
+                )
+            networks[part], origins[part] = network, state.place
+    return networks
+
+
+def write_original(parts: Mapping[str, nn.Module], folder: Path) -> list[Path]:
+    """Writes networks (keys of ``parts``: vqgan, decoder, compressor, prior) under the published names.
+
+    Every file appears when it is whole, and holds nothing but tensors. What belongs to a model besides its
+    networks has no place in this layout: the reader needs to know how the semantic map is normalised.
+
+    Raises ``CheckpointError``, before anything is written, for a network that the layout cannot hold or that
+    would be read back as another, and if a file exists already.
+    """
+    states = {part: _state_to_write(part, network) for part, network in parts.items()}
+    if "compressor" in states and "decoder" not in states:
+        raise CheckpointError(
+            "the compressor cannot be written alone because the original keeps it in Stage B's file; "
+            "give the decoder too"
+        )
+    contents: dict[str, dict[str, dict[str, Tensor]]] = {}
+    if "vqgan" in states:
+        contents[VQGAN_FILE] = {"state_dict": states["vqgan"]}
+    if "decoder" in states:
+        contents[DECODER_FILE] = {"state_dict": states["decoder"]}
+    if "compressor" in states:
+        contents[DECODER_FILE][COMPRESSOR_KEY] = states["compressor"]
+    if "prior" in states:
+        contents[PRIOR_FILE] = {"ema_state_dict": states["prior"]}
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be made ({error.strerror}); choose another folder") from error
+    paths = [folder / name for name in contents]
+    for path in paths:
+        if path.exists():
+            raise CheckpointError(f"{path} exists already; choose another folder or remove it")
+    for path, content in zip(paths, contents.values(), strict=True):
+        _write_whole(content, path)
+    return paths
+
+
+@dataclass(frozen=True)
+class StateDict:
+    """The tensors of one network under the original's names, and where they came from."""
+
+    place: str
+    """The file and, in brackets, the entry of its dictionary: what an error names."""
+    tensors: Mapping[str, Tensor]
+
+    def error(self, key: str, found: object, wanted: object) -> CheckpointError:
+        return CheckpointError(
+            f"{self.place} is wrong because {key!r} is {found} there and must be {wanted}; get the file again"
+        )
+
+    def shape(self, key: str, axes: int) -> tuple[int, ...]:
+        """The shape of a tensor, which must have so many axes and values on each."""
+        tensor = self.tensors.get(key)
+        if tensor is None:
+            raise self.error(key, "missing", f"a tensor of {axes} axes")
+        if tensor.ndim != axes or not tensor.numel():
+            raise self.error(key, tuple(tensor.shape), f"a tensor of {axes} axes")
+        return tuple(tensor.shape)
+
+    def quotient(self, key: str, axis: int, divisor: int) -> int:
+        """The size of a convolution's weights along ``axis``, divided by what must be a factor of it."""
+        shape = self.shape(key, 4)
+        if shape[axis] % divisor:
+            raise self.error(key, shape, f"a multiple of {divisor} along axis {axis}")
+        return shape[axis] // divisor
+
+    def count(self, prefix: str) -> int:
+        """How many children there are below ``prefix``; they are numbered from 0 without a gap."""
+        children = {key[len(prefix) :].partition(".")[0] for key in self.tensors if key.startswith(prefix)}
+        for number in range(len(children)):
+            if str(number) not in children:
+                raise self.error(f"{prefix}{number}", "missing", f"the next of {len(children)}")
+        return len(children)
+
+    def first(self, prefix: str, suffix: str) -> str | None:
+        """The first key that begins and ends so."""
+        found = (key for key in self.tensors if key.startswith(prefix) and key.endswith(suffix))
+        return min(found, default=None)
+
+
+def network_of(state: StateDict, *, dtype: torch.dtype = torch.float32) -> tuple[str, nn.Module]:
+    """The part that a state dict holds, and its network.
+
+    Raises ``CheckpointError`` before anything is allocated if it is none of ours or does not fit in itself.
+    """
+    part, config = _describe(state)
+    try:
+        with torch.device("meta"):
+            network = _NETWORKS[part](config)
+    except RuntimeError as error:  # more values than can be counted
+        raise CheckpointError(
+            f"{state.place} is wrong because its shapes make no {part} ({str(error).partition(chr(10))[0]}); "
+            "get the file again"
+        ) from error
+    expected = _to_original(network.state_dict())
+    for key in sorted(expected.keys() | state.tensors.keys()):
+        if key not in expected:
+            raise state.error(key, "a tensor", f"left out of this {part}")
+        ours, theirs = expected[key], state.tensors.get(key)
+        if theirs is None:
+            raise state.error(key, "missing", tuple(ours.shape))
+        if ours.shape != theirs.shape:
+            raise state.error(key, tuple(theirs.shape), tuple(ours.shape))
+        if ours.is_floating_point() != theirs.is_floating_point():
+            raise state.error(key, theirs.dtype, ours.dtype)
+    network.load_state_dict(_from_original(state.tensors, dtype), assign=True)
+    return part, network.eval().requires_grad_(False)
+
+
+def _state_dicts(content: object, path: Path) -> Iterator[StateDict]:
+    """The state dicts of networks in what a file holds; what belongs to training is left out."""
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"{path} is wrong because it holds a {type(content).__name__}, not tensors by name; "
+            "give one of the original's files"
+        )
+    names = [name for name in STATE_KEYS if content.get(name) is not None][:1]
+    names += [COMPRESSOR_KEY] if content.get(COMPRESSOR_KEY) is not None else []
+    if not names:
+        yield _state_dict(content, str(path))
+    for name in names:
+        yield _state_dict(content[name], f"{path}[{name!r}]")
+
+
+def _state_dict(content: object, place: str) -> StateDict:
+    if not isinstance(content, Mapping) or not 0 < len(content) <= MAX_KEYS:
+        what = f"{len(content)} entries" if isinstance(content, Mapping) else f"a {type(content).__name__}"
+        raise CheckpointError(
+            f"{place} is wrong because it holds {what}, not the tensors of a network; "
+            "give one of the original's files"
+        )
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{place} is wrong because its entry {key!r} is no tensor; give one of the original's files, "
+                f"which keep a network bare or under {', '.join((*STATE_KEYS, COMPRESSOR_KEY))}"
+            )
+        check_whole(value, f"{place} is wrong because its entry {key!r}")
+    # DistributedDataParallel, when it is saved itself, puts a name before all others.
+    wrapped = all(key.startswith("module.") for key in content)
+    return StateDict(
+        place, {key.removeprefix("module.") if wrapped else key: t for key, t in content.items()}
+    )
+
+
+# From shapes to configurations
+
+
+def _describe(state: StateDict) -> tuple[str, Any]:
+    """Which part a state dict holds, by its keys, and the configuration, by the shapes."""
+    if "vquantizer.codebook.weight" in state.tensors:
+        part, configuration_of = "vqgan", _vqgan_config
+    elif "projection.weight" in state.tensors and "cond_mapper.0.weight" in state.tensors:
+        part, configuration_of = "prior", _prior_config
+    elif "clip_mapper.weight" in state.tensors and state.first("effnet_mappers.", "") is not None:
+        part, configuration_of = "decoder", _decoder_config
+    elif "backbone.0.0.weight" in state.tensors:
+        part, configuration_of = "compressor", _compressor_config
+    else:
+        raise CheckpointError(
+            f"{state.place} is wrong because its keys (the first is {next(iter(state.tensors))!r}) are "
+            "those of no network of Würstchen; give one of the original's files"
+        )
+    try:
+        return part, configuration_of(state)
+    except CheckpointError:
+        raise
+    except UserError as error:
+        raise CheckpointError(
+            f"{state.place} is wrong because its shapes make no {part} ({error}); get the file again"
+        ) from error
+
+
+def _vqgan_config(state: StateDict) -> VQGANConfig:
+    down, up = state.count("down_blocks."), state.count("up_blocks.")
+    levels = down // 2
+    latent_channels, embed_dim, _, _ = state.shape(f"down_blocks.{down - 1}.0.weight", 4)
+    return VQGANConfig(
+        in_channels=state.quotient("in_block.1.weight", 1, PATCH**2),
+        out_channels=state.quotient("out_block.0.weight", 0, PATCH**2),
+        up_down_scale_factor=PATCH,
+        levels=levels,
+        bottleneck_blocks=up - 1 - 2 * (levels - 1),
+        embed_dim=embed_dim,
+        latent_channels=latent_channels,
+        num_vq_embeddings=state.shape("vquantizer.codebook.weight", 2)[0],
+    )
+
+
+def _compressor_config(state: StateDict) -> CompressorConfig:
+    stem = state.shape("backbone.0.0.weight", 4)
+    if stem[0] not in BACKBONES:
+        raise state.error("backbone.0.0.weight", stem, f"{' or '.join(map(str, BACKBONES))} along axis 0")
+    return CompressorConfig(backbone=BACKBONES[stem[0]], c_latent=state.shape("mapper.0.weight", 4)[0])
+
+
+def _prior_config(state: StateDict) -> PriorConfig:
+    c, c_in, _, _ = state.shape("projection.weight", 4)
+    return PriorConfig(
+        c_in=c_in,
+        c=c,
+        c_cond=state.shape("cond_mapper.0.weight", 2)[1],
+        c_r=state.shape("blocks.1.mapper.weight", 2)[1],
+        depth=state.count("blocks.") // 3,
+        nhead=state.quotient("projection.weight", 0, HEAD_WIDTH),
+    )
+
+
+def _decoder_config(state: StateDict) -> DecoderConfig:
+    c_cond, clip_embd = state.shape("clip_mapper.weight", 2)
+    levels = range(state.count("down_blocks."))
+    entries = ["embedding.1.weight", *(f"down_blocks.{level}.0.1.weight" for level in levels[1:])]
+    kinds = [_block_kinds(state, level) for level in levels]
+    # The shortest pattern that is repeated to give all: the first rotation of the string that equals it.
+    lengths = [(all_kinds + all_kinds).find(all_kinds, 1) for all_kinds in kinds]
+    patterns = [all_kinds[:length] for all_kinds, length in zip(kinds, lengths, strict=True)]
+    timestep, mapper = (
+        state.first("down_blocks.", ".mapper.weight"),
+        state.first("effnet_mappers.", ".weight"),
+    )
+    return DecoderConfig(
+        c_in=state.quotient("embedding.1.weight", 1, PATCH**2),
+        c_out=state.quotient("clf.1.weight", 0, 2 * PATCH**2),
+        c_r=DecoderConfig.c_r if timestep is None else state.shape(timestep, 2)[1],
+        patch_size=PATCH,
+        c_cond=c_cond,
+        c_hidden=tuple(state.shape(entry, 4)[0] for entry in entries),
+        nhead=tuple(
+            state.quotient(entry, 0, HEAD_WIDTH) if "A" in pattern else -1
+            for entry, pattern in zip(entries, patterns, strict=True)
+        ),
+        blocks=tuple(len(all_kinds) // length for all_kinds, length in zip(kinds, lengths, strict=True)),
+        level_config=tuple(patterns),
+        inject_effnet=tuple(f"effnet_mappers.{level}.weight" in state.tensors for level in levels),
+        effnet_embd=state.shape(mapper or "effnet_mappers.1.weight", 4)[1],
+        clip_embd=clip_embd,
+        kernel_size=state.shape("down_blocks.0.0.depthwise.weight", 4)[3],
+    )
+
+
+def _block_kinds(state: StateDict, level: int) -> str:
+    """The blocks of a level on the way down, a letter each, without the convolution that halves the grid."""
+    leaves = {"C": "depthwise.weight", "T": "mapper.weight", "A": "attention.attn.in_proj_weight"}
+    kinds = ""
+    for number in range(min(level, 1), state.count(f"down_blocks.{level}.")):
+        block = f"down_blocks.{level}.{number}."
+        kind = next((kind for kind, leaf in leaves.items() if block + leaf in state.tensors), None)
+        if kind is None:
+            known = ", ".join(leaves.values())
+            raise state.error(f"{block}*", "of no known kind", f"a block with one of {known}")
+        kinds += kind
+    return kinds
+
+
+# From our names to the original's, and back
+
+
+_NETWORKS: dict[str, type[nn.Module]] = {
+    "vqgan": VQGAN,
+    "decoder": Decoder,
+    "compressor": Compressor,
+    "prior": Prior,
+}
+_RENAMED = {
+    "attention.to_out.0.": "attention.attn.out_proj.",
+    "vquantizer.embedding.": "vquantizer.codebook.",
+}
+
+
+def _to_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        block, projection, leaf = key.rpartition("attention.to_q.")
+        if projection:
+            rows = [state[f"{block}attention.to_{name}.{leaf}"] for name in "qkv"]
+            found[f"{block}attention.attn.in_proj_{leaf}"] = torch.cat(rows)
+        elif "attention.to_k." not in key and "attention.to_v." not in key:
+            for ours, theirs in _RENAMED.items():
+                key = key.replace(ours, theirs)
+            found[key] = tensor
+    return found
+
+
+def _from_original(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        tensor = tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+        block, fused, leaf = key.rpartition("attention.attn.in_proj_")
+        if fused:
+            for name, rows in zip("qkv", tensor.chunk(3), strict=True):
+                # Not views of one tensor: safetensors would refuse to write them.
+                found[f"{block}attention.to_{name}.{leaf}"] = rows.clone()
+        else:
+            for ours, theirs in _RENAMED.items():
+                key = key.replace(theirs, ours)
+            found[key] = tensor
+    return found
+
+
+# Writing
+
+
+def _state_to_write(part: str, network: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a network under the original's names, if they are read back as the same network."""
+    if part not in _NETWORKS:
+        raise _cannot_hold(part, "the original's files have no place for it")
+    assert isinstance(network, _NETWORKS[part])
+    config: Any = network.config
+    if getattr(config, "prediction", "noise") != "noise":
+        raise _cannot_hold(part, f"it predicts the {config.prediction}, and the original's networks noise")
+    if isinstance(config, DecoderConfig) and config.clip_embd is None:
+        raise _cannot_hold(part, "it takes no text, and the original's decoders do")
+    if isinstance(config, CompressorConfig) and config.backbone not in BACKBONES.values():
+        raise _cannot_hold(part, f"its backbone is {config.backbone}, and the original's EfficientNetV2")
+    if any(width != heads * HEAD_WIDTH for width, heads in _widths_and_heads(config)):
+        raise _cannot_hold(
+            part, f"its nhead is {config.nhead}, and readers give a head {HEAD_WIDTH} channels"
+        )
+    with torch.device("meta"):
+        plain = _NETWORKS[part](config)
+    if plain.state_dict().keys() != network.state_dict().keys():
+        raise _cannot_hold(part, "it has other weights than its configuration says, adapters perhaps")
+    tensors = _to_original(network.state_dict())
+    try:
+        _, again = network_of(StateDict(f"the {part}", {key: t.to("meta") for key, t in tensors.items()}))
+    except CheckpointError as error:
+        raise _cannot_hold(part, f"it would not be read back ({error})") from error
+    told: Any = again.config
+    for field in dataclasses.fields(config):
+        ours, theirs = getattr(config, field.name), getattr(told, field.name)
+        if field.name not in ("dropout", "nhead") and ours != theirs:
+            raise _cannot_hold(part, f"its {field.name} is {ours}, and a reader would take it for {theirs}")
+    return {key: _compact(tensor) for key, tensor in tensors.items()}
+
+
+def _widths_and_heads(config: object) -> list[tuple[int, int]]:
+    """Of all attention blocks, level by level."""
+    if isinstance(config, PriorConfig):
+        return [(config.c, config.nhead)]
+    if isinstance(config, DecoderConfig):
+        levels = zip(config.c_hidden, config.nhead, config.level_config, strict=True)
+        return [(width, heads) for width, heads, kinds in levels if "A" in kinds]
+    return []
+
+
+def _cannot_hold(part: str, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"the {part} cannot be written in the original's layout because {reason}; "
+        "leave it out, or keep the native layout"
+    )
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU in a storage of its own: torch.save would write all that a view is cut from."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _write_whole(content: Mapping[str, Any], path: Path) -> None:
+    """Writes to a temporary name first, flushed to disk, then renamed."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be written ({error}); free some space or choose another folder"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,273 @@
+"""Every layout reads as the same model, and what a layout cannot hold is refused."""
+
+import dataclasses
+import shutil
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from wuerstchen.checkpoints import hub
+from wuerstchen.checkpoints.diffusers import read_decoder_folder, read_prior_folder, write_prior_folder
+from wuerstchen.checkpoints.hub import local_folder
+from wuerstchen.checkpoints.layouts import (
+    Sources,
+    cascade_of,
+    convert,
+    layout_of,
+    read_model,
+    weight_files,
+)
+from wuerstchen.checkpoints.native import Provenance, write_cascade
+from wuerstchen.errors import CheckpointError, UserError
+from wuerstchen.models.cascade import PUBLISHED_V1, Cascade, CascadeSettings, MapStatistics
+from wuerstchen.models.compressor import Compressor, CompressorConfig
+from wuerstchen.models.decoder import Decoder, DecoderConfig
+from wuerstchen.models.paella import Paella, PaellaConfig
+from wuerstchen.models.prior import Prior, PriorConfig
+from wuerstchen.models.vqgan import VQGAN, VQGANConfig
+from wuerstchen.pipeline import BUNDLED
+
+
+@pytest.fixture(scope="module")
+def published(write_published, tmp_path_factory):
+    return write_published(tmp_path_factory.mktemp("published"))
+
+
+def v2() -> Cascade:
+    """The parts that the original's files hold, as small as its rule for heads lets them be."""
+    return Cascade(
+        settings=CascadeSettings(),
+        vqgan=VQGAN(VQGANConfig(bottleneck_blocks=1, embed_dim=8, num_vq_embeddings=16)),
+        decoder=Decoder(
+            DecoderConfig(
+                c_cond=8,
+                c_hidden=(8, 64),
+                nhead=(-1, 1),
+                blocks=(1, 1),
+                level_config=("CT", "CTA"),
+                inject_effnet=(False, True),
+                clip_embd=12,
+            )
+        ),
+        compressor=Compressor(CompressorConfig(backbone="efficientnet_v2_s")),
+        prior=Prior(PriorConfig(c=64, c_cond=16, depth=1, nhead=1)),
+    )
+
+
+def v1() -> Cascade:
+    small = v2()
+    paella = PaellaConfig(
+        num_labels=16,
+        c_token=8,
+        c_cond=8,
+        c_hidden=(8, 80),
+        nhead=(-1, 1),
+        blocks=(1, 1),
+        level_config=("CT", "CTA"),
+        clip_embd=16,
+    )
+    return dataclasses.replace(small, settings=PUBLISHED_V1, decoder=Paella(paella), compressor=None)
+
+
+def assert_same(ours: Cascade, theirs: Cascade) -> None:
+    assert ours.settings == theirs.settings
+    assert ours.networks().keys() == theirs.networks().keys()
+    for name, network in ours.networks().items():
+        state, wanted = network.state_dict(), theirs.networks()[name].state_dict()
+        assert state.keys() == wanted.keys(), name
+        for key, tensor in state.items():
+            assert torch.equal(tensor, wanted[key]), (name, key)
+
+
+def test_two_pipelines_are_one_model(published):
+    cascade = read_model(published)
+    assert cascade.settings == CascadeSettings()
+    parts = {"vqgan", "decoder", "prior", "text_encoder", "decoder_text_encoder"}
+    assert cascade.networks().keys() == parts
+    prior = read_prior_folder(published / "prior_pipeline")
+    assert_same(cascade, cascade_of(read_decoder_folder(published), prior))
+    files = weight_files(published)
+    assert len(files) == 5
+    assert published / "prior_pipeline" / "prior" / "diffusion_pytorch_model.safetensors" in files
+
+
+@pytest.mark.parametrize("middle", ["native", "diffusers", "paddle"])
+def test_a_round_trip_gives_identical_tensors(published, tmp_path, middle):
+    convert(published, tmp_path / "middle", middle)
+    assert layout_of(tmp_path / "middle") == middle
+    convert(tmp_path / "middle", tmp_path / "back", "diffusers")
+    assert_same(read_model(tmp_path / "back"), read_model(published))
+    encoders = (read_model(path).text_encoder for path in (tmp_path / "middle", published))
+    assert len({str(encoder.encode(["a Cat"]).states.tolist()) for encoder in encoders}) == 1
+
+
+@pytest.mark.parametrize("make", [v1, v2])
+def test_the_originals_files_survive_a_round_trip(published, tmp_path, make):
+    cascade, whence = make(), Provenance(recipe="test", seed=0, images=0, data="")
+    write_cascade(cascade, tmp_path / "native", dict.fromkeys(cascade.networks(), whence))
+    convert(tmp_path / "native", tmp_path / "original", "original")
+    assert layout_of(tmp_path / "original") == "original"
+    no_text = ("text_encoder", "decoder_text_encoder")
+    assert_same(read_model(tmp_path / "original", leave_out=no_text), cascade)
+    # Text encoders come from elsewhere; v1 has one for both stages.
+    sources = Sources(text_encoder=published / "prior_pipeline", decoder_text_encoder=published)
+    whole = read_model(tmp_path / "original", sources)
+    assert whole.text_encoder.width == 16
+    assert (whole.decoder_text_encoder is None) == (make is v1)
+    with pytest.raises(UserError, match="text_encoder has no place in the original layout"):
+        convert(tmp_path / "original", tmp_path / "again", "original", sources)
+    convert(tmp_path / "original", tmp_path / "again", "original", leave_out=no_text)
+    assert_same(read_model(tmp_path / "again", leave_out=no_text), cascade)
+
+
+def test_the_original_without_a_known_text_encoder_says_so(tmp_path):
+    whence = Provenance(recipe="test", seed=0, images=0, data="")
+    write_cascade(v2(), tmp_path / "native", dict.fromkeys(v2().networks(), whence))
+    convert(tmp_path / "native", tmp_path / "original", "original")
+    with pytest.raises(CheckpointError, match="needs a text_encoder with states of width 16"):
+        read_model(tmp_path / "original")
+    (tmp_path / "original" / "vqgan_f4_v1_500k.pt").unlink()
+    with pytest.raises(CheckpointError, match="lacks vqgan; put the files of Stages A, B and C"):
+        read_model(tmp_path / "original")
+
+
+def test_the_prior_can_come_from_elsewhere(published, tmp_path):
+    other = read_prior_folder(published / "prior_pipeline")
+    with torch.no_grad():
+        other.prior.projection.weight.add_(1)
+    write_prior_folder(other, tmp_path / "other")
+    for source in (tmp_path / "other", tmp_path / "other" / "prior"):
+        cascade = read_model(published, Sources(prior=source))
+        assert torch.equal(cascade.prior.projection.weight, other.prior.projection.weight)
+        assert cascade.text_encoder.width == 16
+    assert tmp_path / "other/prior/diffusion_pytorch_model.safetensors" in weight_files(
+        published, Sources(prior=tmp_path / "other")
+    )
+    with pytest.raises(UserError, match="is a native model, which has all its parts"):
+        read_model(BUNDLED, Sources(prior=tmp_path / "other"))
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "original", "paddle"])
+def test_the_bundled_model_fits_no_other_layout(layout, tmp_path):
+    with pytest.raises(UserError, match=f"int8, which has no place in the {layout} layout"):
+        convert(BUNDLED, tmp_path / "out", layout)
+    convert(BUNDLED, tmp_path / "native", "native")
+    messages = []
+    leave_out: list[str] = []
+    for _ in range(5):
+        with pytest.raises((UserError, CheckpointError)) as raised:
+            convert(tmp_path / "native", tmp_path / "out", layout, leave_out=leave_out)
+        messages.append(str(raised.value))
+        part = messages[-1].split()[0]
+        if not any(part == word for word in ("compressor", "previewer", "text_encoder", "prior")):
+            break
+        leave_out.append(part)
+    # Part by part, until what cannot be left behind is named.
+    assert any(message.startswith("previewer has no place") for message in messages)
+    assert any("text_encoder has no place" in message for message in messages)
+    assert not (tmp_path / "out").exists()
+
+
+def test_statistics_by_channel_have_no_place(published, tmp_path):
+    cascade = read_model(published)
+    statistics = MapStatistics(mean=(0.0,) * 4, std=(1.0, 2.0, 3.0, 4.0))
+    for settings, name in (
+        (CascadeSettings(map_statistics=statistics), "map_statistics"),
+        (CascadeSettings(prior_steps=12), "prior_steps=12"),
+        (CascadeSettings(text_mask=True), "text_mask=True"),
+    ):
+        cascade.settings = settings
+        whence = Provenance(recipe="test", seed=0, images=0, data="")
+        native = tmp_path / name
+        write_cascade(cascade, native, dict.fromkeys(cascade.networks(), whence))
+        with pytest.raises(UserError, match=f"{name}.* has no place in the diffusers layout"):
+            convert(native, tmp_path / "out", "diffusers")
+    # One mean and one deviation for all channels have their place.
+    cascade.settings = CascadeSettings(map_statistics=MapStatistics(mean=(-2.0,), std=(40.0,)))
+    write_cascade(cascade, tmp_path / "shared", dict.fromkeys(cascade.networks(), whence))
+    convert(tmp_path / "shared", tmp_path / "out", "diffusers")
+    assert_same(read_model(tmp_path / "out"), cascade)
+
+
+def test_what_is_no_model_says_why(tmp_path, published):
+    with pytest.raises(CheckpointError, match=r"no model.json, no model_index.json and no .pt file"):
+        read_model(tmp_path)
+    with pytest.raises(CheckpointError, match="holds one network and no whole model"):
+        read_model(published / "decoder")
+    with pytest.raises(CheckpointError, match="has no Stage B"):
+        read_model(published / "prior_pipeline")
+    with pytest.raises(UserError, match="decoder cannot be left out"):
+        convert(published, tmp_path / "out", "native", leave_out=["decoder"])
+    with pytest.raises(UserError, match="unet cannot be left out"):
+        convert(published, tmp_path / "out", "native", leave_out=["unet"])
+    with pytest.raises(CheckpointError, match="exists already"):
+        convert(published, tmp_path, "native")
+
+
+def test_other_numbers_than_the_published_belong_to_diffusers_interface(published):
+    prior = read_prior_folder(published / "prior_pipeline")
+    prior.resolution_multiple = 32.0
+    with pytest.raises(CheckpointError, match=r"load such a model with wuerstchen\.diffusers"):
+        cascade_of(read_decoder_folder(published), prior)
+
+
+@pytest.fixture
+def cache(published, tmp_path):
+    """The hub's cache as its client leaves it, with two models in it."""
+    folder = tmp_path / "hub"
+    for name, source in (("wuerstchen", published), ("wuerstchen-prior", published / "prior_pipeline")):
+        repository = folder / f"models--warp-ai--{name}"
+        shutil.copytree(source, repository / "snapshots" / "0123456789abcdef")
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0123456789abcdef")
+    snapshot = folder / "models--warp-ai--wuerstchen" / "snapshots" / "0123456789abcdef"
+    shutil.rmtree(snapshot / "prior_pipeline")
+    (snapshot / "README.md").write_text("---\nprior:\n- warp-ai/wuerstchen-prior\n---\n")
+    return folder
+
+
+def test_a_name_on_the_hub_is_found_in_its_cache_and_names_its_prior(cache, published, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    assert_same(read_model("warp-ai/wuerstchen", Sources(local_files_only=True)), read_model(published))
+    assert local_folder("warp-ai/wuerstchen", cache_dir=cache, local_files_only=True).is_relative_to(cache)
+
+
+@pytest.mark.parametrize("name", ["warp-ai/nothing", "no-owner", "../up/there", "a/b/c", "", "https://a/b"])
+def test_a_name_that_cannot_be_had_is_one_line(name, tmp_path):
+    with pytest.raises(CheckpointError) as raised:
+        local_folder(name or " ", cache_dir=tmp_path, local_files_only=True)
+    assert "\n" not in str(raised.value)
+    assert "check the name and the network" in str(raised.value) or "OWNER/NAME" in str(raised.value)
+
+
+def test_without_a_network_the_reason_is_told(monkeypatch):
+    def no_network(*_, **__):
+        raise LocalEntryNotFoundError("Cannot reach\nthe hub")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", no_network)
+    with pytest.raises(CheckpointError, match=r"the hub gives none.*Cannot reach the hub"):
+        local_folder("warp-ai/wuerstchen")
+
+
+def test_pickles_are_fetched_only_where_there_is_nothing_else(monkeypatch, tmp_path):
+    """The first call brings descriptions and safetensors; a second one what is still missing."""
+    asked = []
+
+    def fetch(*_, allow_patterns, **__):
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    for part in ("decoder", "text_encoder"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text("{}")
+    (tmp_path / "decoder" / "a.safetensors").write_text("")
+    local_folder("warp-ai/wuerstchen")
+    assert len(asked) == 2
+    assert asked[1][-1:] == ["text_encoder/*.bin"]
+    (tmp_path / "decoder" / "a.safetensors").unlink()
+    local_folder("warp-ai/wuerstchen")
+    assert "*.bin" in asked[3]
+    assert hub.HUB_NAME.fullmatch("warp-ai/wuerstchen-prior")
