@@ -6,7 +6,7 @@ and what cannot be drawn is refused before anything is computed.
 """
 
 from wuerstchen.diffusers.base import DiffusionPipeline
-from wuerstchen.diffusers.combined import WuerstchenCombinedPipeline
+from wuerstchen.diffusers.combined import AutoPipelineForText2Image, WuerstchenCombinedPipeline
 from wuerstchen.diffusers.decoder import WuerstchenDecoderPipeline
 from wuerstchen.diffusers.outputs import (
     DDPMWuerstchenSchedulerOutput,
@@ -14,10 +14,12 @@ from wuerstchen.diffusers.outputs import (
     WuerstchenPriorPipelineOutput,
 )
 from wuerstchen.diffusers.prior import DEFAULT_STAGE_C_TIMESTEPS, WuerstchenPriorPipeline
+from wuerstchen.diffusers.register import register
 from wuerstchen.diffusers.scheduler import DDPMWuerstchenScheduler
 
 __all__ = [
     "DEFAULT_STAGE_C_TIMESTEPS",
+    "AutoPipelineForText2Image",
     "DDPMWuerstchenScheduler",
     "DDPMWuerstchenSchedulerOutput",
     "DiffusionPipeline",
@@ -26,4 +28,5 @@ __all__ = [
     "WuerstchenDecoderPipeline",
     "WuerstchenPriorPipeline",
     "WuerstchenPriorPipelineOutput",
+    "register",
 ]

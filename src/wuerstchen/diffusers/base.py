@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -34,6 +35,43 @@ class DiffusionPipeline:
         self._guidance_scale = 1.0
         self._num_timesteps = 0
         self._progress_bar_config: dict[str, Any] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls: type[AnyPipeline], pretrained_model_name_or_path: str | Path, **settings: Any
+    ) -> AnyPipeline:
+        """Loads a pipeline from a folder, or by a name on the hub, onto the CPU.
+
+        Settings are those that are common: ``torch_dtype`` (float32 unless given), ``revision``,
+        ``cache_dir``, ``local_files_only``, ``token``, ``use_safetensors=True`` to refuse other files; and
+        components or numbers of the pipeline by name, which are then not read. For a combined pipeline,
+        which a decoder's folder gives too if it names its prior, the prior's are these with ``prior_``
+        before the name; without them it is loaded as the decoder is, but for the revision. ``variant`` is
+        not looked for: ``torch_dtype`` converts the full weights.
+
+        Raises ``CheckpointError`` for what is no Würstchen pipeline or damaged, ``TypeError`` for unknown
+        settings.
+        """
+        from wuerstchen.diffusers.loading import load  # which knows all pipelines, and so comes after them
+
+        return load(cls, pretrained_model_name_or_path, settings)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+    ) -> None:
+        """Writes the pipeline as published, over an earlier one in that folder; a network is one file.
+
+        Raises ``UserError`` for what the layout has no place for.
+        """
+        from wuerstchen.diffusers.loading import save
+
+        if not safe_serialization or variant is not None:
+            raise UserError("only safetensors without a variant are written; leave both arguments out")
+        save(self, Path(save_directory))
 
     @property
     def config(self) -> Config:
@@ -202,9 +240,14 @@ def dtype_of(network: nn.Module) -> torch.dtype:
     return next(p.dtype for p in network.parameters() if p.is_floating_point())
 
 
+def plain(network: Any) -> Any:
+    """The network under ``torch.compile``."""
+    return getattr(network, "_orig_mod", network)
+
+
 def check_network(name: str, network: Any, kind: type[nn.Module]) -> None:
     """Raises ``TypeError`` for a network of another kind, such as diffusers' own. A compiled one is fine."""
-    if not isinstance(getattr(network, "_orig_mod", network), kind):
+    if not isinstance(plain(network), kind):
         raise TypeError(
             f"{name} must be a {kind.__module__}.{kind.__name__}, but got {type(network)}; "
             "from_pretrained reads diffusers' weights into one"

@@ -1,10 +1,11 @@
 """Both pipelines as one, behind diffusers' name: from a prompt to a picture."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, no_type_check
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wuerstchen.diffusers.base import DiffusionPipeline
 from wuerstchen.diffusers.decoder import (
@@ -14,6 +15,7 @@ from wuerstchen.diffusers.decoder import (
     centre_crop,
     check_output_type,
 )
+from wuerstchen.diffusers.lora import LoraMethods
 from wuerstchen.diffusers.outputs import Config, ImagePipelineOutput
 from wuerstchen.diffusers.prior import WuerstchenPriorPipeline, check_side
 from wuerstchen.diffusers.prompts import check_prompt
@@ -36,7 +38,7 @@ def _part_of(pipe: str, name: str) -> Any:
     return property(get, exchange)
 
 
-class WuerstchenCombinedPipeline(DiffusionPipeline):
+class WuerstchenCombinedPipeline(LoraMethods, DiffusionPipeline):
     """From prompts to pictures: ``prior_pipe``, then ``decoder_pipe``, which can be used alone too.
 
     The numbers are those of ``WuerstchenDecoderPipeline`` and, with ``prior_`` before their names, those of
@@ -110,6 +112,9 @@ class WuerstchenCombinedPipeline(DiffusionPipeline):
 
     def _pipes(self) -> tuple[DiffusionPipeline, ...]:
         return (self.prior_pipe, self.decoder_pipe)
+
+    def _lora_networks(self) -> dict[str, nn.Module]:
+        return self.prior_pipe._lora_networks()
 
     def set_progress_bar_config(self, **kwargs: Any) -> None:
         """Settings of both pipelines' bars to come, as tqdm takes them: ``disable=True`` hides them."""
@@ -247,3 +252,25 @@ class WuerstchenCombinedPipeline(DiffusionPipeline):
                     f"latent_dim_scale give {drawn} pixels for it; correct them"
                 )
         return int(height), int(width)
+
+
+class AutoPipelineForText2Image:
+    """Gives the pipeline that draws pictures from text: the combined one."""
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, **settings: Any
+    ) -> WuerstchenCombinedPipeline:
+        """``WuerstchenCombinedPipeline.from_pretrained``."""
+        return WuerstchenCombinedPipeline.from_pretrained(pretrained_model_name_or_path, **settings)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **parts: Any) -> WuerstchenCombinedPipeline:
+        """A pipeline of the components of another, a combined one or a decoder's, and of ``parts``."""
+        if isinstance(pipeline, WuerstchenPriorPipeline):
+            raise UserError("a prior alone draws no pictures; give the decoder's pipeline")
+        arguments = {**pipeline.components, **pipeline.config, **parts}
+        names = WuerstchenCombinedPipeline._component_names
+        if missing := [name for name in names if name not in arguments]:
+            raise UserError(f"components {', '.join(missing)} are missing; give them by name")
+        return WuerstchenCombinedPipeline(**arguments)

@@ -59,6 +59,7 @@ class WuerstchenDecoderPipeline(DiffusionPipeline):
         latent_dim_scale: float = 10.67,
     ) -> None:
         super().__init__(latent_dim_scale=latent_dim_scale)
+        self._prior_name: str | None = None  # on the hub, if the decoder came with one
         check_network("decoder", decoder, Decoder)
         check_network("vqgan", vqgan, VQGAN)
         self.tokenizer = tokenizer

@@ -7,9 +7,10 @@ from typing import Any, no_type_check
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from wuerstchen.diffusers.base import DiffusionPipeline, check_network, dtype_of
+from wuerstchen.diffusers.base import DiffusionPipeline, check_network, dtype_of, plain
+from wuerstchen.diffusers.lora import LoraMethods
 from wuerstchen.diffusers.outputs import WuerstchenPriorPipelineOutput
 from wuerstchen.diffusers.prompts import check_negative, check_prompt, encode
 from wuerstchen.diffusers.sampling import (
@@ -33,7 +34,7 @@ DEFAULT_STAGE_C_TIMESTEPS = stage_c_timesteps(29)
 OUTPUT_TYPES = ("pt", "np", "latent", "pil")
 
 
-class WuerstchenPriorPipeline(DiffusionPipeline):
+class WuerstchenPriorPipeline(LoraMethods, DiffusionPipeline):
     """From prompts to semantic maps, the ``image_embeddings`` of the decoder pipeline.
 
     ``latent_mean`` and ``latent_std`` bring the network's latents x to maps, x·latent_mean − latent_std (the
@@ -66,6 +67,12 @@ class WuerstchenPriorPipeline(DiffusionPipeline):
         self.text_encoder = text_encoder
         self.prior = prior
         self.scheduler = scheduler
+
+    def _lora_networks(self) -> dict[str, nn.Module]:
+        # Adapters change weights, and so may only be given to those that are at home.
+        self.maybe_free_model_hooks()
+        networks = {"prior": plain(self.prior), "text_encoder": plain(self.text_encoder)}
+        return {name: network for name, network in networks.items() if network is not None}
 
     @torch.no_grad()
     def encode_prompt(

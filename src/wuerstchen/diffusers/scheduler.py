@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from wuerstchen.checkpoints.diffusers import read_schedule
+from wuerstchen.checkpoints.hub import local_folder
 from wuerstchen.diffusers.outputs import Config, DDPMWuerstchenSchedulerOutput
 from wuerstchen.diffusion.schedule import CosineSchedule
 from wuerstchen.errors import UserError
@@ -81,6 +83,28 @@ class DDPMWuerstchenScheduler:
         """A new scheduler with the settings of another one's ``config``, some of them changed."""
         known = {name: config[name] for name in ("scaler", "s") if name in config}
         return cls(**{**known, **changes})
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        subfolder: str | None = None,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+    ) -> "DDPMWuerstchenScheduler":
+        """Reads ``scheduler_config.json`` in a folder or by a name on the hub: ``subfolder="scheduler"``."""
+        folder = local_folder(
+            pretrained_model_name_or_path,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            token=token,
+            only=[f"*{CONFIG_NAME}"],
+        )
+        return cls.from_schedule(read_schedule(folder / (subfolder or "")))
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Writes ``scheduler_config.json`` into a folder, which is made if it is missing."""
