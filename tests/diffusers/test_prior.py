@@ -1,5 +1,6 @@
 """The prior pipeline against diffusers' own, step by step, and where that one fails."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -427,3 +428,31 @@ def test_refuses(name, make_prior):
     changed, error, message = BAD[name]
     with pytest.raises(error, match=message):
         make_prior()(**{"prompt": "a", **SIZE, "num_inference_steps": 1, **changed})
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["returned", "changed in place"])
+def test_changes_take_effect_in_inference_mode(in_place, make_prior, seeded):
+    """Where torch does not tell whether a tensor was changed."""
+    pipe = make_prior()
+
+    def run():
+        def change(pipe, step, t, tensors):
+            text = tensors["text_encoder_hidden_states"]
+            if in_place:
+                text.neg_()
+                return {}
+            return {"text_encoder_hidden_states": -text}
+
+        names = ["text_encoder_hidden_states", "negative_prompt_embeds"]
+        given = {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": names}
+        return pipe("a", **SIZE, num_inference_steps=3, generator=seeded(), **given)[0]
+
+    expected = run()
+    with torch.inference_mode():
+        assert torch.equal(run(), expected)
+
+
+def test_numbers_of_numpy_are_numbers(make_prior):
+    size, count = np.int64(128), np.int32(2)
+    maps = make_prior()("a", size, size, count, guidance_scale=np.float32(4), num_images_per_prompt=count)[0]
+    assert maps.shape == (2, 3, 3, 3)

@@ -182,7 +182,7 @@ class WuerstchenCombinedPipeline(LoraMethods, DiffusionPipeline):
         check_scale("prior_guidance_scale", prior_guidance_scale)
         if check_scale("decoder_guidance_scale", decoder_guidance_scale) > 1:
             check_prompt("negative_prompt", negative_prompt)
-        check_count("num_images_per_prompt", num_images_per_prompt)
+        num_images_per_prompt = check_count("num_images_per_prompt", num_images_per_prompt)
         for pipe, prefix, function, names in (
             (
                 self.prior_pipe,

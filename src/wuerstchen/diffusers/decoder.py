@@ -132,8 +132,8 @@ class WuerstchenDecoderPipeline(DiffusionPipeline):
             raise TypeError("'prompt' must be of type 'list' or 'str', but is missing; use '' for none")
         if guides:
             check_negative(negative_prompt, len(prompts))
-        check_steps("", num_inference_steps, timesteps)
-        check_count("num_images_per_prompt", num_images_per_prompt)
+        num_inference_steps = check_steps("", num_inference_steps, timesteps)
+        num_images_per_prompt = check_count("num_images_per_prompt", num_images_per_prompt)
         check_generator(generator)
         check_output_type(output_type)
         maps = self._checked_maps(image_embeddings)

@@ -27,7 +27,7 @@ from wuerstchen.checkpoints.diffusers import (
     write_prior_folder,
 )
 from wuerstchen.checkpoints.hub import HUB_NAME, local_folder
-from wuerstchen.diffusers.base import plain
+from wuerstchen.diffusers.base import DiffusionPipeline, plain
 from wuerstchen.diffusers.combined import WuerstchenCombinedPipeline
 from wuerstchen.diffusers.decoder import WuerstchenDecoderPipeline
 from wuerstchen.diffusers.prior import WuerstchenPriorPipeline
@@ -89,8 +89,7 @@ class Source:
         )
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is no folder; give the folder of a pipeline")
-        if self.use_safetensors and (pickled := sorted(folder.glob("*/*.bin"))):
-            part = pickled[0].parent
+        for part in sorted({path.parent for path in folder.glob("*/*.bin")}) if self.use_safetensors else ():
             if not any(part.glob("*.safetensors")):
                 raise CheckpointError(
                     f"{part} holds no safetensors, which use_safetensors=True asks for; leave that out"
@@ -103,10 +102,10 @@ def load(kind: Any, name_or_path: str | Path, settings: dict[str, Any]) -> Any:
     settings = dict(settings)
     source = Source(settings)
     folder = source.folder(name_or_path)
-    if kind not in PIPELINES.values():
+    if kind is DiffusionPipeline:
         kind = PIPELINES[pipeline_class(folder)]
     prior_source = None
-    if kind is WuerstchenCombinedPipeline:
+    if issubclass(kind, WuerstchenCombinedPipeline):
         prior_source = Source(settings, "prior_", like=source)
     known = list(inspect.signature(kind).parameters)
     for name in settings:
@@ -117,7 +116,7 @@ def load(kind: Any, name_or_path: str | Path, settings: dict[str, Any]) -> Any:
             )
     if prior_source is not None:
         pipe = kind(**combined_arguments(folder, source, prior_source, settings))
-    elif kind is WuerstchenPriorPipeline:
+    elif issubclass(kind, WuerstchenPriorPipeline):
         return kind(**prior_arguments(folder, source.dtype, settings))
     else:
         pipe = kind(**decoder_arguments(folder, source.dtype, settings))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, no_type_check
 
 import numpy as np
@@ -153,7 +154,7 @@ class WuerstchenPriorPipeline(LoraMethods, DiffusionPipeline):
                         "`prompt_embeds` and `negative_prompt_embeds` must have the same shape, but the "
                         f"first is {expected} and the second {tuple(negative_prompt_embeds.shape)}"
                     )
-        check_count("num_inference_steps", num_inference_steps, least=0)
+        check_steps("", num_inference_steps, None)
 
     def grid_side(self, pixels: float) -> int:
         """How many positions a side of the map has for a side of ``pixels``."""
@@ -209,10 +210,10 @@ class WuerstchenPriorPipeline(LoraMethods, DiffusionPipeline):
         self.check_inputs(
             prompt, negative_prompt, num_inference_steps, guides, prompt_embeds, negative_prompt_embeds
         )
-        check_steps("", num_inference_steps, timesteps)
+        num_inference_steps = check_steps("", num_inference_steps, timesteps)
         check_generator(generator)
         count = 1 if num_images_per_prompt is None else num_images_per_prompt
-        check_count("num_images_per_prompt", count)
+        count = check_count("num_images_per_prompt", count)
         sides = (check_side("height", height), check_side("width", width))
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"output_type={output_type!r} is unknown; use one of {', '.join(OUTPUT_TYPES)}")
@@ -254,7 +255,7 @@ class WuerstchenPriorPipeline(LoraMethods, DiffusionPipeline):
 
 def check_side(name: str, side: Any) -> float:
     """A side in pixels. Raises ``TypeError`` or ``UserError``."""
-    if not isinstance(side, int | float) or isinstance(side, bool):
+    if not isinstance(side, Real) or isinstance(side, bool):
         raise TypeError(f"'{name}' must be of type 'int', but got {type(side)}")
     if not 1 <= side < math.inf:
         raise UserError(f"{name}={side} is no size of a picture; use a number of pixels, 1024 for example")

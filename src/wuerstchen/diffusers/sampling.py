@@ -1,8 +1,10 @@
 """The loop that Stages B and C share: predict, guide, step, and let callbacks change what they asked for."""
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -62,12 +64,12 @@ def check_callbacks(on_step_end: Any, names: Any, allowed: Sequence[str], prefix
 
 def check_count(name: str, value: Any, least: int = 1) -> int:
     """A whole number of at least ``least``. Raises ``TypeError`` or ``UserError``."""
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, Integral) or isinstance(value, bool):
         hint = "; for timesteps of your own use 'timesteps'" if "num_inference_steps" in name else ""
         raise TypeError(f"'{name}' must be of type 'int', but got {type(value)}{hint}")
     if value < least:
         raise UserError(f"{name}={value} is too few; use at least {least}")
-    return value
+    return int(value)
 
 
 def check_scale(name: str, value: Any) -> float:
@@ -76,7 +78,7 @@ def check_scale(name: str, value: Any) -> float:
         scale = float(value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"'{name}' must be a number, but got {type(value)}") from error
-    if not abs(scale) < float("inf"):
+    if not math.isfinite(scale):
         raise UserError(f"{name}={scale} must be a finite number; up to 1 there is no guidance, 4 is common")
     return scale
 
@@ -91,11 +93,11 @@ def check_generator(generator: Any) -> None:
             )
 
 
-def check_steps(prefix: str, num_inference_steps: Any, timesteps: Any) -> None:
-    """Raises unless the steps can be taken. 0 steps give back the noise, as in diffusers."""
-    check_count(f"{prefix}num_inference_steps", num_inference_steps, least=0)
+def check_steps(prefix: str, num_inference_steps: Any, timesteps: Any) -> int:
+    """The number of steps, if they can be taken. 0 steps give back the noise, as in diffusers."""
     if timesteps is not None:
         check_timesteps(timesteps)
+    return check_count(f"{prefix}num_inference_steps", num_inference_steps, least=0)
 
 
 def initial_latents(
@@ -159,28 +161,28 @@ def _call_back(pipe: Any, callbacks: Callbacks, step: int, t: Tensor, state: Sta
     changed = False
     if callbacks.on_step_end is not None:
         before = dict(state)
-        versions = {name: _version(tensor) for name, tensor in before.items()}
         seen = {name: state[name] for name in callbacks.tensor_inputs}
+        steering = {name: tensor for name, tensor in seen.items() if name != "latents" and tensor is not None}
+        copies = {name: tensor.clone() for name, tensor in steering.items()}
         returned = callbacks.on_step_end(pipe, step, t, seen)
         if returned is None:
             returned = {}
         if not isinstance(returned, Mapping):
             raise TypeError(f"a callback must return a dict or None, but returned {type(returned)}")
+        rewritten = {name for name, copy in copies.items() if not torch.equal(copy, steering[name])}
+        changed = bool(rewritten)
         for name, old in before.items():
             new = returned.get(name)
             if new is not None and new is not old:
                 _take(state, name, new)
                 changed = changed or name != "latents" or new.shape != old.shape
-            changed = changed or (name != "latents" and _version(old) != versions[name])
-        _follow_negative(before, versions, state)
+        if state["negative_prompt_embeds"] is not before["negative_prompt_embeds"] or (
+            "negative_prompt_embeds" in rewritten
+        ):
+            _follow_negative(before, state)
     if callbacks.every is not None and step % callbacks.every_steps == 0:
         callbacks.every(step // getattr(pipe.scheduler, "order", 1), t, state["latents"])
     return changed
-
-
-def _version(tensor: Tensor | None) -> int:
-    """A number that every change in place raises."""
-    return 0 if tensor is None else tensor._version
 
 
 def _take(state: State, name: str, new: Any) -> None:
@@ -190,15 +192,12 @@ def _take(state: State, name: str, new: Any) -> None:
     state[name] = new if old is None else new.to(old)
 
 
-def _follow_negative(before: State, versions: dict[str, int], state: State) -> None:
+def _follow_negative(before: State, state: State) -> None:
     """Puts negative states that a callback changed in the place of the old, behind those of the prompt."""
     negative, text = state["negative_prompt_embeds"], state["text_encoder_hidden_states"]
     if negative is None or text is None or len(text) != 2 * len(negative):
         return
-    if text is not before["text_encoder_hidden_states"]:
-        return  # the callback gave both halves itself
-    changed = negative is not before["negative_prompt_embeds"]
-    if changed or _version(negative) != versions["negative_prompt_embeds"]:
+    if text is before["text_encoder_hidden_states"]:  # otherwise the callback gave both halves itself
         state["text_encoder_hidden_states"] = torch.cat([text[: len(negative)], negative])
 
 
