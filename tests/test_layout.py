@@ -17,6 +17,7 @@ ORDER = [
     {"memory"},
     {"lora"},
     {"pipeline"},
+    {"diffusers"},
     {"data"},
     {"evaluate"},
     {"train"},

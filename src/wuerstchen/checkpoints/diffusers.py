@@ -153,7 +153,7 @@ def read_prior_folder(
         parts["prior"] = read_prior_network(folder / f"{prefix}prior", dtype=dtype, layout=layout)
     parts |= _read_text(folder, prefix, dtype, given, layout)
     if "scheduler" not in given:
-        parts["schedule"] = _read_schedule(folder / f"{prefix}scheduler")
+        parts["schedule"] = read_schedule(folder / f"{prefix}scheduler")
     return PriorFolder(**parts, **numbers)
 
 
@@ -178,7 +178,7 @@ def read_decoder_folder(
             parts[part] = _read_network(folder / part, part, network, config, {}, dtype, layout)
     parts |= _read_text(folder, "", dtype, given, layout)
     if "scheduler" not in given:
-        parts["schedule"] = _read_schedule(folder / "scheduler")
+        parts["schedule"] = read_schedule(folder / "scheduler")
     return DecoderFolder(**parts, **numbers, prior=_prior_line(folder))
 
 
@@ -389,7 +389,8 @@ def _read_text(
     return parts
 
 
-def _read_schedule(folder: Path) -> CosineSchedule:
+def read_schedule(folder: Path) -> CosineSchedule:
+    """The noise schedule that a folder's ``scheduler_config.json`` describes."""
     path = folder / "scheduler_config.json"
     raw = read_json(path)
     name = raw.get("_class_name", _CLASSES["scheduler"][0])

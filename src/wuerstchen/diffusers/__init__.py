@@ -1,0 +1,32 @@
+"""The names and signatures of the Würstchen pipelines in diffusers.
+
+Code written for diffusers' Würstchen runs after a change of its import. What differs is what did not work:
+several prompts, several pictures a prompt and sizes of any multiple of 8 are drawn, callbacks take effect,
+and what cannot be drawn is refused before anything is computed.
+"""
+
+from wuerstchen.diffusers.base import DiffusionPipeline
+from wuerstchen.diffusers.combined import AutoPipelineForText2Image, WuerstchenCombinedPipeline
+from wuerstchen.diffusers.decoder import WuerstchenDecoderPipeline
+from wuerstchen.diffusers.outputs import (
+    DDPMWuerstchenSchedulerOutput,
+    ImagePipelineOutput,
+    WuerstchenPriorPipelineOutput,
+)
+from wuerstchen.diffusers.prior import DEFAULT_STAGE_C_TIMESTEPS, WuerstchenPriorPipeline
+from wuerstchen.diffusers.register import register
+from wuerstchen.diffusers.scheduler import DDPMWuerstchenScheduler
+
+__all__ = [
+    "DEFAULT_STAGE_C_TIMESTEPS",
+    "AutoPipelineForText2Image",
+    "DDPMWuerstchenScheduler",
+    "DDPMWuerstchenSchedulerOutput",
+    "DiffusionPipeline",
+    "ImagePipelineOutput",
+    "WuerstchenCombinedPipeline",
+    "WuerstchenDecoderPipeline",
+    "WuerstchenPriorPipeline",
+    "WuerstchenPriorPipelineOutput",
+    "register",
+]

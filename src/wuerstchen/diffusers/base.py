@@ -1,0 +1,264 @@
+"""What all pipelines share: their components, where those live, progress bars, loading and saving."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from wuerstchen.diffusers.outputs import Config
+from wuerstchen.errors import UserError, UserNotice
+from wuerstchen.memory import Blockwise, OneAtATime, Residence
+
+AnyPipeline = TypeVar("AnyPipeline", bound="DiffusionPipeline")
+
+
+class DiffusionPipeline:
+    """The base of all pipelines. ``DiffusionPipeline.from_pretrained`` gives the kind that a folder holds.
+
+    Components are plain attributes: ``pipe.prior = torch.compile(pipe.prior)`` is all that compiling takes.
+    """
+
+    model_cpu_offload_seq: str | None = None
+    _callback_tensor_inputs: tuple[str, ...] = ("latents",)
+    _component_names: tuple[str, ...] = ()
+    _network_name: str = ""
+    """The component whose dtype and device are the pipeline's."""
+
+    def __init__(self, **settings: Any) -> None:
+        self._config = Config(settings)
+        self._residence: Residence | None = None
+        self._guidance_scale = 1.0
+        self._num_timesteps = 0
+        self._progress_bar_config: dict[str, Any] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls: type[AnyPipeline], pretrained_model_name_or_path: str | Path, **settings: Any
+    ) -> AnyPipeline:
+        """Loads a pipeline from a folder, or by a name on the hub, onto the CPU.
+
+        Settings are those that are common: ``torch_dtype`` (float32 unless given), ``revision``,
+        ``cache_dir``, ``local_files_only``, ``token``, ``use_safetensors=True`` to refuse other files; and
+        components or numbers of the pipeline by name, which are then not read. For a combined pipeline,
+        which a decoder's folder gives too if it names its prior, the prior's are these with ``prior_``
+        before the name; without them it is loaded as the decoder is, but for the revision. ``variant`` is
+        not looked for: ``torch_dtype`` converts the full weights.
+
+        Raises ``CheckpointError`` for what is no Würstchen pipeline or damaged, ``TypeError`` for unknown
+        settings.
+        """
+        from wuerstchen.diffusers.loading import load  # which knows all pipelines, and so comes after them
+
+        return load(cls, pretrained_model_name_or_path, settings)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+    ) -> None:
+        """Writes the pipeline as published, over an earlier one in that folder; a network is one file.
+
+        Raises ``UserError`` for what the layout has no place for.
+        """
+        from wuerstchen.diffusers.loading import save
+
+        if not safe_serialization or variant is not None:
+            raise UserError("only safetensors without a variant are written; leave both arguments out")
+        save(self, Path(save_directory))
+
+    @property
+    def config(self) -> Config:
+        """The pipeline's numbers, as they stand in ``model_index.json``."""
+        return self._config
+
+    def _pipes(self) -> "tuple[DiffusionPipeline, ...]":
+        """The pipelines that do the work: this one, where it is not made of others."""
+        return (self,)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """All components by name: another pipeline can be built from them, sharing their memory."""
+        return {name: getattr(self, name) for name in self._component_names}
+
+    def _networks(self) -> dict[str, nn.Module]:
+        return {name: part for name, part in self.components.items() if isinstance(part, nn.Module)}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline's network is."""
+        return device_of(getattr(self, self._network_name))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the pipeline's network computes in."""
+        return dtype_of(getattr(self, self._network_name))
+
+    @property
+    def _execution_device(self) -> torch.device:
+        """Where the pipeline computes, which with offloading is not where its networks wait."""
+        residence = self._pipes()[-1]._residence
+        return self.device if residence is None else residence.device
+
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance scale of the call that runs, or ran last. A callback changes ``_guidance_scale``."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the call that runs, or ran last."""
+        return self._num_timesteps
+
+    def to(
+        self: AnyPipeline,
+        *args: Any,
+        device: str | int | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        torch_device: str | int | torch.device | None = None,
+        torch_dtype: torch.dtype | None = None,
+        silence_dtype_warnings: bool = False,
+    ) -> AnyPipeline:
+        """Moves or converts all networks: ``to("cuda")``, ``to(torch.float16)``, or both in this order.
+
+        A device ends offloading. Returns the pipeline.
+        """
+        for value in args:
+            if isinstance(value, torch.dtype):
+                dtype = _once("dtype", dtype, value)
+            elif value is not None:
+                device = _once("device", device, value)
+        device = device if torch_device is None else _once("device", device, torch_device)
+        dtype = dtype if torch_dtype is None else _once("dtype", dtype, torch_dtype)
+        for pipe in self._pipes():
+            pipe.maybe_free_model_hooks()
+            pipe._residence = pipe._residence if device is None else None
+        for network in self._networks().values():
+            network.to(device=device, dtype=dtype)
+        return self
+
+    @contextmanager
+    def _using(self, network: nn.Module | None) -> Iterator[torch.device]:
+        """While it lasts, ``network`` can run; gives the device that its inputs must be on."""
+        if network is None or self._residence is None:
+            yield self.device if network is None else device_of(network)
+            return
+        with self._residence.using(network):
+            yield self._residence.device
+
+    def enable_model_cpu_offload(
+        self, gpu_id: int | None = None, device: str | torch.device | None = None
+    ) -> None:
+        """Keeps the networks on the CPU, from where each visits the device as long as it is needed.
+
+        The device is the one named, or the first accelerator that is there.
+        """
+        self._offload(OneAtATime, gpu_id, device)
+
+    def enable_sequential_cpu_offload(
+        self, gpu_id: int | None = None, device: str | torch.device | None = None
+    ) -> None:
+        """As ``enable_model_cpu_offload``, a layer at a time: the least memory, and far slower."""
+        self._offload(Blockwise, gpu_id, device)
+
+    def _offload(
+        self,
+        kind: type[OneAtATime] | type[Blockwise],
+        gpu_id: int | None,
+        device: str | torch.device | None,
+    ) -> None:
+        target = _offload_device(gpu_id, device)
+        self.to("cpu")
+        for pipe in self._pipes():
+            pipe._residence = kind(target)
+
+    def maybe_free_model_hooks(self) -> None:
+        """Sends offloaded networks back to the CPU. Every call ends with it."""
+        for pipe in self._pipes():
+            if pipe._residence is not None:
+                pipe._residence.release()
+
+    def progress_bar(self, iterable: Any = None, total: int | None = None) -> tqdm:
+        """A bar over ``iterable``, or one of ``total`` steps that is moved by hand."""
+        if (iterable is None) == (total is None):
+            raise UserError("a progress bar needs either `iterable` or `total`; give one of them")
+        return tqdm(iterable, total=total, **self._progress_bar_config)
+
+    def set_progress_bar_config(self, **kwargs: Any) -> None:
+        """Settings of the bars to come, as tqdm takes them: ``disable=True`` hides them."""
+        self._progress_bar_config = kwargs
+
+    def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
+        """Changes nothing, and says so: attention never holds the whole table of scores here."""
+        _already_efficient("enable_xformers_memory_efficient_attention")
+
+    def disable_xformers_memory_efficient_attention(self) -> None:
+        """Changes nothing."""
+
+    def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
+        """Changes nothing, and says so: attention never holds the whole table of scores here."""
+        _already_efficient("enable_attention_slicing")
+
+    def disable_attention_slicing(self) -> None:
+        """Changes nothing."""
+
+    def __repr__(self) -> str:
+        parts = (f"  {name}: {type(part).__name__}" for name, part in self.components.items())
+        settings = (f"  {name}={value}" for name, value in self.config.items())
+        return "\n".join([f"{type(self).__name__}(", *parts, *settings, ")"])
+
+
+def _offload_device(gpu_id: int | None, device: str | torch.device | None) -> torch.device:
+    if device is not None:
+        target = torch.device(device)
+        if gpu_id is not None and target.index not in (None, gpu_id):
+            raise UserError(f"device {device} is not number gpu_id={gpu_id}; give only one of them")
+    elif torch.cuda.is_available():
+        target = torch.device("cuda")
+    elif torch.backends.mps.is_available():
+        target = torch.device("mps")
+    else:
+        raise UserError("there is no accelerator to offload from; leave offloading out, or name a device")
+    return target if gpu_id is None else torch.device(target.type, gpu_id)
+
+
+def device_of(network: nn.Module) -> torch.device:
+    return next(network.parameters()).device
+
+
+def dtype_of(network: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in network.parameters() if p.is_floating_point())
+
+
+def plain(network: Any) -> Any:
+    """The network under ``torch.compile``."""
+    return getattr(network, "_orig_mod", network)
+
+
+def check_network(name: str, network: Any, kind: type[nn.Module]) -> None:
+    """Raises ``TypeError`` for a network of another kind, such as diffusers' own. A compiled one is fine."""
+    if not isinstance(plain(network), kind):
+        raise TypeError(
+            f"{name} must be a {kind.__module__}.{kind.__name__}, but got {type(network)}; "
+            "from_pretrained reads diffusers' weights into one"
+        )
+
+
+def _once(name: str, earlier: Any, value: Any) -> Any:
+    if earlier is not None:
+        raise UserError(f"{name} was given twice, as {earlier} and {value}; give it once")
+    return value
+
+
+def _already_efficient(what: str) -> None:
+    warnings.warn(f"{what} changes nothing: attention is memory-efficient already", UserNotice, stacklevel=3)

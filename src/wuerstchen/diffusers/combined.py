@@ -1,0 +1,276 @@
+"""Both pipelines as one, behind diffusers' name: from a prompt to a picture."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, no_type_check
+
+import torch
+from torch import Tensor, nn
+
+from wuerstchen.diffusers.base import DiffusionPipeline
+from wuerstchen.diffusers.decoder import (
+    Images,
+    WuerstchenDecoderPipeline,
+    as_output,
+    centre_crop,
+    check_output_type,
+)
+from wuerstchen.diffusers.lora import LoraMethods
+from wuerstchen.diffusers.outputs import Config, ImagePipelineOutput
+from wuerstchen.diffusers.prior import WuerstchenPriorPipeline, check_side
+from wuerstchen.diffusers.prompts import check_prompt
+from wuerstchen.diffusers.sampling import check_callbacks, check_count, check_scale, check_steps
+from wuerstchen.errors import UserError
+
+MULTIPLE = 8
+"""Sides of pictures are multiples of this."""
+
+
+def _part_of(pipe: str, name: str) -> Any:
+    """A component that lives in one of the two pipelines: exchanged here, it is exchanged there."""
+
+    def get(self: Any) -> Any:
+        return getattr(getattr(self, pipe), name)
+
+    def exchange(self: Any, value: Any) -> None:
+        setattr(getattr(self, pipe), name, value)
+
+    return property(get, exchange)
+
+
+class WuerstchenCombinedPipeline(LoraMethods, DiffusionPipeline):
+    """From prompts to pictures: ``prior_pipe``, then ``decoder_pipe``, which can be used alone too.
+
+    The numbers are those of ``WuerstchenDecoderPipeline`` and, with ``prior_`` before their names, those of
+    ``WuerstchenPriorPipeline``.
+    """
+
+    _load_connected_pipes = True
+    _component_names = (
+        "tokenizer",
+        "text_encoder",
+        "decoder",
+        "scheduler",
+        "vqgan",
+        "prior_tokenizer",
+        "prior_text_encoder",
+        "prior_prior",
+        "prior_scheduler",
+    )
+    _network_name = "decoder"
+
+    tokenizer = _part_of("decoder_pipe", "tokenizer")
+    text_encoder = _part_of("decoder_pipe", "text_encoder")
+    decoder = _part_of("decoder_pipe", "decoder")
+    scheduler = _part_of("decoder_pipe", "scheduler")
+    vqgan = _part_of("decoder_pipe", "vqgan")
+    prior_tokenizer = _part_of("prior_pipe", "tokenizer")
+    prior_text_encoder = _part_of("prior_pipe", "text_encoder")
+    prior_prior = _part_of("prior_pipe", "prior")
+    prior_scheduler = _part_of("prior_pipe", "scheduler")
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        text_encoder: Any,
+        decoder: Any,
+        scheduler: Any,
+        vqgan: Any,
+        prior_tokenizer: Any,
+        prior_text_encoder: Any,
+        prior_prior: Any,
+        prior_scheduler: Any,
+        latent_dim_scale: float = 10.67,
+        prior_latent_mean: float = 42.0,
+        prior_latent_std: float = 1.0,
+        prior_resolution_multiple: float = 42.67,
+    ) -> None:
+        self.prior_pipe = WuerstchenPriorPipeline(
+            tokenizer=prior_tokenizer,
+            text_encoder=prior_text_encoder,
+            prior=prior_prior,
+            scheduler=prior_scheduler,
+            latent_mean=prior_latent_mean,
+            latent_std=prior_latent_std,
+            resolution_multiple=prior_resolution_multiple,
+        )
+        self.decoder_pipe = WuerstchenDecoderPipeline(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            decoder=decoder,
+            scheduler=scheduler,
+            vqgan=vqgan,
+            latent_dim_scale=latent_dim_scale,
+        )
+        super().__init__()
+
+    @property
+    def config(self) -> Config:
+        """The numbers of both pipelines, the prior's with ``prior_`` before their names."""
+        prior = {f"prior_{name}": value for name, value in self.prior_pipe.config.items()}
+        return Config({**self.decoder_pipe.config, **prior})
+
+    def _pipes(self) -> tuple[DiffusionPipeline, ...]:
+        return (self.prior_pipe, self.decoder_pipe)
+
+    def _lora_networks(self) -> dict[str, nn.Module]:
+        return self.prior_pipe._lora_networks()
+
+    def set_progress_bar_config(self, **kwargs: Any) -> None:
+        """Settings of both pipelines' bars to come, as tqdm takes them: ``disable=True`` hides them."""
+        for pipe in self._pipes():
+            pipe.set_progress_bar_config(**kwargs)
+        super().set_progress_bar_config(**kwargs)
+
+    @property
+    def guidance_scale(self) -> float:
+        """The decoder's guidance scale; ``prior_pipe`` has the prior's."""
+        return self.decoder_pipe.guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the decoder is guided."""
+        return self.decoder_pipe.do_classifier_free_guidance
+
+    @property
+    def num_timesteps(self) -> int:
+        """The decoder's steps; ``prior_pipe`` has the prior's."""
+        return self.decoder_pipe.num_timesteps
+
+    @no_type_check  # what is wrong is refused below, in words that say what to do
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        height: int = 512,
+        width: int = 512,
+        prior_num_inference_steps: int = 60,
+        prior_timesteps: Sequence[float] | Tensor | None = None,
+        prior_guidance_scale: float = 4.0,
+        num_inference_steps: int = 12,
+        decoder_timesteps: Sequence[float] | Tensor | None = None,
+        decoder_guidance_scale: float = 0.0,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        prior_callback_on_step_end: Callable[..., Any] | None = None,
+        prior_callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        callback_on_step_end: Callable[..., Any] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        prior_callback: Callable[..., Any] | None = None,
+        prior_callback_steps: int | None = None,
+        callback: Callable[..., Any] | None = None,
+        callback_steps: int | None = None,
+    ) -> ImagePipelineOutput | tuple[Images]:
+        """Draws ``num_images_per_prompt`` pictures of each prompt, all of the first prompt first.
+
+        ``height`` and ``width`` are multiples of 8: what the networks draw beyond them is cropped, but for
+        ``output_type`` "latent". ``prior_...`` arguments, ``latents`` and the embeddings are the prior
+        pipeline's, ``decoder_...``, ``callback...`` and ``num_inference_steps`` the decoder's; of both, those
+        pipelines tell. With ``prompt_embeds`` the decoder reads ``prompt``, or the empty prompt if there is
+        none. One ``generator`` draws for both, first for the prior.
+        """
+        check_output_type(output_type)
+        size = self._checked_size(height, width)
+        check_steps("prior_", prior_num_inference_steps, prior_timesteps)
+        check_steps("", num_inference_steps, decoder_timesteps)
+        check_scale("prior_guidance_scale", prior_guidance_scale)
+        if check_scale("decoder_guidance_scale", decoder_guidance_scale) > 1:
+            check_prompt("negative_prompt", negative_prompt)
+        num_images_per_prompt = check_count("num_images_per_prompt", num_images_per_prompt)
+        for pipe, prefix, function, names in (
+            (
+                self.prior_pipe,
+                "prior_",
+                prior_callback_on_step_end,
+                prior_callback_on_step_end_tensor_inputs,
+            ),
+            (self.decoder_pipe, "", callback_on_step_end, callback_on_step_end_tensor_inputs),
+        ):
+            check_callbacks(function, names, pipe._callback_tensor_inputs, prefix)
+        prompts = check_prompt("prompt", prompt)
+        if None not in (prompts, prompt_embeds) and len(prompt_embeds) % len(prompts):
+            raise UserError(
+                f"{len(prompts)} prompts do not fit {len(prompt_embeds)} prompt_embeds; give as many"
+            )
+
+        (maps,) = self.prior_pipe(
+            prompt=prompts if prompt_embeds is None else None,
+            height=height,
+            width=width,
+            num_inference_steps=prior_num_inference_steps,
+            timesteps=prior_timesteps,
+            guidance_scale=prior_guidance_scale,
+            negative_prompt=negative_prompt if negative_prompt_embeds is None else None,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            num_images_per_prompt=num_images_per_prompt,
+            generator=generator,
+            latents=latents,
+            output_type="pt",
+            return_dict=False,
+            callback_on_step_end=prior_callback_on_step_end,
+            callback_on_step_end_tensor_inputs=prior_callback_on_step_end_tensor_inputs,
+            callback=prior_callback,
+            callback_steps=prior_callback_steps,
+        )
+        (images,) = self.decoder_pipe(
+            image_embeddings=maps,
+            prompt=[""] * (len(maps) // num_images_per_prompt) if prompts is None else prompts,
+            num_inference_steps=num_inference_steps,
+            timesteps=decoder_timesteps,
+            guidance_scale=decoder_guidance_scale,
+            negative_prompt=negative_prompt,
+            generator=generator,
+            output_type="latent" if output_type == "latent" else "pt",
+            return_dict=False,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            callback=callback,
+            callback_steps=callback_steps,
+        )
+        if output_type != "latent":
+            images = as_output(centre_crop(images, *size), output_type)
+        return ImagePipelineOutput(images) if return_dict else (images,)
+
+    def _checked_size(self, height: Any, width: Any) -> tuple[int, int]:
+        """The size in pixels. Raises ``TypeError`` or ``UserError`` for one that cannot be drawn."""
+        for name, side in (("height", height), ("width", width)):
+            pixels = check_side(name, side)
+            if pixels % MULTIPLE:
+                raise UserError(f"{name}={side} must be a multiple of {MULTIPLE}; round it")
+            grid = self.prior_pipe.grid_side(pixels)
+            drawn = self.decoder_pipe.vqgan.config.factor * self.decoder_pipe.latent_side(grid)
+            if drawn < pixels:
+                raise UserError(
+                    f"{name}={side} cannot be drawn, because this model's resolution_multiple and "
+                    f"latent_dim_scale give {drawn} pixels for it; correct them"
+                )
+        return int(height), int(width)
+
+
+class AutoPipelineForText2Image:
+    """Gives the pipeline that draws pictures from text: the combined one."""
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, **settings: Any
+    ) -> WuerstchenCombinedPipeline:
+        """``WuerstchenCombinedPipeline.from_pretrained``."""
+        return WuerstchenCombinedPipeline.from_pretrained(pretrained_model_name_or_path, **settings)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **parts: Any) -> WuerstchenCombinedPipeline:
+        """A pipeline of the components of another, a combined one or a decoder's, and of ``parts``."""
+        if isinstance(pipeline, WuerstchenPriorPipeline):
+            raise UserError("a prior alone draws no pictures; give the decoder's pipeline")
+        arguments = {**pipeline.components, **pipeline.config, **parts}
+        names = WuerstchenCombinedPipeline._component_names
+        if missing := [name for name in names if name not in arguments]:
+            raise UserError(f"components {', '.join(missing)} are missing; give them by name")
+        return WuerstchenCombinedPipeline(**arguments)

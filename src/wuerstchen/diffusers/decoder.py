@@ -1,0 +1,237 @@
+"""Stages B and A behind diffusers' names: from a semantic map to a picture."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, no_type_check
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from wuerstchen.diffusers.base import DiffusionPipeline, check_network, dtype_of
+from wuerstchen.diffusers.outputs import ImagePipelineOutput
+from wuerstchen.diffusers.prompts import check_negative, check_prompt, encode
+from wuerstchen.diffusers.sampling import (
+    Callbacks,
+    State,
+    check_count,
+    check_generator,
+    check_scale,
+    check_steps,
+    denoise,
+    initial_latents,
+    text_rows,
+)
+from wuerstchen.errors import UserError
+from wuerstchen.images import to_images
+from wuerstchen.models.decoder import Decoder
+from wuerstchen.models.vqgan import VQGAN
+
+OUTPUT_TYPES = ("pt", "np", "pil", "latent")
+
+Images = list[Image.Image] | np.ndarray | Tensor
+
+
+class WuerstchenDecoderPipeline(DiffusionPipeline):
+    """From semantic maps and prompts to pictures.
+
+    ``latent_dim_scale`` is how many Stage A latents a side has for a position of the map.
+    """
+
+    model_cpu_offload_seq = "text_encoder->decoder->vqgan"
+    _callback_tensor_inputs = (
+        "latents",
+        "text_encoder_hidden_states",
+        "negative_prompt_embeds",
+        "image_embeddings",
+    )
+    _component_names = ("tokenizer", "text_encoder", "decoder", "scheduler", "vqgan")
+    _network_name = "decoder"
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        text_encoder: Any,
+        decoder: Any,
+        scheduler: Any,
+        vqgan: Any,
+        latent_dim_scale: float = 10.67,
+    ) -> None:
+        super().__init__(latent_dim_scale=latent_dim_scale)
+        self._prior_name: str | None = None  # on the hub, if the decoder came with one
+        check_network("decoder", decoder, Decoder)
+        check_network("vqgan", vqgan, VQGAN)
+        self.tokenizer = tokenizer
+        self.text_encoder = text_encoder
+        self.decoder = decoder
+        self.scheduler = scheduler
+        self.vqgan = vqgan
+
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        prompt: str | list[str],
+        device: torch.device | str | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = False,
+        negative_prompt: str | list[str] | None = None,
+    ) -> tuple[Float[Tensor, "bn t c"], Float[Tensor, "bn t c"] | None]:
+        """Text states of prompts and, with guidance, of negative prompts, each repeated for its images."""
+        prompts = check_prompt("prompt", prompt) or [""]
+        negative = None
+        with self._using(self.text_encoder) as home:
+            states = encode(self.tokenizer, self.text_encoder, prompts, home)
+            if do_classifier_free_guidance:
+                texts = check_negative(negative_prompt, len(prompts))
+                negative = encode(self.tokenizer, self.text_encoder, texts, home)
+
+        def repeated(states: Tensor) -> Tensor:
+            return states.to(home if device is None else device).repeat_interleave(num_images_per_prompt, 0)
+
+        return repeated(states), None if negative is None else repeated(negative)
+
+    @no_type_check  # what is wrong is refused below, in words that say what to do
+    @torch.no_grad()
+    def __call__(
+        self,
+        image_embeddings: Tensor | np.ndarray | list[Tensor],
+        prompt: str | list[str] | None = None,
+        num_inference_steps: int = 12,
+        timesteps: Sequence[float] | Tensor | None = None,
+        guidance_scale: float = 0.0,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., Any] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        callback: Callable[..., Any] | None = None,
+        callback_steps: int | None = None,
+    ) -> ImagePipelineOutput | tuple[Images]:
+        """Draws ``num_images_per_prompt`` pictures of each semantic map, (maps, 16, h, w).
+
+        Each prompt serves an equal number of maps that follow one another: give one prompt, or one for each
+        map, or one for each group. A picture has 4·int(h·latent_dim_scale) pixels a side; ``output_type``
+        "latent" gives Stage A's latents, whose sides are rounded up to what the network can halve. Of the
+        other arguments, the prior pipeline tells.
+        """
+        callbacks = Callbacks.checked(
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+            self._callback_tensor_inputs,
+            callback,
+            callback_steps,
+        )
+        self._guidance_scale = check_scale("guidance_scale", guidance_scale)
+        guides = self.do_classifier_free_guidance
+        prompts = check_prompt("prompt", prompt)
+        if prompts is None:
+            raise TypeError("'prompt' must be of type 'list' or 'str', but is missing; use '' for none")
+        if guides:
+            check_negative(negative_prompt, len(prompts))
+        num_inference_steps = check_steps("", num_inference_steps, timesteps)
+        num_images_per_prompt = check_count("num_images_per_prompt", num_images_per_prompt)
+        check_generator(generator)
+        check_output_type(output_type)
+        maps = self._checked_maps(image_embeddings)
+        if len(maps) % len(prompts):
+            raise UserError(
+                f"{len(prompts)} prompts do not fit {len(maps)} image_embeddings; "
+                "give one prompt, or one for each"
+            )
+
+        pictures = len(maps) * num_images_per_prompt
+        text, negative = self.encode_prompt(
+            prompts, None, pictures // len(prompts), guides, negative_prompt if guides else None
+        )
+        size = [self.latent_side(side) for side in maps.shape[2:]]
+        multiple = self.decoder.config.size_multiple
+        canvas = [-(-side // multiple) * multiple for side in size]
+        with self._using(self.decoder) as device:
+            dtype = dtype_of(self.decoder)
+            text = text.to(device, dtype)
+            negative = None if negative is None else negative.to(device, dtype)
+            self.scheduler.set_timesteps(num_inference_steps, timesteps=timesteps, device=device)
+            shape = (pictures, self.decoder.config.c_in, *canvas)
+            state = {
+                "latents": initial_latents(
+                    latents, shape, generator, device, dtype, self.scheduler.init_noise_sigma
+                ),
+                "text_encoder_hidden_states": text if negative is None else torch.cat([text, negative]),
+                "negative_prompt_embeds": negative,
+                "image_embeddings": maps.to(device, dtype),
+            }
+            sample = denoise(self, self.decoder, self._context, state, generator, callbacks)
+        if output_type == "latent":
+            images = sample
+        else:
+            factor = self.vqgan.config.factor
+            pixels = self._pixels(sample)
+            images = as_output(centre_crop(pixels, factor * size[0], factor * size[1]), output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images) if return_dict else (images,)
+
+    def latent_side(self, positions: int) -> int:
+        """How many of Stage A's latents a side has for ``positions`` of the map."""
+        return max(int(positions * self.config.latent_dim_scale), 1)
+
+    def _checked_maps(self, given: Any) -> Float[Tensor, "b c h w"]:
+        """The semantic maps as one tensor. Raises ``TypeError`` or ``UserError``."""
+        parts = given if isinstance(given, list | tuple) else [given]
+        for part in parts:
+            if not isinstance(part, Tensor | np.ndarray):
+                raise TypeError(
+                    f"'image_embeddings' must be of type 'torch.Tensor' or 'np.array', but got {type(part)}"
+                )
+        maps = [torch.as_tensor(part) for part in parts]
+        channels = self.decoder.config.effnet_embd
+        if not maps or any(one.ndim != 4 or one.shape[1] != channels or 0 in one.shape for one in maps):
+            raise UserError(
+                f"image_embeddings have shapes {[tuple(one.shape) for one in maps]}, but must be "
+                f"(batch, {channels}, h, w); the prior pipeline gives such"
+            )
+        if len({one.shape[2:] for one in maps}) > 1:
+            raise UserError("image_embeddings differ in size, so they are no batch; call once for each")
+        return torch.cat([one.to(maps[0]) for one in maps])
+
+    def _context(self, state: State, guides: bool) -> Any:
+        latents, maps = state["latents"], state["image_embeddings"]
+        assert latents is not None
+        assert maps is not None
+        if len(latents) % len(maps):
+            raise UserError(f"a callback left {len(maps)} image_embeddings for {len(latents)} latents")
+        maps = maps.repeat_interleave(len(latents) // len(maps), dim=0)
+        if guides:
+            maps = torch.cat([maps, torch.zeros_like(maps)])
+        text = text_rows(state["text_encoder_hidden_states"], len(latents), guides)
+        return self.decoder.context(maps, (latents.shape[2], latents.shape[3]), text)
+
+    def _pixels(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
+        with self._using(self.vqgan) as device:
+            return self.vqgan.decode(latents.to(device, dtype_of(self.vqgan))).clamp(0, 1)
+
+
+def check_output_type(output_type: Any) -> None:
+    if output_type not in OUTPUT_TYPES:
+        raise UserError(
+            "Only the output types `pt`, `np`, `pil` and `latent` are supported not "
+            f"output_type={output_type!r}"
+        )
+
+
+def centre_crop(pixels: Float[Tensor, "b 3 _ _"], height: int, width: int) -> Float[Tensor, "b 3 _ _"]:
+    """The middle of pictures, from an even row and column on."""
+    top, left = ((have - want) // 4 * 2 for have, want in zip(pixels.shape[2:], (height, width), strict=True))
+    return pixels[:, :, top : top + height, left : left + width]
+
+
+def as_output(pixels: Float[Tensor, "b 3 height width"], output_type: str) -> Images:
+    """Pictures in [0, 1] in the form asked for: a tensor, an array (b, height, width, 3), or PIL images."""
+    if output_type == "pt":
+        return pixels
+    if output_type == "np":
+        return pixels.permute(0, 2, 3, 1).cpu().float().numpy()
+    return to_images(pixels)

@@ -1,0 +1,81 @@
+"""What pipelines and the scheduler return, and the configuration that they carry."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+
+class Config(Mapping):
+    """Settings that are read as ``config.name`` or ``config["name"]`` and never change."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.__dict__.update(values)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"{name} cannot be set, because a configuration is fixed; build a new object")
+
+    def __getitem__(self, name: str) -> Any:
+        return self.__dict__[name]
+
+    # For type checkers, which cannot know the names; looked up only for those that are missing.
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"there is no setting {name!r}; use one of {', '.join(self.__dict__)}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.__dict__)
+
+    def __len__(self) -> int:
+        return len(self.__dict__)
+
+    def __repr__(self) -> str:
+        return f"Config({self.__dict__})"
+
+
+@dataclasses.dataclass(eq=False)
+class Output(Mapping):
+    """Fields that are read by name, by key or by position, like those of diffusers' outputs."""
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        if not isinstance(key, str):
+            return self.to_tuple()[key]
+        if key not in list(self):
+            raise KeyError(key)
+        return getattr(self, key)
+
+    def __iter__(self) -> Iterator[str]:
+        return (field.name for field in dataclasses.fields(self))
+
+    def __len__(self) -> int:
+        return len(dataclasses.fields(self))
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, name) for name in self)
+
+
+@dataclasses.dataclass(eq=False)
+class WuerstchenPriorPipelineOutput(Output):
+    """What the prior pipeline returns."""
+
+    image_embeddings: Tensor | np.ndarray
+    """Semantic maps, (b, 16, h, w)."""
+
+
+@dataclasses.dataclass(eq=False)
+class ImagePipelineOutput(Output):
+    """What the decoder and the combined pipeline return."""
+
+    images: list[Image.Image] | np.ndarray | Tensor
+    """Pictures; an array is (b, height, width, 3), a tensor (b, 3, height, width), both in [0, 1]; or
+    latents, (b, 4, h, w)."""
+
+
+@dataclasses.dataclass(eq=False)
+class DDPMWuerstchenSchedulerOutput(Output):
+    """What a step of the scheduler returns."""
+
+    prev_sample: Tensor
+    """The sample at the next, less noisy timestep: the next step's input."""

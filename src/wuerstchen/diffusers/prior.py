@@ -1,0 +1,262 @@
+"""Stage C behind diffusers' names: from a prompt to a semantic map."""
+
+import math
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any, no_type_check
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from wuerstchen.diffusers.base import DiffusionPipeline, check_network, dtype_of, plain
+from wuerstchen.diffusers.lora import LoraMethods
+from wuerstchen.diffusers.outputs import WuerstchenPriorPipelineOutput
+from wuerstchen.diffusers.prompts import check_negative, check_prompt, encode
+from wuerstchen.diffusers.sampling import (
+    Callbacks,
+    State,
+    check_count,
+    check_generator,
+    check_scale,
+    check_steps,
+    denoise,
+    initial_latents,
+    text_rows,
+)
+from wuerstchen.diffusion.schedule import stage_c_timesteps
+from wuerstchen.errors import UserError
+from wuerstchen.models.prior import Prior
+
+DEFAULT_STAGE_C_TIMESTEPS = stage_c_timesteps(29)
+"""The published recipe of Stage C: 29 steps, most of them at much noise."""
+
+OUTPUT_TYPES = ("pt", "np", "latent", "pil")
+
+
+class WuerstchenPriorPipeline(LoraMethods, DiffusionPipeline):
+    """From prompts to semantic maps, the ``image_embeddings`` of the decoder pipeline.
+
+    ``latent_mean`` and ``latent_std`` bring the network's latents x to maps, x·latent_mean − latent_std (the
+    names are historical); ``resolution_multiple`` is how many pixels a position of the map stands for.
+    """
+
+    unet_name = "prior"
+    text_encoder_name = "text_encoder"
+    model_cpu_offload_seq = "text_encoder->prior"
+    _callback_tensor_inputs = ("latents", "text_encoder_hidden_states", "negative_prompt_embeds")
+    _lora_loadable_modules = ("prior", "text_encoder")
+    _component_names = ("tokenizer", "text_encoder", "prior", "scheduler")
+    _network_name = "prior"
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        text_encoder: Any,
+        prior: Any,
+        scheduler: Any,
+        latent_mean: float = 42.0,
+        latent_std: float = 1.0,
+        resolution_multiple: float = 42.67,
+    ) -> None:
+        super().__init__(
+            latent_mean=latent_mean, latent_std=latent_std, resolution_multiple=resolution_multiple
+        )
+        check_network("prior", prior, Prior)
+        self.tokenizer = tokenizer
+        self.text_encoder = text_encoder
+        self.prior = prior
+        self.scheduler = scheduler
+
+    def _lora_networks(self) -> dict[str, nn.Module]:
+        # Adapters change weights, and so may only be given to those that are at home.
+        self.maybe_free_model_hooks()
+        networks = {"prior": plain(self.prior), "text_encoder": plain(self.text_encoder)}
+        return {name: network for name, network in networks.items() if network is not None}
+
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        device: torch.device | str | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: Float[Tensor, "b t c"] | None = None,
+        negative_prompt_embeds: Float[Tensor, "b t c"] | None = None,
+    ) -> tuple[Float[Tensor, "bn t c"], Float[Tensor, "bn t c"] | None]:
+        """Text states of prompts and, with guidance, of negative prompts, each repeated for its images.
+
+        They can be given to the pipeline as ``prompt_embeds`` and ``negative_prompt_embeds``.
+        """
+        with self._using(self.text_encoder) as home:
+            if prompt_embeds is None:
+                prompt_embeds = encode(
+                    self.tokenizer, self.text_encoder, check_prompt("prompt", prompt) or [""], home
+                )
+            if not do_classifier_free_guidance:
+                negative_prompt_embeds = None
+            elif negative_prompt_embeds is None:
+                texts = check_negative(negative_prompt, len(prompt_embeds))
+                negative_prompt_embeds = encode(self.tokenizer, self.text_encoder, texts, home)
+        device = home if device is None else device
+        dtype = self.dtype if self.text_encoder is None else dtype_of(self.text_encoder)
+
+        def repeated(states: Tensor) -> Tensor:
+            return states.to(device, dtype).repeat_interleave(num_images_per_prompt, dim=0)
+
+        negative = negative_prompt_embeds
+        return repeated(prompt_embeds), None if negative is None else repeated(negative)
+
+    def check_inputs(
+        self,
+        prompt: Any,
+        negative_prompt: Any,
+        num_inference_steps: Any,
+        do_classifier_free_guidance: bool,
+        prompt_embeds: Any = None,
+        negative_prompt_embeds: Any = None,
+    ) -> None:
+        """Raises ``UserError``, which is a ``ValueError``, or ``TypeError`` for what cannot be drawn."""
+        if prompt is not None and prompt_embeds is not None:
+            raise UserError("Cannot forward both `prompt` and `prompt_embeds`; give only one of the two")
+        if prompt is None and prompt_embeds is None:
+            raise UserError("Provide either `prompt` or `prompt_embeds`; both are missing")
+        if negative_prompt is not None and negative_prompt_embeds is not None:
+            raise UserError(
+                "Cannot forward both `negative_prompt` and `negative_prompt_embeds`; give only one of the two"
+            )
+        width = self.prior.config.c_cond
+        for name, states in (
+            ("prompt_embeds", prompt_embeds),
+            ("negative_prompt_embeds", negative_prompt_embeds),
+        ):
+            if states is None:
+                continue
+            if not isinstance(states, Tensor):
+                raise TypeError(f"'{name}' must be of type 'torch.Tensor', but got {type(states)}")
+            if states.ndim != 3 or states.shape[2] != width or len(states) < 1:
+                raise UserError(
+                    f"{name} has shape {tuple(states.shape)}, but must be (batch, positions, {width}); "
+                    "encode_prompt gives such"
+                )
+        prompts = check_prompt("prompt", prompt)
+        batch = len(prompts or prompt_embeds)
+        if do_classifier_free_guidance:
+            if negative_prompt_embeds is None:
+                check_negative(negative_prompt, batch)
+            else:
+                positions = self._positions() if prompt_embeds is None else prompt_embeds.shape[1]
+                expected = (batch, positions, width)
+                if tuple(negative_prompt_embeds.shape) != expected:
+                    raise UserError(
+                        "`prompt_embeds` and `negative_prompt_embeds` must have the same shape, but the "
+                        f"first is {expected} and the second {tuple(negative_prompt_embeds.shape)}"
+                    )
+        check_steps("", num_inference_steps, None)
+
+    def grid_side(self, pixels: float) -> int:
+        """How many positions a side of the map has for a side of ``pixels``."""
+        return math.ceil(pixels / self.config.resolution_multiple)
+
+    def _positions(self) -> int | None:
+        return None if self.tokenizer is None else self.tokenizer.model_max_length
+
+    @no_type_check  # what is wrong is refused below, in words that say what to do
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        height: int = 1024,
+        width: int = 1024,
+        num_inference_steps: int = 60,
+        timesteps: Sequence[float] | Tensor | None = None,
+        guidance_scale: float = 8.0,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        num_images_per_prompt: int | None = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str | None = "pt",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., Any] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        callback: Callable[..., Any] | None = None,
+        callback_steps: int | None = None,
+    ) -> WuerstchenPriorPipelineOutput | tuple[Tensor | np.ndarray]:
+        """Draws ``num_images_per_prompt`` semantic maps of each prompt, all of the first prompt first.
+
+        A map has ceil(pixels / resolution_multiple) positions a side. ``timesteps`` fall from 1 to 0 and win
+        over ``num_inference_steps``; n of them are n − 1 steps. ``guidance_scale`` up to 1 is no guidance.
+        ``prompt_embeds`` are text states in place of a prompt, (batch, positions, width).
+        ``generator`` is one for the batch or a list of one a map; ``latents`` are noise of your own,
+        (batch, 16, h, w). ``output_type`` "np" gives an array in float32, all others a tensor.
+
+        ``callback_on_step_end(pipe, step, timestep, tensors)`` is called after each step with the tensors
+        named by ``callback_on_step_end_tensor_inputs``; those that it returns replace them from the next
+        step on.
+        """
+        callbacks = Callbacks.checked(
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+            self._callback_tensor_inputs,
+            callback,
+            callback_steps,
+        )
+        self._guidance_scale = check_scale("guidance_scale", guidance_scale)
+        guides = self.do_classifier_free_guidance
+        self.check_inputs(
+            prompt, negative_prompt, num_inference_steps, guides, prompt_embeds, negative_prompt_embeds
+        )
+        num_inference_steps = check_steps("", num_inference_steps, timesteps)
+        check_generator(generator)
+        count = 1 if num_images_per_prompt is None else num_images_per_prompt
+        count = check_count("num_images_per_prompt", count)
+        sides = (check_side("height", height), check_side("width", width))
+        if output_type not in OUTPUT_TYPES:
+            raise UserError(f"output_type={output_type!r} is unknown; use one of {', '.join(OUTPUT_TYPES)}")
+
+        text, negative = self.encode_prompt(
+            None,
+            count,
+            guides,
+            prompt,
+            negative_prompt if guides else None,
+            prompt_embeds,
+            negative_prompt_embeds,
+        )
+        with self._using(self.prior) as device:
+            dtype = dtype_of(self.prior)
+            text = text.to(device, dtype)
+            negative = None if negative is None else negative.to(device, dtype)
+            self.scheduler.set_timesteps(num_inference_steps, timesteps=timesteps, device=device)
+            shape = (len(text), self.prior.config.c_in, *map(self.grid_side, sides))
+            state = {
+                "latents": initial_latents(
+                    latents, shape, generator, device, dtype, self.scheduler.init_noise_sigma
+                ),
+                "text_encoder_hidden_states": text if negative is None else torch.cat([text, negative]),
+                "negative_prompt_embeds": negative,
+            }
+            sample = denoise(self, self.prior, self._context, state, generator, callbacks)
+        self.maybe_free_model_hooks()
+        image_embeddings = sample * self.config.latent_mean - self.config.latent_std
+        if output_type == "np":
+            image_embeddings = image_embeddings.cpu().float().numpy()
+        return WuerstchenPriorPipelineOutput(image_embeddings) if return_dict else (image_embeddings,)
+
+    def _context(self, state: State, guides: bool) -> Any:
+        latents = state["latents"]
+        assert latents is not None
+        return self.prior.context(text_rows(state["text_encoder_hidden_states"], len(latents), guides))
+
+
+def check_side(name: str, side: Any) -> float:
+    """A side in pixels. Raises ``TypeError`` or ``UserError``."""
+    if not isinstance(side, Real) or isinstance(side, bool):
+        raise TypeError(f"'{name}' must be of type 'int', but got {type(side)}")
+    if not 1 <= side < math.inf:
+        raise UserError(f"{name}={side} is no size of a picture; use a number of pixels, 1024 for example")
+    return float(side)

@@ -1,0 +1,69 @@
+"""Prompts: checked, and encoded by CLIP."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from wuerstchen.errors import UserError, UserNotice
+
+
+def check_prompt(name: str, prompt: Any) -> list[str] | None:
+    """A prompt or a list of them, as a list. Raises ``TypeError`` for anything else, None aside."""
+    if prompt is None:
+        return None
+    if isinstance(prompt, str):
+        return [prompt]
+    if not isinstance(prompt, list):
+        raise TypeError(f"'{name}' must be of type 'list' or 'str', but got {type(prompt)}")
+    for one in prompt:
+        if not isinstance(one, str):
+            raise TypeError(f"'{name}' must hold only 'str', but holds {type(one)}")
+    if not prompt:
+        raise UserError(f"{name}=[] draws nothing; give at least one text")
+    return list(prompt)
+
+
+def check_negative(negative: Any, batch: int) -> list[str]:
+    """The negative prompt of each prompt: one text serves all of them, and none at all is the empty text."""
+    texts = check_prompt("negative_prompt", negative)
+    if texts is None:
+        return [""] * batch
+    if isinstance(negative, str):
+        return texts * batch
+    if len(texts) != batch:
+        raise UserError(
+            f"negative_prompt has batch size {len(texts)}, but the prompt has batch size {batch}; "
+            "give one text, or one for each prompt"
+        )
+    return texts
+
+
+def encode(
+    tokenizer: Callable[..., Any] | None,
+    text_encoder: nn.Module | None,
+    texts: list[str],
+    device: torch.device,
+) -> Float[Tensor, "b t c"]:
+    """CLIP's states of all positions, after its last layer norm; texts are padded to its longest length.
+
+    The published models were trained on padded texts and attend to the padding: it stays in.
+    """
+    if tokenizer is None or text_encoder is None:
+        raise UserError("this pipeline has no text encoder or tokenizer; give embeddings instead of texts")
+    longest = tokenizer.model_max_length
+    tokens = tokenizer(texts, padding="max_length", max_length=longest, truncation=True, return_tensors="pt")
+    for ids in tokenizer(texts, verbose=False).input_ids:
+        if len(ids) > longest:
+            lost = tokenizer.decode(ids[longest - 1 : -1])
+            warnings.warn(
+                f"a prompt is longer than the {longest} tokens that CLIP reads, and this part was cut off: "
+                f"{lost!r}",
+                UserNotice,
+                stacklevel=2,
+            )
+    states = text_encoder(tokens.input_ids.to(device), attention_mask=tokens.attention_mask.to(device))
+    return states.last_hidden_state

@@ -1,0 +1,190 @@
+"""The scheduler of all Würstchen pipelines, with diffusers' names."""
+
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from wuerstchen.checkpoints.diffusers import read_schedule
+from wuerstchen.checkpoints.hub import local_folder
+from wuerstchen.diffusers.outputs import Config, DDPMWuerstchenSchedulerOutput
+from wuerstchen.diffusion.schedule import CosineSchedule
+from wuerstchen.errors import UserError
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+CONFIG_NAME = "scheduler_config.json"
+
+
+def draw_normal(
+    shape: Sequence[int], generator: Generators, device: torch.device, dtype: torch.dtype
+) -> Float[Tensor, "b ..."]:
+    """Standard normal numbers, drawn where the generator lives and then moved to ``device``.
+
+    One generator, or a list of one, draws the whole batch at once; a longer list one picture each.
+    """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        if len(generator) not in (1, shape[0]):
+            raise UserError(
+                f"{len(generator)} generators do not fit a batch of {shape[0]}; give one, or one for each"
+            )
+        if len(generator) > 1:
+            return torch.cat([draw_normal((1, *shape[1:]), one, device, dtype) for one in generator])
+        generator = generator[0]
+    source = device if generator is None else generator.device
+    return torch.randn(tuple(shape), generator=generator, device=source, dtype=dtype).to(device)
+
+
+def check_timesteps(timesteps: Any) -> Float[Tensor, " n"]:
+    """Custom timesteps in fp32. Raises ``UserError`` unless they fall from at most 1 to at least 0."""
+    try:
+        times = torch.as_tensor(timesteps, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"'timesteps' must be a list of numbers, but got {timesteps!r}") from error
+    values = times.tolist() if times.ndim == 1 else [math.nan]
+    falling = all(now >= then for now, then in itertools.pairwise(values))
+    if not (falling and all(0 <= value <= 1 for value in values)):
+        raise UserError(
+            "timesteps must be one row of numbers that fall from at most 1 (noise) to at least 0; "
+            "DEFAULT_STAGE_C_TIMESTEPS is such a list"
+        )
+    return times
+
+
+class DDPMWuerstchenScheduler:
+    """Ancestral sampling (arXiv 2006.11239, algorithm 2) in continuous time along a cosine schedule.
+
+    Same settings, methods and draws as diffusers' class of this name. It may also be handed to the pipelines
+    of this module in place of their own scheduler, as diffusers' may.
+    """
+
+    init_noise_sigma = 1.0
+    """Standard deviation of the noise that sampling starts from."""
+    order = 1
+
+    def __init__(self, scaler: float = 1.0, s: float = 0.008) -> None:
+        self.config = Config({"scaler": scaler, "s": s})
+        self.schedule = CosineSchedule(scaler=scaler, s=s)
+        self.timesteps: Tensor = torch.zeros(0)
+
+    @classmethod
+    def from_schedule(cls, schedule: CosineSchedule) -> "DDPMWuerstchenScheduler":
+        return cls(scaler=schedule.scaler, s=schedule.s)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **changes: Any) -> "DDPMWuerstchenScheduler":
+        """A new scheduler with the settings of another one's ``config``, some of them changed."""
+        known = {name: config[name] for name in ("scaler", "s") if name in config}
+        return cls(**{**known, **changes})
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        subfolder: str | None = None,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+    ) -> "DDPMWuerstchenScheduler":
+        """Reads ``scheduler_config.json`` in a folder or by a name on the hub: ``subfolder="scheduler"``."""
+        folder = local_folder(
+            pretrained_model_name_or_path,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            token=token,
+            only=[f"*{CONFIG_NAME}"],
+        )
+        return cls.from_schedule(read_schedule(folder / (subfolder or "")))
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Writes ``scheduler_config.json`` into a folder, which is made if it is missing."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = {"_class_name": type(self).__name__, **self.config}
+        (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
+
+    def __len__(self) -> int:
+        """How many timesteps are set."""
+        return len(self.timesteps)
+
+    def __bool__(self) -> bool:
+        return True  # also before timesteps are set, when the length is 0
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor | None = None) -> Tensor:
+        """The sample as it is: this scheduler needs no scaling."""
+        return sample
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        timesteps: Tensor | np.ndarray | Sequence[float | int] | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
+        """Sets ``timesteps`` to ``num_inference_steps`` equal steps from 1 to 0, or to those given.
+
+        n steps have n + 1 points. Given timesteps win over ``num_inference_steps``.
+        """
+        if timesteps is not None:
+            self.timesteps = check_timesteps(timesteps).to(device)
+            return
+        if num_inference_steps is None or num_inference_steps < 0:
+            raise UserError(f"num_inference_steps={num_inference_steps} is no number of steps; use 1 or more")
+        self.timesteps = torch.linspace(1.0, 0.0, num_inference_steps + 1, device=device)
+
+    def previous_timestep(self, timestep: Float[Tensor, "..."]) -> Float[Tensor, " b"]:
+        """The entry of ``timesteps`` after the one that is nearest to each; after the last comes itself."""
+        if len(self.timesteps) == 0:
+            raise UserError("no timesteps are set; call set_timesteps first")
+        timestep = timestep.reshape(-1)
+        times = self.timesteps.to(timestep.device)
+        nearest = (times[None, :] - timestep[:, None]).abs().argmin(dim=1)
+        # An index that stays on its device: asking the device for a number would wait for it at every step.
+        return times.index_select(0, (nearest + 1).clamp(max=len(times) - 1))
+
+    def step(
+        self,
+        model_output: Float[Tensor, "b ..."],
+        timestep: Float[Tensor, "..."],
+        sample: Float[Tensor, "b ..."],
+        generator: Generators = None,
+        return_dict: bool = True,
+    ) -> DDPMWuerstchenSchedulerOutput | tuple[Tensor]:
+        """The sample at the next timestep, given the noise that the network sees in it.
+
+        With α = ᾱ(t)/ᾱ(t'): μ = (x − (1 − α)·ε̂/√(1 − ᾱ(t)))/√α and
+        x' = μ + √((1 − α)(1 − ᾱ(t'))/(1 − ᾱ(t)))·z, in at least fp32; z is drawn in the dtype of the
+        network's output. The step to t' = 0 draws too, but adds nothing. Give ``timestep`` as it stands in
+        ``timesteps``: rounded to bf16, it may be nearer to another one.
+        """
+        rows = (len(sample), *[1] * (sample.ndim - 1))
+        timestep = timestep.to(model_output.device).reshape(-1)
+        then = self.previous_timestep(timestep)
+        bar = self.schedule.alpha_bar(timestep.float()).expand(len(sample)).view(rows)
+        bar_then = self.schedule.alpha_bar(then.float()).expand(len(sample)).view(rows)
+        alpha = bar / bar_then
+        mean = (1 / alpha).sqrt() * (sample - (1 - alpha) * model_output / (1 - bar).sqrt())
+        noise = draw_normal(sample.shape, generator, model_output.device, model_output.dtype)
+        std = ((1 - alpha) * (1 - bar_then) / (1 - bar)).sqrt()
+        adds = (then != 0).expand(len(sample)).view(rows)
+        result = (mean + std * noise * adds).to(model_output.dtype)
+        return DDPMWuerstchenSchedulerOutput(prev_sample=result) if return_dict else (result,)
+
+    def add_noise(
+        self,
+        original_samples: Float[Tensor, "b ..."],
+        noise: Float[Tensor, "b ..."],
+        timesteps: Float[Tensor, " b"],
+    ) -> Float[Tensor, "b ..."]:
+        """√ᾱ·x₀ + √(1 − ᾱ)·ε, in the dtype of the samples."""
+        times = timesteps.to(original_samples.device, torch.float32)
+        return self.schedule.add_noise(original_samples, noise, times).to(original_samples.dtype)

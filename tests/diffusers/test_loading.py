@@ -1,0 +1,337 @@
+"""Pipelines out of folders as they were published and as diffusers writes them, and back."""
+
+import importlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+
+import wuerstchen.diffusers
+from wuerstchen.diffusers import (
+    AutoPipelineForText2Image,
+    DDPMWuerstchenScheduler,
+    DiffusionPipeline,
+    WuerstchenCombinedPipeline,
+    WuerstchenDecoderPipeline,
+    WuerstchenPriorPipeline,
+    register,
+)
+from wuerstchen.errors import CheckpointError, UserError, UserNotice
+
+
+@pytest.fixture(scope="module")
+def published(write_published, tmp_path_factory):
+    return write_published(tmp_path_factory.mktemp("published"))
+
+
+@pytest.fixture
+def copy(published, tmp_path):
+    return shutil.copytree(published, tmp_path / "copy")
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe, **given):
+    run = {"height": 128, "width": 128, "prior_num_inference_steps": 2, "num_inference_steps": 2}
+    generator = torch.Generator().manual_seed(0)
+    return quiet(pipe)("a cat", **run, generator=generator, output_type="latent", **given).images
+
+
+def edit(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("year", [2023, 2026])
+def test_draws_from_a_folder_what_diffusers_draws(year, write_published, diffusers_pipelines, tmp_path):
+    """From the folder that names its prior, as published and as diffusers writes today."""
+    root = write_published(tmp_path, year=year)
+    theirs = diffusers_pipelines
+    priors = {f"prior_{name}": part for name, part in theirs.prior.components.items()}
+    expected = draw(diffusers.WuerstchenCombinedPipeline(**theirs.decoder.components, **priors))
+    for pipe in (
+        AutoPipelineForText2Image.from_pretrained(root),
+        WuerstchenCombinedPipeline.from_pretrained(str(root), use_safetensors=True, low_cpu_mem_usage=True),
+    ):
+        torch.testing.assert_close(draw(pipe), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_the_base_gives_the_kind_that_a_folder_holds(published, tmp_path):
+    decoder = DiffusionPipeline.from_pretrained(published)
+    prior = DiffusionPipeline.from_pretrained(published / "prior_pipeline")
+    assert type(decoder) is WuerstchenDecoderPipeline
+    assert type(prior) is WuerstchenPriorPipeline
+    AutoPipelineForText2Image.from_pretrained(published).save_pretrained(tmp_path / "combined")
+    assert type(DiffusionPipeline.from_pretrained(tmp_path / "combined")) is WuerstchenCombinedPipeline
+    assert all(not network.training for network in decoder._networks().values())
+
+
+def test_all_networks_are_loaded_in_the_dtype_asked_for(published):
+    pipe = AutoPipelineForText2Image.from_pretrained(published, torch_dtype=torch.float16)
+    assert {network.dtype for network in (pipe, pipe.prior_pipe, pipe.text_encoder)} == {torch.float16}
+    pipe = AutoPipelineForText2Image.from_pretrained(published, prior_torch_dtype=torch.bfloat16)
+    assert (pipe.dtype, pipe.prior_pipe.dtype) == (torch.float32, torch.bfloat16)
+    assert draw(pipe).isfinite().all()
+
+
+def test_components_and_numbers_given_are_used_and_not_read(copy):
+    whole = AutoPipelineForText2Image.from_pretrained(copy)
+    shutil.rmtree(copy / "vqgan")
+    shutil.rmtree(copy / "prior_pipeline" / "prior")
+    scheduler = DDPMWuerstchenScheduler(s=0.01)
+    pipe = AutoPipelineForText2Image.from_pretrained(
+        copy,
+        vqgan=whole.vqgan,
+        scheduler=scheduler,
+        prior_prior=whole.prior_prior,
+        prior_text_encoder=None,
+        prior_latent_mean=40.0,
+    )
+    assert pipe.vqgan is whole.vqgan
+    assert pipe.scheduler is scheduler
+    assert pipe.prior_prior is whole.prior_prior
+    assert pipe.prior_text_encoder is None
+    assert pipe.prior_pipe.config.latent_mean == 40.0
+
+
+def test_with_a_whole_prior_no_other_is_looked_for(copy):
+    prior = WuerstchenPriorPipeline.from_pretrained(copy / "prior_pipeline")
+    (copy / "README.md").unlink()
+    with pytest.raises(CheckpointError, match="no line prior:"):
+        AutoPipelineForText2Image.from_pretrained(copy)
+    parts = {f"prior_{name}": part for name, part in prior.components.items()}
+    assert AutoPipelineForText2Image.from_pretrained(copy, **parts).prior_prior is prior.prior
+    decoder = WuerstchenDecoderPipeline.from_pretrained(copy)
+    assert AutoPipelineForText2Image.from_pipe(decoder, **parts).decoder is decoder.decoder
+    with pytest.raises(UserError, match=r"components prior_tokenizer, .* are missing"):
+        AutoPipelineForText2Image.from_pipe(decoder)
+    with pytest.raises(UserError, match="a prior alone"):
+        AutoPipelineForText2Image.from_pipe(prior)
+
+
+def test_the_numbers_in_a_folder_are_used(copy):
+    edit(copy / "model_index.json", latent_dim_scale=16.0)
+    edit(copy / "prior_pipeline" / "model_index.json", latent_mean=2.0, resolution_multiple=64.0)
+    edit(copy / "prior_pipeline" / "scheduler" / "scheduler_config.json", s=0.02)
+    pipe = AutoPipelineForText2Image.from_pretrained(copy)
+    assert dict(pipe.config) == {
+        "latent_dim_scale": 16.0,
+        "prior_latent_mean": 2.0,
+        "prior_latent_std": 1.0,
+        "prior_resolution_multiple": 64.0,
+    }
+    assert pipe.prior_scheduler.config.s == 0.02
+    with pytest.raises(UserError, match="has no place in a WuerstchenCombinedPipeline"):
+        pipe.save_pretrained(copy / "again")
+    again = AutoPipelineForText2Image.from_pipe(pipe)
+    assert dict(again.config) == dict(pipe.config)
+
+
+def test_names_on_the_hub_are_fetched_as_told(published, monkeypatch):
+    """The prior's repository is loaded as the decoder's is, but for the revision."""
+    calls = []
+
+    def fetch(name, **settings):
+        calls.append((str(name), settings))
+        if Path(name).exists():
+            return Path(name)
+        return published if name == "warp-ai/wuerstchen" else published / "prior_pipeline"
+
+    monkeypatch.setattr("wuerstchen.diffusers.loading.local_folder", fetch)
+    monkeypatch.setattr(
+        "wuerstchen.diffusers.loading.linked_prior", lambda folder: "warp-ai/wuerstchen-prior"
+    )
+    AutoPipelineForText2Image.from_pretrained(
+        "warp-ai/wuerstchen", revision="abc", cache_dir="/cache", local_files_only=True, token="t"
+    )
+    settings = {"cache_dir": "/cache", "local_files_only": True, "token": "t"}
+    assert calls == [
+        ("warp-ai/wuerstchen", {"revision": "abc", **settings}),
+        ("warp-ai/wuerstchen-prior", {"revision": None, **settings}),
+    ]
+    calls.clear()
+    AutoPipelineForText2Image.from_pretrained("warp-ai/wuerstchen", prior_revision="def", prior_token=False)
+    assert calls[1][1]["revision"] == "def"
+    assert calls[1][1]["token"] is False
+
+
+def test_a_scheduler_is_read_from_its_folder(published, tmp_path):
+    scheduler = DDPMWuerstchenScheduler.from_pretrained(published, subfolder="scheduler")
+    assert dict(scheduler.config) == {"scaler": 1.0, "s": 0.008}
+    DDPMWuerstchenScheduler(scaler=2.0).save_pretrained(tmp_path)
+    assert DDPMWuerstchenScheduler.from_pretrained(tmp_path).config.scaler == 2.0
+
+
+def test_what_is_saved_draws_the_same(published, tmp_path):
+    pipe = AutoPipelineForText2Image.from_pretrained(published)
+    expected = draw(pipe)
+    pipe.prior_prior = torch.compile(pipe.prior_prior, backend="eager")
+    pipe.save_pretrained(tmp_path / "combined")
+    assert torch.equal(draw(AutoPipelineForText2Image.from_pretrained(tmp_path / "combined")), expected)
+    pipe.prior_pipe.save_pretrained(tmp_path / "prior")
+    pipe.decoder_pipe.save_pretrained(str(tmp_path / "decoder"))
+    prior = WuerstchenPriorPipeline.from_pretrained(tmp_path / "prior")
+    decoder = WuerstchenDecoderPipeline.from_pretrained(tmp_path / "decoder")
+    parts = {f"prior_{name}": part for name, part in prior.components.items()}
+    assert torch.equal(draw(AutoPipelineForText2Image.from_pipe(decoder, **parts)), expected)
+
+
+def test_saving_again_replaces_a_pipeline_and_nothing_else(copy, tmp_path):
+    pipe = WuerstchenPriorPipeline.from_pretrained(copy / "prior_pipeline")
+    folder = tmp_path / "run"
+    (folder / "prior").mkdir(parents=True)
+    (folder / "log.txt").write_text("mine")
+    (folder / "prior" / "notes.txt").write_text("mine too")
+    stale = folder / "prior" / "diffusion_pytorch_model.safetensors.index.json"
+    stale.write_text("{}")
+    with torch.no_grad():
+        pipe.prior.projection.weight.add_(1)
+    for _ in range(2):
+        pipe.save_pretrained(folder)
+    again = WuerstchenPriorPipeline.from_pretrained(folder)
+    assert torch.equal(again.prior.projection.weight, pipe.prior.projection.weight)
+    assert (folder / "log.txt").read_text() == "mine"
+    assert (folder / "prior" / "notes.txt").read_text() == "mine too"
+    assert not stale.exists()
+    assert {path.name for path in folder.iterdir() if path.name.startswith(".")} == set()
+    with pytest.raises(CheckpointError, match="is a file"):
+        pipe.save_pretrained(folder / "log.txt")
+
+
+def test_a_decoder_keeps_the_name_of_its_prior_on_the_hub(copy, tmp_path):
+    (copy / "README.md").write_text("---\nprior:\n- someone/some-prior\n---\n")
+    WuerstchenDecoderPipeline.from_pretrained(copy).save_pretrained(tmp_path / "saved")
+    assert "- someone/some-prior\n" in (tmp_path / "saved" / "README.md").read_text()
+    (copy / "README.md").write_text("---\nprior:\n- prior_pipeline\n---\n")
+    WuerstchenDecoderPipeline.from_pretrained(copy).save_pretrained(tmp_path / "other")
+    assert not (tmp_path / "other" / "README.md").exists()
+
+
+def test_a_variant_is_not_looked_for_and_that_is_said(published):
+    with pytest.warns(UserNotice, match="variant='fp16' is not looked for"):
+        pipe = WuerstchenDecoderPipeline.from_pretrained(published, variant="fp16", torch_dtype=torch.float16)
+    assert pipe.dtype == torch.float16
+
+
+def test_pickles_can_be_refused(write_published, tmp_path):
+    root = write_published(tmp_path, pickled=True)
+    assert type(DiffusionPipeline.from_pretrained(root)) is WuerstchenDecoderPipeline
+    with pytest.raises(CheckpointError, match="holds no safetensors, which use_safetensors=True asks for"):
+        DiffusionPipeline.from_pretrained(root, use_safetensors=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "inside", "settings", "error", "message"),
+    [
+        (
+            AutoPipelineForText2Image,
+            "prior_pipeline",
+            {},
+            CheckpointError,
+            "holds a WuerstchenPriorPipeline alone",
+        ),
+        (WuerstchenDecoderPipeline, "prior_pipeline", {}, CheckpointError, "has no Stage B"),
+        (WuerstchenPriorPipeline, "", {}, CheckpointError, "has no Stage C"),
+        (DiffusionPipeline, "vqgan", {}, CheckpointError, "there is no such file"),
+        (DiffusionPipeline, "README.md", {}, CheckpointError, "is no folder"),
+        (DiffusionPipeline, "nowhere/at/all", {}, CheckpointError, "does not exist"),
+        (DiffusionPipeline, "", {"torch_dtype": "float16"}, TypeError, "'torch_dtype' must be a floating"),
+        (DiffusionPipeline, "", {"torch_dtype": torch.int8}, TypeError, "'torch_dtype' must be a floating"),
+        (
+            DiffusionPipeline,
+            "",
+            {"safety_checker": None},
+            TypeError,
+            "argument 'safety_checker'; its parts are",
+        ),
+        (
+            DiffusionPipeline,
+            "",
+            {"prior_prior": None},
+            TypeError,
+            "unexpected keyword argument 'prior_prior'",
+        ),
+        (AutoPipelineForText2Image, "", {"prior_c": 3}, TypeError, "unexpected keyword argument 'prior_c'"),
+    ],
+)
+def test_refuses(kind, inside, settings, error, message, published):
+    with pytest.raises(error, match=message):
+        kind.from_pretrained(published / inside, **settings)
+
+
+@pytest.mark.parametrize("settings", [{"safe_serialization": False}, {"variant": "fp16"}])
+def test_refuses_to_write_what_it_does_not_write(settings, published, tmp_path):
+    pipe = WuerstchenDecoderPipeline.from_pretrained(published)
+    with pytest.raises(UserError, match="only safetensors without a variant"):
+        pipe.save_pretrained(tmp_path / "new", **settings)
+    assert not (tmp_path / "new").exists()
+
+
+OLD_PATH = "diffusers.pipelines.wuerstchen"
+
+
+@pytest.fixture
+def as_installed(monkeypatch):
+    """diffusers as it is before anybody registers anything with it, and after the test again."""
+    for name in [name for name in sys.modules if name.startswith(OLD_PATH)]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(diffusers.pipelines, "wuerstchen", raising=False)
+    for name in ("WuerstchenPrior", "WuerstchenDiffNeXt", "PaellaVQModel"):
+        monkeypatch.delitem(vars(diffusers), name, raising=False)
+    yield
+    for name in [name for name in sys.modules if name.startswith(OLD_PATH)]:
+        del sys.modules[name]
+    vars(diffusers.pipelines).pop("wuerstchen", None)
+    for name in ("WuerstchenPrior", "WuerstchenDiffNeXt", "PaellaVQModel"):
+        vars(diffusers).pop(name, None)
+
+
+@pytest.mark.parametrize("year", [2023, 2026])
+def test_diffusers_own_loaders_find_the_folders_again(
+    year, write_published, diffusers_pipelines, as_installed, tmp_path
+):
+    root = write_published(tmp_path, year=year)
+    with pytest.raises((ValueError, AttributeError)):
+        diffusers.DiffusionPipeline.from_pretrained(root)
+    register()
+    register()
+    for kind, folder, part in (
+        (diffusers.DiffusionPipeline, root, "decoder"),
+        (diffusers.WuerstchenPriorPipeline, root / "prior_pipeline", "prior"),
+    ):
+        network = getattr(kind.from_pretrained(folder), part)
+        expected = getattr(getattr(diffusers_pipelines, part), part)
+        assert type(network) is type(expected)
+        assert all(
+            torch.equal(*pair) for pair in zip(network.parameters(), expected.parameters(), strict=True)
+        )
+
+
+def test_imports_by_the_old_path_give_the_same_classes(as_installed):
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module(OLD_PATH)
+    register()
+    old = importlib.import_module(f"{OLD_PATH}.modeling_wuerstchen_prior")
+    assert old is importlib.import_module(
+        "diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior"
+    )
+    assert importlib.import_module(OLD_PATH).DEFAULT_STAGE_C_TIMESTEPS
+
+
+def test_registering_needs_diffusers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(UserError, match="diffusers is not installed"):
+        register()
+
+
+def test_the_names_are_those_of_diffusers():
+    for name in wuerstchen.diffusers.__all__:
+        assert hasattr(wuerstchen.diffusers, name)
+    expected = {"WuerstchenPriorPipeline", "WuerstchenDecoderPipeline", "WuerstchenCombinedPipeline"}
+    assert expected | {"AutoPipelineForText2Image", "DiffusionPipeline"} <= set(wuerstchen.diffusers.__all__)

@@ -1,0 +1,171 @@
+"""Adapters of the prior pipeline: diffusers' methods by name, on files that diffusers writes."""
+
+import pytest
+import torch
+from diffusers import WuerstchenPriorPipeline as TheirPriorPipeline
+
+from wuerstchen.diffusers import WuerstchenCombinedPipeline, WuerstchenPriorPipeline
+from wuerstchen.errors import UserError
+
+RANK = 2
+
+
+def layers(network, pattern: str, seed: int) -> dict[str, torch.Tensor]:
+    """Random adapters of some linear layers, as peft names them."""
+    draw = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, layer in network.named_modules():
+        if isinstance(layer, torch.nn.Linear) and pattern in name:
+            tensors[f"{name}.lora_A.weight"] = torch.randn(RANK, layer.in_features, generator=draw)
+            tensors[f"{name}.lora_B.weight"] = torch.randn(layer.out_features, RANK, generator=draw)
+    assert tensors
+    return tensors
+
+
+@pytest.fixture
+def folder(make_prior, tmp_path):
+    """Two adapters, written by diffusers: one of the prior, one of its text encoder too."""
+    pipe = make_prior()
+    TheirPriorPipeline.save_lora_weights(
+        tmp_path / "first", unet_lora_layers=layers(pipe.prior, "attention.to_", 1)
+    )
+    TheirPriorPipeline.save_lora_weights(
+        tmp_path / "second",
+        unet_lora_layers=layers(pipe.prior, "to_k", 2),
+        text_encoder_lora_layers=layers(pipe.text_encoder, "q_proj", 3),
+    )
+    return tmp_path
+
+
+def draw(pipe) -> torch.Tensor:
+    run = {"height": 128, "width": 128, "num_inference_steps": 2}
+    return pipe("a", **run, generator=torch.Generator().manual_seed(0))[0]
+
+
+def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    return torch.allclose(ours, theirs, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # diffusers, at its second adapter
+def test_adapters_act_as_in_diffusers(make_prior, theirs, folder):
+    file = "second/pytorch_lora_weights.safetensors"
+    ours = make_prior()
+    plain = draw(ours)
+    both = (ours, theirs.prior(make_prior()))
+    for pipe in both:
+        pipe.load_lora_weights(folder / "first", adapter_name="one")
+    assert same(*map(draw, both))
+    assert not same(draw(ours), plain)
+    for pipe in both:
+        pipe.load_lora_weights(folder, weight_name=file, adapter_name="two")
+        pipe.set_adapters(["one", "two"], [0.5, 0.25])
+    assert same(*map(draw, both))
+    assert sorted(ours.get_active_adapters()) == ["one", "two"]
+    assert ours.get_list_adapters() == {"prior": ["one", "two"], "text_encoder": ["two"]}
+    for pipe in both:
+        pipe.set_adapters("one")
+    assert same(*map(draw, both))
+    assert ours.get_active_adapters() == ["one"]
+    for pipe in both:
+        pipe.disable_lora()
+    assert same(draw(ours), plain)
+    assert ours.get_active_adapters() == []
+    for pipe in both:
+        pipe.enable_lora()
+        pipe.delete_adapters("two")
+    assert same(*map(draw, both))
+    assert ours.get_list_adapters() == {"prior": ["one"]}
+    ours.unload_lora_weights()
+    assert torch.equal(draw(ours), plain)
+
+
+def test_fused_adapters_act_the_same_and_come_out_again(make_prior, folder):
+    pipe = make_prior()
+    plain = draw(pipe)
+    pipe.load_lora_weights(folder / "second")
+    pipe.set_adapters("default_0", 0.5)
+    adapted = draw(pipe)
+    pipe.fuse_lora(components=["unet", "text_encoder"], safe_fusing=True)
+    assert same(draw(pipe), adapted)
+    pipe.unfuse_lora()
+    assert same(draw(pipe), adapted)
+    pipe.fuse_lora(lora_scale=0.5, adapter_names=["default_0"])
+    pipe.unload_lora_weights()
+    assert not same(draw(pipe), plain)
+    pipe.load_lora_weights(folder / "second")
+    assert not same(draw(pipe), adapted)
+
+
+def test_the_combined_pipeline_passes_adapters_on(make_prior, make_decoder, folder):
+    prior = make_prior()
+    priors = {f"prior_{name}": part for name, part in prior.components.items()}
+    pipe = WuerstchenCombinedPipeline(**make_decoder().components, **priors)
+    pipe.prior_pipe.set_progress_bar_config(disable=True)
+    plain = draw(pipe.prior_pipe)
+    pipe.load_lora_weights(folder / "first")
+    assert pipe.get_list_adapters() == pipe.prior_pipe.get_list_adapters() == {"prior": ["default_0"]}
+    assert not same(draw(pipe.prior_pipe), plain)
+    pipe.unload_lora_weights()
+    assert torch.equal(draw(pipe.prior_pipe), plain)
+
+
+def test_what_is_saved_is_what_diffusers_loads(make_prior, theirs, tmp_path):
+    pipe = make_prior()
+    WuerstchenPriorPipeline.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=layers(pipe.prior, "to_q", 4),
+        text_encoder_lora_layers=layers(pipe.text_encoder, "k_proj", 5),
+        weight_name="mine.safetensors",
+    )
+    both = (pipe, theirs.prior(make_prior()))
+    for one in both:
+        one.load_lora_weights(tmp_path, weight_name="mine.safetensors")
+    assert same(*map(draw, both))
+    pipe.save_lora_weights(tmp_path / "none", is_main_process=False)
+    assert not (tmp_path / "none").exists()
+
+
+def test_adapters_are_given_to_offloaded_and_compiled_networks(make_prior, folder):
+    pipe = make_prior()
+    pipe.load_lora_weights(folder / "first")
+    expected = draw(pipe)
+    pipe = make_prior()
+    pipe.enable_model_cpu_offload(device="cpu")
+    draw(pipe)
+    pipe.prior = torch.compile(pipe.prior, backend="eager")
+    pipe.load_lora_weights(folder / "first")
+    with torch.compiler.set_stance("force_eager"):
+        assert same(draw(pipe), expected)
+
+
+def test_a_pipeline_with_adapters_is_not_saved(make_prior, folder, tmp_path):
+    pipe = make_prior()
+    pipe.load_lora_weights(folder / "first", adapter_name="style")
+    with pytest.raises(UserError, match="adapters style are loaded"):
+        pipe.save_pretrained(tmp_path / "pipe")
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path / "pipe")
+    again = WuerstchenPriorPipeline.from_pretrained(tmp_path / "pipe")
+    again.set_progress_bar_config(disable=True)
+    assert same(draw(again), draw(pipe))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda pipe: pipe.set_adapters("two"), "adapter 'two' is not loaded; loaded are: one"),
+        (lambda pipe: pipe.set_adapters(["one"], [1.0, 2.0]), "2 weights do not fit 1 adapters"),
+        (lambda pipe: pipe.delete_adapters(["one", "two"]), "adapter 'two' is not loaded"),
+        (lambda pipe: pipe.fuse_lora(components=["vqgan"]), "components vqgan take no adapters"),
+        (lambda pipe: pipe.fuse_lora(adapter_names=["two"]), "adapter 'two' is not loaded"),
+        (lambda pipe: (pipe.disable_lora(), pipe.fuse_lora()), "no adapter is active"),
+        (lambda pipe: pipe.load_lora_weights("nowhere/at/all"), "does not exist"),
+        (lambda pipe: pipe.save_lora_weights("x", safe_serialization=False), "only safetensors"),
+    ],
+)
+def test_refuses(call, message, make_prior, folder):
+    pipe = make_prior()
+    pipe.load_lora_weights(folder / "first", adapter_name="one")
+    with pytest.raises(UserError, match=message):
+        call(pipe)

@@ -1,0 +1,140 @@
+"""The scheduler against diffusers' own, and where that one fails."""
+
+import json
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers.pipelines.deprecated.wuerstchen.pipeline_wuerstchen_prior import (
+    DEFAULT_STAGE_C_TIMESTEPS as THEIR_TIMESTEPS,
+)
+
+from wuerstchen.diffusers import DEFAULT_STAGE_C_TIMESTEPS, DDPMWuerstchenScheduler
+
+
+def step(scheduler, t, dtype=torch.float32):
+    draw = torch.Generator().manual_seed(1)
+    sample, noise = (torch.randn(2, 3, 4, 4, generator=draw).to(dtype) for _ in range(2))
+    return scheduler.step(noise, t, sample, generator=draw).prev_sample
+
+
+@pytest.mark.parametrize("scaler", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("t", [1.0, 0.6, 0.2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_a_step_equals_diffusers(scaler, t, dtype):
+    results = []
+    for kind in (DDPMWuerstchenScheduler, diffusers.DDPMWuerstchenScheduler):
+        scheduler = kind(scaler=scaler, s=0.01)
+        scheduler.set_timesteps(5)
+        results.append(step(scheduler, torch.full((2,), t), dtype))
+    assert results[0].dtype == dtype
+    torch.testing.assert_close(*results, rtol=1e-5 if dtype != torch.float16 else 2e-3, atol=1e-5)
+
+
+def test_published_timesteps_equal_diffusers():
+    ours, theirs = DDPMWuerstchenScheduler(), diffusers.DDPMWuerstchenScheduler()
+    ours.set_timesteps(timesteps=DEFAULT_STAGE_C_TIMESTEPS)
+    theirs.set_timesteps(timesteps=THEIR_TIMESTEPS)
+    assert torch.equal(ours.timesteps, theirs.timesteps)
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor, lambda x: torch.tensor(x).double()])
+def test_timesteps_of_every_kind(kind):
+    scheduler = DDPMWuerstchenScheduler()
+    scheduler.set_timesteps(timesteps=kind([1, 0.5, 0.0]))
+    assert scheduler.timesteps.dtype == torch.float32
+    assert scheduler.timesteps.tolist() == [1, 0.5, 0.0]
+
+
+def test_noise_is_added_as_in_diffusers():
+    x, noise, t = torch.randn(2, 3, 4, 4).half(), torch.randn(2, 3, 4, 4).half(), torch.tensor([0.1, 0.9])
+    ours = DDPMWuerstchenScheduler().add_noise(x, noise, t)
+    assert ours.dtype == torch.float16
+    torch.testing.assert_close(ours, diffusers.DDPMWuerstchenScheduler().add_noise(x, noise, t))
+
+
+def test_the_length_is_the_number_of_timesteps():
+    scheduler = DDPMWuerstchenScheduler()
+    assert len(scheduler) == 0
+    assert scheduler  # having no timesteps yet makes it no less a scheduler
+    scheduler.set_timesteps(5)
+    assert len(scheduler) == 6
+
+
+def test_one_timestep_serves_a_batch():
+    scheduler = DDPMWuerstchenScheduler()
+    scheduler.set_timesteps(5)
+    assert torch.equal(step(scheduler, torch.tensor(0.6)), step(scheduler, torch.full((2,), 0.6)))
+
+
+def test_each_row_may_have_its_own_timestep():
+    scheduler = DDPMWuerstchenScheduler()
+    scheduler.set_timesteps(5)
+    mixed = step(scheduler, torch.tensor([1.0, 0.4]))
+    assert torch.equal(mixed[0], step(scheduler, torch.tensor([1.0, 1.0]))[0])
+    assert torch.equal(mixed[1], step(scheduler, torch.tensor([0.4, 0.4]))[1])
+
+
+@pytest.mark.parametrize("last", [0.0, 0.2])
+def test_after_the_last_timestep_nothing_changes(last):
+    scheduler = DDPMWuerstchenScheduler()
+    scheduler.set_timesteps(timesteps=[1.0, 0.5, last])
+    sample = torch.randn(2, 3, 4, 4)
+    result = scheduler.step(torch.randn(2, 3, 4, 4), torch.full((2,), last), sample)
+    assert torch.equal(result.prev_sample, sample)
+
+
+def test_results_are_read_by_name_key_and_position():
+    scheduler = DDPMWuerstchenScheduler()
+    scheduler.set_timesteps(2)
+    result = scheduler.step(torch.ones(1, 2), torch.tensor([0.5]), torch.ones(1, 2))
+    assert result.prev_sample is result["prev_sample"] is result[0] is result.to_tuple()[0]
+    assert list(result) == ["prev_sample"]
+    with pytest.raises(KeyError):
+        result["sample"]
+    plain = scheduler.step(torch.ones(1, 2), torch.tensor([0.5]), torch.ones(1, 2), return_dict=False)
+    assert isinstance(plain, tuple)
+
+
+def test_settings_go_to_diffusers_and_back(tmp_path):
+    ours = DDPMWuerstchenScheduler(scaler=2.0, s=0.01)
+    ours.save_pretrained(tmp_path / "new")
+    theirs = diffusers.DDPMWuerstchenScheduler.from_pretrained(tmp_path / "new")
+    assert (theirs.config.scaler, theirs.config.s) == (2.0, 0.01)
+    back = DDPMWuerstchenScheduler.from_config(theirs.config, s=0.02)
+    assert dict(back.config) == {"scaler": 2.0, "s": 0.02}
+    written = json.loads((tmp_path / "new" / "scheduler_config.json").read_text())
+    assert written["_class_name"] == "DDPMWuerstchenScheduler"
+
+
+def test_settings_do_not_change():
+    config = DDPMWuerstchenScheduler().config
+    with pytest.raises(AttributeError, match="fixed"):
+        config.s = 1.0
+    with pytest.raises(AttributeError, match="no setting 'betas'; use one of scaler, s"):
+        config.betas  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s: s.set_timesteps(-1), "num_inference_steps=-1"),
+        (lambda s: s.set_timesteps(), "num_inference_steps=None"),
+        (lambda s: s.set_timesteps(timesteps=[1.0, float("nan")]), "timesteps must be one row"),
+        (lambda s: s.set_timesteps(timesteps=torch.ones(1, 2)), "timesteps must be one row"),
+        (lambda s: step(s, torch.tensor([0.5])), "call set_timesteps first"),
+        (lambda s: DDPMWuerstchenScheduler(s=-1.0), "s=-1.0 must be"),
+    ],
+)
+def test_refuses(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(DDPMWuerstchenScheduler())
+
+
+def test_pipelines_take_diffusers_scheduler(make_prior, seeded):
+    pipe = make_prior()
+    run = {"height": 128, "width": 128, "num_inference_steps": 3}
+    expected = pipe("a", **run, generator=seeded())[0]
+    pipe.scheduler = diffusers.DDPMWuerstchenScheduler()
+    torch.testing.assert_close(pipe("a", **run, generator=seeded())[0], expected, rtol=1e-4, atol=1e-3)
