@@ -401,6 +401,7 @@ BAD = {
         ValueError,
         r"Unexpected latents shape, got \(1, 3, 4, 4\), expected \(1, 3, 3, 3\)",
     ),
+    "latents as a list": ({"latents": [0.0]}, TypeError, "'latents' must be of type 'torch.Tensor'"),
     "a seed for a generator": ({"generator": 3}, TypeError, "'generator' must be a torch.Generator"),
     "generators too few": (
         {"prompt": ["a", "b", "c"], "generator": generators(2)},

@@ -101,7 +101,7 @@ def check_steps(prefix: str, num_inference_steps: Any, timesteps: Any) -> int:
 
 
 def initial_latents(
-    given: Tensor | None,
+    given: Any,
     shape: tuple[int, ...],
     generator: Generators,
     device: torch.device,
@@ -111,6 +111,8 @@ def initial_latents(
     """The noise to start from: that which was given, or drawn; times the scheduler's ``sigma``."""
     if given is None:
         return draw_normal(shape, generator, device, dtype) * sigma
+    if not isinstance(given, Tensor):
+        raise TypeError(f"'latents' must be of type 'torch.Tensor', but got {type(given)}")
     if tuple(given.shape) != shape:
         raise UserError(f"Unexpected latents shape, got {tuple(given.shape)}, expected {shape}")
     return given.to(device, dtype) * sigma
