@@ -79,7 +79,9 @@ class GlobalResponseNorm(nn.Module):
         # torch's norm has gradient 0 where the whole map is zero; a plain square root would give NaN. On
         # 256x256 positions a sum of squares leaves fp16's range once they are 1 on average, hence fp32.
         exact = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=exact)
+        # One axis after the other: over both at once CUDA's reduction takes three times the memory of x.
+        columns = torch.linalg.vector_norm(x, dim=2, keepdim=True, dtype=exact)
+        norm = torch.linalg.vector_norm(columns, dim=1, keepdim=True)
         share = norm / (norm.mean(dim=-1, keepdim=True) + 1e-6)
         # γ·(x·share) + β + x in one pass over x, the widest map of the network.
         return torch.addcmul(self.beta, x, (1 + self.gamma * share).to(x.dtype))
