@@ -1,5 +1,6 @@
 """The command line: what it writes, and one line with exit code 2 for what the user can mend."""
 
+import hashlib
 import os
 import re
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from wuerstchen.cli import main
@@ -225,3 +227,87 @@ def test_help_shows_examples(capsys):
         main(["--help"])
     assert stopped.value.code == 0
     assert 'wuerstchen generate "a 3D render of a purple camel' in capsys.readouterr().out
+
+
+def test_a_picture_without_a_prompt_is_varied(run, tmp_path):
+    Image.effect_noise((200, 150), 60).convert("RGB").save(tmp_path / "My photo.png")
+    code, out, _ = run("generate", "--init", "My photo.png", "--strength", "0.3", "--size", "136x128")
+    assert code == 0
+    assert Path(out.strip()).name == "my-photo-0.png"
+    assert size_of(out.strip()) == (136, 128)
+    settings = read_settings(out.strip())
+    assert (settings["init"], settings["strength"], settings["prompt"]) == ("My photo.png", 0.3, "")
+    code, out, _ = run("generate", "a cat", "--init", "My photo.png")
+    assert Path(out.strip()).name == "a-cat-0.png"
+    for arguments, message in (
+        (["--init", "nothing.png"], "nothing.png"),
+        (["--init", "My photo.png", "--strength", "0"], "strength 0.0 must be above 0"),
+    ):
+        code, _, err = run("generate", *arguments)
+        assert code == 2
+        assert message in err
+
+
+def test_adapters_are_named_with_their_scale(run, tmp_path):
+    from safetensors.torch import save_file
+
+    layer = "prior.blocks.2.attention.to_q"
+    shapes = {f"{layer}.lora_A.weight": (2, 16), f"{layer}.lora_B.weight": (16, 2)}
+    save_file({key: torch.ones(shape) for key, shape in shapes.items()}, tmp_path / "style.safetensors")
+    pictures = []
+    for adapters in ([], ["style.safetensors"], ["style.safetensors:0.5"], ["style.safetensors:0"]):
+        options = [option for adapter in adapters for option in ("--lora", adapter)]
+        code, out, _ = run("generate", "a cat", *options)
+        assert code == 0
+        assert read_settings(out.strip()).get("lora") == (adapters[0] if adapters else None)
+        pictures.append(Image.open(out.strip()).tobytes())
+    plain, one, half, none = pictures
+    assert plain == none
+    assert len({plain, one, half}) == 3
+    for adapter, message in (
+        ("style.safetensors:much", "ends in no number"),
+        ("none.safetensors", "none.safe"),
+    ):
+        code, _, err = run("generate", "a cat", "--lora", adapter)
+        assert code == 2
+        assert message in err
+
+
+def test_convert_writes_a_model_that_draws(run, tmp_path, model_folder, write_published):
+    published = write_published(tmp_path / "published")
+    code, out, _ = run("convert", published, "native", "--layout", "native", "--storage", "float16")
+    assert (code, out) == (0, "native\n")
+    code, _, err = run("convert", published, "native", "--layout", "native")
+    assert (code, "exists already" in err) == (2, True)
+    drawing = ["generate", "cat", "--size", "64", "--prior-steps", "2", "--decoder-steps", "1", "--seed", "3"]
+    drawn = {}
+    for model in (published, "native"):
+        code, out, _ = run(*drawing, "--model", model, "--precision", "bfloat16", "--low-memory", model=False)
+        assert code == 0
+        drawn[model] = Image.open(out.strip()).tobytes()
+    code, _, err = run("convert", model_folder, "out", "--layout", "diffusers")
+    assert code == 2
+    assert re.fullmatch(r"Error: compressor has no place in the diffusers layout[^\n]+\n", err)
+
+
+def test_the_doctor_draws_and_tells(run, tmp_path, model_folder):
+    code, out, _ = run("doctor", "--model", model_folder, "--out", "report")
+    assert code == 0
+    assert "layout native" in out
+    checksum = hashlib.sha256((model_folder / "prior.safetensors").read_bytes()).hexdigest()
+    assert f"{checksum}" in out
+    assert re.search(r"torch \d+\.\d+", out)
+    assert [size_of(f"report/doctor-{seed}.png") for seed in range(3)] == [(128, 128)] * 3
+    code, out, err = run("doctor", "--model", "nobody/nothing", "--revision", "main")
+    assert code == 2
+    assert re.search(r"Error: 'nobody/nothing' is no folder here, and the hub gives none[^\n]+\n$", err)
+
+
+def test_the_doctor_sees_a_model_that_overflows(run, model_folder, monkeypatch):
+    """A picture of one colour is a failure, whatever else went well."""
+    from wuerstchen.pipeline import Wuerstchen
+
+    monkeypatch.setattr(Wuerstchen, "generate", lambda *_, **__: [Image.new("RGB", (64, 64), "grey")])
+    code, _, err = run("doctor", "--model", model_folder)
+    assert code == 2
+    assert "is one even colour" in err
