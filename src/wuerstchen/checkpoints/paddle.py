@@ -1,8 +1,8 @@
 """Folders of ppdiffusers, PaddlePaddle's port of diffusers: pipelines, names and files are the same.
 
-The tensors are not: a linear layer's matrix lies there as (in, out), a BatchNorm's statistics have other names,
-and counters are left out. Which matrices are linear layers' only the network can say: an embedding's is a
-matrix too, and a square one fits both ways.
+The tensors are not: a linear layer's matrix lies there as (in, out), a BatchNorm's statistics have other
+names, and counters are left out. Which matrices are linear layers', only the network can say: that of an
+embedding is a matrix too, and a square one fits both ways.
 """
 
 from collections.abc import Collection, Mapping
