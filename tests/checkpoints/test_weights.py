@@ -156,9 +156,16 @@ def test_the_order_in_which_files_are_looked_for(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_weights(tmp_path: Path) -> None:
-    (tmp_path / "model.pdparams").touch()
+    (tmp_path / "model.txt").touch()
     with pytest.raises(CheckpointError, match=r"holds no weights: there is no model\.safetensors nor \.bin"):
         StoredTensors.in_folder(tmp_path, ["model"])
+
+
+def test_pickles_of_paddle_are_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "model_state.pdparams").write_bytes(pickle.dumps(Touches(tmp_path / "touched")))
+    with pytest.raises(CheckpointError, match=r"which are never opened; .*safe_serialization=True"):
+        StoredTensors.in_folder(tmp_path, ["diffusion_paddle_model"])
+    assert not (tmp_path / "touched").exists()
 
 
 @pytest.mark.parametrize(

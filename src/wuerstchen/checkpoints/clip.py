@@ -6,13 +6,13 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wuerstchen.checkpoints.weights import (
     StoredTensors,
@@ -189,14 +189,26 @@ def clip_tokenizer_of(encoder: TextEncoder) -> "CLIPTokenizer":
     )
 
 
-def write_clip(model: nn.Module, folder: Path) -> None:
-    """Writes ``config.json`` and ``model.safetensors``, under the names that every transformers reads."""
+def write_clip(
+    model: nn.Module,
+    folder: Path,
+    *,
+    tensors: Mapping[str, Tensor] | None = None,
+    written: str = "pt",
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes ``config.json`` and ``model.safetensors``, under the names that every transformers reads.
+
+    ``tensors`` are the model's as another program stores them, which ``written`` is the word for; weights are
+    stored in ``dtype`` if it is given.
+    """
     folder.mkdir()
     fields = {field.name: getattr(model.config, field.name) for field in dataclasses.fields(CLIPTextFields)}
     description = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **fields}
     write_json(folder / "config.json", description)
-    state = {PREFIX + key.removeprefix(PREFIX): tensor for key, tensor in model.state_dict().items()}
-    write_safetensors(state, folder / "model.safetensors", {"format": "pt"})
+    state = model.state_dict() if tensors is None else tensors
+    state = {PREFIX + key.removeprefix(PREFIX): tensor for key, tensor in state.items()}
+    write_safetensors(state, folder / "model.safetensors", {"format": written}, dtype)
 
 
 def write_clip_tokenizer(tokenizer: "CLIPTokenizer", folder: Path) -> None:

@@ -7,13 +7,13 @@ with its configuration at the root. Class names are compared with a fixed list; 
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wuerstchen.checkpoints.clip import (
     Fill,
@@ -85,6 +85,15 @@ class TensorLayout:
     network_stems: tuple[str, ...]
     text_stems: tuple[str, ...]
     fill: Fill
+    tensors: Callable[[nn.Module], dict[str, Tensor]]
+    """A network's tensors as they are written."""
+    network_format: str
+    """What a file of them says about itself."""
+    text_format: str
+    own_library: str
+    """What a ``model_index.json`` that is written calls the library of schedulers, and its version."""
+    version: str
+    text_library: str
 
 
 TORCH = TensorLayout(
@@ -92,6 +101,12 @@ TORCH = TensorLayout(
     network_stems=("diffusion_pytorch_model",),
     text_stems=("model", "pytorch_model"),
     fill=fill_torch,
+    tensors=nn.Module.state_dict,
+    network_format="pt",
+    text_format="pt",
+    own_library="diffusers",
+    version="0.21.0",
+    text_library="transformers",
 )
 
 
@@ -233,18 +248,21 @@ def write_model_folder(
     dtype: torch.dtype = torch.float32,
     layout: TensorLayout = TORCH,
 ) -> None:
-    """Writes a whole model: the pipeline of Stages B and A, and that of Stage C inside it, which it names."""
+    """Writes a whole model: the pipeline of Stages B and A, and that of Stage C inside it, which it names.
+
+    Weights are stored in ``dtype``.
+    """
     _check_writable(decoder.decoder)
     decoder.prior = None if prior is None else INNER_PRIOR
     with new_folder(folder) as partial:
-        _write_decoder_parts(decoder, partial)
-        _write_index(partial, DECODER_PIPELINE, decoder)
+        _write_decoder_parts(decoder, partial, layout, dtype)
+        _write_index(partial, DECODER_PIPELINE, decoder, layout)
         _write_readme(decoder, partial)
         if prior is not None:
             _check_writable(prior.prior)
             (partial / INNER_PRIOR).mkdir()
-            _write_prior_parts(prior, partial / INNER_PRIOR, "")
-            _write_index(partial / INNER_PRIOR, PRIOR_PIPELINE, prior)
+            _write_prior_parts(prior, partial / INNER_PRIOR, "", layout, dtype)
+            _write_index(partial / INNER_PRIOR, PRIOR_PIPELINE, prior, layout)
 
 
 def write_combined_folder(decoder: DecoderFolder, prior: PriorFolder, folder: Path) -> None:
@@ -449,15 +467,23 @@ def _check_writable(network: Prior | Decoder | None) -> None:
         )
 
 
-def _write_prior_parts(parts: PriorFolder, folder: Path, prefix: str) -> None:
-    _write_network(parts.prior, "prior", folder / f"{prefix}prior")
-    _write_text(parts, folder, prefix)
+def _write_prior_parts(
+    parts: PriorFolder,
+    folder: Path,
+    prefix: str,
+    layout: TensorLayout = TORCH,
+    dtype: torch.dtype | None = None,
+) -> None:
+    _write_network(parts.prior, "prior", folder / f"{prefix}prior", layout, dtype)
+    _write_text(parts, folder, prefix, layout, dtype)
 
 
-def _write_decoder_parts(parts: DecoderFolder, folder: Path) -> None:
-    _write_network(parts.decoder, "decoder", folder / "decoder")
-    _write_network(parts.vqgan, "vqgan", folder / "vqgan")
-    _write_text(parts, folder, "")
+def _write_decoder_parts(
+    parts: DecoderFolder, folder: Path, layout: TensorLayout = TORCH, dtype: torch.dtype | None = None
+) -> None:
+    _write_network(parts.decoder, "decoder", folder / "decoder", layout, dtype)
+    _write_network(parts.vqgan, "vqgan", folder / "vqgan", layout, dtype)
+    _write_text(parts, folder, "", layout, dtype)
 
 
 def _write_readme(parts: DecoderFolder, folder: Path) -> None:
@@ -466,30 +492,46 @@ def _write_readme(parts: DecoderFolder, folder: Path) -> None:
         (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _write_network(network: Prior | Decoder | VQGAN | None, part: str, folder: Path) -> None:
+def _write_network(
+    network: Prior | Decoder | VQGAN | None,
+    part: str,
+    folder: Path,
+    layout: TensorLayout,
+    dtype: torch.dtype | None,
+) -> None:
     if network is None:
         raise UserError(f"the model has no {part}, which the pipeline's folder needs; load it whole")
     folder.mkdir()
     fields = {key: value for key, value in dataclasses.asdict(network.config).items() if key != "prediction"}
     write_json(folder / "config.json", {"_class_name": _CLASSES[part][0], **fields})
-    weights = folder / f"{TORCH.network_stems[0]}.safetensors"
-    write_safetensors(network.state_dict(), weights, {"format": "pt"})
+    weights = folder / f"{layout.network_stems[0]}.safetensors"
+    write_safetensors(layout.tensors(network), weights, {"format": layout.network_format}, dtype)
 
 
-def _write_text(parts: PriorFolder | DecoderFolder, folder: Path, prefix: str) -> None:
+def _write_text(
+    parts: PriorFolder | DecoderFolder,
+    folder: Path,
+    prefix: str,
+    layout: TensorLayout,
+    dtype: torch.dtype | None,
+) -> None:
     if parts.text_encoder is None or parts.tokenizer is None:
         raise UserError("the model has no text encoder, which the pipeline's folder needs; load it whole")
-    write_clip(parts.text_encoder, folder / f"{prefix}text_encoder")
+    place, tensors = folder / f"{prefix}text_encoder", layout.tensors(parts.text_encoder)
+    write_clip(parts.text_encoder, place, tensors=tensors, written=layout.text_format, dtype=dtype)
     write_clip_tokenizer(parts.tokenizer, folder / f"{prefix}tokenizer")
     (folder / f"{prefix}scheduler").mkdir()
     schedule = {"_class_name": _CLASSES["scheduler"][0], **dataclasses.asdict(parts.schedule)}
     write_json(folder / f"{prefix}scheduler" / "scheduler_config.json", schedule)
 
 
-def _write_index(folder: Path, name: str, parts: PriorFolder | DecoderFolder) -> None:
-    index: dict[str, Any] = {"_class_name": name, "_diffusers_version": "0.21.0"}
+def _write_index(
+    folder: Path, name: str, parts: PriorFolder | DecoderFolder, layout: TensorLayout = TORCH
+) -> None:
+    index: dict[str, Any] = {"_class_name": name, f"_{layout.own_library}_version": layout.version}
+    text = layout.text_library
+    library = {"scheduler": layout.own_library, "text_encoder": text, "tokenizer": text}
     for part in sorted(COMPONENTS[name]):
         kind = part.removeprefix("prior_") if name == COMBINED_PIPELINE else part
-        library = {"scheduler": "diffusers", "text_encoder": "transformers", "tokenizer": "transformers"}
         index[part] = [library.get(kind, "wuerstchen"), _CLASSES[kind][0]]
     write_json(folder / "model_index.json", index | {key: getattr(parts, key) for key in _NUMBERS[name]})

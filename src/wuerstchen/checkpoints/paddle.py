@@ -1,12 +1,148 @@
-"""Folders of ppdiffusers: not read yet."""
+"""Folders of ppdiffusers, PaddlePaddle's port of diffusers: pipelines, names and files are the same.
 
+The tensors are not: a linear layer's matrix lies there as (in, out), a BatchNorm's statistics have other
+names, and counters are left out. Which matrices are linear layers', only the network can say: that of an
+embedding is a matrix too, and a square one fits both ways.
+"""
+
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from wuerstchen.checkpoints import diffusers
+import torch
+from torch import Tensor, nn
 
-PADDLE = diffusers.TORCH
+from wuerstchen.checkpoints.clip import PREFIX, fill_torch
+from wuerstchen.checkpoints.diffusers import TensorLayout
+from wuerstchen.checkpoints.weights import StoredTensors, read_json
+from wuerstchen.errors import CheckpointError
+
+_STATISTICS = {".running_mean": "._mean", ".running_var": "._variance"}
+_COUNTER = ".num_batches_tracked"
+_POSITIONS = "position_ids"
+# What PaddleNLP's own CLIP, which ppdiffusers had before it ported that of transformers, calls otherwise.
+_PADDLENLP = {
+    "text_model.embeddings.token_embedding.": "text_model.token_embedding.",
+    "text_model.embeddings.position_embedding.": "text_model.positional_embedding.",
+    "text_model.final_layer_norm.": "text_model.ln_final.",
+    "text_model.encoder.layers.": "text_model.transformer.layers.",
+    ".layer_norm1.": ".norm1.",
+    ".layer_norm2.": ".norm2.",
+    ".mlp.fc1.": ".linear1.",
+    ".mlp.fc2.": ".linear2.",
+}
 
 
 def is_paddle(folder: Path) -> bool:
-    """Whether a folder names Paddle's libraries."""
-    return False
+    """Whether the ``model_index.json`` of a pipeline's folder names classes of Paddle's libraries.
+
+    Raises ``CheckpointError`` if it cannot be read.
+    """
+    entries = read_json(folder / "model_index.json").values()
+    libraries = [str(entry[0]) for entry in entries if isinstance(entry, list) and entry]
+    return any(library.split(".")[0] in ("ppdiffusers", "paddlenlp") for library in libraries)
+
+
+def from_paddle(
+    network: nn.Module, tensors: Mapping[str, Tensor], where: str | Path = "the state dict"
+) -> dict[str, Tensor]:
+    """``network``'s state dict from Paddle's tensors. It may be on ``meta``: only its shapes are looked at.
+
+    Matrices come as transposed views, counters as 0. Raises ``CheckpointError``, which begins with ``where``,
+    if a tensor is missing or left over, or does not fit.
+    """
+
+    def error(name: str, found: object, wanted: object) -> CheckpointError:
+        return CheckpointError(
+            f"{where} is wrong because {name!r} is {found} there and {wanted} by its configuration; "
+            "get both again"
+        )
+
+    names, linear = _names(network, tensors), _linear_weights(network)
+    state: dict[str, Tensor] = {}
+    for key, target in network.state_dict().items():
+        if key not in names:
+            state[key] = torch.zeros(target.shape, dtype=target.dtype)
+            continue
+        name = names[key]
+        shape = target.shape[::-1] if key in linear else target.shape
+        found = tensors.get(name)
+        if found is None:
+            raise error(name, "missing", tuple(shape))
+        # Paddle's converter turns a vector of one number into a number.
+        one_number = found.numel() == target.numel() == 1 and max(found.ndim, target.ndim) == 1
+        if found.shape != shape and not one_number:
+            raise error(name, tuple(found.shape), tuple(shape))
+        if found.dtype is torch.uint16:  # numpy, through which Paddle writes, has no bfloat16
+            found = found.view(torch.bfloat16)
+        if found.is_floating_point() != target.is_floating_point():
+            raise error(name, found.dtype, target.dtype)
+        state[key] = found.T if key in linear else found.reshape(target.shape)
+    left = {name for name in tensors.keys() - set(names.values()) if not name.endswith(_POSITIONS)}
+    if left:
+        raise error(min(left), tuple(tensors[min(left)].shape), "unknown")
+    return state
+
+
+def to_paddle(network: nn.Module) -> dict[str, Tensor]:
+    """A network's tensors as Paddle names and stores them, without counters: ``from_paddle``'s inverse."""
+    state, linear = network.state_dict(), _linear_weights(network)
+    return {name: state[key].T if key in linear else state[key] for key, name in _names(network).items()}
+
+
+def fill_paddle(network: nn.Module, stored: StoredTensors, dtype: torch.dtype) -> None:
+    """Gives ``network``, built on ``meta``, the tensors of a folder whose classes are Paddle's.
+
+    The file's own word comes first: ``format`` is ``pd`` where ppdiffusers wrote it, ``np`` where PaddleNLP
+    did, and ``pt`` for tensors as PyTorch has them. Raises ``CheckpointError`` for other formats and for
+    what does not fit; the network is then as it was.
+    """
+    written = stored.metadata.get("format", "pd")
+    if written == "pt":
+        fill_torch(network, stored, dtype)
+        return
+    where = stored.files[0]
+    if written not in ("pd", "np"):
+        raise CheckpointError(
+            f"{where} is wrong because its format is {written!r}, none of pd, np and pt; get the model again"
+        )
+    state = from_paddle(network, stored.read(), where)
+    network.load_state_dict(
+        {key: t.to(dtype if t.is_floating_point() else t.dtype).contiguous() for key, t in state.items()},
+        assign=True,
+    )
+    network.eval().requires_grad_(False)
+
+
+PADDLE = TensorLayout(
+    libraries=frozenset(
+        {"wuerstchen", "ppdiffusers", "ppdiffusers.transformers", "paddlenlp", "paddlenlp.transformers"}
+    ),
+    network_stems=("diffusion_paddle_model",),
+    text_stems=("model",),
+    fill=fill_paddle,
+    tensors=to_paddle,
+    network_format="pd",
+    text_format="np",
+    own_library="ppdiffusers",
+    version="0.29.0",
+    text_library="ppdiffusers.transformers",
+)
+
+
+def _names(network: nn.Module, stored: Collection[str] = ()) -> dict[str, str]:
+    """What Paddle calls our keys; of the two sets of names of a text encoder the one that is ``stored``."""
+    keys = [key for key in network.state_dict() if not key.endswith(_COUNTER)]
+    names = {key: key for key in keys}
+    if any(key.endswith("token_embedding.weight") for key in keys):
+        names = {key: PREFIX + key.removeprefix(PREFIX) for key in keys}
+        old = f"{PREFIX}token_embedding.weight" in stored
+    else:
+        old = False
+    for ours, theirs in (_STATISTICS | (_PADDLENLP if old else {})).items():
+        names = {key: name.replace(ours, theirs) for key, name in names.items()}
+    return names
+
+
+def _linear_weights(network: nn.Module) -> set[str]:
+    modules = network.named_modules()
+    return {f"{name}.weight".lstrip(".") for name, module in modules if isinstance(module, nn.Linear)}

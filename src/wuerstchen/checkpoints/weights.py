@@ -132,6 +132,11 @@ class StoredTensors:
                     return cls.of([whole])
                 if index.is_file():
                     return cls.of(_shards(index))
+        if any(folder.glob("*.pdparams")):
+            raise CheckpointError(
+                f"{folder} holds Paddle's pickles (.pdparams), which are never opened; load the model in "
+                "ppdiffusers and save it again with save_pretrained(FOLDER, safe_serialization=True)"
+            )
         raise CheckpointError(
             f"{folder} holds no weights: there is no {stems[0]}.safetensors nor .bin; get the model again"
         )
@@ -195,9 +200,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file whole: to a temporary name first, flushed to disk, then renamed."""
+def write_safetensors(
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    metadata: Mapping[str, str],
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes a safetensors file whole: to a temporary name first, flushed to disk, then renamed.
+
+    Floating tensors are stored in ``dtype`` if it is given.
+    """
     partial = path.with_name(f".{path.name}.partial")
+    if dtype is not None:
+        tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
     contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     try:
         save_file(contiguous, partial, metadata=dict(metadata))
