@@ -253,7 +253,7 @@ def test_adapters_are_named_with_their_scale(run, tmp_path):
 
     layer = "prior.blocks.2.attention.to_q"
     shapes = {f"{layer}.lora_A.weight": (2, 16), f"{layer}.lora_B.weight": (16, 2)}
-    save_file({key: torch.ones(shape) for key, shape in shapes.items()}, tmp_path / "style.safetensors")
+    save_file({key: torch.randn(shape) for key, shape in shapes.items()}, tmp_path / "style.safetensors")
     pictures = []
     for adapters in ([], ["style.safetensors"], ["style.safetensors:0.5"], ["style.safetensors:0"]):
         options = [option for adapter in adapters for option in ("--lora", adapter)]
