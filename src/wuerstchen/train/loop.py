@@ -7,6 +7,7 @@ their averages and the optimizers come from the last whole checkpoint.
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import signal
 import threading
@@ -25,13 +26,15 @@ from wuerstchen.errors import UserError, out_of_memory_named
 from wuerstchen.images import grid, save_png
 from wuerstchen.train import snapshot
 from wuerstchen.train.bank import Bank
-from wuerstchen.train.cost import CostMeter
+from wuerstchen.train.cost import Cost, CostMeter
 from wuerstchen.train.ema import decay_at, make_average
 from wuerstchen.train.feed import Feed, batches
 from wuerstchen.train.optim import learning_rate, make_optimizer, set_rate
 from wuerstchen.train.stages import Stage
 from wuerstchen.train.step import RecordedStep, Step, Values, compile_regions
+from wuerstchen.train.throughput import Gauge
 from wuerstchen.train.track import Log, Meter
+from wuerstchen.train.validate import Validation
 
 
 class Interrupted(Exception):
@@ -77,10 +80,12 @@ def run_stage(
     log: Log,
     header: dict[str, Any],
     bank: Bank | None = None,
+    validation: Validation | None = None,
 ) -> Path:
     """Trains a stage to its end, from the last checkpoint in ``folder`` if there is one.
 
-    Pictures come from the ``bank`` where there is one, else from the feed. Returns the last checkpoint.
+    Pictures come from the ``bank`` where there is one, else from the feed. With a ``validation`` the loss on
+    held-out pictures is logged at previews and at checkpoints. Returns the last checkpoint.
     Raises ``Interrupted`` after SIGINT or SIGTERM, with a checkpoint written.
     """
     cost = CostMeter(device)
@@ -100,6 +105,7 @@ def run_stage(
 
     seed = stable_hash(settings.seed, stage.name) >> 1
     step = Step(stage, state, seed, settings.autocast, device)
+    step.gauge = gauge = Gauge(stage, seed, settings.autocast, device)
     updates = _fed_updates(step, feed, settings) if bank is None else _bank_updates(step, bank, settings)
     meter = Meter(f"Stage {stage.name.upper()}", state.images, total)
     saved = time.monotonic()
@@ -120,24 +126,64 @@ def run_stage(
                 log.event("skipped", stage=stage.name, name=name, reason=reason)
             if state.updates % settings.log_every == 0 or state.images >= total:
                 rate = round(meter.rate(), 2)
-                log.event("progress", stage=stage.name, images=state.images, images_per_second=rate, **values)
+                spent = cost.spent()
+                seen = {"images_per_second": rate, **gauge.read(rate), **values}
+                seen |= {"seconds": round(spent.seconds, 3), "kwh": spent.kwh}
+                log.event("progress", stage=stage.name, images=state.images, **seen)
             if state.images >= total:  # before the last preview: whatever befalls it costs no work
                 final = checkpoint()
             if state.images >= next_preview:
                 _preview(stage, state, feed, folder, settings, device)
                 log.event("preview", stage=stage.name, images=state.images)
+                if validation is not None:
+                    found = validation(state.averages)
+                    log.event("validation", stage=stage.name, images=state.images, **found)
                 next_preview = _next_multiple(state.images, settings.preview_every, total)
             if stop_requested():
                 if final is None:
                     checkpoint()
+                log.event("stopped", stage=stage.name, images=state.images)
                 raise Interrupted(
                     f"stopped at image {state.images:,} of {total:,} of stage {stage.name.upper()}"
                 )
             if time.monotonic() - saved >= settings.checkpoint_seconds and state.images < total:
                 checkpoint()
                 saved = time.monotonic()
+                if validation is not None and validation.due:
+                    found = validation(state.averages)
+                    log.event("validation", stage=stage.name, images=state.images, **found)
     assert final is not None
     return final
+
+
+def rehearse(
+    stage: Stage, feed: Feed, folder: Path, settings: Settings, device: torch.device, bank: Bank | None
+) -> Cost:
+    """What an image costs, by a few updates of a stage that is then thrown away. ``folder`` is empty.
+
+    The number of updates is fixed, so that all processes of a run make the same.
+    """
+    warming, timed = (5, 20) if device.type == "cuda" else (1, 3)
+    state, _ = _prepare(stage, folder, settings, device)
+    step = Step(stage, state, stable_hash(settings.seed, stage.name) >> 1, settings.autocast, device)
+    updates = _fed_updates(step, feed, settings) if bank is None else _bank_updates(step, bank, settings)
+    meter, images = CostMeter(device), 0
+    with _memory_named(stage, feed):
+        for fed in itertools.islice(updates, warming + timed):
+            state.updates += 1
+            state.images += fed.images
+            images += fed.images
+            if state.updates == warming and state.images < stage.optimization.images:
+                _finished(device)
+                meter, images = CostMeter(device), 0
+        _finished(device)
+    return meter.spent() * (1 / images)
+
+
+def _finished(device: torch.device) -> None:
+    """Waits for what the device has been given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _prepare(
