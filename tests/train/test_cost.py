@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from wuerstchen.errors import UserError
-from wuerstchen.train.cost import Cost, CostMeter, Tariff, duration, make_tariff, tariff_of, total_cost
+from wuerstchen.train.cost import (
+    Cost,
+    CostMeter,
+    Tariff,
+    costs_to_come,
+    duration,
+    make_tariff,
+    tariff_of,
+    total_cost,
+)
 from wuerstchen.train.grid import GRAMS_PER_KWH, WORLD_GRAMS
 
 
@@ -89,6 +98,29 @@ def test_tariffs_that_cannot_be_are_refused(given, message):
 def test_the_last_tariff_of_a_log_holds():
     events = [{"event": "tariff", "per_hour": p, "grid": "x", "kg_per_kwh": 0.2} for p in (1.0, 2.0)]
     assert tariff_of([*events, event("start", "a")]) == Tariff(kg_per_kwh=0.2, grid="x", per_hour=2.0)
+
+
+def test_costs_to_come_by_rehearsal_and_then_by_pace():
+    rehearsed = [
+        {"event": "rehearsed", "stage": "a", "total": 100, "seconds": 2.0, "kwh": 0.01},
+        {"event": "rehearsed", "stage": "b", "total": 10, "seconds": 1.0, "kwh": None},
+    ]
+    assert costs_to_come(rehearsed) == {"a": Cost(seconds=200.0, kwh=1.0), "b": Cost(seconds=10.0, kwh=None)}
+    started = [
+        *rehearsed,
+        event("start", "a", images=0, total=100),
+        event("progress", "a", images=10, images_per_second=4.0, kwh=0.5),  # with what the start cost
+        event("progress", "a", images=20, images_per_second=5.0, kwh=0.6),
+        event("progress", "a", images=30, images_per_second=5.0, kwh=0.7),
+    ]
+    found = costs_to_come(started)
+    assert found["a"].seconds == pytest.approx(70 / 5)
+    assert found["a"].kwh == pytest.approx(70 * 0.01)
+    assert found["b"].seconds == 10.0
+    again = [*started, event("start", "a", images=20, total=100)]
+    assert costs_to_come(again)["a"].seconds == pytest.approx(80 / 5)
+    done = [*started, event("progress", "a", images=100, images_per_second=5.0)]
+    assert costs_to_come(done)["a"].seconds == 0.0
 
 
 def test_the_table_is_in_grams_and_in_order():

@@ -148,6 +148,7 @@ def test_a_signal_leaves_a_checkpoint_and_a_clean_end(number, tmp_path, toy_stag
     assert found[1]["images"] == 44
     _, log = run(tmp_path, toy_stage(), toy_source(), settings)
     assert [e["images"] for e in log.events() if e["event"] == "start"] == [0, 44]
+    assert [e["images"] for e in log.events() if e["event"] == "stopped"] == [44]
 
 
 def test_a_signal_in_the_last_update_is_heard_too(tmp_path, toy_stage, toy_source, settings):
@@ -220,3 +221,14 @@ def test_the_log_tells_speed_and_losses(tmp_path, toy_stage, toy_source, setting
     assert {"loss", "loss_critic", "spread", "learning_rate", "images_per_second"} <= progress[0].keys()
     previews = sorted((tmp_path / "previews").iterdir())
     assert [p.name for p in previews] == ["000000000020.png"]
+
+
+def test_lines_of_progress_say_what_was_spent(tmp_path, toy_stage, toy_source, settings):
+    _, log = run(tmp_path, toy_stage(images=20), toy_source(), settings)
+    lines = [e for e in log.events() if e["event"] == "progress"]
+    assert len(lines) == 5
+    spent = [e["seconds"] for e in lines]
+    assert spent == sorted(spent)
+    assert {e["kwh"] for e in lines} == {None}  # nothing measures it here, and nothing is guessed
+    assert "memory_gib" not in lines[0]
+    assert "matrix_share" not in lines[0]

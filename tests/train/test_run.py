@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from PIL import Image
 
 from wuerstchen.checkpoints.native import read_cascade, read_network
+from wuerstchen.cli import _overridden, _parser
 from wuerstchen.data.emoji import EmojiSource, listed_heldout, sample_root
 from wuerstchen.errors import DataError, RunFolderError, UserError
 from wuerstchen.models.cascade import PUBLISHED_MAP
@@ -22,11 +24,14 @@ from wuerstchen.recipes import RECIPES
 from wuerstchen.recipes.mini import mini
 from wuerstchen.recipes.tiny import tiny
 from wuerstchen.train.config import as_dict, differing_fields
+from wuerstchen.train.cost import Tariff
 from wuerstchen.train.feed import Feed
+from wuerstchen.train.report import write_report
 from wuerstchen.train.run import _Run, open_source, train
 from wuerstchen.train.snapshot import newest
 from wuerstchen.train.stages import cascade_settings
 from wuerstchen.train.track import Log
+from wuerstchen.train.watch import Watch
 
 MICRO = [
     word
@@ -46,7 +51,8 @@ STAGES = ("a", "b", "b2", "a2", "c", "c2")
 
 
 def start(run_dir: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "wuerstchen", "train", "tiny", "--run-dir", str(run_dir), *MICRO]
+    command = [sys.executable, "-m", "wuerstchen", "train", "tiny", "--run-dir", str(run_dir)]
+    command += ["--no-rehearsal", *MICRO]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -121,6 +127,46 @@ def test_kills_in_every_stage_change_nothing(tmp_path):
     assert min(cascade.settings.map_statistics.std) > 0.3  # the map tells pictures apart
     assert len(cascade.settings.map_statistics.mean) == 16
     assert cascade.vqgan.config.scale_factor != tiny().vqgan.scale_factor
+
+
+def test_watching_changes_nothing(tmp_path, monkeypatch, capsys):
+    """With a rehearsal and validation on the way, and without: the same bits."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for n in range(110):
+        Image.effect_noise((128, 128), 90).convert("RGB").save(folder / f"x{n}.png")
+        (folder / f"x{n}.txt").write_text(f"picture {n}")
+    options = _parser().parse_known_args(["train", "tiny", "--data", str(folder)])[0]
+    options.overrides = MICRO
+    recipe = _overridden(tiny(), options)
+    watch = Watch(tariff=Tariff(per_hour=2.0), rehearses=True)
+    train(recipe, tmp_path / "watched", device="cpu", watch=watch)
+    found = events(tmp_path / "watched")
+    rehearsed = {e["stage"]: e for e in found if e["event"] == "rehearsed"}
+    assert rehearsed.keys() == set(STAGES)
+    assert {e["total"] for e in rehearsed.values()} == {20, 40}
+    assert all(e["seconds"] > 0 and e["kwh"] is None for e in rehearsed.values())
+    validated = [e for e in found if e["event"] == "validation"]
+    assert {e["stage"] for e in validated} == {"b", "b2", "c", "c2"}
+    assert all(0 < value < 100 for e in validated for value in e["bins"])
+    said = capsys.readouterr().out
+    assert "To come, at the measured pace:\n  Stage A:" in said
+    assert said.count("in all:") == 2  # before and after
+    assert "in money" in said
+
+    monkeypatch.setattr("wuerstchen.train.run.held_out", lambda data, size: None)
+    train(recipe, tmp_path / "alone", device="cpu")
+    assert not [e for e in events(tmp_path / "alone") if e["event"] in ("rehearsed", "validation", "tariff")]
+    assert final_files(tmp_path / "watched") == final_files(tmp_path / "alone")
+
+    # What was measured once is not measured again, and its pace is that of the log from now on.
+    train(recipe, tmp_path / "watched", device="cpu", watch=watch)
+    found = events(tmp_path / "watched")
+    assert sum(e["event"] == "rehearsed" for e in found) == len(STAGES)
+    assert sum(e["event"] == "tariff" for e in found) == 1
+    page = write_report(tmp_path / "watched").read_text()
+    assert "finished" in page
+    assert page.count("squared error of the noise by time") == 8  # a title and a label a stage
 
 
 def test_a_lock_keeps_two_processes_apart(tmp_path):
@@ -225,8 +271,6 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
 
 
 def test_fewer_images_than_a_batch_are_refused(tmp_path):
-    from PIL import Image
-
     Image.new("RGB", (128, 128)).save(tmp_path / "one.png")
     (tmp_path / "one.txt").write_text("a black square")
     with pytest.raises(UserError, match="has 1 images, fewer than a batch of 16; use a smaller batch_size"):

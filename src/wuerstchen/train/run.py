@@ -285,6 +285,8 @@ class _Run:
             vqgan = rehearsal.stage_a_refined(vqgan, decoder, compressor)
             rehearsal.stage_c(vqgan, decoder, compressor)
         self._bank = rehearsal._bank
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def stage_a(self) -> VQGAN:
         config = self.recipe.stage_a
