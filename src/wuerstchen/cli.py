@@ -524,13 +524,17 @@ def _train(options: argparse.Namespace) -> int:
     from wuerstchen.train.run import train
 
     run_dir = options.run_dir or Path("runs") / recipe.name
-    print(f"Recipe {recipe.name} in {run_dir}. {' '.join((RECIPES[options.recipe].__doc__ or '').split())}")
+    leads = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
+    if leads:
+        said = " ".join((RECIPES[options.recipe].__doc__ or "").split())
+        print(f"Recipe {recipe.name} in {run_dir}. {said}")
     try:
         model = train(recipe, run_dir, device=options.device, accept_changed_data=options.accept_changed_data)
     except Interrupted as stopped:
         print(f"{stopped}; a checkpoint is saved: start the same command again to go on", file=sys.stderr)
         return 130
-    print(f"{model}: draw with wuerstchen generate --model {model} ...")
+    if leads:
+        print(f"{model}: draw with wuerstchen generate --model {model} ...")
     return 0
 
 
