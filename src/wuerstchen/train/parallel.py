@@ -138,7 +138,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
             if self.affine:
                 scale = scale * self.weight
             result = centred * scale[:, None, None]
-            return result + self.bias[:, None, None] if self.affine else result
+            return (result + self.bias[:, None, None] if self.affine else result).to(input.dtype)
 
     def _follow(self, mean: Tensor, variance: Tensor) -> None:
         """Moves the running statistics, which evaluation uses."""
