@@ -78,6 +78,18 @@ def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
     return image.convert("RGB")
 
 
+def upright_rgb(image: Any, name: str = "image") -> Image.Image:
+    """What ``open_image`` makes of a file, of a picture that is open: RGB, 8 bits, upright, on white.
+
+    Raises ``UserError`` for what is no picture or has no pixels.
+    """
+    if not isinstance(image, Image.Image):
+        raise UserError(f"{name} is of {type(image)}, but must be a PIL image; PIL.Image.open gives one")
+    if 0 in image.size:
+        raise UserError(f"{name} is {image.width}×{image.height} pixels, which is no picture; give another")
+    return to_rgb(_turned_upright(image), name)
+
+
 def center_crop_resize(image: Image.Image, size: int) -> Image.Image:
     """Scale the largest centred square to ``size`` × ``size``."""
     return resize_crop(image, size, size)

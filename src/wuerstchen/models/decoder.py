@@ -14,6 +14,7 @@ from wuerstchen.models.layers import (
     AttnBlock,
     ConditionedResBlock,
     KeysValues,
+    Network,
     TimestepBlock,
     check_levels,
     convolve,
@@ -93,7 +94,7 @@ class DecoderContext:
     """Keys and values of each attention block, in order; empty for a decoder without text."""
 
 
-class Decoder(nn.Module):
+class Decoder(Network):
     """Predicts the noise in Stage A latents, given the semantic map and, by choice, the text."""
 
     def __init__(self, config: DecoderConfig) -> None:

@@ -67,6 +67,18 @@ def timestep_embedding(r: Float[Tensor, " b"], width: int) -> Float[Tensor, "b w
     return F.pad(features, (0, width % 2)).to(r.dtype)
 
 
+class Network(nn.Module):
+    """A whole network, which says where it is and what it computes in."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+
 class GlobalResponseNorm(nn.Module):
     """ConvNeXt V2, equation 1 to 3 (arXiv 2301.00808): channels compete by their norm over the grid."""
 

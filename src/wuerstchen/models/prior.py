@@ -10,6 +10,7 @@ from wuerstchen.errors import UserError
 from wuerstchen.models.layers import (
     AttnBlock,
     KeysValues,
+    Network,
     ResBlock,
     TimestepBlock,
     exact_output,
@@ -51,7 +52,7 @@ class PriorConfig:
             raise UserError(f"c_r={self.c_r} leaves no frequencies; use at least 4")
 
 
-class Prior(nn.Module):
+class Prior(Network):
     """Predicts the noise in a semantic map, given the text.
 
     The text's keys and values do not depend on the step: ``context`` computes them once for a prompt and

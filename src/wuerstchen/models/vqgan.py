@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from wuerstchen.errors import UserError
-from wuerstchen.models.layers import convolve, layer_norm, pointwise, to_channels_last
+from wuerstchen.models.layers import Network, convolve, layer_norm, pointwise, to_channels_last
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ class VectorQuantizer(nn.Module):
             return Quantised(latents=z + (codes - z).detach(), indices=indices, loss=loss)
 
 
-class VQGAN(nn.Module):
+class VQGAN(Network):
     """Pixels in [0, 1] to latents and back. Sides of pictures must be multiples of ``config.factor``."""
 
     def __init__(self, config: VQGANConfig) -> None:
