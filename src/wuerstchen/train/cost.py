@@ -1,5 +1,8 @@
-"""What training costs: time and, on an NVIDIA GPU, the energy that the GPU's own counter tells."""
+"""What training costs: time and, on an NVIDIA GPU, the energy that the GPU's own counter tells; then CO2 and
+money, by a tariff that the user names."""
 
+import contextlib
+import math
 import time
 import warnings
 from collections.abc import Iterable
@@ -8,8 +11,8 @@ from typing import Any
 
 import torch
 
-GRID_KG_PER_KWH = 0.48
-"""Of the world's electricity in 2023, kg CO2 a kWh (Ember, Global Electricity Review 2024)."""
+from wuerstchen.errors import UserError
+from wuerstchen.train.grid import GRAMS_PER_KWH, SOURCE, WORLD_GRAMS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,16 +23,114 @@ class Cost:
     kwh: float | None
     """Of the GPU alone, without the machine around it; None where nothing measures it."""
 
-    @property
-    def kg_co2(self) -> float | None:
-        """With the world's average electricity."""
-        return None if self.kwh is None else self.kwh * GRID_KG_PER_KWH
+    def __add__(self, other: "Cost") -> "Cost":
+        known = self.kwh is not None and other.kwh is not None
+        return Cost(seconds=self.seconds + other.seconds, kwh=self.kwh + other.kwh if known else None)
 
-    def __str__(self) -> str:
-        text = f"{self.seconds / 60:.1f} minutes"
-        if self.kwh is not None:
-            text += f", {self.kwh:.3f} kWh of the GPU ({self.kg_co2:.3f} kg CO2 at the world's average)"
-        return text
+    def __mul__(self, factor: float) -> "Cost":
+        return Cost(seconds=self.seconds * factor, kwh=None if self.kwh is None else self.kwh * factor)
+
+
+NOTHING = Cost(seconds=0.0, kwh=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tariff:
+    """What time and energy cost where the work is done."""
+
+    kg_per_kwh: float = WORLD_GRAMS / 1000
+    """kg of CO2 equivalents a kWh."""
+    grid: str = f"world average, {SOURCE}"
+    """Where that number comes from."""
+    per_hour: float | None = None
+    """Money an hour of the machine."""
+    per_kwh: float | None = None
+    """Money a kWh."""
+
+    def __post_init__(self) -> None:
+        for option, value in (
+            ("--co2-per-kwh", self.kg_per_kwh),
+            ("--price-per-hour", self.per_hour),
+            ("--price-per-kwh", self.per_kwh),
+        ):
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise UserError(f"{option} {value} must be a number of at least 0; give one")
+
+    def kg_co2(self, cost: Cost) -> float | None:
+        """kg of CO2 equivalents, None where the energy is not known."""
+        return None if cost.kwh is None else cost.kwh * self.kg_per_kwh
+
+    def money(self, cost: Cost) -> float | None:
+        """In the currency of the prices; None without any, or where it hangs on energy that is not known."""
+        if (self.per_hour is None and self.per_kwh is None) or (self.per_kwh and cost.kwh is None):
+            return None
+        return (self.per_hour or 0) * cost.seconds / 3600 + (self.per_kwh or 0) * (cost.kwh or 0)
+
+    def describe(self, cost: Cost) -> str:
+        """The cost in words."""
+        text = duration(cost.seconds)
+        if cost.kwh is None:
+            text += ", energy not measured"
+        else:
+            text += f", {cost.kwh:.3g} kWh of the GPU, {self.kg_co2(cost):.3g} kg CO2 ({self.grid})"
+        money = self.money(cost)
+        return text if money is None else f"{text}, {money:,.2f} in money"
+
+
+def make_tariff(
+    region: str | None = None,
+    kg_per_kwh: float | None = None,
+    per_hour: float | None = None,
+    per_kwh: float | None = None,
+) -> Tariff:
+    """A tariff from a country's code (ISO 3166-1 alpha-2, as in ``DE``), or from a number for CO2.
+
+    Raises ``UserError`` for a country that is not in the table, for both at once, and for negative numbers.
+    """
+    if region is not None and kg_per_kwh is not None:
+        raise UserError(f"--region {region} and --co2-per-kwh say the same in two ways; give one of them")
+    if kg_per_kwh is not None:
+        return Tariff(kg_per_kwh=kg_per_kwh, grid="as given", per_hour=per_hour, per_kwh=per_kwh)
+    if region is None:
+        return Tariff(per_hour=per_hour, per_kwh=per_kwh)
+    code = region.upper()
+    if code not in GRAMS_PER_KWH:
+        raise UserError(
+            f"--region {region} is none of {' '.join(GRAMS_PER_KWH)}; name one, or give --co2-per-kwh"
+        )
+    kg, grid = GRAMS_PER_KWH[code] / 1000, f"{code}, {SOURCE}"
+    return Tariff(kg_per_kwh=kg, grid=grid, per_hour=per_hour, per_kwh=per_kwh)
+
+
+def tariff_of(events: Iterable[dict[str, Any]]) -> Tariff:
+    """The tariff that the last start of a run was given."""
+    found = Tariff()
+    for event in events:
+        if event["event"] == "tariff":
+            numbers = {name: number_in(event, name) for name in ("kg_per_kwh", "per_hour", "per_kwh")}
+            kg = numbers["kg_per_kwh"]
+            if isinstance(event.get("grid"), str) and kg is not None:
+                with contextlib.suppress(UserError):  # a log that was edited by hand
+                    found = Tariff(**(numbers | {"kg_per_kwh": kg}), grid=event["grid"])
+    return found
+
+
+def number_in(event: dict[str, Any], name: str) -> float | None:
+    """A finite number of an event; None where there is none."""
+    value = event.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # JSON has integers of any length
+        return None
+
+
+def duration(seconds: float) -> str:
+    """As ``45 s``, ``12.5 min`` or ``3.2 h``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 class CostMeter:
@@ -70,7 +171,7 @@ def _energy_counter(device: torch.device) -> Any:
 def total_cost(events: Iterable[dict[str, Any]]) -> dict[str, Cost]:
     """The cost of each stage, by its name, over all starts of a run, from the events of its log.
 
-    What a kill lost after the last checkpoint is not counted.
+    It goes up to the last line that each start wrote; the seconds after it are not known to anyone.
     """
     totals: dict[str, Cost] = {}
     latest: dict[str, Cost] = {}
@@ -78,17 +179,16 @@ def total_cost(events: Iterable[dict[str, Any]]) -> dict[str, Cost]:
     def close(stage: str) -> None:
         last = latest.pop(stage, None)
         if last is not None:
-            before = totals.get(stage, Cost(seconds=0.0, kwh=0.0))
-            known = last.kwh is not None and before.kwh is not None
-            totals[stage] = Cost(
-                seconds=before.seconds + last.seconds, kwh=before.kwh + last.kwh if known else None
-            )
+            totals[stage] = totals.get(stage, NOTHING) + last
 
     for event in events:
+        stage, seconds = event.get("stage"), number_in(event, "seconds")
+        if not isinstance(stage, str):
+            continue
         if event["event"] == "start":
-            close(event["stage"])
-        elif event["event"] == "checkpoint" and "seconds" in event:
-            latest[event["stage"]] = Cost(seconds=event["seconds"], kwh=event.get("kwh"))
+            close(stage)
+        elif event["event"] in ("progress", "checkpoint") and seconds is not None:
+            latest[stage] = Cost(seconds=seconds, kwh=number_in(event, "kwh"))
     for stage in list(latest):
         close(stage)
     return totals
