@@ -234,7 +234,9 @@ def test_a_name_on_the_hub_is_found_in_its_cache_and_names_its_prior(cache, publ
     assert local_folder("warp-ai/wuerstchen", cache_dir=cache, local_files_only=True).is_relative_to(cache)
 
 
-@pytest.mark.parametrize("name", ["warp-ai/nothing", "no-owner", "../up/there", "a/b/c", "", "https://a/b"])
+@pytest.mark.parametrize(
+    "name", ["warp-ai/nothing", "no-owner", "../up/there", "a/b/c", "", "https://a/b", "x" * 5000]
+)
 def test_a_name_that_cannot_be_had_is_one_line(name, tmp_path):
     with pytest.raises(CheckpointError) as raised:
         local_folder(name or " ", cache_dir=tmp_path, local_files_only=True)

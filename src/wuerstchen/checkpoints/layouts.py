@@ -1,6 +1,7 @@
 """Any layout of a model: telling which one a folder has, reading it whole, and writing it in another."""
 
 import dataclasses
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ from wuerstchen.checkpoints.native import (
 from wuerstchen.checkpoints.original import read_original, write_original
 from wuerstchen.checkpoints.paddle import PADDLE, is_paddle
 from wuerstchen.checkpoints.text_encoder import read_text_encoder
+from wuerstchen.checkpoints.weights import new_folder
 from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE
 from wuerstchen.errors import CheckpointError, UserError
 from wuerstchen.models.cascade import PUBLISHED_V1, Cascade, CascadeSettings, MapStatistics
@@ -112,9 +114,8 @@ def read_model(
         cascade = _read_original(path, sources, dtype, leave_out)
     else:
         cascade = _read_pipelines(path, sources, dtype, PADDLE if layout == "paddle" else TORCH)
-    for part in leave_out:
-        setattr(cascade, part, None)
-    return cascade
+    # Checked again: a decoder that loses its text encoder reads Stage C's, which may not fit.
+    return dataclasses.replace(cascade, **dict.fromkeys(leave_out)) if leave_out else cascade
 
 
 def convert(
@@ -136,6 +137,8 @@ def convert(
     unknown = set(leave_out) - {f.name for f in dataclasses.fields(Cascade)} | set(leave_out) & {"settings"}
     if unknown or set(leave_out) & {"vqgan", "decoder"}:
         raise UserError(f"{', '.join(leave_out)} cannot be left out; name parts other than vqgan and decoder")
+    if os.path.lexists(target):  # before anything is fetched or read
+        raise CheckpointError(f"{target} exists already; choose another folder or remove it")
     sources = sources or Sources()
     path = local_folder(source, revision=sources.revision, local_files_only=sources.local_files_only)
     native = layout_of(path) == "native"
@@ -153,12 +156,13 @@ def convert(
     if storage == "int8":
         raise UserError(f"int8 has no place in the {layout} layout; use float32 or float16")
     _check_places(cascade, layout)
+    dtype = torch.float16 if storage == "float16" else torch.float32
     if layout == "original":
         networks = {name: part for name, part in cascade.networks().items() if name not in TEXT_ENCODERS}
-        write_original(networks, target)
+        with new_folder(target) as partial:
+            write_original({name: part.to(dtype) for name, part in networks.items()}, partial)
         return
     decoder, prior = _pipelines_of(cascade)
-    dtype = torch.float16 if storage == "float16" else torch.float32
     write_model_folder(decoder, prior, target, dtype=dtype, layout=PADDLE if layout == "paddle" else TORCH)
 
 
