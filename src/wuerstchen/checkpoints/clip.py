@@ -219,8 +219,16 @@ def write_clip(
 
 
 def write_clip_tokenizer(tokenizer: "CLIPTokenizer", folder: Path) -> None:
-    """Writes ``tokenizer.json`` for today's transformers, and vocabulary and merges for older ones."""
-    tokenizer.save_pretrained(str(folder))
+    """Writes ``tokenizer.json`` for today's transformers, and vocabulary and merges for older ones.
+
+    Raises ``CheckpointError`` if they cannot be written.
+    """
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except Exception as error:  # the tokenizers library has no kinds of errors
+        raise CheckpointError(
+            f"{folder} cannot be written ({error}); free some space or choose another folder"
+        ) from error
     pieces = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     write_json(folder / "vocab.json", pieces["vocab"])
     merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in pieces["merges"])

@@ -304,8 +304,8 @@ def _read_index(folder: Path, layout: TensorLayout) -> tuple[str, dict[str, floa
             )
         if not (entry[0] in tuple(layout.libraries) and entry[1] in classes):  # either may be no text
             raise CheckpointError(
-                f"{path} is wrong because {part} is of class {_short(entry)}, and only {' or '.join(classes)} "
-                f"of {', '.join(sorted(layout.libraries))} can stand there; get it again"
+                f"{path} is wrong because {part} is of class {_short(entry)}, and only "
+                f"{' or '.join(classes)} of {', '.join(sorted(layout.libraries))} can be; get it again"
             )
     for key, value in index.items():
         if key in numbers:

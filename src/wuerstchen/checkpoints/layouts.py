@@ -66,7 +66,7 @@ class Sources:
     prior: str | Path | None = None
     """A pipeline of Stage C, or a folder of its network alone (the text encoder is then the model's own)."""
     text_encoder: str | Path | None = None
-    """For a model of the original's files, which hold none; so the next."""
+    """For a model of the original's files alone, which hold none; so the next."""
     decoder_text_encoder: str | Path | None = None
     revision: str | None = None
     """Of the model, where it comes from the hub."""
@@ -168,6 +168,8 @@ def convert(
 
 def _read_pipelines(path: Path, sources: Sources, dtype: torch.dtype, layout: TensorLayout) -> Cascade:
     """A model of two pipelines, the second named by the first or given."""
+    if sources.text_encoder is not None or sources.decoder_text_encoder is not None:
+        raise UserError(f"{path} has text encoders of its own; leave out the other sources")
     decoder = read_decoder_folder(path, dtype=dtype, layout=layout)
     own = path if pipeline_class(path, layout) == COMBINED_PIPELINE else None
     network = None
@@ -240,6 +242,11 @@ def _pipelines_of(cascade: Cascade) -> tuple[DecoderFolder, PriorFolder | None]:
 
 def _read_original(path: Path, sources: Sources, dtype: torch.dtype, leave_out: Collection[str]) -> Cascade:
     """A model of the original's files, with text encoders from elsewhere."""
+    if sources.prior is not None:
+        raise UserError(
+            f"{path} holds the original's files, which take no prior from elsewhere; put the .pt file of "
+            "Stage C beside them"
+        )
     parts: dict[str, Any] = dict(read_original(path, dtype=dtype))
     missing = {"vqgan", "decoder"} - parts.keys()
     if missing:
@@ -323,4 +330,6 @@ def weight_files(path: Path, sources: Sources | None = None) -> list[Path]:
         elif pipeline_class(path, PADDLE if is_paddle(path) else TORCH) != COMBINED_PIPELINE:
             roots.append(_fetched(linked_prior(path), sources))
     endings = ("*.safetensors", "*.bin", "*.pt")
-    return sorted({file for root in roots for ending in endings for file in root.rglob(ending)})
+    return sorted(
+        {file for root in roots for ending in endings for file in root.rglob(ending) if file.is_file()}
+    )

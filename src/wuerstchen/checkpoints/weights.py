@@ -253,7 +253,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
     Raises ``CheckpointError`` if ``folder`` exists or cannot be made.
     """
-    if folder.exists():
+    if os.path.lexists(folder):
         raise CheckpointError(f"{folder} exists already; choose another folder or remove it")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
