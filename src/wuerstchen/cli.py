@@ -96,6 +96,9 @@ def _run(arguments: Sequence[str] | None) -> int:
         # Whoever read our output has gone, as ``| head`` does; what is left of it goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a locked folder, say, wherever it was met
+        print(f"Error: {error}; check its name, your rights to it, and the space there", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

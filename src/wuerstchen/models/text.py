@@ -69,7 +69,7 @@ class TextEncoder(nn.Module):
             model,
             tokenizer.backend_tokenizer,
             pad_id=tokenizer.pad_token_id,
-            text_positions=min(tokenizer.model_max_length, model.config.max_position_embeddings),
+            text_positions=int(min(tokenizer.model_max_length, model.config.max_position_embeddings)),
         )
 
     @property
