@@ -62,8 +62,10 @@ class Reader(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """A hash that changes when files are added, removed or replaced. It is fast because it reads names, sizes
-        and little more, so a change inside a file can go unnoticed."""
+        """A hash that changes when files are added, removed or replaced.
+
+        It is fast because it reads names, sizes and little more, so a change inside a file can go unnoticed.
+        """
         ...
 
 
