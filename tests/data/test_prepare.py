@@ -320,7 +320,8 @@ def test_ten_kills_at_random_moments(photos, tmp_path, networks):
         process.kill()
         process.communicate()
     process = start(photos, out)
-    assert process.wait(timeout=200) == 0, process.communicate()
+    said = process.communicate(timeout=200)
+    assert process.returncode == 0, said
     theirs, ours = contents(out), contents(tmp_path / "whole")
     del theirs["prepared.json"], ours["prepared.json"]
     assert theirs == ours
