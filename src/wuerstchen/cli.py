@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from wuerstchen.checkpoints.layouts import Sources
     from wuerstchen.pipeline import Progress, Sampling, Wuerstchen
     from wuerstchen.train.config import Recipe
+    from wuerstchen.train.cost import Tariff
 
 BATCH_SIZE = 8  # pictures drawn at a time
 MAX_GRID = 400  # pictures that a grid may hold
@@ -36,6 +37,7 @@ EXAMPLES = """examples:
   wuerstchen data emoji data/emoji
   wuerstchen data prepare photos prepared/photos --size 512
   wuerstchen train tiny --run-dir runs/tiny
+  wuerstchen report runs/tiny
   wuerstchen evaluate runs/mini/model --data data/emoji --out evaluation
   wuerstchen generate "a cat" --model warp-ai/wuerstchen --precision bfloat16
   wuerstchen convert warp-ai/wuerstchen models/wuerstchen --layout native
@@ -224,6 +226,19 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--compressor-init", help="weights that the compressor's backbone starts from")
     train.add_argument("--device", help="cpu, cuda or mps (a GPU if there is one)")
     train.add_argument("--accept-changed-data", action="store_true", help="go on although the data changed")
+    train.add_argument("--tensorboard", action="store_true", help="event files too, in RUN/tensorboard")
+    train.add_argument(
+        "--no-rehearsal", action="store_true", help="begin at once, without measuring what all will cost"
+    )
+    _add_tariff_options(train)
+
+    report = commands.add_parser(
+        "report", help="one page of a run, finished or not: curves, previews, cost, what was skipped"
+    )
+    report.set_defaults(run=_report)
+    report.add_argument("folder", type=Path, metavar="RUN", help="folder of the run")
+    report.add_argument("--out", type=Path, metavar="FILE", help="the page (RUN/report.html)")
+    _add_tariff_options(report)
     return parser
 
 
@@ -288,6 +303,21 @@ def _add_prepare(kinds: "argparse._SubParsersAction[_Parser]") -> None:
     prepare.add_argument(
         "--device", help="cpu, cuda or mps (a GPU if there is one; its own for each process)"
     )
+
+
+def _add_tariff_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--region", metavar="CC", help="country whose electricity is used, as in DE, for CO2")
+    parser.add_argument("--co2-per-kwh", type=float, metavar="KG", help="kg of CO2 a kWh (0.48, the world's)")
+    parser.add_argument("--price-per-hour", type=float, metavar="P", help="money an hour of the machine")
+    parser.add_argument("--price-per-kwh", type=float, metavar="P", help="money a kWh")
+
+
+def _tariff(options: argparse.Namespace) -> "Tariff | None":
+    """None where no option says anything."""
+    from wuerstchen.train.cost import make_tariff
+
+    given = (options.region, options.co2_per_kwh, options.price_per_hour, options.price_per_kwh)
+    return None if given == (None,) * 4 else make_tariff(*given)
 
 
 def _add_drawing_options(parser: argparse.ArgumentParser) -> None:
@@ -631,21 +661,38 @@ def _train(options: argparse.Namespace) -> int:
         )
     recipe = _overridden(RECIPES[options.recipe](), options)
 
+    from wuerstchen.train.cost import Tariff
     from wuerstchen.train.loop import Interrupted
     from wuerstchen.train.run import train
+    from wuerstchen.train.watch import Watch
 
+    tariff = _tariff(options) or Tariff()
+    watch = Watch(tariff=tariff, tensorboard=options.tensorboard, rehearses=not options.no_rehearsal)
     run_dir = options.run_dir or Path("runs") / recipe.name
     leads = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
     if leads:
         said = " ".join((RECIPES[options.recipe].__doc__ or "").split())
         print(f"Recipe {recipe.name} in {run_dir}. {said}")
     try:
-        model = train(recipe, run_dir, device=options.device, accept_changed_data=options.accept_changed_data)
+        model = train(
+            recipe,
+            run_dir,
+            device=options.device,
+            accept_changed_data=options.accept_changed_data,
+            watch=watch,
+        )
     except Interrupted as stopped:
         print(f"{stopped}; a checkpoint is saved: start the same command again to go on", file=sys.stderr)
         return 130
     if leads:
         print(f"{model}: draw with wuerstchen generate --model {model} ...")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from wuerstchen.train.report import write_report
+
+    print(write_report(options.folder, options.out, _tariff(options)))
     return 0
 
 

@@ -3,9 +3,10 @@ money, by a tariff that the user names."""
 
 import contextlib
 import math
+import statistics
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +114,44 @@ def tariff_of(events: Iterable[dict[str, Any]]) -> Tariff:
                 with contextlib.suppress(UserError):  # a log that was edited by hand
                     found = Tariff(**(numbers | {"kg_per_kwh": kg}), grid=event["grid"])
     return found
+
+
+def costs_to_come(events: Sequence[dict[str, Any]]) -> dict[str, Cost]:
+    """What each stage will cost from here on, at the pace of its last lines or, before those, its rehearsal.
+
+    Stages of which no pace is known are not in it.
+    """
+    pace: dict[str, Cost] = {}
+    left: dict[str, float] = {}
+    total: dict[str, float] = {}
+    rates: dict[str, list[float]] = {}
+    energy: dict[str, tuple[float, float] | None] = {}  # images and kWh at the first line of the last start
+    for event in events:
+        stage, images = event.get("stage"), number_in(event, "images")
+        if not isinstance(stage, str):
+            continue
+        kwh = number_in(event, "kwh")
+        if event["event"] == "rehearsed":
+            seconds, all_images = number_in(event, "seconds"), number_in(event, "total")
+            if seconds is not None and all_images is not None:
+                pace.setdefault(stage, Cost(seconds=seconds, kwh=kwh))
+                total[stage] = left[stage] = all_images
+        elif event["event"] == "start" and images is not None:
+            total[stage] = number_in(event, "total") or images
+            left[stage], energy[stage] = total[stage] - images, None
+        elif event["event"] == "progress" and images is not None and stage in total:
+            left[stage] = total[stage] - images
+            rate = number_in(event, "images_per_second")
+            if rate:
+                rates[stage] = [*rates.get(stage, [])[-49:], rate]
+                first = energy.get(stage)
+                per_image = pace[stage].kwh if stage in pace else None
+                if kwh is not None and first is None:
+                    energy[stage] = (images, kwh)
+                elif kwh is not None and first is not None and images > first[0]:
+                    per_image = (kwh - first[1]) / (images - first[0])
+                pace[stage] = Cost(seconds=1 / statistics.median(rates[stage]), kwh=per_image)
+    return {stage: pace[stage] * max(left[stage], 0.0) for stage in left if stage in pace}
 
 
 def number_in(event: dict[str, Any], name: str) -> float | None:

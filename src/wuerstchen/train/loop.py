@@ -7,6 +7,7 @@ their averages and the optimizers come from the last whole checkpoint.
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import signal
 import threading
@@ -25,14 +26,16 @@ from wuerstchen.errors import UserError, out_of_memory_named
 from wuerstchen.images import grid, save_png
 from wuerstchen.train import snapshot
 from wuerstchen.train.bank import Bank
-from wuerstchen.train.cost import CostMeter
+from wuerstchen.train.cost import Cost, CostMeter
 from wuerstchen.train.ema import decay_at, make_average
 from wuerstchen.train.feed import Feed, batches
 from wuerstchen.train.optim import learning_rate, make_optimizer, set_rate
 from wuerstchen.train.parallel import Processes, share_batch_statistics
 from wuerstchen.train.stages import Stage
 from wuerstchen.train.step import RecordedStep, Step, Values, compile_regions
+from wuerstchen.train.throughput import Gauge
 from wuerstchen.train.track import Log, Meter
+from wuerstchen.train.validate import Validation
 
 
 class Interrupted(Exception):
@@ -79,10 +82,12 @@ def run_stage(
     header: dict[str, Any],
     bank: Bank | None = None,
     processes: Processes | None = None,
+    validation: Validation | None = None,
 ) -> Path:
     """Trains a stage to its end, from the last checkpoint in ``folder`` if there is one.
 
-    Pictures come from the ``bank`` where there is one, else from the feed. Returns the last checkpoint.
+    Pictures come from the ``bank`` where there is one, else from the feed. With a ``validation`` the loss on
+    held-out pictures is logged at previews and at checkpoints. Returns the last checkpoint.
     Raises ``Interrupted`` after SIGINT or SIGTERM, with a checkpoint written.
     """
     processes = processes or Processes(device)
@@ -108,6 +113,7 @@ def run_stage(
 
     seed = stable_hash(settings.seed, stage.name) >> 1
     step = Step(stage, state, seed, settings.autocast, processes)
+    step.gauge = gauge = Gauge(stage, seed, settings.autocast, device)
     updates = _fed_updates(step, feed, settings) if bank is None else _bank_updates(step, bank, settings)
     meter = Meter(f"Stage {stage.name.upper()}", state.images, total, processes.leads)
     saved = time.monotonic()
@@ -128,13 +134,19 @@ def run_stage(
                 log.event("skipped", stage=stage.name, name=name, reason=reason)
             if state.updates % settings.log_every == 0 or state.images >= total:
                 rate = round(meter.rate(), 2)
-                log.event("progress", stage=stage.name, images=state.images, images_per_second=rate, **values)
+                spent = cost.spent()
+                seen = {"images_per_second": rate, **gauge.read(rate / processes.count), **values}
+                seen |= {"seconds": round(spent.seconds, 3), "kwh": spent.kwh}
+                log.event("progress", stage=stage.name, images=state.images, **seen)
             if state.images >= total:  # before the last preview: whatever befalls it costs no work
                 final = checkpoint()
             if state.images >= next_preview:
                 if processes.leads:
                     _preview(stage, state, feed, folder, settings, device)
                 log.event("preview", stage=stage.name, images=state.images)
+                if validation is not None and processes.leads:
+                    found = validation(state.averages)
+                    log.event("validation", stage=stage.name, images=state.images, **found)
                 next_preview = _next_multiple(state.images, settings.preview_every, total)
             due = time.monotonic() - saved >= settings.checkpoint_seconds
             # Where nobody waits for the device, only one process can decide by itself.
@@ -144,14 +156,49 @@ def run_stage(
             if stops:
                 if final is None:
                     checkpoint()
+                log.event("stopped", stage=stage.name, images=state.images)
                 raise Interrupted(
                     f"stopped at image {state.images:,} of {total:,} of stage {stage.name.upper()}"
                 )
             if due and state.images < total:
                 checkpoint()
                 saved = time.monotonic()
+                if validation is not None and validation.due and processes.leads:
+                    found = validation(state.averages)
+                    log.event("validation", stage=stage.name, images=state.images, **found)
     assert final is not None
     return final
+
+
+def rehearse(
+    stage: Stage, feed: Feed, folder: Path, settings: Settings, device: torch.device, bank: Bank | None
+) -> Cost:
+    """What an image costs, by a few updates of a stage that is then thrown away. ``folder`` is empty.
+
+    The number of updates is fixed, so that all processes of a run make the same.
+    """
+    warming, timed = (5, 20) if device.type == "cuda" else (1, 3)
+    processes = Processes(device)
+    state, _ = _prepare(stage, folder, settings, processes)
+    step = Step(stage, state, stable_hash(settings.seed, stage.name) >> 1, settings.autocast, processes)
+    updates = _fed_updates(step, feed, settings) if bank is None else _bank_updates(step, bank, settings)
+    meter, images = CostMeter(device), 0
+    with _memory_named(stage, feed):
+        for fed in itertools.islice(updates, warming + timed):
+            state.updates += 1
+            state.images += fed.images
+            images += fed.images
+            if state.updates == warming and state.images < stage.optimization.images:
+                _finished(device)
+                meter, images = CostMeter(device), 0
+        _finished(device)
+    return meter.spent() * (1 / images)
+
+
+def _finished(device: torch.device) -> None:
+    """Waits for what the device has been given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _prepare(

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -39,16 +40,17 @@ from wuerstchen.models.vqgan import VQGAN
 from wuerstchen.pipeline import BUNDLED, default_device
 from wuerstchen.train.bank import Bank, compose
 from wuerstchen.train.config import Recipe, as_dict, differing_fields
-from wuerstchen.train.cost import total_cost
 from wuerstchen.train.feed import Batch, Feed, batches
-from wuerstchen.train.loop import Settings, run_stage
+from wuerstchen.train.loop import Settings, rehearse, run_stage
 from wuerstchen.train.parallel import Processes, distributed
 from wuerstchen.train.snapshot import read_averages
 from wuerstchen.train.stage_a import StageA, StageARefinement
 from wuerstchen.train.stage_b import DecoderAndCompressor, StageB, StageBRefinement
 from wuerstchen.train.stage_c import StageC, measure_map
 from wuerstchen.train.stages import Stage, cascade_settings
-from wuerstchen.train.track import Log
+from wuerstchen.train.track import Log, check_tensorboard
+from wuerstchen.train.validate import Denoising, HeldOut, Validation, held_out
+from wuerstchen.train.watch import Watch, begin, say_cost, say_costs_to_come
 
 N = TypeVar("N", bound=nn.Module)
 TEXT_ENCODER = BUNDLED / "text_encoder"
@@ -62,22 +64,34 @@ def open_source(data: str) -> Source:
     root = Path(data)
     if (root / "index.jsonl").is_file():
         return EmojiSource(root, split="train", centred=CENTRED)
-    return FolderSource(root)
+    return FolderSource(root, split="train")
 
 
 def train(
-    recipe: Recipe, run_dir: Path, *, device: str | None = None, accept_changed_data: bool = False
+    recipe: Recipe,
+    run_dir: Path,
+    *,
+    device: str | None = None,
+    accept_changed_data: bool = False,
+    watch: Watch | None = None,
 ) -> Path:
     """Runs a recipe to its end, from wherever the run folder stands. Returns the finished model's folder.
+
+    ``watch`` changes nothing in the result.
 
     Raises ``RunFolderError`` for a folder that is in use or belongs to another recipe, ``DataError`` for data
     that cannot be used, ``Interrupted`` after a signal.
     """
+    watch = watch or Watch()
+    if watch.tensorboard:
+        check_tensorboard()
     with distributed(default_device(device)) as processes:
-        return _train(recipe, run_dir, processes, accept_changed_data)
+        return _train(recipe, run_dir, processes, accept_changed_data, watch)
 
 
-def _train(recipe: Recipe, run_dir: Path, processes: Processes, accept_changed_data: bool) -> Path:
+def _train(
+    recipe: Recipe, run_dir: Path, processes: Processes, accept_changed_data: bool, watch: Watch
+) -> Path:
     recipe = _resolved(recipe, processes)
     source = open_source(recipe.data)
     largest = max(s.optimization.batch_size for s in (recipe.stage_a, recipe.stage_b, recipe.stage_c))
@@ -92,10 +106,17 @@ def _train(recipe: Recipe, run_dir: Path, processes: Processes, accept_changed_d
         # Captions longer than the encoder reads are cut; a line for each would bury everything else.
         warnings.simplefilter("ignore", PromptTooLongWarning)
         try:
-            log = Log(run_dir / "log.jsonl", processes.leads)
+            log = Log(run_dir / "log.jsonl", processes.leads, tensorboard=watch.tensorboard)
             run = _Run(recipe, run_dir, source, text_encoder, processes, log)
             run.check_compressor_weights()
             run.fingerprint = _check_run(recipe, run_dir, source, log, accept_changed_data, processes)
+            if processes.leads:
+                begin(log, watch)
+                # Alone: what one process's rate says of many is left open.
+                rehearsed = any(event["event"] == "rehearsed" for event in log.events())
+                if watch.rehearses and not rehearsed and processes.count == 1:
+                    run.rehearse()
+                say_costs_to_come(log)
             return run.train()
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
@@ -234,6 +255,8 @@ class _Run:
         self.log = log
         self.text_encoder = text_encoder.to(self.device)
         self._bank: Bank | None = None
+        self._looked = False
+        self._held_out: HeldOut | None = None
         self.settings = Settings(
             seed=recipe.seed,
             autocast=recipe.precision == "bf16",
@@ -280,10 +303,21 @@ class _Run:
         self.say_skipped()
         for picture in sorted(self.run_dir.glob("stage_c*/previews/*.png"))[-1:]:
             print(f"{picture}: the recipe's prompts, drawn at the end of Stage C")
-        for name, cost in total_cost(self.log.events()).items():
-            print(f"Stage {name.upper()}: {cost}")
+        say_cost(self.log)
         self.log.event("end", seconds=round(time.monotonic() - began, 1))
         return target
+
+    def rehearse(self) -> None:
+        """Measures what an image costs in each stage, with networks that are thrown away."""
+        with tempfile.TemporaryDirectory() as folder:
+            rehearsal = _Rehearsal(
+                self.recipe, Path(folder), self.source, self.text_encoder, self.processes, self.log
+            )
+            vqgan = rehearsal.stage_a()
+            decoder, compressor, _ = rehearsal.stage_b(vqgan)
+            vqgan = rehearsal.stage_a_refined(vqgan, decoder, compressor)
+            rehearsal.stage_c(vqgan, decoder, compressor)
+        self._bank = rehearsal._bank
 
     def stage_a(self) -> VQGAN:
         config = self.recipe.stage_a
@@ -441,9 +475,23 @@ class _Run:
         folder = self.run_dir / f"stage_{stage.name}"
         finished = (folder / "checkpoints" / f"{optimization.images:012d}").is_dir()
         bank = None if finished else self.bank()
+        validation = self.validation(stage) if self.processes.leads and not finished else None
+        processes = self.processes
         return run_stage(
-            stage, feed, folder, self.settings, self.device, self.log, header, bank, self.processes
+            stage, feed, folder, self.settings, self.device, self.log, header, bank, processes, validation
         )
+
+    def validation(self, stage: Stage) -> Validation | None:
+        """The loss of a diffusion stage on held-out pictures; None without any."""
+        if not isinstance(stage, Denoising):
+            return None
+        if not self._looked:
+            self._looked, self._held_out = True, held_out(self.recipe.data, self.recipe.image_size)
+            if self._held_out is None:
+                print(f"{self.recipe.data} holds out no pictures, so there is no validation loss")
+        if self._held_out is None:
+            return None
+        return Validation(stage, self._held_out, self.settings.autocast, self.device)
 
     def bank(self) -> Bank | None:
         """The pictures that all stages train on, composed when a stage first needs them; None without any."""
@@ -476,3 +524,25 @@ class _Run:
             print(f"skipped {name}: {reason}")
         if skipped:
             print(f"{len(skipped)} images could not be read and were skipped")
+
+
+class _Rehearsal(_Run):
+    """A run of a few updates a stage. Nothing is learnt, written, or handed from stage to stage."""
+
+    def run_stage(self, stage: Stage) -> Path:
+        feed = Feed(self.source, 0, self.recipe.image_size, stage.captions)
+        bank = self.bank()
+        cost = rehearse(stage, feed, self.run_dir / "none", self.settings, self.device, bank)
+        values = {"total": stage.optimization.images, "seconds": cost.seconds, "kwh": cost.kwh}
+        self.log.event("rehearsed", stage=stage.name, **values)
+        return self.run_dir
+
+    def averaged(self, network: N, checkpoint: Path, name: str) -> N:
+        return network.to(self.device).eval().requires_grad_(False)
+
+    def latent_scale(self, vqgan: VQGAN) -> float:
+        return vqgan.config.scale_factor
+
+    def map_statistics(self, compressor: Compressor) -> MapStatistics:
+        channels = self.recipe.compressor.c_latent
+        return MapStatistics(mean=(0.0,) * channels, std=(1.0,) * channels)

@@ -46,6 +46,7 @@ class _Decoding:
     """What both phases of Stage B share: the decoder's loss on a map, and the previewer's."""
 
     captions: bool
+    denoises = "latents"
 
     def __init__(
         self, config: StageBConfig, vqgan: VQGAN, text_encoder: TextEncoder | None, recipe: Recipe
@@ -86,6 +87,13 @@ class _Decoding:
         noise = random.normal("noise", latents.shape[1:])
         predicted = decoder(PUBLISHED_SCHEDULE.add_noise(latents, noise, t), t, context)
         return diffusion_loss(predicted, noise, t, self.config.loss_weight)
+
+    def predicted(
+        self, decoder: Decoder, z: Float[Tensor, "b c mh mw"], inputs: Inputs, x: Tensor, t: Tensor
+    ) -> Tensor:
+        """The noise in ``x`` by a decoder that sees the map as it is, and the caption where it reads any."""
+        size = tuple(x.shape[2:])
+        return decoder(x, t, decoder.context(z, size, inputs.get("states"), inputs.get("mask")))
 
     def pictures(
         self,
@@ -168,6 +176,12 @@ class StageB(_Decoding):
                 "to the compressor; use a lower stage_b.backbone_rate in another --run-dir"
             )
 
+    def predict(self, averages: dict[str, nn.Module], inputs: Inputs, x: Tensor, t: Tensor) -> Tensor:
+        trained = averages["decoder_and_compressor"]
+        assert isinstance(trained, DecoderAndCompressor)
+        z = trained.compressor(compressor_input(pixels_of(inputs["images"]))).float()
+        return self.predicted(trained.decoder, z, inputs, x, t)
+
     def preview(
         self, averages: dict[str, nn.Module], pixels: Tensor, device: torch.device
     ) -> list[Image.Image]:
@@ -220,6 +234,11 @@ class StageBRefinement(_Decoding):
 
     def check(self, values: dict[str, float]) -> None:
         pass
+
+    def predict(self, averages: dict[str, nn.Module], inputs: Inputs, x: Tensor, t: Tensor) -> Tensor:
+        decoder = averages["decoder"]
+        assert isinstance(decoder, Decoder)
+        return self.predicted(decoder, inputs["z"], inputs, x, t)
 
     def preview(
         self, averages: dict[str, nn.Module], pixels: Tensor, device: torch.device

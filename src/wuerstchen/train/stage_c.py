@@ -33,6 +33,7 @@ class StageC:
     averaged = ("prior",)
     captions = True
     reads_images = False
+    denoises = "x"
 
     def __init__(
         self,
@@ -75,6 +76,11 @@ class StageC:
 
     def check(self, values: dict[str, float]) -> None:
         pass
+
+    def predict(self, averages: dict[str, nn.Module], inputs: Inputs, x: Tensor, t: Tensor) -> Tensor:
+        prior = averages["prior"]
+        assert isinstance(prior, Prior)
+        return prior(x, t, prior.context(inputs["states"], inputs["mask"]))
 
     def preview(
         self, averages: dict[str, nn.Module], pixels: Tensor, device: torch.device

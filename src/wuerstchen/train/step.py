@@ -20,6 +20,7 @@ from wuerstchen.train.parallel import Processes
 from wuerstchen.train.random import ImageRandom
 from wuerstchen.train.snapshot import TrainingState
 from wuerstchen.train.stages import Inputs, Stage
+from wuerstchen.train.throughput import Gauge
 
 Values = dict[str, Tensor]
 """Losses, terms and gradient norms of an update, each a tensor of no dimension on the device."""
@@ -51,10 +52,13 @@ class Step:
         self.device = processes.device
         self.decay = torch.zeros((), device=self.device)
         """Of the weight averages, for the next update."""
+        self.gauge: Gauge | None = None
 
     def __call__(self, inputs: Inputs, indices: Int[Tensor, " b"]) -> Values:
         """One update of every network of the stage, and of the averages. Waits for nothing on the device."""
         stage, state = self.stage, self.state
+        if self.gauge is not None:
+            self.gauge.before_update(inputs, indices)
         random = ImageRandom(self.seed, indices)
         values: Values = {}
         losses = stage.losses(inputs, random)

@@ -4,19 +4,25 @@ import contextlib
 import json
 import os
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from tqdm import tqdm
+
+from wuerstchen.errors import UserError
 
 
 class Log:
     """Appends events to ``log.jsonl``. A line that a kill cut short is removed at the next start."""
 
-    def __init__(self, path: Path, writes: bool = True) -> None:
+    def __init__(self, path: Path, writes: bool = True, *, tensorboard: bool = False) -> None:
         """Of the processes of one run, one ``writes``; the others' events go nowhere."""
         self.path = path
         self.writes = writes
+        self._board = Board(path.parent / "tensorboard") if tensorboard and writes else None
         if writes and path.exists():
             content = path.read_bytes()
             whole = content[: content.rfind(b"\n") + 1]
@@ -29,18 +35,84 @@ class Log:
         line = json.dumps({"event": kind, "time": round(time.time(), 3), **values}, allow_nan=False)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
+        if self._board is not None:
+            self._board.event(kind, values)
 
     def events(self) -> list[dict[str, Any]]:
         """All events so far, oldest first."""
-        if not self.path.exists():
-            return []
-        events = []
-        for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
-            with contextlib.suppress(ValueError):  # a log that was edited by hand is no reason to fail
-                entry = json.loads(line)
-                if isinstance(entry, dict) and "event" in entry:
-                    events.append(entry)
-        return events
+        return read_events(self.path) if self.path.exists() else []
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The events in a log, oldest first. A line that is cut short or no event is left out."""
+    events = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        with contextlib.suppress(ValueError, RecursionError):  # a log edited by hand is no reason to fail
+            entry = json.loads(line)
+            if isinstance(entry, dict) and isinstance(entry.get("event"), str):
+                events.append(entry)
+    return events
+
+
+class Board:
+    """The same events for TensorBoard: a folder a stage, so that equal curves lie over each other.
+
+    What a kill lost is taken out of the curves when the stage starts again.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._writer: Any = None
+
+    def event(self, kind: str, values: dict[str, Any]) -> None:
+        stage, images = values.get("stage"), values.get("images")
+        if kind == "end" and self._writer is not None:
+            self._writer.close()
+        if stage is None or images is None:
+            return
+        if kind == "start":
+            if self._writer is not None:
+                self._writer.close()
+            # Points at the step itself are kept: it is that of the checkpoint.
+            self._writer = _summary_writer()(str(self.folder / stage), purge_step=images + 1)
+        elif self._writer is not None and kind in ("progress", "validation"):
+            for name, value in values.items():
+                if name == "bins":
+                    for k, of_bin in enumerate(value):
+                        self._add(f"{kind}/bin {k + 1} of {len(value)}", of_bin, images)
+                elif name not in ("stage", "images"):
+                    self._add(f"{kind}/{name}", value, images)
+        elif self._writer is not None and kind == "preview":
+            path = self.folder.parent / f"stage_{stage}" / "previews" / f"{images:012d}.png"
+            if path.is_file():
+                with Image.open(path) as image:
+                    self._writer.add_image(
+                        "preview", np.array(image.convert("RGB")), images, dataformats="HWC"
+                    )
+        if self._writer is not None:
+            self._writer.flush()
+
+    def _add(self, name: str, value: float | None, images: int) -> None:
+        if value is not None:
+            self._writer.add_scalar(name, value, images)
+
+
+def check_tensorboard() -> None:
+    """Raises ``UserError`` where TensorBoard is not installed."""
+    _summary_writer()
+
+
+def _summary_writer() -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(
+            "--tensorboard needs the package tensorboard, which is not installed; "
+            'pip install "wuerstchen[tensorboard]", or leave the option out: log.jsonl has it all'
+        ) from error
+    return SummaryWriter
 
 
 class Meter:
