@@ -308,12 +308,8 @@ def test_a_name_that_cannot_be_had_is_one_line(name, tmp_path):
     with pytest.raises(CheckpointError) as raised:
         local_folder(name or " ", cache_dir=tmp_path, local_files_only=True)
     assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 500
     assert "check the name and the network" in str(raised.value) or "OWNER/NAME" in str(raised.value)
-
-
-def test_a_very_long_name_is_no_path():
-    with pytest.raises(CheckpointError, match=r"x{199}' does not exist, and is no name on the hub"):
-        local_folder("x" * 5000)
 
 
 def test_without_a_network_the_reason_is_told(monkeypatch):
