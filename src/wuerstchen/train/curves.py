@@ -3,7 +3,7 @@
 import html
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 Point = tuple[float, float]
 
@@ -39,6 +39,7 @@ def chart(title: str, lines: Sequence[Line], starts: Sequence[float] = (), *, lo
     The y axis is logarithmic where ``log`` allows it and the values are positive and spread widely.
     ``starts`` are marked.
     """
+    lines = [replace(line, points=[p for p in line.points if _drawable(p)]) for line in lines]
     lines = [line for line in lines if len(line.points) > 1]
     if not lines:
         return ""
@@ -89,6 +90,11 @@ def chart(title: str, lines: Sequence[Line], starts: Sequence[float] = (), *, lo
         f'</figcaption><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">'
         f"{''.join(parts)}</svg>{_legend(lines)}</figure>"
     )
+
+
+def _drawable(point: Point) -> bool:
+    """Whether arithmetic on it neither overflows nor vanishes."""
+    return all(value == 0 or 1e-100 < abs(value) < 1e100 for value in point)
 
 
 def _legend(lines: Sequence[Line]) -> str:
@@ -147,7 +153,7 @@ def ticks(low: float, high: float) -> list[float]:
     power = 10 ** math.floor(math.log10(rough))
     step = next(s * power for s in (1, 2, 5, 10) if s * power >= rough * 0.999)
     first = math.ceil(low / step - 1e-9)
-    return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
+    return [float(k * step) for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def log_ticks(low: float, high: float) -> list[float]:

@@ -21,6 +21,7 @@ from PIL import Image
 
 from wuerstchen.data.emoji import write_whole
 from wuerstchen.errors import RunFolderError
+from wuerstchen.images import check_writable
 from wuerstchen.train import curves
 from wuerstchen.train.cost import (
     Cost,
@@ -115,6 +116,7 @@ def write_report(run_dir: Path, out: Path | None = None, tariff: Tariff | None =
     except OSError as error:
         raise RunFolderError(f"{log} cannot be read ({error.strerror}); change its permissions") from error
     page = out or run_dir / "report.html"
+    check_writable(page.parent)
     text = html_page(run_dir, events, tariff or tariff_of(events))
     write_whole(page, text.encode(errors="replace"))
     return page
@@ -145,6 +147,8 @@ def read_stages(events: Sequence[dict[str, Any]]) -> dict[str, _Stage]:
         name, images = event.get("stage"), number_in(event, "images")
         if not isinstance(name, str) or images is None or event["event"] == "rehearsed":
             continue
+        if not re.fullmatch(r"\w{1,20}", name):
+            continue  # it is part of a path
         stage = stages.setdefault(name, _Stage(name))
         when = number_in(event, "time") or 0.0
         if event["event"] == "start":
@@ -295,7 +299,7 @@ def _cost_cells(cost: Cost | None, tariff: Tariff) -> list[str]:
 
 
 def _stage_part(stage: _Stage, folder: Path) -> str:
-    starts = [start.images for start in stage.starts[1:]]
+    starts = [start.images for start in stage.starts[1:] if start.images < stage.total]
     values = stage.values
     losses = [key for key in values if key.startswith("loss_")]
     norms = sorted(key for key in values if key.startswith("gradient_"))
@@ -339,7 +343,7 @@ def _validation(stage: _Stage, starts: Sequence[float]) -> str:
 
 def _previews(folder: Path) -> str:
     try:
-        paths = sorted(p for p in (folder / "previews").glob("*.png") if p.stem.isdigit() and p.is_file())
+        paths = sorted(p for p in (folder / "previews").glob("*.png") if p.stem.isdecimal() and p.is_file())
     except OSError:
         return ""
     if len(paths) > _PREVIEWS:
