@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -307,6 +308,29 @@ def test_the_doctor_draws_and_tells(run, tmp_path, model_folder):
     code, out, err = run("doctor", "--model", "nobody/nothing", "--revision", "main")
     assert code == 2
     assert re.search(r"Error: 'nobody/nothing' is no folder here, and the hub gives none[^\n]+\n$", err)
+
+
+def test_the_doctor_passes_over_what_only_looks_like_weights(run, tmp_path, model_folder):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    (folder / "dangling.bin").symlink_to("nowhere")
+    (folder / "folder.safetensors").mkdir()
+    code, out, _ = run("doctor", "--model", folder)
+    assert code == 0
+    assert "dangling" not in out
+
+
+def test_what_the_system_refuses_is_one_line(run, model_folder, monkeypatch):
+    code, _, err = run("convert", model_folder, "x" * 300, "--layout", "native")
+    assert code == 2
+    assert re.fullmatch(r"Error: [^\n]*File name too long[^\n]*\n", err)
+
+    def locked(*_, **__):
+        raise PermissionError(13, "Permission denied", "secret/model.json")
+
+    monkeypatch.setattr("wuerstchen.checkpoints.layouts.layout_of", locked)
+    code, _, err = run("convert", model_folder, "out", "--layout", "native")
+    assert code == 2
+    assert re.fullmatch(r"Error: [^\n]*Permission denied: 'secret/model\.json'[^\n]*\n", err)
 
 
 def test_the_doctor_sees_a_model_that_overflows(run, model_folder, monkeypatch):

@@ -6,14 +6,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.torch import save_file
 
 import wuerstchen
 from wuerstchen.diffusion.samplers import ddpm, draw_noise
 from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, stage_c_timesteps, uniform_timesteps
 from wuerstchen.errors import UserError
-from wuerstchen.images import center_crop_resize, to_images, to_tensor
+from wuerstchen.images import center_crop_resize, open_image, to_images, to_tensor
 from wuerstchen.models.cascade import PUBLISHED_MAP, CascadeSettings, MapStatistics
 from wuerstchen.models.compressor import compressor_input
 from wuerstchen.models.text import PromptTooLongWarning
@@ -248,6 +248,36 @@ def test_strength_is_a_time(model, strength):
         model.generate("a cat", init=Image.new("RGB", (8, 8)), strength=strength)
 
 
+@pytest.mark.parametrize("mode", ["turned", "palette", "transparent", "grey of 16 bits"])
+def test_pictures_that_are_open_are_read_as_from_a_file(model, mode, tmp_path):
+    """A phone's photo upright; a palette's colours mixed in scaling; nothing visible that was transparent."""
+    image = Image.effect_noise((150, 130), 80).convert("RGB")
+    path = tmp_path / "picture.png"
+    if mode == "turned":
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = 6
+        image.save(path, exif=exif)
+    elif mode == "palette":
+        image.quantize(16).save(path)
+    elif mode == "transparent":
+        image.putalpha(Image.effect_noise(image.size, 90))
+        image.save(path)
+    else:
+        Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(path)
+    with Image.open(path) as is_open:
+        for draw in (
+            lambda picture: model.generate("", init=picture, strength=0.3)[0],
+            lambda picture: model.reconstruct(picture).original,
+        ):
+            assert np.array_equal(pixels([draw(is_open)]), pixels([draw(open_image(path))]))
+
+
+def test_numbers_of_numpy_are_numbers(model):
+    given = {"seed": np.int64(3), "size": np.int32(128), "count": np.int64(1), "strength": np.float32(0.5)}
+    assert np.array_equal(pixels(model.generate("a", **given)), pixels(model.generate("a", seed=3)))
+    assert model.generate("a", seed=[np.int64(3)], size=[np.int64(72), 128])[0].size == (72, 128)
+
+
 def test_without_a_compressor_there_is_nothing_to_begin_with(small_cascade):
     model = Wuerstchen(dataclasses.replace(small_cascade, compressor=None), torch.device("cpu"))
     with pytest.raises(UserError, match="no compressor, so it cannot encode"):
@@ -296,7 +326,20 @@ def test_long_prompts_are_cut_with_a_warning(model):
         ({"seed": -1}, "seed -1 must be from 0"),
         ({"seed": 2**32}, "must be from 0 to 4294967295"),
         ({"seed": 2**32 - 2, "count": 3}, "so must those of the pictures after it"),
+        ({"prompts": None}, "prompt None is no text"),
+        ({"prompts": ["a", 3]}, "prompt 3 is no text"),
+        ({"negative": None}, "prompt None is no text; give a string or a list of them, '' for none"),
+        ({"seed": 1.5}, "seed 1.5 is no whole number"),
+        ({"seed": "3"}, "seed '3' is no whole number"),
         ({"count": 0}, "count 0 draws nothing"),
+        ({"count": 2.0}, "count 2.0 draws nothing"),
+        ({"size": 128.0}, r"size 128.0 is no size; give \(width, height\)"),
+        ({"size": "128"}, "size '128' is no size"),
+        ({"size": (128,)}, r"size \(128,\) is no size"),
+        ({"size": (128, 128.0)}, "is no size"),
+        ({"init": "photo.jpg"}, "init is of <class 'str'>, but must be a PIL image"),
+        ({"init": Image.new("RGB", (0, 9))}, "init is 0×9 pixels, which is no picture"),
+        ({"strength": "0.5"}, "strength 0.5 must be above 0"),
         ({"batch_size": 0}, "batch_size 0 draws nothing"),
         (
             {"size": 100},

@@ -35,6 +35,7 @@ EXAMPLES = """examples:
   wuerstchen generate "a red car" --init photo.jpg --strength 0.7
   wuerstchen reconstruct photo.jpg
   wuerstchen data emoji data/emoji
+  wuerstchen data prepare photos prepared/photos --size 512
   wuerstchen train tiny --run-dir runs/tiny
   wuerstchen report runs/tiny
   wuerstchen evaluate runs/mini/model --data data/emoji --out evaluation
@@ -98,6 +99,9 @@ def _run(arguments: Sequence[str] | None) -> int:
         # Whoever read our output has gone, as ``| head`` does; what is left of it goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a locked folder, say, wherever it was met
+        print(f"Error: {error}; check its name, your rights to it, and the space there", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
@@ -172,6 +176,8 @@ def _parser() -> argparse.ArgumentParser:
     emoji.set_defaults(run=_data_emoji)
     emoji.add_argument("out", type=Path, metavar="OUT")
 
+    _add_prepare(kinds)
+
     evaluate = commands.add_parser(
         "evaluate",
         help="score a model on held-out pictures and composed prompts",
@@ -234,6 +240,69 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", type=Path, metavar="FILE", help="the page (RUN/report.html)")
     _add_tariff_options(report)
     return parser
+
+
+def _add_prepare(kinds: "argparse._SubParsersAction[_Parser]") -> None:
+    prepare = kinds.add_parser(
+        "prepare",
+        help="maps and texts of your pictures, made once for Stage C; goes on after any stop",
+        description="Stores the compressor's map of every picture, and its caption, in the new folder OUT. "
+        "Several processes share the work: torchrun --nproc-per-node 8 -m wuerstchen data prepare SRC OUT",
+    )
+    prepare.set_defaults(run=_data_prepare)
+    prepare.add_argument(
+        "source",
+        metavar="SRC",
+        help="folder of images, of .tar shards or of .parquet files, a "
+        "pattern of them in quotes, or a name on the hub",
+    )
+    prepare.add_argument("out", type=Path, metavar="OUT", help="new folder")
+    prepare.add_argument(
+        "--format", choices=("folder", "webdataset", "parquet", "hub"), help="of SRC, if unclear"
+    )
+    prepare.add_argument("--split", default="train", help="of a data set on the hub (train)")
+    prepare.add_argument("--image-column", metavar="NAME", help="of parquet files and the hub")
+    prepare.add_argument("--text-column", metavar="NAME", help="likewise")
+    prepare.add_argument(
+        "--model", help="whose compressor and text encoder are used (the model in the package)"
+    )
+    prepare.add_argument("--text-encoder", metavar="SRC", help="for .pt files, which hold none")
+    prepare.add_argument("--revision", help="of a model on the hub")
+    prepare.add_argument("--size", type=int, help="a picture gets about SIZE x SIZE pixels (the model's own)")
+    prepare.add_argument(
+        "--max-ratio",
+        type=float,
+        default=2.0,
+        help="longest to shortest side of a bucket (2); 1 makes all pictures square",
+    )
+    prepare.add_argument(
+        "--crop", choices=("centre", "random", "saliency"), default="centre", help="(centre)"
+    )
+    prepare.add_argument("--crops", type=int, default=1, help="stored of each picture (1)")
+    prepare.add_argument("--min-size", type=int, help="least shorter side of the original, in pixels")
+    prepare.add_argument("--max-size", type=int, help="greatest longer side")
+    prepare.add_argument("--max-aspect", type=float, help="greatest longer over shorter side")
+    prepare.add_argument("--max-watermark", type=float, help="greatest pwatermark; the original took 0.5")
+    prepare.add_argument("--min-aesthetic", type=float, help="least aesthetic score; the original took 5")
+    prepare.add_argument("--max-unsafe", type=float, help="greatest punsafe; the original took 0.99")
+    prepare.add_argument("--strict", action="store_true", help="drop what lacks a score that is asked for")
+    prepare.add_argument(
+        "--text-states", choices=("none", "fp16", "int8"), default="none", help="stored (none)"
+    )
+    prepare.add_argument(
+        "--text-positions",
+        choices=("all", "real"),
+        help="whether states of padding are stored; "
+        "all for models that attend to it, as the published ones (as the model does)",
+    )
+    prepare.add_argument("--seed", type=int, default=0, help="of the crops (0)")
+    prepare.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="(float32)")
+    prepare.add_argument("--batch-size", type=int, default=32, help="pictures at a time (32)")
+    prepare.add_argument("--shard-size", type=int, default=1024, help="images in a file (1024)")
+    prepare.add_argument("--workers", type=int, default=8, help="threads that decode pictures (8)")
+    prepare.add_argument(
+        "--device", help="cpu, cuda or mps (a GPU if there is one; its own for each process)"
+    )
 
 
 def _add_tariff_options(parser: argparse.ArgumentParser) -> None:
@@ -493,6 +562,48 @@ def _data_emoji(options: argparse.Namespace) -> int:
     return 0
 
 
+def _data_prepare(options: argparse.Namespace) -> int:
+    from wuerstchen.data.filters import Filters
+    from wuerstchen.data.prepare import PrepareConfig, Processes, prepare, read_networks, summary
+    from wuerstchen.data.readers import open_reader
+    from wuerstchen.pipeline import BUNDLED, default_device
+
+    def chosen(kind: type) -> dict[str, object]:
+        names = {field.name for field in dataclasses.fields(kind)}
+        return {name: value for name, value in vars(options).items() if name in names}
+
+    config = PrepareConfig(**{**chosen(PrepareConfig), "filters": Filters(**chosen(Filters))})
+    processes = Processes.from_environment()
+    device = default_device(options.device)
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        device = default_device(f"cuda:{os.environ['LOCAL_RANK']}")
+    reader = open_reader(
+        options.source,
+        format=options.format,
+        split=options.split,
+        image_column=options.image_column,
+        text_column=options.text_column,
+    )
+    networks = read_networks(
+        options.model or BUNDLED, text_encoder=options.text_encoder, revision=options.revision
+    )
+    description = prepare(
+        reader,
+        options.out,
+        networks,
+        config,
+        source=options.source,
+        device=device,
+        workers=options.workers,
+        processes=processes,
+        announce=lambda line: print(line, file=sys.stderr),
+    )
+    if description is not None:
+        for line in summary(description):
+            print(line)
+    return 0
+
+
 def _evaluate(options: argparse.Namespace) -> int:
     from wuerstchen.images import check_writable
 
@@ -558,7 +669,10 @@ def _train(options: argparse.Namespace) -> int:
     tariff = _tariff(options) or Tariff()
     watch = Watch(tariff=tariff, tensorboard=options.tensorboard, rehearses=not options.no_rehearsal)
     run_dir = options.run_dir or Path("runs") / recipe.name
-    print(f"Recipe {recipe.name} in {run_dir}. {' '.join((RECIPES[options.recipe].__doc__ or '').split())}")
+    leads = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
+    if leads:
+        said = " ".join((RECIPES[options.recipe].__doc__ or "").split())
+        print(f"Recipe {recipe.name} in {run_dir}. {said}")
     try:
         model = train(
             recipe,
@@ -570,7 +684,8 @@ def _train(options: argparse.Namespace) -> int:
     except Interrupted as stopped:
         print(f"{stopped}; a checkpoint is saved: start the same command again to go on", file=sys.stderr)
         return 130
-    print(f"{model}: draw with wuerstchen generate --model {model} ...")
+    if leads:
+        print(f"{model}: draw with wuerstchen generate --model {model} ...")
     return 0
 
 

@@ -6,6 +6,7 @@ Importing this loads neither torch nor numpy: the command line does it early.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import secrets
@@ -48,15 +49,27 @@ def open_image(path: Path | str) -> Image.Image:
     what is missing, empty, damaged, cut off, no picture, or larger than ``MAX_PIXELS`` (told from the header,
     before anything is decoded), and for EPS, whose decoder is a program run on the file.
     """
-    with _pillow_errors(path):
-        with Image.open(path) as image:
+    _check_file(path)
+    return _decoded(path, path)
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """The same for the bytes of a picture file; messages call it ``name``."""
+    if not data:
+        raise _bad_image(name, "it is empty", "fetch it again or leave it out")
+    return _decoded(io.BytesIO(data), name)
+
+
+def _decoded(file: Path | str | io.BytesIO, name: Path | str) -> Image.Image:
+    with _pillow_errors(name):
+        with Image.open(file) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             if image.format == "EPS":
-                raise _bad_image(path, "EPS is a program to run and no picture", "save it as PNG or JPEG")
+                raise _bad_image(name, "EPS is a program to run and no picture", "save it as PNG or JPEG")
             image.load()
             upright = _turned_upright(image)
-        picture = to_rgb(upright, f"image {str(path)!r}")
+        picture = to_rgb(upright, f"image {str(name)!r}")
     picture.info = {}  # the source's own profile, EXIF and text must not end up in what is saved from it
     return picture
 
@@ -78,6 +91,18 @@ def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
     return image.convert("RGB")
 
 
+def upright_rgb(image: Any, name: str = "image") -> Image.Image:
+    """What ``open_image`` makes of a file, of a picture that is open: RGB, 8 bits, upright, on white.
+
+    Raises ``UserError`` for what is no picture or has no pixels.
+    """
+    if not isinstance(image, Image.Image):
+        raise UserError(f"{name} is of {type(image)}, but must be a PIL image; PIL.Image.open gives one")
+    if 0 in image.size:
+        raise UserError(f"{name} is {image.width}×{image.height} pixels, which is no picture; give another")
+    return to_rgb(_turned_upright(image), name)
+
+
 def center_crop_resize(image: Image.Image, size: int) -> Image.Image:
     """Scale the largest centred square to ``size`` × ``size``."""
     return resize_crop(image, size, size)
@@ -95,13 +120,22 @@ def resize_crop(
         raise UserError(
             f"size {width}×{height} is wrong because a side must be at least 1; choose a larger one"
         )
-    scale = max(width / image.width, height / image.height)
-    crop_width = min(width / scale, image.width)
-    crop_height = min(height / scale, image.height)
     along, down = (0.5, 0.5) if rng is None else (rng.random(), rng.random())
-    left, top = along * (image.width - crop_width), down * (image.height - crop_height)
-    box = (left, top, min(left + crop_width, image.width), min(top + crop_height, image.height))
+    box = crop_box(image.size, width, height, along, down)
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+
+
+def crop_box(
+    size: tuple[int, int], width: int, height: int, along: float = 0.5, down: float = 0.5
+) -> tuple[float, float, float, float]:
+    """The largest window of the aspect ``width``:``height`` in a picture: left, top, right, bottom in pixels.
+
+    ``along`` and ``down`` place it, from 0 (left, top) to 1; one of the two has no room to act.
+    """
+    scale = max(width / size[0], height / size[1])
+    crop_width, crop_height = min(width / scale, size[0]), min(height / scale, size[1])
+    left, top = along * (size[0] - crop_width), down * (size[1] - crop_height)
+    return left, top, min(left + crop_width, size[0]), min(top + crop_height, size[1])
 
 
 def to_tensor(image: Image.Image) -> Float[Tensor, "3 h w"]:
@@ -210,6 +244,7 @@ def save_png(image: Image.Image, path: Path | str, settings: Mapping[str, Any]) 
 
 def read_settings(path: Path | str) -> dict[str, Any]:
     """The settings that ``save_png`` wrote. Raises ``DataError`` if ``path`` is no PNG or holds none."""
+    _check_file(path)
     with _pillow_errors(path), Image.open(path, formats=["PNG"]) as image:
         text = image.info.get(_SETTINGS_KEY)
     if text is None:
@@ -223,9 +258,8 @@ def read_settings(path: Path | str) -> dict[str, Any]:
     return settings
 
 
-@contextlib.contextmanager
-def _pillow_errors(path: Path | str) -> Iterator[None]:
-    """Check that ``path`` is a file that is not empty, and turn all that Pillow raises into ``DataError``."""
+def _check_file(path: Path | str) -> None:
+    """Raises ``DataError`` unless ``path`` is a file that is not empty."""
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:
@@ -237,6 +271,11 @@ def _pillow_errors(path: Path | str) -> Iterator[None]:
         raise _bad_image(path, "it is not a regular file", "give the path of an image")
     if status.st_size == 0:
         raise _bad_image(path, "it is empty", "fetch it again or leave it out")
+
+
+@contextlib.contextmanager
+def _pillow_errors(path: Path | str) -> Iterator[None]:
+    """Turns all that Pillow raises into ``DataError``."""
     try:
         with warnings.catch_warnings():
             # Of size we judge ourselves; the rest is about metadata that is not used.

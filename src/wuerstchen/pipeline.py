@@ -10,8 +10,9 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args, no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from wuerstchen.diffusion.samplers import PredictNoise, ddpm, draw_noise, guided
 from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, stage_c_timesteps, uniform_timesteps
 from wuerstchen.diffusion.tokens import draw_tokens, sample_tokens
 from wuerstchen.errors import UserError, out_of_memory_named
-from wuerstchen.images import center_crop_resize, resize_crop, to_images, to_tensor
+from wuerstchen.images import center_crop_resize, resize_crop, to_images, to_tensor, upright_rgb
 from wuerstchen.lora import load_lora, lora_names, set_lora, unload_lora
 from wuerstchen.memory import AllOnDevice, Blockwise, OneAtATime, tiled_decode
 from wuerstchen.models.cascade import Cascade
@@ -153,6 +154,7 @@ class Wuerstchen:
             if low_memory is None:
                 network.to(device)
 
+    @no_type_check  # what is wrong is refused below, in words that say what to do
     @torch.inference_mode()
     def generate(
         self,
@@ -178,19 +180,20 @@ class Wuerstchen:
         values keep its layout, 1 keeps nothing. The empty prompt then gives variations of it. The picture is
         scaled and cropped to the size. Raises ``UserError`` for what cannot be drawn.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        prompts = _checked_texts(prompts)
+        _checked_texts([negative])
         sampling = self._resolved(sampling or Sampling())
         width, height = self._checked_size(size)
         canvas = self.cascade.settings.canvas(width, height)
         seeds = _checked_request(prompts, seed, count, batch_size)
-        if not 0 < strength <= 1:
+        if not isinstance(strength, Real) or not 0 < strength <= 1:
             raise UserError(f"strength {strength} must be above 0 and at most 1; 0.7 is common")
         prior, text_encoder = self.cascade.prior, self.cascade.text_encoder
         if prior is None or text_encoder is None:
             raise UserError("this model has no Stage C or no text encoder; it reconstructs, but cannot draw")
         begin = None
         if init is not None:
-            pixels = to_tensor(resize_crop(init, width, height))[None]
+            pixels = to_tensor(resize_crop(upright_rgb(init, "init"), width, height))[None]
             z = self.encode(self._compressor(), _on_canvas(pixels, canvas))
             begin = self.cascade.settings.map_statistics.normalise(z)
 
@@ -210,7 +213,7 @@ class Wuerstchen:
                     generators,
                     progress,
                     begin,
-                    strength,
+                    float(strength),
                 )
                 pixels = self._draw(z, batch, canvas, sampling, generators, progress)
                 images += to_images(_cut(pixels, (width, height)))
@@ -248,7 +251,7 @@ class Wuerstchen:
         side, _ = self._checked_size(size)
         canvas = self.cascade.settings.canvas(side, side)
         generators = _generators(_checked_request([""] * len(images), seeds, 1, len(images)))
-        originals = [center_crop_resize(image, side) for image in images]
+        originals = [center_crop_resize(upright_rgb(image), side) for image in images]
         with out_of_memory_named(f"batch_size={len(images)} at {side}x{side} pixels"):
             pixels = torch.stack([to_tensor(original) for original in originals])
             z = self.encode(compressor, _on_canvas(pixels, canvas))
@@ -416,12 +419,18 @@ class Wuerstchen:
             ),
         )
 
-    def _checked_size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
+    def _checked_size(self, size: Any) -> tuple[int, int]:
         settings = self.cascade.settings
         if size is None:
             size = settings.image_size
-        width, height = (size, size) if isinstance(size, int) else size
-        return width, height
+        sides = [size, size] if isinstance(size, Integral) else size
+        if (
+            not isinstance(sides, list | tuple)
+            or len(sides) != 2
+            or not all(isinstance(side, Integral) for side in sides)
+        ):
+            raise UserError(f"size {size!r} is no size; give (width, height) in pixels, or one whole number")
+        return int(sides[0]), int(sides[1])
 
 
 def _dtype(network: nn.Module) -> torch.dtype:
@@ -458,8 +467,19 @@ def _cut(pixels: Float[Tensor, "b 3 h2 w2"], size: tuple[int, int]) -> Float[Ten
     return pixels[:, :, top : top + size[1], left : left + size[0]]
 
 
-def check_seed(seed: int, pictures: int) -> None:
+def _checked_texts(prompts: Any) -> list[str]:
+    one = isinstance(prompts, str) or not isinstance(prompts, Sequence)
+    texts = [prompts] if one else list(prompts)
+    for text in texts:
+        if not isinstance(text, str):
+            raise UserError(f"prompt {text!r} is no text; give a string or a list of them, '' for none")
+    return texts
+
+
+def check_seed(seed: Any, pictures: int) -> None:
     """Raises ``UserError`` unless ``seed`` and those of the pictures after it can be used."""
+    if not isinstance(seed, Integral):
+        raise UserError(f"seed {seed!r} is no whole number; use one, or a list with one for each picture")
     if not 0 <= seed <= MAX_SEED - pictures + 1:
         raise UserError(
             f"seed {seed} must be from 0 to {MAX_SEED}, and so must those of the pictures after it; "
@@ -467,25 +487,22 @@ def check_seed(seed: int, pictures: int) -> None:
         )
 
 
-def _checked_request(
-    prompts: list[str], seed: int | Sequence[int], count: int, batch_size: int
-) -> Sequence[int]:
+def _checked_request(prompts: list[str], seed: Any, count: Any, batch_size: Any) -> Sequence[int]:
     """The seed of each picture. Raises ``UserError`` for what asks for no picture or an impossible one."""
     if not prompts:
         raise UserError("no prompt was given, so there is nothing to draw; give at least one")
-    if count < 1:
-        raise UserError(f"count {count} draws nothing; use at least 1")
-    if batch_size < 1:
-        raise UserError(f"batch_size {batch_size} draws nothing; use at least 1")
-    pictures = count * len(prompts)
-    if isinstance(seed, int):
+    for name, value in (("count", count), ("batch_size", batch_size)):
+        if not isinstance(value, Integral) or value < 1:
+            raise UserError(f"{name} {value} draws nothing; use a whole number of at least 1")
+    pictures = int(count) * len(prompts)
+    if not isinstance(seed, Sequence):
         check_seed(seed, pictures)
         return range(seed, seed + pictures)
     if len(seed) != pictures:
         raise UserError(f"{len(seed)} seeds do not fit {pictures} pictures; give one for each, or one number")
     for one in seed:
         check_seed(one, 1)
-    return seed
+    return [int(one) for one in seed]
 
 
 def _generators(seeds: Sequence[int]) -> list[torch.Generator]:

@@ -167,6 +167,10 @@ INDEX = {
     "a part left empty": ({"vqgan": [None, None]}, r"vqgan is of class \[None, None\]"),
     "a part too many": ({"unet": ["diffusers", "UNet2DModel"]}, "has no 'unet'"),
     "a number that is none": ({"latent_dim_scale": "10.67"}, "latent_dim_scale is '10.67', no number"),
+    "larger than any number": ({"latent_dim_scale": 10**400}, "latent_dim_scale is 10000"),
+    "a library that is no text": ({"vqgan": [["diffusers"], "PaellaVQModel"]}, "vqgan is of class"),
+    "a pipeline that is no text": ({"_class_name": ["WuerstchenDecoderPipeline"]}, "none of"),
+    "a very long class": ({"_class_name": "x" * 10**6}, "x{79}…, none of"),
     "infinite": ({"latent_dim_scale": float("inf")}, "latent_dim_scale is inf, no number"),
 }
 
@@ -174,8 +178,9 @@ INDEX = {
 @pytest.mark.parametrize(("changes", "message"), INDEX.values(), ids=INDEX)
 def test_an_index_that_is_nearly_right_is_refused(copy, changes, message):
     edit(copy / "model_index.json", **changes)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=message) as raised:
         read_decoder_folder(copy)
+    assert len(str(raised.value)) < 1000
 
 
 CONFIGS = {
@@ -194,6 +199,22 @@ CONFIGS = {
     "unknown blocks": ("decoder", {"level_config": ["CT", "XTA", "CTA", "CTA"]}, "'XTA'"),
     "an unknown field": ("decoder", {"block_repeat": [1]}, "no field 'block_repeat'"),
     "our own field": ("decoder", {"prediction": "velocity"}, "no field 'prediction'"),
+    "what is computed, no field": ("vqgan", {"factor": 4}, "no field 'factor'"),
+    "negative channels": ("vqgan", {"latent_channels": -1}, "latent_channels=-1 must be at least 1"),
+    "no codes": ("vqgan", {"num_vq_embeddings": 0}, "num_vq_embeddings=0 must be at least 1"),
+    "a scale of nothing": ("vqgan", {"scale_factor": 0.0}, "scale_factor=0.0 must be a finite number"),
+    "endless blocks": ("decoder", {"level_config": ["C" * 10**6, "CTA", "CTA", "CTA"]}, "over 1000"),
+    "too many blocks": ("decoder", {"blocks": [512] * 4}, "over 1000"),
+    "negative text": ("decoder", {"clip_embd": -1}, "clip_embd=-1 must be at least 1"),
+    "no frequencies": ("decoder", {"c_r": -1}, "c_r=-1 leaves no frequencies"),
+    "more than can be counted": ("decoder", {"patch_size": 512, "c_in": 2**24}, "by its configuration"),
+    "sizes that overflow": (
+        "decoder",
+        {"patch_size": 512, "c_in": 2**24, "c_hidden": [2**24] * 4, "nhead": [-1, 1, 1, 1]},
+        "it makes no network",
+    ),
+    "all of it dropped": ("prior_pipeline/prior", {"dropout": 5.0}, "it makes no network"),
+    "an epsilon beyond numbers": ("text_encoder", {"layer_norm_eps": 10**400}, "layer_norm_eps is 1000"),
     "another class": ("decoder", {"_class_name": "StableCascadeUNet"}, "'StableCascadeUNet'"),
     "another text model": ("text_encoder", {"model_type": "t5"}, "model_type is 't5'"),
     "absurd text model": ("text_encoder", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
@@ -284,10 +305,13 @@ LINES = {
     "warp-ai/wuerstchen-prior": True,
     "prior_pipeline": True,
     "warp-ai/../prior": False,
+    "x" * 10_000: False,
+    "x" * 5000 + "/y": True,
+    '"a\\0b"': False,
 }
 
 
-@pytest.mark.parametrize(("line", "allowed"), LINES.items(), ids=LINES)
+@pytest.mark.parametrize(("line", "allowed"), LINES.items(), ids=range(len(LINES)))
 def test_the_prior_line_names_a_folder_inside_or_a_hub_name(copy, line, allowed):
     (copy.parent / "prior_pipeline").mkdir()
     (copy / "README.md").write_text(f"---\nprior:\n- {line}\n---\n")
@@ -303,6 +327,21 @@ def test_a_link_out_of_the_folder_is_no_folder_inside(copy, tmp_path):
     (copy / "sly").symlink_to(tmp_path / "elsewhere")
     (copy / "README.md").write_text("---\nprior:\n- sly\n---\n")
     with pytest.raises(CheckpointError, match="neither a folder inside it nor"):
+        linked_prior(copy)
+
+
+def test_a_link_to_itself_is_no_folder(copy):
+    (copy / "loop").symlink_to("loop")
+    (copy / "README.md").write_text("---\nprior: loop\n---\n")
+    with pytest.raises(CheckpointError, match="neither a folder inside it nor"):
+        linked_prior(copy)
+
+
+def test_a_line_of_endless_length_is_not_written_out(copy):
+    """Ten lines of YAML stand for a list of 10**10 words."""
+    lines = ["a0: &a0 [x]", *(f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 11))]
+    (copy / "README.md").write_text("\n".join(["---", *lines, "prior: *a10", "---"]))
+    with pytest.raises(CheckpointError, match="names no text"):
         linked_prior(copy)
 
 
@@ -332,3 +371,44 @@ def test_more_tokens_than_the_text_encoder_knows_are_refused(copy):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"one": 600, "more": 601}))
     with pytest.raises(CheckpointError, match="tokens and the text encoder knows"):
         read_decoder_folder(copy)
+
+
+def test_a_token_past_the_end_is_refused_however_few_there_are(copy):
+    path = copy / "tokenizer" / "vocab.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"b</w>": 10**6}))
+    with pytest.raises(CheckpointError, match="1000001 tokens and the text encoder knows"):
+        read_decoder_folder(copy)
+
+
+@pytest.mark.parametrize("length", ["77", 0, -5, [1], True])
+def test_a_length_that_is_none_is_refused(copy, length):
+    edit(copy / "tokenizer" / "tokenizer_config.json", model_max_length=length)
+    with pytest.raises(CheckpointError, match=r"model_max_length of .*, no number from 3"):
+        read_decoder_folder(copy)
+
+
+def test_a_length_may_be_a_fraction_or_beyond_the_model(copy):
+    for length, positions in ((4.5, 4), (1e30, 12)):
+        edit(copy / "tokenizer" / "tokenizer_config.json", model_max_length=length)
+        parts = read_decoder_folder(copy)
+        assert parts.tokenizer.model_max_length == positions
+        encoder = TextEncoder.from_transformers(parts.text_encoder, parts.tokenizer)
+        assert encoder.encode(["a"]).states.shape[1] == positions
+
+
+def test_a_tokenizer_that_cannot_read_a_letter_is_refused(write_published, tmp_path):
+    root = write_published(tmp_path, 2026)
+    path = root / "tokenizer" / "tokenizer.json"
+    words = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model": words}))
+    with pytest.raises(CheckpointError, match="is no CLIP tokenizer"):
+        read_decoder_folder(root)
+
+
+def test_names_of_code_in_a_folder_are_passed_over(copy, published):
+    """They would name Python files to run, or kernels to fetch."""
+    evil = {"auto_map": {"AutoModel": "evil.Evil", "AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    edit(copy / "tokenizer" / "tokenizer_config.json", **evil, tokenizer_class="Evil", vocab_file="evil")
+    edit(copy / "text_encoder" / "config.json", **evil, _attn_implementation="evil/kernel")
+    (copy / "tokenizer" / "evil.py").write_text("raise SystemExit")
+    assert_equal(read_decoder_folder(copy).text_encoder, read_decoder_folder(published).text_encoder)

@@ -1,12 +1,14 @@
 """Every layout reads as the same model, and what a layout cannot hold is refused."""
 
 import dataclasses
+import os
 import shutil
 
 import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from transformers import CLIPTokenizer
 
 from wuerstchen.checkpoints import hub
 from wuerstchen.checkpoints.diffusers import read_decoder_folder, read_prior_folder, write_prior_folder
@@ -133,6 +135,71 @@ def test_the_original_without_a_known_text_encoder_says_so(tmp_path):
         read_model(tmp_path / "original")
 
 
+@pytest.fixture
+def native(tmp_path):
+    whence = Provenance(recipe="test", seed=0, images=0, data="")
+    write_cascade(v2(), tmp_path / "native", dict.fromkeys(v2().networks(), whence))
+    return tmp_path / "native"
+
+
+def test_the_originals_files_can_be_stored_in_half(native, tmp_path):
+    convert(native, tmp_path / "half", "original", storage="float16")
+    for path in (tmp_path / "half").iterdir():
+        for state in torch.load(path).values():
+            assert {t.dtype for t in state.values() if t.is_floating_point()} == {torch.float16}
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("layout", ["original", "native"])
+def test_what_is_stopped_halfway_leaves_nothing(native, tmp_path, monkeypatch, layout, stop):
+    replaced = []
+
+    def replace(*paths):
+        if len(replaced) == 1:
+            raise stop
+        replaced.append(paths)
+        os.rename(*paths)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises((KeyboardInterrupt, CheckpointError)):
+        convert(native, tmp_path / "out", layout)
+    assert len(replaced) == 1
+    assert list(tmp_path.iterdir()) == [native]
+
+
+def test_a_target_that_is_there_is_noticed_before_anything_is_read(native, tmp_path):
+    (tmp_path / "link").symlink_to("nowhere")
+    for target in (native, tmp_path / "link"):
+        for layout in ("original", "native"):
+            with pytest.raises(CheckpointError, match="exists already"):
+                convert("nobody/nothing", target, layout)
+
+
+def test_a_decoder_is_not_left_with_a_text_encoder_that_does_not_fit(published, tmp_path):
+    with pytest.raises(UserError, match="text encoder has 16 text states and the decoder wants 12"):
+        convert(published, tmp_path / "out", "native", leave_out=["decoder_text_encoder"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_sources_that_would_not_be_used_are_refused(published, native, tmp_path):
+    convert(native, tmp_path / "original", "original")
+    with pytest.raises(UserError, match="take no prior from elsewhere"):
+        read_model(tmp_path / "original", Sources(prior=published / "prior_pipeline"))
+    for sources in (Sources(text_encoder=published), Sources(decoder_text_encoder=published)):
+        with pytest.raises(UserError, match="has text encoders of its own"):
+            read_model(published, sources)
+
+
+def test_a_full_disk_is_told_in_one_line_whatever_is_written(published, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise Exception("No space left on device")  # as the tokenizers library does
+
+    monkeypatch.setattr(CLIPTokenizer, "save_pretrained", full)
+    with pytest.raises(CheckpointError, match=r"cannot be written \(No space left on device\)"):
+        convert(published, tmp_path / "out", "diffusers")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_prior_can_come_from_elsewhere(published, tmp_path):
     other = read_prior_folder(published / "prior_pipeline")
     with torch.no_grad():
@@ -234,11 +301,14 @@ def test_a_name_on_the_hub_is_found_in_its_cache_and_names_its_prior(cache, publ
     assert local_folder("warp-ai/wuerstchen", cache_dir=cache, local_files_only=True).is_relative_to(cache)
 
 
-@pytest.mark.parametrize("name", ["warp-ai/nothing", "no-owner", "../up/there", "a/b/c", "", "https://a/b"])
+@pytest.mark.parametrize(
+    "name", ["warp-ai/nothing", "no-owner", "../up/there", "a/b/c", "", "https://a/b", "x" * 5000]
+)
 def test_a_name_that_cannot_be_had_is_one_line(name, tmp_path):
     with pytest.raises(CheckpointError) as raised:
         local_folder(name or " ", cache_dir=tmp_path, local_files_only=True)
     assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 500
     assert "check the name and the network" in str(raised.value) or "OWNER/NAME" in str(raised.value)
 
 

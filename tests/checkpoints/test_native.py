@@ -19,7 +19,7 @@ from wuerstchen.checkpoints.native import (
     write_network,
     write_tensors,
 )
-from wuerstchen.errors import CheckpointError
+from wuerstchen.errors import CheckpointError, UserError
 from wuerstchen.models.prior import Prior, PriorConfig
 
 PROVENANCE = Provenance(recipe="r", seed=7, images=99, data="abc")
@@ -123,6 +123,17 @@ def foreign(path: Path) -> None:
     save_file({"x": torch.ones(2)}, path)
 
 
+def complex_numbers(path: Path) -> None:
+    tensors, header = read_tensors(path)
+    write_tensors({name: t.to(torch.complex64) for name, t in tensors.items()}, path, header)
+
+
+def endless(path: Path) -> None:
+    tensors, header = read_tensors(path)
+    header["config"]["depth"] = 10**9
+    write_tensors(tensors, path, header)
+
+
 def other_network(path: Path) -> None:
     shutil.copy(path.with_name("vqgan.safetensors"), path)
 
@@ -156,6 +167,8 @@ def unknown_field(path: Path) -> None:
         (without_a_tensor, "does not hold what its header says"),
         (wrong_shape, "does not hold what its header says"),
         (unknown_field, "flux_capacitor"),
+        (complex_numbers, "is torch.complex64"),
+        (endless, "depth=1000000000 is over"),
     ],
 )
 def test_damaged_and_foreign_files_are_refused(damage, message, copy):
@@ -168,8 +181,9 @@ def test_damaged_and_foreign_files_are_refused(damage, message, copy):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is no description of a model"),
-        ("[]", "is no description of a model"),
+        ("{", "cannot be read"),
+        ("[" * 10**5, "cannot be read"),
+        ("[]", "holds no JSON object"),
         ('{"format": 1}', "is no description of a model"),
         ('{"format": "x"}', "format 'x', which is no number"),
         ('{"format": 9}', "upgrade"),
@@ -182,7 +196,19 @@ def test_damaged_descriptions_are_refused(content, message, copy):
 
 
 @pytest.mark.parametrize(
-    "change", [{"image_size": 0}, {"image_size": "abc"}, {"prior_guidance": None}, {"view_scale": "x"}]
+    "change",
+    [
+        {"image_size": 0},
+        {"image_size": "abc"},
+        {"image_size": 2**70},
+        {"prior_guidance": None},
+        {"prior_guidance": 10**400},
+        {"view_scale": "x"},
+        {"view_scale": 0.0},
+        {"view_scale": -1.0},
+        {"text_mask": "yes"},
+        {"map_statistics": {"mean": [10**400], "std": [1]}},
+    ],
 )
 def test_settings_of_the_wrong_kind_are_refused(change, copy):
     description = json.loads((copy / "model.json").read_text())
@@ -190,6 +216,31 @@ def test_settings_of_the_wrong_kind_are_refused(change, copy):
     (copy / "model.json").write_text(json.dumps(description))
     with pytest.raises(CheckpointError, match=r"model\.json is no description of a model"):
         read_cascade(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size_multiple": 7}, "size_multiple=7 is no multiple of 16"),
+        ({"map_statistics": {"mean": [0.0] * 3, "std": [1.0] * 3}}, "map_statistics has 3 channels"),
+    ],
+)
+def test_settings_that_do_not_fit_the_networks_are_refused(change, message, copy):
+    description = json.loads((copy / "model.json").read_text())
+    description["settings"] |= change
+    (copy / "model.json").write_text(json.dumps(description))
+    with pytest.raises(UserError, match=message):
+        read_cascade(copy)
+
+
+def test_how_attention_is_computed_is_not_for_a_model_to_say(copy):
+    """transformers would fetch and run a kernel of that name."""
+    path = copy / "text_encoder" / "config.json"
+    evil = {"attn_implementation": "evil/kernel", "auto_map": {"AutoModel": "evil.E"}, "return_dict": False}
+    path.write_text(json.dumps(json.loads(path.read_text()) | evil | {"chunk_size_feed_forward": 3}))
+    encoder = read_cascade(copy).text_encoder
+    assert encoder.model.config._attn_implementation == "sdpa"
+    assert encoder.encode(["a"]).states.shape == (1, 32, 384)
 
 
 def test_a_pipe_in_place_of_a_file_does_not_hang(copy):
@@ -207,6 +258,9 @@ def test_unknown_parts_missing_parts_and_bad_numbers_are_refused(copy):
 
     write(parts=[*description["parts"], "telepathy"])
     with pytest.raises(CheckpointError, match="unknown part 'telepathy'"):
+        read_cascade(copy)
+    write(parts=[["vqgan"], "decoder"])
+    with pytest.raises(CheckpointError, match=r"unknown part \"\['vqgan'\]\""):
         read_cascade(copy)
     write(parts=["prior"])
     with pytest.raises(CheckpointError, match="lacks decoder, vqgan"):

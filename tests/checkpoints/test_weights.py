@@ -170,7 +170,17 @@ def test_pickles_of_paddle_are_not_opened(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "place",
-    ["../outside.safetensors", "sub/inside.safetensors", "model.pt", ".", "", 3, None, ["m.safetensors"]],
+    [
+        "../outside.safetensors",
+        "sub/inside.safetensors",
+        "model.pt",
+        ".",
+        "",
+        3,
+        None,
+        ["m.safetensors"],
+        "two\nlines.safetensors",
+    ],
 )
 def test_shards_lie_beside_their_index(place: object, tmp_path: Path) -> None:
     folder = tmp_path / "model"
@@ -199,6 +209,13 @@ def test_a_lost_shard(tmp_path: Path) -> None:
         StoredTensors.in_folder(tmp_path, ["model"])
 
 
+def test_a_shard_of_a_very_long_name(tmp_path: Path) -> None:
+    places = {"weight_map": {"weight": "x" * 5000 + ".safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(places))
+    with pytest.raises(CheckpointError, match="there is no such file"):
+        StoredTensors.in_folder(tmp_path, ["model"])
+
+
 def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
     write_shards(tmp_path)
     save(STATE, tmp_path / "model-2.safetensors")
@@ -218,6 +235,14 @@ def test_json_that_cannot_be_read(content: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"config\.json is wrong because it cannot be read"):
         read_json(tmp_path / "config.json")
+
+
+def test_json_of_absurd_size_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text("{}")
+    os.truncate(path, 2**31)  # a hole, which takes no space
+    with pytest.raises(CheckpointError, match="has more than 64 MB"):
+        read_json(path)
 
 
 def test_json_that_is_no_object(tmp_path: Path) -> None:
@@ -374,7 +399,7 @@ def test_tensors_without_their_values(tensor: Tensor, tmp_path: Path) -> None:
         ([torch.zeros(3)], "it holds a list, not a state dict"),
         ({"state_dict": STATE}, "its entry 'state_dict' is no tensor"),
         ({"epoch": 3}, "its entry 'epoch' is no tensor"),
-        ({3: torch.zeros(3)}, "its entry '3' is no tensor"),
+        ({3: torch.zeros(3)}, "its entry 3 is no tensor"),
     ],
 )
 def test_torch_files_that_are_no_state_dict(content: object, words: str, tmp_path: Path) -> None:

@@ -1,12 +1,15 @@
 """The order of pictures: every epoch a permutation, the same in every process."""
 
+import itertools
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 
-from wuerstchen.data.plan import generator, item_at, stable_hash
+from wuerstchen.data.plan import BucketPlan, crop_at, generator, item_at, share, stable_hash
+from wuerstchen.errors import UserError
 
 
 def test_every_epoch_shows_every_item_once_in_another_order():
@@ -36,3 +39,71 @@ def test_hashes_do_not_run_together_and_hold_in_another_process():
 def test_an_empty_set_is_no_set():
     with pytest.raises(ValueError, match="length 0 must be at least 1"):
         item_at(0, 0, 0)
+
+
+def test_an_epoch_shows_every_item_at_most_once_and_drops_only_the_rest_of_a_bucket():
+    buckets = np.random.default_rng(0).choice([0, 1, 2, 5], 103, p=[0.5, 0.3, 0.15, 0.05])
+    plan = BucketPlan(buckets, 4, seed=3)
+    shown_in = []
+    for epoch in range(3):
+        batches = [plan.ids(epoch * plan.batches_per_epoch + i) for i in range(plan.batches_per_epoch)]
+        assert all(len(batch) == 4 and len(set(buckets[batch])) == 1 for batch in batches)
+        shown = np.concatenate(batches)
+        assert len(set(shown)) == len(shown) == plan.images_per_epoch
+        for bucket in set(buckets):
+            members = set(np.flatnonzero(buckets == bucket))
+            assert len(members & set(shown)) == len(members) // 4 * 4
+        # The buckets come mixed, not one after the other.
+        assert sum(buckets[a[0]] != buckets[b[0]] for a, b in itertools.pairwise(batches)) > 4
+        shown_in.append(shown.tolist())
+    assert shown_in[0] != shown_in[1]
+    assert set(shown_in[0]) != set(shown_in[1])  # others are dropped
+
+
+def test_a_batch_is_a_function_of_its_number():
+    buckets = np.arange(100) % 3
+    in_order = [BucketPlan(buckets, 8, 0).ids(i).tolist() for i in range(40)]
+    plan = BucketPlan(buckets, 8, 0)
+    backwards = [plan.ids(i).tolist() for i in reversed(range(40))]
+    assert backwards[::-1] == in_order
+    assert [BucketPlan(buckets, 8, 1).ids(i).tolist() for i in range(40)] != in_order
+
+
+def test_processes_share_a_batch_by_slices():
+    ids = BucketPlan(np.zeros(50, dtype=int), 12, 0).ids(2)
+    for world_size in (1, 2, 3, 4, 12):
+        parts = [share(ids, rank, world_size) for rank in range(world_size)]
+        assert np.concatenate(parts).tolist() == ids.tolist()
+        assert {len(part) for part in parts} == {12 // world_size}
+    with pytest.raises(UserError, match=r"batch_size 12 .* 5 processes cannot share it"):
+        share(ids, 0, 5)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_of_nothing(batch_size):
+    with pytest.raises(UserError, match="a batch holds 1 or more"):
+        BucketPlan(np.zeros(9, dtype=int), batch_size, 0)
+
+
+def test_a_batch_larger_than_every_bucket():
+    with pytest.raises(UserError, match="the fullest bucket holds 5 images"):
+        BucketPlan(np.array([0, 0, 0, 1, 1, 1, 1, 1]), 6, 0)
+
+
+def test_a_million_images_are_planned_quickly():
+    buckets = np.random.default_rng(0).integers(0, 9, 1_000_000)
+    plan = BucketPlan(buckets, 1536, 0)
+    began = time.process_time()
+    plan.ids(plan.batches_per_epoch)  # of the second epoch
+    assert time.process_time() - began < 10  # about half a second; a loop over images would take minutes
+    began = time.process_time()
+    for batch in range(plan.batches_per_epoch, 2 * plan.batches_per_epoch):
+        plan.ids(batch)
+    assert time.process_time() - began < 1  # the epoch is not planned again for every batch
+
+
+def test_stored_crops_are_chosen_by_image_index():
+    chosen = [crop_at(index, 4, 0) for index in range(200)]
+    assert chosen == [crop_at(index, 4, 0) for index in range(200)]
+    assert {chosen.count(crop) > 30 for crop in range(4)} == {True}
+    assert [crop_at(index, 1, 0) for index in range(5)] == [0] * 5

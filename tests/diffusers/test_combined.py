@@ -15,6 +15,10 @@ def generators(count: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(10 + i) for i in range(count)]
 
 
+def seeded_globally() -> None:
+    torch.manual_seed(3)
+
+
 @pytest.fixture
 def make_combined(make_prior, make_decoder):
     def make(prior_settings=None, decoder_settings=None) -> WuerstchenCombinedPipeline:
@@ -39,6 +43,7 @@ def run(pipe, **given):
 
 PATTERNS = {
     "one generator for both": lambda: {"prompt": "a cat"},
+    "seed of all of torch": lambda: {"prompt": "a cat", "generator": seeded_globally()},
     "negative": lambda: {"prompt": "a cat", "negative_prompt": "bad", "decoder_guidance_scale": 2.0},
     "no guidance": lambda: {"prompt": "a", "prior_guidance_scale": 1.0},
     "published recipe": lambda: {
@@ -90,6 +95,7 @@ def test_defaults_are_those_of_diffusers(make_prior, make_decoder, make_combined
             if name == "kwargs":
                 continue
             default = own_parameters[name].default
+            assert not isinstance(default, list), name  # which all calls would share, as in diffusers
             assert (list(default) if isinstance(default, tuple) else default) == parameter.default, name
         names = list(own_parameters)
         expected = [name for name in inspect.signature(other.__call__).parameters if name != "kwargs"]
@@ -137,6 +143,13 @@ def test_arrays_and_pil_images_have_the_size_asked_for(make_combined):
     assert np.abs(np.asarray(image, dtype=float) - array[0] * 255).max() <= 0.51
 
 
+def test_a_tuple_on_request(make_combined):
+    """diffusers gives the images themselves."""
+    result = make_combined()("a", **SIZE, output_type="pt", return_dict=False, prior_num_inference_steps=1)
+    assert isinstance(result, tuple)
+    assert result[0].shape == (1, 3, 128, 128)
+
+
 def test_the_numbers_of_both_pipelines_are_used(make_combined):
     """diffusers takes its defaults instead."""
     own = {"latent_mean": 2.0, "latent_std": 3.0, "resolution_multiple": 64.0}
@@ -182,6 +195,7 @@ def test_progress_bars_can_be_set_and_hidden(make_combined, capsys):
     run(pipe)
     assert capsys.readouterr().err == ""
     assert list(pipe.progress_bar(range(3))) == [0, 1, 2]
+    assert pipe.progress_bar(total=3).total == 3
     pipe.set_progress_bar_config(desc="drawing")
     run(pipe)
     assert capsys.readouterr().err.count("drawing: 100%") == 2
@@ -217,10 +231,13 @@ def test_offloaded_networks_visit_the_device_one_after_another(make_combined, mo
 
         monkeypatch.setattr(half._residence, "using", watched)
         monkeypatch.setattr(half._residence, "release", released)
-    assert torch.equal(run(pipe), expected)
+    step = {"prior_callback_on_step_end": lambda *_: visits.append("step")}
+    assert torch.equal(run(pipe, **step), expected)
     order = ["prior_text_encoder", "prior_prior", "text_encoder", "decoder", "vqgan"]
-    assert list(dict.fromkeys(visit for visit in visits if visit != "all back")) == order
-    assert visits[-1] == "all back"
+    assert list(dict.fromkeys(visit for visit in visits if visit in order)) == order
+    # Each half, when it is done: the prior would otherwise stay on the device beside the decoder.
+    assert visits[visits.index("text_encoder") - 1] == "all back"
+    assert visits[-2:] == ["all back"] * 2  # before Stage A comes, and after it
 
 
 def test_offloading_a_layer_at_a_time_draws_the_same(make_combined):

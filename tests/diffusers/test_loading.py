@@ -2,12 +2,16 @@
 
 import importlib
 import json
+import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import diffusers
 import pytest
+import safetensors.torch
 import torch
 
 import wuerstchen.diffusers
@@ -75,6 +79,8 @@ def test_the_base_gives_the_kind_that_a_folder_holds(published, tmp_path):
 def test_all_networks_are_loaded_in_the_dtype_asked_for(published):
     pipe = AutoPipelineForText2Image.from_pretrained(published, torch_dtype=torch.float16)
     assert {network.dtype for network in (pipe, pipe.prior_pipe, pipe.text_encoder)} == {torch.float16}
+    pipe = AutoPipelineForText2Image.from_pretrained(published, dtype=torch.float16)  # its name since 0.42
+    assert {pipe.prior_pipe.dtype, pipe.text_encoder.dtype} == {torch.float16}
     pipe = AutoPipelineForText2Image.from_pretrained(published, prior_torch_dtype=torch.bfloat16)
     assert (pipe.dtype, pipe.prior_pipe.dtype) == (torch.float32, torch.bfloat16)
     assert draw(pipe).isfinite().all()
@@ -115,6 +121,36 @@ def test_with_a_whole_prior_no_other_is_looked_for(copy):
         AutoPipelineForText2Image.from_pipe(prior)
 
 
+def test_pipelines_share_their_parts(published):
+    pipe = AutoPipelineForText2Image.from_pretrained(published)
+    prior, decoder = WuerstchenPriorPipeline.from_pipe(pipe), WuerstchenDecoderPipeline.from_pipe(pipe)
+    assert prior.components == pipe.prior_pipe.components
+    assert decoder.components == pipe.decoder_pipe.components
+    assert type(DiffusionPipeline.from_pipe(prior)) is WuerstchenPriorPipeline
+    parts = {f"prior_{name}": part for name, part in prior.components.items()}
+    again = WuerstchenCombinedPipeline.from_pipe(decoder, **parts, prior_latent_mean=40.0)
+    assert again.components == pipe.components
+    assert again.prior_pipe.config.latent_mean == 40.0
+    for name in ("dtype", "torch_dtype"):
+        assert WuerstchenDecoderPipeline.from_pipe(pipe, **{name: torch.float16}).dtype == torch.float16
+        pipe.to(torch.float32)
+    with pytest.raises(UserError, match=r"components decoder, vqgan are missing"):
+        WuerstchenDecoderPipeline.from_pipe(prior)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'unet'"):
+        WuerstchenDecoderPipeline.from_pipe(pipe, unet=None)
+
+
+def test_networks_say_where_they_are_and_what_they_compute_in(published):
+    pipe = AutoPipelineForText2Image.from_pretrained(published, dtype=torch.bfloat16)
+    for network in (
+        pipe.prior_prior,
+        pipe.decoder,
+        pipe.vqgan,
+        torch.compile(pipe.prior_prior, backend="eager"),
+    ):
+        assert (network.device, network.dtype) == (torch.device("cpu"), torch.bfloat16)
+
+
 def test_the_numbers_in_a_folder_are_used(copy):
     edit(copy / "model_index.json", latent_dim_scale=16.0)
     edit(copy / "prior_pipeline" / "model_index.json", latent_mean=2.0, resolution_multiple=64.0)
@@ -131,6 +167,85 @@ def test_the_numbers_in_a_folder_are_used(copy):
         pipe.save_pretrained(copy / "again")
     again = AutoPipelineForText2Image.from_pipe(pipe)
     assert dict(again.config) == dict(pipe.config)
+
+
+README = Path(__file__).parent.parent.parent / "README.md"
+
+APART = """
+from wuerstchen.diffusers import WuerstchenDecoderPipeline, WuerstchenPriorPipeline
+
+device, dtype, num_images_per_prompt, negative_prompt = "cuda", torch.float16, 2, ""
+prior_pipeline = WuerstchenPriorPipeline.from_pretrained(
+    "warp-ai/wuerstchen-prior", torch_dtype=dtype
+).to(device)
+decoder_pipeline = WuerstchenDecoderPipeline.from_pretrained(
+    "warp-ai/wuerstchen", torch_dtype=dtype
+).to(device)
+prior_output = prior_pipeline(
+    prompt=caption,
+    height=1024,
+    width=1536,
+    timesteps=DEFAULT_STAGE_C_TIMESTEPS,
+    negative_prompt=negative_prompt,
+    guidance_scale=4.0,
+    num_images_per_prompt=num_images_per_prompt,
+)
+apart = decoder_pipeline(
+    image_embeddings=prior_output.image_embeddings,
+    prompt=caption,
+    negative_prompt=negative_prompt,
+    guidance_scale=0.0,
+    output_type="pil",
+).images
+assert [image.size for image in images] == [(128, 256)] * 2
+assert [image.size for image in apart] == [(256, 128)] * 2
+assert {part.dtype for part in (pipe.prior_prior, pipe.decoder, pipe.vqgan)} == {torch.float16}
+"""
+
+COMPILED = """
+def draw():
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    return pipe(caption, 128, 128, 2, num_inference_steps=2, generator=generator, output_type="pt").images
+
+pipe.to(torch.float32)
+expected = draw()
+pipe.prior_prior = torch.compile(pipe.prior_prior, backend="eager", fullgraph=True)
+pipe.decoder = torch.compile(pipe.decoder, backend="eager", fullgraph=True)
+torch.testing.assert_close(draw(), expected)
+"""
+
+
+def test_published_snippets_run_from_the_hubs_cache(published, tmp_path):
+    """Those of the model's card, as they stand but for imports, device and sizes.
+
+    In a process of its own: the types of arguments, checked in tests, do not compile.
+    """
+    for name, part in (("wuerstchen", ""), ("wuerstchen-prior", "prior_pipeline")):
+        repository, commit = tmp_path / f"models--warp-ai--{name}", "c" * 40
+        snapshot = shutil.copytree(published / part, repository / "snapshots" / commit)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(commit)
+        for network, last in (("prior", "out"), ("decoder", "clf")):
+            for path in (snapshot / network).glob("*.safetensors"):
+                state = safetensors.torch.load_file(path)
+                # What is divided by stays away from 0, so that nothing overflows fp16.
+                tamed = {key: 0.1 * value if key.startswith(last) else value for key, value in state.items()}
+                safetensors.torch.save_file(tamed, path, metadata={"format": "pt"})
+    snapshot = tmp_path / "models--warp-ai--wuerstchen" / "snapshots" / commit
+    shutil.rmtree(snapshot / "prior_pipeline")
+    (snapshot / "README.md").write_text(
+        "---\nlicense: mit\nprior:\n- warp-ai/wuerstchen-prior\n---\n# Card\n"
+    )
+
+    snippets = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    (together,) = [snippet for snippet in snippets if "wuerstchen.diffusers" in snippet]
+    code = (
+        (together + APART + COMPILED).replace('"cuda"', '"cpu"').replace("1024", "128").replace("1536", "256")
+    )
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = str(Path(wuerstchen.__file__).parent.parent)
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def test_names_on_the_hub_are_fetched_as_told(published, monkeypatch):

@@ -207,9 +207,12 @@ BIAS = "encoder.layer.1.output.dense.bias"
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: shutil.rmtree(f), "config.json' is wrong because it cannot be read"),
-        (lambda f: (f / "config.json").write_text("{"), "config.json' is wrong because it is not JSON"),
-        (lambda f: (f / "config.json").write_text("[]"), "config.json' is wrong because its model_type"),
+        (lambda f: shutil.rmtree(f), "config.json is wrong because there is no such file"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json is wrong because it cannot be read"),
+        (lambda f: (f / "config.json").write_text("[]"), "config.json is wrong because it holds no JSON"),
+        (lambda f: (f / "config.json").write_text("[" * 10**5), "config.json is wrong because it cannot be"),
+        (_config(num_hidden_layers=10**9), "num_hidden_layers is 1000000000, which goes from 1 to 512"),
+        (_config(pad_token_id=-1), "pad_token_id -1, which is a piece of the vocabulary"),
         (_config(model_type="t5"), "its model_type is neither 'bert' nor 'clip_text_model'"),
         (_config(text_positions="6"), "text_positions is '6' and must be an integer"),
         (_config(text_positions=13), "text_positions 13 is wrong because this text model reads 3 to 12"),

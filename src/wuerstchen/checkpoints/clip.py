@@ -5,7 +5,6 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +49,8 @@ class CLIPTextFields:
     num_attention_heads: int = 8
     max_position_embeddings: int = 77
     hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-    attention_dropout: float = 0.0
+    layer_norm_eps: float | int = 1e-5
+    attention_dropout: float | int = 0.0
     bos_token_id: int = 49_406
     eos_token_id: int = 49_407
     pad_token_id: int = 1
@@ -80,10 +79,10 @@ class CLIPTextFields:
                 f"{self.num_attention_heads}"
             )
         if self.hidden_act not in ("gelu", "quick_gelu"):
-            raise CheckpointError(f"hidden_act is {self.hidden_act!r}, neither gelu nor quick_gelu")
+            raise CheckpointError(f"hidden_act is {str(self.hidden_act)[:80]!r}, neither gelu nor quick_gelu")
         for name in ("layer_norm_eps", "attention_dropout"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not (math.isfinite(value) and 0 <= value < 1):
+            if type(value) not in (int, float) or not 0 <= value < 1:
                 raise CheckpointError(f"{name} is {value!r}, not a number from 0 to below 1")
 
 
@@ -161,17 +160,25 @@ def read_clip_tokenizer(folder: Path, model: "CLIPTextModel | None" = None) -> "
 
     try:
         tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-        tokens, pad = len(tokenizer), tokenizer.pad_token_id
+        tokenizer.backend_tokenizer.encode("a Cat, 1 ü")  # where unknown letters have no token it cannot
+        tokens, pad = max(tokenizer.get_vocab().values()) + 1, tokenizer.pad_token_id
     except Exception as error:  # damage surfaces in transformers and tokenizers as almost anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointError(f"{folder} is no CLIP tokenizer ({reason}); get the model again") from error
     if pad is None:
         raise CheckpointError(f"{folder} has no padding token, and CLIP is padded; get the model again")
+    limit = tokenizer.model_max_length
+    if type(limit) not in (int, float) or not limit >= 3:
+        raise CheckpointError(
+            f"{folder} has a model_max_length of {str(limit)[:40]!r}, no number from 3; get the model again"
+        )
     if model is not None and tokens > model.config.vocab_size:
         raise CheckpointError(
             f"{folder} has {tokens} tokens and the text encoder knows {model.config.vocab_size}; "
             "get both again, from one model"
         )
+    if model is not None:  # 10³⁰ stands for no limit in transformers' files
+        tokenizer.model_max_length = int(min(limit, model.config.max_position_embeddings))
     return tokenizer
 
 
@@ -212,8 +219,16 @@ def write_clip(
 
 
 def write_clip_tokenizer(tokenizer: "CLIPTokenizer", folder: Path) -> None:
-    """Writes ``tokenizer.json`` for today's transformers, and vocabulary and merges for older ones."""
-    tokenizer.save_pretrained(str(folder))
+    """Writes ``tokenizer.json`` for today's transformers, and vocabulary and merges for older ones.
+
+    Raises ``CheckpointError`` if they cannot be written.
+    """
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except Exception as error:  # the tokenizers library has no kinds of errors
+        raise CheckpointError(
+            f"{folder} cannot be written ({error}); free some space or choose another folder"
+        ) from error
     pieces = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     write_json(folder / "vocab.json", pieces["vocab"])
     merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in pieces["merges"])

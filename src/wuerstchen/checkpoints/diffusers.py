@@ -6,7 +6,6 @@ with its configuration at the root. Class names are compared with a fixed list; 
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,8 +214,7 @@ def linked_prior(folder: Path) -> Path | str:
             f"{folder} has no Stage C, and no line prior: in a README.md that names one; "
             "give the folder of Stage C as prior"
         )
-    inside = folder / name
-    return inside if inside.is_dir() else name
+    return folder / name if _is_inside(folder, name) else name
 
 
 def write_prior_folder(parts: PriorFolder, folder: Path) -> None:
@@ -291,9 +289,9 @@ def _read_index(folder: Path, layout: TensorLayout) -> tuple[str, dict[str, floa
     path = folder / "model_index.json"
     index = read_json(path)
     name = index.pop("_class_name", None)
-    if name not in COMPONENTS:
+    if not isinstance(name, str) or name not in COMPONENTS:
         raise CheckpointError(
-            f"{path} is wrong because its _class_name is {name!r}, none of {', '.join(COMPONENTS)}; "
+            f"{path} is wrong because its _class_name is {_short(name)}, none of {', '.join(COMPONENTS)}; "
             "give the folder of a Würstchen v2 model"
         )
     numbers = dict(_NUMBERS[name])
@@ -302,17 +300,20 @@ def _read_index(folder: Path, layout: TensorLayout) -> tuple[str, dict[str, floa
         classes = _CLASSES[part.removeprefix("prior_") if name == COMBINED_PIPELINE else part]
         if not isinstance(entry, list) or len(entry) != 2:
             raise CheckpointError(
-                f"{path} is wrong because {part} is {entry!r} there, not [library, class]; get it again"
+                f"{path} is wrong because {part} is {_short(entry)} there, not [library, class]; get it again"
             )
-        if entry[0] not in layout.libraries or entry[1] not in classes:
+        if not (entry[0] in tuple(layout.libraries) and entry[1] in classes):  # either may be no text
             raise CheckpointError(
-                f"{path} is wrong because {part} is of class {entry!r}, and only {' or '.join(classes)} of "
-                f"{', '.join(sorted(layout.libraries))} can stand there; get it again"
+                f"{path} is wrong because {part} is of class {_short(entry)}, and only "
+                f"{' or '.join(classes)} of {', '.join(sorted(layout.libraries))} can be; get it again"
             )
     for key, value in index.items():
         if key in numbers:
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise CheckpointError(f"{path} is wrong because {key} is {value!r}, no number; get it again")
+            if type(value) not in (int, float) or not abs(value) <= _MAX_NUMBER:  # a NaN is not
+                raise CheckpointError(
+                    f"{path} is wrong because {key} is {_short(value)}, no number up to {_MAX_NUMBER}; "
+                    "get it again"
+                )
             numbers[key] = float(value)
         elif not key.startswith("_") and value not in (None, [None, None]):
             raise CheckpointError(
@@ -335,13 +336,19 @@ def _read_network(
     class_name = raw.get("_class_name", _CLASSES[part][0])
     if class_name not in _CLASSES[part]:
         raise CheckpointError(
-            f"{path} is wrong because its _class_name is {class_name!r} where {_CLASSES[part][0]} belongs; "
-            "get the model again"
+            f"{path} is wrong because its _class_name is {_short(class_name)} where "
+            f"{_CLASSES[part][0]} belongs; get the model again"
         )
     config = _network_config(path, config_class, raw, defaults)
     stored = StoredTensors.in_folder(folder, layout.network_stems)
-    with torch.device("meta"):
-        network = network_class(config)
+    try:
+        with torch.device("meta"):
+            network = network_class(config)
+    except (RuntimeError, ValueError, ArithmeticError) as error:  # no number of values, or a dropout of 2
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"{path} is wrong because it makes no network ({reason}); get it again"
+        ) from error
     layout.fill(network, stored, dtype)
     return network
 
@@ -350,12 +357,12 @@ def _network_config(
     path: Path, config_class: Any, raw: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> Any:
     """The configuration in a ``config.json``: known fields only, each of the kind and size it should be."""
-    published = config_class()
+    published = dataclasses.asdict(config_class())
     values = dict(defaults)
     for name, value in raw.items():
         if name.startswith("_"):
             continue
-        default = getattr(published, name, None)
+        default = published.get(name)
         if default is None or name == "prediction":
             raise CheckpointError(
                 f"{path} is wrong because a {config_class.__name__.removesuffix('Config')} has no field "
@@ -370,8 +377,6 @@ def _network_config(
         for one in value if several else [value]:
             _check_value(path, name, one, default[0] if several else default, limit)
         values[name] = tuple(value) if several else value
-    if len(values.get("blocks", ())) > _MAX_COUNT:
-        raise CheckpointError(f"{path} is wrong because it has {len(values['blocks'])} levels; get it again")
     try:
         return config_class(**values)
     except UserError as error:
@@ -443,15 +448,29 @@ def _prior_line(folder: Path) -> str | None:
         value = value[0]
     if value is None:
         return None
-    name = str(value)
-    inside = (folder / name).resolve()
-    stays = inside.is_relative_to(folder.resolve()) and inside != folder.resolve()
-    if not isinstance(value, str) or not ((stays and inside.is_dir()) or HUB_NAME.fullmatch(name)):
+    if not isinstance(value, str) or not (_is_inside(folder, value) or HUB_NAME.fullmatch(value)):
+        # What is no text is not turned into some: YAML writes a list of endless length in a few lines.
+        shown = _short(value) if isinstance(value, str) else "no text"
         raise CheckpointError(
-            f"{path} is wrong because its line prior: names {name[:80]!r}, neither a folder inside it nor "
+            f"{path} is wrong because its line prior: names {shown}, neither a folder inside it nor "
             "OWNER/NAME on the hub; mend the line, or give the folder of Stage C as prior"
         )
-    return name
+    return value
+
+
+def _is_inside(folder: Path, name: str) -> bool:
+    """Whether there is a folder of that name inside ``folder``, wherever links lead."""
+    try:
+        inside, root = (folder / name).resolve(), folder.resolve()
+        return inside != root and inside.is_relative_to(root) and inside.is_dir()
+    except (OSError, ValueError, RuntimeError):  # too long a name, a zero byte, links in a circle
+        return False
+
+
+def _short(value: object) -> str:
+    """A value of any kind and length, for one line."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def _check_writable(network: Prior | Decoder | None) -> None:

@@ -1,5 +1,6 @@
 """Where a model lies: a folder of this machine, or a name on the Hugging Face hub and its ordinary cache."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,12 +34,12 @@ def local_folder(
     Raises ``CheckpointError`` if it is neither a path nor a name that can be had.
     """
     path = Path(name_or_path)
-    if path.exists():
+    if os.path.exists(path):  # Path.exists raises for a name that is too long
         return path
     name = str(name_or_path)
     if not HUB_NAME.fullmatch(name) or ".." in name:
         raise CheckpointError(
-            f"{name!r} does not exist, and is no name on the hub; give a folder, a file, or OWNER/NAME"
+            f"{name[:200]!r} does not exist, and is no name on the hub; give a folder, a file, or OWNER/NAME"
         )
     # Only here: without a network nobody waits for the hub's client.
     from huggingface_hub import snapshot_download

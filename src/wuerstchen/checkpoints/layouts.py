@@ -1,6 +1,7 @@
 """Any layout of a model: telling which one a folder has, reading it whole, and writing it in another."""
 
 import dataclasses
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ from wuerstchen.checkpoints.native import (
 from wuerstchen.checkpoints.original import read_original, write_original
 from wuerstchen.checkpoints.paddle import PADDLE, is_paddle
 from wuerstchen.checkpoints.text_encoder import read_text_encoder
+from wuerstchen.checkpoints.weights import new_folder
 from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE
 from wuerstchen.errors import CheckpointError, UserError
 from wuerstchen.models.cascade import PUBLISHED_V1, Cascade, CascadeSettings, MapStatistics
@@ -64,7 +66,7 @@ class Sources:
     prior: str | Path | None = None
     """A pipeline of Stage C, or a folder of its network alone (the text encoder is then the model's own)."""
     text_encoder: str | Path | None = None
-    """For a model of the original's files, which hold none; so the next."""
+    """For a model of the original's files alone, which hold none; so the next."""
     decoder_text_encoder: str | Path | None = None
     revision: str | None = None
     """Of the model, where it comes from the hub."""
@@ -112,9 +114,8 @@ def read_model(
         cascade = _read_original(path, sources, dtype, leave_out)
     else:
         cascade = _read_pipelines(path, sources, dtype, PADDLE if layout == "paddle" else TORCH)
-    for part in leave_out:
-        setattr(cascade, part, None)
-    return cascade
+    # Checked again: a decoder that loses its text encoder reads Stage C's, which may not fit.
+    return dataclasses.replace(cascade, **dict.fromkeys(leave_out)) if leave_out else cascade
 
 
 def convert(
@@ -136,6 +137,8 @@ def convert(
     unknown = set(leave_out) - {f.name for f in dataclasses.fields(Cascade)} | set(leave_out) & {"settings"}
     if unknown or set(leave_out) & {"vqgan", "decoder"}:
         raise UserError(f"{', '.join(leave_out)} cannot be left out; name parts other than vqgan and decoder")
+    if os.path.lexists(target):  # before anything is fetched or read
+        raise CheckpointError(f"{target} exists already; choose another folder or remove it")
     sources = sources or Sources()
     path = local_folder(source, revision=sources.revision, local_files_only=sources.local_files_only)
     native = layout_of(path) == "native"
@@ -153,17 +156,20 @@ def convert(
     if storage == "int8":
         raise UserError(f"int8 has no place in the {layout} layout; use float32 or float16")
     _check_places(cascade, layout)
+    dtype = torch.float16 if storage == "float16" else torch.float32
     if layout == "original":
         networks = {name: part for name, part in cascade.networks().items() if name not in TEXT_ENCODERS}
-        write_original(networks, target)
+        with new_folder(target) as partial:
+            write_original({name: part.to(dtype) for name, part in networks.items()}, partial)
         return
     decoder, prior = _pipelines_of(cascade)
-    dtype = torch.float16 if storage == "float16" else torch.float32
     write_model_folder(decoder, prior, target, dtype=dtype, layout=PADDLE if layout == "paddle" else TORCH)
 
 
 def _read_pipelines(path: Path, sources: Sources, dtype: torch.dtype, layout: TensorLayout) -> Cascade:
     """A model of two pipelines, the second named by the first or given."""
+    if sources.text_encoder is not None or sources.decoder_text_encoder is not None:
+        raise UserError(f"{path} has text encoders of its own; leave out the other sources")
     decoder = read_decoder_folder(path, dtype=dtype, layout=layout)
     own = path if pipeline_class(path, layout) == COMBINED_PIPELINE else None
     network = None
@@ -236,6 +242,11 @@ def _pipelines_of(cascade: Cascade) -> tuple[DecoderFolder, PriorFolder | None]:
 
 def _read_original(path: Path, sources: Sources, dtype: torch.dtype, leave_out: Collection[str]) -> Cascade:
     """A model of the original's files, with text encoders from elsewhere."""
+    if sources.prior is not None:
+        raise UserError(
+            f"{path} holds the original's files, which take no prior from elsewhere; put the .pt file of "
+            "Stage C beside them"
+        )
     parts: dict[str, Any] = dict(read_original(path, dtype=dtype))
     missing = {"vqgan", "decoder"} - parts.keys()
     if missing:
@@ -319,4 +330,6 @@ def weight_files(path: Path, sources: Sources | None = None) -> list[Path]:
         elif pipeline_class(path, PADDLE if is_paddle(path) else TORCH) != COMBINED_PIPELINE:
             roots.append(_fetched(linked_prior(path), sources))
     endings = ("*.safetensors", "*.bin", "*.pt")
-    return sorted({file for root in roots for ending in endings for file in root.rglob(ending)})
+    return sorted(
+        {file for root in roots for ending in endings for file in root.rglob(ending) if file.is_file()}
+    )

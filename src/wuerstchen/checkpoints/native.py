@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import wuerstchen
 from wuerstchen.checkpoints.int8 import dequantize, quantize_rows
 from wuerstchen.checkpoints.text_encoder import read_text_encoder, write_text_encoder
-from wuerstchen.checkpoints.weights import new_folder, write_json, write_safetensors
+from wuerstchen.checkpoints.weights import new_folder, read_json, write_json, write_safetensors
 from wuerstchen.errors import CheckpointError
 from wuerstchen.models.cascade import Cascade, CascadeSettings, MapStatistics
 from wuerstchen.models.compressor import Compressor, CompressorConfig
@@ -136,6 +136,9 @@ def read_network(path: Path, dtype: torch.dtype = torch.float32) -> tuple[nn.Mod
             network = cls(config)
         if header["storage"] == "int8":
             tensors = dequantize(tensors)
+        for key, wanted in network.state_dict().items():
+            if key in tensors and tensors[key].is_floating_point() != wanted.is_floating_point():
+                raise ValueError(f"{key} is {tensors[key].dtype}")
         state = {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
         network.load_state_dict(state, assign=True)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
@@ -183,12 +186,12 @@ def write_cascade(
 def read_settings(path: Path) -> tuple[CascadeSettings, list[str]]:
     """The settings and the names of the parts in a ``model.json``."""
     try:
-        description = migrate(json.loads(path.read_text(encoding="utf-8")), path)
+        description = migrate(read_json(path), path)
         raw = dict(description["settings"])
         statistics = MapStatistics(**{k: tuple(v) for k, v in raw.pop("map_statistics").items()})
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
-        return CascadeSettings(map_statistics=statistics, **values), list(description["parts"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return CascadeSettings(map_statistics=statistics, **values), list(map(str, description["parts"]))
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(

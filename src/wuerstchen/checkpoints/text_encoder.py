@@ -3,7 +3,6 @@
 ``transformers`` is imported inside the functions: it takes as long to import as torch does.
 """
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +23,16 @@ from wuerstchen.checkpoints.clip import (
     write_clip_tokenizer,
 )
 from wuerstchen.checkpoints.int8 import dequantize
+from wuerstchen.checkpoints.weights import read_json
 from wuerstchen.errors import CheckpointError, UserError
 from wuerstchen.models.text import TextEncoder
 
 if TYPE_CHECKING:
     from transformers import BertModel
+
+_BERT_FIELDS = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+_BERT_FIELDS += ("intermediate_size", "hidden_act", "max_position_embeddings", "type_vocab_size")
+_BERT_FIELDS += ("layer_norm_eps", "pad_token_id", "text_positions")
 
 
 def read_text_encoder(path: Path | str, dtype: torch.dtype = torch.float32) -> TextEncoder:
@@ -63,8 +67,8 @@ def write_text_encoder(encoder: TextEncoder, folder: Path) -> None:
 
 def _is_clip(path: Path) -> bool:
     try:
-        return json.loads(path.read_bytes()).get("model_type") == "clip_text_model"
-    except (OSError, ValueError, AttributeError):
+        return read_json(path).get("model_type") == "clip_text_model"
+    except CheckpointError:
         return False  # which the other reader says better
 
 
@@ -84,16 +88,10 @@ def _quoted(path: Path) -> str:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(
-            f"{_quoted(path)} is wrong because it cannot be read ({error.strerror});"
-            " give the folder of a text encoder, or install the package again"
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(f"{_quoted(path)} is wrong because it is not JSON; fetch it again") from error
-    if not isinstance(config, dict) or config.get("model_type") != "bert":
+    raw = read_json(path)
+    # Nothing else: a configuration could choose how attention is computed, by code from elsewhere too.
+    config = {name: raw[name] for name in _BERT_FIELDS if name in raw}
+    if config.get("model_type") != "bert":
         raise CheckpointError(
             f"{_quoted(path)} is wrong because its model_type is neither 'bert' nor 'clip_text_model';"
             " give the folder of a BERT or CLIP text encoder"
@@ -104,6 +102,12 @@ def _read_config(path: Path) -> dict[str, Any]:
                 f"{_quoted(path)} is wrong because {field} is {config.get(field)!r} and must be an integer;"
                 " fetch it again"
             )
+    layers, pad = config.get("num_hidden_layers", 1), config["pad_token_id"]
+    if type(layers) is not int or not 1 <= layers <= 512 or not 0 <= pad < config["vocab_size"]:
+        raise CheckpointError(
+            f"{_quoted(path)} is wrong because num_hidden_layers is {layers!r}, which goes from 1 to 512, or"
+            f" pad_token_id {pad}, which is a piece of the vocabulary; fetch it again"
+        )
     return config
 
 

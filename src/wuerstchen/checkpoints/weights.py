@@ -23,6 +23,9 @@ from torch import Tensor, nn
 
 from wuerstchen.errors import CheckpointError
 
+MAX_JSON = 64 << 20
+"""Bytes of a description: far more than any has."""
+
 
 def read_tensors_of(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file or of a torch file that holds a state dict and nothing else.
@@ -40,10 +43,10 @@ def read_tensors_of(path: Path) -> dict[str, Tensor]:
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise CheckpointError(
-                f"{path} is wrong because its entry '{name}' is no tensor; "
+                f"{path} is wrong because its entry {name!r} is no tensor; "
                 "give a file with nothing but a state dict of tensors"
             )
-        check_whole(value, f"{path} is wrong because its entry '{name}'")
+        check_whole(value, f"{path} is wrong because its entry {name!r}")
     return dict(state)
 
 
@@ -194,6 +197,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ``CheckpointError`` if it is missing or no object."""
     _check_is_file(path)
     with _damage_named(path):
+        if path.stat().st_size > MAX_JSON:
+            raise CheckpointError(
+                f"{path} is wrong because it has more than {MAX_JSON >> 20} MB; get the model again"
+            )
         content = json.loads(path.read_bytes())
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is wrong because it holds no JSON object; get the model again")
@@ -246,7 +253,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
     Raises ``CheckpointError`` if ``folder`` exists or cannot be made.
     """
-    if folder.exists():
+    if os.path.lexists(folder):
         raise CheckpointError(f"{folder} exists already; choose another folder or remove it")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -268,7 +275,11 @@ def _shards(index: Path) -> list[Path]:
         raise CheckpointError(f"{index} is wrong because it has no weight_map; get the model again")
     names = sorted({str(place) for place in places.values()})
     for name in names:
-        if Path(name).name != name or Path(name).suffix not in (".safetensors", ".bin"):
+        if (
+            not name.isprintable()
+            or Path(name).name != name
+            or Path(name).suffix not in (".safetensors", ".bin")
+        ):
             raise CheckpointError(
                 f"{index} is wrong because {name!r} is no file of weights beside it; get the model again"
             )
@@ -276,7 +287,7 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _check_is_file(path: Path) -> None:
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises for names that are too long, and for locked folders
         raise CheckpointError(f"{path} is wrong because there is no such file; check the name")
 
 

@@ -28,6 +28,7 @@ HELD_OUT_FROM = 100
 class _Item:
     name: str  # relative to the root, with forward slashes
     captions: tuple[str, ...]
+    fields: dict[str, object]  # of its line in metadata.jsonl
 
 
 class FolderSource:
@@ -59,12 +60,12 @@ class FolderSource:
                 f" ({', '.join(sorted(SUFFIXES))}); give one with images in it"
             )
         if (self.root / METADATA).exists():
-            captions = _read_metadata(self.root, images, texts)
+            captions, fields = _read_metadata(self.root, images, texts)
         else:
-            captions = _read_text_files(self.root, images, texts)
+            captions, fields = _read_text_files(self.root, images, texts), {}
         held_out = {name for name in images if len(images) >= HELD_OUT_FROM and _held_out(name)}
         chosen = {"all": set(images), "train": set(images) - held_out, "heldout": held_out}[split]
-        self._items = [_Item(name, captions[name]) for name in images if name in chosen]
+        self._items = [_Item(name, captions[name], fields.get(name, {})) for name in images if name in chosen]
 
     def __len__(self) -> int:
         return len(self._items)
@@ -72,6 +73,14 @@ class FolderSource:
     def name(self, item: int) -> str:
         """The file of the picture, relative to the root."""
         return self._items[item].name
+
+    def captions(self, item: int) -> tuple[str, ...]:
+        """All captions of the picture."""
+        return self._items[item].captions
+
+    def fields(self, item: int) -> dict[str, object]:
+        """Everything that ``metadata.jsonl`` says of the picture."""
+        return self._items[item].fields
 
     def example(self, item: int, rng: np.random.Generator, size: int) -> Example:
         """The picture as ``image`` gives it, and one of its captions. Raises ``DataError`` if unreadable."""
@@ -130,7 +139,10 @@ def _find_files(root: Path) -> tuple[list[str], set[str]]:
     return sorted(images), texts
 
 
-def _read_metadata(root: Path, images: list[str], texts: set[str]) -> dict[str, tuple[str, ...]]:
+def _read_metadata(
+    root: Path, images: list[str], texts: set[str]
+) -> tuple[dict[str, tuple[str, ...]], dict[str, dict[str, object]]]:
+    """Captions and all fields, by image."""
     for image in images:
         if _text_of(image) in texts:
             raise DataError(
@@ -139,6 +151,7 @@ def _read_metadata(root: Path, images: list[str], texts: set[str]) -> dict[str, 
             )
     known = set(images)
     captions: dict[str, tuple[str, ...]] = {}
+    all_fields: dict[str, dict[str, object]] = {}
     lines: dict[str, int] = {}
     for number, line in enumerate(_read_text(root, METADATA).split("\n"), start=1):
         if not line.strip():
@@ -158,8 +171,9 @@ def _read_metadata(root: Path, images: list[str], texts: set[str]) -> dict[str, 
             )
         lines[name] = number
         captions[name] = _captions(where, fields)
+        all_fields[name] = fields
     _check_all_have_captions(images, captions, f"add a line for it to {METADATA}")
-    return captions
+    return captions, all_fields
 
 
 def _parse_line(where: str, line: str) -> dict[str, object]:

@@ -8,8 +8,12 @@ how many processes, changes none of it.
 
 import functools
 import hashlib
+from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Int
+
+from wuerstchen.errors import UserError
 
 
 def stable_hash(*parts: int | str) -> int:
@@ -39,3 +43,88 @@ def item_at(index: int, length: int, seed: int) -> int:
 def items_at(indices: range, length: int, seed: int) -> list[int]:
     """``item_at`` of each index."""
     return [item_at(index, length, seed) for index in indices]
+
+
+def crop_at(index: int, crops: int, seed: int) -> int:
+    """Which of the ``crops`` stored crops of its item image ``index`` shows."""
+    return int(generator(seed, index, "stored crop").integers(crops))
+
+
+@dataclass(frozen=True)
+class BucketPlan:
+    """Which items make up which batch, where only items of one bucket (one size) can be in a batch together.
+
+    An epoch shows every item at most once: each bucket is shuffled and cut into batches, what is left over
+    of it is dropped, and the batches of all buckets are shuffled. All of it is a function of ``(buckets,
+    seed, epoch)``, so the number of the next batch is all there is to remember. ``batch_size`` counts the
+    items of all processes together; each takes its ``share``.
+    """
+
+    buckets: Int[np.ndarray, " n"]
+    """The bucket of each item, numbers from 0."""
+    batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(
+                f"batch_size {self.batch_size} is wrong because a batch holds 1 or more; raise it"
+            )
+        if self.batches_per_epoch == 0:
+            largest = max(self._counts, default=0)
+            raise UserError(
+                f"batch_size {self.batch_size} is wrong because the fullest bucket holds {largest} images,"
+                f" and a batch is of one bucket; use at most {largest}, or more images"
+            )
+
+    @functools.cached_property
+    def _counts(self) -> list[int]:
+        return np.bincount(self.buckets).tolist()
+
+    @functools.cached_property
+    def batches_per_epoch(self) -> int:
+        """The same in every epoch."""
+        return sum(count // self.batch_size for count in self._counts)
+
+    @property
+    def images_per_epoch(self) -> int:
+        """Items that an epoch shows; the others of the set are dropped, others in each epoch."""
+        return self.batches_per_epoch * self.batch_size
+
+    def ids(self, batch: int) -> Int[np.ndarray, " b"]:
+        """The items of batch number ``batch`` of the run (0, 1, 2, ... through all epochs)."""
+        epoch, position = divmod(batch, self.batches_per_epoch)
+        return self._epoch(epoch)[position]
+
+    def _epoch(self, epoch: int) -> Int[np.ndarray, "batches b"]:
+        kept = self.__dict__.get("_kept")
+        if kept is None or kept[0] != epoch:
+            kept = (epoch, self._made(epoch))
+            self.__dict__["_kept"] = kept
+        return kept[1]
+
+    def _made(self, epoch: int) -> Int[np.ndarray, "batches b"]:
+        order = generator(self.seed, epoch, "order").permutation(len(self.buckets))
+        # Stable, so within a bucket the shuffled order stays.
+        by_bucket = order[np.argsort(self.buckets[order], kind="stable")]
+        batches, start = [], 0
+        for count in self._counts:
+            whole = count // self.batch_size * self.batch_size
+            batches.append(by_bucket[start : start + whole].reshape(-1, self.batch_size))
+            start += count
+        joined = np.concatenate(batches)
+        return joined[generator(self.seed, epoch, "order of batches").permutation(len(joined))]
+
+
+def share(ids: Int[np.ndarray, " b"], rank: int, world_size: int) -> Int[np.ndarray, " part"]:
+    """The part of a global batch that process ``rank`` of ``world_size`` takes.
+
+    The parts are slices: one after the other they are the batch, at any number of processes.
+    """
+    if len(ids) % world_size:
+        raise UserError(
+            f"batch_size {len(ids)} is wrong because {world_size} processes cannot share it equally;"
+            f" use a multiple of {world_size}"
+        )
+    part = len(ids) // world_size
+    return ids[rank * part : (rank + 1) * part]

@@ -1,5 +1,6 @@
 """What all pipelines share: their components, where those live, progress bars, loading and saving."""
 
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,12 +43,12 @@ class DiffusionPipeline:
     ) -> AnyPipeline:
         """Loads a pipeline from a folder, or by a name on the hub, onto the CPU.
 
-        Settings are those that are common: ``torch_dtype`` (float32 unless given), ``revision``,
+        Settings are those that are common: ``dtype`` or ``torch_dtype`` (float32 unless given), ``revision``,
         ``cache_dir``, ``local_files_only``, ``token``, ``use_safetensors=True`` to refuse other files; and
         components or numbers of the pipeline by name, which are then not read. For a combined pipeline,
         which a decoder's folder gives too if it names its prior, the prior's are these with ``prior_``
         before the name; without them it is loaded as the decoder is, but for the revision. ``variant`` is
-        not looked for: ``torch_dtype`` converts the full weights.
+        not looked for: ``dtype`` converts the full weights.
 
         Raises ``CheckpointError`` for what is no Würstchen pipeline or damaged, ``TypeError`` for unknown
         settings.
@@ -55,6 +56,33 @@ class DiffusionPipeline:
         from wuerstchen.diffusers.loading import load  # which knows all pipelines, and so comes after them
 
         return load(cls, pretrained_model_name_or_path, settings)
+
+    @classmethod
+    def from_pipe(
+        cls: type[AnyPipeline],
+        pipeline: "DiffusionPipeline",
+        *,
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        **parts: Any,
+    ) -> AnyPipeline:
+        """A pipeline of another's components and numbers, which both then share, but for those in ``parts``.
+
+        A combined pipeline gives its halves too. A dtype converts the shared networks. Offloading is not
+        taken over. Raises ``UserError`` if components are missing.
+        """
+        source = next((pipe for pipe in (pipeline, *pipeline._pipes()) if isinstance(pipe, cls)), pipeline)
+        source.maybe_free_model_hooks()
+        kind = type(source) if cls is DiffusionPipeline else cls
+        known = inspect.signature(kind).parameters
+        shared = {
+            name: part for name, part in (source.components | dict(source.config)).items() if name in known
+        }
+        arguments = shared | parts
+        if missing := [name for name in kind._component_names if name not in arguments]:
+            raise UserError(f"components {', '.join(missing)} are missing; give them by name")
+        pipe: Any = kind(**arguments)
+        return pipe.to(dtype=dtype, torch_dtype=torch_dtype)
 
     def save_pretrained(
         self,

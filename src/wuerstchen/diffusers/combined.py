@@ -269,8 +269,4 @@ class AutoPipelineForText2Image:
         """A pipeline of the components of another, a combined one or a decoder's, and of ``parts``."""
         if isinstance(pipeline, WuerstchenPriorPipeline):
             raise UserError("a prior alone draws no pictures; give the decoder's pipeline")
-        arguments = {**pipeline.components, **pipeline.config, **parts}
-        names = WuerstchenCombinedPipeline._component_names
-        if missing := [name for name in names if name not in arguments]:
-            raise UserError(f"components {', '.join(missing)} are missing; give them by name")
-        return WuerstchenCombinedPipeline(**arguments)
+        return WuerstchenCombinedPipeline.from_pipe(pipeline, **parts)

@@ -115,8 +115,9 @@ class WuerstchenDecoderPipeline(DiffusionPipeline):
 
         Each prompt serves an equal number of maps that follow one another: give one prompt, or one for each
         map, or one for each group. A picture has 4·int(h·latent_dim_scale) pixels a side; ``output_type``
-        "latent" gives Stage A's latents, whose sides are rounded up to what the network can halve. Of the
-        other arguments, the prior pipeline tells.
+        "latent" gives Stage A's latents, whose sides are rounded up to what the network can halve;
+        ``vqgan.decode(latents)`` gives their pixels, the scale factor is its own. Of the other arguments,
+        the prior pipeline tells.
         """
         callbacks = Callbacks.checked(
             callback_on_step_end,

@@ -57,7 +57,8 @@ class Source:
         def taken(name: str, default: Any = None) -> Any:
             return settings.pop(prefix + name, default if like is None else getattr(like, name))
 
-        self.torch_dtype = taken("torch_dtype")
+        given = taken("torch_dtype")  # which newer versions of diffusers call dtype
+        self.torch_dtype = settings.pop(prefix + "dtype", None) or given
         self.cache_dir = taken("cache_dir")
         self.local_files_only = taken("local_files_only", False)
         self.token = taken("token")

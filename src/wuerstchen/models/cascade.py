@@ -53,6 +53,7 @@ class MapStatistics:
 
 MIN_SIDE = 64
 SIDE_STEP = 8
+MAX_IMAGE_SIZE = 2**16
 MAX_SIDES = 16
 """A side has at most so many times the pixels that the model was trained on."""
 
@@ -94,8 +95,14 @@ class CascadeSettings:
             isinstance(getattr(self, n), int | float) and math.isfinite(getattr(self, n)) for n in real
         ):
             raise UserError(f"{', '.join(real)} must be finite numbers; get the model again")
-        if type(self.prior_equal_steps) is not bool:
-            raise UserError("prior_equal_steps must be true or false; get the model again")
+        if not 0.25 <= self.view_scale <= 4 or self.image_size > MAX_IMAGE_SIZE:
+            raise UserError(
+                f"view_scale={self.view_scale} must be from 0.25 to 4 and "
+                f"image_size={self.image_size} at most {MAX_IMAGE_SIZE}; get the model again"
+            )
+        for name in ("text_mask", "prior_equal_steps"):
+            if type(getattr(self, name)) is not bool:
+                raise UserError(f"{name} must be true or false; get the model again")
         if len(self.decoder_temperatures) != 2 or not all(
             isinstance(t, int | float) and math.isfinite(t) and t > 0 for t in self.decoder_temperatures
         ):
@@ -171,12 +178,22 @@ class Cascade:
                 fits.append(("text_encoder", "prior", "text states", width, self.prior.config.c_cond))
         if text is not None and decoder.clip_embd is not None:
             fits.append(("text encoder", "decoder", "text states", text.width, decoder.clip_embd))
+        channels = len(self.settings.map_statistics.mean)
+        if channels > 1:
+            fits.append(("map_statistics", "decoder", "channels of the map", channels, decoder.effnet_embd))
         for one, other, what, has, wants in fits:
             if has != wants:
                 raise UserError(
                     f"{one} has {has} {what} and the {other} wants {wants}, so they are not of one model; "
                     "get both again"
                 )
+
+        step = decoder.size_multiple * self.vqgan.config.factor
+        if self.settings.size_multiple % step:
+            raise UserError(
+                f"size_multiple={self.settings.size_multiple} is no multiple of {step}, which the grids "
+                "of the decoder and the vqgan need; get the model again"
+            )
 
     def text_encoder_of_decoder(self) -> TextEncoder | None:
         """The text encoder that Stage B reads, None where it takes no text."""

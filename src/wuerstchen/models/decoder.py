@@ -14,6 +14,7 @@ from wuerstchen.models.layers import (
     AttnBlock,
     ConditionedResBlock,
     KeysValues,
+    Network,
     TimestepBlock,
     check_levels,
     convolve,
@@ -68,6 +69,10 @@ class DecoderConfig:
             raise UserError(
                 "a decoder needs a level, and widths and counts of at least 1; give larger numbers"
             )
+        if self.clip_embd is not None and self.clip_embd < 1:
+            raise UserError(f"clip_embd={self.clip_embd} must be at least 1, or None for no text; change it")
+        if self.c_r < 4:
+            raise UserError(f"c_r={self.c_r} leaves no frequencies; use at least 4")
         check_levels(self.c_hidden, self.nhead, self.blocks, self.level_config)
         if len(self.inject_effnet) != levels:
             raise UserError(
@@ -93,7 +98,7 @@ class DecoderContext:
     """Keys and values of each attention block, in order; empty for a decoder without text."""
 
 
-class Decoder(nn.Module):
+class Decoder(Network):
     """Predicts the noise in Stage A latents, given the semantic map and, by choice, the text."""
 
     def __init__(self, config: DecoderConfig) -> None:

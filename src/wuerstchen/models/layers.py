@@ -67,6 +67,18 @@ def timestep_embedding(r: Float[Tensor, " b"], width: int) -> Float[Tensor, "b w
     return F.pad(features, (0, width % 2)).to(r.dtype)
 
 
+class Network(nn.Module):
+    """A whole network, which says where it is and what it computes in."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+
 class GlobalResponseNorm(nn.Module):
     """ConvNeXt V2, equation 1 to 3 (arXiv 2301.00808): channels compete by their norm over the grid."""
 
@@ -235,6 +247,10 @@ def init_blocks(blocks: list[nn.Module], depth: int) -> None:
                 nn.init.zeros_(block.mapper.weight)
 
 
+MAX_BLOCKS = 1_000
+"""More than ten times as many as any published network has. Others would take for ever to build."""
+
+
 def check_levels(
     c_hidden: tuple[int, ...], nhead: tuple[int, ...], blocks: tuple[int, ...], level_config: tuple[str, ...]
 ) -> None:
@@ -245,6 +261,11 @@ def check_levels(
                 f"{name}={entries} must have one entry for each of the {len(c_hidden)} levels of "
                 f"c_hidden={c_hidden}; change either"
             )
+    total = sum(count * len(kinds) for count, kinds in zip(blocks, level_config, strict=True))
+    if total > MAX_BLOCKS:
+        raise UserError(
+            f"blocks and level_config make {total} blocks, over {MAX_BLOCKS}; give smaller numbers"
+        )
     for width, heads, kinds in zip(c_hidden, nhead, level_config, strict=True):
         if not kinds.startswith("C") or set(kinds) - set("CTA"):
             raise UserError(f"level_config entry {kinds!r} must be C followed by T or A; write 'CT'")

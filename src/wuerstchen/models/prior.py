@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, Prediction, check_prediction
 from wuerstchen.errors import UserError
 from wuerstchen.models.layers import (
+    MAX_BLOCKS,
     AttnBlock,
     KeysValues,
+    Network,
     ResBlock,
     TimestepBlock,
     exact_output,
@@ -43,6 +45,8 @@ class PriorConfig:
         for name in ("c_in", "c", "c_cond", "depth", "nhead"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1; give a larger number")
+        if 3 * self.depth > MAX_BLOCKS:
+            raise UserError(f"depth={self.depth} is over {MAX_BLOCKS // 3}; give a smaller number")
         if self.c % self.nhead:
             raise UserError(
                 f"c={self.c} is not a multiple of nhead={self.nhead}, so heads would be uneven; change either"
@@ -51,7 +55,7 @@ class PriorConfig:
             raise UserError(f"c_r={self.c_r} leaves no frequencies; use at least 4")
 
 
-class Prior(nn.Module):
+class Prior(Network):
     """Predicts the noise in a semantic map, given the text.
 
     The text's keys and values do not depend on the step: ``context`` computes them once for a prompt and

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -69,7 +70,7 @@ class TextEncoder(nn.Module):
             model,
             tokenizer.backend_tokenizer,
             pad_id=tokenizer.pad_token_id,
-            text_positions=min(tokenizer.model_max_length, model.config.max_position_embeddings),
+            text_positions=int(min(tokenizer.model_max_length, model.config.max_position_embeddings)),
         )
 
     @property
@@ -92,12 +93,15 @@ class TextEncoder(nn.Module):
             raise UserError(f"prompts {prompts!r} is wrong because a list is read; put the prompt in a list")
         if not prompts:
             raise UserError("prompts [] is wrong because at least one is read; give one, it may be empty")
-        ids = torch.full((len(prompts), self.text_positions), self.pad_id)
-        mask = torch.zeros((len(prompts), self.text_positions), dtype=torch.bool)
-        for row, prompt in enumerate(prompts):
-            tokens = self._tokens(prompt)
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            mask[row, : len(tokens)] = True
+        return self.encode_tokens(list(map(self.tokens, prompts)))
+
+    def encode_tokens(self, tokens: Sequence[Sequence[int] | Int[np.ndarray, " t"]]) -> TextStates:
+        """The states of prompts that ``tokens`` has read already, without their padding."""
+        ids = torch.full((len(tokens), self.text_positions), self.pad_id)
+        mask = torch.zeros((len(tokens), self.text_positions), dtype=torch.bool)
+        for row, numbers in enumerate(tokens):
+            ids[row, : len(numbers)] = torch.as_tensor(numbers)
+            mask[row, : len(numbers)] = True
         # Where the ids are looked up: other layers may be on another device for now.
         device = self.model.get_input_embeddings().weight.device
         ids, mask = ids.to(device), mask.to(device)
@@ -105,7 +109,11 @@ class TextEncoder(nn.Module):
             states = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         return TextStates(states=states, mask=mask)
 
-    def _tokens(self, prompt: str) -> list[int]:
+    def tokens(self, prompt: str) -> list[int]:
+        """The token ids of a prompt, begin and end included, at most ``text_positions`` of them.
+
+        Warns and raises as ``encode`` does.
+        """
         try:
             prompt.encode()
         except UnicodeEncodeError as error:

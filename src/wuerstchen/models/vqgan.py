@@ -1,5 +1,6 @@
 """Stage A: a VQGAN between pixels and 4× smaller latents, and the discriminator it is trained against."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,17 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from wuerstchen.errors import UserError
-from wuerstchen.models.layers import convolve, layer_norm, pointwise, to_channels_last
+from wuerstchen.models.layers import (
+    MAX_BLOCKS,
+    Network,
+    convolve,
+    layer_norm,
+    pointwise,
+    to_channels_last,
+)
+
+MAX_LEVELS = 16
+"""A picture of 65,536 pixels a side would be one latent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +38,19 @@ class VQGANConfig:
     """Latents are stored divided by this, which brings the published model's to about unit variance."""
 
     def __post_init__(self) -> None:
+        widths = ("in_channels", "out_channels", "up_down_scale_factor", "embed_dim", "latent_channels")
+        for name in (*widths, "num_vq_embeddings"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1; give a larger number")
+        if not 0 <= self.bottleneck_blocks <= MAX_BLOCKS or self.levels > MAX_LEVELS:
+            raise UserError(
+                f"bottleneck_blocks={self.bottleneck_blocks} must be from 0 to {MAX_BLOCKS}, and "
+                f"levels={self.levels} at most {MAX_LEVELS}; change them"
+            )
+        if not (math.isfinite(self.scale_factor) and self.scale_factor > 0):
+            raise UserError(
+                f"scale_factor={self.scale_factor} must be a finite number above 0; 0.3764 is published"
+            )
         if self.levels < 1 or self.embed_dim % 2 ** (self.levels - 1):
             raise UserError(
                 f"embed_dim={self.embed_dim} cannot be halved {self.levels - 1} times, as "
@@ -108,7 +132,7 @@ class VectorQuantizer(nn.Module):
             return Quantised(latents=z + (codes - z).detach(), indices=indices, loss=loss)
 
 
-class VQGAN(nn.Module):
+class VQGAN(Network):
     """Pixels in [0, 1] to latents and back. Sides of pictures must be multiples of ``config.factor``."""
 
     def __init__(self, config: VQGANConfig) -> None:

@@ -6,7 +6,7 @@ run is fed as the unbroken one would have been.
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,20 +95,35 @@ class _Batches:
     start: int
     end: int
     batch_size: int
+    part: Callable[[range], range]
 
     def __iter__(self) -> Iterator[range]:
         for first in range(self.start, self.end, self.batch_size):
-            yield range(first, min(first + self.batch_size, self.end))
+            yield self.part(range(first, min(first + self.batch_size, self.end)))
 
     def __len__(self) -> int:
         return -(-(self.end - self.start) // self.batch_size)
 
 
-def batches(feed: Feed, start: int, end: int, batch_size: int, workers: int) -> Iterator[Batch]:
-    """The pictures ``start`` to ``end`` - 1 in batches; the last may be smaller."""
+def _whole(numbers: range) -> range:
+    return numbers
+
+
+def batches(
+    feed: Feed,
+    start: int,
+    end: int,
+    batch_size: int,
+    workers: int,
+    part: Callable[[range], range] = _whole,
+) -> Iterator[Batch]:
+    """The pictures ``start`` to ``end`` - 1 in batches; the last may be smaller.
+
+    ``part`` is what this process wants of each batch.
+    """
     loader = DataLoader(
         feed,
-        batch_sampler=_Batches(start, end, batch_size),
+        batch_sampler=_Batches(start, end, batch_size, part),
         num_workers=workers,
         collate_fn=collate,
         worker_init_fn=_start_worker,

@@ -30,6 +30,7 @@ from wuerstchen.train.cost import Cost, CostMeter
 from wuerstchen.train.ema import decay_at, make_average
 from wuerstchen.train.feed import Feed, batches
 from wuerstchen.train.optim import learning_rate, make_optimizer, set_rate
+from wuerstchen.train.parallel import Processes, share_batch_statistics
 from wuerstchen.train.stages import Stage
 from wuerstchen.train.step import RecordedStep, Step, Values, compile_regions
 from wuerstchen.train.throughput import Gauge
@@ -80,6 +81,7 @@ def run_stage(
     log: Log,
     header: dict[str, Any],
     bank: Bank | None = None,
+    processes: Processes | None = None,
     validation: Validation | None = None,
 ) -> Path:
     """Trains a stage to its end, from the last checkpoint in ``folder`` if there is one.
@@ -88,8 +90,10 @@ def run_stage(
     held-out pictures is logged at previews and at checkpoints. Returns the last checkpoint.
     Raises ``Interrupted`` after SIGINT or SIGTERM, with a checkpoint written.
     """
+    processes = processes or Processes(device)
+    processes.check_batches(stage.name, stage.optimization.images, stage.optimization.batch_size)
     cost = CostMeter(device)
-    state, resumed = _prepare(stage, folder / "checkpoints", settings, device)
+    state, resumed = _prepare(stage, folder / "checkpoints", settings, processes)
     total = stage.optimization.images
     log.event(
         "start", stage=stage.name, images=state.images, total=total, resumed=resumed, device=str(device)
@@ -98,16 +102,20 @@ def run_stage(
         return folder / "checkpoints" / f"{state.images:012d}"
 
     def checkpoint() -> Path:
-        path = snapshot.save(state, folder / "checkpoints", {**header, "stage": stage.name})
+        path = folder / "checkpoints" / f"{state.images:012d}"
+        if processes.leads:
+            snapshot.save(state, folder / "checkpoints", {**header, "stage": stage.name})
         spent = cost.spent()
-        log.event("checkpoint", stage=stage.name, images=state.images, seconds=spent.seconds, kwh=spent.kwh)
+        kwh = None if spent.kwh is None else processes.total(spent.kwh)
+        processes.wait()
+        log.event("checkpoint", stage=stage.name, images=state.images, seconds=spent.seconds, kwh=kwh)
         return path
 
     seed = stable_hash(settings.seed, stage.name) >> 1
-    step = Step(stage, state, seed, settings.autocast, device)
+    step = Step(stage, state, seed, settings.autocast, processes)
     step.gauge = gauge = Gauge(stage, seed, settings.autocast, device)
     updates = _fed_updates(step, feed, settings) if bank is None else _bank_updates(step, bank, settings)
-    meter = Meter(f"Stage {stage.name.upper()}", state.images, total)
+    meter = Meter(f"Stage {stage.name.upper()}", state.images, total, processes.leads)
     saved = time.monotonic()
     next_preview = _next_multiple(state.images, settings.preview_every, total)
     final: Path | None = None
@@ -118,7 +126,7 @@ def run_stage(
             # A recorded update is not waited for, unless its values are to be read.
             reads = bank is None or not values or state.updates % settings.log_every == 0
             if reads or state.images + fed.images >= total:
-                values = _read(fed.values, stage, state.images)
+                values = _read(fed.values, stage, state.images, processes)
                 values["learning_rate"] = learning_rate(stage.optimization, state.images + fed.images)
             state.images += fed.images
             meter.update(fed.images, values["loss"])
@@ -127,29 +135,35 @@ def run_stage(
             if state.updates % settings.log_every == 0 or state.images >= total:
                 rate = round(meter.rate(), 2)
                 spent = cost.spent()
-                seen = {"images_per_second": rate, **gauge.read(rate), **values}
+                seen = {"images_per_second": rate, **gauge.read(rate / processes.count), **values}
                 seen |= {"seconds": round(spent.seconds, 3), "kwh": spent.kwh}
                 log.event("progress", stage=stage.name, images=state.images, **seen)
             if state.images >= total:  # before the last preview: whatever befalls it costs no work
                 final = checkpoint()
             if state.images >= next_preview:
-                _preview(stage, state, feed, folder, settings, device)
+                if processes.leads:
+                    _preview(stage, state, feed, folder, settings, device)
                 log.event("preview", stage=stage.name, images=state.images)
-                if validation is not None:
+                if validation is not None and processes.leads:
                     found = validation(state.averages)
                     log.event("validation", stage=stage.name, images=state.images, **found)
                 next_preview = _next_multiple(state.images, settings.preview_every, total)
-            if stop_requested():
+            due = time.monotonic() - saved >= settings.checkpoint_seconds
+            # Where nobody waits for the device, only one process can decide by itself.
+            stops, due = processes.agreed(stop_requested(), due) if reads else (stop_requested(), due)
+            if processes.count > 1 and not reads:
+                continue
+            if stops:
                 if final is None:
                     checkpoint()
                 log.event("stopped", stage=stage.name, images=state.images)
                 raise Interrupted(
                     f"stopped at image {state.images:,} of {total:,} of stage {stage.name.upper()}"
                 )
-            if time.monotonic() - saved >= settings.checkpoint_seconds and state.images < total:
+            if due and state.images < total:
                 checkpoint()
                 saved = time.monotonic()
-                if validation is not None and validation.due:
+                if validation is not None and validation.due and processes.leads:
                     found = validation(state.averages)
                     log.event("validation", stage=stage.name, images=state.images, **found)
     assert final is not None
@@ -164,8 +178,9 @@ def rehearse(
     The number of updates is fixed, so that all processes of a run make the same.
     """
     warming, timed = (5, 20) if device.type == "cuda" else (1, 3)
-    state, _ = _prepare(stage, folder, settings, device)
-    step = Step(stage, state, stable_hash(settings.seed, stage.name) >> 1, settings.autocast, device)
+    processes = Processes(device)
+    state, _ = _prepare(stage, folder, settings, processes)
+    step = Step(stage, state, stable_hash(settings.seed, stage.name) >> 1, settings.autocast, processes)
     updates = _fed_updates(step, feed, settings) if bank is None else _bank_updates(step, bank, settings)
     meter, images = CostMeter(device), 0
     with _memory_named(stage, feed):
@@ -187,11 +202,13 @@ def _finished(device: torch.device) -> None:
 
 
 def _prepare(
-    stage: Stage, folder: Path, settings: Settings, device: torch.device
+    stage: Stage, folder: Path, settings: Settings, processes: Processes
 ) -> tuple[snapshot.TrainingState, bool]:
     """The stage's state at its beginning, or as the newest whole checkpoint holds it."""
     for network in stage.networks.values():
-        network.to(device).train()
+        network.to(processes.device).train()
+        if processes.count > 1:
+            share_batch_statistics(network)
     state = snapshot.TrainingState(
         networks=stage.networks,
         averages={name: make_average(stage.networks[name]) for name in stage.averaged},
@@ -219,21 +236,25 @@ def _begin(step: Step, settings: Settings, images: int) -> None:
         )
         set_rate(optimizer, learning_rate(peak, state.images + images))
     step.decay.fill_(decay_at(state.updates + 1, optimization.ema_decay))
-    torch.manual_seed(stable_hash(settings.seed, stage.name, "dropout", state.images) >> 1)
+    # Alone a process has the seed that it had before there could be several.
+    who = () if step.processes.count == 1 else (step.processes.rank,)
+    torch.manual_seed(stable_hash(settings.seed, stage.name, "dropout", state.images, *who) >> 1)
 
 
 def _fed_updates(step: Step, feed: Feed, settings: Settings) -> Iterator[_Fed]:
     """Updates on pictures composed on the way."""
     optimization, device = step.stage.optimization, step.device
     start, total = step.state.images, optimization.images
-    for batch in batches(feed, start, total, optimization.batch_size, settings.workers):
-        _begin(step, settings, len(batch.indices))
+    part = step.processes.share
+    for batch in batches(feed, start, total, optimization.batch_size, settings.workers, part):
+        images = len(batch.indices) * step.processes.count
+        _begin(step, settings, images)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):
             inputs = step.stage.prepare(batch, device)
         if step.stage.reads_images:
             inputs["images"] = batch.images.to(device)
         values = step(inputs, batch.indices.to(device))
-        yield _Fed(len(batch.indices), batch.skipped, values)
+        yield _Fed(images, batch.skipped, values)
 
 
 def _bank_updates(step: Step, bank: Bank, settings: Settings) -> Iterator[_Fed]:
@@ -243,13 +264,16 @@ def _bank_updates(step: Step, bank: Bank, settings: Settings) -> Iterator[_Fed]:
     for first in range(step.state.images, optimization.images, optimization.batch_size):
         numbers = range(first, min(first + optimization.batch_size, optimization.images))
         _begin(step, settings, len(numbers))
-        rows = torch.tensor(items_at(numbers, len(bank), step.seed))
-        yield _Fed(len(numbers), [], recorded(rows, torch.arange(numbers.start, numbers.stop)))
+        own = step.processes.share(numbers)
+        rows = torch.tensor(items_at(own, len(bank), step.seed))
+        yield _Fed(len(numbers), [], recorded(rows, torch.arange(own.start, own.stop)))
 
 
-def _read(values: Values, stage: Stage, images: int) -> dict[str, float]:
+def _read(values: Values, stage: Stage, images: int, processes: Processes) -> dict[str, float]:
     """The values of an update on the host. Raises ``UserError`` where one is not finite, or says to stop."""
-    read = dict(zip(values, torch.stack([v.float() for v in values.values()]).tolist(), strict=True))
+    stacked = torch.stack([v.float() for v in values.values()])
+    processes.average_([stacked])
+    read = dict(zip(values, stacked.tolist(), strict=True))
     for name, value in read.items():
         if name.startswith(("loss", "gradient")) and not math.isfinite(value):
             what = f"loss_{stage.averaged[0]}" if name == "loss" else name

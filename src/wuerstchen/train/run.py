@@ -42,6 +42,7 @@ from wuerstchen.train.bank import Bank, compose
 from wuerstchen.train.config import Recipe, as_dict, differing_fields
 from wuerstchen.train.feed import Batch, Feed, batches
 from wuerstchen.train.loop import Settings, rehearse, run_stage
+from wuerstchen.train.parallel import Processes, distributed
 from wuerstchen.train.snapshot import read_averages
 from wuerstchen.train.stage_a import StageA, StageARefinement
 from wuerstchen.train.stage_b import DecoderAndCompressor, StageB, StageBRefinement
@@ -84,8 +85,14 @@ def train(
     watch = watch or Watch()
     if watch.tensorboard:
         check_tensorboard()
-    on = default_device(device)
-    recipe = _resolved(recipe, on)
+    with distributed(default_device(device)) as processes:
+        return _train(recipe, run_dir, processes, accept_changed_data, watch)
+
+
+def _train(
+    recipe: Recipe, run_dir: Path, processes: Processes, accept_changed_data: bool, watch: Watch
+) -> Path:
+    recipe = _resolved(recipe, processes)
     source = open_source(recipe.data)
     largest = max(s.optimization.batch_size for s in (recipe.stage_a, recipe.stage_b, recipe.stage_c))
     if len(source) < largest and not recipe.prepared_images:
@@ -95,18 +102,21 @@ def train(
         )
     text_encoder = read_text_encoder(TEXT_ENCODER)
     _check_text_width(recipe, text_encoder.width)
-    with _locked(run_dir), warnings.catch_warnings():
+    with _locked(run_dir, processes), warnings.catch_warnings():
         # Captions longer than the encoder reads are cut; a line for each would bury everything else.
         warnings.simplefilter("ignore", PromptTooLongWarning)
         try:
-            log = Log(run_dir / "log.jsonl", tensorboard=watch.tensorboard)
-            run = _Run(recipe, run_dir, source, text_encoder, on, log)
+            log = Log(run_dir / "log.jsonl", processes.leads, tensorboard=watch.tensorboard)
+            run = _Run(recipe, run_dir, source, text_encoder, processes, log)
             run.check_compressor_weights()
-            run.fingerprint = _check_run(recipe, run_dir, source, log, accept_changed_data)
-            begin(log, watch)
-            if watch.rehearses and not any(event["event"] == "rehearsed" for event in log.events()):
-                run.rehearse()
-            say_costs_to_come(log)
+            run.fingerprint = _check_run(recipe, run_dir, source, log, accept_changed_data, processes)
+            if processes.leads:
+                begin(log, watch)
+                # Alone: what one process's rate says of many is left open.
+                rehearsed = any(event["event"] == "rehearsed" for event in log.events())
+                if watch.rehearses and not rehearsed and processes.count == 1:
+                    run.rehearse()
+                say_costs_to_come(log)
             return run.train()
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
@@ -123,16 +133,21 @@ def train(
             ) from error
 
 
-def _resolved(recipe: Recipe, device: torch.device) -> Recipe:
+def _resolved(recipe: Recipe, processes: Processes) -> Recipe:
     """The recipe with every ``auto`` replaced: what it stands for is part of what a run folder keeps."""
+    device = processes.device
     gpu = device.type == "cuda"
     if recipe.precision == "auto":
         recipe = dataclasses.replace(recipe, precision="bf16" if gpu else "fp32")
     if recipe.acceleration == "auto":
-        graph = gpu and recipe.prepared_images > 0
+        graph = gpu and recipe.prepared_images > 0 and processes.count == 1
         recipe = dataclasses.replace(recipe, acceleration="graph" if graph else "none")
     if recipe.acceleration == "graph" and not gpu:
         raise UserError(f"acceleration=graph records CUDA graphs, and {device} has none; use compile or none")
+    if recipe.acceleration == "graph" and processes.count > 1:
+        raise UserError(
+            f"acceleration=graph records the updates of one process, not of {processes.count}; use compile"
+        )
     return recipe
 
 
@@ -146,8 +161,12 @@ def _check_text_width(recipe: Recipe, width: int) -> None:
 
 
 @contextlib.contextmanager
-def _locked(run_dir: Path) -> Iterator[None]:
-    """Keeps other processes out of the run folder. The lock goes with the process, however it ends."""
+def _locked(run_dir: Path, processes: Processes) -> Iterator[None]:
+    """Keeps other runs out of the run folder. The lock goes with the process, however it ends."""
+    if not processes.leads:
+        processes.wait()  # for the lock and the cleaning below
+        yield
+        return
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = FileLock(run_dir / "lock").acquire(timeout=0)
@@ -162,13 +181,23 @@ def _locked(run_dir: Path) -> Iterator[None]:
     with lock:
         for partial in (*run_dir.glob("stage_*/checkpoints/.*.partial"), *run_dir.glob(".model.*")):
             shutil.rmtree(partial, ignore_errors=True)  # what kills left half-written
+        processes.wait()
         yield
 
 
-def _check_run(recipe: Recipe, run_dir: Path, source: Source, log: Log, accept_changed_data: bool) -> str:
+def _check_run(
+    recipe: Recipe,
+    run_dir: Path,
+    source: Source,
+    log: Log,
+    accept_changed_data: bool,
+    processes: Processes,
+) -> str:
     """Compares what the folder was begun with and what is asked now; begins it if it is new."""
     path = run_dir / "run.json"
     given, data = as_dict(recipe), source.fingerprint()
+    if not processes.leads:
+        return data
     if not path.exists():
         if any(run_dir.glob("stage_*")):
             raise RunFolderError(f"{run_dir} holds stages but no run.json; use another --run-dir")
@@ -214,16 +243,17 @@ class _Run:
         run_dir: Path,
         source: Source,
         text_encoder: TextEncoder,
-        device: torch.device,
+        processes: Processes,
         log: Log,
     ) -> None:
         self.recipe = recipe
+        self.processes = processes
         self.run_dir = run_dir
         self.source = source
         self.fingerprint = ""
-        self.device = device
+        self.device = processes.device
         self.log = log
-        self.text_encoder = text_encoder.to(device)
+        self.text_encoder = text_encoder.to(self.device)
         self._bank: Bank | None = None
         self._looked = False
         self._held_out: HeldOut | None = None
@@ -247,7 +277,7 @@ class _Run:
         vqgan = self.stage_a_refined(vqgan, decoder, compressor)
         prior, statistics = self.stage_c(vqgan, decoder, compressor)
         target = self.run_dir / "model"
-        if not (target / "model.json").exists():
+        if self.processes.leads and not (target / "model.json").exists():
             cascade = Cascade(
                 settings=cascade_settings(self.recipe, statistics),
                 vqgan=vqgan,
@@ -267,6 +297,9 @@ class _Run:
                 "previewer": self.provenance(b + self.recipe.stage_b.refine_images),
             }
             write_cascade(cascade, target, provenance, text_encoder=TEXT_ENCODER)
+        self.processes.wait()
+        if not self.processes.leads:
+            return target
         self.say_skipped()
         for picture in sorted(self.run_dir.glob("stage_c*/previews/*.png"))[-1:]:
             print(f"{picture}: the recipe's prompts, drawn at the end of Stage C")
@@ -278,7 +311,7 @@ class _Run:
         """Measures what an image costs in each stage, with networks that are thrown away."""
         with tempfile.TemporaryDirectory() as folder:
             rehearsal = _Rehearsal(
-                self.recipe, Path(folder), self.source, self.text_encoder, self.device, self.log
+                self.recipe, Path(folder), self.source, self.text_encoder, self.processes, self.log
             )
             vqgan = rehearsal.stage_a()
             decoder, compressor, _ = rehearsal.stage_b(vqgan)
@@ -419,9 +452,10 @@ class _Run:
     def measured_once(self, stage: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What ``measure`` finds, kept beside the stage's checkpoints: later starts read it back."""
         path = self.run_dir / stage / "measured.json"
-        if not path.exists():
+        if self.processes.leads and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, measure())
+        self.processes.wait()
         again = "remove it, and it will be measured again"
         found = _read_json(path, again)
         if not found:
@@ -431,18 +465,23 @@ class _Run:
     def run_stage(self, stage: Stage) -> Path:
         optimization = stage.optimization
         parameters = sum(p.numel() for n in stage.networks.values() for p in n.parameters())
-        print(
-            f"Stage {stage.name.upper()}: {optimization.images:,} images in batches of "
-            f"{optimization.batch_size}, {parameters / 1e6:.1f} M parameters, on {self.device}"
-        )
+        if self.processes.leads:
+            times = "" if self.processes.count == 1 else f" and {self.processes.count - 1} more"
+            print(
+                f"Stage {stage.name.upper()}: {optimization.images:,} images in batches of "
+                f"{optimization.batch_size}, {parameters / 1e6:.1f} M parameters, on {self.device}{times}"
+            )
         seed = stable_hash(self.recipe.seed, stage.name, "data") >> 1
         feed = Feed(self.source, seed, self.recipe.image_size, stage.captions)
         header = {**dataclasses.asdict(self.provenance(0)), "fields": as_dict(self.recipe)}
         folder = self.run_dir / f"stage_{stage.name}"
         finished = (folder / "checkpoints" / f"{optimization.images:012d}").is_dir()
         bank = None if finished else self.bank()
-        validation = None if finished else self.validation(stage)
-        return run_stage(stage, feed, folder, self.settings, self.device, self.log, header, bank, validation)
+        validation = self.validation(stage) if self.processes.leads and not finished else None
+        processes = self.processes
+        return run_stage(
+            stage, feed, folder, self.settings, self.device, self.log, header, bank, processes, validation
+        )
 
     def validation(self, stage: Stage) -> Validation | None:
         """The loss of a diffusion stage on held-out pictures; None without any."""

@@ -93,9 +93,10 @@ class _Pictures:
             terms["perceptual"] = self.perceptual(output, pixels)
             total = total + config.perceptual_weight * terms["perceptual"]
         if self.discriminator is not None:
-            terms["adversarial"] = -self.discriminator(output).float().mean()
-            listens = (random.indices[0] >= config.adversarial_from).float()
-            total = total + config.adversarial_weight * listens * terms["adversarial"]
+            verdicts = -self.discriminator(output).float().flatten(1).mean(1)
+            listens = (random.indices >= config.adversarial_from).float()
+            terms["adversarial"] = verdicts.mean()
+            total = total + config.adversarial_weight * (listens * verdicts).mean()
         yield network, total, terms
         if self.discriminator is not None:
             # Hinge loss (arXiv 1705.02894): only what is not yet told apart clearly teaches anything.

@@ -16,6 +16,7 @@ from wuerstchen.models.layers import AttnBlock, ConditionedResBlock, ResBlock, T
 from wuerstchen.models.vqgan import MixingResidualBlock
 from wuerstchen.train.ema import update_average
 from wuerstchen.train.optim import update
+from wuerstchen.train.parallel import Processes
 from wuerstchen.train.random import ImageRandom
 from wuerstchen.train.snapshot import TrainingState
 from wuerstchen.train.stages import Inputs, Stage
@@ -41,14 +42,15 @@ class Step:
     """Makes the updates of a stage, one a call."""
 
     def __init__(
-        self, stage: Stage, state: TrainingState, seed: int, autocast: bool, device: torch.device
+        self, stage: Stage, state: TrainingState, seed: int, autocast: bool, processes: Processes
     ) -> None:
         self.stage = stage
         self.state = state
         self.seed = seed
         self.autocast = autocast
-        self.device = device
-        self.decay = torch.zeros((), device=device)
+        self.processes = processes
+        self.device = processes.device
+        self.decay = torch.zeros((), device=self.device)
         """Of the weight averages, for the next update."""
         self.gauge: Gauge | None = None
 
@@ -68,10 +70,13 @@ class Step:
             name, loss, terms = following
             network = stage.networks[name]
             # Gradients for this network alone: what else the loss passes through learns from its own loss.
-            loss.backward(inputs=[p for p in network.parameters() if p.requires_grad])
-            norm = update(network, state.optimizers[name], stage.optimization.clip_norm, loss.detach())
+            trained = [p for p in network.parameters() if p.requires_grad]
+            loss.backward(inputs=trained)
+            loss = loss.detach().clone()
+            self.processes.average_([*(p.grad for p in trained if p.grad is not None), loss])
+            norm = update(network, state.optimizers[name], stage.optimization.clip_norm, loss)
             key = "loss" if "loss" not in values else f"loss_{name}"
-            values |= {key: loss.detach(), f"gradient_{name}": norm}
+            values |= {key: loss, f"gradient_{name}": norm}
             values |= {term: value.detach() for term, value in terms.items()}
         for name, average in state.averages.items():
             update_average(average, stage.networks[name], self.decay)

@@ -18,16 +18,20 @@ from wuerstchen.errors import UserError
 class Log:
     """Appends events to ``log.jsonl``. A line that a kill cut short is removed at the next start."""
 
-    def __init__(self, path: Path, *, tensorboard: bool = False) -> None:
+    def __init__(self, path: Path, writes: bool = True, *, tensorboard: bool = False) -> None:
+        """Of the processes of one run, one ``writes``; the others' events go nowhere."""
         self.path = path
-        self._board = Board(path.parent / "tensorboard") if tensorboard else None
-        if path.exists():
+        self.writes = writes
+        self._board = Board(path.parent / "tensorboard") if tensorboard and writes else None
+        if writes and path.exists():
             content = path.read_bytes()
             whole = content[: content.rfind(b"\n") + 1]
             if whole != content:
                 os.truncate(path, len(whole))
 
     def event(self, kind: str, **values: Any) -> None:
+        if not self.writes:
+            return
         line = json.dumps({"event": kind, "time": round(time.time(), 3), **values}, allow_nan=False)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -114,9 +118,15 @@ def _summary_writer() -> Any:
 class Meter:
     """Images a second and smoothed loss, for the bar and the log."""
 
-    def __init__(self, title: str, start: int, total: int) -> None:
+    def __init__(self, title: str, start: int, total: int, shown: bool = True) -> None:
         self.bar = tqdm(
-            total=total, initial=start, desc=title, unit="img", dynamic_ncols=True, mininterval=0.5
+            total=total,
+            initial=start,
+            desc=title,
+            unit="img",
+            dynamic_ncols=True,
+            mininterval=0.5,
+            disable=not shown,
         )
         self.loss: float | None = None
         self._since = time.monotonic()

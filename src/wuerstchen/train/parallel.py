@@ -1,0 +1,158 @@
+"""One run in many processes, as ``torchrun`` starts them: each computes its share of every batch.
+
+Networks, averages and optimizers are the same in all processes; gradients are averaged before every update.
+All that is random is a function of the image's number, so the images of a batch, their crops, times and
+noise do not depend on how many processes there are. The first process alone writes and speaks.
+"""
+
+import datetime
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+
+from wuerstchen.errors import UserError
+
+_BUCKET = 32 * 2**20  # numbers that travel together: 128 MiB of gradients
+_PATIENCE = datetime.timedelta(minutes=30)  # that the others have while the first writes a checkpoint
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of a run."""
+
+    device: torch.device
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    def share(self, numbers: range) -> range:
+        """This process's part of the images of a batch: as many in a row as every other's."""
+        size = len(numbers) // self.count
+        return numbers[self.rank * size : (self.rank + 1) * size]
+
+    def check_batches(self, stage: str, images: int, batch_size: int) -> None:
+        """Raises ``UserError`` unless every batch of a stage can be shared evenly."""
+        if batch_size % self.count or (self.count > 1 and images % batch_size):
+            raise UserError(
+                f"stage_{stage}: batches of {batch_size} and {images} images in all cannot be shared by "
+                f"{self.count} processes; make batch_size a multiple of {self.count}, images of batch_size"
+            )
+
+    def average_(self, tensors: Sequence[Tensor]) -> None:
+        """Replaces tensors by their average over all processes, a large bucket at a time."""
+        if self.count == 1:
+            return
+        bucket: list[Tensor] = []
+        for number, tensor in enumerate(tensors):
+            bucket.append(tensor)
+            full = sum(t.numel() for t in bucket) >= _BUCKET
+            follows = number + 1 < len(tensors) and tensors[number + 1].dtype == tensor.dtype
+            if not full and follows:
+                continue
+            flat = torch.cat([t.flatten() for t in bucket])
+            dist.all_reduce(flat)  # gloo has sums alone
+            flat /= self.count
+            parts = flat.split([t.numel() for t in bucket])
+            torch._foreach_copy_(bucket, [p.view_as(t) for p, t in zip(parts, bucket, strict=True)])
+            bucket = []
+
+    def total(self, value: float) -> float:
+        """The sum of a number over all processes."""
+        if self.count == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return float(tensor)
+
+    def agreed(self, *asked: bool) -> tuple[bool, ...]:
+        """Each question answered for all processes: yes if one of them says so."""
+        if self.count == 1:
+            return asked
+        tensor = torch.tensor(asked, dtype=torch.int32, device=self.device)
+        dist.all_reduce(tensor)
+        return tuple(bool(value) for value in tensor.tolist())
+
+    def wait(self) -> None:
+        """Returns when all processes have come here."""
+        if self.count > 1:
+            self.total(0.0)  # a barrier that needs no further device of NCCL
+
+
+@contextmanager
+def distributed(device: torch.device) -> Iterator[Processes]:
+    """The processes of this run: those that ``torchrun`` started, or this one alone.
+
+    On GPUs each takes the one of its number on its machine. Raises ``UserError`` if it has none.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        yield Processes(device)
+        return
+    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+    if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}; give "
+                "torchrun --nproc-per-node at most that number"
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    processes = Processes(device, rank, count)
+    try:
+        yield processes
+        processes.wait()  # gloo aborts where one process leaves while another still talks
+    finally:
+        dist.destroy_process_group()
+
+
+class GlobalBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm whose statistics in training are those of the whole batch, over all processes.
+
+    torch's SyncBatchNorm does the same on GPUs alone. Mean and variance are taken one after the other, in at
+    least fp32: one pass over sums of squares would lose the digits in which processes have to agree.
+    """
+
+    def forward(self, input: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        if not self.training:
+            return super().forward(input)
+        with torch.autocast(input.device.type, enabled=False):
+            x = input.to(torch.promote_types(input.dtype, torch.float32))
+            count = x.numel() // x.shape[1] * dist.get_world_size()
+            mean = all_reduce(x.sum(dim=(0, 2, 3))) / count
+            centred = x - mean[:, None, None]
+            variance = all_reduce(centred.square().sum(dim=(0, 2, 3))) / count
+            self._follow(mean.detach(), variance.detach() * (count / max(count - 1, 1)))
+            scale = (variance + self.eps).rsqrt()
+            if self.affine:
+                scale = scale * self.weight
+            result = centred * scale[:, None, None]
+            return (result + self.bias[:, None, None] if self.affine else result).to(input.dtype)
+
+    def _follow(self, mean: Tensor, variance: Tensor) -> None:
+        """Moves the running statistics, which evaluation uses."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance, self.momentum)
+
+
+def share_batch_statistics(network: nn.Module) -> None:
+    """Lets every batch norm of a network that follows the batch see all processes' parts of it."""
+    for module in network.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = GlobalBatchNorm2d

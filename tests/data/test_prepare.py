@@ -1,0 +1,619 @@
+"""Prepared sets: what is stored, the same after any kill and on any number of processes."""
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from wuerstchen.cli import main
+from wuerstchen.data import prepare as module
+from wuerstchen.data.buckets import bucket_of, bucket_sizes
+from wuerstchen.data.filters import Filters
+from wuerstchen.data.plan import BucketPlan
+from wuerstchen.data.prepare import Networks, PrepareConfig, Processes, prepare, read_networks, summary
+from wuerstchen.data.prepared import PreparedSet, bytes_per_image, quantize_states
+from wuerstchen.data.readers import FolderReader
+from wuerstchen.errors import DataError, RunFolderError, UserError
+from wuerstchen.images import open_image, resize_crop, to_tensor
+from wuerstchen.models.compressor import compressor_input
+from wuerstchen.pipeline import BUNDLED
+
+SIZES = [(300, 200), (200, 300), (128, 128), (900, 150), (150, 900), (260, 256)]
+
+
+@pytest.fixture(scope="module")
+def networks() -> Networks:
+    return read_networks(BUNDLED)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Eight pictures, of which two have the same caption and one has two."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    lines = []
+    for number in range(8):
+        width, height = SIZES[number % len(SIZES)]
+        noise = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((width, height)).save(folder / f"{number}.png")
+        text = "a thing" if number in (1, 4) else f"picture {number} of a thing"
+        texts = [text, "another caption"] if number == 2 else text
+        lines.append(
+            {"file_name": f"{number}.png", "text": texts, "pwatermark": 0.1 * number, "punsafe": 0.0}
+        )
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+CONFIG = PrepareConfig(
+    max_ratio=4.0, crop="random", crops=2, text_states="int8", batch_size=2, shard_size=3, seed=5
+)
+
+
+def make(photos: Path, out: Path, networks: Networks, config: PrepareConfig = CONFIG, **more):
+    return prepare(FolderReader(photos), out, networks, config, source="photos", **more)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def test_what_is_stored(photos, tmp_path, networks):
+    description = make(photos, tmp_path / "out", networks)
+    prepared = PreparedSet(tmp_path / "out", verify=True)
+    assert len(prepared) == 8
+    assert prepared.buckets == bucket_sizes(256, 4.0)
+    seen = set()
+    for index in range(8):
+        name = f"{index}.png"
+        image = open_image(photos / name)
+        assert prepared.name(index) == name
+        size = prepared.buckets[bucket_of(image.size, prepared.buckets)]
+        assert prepared.size(index) == size
+        seen.add(size)
+        for crop, box in enumerate(prepared.boxes(index)):
+            pixels = to_tensor(image.resize(size, Image.Resampling.LANCZOS, box=tuple(map(float, box))))
+            with torch.no_grad():
+                expected = networks.compressor(compressor_input(pixels[None]))[0].numpy()
+            found = prepared.map(index, crop)
+            assert found.dtype == np.float16
+            assert found.shape == (16, size[1] * 3 // 128, size[0] * 3 // 128)
+            assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
+        captions = prepared.captions(index)
+        for choice, caption in enumerate(captions):
+            encoded = networks.text_encoder.encode([caption])
+            tokens = networks.text_encoder.tokens(caption)
+            assert prepared.tokens(index, choice).tolist() == tokens
+            # The bundled model hides padding, so only the states of the tokens are there.
+            states = prepared.states(index, choice)
+            expected = encoded.states[0, : len(tokens)].numpy()
+            assert states.shape == expected.shape
+            scale = np.abs(expected).max(axis=1, keepdims=True) / 127
+            assert (np.abs(states - expected) <= 0.51 * scale + 1e-4).all()
+    assert seen == set(bucket_sizes(256, 4.0))
+    assert prepared.captions(1) == prepared.captions(4) == ["a thing"]
+    assert prepared.captions(2) == ["picture 2 of a thing", "another caption"]
+    assert description["texts"]["rows"] == 8  # of nine
+    assert not (tmp_path / "out" / "work").exists()
+    assert description["buckets"] == [[128, 512, 1], [256, 256, 6], [512, 128, 1]]
+    prepared.check_model(networks.compressor, networks.text_encoder)
+    ids = BucketPlan(prepared.bucket_ids, 2, 0).ids(0)
+    assert len({prepared.size(int(i)) for i in ids}) == 1
+
+
+def test_centred_crops_are_those_of_reading_the_images(photos, tmp_path, networks):
+    config = dataclasses.replace(CONFIG, crop="centre", crops=1, max_ratio=1.0, text_states="none")
+    make(photos, tmp_path / "out", networks, config)
+    prepared = PreparedSet(tmp_path / "out")
+    for index in (0, 1, 5):
+        pixels = to_tensor(resize_crop(open_image(photos / f"{index}.png"), 256, 256))
+        with torch.no_grad():
+            expected = networks.compressor(compressor_input(pixels[None]))[0].numpy()
+        assert np.abs(prepared.map(index) - expected).max() < 0.02 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("kept", ["fp16", "int8"])
+def test_all_positions(photos, tmp_path, networks, kept):
+    config = dataclasses.replace(CONFIG, text_states=kept, text_positions="all")
+    make(photos, tmp_path / "out", networks, config)
+    prepared = PreparedSet(tmp_path / "out")
+    encoded = networks.text_encoder.encode(prepared.captions(0)[:1]).states[0].numpy()
+    states = prepared.states(0)
+    assert states.shape == encoded.shape
+    scale = np.abs(encoded).max(axis=1, keepdims=True)
+    assert (np.abs(states - encoded) <= scale * (0.51 / 127 if kept == "int8" else 1e-3)).all()
+
+
+def test_without_states(photos, tmp_path, networks):
+    make(photos, tmp_path / "out", networks, dataclasses.replace(CONFIG, text_states="none"))
+    prepared = PreparedSet(tmp_path / "out")
+    tokens = [prepared.tokens(index) for index in range(3)]
+    states = networks.text_encoder.encode_tokens(tokens)
+    expected = networks.text_encoder.encode([prepared.captions(index)[0] for index in range(3)])
+    assert torch.equal(states.states, expected.states)
+    assert torch.equal(states.mask, expected.mask)
+    with pytest.raises(UserError, match="made without text states; encode its tokens"):
+        prepared.states(0)
+
+
+def test_long_captions_are_cut_and_counted(photos, tmp_path, networks):
+    line = {"file_name": "0.png", "text": "word " * 900}
+    for path in photos.glob("[1-7].png"):
+        path.unlink()
+    (photos / "metadata.jsonl").write_text(json.dumps(line))
+    description = make(photos, tmp_path / "out", networks)
+    assert description["cut_texts"] == 1
+    assert len(PreparedSet(tmp_path / "out").tokens(0)) == networks.text_encoder.text_positions
+    assert "1 texts were cut" in "\n".join(summary(description))
+
+
+def test_quantised_states():
+    states = np.random.default_rng(0).normal(size=(5, 64)).astype(np.float32) * [[1], [1e-3], [1e4], [0], [1]]
+    values, scales = quantize_states(states.astype(np.float32))
+    assert (np.abs(values * scales[:, None] - states) <= 0.5001 * scales[:, None]).all()
+    assert np.abs(values).max() == 127
+
+
+def test_sizes_of_a_million_images():
+    """At 1024 pixels, with maps of 16 × 24 × 24 and CLIP bigG's states: 25, 125 and 60 GB at most."""
+    million, maps = 1_000_000, 16 * 24 * 24
+    assert bytes_per_image(map_numbers=maps, tokens=77.0) * million <= 25e9
+    full = bytes_per_image(map_numbers=maps, tokens=77.0, positions=77.0, width=1280, states="int8")
+    assert 100e9 <= full * million <= 125e9
+    real = bytes_per_image(map_numbers=maps, tokens=30.0, positions=30.0, width=1280, states="int8")
+    assert real * million <= 60e9
+    in_half = bytes_per_image(map_numbers=maps, tokens=77.0, positions=77.0, width=1280, states="fp16")
+    assert in_half * million > 200e9  # which is why there is int8
+
+
+def test_the_arithmetic_is_what_the_files_take(photos, tmp_path, networks):
+    config = dataclasses.replace(CONFIG, text_states="int8", text_positions="all", shard_size=100)
+    description = make(photos, tmp_path / "out", networks, config)
+    encoder = networks.text_encoder
+    # All buckets have 6 × 6 or 3 × 12 positions; eight texts for eight images.
+    expected = bytes_per_image(
+        map_numbers=16 * 36,
+        crops=2,
+        tokens=7.0,
+        positions=float(encoder.text_positions),
+        width=encoder.width,
+        states="int8",
+    )
+    sizes = description["bytes_per_image"]
+    stored = sum((tmp_path / "out" / p).stat().st_size for p in contents(tmp_path / "out") if "arrow" in p)
+    assert sizes["with_states"] * 8 == stored
+    kept = encoder.text_positions * (encoder.width + 4)
+    assert sizes["with_states"] - sizes["without_states"] == pytest.approx(kept)
+    # What is beyond the arithmetic is a file's header and footer, on few rows.
+    assert expected < sizes["with_states"] < expected + 1000
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_kill_before_any_rename_changes_nothing(photos, tmp_path, networks, monkeypatch):
+    config = dataclasses.replace(CONFIG, shard_size=4)
+    make(photos, tmp_path / "whole", networks, config)
+    replace = os.replace
+    left = 0
+
+    def dying(source, target):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Killed
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", dying)
+    for allowed in range(100):
+        out = tmp_path / str(allowed)
+        left = allowed
+        try:
+            make(photos, out, networks, config)
+            break
+        except Killed:
+            with pytest.raises(DataError, match="it is not finished"):
+                PreparedSet(out)
+        left = 100
+        make(photos, out, networks, config)
+        assert contents(out) == contents(tmp_path / "whole")
+    # The plan, two files for each of four shards, and what makes them a set.
+    assert allowed == 1 + 8 + 3
+
+
+def test_what_is_done_is_not_done_again(photos, tmp_path, networks, monkeypatch):
+    make(photos, tmp_path / "whole", networks)
+    write = module.write_json
+
+    def full(path, content):
+        if path.name == "images-00002.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, content)
+
+    monkeypatch.setattr(module, "write_json", full)
+    with pytest.raises(RunFolderError, match=r"written \(No space left on device\); free some space"):
+        make(photos, tmp_path / "out", networks)
+    monkeypatch.setattr(module, "write_json", write)
+    asked, ours = [], FolderReader.read
+
+    def read(self, name, place):
+        asked.append(name)
+        return ours(self, name, place)
+
+    monkeypatch.setattr(FolderReader, "read", read)
+    make(photos, tmp_path / "out", networks)
+    assert asked == ["6.png", "7.png"]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def command(photos: Path, out: Path) -> list[str]:
+    options = (
+        "--max-ratio 4 --crop random --crops 2 --text-states int8 --batch-size 2 --shard-size 3 --seed 5"
+    )
+    start = [sys.executable, "-W", "error", "-m", "wuerstchen", "data", "prepare", str(photos), str(out)]
+    return [*start, *options.split(), "--device", "cpu"]
+
+
+def start(photos: Path, out: Path, rank: int = 0, world_size: int = 1) -> subprocess.Popen[str]:
+    environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command(photos, out), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_two_processes_and_kill_9_change_nothing(photos, tmp_path, networks):
+    description = make(photos, tmp_path / "whole", networks)
+    out = tmp_path / "out"
+    first = start(photos, out)
+    deadline = time.monotonic() + 100
+    while not (out / "work" / "images-00000.json").exists() and time.monotonic() < deadline:
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.01)
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate()
+    both = [start(photos, out, rank, 2) for rank in (0, 1)]
+    said = [process.communicate(timeout=200) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert said[1][0] == ""
+    assert said[0][0].splitlines()[0] == "8 images of 8 with a caption, 8 texts"
+    # All but how the source was named on the command line.
+    found = json.loads((out / "prepared.json").read_text())
+    assert found == {**description, "source": str(photos)}
+    theirs, ours = contents(out), contents(tmp_path / "whole")
+    del theirs["prepared.json"], ours["prepared.json"]
+    assert theirs == ours
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_ten_kills_at_random_moments(photos, tmp_path, networks):
+    make(photos, tmp_path / "whole", networks)
+    out, rng = tmp_path / "out", np.random.default_rng(0)
+    for _ in range(10):
+        process = start(photos, out)
+        time.sleep(float(rng.uniform(2, 9)))
+        process.kill()
+        process.communicate()
+    process = start(photos, out)
+    said = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    theirs, ours = contents(out), contents(tmp_path / "whole")
+    del theirs["prepared.json"], ours["prepared.json"]
+    assert theirs == ours
+
+
+def test_ranks_one_after_the_other(photos, tmp_path, networks, monkeypatch):
+    make(photos, tmp_path / "whole", networks)
+    monkeypatch.setattr(module, "GRACE", 0.5)
+    out = tmp_path / "out"
+    # Rank 0 plans, makes its share, and finds that nobody made the rest.
+    with pytest.raises(RunFolderError, match="process 1 of 2 has ended, or never began"):
+        make(photos, out, networks, processes=Processes(0, 2))
+    assert make(photos, out, networks, processes=Processes(1, 2)) is None
+    assert make(photos, out, networks, processes=Processes(0, 2))
+    assert contents(out) == contents(tmp_path / "whole")
+    # One that comes late finds all done, even if it looked just before that.
+    assert make(photos, out, networks, processes=Processes(1, 2)) is None
+    answers = iter([False])
+    monkeypatch.setattr(module._Run, "finished", lambda self: next(answers, True))
+    assert make(photos, out, networks, processes=Processes(1, 2)) is None
+    assert list(answers) == []
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "GRACE", 0.5)
+    assert contents(out) == contents(tmp_path / "whole")
+    with pytest.raises(RunFolderError, match="process 0 of 2 has ended, or never began"):
+        make(photos, tmp_path / "empty", networks, processes=Processes(1, 2))
+
+
+@pytest.mark.parametrize(("rank", "size"), [("2", "2"), ("x", "2"), ("-1", "2"), ("0", "0"), ("0", "")])
+def test_ranks_that_make_no_sense(monkeypatch, rank, size):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(UserError, match="a rank is a number below the world size"):
+        Processes.from_environment()
+
+
+def test_a_folder_with_other_settings_or_another_source_is_refused(photos, tmp_path, networks):
+    out = tmp_path / "out"
+    make(photos, out, networks)
+    before = contents(out)
+    for change, message in (
+        ({"crop": "saliency"}, "begun with crop 'random' and not 'saliency'"),
+        ({"seed": 6}, "begun with seed 5 and not 6"),
+        ({"filters": Filters(min_size=10)}, "begun with filters"),
+        ({"text_states": "fp16"}, "begun with text_states 'int8' and not 'fp16'"),
+    ):
+        with pytest.raises(RunFolderError, match=message):
+            make(photos, out, networks, dataclasses.replace(CONFIG, **change))
+    other = dataclasses.replace(networks, settings=dataclasses.replace(networks.settings, view_scale=0.5))
+    with pytest.raises(RunFolderError, match="begun with"):
+        make(photos, out, other)
+    assert make(photos, out, networks)["images"]["rows"] == 8  # it is finished, which is no error
+    Image.new("RGB", (99, 99)).save(photos / "0.png")
+    with pytest.raises(RunFolderError, match="begun with another source"):
+        make(photos, out, networks)
+    assert contents(out) == before
+
+
+def test_folders_that_are_not_ours(photos, tmp_path, networks):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.doc").touch()
+    with pytest.raises(RunFolderError, match=r"holds other things \(thesis.doc\)"):
+        make(photos, tmp_path / "full", networks)
+    with pytest.raises(RunFolderError, match="no folder"):
+        make(photos, photos / "0.png", networks)
+    (tmp_path / "half" / "images").mkdir(parents=True)
+    with pytest.raises(RunFolderError, match="holds shards and no plan"):
+        make(photos, tmp_path / "half", networks)
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["thesis.doc"]
+
+
+def test_a_folder_in_use(photos, tmp_path, networks, monkeypatch):
+    monkeypatch.setattr(module, "LOCK_WAIT", 0.1)
+    (tmp_path / "out" / "work").mkdir(parents=True)
+    script = (
+        "import filelock, sys, time; lock = filelock.FileLock(sys.argv[1]); lock.acquire();"
+        "print(1, flush=True); time.sleep(99)"
+    )
+    lock = tmp_path / "out" / "work" / "rank-0.lock"
+    holder = subprocess.Popen([sys.executable, "-c", script, str(lock)], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with pytest.raises(RunFolderError, match="in use by another process of rank 0"):
+            make(photos, tmp_path / "out", networks)
+    finally:
+        holder.kill()
+        holder.communicate()
+    make(photos, tmp_path / "out", networks)
+
+
+def test_damaged_pictures_are_skipped_counted_and_named(photos, tmp_path, networks):
+    (photos / "3.png").write_bytes((photos / "3.png").read_bytes()[:100])
+    (photos / "4.png").write_bytes(b"")
+    (photos / "5.png").write_bytes(b"#!/bin/sh\n")
+    description = make(photos, tmp_path / "out", networks)
+    assert description["dropped"] == {"damaged image": 3}
+    assert [name for name, _ in description["damaged"]] == ["3.png", "4.png", "5.png"]
+    prepared = PreparedSet(tmp_path / "out")
+    assert [prepared.name(i) for i in range(len(prepared))] == ["0.png", "1.png", "2.png", "6.png", "7.png"]
+    # The others' crops are what they are without the damage.
+    lines = summary(description)
+    assert "  dropped 3: damaged image" in lines
+    assert any(re.match(r"  damaged: 3.png \(image '3.png' is wrong because", line) for line in lines)
+
+
+def test_crops_do_not_depend_on_what_else_is_kept(photos, tmp_path, networks):
+    make(photos, tmp_path / "all", networks)
+    strict = dataclasses.replace(CONFIG, filters=Filters(max_watermark=0.35, min_size=140))
+    description = make(photos, tmp_path / "some", networks, strict)
+    assert description["dropped"] == {"watermark score above 0.35": 4, "size below 140": 1}
+    some, everything = PreparedSet(tmp_path / "some"), PreparedSet(tmp_path / "all")
+    assert [some.name(i) for i in range(len(some))] == ["0.png", "1.png", "3.png"]
+    for ours, theirs in ((0, 0), (1, 1), (2, 3)):
+        assert np.array_equal(some.boxes(ours), everything.boxes(theirs))
+
+
+def test_nothing_left(photos, tmp_path, networks):
+    config = dataclasses.replace(CONFIG, filters=Filters(min_aesthetic=5.0, strict=True))
+    with pytest.raises(DataError, match=r"of 8 captioned images none is left \(8 no aesthetic score\)"):
+        make(photos, tmp_path / "out", networks, config)
+    for path in photos.glob("*.png"):
+        path.write_bytes(b"nothing")
+    with pytest.raises(DataError, match=r"of 8 captioned images none is left \(8 damaged image\)"):
+        make(photos, tmp_path / "other", networks)
+
+
+def test_a_compressor_that_gives_nan_is_noticed(photos, tmp_path, networks, monkeypatch):
+    compressed = module._Run._compressed
+    calls = []
+
+    def spoiled(self, images):
+        made = compressed(self, images)
+        calls.append(1)
+        if len(calls) == 1:
+            made[0, 3, 1, 1] = np.nan
+        return made
+
+    monkeypatch.setattr(module._Run, "_compressed", spoiled)
+    description = make(photos, tmp_path / "out", networks)
+    assert description["dropped"] == {"map not finite": 1}
+    assert description["damaged"] == [["0.png", "the compressor's map holds NaN or infinity"]]
+    assert len(PreparedSet(tmp_path / "out")) == 7
+
+
+def test_text_states_that_are_nan_are_noticed(photos, tmp_path, networks, monkeypatch):
+    encode = type(networks.text_encoder).encode_tokens
+
+    def spoiled(self, tokens):
+        encoded = encode(self, tokens)
+        return dataclasses.replace(encoded, states=encoded.states * np.nan)
+
+    monkeypatch.setattr(type(networks.text_encoder), "encode_tokens", spoiled)
+    with pytest.raises(DataError, match="text 'picture 0 of a thing' is wrong because its states hold NaN"):
+        make(photos, tmp_path / "out", networks)
+
+
+@pytest.fixture
+def finished(photos, tmp_path, networks) -> Path:
+    make(photos, tmp_path / "out", networks, dataclasses.replace(CONFIG, text_states="fp16"))
+    return tmp_path / "out"
+
+
+def overwrite(path: Path, old: bytes, new: bytes) -> None:
+    data = path.read_bytes()
+    assert data.count(old) == 1
+    assert len(old) == len(new)
+    path.write_bytes(data.replace(old, new))
+
+
+def test_nan_in_what_is_stored_is_noticed_and_named(finished):
+    prepared = PreparedSet(finished)
+    maps, states = prepared.map(4, 1), prepared.states(4)
+    nan = np.array(np.nan, np.float16).tobytes()
+    overwrite(finished / "images" / "00001.arrow", maps.tobytes(), nan + maps.tobytes()[2:])
+    stored = states.astype(np.float16).tobytes()
+    (path,) = [p for p in (finished / "texts").glob("*.arrow") if stored in p.read_bytes()]
+    overwrite(path, stored, stored[:-2] + nan)
+    damaged = PreparedSet(finished)
+    damaged.map(4, 0)
+    with pytest.raises(DataError, match=r"image '4.png' of prepared set .* its map holds NaN"):
+        damaged.map(4, 1)
+    with pytest.raises(DataError, match=r"image '4.png' of prepared set .* its text states hold NaN"):
+        damaged.states(4)
+    with pytest.raises(DataError, match="has changed since it was written"):
+        PreparedSet(finished, verify=True)
+
+
+def test_the_folders_are_data_sets_of_the_library(finished):
+    images = datasets.load_from_disk(str(finished / "images"))
+    texts = datasets.load_from_disk(str(finished / "texts"))
+    assert (len(images), len(texts)) == (8, 8)
+    assert texts[images[4]["texts"][0]]["text"] == "a thing"
+    assert len(images[0]["maps"]) == 2 * 16 * 36
+
+
+def test_a_set_goes_to_worker_processes(finished):
+    prepared = PreparedSet(finished)
+    copy = pickle.loads(pickle.dumps(prepared))
+    assert np.array_equal(copy.map(5, 1), prepared.map(5, 1))
+
+
+def test_what_is_asked_for_and_not_there(finished):
+    prepared = PreparedSet(finished)
+    with pytest.raises(UserError, match=r"crop 2 .* use 0 to 1"):
+        prepared.map(0, 2)
+    with pytest.raises(UserError, match=r"choice 1 .* has 1 captions"):
+        prepared.tokens(0, 1)
+    with pytest.raises(IndexError):
+        prepared.map(8)
+    with pytest.raises(IndexError):
+        prepared.map(-1)
+
+
+def test_sets_that_cannot_be_read(finished, tmp_path):
+    with pytest.raises(DataError, match=r"it has no prepared.json; make it with wuerstchen data prepare"):
+        PreparedSet(tmp_path / "nowhere")
+    shard = finished / "images" / "00001.arrow"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-9])
+    with pytest.raises(DataError, match=r"00001.arrow' is wrong because it has \d+ bytes and was written"):
+        PreparedSet(finished)
+    shard.write_bytes(b"\0" * len(data))
+    with pytest.raises(DataError, match=r"00001.arrow' is wrong because it cannot be read"):
+        PreparedSet(finished)
+    shard.unlink()
+    with pytest.raises(DataError, match=r"00001.arrow' is wrong because it cannot be read \(No such file"):
+        PreparedSet(finished)
+    shard.write_bytes(data)
+    PreparedSet(finished)
+    path = finished / "prepared.json"
+    text = path.read_text()
+    for change in (
+        lambda d: d.update(format=99),
+        lambda d: d.pop("settings"),
+        lambda d: d["settings"].pop("maps"),
+        lambda d: d.update(images=[]),
+        lambda d: d["images"]["shards"][0].update(file="../../00000.arrow"),
+        lambda d: d["images"].update(shards=[]),
+        lambda d: d["images"]["shards"][0].pop("bytes"),
+    ):
+        description = json.loads(text)
+        change(description)
+        path.write_text(json.dumps(description))
+        with pytest.raises(DataError, match="is wrong because"):
+            PreparedSet(finished)
+    for damage in ("", "[]", "{", "null"):
+        path.write_text(damage)
+        with pytest.raises(DataError, match="is wrong because"):
+            PreparedSet(finished)
+
+
+def test_a_set_of_another_model_is_refused(finished, networks):
+    prepared = PreparedSet(finished)
+    changed = read_networks(BUNDLED)
+    with torch.no_grad():
+        changed.compressor.mapper[0].weight[0, 0] += 1e-3
+    with pytest.raises(UserError, match="made with another compressor; prepare it with this model"):
+        prepared.check_model(changed.compressor)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"crops": 2, "crop": "centre"}, "all centre crops of a picture are the same"),
+        ({"crops": 0}, "crops 0 is wrong"),
+        ({"batch_size": 0}, "batch_size 0 is wrong"),
+        ({"shard_size": 1 << 20}, "shard_size 1048576 is wrong"),
+    ],
+)
+def test_settings_that_make_no_sense(change, message):
+    with pytest.raises(UserError, match=message):
+        PrepareConfig(**change)
+
+
+def test_a_model_without_a_compressor(write_published, tmp_path):
+    with pytest.raises(UserError, match="has no compressor, which data is prepared with"):
+        read_networks(write_published(tmp_path))
+
+
+def test_the_command(photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (photos / "5.png").write_bytes(b"x")
+    arguments = command(photos, tmp_path / "out")
+    assert main([*arguments[arguments.index("data") :], "--max-watermark", "0.55"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "5 images of 8 with a caption, 6 texts"
+    assert "  dropped 2: watermark score above 0.55" in out
+    assert any(line.startswith("  damaged: 5.png") for line in out)
+    assert re.fullmatch(r"  \d+ bytes an image, \d+ with states", out[-1])
+    assert main(["data", "prepare", str(photos), str(tmp_path / "out"), "--device", "cpu"]) == 2
+    assert "was begun with" in capsys.readouterr().err
+    assert main(["data", "prepare", "nowhere", "x", "--device", "cpu"]) == 2
+    assert "Error: data 'nowhere' is wrong" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()

@@ -1,0 +1,108 @@
+"""Run by test_parallel.py in a process of its own: trains a tiny recipe in 2 processes, and on in 1 and 4.
+
+Processes are forked from one that has imported everything, which is what makes this fast. Nothing in it may
+have started threads before.
+"""
+
+import dataclasses
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import wuerstchen.train.run as run
+from wuerstchen.recipes.tiny import tiny
+from wuerstchen.train.config import Recipe
+
+torch.set_num_threads(1)
+
+
+def recipe(**changes: object) -> Recipe:
+    """All stages, batch statistics and second phases, in a few updates; no dropout."""
+    full = tiny()
+
+    def short(stage, **more):
+        optimization = dataclasses.replace(stage.optimization, images=16, batch_size=8, warmup=0, **more)
+        return dataclasses.replace(stage, optimization=optimization, refine_images=8)
+
+    return dataclasses.replace(
+        full,
+        decoder=dataclasses.replace(full.decoder, dropout=0.0),
+        prior=dataclasses.replace(full.prior, dropout=0.0),
+        stage_a=dataclasses.replace(short(full.stage_a), adversarial_from=4),
+        stage_b=short(full.stage_b),
+        stage_c=short(full.stage_c),
+        statistics_images=8,
+        prior_steps=2,
+        decoder_steps=1,
+        workers=0,
+        preview_prompts=("cat",),
+        checkpoint_seconds=0.0,
+        log_every=1,
+        **changes,
+    )
+
+
+def one(rank: int, count: int, port: int, folder: str, changes: dict) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    run.train(recipe(**changes), Path(folder), device="cpu")
+
+
+def start(count: int, folder: Path, **changes: object) -> list[multiprocessing.Process]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    arguments = ((rank, count, port, str(folder), changes) for rank in range(count))
+    processes = [fork.Process(target=one, args=a) for a in arguments]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def train(count: int, folder: Path, **changes: object) -> None:
+    processes = start(count, folder, **changes)
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * count
+
+
+def kill_one(folder: Path, victim: int, stage: str) -> float:
+    """Kills one of two processes in a stage; returns how long the other took to end, which torchrun helps."""
+    processes = start(2, folder)
+    while not any((folder / f"stage_{stage}" / "checkpoints").glob("[0-9]*")):
+        assert all(process.is_alive() for process in processes)
+        time.sleep(0.01)
+    os.kill(processes[victim].pid, signal.SIGKILL)
+    began = time.monotonic()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode not in (0, None)
+    return time.monotonic() - began
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    train(2, folder / "2")
+    for victim, stage in ((1, "a"), (0, "b"), (1, "c")):
+        print("ended after", kill_one(folder / "killed", victim, stage))
+    train(2, folder / "killed")
+    for count in (1, 4):
+        for stage in ("a", "b", "c"):
+            # The same run with the last update of one stage undone.
+            other = folder / f"{count}{stage}"
+            shutil.copytree(folder / "2", other)
+            (other / "log.jsonl").unlink()
+            shutil.rmtree(max((other / f"stage_{stage}" / "checkpoints").iterdir()))
+            train(count, other)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Many processes compute what one does: losses to rounding, and bit for bit at the same number."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from wuerstchen.errors import UserError
+from wuerstchen.train.parallel import Processes
+from wuerstchen.train.snapshot import newest
+
+STAGES = ("a", "b", "b2", "a2", "c", "c2")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folders of a run in 2 processes, of one with three kills, and of ends with 1 and 4 processes."""
+    folder = tmp_path_factory.mktemp("parallel")
+    script = Path(__file__).with_name("parallel_runs.py")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", script, folder],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    return folder
+
+
+def losses(folder: Path) -> dict[str, list[tuple[int, dict[str, float]]]]:
+    found: dict = {stage: [] for stage in STAGES}
+    for line in (folder / "log.jsonl").read_text().splitlines():
+        event = json.loads(line)
+        if event["event"] == "progress":
+            values = {k: v for k, v in event.items() if k.startswith(("loss", "gradient", "reconstruction"))}
+            found[event["stage"]].append((event["images"], values))
+    return found
+
+
+@pytest.mark.parametrize("stage", ["a", "b", "c"])
+@pytest.mark.parametrize("count", ["1", "4"])
+def test_another_number_of_processes_goes_on_with_the_same_losses(runs, count, stage):
+    """Dropout is off in this run: with it, every number of processes has masks of its own."""
+    images, ours = losses(runs / "2")[stage][-1]
+    ((resumed, theirs),) = losses(runs / f"{count}{stage}")[stage]
+    assert resumed == images == 16
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert theirs[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
+
+
+def files(folder: Path) -> dict[str, dict[str, str]]:
+    found = {stage: newest(folder / f"stage_{stage}" / "checkpoints") for stage in STAGES}
+    return {stage: state["files"] for stage, (_, state) in found.items()}
+
+
+def test_kills_of_single_processes_change_nothing(runs):
+    """Weights, averages and optimizers, bit for bit, at the same number of processes."""
+    assert files(runs / "2") == files(runs / "killed")
+    model = {path.name: path.read_bytes() for path in (runs / "2" / "model").glob("*.safetensors")}
+    assert len(model) == 5
+    for name, content in model.items():
+        assert (runs / "killed" / "model" / name).read_bytes() == content
+
+
+def test_one_process_writes(runs):
+    """Nothing is in the log twice."""
+    events = [json.loads(line) for line in (runs / "2" / "log.jsonl").read_text().splitlines()]
+    assert [e["stage"] for e in events if e["event"] == "start"] == list(STAGES)
+    assert sum(e["event"] == "end" for e in events) == 1
+
+
+def test_batches_are_shared_evenly():
+    second = Processes(CPU, rank=1, count=4)
+    assert list(second.share(range(16, 32))) == [20, 21, 22, 23]
+    second.check_batches("a", 64, 16)
+    for images, batch_size in ((64, 6), (60, 16)):
+        with pytest.raises(UserError, match="cannot be shared by 4 processes; make batch_size a multiple"):
+            second.check_batches("a", images, batch_size)
+    assert list(Processes(CPU).share(range(3))) == [0, 1, 2]
