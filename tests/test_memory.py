@@ -387,8 +387,9 @@ def test_tiles_equal_the_whole(shape, tile, randomise):
     height, width = (2, 3) if tile == 1 else (9, 17)
     latents, pixels = torch.randn(2, 4, height, width), torch.rand(2, 3, height * factor, width * factor)
     whole, embedded = vqgan.decode(latents), vqgan.embed(pixels)
-    torch.testing.assert_close(tiled_decode(vqgan, latents, tile=tile), whole, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(tiled_embed(vqgan, pixels, tile=tile), embedded, rtol=1e-5, atol=1e-5)
+    # Values are of order 1 to 10; on several threads a convolution rounds by the size of its input.
+    torch.testing.assert_close(tiled_decode(vqgan, latents, tile=tile), whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(tiled_embed(vqgan, pixels, tile=tile), embedded, rtol=1e-4, atol=1e-4)
     vqgan.double()
     decoded = tiled_decode(vqgan, latents.double(), tile=tile)
     torch.testing.assert_close(decoded, vqgan.decode(latents.double()), rtol=1e-12, atol=1e-12)

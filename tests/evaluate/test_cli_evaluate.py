@@ -50,8 +50,8 @@ def test_photographs_alone_need_no_data_set(run, model_folder, tmp_path):
 BAD_CALLS = {
     "no data set": ([], "data/emoji/index.jsonl cannot be read"),
     "how to make it": (["--data", "here"], "make the data set with `wuerstchen data emoji here`"),
-    "no model": (["nowhere"], "nowhere is no model folder"),
-    "no model before": (["--before", "nowhere"], "nowhere is no model folder"),
+    "no model": (["nowhere"], "'nowhere' does not exist"),
+    "no model before": (["--before", "nowhere"], "'nowhere' does not exist"),
     "unknown list": (["--lists", "a,c"], "'a,c' names no lists; write a, b or a,b"),
     "unknown split": (["--split", "train"], "invalid choice: 'train'"),
     "limit 0": (["--limit", "0"], "limit 0 leaves nothing to score"),

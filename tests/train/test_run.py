@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 from PIL import Image
 
@@ -26,6 +27,7 @@ from wuerstchen.recipes.tiny import tiny
 from wuerstchen.train.config import as_dict, differing_fields
 from wuerstchen.train.cost import Tariff
 from wuerstchen.train.feed import Feed
+from wuerstchen.train.parallel import Processes
 from wuerstchen.train.report import write_report
 from wuerstchen.train.run import _Run, open_source, train
 from wuerstchen.train.snapshot import newest
@@ -226,6 +228,7 @@ def test_damaged_files_of_a_run_are_named(begun):
         train(tiny(), begun)
     (begun / "run.json").write_text(json.dumps(stored))
     run = _Run.__new__(_Run)
+    run.processes = Processes(torch.device("cpu"))
     run.run_dir = begun
     for content in ("{}", "[]", "{", '"x"'):
         (begun / "measured.json").write_text(content)

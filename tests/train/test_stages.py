@@ -108,9 +108,10 @@ class TestStageA:
         assert any(0 < q.sum() < 4 for q in seen)  # decided a picture, not a batch
 
     def test_the_discriminator_is_listened_to_later_and_learns_alone(self):
-        stage = self.make(adversarial_from=10, adversarial_weight=2.0, quantise_dropout=1.0)
         batch = make_batch()
-        later = dataclasses.replace(batch, indices=batch.indices + 4)
+        first, last = int(batch.indices.min()), int(batch.indices.max())
+        stage = self.make(adversarial_from=last + 1, adversarial_weight=2.0, quantise_dropout=1.0)
+        later = dataclasses.replace(batch, indices=batch.indices + (last + 1 - first))
         _, deaf, terms = next(losses_of(stage, batch))
         losses = losses_of(stage, later)
         name, loss, again = next(losses)
