@@ -26,6 +26,7 @@ from wuerstchen.models.layers import (
     timestep_embedding,
     to_channels_last,
 )
+from wuerstchen.models.unet import unet_levels
 
 SCALE_EPS = 1e-3
 
@@ -104,7 +105,7 @@ class Decoder(Network):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        widths, levels = config.c_hidden, len(config.c_hidden)
+        widths = config.c_hidden
 
         if config.clip_embd is not None:
             self.clip_mapper = nn.Linear(config.clip_embd, config.c_cond)
@@ -117,21 +118,7 @@ class Decoder(Network):
             nn.Conv2d(config.c_in * config.patch_size**2, widths[0], kernel_size=1),
         )
 
-        self.down_blocks = nn.ModuleList()
-        for level in range(levels):
-            blocks = self._level_blocks(level, c_skip=0)
-            if level > 0:
-                down = nn.Conv2d(widths[level - 1], widths[level], kernel_size=2, stride=2)
-                blocks.insert(0, nn.Sequential(nn.Identity(), down))
-            self.down_blocks.append(nn.ModuleList(blocks))
-
-        self.up_blocks = nn.ModuleList()
-        for level in reversed(range(levels)):
-            blocks = self._level_blocks(level, c_skip=widths[level] if level < levels - 1 else 0)
-            if level > 0:
-                up = nn.ConvTranspose2d(widths[level], widths[level - 1], kernel_size=2, stride=2)
-                blocks.append(nn.Sequential(nn.Identity(), up))
-            self.up_blocks.append(nn.ModuleList(blocks))
+        self.down_blocks, self.up_blocks = unet_levels(config, self._convolution)
 
         c_last = config.c_out * (2 if config.prediction == "noise" else 1)
         self.clf = nn.Sequential(
@@ -141,24 +128,13 @@ class Decoder(Network):
         )
         self._init_weights()
 
-    def _level_blocks(self, level: int, c_skip: int) -> list[nn.Module]:
-        """The blocks of a level; only its first convolution block takes the ``c_skip`` channels."""
+    def _convolution(self, level: int, c_skip: int) -> nn.Module:
         config = self.config
-        c = config.c_hidden[level]
         c_map = config.c_cond if config.inject_effnet[level] else 0
-        blocks: list[nn.Module] = []
-        for repeat in range(config.blocks[level]):
-            for position, kind in enumerate(config.level_config[level]):
-                if kind == "C":
-                    c_extra = c_map + (c_skip if repeat == position == 0 else 0)
-                    kernel, dropout = config.kernel_size, config.dropout
-                    blocks.append(ConditionedResBlock(c, c_extra, kernel_size=kernel, dropout=dropout))
-                elif kind == "T":
-                    blocks.append(TimestepBlock(c, config.c_r))
-                else:
-                    heads = config.nhead[level]
-                    blocks.append(AttnBlock(c, config.c_cond, heads, dropout=config.dropout))
-        return blocks
+        kernel, dropout = config.kernel_size, config.dropout
+        return ConditionedResBlock(
+            config.c_hidden[level], c_map + c_skip, kernel_size=kernel, dropout=dropout
+        )
 
     def _init_weights(self) -> None:
         init_linear_and_conv(self)

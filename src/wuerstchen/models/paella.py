@@ -26,6 +26,7 @@ from wuerstchen.models.layers import (
     timestep_embedding,
     to_channels_last,
 )
+from wuerstchen.models.unet import unet_levels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,7 @@ class Paella(nn.Module):
     def __init__(self, config: PaellaConfig) -> None:
         super().__init__()
         self.config = config
-        widths, levels = config.c_hidden, len(config.c_hidden)
+        widths = config.c_hidden
 
         # The name is a relic: first models read ByT5, the published one reads CLIP.
         self.byt5_mapper = nn.Linear(config.clip_embd, config.c_cond)
@@ -91,21 +92,7 @@ class Paella(nn.Module):
             nn.Conv2d(config.c_token * config.patch_size**2, widths[0], kernel_size=1),
         )
 
-        self.down_blocks = nn.ModuleList()
-        for level in range(levels):
-            blocks = self._level_blocks(level, c_skip=0)
-            if level > 0:
-                down = nn.Conv2d(widths[level - 1], widths[level], kernel_size=2, stride=2)
-                blocks.insert(0, nn.Sequential(nn.Identity(), down))
-            self.down_blocks.append(nn.ModuleList(blocks))
-
-        self.up_blocks = nn.ModuleList()
-        for level in reversed(range(levels)):
-            blocks = self._level_blocks(level, c_skip=widths[level] if level < levels - 1 else 0)
-            if level > 0:
-                up = nn.ConvTranspose2d(widths[level], widths[level - 1], kernel_size=2, stride=2)
-                blocks.append(nn.Sequential(nn.Identity(), up))
-            self.up_blocks.append(nn.ModuleList(blocks))
+        self.down_blocks, self.up_blocks = unet_levels(config, self._convolution)
 
         self.clf = nn.Sequential(
             nn.Identity(),
@@ -117,22 +104,8 @@ class Paella(nn.Module):
         )
         self._init_weights()
 
-    def _level_blocks(self, level: int, c_skip: int) -> list[nn.Module]:
-        """The blocks of a level; only its first convolution block takes the ``c_skip`` channels."""
-        config = self.config
-        c = config.c_hidden[level]
-        blocks: list[nn.Module] = []
-        for repeat in range(config.blocks[level]):
-            for position, kind in enumerate(config.level_config[level]):
-                if kind == "C":
-                    own_skip = c_skip if repeat == position == 0 else 0
-                    blocks.append(ResBlock(c, own_skip, dropout=config.dropout))
-                elif kind == "T":
-                    blocks.append(TimestepBlock(c, config.c_r))
-                else:
-                    heads = config.nhead[level]
-                    blocks.append(AttnBlock(c, config.c_cond, heads, dropout=config.dropout))
-        return blocks
+    def _convolution(self, level: int, c_skip: int) -> nn.Module:
+        return ResBlock(self.config.c_hidden[level], c_skip, dropout=self.config.dropout)
 
     def _init_weights(self) -> None:
         """As the original: all logits start at 0, and the last layer as a copy of the embedding."""
