@@ -80,6 +80,21 @@ def test_context_serves_every_step(randomise):
         assert torch.equal(first, ours(x, torch.full((3,), 0.9), context))
 
 
+def test_reading_the_text_once_gives_the_same_gradients(randomise):
+    """Training lets blocks make their keys and values: masks and gradients must not differ."""
+    ours = randomise(Prior(SMALL)).eval()
+    x, r, text = inputs(SMALL, (4, 4), positions=6)
+    mask = torch.tensor([[True] * 4 + [False] * 2] * 3)
+    found = []
+    for once in (False, True):
+        ours.zero_grad()
+        output = ours(x, r, ours.context(text, mask, once=once))
+        output.square().sum().backward()
+        found.append([output.detach(), *(p.grad.clone() for p in ours.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_mask_hides_padding_and_only_padding(randomise):
     ours = randomise(Prior(SMALL)).eval()
     x, r, text = inputs(SMALL, (4, 4), positions=6)

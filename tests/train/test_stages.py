@@ -334,7 +334,10 @@ class TestStageC:
         stage = self.make(small_cascade, 0.3)
         seen = []
         context = stage.prior.context
-        stage.prior.context = lambda states, mask: (seen.append((states, mask)), context(states, mask))[1]
+        stage.prior.context = lambda states, mask, **how: (
+            seen.append((states, mask)),
+            context(states, mask, **how),
+        )[1]
         with torch.no_grad():
             for start in range(0, 240, 4):
                 batch = dataclasses.replace(make_batch(128), indices=torch.arange(start, start + 4))

@@ -1,6 +1,6 @@
 """Stage B of v2: a latent diffusion decoder (DiffNeXt), steered by the semantic map at every level."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from wuerstchen.models.layers import (
     ConditionedResBlock,
     KeysValues,
     Network,
+    TextTokens,
     TimestepBlock,
     check_levels,
     convolve,
@@ -23,6 +24,7 @@ from wuerstchen.models.layers import (
     init_linear_and_conv,
     layer_norm,
     pointwise,
+    texts_for,
     timestep_embedding,
     to_channels_last,
 )
@@ -95,8 +97,8 @@ class DecoderContext:
 
     maps: list[Float[Tensor, "b _ _ c_cond"] | None]
     """The semantic map at the grid of each level, down and then up; None where it is not injected."""
-    texts: list[KeysValues]
-    """Keys and values of each attention block, in order; empty for a decoder without text."""
+    texts: Sequence[KeysValues | TextTokens]
+    """The text of each attention block, in order; empty for a decoder without text."""
 
 
 class Decoder(Network):
@@ -157,20 +159,22 @@ class Decoder(Network):
         size: tuple[int, int],
         text: Float[Tensor, "b t clip_embd"] | None = None,
         mask: Bool[Tensor, "b t"] | None = None,
+        *,
+        once: bool = False,
     ) -> DecoderContext:
         """Brings the semantic map to the grid of every level, and the text to keys and values.
 
         ``size`` is the height and width of the latents to denoise; the map may have any size. The published
-        model attends to the text's padding: give no ``mask`` for it.
+        model attends to the text's padding: give no ``mask`` for it. With ``once`` blocks make keys and
+        values themselves, which is better where ``forward`` reads the context once.
         """
         if (text is None) != (self.config.clip_embd is None):
             raise ValueError(
                 "this decoder needs text states" if text is None else "this decoder takes no text"
             )
-        texts = []
+        texts: list[KeysValues | TextTokens] = []
         if text is not None:
-            states = layer_norm(self.clip_mapper(text))
-            texts = [b.keys_values(states, mask) for b in self._blocks() if isinstance(b, AttnBlock)]
+            texts = texts_for(self._blocks(), layer_norm(self.clip_mapper(text)), mask, once)
 
         levels = len(self.config.c_hidden)
         maps: list[Tensor | None] = []
@@ -234,7 +238,7 @@ def _run_level(
     x: Tensor,
     r_embed: Tensor,
     level_map: list[Tensor],
-    texts: Iterator[KeysValues],
+    texts: Iterator[KeysValues | TextTokens],
     skip: Tensor | None = None,
 ) -> Tensor:
     """Runs one level. The first convolution block takes the skip before the map, as the weights expect."""

@@ -8,6 +8,7 @@ Parameter names are those of the published checkpoints in diffusers' layout.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -165,6 +166,15 @@ class KeysValues:
     mask: Bool[Tensor, "b t"] | None  # False where the text is padding; None attends to everything
 
 
+@dataclass(frozen=True)
+class TextTokens:
+    """A text as attention blocks take it where each reads it once: in training. Blocks make keys and values
+    themselves then, so that a block is a whole that can be compiled, sharded, or computed again."""
+
+    tokens: Float[Tensor, "b t c_cond"]
+    mask: Bool[Tensor, "b t"] | None
+
+
 class Attention(nn.Module):
     """Multi-head attention's four linear layers, under diffusers' names."""
 
@@ -215,9 +225,24 @@ class AttnBlock(nn.Module):
             mask=mask,
         )
 
-    def forward(self, x: Float[Tensor, "b h w c"], text: KeysValues) -> Float[Tensor, "b h w c"]:
+    def forward(self, x: Float[Tensor, "b h w c"], text: KeysValues | TextTokens) -> Float[Tensor, "b h w c"]:
+        if isinstance(text, TextTokens):
+            text = self.keys_values(text.tokens, text.mask)
         tokens = layer_norm(x).flatten(1, 2)
         return x + self.attention(tokens, text).unflatten(1, x.shape[1:3])
+
+
+def texts_for(
+    blocks: Iterable[nn.Module],
+    tokens: Float[Tensor, "b t c_cond"],
+    mask: Bool[Tensor, "b t"] | None,
+    once: bool,
+) -> list[KeysValues | TextTokens]:
+    """What each attention block among ``blocks`` reads of a text: keys and values, or ``once`` its tokens."""
+    readers = [block for block in blocks if isinstance(block, AttnBlock)]
+    if once:
+        return [TextTokens(tokens, mask) for _ in readers]
+    return [block.keys_values(tokens, mask) for block in readers]
 
 
 def init_linear_and_conv(module: nn.Module) -> None:

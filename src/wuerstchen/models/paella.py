@@ -4,7 +4,7 @@ It says for each position of Stage A's grid which of the codebook's entries belo
 the same way, as tokens that every attention block attends to.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from wuerstchen.models.layers import (
     AttnBlock,
     KeysValues,
     ResBlock,
+    TextTokens,
     TimestepBlock,
     check_levels,
     convolve,
@@ -23,6 +24,7 @@ from wuerstchen.models.layers import (
     init_linear_and_conv,
     layer_norm,
     pointwise,
+    texts_for,
     timestep_embedding,
     to_channels_last,
 )
@@ -125,19 +127,24 @@ class Paella(nn.Module):
             yield from level
 
     def context(
-        self, semantic_map: Float[Tensor, "b c_map mh mw"], text: Float[Tensor, "b t clip_embd"]
-    ) -> list[KeysValues]:
+        self,
+        semantic_map: Float[Tensor, "b c_map mh mw"],
+        text: Float[Tensor, "b t clip_embd"],
+        *,
+        once: bool = False,
+    ) -> Sequence[KeysValues | TextTokens]:
         """Keys and values of map and text, one pair for each attention block: the same for every step.
 
         The map may have any size, and is the compressor's own output, not normalised. The published model
-        attends to the text's padding.
+        attends to the text's padding. With ``once`` blocks make keys and values themselves, which is better
+        where ``forward`` reads them once.
         """
         positions = self.effnet_mapper(to_channels_last(semantic_map).flatten(1, 2))
         states = layer_norm(torch.cat([positions, self.byt5_mapper(text)], dim=1))
-        return [block.keys_values(states, None) for block in self._blocks() if isinstance(block, AttnBlock)]
+        return texts_for(self._blocks(), states, None, once)
 
     def forward(
-        self, tokens: Int[Tensor, "b h w"], r: Float[Tensor, " b"], context: list[KeysValues]
+        self, tokens: Int[Tensor, "b h w"], r: Float[Tensor, " b"], context: Sequence[KeysValues | TextTokens]
     ) -> Float[Tensor, "b labels h w"]:
         """Logits of the true token at each position, from ``tokens`` noised to the time ``r`` in [0, 1].
 
@@ -166,7 +173,7 @@ def _run_level(
     blocks: nn.ModuleList,
     x: Tensor,
     r_embed: Tensor,
-    texts: Iterator[KeysValues],
+    texts: Iterator[KeysValues | TextTokens],
     skip: Tensor | None = None,
 ) -> Tensor:
     """Runs one level, whose first convolution block takes the skip."""

@@ -1,5 +1,6 @@
 """Stage C: the text-conditional prior, a diffusion model in the 42× smaller semantic map."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Bool, Float
@@ -13,11 +14,13 @@ from wuerstchen.models.layers import (
     KeysValues,
     Network,
     ResBlock,
+    TextTokens,
     TimestepBlock,
     exact_output,
     init_blocks,
     init_linear_and_conv,
     pointwise,
+    texts_for,
     timestep_embedding,
     to_channels_last,
 )
@@ -85,17 +88,24 @@ class Prior(Network):
         nn.init.zeros_(self.out[1].weight)
 
     def context(
-        self, text: Float[Tensor, "b t c_cond"], mask: Bool[Tensor, "b t"] | None = None
-    ) -> list[KeysValues]:
+        self,
+        text: Float[Tensor, "b t c_cond"],
+        mask: Bool[Tensor, "b t"] | None = None,
+        *,
+        once: bool = False,
+    ) -> Sequence[KeysValues | TextTokens]:
         """Keys and values of the text, one pair for each attention block.
 
-        ``mask`` is False at padding. The published models attend to padding: give None for them.
+        ``mask`` is False at padding. The published models attend to padding: give None for them. With
+        ``once`` blocks make keys and values themselves, which is better where ``forward`` reads them once.
         """
-        states = self.cond_mapper(text)
-        return [block.keys_values(states, mask) for block in self.blocks if isinstance(block, AttnBlock)]
+        return texts_for(self.blocks, self.cond_mapper(text), mask, once)
 
     def forward(
-        self, x: Float[Tensor, "b c h w"], r: Float[Tensor, " b"], context: list[KeysValues]
+        self,
+        x: Float[Tensor, "b c h w"],
+        r: Float[Tensor, " b"],
+        context: Sequence[KeysValues | TextTokens],
     ) -> Float[Tensor, "b c h w"]:
         """The noise ε̂ in the noised map ``x`` at timesteps ``r`` in [0, 1]."""
         r_embed = timestep_embedding(r, self.config.c_r).to(x.dtype)

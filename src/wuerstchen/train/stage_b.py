@@ -82,7 +82,7 @@ class _Decoding:
         if self.no_text is not None:
             states, mask = with_captions_dropped(self.no_text, inputs, random, self.config.caption_dropout)
         latents = inputs["latents"]
-        context = decoder.context(self.disturb(z, random), tuple(latents.shape[2:]), states, mask)
+        context = decoder.context(self.disturb(z, random), tuple(latents.shape[2:]), states, mask, once=True)
         t = training_timesteps(random.uniform("time"), self.config.time_shift)
         noise = random.normal("noise", latents.shape[1:])
         predicted = decoder(PUBLISHED_SCHEDULE.add_noise(latents, noise, t), t, context)

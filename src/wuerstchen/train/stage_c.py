@@ -70,7 +70,7 @@ class StageC:
         states, mask = with_captions_dropped(self.no_text, inputs, random, self.config.caption_dropout)
         t = training_timesteps(random.uniform("time"), self.config.time_shift)
         noise = random.normal("noise", x.shape[1:])
-        context = self.prior.context(states, mask)
+        context = self.prior.context(states, mask, once=True)
         predicted = self.prior(PUBLISHED_SCHEDULE.add_noise(x, noise, t), t, context)
         yield "prior", diffusion_loss(predicted, noise, t, self.config.loss_weight), {}
 
