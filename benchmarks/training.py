@@ -1,12 +1,13 @@
-"""Updates a second of Stage C at the published size on one GPU, against diffusers' network beside it.
+"""Updates a second of Stages C and B at the published sizes on one GPU, diffusers' networks beside them.
 
-    python benchmarks/training.py [--batches 8 32 64] [--no-compiled-peer]
+    python benchmarks/training.py [--stages c b] [--batches 8 32 64] [--no-compiled-peer]
 
-Random weights and data: maps of 24×24, text of 77×1280, dropout on. Both have fp32 weights and AdamW states
-and compute in bf16 autocast. The peer is diffusers' WuerstchenPrior in the original's step (p2 weight,
-clipping, AdamW), as it stands and under torch.compile; ours is the step that `wuerstchen train` makes, with
-compiled blocks and an average of the weights. A matrix product of 8192³ in bf16 is measured beside them;
-FLOP are three times those of the forward pass.
+Random weights and data, dropout on. Stage C: maps of 24×24, text of 77×1280. Stage B at 512 pixels: latents
+of 128×128, maps of 12×12, text of 77×1024; the compressor is left out of both sides, for diffusers has none
+to train. Both have fp32 weights and AdamW states and compute in bf16 autocast. The peer is diffusers' network
+in the original's step (p2 weight, clipping, AdamW), as it stands and under torch.compile; ours is the update
+that `wuerstchen train` makes: compiled blocks, recorded as a CUDA graph, with an average of the weights. A
+matrix product of 8192³ in bf16 is measured beside them; FLOP are three times those of the forward pass.
 """
 
 import argparse
@@ -16,12 +17,14 @@ import json
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, training_timesteps
+from wuerstchen.models.decoder import Decoder, DecoderConfig
 from wuerstchen.models.prior import Prior, PriorConfig
 from wuerstchen.train.config import Optimization
 from wuerstchen.train.ema import make_average
@@ -30,93 +33,151 @@ from wuerstchen.train.parallel import Processes
 from wuerstchen.train.random import ImageRandom
 from wuerstchen.train.snapshot import TrainingState
 from wuerstchen.train.stages import Inputs, Losses, diffusion_loss
-from wuerstchen.train.step import Step, compile_regions
+from wuerstchen.train.step import Step, Updates, compile_regions
 
 CUDA = torch.device("cuda")
-CONFIG = PriorConfig()
-PEER_BATCH = 8
+AVERAGED_EVERY = 100  # updates, as in the original and in the recipes of its models
 
 
 class StageC:
-    """What the step needs of Stage C, on data that are there already."""
+    """The prior on data that are there already, as ``wuerstchen.train.step`` takes a stage."""
 
     name = "c"
-    averaged = ("prior",)
+    peer_batch = 8
+    config: Any = PriorConfig()
 
-    def __init__(self, prior: Prior, batch: int) -> None:
+    def __init__(self, batch: int) -> None:
         self.optimization = Optimization(images=10**9, batch_size=batch)
-        self.networks: dict[str, nn.Module] = {"prior": prior}
+        with CUDA:
+            self.network = self.make()
+        self.averaged = ("network",)
+        self.networks: dict[str, nn.Module] = {"network": self.network}
+
+    def make(self) -> nn.Module:
+        return Prior(self.config)
+
+    @staticmethod
+    def data(batch: int) -> Inputs:
+        return {
+            "x": torch.randn(batch, 16, 24, 24, device=CUDA),
+            "text": torch.randn(batch, 77, 1280, device=CUDA),
+        }
+
+    def predict(self, x: Tensor, t: Tensor, inputs: Inputs) -> Tensor:
+        return self.network(x, t, self.network.context(inputs["text"], once=True))
 
     def losses(self, inputs: Inputs, random: ImageRandom) -> Losses:
-        x = inputs["map"]
+        x = inputs["x"]
         t = training_timesteps(random.uniform("t"))
         noise = random.normal("noise", x.shape[1:])
-        prior = self.networks["prior"]
-        predicted = prior(PUBLISHED_SCHEDULE.add_noise(x, noise, t), t, prior.context(inputs["text"]))
-        yield "prior", diffusion_loss(predicted, noise, t, "p2"), {}
+        predicted = self.predict(PUBLISHED_SCHEDULE.add_noise(x, noise, t), t, inputs)
+        yield "network", diffusion_loss(predicted, noise, t, "p2"), {}
+
+    @classmethod
+    def peer(cls) -> nn.Module:
+        from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import WuerstchenPrior
+
+        return WuerstchenPrior(**_shared_fields(cls.config))
+
+    @staticmethod
+    def peer_predict(peer: nn.Module, x: Tensor, t: Tensor, inputs: Inputs) -> Tensor:
+        return peer(x, t, inputs["text"])
 
 
-def data(batch: int) -> Inputs:
-    return {
-        "map": torch.randn(batch, 16, 24, 24, device=CUDA),
-        "text": torch.randn(batch, 77, 1280, device=CUDA),
-    }
+class StageB(StageC):
+    """The decoder at 512 pixels."""
+
+    name = "b"
+    peer_batch = 32
+    config = DecoderConfig()
+
+    def make(self) -> nn.Module:
+        return Decoder(self.config)
+
+    @staticmethod
+    def data(batch: int) -> Inputs:
+        return {
+            "x": torch.randn(batch, 4, 128, 128, device=CUDA),
+            "map": torch.randn(batch, 16, 12, 12, device=CUDA),
+            "text": torch.randn(batch, 77, 1024, device=CUDA),
+        }
+
+    def predict(self, x: Tensor, t: Tensor, inputs: Inputs) -> Tensor:
+        size = (x.shape[2], x.shape[3])
+        return self.network(x, t, self.network.context(inputs["map"], size, inputs["text"], once=True))
+
+    @classmethod
+    def peer(cls) -> nn.Module:
+        from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_diffnext import WuerstchenDiffNeXt
+
+        return WuerstchenDiffNeXt(**_shared_fields(cls.config))
+
+    @staticmethod
+    def peer_predict(peer: nn.Module, x: Tensor, t: Tensor, inputs: Inputs) -> Tensor:
+        return peer(x, t, inputs["map"], inputs["text"])
 
 
-def our_step(batch: int, compiled: bool = True) -> Callable[[], None]:
+def _shared_fields(config: Any) -> dict[str, Any]:
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name != "prediction"}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+
+def our_step(stage_type: type[StageC], batch: int) -> Callable[[], None]:
     torch.manual_seed(0)
-    with CUDA:
-        prior = Prior(CONFIG).train()
-    stage = StageC(prior, batch)
+    stage = stage_type(batch)
     state = TrainingState(
         networks=stage.networks,
-        averages={"prior": make_average(prior)},
-        optimizers={"prior": make_optimizer(prior, stage.optimization)},
+        averages={"network": make_average(stage.network)},
+        optimizers={"network": make_optimizer(stage.network, stage.optimization)},
     )
-    if compiled:
-        compile_regions(prior)
+    compile_regions(stage.network)
     step = Step(stage, state, 0, True, Processes(CUDA))  # type: ignore[arg-type]
-    inputs, indices = data(batch), torch.arange(batch, device=CUDA)
-    return lambda: step(inputs, indices)
+    update = Updates(step, record=True)
+    inputs, indices = stage.data(batch), torch.arange(batch, device=CUDA)
+
+    def one() -> None:
+        state.updates += 1
+        step.decay = 0.999**AVERAGED_EVERY if state.updates % AVERAGED_EVERY == 0 else None
+        update(inputs, indices)
+
+    return one
 
 
-def peer_step(batch: int, compiled: bool) -> Callable[[], None]:
-    from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import WuerstchenPrior
-
-    fields = {k: v for k, v in dataclasses.asdict(CONFIG).items() if k != "prediction"}
+def peer_step(stage: type[StageC], batch: int, compiled: bool) -> Callable[[], None]:
     with CUDA:
-        prior = WuerstchenPrior(**fields).train()
-    network = torch.compile(prior) if compiled else prior
-    optimizer = torch.optim.AdamW(prior.parameters(), lr=1e-4)
-    inputs = data(batch)
+        peer = stage.peer().train()
+    network = torch.compile(peer) if compiled else peer
+    optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-4)
+    inputs = stage.data(batch)
 
     def step() -> None:
-        x = inputs["map"]
+        x = inputs["x"]
         t = (torch.rand(batch, device=CUDA) * 1.08 + 0.001).clamp(0.001, 1.0)
         noise = torch.randn_like(x)
         noised = PUBLISHED_SCHEDULE.add_noise(x, noise, t)
         with torch.autocast("cuda", torch.bfloat16):
-            predicted = network(noised, t, inputs["text"])
+            predicted = stage.peer_predict(network, noised, t, inputs)
             errors = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
             loss = (errors * PUBLISHED_SCHEDULE.p2_weight(t)).mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     return step
 
 
-def forward_flop() -> int:
+def forward_flop(stage_type: type[StageC]) -> int:
     """Of one picture."""
-    with CUDA, FlopCounterMode(display=False) as counter, torch.no_grad():
-        prior = Prior(CONFIG).eval()
-        prior(torch.randn(1, 16, 24, 24), torch.rand(1), prior.context(torch.randn(1, 77, 1280)))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        stage = stage_type(1)
+        inputs = stage.data(1)
+        stage.predict(inputs["x"], torch.rand(1, device=CUDA), inputs)
     return counter.get_total_flops()
 
 
 def measure(make: Callable[[], Callable[[], None]], seconds: float = 6.0) -> dict[str, float] | None:
-    """Updates a second after the first three, which compile; None where memory does not suffice."""
+    """Updates a second after the first ten, which compile and record; None where memory does not suffice."""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -126,14 +187,15 @@ def measure(make: Callable[[], Callable[[], None]], seconds: float = 6.0) -> dic
         step()
         torch.cuda.synchronize()
         first = time.perf_counter() - began
-        for _ in range(2):
+        for _ in range(9):
             step()
         torch.cuda.synchronize()
         began, updates = time.perf_counter(), 0
         while time.perf_counter() - began < seconds:
-            step()
+            for _ in range(4):
+                step()
             torch.cuda.synchronize()
-            updates += 1
+            updates += 4
         took = time.perf_counter() - began
     except torch.OutOfMemoryError:
         return None
@@ -156,35 +218,43 @@ def matrix_rate() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--stages", nargs="+", choices=["c", "b"], default=["c", "b"])
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 32, 64])
     parser.add_argument("--no-compiled-peer", action="store_true", help="compiling it takes minutes")
     options = parser.parse_args()
-    rate, flop = matrix_rate(), 3 * forward_flop()
-    print(f"{torch.cuda.get_device_name()}: {rate / 1e12:.0f} TFLOP/s, {flop / 1e12:.2f} TFLOP a picture")
+    rate = matrix_rate()
+    print(f"{torch.cuda.get_device_name()}: {rate / 1e12:.0f} TFLOP/s")
     rows = {}
 
-    def row(name: str, batch: int, make: Callable[[], Callable[[], None]]) -> None:
+    def row(name: str, batch: int, flop: int, make: Callable[[], Callable[[], None]]) -> None:
         found = measure(make)
         if found is None:
-            print(f"{name:<40} does not fit", flush=True)
+            print(f"{name:<48} does not fit", flush=True)
             return
         images = found["updates_per_second"] * batch
         rows[name] = {**found, "images_per_second": images, "share_of_matrix_rate": images * flop / rate}
         print(
-            f"{name:<40} {images:7.1f} img/s {100 * images * flop / rate:5.1f} % of the matrix rate "
+            f"{name:<48} {images:7.1f} img/s {100 * images * flop / rate:5.1f} % of the matrix rate "
             f"{found['gib']:6.1f} GiB, first update after {found['seconds_to_first_update']:.0f} s",
             flush=True,
         )
 
-    row(f"diffusers, batch {PEER_BATCH}", PEER_BATCH, lambda: peer_step(PEER_BATCH, False))
-    for batch in options.batches:
-        row(f"wuerstchen, batch {batch}", batch, lambda batch=batch: our_step(batch))
-    if not options.no_compiled_peer:
-        row(f"diffusers, compiled, batch {PEER_BATCH}", PEER_BATCH, lambda: peer_step(PEER_BATCH, True))
-    ours = rows.get(f"wuerstchen, batch {PEER_BATCH}")
-    for name, found in rows.items():
-        if name.startswith("diffusers") and ours is not None:
-            print(f"{ours['images_per_second'] / found['images_per_second']:.2f} times {name}")
+    for stage in (StageC, StageB):
+        if stage.name not in options.stages:
+            continue
+        flop, batch, title = 3 * forward_flop(stage), stage.peer_batch, f"Stage {stage.name.upper()}"
+        print(f"{title}: {flop / 1e12:.2f} TFLOP a picture")
+        peers = {f"{title}, diffusers, batch {batch}": False}
+        if not options.no_compiled_peer:
+            peers[f"{title}, diffusers, compiled, batch {batch}"] = True
+        for name, compiled in peers.items():
+            row(name, batch, flop, lambda s=stage, b=batch, c=compiled: peer_step(s, b, c))
+        for size in sorted({batch, *options.batches}):
+            row(f"{title}, wuerstchen, batch {size}", size, flop, lambda s=stage, b=size: our_step(s, b))
+        ours = rows.get(f"{title}, wuerstchen, batch {batch}")
+        for name in peers:
+            if ours is not None and name in rows:
+                print(f"{ours['images_per_second'] / rows[name]['images_per_second']:.2f} times {name}")
     print(json.dumps({"gpu": torch.cuda.get_device_name(), "torch": version("torch"), "rows": rows}))
 
 

@@ -82,8 +82,8 @@ def test_context_serves_every_step(randomise):
 
 def test_reading_the_text_once_gives_the_same_gradients(randomise):
     """Training lets blocks make their keys and values: masks and gradients must not differ."""
-    ours = randomise(Prior(SMALL)).eval()
-    x, r, text = inputs(SMALL, (4, 4), positions=6)
+    ours = randomise(Prior(SMALL)).eval().double()
+    x, r, text = (tensor.double() for tensor in inputs(SMALL, (4, 4), positions=6))
     mask = torch.tensor([[True] * 4 + [False] * 2] * 3)
     found = []
     for once in (False, True):

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from wuerstchen.errors import UserError
+from wuerstchen.models.mlp import ChannelMLP
 
 LAYER_NORM_EPS = 1e-6
 TIMESTEP_SCALE = 10_000
@@ -80,32 +81,6 @@ class Network(nn.Module):
         return next(self.parameters()).dtype
 
 
-class GlobalResponseNorm(nn.Module):
-    """ConvNeXt V2, equation 1 to 3 (arXiv 2301.00808): channels compete by their norm over the grid."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, width))
-        self.beta = nn.Parameter(torch.zeros(1, 1, 1, width))
-
-    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
-        # torch's norm has gradient 0 where the whole map is zero; a plain square root would give NaN. On
-        # 256x256 positions a sum of squares leaves fp16's range once they are 1 on average, hence fp32.
-        exact = torch.promote_types(x.dtype, torch.float32)
-        # One axis after the other: over both at once CUDA's reduction takes three times the memory of x.
-        columns = torch.linalg.vector_norm(x, dim=2, keepdim=True, dtype=exact)
-        norm = torch.linalg.vector_norm(columns, dim=1, keepdim=True)
-        share = norm / (norm.mean(dim=-1, keepdim=True) + 1e-6)
-        # γ·(x·share) + β + x in one pass over x, the widest map of the network.
-        return torch.addcmul(self.beta, x, (1 + self.gamma * share).to(x.dtype))
-
-
-def channel_mlp(c_in: int, c: int, dropout: float) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(c_in, 4 * c), nn.GELU(), GlobalResponseNorm(4 * c), nn.Dropout(dropout), nn.Linear(4 * c, c)
-    )
-
-
 class ResBlock(nn.Module):
     """Stage C's block: depthwise convolution, layer norm, MLP with global response norm, residual.
 
@@ -117,7 +92,7 @@ class ResBlock(nn.Module):
     def __init__(self, c: int, c_skip: int = 0, *, kernel_size: int = 3, dropout: float = 0.0) -> None:
         super().__init__()
         self.depthwise = nn.Conv2d(c + c_skip, c, kernel_size, padding=kernel_size // 2, groups=c)
-        self.channelwise = channel_mlp(c, c, dropout)
+        self.channelwise = ChannelMLP(c, c, dropout)
 
     def forward(
         self, x: Float[Tensor, "b h w c"], skip: Float[Tensor, "b h w c_skip"] | None = None
@@ -132,7 +107,7 @@ class ConditionedResBlock(nn.Module):
     def __init__(self, c: int, c_skip: int = 0, *, kernel_size: int = 3, dropout: float = 0.0) -> None:
         super().__init__()
         self.depthwise = nn.Conv2d(c, c, kernel_size, padding=kernel_size // 2, groups=c)
-        self.channelwise = channel_mlp(c + c_skip, c, dropout)
+        self.channelwise = ChannelMLP(c + c_skip, c, dropout)
 
     def forward(
         self, x: Float[Tensor, "b h w c"], *skips: Float[Tensor, "b h w _"]
@@ -190,21 +165,31 @@ class Attention(nn.Module):
     def split_heads(self, x: Float[Tensor, "b s c"]) -> Float[Tensor, "b n s d"]:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def forward(self, tokens: Float[Tensor, "b s c"], text: KeysValues) -> Float[Tensor, "b s c"]:
-        keys = torch.cat([self.split_heads(self.to_k(tokens)), text.keys], dim=2)
-        values = torch.cat([self.split_heads(self.to_v(tokens)), text.values], dim=2)
-        mask = None
-        if text.mask is not None:
-            mask = F.pad(text.mask, (tokens.shape[1], 0), value=True)[:, None, None, :]
+    def keys_values(self, source: Float[Tensor, "b t c"], mask: Bool[Tensor, "b t"] | None) -> KeysValues:
+        return KeysValues(self.split_heads(self.to_k(source)), self.split_heads(self.to_v(source)), mask)
+
+    def keys_values_at_once(
+        self, source: Float[Tensor, "b t c"], mask: Bool[Tensor, "b t"] | None
+    ) -> KeysValues:
+        """The same by one matrix product, whose joined weights cost little where they are cast anyway."""
+        if not type(self.to_k) is type(self.to_v) is nn.Linear:  # an adapter has replaced one
+            return self.keys_values(source, mask)
+        weight = torch.cat([self.to_k.weight, self.to_v.weight])
+        both = F.linear(source, weight, torch.cat([self.to_k.bias, self.to_v.bias]))
+        keys, values = both.chunk(2, dim=-1)
+        return KeysValues(self.split_heads(keys), self.split_heads(values), mask)
+
+    def forward(self, tokens: Float[Tensor, "b s c"], attended: KeysValues) -> Float[Tensor, "b s c"]:
+        mask = attended.mask
         # Dropout acts on the attention weights, as in the original.
-        attended = F.scaled_dot_product_attention(
+        output = F.scaled_dot_product_attention(
             self.split_heads(self.to_q(tokens)),
-            keys,
-            values,
-            attn_mask=mask,
+            attended.keys,
+            attended.values,
+            attn_mask=None if mask is None else mask[:, None, None, :],
             dropout_p=self.dropout if self.training else 0.0,
         )
-        return self.to_out[0](attended.transpose(1, 2).flatten(2))
+        return self.to_out[0](output.transpose(1, 2).flatten(2))
 
 
 class AttnBlock(nn.Module):
@@ -217,19 +202,19 @@ class AttnBlock(nn.Module):
 
     def keys_values(self, text: Float[Tensor, "b t c_cond"], mask: Bool[Tensor, "b t"] | None) -> KeysValues:
         """The text's part of keys and values: the same for every step of a prompt."""
-        tokens = self.kv_mapper(text)
-        attention = self.attention
-        return KeysValues(
-            keys=attention.split_heads(attention.to_k(tokens)),
-            values=attention.split_heads(attention.to_v(tokens)),
-            mask=mask,
-        )
+        return self.attention.keys_values(self.kv_mapper(text), mask)
 
     def forward(self, x: Float[Tensor, "b h w c"], text: KeysValues | TextTokens) -> Float[Tensor, "b h w c"]:
-        if isinstance(text, TextTokens):
-            text = self.keys_values(text.tokens, text.mask)
         tokens = layer_norm(x).flatten(1, 2)
-        return x + self.attention(tokens, text).unflatten(1, x.shape[1:3])
+        mask = None if text.mask is None else F.pad(text.mask, (tokens.shape[1], 0), value=True)
+        if isinstance(text, TextTokens):
+            source = torch.cat([tokens, self.kv_mapper(text.tokens)], dim=1)
+            attended = self.attention.keys_values_at_once(source, mask)
+        else:
+            own = self.attention.keys_values(tokens, None)
+            keys = torch.cat([own.keys, text.keys], dim=2)
+            attended = KeysValues(keys, torch.cat([own.values, text.values], dim=2), mask)
+        return x + self.attention(tokens, attended).unflatten(1, x.shape[1:3])
 
 
 def texts_for(

@@ -32,9 +32,12 @@ class Optimization:
     """Gradients longer than this are shortened to it."""
     ema_decay: float = 0.999
     """Of the weight average, an update; it starts lower, so that the first weights are soon forgotten."""
+    ema_every: int = 1
+    """Updates between those that the average follows, by ``ema_decay`` to this power. A billion parameters
+    are worth more than 1: the original has 100."""
 
     def __post_init__(self) -> None:
-        for name, least in (("images", 1), ("batch_size", 1), ("warmup", 0)):
+        for name, least in (("images", 1), ("batch_size", 1), ("warmup", 0), ("ema_every", 1)):
             if getattr(self, name) < least:
                 raise UserError(
                     f"{name}={getattr(self, name)} must be at least {least}; give a larger number"

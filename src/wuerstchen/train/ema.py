@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 def make_average(network: nn.Module) -> nn.Module:
@@ -20,15 +20,15 @@ def decay_at(update: int, decay: float) -> float:
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, network: nn.Module, decay: Tensor | float) -> None:
-    """average ← decay·average + (1 − decay)·network, statistics included; counts are copied.
-
-    ``decay`` as a tensor of no dimension can change between replays of a recorded update.
-    """
-    ours, theirs = average.state_dict(), network.state_dict()
-    floating = [name for name, tensor in ours.items() if tensor.is_floating_point()]
-    difference = torch._foreach_sub([theirs[n] for n in floating], [ours[n] for n in floating])
-    torch._foreach_mul_(difference, 1 - decay)
-    torch._foreach_add_([ours[n] for n in floating], difference)
-    for name in ours.keys() - set(floating):
-        ours[name].copy_(theirs[name])
+def update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
+    """average ← decay·average + (1 − decay)·network, statistics included; counts are copied."""
+    pairs = [
+        *zip(average.parameters(), network.parameters(), strict=True),
+        *zip(average.buffers(), network.buffers(), strict=True),
+    ]
+    floating = [(ours, theirs) for ours, theirs in pairs if ours.is_floating_point()]
+    # One pass over memory: at a billion parameters every other is felt.
+    torch._foreach_lerp_([ours for ours, _ in floating], [theirs for _, theirs in floating], 1 - decay)
+    for ours, theirs in pairs:
+        if not ours.is_floating_point():
+            ours.copy_(theirs)

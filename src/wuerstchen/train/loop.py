@@ -32,7 +32,7 @@ from wuerstchen.train.feed import Feed, batches
 from wuerstchen.train.optim import learning_rate, make_optimizer, set_rate
 from wuerstchen.train.parallel import Processes, share_batch_statistics
 from wuerstchen.train.stages import Stage
-from wuerstchen.train.step import RecordedStep, Step, Values, compile_regions
+from wuerstchen.train.step import Step, Updates, Values, compile_regions
 from wuerstchen.train.throughput import Gauge
 from wuerstchen.train.track import Log, Meter
 from wuerstchen.train.validate import Validation
@@ -54,7 +54,7 @@ class Settings:
     """bf16 where it is safe, over fp32 weights."""
     compiles: bool = False
     records: bool = False
-    """Whether updates on a bank are recorded as a CUDA graph."""
+    """Whether updates are recorded as CUDA graphs."""
     workers: int
     checkpoint_seconds: float
     log_every: int
@@ -235,7 +235,8 @@ def _begin(step: Step, settings: Settings, images: int) -> None:
             optimization, learning_rate=stage.rates.get(name, optimization.learning_rate)
         )
         set_rate(optimizer, learning_rate(peak, state.images + images))
-    step.decay.fill_(decay_at(state.updates + 1, optimization.ema_decay))
+    number, every = state.updates + 1, optimization.ema_every
+    step.decay = decay_at(number, optimization.ema_decay) ** every if number % every == 0 else None
     # Alone a process has the seed that it had before there could be several.
     who = () if step.processes.count == 1 else (step.processes.rank,)
     torch.manual_seed(stable_hash(settings.seed, stage.name, "dropout", state.images, *who) >> 1)
@@ -245,7 +246,7 @@ def _fed_updates(step: Step, feed: Feed, settings: Settings) -> Iterator[_Fed]:
     """Updates on pictures composed on the way."""
     optimization, device = step.stage.optimization, step.device
     start, total = step.state.images, optimization.images
-    part = step.processes.share
+    part, update = step.processes.share, Updates(step, settings.records)
     for batch in batches(feed, start, total, optimization.batch_size, settings.workers, part):
         images = len(batch.indices) * step.processes.count
         _begin(step, settings, images)
@@ -253,20 +254,22 @@ def _fed_updates(step: Step, feed: Feed, settings: Settings) -> Iterator[_Fed]:
             inputs = step.stage.prepare(batch, device)
         if step.stage.reads_images:
             inputs["images"] = batch.images.to(device)
-        values = step(inputs, batch.indices.to(device))
-        yield _Fed(images, batch.skipped, values)
+        yield _Fed(images, batch.skipped, update(inputs, batch.indices.to(device)))
 
 
 def _bank_updates(step: Step, bank: Bank, settings: Settings) -> Iterator[_Fed]:
     """Updates on pictures of the bank, in an order that is a function of the image number."""
     optimization = step.stage.optimization
-    recorded = RecordedStep(step, bank.prepare(step.stage, settings.autocast), settings.records)
+    inputs = bank.prepare(step.stage, settings.autocast)
+    update = Updates(step, settings.records)
     for first in range(step.state.images, optimization.images, optimization.batch_size):
         numbers = range(first, min(first + optimization.batch_size, optimization.images))
         _begin(step, settings, len(numbers))
         own = step.processes.share(numbers)
-        rows = torch.tensor(items_at(own, len(bank), step.seed))
-        yield _Fed(len(numbers), [], recorded(rows, torch.arange(own.start, own.stop)))
+        rows = torch.tensor(items_at(own, len(bank), step.seed)).to(step.device)
+        indices = torch.arange(own.start, own.stop).to(step.device)
+        chosen = {name: tensor[rows] for name, tensor in inputs.items()}
+        yield _Fed(len(numbers), [], update(chosen, indices))
 
 
 def _read(values: Values, stage: Stage, images: int, processes: Processes) -> dict[str, float]:

@@ -86,10 +86,11 @@ def update(
 
     A loss or a norm that is not finite updates nothing. That is decided on the device: nothing waits for it.
     """
-    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
-    # The optimizer's part of the contract with torch's GradScaler: an update is left out where this is 1.
+    norm = torch.nn.utils.get_total_norm(p.grad for p in network.parameters() if p.grad is not None)
+    # The optimizer's part of the contract with torch's GradScaler: an update is left out where found_inf
+    # is 1, and gradients are divided by grad_scale in the same pass over memory.
     optimizer.found_inf = 1 - (norm.isfinite() & loss.isfinite()).float()
-    optimizer.grad_scale = None
+    optimizer.grad_scale = (norm / clip_norm).clamp(min=1).float()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

@@ -1,11 +1,11 @@
 """One update of a stage: run as it is written, or recorded once as a CUDA graph and replayed.
 
-A small network on small maps leaves a GPU waiting: starting its thousand kernels takes longer than running
-them. A recorded update is started as one. So nothing in it may be decided on the host: what changes from
-update to update (which pictures, the learning rate, the decay of the averages) is read from tensors.
+Starting the thousand kernels of an update one by one leaves a GPU waiting. A recorded update is started as
+one. So nothing in it may be decided on the host: what changes from update to update (the inputs, the images'
+numbers, the learning rate) is read from tensors.
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int
@@ -50,12 +50,12 @@ class Step:
         self.autocast = autocast
         self.processes = processes
         self.device = processes.device
-        self.decay = torch.zeros((), device=self.device)
-        """Of the weight averages, for the next update."""
+        self.decay: float | None = None
+        """Of the weight averages, for the next update; None where they do not follow it."""
         self.gauge: Gauge | None = None
 
     def __call__(self, inputs: Inputs, indices: Int[Tensor, " b"]) -> Values:
-        """One update of every network of the stage, and of the averages. Waits for nothing on the device."""
+        """One update of every network of the stage. Waits for nothing on the device."""
         stage, state = self.stage, self.state
         if self.gauge is not None:
             self.gauge.before_update(inputs, indices)
@@ -78,50 +78,70 @@ class Step:
             key = "loss" if "loss" not in values else f"loss_{name}"
             values |= {key: loss, f"gradient_{name}": norm}
             values |= {term: value.detach() for term, value in terms.items()}
-        for name, average in state.averages.items():
-            update_average(average, stage.networks[name], self.decay)
         return values
 
+    def average(self) -> None:
+        """Lets the averages follow the networks. Not recorded: that would fix their decay."""
+        if self.decay is None:
+            return
+        for name, average in self.state.averages.items():
+            update_average(average, self.stage.networks[name], self.decay)
 
-class RecordedStep:
-    """A ``Step`` on pictures that are on the device: after its first updates it is recorded and replayed.
 
-    ``inputs`` holds a row for every picture; an update reads those in ``rows``.
+@dataclass
+class _Recording:
+    """A recorded update, with the tensors that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: Inputs
+    indices: Tensor
+    values: Values
+
+    def __call__(self, inputs: Inputs, indices: Tensor) -> Values:
+        for name, tensor in self.inputs.items():
+            tensor.copy_(inputs[name], non_blocking=True)
+        self.indices.copy_(indices, non_blocking=True)
+        self.graph.replay()
+        return self.values
+
+
+class Updates:
+    """Makes updates with their averages. With ``record`` each shape of inputs is recorded after its first
+    updates and replayed from then on.
     """
 
-    def __init__(self, step: Step, inputs: Inputs, record: bool) -> None:
+    def __init__(self, step: Step, record: bool) -> None:
         self.step = step
-        self.inputs = inputs
-        self.left_unrecorded = _UNRECORDED if record else -1
         self.stream = torch.cuda.Stream() if record else None
-        self.replay: Callable[[], None] | None = None
-        self.rows = torch.empty(0, dtype=torch.long)
-        self.indices = torch.empty(0, dtype=torch.long)
-        self.values: Values = {}
+        self.seen: dict[tuple, int] = {}
+        self.recordings: dict[tuple, _Recording] = {}
 
-    def __call__(self, rows: Int[Tensor, " b"], indices: Int[Tensor, " b"]) -> Values:
-        device = self.step.device
-        if self.stream is None or (self.replay is not None and len(rows) != len(self.rows)):
-            return self._run(rows.to(device), indices.to(device))  # a last batch that is smaller
-        if self.left_unrecorded > 0:
-            self.left_unrecorded -= 1
+    def __call__(self, inputs: Inputs, indices: Int[Tensor, " b"]) -> Values:
+        values = self._update(inputs, indices)
+        self.step.average()
+        return values
+
+    def _update(self, inputs: Inputs, indices: Tensor) -> Values:
+        if self.stream is None:
+            return self.step(inputs, indices)
+        shape = tuple((name, tensor.shape, tensor.dtype) for name, tensor in inputs.items())
+        if shape in self.recordings:
+            return self.recordings[shape](inputs, indices)
+        self.seen[shape] = self.seen.get(shape, 0) + 1
+        if self.seen[shape] <= _UNRECORDED:
             # On a stream of its own, as what is recorded later will be.
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                values = self._run(rows.to(device), indices.to(device))
+                values = self.step(inputs, indices)
             torch.cuda.current_stream().wait_stream(self.stream)
             return values
-        if self.replay is None:
-            self.rows, self.indices = rows.to(device), indices.to(device)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self.stream):
-                self.values = self._run(self.rows, self.indices)
-            self.replay = graph.replay
-        else:
-            self.rows.copy_(rows, non_blocking=True)
-            self.indices.copy_(indices, non_blocking=True)
-        self.replay()
-        return self.values
-
-    def _run(self, rows: Tensor, indices: Tensor) -> Values:
-        return self.step({name: tensor[rows] for name, tensor in self.inputs.items()}, indices)
+        # Recording runs nothing, so it is replayed at once. All recordings share their memory, for one runs
+        # at a time.
+        mine = {name: tensor.clone() for name, tensor in inputs.items()}
+        numbers, graph = indices.clone(), torch.cuda.CUDAGraph()
+        others = next(iter(self.recordings.values()), None)
+        pool = None if others is None else others.graph.pool()
+        with torch.cuda.graph(graph, pool=pool, stream=self.stream):
+            values = self.step(mine, numbers)
+        self.recordings[shape] = _Recording(graph, mine, numbers, values)
+        return self.recordings[shape](inputs, indices)

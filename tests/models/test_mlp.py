@@ -1,0 +1,91 @@
+"""The MLP with kernels against the one that is written out."""
+
+import importlib.util
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from wuerstchen.models.mlp import ChannelMLP, mlp_tail
+
+
+def pair(
+    width: int, dropout: float = 0.0, dtype: torch.dtype = torch.float32
+) -> tuple[ChannelMLP, ChannelMLP]:
+    """The same weights with kernels, and in double precision as it is written."""
+    torch.manual_seed(0)
+    plain = ChannelMLP(24, width, dropout).double()
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.normal_(0, 0.3)
+    fast = ChannelMLP(24, width, dropout)
+    fast.load_state_dict(plain.state_dict())
+    return fast.to("cuda", dtype), plain.cuda()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+class TestKernels:
+    @pytest.mark.parametrize(
+        ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)]
+    )
+    @pytest.mark.parametrize(("grid", "width"), [((5, 7), 33), ((24, 24), 64), ((1, 1), 16), ((64, 96), 16)])
+    def test_output_and_gradients_are_those_of_double_precision(self, grid, width, dtype, tolerance):
+        """Odd widths and grids leave tiles half empty; a whole map of zeros must not give NaN."""
+        fast, plain = pair(width, dtype=dtype)
+        x = torch.randn(3, *grid, 24, device="cuda", dtype=torch.float64)
+        x[0] = 0
+        direction = torch.randn(3, *grid, width, device="cuda", dtype=torch.float64)
+        found = []
+        for network, kind in ((fast, dtype), (plain, torch.float64)):
+            given = x.to(kind).requires_grad_()
+            output = network(given)
+            (output * direction.to(kind)).sum().backward()
+            found.append([output, given.grad, *(p.grad for p in network.parameters())])
+        for ours, theirs in zip(*found, strict=True):
+            assert (ours.double() - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+    def test_dropout_is_the_same_on_the_way_back_and_anew_each_time(self):
+        fast, _ = pair(64, dropout=0.25)
+        hidden = torch.randn(2, 1000, 256, device="cuda", requires_grad=True)
+        gamma, beta = (torch.randn(256, device="cuda") for _ in range(2))
+        eye, zero = torch.eye(256, device="cuda"), torch.zeros(256, device="cuda")
+        seeds = [torch.tensor(s, device="cuda") for s in ((1, 2), (1, 2), (3, 2), (1, 4))]
+        drawn = [mlp_tail(hidden, gamma, beta, eye, zero, seed, 0.25)[0] for seed in seeds]
+        kept = [y != 0 for y in drawn]
+        assert torch.equal(drawn[0], drawn[1])
+        for other in kept[2:]:
+            assert (kept[0] == other).float().mean().item() == pytest.approx(0.75**2 + 0.25**2, abs=0.01)
+        assert not torch.equal(kept[0][0], kept[0][1])  # pictures of a batch differ
+        for axis in (0, 1):
+            assert (kept[0].float().mean((0, axis + 1)) - 0.75).abs().max() < 0.1
+        whole, _ = mlp_tail(hidden, gamma, beta, eye, zero, None, 0.0)
+        torch.testing.assert_close(drawn[0], torch.where(kept[0], whole / 0.75, 0.0), rtol=1e-5, atol=1e-5)
+        (slope,) = torch.autograd.grad(drawn[0].sum(), hidden)
+        (masked,) = torch.autograd.grad((whole * kept[0] / 0.75).sum(), hidden)
+        torch.testing.assert_close(slope, masked, rtol=1e-4, atol=1e-4)
+        assert not torch.equal(
+            fast(torch.ones(1, 4, 4, 24, device="cuda")), fast(torch.ones(1, 4, 4, 24).cuda())
+        )
+
+    def test_compiled_blocks_have_the_same_gradients(self):
+        """Compilers see the operators by their fake versions: wrong shapes or types would end here."""
+        fast, _ = pair(32)
+        x = torch.randn(2, 8, 8, 24, device="cuda")
+        found = []
+        for network in (fast, torch.compile(fast)):
+            fast.zero_grad()
+            with torch.autocast("cuda", torch.bfloat16):
+                network(x).float().square().sum().backward()
+            found.append([p.grad.clone() for p in fast.parameters()])
+        for a, b in zip(*found, strict=True):
+            assert (a - b).abs().max() <= 2e-2 * a.abs().max()
+
+
+def test_the_operator_counts_its_operations():
+    """The share of the matrix rate would lack a third of Stage C otherwise."""
+    hidden, gamma, weight, bias = (torch.empty(s, device="meta") for s in ((2, 5, 16), (16,), (4, 16), (4,)))
+    with FlopCounterMode(display=False) as counter:
+        output, norm = mlp_tail(hidden, gamma, gamma, weight, bias, None, 0.0)
+    assert (output.shape, norm.shape) == ((2, 5, 4), (2, 16))
+    assert counter.get_total_flops() == 2 * 2 * 5 * 16 * 4
