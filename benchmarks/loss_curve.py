@@ -1,0 +1,81 @@
+"""Whether fast updates learn as plain ones do: 200 of them on the same pictures, times and noise.
+
+    python benchmarks/loss_curve.py [--updates 200] [--depth 8]
+
+A prior of the published width on 256 random maps with random texts, which it learns by heart: once with
+blocks compiled, updates recorded and the MLP's kernels, and twice as everything is written (eager, no
+kernels), each with a seed of dropout of its own. Two plain curves are apart by what dropout and rounding do;
+the fast one has to be as near to them. Prints means over ten updates and the distances.
+"""
+
+import argparse
+import dataclasses
+import json
+
+import torch
+from training import CUDA, StageC
+
+from wuerstchen.models.mlp import ChannelMLP
+from wuerstchen.models.prior import PriorConfig
+from wuerstchen.train.ema import make_average
+from wuerstchen.train.optim import learning_rate, make_optimizer, set_rate
+from wuerstchen.train.parallel import Processes
+from wuerstchen.train.snapshot import TrainingState
+from wuerstchen.train.step import Step, Updates, compile_regions
+
+BATCH, PICTURES, WINDOW = 8, 256, 10
+
+
+def curve(depth: int, updates: int, seed: int, fast: bool) -> torch.Tensor:
+    """The loss of each update, means over ten."""
+    has_kernels = ChannelMLP._has_kernels
+    if not fast:
+        ChannelMLP._has_kernels = lambda self, hidden: False  # type: ignore[method-assign]
+    try:
+        torch.manual_seed(0)
+        StageC.config = PriorConfig(depth=depth)
+        stage = StageC(BATCH)
+        stage.optimization = dataclasses.replace(stage.optimization, warmup=20 * BATCH)
+        optimizer = make_optimizer(stage.network, stage.optimization)
+        averages = {"network": make_average(stage.network)}
+        state = TrainingState(networks=stage.networks, averages=averages, optimizers={"network": optimizer})
+        if fast:
+            compile_regions(stage.network)
+        update = Updates(Step(stage, state, 0, True, Processes(CUDA)), record=fast)  # type: ignore[arg-type]
+        torch.manual_seed(1)
+        pictures = stage.data(PICTURES)
+        torch.manual_seed(seed)  # of dropout
+        losses = []
+        for number in range(updates):
+            indices = torch.arange(number * BATCH, (number + 1) * BATCH, device=CUDA)
+            set_rate(optimizer, learning_rate(stage.optimization, (number + 1) * BATCH))
+            chosen = {name: tensor[indices % PICTURES] for name, tensor in pictures.items()}
+            losses.append(update(chosen, indices)["loss"].clone())
+        return torch.stack(losses).cpu().unflatten(0, (-1, WINDOW)).mean(1)
+    finally:
+        ChannelMLP._has_kernels = has_kernels  # type: ignore[method-assign]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--updates", type=int, default=200)
+    parser.add_argument("--depth", type=int, default=8)
+    options = parser.parse_args()
+    fast = curve(options.depth, options.updates, seed=2, fast=True)
+    first, second = (curve(options.depth, options.updates, seed, fast=False) for seed in (3, 4))
+    print("update   plain  plain, again    fast")
+    for row, values in enumerate(zip(first, second, fast, strict=True)):
+        print(f"{(row + 1) * WINDOW:6}  " + "  ".join(f"{value:.5f}" for value in values))
+    apart = {
+        "plain and plain again": (first - second).abs(),
+        "fast and plain": (fast - first).abs(),
+        "fast and plain again": (fast - second).abs(),
+    }
+    for name, distances in apart.items():
+        print(f"{name}: {distances.mean():.5f} on average, {distances.max():.5f} at most")
+    rows = {"plain": first, "again": second, "fast": fast}
+    print(json.dumps({name: [round(v, 6) for v in values.tolist()] for name, values in rows.items()}))
+
+
+if __name__ == "__main__":
+    main()
