@@ -124,6 +124,9 @@ class StageBConfig:
     frozen_stride: int = 1
     """The backbone's layers down to this stride stay as they are; 8 halves the cost of training it."""
     loss_weight: Weighting = "p2"
+    """Of a decoder of latents (v2)."""
+    label_smoothing: float = 0.1
+    """Of a decoder of tokens (v1): the share of the aim that is spread evenly over all of them."""
     time_shift: float = 1.0
     """How far training times are moved towards noise (``diffusion.schedule.shifted``); 1 is as published."""
     map_dropout: float = 0.05
@@ -143,7 +146,8 @@ class StageBConfig:
     """``time_shift`` of the second phase, which finds the layout learnt and texture not yet."""
 
     def __post_init__(self) -> None:
-        _check_shares(self, "map_dropout", "map_noise", "caption_dropout", "backbone_rate")
+        shares = ("map_dropout", "map_noise", "caption_dropout", "backbone_rate", "label_smoothing")
+        _check_shares(self, *shares)
         _check_shift(self.time_shift)
         _check_shift(self.refine_shift)
         _check_refinement(self.refine_images, self.refine_rate)

@@ -49,7 +49,7 @@ from wuerstchen.train.stage_b import DecoderAndCompressor, StageB, StageBRefinem
 from wuerstchen.train.stage_c import StageC, measure_map
 from wuerstchen.train.stages import Stage, cascade_settings
 from wuerstchen.train.track import Log, check_tensorboard
-from wuerstchen.train.validate import Denoising, HeldOut, Validation, held_out
+from wuerstchen.train.validate import Denoising, DenoisingTokens, HeldOut, Validation, held_out
 from wuerstchen.train.watch import Watch, begin, say_cost, say_costs_to_come
 
 N = TypeVar("N", bound=nn.Module)
@@ -384,6 +384,7 @@ class _Run:
             "decoder_and_compressor",
         )
         decoder, compressor = both.decoder, both.compressor
+        assert isinstance(decoder, Decoder)
         previewer = self.averaged(Previewer(recipe.previewer), final, "previewer")
         if config.refine_images:
             for network in (decoder, previewer):
@@ -485,7 +486,7 @@ class _Run:
 
     def validation(self, stage: Stage) -> Validation | None:
         """The loss of a diffusion stage on held-out pictures; None without any."""
-        if not isinstance(stage, Denoising):
+        if not isinstance(stage, Denoising | DenoisingTokens):
             return None
         if not self._looked:
             self._looked, self._held_out = True, held_out(self.recipe.data, self.recipe.image_size)
