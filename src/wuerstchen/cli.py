@@ -704,7 +704,11 @@ def _overridden(recipe: "Recipe", options: argparse.Namespace) -> "Recipe":
     try:
         with contextlib.redirect_stderr(said):
             recipe = tyro.cli(
-                type(recipe), default=recipe, args=options.overrides, prog=f"wuerstchen train {recipe.name}"
+                type(recipe),
+                default=recipe,
+                args=options.overrides,
+                prog=f"wuerstchen train {recipe.name}",
+                config=(tyro.conf.AvoidSubcommands,),  # the kind of Stage B is the recipe's
             )
     except SystemExit as stopped:
         if not stopped.code:

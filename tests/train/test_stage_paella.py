@@ -46,9 +46,22 @@ def cascade(small_v1):
     return found
 
 
+def recipe_of(cascade):
+    """tiny with the shapes of a cascade."""
+    recipe = tiny()
+    return dataclasses.replace(
+        recipe,
+        decoder_steps=2,
+        vqgan=cascade.vqgan.config,
+        compressor=cascade.compressor.config,
+        previewer=PreviewerConfig(c_in=2),
+        decoder=cascade.decoder.config,
+        prior=cascade.prior.config,
+    )
+
+
 def make_stage(cascade, kind=StagePaella, **changes):
-    recipe = dataclasses.replace(tiny(), decoder_steps=2)
-    object.__setattr__(recipe, "decoder", cascade.decoder.config)
+    recipe = recipe_of(cascade)
     parts = (cascade.vqgan, cascade.decoder, cascade.compressor, Previewer(PreviewerConfig(c_in=2)))
     config = dataclasses.replace(recipe.stage_b, refine_images=8, **changes)
     stage = kind(config, *parts, cascade.text_encoder, recipe)

@@ -23,7 +23,7 @@ from wuerstchen.models.previewer import Previewer
 from wuerstchen.models.text import TextEncoder
 from wuerstchen.models.vqgan import VQGAN
 from wuerstchen.pipeline import Wuerstchen
-from wuerstchen.train.config import Recipe, StageBConfig
+from wuerstchen.train.config import Optimization, Recipe, StageBConfig
 from wuerstchen.train.feed import Batch, pixels_of
 from wuerstchen.train.random import ImageRandom
 from wuerstchen.train.stages import (
@@ -64,7 +64,9 @@ class Decoding:
         self.rates = {"previewer": config.previewer_rate}
 
     def prepare_text(self, batch: Batch, device: torch.device) -> Inputs:
-        return {} if self.text_encoder is None else encoded_captions(self.text_encoder, batch.captions)
+        if self.text_encoder is None:
+            return {}
+        return encoded_captions(self.text_encoder, batch.captions, self.recipe)
 
     def disturb(self, z: Float[Tensor, "b c h w"], random: ImageRandom) -> Float[Tensor, "b c h w"]:
         """Zeroes the map of some pictures and noises that of others, so that B bears with what C draws.
@@ -128,7 +130,7 @@ class Decoding:
         return [
             *originals,
             *stage_a,
-            *(model.reconstruct(image).image for image in originals),
+            *(model.reconstruct(image, size=image.width).image for image in originals),
             *to_images(F.interpolate(previews, size=pixels.shape[2:], mode="nearest")),
         ]
 
@@ -144,7 +146,6 @@ def previewer_loss(
 class WithCompressor(Decoding):
     """The first phase: the decoder and, with it, the semantic compressor."""
 
-    name = "b"
     averaged = ("decoder_and_compressor", "previewer")
     reads_images = True
 
@@ -157,9 +158,14 @@ class WithCompressor(Decoding):
         previewer: Previewer,
         text_encoder: TextEncoder | None,
         recipe: Recipe,
+        *,
+        name: str = "b",
+        optimization: Optimization | None = None,
     ) -> None:
+        """``optimization`` is that of a later phase, which then has a name of its own."""
         super().__init__(config, vqgan, text_encoder, recipe)
-        self.optimization = config.optimization
+        self.name = name
+        self.optimization = optimization or config.optimization
         self.trained = DecoderAndCompressor(decoder, compressor)
         self.previewer = previewer
         self.networks: dict[str, nn.Module] = {
@@ -203,9 +209,8 @@ class WithCompressor(Decoding):
 
 
 class OnFinishedMap(Decoding):
-    """The second phase: the decoder alone, on the maps of the finished compressor."""
+    """The last phase: the decoder alone, on the maps of the finished compressor."""
 
-    name = "b2"
     averaged = ("decoder", "previewer")
     reads_images = False
 
@@ -218,7 +223,10 @@ class OnFinishedMap(Decoding):
         previewer: Previewer,
         text_encoder: TextEncoder | None,
         recipe: Recipe,
+        *,
+        name: str = "b2",
     ) -> None:
+        self.name = name
         config = dataclasses.replace(config, time_shift=config.refine_shift)
         super().__init__(config, vqgan, text_encoder, recipe)
         self.optimization = refining(config)
@@ -292,4 +300,4 @@ class StageB(_Latents, WithCompressor):
 
 
 class StageBRefinement(_Latents, OnFinishedMap):
-    """The second phase of v2's Stage B: the decoder alone, on the maps of the finished compressor."""
+    """The last phase of v2's Stage B: the decoder alone, on the maps of the finished compressor."""

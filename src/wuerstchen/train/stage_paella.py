@@ -129,4 +129,4 @@ class StagePaella(_Tokens, WithCompressor):
 
 
 class StagePaellaRefinement(_Tokens, OnFinishedMap):
-    """The second phase of v1's Stage B: Paella alone, on the maps of the finished compressor."""
+    """The last phase of v1's Stage B: Paella alone, on the maps of the finished compressor."""
