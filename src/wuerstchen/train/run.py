@@ -478,7 +478,7 @@ class _Run:
         if self.processes.leads:
             times = "" if self.processes.count == 1 else f" and {self.processes.count - 1} more"
             print(
-                f"Stage {stage.name.upper()}: {optimization.images:,} images at {feed.size} px, in batches of "
+                f"Stage {stage.name.upper()}: {optimization.images:,} images, {feed.size} px, in batches of "
                 f"{optimization.batch_size}, {parameters / 1e6:.1f} M parameters, on {self.device}{times}"
             )
         header = {**dataclasses.asdict(self.provenance(0)), "fields": as_dict(self.recipe)}
