@@ -102,7 +102,8 @@ def _train(
             log = Log(run_dir / "log.jsonl", processes.leads, tensorboard=watch.tensorboard)
             run = _Run(recipe, run_dir, sources, start, processes, log)
             run.check_compressor_weights()
-            run.fingerprint, weights = _fingerprint(sources), start.fingerprint()
+            run.fingerprint = _fingerprint(sources)
+            weights = start.fingerprint() if processes.leads else ""
             check_run(recipe, run_dir, run.fingerprint, weights, log, accept_changed_data, processes)
             if processes.leads:
                 begin(log, watch)
@@ -200,8 +201,9 @@ class _Run:
         self.log = log
         self.start = start
         self.parts = dataclasses.replace(start.parts)
-        for network in self.parts.networks().values():
-            network.to(self.device).eval()
+        for name, network in self.parts.networks().items():
+            if STAGE_OF.get(name) not in recipe.stages:  # others are copied, not used
+                network.to(self.device).eval()
         self._bank: tuple[tuple[str, int], Bank] | None = None
         self._held_out: dict[tuple[str, int], HeldOut | None] = {}
 
