@@ -17,6 +17,7 @@ from wuerstchen.models.compressor import Compressor
 from wuerstchen.models.decoder import DecoderConfig
 from wuerstchen.models.paella import Paella, PaellaConfig
 from wuerstchen.models.prior import Prior
+from wuerstchen.recipes.scale import scaled
 from wuerstchen.recipes.tiny import tiny
 from wuerstchen.recipes.v1 import v1_stage_b, v1_stage_c
 from wuerstchen.train import run
@@ -261,3 +262,11 @@ class TestRecipes:
         assert (config.map_dropout, config.map_noise, config.caption_dropout) == (0.05, 0.3, 0.05)
         assert config.label_smoothing == 0.1
         assert v1_stage_b().stages == ("b",)
+
+    def test_a_smaller_paella_keeps_the_channels_of_a_head(self):
+        small = scaled(v1_stage_b(), 0.5, 0.25).decoder
+        assert isinstance(small, PaellaConfig)
+        assert (small.c_hidden, small.nhead, small.blocks) == ((320, 640, 640), (-1, 8, 8), (1, 3, 1))
+        assert (small.num_labels, small.effnet_embd, small.clip_embd) == (8192, 16, 1024)
+        with torch.device("meta"):
+            Paella(small)

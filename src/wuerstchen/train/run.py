@@ -104,7 +104,8 @@ def _train(
             log = Log(run_dir / "log.jsonl", processes.leads, tensorboard=watch.tensorboard)
             run = _Run(recipe, run_dir, sources, start, processes, log)
             run.check_compressor_weights()
-            run.fingerprint, weights = _fingerprint(sources), start.fingerprint()
+            run.fingerprint = _fingerprint(sources)
+            weights = start.fingerprint() if processes.leads else ""
             check_run(recipe, run_dir, run.fingerprint, weights, log, accept_changed_data, processes)
             if processes.leads:
                 begin(log, watch)
@@ -202,8 +203,9 @@ class _Run:
         self.log = log
         self.start = start
         self.parts = dataclasses.replace(start.parts)
-        for network in self.parts.networks().values():
-            network.to(self.device).eval()
+        for name, network in self.parts.networks().items():
+            if STAGE_OF.get(name) not in recipe.stages:  # others are copied, not used
+                network.to(self.device).eval()
         self._bank: tuple[tuple[str, int], Bank] | None = None
         self._held_out: dict[tuple[str, int], HeldOut | None] = {}
 
@@ -483,8 +485,8 @@ class _Run:
         if self.processes.leads:
             times = "" if self.processes.count == 1 else f" and {self.processes.count - 1} more"
             print(
-                f"Stage {stage.name.upper()}: {optimization.images:,} images at {feed.size} px, in batches "
-                f"of {optimization.batch_size}, {parameters / 1e6:.1f} M parameters, on {self.device}{times}"
+                f"Stage {stage.name.upper()}: {optimization.images:,} images, {feed.size} px, in batches of "
+                f"{optimization.batch_size}, {parameters / 1e6:.1f} M parameters, on {self.device}{times}"
             )
         header = {**dataclasses.asdict(self.provenance(0)), "fields": as_dict(self.recipe)}
         folder = self.run_dir / f"stage_{stage.name}"
