@@ -17,21 +17,22 @@ from wuerstchen.checkpoints.native import (
     write_cascade,
     write_network,
 )
+from wuerstchen.checkpoints.original import write_original
 from wuerstchen.errors import CheckpointError, RunFolderError, UserError
 from wuerstchen.models.cascade import PUBLISHED_MAP
 from wuerstchen.models.compressor import Compressor, CompressorConfig
-from wuerstchen.models.decoder import DecoderConfig
+from wuerstchen.models.decoder import Decoder, DecoderConfig
 from wuerstchen.models.previewer import PreviewerConfig
 from wuerstchen.models.prior import PriorConfig
 from wuerstchen.models.vqgan import VQGANConfig
 from wuerstchen.pipeline import BUNDLED
 from wuerstchen.recipes.tiny import tiny
-from wuerstchen.recipes.v2 import v2_finetune, v2_stage_c
+from wuerstchen.recipes.v2 import v2_finetune, v2_stage_b, v2_stage_c
 from wuerstchen.train import snapshot
 from wuerstchen.train.config import Optimization, Phase, StageCConfig
 from wuerstchen.train.run import train
 from wuerstchen.train.snapshot import newest, read_averages
-from wuerstchen.train.start import read_start
+from wuerstchen.train.start import fill_compressor, read_start
 
 WHENCE = Provenance(recipe="test", seed=1, images=2, data="none", licence="MIT")
 
@@ -329,6 +330,45 @@ def test_what_does_not_fit_the_start_is_refused_before_anything_is_written(
     with pytest.raises((UserError, CheckpointError), match=message):
         train(finetune(published, photos, compressor_file, **changes), tmp_path / "run", device="cpu")
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_the_compressor_comes_whole_from_the_originals_file_of_stage_b(tmp_path, published):
+    decoder = DecoderConfig(
+        c_cond=8,
+        c_hidden=(8, 64),
+        nhead=(-1, 1),
+        blocks=(1, 1),
+        level_config=("CT", "CTA"),
+        inject_effnet=(False, True),
+        clip_embd=12,
+    )
+    theirs = Compressor(CompressorConfig())
+    with torch.no_grad():
+        theirs.mapper[0].weight.add_(1)
+    write_original({"decoder": Decoder(decoder), "compressor": theirs}, tmp_path)
+
+    def named(path):
+        full = v2_stage_b()
+        return dataclasses.replace(full, stage_b=dataclasses.replace(full.stage_b, compressor_init=str(path)))
+
+    ours = Compressor(CompressorConfig())
+    fill_compressor(named(tmp_path / "model_v2_stage_b.pt"), ours)
+    assert all(torch.equal(ours.state_dict()[k], t) for k, t in theirs.state_dict().items())
+    with pytest.raises(UserError, match="holds no compressor; give --compressor-init the file of a Stage B"):
+        fill_compressor(named(published), ours)
+    with pytest.raises(
+        UserError, match=r"compressor\.backbone=efficientnet_v2_l of the recipe is not the shape"
+    ):
+        larger = CompressorConfig(backbone="efficientnet_v2_l")
+        other = dataclasses.replace(named(tmp_path / "model_v2_stage_b.pt"), compressor=larger)
+        fill_compressor(other, ours)
+    for missing in ("none.pth", "weights/none.safetensors"):
+        with pytest.raises(CheckpointError, match="none"):
+            fill_compressor(named(missing), ours)
+    with pytest.raises(
+        UserError, match="efficientnet_v2_s needs pretrained weights to start from; give --comp"
+    ):
+        fill_compressor(v2_stage_b(), ours)
 
 
 def test_a_start_on_tokens_cannot_go_on_as_v2s_decoder(small_v1, tmp_path, photos):
