@@ -170,7 +170,7 @@ def test_watching_changes_nothing(tmp_path, monkeypatch, capsys):
     assert sum(e["event"] == "tariff" for e in found) == 1
     page = write_report(tmp_path / "watched").read_text()
     assert "finished" in page
-    assert page.count("squared error of the noise by time") == 8  # a title and a label a stage
+    assert page.count("error of the prediction by time") == 8  # a title and a label a stage
 
 
 def test_a_lock_keeps_two_processes_apart(tmp_path):
