@@ -17,23 +17,41 @@ from pathlib import Path
 import torch
 
 import wuerstchen.train.run as run
+from wuerstchen.models.paella import PaellaConfig
 from wuerstchen.recipes.tiny import tiny
-from wuerstchen.train.config import Recipe
+from wuerstchen.train.config import Phase, Recipe
 
 torch.set_num_threads(1)
 
 
-def recipe(**changes: object) -> Recipe:
-    """All stages, batch statistics and second phases, in a few updates; no dropout."""
+def recipe(*, v1: bool = False, **changes: object) -> Recipe:
+    """All stages, batch statistics and second phases, in a few updates; no dropout.
+
+    Stage B is v1's or v2's.
+    """
     full = tiny()
 
-    def short(stage, **more):
-        optimization = dataclasses.replace(stage.optimization, images=16, batch_size=8, warmup=0, **more)
+    def short(stage):
+        optimization = dataclasses.replace(stage.optimization, images=16, batch_size=8, warmup=0)
+        second = dataclasses.replace(optimization, images=8, learning_rate=5e-4)
+        if stage is full.stage_c:
+            return dataclasses.replace(stage, optimization=optimization, phases=(Phase(optimization=second),))
         return dataclasses.replace(stage, optimization=optimization, refine_images=8)
 
+    of_v1 = PaellaConfig(
+        num_labels=full.vqgan.num_vq_embeddings,
+        c_token=16,
+        c_cond=32,
+        c_hidden=(16, 32),
+        nhead=(-1, 2),
+        blocks=(1, 1),
+        level_config=("CT", "CTA"),
+        clip_embd=384,
+        dropout=0.0,
+    )
     return dataclasses.replace(
         full,
-        decoder=dataclasses.replace(full.decoder, dropout=0.0),
+        decoder=of_v1 if v1 else dataclasses.replace(full.decoder, dropout=0.0),
         prior=dataclasses.replace(full.prior, dropout=0.0),
         stage_a=dataclasses.replace(short(full.stage_a), adversarial_from=4),
         stage_b=short(full.stage_b),
@@ -102,6 +120,17 @@ def main() -> None:
             (other / "log.jsonl").unlink()
             shutil.rmtree(max((other / f"stage_{stage}" / "checkpoints").iterdir()))
             train(count, other)
+    # Stage B of v1, on the Stage A of that run.
+    changes = {"v1": True, "stages": ("b",), "fresh": ("b",), "start": str(folder / "2" / "model")}
+    train(2, folder / "v1", **changes)
+    for count in (1, 2, 4):
+        other = folder / f"{count}v1"
+        shutil.copytree(folder / "v1", other)
+        (other / "log.jsonl").unlink()
+        shutil.rmtree(other / "model")
+        for stage in ("b", "b2"):
+            shutil.rmtree(max((other / f"stage_{stage}" / "checkpoints").iterdir()))
+        train(count, other, **changes)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,23 @@ def test_another_number_of_processes_goes_on_with_the_same_losses(runs, count, s
         assert theirs[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
 
 
+@pytest.mark.parametrize("count", ["1", "4"])
+def test_so_it_does_with_tokens(runs, count):
+    """Stage B of v1: which tokens are noised, and with what, is a matter of the picture alone."""
+    images, ours = losses(runs / "v1")["b"][-1]
+    ((resumed, theirs),) = losses(runs / f"{count}v1")["b"]
+    assert resumed == images == 16
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert theirs[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
+
+
+def test_an_update_of_v1_done_again_gives_the_same_bits(runs):
+    name = Path("model") / "decoder.safetensors"
+    assert (runs / "v1" / name).read_bytes() == (runs / "2v1" / name).read_bytes()
+    assert (runs / "v1" / name).read_bytes() != (runs / "1v1" / name).read_bytes()
+
+
 def files(folder: Path) -> dict[str, dict[str, str]]:
     found = {stage: newest(folder / f"stage_{stage}" / "checkpoints") for stage in STAGES}
     return {stage: state["files"] for stage, (_, state) in found.items()}

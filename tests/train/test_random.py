@@ -50,3 +50,26 @@ def test_mixing_equals_splitmix64_in_python():
     values = [0, 1, 2**63, 2**64 - 1, 0x9E3779B97F4A7C15]
     ours = _mix(torch.tensor([_signed(v) for v in values]))
     assert [int(v) % 2**64 for v in ours] == [reference(v) for v in values]
+
+
+def test_integers_are_even_and_a_function_of_the_image():
+    drawn = ImageRandom(0, INDICES).integers("tokens", (40, 50), 10)
+    assert drawn.shape == (64, 40, 50)
+    assert drawn.dtype == torch.int64
+    counts = torch.bincount(drawn.flatten(), minlength=10)
+    assert len(counts) == 10
+    # 128,000 draws: the counts of 12,800 have a deviation of 107.
+    assert (counts - 12_800).abs().max() < 500
+    alone = ImageRandom(0, torch.tensor([5])).integers("tokens", (40, 50), 10)
+    assert torch.equal(alone[0], drawn[5])
+    # As fractions, the numbers of different ranges are the same.
+    fine = ImageRandom(0, INDICES).integers("tokens", (40, 50), 10_000)
+    assert torch.equal(fine // 1000, drawn)
+
+
+@pytest.mark.parametrize("high", [1, 2, 8192, 2**31])
+def test_integers_reach_their_ends_and_no_further(high):
+    drawn = ImageRandom(1, INDICES).integers("tokens", (500,), high)
+    assert drawn.min() >= 0
+    assert drawn.max() < high
+    assert drawn.double().mean().item() == pytest.approx((high - 1) / 2, rel=0.05)

@@ -151,6 +151,12 @@ class Paella(nn.Module):
         They lie in memory with the labels last. At the published size those of one picture take 512 MiB
         in fp32.
         """
+        return pointwise(self.out_mapper[1], self.features(tokens, r, context)).permute(0, 3, 1, 2)
+
+    def features(
+        self, tokens: Int[Tensor, "b h w"], r: Float[Tensor, " b"], context: Sequence[KeysValues | TextTokens]
+    ) -> Float[Tensor, "b h w c_token"]:
+        """What the last layer, ``out_mapper[1]``, makes the logits of: 32 times smaller than they are."""
         embedding = self.in_mapper[0]
         r_embed = timestep_embedding(r, self.config.c_r).to(embedding.weight.dtype)
         texts = iter(context)
@@ -166,7 +172,7 @@ class Paella(nn.Module):
             x = _run_level(blocks, x, r_embed, texts, skip)
 
         vectors = convolve(self.clf[2], pointwise(self.clf[1], layer_norm(x)))
-        return pointwise(self.out_mapper[1], layer_norm(vectors.contiguous())).permute(0, 3, 1, 2)
+        return layer_norm(vectors.contiguous())
 
 
 def _run_level(

@@ -9,6 +9,7 @@ from wuerstchen.diffusion.schedule import Weighting
 from wuerstchen.errors import UserError
 from wuerstchen.models.compressor import CompressorConfig
 from wuerstchen.models.decoder import DecoderConfig
+from wuerstchen.models.paella import PaellaConfig
 from wuerstchen.models.previewer import PreviewerConfig
 from wuerstchen.models.prior import PriorConfig
 from wuerstchen.models.vqgan import VQGANConfig
@@ -53,6 +54,30 @@ class Optimization:
             raise UserError(f"ema_decay={self.ema_decay} must be from 0 to below 1; 0.999 is common")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A further part of a stage: it goes on from the averaged weights of the one before, with an optimizer of
+    its own."""
+
+    optimization: Optimization
+    image_size: int | None = None
+    """Side of the pictures in pixels; None for the recipe's."""
+    max_ratio: float = 1.0
+    """Each batch is square or, as likely, so many times wider than high, or higher than wide; 1 is square."""
+    data: str = ""
+    """Another data set than the recipe's; empty for the recipe's."""
+
+    def __post_init__(self) -> None:
+        _check_side(self.image_size)
+        if not 1 <= self.max_ratio <= 4:
+            raise UserError(f"max_ratio={self.max_ratio} must be from 1 to 4; 1 keeps pictures square")
+
+
+def _check_side(size: int | None) -> None:
+    if size is not None and (size < 128 or size % 128):
+        raise UserError(f"image_size={size} must be a multiple of 128; use 256")
+
+
 def _check_shares(config: object, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(config, name) <= 1:
@@ -76,6 +101,8 @@ class StageAConfig:
     """Stage A: reconstruction, perceptual, adversarial and quantiser terms."""
 
     optimization: Optimization
+    image_size: int | None = None
+    """Side of the pictures in pixels; None for the recipe's."""
     crop: int | None = None
     """Side of the random crops to train on; None for whole pictures. The network is convolutional."""
     l1_weight: float = 0.0
@@ -104,6 +131,7 @@ class StageAConfig:
     """Share of its pictures whose latents Stage B has drawn anew out of noise."""
 
     def __post_init__(self) -> None:
+        _check_side(self.image_size)
         _check_shares(self, "quantise_dropout", "refine_redrawn")
         _check_refinement(self.refine_images, self.refine_rate)
         for name in ("l1_weight", "perceptual_weight", "adversarial_weight"):
@@ -118,6 +146,10 @@ class StageBConfig:
     """Stage B, with the compressor trained along with it."""
 
     optimization: Optimization
+    image_size: int | None = None
+    """Side of the pictures in pixels in the first phase; None for the recipe's."""
+    phases: tuple[Phase, ...] = ()
+    """Further phases, in order, of decoder and compressor together; the decoder alone comes after them."""
     compressor_init: str = ""
     """Weights the backbone starts from: a torchvision .pth or timm .safetensors file; empty for the
     installed EfficientNet-Lite0 (only for that backbone)."""
@@ -127,6 +159,9 @@ class StageBConfig:
     frozen_stride: int = 1
     """The backbone's layers down to this stride stay as they are; 8 halves the cost of training it."""
     loss_weight: Weighting = "p2"
+    """Of a decoder of latents (v2)."""
+    label_smoothing: float = 0.1
+    """Of a decoder of tokens (v1): the share of the aim that is spread evenly over all of them."""
     time_shift: float = 1.0
     """How far training times are moved towards noise (``diffusion.schedule.shifted``); 1 is as published."""
     map_dropout: float = 0.05
@@ -138,15 +173,22 @@ class StageBConfig:
     previewer_rate: float = 1e-3
     """Learning rate of the previewer, which is trained along on the map, without a say in it."""
     refine_images: int = 0
-    """Length of a second phase: the decoder goes on alone, from its averaged weights with a fresh optimizer,
-    on the maps of the compressor, which stays as the first phase left it. 0 for none."""
+    """Length of a last phase: the decoder goes on alone, from its averaged weights with a fresh optimizer,
+    on the maps of the compressor, which stays as it is. 0 for none."""
     refine_rate: float = 5e-4
-    """Learning rate of the second phase."""
+    """Learning rate of that phase."""
     refine_shift: float = 1.0
-    """``time_shift`` of the second phase, which finds the layout learnt and texture not yet."""
+    """``time_shift`` of that phase, which finds the layout learnt and texture not yet."""
+
+    @property
+    def images(self) -> int:
+        """Images over all phases of decoder and compressor together."""
+        return sum(phase.optimization.images for phase in phases_of(self))
 
     def __post_init__(self) -> None:
-        _check_shares(self, "map_dropout", "map_noise", "caption_dropout", "backbone_rate")
+        _check_side(self.image_size)
+        shares = ("map_dropout", "map_noise", "caption_dropout", "backbone_rate", "label_smoothing")
+        _check_shares(self, *shares)
         _check_shift(self.time_shift)
         _check_shift(self.refine_shift)
         _check_refinement(self.refine_images, self.refine_rate)
@@ -159,20 +201,37 @@ class StageCConfig:
     """Stage C, on the frozen compressor's maps."""
 
     optimization: Optimization
+    image_size: int | None = None
+    """Side of the pictures in pixels in the first phase; None for the recipe's."""
+    phases: tuple[Phase, ...] = ()
+    """Further phases, in order."""
+    blend: float = 1.0
+    """Share of the last phase's averaged weights in the prior; the rest is of the phase before it."""
     loss_weight: Weighting = "p2"
     time_shift: float = 1.0
     """How far training times are moved towards noise (``diffusion.schedule.shifted``); 1 is as published."""
     caption_dropout: float = 0.05
     """Share of the pictures trained without their caption, for classifier-free guidance."""
-    refine_images: int = 0
-    """Length of a second phase, from the averaged weights with a fresh optimizer. 0 for none."""
-    refine_rate: float = 5e-4
-    """Learning rate of the second phase; all else is as in the first."""
+
+    @property
+    def images(self) -> int:
+        """Images over all phases."""
+        return sum(phase.optimization.images for phase in phases_of(self))
 
     def __post_init__(self) -> None:
-        _check_shares(self, "caption_dropout")
+        _check_shares(self, "caption_dropout", "blend")
+        _check_side(self.image_size)
+        if self.blend < 1 and not self.phases:
+            raise UserError(f"blend={self.blend} needs two phases to blend; give phases, or leave it at 1")
         _check_shift(self.time_shift)
-        _check_refinement(self.refine_images, self.refine_rate)
+
+
+def phases_of(config: StageBConfig | StageCConfig) -> tuple[Phase, ...]:
+    """All phases of a stage, the first included."""
+    return (Phase(optimization=config.optimization, image_size=config.image_size), *config.phases)
+
+
+StageName = Literal["a", "b", "c"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,12 +242,28 @@ class Recipe:
     data: str
     """``sample`` for the sample in the package, or a folder: a built emoji set, or images with captions."""
     image_size: int
-    """Side of the pictures in pixels, a multiple of 128."""
+    """Side of the pictures that the model draws, in pixels, a multiple of 128. Stages are trained on this
+    size where they name no other."""
     seed: int = 0
+    stages: tuple[StageName, ...] = ("a", "b", "c")
+    """The stages that are trained, in order; the others are ``start``'s."""
+    start: str = ""
+    """A model to start from: a folder, a file, or a name on the hub, in any layout. Empty for none."""
+    fresh: tuple[StageName, ...] = ()
+    """Trained stages that begin with random weights although there is a start."""
+    text_encoder: str = ""
+    """Where the text encoder of Stage C comes from: a folder, or a name on the hub. Empty for the start's, or
+    without one the small one in the package."""
+    decoder_text_encoder: str = ""
+    """Likewise that of Stage B, if it reads text; empty for the start's, or else that of Stage C."""
+    text_positions: Literal["real", "all"] = "real"
+    """Which states of a text are attended to: ``all`` are with those of padding, as in the published
+    models."""
     vqgan: VQGANConfig
     compressor: CompressorConfig
     previewer: PreviewerConfig = field(default_factory=PreviewerConfig)
-    decoder: DecoderConfig
+    decoder: DecoderConfig | PaellaConfig
+    """Stage B: of v2, on latents, or of v1, on tokens."""
     prior: PriorConfig
     stage_a: StageAConfig
     stage_b: StageBConfig
@@ -243,8 +318,8 @@ class Recipe:
             raise UserError(
                 "acceleration=graph needs pictures on the device; give prepared_images, or use compile"
             )
-        if self.image_size < 128 or self.image_size % 128:
-            raise UserError(f"image_size={self.image_size} must be a multiple of 128; use 256")
+        _check_side(self.image_size)
+        self._check_stages()
         channels = self.compressor.c_latent
         if not channels == self.prior.c_in == self.decoder.effnet_embd == self.previewer.c_in:
             raise UserError(
@@ -252,36 +327,93 @@ class Recipe:
                 f"{self.decoder.effnet_embd} in decoder.effnet_embd and {self.previewer.c_in} in "
                 "previewer.c_in; give all four the same number"
             )
-        latent = self.vqgan.latent_channels
-        if not latent == self.decoder.c_in == self.decoder.c_out:
+        self._check_decoder()
+        self._check_sizes()
+
+    def _check_stages(self) -> None:
+        order = "".join(self.stages)
+        if not order or order not in "abc":
             raise UserError(
-                f"the latents have {latent} channels in vqgan.latent_channels, {self.decoder.c_in} in "
-                f"decoder.c_in and {self.decoder.c_out} in decoder.c_out; give all three the same number"
+                f"stages={' '.join(self.stages) or 'none'} must follow one another; give a b c, a, a b, "
+                "b, b c or c"
             )
-        if self.image_size // self.vqgan.factor % self.decoder.size_multiple:
+        left_out = [stage for stage in "ab" if stage < order[0]]
+        if left_out and not self.start:
             raise UserError(
-                f"image_size={self.image_size} gives latents of {self.image_size // self.vqgan.factor}, no "
-                f"multiple of {self.decoder.size_multiple} as the decoder's levels need; use fewer levels"
+                f"stages={' '.join(self.stages)} builds on {' and '.join(left_out)}, which no start gives; "
+                "name a model as start, or train them too"
             )
-        crop = self.stage_a.crop or self.image_size
+        for stage in self.fresh:
+            if stage not in self.stages:
+                raise UserError(f"fresh={stage} is no stage that is trained; add it to stages")
+        if "a" in self.stages and self.stage_a.refine_images and "b" not in self.stages:
+            raise UserError("stage_a.refine_images needs a Stage B of the same run; train b too, or give 0")
+
+    def _check_decoder(self) -> None:
+        """Against Stage A, and against what only the other kind of Stage B can be told."""
+        decoder, latent, codes = self.decoder, self.vqgan.latent_channels, self.vqgan.num_vq_embeddings
+        if not isinstance(decoder, PaellaConfig):
+            if not latent == decoder.c_in == decoder.c_out:
+                raise UserError(
+                    f"the latents have {latent} channels in vqgan.latent_channels, {decoder.c_in} in "
+                    f"decoder.c_in and {decoder.c_out} in decoder.c_out; give all three the same number"
+                )
+            return
+        if decoder.num_labels != codes:
+            raise UserError(
+                f"the codebook has {codes} entries in vqgan.num_vq_embeddings and {decoder.num_labels} in "
+                "decoder.num_labels; give both the same number"
+            )
+        if "b" in self.stages and self.stage_b.loss_weight != "p2":
+            raise UserError(
+                f"stage_b.loss_weight={self.stage_b.loss_weight} weighs noise on latents, and this Stage B "
+                "finds tokens; leave it at p2"
+            )
+        if "a" in self.stages and self.stage_a.refine_images:
+            raise UserError(
+                f"stage_a.refine_images={self.stage_a.refine_images} learns from latents that Stage B draws "
+                "anew, and this one draws tokens; give 0"
+            )
+
+    def _check_sizes(self) -> None:
+        """Of the stages that are trained."""
+        if "a" in self.stages:
+            self._check_crop()
+        multiple = self.vqgan.factor * self.decoder.size_multiple
+        if "b" in self.stages:
+            for phase in phases_of(self.stage_b):
+                size = phase.image_size or self.image_size
+                if size % multiple:
+                    raise UserError(
+                        f"image_size={size} gives latents of {size // self.vqgan.factor}, no multiple of "
+                        f"{self.decoder.size_multiple} as the decoder's levels need; use fewer levels"
+                    )
+        if self.prepared_images:
+            for config in (self.stage_b, self.stage_c):
+                if any(phase.max_ratio > 1 for phase in config.phases):
+                    raise UserError("prepared_images holds squares alone; give 0, or max_ratio=1")
+
+    def _check_crop(self) -> None:
+        size = self.stage_a.image_size or self.image_size
+        crop = self.stage_a.crop or size
         least = 2**self.stage_a.discriminator_depth + 1
         if self.stage_a.adversarial_weight > 0 and crop < least:
             raise UserError(
                 f"stage_a.crop={crop} is too small for a discriminator of depth "
                 f"{self.stage_a.discriminator_depth}, which needs {least}; use a larger crop or less depth"
             )
-        if crop > self.image_size or crop % self.vqgan.factor:
+        if crop > size or crop % self.vqgan.factor:
             raise UserError(
                 f"stage_a.crop={crop} must be a multiple of {self.vqgan.factor} and at most image_size="
-                f"{self.image_size}; use {self.image_size}"
+                f"{size}; use {size}"
             )
 
 
 FREE_FIELDS = frozenset(
-    {"data", "workers", "checkpoint_seconds", "log_every", "preview_every", "preview_prompts"}
+    {"data", "start", "workers", "checkpoint_seconds", "log_every", "preview_every", "preview_prompts"}
 )
-"""What may change between the starts of a run, because the result does not depend on it. ``data`` is only a
-place: what is in it has a fingerprint."""
+"""What may change between the starts of a run, because the result does not depend on it. ``data`` and
+``start`` are only places: what is in them has a fingerprint."""
 
 
 def differing_fields(stored: dict, given: dict, prefix: str = "") -> list[str]:

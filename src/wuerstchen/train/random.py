@@ -55,6 +55,14 @@ class ImageRandom:
         bits = _shift(self._bits(purpose, shape), 64 - _BITS).float() / 2**_BITS
         return bits if shape else bits.squeeze(1)
 
+    def integers(self, purpose: str, shape: Sequence[int], high: int) -> Int[Tensor, "b ..."]:
+        """Whole numbers in [0, ``high``), one tensor of ``shape`` an image. ``high`` is at most 2³¹.
+
+        No number is likelier than another by more than ``high`` / 2³¹.
+        """
+        assert 0 < high <= 2**31
+        return (_shift(self._bits(purpose, shape), 64 - 31) * high) >> 31
+
     def normal(self, purpose: str, shape: Sequence[int]) -> Float[Tensor, "b ..."]:
         """Standard normal numbers by Box and Muller's transform, one tensor of ``shape`` an image."""
         bits = self._bits(purpose, shape)

@@ -338,7 +338,7 @@ def _validation(stage: _Stage, starts: Sequence[float]) -> str:
     for k in range(min(count, 32)):
         points = [(x, y) for x, bins in stage.validation if k < len(bins) and (y := bins[k]) is not None]
         lines.append(Line(name=f"t {k / count:.3g}–{(k + 1) / count:.3g}", points=points))
-    return chart("validation: squared error of the noise by time (0 clean, 1 noise)", lines, starts)
+    return chart("validation: error of the prediction by time (0 clean, 1 noise)", lines, starts)
 
 
 def _previews(folder: Path) -> str:

@@ -1,4 +1,8 @@
-"""Stage B in training: the decoder with the semantic compressor, and then the decoder alone."""
+"""Stage B in training: the decoder with the semantic compressor, and then the decoder alone.
+
+The phases (``WithCompressor``, ``OnFinishedMap``) say what learns. What the decoder learns is v2's noise on
+latents (``_Latents``) here, and v1's tokens in stage_paella.py.
+"""
 
 import dataclasses
 
@@ -14,11 +18,12 @@ from wuerstchen.images import to_images
 from wuerstchen.models.cascade import PUBLISHED_MAP, Cascade
 from wuerstchen.models.compressor import Compressor, compressor_input
 from wuerstchen.models.decoder import Decoder
+from wuerstchen.models.paella import Paella
 from wuerstchen.models.previewer import Previewer
 from wuerstchen.models.text import TextEncoder
 from wuerstchen.models.vqgan import VQGAN
 from wuerstchen.pipeline import Wuerstchen
-from wuerstchen.train.config import Recipe, StageBConfig
+from wuerstchen.train.config import Optimization, Recipe, StageBConfig
 from wuerstchen.train.feed import Batch, pixels_of
 from wuerstchen.train.random import ImageRandom
 from wuerstchen.train.stages import (
@@ -36,17 +41,16 @@ from wuerstchen.train.stages import (
 class DecoderAndCompressor(nn.Module):
     """What Stage B trains as one."""
 
-    def __init__(self, decoder: Decoder, compressor: Compressor) -> None:
+    def __init__(self, decoder: Decoder | Paella, compressor: Compressor) -> None:
         super().__init__()
         self.decoder = decoder
         self.compressor = compressor
 
 
-class _Decoding:
-    """What both phases of Stage B share: the decoder's loss on a map, and the previewer's."""
+class Decoding:
+    """What all kinds of Stage B share: a map that is disturbed, the text, and the pictures to look at."""
 
     captions: bool
-    denoises = "latents"
 
     def __init__(
         self, config: StageBConfig, vqgan: VQGAN, text_encoder: TextEncoder | None, recipe: Recipe
@@ -60,7 +64,9 @@ class _Decoding:
         self.rates = {"previewer": config.previewer_rate}
 
     def prepare_text(self, batch: Batch, device: torch.device) -> Inputs:
-        return {} if self.text_encoder is None else encoded_captions(self.text_encoder, batch.captions)
+        if self.text_encoder is None:
+            return {}
+        return encoded_captions(self.text_encoder, batch.captions, self.recipe)
 
     def disturb(self, z: Float[Tensor, "b c h w"], random: ImageRandom) -> Float[Tensor, "b c h w"]:
         """Zeroes the map of some pictures and noises that of others, so that B bears with what C draws.
@@ -75,29 +81,35 @@ class _Decoding:
         z = torch.where(u >= 1 - config.map_noise * (1 - config.map_dropout), noised, z)
         return torch.where(u < config.map_dropout, 0.0, z)
 
-    def decoder_loss(
-        self, decoder: Decoder, z: Float[Tensor, "b c mh mw"], inputs: Inputs, random: ImageRandom
-    ) -> Float[Tensor, ""]:
-        states = mask = None
-        if self.no_text is not None:
-            states, mask = with_captions_dropped(self.no_text, inputs, random, self.config.caption_dropout)
-        latents = inputs["latents"]
-        context = decoder.context(self.disturb(z, random), tuple(latents.shape[2:]), states, mask, once=True)
-        t = training_timesteps(random.uniform("time"), self.config.time_shift)
-        noise = random.normal("noise", latents.shape[1:])
-        predicted = decoder(PUBLISHED_SCHEDULE.add_noise(latents, noise, t), t, context)
-        return diffusion_loss(predicted, noise, t, self.config.loss_weight)
+    def targets(self, pixels: Float[Tensor, "b 3 h w"]) -> Inputs:
+        """What the decoder has to find: what frozen Stage A makes of pictures."""
+        raise NotImplementedError
 
-    def predicted(
-        self, decoder: Decoder, z: Float[Tensor, "b c mh mw"], inputs: Inputs, x: Tensor, t: Tensor
-    ) -> Tensor:
-        """The noise in ``x`` by a decoder that sees the map as it is, and the caption where it reads any."""
-        size = tuple(x.shape[2:])
-        return decoder(x, t, decoder.context(z, size, inputs.get("states"), inputs.get("mask")))
+    def decoder_loss(
+        self, decoder: nn.Module, z: Float[Tensor, "b c mh mw"], inputs: Inputs, random: ImageRandom
+    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """The loss of a decoder on maps, and further terms to log."""
+        raise NotImplementedError
+
+    def decoder_and_map(
+        self, averages: dict[str, nn.Module], inputs: Inputs
+    ) -> tuple[nn.Module, Float[Tensor, "b c mh mw"]]:
+        """The averaged decoder and its maps, as they are without disturbance."""
+        raise NotImplementedError
+
+    def text_of(self, inputs: Inputs, random: ImageRandom) -> tuple[Tensor | None, Tensor | None]:
+        """States and mask of the captions, some of them dropped; None where no text is read."""
+        if self.no_text is None:
+            return None, None
+        return with_captions_dropped(self.no_text, inputs, random, self.config.caption_dropout)
+
+    def stage_a(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+        """Pictures as Stage A alone gives them back: what Stage B could reach at best."""
+        return self.vqgan.decode(self.vqgan.encode(pixels))
 
     def pictures(
         self,
-        decoder: Decoder,
+        decoder: Decoder | Paella,
         compressor: Compressor,
         previewer: Previewer,
         pixels: Tensor,
@@ -113,12 +125,12 @@ class _Decoding:
         )
         model = Wuerstchen(cascade, device)
         originals = to_images(pixels)
-        stage_a = to_images(self.vqgan.decode(self.vqgan.encode(pixels)).clamp(0, 1).float())
+        stage_a = to_images(self.stage_a(pixels).clamp(0, 1).float())
         previews = previewer(compressor(compressor_input(pixels))).clamp(0, 1)
         return [
             *originals,
             *stage_a,
-            *(model.reconstruct(image).image for image in originals),
+            *(model.reconstruct(image, size=image.width).image for image in originals),
             *to_images(F.interpolate(previews, size=pixels.shape[2:], mode="nearest")),
         ]
 
@@ -131,10 +143,9 @@ def previewer_loss(
     return F.mse_loss(drawn, F.interpolate(pixels, size=drawn.shape[2:], mode="area"))
 
 
-class StageB(_Decoding):
-    """The latent diffusion decoder and, with it, the semantic compressor."""
+class WithCompressor(Decoding):
+    """The first phase: the decoder and, with it, the semantic compressor."""
 
-    name = "b"
     averaged = ("decoder_and_compressor", "previewer")
     reads_images = True
 
@@ -142,14 +153,19 @@ class StageB(_Decoding):
         self,
         config: StageBConfig,
         vqgan: VQGAN,
-        decoder: Decoder,
+        decoder: Decoder | Paella,
         compressor: Compressor,
         previewer: Previewer,
         text_encoder: TextEncoder | None,
         recipe: Recipe,
+        *,
+        name: str = "b",
+        optimization: Optimization | None = None,
     ) -> None:
+        """``optimization`` is that of a later phase, which then has a name of its own."""
         super().__init__(config, vqgan, text_encoder, recipe)
-        self.optimization = config.optimization
+        self.name = name
+        self.optimization = optimization or config.optimization
         self.trained = DecoderAndCompressor(decoder, compressor)
         self.previewer = previewer
         self.networks: dict[str, nn.Module] = {
@@ -159,14 +175,13 @@ class StageB(_Decoding):
         self.rate_scales = {"compressor.backbone.": config.backbone_rate}
 
     def prepare(self, batch: Batch, device: torch.device) -> Inputs:
-        latents = self.vqgan.encode(batch.pixels(device)).float()
-        return {"latents": latents, **self.prepare_text(batch, device)}
+        return {**self.targets(batch.pixels(device)), **self.prepare_text(batch, device)}
 
     def losses(self, inputs: Inputs, random: ImageRandom) -> Losses:
         pixels = pixels_of(inputs["images"])
         z = self.trained.compressor(compressor_input(pixels)).float()
-        loss = self.decoder_loss(self.trained.decoder, z, inputs, random)
-        yield "decoder_and_compressor", loss, {"map_std": z.detach().std()}
+        loss, terms = self.decoder_loss(self.trained.decoder, z, inputs, random)
+        yield "decoder_and_compressor", loss, {"map_std": z.detach().std(), **terms}
         yield "previewer", previewer_loss(self.previewer, z, pixels), {}
 
     def check(self, values: dict[str, float]) -> None:
@@ -176,11 +191,12 @@ class StageB(_Decoding):
                 "to the compressor; use a lower stage_b.backbone_rate in another --run-dir"
             )
 
-    def predict(self, averages: dict[str, nn.Module], inputs: Inputs, x: Tensor, t: Tensor) -> Tensor:
+    def decoder_and_map(
+        self, averages: dict[str, nn.Module], inputs: Inputs
+    ) -> tuple[nn.Module, Float[Tensor, "b c mh mw"]]:
         trained = averages["decoder_and_compressor"]
         assert isinstance(trained, DecoderAndCompressor)
-        z = trained.compressor(compressor_input(pixels_of(inputs["images"]))).float()
-        return self.predicted(trained.decoder, z, inputs, x, t)
+        return trained.decoder, trained.compressor(compressor_input(pixels_of(inputs["images"]))).float()
 
     def preview(
         self, averages: dict[str, nn.Module], pixels: Tensor, device: torch.device
@@ -192,10 +208,9 @@ class StageB(_Decoding):
         return self.pictures(trained.decoder, trained.compressor, previewer, pixels, device)
 
 
-class StageBRefinement(_Decoding):
-    """The second phase of Stage B: the decoder alone, on the maps of the finished compressor."""
+class OnFinishedMap(Decoding):
+    """The last phase: the decoder alone, on the maps of the finished compressor."""
 
-    name = "b2"
     averaged = ("decoder", "previewer")
     reads_images = False
 
@@ -203,12 +218,15 @@ class StageBRefinement(_Decoding):
         self,
         config: StageBConfig,
         vqgan: VQGAN,
-        decoder: Decoder,
+        decoder: Decoder | Paella,
         compressor: Compressor,
         previewer: Previewer,
         text_encoder: TextEncoder | None,
         recipe: Recipe,
+        *,
+        name: str = "b2",
     ) -> None:
+        self.name = name
         config = dataclasses.replace(config, time_shift=config.refine_shift)
         super().__init__(config, vqgan, text_encoder, recipe)
         self.optimization = refining(config)
@@ -222,29 +240,64 @@ class StageBRefinement(_Decoding):
         pixels = batch.pixels(device)
         z = self.compressor(compressor_input(pixels)).float()
         return {
-            "latents": self.vqgan.encode(pixels).float(),
+            **self.targets(pixels),
             "z": z,
             "small": F.interpolate(pixels, size=self.previewer.size(*z.shape[2:]), mode="area"),
             **self.prepare_text(batch, device),
         }
 
     def losses(self, inputs: Inputs, random: ImageRandom) -> Losses:
-        yield "decoder", self.decoder_loss(self.decoder, inputs["z"], inputs, random), {}
+        yield "decoder", *self.decoder_loss(self.decoder, inputs["z"], inputs, random)
         yield "previewer", previewer_loss(self.previewer, inputs["z"], inputs["small"]), {}
 
     def check(self, values: dict[str, float]) -> None:
         pass
 
-    def predict(self, averages: dict[str, nn.Module], inputs: Inputs, x: Tensor, t: Tensor) -> Tensor:
-        decoder = averages["decoder"]
-        assert isinstance(decoder, Decoder)
-        return self.predicted(decoder, inputs["z"], inputs, x, t)
+    def decoder_and_map(
+        self, averages: dict[str, nn.Module], inputs: Inputs
+    ) -> tuple[nn.Module, Float[Tensor, "b c mh mw"]]:
+        return averages["decoder"], inputs["z"]
 
     def preview(
         self, averages: dict[str, nn.Module], pixels: Tensor, device: torch.device
     ) -> list[Image.Image]:
         """Originals, Stage A's reconstructions, those of A+B, and the previewer's."""
         decoder, previewer = averages["decoder"], averages["previewer"]
-        assert isinstance(decoder, Decoder)
+        assert isinstance(decoder, Decoder | Paella)
         assert isinstance(previewer, Previewer)
         return self.pictures(decoder, self.compressor, previewer, pixels, device)
+
+
+class _Latents(Decoding):
+    """What v2's decoder learns: the noise on Stage A's latents."""
+
+    denoises = "latents"
+
+    def targets(self, pixels: Float[Tensor, "b 3 h w"]) -> Inputs:
+        return {"latents": self.vqgan.encode(pixels).float()}
+
+    def decoder_loss(
+        self, decoder: nn.Module, z: Float[Tensor, "b c mh mw"], inputs: Inputs, random: ImageRandom
+    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        assert isinstance(decoder, Decoder)
+        latents = inputs["latents"]
+        states, mask = self.text_of(inputs, random)
+        context = decoder.context(self.disturb(z, random), tuple(latents.shape[2:]), states, mask, once=True)
+        t = training_timesteps(random.uniform("time"), self.config.time_shift)
+        noise = random.normal("noise", latents.shape[1:])
+        predicted = decoder(PUBLISHED_SCHEDULE.add_noise(latents, noise, t), t, context)
+        return diffusion_loss(predicted, noise, t, self.config.loss_weight), {}
+
+    def predict(self, averages: dict[str, nn.Module], inputs: Inputs, x: Tensor, t: Tensor) -> Tensor:
+        decoder, z = self.decoder_and_map(averages, inputs)
+        assert isinstance(decoder, Decoder)
+        size = tuple(x.shape[2:])
+        return decoder(x, t, decoder.context(z, size, inputs.get("states"), inputs.get("mask")))
+
+
+class StageB(_Latents, WithCompressor):
+    """v2's latent diffusion decoder and, with it, the semantic compressor."""
+
+
+class StageBRefinement(_Latents, OnFinishedMap):
+    """The last phase of v2's Stage B: the decoder alone, on the maps of the finished compressor."""

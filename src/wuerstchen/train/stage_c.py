@@ -1,5 +1,6 @@
 """Stage C in training: the prior on the maps of the finished compressor."""
 
+import dataclasses
 from collections.abc import Iterator
 
 import torch
@@ -12,23 +13,21 @@ from wuerstchen.models.cascade import Cascade, MapStatistics
 from wuerstchen.models.compressor import Compressor, compressor_input
 from wuerstchen.models.prior import Prior
 from wuerstchen.pipeline import Wuerstchen
-from wuerstchen.train.config import Recipe, StageCConfig
+from wuerstchen.train.config import Optimization, Recipe, StageCConfig
 from wuerstchen.train.feed import Batch
 from wuerstchen.train.random import ImageRandom
 from wuerstchen.train.stages import (
     LEAST_SPREAD,
     Inputs,
     Losses,
-    cascade_settings,
     diffusion_loss,
     encoded_captions,
-    refining,
     with_captions_dropped,
 )
 
 
 class StageC:
-    """The prior, on the frozen compressor's normalised maps. Its second phase is the same by another name."""
+    """The prior, on the frozen compressor's normalised maps. Its later phases are the same by other names."""
 
     averaged = ("prior",)
     captions = True
@@ -43,14 +42,16 @@ class StageC:
         frozen: Cascade,
         statistics: MapStatistics,
         *,
-        refines: bool = False,
+        name: str = "c",
+        optimization: Optimization | None = None,
     ) -> None:
+        """``optimization`` is that of a later phase, which then has a name of its own."""
         assert frozen.compressor is not None
         assert frozen.text_encoder is not None
-        self.name = "c2" if refines else "c"
+        self.name = name
         self.config = config
         self.recipe = recipe
-        self.optimization = refining(config) if refines else config.optimization
+        self.optimization = optimization or config.optimization
         self.prior = prior
         self.compressor = frozen.compressor.eval().requires_grad_(False)
         self.text_encoder = frozen.text_encoder
@@ -63,7 +64,8 @@ class StageC:
 
     def prepare(self, batch: Batch, device: torch.device) -> Inputs:
         z = self.compressor(compressor_input(batch.pixels(device))).float()
-        return {"x": self.statistics.normalise(z), **encoded_captions(self.text_encoder, batch.captions)}
+        text = encoded_captions(self.text_encoder, batch.captions, self.recipe)
+        return {"x": self.statistics.normalise(z), **text}
 
     def losses(self, inputs: Inputs, random: ImageRandom) -> Losses:
         x = inputs["x"]
@@ -80,7 +82,7 @@ class StageC:
     def predict(self, averages: dict[str, nn.Module], inputs: Inputs, x: Tensor, t: Tensor) -> Tensor:
         prior = averages["prior"]
         assert isinstance(prior, Prior)
-        return prior(x, t, prior.context(inputs["states"], inputs["mask"]))
+        return prior(x, t, prior.context(inputs["states"], inputs.get("mask")))
 
     def preview(
         self, averages: dict[str, nn.Module], pixels: Tensor, device: torch.device
@@ -88,14 +90,8 @@ class StageC:
         """Pictures of the recipe's prompts, through C, B and A."""
         prior = averages["prior"]
         assert isinstance(prior, Prior)
-        cascade = Cascade(
-            settings=cascade_settings(self.recipe, self.statistics),
-            vqgan=self.frozen.vqgan,
-            decoder=self.frozen.decoder,
-            compressor=self.frozen.compressor,
-            prior=prior,
-            text_encoder=self.frozen.text_encoder,
-        )
+        settings = dataclasses.replace(self.frozen.settings, map_statistics=self.statistics)
+        cascade = dataclasses.replace(self.frozen, settings=settings, prior=prior)
         prompts = list(self.recipe.preview_prompts)
         return Wuerstchen(cascade, device).generate(prompts) if prompts else []
 

@@ -48,6 +48,18 @@ class Denoising(Protocol):
         ...
 
 
+@runtime_checkable
+class DenoisingTokens(Protocol):
+    """A stage that predicts tokens."""
+
+    def token_errors(
+        self, averages: dict[str, nn.Module], inputs: Inputs, t: Tensor, random: ImageRandom
+    ) -> tuple[Tensor, Tensor]:
+        """The mean cross entropy of each picture at the times ``t`` (b,), by the averaged weights, and its
+        loss as in training."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
     """Pictures that no training sees."""
@@ -94,7 +106,9 @@ def held_out(data: str, size: int, count: int = PICTURES) -> HeldOut | None:
 class Validation:
     """Measures the loss of one stage, again and again."""
 
-    def __init__(self, stage: Denoising, pictures: HeldOut, autocast: bool, device: torch.device) -> None:
+    def __init__(
+        self, stage: Denoising | DenoisingTokens, pictures: HeldOut, autocast: bool, device: torch.device
+    ) -> None:
         assert isinstance(stage, Stage)
         self.stage = stage
         self.pictures = pictures
@@ -112,24 +126,23 @@ class Validation:
 
     @torch.no_grad()
     def __call__(self, averages: dict[str, nn.Module]) -> dict[str, list[float | None] | float | None]:
-        """The mean of ‖ε̂ − ε‖² / n in each bin of time, unweighted, as ``bins``; and as ``loss`` the mean
-        over bins with the stage's own weights: its training loss with all times equally likely.
+        """The mean of ‖ε̂ − ε‖² / n in each bin of time, unweighted, as ``bins``, or of the cross entropy of
+        tokens; and as ``loss`` the mean over bins with the stage's own weights: its training loss with all
+        times equally likely, and nothing disturbed or dropped.
 
         None stands for what is not finite. The first call also prepares the pictures, which takes longer.
         """
         self._prepared = self._prepared or list(self._prepare())
         began = time.monotonic()
-        sums = torch.zeros(BINS, dtype=torch.float64)
+        sums = torch.zeros(BINS, 2, dtype=torch.float64)
         for numbers, inputs in self._prepared:
-            sums += (
-                torch.stack([self._errors(averages, numbers, inputs, k) for k in range(BINS)]).double().cpu()
-            )
-        bins = sums / len(self.pictures.images)
-        weights = PUBLISHED_SCHEDULE.loss_weight(_times(), self.stage.config.loss_weight).double()
+            found = [self._errors(averages, numbers, inputs, k) for k in range(BINS)]
+            sums += torch.stack(found).double().cpu()
+        bins, losses = (sums / len(self.pictures.images)).unbind(1)
         self._ended = time.monotonic()
         self._took = self._ended - began
         return {
-            "loss": _finite((weights * bins).mean().item()),
+            "loss": _finite(losses.mean().item()),
             "bins": [_finite(value) for value in bins.tolist()],
         }
 
@@ -146,13 +159,18 @@ class Validation:
             yield numbers.to(self.device), inputs
 
     def _errors(self, averages: dict[str, nn.Module], numbers: Tensor, inputs: Inputs, k: int) -> Tensor:
-        """The sum over pictures of their mean squared errors at the middle of bin ``k``."""
-        clean = inputs[self.stage.denoises]
-        noise = ImageRandom(_SEED, numbers).normal(f"validation {k}", clean.shape[1:])
-        t = _times()[k].to(self.device).expand(len(clean))
+        """The sums over pictures of their mean errors at the middle of bin ``k``, and of their losses."""
+        stage, t = self.stage, _times()[k].to(self.device).expand(len(numbers))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            predicted = self.stage.predict(averages, inputs, PUBLISHED_SCHEDULE.add_noise(clean, noise, t), t)
-        return (predicted.float() - noise).square().flatten(1).mean(1).sum()
+            if isinstance(stage, DenoisingTokens):
+                errors, losses = stage.token_errors(averages, inputs, t, ImageRandom(_SEED + k, numbers))
+                return torch.stack([errors.sum(), losses.sum()])
+            clean = inputs[stage.denoises]
+            noise = ImageRandom(_SEED, numbers).normal(f"validation {k}", clean.shape[1:])
+            predicted = stage.predict(averages, inputs, PUBLISHED_SCHEDULE.add_noise(clean, noise, t), t)
+        errors = (predicted.float() - noise).square().flatten(1).mean(1)
+        losses = errors * PUBLISHED_SCHEDULE.loss_weight(t, stage.config.loss_weight)
+        return torch.stack([errors.sum(), losses.sum()])
 
 
 def _times() -> Tensor:
