@@ -5,6 +5,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from wuerstchen.train.parallel import local_part
+
 
 def make_average(network: nn.Module) -> nn.Module:
     """A frozen copy of the network, in eval mode, to be kept up by ``update_average``."""
@@ -25,7 +27,11 @@ def update_average(average: nn.Module, network: nn.Module, decay: Tensor | float
 
     ``decay`` as a tensor of no dimension can change between replays of a recorded update.
     """
-    ours, theirs = average.state_dict(), network.state_dict()
+    ours, theirs = (
+        # Of a sharded network this process keeps up its own part.
+        {name: local_part(tensor) for name, tensor in module.state_dict().items()}
+        for module in (average, network)
+    )
     floating = [name for name, tensor in ours.items() if tensor.is_floating_point()]
     difference = torch._foreach_sub([theirs[n] for n in floating], [ours[n] for n in floating])
     torch._foreach_mul_(difference, 1 - decay)

@@ -4,8 +4,10 @@ import math
 from collections.abc import Mapping
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from wuerstchen.train.config import Optimization
 
@@ -85,11 +87,25 @@ def update(
     """One update from the gradients at hand; returns their norm before shortening.
 
     A loss or a norm that is not finite updates nothing. That is decided on the device: nothing waits for it.
+    All processes decide alike: gradients and loss are the average over them, or parts of it.
     """
-    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
+    if any(isinstance(parameter, DTensor) for parameter in network.parameters()):
+        norm = _clip_shards(network, clip_norm)
+    else:
+        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
     # The optimizer's part of the contract with torch's GradScaler: an update is left out where this is 1.
     optimizer.found_inf = 1 - (norm.isfinite() & loss.isfinite()).float()
     optimizer.grad_scale = None
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def _clip_shards(network: nn.Module, clip_norm: float) -> Float[Tensor, ""]:
+    """``clip_grad_norm_`` where each process holds a part of every gradient."""
+    parts = [p.grad.to_local() for p in network.parameters() if isinstance(p.grad, DTensor)]
+    square = torch.stack(torch._foreach_norm(parts)).square().sum()
+    dist.all_reduce(square)
+    norm = square.sqrt()
+    torch._foreach_mul_(parts, (clip_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
