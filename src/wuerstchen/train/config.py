@@ -36,13 +36,24 @@ class Optimization:
     ema_every: int = 1
     """Updates between those that the average follows, by ``ema_decay`` to this power. A billion parameters
     are worth more than 1: the original has 100."""
+    accumulate: int = 1
+    """Parts that a batch is computed in, one after the other, for a batch that does not fit into memory at
+    once. Gradients are added up and travel between processes once an update. The update is that of the whole
+    batch to rounding, but for what has a state: batch norms see one part (over all processes) at a time and
+    follow each, and the discriminator's spectral norm iterates once a part."""
 
     def __post_init__(self) -> None:
-        for name, least in (("images", 1), ("batch_size", 1), ("warmup", 0), ("ema_every", 1)):
+        counts = ("images", "batch_size", "ema_every", "accumulate")
+        for name, least in (*((n, 1) for n in counts), ("warmup", 0)):
             if getattr(self, name) < least:
                 raise UserError(
                     f"{name}={getattr(self, name)} must be at least {least}; give a larger number"
                 )
+        if self.batch_size % self.accumulate:
+            raise UserError(
+                f"batch_size={self.batch_size} cannot be computed in accumulate={self.accumulate} equal "
+                f"parts; use a multiple of {self.accumulate}"
+            )
         if not 0 < self.learning_rate < 1:
             raise UserError(f"learning_rate={self.learning_rate} must be between 0 and 1; 1e-4 is common")
         if not self.clip_norm > 0 or not all(0 <= beta < 1 for beta in self.betas):
@@ -282,6 +293,13 @@ class Recipe:
     acceleration: Literal["auto", "none", "compile", "graph"] = "auto"
     """``compile`` compiles the networks' blocks; ``graph`` also records an update once and replays it as a
     CUDA graph, which needs ``prepared_images``. auto takes graph where it can, and none elsewhere."""
+    sharding: Literal["none", "full"] = "none"
+    """What several processes share beside the batches. ``full``: weights, averages and optimizer states of
+    Stages B and C too, each holds its part (FSDP2). Stage A, the discriminator and the previewer, less than a
+    fiftieth of that, stay whole. With one process there is nothing to share."""
+    recompute: Literal["none", "blocks"] = "none"
+    """``blocks`` keeps only what enters each block and computes the rest again for the gradients: less
+    memory, a third more computation, the same gradients."""
     prepared_images: int = 0
     """Pictures composed once at the start and held on the device with what the frozen networks make of them,
     to train on; 0 composes every picture anew. One of 256 pixels takes 0.2 MB, with the latents for Stage B
@@ -410,10 +428,21 @@ class Recipe:
 
 
 FREE_FIELDS = frozenset(
-    {"data", "start", "workers", "checkpoint_seconds", "log_every", "preview_every", "preview_prompts"}
+    {
+        "data",
+        "start",
+        "workers",
+        "checkpoint_seconds",
+        "log_every",
+        "preview_every",
+        "preview_prompts",
+        "sharding",
+        "recompute",
+    }
 )
-"""What may change between the starts of a run, because the result does not depend on it. ``data`` and
-``start`` are only places: what is in them has a fingerprint."""
+"""What may change between the starts of a run, because the result does not depend on it: bit for bit, or, as
+with ``sharding`` and the number of processes, to rounding. ``data`` and ``start`` are only places: what is in
+them has a fingerprint."""
 
 
 def differing_fields(stored: dict, given: dict, prefix: str = "") -> list[str]:

@@ -5,6 +5,8 @@ import copy
 import torch
 from torch import nn
 
+from wuerstchen.train.parallel import local_part
+
 
 def make_average(network: nn.Module) -> nn.Module:
     """A frozen copy of the network, in eval mode, to be kept up by ``update_average``."""
@@ -21,10 +23,16 @@ def decay_at(update: int, decay: float) -> float:
 
 @torch.no_grad()
 def update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
-    """average ← decay·average + (1 − decay)·network, statistics included; counts are copied."""
+    """average ← decay·average + (1 − decay)·network, statistics included; counts are copied.
+
+    Of a sharded network this process keeps up its own part.
+    """
     pairs = [
-        *zip(average.parameters(), network.parameters(), strict=True),
-        *zip(average.buffers(), network.buffers(), strict=True),
+        (local_part(ours), local_part(theirs))
+        for ours, theirs in (
+            *zip(average.parameters(), network.parameters(), strict=True),
+            *zip(average.buffers(), network.buffers(), strict=True),
+        )
     ]
     floating = [(ours, theirs) for ours, theirs in pairs if ours.is_floating_point()]
     # One pass over memory: at a billion parameters every other is felt.

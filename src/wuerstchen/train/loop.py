@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
 
 from wuerstchen.data.plan import items_at, stable_hash
 from wuerstchen.errors import UserError, out_of_memory_named
@@ -30,9 +31,15 @@ from wuerstchen.train.cost import Cost, CostMeter
 from wuerstchen.train.ema import decay_at, make_average
 from wuerstchen.train.feed import Feed, batches
 from wuerstchen.train.optim import learning_rate, make_optimizer, set_rate
-from wuerstchen.train.parallel import Processes, share_batch_statistics
+from wuerstchen.train.parallel import (
+    Processes,
+    empty_copy,
+    is_sharded,
+    shard,
+    share_batch_statistics,
+)
 from wuerstchen.train.stages import Stage
-from wuerstchen.train.step import Step, Updates, Values, compile_regions
+from wuerstchen.train.step import Step, Updates, Values, compile_regions, recompute_blocks
 from wuerstchen.train.throughput import Gauge
 from wuerstchen.train.track import Log, Meter
 from wuerstchen.train.validate import Validation
@@ -55,6 +62,10 @@ class Settings:
     compiles: bool = False
     records: bool = False
     """Whether updates are recorded as CUDA graphs."""
+    shards: bool = False
+    """Whether large networks are sharded over the processes."""
+    recomputes: bool = False
+    """Whether blocks compute again what they would have kept for their gradients."""
     workers: int
     checkpoint_seconds: float
     log_every: int
@@ -91,7 +102,8 @@ def run_stage(
     Raises ``Interrupted`` after SIGINT or SIGTERM, with a checkpoint written.
     """
     processes = processes or Processes(device)
-    processes.check_batches(stage.name, stage.optimization.images, stage.optimization.batch_size)
+    optimization = stage.optimization
+    processes.check_batches(stage.name, optimization.images, optimization.batch_size, optimization.accumulate)
     cost = CostMeter(device)
     state, resumed = _prepare(stage, folder / "checkpoints", settings, processes)
     total = stage.optimization.images
@@ -209,9 +221,17 @@ def _prepare(
         network.to(processes.device).train()
         if processes.count > 1:
             share_batch_statistics(network)
+    averages = {name: make_average(stage.networks[name]) for name in stage.averaged}
+    whole: dict[str, nn.Module] = {}
+    if settings.shards:
+        whole = {name: empty_copy(average) for name, average in averages.items()}
+        for network in (*stage.networks.values(), *averages.values()):
+            shard(network, processes)
+        whole = {name: empty for name, empty in whole.items() if is_sharded(averages[name])}
     state = snapshot.TrainingState(
         networks=stage.networks,
-        averages={name: make_average(stage.networks[name]) for name in stage.averaged},
+        averages=averages,
+        whole=whole,
         optimizers={
             name: make_optimizer(network, stage.optimization, stage.rate_scales)
             for name, network in stage.networks.items()
@@ -220,8 +240,10 @@ def _prepare(
     found = snapshot.newest(folder)
     if found is not None:
         snapshot.restore(state, *found)
-    if settings.compiles:
-        for network in stage.networks.values():
+    for network in stage.networks.values():
+        if settings.recomputes:
+            recompute_blocks(network)
+        if settings.compiles:
             compile_regions(network)
     return state, found is not None
 

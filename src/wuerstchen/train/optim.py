@@ -4,10 +4,13 @@ import math
 from collections.abc import Mapping
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from wuerstchen.train.config import Optimization
+from wuerstchen.train.parallel import local_part
 
 FINAL_SHARE = 0.05  # of the learning rate, where a cosine ends
 
@@ -85,8 +88,9 @@ def update(
     """One update from the gradients at hand; returns their norm before shortening.
 
     A loss or a norm that is not finite updates nothing. That is decided on the device: nothing waits for it.
+    All processes decide alike: gradients and loss are the average over them, or parts of it.
     """
-    norm = torch.nn.utils.get_total_norm(p.grad for p in network.parameters() if p.grad is not None)
+    norm = _gradient_norm(network)
     # The optimizer's part of the contract with torch's GradScaler: an update is left out where found_inf
     # is 1, and gradients are divided by grad_scale in the same pass over memory.
     optimizer.found_inf = 1 - (norm.isfinite() & loss.isfinite()).float()
@@ -94,3 +98,13 @@ def update(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+def _gradient_norm(network: nn.Module) -> Float[Tensor, ""]:
+    """Of all gradients together, of which each process may hold a part."""
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    if not any(isinstance(gradient, DTensor) for gradient in gradients):
+        return torch.nn.utils.get_total_norm(gradients)
+    square = torch.stack(torch._foreach_norm([local_part(g) for g in gradients])).square().sum()
+    dist.all_reduce(square)
+    return square.sqrt()

@@ -1,12 +1,15 @@
 """One run in many processes, as ``torchrun`` starts them: each computes its share of every batch.
 
-Networks, averages and optimizers are the same in all processes; gradients are averaged before every update.
+Networks, averages and optimizers are the same in all processes, and gradients are averaged before every
+update; or the large networks are sharded, so that each process holds a part of them.
 All that is random is a function of the image's number, so the images of a batch, their crops, times and
 noise do not depend on how many processes there are. The first process alone writes and speaks.
 """
 
+import copy
 import datetime
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +18,19 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.nn.functional import all_reduce
+from torch.distributed.tensor import DTensor
 
 from wuerstchen.errors import UserError
+from wuerstchen.models.compressor import Compressor
+from wuerstchen.models.decoder import Decoder
+from wuerstchen.models.layers import AttnBlock, ConditionedResBlock, ResBlock
+from wuerstchen.models.paella import Paella
+from wuerstchen.models.prior import Prior
 
+_LARGE = 2**20  # numbers of a tensor that travels alone
 _BUCKET = 32 * 2**20  # numbers that travel together: 128 MiB of gradients
 _PATIENCE = datetime.timedelta(minutes=30)  # that the others have while the first writes a checkpoint
 
@@ -41,13 +53,46 @@ class Processes:
         size = len(numbers) // self.count
         return numbers[self.rank * size : (self.rank + 1) * size]
 
-    def check_batches(self, stage: str, images: int, batch_size: int) -> None:
+    def check_batches(self, stage: str, images: int, batch_size: int, accumulate: int = 1) -> None:
         """Raises ``UserError`` unless every batch of a stage can be shared evenly."""
-        if batch_size % self.count or (self.count > 1 and images % batch_size):
+        least = self.count * accumulate
+        if batch_size % least or (self.count > 1 and images % batch_size):
+            parts = "" if accumulate == 1 else f" in accumulate={accumulate} parts each"
             raise UserError(
                 f"stage_{stage}: batches of {batch_size} and {images} images in all cannot be shared by "
-                f"{self.count} processes; make batch_size a multiple of {self.count}, images of batch_size"
+                f"{self.count} processes{parts}; make batch_size a multiple of {least}, images of batch_size"
             )
+
+    @contextmanager
+    def averaging(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        """Replaces gradients by their average over all processes. The backward pass belongs inside: a large
+        gradient travels as soon as it is there, while those before it are computed; the small ones travel
+        together at the end.
+        """
+        if self.count == 1:
+            yield
+            return
+        on_the_way: dict[nn.Parameter, dist.Work] = {}
+        averages = self.device.type == "cuda"  # gloo has sums alone
+        kind = dist.ReduceOp.AVG if averages else dist.ReduceOp.SUM
+
+        def send(parameter: nn.Parameter) -> None:
+            work = dist.all_reduce(parameter.grad, kind, async_op=True)
+            assert work is not None
+            on_the_way[parameter] = work
+
+        large = [p for p in parameters if p.numel() >= _LARGE]
+        hooks = [parameter.register_post_accumulate_grad_hook(send) for parameter in large]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for work in on_the_way.values():
+            work.wait()
+        if not averages and on_the_way:
+            torch._foreach_div_([parameter.grad for parameter in on_the_way], self.count)
+        self.average_([p.grad for p in parameters if p.grad is not None and p not in on_the_way])
 
     def average_(self, tensors: Sequence[Tensor]) -> None:
         """Replaces tensors by their average over all processes, a large bucket at a time."""
@@ -156,3 +201,76 @@ def share_batch_statistics(network: nn.Module) -> None:
     for module in network.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = GlobalBatchNorm2d
+
+
+_ROOTS = (Prior, Decoder, Paella, Compressor)
+_UNITS = (ResBlock, ConditionedResBlock, AttnBlock)
+
+
+def shard(network: nn.Module, processes: Processes) -> bool:
+    """Lets each process keep its part of a network's weights alone, in place; whether it is one to shard.
+
+    Blocks are gathered when they compute, what lies between them with the network. Small networks stay whole:
+    those of Stage A, the discriminator, the previewer. A copy of a sharded network cannot be made: what is
+    to be a copy is copied first and sharded alike.
+    """
+    roots = [module for module in network.modules() if isinstance(module, _ROOTS)]
+    if processes.count == 1 or not roots:
+        return False
+    # Nothing in a forward pass changes in place what a network has returned.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(.*\) returned a view tensor")
+    mesh = init_device_mesh(processes.device.type, (processes.count,))
+    for root in roots:
+        for module in root.modules():
+            if isinstance(module, _UNITS):
+                fully_shard(module, mesh=mesh)
+        fully_shard(root, mesh=mesh)
+        if not isinstance(root, Compressor):
+            register_fsdp_forward_method(root, "context")
+    return True
+
+
+def is_sharded(network: nn.Module) -> bool:
+    """Whether ``shard`` has sharded a network."""
+    return any(isinstance(module, FSDPModule) for module in network.modules())
+
+
+def synchronise_gradients(network: nn.Module, wanted: bool) -> None:
+    """Whether the next backward pass of a sharded network averages gradients, or only adds them up."""
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(wanted, recurse=False)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, in the same memory: all of it if it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def first_row(tensor: DTensor) -> int:
+    """Where this process's part of a tensor begins: they are as ``torch.chunk`` makes them."""
+    rows, count = tensor.shape[0], tensor.device_mesh.size()
+    return min(tensor.device_mesh.get_local_rank() * -(-rows // count), rows)
+
+
+def empty_copy(network: nn.Module) -> nn.Module:
+    """A network as this one without memory, to be filled by ``gather``. Made before sharding."""
+    return copy.deepcopy(network).to("meta")
+
+
+@torch.no_grad()
+def gather(network: nn.Module, empty: nn.Module, processes: Processes) -> nn.Module:
+    """A whole copy of a sharded network, in the first process alone; others get the ``empty`` one.
+
+    All processes take part. The first needs memory for all the weights, the others for one tensor at a time.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in network.state_dict().items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if processes.leads:
+            tensors[name] = whole
+    if not processes.leads:
+        return empty
+    filled = copy.deepcopy(empty)
+    filled.load_state_dict(tensors, assign=True)
+    return filled.requires_grad_(False)

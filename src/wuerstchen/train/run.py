@@ -470,6 +470,8 @@ class _Run:
             autocast=recipe.precision == "bf16",
             compiles=recipe.acceleration in ("compile", "graph"),
             records=recipe.acceleration == "graph",
+            shards=recipe.sharding == "full",
+            recomputes=recipe.recompute == "blocks",
             workers=recipe.workers,
             checkpoint_seconds=recipe.checkpoint_seconds,
             log_every=recipe.log_every,

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ class TrainingState:
     networks: dict[str, nn.Module]
     averages: dict[str, nn.Module]
     optimizers: dict[str, Any]
+    whole: dict[str, nn.Module] = field(default_factory=dict)
+    """Of the averages that are sharded, networks without memory to gather them in."""
     images: int = 0
     updates: int = 0
 

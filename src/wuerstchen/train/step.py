@@ -5,18 +5,21 @@ one. So nothing in it may be decided on the host: what changes from update to up
 numbers, the learning rate) is read from tensors.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.checkpoint import checkpoint
 
 from wuerstchen.models.efficientnet import EfficientNetLite
 from wuerstchen.models.layers import AttnBlock, ConditionedResBlock, ResBlock, TimestepBlock
 from wuerstchen.models.vqgan import MixingResidualBlock
 from wuerstchen.train.ema import update_average
 from wuerstchen.train.optim import update
-from wuerstchen.train.parallel import Processes
+from wuerstchen.train.parallel import Processes, is_sharded, synchronise_gradients
 from wuerstchen.train.random import ImageRandom
 from wuerstchen.train.snapshot import TrainingState
 from wuerstchen.train.stages import Inputs, Stage
@@ -26,6 +29,7 @@ Values = dict[str, Tensor]
 """Losses, terms and gradient norms of an update, each a tensor of no dimension on the device."""
 
 _REGIONS = (ResBlock, ConditionedResBlock, TimestepBlock, AttnBlock, MixingResidualBlock, EfficientNetLite)
+_RECOMPUTED = (ResBlock, ConditionedResBlock, TimestepBlock, AttnBlock)
 _UNRECORDED = 3  # updates that run as written before one is recorded: they compile, and allocate what stays
 
 
@@ -35,11 +39,34 @@ def compile_regions(network: nn.Module) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for module in network.modules():
         if isinstance(module, _REGIONS):
-            module.compile(dynamic=False)
+            if isinstance(module, FSDPModule):  # the hooks that gather its weights stay outside
+                module.forward = torch.compile(module.forward, dynamic=False)
+            else:
+                module.compile(dynamic=False)
+
+
+def recompute_blocks(network: nn.Module) -> None:
+    """Lets blocks keep their input alone, and compute the rest again when gradients ask for it."""
+    for module in network.modules():
+        if isinstance(module, _RECOMPUTED):
+            module.forward = _recomputed(module.forward)
+
+
+def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(*inputs: object) -> Tensor:
+        # With the same dropout: the generator is set back for it.
+        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=True)
+
+    return run
 
 
 class Step:
-    """Makes the updates of a stage, one a call."""
+    """Makes the updates of a stage, one a call.
+
+    A batch is computed in ``Optimization.accumulate`` parts. A network is updated in the last of them, as
+    soon as its gradient is whole; networks whose losses come after see it updated in the last part alone. In
+    our stages that is no difference: what they read of a network before them was computed before, detached.
+    """
 
     def __init__(
         self, stage: Stage, state: TrainingState, seed: int, autocast: bool, processes: Processes
@@ -56,29 +83,52 @@ class Step:
 
     def __call__(self, inputs: Inputs, indices: Int[Tensor, " b"]) -> Values:
         """One update of every network of the stage. Waits for nothing on the device."""
-        stage, state = self.stage, self.state
+        parts = list(self._parts(inputs, indices))
         if self.gauge is not None:
-            self.gauge.before_update(inputs, indices)
-        random = ImageRandom(self.seed, indices)
+            self.gauge.before_update(*parts[0])
         values: Values = {}
-        losses = stage.losses(inputs, random)
+        for part, (part_inputs, part_indices) in enumerate(parts):
+            share = len(part_indices) / len(indices)
+            last = part + 1 == len(parts)
+            self._part(part_inputs, part_indices, share, last, values)
+        return values
+
+    def _parts(self, inputs: Inputs, indices: Tensor) -> Iterator[tuple[Inputs, Tensor]]:
+        """The batch in as many parts as it is computed in; of a last batch that is smaller, maybe fewer."""
+        count = min(self.stage.optimization.accumulate, len(indices))
+        columns = {name: tensor.tensor_split(count) for name, tensor in inputs.items()}
+        for part, numbers in enumerate(indices.tensor_split(count)):
+            yield {name: column[part] for name, column in columns.items()}, numbers
+
+    def _part(self, inputs: Inputs, indices: Tensor, share: float, last: bool, values: Values) -> None:
+        """Adds what this ``share`` of the batch says to the gradients and to ``values``; the last updates."""
+        stage, first = self.stage, True
+        losses = stage.losses(inputs, ImageRandom(self.seed, indices))
         while True:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
                 following = next(losses, None)
             if following is None:
-                break
+                return
             name, loss, terms = following
-            network = stage.networks[name]
-            # Gradients for this network alone: what else the loss passes through learns from its own loss.
-            trained = [p for p in network.parameters() if p.requires_grad]
-            loss.backward(inputs=trained)
-            loss = loss.detach().clone()
-            self.processes.average_([*(p.grad for p in trained if p.grad is not None), loss])
-            norm = update(network, state.optimizers[name], stage.optimization.clip_norm, loss)
-            key = "loss" if "loss" not in values else f"loss_{name}"
-            values |= {key: loss, f"gradient_{name}": norm}
-            values |= {term: value.detach() for term, value in terms.items()}
-        return values
+            network, loss = stage.networks[name], loss * share
+            if is_sharded(network):
+                # Gradients are averaged where they are scattered. Nothing else that learns is in this loss.
+                synchronise_gradients(network, last)
+                loss.backward()
+            else:
+                # For this network alone: what else the loss passes through learns from its own loss.
+                trained = [p for p in network.parameters() if p.requires_grad]
+                with self.processes.averaging(trained if last else []):
+                    loss.backward(inputs=trained)
+            key, first = "loss" if first else f"loss_{name}", False
+            values[key] = values.get(key, 0) + loss.detach()
+            if last:
+                self.processes.average_([values[key]])
+                clip_norm = stage.optimization.clip_norm
+                norm = update(network, self.state.optimizers[name], clip_norm, values[key])
+                values[f"gradient_{name}"] = norm
+            for term, value in terms.items():
+                values[term] = values.get(term, 0) + value.detach() * share
 
     def average(self) -> None:
         """Lets the averages follow the networks. Not recorded: that would fix their decay."""
