@@ -102,6 +102,17 @@ def main() -> None:
             (other / "log.jsonl").unlink()
             shutil.rmtree(max((other / f"stage_{stage}" / "checkpoints").iterdir()))
             train(count, other)
+    for stage in ("b", "c"):
+        # Sharded over 2 from a checkpoint that is not, and back to 1 from one that is.
+        other, back = folder / f"sharded {stage}", folder / f"back {stage}"
+        shutil.copytree(folder / "2", other)
+        (other / "log.jsonl").unlink()
+        shutil.rmtree(other / f"stage_{stage}" / "checkpoints")
+        train(2, other, sharding="full", recompute="blocks")
+        shutil.copytree(other, back)
+        (back / "log.jsonl").unlink()
+        shutil.rmtree(max((back / f"stage_{stage}" / "checkpoints").iterdir()))
+        train(1, back)
 
 
 if __name__ == "__main__":

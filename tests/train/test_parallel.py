@@ -55,6 +55,23 @@ def test_another_number_of_processes_goes_on_with_the_same_losses(runs, count, s
         assert theirs[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
 
 
+@pytest.mark.parametrize("stage", ["b", "c"])
+def test_sharded_processes_have_the_same_losses(runs, stage):
+    """From the stage's beginning, sharded and with blocks computed again; then by one process from a
+    checkpoint that two have sharded."""
+    expected = losses(runs / "2")[stage]
+    sharded = losses(runs / f"sharded {stage}")[stage]
+    assert [images for images, _ in sharded] == [8, 16]
+    for (_, ours), (_, theirs) in zip(expected, sharded, strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-5, abs=1e-5)
+    ((images, alone),) = losses(runs / f"back {stage}")[stage]
+    assert images == 16
+    assert alone == pytest.approx(sharded[-1][1], rel=1e-5, abs=1e-5)
+    path, state = newest(runs / f"sharded {stage}" / f"stage_{stage}" / "checkpoints")
+    assert "networks.1-of-2.safetensors" in state["files"]
+    assert (runs / f"sharded {stage}" / f"stage_{stage}" / "previews" / f"{path.name}.png").is_file()
+
+
 def files(folder: Path) -> dict[str, dict[str, str]]:
     found = {stage: newest(folder / f"stage_{stage}" / "checkpoints") for stage in STAGES}
     return {stage: state["files"] for stage, (_, state) in found.items()}
