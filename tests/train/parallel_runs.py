@@ -19,6 +19,7 @@ import torch
 import wuerstchen.train.run as run
 from wuerstchen.recipes.tiny import tiny
 from wuerstchen.train.config import Recipe
+from wuerstchen.train.watch import Watch
 
 torch.set_num_threads(1)
 
@@ -52,7 +53,8 @@ def recipe(**changes: object) -> Recipe:
 def one(rank: int, count: int, port: int, folder: str, changes: dict) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    run.train(recipe(**changes), Path(folder), device="cpu")
+    watch = Watch(rehearses=changes.pop("rehearses", False))
+    run.train(recipe(**changes), Path(folder), device="cpu", watch=watch)
 
 
 def start(count: int, folder: Path, **changes: object) -> list[multiprocessing.Process]:
@@ -108,7 +110,7 @@ def main() -> None:
         shutil.copytree(folder / "2", other)
         (other / "log.jsonl").unlink()
         shutil.rmtree(other / f"stage_{stage}" / "checkpoints")
-        train(2, other, sharding="full", recompute="blocks")
+        train(2, other, sharding="full", recompute="blocks", rehearses=stage == "c")
         shutil.copytree(other, back)
         (back / "log.jsonl").unlink()
         shutil.rmtree(max((back / f"stage_{stage}" / "checkpoints").iterdir()))

@@ -3,10 +3,12 @@
 Prints a JSON object: by scenario what its processes have found.
 """
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
 import os
+import random
 import resource
 import signal
 import socket
@@ -210,10 +212,8 @@ def not_finite(folder: Path) -> object:
     def work(processes: Processes) -> object:
         stage = ToyStage()
 
-        def broken(random) -> None:
-            if processes.rank == 1 and 40 in range(
-                *random.indices[[0, -1]].add(torch.tensor([-2, 1])).tolist()
-            ):
+        def broken(drawn) -> None:
+            if processes.rank == 1 and int(drawn.indices[0]) == 42:
                 with torch.no_grad():
                     stage.networks["critic"].bias.fill_(torch.nan)
 
@@ -228,8 +228,8 @@ def stopped(folder: Path) -> object:
     """SIGTERM to one of two."""
 
     def work(processes: Processes) -> object:
-        def stop(random) -> None:
-            if processes.rank == 1 and int(random.indices[0]) == 42:
+        def stop(drawn) -> None:
+            if processes.rank == 1 and int(drawn.indices[0]) == 42:
                 os.kill(os.getpid(), signal.SIGTERM)
 
         return loop(processes, folder, ToyStage(on_batch=stop))
@@ -242,8 +242,8 @@ def dead(folder: Path) -> object:
     began = time.monotonic()
 
     def work(processes: Processes) -> object:
-        def die(random) -> None:
-            if processes.rank == 1 and int(random.indices[0]) == 42:
+        def die(drawn) -> None:
+            if processes.rank == 1 and int(drawn.indices[0]) == 42:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         return loop(processes, folder, ToyStage(on_batch=die), checkpoint_seconds=0.0)
@@ -252,9 +252,61 @@ def dead(folder: Path) -> object:
     return [result, time.monotonic() - began, snapshot.newest(folder / "checkpoints")[1]["images"]]
 
 
+def kills(folder: Path, count: int = 3) -> object:
+    """One process, killed ``count`` times at random moments, every third in the middle of a checkpoint."""
+    fork, rng = multiprocessing.get_context("fork"), random.Random(count)
+    writes = snapshot.write_tensors
+    broken = folder / "broken"
+
+    def slowly(*given) -> None:
+        writes(*given)
+        time.sleep(0.01)
+
+    def train(where: Path) -> None:
+        snapshot.write_tensors = slowly
+        where.mkdir(exist_ok=True)
+        loop(Processes(CPU), where, ToyStage(images=240), checkpoint_seconds=0.0)
+
+    def logged(kind: str) -> int:
+        path = broken / "log.jsonl"
+        return path.read_text().count(f'"event": "{kind}"') if path.exists() else 0
+
+    def writing() -> bool:
+        with contextlib.suppress(FileNotFoundError):  # it was renamed just now
+            return any(broken.glob("checkpoints/.*.partial/*.safetensors"))
+        return False
+
+    for number in range(count):
+        starts, progress = logged("start"), logged("progress") + rng.randrange(6)
+        child = fork.Process(target=train, args=(broken,))
+        child.start()
+        while child.is_alive() and (logged("start") == starts or logged("progress") < progress):
+            time.sleep(0.001)
+        if number % 3 == 0:
+            while child.is_alive() and not writing():
+                pass
+        else:
+            time.sleep(rng.random() * 0.02)
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+    for where in (broken, folder / "whole"):
+        child = fork.Process(target=train, args=(where,))
+        child.start()
+        child.join()
+        assert child.exitcode == 0
+    files = [snapshot.newest(folder / where / "checkpoints")[1]["files"] for where in ("broken", "whole")]
+    return {"same": files[0] == files[1], "starts": logged("start"), "updates": logged("progress")}
+
+
+def twenty_kills(folder: Path) -> object:
+    return kills(folder, 20)
+
+
 def main() -> None:
     folder, found = Path(sys.argv[1]), {}
-    for scenario in (updates, checkpoints, full_disk, not_finite, stopped, dead):
+    ordinary = (updates, checkpoints, full_disk, not_finite, stopped, dead, kills)
+    for scenario in (twenty_kills,) if sys.argv[2:] == ["slow"] else ordinary:
         inside = folder / scenario.__name__
         inside.mkdir()
         try:

@@ -72,6 +72,11 @@ def test_sharded_processes_have_the_same_losses(runs, stage):
     assert (runs / f"sharded {stage}" / f"stage_{stage}" / "previews" / f"{path.name}.png").is_file()
 
 
+def test_many_processes_rehearse_together(runs):
+    events = [json.loads(line) for line in (runs / "sharded c" / "log.jsonl").read_text().splitlines()]
+    assert [e["stage"] for e in events if e["event"] == "rehearsed"] == list(STAGES)
+
+
 def files(folder: Path) -> dict[str, dict[str, str]]:
     found = {stage: newest(folder / f"stage_{stage}" / "checkpoints") for stage in STAGES}
     return {stage: state["files"] for stage, (_, state) in found.items()}

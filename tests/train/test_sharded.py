@@ -17,12 +17,10 @@ from wuerstchen.train.snapshot import newest, read_averages, restore
 from .test_step import PriorStage, make_step
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sharded")
+def run_script(folder: Path, *which: str) -> dict:
     script = Path(__file__).with_name("sharded_runs.py")
     done = subprocess.run(
-        [sys.executable, "-W", "error", script, folder],
+        [sys.executable, "-W", "error", script, folder, *which],
         capture_output=True,
         text=True,
         timeout=600,
@@ -30,6 +28,11 @@ def found(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return {**json.loads(done.stdout), "folder": folder}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return run_script(tmp_path_factory.mktemp("sharded"))
 
 
 def test_sharded_updates_are_those_of_one_process(found):
@@ -124,3 +127,22 @@ def test_a_killed_process_ends_the_others(found):
     assert "Traceback" in said
     assert seconds < 60
     assert images in (32, 36, 40)
+
+
+def check_kills(result: dict, kills: int) -> None:
+    """Bit for bit the unbroken run, and a kill costs what was not yet whole: at most the update whose
+    checkpoint was being written, and the one that was computed meanwhile."""
+    assert isinstance(result, dict), result
+    assert result["same"]
+    assert result["starts"] == kills + 1
+    assert 60 <= result["updates"] <= 60 + 2 * kills
+
+
+def test_three_kills_change_nothing(found):
+    """One of them in the middle of a checkpoint."""
+    check_kills(found["kills"], 3)
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_nothing(tmp_path):
+    check_kills(run_script(tmp_path, "slow")["twenty_kills"], 20)

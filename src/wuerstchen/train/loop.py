@@ -103,8 +103,7 @@ def run_stage(
     Raises ``Interrupted`` after SIGINT or SIGTERM, with a checkpoint written.
     """
     processes = processes or Processes(device)
-    optimization = stage.optimization
-    processes.check_batches(stage.name, optimization.images, optimization.batch_size, optimization.accumulate)
+    _check_batches(stage, processes)
     cost = CostMeter(device)
     state, resumed = _prepare(stage, folder / "checkpoints", settings, processes)
     total = stage.optimization.images
@@ -212,14 +211,21 @@ def run_stage(
 
 
 def rehearse(
-    stage: Stage, feed: Feed, folder: Path, settings: Settings, device: torch.device, bank: Bank | None
+    stage: Stage,
+    feed: Feed,
+    folder: Path,
+    settings: Settings,
+    device: torch.device,
+    bank: Bank | None,
+    processes: Processes | None = None,
 ) -> Cost:
     """What an image costs, by a few updates of a stage that is then thrown away. ``folder`` is empty.
 
-    The number of updates is fixed, so that all processes of a run make the same.
+    The number of updates is fixed, so that all processes of a run make the same; energy is that of all.
     """
     warming, timed = (5, 20) if device.type == "cuda" else (1, 3)
-    processes = Processes(device)
+    processes = processes or Processes(device)
+    _check_batches(stage, processes)
     state, _ = _prepare(stage, folder, settings, processes)
     step = Step(stage, state, stable_hash(settings.seed, stage.name) >> 1, settings.autocast, processes)
     updates = _fed_updates(step, feed, settings) if bank is None else _bank_updates(step, bank, settings)
@@ -233,7 +239,15 @@ def rehearse(
                 _finished(device)
                 meter, images = CostMeter(device), 0
         _finished(device)
-    return meter.spent() * (1 / images)
+    spent = meter.spent()
+    if spent.kwh is not None:
+        spent = dataclasses.replace(spent, kwh=processes.total(spent.kwh))
+    return spent * (1 / images)
+
+
+def _check_batches(stage: Stage, processes: Processes) -> None:
+    optimization = stage.optimization
+    processes.check_batches(stage.name, optimization.images, optimization.batch_size, optimization.accumulate)
 
 
 def _finished(device: torch.device) -> None:

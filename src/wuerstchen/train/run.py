@@ -110,12 +110,14 @@ def _train(
             run = _Run(recipe, run_dir, source, text_encoder, processes, log)
             run.check_compressor_weights()
             run.fingerprint = _check_run(recipe, run_dir, source, log, accept_changed_data, processes)
+            wanted = False
             if processes.leads:
                 begin(log, watch)
-                # Alone: what one process's rate says of many is left open.
                 rehearsed = any(event["event"] == "rehearsed" for event in log.events())
-                if watch.rehearses and not rehearsed and processes.count == 1:
-                    run.rehearse()
+                wanted = watch.rehearses and not rehearsed
+            if processes.agreed(wanted)[0]:
+                run.rehearse()
+            if processes.leads:
                 say_costs_to_come(log)
             return run.train()
         except RuntimeError as error:
@@ -536,7 +538,8 @@ class _Rehearsal(_Run):
     def run_stage(self, stage: Stage) -> Path:
         feed = Feed(self.source, 0, self.recipe.image_size, stage.captions)
         bank = self.bank()
-        cost = rehearse(stage, feed, self.run_dir / "none", self.settings, self.device, bank)
+        nowhere = self.run_dir / "none"
+        cost = rehearse(stage, feed, nowhere, self.settings, self.device, bank, self.processes)
         values = {"total": stage.optimization.images, "seconds": cost.seconds, "kwh": cost.kwh}
         self.log.event("rehearsed", stage=stage.name, **values)
         return self.run_dir
