@@ -20,6 +20,7 @@ import wuerstchen.train.run as run
 from wuerstchen.models.paella import PaellaConfig
 from wuerstchen.recipes.tiny import tiny
 from wuerstchen.train.config import Phase, Recipe
+from wuerstchen.train.watch import Watch
 
 torch.set_num_threads(1)
 
@@ -70,7 +71,8 @@ def recipe(*, v1: bool = False, **changes: object) -> Recipe:
 def one(rank: int, count: int, port: int, folder: str, changes: dict) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    run.train(recipe(**changes), Path(folder), device="cpu")
+    watch = Watch(rehearses=changes.pop("rehearses", False))
+    run.train(recipe(**changes), Path(folder), device="cpu", watch=watch)
 
 
 def start(count: int, folder: Path, **changes: object) -> list[multiprocessing.Process]:
@@ -131,6 +133,17 @@ def main() -> None:
         for stage in ("b", "b2"):
             shutil.rmtree(max((other / f"stage_{stage}" / "checkpoints").iterdir()))
         train(count, other, **changes)
+    for stage in ("b", "c"):
+        # Sharded over 2 from a checkpoint that is not, and back to 1 from one that is.
+        other, back = folder / f"sharded {stage}", folder / f"back {stage}"
+        shutil.copytree(folder / "2", other)
+        (other / "log.jsonl").unlink()
+        shutil.rmtree(other / f"stage_{stage}" / "checkpoints")
+        train(2, other, sharding="full", recompute="blocks", rehearses=stage == "c")
+        shutil.copytree(other, back)
+        (back / "log.jsonl").unlink()
+        shutil.rmtree(max((back / f"stage_{stage}" / "checkpoints").iterdir()))
+        train(1, back)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from wuerstchen.errors import UserError
+from wuerstchen.train import snapshot
 from wuerstchen.train.feed import Feed
 from wuerstchen.train.loop import Interrupted, run_stage
 from wuerstchen.train.snapshot import newest, read_averages
@@ -232,3 +234,34 @@ def test_lines_of_progress_say_what_was_spent(tmp_path, toy_stage, toy_source, s
     assert {e["kwh"] for e in lines} == {None}  # nothing measures it here, and nothing is guessed
     assert "memory_gib" not in lines[0]
     assert "matrix_share" not in lines[0]
+
+
+def test_a_clock_that_is_set_back_and_forth_changes_no_interval(
+    tmp_path, monkeypatch, toy_stage, toy_source, settings
+):
+    """Checkpoints are due by a clock that nobody sets."""
+    calls = iter(range(10**6))
+    monkeypatch.setattr("time.time", lambda: 1e9 + (-1) ** next(calls) * 1e6)
+    _, log = run(tmp_path, toy_stage(), toy_source(), settings, checkpoint_seconds=3600.0)
+    assert [e["images"] for e in log.events() if e["event"] == "checkpoint"] == [120]
+
+
+def test_checkpoints_are_written_while_training_goes_on(
+    tmp_path, monkeypatch, toy_stage, toy_source, settings
+):
+    """With a disk so slow that updates pass meanwhile; what is written is the state of its moment."""
+    writes = snapshot.write_tensors
+
+    def slowly(*given):
+        time.sleep(0.1)
+        writes(*given)
+
+    monkeypatch.setattr(snapshot, "write_tensors", slowly)
+    slow, log = run(tmp_path / "slow", toy_stage(images=400), toy_source(), settings, checkpoint_seconds=0.02)
+    events = log.events()
+    first = next(n for n, event in enumerate(events) if event["event"] == "checkpoint")
+    updates = sum(event["event"] == "progress" for event in events[:first])
+    assert updates * 4 > events[first]["images"]
+    monkeypatch.undo()
+    quick, _ = run(tmp_path / "quick", toy_stage(images=400), toy_source(), settings)
+    assert digests(slow) == digests(quick)

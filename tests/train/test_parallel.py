@@ -72,6 +72,28 @@ def test_an_update_of_v1_done_again_gives_the_same_bits(runs):
     assert (runs / "v1" / name).read_bytes() != (runs / "1v1" / name).read_bytes()
 
 
+@pytest.mark.parametrize("stage", ["b", "c"])
+def test_sharded_processes_have_the_same_losses(runs, stage):
+    """From the stage's beginning, sharded and with blocks computed again; then by one process from a
+    checkpoint that two have sharded."""
+    expected = losses(runs / "2")[stage]
+    sharded = losses(runs / f"sharded {stage}")[stage]
+    assert [images for images, _ in sharded] == [8, 16]
+    for (_, ours), (_, theirs) in zip(expected, sharded, strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-5, abs=1e-5)
+    ((images, alone),) = losses(runs / f"back {stage}")[stage]
+    assert images == 16
+    assert alone == pytest.approx(sharded[-1][1], rel=1e-5, abs=1e-5)
+    path, state = newest(runs / f"sharded {stage}" / f"stage_{stage}" / "checkpoints")
+    assert "networks.1-of-2.safetensors" in state["files"]
+    assert (runs / f"sharded {stage}" / f"stage_{stage}" / "previews" / f"{path.name}.png").is_file()
+
+
+def test_many_processes_rehearse_together(runs):
+    events = [json.loads(line) for line in (runs / "sharded c" / "log.jsonl").read_text().splitlines()]
+    assert [e["stage"] for e in events if e["event"] == "rehearsed"] == list(STAGES)
+
+
 def files(folder: Path) -> dict[str, dict[str, str]]:
     found = {stage: newest(folder / f"stage_{stage}" / "checkpoints") for stage in STAGES}
     return {stage: state["files"] for stage, (_, state) in found.items()}

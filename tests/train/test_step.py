@@ -115,8 +115,8 @@ def test_processes_talk_once_an_update_of_a_network(accumulate, monkeypatch):
     monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor: reduced.append(tensor.numel()))
     stage = PriorStage(accumulate=accumulate)
     make_step(stage, Processes(CPU, 0, 2))(*make_inputs())
-    sizes = [sum(p.numel() for p in network.parameters()) + 1 for network in stage.networks.values()]
-    assert reduced == sizes
+    sizes = [sum(p.numel() for p in network.parameters()) for network in stage.networks.values()]
+    assert reduced == [number for size in sizes for number in (size, 1)]  # gradients, then the loss
 
 
 def test_parts_must_be_equal():

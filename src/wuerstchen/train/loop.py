@@ -34,6 +34,7 @@ from wuerstchen.train.optim import learning_rate, make_optimizer, set_rate
 from wuerstchen.train.parallel import (
     Processes,
     empty_copy,
+    gather,
     is_sharded,
     shard,
     share_batch_statistics,
@@ -102,8 +103,7 @@ def run_stage(
     Raises ``Interrupted`` after SIGINT or SIGTERM, with a checkpoint written.
     """
     processes = processes or Processes(device)
-    optimization = stage.optimization
-    processes.check_batches(stage.name, optimization.images, optimization.batch_size, optimization.accumulate)
+    _check_batches(stage, processes)
     cost = CostMeter(device)
     state, resumed = _prepare(stage, folder / "checkpoints", settings, processes)
     total = stage.optimization.images
@@ -113,15 +113,28 @@ def run_stage(
     if state.images >= total:
         return folder / "checkpoints" / f"{state.images:012d}"
 
-    def checkpoint() -> Path:
-        path = folder / "checkpoints" / f"{state.images:012d}"
-        if processes.leads:
-            snapshot.save(state, folder / "checkpoints", {**header, "stage": stage.name})
+    writer = snapshot.Writer(folder / "checkpoints", processes)
+    begun: dict[str, Any] = {}
+
+    def checkpoint() -> None:
+        """Begins a checkpoint of this moment, when the one before is whole."""
+        whole()
+        writer.begin(state, {**header, "stage": stage.name})
         spent = cost.spent()
         kwh = None if spent.kwh is None else processes.total(spent.kwh)
-        processes.wait()
-        log.event("checkpoint", stage=stage.name, images=state.images, seconds=spent.seconds, kwh=kwh)
+        begun.update(stage=stage.name, images=state.images, seconds=spent.seconds, kwh=kwh)
+
+    def whole() -> Path:
+        """The last checkpoint that was begun, when it is whole."""
+        path = writer.wait()
+        said()
         return path
+
+    def said() -> None:
+        """Notes a checkpoint when it is whole."""
+        if begun and not writer.busy and not writer.failed:
+            log.event("checkpoint", **begun)
+            begun.clear()
 
     seed = stable_hash(settings.seed, stage.name) >> 1
     step = Step(stage, state, seed, settings.autocast, processes)
@@ -132,7 +145,12 @@ def run_stage(
     next_preview = _next_multiple(state.images, settings.preview_every, total)
     final: Path | None = None
     values: dict[str, float] = {}
-    with _stop_request() as stop_requested, contextlib.closing(meter), _memory_named(stage, feed):
+    with (
+        _stop_request() as stop_requested,
+        contextlib.closing(meter),
+        contextlib.closing(writer),
+        _memory_named(stage, feed),
+    ):
         for fed in updates:
             state.updates += 1
             # A recorded update is not waited for, unless its values are to be read.
@@ -151,23 +169,31 @@ def run_stage(
                 seen |= {"seconds": round(spent.seconds, 3), "kwh": spent.kwh}
                 log.event("progress", stage=stage.name, images=state.images, **seen)
             if state.images >= total:  # before the last preview: whatever befalls it costs no work
-                final = checkpoint()
+                checkpoint()
+                final = whole()
             if state.images >= next_preview:
+                averages = _gathered(state, processes)
                 if processes.leads:
-                    _preview(stage, state, feed, folder, settings, device)
+                    _preview(stage, state.images, averages, feed, folder, settings, device)
                 log.event("preview", stage=stage.name, images=state.images)
                 if validation is not None and processes.leads:
-                    found = validation(state.averages)
+                    found = validation(averages)
                     log.event("validation", stage=stage.name, images=state.images, **found)
+                del averages
                 next_preview = _next_multiple(state.images, settings.preview_every, total)
             due = time.monotonic() - saved >= settings.checkpoint_seconds
             # Where nobody waits for the device, only one process can decide by itself.
-            stops, due = processes.agreed(stop_requested(), due) if reads else (stop_requested(), due)
+            asked = (stop_requested(), due, writer.failed)
+            stops, due, failed = processes.agreed(*asked) if reads else asked
+            said()
             if processes.count > 1 and not reads:
                 continue
+            if failed:
+                whole()  # raises what went wrong
             if stops:
                 if final is None:
                     checkpoint()
+                    whole()
                 log.event("stopped", stage=stage.name, images=state.images)
                 raise Interrupted(
                     f"stopped at image {state.images:,} of {total:,} of stage {stage.name.upper()}"
@@ -175,22 +201,31 @@ def run_stage(
             if due and state.images < total:
                 checkpoint()
                 saved = time.monotonic()
-                if validation is not None and validation.due and processes.leads:
-                    found = validation(state.averages)
+                (wanted,) = processes.agreed(validation is not None and validation.due)
+                averages = _gathered(state, processes) if wanted else {}
+                if validation is not None and wanted and processes.leads:
+                    found = validation(averages)
                     log.event("validation", stage=stage.name, images=state.images, **found)
     assert final is not None
     return final
 
 
 def rehearse(
-    stage: Stage, feed: Feed, folder: Path, settings: Settings, device: torch.device, bank: Bank | None
+    stage: Stage,
+    feed: Feed,
+    folder: Path,
+    settings: Settings,
+    device: torch.device,
+    bank: Bank | None,
+    processes: Processes | None = None,
 ) -> Cost:
     """What an image costs, by a few updates of a stage that is then thrown away. ``folder`` is empty.
 
-    The number of updates is fixed, so that all processes of a run make the same.
+    The number of updates is fixed, so that all processes of a run make the same; energy is that of all.
     """
     warming, timed = (5, 20) if device.type == "cuda" else (1, 3)
-    processes = Processes(device)
+    processes = processes or Processes(device)
+    _check_batches(stage, processes)
     state, _ = _prepare(stage, folder, settings, processes)
     step = Step(stage, state, stable_hash(settings.seed, stage.name) >> 1, settings.autocast, processes)
     updates = _fed_updates(step, feed, settings) if bank is None else _bank_updates(step, bank, settings)
@@ -204,7 +239,15 @@ def rehearse(
                 _finished(device)
                 meter, images = CostMeter(device), 0
         _finished(device)
-    return meter.spent() * (1 / images)
+    spent = meter.spent()
+    if spent.kwh is not None:
+        spent = dataclasses.replace(spent, kwh=processes.total(spent.kwh))
+    return spent * (1 / images)
+
+
+def _check_batches(stage: Stage, processes: Processes) -> None:
+    optimization = stage.optimization
+    processes.check_batches(stage.name, optimization.images, optimization.batch_size, optimization.accumulate)
 
 
 def _finished(device: torch.device) -> None:
@@ -237,7 +280,7 @@ def _prepare(
             for name, network in stage.networks.items()
         },
     )
-    found = snapshot.newest(folder)
+    found = snapshot.newest_of_all(folder, processes)
     if found is not None:
         snapshot.restore(state, *found)
     for network in stage.networks.values():
@@ -317,10 +360,22 @@ def _memory_named(stage: Stage, feed: Feed) -> Iterator[None]:
         yield
 
 
+def _gathered(state: snapshot.TrainingState, processes: Processes) -> dict[str, nn.Module]:
+    """The averages to be used by the first process, those that are sharded as whole copies.
+
+    All processes take part; the first has the memory for them until they are dropped.
+    """
+    return {
+        name: gather(average, state.whole[name], processes) if name in state.whole else average
+        for name, average in state.averages.items()
+    }
+
+
 @torch.no_grad()
 def _preview(
     stage: Stage,
-    state: snapshot.TrainingState,
+    seen: int,
+    averages: dict[str, nn.Module],
     feed: Feed,
     folder: Path,
     settings: Settings,
@@ -330,13 +385,13 @@ def _preview(
     shown = Feed(feed.source, 0, settings.preview_size, captions=False)
     examples = [shown[i][1].image for i in range(settings.previews)]
     pixels = torch.stack([torch.from_numpy(e) for e in examples]).permute(0, 3, 1, 2).float().to(device) / 255
-    images: list[Image.Image] = stage.preview(state.averages, pixels, device)
+    images: list[Image.Image] = stage.preview(averages, pixels, device)
     if not images:
         return
-    path = folder / "previews" / f"{state.images:012d}.png"
+    path = folder / "previews" / f"{seen:012d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = settings.previews if len(images) % settings.previews == 0 else math.isqrt(len(images) - 1) + 1
-    save_png(grid(images, columns=columns), path, {"stage": stage.name, "images": state.images})
+    save_png(grid(images, columns=columns), path, {"stage": stage.name, "images": seen})
 
 
 def _next_multiple(images: int, every: int, total: int) -> int:

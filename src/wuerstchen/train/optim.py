@@ -1,7 +1,7 @@
 """Optimizers and the learning rate: what turns a loss into an update."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -62,18 +62,23 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {f"{index}.{name}": tensor for index, entry in state.items() for name, tensor in entry.items()}
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of ``optimizer_tensors``. Raises ``KeyError`` or ``ValueError`` if they do not fit."""
-    description = optimizer.state_dict()
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        index, name = key.split(".")
-        state.setdefault(int(index), {})[name] = tensor
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, keys: Iterable[str], fill: Callable[[str, Tensor], None]
+) -> None:
+    """The inverse of ``optimizer_tensors``, for those ``keys``; ``fill(key, tensor)`` gives each its content.
+
+    A moment is sharded as its parameter is. Raises ``KeyError`` or ``ValueError`` if they do not fit.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, entry in state.items():
-        if entry["exp_avg"].shape != parameters[index].shape:
-            raise ValueError(f"optimizer state {index} has shape {tuple(entry['exp_avg'].shape)}")
-    optimizer.load_state_dict({**description, "state": state})
+    for key in keys:
+        index, name = key.split(".")
+        parameter = parameters[int(index)]
+        if name == "step":
+            tensor = torch.zeros((), device=parameter.device)
+        else:
+            tensor = torch.zeros_like(parameter)
+        fill(key, tensor)
+        optimizer.state[parameter][name] = tensor
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

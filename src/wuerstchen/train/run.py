@@ -107,12 +107,14 @@ def _train(
             run.fingerprint = _fingerprint(sources)
             weights = start.fingerprint() if processes.leads else ""
             check_run(recipe, run_dir, run.fingerprint, weights, log, accept_changed_data, processes)
+            wanted = False
             if processes.leads:
                 begin(log, watch)
-                # Alone: what one process's rate says of many is left open.
                 rehearsed = any(event["event"] == "rehearsed" for event in log.events())
-                if watch.rehearses and not rehearsed and processes.count == 1:
-                    run.rehearse()
+                wanted = watch.rehearses and not rehearsed
+            if processes.agreed(wanted)[0]:
+                run.rehearse()
+            if processes.leads:
                 say_costs_to_come(log)
             return run.train()
         except RuntimeError as error:
@@ -569,7 +571,8 @@ class _Rehearsal(_Run):
     def run_stage(self, stage: Stage, phase: Phase) -> Path:
         feed = self.feed(stage, phase, 0)
         bank = self.bank(feed, phase)
-        cost = rehearse(stage, feed, self.run_dir / "none", self.settings(feed), self.device, bank)
+        nowhere, settings = self.run_dir / "none", self.settings(feed)
+        cost = rehearse(stage, feed, nowhere, settings, self.device, bank, self.processes)
         values = {"total": stage.optimization.images, "seconds": cost.seconds, "kwh": cost.kwh}
         self.log.event("rehearsed", stage=stage.name, **values)
         return self.run_dir

@@ -4,27 +4,41 @@
         networks.safetensors  averages.safetensors  optimizers.safetensors
         state.json            what it is, where it came from, and a SHA-256 of every file
 
-A checkpoint is written under a temporary name and renamed at the end. The two newest are kept; one that
-turns out damaged is named, and the one before it is used.
+Where networks are sharded, each process writes what it holds, ``networks.0-of-2.safetensors`` and so on, and
+state.json says of which tensors and rows. So a checkpoint can be read by any number of processes: each reads
+the rows that it needs. Nothing is pickled, and no pickle is read: tensors are in safetensors, all else is in
+state.json.
+
+A checkpoint is copied from the device at once and written by a thread while training goes on, under a
+temporary name, and renamed at the end. The two newest are kept; one that turns out damaged is named, and the
+one before it is used.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import threading
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from wuerstchen.checkpoints.native import FORMAT, migrate, read_tensors, write_tensors
+from wuerstchen.checkpoints.native import FORMAT, migrate, write_tensors
 from wuerstchen.checkpoints.weights import write_json
 from wuerstchen.errors import CheckpointError, UserNotice
 from wuerstchen.train.optim import load_optimizer_tensors, optimizer_tensors
+from wuerstchen.train.parallel import Processes, first_row, local_part
 
 KEPT = 2
+_LOOKS = 0.05  # seconds between two looks for what the other processes have written
 
 
 @dataclass
@@ -44,37 +58,209 @@ class DamagedCheckpointWarning(UserNotice):
     """A checkpoint could not be read, and an older one was used."""
 
 
+@dataclass
+class _Part:
+    """What one process writes of a checkpoint: by file its tensors, and of those that are parts their first
+    rows; and the whole shapes of these."""
+
+    files: dict[str, dict[str, Tensor]]
+    rows: dict[str, dict[str, int]]
+    shapes: dict[str, list[int]]
+
+
+class Writer:
+    """Writes the checkpoints of a stage, one at a time, beside the training.
+
+    All processes call its methods, at the same updates. It talks to the others in the caller's thread alone:
+    the threads that write meet through files, a ``.json`` of each process in the unfinished folder.
+    """
+
+    def __init__(self, folder: Path, processes: Processes) -> None:
+        self.folder = folder
+        self.processes = processes
+        self._pinned: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._target = folder
+        self._written = threading.Event()
+        self._given_up = threading.Event()
+        self._error: CheckpointError | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether this process could not write its part: for all to be told of by ``wait``."""
+        return self._error is not None
+
+    @property
+    def busy(self) -> bool:
+        """Whether this process still writes."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def begin(self, state: TrainingState, header: dict[str, Any]) -> None:
+        """Copies the state and begins to write it, when the checkpoint before is whole.
+
+        Raises ``CheckpointError`` in all processes if one of them could not write; what was there before
+        stays whole.
+        """
+        self.wait()
+        self._target = self.folder / f"{state.images:012d}"
+        if self.processes.leads:
+            with self._named():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(self._partial, ignore_errors=True)
+                self._partial.mkdir()
+        self._agree()
+        part = self._copied(state)
+        description = {**header, "format": FORMAT, "images": state.images, "updates": state.updates}
+        copied = None
+        if self.processes.device.type == "cuda":
+            copied = torch.cuda.Event()
+            copied.record()
+        self._written, self._given_up = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._write, args=(part, description, copied), daemon=True)
+        self._thread.start()
+
+    def wait(self) -> Path:
+        """The newest checkpoint, when it is whole. Raises ``CheckpointError`` in all processes if not."""
+        if self._thread is not None:
+            self._written.wait()
+            self._agree()
+            self._thread.join()
+            self._thread = None
+            self._agree()
+        return self._target
+
+    def close(self) -> None:
+        """Waits for what is being written without a word to the others, which may be gone."""
+        if self._thread is not None:
+            self._written.wait()
+            self._thread.join(10 if self.processes.count > 1 else None)
+            self._given_up.set()
+
+    @property
+    def _partial(self) -> Path:
+        return self.folder / f".{self._target.name}.partial"
+
+    def _agree(self) -> None:
+        """Raises in all processes if one has failed."""
+        (failed,) = self.processes.agreed(self.failed)
+        if failed:
+            self._given_up.set()
+            error = self._error or CheckpointError(
+                f"another process could not write its part of checkpoint {self._target}; it says why"
+            )
+            self._error = None
+            if self._thread is not None:
+                self._thread.join()
+                self._thread = None
+            self.processes.wait()
+            if self.processes.leads:
+                shutil.rmtree(self._partial, ignore_errors=True)
+            raise error
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Keeps what went wrong, in words, for ``_agree``."""
+        try:
+            yield
+        except Exception as error:  # whatever it is, the others must not wait for this process
+            reason = error.strerror if isinstance(error, OSError) else error.__cause__ or error
+            self._error = CheckpointError(
+                f"checkpoint {self._target} cannot be written ({reason}); those before it are whole: free "
+                "some space and start the same command again"
+            )
+
+    def _copied(self, state: TrainingState) -> _Part:
+        """This process's part of the state in the host's memory, as it is at this moment."""
+        count, rank = self.processes.count, self.processes.rank
+        part = _Part({}, {}, {})
+        groups = _groups(state)
+        sharded = any(isinstance(t, DTensor) for tensors in groups.values() for t in tensors.values())
+        for group, tensors in groups.items():
+            name = f"{group}.{rank}-of-{count}.safetensors" if sharded else f"{group}.safetensors"
+            mine: dict[str, Tensor] = {}
+            rows: dict[str, int] = {}
+            for key, tensor in tensors.items():
+                local = local_part(tensor)
+                if isinstance(tensor, DTensor):
+                    part.shapes[f"{group}/{key}"] = list(tensor.shape)
+                    if local.numel():
+                        mine[key] = self._on_host(f"{group}/{key}", local)
+                        rows[key] = first_row(tensor)
+                elif self.processes.leads:
+                    mine[key] = self._on_host(f"{group}/{key}", local)
+            if self.processes.leads or mine:
+                part.files[name] = mine
+                if rows:
+                    part.rows[name] = rows
+        return part
+
+    def _on_host(self, key: str, tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        if tensor.device.type != "cuda":
+            return tensor.cpu().clone(memory_format=torch.contiguous_format)
+        # Memory that the device writes to by itself is slow to get, so it is kept for the next checkpoint.
+        kept = self._pinned.get(key)
+        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+            kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._pinned[key] = kept
+        return kept.copy_(tensor, non_blocking=True)
+
+    def _write(self, part: _Part, description: dict[str, Any], copied: Any) -> None:
+        with self._named():
+            try:
+                if copied is not None:
+                    copied.synchronize()
+                own: dict[str, Any] = {"files": {}, "rows": part.rows}
+                for name, tensors in part.files.items():
+                    write_tensors(tensors, self._partial / name, {"format": FORMAT})
+                    own["files"][name] = _sha256(self._partial / name)
+                part.files.clear()
+                if not self.processes.leads:
+                    if not part.shapes:
+                        return  # nothing is sharded, and the first process writes all
+                    write_json(self._partial / f"{self.processes.rank}.json", own)
+                    return
+            finally:
+                self._written.set()
+            self._finish(own, {**description, "shapes": part.shapes}, bool(part.shapes))
+
+    def _finish(self, own: dict[str, Any], description: dict[str, Any], sharded: bool) -> None:
+        """What the first process does when it has written its own part."""
+        files, rows = dict(own["files"]), dict(own["rows"])
+        for rank in range(1, self.processes.count if sharded else 1):
+            path = self._partial / f"{rank}.json"
+            while not path.exists():
+                if self._given_up.wait(_LOOKS):
+                    return
+            others = json.loads(path.read_text(encoding="utf-8"))
+            files |= others["files"]
+            rows |= others["rows"]
+        for path in self._partial.glob("*.json"):
+            path.unlink()
+        state = {**description, "files": dict(sorted(files.items()))}
+        if sharded:
+            state["rows"] = rows
+        else:
+            del state["shapes"]
+        write_json(self._partial / "state.json", state)
+        if self._target.exists():
+            _remove(self._target)  # it was found damaged
+        os.replace(self._partial, self._target)
+        # Newer ones are those that were found damaged: training went on from one before them.
+        others = [path for path in _all(self.folder) if path != self._target]
+        older = [path for path in others if path < self._target]
+        for path in (*older[KEPT - 1 :], *(path for path in others if path > self._target)):
+            _remove(path)
+
+
 def save(state: TrainingState, folder: Path, header: dict[str, Any]) -> Path:
-    """Writes a checkpoint under ``folder`` and removes those older than the one before it.
+    """Writes a checkpoint under ``folder`` and removes those older than the one before it, by one process.
 
     Raises ``CheckpointError`` if it cannot be written; what was there before stays whole.
     """
-    target = folder / f"{state.images:012d}"
-    partial = folder / f".{target.name}.partial"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        for name, tensors in _groups(state).items():
-            write_tensors(tensors, partial / f"{name}.safetensors", {"format": FORMAT})
-        files = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
-        description = {**header, "format": FORMAT, "images": state.images, "updates": state.updates}
-        write_json(partial / "state.json", {**description, "files": files})
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
-    except (OSError, CheckpointError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        reason = error.strerror if isinstance(error, OSError) else error.__cause__ or error
-        raise CheckpointError(
-            f"checkpoint {target} cannot be written ({reason}); those before it are whole: free some space "
-            "and start the same command again"
-        ) from error
-    # Newer ones are those that were found damaged: training went on from one before them.
-    others = [path for path in _all(folder) if path != target]
-    older = [path for path in others if path < target]
-    for path in (*older[KEPT - 1 :], *(path for path in others if path > target)):
-        shutil.rmtree(path, ignore_errors=True)
-    return target
+    writer = Writer(folder, Processes(torch.device("cpu")))
+    writer.begin(state, header)
+    return writer.wait()
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -86,8 +272,7 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     found = _all(folder)
     for path in found:
         try:
-            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            migrate(state, path / "state.json")
+            state = _read_state(path)
             wrong = [name for name, digest in state["files"].items() if _sha256(path / name) != digest]
             if not wrong and isinstance(state["images"], int) and isinstance(state["updates"], int):
                 return path, state
@@ -108,17 +293,108 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def restore(state: TrainingState, path: Path, description: dict[str, Any]) -> None:
-    """Loads a checkpoint into ``state``. Raises ``CheckpointError`` if it does not fit."""
+def newest_of_all(folder: Path, processes: Processes) -> tuple[Path, dict[str, Any]] | None:
+    """As ``newest``, looked for by the first process: all go on from the same."""
+    if processes.count == 1:
+        return newest(folder)
+    images, error = -1.0, None
+    if processes.leads:
+        try:
+            found = newest(folder)
+            images = -1.0 if found is None else float(found[0].name)
+        except CheckpointError as raised:
+            images, error = -2.0, raised
+    images = processes.total(images if processes.leads else 0.0)
+    if images == -2.0:
+        raise error or CheckpointError(f"no checkpoint in {folder} can be used; the first process says why")
+    if images < 0:
+        return None
+    path = folder / f"{int(images):012d}"
     try:
-        for name, modules in (("networks", state.networks), ("averages", state.averages)):
-            tensors, _ = read_tensors(path / f"{name}.safetensors")
-            for key, module in modules.items():
-                module.load_state_dict(_under(tensors, key))
-        tensors, _ = read_tensors(path / "optimizers.safetensors")
-        for key, optimizer in state.optimizers.items():
-            load_optimizer_tensors(optimizer, _under(tensors, key))
-    except (RuntimeError, KeyError, IndexError, ValueError) as error:
+        return path, _read_state(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not seen by all processes ({error}); use a --run-dir on a disk that they share"
+        ) from error
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    migrate(state, path / "state.json")
+    for name in state["files"]:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{name!r} is no file of tensors in it")
+    return state
+
+
+class _Stored:
+    """The tensors of one group in a checkpoint, wherever their rows are. Reads no more than is asked for."""
+
+    def __init__(
+        self, path: Path, description: dict[str, Any], group: str, files: contextlib.ExitStack
+    ) -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._parts: dict[str, list[tuple[int, int, Any]]] = {}
+        shapes, rows = description.get("shapes", {}), description.get("rows", {})
+        for name in description["files"]:
+            if name.partition(".")[0] != group:
+                continue
+            try:
+                file = files.enter_context(safe_open(path / name, framework="pt"))
+                for key in file.keys():  # noqa: SIM118 (no mapping)
+                    found = tuple(file.get_slice(key).get_shape())
+                    whole = shapes.get(f"{group}/{key}")
+                    self.shapes[key] = found if whole is None else tuple(whole)
+                    first = rows.get(name, {}).get(key, 0)
+                    self._parts.setdefault(key, []).append((first, found[0] if found else 1, file))
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(
+                    f"{path / name} is not a whole safetensors file ({error}); remove {path}"
+                ) from error
+
+    def fill(self, key: str, target: Tensor, first: int = 0) -> None:
+        """Copies the rows from ``first`` on into ``target``, as many as it has."""
+        if target.ndim == 0:
+            target.copy_(self._parts[key][0][2].get_tensor(key))
+            return
+        left = len(target)
+        for begins, count, file in self._parts[key]:
+            low, high = max(first, begins), min(first + len(target), begins + count)
+            if low < high:
+                target[low - first : high - first] = file.get_slice(key)[low - begins : high - begins]
+                left -= high - low
+        if left:
+            raise ValueError(f"{key} lacks {left} rows")
+
+    def read(self, key: str) -> Tensor:
+        """The whole tensor."""
+        parts = self._parts[key]
+        if len(parts) == 1 and tuple(parts[0][2].get_slice(key).get_shape()) == self.shapes[key]:
+            return parts[0][2].get_tensor(key)
+        tensor = torch.empty(self.shapes[key], dtype=parts[0][2].get_slice(key)[:0].dtype)
+        self.fill(key, tensor)
+        return tensor
+
+
+@torch.no_grad()
+def restore(state: TrainingState, path: Path, description: dict[str, Any]) -> None:
+    """Loads a checkpoint into ``state``, sharded or not. Raises ``CheckpointError`` if it does not fit."""
+    try:
+        with contextlib.ExitStack() as files:
+            groups = _groups(state)
+            for group in ("networks", "averages"):
+                stored = _Stored(path, description, group, files)
+                for key in sorted(stored.shapes.keys() ^ groups[group].keys()):
+                    raise ValueError(f"{key} is in one of them alone")
+                for key, target in groups[group].items():
+                    _fill(stored, key, target)
+            stored = _Stored(path, description, "optimizers", files)
+            for part, optimizer in state.optimizers.items():
+                keys = [key.removeprefix(f"{part}/") for key in stored.shapes if key.startswith(f"{part}/")]
+                load_optimizer_tensors(
+                    optimizer, keys, lambda key, target, part=part: _fill(stored, f"{part}/{key}", target)
+                )
+    except (RuntimeError, KeyError, IndexError, ValueError, TypeError) as error:
         if isinstance(error, CheckpointError):
             raise
         detail = str(error).splitlines()[0]
@@ -126,10 +402,24 @@ def restore(state: TrainingState, path: Path, description: dict[str, Any]) -> No
     state.images, state.updates = description["images"], description["updates"]
 
 
+def _fill(stored: _Stored, key: str, target: Tensor) -> None:
+    if stored.shapes[key] != tuple(target.shape):
+        raise ValueError(f"{key} has shape {stored.shapes[key]}, not {tuple(target.shape)}")
+    stored.fill(key, local_part(target), first_row(target) if isinstance(target, DTensor) else 0)
+
+
 def read_averages(path: Path, name: str) -> dict[str, Tensor]:
     """The averaged weights of one network in a checkpoint, for the stages after it."""
-    tensors, _ = read_tensors(path / "averages.safetensors")
-    return _under(tensors, name)
+    try:
+        description = _read_state(path)
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"checkpoint {path} cannot be read ({error}); remove it") from error
+    with contextlib.ExitStack() as files:
+        stored = _Stored(path, description, "averages", files)
+        start = f"{name}/"
+        return {k.removeprefix(start): stored.read(k) for k in stored.shapes if k.startswith(start)}
 
 
 def _groups(state: TrainingState) -> dict[str, dict[str, Tensor]]:
@@ -143,16 +433,19 @@ def _groups(state: TrainingState) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def _under(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
-    start = f"{part}/"
-    return {key.removeprefix(start): tensor for key, tensor in tensors.items() if key.startswith(start)}
-
-
 def _all(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
     if not folder.is_dir():
         return []
     return sorted((p for p in folder.iterdir() if p.is_dir() and p.name.isdigit()), reverse=True)
+
+
+def _remove(path: Path) -> None:
+    """Removes a checkpoint, which is whole or not there meanwhile too."""
+    gone = path.with_name(f".{path.name}.old.partial")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.replace(path, gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:

@@ -1,0 +1,148 @@
+"""Images a second of Stage C at its published size, on as many GPUs as there are processes.
+
+    torchrun --nproc-per-node 1 benchmarks/two_gpus.py --batch 8
+    torchrun --nproc-per-node 2 benchmarks/two_gpus.py --batch 8
+
+``--batch`` is that of one GPU, so twice the images a second is perfect. Whole updates on random maps and text
+states that are on the device: fp32 weights and optimizer, bf16 compute, compiled blocks, weight average.
+With replicated weights, then with sharded ones; a table line and a JSON line each, by the first process.
+"""
+
+import argparse
+import json
+import time
+
+import torch
+
+from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, training_timesteps
+from wuerstchen.models.prior import Prior, PriorConfig
+from wuerstchen.train.config import Optimization
+from wuerstchen.train.ema import make_average
+from wuerstchen.train.optim import make_optimizer, set_rate
+from wuerstchen.train.parallel import Processes, distributed, shard
+from wuerstchen.train.random import ImageRandom
+from wuerstchen.train.snapshot import TrainingState
+from wuerstchen.train.stages import Inputs, Losses, diffusion_loss
+from wuerstchen.train.step import Step, compile_regions, recompute_blocks
+
+
+class RandomStageC:
+    """Stage C's update on inputs that nothing has to make."""
+
+    name = "c"
+    averaged = ("prior",)
+    captions, reads_images = True, False
+    rates: dict[str, float] = {}  # noqa: RUF012
+    rate_scales: dict[str, float] = {}  # noqa: RUF012
+
+    def __init__(self, prior: Prior, optimization: Optimization) -> None:
+        self.prior = prior
+        self.optimization = optimization
+        self.networks = {"prior": prior}
+
+    def prepare(self, batch, device) -> Inputs:
+        raise NotImplementedError
+
+    def check(self, values) -> None:
+        pass
+
+    def preview(self, averages, pixels, device) -> list:
+        return []
+
+    def losses(self, inputs: Inputs, random: ImageRandom) -> Losses:
+        x = inputs["x"]
+        t = training_timesteps(random.uniform("time"), 1.0)
+        noise = random.normal("noise", x.shape[1:])
+        context = self.prior.context(inputs["states"], None, once=True)
+        predicted = self.prior(PUBLISHED_SCHEDULE.add_noise(x, noise, t), t, context)
+        yield "prior", diffusion_loss(predicted, noise, t, "p2"), {}
+
+
+def measure(sharding: str, options: argparse.Namespace, processes: Processes) -> dict[str, float | str | int]:
+    device = processes.device
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    config = PriorConfig() if not options.tiny else PriorConfig(c=64, c_cond=32, depth=2, nhead=2)
+    with device:
+        prior = Prior(config).train()
+    batch = options.batch * processes.count
+    optimization = Optimization(
+        images=10**9, batch_size=batch * options.accumulate, accumulate=options.accumulate
+    )
+    average = make_average(prior)
+    if sharding == "full":
+        for network in (prior, average):
+            shard(network, processes)
+    state = TrainingState(
+        {"prior": prior}, {"prior": average}, {"prior": make_optimizer(prior, optimization)}
+    )
+    if options.recompute:
+        recompute_blocks(prior)
+    if not options.eager:
+        compile_regions(prior)
+    step = Step(RandomStageC(prior, optimization), state, 0, True, processes)
+    step.decay.fill_(0.999)
+    set_rate(state.optimizers["prior"], 1e-4)
+    rows = options.batch * options.accumulate
+    inputs = {
+        "x": torch.randn(rows, config.c_in, options.side, options.side, device=device),
+        "states": torch.randn(rows, 77, config.c_cond, device=device),
+    }
+    indices = torch.arange(rows, device=device) + processes.rank * rows
+
+    def run(updates: int) -> float:
+        processes.wait()
+        began = time.perf_counter()
+        for _ in range(updates):
+            values = step(inputs, indices)
+        values["loss"].item()
+        processes.wait()
+        return time.perf_counter() - began
+
+    run(options.warm)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    # The median of several, each long enough that starting it does not count.
+    seconds = sorted(run(options.updates) for _ in range(3))[1]
+    memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+    return {
+        "benchmark": "two_gpus",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "processes": processes.count,
+        "sharding": sharding,
+        "batch_per_gpu": options.batch,
+        "accumulate": options.accumulate,
+        "recompute": options.recompute,
+        "images_per_second": round(options.updates * rows * processes.count / seconds, 2),
+        "memory_gib": round(memory, 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch", type=int, default=8, help="images of one GPU at a time")
+    parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--side", type=int, default=24, help="positions along a side of the map")
+    parser.add_argument("--warm", type=int, default=5)
+    parser.add_argument("--updates", type=int, default=20)
+    parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--tiny", action="store_true", help="a small network, to try the script")
+    parser.add_argument("--sharding", nargs="+", default=["none", "full"])
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with distributed(device) as processes:
+        for sharding in options.sharding:
+            if sharding == "full" and processes.count == 1:
+                continue
+            result = measure(sharding, options, processes)
+            if processes.leads:
+                print(f"{processes.count} × {sharding:5} {result['images_per_second']:8.2f} img/s")
+                print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Several processes that share the weights, what they write, and what ends them."""
+
+import hashlib
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from wuerstchen.errors import CheckpointError
+from wuerstchen.train.snapshot import newest, read_averages, restore
+
+from .test_step import PriorStage, make_step
+
+
+def run_script(folder: Path, *which: str) -> dict:
+    script = Path(__file__).with_name("sharded_runs.py")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", script, folder, *which],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {**json.loads(done.stdout), "folder": folder}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return run_script(tmp_path_factory.mktemp("sharded"))
+
+
+def test_sharded_updates_are_those_of_one_process(found):
+    """In one part and in two, with blocks computed again: losses, norms, weights, averages, moments."""
+    assert isinstance(found["updates"], list), found["updates"]
+    for of_process in found["updates"]:
+        for result in of_process:
+            assert result["values"] < 1e-4
+            assert result["state"] < 2e-6
+            assert 0.4 < result["share"] < 0.6
+            assert result["copy"]
+
+
+def test_a_checkpoint_of_two_is_read_by_one_two_and_four(found):
+    written, *read = found["checkpoints"]
+    assert written == [True, True]
+    assert read == [[0.0], [0.0] * 2, [0.0] * 4]
+
+
+def test_every_file_of_a_checkpoint_is_safetensors_or_json(found):
+    path = found["folder"] / "checkpoints" / "000000000016"
+    state = json.loads((path / "state.json").read_text())
+    names = {
+        f"{group}.{rank}-of-2.safetensors"
+        for group in ("networks", "averages", "optimizers")
+        for rank in (0, 1)
+    }
+    assert {file.name for file in path.iterdir()} == {*names, "state.json"}
+    assert state["files"].keys() == names
+    for name in names:
+        assert hashlib.sha256((path / name).read_bytes()).hexdigest() == state["files"][name]
+        with safe_open(path / name, framework="pt") as file:
+            assert file.keys()
+    rows = [state["rows"][f"networks.{rank}-of-2.safetensors"]["prior/projection.weight"] for rank in (0, 1)]
+    assert rows == [0, 8]
+    assert state["shapes"]["networks/prior/projection.weight"] == [16, 4, 1, 1]
+
+
+class Planted:
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was run",))
+
+
+def test_no_pickle_in_a_checkpoint_is_ever_run(found, tmp_path):
+    path = tmp_path / "000000000016"
+    shutil.copytree(found["folder"] / "checkpoints" / path.name, path)
+    for name in (".metadata", "state.pkl", "networks.pt", "networks.2-of-2.safetensors", "2.json"):
+        (path / name).write_bytes(pickle.dumps(Planted()))
+    step = make_step(PriorStage())
+    restore(step.state, *newest(tmp_path))  # what no list names is not opened
+    assert read_averages(path, "prior").keys() == step.state.networks["prior"].state_dict().keys()
+
+    # One under the name of a file of tensors, and in the list with the right digest.
+    name = "averages.1-of-2.safetensors"
+    (path / name).write_bytes(pickle.dumps(Planted()))
+    state = json.loads((path / "state.json").read_text())
+    state["files"][name] = hashlib.sha256((path / name).read_bytes()).hexdigest()
+    (path / "state.json").write_text(json.dumps(state))
+    found = newest(tmp_path)
+    for reads in (lambda: restore(step.state, *found), lambda: read_averages(path, "prior")):
+        with pytest.raises(CheckpointError, match=r"averages.1-of-2.safetensors is not a whole"):
+            reads()
+    # And a list that names files elsewhere.
+    state["files"]["../../elsewhere.safetensors"] = ""
+    (path / "state.json").write_text(json.dumps(state))
+    with pytest.warns(UserWarning, match="is no file of tensors in it"), pytest.raises(CheckpointError):
+        newest(tmp_path)
+
+
+def test_a_process_without_disk_stops_all_in_one_line(found):
+    (others, files), (own, _) = found["full_disk"]
+    assert "another process could not write its part of checkpoint" in others
+    assert own.startswith("checkpoint ")
+    assert "cannot be written" in own
+    assert own.endswith("those before it are whole: free some space and start the same command again")
+    assert files == ["000000000016"]
+
+
+def test_a_loss_of_one_process_that_is_not_finite_stops_all_before_the_update(found):
+    first, second = found["not_finite"]
+    assert first == second
+    assert first[0].startswith("the loss of model is nan at image 40 of stage A, so the weights were left")
+    assert first[1]
+
+
+def test_a_signal_to_one_process_leaves_a_checkpoint_and_a_clean_end_of_all(found):
+    assert found["stopped"] == [["stopped at image 44 of 120 of stage A"] * 2, 44]
+
+
+def test_a_killed_process_ends_the_others(found):
+    said, seconds, images = found["dead"]
+    assert "Traceback" in said
+    assert seconds < 60
+    assert images in (32, 36, 40)
+
+
+def check_kills(result: dict, kills: int) -> None:
+    """Bit for bit the unbroken run, and a kill costs what was not yet whole: at most the update whose
+    checkpoint was being written, and the one that was computed meanwhile."""
+    assert isinstance(result, dict), result
+    assert result["same"]
+    assert result["starts"] == kills + 1
+    assert 60 <= result["updates"] <= 60 + 2 * kills
+
+
+def test_three_kills_change_nothing(found):
+    """One of them in the middle of a checkpoint."""
+    check_kills(found["kills"], 3)
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_nothing(tmp_path):
+    check_kills(run_script(tmp_path, "slow")["twenty_kills"], 20)
