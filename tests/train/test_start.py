@@ -22,6 +22,7 @@ from wuerstchen.errors import CheckpointError, RunFolderError, UserError
 from wuerstchen.models.cascade import PUBLISHED_MAP
 from wuerstchen.models.compressor import Compressor, CompressorConfig
 from wuerstchen.models.decoder import Decoder, DecoderConfig
+from wuerstchen.models.paella import Paella
 from wuerstchen.models.previewer import PreviewerConfig
 from wuerstchen.models.prior import PriorConfig
 from wuerstchen.models.vqgan import VQGANConfig
@@ -377,9 +378,14 @@ def test_a_start_on_tokens_cannot_go_on_as_v2s_decoder(small_v1, tmp_path, photo
     other = recipe(tmp_path / "v1", photos, stages=("b",), fresh=())
     with pytest.raises(UserError, match="has v1's Stage B, on tokens, and the recipe trains v2's"):
         train(other, tmp_path / "run", device="cpu")
-    kept = read_start(recipe(tmp_path / "v1", photos))  # but it draws what a new Stage C makes
-    assert kept.parts.decoder is not None
-    assert kept.parts.prior is None
+    # But it draws what Stage C makes, by v1's settings.
+    goes_on = recipe(tmp_path / "v1", photos, fresh=(), stage_c=StageCConfig(optimization=learning(4)))
+    train(goes_on, tmp_path / "run", device="cpu")
+    cascade = read_cascade(tmp_path / "run" / "model")
+    assert isinstance(cascade.decoder, Paella)
+    assert cascade.settings.prior_equal_steps
+    assert cascade.settings.map_statistics == small_v1.settings.map_statistics
+    assert list((tmp_path / "run" / "stage_c" / "previews").glob("*.png"))
 
 
 def test_what_a_trained_stage_spoils_is_left_out(start, photos):
