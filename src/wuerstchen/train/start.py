@@ -198,9 +198,10 @@ def _check_networks(recipe: Recipe, start: Start) -> None:
             raise UserError(f"start={recipe.start} has no {name}; {fix}")
     decoder = parts.decoder
     if "b" in recipe.stages and decoder is not None and type(decoder.config) is not type(recipe.decoder):
-        has, wants = ("v1", "v2") if isinstance(decoder, Paella) else ("v2", "v1")
+        v1 = isinstance(decoder, Paella)
+        has, wants = ("v1's Stage B, on tokens,", "v2") if v1 else ("v2's Stage B", "v1")
         raise UserError(
-            f"start={recipe.start} has {has}'s Stage B and the recipe trains {wants}'s; give --fresh b, or a "
+            f"start={recipe.start} has {has} and the recipe trains {wants}'s; give --fresh b, or a "
             f"start of {wants}"
         )
     for name, stage in STAGE_OF.items():
