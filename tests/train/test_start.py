@@ -357,11 +357,11 @@ def test_the_compressor_comes_whole_from_the_originals_file_of_stage_b(tmp_path,
     assert all(torch.equal(ours.state_dict()[k], t) for k, t in theirs.state_dict().items())
     with pytest.raises(UserError, match="holds no compressor; give --compressor-init the file of a Stage B"):
         fill_compressor(named(published), ours)
+    larger = CompressorConfig(backbone="efficientnet_v2_l")
+    other = dataclasses.replace(named(tmp_path / "model_v2_stage_b.pt"), compressor=larger)
     with pytest.raises(
         UserError, match=r"compressor\.backbone=efficientnet_v2_l of the recipe is not the shape"
     ):
-        larger = CompressorConfig(backbone="efficientnet_v2_l")
-        other = dataclasses.replace(named(tmp_path / "model_v2_stage_b.pt"), compressor=larger)
         fill_compressor(other, ours)
     for missing in ("none.pth", "weights/none.safetensors"):
         with pytest.raises(CheckpointError, match="none"):
@@ -422,7 +422,7 @@ def test_phases_are_checked():
     ):
         with pytest.raises(UserError, match=message):
             dataclasses.replace(phase, **change)
-    with pytest.raises(UserError, match="blend=0.5 needs two phases"):
+    with pytest.raises(UserError, match=r"blend=0\.5 needs two phases"):
         StageCConfig(optimization=learning(), blend=0.5)
     wide = dataclasses.replace(phase, max_ratio=2.0)
     config = dataclasses.replace(tiny().stage_c, phases=(wide,))
@@ -433,7 +433,7 @@ def test_phases_are_checked():
 def test_emoji_are_squares(tmp_path):
     wide = Phase(optimization=learning(), max_ratio=2.0)
     other = dataclasses.replace(tiny(), stage_c=dataclasses.replace(tiny().stage_c, phases=(wide,)))
-    with pytest.raises(UserError, match="max_ratio=2.0 needs photographs: emoji are composed as squares"):
+    with pytest.raises(UserError, match=r"max_ratio=2\.0 needs photographs: emoji are composed as squares"):
         train(other, tmp_path / "run", device="cpu")
 
 
