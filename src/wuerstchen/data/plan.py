@@ -8,12 +8,17 @@ how many processes, changes none of it.
 
 import functools
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int
 
 from wuerstchen.errors import UserError
+
+HELD_OUT_EVERY = 50
+HELD_OUT_FROM = 100
+"""One picture in 50 is held out, of sets with at least 100."""
 
 
 def stable_hash(*parts: int | str) -> int:
@@ -43,6 +48,17 @@ def item_at(index: int, length: int, seed: int) -> int:
 def items_at(indices: range, length: int, seed: int) -> list[int]:
     """``item_at`` of each index."""
     return [item_at(index, length, seed) for index in indices]
+
+
+def held_out_names(names: Collection[str]) -> set[str]:
+    """Those of a set's pictures that no training sees.
+
+    Which they are follows from each picture's own name, so that adding pictures moves none from one side to
+    the other; sets of fewer than ``HELD_OUT_FROM`` hold out none.
+    """
+    if len(names) < HELD_OUT_FROM:
+        return set()
+    return {name for name in names if stable_hash("held out", name) % HELD_OUT_EVERY == 0}
 
 
 def crop_at(index: int, crops: int, seed: int) -> int:

@@ -31,7 +31,8 @@ from wuerstchen.train.ema import decay_at, make_average
 from wuerstchen.train.feed import Feed, batches
 from wuerstchen.train.optim import learning_rate, make_optimizer, set_rate
 from wuerstchen.train.parallel import Processes, share_batch_statistics
-from wuerstchen.train.stages import Stage
+from wuerstchen.train.prepared_feed import PreparedFeed
+from wuerstchen.train.stages import Stage, inputs_of
 from wuerstchen.train.step import RecordedStep, Step, Values, compile_regions
 from wuerstchen.train.throughput import Gauge
 from wuerstchen.train.track import Log, Meter
@@ -74,7 +75,7 @@ class _Fed:
 
 def run_stage(
     stage: Stage,
-    feed: Feed,
+    feed: Feed | PreparedFeed,
     folder: Path,
     settings: Settings,
     device: torch.device,
@@ -171,7 +172,12 @@ def run_stage(
 
 
 def rehearse(
-    stage: Stage, feed: Feed, folder: Path, settings: Settings, device: torch.device, bank: Bank | None
+    stage: Stage,
+    feed: Feed | PreparedFeed,
+    folder: Path,
+    settings: Settings,
+    device: torch.device,
+    bank: Bank | None,
 ) -> Cost:
     """What an image costs, by a few updates of a stage that is then thrown away. ``folder`` is empty.
 
@@ -241,7 +247,7 @@ def _begin(step: Step, settings: Settings, images: int) -> None:
     torch.manual_seed(stable_hash(settings.seed, stage.name, "dropout", state.images, *who) >> 1)
 
 
-def _fed_updates(step: Step, feed: Feed, settings: Settings) -> Iterator[_Fed]:
+def _fed_updates(step: Step, feed: Feed | PreparedFeed, settings: Settings) -> Iterator[_Fed]:
     """Updates on pictures composed on the way."""
     optimization, device = step.stage.optimization, step.device
     start, total = step.state.images, optimization.images
@@ -250,9 +256,7 @@ def _fed_updates(step: Step, feed: Feed, settings: Settings) -> Iterator[_Fed]:
         images = len(batch.indices) * step.processes.count
         _begin(step, settings, images)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):
-            inputs = step.stage.prepare(batch, device)
-        if step.stage.reads_images:
-            inputs["images"] = batch.images.to(device)
+            inputs = inputs_of(step.stage, batch, device)
         values = step(inputs, batch.indices.to(device))
         yield _Fed(images, batch.skipped, values)
 
@@ -287,7 +291,7 @@ def _read(values: Values, stage: Stage, images: int, processes: Processes) -> di
 
 
 @contextlib.contextmanager
-def _memory_named(stage: Stage, feed: Feed) -> Iterator[None]:
+def _memory_named(stage: Stage, feed: Feed | PreparedFeed) -> Iterator[None]:
     with out_of_memory_named(f"batch_size={stage.optimization.batch_size} at {feed.size}x{feed.size} pixels"):
         yield
 
@@ -296,15 +300,13 @@ def _memory_named(stage: Stage, feed: Feed) -> Iterator[None]:
 def _preview(
     stage: Stage,
     state: snapshot.TrainingState,
-    feed: Feed,
+    feed: Feed | PreparedFeed,
     folder: Path,
     settings: Settings,
     device: torch.device,
 ) -> None:
     """Draws the preview grid with the averaged weights. Leaves no trace in the random state of training."""
-    shown = Feed(feed.source, 0, settings.preview_size, captions=False)
-    examples = [shown[i][1].image for i in range(settings.previews)]
-    pixels = torch.stack([torch.from_numpy(e) for e in examples]).permute(0, 3, 1, 2).float().to(device) / 255
+    pixels = feed.shown(settings.previews, settings.preview_size).to(device)
     images: list[Image.Image] = stage.preview(state.averages, pixels, device)
     if not images:
         return
