@@ -41,6 +41,7 @@ EXAMPLES = """examples:
   wuerstchen evaluate runs/mini/model --data data/emoji --out evaluation
   wuerstchen generate "a cat" --model warp-ai/wuerstchen --precision bfloat16
   wuerstchen convert warp-ai/wuerstchen models/wuerstchen --layout native
+  wuerstchen average runs/a/model runs/b/model models/average
   wuerstchen doctor --model warp-ai/wuerstchen
 """
 
@@ -158,6 +159,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_source_options(convert)
 
+    average = commands.add_parser(
+        "average", help="average the weights of two models, as the published Stage C is an average"
+    )
+    average.set_defaults(run=_average)
+    average.add_argument("first", metavar="A", help="model in any layout: a path, or a name on the hub")
+    average.add_argument("second", metavar="B", help="another of the same shape")
+    average.add_argument("target", type=Path, metavar="OUT", help="new folder, in the native layout")
+    average.add_argument("--share", type=float, default=0.5, help="of B, from 0 to 1 (0.5)")
+
     doctor = commands.add_parser(
         "doctor", help="check a model: files, versions, three pictures and how long they took"
     )
@@ -223,7 +233,13 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--run-dir", type=Path, help="folder of the run (runs/RECIPE)")
     train.add_argument("--data", help="folder of the data; 'sample' is in the package")
     train.add_argument("--seed", type=int, help="of everything random in the run (0)")
-    train.add_argument("--compressor-init", help="weights that the compressor's backbone starts from")
+    train.add_argument(
+        "--compressor-init", help="weights that the compressor starts from: a backbone's, or a whole one's"
+    )
+    train.add_argument(
+        "--width", type=float, default=1.0, help="share of the recipe's widths, of every stage trained (1)"
+    )
+    train.add_argument("--depth", type=float, default=1.0, help="likewise of its depths (1)")
     train.add_argument("--device", help="cpu, cuda or mps (a GPU if there is one)")
     train.add_argument("--accept-changed-data", action="store_true", help="go on although the data changed")
     train.add_argument("--tensorboard", action="store_true", help="event files too, in RUN/tensorboard")
@@ -537,6 +553,14 @@ def _convert(options: argparse.Namespace) -> int:
     return 0
 
 
+def _average(options: argparse.Namespace) -> int:
+    from wuerstchen.checkpoints.average import average
+
+    changed = average(options.first, options.second, options.target, options.share)
+    print(f"{options.target}: averaged {', '.join(changed)}")
+    return 0
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from wuerstchen.doctor import examine
     from wuerstchen.images import check_writable
@@ -645,6 +669,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     asked_for_help = bool({"-h", "--help"} & set(options.overrides))
     from wuerstchen.recipes import RECIPES
+    from wuerstchen.recipes.scale import scaled
 
     recipes = "; ".join(f"{name}: {(make.__doc__ or '').splitlines()[0]}" for name, make in RECIPES.items())
     if asked_for_help:
@@ -660,6 +685,13 @@ def _train(options: argparse.Namespace) -> int:
             f"'{options.recipe}' is no recipe; name one of {', '.join(RECIPES)} before the options"
         )
     recipe = _overridden(RECIPES[options.recipe](), options)
+    if (options.width, options.depth) != (1, 1):
+        # Options say which stages begin afresh; where they name a width too, theirs holds.
+        full = RECIPES[options.recipe]()
+        recipe = dataclasses.replace(recipe, vqgan=full.vqgan, decoder=full.decoder, prior=full.prior)
+        smaller = scaled(recipe, options.width, options.depth)
+        shapes = {"vqgan": smaller.vqgan, "decoder": smaller.decoder, "prior": smaller.prior}
+        recipe = _overridden(dataclasses.replace(full, **shapes), options)
 
     from wuerstchen.train.cost import Tariff
     from wuerstchen.train.loop import Interrupted

@@ -18,7 +18,7 @@ import torch
 
 import wuerstchen.train.run as run
 from wuerstchen.recipes.tiny import tiny
-from wuerstchen.train.config import Recipe
+from wuerstchen.train.config import Phase, Recipe
 
 torch.set_num_threads(1)
 
@@ -27,8 +27,11 @@ def recipe(**changes: object) -> Recipe:
     """All stages, batch statistics and second phases, in a few updates; no dropout."""
     full = tiny()
 
-    def short(stage, **more):
-        optimization = dataclasses.replace(stage.optimization, images=16, batch_size=8, warmup=0, **more)
+    def short(stage):
+        optimization = dataclasses.replace(stage.optimization, images=16, batch_size=8, warmup=0)
+        second = dataclasses.replace(optimization, images=8, learning_rate=5e-4)
+        if stage is full.stage_c:
+            return dataclasses.replace(stage, optimization=optimization, phases=(Phase(optimization=second),))
         return dataclasses.replace(stage, optimization=optimization, refine_images=8)
 
     return dataclasses.replace(

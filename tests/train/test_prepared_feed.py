@@ -389,7 +389,7 @@ def test_stages_that_need_pictures():
         UserError, match=r"data=set is a prepared set, which holds maps, and Stage B trains the compressor"
     ):
         refuse_prepared("b", "set")
-    with pytest.raises(UserError, match="Stage A learns from pixels: give the pictures"):
+    with pytest.raises(UserError, match="Stage A learns from pixels; give the pictures, or train c alone"):
         refuse_prepared("a", "set")
     with pytest.raises(UserError, match=r"prepared_images=9 .* data=set is a prepared set .* give 0"):
         refuse_prepared("c", "set", 9)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -43,17 +44,18 @@ MICRO = [
         "--stage-a.refine-images 20",
         "--stage-b.optimization.images 20 --stage-b.optimization.batch-size 2 --stage-b.refine-images 20",
         "--stage-c.optimization.images 40 --stage-c.optimization.batch-size 4 --preview-prompts cat",
-        "--stage-c.refine-images 20",
+        "--stage-c.phases.0.optimization.images 20 --stage-c.phases.0.optimization.batch-size 4",
     )
     for word in option.split()
 ]
 
 
 STAGES = ("a", "b", "b2", "a2", "c", "c2")
+PHASED = Path(__file__).with_name("phased_runs.py")
 
 
 def start(run_dir: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "wuerstchen", "train", "tiny", "--run-dir", str(run_dir)]
+    command = [sys.executable, str(PHASED), "train", "tiny", "--run-dir", str(run_dir)]
     command += ["--no-rehearsal", *MICRO]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -140,7 +142,7 @@ def test_watching_changes_nothing(tmp_path, monkeypatch, capsys):
         (folder / f"x{n}.txt").write_text(f"picture {n}")
     options = _parser().parse_known_args(["train", "tiny", "--data", str(folder)])[0]
     options.overrides = MICRO
-    recipe = _overridden(tiny(), options)
+    recipe = _overridden(runpy.run_path(str(PHASED))["phased"](), options)
     watch = Watch(tariff=Tariff(per_hour=2.0), rehearses=True)
     train(recipe, tmp_path / "watched", device="cpu", watch=watch)
     found = events(tmp_path / "watched")
@@ -156,7 +158,7 @@ def test_watching_changes_nothing(tmp_path, monkeypatch, capsys):
     assert said.count("in all:") == 2  # before and after
     assert "in money" in said
 
-    monkeypatch.setattr("wuerstchen.train.run.held_out", lambda data, size: None)
+    monkeypatch.setattr("wuerstchen.train.run.held_out", lambda *_, **more: None)
     train(recipe, tmp_path / "alone", device="cpu")
     assert not [e for e in events(tmp_path / "alone") if e["event"] in ("rehearsed", "validation", "tariff")]
     assert final_files(tmp_path / "watched") == final_files(tmp_path / "alone")
@@ -347,8 +349,9 @@ def test_shares_are_shares():
 )
 def test_phases_and_shifts_are_checked(change, message):
     for config in (tiny().stage_b, tiny().stage_c):
-        with pytest.raises(UserError, match=message):
-            dataclasses.replace(config, **change)
+        if hasattr(config, next(iter(change))):
+            with pytest.raises(UserError, match=message):
+                dataclasses.replace(config, **change)
 
 
 @pytest.mark.parametrize(

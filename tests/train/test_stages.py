@@ -140,7 +140,7 @@ class TestStageARefinement:
         config = dataclasses.replace(
             RECIPE.stage_a, perceptual="none", refine_images=8, **{"adversarial_weight": 0.0, **changes}
         )
-        return StageARefinement(config, small_cascade.vqgan, None, small_cascade, None)
+        return StageARefinement(config, small_cascade.vqgan, None, small_cascade, None, RECIPE)
 
     @pytest.mark.parametrize("quantise", [False, True])
     def test_the_loss_without_stage_b_is_that_of_stage_a(self, quantise, small_cascade):

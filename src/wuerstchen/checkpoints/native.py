@@ -27,6 +27,7 @@ from wuerstchen.models.decoder import Decoder, DecoderConfig
 from wuerstchen.models.paella import Paella, PaellaConfig
 from wuerstchen.models.previewer import Previewer, PreviewerConfig
 from wuerstchen.models.prior import Prior, PriorConfig
+from wuerstchen.models.text import TextEncoder
 from wuerstchen.models.vqgan import VQGAN, VQGANConfig
 
 FORMAT = 1
@@ -160,26 +161,34 @@ def write_cascade(
 
     ``text_encoder`` is the folder of the frozen text encoder, which is copied; CLIP is written without one.
     """
+    write_parts(cascade.settings, cascade.networks(), folder, provenance, storage, text_encoder)
+
+
+def write_parts(
+    settings: CascadeSettings,
+    networks: Mapping[str, nn.Module],
+    folder: Path,
+    provenance: Mapping[str, Provenance],
+    storage: Mapping[str, Storage] | None = None,
+    text_encoder: Path | None = None,
+) -> None:
+    """``write_cascade`` for a model that may not be whole yet: Stage A alone, say, which others build on."""
     with new_folder(folder) as partial:
-        parts = [part for part in cascade.networks() if part in NETWORKS]
+        parts = [part for part in networks if part in NETWORKS]
         for part in parts:
-            network = cascade.networks()[part]
             how = (storage or {}).get(part, "float32")
-            write_network(network, partial / f"{part}.safetensors", provenance[part], how)
+            write_network(networks[part], partial / f"{part}.safetensors", provenance[part], how)
         for part in TEXT_ENCODERS:
-            encoder = getattr(cascade, part)
+            encoder = networks.get(part)
             if part == "text_encoder" and text_encoder is not None:
                 shutil.copytree(text_encoder, partial / part)
             elif encoder is not None:
+                assert isinstance(encoder, TextEncoder)
                 write_text_encoder(encoder, partial / part)
             else:
                 continue
             parts.append(part)
-        description = {
-            "format": FORMAT,
-            "parts": parts,
-            "settings": dataclasses.asdict(cascade.settings),
-        }
+        description = {"format": FORMAT, "parts": parts, "settings": dataclasses.asdict(settings)}
         write_json(partial / "model.json", description)
 
 
@@ -201,21 +210,39 @@ def read_settings(path: Path) -> tuple[CascadeSettings, list[str]]:
 
 def read_cascade(folder: Path, dtype: torch.dtype = torch.float32) -> Cascade:
     """Reads a model folder, onto the CPU."""
+    settings, parts, _ = read_parts(folder, dtype)
+    missing = {"vqgan", "decoder"} - set(parts)
+    if missing:
+        raise CheckpointError(f"{folder} lacks {', '.join(sorted(missing))}; get the model again")
+    return Cascade(settings=settings, **parts)
+
+
+def read_parts(
+    folder: Path, dtype: torch.dtype = torch.float32
+) -> tuple[CascadeSettings, dict[str, Any], dict[str, Provenance]]:
+    """Settings, parts by name, and where each network came from, of a model that need not be whole."""
     if not (folder / "model.json").is_file():
         raise CheckpointError(f"{folder} is no model folder: it has no model.json; give one that has")
     settings, names = read_settings(folder / "model.json")
     parts: dict[str, Any] = {}
+    provenance: dict[str, Provenance] = {}
     for name in names:
         if name in TEXT_ENCODERS:
             parts[name] = read_text_encoder(folder / name, dtype)
         elif name in NETWORKS and name != "paella":
-            parts[name], _ = read_network(folder / f"{name}.safetensors", dtype)
+            parts[name], provenance[name] = read_network(folder / f"{name}.safetensors", dtype)
             kinds = (Decoder, Paella) if name == "decoder" else NETWORKS[name][0]
             if not isinstance(parts[name], kinds):
                 raise CheckpointError(f"{folder / name}.safetensors holds another network; get it again")
         else:
             raise CheckpointError(f"{folder}/model.json names an unknown part {name!r}; upgrade wuerstchen")
-    missing = {"vqgan", "decoder"} - set(parts)
-    if missing:
-        raise CheckpointError(f"{folder} lacks {', '.join(sorted(missing))}; get the model again")
-    return Cascade(settings=settings, **parts)
+    return settings, parts, provenance
+
+
+def is_native_network(path: Path) -> bool:
+    """Whether a safetensors file says that ``write_network`` made it."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _HEADER in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False

@@ -20,7 +20,7 @@ from PIL import Image
 
 from wuerstchen.data.captions import MONO_STYLE, Scene, caption, plain_caption
 from wuerstchen.data.colours import COLOURS, name_colours, to_lab
-from wuerstchen.data.sources import Example
+from wuerstchen.data.sources import Example, Size
 from wuerstchen.errors import DataError, UserError
 
 STYLES = ("fluent-3d", "fluent-flat", "fluent-mono", "noto", "twemoji")
@@ -286,11 +286,11 @@ class EmojiSource:
             self._pictures[item] = read_picture(self._path(self.records[item]))
         return self._pictures[item]
 
-    def image(self, item: int, rng: np.random.Generator, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    def image(self, item: int, rng: np.random.Generator, size: int | Size) -> UInt8[np.ndarray, "s s 3"]:
         """The picture at a random place and scale, half of the time recoloured, on a named colour."""
         return self._draw(item, rng, size).image
 
-    def example(self, item: int, rng: np.random.Generator, size: int) -> Example:
+    def example(self, item: int, rng: np.random.Generator, size: int | Size) -> Example:
         """`image` with a caption composed for what it shows."""
         record, drawing = self.records[item], self._draw(item, rng, size)
         colours = record.colours
@@ -327,7 +327,9 @@ class EmojiSource:
     def _path(self, record: Record) -> Path:
         return self.root / f"{record.id}.webp"
 
-    def _draw(self, item: int, rng: np.random.Generator, size: int) -> _Drawing:
+    def _draw(self, item: int, rng: np.random.Generator, size: int | Size) -> _Drawing:
+        if not isinstance(size, int):
+            raise UserError(f"pictures of {size[0]}x{size[1]} of emoji: they are composed as squares alone")
         # Everything is drawn in every case, so that the caption's draws begin at the same place.
         scale, across, down = rng.uniform(*_SCALES), rng.random(), rng.random()
         recolour, shift = rng.random() < _P_RECOLOUR, int(rng.integers(*HUE_SHIFTS))

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from wuerstchen.data.plan import held_out_names
-from wuerstchen.data.sources import Example
+from wuerstchen.data.sources import Example, Size
 from wuerstchen.errors import DataError
 from wuerstchen.images import open_image, resize_crop
 
@@ -76,16 +76,17 @@ class FolderSource:
         """Everything that ``metadata.jsonl`` says of the picture."""
         return self._items[item].fields
 
-    def example(self, item: int, rng: np.random.Generator, size: int) -> Example:
+    def example(self, item: int, rng: np.random.Generator, size: int | Size) -> Example:
         """The picture as ``image`` gives it, and one of its captions. Raises ``DataError`` if unreadable."""
         image = self.image(item, rng, size)
         captions = self._items[item].captions
         return Example(image, captions[int(rng.integers(len(captions)))])
 
-    def image(self, item: int, rng: np.random.Generator, size: int) -> np.ndarray:
-        """The picture with its shorter side scaled to ``size``, cropped at random to ``size`` × ``size``."""
+    def image(self, item: int, rng: np.random.Generator, size: int | Size) -> np.ndarray:
+        """The picture, scaled until it just covers ``size`` or a square of that side, cropped at random."""
         picture = open_image(self.root / self._items[item].name)
-        return np.array(resize_crop(picture, size, size, rng))
+        width, height = (size, size) if isinstance(size, int) else size
+        return np.array(resize_crop(picture, width, height, rng))
 
     def fingerprint(self) -> str:
         """A hash of names, captions and file sizes.

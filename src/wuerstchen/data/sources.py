@@ -5,12 +5,15 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+Size = tuple[int, int]
+"""Width and height."""
+
 
 @dataclass(frozen=True)
 class Example:
     """One picture ready for training."""
 
-    image: np.ndarray  # uint8, (size, size, 3), RGB
+    image: np.ndarray  # uint8, (height, width, 3), RGB
     caption: str
 
 
@@ -28,11 +31,11 @@ class Source(Protocol):
         """What the item is called in messages: its file, as a rule."""
         ...
 
-    def example(self, item: int, rng: np.random.Generator, size: int) -> Example:
-        """The item as a ``size`` × ``size`` picture with a caption. Raises ``DataError`` if unreadable."""
+    def example(self, item: int, rng: np.random.Generator, size: int | Size) -> Example:
+        """The item as a picture of a size, or side, with a caption. Raises ``DataError`` if unreadable."""
         ...
 
-    def image(self, item: int, rng: np.random.Generator, size: int) -> np.ndarray:
+    def image(self, item: int, rng: np.random.Generator, size: int | Size) -> np.ndarray:
         """The picture of ``example`` alone, without the work of a caption."""
         ...
 

@@ -1,7 +1,20 @@
-"""Runs that are known to work: a function each, whose docstring states hardware, time, cost and result."""
+"""Runs that are known to work, and those of the paper: a function each, whose docstring states hardware,
+time, cost and result."""
 
 from wuerstchen.recipes.mini import mini
 from wuerstchen.recipes.tiny import tiny
+from wuerstchen.recipes.v1 import v1_stage_c
+from wuerstchen.recipes.v2 import v2, v2_finetune, v2_finetune_2048, v2_stage_a, v2_stage_b, v2_stage_c
 
-RECIPES = {"tiny": tiny, "mini": mini}
+RECIPES = {
+    "tiny": tiny,
+    "mini": mini,
+    "v2": v2,
+    "v2-stage-a": v2_stage_a,
+    "v2-stage-b": v2_stage_b,
+    "v2-stage-c": v2_stage_c,
+    "v2-finetune": v2_finetune,
+    "v2-finetune-2048": v2_finetune_2048,
+    "v1-stage-c": v1_stage_c,
+}
 """The recipes that ``wuerstchen train`` offers, by name."""

@@ -50,6 +50,31 @@ class Optimization:
             raise UserError(f"ema_decay={self.ema_decay} must be from 0 to below 1; 0.999 is common")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A further part of a stage: it goes on from the averaged weights of the one before, with an optimizer of
+    its own."""
+
+    optimization: Optimization
+    image_size: int | None = None
+    """Side of the pictures in pixels; None for the recipe's."""
+    max_ratio: float = 1.0
+    """Each batch is square or, as likely, so many times wider than high, or higher than wide; 1 is square.
+    A prepared set has sizes of its own."""
+    data: str = ""
+    """Another data set than the recipe's; empty for the recipe's."""
+
+    def __post_init__(self) -> None:
+        _check_side(self.image_size)
+        if not 1 <= self.max_ratio <= 4:
+            raise UserError(f"max_ratio={self.max_ratio} must be from 1 to 4; 1 keeps pictures square")
+
+
+def _check_side(size: int | None) -> None:
+    if size is not None and (size < 128 or size % 128):
+        raise UserError(f"image_size={size} must be a multiple of 128; use 256")
+
+
 def _check_shares(config: object, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(config, name) <= 1:
@@ -73,6 +98,8 @@ class StageAConfig:
     """Stage A: reconstruction, perceptual, adversarial and quantiser terms."""
 
     optimization: Optimization
+    image_size: int | None = None
+    """Side of the pictures in pixels; None for the recipe's."""
     crop: int | None = None
     """Side of the random crops to train on; None for whole pictures. The network is convolutional."""
     l1_weight: float = 0.0
@@ -101,6 +128,7 @@ class StageAConfig:
     """Share of its pictures whose latents Stage B has drawn anew out of noise."""
 
     def __post_init__(self) -> None:
+        _check_side(self.image_size)
         _check_shares(self, "quantise_dropout", "refine_redrawn")
         _check_refinement(self.refine_images, self.refine_rate)
         for name in ("l1_weight", "perceptual_weight", "adversarial_weight"):
@@ -115,6 +143,10 @@ class StageBConfig:
     """Stage B, with the compressor trained along with it."""
 
     optimization: Optimization
+    image_size: int | None = None
+    """Side of the pictures in pixels in the first phase; None for the recipe's."""
+    phases: tuple[Phase, ...] = ()
+    """Further phases, in order, of decoder and compressor together; the decoder alone comes after them."""
     compressor_init: str = ""
     """Weights the backbone starts from: a torchvision .pth or timm .safetensors file; empty for the
     installed EfficientNet-Lite0 (only for that backbone)."""
@@ -135,14 +167,20 @@ class StageBConfig:
     previewer_rate: float = 1e-3
     """Learning rate of the previewer, which is trained along on the map, without a say in it."""
     refine_images: int = 0
-    """Length of a second phase: the decoder goes on alone, from its averaged weights with a fresh optimizer,
-    on the maps of the compressor, which stays as the first phase left it. 0 for none."""
+    """Length of a last phase: the decoder goes on alone, from its averaged weights with a fresh optimizer,
+    on the maps of the compressor, which stays as it is. 0 for none."""
     refine_rate: float = 5e-4
-    """Learning rate of the second phase."""
+    """Learning rate of that phase."""
     refine_shift: float = 1.0
-    """``time_shift`` of the second phase, which finds the layout learnt and texture not yet."""
+    """``time_shift`` of that phase, which finds the layout learnt and texture not yet."""
+
+    @property
+    def images(self) -> int:
+        """Images over all phases of decoder and compressor together."""
+        return sum(phase.optimization.images for phase in phases_of(self))
 
     def __post_init__(self) -> None:
+        _check_side(self.image_size)
         _check_shares(self, "map_dropout", "map_noise", "caption_dropout", "backbone_rate")
         _check_shift(self.time_shift)
         _check_shift(self.refine_shift)
@@ -156,20 +194,38 @@ class StageCConfig:
     """Stage C, on the frozen compressor's maps."""
 
     optimization: Optimization
+    image_size: int | None = None
+    """Side of the pictures in pixels in the first phase; None for the recipe's."""
+    phases: tuple[Phase, ...] = ()
+    """Further phases, in order."""
+    blend: float = 1.0
+    """Share of the last phase's averaged weights in the prior; the rest is of the phase before it."""
     loss_weight: Weighting = "p2"
     time_shift: float = 1.0
     """How far training times are moved towards noise (``diffusion.schedule.shifted``); 1 is as published."""
     caption_dropout: float = 0.05
     """Share of the pictures trained without their caption, for classifier-free guidance."""
-    refine_images: int = 0
-    """Length of a second phase, from the averaged weights with a fresh optimizer. 0 for none."""
-    refine_rate: float = 5e-4
-    """Learning rate of the second phase; all else is as in the first."""
+
+    @property
+    def images(self) -> int:
+        """Images over all phases."""
+        return sum(phase.optimization.images for phase in phases_of(self))
 
     def __post_init__(self) -> None:
-        _check_shares(self, "caption_dropout")
+        _check_shares(self, "caption_dropout", "blend")
+        _check_side(self.image_size)
+        if self.blend < 1 and not self.phases:
+            raise UserError(f"blend={self.blend} needs two phases to blend; give phases, or leave it at 1")
         _check_shift(self.time_shift)
-        _check_refinement(self.refine_images, self.refine_rate)
+
+
+def phases_of(config: StageBConfig | StageCConfig) -> tuple[Phase, ...]:
+    """All phases of a stage, the first included."""
+    return (Phase(optimization=config.optimization, image_size=config.image_size), *config.phases)
+
+
+StoredTexts = Literal["tokens", "states"]
+StageName = Literal["a", "b", "c"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,10 +234,29 @@ class Recipe:
 
     name: str
     data: str
-    """``sample`` for the sample in the package, or a folder: a built emoji set, or images with captions."""
+    """``sample`` for the sample in the package, or a folder: a built emoji set, images with captions, or for
+    Stage C alone a prepared set."""
     image_size: int
-    """Side of the pictures in pixels, a multiple of 128."""
+    """Side of the pictures that the model draws, in pixels, a multiple of 128. Stages are trained on this
+    size where they name no other."""
     seed: int = 0
+    stages: tuple[StageName, ...] = ("a", "b", "c")
+    """The stages that are trained, in order; the others are ``start``'s."""
+    start: str = ""
+    """A model to start from: a folder, a file, or a name on the hub, in any layout. Empty for none."""
+    fresh: tuple[StageName, ...] = ()
+    """Trained stages that begin with random weights although there is a start."""
+    text_encoder: str = ""
+    """Where the text encoder of Stage C comes from: a folder, or a name on the hub. Empty for the start's, or
+    without one the small one in the package."""
+    decoder_text_encoder: str = ""
+    """Likewise that of Stage B, if it reads text; empty for the start's, or else that of Stage C."""
+    text_positions: Literal["real", "all"] = "real"
+    """Which states of a text are attended to: ``all`` are with those of padding, as in the published
+    models."""
+    stored_texts: StoredTexts = "tokens"
+    """What is read of the texts in a prepared set: token ids, which the text encoder reads anew, or the
+    states that it has made."""
     vqgan: VQGANConfig
     compressor: CompressorConfig
     previewer: PreviewerConfig = field(default_factory=PreviewerConfig)
@@ -240,8 +315,8 @@ class Recipe:
             raise UserError(
                 "acceleration=graph needs pictures on the device; give prepared_images, or use compile"
             )
-        if self.image_size < 128 or self.image_size % 128:
-            raise UserError(f"image_size={self.image_size} must be a multiple of 128; use 256")
+        _check_side(self.image_size)
+        self._check_stages()
         channels = self.compressor.c_latent
         if not channels == self.prior.c_in == self.decoder.effnet_embd == self.previewer.c_in:
             raise UserError(
@@ -255,22 +330,58 @@ class Recipe:
                 f"the latents have {latent} channels in vqgan.latent_channels, {self.decoder.c_in} in "
                 f"decoder.c_in and {self.decoder.c_out} in decoder.c_out; give all three the same number"
             )
-        if self.image_size // self.vqgan.factor % self.decoder.size_multiple:
+        self._check_sizes()
+
+    def _check_stages(self) -> None:
+        order = "".join(self.stages)
+        if not order or order not in "abc":
             raise UserError(
-                f"image_size={self.image_size} gives latents of {self.image_size // self.vqgan.factor}, no "
-                f"multiple of {self.decoder.size_multiple} as the decoder's levels need; use fewer levels"
+                f"stages={' '.join(self.stages) or 'none'} must follow one another; give a b c, a, a b, "
+                "b, b c or c"
             )
-        crop = self.stage_a.crop or self.image_size
+        left_out = [stage for stage in "ab" if stage < order[0]]
+        if left_out and not self.start:
+            raise UserError(
+                f"stages={' '.join(self.stages)} builds on {' and '.join(left_out)}, which no start gives; "
+                "name a model as start, or train them too"
+            )
+        for stage in self.fresh:
+            if stage not in self.stages:
+                raise UserError(f"fresh={stage} is no stage that is trained; add it to stages")
+        if "a" in self.stages and self.stage_a.refine_images and "b" not in self.stages:
+            raise UserError("stage_a.refine_images needs a Stage B of the same run; train b too, or give 0")
+
+    def _check_sizes(self) -> None:
+        """Of the stages that are trained."""
+        if "a" in self.stages:
+            self._check_crop()
+        multiple = self.vqgan.factor * self.decoder.size_multiple
+        if "b" in self.stages:
+            for phase in phases_of(self.stage_b):
+                size = phase.image_size or self.image_size
+                if size % multiple:
+                    raise UserError(
+                        f"image_size={size} gives latents of {size // self.vqgan.factor}, no multiple of "
+                        f"{self.decoder.size_multiple} as the decoder's levels need; use fewer levels"
+                    )
+        if self.prepared_images:
+            for config in (self.stage_b, self.stage_c):
+                if any(phase.max_ratio > 1 for phase in config.phases):
+                    raise UserError("prepared_images holds squares alone; give 0, or max_ratio=1")
+
+    def _check_crop(self) -> None:
+        size = self.stage_a.image_size or self.image_size
+        crop = self.stage_a.crop or size
         least = 2**self.stage_a.discriminator_depth + 1
         if self.stage_a.adversarial_weight > 0 and crop < least:
             raise UserError(
                 f"stage_a.crop={crop} is too small for a discriminator of depth "
                 f"{self.stage_a.discriminator_depth}, which needs {least}; use a larger crop or less depth"
             )
-        if crop > self.image_size or crop % self.vqgan.factor:
+        if crop > size or crop % self.vqgan.factor:
             raise UserError(
                 f"stage_a.crop={crop} must be a multiple of {self.vqgan.factor} and at most image_size="
-                f"{self.image_size}; use {self.image_size}"
+                f"{size}; use {size}"
             )
 
 

@@ -16,8 +16,8 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from wuerstchen.data.plan import generator, item_at
-from wuerstchen.data.sources import Example, Source
+from wuerstchen.data.plan import generator, item_at, stable_hash
+from wuerstchen.data.sources import Example, Size, Source
 from wuerstchen.errors import DataError
 
 
@@ -55,26 +55,60 @@ class Feeding(Protocol[B]):
     def collate(self, samples: list[Any]) -> B: ...
 
 
-class Feed(Dataset[tuple[int, Example, list[tuple[str, str]]]]):
-    """Picture number ``index`` of a run."""
+def batch_sizes(size: int, max_ratio: float, multiple: int = 1) -> tuple[Size, ...]:
+    """Widths and heights of the batches of a phase: a square, and its sides made longer by ``max_ratio``.
 
-    def __init__(self, source: Source, seed: int, size: int, captions: bool) -> None:
+    Longer sides are rounded to a ``multiple``. 1024 and 5/3 are the published sizes: the compressor then sees
+    768×768, 1280×768 and 768×1280 pixels.
+    """
+    long = round(size * max_ratio / multiple) * multiple
+    return ((size, size),) if long == size else ((size, size), (long, size), (size, long))
+
+
+class Feed(Dataset[tuple[int, Example, list[tuple[str, str]]]]):
+    """Picture number ``index`` of a run.
+
+    With several ``sizes`` all pictures of a batch have one of them, as likely as any other. It is a function
+    of the seed and of the number of the batch, so processes that share a batch agree.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        seed: int,
+        size: int,
+        captions: bool,
+        *,
+        sizes: tuple[Size, ...] = (),
+        batch_size: int = 1,
+    ) -> None:
         self.source = source
         self.seed = seed
         self.size = size
         self.captions = captions
+        self.sizes = sizes or ((size, size),)
+        self.batch_size = batch_size
+
+    def size_of(self, index: int) -> Size:
+        """Width and height of picture number ``index``."""
+        if len(self.sizes) == 1:
+            return self.sizes[0]
+        batch = index // self.batch_size
+        return self.sizes[stable_hash(self.seed, "size", batch) % len(self.sizes)]
 
     def __getitem__(self, index: int) -> tuple[int, Example, list[tuple[str, str]]]:
         length = len(self.source)
+        width, height = self.size_of(index)
+        size = width if width == height else (width, height)
         item = item_at(index, length, self.seed)
         skipped: list[tuple[str, str]] = []
         while len(skipped) < length:
             try:
                 rng = generator(self.seed, index, "example")
                 if self.captions:
-                    example = self.source.example(item, rng, self.size)
+                    example = self.source.example(item, rng, size)
                 else:
-                    example = Example(image=self.source.image(item, rng, self.size), caption="")
+                    example = Example(image=self.source.image(item, rng, size), caption="")
                 return index, example, skipped
             except DataError as error:
                 skipped.append((self.source.name(item), str(error)))

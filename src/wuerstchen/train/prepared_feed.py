@@ -19,9 +19,7 @@ from wuerstchen.data.plan import BucketPlan, crop_at, generator, item_at, items_
 from wuerstchen.data.prepared import PreparedSet
 from wuerstchen.errors import DataError, UserError
 from wuerstchen.models.text import TextEncoder, TextStates
-
-StoredTexts = Literal["tokens", "states"]
-"""What is read of the texts: token ids, which the text encoder reads anew, or the states it has made."""
+from wuerstchen.train.config import StoredTexts
 
 
 @dataclass(frozen=True)
@@ -109,6 +107,12 @@ class PreparedFeed(Dataset[tuple[int, StoredImage, list[tuple[str, str]]]]):
         self.texts: StoredTexts = texts
         self.rows = source.rows("train")
         self.plan = BucketPlan(source.bucket_ids[self.rows], batch_size, seed)
+
+    def sizes(self) -> str:
+        """How many images there are of each size, to be told."""
+        counts = np.bincount(self.plan.buckets, minlength=len(self.source.buckets))
+        pairs = zip(self.source.buckets, counts.tolist(), strict=True)
+        return ", ".join(f"{count:,} of {width}x{height}" for (width, height), count in pairs if count)
 
     @property
     def size(self) -> int:
@@ -233,11 +237,11 @@ def check_prepared(
 def refuse_prepared(stage: str, data: str, prepared_images: int = 0) -> None:
     """Raises ``UserError`` where a prepared set cannot serve: Stage A, Stage B, and a bank of pictures."""
     if stage in ("a", "b"):
-        reason = {
-            "a": "Stage A learns from pixels",
-            "b": "Stage B trains the compressor that makes them",
-        }[stage]
-        raise UserError(f"data={data} is a prepared set, which holds maps, and {reason}: give the pictures")
+        reasons = {"a": "Stage A learns from pixels", "b": "Stage B trains the compressor that makes them"}
+        raise UserError(
+            f"data={data} is a prepared set, which holds maps, and {reasons[stage]}; give the pictures, or "
+            "train c alone"
+        )
     if prepared_images:
         raise UserError(
             f"prepared_images={prepared_images} holds pictures on the device, and data={data} is a prepared "

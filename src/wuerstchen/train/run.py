@@ -1,14 +1,13 @@
-"""A whole run: the run folder, its three stages one after the other, and the model at the end.
+"""A whole run: the run folder, its stages one after the other, and the model at the end.
 
 DIR/run.json  log.jsonl  lock
-DIR/stage_{a,b,c}/{checkpoints,previews}/
-DIR/model/            the averaged weights as a model folder; appears when all three stages are done
+DIR/stage_{a,b,b2,a2,c,c2,...}/{checkpoints,previews}/    a folder for each phase that the recipe has
+DIR/model/            the averaged weights as a model folder; appears when all stages are done
 """
 
-import contextlib
+import copy
 import dataclasses
-import json
-import shutil
+import hashlib
 import tempfile
 import time
 import warnings
@@ -17,54 +16,63 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from filelock import FileLock, Timeout
 from torch import nn
 
+from wuerstchen.checkpoints.average import weighted_average
 from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
-from wuerstchen.checkpoints.native import FORMAT, Provenance, migrate, write_cascade
-from wuerstchen.checkpoints.text_encoder import read_text_encoder
+from wuerstchen.checkpoints.native import Provenance, write_parts
 from wuerstchen.checkpoints.weights import write_json
 from wuerstchen.data.emoji import EmojiSource, sample_root
 from wuerstchen.data.folder import FolderSource
 from wuerstchen.data.plan import stable_hash
+from wuerstchen.data.prepared import PreparedSet, is_prepared
 from wuerstchen.data.sources import Source
 from wuerstchen.errors import RunFolderError, UserError
-from wuerstchen.models.cascade import PUBLISHED_MAP, Cascade, MapStatistics
+from wuerstchen.models.cascade import PUBLISHED_MAP, Cascade, CascadeSettings, MapStatistics
 from wuerstchen.models.compressor import Compressor
 from wuerstchen.models.decoder import Decoder
 from wuerstchen.models.efficientnet import EfficientNetLite
 from wuerstchen.models.previewer import Previewer
 from wuerstchen.models.prior import Prior
-from wuerstchen.models.text import PromptTooLongWarning, TextEncoder
+from wuerstchen.models.text import PromptTooLongWarning
 from wuerstchen.models.vqgan import VQGAN
-from wuerstchen.pipeline import BUNDLED, default_device
+from wuerstchen.pipeline import default_device
 from wuerstchen.train.bank import Bank, compose
-from wuerstchen.train.config import Recipe, as_dict, differing_fields
-from wuerstchen.train.feed import Batch, Feed, batches
+from wuerstchen.train.config import Phase, Recipe, StageBConfig, StageCConfig, as_dict, phases_of
+from wuerstchen.train.feed import Batch, Feed, batch_sizes, batches
+from wuerstchen.train.folder import check_run, locked, read_json
 from wuerstchen.train.loop import Settings, rehearse, run_stage
 from wuerstchen.train.parallel import Processes, distributed
+from wuerstchen.train.prepared_feed import (
+    HeldOutMaps,
+    PreparedFeed,
+    check_prepared,
+    refuse_prepared,
+    some_maps,
+)
 from wuerstchen.train.snapshot import read_averages
 from wuerstchen.train.stage_a import StageA, StageARefinement
 from wuerstchen.train.stage_b import DecoderAndCompressor, StageB, StageBRefinement
-from wuerstchen.train.stage_c import StageC, measure_map
+from wuerstchen.train.stage_c import StageC, measure_map, measure_stored_maps
 from wuerstchen.train.stages import Stage, cascade_settings
+from wuerstchen.train.start import STAGE_OF, Start, fill_compressor, read_start
 from wuerstchen.train.track import Log, check_tensorboard
 from wuerstchen.train.validate import Denoising, HeldOut, Validation, held_out
 from wuerstchen.train.watch import Watch, begin, say_cost, say_costs_to_come
 
 N = TypeVar("N", bound=nn.Module)
-TEXT_ENCODER = BUNDLED / "text_encoder"
 CENTRED = 0.7  # of the emoji pictures: what a prompt without a place should give is a subject in the middle
 
 
-def open_source(data: str) -> Source:
-    """The data set that a recipe names: the sample, a built emoji set, or a folder with captions."""
+def open_source(data: str) -> Source | PreparedSet:
+    """The data set that a recipe names: the sample, a built emoji set, a prepared set, or a folder with
+    captions."""
     if data == "sample":
         return EmojiSource(sample_root(), split="train", centred=CENTRED)
     root = Path(data)
     if (root / "index.jsonl").is_file():
         return EmojiSource(root, split="train", centred=CENTRED)
-    return FolderSource(root, split="train")
+    return PreparedSet(root) if is_prepared(root) else FolderSource(root, split="train")
 
 
 def train(
@@ -93,23 +101,19 @@ def _train(
     recipe: Recipe, run_dir: Path, processes: Processes, accept_changed_data: bool, watch: Watch
 ) -> Path:
     recipe = _resolved(recipe, processes)
-    source = open_source(recipe.data)
-    largest = max(s.optimization.batch_size for s in (recipe.stage_a, recipe.stage_b, recipe.stage_c))
-    if len(source) < largest and not recipe.prepared_images:
-        raise UserError(
-            f"{recipe.data} has {len(source)} images, fewer than a batch of {largest}; use a smaller "
-            "batch_size or more images"
-        )
-    text_encoder = read_text_encoder(TEXT_ENCODER)
-    _check_text_width(recipe, text_encoder.width)
-    with _locked(run_dir, processes), warnings.catch_warnings():
+    sources = _open_sources(recipe)
+    start = read_start(recipe)
+    recipe = start.resolved(recipe)
+    with locked(run_dir, processes), warnings.catch_warnings():
         # Captions longer than the encoder reads are cut; a line for each would bury everything else.
         warnings.simplefilter("ignore", PromptTooLongWarning)
         try:
             log = Log(run_dir / "log.jsonl", processes.leads, tensorboard=watch.tensorboard)
-            run = _Run(recipe, run_dir, source, text_encoder, processes, log)
+            run = _Run(recipe, run_dir, sources, start, processes, log)
             run.check_compressor_weights()
-            run.fingerprint = _check_run(recipe, run_dir, source, log, accept_changed_data, processes)
+            run.check_prepared_sets()
+            run.fingerprint, weights = _fingerprint(sources), start.fingerprint()
+            check_run(recipe, run_dir, run.fingerprint, weights, log, accept_changed_data, processes)
             if processes.leads:
                 begin(log, watch)
                 # Alone: what one process's rate says of many is left open.
@@ -151,87 +155,45 @@ def _resolved(recipe: Recipe, processes: Processes) -> Recipe:
     return recipe
 
 
-def _check_text_width(recipe: Recipe, width: int) -> None:
-    for name, value in (
-        ("prior.c_cond", recipe.prior.c_cond),
-        ("decoder.clip_embd", recipe.decoder.clip_embd),
-    ):
-        if value not in (width, None):
-            raise UserError(f"{name}={value} is not the width of the text encoder's states; use {width}")
+def _phases(recipe: Recipe) -> list[Phase]:
+    """Those of all stages that are trained."""
+    found = []
+    if "a" in recipe.stages:
+        found.append(Phase(optimization=recipe.stage_a.optimization))
+    for stage, config in (("b", recipe.stage_b), ("c", recipe.stage_c)):
+        found += phases_of(config) if stage in recipe.stages else ()
+    return found
 
 
-@contextlib.contextmanager
-def _locked(run_dir: Path, processes: Processes) -> Iterator[None]:
-    """Keeps other runs out of the run folder. The lock goes with the process, however it ends."""
-    if not processes.leads:
-        processes.wait()  # for the lock and the cleaning below
-        yield
-        return
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(run_dir / "lock").acquire(timeout=0)
-    except Timeout as error:
-        raise RunFolderError(
-            f"{run_dir} is in use by another process; wait for it, or use another --run-dir"
-        ) from error
-    except OSError as error:
-        raise RunFolderError(
-            f"{run_dir} cannot be written ({error.strerror}); use another --run-dir"
-        ) from error
-    with lock:
-        for partial in (*run_dir.glob("stage_*/checkpoints/.*.partial"), *run_dir.glob(".model.*")):
-            shutil.rmtree(partial, ignore_errors=True)  # what kills left half-written
-        processes.wait()
-        yield
-
-
-def _check_run(
-    recipe: Recipe,
-    run_dir: Path,
-    source: Source,
-    log: Log,
-    accept_changed_data: bool,
-    processes: Processes,
-) -> str:
-    """Compares what the folder was begun with and what is asked now; begins it if it is new."""
-    path = run_dir / "run.json"
-    given, data = as_dict(recipe), source.fingerprint()
-    if not processes.leads:
-        return data
-    if not path.exists():
-        if any(run_dir.glob("stage_*")):
-            raise RunFolderError(f"{run_dir} holds stages but no run.json; use another --run-dir")
-        write_json(path, {"format": FORMAT, "recipe": given, "data": data})
-        return data
-    stored = migrate(_read_json(path), path)
-    if not (isinstance(stored.get("recipe"), dict) and isinstance(stored.get("data"), str)):
-        raise RunFolderError(f"{path} names no recipe and data; use another --run-dir")
-    differing = differing_fields(stored["recipe"], given)
-    if differing:
-        raise RunFolderError(
-            f"{run_dir} belongs to another recipe: {', '.join(differing)} differ; use the same settings or "
-            "another --run-dir"
-        )
-    if stored["data"] != data:
-        if not accept_changed_data:
-            raise RunFolderError(
-                f"the data in {recipe.data} have changed since {run_dir} was begun; put them back, or give "
-                "--accept-changed-data"
+def _open_sources(recipe: Recipe) -> dict[str, Source | PreparedSet]:
+    """The data sets of all phases, by the name that the recipe gives them. Refuses what they cannot serve."""
+    sources: dict[str, Source | PreparedSet] = {}
+    for phase in sorted(_phases(recipe), key=lambda phase: -phase.optimization.batch_size):
+        data, batch_size = phase.data or recipe.data, phase.optimization.batch_size
+        source = sources[data] = sources.get(data) or open_source(data)
+        if len(source) < batch_size and not recipe.prepared_images:
+            raise UserError(
+                f"{data} has {len(source)} images, fewer than a batch of {batch_size}; use a smaller "
+                "batch_size or more images"
             )
-        log.event("accepted changed data", before=stored["data"], now=data)
-        write_json(path, {**stored, "data": data})
-    return data
+        if phase.max_ratio > 1 and isinstance(source, EmojiSource):
+            raise UserError(
+                f"max_ratio={phase.max_ratio} needs photographs: emoji are composed as squares; use 1"
+            )
+        if isinstance(source, PreparedSet):
+            for stage in recipe.stages:
+                refuse_prepared(stage, data, recipe.prepared_images)
+    if recipe.stored_texts == "states" and not any(isinstance(s, PreparedSet) for s in sources.values()):
+        raise UserError(
+            f"stored_texts=states needs a prepared set, and data={recipe.data} is none; use tokens"
+        )
+    return sources
 
 
-def _read_json(path: Path, fix: str = "use another --run-dir") -> dict[str, Any]:
-    """A file that this run wrote."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("it holds no object")
-        return content
-    except ValueError as error:
-        raise RunFolderError(f"{path} cannot be read ({error}); {fix}") from error
+def _fingerprint(sources: dict[str, Source | PreparedSet]) -> str:
+    """Of all data: that of the only set, or one of all of them."""
+    found = list(dict.fromkeys(source.fingerprint() for source in sources.values()))
+    return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
 
 
 class _Run:
@@ -241,62 +203,31 @@ class _Run:
         self,
         recipe: Recipe,
         run_dir: Path,
-        source: Source,
-        text_encoder: TextEncoder,
+        sources: dict[str, Source | PreparedSet],
+        start: Start,
         processes: Processes,
         log: Log,
     ) -> None:
         self.recipe = recipe
         self.processes = processes
         self.run_dir = run_dir
-        self.source = source
+        self.sources = sources
         self.fingerprint = ""
         self.device = processes.device
         self.log = log
-        self.text_encoder = text_encoder.to(self.device)
-        self._bank: Bank | None = None
-        self._looked = False
-        self._held_out: HeldOut | None = None
-        self.settings = Settings(
-            seed=recipe.seed,
-            autocast=recipe.precision == "bf16",
-            compiles=recipe.acceleration in ("compile", "graph"),
-            records=recipe.acceleration == "graph",
-            workers=recipe.workers,
-            checkpoint_seconds=recipe.checkpoint_seconds,
-            log_every=recipe.log_every,
-            preview_every=recipe.preview_every,
-            preview_size=recipe.image_size,
-            previews=min(8, len(source)),
-        )
+        self.start = start
+        self.parts = dataclasses.replace(start.parts)
+        for network in self.parts.networks().values():
+            network.to(self.device).eval()
+        self._bank: tuple[tuple[str, int], Bank] | None = None
+        self._held_out: dict[tuple[str, int], HeldOut | HeldOutMaps | None] = {}
 
     def train(self) -> Path:
         began = time.monotonic()
-        vqgan = self.stage_a()
-        decoder, compressor, previewer = self.stage_b(vqgan)
-        vqgan = self.stage_a_refined(vqgan, decoder, compressor)
-        prior, statistics = self.stage_c(vqgan, decoder, compressor)
+        self.train_stages()
         target = self.run_dir / "model"
         if self.processes.leads and not (target / "model.json").exists():
-            cascade = Cascade(
-                settings=cascade_settings(self.recipe, statistics),
-                vqgan=vqgan,
-                decoder=decoder,
-                compressor=compressor,
-                prior=prior,
-                previewer=previewer,
-            )
-            b = self.recipe.stage_b.optimization.images
-            c = self.recipe.stage_c.optimization.images + self.recipe.stage_c.refine_images
-            a = self.recipe.stage_a.optimization.images + self.recipe.stage_a.refine_images
-            provenance = {
-                "vqgan": self.provenance(a),
-                "decoder": self.provenance(b + self.recipe.stage_b.refine_images),
-                "compressor": self.provenance(b),
-                "prior": self.provenance(c),
-                "previewer": self.provenance(b + self.recipe.stage_b.refine_images),
-            }
-            write_cascade(cascade, target, provenance, text_encoder=TEXT_ENCODER)
+            self.write_model(target)
         self.processes.wait()
         if not self.processes.leads:
             return target
@@ -307,29 +238,78 @@ class _Run:
         self.log.event("end", seconds=round(time.monotonic() - began, 1))
         return target
 
+    def train_stages(self) -> None:
+        stages = self.recipe.stages
+        if "a" in stages:
+            self.stage_a()
+        if "b" in stages:
+            self.stage_b()
+        if "a" in stages and self.recipe.stage_a.refine_images:
+            self.stage_a_refined()
+        if "c" in stages:
+            self.stage_c()
+
+    def write_model(self, target: Path) -> None:
+        recipe, a, b, c = self.recipe, self.recipe.stage_a, self.recipe.stage_b, self.recipe.stage_c
+        images = {
+            "vqgan": a.optimization.images + a.refine_images,
+            "decoder": b.images + b.refine_images,
+            "compressor": b.images,
+            "previewer": b.images + b.refine_images,
+            "prior": c.images,
+        }
+        provenance = {
+            name: self.provenance(images[name]) if stage in recipe.stages else self.start.provenance[name]
+            for name, stage in STAGE_OF.items()
+            if getattr(self.parts, name) is not None
+        }
+        if self.processes.leads and self.start.left_out:
+            lost = " and ".join(self.start.left_out)
+            print(f"{lost} of {recipe.start} would not fit what was trained, and the model is without it")
+        networks = self.parts.networks()
+        write_parts(
+            self.settings_of_model(), networks, target, provenance, text_encoder=self.start.text_folder
+        )
+
+    def settings_of_model(self, image_size: int | None = None) -> CascadeSettings:
+        """Those of the parts as they are, with another picture size by choice."""
+        settings = cascade_settings(self.recipe, self.statistics(), self.start.settings)
+        return dataclasses.replace(settings, image_size=image_size or settings.image_size)
+
+    def statistics(self) -> MapStatistics:
+        """How Stage C's map is normalised: as its weights are used to, or as it was measured."""
+        if self.start.parts.prior is not None:
+            assert self.start.settings is not None
+            return self.start.settings.map_statistics
+        return self.map_statistics() if "c" in self.recipe.stages else PUBLISHED_MAP
+
     def rehearse(self) -> None:
-        """Measures what an image costs in each stage, with networks that are thrown away."""
+        """Measures what an image costs in each phase, with networks that are thrown away."""
         with tempfile.TemporaryDirectory() as folder:
             rehearsal = _Rehearsal(
-                self.recipe, Path(folder), self.source, self.text_encoder, self.processes, self.log
+                self.recipe, Path(folder), self.sources, self.start, self.processes, self.log
             )
-            vqgan = rehearsal.stage_a()
-            decoder, compressor, _ = rehearsal.stage_b(vqgan)
-            vqgan = rehearsal.stage_a_refined(vqgan, decoder, compressor)
-            rehearsal.stage_c(vqgan, decoder, compressor)
+            rehearsal.train_stages()
         self._bank = rehearsal._bank
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def stage_a(self) -> VQGAN:
+    def stage_a(self) -> None:
         config = self.recipe.stage_a
         self.seed_weights("a")
-        final = self.run_stage(StageA(config, VQGAN(self.recipe.vqgan), self.perceptual()))
+        network, begins = VQGAN(self.recipe.vqgan), self.start.parts.vqgan
+        if begins is not None:
+            network = copy.deepcopy(begins).requires_grad_(True)
+        shape = network.config
+        final = self.run_stage(
+            StageA(config, network, self.perceptual(), keeps_codes=begins is not None),
+            Phase(optimization=config.optimization, image_size=config.image_size),
+        )
         # Into a network of its own: the one that was trained may be compiled.
-        trained = self.averaged(VQGAN(self.recipe.vqgan), final, "vqgan")
+        trained = self.averaged(VQGAN(shape), final, "vqgan")
         if config.measure_scale:
             trained.config = dataclasses.replace(trained.config, scale_factor=self.latent_scale(trained))
-        return trained
+        self.parts.vqgan = trained
 
     def perceptual(self) -> EfficientNetLite | None:
         """The network of Stage A's perceptual loss."""
@@ -339,113 +319,158 @@ class _Run:
         load_backbone(network, lite0_path())
         return network.to(self.device)
 
-    def stage_a_refined(self, vqgan: VQGAN, decoder: Decoder, compressor: Compressor) -> VQGAN:
-        """Stage A after its second phase, if the recipe has one."""
-        config = self.recipe.stage_a
-        if not config.refine_images:
-            return vqgan
+    def stage_a_refined(self) -> None:
+        """The second phase of Stage A."""
+        config, vqgan, parts = self.recipe.stage_a, self.parts.vqgan, self.parts
+        assert vqgan is not None
         self.seed_weights("a2")
         frozen = Cascade(
             settings=cascade_settings(self.recipe, PUBLISHED_MAP),
             vqgan=vqgan,
-            decoder=decoder,
-            compressor=compressor,
+            decoder=self.decoder(),
+            compressor=parts.compressor,
         )
-        stage = StageARefinement(config, vqgan, self.perceptual(), frozen, self.text_encoder)
-        final = self.run_stage(stage)
+        text = parts.text_encoder_of_decoder()
+        stage = StageARefinement(config, vqgan, self.perceptual(), frozen, text, self.recipe)
+        final = self.run_stage(stage, Phase(optimization=stage.optimization, image_size=config.image_size))
         # Into a network of its own: the one that was trained may be compiled.
         refined = VQGAN(vqgan.config)
         refined.load_state_dict(vqgan.state_dict())
         self.averaged(refined.decoder_half(), final, "decoder_half")
-        return refined.to(self.device).eval().requires_grad_(False)
+        parts.vqgan = refined.to(self.device).eval().requires_grad_(False)
+
+    def decoder(self) -> Decoder:
+        """Stage B's, which is v2's where it is trained."""
+        assert isinstance(self.parts.decoder, Decoder)
+        return self.parts.decoder
 
     def latent_scale(self, vqgan: VQGAN) -> float:
         """The latents' standard deviation, measured once, which becomes their scale factor."""
 
         def measure() -> dict[str, Any]:
-            z = torch.cat([vqgan.embed(b.pixels(self.device)) for b in self.some_images("latents")])
+            size = self.recipe.stage_a.image_size or self.recipe.image_size
+            z = torch.cat([vqgan.embed(b.pixels(self.device)) for b in self.some_images("latents", size)])
             return {"scale_factor": round(float(z.cpu().double().std()), 6)}
 
         return self.measured_once("stage_a", measure)["scale_factor"]
 
-    def stage_b(self, vqgan: VQGAN) -> tuple[Decoder, Compressor, Previewer]:
-        recipe, config = self.recipe, self.recipe.stage_b
+    def stage_b(self) -> None:
+        recipe, config, vqgan, given = self.recipe, self.recipe.stage_b, self.parts.vqgan, self.start.parts
+        assert vqgan is not None
         self.seed_weights("b")
         compressor = Compressor(recipe.compressor)
-        if self.begins("b"):
-            load_backbone(compressor.backbone, self.compressor_weights())
-        compressor.freeze_early_layers(config.frozen_stride)
+        if given.compressor is not None:
+            compressor.load_state_dict(given.compressor.state_dict())
+        elif self.begins("b"):
+            fill_compressor(recipe, compressor)
         decoder, previewer = Decoder(recipe.decoder), Previewer(recipe.previewer)
-        parts = (vqgan, decoder, compressor, previewer, self.text_encoder, recipe)
-        final = self.run_stage(StageB(config, *parts))
-        both = self.averaged(
-            DecoderAndCompressor(Decoder(recipe.decoder), Compressor(recipe.compressor)),
-            final,
-            "decoder_and_compressor",
-        )
-        decoder, compressor = both.decoder, both.compressor
-        previewer = self.averaged(Previewer(recipe.previewer), final, "previewer")
+        for network, begins in ((decoder, given.decoder), (previewer, given.previewer)):
+            if begins is not None:
+                network.load_state_dict(begins.state_dict())
+        text = self.parts.text_encoder_of_decoder()
+        phase = Phase(optimization=config.optimization)
+        for name, phase in _named("b", config):
+            for network in (decoder, compressor, previewer):
+                network.requires_grad_(True)
+            compressor.freeze_early_layers(config.frozen_stride)
+            networks = (vqgan, decoder, compressor, previewer, text, recipe)
+            stage = StageB(config, *networks, name=name, optimization=phase.optimization)
+            final = self.run_stage(stage, phase)
+            both = self.averaged(
+                DecoderAndCompressor(Decoder(recipe.decoder), Compressor(recipe.compressor)),
+                final,
+                "decoder_and_compressor",
+            )
+            decoder, compressor = both.decoder, both.compressor
+            previewer = self.averaged(Previewer(recipe.previewer), final, "previewer")
         if config.refine_images:
             for network in (decoder, previewer):
                 network.requires_grad_(True)
-            parts = (vqgan, decoder, compressor, previewer, self.text_encoder, recipe)
-            final = self.run_stage(StageBRefinement(config, *parts))
+            networks = (vqgan, decoder, compressor, previewer, text, recipe)
+            refinement = StageBRefinement(config, *networks, name=f"b{len(config.phases) + 2}")
+            final = self.run_stage(
+                refinement, dataclasses.replace(phase, optimization=refinement.optimization)
+            )
             decoder = self.averaged(Decoder(recipe.decoder), final, "decoder")
             previewer = self.averaged(Previewer(recipe.previewer), final, "previewer")
-        return decoder, compressor, previewer
+        self.parts.decoder, self.parts.compressor, self.parts.previewer = decoder, compressor, previewer
 
     def begins(self, stage: str) -> bool:
         """Whether a stage starts from nothing, as opposed to from a checkpoint of its own."""
         return not any((self.run_dir / f"stage_{stage}" / "checkpoints").glob("[0-9]*"))
 
     def check_compressor_weights(self) -> None:
-        """Reads the backbone's weights once before anything is trained: Stage B may be hours away."""
-        if self.begins("b"):
-            load_backbone(Compressor(self.recipe.compressor).backbone, self.compressor_weights())
+        """Reads the compressor's weights once before anything is trained: Stage B may be hours away."""
+        if "b" in self.recipe.stages and self.start.parts.compressor is None and self.begins("b"):
+            fill_compressor(self.recipe, Compressor(self.recipe.compressor))
 
-    def compressor_weights(self) -> Path:
-        """The file that the compressor's backbone starts from."""
-        named, backbone = self.recipe.stage_b.compressor_init, self.recipe.compressor.backbone
-        if named:
-            return Path(named)
-        if backbone != "efficientnet_lite0":
-            raise UserError(
-                f"{backbone} needs pretrained weights to start from; give --compressor-init FILE, "
-                "torchvision's .pth or timm's .safetensors"
+    def check_prepared_sets(self) -> None:
+        """Refuses prepared sets that were made with other networks, or that a phase cannot read as it is."""
+        recipe, parts = self.recipe, self.parts
+        for phase in phases_of(recipe.stage_c) if "c" in recipe.stages else ():
+            source, optimization = self.sources[phase.data or recipe.data], phase.optimization
+            if not isinstance(source, PreparedSet):
+                continue
+            assert parts.compressor is not None
+            assert parts.text_encoder is not None
+            check_prepared(
+                source,
+                compressor=parts.compressor,
+                text_encoder=parts.text_encoder,
+                view_scale=(self.start.settings or CascadeSettings()).view_scale,
+                image_size=phase.image_size or recipe.image_size,
+                texts=recipe.stored_texts,
+                text_positions=recipe.text_positions,
             )
-        return lite0_path()
+            PreparedFeed(source, 0, optimization.images, optimization.batch_size)
 
-    def stage_c(self, vqgan: VQGAN, decoder: Decoder, compressor: Compressor) -> tuple[Prior, MapStatistics]:
-        recipe, config = self.recipe, self.recipe.stage_c
+    def stage_c(self) -> None:
+        recipe, config, begins = self.recipe, self.recipe.stage_c, self.start.parts.prior
         self.seed_weights("c")
         prior = Prior(recipe.prior)
-        frozen = Cascade(
-            settings=cascade_settings(recipe, PUBLISHED_MAP),
-            vqgan=vqgan,
-            decoder=decoder,
-            compressor=compressor,
-            text_encoder=self.text_encoder,
-        )
-        statistics = self.map_statistics(compressor)
-        final = self.run_stage(StageC(config, recipe, prior, frozen, statistics))
-        prior = self.averaged(Prior(recipe.prior), final, "prior")
-        if config.refine_images:
+        if begins is not None:
+            prior.load_state_dict(begins.state_dict())
+        self.parts.prior = None
+        statistics = self.statistics()
+        finals = []
+        for name, phase in _named("c", config):
             prior.requires_grad_(True)
-            final = self.run_stage(StageC(config, recipe, prior, frozen, statistics, refines=True))
-            prior = self.averaged(Prior(recipe.prior), final, "prior")
-        return prior, statistics
+            frozen = self.parts.cascade(self.settings_of_model(phase.image_size))
+            stage = StageC(
+                config, recipe, prior, frozen, statistics, name=name, optimization=phase.optimization
+            )
+            finals.append(self.run_stage(stage, phase))
+            prior = self.averaged(Prior(recipe.prior), finals[-1], "prior")
+        if config.blend < 1:
+            before = self.averaged(Prior(recipe.prior), finals[-2], "prior")
+            prior.load_state_dict(weighted_average(before.state_dict(), prior.state_dict(), config.blend))
+        self.parts.prior = prior
 
-    def map_statistics(self, compressor: Compressor) -> MapStatistics:
-        """Measured once, before Stage C."""
+    def map_statistics(self) -> MapStatistics:
+        """Measured once, before Stage C, on pictures of the model's size."""
+        compressor = self.parts.compressor
+        assert compressor is not None
 
         def measure() -> dict[str, Any]:
-            return dataclasses.asdict(measure_map(compressor, self.some_images("map"), self.device))
+            source = self.measured_source()
+            if isinstance(source, PreparedSet):
+                seed = stable_hash(self.recipe.seed, "map") >> 1
+                maps = some_maps(source, self.recipe.statistics_images, seed)
+                return dataclasses.asdict(measure_stored_maps(maps))
+            pictures = self.some_images("map", self.recipe.image_size)
+            return dataclasses.asdict(measure_map(compressor, pictures, self.device))
 
         return MapStatistics(**{k: tuple(v) for k, v in self.measured_once("stage_c", measure).items()})
 
-    def some_images(self, purpose: str) -> Iterator[Batch]:
+    def measured_source(self) -> Source | PreparedSet:
+        """What is measured on: the recipe's data, or of phases that all have others the first."""
+        return self.sources.get(self.recipe.data) or next(iter(self.sources.values()))
+
+    def some_images(self, purpose: str, size: int) -> Iterator[Batch]:
         """Training pictures to measure on, in an order of their own."""
-        feed = Feed(self.source, stable_hash(self.recipe.seed, purpose) >> 1, self.recipe.image_size, False)
+        source = self.measured_source()
+        assert not isinstance(source, PreparedSet)
+        feed = Feed(source, stable_hash(self.recipe.seed, purpose) >> 1, size, False)
         return batches(feed, 0, self.recipe.statistics_images, 16, self.recipe.workers)
 
     @torch.no_grad()
@@ -457,53 +482,98 @@ class _Run:
             write_json(path, measure())
         self.processes.wait()
         again = "remove it, and it will be measured again"
-        found = _read_json(path, again)
+        found = read_json(path, again)
         if not found:
             raise RunFolderError(f"{path} is empty; {again}")
         return found
 
-    def run_stage(self, stage: Stage) -> Path:
+    def feed(self, stage: Stage, phase: Phase, seed: int) -> Feed | PreparedFeed:
+        """The pictures of a phase, or what is stored of them."""
+        recipe, source = self.recipe, self.sources[phase.data or self.recipe.data]
+        if isinstance(source, PreparedSet):
+            optimization = phase.optimization
+            return PreparedFeed(
+                source, seed, optimization.images, optimization.batch_size, recipe.stored_texts
+            )
+        size = phase.image_size or recipe.image_size
+        # The decoder's levels need sides of latents that can be halved; Stage C sees the map alone.
+        multiple = 1 if stage.name.startswith("c") else recipe.vqgan.factor * recipe.decoder.size_multiple
+        return Feed(
+            source,
+            seed,
+            size,
+            stage.captions,
+            sizes=batch_sizes(size, phase.max_ratio, multiple),
+            batch_size=phase.optimization.batch_size,
+        )
+
+    def settings(self, feed: Feed | PreparedFeed) -> Settings:
+        """How the loop runs on a feed."""
+        recipe = self.recipe
+        return Settings(
+            seed=recipe.seed,
+            autocast=recipe.precision == "bf16",
+            compiles=recipe.acceleration in ("compile", "graph"),
+            records=recipe.acceleration == "graph",
+            workers=recipe.workers,
+            checkpoint_seconds=recipe.checkpoint_seconds,
+            log_every=recipe.log_every,
+            preview_every=recipe.preview_every,
+            preview_size=feed.size,
+            previews=min(8, len(feed.source)),
+        )
+
+    def run_stage(self, stage: Stage, phase: Phase) -> Path:
         optimization = stage.optimization
+        feed = self.feed(stage, phase, stable_hash(self.recipe.seed, stage.name, "data") >> 1)
         parameters = sum(p.numel() for n in stage.networks.values() for p in n.parameters())
         if self.processes.leads:
             times = "" if self.processes.count == 1 else f" and {self.processes.count - 1} more"
             print(
-                f"Stage {stage.name.upper()}: {optimization.images:,} images in batches of "
+                f"Stage {stage.name.upper()}: {optimization.images:,} images, {feed.size} px, in batches of "
                 f"{optimization.batch_size}, {parameters / 1e6:.1f} M parameters, on {self.device}{times}"
             )
-        seed = stable_hash(self.recipe.seed, stage.name, "data") >> 1
-        feed = Feed(self.source, seed, self.recipe.image_size, stage.captions)
+            if isinstance(feed, PreparedFeed):
+                print(f"  {phase.data or self.recipe.data} is prepared: {feed.sizes()}")
         header = {**dataclasses.asdict(self.provenance(0)), "fields": as_dict(self.recipe)}
         folder = self.run_dir / f"stage_{stage.name}"
         finished = (folder / "checkpoints" / f"{optimization.images:012d}").is_dir()
-        bank = None if finished else self.bank()
-        validation = self.validation(stage) if self.processes.leads and not finished else None
-        processes = self.processes
+        bank = None if finished else self.bank(feed, phase)
+        validation = self.validation(stage, phase) if self.processes.leads and not finished else None
+        settings, processes = self.settings(feed), self.processes
         return run_stage(
-            stage, feed, folder, self.settings, self.device, self.log, header, bank, processes, validation
+            stage, feed, folder, settings, self.device, self.log, header, bank, processes, validation
         )
 
-    def validation(self, stage: Stage) -> Validation | None:
+    def validation(self, stage: Stage, phase: Phase) -> Validation | None:
         """The loss of a diffusion stage on held-out pictures; None without any."""
         if not isinstance(stage, Denoising):
             return None
-        if not self._looked:
-            self._looked, self._held_out = True, held_out(self.recipe.data, self.recipe.image_size)
-            if self._held_out is None:
-                print(f"{self.recipe.data} holds out no pictures, so there is no validation loss")
-        if self._held_out is None:
+        data, size = key = (phase.data or self.recipe.data, phase.image_size or self.recipe.image_size)
+        if key not in self._held_out:
+            self._held_out[key] = held_out(data, size, texts=self.recipe.stored_texts)
+            if self._held_out[key] is None:
+                print(f"{data} holds out no pictures, so there is no validation loss")
+        pictures = self._held_out[key]
+        if pictures is None:
             return None
-        return Validation(stage, self._held_out, self.settings.autocast, self.device)
+        return Validation(stage, pictures, self.recipe.precision == "bf16", self.device)
 
-    def bank(self) -> Bank | None:
-        """The pictures that all stages train on, composed when a stage first needs them; None without any."""
-        if self._bank is None and self.recipe.prepared_images:
+    def bank(self, feed: Feed | PreparedFeed, phase: Phase) -> Bank | None:
+        """The pictures that stages train on, composed when one first needs them; None without any."""
+        if not self.recipe.prepared_images:
+            return None
+        assert isinstance(feed, Feed)
+        key = (phase.data or self.recipe.data, feed.size)
+        if self._bank is None or self._bank[0] != key:
+            self._bank = None  # one at a time: they are large
             seed = stable_hash(self.recipe.seed, "bank") >> 1
-            feed = Feed(self.source, seed, self.recipe.image_size, captions=True)
-            self._bank = compose(feed, self.recipe.prepared_images, self.recipe.workers, self.device)
-            for name, reason in self._bank.skipped:
+            pictures = Feed(feed.source, seed, feed.size, captions=True)
+            bank = compose(pictures, self.recipe.prepared_images, self.recipe.workers, self.device)
+            self._bank = (key, bank)
+            for name, reason in bank.skipped:
                 self.log.event("skipped", stage="bank", name=name, reason=reason)
-        return self._bank
+        return self._bank[1]
 
     def averaged(self, network: N, checkpoint: Path, name: str) -> N:
         """The network with the averaged weights of a finished stage, frozen."""
@@ -528,13 +598,19 @@ class _Run:
             print(f"{len(skipped)} images could not be read and were skipped")
 
 
-class _Rehearsal(_Run):
-    """A run of a few updates a stage. Nothing is learnt, written, or handed from stage to stage."""
+def _named(stage: str, config: StageBConfig | StageCConfig) -> Iterator[tuple[str, Phase]]:
+    """Every phase of a stage with its name: c, c2, c3 ..."""
+    for number, phase in enumerate(phases_of(config), 1):
+        yield stage if number == 1 else f"{stage}{number}", phase
 
-    def run_stage(self, stage: Stage) -> Path:
-        feed = Feed(self.source, 0, self.recipe.image_size, stage.captions)
-        bank = self.bank()
-        cost = rehearse(stage, feed, self.run_dir / "none", self.settings, self.device, bank)
+
+class _Rehearsal(_Run):
+    """A run of a few updates a phase. Nothing is learnt, written, or handed from stage to stage."""
+
+    def run_stage(self, stage: Stage, phase: Phase) -> Path:
+        feed = self.feed(stage, phase, 0)
+        bank = self.bank(feed, phase)
+        cost = rehearse(stage, feed, self.run_dir / "none", self.settings(feed), self.device, bank)
         values = {"total": stage.optimization.images, "seconds": cost.seconds, "kwh": cost.kwh}
         self.log.event("rehearsed", stage=stage.name, **values)
         return self.run_dir
@@ -545,6 +621,6 @@ class _Rehearsal(_Run):
     def latent_scale(self, vqgan: VQGAN) -> float:
         return vqgan.config.scale_factor
 
-    def map_statistics(self, compressor: Compressor) -> MapStatistics:
+    def map_statistics(self) -> MapStatistics:
         channels = self.recipe.compressor.c_latent
         return MapStatistics(mean=(0.0,) * channels, std=(1.0,) * channels)

@@ -13,10 +13,10 @@ from wuerstchen.models.compressor import compressor_input
 from wuerstchen.models.efficientnet import EfficientNetLite
 from wuerstchen.models.text import TextEncoder
 from wuerstchen.models.vqgan import VQGAN, Discriminator
-from wuerstchen.train.config import StageAConfig
+from wuerstchen.train.config import Recipe, StageAConfig
 from wuerstchen.train.feed import Batch, pixels_of
 from wuerstchen.train.random import ImageRandom
-from wuerstchen.train.stages import Inputs, Losses, refining
+from wuerstchen.train.stages import Inputs, Losses, encoded_captions, refining
 
 
 class PerceptualLoss(nn.Module):
@@ -119,11 +119,19 @@ class StageA(_Pictures):
     name = "a"
     averaged = ("vqgan",)
 
-    def __init__(self, config: StageAConfig, vqgan: VQGAN, perceptual: EfficientNetLite | None) -> None:
+    def __init__(
+        self,
+        config: StageAConfig,
+        vqgan: VQGAN,
+        perceptual: EfficientNetLite | None,
+        *,
+        keeps_codes: bool = False,
+    ) -> None:
+        """``keeps_codes``: the codebook is a trained one, and stays what it is at first."""
         super().__init__(config, vqgan, perceptual)
         self.optimization = config.optimization
         self.networks = {"vqgan": vqgan, **self.networks}
-        if config.codebook_init == "normal":
+        if config.codebook_init == "normal" and not keeps_codes:
             nn.init.normal_(vqgan.vquantizer.embedding.weight)
 
     def prepare(self, batch: Batch, device: torch.device) -> Inputs:
@@ -165,10 +173,12 @@ class StageARefinement(_Pictures):
         perceptual: EfficientNetLite | None,
         stage_b: Cascade,
         text_encoder: TextEncoder | None,
+        recipe: Recipe,
     ) -> None:
         super().__init__(config, vqgan.eval().requires_grad_(False), perceptual)
         assert stage_b.compressor is not None
         self.optimization = refining(config)
+        self.recipe = recipe
         self.decoder = stage_b.decoder.eval().requires_grad_(False)
         self.compressor = stage_b.compressor.eval().requires_grad_(False)
         self.text_encoder = text_encoder if stage_b.decoder.config.clip_embd is not None else None
@@ -181,8 +191,8 @@ class StageARefinement(_Pictures):
         latents = self.vqgan.encode(pixels).float()
         states = mask = None
         if self.text_encoder is not None:
-            text = self.text_encoder.encode(batch.captions)
-            states, mask = text.states, text.mask
+            text = encoded_captions(self.text_encoder, batch.captions, self.recipe)
+            states, mask = text["states"], text.get("mask")
         z = self.compressor(compressor_input(pixels))
         context = self.decoder.context(z, tuple(latents.shape[2:]), states, mask)
         random = ImageRandom(0, batch.indices.to(device))

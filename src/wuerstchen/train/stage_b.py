@@ -18,7 +18,7 @@ from wuerstchen.models.previewer import Previewer
 from wuerstchen.models.text import TextEncoder
 from wuerstchen.models.vqgan import VQGAN
 from wuerstchen.pipeline import Wuerstchen
-from wuerstchen.train.config import Recipe, StageBConfig
+from wuerstchen.train.config import Optimization, Recipe, StageBConfig
 from wuerstchen.train.feed import Batch, pixels_of
 from wuerstchen.train.random import ImageRandom
 from wuerstchen.train.stages import (
@@ -60,7 +60,9 @@ class _Decoding:
         self.rates = {"previewer": config.previewer_rate}
 
     def prepare_text(self, batch: Batch, device: torch.device) -> Inputs:
-        return {} if self.text_encoder is None else encoded_captions(self.text_encoder, batch.captions)
+        if self.text_encoder is None:
+            return {}
+        return encoded_captions(self.text_encoder, batch.captions, self.recipe)
 
     def disturb(self, z: Float[Tensor, "b c h w"], random: ImageRandom) -> Float[Tensor, "b c h w"]:
         """Zeroes the map of some pictures and noises that of others, so that B bears with what C draws.
@@ -118,7 +120,7 @@ class _Decoding:
         return [
             *originals,
             *stage_a,
-            *(model.reconstruct(image).image for image in originals),
+            *(model.reconstruct(image, size=image.width).image for image in originals),
             *to_images(F.interpolate(previews, size=pixels.shape[2:], mode="nearest")),
         ]
 
@@ -134,7 +136,6 @@ def previewer_loss(
 class StageB(_Decoding):
     """The latent diffusion decoder and, with it, the semantic compressor."""
 
-    name = "b"
     averaged = ("decoder_and_compressor", "previewer")
     reads_images = True
 
@@ -147,9 +148,14 @@ class StageB(_Decoding):
         previewer: Previewer,
         text_encoder: TextEncoder | None,
         recipe: Recipe,
+        *,
+        name: str = "b",
+        optimization: Optimization | None = None,
     ) -> None:
+        """``optimization`` is that of a later phase, which then has a name of its own."""
         super().__init__(config, vqgan, text_encoder, recipe)
-        self.optimization = config.optimization
+        self.name = name
+        self.optimization = optimization or config.optimization
         self.trained = DecoderAndCompressor(decoder, compressor)
         self.previewer = previewer
         self.networks: dict[str, nn.Module] = {
@@ -193,9 +199,8 @@ class StageB(_Decoding):
 
 
 class StageBRefinement(_Decoding):
-    """The second phase of Stage B: the decoder alone, on the maps of the finished compressor."""
+    """The last phase of Stage B: the decoder alone, on the maps of the finished compressor."""
 
-    name = "b2"
     averaged = ("decoder", "previewer")
     reads_images = False
 
@@ -208,7 +213,10 @@ class StageBRefinement(_Decoding):
         previewer: Previewer,
         text_encoder: TextEncoder | None,
         recipe: Recipe,
+        *,
+        name: str = "b2",
     ) -> None:
+        self.name = name
         config = dataclasses.replace(config, time_shift=config.refine_shift)
         super().__init__(config, vqgan, text_encoder, recipe)
         self.optimization = refining(config)

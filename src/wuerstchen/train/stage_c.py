@@ -1,5 +1,6 @@
 """Stage C in training: the prior on the maps of the finished compressor."""
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -14,7 +15,7 @@ from wuerstchen.models.cascade import Cascade, MapStatistics
 from wuerstchen.models.compressor import Compressor, compressor_input
 from wuerstchen.models.prior import Prior
 from wuerstchen.pipeline import Wuerstchen
-from wuerstchen.train.config import Recipe, StageCConfig
+from wuerstchen.train.config import Optimization, Recipe, StageCConfig
 from wuerstchen.train.feed import Batch
 from wuerstchen.train.prepared_feed import StoredBatch
 from wuerstchen.train.random import ImageRandom
@@ -22,17 +23,15 @@ from wuerstchen.train.stages import (
     LEAST_SPREAD,
     Inputs,
     Losses,
-    cascade_settings,
     diffusion_loss,
     encoded_captions,
-    refining,
     text_inputs,
     with_captions_dropped,
 )
 
 
 class StageC:
-    """The prior, on the frozen compressor's normalised maps. Its second phase is the same by another name."""
+    """The prior, on the frozen compressor's normalised maps. Its later phases are the same by other names."""
 
     averaged = ("prior",)
     captions = True
@@ -47,14 +46,16 @@ class StageC:
         frozen: Cascade,
         statistics: MapStatistics,
         *,
-        refines: bool = False,
+        name: str = "c",
+        optimization: Optimization | None = None,
     ) -> None:
+        """``optimization`` is that of a later phase, which then has a name of its own."""
         assert frozen.compressor is not None
         assert frozen.text_encoder is not None
-        self.name = "c2" if refines else "c"
+        self.name = name
         self.config = config
         self.recipe = recipe
-        self.optimization = refining(config) if refines else config.optimization
+        self.optimization = optimization or config.optimization
         self.prior = prior
         self.compressor = frozen.compressor.eval().requires_grad_(False)
         self.text_encoder = frozen.text_encoder
@@ -67,12 +68,13 @@ class StageC:
 
     def prepare(self, batch: Batch, device: torch.device) -> Inputs:
         z = self.compressor(compressor_input(batch.pixels(device))).float()
-        return {"x": self.statistics.normalise(z), **encoded_captions(self.text_encoder, batch.captions)}
+        text = encoded_captions(self.text_encoder, batch.captions, self.recipe)
+        return {"x": self.statistics.normalise(z), **text}
 
     def prepare_stored(self, batch: StoredBatch, device: torch.device) -> Inputs:
         """``prepare`` on what the compressor, and maybe the text encoder, have made already."""
         x = self.statistics.normalise(batch.maps.to(device).float())
-        return {"x": x, **text_inputs(batch.texts(self.text_encoder, device))}
+        return {"x": x, **text_inputs(batch.texts(self.text_encoder, device), self.recipe)}
 
     def losses(self, inputs: Inputs, random: ImageRandom) -> Losses:
         x = inputs["x"]
@@ -89,7 +91,7 @@ class StageC:
     def predict(self, averages: dict[str, nn.Module], inputs: Inputs, x: Tensor, t: Tensor) -> Tensor:
         prior = averages["prior"]
         assert isinstance(prior, Prior)
-        return prior(x, t, prior.context(inputs["states"], inputs["mask"]))
+        return prior(x, t, prior.context(inputs["states"], inputs.get("mask")))
 
     def preview(
         self, averages: dict[str, nn.Module], pixels: Tensor, device: torch.device
@@ -97,14 +99,8 @@ class StageC:
         """Pictures of the recipe's prompts, through C, B and A."""
         prior = averages["prior"]
         assert isinstance(prior, Prior)
-        cascade = Cascade(
-            settings=cascade_settings(self.recipe, self.statistics),
-            vqgan=self.frozen.vqgan,
-            decoder=self.frozen.decoder,
-            compressor=self.frozen.compressor,
-            prior=prior,
-            text_encoder=self.frozen.text_encoder,
-        )
+        settings = dataclasses.replace(self.frozen.settings, map_statistics=self.statistics)
+        cascade = dataclasses.replace(self.frozen, settings=settings, prior=prior)
         prompts = list(self.recipe.preview_prompts)
         return Wuerstchen(cascade, device).generate(prompts) if prompts else []
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, Weighting
 from wuerstchen.models.cascade import CascadeSettings, MapStatistics
 from wuerstchen.models.text import TextEncoder, TextStates
-from wuerstchen.train.config import Optimization, Recipe, StageAConfig, StageBConfig, StageCConfig
+from wuerstchen.train.config import Optimization, Recipe, StageAConfig, StageBConfig
 from wuerstchen.train.feed import Batch
 from wuerstchen.train.prepared_feed import StoredBatch
 from wuerstchen.train.random import ImageRandom
@@ -71,8 +71,8 @@ class Stage(Protocol):
         ...
 
 
-def refining(config: StageAConfig | StageBConfig | StageCConfig) -> Optimization:
-    """How the second phase of a stage learns."""
+def refining(config: StageAConfig | StageBConfig) -> Optimization:
+    """How the phase of a stage learns that refines one network alone."""
     return dataclasses.replace(
         config.optimization, images=config.refine_images, learning_rate=config.refine_rate
     )
@@ -107,33 +107,43 @@ def inputs_of(stage: Stage, batch: Batch | StoredBatch, device: torch.device) ->
     return inputs | ({"images": batch.images.to(device)} if stage.reads_images else {})
 
 
-def encoded_captions(text_encoder: TextEncoder, captions: list[str]) -> Inputs:
-    """The captions as inputs: states of (b, t, d), masks of (b, t)."""
-    return text_inputs(text_encoder.encode(captions))
+def encoded_captions(text_encoder: TextEncoder, captions: list[str], recipe: Recipe) -> Inputs:
+    """The captions as inputs: states of (b, t, d), and masks of (b, t) unless padding is attended to."""
+    return text_inputs(text_encoder.encode(captions), recipe)
 
 
-def text_inputs(encoded: TextStates) -> Inputs:
-    """Texts as inputs: states of (b, t, d), masks of (b, t)."""
-    return {"states": encoded.states.float(), "mask": encoded.mask}
+def text_inputs(encoded: TextStates, recipe: Recipe) -> Inputs:
+    """Texts as inputs, likewise."""
+    states = {"states": encoded.states.float()}
+    return states if recipe.text_positions == "all" else {**states, "mask": encoded.mask}
 
 
 def with_captions_dropped(
     empty: TextStates, inputs: Inputs, random: ImageRandom, share: float
-) -> tuple[Float[Tensor, "b t d"], Bool[Tensor, "b t"]]:
-    """The captions of ``inputs``, for a ``share`` of the pictures in place of it the states of no text."""
+) -> tuple[Float[Tensor, "b t d"], Bool[Tensor, "b t"] | None]:
+    """The captions of ``inputs``, for a ``share`` of the pictures in place of it the states of no text.
+
+    The mask is None where ``inputs`` has none.
+    """
     drop = random.uniform("caption") < share
     states = torch.where(drop[:, None, None], empty.states, inputs["states"])
+    if "mask" not in inputs:
+        return states, None
     return states, torch.where(drop[:, None], empty.mask, inputs["mask"])
 
 
-def cascade_settings(recipe: Recipe, statistics: MapStatistics) -> CascadeSettings:
-    """The settings of the model that a recipe makes."""
-    return CascadeSettings(
+def cascade_settings(
+    recipe: Recipe, statistics: MapStatistics, start: CascadeSettings | None = None
+) -> CascadeSettings:
+    """The settings of the model that a recipe makes; those that no recipe has are of the model at its
+    ``start``, if there is one."""
+    return dataclasses.replace(
+        start or CascadeSettings(),
         image_size=recipe.image_size,
         # 128 pixels are three positions of the map; the decoder's levels may need more.
         size_multiple=math.lcm(128, recipe.vqgan.factor * recipe.decoder.size_multiple),
         map_statistics=statistics,
-        text_mask=True,
+        text_mask=recipe.text_positions == "real",
         prior_steps=recipe.prior_steps,
         prior_guidance=recipe.prior_guidance,
         decoder_steps=recipe.decoder_steps,

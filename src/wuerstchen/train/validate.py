@@ -24,9 +24,9 @@ from wuerstchen.data.prepared import PreparedSet, is_prepared
 from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE
 from wuerstchen.errors import DataError
 from wuerstchen.evaluate.lists import select
-from wuerstchen.train.config import StageBConfig, StageCConfig
+from wuerstchen.train.config import StageBConfig, StageCConfig, StoredTexts
 from wuerstchen.train.feed import Batch
-from wuerstchen.train.prepared_feed import HeldOutMaps, StoredBatch, StoredTexts
+from wuerstchen.train.prepared_feed import HeldOutMaps, StoredBatch
 from wuerstchen.train.random import ImageRandom
 from wuerstchen.train.stages import Inputs, Stage, inputs_of
 

@@ -1,0 +1,71 @@
+"""A recipe's networks made smaller, with everything else derived."""
+
+import dataclasses
+from typing import Any
+
+from wuerstchen.errors import UserError
+from wuerstchen.models.decoder import DecoderConfig
+from wuerstchen.train.config import Recipe
+
+UNIT = 64
+"""Widths are multiples of this, or of the channels of an attention head; narrower ones of an eighth of it."""
+
+
+def scaled(recipe: Recipe, width: float = 1.0, depth: float = 1.0) -> Recipe:
+    """The recipe with the networks of its trained stages at a share of their width and depth, in (0, 1].
+
+    Attention heads keep their channels, and there are fewer of them. What comes from elsewhere keeps its
+    size: the compressor's backbone, text encoders, networks of a start. Raises ``UserError`` for a share that is
+    none, and where a stage that is trained starts at weights, which have a shape already.
+    """
+    for name, share in (("width", width), ("depth", depth)):
+        if not 0 < share <= 1:
+            raise UserError(f"--{name} {share} must be a share above 0 and at most 1; 1 is the full size")
+    if width == depth == 1:
+        return recipe
+    for stage in recipe.stages:
+        if recipe.start and stage not in recipe.fresh:
+            raise UserError(
+                f"--width and --depth cannot change Stage {stage.upper()}, which starts at the weights of "
+                f"{recipe.start}; leave them out, or give --fresh {stage}"
+            )
+    changes: dict[str, Any] = {}
+    if "a" in recipe.stages:
+        vqgan = recipe.vqgan
+        changes["vqgan"] = dataclasses.replace(
+            vqgan,
+            embed_dim=_width(vqgan.embed_dim, width),
+            bottleneck_blocks=_count(vqgan.bottleneck_blocks, depth),
+        )
+    if "b" in recipe.stages:
+        changes["decoder"] = _decoder(recipe.decoder, width, depth)
+    if "c" in recipe.stages:
+        prior = recipe.prior
+        head = prior.c // prior.nhead
+        c = _width(prior.c, width, head)
+        changes["prior"] = dataclasses.replace(prior, c=c, nhead=c // head, depth=_count(prior.depth, depth))
+    return dataclasses.replace(recipe, **changes)
+
+
+def _decoder(decoder: DecoderConfig, width: float, depth: float) -> DecoderConfig:
+    """Of Stage B, level by level."""
+    heads = [c // n if n > 0 else None for c, n in zip(decoder.c_hidden, decoder.nhead, strict=True)]
+    widths = [_width(c, width, head) for c, head in zip(decoder.c_hidden, heads, strict=True)]
+    return dataclasses.replace(
+        decoder,
+        c_cond=_width(decoder.c_cond, width),
+        c_hidden=tuple(widths),
+        nhead=tuple(-1 if head is None else c // head for c, head in zip(widths, heads, strict=True)),
+        blocks=tuple(_count(n, depth) for n in decoder.blocks),
+    )
+
+
+def _width(channels: int, share: float, head: int | None = None) -> int:
+    """The nearest multiple of a head's channels, or of ``UNIT``."""
+    wanted = channels * share
+    unit = head or (UNIT if wanted >= UNIT else UNIT // 8)
+    return min(channels, max(1, round(wanted / unit)) * unit)
+
+
+def _count(number: int, share: float) -> int:
+    return max(1, round(number * share))

@@ -1,0 +1,46 @@
+"""Würstchen v1 at its published size, as the original's training scripts have it."""
+
+import dataclasses
+
+from wuerstchen.models.compressor import CompressorConfig
+from wuerstchen.models.prior import PriorConfig
+from wuerstchen.recipes.v2 import CLIP_H, EMA_DECAY, v2
+from wuerstchen.train.config import Optimization, Recipe, StageCConfig
+
+
+def v1_stage_c() -> Recipe:
+    """Stage C of v1, the prior: 512×512 pixels, maps of 12×12 by the EfficientNetV2-L of v1's Stage B.
+
+    Hardware: 64 A100 of 80 GB. Time: 9,200 A100-hours (the model's card), 6 days on 64. Cost: 1,311 kg of CO2
+    (the model's card). Result: a model of v1. --start names a folder with the original's vqgan_f4_v1_500k.pt
+    and model_stage_b.pt, models/wuerstchen-v1 unless told. The map is normalised by its own statistics, where
+    the original took it as it is.
+    """
+    batch_size = 1280
+    return dataclasses.replace(
+        v2(),
+        name="v1-stage-c",
+        image_size=512,
+        stages=("c",),
+        start="models/wuerstchen-v1",
+        fresh=("c",),
+        text_encoder=CLIP_H,
+        decoder_text_encoder="",
+        text_positions="all",
+        compressor=CompressorConfig(backbone="efficientnet_v2_l"),
+        prior=PriorConfig(c_cond=1024),
+        stage_c=StageCConfig(
+            optimization=Optimization(
+                images=800_000 * batch_size,
+                batch_size=batch_size,
+                learning_rate=1e-4,
+                warmup=10_000 * batch_size,
+                weight_decay=0.01,
+                ema_decay=EMA_DECAY,
+            )
+        ),
+        prior_steps=60,
+        prior_guidance=6.0,
+        decoder_steps=8,
+        decoder_guidance=2.0,
+    )

@@ -1,0 +1,100 @@
+"""The folder of a run: one process at a time, one recipe, one data set."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from wuerstchen.checkpoints.native import FORMAT, migrate
+from wuerstchen.checkpoints.weights import write_json
+from wuerstchen.errors import RunFolderError
+from wuerstchen.train.config import Recipe, as_dict, differing_fields
+from wuerstchen.train.parallel import Processes
+from wuerstchen.train.track import Log
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path, processes: Processes) -> Iterator[None]:
+    """Keeps other runs out of the run folder. The lock goes with the process, however it ends."""
+    if not processes.leads:
+        processes.wait()  # for the lock and the cleaning below
+        yield
+        return
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(run_dir / "lock").acquire(timeout=0)
+    except Timeout as error:
+        raise RunFolderError(
+            f"{run_dir} is in use by another process; wait for it, or use another --run-dir"
+        ) from error
+    except OSError as error:
+        raise RunFolderError(
+            f"{run_dir} cannot be written ({error.strerror}); use another --run-dir"
+        ) from error
+    with lock:
+        for partial in (*run_dir.glob("stage_*/checkpoints/.*.partial"), *run_dir.glob(".model.*")):
+            shutil.rmtree(partial, ignore_errors=True)  # what kills left half-written
+        processes.wait()
+        yield
+
+
+def check_run(
+    recipe: Recipe,
+    run_dir: Path,
+    data: str,
+    start: str,
+    log: Log,
+    accept_changed_data: bool,
+    processes: Processes,
+) -> None:
+    """Compares what the folder was begun with and what is asked now; begins it if it is new.
+
+    ``data`` and ``start`` are fingerprints: of the data, and of the weights at the start, if there are any.
+    """
+    path = run_dir / "run.json"
+    given = as_dict(recipe)
+    if not processes.leads:
+        return
+    if not path.exists():
+        if any(run_dir.glob("stage_*")):
+            raise RunFolderError(f"{run_dir} holds stages but no run.json; use another --run-dir")
+        content = {"format": FORMAT, "recipe": given, "data": data}
+        write_json(path, {**content, "start": start} if start else content)
+        return
+    stored = migrate(read_json(path), path)
+    if not (isinstance(stored.get("recipe"), dict) and isinstance(stored.get("data"), str)):
+        raise RunFolderError(f"{path} names no recipe and data; use another --run-dir")
+    differing = differing_fields(stored["recipe"], given)
+    if differing:
+        raise RunFolderError(
+            f"{run_dir} belongs to another recipe: {', '.join(differing)} differ; use the same settings or "
+            "another --run-dir"
+        )
+    if stored["data"] != data:
+        if not accept_changed_data:
+            raise RunFolderError(
+                f"the data in {recipe.data} have changed since {run_dir} was begun; put them back, or give "
+                "--accept-changed-data"
+            )
+        log.event("accepted changed data", before=stored["data"], now=data)
+        write_json(path, {**stored, "data": data})
+    if stored.get("start", "") != start:
+        raise RunFolderError(
+            f"the weights in {recipe.start} have changed since {run_dir} was begun; put them back, or use "
+            "another --run-dir"
+        )
+
+
+def read_json(path: Path, fix: str = "use another --run-dir") -> dict[str, Any]:
+    """A file that this run wrote."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no object")
+        return content
+    except ValueError as error:
+        raise RunFolderError(f"{path} cannot be read ({error}); {fix}") from error

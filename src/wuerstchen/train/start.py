@@ -1,0 +1,299 @@
+"""What a run has before it trains: the networks that it starts from or leaves as they are, read once.
+
+A model at the start may be whole or not, and in any layout. What does not fit the recipe is refused here,
+before anything is trained.
+"""
+
+import dataclasses
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
+from wuerstchen.checkpoints.hub import local_folder
+from wuerstchen.checkpoints.layouts import PUBLISHED_TEXT_ENCODERS, layout_of, read_model
+from wuerstchen.checkpoints.native import Provenance, is_native_network, read_network, read_parts
+from wuerstchen.checkpoints.original import read_original
+from wuerstchen.checkpoints.text_encoder import read_text_encoder
+from wuerstchen.errors import UserError
+from wuerstchen.models.cascade import PUBLISHED_V1, Cascade, CascadeSettings
+from wuerstchen.models.compressor import Compressor
+from wuerstchen.models.decoder import Decoder
+from wuerstchen.models.paella import Paella
+from wuerstchen.models.previewer import Previewer
+from wuerstchen.models.prior import Prior
+from wuerstchen.models.text import TextEncoder
+from wuerstchen.models.vqgan import VQGAN
+from wuerstchen.pipeline import BUNDLED
+from wuerstchen.train.config import Recipe
+
+TEXT_ENCODER = BUNDLED / "text_encoder"
+STAGE_OF = {"vqgan": "a", "decoder": "b", "compressor": "b", "previewer": "b", "prior": "c"}
+"""The stage that each network is trained in."""
+_NEEDED = {"a": ("vqgan",), "b": ("decoder", "compressor"), "c": ("prior",)}
+_FREE_CONFIG = {"dropout", "scale_factor"}  # of training, and measured: no shapes
+
+
+@dataclass(kw_only=True)
+class Parts:
+    """The parts of a model that there are so far. Those that are not there are None."""
+
+    vqgan: VQGAN | None = None
+    decoder: Decoder | Paella | None = None
+    compressor: Compressor | None = None
+    previewer: Previewer | None = None
+    prior: Prior | None = None
+    text_encoder: TextEncoder | None = None
+    decoder_text_encoder: TextEncoder | None = None
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The parts that are there, by name."""
+        names = (f.name for f in dataclasses.fields(self))
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def text_encoder_of_decoder(self) -> TextEncoder | None:
+        """What Stage B reads its text with."""
+        return self.decoder_text_encoder or self.text_encoder
+
+    def cascade(self, settings: CascadeSettings) -> Cascade:
+        """The parts as a model; there must be a Stage A and B."""
+        return Cascade(settings=settings, **self.networks())  # type: ignore[arg-type]
+
+
+@dataclass(kw_only=True)
+class Start:
+    """What a run has at its start."""
+
+    settings: CascadeSettings | None = None
+    """Of the model that it starts from; None without one."""
+    parts: Parts = field(default_factory=Parts)
+    text_folder: Path | None = None
+    """Of the text encoder, where it is to be copied: only CLIP can be written."""
+    provenance: dict[str, Provenance] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    """Networks of the model that will not fit what is trained, and are not taken."""
+
+    def resolved(self, recipe: Recipe) -> Recipe:
+        """The recipe with the shapes of networks that are not trained, whose fit is thereby checked."""
+        parts, shapes = self.parts, {}
+        for name, stage in STAGE_OF.items():
+            network = getattr(parts, name)
+            if network is not None and stage not in recipe.stages and not isinstance(network, Paella):
+                shapes[name] = network.config
+        if isinstance(parts.decoder, Paella):
+            channels = parts.decoder.config.effnet_embd
+            shapes["decoder"] = dataclasses.replace(recipe.decoder, effnet_embd=channels)
+        if "b" not in recipe.stages and "previewer" not in shapes and parts.compressor is not None:
+            channels = parts.compressor.config.c_latent
+            shapes["previewer"] = dataclasses.replace(recipe.previewer, c_in=channels)
+        return dataclasses.replace(recipe, **shapes)
+
+    def fingerprint(self) -> str:
+        """A checksum of all weights, text encoders left out; empty without any."""
+        checksum, found = 0, False
+        for name, network in self.parts.networks().items():
+            if name in STAGE_OF:
+                for tensor in network.state_dict().values():
+                    found, checksum = True, zlib.crc32(tensor.detach().cpu().contiguous().numpy(), checksum)
+        return f"{checksum:08x}" if found else ""
+
+
+def read_start(recipe: Recipe) -> Start:
+    """Reads what the recipe starts from, onto the CPU, and refuses what cannot work.
+
+    Raises ``UserError`` naming the field, and ``CheckpointError`` for files that cannot be read.
+    """
+    start = Start()
+    given: dict[str, Any] = {}
+    if recipe.start:
+        folder = local_folder(recipe.start)
+        start.settings, given, start.provenance = _read_parts(folder)
+        if layout_of(folder) == "native" and "text_encoder" in given:
+            start.text_folder = folder / "text_encoder"
+    whence = Provenance(recipe=f"taken from {Path(recipe.start).name}", seed=0, images=0, data="")
+    for name, network in given.items():
+        stage = STAGE_OF.get(name)
+        if stage is None or stage in recipe.fresh:
+            continue
+        if stage > recipe.stages[-1]:
+            start.left_out += (name,)  # its input will be another
+        else:
+            setattr(start.parts, name, network.requires_grad_(False))
+            start.provenance.setdefault(name, whence)
+    _take_compressor(recipe, start)
+    _check_networks(recipe, start)
+    _take_text_encoders(recipe, start, given)
+    _check_text(recipe, start)
+    return start
+
+
+def _read_parts(path: Path) -> tuple[CascadeSettings, dict[str, Any], dict[str, Provenance]]:
+    """Settings, parts, and provenance where it is known, of a model that need not be whole."""
+    layout = layout_of(path)
+    if layout == "native":
+        return read_parts(path)
+    if layout == "original":
+        parts: dict[str, Any] = dict(read_original(path))
+        v1 = isinstance(parts.get("decoder"), Paella)
+        return (PUBLISHED_V1 if v1 else CascadeSettings()), parts, {}
+    cascade = read_model(path)
+    return cascade.settings, dict(cascade.networks()), {}
+
+
+def _take_compressor(recipe: Recipe, start: Start) -> None:
+    """The compressor of ``compressor_init`` where that is a whole one and the start has none."""
+    named = recipe.stage_b.compressor_init
+    if start.parts.compressor is None and named and "b" not in recipe.fresh and recipe.start:
+        found = _whole_compressor(named)
+        if found is not None:
+            start.parts.compressor = found.requires_grad_(False)
+            whence = Provenance(recipe=f"taken from {Path(named).name}", seed=0, images=0, data="")
+            start.provenance["compressor"] = whence
+
+
+def _whole_compressor(named: str) -> Compressor | None:
+    """A compressor with its mapper: of the original's files, or of a native file or folder. None for a file
+    of a backbone alone."""
+    path = local_folder(named)
+    if path.is_file() and path.suffix == ".safetensors":
+        found = read_network(path)[0] if is_native_network(path) else None
+    elif path.is_file() and path.suffix != ".pt":
+        found = None
+    else:
+        found = _read_parts(path)[1].get("compressor")
+        if found is None:
+            raise UserError(f"{named} holds no compressor; give --compressor-init the file of a Stage B")
+    assert found is None or isinstance(found, Compressor)
+    return found
+
+
+def fill_compressor(recipe: Recipe, compressor: Compressor) -> None:
+    """Gives a compressor the weights to start from: a whole one's, or those of its backbone."""
+    named, backbone = recipe.stage_b.compressor_init, recipe.compressor.backbone
+    if not named and backbone != "efficientnet_lite0":
+        raise UserError(
+            f"{backbone} needs pretrained weights to start from; give --compressor-init FILE, "
+            "torchvision's .pth or timm's .safetensors, or the original's file of Stage B"
+        )
+    whole = _whole_compressor(named) if named else None
+    if whole is None:
+        load_backbone(compressor.backbone, Path(named) if named else lite0_path())
+        return
+    _check_config("compressor", recipe.compressor, whole.config, named)
+    compressor.load_state_dict(whole.state_dict())
+
+
+def _check_networks(recipe: Recipe, start: Start) -> None:
+    parts = start.parts
+    for stage, names in _NEEDED.items():
+        if stage > recipe.stages[-1] or stage in recipe.fresh or not recipe.start:
+            continue
+        for name in names:
+            if getattr(parts, name) is not None:
+                continue
+            if name == "compressor":
+                fix = "name it with --compressor-init: the original's file of Stage B, or a native model"
+            elif stage in recipe.stages:
+                fix = f"train it from nothing with --fresh {stage}, or name another start"
+            else:
+                fix = f"name a start that has it, or train Stage {stage.upper()} too"
+            raise UserError(f"start={recipe.start} has no {name}; {fix}")
+    if "b" in recipe.stages and isinstance(parts.decoder, Paella):
+        raise UserError(
+            f"start={recipe.start} has v1's Stage B, on tokens, and the recipe trains v2's; give --fresh b, "
+            "or a start of v2"
+        )
+    for name, stage in STAGE_OF.items():
+        network = getattr(parts, name)
+        if network is not None and stage in recipe.stages:
+            _check_config(name, getattr(recipe, name), network.config, recipe.start)
+
+
+def _check_config(name: str, ours: object, theirs: object, source: str) -> None:
+    """Refuses shapes that are not those of the weights, naming each option that would mend it."""
+    if type(ours) is not type(theirs):
+        raise UserError(
+            f"the {name} of {source} is a {type(theirs).__name__} and the recipe's a {type(ours).__name__}; "
+            "name another start"
+        )
+    assert dataclasses.is_dataclass(theirs)
+    fields = (f.name for f in dataclasses.fields(theirs) if f.name not in _FREE_CONFIG)
+    differing = [f for f in fields if getattr(ours, f) != getattr(theirs, f)]
+    if differing:
+        found = ", ".join(f"{name}.{f}={getattr(ours, f)}" for f in differing)
+        options = " ".join(f"--{name}.{f} {_option(getattr(theirs, f))}".replace("_", "-") for f in differing)
+        raise UserError(f"{found} of the recipe is not the shape of {source}; give {options}")
+
+
+def _option(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _take_text_encoders(recipe: Recipe, start: Start, given: dict[str, Any]) -> None:
+    """Those that something reads."""
+    parts = start.parts
+    if reads_text(recipe, start):
+        if recipe.decoder_text_encoder not in ("", recipe.text_encoder):
+            parts.decoder_text_encoder = _read_text(recipe.decoder_text_encoder)[0]
+        elif not recipe.decoder_text_encoder:
+            parts.decoder_text_encoder = given.get("decoder_text_encoder")
+    alone = parts.decoder_text_encoder is not None or not reads_text(recipe, start)
+    if "c" not in recipe.stages and alone:
+        start.text_folder = None
+        return
+    if recipe.text_encoder:
+        parts.text_encoder, start.text_folder = _read_text(recipe.text_encoder)
+    elif "text_encoder" in given:
+        parts.text_encoder = given["text_encoder"]
+    else:
+        parts.text_encoder, start.text_folder = _read_text(str(TEXT_ENCODER))
+
+
+def _read_text(named: str) -> tuple[TextEncoder, Path | None]:
+    """A text encoder, and its folder where that is to be copied."""
+    folder = local_folder(named, only=("text_encoder/*", "tokenizer/*"))
+    if (folder / "text_encoder").is_dir() and not (folder / "tokenizer").is_dir():
+        folder = folder / "text_encoder"  # of a native model
+    encoder = read_text_encoder(folder)
+    return encoder, None if encoder.model.config.model_type == "clip_text_model" else folder
+
+
+def reads_text(recipe: Recipe, start: Start) -> bool:
+    """Whether Stage B of the model reads text; False if the model will have no Stage B."""
+    if "b" in recipe.stages:
+        return recipe.decoder.clip_embd is not None
+    return start.parts.decoder is not None and start.parts.decoder.config.clip_embd is not None
+
+
+def _check_text(recipe: Recipe, start: Start) -> None:
+    parts, text = start.parts, start.parts.text_encoder
+    of_decoder = parts.text_encoder_of_decoder()
+    width = recipe.decoder.clip_embd
+    if parts.decoder is not None:
+        width = parts.decoder.config.clip_embd
+    wanted = []
+    if "c" in recipe.stages and text is not None:
+        wanted.append(("prior.c_cond", recipe.prior.c_cond, text.width, "--text-encoder"))
+    if reads_text(recipe, start) and of_decoder is not None:
+        wanted.append(("decoder.clip_embd", width, of_decoder.width, "--decoder-text-encoder"))
+    for name, wants, has, option in wanted:
+        if wants != has:
+            published = PUBLISHED_TEXT_ENCODERS.get(wants or 0)
+            other = f", or another {option}" if published is None else f", or give {option} {published}"
+            raise UserError(f"{name}={wants} is not the width of the text encoder's states; use {has}{other}")
+    own = parts.decoder_text_encoder
+    if own is not None and own.model.config.model_type != "clip_text_model":
+        raise UserError("the text encoder of Stage B alone must be a CLIP; leave out decoder_text_encoder")
+    if start.settings is None:
+        return
+    learnt = "real" if start.settings.text_mask else "all"
+    reads = parts.prior is not None or (parts.decoder is not None and reads_text(recipe, start))
+    if reads and learnt != recipe.text_positions:
+        does = "attend to padding" if learnt == "all" else "have padding hidden from them"
+        raise UserError(
+            f"text_positions={recipe.text_positions} does not suit start={recipe.start}, whose networks "
+            f"{does}; use {learnt}"
+        )
