@@ -269,12 +269,12 @@ def _add_prepare(kinds: "argparse._SubParsersAction[_Parser]") -> None:
     prepare.add_argument(
         "source",
         metavar="SRC",
-        help="folder of images, of .tar shards or of .parquet files, a "
-        "pattern of them in quotes, or a name on the hub",
+        help="folder of images, of .tar shards or of .parquet files, a pattern of them in quotes, "
+        "a built emoji set, sample for the one in the package, or a name on the hub",
     )
     prepare.add_argument("out", type=Path, metavar="OUT", help="new folder")
     prepare.add_argument(
-        "--format", choices=("folder", "webdataset", "parquet", "hub"), help="of SRC, if unclear"
+        "--format", choices=("folder", "emoji", "webdataset", "parquet", "hub"), help="of SRC, if unclear"
     )
     prepare.add_argument("--split", default="train", help="of a data set on the hub (train)")
     prepare.add_argument("--image-column", metavar="NAME", help="of parquet files and the hub")

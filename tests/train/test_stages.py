@@ -22,7 +22,7 @@ from wuerstchen.train.random import ImageRandom
 from wuerstchen.train.stage_a import PerceptualLoss, StageA, StageARefinement, random_crops
 from wuerstchen.train.stage_b import StageB, StageBRefinement
 from wuerstchen.train.stage_c import StageC, measure_map
-from wuerstchen.train.stages import diffusion_loss
+from wuerstchen.train.stages import cascade_settings, diffusion_loss
 
 CPU = torch.device("cpu")
 RECIPE = tiny()
@@ -291,6 +291,18 @@ class TestStageB:
 
 class TestStageC:
     STATISTICS = MapStatistics(mean=(0.5, -1.0), std=(2.0, 3.0))
+
+    def test_padding_is_attended_to_where_the_recipe_says_so(self, small_cascade):
+        batch, losses = make_batch(128), {}
+        for positions in ("real", "all"):
+            recipe = dataclasses.replace(RECIPE, text_positions=positions)
+            stage = StageC(RECIPE.stage_c, recipe, small_cascade.prior, small_cascade, self.STATISTICS)
+            stage.prior.eval()
+            assert ("mask" in stage.prepare(batch, CPU)) == (positions == "real")
+            assert cascade_settings(recipe, self.STATISTICS).text_mask == (positions == "real")
+            with torch.no_grad():
+                losses[positions] = next(losses_of(stage, batch))[1].item()
+        assert losses["real"] != losses["all"]
 
     def make(self, small_cascade, dropout, **fields):
         config = dataclasses.replace(RECIPE.stage_c, caption_dropout=dropout, **fields)

@@ -15,8 +15,8 @@ def scaled(recipe: Recipe, width: float = 1.0, depth: float = 1.0) -> Recipe:
     """The recipe with the networks of its trained stages at a share of their width and depth, in (0, 1].
 
     Attention heads keep their channels, and there are fewer of them. What comes from elsewhere keeps its
-    size: the compressor's backbone, text encoders, networks of a start. Raises ``UserError`` for a share that is
-    none, and where a stage that is trained starts at weights, which have a shape already.
+    size: the compressor's backbone, text encoders, networks of a start. Raises ``UserError`` for a share that
+    is none, and where a stage that is trained starts at weights, which have a shape already.
     """
     for name, share in (("width", width), ("depth", depth)):
         if not 0 < share <= 1:

@@ -96,9 +96,9 @@ def v2_stage_a() -> Recipe:
     """Stage A of v2 alone: the VQGAN, on crops of 128 out of pictures of 256 pixels.
 
     Hardware: one GPU or more. Time: not told by the paper; 500,000 updates of 256 crops. Cost: the rehearsal
-    says. Result: latents four times smaller a side; start v2-stage-b from them, or from the published ones.
-    Losses as published: squared error 1, features 0.1, adversarial 0.01 after 10,000 updates. The features are
-    those of EfficientNet-Lite0: the network that the original used is not told.
+    says. Result: latents four times smaller a side, for v2-stage-b. Losses as published: squared error 1,
+    features 0.1, adversarial 0.01 after 10,000 updates. The features are those of EfficientNet-Lite0: the
+    network that the original used is not told.
     """
     return dataclasses.replace(
         v2(), name="v2-stage-a", stages=("a",), text_encoder="", decoder_text_encoder=""

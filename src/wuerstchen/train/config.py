@@ -386,10 +386,10 @@ class Recipe:
 
 
 FREE_FIELDS = frozenset(
-    {"data", "workers", "checkpoint_seconds", "log_every", "preview_every", "preview_prompts"}
+    {"data", "start", "workers", "checkpoint_seconds", "log_every", "preview_every", "preview_prompts"}
 )
-"""What may change between the starts of a run, because the result does not depend on it. ``data`` is only a
-place: what is in it has a fingerprint."""
+"""What may change between the starts of a run, because the result does not depend on it. ``data`` and
+``start`` are only places: what is in them has a fingerprint."""
 
 
 def differing_fields(stored: dict, given: dict, prefix: str = "") -> list[str]:

@@ -22,7 +22,7 @@ from wuerstchen.checkpoints.average import weighted_average
 from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
 from wuerstchen.checkpoints.native import Provenance, write_parts
 from wuerstchen.checkpoints.weights import write_json
-from wuerstchen.data.emoji import EmojiSource, sample_root
+from wuerstchen.data.emoji import CENTRED, EmojiSource, sample_root
 from wuerstchen.data.folder import FolderSource
 from wuerstchen.data.plan import stable_hash
 from wuerstchen.data.prepared import PreparedSet, is_prepared
@@ -61,7 +61,6 @@ from wuerstchen.train.validate import Denoising, HeldOut, Validation, held_out
 from wuerstchen.train.watch import Watch, begin, say_cost, say_costs_to_come
 
 N = TypeVar("N", bound=nn.Module)
-CENTRED = 0.7  # of the emoji pictures: what a prompt without a place should give is a subject in the middle
 
 
 def open_source(data: str) -> Source | PreparedSet:
@@ -112,7 +111,8 @@ def _train(
             run = _Run(recipe, run_dir, sources, start, processes, log)
             run.check_compressor_weights()
             run.check_prepared_sets()
-            run.fingerprint, weights = _fingerprint(sources), start.fingerprint()
+            run.fingerprint = _fingerprint(sources)
+            weights = start.fingerprint() if processes.leads else ""
             check_run(recipe, run_dir, run.fingerprint, weights, log, accept_changed_data, processes)
             if processes.leads:
                 begin(log, watch)
@@ -217,8 +217,9 @@ class _Run:
         self.log = log
         self.start = start
         self.parts = dataclasses.replace(start.parts)
-        for network in self.parts.networks().values():
-            network.to(self.device).eval()
+        for name, network in self.parts.networks().items():
+            if STAGE_OF.get(name) not in recipe.stages:  # others are copied, not used
+                network.to(self.device).eval()
         self._bank: tuple[tuple[str, int], Bank] | None = None
         self._held_out: dict[tuple[str, int], HeldOut | HeldOutMaps | None] = {}
 

@@ -1,0 +1,91 @@
+"""The weight average of two models: what is averaged, what stays, and which pairs are refused."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from wuerstchen.checkpoints.average import average
+from wuerstchen.checkpoints.layouts import layout_of, read_model
+from wuerstchen.checkpoints.native import Provenance, read_network, write_cascade
+from wuerstchen.cli import main
+from wuerstchen.errors import CheckpointError, UserError
+from wuerstchen.models.prior import Prior, PriorConfig
+from wuerstchen.pipeline import BUNDLED
+
+WHENCE = Provenance(recipe="test", seed=1, images=2, data="none")
+PARTS = dict.fromkeys(("vqgan", "decoder", "compressor", "prior"), WHENCE)
+
+
+@pytest.fixture
+def other(small_cascade, tmp_path):
+    """The same model with another Stage C."""
+    cascade = copy.deepcopy(small_cascade)
+    with torch.no_grad():
+        for parameter in cascade.prior.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    write_cascade(cascade, tmp_path / "other", PARTS, text_encoder=BUNDLED / "text_encoder")
+    return tmp_path / "other"
+
+
+@pytest.mark.parametrize("share", [0.5, 0.25, 0.0, 1.0])
+def test_what_differs_is_averaged_and_the_rest_stays(model_folder, other, tmp_path, share):
+    assert average(model_folder, other, tmp_path / "out", share) == ["prior"]
+    first, second, out = (read_model(path) for path in (model_folder, other, tmp_path / "out"))
+    for name, tensor in out.prior.state_dict().items():
+        a, b = (m.prior.state_dict()[name].double() for m in (first, second))
+        torch.testing.assert_close(tensor.double(), (1 - share) * a + share * b, atol=1e-6, rtol=1e-5)
+    for name in ("vqgan", "decoder", "compressor"):
+        kept = out.networks()[name].state_dict()
+        assert all(torch.equal(kept[k], t) for k, t in first.networks()[name].state_dict().items())
+    assert out.settings == first.settings
+    assert out.text_encoder.encode(["a cat"]).states.equal(first.text_encoder.encode(["a cat"]).states)
+    assert read_network(tmp_path / "out" / "prior.safetensors")[1].recipe.startswith("average of ")
+
+
+def test_any_layout_goes_in(write_published, tmp_path):
+    first = write_published(tmp_path / "one")
+    second = write_published(tmp_path / "two", 2026)
+    with pytest.raises(UserError, match="have the same weights, so there is nothing to average"):
+        average(first, second, tmp_path / "out")
+    cascade = read_model(second)
+    with torch.no_grad():
+        cascade.prior.projection.weight.add_(1.0)
+    parts = dict.fromkeys(("vqgan", "decoder", "prior"), WHENCE)
+    write_cascade(cascade, tmp_path / "native", parts)
+    assert average(first, tmp_path / "native", tmp_path / "out") == ["prior"]
+    assert layout_of(tmp_path / "out") == "native"
+    out = read_model(tmp_path / "out")
+    added = out.prior.projection.weight - read_model(first).prior.projection.weight
+    torch.testing.assert_close(added, torch.full_like(added, 0.5))
+    assert out.text_encoder.width == 16
+    assert out.decoder_text_encoder.width == 12
+
+
+def test_models_that_do_not_pair_are_refused_by_name(small_cascade, model_folder, tmp_path, capsys):
+    changes = {
+        "deeper": {"prior": Prior(PriorConfig(c_in=2, c=16, c_cond=384, c_r=8, depth=2, nhead=2))},
+        "wider": {"prior": Prior(PriorConfig(c_in=2, c=32, c_cond=384, c_r=8, depth=1, nhead=2))},
+        "without": {"prior": None},
+        "set": {"settings": dataclasses.replace(small_cascade.settings, text_mask=False)},
+    }
+    messages = {
+        "deeper": r"prior: blocks\.3\S* is missing in .* and \(.*\) in .*; average models of one shape",
+        "wider": r"prior: projection\.weight is \(16, 2, 1, 1\) in .* and \(32, 2, 1, 1\) in",
+        "without": "only one of .* has a prior; average models of the same parts",
+        "set": "text_mask is True in .* and False in",
+    }
+    for name, change in changes.items():
+        folder = tmp_path / name
+        cascade = dataclasses.replace(small_cascade, **change)
+        write_cascade(cascade, folder, PARTS, text_encoder=BUNDLED / "text_encoder")
+        with pytest.raises(UserError, match=messages[name]):
+            average(model_folder, folder, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="share 1.5 must be from 0"):
+        average(model_folder, model_folder, tmp_path / "out", 1.5)
+    with pytest.raises(CheckpointError, match="exists already"):
+        average(model_folder, model_folder, tmp_path)
+    assert main(["average", str(model_folder), str(model_folder), str(tmp_path / "out")]) == 2
+    assert "nothing to average" in capsys.readouterr().err
