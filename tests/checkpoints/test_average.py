@@ -83,7 +83,7 @@ def test_models_that_do_not_pair_are_refused_by_name(small_cascade, model_folder
         with pytest.raises(UserError, match=messages[name]):
             average(model_folder, folder, tmp_path / "out")
         assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match="share 1.5 must be from 0"):
+    with pytest.raises(UserError, match=r"share 1\.5 must be from 0"):
         average(model_folder, model_folder, tmp_path / "out", 1.5)
     with pytest.raises(CheckpointError, match="exists already"):
         average(model_folder, model_folder, tmp_path)

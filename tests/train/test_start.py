@@ -17,21 +17,23 @@ from wuerstchen.checkpoints.native import (
     write_cascade,
     write_network,
 )
+from wuerstchen.checkpoints.original import write_original
 from wuerstchen.errors import CheckpointError, RunFolderError, UserError
 from wuerstchen.models.cascade import PUBLISHED_MAP
 from wuerstchen.models.compressor import Compressor, CompressorConfig
-from wuerstchen.models.decoder import DecoderConfig
+from wuerstchen.models.decoder import Decoder, DecoderConfig
+from wuerstchen.models.paella import Paella
 from wuerstchen.models.previewer import PreviewerConfig
 from wuerstchen.models.prior import PriorConfig
 from wuerstchen.models.vqgan import VQGANConfig
 from wuerstchen.pipeline import BUNDLED
 from wuerstchen.recipes.tiny import tiny
-from wuerstchen.recipes.v2 import v2_finetune, v2_stage_c
+from wuerstchen.recipes.v2 import v2_finetune, v2_stage_b, v2_stage_c
 from wuerstchen.train import snapshot
 from wuerstchen.train.config import Optimization, Phase, StageCConfig
 from wuerstchen.train.run import train
 from wuerstchen.train.snapshot import newest, read_averages
-from wuerstchen.train.start import read_start
+from wuerstchen.train.start import fill_compressor, read_start
 
 WHENCE = Provenance(recipe="test", seed=1, images=2, data="none", licence="MIT")
 
@@ -331,15 +333,59 @@ def test_what_does_not_fit_the_start_is_refused_before_anything_is_written(
     assert not (tmp_path / "run" / "run.json").exists()
 
 
+def test_the_compressor_comes_whole_from_the_originals_file_of_stage_b(tmp_path, published):
+    decoder = DecoderConfig(
+        c_cond=8,
+        c_hidden=(8, 64),
+        nhead=(-1, 1),
+        blocks=(1, 1),
+        level_config=("CT", "CTA"),
+        inject_effnet=(False, True),
+        clip_embd=12,
+    )
+    theirs = Compressor(CompressorConfig())
+    with torch.no_grad():
+        theirs.mapper[0].weight.add_(1)
+    write_original({"decoder": Decoder(decoder), "compressor": theirs}, tmp_path)
+
+    def named(path):
+        full = v2_stage_b()
+        return dataclasses.replace(full, stage_b=dataclasses.replace(full.stage_b, compressor_init=str(path)))
+
+    ours = Compressor(CompressorConfig())
+    fill_compressor(named(tmp_path / "model_v2_stage_b.pt"), ours)
+    assert all(torch.equal(ours.state_dict()[k], t) for k, t in theirs.state_dict().items())
+    with pytest.raises(UserError, match="holds no compressor; give --compressor-init the file of a Stage B"):
+        fill_compressor(named(published), ours)
+    larger = CompressorConfig(backbone="efficientnet_v2_l")
+    other = dataclasses.replace(named(tmp_path / "model_v2_stage_b.pt"), compressor=larger)
+    with pytest.raises(
+        UserError, match=r"compressor\.backbone=efficientnet_v2_l of the recipe is not the shape"
+    ):
+        fill_compressor(other, ours)
+    for missing in ("none.pth", "weights/none.safetensors"):
+        with pytest.raises(CheckpointError, match="none"):
+            fill_compressor(named(missing), ours)
+    with pytest.raises(
+        UserError, match="efficientnet_v2_s needs pretrained weights to start from; give --comp"
+    ):
+        fill_compressor(v2_stage_b(), ours)
+
+
 def test_a_start_on_tokens_cannot_go_on_as_v2s_decoder(small_v1, tmp_path, photos):
     parts = dict.fromkeys(("vqgan", "decoder", "compressor", "prior"), WHENCE)
     write_cascade(small_v1, tmp_path / "v1", parts, text_encoder=BUNDLED / "text_encoder")
     other = recipe(tmp_path / "v1", photos, stages=("b",), fresh=())
     with pytest.raises(UserError, match="has v1's Stage B, on tokens, and the recipe trains v2's"):
         train(other, tmp_path / "run", device="cpu")
-    kept = read_start(recipe(tmp_path / "v1", photos))  # but it draws what a new Stage C makes
-    assert kept.parts.decoder is not None
-    assert kept.parts.prior is None
+    # But it draws what Stage C makes, by v1's settings.
+    goes_on = recipe(tmp_path / "v1", photos, fresh=(), stage_c=StageCConfig(optimization=learning(4)))
+    train(goes_on, tmp_path / "run", device="cpu")
+    cascade = read_cascade(tmp_path / "run" / "model")
+    assert isinstance(cascade.decoder, Paella)
+    assert cascade.settings.prior_equal_steps
+    assert cascade.settings.map_statistics == small_v1.settings.map_statistics
+    assert list((tmp_path / "run" / "stage_c" / "previews").glob("*.png"))
 
 
 def test_what_a_trained_stage_spoils_is_left_out(start, photos):
@@ -376,7 +422,7 @@ def test_phases_are_checked():
     ):
         with pytest.raises(UserError, match=message):
             dataclasses.replace(phase, **change)
-    with pytest.raises(UserError, match="blend=0.5 needs two phases"):
+    with pytest.raises(UserError, match=r"blend=0\.5 needs two phases"):
         StageCConfig(optimization=learning(), blend=0.5)
     wide = dataclasses.replace(phase, max_ratio=2.0)
     config = dataclasses.replace(tiny().stage_c, phases=(wide,))
@@ -387,7 +433,7 @@ def test_phases_are_checked():
 def test_emoji_are_squares(tmp_path):
     wide = Phase(optimization=learning(), max_ratio=2.0)
     other = dataclasses.replace(tiny(), stage_c=dataclasses.replace(tiny().stage_c, phases=(wide,)))
-    with pytest.raises(UserError, match="max_ratio=2.0 needs photographs: emoji are composed as squares"):
+    with pytest.raises(UserError, match=r"max_ratio=2\.0 needs photographs: emoji are composed as squares"):
         train(other, tmp_path / "run", device="cpu")
 
 

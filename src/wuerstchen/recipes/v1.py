@@ -13,8 +13,8 @@ def v1_stage_c() -> Recipe:
 
     Hardware: 64 A100 of 80 GB. Time: 9,200 A100-hours (the model's card), 6 days on 64. Cost: 1,311 kg of CO2
     (the model's card). Result: a model of v1. --start names a folder with the original's vqgan_f4_v1_500k.pt
-    and model_stage_b.pt, models/wuerstchen-v1 unless told. The map is normalised by its own statistics, where
-    the original took it as it is.
+    and model_stage_b.pt, data/models/wuerstchen-v1 unless told. The map is normalised by its own statistics,
+    where the original took it as it is.
     """
     batch_size = 1280
     return dataclasses.replace(
@@ -22,7 +22,7 @@ def v1_stage_c() -> Recipe:
         name="v1-stage-c",
         image_size=512,
         stages=("c",),
-        start="models/wuerstchen-v1",
+        start="data/models/wuerstchen-v1",
         fresh=("c",),
         text_encoder=CLIP_H,
         decoder_text_encoder="",

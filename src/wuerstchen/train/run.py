@@ -217,6 +217,9 @@ class _Run:
         self.log = log
         self.start = start
         self.parts = dataclasses.replace(start.parts)
+        self.statistics = PUBLISHED_MAP
+        if start.settings is not None and start.parts.prior is not None:
+            self.statistics = start.settings.map_statistics
         for name, network in self.parts.networks().items():
             if STAGE_OF.get(name) not in recipe.stages:  # others are copied, not used
                 network.to(self.device).eval()
@@ -274,15 +277,8 @@ class _Run:
 
     def settings_of_model(self, image_size: int | None = None) -> CascadeSettings:
         """Those of the parts as they are, with another picture size by choice."""
-        settings = cascade_settings(self.recipe, self.statistics(), self.start.settings)
+        settings = cascade_settings(self.recipe, self.statistics, self.start.settings)
         return dataclasses.replace(settings, image_size=image_size or settings.image_size)
-
-    def statistics(self) -> MapStatistics:
-        """How Stage C's map is normalised: as its weights are used to, or as it was measured."""
-        if self.start.parts.prior is not None:
-            assert self.start.settings is not None
-            return self.start.settings.map_statistics
-        return self.map_statistics() if "c" in self.recipe.stages else PUBLISHED_MAP
 
     def rehearse(self) -> None:
         """Measures what an image costs in each phase, with networks that are thrown away."""
@@ -432,13 +428,14 @@ class _Run:
         if begins is not None:
             prior.load_state_dict(begins.state_dict())
         self.parts.prior = None
-        statistics = self.statistics()
+        if begins is None:  # weights go on with the normalisation that they are used to
+            self.statistics = self.map_statistics()
         finals = []
         for name, phase in _named("c", config):
             prior.requires_grad_(True)
             frozen = self.parts.cascade(self.settings_of_model(phase.image_size))
             stage = StageC(
-                config, recipe, prior, frozen, statistics, name=name, optimization=phase.optimization
+                config, recipe, prior, frozen, self.statistics, name=name, optimization=phase.optimization
             )
             finals.append(self.run_stage(stage, phase))
             prior = self.averaged(Prior(recipe.prior), finals[-1], "prior")

@@ -157,13 +157,11 @@ def _take_compressor(recipe: Recipe, start: Start) -> None:
 def _whole_compressor(named: str) -> Compressor | None:
     """A compressor with its mapper: of the original's files, or of a native file or folder. None for a file
     of a backbone alone."""
-    path = local_folder(named)
-    if path.is_file() and path.suffix == ".safetensors":
+    if Path(named).suffix in (".pth", ".safetensors"):  # never a name on the hub
+        path = Path(named)
         found = read_network(path)[0] if is_native_network(path) else None
-    elif path.is_file() and path.suffix != ".pt":
-        found = None
     else:
-        found = _read_parts(path)[1].get("compressor")
+        found = _read_parts(local_folder(named))[1].get("compressor")
         if found is None:
             raise UserError(f"{named} holds no compressor; give --compressor-init the file of a Stage B")
     assert found is None or isinstance(found, Compressor)
