@@ -588,7 +588,7 @@ def _data_emoji(options: argparse.Namespace) -> int:
 
 def _data_prepare(options: argparse.Namespace) -> int:
     from wuerstchen.data.filters import Filters
-    from wuerstchen.data.prepare import PrepareConfig, Processes, prepare, read_networks, summary
+    from wuerstchen.data.prepare import PrepareConfig, Rank, prepare, read_networks, summary
     from wuerstchen.data.readers import open_reader
     from wuerstchen.pipeline import BUNDLED, default_device
 
@@ -597,7 +597,7 @@ def _data_prepare(options: argparse.Namespace) -> int:
         return {name: value for name, value in vars(options).items() if name in names}
 
     config = PrepareConfig(**{**chosen(PrepareConfig), "filters": Filters(**chosen(Filters))})
-    processes = Processes.from_environment()
+    rank = Rank.from_environment()
     device = default_device(options.device)
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
         device = default_device(f"cuda:{os.environ['LOCAL_RANK']}")
@@ -619,7 +619,7 @@ def _data_prepare(options: argparse.Namespace) -> int:
         source=options.source,
         device=device,
         workers=options.workers,
-        processes=processes,
+        rank=rank,
         announce=lambda line: print(line, file=sys.stderr),
     )
     if description is not None:

@@ -73,7 +73,7 @@ class BucketPlan:
     An epoch shows every item at most once: each bucket is shuffled and cut into batches, what is left over
     of it is dropped, and the batches of all buckets are shuffled. All of it is a function of ``(buckets,
     seed, epoch)``, so the number of the next batch is all there is to remember. ``batch_size`` counts the
-    items of all processes together; each takes its ``share``.
+    items of all processes together.
     """
 
     buckets: Int[np.ndarray, " n"]
@@ -130,17 +130,3 @@ class BucketPlan:
             start += count
         joined = np.concatenate(batches)
         return joined[generator(self.seed, epoch, "order of batches").permutation(len(joined))]
-
-
-def share(ids: Int[np.ndarray, " b"], rank: int, world_size: int) -> Int[np.ndarray, " part"]:
-    """The part of a global batch that process ``rank`` of ``world_size`` takes.
-
-    The parts are slices: one after the other they are the batch, at any number of processes.
-    """
-    if len(ids) % world_size:
-        raise UserError(
-            f"batch_size {len(ids)} is wrong because {world_size} processes cannot share it equally;"
-            f" use a multiple of {world_size}"
-        )
-    part = len(ids) // world_size
-    return ids[rank * part : (rank + 1) * part]
