@@ -3,7 +3,7 @@
     python benchmarks/prepared.py [--published] [--batch 8] [--workers 8] [--seconds 10]
 
 Three sources of the same pictures: files, whose maps and texts are made on the way; a prepared set whose
-token ids the text encoder reads on the way; and one whose stored states are read. Loading is part of the time.
+token ids the text encoder reads on the way; one whose stored states are read. Loading is part of the time.
 Without --published all networks are tiny, on whatever device there is. With it they have the published sizes
 and random weights, and pictures 1024 pixels, on a GPU, in bf16 with compiled blocks. A table, and a line of
 JSON.
