@@ -269,12 +269,12 @@ def _add_prepare(kinds: "argparse._SubParsersAction[_Parser]") -> None:
     prepare.add_argument(
         "source",
         metavar="SRC",
-        help="folder of images, of .tar shards or of .parquet files, a "
-        "pattern of them in quotes, or a name on the hub",
+        help="folder of images, of .tar shards or of .parquet files, a pattern of them in quotes, "
+        "a built emoji set, sample for the one in the package, or a name on the hub",
     )
     prepare.add_argument("out", type=Path, metavar="OUT", help="new folder")
     prepare.add_argument(
-        "--format", choices=("folder", "webdataset", "parquet", "hub"), help="of SRC, if unclear"
+        "--format", choices=("folder", "emoji", "webdataset", "parquet", "hub"), help="of SRC, if unclear"
     )
     prepare.add_argument("--split", default="train", help="of a data set on the hub (train)")
     prepare.add_argument("--image-column", metavar="NAME", help="of parquet files and the hub")
@@ -588,7 +588,7 @@ def _data_emoji(options: argparse.Namespace) -> int:
 
 def _data_prepare(options: argparse.Namespace) -> int:
     from wuerstchen.data.filters import Filters
-    from wuerstchen.data.prepare import PrepareConfig, Processes, prepare, read_networks, summary
+    from wuerstchen.data.prepare import PrepareConfig, Rank, prepare, read_networks, summary
     from wuerstchen.data.readers import open_reader
     from wuerstchen.pipeline import BUNDLED, default_device
 
@@ -597,7 +597,7 @@ def _data_prepare(options: argparse.Namespace) -> int:
         return {name: value for name, value in vars(options).items() if name in names}
 
     config = PrepareConfig(**{**chosen(PrepareConfig), "filters": Filters(**chosen(Filters))})
-    processes = Processes.from_environment()
+    rank = Rank.from_environment()
     device = default_device(options.device)
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
         device = default_device(f"cuda:{os.environ['LOCAL_RANK']}")
@@ -619,7 +619,7 @@ def _data_prepare(options: argparse.Namespace) -> int:
         source=options.source,
         device=device,
         workers=options.workers,
-        processes=processes,
+        rank=rank,
         announce=lambda line: print(line, file=sys.stderr),
     )
     if description is not None:

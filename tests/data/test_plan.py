@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from wuerstchen.data.plan import BucketPlan, crop_at, generator, item_at, share, stable_hash
+from wuerstchen.data.plan import BucketPlan, crop_at, generator, item_at, stable_hash
 from wuerstchen.errors import UserError
 
 
@@ -67,16 +67,6 @@ def test_a_batch_is_a_function_of_its_number():
     backwards = [plan.ids(i).tolist() for i in reversed(range(40))]
     assert backwards[::-1] == in_order
     assert [BucketPlan(buckets, 8, 1).ids(i).tolist() for i in range(40)] != in_order
-
-
-def test_processes_share_a_batch_by_slices():
-    ids = BucketPlan(np.zeros(50, dtype=int), 12, 0).ids(2)
-    for world_size in (1, 2, 3, 4, 12):
-        parts = [share(ids, rank, world_size) for rank in range(world_size)]
-        assert np.concatenate(parts).tolist() == ids.tolist()
-        assert {len(part) for part in parts} == {12 // world_size}
-    with pytest.raises(UserError, match=r"batch_size 12 .* 5 processes cannot share it"):
-        share(ids, 0, 5)
 
 
 @pytest.mark.parametrize("batch_size", [0, -1])

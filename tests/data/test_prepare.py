@@ -24,7 +24,7 @@ from wuerstchen.data import prepare as module
 from wuerstchen.data.buckets import bucket_of, bucket_sizes
 from wuerstchen.data.filters import Filters
 from wuerstchen.data.plan import BucketPlan
-from wuerstchen.data.prepare import Networks, PrepareConfig, Processes, prepare, read_networks, summary
+from wuerstchen.data.prepare import Networks, PrepareConfig, Rank, prepare, read_networks, summary
 from wuerstchen.data.prepared import PreparedSet, bytes_per_image, quantize_states
 from wuerstchen.data.readers import FolderReader
 from wuerstchen.errors import DataError, RunFolderError, UserError
@@ -333,21 +333,21 @@ def test_ranks_one_after_the_other(photos, tmp_path, networks, monkeypatch):
     out = tmp_path / "out"
     # Rank 0 plans, makes its share, and finds that nobody made the rest.
     with pytest.raises(RunFolderError, match="process 1 of 2 has ended, or never began"):
-        make(photos, out, networks, processes=Processes(0, 2))
-    assert make(photos, out, networks, processes=Processes(1, 2)) is None
-    assert make(photos, out, networks, processes=Processes(0, 2))
+        make(photos, out, networks, rank=Rank(0, 2))
+    assert make(photos, out, networks, rank=Rank(1, 2)) is None
+    assert make(photos, out, networks, rank=Rank(0, 2))
     assert contents(out) == contents(tmp_path / "whole")
     # One that comes late finds all done, even if it looked just before that.
-    assert make(photos, out, networks, processes=Processes(1, 2)) is None
+    assert make(photos, out, networks, rank=Rank(1, 2)) is None
     answers = iter([False])
     monkeypatch.setattr(module._Run, "finished", lambda self: next(answers, True))
-    assert make(photos, out, networks, processes=Processes(1, 2)) is None
+    assert make(photos, out, networks, rank=Rank(1, 2)) is None
     assert list(answers) == []
     monkeypatch.undo()
     monkeypatch.setattr(module, "GRACE", 0.5)
     assert contents(out) == contents(tmp_path / "whole")
     with pytest.raises(RunFolderError, match="process 0 of 2 has ended, or never began"):
-        make(photos, tmp_path / "empty", networks, processes=Processes(1, 2))
+        make(photos, tmp_path / "empty", networks, rank=Rank(1, 2))
 
 
 @pytest.mark.parametrize(("rank", "size"), [("2", "2"), ("x", "2"), ("-1", "2"), ("0", "0"), ("0", "")])
@@ -355,7 +355,7 @@ def test_ranks_that_make_no_sense(monkeypatch, rank, size):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", size)
     with pytest.raises(UserError, match="a rank is a number below the world size"):
-        Processes.from_environment()
+        Rank.from_environment()
 
 
 def test_a_folder_with_other_settings_or_another_source_is_refused(photos, tmp_path, networks):

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -13,9 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from wuerstchen.data.emoji import CENTRED, EmojiSource, sample_root
 from wuerstchen.data.filters import Tally
+from wuerstchen.data.plan import generator
 from wuerstchen.data.readers import (
     DatasetReader,
+    EmojiReader,
     FolderReader,
     Item,
     ParquetReader,
@@ -24,6 +28,7 @@ from wuerstchen.data.readers import (
     open_reader,
 )
 from wuerstchen.errors import DataError, UserError
+from wuerstchen.images import decode_image
 
 
 def picture(colour: str = "red", suffix: str = "jpeg") -> bytes:
@@ -340,3 +345,31 @@ def test_without_the_package_the_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(UserError, match=r'pip install "wuerstchen\[data\]"'):
         ParquetReader([tmp_path / "a.parquet"])
+
+
+def test_emoji_are_composed_several_times(tmp_path):
+    reader = open_reader("sample")
+    assert isinstance(reader, EmojiReader)
+    reader = EmojiReader(sample_root(), views=2)
+    items, tally = read(reader)
+    assert len(items) == 200
+    assert not tally.dropped
+    assert [item.name for item in items[:2]] == ["fluent-3d/1f604.webp:0", "fluent-3d/1f604.webp:1"]
+    pictures = [decode_image(reader.read(i.name, i.place), i.name) for i in items[:2]]
+    assert {picture.size for picture in pictures} == {(256, 256)}
+    assert np.asarray(pictures[0]).tobytes() != np.asarray(pictures[1]).tobytes()
+    # Any view can be read alone, and is what its caption was made for.
+    again = EmojiReader(sample_root(), views=2)
+    expected = EmojiSource(sample_root(), centred=CENTRED).example(0, generator(0, 1, "view"), 256)
+    assert np.array_equal(np.asarray(decode_image(again.read("x", items[1].place), "x")), expected.image)
+    assert items[1].captions == (expected.caption,)
+    assert EmojiReader(sample_root(), views=3).fingerprint() != reader.fingerprint()
+
+
+def test_a_damaged_emoji_is_skipped_counted_and_named(tmp_path):
+    shutil.copytree(sample_root(), tmp_path / "set")
+    (tmp_path / "set" / "fluent-3d" / "1f604.webp").write_bytes(b"nothing")
+    items, tally = read(EmojiReader(tmp_path / "set", views=1))
+    assert len(items) == 99
+    assert tally.dropped == {"damaged image": 1}
+    assert tally.damaged[0][0] == "fluent-3d/1f604.webp"

@@ -8,7 +8,6 @@ import torch
 
 from wuerstchen.data.plan import item_at, items_at
 from wuerstchen.errors import UserError
-from wuerstchen.recipes.tiny import tiny
 from wuerstchen.train.bank import compose
 from wuerstchen.train.feed import Feed
 from wuerstchen.train.loop import run_stage
@@ -87,14 +86,9 @@ def test_a_loss_that_is_not_finite_is_noticed_at_the_next_reading(tmp_path, toy_
     assert all(bool(p.isfinite().all()) for p in weights)
 
 
-def test_graphs_need_a_bank():
-    with pytest.raises(UserError, match="acceleration=graph needs pictures on the device; give prepared_im"):
-        dataclasses.replace(tiny(), acceleration="graph")
-
-
 @pytest.mark.gpu
 def test_recorded_updates_are_those_that_are_run_as_written(tmp_path, toy_stage, toy_source, settings):
-    """Dropout, rates that change, averages, and a last batch that is smaller."""
+    """Dropout, rates that change, averages, and a last batch that is smaller; on a bank."""
     device = torch.device("cuda")
     averages = {}
     for name, records in (("written", False), ("recorded", True)):

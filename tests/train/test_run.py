@@ -158,7 +158,7 @@ def test_watching_changes_nothing(tmp_path, monkeypatch, capsys):
     assert said.count("in all:") == 2  # before and after
     assert "in money" in said
 
-    monkeypatch.setattr("wuerstchen.train.run.held_out", lambda data, size: None)
+    monkeypatch.setattr("wuerstchen.train.run.held_out", lambda *_, **more: None)
     train(recipe, tmp_path / "alone", device="cpu")
     assert not [e for e in events(tmp_path / "alone") if e["event"] in ("rehearsed", "validation", "tariff")]
     assert final_files(tmp_path / "watched") == final_files(tmp_path / "alone")

@@ -23,6 +23,8 @@ from wuerstchen.data.colours import COLOURS, name_colours, to_lab
 from wuerstchen.data.sources import Example, Size
 from wuerstchen.errors import DataError, UserError
 
+CENTRED = 0.7
+"""Share of the pictures placed in the middle: a prompt without a place should give a subject there."""
 STYLES = ("fluent-3d", "fluent-flat", "fluent-mono", "noto", "twemoji")
 LICENSES = dict(zip(STYLES, ("MIT", "MIT", "MIT", "Apache-2.0", "CC-BY-4.0"), strict=True))
 RESOLUTION = 256

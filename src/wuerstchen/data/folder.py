@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from wuerstchen.data.plan import stable_hash
+from wuerstchen.data.plan import held_out_names
 from wuerstchen.data.sources import Example, Size
 from wuerstchen.errors import DataError
 from wuerstchen.images import open_image, resize_crop
@@ -18,10 +18,6 @@ METADATA = "metadata.jsonl"
 SUFFIXES = frozenset(
     {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"},
 )
-
-HELD_OUT_EVERY = 50
-HELD_OUT_FROM = 100
-"""One picture in 50 is held out, of folders with at least 100."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +34,7 @@ class FolderSource:
       ``caption`` may stand for ``text``, and a list holds several captions, of which ``rng`` picks one.
     - A text file beside each picture, ``cats/1.txt`` for ``cats/1.jpg``, in UTF-8: all of it is the caption.
 
-    ``split`` is ``all`` of them, ``heldout`` or the others, ``train``. Which are held out follows from each
-    picture's own name, so that adding pictures moves none from one side to the other; folders with fewer than
-    ``HELD_OUT_FROM`` pictures hold out none.
+    ``split`` is ``all`` of them, ``heldout`` (``plan.held_out_names``) or the others, ``train``.
 
     Names that begin with a dot are skipped, and folders that are links are not followed. Every name and
     caption is checked on construction, and no picture is opened. Raises ``DataError`` for whatever does not
@@ -63,7 +57,7 @@ class FolderSource:
             captions, fields = _read_metadata(self.root, images, texts)
         else:
             captions, fields = _read_text_files(self.root, images, texts), {}
-        held_out = {name for name in images if len(images) >= HELD_OUT_FROM and _held_out(name)}
+        held_out = held_out_names(images)
         chosen = {"all": set(images), "train": set(images) - held_out, "heldout": held_out}[split]
         self._items = [_Item(name, captions[name], fields.get(name, {})) for name in images if name in chosen]
 
@@ -104,10 +98,6 @@ class FolderSource:
             size = _size(self.root, item.name)
             digest.update(json.dumps([item.name, size, item.captions]).encode() + b"\n")
         return digest.hexdigest()
-
-
-def _held_out(name: str) -> bool:
-    return stable_hash("held out", name) % HELD_OUT_EVERY == 0
 
 
 def _find_files(root: Path) -> tuple[list[str], set[str]]:

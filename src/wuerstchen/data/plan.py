@@ -8,12 +8,17 @@ how many processes, changes none of it.
 
 import functools
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int
 
 from wuerstchen.errors import UserError
+
+HELD_OUT_EVERY = 50
+HELD_OUT_FROM = 100
+"""One picture in 50 is held out, of sets with at least 100."""
 
 
 def stable_hash(*parts: int | str) -> int:
@@ -45,6 +50,17 @@ def items_at(indices: range, length: int, seed: int) -> list[int]:
     return [item_at(index, length, seed) for index in indices]
 
 
+def held_out_names(names: Collection[str]) -> set[str]:
+    """Those of a set's pictures that no training sees.
+
+    Which they are follows from each picture's own name, so that adding pictures moves none from one side to
+    the other; sets of fewer than ``HELD_OUT_FROM`` hold out none.
+    """
+    if len(names) < HELD_OUT_FROM:
+        return set()
+    return {name for name in names if stable_hash("held out", name) % HELD_OUT_EVERY == 0}
+
+
 def crop_at(index: int, crops: int, seed: int) -> int:
     """Which of the ``crops`` stored crops of its item image ``index`` shows."""
     return int(generator(seed, index, "stored crop").integers(crops))
@@ -57,7 +73,7 @@ class BucketPlan:
     An epoch shows every item at most once: each bucket is shuffled and cut into batches, what is left over
     of it is dropped, and the batches of all buckets are shuffled. All of it is a function of ``(buckets,
     seed, epoch)``, so the number of the next batch is all there is to remember. ``batch_size`` counts the
-    items of all processes together; each takes its ``share``.
+    items of all processes together.
     """
 
     buckets: Int[np.ndarray, " n"]
@@ -114,17 +130,3 @@ class BucketPlan:
             start += count
         joined = np.concatenate(batches)
         return joined[generator(self.seed, epoch, "order of batches").permutation(len(joined))]
-
-
-def share(ids: Int[np.ndarray, " b"], rank: int, world_size: int) -> Int[np.ndarray, " part"]:
-    """The part of a global batch that process ``rank`` of ``world_size`` takes.
-
-    The parts are slices: one after the other they are the batch, at any number of processes.
-    """
-    if len(ids) % world_size:
-        raise UserError(
-            f"batch_size {len(ids)} is wrong because {world_size} processes cannot share it equally;"
-            f" use a multiple of {world_size}"
-        )
-    part = len(ids) // world_size
-    return ids[rank * part : (rank + 1) * part]

@@ -154,14 +154,14 @@ def read_networks(
 
 
 @dataclass(frozen=True)
-class Processes:
+class Rank:
     """Which of how many processes this is."""
 
-    rank: int = 0
+    number: int = 0
     world_size: int = 1
 
     @classmethod
-    def from_environment(cls) -> "Processes":
+    def from_environment(cls) -> "Rank":
         """As torchrun says it in RANK and WORLD_SIZE; alone without them."""
         names = ("RANK", "WORLD_SIZE")
         values = [os.environ.get(name, default) for name, default in zip(names, ("0", "1"), strict=True)]
@@ -182,7 +182,7 @@ def prepare(
     source: str = "",
     device: torch.device | None = None,
     workers: int = 0,
-    processes: Processes | None = None,
+    rank: Rank | None = None,
     announce: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any] | None:
     """Makes or finishes the prepared set ``out``, or this process' share of it.
@@ -193,30 +193,30 @@ def prepare(
     use, or not writable, and ``DataError`` if no picture is left.
     """
     out = Path(out)
-    processes = processes or Processes.from_environment()
+    rank = rank or Rank.from_environment()
     device = device or torch.device("cpu")
     run = _Run(
         reader=reader,
         out=out,
         networks=networks,
         config=config,
-        settings=_settings(reader, networks, config, processes),
+        settings=_settings(reader, networks, config, rank),
         device=device,
         workers=workers,
-        processes=processes,
+        rank=rank,
         announce=announce,
     )
     try:
         if run.finished():
             return run.done_already()
-        with _present(out, processes):
+        with _present(out, rank):
             networks.compressor.to(device)
             networks.text_encoder.to(device)
             plan = run.plan(source)
             if plan is None:
                 return run.done_already()
             run.make_shards(plan)
-            return None if processes.rank else run.finish(plan)
+            return None if rank.number else run.finish(plan)
     except OSError as error:
         raise RunFolderError(
             f"folder {str(out)!r} cannot be written ({error.strerror or error}); free some space or mend its"
@@ -248,9 +248,7 @@ def summary(description: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _settings(
-    reader: Reader, networks: Networks, config: PrepareConfig, processes: Processes
-) -> dict[str, Any]:
+def _settings(reader: Reader, networks: Networks, config: PrepareConfig, rank: Rank) -> dict[str, Any]:
     """All that the bytes of the set depend on, as JSON gives it back."""
     model, encoder = networks.settings, networks.text_encoder
     size = config.size if config.size is not None else model.image_size
@@ -259,7 +257,7 @@ def _settings(
     positions = config.text_positions or ("real" if model.text_mask else "all")
     settings = {
         # Only rank 0 reads through the source; the others find its plan.
-        "source": reader.fingerprint() if processes.rank == 0 else None,
+        "source": reader.fingerprint() if rank.number == 0 else None,
         **dataclasses.asdict(config),
         "size": size,
         "text_positions": positions,
@@ -280,7 +278,7 @@ def _settings(
 
 
 @contextlib.contextmanager
-def _present(out: Path, processes: Processes) -> Iterator[None]:
+def _present(out: Path, rank: Rank) -> Iterator[None]:
     """Holds this rank's lock, which goes with the process, however it ends."""
     allowed = {"work", "images", "texts", DESCRIPTION}
     if out.exists() and not out.is_dir():
@@ -292,12 +290,12 @@ def _present(out: Path, processes: Processes) -> Iterator[None]:
         )
     work = out / "work"
     work.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(_lock_path(work, processes.rank))
+    lock = FileLock(_lock_path(work, rank.number))
     try:
         lock.acquire(timeout=LOCK_WAIT)
     except Timeout as error:
         raise RunFolderError(
-            f"folder {str(out)!r} is in use by another process of rank {processes.rank}; wait for it to end"
+            f"folder {str(out)!r} is in use by another process of rank {rank.number}; wait for it to end"
         ) from error
     with lock:
         yield
@@ -336,7 +334,7 @@ class _Run:
     settings: dict[str, Any]
     device: torch.device
     workers: int
-    processes: Processes
+    rank: Rank
     announce: Callable[[str], None]
 
     @property
@@ -368,7 +366,7 @@ class _Run:
         description = read_description(self.out)
         self.check_same(description["settings"])
         shutil.rmtree(self.work, ignore_errors=True)
-        if self.processes.rank:
+        if self.rank.number:
             return None
         self.announce(f"{self.out} is finished already")
         return description
@@ -378,7 +376,7 @@ class _Run:
     def plan(self, source: str) -> dict[str, Any] | None:
         """The plan that is there, or a new one of rank 0; None if the set has been finished meanwhile."""
         path = self.work / "plan.json"
-        if self.processes.rank:
+        if self.rank.number:
             self._wait(path, 0)
         elif not path.exists() and not self.finished():
             self._make_plan(path, source)
@@ -465,7 +463,7 @@ class _Run:
             (table, number)
             for table in ("images", "texts")
             for number in range(plan["shards"][table])
-            if number % self.processes.world_size == self.processes.rank
+            if number % self.rank.world_size == self.rank.number
         ]
         missing = [(table, number) for table, number in mine if not self._done(table, number).exists()]
         self._announce_start(plan, len(missing), len(mine))
@@ -485,7 +483,7 @@ class _Run:
                     self._make_texts(number, bar)
 
     def _announce_start(self, plan: dict[str, Any], missing: int, mine: int) -> None:
-        if self.processes.rank:
+        if self.rank.number:
             return
         settings = self.settings
         positions = settings["text_length"]
@@ -668,7 +666,7 @@ class _Run:
         for table in ("images", "texts"):
             notes[table] = []
             for number in range(plan["shards"][table]):
-                self._wait(self._done(table, number), number % self.processes.world_size)
+                self._wait(self._done(table, number), number % self.rank.world_size)
                 note = json.loads(self._done(table, number).read_text(encoding="utf-8"))
                 check_shard(self.out / table / note["file"], note, verify=False)
                 notes[table].append(note)
@@ -740,13 +738,13 @@ class _Run:
                 last_seen = time.monotonic()
             elif time.monotonic() - last_seen > GRACE and not path.exists():
                 raise RunFolderError(
-                    f"process {author} of {self.processes.world_size} has ended, or never began, before its"
+                    f"process {author} of {self.rank.world_size} has ended, or never began, before its"
                     f" part of {str(self.out)!r} was made; start the same command again, it goes on"
                 )
             time.sleep(_POLL)
 
     def _is_alive(self, rank: int) -> bool:
-        if rank == self.processes.rank:
+        if rank == self.rank.number:
             return True
         try:
             with FileLock(_lock_path(self.work, rank)).acquire(timeout=0):

@@ -18,6 +18,7 @@ from jaxtyping import Float, Float16, Int, Int64
 from torch import nn
 
 from wuerstchen.checkpoints.weights import read_json
+from wuerstchen.data.plan import held_out_names
 from wuerstchen.data.readers import import_datasets
 from wuerstchen.errors import CheckpointError, DataError, UserError
 from wuerstchen.models.text import TextEncoder
@@ -142,6 +143,22 @@ class PreparedSet:
         """The bucket of every image: what ``BucketPlan`` reads."""
         return self._tables["images"].data.column("bucket").to_numpy().astype(np.int64)
 
+    @property
+    def image_size(self) -> int:
+        """The side that pictures were prepared for: each has about so many pixels squared."""
+        return self.description["settings"]["size"]
+
+    def rows(self, split: Literal["train", "heldout"]) -> Int64[np.ndarray, " n"]:
+        """The images that training may see, or those that it may not (``plan.held_out_names``)."""
+        names = self._tables["images"].data.column("name").to_pylist()
+        held_out = held_out_names(names)
+        return np.flatnonzero([(name in held_out) == (split == "heldout") for name in names])
+
+    def fingerprint(self) -> str:
+        """A hash of all that the set holds, from the checksums in ``prepared.json``."""
+        shards = [*self.description["images"]["shards"], *self.description["texts"]["shards"]]
+        return hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest()
+
     def size(self, index: int) -> tuple[int, int]:
         """Width and height in pixels that the image was scaled to."""
         return self.buckets[int(self.bucket_ids[index])]
@@ -236,6 +253,11 @@ class PreparedSet:
             f"image {self.name(index)!r} of prepared set {str(self.folder)!r} is wrong because {rule};"
             " prepare the set again"
         )
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether a folder is a prepared set, finished or not."""
+    return (folder / DESCRIPTION).is_file() or (folder / "work" / "plan.json").is_file()
 
 
 def read_description(folder: Path) -> dict[str, Any]:

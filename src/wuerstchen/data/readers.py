@@ -8,6 +8,7 @@ and, where it is damage, named.
 import functools
 import glob
 import hashlib
+import io
 import json
 import os
 import tarfile
@@ -17,15 +18,20 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol, runtime_checkable
 
+from PIL import Image
+
 from wuerstchen.checkpoints.hub import HUB_NAME
+from wuerstchen.data.emoji import CENTRED, EmojiSource, sample_root
 from wuerstchen.data.filters import FIELDS, Tally
 from wuerstchen.data.folder import FolderSource
+from wuerstchen.data.plan import generator
+from wuerstchen.data.sources import Example
 from wuerstchen.errors import DataError, UserError
 
 if TYPE_CHECKING:
     import datasets
 
-Format = Literal["folder", "webdataset", "parquet", "hub"]
+Format = Literal["folder", "emoji", "webdataset", "parquet", "hub"]
 TEXT_COLUMNS = ("text", "caption", "TEXT", "txt", "prompt")
 IMAGE_COLUMNS = ("image", "jpg", "png", "webp", "jpeg")
 
@@ -35,6 +41,7 @@ _MAX_IMAGE = 1 << 28  # bytes of a picture file
 _BLOCK = 512  # of a tar
 _END = 1 << 14  # bytes at either end of a file that its fingerprint reads
 _ROWS = 1024  # rows of a column read at a time
+_SIDE = 256  # of composed emoji, as large as the drawings themselves
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,8 @@ def open_reader(
     text_column: str | None = None,
 ) -> Reader:
     """The reader for ``source``: a folder of images, of ``.tar`` shards or of ``.parquet`` files, one such
-    file, a pattern of them (``shards/*.tar``), or the name of a data set on the hub.
+    file, a pattern of them (``shards/*.tar``), a built emoji set, ``sample`` for the one in the package, or
+    the name of a data set on the hub.
 
     ``format`` says which one where it cannot be told. ``split`` is of a set on the hub; the columns are of
     parquet files and of the hub. Raises ``DataError`` for what is none of these.
@@ -86,7 +94,11 @@ def open_reader(
     text = str(source)
     path = Path(source)
     if format is None:
-        if path.is_dir():
+        if text == "sample":
+            format, path = "emoji", sample_root()
+        elif (path / "index.jsonl").is_file():
+            format = "emoji"
+        elif path.is_dir():
             kinds = {suffix for suffix in (".tar", ".parquet") if any(path.glob(f"*{suffix}"))}
             if len(kinds) > 1:
                 raise DataError(
@@ -107,6 +119,8 @@ def open_reader(
             )
     if format == "folder":
         return FolderReader(path)
+    if format == "emoji":
+        return EmojiReader(path)
     if format == "webdataset":
         return TarReader(_files(text, ".tar"))
     if format == "parquet":
@@ -149,6 +163,40 @@ class FolderReader:
 
     def fingerprint(self) -> str:
         return self._source.fingerprint()
+
+
+class EmojiReader:
+    """The training part of a built emoji set, each picture composed ``views`` times, with as many captions.
+
+    What is shown is a function of the set and of the number of the view alone.
+    """
+
+    def __init__(self, root: Path, views: int = 8) -> None:
+        self.source = EmojiSource(root, split="train", centred=CENTRED)
+        self.views = views
+
+    def items(self, tally: Tally) -> Iterator[Item]:
+        for item in range(len(self.source)):
+            name = self.source.name(item)
+            for view in range(self.views):
+                try:
+                    caption = self._example(item, view).caption
+                except DataError as error:
+                    tally.damage("damaged image", name, str(error))
+                    break
+                yield Item(f"{name}:{view}", (caption,), {}, (item, view, 0))
+
+    def read(self, name: str, place: tuple[int, int, int]) -> bytes:
+        item, view, _ = place
+        file = io.BytesIO()
+        Image.fromarray(self._example(item, view).image).save(file, "PNG", compress_level=1)
+        return file.getvalue()
+
+    def fingerprint(self) -> str:
+        return f"{self.source.fingerprint()} {self.views}"
+
+    def _example(self, item: int, view: int) -> Example:
+        return self.source.example(item, generator(0, item * self.views + view, "view"), _SIDE)
 
 
 class TarReader:

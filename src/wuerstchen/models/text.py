@@ -95,7 +95,7 @@ class TextEncoder(nn.Module):
             raise UserError("prompts [] is wrong because at least one is read; give one, it may be empty")
         return self.encode_tokens(list(map(self.tokens, prompts)))
 
-    def encode_tokens(self, tokens: Sequence[Sequence[int] | Int[np.ndarray, " t"]]) -> TextStates:
+    def encode_tokens(self, tokens: Sequence[Sequence[int] | Int[np.ndarray, " _"]]) -> TextStates:
         """The states of prompts that ``tokens`` has read already, without their padding."""
         ids = torch.full((len(tokens), self.text_positions), self.pad_id)
         mask = torch.zeros((len(tokens), self.text_positions), dtype=torch.bool)

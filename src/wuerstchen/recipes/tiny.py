@@ -53,6 +53,7 @@ def tiny() -> Recipe:
             ),
         ),
         statistics_images=96,
+        acceleration="none",
         preview_prompts=(
             "a 3D render of a cat",
             "a flat drawing of a red car",

@@ -80,6 +80,7 @@ def v1_stage_c() -> Recipe:
                 warmup=10_000 * batch_size,
                 weight_decay=0.01,
                 ema_decay=EMA_DECAY,
+                ema_every=100,
             )
         ),
         prior_steps=60,

@@ -74,7 +74,8 @@ class Phase:
     image_size: int | None = None
     """Side of the pictures in pixels; None for the recipe's."""
     max_ratio: float = 1.0
-    """Each batch is square or, as likely, so many times wider than high, or higher than wide; 1 is square."""
+    """Each batch is square or, as likely, so many times wider than high, or higher than wide; 1 is square.
+    A prepared set has sizes of its own."""
     data: str = ""
     """Another data set than the recipe's; empty for the recipe's."""
 
@@ -242,6 +243,7 @@ def phases_of(config: StageBConfig | StageCConfig) -> tuple[Phase, ...]:
     return (Phase(optimization=config.optimization, image_size=config.image_size), *config.phases)
 
 
+StoredTexts = Literal["tokens", "states"]
 StageName = Literal["a", "b", "c"]
 
 
@@ -251,7 +253,8 @@ class Recipe:
 
     name: str
     data: str
-    """``sample`` for the sample in the package, or a folder: a built emoji set, or images with captions."""
+    """``sample`` for the sample in the package, or a folder: a built emoji set, images with captions, or for
+    Stage C alone a prepared set."""
     image_size: int
     """Side of the pictures that the model draws, in pixels, a multiple of 128. Stages are trained on this
     size where they name no other."""
@@ -270,6 +273,9 @@ class Recipe:
     text_positions: Literal["real", "all"] = "real"
     """Which states of a text are attended to: ``all`` are with those of padding, as in the published
     models."""
+    stored_texts: StoredTexts = "tokens"
+    """What is read of the texts in a prepared set: token ids, which the text encoder reads anew, or the
+    states that it has made."""
     vqgan: VQGANConfig
     compressor: CompressorConfig
     previewer: PreviewerConfig = field(default_factory=PreviewerConfig)
@@ -292,11 +298,11 @@ class Recipe:
     """bf16 is autocast over fp32 weights; auto takes it on a GPU."""
     acceleration: Literal["auto", "none", "compile", "graph"] = "auto"
     """``compile`` compiles the networks' blocks; ``graph`` also records an update once and replays it as a
-    CUDA graph, which needs ``prepared_images``. auto takes graph where it can, and none elsewhere."""
+    CUDA graph, in one process. auto takes graph on a GPU, compile on several, and none elsewhere."""
     sharding: Literal["none", "full"] = "none"
     """What several processes share beside the batches. ``full``: weights, averages and optimizer states of
-    Stages B and C too, each holds its part (FSDP2). Stage A, the discriminator and the previewer, less than a
-    fiftieth of that, stay whole. With one process there is nothing to share."""
+    Stages B (of v2) and C too, each holds its part (FSDP2). Stage A, the discriminator and the previewer,
+    less than a fiftieth of that, stay whole. With one process there is nothing to share."""
     recompute: Literal["none", "blocks"] = "none"
     """``blocks`` keeps only what enters each block and computes the rest again for the gradients: less
     memory, a third more computation, the same gradients."""
@@ -332,10 +338,6 @@ class Recipe:
         )  # refuses what cannot be sampled with, before anything is trained
         if not self.checkpoint_seconds >= 0:
             raise UserError(f"checkpoint_seconds={self.checkpoint_seconds} must be at least 0; 120 is common")
-        if self.acceleration == "graph" and not self.prepared_images:
-            raise UserError(
-                "acceleration=graph needs pictures on the device; give prepared_images, or use compile"
-            )
         _check_side(self.image_size)
         self._check_stages()
         channels = self.compressor.c_latent

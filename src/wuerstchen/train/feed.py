@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -40,6 +41,18 @@ class Batch:
 def pixels_of(images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b 3 h w"]:
     """Pictures in [0, 1], in fp32."""
     return images.permute(0, 3, 1, 2).float().div(255).contiguous()
+
+
+B = TypeVar("B", covariant=True)
+
+
+@runtime_checkable
+class Feeding(Protocol[B]):
+    """Where batches come from: samples by their numbers in the run, and how they are put together."""
+
+    def __getitem__(self, index: int) -> Any: ...
+
+    def collate(self, samples: list[Any]) -> B: ...
 
 
 def batch_sizes(size: int, max_ratio: float, multiple: int = 1) -> tuple[Size, ...]:
@@ -102,14 +115,18 @@ class Feed(Dataset[tuple[int, Example, list[tuple[str, str]]]]):
                 item = (item + 1) % length
         raise DataError(f"none of the {length} images can be read, the last because: {skipped[-1][1]}")
 
+    def collate(self, samples: list[tuple[int, Example, list[tuple[str, str]]]]) -> Batch:
+        return Batch(
+            indices=torch.tensor([index for index, _, _ in samples]),
+            images=torch.from_numpy(np.stack([example.image for _, example, _ in samples])),
+            captions=[example.caption for _, example, _ in samples],
+            skipped=[entry for _, _, skipped in samples for entry in skipped],
+        )
 
-def collate(samples: list[tuple[int, Example, list[tuple[str, str]]]]) -> Batch:
-    return Batch(
-        indices=torch.tensor([index for index, _, _ in samples]),
-        images=torch.from_numpy(np.stack([example.image for _, example, _ in samples])),
-        captions=[example.caption for _, example, _ in samples],
-        skipped=[entry for _, _, skipped in samples for entry in skipped],
-    )
+    def shown(self, count: int, size: int) -> Float[Tensor, "n 3 h w"]:
+        """The pictures of the preview grid, always the same."""
+        feed = Feed(self.source, 0, size, captions=False)
+        return feed.collate([feed[index] for index in range(count)]).pixels(torch.device("cpu"))
 
 
 def _start_worker(_: int) -> None:
@@ -144,22 +161,22 @@ def _whole(numbers: range) -> range:
 
 
 def batches(
-    feed: Feed,
+    feed: Feeding[B],
     start: int,
     end: int,
     batch_size: int,
     workers: int,
     part: Callable[[range], range] = _whole,
-) -> Iterator[Batch]:
+) -> Iterator[B]:
     """The pictures ``start`` to ``end`` - 1 in batches; the last may be smaller.
 
     ``part`` is what this process wants of each batch.
     """
-    loader = DataLoader(
-        feed,
+    loader: DataLoader[Any] = DataLoader(
+        feed,  # type: ignore[arg-type]
         batch_sampler=_Batches(start, end, batch_size, part),
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=feed.collate,
         worker_init_fn=_start_worker,
         prefetch_factor=4 if workers else None,
     )

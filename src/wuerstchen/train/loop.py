@@ -39,7 +39,8 @@ from wuerstchen.train.parallel import (
     shard,
     share_batch_statistics,
 )
-from wuerstchen.train.stages import Stage
+from wuerstchen.train.prepared_feed import PreparedFeed
+from wuerstchen.train.stages import Stage, inputs_of
 from wuerstchen.train.step import Step, Updates, Values, compile_regions, recompute_blocks
 from wuerstchen.train.throughput import Gauge
 from wuerstchen.train.track import Log, Meter
@@ -86,7 +87,7 @@ class _Fed:
 
 def run_stage(
     stage: Stage,
-    feed: Feed,
+    feed: Feed | PreparedFeed,
     folder: Path,
     settings: Settings,
     device: torch.device,
@@ -212,7 +213,7 @@ def run_stage(
 
 def rehearse(
     stage: Stage,
-    feed: Feed,
+    feed: Feed | PreparedFeed,
     folder: Path,
     settings: Settings,
     device: torch.device,
@@ -307,7 +308,7 @@ def _begin(step: Step, settings: Settings, images: int) -> None:
     torch.manual_seed(stable_hash(settings.seed, stage.name, "dropout", state.images, *who) >> 1)
 
 
-def _fed_updates(step: Step, feed: Feed, settings: Settings) -> Iterator[_Fed]:
+def _fed_updates(step: Step, feed: Feed | PreparedFeed, settings: Settings) -> Iterator[_Fed]:
     """Updates on pictures composed on the way."""
     optimization, device = step.stage.optimization, step.device
     start, total = step.state.images, optimization.images
@@ -316,9 +317,7 @@ def _fed_updates(step: Step, feed: Feed, settings: Settings) -> Iterator[_Fed]:
         images = len(batch.indices) * step.processes.count
         _begin(step, settings, images)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):
-            inputs = step.stage.prepare(batch, device)
-        if step.stage.reads_images:
-            inputs["images"] = batch.images.to(device)
+            inputs = inputs_of(step.stage, batch, device)
         yield _Fed(images, batch.skipped, update(inputs, batch.indices.to(device)))
 
 
@@ -355,7 +354,7 @@ def _read(values: Values, stage: Stage, images: int, processes: Processes) -> di
 
 
 @contextlib.contextmanager
-def _memory_named(stage: Stage, feed: Feed) -> Iterator[None]:
+def _memory_named(stage: Stage, feed: Feed | PreparedFeed) -> Iterator[None]:
     with out_of_memory_named(f"batch_size={stage.optimization.batch_size} at {feed.size}x{feed.size} pixels"):
         yield
 
@@ -376,15 +375,13 @@ def _preview(
     stage: Stage,
     seen: int,
     averages: dict[str, nn.Module],
-    feed: Feed,
+    feed: Feed | PreparedFeed,
     folder: Path,
     settings: Settings,
     device: torch.device,
 ) -> None:
     """Draws the preview grid with the averaged weights. Leaves no trace in the random state of training."""
-    shown = Feed(feed.source, 0, settings.preview_size, captions=False)
-    examples = [shown[i][1].image for i in range(settings.previews)]
-    pixels = torch.stack([torch.from_numpy(e) for e in examples]).permute(0, 3, 1, 2).float().to(device) / 255
+    pixels = feed.shown(settings.previews, settings.preview_size).to(device)
     images: list[Image.Image] = stage.preview(averages, pixels, device)
     if not images:
         return

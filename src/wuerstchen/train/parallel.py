@@ -203,7 +203,7 @@ def share_batch_statistics(network: nn.Module) -> None:
             module.__class__ = GlobalBatchNorm2d
 
 
-_ROOTS = (Prior, Decoder, Paella, Compressor)
+_ROOTS = (Prior, Decoder, Compressor)
 _UNITS = (ResBlock, ConditionedResBlock, AttnBlock)
 
 
@@ -211,11 +211,12 @@ def shard(network: nn.Module, processes: Processes) -> bool:
     """Lets each process keep its part of a network's weights alone, in place; whether it is one to shard.
 
     Blocks are gathered when they compute, what lies between them with the network. Small networks stay whole:
-    those of Stage A, the discriminator, the previewer. A copy of a sharded network cannot be made: what is
-    to be a copy is copied first and sharded alike.
+    those of Stage A, the discriminator, the previewer; and v1's Stage B, whose last layer its loss reads. A
+    copy of a sharded network cannot be made: what is to be a copy is copied first and sharded alike.
     """
     roots = [module for module in network.modules() if isinstance(module, _ROOTS)]
-    if processes.count == 1 or not roots:
+    has_tokens = any(isinstance(module, Paella) for module in network.modules())
+    if processes.count == 1 or has_tokens or not roots:
         return False
     # Nothing in a forward pass changes in place what a network has returned.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(.*\) returned a view tensor")

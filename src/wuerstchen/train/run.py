@@ -22,9 +22,10 @@ from wuerstchen.checkpoints.average import weighted_average
 from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
 from wuerstchen.checkpoints.native import Provenance, write_parts
 from wuerstchen.checkpoints.weights import write_json
-from wuerstchen.data.emoji import EmojiSource, sample_root
+from wuerstchen.data.emoji import CENTRED, EmojiSource, sample_root
 from wuerstchen.data.folder import FolderSource
 from wuerstchen.data.plan import stable_hash
+from wuerstchen.data.prepared import PreparedSet, is_prepared
 from wuerstchen.data.sources import Source
 from wuerstchen.errors import RunFolderError, UserError
 from wuerstchen.models.cascade import PUBLISHED_MAP, Cascade, CascadeSettings, MapStatistics
@@ -43,10 +44,17 @@ from wuerstchen.train.feed import Batch, Feed, batch_sizes, batches
 from wuerstchen.train.folder import check_run, locked, read_json
 from wuerstchen.train.loop import Settings, rehearse, run_stage
 from wuerstchen.train.parallel import Processes, distributed
+from wuerstchen.train.prepared_feed import (
+    HeldOutMaps,
+    PreparedFeed,
+    check_prepared,
+    refuse_prepared,
+    some_maps,
+)
 from wuerstchen.train.snapshot import read_averages
 from wuerstchen.train.stage_a import StageA, StageARefinement
 from wuerstchen.train.stage_b import DecoderAndCompressor, StageB, StageBRefinement
-from wuerstchen.train.stage_c import StageC, measure_map
+from wuerstchen.train.stage_c import StageC, measure_map, measure_stored_maps
 from wuerstchen.train.stage_paella import StagePaella, StagePaellaRefinement
 from wuerstchen.train.stages import Stage, cascade_settings
 from wuerstchen.train.start import STAGE_OF, Start, fill_compressor, read_start
@@ -55,17 +63,17 @@ from wuerstchen.train.validate import Denoising, DenoisingTokens, HeldOut, Valid
 from wuerstchen.train.watch import Watch, begin, say_cost, say_costs_to_come
 
 N = TypeVar("N", bound=nn.Module)
-CENTRED = 0.7  # of the emoji pictures: what a prompt without a place should give is a subject in the middle
 
 
-def open_source(data: str) -> Source:
-    """The data set that a recipe names: the sample, a built emoji set, or a folder with captions."""
+def open_source(data: str) -> Source | PreparedSet:
+    """The data set that a recipe names: the sample, a built emoji set, a prepared set, or a folder with
+    captions."""
     if data == "sample":
         return EmojiSource(sample_root(), split="train", centred=CENTRED)
     root = Path(data)
     if (root / "index.jsonl").is_file():
         return EmojiSource(root, split="train", centred=CENTRED)
-    return FolderSource(root, split="train")
+    return PreparedSet(root) if is_prepared(root) else FolderSource(root, split="train")
 
 
 def train(
@@ -104,6 +112,7 @@ def _train(
             log = Log(run_dir / "log.jsonl", processes.leads, tensorboard=watch.tensorboard)
             run = _Run(recipe, run_dir, sources, start, processes, log)
             run.check_compressor_weights()
+            run.check_prepared_sets()
             run.fingerprint = _fingerprint(sources)
             weights = start.fingerprint() if processes.leads else ""
             check_run(recipe, run_dir, run.fingerprint, weights, log, accept_changed_data, processes)
@@ -139,8 +148,8 @@ def _resolved(recipe: Recipe, processes: Processes) -> Recipe:
     if recipe.precision == "auto":
         recipe = dataclasses.replace(recipe, precision="bf16" if gpu else "fp32")
     if recipe.acceleration == "auto":
-        graph = gpu and recipe.prepared_images > 0 and processes.count == 1
-        recipe = dataclasses.replace(recipe, acceleration="graph" if graph else "none")
+        fast = "graph" if processes.count == 1 else "compile"
+        recipe = dataclasses.replace(recipe, acceleration=fast if gpu else "none")
     if recipe.acceleration == "graph" and not gpu:
         raise UserError(f"acceleration=graph records CUDA graphs, and {device} has none; use compile or none")
     if recipe.acceleration == "graph" and processes.count > 1:
@@ -160,9 +169,9 @@ def _phases(recipe: Recipe) -> list[Phase]:
     return found
 
 
-def _open_sources(recipe: Recipe) -> dict[str, Source]:
+def _open_sources(recipe: Recipe) -> dict[str, Source | PreparedSet]:
     """The data sets of all phases, by the name that the recipe gives them. Refuses what they cannot serve."""
-    sources: dict[str, Source] = {}
+    sources: dict[str, Source | PreparedSet] = {}
     for phase in sorted(_phases(recipe), key=lambda phase: -phase.optimization.batch_size):
         data, batch_size = phase.data or recipe.data, phase.optimization.batch_size
         source = sources[data] = sources.get(data) or open_source(data)
@@ -175,10 +184,17 @@ def _open_sources(recipe: Recipe) -> dict[str, Source]:
             raise UserError(
                 f"max_ratio={phase.max_ratio} needs photographs: emoji are composed as squares; use 1"
             )
+        if isinstance(source, PreparedSet):
+            for stage in recipe.stages:
+                refuse_prepared(stage, data, recipe.prepared_images)
+    if recipe.stored_texts == "states" and not any(isinstance(s, PreparedSet) for s in sources.values()):
+        raise UserError(
+            f"stored_texts=states needs a prepared set, and data={recipe.data} is none; use tokens"
+        )
     return sources
 
 
-def _fingerprint(sources: dict[str, Source]) -> str:
+def _fingerprint(sources: dict[str, Source | PreparedSet]) -> str:
     """Of all data: that of the only set, or one of all of them."""
     found = list(dict.fromkeys(source.fingerprint() for source in sources.values()))
     return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
@@ -191,7 +207,7 @@ class _Run:
         self,
         recipe: Recipe,
         run_dir: Path,
-        sources: dict[str, Source],
+        sources: dict[str, Source | PreparedSet],
         start: Start,
         processes: Processes,
         log: Log,
@@ -212,7 +228,7 @@ class _Run:
             if STAGE_OF.get(name) not in recipe.stages:  # others are copied, not used
                 network.to(self.device).eval()
         self._bank: tuple[tuple[str, int], Bank] | None = None
-        self._held_out: dict[tuple[str, int], HeldOut | None] = {}
+        self._held_out: dict[tuple[str, int], HeldOut | HeldOutMaps | None] = {}
 
     def train(self) -> Path:
         began = time.monotonic()
@@ -392,6 +408,26 @@ class _Run:
         if "b" in self.recipe.stages and self.start.parts.compressor is None and self.begins("b"):
             fill_compressor(self.recipe, Compressor(self.recipe.compressor))
 
+    def check_prepared_sets(self) -> None:
+        """Refuses prepared sets that were made with other networks, or that a phase cannot read as it is."""
+        recipe, parts = self.recipe, self.parts
+        for phase in phases_of(recipe.stage_c) if "c" in recipe.stages else ():
+            source, optimization = self.sources[phase.data or recipe.data], phase.optimization
+            if not isinstance(source, PreparedSet):
+                continue
+            assert parts.compressor is not None
+            assert parts.text_encoder is not None
+            check_prepared(
+                source,
+                compressor=parts.compressor,
+                text_encoder=parts.text_encoder,
+                view_scale=(self.start.settings or CascadeSettings()).view_scale,
+                image_size=phase.image_size or recipe.image_size,
+                texts=recipe.stored_texts,
+                text_positions=recipe.text_positions,
+            )
+            PreparedFeed(source, 0, optimization.images, optimization.batch_size)
+
     def stage_c(self) -> None:
         recipe, config, begins = self.recipe, self.recipe.stage_c, self.start.parts.prior
         self.seed_weights("c")
@@ -421,14 +457,24 @@ class _Run:
         assert compressor is not None
 
         def measure() -> dict[str, Any]:
+            source = self.measured_source()
+            if isinstance(source, PreparedSet):
+                seed = stable_hash(self.recipe.seed, "map") >> 1
+                maps = some_maps(source, self.recipe.statistics_images, seed)
+                return dataclasses.asdict(measure_stored_maps(maps))
             pictures = self.some_images("map", self.recipe.image_size)
             return dataclasses.asdict(measure_map(compressor, pictures, self.device))
 
         return MapStatistics(**{k: tuple(v) for k, v in self.measured_once("stage_c", measure).items()})
 
+    def measured_source(self) -> Source | PreparedSet:
+        """What is measured on: the recipe's data, or of phases that all have others the first."""
+        return self.sources.get(self.recipe.data) or next(iter(self.sources.values()))
+
     def some_images(self, purpose: str, size: int) -> Iterator[Batch]:
         """Training pictures to measure on, in an order of their own."""
-        source = self.sources.get(self.recipe.data) or next(iter(self.sources.values()))
+        source = self.measured_source()
+        assert not isinstance(source, PreparedSet)
         feed = Feed(source, stable_hash(self.recipe.seed, purpose) >> 1, size, False)
         return batches(feed, 0, self.recipe.statistics_images, 16, self.recipe.workers)
 
@@ -446,14 +492,19 @@ class _Run:
             raise RunFolderError(f"{path} is empty; {again}")
         return found
 
-    def feed(self, stage: Stage, phase: Phase, seed: int) -> Feed:
-        """The pictures of a phase."""
-        recipe = self.recipe
+    def feed(self, stage: Stage, phase: Phase, seed: int) -> Feed | PreparedFeed:
+        """The pictures of a phase, or what is stored of them."""
+        recipe, source = self.recipe, self.sources[phase.data or self.recipe.data]
+        if isinstance(source, PreparedSet):
+            optimization = phase.optimization
+            return PreparedFeed(
+                source, seed, optimization.images, optimization.batch_size, recipe.stored_texts
+            )
         size = phase.image_size or recipe.image_size
         # The decoder's levels need sides of latents that can be halved; Stage C sees the map alone.
         multiple = 1 if stage.name.startswith("c") else recipe.vqgan.factor * recipe.decoder.size_multiple
         return Feed(
-            self.sources[phase.data or recipe.data],
+            source,
             seed,
             size,
             stage.captions,
@@ -461,7 +512,7 @@ class _Run:
             batch_size=phase.optimization.batch_size,
         )
 
-    def settings(self, feed: Feed) -> Settings:
+    def settings(self, feed: Feed | PreparedFeed) -> Settings:
         """How the loop runs on a feed."""
         recipe = self.recipe
         return Settings(
@@ -489,6 +540,8 @@ class _Run:
                 f"Stage {stage.name.upper()}: {optimization.images:,} images, {feed.size} px, in batches of "
                 f"{optimization.batch_size}, {parameters / 1e6:.1f} M parameters, on {self.device}{times}"
             )
+            if isinstance(feed, PreparedFeed):
+                print(f"  {phase.data or self.recipe.data} is prepared: {feed.sizes()}")
         header = {**dataclasses.asdict(self.provenance(0)), "fields": as_dict(self.recipe)}
         folder = self.run_dir / f"stage_{stage.name}"
         finished = (folder / "checkpoints" / f"{optimization.images:012d}").is_dir()
@@ -505,7 +558,7 @@ class _Run:
             return None
         data, size = key = (phase.data or self.recipe.data, phase.image_size or self.recipe.image_size)
         if key not in self._held_out:
-            self._held_out[key] = held_out(data, size)
+            self._held_out[key] = held_out(data, size, texts=self.recipe.stored_texts)
             if self._held_out[key] is None:
                 print(f"{data} holds out no pictures, so there is no validation loss")
         pictures = self._held_out[key]
@@ -513,10 +566,11 @@ class _Run:
             return None
         return Validation(stage, pictures, self.recipe.precision == "bf16", self.device)
 
-    def bank(self, feed: Feed, phase: Phase) -> Bank | None:
+    def bank(self, feed: Feed | PreparedFeed, phase: Phase) -> Bank | None:
         """The pictures that stages train on, composed when one first needs them; None without any."""
         if not self.recipe.prepared_images:
             return None
+        assert isinstance(feed, Feed)
         key = (phase.data or self.recipe.data, feed.size)
         if self._bank is None or self._bank[0] != key:
             self._bank = None  # one at a time: they are large

@@ -1,20 +1,23 @@
 """Stage C in training: the prior on the maps of the finished compressor."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+import numpy as np
 import torch
+from jaxtyping import Float, Float16
 from PIL import Image
 from torch import Tensor, nn
 
 from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, training_timesteps
-from wuerstchen.errors import UserError
+from wuerstchen.errors import DataError, UserError
 from wuerstchen.models.cascade import Cascade, MapStatistics
 from wuerstchen.models.compressor import Compressor, compressor_input
 from wuerstchen.models.prior import Prior
 from wuerstchen.pipeline import Wuerstchen
 from wuerstchen.train.config import Optimization, Recipe, StageCConfig
 from wuerstchen.train.feed import Batch
+from wuerstchen.train.prepared_feed import StoredBatch
 from wuerstchen.train.random import ImageRandom
 from wuerstchen.train.stages import (
     LEAST_SPREAD,
@@ -22,6 +25,7 @@ from wuerstchen.train.stages import (
     Losses,
     diffusion_loss,
     encoded_captions,
+    text_inputs,
     with_captions_dropped,
 )
 
@@ -67,6 +71,11 @@ class StageC:
         text = encoded_captions(self.text_encoder, batch.captions, self.recipe)
         return {"x": self.statistics.normalise(z), **text}
 
+    def prepare_stored(self, batch: StoredBatch, device: torch.device) -> Inputs:
+        """``prepare`` on what the compressor, and maybe the text encoder, have made already."""
+        x = self.statistics.normalise(batch.maps.to(device).float())
+        return {"x": x, **text_inputs(batch.texts(self.text_encoder, device), self.recipe)}
+
     def losses(self, inputs: Inputs, random: ImageRandom) -> Losses:
         x = inputs["x"]
         states, mask = with_captions_dropped(self.no_text, inputs, random, self.config.caption_dropout)
@@ -100,7 +109,18 @@ class StageC:
 def measure_map(compressor: Compressor, batches: Iterator[Batch], device: torch.device) -> MapStatistics:
     """Mean and standard deviation of each channel of the map over some pictures."""
     maps = torch.cat([compressor(compressor_input(batch.pixels(device))).float().cpu() for batch in batches])
-    columns = maps.double().transpose(0, 1).flatten(1)
+    return _statistics(maps.double().transpose(0, 1).flatten(1))
+
+
+def measure_stored_maps(maps: Iterable[Float16[np.ndarray, "c h w"]]) -> MapStatistics:
+    """``measure_map`` over stored maps, whose sizes may differ. Raises ``DataError`` if there are none."""
+    columns = [torch.from_numpy(found.astype(np.float64)).flatten(1) for found in maps]
+    if not columns:
+        raise DataError("none of the maps of the prepared set can be read; prepare the set again")
+    return _statistics(torch.cat(columns, dim=1))
+
+
+def _statistics(columns: Float[Tensor, "c n"]) -> MapStatistics:
     spread = columns.std(1).clamp(min=1e-3).tolist()  # a channel may lie idle, but is not to divide by zero
     if max(spread) < LEAST_SPREAD:
         raise UserError(

@@ -22,6 +22,7 @@ from wuerstchen.models.paella import PaellaConfig
 from wuerstchen.models.text import TextEncoder, TextStates
 from wuerstchen.train.config import Optimization, Recipe, StageAConfig, StageBConfig
 from wuerstchen.train.feed import Batch
+from wuerstchen.train.prepared_feed import StoredBatch
 from wuerstchen.train.random import ImageRandom
 
 LEAST_SPREAD = 0.1  # of the map, which its batch norm keeps near 1 as long as pictures differ at all
@@ -89,9 +90,31 @@ def diffusion_loss(
     return (errors * PUBLISHED_SCHEDULE.loss_weight(t, weighting)).mean()
 
 
+@runtime_checkable
+class ReadsStored(Protocol):
+    """A stage that learns from prepared sets too."""
+
+    def prepare_stored(self, batch: StoredBatch, device: torch.device) -> Inputs:
+        """As ``prepare``, without the networks whose results are stored."""
+        ...
+
+
+def inputs_of(stage: Stage, batch: Batch | StoredBatch, device: torch.device) -> Inputs:
+    """All that an update reads of a batch."""
+    if isinstance(batch, StoredBatch):
+        assert isinstance(stage, ReadsStored)
+        return stage.prepare_stored(batch, device)
+    inputs = stage.prepare(batch, device)
+    return inputs | ({"images": batch.images.to(device)} if stage.reads_images else {})
+
+
 def encoded_captions(text_encoder: TextEncoder, captions: list[str], recipe: Recipe) -> Inputs:
     """The captions as inputs: states of (b, t, d), and masks of (b, t) unless padding is attended to."""
-    encoded = text_encoder.encode(captions)
+    return text_inputs(text_encoder.encode(captions), recipe)
+
+
+def text_inputs(encoded: TextStates, recipe: Recipe) -> Inputs:
+    """Texts as inputs, likewise."""
     states = {"states": encoded.states.float()}
     return states if recipe.text_positions == "all" else {**states, "mask": encoded.mask}
 

@@ -20,13 +20,15 @@ from torch import Tensor, nn
 from wuerstchen.data.emoji import EmojiSource
 from wuerstchen.data.folder import FolderSource
 from wuerstchen.data.plan import generator, items_at
+from wuerstchen.data.prepared import PreparedSet, is_prepared
 from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE
 from wuerstchen.errors import DataError
 from wuerstchen.evaluate.lists import select
-from wuerstchen.train.config import StageBConfig, StageCConfig
+from wuerstchen.train.config import StageBConfig, StageCConfig, StoredTexts
 from wuerstchen.train.feed import Batch
+from wuerstchen.train.prepared_feed import HeldOutMaps, StoredBatch
 from wuerstchen.train.random import ImageRandom
-from wuerstchen.train.stages import Inputs, Stage
+from wuerstchen.train.stages import Inputs, Stage, inputs_of
 
 PICTURES = 64
 BINS = 8
@@ -60,6 +62,17 @@ class DenoisingTokens(Protocol):
         ...
 
 
+@runtime_checkable
+class Pictures(Protocol):
+    """What no training sees: pictures, or what is stored of them."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, batch_size: int) -> Iterator[Batch] | Iterator[StoredBatch]:
+        """All of them, in the same batches every time, numbered through from 0."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
     """Pictures that no training sees."""
@@ -67,16 +80,29 @@ class HeldOut:
     images: UInt8[Tensor, "n h w 3"]
     captions: list[str]
 
+    def __len__(self) -> int:
+        return len(self.images)
 
-def held_out(data: str, size: int, count: int = PICTURES) -> HeldOut | None:
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        for start in range(0, len(self), batch_size):
+            rows = slice(start, start + batch_size)
+            yield Batch(torch.arange(len(self))[rows], self.images[rows], self.captions[rows], [])
+
+
+def held_out(
+    data: str, size: int, count: int = PICTURES, texts: StoredTexts = "tokens"
+) -> HeldOut | HeldOutMaps | None:
     """At most ``count`` held-out pictures of the data that a recipe names, always the same.
 
-    Of a built emoji set they are from the *val* part of its held-out pairs, of a folder those that
-    ``FolderSource`` holds out. None where there are none; those that cannot be read are left out.
+    Of a built emoji set they are from the *val* part of its held-out pairs, of a folder and of a prepared set
+    those that ``held_out_names`` says. None where there are none; those that cannot be read are left out.
     """
     root = Path(data)
     if data == "sample":
         return None
+    if is_prepared(root):
+        maps = HeldOutMaps(PreparedSet(root), _SEED, count, texts)
+        return maps if len(maps) else None
     source: EmojiSource | FolderSource
     if (root / "index.jsonl").is_file():
         try:
@@ -107,7 +133,7 @@ class Validation:
     """Measures the loss of one stage, again and again."""
 
     def __init__(
-        self, stage: Denoising | DenoisingTokens, pictures: HeldOut, autocast: bool, device: torch.device
+        self, stage: Denoising | DenoisingTokens, pictures: Pictures, autocast: bool, device: torch.device
     ) -> None:
         assert isinstance(stage, Stage)
         self.stage = stage
@@ -138,7 +164,7 @@ class Validation:
         for numbers, inputs in self._prepared:
             found = [self._errors(averages, numbers, inputs, k) for k in range(BINS)]
             sums += torch.stack(found).double().cpu()
-        bins, losses = (sums / len(self.pictures.images)).unbind(1)
+        bins, losses = (sums / len(self.pictures)).unbind(1)
         self._ended = time.monotonic()
         self._took = self._ended - began
         return {
@@ -147,16 +173,10 @@ class Validation:
         }
 
     def _prepare(self) -> Iterator[tuple[Tensor, Inputs]]:
-        images, captions = self.pictures.images, self.pictures.captions
-        for start in range(0, len(images), self._batch):
-            rows = slice(start, start + self._batch)
-            numbers = torch.arange(len(images))[rows]
-            batch = Batch(numbers, images[rows], captions[rows], [])
+        for batch in self.pictures.batches(self._batch):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-                inputs = self.stage.prepare(batch, self.device)
-            if self.stage.reads_images:
-                inputs["images"] = batch.images.to(self.device)
-            yield numbers.to(self.device), inputs
+                inputs = inputs_of(self.stage, batch, self.device)
+            yield batch.indices.to(self.device), inputs
 
     def _errors(self, averages: dict[str, nn.Module], numbers: Tensor, inputs: Inputs, k: int) -> Tensor:
         """The sums over pictures of their mean errors at the middle of bin ``k``, and of their losses."""

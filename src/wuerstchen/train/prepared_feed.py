@@ -1,0 +1,249 @@
+"""Batches for Stage C from a prepared set: stored maps, and texts as token ids or as states.
+
+As with pictures, nothing is remembered: which images make up a batch, and which crop and caption of each are
+shown, follows from the number of images seen.
+"""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float16, Int, Int64
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from wuerstchen.data.plan import BucketPlan, crop_at, generator, item_at, items_at
+from wuerstchen.data.prepared import PreparedSet
+from wuerstchen.errors import DataError, UserError
+from wuerstchen.models.text import TextEncoder, TextStates
+from wuerstchen.train.config import StoredTexts
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """One image of a batch."""
+
+    map: Float16[np.ndarray, "c h w"]
+    tokens: Int64[np.ndarray, " tokens"]
+    states: Float[np.ndarray, "t d"] | None
+
+
+@dataclass(frozen=True)
+class StoredBatch:
+    """Images of one update, all of one size."""
+
+    indices: Int[Tensor, " b"]
+    """Their numbers in the run: the key to everything random about them."""
+    maps: Float16[Tensor, "b c h w"]
+    """As the compressor gave them, not normalised."""
+    tokens: list[Int64[np.ndarray, " _"]]
+    states: Float[Tensor, "b t d"] | None
+    """None where texts are read as tokens; 0 at padding that is not stored."""
+    skipped: list[tuple[str, str]]
+    """Names of images that could not be read, with the reason; their successors took their places."""
+
+    def texts(self, encoder: TextEncoder, device: torch.device) -> TextStates:
+        """The texts' states and masks, stored or made by ``encoder``, which the set was prepared with."""
+        if self.states is None:
+            return encoder.encode_tokens(self.tokens)
+        lengths = torch.tensor([len(tokens) for tokens in self.tokens])
+        mask = torch.arange(self.states.shape[1]) < lengths[:, None]
+        return TextStates(states=self.states.to(device), mask=mask.to(device))
+
+
+def _stored_image(prepared: PreparedSet, row: int, seed: int, index: int, texts: StoredTexts) -> StoredImage:
+    """What image number ``index`` shows of a row: a crop and a caption. Raises ``DataError`` for NaN."""
+    found = prepared.map(row, crop_at(index, prepared.crops, seed))
+    choice = int(generator(seed, index, "caption").integers(len(prepared.captions(row))))
+    states = prepared.states(row, choice) if texts == "states" else None
+    return StoredImage(found, prepared.tokens(row, choice), states)
+
+
+def _batch_of(
+    prepared: PreparedSet, indices: list[int], images: list[StoredImage], skipped: list[tuple[str, str]]
+) -> StoredBatch:
+    states = None
+    if images[0].states is not None:
+        settings = prepared.description["settings"]
+        states = torch.zeros(len(images), settings["text_length"], settings["text_width"])
+        for row, image in enumerate(images):
+            assert image.states is not None
+            states[row, : len(image.states)] = torch.from_numpy(image.states)
+    return StoredBatch(
+        indices=torch.tensor(indices),
+        maps=torch.from_numpy(np.stack([image.map for image in images])),
+        tokens=[image.tokens for image in images],
+        states=states,
+        skipped=skipped,
+    )
+
+
+class PreparedFeed(Dataset[tuple[int, StoredImage, list[tuple[str, str]]]]):
+    """Image number ``index`` of a run on a prepared set, its held-out part left out.
+
+    ``BucketPlan`` says which images are in batch number ``index // batch_size``; all are of one size.
+    """
+
+    captions = True
+
+    def __init__(
+        self, source: PreparedSet, seed: int, images: int, batch_size: int, texts: StoredTexts = "tokens"
+    ) -> None:
+        """For a run of ``images`` in batches of ``batch_size``, over all processes.
+
+        Raises ``UserError`` where batches cannot be of one size each.
+        """
+        if images % batch_size:
+            raise UserError(
+                f"images={images} is no multiple of batch_size={batch_size}, and the batches of a prepared "
+                f"set are whole; use {max(images // batch_size, 1) * batch_size} images"
+            )
+        self.source = source
+        self.seed = seed
+        self.batch_size = batch_size
+        self.texts: StoredTexts = texts
+        self.rows = source.rows("train")
+        self.plan = BucketPlan(source.bucket_ids[self.rows], batch_size, seed)
+
+    def sizes(self) -> str:
+        """How many images there are of each size, to be told."""
+        counts = np.bincount(self.plan.buckets, minlength=len(self.source.buckets))
+        pairs = zip(self.source.buckets, counts.tolist(), strict=True)
+        return ", ".join(f"{count:,} of {width}x{height}" for (width, height), count in pairs if count)
+
+    @property
+    def size(self) -> int:
+        """The side that the set's pictures were prepared for."""
+        return self.source.image_size
+
+    def __getitem__(self, index: int) -> tuple[int, StoredImage, list[tuple[str, str]]]:
+        batch, position = divmod(index, self.batch_size)
+        item = int(self.plan.ids(batch)[position])
+        bucket = self._members[int(self.plan.buckets[item])]
+        place = int(np.searchsorted(bucket, item))
+        skipped: list[tuple[str, str]] = []
+        for after in range(len(bucket)):
+            row = int(self.rows[bucket[(place + after) % len(bucket)]])
+            try:
+                image = _stored_image(self.source, row, self.seed, index, self.texts)
+                return index, image, skipped
+            except DataError as error:
+                skipped.append((self.source.name(row), str(error)))
+        raise DataError(
+            f"none of the {len(bucket)} images of a size can be read, the last because: {skipped[-1][1]}"
+        )
+
+    @functools.cached_property
+    def _members(self) -> list[Int64[np.ndarray, " n"]]:
+        """The items of each bucket, in order."""
+        return [np.flatnonzero(self.plan.buckets == bucket) for bucket in range(len(self.source.buckets))]
+
+    def collate(self, samples: list[tuple[int, StoredImage, list[tuple[str, str]]]]) -> StoredBatch:
+        return _batch_of(
+            self.source,
+            [index for index, _, _ in samples],
+            [image for _, image, _ in samples],
+            [entry for _, _, skipped in samples for entry in skipped],
+        )
+
+    def shown(self, count: int, size: int) -> Float[Tensor, "n 3 h w"]:
+        """No pictures: Stage C's previews are of prompts alone."""
+        return torch.empty(0, 3, size, size)
+
+
+def some_maps(prepared: PreparedSet, count: int, seed: int) -> Iterator[Float16[np.ndarray, "c h w"]]:
+    """Maps of ``count`` images that training sees, to measure on; those that cannot be read are left out."""
+    rows = prepared.rows("train")
+    for index in range(count):
+        row = int(rows[item_at(index, len(rows), seed)])
+        try:
+            yield prepared.map(row, crop_at(index, prepared.crops, seed))
+        except DataError:
+            continue
+
+
+class HeldOutMaps:
+    """At most ``count`` images of the held-out part of a prepared set, always the same."""
+
+    def __init__(self, prepared: PreparedSet, seed: int, count: int, texts: StoredTexts = "tokens") -> None:
+        rows = prepared.rows("heldout")
+        self._prepared = prepared
+        self._images: dict[int, list[StoredImage]] = {}
+        for number in items_at(range(len(rows)), len(rows), seed) if len(rows) else []:
+            if len(self) == count:
+                break
+            row = int(rows[number])
+            try:
+                image = _stored_image(prepared, row, seed, number, texts)
+            except DataError:
+                continue
+            self._images.setdefault(int(prepared.bucket_ids[row]), []).append(image)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._images.values()))
+
+    def batches(self, batch_size: int) -> Iterator[StoredBatch]:
+        """All of them, in batches of one size each; their numbers count through."""
+        first = 0
+        for bucket in sorted(self._images):
+            images = self._images[bucket]
+            for start in range(0, len(images), batch_size):
+                part = images[start : start + batch_size]
+                yield _batch_of(self._prepared, [*range(first, first + len(part))], part, [])
+                first += len(part)
+
+
+def check_prepared(
+    prepared: PreparedSet,
+    *,
+    compressor: nn.Module,
+    text_encoder: TextEncoder,
+    view_scale: float,
+    image_size: int,
+    texts: StoredTexts,
+    text_positions: Literal["real", "all"],
+) -> None:
+    """Raises ``UserError`` unless Stage C can learn from the set as it is told to."""
+    prepared.check_model(compressor, text_encoder)
+    name, settings = f"prepared set {str(prepared.folder)!r}", prepared.description["settings"]
+    if settings["view_scale"] != view_scale:
+        raise UserError(
+            f"{name} is wrong because its compressor saw pictures at {settings['view_scale']} of their size "
+            f"and the model's sees {view_scale}; prepare it with this model"
+        )
+    if prepared.image_size != image_size:
+        raise UserError(
+            f"image_size={image_size} is not that of {name}, whose {len(prepared.buckets)} sizes have about "
+            f"{prepared.image_size}x{prepared.image_size} pixels; use {prepared.image_size}, or prepare it "
+            f"with --size {image_size}"
+        )
+    if texts == "tokens":
+        return
+    if prepared.states_kept == "none":
+        raise UserError(
+            f"stored_texts=states is wrong because {name} holds no text states; use tokens, or prepare it "
+            "with --text-states fp16"
+        )
+    if text_positions == "all" and prepared.text_positions == "real":
+        raise UserError(
+            f"text_positions=all is wrong because {name} holds no states of padding; use "
+            "stored_texts=tokens, or prepare it with --text-positions all"
+        )
+
+
+def refuse_prepared(stage: str, data: str, prepared_images: int = 0) -> None:
+    """Raises ``UserError`` where a prepared set cannot serve: Stage A, Stage B, and a bank of pictures."""
+    if stage in ("a", "b"):
+        reasons = {"a": "Stage A learns from pixels", "b": "Stage B trains the compressor that makes them"}
+        raise UserError(
+            f"data={data} is a prepared set, which holds maps, and {reasons[stage]}; give the pictures, or "
+            "train c alone"
+        )
+    if prepared_images:
+        raise UserError(
+            f"prepared_images={prepared_images} holds pictures on the device, and data={data} is a prepared "
+            "set without any; give 0"
+        )

@@ -1,0 +1,139 @@
+"""From ``data prepare`` to a trained Stage C: a kill and the number of processes change nothing."""
+
+import copy
+import dataclasses
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
+from wuerstchen.checkpoints.native import Provenance, read_cascade, write_cascade
+from wuerstchen.data.emoji import sample_root
+from wuerstchen.data.prepare import PrepareConfig, prepare, read_networks
+from wuerstchen.data.prepared import PreparedSet
+from wuerstchen.data.readers import EmojiReader
+from wuerstchen.errors import DataError, UserError
+from wuerstchen.pipeline import BUNDLED
+from wuerstchen.train.run import train
+from wuerstchen.train.snapshot import newest
+
+SCRIPT = Path(__file__).with_name("prepared_runs.py")
+recipe = runpy.run_path(str(SCRIPT))["recipe"]
+WHENCE = Provenance(recipe="test", seed=1, images=2, data="none")
+
+
+@pytest.fixture(scope="module")
+def folder(small_cascade, tmp_path_factory) -> Path:
+    """A model that has no trained Stage C, and the sample prepared with it."""
+    folder = tmp_path_factory.mktemp("prepared")
+    cascade = copy.deepcopy(small_cascade)
+    load_backbone(cascade.compressor.backbone, lite0_path())
+    whence = dict.fromkeys(("vqgan", "decoder", "compressor", "prior"), WHENCE)
+    write_cascade(cascade, folder / "model", whence, text_encoder=BUNDLED / "text_encoder")
+    networks = read_networks(folder / "model")
+    prepare(EmojiReader(sample_root(), views=2), folder / "set", networks, PrepareConfig())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(folder) -> Path:
+    """With runs of 1 and 2 processes, and of one that was killed twice."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", SCRIPT, folder],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    return folder
+
+
+def events(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+
+
+def losses(run_dir: Path) -> dict[tuple[str, int], float]:
+    return {(e["stage"], e["images"]): e["loss"] for e in events(run_dir) if e["event"] == "progress"}
+
+
+def test_two_processes_have_the_losses_of_one(runs):
+    one, two = losses(runs / "1"), losses(runs / "2")
+    assert len(one) == 6
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        assert two[key] == pytest.approx(value, rel=1e-5), key
+
+
+def test_kills_change_nothing(runs):
+    for stage in ("c", "c2"):
+        files = [
+            newest(runs / name / f"stage_{stage}" / "checkpoints")[1]["files"] for name in ("1", "killed")
+        ]
+        assert files[0] == files[1]
+    resumed = [e["images"] for e in events(runs / "killed") if e["event"] == "start" and e["resumed"]]
+    assert any(0 < images < 32 for images in resumed)
+    prior = Path("model") / "prior.safetensors"
+    assert (runs / "1" / prior).read_bytes() == (runs / "killed" / prior).read_bytes()
+    assert (runs / "1" / "stage_c" / "measured.json").read_bytes() == (
+        runs / "2" / "stage_c" / "measured.json"
+    ).read_bytes()
+
+
+def test_the_model_is_whole_and_its_statistics_are_those_of_the_maps(runs):
+    prepared = PreparedSet(runs / "set")
+    cascade = read_cascade(runs / "1" / "model")
+    assert cascade.prior is not None
+    before = read_cascade(runs / "model").settings.map_statistics
+    assert cascade.settings.map_statistics != before
+    validated = [e for e in events(runs / "1") if e["event"] == "validation"]
+    assert {e["stage"] for e in validated} == {"c", "c2"}  # on what the set holds out
+    assert len(prepared.rows("heldout")) > 0
+    prepared.check_model(cascade.compressor, cascade.text_encoder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stages": ("b", "c"), "fresh": ("b", "c")}, "Stage B trains the compressor that makes them"),
+        ({"prepared_images": 16}, "prepared_images=16 holds pictures on the device"),
+        ({"image_size": 256}, r"image_size=256 is not that of .* about 128x128 pixels; use 128"),
+        ({"data": "sample", "stored_texts": "states"}, "stored_texts=states needs a prepared set"),
+    ],
+)
+def test_pairings_that_make_no_sense(folder, tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
+        train(dataclasses.replace(recipe(folder), **change), tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_images_that_are_no_whole_batches_and_sets_of_another_model(folder, tmp_path):
+    full = recipe(folder)
+    optimization = dataclasses.replace(full.stage_c.optimization, images=30)
+    odd = dataclasses.replace(full, stage_c=dataclasses.replace(full.stage_c, optimization=optimization))
+    with pytest.raises(UserError, match=r"images=30 is no multiple of batch_size=8"):
+        train(odd, tmp_path / "run", device="cpu")
+    (tmp_path / "unfinished" / "work").mkdir(parents=True)
+    (tmp_path / "unfinished" / "work" / "plan.json").write_text("{}")
+    with pytest.raises(DataError, match="is not finished"):
+        train(dataclasses.replace(full, data=str(tmp_path / "unfinished")), tmp_path / "run", device="cpu")
+    cascade = copy.deepcopy(read_cascade(folder / "model"))
+    cascade.compressor.requires_grad_(False)
+    next(cascade.compressor.parameters()).add_(1)
+    whence = dict.fromkeys(("vqgan", "decoder", "compressor", "prior"), WHENCE)
+    write_cascade(cascade, tmp_path / "model", whence, text_encoder=BUNDLED / "text_encoder")
+    other = dataclasses.replace(full, start=str(tmp_path / "model"))
+    with pytest.raises(UserError, match="made with another compressor; prepare it with this model"):
+        train(other, tmp_path / "run", device="cpu")
+
+
+def test_a_set_that_changed_is_noticed(folder):
+    prepared = PreparedSet(folder / "set")
+    before = prepared.fingerprint()
+    prepared.description["images"]["shards"][0]["sha256"] = "0" * 64
+    assert prepared.fingerprint() != before
