@@ -119,16 +119,16 @@ def test_stage_c_alone_in_phases_survives_kills_and_blends(start, photos, tmp_pa
     class Killed(BaseException):
         pass
 
-    save, saved = snapshot.save, []
+    begin, saved = snapshot.Writer.begin, []
 
-    def dies(state, folder, header):
-        path = save(state, folder, header)
-        saved.append((folder.parent.name, state.images))
+    def dies(writer, state, header):
+        begin(writer, state, header)
+        writer.wait()
+        saved.append((writer.folder.parent.name, state.images))
         if len(saved) in (2, 5, 8):
             raise Killed
-        return path
 
-    monkeypatch.setattr(snapshot, "save", dies)
+    monkeypatch.setattr(snapshot.Writer, "begin", dies)
     for _ in range(3):
         with pytest.raises(Killed):
             train(recipe(start, photos), broken, device="cpu")
