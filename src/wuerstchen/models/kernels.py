@@ -11,7 +11,7 @@ y and the mask for the way back. Here a cheap hash of (seed, position) is drawn 
 norm are all that is kept. Sums are taken in fp32 and always in the same order.
 """
 
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 import triton  # pyrefly: ignore[missing-import] (comes with torch for GPUs)
@@ -25,6 +25,7 @@ _PROGRAMS = 2048  # enough to fill a GPU
 
 
 @triton.jit
+@no_type_check
 def _normal(x):
     """The normal distribution at x: its integral up to x, and its density.
 
@@ -39,12 +40,14 @@ def _normal(x):
 
 
 @triton.jit
+@no_type_check
 def _key(seed, sample):
     """What the hash of a sample begins with."""
     return tl.load(seed).to(tl.uint32) ^ (sample.to(tl.uint32) * 0x9E3779B9), tl.load(seed + 1).to(tl.uint32)
 
 
 @triton.jit
+@no_type_check
 def _kept(local, first, second, threshold):
     """Which elements dropout keeps: those whose hash (Wellons' lowbias32, seeded twice) reaches it."""
     x = local.to(tl.uint32) ^ first
@@ -57,6 +60,7 @@ def _kept(local, first, second, threshold):
 
 
 @triton.jit
+@no_type_check
 def _squares(h, out, n, c, part: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
     """out[s, b, c] = Σ a² over the positions of part s."""
     column = tl.program_id(0) * columns + tl.arange(0, columns)
@@ -75,6 +79,7 @@ def _squares(h, out, n, c, part: tl.constexpr, rows: tl.constexpr, columns: tl.c
 
 
 @triton.jit
+@no_type_check
 def _scales(squares, gamma, norm, scale, c, parts: tl.constexpr, eps, columns: tl.constexpr):
     """norm and scale of one sample, from the parts of its sums of squares."""
     sample, samples = tl.program_id(0), tl.num_programs(0)
@@ -91,6 +96,7 @@ def _scales(squares, gamma, norm, scale, c, parts: tl.constexpr, eps, columns: t
 
 
 @triton.jit
+@no_type_check
 def _apply(
     h, scale, beta, y, seed, n, c, threshold, kept_scale,
     drops: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
@@ -110,6 +116,7 @@ def _apply(
 
 
 @triton.jit
+@no_type_check
 def _sums(
     dy, h, seed, along, total, n, c, part: tl.constexpr, threshold, kept_scale,
     drops: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
@@ -137,6 +144,7 @@ def _sums(
 
 
 @triton.jit
+@no_type_check
 def _norm_gradients(
     along, total, norm, gamma, scale, pull, dgamma, dbeta, c, parts: tl.constexpr, eps,
     columns: tl.constexpr,
@@ -165,6 +173,7 @@ def _norm_gradients(
 
 
 @triton.jit
+@no_type_check
 def _apply_back(
     dy, h, scale, pull, beta, dh, y, seed, n, c, threshold, kept_scale,
     drops: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
