@@ -298,7 +298,8 @@ class Recipe:
     """bf16 is autocast over fp32 weights; auto takes it on a GPU."""
     acceleration: Literal["auto", "none", "compile", "graph"] = "auto"
     """``compile`` compiles the networks' blocks; ``graph`` also records an update once and replays it as a
-    CUDA graph, in one process. auto takes graph on a GPU, compile on several, and none elsewhere."""
+    CUDA graph, gradients' travel between processes included. auto takes graph on GPUs, compile where networks
+    are sharded, and none elsewhere."""
     sharding: Literal["none", "full"] = "none"
     """What several processes share beside the batches. ``full``: weights, averages and optimizer states of
     Stages B (of v2) and C too, each holds its part (FSDP2). Stage A, the discriminator and the previewer,
@@ -438,13 +439,14 @@ FREE_FIELDS = frozenset(
         "log_every",
         "preview_every",
         "preview_prompts",
+        "acceleration",
         "sharding",
         "recompute",
     }
 )
 """What may change between the starts of a run, because the result does not depend on it: bit for bit, or, as
-with ``sharding`` and the number of processes, to rounding. ``data`` and ``start`` are only places: what is in
-them has a fingerprint."""
+with ``acceleration``, ``sharding`` and the number of processes, to rounding. ``data`` and ``start`` are only
+places: what is in them has a fingerprint."""
 
 
 def differing_fields(stored: dict, given: dict, prefix: str = "") -> list[str]:

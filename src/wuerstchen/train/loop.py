@@ -12,7 +12,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -150,6 +150,7 @@ def run_stage(
         _stop_request() as stop_requested,
         contextlib.closing(meter),
         contextlib.closing(writer),
+        contextlib.closing(updates),
         _memory_named(stage, feed),
     ):
         for fed in updates:
@@ -231,7 +232,7 @@ def rehearse(
     step = Step(stage, state, stable_hash(settings.seed, stage.name) >> 1, settings.autocast, processes)
     updates = _fed_updates(step, feed, settings) if bank is None else _bank_updates(step, bank, settings)
     meter, images = CostMeter(device), 0
-    with _memory_named(stage, feed):
+    with contextlib.closing(updates), _memory_named(stage, feed):
         for fed in itertools.islice(updates, warming + timed):
             state.updates += 1
             state.images += fed.images
@@ -308,32 +309,33 @@ def _begin(step: Step, settings: Settings, images: int) -> None:
     torch.manual_seed(stable_hash(settings.seed, stage.name, "dropout", state.images, *who) >> 1)
 
 
-def _fed_updates(step: Step, feed: Feed | PreparedFeed, settings: Settings) -> Iterator[_Fed]:
+def _fed_updates(step: Step, feed: Feed | PreparedFeed, settings: Settings) -> Generator[_Fed, None, None]:
     """Updates on pictures composed on the way."""
     optimization, device = step.stage.optimization, step.device
     start, total = step.state.images, optimization.images
-    part, update = step.processes.share, Updates(step, settings.records)
-    for batch in batches(feed, start, total, optimization.batch_size, settings.workers, part):
-        images = len(batch.indices) * step.processes.count
-        _begin(step, settings, images)
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):
-            inputs = inputs_of(step.stage, batch, device)
-        yield _Fed(images, batch.skipped, update(inputs, batch.indices.to(device)))
+    part = step.processes.share
+    with contextlib.closing(Updates(step, settings.records)) as update:
+        for batch in batches(feed, start, total, optimization.batch_size, settings.workers, part):
+            images = len(batch.indices) * step.processes.count
+            _begin(step, settings, images)
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):
+                inputs = inputs_of(step.stage, batch, device)
+            yield _Fed(images, batch.skipped, update(inputs, batch.indices.to(device)))
 
 
-def _bank_updates(step: Step, bank: Bank, settings: Settings) -> Iterator[_Fed]:
+def _bank_updates(step: Step, bank: Bank, settings: Settings) -> Generator[_Fed, None, None]:
     """Updates on pictures of the bank, in an order that is a function of the image number."""
     optimization = step.stage.optimization
     inputs = bank.prepare(step.stage, settings.autocast)
-    update = Updates(step, settings.records)
-    for first in range(step.state.images, optimization.images, optimization.batch_size):
-        numbers = range(first, min(first + optimization.batch_size, optimization.images))
-        _begin(step, settings, len(numbers))
-        own = step.processes.share(numbers)
-        rows = torch.tensor(items_at(own, len(bank), step.seed)).to(step.device)
-        indices = torch.arange(own.start, own.stop).to(step.device)
-        chosen = {name: tensor[rows] for name, tensor in inputs.items()}
-        yield _Fed(len(numbers), [], update(chosen, indices))
+    with contextlib.closing(Updates(step, settings.records)) as update:
+        for first in range(step.state.images, optimization.images, optimization.batch_size):
+            numbers = range(first, min(first + optimization.batch_size, optimization.images))
+            _begin(step, settings, len(numbers))
+            own = step.processes.share(numbers)
+            rows = torch.tensor(items_at(own, len(bank), step.seed)).to(step.device)
+            indices = torch.arange(own.start, own.stop).to(step.device)
+            chosen = {name: tensor[rows] for name, tensor in inputs.items()}
+            yield _Fed(len(numbers), [], update(chosen, indices))
 
 
 def _read(values: Values, stage: Stage, images: int, processes: Processes) -> dict[str, float]:

@@ -147,15 +147,14 @@ def _resolved(recipe: Recipe, processes: Processes) -> Recipe:
     gpu = device.type == "cuda"
     if recipe.precision == "auto":
         recipe = dataclasses.replace(recipe, precision="bf16" if gpu else "fp32")
+    shards = recipe.sharding == "full" and processes.count > 1
     if recipe.acceleration == "auto":
-        fast = "graph" if processes.count == 1 else "compile"
+        fast = "compile" if shards else "graph"
         recipe = dataclasses.replace(recipe, acceleration=fast if gpu else "none")
     if recipe.acceleration == "graph" and not gpu:
         raise UserError(f"acceleration=graph records CUDA graphs, and {device} has none; use compile or none")
-    if recipe.acceleration == "graph" and processes.count > 1:
-        raise UserError(
-            f"acceleration=graph records the updates of one process, not of {processes.count}; use compile"
-        )
+    if recipe.acceleration == "graph" and shards:
+        raise UserError("acceleration=graph records no updates of networks with sharding=full; use compile")
     return recipe
 
 

@@ -166,6 +166,10 @@ class Updates:
         self.seen: dict[tuple, int] = {}
         self.recordings: dict[tuple, _Recording] = {}
 
+    def close(self) -> None:
+        """Forgets the recordings: NCCL waits for them when the processes part."""
+        self.recordings.clear()
+
     def __call__(self, inputs: Inputs, indices: Int[Tensor, " b"]) -> Values:
         values = self._update(inputs, indices)
         self.step.average()
@@ -191,7 +195,8 @@ class Updates:
         numbers, graph = indices.clone(), torch.cuda.CUDAGraph()
         others = next(iter(self.recordings.values()), None)
         pool = None if others is None else others.graph.pool()
-        with torch.cuda.graph(graph, pool=pool, stream=self.stream):
+        # Meanwhile other threads may ask the device what they like: NCCL's watchdog does.
+        with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
             values = self.step(mine, numbers)
         self.recordings[shape] = _Recording(graph, mine, numbers, values)
         return self.recordings[shape](inputs, indices)
