@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch.distributed.run import get_args_parser
 
 from wuerstchen.cli import main
 from wuerstchen.images import read_settings
@@ -227,6 +228,19 @@ def test_help_of_train_lists_recipes_and_fields(run, capsys):
     out = capsys.readouterr().out
     assert "--run-dir" in out
     assert "--stage-b.optimization.images" in out
+
+
+@pytest.mark.parametrize("command", [("train", "v2"), ("data", "prepare")])
+def test_options_pass_through_torchrun(command, run, capsys):
+    """Before Python 3.13 its parser looks at the command's options too, and stops at one that begins several
+    of its own."""
+    with pytest.raises(SystemExit):
+        run(*command, "--help")
+    options = set(re.findall(r"--[a-z][\w.-]*", capsys.readouterr().out))
+    assert len(options) > 20
+    theirs = [name for action in get_args_parser()._actions for name in action.option_strings]
+    for option in options:
+        assert option in theirs or sum(name.startswith(option) for name in theirs) < 2, option
 
 
 def test_help_shows_examples(capsys):

@@ -74,7 +74,7 @@ def test_stage_b_is_trained_at_512_and_1024():
 def test_what_starts_from_published_weights_attends_to_padding_and_new_models_do_not():
     for make in RECIPES.values():
         recipe = make()
-        published = recipe.start and not recipe.start.startswith("runs/")
+        published = recipe.start_from and not recipe.start_from.startswith("runs/")
         assert recipe.text_positions == ("all" if published else "real"), recipe.name
 
 

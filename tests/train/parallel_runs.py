@@ -123,7 +123,7 @@ def main() -> None:
             shutil.rmtree(max((other / f"stage_{stage}" / "checkpoints").iterdir()))
             train(count, other)
     # Stage B of v1, on the Stage A of that run.
-    changes = {"v1": True, "stages": ("b",), "fresh": ("b",), "start": str(folder / "2" / "model")}
+    changes = {"v1": True, "stages": ("b",), "fresh": ("b",), "start_from": str(folder / "2" / "model")}
     train(2, folder / "v1", **changes)
     for count in (1, 2, 4):
         other = folder / f"{count}v1"

@@ -33,7 +33,7 @@ def recipe(folder: Path) -> Recipe:
         full,
         data=str(folder / "set"),
         stages=("c",),
-        start=str(folder / "model"),
+        start_from=str(folder / "model"),
         fresh=("c",),
         prior=dataclasses.replace(full.prior, dropout=0.0, c_in=2),
         compressor=dataclasses.replace(full.compressor, c_latent=2),

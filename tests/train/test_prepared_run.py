@@ -93,7 +93,12 @@ def test_the_model_is_whole_and_its_statistics_are_those_of_the_maps(runs):
     assert cascade.settings.map_statistics != before
     validated = [e for e in events(runs / "1") if e["event"] == "validation"]
     assert {e["stage"] for e in validated} == {"c", "c2"}  # on what the set holds out
-    assert len(prepared.rows("heldout")) > 0
+    shown, hidden = (
+        {prepared.name(int(row)).split("#")[0] for row in prepared.rows(part)}
+        for part in ("train", "heldout")
+    )
+    assert hidden  # all views of a picture or none
+    assert not shown & hidden
     prepared.check_model(cascade.compressor, cascade.text_encoder)
 
 
@@ -127,7 +132,7 @@ def test_images_that_are_no_whole_batches_and_sets_of_another_model(folder, tmp_
     next(cascade.compressor.parameters()).add_(1)
     whence = dict.fromkeys(("vqgan", "decoder", "compressor", "prior"), WHENCE)
     write_cascade(cascade, tmp_path / "model", whence, text_encoder=BUNDLED / "text_encoder")
-    other = dataclasses.replace(full, start=str(tmp_path / "model"))
+    other = dataclasses.replace(full, start_from=str(tmp_path / "model"))
     with pytest.raises(UserError, match="made with another compressor; prepare it with this model"):
         train(other, tmp_path / "run", device="cpu")
 

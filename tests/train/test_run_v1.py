@@ -156,23 +156,23 @@ def test_stage_b_alone_on_a_stage_a_that_is_there(finished, data, tmp_path, caps
     """As the recipe for the published size does it: from a whole model, of which Stage A is kept."""
     folder, _ = finished
     model = str(folder / "model")
-    alone = recipe(data, start=model, stages=("b",), fresh=("b",))
+    alone = recipe(data, start_from=model, stages=("b",), fresh=("b",))
     target = run.train(alone, tmp_path / "alone", device="cpu")
     settings = json.loads((target / "model.json").read_text())
     assert "decoder" in settings["parts"]
     assert "prior of" in capsys.readouterr().out.replace("\n", " ")  # it is left out, and that is said
     # And on from there, without fresh.
-    goes_on = dataclasses.replace(alone, start=str(target), fresh=())
+    goes_on = dataclasses.replace(alone, start_from=str(target), fresh=())
     run.train(goes_on, tmp_path / "on", device="cpu")
     # A Stage C for it.
-    prior = recipe(data, start=str(target), stages=("c",), fresh=("c",))
+    prior = recipe(data, start_from=str(target), stages=("c",), fresh=("c",))
     last = run.train(prior, tmp_path / "c", device="cpu")
     assert isinstance(read_cascade(last).decoder, Paella)
 
 
 def test_a_start_of_the_other_kind_is_refused(finished, data, tmp_path):
     folder, _ = finished
-    other = recipe(data, decoder=tiny().decoder, start=str(folder / "model"), stages=("b",))
+    other = recipe(data, decoder=tiny().decoder, start_from=str(folder / "model"), stages=("b",))
     with pytest.raises(UserError, match=r"has v1's Stage B, on tokens, .* trains v2's; give --fresh b"):
         run.train(other, tmp_path / "x", device="cpu")
 

@@ -76,7 +76,7 @@ def recipe(start, data, **changes):
             "data": str(data),
             "image_size": 256,
             "stages": ("c",),
-            "start": str(start),
+            "start_from": str(start),
             "fresh": ("c",),
             "compressor": CompressorConfig(backbone="efficientnet_lite0", c_latent=2),
             "decoder": DecoderConfig(
@@ -170,7 +170,7 @@ def test_the_weights_at_the_start_are_those_that_the_run_began_with(start, photo
     folder = tmp_path / "model"
     write_cascade(other, folder, parts, text_encoder=BUNDLED / "text_encoder")
     stored = json.loads((tmp_path / "run" / "run.json").read_text())
-    stored["recipe"]["start"] = str(folder)
+    stored["recipe"]["start_from"] = str(folder)
     (tmp_path / "run" / "run.json").write_text(json.dumps(stored))
     with pytest.raises(RunFolderError, match=r"the weights in .* have changed since"):
         train(recipe(folder, photos), tmp_path / "run", device="cpu")
@@ -210,7 +210,7 @@ def test_stages_one_after_the_other_by_three_runs(photos, tmp_path):
         refine_images=4,
     )
     second = dataclasses.replace(
-        first, stages=("b",), start=str(tmp_path / "a" / "model"), fresh=("b",), stage_b=config
+        first, stages=("b",), start_from=str(tmp_path / "a" / "model"), fresh=("b",), stage_b=config
     )
     train(second, tmp_path / "b", device="cpu")
     assert sorted(p.name for p in (tmp_path / "b").glob("stage_*")) == ["stage_b", "stage_b2", "stage_b3"]
@@ -221,7 +221,7 @@ def test_stages_one_after_the_other_by_three_runs(photos, tmp_path):
     third = dataclasses.replace(
         second,
         stages=("c",),
-        start=str(tmp_path / "b" / "model"),
+        start_from=str(tmp_path / "b" / "model"),
         fresh=("c",),
         stage_c=StageCConfig(optimization=learning(4)),
     )
@@ -255,7 +255,7 @@ def finetune(published, photos, compressor_file, **changes):
         full,
         **{
             "data": str(photos),
-            "start": str(published),
+            "start_from": str(published),
             "image_size": 128,
             "vqgan": VQGANConfig(bottleneck_blocks=2, embed_dim=16, num_vq_embeddings=32),
             "compressor": CompressorConfig(backbone="efficientnet_lite0", c_latent=4),
@@ -313,7 +313,7 @@ def test_fine_tuning_a_published_model(published, photos, compressor_file, tmp_p
             {"prior": PriorConfig(c_in=4, c=32, c_cond=16, c_r=16, depth=1, nhead=2)},
             r"prior\.c=32, prior\.depth=1 of the recipe is not .*; give --prior.c 16 --prior.depth 2",
         ),
-        ({"start": "nowhere"}, "'nowhere' does not exist"),
+        ({"start_from": "nowhere"}, "'nowhere' does not exist"),
         ({"stage_b": tiny().stage_b}, "has no compressor; name it with --compressor-init"),
         (
             {"prior": PriorConfig(c_in=4, c=16, c_cond=24, c_r=16, depth=2, nhead=2), "fresh": ("c",)},
@@ -399,9 +399,9 @@ def test_what_a_trained_stage_spoils_is_left_out(start, photos):
     [
         ({"stages": ("c",)}, "stages=c builds on a and b, which no start gives; name a model as start"),
         ({"stages": ()}, "stages=none must follow one another"),
-        ({"stages": ("a", "c"), "start": "x"}, "stages=a c must follow one another"),
-        ({"stages": ("c", "b"), "start": "x"}, "stages=c b must follow one another"),
-        ({"stages": ("c",), "start": "x", "fresh": ("b",)}, "fresh=b is no stage that is trained"),
+        ({"stages": ("a", "c"), "start_from": "x"}, "stages=a c must follow one another"),
+        ({"stages": ("c", "b"), "start_from": "x"}, "stages=c b must follow one another"),
+        ({"stages": ("c",), "start_from": "x", "fresh": ("b",)}, "fresh=b is no stage that is trained"),
         (
             {"stages": ("a",), "stage_a": dataclasses.replace(tiny().stage_a, refine_images=8)},
             "refine_images needs a Stage B of the same run",

@@ -50,6 +50,10 @@ def items_at(indices: range, length: int, seed: int) -> list[int]:
     return [item_at(index, length, seed) for index in indices]
 
 
+VIEW = "#view="
+"""Stands between a picture's name and the number of a view, where one picture is shown in several ways."""
+
+
 def held_out_names(names: Collection[str]) -> set[str]:
     """Those of a set's pictures that no training sees.
 

@@ -18,7 +18,7 @@ from jaxtyping import Float, Float16, Int, Int64
 from torch import nn
 
 from wuerstchen.checkpoints.weights import read_json
-from wuerstchen.data.plan import held_out_names
+from wuerstchen.data.plan import VIEW, held_out_names
 from wuerstchen.data.readers import import_datasets
 from wuerstchen.errors import CheckpointError, DataError, UserError
 from wuerstchen.models.text import TextEncoder
@@ -149,10 +149,12 @@ class PreparedSet:
         return self.description["settings"]["size"]
 
     def rows(self, split: Literal["train", "heldout"]) -> Int64[np.ndarray, " n"]:
-        """The images that training may see, or those that it may not (``plan.held_out_names``)."""
+        """The images that training may see, or those that it may not (``plan.held_out_names``); all views
+        of a picture are on one side."""
         names = self._tables["images"].data.column("name").to_pylist()
-        held_out = held_out_names(names)
-        return np.flatnonzero([(name in held_out) == (split == "heldout") for name in names])
+        pictures = [name.split(VIEW)[0] for name in names]
+        held_out = held_out_names(set(pictures))
+        return np.flatnonzero([(picture in held_out) == (split == "heldout") for picture in pictures])
 
     def fingerprint(self) -> str:
         """A hash of all that the set holds, from the checksums in ``prepared.json``."""

@@ -24,7 +24,7 @@ from wuerstchen.checkpoints.hub import HUB_NAME
 from wuerstchen.data.emoji import CENTRED, EmojiSource, sample_root
 from wuerstchen.data.filters import FIELDS, Tally
 from wuerstchen.data.folder import FolderSource
-from wuerstchen.data.plan import generator
+from wuerstchen.data.plan import VIEW, generator
 from wuerstchen.data.sources import Example
 from wuerstchen.errors import DataError, UserError
 
@@ -184,7 +184,7 @@ class EmojiReader:
                 except DataError as error:
                     tally.damage("damaged image", name, str(error))
                     break
-                yield Item(f"{name}:{view}", (caption,), {}, (item, view, 0))
+                yield Item(f"{name}{VIEW}{view}", (caption,), {}, (item, view, 0))
 
     def read(self, name: str, place: tuple[int, int, int]) -> bytes:
         item, view, _ = place

@@ -25,10 +25,10 @@ def scaled(recipe: Recipe, width: float = 1.0, depth: float = 1.0) -> Recipe:
     if width == depth == 1:
         return recipe
     for stage in recipe.stages:
-        if recipe.start and stage not in recipe.fresh:
+        if recipe.start_from and stage not in recipe.fresh:
             raise UserError(
                 f"--width and --depth cannot change Stage {stage.upper()}, which starts at the weights of "
-                f"{recipe.start}; leave them out, or give --fresh {stage}"
+                f"{recipe.start_from}; leave them out, or give --fresh {stage}"
             )
     changes: dict[str, Any] = {}
     if "a" in recipe.stages:

@@ -14,8 +14,8 @@ def v1_stage_b() -> Recipe:
 
     Hardware: GPUs of 80 GB. Time: not told by the authors for their 1.5 million updates at most. Cost:
     likewise; nobody has run it here, and the rehearsal says what your machine takes. Result: a Stage B for
-    ``v1-stage-c``, with --start naming its model. Stage A is taken from --start, warp-ai/wuerstchen unless
-    told; v1 and v2 share it. The compressor needs --compressor-init FILE, ImageNet weights of
+    ``v1-stage-c``, with --start-from naming its model. Stage A is taken from --start-from, warp-ai/wuerstchen
+    unless told; v1 and v2 share it. The compressor needs --compressor-init FILE, ImageNet weights of
     EfficientNetV2-L; its backbone learns at a tenth of the rate, the original's at the full one
     (--stage-b.backbone-rate 1).
     """
@@ -25,7 +25,7 @@ def v1_stage_b() -> Recipe:
         name="v1-stage-b",
         image_size=512,
         stages=("b",),
-        start=CLIP_H,
+        start_from=CLIP_H,
         fresh=("b",),
         text_encoder="",
         decoder_text_encoder=CLIP_H,
@@ -54,9 +54,9 @@ def v1_stage_c() -> Recipe:
     """Stage C of v1, the prior: 512×512 pixels, maps of 12×12 by the EfficientNetV2-L of v1's Stage B.
 
     Hardware: 64 A100 of 80 GB. Time: 9,200 A100-hours (the model's card), 6 days on 64. Cost: 1,311 kg of CO2
-    (the model's card). Result: a model of v1. --start names a folder with the original's vqgan_f4_v1_500k.pt
-    and model_stage_b.pt, data/models/wuerstchen-v1 unless told. The map is normalised by its own statistics,
-    where the original took it as it is.
+    (the model's card). Result: a model of v1. --start-from names a folder with the original's
+    vqgan_f4_v1_500k.pt and model_stage_b.pt, data/models/wuerstchen-v1 unless told. The map is normalised by
+    its own statistics, where the original took it as it is.
     """
     batch_size = 1280
     return dataclasses.replace(
@@ -64,7 +64,7 @@ def v1_stage_c() -> Recipe:
         name="v1-stage-c",
         image_size=512,
         stages=("c",),
-        start="data/models/wuerstchen-v1",
+        start_from="data/models/wuerstchen-v1",
         fresh=("c",),
         text_encoder=CLIP_H,
         decoder_text_encoder="",

@@ -110,14 +110,14 @@ def v2_stage_b() -> Recipe:
 
     Hardware: 8 A100 of 80 GB or more. Time: 11,000 A100-hours (the paper), 57 days on 8. Cost: 4,400 kWh at
     0.4 kW a GPU. Result: the decoder and the map that v2-stage-c works in. --compressor-init FILE names the
-    EfficientNetV2-S of torchvision or timm; --start a model with a Stage A, runs/v2-stage-a/model unless
+    EfficientNetV2-S of torchvision or timm; --start-from a model with a Stage A, runs/v2-stage-a/model unless
     told.
     """
     return dataclasses.replace(
         v2(),
         name="v2-stage-b",
         stages=("b",),
-        start="runs/v2-stage-a/model",
+        start_from="runs/v2-stage-a/model",
         fresh=("b",),
         text_encoder="",
     )
@@ -127,15 +127,16 @@ def v2_stage_c() -> Recipe:
     """Stage C of v2, the prior: maps of 12×12, then 24×24, mixed aspects, fine pictures, an average.
 
     Hardware: 64 A100 of 40 GB or more. Time: 24,602 A100-hours (the paper), 16 days on 64. Cost: 2,276 kg of
-    CO2 (the paper). Result: a model; the published one has FID 23.6 on COCO30k at 256 pixels. --start names a
-    model with Stages A and B, runs/v2-stage-b/model unless told; one whose Stage B attends to padding, as the
-    published one, wants --text-positions all. --stage-c.phases.2.data FOLDER names the fine pictures.
+    CO2 (the paper). Result: a model; the published one has FID 23.6 on COCO30k at 256 pixels. --start-from
+    names a model with Stages A and B, runs/v2-stage-b/model unless told; one whose Stage B attends to
+    padding, as the published one, wants --text-positions all. --stage-c.phases.2.data FOLDER names the fine
+    pictures.
     """
     return dataclasses.replace(
         v2(),
         name="v2-stage-c",
         stages=("c",),
-        start="runs/v2-stage-b/model",
+        start_from="runs/v2-stage-b/model",
         fresh=("c",),
         decoder_text_encoder="",
     )
@@ -153,7 +154,7 @@ def v2_finetune() -> Recipe:
         v2(),
         name="v2-finetune",
         stages=("c",),
-        start="warp-ai/wuerstchen",
+        start_from="warp-ai/wuerstchen",
         text_encoder="",
         decoder_text_encoder="",
         text_positions="all",

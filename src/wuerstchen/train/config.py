@@ -260,8 +260,8 @@ class Recipe:
     size where they name no other."""
     seed: int = 0
     stages: tuple[StageName, ...] = ("a", "b", "c")
-    """The stages that are trained, in order; the others are ``start``'s."""
-    start: str = ""
+    """The stages that are trained, in order; the others are ``start_from``'s."""
+    start_from: str = ""
     """A model to start from: a folder, a file, or a name on the hub, in any layout. Empty for none."""
     fresh: tuple[StageName, ...] = ()
     """Trained stages that begin with random weights although there is a start."""
@@ -359,7 +359,7 @@ class Recipe:
                 "b, b c or c"
             )
         left_out = [stage for stage in "ab" if stage < order[0]]
-        if left_out and not self.start:
+        if left_out and not self.start_from:
             raise UserError(
                 f"stages={' '.join(self.stages)} builds on {' and '.join(left_out)}, which no start gives; "
                 "name a model as start, or train them too"
@@ -433,7 +433,7 @@ class Recipe:
 FREE_FIELDS = frozenset(
     {
         "data",
-        "start",
+        "start_from",
         "workers",
         "checkpoint_seconds",
         "log_every",
@@ -445,8 +445,8 @@ FREE_FIELDS = frozenset(
     }
 )
 """What may change between the starts of a run, because the result does not depend on it: bit for bit, or, as
-with ``acceleration``, ``sharding`` and the number of processes, to rounding. ``data`` and ``start`` are only
-places: what is in them has a fingerprint."""
+with ``acceleration``, ``sharding`` and the number of processes, to rounding. ``data`` and ``start_from`` are
+only places: what is in them has a fingerprint."""
 
 
 def differing_fields(stored: dict, given: dict, prefix: str = "") -> list[str]:

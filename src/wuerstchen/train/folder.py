@@ -84,8 +84,8 @@ def check_run(
         write_json(path, {**stored, "data": data})
     if stored.get("start", "") != start:
         raise RunFolderError(
-            f"the weights in {recipe.start} have changed since {run_dir} was begun; put them back, or use "
-            "another --run-dir"
+            f"the weights in {recipe.start_from} have changed since {run_dir} was begun; put them back, or "
+            "use another --run-dir"
         )
 
 

@@ -272,7 +272,9 @@ class _Run:
         }
         if self.processes.leads and self.start.left_out:
             lost = " and ".join(self.start.left_out)
-            print(f"{lost} of {recipe.start} would not fit what was trained, and the model is without it")
+            print(
+                f"{lost} of {recipe.start_from} would not fit what was trained, and the model is without it"
+            )
         networks = self.parts.networks()
         write_parts(
             self.settings_of_model(), networks, target, provenance, text_encoder=self.start.text_folder

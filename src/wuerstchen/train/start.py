@@ -105,12 +105,12 @@ def read_start(recipe: Recipe) -> Start:
     """
     start = Start()
     given: dict[str, Any] = {}
-    if recipe.start:
-        folder = local_folder(recipe.start)
+    if recipe.start_from:
+        folder = local_folder(recipe.start_from)
         start.settings, given, start.provenance = _read_parts(folder)
         if layout_of(folder) == "native" and "text_encoder" in given:
             start.text_folder = folder / "text_encoder"
-    whence = Provenance(recipe=f"taken from {Path(recipe.start).name}", seed=0, images=0, data="")
+    whence = Provenance(recipe=f"taken from {Path(recipe.start_from).name}", seed=0, images=0, data="")
     for name, network in given.items():
         stage = STAGE_OF.get(name)
         if stage is None or stage in recipe.fresh:
@@ -143,7 +143,7 @@ def _read_parts(path: Path) -> tuple[CascadeSettings, dict[str, Any], dict[str, 
 def _take_compressor(recipe: Recipe, start: Start) -> None:
     """The compressor of ``compressor_init`` where that is a whole one and the start has none."""
     named = recipe.stage_b.compressor_init
-    if start.parts.compressor is None and named and "b" not in recipe.fresh and recipe.start:
+    if start.parts.compressor is None and named and "b" not in recipe.fresh and recipe.start_from:
         found = _whole_compressor(named)
         if found is not None:
             start.parts.compressor = found.requires_grad_(False)
@@ -184,7 +184,7 @@ def fill_compressor(recipe: Recipe, compressor: Compressor) -> None:
 def _check_networks(recipe: Recipe, start: Start) -> None:
     parts = start.parts
     for stage, names in _NEEDED.items():
-        if stage > recipe.stages[-1] or stage in recipe.fresh or not recipe.start:
+        if stage > recipe.stages[-1] or stage in recipe.fresh or not recipe.start_from:
             continue
         for name in names:
             if getattr(parts, name) is not None:
@@ -195,19 +195,19 @@ def _check_networks(recipe: Recipe, start: Start) -> None:
                 fix = f"train it from nothing with --fresh {stage}, or name another start"
             else:
                 fix = f"name a start that has it, or train Stage {stage.upper()} too"
-            raise UserError(f"start={recipe.start} has no {name}; {fix}")
+            raise UserError(f"start_from={recipe.start_from} has no {name}; {fix}")
     decoder = parts.decoder
     if "b" in recipe.stages and decoder is not None and type(decoder.config) is not type(recipe.decoder):
         v1 = isinstance(decoder, Paella)
         has, wants = ("v1's Stage B, on tokens,", "v2") if v1 else ("v2's Stage B", "v1")
         raise UserError(
-            f"start={recipe.start} has {has} and the recipe trains {wants}'s; give --fresh b, or a "
+            f"start_from={recipe.start_from} has {has} and the recipe trains {wants}'s; give --fresh b, or a "
             f"start of {wants}"
         )
     for name, stage in STAGE_OF.items():
         network = getattr(parts, name)
         if network is not None and stage in recipe.stages:
-            _check_config(name, getattr(recipe, name), network.config, recipe.start)
+            _check_config(name, getattr(recipe, name), network.config, recipe.start_from)
 
 
 def _check_config(name: str, ours: object, theirs: object, source: str) -> None:
@@ -292,6 +292,6 @@ def _check_text(recipe: Recipe, start: Start) -> None:
     if reads and learnt != recipe.text_positions:
         does = "attend to padding" if learnt == "all" else "have padding hidden from them"
         raise UserError(
-            f"text_positions={recipe.text_positions} does not suit start={recipe.start}, whose networks "
-            f"{does}; use {learnt}"
+            f"text_positions={recipe.text_positions} does not suit start_from={recipe.start_from}, whose "
+            f"networks {does}; use {learnt}"
         )
