@@ -475,11 +475,13 @@ class TestOnCuda:
         expected = [self.call(copy.deepcopy(network).to(self.CUDA)) for network in networks]
         weights = sum(tensor.numel() * tensor.element_size() for tensor in memory._tensors(networks[0]))
         start = torch.cuda.memory_allocated()
-        for residence, share in ((OneAtATime(self.CUDA), 1.05), (Blockwise(self.CUDA), 0.1)):
+        # Layer by layer the MLPs run as they are written, in place of the kernels that take three layers.
+        for residence, share, rtol in ((OneAtATime(self.CUDA), 1.05, 0), (Blockwise(self.CUDA), 0.1, 1e-4)):
             for _ in range(2):
                 for network, wanted in zip(networks, expected, strict=True):
                     with residence.using(network):
-                        torch.testing.assert_close(self.call(network), wanted)
+                        error = (self.call(network) - wanted).abs().max()
+                    assert error <= rtol * wanted.abs().max()
                     assert torch.cuda.memory_allocated() - start <= share * weights
             residence.release()
             assert torch.cuda.memory_allocated() == start

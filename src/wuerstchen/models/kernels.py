@@ -41,15 +41,27 @@ def _normal(x):
 
 @triton.jit
 @no_type_check
+def _mixed(x):
+    """A hash of 32 bits: lowbias32 of C. Wellons' hash-prospector."""
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+@no_type_check
 def _key(seed, sample):
-    """What the hash of a sample begins with."""
-    return tl.load(seed).to(tl.uint32) ^ (sample.to(tl.uint32) * 0x9E3779B9), tl.load(seed + 1).to(tl.uint32)
+    """What the hash of a sample's positions begins with, and what joins it half way."""
+    first, second = tl.load(seed).to(tl.uint32), tl.load(seed + 1).to(tl.uint32)
+    return _mixed(first ^ _mixed(sample.to(tl.uint32))), _mixed(second)
 
 
 @triton.jit
 @no_type_check
 def _kept(local, first, second, threshold):
-    """Which elements dropout keeps: those whose hash (Wellons' lowbias32, seeded twice) reaches it."""
+    """Which elements dropout keeps: those whose hash, as ``_mixed`` with two keys, reaches the threshold."""
     x = local.to(tl.uint32) ^ first
     x ^= x >> 16
     x *= 0x7FEB352D
@@ -202,7 +214,7 @@ def _apply_back(
 class _Grid:
     """How the work on (b, n, c) is cut into programs."""
 
-    def __init__(self, h: Float[Tensor, "b n c"], p: float) -> None:
+    def __init__(self, h: Float[Tensor, "b n c"], seed: Tensor | None, p: float) -> None:
         assert h.is_contiguous()
         self.b, self.n, self.c = h.shape
         tiles = triton.cdiv(self.c, _COLUMNS)
@@ -215,6 +227,7 @@ class _Grid:
         self.threshold, self.kept_scale, self.drops = round(p * 2**31), 1 / (1 - p), p > 0
         self.tile: dict[str, Any] = {"rows": _ROWS, "columns": _COLUMNS}
         self.line = triton.next_power_of_2(self.c)
+        self.seed = h if seed is None else seed  # nothing reads it then
 
     def dropout(self) -> tuple[int, float, bool]:
         return self.threshold, self.kept_scale, self.drops
@@ -227,17 +240,17 @@ def forward(
     h: Float[Tensor, "b n c"],
     gamma: Float[Tensor, " c"],
     beta: Float[Tensor, " c"],
-    seed: Int[Tensor, "2"],
+    seed: Int[Tensor, "2"] | None,
     p: float,
 ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b c"]]:
     """y in the dtype of h, and norm."""
-    grid = _Grid(h, p)
+    grid = _Grid(h, seed, p)
     squares = grid.empty(h, grid.parts, grid.b, grid.c)
     _squares[grid.over_sums](h, squares, grid.n, grid.c, grid.part, **grid.tile)
     norm, scale = (grid.empty(h, grid.b, grid.c) for _ in range(2))
     _scales[(grid.b,)](squares, gamma, norm, scale, grid.c, grid.parts, EPS, columns=grid.line, num_warps=8)
     y = torch.empty_like(h)
-    _apply[grid.over_tiles](h, scale, beta, y, seed, grid.n, grid.c, *grid.dropout(), **grid.tile)
+    _apply[grid.over_tiles](h, scale, beta, y, grid.seed, grid.n, grid.c, *grid.dropout(), **grid.tile)
     return y, norm
 
 
@@ -247,14 +260,14 @@ def backward(
     norm: Float[Tensor, "b c"],
     gamma: Float[Tensor, " c"],
     beta: Float[Tensor, " c"],
-    seed: Int[Tensor, "2"],
+    seed: Int[Tensor, "2"] | None,
     p: float,
 ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"], Float[Tensor, " c"], Float[Tensor, " c"]]:
     """y as ``forward`` gave it, and the gradients of h, γ and β."""
-    grid = _Grid(h, p)
+    grid = _Grid(h, seed, p)
     along, total = (grid.empty(h, grid.parts, grid.b, grid.c) for _ in range(2))
     _sums[grid.over_sums](
-        dy, h, seed, along, total, grid.n, grid.c, grid.part, *grid.dropout(), **grid.tile
+        dy, h, grid.seed, along, total, grid.n, grid.c, grid.part, *grid.dropout(), **grid.tile
     )  # fmt: skip
     scale, pull, dgamma, dbeta = (grid.empty(h, grid.b, grid.c) for _ in range(4))
     _norm_gradients[(grid.b,)](
@@ -263,6 +276,6 @@ def backward(
     )  # fmt: skip
     dh, y = torch.empty_like(h), torch.empty_like(h)
     _apply_back[grid.over_tiles](
-        dy, h, scale, pull, beta, dh, y, seed, grid.n, grid.c, *grid.dropout(), **grid.tile
+        dy, h, scale, pull, beta, dh, y, grid.seed, grid.n, grid.c, *grid.dropout(), **grid.tile
     )  # fmt: skip
     return y, dh, dgamma.sum(0), dbeta.sum(0)

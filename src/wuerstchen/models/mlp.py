@@ -90,7 +90,7 @@ def mlp_tail(
     from wuerstchen.models import kernels
 
     hidden = hidden.contiguous()
-    y, norm = kernels.forward(hidden, gamma, beta, gamma if seed is None else seed, p)
+    y, norm = kernels.forward(hidden, gamma, beta, seed, p)
     return F.linear(y, weight, bias), norm
 
 
@@ -121,9 +121,7 @@ def mlp_tail_backward(
     from wuerstchen.models import kernels
 
     hidden, gradient = hidden.contiguous(), gradient.contiguous()
-    y, dh, dgamma, dbeta = kernels.backward(
-        gradient @ weight, hidden, norm, gamma, beta, gamma if seed is None else seed, p
-    )
+    y, dh, dgamma, dbeta = kernels.backward(gradient @ weight, hidden, norm, gamma, beta, seed, p)
     rows = gradient.flatten(0, 1)
     return dh, dgamma.to(gamma.dtype), dbeta.to(beta.dtype), rows.T @ y.flatten(0, 1), rows.sum(0)
 
