@@ -21,7 +21,7 @@ from wuerstchen.train.ema import make_average
 from wuerstchen.train.optim import learning_rate, make_optimizer, set_rate
 from wuerstchen.train.parallel import Processes
 from wuerstchen.train.snapshot import TrainingState
-from wuerstchen.train.step import Step, Updates, compile_regions
+from wuerstchen.train.step import Step, Updates, compile_regions, half_copies
 
 BATCH, PICTURES, WINDOW = 8, 256, 10
 
@@ -41,7 +41,8 @@ def curve(depth: int, updates: int, seed: int, fast: bool) -> torch.Tensor:
         state = TrainingState(networks=stage.networks, averages=averages, optimizers={"network": optimizer})
         if fast:
             compile_regions(stage.network)
-        update = Updates(Step(stage, state, 0, True, Processes(CUDA)), record=fast)  # type: ignore[arg-type]
+        copies = half_copies(stage, state) if fast else {}  # type: ignore[arg-type]
+        update = Updates(Step(stage, state, 0, True, Processes(CUDA), copies), record=fast)  # type: ignore[arg-type]
         torch.manual_seed(1)
         pictures = stage.data(PICTURES)
         torch.manual_seed(seed)  # of dropout

@@ -6,7 +6,8 @@ Random weights and data, dropout on. Stage C: maps of 24×24, text of 77×1280. 
 of 128×128, maps of 12×12, text of 77×1024; the compressor is left out of both sides, for diffusers has none
 to train. Both have fp32 weights and AdamW states and compute in bf16 autocast. The peer is diffusers' network
 in the original's step (p2 weight, clipping, AdamW), as it stands and under torch.compile; ours is the update
-that `wuerstchen train` makes: compiled blocks, recorded as a CUDA graph, with an average of the weights. A
+that `wuerstchen train` makes: compiled blocks, bf16 copies of matrices that the optimizer keeps up, recorded
+as a CUDA graph, with an average of the weights. A
 matrix product of 8192³ in bf16 is measured beside them; FLOP are three times those of the forward pass.
 """
 
@@ -33,7 +34,7 @@ from wuerstchen.train.parallel import Processes
 from wuerstchen.train.random import ImageRandom
 from wuerstchen.train.snapshot import TrainingState
 from wuerstchen.train.stages import Inputs, Losses, diffusion_loss
-from wuerstchen.train.step import Step, Updates, compile_regions
+from wuerstchen.train.step import Step, Updates, compile_regions, half_copies
 
 CUDA = torch.device("cuda")
 AVERAGED_EVERY = 100  # updates, as in the original and in the recipes of its models
@@ -131,7 +132,7 @@ def our_step(stage_type: type[StageC], batch: int) -> Callable[[], None]:
         optimizers={"network": make_optimizer(stage.network, stage.optimization)},
     )
     compile_regions(stage.network)
-    step = Step(stage, state, 0, True, Processes(CUDA))  # type: ignore[arg-type]
+    step = Step(stage, state, 0, True, Processes(CUDA), half_copies(stage, state))  # type: ignore[arg-type]
     update = Updates(step, record=True)
     inputs, indices = stage.data(batch), torch.arange(batch, device=CUDA)
 

@@ -24,7 +24,7 @@ from wuerstchen.train.parallel import Processes, distributed, shard
 from wuerstchen.train.random import ImageRandom
 from wuerstchen.train.snapshot import TrainingState
 from wuerstchen.train.stages import Inputs, Losses, diffusion_loss
-from wuerstchen.train.step import Step, Updates, compile_regions, recompute_blocks
+from wuerstchen.train.step import Step, Updates, compile_regions, half_copies, recompute_blocks
 
 AVERAGED_EVERY = 100  # updates, as in the recipes of the published sizes
 
@@ -83,9 +83,10 @@ def measure(sharding: str, options: argparse.Namespace, processes: Processes) ->
         recompute_blocks(prior)
     if not options.eager:
         compile_regions(prior)
-    step = Step(RandomStageC(prior, optimization), state, 0, True, processes)
-    set_rate(state.optimizers["prior"], 1e-4)
     records = device.type == "cuda" and sharding == "none" and not options.eager
+    stage = RandomStageC(prior, optimization)
+    step = Step(stage, state, 0, True, processes, half_copies(stage, state) if records else None)
+    set_rate(state.optimizers["prior"], 1e-4)
     update = Updates(step, records)
     rows = options.batch * options.accumulate
     inputs = {

@@ -41,7 +41,7 @@ from wuerstchen.train.parallel import (
 )
 from wuerstchen.train.prepared_feed import PreparedFeed
 from wuerstchen.train.stages import Stage, inputs_of
-from wuerstchen.train.step import Step, Updates, Values, compile_regions, recompute_blocks
+from wuerstchen.train.step import Step, Updates, Values, compile_regions, half_copies, recompute_blocks
 from wuerstchen.train.throughput import Gauge
 from wuerstchen.train.track import Log, Meter
 from wuerstchen.train.validate import Validation
@@ -137,9 +137,8 @@ def run_stage(
             log.event("checkpoint", **begun)
             begun.clear()
 
-    seed = stable_hash(settings.seed, stage.name) >> 1
-    step = Step(stage, state, seed, settings.autocast, processes)
-    step.gauge = gauge = Gauge(stage, seed, settings.autocast, device)
+    step = _step(stage, state, settings, processes)
+    step.gauge = gauge = Gauge(stage, step.seed, settings.autocast, device)
     updates = _fed_updates(step, feed, settings) if bank is None else _bank_updates(step, bank, settings)
     meter = Meter(f"Stage {stage.name.upper()}", state.images, total, processes.leads)
     saved = time.monotonic()
@@ -229,7 +228,7 @@ def rehearse(
     processes = processes or Processes(device)
     _check_batches(stage, processes)
     state, _ = _prepare(stage, folder, settings, processes)
-    step = Step(stage, state, stable_hash(settings.seed, stage.name) >> 1, settings.autocast, processes)
+    step = _step(stage, state, settings, processes)
     updates = _fed_updates(step, feed, settings) if bank is None else _bank_updates(step, bank, settings)
     meter, images = CostMeter(device), 0
     with contextlib.closing(updates), _memory_named(stage, feed):
@@ -291,6 +290,13 @@ def _prepare(
         if settings.compiles:
             compile_regions(network)
     return state, found is not None
+
+
+def _step(stage: Stage, state: snapshot.TrainingState, settings: Settings, processes: Processes) -> Step:
+    """What makes the updates of a stage."""
+    copies = half_copies(stage, state) if settings.records and settings.autocast else {}
+    seed = stable_hash(settings.seed, stage.name) >> 1
+    return Step(stage, state, seed, settings.autocast, processes, copies)
 
 
 def _begin(step: Step, settings: Settings, images: int) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from wuerstchen.train.config import Optimization
+from wuerstchen.train.half import HalfCopies
 from wuerstchen.train.parallel import local_part
 
 FINAL_SHARE = 0.05  # of the learning rate, where a cosine ends
@@ -88,26 +89,35 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def update(
-    network: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float, loss: Float[Tensor, ""]
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    clip_norm: float,
+    loss: Float[Tensor, ""],
+    copies: HalfCopies | None = None,
 ) -> Float[Tensor, ""]:
-    """One update from the gradients at hand; returns their norm before shortening.
+    """One update from the gradients at hand, those of ``copies`` too; returns their norm before shortening.
 
     A loss or a norm that is not finite updates nothing. That is decided on the device: nothing waits for it.
     All processes decide alike: gradients and loss are the average over them, or parts of it.
     """
-    norm = _gradient_norm(network)
+    norm = _gradient_norm(network, [] if copies is None else copies.gradients())
     # The optimizer's part of the contract with torch's GradScaler: an update is left out where found_inf
     # is 1, and gradients are divided by grad_scale in the same pass over memory.
     optimizer.found_inf = 1 - (norm.isfinite() & loss.isfinite()).float()
     optimizer.grad_scale = (norm / clip_norm).clamp(min=1).float()
     optimizer.step()
+    if copies is not None:
+        copies.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
 
 
-def _gradient_norm(network: nn.Module) -> Float[Tensor, ""]:
-    """Of all gradients together, of which each process may hold a part."""
+def _gradient_norm(network: nn.Module, halves: list[Tensor]) -> Float[Tensor, ""]:
+    """Of all gradients together, ``halves`` included, of which each process may hold a part."""
     gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    if halves:  # summed in fp32: in their own precision the norm would have two digits
+        norms = [*torch._foreach_norm(gradients), *torch._foreach_norm(halves, 2, torch.float32)]
+        return torch.linalg.vector_norm(torch.stack(norms))
     if not any(isinstance(gradient, DTensor) for gradient in gradients):
         return torch.nn.utils.get_total_norm(gradients)
     square = torch.stack(torch._foreach_norm([local_part(g) for g in gradients])).square().sum()

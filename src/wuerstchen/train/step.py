@@ -6,6 +6,7 @@ numbers, the learning rate) is read from tensors.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from wuerstchen.models.efficientnet import EfficientNetLite
 from wuerstchen.models.layers import AttnBlock, ConditionedResBlock, ResBlock, TimestepBlock
 from wuerstchen.models.vqgan import MixingResidualBlock
 from wuerstchen.train.ema import update_average
+from wuerstchen.train.half import HalfCopies
 from wuerstchen.train.optim import update
 from wuerstchen.train.parallel import Processes, is_sharded, synchronise_gradients
 from wuerstchen.train.random import ImageRandom
@@ -60,6 +62,16 @@ def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
+def half_copies(stage: Stage, state: TrainingState) -> dict[str, HalfCopies]:
+    """Copies of the large matrices of a stage's networks, to be read where passes are in bf16 anyway.
+
+    None for a stage that adds up gradients of several parts, which bf16 has no digits for.
+    """
+    if stage.optimization.accumulate > 1:
+        return {}
+    return {name: HalfCopies(net, state.optimizers[name]) for name, net in stage.networks.items()}
+
+
 class Step:
     """Makes the updates of a stage, one a call.
 
@@ -69,8 +81,16 @@ class Step:
     """
 
     def __init__(
-        self, stage: Stage, state: TrainingState, seed: int, autocast: bool, processes: Processes
+        self,
+        stage: Stage,
+        state: TrainingState,
+        seed: int,
+        autocast: bool,
+        processes: Processes,
+        copies: dict[str, HalfCopies] | None = None,
     ) -> None:
+        """With ``copies`` of networks' large matrices, their passes read those (``half_copies``)."""
+        self.copies = copies or {}
         self.stage = stage
         self.state = state
         self.seed = seed
@@ -105,7 +125,7 @@ class Step:
         stage, first = self.stage, True
         losses = stage.losses(inputs, ImageRandom(self.seed, indices))
         while True:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            with self._reading_copies(), torch.autocast(self.device.type, torch.bfloat16, self.autocast):
                 following = next(losses, None)
             if following is None:
                 return
@@ -116,19 +136,28 @@ class Step:
                 synchronise_gradients(network, last)
                 loss.backward()
             else:
-                # For this network alone: what else the loss passes through learns from its own loss.
-                trained = [p for p in network.parameters() if p.requires_grad]
-                with self.processes.averaging(trained if last else []):
-                    loss.backward(inputs=trained)
+                with self._reading_copies():
+                    # For this network alone: what else the loss passes through learns from its own loss.
+                    trained = [p for p in network.parameters() if p.requires_grad]
+                    with self.processes.averaging(trained if last else []):
+                        loss.backward(inputs=trained)
             key, first = "loss" if first else f"loss_{name}", False
             values[key] = values.get(key, 0) + loss.detach()
             if last:
                 self.processes.average_([values[key]])
                 clip_norm = stage.optimization.clip_norm
-                norm = update(network, self.state.optimizers[name], clip_norm, values[key])
+                optimizer, copies = self.state.optimizers[name], self.copies.get(name)
+                norm = update(network, optimizer, clip_norm, values[key], copies)
                 values[f"gradient_{name}"] = norm
             for term, value in terms.items():
                 values[term] = values.get(term, 0) + value.detach() * share
+
+    @contextmanager
+    def _reading_copies(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for copies in self.copies.values():
+                stack.enter_context(copies.in_place())
+            yield
 
     def average(self) -> None:
         """Lets the averages follow the networks. Not recorded: that would fix their decay."""
