@@ -1,5 +1,6 @@
 """bf16 copies of weights: the same updates as autocast over fp32 weights makes."""
 
+import contextlib
 import copy
 import importlib.util
 
@@ -14,7 +15,7 @@ from wuerstchen.train.half import HalfCopies, adamw
 from wuerstchen.train.optim import load_optimizer_tensors, make_optimizer, optimizer_tensors, set_rate, update
 from wuerstchen.train.parallel import Processes
 from wuerstchen.train.snapshot import TrainingState
-from wuerstchen.train.step import Step, half_copies
+from wuerstchen.train.step import Step, Updates, half_copies
 
 CPU = torch.device("cpu")
 CONFIG = Optimization(images=64, batch_size=4, betas=(0.9, 0.95), weight_decay=0.1, clip_norm=0.5)
@@ -53,19 +54,20 @@ class PriorStage:
         yield "prior", (predicted - inputs["x"]).square().mean(), {}
 
 
-def make_step(with_copies: bool) -> Step:
+def make_step(with_copies: bool, device: torch.device = CPU) -> Step:
     stage = PriorStage()
+    stage.prior.to(device)
     optimizer = make_optimizer(stage.prior, CONFIG, {"blocks.0": 0.5})
     averages = {"prior": make_average(stage.prior)}
     state = TrainingState(networks=stage.networks, averages=averages, optimizers={"prior": optimizer})
     copies = {"prior": HalfCopies(stage.prior, optimizer, least=1)} if with_copies else {}
-    return Step(stage, state, 1, True, Processes(CPU), copies)
+    return Step(stage, state, 1, True, Processes(device), copies)
 
 
-def make_inputs() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def make_inputs(device: torch.device = CPU) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     x, states = (torch.randn(shape, generator=generator) for shape in ((4, 4, 4, 4), (4, 5, 8)))
-    return {"x": x, "states": states}, torch.arange(4)
+    return {"x": x.to(device), "states": states.to(device)}, torch.arange(4, device=device)
 
 
 def test_updates_are_those_of_autocast_over_fp32_weights():
@@ -143,6 +145,19 @@ def test_gradients_that_are_added_up_stay_in_fp32():
         stage = PriorStage(Optimization(images=64, batch_size=4, accumulate=accumulate))
         optimizers = {"prior": make_optimizer(stage.prior, CONFIG)}
         assert len(half_copies(stage, TrainingState(stage.networks, {}, optimizers))) == count
+
+
+@pytest.mark.gpu
+def test_they_can_be_recorded():
+    """Whatever waits for the device, or reads a number of it on the host, cannot."""
+    cuda = torch.device("cuda")
+    losses = []
+    for record in (False, True):
+        step = make_step(True, cuda)
+        with contextlib.closing(Updates(step, record)) as update:
+            losses.append([update(*make_inputs(cuda))["loss"].item() for _ in range(8)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert losses[0][-1] < losses[0][0]
 
 
 @pytest.mark.gpu

@@ -62,7 +62,7 @@ class HalfCopies:
             if not pairs:
                 continue
             states = [self._state(weight) for weight, _ in pairs]
-            torch._foreach_add_([state["step"] for state in states], 1 - skips)
+            torch._foreach_add_([state["step"] for state in states], [1 - skips] * len(states))
             steps = states[0]["step"].double()  # the same for all: what has a gradient once has it always
             beta1, beta2 = group["betas"]
             rate = group["lr"].double()
