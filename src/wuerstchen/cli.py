@@ -397,6 +397,11 @@ def _add_guidance_options(parser: argparse.ArgumentParser) -> None:
         "--guidance", type=float, help="guidance scale of Stage C: above 1 follows the prompt more strictly"
     )
     parser.add_argument("--prior-steps", type=int, help="steps of Stage C")
+    parser.add_argument(
+        "--prior-sampler",
+        choices=["ddpm", "dpm"],
+        help="of Stage C: ddpm, as published, or dpm, of second order, for fewer steps",
+    )
 
 
 def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -426,6 +431,7 @@ def _sampling(options: argparse.Namespace) -> "Sampling":
     return Sampling(
         guidance=getattr(options, "guidance", None),
         prior_steps=getattr(options, "prior_steps", None),
+        prior_sampler=getattr(options, "prior_sampler", None),
         decoder_steps=options.decoder_steps,
         decoder_guidance=options.decoder_guidance,
         decoder_shift=options.decoder_shift,

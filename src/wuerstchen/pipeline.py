@@ -21,7 +21,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from wuerstchen.checkpoints.layouts import Sources, read_model
-from wuerstchen.diffusion.samplers import PredictNoise, ddpm, draw_noise, guided
+from wuerstchen.diffusion.samplers import (
+    PredictNoise,
+    PriorSampler,
+    check_prior_sampler,
+    ddpm,
+    dpm_solver,
+    draw_noise,
+    guided,
+)
 from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, stage_c_timesteps, uniform_timesteps
 from wuerstchen.diffusion.tokens import draw_tokens, sample_tokens
 from wuerstchen.errors import UserError, out_of_memory_named
@@ -50,6 +58,9 @@ class Sampling:
     guidance: float | None = None
     """Guidance scale of Stage C; 1 is none."""
     prior_steps: int | None = None
+    prior_sampler: PriorSampler | None = None
+    """Of Stage C: ``ddpm`` draws noise at every step, as published; ``dpm``, DPM-Solver++(2M), is
+    deterministic and of second order, for fewer steps."""
     decoder_steps: int | None = None
     decoder_guidance: float | None = None
     decoder_shift: float | None = None
@@ -68,6 +79,8 @@ class Sampling:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= MAX_STEPS:
                 raise UserError(f"{name} {value} must be from 1 to {MAX_STEPS}; 29 and 12 are common")
+        if self.prior_sampler is not None:
+            check_prior_sampler(self.prior_sampler)
 
 
 @dataclass(frozen=True)
@@ -292,7 +305,7 @@ class Wuerstchen:
             unload_lora(self.cascade.text_encoder.model)
             self._loras.clear()
 
-    def settings_of(self, sampling: Sampling) -> dict[str, float]:
+    def settings_of(self, sampling: Sampling) -> dict[str, float | str]:
         """The sampling settings in full, as they are recorded with a picture."""
         return dataclasses.asdict(self._resolved(sampling))
 
@@ -350,14 +363,12 @@ class Wuerstchen:
             def predict(x: Tensor, t: Tensor) -> Tensor:
                 return prior(x.to(_dtype(prior)), t, context).float()
 
-            sample = ddpm(
-                guided(predict, sampling.guidance) if guides else predict,
-                x,
-                timesteps,
-                generators,
-                PUBLISHED_SCHEDULE,
-                _reporter(progress, "Stage C", len(timesteps) - 1),
-            )
+            steered = guided(predict, sampling.guidance) if guides else predict
+            report = _reporter(progress, "Stage C", len(timesteps) - 1)
+            if sampling.prior_sampler == "dpm":
+                sample = dpm_solver(steered, x, timesteps, PUBLISHED_SCHEDULE, report)
+            else:
+                sample = ddpm(steered, x, timesteps, generators, PUBLISHED_SCHEDULE, report)
         return settings.map_statistics.restore(sample)
 
     def _draw(
@@ -411,6 +422,7 @@ class Wuerstchen:
         own = self.cascade.settings
         return Sampling(
             guidance=own.prior_guidance if sampling.guidance is None else sampling.guidance,
+            prior_sampler=sampling.prior_sampler or own.prior_sampler,
             prior_steps=sampling.prior_steps or own.prior_steps,
             decoder_steps=sampling.decoder_steps or own.decoder_steps,
             decoder_shift=sampling.decoder_shift or own.decoder_shift,

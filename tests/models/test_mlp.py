@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from wuerstchen.models.mlp import ChannelMLP, mlp_tail
+from wuerstchen.models.mlp import ChannelMLP, GlobalResponseNorm, mlp_tail
 
 
 def pair(
@@ -92,3 +92,22 @@ def test_the_operator_counts_its_operations():
         output, norm = mlp_tail(hidden, gamma, gamma, weight, bias, None, 0.0)
     assert (output.shape, norm.shape) == ((2, 5, 4), (2, 16))
     assert counter.get_total_flops() == 2 * 2 * 5 * 16 * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_channels_compete_by_their_norm_over_the_grid(dtype):
+    """Equation 1 to 3 of arXiv 2301.00808 in fp64; in fp16 the sum of squares, 10^6, is out of range."""
+    x = torch.randn(2, 40, 25, 6, dtype=torch.float64) * 30
+    x[1] = 0
+    norm = GlobalResponseNorm(6).to(dtype)
+    torch.nn.init.normal_(norm.gamma)
+    torch.nn.init.normal_(norm.beta)
+    given = x.to(dtype).requires_grad_()
+    output = norm(given)
+    lengths = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
+    share = lengths / (lengths.mean(dim=-1, keepdim=True) + 1e-6)
+    expected = norm.gamma.double() * x * share + norm.beta.double() + x
+    tolerance = {torch.float32: 1e-6, torch.float16: 2e-3}[dtype]
+    assert (output.double() - expected).abs().max() <= tolerance * expected.abs().max()
+    output.float().sum().backward()
+    assert given.grad.isfinite().all()  # where a map is zero a square root has no slope

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from wuerstchen.diffusion.samplers import PriorSampler, check_prior_sampler
 from wuerstchen.errors import UserError
 from wuerstchen.models.compressor import Compressor, latent_side
 from wuerstchen.models.decoder import Decoder
@@ -77,6 +78,7 @@ class CascadeSettings:
     prior_steps: int = 29
     prior_equal_steps: bool = False
     """Whether Stage C's steps are equal, as in v1. v2 gives two thirds of them to the noisiest third."""
+    prior_sampler: PriorSampler = "ddpm"
     prior_guidance: float = 4.0
     decoder_steps: int = 12
     decoder_guidance: float = 1.0
@@ -103,6 +105,7 @@ class CascadeSettings:
         for name in ("text_mask", "prior_equal_steps"):
             if type(getattr(self, name)) is not bool:
                 raise UserError(f"{name} must be true or false; get the model again")
+        check_prior_sampler(self.prior_sampler)
         if len(self.decoder_temperatures) != 2 or not all(
             isinstance(t, int | float) and math.isfinite(t) and t > 0 for t in self.decoder_temperatures
         ):
