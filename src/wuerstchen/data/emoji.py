@@ -197,8 +197,11 @@ def compose(
 
 
 def visible_backgrounds(rgba: UInt8[np.ndarray, "h w 4"], style: str) -> tuple[str, ...]:
-    """The background colours before which the subject can be told apart; at least one."""
-    opaque = rgba[::4, ::4][rgba[::4, ::4, 3] > 128][:, :3]
+    """The background colours before which the subject can be told apart; at least one.
+
+    A picture with every fourth pixel a side will do.
+    """
+    opaque = rgba[rgba[..., 3] > 128][:, :3]
     distance = np.linalg.norm(to_lab(opaque)[:, None] - _BACKGROUND_LAB, axis=2)
     lost = (distance < _MIN_DISTANCE).mean(axis=0) if len(opaque) else np.zeros(len(COLOURS))
     allowed = lost <= max(_MAX_LOST, lost.min())
@@ -240,11 +243,11 @@ def shift_hue(rgba: UInt8[np.ndarray, "h w 4"], shift: int) -> UInt8[np.ndarray,
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Drawing:
-    rgba: np.ndarray  # the subject as it is shown, straight alpha
-    recoloured: bool
+class _Choices:
+    placement: Placement
+    hue: int | None  # by how much it is turned
+    thumbnail: np.ndarray  # every fourth pixel of the subject as it is shown, straight alpha
     background: str
-    image: np.ndarray
 
 
 class EmojiSource:
@@ -290,23 +293,19 @@ class EmojiSource:
 
     def image(self, item: int, rng: np.random.Generator, size: int | Size) -> UInt8[np.ndarray, "s s 3"]:
         """The picture at a random place and scale, half of the time recoloured, on a named colour."""
-        return self._draw(item, rng, size).image
+        picture = self.picture(item)
+        return self._compose(picture, self._choose(item, picture, rng, size), size)
 
     def example(self, item: int, rng: np.random.Generator, size: int | Size) -> Example:
         """`image` with a caption composed for what it shows."""
-        record, drawing = self.records[item], self._draw(item, rng, size)
-        colours = record.colours
-        if drawing.recoloured:
-            colours = tuple(name_colours(drawing.rgba[::4, ::4]))
-        scene = Scene(
-            style=record.style,
-            names=record.names,
-            tags=record.tags,
-            colours=colours,
-            recoloured=drawing.recoloured,
-            background=drawing.background,
-        )
-        return Example(image=drawing.image, caption=caption(scene, rng))
+        picture = self.picture(item)
+        choices = self._choose(item, picture, rng, size)
+        return Example(image=self._compose(picture, choices, size), caption=self._caption(item, choices, rng))
+
+    def captions(self, item: int, rngs: Iterable[np.random.Generator], size: int | Size) -> list[str]:
+        """The captions of ``example`` for each generator, without the pictures, which take far longer."""
+        picture = self.picture(item)
+        return [self._caption(item, self._choose(item, picture, rng, size), rng) for rng in rngs]
 
     def plain(self, item: int, size: int) -> Example:
         """The subject in its own colours, in the middle of white, with the shortest full caption."""
@@ -329,7 +328,7 @@ class EmojiSource:
     def _path(self, record: Record) -> Path:
         return self.root / f"{record.id}.webp"
 
-    def _draw(self, item: int, rng: np.random.Generator, size: int | Size) -> _Drawing:
+    def _choose(self, item: int, picture: np.ndarray, rng: np.random.Generator, size: int | Size) -> _Choices:
         if not isinstance(size, int):
             raise UserError(f"pictures of {size[0]}x{size[1]} of emoji: they are composed as squares alone")
         # Everything is drawn in every case, so that the caption's draws begin at the same place.
@@ -345,15 +344,32 @@ class EmojiSource:
         )
         if centred:
             placement = plain_placement(style, size)
-        rgba = self.picture(item)
-        recoloured = recolour and style != MONO_STYLE
-        if recoloured:
-            rgba = shift_hue(rgba, shift)
-        visible = visible_backgrounds(rgba, style)
+        hue = shift if recolour and style != MONO_STYLE else None
+        thumbnail = picture[::4, ::4]
+        if hue is not None:
+            thumbnail = shift_hue(thumbnail, hue)
+        visible = visible_backgrounds(thumbnail, style)
         coloured = [name for name in visible if name != "white"]
         if "white" in visible and (on_white or not coloured):
             background = "white"
         else:
             background = coloured[int(choice * len(coloured))]
-        image = compose(rgba, placement, COLOURS[background], size)
-        return _Drawing(rgba=rgba, recoloured=recoloured, background=background, image=image)
+        return _Choices(placement=placement, hue=hue, thumbnail=thumbnail, background=background)
+
+    def _compose(self, picture: np.ndarray, choices: _Choices, size: int | Size) -> np.ndarray:
+        assert isinstance(size, int)
+        shown = picture if choices.hue is None else shift_hue(picture, choices.hue)
+        return compose(shown, choices.placement, COLOURS[choices.background], size)
+
+    def _caption(self, item: int, choices: _Choices, rng: np.random.Generator) -> str:
+        record = self.records[item]
+        recoloured = choices.hue is not None
+        scene = Scene(
+            style=record.style,
+            names=record.names,
+            tags=record.tags,
+            colours=tuple(name_colours(choices.thumbnail)) if recoloured else record.colours,
+            recoloured=recoloured,
+            background=choices.background,
+        )
+        return caption(scene, rng)
