@@ -87,6 +87,22 @@ def test_every_network_trains_and_the_average_follows(tmp_path, toy_stage, toy_s
         assert all(not torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.parametrize("every", [7, 1000])
+def test_an_average_that_follows_rarely_ends_at_the_last_update(
+    every, tmp_path, toy_stage, toy_source, settings
+):
+    """Of a stage shorter than ``ema_every`` the result was the random weights that it began with."""
+    averages = []
+    for folder, changes in (("each", {}), ("rarely", {"ema_every": every})):
+        stage = toy_stage(images=60)
+        stage.optimization = dataclasses.replace(stage.optimization, ema_decay=0.5, **changes)
+        path, _ = run(tmp_path / folder, stage, toy_source(), settings)
+        averages.append(read_averages(path, "model")["0.weight"])
+    before, after = toy_stage().networks["model"][0].weight, stage.networks["model"][0].weight
+    assert (averages[1] - after).norm() < 0.2 * (before - after).norm()
+    assert (averages[1] - averages[0]).norm() < 0.2 * (before - after).norm()
+
+
 def test_a_network_learns_from_its_own_loss_alone(tmp_path, toy_stage, toy_source, settings):
     """The critic sits in the model's loss; its gradient from there is not its own."""
     stage = toy_stage(images=4)

@@ -34,8 +34,8 @@ class Optimization:
     ema_decay: float = 0.999
     """Of the weight average, an update; it starts lower, so that the first weights are soon forgotten."""
     ema_every: int = 1
-    """Updates between those that the average follows, by ``ema_decay`` to this power. A billion parameters
-    are worth more than 1: the original has 100."""
+    """Updates between those that the average follows, by ``ema_decay`` to this power; it follows the last one
+    too. A billion parameters are worth more than 1: the original has 100."""
     accumulate: int = 1
     """Parts that a batch is computed in, one after the other, for a batch that does not fit into memory at
     once. Gradients are added up and travel between processes once an update. The update is that of the whole

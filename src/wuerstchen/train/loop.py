@@ -309,7 +309,10 @@ def _begin(step: Step, settings: Settings, images: int) -> None:
         )
         set_rate(optimizer, learning_rate(peak, state.images + images))
     number, every = state.updates + 1, optimization.ema_every
-    step.decay = decay_at(number, optimization.ema_decay) ** every if number % every == 0 else None
+    passed = number % every or every  # updates since the average last followed
+    # It follows the last one: a stage shorter than ``every`` would end with the weights that it began with.
+    follows = passed == every or state.images + images >= optimization.images
+    step.decay = decay_at(number, optimization.ema_decay) ** passed if follows else None
     # Alone a process has the seed that it had before there could be several.
     who = () if step.processes.count == 1 else (step.processes.rank,)
     torch.manual_seed(stable_hash(settings.seed, stage.name, "dropout", state.images, *who) >> 1)
