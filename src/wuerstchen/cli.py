@@ -754,7 +754,7 @@ def _overridden(recipe: "Recipe", options: argparse.Namespace) -> "Recipe":
         # tyro frames its message; within the frame it is the user's one line.
         lines = (re.sub(r"^[│ ]+|[│ ]+$", "", line) for line in said.getvalue().splitlines())
         body = " ".join(line for line in lines if line and not re.match(r"[╭╰─]", line))
-        raise UserError(re.sub(r"^Error parsing \w+: | *For full helptext.*$", "", body)) from None
+        raise UserError(re.sub(r"^Error parsing [\w.-]+: | *For full helptext.*$", "", body)) from None
     changes = {name: value for name in ("data", "seed") if (value := getattr(options, name)) is not None}
     if options.compressor_init is not None:
         changes["stage_b"] = dataclasses.replace(recipe.stage_b, compressor_init=options.compressor_init)

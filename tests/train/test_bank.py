@@ -80,10 +80,28 @@ def test_a_loss_that_is_not_finite_is_noticed_at_the_next_reading(tmp_path, toy_
             torch.nn.init.constant_(stage.networks["critic"].bias, torch.nan)
 
     stage.on_batch = poison
-    with pytest.raises(UserError, match=r"the loss of model is nan at image 36 of stage A, so the weights"):
+    with pytest.raises(UserError, match=r"the loss of model is nan at image 20 of stage A, so the weights"):
         run(tmp_path, stage, settings, toy_source(), log_every=10)
     weights = stage.networks["model"].parameters()
     assert all(bool(p.isfinite().all()) for p in weights)
+
+
+def test_a_fault_between_two_readings_is_never_stored(tmp_path, toy_stage, toy_source, settings):
+    """Only the update is left out: batch norms have seen it, and a checkpoint would keep what they saw."""
+    stage = toy_stage()
+    bias = stage.networks["critic"].bias
+
+    def poison(random):
+        if 20 in random.indices.tolist():
+            bias.data.fill_(torch.nan)
+        elif bool(bias.isnan().any()):
+            bias.data.zero_()
+
+    stage.on_batch = poison
+    with pytest.raises(UserError, match=r"a loss or gradient was not finite at image 20 of stage A"):
+        run(tmp_path, stage, settings, toy_source(), log_every=10, checkpoint_seconds=0.0)
+    found = newest(tmp_path / "checkpoints")
+    assert found is None or found[1]["images"] <= 20
 
 
 @pytest.mark.gpu

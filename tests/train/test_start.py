@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
 from wuerstchen.checkpoints.native import (
@@ -160,15 +161,24 @@ def test_stage_c_alone_in_phases_survives_kills_and_blends(start, photos, tmp_pa
     assert (provenance.recipe, provenance.images) == ("tiny", 36)
 
 
-def test_the_weights_at_the_start_are_those_that_the_run_began_with(start, photos, tmp_path, monkeypatch):
+@pytest.mark.parametrize("part", ["decoder", "text_encoder"])
+def test_the_weights_at_the_start_are_those_that_the_run_began_with(
+    part, start, photos, tmp_path, monkeypatch
+):
     monkeypatch.setattr("wuerstchen.train.run._Run.train", lambda self: self.run_dir / "model")
     train(recipe(start, photos), tmp_path / "run", device="cpu")
     other = read_cascade(start)
-    with torch.no_grad():
-        other.decoder.embedding[1].bias += 1
+    if part == "decoder":
+        with torch.no_grad():
+            other.decoder.embedding[1].bias += 1
     parts = dict.fromkeys(("vqgan", "decoder", "compressor", "prior"), WHENCE)
     folder = tmp_path / "model"
     write_cascade(other, folder, parts, text_encoder=BUNDLED / "text_encoder")
+    if part == "text_encoder":
+        path = folder / "text_encoder" / "model.safetensors"
+        tensors = load_file(path)
+        name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
+        save_file(tensors | {name: tensors[name] * 2}, path)
     stored = json.loads((tmp_path / "run" / "run.json").read_text())
     stored["recipe"]["start_from"] = str(folder)
     (tmp_path / "run" / "run.json").write_text(json.dumps(stored))

@@ -264,8 +264,8 @@ class TarReader:
                     stream.seek(offset := tar.offset)
                     end = stream.read(_BLOCK)
                     whole = len(end) == _BLOCK and not end.strip(b"\0")
-        except (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError):
-            pass  # of a header that is cut or damaged
+        except (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError, OSError):
+            pass  # of a header that is cut or damaged, or leads before the file's beginning
         if not whole:
             tally.damage(
                 "shard cut short", str(path), f"it is cut short or damaged at byte {offset} of {length}"

@@ -62,6 +62,10 @@ def check_run(
     if not path.exists():
         if any(run_dir.glob("stage_*")):
             raise RunFolderError(f"{run_dir} holds stages but no run.json; use another --run-dir")
+        if (run_dir / "model").exists():
+            raise RunFolderError(
+                f"{run_dir / 'model'} exists already, and the run would end there; use another --run-dir"
+            )
         content = {"format": FORMAT, "recipe": given, "data": data}
         write_json(path, {**content, "start": start} if start else content)
         return

@@ -12,10 +12,10 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import torch
@@ -120,6 +120,7 @@ def run_stage(
     def checkpoint() -> None:
         """Begins a checkpoint of this moment, when the one before is whole."""
         whole()
+        _refuse_fault(step)
         writer.begin(state, {**header, "stage": stage.name})
         spent = cost.spent()
         kwh = None if spent.kwh is None else processes.total(spent.kwh)
@@ -157,7 +158,7 @@ def run_stage(
             # A recorded update is not waited for, unless its values are to be read.
             reads = bank is None or not values or state.updates % settings.log_every == 0
             if reads or state.images + fed.images >= total:
-                values = _read(fed.values, stage, state.images, processes)
+                values = _read(fed.values, step)
                 values["learning_rate"] = learning_rate(stage.optimization, state.images + fed.images)
             state.images += fed.images
             meter.update(fed.images, values["loss"])
@@ -347,21 +348,32 @@ def _bank_updates(step: Step, bank: Bank, settings: Settings) -> Generator[_Fed,
             yield _Fed(len(numbers), [], update(chosen, indices))
 
 
-def _read(values: Values, stage: Stage, images: int, processes: Processes) -> dict[str, float]:
-    """The values of an update on the host. Raises ``UserError`` where one is not finite, or says to stop."""
+def _read(values: Values, step: Step) -> dict[str, float]:
+    """The values of an update on the host. Raises ``UserError`` where one was not finite, or says to stop."""
     stacked = torch.stack([v.float() for v in values.values()])
-    processes.average_([stacked])
+    step.processes.average_([stacked])
     read = dict(zip(values, stacked.tolist(), strict=True))
-    for name, value in read.items():
-        if name.startswith(("loss", "gradient")) and not math.isfinite(value):
-            what = f"loss_{stage.averaged[0]}" if name == "loss" else name
-            raise UserError(
-                f"the {what.replace('_', ' of ', 1)} is {value} at image {images:,} of stage "
-                f"{stage.name.upper()}, so the weights were left as they were; use a lower learning rate in "
-                "another --run-dir"
-            )
-    stage.check(read)
+    _refuse_fault(step, read)
+    step.stage.check(read)
     return read
+
+
+def _refuse_fault(step: Step, values: Mapping[str, float] = MappingProxyType({})) -> None:
+    """Raises ``UserError`` if a loss or gradient was not finite in an update until now; ``values`` are those
+    of the last. What passed through networks then may be in their statistics, so it must not be stored."""
+    image = int(step.fault)
+    if image < 0:
+        return
+    what = "a loss or gradient was not finite"
+    for name, value in values.items():
+        if name.startswith(("loss", "gradient")) and not math.isfinite(value):
+            named = f"loss_{step.stage.averaged[0]}" if name == "loss" else name
+            what = f"the {named.replace('_', ' of ', 1)} is {value}"
+            break
+    raise UserError(
+        f"{what} at image {image:,} of stage {step.stage.name.upper()}, so the weights were left as they "
+        "were; use a lower learning rate in another --run-dir"
+    )
 
 
 @contextlib.contextmanager
@@ -419,7 +431,8 @@ def _stop_request() -> Iterator[Callable[[], bool]]:
 
     def request(number: int, frame: FrameType | None) -> None:
         requested.set()
-        signal.signal(number, previous[number])
+        if number == signal.SIGINT:  # torchrun repeats the SIGTERM that a scheduler has sent to all
+            signal.signal(number, previous[number])
 
     previous: dict[int, Any] = {}
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -51,7 +51,7 @@ from wuerstchen.train.prepared_feed import (
     refuse_prepared,
     some_maps,
 )
-from wuerstchen.train.snapshot import read_averages
+from wuerstchen.train.snapshot import newest_of_all, read_averages
 from wuerstchen.train.stage_a import StageA, StageARefinement
 from wuerstchen.train.stage_b import DecoderAndCompressor, StageB, StageBRefinement
 from wuerstchen.train.stage_c import StageC, measure_map, measure_stored_maps
@@ -545,13 +545,20 @@ class _Run:
                 print(f"  {phase.data or self.recipe.data} is prepared: {feed.sizes()}")
         header = {**dataclasses.asdict(self.provenance(0)), "fields": as_dict(self.recipe)}
         folder = self.run_dir / f"stage_{stage.name}"
-        finished = (folder / "checkpoints" / f"{optimization.images:012d}").is_dir()
+        finished = self._is_finished(folder / "checkpoints", optimization.images)
         bank = None if finished else self.bank(feed, phase)
         validation = self.validation(stage, phase) if self.processes.leads and not finished else None
         settings, processes = self.settings(feed), self.processes
         return run_stage(
             stage, feed, folder, settings, self.device, self.log, header, bank, processes, validation
         )
+
+    def _is_finished(self, checkpoints: Path, images: int) -> bool:
+        """Whether the last checkpoint of a stage is there, and whole."""
+        if not (checkpoints / f"{images:012d}").is_dir():
+            return False
+        found = newest_of_all(checkpoints, self.processes)
+        return found is not None and found[1]["images"] >= images
 
     def validation(self, stage: Stage, phase: Phase) -> Validation | None:
         """The loss of a diffusion stage on held-out pictures; None without any."""

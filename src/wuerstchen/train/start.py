@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
@@ -89,12 +90,12 @@ class Start:
         return dataclasses.replace(recipe, **shapes)
 
     def fingerprint(self) -> str:
-        """A checksum of all weights, text encoders left out; empty without any."""
+        """A checksum of all weights; empty without any."""
         checksum, found = 0, False
-        for name, network in self.parts.networks().items():
-            if name in STAGE_OF:
-                for tensor in network.state_dict().values():
-                    found, checksum = True, zlib.crc32(tensor.detach().cpu().contiguous().numpy(), checksum)
+        for network in self.parts.networks().values():
+            for tensor in network.state_dict().values():
+                plain = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+                found, checksum = True, zlib.crc32(plain.numpy(), checksum)
         return f"{checksum:08x}" if found else ""
 
 

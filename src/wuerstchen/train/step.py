@@ -97,6 +97,8 @@ class Step:
         self.autocast = autocast
         self.processes = processes
         self.device = processes.device
+        self.fault = torch.full((), -1, device=self.device)
+        """The first image of the first update whose loss or gradient was not finite; -1 without one."""
         self.decay: float | None = None
         """Of the weight averages, for the next update; None where they do not follow it."""
         self.gauge: Gauge | None = None
@@ -111,6 +113,9 @@ class Step:
             share = len(part_indices) / len(indices)
             last = part + 1 == len(parts)
             self._part(part_inputs, part_indices, share, last, values)
+        checked = [value.float() for name, value in values.items() if name.startswith(("loss", "gradient"))]
+        faulty = ~torch.stack(checked).isfinite().all()
+        self.fault.copy_(torch.where((self.fault < 0) & faulty, indices[0], self.fault))
         return values
 
     def _parts(self, inputs: Inputs, indices: Tensor) -> Iterator[tuple[Inputs, Tensor]]:
