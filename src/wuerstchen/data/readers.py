@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol, runtime_checkable
 
+import numpy as np
 from PIL import Image
 
 from wuerstchen.checkpoints.hub import HUB_NAME
@@ -25,7 +26,6 @@ from wuerstchen.data.emoji import CENTRED, EmojiSource, sample_root
 from wuerstchen.data.filters import FIELDS, Tally
 from wuerstchen.data.folder import FolderSource
 from wuerstchen.data.plan import VIEW, generator
-from wuerstchen.data.sources import Example
 from wuerstchen.errors import DataError, UserError
 
 if TYPE_CHECKING:
@@ -178,25 +178,26 @@ class EmojiReader:
     def items(self, tally: Tally) -> Iterator[Item]:
         for item in range(len(self.source)):
             name = self.source.name(item)
-            for view in range(self.views):
-                try:
-                    caption = self._example(item, view).caption
-                except DataError as error:
-                    tally.damage("damaged image", name, str(error))
-                    break
+            try:
+                captions = self.source.captions(item, [self._rng(item, view) for view in range(self.views)])
+            except DataError as error:
+                tally.damage("damaged image", name, str(error))
+                continue
+            for view, caption in enumerate(captions):
                 yield Item(f"{name}{VIEW}{view}", (caption,), {}, (item, view, 0))
 
     def read(self, name: str, place: tuple[int, int, int]) -> bytes:
         item, view, _ = place
         file = io.BytesIO()
-        Image.fromarray(self._example(item, view).image).save(file, "PNG", compress_level=1)
+        image = self.source.image(item, self._rng(item, view), _SIDE)
+        Image.fromarray(image).save(file, "PNG", compress_level=1)
         return file.getvalue()
 
     def fingerprint(self) -> str:
         return f"{self.source.fingerprint()} {self.views}"
 
-    def _example(self, item: int, view: int) -> Example:
-        return self.source.example(item, generator(0, item * self.views + view, "view"), _SIDE)
+    def _rng(self, item: int, view: int) -> np.random.Generator:
+        return generator(0, item * self.views + view, "view")
 
 
 class TarReader:
