@@ -26,7 +26,9 @@ from torch import nn
 
 from wuerstchen.checkpoints.text_encoder import read_text_encoder
 from wuerstchen.data.folder import FolderSource
-from wuerstchen.data.prepare import Networks, PrepareConfig, Rank, prepare
+from wuerstchen.data.prepare import Rank, prepare
+from wuerstchen.data.prepare_networks import Networks
+from wuerstchen.data.prepare_plan import PrepareConfig
 from wuerstchen.data.prepared import PreparedSet
 from wuerstchen.data.readers import FolderReader
 from wuerstchen.models.cascade import Cascade, CascadeSettings, MapStatistics

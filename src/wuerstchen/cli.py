@@ -594,7 +594,9 @@ def _data_emoji(options: argparse.Namespace) -> int:
 
 def _data_prepare(options: argparse.Namespace) -> int:
     from wuerstchen.data.filters import Filters
-    from wuerstchen.data.prepare import PrepareConfig, Rank, prepare, read_networks, summary
+    from wuerstchen.data.prepare import Rank, prepare, summary
+    from wuerstchen.data.prepare_networks import read_networks
+    from wuerstchen.data.prepare_plan import PrepareConfig
     from wuerstchen.data.readers import open_reader
     from wuerstchen.pipeline import BUNDLED, default_device
 

@@ -21,10 +21,13 @@ from PIL import Image
 
 from wuerstchen.cli import main
 from wuerstchen.data import prepare as module
+from wuerstchen.data import prepare_shards
 from wuerstchen.data.buckets import bucket_of, bucket_sizes
 from wuerstchen.data.filters import Filters
 from wuerstchen.data.plan import BucketPlan
-from wuerstchen.data.prepare import Networks, PrepareConfig, Rank, prepare, read_networks, summary
+from wuerstchen.data.prepare import Rank, prepare, summary
+from wuerstchen.data.prepare_networks import Networks, read_networks
+from wuerstchen.data.prepare_plan import PrepareConfig
 from wuerstchen.data.prepared import PreparedSet, bytes_per_image, quantize_states
 from wuerstchen.data.readers import FolderReader
 from wuerstchen.errors import DataError, RunFolderError, UserError
@@ -239,17 +242,17 @@ def test_a_kill_before_any_rename_changes_nothing(photos, tmp_path, networks, mo
 
 def test_what_is_done_is_not_done_again(photos, tmp_path, networks, monkeypatch):
     make(photos, tmp_path / "whole", networks)
-    write = module.write_json
+    write = prepare_shards.write_json
 
     def full(path, content):
         if path.name == "images-00002.json":
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, content)
 
-    monkeypatch.setattr(module, "write_json", full)
+    monkeypatch.setattr(prepare_shards, "write_json", full)
     with pytest.raises(RunFolderError, match=r"written \(No space left on device\); free some space"):
         make(photos, tmp_path / "out", networks)
-    monkeypatch.setattr(module, "write_json", write)
+    monkeypatch.setattr(prepare_shards, "write_json", write)
     asked, ours = [], FolderReader.read
 
     def read(self, name, place):
@@ -450,7 +453,7 @@ def test_nothing_left(photos, tmp_path, networks):
 
 
 def test_a_compressor_that_gives_nan_is_noticed(photos, tmp_path, networks, monkeypatch):
-    compressed = module._Run._compressed
+    compressed = prepare_shards.ShardMaker._compressed
     calls = []
 
     def spoiled(self, images):
@@ -460,7 +463,7 @@ def test_a_compressor_that_gives_nan_is_noticed(photos, tmp_path, networks, monk
             made[0, 3, 1, 1] = np.nan
         return made
 
-    monkeypatch.setattr(module._Run, "_compressed", spoiled)
+    monkeypatch.setattr(prepare_shards.ShardMaker, "_compressed", spoiled)
     description = make(photos, tmp_path / "out", networks)
     assert description["dropped"] == {"map not finite": 1}
     assert description["damaged"] == [["0.png", "the compressor's map holds NaN or infinity"]]
@@ -581,25 +584,6 @@ def test_a_set_of_another_model_is_refused(finished, networks):
         changed.compressor.mapper[0].weight[0, 0] += 1e-3
     with pytest.raises(UserError, match="made with another compressor; prepare it with this model"):
         prepared.check_model(changed.compressor)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"crops": 2, "crop": "centre"}, "all centre crops of a picture are the same"),
-        ({"crops": 0}, "crops 0 is wrong"),
-        ({"batch_size": 0}, "batch_size 0 is wrong"),
-        ({"shard_size": 1 << 20}, "shard_size 1048576 is wrong"),
-    ],
-)
-def test_settings_that_make_no_sense(change, message):
-    with pytest.raises(UserError, match=message):
-        PrepareConfig(**change)
-
-
-def test_a_model_without_a_compressor(write_published, tmp_path):
-    with pytest.raises(UserError, match="has no compressor, which data is prepared with"):
-        read_networks(write_published(tmp_path))
 
 
 def test_the_command(photos, tmp_path, capsys, monkeypatch):

@@ -13,7 +13,9 @@ from PIL import Image
 from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
 from wuerstchen.data.folder import FolderSource
 from wuerstchen.data.plan import held_out_names
-from wuerstchen.data.prepare import Networks, PrepareConfig, prepare
+from wuerstchen.data.prepare import prepare
+from wuerstchen.data.prepare_networks import Networks
+from wuerstchen.data.prepare_plan import PrepareConfig
 from wuerstchen.data.prepared import PreparedSet, is_prepared
 from wuerstchen.data.readers import FolderReader
 from wuerstchen.errors import DataError, UserError

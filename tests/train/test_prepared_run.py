@@ -13,7 +13,9 @@ import pytest
 from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
 from wuerstchen.checkpoints.native import Provenance, read_cascade, write_cascade
 from wuerstchen.data.emoji import sample_root
-from wuerstchen.data.prepare import PrepareConfig, prepare, read_networks
+from wuerstchen.data.prepare import prepare
+from wuerstchen.data.prepare_networks import read_networks
+from wuerstchen.data.prepare_plan import PrepareConfig
 from wuerstchen.data.prepared import PreparedSet
 from wuerstchen.data.readers import EmojiReader
 from wuerstchen.errors import DataError, UserError

@@ -197,16 +197,25 @@ def compose(
 
 
 def visible_backgrounds(rgba: UInt8[np.ndarray, "h w 4"], style: str) -> tuple[str, ...]:
-    """The background colours before which the subject can be told apart; at least one.
+    """The background colours before which the subject can be told apart; at least one."""
+    return _visible(_coarse(rgba), style)
 
-    A picture with every fourth pixel a side will do.
-    """
-    opaque = rgba[rgba[..., 3] > 128][:, :3]
-    distance = np.linalg.norm(to_lab(opaque)[:, None] - _BACKGROUND_LAB, axis=2)
-    lost = (distance < _MIN_DISTANCE).mean(axis=0) if len(opaque) else np.zeros(len(COLOURS))
-    allowed = lost <= max(_MAX_LOST, lost.min())
+
+def _coarse(rgba: np.ndarray) -> np.ndarray:
+    """Every fourth pixel either way: enough to tell colours by."""
+    return rgba[::4, ::4]
+
+
+def _visible(coarse: np.ndarray, style: str) -> tuple[str, ...]:
     if style == MONO_STYLE:
         allowed = _BACKGROUND_LAB[:, 0] >= _MIN_LIGHTNESS
+    else:
+        opaque = coarse[coarse[..., 3] > 128][:, :3]
+        # By hand, for what np.linalg.norm takes over an axis of three; in its order, to the last bit.
+        squares = np.square(to_lab(opaque).T[:, None] - _BACKGROUND_LAB.T[..., None])
+        distance = np.sqrt(squares[0] + (squares[1] + squares[2]))
+        lost = np.count_nonzero(distance < _MIN_DISTANCE, axis=1) / max(len(opaque), 1)
+        allowed = lost <= max(_MAX_LOST, lost.min())
     return tuple(name for name, ok in zip(_BACKGROUND_NAMES, allowed, strict=True) if ok)
 
 
@@ -243,11 +252,16 @@ def shift_hue(rgba: UInt8[np.ndarray, "h w 4"], shift: int) -> UInt8[np.ndarray,
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Choices:
-    placement: Placement
-    hue: int | None  # by how much it is turned
-    thumbnail: np.ndarray  # every fourth pixel of the subject as it is shown, straight alpha
+class _View:
+    """How a picture is shown."""
+
+    scale: float
+    across: float
+    down: float
+    centred: bool
+    shift: int  # of the hue, 0 for none
     background: str
+    coarse: np.ndarray  # what `_coarse` leaves of the picture in the colours that are shown
 
 
 class EmojiSource:
@@ -293,19 +307,19 @@ class EmojiSource:
 
     def image(self, item: int, rng: np.random.Generator, size: int | Size) -> UInt8[np.ndarray, "s s 3"]:
         """The picture at a random place and scale, half of the time recoloured, on a named colour."""
-        picture = self.picture(item)
-        return self._compose(picture, self._choose(item, picture, rng, size), size)
+        rgba = self.picture(item)
+        return self._composed(item, rgba, self._view(item, rgba, rng), size)
 
     def example(self, item: int, rng: np.random.Generator, size: int | Size) -> Example:
         """`image` with a caption composed for what it shows."""
-        picture = self.picture(item)
-        choices = self._choose(item, picture, rng, size)
-        return Example(image=self._compose(picture, choices, size), caption=self._caption(item, choices, rng))
+        rgba = self.picture(item)
+        view = self._view(item, rgba, rng)
+        return Example(image=self._composed(item, rgba, view, size), caption=self._caption(item, view, rng))
 
-    def captions(self, item: int, rngs: Iterable[np.random.Generator], size: int | Size) -> list[str]:
-        """The captions of ``example`` for each generator, without the pictures, which take far longer."""
-        picture = self.picture(item)
-        return [self._caption(item, self._choose(item, picture, rng, size), rng) for rng in rngs]
+    def captions(self, item: int, rngs: Iterable[np.random.Generator]) -> list[str]:
+        """The captions of `example` with each of the generators, at a fraction of the time."""
+        rgba = self.picture(item)
+        return [self._caption(item, self._view(item, rgba, rng), rng) for rng in rngs]
 
     def plain(self, item: int, size: int) -> Example:
         """The subject in its own colours, in the middle of white, with the shortest full caption."""
@@ -328,48 +342,55 @@ class EmojiSource:
     def _path(self, record: Record) -> Path:
         return self.root / f"{record.id}.webp"
 
-    def _choose(self, item: int, picture: np.ndarray, rng: np.random.Generator, size: int | Size) -> _Choices:
-        if not isinstance(size, int):
-            raise UserError(f"pictures of {size[0]}x{size[1]} of emoji: they are composed as squares alone")
+    def _view(self, item: int, rgba: np.ndarray, rng: np.random.Generator) -> _View:
         # Everything is drawn in every case, so that the caption's draws begin at the same place.
         scale, across, down = rng.uniform(*_SCALES), rng.random(), rng.random()
         recolour, shift = rng.random() < _P_RECOLOUR, int(rng.integers(*HUE_SHIFTS))
         on_white, choice = rng.random() < _P_WHITE, rng.random()
         centred = rng.random() < self.centred
 
-        style = self.records[item].style
-        side = max(1, round(size * scale * _TOUCHES_BORDER.get(style, 1)))
-        placement = Placement(
-            side=side, left=int(across * (size - side + 1)), top=int(down * (size - side + 1))
-        )
-        if centred:
-            placement = plain_placement(style, size)
-        hue = shift if recolour and style != MONO_STYLE else None
-        thumbnail = picture[::4, ::4]
-        if hue is not None:
-            thumbnail = shift_hue(thumbnail, hue)
-        visible = visible_backgrounds(thumbnail, style)
+        style, coarse = self.records[item].style, _coarse(rgba)
+        if recolour and style != MONO_STYLE:
+            coarse = shift_hue(coarse, shift)
+        else:
+            shift = 0
+        visible = _visible(coarse, style)
         coloured = [name for name in visible if name != "white"]
         if "white" in visible and (on_white or not coloured):
             background = "white"
         else:
             background = coloured[int(choice * len(coloured))]
-        return _Choices(placement=placement, hue=hue, thumbnail=thumbnail, background=background)
+        return _View(
+            scale=scale,
+            across=across,
+            down=down,
+            centred=centred,
+            shift=shift,
+            background=background,
+            coarse=coarse,
+        )
 
-    def _compose(self, picture: np.ndarray, choices: _Choices, size: int | Size) -> np.ndarray:
-        assert isinstance(size, int)
-        shown = picture if choices.hue is None else shift_hue(picture, choices.hue)
-        return compose(shown, choices.placement, COLOURS[choices.background], size)
+    def _composed(self, item: int, rgba: np.ndarray, view: _View, size: int | Size) -> np.ndarray:
+        if not isinstance(size, int):
+            raise UserError(f"pictures of {size[0]}x{size[1]} of emoji: they are composed as squares alone")
+        style = self.records[item].style
+        if view.centred:
+            placement = plain_placement(style, size)
+        else:
+            side = max(1, round(size * view.scale * _TOUCHES_BORDER.get(style, 1)))
+            room = size - side + 1
+            placement = Placement(side=side, left=int(view.across * room), top=int(view.down * room))
+        shown = shift_hue(rgba, view.shift) if view.shift else rgba
+        return compose(shown, placement, COLOURS[view.background], size)
 
-    def _caption(self, item: int, choices: _Choices, rng: np.random.Generator) -> str:
+    def _caption(self, item: int, view: _View, rng: np.random.Generator) -> str:
         record = self.records[item]
-        recoloured = choices.hue is not None
         scene = Scene(
             style=record.style,
             names=record.names,
             tags=record.tags,
-            colours=tuple(name_colours(choices.thumbnail)) if recoloured else record.colours,
-            recoloured=recoloured,
-            background=choices.background,
+            colours=tuple(name_colours(view.coarse)) if view.shift else record.colours,
+            recoloured=bool(view.shift),
+            background=view.background,
         )
         return caption(scene, rng)

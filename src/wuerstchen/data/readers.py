@@ -178,9 +178,8 @@ class EmojiReader:
     def items(self, tally: Tally) -> Iterator[Item]:
         for item in range(len(self.source)):
             name = self.source.name(item)
-            rngs = [self._generator(item, view) for view in range(self.views)]
             try:
-                captions = self.source.captions(item, rngs, _SIDE)
+                captions = self.source.captions(item, [self._rng(item, view) for view in range(self.views)])
             except DataError as error:
                 tally.damage("damaged image", name, str(error))
                 continue
@@ -190,14 +189,14 @@ class EmojiReader:
     def read(self, name: str, place: tuple[int, int, int]) -> bytes:
         item, view, _ = place
         file = io.BytesIO()
-        image = self.source.image(item, self._generator(item, view), _SIDE)
+        image = self.source.image(item, self._rng(item, view), _SIDE)
         Image.fromarray(image).save(file, "BMP")  # read again at once: nothing is gained by packing it
         return file.getvalue()
 
     def fingerprint(self) -> str:
         return f"{self.source.fingerprint()} {self.views}"
 
-    def _generator(self, item: int, view: int) -> np.random.Generator:
+    def _rng(self, item: int, view: int) -> np.random.Generator:
         return generator(0, item * self.views + view, "view")
 
 

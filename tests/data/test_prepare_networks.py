@@ -1,0 +1,11 @@
+"""Which models data can be prepared with."""
+
+import pytest
+
+from wuerstchen.data.prepare_networks import read_networks
+from wuerstchen.errors import UserError
+
+
+def test_a_model_without_a_compressor(write_published, tmp_path):
+    with pytest.raises(UserError, match="has no compressor, which data is prepared with"):
+        read_networks(write_published(tmp_path))
