@@ -142,6 +142,17 @@ def test_members_that_lead_out_or_are_links_are_skipped_counted_and_named(tmp_pa
     assert (f"{path}: 005.jpg", "it is a link and no regular file") in tally.damaged
 
 
+def test_a_size_below_zero_ends_its_shard_alone(tmp_path):
+    """It leads before the file's beginning, where seeking is an error of the system and not of tarfile."""
+    header, data = member("001.jpg", picture("red"))
+    header.pax_headers = {"size": "-9000000"}
+    bad = write_tar(tmp_path / "a.tar", *sample("000", "first"), (header, data))
+    good = write_tar(tmp_path / "b.tar", *sample("000", "second"))
+    items, tally = read(TarReader([bad, good]))
+    assert items[-1].captions == ("second",)
+    assert tally.dropped == {"shard cut short": 1}
+
+
 def test_samples_that_lack_something_are_dropped(tmp_path):
     path = write_tar(
         tmp_path / "a.tar",

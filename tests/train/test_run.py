@@ -83,6 +83,40 @@ def kill_in(run_dir: Path, stage: str) -> int:
     raise AssertionError(f"no checkpoint in stage {stage}: {process.communicate()[0]}")
 
 
+def test_a_damaged_last_checkpoint_is_made_again_on_the_same_pictures(tmp_path):
+    """Also where pictures are composed before: the stage looks finished, and is not."""
+    options = ["--stages", "a", "--prepared-images", "8", "--stage-a.refine-images", "0"]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "wuerstchen",
+        "train",
+        "tiny",
+        "--run-dir",
+        str(tmp_path),
+    ]
+    command += [
+        *["--no-rehearsal", "--workers", "0", "--checkpoint-seconds", "0", "--statistics-images", "16"],
+        *options,
+    ]
+    command += ["--stage-a.optimization.images", "24", "--stage-a.optimization.batch-size", "4"]
+    digests = []
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        path, state = newest(tmp_path / "stage_a" / "checkpoints")
+        assert state["images"] == 24
+        digests.append(state["files"])
+        damaged = bytearray((path / "networks.safetensors").read_bytes())
+        damaged[-1] ^= 1
+        (path / "networks.safetensors").write_bytes(damaged)
+        shutil.rmtree(tmp_path / "model")
+    assert digests[0] == digests[1]
+    assert [e["images"] for e in events(tmp_path) if e["event"] == "start"][-1] in (16, 20)
+
+
 def final_files(run_dir: Path) -> dict[str, dict[str, str]]:
     found = {stage: newest(run_dir / f"stage_{stage}" / "checkpoints") for stage in STAGES}
     return {stage: state["files"] for stage, (_, state) in found.items()}
