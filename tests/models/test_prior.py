@@ -143,6 +143,12 @@ def test_nothing_is_no_size(change):
         PriorConfig(**change)
 
 
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, 2.0])
+def test_dropping_all_or_less_than_nothing_is_refused(dropout):
+    with pytest.raises(UserError, match=f"dropout={dropout} must be from 0 to below 1"):
+        PriorConfig(dropout=dropout)
+
+
 def test_uneven_heads_are_refused():
     with pytest.raises(UserError, match="c=30 is not a multiple of nhead=4"):
         PriorConfig(c=30, nhead=4)

@@ -99,6 +99,7 @@ def test_the_average_takes_statistics_and_copies_counts():
     ("change", "message"),
     [
         ({"images": 0}, "images=0 must be at least 1"),
+        ({"weight_decay": float("nan")}, "weight_decay=nan must be at least 0"),
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"learning_rate": 0.0}, "learning_rate=0.0 must be between 0 and 1"),
         ({"ema_decay": 1.0}, "ema_decay=1.0 must be from 0 to below 1"),

@@ -428,6 +428,18 @@ def test_differing_fields_are_named_by_path():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"crop": 0}, "crop=0 must be at least 16"),
+        ({"discriminator_depth": -3}, "discriminator_depth=-3 must"),
+    ],
+)
+def test_sizes_of_stage_a_that_are_none_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(tiny().stage_a, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         ({"image_size": 100}, "image_size=100 must be a multiple of 128"),
         ({"prior_steps": 0}, "prior_steps=0 must be at least 1"),
         ({"prior_steps": 5000}, "prior_steps 5000 must be from 1 to 1000"),

@@ -12,7 +12,7 @@ import pytest
 from safetensors import safe_open
 
 from wuerstchen.errors import CheckpointError
-from wuerstchen.train.snapshot import newest, read_averages, restore
+from wuerstchen.train.snapshot import newest, read_averages, restore, sealed
 
 from .test_step import PriorStage, make_step
 
@@ -90,14 +90,14 @@ def test_no_pickle_in_a_checkpoint_is_ever_run(found, tmp_path):
     (path / name).write_bytes(pickle.dumps(Planted()))
     state = json.loads((path / "state.json").read_text())
     state["files"][name] = hashlib.sha256((path / name).read_bytes()).hexdigest()
-    (path / "state.json").write_text(json.dumps(state))
+    (path / "state.json").write_text(json.dumps(sealed(state)))
     found = newest(tmp_path)
     for reads in (lambda: restore(step.state, *found), lambda: read_averages(path, "prior")):
         with pytest.raises(CheckpointError, match=r"averages.1-of-2.safetensors is not a whole"):
             reads()
     # And a list that names files elsewhere.
     state["files"]["../../elsewhere.safetensors"] = ""
-    (path / "state.json").write_text(json.dumps(state))
+    (path / "state.json").write_text(json.dumps(sealed(state)))
     with pytest.warns(UserWarning, match="is no file of tensors in it"), pytest.raises(CheckpointError):
         newest(tmp_path)
 

@@ -11,7 +11,15 @@ from wuerstchen.errors import CheckpointError
 from wuerstchen.train.config import Optimization
 from wuerstchen.train.ema import make_average
 from wuerstchen.train.optim import make_optimizer, update
-from wuerstchen.train.snapshot import DamagedCheckpointWarning, TrainingState, newest, restore, save
+from wuerstchen.train.parallel import Processes
+from wuerstchen.train.snapshot import (
+    DamagedCheckpointWarning,
+    TrainingState,
+    Writer,
+    newest,
+    restore,
+    save,
+)
 
 CONFIG = Optimization(images=10, batch_size=1)
 
@@ -56,6 +64,35 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path):
         pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged; remove that folder"),
     ):
         newest(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"images": 8}, {"updates": -5}, {"files": {}}, {"sha256": ""}])
+def test_a_description_that_has_changed_is_damage_too(change, tmp_path):
+    """Another count of images would repeat or leave out a part of the run without a word."""
+    state = make_state()
+    save(state, tmp_path, {})
+    state.images = 16
+    path = save(state, tmp_path, {}) / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.warns(DamagedCheckpointWarning, match="state.json has changed since it was written"):
+        assert newest(tmp_path)[1]["images"] == 8
+    path.write_text("[" * 100_000)
+    with pytest.warns(DamagedCheckpointWarning):
+        assert newest(tmp_path)[1]["images"] == 8
+
+
+def test_of_two_that_are_kept_none_was_found_damaged(tmp_path):
+    """Else damage to the next one would leave nothing to go on from."""
+    state = make_state()
+    for state.images in (8, 16):
+        save(state, tmp_path, {})
+    writer = Writer(tmp_path, Processes(torch.device("cpu")), begun_at=8)  # 16 is damaged
+    kept = []
+    for state.images in (24, 32):
+        writer.begin(state, {})
+        writer.wait()
+        kept.append(sorted(int(path.name) for path in tmp_path.iterdir()))
+    assert kept == [[8, 24], [24, 32]]
 
 
 def test_a_checkpoint_cut_short_by_a_kill_is_not_seen(tmp_path):

@@ -17,6 +17,7 @@ from wuerstchen.models.layers import (
     Network,
     TextTokens,
     TimestepBlock,
+    check_dropout,
     check_levels,
     convolve,
     exact_output,
@@ -63,6 +64,7 @@ class DecoderConfig:
     prediction: Prediction = "noise"
 
     def __post_init__(self) -> None:
+        check_dropout(self.dropout)
         check_prediction(self.prediction)
         levels = len(self.c_hidden)
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:

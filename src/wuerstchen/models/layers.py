@@ -257,6 +257,11 @@ def init_blocks(blocks: list[nn.Module], depth: int) -> None:
                 nn.init.zeros_(block.mapper.weight)
 
 
+def check_dropout(dropout: float) -> None:
+    if not 0 <= dropout < 1:
+        raise UserError(f"dropout={dropout} must be from 0 to below 1; 0.1 is common")
+
+
 MAX_BLOCKS = 1_000
 """More than ten times as many as any published network has. Others would take for ever to build."""
 

@@ -18,6 +18,7 @@ from wuerstchen.models.layers import (
     ResBlock,
     TextTokens,
     TimestepBlock,
+    check_dropout,
     check_levels,
     convolve,
     init_blocks,
@@ -59,6 +60,7 @@ class PaellaConfig:
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
+        check_dropout(self.dropout)
         counts = (self.num_labels, self.c_token, self.patch_size, self.c_cond)
         inputs = (self.effnet_embd, self.clip_embd)
         if not self.c_hidden or min(*counts, *inputs, *self.c_hidden, *self.blocks) < 1:

@@ -16,6 +16,7 @@ from wuerstchen.models.layers import (
     ResBlock,
     TextTokens,
     TimestepBlock,
+    check_dropout,
     exact_output,
     init_blocks,
     init_linear_and_conv,
@@ -44,6 +45,7 @@ class PriorConfig:
     prediction: Prediction = "noise"
 
     def __post_init__(self) -> None:
+        check_dropout(self.dropout)
         check_prediction(self.prediction)
         for name in ("c_in", "c", "c_cond", "depth", "nhead"):
             if getattr(self, name) < 1:

@@ -61,6 +61,8 @@ class Optimization:
                 f"clip_norm={self.clip_norm} must be above 0 and betas={self.betas} from 0 to below 1; 1.0 "
                 "and 0.9 0.999 are common"
             )
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserError(f"weight_decay={self.weight_decay} must be at least 0; 0.01 is common")
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"ema_decay={self.ema_decay} must be from 0 to below 1; 0.999 is common")
 
@@ -144,6 +146,11 @@ class StageAConfig:
 
     def __post_init__(self) -> None:
         _check_side(self.image_size)
+        if self.crop is not None and self.crop < 16:
+            raise UserError(f"crop={self.crop} must be at least 16; leave it out for whole pictures")
+        for name in ("discriminator_width", "discriminator_depth"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1; give a larger number")
         _check_shares(self, "quantise_dropout", "refine_redrawn")
         _check_refinement(self.refine_images, self.refine_rate)
         for name in ("l1_weight", "perceptual_weight", "adversarial_weight"):

@@ -114,7 +114,7 @@ def run_stage(
     if state.images >= total:
         return folder / "checkpoints" / f"{state.images:012d}"
 
-    writer = snapshot.Writer(folder / "checkpoints", processes)
+    writer = snapshot.Writer(folder / "checkpoints", processes, state.images)
     begun: dict[str, Any] = {}
 
     def checkpoint() -> None:

@@ -75,8 +75,11 @@ class Writer:
     the threads that write meet through files, a ``.json`` of each process in the unfinished folder.
     """
 
-    def __init__(self, folder: Path, processes: Processes) -> None:
+    def __init__(self, folder: Path, processes: Processes, begun_at: int | None = None) -> None:
+        """``begun_at`` is the image that training goes on from: later checkpoints were found damaged."""
         self.folder = folder
+        self.begun_at = begun_at
+        self._own: set[Path] = set()
         self.processes = processes
         self._pinned: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -242,15 +245,19 @@ class Writer:
             state["rows"] = rows
         else:
             del state["shapes"]
-        write_json(self._partial / "state.json", state)
+        write_json(self._partial / "state.json", sealed(state))
         if self._target.exists():
             _remove(self._target)  # it was found damaged
         os.replace(self._partial, self._target)
-        # Newer ones are those that were found damaged: training went on from one before them.
+        self._own.add(self._target)
         others = [path for path in _all(self.folder) if path != self._target]
-        older = [path for path in others if path < self._target]
-        for path in (*older[KEPT - 1 :], *(path for path in others if path > self._target)):
+        whole = [path for path in others if path < self._target and not self._was_damaged(path)]
+        for path in {*others} - {*whole[: KEPT - 1]}:
             _remove(path)
+
+    def _was_damaged(self, path: Path) -> bool:
+        """Whether training went on from before a checkpoint that was there already."""
+        return self.begun_at is not None and path not in self._own and int(path.name) > self.begun_at
 
 
 def save(state: TrainingState, folder: Path, header: dict[str, Any]) -> Path:
@@ -274,10 +281,10 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         try:
             state = _read_state(path)
             wrong = [name for name, digest in state["files"].items() if _sha256(path / name) != digest]
-            if not wrong and isinstance(state["images"], int) and isinstance(state["updates"], int):
+            if not wrong:
                 return path, state
-            reason = f"{wrong[0]} has changed since it was written" if wrong else "it counts no images"
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            reason = f"{wrong[0]} has changed since it was written"
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             if isinstance(error, CheckpointError):
                 raise
             reason = f"{type(error).__name__}: {error}"
@@ -321,10 +328,22 @@ def newest_of_all(folder: Path, processes: Processes) -> tuple[Path, dict[str, A
 def _read_state(path: Path) -> dict[str, Any]:
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     migrate(state, path / "state.json")
+    if state.get("sha256") != _digest(state):
+        raise ValueError("state.json has changed since it was written")
     for name in state["files"]:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise ValueError(f"{name!r} is no file of tensors in it")
     return state
+
+
+def sealed(state: dict[str, Any]) -> dict[str, Any]:
+    """What ``state.json`` holds, with a checksum of itself."""
+    return {**state, "sha256": _digest(state)}
+
+
+def _digest(state: dict[str, Any]) -> str:
+    content = {name: value for name, value in state.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class _Stored:
