@@ -50,11 +50,23 @@ def test_generate_writes_a_picture_with_its_settings(run, tmp_path, model_folder
         "model": str(model_folder),
         "guidance": 2.0,
         "prior_steps": 4,
+        "prior_sampler": "ddpm",
         "decoder_steps": 2,
         "decoder_guidance": 1.0,
         "decoder_shift": 1.0,
     }
     assert size_of(path) == (128, 128)
+
+
+def test_the_sampler_is_a_choice(run):
+    """The second-order one draws another picture, and draws no noise but the first."""
+    pictures = {}
+    for sampler in ("ddpm", "dpm"):
+        code, out, errors = run("generate", "a cat", "--prior-sampler", sampler, "--out", f"{sampler}.png")
+        assert code == 0, errors
+        assert read_settings(Path(out.strip()))["prior_sampler"] == sampler
+        pictures[sampler] = Image.open(out.strip()).tobytes()
+    assert pictures["ddpm"] != pictures["dpm"]
 
 
 def test_pictures_are_numbered_by_seed_and_nothing_is_overwritten(run, tmp_path):

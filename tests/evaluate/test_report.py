@@ -53,6 +53,7 @@ def test_every_row_is_there_for_every_entry(found):
     assert found.settings["sampling"] == {
         "guidance": 1.0,
         "prior_steps": 2,
+        "prior_sampler": "ddpm",
         "decoder_steps": 2,
         "decoder_guidance": 1.0,
         "decoder_shift": 1.0,

@@ -115,7 +115,8 @@ class Step:
             self._part(part_inputs, part_indices, share, last, values)
         checked = [value.float() for name, value in values.items() if name.startswith(("loss", "gradient"))]
         faulty = ~torch.stack(checked).isfinite().all()
-        self.fault.copy_(torch.where((self.fault < 0) & faulty, indices[0], self.fault))
+        first = indices[0] - self.processes.rank * len(indices)  # of the whole batch: all say the same
+        self.fault.copy_(torch.where((self.fault < 0) & faulty, first, self.fault))
         return values
 
     def _parts(self, inputs: Inputs, indices: Tensor) -> Iterator[tuple[Inputs, Tensor]]:
