@@ -213,7 +213,7 @@ CONFIGS = {
         {"patch_size": 512, "c_in": 2**24, "c_hidden": [2**24] * 4, "nhead": [-1, 1, 1, 1]},
         "it makes no network",
     ),
-    "all of it dropped": ("prior_pipeline/prior", {"dropout": 5.0}, "it makes no network"),
+    "all of it dropped": ("prior_pipeline/prior", {"dropout": 5.0}, "dropout=5.0 must be from 0 to below 1"),
     "an epsilon beyond numbers": ("text_encoder", {"layer_norm_eps": 10**400}, "layer_norm_eps is 1000"),
     "another class": ("decoder", {"_class_name": "StableCascadeUNet"}, "'StableCascadeUNet'"),
     "another text model": ("text_encoder", {"model_type": "t5"}, "model_type is 't5'"),
