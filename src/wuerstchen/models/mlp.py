@@ -75,11 +75,11 @@ class ChannelMLP(nn.Sequential):
             and hidden.dtype != torch.float64
             and type(last) is nn.Linear
             and norm.gamma.device == last.weight.device == hidden.device
-            and _HAS_TRITON
+            and HAS_TRITON
         )
 
 
-_HAS_TRITON = torch.version.cuda is not None and importlib.util.find_spec("triton") is not None
+HAS_TRITON = torch.version.cuda is not None and importlib.util.find_spec("triton") is not None
 
 
 @torch.library.custom_op("wuerstchen::mlp_tail", mutates_args=())

@@ -5,7 +5,6 @@ before the optimizer reads them. At a billion parameters both are felt. Here Ada
 that writes the weight, and reads the gradient as it is: the same numbers, 16 bytes a parameter fewer.
 """
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,8 +12,9 @@ import torch
 from jaxtyping import BFloat16, Float32
 from torch import Tensor, nn
 
+from wuerstchen.models.mlp import HAS_TRITON
+
 LARGE = 2**16  # numbers of a matrix that has a copy
-_HAS_TRITON = torch.version.cuda is not None and importlib.util.find_spec("triton") is not None
 
 
 class HalfCopies:
@@ -103,7 +103,7 @@ def adamw(
     ``factors``: what remains of the weight after its decay, the rate with the mean's bias correction,
     the factor that corrects the square's root, a factor of the gradient, and 0 where nothing may change.
     """
-    if weight.is_cuda and _HAS_TRITON:
+    if weight.is_cuda and HAS_TRITON:
         from wuerstchen.train import kernels
 
         kernels.adamw(weight, copy, gradient, mean, square, factors, beta1, beta2, eps)

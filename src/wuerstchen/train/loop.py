@@ -12,10 +12,10 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, MappingProxyType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -358,14 +358,14 @@ def _read(values: Values, step: Step) -> dict[str, float]:
     return read
 
 
-def _refuse_fault(step: Step, values: Mapping[str, float] = MappingProxyType({})) -> None:
+def _refuse_fault(step: Step, values: dict[str, float] | None = None) -> None:
     """Raises ``UserError`` if a loss or gradient was not finite in an update until now; ``values`` are those
     of the last. What passed through networks then may be in their statistics, so it must not be stored."""
     image = int(step.fault)
     if image < 0:
         return
     what = "a loss or gradient was not finite"
-    for name, value in values.items():
+    for name, value in (values or {}).items():
         if name.startswith(("loss", "gradient")) and not math.isfinite(value):
             named = f"loss_{step.stage.averaged[0]}" if name == "loss" else name
             what = f"the {named.replace('_', ' of ', 1)} is {value}"
