@@ -5,8 +5,8 @@
 Three sources of the same pictures: files, whose maps and texts are made on the way; a prepared set whose
 token ids the text encoder reads on the way; one whose stored states are read. Loading is part of the time.
 Without --published all networks are tiny, on whatever device there is. With it they have the published sizes
-and random weights, and pictures 1024 pixels, on a GPU, in bf16 with compiled blocks. A table, and a line of
-JSON.
+and random weights, and pictures 1024 pixels, on a GPU, in bf16, as fast as training is. A table, and a line
+of JSON.
 """
 
 import argparse
@@ -47,7 +47,7 @@ from wuerstchen.train.prepared_feed import PreparedFeed
 from wuerstchen.train.snapshot import TrainingState
 from wuerstchen.train.stage_c import StageC
 from wuerstchen.train.stages import inputs_of
-from wuerstchen.train.step import Step, compile_regions
+from wuerstchen.train.step import Step, Updates, compile_regions, half_copies
 
 _IMAGES = 10**9  # of a run that is never trained to its end
 
@@ -80,7 +80,7 @@ def make_cascade(published: bool, device: torch.device) -> Cascade:
     return dataclasses.replace(random_v2(device), compressor=compressor)
 
 
-def step_of(stage: StageC, autocast: bool, compiled: bool, device: torch.device) -> Step:
+def step_of(stage: StageC, fast: bool, device: torch.device) -> Step:
     prior = stage.prior.to(device).requires_grad_(True).train()
     networks: dict[str, nn.Module] = {"prior": prior}
     state = TrainingState(
@@ -88,20 +88,20 @@ def step_of(stage: StageC, autocast: bool, compiled: bool, device: torch.device)
         averages={"prior": make_average(prior)},
         optimizers={"prior": make_optimizer(prior, stage.optimization)},
     )
-    if compiled:
+    if fast:
         compile_regions(prior)
-    return Step(stage, state, 0, autocast, Processes(device))
+    return Step(stage, state, 0, fast, Processes(device), half_copies(stage, state) if fast else None)
 
 
-def rate(step: Step, updates: Iterator, seconds: float, autocast: bool) -> float:
-    """Images a second, after the first four updates, which compile and fill the queues of the workers."""
-    device = step.device
+def rate(step: Step, updates: Iterator, seconds: float, fast: bool) -> float:
+    """Images a second, after the first four updates, which compile, record and fill the workers' queues."""
+    device, update_of = step.device, Updates(step, record=fast)
 
     def update() -> int:
         batch = next(updates)
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=fast):
             inputs = inputs_of(step.stage, batch, device)
-        step(inputs, batch.indices.to(device))
+        update_of(inputs, batch.indices.to(device))
         return len(batch.indices)
 
     def finished() -> None:
@@ -144,7 +144,7 @@ def main() -> None:
     config = dataclasses.replace(recipe.stage_c, optimization=optimization)
     statistics = MapStatistics(mean=(0.0,) * channels, std=(1.0,) * channels)
     stage = StageC(config, recipe, cascade.prior, cascade, statistics)
-    step = step_of(stage, published, published, device)
+    step = step_of(stage, published, device)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         (root / "photos").mkdir()
@@ -173,7 +173,7 @@ def main() -> None:
         rows: dict[str, float] = {}
         for name, make in sources.items():
             updates = iter(batches(make(), 0, images, batch, workers))
-            rows[name] = rate(step, updates, seconds, autocast=published)
+            rows[name] = rate(step, updates, seconds, fast=published)
             updates.close()  # type: ignore[attr-defined]
             ratio = rows[name] / rows["pictures"]
             print(f"{name:<20} {rows[name]:8.1f} images/s  {ratio:5.2f} times pictures", flush=True)
