@@ -1,16 +1,17 @@
 """Whether fast updates learn as plain ones do: 200 of them on the same pictures, times and noise.
 
-    python benchmarks/loss_curve.py [--updates 200] [--depth 8]
+    python benchmarks/loss_curve.py [--updates 200] [--depth 8] [--plain 4]
 
 A prior of the published width on 256 random maps with random texts, which it learns by heart: once with
-blocks compiled, updates recorded and the MLP's kernels, and twice as everything is written (eager, no
-kernels), each with a seed of dropout of its own. Two plain curves are apart by what dropout and rounding do;
-the fast one has to be as near to them. Prints means over ten updates and the distances.
+blocks compiled, updates recorded and the MLP's kernels, and several times as everything is written (eager, no
+kernels), each with a seed of dropout of its own. Plain curves are apart by what dropout and rounding do; the
+fast one has to be as near to them. Prints means over ten updates and the distances.
 """
 
 import argparse
 import dataclasses
 import json
+from itertools import combinations
 
 import torch
 from training import CUDA, StageC
@@ -61,20 +62,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--updates", type=int, default=200)
     parser.add_argument("--depth", type=int, default=8)
+    parser.add_argument("--plain", type=int, default=4, help="plain curves, at least two")
     options = parser.parse_args()
     fast = curve(options.depth, options.updates, seed=2, fast=True)
-    first, second = (curve(options.depth, options.updates, seed, fast=False) for seed in (3, 4))
-    print("update   plain  plain, again    fast")
-    for row, values in enumerate(zip(first, second, fast, strict=True)):
+    plain = [curve(options.depth, options.updates, 3 + n, fast=False) for n in range(options.plain)]
+    print("update    fast  plain")
+    for row, values in enumerate(zip(fast, *plain, strict=True)):
         print(f"{(row + 1) * WINDOW:6}  " + "  ".join(f"{value:.5f}" for value in values))
-    apart = {
-        "plain and plain again": (first - second).abs(),
-        "fast and plain": (fast - first).abs(),
-        "fast and plain again": (fast - second).abs(),
-    }
-    for name, distances in apart.items():
-        print(f"{name}: {distances.mean():.5f} on average, {distances.max():.5f} at most")
-    rows = {"plain": first, "again": second, "fast": fast}
+    apart = {"of two plain ones": list(combinations(plain, 2)), "fast and plain": [(fast, p) for p in plain]}
+    for name, pairs in apart.items():
+        means, most = zip(*((d.mean(), d.max()) for d in ((a - b).abs() for a, b in pairs)), strict=True)
+        print(
+            f"{name}: {min(means):.5f} to {max(means):.5f} apart on average, {min(most):.5f} to "
+            f"{max(most):.5f} at most"
+        )
+    rows = {"fast": fast, **{f"plain {n}": p for n, p in enumerate(plain)}}
     print(json.dumps({name: [round(v, 6) for v in values.tolist()] for name, values in rows.items()}))
 
 

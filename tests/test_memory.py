@@ -480,8 +480,8 @@ class TestOnCuda:
             for _ in range(2):
                 for network, wanted in zip(networks, expected, strict=True):
                     with residence.using(network):
-                        error = (self.call(network) - wanted).abs().max()
-                    assert error <= rtol * wanted.abs().max()
+                        error = (self.call(network) - wanted).abs().max().item()
+                    assert error <= rtol * wanted.abs().max().item()
                     assert torch.cuda.memory_allocated() - start <= share * weights
             residence.release()
             assert torch.cuda.memory_allocated() == start
