@@ -10,22 +10,19 @@ from torch import Tensor, nn
 
 from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, Prediction, check_prediction
 from wuerstchen.errors import UserError
+from wuerstchen.models.blocks import run_blocks, texts_for
 from wuerstchen.models.layers import (
-    AttnBlock,
     ConditionedResBlock,
     KeysValues,
     Network,
     TextTokens,
-    TimestepBlock,
     check_dropout,
     check_levels,
-    convolve,
     exact_output,
     init_blocks,
     init_linear_and_conv,
     layer_norm,
     pointwise,
-    texts_for,
     timestep_embedding,
     to_channels_last,
 )
@@ -207,13 +204,11 @@ class Decoder(Network):
 
         outputs = []
         for blocks in self.down_blocks:
-            level_map = next(maps)
-            inner = _run_level(blocks, inner, r_embed, [] if level_map is None else [level_map], texts)
+            inner = run_blocks(blocks, inner, r_embed, texts, level_map=next(maps))
             outputs.append(inner)
         for number, blocks in enumerate(self.up_blocks):
-            level_map = next(maps)
             skip = None if number == 0 else outputs[-1 - number]
-            inner = _run_level(blocks, inner, r_embed, [] if level_map is None else [level_map], texts, skip)
+            inner = run_blocks(blocks, inner, r_embed, texts, skip, next(maps))
 
         return self.clf[2](exact_output(self.clf[1], inner, x.dtype))
 
@@ -233,25 +228,3 @@ class Decoder(Network):
             return PUBLISHED_SCHEDULE.noise_of_velocity(x.to(velocity.dtype), velocity, r).to(x.dtype)
         a, b = self.affine(x, r, context)
         return ((x.to(a.dtype) - a) / b).to(x.dtype)
-
-
-def _run_level(
-    blocks: nn.ModuleList,
-    x: Tensor,
-    r_embed: Tensor,
-    level_map: list[Tensor],
-    texts: Iterator[KeysValues | TextTokens],
-    skip: Tensor | None = None,
-) -> Tensor:
-    """Runs one level. The first convolution block takes the skip before the map, as the weights expect."""
-    for block in blocks:
-        if isinstance(block, ConditionedResBlock):
-            x = block(x, *([] if skip is None else [skip]), *level_map)
-            skip = None
-        elif isinstance(block, TimestepBlock):
-            x = block(x, r_embed)
-        elif isinstance(block, AttnBlock):
-            x = block(x, next(texts))
-        else:  # between levels: a layer norm, then a convolution that halves or doubles the grid
-            x = convolve(block[1], layer_norm(x))
-    return x

@@ -8,7 +8,6 @@ Parameter names are those of the published checkpoints in diffusers' layout.
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -215,19 +214,6 @@ class AttnBlock(nn.Module):
             keys = torch.cat([own.keys, text.keys], dim=2)
             attended = KeysValues(keys, torch.cat([own.values, text.values], dim=2), mask)
         return x + self.attention(tokens, attended).unflatten(1, x.shape[1:3])
-
-
-def texts_for(
-    blocks: Iterable[nn.Module],
-    tokens: Float[Tensor, "b t c_cond"],
-    mask: Bool[Tensor, "b t"] | None,
-    once: bool,
-) -> list[KeysValues | TextTokens]:
-    """What each attention block among ``blocks`` reads of a text: keys and values, or ``once`` its tokens."""
-    readers = [block for block in blocks if isinstance(block, AttnBlock)]
-    if once:
-        return [TextTokens(tokens, mask) for _ in readers]
-    return [block.keys_values(tokens, mask) for block in readers]
 
 
 def init_linear_and_conv(module: nn.Module) -> None:

@@ -12,12 +12,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from wuerstchen.errors import UserError
+from wuerstchen.models.blocks import run_blocks, texts_for
 from wuerstchen.models.layers import (
-    AttnBlock,
     KeysValues,
     ResBlock,
     TextTokens,
-    TimestepBlock,
     check_dropout,
     check_levels,
     convolve,
@@ -25,7 +24,6 @@ from wuerstchen.models.layers import (
     init_linear_and_conv,
     layer_norm,
     pointwise,
-    texts_for,
     timestep_embedding,
     to_channels_last,
 )
@@ -167,32 +165,11 @@ class Paella(nn.Module):
 
         outputs = []
         for blocks in self.down_blocks:
-            x = _run_level(blocks, x, r_embed, texts)
+            x = run_blocks(blocks, x, r_embed, texts)
             outputs.append(x)
         for number, blocks in enumerate(self.up_blocks):
             skip = None if number == 0 else outputs[-1 - number]
-            x = _run_level(blocks, x, r_embed, texts, skip)
+            x = run_blocks(blocks, x, r_embed, texts, skip)
 
         vectors = convolve(self.clf[2], pointwise(self.clf[1], layer_norm(x)))
         return layer_norm(vectors.contiguous())
-
-
-def _run_level(
-    blocks: nn.ModuleList,
-    x: Tensor,
-    r_embed: Tensor,
-    texts: Iterator[KeysValues | TextTokens],
-    skip: Tensor | None = None,
-) -> Tensor:
-    """Runs one level, whose first convolution block takes the skip."""
-    for block in blocks:
-        if isinstance(block, ResBlock):
-            x = block(x, skip)
-            skip = None
-        elif isinstance(block, TimestepBlock):
-            x = block(x, r_embed)
-        elif isinstance(block, AttnBlock):
-            x = block(x, next(texts))
-        else:  # between levels: a layer norm, then a convolution that halves or doubles the grid
-            x = convolve(block[1], layer_norm(x))
-    return x

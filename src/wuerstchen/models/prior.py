@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, Prediction, check_prediction
 from wuerstchen.errors import UserError
+from wuerstchen.models.blocks import run_blocks, texts_for
 from wuerstchen.models.layers import (
     MAX_BLOCKS,
     AttnBlock,
@@ -21,7 +22,6 @@ from wuerstchen.models.layers import (
     init_blocks,
     init_linear_and_conv,
     pointwise,
-    texts_for,
     timestep_embedding,
     to_channels_last,
 )
@@ -113,13 +113,7 @@ class Prior(Network):
         r_embed = timestep_embedding(r, self.config.c_r).to(x.dtype)
         texts = iter(context)
         inner = pointwise(self.projection, to_channels_last(x))
-        for block in self.blocks:
-            if isinstance(block, TimestepBlock):
-                inner = block(inner, r_embed)
-            elif isinstance(block, AttnBlock):
-                inner = block(inner, next(texts))
-            else:
-                inner = block(inner)
+        inner = run_blocks(self.blocks, inner, r_embed, texts)
         output = exact_output(self.out[1], inner, x.dtype)
         if self.config.prediction == "velocity":
             return PUBLISHED_SCHEDULE.noise_of_velocity(x.to(output.dtype), output, r).to(x.dtype)

@@ -1,0 +1,55 @@
+"""Sequences of blocks, as Stages B and C run them."""
+
+from collections.abc import Iterable, Iterator
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from wuerstchen.models.layers import (
+    AttnBlock,
+    ConditionedResBlock,
+    KeysValues,
+    ResBlock,
+    TextTokens,
+    TimestepBlock,
+    convolve,
+    layer_norm,
+)
+
+
+def texts_for(
+    blocks: Iterable[nn.Module],
+    tokens: Float[Tensor, "b t c_cond"],
+    mask: Bool[Tensor, "b t"] | None,
+    once: bool,
+) -> list[KeysValues | TextTokens]:
+    """What each attention block among ``blocks`` reads of a text: keys and values, or ``once`` its tokens."""
+    readers = [block for block in blocks if isinstance(block, AttnBlock)]
+    if once:
+        return [TextTokens(tokens, mask) for _ in readers]
+    return [block.keys_values(tokens, mask) for block in readers]
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module],
+    x: Float[Tensor, "b h w c"],
+    r_embed: Float[Tensor, "b c_r"],
+    texts: Iterator[KeysValues | TextTokens],
+    skip: Float[Tensor, "b h w c_skip"] | None = None,
+    level_map: Float[Tensor, "b _ _ c_cond"] | None = None,
+) -> Float[Tensor, "b _ _ _"]:
+    """Runs ``blocks`` in order; each attention block takes the next of ``texts``.
+
+    The first convolution block takes ``skip``, and all take ``level_map`` behind it, as the weights expect.
+    """
+    for block in blocks:
+        if isinstance(block, ResBlock | ConditionedResBlock):
+            x = block(x, *(joined for joined in (skip, level_map) if joined is not None))
+            skip = None
+        elif isinstance(block, TimestepBlock):
+            x = block(x, r_embed)
+        elif isinstance(block, AttnBlock):
+            x = block(x, next(texts))
+        else:  # between levels: a layer norm, then a convolution that halves or doubles the grid
+            x = convolve(block[1], layer_norm(x))
+    return x
