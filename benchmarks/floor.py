@@ -110,7 +110,8 @@ class Convolution:
         sets = _sets([self.x, self.weight], self.dtype, device, 2 * math.prod(self.x))
         for layout in (torch.contiguous_format, torch.channels_last):
             laid = [[tensor.contiguous(memory_format=layout) for tensor in s] for s in sets]
-            yield [lambda s=s: self.apply(*s) for s in laid]
+            with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+                yield [lambda s=s: self.apply(*s) for s in laid]
 
 
 Operation = Product | Attention | Convolution
