@@ -8,22 +8,18 @@ as it is, eager, and so are we.
 """
 
 import argparse
-import gc
 import json
 import statistics
 import time
-import warnings
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 
 import torch
-from random_model import letters, random_v2
+from measuring import free
+from random_model import PROMPT, diffusers_draw, diffusers_pipeline, random_v2
 
-from wuerstchen.models.cascade import Cascade
 from wuerstchen.pipeline import LowMemory, Wuerstchen
-
-PROMPT = "a capybara wearing a raincoat, in the style of an old photograph"
 
 
 def main() -> None:
@@ -82,61 +78,6 @@ def main() -> None:
 
 def draw(model: Wuerstchen, seed: int) -> object:
     return model.generate(PROMPT, seed=seed)
-
-
-def free() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
-def diffusers_pipeline(cascade: Cascade):
-    """diffusers' pipeline with the same weights."""
-    import dataclasses
-
-    from diffusers import DDPMWuerstchenScheduler, WuerstchenCombinedPipeline
-    from diffusers.pipelines.deprecated.wuerstchen.modeling_paella_vq_model import PaellaVQModel
-    from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_diffnext import WuerstchenDiffNeXt
-    from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import WuerstchenPrior
-
-    def same(network_class, ours):
-        fields = dataclasses.asdict(ours.config)
-        fields.pop("prediction", None)
-        fields = {name: list(v) if isinstance(v, tuple) else v for name, v in fields.items()}
-        with torch.device("meta"):
-            network = network_class(**fields)
-        network.load_state_dict(ours.state_dict(), assign=True)
-        return network.eval().requires_grad_(False)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pipe = WuerstchenCombinedPipeline(
-            letters(),
-            cascade.decoder_text_encoder.model,
-            same(WuerstchenDiffNeXt, cascade.decoder),
-            DDPMWuerstchenScheduler(),
-            same(PaellaVQModel, cascade.vqgan),
-            letters(),
-            cascade.text_encoder.model,
-            same(WuerstchenPrior, cascade.prior),
-            DDPMWuerstchenScheduler(),
-        )
-    pipe.prior_pipe.set_progress_bar_config(disable=True)
-    pipe.decoder_pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def diffusers_draw(pipe, seed: int) -> object:
-    from wuerstchen.diffusion.schedule import stage_c_timesteps
-
-    generator = torch.Generator("cuda").manual_seed(seed)
-    return pipe(
-        PROMPT,
-        width=1024,
-        height=1024,
-        prior_timesteps=stage_c_timesteps(29),
-        prior_guidance_scale=4.0,
-        generator=generator,
-    ).images
 
 
 if __name__ == "__main__":

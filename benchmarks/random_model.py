@@ -1,31 +1,49 @@
-"""The published v2 model's shape with random weights, for measuring without its files."""
+"""The published v2 model's shape with random weights, for measuring without its files; diffusers' too."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import tokenizers
 import torch
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from wuerstchen.diffusion.schedule import stage_c_timesteps
 from wuerstchen.models.cascade import Cascade, CascadeSettings
 from wuerstchen.models.decoder import Decoder, DecoderConfig
 from wuerstchen.models.prior import Prior, PriorConfig
 from wuerstchen.models.text import TextEncoder
 from wuerstchen.models.vqgan import VQGAN, VQGANConfig
 
+PROMPT = "a capybara wearing a raincoat, in the style of an old photograph"
 
-def random_v2(device: torch.device) -> Cascade:
+
+def random_v2(device: torch.device, *, tiny: bool = False) -> Cascade:
     """All networks at published size on ``device`` in fp32, 3.1 billion weights that make something of noise.
 
-    What starts at zero is drawn too, so that every layer counts.
+    What starts at zero is drawn too, so that every layer counts. ``tiny`` networks have the same structure,
+    but are narrow and shallow: to try a script.
     """
+    text = {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 20}
+    decoder_text = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+    configs = PriorConfig(), DecoderConfig(), VQGANConfig()
+    if tiny:
+        text = decoder_text = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        configs = (
+            PriorConfig(c=32, c_cond=32, depth=2, nhead=2),
+            DecoderConfig(
+                c_hidden=(16, 32, 32, 32), nhead=(-1, 2, 2, 2), blocks=(1, 1, 1, 1), c_cond=32, clip_embd=32
+            ),
+            VQGANConfig(embed_dim=16, bottleneck_blocks=1),
+        )
     torch.manual_seed(0)
     with device:
-        prior = _stirred(Prior(PriorConfig()))
-        decoder = _stirred(Decoder(DecoderConfig()))
-        vqgan = _stirred(VQGAN(VQGANConfig()))
-        text = _clip(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20)
-        decoder_text = _clip(
-            hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16
-        )
+        prior = _stirred(Prior(configs[0]))
+        decoder = _stirred(Decoder(configs[1]))
+        vqgan = _stirred(VQGAN(configs[2]))
+        text, decoder_text = _clip(**text), _clip(**decoder_text)
     tokenizer = letters()
     return Cascade(
         settings=CascadeSettings(),
@@ -47,7 +65,8 @@ def letters() -> CLIPTokenizer:
 
 
 def _clip(**sizes: int) -> CLIPTextModel:
-    config = CLIPTextConfig(hidden_act="gelu", projection_dim=sizes["hidden_size"], **sizes)
+    width = sizes["hidden_size"]
+    config = CLIPTextConfig(hidden_act="gelu", intermediate_size=4 * width, projection_dim=width, **sizes)
     return CLIPTextModel(config).eval().requires_grad_(False)
 
 
@@ -63,3 +82,63 @@ def _stirred(network: nn.Module) -> nn.Module:
                 last = name.startswith(("out.", "clf."))
                 parameter.normal_(std=(0.02 if last else 0.3) / inputs**0.5)
     return network.eval().requires_grad_(False)
+
+
+def diffusers_pipeline(cascade: Cascade) -> Any:
+    """diffusers' pipeline with the same weights, which both share."""
+    from diffusers import DDPMWuerstchenScheduler, WuerstchenCombinedPipeline
+    from diffusers.pipelines.deprecated.wuerstchen.modeling_paella_vq_model import PaellaVQModel
+    from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_diffnext import WuerstchenDiffNeXt
+    from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import WuerstchenPrior
+
+    def same(network_class, ours):
+        fields = dataclasses.asdict(ours.config)
+        fields.pop("prediction", None)
+        fields = {name: list(v) if isinstance(v, tuple) else v for name, v in fields.items()}
+        with torch.device("meta"):
+            network = network_class(**fields)
+        network.load_state_dict(ours.state_dict(), assign=True)
+        return network.eval().requires_grad_(False)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipe = WuerstchenCombinedPipeline(
+            letters(),
+            cascade.decoder_text_encoder.model,
+            same(WuerstchenDiffNeXt, cascade.decoder),
+            DDPMWuerstchenScheduler(),
+            same(PaellaVQModel, cascade.vqgan),
+            letters(),
+            cascade.text_encoder.model,
+            same(WuerstchenPrior, cascade.prior),
+            DDPMWuerstchenScheduler(),
+        )
+    pipe.prior_pipe.set_progress_bar_config(disable=True)
+    pipe.decoder_pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def diffusers_draw(
+    pipe: Any,
+    seed: int,
+    size: tuple[int, int] = (1024, 1024),
+    count: int = 1,
+    on_step: Callable[[str], None] | None = None,
+) -> list:
+    """``count`` pictures of (width, height) by the published recipe; ``on_step`` hears each step's stage."""
+
+    def listener(stage: str):
+        return None if on_step is None else lambda *_: on_step(stage) or {}
+
+    generator = torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(seed)
+    return pipe(
+        PROMPT,
+        width=size[0],
+        height=size[1],
+        prior_timesteps=stage_c_timesteps(29),
+        prior_guidance_scale=4.0,
+        num_images_per_prompt=count,
+        generator=generator,
+        prior_callback_on_step_end=listener("Stage C"),
+        callback_on_step_end=listener("Stage B"),
+    ).images

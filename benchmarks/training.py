@@ -13,7 +13,6 @@ matrix product of 8192³ in bf16 is measured beside them; FLOP are three times t
 
 import argparse
 import dataclasses
-import gc
 import json
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from measuring import free, matrix_rate
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -179,8 +179,7 @@ def forward_flop(stage_type: type[StageC]) -> int:
 
 def measure(make: Callable[[], Callable[[], None]], seconds: float = 6.0) -> dict[str, float] | None:
     """Updates a second after the first ten, which compile and record; None where memory does not suffice."""
-    gc.collect()
-    torch.cuda.empty_cache()
+    free()
     torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     try:
@@ -204,26 +203,13 @@ def measure(make: Callable[[], Callable[[], None]], seconds: float = 6.0) -> dic
     return {"updates_per_second": updates / took, "gib": gib, "seconds_to_first_update": first}
 
 
-def matrix_rate() -> float:
-    """FLOP a second of a product of 8192×8192 matrices in bf16, on random data."""
-    a, b = (torch.randn(8192, 8192, device=CUDA, dtype=torch.bfloat16) for _ in range(2))
-    for _ in range(10):
-        a @ b
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(50):
-        a @ b
-    torch.cuda.synchronize()
-    return 50 * 2 * 8192**3 / (time.perf_counter() - began)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stages", nargs="+", choices=["c", "b"], default=["c", "b"])
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 32, 64])
     parser.add_argument("--no-compiled-peer", action="store_true", help="compiling it takes minutes")
     options = parser.parse_args()
-    rate = matrix_rate()
+    rate = matrix_rate(CUDA, torch.bfloat16)
     print(f"{torch.cuda.get_device_name()}: {rate / 1e12:.0f} TFLOP/s")
     rows = {}
 

@@ -1,0 +1,474 @@
+"""The time of a picture at the published v2 size on one GPU, its peers and its floor beside it.
+
+    python benchmarks/sampling.py [--parts ours diffusers compiled floor] [--dtypes float16]
+    python benchmarks/sampling.py --tiny          # tries everything with toy networks, on a CPU too
+
+Random weights, which ours and diffusers' networks share; text encoders, 29 guided steps of Stage C, 12 of
+Stage B, decoding and the conversion to a PIL picture. The parts:
+
+ours            ``Wuerstchen.generate``, first of a model just built
+diffusers       its pipeline as it stands
+compiled        its pipeline with prior, decoder and vqgan.decode under torch.compile(mode="reduce-overhead",
+                fullgraph=True), compiled anew for each case: minutes
+sizes           ours in one process, batch after batch and size after size: first pictures of a new size
+floor           the best library call for every matrix product, attention and convolution (``floor.py``)
+profile         kernels of one of our pictures by group, and the time without any
+sdxl            Stable Diffusion XL in diffusers: 50 Euler steps with guidance and its VAE in half precision,
+                the text encoders left out
+sdxl-compiled   the same with channels last, UNet and vae.decode compiled
+
+Caches of compilers start empty, unless --keep-caches is given. Seconds are medians. "First" counts from
+building the model (weights are on the GPU already; who comes first also pays for CUDA loading its kernels),
+"full speed" is the end of the first picture within 5 % of the median. GiB are what was allocated at most, and
+in brackets what was reserved, which counts CUDA graphs. What fails is named, and the rest goes on.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import re
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from floor import measure_floor
+from measuring import free, matrix_rate, synchronise
+from random_model import PROMPT, diffusers_draw, diffusers_pipeline, random_v2
+
+from wuerstchen.errors import UserError
+from wuerstchen.models.cascade import Cascade
+from wuerstchen.pipeline import Wuerstchen
+
+PARTS = ("ours", "diffusers", "compiled", "sizes", "floor", "profile", "sdxl", "sdxl-compiled")
+Draw = Callable[[int, Callable[[str], None] | None], object]
+"""Draws with a seed; the second argument hears the stage of every step."""
+
+
+@dataclass(frozen=True)
+class Case:
+    dtype: str
+    batch: int
+    size: tuple[int, int]
+    """Width and height."""
+
+    def __str__(self) -> str:
+        return f"{self.dtype}, {self.size[0]}×{self.size[1]}, batch {self.batch}"
+
+
+def drawn_by_us(model: Wuerstchen, case: Case) -> Draw:
+    def draw(seed: int, on_step: Callable[[str], None] | None = None) -> object:
+        return model.generate(
+            PROMPT,
+            seed=seed * case.batch,
+            count=case.batch,
+            batch_size=case.batch,
+            size=case.size,
+            progress=None if on_step is None else lambda stage, *_: on_step(stage),
+        )
+
+    return draw
+
+
+def drawn_by_diffusers(cascade: Cascade, case: Case, compiled: dict[str, Any] | None) -> Draw:
+    """``compiled`` has the arguments of ``torch.compile``."""
+    pipe = diffusers_pipeline(cascade)
+    if compiled is not None:
+        # In place: pipeline and sub-pipelines hold the same modules.
+        pipe.prior_pipe.prior.compile(**compiled)
+        pipe.decoder_pipe.decoder.compile(**compiled)
+        vqgan = pipe.decoder_pipe.vqgan
+        vqgan.decode = torch.compile(vqgan.decode, **compiled)
+    return lambda seed, on_step=None: diffusers_draw(pipe, seed, case.size, case.batch, on_step)
+
+
+def sdxl_networks(device: torch.device, dtype: torch.dtype, tiny: bool) -> tuple[Any, Any]:
+    """UNet and VAE of SDXL-base-1.0 with random weights: 2,567,463,684 and 83,653,863 parameters."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    unet: dict[str, Any] = {
+        "sample_size": 128,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (320, 640, 1280),
+        "transformer_layers_per_block": [1, 2, 10],
+        "attention_head_dim": [5, 10, 20],
+        "cross_attention_dim": 2048,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+        "use_linear_projection": True,
+    }
+    vae: dict[str, Any] = {
+        "block_out_channels": (128, 256, 512, 512),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 2,
+        "latent_channels": 4,
+        "sample_size": 1024,
+        "scaling_factor": 0.13025,
+        "force_upcast": False,  # as in the variant made for half precision, which is the faster one
+    }
+    if tiny:
+        unet |= {
+            "block_out_channels": (8, 16, 16),
+            "transformer_layers_per_block": [1, 1, 1],
+            "attention_head_dim": [2, 2, 2],
+            "cross_attention_dim": 16,
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 64,
+            "norm_num_groups": 4,
+        }
+        vae |= {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4}
+    torch.manual_seed(0)
+    with device:
+        networks = UNet2DConditionModel(**unet), AutoencoderKL(**vae)
+    for network in networks:
+        network.to(dtype).eval().requires_grad_(False)
+    return networks
+
+
+def drawn_by_sdxl(networks: tuple[Any, Any], case: Case, compiled: dict[str, Any] | None) -> Draw:
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+
+    unet, vae = networks
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        timestep_spacing="leading",
+    )
+    pipe = StableDiffusionXLPipeline(vae, None, None, None, None, unet, scheduler, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"prompt_embeds": (1, 77, unet.config.cross_attention_dim), "pooled_prompt_embeds": (1, pooled)}
+    texts = {
+        prefix + name: torch.randn(shape, generator=draw).to(unet.device, unet.dtype)
+        for name, shape in shapes.items()
+        for prefix in ("", "negative_")
+    }
+    if compiled is not None:
+        unet.to(memory_format=torch.channels_last)
+        vae.to(memory_format=torch.channels_last)
+        unet.compile(**compiled)
+        vae.decode = torch.compile(vae.decode, **compiled)
+
+    def one(seed: int, on_step: Callable[[str], None] | None = None) -> object:
+        listens = {} if on_step is None else {"callback_on_step_end": lambda *_: on_step("UNet") or {}}
+        return pipe(
+            **texts,
+            **listens,
+            width=case.size[0],
+            height=case.size[1],
+            num_inference_steps=50,
+            guidance_scale=5.0,
+            num_images_per_prompt=case.batch,
+            generator=torch.Generator(unet.device).manual_seed(seed),
+        ).images
+
+    return one
+
+
+def measure(make: Callable[[], Draw], device: torch.device, options: argparse.Namespace) -> dict | None:
+    """None where memory does not suffice."""
+    free()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    synchronise(device)
+    ends = [time.perf_counter()]
+    try:
+        draw = make()
+        timed = 0
+        while timed < options.pictures or (timed < 20 and ends[-1] - ends[-1 - timed] < options.seconds):
+            draw(len(ends), None)
+            synchronise(device)
+            ends.append(time.perf_counter())
+            timed = max(len(ends) - 1 - options.warm, 0)
+        stages = stage_milliseconds(draw, device)
+    except torch.OutOfMemoryError:
+        return None
+    except UserError as error:
+        if isinstance(error.__cause__, torch.OutOfMemoryError):
+            return None
+        raise
+    took = [end - begin for begin, end in itertools.pairwise(ends)]
+    median = statistics.median(took[-timed:])
+    full = next(i for i, seconds in enumerate(took) if seconds <= 1.05 * median)
+    row = {
+        "seconds": median,
+        "fastest": min(took[-timed:]),
+        "slowest": max(took[-timed:]),
+        "first": took[0],
+        "full_speed": ends[full + 1] - ends[0],
+        "stages_ms": stages,
+    }
+    if device.type == "cuda":
+        row["gib"] = torch.cuda.max_memory_allocated() / 2**30
+        row["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+    return row
+
+
+def stage_milliseconds(draw: Draw, device: torch.device) -> dict[str, float]:
+    """Of one picture more, with a stop at every step: a step of each stage, and what is before and after.
+
+    What is before a stage has its text encoder; a step is the median of all but the first.
+    """
+    marks: list[tuple[str, float]] = []
+
+    def mark(stage: str) -> None:
+        synchronise(device)
+        marks.append((stage, time.perf_counter()))
+
+    synchronise(device)
+    last = began = time.perf_counter()
+    draw(0, mark)
+    mark("end")
+    result: dict[str, float] = {}
+    for name in dict.fromkeys(stage for stage, _ in marks[:-1]):
+        ends = [end for stage, end in marks if stage == name]
+        steps = [b - a for a, b in itertools.pairwise(ends)]
+        step = statistics.median(steps) if steps else ends[0] - last
+        result[f"before {name}"] = 1000 * (ends[0] - last - step)
+        result[f"step of {name}"] = 1000 * step
+        last = ends[-1]
+    result["after"] = 1000 * (marks[-1][1] - last)
+    result["all"] = 1000 * (marks[-1][1] - began)
+    return result
+
+
+ATTENTION = re.compile(r"flash|fmha|attention|sdpa", re.IGNORECASE)
+CONVOLUTION = re.compile(r"conv|fprop|dgrad|implicit|nchwToNhwc|nhwcToNchw", re.IGNORECASE)
+PRODUCT = re.compile(r"gemm|gemv|nvjet|cutlass|cublas|splitk|addmm|aten::mm\b|aten::bmm\b", re.IGNORECASE)
+COPY = re.compile(r"memcpy|memset|copy|cat(array|_)|aten::(cat|_to_copy|clone)", re.IGNORECASE)
+
+
+def kernel_group(name: str) -> str:
+    """By the kernel's name; a convolution's own products count as convolution."""
+    if name.startswith("triton_"):  # torch.compile's, named after all that went into them
+        return "matrix products" if name.startswith("triton_tem") else "norms and elementwise"
+    for group, pattern in (
+        ("attention", ATTENTION),
+        ("convolutions", CONVOLUTION),
+        ("matrix products", PRODUCT),
+        ("copies", COPY),
+    ):
+        if pattern.search(name):
+            return group
+    return "norms and elementwise"
+
+
+def profile(draw: Draw, device: torch.device, warm: int) -> dict[str, Any]:
+    """Milliseconds of kernels by group; ``gaps`` is what the same picture takes longer unprofiled."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity
+
+    for seed in range(warm):
+        draw(seed, None)
+    walls = []
+    for seed in range(3):
+        synchronise(device)
+        began = time.perf_counter()
+        draw(seed, None)
+        synchronise(device)
+        walls.append(1000 * (time.perf_counter() - began))
+    on_gpu = device.type == "cuda"
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity], acc_events=True) as profiler:
+        draw(0, None)
+        synchronise(device)
+    kernels: dict[str, tuple[float, int]] = {}
+    for event in profiler.key_averages():
+        if event.device_type == (DeviceType.CUDA if on_gpu else DeviceType.CPU):
+            took = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            before = kernels.get(event.key, (0.0, 0))
+            kernels[event.key] = before[0] + took / 1000, before[1] + event.count
+    groups: dict[str, float] = {}
+    for name, (took, _) in kernels.items():
+        groups[kernel_group(name)] = groups.get(kernel_group(name), 0.0) + took
+    wall, busy = statistics.median(walls), sum(groups.values())
+    print(f"  wall {wall:.1f} ms, kernels {busy:.1f} ms ({sum(n for _, n in kernels.values())} of them)")
+    for name, took in sorted(groups.items(), key=lambda item: -item[1]):
+        print(f"  {name:<24} {took:9.2f} ms")
+    print(f"  {'gaps':<24} {wall - busy:9.2f} ms")
+    for name, (took, count) in sorted(kernels.items(), key=lambda item: -item[1][0])[:30]:
+        print(f"    {took:9.2f} ms {count:6} × {kernel_group(name):<22} {name[:110]}", flush=True)
+    return {"wall_ms": wall, "kernels_ms": busy, "gaps_ms": wall - busy, **groups}
+
+
+def print_row(name: str, case: Case, row: dict[str, Any]) -> None:
+    memory = f" {row['gib']:6.2f} ({row['reserved_gib']:.2f}) GiB" if "gib" in row else ""
+    print(
+        f"{name:<66} {row['seconds']:8.4f} s ({row['fastest']:.4f} to {row['slowest']:.4f}) "
+        f"{case.batch / row['seconds']:7.2f} img/s{memory}, first {row['first']:.2f} s, "
+        f"full speed {row['full_speed']:.2f} s"
+    )
+    stages = ", ".join(f"{stage} {ms:.2f}" for stage, ms in row["stages_ms"].items())
+    print(f"  stopping at each step, ms: {stages}", flush=True)
+
+
+def print_floor(case: Case, floor: dict[str, dict[str, float]]) -> None:
+    print(f"floor, {case}; depthwise convolutions are not in the sum")
+    for name, part in floor.items():
+        kinds = ", ".join(f"{kind} {part[kind]:.2f}" for kind in part if kind not in ("tflop", "ms"))
+        rate = part["tflop"] / max(part["ms"], 1e-9) * 1000
+        print(f"  {name:<24} {part['ms']:9.2f} ms {part['tflop']:8.3f} TFLOP, {rate:4.0f} TFLOP/s ({kinds})")
+
+
+def ratios(rows: dict[str, Any], floors: dict[str, Any], cases: list[Case]) -> dict[str, float]:
+    """How many times longer than ours each peer takes, and ours than the floor."""
+    found = {}
+    for case in cases:
+        ours = rows.get(f"wuerstchen, {case}")
+        if ours is None:
+            continue
+        for name, row in rows.items():
+            if name.endswith(f", {case}") and not name.startswith("wuerstchen"):
+                found[f"{name} / wuerstchen"] = row["seconds"] / ours["seconds"]
+        if str(case) in floors:
+            picture = floors[str(case)]["picture"]["ms"] / 1000
+            found[f"wuerstchen / floor, {case}"] = ours["seconds"] / picture
+    return found
+
+
+def parsed_size(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    return int(width), int(height or width)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--dtypes", nargs="+", choices=["float16", "bfloat16"])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="of the part sizes")
+    parser.add_argument("--sizes", type=parsed_size, nargs="+", help="of the part sizes: WIDTHxHEIGHT")
+    parser.add_argument("--peer-batches", type=int, nargs="+", default=[1], help="of all other parts")
+    parser.add_argument("--peer-sizes", type=parsed_size, nargs="+", help="of all other parts")
+    parser.add_argument("--pictures", type=int, default=3, help="timed at least, at most 20")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of timing at least")
+    parser.add_argument("--warm", type=int, default=3, help="pictures before; compiled peers record in them")
+    parser.add_argument("--keep-caches", action="store_true", help="of compilers, from earlier runs")
+    parser.add_argument("--tiny", action="store_true", help="toy networks, to try the script")
+    options = parser.parse_args()
+    if options.sizes is None:
+        options.sizes = (
+            [(128, 128), (128, 256)] if options.tiny else [(1024, 1024), (1024, 1536), (1536, 1536)]
+        )
+    # CPUs are slow in float16.
+    options.dtypes = options.dtypes or (["bfloat16"] if options.tiny else ["float16", "bfloat16"])
+    options.peer_sizes = options.peer_sizes or options.sizes[:1]
+    if options.tiny:
+        options.batches, options.seconds, options.warm = options.batches[:2], 0.0, 1
+    return options
+
+
+def main() -> None:
+    options = arguments()
+    if not options.keep_caches:
+        folder = tempfile.TemporaryDirectory()
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder.name}/inductor"
+        os.environ["TRITON_CACHE_DIR"] = f"{folder.name}/triton"
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    compiled: dict[str, Any] = {"fullgraph": True}
+    compiled |= {"mode": "reduce-overhead"} if on_gpu else {"backend": "eager"}
+    gpu = torch.cuda.get_device_name() if on_gpu else "cpu"
+    versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
+    print(f"{gpu}, {versions}", flush=True)
+
+    rows: dict[str, Any] = {}
+    floors: dict[str, Any] = {}
+    profiles: dict[str, Any] = {}
+    rates: dict[str, float] = {}
+    failed: list[str] = []
+    cases = []
+
+    @contextlib.contextmanager
+    def surviving(name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            traceback.print_exc()
+            print(f"{name:<66} failed", flush=True)
+            failed.append(name)
+
+    def row(who: str, case: Case, make: Callable[[], Draw]) -> None:
+        name = f"{who}, {case}"
+        with surviving(name):
+            found = measure(make, device, options)
+            if found is None:
+                print(f"{name:<66} does not fit", flush=True)
+                return
+            rows[name] = found
+            print_row(name, case, found)
+        if who.endswith("compiled"):
+            torch._dynamo.reset()  # releases its graphs and their memory
+
+    cascade: Cascade | None = None
+    if set(options.parts) - {"sdxl", "sdxl-compiled"}:
+        cascade = random_v2(device, tiny=options.tiny)
+    side = 128 if options.tiny else 8192
+    for dtype in options.dtypes:
+        torch_dtype = getattr(torch, dtype)
+        rates[dtype] = matrix_rate(device, torch_dtype, side)
+        print(f"matrix product of {side}³ in {dtype}: {rates[dtype] / 1e12:.0f} TFLOP/s", flush=True)
+        here = [Case(dtype, b, s) for s in options.peer_sizes for b in options.peer_batches]
+        cases += here
+        if cascade is None:
+            continue
+        for network in cascade.networks().values():
+            network.to(torch_dtype)
+        for case in here:
+            if "ours" in options.parts:
+                row("wuerstchen", case, lambda c=case: drawn_by_us(Wuerstchen(cascade, device), c))
+            if "diffusers" in options.parts:
+                row("diffusers", case, lambda c=case: drawn_by_diffusers(cascade, c, None))
+            if "floor" in options.parts:
+                with surviving(f"floor, {case}"):
+                    floors[str(case)] = measure_floor(cascade, device, torch_dtype, case.batch, case.size)
+                    print_floor(case, floors[str(case)])
+        if "sizes" in options.parts:
+            model = Wuerstchen(cascade, device)
+            small = [Case(dtype, batch, options.sizes[0]) for batch in options.batches]
+            for case in (*small, *(Case(dtype, 1, size) for size in options.sizes[1:])):
+                row("wuerstchen, one process", case, lambda c=case, m=model: drawn_by_us(m, c))
+            model = None
+        if "profile" in options.parts:
+            print(f"profile, {here[0]}", flush=True)
+            with surviving(f"profile, {here[0]}"):
+                draw = drawn_by_us(Wuerstchen(cascade, device), here[0])
+                profiles[str(here[0])] = profile(draw, device, options.warm)
+            draw = None
+        if "compiled" in options.parts:
+            for case in here:
+                row("diffusers, compiled", case, lambda c=case: drawn_by_diffusers(cascade, c, compiled))
+    cascade = None
+
+    for part, name, how in (("sdxl", "SDXL", None), ("sdxl-compiled", "SDXL, compiled", compiled)):
+        for case in cases if part in options.parts else []:
+            networks = sdxl_networks(device, getattr(torch, case.dtype), options.tiny)
+            row(name, case, lambda c=case, n=networks, h=how: drawn_by_sdxl(n, c, h))
+            networks = None
+            free()
+
+    compared = ratios(rows, floors, cases)
+    for name, ratio in compared.items():
+        print(f"{ratio:6.2f} = {name}")
+    found = {"rows": rows, "ratios": compared, "floors": floors, "profiles": profiles, "failed": failed}
+    print(json.dumps({"gpu": gpu, **versions, "matrix_rate": rates, **found}))
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The benchmarks' own arithmetic, and a rehearsal of the one that draws."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import floor
+    import random_model
+    import sampling
+
+    return floor, random_model, sampling
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_floor_misses_no_product(benchmarks, batch):
+    """A layer that calls the library in a way the recorder does not know would lower the floor."""
+    floor, random_model, _ = benchmarks
+    cascade = random_model.random_v2(torch.device("cpu"), tiny=True)
+    for name, (run, times) in floor.forwards(cascade, torch.float32, batch, (128, 256)).items():
+        recorded = floor.record(run)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            run()
+        # torch does not count attention on a CPU.
+        products = sum(n * o.flop for o, n in recorded.items() if o.kind != "attention")
+        assert products == counter.get_total_flops() > 0, name
+        attends = any(o.kind == "attention" for o in recorded)
+        assert attends == (name.startswith(("step", "text encoder"))), name
+        assert times == {"step of Stage C": 29, "step of Stage B": 12}.get(name, 1)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "group"),
+    [
+        ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_TNT", "matrix products"),
+        ("sm90_xmma_fprop_implicit_gemm_f16f16_f16f32_f32_nhwckrsc_nhwc_tilesize128x128x64", "convolutions"),
+        (
+            "void at::native::(anonymous namespace)::conv_depthwise2d_forward_kernel<3, c10::Half>",
+            "convolutions",
+        ),
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128, 4>>", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3_64x64x128", "attention"),
+        ("void at::native::(anonymous namespace)::CatArrayBatchedCopy<unsigned short>", "copies"),
+        ("Memcpy DtoH (Device -> Pageable)", "copies"),
+        (
+            "void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<c10::Half>",
+            "norms and elementwise",
+        ),
+        ("triton_red_fused_convolution_native_layer_norm_3", "norms and elementwise"),
+    ],
+)
+def test_kernels_are_grouped_by_what_they_do(benchmarks, kernel, group):
+    """A layer norm after a convolution, or a convolution made of products, in the wrong group."""
+    assert benchmarks[2].kernel_group(kernel) == group
+
+
+def test_ratios_compare_the_same_case(benchmarks):
+    """float16 is the end of bfloat16, and each of ours would be compared with peers of both."""
+    sampling = benchmarks[2]
+    half, brain = (sampling.Case(dtype, 1, (1024, 1024)) for dtype in ("float16", "bfloat16"))
+    seconds = {f"wuerstchen, {half}": 1, f"wuerstchen, {brain}": 2, f"SDXL, {half}": 3, f"SDXL, {brain}": 8}
+    rows = {name: {"seconds": value} for name, value in seconds.items()}
+    floors = {str(brain): {"picture": {"ms": 500.0}}}
+    assert sampling.ratios(rows, floors, [half, brain]) == {
+        f"SDXL, {half} / wuerstchen": 3,
+        f"SDXL, {brain} / wuerstchen": 4,
+        f"wuerstchen / floor, {brain}": 4,
+    }
+
+
+def test_the_time_of_a_picture_is_measured_to_the_end():
+    """A rehearsal on this machine: an option, a part or a peer that no longer runs."""
+    command = [sys.executable, str(BENCHMARKS / "sampling.py"), "--tiny", "--pictures", "1"]
+    parts = ["--parts", "ours", "diffusers", "floor", "profile"]
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent / "src"), "CUDA_VISIBLE_DEVICES": ""}
+    ran = subprocess.run([*command, *parts], capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout.splitlines()[-1])
+    assert len(found["rows"]) == 2
+    assert len(found["ratios"]) == 2
+    assert found["floors"]
+    assert found["profiles"]
