@@ -5,10 +5,12 @@ from collections.abc import Iterable, Iterator
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from wuerstchen.models.fused import FactoredMap, mapped_text, run_fused, suits
 from wuerstchen.models.layers import (
     AttnBlock,
     ConditionedResBlock,
     KeysValues,
+    MappedText,
     ResBlock,
     TextTokens,
     TimestepBlock,
@@ -16,32 +18,42 @@ from wuerstchen.models.layers import (
     layer_norm,
 )
 
+Text = KeysValues | TextTokens | MappedText
+"""What an attention block may be given of a text."""
+
 
 def texts_for(
     blocks: Iterable[nn.Module],
     tokens: Float[Tensor, "b t c_cond"],
     mask: Bool[Tensor, "b t"] | None,
     once: bool,
-) -> list[KeysValues | TextTokens]:
+) -> list[Text]:
     """What each attention block among ``blocks`` reads of a text: keys and values, or ``once`` its tokens."""
     readers = [block for block in blocks if isinstance(block, AttnBlock)]
     if once:
         return [TextTokens(tokens, mask) for _ in readers]
-    return [block.keys_values(tokens, mask) for block in readers]
+    if not suits(tokens):
+        return [block.keys_values(tokens, mask) for block in readers]
+    return [mapped_text(block, tokens, mask) or block.keys_values(tokens, mask) for block in readers]
 
 
 def run_blocks(
     blocks: Iterable[nn.Module],
     x: Float[Tensor, "b h w c"],
     r_embed: Float[Tensor, "b c_r"],
-    texts: Iterator[KeysValues | TextTokens],
+    texts: Iterator[Text],
     skip: Float[Tensor, "b h w c_skip"] | None = None,
-    level_map: Float[Tensor, "b _ _ c_cond"] | None = None,
+    level_map: Float[Tensor, "b _ _ c_cond"] | FactoredMap | None = None,
 ) -> Float[Tensor, "b _ _ _"]:
     """Runs ``blocks`` in order; each attention block takes the next of ``texts``.
 
     The first convolution block takes ``skip``, and all take ``level_map`` behind it, as the weights expect.
+    ``x`` may be overwritten where nothing is learnt.
     """
+    if suits(x):
+        return run_fused(blocks, x, r_embed, texts, skip, level_map)
+    if isinstance(level_map, FactoredMap):
+        raise ValueError("this context was made for sampling; to learn, make it anew, with once=True")
     for block in blocks:
         if isinstance(block, ResBlock | ConditionedResBlock):
             x = block(x, *(joined for joined in (skip, level_map) if joined is not None))

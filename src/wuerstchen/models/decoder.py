@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, Prediction, check_prediction
 from wuerstchen.errors import UserError
-from wuerstchen.models.blocks import run_blocks, texts_for
+from wuerstchen.models.blocks import Text, run_blocks, texts_for
+from wuerstchen.models.fused import FactoredMap, factored_map, suits
 from wuerstchen.models.layers import (
     ConditionedResBlock,
-    KeysValues,
     Network,
-    TextTokens,
     check_dropout,
     check_levels,
     exact_output,
@@ -94,9 +93,9 @@ class DecoderConfig:
 class DecoderContext:
     """What steers the decoder: computed once for a picture, used at every step."""
 
-    maps: list[Float[Tensor, "b _ _ c_cond"] | None]
+    maps: list[Float[Tensor, "b _ _ c_cond"] | FactoredMap | None]
     """The semantic map at the grid of each level, down and then up; None where it is not injected."""
-    texts: Sequence[KeysValues | TextTokens]
+    texts: Sequence[Text]
     """The text of each attention block, in order; empty for a decoder without text."""
 
 
@@ -171,12 +170,13 @@ class Decoder(Network):
             raise ValueError(
                 "this decoder needs text states" if text is None else "this decoder takes no text"
             )
-        texts: list[KeysValues | TextTokens] = []
+        texts: list[Text] = []
         if text is not None:
             texts = texts_for(self._blocks(), layer_norm(self.clip_mapper(text)), mask, once)
 
         levels = len(self.config.c_hidden)
-        maps: list[Tensor | None] = []
+        maps: list[Tensor | FactoredMap | None] = []
+        every = (*self.down_blocks, *self.up_blocks)
         for position, mapper in enumerate(self.effnet_mappers):
             if not isinstance(mapper, nn.Conv2d):
                 maps.append(None)
@@ -191,7 +191,9 @@ class Decoder(Network):
                 antialias=True,
                 align_corners=True,
             )
-            maps.append(pointwise(mapper, to_channels_last(resized.to(mapper.weight.dtype))))
+            positions = to_channels_last(resized.to(mapper.weight.dtype))
+            factored = factored_map(every[position], mapper, positions) if suits(positions) else None
+            maps.append(pointwise(mapper, positions) if factored is None else factored)
         return DecoderContext(maps=maps, texts=texts)
 
     def output(

@@ -73,7 +73,7 @@ def _kept(local, first, second, threshold):
 
 @triton.jit
 @no_type_check
-def _squares(h, out, n, c, part: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
+def _squares(h, out, n, c, part, rows: tl.constexpr, columns: tl.constexpr):
     """out[s, b, c] = Σ a² over the positions of part s."""
     column = tl.program_id(0) * columns + tl.arange(0, columns)
     sample, split = tl.program_id(1), tl.program_id(2)
@@ -92,7 +92,7 @@ def _squares(h, out, n, c, part: tl.constexpr, rows: tl.constexpr, columns: tl.c
 
 @triton.jit
 @no_type_check
-def _scales(squares, gamma, norm, scale, c, parts: tl.constexpr, eps, columns: tl.constexpr):
+def _scales(squares, gamma, norm, scale, c, parts, eps, columns: tl.constexpr):
     """norm and scale of one sample, from the parts of its sums of squares."""
     sample, samples = tl.program_id(0), tl.num_programs(0)
     column = tl.arange(0, columns)
@@ -242,14 +242,16 @@ def forward(
     beta: Float[Tensor, " c"],
     seed: Int[Tensor, "2"] | None,
     p: float,
+    *,
+    in_place: bool = False,
 ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b c"]]:
-    """y in the dtype of h, and norm."""
+    """y in the dtype of h, or ``in_place`` of it, and norm."""
     grid = _Grid(h, seed, p)
     squares = grid.empty(h, grid.parts, grid.b, grid.c)
     _squares[grid.over_sums](h, squares, grid.n, grid.c, grid.part, **grid.tile)
     norm, scale = (grid.empty(h, grid.b, grid.c) for _ in range(2))
     _scales[(grid.b,)](squares, gamma, norm, scale, grid.c, grid.parts, EPS, columns=grid.line, num_warps=8)
-    y = torch.empty_like(h)
+    y = h if in_place else torch.empty_like(h)
     _apply[grid.over_tiles](h, scale, beta, y, grid.seed, grid.n, grid.c, *grid.dropout(), **grid.tile)
     return y, norm
 

@@ -12,11 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from wuerstchen.errors import UserError
-from wuerstchen.models.blocks import run_blocks, texts_for
+from wuerstchen.models.blocks import Text, run_blocks, texts_for
 from wuerstchen.models.layers import (
-    KeysValues,
     ResBlock,
-    TextTokens,
     check_dropout,
     check_levels,
     convolve,
@@ -132,7 +130,7 @@ class Paella(nn.Module):
         text: Float[Tensor, "b t clip_embd"],
         *,
         once: bool = False,
-    ) -> Sequence[KeysValues | TextTokens]:
+    ) -> Sequence[Text]:
         """Keys and values of map and text, one pair for each attention block: the same for every step.
 
         The map may have any size, and is the compressor's own output, not normalised. The published model
@@ -144,7 +142,7 @@ class Paella(nn.Module):
         return texts_for(self._blocks(), states, None, once)
 
     def forward(
-        self, tokens: Int[Tensor, "b h w"], r: Float[Tensor, " b"], context: Sequence[KeysValues | TextTokens]
+        self, tokens: Int[Tensor, "b h w"], r: Float[Tensor, " b"], context: Sequence[Text]
     ) -> Float[Tensor, "b labels h w"]:
         """Logits of the true token at each position, from ``tokens`` noised to the time ``r`` in [0, 1].
 
@@ -154,7 +152,7 @@ class Paella(nn.Module):
         return pointwise(self.out_mapper[1], self.features(tokens, r, context)).permute(0, 3, 1, 2)
 
     def features(
-        self, tokens: Int[Tensor, "b h w"], r: Float[Tensor, " b"], context: Sequence[KeysValues | TextTokens]
+        self, tokens: Int[Tensor, "b h w"], r: Float[Tensor, " b"], context: Sequence[Text]
     ) -> Float[Tensor, "b h w c_token"]:
         """What the last layer, ``out_mapper[1]``, makes the logits of: 32 times smaller than they are."""
         embedding = self.in_mapper[0]

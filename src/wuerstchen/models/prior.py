@@ -8,14 +8,12 @@ from torch import Tensor, nn
 
 from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, Prediction, check_prediction
 from wuerstchen.errors import UserError
-from wuerstchen.models.blocks import run_blocks, texts_for
+from wuerstchen.models.blocks import Text, run_blocks, texts_for
 from wuerstchen.models.layers import (
     MAX_BLOCKS,
     AttnBlock,
-    KeysValues,
     Network,
     ResBlock,
-    TextTokens,
     TimestepBlock,
     check_dropout,
     exact_output,
@@ -95,7 +93,7 @@ class Prior(Network):
         mask: Bool[Tensor, "b t"] | None = None,
         *,
         once: bool = False,
-    ) -> Sequence[KeysValues | TextTokens]:
+    ) -> Sequence[Text]:
         """Keys and values of the text, one pair for each attention block.
 
         ``mask`` is False at padding. The published models attend to padding: give None for them. With
@@ -107,7 +105,7 @@ class Prior(Network):
         self,
         x: Float[Tensor, "b c h w"],
         r: Float[Tensor, " b"],
-        context: Sequence[KeysValues | TextTokens],
+        context: Sequence[Text],
     ) -> Float[Tensor, "b c h w"]:
         """The noise ε̂ in the noised map ``x`` at timesteps ``r`` in [0, 1]."""
         r_embed = timestep_embedding(r, self.config.c_r).to(x.dtype)

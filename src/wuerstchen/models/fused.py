@@ -1,0 +1,251 @@
+"""Blocks on GPUs when nothing is learnt: fewer passes over memory and fewer products, with the same result.
+
+``models.blocks`` hands over to ``run_fused`` where it can. A block that cannot be had this way, because an
+adapter has replaced one of its layers or a weight is elsewhere for now, runs as it is written. What is done:
+
+- Layer norms join what stands before them: the depthwise convolution, or scale and shift by the timestep.
+- Residuals are added by the matrix product, onto x in place: x ← x + y·Wᵀ. Its bias is added by the pass over
+  x that comes before or after.
+- Queries, keys and values are one product, over the grid's tokens with the text's mapped ones behind them,
+  where the weights lie one after another (``join_projections``).
+- Stage B's map enters through a product of its own 16 channels, not of the 1024 that it is mapped to:
+  W·(M·e + m) = (W·M)·e + W·m. That is a sixth of the decoder's arithmetic.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from wuerstchen.models.layers import (
+    Attention,
+    AttnBlock,
+    ConditionedResBlock,
+    KeysValues,
+    MappedText,
+    ResBlock,
+    TextTokens,
+    TimestepBlock,
+    convolve,
+    layer_norm,
+)
+from wuerstchen.models.mlp import HAS_TRITON, GlobalResponseNorm
+
+
+def suits(x: Tensor) -> bool:
+    """Whether blocks of ``x``'s network may run fused here and now."""
+    return (
+        x.is_cuda
+        and HAS_TRITON
+        and x.dtype != torch.float64
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cuda")
+        and not torch.compiler.is_compiling()
+    )
+
+
+@dataclass(frozen=True)
+class FactoredMap:
+    """Stage B's map at one level: its own few channels, and what each block multiplies them by."""
+
+    positions: Float[Tensor, "b h w e"]
+    factors: list[tuple[Float[Tensor, "c4 e"], Float[Tensor, " c4"]]]
+    """Of each block in order: W·M, and the bias with W·m in it."""
+
+
+def factored_map(
+    blocks: Iterable[nn.Module], mapper: nn.Conv2d, positions: Float[Tensor, "b h w e"]
+) -> FactoredMap | None:
+    """The map as the convolution blocks among ``blocks`` take it; None if one of them is not to be fused."""
+    readers = [block for block in blocks if isinstance(block, ConditionedResBlock)]
+    if not all(is_plain(block, positions) for block in readers):
+        return None
+    assert mapper.bias is not None
+    m, bias = mapper.weight.flatten(1), mapper.bias
+    factors = []
+    for block in readers:
+        first = block.channelwise[0]
+        w = first.weight[:, first.in_features - len(m) :]  # the map comes last
+        factors.append((w @ m, torch.addmv(first.bias, w, bias)))
+    return FactoredMap(positions, factors)
+
+
+def is_plain(block: nn.Module, x: Tensor) -> bool:
+    """Whether the layers of a block are torch's own, lie where ``x`` does, and only compute."""
+    layers = list(block.modules())
+    parameters = list(block.parameters())
+    return (
+        not block.training
+        and all(
+            type(layer) in _KINDS
+            for layer in layers
+            if next(layer.parameters(recurse=False), None) is not None
+        )
+        and all(p.device == x.device and p.dtype == x.dtype for p in parameters)
+        and not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+    )
+
+
+_KINDS = (nn.Linear, nn.Conv2d, GlobalResponseNorm)
+
+
+def mapped_text(
+    block: AttnBlock, tokens: Float[Tensor, "b t c_cond"], mask: Bool[Tensor, "b t"] | None
+) -> MappedText | None:
+    """The text as a fused attention block takes it; None if the block is not to be fused."""
+    return MappedText(block.kv_mapper(tokens), mask) if is_plain(block, tokens) else None
+
+
+def run_fused(
+    blocks: Iterable[nn.Module],
+    x: Float[Tensor, "b h w c"],
+    r_embed: Float[Tensor, "b c_r"],
+    texts: Iterator[KeysValues | TextTokens | MappedText],
+    skip: Float[Tensor, "b h w c_skip"] | None = None,
+    level_map: Float[Tensor, "b _ _ c_cond"] | FactoredMap | None = None,
+) -> Float[Tensor, "b _ _ _"]:
+    """As ``models.blocks.run_blocks``. ``x`` may be overwritten."""
+    from wuerstchen.models import block_kernels, kernels
+
+    factors = iter(level_map.factors if isinstance(level_map, FactoredMap) else ())
+    x, waiting = x.contiguous(), _Waiting()
+    for block in blocks:
+        if isinstance(block, TimestepBlock):
+            waiting = _Waiting(waiting.bias, block.mapper(r_embed))
+            continue
+        if isinstance(block, AttnBlock):
+            text = next(texts)
+            if isinstance(text, MappedText):
+                attention = block.attention
+                later = attention.to_out[0].bias
+                tokens = block_kernels.scale_shift_norm_(x, *waiting.over(x), later, text.tokens)
+                _add_product(x, _attended(attention, tokens, text), attention.to_out[0].weight)
+                waiting = _Waiting()
+                continue
+            x = block(waiting.done(x), text)
+        elif isinstance(block, ResBlock | ConditionedResBlock):
+            x = waiting.done(x)
+            if is_plain(block, x) and not (isinstance(block, ResBlock) and skip is not None):
+                inner = block_kernels.depthwise_norm(x, block.depthwise.weight, block.depthwise.bias)
+                first, _, norm, _, last = block.channelwise
+                hidden = _first_layer(first, inner, skip, level_map, factors).flatten(1, 2)
+                gamma, beta = norm.gamma.flatten(), norm.beta.flatten()
+                y, _ = kernels.forward(hidden, gamma, beta, None, 0.0, in_place=True)
+                _add_product(x, y, last.weight)
+                waiting, skip = _Waiting(last.bias), None
+                continue
+            x = block(x, *(joined for joined in (skip, level_map) if joined is not None))
+            skip = None
+        else:  # between levels: a layer norm, then a convolution that halves or doubles the grid
+            x = convolve(block[1], layer_norm(waiting.done(x)))
+        x, waiting = x.contiguous(), _Waiting()
+    return waiting.done(x)
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """What x still lacks: a bias, then the scale and shift of a timestep."""
+
+    bias: Float[Tensor, " c"] | None = None
+    factors: Float[Tensor, "b c2"] | None = None
+
+    def over(self, x: Float[Tensor, "b h w c"]) -> tuple[Float[Tensor, " c"], Float[Tensor, "b c2"]]:
+        """Both, zeros where there are none."""
+        b, c = len(x), x.shape[-1]
+        bias = x.new_zeros(c) if self.bias is None else self.bias
+        return bias, x.new_zeros(b, 2 * c) if self.factors is None else self.factors
+
+    def done(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+        """``x`` with all of it, in place."""
+        from wuerstchen.models import block_kernels
+
+        if self.bias is not None or self.factors is not None:
+            block_kernels.scale_shift_(x, *self.over(x))
+        return x
+
+
+def _add_product(
+    x: Float[Tensor, "b h w c"], y: Float[Tensor, "b n d"], weight: Float[Tensor, "c d"]
+) -> None:
+    """x ← x + y·Wᵀ, in place."""
+    x.flatten(0, 2).addmm_(y.flatten(0, 1), weight.t())
+
+
+def _first_layer(
+    layer: nn.Linear,
+    inner: Float[Tensor, "b h w c"],
+    skip: Float[Tensor, "b h w c_skip"] | None,
+    level_map: Float[Tensor, "b h w c_cond"] | FactoredMap | None,
+    factors: Iterator[tuple[Tensor, Tensor]],
+) -> Float[Tensor, "b h w c4"]:
+    """The linear layer on what a block joins, without joining it."""
+    parts, weight = [inner], layer.weight
+    if skip is not None:
+        parts.append(skip)
+    if isinstance(level_map, FactoredMap):
+        hidden = F.linear(level_map.positions, *next(factors))
+        first = 0
+    else:
+        if level_map is not None:
+            parts.append(level_map)
+        hidden = F.linear(inner, weight[:, : inner.shape[-1]], layer.bias)
+        first = inner.shape[-1]
+        del parts[0]
+    for part in parts:
+        rows = weight[:, first : first + part.shape[-1]]
+        hidden.flatten(0, 2).addmm_(part.flatten(0, 2), rows.t())
+        first += part.shape[-1]
+    return hidden
+
+
+def _attended(
+    attention: Attention, tokens: Float[Tensor, "b s c"], text: MappedText
+) -> Float[Tensor, "b n c"]:
+    """What the grid's tokens make of all tokens, before the output's product."""
+    projections = (attention.to_q, attention.to_k, attention.to_v)
+    joined = _joined(projections)
+    n = tokens.shape[1] - text.tokens.shape[1]
+    if joined is None:
+        queries, keys, values = (projection(tokens) for projection in projections)
+    else:
+        queries, keys, values = F.linear(tokens, *joined).chunk(3, dim=-1)
+    mask = None if text.mask is None else F.pad(text.mask, (n, 0), value=True)[:, None, None, :]
+    heads = map(attention.split_heads, (queries[:, :n], keys, values))
+    return F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+def _joined(layers: tuple[nn.Linear, ...]) -> tuple[Tensor, Tensor] | None:
+    """Weight and bias of ``layers`` as one, if they lie one after another in memory; without a copy."""
+    joined = []
+    for tensors in ([layer.weight for layer in layers], [layer.bias for layer in layers]):
+        first, step = tensors[0], tensors[0].numel()
+        starts = [first.storage_offset() + number * step for number in range(len(tensors))]
+        storage = first.untyped_storage().data_ptr()
+        for tensor, start in zip(tensors, starts, strict=True):
+            if tensor.untyped_storage().data_ptr() != storage or tensor.storage_offset() != start:
+                return None
+        shape = (len(first) * len(tensors), *first.shape[1:])
+        joined.append(first.detach().as_strided(shape, first.stride()))
+    return joined[0], joined[1]
+
+
+def join_projections(network: nn.Module) -> None:
+    """Lays queries', keys' and values' weights of each attention block one after another.
+
+    Nothing else about them changes: they are views of one tensor then.
+    """
+    for attention in network.modules():
+        if not isinstance(attention, Attention):
+            continue
+        layers = (attention.to_q, attention.to_k, attention.to_v)
+        if not all(type(layer) is nn.Linear for layer in layers) or _joined(layers) is not None:
+            continue
+        # What is made in inference mode could never be trained again.
+        with torch.inference_mode(False), torch.no_grad():
+            for name in ("weight", "bias"):
+                own = [getattr(layer, name) for layer in layers]
+                for tensor, part in zip(own, torch.cat([t.data for t in own]).chunk(3), strict=True):
+                    tensor.data = part

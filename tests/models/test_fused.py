@@ -1,0 +1,205 @@
+"""Fused blocks against the blocks as they are written.
+
+The kernels need a GPU, or Triton's interpreter: TRITON_INTERPRET=1 runs these tests on a CPU.
+"""
+
+import copy
+import importlib.util
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from wuerstchen.models import blocks, decoder, fused
+from wuerstchen.models.decoder import Decoder, DecoderConfig
+from wuerstchen.models.layers import Attention, MappedText
+from wuerstchen.models.prior import Prior, PriorConfig
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+pytestmark = [
+    *([] if INTERPRETED else [pytest.mark.gpu]),
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),
+]
+
+PRIOR = PriorConfig(c_in=4, c=48, c_cond=24, c_r=8, depth=3, nhead=3)
+DECODER = DecoderConfig(
+    c_r=8,
+    c_cond=24,
+    c_hidden=(16, 32, 40),
+    nhead=(-1, 2, 4),
+    blocks=(2, 2, 1),
+    level_config=("CT", "CTA", "CTA"),
+    inject_effnet=(False, True, True),
+    clip_embd=20,
+)
+
+
+def never(x):
+    return False
+
+
+@pytest.fixture(autouse=True)
+def _interpreter(monkeypatch):
+    if INTERPRETED:
+        fuse(monkeypatch, lambda x: not torch.is_grad_enabled())
+
+
+def fuse(monkeypatch, suits):
+    for module in (fused, blocks, decoder):
+        monkeypatch.setattr(module, "suits", suits)
+
+
+@pytest.fixture
+def as_written():
+    """Runs a function without anything fused."""
+
+    def run(function, *inputs):
+        with pytest.MonkeyPatch.context() as patch:
+            fuse(patch, never)
+            return function(*inputs)
+
+    return run
+
+
+def prior_inputs(grid=(5, 7), batch=2):
+    torch.manual_seed(3)
+    x, text = torch.randn(batch, 4, *grid), torch.randn(batch, 6, 24)
+    return x.to(DEVICE), torch.rand(batch).to(DEVICE), text.to(DEVICE)
+
+
+def decoder_inputs(batch=2):
+    torch.manual_seed(4)
+    x, z, text = torch.randn(batch, 4, 24, 16), torch.randn(batch, 16, 5, 4), torch.randn(batch, 6, 20)
+    return x.to(DEVICE), torch.rand(batch).to(DEVICE), z.to(DEVICE), text.to(DEVICE)
+
+
+def run_prior(network, x, r, text, mask=None):
+    dtype = network.dtype
+    with torch.no_grad():
+        return network(x.to(dtype), r, network.context(text.to(dtype), mask))
+
+
+def run_decoder(network, x, r, z, text):
+    dtype = network.dtype
+    with torch.no_grad():
+        context = network.context(z, tuple(x.shape[2:]), text.to(dtype))
+        return network(x.to(dtype), r, context)
+
+
+def error(found, exact):
+    return ((found.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+@pytest.fixture
+def prior(randomise):
+    network = randomise(Prior(PRIOR))
+    with torch.no_grad():  # 1 / |1 - b| would amplify the rounding of either side without bound
+        network.out[1].weight[4:] *= 0.05
+        network.out[1].bias[4:] = 0.0
+    return network.to(DEVICE).eval()
+
+
+@pytest.fixture
+def unet(randomise):
+    return randomise(Decoder(DECODER)).to(DEVICE).eval()
+
+
+@pytest.mark.parametrize("joins", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_stage_c_is_that_as_written(prior, joins, masked, as_written):
+    """A bias that is added twice or never, a neighbour beyond the edge, a text row of another picture."""
+    x, r, text = prior_inputs()
+    mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2], device=DEVICE) if masked else None
+    plain = as_written(run_prior, prior, x, r, text, mask)
+    if joins:
+        fused.join_projections(prior)
+    with torch.no_grad():
+        assert all(isinstance(part, MappedText) for part in prior.context(text))
+    assert error(run_prior(prior, x, r, text, mask), plain) <= 1e-5
+
+
+def test_stage_b_is_that_as_written(unet, as_written):
+    """Of the map, its mapper's bias is a part; the skip comes before the map."""
+    inputs = decoder_inputs()
+    plain = as_written(run_decoder, unet, *inputs)
+    fused.join_projections(unet)
+    assert error(run_decoder(unet, *inputs), plain) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_as_near_as_the_blocks_as_written(prior, dtype, as_written):
+    x, r, text = prior_inputs((12, 12))
+    exact = as_written(run_prior, prior, x, r, text)
+    half = prior.to(dtype)
+    plain = error(as_written(run_prior, half, x, r, text), exact)
+    assert 0 < error(run_prior(half, x, r, text), exact) <= 1.2 * plain
+
+
+def test_inputs_and_weights_stay_as_they_are(prior, unet):
+    """Much of it is in place."""
+    for network, run, inputs in ((prior, run_prior, prior_inputs()), (unet, run_decoder, decoder_inputs())):
+        before = [tensor.clone() for tensor in (*inputs, *network.state_dict().values())]
+        first = run(network, *inputs)
+        assert torch.equal(first, run(network, *inputs))
+        after = [*inputs, *network.state_dict().values()]
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_replaced_layers_are_called(prior, as_written):
+    """An adapter's, or whatever else somebody puts there, in attention and in the MLP."""
+
+    class Twice(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    def replaced(layer):
+        twice = Twice(layer.in_features, layer.out_features)
+        twice.load_state_dict(layer.state_dict())
+        return twice.to(DEVICE).eval()
+
+    prior.blocks[2].attention.to_v = replaced(prior.blocks[2].attention.to_v)
+    prior.blocks[3].channelwise[0] = replaced(prior.blocks[3].channelwise[0])
+    x, r, text = prior_inputs()
+    plain = as_written(run_prior, prior, x, r, text)
+    assert error(run_prior(prior, x, r, text), plain) <= 1e-5
+
+
+def test_hooks_are_called(prior):
+    seen = []
+    prior.blocks[0].channelwise[0].register_forward_hook(lambda *_: seen.append(1))
+    prior.blocks[2].attention.to_q.register_forward_hook(lambda *_: seen.append(2))
+    run_prior(prior, *prior_inputs())
+    assert seen == [1, 2]
+
+
+def test_joined_projections_are_the_same_weights(prior):
+    before = {key: tensor.clone() for key, tensor in prior.state_dict().items()}
+    fused.join_projections(prior)
+    attentions = [module for module in prior.modules() if isinstance(module, Attention)]
+    for attention in attentions:
+        weight, bias = fused._joined((attention.to_q, attention.to_k, attention.to_v))
+        assert torch.equal(
+            weight, torch.cat([attention.to_q.weight, attention.to_k.weight, attention.to_v.weight])
+        )
+        assert torch.equal(bias, torch.cat([attention.to_q.bias, attention.to_k.bias, attention.to_v.bias]))
+    assert all(torch.equal(tensor, before[key]) for key, tensor in prior.state_dict().items())
+    moved = copy.deepcopy(prior.to(torch.float16))
+    attention = moved.blocks[2].attention
+    attention.to_k.weight = nn.Parameter(attention.to_k.weight.clone())
+    assert fused._joined((attention.to_q, attention.to_k, attention.to_v)) is None
+
+
+def test_what_learns_runs_as_written(prior):
+    x, r, text = prior_inputs()
+    prior(x, r, prior.context(text)).sum().backward()
+    assert all(p.grad is not None for p in prior.parameters() if p.requires_grad)
+
+
+def test_a_context_for_sampling_is_refused_where_something_learns(unet):
+    x, r, z, text = decoder_inputs()
+    with torch.no_grad():
+        context = unet.context(z, tuple(x.shape[2:]), text)
+    with pytest.raises(ValueError, match="made for sampling"):
+        unet(x, r, context)
