@@ -9,6 +9,7 @@ noise do not depend on how many processes there are. The first process alone wri
 import copy
 import datetime
 import os
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -138,7 +139,8 @@ class Processes:
 def distributed(device: torch.device) -> Iterator[Processes]:
     """The processes of this run: those that ``torchrun`` started, or this one alone.
 
-    On GPUs each takes the one of its number on its machine. Raises ``UserError`` if it has none.
+    On GPUs each takes the one of its number on its machine. Raises ``UserError`` if it has none, and in
+    place of whatever is raised where another process has ended.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
@@ -158,6 +160,16 @@ def distributed(device: torch.device) -> Iterator[Processes]:
     try:
         yield processes
         processes.wait()  # gloo aborts where one process leaves while another still talks
+    except RuntimeError as error:
+        # gloo's errors have no class of their own, but name its files.
+        if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
+            raise
+        # Without the place in gloo's source, and its advice.
+        reason = re.sub(r"^\[\S*\] *|\. .*", "", str(error).strip().split("\n")[0])[:200]
+        raise UserError(
+            f"process {rank} has lost the others ({reason}); one of them has ended and says why: start the "
+            "same command again"
+        ) from error
     finally:
         dist.destroy_process_group()
 
