@@ -1,6 +1,7 @@
 """Whole runs: a kill changes nothing, and a run folder is guarded."""
 
 import dataclasses
+import errno
 import json
 import os
 import runpy
@@ -291,6 +292,58 @@ def test_a_killed_loader_is_one_line(begun, monkeypatch):
         RunFolderError, match=r"a process that loads pictures was killed.*; use fewer --workers"
     ):
         train(tiny(), begun)
+
+
+WRAPPED = (
+    "Caught OSError in DataLoader worker process 0.\nOriginal Traceback:\n  x\nOSError: [Errno 5] EIO: '/d/1'"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left"),
+            RunFolderError,
+            "{run} cannot be written (No space left); free",
+        ),
+        (
+            OSError(errno.ENOSPC, "Full", "{run}/x"),
+            RunFolderError,
+            "{run} cannot be written (Full); free some",
+        ),
+        (
+            OSError(errno.EACCES, "Denied", "/d/1.png"),
+            UserError,
+            "/d/1.png cannot be used (Denied); mend that",
+        ),
+        (
+            OSError(errno.EACCES, "Denied", b"{run}-2"),
+            UserError,
+            "{run}-2 cannot be used (Denied); mend that",
+        ),
+        (FileNotFoundError(errno.ENOENT, "No temporary folder"), UserError, "cannot be used (No temporary"),
+        (OSError(WRAPPED), UserError, "a file cannot be used (OSError: [Errno 5] EIO: '/d/1'); mend that"),
+        (OSError(), UserError, "a file cannot be used (OSError); mend that"),
+    ],
+)
+def test_an_error_of_the_system_is_of_the_file_that_it_names(begun, monkeypatch, error, kind, message):
+    """All of them were blamed on the run folder."""
+    if error.filename is not None:
+        place = type(error.filename)
+        error.filename = place(error.filename).replace(
+            *map(os.fsencode if place is bytes else str, ("{run}", begun))
+        )
+
+    def failing(self):
+        raise error
+
+    monkeypatch.setattr("wuerstchen.train.run._Run.train", failing)
+    with pytest.raises(UserError) as caught:
+        train(tiny(), begun)
+    assert type(caught.value) is kind
+    assert message.replace("{run}", str(begun)) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_damaged_run_json_and_a_newer_one_are_refused(begun):

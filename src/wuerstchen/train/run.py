@@ -41,7 +41,7 @@ from wuerstchen.pipeline import default_device
 from wuerstchen.train.bank import Bank, compose
 from wuerstchen.train.config import Phase, Recipe, StageBConfig, StageCConfig, as_dict, phases_of
 from wuerstchen.train.feed import Batch, Feed, batch_sizes, batches
-from wuerstchen.train.folder import check_run, locked, read_json
+from wuerstchen.train.folder import check_run, locked, named, read_json
 from wuerstchen.train.loop import Settings, rehearse, run_stage
 from wuerstchen.train.parallel import Processes, distributed
 from wuerstchen.train.prepared_feed import (
@@ -134,11 +134,7 @@ def _train(
                 "and start the same command again"
             ) from error
         except OSError as error:
-            # Reading data has errors of its own, so it is the run folder: a full disk, as a rule.
-            raise RunFolderError(
-                f"{run_dir} cannot be written ({error.strerror or error}); free some space and start "
-                "the same command again"
-            ) from error
+            raise named(error, run_dir) from error
 
 
 def _resolved(recipe: Recipe, processes: Processes) -> Recipe:
