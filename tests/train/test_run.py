@@ -18,7 +18,7 @@ from filelock import FileLock
 from PIL import Image
 
 from wuerstchen.checkpoints.native import read_cascade, read_network
-from wuerstchen.cli import _overridden, _parser
+from wuerstchen.cli import _overridden, _parser, main
 from wuerstchen.data.emoji import EmojiSource, listed_heldout, sample_root
 from wuerstchen.errors import DataError, RunFolderError, UserError
 from wuerstchen.models.cascade import PUBLISHED_MAP
@@ -281,6 +281,51 @@ def test_a_log_edited_by_hand_does_not_stop_a_run(tmp_path):
     log.event("skipped", name="\u2028 \udcff", reason="odd name")
     assert [event["event"] for event in log.events()] == ["start", "skipped"]
     assert log.events()[1]["name"] == "\u2028 \udcff"
+
+
+SLOW = """
+import sys, time
+from wuerstchen import cli
+from wuerstchen.train import run
+
+def slow(*_, **__):
+    print("slow", flush=True)
+    time.sleep(60)
+
+place, name = (run, sys.argv[1]) if "." not in sys.argv[1] else (run._Run, sys.argv[1].split(".")[1])
+setattr(place, name, slow)
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("name", ["_open_sources", "read_start", "compose", "_Run.write_model"])
+def test_sigterm_outside_of_the_loop_is_one_line_and_the_run_goes_on(tmp_path, name):
+    """It ended the process without a word."""
+    run_dir = tmp_path / "run"
+    options = [
+        "train",
+        "tiny",
+        "--run-dir",
+        str(run_dir),
+        "--no-rehearsal",
+        "--stages",
+        "a",
+        "--device",
+        "cpu",
+    ]
+    options += ["--stage-a.optimization.images", "8", "--workers", "1", "--prepared-images", "16"]
+    options += ["--statistics-images", "4"]
+    command = [sys.executable, "-c", SLOW, name, *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "slow" not in process.stdout.readline():
+        assert process.poll() is None, process.communicate()
+    process.terminate()
+    said = process.communicate(timeout=30)[1].splitlines()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert said[-1] == "stopped by SIGTERM; start the same command again to go on"
+    assert not [line for line in said if "Traceback" in line]
+    assert main(options) == 0
+    assert (run_dir / "model" / "model.json").is_file()
 
 
 def test_a_killed_loader_is_one_line(begun, monkeypatch):
