@@ -541,20 +541,26 @@ class _Run:
                 print(f"  {phase.data or self.recipe.data} is prepared: {feed.sizes()}")
         header = {**dataclasses.asdict(self.provenance(0)), "fields": as_dict(self.recipe)}
         folder = self.run_dir / f"stage_{stage.name}"
-        finished = self._is_finished(folder / "checkpoints", optimization.images)
-        bank = None if finished else self.bank(feed, phase)
-        validation = self.validation(stage, phase) if self.processes.leads and not finished else None
+        images = optimization.images
+        finished = self._finished(folder / "checkpoints", images)
+        if finished is not None:
+            seen = {"images": images, "total": images, "resumed": True, "device": str(self.device)}
+            self.log.event("start", stage=stage.name, **seen)
+            return finished
+        bank = self.bank(feed, phase)
+        validation = self.validation(stage, phase) if self.processes.leads else None
         settings, processes = self.settings(feed), self.processes
         return run_stage(
             stage, feed, folder, settings, self.device, self.log, header, bank, processes, validation
         )
 
-    def _is_finished(self, checkpoints: Path, images: int) -> bool:
-        """Whether the last checkpoint of a stage is there, and whole."""
-        if not (checkpoints / f"{images:012d}").is_dir():
-            return False
+    def _finished(self, checkpoints: Path, images: int) -> Path | None:
+        """The last checkpoint of a stage, if it is there and whole."""
+        (there,) = self.processes.agreed((checkpoints / f"{images:012d}").is_dir())
+        if not there:
+            return None
         found = newest_of_all(checkpoints, self.processes)
-        return found is not None and found[1]["images"] >= images
+        return found[0] if found is not None and found[1]["images"] >= images else None
 
     def validation(self, stage: Stage, phase: Phase) -> Validation | None:
         """The loss of a diffusion stage on held-out pictures; None without any."""
