@@ -65,15 +65,20 @@ from wuerstchen.train.watch import Watch, begin, say_cost, say_costs_to_come
 N = TypeVar("N", bound=nn.Module)
 
 
-def open_source(data: str) -> Source | PreparedSet:
+def open_source(data: str, around: Path | None = None) -> Source | PreparedSet:
     """The data set that a recipe names: the sample, a built emoji set, a prepared set, or a folder with
-    captions."""
+    captions, which may lie in another (``FolderSource``)."""
     if data == "sample":
         return EmojiSource(sample_root(), split="train", centred=CENTRED)
     root = Path(data)
-    if (root / "index.jsonl").is_file():
+    if _is_built(root):
         return EmojiSource(root, split="train", centred=CENTRED)
-    return PreparedSet(root) if is_prepared(root) else FolderSource(root, split="train")
+    return PreparedSet(root) if is_prepared(root) else FolderSource(root, "train", around)
+
+
+def _is_built(root: Path) -> bool:
+    """Whether a folder is a built emoji set."""
+    return (root / "index.jsonl").is_file()
 
 
 def train(
@@ -164,12 +169,21 @@ def _phases(recipe: Recipe) -> list[Phase]:
     return found
 
 
+def _around(data: str, recipe: Recipe) -> Path | None:
+    """The largest folder of pictures that a phase reads and ``data`` lies in: what one phase holds out of it
+    is not to be trained on in another."""
+    folders = [Path(phase.data or recipe.data).resolve() for phase in _phases(recipe)]
+    plain = [folder for folder in folders if not (_is_built(folder) or is_prepared(folder))]
+    found = [folder for folder in plain if folder in Path(data).resolve().parents]
+    return min(found, key=lambda folder: len(folder.parts), default=None)
+
+
 def _open_sources(recipe: Recipe) -> dict[str, Source | PreparedSet]:
     """The data sets of all phases, by the name that the recipe gives them. Refuses what they cannot serve."""
     sources: dict[str, Source | PreparedSet] = {}
     for phase in sorted(_phases(recipe), key=lambda phase: -phase.optimization.batch_size):
         data, batch_size = phase.data or recipe.data, phase.optimization.batch_size
-        source = sources[data] = sources.get(data) or open_source(data)
+        source = sources[data] = sources.get(data) or open_source(data, _around(data, recipe))
         if len(source) < batch_size and not recipe.prepared_images:
             raise UserError(
                 f"{data} has {len(source)} images, fewer than a batch of {batch_size}; use a smaller "
@@ -568,7 +582,8 @@ class _Run:
             return None
         data, size = key = (phase.data or self.recipe.data, phase.image_size or self.recipe.image_size)
         if key not in self._held_out:
-            self._held_out[key] = held_out(data, size, texts=self.recipe.stored_texts)
+            around = _around(data, self.recipe)
+            self._held_out[key] = held_out(data, size, texts=self.recipe.stored_texts, around=around)
             if self._held_out[key] is None:
                 print(f"{data} holds out no pictures, so there is no validation loss")
         pictures = self._held_out[key]
