@@ -65,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Threads that wait by spinning take the cores from each other as soon as anything else runs: drawing then
     # takes several times as long. OpenMP reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Warnings of torch's C++ part, with a trace each, for one where a process of a run has ended; likewise.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with warnings.catch_warnings():
         # Only what is meant for the user is shown, and never as a traceback.
         warnings.simplefilter("ignore")

@@ -30,6 +30,7 @@ from wuerstchen.models.decoder import Decoder
 from wuerstchen.models.layers import AttnBlock, ConditionedResBlock, ResBlock
 from wuerstchen.models.paella import Paella
 from wuerstchen.models.prior import Prior
+from wuerstchen.train.alive import watching_others
 
 _LARGE = 2**20  # numbers of a tensor that travels alone
 _BUCKET = 32 * 2**20  # numbers that travel together: 128 MiB of gradients
@@ -158,8 +159,9 @@ def distributed(device: torch.device) -> Iterator[Processes]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     processes = Processes(device, rank, count)
     try:
-        yield processes
-        processes.wait()  # gloo aborts where one process leaves while another still talks
+        with watching_others(rank, count):
+            yield processes
+            processes.wait()  # gloo aborts where one process leaves while another still talks
     except RuntimeError as error:
         # gloo's errors have no class of their own, but name its files.
         if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
