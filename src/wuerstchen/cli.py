@@ -10,7 +10,9 @@ import io
 import math
 import os
 import re
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -54,7 +56,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns the exit code: 0, or 2 for what the user can mend, or 130 after Ctrl-C."""
+    """Runs one command. Returns the exit code: 0, or 2 for what the user can mend, 130 after Ctrl-C, 143
+    after SIGTERM."""
     if isinstance(
         sys.stdout, io.TextIOWrapper
     ):  # a prompt in a file name may be more than the terminal can show
@@ -62,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Threads that wait by spinning take the cores from each other as soon as anything else runs: drawing then
     # takes several times as long. OpenMP reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Warnings of torch's C++ part, with a trace each, for one where a process of a run has ended; likewise.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with warnings.catch_warnings():
         # Only what is meant for the user is shown, and never as a traceback.
         warnings.simplefilter("ignore")
@@ -92,7 +97,12 @@ def _run(arguments: Sequence[str] | None) -> int:
                 f"{' '.join(others)} is no option of this command; see wuerstchen {known.command} --help"
             )
         known.overrides = others
-        return known.run(known)
+        with _raising_on_sigterm():
+            return known.run(known)
+    except _Terminated:
+        goes_on = known.run in (_train, _data_prepare)
+        print(f"stopped by SIGTERM{'; start the same command again to go on' * goes_on}", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
@@ -106,6 +116,27 @@ def _run(arguments: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+@contextlib.contextmanager
+def _raising_on_sigterm() -> "Iterator[None]":
+    """Ends a command on SIGTERM as Ctrl-C does. The training loop answers it by itself, with a checkpoint."""
+
+    def stop(number: int, frame: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals can only be caught there
+        return
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _parser() -> argparse.ArgumentParser:

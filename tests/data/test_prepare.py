@@ -571,10 +571,50 @@ def test_sets_that_cannot_be_read(finished, tmp_path):
         path.write_text(json.dumps(description))
         with pytest.raises(DataError, match="is wrong because"):
             PreparedSet(finished)
-    for damage in ("", "[]", "{", "null"):
-        path.write_text(damage)
-        with pytest.raises(DataError, match="is wrong because"):
+    for damage in ("", "[]", "{", "null", "[" * 100_000, '{"a": ' * 100_000, "\0", "1" * 5000, "\ud800"):
+        path.write_bytes(damage.encode(errors="surrogatepass"))
+        with pytest.raises(DataError, match=r"prepared.json is wrong because .*; prepare the set again$"):
             PreparedSet(finished)
+
+
+def places(value, path=()):
+    """The way to everything in a JSON value."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ())
+    for key, item in items:
+        yield from places(item, (*path, key))
+
+
+JUNK = (None, True, -1, 10**30, float("inf"), "\0", "x" * 300, [[]], {})
+
+
+def test_junk_anywhere_in_the_description_is_one_line(finished, networks):
+    """Reading whatever is there, in every way that training does, raises nothing but ``DataError``."""
+    path = finished / "prepared.json"
+    text = path.read_text()
+    messages = []
+    for place in list(places(json.loads(text)))[1:]:
+        for junk in (*JUNK, KeyError):
+            description = json.loads(text)
+            inside = description
+            for key in place[:-1]:
+                inside = inside[key]
+            if junk is KeyError:
+                del inside[place[-1]]
+            else:
+                inside[place[-1]] = junk
+            path.write_text(json.dumps(description))
+            try:
+                prepared = PreparedSet(finished)
+                for index in range(len(prepared)):
+                    prepared.map(index, prepared.crops - 1)
+                    prepared.states(index)
+                prepared.fingerprint()
+                summary(prepared.description)
+            except UserError as error:
+                messages.append(str(error))
+    assert len(messages) > 400
+    assert all("\n" not in message and len(message) < 700 for message in messages)
 
 
 def test_a_set_of_another_model_is_refused(finished, networks):

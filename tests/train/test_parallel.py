@@ -1,6 +1,8 @@
 """Many processes compute what one does: losses to rounding, and bit for bit at the same number."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -113,6 +115,29 @@ def test_one_process_writes(runs):
     events = [json.loads(line) for line in (runs / "2" / "log.jsonl").read_text().splitlines()]
     assert [e["stage"] for e in events if e["event"] == "start"] == list(STAGES)
     assert sum(e["event"] == "end" for e in events) == 1
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_what_one_process_cannot_read_is_one_line_in_each(tmp_path, wrong):
+    """The others lost their connection in the middle of a talk, and said so in a traceback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "wuerstchen", "train", "tiny", "--device", "cpu", "--workers", "0"]
+    command += ["--run-dir", str(tmp_path / "run"), "--no-rehearsal"]
+    processes = []
+    for rank in (0, 1):
+        world = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        data = ["--data", str(tmp_path / "nowhere")] if rank == wrong else []
+        processes.append(
+            subprocess.Popen([*command, *data], env=os.environ | world, stderr=subprocess.PIPE, text=True)
+        )
+    said = [process.communicate(timeout=120)[1].splitlines() for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    assert [len(lines) for lines in said] == [1, 1]
+    assert "nowhere' is wrong because it is no folder" in said[wrong][0]
+    assert said[1 - wrong][0].startswith(f"Error: process {1 - wrong} has lost the others (Connection closed")
 
 
 def test_batches_are_shared_evenly():

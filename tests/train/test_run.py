@@ -1,6 +1,7 @@
 """Whole runs: a kill changes nothing, and a run folder is guarded."""
 
 import dataclasses
+import errno
 import json
 import os
 import runpy
@@ -17,7 +18,7 @@ from filelock import FileLock
 from PIL import Image
 
 from wuerstchen.checkpoints.native import read_cascade, read_network
-from wuerstchen.cli import _overridden, _parser
+from wuerstchen.cli import _overridden, _parser, main
 from wuerstchen.data.emoji import EmojiSource, listed_heldout, sample_root
 from wuerstchen.errors import DataError, RunFolderError, UserError
 from wuerstchen.models.cascade import PUBLISHED_MAP
@@ -282,6 +283,51 @@ def test_a_log_edited_by_hand_does_not_stop_a_run(tmp_path):
     assert log.events()[1]["name"] == "\u2028 \udcff"
 
 
+SLOW = """
+import sys, time
+from wuerstchen import cli
+from wuerstchen.train import run
+
+def slow(*_, **__):
+    print("slow", flush=True)
+    time.sleep(60)
+
+place, name = (run, sys.argv[1]) if "." not in sys.argv[1] else (run._Run, sys.argv[1].split(".")[1])
+setattr(place, name, slow)
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("name", ["_open_sources", "read_start", "compose", "_Run.write_model"])
+def test_sigterm_outside_of_the_loop_is_one_line_and_the_run_goes_on(tmp_path, name):
+    """It ended the process without a word."""
+    run_dir = tmp_path / "run"
+    options = [
+        "train",
+        "tiny",
+        "--run-dir",
+        str(run_dir),
+        "--no-rehearsal",
+        "--stages",
+        "a",
+        "--device",
+        "cpu",
+    ]
+    options += ["--stage-a.optimization.images", "8", "--workers", "1", "--prepared-images", "16"]
+    options += ["--statistics-images", "4"]
+    command = [sys.executable, "-c", SLOW, name, *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "slow" not in process.stdout.readline():
+        assert process.poll() is None, process.communicate()
+    process.terminate()
+    said = process.communicate(timeout=30)[1].splitlines()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert said[-1] == "stopped by SIGTERM; start the same command again to go on"
+    assert not [line for line in said if "Traceback" in line]
+    assert main(options) == 0
+    assert (run_dir / "model" / "model.json").is_file()
+
+
 def test_a_killed_loader_is_one_line(begun, monkeypatch):
     def killed(self):
         raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
@@ -291,6 +337,58 @@ def test_a_killed_loader_is_one_line(begun, monkeypatch):
         RunFolderError, match=r"a process that loads pictures was killed.*; use fewer --workers"
     ):
         train(tiny(), begun)
+
+
+WRAPPED = (
+    "Caught OSError in DataLoader worker process 0.\nOriginal Traceback:\n  x\nOSError: [Errno 5] EIO: '/d/1'"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left"),
+            RunFolderError,
+            "{run} cannot be written (No space left); free",
+        ),
+        (
+            OSError(errno.ENOSPC, "Full", "{run}/x"),
+            RunFolderError,
+            "{run} cannot be written (Full); free some",
+        ),
+        (
+            OSError(errno.EACCES, "Denied", "/d/1.png"),
+            UserError,
+            "/d/1.png cannot be used (Denied); mend that",
+        ),
+        (
+            OSError(errno.EACCES, "Denied", b"{run}-2"),
+            UserError,
+            "{run}-2 cannot be used (Denied); mend that",
+        ),
+        (FileNotFoundError(errno.ENOENT, "No temporary folder"), UserError, "cannot be used (No temporary"),
+        (OSError(WRAPPED), UserError, "a file cannot be used (OSError: [Errno 5] EIO: '/d/1'); mend that"),
+        (OSError(), UserError, "a file cannot be used (OSError); mend that"),
+    ],
+)
+def test_an_error_of_the_system_is_of_the_file_that_it_names(begun, monkeypatch, error, kind, message):
+    """All of them were blamed on the run folder."""
+    if error.filename is not None:
+        place = type(error.filename)
+        error.filename = place(error.filename).replace(
+            *map(os.fsencode if place is bytes else str, ("{run}", begun))
+        )
+
+    def failing(self):
+        raise error
+
+    monkeypatch.setattr("wuerstchen.train.run._Run.train", failing)
+    with pytest.raises(UserError) as caught:
+        train(tiny(), begun)
+    assert type(caught.value) is kind
+    assert message.replace("{run}", str(begun)) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_damaged_run_json_and_a_newer_one_are_refused(begun):

@@ -113,6 +113,23 @@ def files_of(run_dir):
     return {s: newest(run_dir / f"stage_{s}" / "checkpoints")[1]["files"] for s in STAGES}
 
 
+def test_a_start_reads_finished_stages_once(start, photos, tmp_path, monkeypatch):
+    """Each file of their last checkpoints was hashed twice, and then restored for nothing."""
+    train(recipe(start, photos), tmp_path, device="cpu")
+    hashed, sha256 = [], snapshot._sha256
+    monkeypatch.setattr(snapshot, "_sha256", lambda path: hashed.append(path) or sha256(path))
+    monkeypatch.setattr(snapshot, "restore", None)
+    train(recipe(start, photos), tmp_path, device="cpu")
+    files = [newest(tmp_path / f"stage_{stage}" / "checkpoints") for stage in STAGES]
+    expected = [path / name for path, state in files for name in state["files"]]
+    assert sorted(hashed[: len(expected)]) == sorted(expected)
+    assert len(hashed) == 2 * len(expected)  # once more by this test
+    lines = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    starts = [event for event in lines if event["event"] == "start"]
+    assert [event["resumed"] for event in starts] == [False] * 3 + [True] * 3
+    assert starts[3].keys() == starts[0].keys()
+
+
 def test_stage_c_alone_in_phases_survives_kills_and_blends(start, photos, tmp_path, monkeypatch):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(recipe(start, photos), whole, device="cpu")

@@ -18,6 +18,8 @@ from wuerstchen.models.cascade import MapStatistics
 from wuerstchen.models.compressor import compressor_input
 from wuerstchen.models.previewer import Previewer, PreviewerConfig
 from wuerstchen.recipes.tiny import tiny
+from wuerstchen.train import run
+from wuerstchen.train.config import Phase
 from wuerstchen.train.ema import make_average
 from wuerstchen.train.random import ImageRandom
 from wuerstchen.train.run import open_source
@@ -201,6 +203,33 @@ def test_small_folders_and_the_sample_hold_out_nothing(tmp_path):
     assert held_out(str(root), 16) is None
     assert held_out("sample", 16) is None
     assert held_out(str(sample_root()), 16) is None
+
+
+def test_what_one_phase_holds_out_no_other_trains_on(tmp_path, monkeypatch):
+    """A folder in another gives its pictures other names, and so had others on the other side."""
+    monkeypatch.chdir(tmp_path)
+    root = make_folder(tmp_path / "photos", 300)
+    fine, few = make_folder(root / "fine", 600), make_folder(root / "few", 60)
+    full = tiny()
+    phases = [Phase(optimization=full.stage_c.optimization, data=str(folder)) for folder in (fine, few)]
+    config = dataclasses.replace(full.stage_c, phases=tuple(phases))
+    recipe = dataclasses.replace(full, data="photos", stage_c=config)
+    training, kept = set(), set()
+    for data, source in run._open_sources(recipe).items():
+        trained = {(source.root / name).resolve() for name in names(source)}
+        around = run._around(data, recipe)
+        assert around == (None if data == "photos" else root)
+        heldout = {(source.root / name).resolve() for name in names(FolderSource(data, "heldout", around))}
+        assert len(trained) + len(heldout) == len(FolderSource(data))
+        training |= trained
+        kept |= heldout
+    assert kept
+    assert not training & kept
+    assert any(path.parent == fine for path in kept)
+    assert names(FolderSource(fine, "heldout")) != names(FolderSource(fine, "heldout", root))
+    # A folder that the other does not read keeps its own.
+    hidden = make_folder(root / ".hidden", 300)
+    assert names(FolderSource(hidden, "heldout", root)) == names(FolderSource(hidden, "heldout"))
 
 
 def test_pictures_that_cannot_be_read_are_left_out(tmp_path):

@@ -34,14 +34,20 @@ class FolderSource:
       ``caption`` may stand for ``text``, and a list holds several captions, of which ``rng`` picks one.
     - A text file beside each picture, ``cats/1.txt`` for ``cats/1.jpg``, in UTF-8: all of it is the caption.
 
-    ``split`` is ``all`` of them, ``heldout`` (``plan.held_out_names``) or the others, ``train``.
+    ``split`` is ``all`` of them, ``heldout`` (``plan.held_out_names``) or the others, ``train``. Pictures
+    that belong to a set in a folder ``around`` this one too are on the side that they have there.
 
     Names that begin with a dot are skipped, and folders that are links are not followed. Every name and
     caption is checked on construction, and no picture is opened. Raises ``DataError`` for whatever does not
     match up.
     """
 
-    def __init__(self, root: Path | str, split: Literal["all", "train", "heldout"] = "all") -> None:
+    def __init__(
+        self,
+        root: Path | str,
+        split: Literal["all", "train", "heldout"] = "all",
+        around: Path | None = None,
+    ) -> None:
         self.root = Path(root)
         if not self.root.is_dir():
             raise DataError(
@@ -58,6 +64,13 @@ class FolderSource:
         else:
             captions, fields = _read_text_files(self.root, images, texts), {}
         held_out = held_out_names(images)
+        if around is not None:
+            inside = self.root.resolve().relative_to(around.resolve())
+            theirs, _ = _find_files(around)
+            shared, out_there = set(theirs), held_out_names(theirs)
+            named = {image: (inside / image).as_posix() for image in images}
+            own = {image for image in held_out if named[image] not in shared}
+            held_out = own | {image for image in images if named[image] in out_there}
         chosen = {"all": set(images), "train": set(images) - held_out, "heldout": held_out}[split]
         self._items = [_Item(name, captions[name], fields.get(name, {})) for name in images if name in chosen]
 

@@ -10,8 +10,10 @@ for.
 
 import functools
 import hashlib
+import json
+import textwrap
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float, Float16, Int, Int64
@@ -24,6 +26,7 @@ from wuerstchen.errors import CheckpointError, DataError, UserError
 from wuerstchen.models.text import TextEncoder
 
 FORMAT = 1
+_MOST = 1 << 16  # of a side, a length or a width in a description
 DESCRIPTION = "prepared.json"
 States = Literal["none", "fp16", "int8"]
 Positions = Literal["all", "real"]
@@ -127,7 +130,12 @@ class PreparedSet:
                     raise _bad_shard(
                         path, f"it cannot be read ({' '.join(str(error).split())[:200]})"
                     ) from error
-            self._tables[table] = datasets.concatenate_datasets(shards).with_format("arrow")
+            found = self._tables[table] = datasets.concatenate_datasets(shards).with_format("arrow")
+            named = self.description[table]["rows"]
+            if len(found) != named:
+                raise _bad_description(
+                    self.folder / DESCRIPTION, f"{table} has {named} rows, and its shards hold {len(found)}"
+                )
         settings = self.description["settings"]
         self.buckets: list[tuple[int, int]] = [(int(w), int(h)) for w, h in settings["buckets"]]
         """Width and height in pixels of each bucket."""
@@ -141,7 +149,13 @@ class PreparedSet:
     @functools.cached_property
     def bucket_ids(self) -> Int64[np.ndarray, " n"]:
         """The bucket of every image: what ``BucketPlan`` reads."""
-        return self._tables["images"].data.column("bucket").to_numpy().astype(np.int64)
+        found = self._tables["images"].data.column("bucket").to_numpy().astype(np.int64)
+        if found.min() < 0 or found.max() >= len(self.buckets):
+            raise _bad_description(
+                self.folder / DESCRIPTION,
+                f"it names {len(self.buckets)} buckets, and an image is in number {found.max()}",
+            )
+        return found
 
     @property
     def image_size(self) -> int:
@@ -207,7 +221,11 @@ class PreparedSet:
             )
         text = self._text(index, choice)
         width = self.description["settings"]["text_width"]
-        stored = self._list("texts", "states", text).reshape(-1, width).astype(np.float32)
+        flat = self._list("texts", "states", text)
+        most = width * self.description["settings"]["text_length"]
+        if len(flat) % width or len(flat) > most:
+            raise self._bad_image(index, f"its text states hold {len(flat)} numbers of at most {most}")
+        stored = flat.reshape(-1, width).astype(np.float32)
         if self.states_kept == "int8":
             stored *= self._list("texts", "scales", text)[:, None]
         if not np.isfinite(stored).all():
@@ -273,23 +291,101 @@ def read_description(folder: Path) -> dict[str, Any]:
         )
     try:
         content = read_json(path)
-        if content["format"] != FORMAT:
-            raise DataError(
-                f"prepared set {str(folder)!r} is wrong because its format is {content['format']!r} and"
-                f" this version reads {FORMAT}; upgrade wuerstchen, or prepare it again"
-            )
-        for table in ("images", "texts"):
-            if not all(
-                {"file", "bytes", "sha256"} <= set(shard) for shard in content[table]["shards"] or [{}]
-            ):
-                raise KeyError(f"{table} without shards")
-        for key in ("buckets", "crops", "maps", "text_states", "text_positions", "compressor"):
-            content["settings"][key]
-    except (CheckpointError, KeyError, TypeError) as error:
+    except CheckpointError as error:
+        reason = error.__cause__ or "it is no JSON object, or far too large"
+        raise _bad_description(path, " ".join(str(reason).split())[:200]) from error
+    if content.get("format") != FORMAT:
         raise DataError(
-            f"{path} is wrong because it does not describe a prepared set ({error}); prepare the set again"
-        ) from error
+            f"prepared set {str(folder)!r} is wrong because its format is {_shown(content.get('format'))} and"
+            f" this version reads {FORMAT}; upgrade wuerstchen, or prepare it again"
+        )
+    try:
+        _check_description(content)
+    except KeyError as error:
+        raise _bad_description(path, f"{error} is missing") from error
+    except ValueError as error:
+        raise _bad_description(path, str(error)) from error
     return content
+
+
+def _check_description(content: dict[str, Any]) -> None:
+    """Raises ``KeyError`` or ``ValueError`` for what is missing, of another kind, or out of range."""
+    for table in ("images", "texts"):
+        described = _of(content, table, dict)
+        shards = _of(described, "shards", list)
+        if not shards:
+            raise ValueError(f"{table} has no shards")
+        for shard in shards:
+            if not isinstance(shard, dict):
+                raise ValueError(f"a shard of {table} is {_shown(shard)} and must be an object")
+            for key in ("file", "sha256"):
+                _of(shard, key, str)
+            for key in ("rows", "bytes"):
+                _count(shard, key)
+        for key in ("rows", "bytes"):
+            _count(described, key)
+    for key in ("items", "enlarged", "cut_texts"):
+        _count(content, key)
+    _count(content["texts"], "state_bytes")
+    _of(content, "dropped", dict)
+    _shapes(content, "damaged", 2, str)
+    _shapes(content, "buckets", 3)
+    for key in ("without_states", "with_states"):
+        _of(_of(content, "bytes_per_image", dict), key, int | float)
+    settings = _of(content, "settings", dict)
+    for key in ("compressor", "text_encoder"):
+        _of(settings, key, str)
+    for key, kind in (("text_states", States), ("text_positions", Positions)):
+        if settings[key] not in get_args(kind):
+            raise ValueError(f"{key} is {_shown(settings[key])} and must be {' or '.join(get_args(kind))}")
+    for key in ("size", "crops", "text_width", "text_length"):
+        _count(settings, key, least=1, most=_MOST)
+    if not 0 < _of(settings, "view_scale", int | float) <= 1:
+        raise ValueError(f"view_scale is {_shown(settings['view_scale'])} and must be above 0 and at most 1")
+    buckets = _shapes(settings, "buckets", 2, least=1, most=_MOST)
+    maps = _shapes(settings, "maps", 3, least=1, most=_MOST)
+    if len(buckets) != len(maps):
+        raise ValueError(f"it has {len(buckets)} buckets and maps of {len(maps)}")
+
+
+def _of(content: dict[str, Any], key: str, kind: Any) -> Any:
+    """What is there under a key, of the kind that it must be."""
+    if not isinstance(content[key], kind) or isinstance(content[key], bool):
+        names = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}
+        raise ValueError(f"{key} is {_shown(content[key])} and must be {names.get(kind, 'a number')}")
+    return content[key]
+
+
+def _count(content: dict[str, Any], key: str, *, least: int = 0, most: int = 1 << 50) -> int:
+    if not least <= _of(content, key, int) <= most:
+        raise ValueError(f"{key} is {_shown(content[key])} and must be from {least} to {most}")
+    return content[key]
+
+
+def _shapes(
+    content: dict[str, Any], key: str, length: int, kind: type = int, *, least: int = 0, most: int = 1 << 50
+) -> list[Any]:
+    """A list of lists of one length."""
+    for shape in _of(content, key, list):
+        if not isinstance(shape, list) or len(shape) != length:
+            raise ValueError(f"{key} has {_shown(shape)}, which is no list of {length}")
+        for number in range(length):
+            of_shape = {f"a part of {key}": shape[number]}
+            if kind is int:
+                _count(of_shape, f"a part of {key}", least=least, most=most)
+            else:
+                _of(of_shape, f"a part of {key}", kind)
+    return content[key]
+
+
+def _shown(value: object) -> str:
+    return textwrap.shorten(json.dumps(value), 60, placeholder=" ...")
+
+
+def _bad_description(path: Path, reason: str) -> DataError:
+    return DataError(
+        f"{path} is wrong because it does not describe a prepared set ({reason}); prepare the set again"
+    )
 
 
 def check_shard(path: Path, shard: dict[str, Any], *, verify: bool) -> None:
@@ -300,6 +396,8 @@ def check_shard(path: Path, shard: dict[str, Any], *, verify: bool) -> None:
         size = path.stat().st_size
     except OSError as error:
         raise _bad_shard(path, f"it cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise _bad_shard(path, f"that is no name of a file ({error})") from error
     if size != shard["bytes"]:
         raise _bad_shard(path, f"it has {size} bytes and was written with {shard['bytes']}")
     if verify and sha256(path) != shard["sha256"]:

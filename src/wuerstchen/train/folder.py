@@ -1,7 +1,9 @@
 """The folder of a run: one process at a time, one recipe, one data set."""
 
 import contextlib
+import errno
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from wuerstchen.checkpoints.native import FORMAT, migrate
 from wuerstchen.checkpoints.weights import write_json
-from wuerstchen.errors import RunFolderError
+from wuerstchen.errors import RunFolderError, UserError
 from wuerstchen.train.config import Recipe, as_dict, differing_fields
 from wuerstchen.train.parallel import Processes
 from wuerstchen.train.track import Log
@@ -40,6 +42,26 @@ def locked(run_dir: Path, processes: Processes) -> Iterator[None]:
             shutil.rmtree(partial, ignore_errors=True)  # what kills left half-written
         processes.wait()
         yield
+
+
+_OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
+
+
+def named(error: OSError, run_dir: Path) -> UserError:
+    """An error of the system as the user is told it: it is of the file that it names, or else of the disk
+    that a run writes to."""
+    # One of a process that loads pictures has that process's traceback before it, and no number.
+    reason = error.strerror or [type(error).__name__, *str(error).strip().splitlines()][-1]
+    path = error.filename
+    if isinstance(path, str | bytes):
+        path = Path(os.fsdecode(path)).absolute()
+        if not path.is_relative_to(run_dir.absolute()):
+            return UserError(f"{path} cannot be used ({reason}); mend that and start the same command again")
+    elif error.errno not in _OF_DISKS:
+        return UserError(f"a file cannot be used ({reason}); mend that and start the same command again")
+    return RunFolderError(
+        f"{run_dir} cannot be written ({reason}); free some space and start the same command again"
+    )
 
 
 def check_run(

@@ -9,6 +9,7 @@ noise do not depend on how many processes there are. The first process alone wri
 import copy
 import datetime
 import os
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from wuerstchen.models.decoder import Decoder
 from wuerstchen.models.layers import AttnBlock, ConditionedResBlock, ResBlock
 from wuerstchen.models.paella import Paella
 from wuerstchen.models.prior import Prior
+from wuerstchen.train.alive import watching_others
 
 _LARGE = 2**20  # numbers of a tensor that travels alone
 _BUCKET = 32 * 2**20  # numbers that travel together: 128 MiB of gradients
@@ -138,7 +140,8 @@ class Processes:
 def distributed(device: torch.device) -> Iterator[Processes]:
     """The processes of this run: those that ``torchrun`` started, or this one alone.
 
-    On GPUs each takes the one of its number on its machine. Raises ``UserError`` if it has none.
+    On GPUs each takes the one of its number on its machine. Raises ``UserError`` if it has none, and in
+    place of whatever is raised where another process has ended.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
@@ -156,8 +159,19 @@ def distributed(device: torch.device) -> Iterator[Processes]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     processes = Processes(device, rank, count)
     try:
-        yield processes
-        processes.wait()  # gloo aborts where one process leaves while another still talks
+        with watching_others(rank, count):
+            yield processes
+            processes.wait()  # gloo aborts where one process leaves while another still talks
+    except RuntimeError as error:
+        # gloo's errors have no class of their own, but name its files.
+        if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
+            raise
+        # Without the place in gloo's source, and its advice.
+        reason = re.sub(r"^\[\S*\] *|\. .*", "", str(error).strip().split("\n")[0])[:200]
+        raise UserError(
+            f"process {rank} has lost the others ({reason}); one of them has ended and says why: start the "
+            "same command again"
+        ) from error
     finally:
         dist.destroy_process_group()
 

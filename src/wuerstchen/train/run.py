@@ -41,7 +41,7 @@ from wuerstchen.pipeline import default_device
 from wuerstchen.train.bank import Bank, compose
 from wuerstchen.train.config import Phase, Recipe, StageBConfig, StageCConfig, as_dict, phases_of
 from wuerstchen.train.feed import Batch, Feed, batch_sizes, batches
-from wuerstchen.train.folder import check_run, locked, read_json
+from wuerstchen.train.folder import check_run, locked, named, read_json
 from wuerstchen.train.loop import Settings, rehearse, run_stage
 from wuerstchen.train.parallel import Processes, distributed
 from wuerstchen.train.prepared_feed import (
@@ -65,15 +65,20 @@ from wuerstchen.train.watch import Watch, begin, say_cost, say_costs_to_come
 N = TypeVar("N", bound=nn.Module)
 
 
-def open_source(data: str) -> Source | PreparedSet:
+def open_source(data: str, around: Path | None = None) -> Source | PreparedSet:
     """The data set that a recipe names: the sample, a built emoji set, a prepared set, or a folder with
-    captions."""
+    captions, which may lie in another (``FolderSource``)."""
     if data == "sample":
         return EmojiSource(sample_root(), split="train", centred=CENTRED)
     root = Path(data)
-    if (root / "index.jsonl").is_file():
+    if _is_built(root):
         return EmojiSource(root, split="train", centred=CENTRED)
-    return PreparedSet(root) if is_prepared(root) else FolderSource(root, split="train")
+    return PreparedSet(root) if is_prepared(root) else FolderSource(root, "train", around)
+
+
+def _is_built(root: Path) -> bool:
+    """Whether a folder is a built emoji set."""
+    return (root / "index.jsonl").is_file()
 
 
 def train(
@@ -134,11 +139,7 @@ def _train(
                 "and start the same command again"
             ) from error
         except OSError as error:
-            # Reading data has errors of its own, so it is the run folder: a full disk, as a rule.
-            raise RunFolderError(
-                f"{run_dir} cannot be written ({error.strerror or error}); free some space and start "
-                "the same command again"
-            ) from error
+            raise named(error, run_dir) from error
 
 
 def _resolved(recipe: Recipe, processes: Processes) -> Recipe:
@@ -168,12 +169,21 @@ def _phases(recipe: Recipe) -> list[Phase]:
     return found
 
 
+def _around(data: str, recipe: Recipe) -> Path | None:
+    """The largest folder of pictures that a phase reads and ``data`` lies in: what one phase holds out of it
+    is not to be trained on in another."""
+    folders = [Path(phase.data or recipe.data).resolve() for phase in _phases(recipe)]
+    plain = [folder for folder in folders if not (_is_built(folder) or is_prepared(folder))]
+    found = [folder for folder in plain if folder in Path(data).resolve().parents]
+    return min(found, key=lambda folder: len(folder.parts), default=None)
+
+
 def _open_sources(recipe: Recipe) -> dict[str, Source | PreparedSet]:
     """The data sets of all phases, by the name that the recipe gives them. Refuses what they cannot serve."""
     sources: dict[str, Source | PreparedSet] = {}
     for phase in sorted(_phases(recipe), key=lambda phase: -phase.optimization.batch_size):
         data, batch_size = phase.data or recipe.data, phase.optimization.batch_size
-        source = sources[data] = sources.get(data) or open_source(data)
+        source = sources[data] = sources.get(data) or open_source(data, _around(data, recipe))
         if len(source) < batch_size and not recipe.prepared_images:
             raise UserError(
                 f"{data} has {len(source)} images, fewer than a batch of {batch_size}; use a smaller "
@@ -545,20 +555,26 @@ class _Run:
                 print(f"  {phase.data or self.recipe.data} is prepared: {feed.sizes()}")
         header = {**dataclasses.asdict(self.provenance(0)), "fields": as_dict(self.recipe)}
         folder = self.run_dir / f"stage_{stage.name}"
-        finished = self._is_finished(folder / "checkpoints", optimization.images)
-        bank = None if finished else self.bank(feed, phase)
-        validation = self.validation(stage, phase) if self.processes.leads and not finished else None
+        images = optimization.images
+        finished = self._finished(folder / "checkpoints", images)
+        if finished is not None:
+            seen = {"images": images, "total": images, "resumed": True, "device": str(self.device)}
+            self.log.event("start", stage=stage.name, **seen)
+            return finished
+        bank = self.bank(feed, phase)
+        validation = self.validation(stage, phase) if self.processes.leads else None
         settings, processes = self.settings(feed), self.processes
         return run_stage(
             stage, feed, folder, settings, self.device, self.log, header, bank, processes, validation
         )
 
-    def _is_finished(self, checkpoints: Path, images: int) -> bool:
-        """Whether the last checkpoint of a stage is there, and whole."""
-        if not (checkpoints / f"{images:012d}").is_dir():
-            return False
+    def _finished(self, checkpoints: Path, images: int) -> Path | None:
+        """The last checkpoint of a stage, if it is there and whole."""
+        (there,) = self.processes.agreed((checkpoints / f"{images:012d}").is_dir())
+        if not there:
+            return None
         found = newest_of_all(checkpoints, self.processes)
-        return found is not None and found[1]["images"] >= images
+        return found[0] if found is not None and found[1]["images"] >= images else None
 
     def validation(self, stage: Stage, phase: Phase) -> Validation | None:
         """The loss of a diffusion stage on held-out pictures; None without any."""
@@ -566,7 +582,8 @@ class _Run:
             return None
         data, size = key = (phase.data or self.recipe.data, phase.image_size or self.recipe.image_size)
         if key not in self._held_out:
-            self._held_out[key] = held_out(data, size, texts=self.recipe.stored_texts)
+            around = _around(data, self.recipe)
+            self._held_out[key] = held_out(data, size, texts=self.recipe.stored_texts, around=around)
             if self._held_out[key] is None:
                 print(f"{data} holds out no pictures, so there is no validation loss")
         pictures = self._held_out[key]

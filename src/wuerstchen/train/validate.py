@@ -90,12 +90,17 @@ class HeldOut:
 
 
 def held_out(
-    data: str, size: int, count: int = PICTURES, texts: StoredTexts = "tokens"
+    data: str,
+    size: int,
+    count: int = PICTURES,
+    texts: StoredTexts = "tokens",
+    around: Path | None = None,
 ) -> HeldOut | HeldOutMaps | None:
     """At most ``count`` held-out pictures of the data that a recipe names, always the same.
 
     Of a built emoji set they are from the *val* part of its held-out pairs, of a folder and of a prepared set
-    those that ``held_out_names`` says. None where there are none; those that cannot be read are left out.
+    those that ``held_out_names`` says, for a folder those of a set ``around`` it too (``FolderSource``). None
+    where there are none; those that cannot be read are left out.
     """
     root = Path(data)
     if data == "sample":
@@ -112,7 +117,7 @@ def held_out(
         val = {entry.id for entry in select("a", ("val",))}
         items = [item for item, record in enumerate(source.records) if record.id in val]
     else:
-        source = FolderSource(root, split="heldout")
+        source = FolderSource(root, "heldout", around)
         items = list(range(len(source)))
     examples = []
     for number in items_at(range(len(items)), len(items), _SEED) if items else []:
