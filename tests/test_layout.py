@@ -14,7 +14,7 @@ ORDER = [
     {"diffusion"},
     {"models"},
     {"checkpoints"},
-    {"memory"},
+    {"fast", "memory"},
     {"lora"},
     {"pipeline"},
     {"diffusers"},

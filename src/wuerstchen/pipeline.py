@@ -33,6 +33,7 @@ from wuerstchen.diffusion.samplers import (
 from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, stage_c_timesteps, uniform_timesteps
 from wuerstchen.diffusion.tokens import draw_tokens, sample_tokens
 from wuerstchen.errors import UserError, out_of_memory_named
+from wuerstchen.fast import Recorder
 from wuerstchen.images import center_crop_resize, resize_crop, to_images, to_tensor, upright_rgb
 from wuerstchen.lora import load_lora, lora_names, set_lora, unload_lora
 from wuerstchen.memory import AllOnDevice, Blockwise, OneAtATime, tiled_decode
@@ -157,6 +158,7 @@ class Wuerstchen:
         self.device = device
         self.low_memory = low_memory
         self._loras: dict[str, float] = {}
+        self._recorders: dict[nn.Module, Recorder] = {}
         self.residence = (
             AllOnDevice(device)
             if low_memory is None
@@ -325,7 +327,13 @@ class Wuerstchen:
 
     def _encode_text(self, encoder: TextEncoder, texts: list[str]) -> TextStates:
         with self.residence.using(encoder):
-            return encoder.encode(texts)
+            return encoder.encode(texts, self._recorded(encoder, encoder.last_states))
+
+    def _recorded(self, network: nn.Module, function: Callable[..., Tensor] | None = None) -> Recorder:
+        """The network, or a ``function`` of it, recorded where all networks stay on a GPU."""
+        if network not in self._recorders:
+            self._recorders[network] = Recorder(network, function, records=self.low_memory is None)
+        return self._recorders[network]
 
     def _sample_map(
         self,
@@ -360,8 +368,10 @@ class Wuerstchen:
         with self.residence.using(prior):
             context = prior.context(encoded.states, encoded.mask if settings.text_mask else None)
 
+            run = self._recorded(prior)
+
             def predict(x: Tensor, t: Tensor) -> Tensor:
-                return prior(x.to(_dtype(prior)), t, context).float()
+                return run(x.to(_dtype(prior)), t, constant=context).float()
 
             steered = guided(predict, sampling.guidance) if guides else predict
             report = _reporter(progress, "Stage C", len(timesteps) - 1)
@@ -408,13 +418,15 @@ class Wuerstchen:
                 drawn = sample_tokens(steered(predict), noise, timesteps, generators, temperatures, report)
             else:
                 noise = draw_noise((decoder.config.c_in, *grid), generators).to(self.device)
-                predict = _predicts_latents(decoder, z, grid, text, self.cascade.settings.text_mask)
+                masked, run = self.cascade.settings.text_mask, self._recorded(decoder)
+                predict = _predicts_latents(decoder, run, z, grid, text, masked)
                 drawn = ddpm(steered(predict), noise, timesteps, generators, PUBLISHED_SCHEDULE, report)
         with self.residence.using(vqgan):
             if isinstance(decoder, Paella):
                 drawn = vqgan.vquantizer.lookup(drawn) / vqgan.config.scale_factor
             drawn = drawn.to(_dtype(vqgan))
-            pixels = vqgan.decode(drawn) if self.low_memory is None else tiled_decode(vqgan, drawn)
+            decode = self._recorded(vqgan, vqgan.decode)
+            pixels = decode(drawn) if self.low_memory is None else tiled_decode(vqgan, drawn)
         return pixels.float().clamp(0, 1)
 
     def _resolved(self, sampling: Sampling) -> Sampling:
@@ -450,12 +462,17 @@ def _dtype(network: nn.Module) -> torch.dtype:
 
 
 def _predicts_latents(
-    decoder: Decoder, z: Tensor, grid: tuple[int, int], text: TextStates | None, masked: bool
+    decoder: Decoder,
+    run: Recorder,
+    z: Tensor,
+    grid: tuple[int, int],
+    text: TextStates | None,
+    masked: bool,
 ) -> PredictNoise:
     """Stage B of v2 with all that does not change from step to step."""
     states = None if text is None else text.states
     context = decoder.context(z, grid, states, text.mask if text is not None and masked else None)
-    return lambda x, t: decoder(x.to(_dtype(decoder)), t, context).float()
+    return lambda x, t: run(x.to(_dtype(decoder)), t, constant=context).float()
 
 
 def _predicts_tokens(decoder: Paella, z: Tensor, text: TextStates) -> PredictNoise:

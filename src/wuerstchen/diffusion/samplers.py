@@ -36,6 +36,13 @@ def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator]) -> F
     return torch.stack([torch.randn(tuple(shape), generator=g, device=g.device) for g in generators])
 
 
+def _sent(noise: Tensor, x: Tensor) -> Tensor:
+    """``noise`` where ``x`` is, without waiting for what a GPU still has to do."""
+    if x.is_cuda and not noise.is_cuda:
+        noise = noise.pin_memory()
+    return noise.to(x, non_blocking=True)
+
+
 def guided(predict: PredictNoise, scale: float) -> PredictNoise:
     """Classifier-free guidance (arXiv 2207.12598): ε̂ = lerp(ε̂_uncond, ε̂_cond, scale).
 
@@ -66,14 +73,14 @@ def ddpm(
     """
     times = torch.tensor(list(timesteps), dtype=torch.float32, device=x.device)
     alpha_bars = schedule.alpha_bar(times)
+    now, then = alpha_bars[:-1], alpha_bars[1:]
+    alpha = now / then
+    std = ((1 - alpha) * (1 - then) / (1 - now)).sqrt() * (times[1:] != 0)
+    loss, left, root = 1 - alpha, (1 - now).sqrt(), alpha.sqrt()
     for step in range(len(times) - 1):
         noise_pred = predict(x, times[step].expand(len(x)))
-        now, then = alpha_bars[step], alpha_bars[step + 1]
-        alpha = now / then
-        mean = (x - (1 - alpha) * noise_pred / (1 - now).sqrt()) / alpha.sqrt()
-        z = draw_noise(x.shape[1:], generators).to(x)
-        std = ((1 - alpha) * (1 - then) / (1 - now)).sqrt() * (times[step + 1] != 0)
-        x = mean + std * z
+        mean = (x - loss[step] * noise_pred / left[step]) / root[step]
+        x = mean + std[step] * _sent(draw_noise(x.shape[1:], generators), x)
         if on_step is not None:
             on_step(step, x)
     return x

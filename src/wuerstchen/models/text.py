@@ -1,7 +1,7 @@
 """Prompts to token states: a frozen ``transformers`` text model and its tokenizer."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,10 @@ class TextStates:
 
     states: Float[Tensor, "b t d"]
     mask: Bool[Tensor, "b t"]  # True at tokens (begin and end included), False at padding
+
+
+LastStates = Callable[[Tensor, Tensor], Tensor]
+"""(token ids: b t, mask: b t) → states: b t d."""
 
 
 class TextEncoder(nn.Module):
@@ -82,20 +86,22 @@ class TextEncoder(nn.Module):
         """Stay in evaluation mode: a surrounding model that trains must not turn on the dropout in here."""
         return super().train(False)
 
-    def encode(self, prompts: Sequence[str]) -> TextStates:
+    def encode(self, prompts: Sequence[str], run: LastStates | None = None) -> TextStates:
         """The last hidden states of ``prompts``, on the model's device and in its dtype.
 
         The empty prompt is valid: it is the text of unconditional guidance. Words beyond ``text_positions``
-        are cut with a ``PromptTooLongWarning``. Raises ``UserError`` for a bare string,
-        for no prompts, and for text that is not Unicode.
+        are cut with a ``PromptTooLongWarning``. ``run`` stands in for ``last_states``. Raises ``UserError``
+        for a bare string, for no prompts, and for text that is not Unicode.
         """
         if isinstance(prompts, str):
             raise UserError(f"prompts {prompts!r} is wrong because a list is read; put the prompt in a list")
         if not prompts:
             raise UserError("prompts [] is wrong because at least one is read; give one, it may be empty")
-        return self.encode_tokens(list(map(self.tokens, prompts)))
+        return self.encode_tokens(list(map(self.tokens, prompts)), run)
 
-    def encode_tokens(self, tokens: Sequence[Sequence[int] | Int[np.ndarray, " _"]]) -> TextStates:
+    def encode_tokens(
+        self, tokens: Sequence[Sequence[int] | Int[np.ndarray, " _"]], run: LastStates | None = None
+    ) -> TextStates:
         """The states of prompts that ``tokens`` has read already, without their padding."""
         ids = torch.full((len(tokens), self.text_positions), self.pad_id)
         mask = torch.zeros((len(tokens), self.text_positions), dtype=torch.bool)
@@ -106,8 +112,12 @@ class TextEncoder(nn.Module):
         device = self.model.get_input_embeddings().weight.device
         ids, mask = ids.to(device), mask.to(device)
         with torch.no_grad():
-            states = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+            states = (run or self.last_states)(ids, mask)
         return TextStates(states=states, mask=mask)
+
+    def last_states(self, ids: Int[Tensor, "b t"], mask: Bool[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
+        """What the model makes of token ids."""
+        return self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
 
     def tokens(self, prompt: str) -> list[int]:
         """The token ids of a prompt, begin and end included, at most ``text_positions`` of them.
