@@ -2,50 +2,34 @@
 
 import contextlib
 import copy
-import dataclasses
 import warnings
 
 import pytest
 import torch
 from torch import nn
 
-from wuerstchen.fast import NotRecordedWarning, Recorder, _mapped, _tensors
+from wuerstchen.fast import NotRecordedWarning, Recorder
 from wuerstchen.models.prior import Prior, PriorConfig
 
 CUDA = torch.device("cuda")
 CONFIG = PriorConfig(c_in=4, c=32, c_cond=24, c_r=8, depth=2, nhead=2)
 
 
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    one: torch.Tensor
-    more: list[torch.Tensor | None]
-    name: str = "pair"
-
-
-def test_every_tensor_of_a_constant_is_found_and_nothing_else_changes():
-    pair = Pair(torch.zeros(1), [torch.ones(2), None])
-    twice = _mapped(lambda tensor: tensor + 1, (pair, [pair]))
-    assert [t.tolist() for t in _tensors(twice)] == [[1.0], [2.0, 2.0]] * 2
-    assert twice[0].name == "pair"
-    assert twice[0].more[1] is None
-
-
 def test_on_a_cpu_the_function_is_called(randomise):
     prior = randomise(Prior(CONFIG)).eval()
-    x, r, context = inputs(prior, torch.device("cpu"))
+    x, r, text = inputs(torch.device("cpu"))
+    recorder = Recorder(prior, prepare=prior.context)
     with torch.no_grad():
-        assert torch.equal(Recorder(prior)(x, r, constant=context), prior(x, r, context))
-    Recorder(prior)(x, r, constant=context).sum().backward()
+        assert torch.equal(recorder.given(text, None)(x, r), prior(x, r, prior.context(text)))
+    recorder.given(text, None)(x, r).sum().backward()
     assert prior.projection.weight.grad is not None
 
 
-def inputs(prior, device=CUDA, seed=0, grid=(6, 6), batch=2):
+def inputs(device=CUDA, seed=0, grid=(6, 6), batch=2):
     generator = torch.Generator().manual_seed(seed)
     x, text = (torch.randn(*s, generator=generator).to(device) for s in ((batch, 4, *grid), (batch, 5, 24)))
     r = torch.rand(batch, generator=generator).to(device)
-    with torch.no_grad():
-        return x, r, prior.context(text)
+    return x, r, text
 
 
 @pytest.mark.gpu
@@ -56,39 +40,44 @@ class TestOnCuda:
 
     def check(self, recorder, prior, *, seed=0, grid=(6, 6), batch=2):
         """Several passes, the first of which is not yet recorded, the last of which is replayed."""
-        x, r, context = inputs(prior, seed=seed, grid=grid, batch=batch)
+        x, r, text = inputs(seed=seed, grid=grid, batch=batch)
+        run = recorder.given(text, None)
         with torch.no_grad():
             for shift in range(4):
-                found = recorder(x + shift, r, constant=context)
-                torch.testing.assert_close(found, prior(x + shift, r, context), rtol=1e-4, atol=1e-4)
+                found, expected = run(x + shift, r), prior(x + shift, r, prior.context(text))
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
     def test_passes_are_those_of_the_network(self, prior):
-        recorder = Recorder(prior)
+        recorder = Recorder(prior, prepare=prior.context)
         for grid, batch in (((6, 6), 2), ((4, 7), 1), ((6, 6), 2)):
             for seed in range(2):
                 self.check(recorder, prior, seed=seed, grid=grid, batch=batch)
-        assert len(recorder._recordings) == 2
+        assert len(recorder._recordings.passes) == 2
 
     def test_two_texts_in_turns(self, prior):
-        """A constant that is copied at the first pass alone."""
-        recorder, (x, r, one) = Recorder(prior), inputs(prior)
-        other = inputs(prior, seed=1)[2]
-        with torch.no_grad():
-            for context in (one, other) * 4:
-                torch.testing.assert_close(
-                    recorder(x, r, constant=context), prior(x, r, context), rtol=1e-4, atol=1e-4
-                )
+        """Of one shape and of two; what was prepared of one is overwritten by the other."""
+        for batch in (2, 1):
+            recorder = Recorder(prior, prepare=prior.context)
+            given = [inputs(), inputs(seed=1, batch=batch)]
+            runs = [recorder.given(text, None) for _, _, text in given]
+            with torch.no_grad():
+                for _ in range(4):
+                    for run, (x, r, text) in zip(runs, given, strict=True):
+                        expected = prior(x, r, prior.context(text))
+                        torch.testing.assert_close(run(x, r), expected, rtol=1e-4, atol=1e-4)
 
     def test_results_stay_after_the_next_pass(self, prior):
-        recorder, (x, r, context) = Recorder(prior), inputs(prior)
+        x, r, text = inputs()
+        run = Recorder(prior, prepare=prior.context).given(text, None)
         with torch.no_grad():
-            results = [recorder(x * scale, r, constant=context) for scale in range(5)]
+            results = [run(x * scale, r) for scale in range(5)]
             for scale, result in enumerate(results):
-                torch.testing.assert_close(result, prior(x * scale, r, context), rtol=1e-4, atol=1e-4)
+                expected = prior(x * scale, r, prior.context(text))
+                torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
 
     def test_new_weights_are_seen(self, prior, randomise):
         """Written into the old ones, put in their place, and moved."""
-        recorder = Recorder(prior)
+        recorder = Recorder(prior, prepare=prior.context)
         self.check(recorder, prior)
         other = randomise(Prior(CONFIG)).to(CUDA)
         prior.load_state_dict({key: 0.5 * tensor for key, tensor in other.state_dict().items()})
@@ -99,7 +88,7 @@ class TestOnCuda:
         self.check(recorder, prior.to("cpu").to(CUDA))
 
     def test_layers_that_are_replaced_and_hooks_are_seen(self, prior):
-        recorder, called = Recorder(prior), []
+        recorder, called = Recorder(prior, prepare=prior.context), []
         self.check(recorder, prior)
         prior.blocks[0].channelwise[0] = nn.Linear(32, 128).to(CUDA).eval()
         self.check(recorder, prior)
@@ -108,11 +97,11 @@ class TestOnCuda:
         assert len(called) == 8
         hook.remove()
         self.check(recorder, prior)
-        assert recorder._recordings
+        assert recorder._recordings.passes
 
     def test_adapters_and_their_scales_are_seen(self, prior):
         peft = pytest.importorskip("peft")
-        recorder = Recorder(prior)
+        recorder = Recorder(prior, prepare=prior.context)
         self.check(recorder, prior)
         config = peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
         peft.inject_adapter_in_model(config, prior)
@@ -127,17 +116,18 @@ class TestOnCuda:
         def reads(x, r, context):
             return prior(x, r, context) * (1.0 if x.sum().item() > 0 else 2.0)
 
-        recorder, (x, r, context) = Recorder(prior, reads), inputs(prior)
+        x, r, text = inputs()
+        recorder, context = Recorder(prior, reads, prior.context), prior.context(text)
         with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for _ in range(4):
-                found = recorder(x, r, constant=context)
+                found = recorder.given(text, None)(x, r)
                 torch.testing.assert_close(found, reads(x, r, context), rtol=1e-4, atol=1e-4)
         assert [w.category for w in caught] == [NotRecordedWarning]
 
     def test_inference_mode_and_no_grad_in_turns(self, prior):
         """Tensors of inference mode may not be written to outside of it."""
-        recorder = Recorder(prior)
+        recorder = Recorder(prior, prepare=prior.context)
         for mode in (torch.inference_mode, contextlib.nullcontext, torch.inference_mode):
             with mode():
                 self.check(recorder, prior)

@@ -367,7 +367,7 @@ def test_out_of_memory_says_size_and_batch(model, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(model.cascade.vqgan, "decode", full)
+    monkeypatch.setattr(model.cascade.vqgan, "unembed", full)
     with pytest.raises(UserError, match="batch_size=2 at 128x128 pixels does not fit into memory"):
         model.generate("a cat", count=2)
 

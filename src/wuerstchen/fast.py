@@ -6,23 +6,31 @@ recording worthless is noticed, and it is made anew: other weights, adapters, sc
 devices, where hooks wait to be called, and where something learns, passes run as they are.
 """
 
-import dataclasses
 import itertools
 import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from wuerstchen.errors import UserNotice
-from wuerstchen.models.fused import join_projections
+from wuerstchen.models.fused import join_layers
 
 
 class NotRecordedWarning(UserNotice):
     """A network's passes are not recorded; drawing is right, but slower."""
+
+
+@dataclass(eq=False)
+class _Fixed:
+    """What does not change from pass to pass, as it was given."""
+
+    given: tuple[Any, ...]
+    prepared: Any = None
+    """What was made of it, where passes run as they are."""
 
 
 @dataclass
@@ -30,149 +38,172 @@ class _Recording:
     """A recorded pass, with the tensors that it reads and writes."""
 
     graph: torch.cuda.CUDAGraph
-    inputs: tuple[Tensor, ...]
-    constant: Any
-    """The recording's own copy of what does not change from pass to pass."""
-    output: Tensor
-    filled_from: Any
-    """What that copy was made of."""
+    inputs: tuple[Any, ...]
+    output: Any
+
+    def __call__(self, inputs: tuple[Any, ...]) -> Any:
+        for own, given in zip(self.inputs, inputs, strict=True):
+            if isinstance(own, Tensor):
+                own.copy_(given)
+        self.graph.replay()
+        return self.output
+
+
+@dataclass
+class _Recordings:
+    """Those of one network. They share their memory: an output is of use until the next replay, but no pass
+    overwrites what was prepared for it."""
+
+    preparations: dict[Any, _Recording] = field(default_factory=dict)
+    passes: dict[Any, _Recording] = field(default_factory=dict)
+    seen: set[Any] = field(default_factory=set)
+    current: _Fixed | None = None
+    """What the preparations' outputs were last made of."""
+
+    def pool(self) -> Any:
+        one = next(iter([*self.preparations.values(), *self.passes.values()]), None)
+        return None if one is None else one.graph.pool()
 
 
 class Recorder:
-    """``function`` of tensors that computes with ``network``'s weights, recorded where that can be."""
+    """A ``function`` of tensors that computes with ``network``'s weights, recorded where that can be."""
 
     def __init__(
-        self, network: nn.Module, function: Callable[..., Tensor] | None = None, *, records: bool = True
+        self,
+        network: nn.Module,
+        function: Callable[..., Tensor] | None = None,
+        prepare: Callable[..., Any] | None = None,
+        *,
+        records: bool = True,
     ) -> None:
-        """``function`` is the network itself if none is given. With ``records`` false nothing is recorded."""
+        """``function`` is the network itself if none is given. ``prepare`` makes what ``function`` takes last
+        out of what is the same for many passes. With ``records`` false nothing is recorded."""
         self.network = network
         self.function = network if function is None else function
-        self._recordings: dict[Any, _Recording] = {}
-        self._seen: set[Any] = set()
+        self.prepare = prepare
+        self._recordings = _Recordings()
         self._print: Any = None
-        self._constant: Any = self  # none yet
-        self._records = False
-        self._allowed = records
+        self._allowed, self._records = records, False
+        self._fixed: _Fixed | None = None
         self._stream: torch.cuda.Stream | None = None
         self._lock = threading.Lock()
 
-    def __call__(self, *inputs: Tensor, constant: Any = None) -> Tensor:
-        """``function(*inputs)``, or ``function(*inputs, constant)`` if there is a constant.
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """``function(*inputs)``."""
+        return self._run(inputs, None)
 
-        ``constant`` holds tensors in dataclasses, lists and tuples. It is read once for each object that is
-        given: who changes a tensor in it gives another object.
+    def given(self, *fixed: Any) -> Callable[..., Tensor]:
+        """``function(*inputs, prepare(*fixed))`` as a function of the inputs.
+
+        ``fixed`` may be tensors and other values. Who changes such a tensor asks for a new function.
         """
-        if (
-            not self._allowed
-            or not inputs[0].is_cuda
-            or torch.is_grad_enabled()
-            or torch.is_autocast_enabled("cuda")
-        ):
-            return self._run(inputs, constant)
-        # Outside of inference mode, whose tensors nobody else could write to.
-        with self._lock, torch.cuda.device(inputs[0].device), torch.inference_mode(False), torch.no_grad():
-            if constant is None or constant is not self._constant:
-                self._look_at_the_network(inputs[0].device)
-                self._constant = constant
-            return self._recorded(inputs, constant) if self._records else self._run(inputs, constant)
+        kept = _Fixed(fixed)
+        return lambda *inputs: self._run(inputs, kept)
 
     def forget(self) -> None:
         """Gives the recordings' memory back."""
-        self._recordings.clear()
-        self._seen.clear()
-        self._constant = self
+        self._recordings = _Recordings()
 
-    def _run(self, inputs: tuple[Tensor, ...], constant: Any) -> Tensor:
-        return self.function(*inputs) if constant is None else self.function(*inputs, constant)
+    def _run(self, inputs: tuple[Tensor, ...], fixed: _Fixed | None) -> Tensor:
+        here = inputs[0].device
+        learns = torch.is_grad_enabled() or torch.is_autocast_enabled("cuda")
+        if here.type != "cuda" or not self._allowed or learns:
+            return self._as_it_is(inputs, fixed)
+        # Outside of inference mode, whose tensors nobody else could write to.
+        with self._lock, torch.cuda.device(here), torch.inference_mode(False), torch.no_grad():
+            if fixed is None or fixed is not self._fixed:
+                self._look_at_the_network(here)
+                self._fixed = fixed
+            return self._recorded(inputs, fixed) if self._records else self._as_it_is(inputs, fixed)
+
+    def _as_it_is(self, inputs: tuple[Tensor, ...], fixed: _Fixed | None) -> Tensor:
+        if fixed is None:
+            return self.function(*inputs)
+        if fixed.prepared is None:
+            assert self.prepare is not None
+            fixed.prepared = self.prepare(*fixed.given)
+        return self.function(*inputs, fixed.prepared)
 
     def _look_at_the_network(self, device: torch.device) -> None:
         """Forgets what was recorded of other weights, and decides whether to record."""
-        modules = list(self.network.modules())
-        tensors = list(itertools.chain(self.network.parameters(), self.network.buffers()))
-        self._records = (
-            self._allowed
-            and all(tensor.device == device for tensor in tensors)
-            and not any(m.training or m._forward_hooks or m._forward_pre_hooks for m in modules)
-        )
-        if self._records:
-            join_projections(self.network)
-        adapters = [
-            (str(m.scaling), str(getattr(m, "active_adapters", ""))) for m in modules if hasattr(m, "scaling")
-        ]
-        found = (tuple(tensor.data_ptr() for tensor in tensors), tuple(adapters))
+        found, self._records = self._state(device)
         if found != self._print or not self._records:
             self.forget()
+            if self._records:
+                join_layers(self.network)
+                found, _ = self._state(device)
         self._print = found
 
-    def _recorded(self, inputs: tuple[Tensor, ...], constant: Any) -> Tensor:
-        shapes = tuple((t.shape, t.stride(), t.dtype) for t in (*inputs, *_tensors(constant)))
-        recording = self._recordings.get(shapes)
-        if recording is None:
-            if shapes not in self._seen:
-                self._seen.add(shapes)
-                return self._on_own_stream(inputs, constant)
-            recording = self._record(inputs, constant)
-            if recording is None:
-                return self._run(inputs, constant)
-            self._recordings[shapes] = recording
-        for own, given in zip(recording.inputs, inputs, strict=True):
-            own.copy_(given)
-        if recording.filled_from is not constant:
-            for own, given in zip(_tensors(recording.constant), _tensors(constant), strict=True):
-                own.copy_(given)
-            recording.filled_from = constant
-        recording.graph.replay()
-        return recording.output.clone()
+    def _state(self, device: torch.device) -> tuple[list[Any], bool]:
+        """What a recording depends on, and whether one can be made."""
+        found: list[Any] = []
+        records = self._allowed
+        for module in self.network.modules():
+            for tensor in itertools.chain(module._parameters.values(), module._buffers.values()):
+                if tensor is not None:
+                    found.append(tensor.data_ptr())
+                    records &= tensor.device == device
+            if module.training or module._forward_hooks or module._forward_pre_hooks:
+                records = False
+            if hasattr(module, "scaling"):  # an adapter, whose factor a recording keeps
+                found.append((str(module.scaling), str(getattr(module, "active_adapters", ""))))
+        return found, records
 
-    def _on_own_stream(self, inputs: tuple[Tensor, ...], constant: Any) -> Tensor:
-        """A pass on the stream that records: what libraries prepare for a stream is there then."""
-        if self._stream is None:
-            self._stream = torch.cuda.Stream()
-        current = torch.cuda.current_stream()
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            output = self._run(inputs, constant)
-        current.wait_stream(self._stream)
-        output.record_stream(current)
-        return output
-
-    def _record(self, inputs: tuple[Tensor, ...], constant: Any) -> _Recording | None:
-        """Records a pass; None, with a word why, where it cannot be."""
-        mine = tuple(tensor.clone() for tensor in inputs)
-        own = _copied(constant)
-        graph, others = torch.cuda.CUDAGraph(), next(iter(self._recordings.values()), None)
+    def _recorded(self, inputs: tuple[Tensor, ...], fixed: _Fixed | None) -> Tensor:
+        recordings = self._recordings
+        of_fixed = None if fixed is None else _kind(fixed.given)
+        kind = (_kind(inputs), of_fixed)
+        if kind not in recordings.seen:
+            recordings.seen.add(kind)
+            return self._on_own_stream(inputs, fixed)
         try:
-            # All recordings share their memory, for one runs at a time and what it returns is copied at once.
-            pool = None if others is None else others.graph.pool()
-            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
-                output = self._run(mine, own)
+            prepared: tuple[Any, ...] = ()
+            if fixed is not None:
+                assert self.prepare is not None
+                if of_fixed not in recordings.preparations:
+                    recordings.preparations[of_fixed] = self._record(self.prepare, fixed.given, ())
+                    recordings.current = None
+                preparation = recordings.preparations[of_fixed]
+                if recordings.current is not fixed:
+                    preparation(fixed.given)
+                    recordings.current = fixed
+                    fixed.prepared = None  # no longer needed
+                prepared = (preparation.output,)
+            if kind not in recordings.passes:
+                recordings.passes[kind] = self._record(self.function, inputs, prepared)
+            return recordings.passes[kind](inputs).clone()
         except RuntimeError as error:
             self._allowed = self._records = False
             self.forget()
             reason = str(error).strip().partition("\n")[0]
             name = type(self.network).__name__
             warnings.warn(f"{name} runs unrecorded, and slower: {reason}", NotRecordedWarning, stacklevel=4)
-            return None
-        return _Recording(graph, mine, own, output, constant)
+            return self._as_it_is(inputs, fixed)
+
+    def _on_own_stream(self, inputs: tuple[Tensor, ...], fixed: _Fixed | None) -> Tensor:
+        """A pass on the stream that records: what libraries prepare for a stream is there then."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            output = self._as_it_is(inputs, fixed)
+        current.wait_stream(self._stream)
+        output.record_stream(current)
+        return output
+
+    def _record(
+        self, function: Callable[..., Any], inputs: tuple[Any, ...], more: tuple[Any, ...]
+    ) -> _Recording:
+        """Records ``function(*inputs, *more)``; ``more`` is read where it lies."""
+        mine = tuple(value.clone() if isinstance(value, Tensor) else value for value in inputs)
+        graph, pool = torch.cuda.CUDAGraph(), self._recordings.pool()
+        # Meanwhile other threads may ask the device what they like.
+        with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
+            output = function(*mine, *more)
+        return _Recording(graph, mine, output)
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    _mapped(found.append, tree)
-    return found
-
-
-def _copied(tree: Any) -> Any:
-    return _mapped(torch.clone, tree)
-
-
-def _mapped(function: Callable[[Tensor], Any], tree: Any) -> Any:
-    """``tree`` with ``function`` of every tensor in it."""
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if isinstance(tree, list | tuple):
-        return type(tree)(_mapped(function, part) for part in tree)
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        parts = {f.name: _mapped(function, getattr(tree, f.name)) for f in dataclasses.fields(tree)}
-        return dataclasses.replace(tree, **parts)
-    return tree
+def _kind(values: tuple[Any, ...]) -> Any:
+    """What decides which recording serves: shapes, layouts and precisions of tensors; all other values."""
+    return tuple((v.shape, v.stride(), v.dtype) if isinstance(v, Tensor) else v for v in values)

@@ -329,10 +329,16 @@ class Wuerstchen:
         with self.residence.using(encoder):
             return encoder.encode(texts, self._recorded(encoder, encoder.last_states))
 
-    def _recorded(self, network: nn.Module, function: Callable[..., Tensor] | None = None) -> Recorder:
+    def _recorded(
+        self,
+        network: nn.Module,
+        function: Callable[..., Tensor] | None = None,
+        prepare: Callable[..., Any] | None = None,
+    ) -> Recorder:
         """The network, or a ``function`` of it, recorded where all networks stay on a GPU."""
         if network not in self._recorders:
-            self._recorders[network] = Recorder(network, function, records=self.low_memory is None)
+            records = self.low_memory is None
+            self._recorders[network] = Recorder(network, function, prepare, records=records)
         return self._recorders[network]
 
     def _sample_map(
@@ -366,12 +372,11 @@ class Wuerstchen:
             x = PUBLISHED_SCHEDULE.add_noise(begin, x, torch.full((1,), strength, device=self.device))
 
         with self.residence.using(prior):
-            context = prior.context(encoded.states, encoded.mask if settings.text_mask else None)
-
-            run = self._recorded(prior)
+            mask = encoded.mask if settings.text_mask else None
+            run = self._recorded(prior, prepare=prior.context).given(encoded.states, mask)
 
             def predict(x: Tensor, t: Tensor) -> Tensor:
-                return run(x.to(_dtype(prior)), t, constant=context).float()
+                return run(x.to(_dtype(prior)), t).float()
 
             steered = guided(predict, sampling.guidance) if guides else predict
             report = _reporter(progress, "Stage C", len(timesteps) - 1)
@@ -418,8 +423,7 @@ class Wuerstchen:
                 drawn = sample_tokens(steered(predict), noise, timesteps, generators, temperatures, report)
             else:
                 noise = draw_noise((decoder.config.c_in, *grid), generators).to(self.device)
-                masked, run = self.cascade.settings.text_mask, self._recorded(decoder)
-                predict = _predicts_latents(decoder, run, z, grid, text, masked)
+                predict = self._predicts_latents(decoder, z, grid, text)
                 drawn = ddpm(steered(predict), noise, timesteps, generators, PUBLISHED_SCHEDULE, report)
         with self.residence.using(vqgan):
             if isinstance(decoder, Paella):
@@ -428,6 +432,15 @@ class Wuerstchen:
             decode = self._recorded(vqgan, vqgan.decode)
             pixels = decode(drawn) if self.low_memory is None else tiled_decode(vqgan, drawn)
         return pixels.float().clamp(0, 1)
+
+    def _predicts_latents(
+        self, decoder: Decoder, z: Tensor, grid: tuple[int, int], text: TextStates | None
+    ) -> PredictNoise:
+        """Stage B of v2 with all that does not change from step to step."""
+        states = None if text is None else text.states
+        mask = text.mask if text is not None and self.cascade.settings.text_mask else None
+        run = self._recorded(decoder, prepare=decoder.context).given(z, grid, states, mask)
+        return lambda x, t: run(x.to(_dtype(decoder)), t).float()
 
     def _resolved(self, sampling: Sampling) -> Sampling:
         """Fills what was left open from the model's settings."""
@@ -461,22 +474,8 @@ def _dtype(network: nn.Module) -> torch.dtype:
     return next(network.parameters()).dtype
 
 
-def _predicts_latents(
-    decoder: Decoder,
-    run: Recorder,
-    z: Tensor,
-    grid: tuple[int, int],
-    text: TextStates | None,
-    masked: bool,
-) -> PredictNoise:
-    """Stage B of v2 with all that does not change from step to step."""
-    states = None if text is None else text.states
-    context = decoder.context(z, grid, states, text.mask if text is not None and masked else None)
-    return lambda x, t: run(x.to(_dtype(decoder)), t, constant=context).float()
-
-
 def _predicts_tokens(decoder: Paella, z: Tensor, text: TextStates) -> PredictNoise:
-    """Stage B of v1, likewise."""
+    """Stage B of v1, likewise; not recorded."""
     context = decoder.context(z.to(_dtype(decoder)), text.states)
     return lambda tokens, t: decoder(tokens, t, context)
 

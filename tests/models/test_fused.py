@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from wuerstchen.models import blocks, decoder, fused
+from wuerstchen.models import blocks, decoder, fused, vqgan
 from wuerstchen.models.decoder import Decoder, DecoderConfig
 from wuerstchen.models.layers import Attention, MappedText
 from wuerstchen.models.prior import Prior, PriorConfig
+from wuerstchen.models.vqgan import VQGAN, VQGANConfig
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -47,7 +48,7 @@ def _interpreter(monkeypatch):
 
 
 def fuse(monkeypatch, suits):
-    for module in (fused, blocks, decoder):
+    for module in (fused, blocks, decoder, vqgan):
         monkeypatch.setattr(module, "suits", suits)
 
 
@@ -114,7 +115,7 @@ def test_stage_c_is_that_as_written(prior, joins, masked, as_written):
     mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2], device=DEVICE) if masked else None
     plain = as_written(run_prior, prior, x, r, text, mask)
     if joins:
-        fused.join_projections(prior)
+        fused.join_layers(prior)
     with torch.no_grad():
         assert all(isinstance(part, MappedText) for part in prior.context(text))
     assert error(run_prior(prior, x, r, text, mask), plain) <= 1e-5
@@ -124,8 +125,22 @@ def test_stage_b_is_that_as_written(unet, as_written):
     """Of the map, its mapper's bias is a part; the skip comes before the map."""
     inputs = decoder_inputs()
     plain = as_written(run_decoder, unet, *inputs)
-    fused.join_projections(unet)
+    fused.join_layers(unet)
     assert error(run_decoder(unet, *inputs), plain) <= 1e-5
+
+
+@pytest.mark.parametrize("most", [fused.MOST_HIDDEN, 7 * 96])
+def test_stage_a_is_that_as_written(randomise, as_written, monkeypatch, most):
+    """Edges repeat; the MLP's parts of positions end where they like."""
+    monkeypatch.setattr(fused, "MOST_HIDDEN", most)
+    network = randomise(VQGAN(VQGANConfig(bottleneck_blocks=2, embed_dim=24, num_vq_embeddings=8)))
+    network = network.to(DEVICE).eval()
+    latents = torch.randn(2, 4, 5, 7, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    with torch.no_grad():
+        plain = as_written(network.decode, latents)
+        before = latents.clone()
+        assert error(network.decode(latents), plain) <= 1e-5
+    assert torch.equal(latents, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -176,7 +191,7 @@ def test_hooks_are_called(prior):
 
 def test_joined_projections_are_the_same_weights(prior):
     before = {key: tensor.clone() for key, tensor in prior.state_dict().items()}
-    fused.join_projections(prior)
+    fused.join_layers(prior)
     attentions = [module for module in prior.modules() if isinstance(module, Attention)]
     for attention in attentions:
         weight, bias = fused._joined((attention.to_q, attention.to_k, attention.to_v))

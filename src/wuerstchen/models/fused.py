@@ -7,12 +7,12 @@ adapter has replaced one of its layers or a weight is elsewhere for now, runs as
 - Residuals are added by the matrix product, onto x in place: x ← x + y·Wᵀ. Its bias is added by the pass over
   x that comes before or after.
 - Queries, keys and values are one product, over the grid's tokens with the text's mapped ones behind them,
-  where the weights lie one after another (``join_projections``).
+  and so are scales and shifts of all timestep blocks, where weights lie one after another (``join_layers``).
 - Stage B's map enters through a product of its own 16 channels, not of the 1024 that it is mapped to:
   W·(M·e + m) = (W·M)·e + W·m. That is a sixth of the decoder's arithmetic.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -108,13 +108,15 @@ def run_fused(
     level_map: Float[Tensor, "b _ _ c_cond"] | FactoredMap | None = None,
 ) -> Float[Tensor, "b _ _ _"]:
     """As ``models.blocks.run_blocks``. ``x`` may be overwritten."""
-    from wuerstchen.models import block_kernels, kernels
+    from wuerstchen.models import block_kernels
 
     factors = iter(level_map.factors if isinstance(level_map, FactoredMap) else ())
+    sequence = list(blocks)
+    timesteps = _mapped_timesteps(sequence, r_embed)
     x, waiting = x.contiguous(), _Waiting()
-    for block in blocks:
+    for block in sequence:
         if isinstance(block, TimestepBlock):
-            waiting = _Waiting(waiting.bias, block.mapper(r_embed))
+            waiting = _Waiting(waiting.bias, next(timesteps))
             continue
         if isinstance(block, AttnBlock):
             text = next(texts)
@@ -133,8 +135,8 @@ def run_fused(
                 first, _, norm, _, last = block.channelwise
                 hidden = _first_layer(first, inner, skip, level_map, factors).flatten(1, 2)
                 gamma, beta = norm.gamma.flatten(), norm.beta.flatten()
-                y, _ = kernels.forward(hidden, gamma, beta, None, 0.0, in_place=True)
-                _add_product(x, y, last.weight)
+                block_kernels.response_norm_(hidden, gamma, beta)
+                _add_product(x, hidden, last.weight)
                 waiting, skip = _Waiting(last.bias), None
                 continue
             x = block(x, *(joined for joined in (skip, level_map) if joined is not None))
@@ -217,35 +219,75 @@ def _attended(
     return F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
-def _joined(layers: tuple[nn.Linear, ...]) -> tuple[Tensor, Tensor] | None:
-    """Weight and bias of ``layers`` as one, if they lie one after another in memory; without a copy."""
+def _joined(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor] | None:
+    """Weight and bias of linear layers as one, if they lie one after another in memory; without a copy."""
     joined = []
     for tensors in ([layer.weight for layer in layers], [layer.bias for layer in layers]):
-        first, step = tensors[0], tensors[0].numel()
-        starts = [first.storage_offset() + number * step for number in range(len(tensors))]
-        storage = first.untyped_storage().data_ptr()
-        for tensor, start in zip(tensors, starts, strict=True):
-            if tensor.untyped_storage().data_ptr() != storage or tensor.storage_offset() != start:
+        first = tensors[0]
+        storage, place = first.untyped_storage().data_ptr(), first.storage_offset()
+        for tensor in tensors:
+            if tensor.untyped_storage().data_ptr() != storage or tensor.storage_offset() != place:
                 return None
-        shape = (len(first) * len(tensors), *first.shape[1:])
+            place += tensor.numel()
+        shape = (sum(len(tensor) for tensor in tensors), *first.shape[1:])
         joined.append(first.detach().as_strided(shape, first.stride()))
     return joined[0], joined[1]
 
 
-def join_projections(network: nn.Module) -> None:
-    """Lays queries', keys' and values' weights of each attention block one after another.
+def join_layers(network: nn.Module) -> None:
+    """Lays the weights of layers that read the same one after another: each attention block's queries, keys
+    and values, and the timestep's mappers of a sequence of blocks.
 
     Nothing else about them changes: they are views of one tensor then.
     """
-    for attention in network.modules():
-        if not isinstance(attention, Attention):
-            continue
-        layers = (attention.to_q, attention.to_k, attention.to_v)
-        if not all(type(layer) is nn.Linear for layer in layers) or _joined(layers) is not None:
-            continue
-        # What is made in inference mode could never be trained again.
-        with torch.inference_mode(False), torch.no_grad():
-            for name in ("weight", "bias"):
-                own = [getattr(layer, name) for layer in layers]
-                for tensor, part in zip(own, torch.cat([t.data for t in own]).chunk(3), strict=True):
-                    tensor.data = part
+    for module in network.modules():
+        if isinstance(module, Attention):
+            _join([module.to_q, module.to_k, module.to_v])
+        elif isinstance(module, nn.ModuleList):
+            _join([block.mapper for block in module if isinstance(block, TimestepBlock)])
+
+
+def _join(layers: Sequence[nn.Module]) -> None:
+    if not layers or not all(type(layer) is nn.Linear for layer in layers) or _joined(layers) is not None:
+        return
+    # What is made in inference mode could never be trained again.
+    with torch.inference_mode(False), torch.no_grad():
+        for name in ("weight", "bias"):
+            own = [getattr(layer, name) for layer in layers]
+            parts = torch.cat([tensor.data for tensor in own]).split([len(tensor) for tensor in own])
+            for tensor, part in zip(own, parts, strict=True):
+                tensor.data = part
+
+
+def _mapped_timesteps(
+    blocks: Sequence[nn.Module], r_embed: Float[Tensor, "b c_r"]
+) -> Iterator[Float[Tensor, "b c2"]]:
+    """Scale and shift of each timestep block in order, by one product where the mappers lie together."""
+    mappers = [block.mapper for block in blocks if isinstance(block, TimestepBlock)]
+    plain = all(type(mapper) is nn.Linear and not mapper._forward_hooks for mapper in mappers)
+    joined = _joined(mappers) if mappers and plain else None
+    if joined is None:
+        return (mapper(r_embed) for mapper in mappers)
+    return iter(F.linear(r_embed, *joined).split([mapper.out_features for mapper in mappers], dim=-1))
+
+
+MOST_HIDDEN = 2**26
+"""Elements of the widest map of Stage A's blocks that are there at a time: 128 MiB in half precision."""
+
+
+def run_mixing(block: nn.Module, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+    """Stage A's block (``MixingResidualBlock``). Its MLP takes some positions after others, which bounds the
+    memory. ``x`` is overwritten."""
+    from wuerstchen.models import block_kernels
+
+    x, gammas = x.contiguous(), block.gammas
+    first, _, last = block.channelwise
+    normed = block_kernels.norm_affine(x, gammas)
+    conv = block.depthwise[1]
+    inner = block_kernels.edge_mix_(x, normed, conv.weight, conv.bias, gammas, last.bias)
+    rows, residual = inner.flatten(0, 2), x.flatten(0, 2)
+    part = max(1, MOST_HIDDEN // first.out_features)
+    for some, sums in zip(rows.split(part), residual.split(part), strict=True):
+        hidden = block_kernels.gelu_(F.linear(some, first.weight, first.bias), gammas)
+        sums.addmm_(hidden, last.weight.t())
+    return x

@@ -242,16 +242,14 @@ def forward(
     beta: Float[Tensor, " c"],
     seed: Int[Tensor, "2"] | None,
     p: float,
-    *,
-    in_place: bool = False,
 ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b c"]]:
-    """y in the dtype of h, or ``in_place`` of it, and norm."""
+    """y in the dtype of h, and norm."""
     grid = _Grid(h, seed, p)
     squares = grid.empty(h, grid.parts, grid.b, grid.c)
     _squares[grid.over_sums](h, squares, grid.n, grid.c, grid.part, **grid.tile)
     norm, scale = (grid.empty(h, grid.b, grid.c) for _ in range(2))
     _scales[(grid.b,)](squares, gamma, norm, scale, grid.c, grid.parts, EPS, columns=grid.line, num_warps=8)
-    y = h if in_place else torch.empty_like(h)
+    y = torch.empty_like(h)
     _apply[grid.over_tiles](h, scale, beta, y, grid.seed, grid.n, grid.c, *grid.dropout(), **grid.tile)
     return y, norm
 

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from wuerstchen.errors import UserError
+from wuerstchen.models.fused import is_plain, run_mixing, suits
 from wuerstchen.models.layers import (
     MAX_BLOCKS,
     Network,
@@ -184,7 +185,12 @@ class VQGAN(Network):
         """Decodes what ``embed`` or the codebook gives. Not clamped."""
         x = to_channels_last(z)
         for block in self.up_blocks:
-            x = block(x) if isinstance(block, MixingResidualBlock) else convolve(block, x)
+            if not isinstance(block, MixingResidualBlock):
+                x = convolve(block, x)
+            elif suits(x) and is_plain(block, x):
+                x = run_mixing(block, x)
+            else:
+                x = block(x)
         return convolve(self.out_block, x).permute(0, 3, 1, 2)
 
     def encode(self, pixels: Float[Tensor, "b c h w"]) -> Float[Tensor, "b z h4 w4"]:
