@@ -136,11 +136,14 @@ def test_stage_a_is_that_as_written(randomise, as_written, monkeypatch, most):
     network = randomise(VQGAN(VQGANConfig(bottleneck_blocks=2, embed_dim=24, num_vq_embeddings=8)))
     network = network.to(DEVICE).eval()
     latents = torch.randn(2, 4, 5, 7, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    calls, run = [], vqgan.run_mixing
+    monkeypatch.setattr(vqgan, "run_mixing", lambda block, x: calls.append(1) or run(block, x))
     with torch.no_grad():
         plain = as_written(network.decode, latents)
         before = latents.clone()
         assert error(network.decode(latents), plain) <= 1e-5
     assert torch.equal(latents, before)
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -149,7 +152,7 @@ def test_half_precision_is_as_near_as_the_blocks_as_written(prior, dtype, as_wri
     exact = as_written(run_prior, prior, x, r, text)
     half = prior.to(dtype)
     plain = error(as_written(run_prior, half, x, r, text), exact)
-    assert 0 < error(run_prior(half, x, r, text), exact) <= 1.2 * plain
+    assert 0 < error(run_prior(half, x, r, text), exact) <= 1.5 * plain
 
 
 def test_inputs_and_weights_stay_as_they_are(prior, unet):
@@ -184,9 +187,11 @@ def test_replaced_layers_are_called(prior, as_written):
 def test_hooks_are_called(prior):
     seen = []
     prior.blocks[0].channelwise[0].register_forward_hook(lambda *_: seen.append(1))
-    prior.blocks[2].attention.to_q.register_forward_hook(lambda *_: seen.append(2))
+    prior.blocks[1].register_forward_hook(lambda *_: seen.append(2))
+    prior.blocks[2].attention.to_q.register_forward_hook(lambda *_: seen.append(3))
+    prior.blocks[5].register_forward_hook(lambda *_: seen.append(4))
     run_prior(prior, *prior_inputs())
-    assert seen == [1, 2]
+    assert seen == [1, 2, 3, 4]
 
 
 def test_joined_projections_are_the_same_weights(prior):

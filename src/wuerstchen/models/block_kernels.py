@@ -57,11 +57,11 @@ def depthwise_norm(
     assert x.is_contiguous()
     b, height, width, c = x.shape
     out, columns = torch.empty_like(x), triton.next_power_of_2(c)
-    rows = 4 if columns >= 1024 else 8
+    rows = 8 if b * height * width >= 1024 else 2  # fewer leave parts of a GPU idle
     grid = (b * height * triton.cdiv(width, rows),)
     _depthwise_norm[grid](
         x, weight, bias, out, height, width, c, LAYER_NORM_EPS,
-        side=weight.shape[-1], rows=rows, columns=columns, num_warps=8 if columns >= 1024 else 4,
+        side=weight.shape[-1], rows=rows, columns=columns, num_warps=min(max(rows * columns // 2048, 1), 8),
     )  # fmt: skip
     return out
 
@@ -142,8 +142,8 @@ def _launch_scale_shift(
 
 @triton.jit
 @no_type_check
-def _lengths(h, squares, n, c, part, rows: tl.constexpr, columns: tl.constexpr):
-    """squares[s, b, c] = Σ GELU(h)² over the positions of part s."""
+def _gelu_lengths(h, squares, n, c, part, rows: tl.constexpr, columns: tl.constexpr):
+    """h ← GELU(h), and squares[s, b, c] = Σ h² over the positions of part s."""
     column = tl.program_id(0) * columns + tl.arange(0, columns)
     sample, split = tl.program_id(1), tl.program_id(2)
     h += sample.to(tl.int64) * n * c
@@ -151,9 +151,11 @@ def _lengths(h, squares, n, c, part, rows: tl.constexpr, columns: tl.constexpr):
     for first in range(0, part, rows):
         row = split * part + first + tl.arange(0, rows)
         inside = ((row < n) & (row < (split + 1) * part))[:, None] & (column < c)[None, :]
-        a = tl.load(h + row[:, None] * c + column[None, :], inside, 0.0).to(tl.float32)
+        place = h + row[:, None] * c + column[None, :]
+        a = tl.load(place, inside, 0.0).to(tl.float32)
         a *= _normal(a)[0]
         total += a * a
+        tl.store(place, a, inside)
     place = (split * tl.num_programs(1) + sample) * c + column
     tl.store(squares + place, tl.sum(total, axis=0), column < c)
 
@@ -187,7 +189,7 @@ def _respond(
     inside = (row < n)[:, None] & (column < c)[None, :]
     place = h + sample.to(tl.int64) * n * c + row[:, None] * c + column[None, :]
     x = tl.load(place, inside, 0.0).to(tl.float32)
-    tl.store(place, x * _normal(x)[0] * scale[None, :] + shift[None, :], inside)
+    tl.store(place, x * scale[None, :] + shift[None, :], inside)
 
 
 def response_norm_(h: Float[Tensor, "b n c"], gamma: Float[Tensor, " c"], beta: Float[Tensor, " c"]) -> None:
@@ -198,7 +200,7 @@ def response_norm_(h: Float[Tensor, "b n c"], gamma: Float[Tensor, " c"], beta: 
     strips = triton.cdiv(c, columns)
     parts = min(triton.cdiv(n, 256), max(1, triton.cdiv(1024, strips * b)), 64)
     squares = torch.empty(parts, b, c, dtype=torch.float32, device=h.device)
-    _lengths[(strips, b, parts)](h, squares, n, c, triton.cdiv(n, parts), rows=64, columns=columns)
+    _gelu_lengths[(strips, b, parts)](h, squares, n, c, triton.cdiv(n, parts), rows=64, columns=columns)
     length = torch.empty(b, c, dtype=torch.float32, device=h.device)
     sums = torch.empty(b, strips, dtype=torch.float32, device=h.device)
     _total_lengths[(strips, b)](squares, length, sums, c, parts, most=64, columns=columns)

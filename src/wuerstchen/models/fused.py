@@ -76,15 +76,10 @@ def factored_map(
 def is_plain(block: nn.Module, x: Tensor) -> bool:
     """Whether the layers of a block are torch's own, lie where ``x`` does, and only compute."""
     layers = list(block.modules())
-    parameters = list(block.parameters())
     return (
         not block.training
-        and all(
-            type(layer) in _KINDS
-            for layer in layers
-            if next(layer.parameters(recurse=False), None) is not None
-        )
-        and all(p.device == x.device and p.dtype == x.dtype for p in parameters)
+        and all(type(layer) in _KINDS for layer in layers[1:] if layer._parameters)
+        and all(p.device == x.device and p.dtype == x.dtype for p in block.parameters())
         and not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
     )
 
@@ -112,11 +107,16 @@ def run_fused(
 
     factors = iter(level_map.factors if isinstance(level_map, FactoredMap) else ())
     sequence = list(blocks)
-    timesteps = _mapped_timesteps(sequence, r_embed)
+    timesteps = _mapped_timesteps(sequence, x, r_embed)
     x, waiting = x.contiguous(), _Waiting()
     for block in sequence:
         if isinstance(block, TimestepBlock):
-            waiting = _Waiting(waiting.bias, next(timesteps))
+            factors_r = next(timesteps)
+            if factors_r is not None:
+                waiting = _Waiting(waiting.bias, factors_r)
+                continue
+            x = block(waiting.done(x), r_embed)
+            waiting = _Waiting()
             continue
         if isinstance(block, AttnBlock):
             text = next(texts)
@@ -260,15 +260,17 @@ def _join(layers: Sequence[nn.Module]) -> None:
 
 
 def _mapped_timesteps(
-    blocks: Sequence[nn.Module], r_embed: Float[Tensor, "b c_r"]
-) -> Iterator[Float[Tensor, "b c2"]]:
-    """Scale and shift of each timestep block in order, by one product where the mappers lie together."""
-    mappers = [block.mapper for block in blocks if isinstance(block, TimestepBlock)]
-    plain = all(type(mapper) is nn.Linear and not mapper._forward_hooks for mapper in mappers)
-    joined = _joined(mappers) if mappers and plain else None
-    if joined is None:
-        return (mapper(r_embed) for mapper in mappers)
-    return iter(F.linear(r_embed, *joined).split([mapper.out_features for mapper in mappers], dim=-1))
+    blocks: Sequence[nn.Module], x: Tensor, r_embed: Float[Tensor, "b c_r"]
+) -> Iterator[Float[Tensor, "b c2"] | None]:
+    """Scale and shift of each timestep block in order, by one product where their mappers lie together; None
+    for a block that is not to be fused."""
+    steps = [block for block in blocks if isinstance(block, TimestepBlock)]
+    plain = [is_plain(step, x) for step in steps]
+    mappers = [step.mapper for step in steps]
+    joined = _joined(mappers) if steps and all(plain) else None
+    if joined is not None:
+        return iter(F.linear(r_embed, *joined).split([mapper.out_features for mapper in mappers], dim=-1))
+    return (mapper(r_embed) if fits else None for mapper, fits in zip(mappers, plain, strict=True))
 
 
 MOST_HIDDEN = 2**26
