@@ -389,7 +389,9 @@ def _add_source_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_precision_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--precision", choices=("float32", "bfloat16", "float16"), default="float32", help="(float32)"
+        "--precision",
+        choices=("float32", "bfloat16", "float16"),
+        help="(float16 on NVIDIA GPUs, float32 elsewhere)",
     )
     parser.add_argument(
         "--low-memory",
@@ -681,13 +683,13 @@ def _evaluate(options: argparse.Namespace) -> int:
     if data is None and options.photos is None:
         data = Path("data/emoji")
     report = evaluate(
-        load(options.model, options.device),
+        load(options.model, options.device, precision="float32"),
         data,
         lists=options.lists,
         splits=("val", "test") if options.split == "all" else (options.split,),
         limit=options.limit,
         sampling=sampling,
-        before=None if options.before is None else load(options.before, options.device),
+        before=None if options.before is None else load(options.before, options.device, precision="float32"),
         photos=options.photos,
         batch_size=options.batch_size,
         announce=lambda line: print(line, file=sys.stderr),

@@ -14,7 +14,15 @@ from wuerstchen.checkpoints.hub import local_folder
 from wuerstchen.checkpoints.layouts import Sources, layout_of, weight_files
 from wuerstchen.errors import UserError
 from wuerstchen.images import save_png
-from wuerstchen.pipeline import BUNDLED, LowMemory, Precision, Sampling, Wuerstchen, load
+from wuerstchen.pipeline import (
+    BUNDLED,
+    LowMemory,
+    Precision,
+    Sampling,
+    Wuerstchen,
+    default_precision,
+    load,
+)
 
 PROMPTS = (
     "a 3D render of a purple camel on a blue background",
@@ -29,7 +37,7 @@ def examine(
     out: Path,
     *,
     device: str | None = None,
-    precision: Precision = "float32",
+    precision: Precision | None = None,
     low_memory: LowMemory | None = None,
     sources: Sources | None = None,
 ) -> Iterator[str]:
@@ -50,6 +58,7 @@ def examine(
 
     began = time.perf_counter()
     pipeline = load(path, device, precision=precision, low_memory=low_memory, sources=sources)
+    precision = precision or default_precision(pipeline.device)
     yield f"loaded in {time.perf_counter() - began:.1f} s, {precision}, on {_device_name(pipeline.device)}"
     for part, network in pipeline.cascade.networks().items():
         yield f"  {part}: {sum(p.numel() for p in network.parameters()):,} parameters"

@@ -83,7 +83,8 @@ class Recorder:
         self.prepare = prepare
         self._recordings = _Recordings()
         self._print: Any = None
-        self._allowed, self._records = records, False
+        self.records = records
+        self._failed, self._records = False, False
         self._fixed: _Fixed | None = None
         self._stream: torch.cuda.Stream | None = None
         self._lock = threading.Lock()
@@ -107,7 +108,7 @@ class Recorder:
     def _run(self, inputs: tuple[Tensor, ...], fixed: _Fixed | None) -> Tensor:
         here = inputs[0].device
         learns = torch.is_grad_enabled() or torch.is_autocast_enabled("cuda")
-        if here.type != "cuda" or not self._allowed or learns:
+        if here.type != "cuda" or not self.records or self._failed or learns:
             return self._as_it_is(inputs, fixed)
         # Outside of inference mode, whose tensors nobody else could write to.
         with self._lock, torch.cuda.device(here), torch.inference_mode(False), torch.no_grad():
@@ -137,7 +138,8 @@ class Recorder:
     def _state(self, device: torch.device) -> tuple[list[Any], bool]:
         """What a recording depends on, and whether one can be made."""
         found: list[Any] = []
-        records = self._allowed
+        compiled = hasattr(self.network, "_orig_mod") or self.network._compiled_call_impl is not None
+        records = not compiled
         for module in self.network.modules():
             for tensor in itertools.chain(module._parameters.values(), module._buffers.values()):
                 if tensor is not None:
@@ -173,7 +175,7 @@ class Recorder:
                 recordings.passes[kind] = self._record(self.function, inputs, prepared)
             return recordings.passes[kind](inputs).clone()
         except RuntimeError as error:
-            self._allowed = self._records = False
+            self._failed, self._records = True, False
             self.forget()
             reason = str(error).strip().partition("\n")[0]
             name = type(self.network).__name__

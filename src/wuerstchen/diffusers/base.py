@@ -2,17 +2,18 @@
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from wuerstchen.diffusers.outputs import Config
 from wuerstchen.errors import UserError, UserNotice
+from wuerstchen.fast import Recorder
 from wuerstchen.memory import Blockwise, OneAtATime, Residence
 
 AnyPipeline = TypeVar("AnyPipeline", bound="DiffusionPipeline")
@@ -33,6 +34,7 @@ class DiffusionPipeline:
     def __init__(self, **settings: Any) -> None:
         self._config = Config(settings)
         self._residence: Residence | None = None
+        self._recorders: dict[nn.Module, Recorder] = {}
         self._guidance_scale = 1.0
         self._num_timesteps = 0
         self._progress_bar_config: dict[str, Any] = {}
@@ -184,6 +186,19 @@ class DiffusionPipeline:
             return
         with self._residence.using(network):
             yield self._residence.device
+
+    def _recorded(
+        self,
+        network: nn.Module,
+        function: Callable[..., Tensor] | None = None,
+        prepare: Callable[..., Any] | None = None,
+    ) -> Recorder:
+        """The network, or a ``function`` of it, recorded where it stays on a GPU."""
+        if network not in self._recorders:
+            self._recorders[network] = Recorder(network, function, prepare)
+        recorder = self._recorders[network]
+        recorder.records = self._residence is None
+        return recorder
 
     def enable_model_cpu_offload(
         self, gpu_id: int | None = None, device: str | torch.device | None = None

@@ -165,7 +165,8 @@ class WuerstchenDecoderPipeline(DiffusionPipeline):
                 "negative_prompt_embeds": negative,
                 "image_embeddings": maps.to(device, dtype),
             }
-            sample = denoise(self, self.decoder, self._context, state, generator, callbacks)
+            network = self._recorded(self.decoder, prepare=self.decoder.context)
+            sample = denoise(self, network, self._steering, state, generator, callbacks)
         if output_type == "latent":
             images = sample
         else:
@@ -198,7 +199,8 @@ class WuerstchenDecoderPipeline(DiffusionPipeline):
             raise UserError("image_embeddings differ in size, so they are no batch; call once for each")
         return torch.cat([one.to(maps[0]) for one in maps])
 
-    def _context(self, state: State, guides: bool) -> Any:
+    def _steering(self, state: State, guides: bool) -> tuple[Any, ...]:
+        """The arguments of the network's context."""
         latents, maps = state["latents"], state["image_embeddings"]
         assert latents is not None
         assert maps is not None
@@ -208,11 +210,12 @@ class WuerstchenDecoderPipeline(DiffusionPipeline):
         if guides:
             maps = torch.cat([maps, torch.zeros_like(maps)])
         text = text_rows(state["text_encoder_hidden_states"], len(latents), guides)
-        return self.decoder.context(maps, (latents.shape[2], latents.shape[3]), text)
+        return maps, (latents.shape[2], latents.shape[3]), text
 
     def _pixels(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
         with self._using(self.vqgan) as device:
-            return self.vqgan.decode(latents.to(device, dtype_of(self.vqgan))).clamp(0, 1)
+            decode = self._recorded(self.vqgan, self.vqgan.decode)
+            return decode(latents.to(device, dtype_of(self.vqgan))).clamp(0, 1)
 
 
 def check_output_type(output_type: Any) -> None:

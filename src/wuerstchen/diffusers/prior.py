@@ -240,17 +240,19 @@ class WuerstchenPriorPipeline(LoraMethods, DiffusionPipeline):
                 "text_encoder_hidden_states": text if negative is None else torch.cat([text, negative]),
                 "negative_prompt_embeds": negative,
             }
-            sample = denoise(self, self.prior, self._context, state, generator, callbacks)
+            network = self._recorded(self.prior, prepare=self.prior.context)
+            sample = denoise(self, network, self._steering, state, generator, callbacks)
         self.maybe_free_model_hooks()
         image_embeddings = sample * self.config.latent_mean - self.config.latent_std
         if output_type == "np":
             image_embeddings = image_embeddings.cpu().float().numpy()
         return WuerstchenPriorPipelineOutput(image_embeddings) if return_dict else (image_embeddings,)
 
-    def _context(self, state: State, guides: bool) -> Any:
+    def _steering(self, state: State, guides: bool) -> tuple[Any, ...]:
+        """The arguments of the network's context."""
         latents = state["latents"]
         assert latents is not None
-        return self.prior.context(text_rows(state["text_encoder_hidden_states"], len(latents), guides))
+        return (text_rows(state["text_encoder_hidden_states"], len(latents), guides),)
 
 
 def check_side(name: str, side: Any) -> float:

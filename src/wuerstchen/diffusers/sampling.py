@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from wuerstchen.diffusers.scheduler import Generators, check_timesteps, draw_normal
 from wuerstchen.diffusion.samplers import guided
 from wuerstchen.errors import UserError
+from wuerstchen.fast import Recorder
 
 State = dict[str, Tensor | None]
 """What a callback may see and change, by name: the latents and what steers them."""
@@ -120,31 +121,27 @@ def initial_latents(
 
 def denoise(
     pipe: Any,
-    network: nn.Module,
-    context: Callable[[State, bool], Any],
+    network: Recorder,
+    steering: Callable[[State, bool], tuple[Any, ...]],
     state: State,
     generator: Generators,
     callbacks: Callbacks,
 ) -> Float[Tensor, "b c h w"]:
     """Takes ``state["latents"]`` through the timesteps of the pipeline's scheduler.
 
-    ``context(state, guides)`` computes what ``network`` needs besides latents and timestep. It is asked once,
-    and again only when a callback changed something; ``guides`` asks for a batch twice as large, with the
-    condition and then without. The pipeline's guidance scale is read at every step: callbacks may set it.
+    ``steering(state, guides)`` is what ``network`` prepares its context of. It is asked once, and again only
+    when a callback changed something; ``guides`` asks for a batch twice as large, with the condition and then
+    without. The pipeline's guidance scale is read at every step: callbacks may set it.
     """
     times = pipe.scheduler.timesteps
     pipe._num_timesteps = len(times[:-1])
-    known = guides = None
+    predict = guides = None
     for step, t in enumerate(pipe.progress_bar(times[:-1])):
         latents = state["latents"]
         assert latents is not None
-        if known is None or guides != pipe.do_classifier_free_guidance:
+        if predict is None or guides != pipe.do_classifier_free_guidance:
             guides = pipe.do_classifier_free_guidance
-            known = context(state, guides)
-
-        def predict(x: Tensor, r: Tensor, known: Any = known) -> Tensor:
-            return network(x, r, known)
-
+            predict = network.given(*steering(state, guides))
         r = t.to(latents.dtype).expand(len(latents))
         noise = (guided(predict, pipe.guidance_scale) if guides else predict)(latents, r)
         # The scheduler gets the timestep as it stands in the list: rounded, it could be taken for another.
@@ -153,7 +150,7 @@ def denoise(
         ).prev_sample
         state["latents"] = latents
         if _call_back(pipe, callbacks, step, t, state):
-            known = None
+            predict = None
     assert state["latents"] is not None
     return state["latents"]
 
