@@ -30,10 +30,11 @@ def _normal(x):
     """The normal distribution at x: its integral up to x, and its density.
 
     By Abramowitz and Stegun, 7.1.26, to 1e-7: one exponential serves both, and a library's erf costs more
-    than a pass over memory.
+    than a pass over memory. So does a division: 1/y is the square of a GPU's one instruction for 1/√y.
     """
     bell = tl.exp(-0.5 * x * x)
-    t = 1.0 / (1.0 + 0.3275911 * 0.7071067811865476 * tl.abs(x))
+    root = tl.rsqrt(1.0 + 0.3275911 * 0.7071067811865476 * tl.abs(x))
+    t = root * root
     tail = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
     tail = 0.5 * tail * bell
     return tl.where(x > 0, 1.0 - tail, tail), 0.3989422804014327 * bell
