@@ -3,6 +3,7 @@
     python scripts/sweep.py runs/mini/model data/emoji --guidance 2 3 4 --decoder-guidance 1 1.5
 
 Prints a line for each combination: the C+B+A row of both lists, or A+B. What is not given is the model's own.
+With several --first-seeds, each combination is drawn as often, and has a line each time.
 """
 
 import argparse
@@ -28,20 +29,23 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="built emoji set")
     parser.add_argument("--guidance", type=float, nargs="+", default=[None])
     parser.add_argument("--prior-steps", type=int, nargs="+", default=[None])
+    parser.add_argument("--prior-sampler", nargs="+", default=[None], help="ddpm, dpm")
     parser.add_argument("--decoder-guidance", type=float, nargs="+", default=[None])
     parser.add_argument("--decoder-steps", type=int, nargs="+", default=[None])
     parser.add_argument("--decoder-shift", type=float, nargs="+", default=[None])
+    parser.add_argument("--first-seeds", type=int, nargs="+", default=[0], help="1000 apart, for one")
     parser.add_argument("--row", choices=("a_b", "c_b_a"), default="c_b_a", help="which row to score")
     parser.add_argument("--limit", type=int, help="the first N of each list only")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--device")
     options = parser.parse_args()
     model = wuerstchen.load(options.model, options.device)
-    names = ("guidance", "prior_steps", "decoder_guidance", "decoder_steps", "decoder_shift")
+    names = ("guidance", "prior_sampler", "prior_steps", "decoder_guidance", "decoder_steps", "decoder_shift")
     head = [f"{name:>18}" for name in names]
     head += [f"{f'({name}) {column}':>14}" for name, columns in COLUMNS.items() for column in columns]
     print("".join(head), flush=True)
-    for values in itertools.product(*(getattr(options, name) for name in names)):
+    choices = [getattr(options, name) for name in names]
+    for first_seed, *values in itertools.product(options.first_seeds, *choices):
         sampling = Sampling(**dict(zip(names, values, strict=True)))
         report = evaluate(
             model,
@@ -52,9 +56,10 @@ def main() -> None:
             limit=options.limit,
             batch_size=options.batch_size,
             shown=0,
+            first_seed=first_seed,
         )
         settings = model.settings_of(sampling)
-        line = [f"{settings[name]:>18g}" for name in names]
+        line = [f"{settings[name]!s:>18}" for name in names]
         for name, columns in COLUMNS.items():
             scores = report.lists[name].scores["val"][options.row]
             line += [f"{scores[c].value if c in scores else float('nan'):>14.3f}" for c in columns]

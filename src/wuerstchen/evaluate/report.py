@@ -111,16 +111,18 @@ def evaluate(
     photos: Path | None = None,
     batch_size: int | None = None,
     shown: int = SHOWN_ENTRIES,
+    first_seed: int = 0,
     announce: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Scores ``model`` on the lists with the emoji set in ``data``, and on the photographs in ``photos``.
 
     Either may be None, not both. ``rows`` are all that the model and ``before`` allow; ``limit`` takes the
     first entries of each list and split only, and the first photographs. ``batch_size`` is 8 on a CPU and 64
-    elsewhere. ``announce`` gets a line that says what it will cost. Raises ``DataError`` for a set that is
-    not built or a folder without photographs, and ``UserError`` for rows that the model cannot draw.
+    elsewhere. ``first_seed`` is added to all seeds. ``announce`` gets a line that says what it will cost.
+    Raises ``DataError`` for a set that is not built or a folder without photographs, and ``UserError`` for
+    rows that the model cannot draw.
     """
-    artist = Artist(model=model, sampling=sampling or Sampling(), before=before)
+    artist = Artist(model=model, sampling=sampling or Sampling(), before=before, first_seed=first_seed)
     settings = model.settings_of(artist.sampling)
     rows = artist.rows() if rows is None else rows
     for row in rows:

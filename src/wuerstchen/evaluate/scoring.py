@@ -109,6 +109,8 @@ class Artist:
     sampling: Sampling
     before: Wuerstchen | None = None
     """The model before it was stored small. It samples in the same way."""
+    first_seed: int = 0
+    """Added to the seed of every entry, its number: other pictures of the same list."""
 
     def __post_init__(self) -> None:
         if self.before is not None and self.before.cascade.settings.image_size != self.size:
@@ -138,6 +140,7 @@ class Artist:
         self, row: Row, real: Pictures, captions: Sequence[str] | None, seeds: Sequence[int]
     ) -> Pictures:
         """The row's pictures for real ones and their captions."""
+        seeds = [seed + self.first_seed for seed in seeds]
         if row == "real":
             return real
         if row == "jpeg20":
