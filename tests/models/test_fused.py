@@ -14,6 +14,7 @@ from torch import nn
 from wuerstchen.models import blocks, decoder, fused, vqgan
 from wuerstchen.models.decoder import Decoder, DecoderConfig
 from wuerstchen.models.layers import Attention, MappedText
+from wuerstchen.models.paella import Paella, PaellaConfig
 from wuerstchen.models.prior import Prior, PriorConfig
 from wuerstchen.models.vqgan import VQGAN, VQGANConfig
 
@@ -127,6 +128,31 @@ def test_stage_b_is_that_as_written(unet, as_written):
     plain = as_written(run_decoder, unet, *inputs)
     fused.join_layers(unet)
     assert error(run_decoder(unet, *inputs), plain) <= 1e-5
+
+
+def test_stage_b_of_v1_is_that_as_written(randomise, as_written):
+    """Its skips join before the convolution, whose groups then read two channels."""
+    config = PaellaConfig(
+        c_r=8,
+        num_labels=16,
+        c_token=8,
+        clip_embd=20,
+        effnet_embd=16,
+        c_cond=24,
+        c_hidden=(16, 32),
+        nhead=(-1, 4),
+        blocks=(2, 2),
+        level_config=("CT", "CTA"),
+    )
+    network = randomise(Paella(config)).to(DEVICE).eval()
+    _, r, z, text = decoder_inputs()
+    tokens = torch.randint(16, (2, 12, 8), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+    def run():
+        with torch.no_grad():
+            return network(tokens, r, network.context(z, text))
+
+    assert error(run(), as_written(run)) <= 1e-5
 
 
 @pytest.mark.parametrize("most", [fused.MOST_HIDDEN, 7 * 96])

@@ -68,6 +68,9 @@ class WuerstchenDecoderPipeline(DiffusionPipeline):
         self.scheduler = scheduler
         self.vqgan = vqgan
 
+    def _encode(self, texts: list[str], device: torch.device) -> Float[Tensor, "b t c"]:
+        return encode(self.tokenizer, self.text_encoder, texts, device, self._recorded)
+
     @torch.no_grad()
     def encode_prompt(
         self,
@@ -81,10 +84,10 @@ class WuerstchenDecoderPipeline(DiffusionPipeline):
         prompts = check_prompt("prompt", prompt) or [""]
         negative = None
         with self._using(self.text_encoder) as home:
-            states = encode(self.tokenizer, self.text_encoder, prompts, home)
+            states = self._encode(prompts, home)
             if do_classifier_free_guidance:
                 texts = check_negative(negative_prompt, len(prompts))
-                negative = encode(self.tokenizer, self.text_encoder, texts, home)
+                negative = self._encode(texts, home)
 
         def repeated(states: Tensor) -> Tensor:
             return states.to(home if device is None else device).repeat_interleave(num_images_per_prompt, 0)

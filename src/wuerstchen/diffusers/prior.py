@@ -75,6 +75,9 @@ class WuerstchenPriorPipeline(LoraMethods, DiffusionPipeline):
         networks = {"prior": plain(self.prior), "text_encoder": plain(self.text_encoder)}
         return {name: network for name, network in networks.items() if network is not None}
 
+    def _encode(self, texts: list[str], device: torch.device) -> Float[Tensor, "b t c"]:
+        return encode(self.tokenizer, self.text_encoder, texts, device, self._recorded)
+
     @torch.no_grad()
     def encode_prompt(
         self,
@@ -92,14 +95,12 @@ class WuerstchenPriorPipeline(LoraMethods, DiffusionPipeline):
         """
         with self._using(self.text_encoder) as home:
             if prompt_embeds is None:
-                prompt_embeds = encode(
-                    self.tokenizer, self.text_encoder, check_prompt("prompt", prompt) or [""], home
-                )
+                prompt_embeds = self._encode(check_prompt("prompt", prompt) or [""], home)
             if not do_classifier_free_guidance:
                 negative_prompt_embeds = None
             elif negative_prompt_embeds is None:
                 texts = check_negative(negative_prompt, len(prompt_embeds))
-                negative_prompt_embeds = encode(self.tokenizer, self.text_encoder, texts, home)
+                negative_prompt_embeds = self._encode(texts, home)
         device = home if device is None else device
         dtype = self.dtype if self.text_encoder is None else dtype_of(self.text_encoder)
 

@@ -47,10 +47,12 @@ def encode(
     text_encoder: nn.Module | None,
     texts: list[str],
     device: torch.device,
+    recorded: Callable[[nn.Module, Callable[..., Tensor]], Callable[..., Tensor]],
 ) -> Float[Tensor, "b t c"]:
     """CLIP's states of all positions, after its last layer norm; texts are padded to its longest length.
 
     The published models were trained on padded texts and attend to the padding: it stays in.
+    ``recorded`` makes of a network and a function of it what is called.
     """
     if tokenizer is None or text_encoder is None:
         raise UserError("this pipeline has no text encoder or tokenizer; give embeddings instead of texts")
@@ -65,5 +67,9 @@ def encode(
                 UserNotice,
                 stacklevel=2,
             )
-    states = text_encoder(tokens.input_ids.to(device), attention_mask=tokens.attention_mask.to(device))
-    return states.last_hidden_state
+
+    def last_states(ids: Tensor, mask: Tensor) -> Tensor:
+        return text_encoder(ids, attention_mask=mask).last_hidden_state
+
+    run = recorded(text_encoder, last_states)
+    return run(tokens.input_ids.to(device), tokens.attention_mask.to(device))

@@ -5,6 +5,7 @@ For sampling: nothing is kept for a way back. ``models.fused`` puts them in plac
 stored.
 """
 
+import math
 from typing import no_type_check
 
 import torch
@@ -29,7 +30,7 @@ def _normalised(v, inside, c, eps):
 @triton.jit
 @no_type_check
 def _depthwise_norm(
-    x, weight, bias, out, height, width, c, eps,
+    x, taps, apart, bias, out, height, width, c, eps,
     side: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
     strips = tl.cdiv(width, rows)
@@ -43,7 +44,7 @@ def _depthwise_norm(
         y, z = top + tap // side - side // 2, left + tap % side - side // 2
         there = ((z >= 0) & (z < width) & (y >= 0) & (y < height))[:, None] & (column < c)[None, :]
         place = ((sample * height + y) * width + z)[:, None] * c + column[None, :]
-        factor = tl.load(weight + column * side * side + tap, column < c, 0.0).to(tl.float32)
+        factor = tl.load(taps + tap * apart + column, column < c, 0.0).to(tl.float32)
         total += tl.load(x + place, there, 0.0).to(tl.float32) * factor[None, :]
     inside = (left < width)[:, None] & (column < c)[None, :]
     place = ((sample * height + top) * width + left)[:, None] * c + column[None, :]
@@ -51,17 +52,21 @@ def _depthwise_norm(
 
 
 def depthwise_norm(
-    x: Float[Tensor, "b h w c"], weight: Float[Tensor, "c 1 k k"], bias: Float[Tensor, " c"]
+    x: Float[Tensor, "b h w c"], taps: Float[Tensor, "k2 c"], bias: Float[Tensor, " c"]
 ) -> Float[Tensor, "b h w c"]:
-    """The layer norm of a depthwise convolution with zeros around the map."""
+    """The layer norm of a depthwise convolution with zeros around the map.
+
+    ``taps`` are the convolution's weights with the channels last, row by row of its square.
+    """
+    assert taps.stride(1) == 1
     assert x.is_contiguous()
     b, height, width, c = x.shape
     out, columns = torch.empty_like(x), triton.next_power_of_2(c)
     rows = 8 if b * height * width >= 1024 else 2  # fewer leave parts of a GPU idle
-    grid = (b * height * triton.cdiv(width, rows),)
-    _depthwise_norm[grid](
-        x, weight, bias, out, height, width, c, LAYER_NORM_EPS,
-        side=weight.shape[-1], rows=rows, columns=columns, num_warps=min(max(rows * columns // 2048, 1), 8),
+    warps = min(max(rows * columns // 2048, 1), 8)
+    _depthwise_norm[(b * height * triton.cdiv(width, rows),)](
+        x, taps, taps.stride(0), bias, out, height, width, c, LAYER_NORM_EPS,
+        side=math.isqrt(len(taps)), rows=rows, columns=columns, num_warps=warps,
     )  # fmt: skip
     return out
 
@@ -235,7 +240,7 @@ def norm_affine(x: Float[Tensor, "b h w c"], gammas: Float[Tensor, "6"]) -> Floa
 @triton.jit
 @no_type_check
 def _edge_mix(
-    x, normed, weight, bias, gammas, later, out, height, width, c, eps,
+    x, normed, taps, bias, gammas, later, out, height, width, c, eps,
     rows: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
     strips = tl.cdiv(width, rows)
@@ -250,7 +255,7 @@ def _edge_mix(
         y = tl.minimum(tl.maximum(top + tap // 3 - 1, 0), height - 1)
         z = tl.minimum(tl.maximum(left + tap % 3 - 1, 0), width - 1)
         place = ((sample * height + y) * width + z)[:, None] * c + column[None, :]
-        factor = tl.load(weight + column * 9 + tap, column < c, 0.0).to(tl.float32)
+        factor = tl.load(taps + tap * c + column, column < c, 0.0).to(tl.float32)
         total += tl.load(normed + place, inside, 0.0).to(tl.float32) * factor[None, :]
     place = ((sample * height + top) * width + left)[:, None] * c + column[None, :]
     v = tl.load(x + place, inside, 0.0).to(tl.float32) + total * tl.load(gammas + 2).to(tl.float32)
@@ -264,7 +269,7 @@ def _edge_mix(
 def edge_mix_(
     x: Float[Tensor, "b h w c"],
     normed: Float[Tensor, "b h w c"],
-    weight: Float[Tensor, "c 1 3 3"],
+    taps: Float[Tensor, "9 c"],
     bias: Float[Tensor, " c"],
     gammas: Float[Tensor, "6"],
     later: Float[Tensor, " c"],
@@ -274,11 +279,12 @@ def edge_mix_(
     """
     assert x.is_contiguous()
     assert normed.is_contiguous()
+    assert taps.is_contiguous()
     b, height, width, c = x.shape
     out, columns = torch.empty_like(x), triton.next_power_of_2(c)
     rows = max(1, 4096 // columns)
     _edge_mix[(b * height * triton.cdiv(width, rows),)](
-        x, normed, weight, bias, gammas, later, out, height, width, c, LAYER_NORM_EPS,
+        x, normed, taps, bias, gammas, later, out, height, width, c, LAYER_NORM_EPS,
         rows=rows, columns=columns, num_warps=8,
     )  # fmt: skip
     return out

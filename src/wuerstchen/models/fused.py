@@ -107,7 +107,7 @@ def run_fused(
 
     factors = iter(level_map.factors if isinstance(level_map, FactoredMap) else ())
     sequence = list(blocks)
-    timesteps = _mapped_timesteps(sequence, x, r_embed)
+    timesteps, kernels = _mapped_timesteps(sequence, x, r_embed), _taps(sequence, x)
     x, waiting = x.contiguous(), _Waiting()
     for block in sequence:
         if isinstance(block, TimestepBlock):
@@ -116,9 +116,7 @@ def run_fused(
                 waiting = _Waiting(waiting.bias, factors_r)
                 continue
             x = block(waiting.done(x), r_embed)
-            waiting = _Waiting()
-            continue
-        if isinstance(block, AttnBlock):
+        elif isinstance(block, AttnBlock):
             text = next(texts)
             if isinstance(text, MappedText):
                 attention = block.attention
@@ -129,9 +127,9 @@ def run_fused(
                 continue
             x = block(waiting.done(x), text)
         elif isinstance(block, ResBlock | ConditionedResBlock):
-            x = waiting.done(x)
-            if is_plain(block, x) and not (isinstance(block, ResBlock) and skip is not None):
-                inner = block_kernels.depthwise_norm(x, block.depthwise.weight, block.depthwise.bias)
+            x, taps = waiting.done(x), next(kernels)
+            if taps is not None:
+                inner = block_kernels.depthwise_norm(x, taps, block.depthwise.bias)
                 first, _, norm, _, last = block.channelwise
                 hidden = _first_layer(first, inner, skip, level_map, factors).flatten(1, 2)
                 gamma, beta = norm.gamma.flatten(), norm.beta.flatten()
@@ -220,7 +218,7 @@ def _attended(
 
 
 def _joined(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor] | None:
-    """Weight and bias of linear layers as one, if they lie one after another in memory; without a copy."""
+    """Weight and bias of layers as one, if they lie one after another in memory; without a copy."""
     joined = []
     for tensors in ([layer.weight for layer in layers], [layer.bias for layer in layers]):
         first = tensors[0]
@@ -235,8 +233,8 @@ def _joined(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor] | None:
 
 
 def join_layers(network: nn.Module) -> None:
-    """Lays the weights of layers that read the same one after another: each attention block's queries, keys
-    and values, and the timestep's mappers of a sequence of blocks.
+    """Lays weights that are used at once one after another: each attention block's queries, keys and values,
+    and in a sequence of blocks the timestep's mappers and the depthwise convolutions.
 
     Nothing else about them changes: they are views of one tensor then.
     """
@@ -245,10 +243,14 @@ def join_layers(network: nn.Module) -> None:
             _join([module.to_q, module.to_k, module.to_v])
         elif isinstance(module, nn.ModuleList):
             _join([block.mapper for block in module if isinstance(block, TimestepBlock)])
+            convolutions = [block for block in module if isinstance(block, ResBlock | ConditionedResBlock)]
+            _join([block.depthwise for block in convolutions])
 
 
 def _join(layers: Sequence[nn.Module]) -> None:
-    if not layers or not all(type(layer) is nn.Linear for layer in layers) or _joined(layers) is not None:
+    if not layers or not all(type(layer) in (nn.Linear, nn.Conv2d) for layer in layers):
+        return
+    if len({layer.weight.shape[1:] for layer in layers}) > 1 or _joined(layers) is not None:
         return
     # What is made in inference mode could never be trained again.
     with torch.inference_mode(False), torch.no_grad():
@@ -273,6 +275,21 @@ def _mapped_timesteps(
     return (mapper(r_embed) if fits else None for mapper, fits in zip(mappers, plain, strict=True))
 
 
+def _taps(blocks: Sequence[nn.Module], x: Tensor) -> Iterator[Float[Tensor, "k2 c"] | None]:
+    """The depthwise weights of each convolution block in order, channels last: as they lie, a read of one tap
+    would touch those of all. One pass turns all of them. None for a block that is not to be fused."""
+    convolutions = [block for block in blocks if isinstance(block, ResBlock | ConditionedResBlock)]
+    # Where a skip joins before the convolution, as in v1, groups read more than one channel.
+    plain = [is_plain(block, x) and block.depthwise.weight.shape[1] == 1 for block in convolutions]
+    layers = [block.depthwise for block, fits in zip(convolutions, plain, strict=True) if fits]
+    if not layers:
+        return iter([None] * len(plain))
+    weights, joined = [layer.weight for layer in layers], _joined(layers)
+    rows = (torch.cat(weights) if joined is None else joined[0]).flatten(1)
+    turned = iter(rows.t().contiguous().split([len(weight) for weight in weights], dim=1))
+    return (next(turned) if fits else None for fits in plain)
+
+
 MOST_HIDDEN = 2**26
 """Elements of the widest map of Stage A's blocks that are there at a time: 128 MiB in half precision."""
 
@@ -286,7 +303,8 @@ def run_mixing(block: nn.Module, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "
     first, _, last = block.channelwise
     normed = block_kernels.norm_affine(x, gammas)
     conv = block.depthwise[1]
-    inner = block_kernels.edge_mix_(x, normed, conv.weight, conv.bias, gammas, last.bias)
+    taps = conv.weight.flatten(1).t().contiguous()
+    inner = block_kernels.edge_mix_(x, normed, taps, conv.bias, gammas, last.bias)
     rows, residual = inner.flatten(0, 2), x.flatten(0, 2)
     part = max(1, MOST_HIDDEN // first.out_features)
     for some, sums in zip(rows.split(part), residual.split(part), strict=True):
