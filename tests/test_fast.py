@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from wuerstchen import fast
 from wuerstchen.fast import NotRecordedWarning, Recorder
 from wuerstchen.models.prior import Prior, PriorConfig
 
@@ -53,6 +54,13 @@ class TestOnCuda:
             for seed in range(2):
                 self.check(recorder, prior, seed=seed, grid=grid, batch=batch)
         assert len(recorder._recordings.passes) == 2
+
+    def test_recordings_of_many_shapes_are_not_kept_for_ever(self, prior, monkeypatch):
+        monkeypatch.setattr(fast, "MOST_KINDS", 3)
+        recorder = Recorder(prior, prepare=prior.context)
+        for side in (3, 4, 5, 6, 7, 3):
+            self.check(recorder, prior, grid=(side, side))
+            assert 1 <= len(recorder._recordings.passes) <= 3
 
     def test_two_texts_in_turns(self, prior):
         """Of one shape and of two; what was prepared of one is overwritten by the other."""

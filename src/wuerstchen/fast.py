@@ -20,6 +20,10 @@ from wuerstchen.errors import UserNotice
 from wuerstchen.models.fused import join_layers
 
 
+MOST_KINDS = 16
+"""Shapes of which a network's passes are kept. What a recording needs beside shared memory is a few MiB."""
+
+
 class NotRecordedWarning(UserNotice):
     """A network's passes are not recorded; drawing is right, but slower."""
 
@@ -156,7 +160,9 @@ class Recorder:
         of_fixed = None if fixed is None else _kind(fixed.given)
         kind = (_kind(inputs), of_fixed)
         if kind not in recordings.seen:
-            recordings.seen.add(kind)
+            if len(recordings.seen) == MOST_KINDS:
+                self.forget()
+            self._recordings.seen.add(kind)
             return self._on_own_stream(inputs, fixed)
         try:
             prepared: tuple[Any, ...] = ()
