@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from wuerstchen.errors import UserNotice
 from wuerstchen.models.fused import join_layers
 
-
 MOST_KINDS = 16
 """Shapes of which a network's passes are kept. What a recording needs beside shared memory is a few MiB."""
 
