@@ -4,11 +4,14 @@ The kernels need a GPU, or Triton's interpreter: TRITON_INTERPRET=1 runs these t
 """
 
 import copy
+import dataclasses
 import importlib.util
 import os
 
 import pytest
 import torch
+from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_diffnext import WuerstchenDiffNeXt
+from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import WuerstchenPrior
 from torch import nn
 
 from wuerstchen.models import blocks, decoder, fused, vqgan
@@ -172,13 +175,37 @@ def test_stage_a_is_that_as_written(randomise, as_written, monkeypatch, most):
     assert len(calls) == 3
 
 
+def diffusers_network(kind, network):
+    config = {
+        k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(network.config).items()
+    }
+    del config["prediction"]  # it knows none but noise
+    theirs = kind(**config).to(DEVICE).eval()
+    theirs.load_state_dict(network.state_dict())
+    return theirs
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_as_near_as_the_blocks_as_written(prior, dtype, as_written):
-    x, r, text = prior_inputs((12, 12))
-    exact = as_written(run_prior, prior, x, r, text)
-    half = prior.to(dtype)
-    plain = error(as_written(run_prior, half, x, r, text), exact)
-    assert 0 < error(run_prior(half, x, r, text), exact) <= 1.5 * plain
+@pytest.mark.parametrize("stage", ["b", "c"])
+def test_half_precision_is_as_near_to_diffusers_in_fp32_as_its_own(stage, dtype, prior, unet):
+    """A sum in half precision, or a step that is rounded too often."""
+    if stage == "c":
+        network, theirs, inputs = prior, diffusers_network(WuerstchenPrior, prior), prior_inputs((12, 12), 4)
+        run = run_prior
+    else:
+        network, theirs, inputs = unet, diffusers_network(WuerstchenDiffNeXt, unet), decoder_inputs(4)
+        run = run_decoder
+    x, r, *steering = inputs = (
+        inputs[0],
+        inputs[1].bfloat16().float(),
+        *inputs[2:],
+    )  # the same times for all
+    with torch.no_grad():
+        exact = theirs(x, r, *steering)
+        assert error(run(network, *inputs), exact) <= 1e-5
+        half = theirs.to(dtype)(x.to(dtype), r.to(dtype), *(value.to(dtype) for value in steering))
+    found = error(run(network.to(dtype), *inputs), exact)
+    assert 0 < found <= 1.1 * error(half, exact)
 
 
 def test_inputs_and_weights_stay_as_they_are(prior, unet):
