@@ -155,6 +155,43 @@ def test_half_precision_is_as_near_as_the_blocks_as_written(prior, dtype, as_wri
     assert 0 < error(run_prior(half, x, r, text), exact) <= 1.5 * plain
 
 
+def test_one_timestep_serves_all_pictures():
+    """As in the blocks as written; those of further pictures were read beyond the end."""
+    from wuerstchen.models import block_kernels
+
+    x, factors = torch.randn(3, 2, 5, 48, device=DEVICE), torch.randn(1, 96, device=DEVICE)
+    scale, shift = factors.chunk(2, dim=1)
+    expected = x * (1 + scale) + shift
+    block_kernels._launch_scale_shift(x, x.new_zeros(48), factors, None, None, None)
+    torch.testing.assert_close(x, expected)
+
+
+def test_a_text_of_other_pictures_is_refused():
+    """It was read beyond its end."""
+    from wuerstchen.models import block_kernels
+
+    x, text = torch.randn(2, 2, 5, 48, device=DEVICE), torch.randn(1, 6, 48, device=DEVICE)
+    zeros, tokens = x.new_zeros(48), x.new_zeros(2, 16, 48)
+    with pytest.raises(ValueError, match="a text of 1 samples does not fit 2 maps"):
+        block_kernels._launch_scale_shift(x, zeros, x.new_zeros(2, 96), zeros, tokens, text)
+
+
+def test_a_map_of_other_sides_is_refused(unet):
+    """With as many positions, it was taken as one of the right sides."""
+    x, r, z, text = decoder_inputs()
+    with torch.no_grad(), pytest.raises(ValueError, match="does not fit one of"):
+        unet(x.mT, r, unet.context(z, tuple(x.shape[2:]), text))
+
+
+def test_a_block_that_changed_since_the_context_was_made_is_named(unet):
+    x, r, z, text = decoder_inputs()
+    with torch.no_grad():
+        context = unet.context(z, tuple(x.shape[2:]), text)
+        unet.up_blocks[0][0].channelwise[0].register_forward_hook(lambda *_: None)
+        with pytest.raises(ValueError, match="a block has changed"):
+            unet(x, r, context)
+
+
 def test_inputs_and_weights_stay_as_they_are(prior, unet):
     """Much of it is in place."""
     for network, run, inputs in ((prior, run_prior, prior_inputs()), (unet, run_decoder, decoder_inputs())):
