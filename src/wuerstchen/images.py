@@ -157,7 +157,7 @@ def to_images(tensor: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
             "image tensor is wrong because it holds NaN (a model overflowed); use bfloat16 or float32"
         )
     pixels = (tensor.detach().float().clamp(0, 1) * 255).round().byte()
-    pixels = pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()  # PIL takes eight times as long over others
+    pixels = pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()  # PIL takes 8 times as long over others
     return [Image.fromarray(picture) for picture in pixels]
 
 
