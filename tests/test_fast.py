@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -24,6 +25,19 @@ def test_on_a_cpu_the_function_is_called(randomise):
         assert torch.equal(recorder.given(text, None)(x, r), prior(x, r, prior.context(text)))
     recorder.given(text, None)(x, r).sum().backward()
     assert prior.projection.weight.grad is not None
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda recorder: pickle.loads(pickle.dumps(recorder))])
+def test_copies_stand_for_copied_networks(randomise, copied):
+    """Pipelines hold recorders: a copy of one was refused as soon as it had drawn."""
+    prior = randomise(Prior(CONFIG)).eval()
+    twin = copied(Recorder(prior, prepare=prior.context, records=False))
+    assert twin.function is twin.network is not prior
+    assert twin.prepare.__self__ is twin.network
+    assert not twin.records
+    x, r, text = inputs(torch.device("cpu"))
+    with torch.no_grad():
+        assert torch.equal(twin.given(text, None)(x, r), prior(x, r, prior.context(text)))
 
 
 def inputs(device=CUDA, seed=0, grid=(6, 6), batch=2):
@@ -119,6 +133,44 @@ class TestOnCuda:
             if hasattr(layer, "scaling"):
                 layer.set_scale("default", 3.0)
         self.check(recorder, prior)
+
+    def test_what_changes_in_the_middle_of_a_picture_is_seen(self, prior):
+        """By who asks for it; what was prepared is made anew as well."""
+        x, r, text = inputs()
+        recorder = Recorder(prior, prepare=prior.context)
+        run = recorder.given(text, None)
+        with torch.no_grad():
+            for _ in range(3):
+                run(x, r)
+            state = {key: 0.5 * tensor for key, tensor in prior.state_dict().items()}
+            prior.load_state_dict(state, assign=True)
+            prior.requires_grad_(False)
+            recorder.look_again()
+            for _ in range(3):
+                expected = prior(x, r, prior.context(text))
+                torch.testing.assert_close(run(x, r), expected, rtol=1e-4, atol=1e-4)
+
+    def test_recordings_do_not_grow_without_bound(self, prior, monkeypatch):
+        monkeypatch.setattr(fast, "MOST_KINDS", 3)
+        recorder = Recorder(prior, prepare=prior.context)
+        for side in (3, 4, 5, 6, 7, 3):
+            self.check(recorder, prior, grid=(side, 4))
+            assert len(recorder._recordings.passes) <= 3
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+    def test_a_network_that_moves_to_another_gpu_is_recorded_there(self, prior):
+        """A stream of the first GPU records nothing of the second."""
+        recorder = Recorder(prior, prepare=prior.context)
+        self.check(recorder, prior)
+        there = torch.device("cuda:1")
+        prior.to(there)
+        x, r, text = inputs(there)
+        run = recorder.given(text, None)
+        with torch.no_grad():
+            for shift in range(4):
+                expected = prior(x + shift, r, prior.context(text))
+                torch.testing.assert_close(run(x + shift, r), expected, rtol=1e-4, atol=1e-4)
+        assert recorder._recordings.passes
 
     def test_what_cannot_be_recorded_says_so_and_runs(self, prior):
         def reads(x, r, context):

@@ -27,6 +27,10 @@ class NotRecordedWarning(UserNotice):
     """A network's passes are not recorded; drawing is right, but slower."""
 
 
+MOST_KINDS = 16
+"""Kinds of inputs whose recordings are kept at a time; all are forgotten for one more."""
+
+
 @dataclass(eq=False)
 class _Fixed:
     """What does not change from pass to pass, as it was given."""
@@ -92,6 +96,14 @@ class Recorder:
         self._stream: torch.cuda.Stream | None = None
         self._lock = threading.Lock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy records anew."""
+        new = Recorder(self.network, self.function, self.prepare, records=self.records)
+        return {name: value for name, value in new.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
     def __call__(self, *inputs: Tensor) -> Tensor:
         """``function(*inputs)``."""
         return self._run(inputs, None)
@@ -104,9 +116,13 @@ class Recorder:
         kept = _Fixed(fixed)
         return lambda *inputs: self._run(inputs, kept)
 
+    def look_again(self) -> None:
+        """Before the next pass: for who may have changed weights or adapters in the middle of a picture."""
+        self._fixed = None
+
     def forget(self) -> None:
         """Gives the recordings' memory back."""
-        self._recordings = _Recordings()
+        self._recordings, self._fixed, self._stream = _Recordings(), None, None
 
     def _run(self, inputs: tuple[Tensor, ...], fixed: _Fixed | None) -> Tensor:
         here = inputs[0].device
@@ -116,7 +132,7 @@ class Recorder:
         # Outside of inference mode, whose tensors nobody else could write to.
         with self._lock, torch.cuda.device(here), torch.inference_mode(False), torch.no_grad():
             if fixed is None or fixed is not self._fixed:
-                self._look_at_the_network(here)
+                self._look_at_the_network(here, fixed)
                 self._fixed = fixed
             return self._recorded(inputs, fixed) if self._records else self._as_it_is(inputs, fixed)
 
@@ -128,9 +144,11 @@ class Recorder:
             fixed.prepared = self.prepare(*fixed.given)
         return self.function(*inputs, fixed.prepared)
 
-    def _look_at_the_network(self, device: torch.device) -> None:
-        """Forgets what was recorded of other weights, and decides whether to record."""
+    def _look_at_the_network(self, device: torch.device, fixed: _Fixed | None) -> None:
+        """Forgets what was made of other weights, and decides whether to record."""
         found, self._records = self._state(device)
+        if found != self._print and fixed is not None:
+            fixed.prepared = None
         if found != self._print or not self._records:
             self.forget()
             if self._records:
@@ -140,7 +158,7 @@ class Recorder:
 
     def _state(self, device: torch.device) -> tuple[list[Any], bool]:
         """What a recording depends on, and whether one can be made."""
-        found: list[Any] = []
+        found: list[Any] = [device]
         compiled = hasattr(self.network, "_orig_mod") or self.network._compiled_call_impl is not None
         records = not compiled
         for module in self.network.modules():
@@ -152,7 +170,7 @@ class Recorder:
                 records = False
             if hasattr(module, "scaling"):  # an adapter, whose factor a recording keeps
                 found.append((str(module.scaling), str(getattr(module, "active_adapters", ""))))
-        return found, records
+        return [*found, records], records
 
     def _recorded(self, inputs: tuple[Tensor, ...], fixed: _Fixed | None) -> Tensor:
         recordings = self._recordings
@@ -160,8 +178,8 @@ class Recorder:
         kind = (_kind(inputs), of_fixed)
         if kind not in recordings.seen:
             if len(recordings.seen) == MOST_KINDS:
-                self.forget()
-            self._recordings.seen.add(kind)
+                recordings = self._recordings = _Recordings()
+            recordings.seen.add(kind)
             return self._on_own_stream(inputs, fixed)
         try:
             prepared: tuple[Any, ...] = ()

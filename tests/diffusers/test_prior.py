@@ -1,11 +1,14 @@
 """The prior pipeline against diffusers' own, step by step, and where that one fails."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
 from wuerstchen.diffusers import DEFAULT_STAGE_C_TIMESTEPS
 from wuerstchen.errors import UserError, UserNotice
+from wuerstchen.fast import Recorder
 from wuerstchen.models.prior import Prior
 
 SIZE = {"height": 128, "width": 100}
@@ -211,6 +214,28 @@ def test_a_callback_may_return_nothing(make_prior, seeded):
     run = {**SIZE, "num_inference_steps": 2}
     with_callback = pipe("a", **run, generator=seeded(), callback_on_step_end=lambda *_: None)
     assert torch.equal(with_callback[0], pipe("a", **run, generator=seeded())[0])
+
+
+def test_the_network_is_looked_at_again_after_a_callback(make_prior, monkeypatch):
+    """A recorded pass goes on with an adapter that a callback took off, or with its former scale."""
+    looks = []
+    monkeypatch.setattr(Recorder, "look_again", lambda recorder: looks.append(recorder.network))
+    pipe = make_prior()
+    pipe("a", **SIZE, num_inference_steps=3)
+    assert not looks
+    pipe("a", **SIZE, num_inference_steps=3, callback_on_step_end=lambda *_: None)
+    assert looks == [pipe.prior] * 3
+
+
+def test_recordings_go_with_what_they_were_made_of(make_prior):
+    """They kept a network that another had replaced, and the memory of a device that was left."""
+    pipe = make_prior()
+    pipe("a", **SIZE, num_inference_steps=1)
+    assert list(pipe._recorders) == [pipe.prior]
+    pipe.prior = copy.deepcopy(pipe.prior)
+    pipe("a", **SIZE, num_inference_steps=1)
+    assert list(pipe._recorders) == [pipe.prior]
+    assert not pipe.to("cpu")._recorders
 
 
 @pytest.mark.parametrize(("steps", "seen"), [(None, [0, 1, 2, 3, 4]), (2, [0, 2, 4])])

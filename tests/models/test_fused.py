@@ -3,7 +3,6 @@
 The kernels need a GPU, or Triton's interpreter: TRITON_INTERPRET=1 runs these tests on a CPU.
 """
 
-import copy
 import dataclasses
 import importlib.util
 import os
@@ -195,17 +194,51 @@ def test_half_precision_is_as_near_to_diffusers_in_fp32_as_its_own(stage, dtype,
     else:
         network, theirs, inputs = unet, diffusers_network(WuerstchenDiffNeXt, unet), decoder_inputs(4)
         run = run_decoder
-    x, r, *steering = inputs = (
-        inputs[0],
-        inputs[1].bfloat16().float(),
-        *inputs[2:],
-    )  # the same times for all
+    x, r, *steering = inputs[0], inputs[1].bfloat16().float(), *inputs[2:]  # the same times for all
+    inputs = (x, r, *steering)
     with torch.no_grad():
         exact = theirs(x, r, *steering)
         assert error(run(network, *inputs), exact) <= 1e-5
         half = theirs.to(dtype)(x.to(dtype), r.to(dtype), *(value.to(dtype) for value in steering))
     found = error(run(network.to(dtype), *inputs), exact)
     assert 0 < found <= 1.1 * error(half, exact)
+
+
+def test_one_timestep_serves_all_pictures():
+    """As in the blocks as written; those of further pictures were read beyond the end."""
+    from wuerstchen.models import block_kernels
+
+    x, factors = torch.randn(3, 2, 5, 48, device=DEVICE), torch.randn(1, 96, device=DEVICE)
+    scale, shift = factors.chunk(2, dim=1)
+    expected = x * (1 + scale) + shift
+    block_kernels._launch_scale_shift(x, x.new_zeros(48), factors, None, None, None)
+    torch.testing.assert_close(x, expected)
+
+
+def test_a_text_of_other_pictures_is_refused():
+    """It was read beyond its end."""
+    from wuerstchen.models import block_kernels
+
+    x, text = torch.randn(2, 2, 5, 48, device=DEVICE), torch.randn(1, 6, 48, device=DEVICE)
+    zeros, tokens = x.new_zeros(48), x.new_zeros(2, 16, 48)
+    with pytest.raises(ValueError, match="a text of 1 samples does not fit 2 maps"):
+        block_kernels._launch_scale_shift(x, zeros, x.new_zeros(2, 96), zeros, tokens, text)
+
+
+def test_a_map_of_other_sides_is_refused(unet):
+    """With as many positions, it was taken as one of the right sides."""
+    x, r, z, text = decoder_inputs()
+    with torch.no_grad(), pytest.raises(ValueError, match="does not fit one of"):
+        unet(x.mT, r, unet.context(z, tuple(x.shape[2:]), text))
+
+
+def test_a_block_that_changed_since_the_context_was_made_is_named(unet):
+    x, r, z, text = decoder_inputs()
+    with torch.no_grad():
+        context = unet.context(z, tuple(x.shape[2:]), text)
+        unet.up_blocks[0][0].channelwise[0].register_forward_hook(lambda *_: None)
+        with pytest.raises(ValueError, match="a block has changed"):
+            unet(x, r, context)
 
 
 def test_inputs_and_weights_stay_as_they_are(prior, unet):
@@ -258,8 +291,7 @@ def test_joined_projections_are_the_same_weights(prior):
         )
         assert torch.equal(bias, torch.cat([attention.to_q.bias, attention.to_k.bias, attention.to_v.bias]))
     assert all(torch.equal(tensor, before[key]) for key, tensor in prior.state_dict().items())
-    moved = copy.deepcopy(prior.to(torch.float16))
-    attention = moved.blocks[2].attention
+    attention = attentions[0]
     attention.to_k.weight = nn.Parameter(attention.to_k.weight.clone())
     assert fused._joined((attention.to_q, attention.to_k, attention.to_v)) is None
 

@@ -174,6 +174,7 @@ class DiffusionPipeline:
         for pipe in self._pipes():
             pipe.maybe_free_model_hooks()
             pipe._residence = pipe._residence if device is None else None
+            pipe._recorders.clear()  # they keep memory of the device
         for network in self._networks().values():
             network.to(device=device, dtype=dtype)
         return self
@@ -195,6 +196,8 @@ class DiffusionPipeline:
     ) -> Recorder:
         """The network, or a ``function`` of it, recorded where it stays on a GPU."""
         if network not in self._recorders:
+            for old in self._recorders.keys() - set(self._networks().values()):
+                del self._recorders[old]  # another has taken its place
             self._recorders[network] = Recorder(network, function, prepare)
         recorder = self._recorders[network]
         recorder.records = self._residence is None

@@ -134,6 +134,9 @@ def _launch_scale_shift(
     assert x.is_contiguous()
     assert factors.stride(1) == 1
     b, h, w, c = x.shape
+    factors = factors.expand(b, -1)  # one timestep may serve all samples
+    if text is not None and len(text) != b:
+        raise ValueError(f"a text of {len(text)} samples does not fit {b} maps; give one for each")
     positions = 0 if text is None else text.shape[1]
     total, columns = b * (h * w + positions), triton.next_power_of_2(c)
     rows = 1 if columns >= 2048 else 2 if columns >= 1024 else 4
@@ -156,7 +159,7 @@ def _gelu_lengths(h, squares, n, c, part, rows: tl.constexpr, columns: tl.conste
     for first in range(0, part, rows):
         row = split * part + first + tl.arange(0, rows)
         inside = ((row < n) & (row < (split + 1) * part))[:, None] & (column < c)[None, :]
-        place = h + row[:, None] * c + column[None, :]
+        place = h + row.to(tl.int64)[:, None] * c + column[None, :]
         a = tl.load(place, inside, 0.0).to(tl.float32)
         a *= _normal(a)[0]
         total += a * a
@@ -192,7 +195,7 @@ def _respond(
     scale = 1.0 + tl.load(gamma + column, column < c, 0.0).to(tl.float32) * share
     shift = tl.load(beta + column, column < c, 0.0).to(tl.float32)
     inside = (row < n)[:, None] & (column < c)[None, :]
-    place = h + sample.to(tl.int64) * n * c + row[:, None] * c + column[None, :]
+    place = h + sample.to(tl.int64) * n * c + row.to(tl.int64)[:, None] * c + column[None, :]
     x = tl.load(place, inside, 0.0).to(tl.float32)
     tl.store(place, x * scale[None, :] + shift[None, :], inside)
 

@@ -137,6 +137,8 @@ def run_fused(
                 _add_product(x, hidden, last.weight)
                 waiting, skip = _Waiting(last.bias), None
                 continue
+            if isinstance(level_map, FactoredMap):
+                raise ValueError("a block has changed since this context was made; make it anew")
             x = block(x, *(joined for joined in (skip, level_map) if joined is not None))
             skip = None
         else:  # between levels: a layer norm, then a convolution that halves or doubles the grid
@@ -195,6 +197,8 @@ def _first_layer(
         first = inner.shape[-1]
         del parts[0]
     for part in parts:
+        if part.shape[:-1] != hidden.shape[:-1]:
+            raise ValueError(f"a map of {tuple(part.shape)} does not fit one of {tuple(hidden.shape)}")
         rows = weight[:, first : first + part.shape[-1]]
         hidden.flatten(0, 2).addmm_(part.flatten(0, 2), rows.t())
         first += part.shape[-1]
@@ -224,6 +228,8 @@ def _joined(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor] | None:
         first = tensors[0]
         storage, place = first.untyped_storage().data_ptr(), first.storage_offset()
         for tensor in tensors:
+            if not tensor.is_contiguous():
+                return None
             if tensor.untyped_storage().data_ptr() != storage or tensor.storage_offset() != place:
                 return None
             place += tensor.numel()
