@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--device")
     options = parser.parse_args()
-    model = wuerstchen.load(options.model, options.device)
+    model = wuerstchen.load(options.model, options.device, precision="float32")
     names = ("guidance", "prior_sampler", "prior_steps", "decoder_guidance", "decoder_steps", "decoder_shift")
     head = [f"{name:>18}" for name in names]
     head += [f"{f'({name}) {column}':>14}" for name, columns in COLUMNS.items() for column in columns]

@@ -198,7 +198,8 @@ class Recorder:
                 recordings.passes[kind] = self._record(self.function, inputs, prepared)
             return recordings.passes[kind](inputs).clone()
         except RuntimeError as error:
-            self._failed, self._records = True, False
+            # What did not fit may fit another time.
+            self._failed, self._records = not isinstance(error, torch.OutOfMemoryError), False
             self.forget()
             reason = str(error).strip().partition("\n")[0]
             name = type(self.network).__name__

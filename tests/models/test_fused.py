@@ -15,7 +15,7 @@ from torch import nn
 
 from wuerstchen.models import blocks, decoder, fused, vqgan
 from wuerstchen.models.decoder import Decoder, DecoderConfig
-from wuerstchen.models.layers import Attention, MappedText
+from wuerstchen.models.layers import Attention, MappedText, ResBlock
 from wuerstchen.models.paella import Paella, PaellaConfig
 from wuerstchen.models.prior import Prior, PriorConfig
 from wuerstchen.models.vqgan import VQGAN, VQGANConfig
@@ -263,7 +263,15 @@ def test_replaced_layers_are_called(prior, as_written):
         twice.load_state_dict(layer.state_dict())
         return twice.to(DEVICE).eval()
 
+    class Thrice(ResBlock):
+        def forward(self, x):
+            return 3 * super().forward(x)
+
     prior.blocks[2].attention.to_v = replaced(prior.blocks[2].attention.to_v)
+    prior.blocks[5].attention.to_k = nn.Linear(48, 48, bias=False).to(DEVICE).eval()
+    thrice = Thrice(48)
+    thrice.load_state_dict(prior.blocks[6].state_dict())
+    prior.blocks[6] = thrice.to(DEVICE).eval()
     prior.blocks[3].channelwise[0] = replaced(prior.blocks[3].channelwise[0])
     x, r, text = prior_inputs()
     plain = as_written(run_prior, prior, x, r, text)

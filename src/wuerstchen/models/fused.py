@@ -74,10 +74,13 @@ def factored_map(
 
 
 def is_plain(block: nn.Module, x: Tensor) -> bool:
-    """Whether the layers of a block are torch's own, lie where ``x`` does, and only compute."""
+    """Whether a block and its layers are ours and torch's own, with biases, lie where ``x`` does, and only
+    compute."""
     layers = list(block.modules())
     return (
         not block.training
+        and type(block).__module__.startswith("wuerstchen.models.")
+        and all(getattr(layer, "bias", x) is not None for layer in layers)
         and all(type(layer) in _KINDS for layer in layers[1:] if layer._parameters)
         and all(p.device == x.device and p.dtype == x.dtype for p in block.parameters())
         and not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
@@ -256,7 +259,9 @@ def join_layers(network: nn.Module) -> None:
 def _join(layers: Sequence[nn.Module]) -> None:
     if not layers or not all(type(layer) in (nn.Linear, nn.Conv2d) for layer in layers):
         return
-    if len({layer.weight.shape[1:] for layer in layers}) > 1 or _joined(layers) is not None:
+    if any(layer.bias is None for layer in layers) or len({layer.weight.shape[1:] for layer in layers}) > 1:
+        return
+    if _joined(layers) is not None:
         return
     # What is made in inference mode could never be trained again.
     with torch.inference_mode(False), torch.no_grad():
