@@ -10,9 +10,10 @@ from PIL import ExifTags, Image
 from safetensors.torch import save_file
 
 import wuerstchen
+from wuerstchen import pipeline
 from wuerstchen.diffusion.samplers import ddpm, draw_noise
 from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, stage_c_timesteps, uniform_timesteps
-from wuerstchen.errors import UserError
+from wuerstchen.errors import UserError, UserNotice
 from wuerstchen.images import center_crop_resize, open_image, to_images, to_tensor
 from wuerstchen.models.cascade import PUBLISHED_MAP, CascadeSettings, MapStatistics
 from wuerstchen.models.compressor import compressor_input
@@ -387,3 +388,12 @@ def test_models_without_stage_c_or_compressor_say_so(small_cascade):
 def test_devices_that_are_not_there_are_refused(device, model_folder):
     with pytest.raises(UserError, match=f"device '{device}' .*; use cpu, cuda or mps"):
         wuerstchen.load(model_folder, device=device)
+
+
+def test_a_gpu_without_triton_says_why_it_is_slow(monkeypatch):
+    monkeypatch.setattr(pipeline, "default_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(pipeline, "runs_triton", lambda device: False)
+    monkeypatch.setattr(pipeline, "read_model", lambda *_, dtype: dtype)
+    monkeypatch.setattr(pipeline, "Wuerstchen", lambda dtype, *_, **__: dtype)
+    with pytest.warns(UserNotice, match="has no Triton"):
+        assert pipeline.load() == torch.float16

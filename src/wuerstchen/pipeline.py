@@ -8,6 +8,7 @@ in their own precision, diffusion between them in fp32.
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -32,7 +33,7 @@ from wuerstchen.diffusion.samplers import (
 )
 from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, stage_c_timesteps, uniform_timesteps
 from wuerstchen.diffusion.tokens import draw_tokens, sample_tokens
-from wuerstchen.errors import UserError, out_of_memory_named
+from wuerstchen.errors import UserError, UserNotice, out_of_memory_named
 from wuerstchen.fast import Recorder
 from wuerstchen.images import center_crop_resize, resize_crop, to_images, to_tensor, upright_rgb
 from wuerstchen.lora import load_lora, lora_names, set_lora, unload_lora
@@ -40,6 +41,7 @@ from wuerstchen.memory import AllOnDevice, Blockwise, OneAtATime, tiled_decode
 from wuerstchen.models.cascade import Cascade
 from wuerstchen.models.compressor import Compressor, compressor_input
 from wuerstchen.models.decoder import Decoder
+from wuerstchen.models.mlp import runs_triton
 from wuerstchen.models.paella import Paella
 from wuerstchen.models.prior import Prior
 from wuerstchen.models.text import TextEncoder, TextStates
@@ -129,6 +131,13 @@ def load(
             raise UserError(f"{value!r} is unknown; use one of {', '.join(get_args(kind))}")
     device = default_device(device)
     precision = precision or default_precision(device)
+    if device.type == "cuda" and not runs_triton(device):
+        warnings.warn(
+            "this GPU or this build of torch has no Triton, so blocks run as written: right, but several "
+            "times slower; a CUDA build for Linux has it, for GPUs of compute capability 8.0 or more",
+            UserNotice,
+            stacklevel=2,
+        )
     cascade = read_model(BUNDLED if model is None else model, sources, dtype=getattr(torch, precision))
     return Wuerstchen(cascade, device, low_memory=low_memory)
 

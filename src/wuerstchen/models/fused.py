@@ -32,18 +32,18 @@ from wuerstchen.models.layers import (
     convolve,
     layer_norm,
 )
-from wuerstchen.models.mlp import HAS_TRITON, GlobalResponseNorm
+from wuerstchen.models.mlp import GlobalResponseNorm, runs_triton
 
 
 def suits(x: Tensor) -> bool:
     """Whether blocks of ``x``'s network may run fused here and now."""
     return (
         x.is_cuda
-        and HAS_TRITON
         and x.dtype != torch.float64
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cuda")
         and not torch.compiler.is_compiling()
+        and runs_triton(x.device)
     )
 
 

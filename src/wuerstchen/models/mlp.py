@@ -4,6 +4,7 @@
 custom operators, which compilers and autograd see as any other.
 """
 
+import functools
 import importlib.util
 
 import torch
@@ -75,11 +76,17 @@ class ChannelMLP(nn.Sequential):
             and hidden.dtype != torch.float64
             and type(last) is nn.Linear
             and norm.gamma.device == last.weight.device == hidden.device
-            and HAS_TRITON
+            and (torch.compiler.is_compiling() or runs_triton(hidden.device))
         )
 
 
 HAS_TRITON = torch.version.cuda is not None and importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def runs_triton(device: torch.device) -> bool:
+    """Whether Triton is there, and made for the GPU ``device``."""
+    return HAS_TRITON and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @torch.library.custom_op("wuerstchen::mlp_tail", mutates_args=())

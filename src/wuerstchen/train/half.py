@@ -12,7 +12,7 @@ import torch
 from jaxtyping import BFloat16, Float32
 from torch import Tensor, nn
 
-from wuerstchen.models.mlp import HAS_TRITON
+from wuerstchen.models.mlp import runs_triton
 
 LARGE = 2**16  # numbers of a matrix that has a copy
 
@@ -103,7 +103,7 @@ def adamw(
     ``factors``: what remains of the weight after its decay, the rate with the mean's bias correction,
     the factor that corrects the square's root, a factor of the gradient, and 0 where nothing may change.
     """
-    if weight.is_cuda and HAS_TRITON:
+    if weight.is_cuda and runs_triton(weight.device):
         from wuerstchen.train import kernels
 
         kernels.adamw(weight, copy, gradient, mean, square, factors, beta1, beta2, eps)
