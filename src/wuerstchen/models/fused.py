@@ -187,24 +187,19 @@ def _first_layer(
     factors: Iterator[tuple[Tensor, Tensor]],
 ) -> Float[Tensor, "b h w c4"]:
     """The linear layer on what a block joins, without joining it."""
-    parts, weight = [inner], layer.weight
-    if skip is not None:
-        parts.append(skip)
+    parts = [part for part in (inner, skip, level_map) if isinstance(part, Tensor)]
+    widths = [part.shape[-1] for part in parts]
+    weights = layer.weight.split([*widths, layer.in_features - sum(widths)], dim=1)  # last a factored map's
+    products = list(zip(parts, weights, strict=False))
     if isinstance(level_map, FactoredMap):
         hidden = F.linear(level_map.positions, *next(factors))
-        first = 0
     else:
-        if level_map is not None:
-            parts.append(level_map)
-        hidden = F.linear(inner, weight[:, : inner.shape[-1]], layer.bias)
-        first = inner.shape[-1]
-        del parts[0]
-    for part in parts:
+        part, weight = products.pop(0)
+        hidden = F.linear(part, weight, layer.bias)
+    for part, weight in products:
         if part.shape[:-1] != hidden.shape[:-1]:
             raise ValueError(f"a map of {tuple(part.shape)} does not fit one of {tuple(hidden.shape)}")
-        rows = weight[:, first : first + part.shape[-1]]
-        hidden.flatten(0, 2).addmm_(part.flatten(0, 2), rows.t())
-        first += part.shape[-1]
+        hidden.flatten(0, 2).addmm_(part.flatten(0, 2), weight.t())
     return hidden
 
 
