@@ -33,6 +33,7 @@ from wuerstchen.diffusion.samplers import (
 )
 from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, stage_c_timesteps, uniform_timesteps
 from wuerstchen.diffusion.tokens import draw_tokens, sample_tokens
+from wuerstchen.diffusion.transfer import sent
 from wuerstchen.errors import UserError, UserNotice, out_of_memory_named
 from wuerstchen.fast import Recorder
 from wuerstchen.images import center_crop_resize, resize_crop, to_images, to_tensor, upright_rgb
@@ -381,7 +382,7 @@ class Wuerstchen:
         encoded = self._encode_text(text_encoder, prompts + [negative] * len(prompts) if guides else prompts)
         spaced = uniform_timesteps if settings.prior_equal_steps else stage_c_timesteps
         timesteps = spaced(sampling.prior_steps)
-        x = draw_noise((prior.config.c_in, *settings.map_size(*canvas)), generators).to(self.device)
+        x = sent(draw_noise((prior.config.c_in, *settings.map_size(*canvas)), generators), self.device)
         if begin is not None:
             timesteps = [strength, *(t for t in timesteps if t < strength)]
             x = PUBLISHED_SCHEDULE.add_noise(begin, x, torch.full((1,), strength, device=self.device))
@@ -437,7 +438,7 @@ class Wuerstchen:
                 temperatures = self.cascade.settings.decoder_temperatures
                 drawn = sample_tokens(steered(predict), noise, timesteps, generators, temperatures, report)
             else:
-                noise = draw_noise((decoder.config.c_in, *grid), generators).to(self.device)
+                noise = sent(draw_noise((decoder.config.c_in, *grid), generators), self.device)
                 predict = self._predicts_latents(decoder, z, grid, text)
                 drawn = ddpm(steered(predict), noise, timesteps, generators, PUBLISHED_SCHEDULE, report)
         with self.residence.using(vqgan):

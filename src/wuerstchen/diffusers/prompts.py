@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from wuerstchen.diffusion.transfer import sent
 from wuerstchen.errors import UserError, UserNotice
 
 
@@ -72,4 +73,4 @@ def encode(
         return text_encoder(ids, attention_mask=mask).last_hidden_state
 
     run = recorded(text_encoder, last_states)
-    return run(tokens.input_ids.to(device), tokens.attention_mask.to(device))
+    return run(sent(tokens.input_ids, device), sent(tokens.attention_mask, device))

@@ -16,6 +16,7 @@ from wuerstchen.checkpoints.diffusers import read_schedule
 from wuerstchen.checkpoints.hub import local_folder
 from wuerstchen.diffusers.outputs import Config, DDPMWuerstchenSchedulerOutput
 from wuerstchen.diffusion.schedule import CosineSchedule
+from wuerstchen.diffusion.transfer import sent
 from wuerstchen.errors import UserError
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -39,7 +40,7 @@ def draw_normal(
             return torch.cat([draw_normal((1, *shape[1:]), one, device, dtype) for one in generator])
         generator = generator[0]
     source = device if generator is None else generator.device
-    return torch.randn(tuple(shape), generator=generator, device=source, dtype=dtype).to(device)
+    return sent(torch.randn(tuple(shape), generator=generator, device=source, dtype=dtype), device)
 
 
 def check_timesteps(timesteps: Any) -> Float[Tensor, " n"]:

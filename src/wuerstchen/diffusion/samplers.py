@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from wuerstchen.diffusion.schedule import CosineSchedule
+from wuerstchen.diffusion.transfer import sent
 from wuerstchen.errors import UserError
 
 PredictNoise = Callable[[Tensor, Tensor], Tensor]
@@ -34,13 +35,6 @@ def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator]) -> F
     A picture's noise depends on its own generator alone, never on the batch it is drawn in.
     """
     return torch.stack([torch.randn(tuple(shape), generator=g, device=g.device) for g in generators])
-
-
-def _sent(noise: Tensor, x: Tensor) -> Tensor:
-    """``noise`` where ``x`` is, without waiting for what a GPU still has to do."""
-    if x.is_cuda and not noise.is_cuda:
-        noise = noise.pin_memory()
-    return noise.to(x, non_blocking=True)
 
 
 def guided(predict: PredictNoise, scale: float) -> PredictNoise:
@@ -71,7 +65,7 @@ def ddpm(
     μ = (x − (1 − α)·ε̂ / √(1 − ᾱ(t))) / √α and x' = μ + √((1 − α)(1 − ᾱ(t'))/(1 − ᾱ(t)))·z.
     The last step, to t' = 0, adds no noise; it still draws, as the published scheduler does.
     """
-    times = torch.tensor(list(timesteps), dtype=torch.float32, device=x.device)
+    times = sent(torch.tensor(list(timesteps), dtype=torch.float32), x.device)
     alpha_bars = schedule.alpha_bar(times)
     now, then = alpha_bars[:-1], alpha_bars[1:]
     alpha = now / then
@@ -80,7 +74,7 @@ def ddpm(
     for step in range(len(times) - 1):
         noise_pred = predict(x, times[step].expand(len(x)))
         mean = (x - loss[step] * noise_pred / left[step]) / root[step]
-        x = mean + std[step] * _sent(draw_noise(x.shape[1:], generators), x)
+        x = mean + std[step] * sent(draw_noise(x.shape[1:], generators), x.device, x.dtype)
         if on_step is not None:
             on_step(step, x)
     return x
@@ -94,7 +88,7 @@ def ddim(
     on_step: OnStep | None = None,
 ) -> Float[Tensor, "b c h w"]:
     """Deterministic sampling (arXiv 2010.02502, equation 12 with η = 0) along falling ``timesteps``."""
-    times = torch.tensor(list(timesteps), dtype=torch.float32, device=x.device)
+    times = sent(torch.tensor(list(timesteps), dtype=torch.float32), x.device)
     alpha_bars = schedule.alpha_bar(times)
     for step in range(len(times) - 1):
         noise_pred = predict(x, times[step].expand(len(x)))
@@ -122,7 +116,7 @@ def dpm_solver(
     times = torch.tensor(list(timesteps), dtype=torch.float32)
     alpha_bars = schedule.alpha_bar(times.double()).tolist()
     logs = [math.log(a / (1 - a)) / 2 for a in alpha_bars]
-    times = times.to(x.device)
+    times = sent(times, x.device)
     before: Tensor | None = None
     for step in range(len(times) - 1):
         now, then, h = alpha_bars[step], alpha_bars[step + 1], logs[step + 1] - logs[step]

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from wuerstchen.diffusion.samplers import PriorSampler, check_prior_sampler
+from wuerstchen.diffusion.transfer import sent
 from wuerstchen.errors import UserError
 from wuerstchen.models.compressor import Compressor, latent_side
 from wuerstchen.models.decoder import Decoder
@@ -42,13 +43,13 @@ class MapStatistics:
             )
 
     def normalise(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        mean, std = (torch.tensor(v, device=z.device, dtype=z.dtype) for v in (self.mean, self.std))
+        mean, std = (sent(torch.tensor(v, dtype=z.dtype), z.device) for v in (self.mean, self.std))
         return (z - mean[:, None, None]) / std[:, None, None]
 
     def restore(self, normalised: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """The inverse of ``normalise``."""
         z = normalised
-        mean, std = (torch.tensor(v, device=z.device, dtype=z.dtype) for v in (self.mean, self.std))
+        mean, std = (sent(torch.tensor(v, dtype=z.dtype), z.device) for v in (self.mean, self.std))
         return z * std[:, None, None] + mean[:, None, None]
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from wuerstchen.diffusion.transfer import sent
 from wuerstchen.errors import UserError, UserNotice
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ class TextEncoder(nn.Module):
             mask[row, : len(numbers)] = True
         # Where the ids are looked up: other layers may be on another device for now.
         device = self.model.get_input_embeddings().weight.device
-        ids, mask = ids.to(device), mask.to(device)
+        ids, mask = sent(ids, device), sent(mask, device)
         with torch.no_grad():
             states = (run or self.last_states)(ids, mask)
         return TextStates(states=states, mask=mask)
