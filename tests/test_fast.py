@@ -4,6 +4,7 @@ import contextlib
 import copy
 import pickle
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -69,13 +70,6 @@ class TestOnCuda:
                 self.check(recorder, prior, seed=seed, grid=grid, batch=batch)
         assert len(recorder._recordings.passes) == 2
 
-    def test_recordings_of_many_shapes_are_not_kept_for_ever(self, prior, monkeypatch):
-        monkeypatch.setattr(fast, "MOST_KINDS", 3)
-        recorder = Recorder(prior, prepare=prior.context)
-        for side in (3, 4, 5, 6, 7, 3):
-            self.check(recorder, prior, grid=(side, side))
-            assert 1 <= len(recorder._recordings.passes) <= 3
-
     def test_two_texts_in_turns(self, prior):
         """Of one shape and of two; what was prepared of one is overwritten by the other."""
         for batch in (2, 1):
@@ -129,9 +123,12 @@ class TestOnCuda:
         peft.inject_adapter_in_model(config, prior)
         prior.to(CUDA).eval()
         self.check(recorder, prior)
-        for layer in prior.modules():
-            if hasattr(layer, "scaling"):
-                layer.set_scale("default", 3.0)
+        adapters = [layer for layer in prior.modules() if hasattr(layer, "scaling")]
+        for layer in adapters:
+            layer.set_scale("default", 3.0)
+        self.check(recorder, prior)
+        for layer in adapters:
+            layer.enable_adapters(False)
         self.check(recorder, prior)
 
     def test_what_changes_in_the_middle_of_a_picture_is_seen(self, prior):
@@ -156,6 +153,19 @@ class TestOnCuda:
         for side in (3, 4, 5, 6, 7, 3):
             self.check(recorder, prior, grid=(side, 4))
             assert len(recorder._recordings.passes) <= 3
+
+    def test_threads_record_one_after_the_other(self, randomise):
+        """What one thread did on the recording stream was recorded by another."""
+        networks = [randomise(Prior(CONFIG)).to(CUDA).eval() for _ in range(4)]
+
+        def draw(prior):
+            recorder = Recorder(prior, prepare=prior.context)
+            for side in (4, 5, 6):
+                self.check(recorder, prior, grid=(side, side))
+            return len(recorder._recordings.passes)
+
+        with ThreadPoolExecutor(len(networks)) as threads:
+            assert list(threads.map(draw, networks)) == [3] * len(networks)
 
     @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
     def test_a_network_that_moves_to_another_gpu_is_recorded_there(self, prior):

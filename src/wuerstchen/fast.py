@@ -6,7 +6,7 @@ recording worthless is noticed, and it is made anew: other weights, adapters, sc
 devices, where hooks wait to be called, and where something learns, passes run as they are.
 """
 
-import itertools
+import functools
 import threading
 import warnings
 from collections.abc import Callable
@@ -20,15 +20,22 @@ from wuerstchen.errors import UserNotice
 from wuerstchen.models.fused import join_layers
 
 MOST_KINDS = 16
-"""Shapes of which a network's passes are kept. What a recording needs beside shared memory is a few MiB."""
+"""Shapes of which a network's passes are kept; all are forgotten for one more. What a recording needs beside
+shared memory is a few MiB."""
 
 
 class NotRecordedWarning(UserNotice):
     """A network's passes are not recorded; drawing is right, but slower."""
 
 
-MOST_KINDS = 16
-"""Kinds of inputs whose recordings are kept at a time; all are forgotten for one more."""
+_RECORDS = threading.Lock()
+"""Held by who uses the stream that records: what others did on it would be recorded with it."""
+
+
+@functools.cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all networks: libraries keep tens of MiB of memory to work in for every stream."""
+    return torch.cuda.Stream(device)
 
 
 @dataclass(eq=False)
@@ -93,7 +100,6 @@ class Recorder:
         self.records = records
         self._failed, self._records = False, False
         self._fixed: _Fixed | None = None
-        self._stream: torch.cuda.Stream | None = None
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -122,7 +128,7 @@ class Recorder:
 
     def forget(self) -> None:
         """Gives the recordings' memory back."""
-        self._recordings, self._fixed, self._stream = _Recordings(), None, None
+        self._recordings, self._fixed = _Recordings(), None
 
     def _run(self, inputs: tuple[Tensor, ...], fixed: _Fixed | None) -> Tensor:
         here = inputs[0].device
@@ -161,15 +167,21 @@ class Recorder:
         found: list[Any] = [device]
         compiled = hasattr(self.network, "_orig_mod") or self.network._compiled_call_impl is not None
         records = not compiled
-        for module in self.network.modules():
-            for tensor in itertools.chain(module._parameters.values(), module._buffers.values()):
+        # Read by hand: nn.Module's own ways to its parts take several times as long, for each picture.
+        waiting = [self.network]
+        while waiting:
+            module = waiting.pop()
+            own = module.__dict__
+            for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
                 if tensor is not None:
                     found.append(tensor.data_ptr())
                     records &= tensor.device == device
-            if module.training or module._forward_hooks or module._forward_pre_hooks:
+            if own["training"] or own["_forward_hooks"] or own["_forward_pre_hooks"]:
                 records = False
-            if hasattr(module, "scaling"):  # an adapter, whose factor a recording keeps
-                found.append((str(module.scaling), str(getattr(module, "active_adapters", ""))))
+            if "scaling" in own:  # an adapter, whose factor a recording keeps, and whether it acts
+                names = ("scaling", "active_adapters", "disable_adapters")
+                found.append([str(getattr(module, name, "")) for name in names])
+            waiting.extend(part for part in own["_modules"].values() if part is not None)
         return [*found, records], records
 
     def _recorded(self, inputs: tuple[Tensor, ...], fixed: _Fixed | None) -> Tensor:
@@ -208,13 +220,12 @@ class Recorder:
 
     def _on_own_stream(self, inputs: tuple[Tensor, ...], fixed: _Fixed | None) -> Tensor:
         """A pass on the stream that records: what libraries prepare for a stream is there then."""
-        if self._stream is None:
-            self._stream = torch.cuda.Stream()
-        current = torch.cuda.current_stream()
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            output = self._as_it_is(inputs, fixed)
-        current.wait_stream(self._stream)
+        current, own = torch.cuda.current_stream(), _recording_stream(inputs[0].device)
+        with _RECORDS:
+            own.wait_stream(current)
+            with torch.cuda.stream(own):
+                output = self._as_it_is(inputs, fixed)
+            current.wait_stream(own)
         output.record_stream(current)
         return output
 
@@ -224,8 +235,9 @@ class Recorder:
         """Records ``function(*inputs, *more)``; ``more`` is read where it lies."""
         mine = tuple(value.clone() if isinstance(value, Tensor) else value for value in inputs)
         graph, pool = torch.cuda.CUDAGraph(), self._recordings.pool()
+        stream = _recording_stream(torch.device("cuda", torch.cuda.current_device()))
         # Meanwhile other threads may ask the device what they like.
-        with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
+        with _RECORDS, torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
             output = function(*mine, *more)
         return _Recording(graph, mine, output)
 
