@@ -9,6 +9,7 @@ import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_diffnext import WuerstchenDiffNeXt
 from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import WuerstchenPrior
 from torch import nn
@@ -186,8 +187,9 @@ def diffusers_network(kind, network):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("stage", ["b", "c"])
-def test_half_precision_is_as_near_to_diffusers_in_fp32_as_its_own(stage, dtype, prior, unet):
+def test_half_precision_is_as_near_to_diffusers_in_fp32_as_its_own(stage, dtype, prior, unet, monkeypatch):
     """A sum in half precision, or a step that is rounded too often."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # fp32 is to be fp32
     if stage == "c":
         network, theirs, inputs = prior, diffusers_network(WuerstchenPrior, prior), prior_inputs((12, 12), 4)
         run = run_prior
@@ -316,3 +318,40 @@ def test_a_context_for_sampling_is_refused_where_something_learns(unet):
         context = unet.context(z, tuple(x.shape[2:]), text)
     with pytest.raises(ValueError, match="made for sampling"):
         unet(x, r, context)
+
+
+# The interpreter has no products in bfloat16.
+@pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("n", "text", "heads", "d"), [(35, 6, 3, 16), (64, 0, 2, 64), (130, 77, 2, 32), (70, 1, 1, 128)]
+)
+def test_attention_is_that_of_torch(n, text, heads, d, dtype):
+    """A key beyond the end that counts, a head of the neighbour, a scale of another width, a tile's rest."""
+    from wuerstchen.models import attention_kernel
+
+    draw = torch.Generator().manual_seed(n)
+    joined = torch.randn(2, n + text, 3 * heads * d, generator=draw).to(DEVICE, dtype)
+    queries, keys, values = joined.chunk(3, dim=-1)
+    assert attention_kernel.suits(queries, heads)
+    assert not attention_kernel.suits(queries.float(), heads)
+    found = attention_kernel.attend(queries[:, :n], keys, values, heads)
+    split = [
+        part.double().unflatten(-1, (heads, d)).transpose(1, 2) for part in (queries[:, :n], keys, values)
+    ]
+    exact = F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
+    assert error(found, exact) <= 2 * error(exact.to(dtype), exact)
+
+
+def test_attention_takes_large_tiles_where_all_of_them_fit(monkeypatch):
+    """As at the published size of Stage C: they were never tried by small inputs."""
+    from wuerstchen.models import attention_kernel
+
+    monkeypatch.setattr(attention_kernel, "_processors", lambda device: 2)
+    joined = torch.randn(1, 200, 3 * 32, generator=torch.Generator().manual_seed(0)).to(DEVICE).half()
+    queries, keys, values = joined.chunk(3, dim=-1)
+    plain = attention_kernel.attend(queries[:, :140], keys, values, 2)
+    split = [
+        part.double().unflatten(-1, (2, 16)).transpose(1, 2) for part in (queries[:, :140], keys, values)
+    ]
+    exact = F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
+    assert error(plain, exact) <= 2 * error(exact.half(), exact)

@@ -29,15 +29,11 @@ def _normalised(v, inside, c, eps):
 
 @triton.jit
 @no_type_check
-def _depthwise_norm(
-    x, taps, apart, bias, out, height, width, c, eps,
+def _depthwise(
+    x, taps, apart, bias, sample, top, left, height, width, c, column,
     side: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
-    strips = tl.cdiv(width, rows)
-    strip, line = tl.program_id(0) % strips, tl.program_id(0) // strips
-    sample, top = (line // height).to(tl.int64), line % height
-    left = strip * rows + tl.arange(0, rows)
-    column = tl.arange(0, columns)
+    """A few channels of the convolution, at positions that lie beside each other."""
     total = tl.zeros((rows, columns), tl.float32)
     total += tl.load(bias + column, column < c, 0.0).to(tl.float32)[None, :]
     for tap in tl.static_range(side * side):
@@ -46,9 +42,29 @@ def _depthwise_norm(
         place = ((sample * height + y) * width + z)[:, None] * c + column[None, :]
         factor = tl.load(taps + tap * apart + column, column < c, 0.0).to(tl.float32)
         total += tl.load(x + place, there, 0.0).to(tl.float32) * factor[None, :]
-    inside = (left < width)[:, None] & (column < c)[None, :]
-    place = ((sample * height + top) * width + left)[:, None] * c + column[None, :]
-    tl.store(out + place, _normalised(total, (column < c)[None, :], c, eps), inside)
+    return total
+
+
+@triton.jit
+@no_type_check
+def _depthwise_norm(
+    x, taps, apart, bias, out, height, width, c, eps,
+    side: tl.constexpr, rows: tl.constexpr, first: tl.constexpr, second: tl.constexpr,
+):  # fmt: skip
+    strips = tl.cdiv(width, rows)
+    strip, line = tl.program_id(0) % strips, tl.program_id(0) // strips
+    sample, top = (line // height).to(tl.int64), line % height
+    left = strip * rows + tl.arange(0, rows)
+    low, high = tl.arange(0, first), first + tl.arange(0, second)
+    a = _depthwise(x, taps, apart, bias, sample, top, left, height, width, c, low, side, rows, first)
+    b = _depthwise(x, taps, apart, bias, sample, top, left, height, width, c, high, side, rows, second)
+    mean = ((tl.sum(a, axis=1) + tl.sum(b, axis=1)) / c)[:, None]
+    a = tl.where((low < c)[None, :], a - mean, 0.0)
+    b = tl.where((high < c)[None, :], b - mean, 0.0)
+    scale = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / c + eps)[:, None]
+    place = ((sample * height + top) * width + left)[:, None] * c
+    tl.store(out + place + low[None, :], a * scale, (left < width)[:, None] & (low < c)[None, :])
+    tl.store(out + place + high[None, :], b * scale, (left < width)[:, None] & (high < c)[None, :])
 
 
 def depthwise_norm(
@@ -61,12 +77,16 @@ def depthwise_norm(
     assert taps.stride(1) == 1
     assert x.is_contiguous()
     b, height, width, c = x.shape
-    out, columns = torch.empty_like(x), triton.next_power_of_2(c)
-    rows = 8 if b * height * width >= 1024 else 2  # fewer leave parts of a GPU idle
-    warps = min(max(rows * columns // 2048, 1), 8)
-    _depthwise_norm[(b * height * triton.cdiv(width, rows),)](
+    out = torch.empty_like(x)
+    # Widths of 320, 640, 1280 and 1536 channels are a power of two and a smaller one.
+    first = max(1, triton.next_power_of_2(c) // 2)
+    second = triton.next_power_of_2(max(1, c - first))
+    rows = max(1, 1024 // first)
+    programs = b * height * triton.cdiv(width, rows)
+    warps = max(1, first // 1024) * (1 if programs > 512 else 2)
+    _depthwise_norm[(programs,)](
         x, taps, taps.stride(0), bias, out, height, width, c, LAYER_NORM_EPS,
-        side=math.isqrt(len(taps)), rows=rows, columns=columns, num_warps=warps,
+        side=math.isqrt(len(taps)), rows=rows, first=first, second=second, num_warps=min(warps, 8),
     )  # fmt: skip
     return out
 
@@ -148,19 +168,24 @@ def _launch_scale_shift(
     )  # fmt: skip
 
 
+FAR_BELOW = tl.constexpr(-60_000.0)
+"""Whose GELU is 0, whatever is added."""
+
+
 @triton.jit
 @no_type_check
-def _gelu_lengths(h, squares, n, c, part, rows: tl.constexpr, columns: tl.constexpr):
-    """h ← GELU(h), and squares[s, b, c] = Σ h² over the positions of part s."""
+def _gelu_lengths(h, added, squares, n, c, part, rows: tl.constexpr, columns: tl.constexpr):
+    """h ← GELU(h + added), and squares[s, b, c] = Σ h² over the positions of part s."""
     column = tl.program_id(0) * columns + tl.arange(0, columns)
     sample, split = tl.program_id(1), tl.program_id(2)
     h += sample.to(tl.int64) * n * c
+    bias = tl.load(added + column, column < c, 0.0).to(tl.float32)[None, :]
     total = tl.zeros((rows, columns), tl.float32)
     for first in range(0, part, rows):
         row = split * part + first + tl.arange(0, rows)
         inside = ((row < n) & (row < (split + 1) * part))[:, None] & (column < c)[None, :]
         place = h + row.to(tl.int64)[:, None] * c + column[None, :]
-        a = tl.load(place, inside, 0.0).to(tl.float32)
+        a = tl.load(place, inside, FAR_BELOW).to(tl.float32) + bias
         a *= _normal(a)[0]
         total += a * a
         tl.store(place, a, inside)
@@ -200,15 +225,22 @@ def _respond(
     tl.store(place, x * scale[None, :] + shift[None, :], inside)
 
 
-def response_norm_(h: Float[Tensor, "b n c"], gamma: Float[Tensor, " c"], beta: Float[Tensor, " c"]) -> None:
-    """GELU and global response norm, in place, as in ``models.kernels``."""
+def response_norm_(
+    h: Float[Tensor, "b n c"],
+    added: Float[Tensor, " c"],
+    gamma: Float[Tensor, " c"],
+    beta: Float[Tensor, " c"],
+) -> None:
+    """GELU of h + added and global response norm, in place, as in ``models.kernels``."""
     assert h.is_contiguous()
     b, n, c = h.shape
     columns = 64
     strips = triton.cdiv(c, columns)
     parts = min(triton.cdiv(n, 256), max(1, triton.cdiv(1024, strips * b)), 64)
     squares = torch.empty(parts, b, c, dtype=torch.float32, device=h.device)
-    _gelu_lengths[(strips, b, parts)](h, squares, n, c, triton.cdiv(n, parts), rows=64, columns=columns)
+    _gelu_lengths[(strips, b, parts)](
+        h, added, squares, n, c, triton.cdiv(n, parts), rows=64, columns=columns
+    )
     length = torch.empty(b, c, dtype=torch.float32, device=h.device)
     sums = torch.empty(b, strips, dtype=torch.float32, device=h.device)
     _total_lengths[(strips, b)](squares, length, sums, c, parts, most=64, columns=columns)

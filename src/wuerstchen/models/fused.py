@@ -134,9 +134,9 @@ def run_fused(
             if taps is not None:
                 inner = block_kernels.depthwise_norm(x, taps, block.depthwise.bias)
                 first, _, norm, _, last = block.channelwise
-                hidden = _first_layer(first, inner, skip, level_map, factors).flatten(1, 2)
-                gamma, beta = norm.gamma.flatten(), norm.beta.flatten()
-                block_kernels.response_norm_(hidden, gamma, beta)
+                hidden, bias = _first_layer(first, inner, skip, level_map, factors)
+                hidden = hidden.flatten(1, 2)
+                block_kernels.response_norm_(hidden, bias, norm.gamma.flatten(), norm.beta.flatten())
                 _add_product(x, hidden, last.weight)
                 waiting, skip = _Waiting(last.bias), None
                 continue
@@ -185,28 +185,30 @@ def _first_layer(
     skip: Float[Tensor, "b h w c_skip"] | None,
     level_map: Float[Tensor, "b h w c_cond"] | FactoredMap | None,
     factors: Iterator[tuple[Tensor, Tensor]],
-) -> Float[Tensor, "b h w c4"]:
-    """The linear layer on what a block joins, without joining it."""
+) -> tuple[Float[Tensor, "b h w c4"], Float[Tensor, " c4"]]:
+    """The linear layer on what a block joins, without joining it, and the bias that it still lacks."""
     parts = [part for part in (inner, skip, level_map) if isinstance(part, Tensor)]
     widths = [part.shape[-1] for part in parts]
     weights = layer.weight.split([*widths, layer.in_features - sum(widths)], dim=1)  # last a factored map's
-    products = list(zip(parts, weights, strict=False))
+    products, bias = list(zip(parts, weights, strict=False)), layer.bias
     if isinstance(level_map, FactoredMap):
-        hidden = F.linear(level_map.positions, *next(factors))
-    else:
-        part, weight = products.pop(0)
-        hidden = F.linear(part, weight, layer.bias)
-    for part, weight in products:
+        factor, bias = next(factors)
+        products.append((level_map.positions, factor))
+    first, *others = products
+    hidden = F.linear(*first)
+    for part, weight in others:
         if part.shape[:-1] != hidden.shape[:-1]:
             raise ValueError(f"a map of {tuple(part.shape)} does not fit one of {tuple(hidden.shape)}")
         hidden.flatten(0, 2).addmm_(part.flatten(0, 2), weight.t())
-    return hidden
+    return hidden, bias
 
 
 def _attended(
     attention: Attention, tokens: Float[Tensor, "b s c"], text: MappedText
 ) -> Float[Tensor, "b n c"]:
     """What the grid's tokens make of all tokens, before the output's product."""
+    from wuerstchen.models import attention_kernel
+
     projections = (attention.to_q, attention.to_k, attention.to_v)
     joined = _joined(projections)
     n = tokens.shape[1] - text.tokens.shape[1]
@@ -214,6 +216,8 @@ def _attended(
         queries, keys, values = (projection(tokens) for projection in projections)
     else:
         queries, keys, values = F.linear(tokens, *joined).chunk(3, dim=-1)
+    if text.mask is None and attention_kernel.suits(queries, attention.heads):
+        return attention_kernel.attend(queries[:, :n], keys, values, attention.heads)
     mask = None if text.mask is None else F.pad(text.mask, (n, 0), value=True)[:, None, None, :]
     heads = map(attention.split_heads, (queries[:, :n], keys, values))
     return F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2).flatten(2)
@@ -296,8 +300,8 @@ def _taps(blocks: Sequence[nn.Module], x: Tensor) -> Iterator[Float[Tensor, "k2 
     return (next(turned) if fits else None for fits in plain)
 
 
-MOST_HIDDEN = 2**26
-"""Elements of the widest map of Stage A's blocks that are there at a time: 128 MiB in half precision."""
+MOST_HIDDEN = 2**25
+"""Elements of the widest map of Stage A's blocks that are there at a time: 64 MiB in half precision."""
 
 
 def run_mixing(block: nn.Module, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
