@@ -246,7 +246,7 @@ def stage_milliseconds(draw: Draw, device: torch.device) -> dict[str, float]:
     return result
 
 
-ATTENTION = re.compile(r"flash|fmha|attention|sdpa", re.IGNORECASE)
+ATTENTION = re.compile(r"flash|fmha|attention|sdpa|^_attend$", re.IGNORECASE)
 CONVOLUTION = re.compile(r"conv|fprop|dgrad|implicit|nchwToNhwc|nhwcToNchw", re.IGNORECASE)
 PRODUCT = re.compile(r"gemm|gemv|nvjet|cutlass|cublas|splitk|addmm|aten::mm\b|aten::bmm\b", re.IGNORECASE)
 COPY = re.compile(r"memcpy|memset|copy|cat(array|_)|aten::(cat|_to_copy|clone)", re.IGNORECASE)

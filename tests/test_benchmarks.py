@@ -51,6 +51,7 @@ def test_the_floor_misses_no_product(benchmarks, batch):
         ),
         ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128, 4>>", "attention"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3_64x64x128", "attention"),
+        ("_attend", "attention"),
         ("void at::native::(anonymous namespace)::CatArrayBatchedCopy<unsigned short>", "copies"),
         ("Memcpy DtoH (Device -> Pageable)", "copies"),
         (
