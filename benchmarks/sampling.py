@@ -37,6 +37,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -359,6 +360,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=4.0, help="of timing at least")
     parser.add_argument("--warm", type=int, default=3, help="pictures before; compiled peers record in them")
     parser.add_argument("--keep-caches", action="store_true", help="of compilers, from earlier runs")
+    parser.add_argument("--json", type=Path, help="file for what is found, written after each row")
     parser.add_argument("--tiny", action="store_true", help="toy networks, to try the script")
     options = parser.parse_args()
     if options.sizes is None:
@@ -394,6 +396,15 @@ def main() -> None:
     failed: list[str] = []
     cases = []
 
+    def keep() -> dict[str, Any]:
+        """All that has been found so far, which is in the file even if the rest takes too long."""
+        compared = ratios(rows, floors, cases)
+        found = {"rows": rows, "ratios": compared, "floors": floors, "profiles": profiles, "failed": failed}
+        found = {"gpu": gpu, **versions, "matrix_rate": rates, **found}
+        if options.json is not None:
+            options.json.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        return found
+
     @contextlib.contextmanager
     def surviving(name: str) -> Iterator[None]:
         try:
@@ -412,6 +423,7 @@ def main() -> None:
                 return
             rows[name] = found
             print_row(name, case, found)
+            keep()
         if who.endswith("compiled"):
             torch._dynamo.reset()  # releases its graphs and their memory
 
@@ -462,11 +474,10 @@ def main() -> None:
             networks = None
             free()
 
-    compared = ratios(rows, floors, cases)
-    for name, ratio in compared.items():
+    found = keep()
+    for name, ratio in found["ratios"].items():
         print(f"{ratio:6.2f} = {name}")
-    found = {"rows": rows, "ratios": compared, "floors": floors, "profiles": profiles, "failed": failed}
-    print(json.dumps({"gpu": gpu, **versions, "matrix_rate": rates, **found}))
+    print(json.dumps(found))
     sys.exit(1 if failed else 0)
 
 

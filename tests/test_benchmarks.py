@@ -80,14 +80,15 @@ def test_ratios_compare_the_same_case(benchmarks):
     }
 
 
-def test_the_time_of_a_picture_is_measured_to_the_end():
+def test_the_time_of_a_picture_is_measured_to_the_end(tmp_path):
     """A rehearsal on this machine: an option, a part or a peer that no longer runs."""
     command = [sys.executable, str(BENCHMARKS / "sampling.py"), "--tiny", "--pictures", "1"]
-    parts = ["--parts", "ours", "diffusers", "floor", "profile"]
+    parts = ["--parts", "ours", "diffusers", "floor", "profile", "--json", str(tmp_path / "found.json")]
     environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent / "src"), "CUDA_VISIBLE_DEVICES": ""}
     ran = subprocess.run([*command, *parts], capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout.splitlines()[-1])
+    assert found == json.loads((tmp_path / "found.json").read_text())
     assert len(found["rows"]) == 2
     assert len(found["ratios"]) == 2
     assert found["floors"]
