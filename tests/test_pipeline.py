@@ -84,6 +84,80 @@ def test_seeds_can_be_named(model):
         model.generate(["a cat", "a dog"], seed=[9, -1])
 
 
+def test_each_prompt_may_have_its_own_negative_and_beginning(model):
+    """A batch of several clients: the first one's text to steer away from, or picture, for all of them."""
+    inits = [Image.effect_noise((150, 130), sigma).convert("RGB") for sigma in (30, 90)]
+    for given in (
+        {"negative": ["a dog", ""]},
+        {"init": inits, "strength": 0.5},
+        {"negative": ["", "a cow"], "init": inits, "strength": 0.3, "count": 2, "batch_size": 3},
+    ):
+        together = model.generate(["a cat", "a house"], seed=4, **given)
+        each = given.get("count", 1)
+        for number, prompt in enumerate(["a cat", "a house"]):
+            own = {k: v[number] if isinstance(v, list) else v for k, v in given.items()}
+            alone = model.generate(prompt, seed=4 + number * each, **own)
+            mine = together[number * each : (number + 1) * each]
+            assert np.abs(pixels(mine) - pixels(alone)).max() <= 1
+    assert np.abs(pixels(model.generate("a cat", seed=4)) - pixels(together[:1])).max() > 1
+
+
+class _Enough(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stage", ["Stage C", "Stage B"])
+def test_who_watches_can_stop_and_nothing_is_spoilt(model, stage):
+    """A cancelled drawing goes on to its end, or leaves something behind that changes the next one."""
+    seen = []
+
+    def stop(step):
+        seen.append((step.stage, step.step))
+        if step.stage == stage and step.step == 2:
+            raise _Enough
+
+    before = pixels(model.generate("a cat"))
+    with pytest.raises(_Enough):
+        model.generate("a cat", watch=stop)
+    assert seen[-1] == (stage, 2)
+    assert len(seen) == {"Stage C": 2, "Stage B": 5}[stage]
+    assert np.array_equal(before, pixels(model.generate("a cat")))
+
+
+def test_previews_show_an_estimate_and_change_nothing():
+    """Noise in place of what will be there; a picture that depends on whether anybody looked at it."""
+    bundled = wuerstchen.load(device="cpu")
+    seen = []
+
+    def look(step):
+        if step.stage == "Stage C" or step.step < 3:
+            seen.append((step.stage, step.step, *step.preview([1, 0])))
+
+    sampling = Sampling(prior_steps=6, decoder_steps=3)
+    given = {"seed": [3, 5], "size": (192, 128), "sampling": sampling}
+    drawn = bundled.generate(["a red car", "a green tree"], watch=look, **given)
+    assert np.array_equal(pixels(drawn), pixels(bundled.generate(["a red car", "a green tree"], **given)))
+    assert [entry[:2] for entry in seen] == [
+        *(("Stage C", n) for n in range(1, 7)),
+        ("Stage B", 1),
+        ("Stage B", 2),
+    ]
+    for stage, number, second, first in seen:
+        assert first.size == {"Stage C": (48, 32), "Stage B": (96, 64)}[stage]
+        for small, large in ((first, drawn[0]), (second, drawn[1])):
+            error = pixels([small]) - pixels([large.resize(small.size)])
+            limit = 12 if stage == "Stage B" else 25 if number > 3 else 50
+            assert np.abs(error).mean() < limit
+
+
+def test_a_model_without_a_previewer_shows_stage_b_alone(model, small_v1):
+    for one, size in ((model, (64, 64)), (Wuerstchen(small_v1, torch.device("cpu")), (64, 64))):
+        seen = []
+        one.generate("a cat", watch=lambda step, seen=seen: seen.append((step.stage, step.preview([0]))))
+        assert all(bool(shown) == (stage == "Stage B") for stage, shown in seen)
+        assert seen[-1][1][0].size == size
+
+
 def test_pictures_are_reconstructed_together_as_alone(model):
     images = [Image.effect_noise((150, 130), sigma).convert("RGB") for sigma in (20, 60, 90)]
     together = model.reconstruct_batch(images, seeds=[4, 2, 7])
@@ -329,6 +403,7 @@ def test_long_prompts_are_cut_with_a_warning(model):
         ({"seed": 2**32 - 2, "count": 3}, "so must those of the pictures after it"),
         ({"prompts": None}, "prompt None is no text"),
         ({"prompts": ["a", 3]}, "prompt 3 is no text"),
+        ({"negative": ["a", "b"]}, "2 values of negative do not fit 1 prompts"),
         ({"negative": None}, "prompt None is no text; give a string or a list of them, '' for none"),
         ({"seed": 1.5}, "seed 1.5 is no whole number"),
         ({"seed": "3"}, "seed '3' is no whole number"),

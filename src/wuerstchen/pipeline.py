@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from wuerstchen.checkpoints.layouts import Sources, read_model
 from wuerstchen.diffusion.samplers import (
+    OnStep,
     PredictNoise,
     PriorSampler,
     check_prior_sampler,
@@ -53,6 +54,24 @@ MAX_STEPS = 1000
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, steps done and steps in all."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that has just been made, of a batch that is being drawn."""
+
+    stage: str
+    step: int
+    """From 1."""
+    steps: int
+    preview: Callable[[Sequence[int]], list[Image.Image]]
+    """Small pictures of what is being drawn, for these numbers within the batch: Stage C's through the
+    previewer, Stage B's at half the size. They are made of an estimate of the end, and cost time. None come
+    from a model without a previewer during Stage C, or where networks do not all stay on the device."""
+
+
+Watch = Callable[[Step], None]
+"""Called after each step. What it raises ends the drawing and reaches the caller."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,62 +210,71 @@ class Wuerstchen:
         self,
         prompts: str | Sequence[str],
         *,
-        negative: str = "",
+        negative: str | Sequence[str] = "",
         seed: int | Sequence[int] = 0,
         count: int = 1,
         size: int | tuple[int, int] | None = None,
-        init: Image.Image | None = None,
+        init: Image.Image | Sequence[Image.Image] | None = None,
         strength: float = 0.7,
         sampling: Sampling | None = None,
         batch_size: int = 8,
         progress: Progress | None = None,
+        watch: Watch | None = None,
     ) -> list[Image.Image]:
         """Draws ``count`` pictures of each prompt, in order: all of the first prompt, then the next.
 
         Picture number i of the call has seed ``seed + i``, or ``seed[i]`` of a list, and noise of its own:
         drawn alone with that seed it is the same picture, up to rounding. ``size`` is (width, height) in
-        pixels or one number for both, in steps of 8; ``negative`` is the text to steer away from.
+        pixels or one number for both, in steps of 8; ``negative`` is the text to steer away from, one for all
+        or a list with one for each prompt.
 
         With ``init`` Stage C begins with that picture's map, noised to the time ``strength`` in (0, 1]: small
         values keep its layout, 1 keeps nothing. The empty prompt then gives variations of it. The picture is
-        scaled and cropped to the size. Raises ``UserError`` for what cannot be drawn.
+        scaled and cropped to the size; a list has one for each prompt. Raises ``UserError`` for what cannot
+        be drawn.
         """
         prompts = _checked_texts(prompts)
-        _checked_texts([negative])
+        negatives = _checked_texts(negative)
         sampling = self._resolved(sampling or Sampling())
         width, height = self._checked_size(size)
         canvas = self.cascade.settings.canvas(width, height)
         seeds = _checked_request(prompts, seed, count, batch_size)
+        count = int(count)
+        negatives = _one_for_each("negative", negatives, len(prompts), count)
         if not isinstance(strength, Real) or not 0 < strength <= 1:
             raise UserError(f"strength {strength} must be above 0 and at most 1; 0.7 is common")
         prior, text_encoder = self.cascade.prior, self.cascade.text_encoder
         if prior is None or text_encoder is None:
             raise UserError("this model has no Stage C or no text encoder; it reconstructs, but cannot draw")
-        begin = None
+        begins = None
         if init is not None:
-            pixels = to_tensor(resize_crop(upright_rgb(init, "init"), width, height))[None]
-            z = self.encode(self._compressor(), _on_canvas(pixels, canvas))
-            begin = self.cascade.settings.map_statistics.normalise(z)
+            inits = list(init) if isinstance(init, list | tuple) else [init]
+            pixels = [to_tensor(resize_crop(upright_rgb(one, "init"), width, height)) for one in inits]
+            maps = [self.encode(self._compressor(), _on_canvas(p[None], canvas)) for p in pixels]
+            maps = [self.cascade.settings.map_statistics.normalise(z) for z in maps]
+            begins = _one_for_each("init", maps, len(prompts), count)
 
         texts = [prompt for prompt in prompts for _ in range(count)]
         images: list[Image.Image] = []
         for start in range(0, len(texts), batch_size):
             batch = texts[start : start + batch_size]
             generators = _generators(seeds[start : start + batch_size])
+            watching = None if watch is None else _Watching(self, watch, (width, height), canvas)
             with out_of_memory_named(f"batch_size={len(batch)} at {width}x{height} pixels"):
                 z = self._sample_map(
                     prior,
                     text_encoder,
                     batch,
-                    negative,
+                    negatives[start : start + batch_size],
                     canvas,
                     sampling,
                     generators,
                     progress,
-                    begin,
+                    None if begins is None else torch.cat(begins[start : start + batch_size]),
                     float(strength),
+                    watching,
                 )
-                pixels = self._draw(z, batch, canvas, sampling, generators, progress)
+                pixels = self._draw(z, batch, canvas, sampling, generators, progress, watching)
                 images += to_images(_cut(pixels, (width, height)))
         return images
 
@@ -275,6 +303,7 @@ class Wuerstchen:
         size: int | None = None,
         sampling: Sampling | None = None,
         progress: Progress | None = None,
+        watch: Watch | None = None,
     ) -> list[Reconstruction]:
         """``reconstruct`` for several pictures at once, each with a seed and noise of its own."""
         compressor = self._compressor()
@@ -283,10 +312,12 @@ class Wuerstchen:
         canvas = self.cascade.settings.canvas(side, side)
         generators = _generators(_checked_request([""] * len(images), seeds, 1, len(images)))
         originals = [center_crop_resize(upright_rgb(image), side) for image in images]
+        watching = None if watch is None else _Watching(self, watch, (side, side), canvas)
         with out_of_memory_named(f"batch_size={len(images)} at {side}x{side} pixels"):
             pixels = torch.stack([to_tensor(original) for original in originals])
             z = self.encode(compressor, _on_canvas(pixels, canvas))
-            drawn = self._draw(z, [""] * len(images), canvas, sampling, generators, progress)
+            texts = [""] * len(images)
+            drawn = self._draw(z, texts, canvas, sampling, generators, progress, watching)
             results = to_images(_cut(drawn, (side, side)))
         map_size = (z.shape[1], z.shape[2], z.shape[3])
         return [
@@ -362,30 +393,31 @@ class Wuerstchen:
         prior: Prior,
         text_encoder: TextEncoder,
         prompts: list[str],
-        negative: str,
+        negatives: list[str],
         canvas: tuple[int, int],
         sampling: Sampling,
         generators: list[torch.Generator],
         progress: Progress | None,
-        begin: Float[Tensor, "1 c mh mw"] | None,
+        begin: Float[Tensor, "b c mh mw"] | None,
         strength: float,
+        watching: "_Watching | None" = None,
     ) -> Float[Tensor, "b c mh mw"]:
         """Stage C: the semantic map that the texts describe, in Stage B's units.
 
-        ``begin`` is a normalised map to start from in place of noise alone.
+        ``begin`` are normalised maps to start from in place of noise alone.
         """
         assert sampling.guidance is not None
         assert sampling.prior_steps is not None
         settings = self.cascade.settings
 
         guides = sampling.guidance != 1
-        encoded = self._encode_text(text_encoder, prompts + [negative] * len(prompts) if guides else prompts)
+        encoded = self._encode_text(text_encoder, prompts + negatives if guides else prompts)
         spaced = uniform_timesteps if settings.prior_equal_steps else stage_c_timesteps
         timesteps = spaced(sampling.prior_steps)
         x = sent(draw_noise((prior.config.c_in, *settings.map_size(*canvas)), generators), self.device)
         if begin is not None:
             timesteps = [strength, *(t for t in timesteps if t < strength)]
-            x = PUBLISHED_SCHEDULE.add_noise(begin, x, torch.full((1,), strength, device=self.device))
+            x = PUBLISHED_SCHEDULE.add_noise(begin, x, torch.full((len(x),), strength, device=self.device))
 
         with self.residence.using(prior):
             mask = encoded.mask if settings.text_mask else None
@@ -396,6 +428,8 @@ class Wuerstchen:
 
             steered = guided(predict, sampling.guidance) if guides else predict
             report = _reporter(progress, "Stage C", len(timesteps) - 1)
+            if watching is not None:
+                steered, report = watching.over_map(steered, report, len(timesteps) - 1)
             if sampling.prior_sampler == "dpm":
                 sample = dpm_solver(steered, x, timesteps, PUBLISHED_SCHEDULE, report)
             else:
@@ -410,6 +444,7 @@ class Wuerstchen:
         sampling: Sampling,
         generators: list[torch.Generator],
         progress: Progress | None,
+        watching: "_Watching | None" = None,
     ) -> Float[Tensor, "b 3 h w"]:
         """Stages B and A: the picture that the map describes, in [0, 1]."""
         assert sampling.decoder_guidance is not None
@@ -436,11 +471,15 @@ class Wuerstchen:
                 noise = draw_tokens(grid, decoder.config.num_labels, generators).to(self.device)
                 predict = _predicts_tokens(decoder, z, text)
                 temperatures = self.cascade.settings.decoder_temperatures
+                if watching is not None:
+                    report = watching.over_tokens(report, sampling.decoder_steps)
                 drawn = sample_tokens(steered(predict), noise, timesteps, generators, temperatures, report)
             else:
                 noise = sent(draw_noise((decoder.config.c_in, *grid), generators), self.device)
-                predict = self._predicts_latents(decoder, z, grid, text)
-                drawn = ddpm(steered(predict), noise, timesteps, generators, PUBLISHED_SCHEDULE, report)
+                predict = steered(self._predicts_latents(decoder, z, grid, text))
+                if watching is not None:
+                    predict, report = watching.over_latents(predict, report, sampling.decoder_steps)
+                drawn = ddpm(predict, noise, timesteps, generators, PUBLISHED_SCHEDULE, report)
         with self.residence.using(vqgan):
             if isinstance(decoder, Paella):
                 drawn = vqgan.vquantizer.lookup(drawn) / vqgan.config.scale_factor
@@ -553,5 +592,102 @@ def _generators(seeds: Sequence[int]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def _reporter(progress: Progress | None, stage: str, steps: int) -> Callable[[int, Tensor], None] | None:
+def _one_for_each(name: str, values: list[Any], prompts: int, count: int) -> list[Any]:
+    """One value a picture, of one for all or one for each prompt."""
+    if len(values) not in (1, prompts):
+        raise UserError(
+            f"{len(values)} values of {name} do not fit {prompts} prompts; give one for each, or one for all"
+        )
+    return [value for value in (values if len(values) == prompts else values * prompts) for _ in range(count)]
+
+
+def _reporter(progress: Progress | None, stage: str, steps: int) -> OnStep | None:
     return None if progress is None else lambda step, _: progress(stage, step + 1, steps)
+
+
+class _Watching:
+    """Tells a ``watch`` of each step, and makes previews of what the networks last predicted."""
+
+    def __init__(
+        self, model: Wuerstchen, watch: Watch, size: tuple[int, int], canvas: tuple[int, int]
+    ) -> None:
+        self.model = model
+        self.watch = watch
+        self.size, self.canvas = size, canvas
+
+    def over_map(
+        self, predict: PredictNoise, report: OnStep | None, steps: int
+    ) -> tuple[PredictNoise, OnStep]:
+        cascade = self.model.cascade
+        previewer = cascade.previewer
+
+        def picture(clean: Tensor) -> Tensor:
+            assert previewer is not None
+            z = cascade.settings.map_statistics.restore(clean)
+            return previewer(z.to(_dtype(previewer)))
+
+        return self._over("Stage C", predict, report, steps, None if previewer is None else picture)
+
+    def over_latents(
+        self, predict: PredictNoise, report: OnStep | None, steps: int
+    ) -> tuple[PredictNoise, OnStep]:
+        return self._over("Stage B", predict, report, steps, self._half_size)
+
+    def over_tokens(self, report: OnStep | None, steps: int) -> OnStep:
+        vqgan = self.model.cascade.vqgan
+
+        def picture(tokens: Tensor) -> Tensor:
+            return self._half_size(vqgan.vquantizer.lookup(tokens) / vqgan.config.scale_factor)
+
+        return self._after_each("Stage B", report, steps, lambda rows, tokens: picture(tokens[rows]))
+
+    def _half_size(self, latents: Tensor) -> Tensor:
+        """A quarter of the pixels for about a quarter of the time."""
+        vqgan = self.model.cascade.vqgan
+        return vqgan.decode(F.avg_pool2d(latents, 2).to(_dtype(vqgan)))
+
+    def _over(
+        self,
+        stage: str,
+        predict: PredictNoise,
+        report: OnStep | None,
+        steps: int,
+        picture: Callable[[Tensor], Tensor] | None,
+    ) -> tuple[PredictNoise, OnStep]:
+        last: list[Tensor] = []
+
+        def remembering(x: Tensor, t: Tensor) -> Tensor:
+            last[:] = x, predict(x, t), t
+            return last[1]
+
+        def estimate(rows: list[int], _: Tensor) -> Tensor:
+            assert picture is not None
+            return picture(PUBLISHED_SCHEDULE.clean(*(value[rows] for value in last)))
+
+        return remembering, self._after_each(stage, report, steps, picture and estimate)
+
+    def _after_each(
+        self,
+        stage: str,
+        report: OnStep | None,
+        steps: int,
+        estimate: Callable[[list[int], Tensor], Tensor] | None,
+    ) -> OnStep:
+        def on_step(step: int, sample: Tensor) -> None:
+            def preview(rows: Sequence[int]) -> list[Image.Image]:
+                if estimate is None or not rows or self.model.low_memory is not None:
+                    return []
+                return [self._cut(image) for image in to_images(estimate(list(rows), sample).float())]
+
+            if report is not None:
+                report(step, sample)
+            self.watch(Step(stage, step + 1, steps, preview))
+
+        return on_step
+
+    def _cut(self, image: Image.Image) -> Image.Image:
+        """The part of a preview of the canvas that is in the picture."""
+        scale = image.width / self.canvas[0]
+        width, height = (max(1, round(side * scale)) for side in self.size)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        return image.crop((left, top, left + width, top + height))
