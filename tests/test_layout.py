@@ -23,6 +23,7 @@ ORDER = [
     {"train"},
     {"recipes"},
     {"doctor"},
+    {"serve"},
     {"cli"},
     {"__main__", "__init__"},
 ]

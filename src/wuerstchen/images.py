@@ -40,6 +40,14 @@ _UPRIGHT = {
 }
 
 _SETTINGS_KEY = "wuerstchen"
+MADE_BY_A_MODEL = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+"""IPTC's word for it, DigitalSourceType."""
+_XMP = (
+    '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF '
+    'xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
+    'xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" '
+    f'Iptc4xmpExt:DigitalSourceType="{MADE_BY_A_MODEL}"/></rdf:RDF></x:xmpmeta><?xpacket end="r"?>'
+)
 
 
 def open_image(path: Path | str) -> Image.Image:
@@ -213,12 +221,15 @@ def check_writable(folder: Path | str) -> None:
         ) from error
 
 
-def save_png(image: Image.Image, path: Path | str, settings: Mapping[str, Any]) -> None:
+def save_png(
+    image: Image.Image, path: Path | str, settings: Mapping[str, Any], *, drawn_by_a_model: bool = False
+) -> None:
     """Write ``image`` as PNG with ``settings`` (whatever JSON can hold) in its text chunks.
 
     Each setting is a chunk under its own name, for people and other programs to read; all together, with
-    their types, are JSON in the chunk "wuerstchen", for ``read_settings``. The file appears under its name
-    only when it is whole. Raises ``UserError`` if it cannot be written.
+    their types, are JSON in the chunk "wuerstchen", for ``read_settings``. With ``drawn_by_a_model`` the file
+    says so too: in the chunks Software and Source, and in XMP by IPTC's DigitalSourceType. The file appears
+    under its name only when it is whole. Raises ``UserError`` if it cannot be written.
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
@@ -229,6 +240,10 @@ def save_png(image: Image.Image, path: Path | str, settings: Mapping[str, Any]) 
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         chunks.add_text(key, text.encode("utf-8", "replace").decode())
     chunks.add_text(_SETTINGS_KEY, json.dumps(dict(settings), allow_nan=False))
+    if drawn_by_a_model:
+        chunks.add_text("Software", "wuerstchen")
+        chunks.add_text("Source", "drawn by a generative model")
+        chunks.add_itxt("XML:com.adobe.xmp", _XMP)
     temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb") as file:

@@ -176,7 +176,7 @@ class CostMeter:
     """Measures from its construction on."""
 
     def __init__(self, device: torch.device) -> None:
-        self._counter = _energy_counter(device)
+        self._counter = energy_counter(device)
         self._joules = self._counter()
         self._began = time.monotonic()
 
@@ -187,7 +187,7 @@ class CostMeter:
         return Cost(seconds=time.monotonic() - self._began, kwh=kwh)
 
 
-def _energy_counter(device: torch.device) -> Any:
+def energy_counter(device: torch.device) -> Any:
     """A function that gives the GPU's energy counter in joules, or None where there is none."""
     if device.type == "cuda":
         try:

@@ -1,0 +1,386 @@
+"""The routes: HTTP to jobs and back. The contract for clients is docs/serving.md."""
+
+import asyncio
+import base64
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+import wuerstchen
+from wuerstchen.serve.guard import Guard, error_body
+from wuerstchen.serve.jobs import Job
+from wuerstchen.serve.requests import make_job, of_openai, settings_of, size_limits
+from wuerstchen.serve.schemas import (
+    ErrorAnswer,
+    GeneratedImages,
+    Health,
+    ImageRequest,
+    JobRequest,
+    JobView,
+    ModelView,
+    OpenAIModels,
+)
+from wuerstchen.serve.service import Refused, Service
+
+PAGE = Path(__file__).parent / "page"
+KINDS = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+    ".png": "image/png",
+    ".webp": "image/webp",
+    ".ico": "image/x-icon",
+    ".webmanifest": "application/manifest+json",
+}
+"""Not the system's table, which differs."""
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorAnswer, "description": text}
+    for status, text in (
+        (400, "something in the request is wrong"),
+        (401, "a token is missing or unknown"),
+        (403, "from another site's page, or under a name that is not this service's"),
+        (404, "not known here"),
+        (408, "the body came too slowly"),
+        (413, "the body is too large"),
+        (415, "the body is no JSON"),
+        (429, "the queue is full, or the client has too many jobs; Retry-After says when to ask again"),
+        (500, "an error of the service's own"),
+        (503, "no model yet, or the service is being stopped"),
+    )
+}
+
+
+def make_app(service: Service, page: Path = PAGE) -> FastAPI:
+    """The app of one service, which its caller starts and stops. ``page`` is the folder of the page."""
+    # Its documentation page would load scripts from elsewhere.
+    app = FastAPI(title="wuerstchen", version=wuerstchen.__version__, docs_url=None, redoc_url=None)
+    app.add_middleware(Guard, config=service.config, metrics=service.metrics)
+    _add_error_handlers(app)
+    _add_pages(app, page)
+    _add_jobs(app, service)
+    _add_openai(app, service)
+    _add_watching(app, service)
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            for path in schema["paths"].values():
+                for operation in path.values():
+                    operation["responses"].pop("422", None)  # such requests are answered with 400
+            for name in ("HTTPValidationError", "ValidationError"):
+                schema["components"]["schemas"].pop(name, None)
+            if service.config.tokens:
+                bearer = {"type": "http", "scheme": "bearer"}
+                schema["components"]["securitySchemes"] = {"token": bearer}
+                schema["security"] = [{"token": []}]
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi
+    return app
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(Refused)
+    async def refused(_: Request, error: Refused) -> Response:
+        return _error(error.status, error.message, error.param, error.code, error.retry_after)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        place = [str(part) for part in first["loc"] if part not in ("body", "path", "query", "header")]
+        name = ".".join(place) or "body"
+        # Not the value itself: it may be long, and is not always text.
+        return _error(
+            400,
+            f"{name} is wrong: {first['msg']}; see /openapi.json".encode("ascii", "replace").decode(),
+            name,
+        )
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        message = {
+            404: "there is nothing at this address; see /openapi.json for what there is",
+            405: f"{request.method} is wrong because this address does not take it; see /openapi.json",
+        }.get(error.status_code, str(error.detail))
+        answer = _error(error.status_code, message)
+        answer.headers.update(error.headers or {})
+        return answer
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> Response:
+        return _error(500, "an error of the service's own; its log says more")
+
+
+def _error(
+    status: int,
+    message: str,
+    param: str | None = None,
+    code: str | None = None,
+    retry_after: int | None = None,
+) -> Response:
+    headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
+    return JSONResponse(error_body(status, message, param, code), status, headers)
+
+
+def _add_pages(app: FastAPI, folder: Path) -> None:
+    # Read once: no name from a client ever touches the disk.
+    files = {path.name: path.read_bytes() for path in folder.glob("*")} if folder.is_dir() else {}
+
+    def file(name: str) -> Response:
+        if name not in files:
+            raise Refused(404, "there is no such file of the page")
+        kind = KINDS.get(Path(name).suffix, "application/octet-stream")
+        return Response(files[name], media_type=kind, headers={"Cache-Control": "no-cache"})
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        return file("index.html")
+
+    @app.get("/page/{name}", include_in_schema=False)
+    async def page_file(name: str) -> Response:
+        return file(name)
+
+
+def _add_jobs(app: FastAPI, service: Service) -> None:
+    @app.get("/v1/model", response_model=ModelView, responses=_errors(503))
+    async def model() -> dict[str, Any]:
+        """What the service draws with, and what may be asked for."""
+        about = service.about
+        if about is None:
+            about = service.check_open()
+        config, side = service.config, about["side"]
+        max_side, max_pixels = size_limits(config, about)
+        longer = side * 3 // 2 // about["multiple"] * about["multiple"]
+        sizes = [
+            (side, side),
+            (longer, side),
+            (side, longer),
+            (2 * side, side),
+            (side, 2 * side),
+            (2 * side, 2 * side),
+        ]
+        return {
+            "name": about["name"],
+            "version": wuerstchen.__version__,
+            "device": about["device"],
+            "size": {
+                "default": (side, side),
+                "multiple": about["multiple"],
+                "min": about["min"],
+                "max_side": max_side,
+                "max_pixels": max_pixels,
+                "common": [(w, h) for w, h in sizes if max(w, h) <= max_side and w * h <= max_pixels],
+            },
+            "defaults": about["defaults"],
+            "limits": {
+                "count": config.max_count,
+                "prompts": config.max_prompts,
+                "pictures": config.max_pictures,
+                "prompt_chars": config.prompt_chars,
+                "steps": config.max_steps,
+                "upload_bytes": config.upload_bytes,
+            },
+            "samplers": ["ddpm", "dpm"],
+            "can": about["can"],
+            "examples": about["examples"],
+        }
+
+    @app.post(
+        "/v1/jobs",
+        status_code=202,
+        response_model=JobView,
+        responses=_errors(400, 404, 413, 415, 429, 500, 503),
+    )
+    async def make(request: Request, body: JobRequest) -> dict[str, Any]:
+        """Queues a job."""
+        return view(await queue(request, body))
+
+    @app.get("/v1/jobs/{job_id}", response_model=JobView, responses=_errors(404))
+    async def look(job_id: str) -> dict[str, Any]:
+        """A job as it is now."""
+        return view(service.job_of(job_id))
+
+    @app.delete(
+        "/v1/jobs/{job_id}",
+        status_code=202,
+        response_model=JobView,
+        responses={200: {"model": JobView, "description": "it had ended before"}, **_errors(404)},
+    )
+    async def cancel(job_id: str, response: Response) -> dict[str, Any]:
+        """Cancels a job; one that has ended stays as it is."""
+        job = service.job_of(job_id)
+        if job.has_ended:
+            response.status_code = 200
+        else:
+            service.cancel(job)
+        return view(job)
+
+    @app.get(
+        "/v1/jobs/{job_id}/events",
+        response_class=StreamingResponse,
+        responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}, **_errors(404)},
+    )
+    async def events(request: Request, job_id: str) -> Response:
+        """What happens to a job, as server-sent events; ``Last-Event-ID`` goes on where it stopped."""
+        job = service.job_of(job_id)
+        last = request.headers.get("last-event-id", "0")
+        after = int(last) if last.isascii() and last.isdecimal() and len(last) < 18 else 0
+
+        async def lines() -> AsyncIterator[str]:
+            async for event in service.events(job, after):
+                if event is None:
+                    yield ": still here\n\n"
+                else:
+                    data = json.dumps(event.data)
+                    yield f"id: {event.number}\nevent: {event.name}\ndata: {data}\n\n"
+
+        # nginx holds streams back unless it is told not to.
+        headers = {"X-Accel-Buffering": "no"}
+        return StreamingResponse(lines(), media_type="text/event-stream", headers=headers)
+
+    @app.get(
+        "/v1/images/{name}",
+        response_class=Response,
+        responses={
+            200: {"content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}},
+            **_errors(404),
+        },
+    )
+    async def image(name: str) -> Response:
+        """A finished picture, with its settings in text chunks."""
+        data = await asyncio.to_thread(service.results.read, name)
+        if data is None:
+            raise Refused(404, "there is no such picture, or no longer", code="image_not_found")
+        headers = {
+            "Cache-Control": "private, max-age=3600, immutable",
+            "Cross-Origin-Resource-Policy": "cross-origin",
+        }
+        return Response(data, media_type="image/png", headers=headers)
+
+    async def queue(request: Request, body: JobRequest) -> Job:
+        client = request.scope["wuerstchen.client"]
+        about = service.check_open()
+        service.check_room(client, len(body.prompts or [""]) * body.count)
+        job = await asyncio.to_thread(make_job, body, service.config, about, client, service.instance)
+        await service.submit(job)
+        return job
+
+    def view(job: Job) -> dict[str, Any]:
+        return {
+            "id": job.id,
+            "state": job.state,
+            "position": service.position(job),
+            "kind": job.shape.kind,
+            "settings": settings_of(job),
+            "total": job.total,
+            "progress": round(job.progress, 4),
+            "images": sorted(job.images, key=lambda image: image["index"]),
+            "error": job.error,
+            "notices": job.notices,
+            "created": job.unix_time,
+        }
+
+    app.state.queue = queue
+
+
+def _add_openai(app: FastAPI, service: Service) -> None:
+    @app.post(
+        "/v1/images/generations",
+        response_model=GeneratedImages,
+        response_model_exclude_none=True,
+        responses=_errors(400, 404, 413, 415, 429, 500, 503),
+    )
+    async def generate(request: Request, body: ImageRequest) -> dict[str, Any]:
+        """Draws pictures and answers when they are done, as OpenAI's clients expect it."""
+        about = service.check_open()
+        job = await app.state.queue(request, of_openai(body, about))
+        if not await _while_connected(request, service.ended(job)):
+            service.cancel(job)
+        if job.state == "cancelled":
+            raise Refused(400, "the job was cancelled", code="cancelled")
+        if job.state == "failed":
+            status = 400 if job.error_type == "invalid_request_error" else 500
+            raise Refused(503 if service.draining else status, job.error or "the job failed")
+        data = []
+        for image in sorted(job.images, key=lambda image: image["index"]):
+            if body.response_format == "b64_json":
+                name = image["url"].rpartition("/")[2]
+                content = await asyncio.to_thread(service.results.read, name)
+                if content is None:
+                    raise Refused(
+                        500, "the picture was removed before it was sent; allow more --result-bytes"
+                    )
+                data.append({"b64_json": base64.b64encode(content).decode()})
+            else:
+                data.append({"url": str(request.base_url).rstrip("/") + image["url"]})
+        return {"created": int(time.time()), "data": data}
+
+    @app.get("/v1/models", response_model=OpenAIModels, responses=_errors(503))
+    async def models() -> dict[str, Any]:
+        """The one model, in the form of OpenAI's list."""
+        about = service.about if service.about is not None else service.check_open()
+        return {"data": [{"id": about["name"], "created": started, "owned_by": "wuerstchen"}]}
+
+    started = int(time.time())
+
+
+def _add_watching(app: FastAPI, service: Service) -> None:
+    @app.get("/healthz", response_model=Health)
+    async def healthy() -> dict[str, str]:
+        """That the service answers."""
+        return {"status": "ok"}
+
+    @app.get(
+        "/readyz",
+        response_model=Health,
+        responses={503: {"model": Health, "description": "not yet, or no more"}},
+    )
+    async def ready(response: Response) -> dict[str, str]:
+        """Whether it would take a job and draw it now."""
+        if not service.is_ready:
+            response.status_code = 503
+            return {"status": "stopping" if service.draining else "loading"}
+        return {"status": "ready"}
+
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
+    async def metrics() -> Response:
+        """For Prometheus."""
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: ERRORS[status] for status in (*statuses, 401, 403, 408)}
+
+
+async def _while_connected(request: Request, work: Any) -> bool:
+    """Waits for ``work``, and gives it up if the client goes away. Returns whether it was finished."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return tasks[0].done()
+    finally:
+        for task in tasks:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task

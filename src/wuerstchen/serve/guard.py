@@ -1,0 +1,194 @@
+"""What every request passes before a route sees it: host, origin, token, size of the body; and the headers
+that every answer gets."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from wuerstchen.serve.limits import LOOPBACK_NAMES, ServeConfig
+from wuerstchen.serve.metrics import Metrics
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+CSP = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+    "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+)
+HEADERS = {
+    "content-security-policy": CSP,
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), geolocation=(), microphone=()",
+    "cache-control": "no-store",
+}
+"""Where a route says otherwise, its word counts."""
+
+OPEN_PATHS = ("/", "/healthz", "/readyz")
+OPEN_PREFIXES = ("/page/", "/v1/images/")
+"""Pictures are open to whoever knows their names; what is not read there needs a token all the same."""
+
+ERROR_TYPES = {
+    401: "authentication_error",
+    403: "authentication_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+
+
+def error_body(
+    status: int, message: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """An error in the form that OpenAI's clients read."""
+    kind = ERROR_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+class _Stop(Exception):
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+
+
+class Guard:
+    """ASGI middleware around the whole app."""
+
+    def __init__(self, app: App, config: ServeConfig, metrics: Metrics) -> None:
+        self.app = app
+        self.config = config
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def headed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                given = list(message.get("headers", []))
+                names = {name.lower() for name, _ in given}
+                more = [(k.encode(), v.encode()) for k, v in HEADERS.items() if k.encode() not in names]
+                message["headers"] = given + more
+                if message["status"] >= 400:
+                    self.metrics.refusals.labels(str(message["status"])).inc()
+            await send(message)
+
+        try:
+            headers = _headers(scope)
+            self._check_host(headers)
+            self._check_origin(scope, headers)
+            scope["wuerstchen.client"] = self._client(scope, headers)
+            body = await self._read(scope, headers, receive)
+        except _Stop as stop:
+            await _answer(headed, stop.status, stop.message)
+            return
+        if body is None:
+            return  # the client has gone
+        sent = False
+
+        async def replayed() -> Message:
+            nonlocal sent
+            if sent:
+                return await receive()
+            sent = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self.app(scope, replayed, headed)
+
+    def _check_host(self, headers: dict[str, str]) -> None:
+        """A page elsewhere can point a name of its own to this machine: only known names are answered."""
+        if not self.config.is_loopback and not self.config.allowed_hosts:
+            return
+        host = headers.get("host", "")
+        name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
+        allowed = {name.lower() for name in (*self.config.allowed_hosts, *LOOPBACK_NAMES)}
+        if name.lower().rstrip(".") not in allowed:
+            raise _Stop(
+                403,
+                f"host {host[:100]!a} is none of this service's names; start it with --allowed-host for it",
+            )
+
+    def _check_origin(self, scope: Scope, headers: dict[str, str]) -> None:
+        """What changes something must not come from another site's page."""
+        if scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            return
+        origin, site = headers.get("origin"), headers.get("sec-fetch-site")
+        own = origin is None or origin.partition("://")[2] == headers.get("host")
+        if not own or site not in (None, "same-origin", "none"):
+            raise _Stop(
+                403, "requests from another site's page are refused; send it from this service's own page"
+            )
+        if scope["method"] == "POST":
+            kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+            if kind != "application/json":
+                raise _Stop(
+                    415, f"content type {kind[:100]!a} is wrong because JSON is read; use application/json"
+                )
+
+    def _client(self, scope: Scope, headers: dict[str, str]) -> str:
+        """Who asks: the owner of a token, or an address."""
+        if self.config.tokens:
+            scheme, _, token = headers.get("authorization", "").partition(" ")
+            client = self.config.client_of_token(token.strip()) if scheme.lower() == "bearer" else None
+            if client is not None:
+                return client
+            path = scope["path"]
+            reads = scope["method"] in ("GET", "HEAD")
+            if not (reads and (path in OPEN_PATHS or path.startswith(OPEN_PREFIXES))):
+                raise _Stop(401, "a token is missing or unknown; send the header Authorization: Bearer TOKEN")
+        peer = scope.get("client")
+        return f"address {peer[0]}" if peer else "address unknown"
+
+    async def _read(self, scope: Scope, headers: dict[str, str], receive: Receive) -> bytes | None:
+        """The whole body, which is counted while it comes; None if the client goes away."""
+        most = self.config.body_bytes
+        too_large = _Stop(413, f"the body is wrong because it has over {most:,} bytes; send less")
+        length = headers.get("content-length", "0")
+        if not length.isdecimal():
+            raise _Stop(400, "content-length is wrong because it is no number; leave it to your client")
+        if int(length) > most:
+            raise too_large
+        chunks, size = [], 0
+        try:
+            async with asyncio.timeout(self.config.body_timeout):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    chunks.append(message.get("body", b""))
+                    size += len(chunks[-1])
+                    if size > most:
+                        raise too_large
+                    if not message.get("more_body", False):
+                        return b"".join(chunks)
+        except TimeoutError as error:
+            raise _Stop(408, f"the body took over {self.config.body_timeout:g} s; send it faster") from error
+
+
+def _headers(scope: Scope) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, value in scope["headers"]:
+        key = name.decode("latin-1").lower()
+        if key in found and key in ("host", "origin", "authorization", "content-length", "content-type"):
+            raise _Stop(400, f"header {key} is wrong because it is there twice; send it once")
+        found[key] = value.decode("latin-1")
+    return found
+
+
+async def _answer(send: Send, status: int, message: str) -> None:
+    body = json.dumps(error_body(status, message)).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    if status in (408, 413):
+        headers.append((b"connection", b"close"))  # what is left of the body is not read
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

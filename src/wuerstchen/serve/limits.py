@@ -1,0 +1,136 @@
+"""What a service is started with: where it listens, what it draws with, and how much anyone may ask for."""
+
+import hashlib
+import hmac
+import importlib.util
+import ipaddress
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from wuerstchen.errors import UserError
+
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+MIN_TOKEN = 16  # characters: shorter ones can be guessed
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """Times are in seconds. Raises ``UserError`` for what cannot be served."""
+
+    host: str = "127.0.0.1"
+    port: int = 8042
+    """0 takes any that is free."""
+    model: str | None = None
+    """A folder, or a name on the hub; None is the model in the package."""
+    devices: tuple[str, ...] = ()
+    """A worker for each; empty is one on a GPU if there is one."""
+    precision: str | None = None
+    deterministic: bool = False
+    """Whether every batch is filled up to ``max_batch``, so that a picture is the same to the bit whoever
+    shares it."""
+    max_batch: int = 8
+    """Pictures drawn together, of the model's own size; of larger ones fewer."""
+
+    tokens: tuple[str, ...] = field(default=(), repr=False)
+    """Who has one of them is served. Each stands for a client."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names besides those of this machine that requests may call it by."""
+    proxies: tuple[str, ...] = ()
+    """Addresses whose X-Forwarded-For and X-Forwarded-Proto are believed."""
+    filter: str | None = None
+    """``module:function``, asked about every prompt and picture (docs/serving.md)."""
+    log_prompts: bool = False
+
+    prompt_chars: int = 1000
+    max_prompts: int = 16
+    max_count: int = 16
+    max_pictures: int = 64
+    """Of one job: prompts times count."""
+    max_steps: int = 100
+    max_pixels: int | None = None
+    """Of one picture; None is four times those of the model's own size."""
+    upload_bytes: int = 8 * 2**20
+    upload_pixels: int = 40_000_000
+
+    max_waiting: int = 256
+    """Pictures in the queue."""
+    max_jobs_per_client: int = 16
+    """Waiting or being drawn."""
+    queue_timeout: float = 600
+    run_timeout: float = 600
+    """Of one batch."""
+    grace: float = 30
+    """What is being drawn may take so long when the service is stopped."""
+    body_timeout: float = 30
+
+    results_dir: Path | None = None
+    """None is a temporary folder. Several instances may share one."""
+    result_seconds: float = 3600
+    result_bytes: int = 2**30
+    c2pa_certificate: Path | None = None
+    c2pa_key: Path | None = None
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.name == "port" or isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            if not (math.isfinite(value) and value > 0):
+                raise UserError(
+                    f"{one.name} {value} is wrong because it must be above 0; choose a larger one"
+                )
+        if not 0 <= self.port <= 65535:
+            raise UserError(f"port {self.port} is wrong because ports are 0 to 65535; 8042 is common here")
+        for token in self.tokens:
+            if len(token) < MIN_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
+                raise UserError(
+                    f"a token of {len(token)} characters is wrong because it must have at least {MIN_TOKEN}, "
+                    "all of them ASCII without spaces; python -c 'import secrets; "
+                    "print(secrets.token_urlsafe())' makes one"
+                )
+        if not self.is_loopback and not self.tokens:
+            raise UserError(
+                f"host {self.host} is wrong because others could reach it without a token; name a "
+                "--token-file, or use 127.0.0.1"
+            )
+        if (self.c2pa_certificate is None) != (self.c2pa_key is None):
+            raise UserError("--c2pa-certificate and --c2pa-key belong together; give both or none")
+        if self.c2pa_certificate is not None and importlib.util.find_spec("c2pa") is None:
+            raise UserError('signing needs the package c2pa-python; pip install "wuerstchen[c2pa]"')
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the address."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    @property
+    def body_bytes(self) -> int:
+        """The most that a request may hold: an upload in base64, and texts."""
+        return self.upload_bytes * 4 // 3 + 2**18
+
+    def client_of_token(self, token: str) -> str | None:
+        """A name for the client whose token that is, None for nobody's; in the same time for any guess."""
+        given = hashlib.sha256(token.encode("utf-8", "replace")).digest()
+        found = None
+        for number, own in enumerate(self.tokens):
+            if hmac.compare_digest(given, hashlib.sha256(own.encode()).digest()):
+                found = f"token {number}"
+        return found
+
+
+def read_tokens(path: Path) -> tuple[str, ...]:
+    """Tokens in a file, one a line; blank lines and those with # are left out. Raises ``UserError``."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"token file {path} cannot be read ({error}); give one in UTF-8") from error
+    tokens = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
+    if not tokens:
+        raise UserError(f"token file {path} holds no token; write one a line")
+    return tokens

@@ -1,0 +1,241 @@
+"""From a request to a job: what it leaves open is filled in, what cannot be served is refused."""
+
+import base64
+import binascii
+import io
+import re
+import secrets
+from typing import Any
+
+from PIL import Image
+
+from wuerstchen.errors import UserError
+from wuerstchen.images import center_crop_resize, decode_image, resize_crop
+from wuerstchen.serve.jobs import Job, Shape
+from wuerstchen.serve.limits import ServeConfig
+from wuerstchen.serve.schemas import MAX_SEED, ImageRequest, JobRequest
+from wuerstchen.serve.service import Refused
+
+UPLOAD_FORMATS = ("PNG", "JPEG", "WEBP")
+
+
+def size_limits(config: ServeConfig, about: dict[str, Any]) -> tuple[int, int]:
+    """The longest side and the most pixels that may be asked for."""
+    return about["max_side"], config.max_pixels or 4 * about["side"] ** 2
+
+
+def make_job(
+    request: JobRequest, config: ServeConfig, about: dict[str, Any], client: str, instance: str
+) -> Job:
+    """The job of a request, with an uploaded picture scaled and cut. Raises ``Refused``."""
+    can, draws = about["can"], request.kind == "generate"
+    if not can[request.kind]:
+        raise Refused(400, f"kind {request.kind!r} is wrong because this model cannot do it", param="kind")
+    if draws and request.image is not None and not can["variation"]:
+        raise Refused(
+            400, "image is wrong because this model cannot read pictures; leave it out", param="image"
+        )
+    prompts = _prompts(request, config)
+    total = len(prompts) * request.count
+    if request.count > config.max_count:
+        raise _too_large("count", request.count, config.max_count)
+    if total > config.max_pictures:
+        raise _too_large(
+            "count", f"{request.count} of {len(prompts)} prompts", f"{config.max_pictures} pictures"
+        )
+    for name in ("prior_steps", "decoder_steps"):
+        steps = getattr(request, name)
+        if steps is not None and steps > config.max_steps:
+            raise _too_large(name, steps, config.max_steps)
+    width, height = _size(request, config, about)
+    if not draws and width != height:
+        raise Refused(
+            400,
+            f"size {width}x{height} is wrong because reconstructions are square; make both sides equal",
+            param="width",
+        )
+    if request.strength is not None and (not draws or request.image is None):
+        raise Refused(
+            400,
+            f"strength {request.strength} is wrong because there is no image to vary; give one",
+            param="strength",
+        )
+    if request.seed is not None and request.seed > MAX_SEED - total + 1:
+        raise Refused(
+            400,
+            f"seed {request.seed} is wrong because the last of {total} pictures would have one over "
+            f"{MAX_SEED}; choose a smaller one",
+            param="seed",
+        )
+    seed = secrets.randbelow(MAX_SEED - total + 2) if request.seed is None else request.seed
+    image = None
+    if request.image is not None:
+        picture = read_upload(request.image, config)
+        picture = resize_crop(picture, width, height) if draws else center_crop_resize(picture, width)
+        image = picture.tobytes()
+    defaults = about["defaults"]
+    shape = Shape(
+        kind=request.kind,
+        width=width,
+        height=height,
+        guidance=defaults["guidance"] if request.guidance is None else float(request.guidance),
+        prior_steps=request.prior_steps or defaults["prior_steps"],
+        prior_sampler=request.prior_sampler or defaults["prior_sampler"],
+        decoder_steps=request.decoder_steps or defaults["decoder_steps"],
+        strength=(request.strength or 0.7) if draws and image is not None else None,
+    )
+    return Job(
+        client=client,
+        instance=instance,
+        shape=shape,
+        prompts=[prompt for prompt in prompts for _ in range(request.count)],
+        seeds=range(seed, seed + total),
+        count=request.count,
+        negative=request.negative,
+        image=image,
+        previews=request.previews,
+    )
+
+
+def of_openai(request: ImageRequest, about: dict[str, Any]) -> JobRequest:
+    """The same in our own form. Raises ``Refused``."""
+    if request.model is not None and request.model not in (about["name"], "wuerstchen"):
+        raise Refused(
+            404,
+            f"model {request.model[:100]!a} is not served here; use {about['name']!r}, or leave it out",
+            param="model",
+            code="model_not_found",
+        )
+    width = height = None
+    if request.size not in (None, "auto"):
+        match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", request.size)
+        if match is None:
+            raise Refused(
+                400, f"size {request.size!a} is wrong because it must be WIDTHxHEIGHT or auto", param="size"
+            )
+        width, height = int(match[1]), int(match[2])
+    return JobRequest.model_construct(
+        kind="generate",
+        prompts=[request.prompt],
+        negative=request.negative_prompt or "",
+        count=request.n or 1,
+        width=width,
+        height=height,
+        seed=request.seed,
+        guidance=request.guidance,
+        prior_steps=request.steps,
+        previews=False,
+    )
+
+
+def settings_of(job: Job) -> dict[str, Any]:
+    """A job's settings in full, under the names of ``POST /v1/jobs``, but for an image."""
+    shape = job.shape
+    return {
+        "kind": shape.kind,
+        "prompts": list(job.prompts[:: job.count]),
+        "negative": job.negative,
+        "count": job.count,
+        "width": shape.width,
+        "height": shape.height,
+        "seed": job.seeds[0],
+        "guidance": shape.guidance,
+        "prior_steps": shape.prior_steps,
+        "prior_sampler": shape.prior_sampler,
+        "decoder_steps": shape.decoder_steps,
+        "strength": shape.strength,
+    }
+
+
+def read_upload(text: str, config: ServeConfig) -> Image.Image:
+    """An uploaded picture: RGB, upright, its metadata dropped. Raises ``Refused``.
+
+    Its format, size and number of frames are told from the header, before anything is decoded.
+    """
+
+    def refused(message: str, status: int = 400) -> Refused:
+        return Refused(status, f"image is wrong because {message}", param="image")
+
+    if text.startswith("data:"):
+        head, comma, text = text.partition(",")
+        if not comma or not head.endswith(";base64"):
+            raise refused("its data: URL is not in base64; write data:image/png;base64,...")
+    if len(text) > config.upload_bytes * 4 // 3 + 4:
+        raise refused(f"it has over {config.upload_bytes:,} bytes; shrink it", 413)
+    try:
+        data = base64.b64decode(text.encode("ascii"), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise refused("it is no base64; encode the file's bytes") from error
+    try:
+        with Image.open(io.BytesIO(data), formats=UPLOAD_FORMATS) as header:
+            pixels = header.width * header.height
+            # Phones put further pictures into a JPEG, which is still one that stands.
+            frames = 1 if header.format == "MPO" else getattr(header, "n_frames", 1)
+    except Image.DecompressionBombError as error:
+        raise refused("it has far too many pixels; shrink it") from error
+    except Exception as error:  # damaged files make the readers fail in ways of every kind
+        raise refused("it is no PNG, JPEG or WebP that can be read; save it anew as one") from error
+    if pixels > config.upload_pixels:
+        raise refused(f"it has {pixels:,} pixels and may have {config.upload_pixels:,}; shrink it")
+    if frames != 1:
+        raise refused("it is animated; give a still picture")
+    try:
+        return decode_image(data, "upload")
+    except UserError as error:
+        raise Refused(400, str(error), param="image") from error
+
+
+def _prompts(request: JobRequest, config: ServeConfig) -> list[str]:
+    if request.kind == "reconstruct":
+        if request.image is None:
+            raise Refused(400, "image is missing, which is to be reconstructed; give one", param="image")
+        if request.prompts or request.negative:
+            raise Refused(
+                400,
+                "prompts are wrong because a reconstruction reads no text; leave them out",
+                param="prompts",
+            )
+        if request.count != 1:
+            raise Refused(
+                400,
+                f"count {request.count} is wrong because a reconstruction is one picture; use 1",
+                param="count",
+            )
+        return [""]
+    prompts = request.prompts
+    if not prompts:
+        raise Refused(
+            400, "prompts [] is wrong because there is nothing to draw; give at least one", param="prompts"
+        )
+    if len(prompts) > config.max_prompts:
+        raise _too_large("prompts", len(prompts), config.max_prompts)
+    for name, text in (*(("prompts", prompt) for prompt in prompts), ("negative", request.negative)):
+        if len(text) > config.prompt_chars:
+            raise _too_large(name, f"of {len(text)} characters", config.prompt_chars)
+    return prompts
+
+
+def _size(request: JobRequest, config: ServeConfig, about: dict[str, Any]) -> tuple[int, int]:
+    max_side, max_pixels = size_limits(config, about)
+    width = request.width or request.height or about["side"]
+    height = request.height or width
+    for name, side in (("width", width), ("height", height)):
+        if side % about["multiple"] or not about["min"] <= side <= max_side:
+            raise Refused(
+                400,
+                f"{name} {side} is wrong because sides are multiples of {about['multiple']} from "
+                f"{about['min']} to {max_side}; use another",
+                param=name,
+            )
+    if width * height > max_pixels:
+        raise Refused(
+            400,
+            f"size {width}x{height} is wrong because a picture may have {max_pixels:,} pixels; "
+            "make it smaller",
+            param="width",
+        )
+    return width, height
+
+
+def _too_large(name: str, value: object, most: object) -> Refused:
+    return Refused(400, f"{name} {value} is wrong because {most} is the most here; use less", param=name)

@@ -1,0 +1,172 @@
+"""What requests and answers look like; OpenAPI is made of it."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from wuerstchen.serve.jobs import Kind, State
+
+MAX_SEED = 2**32 - 1
+
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Guidance = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+Steps = Annotated[int, Field(ge=1, le=1000)]
+Side = Annotated[int, Field(ge=8, le=2**16)]
+Text = Annotated[str, Field(max_length=100_000)]
+
+
+class _Request(BaseModel):
+    # Numbers are numbers: "7" and 7.5 are refused where a whole number is wanted.
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class JobRequest(_Request):
+    """``POST /v1/jobs``. What is null is the model's own."""
+
+    kind: Kind = "generate"
+    prompts: list[Text] | None = None
+    """Of ``generate``; the empty one draws anything, or varies ``image``."""
+    negative: Text = ""
+    count: Annotated[int, Field(ge=1, le=10_000)] = 1
+    """Pictures of each prompt."""
+    width: Side | None = None
+    height: Side | None = None
+    seed: Seed | None = None
+    """Of the first picture; the next has the next. Null: drawn by the service."""
+    guidance: Guidance | None = None
+    prior_steps: Steps | None = None
+    prior_sampler: Literal["ddpm", "dpm"] | None = None
+    decoder_steps: Steps | None = None
+    image: str | None = None
+    """PNG, JPEG or WebP, in base64 or as data: URL. Of ``reconstruct``; of ``generate``, what Stage C begins
+    with."""
+    strength: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    """How much of ``image`` may change; 0.7 if null."""
+    previews: bool = True
+
+
+class ImageRequest(_Request):
+    """``POST /v1/images/generations``, as OpenAI's clients send it, with fields of our own after ``user``."""
+
+    prompt: Text
+    n: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    size: Annotated[str, Field(max_length=20)] | None = None
+    response_format: Literal["url", "b64_json"] | None = None
+    """``url`` if null."""
+    model: Annotated[str, Field(max_length=200)] | None = None
+    user: str | None = None
+    """Not used."""
+    quality: str | None = None
+    """Not used, nor are ``style`` and ``moderation``."""
+    style: str | None = None
+    moderation: str | None = None
+    background: Literal["auto", "opaque"] | None = None
+    output_format: Literal["png"] | None = None
+    stream: Literal[False] | None = None
+    seed: Seed | None = None
+    negative_prompt: Text | None = None
+    guidance: Guidance | None = None
+    steps: Steps | None = None
+    """Of Stage C."""
+
+
+class JobImage(BaseModel):
+    index: int
+    url: str
+    seed: int
+    prompt: str
+    width: int
+    height: int
+
+
+class JobView(BaseModel):
+    """A job as it is now."""
+
+    id: str
+    state: State
+    position: int
+    """Place in the queue from 1; 0 when the job no longer waits."""
+    kind: Kind
+    settings: dict[str, Any]
+    total: int
+    progress: float
+    images: list[JobImage]
+    error: str | None
+    notices: list[str]
+    """What did not go quite as asked, such as words beyond what the text encoder reads."""
+    created: int
+
+
+class GeneratedImage(BaseModel):
+    b64_json: str | None = None
+    url: str | None = None
+
+
+class GeneratedImages(BaseModel):
+    created: int
+    data: list[GeneratedImage]
+
+
+class ErrorBody(BaseModel):
+    message: str
+    type: Literal[
+        "invalid_request_error",
+        "rate_limit_error",
+        "not_found_error",
+        "authentication_error",
+        "server_error",
+    ]
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    error: ErrorBody
+
+
+class ModelSize(BaseModel):
+    default: tuple[int, int]
+    multiple: int
+    min: int
+    max_side: int
+    max_pixels: int
+    common: list[tuple[int, int]]
+
+
+class ModelLimits(BaseModel):
+    count: int
+    prompts: int
+    pictures: int
+    prompt_chars: int
+    steps: int
+    upload_bytes: int
+
+
+class ModelView(BaseModel):
+    """``GET /v1/model``."""
+
+    name: str
+    version: str
+    device: str
+    size: ModelSize
+    defaults: dict[str, float | int | str]
+    limits: ModelLimits
+    samplers: list[str]
+    can: dict[str, bool]
+    examples: list[str]
+
+
+class OpenAIModel(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+
+
+class OpenAIModels(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[OpenAIModel]
+
+
+class Health(BaseModel):
+    status: str

@@ -1,0 +1,113 @@
+"""Runs the service behind uvicorn until a signal stops it."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import uvicorn
+
+from wuerstchen.errors import UserError
+from wuerstchen.serve.app import make_app
+from wuerstchen.serve.limits import ServeConfig
+from wuerstchen.serve.service import Service
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are ours: they drain the queue first."""
+        yield
+
+
+def run(config: ServeConfig, say: Callable[[str], object] = print) -> None:
+    """Serves until SIGTERM or Ctrl-C, and then ends what is under way; a second signal cuts that short.
+
+    ``say`` is told the address when the model is ready. Raises ``UserError`` for what cannot be served.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    logging.getLogger("wuerstchen.serve").setLevel(logging.INFO)
+    service = Service(config)
+    listening = listen(config.host, config.port)
+    try:
+        asyncio.run(_run(service, listening, say))
+    finally:
+        listening.close()
+
+
+async def _run(service: Service, listening: socket.socket, say: Callable[[str], object]) -> None:
+    server = make_server(service)
+    loop = asyncio.get_running_loop()
+    stopping: list[asyncio.Task[None]] = []
+
+    async def stop() -> None:
+        await service.drain()
+        server.should_exit = True
+
+    def on_signal() -> None:
+        if stopping:
+            server.should_exit = server.force_exit = True
+        else:
+            stopping.append(asyncio.create_task(stop()))
+
+    previous = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, lambda *_: loop.call_soon_threadsafe(on_signal))
+    await service.start()
+    serving = asyncio.create_task(server.serve(sockets=[listening]))
+    try:
+        await service.started.wait()
+        if service.failed is None:
+            say(f"serving on {address(listening)}")
+        else:
+            server.should_exit = True
+        await serving
+    finally:
+        await service.stop()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if service.failed is not None:
+        raise UserError(service.failed)
+
+
+def make_server(service: Service, **options: Any) -> uvicorn.Server:
+    """uvicorn with the service's app; its sockets are given to ``serve``."""
+    proxies = service.config.proxies
+    return _Server(
+        uvicorn.Config(
+            make_app(service),
+            lifespan="off",
+            access_log=False,  # paths hold the names of jobs and pictures, which are secrets
+            log_config=None,
+            server_header=False,
+            proxy_headers=bool(proxies),
+            forwarded_allow_ips=list(proxies),
+            timeout_graceful_shutdown=5,
+            timeout_keep_alive=15,
+            **options,
+        )
+    )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens. Raises ``UserError`` if the address cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise UserError(
+            f"address {host}:{port} is wrong because it cannot be had ({error.strerror or error}); "
+            "choose another --port or --host"
+        ) from error
+    return listening
+
+
+def address(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"

@@ -1,0 +1,648 @@
+"""Between the queue and the workers: hands out batches, tells of events, cancels, restarts what died.
+
+All state is changed on the event loop. A thread for each worker reads its pipe, and another writes it;
+pictures are filtered, saved and signed in threads.
+"""
+
+import asyncio
+import contextlib
+import importlib
+import inspect
+import itertools
+import logging
+import multiprocessing
+import os
+import secrets
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from wuerstchen.errors import UserError
+from wuerstchen.serve import worker as worker_module
+from wuerstchen.serve.jobs import ENDED, Event, FairQueue, Job, Picture, QueueFull, Shape
+from wuerstchen.serve.limits import ServeConfig
+from wuerstchen.serve.metrics import Metrics
+from wuerstchen.serve.results import Results
+from wuerstchen.serve.worker import Batch, WorkerSettings
+
+log = logging.getLogger("wuerstchen.serve")
+
+Filter = Callable[[str, Image.Image | None], str | None]
+"""(prompt, None) before drawing and (prompt, picture) after it → why it is refused, or None."""
+
+KEPT_JOBS = 10_000
+"""Jobs that are remembered after their end, for as long as their pictures are."""
+STOPPING_SECONDS = 5.0
+"""A worker that was told to stop drawing and goes on for so long is ended."""
+HEARTBEAT = 10.0
+
+
+class Refused(Exception):
+    """A request that cannot be served: an HTTP status, the message and the form's other fields."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.retry_after = retry_after
+
+
+@dataclass(eq=False)
+class _Under:
+    """A batch that a worker has been given."""
+
+    number: int
+    pictures: list[Picture]
+    began: float
+    stopping: float | None = None
+    """Since when the worker has known that it is too late or unwanted."""
+
+
+@dataclass(eq=False)
+class _Worker:
+    """One device's process, through all its restarts."""
+
+    name: str
+    device: str | None
+    process: Any = None
+    connection: Connection | None = None
+    sender: ThreadPoolExecutor | None = None
+    listener: threading.Thread | None = None
+    ready: bool = False
+    batch: _Under | None = None
+    failures: int = 0
+    """Ends in a row before it was ready."""
+    again_at: float | None = None
+    """When it is to be started again."""
+    life: int = 0
+    """Counts the processes: what an earlier one still says is not listened to."""
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+class Service:
+    """One instance: its queue, its workers and what it remembers."""
+
+    def __init__(self, config: ServeConfig, worker_main: Callable[..., None] = worker_module.main) -> None:
+        """Raises ``UserError`` for a filter, a folder or a certificate that cannot be used."""
+        self.config = config
+        self.worker_main = worker_main
+        self.instance = secrets.token_hex(3)
+        self.queue = FairQueue(config.max_waiting, config.max_jobs_per_client)
+        self.metrics = Metrics()
+        self.metrics.watch(lambda: len(self.queue), self.queue.open_jobs)
+        self.filter = None if config.filter is None else load_filter(config.filter)
+        self.jobs: dict[str, Job] = {}
+        self.about: dict[str, Any] | None = None
+        """What the model can; None until the first worker is ready."""
+        self.draining = False
+        self.failed: str | None = None
+        """Why there will never be a model."""
+        self.started = asyncio.Event()
+        """Set when the first worker is ready, or none will be."""
+        self._temporary = (
+            tempfile.TemporaryDirectory(prefix="wuerstchen-") if config.results_dir is None else None
+        )
+        self.results = Results(
+            Path(self._temporary.name) if self._temporary else config.results_dir or Path(),
+            self.instance,
+            seconds=config.result_seconds,
+            max_bytes=config.result_bytes,
+            signer=_signer(config),
+        )
+        self._workers = [_Worker(name=name or "default", device=name) for name in (config.devices or (None,))]
+        self._numbers = itertools.count(1)
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._savers = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="save")
+        self._seconds_a_picture: float | None = None
+        """Measured, with all workers drawing."""
+
+    # Starting and stopping
+
+    async def start(self) -> None:
+        """Starts the workers and the watch over them; does not wait until they are ready."""
+        self._loop = asyncio.get_running_loop()
+        for worker in self._workers:
+            self._launch(worker)
+        self._watcher = asyncio.create_task(self._watch())
+
+    async def drain(self) -> None:
+        """Takes no new jobs, lets those that have begun finish in the grace time, and fails the others."""
+        if self.draining:
+            return
+        self.draining = True
+        message = "this job is cut off because the service is being stopped; send it again later"
+        for job in [job for job in self.jobs.values() if job.state == "queued"]:
+            self._end(job, "failed", message)
+        late = time.monotonic() + self.config.grace
+        while time.monotonic() < late and any(not job.has_ended for job in self.jobs.values()):
+            await asyncio.sleep(0.05)
+        for job in [job for job in self.jobs.values() if not job.has_ended]:
+            self._end(job, "failed", message)
+
+    async def stop(self) -> None:
+        """Ends the workers at once. What they draw is lost: ``drain`` comes first."""
+        self.draining = True
+        self._watcher.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._watcher
+        for job in [job for job in self.jobs.values() if not job.has_ended]:
+            self._end(job, "failed", "the service was stopped; send the job again later")
+        for worker in self._workers:
+            worker.life += 1
+            await asyncio.to_thread(_end_process, worker)
+        for task in list(self._tasks):
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        self._savers.shutdown()
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+    # What the outside asks for
+
+    @property
+    def is_ready(self) -> bool:
+        return not self.draining and any(worker.ready for worker in self._workers)
+
+    def check_open(self) -> dict[str, Any]:
+        """The model, or ``Refused`` where no job can be taken now."""
+        if self.draining:
+            raise Refused(
+                503, "the service is being stopped and takes no new jobs; try again later", retry_after=10
+            )
+        if self.about is None:
+            raise Refused(503, "the model is still being loaded; try again in a few seconds", retry_after=2)
+        return self.about
+
+    async def submit(self, job: Job) -> None:
+        """Queues a job. Raises ``Refused``."""
+        self.check_open()
+        self.check_room(job.client, job.total)
+        if self.filter is not None:
+            for text in dict.fromkeys(job.prompts):
+                reason = await self._filtered(text, None)
+                if reason is not None:
+                    self.metrics.refusals.labels("filter").inc()
+                    raise Refused(400, reason, param="prompt", code="content_policy_violation")
+            self.check_open()
+            self.check_room(job.client, job.total)
+        job.created, job.unix_time = time.monotonic(), int(time.time())
+        self.queue.add(job)
+        self.jobs[job.id] = job
+        words = f" {list(dict.fromkeys(job.prompts))!r}" if self.config.log_prompts else ""
+        log.info("job %s: %d pictures of %s%s", job.id, job.total, job.shape.kind, words)
+        job.emit("queued", {"position": self.queue.positions()[job]})
+        self._pump()
+
+    def check_room(self, client: str, pictures: int) -> None:
+        """Raises ``Refused`` where so many more pictures of a client cannot be queued now."""
+        try:
+            self.queue.check(client, pictures)
+        except QueueFull as full:
+            pictures = len(self.queue)
+            if full.of_client:
+                mine = (other for other in self.queue.jobs() if other.client == client)
+                pictures = min((other.total for other in mine), default=1)
+            raise Refused(
+                429, str(full), code="rate_limit_exceeded", retry_after=self._wait_estimate(pictures)
+            ) from full
+
+    def cancel(self, job: Job) -> None:
+        """Ends a job that has not ended: what waits is forgotten, what is drawn alone is stopped."""
+        self._end(job, "cancelled")
+
+    def job_of(self, job_id: str) -> Job:
+        """Raises ``Refused`` for one that is not known here, and says if another instance may know it."""
+        job = self.jobs.get(job_id)
+        if job is not None:
+            return job
+        instance = job_id.partition("-")[0]
+        if instance == self.instance or "-" not in job_id or len(job_id) > 64 or not instance.isalnum():
+            raise Refused(404, "no such job is known here; it may have ended long ago", code="job_not_found")
+        raise Refused(
+            404,
+            f"this job belongs to instance {instance!a} and not to {self.instance!r}, which was asked; "
+            "route a client's requests to one instance",
+            code="wrong_instance",
+        )
+
+    def position(self, job: Job) -> int:
+        """The job's place in the queue from 1; 0 when it no longer waits."""
+        return self.queue.positions().get(job, 0) if job.state == "queued" else 0
+
+    async def events(self, job: Job, after: int) -> AsyncIterator[Event | None]:
+        """A job's events, as they come, until it ends. None is a sign of life in a silence."""
+        news = asyncio.Event()
+        job.listeners.add(news.set)
+        try:
+            while True:
+                news.clear()
+                for event in job.events_after(after):
+                    after = event.number
+                    yield event
+                    if event.name in ENDED:
+                        return
+                if job.has_ended and not job.events_after(after):
+                    return
+                try:
+                    await asyncio.wait_for(news.wait(), HEARTBEAT)
+                except TimeoutError:
+                    yield None
+        finally:
+            job.listeners.discard(news.set)
+
+    async def ended(self, job: Job) -> None:
+        """Waits until the job has ended."""
+        async for _ in self.events(job, 0):
+            pass
+
+    # Batches
+
+    def _room(self, shape: Shape) -> int:
+        """How many pictures of a shape are drawn together: of large ones fewer, for memory."""
+        assert self.about is not None
+        own = self.about["side"] ** 2
+        return max(1, min(self.config.max_batch, self.config.max_batch * own // (shape.width * shape.height)))
+
+    def _pump(self) -> None:
+        """Gives every idle worker a batch."""
+        gave = False
+        for worker in self._workers:
+            if worker.ready and worker.batch is None and (pictures := self.queue.take(self._room)):
+                self._give(worker, pictures)
+                gave = True
+        if gave:
+            for job, place in self.queue.positions().items():
+                before = next((e.data["position"] for e in job.events if e.name == "queued"), None)
+                if job.state == "queued" and place != before:
+                    job.emit("queued", {"position": place})
+
+    def _give(self, worker: _Worker, pictures: list[Picture]) -> None:
+        now = time.monotonic()
+        shape = pictures[0].job.shape
+        with_images = pictures[0].job.image is not None
+        batch = Batch(
+            number=next(self._numbers),
+            shape=shape,
+            fill=self._room(shape) if self.config.deterministic else None,
+            prompts=[picture.prompt for picture in pictures],
+            negatives=[picture.job.negative for picture in pictures],
+            seeds=[picture.seed for picture in pictures],
+            images=[picture.job.image or b"" for picture in pictures] if with_images else None,
+            previews=[place for place, picture in enumerate(pictures) if picture.job.previews],
+        )
+        worker.batch = _Under(batch.number, pictures, now)
+        self.metrics.batch_size.observe(len(pictures))
+        for job in {picture.job: None for picture in pictures}:
+            if job.state == "queued":
+                self.metrics.wait_seconds.observe(now - job.created)
+            job.begin()
+        self._send(worker, ("draw", batch))
+
+    def _send(self, worker: _Worker, message: tuple[Any, ...]) -> None:
+        connection, sender = worker.connection, worker.sender
+        assert connection is not None
+        assert sender is not None
+
+        def send() -> None:
+            with contextlib.suppress(OSError):  # it has died, which is noticed elsewhere
+                connection.send(message)
+
+        sender.submit(send)
+
+    def _heard(self, worker: _Worker, life: int, message: tuple[Any, ...] | None) -> None:
+        """A worker said something; None is its end."""
+        if life != worker.life:
+            return
+        if message is None:
+            self._died(worker)
+        elif message[0] == "ready":
+            self._became_ready(worker, message[1])
+        elif message[0] == "unfit":
+            self._unfit(worker, message[1])
+        elif worker.batch is not None and message[1] == worker.batch.number:
+            self._of_batch(worker, worker.batch, message)
+
+    def _of_batch(self, worker: _Worker, batch: _Under, message: tuple[Any, ...]) -> None:
+        word, _, *values = message
+        if word == "step":
+            self._stepped(batch, *values)
+        elif word == "notice":
+            job = batch.pictures[values[0]].job
+            if values[1] not in job.notices:
+                job.notices.append(values[1])
+        elif word == "preview":
+            place, width, height, url = values
+            picture = batch.pictures[place]
+            if not picture.job.has_ended:
+                shown = {"index": picture.index, "width": width, "height": height, "image": url}
+                picture.job.emit("preview", shown)
+        elif word == "image":
+            place, width, height, data = values
+            picture = batch.pictures[place]
+            if not picture.job.has_ended:
+                self._spawn(self._finish(picture, (width, height), data))
+        else:
+            worker.batch = None
+            if word == "done":
+                self._measured(worker, batch, values[0])
+            elif word == "failed":
+                for job in {picture.job: None for picture in batch.pictures}:
+                    self._end(job, "failed", values[0], values[1])
+            self._pump()
+
+    def _stepped(self, batch: _Under, stage: str, step: int, steps: int, fraction: float) -> None:
+        for job, share in _shares(batch).items():
+            if not job.has_ended:
+                job.fraction = share * fraction
+                shown = {"stage": stage, "step": step, "steps": steps, "fraction": round(job.progress, 4)}
+                job.emit("progress", shown)
+
+    async def _finish(self, picture: Picture, size: tuple[int, int], data: bytes) -> None:
+        """Filters and saves a picture, and tells its job."""
+        job = picture.job
+        image = Image.frombytes("RGB", size, data)
+        try:
+            if self.filter is not None:
+                reason = await self._filtered(picture.prompt, image)
+                if reason is not None:
+                    self.metrics.refusals.labels("filter").inc()
+                    self._end(job, "failed", reason, "invalid_request_error")
+                    return
+            settings = picture_settings(picture, self.about or {})
+            name = await self._loop.run_in_executor(self._savers, self.results.save, image, settings)
+        except (UserError, Refused) as error:
+            self._end(job, "failed", str(error))
+            return
+        except Exception:
+            log.exception("job %s: its picture could not be kept", job.id)
+            self._end(job, "failed", "a finished picture could not be kept; the service's log says why")
+            return
+        if job.has_ended:
+            return
+        job.fraction = max(0.0, job.fraction - 1)
+        job.add_image(picture.index, f"/v1/images/{name}")
+        self.metrics.pictures.labels(job.shape.kind).inc()
+        if len(job.images) == job.total:
+            self._end(job, "done")
+
+    async def _filtered(self, prompt: str, image: Image.Image | None) -> str | None:
+        assert self.filter is not None
+        try:
+            return await self._loop.run_in_executor(self._savers, self.filter, prompt, image)
+        except Exception as error:
+            log.exception("the filter failed")
+            raise Refused(500, "the safety filter failed, so nothing is drawn; the log says why") from error
+
+    def _end(self, job: Job, state: Any, message: str | None = None, kind: str = "server_error") -> None:
+        if job.has_ended:
+            return
+        job.images.sort(key=lambda image: image["index"])
+        now = time.monotonic()
+        job.end(state, now, message, kind)
+        self.queue.close(job)
+        self.metrics.jobs.labels(state).inc()
+        self.metrics.job_seconds.observe(now - job.created)
+        log.info("job %s: %s after %.1f s", job.id, state, now - job.created)
+        for worker in self._workers:
+            batch = worker.batch
+            if batch is not None and state != "done":
+                places = [place for place, picture in enumerate(batch.pictures) if picture.job is job]
+                if places:
+                    self._send(worker, ("unwanted", batch.number, places))
+                    if batch.stopping is None and all(p.job.has_ended for p in batch.pictures):
+                        batch.stopping = now
+
+    def _measured(self, worker: _Worker, batch: _Under, measured: dict[str, Any]) -> None:
+        took = (time.monotonic() - batch.began) / len(batch.pictures) / len(self._workers)
+        before = self._seconds_a_picture
+        self._seconds_a_picture = took if before is None else 0.8 * before + 0.2 * took
+        for stage, seconds in measured.get("seconds", {}).items():
+            self.metrics.stage_seconds.labels(stage).observe(seconds)
+        for name, gauge in (
+            ("memory", self.metrics.worker_memory),
+            ("device_memory", self.metrics.device_memory),
+        ):
+            if measured.get(name) is not None:
+                gauge.labels(worker.name).set(measured[name])
+        if measured.get("joules") is not None:
+            self.metrics.joules.labels(worker.name).inc(max(0.0, measured["joules"]))
+
+    def _wait_estimate(self, pictures: int) -> int:
+        """Seconds until about so many pictures are drawn."""
+        seconds = (self._seconds_a_picture or 1.0) * max(1, pictures)
+        return int(min(max(1.0, seconds), 600.0) + 0.5)
+
+    # Workers
+
+    def _launch(self, worker: _Worker) -> None:
+        worker.life += 1
+        worker.ready, worker.batch, worker.again_at = False, None, None
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        config = self.config
+        settings = WorkerSettings(
+            model=config.model,
+            device=worker.device,
+            precision=config.precision,
+        )
+        process = context.Process(
+            target=self.worker_main, args=(settings, theirs), name=f"worker {worker.name}", daemon=True
+        )
+        process.start()
+        theirs.close()  # so that the pipe ends when the worker does
+        worker.process, worker.connection = process, ours
+        worker.sender = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"to {worker.name}")
+        worker.listener = threading.Thread(
+            target=self._listen, args=(worker, worker.life, ours), name=f"from {worker.name}", daemon=True
+        )
+        worker.listener.start()
+
+    def _listen(self, worker: _Worker, life: int, connection: Connection) -> None:
+        """In a thread: hands on what a worker says, until it ends."""
+        message: tuple[Any, ...] | None = ()
+        while message is not None:
+            try:
+                message = connection.recv()
+            except Exception:  # its end, also in the middle of a word
+                message = None
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._heard, worker, life, message)
+
+    def _became_ready(self, worker: _Worker, about: dict[str, Any]) -> None:
+        worker.ready, worker.failures, worker.about = True, 0, about
+        self.about = self.about or {**about, "name": model_name(self.config.model)}
+        self.metrics.ready.set(sum(one.ready for one in self._workers))
+        log.info("worker %s: ready on %s", worker.name, about["device"])
+        self.started.set()
+        self._pump()
+
+    def _unfit(self, worker: _Worker, reason: str) -> None:
+        """It says that it cannot be: no use in trying again, if it never could."""
+        if self.about is None:
+            self.failed = reason
+            self.started.set()
+        log.error("worker %s: %s", worker.name, reason)
+
+    def _died(self, worker: _Worker) -> None:
+        batch, worker.batch = worker.batch, None
+        worker.ready = False
+        worker.failures += 1
+        self.metrics.ready.set(sum(one.ready for one in self._workers))
+        if self.about is None and self.failed is None and worker.failures == 3:
+            self.failed = "the worker ended three times before it had a model; its last words are above"
+            self.started.set()
+        if self.failed is not None:
+            return
+        self.metrics.restarts.labels(worker.name).inc()
+        if batch is not None:
+            why = "the worker that drew this job ended before its time and is started again; send it again"
+            if batch.stopping is not None:
+                why = "this job took too long and was stopped; ask for fewer steps or a smaller picture"
+            for job in {picture.job: None for picture in batch.pictures}:
+                self._end(job, "failed", why)
+        _end_process(worker)
+        if not self.draining:
+            # At once the first time; one that never gets ready must not keep the machine busy.
+            delay = 0.0 if worker.failures <= 1 else min(30.0, 2.0 ** (worker.failures - 2))
+            log.error("worker %s: ended unexpectedly; started again in %.0f s", worker.name, delay)
+            worker.again_at = time.monotonic() + delay
+            if not delay:
+                self._launch(worker)
+
+    async def _watch(self) -> None:
+        """Once in a while: what is late, what is to be started again, what is to be forgotten."""
+        cleared = time.monotonic()
+        while True:
+            await asyncio.sleep(0.25)
+            now = time.monotonic()
+            try:
+                self._look(now)
+                if now - cleared > 10:
+                    cleared = now
+                    await self._loop.run_in_executor(self._savers, self.results.clear)
+            except Exception:
+                log.exception("the watch failed once")
+
+    def _look(self, now: float) -> None:
+        config = self.config
+        for job in list(self.queue.jobs()):
+            if job.state == "queued" and now - job.created > config.queue_timeout:
+                waited = f"it waited {config.queue_timeout:g} s and was not begun"
+                self._end(
+                    job, "failed", f"this job timed out because {waited}; try again when less is asked for"
+                )
+        for worker in self._workers:
+            batch = worker.batch
+            if worker.again_at is not None and now >= worker.again_at and not self.draining:
+                self._launch(worker)
+            elif batch is not None and batch.stopping is None and now - batch.began > config.run_timeout:
+                message = (
+                    f"it was drawn for {config.run_timeout:g} s; ask for fewer steps or a smaller picture"
+                )
+                for picture in batch.pictures:
+                    self._end(picture.job, "failed", f"this job timed out because {message}")
+                batch.stopping = now
+            elif batch is not None and batch.stopping is not None and now - batch.stopping > STOPPING_SECONDS:
+                worker.process.kill()  # its end is noticed as any other
+        ended = [job for job in self.jobs.values() if job.ended is not None]
+        for number, job in enumerate(ended):
+            assert job.ended is not None
+            if now - job.ended > config.result_seconds or number < len(ended) - KEPT_JOBS:
+                del self.jobs[job.id]
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _shares(batch: _Under) -> dict[Job, int]:
+    """Pictures of each job in a batch."""
+    shares: dict[Job, int] = {}
+    for picture in batch.pictures:
+        shares[picture.job] = shares.get(picture.job, 0) + 1
+    return shares
+
+
+def picture_settings(picture: Picture, about: dict[str, Any]) -> dict[str, Any]:
+    """What draws the picture again, under the names of ``POST /v1/jobs``."""
+    job, shape = picture.job, picture.job.shape
+    settings: dict[str, Any] = {"kind": shape.kind}
+    if shape.kind == "generate":
+        settings |= {"prompts": [picture.prompt], "negative": job.negative}
+    settings |= {"count": 1, "width": shape.width, "height": shape.height, "seed": picture.seed}
+    if shape.kind == "generate":
+        settings |= {
+            "guidance": shape.guidance,
+            "prior_steps": shape.prior_steps,
+            "prior_sampler": shape.prior_sampler,
+        }
+    settings["decoder_steps"] = shape.decoder_steps
+    if shape.strength is not None:
+        settings["strength"] = shape.strength
+    return settings | {"model": about.get("name", "wuerstchen")}
+
+
+def model_name(model: str | None) -> str:
+    """What clients call the model: the last part of its name, without the folders that lead to it."""
+    return "wuerstchen" if model is None else Path(model).name or "wuerstchen"
+
+
+def load_filter(name: str) -> Filter:
+    """The function that ``module:function`` names. Raises ``UserError``."""
+    module, _, function = name.partition(":")
+    sys.path.insert(0, os.getcwd())  # where one's own module lies
+    try:
+        found = getattr(importlib.import_module(module), function)
+        inspect.signature(found).bind("", None)
+    except Exception as error:
+        raise UserError(
+            f"filter {name!r} is wrong because it cannot be used ({error}); give module:function, a function "
+            "of a prompt and a picture"
+        ) from error
+    finally:
+        sys.path.remove(os.getcwd())
+    return found
+
+
+def _signer(config: ServeConfig) -> Any:
+    if config.c2pa_certificate is None or config.c2pa_key is None:
+        return None
+    from wuerstchen.serve.signing import Signer
+
+    return Signer(config.c2pa_certificate, config.c2pa_key)
+
+
+def _end_process(worker: _Worker) -> None:
+    if worker.sender is not None:
+        worker.sender.shutdown(wait=False, cancel_futures=True)
+    if worker.process is not None:
+        worker.process.kill()
+        worker.process.join()
+        worker.process.close()
+        worker.process = None
+    if worker.listener is not None:
+        worker.listener.join()  # it has met the pipe's end
+        worker.listener = None
+    if worker.connection is not None:
+        worker.connection.close()
+        worker.connection = None

@@ -1,0 +1,54 @@
+"""Signs pictures as made by a model, in the standard of the C2PA, where the package c2pa-python is there."""
+
+import importlib
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from wuerstchen.errors import UserError
+from wuerstchen.images import MADE_BY_A_MODEL
+
+MANIFEST = {
+    "claim_generator_info": [{"name": "wuerstchen"}],
+    "assertions": [
+        {
+            "label": "c2pa.actions",
+            "data": {"actions": [{"action": "c2pa.created", "digitalSourceType": MADE_BY_A_MODEL}]},
+        }
+    ],
+}
+
+
+class Signer:
+    """Signs with a certificate chain and its private key (ES256), both PEM files."""
+
+    def __init__(self, certificate: Path, key: Path) -> None:
+        """Raises ``UserError`` for files that cannot sign."""
+        c2pa: Any = importlib.import_module("c2pa")
+
+        try:
+            info = c2pa.C2paSignerInfo(
+                alg=b"es256", sign_cert=certificate.read_bytes(), private_key=key.read_bytes(), ta_url=None
+            )
+            self._signer: Any = c2pa.Signer.from_info(info)
+        except (OSError, c2pa.C2paError) as error:
+            raise UserError(
+                f"{certificate} and {key} cannot sign ({error}); give a certificate chain and its key for "
+                "ES256, in PEM"
+            ) from error
+
+    def sign(self, path: Path) -> None:
+        """Puts a signed manifest into a PNG. Raises ``UserError`` if that fails."""
+        c2pa: Any = importlib.import_module("c2pa")
+
+        signed = path.with_name(f".{path.stem}-{secrets.token_hex(4)}.tmp")
+        try:
+            with open(path, "rb") as source, open(signed, "w+b") as target:
+                c2pa.Builder(json.dumps(MANIFEST)).sign(self._signer, "image/png", source, target)
+            os.replace(signed, path)
+        except c2pa.C2paError as error:
+            raise UserError(f"{path.name} could not be signed ({error}); check the certificate") from error
+        finally:
+            signed.unlink(missing_ok=True)
