@@ -61,11 +61,10 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def make_app(service: Service, page: Path = PAGE) -> FastAPI:
+def make_app(service: Service, page: Path = PAGE) -> Guard:
     """The app of one service, which its caller starts and stops. ``page`` is the folder of the page."""
     # Its documentation page would load scripts from elsewhere.
     app = FastAPI(title="wuerstchen", version=wuerstchen.__version__, docs_url=None, redoc_url=None)
-    app.add_middleware(Guard, config=service.config, metrics=service.metrics)
     _add_error_handlers(app)
     _add_pages(app, page)
     _add_jobs(app, service)
@@ -88,7 +87,8 @@ def make_app(service: Service, page: Path = PAGE) -> FastAPI:
         return app.openapi_schema
 
     app.openapi = openapi
-    return app
+    # Around all the rest, so that answers to errors of our own pass it too.
+    return Guard(app, service.config, service.metrics)
 
 
 def _add_error_handlers(app: FastAPI) -> None:

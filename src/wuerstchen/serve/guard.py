@@ -35,6 +35,10 @@ OPEN_PATHS = ("/", "/healthz", "/readyz")
 OPEN_PREFIXES = ("/page/", "/v1/images/")
 """Pictures are open to whoever knows their names; what is not read there needs a token all the same."""
 
+READ_AWAY = 4
+"""A body up to so many times too large is read, though not kept: clients that are still sending hear no
+answer."""
+
 ERROR_TYPES = {
     401: "authentication_error",
     403: "authentication_error",
@@ -154,20 +158,25 @@ class Guard:
         length = headers.get("content-length", "0")
         if not length.isdecimal():
             raise _Stop(400, "content-length is wrong because it is no number; leave it to your client")
-        if int(length) > most:
+        if int(length) > READ_AWAY * most:
             raise too_large
-        chunks, size = [], 0
+        chunks: list[bytes] = []
+        size = 0
         try:
             async with asyncio.timeout(self.config.body_timeout):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
-                    chunks.append(message.get("body", b""))
-                    size += len(chunks[-1])
-                    if size > most:
+                    chunk, more = message.get("body", b""), message.get("more_body", False)
+                    size += len(chunk)
+                    if size <= most:
+                        chunks.append(chunk)
+                    else:
+                        chunks.clear()
+                    if size > READ_AWAY * most or (size > most and not more):
                         raise too_large
-                    if not message.get("more_body", False):
+                    if not more:
                         return b"".join(chunks)
         except TimeoutError as error:
             raise _Stop(408, f"the body took over {self.config.body_timeout:g} s; send it faster") from error

@@ -57,16 +57,16 @@ class ServeConfig:
     """Pictures in the queue."""
     max_jobs_per_client: int = 16
     """Waiting or being drawn."""
-    queue_timeout: float = 600
-    run_timeout: float = 600
+    queue_timeout: float = 600.0
+    run_timeout: float = 600.0
     """Of one batch."""
-    grace: float = 30
+    grace: float = 30.0
     """What is being drawn may take so long when the service is stopped."""
-    body_timeout: float = 30
+    body_timeout: float = 30.0
 
     results_dir: Path | None = None
     """None is a temporary folder. Several instances may share one."""
-    result_seconds: float = 3600
+    result_seconds: float = 3600.0
     result_bytes: int = 2**30
     c2pa_certificate: Path | None = None
     c2pa_key: Path | None = None

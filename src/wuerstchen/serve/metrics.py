@@ -19,7 +19,9 @@ class Metrics:
         self.ready = Gauge(f"{of}_workers_ready", "workers that have a model", registry=registry)
         self.jobs = Counter(f"{of}_jobs", "jobs that ended", ["state"], registry=registry)
         self.pictures = Counter(f"{of}_pictures", "finished pictures", ["kind"], registry=registry)
-        self.refusals = Counter(f"{of}_refusals", "requests refused", ["status"], registry=registry)
+        self.refusals = Counter(
+            f"{of}_refusals", "requests refused, by status or filter", ["reason"], registry=registry
+        )
         self.restarts = Counter(f"{of}_worker_restarts", "workers that died", ["device"], registry=registry)
         self.batch_size = Histogram(
             f"{of}_batch_pictures", "pictures in a batch", buckets=(1, 2, 4, 8, 16, 32, 64), registry=registry

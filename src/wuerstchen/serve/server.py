@@ -59,11 +59,13 @@ async def _run(service: Service, listening: socket.socket, say: Callable[[str], 
     await service.start()
     serving = asyncio.create_task(server.serve(sockets=[listening]))
     try:
-        await service.started.wait()
-        if service.failed is None:
-            say(f"serving on {address(listening)}")
-        else:
+        started = asyncio.create_task(service.started.wait())
+        await asyncio.wait([started, serving], return_when=asyncio.FIRST_COMPLETED)
+        started.cancel()
+        if service.failed is not None:
             server.should_exit = True
+        elif not service.draining:
+            say(f"serving on {address(listening)}")
         await serving
     finally:
         await service.stop()

@@ -41,8 +41,8 @@ Filter = Callable[[str, Image.Image | None], str | None]
 
 KEPT_JOBS = 10_000
 """Jobs that are remembered after their end, for as long as their pictures are."""
-STOPPING_SECONDS = 5.0
-"""A worker that was told to stop drawing and goes on for so long is ended."""
+STOPPING_SECONDS = 30.0
+"""A worker that was told to stop and makes no step for so long is ended."""
 HEARTBEAT = 10.0
 
 
@@ -210,7 +210,7 @@ class Service:
         words = f" {list(dict.fromkeys(job.prompts))!r}" if self.config.log_prompts else ""
         log.info("job %s: %d pictures of %s%s", job.id, job.total, job.shape.kind, words)
         job.emit("queued", {"position": self.queue.positions()[job]})
-        self._pump()
+        self._loop.call_soon(self._pump)
 
     def check_room(self, client: str, pictures: int) -> None:
         """Raises ``Refused`` where so many more pictures of a client cannot be queued now."""

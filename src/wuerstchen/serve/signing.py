@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import secrets
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class Signer:
             info = c2pa.C2paSignerInfo(
                 alg=b"es256", sign_cert=certificate.read_bytes(), private_key=key.read_bytes(), ta_url=None
             )
+            self._lock = threading.Lock()
             self._signer: Any = c2pa.Signer.from_info(info)
         except (OSError, c2pa.C2paError) as error:
             raise UserError(
@@ -45,7 +47,7 @@ class Signer:
 
         signed = path.with_name(f".{path.stem}-{secrets.token_hex(4)}.tmp")
         try:
-            with open(path, "rb") as source, open(signed, "w+b") as target:
+            with self._lock, open(path, "rb") as source, open(signed, "w+b") as target:
                 c2pa.Builder(json.dumps(MANIFEST)).sign(self._signer, "image/png", source, target)
             os.replace(signed, path)
         except c2pa.C2paError as error:

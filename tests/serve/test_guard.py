@@ -1,0 +1,198 @@
+"""Who is let in, from where, with how much; and what every answer's headers say."""
+
+import socket
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from wuerstchen.errors import UserError
+from wuerstchen.serve.limits import ServeConfig, read_tokens
+
+TOKEN = "a-token-of-some-length"
+JOB = {"prompts": ["a cat"]}
+
+
+def test_every_answer_has_the_security_headers(serve):
+    running = serve()
+    answers = [
+        running.http.get("/healthz"),
+        running.http.get("/nowhere"),
+        running.http.post("/v1/jobs", json={}),
+        running.http.post(
+            "/v1/jobs", content=b"x" * 20_000_000, headers={"content-type": "application/json"}
+        ),
+        running.http.get("/healthz", headers={"host": "evil.example"}),
+    ]
+    assert [answer.status_code for answer in answers] == [200, 404, 400, 413, 403]
+    for answer in answers:
+        csp = answer.headers["content-security-policy"]
+        assert "default-src 'none'" in csp
+        assert "unsafe" not in csp
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["referrer-policy"] == "no-referrer"
+        assert not any(name.startswith("access-control") for name in answer.headers)
+    assert "server" not in answers[0].headers
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("localhost:1", 200),
+        ("127.0.0.1:8042", 200),
+        ("[::1]:8042", 200),
+        ("LOCALHOST.", 200),
+        ("draw.example", 200),
+        ("draw.example:443", 200),
+        ("evil.example", 403),
+        ("localhost.evil.example", 403),
+        ("127.0.0.1.evil.example:80", 403),
+        ("", 403),
+    ],
+)
+def test_only_names_of_this_service_are_answered(serve, host, status):
+    """DNS rebinding: a page elsewhere points its own name to this machine, and reads what it likes."""
+    running = serve(allowed_hosts=("draw.example",))
+    assert running.http.get("/v1/model", headers={"host": host}).status_code == status
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 202),
+        ({"origin": "OWN"}, 202),
+        ({"origin": "OWN", "sec-fetch-site": "same-origin"}, 202),
+        ({"sec-fetch-site": "none"}, 202),
+        ({"origin": "https://evil.example"}, 403),
+        ({"origin": "null"}, 403),
+        ({"origin": "http://127.0.0.1:1"}, 403),
+        ({"sec-fetch-site": "cross-site"}, 403),
+        ({"sec-fetch-site": "same-site"}, 403),
+        ({"content-type": "text/plain"}, 415),
+        ({"content-type": "application/x-www-form-urlencoded"}, 415),
+        ({"content-type": ""}, 415),
+    ],
+)
+def test_other_sites_pages_cannot_draw(serve, headers, status):
+    """A page somewhere that makes whoever reads it draw on their own machine."""
+    running = serve()
+    headers = {name: value.replace("OWN", running.url) for name, value in headers.items()}
+    content = b'{"prompts": ["a cat"]}'
+    answer = running.http.post(
+        "/v1/jobs", content=content, headers={"content-type": "application/json", **headers}
+    )
+    assert answer.status_code == status
+    preflight = running.http.options("/v1/jobs", headers={"origin": "https://evil.example"})
+    assert preflight.status_code == 405
+
+
+def test_tokens(serve):
+    running = serve(tokens=("another-token-of-all", TOKEN))
+    get, post = running.http.get, running.http.post
+    for headers in (
+        {},
+        {"Authorization": "Bearer"},
+        {"Authorization": f"Basic {TOKEN}"},
+        {"Authorization": f"Bearer {TOKEN}x"},
+        {"Authorization": f"Bearer {TOKEN[:-1]}"},
+        {"Authorization": "Bearer ü".encode("latin-1")},
+    ):
+        for path in (
+            "/v1/model",
+            "/v1/models",
+            "/metrics",
+            "/openapi.json",
+            "/v1/jobs/x",
+            "/v1/jobs/x/events",
+        ):
+            answer = get(path, headers=headers)
+            assert (answer.status_code, answer.json()["error"]["type"]) == (401, "authentication_error"), path
+            assert answer.headers["www-authenticate"] == "Bearer"
+        assert post("/v1/jobs", json=JOB, headers=headers).status_code == 401
+        assert running.http.delete("/v1/jobs/x", headers=headers).status_code == 401
+        assert get("/healthz", headers=headers).status_code == 200
+        assert get("/readyz", headers=headers).status_code == 200
+        assert get("/v1/images/x.png", headers=headers).status_code == 404
+    for headers in ({"Authorization": f"Bearer {TOKEN}"}, {"Authorization": f"bearer  {TOKEN}"}):
+        assert get("/v1/model", headers=headers).status_code == 200
+        assert post("/v1/jobs", json=JOB, headers=headers).status_code == 202
+
+
+def test_an_address_for_others_needs_tokens():
+    for host in ("0.0.0.0", "::", "192.168.1.5", "draw.example"):
+        with pytest.raises(UserError, match="could reach it without a token"):
+            ServeConfig(host=host)
+        ServeConfig(host=host, tokens=(TOKEN,))
+    for host in ("127.0.0.1", "127.1.2.3", "::1", "localhost"):
+        assert ServeConfig(host=host).is_loopback
+
+
+def test_token_files(tmp_path):
+    path = tmp_path / "tokens"
+    path.write_text(f"# of the team\n\n  {TOKEN}  \nanother-token-of-all\n")
+    assert read_tokens(path) == (TOKEN, "another-token-of-all")
+    assert TOKEN not in repr(ServeConfig(tokens=read_tokens(path)))
+    path.write_text("# none\n")
+    with pytest.raises(UserError, match="holds no token"):
+        read_tokens(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_tokens(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="a token of 5 characters"):
+        ServeConfig(tokens=("short",))
+
+
+def test_bodies_are_counted_while_they_come(serve):
+    """A body without a length, which fills the memory."""
+    running = serve(upload_bytes=1000)
+    sent = 0
+
+    def chunks():
+        nonlocal sent
+        for _ in range(1000):
+            sent += 2**16
+            yield b" " * 2**16
+
+    try:
+        answer = running.http.post("/v1/jobs", content=chunks(), headers={"content-type": "application/json"})
+        assert answer.status_code == 413
+    except httpx.WriteError:
+        pass  # the service hung up before all was sent, which is as good
+    assert sent < 2**24
+    assert running.http.get("/healthz").status_code == 200
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(serve):
+    running = serve(body_timeout=0.5)
+    host, port = running.listening.getsockname()
+    with socket.create_connection((host, port), timeout=10) as connection:
+        connection.sendall(
+            b"POST /v1/jobs HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+            b"content-length: 100\r\n\r\n{"
+        )
+        began = time.monotonic()
+        assert connection.recv(1000).startswith(b"HTTP/1.1 408")
+        assert time.monotonic() - began < 5
+
+
+def test_headers_that_are_there_twice_are_refused(serve):
+    running = serve()
+    answer = running.http.get(
+        "/v1/model", headers=[("origin", running.url), ("origin", "https://evil.example")]
+    )
+    assert answer.status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"port": 70000}, "port 70000"),
+        ({"max_batch": 0}, "max_batch 0 is wrong"),
+        ({"grace": float("nan")}, "grace nan is wrong"),
+        ({"c2pa_key": Path("x")}, "belong together"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        ServeConfig(**settings)

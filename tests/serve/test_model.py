@@ -1,0 +1,137 @@
+"""The worker with the model in the package: what it draws, whoever shares the batch, and its previews."""
+
+import base64
+import io
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+PROMPTS = [
+    "a cat",
+    "a 3D render of a purple camel on a blue background",
+    "a flat illustration of a red apple",
+    "a noto emoji of a cat",
+    "a 3D render of a green car",
+    "a twemoji of a rocket on a black background",
+    "a black glyph of a tree",
+    "an umbrella",
+]
+
+
+def pixels(running, job):
+    assert job["state"] == "done", job
+    files = [running.http.get(image["url"]).content for image in job["images"]]
+    return np.stack([np.asarray(Image.open(io.BytesIO(content))).astype(int) for content in files])
+
+
+def compare(running, alone, **settings):
+    """Some of eight pictures drawn one by one, less the same in a batch; and in other places, likewise."""
+    before = batches(running)
+    together = pixels(running, running.wait(running.draw(prompts=PROMPTS, seed=10, **settings)))
+    jobs = [running.wait(running.draw(prompts=[PROMPTS[k]], seed=10 + k, **settings)) for k in alone]
+    assert [now - then for now, then in zip(batches(running), before, strict=True)] == [
+        len(alone) + 1,
+        len(alone) + 8,
+    ]
+    other = running.wait(
+        running.draw(prompts=["a pizza", *PROMPTS[alone[0] :]], seed=9 + alone[0], **settings)
+    )
+    one_by_one = np.concatenate([pixels(running, job) for job in jobs])
+    return one_by_one - together[alone], pixels(running, other)[1:] - together[alone[0] :]
+
+
+def batches(running):
+    """How many, and pictures in them."""
+    text = running.http.get("/metrics").text
+    return [float(re.search(rf"wuerstchen_batch_pictures_{what} (.*)", text)[1]) for what in ("count", "sum")]
+
+
+def test_a_picture_does_not_depend_on_who_shares_its_batch(real):
+    """Noise drawn for the batch and not for the picture; rounding that grows from step to step."""
+    for difference in compare(real, [1, 4, 6]):
+        assert np.abs(difference).max() <= 2
+        assert (difference != 0).mean() <= 0.001
+
+
+def test_deterministic_pictures_are_the_same_to_the_bit(serve):
+    running = serve(real=True, deterministic=True)
+    for difference in compare(running, [6], prior_steps=4, decoder_steps=2):
+        assert not difference.any()
+
+
+def test_negatives_and_beginnings_are_each_pictures_own(real):
+    """Jobs of two clients in one batch, whose texts or pictures are mixed up."""
+    running = real
+    buffer = io.BytesIO()
+    Image.effect_noise((100, 80), 90).convert("RGB").save(buffer, "PNG")
+    noise = base64.b64encode(buffer.getvalue()).decode()
+    Image.new("RGB", (80, 100), "red").save(buffer := io.BytesIO(), "PNG")
+    red = base64.b64encode(buffer.getvalue()).decode()
+    few = {"prior_steps": 6, "decoder_steps": 3, "seed": 3}
+    bodies = [
+        {"negative": "a dog", **few},
+        {"negative": "blue", **few},
+        {"image": noise, **few},
+        {"image": red, "negative": "green", **few},
+    ]
+    alone = [pixels(running, running.wait(running.draw(**body))) for body in bodies]
+    before = batches(running)
+    running.draw(prompts=["a house"], prior_steps=20)
+    jobs = [running.draw(**body) for body in bodies]
+    for body, expected in zip(jobs, alone, strict=True):
+        assert np.abs(pixels(running, running.wait(body)) - expected).max() <= 2
+    # The house, and two batches of two.
+    assert [now - then for now, then in zip(batches(running), before, strict=True)] == [3, 5]
+    kinds = [np.abs(a - b).max() > 10 for k, a in enumerate(alone) for b in alone[:k]]
+    assert all(kinds)
+    upload = {"kind": "reconstruct", "image": red, "prompts": None, "width": 128}
+    (redone,) = pixels(running, running.wait(running.draw(**upload)))
+    assert redone.shape == (128, 128, 3)
+    assert redone.mean(axis=(0, 1))[0] > 150 > 100 > redone.mean(axis=(0, 1))[1]
+
+
+def test_previews_cost_little_and_come_early(real):
+    running = real
+    events = list(running.events(running.draw(prompts=["a red car"])))
+    order = [name for name, _ in events]
+    shown = [data for name, data in events if name == "preview"]
+    assert order.index("preview") < order.index("image")
+    assert {(one["width"], one["height"]) for one in shown} <= {(64, 64), (128, 128)}
+    for one in shown:
+        head, _, data = one["image"].partition(",")
+        assert head == "data:image/webp;base64"
+        with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+            assert image.size == (one["width"], one["height"])
+    stages = [data["stage"] for name, data in events if name == "progress"]
+    assert stages == sorted(stages, reverse=True)
+
+
+def test_words_that_are_lost_are_told(real):
+    running = real
+    job = running.wait(running.draw(prompts=["cat " * 40 + "lostword", "a dog"], prior_steps=2))
+    (notice,) = job["notices"]
+    assert "lostword" in notice
+
+
+def test_the_model_says_what_it_can(real):
+    about = real.http.get("/v1/model").json()
+    assert about["name"] == "wuerstchen"
+    assert about["size"]["default"] == [256, 256]
+    assert [512, 256] in about["size"]["common"]
+    assert about["defaults"] == {
+        "guidance": 2.0,
+        "prior_steps": 29,
+        "prior_sampler": "ddpm",
+        "decoder_steps": 10,
+    }
+    assert about["can"] == dict.fromkeys(("generate", "reconstruct", "variation", "preview"), True)
+    assert len(about["examples"]) == 9
+
+
+@pytest.mark.parametrize("body", [{"prior_sampler": "dpm", "guidance": 1}, {"width": 64, "height": 96}])
+def test_other_settings_are_drawn(real, body):
+    running = real
+    job = running.wait(running.draw(prior_steps=2, decoder_steps=1, **body))
+    assert job["state"] == "done"

@@ -1,0 +1,152 @@
+"""What may be asked for, and what may be uploaded."""
+
+import base64
+import io
+import zlib
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+
+from wuerstchen.images import decode_image, resize_crop
+
+
+def encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        ({}, "prompts", "nothing to draw"),
+        ({"prompts": []}, "prompts", "nothing to draw"),
+        ({"prompts": "a cat"}, "prompts", "valid list"),
+        ({"prompts": [3]}, "prompts.0", "valid string"),
+        ({"prompts": ["x" * 1001]}, "prompts", "1000 is the most"),
+        ({"prompts": ["x"] * 17}, "prompts", "16 is the most"),
+        ({"prompts": ["x"], "negative": "x" * 1001}, "negative", "1000 is the most"),
+        ({"prompts": ["x"], "count": 0}, "count", "greater than or equal to 1"),
+        ({"prompts": ["x"], "count": 17}, "count", "16 is the most"),
+        ({"prompts": ["x"] * 16, "count": 5}, "count", "64 pictures is the most"),
+        ({"prompts": ["x"], "count": 2.5}, "count", "valid integer"),
+        ({"prompts": ["x"], "seed": -1}, "seed", "greater than or equal to 0"),
+        ({"prompts": ["x"], "seed": 2**32 - 2, "count": 3}, "seed", "one over 4294967295"),
+        ({"prompts": ["x"], "seed": True}, "seed", "valid integer"),
+        ({"prompts": ["x"], "width": 100}, "width", "multiples of 8"),
+        ({"prompts": ["x"], "width": 1000}, "width", "from 64 to 256"),
+        ({"prompts": ["x"], "height": 56}, "width", "from 64 to 256"),
+        ({"prompts": ["x"], "width": 256, "height": 256}, "width", "16,384 pixels"),
+        ({"prompts": ["x"], "guidance": 101}, "guidance", "less than or equal to 100"),
+        ({"prompts": ["x"], "prior_steps": 101}, "prior_steps", "100 is the most"),
+        ({"prompts": ["x"], "decoder_steps": 0}, "decoder_steps", "greater than or equal to 1"),
+        ({"prompts": ["x"], "prior_sampler": "euler"}, "prior_sampler", "'ddpm' or 'dpm'"),
+        ({"prompts": ["x"], "strength": 0.5}, "strength", "no image to vary"),
+        ({"prompts": ["x"], "colour": "red"}, "colour", "Extra inputs"),
+        ({"kind": "dream", "prompts": ["x"]}, "kind", "'generate' or 'reconstruct'"),
+        ({"kind": "reconstruct"}, "image", "image is missing"),
+        ({"kind": "reconstruct", "image": "IMAGE", "prompts": ["x"]}, "prompts", "reads no text"),
+        ({"kind": "reconstruct", "image": "IMAGE", "count": 2}, "count", "is one picture"),
+        ({"kind": "reconstruct", "image": "IMAGE", "width": 64, "height": 128}, "width", "are square"),
+        ({"kind": "reconstruct", "image": "IMAGE", "strength": 0.5}, "strength", "no image to vary"),
+        ({"prompts": ["x"], "image": "IMAGE", "strength": 0}, "strength", "greater than 0"),
+        ([], "body", "valid dictionary"),
+    ],
+)
+def test_impossible_requests_are_refused_in_the_common_form(serve, body, param, words):
+    running = serve()
+    if isinstance(body, dict) and body.get("image"):
+        body["image"] = encoded(Image.new("RGB", (8, 8)))
+    answer = running.http.post("/v1/jobs", json=body)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+    assert words in error["message"]
+    assert "\n" not in error["message"]
+
+
+def bomb():
+    """A PNG of 60,000 × 60,000 pixels in a few hundred bytes."""
+
+    def chunk(kind, data):
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    header = (60000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 999))
+    return base64.b64encode(data).decode()
+
+
+def animated(kind):
+    frames = [Image.effect_noise((32, 32), sigma).convert("RGB") for sigma in (20, 60)]
+    return encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+
+
+NOISE = Image.effect_noise((40, 30), 60).convert("RGB")
+BAD_UPLOADS = {
+    "no base64": (lambda: "§$%", "no base64"),
+    "not quite base64": (lambda: "AAA", "no base64"),
+    "no picture": (lambda: base64.b64encode(b"text").decode(), "no PNG, JPEG or WebP"),
+    "empty": (lambda: "", "no PNG, JPEG or WebP"),
+    "GIF": (lambda: encoded(NOISE, "GIF"), "no PNG, JPEG or WebP"),
+    "TIFF": (lambda: encoded(NOISE, "TIFF"), "no PNG, JPEG or WebP"),
+    "EPS": (lambda: encoded(NOISE, "EPS"), "no PNG, JPEG or WebP"),
+    "cut off": (lambda: encoded(NOISE)[:-400], "damaged"),
+    "bomb": (bomb, "pixels"),
+    "animated PNG": (lambda: animated("PNG"), "animated"),
+    "animated WebP": (lambda: animated("WEBP"), "animated"),
+    "an address": (lambda: "data:image/png,x", "not in base64"),
+    "a path": (lambda: "/etc/passwd", "is wrong"),
+    "another address": (lambda: "https://example.org/x.png", "no base64"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_UPLOADS)
+def test_bad_uploads_are_refused(serve, name):
+    make, words = BAD_UPLOADS[name]
+    answer = serve().http.post("/v1/jobs", json={"kind": "reconstruct", "image": make()})
+    assert answer.status_code == 400
+    assert words in answer.json()["error"]["message"]
+    assert answer.json()["error"]["param"] == "image"
+
+
+def test_large_uploads_are_refused(serve):
+    running = serve(upload_bytes=1000, upload_pixels=500)
+    large = {"kind": "reconstruct", "image": encoded(Image.effect_noise((40, 40), 60))}
+    assert running.http.post("/v1/jobs", json=large).status_code == 413
+    many = running.http.post(
+        "/v1/jobs", json={"kind": "reconstruct", "image": encoded(Image.new("L", (30, 30)))}
+    )
+    assert (many.status_code, "may have 500" in many.json()["error"]["message"]) == (400, True)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "MPO"])
+@pytest.mark.parametrize("prefix", ["", "data:image/png;base64,"])
+def test_uploads_are_upright_scaled_and_stripped(serve, kind, prefix):
+    """A phone's photo on its side; where it was taken, in what is made of it. The stand-in draws uploads."""
+    running = serve()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    exif[ExifTags.Base.Make] = "Sekret"
+    text = encoded(NOISE, kind, exif=exif)
+    job = running.http.post(
+        "/v1/jobs", json={"prompts": [""], "image": prefix + text, "height": 128, "width": 64}
+    )
+    assert job.status_code == 202, job.text
+    assert job.json()["settings"]["strength"] == 0.7
+    done = running.wait(job.json())
+    content = running.http.get(done["images"][0]["url"]).content
+    assert b"Sekret" not in content
+    expected = resize_crop(decode_image(base64.b64decode(text), "x"), 64, 128)
+    with Image.open(io.BytesIO(content)) as drawn:
+        assert np.array_equal(np.asarray(drawn), np.asarray(expected))
+
+
+def test_reconstructions_are_a_kind_of_job(serve):
+    running = serve()
+    answer = running.http.post(
+        "/v1/jobs", json={"kind": "reconstruct", "image": encoded(NOISE), "width": 128}
+    )
+    job = running.wait(answer.json())
+    assert (job["state"], job["kind"], job["total"]) == ("done", "reconstruct", 1)
+    assert (job["images"][0]["width"], job["images"][0]["height"]) == (128, 128)

@@ -1,0 +1,79 @@
+"""Finished pictures: names, time, room, and several instances in one folder."""
+
+import os
+import time
+
+from PIL import Image
+
+from wuerstchen.serve.results import Results
+
+RED = Image.new("RGB", (64, 64), "red")
+
+
+def make(folder, instance="abc123", **settings):
+    return Results(folder, instance, **{"seconds": 60.0, "max_bytes": 10**6, **settings})
+
+
+def test_names_carry_the_instance_and_cannot_be_guessed(tmp_path):
+    results = make(tmp_path)
+    names = {results.save(RED, {"seed": k}) for k in range(20)}
+    assert len(names) == 20
+    assert all(name.startswith("abc123-") and len(name) == 7 + 32 + 4 for name in names)
+    assert sorted(os.listdir(tmp_path)) == sorted(names)
+
+
+def test_nothing_else_can_be_read(tmp_path):
+    """A name from a client that leads out of the folder."""
+    (tmp_path / "secret.png").write_bytes(b"x")
+    folder = tmp_path / "results"
+    results = make(folder)
+    name = results.save(RED, {})
+    (folder / "notes.png").write_bytes(b"x")
+    assert results.read(name) is not None
+    for other in (
+        "../secret.png",
+        "notes.png",
+        "",
+        ".",
+        name[:-1],
+        name + "/",
+        f"./{name}",
+        name + "\n",
+        "\0",
+    ):
+        assert results.read(other) is None
+
+
+def test_another_instance_hands_them_out_and_clears_them_away(tmp_path):
+    one, other = make(tmp_path), make(tmp_path, "def456")
+    name = one.save(RED, {})
+    assert other.read(name) == one.read(name) is not None
+    os.utime(tmp_path / name, (0, 0))
+    assert other.read(name) is None
+    other.clear()
+    assert os.listdir(tmp_path) == []
+    one.clear()
+
+
+def test_the_oldest_go_first_where_room_is_short(tmp_path):
+    results = make(tmp_path)
+    names = [results.save(RED, {"seed": k}) for k in range(5)]
+    for age, name in enumerate(reversed(names)):
+        os.utime(tmp_path / name, (time.time() - age, time.time() - age))
+    size = (tmp_path / names[0]).stat().st_size
+    (tmp_path / "notes.txt").write_bytes(b"not ours" * 1000)
+    results.max_bytes = 3 * size + 5
+    results.clear()
+    assert sorted(os.listdir(tmp_path)) == sorted([*names[2:], "notes.txt"])
+
+
+def test_what_a_crash_left_half_is_cleared_away(tmp_path):
+    results = make(tmp_path)
+    name = results.save(RED, {})
+    half = tmp_path / f".{name[:-4]}-0123abcd.tmp"
+    half.write_bytes(b"half")
+    results.clear()
+    assert half.exists()  # it may be being written
+    os.utime(half, (0, 0))
+    results.clear()
+    assert not half.exists()

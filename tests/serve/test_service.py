@@ -1,0 +1,347 @@
+"""Jobs over HTTP, with a stand-in for the worker's process: what it tells, cancels, survives and refuses."""
+
+import asyncio
+import os
+import signal
+import time
+
+import pytest
+
+from wuerstchen.images import read_settings
+
+
+def names(events):
+    """Names in order, each once where it comes several times in a row."""
+    found = []
+    for name, _ in events:
+        if found[-1:] != [name]:
+            found.append(name)
+    return found
+
+
+def test_a_job_from_beginning_to_end(serve):
+    running = serve()
+    job = running.draw(prompts=["a cat", "a dog"], count=2, seed=7, negative="a cow", guidance=3)
+    assert job["state"] == "queued"
+    assert job["position"] == 1
+    assert job["total"] == 4
+    assert job["settings"] == {
+        "kind": "generate",
+        "prompts": ["a cat", "a dog"],
+        "negative": "a cow",
+        "count": 2,
+        "width": 64,
+        "height": 64,
+        "seed": 7,
+        "guidance": 3.0,
+        "prior_steps": 6,
+        "prior_sampler": "ddpm",
+        "decoder_steps": 4,
+        "strength": None,
+    }
+    events = list(running.events(job))
+    assert events[-1] == ("done", {})
+    kinds = {name for name, _ in events}
+    assert (
+        {"running", "image", "done"} <= kinds <= {"queued", "running", "progress", "preview", "image", "done"}
+    )
+    images = sorted((data for name, data in events if name == "image"), key=lambda image: image["index"])
+    assert [(i["index"], i["prompt"], i["seed"]) for i in images] == [
+        (0, "a cat", 7),
+        (1, "a cat", 8),
+        (2, "a dog", 9),
+        (3, "a dog", 10),
+    ]
+    fractions = [data["fraction"] for name, data in events if name == "progress"]
+    assert fractions == sorted(fractions)
+    ended = running.http.get(f"/v1/jobs/{job['id']}").json()
+    assert (ended["state"], ended["progress"], ended["position"], ended["images"]) == ("done", 1.0, 0, images)
+
+
+def test_a_picture_holds_what_draws_it_again(serve, tmp_path):
+    """A file that does not say how it was made, or that it was made by a model."""
+    running = serve()
+    job = running.wait(running.draw(prompts=["ein Kätzchen"], seed=5, prior_steps=3, width=128))
+    answer = running.http.get(job["images"][0]["url"])
+    assert answer.headers["content-type"] == "image/png"
+    assert "immutable" in answer.headers["cache-control"]
+    path = tmp_path / "x.png"
+    path.write_bytes(answer.content)
+    settings = read_settings(path)
+    assert b"trainedAlgorithmicMedia" in answer.content
+    assert b"Software" in answer.content
+    model = settings.pop("model")
+    assert model == "wuerstchen"
+    again = running.http.post("/v1/jobs", json=settings).json()
+    assert again["settings"] == {**job["settings"], "count": 1}
+
+
+def test_what_is_left_open_is_drawn_and_told(serve):
+    running = serve()
+    seeds = {running.draw()["settings"]["seed"] for _ in range(3)}
+    assert len(seeds) == 3
+
+
+def test_previews_come_only_where_they_are_wanted(serve):
+    running = serve()
+    for previews in (True, False):
+        job = running.draw(prompts=["slowly"], previews=previews)
+        assert ("preview" in names(running.events(job))) == previews
+
+
+def test_a_stream_goes_on_where_it_stopped(serve):
+    running = serve()
+    job = running.draw(prompts=["a", "b"])
+    whole = list(running.events(job))
+    with running.http.stream("GET", f"/v1/jobs/{job['id']}/events") as answer:
+        numbers = [int(line[4:]) for line in answer.iter_lines() if line.startswith("id: ")]
+    kept = [(name, data) for name, data in whole if name in ("running", "image", "done")]
+    for place, number in enumerate(numbers[:-1]):
+        rest = list(running.events(job, **{"Last-Event-ID": str(number)}))
+        assert rest == kept[place + 1 :]
+    assert list(running.events(job, **{"Last-Event-ID": str(numbers[-1])})) == []
+    assert list(running.events(job, **{"Last-Event-ID": "nonsense"})) == kept
+
+
+def test_a_cancelled_job_stops_within_one_step(serve):
+    """A worker that draws to the end for nobody, and keeps the next one waiting."""
+    running = serve()
+    job = running.draw(prompts=["slowly"], prior_steps=100)
+    events = running.events(job)
+    while next(events)[0] != "progress":
+        pass
+    began = time.monotonic()
+    answer = running.http.delete(f"/v1/jobs/{job['id']}")
+    assert answer.status_code == 202
+    assert answer.json()["state"] == "cancelled"
+    assert names(events)[-1] == "cancelled"
+    assert running.wait(running.draw())["state"] == "done"
+    # A step takes 0.2 s, and all of them twenty.
+    assert time.monotonic() - began < 1.5
+    assert running.http.delete(f"/v1/jobs/{job['id']}").status_code == 200
+
+
+def test_who_shares_a_batch_with_a_cancelled_job_is_served(serve):
+    running = serve()
+    first = running.draw(prompts=["slowly"], prior_steps=3)
+    shared = [running.draw(prompts=["a cat"], count=2) for _ in range(3)]
+    running.http.delete(f"/v1/jobs/{shared[1]['id']}")
+    while running.http.get(f"/v1/jobs/{shared[0]['id']}").json()["state"] == "queued":
+        time.sleep(0.01)
+    running.http.delete(f"/v1/jobs/{shared[2]['id']}")
+    assert running.wait(first)["state"] == "done"
+    assert running.wait(shared[0])["state"] == "done"
+    assert running.wait(shared[2])["state"] in ("cancelled", "done")
+    assert running.wait(shared[1])["images"] == []
+
+
+def test_what_waits_together_is_drawn_together(serve):
+    """One at a time, which costs most of the throughput; or pictures of two sizes in a batch."""
+    running = serve(max_batch=4)
+    running.draw(prompts=["slowly"], prior_steps=3, seed=0)
+    jobs = [running.draw(seed=k, width=64 + 64 * (k % 2), height=64) for k in range(6)]
+    shown = [running.wait(job)["images"][0] for job in jobs]
+    drawn = [picture_of(running, image) for image in shown]
+    # The stand-in paints how many pictures were in the batch.
+    assert [image.size for image in drawn] == [(64, 64), (128, 64)] * 3
+    assert [image.getpixel((0, 0))[1] for image in drawn[::2]] == [3, 3, 3]
+    # Of pictures twice as large half as many.
+    assert [image.getpixel((0, 0))[1] for image in drawn[1::2]] == [2, 2, 1]
+    assert [image.getpixel((0, 0))[0] for image in drawn] == list(range(6))
+
+
+def picture_of(running, image):
+    import io
+
+    from PIL import Image
+
+    with Image.open(io.BytesIO(running.http.get(image["url"]).content)) as opened:
+        opened.load()
+        return opened
+
+
+def test_a_killed_worker_comes_back_and_only_its_own_jobs_fail(serve):
+    running = serve(max_batch=1)
+    victim = running.draw(prompts=["slowly"], prior_steps=50)
+    others = [running.draw() for _ in range(5)]
+    events = running.events(victim)
+    while next(events)[0] != "progress":
+        pass
+    pid = running.call(lambda: running.service._workers[0].process.pid)
+    began = time.monotonic()
+    os.kill(pid, signal.SIGKILL)
+    name, data = list(events)[-1]
+    assert name == "failed"
+    assert "ended before its time" in data["message"]
+    assert [running.wait(job)["state"] for job in others] == ["done"] * 5
+    assert time.monotonic() - began < 10
+    assert 'wuerstchen_worker_restarts_total{device="default"} 1.0' in running.http.get("/metrics").text
+
+
+def test_a_worker_that_crashes_on_a_job_does_not_take_the_service_along(serve):
+    running = serve()
+    for _ in range(3):
+        assert running.wait(running.draw(prompts=["crash"]))["state"] == "failed"
+    assert running.wait(running.draw())["state"] == "done"
+
+
+def test_a_job_that_cannot_be_drawn_says_why(serve):
+    running = serve()
+    job = running.wait(running.draw(prompts=["fail"]))
+    assert (job["state"], job["error"]) == ("failed", "it does not fit into memory")
+    assert running.wait(running.draw(prompts=["long"]))["notices"] == ["words are lost"]
+
+
+def test_timeouts(serve, monkeypatch):
+    """A batch that hangs for ever; a job that waits for ever behind it."""
+    from wuerstchen.serve import service
+
+    monkeypatch.setattr(service, "STOPPING_SECONDS", 0.5)
+    running = serve(run_timeout=1.0, queue_timeout=0.6, max_batch=1)
+    hangs = running.draw(prompts=["hang"])
+    waits = running.draw()
+    assert "timed out because it waited 0.6 s" in running.wait(waits)["error"]
+    assert "timed out because it was drawn for 1 s" in running.wait(hangs)["error"]
+    deadline = time.monotonic() + 10
+    while (job := running.wait(running.draw()))["state"] != "done":
+        assert time.monotonic() < deadline, job
+
+
+def test_too_much_is_refused_with_a_time_to_wait(serve):
+    running = serve(max_waiting=4, max_jobs_per_client=3, max_batch=1)
+    running.draw(prompts=["slowly"], prior_steps=20)
+    time.sleep(0.1)
+    full = running.http.post("/v1/jobs", json={"prompts": ["a"], "count": 5})
+    running.draw()
+    running.draw()
+    many = running.http.post("/v1/jobs", json={"prompts": ["a"]})
+    for answer, words in ((full, "of at most 4 wait"), (many, "a client may have 3")):
+        assert answer.status_code == 429
+        assert 1 <= int(answer.headers["retry-after"]) <= 600
+        assert answer.json()["error"]["type"] == "rate_limit_error"
+        assert words in answer.json()["error"]["message"]
+
+
+def test_clients_take_turns(serve, tmp_path):
+    """One with a token and forty pictures keeps another waiting for all of them."""
+    one, other = "first-token-of-all", "second-token-of-all"
+    running = serve(tokens=(one, other), max_batch=1)
+
+    def post(token, **body):
+        headers = {"Authorization": f"Bearer {token}"}
+        return running.http.post("/v1/jobs", json={"prompts": ["a"], **body}, headers=headers).json()
+
+    def state(token, job):
+        return running.http.get(f"/v1/jobs/{job['id']}", headers={"Authorization": f"Bearer {token}"}).json()
+
+    greedy = post(one, count=10, prior_steps=50)
+    modest = post(other)
+    while (now := state(other, modest))["state"] != "done":
+        assert now["state"] != "failed"
+        time.sleep(0.01)
+    assert state(one, greedy)["state"] == "running"
+
+
+def test_results_go_after_their_time(serve, monkeypatch):
+    running = serve(result_seconds=0.5)
+    job = running.wait(running.draw())
+    url = job["images"][0]["url"]
+    time.sleep(0.6)
+    assert running.http.get(url).status_code == 404
+    time.sleep(0.4)
+    gone = running.http.get(f"/v1/jobs/{job['id']}")
+    assert gone.status_code == 404
+    assert "ended long ago" in gone.json()["error"]["message"]
+
+
+def test_draining_finishes_what_has_begun_and_answers_the_rest(serve):
+    running = serve(max_batch=1, grace=20.0)
+    begun = running.draw(prompts=["slowly"], prior_steps=5)
+    while running.http.get(f"/v1/jobs/{begun['id']}").json()["state"] == "queued":
+        time.sleep(0.01)
+    waits = running.draw()
+    draining = asyncio.run_coroutine_threadsafe(running.service.drain(), running.loop)
+    failed = running.wait(waits)
+    assert failed["state"] == "failed"
+    assert "being stopped; send it again" in failed["error"]
+    refused = running.http.post("/v1/jobs", json={"prompts": ["a"]})
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "10")
+    assert running.http.get("/readyz").status_code == 503
+    assert running.http.get("/healthz").status_code == 200
+    assert running.wait(begun)["state"] == "done"
+    draining.result(10)
+
+
+def test_what_outlasts_the_grace_time_is_failed(serve):
+    running = serve(grace=0.3)
+    job = running.draw(prompts=["slowly"], prior_steps=100)
+    asyncio.run_coroutine_threadsafe(running.service.drain(), running.loop).result(10)
+    assert "send it again later" in running.wait(job)["error"]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"), [("nowhere", "does not exist"), ("dies at once", "ended three times")]
+)
+def test_a_model_that_cannot_be_loaded_ends_the_start(serve, model, message):
+    """A service that waits for ever for a model that is not there."""
+    running = serve(model=model)
+    assert message in running.call(lambda: running.service.failed)
+
+
+def test_the_filter_is_asked_before_and_after(serve, monkeypatch, tmp_path):
+    (tmp_path / "rules.py").write_text(
+        "def check(prompt, image):\n"
+        "    if 'bad' in prompt:\n        return 'this prompt is against the rules'\n"
+        "    if image is not None and image.getpixel((0, 0))[0] == 66:\n        return 'this picture is'\n"
+        "    if 'broken' in prompt:\n        raise ValueError\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    running = serve(filter="rules:check")
+    refused = running.http.post("/v1/jobs", json={"prompts": ["good", "bad"]})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["code"] == "content_policy_violation"
+    assert "against the rules" in refused.json()["error"]["message"]
+    assert running.wait(running.draw(seed=65))["state"] == "done"
+    job = running.wait(running.draw(seed=66))
+    assert (job["state"], job["error"], job["images"]) == ("failed", "this picture is", [])
+    assert running.http.post("/v1/jobs", json={"prompts": ["broken"]}).status_code == 500
+
+
+def test_prompts_are_in_the_log_only_if_asked(serve, caplog):
+    caplog.set_level("INFO", logger="wuerstchen.serve")
+    for logs in (False, True):
+        running = serve(log_prompts=logs)
+        for prompt in ("sekret fail", "sekret crash", "sekret"):
+            running.wait(running.draw(prompts=[prompt]))
+        running.http.post("/v1/jobs", json={"prompts": ["sekret"], "width": 3})
+        assert ("sekret" in caplog.text) == logs
+    assert "1 pictures of generate" in caplog.text
+
+
+def test_metrics_count(serve):
+    running = serve()
+    running.wait(running.draw(count=3))
+    running.http.post("/v1/jobs", json={"prompts": []})
+    text = running.http.get("/metrics").text
+    for line in (
+        "wuerstchen_queue_pictures 0.0",
+        "wuerstchen_jobs_open 0.0",
+        "wuerstchen_workers_ready 1.0",
+        'wuerstchen_jobs_total{state="done"} 1.0',
+        'wuerstchen_pictures_total{kind="generate"} 3.0',
+        'wuerstchen_refusals_total{reason="400"} 1.0',
+        'wuerstchen_stage_seconds_count{stage="Stage B"} 1.0',
+        'wuerstchen_worker_memory_bytes{device="default"} 1000.0',
+        "process_resident_memory_bytes",
+    ):
+        assert line in text, line
+
+
+def test_several_devices_draw_at_a_time(serve):
+    running = serve(devices=("one", "two"), max_batch=1)
+    while running.call(lambda: sum(worker.ready for worker in running.service._workers)) < 2:
+        time.sleep(0.01)
+    jobs = [running.draw(prompts=["slowly"], prior_steps=4) for _ in range(2)]
+    began = time.monotonic()
+    assert [running.wait(job)["state"] for job in jobs] == ["done"] * 2
+    assert time.monotonic() - began < 2.6  # one after the other they take 3.2 s
