@@ -30,12 +30,8 @@ def run(config: ServeConfig, say: Callable[[str], object] = print) -> None:
     """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     logging.getLogger("wuerstchen.serve").setLevel(logging.INFO)
-    service = Service(config)
-    listening = listen(config.host, config.port)
-    try:
-        asyncio.run(_run(service, listening, say))
-    finally:
-        listening.close()
+    with listen(config.host, config.port) as listening:
+        asyncio.run(_run(Service(config), listening, say))
 
 
 async def _run(service: Service, listening: socket.socket, say: Callable[[str], object]) -> None:

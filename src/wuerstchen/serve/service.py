@@ -118,6 +118,7 @@ class Service:
         """Why there will never be a model."""
         self.started = asyncio.Event()
         """Set when the first worker is ready, or none will be."""
+        signer = _signer(config)
         self._temporary = (
             tempfile.TemporaryDirectory(prefix="wuerstchen-") if config.results_dir is None else None
         )
@@ -126,7 +127,7 @@ class Service:
             self.instance,
             seconds=config.result_seconds,
             max_bytes=config.result_bytes,
-            signer=_signer(config),
+            signer=signer,
         )
         self._workers = [_Worker(name=name or "default", device=name) for name in (config.devices or (None,))]
         self._numbers = itertools.count(1)
