@@ -285,6 +285,7 @@ const actions = {
   isPicked: (picture) => picked.has(picture),
   open: (picture) => viewer.open(picture),
   onceBack: (again) => waiting.add(again),
+  update: () => { for (const view of views.values()) view.update(); },
   async begin({ url }) {
     try {
       const blob = await (await fetch(url)).blob();
@@ -296,12 +297,12 @@ const actions = {
   },
   async cancel(part) {
     part.live.cancelling = true;
-    for (const view of views.values()) view.update();
+    actions.update();
     try {
       await cancelJob(part.id);
     } catch (error) {
       part.live.cancelling = false;
-      for (const view of views.values()) view.update();
+      actions.update();
       note(error instanceof Refused ? error.message : "The service does not answer; try again");
     }
   },
@@ -321,7 +322,8 @@ byId("clear").addEventListener("click", () => {
 });
 
 function allPictures() {
-  return entries.flatMap(({ parts }) => parts).flatMap((part) => part.images.map((image) => pictureOf(part, image)));
+  const parts = entries.flatMap((entry) => entry.parts).filter(({ live }) => !live.gone);
+  return parts.flatMap((part) => part.images.map((image) => pictureOf(part, image)));
 }
 
 // ---- the form
@@ -333,7 +335,7 @@ const form = new Form({
 });
 const viewer = new Viewer(allPictures, actions);
 const picked = new Picked({
-  changed: () => { for (const view of views.values()) view.update(); },
+  changed: actions.update,
   sides: (settings) => sides.open(settings, model),
 });
 const sides = new Sides(async (both) => {

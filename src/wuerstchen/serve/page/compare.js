@@ -150,10 +150,10 @@ export class Picked {
     byId("picked").hidden = !one;
     if (one) {
       const drawable = two || one.canDraw;
-      say(byId("picked-words"), two ? "Two pictures picked" : "One picture picked. Pick another, or");
-      say(byId("picked-go-words"), two ? "Show side by side" : "compare with other settings");
+      say(byId("picked-words"), two ? "Two pictures picked" : "One picture picked; pick another, or");
+      say(byId("picked-go-words"), two ? "Show side by side" : "Try other settings");
       byId("picked-go").hidden = !drawable;
-      if (!drawable) say(byId("picked-words"), "One picture picked. Pick another");
+      if (!drawable) say(byId("picked-words"), "One picture picked; pick another");
     }
     this.changed();
   }

@@ -1,7 +1,7 @@
 // An entry of the session: one drawing, or two beside each other, from the first word of the service to pictures.
 
 import { announce, icon, iconButton, make, say } from "./dom.js";
-import { inShort } from "./settings.js";
+import { inShort, shared } from "./settings.js";
 
 export const isOver = (part) => part.state === "done" || part.state === "failed" || part.state === "cancelled";
 
@@ -51,17 +51,29 @@ export class EntryView {
     const [first] = entry.parts;
     const two = entry.parts.length > 1;
     this.parts = entry.parts.map((part, i) => new PartView(part, entry, actions, two ? "AB"[i] : null));
-    const heading = make("h3", { class: "prompt", dir: "auto" }, two ? `Comparison with seed ${first.settings.seed}` : titleOf(first.settings));
+    this.heading = make("h3", { class: "prompt", dir: "auto" });
+    this.meta = make("p", { class: "meta" });
     this.removing = iconButton("close", "Remove from the session", () => actions.remove(entry));
     const small = !two && first.total === 1 && first.settings.kind !== "reconstruct" && (first.settings.width ?? 0) <= 512;
     this.element = make("li", { class: `entry${two ? " both" : small ? " small" : ""}` },
-      make("article", {}, make("header", {}, heading, this.removing),
+      make("article", {}, make("header", {}, this.heading, this.removing), this.meta,
         make("div", { class: two ? "two" : "one" }, ...this.parts.map(({ element }) => element))));
     this.update();
   }
 
   update() {
-    for (const part of this.parts) part.update();
+    const [first, second] = this.entry.parts;
+    if (second) {
+      // What both have in common stands above them, what differs above each.
+      const [both, ...own] = shared(first.settings, second.settings);
+      say(this.heading, both.prompt ?? "Two prompts");
+      say(this.meta, `Comparison · ${inShort(both)}`);
+      this.parts.forEach((part, i) => part.update(own[i]));
+    } else {
+      say(this.heading, titleOf(first.settings));
+      say(this.meta, inShort(first.settings));
+      this.parts[0].update();
+    }
     this.removing.hidden = !this.entry.parts.every(isOver);
     this.element.dataset.state = this.entry.parts.find((part) => !isOver(part))?.state ?? this.entry.parts.at(-1).state;
   }
@@ -75,33 +87,36 @@ class PartView {
     this.part = part;
     this.actions = actions;
     const title = titleOf(part.settings);
-    this.meta = make("p", { class: "meta" });
+    this.own = make("span", { class: "prompt", dir: "auto" });
     this.words = make("p", { class: "words" });
     this.bar = make("progress", { max: "1", "aria-label": `Progress of ${letter ?? title}` });
     this.cancel = make("button", { type: "button", class: "plain", onclick: () => actions.cancel(part) }, "Cancel");
     this.running = make("div", { class: "running" }, this.bar, this.words, this.cancel);
     this.error = make("p", { class: "error" });
-    this.retry = make("button", { type: "button", class: "plain", onclick: () => actions.again(part, part.settings.seed) }, "Try again");
+    this.retry = make("button", { type: "button", class: "plain", onclick: () => actions.again(part, part.settings.seed) });
+    this.newSeed = letter ? null : make("button", { type: "button", class: "plain", onclick: () => actions.again(part, null) }, "New seed");
     this.doing = make("div", { class: "actions" },
       this.retry,
       make("button", { type: "button", class: "plain", onclick: () => actions.use(part) }, "Use settings"),
-      make("button", { type: "button", class: "plain new-seed", onclick: () => actions.again(part, null) }, "New seed"),
+      this.newSeed,
       make("button", { type: "button", class: "plain", onclick: () => actions.link(part.settings) }, "Copy link"));
     this.pictures = make("div", { class: "pictures" });
     this.element = make("section", { class: "part", "aria-label": letter ? `${letter}: ${title}` : title },
-      letter && make("h4", {}, make("b", { class: "letter" }, letter), make("span", { class: "prompt", dir: "auto" }, title)),
-      this.meta, this.pictures, this.error, make("footer", {}, this.running, this.doing));
+      letter && make("h4", {}, make("b", { class: "letter" }, letter), this.own),
+      this.pictures, this.error, make("footer", {}, this.running, this.doing));
   }
 
-  update() {
+  /** `own`: of one of two parts, what differs from the other. */
+  update(own = null) {
     const { part } = this;
     const { settings, live, images } = part;
     const over = isOver(part);
-    say(this.meta, inShort(settings));
+    if (own) say(this.own, [own.prompt, own.negative && `without ${own.negative}`, inShort(own)].filter((text) => text).join(" · ") || "the same settings");
     this.running.hidden = over;
     this.doing.hidden = !over;
-    this.retry.hidden = part.state === "done" || !this.actions.canSend(part);
-    this.doing.querySelector(".new-seed").hidden = settings.kind === "reconstruct" || !this.actions.canSend(part);
+    this.retry.hidden = (part.state === "done" && !part.live.gone) || !this.actions.canSend(part);
+    say(this.retry, part.state === "done" ? "Draw again" : "Try again");
+    if (this.newSeed) this.newSeed.hidden = settings.kind === "reconstruct" || !this.actions.canSend(part);
     this.#showPictures(over);
     const failed = part.error ?? (part.state === "cancelled" ? (images.length ? "Cancelled; these were done" : "Cancelled") : "");
     this.error.hidden = !failed;
@@ -217,12 +232,13 @@ class Slot {
       this.actions.onceBack(() => (this.final.src = `${this.picture.url}#${Date.now()}`));
       return;
     }
-    this.picture.gone = true;
+    this.part.live.gone = true;
     this.element.classList.add("gone");
     this.preview?.remove();
     this.final.remove();
-    this.button.replaceChildren(make("span", {}, "No longer there: pictures are kept for an hour. Its settings draw it again."));
+    this.button.replaceChildren(make("span", {}, "No longer there: pictures are kept for an hour. The same settings and seed draw it again."));
     this.caption.replaceChildren(make("span", { class: "quiet" }, `seed ${this.picture.settings.seed}`));
+    this.actions.update();
   }
 }
 

@@ -83,8 +83,8 @@ export class Form {
     [byId("width").placeholder, byId("height").placeholder] = size.default;
     for (const name of ["guidance", "prior_steps", "decoder_steps"]) this.fields[name].placeholder = defaults[name] ?? "";
     byId("prior_sampler").replaceChildren(
-      make("option", { value: "" }, `Model’s own (${defaults.prior_sampler ?? samplers[0]})`),
-      ...samplers.map((name) => make("option", { value: name }, name)),
+      make("option", { value: "" }, defaults.prior_sampler ? `${defaults.prior_sampler} (default)` : "default"),
+      ...samplers.filter((name) => name !== defaults.prior_sampler).map((name) => make("option", { value: name }, name)),
     );
     byId("start").hidden = !(can.reconstruct || can.variation);
     const radios = this.form.querySelectorAll("input[name=mode]");
@@ -258,12 +258,15 @@ export class Form {
   showError(param, message) {
     const name = String(param ?? "").split(/[.[\]]+/).map((part) => PLACE[part]).find((place) => place) ?? "form";
     if (IN_MORE.has(name)) byId("more").open = true;
-    sayOrHide(byId(`${name}-error`), message);
+    // The service knows a setting by its name, people by its label.
+    const label = this.form.querySelector(`label[for="${param}"]`)?.textContent;
+    const text = label && message.startsWith(`${param} `) ? label + message.slice(param.length) : message;
+    sayOrHide(byId(`${name}-error`), text);
     const field = name === "image" ? byId("file") : name === "form" ? null : this.fields[name];
     field?.setAttribute("aria-invalid", "true");
     // A message far from the button must be seen; where the field is hidden, the form's own place is.
     if (!field || field.disabled || field.offsetParent === null) {
-      if (name !== "form" && name !== "image") sayOrHide(byId("form-error"), message);
+      if (name !== "form" && name !== "image") sayOrHide(byId("form-error"), text);
     } else {
       field.focus();
     }

@@ -116,6 +116,13 @@ export function inWords(settings) {
     .sort(([a], [b]) => Object.keys(LABELS).indexOf(a) - Object.keys(LABELS).indexOf(b));
 }
 
+/** The settings that two have in common, and what is left of each. */
+export function shared(a, b) {
+  const names = NAMES.filter((name) => a[name] === b[name]);
+  const without = (settings) => Object.fromEntries(Object.entries(settings).filter(([name]) => !names.includes(name)));
+  return [Object.fromEntries(names.map((name) => [name, a[name]])), without(a), without(b)];
+}
+
 /** One line below a prompt. */
 export function inShort(settings) {
   const steps = [settings.prior_steps, settings.decoder_steps].filter((value) => value).join(" + ");
