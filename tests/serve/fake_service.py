@@ -26,8 +26,8 @@ import wuerstchen
 
 PAGE = Path(wuerstchen.__file__).parent / "serve" / "page"
 CSP = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 ENDS = ("done", "failed", "cancelled")
@@ -61,8 +61,10 @@ class Job:
         self.events.append((name, data))
         if name in ("queued", "running", *ENDS):
             self.state = name
-        if name == "progress":
+        elif name == "progress":
             self.progress = data["fraction"]
+        if name == "failed":
+            self.error = data["message"]
 
     def shown(self) -> dict[str, Any]:
         return {
@@ -108,6 +110,7 @@ class FakeService:
         """Last-Event-ID headers that came."""
 
     def start(self) -> None:
+        self._stopping = False
         config = uvicorn.Config(self._app(), port=self.port, log_level="error", lifespan="off")
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
@@ -116,9 +119,9 @@ class FakeService:
             time.sleep(0.01)
 
     def stop(self) -> None:
-        """Connections break off at once, as when the process is killed."""
+        """Streams break off at once, and what was being drawn never ends."""
         assert self._server is not None
-        self._server.force_exit = True
+        self._stopping = True
         self._server.should_exit = True
         self._thread.join()
         self._server = None
@@ -154,7 +157,9 @@ class FakeService:
             path = request.url.path
             closed = path.startswith("/v1/") and not path.startswith("/v1/images/")
             if self.token and closed and request.headers.get("authorization") != f"Bearer {self.token}":
-                return _error(401, "The token is missing or wrong; give the right one", "authentication_error")
+                return _error(
+                    401, "The token is missing or wrong; give the right one", "authentication_error"
+                )
             response = await call_next(request)
             response.headers["Content-Security-Policy"] = CSP
             response.headers["X-Content-Type-Options"] = "nosniff"
@@ -221,7 +226,7 @@ class FakeService:
 
     async def _events(self, job: Job, at: int) -> AsyncIterator[str]:
         sent = 0
-        while True:
+        while not self._stopping:
             while at < len(job.events):
                 if self.drop_streams_after is not None and sent >= self.drop_streams_after:
                     return
@@ -252,12 +257,13 @@ class FakeService:
                 done += 1
                 job.tell("progress", stage=stage, step=step, steps=steps, fraction=done / total)
                 if self.fail_with and done >= total / 2:
-                    job.error = self.fail_with
                     job.tell("failed", message=self.fail_with)
                     return
                 if job.body.get("previews", True) and step % 3 == 0:
                     for index, picture in enumerate(pictures):
-                        job.tell("preview", index=index, width=24, height=24, image=_preview(picture, done / total))
+                        job.tell(
+                            "preview", index=index, width=24, height=24, image=_preview(picture, done / total)
+                        )
         for index, picture in enumerate(pictures):
             name = f"{job.id}-{random.getrandbits(64):x}.png"
             file = io.BytesIO()
@@ -306,7 +312,12 @@ def _resolved(body: dict[str, Any]) -> dict[str, Any]:
     if settings.get("seed") is None:
         settings["seed"] = random.getrandbits(32)
     if body.get("kind") == "reconstruct":
-        settings = {"seed": settings["seed"], "decoder_steps": settings["decoder_steps"], "width": 256, "height": 256}
+        settings = {
+            "seed": settings["seed"],
+            "decoder_steps": settings["decoder_steps"],
+            "width": 256,
+            "height": 256,
+        }
     return {"count": 1, **settings}
 
 
@@ -317,7 +328,11 @@ def _picture(settings: dict[str, Any], index: int) -> Image.Image:
     hue = draw_by.randrange(360)
     image = Image.new("RGB", (width, height), f"hsl({hue}, 45%, 82%)")
     draw = ImageDraw.Draw(image)
-    x, y, r = draw_by.uniform(0.2, 0.8) * width, draw_by.uniform(0.2, 0.45) * height, 0.13 * min(width, height)
+    x, y, r = (
+        draw_by.uniform(0.2, 0.8) * width,
+        draw_by.uniform(0.2, 0.45) * height,
+        0.13 * min(width, height),
+    )
     draw.ellipse((x - r, y - r, x + r, y + r), f"hsl({(hue + 150) % 360}, 70%, 60%)")
     for layer in range(3):
         x, y = draw_by.uniform(-0.2, 1.2) * width, (0.95 + 0.2 * layer) * height

@@ -113,7 +113,9 @@ export async function follow(id, on) {
           for await (const { id: at, name, data } of events(`${path}/events`, last)) {
             last = at ?? last;
             on.event(name, data);
-            if (ENDS.has(name)) return;
+            if (!ENDS.has(name)) continue;
+            on.snapshot(await getJson(path)); // with the notices
+            return;
           }
         } finally {
           streams -= 1;

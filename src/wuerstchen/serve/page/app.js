@@ -115,7 +115,7 @@ byId("toast-link").addEventListener("blur", () => (byId("toast").hidden = true))
 // ---- drawing
 
 const newPart = (settings, original) => ({
-  id: null, state: "sending", settings, total: settings.count ?? 1, images: [], error: null, live: { original, previews: new Map() },
+  id: null, state: "sending", settings, total: settings.count ?? 1, images: [], error: null, notices: [], live: { original, previews: new Map() },
 });
 
 function show(entry, at = 0) {
@@ -183,7 +183,7 @@ async function track(entry, part) {
   };
   const end = (state, message = null) => {
     part.state = state;
-    part.error = state === "failed" ? (message ?? "The service gave no reason") : null;
+    part.error = state === "failed" ? (message ?? part.error ?? "The service gave no reason") : null;
     delete live.previews;
   };
   const on = {
@@ -197,6 +197,7 @@ async function track(entry, part) {
       if (live.stage === undefined) live.fraction = job.progress;
       live.position = job.position;
       for (const image of job.images ?? []) take(image);
+      part.notices = history.texts(job.notices);
       if (["done", "failed", "cancelled"].includes(job.state)) end(job.state, messageOf(job.error));
       else part.state = job.state;
       on.seen();

@@ -1,6 +1,6 @@
 // An entry of the session: one drawing, or two beside each other, from the first word of the service to pictures.
 
-import { announce, icon, iconButton, make, say } from "./dom.js";
+import { announce, icon, iconButton, make, say, sayOrHide } from "./dom.js";
 import { inShort, shared } from "./settings.js";
 
 export const isOver = (part) => part.state === "done" || part.state === "failed" || part.state === "cancelled";
@@ -74,7 +74,7 @@ export class EntryView {
       say(this.meta, inShort(first.settings));
       this.parts[0].update();
     }
-    this.removing.hidden = !this.entry.parts.every(isOver);
+    this.removing.classList.toggle("out", !this.entry.parts.every(isOver)); // its place stays: nothing jumps
     this.element.dataset.state = this.entry.parts.find((part) => !isOver(part))?.state ?? this.entry.parts.at(-1).state;
   }
 }
@@ -93,6 +93,7 @@ class PartView {
     this.cancel = make("button", { type: "button", class: "plain", onclick: () => actions.cancel(part) }, "Cancel");
     this.running = make("div", { class: "running" }, this.bar, this.words, this.cancel);
     this.error = make("p", { class: "error" });
+    this.notice = make("p", { class: "error calm" });
     this.retry = make("button", { type: "button", class: "plain", onclick: () => actions.again(part, part.settings.seed) });
     this.newSeed = letter ? null : make("button", { type: "button", class: "plain", onclick: () => actions.again(part, null) }, "New seed");
     this.doing = make("div", { class: "actions" },
@@ -103,7 +104,7 @@ class PartView {
     this.pictures = make("div", { class: "pictures" });
     this.element = make("section", { class: "part", "aria-label": letter ? `${letter}: ${title}` : title },
       letter && make("h4", {}, make("b", { class: "letter" }, letter), this.own),
-      this.pictures, this.error, make("footer", {}, this.running, this.doing));
+      this.pictures, this.error, this.notice, make("footer", {}, this.running, this.doing));
   }
 
   /** `own`: of one of two parts, what differs from the other. */
@@ -122,6 +123,7 @@ class PartView {
     this.error.hidden = !failed;
     this.error.classList.toggle("calm", part.state === "cancelled");
     say(this.error, failed);
+    sayOrHide(this.notice, part.notices.join(" · "));
     if (over) {
       if (this.#said && this.#said !== part.state) announce(`${{ done: "Done", failed: "Failed", cancelled: "Cancelled" }[part.state]}: ${titleOf(settings)}`);
     } else {

@@ -146,7 +146,7 @@ export class Form {
     this.form.dataset.mode = mode;
     byId("chosen").hidden = !this.image;
     this.form.querySelector(".drop").hidden = Boolean(this.image);
-    byId("file").disabled = Boolean(this.image); // hidden with its label, and out of the tab order
+    byId("file").hidden = Boolean(this.image);
     byId("mode-words").textContent = MODES[mode] ?? "";
     byId("custom").hidden = byId("size").value !== "custom";
     byId("strength-value").textContent = Number(this.fields.strength.value).toFixed(2);
@@ -265,7 +265,7 @@ export class Form {
     const field = name === "image" ? byId("file") : name === "form" ? null : this.fields[name];
     field?.setAttribute("aria-invalid", "true");
     // A message far from the button must be seen; where the field is hidden, the form's own place is.
-    if (!field || field.disabled || field.offsetParent === null) {
+    if (!field || field.offsetParent === null) {
       if (name !== "form" && name !== "image") sayOrHide(byId("form-error"), text);
     } else {
       field.focus();

@@ -34,9 +34,12 @@ function part(raw) {
     settings: clean(raw.settings, null).settings,
     total: Number.isInteger(raw.total) && raw.total > 0 && raw.total <= 1000 ? raw.total : images.length,
     error: typeof raw.error === "string" ? raw.error : null,
+    notices: texts(raw.notices),
     images,
   };
 }
+
+export const texts = (raw) => (Array.isArray(raw) ? raw.filter((each) => typeof each === "string").slice(0, 10) : []);
 
 /** A picture as the service tells of it, or null of what is none. */
 export function picture(raw) {
@@ -52,7 +55,7 @@ export function save(entries) {
     .filter(({ parts }) => parts.every(({ id }) => id))
     .slice(0, KEPT)
     .map(({ parts }) => ({
-      parts: parts.map(({ id, state, settings, total, error, images }) => ({ id, state, settings, total, error, images })),
+      parts: parts.map(({ id, state, settings, total, error, notices, images }) => ({ id, state, settings, total, error, notices, images })),
     }));
   for (;;) {
     try {

@@ -57,7 +57,8 @@ const latin = (view, at, length) => new TextDecoder("latin1").decode(new Uint8Ar
 function parsed(text) {
   try {
     const settings = JSON.parse(text);
-    return typeof settings === "object" && settings !== null && !Array.isArray(settings) ? settings : null;
+    if (typeof settings !== "object" || settings === null || Array.isArray(settings)) return null;
+    return Array.isArray(settings.prompts) ? { ...settings, prompt: settings.prompts[0] } : settings;
   } catch {
     return null;
   }
