@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -24,7 +26,6 @@ def _find(*names: str) -> str | None:
 @pytest.fixture(scope="session")
 def browser() -> Iterator:
     """Headless Chromium, or a skip where there is none."""
-    global _skipped_for_browser
     chromium, driver = _find("chromium", "chromium-browser", "google-chrome"), _find("chromedriver")
     if chromium is None or driver is None:
         if os.environ.get("WUERSTCHEN_REQUIRE_BROWSER") == "1":
@@ -32,9 +33,6 @@ def browser() -> Iterator:
                 "chromium and chromedriver are required; on Debian: apt-get install chromium chromium-driver"
             )
         pytest.skip("chromium or chromedriver is not installed")
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})

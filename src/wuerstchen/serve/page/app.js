@@ -24,9 +24,9 @@ const waiting = new Set(); // what is to be tried again once the service is back
 let away = null; // the timer of the next try
 let tries = 0;
 
-function lost(text = "The service does not answer.") {
+function lost(text = "The service does not answer; trying again") {
   byId("banner").hidden = false;
-  say(byId("banner-text"), `${text} Trying again.`);
+  say(byId("banner-text"), text[0].toUpperCase() + text.slice(1));
   if (away === null) {
     tries += 1;
     away = setTimeout(look, Math.min(500 * 1.6 ** tries, 6000));
@@ -233,12 +233,17 @@ async function track(entry, part) {
 const messageOf = (error) => (typeof error === "string" ? error : (error?.message ?? null));
 const previewAddress = (data) => (/^data:image\/(webp|png|jpeg);base64,/.test(data) ? data : null);
 
+/** Brings what was just asked for into view: below the form on narrow screens, else at the top. */
+function toNewest() {
+  if (window.matchMedia("(max-width: 60rem)").matches) byId("pictures").scrollIntoView({ block: "start" });
+  else window.scrollTo({ top: 0 });
+}
+
 async function submit(settings, original) {
   byId("draw").disabled = true;
   try {
     const drawn = draw([newPart(settings, original)]);
-    // Where the form fills the screen, what was asked for is below it.
-    if (window.matchMedia("(max-width: 60rem)").matches) byId("pictures").scrollIntoView({ block: "start" });
+    toNewest();
     const entry = await drawn;
     const { seed } = entry.parts[0].settings;
     if (seed !== undefined && seed !== null) form.showSeed(seed);
@@ -266,7 +271,6 @@ const actions = {
   },
   again(part, seed) {
     submit({ ...part.settings, seed }, part.live.original);
-    window.scrollTo({ top: 0 });
   },
   async link(settings) {
     const link = new URL(toHash(settings), location.href).href;
@@ -341,8 +345,9 @@ const picked = new Picked({
 });
 const sides = new Sides(async (both) => {
   try {
-    await draw(both.map((settings) => newPart(settings)));
-    byId("pictures").scrollIntoView({ block: "start" });
+    const drawn = draw(both.map((settings) => newPart(settings)));
+    toNewest();
+    await drawn;
   } catch (error) {
     if (!(error instanceof Refused || error instanceof Unreachable)) throw error;
     form.showError(null, error.message);

@@ -164,11 +164,17 @@ class PartView {
       let slot = this.#slots.get(index);
       if (!slot) {
         slot = new Slot(part, this.actions);
+        // Of one picture the seed stands above it, and what can be done with it beside what can be done with the entry.
+        if (part.total === 1) {
+          slot.caption.replaceChildren();
+          this.doing.append(slot.tools);
+        }
         this.#slots.set(index, slot);
         this.pictures.append(slot.element);
       }
       slot.update(finished.get(index), live.previews?.get(index), settings);
     }
+    this.pictures.classList.toggle("many", this.pictures.childElementCount > 3);
     this.pictures.classList.toggle("single", this.pictures.childElementCount === 1);
     const size = part.images[0] ?? settings;
     this.pictures.style.setProperty("--aspect", (size.width || 1) / (size.height || 1));
@@ -181,7 +187,9 @@ class Slot {
     this.part = part;
     this.actions = actions;
     this.button = make("button", { type: "button", class: "frame", disabled: true, "aria-label": "Being drawn", onclick: () => actions.open(this.picture) });
-    this.caption = make("figcaption", {}, make("span", { class: "quiet" }, "\u00a0"));
+    this.seed = make("span", { class: "quiet" }, "\u00a0");
+    this.tools = make("span", { class: "tools" });
+    this.caption = make("figcaption", {}, this.seed, this.tools);
     this.element = make("figure", { class: "picture" }, this.button, this.caption);
   }
 
@@ -216,7 +224,8 @@ class Slot {
     const download = make("a", { class: "icon", href: image.url, download: fileName(this.picture), "aria-label": `Download ${title}, seed ${settings.seed}`, title: "Download; the file holds the settings" }, icon("download"));
     this.picking = iconButton("compare", "Compare with another", () => this.actions.pick(this.picture));
     this.picking.setAttribute("aria-pressed", "false");
-    this.caption.replaceChildren(make("span", { class: "quiet" }, settings.seed === undefined ? "" : `seed ${settings.seed}`), download, this.picking);
+    say(this.seed, settings.seed === undefined ? "" : `seed ${settings.seed}`);
+    this.tools.replaceChildren(download, this.picking);
   }
 
   /** Gone for good, or nobody there to ask: the first is said, the second tried again. */
@@ -239,7 +248,7 @@ class Slot {
     this.preview?.remove();
     this.final.remove();
     this.button.replaceChildren(make("span", {}, "No longer there: pictures are kept for an hour. The same settings and seed draw it again."));
-    this.caption.replaceChildren(make("span", { class: "quiet" }, `seed ${this.picture.settings.seed}`));
+    this.tools.replaceChildren();
     this.actions.update();
   }
 }
