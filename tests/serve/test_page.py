@@ -222,10 +222,11 @@ def test_several_jobs_at_once_and_cancel(page, fake):
 def test_a_cancelled_job_keeps_its_way_back(page, fake):
     fake.steps_until_pause = 3
     page.draw("a red apple", seed="5")
-    page.click(page.button("Cancel", ".entry"))
+    page.button("Cancel", ".entry").send_keys(Keys.ENTER)
     page.until(lambda: page.one(".entry").get_attribute("data-state") == "cancelled")
     fake.steps_until_pause = None
-    page.click(page.button("Try again", ".entry"))
+    assert page.browser.switch_to.active_element.text == "Try again"  # the focus is not lost
+    page.browser.switch_to.active_element.send_keys(Keys.ENTER)
     page.until(lambda: len(page.all(".entry")) == 2)
     page.drawn()
     assert "seed 5 " in page.one(".meta").text
@@ -419,9 +420,23 @@ def test_a_full_queue_is_said_by_the_button(page, fake):
     page.click(page.id("draw"))
     assert page.one("#form-error").text == "the queue is full because 64 jobs wait; try again in 5 s"
     assert page.all(".entry") == []
+    assert page.browser.switch_to.active_element == page.id("draw")
     fake.refuse = None
     page.draw()
     assert not page.id("form-error").is_displayed()
+
+
+def test_on_a_phone_a_refusal_is_brought_back_into_view(page, fake):
+    """The page scrolls on to pictures that do not come."""
+    page.expected.append(r"v1/jobs.*429")
+    page.size(390, 700, mobile=True)
+    for _ in range(3):
+        page.draw("a red apple")
+    fake.refuse = (429, "the queue is full because 64 jobs wait; try again in 5 s", None)
+    page.click(page.id("draw"))
+    error = page.one("#form-error")
+    shown = "const r = arguments[0].getBoundingClientRect(); return r.top >= 0 && r.bottom <= innerHeight"
+    page.until(lambda: page.script(shown, error), 3)
 
 
 def test_a_failed_job_says_why_beside_its_settings(page, fake):
@@ -718,6 +733,23 @@ def test_reduced_motion_is_still(page, fake):
     assert page.script(style) == "none"
     page.media(prefers_reduced_motion="no-preference")
     assert page.script(style) != "none"
+
+
+def test_storage_that_is_switched_off(page):
+    """People who block cookies meet a page that does nothing."""
+    blocked = """for (const name of ['sessionStorage', 'localStorage'])
+        Object.defineProperty(window, name, { get() { throw new DOMException('', 'SecurityError'); } });"""
+    command = "Page.addScriptToEvaluateOnNewDocument"
+    added = page.browser.execute_cdp_cmd(command, {"source": blocked})["identifier"]
+    try:
+        page.open()
+        page.draw("a red apple")
+        page.drawn()
+        page.click(page.id("theme"))
+        assert page.id("theme").text == "Light"
+    finally:
+        remove = "Page.removeScriptToEvaluateOnNewDocument"
+        page.browser.execute_cdp_cmd(remove, {"identifier": added})
 
 
 def test_text_from_right_to_left(page):

@@ -1,11 +1,12 @@
 // Talks to the service: errors in its words, tokens, and events that go on after a lost connection.
 
-import { pause } from "./dom.js";
+import { pause, session } from "./dom.js";
 
 const TOKEN = "wuerstchen.token";
 const ENDS = new Set(["done", "failed", "cancelled"]);
 const STREAMS = 3; // a browser opens six connections to a host: some must stay free for all else
 const SILENCE = 30_000; // ms; the service sends a line every 10 s
+const PATIENCE = { GET: 20_000, DELETE: 20_000, POST: 180_000 }; // ms; an upload may take long
 
 /** Addresses are relative to the page, so that it works below any path of a proxy. */
 export const address = (path) => new URL(path, new URL(".", document.baseURI)).href;
@@ -38,12 +39,12 @@ let asking = null;
 export function onTokenNeeded(ask) {
   askForToken = ask;
 }
-export const setToken = (token) => sessionStorage.setItem(TOKEN, token);
+export const setToken = (token) => session.setItem(TOKEN, token);
 
 /** A response of the service that is no error. Raises `Refused`, `Unreachable`, or what the signal aborted with. */
 export async function request(path, { method = "GET", body, headers = {}, signal } = {}) {
   for (;;) {
-    const token = sessionStorage.getItem(TOKEN);
+    const token = session.getItem(TOKEN);
     const sent = { ...headers };
     if (token) sent.Authorization = `Bearer ${token}`;
     if (body !== undefined) sent["Content-Type"] = "application/json";
@@ -53,7 +54,7 @@ export async function request(path, { method = "GET", body, headers = {}, signal
         method,
         headers: sent,
         body: body === undefined ? undefined : JSON.stringify(body),
-        signal,
+        signal: signal ?? AbortSignal.timeout(PATIENCE[method]),
         cache: "no-store",
         credentials: "same-origin", // a proxy in front may have its own
       });
@@ -65,7 +66,7 @@ export async function request(path, { method = "GET", body, headers = {}, signal
     const said = await errorOf(response);
     if (response.status === 401) {
       // Another request may have brought the token by now.
-      if (sessionStorage.getItem(TOKEN) !== token) continue;
+      if (session.getItem(TOKEN) !== token) continue;
       asking ??= askForToken(token !== null).finally(() => (asking = null));
       if (await asking) continue;
     }

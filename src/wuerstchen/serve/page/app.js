@@ -2,7 +2,7 @@
 
 import { Refused, Unreachable, cancelJob, follow, getJson, onTokenNeeded, postJob, setToken } from "./api.js";
 import { Picked, Sides } from "./compare.js";
-import { announce, byId, icon, say, sayOrHide } from "./dom.js";
+import { announce, byId, icon, local, say, sayOrHide } from "./dom.js";
 import { EntryView, isOver, pictureOf } from "./entry.js";
 import { Form } from "./form.js";
 import * as history from "./history.js";
@@ -10,7 +10,7 @@ import { fromHash, resolved, toBody, toHash } from "./settings.js";
 import { Viewer } from "./viewer.js";
 
 const TITLE = document.title;
-const FADES = 6000; // ms that a note stays
+const FADES = 8000; // ms that a note stays
 
 let model = null;
 let entries = [];
@@ -108,7 +108,12 @@ function note(text, { act, called = "Undo", link } = {}) {
   byId("toast-link").value = link ?? "";
   byId("toast").hidden = false;
   if (link) byId("toast-link").select();
-  else fading = setTimeout(() => (byId("toast").hidden = true), FADES);
+  else fading = setTimeout(fade, FADES);
+}
+function fade() {
+  // Not below somebody's hand.
+  if (byId("toast").matches(":hover, :focus-within")) fading = setTimeout(fade, FADES);
+  else byId("toast").hidden = true;
 }
 byId("toast-link").addEventListener("blur", () => (byId("toast").hidden = true));
 
@@ -239,8 +244,10 @@ function toNewest() {
   else window.scrollTo({ top: 0 });
 }
 
+let sending = false;
 async function submit(settings, original) {
-  byId("draw").disabled = true;
+  if (sending) return; // a double click; the button itself stays as it is, or the focus would be lost
+  sending = true;
   try {
     const drawn = draw([newPart(settings, original)]);
     toNewest();
@@ -251,7 +258,7 @@ async function submit(settings, original) {
     if (!(error instanceof Refused || error instanceof Unreachable)) throw error;
     form.showError(error.param, error instanceof Unreachable ? "The service does not answer; your settings are kept, try again" : error.message);
   } finally {
-    byId("draw").disabled = false;
+    sending = false;
   }
 }
 
@@ -263,7 +270,9 @@ const actions = {
   use(part) {
     if (!model) return;
     form.setImage(part.live.original ?? null, part.settings.kind === "reconstruct" ? "reconstruct" : "variation");
-    form.write(part.settings);
+    // A reconstruction has no prompt: what is written stays.
+    const texts = part.settings.kind === "reconstruct" ? form.texts() : {};
+    form.write({ ...part.settings, ...texts });
     const missing = !actions.canSend(part);
     note(missing ? "Settings restored; the picture that was given is not kept, choose it again" : "Settings restored");
     byId("prompt").focus({ preventScroll: true });
@@ -283,6 +292,7 @@ const actions = {
   },
   remove(entry) {
     const at = drop(entry);
+    byId("pictures").focus({ preventScroll: true });
     history.save(entries);
     note("Removed", { act: () => putBack([[at, entry]]) });
   },
@@ -294,13 +304,14 @@ const actions = {
   async begin({ url }) {
     try {
       const blob = await (await fetch(url)).blob();
-      await form.choose(new File([blob], "picture.png", { type: blob.type }));
+      await form.choose(new File([blob], "picture.png", { type: blob.type }), false);
       byId("form").scrollIntoView({ block: "start" });
     } catch {
       note("The picture is no longer there");
     }
   },
   async cancel(part) {
+    if (part.id === null || part.live.cancelling) return;
     part.live.cancelling = true;
     actions.update();
     try {
@@ -433,7 +444,7 @@ byId("theme").addEventListener("click", () => {
   const next = THEMES[(THEMES.indexOf(theme()) + 1) % THEMES.length];
   if (next === "auto") delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = next;
-  localStorage.setItem("wuerstchen.theme", next);
+  local.setItem("wuerstchen.theme", next);
   showTheme();
 });
 showTheme();

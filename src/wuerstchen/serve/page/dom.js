@@ -51,6 +51,18 @@ export function iconButton(name, label, onclick) {
   return make("button", { type: "button", class: "icon", "aria-label": label, title: label, onclick }, icon(name));
 }
 
+/** Storage of the browser, or of the page's memory where people have switched it off. */
+function storage(name) {
+  try {
+    return window[name];
+  } catch {
+    const held = new Map();
+    return { getItem: (key) => held.get(key) ?? null, setItem: (key, value) => held.set(key, value) };
+  }
+}
+export const session = storage("sessionStorage");
+export const local = storage("localStorage");
+
 export const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
 let live;

@@ -113,11 +113,13 @@ class PartView {
     const { settings, live, images } = part;
     const over = isOver(part);
     if (own) say(this.own, [own.prompt, own.negative && `without ${own.negative}`, inShort(own)].filter((text) => text).join(" · ") || "the same settings");
+    const hadFocus = this.running.contains(document.activeElement);
     this.running.hidden = over;
     this.doing.hidden = !over;
     this.retry.hidden = (part.state === "done" && !part.live.gone) || !this.actions.canSend(part);
     say(this.retry, part.state === "done" ? "Draw again" : "Try again");
     if (this.newSeed) this.newSeed.hidden = settings.kind === "reconstruct" || !this.actions.canSend(part);
+    if (over && hadFocus) [...this.doing.children].find((button) => !button.hidden)?.focus();
     this.#showPictures(over);
     const failed = part.error ?? (part.state === "cancelled" ? (images.length ? "Cancelled; these were done" : "Cancelled") : "");
     this.error.hidden = !failed;
@@ -132,7 +134,8 @@ class PartView {
       if (live.fraction > 0) this.bar.value = live.fraction;
       else this.bar.removeAttribute("value");
       this.bar.setAttribute("aria-valuetext", told);
-      this.cancel.disabled = part.state === "sending" || Boolean(live.cancelling);
+      // Not "disabled", which would lose the focus.
+      this.cancel.setAttribute("aria-disabled", String(part.state === "sending" || Boolean(live.cancelling)));
       const stage = live.lost ? "lost" : (live.stage ?? part.state);
       // A stage is told once; its steps are for the eye and for whoever asks the bar.
       if (stage !== this.#said) announce(`${live.stage ?? told}: ${titleOf(settings)}`);

@@ -1,6 +1,6 @@
 // The form: settings in and out, a picture to begin with, and errors beside what caused them.
 
-import { byId, icon, make, sayOrHide } from "./dom.js";
+import { byId, icon, make, sayOrHide, session } from "./dom.js";
 import { readPicture, settingsInPng } from "./image.js";
 import { clean, newSeed } from "./settings.js";
 
@@ -114,12 +114,12 @@ export class Form {
   }
 
   /** Takes a file of the user's; one that wuerstchen saved offers its settings too. */
-  async choose(file) {
+  async choose(file, offers = true) {
     if (!this.model) return;
     this.clearError("image");
     try {
       this.setImage(await readPicture(file, this.model));
-      const found = await settingsInPng(file);
+      const found = offers && (await settingsInPng(file));
       if (found) this.onFound(clean(found, this.model).settings);
     } catch (error) {
       this.showError("image", error.message);
@@ -157,7 +157,7 @@ export class Form {
     this.#arrange();
     const { settings } = this.#raw();
     try {
-      sessionStorage.setItem(DRAFT, JSON.stringify({ ...settings, keep: this.fields.seeds.value === "keep" }));
+      session.setItem(DRAFT, JSON.stringify({ ...settings, keep: this.fields.seeds.value === "keep" }));
     } catch {
       // a draft is not worth a word
     }
@@ -166,7 +166,7 @@ export class Form {
   #restoreDraft() {
     let draft;
     try {
-      draft = JSON.parse(sessionStorage.getItem(DRAFT) ?? "{}");
+      draft = JSON.parse(session.getItem(DRAFT) ?? "{}");
     } catch {
       return;
     }
@@ -249,6 +249,8 @@ export class Form {
     this.#changed();
   }
 
+  texts = () => ({ prompt: this.fields.prompt.value, negative: this.fields.negative.value });
+
   /** The seed that the service drew. */
   showSeed(seed) {
     if (this.fields.seeds.value === "new") this.fields.seed.value = seed;
@@ -267,6 +269,7 @@ export class Form {
     // A message far from the button must be seen; where the field is hidden, the form's own place is.
     if (!field || field.offsetParent === null) {
       if (name !== "form" && name !== "image") sayOrHide(byId("form-error"), text);
+      byId(name === "image" ? "image-error" : "form-error").scrollIntoView({ block: "nearest" });
     } else {
       field.focus();
     }

@@ -1,6 +1,7 @@
 // The session's entries in sessionStorage: settings and addresses of pictures, never the pictures themselves.
 
 import { pictureAddress } from "./api.js";
+import { session } from "./dom.js";
 import { clean } from "./settings.js";
 
 const KEY = "wuerstchen.history";
@@ -11,7 +12,7 @@ const STATES = new Set(["queued", "running", "done", "failed", "cancelled"]);
 export function load() {
   let stored;
   try {
-    stored = JSON.parse(sessionStorage.getItem(KEY) ?? "[]");
+    stored = JSON.parse(session.getItem(KEY) ?? "[]");
   } catch {
     return [];
   }
@@ -59,7 +60,7 @@ export function save(entries) {
     }));
   for (;;) {
     try {
-      sessionStorage.setItem(KEY, JSON.stringify(kept));
+      session.setItem(KEY, JSON.stringify(kept));
       return;
     } catch {
       if (kept.length === 0) return; // no storage at all: the page works on without
