@@ -37,7 +37,7 @@ class Page:
     def __init__(self, browser, url: str) -> None:
         self.browser = browser
         self.url = url
-        self.expected: list[str] = []
+        self.expected = ["favicon.ico"]  # of the pictures that tests open to leave the page
         """What the console may say besides nothing: regular expressions."""
 
     def open(self, hash: str = "") -> None:
