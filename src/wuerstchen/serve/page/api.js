@@ -1,0 +1,184 @@
+// Talks to the service: errors in its words, tokens, and events that go on after a lost connection.
+
+import { pause, session } from "./dom.js";
+
+const TOKEN = "wuerstchen.token";
+const ENDS = new Set(["done", "failed", "cancelled"]);
+const STREAMS = 3; // a browser opens six connections to a host: some must stay free for all else
+const SILENCE = 30_000; // ms; the service sends a line every 10 s
+const PATIENCE = { GET: 20_000, DELETE: 20_000, POST: 180_000 }; // ms; an upload may take long
+
+/** Addresses are relative to the page, so that it works below any path of a proxy. */
+export const address = (path) => new URL(path, new URL(".", document.baseURI)).href;
+
+/** The address of a picture as the page may load it, or null of what is none. */
+export function pictureAddress(url) {
+  const found = typeof url === "string" && /\/v1\/images\/([\w.-]+\.png)$/.exec(url);
+  return found ? address(`v1/images/${found[1]}`) : null;
+}
+
+/** The service said no: `message` is its own, `param` the setting that caused it. */
+export class Refused extends Error {
+  constructor(message, status, param = null) {
+    super(message);
+    this.status = status;
+    this.param = param;
+  }
+}
+
+/** Nobody answered, or only a proxy did. */
+export class Unreachable extends Error {
+  constructor() {
+    super("The service does not answer.");
+  }
+}
+
+let askForToken = async () => false;
+let asking = null;
+/** `ask(wrong)` gets a token from the user: true once there is one, false if they will not. */
+export function onTokenNeeded(ask) {
+  askForToken = ask;
+}
+export const setToken = (token) => session.setItem(TOKEN, token);
+
+/** A response of the service that is no error. Raises `Refused`, `Unreachable`, or what the signal aborted with. */
+export async function request(path, { method = "GET", body, headers = {}, signal } = {}) {
+  for (;;) {
+    const token = session.getItem(TOKEN);
+    const sent = { ...headers };
+    if (token) sent.Authorization = `Bearer ${token}`;
+    if (body !== undefined) sent["Content-Type"] = "application/json";
+    let response;
+    try {
+      response = await fetch(address(path), {
+        method,
+        headers: sent,
+        body: body === undefined ? undefined : JSON.stringify(body),
+        signal: signal ?? AbortSignal.timeout(PATIENCE[method]),
+        cache: "no-store",
+        credentials: "same-origin", // a proxy in front may have its own
+      });
+    } catch (error) {
+      if (signal?.aborted) throw error;
+      throw new Unreachable();
+    }
+    if (response.ok) return response;
+    const said = await errorOf(response);
+    if (response.status === 401) {
+      // Another request may have brought the token by now.
+      if (session.getItem(TOKEN) !== token) continue;
+      asking ??= askForToken(token !== null).finally(() => (asking = null));
+      if (await asking) continue;
+    }
+    throw said;
+  }
+}
+
+async function errorOf(response) {
+  let error = null;
+  try {
+    ({ error } = await response.json());
+  } catch {
+    // not the service's own answer
+  }
+  if (typeof error?.message === "string") return new Refused(error.message, response.status, error.param ?? null);
+  if (response.status >= 502 && response.status <= 504) return new Unreachable();
+  if (response.status === 413) return new Refused("This is too large for the service; make it smaller", 413);
+  return new Refused(`The service answered ${response.status} without a reason`, response.status);
+}
+
+export const getJson = async (path) => (await request(path)).json();
+export const postJob = async (body) => (await request("v1/jobs", { method: "POST", body })).json();
+export const cancelJob = (id) => request(`v1/jobs/${encodeURIComponent(id)}`, { method: "DELETE" });
+
+let streams = 0;
+/**
+ * Follows a job to its end. `on.snapshot(job)` gets the job as a whole, first and whenever the connection was
+ * lost; `on.event(name, data)` each event; `on.lost()` says that nobody answers. Only some jobs stream at a
+ * time; others are asked for now and then until their turn comes. Raises `Refused` where the service does not
+ * know the job.
+ */
+export async function follow(id, on) {
+  const path = `v1/jobs/${encodeURIComponent(id)}`;
+  let last = null;
+  let wait = 500;
+  for (;;) {
+    try {
+      const job = await getJson(path);
+      wait = 500;
+      on.snapshot(job);
+      if (ENDS.has(job.state)) return;
+      if (streams < STREAMS) {
+        streams += 1;
+        try {
+          for await (const { id: at, name, data } of events(`${path}/events`, last)) {
+            last = at ?? last;
+            on.event(name, data);
+            if (!ENDS.has(name)) continue;
+            on.snapshot(await getJson(path)); // with the notices
+            return;
+          }
+        } finally {
+          streams -= 1;
+        }
+      } else {
+        wait = 1000;
+      }
+    } catch (error) {
+      if (!(error instanceof Unreachable)) throw error;
+      on.lost();
+      wait = Math.min(wait * 1.6, 6000);
+    }
+    await pause(wait);
+  }
+}
+
+async function* events(path, last) {
+  const abort = new AbortController();
+  let alarm;
+  const heard = () => {
+    clearTimeout(alarm);
+    alarm = setTimeout(() => abort.abort(), SILENCE);
+  };
+  try {
+    heard();
+    const response = await request(path, {
+      headers: last === null ? {} : { "Last-Event-ID": last },
+      signal: abort.signal,
+    });
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+    let text = "";
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (done) return;
+      heard();
+      text += value;
+      // A pair of CR and LF may be cut between two pieces: only whole lines are looked at.
+      const blocks = text.replace(/\r\n/g, "\n").split("\n\n");
+      text = blocks.pop();
+      for (const block of blocks) {
+        const event = parse(block);
+        if (event) yield event;
+      }
+    }
+  } catch (error) {
+    if (error instanceof Refused) throw error;
+    throw new Unreachable();
+  } finally {
+    clearTimeout(alarm);
+    abort.abort();
+  }
+}
+
+function parse(block) {
+  let id = null;
+  let name = null;
+  const data = [];
+  for (const line of block.split("\n")) {
+    const [, field, value] = /^([^:]*):? ?(.*)$/s.exec(line);
+    if (field === "id") id = value;
+    else if (field === "event") name = value;
+    else if (field === "data") data.push(value);
+  }
+  return name === null ? null : { id, name, data: data.length ? JSON.parse(data.join("\n")) : {} };
+}

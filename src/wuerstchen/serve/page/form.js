@@ -1,0 +1,288 @@
+// The form: settings in and out, a picture to begin with, and errors beside what caused them.
+
+import { byId, icon, make, sayOrHide, session } from "./dom.js";
+import { readPicture, settingsInPng } from "./image.js";
+import { clean, newSeed } from "./settings.js";
+
+const DRAFT = "wuerstchen.draft";
+const PLACE = {
+  prompts: "prompt", prompt: "prompt", negative: "negative", count: "count", width: "size", height: "size", size: "size",
+  seed: "seed", guidance: "guidance", prior_steps: "prior_steps", prior_sampler: "prior_sampler",
+  decoder_steps: "decoder_steps", image: "image", strength: "strength",
+};
+const PLACES = new Set(Object.values(PLACE));
+const IN_MORE = new Set(["guidance", "prior_steps", "prior_sampler", "decoder_steps"]);
+const EXAMPLES = 3;
+const MODES = {
+  variation: "Stage C begins with this picture and follows the prompt from there.",
+  reconstruct: "To the small map and back: what is left of it is what the model works with.",
+};
+
+export class Form {
+  model = null;
+  image = null;
+  #example = 0;
+
+  constructor({ onFound }) {
+    this.onFound = onFound;
+    this.form = byId("form");
+    this.fields = this.form.elements;
+    byId("size").addEventListener("change", () => this.#arrange());
+    byId("reroll").addEventListener("click", () => {
+      this.fields.seed.value = newSeed();
+      this.fields.seeds.value = "keep";
+      this.#changed();
+    });
+    byId("seed").addEventListener("input", () => (this.fields.seeds.value = "keep"));
+    byId("chosen-remove").addEventListener("click", () => {
+      this.setImage(null);
+      byId("file").focus();
+    });
+    byId("file").addEventListener("change", (event) => {
+      const [file] = event.target.files;
+      event.target.value = "";
+      if (file) this.choose(file);
+    });
+    this.form.addEventListener("input", (event) => {
+      this.clearError(event.target.name === "width" || event.target.name === "height" ? "size" : event.target.name);
+      this.#changed();
+    });
+    this.form.addEventListener("change", () => this.#changed());
+    this.form.addEventListener("keydown", (event) => {
+      if (event.key !== "Enter" || event.isComposing) return;
+      const wanted = event.ctrlKey || event.metaKey;
+      if (wanted || (event.target.matches("input[type=number], #seed, #negative") && !event.shiftKey)) {
+        event.preventDefault();
+        this.form.requestSubmit();
+      }
+    });
+    this.#arrange();
+  }
+
+  setModel(model) {
+    const first = this.model === null;
+    this.model = model;
+    const { size, defaults, limits, samplers, can, examples } = model;
+    const sizes = [size.default, ...size.common];
+    const seen = new Map(sizes.map(([width, height]) => [`${width}x${height}`, `${width} × ${height}`]));
+    byId("size").replaceChildren(
+      ...[...seen].map(([value, text]) => make("option", { value }, text)),
+      make("option", { value: "custom" }, "Other…"),
+    );
+    for (const [name, [low, high]] of Object.entries({
+      count: [1, limits.count],
+      prior_steps: [1, limits.steps],
+      decoder_steps: [1, limits.steps],
+      width: [size.min, size.max_side],
+      height: [size.min, size.max_side],
+    })) {
+      this.fields[name].min = low;
+      this.fields[name].max = high;
+    }
+    byId("width").step = byId("height").step = size.multiple;
+    [byId("width").placeholder, byId("height").placeholder] = size.default;
+    for (const name of ["guidance", "prior_steps", "decoder_steps"]) this.fields[name].placeholder = defaults[name] ?? "";
+    byId("prior_sampler").replaceChildren(
+      make("option", { value: "" }, defaults.prior_sampler ? `${defaults.prior_sampler} (default)` : "default"),
+      ...samplers.filter((name) => name !== defaults.prior_sampler).map((name) => make("option", { value: name }, name)),
+    );
+    byId("start").hidden = !(can.reconstruct || can.variation);
+    const radios = this.form.querySelectorAll("input[name=mode]");
+    for (const radio of radios) radio.closest("label").hidden = !can[radio.value];
+    byId("examples").hidden = examples.length === 0;
+    this.#showExamples();
+    if (first) this.#restoreDraft();
+    this.#arrange();
+  }
+
+  #showExamples() {
+    const { examples } = this.model;
+    const shown = Array.from({ length: Math.min(EXAMPLES, examples.length) }, (_, i) => examples[(this.#example + i) % examples.length]);
+    const chips = shown.map((text) =>
+      make("button", { type: "button", class: "chip", dir: "auto", title: text, onclick: () => {
+        this.fields.prompt.value = text;
+        this.clearError("prompt");
+        this.#changed();
+        this.fields.prompt.focus();
+      } }, text));
+    const more = make("button", { type: "button", class: "chip icon", "aria-label": "Other examples", title: "Other examples", onclick: () => {
+      this.#example = (this.#example + EXAMPLES) % examples.length;
+      this.#showExamples();
+      byId("examples").lastElementChild.focus();
+    } }, icon("dice"));
+    byId("examples").replaceChildren(...chips, ...(examples.length > EXAMPLES ? [more] : []));
+  }
+
+  /** Takes a file of the user's; one that wuerstchen saved offers its settings too. */
+  async choose(file, offers = true) {
+    if (!this.model) return;
+    this.clearError("image");
+    try {
+      this.setImage(await readPicture(file, this.model));
+      const found = offers && (await settingsInPng(file));
+      if (found) this.onFound(clean(found, this.model).settings);
+    } catch (error) {
+      this.showError("image", error.message);
+    }
+  }
+
+  /** A data URL, or null for none. */
+  setImage(image, mode) {
+    this.image = image;
+    if (image) {
+      const { can } = this.model;
+      const wanted = mode ?? (this.fields.mode.value || "variation");
+      this.fields.mode.value = can[wanted] ? wanted : can.variation ? "variation" : "reconstruct";
+      byId("chosen-picture").src = image;
+    } else {
+      byId("chosen-picture").removeAttribute("src");
+    }
+    this.clearError("image");
+    this.#arrange();
+  }
+
+  #arrange() {
+    const mode = this.image ? this.fields.mode.value : "generate";
+    this.form.dataset.mode = mode;
+    byId("chosen").hidden = !this.image;
+    this.form.querySelector(".drop").hidden = Boolean(this.image);
+    byId("file").hidden = Boolean(this.image);
+    byId("mode-words").textContent = MODES[mode] ?? "";
+    byId("custom").hidden = byId("size").value !== "custom";
+    byId("strength-value").textContent = Number(this.fields.strength.value).toFixed(2);
+    byId("draw-words").textContent = { variation: "Draw a variation", reconstruct: "Reconstruct" }[mode] ?? "Draw";
+  }
+
+  #changed() {
+    this.#arrange();
+    const { settings } = this.#raw();
+    try {
+      session.setItem(DRAFT, JSON.stringify({ ...settings, keep: this.fields.seeds.value === "keep" }));
+    } catch {
+      // a draft is not worth a word
+    }
+  }
+
+  #restoreDraft() {
+    let draft;
+    try {
+      draft = JSON.parse(session.getItem(DRAFT) ?? "{}");
+    } catch {
+      return;
+    }
+    if (typeof draft !== "object" || draft === null) return;
+    const written = this.fields.prompt.value; // typed while the model was asked for
+    this.write({ ...clean(draft, this.model).settings, ...(written ? { prompt: written } : {}) }, draft.keep === true);
+  }
+
+  #raw() {
+    const { fields } = this;
+    const broken = [];
+    const number = (name) => {
+      const field = fields[name];
+      const value = field.value.trim();
+      if (field.validity.badInput || (value !== "" && !Number.isFinite(Number(value)))) broken.push(name);
+      return value === "" ? null : Number(value);
+    };
+    const [width, height] = fields.size.value === "custom"
+      ? [number("width"), number("height")]
+      : fields.size.value.split("x").map(Number);
+    const settings = {
+      kind: this.form.dataset.mode === "reconstruct" ? "reconstruct" : "generate",
+      prompt: fields.prompt.value,
+      negative: fields.negative.value,
+      count: number("count") ?? 1,
+      width,
+      height,
+      seed: number("seed"),
+      guidance: number("guidance"),
+      prior_steps: number("prior_steps"),
+      prior_sampler: fields.prior_sampler.value || null,
+      decoder_steps: number("decoder_steps"),
+      strength: Number(fields.strength.value),
+    };
+    return { settings, broken };
+  }
+
+  /** The settings, or null where they cannot be sent; what is wrong then stands beside its field. */
+  read() {
+    this.clearErrors();
+    const { settings, broken } = this.#raw();
+    for (const name of broken) this.showError(name, "This is no number; use digits alone");
+    if (broken.length) return null;
+    const { mode } = this.form.dataset;
+    if (mode === "generate" && !settings.prompt.trim()) {
+      this.showError("prompt", "There is no prompt yet; say what to draw, or take an example");
+      return null;
+    }
+    if (settings.kind === "generate" && (settings.width === null || settings.height === null)) {
+      this.showError("size", "Another size needs a width and a height");
+      return null;
+    }
+    if (this.fields.seeds.value === "new") settings.seed = null;
+    if (mode !== "variation") delete settings.strength;
+    return settings;
+  }
+
+  /** Puts settings into the form; those not named go back to the model's own. */
+  write(settings, keep = settings.seed !== undefined) {
+    const { fields } = this;
+    const size = this.model.size.default;
+    const [width, height] = settings.width ? [settings.width, settings.height] : size;
+    fields.prompt.value = settings.prompt ?? "";
+    fields.negative.value = settings.negative ?? "";
+    fields.count.value = settings.count ?? 1;
+    const value = `${width}x${height}`;
+    const common = [...fields.size.options].some((option) => option.value === value);
+    fields.size.value = common ? value : "custom";
+    [fields.width.value, fields.height.value] = common ? ["", ""] : [width, height];
+    fields.seed.value = settings.seed ?? "";
+    fields.seeds.value = keep ? "keep" : "new";
+    const { defaults } = this.model;
+    for (const name of ["guidance", "prior_steps", "prior_sampler", "decoder_steps"]) {
+      // What is the model's own anyway stays empty.
+      fields[name].value = settings[name] === undefined || settings[name] === defaults[name] ? "" : settings[name];
+    }
+    if (settings.strength !== undefined) fields.strength.value = settings.strength;
+    byId("more").open ||= [...IN_MORE].some((name) => fields[name].value !== "");
+    this.clearErrors();
+    this.#changed();
+  }
+
+  texts = () => ({ prompt: this.fields.prompt.value, negative: this.fields.negative.value });
+
+  /** The seed that the service drew. */
+  showSeed(seed) {
+    if (this.fields.seeds.value === "new") this.fields.seed.value = seed;
+  }
+
+  /** Shows an error beside the field that the service named, or above the button where it named none. */
+  showError(param, message) {
+    const name = String(param ?? "").split(/[.[\]]+/).map((part) => PLACE[part]).find((place) => place) ?? "form";
+    if (IN_MORE.has(name)) byId("more").open = true;
+    // The service knows a setting by its name, people by its label.
+    const label = this.form.querySelector(`label[for="${param}"]`)?.textContent;
+    const text = label && message.startsWith(`${param} `) ? label + message.slice(param.length) : message;
+    sayOrHide(byId(`${name}-error`), text);
+    const field = name === "image" ? byId("file") : name === "form" ? null : this.fields[name];
+    field?.setAttribute("aria-invalid", "true");
+    // A message far from the button must be seen; where the field is hidden, the form's own place is.
+    if (!field || field.offsetParent === null) {
+      if (name !== "form" && name !== "image") sayOrHide(byId("form-error"), text);
+      byId(name === "image" ? "image-error" : "form-error").scrollIntoView({ block: "nearest" });
+    } else {
+      field.focus();
+    }
+  }
+
+  clearError(name) {
+    if (!PLACES.has(name)) return;
+    sayOrHide(byId(`${name}-error`), "");
+    (name === "image" ? byId("file") : this.fields[name]).removeAttribute("aria-invalid");
+  }
+
+  clearErrors() {
+    for (const name of PLACES) this.clearError(name);
+    sayOrHide(byId("form-error"), "");
+  }
+}

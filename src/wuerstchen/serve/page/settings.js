@@ -1,0 +1,139 @@
+// Settings of a drawing: what may be in them, in links, and in words. Links and stored entries are read as if
+// somebody hostile had written them.
+
+export const MAX_SEED = 2 ** 32 - 1;
+const CONTROLS = /[\u0000-\u0009\u000b-\u001f\u007f]/g; // all but a line's end
+const ANY = {
+  size: { min: 1, max_side: 16384, multiple: 1, max_pixels: 2 ** 28 },
+  limits: { count: 1000, prompt_chars: 10000, steps: 1000 },
+  samplers: ["ddpm", "dpm"],
+};
+
+/** In the order in which people read them. */
+export const NAMES = [
+  "kind", "prompt", "negative", "width", "height", "seed", "count", "guidance", "prior_sampler", "prior_steps",
+  "decoder_steps", "strength",
+];
+
+function whole(value, low, high) {
+  const number = typeof value === "string" && /^\d{1,10}$/.test(value) ? Number(value) : value;
+  return Number.isInteger(number) && number >= low && number <= high ? number : undefined;
+}
+
+function real(value, low, high) {
+  const number = typeof value === "string" && /^\d{1,6}(\.\d{1,6})?$/.test(value) ? Number(value) : value;
+  return Number.isFinite(number) && number >= low && number <= high ? number : undefined;
+}
+
+function text(value, longest) {
+  if (typeof value !== "string") return undefined;
+  const cleaned = value.replace(CONTROLS, " ");
+  return [...cleaned].length <= longest ? cleaned : undefined;
+}
+
+function side(value, size) {
+  const number = whole(value, size.min, size.max_side);
+  return number !== undefined && number % size.multiple === 0 ? number : undefined;
+}
+
+/** What of `raw` can be used with the model, and the names of what cannot. Names that are none are left out. */
+export function clean(raw, model) {
+  const { size, limits, samplers } = model ?? ANY;
+  const checks = {
+    kind: (value) => (value === "generate" || value === "reconstruct" ? value : undefined),
+    prompt: (value) => text(value, limits.prompt_chars),
+    negative: (value) => text(value, limits.prompt_chars),
+    width: (value) => side(value, size),
+    height: (value) => side(value, size),
+    seed: (value) => whole(value, 0, MAX_SEED),
+    count: (value) => whole(value, 1, limits.count),
+    guidance: (value) => real(value, 0, 100),
+    prior_sampler: (value) => (samplers.includes(value) ? value : undefined),
+    prior_steps: (value) => whole(value, 1, limits.steps),
+    decoder_steps: (value) => whole(value, 1, limits.steps),
+    strength: (value) => (value === 0 || value === "0" ? undefined : real(value, 0, 1)),
+  };
+  const settings = {};
+  const refused = [];
+  for (const name of NAMES) {
+    if (!Object.hasOwn(raw, name) || raw[name] === null || raw[name] === undefined) continue;
+    const value = checks[name](raw[name]);
+    if (value === undefined) refused.push(name);
+    else settings[name] = value;
+  }
+  if ((settings.width === undefined) !== (settings.height === undefined) || settings.width * settings.height > size.max_pixels) {
+    delete settings.width;
+    delete settings.height;
+    if (!refused.includes("width") && !refused.includes("height")) refused.push("width", "height");
+  }
+  return { settings, refused };
+}
+
+/** The link's settings and what of them cannot be used, or null where the hash holds none. */
+export function fromHash(hash, model) {
+  if (!hash.includes("=")) return null;
+  if (hash.length > 100_000) return { settings: {}, refused: ["its length"] };
+  return clean(Object.fromEntries(new URLSearchParams(hash.slice(1))), model);
+}
+
+export function toHash(settings) {
+  const pairs = NAMES.filter((name) => settings[name] !== undefined && settings[name] !== "" && settings[name] !== null)
+    .filter((name) => !(name === "kind" && settings.kind === "generate") && !(name === "count" && settings.count === 1))
+    .map((name) => [name, String(settings[name])]);
+  return `#${new URLSearchParams(pairs)}`;
+}
+
+/** The body of POST /v1/jobs. */
+export function toBody(settings, image) {
+  const { kind, prompt, strength, count, width, height, ...rest } = settings;
+  if (kind === "reconstruct") {
+    return { kind, image, seed: rest.seed ?? null, decoder_steps: rest.decoder_steps ?? null };
+  }
+  const body = { kind: "generate", prompts: [prompt ?? ""], count, width, height, ...rest, seed: rest.seed ?? null };
+  return image ? { ...body, image, strength } : body;
+}
+
+/** Settings as the service resolved them, over those that were asked for. */
+export function resolved(asked, told) {
+  if (typeof told !== "object" || told === null) return asked;
+  const prompt = Array.isArray(told.prompts) && told.prompts.length ? told.prompts[0] : asked.prompt;
+  const { kind, strength } = asked;
+  return { ...asked, ...clean({ ...told, prompt }, null).settings, kind, ...(strength === undefined ? {} : { strength }) };
+}
+
+const LABELS = {
+  kind: "Kind", prompt: "Prompt", negative: "Negative", size: "Size", seed: "Seed", count: "Pictures", guidance: "Guidance",
+  prior_sampler: "Sampler", prior_steps: "Stage C steps", decoder_steps: "Stage B steps", strength: "Strength",
+};
+
+/** Label and value of each setting that has one. */
+export function inWords(settings) {
+  const size = settings.width ? `${settings.width} × ${settings.height}` : undefined;
+  return Object.entries({ ...settings, size })
+    .filter(([, value]) => value !== undefined && value !== null && value !== "")
+    .filter(([name]) => name in LABELS)
+    .map(([name, value]) => [name, LABELS[name], String(value)])
+    .sort(([a], [b]) => Object.keys(LABELS).indexOf(a) - Object.keys(LABELS).indexOf(b));
+}
+
+/** The settings that two have in common, and what is left of each. */
+export function shared(a, b) {
+  const names = NAMES.filter((name) => a[name] === b[name]);
+  const without = (settings) => Object.fromEntries(Object.entries(settings).filter(([name]) => !names.includes(name)));
+  return [Object.fromEntries(names.map((name) => [name, a[name]])), without(a), without(b)];
+}
+
+/** One line below a prompt. */
+export function inShort(settings) {
+  const steps = [settings.prior_steps, settings.decoder_steps].filter((value) => value).join(" + ");
+  return [
+    settings.width && `${settings.width} × ${settings.height}`,
+    settings.seed !== undefined && `seed ${settings.seed}`,
+    settings.guidance !== undefined && settings.kind !== "reconstruct" && `guidance ${settings.guidance}`,
+    steps && `${steps} steps`,
+    settings.kind !== "reconstruct" && settings.prior_sampler,
+    settings.strength !== undefined && settings.kind !== "reconstruct" && `strength ${settings.strength}`,
+  ].filter((part) => part).join(" · ");
+}
+
+export const newSeed = () => crypto.getRandomValues(new Uint32Array(1))[0];

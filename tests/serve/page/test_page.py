@@ -1,0 +1,937 @@
+"""The page in headless Chromium, as people use it."""
+
+import itertools
+import json
+import re
+from pathlib import Path
+from urllib.parse import urlencode
+
+import pytest
+from PIL import Image
+from selenium.common.exceptions import StaleElementReferenceException
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+
+import wuerstchen
+from wuerstchen.images import save_png
+
+FOLDER = Path(wuerstchen.__file__).parent / "serve" / "page"
+CONTROLS = {
+    "button",
+    "link",
+    "textbox",
+    "spinbutton",
+    "combobox",
+    "slider",
+    "radio",
+    "checkbox",
+    "progressbar",
+}
+
+
+class Page:
+    """The open page, in a test's words."""
+
+    def __init__(self, browser, url: str) -> None:
+        self.browser = browser
+        self.url = url
+        self.expected = ["favicon.ico"]  # of the pictures that tests open to leave the page
+        """What the console may say besides nothing: regular expressions."""
+
+    def open(self, hash: str = "") -> None:
+        self.browser.get(f"{self.url}/{hash}")
+        self.until(lambda: self.id("model").text)
+
+    def size(self, width: int, height: int, mobile: bool = False) -> None:
+        self.cdp("setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
+
+    def media(self, **features: str) -> None:
+        pairs = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
+        self.cdp("setEmulatedMedia", features=pairs)
+
+    def cdp(self, name: str, **arguments) -> dict:
+        return self.browser.execute_cdp_cmd(f"Emulation.{name}", arguments)
+
+    def id(self, name: str):
+        return self.browser.find_element(By.ID, name)
+
+    def all(self, css: str) -> list:
+        return [each for each in self.browser.find_elements(By.CSS_SELECTOR, css) if each.is_displayed()]
+
+    def one(self, css: str):
+        """The first that can be seen; waits for it."""
+        return self.until(lambda: next(iter(self.all(css)), None))
+
+    def button(self, text: str, within: str = "body"):
+        return self.until(lambda: next((b for b in self.all(f"{within} button") if b.text == text), None))
+
+    def click(self, element) -> None:
+        self.script("arguments[0].scrollIntoView({ block: 'center' })", element)
+        element.click()
+
+    def script(self, text: str, *arguments):
+        return self.browser.execute_script(text, *arguments)
+
+    def until(self, condition, seconds: float = 30):
+        wait = WebDriverWait(self.browser, seconds, 0.03, ignored_exceptions=[StaleElementReferenceException])
+        return wait.until(lambda _: condition())
+
+    def type(self, name: str, text: str) -> None:
+        field = self.id(name)
+        field.clear()
+        field.send_keys(text)
+
+    def draw(self, prompt: str | None = None, **fields: str) -> None:
+        """Sends the form; returns once its entry is there."""
+        if prompt is not None:
+            self.type("prompt", prompt)
+        for name, value in fields.items():
+            self.type(name, value)
+        before = len(self.all(".entry"))
+        self.click(self.id("draw"))
+        self.until(lambda: len(self.all(".entry")) == before + 1)
+
+    def drawn(self, entries: int = 1) -> None:
+        """Waits until so many of the newest entries have their pictures."""
+        self.until(lambda: all(e.get_attribute("data-state") == "done" for e in self.all(".entry")[:entries]))
+        coming = "return document.querySelectorAll('.final:not(.there)').length"
+        self.until(lambda: self.script(coming) == 0)
+
+    def values(self, *names: str) -> list[str]:
+        return [self.id(name).get_attribute("value") for name in names]
+
+    def overflow(self) -> int:
+        """By how much the page is wider than the screen."""
+        return self.script("return document.documentElement.scrollWidth - window.innerWidth") + self.script(
+            "return window.innerWidth - window.screen.width"
+        )
+
+
+@pytest.fixture
+def page(browser, service):
+    page = Page(browser, service)
+    page.size(1280, 900)
+    page.media(prefers_color_scheme="light", prefers_reduced_motion="no-preference")
+    browser.get(f"{service}/page/icon.svg")
+    page.script("sessionStorage.clear(); localStorage.clear()")
+    browser.get_log("browser")
+    page.open()
+    yield page
+    # Errors of scripts, blocked styles and requests: what people do not see, and a test else neither.
+    said = [
+        entry["message"] for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")
+    ]
+    unexpected = [line for line in said if not any(re.search(each, line) for each in page.expected)]
+    assert not unexpected
+    asked = page.script("return performance.getEntriesByType('resource').map((entry) => entry.name)")
+    foreign = [url for url in asked if not url.startswith((f"{page.url}/", "data:"))]
+    assert foreign == []
+
+
+def test_nothing_inline_and_no_text_as_html():
+    """A prompt that becomes markup, and a page that a strict policy breaks."""
+    html = (FOLDER / "index.html").read_text(encoding="utf-8")
+    assert not re.search(r"\s(style|on\w+)\s*=|<style|javascript:|https?://", html)
+    assert all("src=" in tag for tag in re.findall(r"<script[^>]*>", html))
+    for path in FOLDER.glob("*.js"):
+        text = path.read_text(encoding="utf-8")
+        bad = re.findall(
+            r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function|\.style\.\w+ =", text
+        )
+        assert not bad, path.name
+        assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text), path.name
+
+
+def test_draws_with_previews_and_nothing_jumps(page):
+    """Pictures that never come, come without previews, or push what is below them about."""
+    page.click(page.one(".chip"))
+    page.type("count", "2")
+    page.id("count").send_keys(Keys.CONTROL, Keys.ENTER)
+    page.one(".entry")
+    page.until(lambda: len(page.all(".frame")) == 2)
+    before = [frame.rect for frame in page.all(".frame")]
+    height = page.one(".entry").rect["height"]
+    page.drawn()
+    assert [frame.rect for frame in page.all(".frame")] == before
+    assert page.one(".entry").rect["height"] == pytest.approx(height, abs=2)
+    assert page.script("return document.querySelectorAll('.preview').length") == 2
+    widths = page.script("return [...document.querySelectorAll('.final')].map(image => image.naturalWidth)")
+    assert widths == [256, 256]
+    assert page.one(".entry h3").text == page.id("prompt").get_attribute("value")
+    links = page.all("a[download]")
+    assert len(links) == 2
+    assert all(link.get_attribute("download").endswith(".png") for link in links)
+    # The seed that was drawn by chance is shown, and the next drawing has another.
+    seed = page.id("seed").get_attribute("value")
+    assert f"seed {seed} " in page.one(".meta").text
+    page.draw()
+    page.drawn()
+    assert page.id("seed").get_attribute("value") != seed
+
+
+def test_a_kept_seed_draws_the_same_again(page):
+    page.draw("a red apple", seed="7")
+    page.draw("a red apple")
+    page.drawn(2)
+    assert [meta.text.count("seed 7 ") for meta in page.all(".meta")] == [1, 1]
+    page.click(page.id("reroll"))
+    assert page.id("seed").get_attribute("value") != "7"
+    page.click(page.button("New seed", ".entry"))
+    page.until(lambda: len(page.all(".entry")) == 3)
+    page.drawn(3)
+    assert "seed 7 " not in page.one(".meta").text
+
+
+def test_progress_is_told_in_words_but_not_every_step(page, fake):
+    """A screen reader that reads sixteen steps, or none."""
+    page.script(
+        "window.told = []; new MutationObserver(() => told.push(document.getElementById('live').textContent))"
+        ".observe(document.getElementById('live'), { childList: true })"
+    )
+    fake.steps_until_pause = 5
+    page.draw("a red apple")
+    page.until(lambda: page.one(".words").text == "Stage C, step 5 of 12")
+    bar = page.one("progress")
+    assert bar.get_attribute("value") == str(5 / 16)
+    assert bar.get_attribute("aria-valuetext") == "Stage C, step 5 of 12"
+    assert page.browser.title.startswith("31 %")
+    fake.steps_until_pause = None
+    page.drawn()
+    told = page.script("return told")
+    assert len(told) <= 6
+    assert told[-1] == "Done: a red apple"
+    assert any(text.startswith("Stage C") for text in told)
+
+
+def test_several_jobs_at_once_and_cancel(page, fake):
+    """A page that draws one after the other, and one whose cancel stops another job."""
+    fake.hold_queue = True
+    for prompt in ("one", "two", "three", "four", "five"):  # more than stream at a time
+        page.draw(prompt)
+    assert [words.text for words in page.all(".words")] == ["Waiting, place 1 in the queue"] * 5
+    page.click(page.all(".running button")[1])
+    page.until(lambda: page.all(".entry")[1].get_attribute("data-state") == "cancelled")
+    assert [job.cancelled for job in fake.jobs.values()] == [False, False, False, True, False]
+    assert "Cancelled" in page.all(".entry")[1].text
+    fake.hold_queue = False
+    page.until(lambda: [e.get_attribute("data-state") for e in page.all(".entry")].count("done") == 4)
+
+
+def test_a_cancelled_job_keeps_its_way_back(page, fake):
+    fake.steps_until_pause = 3
+    page.draw("a red apple", seed="5")
+    page.button("Cancel", ".entry").send_keys(Keys.ENTER)
+    page.until(lambda: page.one(".entry").get_attribute("data-state") == "cancelled")
+    fake.steps_until_pause = None
+    assert page.browser.switch_to.active_element.text == "Try again"  # the focus is not lost
+    page.browser.switch_to.active_element.send_keys(Keys.ENTER)
+    page.until(lambda: len(page.all(".entry")) == 2)
+    page.drawn()
+    assert "seed 5 " in page.one(".meta").text
+
+
+def test_the_session_survives_a_reload(page):
+    """Pictures and settings lost by F5."""
+    page.draw("a green car", seed="11", negative="rain")
+    page.drawn()
+    page.type("prompt", "something else")
+    page.open()
+    page.drawn()
+    assert page.one(".entry h3").text == "a green car"
+    assert page.values("prompt") == ["something else"]  # the draft too
+    page.click(page.button("Use settings", ".entry"))
+    assert page.values("prompt", "negative", "seed") == ["a green car", "rain", "11"]
+    assert page.script("return document.querySelector('[name=seeds]:checked').value") == "keep"
+
+
+def test_a_running_job_goes_on_after_a_reload(page, fake):
+    fake.steps_until_pause = 6
+    page.draw("a green car")
+    page.until(lambda: "step 6" in page.one(".words").text)
+    page.open()
+    page.until(lambda: "step 6" in page.one(".words").text)
+    fake.steps_until_pause = None
+    page.drawn()
+
+
+def test_removing_can_be_undone(page):
+    page.draw("one")
+    page.draw("two")
+    page.drawn(2)
+    page.click(page.one(".entry header button"))
+    assert [h.text for h in page.all(".entry h3")] == ["one"]
+    page.click(page.button("Undo"))
+    assert [h.text for h in page.all(".entry h3")] == ["two", "one"]
+    page.click(page.id("clear"))
+    assert page.all(".entry") == []
+    page.click(page.button("Undo"))
+    assert [h.text for h in page.all(".entry h3")] == ["two", "one"]
+
+
+def test_pictures_that_are_gone_say_so(page, fake):
+    """An hour later: broken images without a word."""
+    page.expected.append("404")
+    page.draw("a green car", seed="3")
+    page.drawn()
+    fake.forget_pictures()
+    page.open()
+    page.until(lambda: "No longer there" in page.one(".frame").text)
+    page.click(page.button("Draw again", ".entry"))
+    page.until(lambda: len(page.all(".entry")) == 2)
+    page.drawn()
+    assert "seed 3 " in page.one(".meta").text
+
+
+def test_a_link_restores_settings_and_draws_nothing(page):
+    page.draw("a green car & a dog #1, 100 % «ä»", seed="11", negative="rain", count="2")
+    page.drawn()
+    page.script("navigator.clipboard.writeText = async text => { window.copied = text; }")
+    page.click(page.button("Copy link", ".entry"))
+    link = page.until(lambda: page.script("return window.copied"))
+    page.script("sessionStorage.clear()")
+    page.browser.get(f"{page.url}/page/icon.svg")
+    page.browser.get(link)
+    page.until(lambda: page.values("prompt") == ["a green car & a dog #1, 100 % «ä»"])
+    assert page.values("negative", "seed", "count") == ["rain", "11", "2"]
+    assert page.all(".entry") == []
+    assert "Settings restored" in page.id("toast").text
+    assert "#" not in page.browser.current_url  # a reload would undo what is changed from here on
+
+
+def test_a_link_without_a_clipboard_is_shown(page):
+    """Pages without TLS have no clipboard: a button that does nothing."""
+    page.draw("a green car")
+    page.drawn()
+    page.script("navigator.clipboard.writeText = async () => { throw new Error('not allowed'); }")
+    page.click(page.button("Copy link", ".entry"))
+    assert "#prompt=a+green+car" in page.one("#toast-link").get_attribute("value")
+
+
+def test_a_hostile_link_is_text_and_numbers(page):
+    """Markup from a link, values beyond the service's limits, names of JavaScript's own."""
+    evil = {
+        "prompt": "<img src=x onerror=\"document.title='hit'\"><script>1</script>\u0000",
+        "negative": "x" * 5000,
+        "width": "99999999",
+        "height": "256",
+        "seed": "-1",
+        "guidance": "1e9",
+        "count": "99999",
+        "prior_sampler": "evil",
+        "prior_steps": "0x10",
+        "__proto__": "x",
+        "constructor": "x",
+        "image": "data:text/html,x",
+    }
+    page.browser.get(f"{page.url}/page/icon.svg")
+    page.open("#" + urlencode(evil))
+    page.until(lambda: page.values("prompt")[0].startswith("<img src=x onerror="))
+    assert page.values("negative", "seed", "guidance", "count", "prior_sampler", "prior_steps") == [
+        "", "", "", "1", "", "",
+    ]  # fmt: skip
+    assert page.id("size").get_attribute("value") == "256x256"
+    said = page.id("toast").text
+    assert all(
+        name in said for name in ("not usable", "negative prompt", "width", "seed", "guidance", "sampler")
+    )
+    page.draw()
+    page.drawn()
+    assert page.one(".entry h3").text.startswith("<img src=x onerror=")
+    assert page.script("return document.querySelectorAll('img[src=x], main script').length") == 0
+    assert "hit" not in page.browser.title
+
+
+@pytest.mark.parametrize(
+    "hash", ["#%E0%A4%A", "#=&=&&", "#pictures", "#prompt=" + "a" * 200_000, "#kind=evil&seed=1"]
+)
+def test_broken_links_leave_a_working_page(page, hash):
+    page.browser.get(f"{page.url}/page/icon.svg")
+    page.open(hash)
+    page.draw("a red apple")
+    page.drawn()
+
+
+def test_a_hostile_history_is_left_out(page):
+    """Stored by another page of the same origin, or an older version of this one."""
+    part = {"id": "x", "state": "done", "settings": {"prompt": "fine"}, "total": 1, "images": []}
+    picture = {"index": 0, "seed": 1, "prompt": "p", "width": 256, "height": 256}
+    stored = [
+        None, 7, {}, {"parts": 3}, {"parts": [None]}, {"parts": [{**part, "state": "evil"}]},
+        {"parts": [{**part, "images": [{**picture, "url": "javascript:x"}], "settings": {"prompt": []}}]},
+        {"parts": [{**part, "images": [{**picture, "url": "https://evil.example/v1/images/../../x.png?y"}]}]},
+        {"parts": [part]},
+    ]  # fmt: skip
+    page.script("sessionStorage.setItem('wuerstchen.history', arguments[0])", json.dumps(stored))
+    page.open()
+    assert len(page.all(".entry")) == 3
+    assert page.script("return document.querySelectorAll('.final, .entry a').length") == 0
+    page.script("sessionStorage.setItem('wuerstchen.history', '{')")
+    page.open()
+    assert page.all(".entry") == []
+
+
+def test_what_the_service_refuses_stands_beside_its_field(page):
+    """An error far from its cause, in a box that closes."""
+    page.expected.append(r"v1/jobs.*400")
+    page.click(page.one("#more summary"))
+    page.type("prompt", "a red apple")
+    page.type("prior_steps", "5000")
+    page.script("document.getElementById('more').open = false")
+    page.click(page.id("draw"))
+    error = page.one("#prior_steps-error")
+    assert "5000" in error.text or "steps" in error.text
+    field = page.id("prior_steps")
+    assert field.get_attribute("aria-invalid") == "true"
+    assert "prior_steps-error" in field.get_attribute("aria-describedby")
+    assert page.browser.switch_to.active_element == field
+    assert page.all(".entry") == []
+    field.clear()
+    field.send_keys("9")
+    assert not error.is_displayed()
+    page.draw()
+    page.drawn()
+
+
+def test_a_wrong_size_and_no_prompt(page):
+    page.click(page.id("draw"))
+    assert "no prompt yet" in page.one("#prompt-error").text
+    page.expected.append(r"v1/jobs.*400")
+    page.type("prompt", "a red apple")
+    page.script("const s = document.getElementById('size'); s.value = 'custom';"
+                "s.dispatchEvent(new Event('change', { bubbles: true }))")  # fmt: skip
+    page.click(page.id("draw"))
+    assert "a width and a height" in page.one("#size-error").text
+    page.type("width", "251")
+    page.type("height", "256")
+    page.click(page.id("draw"))
+    assert "251" in page.until(lambda: page.one("#size-error").text)
+    page.type("width", "192")
+    page.draw()
+    page.drawn()
+    assert page.one(".meta").text.startswith("192 × 256")
+
+
+def test_a_full_queue_is_said_by_the_button(page, fake):
+    page.expected.append(r"v1/jobs.*429")
+    fake.refuse = (429, "the queue is full because 64 jobs wait; try again in 5 s", None)
+    page.type("prompt", "a red apple")
+    page.click(page.id("draw"))
+    assert page.one("#form-error").text == "the queue is full because 64 jobs wait; try again in 5 s"
+    assert page.all(".entry") == []
+    assert page.browser.switch_to.active_element == page.id("draw")
+    fake.refuse = None
+    page.draw()
+    assert not page.id("form-error").is_displayed()
+
+
+def test_on_a_phone_a_refusal_is_brought_back_into_view(page, fake):
+    """The page scrolls on to pictures that do not come."""
+    page.expected.append(r"v1/jobs.*429")
+    page.size(390, 700, mobile=True)
+    for _ in range(3):
+        page.draw("a red apple")
+    fake.refuse = (429, "the queue is full because 64 jobs wait; try again in 5 s", None)
+    page.click(page.id("draw"))
+    error = page.one("#form-error")
+    shown = "const r = arguments[0].getBoundingClientRect(); return r.top >= 0 && r.bottom <= innerHeight"
+    page.until(lambda: page.script(shown, error), 3)
+
+
+def test_a_failed_job_says_why_beside_its_settings(page, fake):
+    fake.fail_with = "the worker ended without a word; try again"
+    page.draw("a red apple")
+    page.until(lambda: fake.fail_with in page.one(".entry").text)
+    assert page.all(".frame") == []
+    fake.fail_with = None
+    page.click(page.button("Try again", ".entry"))
+    page.drawn()
+
+
+def test_a_token_is_asked_for_and_kept_for_the_tab(page, fake):
+    page.expected.append("401")
+    fake.token = "right"
+    page.browser.get(f"{page.url}/")
+    page.one("#token")
+    for wrong, said in (("", "no token yet"), ("wröng", "ASCII"), ("wrong", "does not know")):
+        page.type("token-value", wrong)
+        page.id("token-value").send_keys(Keys.ENTER)
+        page.until(lambda said=said: said in page.id("token-error").text)
+    page.type("token-value", "right")
+    page.id("token-value").send_keys(Keys.ENTER)
+    page.until(lambda: page.id("model").text)
+    page.draw("a red apple")
+    page.drawn()
+    page.open()  # not asked again
+    page.drawn()
+    # Given up: said, and asked again on request.
+    fake.token = "another"
+    page.browser.get(f"{page.url}/")
+    page.click(page.one("#token-cancel"))
+    assert "Without a token" in page.one("#banner").text
+    page.click(page.id("banner-retry"))
+    page.type("token-value", "another")
+    page.id("token-value").send_keys(Keys.ENTER)
+    page.until(lambda: page.id("model").text)
+
+
+def test_a_service_that_goes_and_comes_back(page, fake):
+    """A job lost to a moment without a network, settings lost to a restart."""
+    page.expected += [
+        "ERR_CONNECTION_REFUSED",
+        "ERR_INCOMPLETE_CHUNKED_ENCODING",
+        "ERR_CONNECTION_RESET",
+        "ERR_EMPTY_RESPONSE",
+    ]
+    fake.steps_until_pause = 4
+    page.draw("a red apple")
+    page.until(lambda: "step 4" in page.one(".words").text)
+    fake.stop()
+    page.until(lambda: "does not answer" in page.one("#banner").text)
+    page.until(lambda: "Connection lost" in page.one(".words").text)
+    page.type("prompt", "a dog")
+    page.click(page.id("draw"))
+    assert "does not answer" in page.until(lambda: page.one("#form-error").text)
+    assert page.values("prompt") == ["a dog"]
+    fake.steps_until_pause = None
+    fake.start()
+    page.until(lambda: not page.id("banner").is_displayed())
+    # The fake's jobs live on in memory, but nobody draws them: the page must hear of it.
+    job = next(iter(fake.jobs.values()))
+    job.tell("failed", message="the service was restarted; try again")
+    page.until(lambda: "the service was restarted" in page.one(".entry").text)
+    page.draw()
+    page.drawn()
+
+
+def test_a_job_of_another_instance_ends_with_its_reason(page, fake):
+    page.expected.append("404")
+    fake.steps_until_pause = 4
+    page.draw("a red apple")
+    fake.jobs.clear()
+    page.open()
+    page.until(lambda: "no longer knows this drawing" in page.one(".entry").text)
+
+
+def test_events_go_on_where_the_stream_broke(page, fake):
+    fake.drop_streams_after = 4
+    fake.step_delay = 0.1
+    page.draw("a red apple")
+    page.drawn()
+    assert fake.resumed_from
+    assert fake.resumed_from == sorted(fake.resumed_from, key=int)
+    assert all(int(each) > 0 for each in fake.resumed_from)
+
+
+TOO_SMALL = """
+const controls = "button, select, summary, textarea, a[download], .drop, .segments label, "
+  + "input:not([type=radio], [type=file])";
+return [...document.querySelectorAll(controls)]
+  .filter((each) => each.checkVisibility())
+  .map((each) => [each.id || each.className || each.textContent, each.getBoundingClientRect()])
+  .filter(([, { width, height }]) => width < 43.5 || height < 43.5)
+  .map(([name, { width, height }]) => `${name} ${width} ${height}`);
+"""
+
+
+@pytest.mark.parametrize("width", [320, 390])
+def test_narrow_screens(page, width):
+    """Sideways scrolling, and controls too small for fingers."""
+    page.size(width, 700, mobile=True)
+    page.open()
+    assert page.overflow() == 0
+    page.click(page.one("#more summary"))
+    assert page.script(TOO_SMALL) == []
+    page.draw("w" * 90, count="2")
+    assert page.overflow() == 0
+    page.drawn()
+    assert page.script(TOO_SMALL) == []
+    page.click(page.one("button.frame"))
+    page.one("#viewer")
+    assert page.overflow() == 0
+    assert (
+        page.script("const v = document.getElementById('viewer'); return v.scrollWidth - v.clientWidth") == 0
+    )
+    assert page.script(TOO_SMALL) == []
+    page.browser.switch_to.active_element.send_keys(Keys.ESCAPE)
+    page.click(page.id("compare"))
+    page.one("#sides")
+    assert (
+        page.script("const v = document.getElementById('sides'); return v.scrollWidth - v.clientWidth") == 0
+    )
+    page.click(page.button("Draw both"))
+    page.until(lambda: len(page.all(".entry")) == 2)
+    page.drawn(2)
+    assert page.overflow() == 0
+    # Where the form fills the screen, what was asked for is brought into view.
+    assert page.one(".entry").rect["y"] < page.script("return scrollY + innerHeight")
+
+
+def test_by_keyboard_alone(page):
+    """A trap, or something that only a mouse reaches."""
+    page.script("document.activeElement.blur()")
+
+    def keys(*each: str) -> None:
+        ActionChains(page.browser).send_keys(*each).perform()
+
+    def tab_to(matches: str, most: int = 40):
+        for _ in range(most):
+            keys(Keys.TAB)
+            if page.script("return document.activeElement.matches(arguments[0])", matches):
+                outline = page.script("return getComputedStyle(document.activeElement).outlineStyle")
+                assert outline != "none"
+                return
+        raise AssertionError(f"{matches} was not reached")
+
+    keys(Keys.TAB)
+    assert page.script("return document.activeElement.className") == "skip"
+    tab_to("#prompt")
+    keys("a red apple")
+    tab_to("#file")
+    tab_to("#size")
+    tab_to("#seed")
+    tab_to("#draw")
+    keys(Keys.ENTER)
+    page.one(".entry")
+    page.drawn()
+    page.id("prompt").send_keys(Keys.CONTROL, Keys.ENTER)
+    page.until(lambda: len(page.all(".entry")) == 2)
+    page.drawn(2)
+    page.script("document.getElementById('compare').focus()")
+    tab_to("button.frame")
+    keys(Keys.ENTER)
+    page.one("#viewer")
+    first = page.id("viewer-picture").get_attribute("src")
+    keys(Keys.ARROW_RIGHT)
+    assert page.id("viewer-picture").get_attribute("src") != first
+    assert page.id("viewer-place").text == "2 of 2"
+    keys(Keys.ARROW_RIGHT)  # the last stays
+    keys(Keys.ARROW_LEFT)
+    assert page.id("viewer-picture").get_attribute("src") == first
+    keys(Keys.ESCAPE)
+    page.until(lambda: not page.id("viewer").is_displayed())
+    assert page.script("return document.activeElement.matches('button.frame')")  # back where it was opened
+
+
+def test_every_control_has_a_name(page):
+    """What a screen reader reads as "button"."""
+
+    def nameless() -> list[str]:
+        nodes = page.browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+        controls = [
+            n for n in nodes if not n.get("ignored") and n["role"]["value"] in {*CONTROLS, "image", "dialog"}
+        ]
+        assert controls
+        return [
+            f"{n['role']['value']} {n.get('properties')}"
+            for n in controls
+            if not n.get("name", {}).get("value")
+        ]
+
+    page.click(page.one("#more summary"))
+    page.draw("a red apple", count="2")
+    assert nameless() == []
+    page.drawn()
+    assert nameless() == []
+    page.click(page.one("button.frame"))
+    assert nameless() == []
+    page.click(page.id("viewer-close"))
+    for button in page.all(".tools button")[:2]:
+        page.click(button)
+    page.click(page.id("picked-go"))
+    assert nameless() == []
+    page.click(page.id("beside-close"))
+    page.click(page.id("compare"))
+    assert nameless() == []
+    page.click(page.id("sides-close"))
+    page.id("file").send_keys(str(FOLDER.parents[1] / "data/sample/noto/1f345.webp"))
+    page.one("#chosen")
+    assert nameless() == []
+    ids = page.script("return [...document.querySelectorAll('[id]')].map(e => e.id)")
+    assert len(ids) == len(set(ids))
+
+
+CONTRAST = """
+const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+function rgba(colour) {
+  canvas.clearRect(0, 0, 1, 1);
+  canvas.fillStyle = colour;
+  canvas.fillRect(0, 0, 1, 1);
+  return [...canvas.getImageData(0, 0, 1, 1).data];
+}
+function luminance(colour) {
+  const linear = (v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  const [r, g, b] = colour.map((v) => linear(v / 255));
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+}
+function behind(element) {
+  for (; element; element = element.parentElement) {
+    const colour = rgba(getComputedStyle(element).backgroundColor);
+    if (colour[3] === 255) return colour;
+  }
+  return [255, 255, 255, 255];
+}
+const bad = [];
+const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+while (texts.nextNode()) {
+  const text = texts.currentNode.textContent.trim();
+  const element = texts.currentNode.parentElement;
+  const seen = element.checkVisibility({ opacityProperty: true, visibilityProperty: true });
+  if (!text || !seen || element.closest(".sr, :disabled, noscript")) continue;
+  const own = luminance(rgba(getComputedStyle(element).color));
+  const [dark, light] = [own, luminance(behind(element))].sort((x, y) => x - y);
+  const ratio = (light + 0.05) / (dark + 0.05);
+  if (ratio < 4.5) bad.push(`${text.slice(0, 30)} ${ratio.toFixed(2)}`);
+}
+return bad;
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_contrast_in_light_and_dark(page, scheme):
+    """Text that is too faint to read (WCAG AA, 4.5 to 1)."""
+    page.media(prefers_color_scheme=scheme)
+    page.click(page.one("#more summary"))
+    page.expected.append(r"v1/jobs.*400")
+    page.type("prompt", "a red apple")
+    page.type("prior_steps", "5000")
+    page.click(page.id("draw"))
+    page.one("#prior_steps-error")
+    page.type("prior_steps", "5")
+    page.draw()
+    page.drawn()
+    page.click(page.one(".tools button"))
+    page.type("prior_steps", "5000")
+    page.click(page.id("draw"))
+    page.one("#prior_steps-error")
+    page.until(lambda: page.script(CONTRAST) == [], 3)
+    bright = page.script("return getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", bright)[:3])) > 600) == (scheme == "light")
+
+
+def test_the_theme_switch_beats_the_system_and_stays(page):
+    paper = "return getComputedStyle(document.body).backgroundColor"
+    page.media(prefers_color_scheme="light")
+    light = page.script(paper)
+    page.click(page.id("theme"))
+    page.click(page.id("theme"))
+    assert page.id("theme").text == "Dark"
+    dark = page.script(paper)
+    assert dark != light
+    page.open()
+    assert page.script(paper) == dark
+    page.click(page.id("theme"))
+    assert page.script(paper) == light
+
+
+def test_reduced_motion_is_still(page, fake):
+    page.media(prefers_reduced_motion="reduce")
+    fake.hold_queue = True
+    page.draw("a red apple")
+    style = "return getComputedStyle(document.querySelector('progress')).animationName"
+    assert page.script(style) == "none"
+    page.media(prefers_reduced_motion="no-preference")
+    assert page.script(style) != "none"
+
+
+def test_storage_that_is_switched_off(page):
+    """People who block cookies meet a page that does nothing."""
+    blocked = """for (const name of ['sessionStorage', 'localStorage'])
+        Object.defineProperty(window, name, { get() { throw new DOMException('', 'SecurityError'); } });"""
+    command = "Page.addScriptToEvaluateOnNewDocument"
+    added = page.browser.execute_cdp_cmd(command, {"source": blocked})["identifier"]
+    try:
+        page.open()
+        page.draw("a red apple")
+        page.drawn()
+        page.click(page.id("theme"))
+        assert page.id("theme").text == "Light"
+    finally:
+        remove = "Page.removeScriptToEvaluateOnNewDocument"
+        page.browser.execute_cdp_cmd(remove, {"identifier": added})
+
+
+def test_text_from_right_to_left(page):
+    """A prompt in Hebrew that runs the wrong way, or turns the page around it."""
+    page.draw("תפוח אדום")
+    page.drawn()
+    assert page.script("return getComputedStyle(document.querySelector('.entry h3')).direction") == "rtl"
+    assert page.script("return getComputedStyle(document.getElementById('prompt')).direction") == "rtl"
+    assert page.script("return getComputedStyle(document.querySelector('.meta')).direction") == "ltr"
+
+
+DROP = """
+const [base64, name, type, how] = arguments;
+const bytes = Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
+const data = new DataTransfer();
+data.items.add(new File([bytes], name, { type }));
+const bubbling = { bubbles: true, cancelable: true };
+const event = how === "paste"
+  ? new ClipboardEvent("paste", { clipboardData: data, ...bubbling })
+  : new DragEvent("drop", { dataTransfer: data, ...bubbling });
+document.body.dispatchEvent(event);
+return event.defaultPrevented;
+"""
+
+
+def encoded(path: Path) -> str:
+    import base64
+
+    return base64.b64encode(path.read_bytes()).decode()
+
+
+@pytest.fixture
+def picture(tmp_path) -> Path:
+    path = tmp_path / "given.png"
+    save_png(
+        Image.new("RGB", (96, 64), "teal"), path, {"prompt": "a teal thing", "seed": 77, "prior_steps": 9}
+    )
+    return path
+
+
+def test_a_given_picture_is_reconstructed_and_varied(page, picture):
+    page.id("file").send_keys(str(picture))
+    page.one("#chosen")
+    page.click(page.one("#chosen-modes label:nth-of-type(2)"))
+    assert not page.id("prompt").is_displayed()
+    page.draw()
+    page.drawn()
+    assert page.one(".entry h3").text == "Reconstruction"
+    assert len(page.all(".frame")) == 2  # what was given stands beside it
+    page.click(page.one("#chosen-modes label:nth-of-type(1)"))
+    page.script("const s = document.getElementById('strength'); s.value = 0.4;"
+                "s.dispatchEvent(new Event('input', { bubbles: true }))")  # fmt: skip
+    page.draw("a hill")
+    page.drawn()
+    assert "strength 0.4" in page.one(".meta").text
+    page.click(page.id("chosen-remove"))
+    assert not page.id("chosen").is_displayed()
+    assert page.browser.switch_to.active_element == page.id("file")
+
+
+def test_pictures_are_sent_as_the_contract_says(page, fake, picture):
+    page.id("file").send_keys(str(picture))
+    page.one("#chosen")
+    page.draw("a hill", count="2")
+    page.click(page.one("#chosen-modes label:nth-of-type(2)"))
+    page.draw()
+    page.drawn(2)
+    varied, reconstructed = (job.body for job in fake.jobs.values())
+    assert (varied["kind"], varied["prompts"], varied["count"], varied["strength"]) == (
+        "generate",
+        ["a hill"],
+        2,
+        0.7,
+    )
+    assert varied["image"] == f"data:image/png;base64,{encoded(picture)}"
+    assert set(reconstructed) <= {"kind", "image", "seed", "decoder_steps", "previews"}
+    assert reconstructed["kind"] == "reconstruct"
+
+
+def test_large_pictures_are_made_small_enough(page, fake, tmp_path):
+    """A photograph of 20 MB, or of a format that the service does not read."""
+    Image.effect_noise((1500, 1100), 90).convert("RGB").save(tmp_path / "large.png")
+    Image.new("RGB", (300, 200), "red").save(tmp_path / "old.bmp")
+    for name in ("large.png", "old.bmp"):
+        page.id("file").send_keys(str(tmp_path / name))
+        page.one("#chosen")
+        page.draw("a hill")
+        page.drawn()
+        body = list(fake.jobs.values())[-1].body
+        assert body["image"].startswith("data:image/jpeg;base64,")
+        assert len(body["image"]) < fake.model()["limits"]["upload_bytes"] * 4 / 3 + 100
+        page.click(page.id("chosen-remove"))
+
+
+@pytest.mark.parametrize("how", ["drop", "paste"])
+def test_dropping_and_pasting(page, picture, how):
+    assert page.script(DROP, encoded(picture), "given.png", "image/png", how)
+    page.one("#chosen")
+    # It is one of ours: its settings are offered, not taken.
+    assert page.values("prompt") == [""]
+    page.click(page.button("Use them"))
+    assert page.values("prompt", "seed", "prior_steps") == ["a teal thing", "77", "9"]
+
+
+def test_what_is_no_picture_is_said_beside_it(page, picture):
+    """A dropped text file that takes the browser away from the page."""
+    assert page.script(DROP, encoded(picture), "notes.txt", "text/plain", "drop")
+    assert "notes.txt is no picture" in page.one("#image-error").text
+    assert page.script(DROP, encoded(FOLDER / "app.js"), "broken.png", "image/png", "drop")
+    page.until(lambda: "broken.png cannot be read" in page.id("image-error").text)
+    assert not page.id("chosen").is_displayed()
+
+
+def test_a_model_that_cannot_read_pictures_offers_none(page, fake):
+    fake.can = {"generate": True, "reconstruct": False, "variation": False, "preview": False}
+    page.open()
+    assert not page.id("start").is_displayed()
+    fake.can = {"generate": True, "reconstruct": True, "variation": False, "preview": False}
+    page.open()
+    page.id("file").send_keys(str(FOLDER.parents[1] / "data/sample/noto/1f345.webp"))
+    page.one("#chosen")
+    assert [label.text for label in page.all("#chosen-modes label")] == ["Reconstruct"]
+
+
+def test_two_settings_with_one_seed_beside_each_other(page):
+    page.type("prompt", "a red apple")
+    page.click(page.id("compare"))
+    (guidance,) = page.values("A-guidance")
+    page.type("B-guidance", "8")
+    page.type("sides-seed", "2x")
+    page.click(page.button("Draw both"))
+    assert "seed" in page.one("#sides-error").text
+    page.type("sides-seed", "21")
+    page.click(page.button("Draw both"))
+    page.one(".entry.both")
+    page.drawn()
+    assert "seed 21" in page.one(".entry.both .meta").text
+    assert [h4.text.split("\n")[-1] for h4 in page.all(".both h4")] == [f"guidance {guidance}", "guidance 8"]
+    a, b = (frame.rect for frame in page.all(".frame"))
+    assert a["y"] == b["y"]
+    assert a["width"] == b["width"]
+    page.open()  # and after a reload
+    page.drawn()
+    assert len(page.all(".both .frame")) == 2
+
+
+def test_two_picked_pictures_beside_each_other(page):
+    page.draw("a red apple", seed="4")
+    page.draw("a green apple", seed="4")
+    page.drawn(2)
+    first, second = page.all(".tools button")
+    page.click(first)
+    assert first.get_attribute("aria-pressed") == "true"
+    assert page.id("picked-go").text == "Try other settings"
+    page.click(second)
+    page.click(page.id("picked-go"))
+    page.one("#beside")
+    assert [row.text.split()[0] for row in page.all("#beside tr.differs")] == ["Prompt"]
+    assert len(page.all("#beside img")) == 2
+    page.browser.switch_to.active_element.send_keys(Keys.ESCAPE)
+    page.until(lambda: not page.id("beside").is_displayed())
+    # One picture and other settings.
+    page.click(page.all(".tools button")[0])
+    page.click(page.id("picked-go"))
+    assert page.values("A-prompt", "B-prompt", "sides-seed") == ["a green apple", "a green apple", "4"]
+
+
+def test_the_example_chips_take_turns(page):
+    shown = [chip.text for chip in page.all(".chip") if chip.text]
+    assert len(shown) == 3
+    page.click(page.all(".chip")[-1])
+    after = [chip.text for chip in page.all(".chip") if chip.text]
+    assert after != shown
+    page.click(page.all(".chip")[0])
+    assert page.values("prompt") == [after[0]]
+
+
+def test_files_of_the_page_are_in_the_package():
+    """A page that works in the checkout and is missing from the wheel."""
+    names = {path.name for path in FOLDER.iterdir()}
+    texts = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.iterdir()}
+    wanted = set(re.findall(r'(?:href|src)="page/([\w.]+)"', texts["index.html"]))
+    wanted |= set(itertools.chain(*(re.findall(r'from "\./([\w.]+)"', text) for text in texts.values())))
+    assert wanted <= names
+    assert names <= wanted | {"index.html"}
