@@ -12,7 +12,7 @@ TESTS ?= tests
 # Threads that wait by spinning slow every other process down, and the tests start some.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-service lint format clean
 
 demo: .venv/.run
 	$(BIN)/wuerstchen generate --grid --out demo.png \
@@ -28,6 +28,10 @@ demo: .venv/.run
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(TESTS)
+
+# The long tests of the service: 2,000 made-up requests.
+test-service: .venv/.dev
+	$(BIN)/python -m pytest -m "slow and not gpu" tests/serve
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

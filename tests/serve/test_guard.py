@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from wuerstchen.errors import UserError
+from wuerstchen.serve import guard
 from wuerstchen.serve.limits import ServeConfig, read_tokens
 
 TOKEN = "a-token-of-some-length"
@@ -161,6 +162,16 @@ def test_bodies_are_counted_while_they_come(serve):
         pass  # the service hung up before all was sent, which is as good
     assert sent < 2**24
     assert running.http.get("/healthz").status_code == 200
+
+
+def test_bodies_of_all_requests_are_bounded_together(serve, monkeypatch):
+    """Many uploads at once, each within its limit."""
+    running = serve()
+    assert running.http.post("/v1/jobs", json=JOB).status_code == 202
+    monkeypatch.setattr(guard, "MOST_HELD", -1)
+    refused = running.http.post("/v1/jobs", json=JOB)
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+    assert running.http.get("/v1/model").status_code == 200
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(serve):

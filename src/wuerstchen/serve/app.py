@@ -136,7 +136,7 @@ def _error(
 
 def _add_pages(app: FastAPI, folder: Path) -> None:
     # Read once: no name from a client ever touches the disk.
-    files = {path.name: path.read_bytes() for path in folder.glob("*")} if folder.is_dir() else {}
+    files = {path.name: path.read_bytes() for path in folder.glob("*") if path.is_file()}
 
     def file(name: str) -> Response:
         if name not in files:

@@ -39,6 +39,9 @@ READ_AWAY = 4
 """A body up to so many times too large is read, though not kept: clients that are still sending hear no
 answer."""
 
+MOST_HELD = 256 * 2**20
+"""Bytes of bodies at a time, of all requests."""
+
 ERROR_TYPES = {
     401: "authentication_error",
     403: "authentication_error",
@@ -69,6 +72,8 @@ class Guard:
         self.app = app
         self.config = config
         self.metrics = metrics
+        self.held = 0
+        """Bytes of the bodies of requests that are under way."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -90,12 +95,19 @@ class Guard:
             self._check_host(headers)
             self._check_origin(scope, headers)
             scope["wuerstchen.client"] = self._client(scope, headers)
-            body = await self._read(scope, headers, receive)
+            body = await self._read(headers, receive)
         except _Stop as stop:
             await _answer(headed, stop.status, stop.message)
             return
         if body is None:
             return  # the client has gone
+        self.held += len(body)
+        try:
+            await self._pass_on(body, scope, receive, headed)
+        finally:
+            self.held -= len(body)
+
+    async def _pass_on(self, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
         sent = False
 
         async def replayed() -> Message:
@@ -105,7 +117,7 @@ class Guard:
             sent = True
             return {"type": "http.request", "body": body, "more_body": False}
 
-        await self.app(scope, replayed, headed)
+        await self.app(scope, replayed, send)
 
     def _check_host(self, headers: dict[str, str]) -> None:
         """A page elsewhere can point a name of its own to this machine: only known names are answered."""
@@ -151,7 +163,7 @@ class Guard:
         peer = scope.get("client")
         return f"address {peer[0]}" if peer else "address unknown"
 
-    async def _read(self, scope: Scope, headers: dict[str, str], receive: Receive) -> bytes | None:
+    async def _read(self, headers: dict[str, str], receive: Receive) -> bytes | None:
         """The whole body, which is counted while it comes; None if the client goes away."""
         most = self.config.body_bytes
         too_large = _Stop(413, f"the body is wrong because it has over {most:,} bytes; send less")
@@ -161,7 +173,7 @@ class Guard:
         if int(length) > READ_AWAY * most:
             raise too_large
         chunks: list[bytes] = []
-        size = 0
+        size = kept = 0
         try:
             async with asyncio.timeout(self.config.body_timeout):
                 while True:
@@ -170,8 +182,12 @@ class Guard:
                         return None
                     chunk, more = message.get("body", b""), message.get("more_body", False)
                     size += len(chunk)
+                    if chunk and self.held > MOST_HELD:
+                        raise _Stop(503, "too many large requests are under way; try again in a few seconds")
                     if size <= most:
                         chunks.append(chunk)
+                        kept += len(chunk)
+                        self.held += len(chunk)
                     else:
                         chunks.clear()
                     if size > READ_AWAY * most or (size > most and not more):
@@ -180,6 +196,8 @@ class Guard:
                         return b"".join(chunks)
         except TimeoutError as error:
             raise _Stop(408, f"the body took over {self.config.body_timeout:g} s; send it faster") from error
+        finally:
+            self.held -= kept
 
 
 def _headers(scope: Scope) -> dict[str, str]:
@@ -197,6 +215,8 @@ async def _answer(send: Send, status: int, message: str) -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
+    if status == 503:
+        headers.append((b"retry-after", b"5"))
     if status in (408, 413):
         headers.append((b"connection", b"close"))  # what is left of the body is not read
     await send({"type": "http.response.start", "status": status, "headers": headers})

@@ -170,7 +170,11 @@ class _Drawing:
 
         batch, shape = self.batch, self.batch.shape
         own = len(batch.seeds)
-        more = max(0, (batch.fill or 0) - own)
+        fill = batch.fill or 0
+        if self.model.device.type == "cuda":
+            # Passes are recorded for each batch size: few sizes, few recordings.
+            fill = max(fill, 1 << (own - 1).bit_length())
+        more = max(0, fill - own)
         seeds = batch.seeds + [0] * more
         size = (shape.width, shape.height)
         images = None
