@@ -115,6 +115,20 @@ def serve(monkeypatch, tmp_path):
 
 
 @pytest.fixture(scope="session")
+def plain(tmp_path_factory):
+    """One with the stand-in, for all tests that change nothing about it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent))
+        import fake_worker
+
+        folder = tmp_path_factory.mktemp("results")
+        config = ServeConfig(port=0, results_dir=folder, allowed_hosts=("draw.example",))
+        running = Running(config, fake_worker.main)
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="session")
 def real(tmp_path_factory):
     """One with the model in the package, for all tests that change nothing about it."""
     running = Running(ServeConfig(port=0, results_dir=tmp_path_factory.mktemp("results")), worker.main)

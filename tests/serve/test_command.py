@@ -38,7 +38,7 @@ def command(tmp_path):
         process.stderr.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_finishes_what_is_drawn(command, number):
     """A picture cut off, a worker left behind, a traceback, an exit code that restarts the service."""
     process, url = command()

@@ -50,7 +50,7 @@ def batches(running):
 
 def test_a_picture_does_not_depend_on_who_shares_its_batch(real):
     """Noise drawn for the batch and not for the picture; rounding that grows from step to step."""
-    for difference in compare(real, [1, 4, 6]):
+    for difference in compare(real, [4, 6]):
         assert np.abs(difference).max() <= 2
         assert (difference != 0).mean() <= 0.001
 

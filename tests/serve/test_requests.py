@@ -54,8 +54,8 @@ def encoded(image, kind="PNG", **options):
         ([], "body", "valid dictionary"),
     ],
 )
-def test_impossible_requests_are_refused_in_the_common_form(serve, body, param, words):
-    running = serve()
+def test_impossible_requests_are_refused_in_the_common_form(plain, body, param, words):
+    running = plain
     if isinstance(body, dict) and body.get("image"):
         body["image"] = encoded(Image.new("RGB", (8, 8)))
     answer = running.http.post("/v1/jobs", json=body)
@@ -102,9 +102,9 @@ BAD_UPLOADS = {
 
 
 @pytest.mark.parametrize("name", BAD_UPLOADS)
-def test_bad_uploads_are_refused(serve, name):
+def test_bad_uploads_are_refused(plain, name):
     make, words = BAD_UPLOADS[name]
-    answer = serve().http.post("/v1/jobs", json={"kind": "reconstruct", "image": make()})
+    answer = plain.http.post("/v1/jobs", json={"kind": "reconstruct", "image": make()})
     assert answer.status_code == 400
     assert words in answer.json()["error"]["message"]
     assert answer.json()["error"]["param"] == "image"
@@ -122,9 +122,9 @@ def test_large_uploads_are_refused(serve):
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "MPO"])
 @pytest.mark.parametrize("prefix", ["", "data:image/png;base64,"])
-def test_uploads_are_upright_scaled_and_stripped(serve, kind, prefix):
+def test_uploads_are_upright_scaled_and_stripped(plain, kind, prefix):
     """A phone's photo on its side; where it was taken, in what is made of it. The stand-in draws uploads."""
-    running = serve()
+    running = plain
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     exif[ExifTags.Base.Make] = "Sekret"

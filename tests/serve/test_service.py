@@ -85,7 +85,7 @@ def test_what_is_left_open_is_drawn_and_told(serve):
 def test_previews_come_only_where_they_are_wanted(serve):
     running = serve()
     for previews in (True, False):
-        job = running.draw(prompts=["slowly"], previews=previews)
+        job = running.draw(prompts=["slowly"], prior_steps=2, decoder_steps=1, previews=previews)
         assert ("preview" in names(running.events(job))) == previews
 
 
