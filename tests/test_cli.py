@@ -14,7 +14,7 @@ from PIL import Image
 from torch.distributed.run import get_args_parser
 
 from wuerstchen.cli import main
-from wuerstchen.images import read_settings
+from wuerstchen.images import MADE_BY_A_MODEL, read_settings
 
 
 @pytest.fixture
@@ -55,7 +55,9 @@ def test_generate_writes_a_picture_with_its_settings(run, tmp_path, model_folder
         "decoder_guidance": 1.0,
         "decoder_shift": 1.0,
     }
-    assert size_of(path) == (128, 128)
+    with Image.open(path) as image:
+        assert image.size == (128, 128)
+        assert MADE_BY_A_MODEL in image.info["XML:com.adobe.xmp"]  # what programs look for
 
 
 def test_the_sampler_is_a_choice(run):

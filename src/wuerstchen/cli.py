@@ -593,14 +593,14 @@ def _generate(options: argparse.Namespace) -> int:
                 if not options.grid:
                     name = _slug(text) if text or init is None else _slug(options.init.stem)
                     path = options.out if one_file else _free_name(options.out, f"{name}-{number}")
-                    save_png(image, path, {"prompt": text, "seed": number, **settings})
+                    save_png(image, path, {"prompt": text, "seed": number, **settings}, drawn_by_a_model=True)
                     print(path)
     if options.grid:
         columns = options.count if options.count > 1 else math.isqrt(len(images) - 1) + 1
         path = options.out if one_file else _free_name(options.out, "grid")
         prompts = "\n".join(options.prompts)
         shown = {"prompt": prompts, "count": options.count, "seed": options.seed, **settings}
-        save_png(grid(images, columns=columns), path, shown)
+        save_png(grid(images, columns=columns), path, shown, drawn_by_a_model=True)
         print(path)
     print(f"{total} pictures in {time.monotonic() - began:.1f} s", file=sys.stderr)
     return 0
