@@ -41,6 +41,17 @@ def test_copies_stand_for_copied_networks(randomise, copied):
         assert torch.equal(twin.given(text, None)(x, r), prior(x, r, prior.context(text)))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("made", [torch.compile, torch.jit.script])
+def test_networks_that_are_compiled_or_have_such_parts_are_looked_at(made):
+    """They do not keep all in ``__dict__``: each pass on a GPU was a KeyError."""
+    network = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)).eval()
+    plain, _ = Recorder(network)._state(torch.device("cpu"))
+    for changed in (made(network), nn.Sequential(*map(made, network)).eval()):
+        found, _ = Recorder(changed)._state(torch.device("cpu"))
+        assert sorted(found[1:-1]) == sorted(plain[1:-1])
+
+
 def inputs(device=CUDA, seed=0, grid=(6, 6), batch=2):
     generator = torch.Generator().manual_seed(seed)
     x, text = (torch.randn(*s, generator=generator).to(device) for s in ((batch, 4, *grid), (batch, 5, 24)))

@@ -167,21 +167,20 @@ class Recorder:
         found: list[Any] = [device]
         compiled = hasattr(self.network, "_orig_mod") or self.network._compiled_call_impl is not None
         records = not compiled
-        # Read by hand: nn.Module's own ways to its parts take several times as long, for each picture.
+        # Not by modules(), which takes several times as long, for each picture.
         waiting = [self.network]
         while waiting:
             module = waiting.pop()
-            own = module.__dict__
-            for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if tensor is not None:
                     found.append(tensor.data_ptr())
                     records &= tensor.device == device
-            if own["training"] or own["_forward_hooks"] or own["_forward_pre_hooks"]:
+            if module.training or module._forward_hooks or module._forward_pre_hooks:
                 records = False
-            if "scaling" in own:  # an adapter, whose factor a recording keeps, and whether it acts
+            if "scaling" in module.__dict__:  # an adapter: the factor that a recording keeps, and whether it acts
                 names = ("scaling", "active_adapters", "disable_adapters")
                 found.append([str(getattr(module, name, "")) for name in names])
-            waiting.extend(part for part in own["_modules"].values() if part is not None)
+            waiting.extend(part for part in module._modules.values() if part is not None)
         return [*found, records], records
 
     def _recorded(self, inputs: tuple[Tensor, ...], fixed: _Fixed | None) -> Tensor:
