@@ -52,6 +52,37 @@ def test_networks_that_are_compiled_or_have_such_parts_are_looked_at(made):
         assert sorted(found[1:-1]) == sorted(plain[1:-1])
 
 
+def test_a_recording_that_fails_leaves_the_stream_as_it_was(monkeypatch):
+    """torch.cuda.graph does not if the capture cannot end. Names stand for streams, which CPUs lack."""
+    current = ["default"]
+
+    @contextlib.contextmanager
+    def as_current(stream):
+        before, current[0] = current[0], stream
+        try:
+            yield
+        finally:
+            current[0] = before
+
+    @contextlib.contextmanager
+    def broken(graph, pool, stream, capture_error_mode):
+        current[0] = stream
+        yield
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "graph", broken)
+    monkeypatch.setattr(torch.cuda, "stream", as_current)
+    monkeypatch.setattr(fast, "_recording_stream", lambda device: "recording")
+    network = nn.Linear(2, 2)
+    with pytest.raises(RuntimeError, match="previous error"):
+        Recorder(network)._record(network, (torch.ones(1, 2),), ())
+    assert current == ["default"]
+    assert fast._RECORDS.acquire(blocking=False)
+    fast._RECORDS.release()
+
+
 def inputs(device=CUDA, seed=0, grid=(6, 6), batch=2):
     generator = torch.Generator().manual_seed(seed)
     x, text = (torch.randn(*s, generator=generator).to(device) for s in ((batch, 4, *grid), (batch, 5, 24)))
@@ -205,6 +236,7 @@ class TestOnCuda:
                 found = recorder.given(text, None)(x, r)
                 torch.testing.assert_close(found, reads(x, r, context), rtol=1e-4, atol=1e-4)
         assert [w.category for w in caught] == [NotRecordedWarning]
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
 
     def test_inference_mode_and_no_grad_in_turns(self, prior):
         """Tensors of inference mode may not be written to outside of it."""

@@ -177,7 +177,7 @@ class Recorder:
                     records &= tensor.device == device
             if module.training or module._forward_hooks or module._forward_pre_hooks:
                 records = False
-            if "scaling" in module.__dict__:  # an adapter: the factor that a recording keeps, and whether it acts
+            if "scaling" in module.__dict__:  # an adapter: its factor, which a recording keeps; does it act?
                 names = ("scaling", "active_adapters", "disable_adapters")
                 found.append([str(getattr(module, name, "")) for name in names])
             waiting.extend(part for part in module._modules.values() if part is not None)
@@ -235,8 +235,10 @@ class Recorder:
         mine = tuple(value.clone() if isinstance(value, Tensor) else value for value in inputs)
         graph, pool = torch.cuda.CUDAGraph(), self._recordings.pool()
         stream = _recording_stream(torch.device("cuda", torch.cuda.current_device()))
-        # Meanwhile other threads may ask the device what they like.
-        with _RECORDS, torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+        # Meanwhile other threads may ask the device what they like. If it fails, torch.cuda.graph alone would
+        # leave its stream the current one, and what this thread does later would be in others' recordings.
+        records = torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local")
+        with _RECORDS, torch.cuda.stream(stream), records:
             output = function(*mine, *more)
         return _Recording(graph, mine, output)
 
