@@ -83,6 +83,29 @@ def test_a_recording_that_fails_leaves_the_stream_as_it_was(monkeypatch):
     fast._RECORDS.release()
 
 
+def test_a_thread_records_what_it_has_run_itself(monkeypatch):
+    """A second picture, drawn in a new thread, was recorded before cuBLAS was ready in it, which fails."""
+    network, done = nn.Linear(2, 2), []
+    recorder = Recorder(network)
+
+    def plain(inputs, fixed):
+        done.append("run")
+        return network(*inputs)
+
+    def record(function, inputs, more):
+        done.append("record")
+        return lambda inputs: network(*inputs)
+
+    monkeypatch.setattr(recorder, "_on_own_stream", plain)
+    monkeypatch.setattr(recorder, "_record", record)
+    x = torch.ones(1, 2)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(recorder._recorded, (x,), None).result()
+        for _ in range(3):
+            recorder._recorded((x,), None)
+    assert done == ["run", "run", "record"]
+
+
 def inputs(device=CUDA, seed=0, grid=(6, 6), batch=2):
     generator = torch.Generator().manual_seed(seed)
     x, text = (torch.randn(*s, generator=generator).to(device) for s in ((batch, 4, *grid), (batch, 5, 24)))

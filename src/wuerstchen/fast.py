@@ -70,7 +70,9 @@ class _Recordings:
 
     preparations: dict[Any, _Recording] = field(default_factory=dict)
     passes: dict[Any, _Recording] = field(default_factory=dict)
-    seen: set[Any] = field(default_factory=set)
+    seen: dict[Any, set[int]] = field(default_factory=dict)
+    """The threads in which each kind has run unrecorded: libraries prepare themselves for every thread anew,
+    and cannot while it records."""
     current: _Fixed | None = None
     """What the preparations' outputs were last made of."""
 
@@ -187,10 +189,11 @@ class Recorder:
         recordings = self._recordings
         of_fixed = None if fixed is None else _kind(fixed.given)
         kind = (_kind(inputs), of_fixed)
-        if kind not in recordings.seen:
-            if len(recordings.seen) == MOST_KINDS:
+        thread = threading.get_ident()
+        if kind not in recordings.passes and thread not in recordings.seen.get(kind, ()):
+            if kind not in recordings.seen and len(recordings.seen) == MOST_KINDS:
                 recordings = self._recordings = _Recordings()
-            recordings.seen.add(kind)
+            recordings.seen.setdefault(kind, set()).add(thread)
             return self._on_own_stream(inputs, fixed)
         try:
             prepared: tuple[Any, ...] = ()
