@@ -11,5 +11,6 @@ def sent(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None)
     cannot prepare the next stage meanwhile.
     """
     if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, dtype, non_blocking=True)
+        # In its precision first: torch would convert it into ordinary memory.
+        return tensor.to(dtype=dtype).pin_memory().to(device, non_blocking=True)
     return tensor.to(device, dtype)

@@ -1,7 +1,7 @@
 """Attention in Triton, for GPUs, as torch's ``scaled_dot_product_attention`` computes it, which is the
 reference and serves where this does not suit.
 
-At the published sizes on an H100 it takes 0.66 to 0.98 of the time of cuDNN's kernel, which is torch's choice
+At the published sizes on an H100 it takes 0.66 to 1.01 of the time of cuDNN's kernel, which is torch's choice
 there (docs/speed.md), and it reads queries, keys and values where one product left them. The softmax is taken
 in one pass over the keys (arXiv 2205.14135, algorithm 1), with sums in fp32.
 """
