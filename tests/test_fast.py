@@ -52,6 +52,25 @@ def test_networks_that_are_compiled_or_have_such_parts_are_looked_at(made):
         assert sorted(found[1:-1]) == sorted(plain[1:-1])
 
 
+def test_adapters_that_are_merged_into_weights_are_seen(randomise):
+    """Weights change where they lie: a recording from before added the adapter to them once more."""
+    peft = pytest.importorskip("peft")
+    prior = randomise(Prior(CONFIG)).eval()
+    config = peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, prior)
+    recorder = Recorder(prior.eval())
+    before = recorder._state(torch.device("cpu"))
+    for layer in prior.modules():
+        if hasattr(layer, "merge"):
+            layer.merge()
+    merged = recorder._state(torch.device("cpu"))
+    assert merged != before
+    for layer in prior.modules():
+        if hasattr(layer, "merge"):
+            layer.unmerge()
+    assert recorder._state(torch.device("cpu")) == before
+
+
 def test_a_recording_that_fails_leaves_the_stream_as_it_was(monkeypatch):
     """torch.cuda.graph does not if the capture cannot end. Names stand for streams, which CPUs lack."""
     current = ["default"]

@@ -179,8 +179,8 @@ class Recorder:
                     records &= tensor.device == device
             if module.training or module._forward_hooks or module._forward_pre_hooks:
                 records = False
-            if "scaling" in module.__dict__:  # an adapter: its factor, which a recording keeps; does it act?
-                names = ("scaling", "active_adapters", "disable_adapters")
+            if "scaling" in module.__dict__:  # an adapter: its factor, and how it acts, if at all
+                names = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")
                 found.append([str(getattr(module, name, "")) for name in names])
             waiting.extend(part for part in module._modules.values() if part is not None)
         return [*found, records], records
