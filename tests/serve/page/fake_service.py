@@ -100,6 +100,8 @@ class FakeService:
         """What the next jobs fail with, halfway."""
         self.refuse: tuple[int, str, str | None] | None = None
         """Status, message and param of the answer to the next jobs."""
+        self.proxy: tuple[str, int, str] | None = None
+        """What a proxy answers in the service's place: beginning of the path, status and text."""
         self.token: str | None = None
         self.can = {"generate": True, "reconstruct": True, "variation": True, "preview": True}
         self.drop_streams_after: int | None = None
@@ -155,6 +157,8 @@ class FakeService:
         @app.middleware("http")
         async def guard(request: Request, call_next: Any) -> Response:
             path = request.url.path
+            if self.proxy and path.startswith(self.proxy[0]):
+                return Response(self.proxy[2], self.proxy[1], media_type="text/html")
             closed = path.startswith("/v1/") and not path.startswith("/v1/images/")
             if self.token and closed and request.headers.get("authorization") != f"Bearer {self.token}":
                 return _error(

@@ -93,6 +93,12 @@ class Page:
         self.click(self.id("draw"))
         self.until(lambda: len(self.all(".entry")) == before + 1)
 
+    def draw_refused(self, prompt: str) -> None:
+        """Sends the form; returns once it is said that nobody took it."""
+        self.type("prompt", prompt)
+        self.click(self.id("draw"))
+        self.until(lambda: self.id("form-error").is_displayed())
+
     def drawn(self, entries: int = 1) -> None:
         """Waits until so many of the newest entries have their pictures."""
         self.until(lambda: all(e.get_attribute("data-state") == "done" for e in self.all(".entry")[:entries]))
@@ -522,6 +528,120 @@ def test_events_go_on_where_the_stream_broke(page, fake):
     assert fake.resumed_from
     assert fake.resumed_from == sorted(fake.resumed_from, key=int)
     assert all(int(each) > 0 for each in fake.resumed_from)
+
+
+def test_a_reconnection_leaves_the_form_as_it_is(page, fake):
+    """A size and a sampler that fall back to the model's own when the service has been away."""
+    page.expected.append("502")
+    page.click(page.one("#more summary"))
+    chosen = {"size": "384x256", "prior_sampler": "ddpm"}
+    for name, value in chosen.items():
+        page.click(page.one(f"#{name} option[value='{value}']"))
+    fake.proxy = ("/v1/", 502, "Bad Gateway")
+    page.draw_refused("a red apple")
+    page.until(lambda: page.id("banner").is_displayed())
+    fake.proxy = None
+    page.until(lambda: not page.id("banner").is_displayed())
+    assert page.values(*chosen) == list(chosen.values())
+
+
+def test_a_proxys_own_page_is_no_answer(page, fake):
+    """A sign-in page with status 200: a page that says nothing, a drawing that vanishes without a word."""
+    fake.proxy = ("/v1/", 200, "<!doctype html><title>Sign in</title>")
+    page.draw_refused("a red apple")
+    assert "does not answer" in page.one("#form-error").text
+    page.browser.get(f"{page.url}/")
+    assert "does not answer" in page.one("#banner").text
+    fake.proxy = None
+    page.until(lambda: page.id("model").text)
+    fake.steps_until_pause = 3
+    page.draw("a red apple")
+    page.until(lambda: "step 3" in page.one(".words").text)
+    fake.proxy = ("/v1/jobs/", 200, "<!doctype html><title>Sign in</title>")
+    page.open()
+    page.until(lambda: "Connection lost" in page.one(".words").text)
+    fake.proxy = None
+    fake.steps_until_pause = None
+    page.drawn()
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_passing_error_does_not_end_a_job(page, fake, status):
+    """A drawing that is called failed while the service goes on with it."""
+    page.expected.append(str(status))
+    fake.steps_until_pause = 3
+    page.draw("a red apple")
+    page.until(lambda: "step 3" in page.one(".words").text)
+    error = {"message": "too many requests; try again", "type": "server_error"}
+    fake.proxy = ("/v1/jobs/", status, json.dumps({"error": error}))
+    page.open()
+    page.until(lambda: "Connection lost" in page.one(".words").text)
+    fake.proxy = None
+    fake.steps_until_pause = None
+    page.drawn()
+
+
+def test_pictures_behind_a_proxy_that_restarts_are_not_gone(page, fake):
+    page.expected.append("502")
+    page.draw("a red apple")
+    page.drawn()
+    fake.proxy = ("/v1/images/", 502, "Bad Gateway")
+    page.open()
+    page.until(lambda: page.script("return document.querySelector('[aria-label=\"Picture not there\"]')"))
+    fake.proxy = None
+    page.drawn()
+    assert "No longer there" not in page.one(".entry").text
+
+
+def test_a_service_that_talks_nonsense(page, fake):
+    """Numbers that hang the page, markup, addresses elsewhere, fields that are missing."""
+    fake.steps_until_pause = 2
+    page.draw("a red apple")
+    page.until(lambda: "step 2" in page.one(".words").text)
+    job = next(iter(fake.jobs.values()))
+    evil = "<img src=x onerror=\"document.title='hit'\">"
+    image = {"index": 0, "url": "/v1/images/a.png", "seed": 1, "prompt": evil, "width": 256, "height": 256}
+    for name, data in [
+        ("progress", None),
+        ("progress", {"stage": evil, "step": "x", "steps": 2**70, "fraction": "1e400"}),
+        ("preview", {}),
+        ("preview", {"index": 0, "image": "https://evil.example/x.png"}),
+        ("preview", {"index": 0, "image": "data:image/svg+xml;base64,PHN2Zy8+"}),
+        ("image", {}),
+        ("image", 7),
+        ("image", {**image, "index": 2**31}),
+        ("image", {**image, "url": "javascript:alert(1)"}),
+        ("image", {**image, "url": ["/v1/images/a.png"]}),
+        ("unheard of", {"a": 1}),
+        ("queued", []),
+    ]:
+        job.events.append((name, data))
+    page.until(lambda: evil in page.one(".words").text)
+    assert page.all(".entry .final") == []
+    fake.steps_until_pause = None
+    page.drawn()
+    assert len(page.all(".frame")) == 1
+    assert page.script("return document.querySelectorAll('[src=x], [src*=evil]').length") == 0
+
+
+def test_two_tabs_leave_connections_free(page, fake):
+    """Six streams of two tabs are all that a browser opens: nothing else gets through until one ends."""
+    fake.steps_until_pause = 2
+    first = page.browser.current_window_handle
+    for _ in range(3):
+        page.draw("a red apple")
+    page.browser.switch_to.new_window("tab")
+    try:
+        page.open()
+        for _ in range(4):
+            page.draw("a green apple")
+            page.until(lambda: page.one(".meta").text.count("seed"), 3)
+        fake.steps_until_pause = None
+        page.drawn(4)
+    finally:
+        page.browser.close()
+        page.browser.switch_to.window(first)
+    page.drawn(3)
 
 
 TOO_SMALL = """

@@ -1,6 +1,6 @@
 // Talks to the service: errors in its words, tokens, and events that go on after a lost connection.
 
-import { pause, session } from "./dom.js";
+import { keep, pause, session } from "./dom.js";
 
 const TOKEN = "wuerstchen.token";
 const ENDS = new Set(["done", "failed", "cancelled"]);
@@ -33,18 +33,22 @@ export class Unreachable extends Error {
   }
 }
 
+let held = session.getItem(TOKEN);
 let askForToken = async () => false;
 let asking = null;
 /** `ask(wrong)` gets a token from the user: true once there is one, false if they will not. */
 export function onTokenNeeded(ask) {
   askForToken = ask;
 }
-export const setToken = (token) => session.setItem(TOKEN, token);
+export function setToken(token) {
+  held = token;
+  keep(session, TOKEN, token);
+}
 
 /** A response of the service that is no error. Raises `Refused`, `Unreachable`, or what the signal aborted with. */
 export async function request(path, { method = "GET", body, headers = {}, signal } = {}) {
   for (;;) {
-    const token = session.getItem(TOKEN);
+    const token = held;
     const sent = { ...headers };
     if (token) sent.Authorization = `Bearer ${token}`;
     if (body !== undefined) sent["Content-Type"] = "application/json";
@@ -66,7 +70,7 @@ export async function request(path, { method = "GET", body, headers = {}, signal
     const said = await errorOf(response);
     if (response.status === 401) {
       // Another request may have brought the token by now.
-      if (session.getItem(TOKEN) !== token) continue;
+      if (held !== token) continue;
       asking ??= askForToken(token !== null).finally(() => (asking = null));
       if (await asking) continue;
     }
@@ -87,9 +91,19 @@ async function errorOf(response) {
   return new Refused(`The service answered ${response.status} without a reason`, response.status);
 }
 
-export const getJson = async (path) => (await request(path)).json();
-export const postJob = async (body) => (await request("v1/jobs", { method: "POST", body })).json();
+/** The object in an answer; a proxy's own page, or an answer that was cut off, is none. */
+async function objectOf(response) {
+  const found = await response.json().catch(() => null);
+  if (typeof found !== "object" || found === null) throw new Unreachable();
+  return found;
+}
+
+export const getJson = async (path) => objectOf(await request(path));
+export const postJob = async (body) => objectOf(await request("v1/jobs", { method: "POST", body }));
 export const cancelJob = (id) => request(`v1/jobs/${encodeURIComponent(id)}`, { method: "DELETE" });
+
+/** Of a question about a job: asked again, it may have an answer. */
+const passes = (error) => error instanceof Unreachable || error.status === 429 || error.status >= 500;
 
 let streams = 0;
 /**
@@ -125,7 +139,7 @@ export async function follow(id, on) {
         wait = 1000;
       }
     } catch (error) {
-      if (!(error instanceof Unreachable)) throw error;
+      if (!passes(error)) throw error;
       on.lost();
       wait = Math.min(wait * 1.6, 6000);
     }

@@ -2,7 +2,7 @@
 
 import { Refused, Unreachable, cancelJob, follow, getJson, onTokenNeeded, postJob, setToken } from "./api.js";
 import { Picked, Sides } from "./compare.js";
-import { announce, byId, icon, local, say, sayOrHide } from "./dom.js";
+import { announce, byId, icon, keep, local, say, sayOrHide } from "./dom.js";
 import { EntryView, isOver, pictureOf } from "./entry.js";
 import { Form } from "./form.js";
 import * as history from "./history.js";
@@ -37,8 +37,9 @@ async function look() {
   clearTimeout(away);
   away = null;
   try {
+    const told = await getJson("v1/model");
     const first = model === null;
-    model = await getJson("v1/model");
+    model = told;
     tries = 0;
     if (!byId("banner").hidden) announce("The service answers");
     byId("banner").hidden = true;
@@ -161,7 +162,7 @@ async function draw(parts) {
   try {
     for (const part of parts) {
       const job = await postJob(toBody(part.settings, part.live.original));
-      Object.assign(part, { id: job.id, state: "queued", total: job.total ?? part.total });
+      Object.assign(part, { id: job.id, state: "queued", total: history.total(job.total) ?? part.total });
       part.settings = resolved(part.settings, job.settings);
       part.live.position = job.position;
       changed(entry);
@@ -199,21 +200,22 @@ async function track(entry, part) {
     },
     snapshot(job) {
       live.lost = false;
-      if (live.stage === undefined) live.fraction = job.progress;
+      if (live.stage === undefined) live.fraction = share(job.progress);
       live.position = job.position;
-      for (const image of job.images ?? []) take(image);
+      if (Array.isArray(job.images)) job.images.forEach(take);
       part.notices = history.texts(job.notices);
       if (["done", "failed", "cancelled"].includes(job.state)) end(job.state, messageOf(job.error));
       else part.state = job.state;
       on.seen();
     },
     event(name, data) {
+      if (typeof data !== "object" || data === null) return;
       live.lost = false;
       if (name === "queued") live.position = data.position;
       else if (name === "running") part.state = "running";
       else if (name === "progress") {
         part.state = "running";
-        Object.assign(live, { stage: data.stage, step: data.step, steps: data.steps, fraction: data.fraction });
+        Object.assign(live, { stage: data.stage, step: data.step, steps: data.steps, fraction: share(data.fraction) });
       } else if (name === "preview") live.previews?.set(data.index, previewAddress(data.image));
       else if (name === "image") take(data);
       else if (name === "done" || name === "failed" || name === "cancelled") end(name, data.message);
@@ -235,6 +237,7 @@ async function track(entry, part) {
   }
 }
 
+const share = (value) => (Number.isFinite(value) ? value : 0);
 const messageOf = (error) => (typeof error === "string" ? error : (error?.message ?? null));
 const previewAddress = (data) => (/^data:image\/(webp|png|jpeg);base64,/.test(data) ? data : null);
 
@@ -299,7 +302,10 @@ const actions = {
   pick: (picture) => picked.toggle(picture),
   isPicked: (picture) => picked.has(picture),
   open: (picture) => viewer.open(picture),
-  onceBack: (again) => waiting.add(again),
+  onceBack(again) {
+    waiting.add(again);
+    lost();
+  },
   update: () => { for (const view of views.values()) view.update(); },
   async begin({ url }) {
     try {
@@ -444,7 +450,7 @@ byId("theme").addEventListener("click", () => {
   const next = THEMES[(THEMES.indexOf(theme()) + 1) % THEMES.length];
   if (next === "auto") delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = next;
-  local.setItem("wuerstchen.theme", next);
+  keep(local, "wuerstchen.theme", next);
   showTheme();
 });
 showTheme();

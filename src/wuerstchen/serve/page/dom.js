@@ -63,6 +63,15 @@ function storage(name) {
 export const session = storage("sessionStorage");
 export const local = storage("localStorage");
 
+/** Writes into a storage; one that is full, or takes nothing, is left as it is. */
+export function keep(storage, key, value) {
+  try {
+    storage.setItem(key, value);
+  } catch {
+    // the page works on: what is kept there only outlives a reload
+  }
+}
+
 export const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
 let live;

@@ -1,6 +1,6 @@
 // An entry of the session: one drawing, or two beside each other, from the first word of the service to pictures.
 
-import { announce, icon, iconButton, make, say, sayOrHide } from "./dom.js";
+import { announce, icon, iconButton, make, pause, say, sayOrHide } from "./dom.js";
 import { inShort, shared } from "./settings.js";
 
 export const isOver = (part) => part.state === "done" || part.state === "failed" || part.state === "cancelled";
@@ -189,6 +189,7 @@ class Slot {
   constructor(part, actions) {
     this.part = part;
     this.actions = actions;
+    this.tries = 0;
     this.button = make("button", { type: "button", class: "frame", disabled: true, "aria-label": "Being drawn", onclick: () => actions.open(this.picture) });
     this.seed = make("span", { class: "quiet" }, "\u00a0");
     this.tools = make("span", { class: "tools" });
@@ -235,15 +236,22 @@ class Slot {
   async #missing() {
     this.button.disabled = true;
     this.button.setAttribute("aria-label", "Picture not there");
+    const again = () => (this.final.src = `${this.picture.url}#${(this.tries += 1)}`);
+    let status = null;
     try {
       const response = await fetch(this.picture.url, { cache: "no-store" });
-      if (response.ok && !this.tried) {
-        this.tried = true;
-        this.final.src = `${this.picture.url}#again`;
-        return;
-      }
+      ({ status } = response);
+      await response.body?.cancel();
     } catch {
-      this.actions.onceBack(() => (this.final.src = `${this.picture.url}#${Date.now()}`));
+      // nobody answers
+    }
+    if (status === 200 && this.tries === 0) {
+      again();
+      return;
+    }
+    if (status !== 200 && status !== 404) {
+      await pause(Math.min(250 * 2 ** this.tries, 30_000));
+      this.actions.onceBack(again);
       return;
     }
     this.part.live.gone = true;

@@ -1,6 +1,6 @@
 // The form: settings in and out, a picture to begin with, and errors beside what caused them.
 
-import { byId, icon, make, sayOrHide, session } from "./dom.js";
+import { byId, icon, keep, make, sayOrHide, session } from "./dom.js";
 import { readPicture, settingsInPng } from "./image.js";
 import { clean, newSeed } from "./settings.js";
 
@@ -61,6 +61,7 @@ export class Form {
 
   setModel(model) {
     const first = this.model === null;
+    const chosen = ["size", "prior_sampler"].map((name) => [this.fields[name], this.fields[name].value]);
     this.model = model;
     const { size, defaults, limits, samplers, can, examples } = model;
     const sizes = [size.default, ...size.common];
@@ -86,6 +87,10 @@ export class Form {
       make("option", { value: "" }, defaults.prior_sampler ? `${defaults.prior_sampler} (default)` : "default"),
       ...samplers.filter((name) => name !== defaults.prior_sampler).map((name) => make("option", { value: name }, name)),
     );
+    // A service that has been away takes no choice with it.
+    for (const [field, value] of chosen) {
+      if ([...field.options].some((option) => option.value === value)) field.value = value;
+    }
     byId("start").hidden = !(can.reconstruct || can.variation);
     const radios = this.form.querySelectorAll("input[name=mode]");
     for (const radio of radios) radio.closest("label").hidden = !can[radio.value];
@@ -156,11 +161,7 @@ export class Form {
   #changed() {
     this.#arrange();
     const { settings } = this.#raw();
-    try {
-      session.setItem(DRAFT, JSON.stringify({ ...settings, keep: this.fields.seeds.value === "keep" }));
-    } catch {
-      // a draft is not worth a word
-    }
+    keep(session, DRAFT, JSON.stringify({ ...settings, keep: this.fields.seeds.value === "keep" }));
   }
 
   #restoreDraft() {

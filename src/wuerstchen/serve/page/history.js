@@ -6,6 +6,7 @@ import { clean } from "./settings.js";
 
 const KEY = "wuerstchen.history";
 const KEPT = 100; // entries
+const MOST = 1000; // pictures of an entry
 const STATES = new Set(["queued", "running", "done", "failed", "cancelled"]);
 
 /** Entries as they were stored, newest first; what is not of their form is left out. */
@@ -33,7 +34,7 @@ function part(raw) {
     id: raw.id,
     state: raw.state,
     settings: clean(raw.settings, null).settings,
-    total: Number.isInteger(raw.total) && raw.total > 0 && raw.total <= 1000 ? raw.total : images.length,
+    total: total(raw.total) ?? images.length,
     error: typeof raw.error === "string" ? raw.error : null,
     notices: texts(raw.notices),
     images,
@@ -42,10 +43,13 @@ function part(raw) {
 
 export const texts = (raw) => (Array.isArray(raw) ? raw.filter((each) => typeof each === "string").slice(0, 10) : []);
 
+/** How many pictures there will be, or undefined where that is no number to make room for. */
+export const total = (raw) => (Number.isInteger(raw) && raw > 0 && raw <= MOST ? raw : undefined);
+
 /** A picture as the service tells of it, or null of what is none. */
 export function picture(raw) {
   const url = pictureAddress(raw?.url);
-  if (url === null || !Number.isInteger(raw.index) || raw.index < 0) return null;
+  if (url === null || !Number.isInteger(raw.index) || raw.index < 0 || raw.index >= MOST) return null;
   const { settings } = clean({ width: raw.width, height: raw.height, seed: raw.seed, prompt: raw.prompt }, null);
   return { index: raw.index, url, ...settings };
 }
