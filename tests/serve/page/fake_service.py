@@ -108,6 +108,8 @@ class FakeService:
         """Events after which each stream breaks off."""
         self.jobs: dict[str, Job] = {}
         self.pictures: dict[str, bytes] = {}
+        self.streams = 0
+        """Open ones."""
         self.resumed_from: list[str] = []
         """Last-Event-ID headers that came."""
 
@@ -229,6 +231,14 @@ class FakeService:
         return app
 
     async def _events(self, job: Job, at: int) -> AsyncIterator[str]:
+        self.streams += 1
+        try:
+            async for line in self._lines(job, at):
+                yield line
+        finally:
+            self.streams -= 1
+
+    async def _lines(self, job: Job, at: int) -> AsyncIterator[str]:
         sent = 0
         while not self._stopping:
             while at < len(job.events):

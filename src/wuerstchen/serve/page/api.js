@@ -4,7 +4,9 @@ import { keep, pause, session } from "./dom.js";
 
 const TOKEN = "wuerstchen.token";
 const ENDS = new Set(["done", "failed", "cancelled"]);
-const STREAMS = 3; // a browser opens six connections to a host: some must stay free for all else
+// A browser opens six connections to a host, for all tabs together: some must stay free for all else. Pages
+// without TLS do not hear of other tabs.
+const STREAMS = navigator.locks ? 3 : 2;
 const SILENCE = 30_000; // ms; the service sends a line every 10 s
 const PATIENCE = { GET: 20_000, DELETE: 20_000, POST: 180_000 }; // ms; an upload may take long
 
@@ -106,6 +108,24 @@ export const cancelJob = (id) => request(`v1/jobs/${encodeURIComponent(id)}`, { 
 const passes = (error) => error instanceof Unreachable || error.status === 429 || error.status >= 500;
 
 let streams = 0;
+/** Runs `watch` with one of the streams that tabs share, or is false where none is free. */
+async function withStream(watch) {
+  if (!navigator.locks) {
+    if (streams === STREAMS) return false;
+    streams += 1;
+    await watch().finally(() => (streams -= 1));
+    return true;
+  }
+  for (let i = 0; i < STREAMS; i += 1) {
+    const free = await navigator.locks.request(`wuerstchen.stream.${i}`, { ifAvailable: true }, async (lock) => {
+      if (lock) await watch();
+      return lock !== null;
+    });
+    if (free) return true;
+  }
+  return false;
+}
+
 /**
  * Follows a job to its end. `on.snapshot(job)` gets the job as a whole, first and whenever the connection was
  * lost; `on.event(name, data)` each event; `on.lost()` says that nobody answers. Only some jobs stream at a
@@ -122,22 +142,20 @@ export async function follow(id, on) {
       wait = 500;
       on.snapshot(job);
       if (ENDS.has(job.state)) return;
-      if (streams < STREAMS) {
-        streams += 1;
-        try {
-          for await (const { id: at, name, data } of events(`${path}/events`, last)) {
-            last = at ?? last;
-            on.event(name, data);
-            if (!ENDS.has(name)) continue;
-            on.snapshot(await getJson(path)); // with the notices
-            return;
-          }
-        } finally {
-          streams -= 1;
+      let ended = false;
+      const streamed = await withStream(async () => {
+        for await (const { id: at, name, data } of events(`${path}/events`, last)) {
+          last = at ?? last;
+          on.event(name, data);
+          ended = ENDS.has(name);
+          if (ended) return;
         }
-      } else {
-        wait = 1000;
+      });
+      if (ended) {
+        on.snapshot(await getJson(path)); // with the notices
+        return;
       }
+      if (!streamed) wait = 1000;
     } catch (error) {
       if (!passes(error)) throw error;
       on.lost();
