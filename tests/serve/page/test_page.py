@@ -1,8 +1,10 @@
 """The page in headless Chromium, as people use it."""
 
+import io
 import itertools
 import json
 import re
+import zlib
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -737,6 +739,93 @@ def test_by_keyboard_alone(page):
     assert page.script("return document.activeElement.matches('button.frame')")  # back where it was opened
 
 
+def test_the_focus_is_never_lost(page, fake, picture):
+    """What hides or ends under somebody's keyboard, and throws them back to the top of the page."""
+
+    def focus(element) -> None:
+        page.script("arguments[0].focus()", element)
+
+    def press(element, key: str = Keys.ENTER) -> None:
+        focus(element)
+        ActionChains(page.browser).send_keys(key).perform()
+
+    def focused(matches: str) -> None:
+        found = "return document.activeElement.matches(arguments[0]) && document.activeElement.checkVisibility()"
+        page.until(lambda: page.script(found, matches), 3)
+
+    focus(page.id("file"))
+    page.id("file").send_keys(str(picture))
+    focused("input[name=mode]:checked")
+    page.click(page.id("chosen-remove"))
+    for prompt in ("one", "two", "three"):
+        page.draw(prompt)
+    page.drawn(3)
+    # The pictures' bar.
+    press(page.one(".tools button"))
+    press(page.id("picked-clear"))
+    focused("#pictures")
+    for button in page.all(".tools button")[:2]:
+        press(button)
+    press(page.id("picked-go"))
+    page.one("#beside")
+    ActionChains(page.browser).send_keys(Keys.ESCAPE).perform()
+    focused("#pictures")
+    # To the ends of the viewer, and on with the arrow keys.
+    press(page.one("button.frame"))
+    first = page.id("viewer-picture").get_attribute("src")
+    for _ in range(3):
+        press(page.id("viewer-on"))
+    assert page.id("viewer-place").text == "3 of 3"
+    focused("#viewer-on")
+    ActionChains(page.browser).send_keys(Keys.ARROW_LEFT).perform()
+    assert page.id("viewer-place").text == "2 of 3"
+    focus(page.button("Copy link", "#viewer-actions"))
+    ActionChains(page.browser).send_keys(Keys.ARROW_LEFT).perform()
+    assert page.id("viewer-picture").get_attribute("src") == first
+    focused("#viewer *")
+    ActionChains(page.browser).send_keys(Keys.ESCAPE).perform()
+    # Notes and what they undo.
+    press(page.id("clear"))
+    focused("#pictures")
+    press(page.button("Undo"))
+    focused("#pictures")
+
+
+def test_a_held_key_draws_once(page, fake):
+    """A key that is held down, which the keyboard repeats, and a queue full of the same picture."""
+    page.type("prompt", "a red apple")
+    for name, modifiers in (("draw", 0), ("prompt", 2), ("seed", 0)):
+        page.script("arguments[0].focus()", page.id(name))
+        before = len(fake.jobs)
+        for repeated in (False, True, True):
+            key = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13, "text": "\r"}
+            event = {"type": "keyDown", "autoRepeat": repeated, "modifiers": modifiers, **key}
+            page.browser.execute_cdp_cmd("Input.dispatchKeyEvent", event)
+            page.until(lambda: len(fake.jobs) > before)  # the double click's guard is over
+            page.until(lambda: "seed" in page.one(".meta").text)
+        page.browser.execute_cdp_cmd("Input.dispatchKeyEvent", {"type": "keyUp", "key": "Enter"})
+        page.drawn()
+        assert len(fake.jobs) == before + 1, name
+
+
+def test_long_prompts_are_told_in_short(page, fake):
+    """A screen reader that reads two thousand letters at every stage, and before every button."""
+    page.script(
+        "window.told = []; new MutationObserver(() => told.push(document.getElementById('live').textContent))"
+        ".observe(document.getElementById('live'), { childList: true })"
+    )
+    prompt = "a red apple " * 40
+    page.type("prompt", prompt)
+    page.draw()
+    page.drawn()
+    assert all(len(text) < 120 for text in page.script("return told"))
+    nodes = page.browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    roles = {*CONTROLS, "region", "image"} - {"textbox"}
+    names = [n["name"]["value"] for n in nodes if n.get("role", {}).get("value") in roles and n.get("name")]
+    assert max(map(len, names)) < 120
+    assert page.script("return document.querySelector('.entry h3').textContent") == prompt
+
+
 def test_every_control_has_a_name(page):
     """What a screen reader reads as "button"."""
 
@@ -875,6 +964,40 @@ def test_storage_that_is_switched_off(page):
         page.browser.execute_cdp_cmd(remove, {"identifier": added})
 
 
+def test_storage_that_is_full(page, fake):
+    """A token that is not taken because another page of the host has filled the storage."""
+    page.expected.append("401")
+    full = "Storage.prototype.setItem = () => { throw new DOMException('', 'QuotaExceededError'); };"
+    command = "Page.addScriptToEvaluateOnNewDocument"
+    added = page.browser.execute_cdp_cmd(command, {"source": full})["identifier"]
+    fake.token = "right"
+    try:
+        page.browser.get(f"{page.url}/")
+        page.one("#token")
+        page.type("token-value", "right")
+        page.id("token-value").send_keys(Keys.ENTER)
+        page.until(lambda: page.id("model").text, 5)
+        page.draw("a red apple")
+        page.drawn()
+        page.click(page.id("theme"))
+        assert page.id("theme").text == "Light"
+    finally:
+        remove = "Page.removeScriptToEvaluateOnNewDocument"
+        page.browser.execute_cdp_cmd(remove, {"identifier": added})
+
+
+def test_forced_colours_show_progress_and_bars(page, fake):
+    """Windows' contrast themes paint over backgrounds: a progress bar that is nowhere."""
+    page.media(forced_colors="active")
+    fake.steps_until_pause = 4
+    page.draw("a red apple")
+    page.until(lambda: "step 4" in page.one(".words").text)
+    style = "return getComputedStyle(document.querySelector(arguments[0])).getPropertyValue(arguments[1])"
+    assert page.script(style, "progress", "forced-color-adjust") == "none"
+    assert page.script(style, ".bar", "border-top-style") == "solid"
+    page.media(forced_colors="none")
+
+
 def test_text_from_right_to_left(page):
     """A prompt in Hebrew that runs the wrong way, or turns the page around it."""
     page.draw("תפוח אדום")
@@ -977,6 +1100,54 @@ def test_dropping_and_pasting(page, picture, how):
     assert page.values("prompt", "seed", "prior_steps") == ["a teal thing", "77", "9"]
 
 
+def test_text_that_is_copied_with_a_picture_is_text(page, picture):
+    """Office programs copy a picture of the text beside it: a prompt that becomes a picture to begin with."""
+    with_text = DROP.replace("const bubbling", "data.setData('text/plain', 'a red apple'); const bubbling")
+    assert not page.script(with_text, encoded(picture), "text.png", "image/png", "paste")
+    page.script("return new Promise((resolve) => setTimeout(resolve, 200))")
+    assert not page.id("chosen").is_displayed()
+
+
+def test_settings_behind_other_chunks_are_found(page, tmp_path, picture):
+    """A signature of a hundred kilobytes before the settings."""
+    data = picture.read_bytes()
+    content = b"caBX" + bytes(100_000)
+    chunk = len(content[4:]).to_bytes(4, "big") + content + zlib.crc32(content).to_bytes(4, "big")
+    signed = tmp_path / "signed.png"
+    signed.write_bytes(data[:33] + chunk + data[33:])
+    page.id("file").send_keys(str(signed))
+    page.click(page.button("Use them"))
+    assert page.values("prompt", "seed") == ["a teal thing", "77"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        b"wuerstchen\0{",
+        b"wuerstchen\0[1]",
+        b'wuerstchen\0{"prompt": {"a": 1}, "__proto__": {"seed": 3}, "seed": 1e400, "width": [256]}',
+        b'wuerstchen\0{"prompt": "<img src=x onerror=alert(1)>", "count": 1e9, "prior_sampler": "evil"}',
+    ],
+)
+def test_hostile_settings_in_a_picture(page, tmp_path, settings):
+    """A picture from elsewhere that writes what it likes into the form."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(buffer, "PNG")
+    data, content = buffer.getvalue(), b"tEXt" + settings
+    chunk = (len(settings)).to_bytes(4, "big") + content + zlib.crc32(content).to_bytes(4, "big")
+    evil = tmp_path / "evil.png"
+    evil.write_bytes(data[:33] + chunk + data[33:])
+    page.id("file").send_keys(str(evil))
+    page.one("#chosen")
+    page.until(lambda: page.id("file").get_attribute("value") == "")
+    for button in page.all("#toast-act"):
+        page.click(button)
+        assert page.values("prompt", "count", "seed", "prior_sampler") == [
+            "<img src=x onerror=alert(1)>", "1", "", "",
+        ]  # fmt: skip
+    assert page.script("return document.querySelectorAll('img[src=x]').length") == 0
+
+
 def test_what_is_no_picture_is_said_beside_it(page, picture):
     """A dropped text file that takes the browser away from the page."""
     assert page.script(DROP, encoded(picture), "notes.txt", "text/plain", "drop")
@@ -986,10 +1157,13 @@ def test_what_is_no_picture_is_said_beside_it(page, picture):
     assert not page.id("chosen").is_displayed()
 
 
-def test_a_model_that_cannot_read_pictures_offers_none(page, fake):
+def test_a_model_that_cannot_read_pictures_takes_none(page, fake, picture):
     fake.can = {"generate": True, "reconstruct": False, "variation": False, "preview": False}
     page.open()
     assert not page.id("start").is_displayed()
+    page.script(DROP, encoded(picture), "given.png", "image/png", "drop")
+    assert "takes no pictures" in page.one("#image-error").text
+    assert page.id("prompt").is_displayed()
     fake.can = {"generate": True, "reconstruct": True, "variation": False, "preview": False}
     page.open()
     page.id("file").send_keys(str(FOLDER.parents[1] / "data/sample/noto/1f345.webp"))

@@ -2,7 +2,7 @@
 
 import { Refused, Unreachable, cancelJob, follow, getJson, onTokenNeeded, postJob, setToken } from "./api.js";
 import { Picked, Sides } from "./compare.js";
-import { announce, byId, icon, keep, local, say, sayOrHide } from "./dom.js";
+import { announce, byId, hide, icon, keep, local, say, sayOrHide } from "./dom.js";
 import { EntryView, isOver, pictureOf } from "./entry.js";
 import { Form } from "./form.js";
 import * as history from "./history.js";
@@ -42,7 +42,7 @@ async function look() {
     model = told;
     tries = 0;
     if (!byId("banner").hidden) announce("The service answers");
-    byId("banner").hidden = true;
+    hide(byId("banner"));
     byId("model").textContent = [model.name, model.device].filter((part) => part).join(" · ");
     form.setModel(model);
     if (first) begin();
@@ -102,7 +102,7 @@ function note(text, { act, called = "Undo", link } = {}) {
   byId("toast-act").hidden = !act;
   say(byId("toast-act"), called);
   byId("toast-act").onclick = () => {
-    byId("toast").hidden = true;
+    hide(byId("toast"));
     act();
   };
   byId("toast-link").hidden = !link;
@@ -143,8 +143,9 @@ function drop(entry) {
 
 function arrange() {
   byId("empty").hidden = entries.length > 0;
+  if (entries.some(({ parts }) => parts.every(isOver))) byId("clear").hidden = false;
+  else hide(byId("clear"));
   byId("feed-head").hidden = entries.length === 0;
-  byId("clear").hidden = !entries.some(({ parts }) => parts.every(isOver));
 }
 
 function changed(entry) {
@@ -352,9 +353,13 @@ function allPictures() {
 
 const form = new Form({
   onFound(settings) {
-    if (settings.prompt) note("This picture holds its settings", { act: () => form.write(settings), called: "Use them" });
+    if (settings.prompt) note("This picture holds its settings", { act: () => useFound(settings), called: "Use them" });
   },
 });
+function useFound(settings) {
+  form.write(settings);
+  byId("prompt").focus();
+}
 const viewer = new Viewer(allPictures, actions);
 const picked = new Picked({
   changed: actions.update,
@@ -371,6 +376,13 @@ const sides = new Sides(async (both) => {
   }
 });
 
+// A key that is held down is one press: else a queue is full of one drawing.
+document.addEventListener("keydown", (event) => {
+  const newLine = event.target.matches("textarea") && !event.ctrlKey && !event.metaKey;
+  if (event.key !== "Enter" || !event.repeat || newLine) return;
+  event.preventDefault();
+  event.stopPropagation();
+}, { capture: true });
 byId("form").addEventListener("submit", (event) => {
   event.preventDefault();
   if (!model) {
@@ -391,6 +403,8 @@ say(byId("draw-keys"), /Mac|iPhone|iPad/.test(navigator.platform) ? "⌘ ↵" : 
 
 const heldFile = (list) => [...(list ?? [])].find((file) => file.type.startsWith("image/")) ?? list?.[0];
 document.addEventListener("paste", (event) => {
+  // Office programs copy a picture of a text beside it.
+  if (event.clipboardData?.types.includes("text/plain")) return;
   const file = heldFile(event.clipboardData?.files);
   if (file && !document.querySelector("dialog[open]")) {
     event.preventDefault();
@@ -412,7 +426,7 @@ document.addEventListener("drop", (event) => {
   if (!event.dataTransfer?.types.includes("Files")) return;
   event.preventDefault(); // the browser would leave the page for the file
   const file = heldFile(event.dataTransfer.files);
-  if (file) form.choose(file);
+  if (file && !document.querySelector("dialog[open]")) form.choose(file);
 });
 
 // ---- links

@@ -1,7 +1,7 @@
 // Two settings against each other: pictures that were picked, or two forms drawn with one seed.
 
-import { byId, icon, make, say, sayOrHide } from "./dom.js";
-import { clean, inWords, newSeed } from "./settings.js";
+import { byId, hide, icon, make, say, sayOrHide } from "./dom.js";
+import { brief, clean, inWords, newSeed } from "./settings.js";
 
 const FIELDS = [
   ["prompt", "Prompt", "textarea", { rows: "3", dir: "auto" }],
@@ -17,7 +17,7 @@ const TEXTS = new Set(["prompt", "negative"]);
 export function showBeside([a, b]) {
   const figure = (picture, letter) => {
     const { settings } = picture;
-    const image = make("img", { src: picture.url, alt: `${letter}: ${settings.prompt || "Reconstruction"}` });
+    const image = make("img", { src: picture.url, alt: `${letter}: ${brief(settings.prompt || "Reconstruction")}` });
     image.style.setProperty("--natural", `${settings.width || 256}px`);
     image.style.setProperty("--aspect", (settings.width || 1) / (settings.height || 1));
     return make("figure", {}, image, make("figcaption", {}, make("b", { class: "letter" }, letter)));
@@ -124,9 +124,10 @@ export class Picked {
   constructor({ changed, sides }) {
     this.changed = changed;
     byId("picked-go").addEventListener("click", () => {
-      if (this.pictures.length === 2) showBeside(this.pictures);
-      else sides(this.pictures[0].settings);
-      this.clear();
+      const { pictures } = this;
+      this.clear(); // before a dialog opens, which gives the focus back to where it was
+      if (pictures.length === 2) showBeside(pictures);
+      else sides(pictures[0].settings);
     });
     byId("picked-clear").addEventListener("click", () => this.clear());
     byId("picked-go").append(icon("compare"), make("span", { id: "picked-go-words" }));
@@ -147,8 +148,9 @@ export class Picked {
 
   #show() {
     const [one, two] = this.pictures;
-    byId("picked").hidden = !one;
-    if (one) {
+    if (!one) hide(byId("picked"));
+    else {
+      byId("picked").hidden = false;
       const drawable = two || one.canDraw;
       say(byId("picked-words"), two ? "Two pictures picked" : "One picture picked; pick another, or");
       say(byId("picked-go-words"), two ? "Show side by side" : "Try other settings");

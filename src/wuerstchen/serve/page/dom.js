@@ -25,6 +25,12 @@ export function sayOrHide(element, text) {
   element.hidden = !text;
 }
 
+/** Hides an element; a focus inside goes to the pictures, not to the top of the page. */
+export function hide(element) {
+  if (element.contains(document.activeElement)) byId("pictures").focus({ preventScroll: true });
+  element.hidden = true;
+}
+
 const PATHS = {
   back: "M15 5l-7 7 7 7",
   on: "M9 5l7 7-7 7",

@@ -1,7 +1,7 @@
 // An entry of the session: one drawing, or two beside each other, from the first word of the service to pictures.
 
 import { announce, icon, iconButton, make, pause, say, sayOrHide } from "./dom.js";
-import { inShort, shared } from "./settings.js";
+import { brief, inShort, shared } from "./settings.js";
 
 export const isOver = (part) => part.state === "done" || part.state === "failed" || part.state === "cancelled";
 
@@ -31,6 +31,8 @@ export const fileName = ({ settings }) => {
 
 const titleOf = (settings) =>
   settings.kind === "reconstruct" ? "Reconstruction" : settings.prompt || "No prompt";
+
+const nameOf = (settings) => brief(titleOf(settings));
 
 /** What a running part waits for, in words. */
 function words(part) {
@@ -86,7 +88,7 @@ class PartView {
   constructor(part, entry, actions, letter) {
     this.part = part;
     this.actions = actions;
-    const title = titleOf(part.settings);
+    const title = nameOf(part.settings);
     this.own = make("span", { class: "prompt", dir: "auto" });
     this.words = make("p", { class: "words" });
     this.bar = make("progress", { max: "1", "aria-label": `Progress of ${letter ?? title}` });
@@ -127,7 +129,7 @@ class PartView {
     say(this.error, failed);
     sayOrHide(this.notice, part.notices.join(" · "));
     if (over) {
-      if (this.#said && this.#said !== part.state) announce(`${{ done: "Done", failed: "Failed", cancelled: "Cancelled" }[part.state]}: ${titleOf(settings)}`);
+      if (this.#said && this.#said !== part.state) announce(`${{ done: "Done", failed: "Failed", cancelled: "Cancelled" }[part.state]}: ${nameOf(settings)}`);
     } else {
       const told = words(part);
       say(this.words, told);
@@ -138,7 +140,7 @@ class PartView {
       this.cancel.setAttribute("aria-disabled", String(part.state === "sending" || Boolean(live.cancelling)));
       const stage = live.lost ? "lost" : (live.stage ?? part.state);
       // A stage is told once; its steps are for the eye and for whoever asks the bar.
-      if (stage !== this.#said) announce(`${live.stage ?? told}: ${titleOf(settings)}`);
+      if (stage !== this.#said) announce(`${live.stage ?? told}: ${nameOf(settings)}`);
     }
     this.#said = over ? part.state : live.lost ? "lost" : (live.stage ?? part.state);
   }
@@ -214,7 +216,7 @@ class Slot {
   #finish(image) {
     this.picture = pictureOf(this.part, image);
     const { settings } = this.picture;
-    const title = titleOf(settings);
+    const title = nameOf(settings);
     this.final = make("img", { class: "final", alt: settings.seed === undefined ? title : `${title}, seed ${settings.seed}` });
     this.final.addEventListener("load", () => {
       this.element.classList.remove("gone");

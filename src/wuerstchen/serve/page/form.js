@@ -120,8 +120,16 @@ export class Form {
 
   /** Takes a file of the user's; one that wuerstchen saved offers its settings too. */
   async choose(file, offers = true) {
-    if (!this.model) return;
     this.clearError("image");
+    if (!this.model) {
+      this.showError("image", "The service does not answer yet; choose the picture again once it does");
+      return;
+    }
+    const { can } = this.model;
+    if (!can.reconstruct && !can.variation) {
+      this.showError("image", `${file.name} cannot be used: this service takes no pictures`);
+      return;
+    }
     try {
       this.setImage(await readPicture(file, this.model));
       const found = offers && (await settingsInPng(file));
@@ -143,7 +151,9 @@ export class Form {
       byId("chosen-picture").removeAttribute("src");
     }
     this.clearError("image");
+    const chosen = document.activeElement === byId("file");
     this.#arrange();
+    if (image && chosen) [...this.fields.mode].find(({ checked }) => checked).focus(); // the file's field is hidden now
   }
 
   #arrange() {

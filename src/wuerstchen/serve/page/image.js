@@ -1,5 +1,7 @@
 // A picture of the user's, read for sending.
 
+const CHUNKS = 100; // of a PNG that are looked at
+const LONGEST = 1 << 20; // bytes of a text
 const SENT_AS_IT_IS = new Set(["image/png", "image/jpeg", "image/webp"]);
 
 /** A data URL of `file`: as it is where the service can read it, else drawn anew and smaller. Raises `Error` in words. */
@@ -11,12 +13,16 @@ export async function readPicture(file, { limits, size }) {
   } catch {
     throw new Error(`${file.name} cannot be read as a picture; choose a PNG, JPEG or WebP file`);
   }
-  if (SENT_AS_IT_IS.has(file.type) && file.size <= limits.upload_bytes) return toDataUrl(file);
+  if (SENT_AS_IT_IS.has(file.type) && file.size <= limits.upload_bytes) {
+    bitmap.close();
+    return toDataUrl(file);
+  }
   const shrunk = Math.min(1, size.max_side / Math.max(bitmap.width, bitmap.height));
   const canvas = document.createElement("canvas");
   canvas.width = Math.max(1, Math.round(bitmap.width * shrunk));
   canvas.height = Math.max(1, Math.round(bitmap.height * shrunk));
   canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  bitmap.close();
   const blob = await new Promise((resolve) => canvas.toBlob(resolve, "image/jpeg", 0.95));
   if (!blob || blob.size > limits.upload_bytes) {
     throw new Error(`${file.name} is larger than the service takes (${megabytes(limits.upload_bytes)}); choose a smaller picture`);
@@ -37,14 +43,17 @@ function toDataUrl(blob) {
 
 /** The settings in a PNG that wuerstchen saved, or null. They lie in a text chunk named "wuerstchen". */
 export async function settingsInPng(file) {
-  const view = new DataView(await file.slice(0, 1 << 16).arrayBuffer());
-  if (view.byteLength < 8 || view.getUint32(0) !== 0x89504e47) return null;
-  for (let at = 8; at + 8 <= view.byteLength; ) {
-    const length = view.getUint32(at);
-    const kind = latin(view, at + 4, 4);
-    if (kind === "IDAT" || at + 8 + length > view.byteLength) return null;
-    if (kind === "tEXt") {
-      const chunk = latin(view, at + 8, length);
+  const read = async (at, length) => new DataView(await file.slice(at, at + length).arrayBuffer());
+  const start = await read(0, 8);
+  if (start.byteLength < 8 || start.getUint32(0) !== 0x89504e47) return null;
+  for (let at = 8, seen = 0; seen < CHUNKS; seen += 1) {
+    const head = await read(at, 8);
+    if (head.byteLength < 8) return null;
+    const length = head.getUint32(0);
+    const kind = latin(head).slice(4);
+    if (kind === "IDAT") return null;
+    if (kind === "tEXt" && length <= LONGEST) {
+      const chunk = latin(await read(at + 8, length));
       if (chunk.startsWith("wuerstchen\0")) return parsed(chunk.slice("wuerstchen\0".length));
     }
     at += 12 + length;
@@ -52,7 +61,7 @@ export async function settingsInPng(file) {
   return null;
 }
 
-const latin = (view, at, length) => new TextDecoder("latin1").decode(new Uint8Array(view.buffer, at, length));
+const latin = (view) => new TextDecoder("latin1").decode(view);
 
 function parsed(text) {
   try {

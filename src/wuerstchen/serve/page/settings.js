@@ -123,6 +123,12 @@ export function shared(a, b) {
   return [Object.fromEntries(names.map((name) => [name, a[name]])), without(a), without(b)];
 }
 
+/** A text as a name, which a screen reader says at every turn. */
+export function brief(text) {
+  const letters = [...text];
+  return letters.length > 60 ? `${letters.slice(0, 60).join("")}…` : text;
+}
+
 /** One line below a prompt. */
 export function inShort(settings) {
   const steps = [settings.prior_steps, settings.decoder_steps].filter((value) => value).join(" + ");

@@ -2,7 +2,7 @@
 
 import { fileName } from "./entry.js";
 import { byId, icon, make, say } from "./dom.js";
-import { inWords } from "./settings.js";
+import { brief, inWords } from "./settings.js";
 
 export class Viewer {
   /** `all()` gives the session's pictures, newest first; `actions` as in app.js. */
@@ -44,7 +44,7 @@ export class Viewer {
     const at = pictures.findIndex(({ url }) => url === picture.url);
     const image = byId("viewer-picture");
     image.src = picture.url;
-    image.alt = settings.prompt || "Reconstruction";
+    image.alt = brief(settings.prompt || "Reconstruction");
     image.style.setProperty("--natural", `${settings.width || 256}px`);
     image.style.setProperty("--aspect", (settings.width || 1) / (settings.height || 1));
     say(byId("viewer-prompt"), settings.kind === "reconstruct" ? "Reconstruction" : settings.prompt || "No prompt");
@@ -53,8 +53,9 @@ export class Viewer {
         .filter(([name]) => name !== "prompt" && name !== "kind" && name !== "count")
         .flatMap(([, label, value]) => [make("dt", {}, label), make("dd", { dir: "auto" }, value)]),
     );
-    byId("viewer-back").disabled = at <= 0;
-    byId("viewer-on").disabled = at < 0 || at >= pictures.length - 1;
+    // Not "disabled", which would lose the focus.
+    byId("viewer-back").setAttribute("aria-disabled", String(at <= 0));
+    byId("viewer-on").setAttribute("aria-disabled", String(at < 0 || at >= pictures.length - 1));
     say(byId("viewer-place"), `${at + 1} of ${pictures.length}`);
     const closing = (act) => () => {
       this.dialog.close();
@@ -70,6 +71,8 @@ export class Viewer {
         : null,
       make("button", { type: "button", onclick: closing(() => this.actions.pick(picture)) }, "Compare"),
     ];
+    const focused = [...byId("viewer-actions").children].indexOf(document.activeElement);
     byId("viewer-actions").replaceChildren(...buttons.filter((button) => button !== null));
+    byId("viewer-actions").children[focused]?.focus();
   }
 }
