@@ -434,6 +434,39 @@ def test_a_full_queue_is_said_by_the_button(page, fake):
     assert not page.id("form-error").is_displayed()
 
 
+@pytest.mark.parametrize("param", ['x"], *', "constructor", "prompts[0].\\", "", "a" * 5000])
+def test_a_refusal_of_anything_is_said(page, fake, param):
+    """A name that is no field of the form, and a message that nobody sees because of it."""
+    page.expected.append(r"v1/jobs.*400")
+    fake.refuse = (400, "<b>no</b>", param)
+    page.type("prompt", "a red apple")
+    page.click(page.id("draw"))
+    shown = "prompt-error" if param.startswith("prompts") else "form-error"
+    page.until(lambda: page.id(shown).text == "<b>no</b>", 5)
+
+
+def test_words_that_are_overwritten_come_back(page, fake):
+    """A touch on an example, a link or an old drawing that takes a long prompt with it."""
+    page.draw("an old one")
+    page.drawn()
+    page.type("prompt", "what took me an hour")
+    page.type("seed", "5")
+    ways = [
+        lambda: page.click(page.one(".chip")),
+        lambda: page.click(page.button("Use settings", ".entry")),
+        lambda: page.script("location.hash = 'prompt=linked&seed=3'"),
+    ]
+    for overwrite in ways:
+        overwrite()
+        page.until(lambda: page.values("prompt") != ["what took me an hour"])
+        page.click(page.button("Undo"))
+        assert page.values("prompt", "seed") == ["what took me an hour", "5"]
+        assert page.script("return document.querySelector('[name=seeds]:checked').value") == "keep"
+    page.id("prompt").clear()
+    page.click(page.one(".chip"))
+    assert page.all("#toast-act") == []  # nothing was lost
+
+
 def test_on_a_phone_a_refusal_is_brought_back_into_view(page, fake):
     """The page scrolls on to pictures that do not come."""
     page.expected.append(r"v1/jobs.*429")

@@ -273,12 +273,13 @@ const actions = {
   canSend: (part) => Boolean(part.live.original) || (part.settings.kind !== "reconstruct" && part.settings.strength === undefined),
   use(part) {
     if (!model) return;
+    const undo = undoing(part.settings);
     form.setImage(part.live.original ?? null, part.settings.kind === "reconstruct" ? "reconstruct" : "variation");
     // A reconstruction has no prompt: what is written stays.
     const texts = part.settings.kind === "reconstruct" ? form.texts() : {};
     form.write({ ...part.settings, ...texts });
     const missing = !actions.canSend(part);
-    note(missing ? "Settings restored; the picture that was given is not kept, choose it again" : "Settings restored");
+    note(missing ? "Settings restored; the picture that was given is not kept, choose it again" : "Settings restored", undo);
     byId("prompt").focus({ preventScroll: true });
     byId("form").scrollIntoView({ block: "start" });
   },
@@ -355,9 +356,20 @@ const form = new Form({
   onFound(settings) {
     if (settings.prompt) note("This picture holds its settings", { act: () => useFound(settings), called: "Use them" });
   },
+  onExample() {
+    const undo = model.examples.includes(form.texts().prompt) ? {} : undoing();
+    if (undo.act) note("An example in place of your prompt", undo);
+  },
 });
+/** For a note: brings back the words of the form, where `settings` are about to come in place of others. */
+function undoing(settings = {}) {
+  const { prompt } = form.texts();
+  return prompt.trim() && prompt !== settings.prompt ? { act: form.keep() } : {};
+}
 function useFound(settings) {
+  const undo = undoing(settings);
   form.write(settings);
+  if (undo.act) note("Settings restored", undo);
   byId("prompt").focus();
 }
 const viewer = new Viewer(allPictures, actions);
@@ -438,6 +450,7 @@ function takeLink() {
   // The link has been taken: a reload must not take it once more, over what was changed since.
   window.history.replaceState(null, "", location.pathname + location.search);
   const { kind, strength, ...settings } = link.settings;
+  const undo = Object.keys(settings).length ? undoing(settings) : {};
   if (Object.keys(settings).length) {
     form.setImage(null);
     form.write(settings);
@@ -448,7 +461,7 @@ function takeLink() {
     refused && `not usable here: ${refused}`,
     (kind === "reconstruct" || strength !== undefined) && "the picture to begin with is not in a link, choose it again",
   ];
-  note(parts.filter((part) => part).join("; "));
+  note(parts.filter((part) => part).join("; "), undo);
 }
 window.addEventListener("hashchange", () => model && takeLink());
 

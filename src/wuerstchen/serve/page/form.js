@@ -23,8 +23,10 @@ export class Form {
   image = null;
   #example = 0;
 
-  constructor({ onFound }) {
+  /** `onFound(settings)`: a picture holds settings; `onExample()`: an example comes in place of the prompt. */
+  constructor({ onFound, onExample }) {
     this.onFound = onFound;
+    this.onExample = onExample;
     this.form = byId("form");
     this.fields = this.form.elements;
     byId("size").addEventListener("change", () => this.#arrange());
@@ -105,6 +107,7 @@ export class Form {
     const shown = Array.from({ length: Math.min(EXAMPLES, examples.length) }, (_, i) => examples[(this.#example + i) % examples.length]);
     const chips = shown.map((text) =>
       make("button", { type: "button", class: "chip", dir: "auto", title: text, onclick: () => {
+        this.onExample();
         this.fields.prompt.value = text;
         this.clearError("prompt");
         this.#changed();
@@ -260,6 +263,18 @@ export class Form {
     this.#changed();
   }
 
+  /** What brings the form back as it is now. */
+  keep() {
+    const { image } = this;
+    const { mode } = this.form.dataset;
+    const { settings } = clean(this.#raw().settings, null);
+    const keep = this.fields.seeds.value === "keep";
+    return () => {
+      this.setImage(image, mode);
+      this.write(settings, keep);
+    };
+  }
+
   texts = () => ({ prompt: this.fields.prompt.value, negative: this.fields.negative.value });
 
   /** The seed that the service drew. */
@@ -269,10 +284,11 @@ export class Form {
 
   /** Shows an error beside the field that the service named, or above the button where it named none. */
   showError(param, message) {
-    const name = String(param ?? "").split(/[.[\]]+/).map((part) => PLACE[part]).find((place) => place) ?? "form";
+    const found = String(param ?? "").split(/[.[\]]+/).find((part) => Object.hasOwn(PLACE, part));
+    const name = PLACE[found] ?? "form";
     if (IN_MORE.has(name)) byId("more").open = true;
     // The service knows a setting by its name, people by its label.
-    const label = this.form.querySelector(`label[for="${param}"]`)?.textContent;
+    const label = this.form.querySelector(`label[for="${CSS.escape(param)}"]`)?.textContent;
     const text = label && message.startsWith(`${param} `) ? label + message.slice(param.length) : message;
     sayOrHide(byId(`${name}-error`), text);
     const field = name === "image" ? byId("file") : name === "form" ? null : this.fields[name];
