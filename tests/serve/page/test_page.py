@@ -1,5 +1,6 @@
 """The page in headless Chromium, as people use it."""
 
+import base64
 import io
 import itertools
 import json
@@ -1055,8 +1056,6 @@ return event.defaultPrevented;
 
 
 def encoded(path: Path) -> str:
-    import base64
-
     return base64.b64encode(path.read_bytes()).decode()
 
 
@@ -1109,10 +1108,12 @@ def test_pictures_are_sent_as_the_contract_says(page, fake, picture):
 
 
 def test_large_pictures_are_made_small_enough(page, fake, tmp_path):
-    """A photograph of 20 MB, or of a format that the service does not read."""
+    """A photograph of 20 MB or 100 megapixels, a format that the service does not read, and what was
+    transparent in black."""
     Image.effect_noise((1500, 1100), 90).convert("RGB").save(tmp_path / "large.png")
     Image.new("RGB", (300, 200), "red").save(tmp_path / "old.bmp")
-    for name in ("large.png", "old.bmp"):
+    Image.new("RGBA", (2100, 1000)).save(tmp_path / "wide.png")
+    for name in ("large.png", "old.bmp", "wide.png"):
         page.id("file").send_keys(str(tmp_path / name))
         page.one("#chosen")
         page.draw("a hill")
@@ -1121,6 +1122,9 @@ def test_large_pictures_are_made_small_enough(page, fake, tmp_path):
         assert body["image"].startswith("data:image/jpeg;base64,")
         assert len(body["image"]) < fake.model()["limits"]["upload_bytes"] * 4 / 3 + 100
         page.click(page.id("chosen-remove"))
+    sent = Image.open(io.BytesIO(base64.b64decode(body["image"].partition(",")[2])))
+    assert sent.size == (1024, 488)
+    assert sent.getpixel((0, 0)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("how", ["drop", "paste"])

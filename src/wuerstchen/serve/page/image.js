@@ -13,15 +13,20 @@ export async function readPicture(file, { limits, size }) {
   } catch {
     throw new Error(`${file.name} cannot be read as a picture; choose a PNG, JPEG or WebP file`);
   }
-  if (SENT_AS_IT_IS.has(file.type) && file.size <= limits.upload_bytes) {
+  const longer = Math.max(bitmap.width, bitmap.height);
+  // Far more pixels than can be drawn are of no use, and the service bounds them.
+  if (SENT_AS_IT_IS.has(file.type) && file.size <= limits.upload_bytes && longer <= 2 * size.max_side) {
     bitmap.close();
     return toDataUrl(file);
   }
-  const shrunk = Math.min(1, size.max_side / Math.max(bitmap.width, bitmap.height));
+  const shrunk = Math.min(1, size.max_side / longer);
   const canvas = document.createElement("canvas");
   canvas.width = Math.max(1, Math.round(bitmap.width * shrunk));
   canvas.height = Math.max(1, Math.round(bitmap.height * shrunk));
-  canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  const context = canvas.getContext("2d");
+  context.fillStyle = "white"; // below what is transparent, as in the service
+  context.fillRect(0, 0, canvas.width, canvas.height);
+  context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
   bitmap.close();
   const blob = await new Promise((resolve) => canvas.toBlob(resolve, "image/jpeg", 0.95));
   if (!blob || blob.size > limits.upload_bytes) {
