@@ -860,6 +860,28 @@ def test_long_prompts_are_told_in_short(page, fake):
     assert page.script("return document.querySelector('.entry h3').textContent") == prompt
 
 
+@pytest.mark.parametrize("size", [(390, 844), (320, 256)])
+def test_what_has_the_focus_is_seen(page, size):
+    """Fields below the button that stays at the end of the screen, on phones and zoomed in to 400 %."""
+    page.size(*size)
+    page.click(page.one("#more summary"))
+    covered = """
+    const { left, width, top, bottom } = document.activeElement.getBoundingClientRect();
+    return [top + 2, (top + bottom) / 2, bottom - 2].some(
+      (y) => !document.activeElement.contains(document.elementFromPoint(left + width / 2, y)));
+    """
+    page.script("scrollTo(0, 0)")
+    page.script("arguments[0].focus({ preventScroll: true })", page.id("count"))
+    for _ in range(20):
+        ActionChains(page.browser).send_keys(Keys.TAB).perform()
+        name = page.script("return document.activeElement.id")
+        if name == "draw":
+            break
+        if name not in ("", "file"):  # radio buttons and files have labels in their place
+            assert not page.script(covered), name
+    assert name == "draw"
+
+
 def test_every_control_has_a_name(page):
     """What a screen reader reads as "button"."""
 
