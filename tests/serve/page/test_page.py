@@ -784,7 +784,7 @@ def test_the_focus_is_never_lost(page, fake, picture):
         ActionChains(page.browser).send_keys(key).perform()
 
     def focused(matches: str) -> None:
-        found = "return document.activeElement.matches(arguments[0]) && document.activeElement.checkVisibility()"
+        found = "const e = document.activeElement; return e.matches(arguments[0]) && e.checkVisibility()"
         page.until(lambda: page.script(found, matches), 3)
 
     focus(page.id("file"))
@@ -835,7 +835,7 @@ def test_a_held_key_draws_once(page, fake):
             key = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13, "text": "\r"}
             event = {"type": "keyDown", "autoRepeat": repeated, "modifiers": modifiers, **key}
             page.browser.execute_cdp_cmd("Input.dispatchKeyEvent", event)
-            page.until(lambda: len(fake.jobs) > before)  # the double click's guard is over
+            page.until(lambda before=before: len(fake.jobs) > before)  # the double click's guard is over
             page.until(lambda: "seed" in page.one(".meta").text)
         page.browser.execute_cdp_cmd("Input.dispatchKeyEvent", {"type": "keyUp", "key": "Enter"})
         page.drawn()
