@@ -207,3 +207,19 @@ def test_headers_that_are_there_twice_are_refused(serve):
 def test_settings_that_cannot_be_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         ServeConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"prompts',
+        b'{"prompts": ["\xff"]}',
+        b"[" * 100_000,
+        b'{"prompts": ["x"], "seed": ' + b"9" * 5000 + b"}",
+    ],
+)
+def test_what_is_no_json_is_called_so(serve, body):
+    """A place in the text was taken for a field, and what a parser cannot name had no words of ours."""
+    answer = serve().http.post("/v1/jobs", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert "cannot be read as JSON" in answer.json()["error"]["message"]

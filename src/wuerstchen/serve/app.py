@@ -44,6 +44,8 @@ KINDS = {
 }
 """Not the system's table, which differs."""
 
+NO_JSON = "the body is wrong because it cannot be read as JSON; send an object, in UTF-8"
+
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": text}
     for status, text in (
@@ -99,6 +101,8 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return _error(400, NO_JSON, "body")
         place = [str(part) for part in first["loc"] if part not in ("body", "path", "query", "header")]
         name = ".".join(place) or "body"
         # Not the value itself: it may be long, and is not always text.
@@ -111,6 +115,7 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         message = {
+            400: NO_JSON,  # what its parser cannot even name
             404: "there is nothing at this address; see /openapi.json for what there is",
             405: f"{request.method} is wrong because this address does not take it; see /openapi.json",
         }.get(error.status_code, str(error.detail))
