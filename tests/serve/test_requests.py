@@ -142,6 +142,15 @@ def test_uploads_are_upright_scaled_and_stripped(plain, kind, prefix):
         assert np.array_equal(np.asarray(drawn), np.asarray(expected))
 
 
+def test_base64_may_have_line_breaks(plain):
+    """As many encoders write it, which was no base64."""
+    text = base64.encodebytes(base64.b64decode(encoded(NOISE))).decode()
+    assert "\n" in text.strip()
+    for body in (text, "data:image/png;base64,\n" + text):
+        answer = plain.http.post("/v1/jobs", json={"kind": "reconstruct", "image": body})
+        assert answer.status_code == 202, answer.text
+
+
 def test_reconstructions_are_a_kind_of_job(serve):
     running = serve()
     answer = running.http.post(

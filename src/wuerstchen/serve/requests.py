@@ -160,6 +160,7 @@ def read_upload(text: str, config: ServeConfig) -> Image.Image:
         head, comma, text = text.partition(",")
         if not comma or not head.endswith(";base64"):
             raise refused("its data: URL is not in base64; write data:image/png;base64,...")
+    text = "".join(text.split())  # many encoders break lines
     if len(text) > config.upload_bytes * 4 // 3 + 4:
         raise refused(f"it has over {config.upload_bytes:,} bytes; shrink it", 413)
     try:

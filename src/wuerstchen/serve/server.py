@@ -30,6 +30,7 @@ def run(config: ServeConfig, say: Callable[[str], object] = print) -> None:
     """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     logging.getLogger("wuerstchen.serve").setLevel(logging.INFO)
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of every client that has gone
     with listen(config.host, config.port) as listening:
         asyncio.run(_run(Service(config), listening, say))
 
