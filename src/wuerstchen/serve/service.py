@@ -10,17 +10,14 @@ import importlib
 import inspect
 import itertools
 import logging
-import multiprocessing
 import os
 import secrets
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +28,7 @@ from wuerstchen.serve import worker as worker_module
 from wuerstchen.serve.jobs import ENDED, Event, FairQueue, Job, Picture, QueueFull, Shape
 from wuerstchen.serve.limits import ServeConfig
 from wuerstchen.serve.metrics import Metrics
+from wuerstchen.serve.process import Message, WorkerProcess
 from wuerstchen.serve.results import Results
 from wuerstchen.serve.worker import Batch, WorkerSettings
 
@@ -78,23 +76,15 @@ class _Under:
 
 
 @dataclass(eq=False)
-class _Worker:
-    """One device's process, through all its restarts."""
+class _Worker(WorkerProcess):
+    """One device, through all restarts of its process."""
 
-    name: str
-    device: str | None
-    process: Any = None
-    connection: Connection | None = None
-    sender: ThreadPoolExecutor | None = None
-    listener: threading.Thread | None = None
     ready: bool = False
     batch: _Under | None = None
     failures: int = 0
     """Ends in a row before it was ready."""
     again_at: float | None = None
     """When it is to be started again."""
-    life: int = 0
-    """Counts the processes: what an earlier one still says is not listened to."""
     about: dict[str, Any] = field(default_factory=dict)
 
 
@@ -169,7 +159,7 @@ class Service:
             self._end(job, "failed", "the service was stopped; send the job again later")
         for worker in self._workers:
             worker.life += 1
-            await asyncio.to_thread(_end_process, worker)
+            await asyncio.to_thread(worker.end)
         for task in list(self._tasks):
             with contextlib.suppress(asyncio.CancelledError):
                 await task
@@ -316,18 +306,7 @@ class Service:
             if job.state == "queued":
                 self.metrics.wait_seconds.observe(now - job.created)
             job.begin()
-        self._send(worker, ("draw", batch))
-
-    def _send(self, worker: _Worker, message: tuple[Any, ...]) -> None:
-        connection, sender = worker.connection, worker.sender
-        assert connection is not None
-        assert sender is not None
-
-        def send() -> None:
-            with contextlib.suppress(OSError):  # it has died, which is noticed elsewhere
-                connection.send(message)
-
-        sender.submit(send)
+        worker.send(("draw", batch))
 
     def _heard(self, worker: _Worker, life: int, message: tuple[Any, ...] | None) -> None:
         """A worker said something; None is its end."""
@@ -428,7 +407,7 @@ class Service:
             if batch is not None and state != "done":
                 places = [place for place, picture in enumerate(batch.pictures) if picture.job is job]
                 if places:
-                    self._send(worker, ("unwanted", batch.number, places))
+                    worker.send(("unwanted", batch.number, places))
                     if batch.stopping is None and all(p.job.has_ended for p in batch.pictures):
                         batch.stopping = now
 
@@ -455,38 +434,16 @@ class Service:
     # Workers
 
     def _launch(self, worker: _Worker) -> None:
-        worker.life += 1
         worker.ready, worker.batch, worker.again_at = False, None, None
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        config = self.config
         settings = WorkerSettings(
-            model=config.model,
-            device=worker.device,
-            precision=config.precision,
+            model=self.config.model, device=worker.device, precision=self.config.precision
         )
-        process = context.Process(
-            target=self.worker_main, args=(settings, theirs), name=f"worker {worker.name}", daemon=True
-        )
-        process.start()
-        theirs.close()  # so that the pipe ends when the worker does
-        worker.process, worker.connection = process, ours
-        worker.sender = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"to {worker.name}")
-        worker.listener = threading.Thread(
-            target=self._listen, args=(worker, worker.life, ours), name=f"from {worker.name}", daemon=True
-        )
-        worker.listener.start()
 
-    def _listen(self, worker: _Worker, life: int, connection: Connection) -> None:
-        """In a thread: hands on what a worker says, until it ends."""
-        message: tuple[Any, ...] | None = ()
-        while message is not None:
-            try:
-                message = connection.recv()
-            except Exception:  # its end, also in the middle of a word
-                message = None
+        def tell(life: int, message: Message | None) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._heard, worker, life, message)
+
+        worker.start(self.worker_main, settings, tell)
 
     def _became_ready(self, worker: _Worker, about: dict[str, Any]) -> None:
         worker.ready, worker.failures, worker.about = True, 0, about
@@ -520,7 +477,7 @@ class Service:
                 why = "this job took too long and was stopped; ask for fewer steps or a smaller picture"
             for job in {picture.job: None for picture in batch.pictures}:
                 self._end(job, "failed", why)
-        _end_process(worker)
+        worker.end()
         if not self.draining:
             # At once the first time; one that never gets ready must not keep the machine busy.
             delay = 0.0 if worker.failures <= 1 else min(30.0, 2.0 ** (worker.failures - 2))
@@ -563,7 +520,7 @@ class Service:
                     self._end(picture.job, "failed", f"this job timed out because {message}")
                 batch.stopping = now
             elif batch is not None and batch.stopping is not None and now - batch.stopping > STOPPING_SECONDS:
-                worker.process.kill()  # its end is noticed as any other
+                worker.kill()  # its end is noticed as any other
         ended = [job for job in self.jobs.values() if job.ended is not None]
         for number, job in enumerate(ended):
             assert job.ended is not None
@@ -631,19 +588,3 @@ def _signer(config: ServeConfig) -> Any:
     from wuerstchen.serve.signing import Signer
 
     return Signer(config.c2pa_certificate, config.c2pa_key)
-
-
-def _end_process(worker: _Worker) -> None:
-    if worker.sender is not None:
-        worker.sender.shutdown(wait=False, cancel_futures=True)
-    if worker.process is not None:
-        worker.process.kill()
-        worker.process.join()
-        worker.process.close()
-        worker.process = None
-    if worker.listener is not None:
-        worker.listener.join()  # it has met the pipe's end
-        worker.listener = None
-    if worker.connection is not None:
-        worker.connection.close()
-        worker.connection = None
