@@ -115,7 +115,13 @@ class FakeService:
 
     def start(self) -> None:
         self._stopping = False
-        config = uvicorn.Config(self._app(), port=self.port, log_level="error", lifespan="off")
+        config = uvicorn.Config(
+            self._app(),
+            port=self.port,
+            log_level="critical",
+            lifespan="off",
+            timeout_graceful_shutdown=1,  # a browser may hold on to a stream
+        )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
@@ -127,7 +133,8 @@ class FakeService:
         assert self._server is not None
         self._stopping = True
         self._server.should_exit = True
-        self._thread.join()
+        self._thread.join(20)
+        assert not self._thread.is_alive(), "the service did not stop"
         self._server = None
 
     def forget_pictures(self) -> None:
