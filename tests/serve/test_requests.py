@@ -2,13 +2,18 @@
 
 import base64
 import io
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
+from pydantic import ValidationError
 
 from wuerstchen.images import decode_image, resize_crop
+from wuerstchen.serve import requests
+from wuerstchen.serve.schemas import JobRequest
 
 
 def encoded(image, kind="PNG", **options):
@@ -51,6 +56,8 @@ def encoded(image, kind="PNG", **options):
         ({"kind": "reconstruct", "image": "IMAGE", "width": 64, "height": 128}, "width", "are square"),
         ({"kind": "reconstruct", "image": "IMAGE", "strength": 0.5}, "strength", "no image to vary"),
         ({"prompts": ["x"], "image": "IMAGE", "strength": 0}, "strength", "greater than 0"),
+        ({"prompts": ["x"], "k" * 1000: 1}, "k" * 100, "Extra inputs"),
+        ({"prompts": ["x"], "count": 300}, "count", "16 is the most"),
         ([], "body", "valid dictionary"),
     ],
 )
@@ -159,3 +166,40 @@ def test_reconstructions_are_a_kind_of_job(serve):
     job = running.wait(answer.json())
     assert (job["state"], job["kind"], job["total"]) == ("done", "reconstruct", 1)
     assert (job["images"][0]["width"], job["images"][0]["height"]) == (128, 128)
+
+
+@pytest.mark.parametrize("body", [{"prompts": [1] * 1000}, {f"k{number}": 0 for number in range(1000)}])
+def test_a_thousand_mistakes_cost_as_much_as_one(body):
+    """An error of a kilobyte for each: 2 MB of them took the service a gigabyte, and all others 5 s."""
+    with pytest.raises(ValidationError) as caught:
+        JobRequest.model_validate(body)
+    assert caught.value.error_count() == 1
+
+
+def test_few_uploads_are_read_at_a_time(serve, monkeypatch):
+    """Each may take hundreds of MiB; as many as there are threads would take them all."""
+    running = serve()
+    under, most = [], []
+
+    def decode(data, name):
+        under.append(name)
+        most.append(len(under))
+        time.sleep(0.05)
+        under.pop()
+        return decode_image(data, name)
+
+    monkeypatch.setattr(requests, "decode_image", decode)
+    body = {"prompts": ["x"], "image": encoded(Image.new("RGB", (8, 8)))}
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: running.http.post("/v1/jobs", json=body), range(8)))
+    assert [answer.status_code for answer in answers] == [202] * 8
+    assert max(most) <= 2
+
+
+def test_a_job_larger_than_the_queue_is_no_matter_of_waiting(serve):
+    """429 would make a client try it for ever."""
+    running = serve(max_waiting=4)
+    assert running.http.get("/v1/model").json()["limits"]["pictures"] == 4
+    answer = running.http.post("/v1/jobs", json={"prompts": ["x"], "count": 5})
+    assert answer.status_code == 400
+    assert "4 pictures is the most" in answer.json()["error"]["message"]

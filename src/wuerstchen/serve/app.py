@@ -6,6 +6,7 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ KINDS = {
 """Not the system's table, which differs."""
 
 NO_JSON = "the body is wrong because it cannot be read as JSON; send an object, in UTF-8"
+DECODERS = 2
+"""Uploads that are read at a time."""
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": text}
@@ -104,7 +107,7 @@ def _add_error_handlers(app: FastAPI) -> None:
         if first["type"] == "json_invalid":
             return _error(400, NO_JSON, "body")
         place = [str(part) for part in first["loc"] if part not in ("body", "path", "query", "header")]
-        name = ".".join(place) or "body"
+        name = ".".join(place)[:100] or "body"
         # Not the value itself: it may be long, and is not always text.
         return _error(
             400,
@@ -192,7 +195,7 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
             "limits": {
                 "count": config.max_count,
                 "prompts": config.max_prompts,
-                "pictures": config.max_pictures,
+                "pictures": config.pictures_of_job,
                 "prompt_chars": config.prompt_chars,
                 "steps": config.max_steps,
                 "upload_bytes": config.upload_bytes,
@@ -274,11 +277,20 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
         }
         return Response(data, media_type="image/png", headers=headers)
 
+    # A picture of 40 megapixels takes hundreds of MiB to read: few at a time.
+    decoders = ThreadPoolExecutor(max_workers=DECODERS, thread_name_prefix="decode")
+
     async def queue(request: Request, body: JobRequest) -> Job:
         client = request.scope["wuerstchen.client"]
         about = service.check_open()
-        service.check_room(client, len(body.prompts or [""]) * body.count)
-        job = await asyncio.to_thread(make_job, body, service.config, about, client, service.instance)
+        # Too many for any queue are refused as such below: waiting would not help.
+        pictures = len(body.prompts or [""]) * body.count
+        service.check_room(client, min(pictures, service.config.pictures_of_job))
+        making = (make_job, body, service.config, about, client, service.instance)
+        if body.image is None:
+            job = make_job(*making[1:])
+        else:
+            job = await asyncio.get_running_loop().run_in_executor(decoders, *making)
         await service.submit(job)
         return job
 

@@ -63,6 +63,7 @@ class ServeConfig:
     grace: float = 30.0
     """What is being drawn may take so long when the service is stopped."""
     body_timeout: float = 30.0
+    """For a request's headers, and again for its body."""
 
     results_dir: Path | None = None
     """None is a temporary folder. Several instances may share one."""
@@ -110,6 +111,11 @@ class ServeConfig:
             return False
 
     @property
+    def pictures_of_job(self) -> int:
+        """The most that a job may have: more than the queue holds would never fit."""
+        return min(self.max_pictures, self.max_waiting)
+
+    @property
     def body_bytes(self) -> int:
         """The most that a request may hold: an upload in base64, and texts."""
         return self.upload_bytes * 4 // 3 + 2**18
@@ -127,7 +133,7 @@ class ServeConfig:
 def read_tokens(path: Path) -> tuple[str, ...]:
     """Tokens in a file, one a line; blank lines and those with # are left out. Raises ``UserError``."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"token file {path} cannot be read ({error}); give one in UTF-8") from error
     tokens = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))

@@ -39,9 +39,9 @@ def make_job(
     total = len(prompts) * request.count
     if request.count > config.max_count:
         raise _too_large("count", request.count, config.max_count)
-    if total > config.max_pictures:
+    if total > config.pictures_of_job:
         raise _too_large(
-            "count", f"{request.count} of {len(prompts)} prompts", f"{config.max_pictures} pictures"
+            "count", f"{request.count} of {len(prompts)} prompts", f"{config.pictures_of_job} pictures"
         )
     for name in ("prior_steps", "decoder_steps"):
         steps = getattr(request, name)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from wuerstchen.serve.jobs import Kind, State
 
@@ -19,12 +19,20 @@ class _Request(BaseModel):
     # Numbers are numbers: "7" and 7.5 are refused where a whole number is wanted.
     model_config = ConfigDict(extra="forbid", strict=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_count(cls, data: Any) -> Any:
+        # Of a million unknown fields, pydantic would make a million errors.
+        if isinstance(data, dict) and len(data) > len(cls.model_fields):
+            raise ValueError(f"there are {len(data):,} fields of at most {len(cls.model_fields)}")
+        return data
+
 
 class JobRequest(_Request):
     """``POST /v1/jobs``. What is null is the model's own."""
 
     kind: Kind = "generate"
-    prompts: list[Text] | None = None
+    prompts: Annotated[list[Text], Field(fail_fast=True)] | None = None
     """Of ``generate``; the empty one draws anything, or varies ``image``."""
     negative: Text = ""
     count: Annotated[int, Field(ge=1, le=10_000)] = 1
