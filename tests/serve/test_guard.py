@@ -10,6 +10,7 @@ import pytest
 from wuerstchen.errors import UserError
 from wuerstchen.serve import guard
 from wuerstchen.serve.limits import ServeConfig, read_tokens
+from wuerstchen.serve.server import listen
 
 TOKEN = "a-token-of-some-length"
 JOB = {"prompts": ["a cat"]}
@@ -45,6 +46,8 @@ def test_every_answer_has_the_security_headers(serve):
         ("127.0.0.1:8042", 200),
         ("[::1]:8042", 200),
         ("LOCALHOST.", 200),
+        ("localhost:80@evil.example", 403),
+        ("localhost:x", 403),
         ("draw.example", 200),
         ("draw.example:443", 200),
         ("evil.example", 403),
@@ -135,6 +138,8 @@ def test_token_files(tmp_path):
     path.write_text(f"# of the team\n\n  {TOKEN}  \nanother-token-of-all\n")
     assert read_tokens(path) == (TOKEN, "another-token-of-all")
     assert TOKEN not in repr(ServeConfig(tokens=read_tokens(path)))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))  # as on Windows
+    assert read_tokens(path) == (TOKEN, "another-token-of-all")
     path.write_text("# none\n")
     with pytest.raises(UserError, match="holds no token"):
         read_tokens(path)
@@ -187,6 +192,24 @@ def test_a_body_that_does_not_come_is_not_waited_for(serve):
         assert time.monotonic() - began < 5
 
 
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET / HTTP/1.1\r\nhost: loc", b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\nGET"]
+)
+def test_slow_headers_do_not_hold_a_connection(serve, sent):
+    """uvicorn waits for them for ever, and file handles are few."""
+    running = serve(body_timeout=0.5)
+    host, port = running.listening.getsockname()
+    with socket.create_connection((host, port), timeout=10) as connection:
+        connection.sendall(sent)
+        while connection.recv(1000):
+            pass  # until it is closed
+
+
+def test_an_address_of_its_own_is_a_name(serve):
+    running = serve(host="127.0.0.2")
+    assert running.http.get("/v1/model").status_code == 200
+
+
 def test_headers_that_are_there_twice_are_refused(serve):
     running = serve()
     answer = running.http.get(
@@ -223,3 +246,9 @@ def test_what_is_no_json_is_called_so(serve, body):
     answer = serve().http.post("/v1/jobs", content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 400
     assert "cannot be read as JSON" in answer.json()["error"]["message"]
+
+
+def test_a_host_that_is_no_name_gets_one_line():
+    """It is no OSError but a TypeError, whose traceback nobody wants."""
+    with pytest.raises(UserError, match=r"address é\.\.b:0 is wrong"):
+        listen("é..b", 0)

@@ -3,6 +3,7 @@ that every answer gets."""
 
 import asyncio
 import json
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -124,9 +125,10 @@ class Guard:
         if not self.config.is_loopback and not self.config.allowed_hosts:
             return
         host = headers.get("host", "")
-        name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-        allowed = {name.lower() for name in (*self.config.allowed_hosts, *LOOPBACK_NAMES)}
-        if name.lower().rstrip(".") not in allowed:
+        match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:@/]+)(:[0-9]*)?", host)
+        own = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
+        allowed = {name.lower() for name in (*self.config.allowed_hosts, *LOOPBACK_NAMES, own)}
+        if match is None or match[1].lower().rstrip(".") not in allowed:
             raise _Stop(
                 403,
                 f"host {host[:100]!a} is none of this service's names; start it with --allowed-host for it",

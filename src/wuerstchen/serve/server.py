@@ -5,6 +5,7 @@ import contextlib
 import logging
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,26 @@ from wuerstchen.serve.service import Service
 
 
 class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, request_timeout: float) -> None:
+        super().__init__(config)
+        self._request_timeout = request_timeout
+        self._idle: dict[Any, tuple[Any, float]] = {}
+        """Connections without a request under way: their last one, and since when."""
+
+    async def on_tick(self, counter: int) -> bool:
+        """Closes connections whose next request does not come: uvicorn waits for its headers for ever."""
+        now, before, self._idle = time.monotonic(), self._idle, {}
+        for connection in list(self.server_state.connections):
+            last: Any = getattr(connection, "cycle", None)
+            if last is not None and not last.response_complete:
+                continue
+            known = before.get(connection)
+            since = known[1] if known is not None and known[0] is last else now
+            self._idle[connection] = (last, since)
+            if now - since > self._request_timeout:
+                connection.transport.close()
+        return await super().on_tick(counter)
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Signals are ours: they drain the queue first."""
@@ -87,7 +108,8 @@ def make_server(service: Service, **options: Any) -> uvicorn.Server:
             timeout_graceful_shutdown=5,
             timeout_keep_alive=15,
             **options,
-        )
+        ),
+        service.config.body_timeout,
     )
 
 
@@ -98,10 +120,11 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
-    except OSError as error:
+    except (OSError, TypeError) as error:  # the second is of a name that IDNA cannot encode
         listening.close()
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"address {host}:{port} is wrong because it cannot be had ({error.strerror or error}); "
+            f"address {host}:{port} is wrong because it cannot be had ({reason}); "
             "choose another --port or --host"
         ) from error
     return listening
