@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import time
 
@@ -211,8 +212,8 @@ def test_too_much_is_refused_with_a_time_to_wait(serve):
     running = serve(max_waiting=4, max_jobs_per_client=3, max_batch=1)
     running.draw(prompts=["slowly"], prior_steps=20)
     time.sleep(0.1)
-    full = running.http.post("/v1/jobs", json={"prompts": ["a"], "count": 5})
-    running.draw()
+    running.draw(count=3)
+    full = running.http.post("/v1/jobs", json={"prompts": ["a"], "count": 2})
     running.draw()
     many = running.http.post("/v1/jobs", json={"prompts": ["a"]})
     for answer, words in ((full, "of at most 4 wait"), (many, "a client may have 3")):
@@ -345,3 +346,12 @@ def test_several_devices_draw_at_a_time(serve):
     began = time.monotonic()
     assert [running.wait(job)["state"] for job in jobs] == ["done"] * 2
     assert time.monotonic() - began < 2.6  # one after the other they take 3.2 s
+
+
+def test_a_picture_that_cannot_be_kept_fails_its_job_without_telling_the_folder(serve, tmp_path):
+    running = serve()
+    shutil.rmtree(tmp_path / "results")
+    ended = running.wait(running.draw())
+    assert ended["state"] == "failed"
+    assert "could not be kept" in ended["error"]
+    assert str(tmp_path) not in ended["error"]

@@ -369,10 +369,10 @@ class Service:
                     return
             settings = picture_settings(picture, self.about or {})
             name = await self._loop.run_in_executor(self._savers, self.results.save, image, settings)
-        except (UserError, Refused) as error:
+        except Refused as error:
             self._end(job, "failed", str(error))
             return
-        except Exception:
+        except Exception:  # what it says holds the folder's path, which is not the client's business
             log.exception("job %s: its picture could not be kept", job.id)
             self._end(job, "failed", "a finished picture could not be kept; the service's log says why")
             return
