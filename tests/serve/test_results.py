@@ -77,3 +77,11 @@ def test_what_a_crash_left_half_is_cleared_away(tmp_path):
     os.utime(half, (0, 0))
     results.clear()
     assert not half.exists()
+
+
+def test_a_folder_that_was_tidied_away_is_made_again(tmp_path):
+    """Systems clear what lies in /tmp for long; every job of an idle service failed from then on."""
+    results = make(tmp_path / "r")
+    (tmp_path / "r").rmdir()
+    results.clear()
+    assert results.read(results.save(RED, {}))

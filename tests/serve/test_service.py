@@ -351,6 +351,7 @@ def test_several_devices_draw_at_a_time(serve):
 def test_a_picture_that_cannot_be_kept_fails_its_job_without_telling_the_folder(serve, tmp_path):
     running = serve()
     shutil.rmtree(tmp_path / "results")
+    (tmp_path / "results").touch()
     ended = running.wait(running.draw())
     assert ended["state"] == "failed"
     assert "could not be kept" in ended["error"]

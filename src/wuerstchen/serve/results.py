@@ -39,6 +39,8 @@ class Results:
         """Writes a picture; returns its name. It appears when it is whole."""
         name = f"{self.instance}-{secrets.token_hex(16)}.png"
         path = self.folder / name
+        with contextlib.suppress(OSError):  # a tidy system removes what lies in /tmp for long
+            self.folder.mkdir(mode=0o700, exist_ok=True)
         save_png(image, path, settings, drawn_by_a_model=True)
         if self.signer is not None:
             self.signer.sign(path)
@@ -59,6 +61,8 @@ class Results:
     def clear(self) -> None:
         """Removes what is too old, and the oldest of what is too much."""
         kept = []
+        if not self.folder.is_dir():
+            return  # gone; ``save`` makes it anew
         with os.scandir(self.folder) as entries:
             for entry in entries:
                 if not (NAME.fullmatch(entry.name) or _UNFINISHED.fullmatch(entry.name)):
