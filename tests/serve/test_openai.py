@@ -77,7 +77,7 @@ def test_errors_are_those_of_the_client(serve):
             (openai.BadRequestError, "multiples of 8", {"size": "100x100"}),
             (openai.BadRequestError, "output_format is wrong", {"output_format": "jpeg"}),
             (openai.BadRequestError, "Extra inputs", {"extra_body": {"colour": "red"}}),
-            (openai.RateLimitError, "at most 2 wait", {"n": 3}),
+            (openai.BadRequestError, "2 pictures is the most", {"n": 3}),
             (openai.BadRequestError, "does not fit into memory", {"prompt": "fail"}),
             (openai.InternalServerError, "ended before its time", {"prompt": "crash"}),
         ):
@@ -85,6 +85,13 @@ def test_errors_are_those_of_the_client(serve):
                 client.images.generate(**{"prompt": "a", **wrong})
             while running.http.get("/readyz").status_code != 200:
                 time.sleep(0.05)
+
+
+def test_too_many_jobs_are_the_clients_rate_limit(serve):
+    running = serve(max_jobs_per_client=1)
+    running.draw(prompts=["slowly"], prior_steps=50)
+    with client_of(running) as client, pytest.raises(openai.RateLimitError, match="a client may have 1"):
+        client.images.generate(prompt="a")
 
 
 def test_a_client_that_goes_away_leaves_no_job(serve):
