@@ -252,3 +252,12 @@ def test_a_host_that_is_no_name_gets_one_line():
     """It is no OSError but a TypeError, whose traceback nobody wants."""
     with pytest.raises(UserError, match=r"address é\.\.b:0 is wrong"):
         listen("é..b", 0)
+
+
+def test_head_is_get_without_a_body(serve):
+    """405, which a balancer takes for a service that is ill."""
+    running = serve()
+    for path, status in (("/healthz", 200), ("/readyz", 200), ("/v1/model", 200), ("/nowhere", 404)):
+        answer = running.http.head(path)
+        assert (answer.status_code, answer.content) == (status, b"")
+        assert answer.headers["content-length"] == running.http.get(path).headers["content-length"]

@@ -81,7 +81,14 @@ class Guard:
             await self.app(scope, receive, send)
             return
 
+        # Balancers ask so whether a service is well: as GET, but without the body.
+        only_head = scope["method"] == "HEAD"
+        if only_head:
+            scope = {**scope, "method": "GET"}  # a copy: the server must still know
+
         async def headed(message: Message) -> None:
+            if only_head and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
             if message["type"] == "http.response.start":
                 given = list(message.get("headers", []))
                 names = {name.lower() for name, _ in given}

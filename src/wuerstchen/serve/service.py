@@ -37,7 +37,7 @@ log = logging.getLogger("wuerstchen.serve")
 Filter = Callable[[str, Image.Image | None], str | None]
 """(prompt, None) before drawing and (prompt, picture) after it → why it is refused, or None."""
 
-KEPT_JOBS = 10_000
+KEPT_JOBS = 2_000
 """Jobs that are remembered after their end, for as long as their pictures are."""
 STOPPING_SECONDS = 30.0
 """A worker that was told to stop and makes no step for so long is ended."""
