@@ -297,12 +297,11 @@ def _add_serve(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "serve",
         help="a page to draw on and an HTTP service, OpenAI's clients' form included",
         description="Serves a model until Ctrl-C or SIGTERM. docs/serving.md describes the service.",
+        argument_default=argparse.SUPPRESS,  # what is not given is as in ServeConfig
     )
     serve.set_defaults(run=_serve)
-    serve.add_argument(
-        "--host", default="127.0.0.1", help="address; any but loopback needs tokens (127.0.0.1)"
-    )
-    serve.add_argument("--port", type=int, default=8042, help="0 takes one that is free (8042)")
+    serve.add_argument("--host", help="address; any but loopback needs tokens (127.0.0.1)")
+    serve.add_argument("--port", type=int, help="0 takes one that is free (8042)")
     serve.add_argument("--model", help="model in any layout, or a name on the hub (the model in the package)")
     serve.add_argument(
         "--device", action="append", default=[], help="cpu, cuda, cuda:1 ...; repeatable, a worker for each"
@@ -312,7 +311,9 @@ def _add_serve(commands: "argparse._SubParsersAction[_Parser]") -> None:
         choices=("float32", "bfloat16", "float16"),
         help="(float16 on NVIDIA GPUs, float32 elsewhere)",
     )
-    serve.add_argument("--token-file", type=Path, metavar="FILE", help="tokens of clients, one a line")
+    serve.add_argument(
+        "--token-file", type=Path, default=None, metavar="FILE", help="tokens of clients, one a line"
+    )
     serve.add_argument(
         "--allowed-host", action="append", default=[], metavar="NAME", help="name it is called by; repeatable"
     )
@@ -320,29 +321,21 @@ def _add_serve(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--proxy", action="append", default=[], metavar="ADDRESS", help="whose X-Forwarded-For is believed"
     )
     serve.add_argument("--results-dir", type=Path, metavar="DIR", help="of finished pictures (temporary)")
-    serve.add_argument(
-        "--result-bytes", type=int, default=2**30, metavar="N", help="most that pictures take (1 GiB)"
-    )
+    serve.add_argument("--result-bytes", type=int, metavar="N", help="most that pictures take (1 GiB)")
     serve.add_argument(
         "--deterministic", action="store_true", help="the same bits whoever shares a batch; slower"
     )
-    serve.add_argument("--max-batch", type=int, default=8, metavar="N", help="pictures drawn together (8)")
-    serve.add_argument(
-        "--max-waiting", type=int, default=256, metavar="N", help="pictures in the queue (256)"
-    )
-    serve.add_argument(
-        "--max-jobs-per-client", type=int, default=16, metavar="N", help="waiting or being drawn (16)"
-    )
-    serve.add_argument("--max-steps", type=int, default=100, metavar="N", help="of a stage (100)")
+    serve.add_argument("--max-batch", type=int, metavar="N", help="pictures drawn together (8)")
+    serve.add_argument("--max-waiting", type=int, metavar="N", help="pictures in the queue (256)")
+    serve.add_argument("--max-jobs-per-client", type=int, metavar="N", help="waiting or being drawn (16)")
+    serve.add_argument("--max-steps", type=int, metavar="N", help="of a stage (100)")
     serve.add_argument(
         "--max-pixels", type=int, metavar="N", help="of a picture (four times the model's own size)"
     )
-    serve.add_argument("--upload-bytes", type=int, default=8 * 2**20, metavar="N", help="(8 MiB)")
-    serve.add_argument("--queue-timeout", type=float, default=600.0, metavar="S", help="of a job (600)")
-    serve.add_argument("--run-timeout", type=float, default=600.0, metavar="S", help="of a batch (600)")
-    serve.add_argument(
-        "--grace", type=float, default=30.0, metavar="S", help="to finish what is drawn when stopped (30)"
-    )
+    serve.add_argument("--upload-bytes", type=int, metavar="N", help="(8 MiB)")
+    serve.add_argument("--queue-timeout", type=float, metavar="S", help="of a job (600)")
+    serve.add_argument("--run-timeout", type=float, metavar="S", help="of a batch (600)")
+    serve.add_argument("--grace", type=float, metavar="S", help="to finish what is drawn when stopped (30)")
     serve.add_argument(
         "--filter", metavar="MODULE:FUNCTION", help="safety filter, asked about prompts and pictures"
     )

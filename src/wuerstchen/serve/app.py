@@ -5,7 +5,7 @@ import base64
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 import wuerstchen
 from wuerstchen.serve.guard import Guard, error_body
 from wuerstchen.serve.jobs import Job
-from wuerstchen.serve.requests import make_job, of_openai, settings_of, size_limits
+from wuerstchen.serve.requests import make_job, model_view, of_openai, settings_of
 from wuerstchen.serve.schemas import (
     ErrorAnswer,
     GeneratedImages,
@@ -46,6 +46,9 @@ KINDS = {
 """Not the system's table, which differs."""
 
 NO_JSON = "the body is wrong because it cannot be read as JSON; send an object, in UTF-8"
+Queue = Callable[[Request, JobRequest], Awaitable[Job]]
+"""Makes a job of a request and queues it. Raises ``Refused``."""
+
 DECODERS = 2
 """Uploads that are read at a time."""
 
@@ -72,8 +75,9 @@ def make_app(service: Service, page: Path = PAGE) -> Guard:
     app = FastAPI(title="wuerstchen", version=wuerstchen.__version__, docs_url=None, redoc_url=None)
     _add_error_handlers(app)
     _add_pages(app, page)
-    _add_jobs(app, service)
-    _add_openai(app, service)
+    queue = _queues(service)
+    _add_jobs(app, service, queue)
+    _add_openai(app, service, queue)
     _add_watching(app, service)
 
     def openapi() -> dict[str, Any]:
@@ -161,49 +165,36 @@ def _add_pages(app: FastAPI, folder: Path) -> None:
         return file(name)
 
 
-def _add_jobs(app: FastAPI, service: Service) -> None:
+def _queues(service: Service) -> Queue:
+    """Makes jobs of requests, and queues them."""
+    # A picture of 40 megapixels takes hundreds of MiB to read: few at a time.
+    decoders = ThreadPoolExecutor(max_workers=DECODERS, thread_name_prefix="decode")
+
+    async def queue(request: Request, body: JobRequest) -> Job:
+        client = request.scope["wuerstchen.client"]
+        about = service.check_open()
+        # Too many for any queue are refused as such below: waiting would not help.
+        pictures = len(body.prompts or [""]) * body.count
+        service.check_room(client, min(pictures, service.config.pictures_of_job))
+        making = (make_job, body, service.config, about, client, service.instance)
+        if body.image is None:
+            job = make_job(*making[1:])
+        else:
+            job = await asyncio.get_running_loop().run_in_executor(decoders, *making)
+        await service.submit(job)
+        return job
+
+    return queue
+
+
+def _add_jobs(app: FastAPI, service: Service, queue: Queue) -> None:
     @app.get("/v1/model", response_model=ModelView, responses=_errors(503))
     async def model() -> dict[str, Any]:
         """What the service draws with, and what may be asked for."""
         about = service.about
         if about is None:
             about = service.check_open()
-        config, side = service.config, about["side"]
-        max_side, max_pixels = size_limits(config, about)
-        longer = side * 3 // 2 // about["multiple"] * about["multiple"]
-        sizes = [
-            (side, side),
-            (longer, side),
-            (side, longer),
-            (2 * side, side),
-            (side, 2 * side),
-            (2 * side, 2 * side),
-        ]
-        return {
-            "name": about["name"],
-            "version": wuerstchen.__version__,
-            "device": about["device"],
-            "size": {
-                "default": (side, side),
-                "multiple": about["multiple"],
-                "min": about["min"],
-                "max_side": max_side,
-                "max_pixels": max_pixels,
-                "common": [(w, h) for w, h in sizes if max(w, h) <= max_side and w * h <= max_pixels],
-            },
-            "defaults": about["defaults"],
-            "limits": {
-                "count": config.max_count,
-                "prompts": config.max_prompts,
-                "pictures": config.pictures_of_job,
-                "prompt_chars": config.prompt_chars,
-                "steps": config.max_steps,
-                "upload_bytes": config.upload_bytes,
-            },
-            "samplers": ["ddpm", "dpm"],
-            "can": about["can"],
-            "examples": about["examples"],
-        }
+        return model_view(service.config, about)
 
     @app.post(
         "/v1/jobs",
@@ -277,23 +268,6 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
         }
         return Response(data, media_type="image/png", headers=headers)
 
-    # A picture of 40 megapixels takes hundreds of MiB to read: few at a time.
-    decoders = ThreadPoolExecutor(max_workers=DECODERS, thread_name_prefix="decode")
-
-    async def queue(request: Request, body: JobRequest) -> Job:
-        client = request.scope["wuerstchen.client"]
-        about = service.check_open()
-        # Too many for any queue are refused as such below: waiting would not help.
-        pictures = len(body.prompts or [""]) * body.count
-        service.check_room(client, min(pictures, service.config.pictures_of_job))
-        making = (make_job, body, service.config, about, client, service.instance)
-        if body.image is None:
-            job = make_job(*making[1:])
-        else:
-            job = await asyncio.get_running_loop().run_in_executor(decoders, *making)
-        await service.submit(job)
-        return job
-
     def view(job: Job) -> dict[str, Any]:
         return {
             "id": job.id,
@@ -309,10 +283,8 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
             "created": job.unix_time,
         }
 
-    app.state.queue = queue
 
-
-def _add_openai(app: FastAPI, service: Service) -> None:
+def _add_openai(app: FastAPI, service: Service, queue: Queue) -> None:
     @app.post(
         "/v1/images/generations",
         response_model=GeneratedImages,
@@ -322,7 +294,7 @@ def _add_openai(app: FastAPI, service: Service) -> None:
     async def generate(request: Request, body: ImageRequest) -> dict[str, Any]:
         """Draws pictures and answers when they are done, as OpenAI's clients expect it."""
         about = service.check_open()
-        job = await app.state.queue(request, of_openai(body, about))
+        job = await queue(request, of_openai(body, about))
         if not await _while_connected(request, service.ended(job)):
             service.cancel(job)
         if job.state == "cancelled":

@@ -5,15 +5,16 @@ import binascii
 import io
 import re
 import secrets
-from typing import Any
+from typing import Any, get_args
 
 from PIL import Image
 
+import wuerstchen
 from wuerstchen.errors import UserError
 from wuerstchen.images import center_crop_resize, decode_image, resize_crop
 from wuerstchen.serve.jobs import Job, Shape
 from wuerstchen.serve.limits import ServeConfig
-from wuerstchen.serve.schemas import MAX_SEED, ImageRequest, JobRequest
+from wuerstchen.serve.schemas import MAX_SEED, ImageRequest, JobRequest, Sampler
 from wuerstchen.serve.service import Refused
 
 UPLOAD_FORMATS = ("PNG", "JPEG", "WEBP")
@@ -22,6 +23,46 @@ UPLOAD_FORMATS = ("PNG", "JPEG", "WEBP")
 def size_limits(config: ServeConfig, about: dict[str, Any]) -> tuple[int, int]:
     """The longest side and the most pixels that may be asked for."""
     return about["max_side"], config.max_pixels or 4 * about["side"] ** 2
+
+
+def model_view(config: ServeConfig, about: dict[str, Any]) -> dict[str, Any]:
+    """What ``GET /v1/model`` tells."""
+    side = about["side"]
+    max_side, max_pixels = size_limits(config, about)
+    longer = side * 3 // 2 // about["multiple"] * about["multiple"]
+    sizes = [
+        (side, side),
+        (longer, side),
+        (side, longer),
+        (2 * side, side),
+        (side, 2 * side),
+        (2 * side, 2 * side),
+    ]
+    return {
+        "name": about["name"],
+        "version": wuerstchen.__version__,
+        "device": about["device"],
+        "size": {
+            "default": (side, side),
+            "multiple": about["multiple"],
+            "min": about["min"],
+            "max_side": max_side,
+            "max_pixels": max_pixels,
+            "common": [(w, h) for w, h in sizes if max(w, h) <= max_side and w * h <= max_pixels],
+        },
+        "defaults": about["defaults"],
+        "limits": {
+            "count": config.max_count,
+            "prompts": config.max_prompts,
+            "pictures": config.pictures_of_job,
+            "prompt_chars": config.prompt_chars,
+            "steps": config.max_steps,
+            "upload_bytes": config.upload_bytes,
+        },
+        "samplers": list(get_args(Sampler)),
+        "can": about["can"],
+        "examples": about["examples"],
+    }
 
 
 def make_job(

@@ -14,6 +14,9 @@ Steps = Annotated[int, Field(ge=1, le=1000)]
 Side = Annotated[int, Field(ge=8, le=2**16)]
 Text = Annotated[str, Field(max_length=100_000)]
 
+Sampler = Literal["ddpm", "dpm"]
+"""As ``diffusion.samplers.PriorSampler``, which would bring torch."""
+
 
 class _Request(BaseModel):
     # Numbers are numbers: "7" and 7.5 are refused where a whole number is wanted.
@@ -43,7 +46,7 @@ class JobRequest(_Request):
     """Of the first picture; the next has the next. Null: drawn by the service."""
     guidance: Guidance | None = None
     prior_steps: Steps | None = None
-    prior_sampler: Literal["ddpm", "dpm"] | None = None
+    prior_sampler: Sampler | None = None
     decoder_steps: Steps | None = None
     image: str | None = None
     """PNG, JPEG or WebP, in base64 or as data: URL. Of ``reconstruct``; of ``generate``, what Stage C begins

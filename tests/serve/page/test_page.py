@@ -1,11 +1,13 @@
 """The page in headless Chromium, as people use it."""
 
 import base64
+import contextlib
 import io
 import itertools
 import json
 import re
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -56,6 +58,17 @@ class Page:
 
     def cdp(self, name: str, **arguments) -> dict:
         return self.browser.execute_cdp_cmd(f"Emulation.{name}", arguments)
+
+    @contextlib.contextmanager
+    def beginning_with(self, script: str) -> Iterator[None]:
+        """Every page that is opened in here runs the script first."""
+        command = "Page.addScriptToEvaluateOnNewDocument"
+        added = self.browser.execute_cdp_cmd(command, {"source": script})["identifier"]
+        try:
+            yield
+        finally:
+            remove = "Page.removeScriptToEvaluateOnNewDocument"
+            self.browser.execute_cdp_cmd(remove, {"identifier": added})
 
     def id(self, name: str):
         return self.browser.find_element(By.ID, name)
@@ -1007,27 +1020,20 @@ def test_storage_that_is_switched_off(page):
     """People who block cookies meet a page that does nothing."""
     blocked = """for (const name of ['sessionStorage', 'localStorage'])
         Object.defineProperty(window, name, { get() { throw new DOMException('', 'SecurityError'); } });"""
-    command = "Page.addScriptToEvaluateOnNewDocument"
-    added = page.browser.execute_cdp_cmd(command, {"source": blocked})["identifier"]
-    try:
+    with page.beginning_with(blocked):
         page.open()
         page.draw("a red apple")
         page.drawn()
         page.click(page.id("theme"))
         assert page.id("theme").text == "Light"
-    finally:
-        remove = "Page.removeScriptToEvaluateOnNewDocument"
-        page.browser.execute_cdp_cmd(remove, {"identifier": added})
 
 
 def test_storage_that_is_full(page, fake):
     """A token that is not taken because another page of the host has filled the storage."""
     page.expected.append("401")
     full = "Storage.prototype.setItem = () => { throw new DOMException('', 'QuotaExceededError'); };"
-    command = "Page.addScriptToEvaluateOnNewDocument"
-    added = page.browser.execute_cdp_cmd(command, {"source": full})["identifier"]
     fake.token = "right"
-    try:
+    with page.beginning_with(full):
         page.browser.get(f"{page.url}/")
         page.one("#token")
         page.type("token-value", "right")
@@ -1037,9 +1043,6 @@ def test_storage_that_is_full(page, fake):
         page.drawn()
         page.click(page.id("theme"))
         assert page.id("theme").text == "Light"
-    finally:
-        remove = "Page.removeScriptToEvaluateOnNewDocument"
-        page.browser.execute_cdp_cmd(remove, {"identifier": added})
 
 
 def test_forced_colours_show_progress_and_bars(page, fake):
