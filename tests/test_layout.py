@@ -15,7 +15,7 @@ ORDER = [
     {"models"},
     {"checkpoints"},
     {"fast", "memory"},
-    {"lora"},
+    {"lora", "watching"},
     {"pipeline"},
     {"diffusers"},
     {"data"},

@@ -47,6 +47,7 @@ from wuerstchen.models.mlp import runs_triton
 from wuerstchen.models.paella import Paella
 from wuerstchen.models.prior import Prior
 from wuerstchen.models.text import TextEncoder, TextStates
+from wuerstchen.watching import Watch, Watching
 
 BUNDLED = Path(__file__).parent / "bundled"
 MAX_SEED = 2**32 - 1  # a CPU generator keeps 32 bits: larger seeds would repeat the noise of smaller ones
@@ -54,24 +55,6 @@ MAX_STEPS = 1000
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, steps done and steps in all."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step that has just been made, of a batch that is being drawn."""
-
-    stage: str
-    step: int
-    """From 1."""
-    steps: int
-    preview: Callable[[Sequence[int]], list[Image.Image]]
-    """Small pictures of what is being drawn, for these numbers within the batch: Stage C's through the
-    previewer, Stage B's at half the size. They are made of an estimate of the end, and cost time. None come
-    from a model without a previewer during Stage C, or where networks do not all stay on the device."""
-
-
-Watch = Callable[[Step], None]
-"""Called after each step. What it raises ends the drawing and reaches the caller."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,7 +242,7 @@ class Wuerstchen:
         for start in range(0, len(texts), batch_size):
             batch = texts[start : start + batch_size]
             generators = _generators(seeds[start : start + batch_size])
-            watching = None if watch is None else _Watching(self, watch, (width, height), canvas)
+            watching = self._watching(watch, (width, height), canvas)
             with out_of_memory_named(f"batch_size={len(batch)} at {width}x{height} pixels"):
                 z = self._sample_map(
                     prior,
@@ -312,7 +295,7 @@ class Wuerstchen:
         canvas = self.cascade.settings.canvas(side, side)
         generators = _generators(_checked_request([""] * len(images), seeds, 1, len(images)))
         originals = [center_crop_resize(upright_rgb(image), side) for image in images]
-        watching = None if watch is None else _Watching(self, watch, (side, side), canvas)
+        watching = self._watching(watch, (side, side), canvas)
         with out_of_memory_named(f"batch_size={len(images)} at {side}x{side} pixels"):
             pixels = torch.stack([to_tensor(original) for original in originals])
             z = self.encode(compressor, _on_canvas(pixels, canvas))
@@ -372,6 +355,12 @@ class Wuerstchen:
             )
         return self.cascade.compressor
 
+    def _watching(
+        self, watch: Watch | None, size: tuple[int, int], canvas: tuple[int, int]
+    ) -> Watching | None:
+        shows = self.low_memory is None
+        return None if watch is None else Watching(self.cascade, watch, size, canvas, shows=shows)
+
     def _encode_text(self, encoder: TextEncoder, texts: list[str]) -> TextStates:
         with self.residence.using(encoder):
             return encoder.encode(texts, self._recorded(encoder, encoder.last_states))
@@ -400,7 +389,7 @@ class Wuerstchen:
         progress: Progress | None,
         begin: Float[Tensor, "b c mh mw"] | None,
         strength: float,
-        watching: "_Watching | None" = None,
+        watching: Watching | None = None,
     ) -> Float[Tensor, "b c mh mw"]:
         """Stage C: the semantic map that the texts describe, in Stage B's units.
 
@@ -444,7 +433,7 @@ class Wuerstchen:
         sampling: Sampling,
         generators: list[torch.Generator],
         progress: Progress | None,
-        watching: "_Watching | None" = None,
+        watching: Watching | None = None,
     ) -> Float[Tensor, "b 3 h w"]:
         """Stages B and A: the picture that the map describes, in [0, 1]."""
         assert sampling.decoder_guidance is not None
@@ -603,91 +592,3 @@ def _one_for_each(name: str, values: list[Any], prompts: int, count: int) -> lis
 
 def _reporter(progress: Progress | None, stage: str, steps: int) -> OnStep | None:
     return None if progress is None else lambda step, _: progress(stage, step + 1, steps)
-
-
-class _Watching:
-    """Tells a ``watch`` of each step, and makes previews of what the networks last predicted."""
-
-    def __init__(
-        self, model: Wuerstchen, watch: Watch, size: tuple[int, int], canvas: tuple[int, int]
-    ) -> None:
-        self.model = model
-        self.watch = watch
-        self.size, self.canvas = size, canvas
-
-    def over_map(
-        self, predict: PredictNoise, report: OnStep | None, steps: int
-    ) -> tuple[PredictNoise, OnStep]:
-        cascade = self.model.cascade
-        previewer = cascade.previewer
-
-        def picture(clean: Tensor) -> Tensor:
-            assert previewer is not None
-            z = cascade.settings.map_statistics.restore(clean)
-            return previewer(z.to(_dtype(previewer)))
-
-        return self._over("Stage C", predict, report, steps, None if previewer is None else picture)
-
-    def over_latents(
-        self, predict: PredictNoise, report: OnStep | None, steps: int
-    ) -> tuple[PredictNoise, OnStep]:
-        return self._over("Stage B", predict, report, steps, self._half_size)
-
-    def over_tokens(self, report: OnStep | None, steps: int) -> OnStep:
-        vqgan = self.model.cascade.vqgan
-
-        def picture(tokens: Tensor) -> Tensor:
-            return self._half_size(vqgan.vquantizer.lookup(tokens) / vqgan.config.scale_factor)
-
-        return self._after_each("Stage B", report, steps, lambda rows, tokens: picture(tokens[rows]))
-
-    def _half_size(self, latents: Tensor) -> Tensor:
-        """A quarter of the pixels for about a quarter of the time."""
-        vqgan = self.model.cascade.vqgan
-        return vqgan.decode(F.avg_pool2d(latents, 2).to(_dtype(vqgan)))
-
-    def _over(
-        self,
-        stage: str,
-        predict: PredictNoise,
-        report: OnStep | None,
-        steps: int,
-        picture: Callable[[Tensor], Tensor] | None,
-    ) -> tuple[PredictNoise, OnStep]:
-        last: list[Tensor] = []
-
-        def remembering(x: Tensor, t: Tensor) -> Tensor:
-            last[:] = x, predict(x, t), t
-            return last[1]
-
-        def estimate(rows: list[int], _: Tensor) -> Tensor:
-            assert picture is not None
-            return picture(PUBLISHED_SCHEDULE.clean(*(value[rows] for value in last)))
-
-        return remembering, self._after_each(stage, report, steps, picture and estimate)
-
-    def _after_each(
-        self,
-        stage: str,
-        report: OnStep | None,
-        steps: int,
-        estimate: Callable[[list[int], Tensor], Tensor] | None,
-    ) -> OnStep:
-        def on_step(step: int, sample: Tensor) -> None:
-            def preview(rows: Sequence[int]) -> list[Image.Image]:
-                if estimate is None or not rows or self.model.low_memory is not None:
-                    return []
-                return [self._cut(image) for image in to_images(estimate(list(rows), sample).float())]
-
-            if report is not None:
-                report(step, sample)
-            self.watch(Step(stage, step + 1, steps, preview))
-
-        return on_step
-
-    def _cut(self, image: Image.Image) -> Image.Image:
-        """The part of a preview of the canvas that is in the picture."""
-        scale = image.width / self.canvas[0]
-        width, height = (max(1, round(side * scale)) for side in self.size)
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-        return image.crop((left, top, left + width, top + height))

@@ -25,7 +25,8 @@ from wuerstchen.errors import UserError
 from wuerstchen.serve.jobs import Shape
 
 if TYPE_CHECKING:
-    from wuerstchen.pipeline import Step, Wuerstchen
+    from wuerstchen.pipeline import Wuerstchen
+    from wuerstchen.watching import Step
 
 PREVIEW_SHARE = 0.08
 """Of a batch's time, at most, for previews."""
