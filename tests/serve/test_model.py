@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 PROMPTS = [
@@ -78,7 +79,7 @@ def test_negatives_and_beginnings_are_each_pictures_own(real):
     ]
     alone = [pixels(running, running.wait(running.draw(**body))) for body in bodies]
     before = batches(running)
-    running.draw(prompts=["a house"], prior_steps=20)
+    running.draw(prompts=["a house"], prior_steps=200 if torch.cuda.is_available() else 20)
     jobs = [running.draw(**body) for body in bodies]
     for body, expected in zip(jobs, alone, strict=True):
         assert np.abs(pixels(running, running.wait(body)) - expected).max() <= 2

@@ -122,6 +122,15 @@ def test_a_cancelled_job_stops_within_one_step(serve):
     assert running.http.delete(f"/v1/jobs/{job['id']}").status_code == 200
 
 
+def test_who_waits_is_told_of_their_place(serve):
+    """A place that stays what it was when the job came."""
+    running = serve(max_batch=1)
+    for _ in range(2):
+        running.draw(prompts=["slowly"], prior_steps=3, decoder_steps=1)
+    events = list(running.events(running.draw()))
+    assert [data["position"] for name, data in events if name == "queued"] == [2, 1]
+
+
 def test_who_shares_a_batch_with_a_cancelled_job_is_served(serve):
     running = serve()
     first = running.draw(prompts=["slowly"], prior_steps=3)

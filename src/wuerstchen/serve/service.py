@@ -275,16 +275,9 @@ class Service:
 
     def _pump(self) -> None:
         """Gives every idle worker a batch."""
-        gave = False
         for worker in self._workers:
             if worker.ready and worker.batch is None and (pictures := self.queue.take(self._room)):
                 self._give(worker, pictures)
-                gave = True
-        if gave:
-            for job, place in self.queue.positions().items():
-                before = next((e.data["position"] for e in job.events if e.name == "queued"), None)
-                if job.state == "queued" and place != before:
-                    job.emit("queued", {"position": place})
 
     def _give(self, worker: _Worker, pictures: list[Picture]) -> None:
         now = time.monotonic()
@@ -508,6 +501,11 @@ class Service:
                 self._end(
                     job, "failed", f"this job timed out because {waited}; try again when less is asked for"
                 )
+        # Not after every batch: that would be news for all who wait, a hundred times a second.
+        for job, place in self.queue.positions().items():
+            before = next((event.data["position"] for event in job.events if event.name == "queued"), None)
+            if job.state == "queued" and place != before:
+                job.emit("queued", {"position": place})
         for worker in self._workers:
             batch = worker.batch
             if worker.again_at is not None and now >= worker.again_at and not self.draining:

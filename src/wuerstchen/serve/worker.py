@@ -32,6 +32,8 @@ PREVIEW_SHARE = 0.08
 """Of a batch's time, at most, for previews."""
 PREVIEW_SECONDS = 0.15
 """Between two, at least."""
+STEP_SECONDS = 0.03
+"""Between two steps that are told of, at least: nobody sees more, and each is news to all jobs of a batch."""
 SHARE_OF_STAGE_C = 0.6
 """Of a drawing's time, for the progress bar; Stage B has nearly all the rest."""
 
@@ -162,7 +164,7 @@ class _Drawing:
         self.joules = worker.joules()
         self.seconds: dict[str, float] = {}
         self.preview_seconds = 0.0
-        self.previewed = -PREVIEW_SECONDS
+        self.previewed = self.told = -PREVIEW_SECONDS
         self.cost: dict[str, float] = {}
         """What a preview took, by stage."""
 
@@ -229,14 +231,20 @@ class _Drawing:
                 self.unwanted.update(message[2])
         if len(self.unwanted) == len(self.batch.seeds):
             raise _Stopped
+        if step.step == step.steps:
+            self.mark(step.stage)
+        now = time.perf_counter()
+        if now - self.told >= STEP_SECONDS:
+            self.told = now
+            self.tell(step)
+        if step.stage == "Stage C" or step.step < step.steps:
+            self.preview(step)
+
+    def tell(self, step: "Step") -> None:
         share = SHARE_OF_STAGE_C if self.batch.shape.kind == "generate" else 0.0
         done = step.step / step.steps
         fraction = share * done if step.stage == "Stage C" else share + (0.98 - share) * done
         self.connection.send(("step", self.batch.number, step.stage, step.step, step.steps, fraction))
-        if step.step == step.steps:
-            self.mark(step.stage)
-        if step.stage == "Stage C" or step.step < step.steps:
-            self.preview(step)
 
     def preview(self, step: "Step") -> None:
         """Shows what is being drawn, if it is wanted and there is time: the first one at once."""
