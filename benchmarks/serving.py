@@ -239,7 +239,7 @@ async def killed_worker(service: Service, jobs: int = 24) -> dict[str, Any]:
                     killed.append(time.perf_counter())
                     os.kill(service.worker(), signal.SIGKILL)
                     watch.append(asyncio.create_task(ready_again()))
-                elif name == "image" and killed:
+                elif name == "image" and watch and watch[0].done():
                     recovered.append(time.perf_counter() - killed[0])
             return last
 

@@ -41,7 +41,7 @@ EXAMPLES = """examples:
   wuerstchen train tiny --run-dir runs/tiny
   wuerstchen report runs/tiny
   wuerstchen evaluate runs/mini/model --data data/emoji --out evaluation
-  wuerstchen generate "a cat" --model warp-ai/wuerstchen --precision bfloat16
+  wuerstchen generate "a cat" --model warp-ai/wuerstchen --precision float16
   wuerstchen convert warp-ai/wuerstchen models/wuerstchen --layout native
   wuerstchen average runs/a/model runs/b/model models/average
   wuerstchen doctor --model warp-ai/wuerstchen

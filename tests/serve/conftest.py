@@ -7,6 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
 from wuerstchen.serve import worker
 from wuerstchen.serve.limits import ServeConfig
@@ -124,6 +125,18 @@ def plain(tmp_path_factory):
         folder = tmp_path_factory.mktemp("results")
         config = ServeConfig(port=0, results_dir=folder, allowed_hosts=("draw.example",))
         running = Running(config, fake_worker.main)
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="session")
+def exact(request, tmp_path_factory):
+    """``real``, in float32 also where half precision is usual."""
+    if not torch.cuda.is_available():
+        yield request.getfixturevalue("real")
+        return
+    config = ServeConfig(port=0, results_dir=tmp_path_factory.mktemp("results"), precision="float32")
+    running = Running(config, worker.main)
     yield running
     running.close()
 

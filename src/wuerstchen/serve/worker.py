@@ -10,6 +10,7 @@ Importing this loads no torch: the service does it for the messages.
 
 import base64
 import io
+import math
 import os
 import signal
 import time
@@ -91,13 +92,20 @@ def main(settings: WorkerSettings, connection: Connection) -> None:
 
 class _Worker:
     def __init__(self, settings: WorkerSettings, connection: Connection) -> None:
+        import torch
+
         from wuerstchen.pipeline import Sampling, load
 
+        if settings.precision == "float32":
+            # Convolutions rounded to TF32 would show who shares a batch: each size has kernels of its own.
+            torch.backends.cudnn.allow_tf32 = False
         precision: Any = settings.precision
         self.settings = settings
         self.connection = connection
         self.model: Wuerstchen = load(settings.model, settings.device, precision=precision)
-        self.joules = _energy_counter(self.model)
+        self._joules = _energy_counter(self.model)
+        self._reading: float | None = None
+        self._read_at = -math.inf
         if self.model.cascade.prior is not None and self.model.cascade.text_encoder is not None:
             # The first picture takes longer, and nobody should wait for that.
             self.model.generate("", sampling=Sampling(prior_steps=1, decoder_steps=1))
@@ -133,6 +141,12 @@ class _Worker:
             "examples": list(PROMPTS if self.settings.model is None else doctor.PROMPTS),
         }
 
+    def joules(self, max_age: float = 0.0) -> float | None:
+        """What the GPU has used, as of ``max_age`` seconds ago at most: asking it takes milliseconds."""
+        if time.perf_counter() - self._read_at > max_age:
+            self._reading, self._read_at = self._joules(), time.perf_counter()
+        return self._reading
+
     def draw(self, batch: Batch) -> None:
         drawing = _Drawing(self, batch)
         try:
@@ -161,7 +175,7 @@ class _Drawing:
         self.batch = batch
         self.unwanted: set[int] = set()
         self.began = self.marked = time.perf_counter()
-        self.joules = worker.joules()
+        self.joules = worker.joules(max_age=0.05)  # of the batch before, if there was one
         self.seconds: dict[str, float] = {}
         self.preview_seconds = 0.0
         self.previewed = self.told = -PREVIEW_SECONDS
