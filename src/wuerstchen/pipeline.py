@@ -126,8 +126,8 @@ def load(
 
     ``model`` is a folder in any layout, or a name on the hub; ``sources`` names parts that come from
     elsewhere. ``precision`` is float16 on CUDA and float32 elsewhere if none is given. Half precision takes
-    half the memory. float16 draws what float32 does; bfloat16 rounds eight times as coarsely, and now and then
-    a picture becomes another one. The bundled model needs no network. Raises ``CheckpointError`` for what is
+    half the memory. float16 draws what float32 does; bfloat16 rounds eight times as coarsely, and sometimes a
+    picture becomes another one. The bundled model needs no network. Raises ``CheckpointError`` for what is
     damaged or no model.
     """
     for value, kind in ((precision, Precision), (low_memory, LowMemory)):
