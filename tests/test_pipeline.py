@@ -124,6 +124,23 @@ def test_who_watches_can_stop_and_nothing_is_spoilt(model, stage):
     assert np.array_equal(before, pixels(model.generate("a cat")))
 
 
+@pytest.mark.gpu
+def test_a_gpu_is_watched_step_by_step():
+    """Orders for a whole stage at once: too late to stop them, and progress tells of what is only ordered."""
+    made = []
+
+    def watch(step):
+        made.append(torch.cuda.Event())
+        made[-1].record()
+        if len(made) > 2:
+            assert made[-3].query()
+
+    model = wuerstchen.load(device="cuda")
+    for _ in range(2):
+        made.clear()
+        model.generate("a cat", count=8, batch_size=8, size=(512, 512), watch=watch)
+
+
 def test_previews_show_an_estimate_and_change_nothing():
     """Noise in place of what will be there; a picture that depends on whether anybody looked at it."""
     bundled = wuerstchen.load(device="cpu")

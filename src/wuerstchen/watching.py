@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
@@ -42,6 +43,7 @@ class Watching:
         self.watch = watch
         self.size, self.canvas = size, canvas
         self.shows = shows
+        self._last_step: torch.cuda.Event | None = None
 
     def over_map(
         self, predict: PredictNoise, report: OnStep | None, steps: int
@@ -108,9 +110,21 @@ class Watching:
 
             if report is not None:
                 report(step, sample)
+            self._keep_pace(sample)
             self.watch(Step(stage, step + 1, steps, preview))
 
         return on_step
+
+    def _keep_pace(self, sample: Tensor) -> None:
+        """Waits on a GPU until the step before this one is made.
+
+        It would take orders for a whole stage at once, which could then be neither told of nor stopped.
+        """
+        if sample.is_cuda:
+            before, self._last_step = self._last_step, torch.cuda.Event(blocking=True)
+            self._last_step.record(torch.cuda.current_stream(sample.device))
+            if before is not None:
+                before.synchronize()
 
     def _cut(self, image: Image.Image) -> Image.Image:
         """The part of a preview of the canvas that is in the picture."""
