@@ -21,7 +21,12 @@ from diffusers.pipelines.deprecated.wuerstchen.pipeline_wuerstchen_prior import 
 from diffusers.utils import logging
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from wuerstchen.diffusers import DDPMWuerstchenScheduler, WuerstchenDecoderPipeline, WuerstchenPriorPipeline
+from wuerstchen.diffusers import (
+    DDPMWuerstchenScheduler,
+    WuerstchenCombinedPipeline,
+    WuerstchenDecoderPipeline,
+    WuerstchenPriorPipeline,
+)
 from wuerstchen.models.decoder import Decoder, DecoderConfig
 from wuerstchen.models.prior import Prior, PriorConfig
 from wuerstchen.models.vqgan import VQGAN, VQGANConfig
@@ -115,6 +120,22 @@ def make_decoder(randomise):
             scheduler=DDPMWuerstchenScheduler(),
             vqgan=randomise(VQGAN(QUANTISER)).eval(),
             **settings,
+        )
+        quiet(pipe)
+        return pipe
+
+    return make
+
+
+@pytest.fixture
+def make_combined(make_prior, make_decoder):
+    def make(prior_settings=None, decoder_settings=None) -> WuerstchenCombinedPipeline:
+        prior, decoder = make_prior(**(prior_settings or {})), make_decoder(**(decoder_settings or {}))
+        pipe = WuerstchenCombinedPipeline(
+            **decoder.components,
+            **{f"prior_{name}": part for name, part in prior.components.items()},
+            **decoder.config,
+            **{f"prior_{name}": value for name, value in prior.config.items()},
         )
         quiet(pipe)
         return pipe

@@ -19,22 +19,6 @@ def seeded_globally() -> None:
     torch.manual_seed(3)
 
 
-@pytest.fixture
-def make_combined(make_prior, make_decoder):
-    def make(prior_settings=None, decoder_settings=None) -> WuerstchenCombinedPipeline:
-        prior, decoder = make_prior(**(prior_settings or {})), make_decoder(**(decoder_settings or {}))
-        pipe = WuerstchenCombinedPipeline(
-            **decoder.components,
-            **{f"prior_{name}": part for name, part in prior.components.items()},
-            **decoder.config,
-            **{f"prior_{name}": value for name, value in prior.config.items()},
-        )
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    return make
-
-
 def run(pipe, **given):
     steps = {"prior_num_inference_steps": 2, "num_inference_steps": 2, "output_type": "pt"}
     given = {"prompt": "a", **SIZE, **steps, "generator": generators(1)[0], **given}
