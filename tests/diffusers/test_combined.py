@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from wuerstchen.diffusers import DEFAULT_STAGE_C_TIMESTEPS, WuerstchenCombinedPipeline
+from wuerstchen.diffusers import DEFAULT_STAGE_C_TIMESTEPS
 from wuerstchen.errors import UserNotice
 
 SIZE = {"height": 128, "width": 128}
