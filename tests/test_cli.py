@@ -215,7 +215,7 @@ def python(code: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "statement", ["import wuerstchen", "import wuerstchen.cli; wuerstchen.cli._parser()"]
+    "statement", ["import wuerstchen", "import wuerstchen.cli; wuerstchen.cli.make_parser()"]
 )
 def test_nothing_heavy_is_imported_before_it_is_needed(statement):
     loaded = python(f"import sys; {statement}; print(*sys.modules)").split()
