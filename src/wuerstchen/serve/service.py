@@ -15,7 +15,8 @@ import secrets
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,8 @@ KEPT_JOBS = 2_000
 STOPPING_SECONDS = 30.0
 """A worker that was told to stop and makes no step for so long is ended."""
 HEARTBEAT = 10.0
+STREAMS_OF_CLIENT = 100
+"""Streams of events that a client may have open."""
 
 
 class Refused(Exception):
@@ -101,6 +104,8 @@ class Service:
         self.metrics.watch(lambda: len(self.queue), self.queue.open_jobs)
         self.filter = None if config.filter is None else load_filter(config.filter)
         self.jobs: dict[str, Job] = {}
+        self.streams: Counter[str] = Counter()
+        """Of events, open, by client."""
         self.about: dict[str, Any] | None = None
         """What the model can; None until the first worker is ready."""
         self.draining = False
@@ -238,6 +243,23 @@ class Service:
     def position(self, job: Job) -> int:
         """The job's place in the queue from 1; 0 when it no longer waits."""
         return self.queue.positions().get(job, 0) if job.state == "queued" else 0
+
+    def check_streams(self, client: str) -> None:
+        """Raises ``Refused`` where a client has as many streams as it may."""
+        if self.streams[client] >= STREAMS_OF_CLIENT:
+            message = f"{STREAMS_OF_CLIENT} streams of yours are open, which is the most; close some"
+            raise Refused(429, message, code="rate_limit_exceeded", retry_after=2)
+
+    @contextlib.contextmanager
+    def stream_of(self, client: str) -> Iterator[None]:
+        """While a client has one stream more."""
+        self.streams[client] += 1
+        try:
+            yield
+        finally:
+            self.streams[client] -= 1
+            if not self.streams[client]:
+                del self.streams[client]
 
     async def events(self, job: Job, after: int) -> AsyncIterator[Event | None]:
         """A job's events, as they come, until it ends. None is a sign of life in a silence."""
