@@ -1,12 +1,15 @@
 """Jobs over HTTP, with a stand-in for the worker's process: what it tells, cancels, survives and refuses."""
 
 import asyncio
+import base64
+import io
 import os
 import shutil
 import signal
 import time
 
 import pytest
+from PIL import Image
 
 from wuerstchen.images import read_settings
 from wuerstchen.serve import service as service_module
@@ -139,6 +142,21 @@ def test_streams_of_a_client_are_bounded_and_closed_ones_do_not_count(serve, mon
         time.sleep(0.05)
     with running.http.stream("GET", url) as again:
         assert again.status_code == 200
+
+
+def test_pictures_to_begin_with_are_bounded(serve, monkeypatch):
+    """256 jobs in the queue, each with tens of megabytes."""
+    monkeypatch.setattr(service_module, "IMAGE_BYTES", 64 * 64 * 3)
+    running = serve(max_batch=1)
+    Image.new("RGB", (64, 64), "red").save(buffer := io.BytesIO(), "PNG")
+    begin = {"image": base64.b64encode(buffer.getvalue()).decode()}
+    first = running.draw(prompts=["slowly"], prior_steps=4, **begin)
+    refused = running.http.post("/v1/jobs", json={"prompts": ["a cat"], **begin})
+    assert refused.status_code == 429
+    assert int(refused.headers["retry-after"]) > 0
+    assert running.wait(running.draw())["state"] == "done"
+    assert running.wait(first)["state"] == "done"
+    assert running.wait(running.draw(**begin))["state"] == "done"
 
 
 def test_who_waits_is_told_of_their_place(serve):

@@ -43,6 +43,8 @@ KEPT_JOBS = 2_000
 STOPPING_SECONDS = 30.0
 """A worker that was told to stop and makes no step for so long is ended."""
 HEARTBEAT = 10.0
+IMAGE_BYTES = 2**30
+"""Of the pictures that jobs begin with, together, until they have ended."""
 STREAMS_OF_CLIENT = 100
 """Streams of events that a client may have open."""
 
@@ -200,6 +202,7 @@ class Service:
                     raise Refused(400, reason, param="prompt", code="content_policy_violation")
             self.check_open()
             self.check_room(job.client, job.total)
+        self._check_images(job)
         job.created, job.unix_time = time.monotonic(), int(time.time())
         self.queue.add(job)
         self.jobs[job.id] = job
@@ -220,6 +223,16 @@ class Service:
             raise Refused(
                 429, str(full), code="rate_limit_exceeded", retry_after=self._wait_estimate(pictures)
             ) from full
+
+    def _check_images(self, job: Job) -> None:
+        held = sum(len(other.image) for other in self.jobs.values() if other.image is not None)
+        if job.image is not None and held and held + len(job.image) > IMAGE_BYTES:
+            raise Refused(
+                429,
+                f"the pictures that jobs begin with take {held:,} bytes already; try again later",
+                code="rate_limit_exceeded",
+                retry_after=self._wait_estimate(1),
+            )
 
     def cancel(self, job: Job) -> None:
         """Ends a job that has not ended: what waits is forgotten, what is drawn alone is stopped."""
