@@ -242,7 +242,9 @@ def _add_jobs(app: FastAPI, service: Service, queue: Queue) -> None:
         after = int(last) if last.isascii() and last.isdecimal() and len(last) < 18 else 0
 
         async def lines() -> AsyncIterator[str]:
-            with service.stream_of(client):
+            with service.stream_of(client) as fits:
+                if not fits:
+                    return
                 async for event in service.events(job, after):
                     if event is None:
                         yield ": still here\n\n"

@@ -264,11 +264,11 @@ class Service:
             raise Refused(429, message, code="rate_limit_exceeded", retry_after=2)
 
     @contextlib.contextmanager
-    def stream_of(self, client: str) -> Iterator[None]:
-        """While a client has one stream more."""
+    def stream_of(self, client: str) -> Iterator[bool]:
+        """While a client has one stream more. Gives whether it may: many can pass the check at once."""
         self.streams[client] += 1
         try:
-            yield
+            yield self.streams[client] <= STREAMS_OF_CLIENT
         finally:
             self.streams[client] -= 1
             if not self.streams[client]:
