@@ -541,7 +541,7 @@ def test_sizes_of_stage_a_that_are_none_are_refused(change, message):
     [
         ({"image_size": 100}, "image_size=100 must be a multiple of 128"),
         ({"prior_steps": 0}, "prior_steps=0 must be at least 1"),
-        ({"prior_steps": 5000}, "prior_steps 5000 must be from 1 to 1000"),
+        ({"prior_steps": 5000}, "prior_steps 5000 must be a whole number from 1 to 1000"),
         ({"prior_guidance": float("nan")}, "guidance nan must be a number"),
         ({"decoder_guidance": -1.0}, "decoder_guidance -1.0 must be a number"),
         ({"statistics_images": 0}, "statistics_images=0 must be at least 1"),

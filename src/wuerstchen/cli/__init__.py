@@ -48,10 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout, io.TextIOWrapper
     ):  # a prompt in a file name may be more than the terminal can show
         sys.stdout.reconfigure(errors="backslashreplace")
-    # Threads that wait by spinning take the cores from each other as soon as anything else runs: drawing then
-    # takes several times as long. OpenMP reads this when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Warnings of torch's C++ part, with a trace each, for one where a process of a run has ended; likewise.
+    # Warnings of torch's C++ part, with a trace each, for one where a process of a run has ended. It is read
+    # when torch is imported.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with warnings.catch_warnings():
         # Only what is meant for the user is shown, and never as a traceback.
@@ -79,8 +77,9 @@ def _run(arguments: Sequence[str] | None) -> int:
     try:
         known, others = make_parser().parse_known_args(arguments)
         if others and not known.takes_overrides:
+            command = " ".join([known.command, *([known.kind] if "kind" in known else [])])
             raise UserError(
-                f"{' '.join(others)} is no option of this command; see wuerstchen {known.command} --help"
+                f"{' '.join(others)} is no option of this command; see wuerstchen {command} --help"
             )
         known.overrides = others
         with _raising_on_sigterm():

@@ -32,14 +32,14 @@ def add_generate(commands: "argparse._SubParsersAction[Parser]") -> None:
     generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw, one picture a prompt")
     generate.add_argument("--negative", default="", help="what to steer away from")
     generate.add_argument("--count", type=int, default=1, help="pictures of each prompt (1)")
-    generate.add_argument("--size", type=_size, help="N or WIDTHxHEIGHT in pixels (the model's own)")
+    generate.add_argument(
+        "--size", type=_size, help="N or WIDTHxHEIGHT in pixels, in steps of 8 (the model's own)"
+    )
     add_guidance_options(generate)
     generate.add_argument(
         "--init", type=Path, metavar="IMAGE", help="begin with this picture; without a prompt, vary it"
     )
-    generate.add_argument(
-        "--strength", type=float, default=0.7, help="how much of it may change, above 0 to 1 (0.7)"
-    )
+    generate.add_argument("--strength", type=float, help="how much of it may change, above 0 to 1 (0.7)")
     generate.add_argument(
         "--lora", action="append", default=[], metavar="FILE[:SCALE]", help="adapter for Stage C; repeatable"
     )
@@ -77,6 +77,10 @@ def _generate(options: argparse.Namespace) -> int:
         raise UserError(
             f"a grid of {total} pictures is too large; draw at most {MAX_GRID}, or leave out --grid"
         )
+    if options.strength is not None and options.init is None:
+        raise UserError(
+            f"strength {options.strength} is wrong because there is no picture to vary; add --init"
+        )
     one_file = _is_file(options.out)
     if one_file and not options.grid and total > 1:
         raise UserError(f"{options.out} is one file for {total} pictures; add --grid, or name a folder")
@@ -91,8 +95,9 @@ def _generate(options: argparse.Namespace) -> int:
     for path, scale in adapters:
         model.load_lora(path, scale)
     settings = {"model": options.model or "bundled", "negative": options.negative}
+    strength = 0.7 if options.strength is None else options.strength
     if init is not None:
-        settings |= {"init": options.init.name, "strength": options.strength}
+        settings |= {"init": options.init.name, "strength": strength}
     if adapters:
         settings["lora"] = " ".join(options.lora)
     settings |= model.settings_of(sampling)
@@ -108,7 +113,7 @@ def _generate(options: argparse.Namespace) -> int:
                 seed=options.seed + start,
                 size=options.size,
                 init=init,
-                strength=options.strength,
+                strength=strength,
                 sampling=sampling,
                 batch_size=BATCH_SIZE,
                 progress=progress,
@@ -127,7 +132,7 @@ def _generate(options: argparse.Namespace) -> int:
         shown = {"prompt": prompts, "count": options.count, "seed": options.seed, **settings}
         save_png(grid(images, columns=columns), path, shown, drawn_by_a_model=True)
         print(path)
-    print(f"{total} pictures in {time.monotonic() - began:.1f} s", file=sys.stderr)
+    print(f"{total} picture{'s' * (total != 1)} in {time.monotonic() - began:.1f} s", file=sys.stderr)
     return 0
 
 

@@ -19,7 +19,11 @@ def add_convert(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="how weights are stored (float32); int8 is for native",
     )
     convert.add_argument(
-        "--leave-out", nargs="+", default=[], metavar="PART", help="parts that may be left behind"
+        "--leave-out",
+        nargs="+",
+        default=[],
+        metavar="PART",
+        help="parts that may be left behind; write it behind SRC and DST",
     )
     add_source_options(convert)
 

@@ -26,7 +26,12 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     add_source_options(parser)
     add_precision_options(parser)
     parser.add_argument("--out", type=Path, default=Path(), help="folder, or file name ending in .png (here)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next has the next (0)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the first picture, up to 4294967295; the next has the next (0)",
+    )
     add_sampling_options(parser)
 
 
@@ -50,7 +55,7 @@ def add_precision_options(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="stage",
         choices=("stage", "layer"),
-        help="keep one network at a time on the GPU, or one layer",
+        help="keep one network at a time on the GPU, or one layer; write it behind prompts",
     )
 
 
