@@ -121,7 +121,8 @@ def test_reconstruct_shows_both_and_says_how_small_the_map_is(run):
 
 BAD_CALLS = {
     "no prompt": (["generate"], "no prompt was given"),
-    "steps 0": (["generate", "a", "--prior-steps", "0"], "prior_steps 0 must be from 1"),
+    "strength alone": (["generate", "a", "--strength", "0.5"], "there is no picture to vary"),
+    "steps 0": (["generate", "a", "--prior-steps", "0"], "prior_steps 0 must be a whole number from 1"),
     "guidance nan": (["generate", "a", "--guidance", "nan"], "guidance nan must be a number"),
     "negative seed": (["generate", "a", "--seed", "-1"], "seed -1 must be from 0"),
     "large seed": (["generate", "a", "--seed", str(2**32)], "must be from 0 to"),
@@ -215,7 +216,7 @@ def python(code: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "statement", ["import wuerstchen", "import wuerstchen.cli; wuerstchen.cli._parser()"]
+    "statement", ["import wuerstchen", "import wuerstchen.cli; wuerstchen.cli.make_parser()"]
 )
 def test_nothing_heavy_is_imported_before_it_is_needed(statement):
     loaded = python(f"import sys; {statement}; print(*sys.modules)").split()

@@ -7,11 +7,16 @@
 The names below are imported when they are first used, so that importing the package loads no torch.
 """
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from wuerstchen.errors import CheckpointError, DataError, RunFolderError, UserError
     from wuerstchen.pipeline import Sampling, Wuerstchen, load
+
+# Threads that wait by spinning take the cores from each other as soon as anything else runs, and a picture
+# then takes minutes. OpenMP reads this when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0.dev0"
 

@@ -200,13 +200,14 @@ class Recorder:
             if fixed is not None:
                 assert self.prepare is not None
                 if of_fixed not in recordings.preparations:
+                    fixed.prepared = None  # its memory; what is recorded makes it anew
                     recordings.preparations[of_fixed] = self._record(self.prepare, fixed.given, ())
                     recordings.current = None
                 preparation = recordings.preparations[of_fixed]
                 if recordings.current is not fixed:
                     preparation(fixed.given)
                     recordings.current = fixed
-                    fixed.prepared = None  # no longer needed
+                    fixed.prepared = None
                 prepared = (preparation.output,)
             if kind not in recordings.passes:
                 recordings.passes[kind] = self._record(self.function, inputs, prepared)

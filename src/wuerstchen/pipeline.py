@@ -75,16 +75,19 @@ class Sampling:
     def __post_init__(self) -> None:
         for name in ("guidance", "decoder_guidance"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and 0 <= value <= 100):
+            if value is not None and not (isinstance(value, Real) and 0 <= value <= 100):
                 raise UserError(
-                    f"{name} {value} must be a number from 0 to 100; 1 is no guidance, 4 is common"
+                    f"{name} {value!r} must be a number from 0 to 100; 1 is no guidance, 4 is common"
                 )
-        if self.decoder_shift is not None and not 0 < self.decoder_shift <= 100:
-            raise UserError(f"decoder_shift {self.decoder_shift} must be above 0 and at most 100; 1 is none")
+        shift = self.decoder_shift
+        if shift is not None and not (isinstance(shift, Real) and 0 < shift <= 100):
+            raise UserError(f"decoder_shift {shift!r} must be above 0 and at most 100; 1 is none")
         for name in ("prior_steps", "decoder_steps"):
             value = getattr(self, name)
-            if value is not None and not 1 <= value <= MAX_STEPS:
-                raise UserError(f"{name} {value} must be from 1 to {MAX_STEPS}; 29 and 12 are common")
+            if value is not None and not (isinstance(value, Integral) and 1 <= value <= MAX_STEPS):
+                raise UserError(
+                    f"{name} {value!r} must be a whole number from 1 to {MAX_STEPS}; 29 and 12 are common"
+                )
         if self.prior_sampler is not None:
             check_prior_sampler(self.prior_sampler)
 
@@ -152,13 +155,19 @@ def default_device(device: str | torch.device | None = None) -> torch.device:
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
-            raise UserError(f"device {str(device)!r} is not there; use cpu, cuda or mps") from error
+            raise UserError(f"device {str(device)!r} is not there; use {devices_here()}") from error
         if torch.device(device).type == "meta":
             raise UserError("device 'meta' computes nothing; use cpu, cuda or mps")
         return torch.device(device)
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def devices_here() -> str:
+    """Names of what can compute here, as in "cpu or cuda"."""
+    found = (("cpu", True), ("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()))
+    return " or ".join(name for name, is_there in found if is_there)
 
 
 def default_precision(device: torch.device) -> Precision:
@@ -218,7 +227,7 @@ class Wuerstchen:
         be drawn.
         """
         prompts = _checked_texts(prompts)
-        negatives = _checked_texts(negative)
+        negatives = _checked_texts(negative, "negative")
         sampling = self._resolved(sampling or Sampling())
         width, height = self._checked_size(size)
         canvas = self.cascade.settings.canvas(width, height)
@@ -489,6 +498,8 @@ class Wuerstchen:
 
     def _resolved(self, sampling: Sampling) -> Sampling:
         """Fills what was left open from the model's settings."""
+        if not isinstance(sampling, Sampling):
+            raise UserError(f"sampling is of {type(sampling)}, but must be a wuerstchen.Sampling; make one")
         own = self.cascade.settings
         return Sampling(
             guidance=own.prior_guidance if sampling.guidance is None else sampling.guidance,
@@ -540,12 +551,12 @@ def _cut(pixels: Float[Tensor, "b 3 h2 w2"], size: tuple[int, int]) -> Float[Ten
     return pixels[:, :, top : top + size[1], left : left + size[0]]
 
 
-def _checked_texts(prompts: Any) -> list[str]:
+def _checked_texts(prompts: Any, name: str = "prompt") -> list[str]:
     one = isinstance(prompts, str) or not isinstance(prompts, Sequence)
     texts = [prompts] if one else list(prompts)
     for text in texts:
         if not isinstance(text, str):
-            raise UserError(f"prompt {text!r} is no text; give a string or a list of them, '' for none")
+            raise UserError(f"{name} {text!r} is no text; give a string or a list of them, '' for none")
     return texts
 
 

@@ -33,11 +33,12 @@ from wuerstchen.models.vqgan import VQGAN, VQGANConfig
 
 logging.set_verbosity_error()  # what diffusers says of its own deprecation is not news here
 
-PRIOR = PriorConfig(c_in=3, c=16, c_cond=24, c_r=8, depth=2, nhead=2)
+# Heads of 16 channels, the least that attention on a GPU has a kernel for.
+PRIOR = PriorConfig(c_in=3, c=32, c_cond=24, c_r=8, depth=2, nhead=2)
 DECODER = DecoderConfig(
     c_r=8,
     c_cond=8,
-    c_hidden=(8, 16),
+    c_hidden=(8, 32),
     nhead=(-1, 2),
     blocks=(1, 1),
     level_config=("CT", "CTA"),

@@ -58,7 +58,7 @@ BAD_CALLS = {
     "batch 0": (["--batch-size", "0"], "batch_size 0 draws nothing"),
     "no photos": (["--photos", "nowhere"], "photos 'nowhere' is no folder"),
     "guidance nan": (["--guidance", "nan"], "guidance nan must be a number"),
-    "steps 0": (["--decoder-steps", "0"], "decoder_steps 0 must be from 1"),
+    "steps 0": (["--decoder-steps", "0"], "decoder_steps 0 must be a whole number from 1"),
     "unknown option": (["--speed", "9"], "--speed 9 is no option of this command"),
     "no folder": (["--out", "file/inside"], "cannot be written"),
 }

@@ -1,14 +1,18 @@
 """Jobs over HTTP, with a stand-in for the worker's process: what it tells, cancels, survives and refuses."""
 
 import asyncio
+import base64
+import io
 import os
 import shutil
 import signal
 import time
 
 import pytest
+from PIL import Image
 
 from wuerstchen.images import read_settings
+from wuerstchen.serve import service as service_module
 
 
 def names(events):
@@ -120,6 +124,39 @@ def test_a_cancelled_job_stops_within_one_step(serve):
     # A step takes 0.2 s, and all of them twenty.
     assert time.monotonic() - began < 1.5
     assert running.http.delete(f"/v1/jobs/{job['id']}").status_code == 200
+
+
+def test_streams_of_a_client_are_bounded_and_closed_ones_do_not_count(serve, monkeypatch):
+    """A client that follows its jobs for ever takes all of a process's files."""
+    monkeypatch.setattr(service_module, "STREAMS_OF_CLIENT", 2)
+    running = serve()
+    url = f"/v1/jobs/{running.draw(prompts=['slowly'], prior_steps=100)['id']}/events"
+    with running.http.stream("GET", url) as first, running.http.stream("GET", url) as second:
+        assert (first.status_code, second.status_code) == (200, 200)
+        refused = running.http.get(url)
+        assert refused.status_code == 429
+        assert int(refused.headers["retry-after"]) > 0
+    deadline = time.monotonic() + 15
+    while running.call(lambda: len(running.service.streams)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    with running.http.stream("GET", url) as again:
+        assert again.status_code == 200
+
+
+def test_pictures_to_begin_with_are_bounded(serve, monkeypatch):
+    """256 jobs in the queue, each with tens of megabytes."""
+    monkeypatch.setattr(service_module, "IMAGE_BYTES", 64 * 64 * 3)
+    running = serve(max_batch=1)
+    Image.new("RGB", (64, 64), "red").save(buffer := io.BytesIO(), "PNG")
+    begin = {"image": base64.b64encode(buffer.getvalue()).decode()}
+    first = running.draw(prompts=["slowly"], prior_steps=4, **begin)
+    refused = running.http.post("/v1/jobs", json={"prompts": ["a cat"], **begin})
+    assert refused.status_code == 429
+    assert int(refused.headers["retry-after"]) > 0
+    assert running.wait(running.draw())["state"] == "done"
+    assert running.wait(first)["state"] == "done"
+    assert running.wait(running.draw(**begin))["state"] == "done"
 
 
 def test_who_waits_is_told_of_their_place(serve):

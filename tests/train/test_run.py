@@ -18,7 +18,8 @@ from filelock import FileLock
 from PIL import Image
 
 from wuerstchen.checkpoints.native import read_cascade, read_network
-from wuerstchen.cli import _overridden, _parser, main
+from wuerstchen.cli import main, make_parser
+from wuerstchen.cli.train import overridden
 from wuerstchen.data.emoji import EmojiSource, listed_heldout, sample_root
 from wuerstchen.errors import DataError, RunFolderError, UserError
 from wuerstchen.models.cascade import PUBLISHED_MAP
@@ -175,9 +176,9 @@ def test_watching_changes_nothing(tmp_path, monkeypatch, capsys):
     for n in range(110):
         Image.effect_noise((128, 128), 90).convert("RGB").save(folder / f"x{n}.png")
         (folder / f"x{n}.txt").write_text(f"picture {n}")
-    options = _parser().parse_known_args(["train", "tiny", "--data", str(folder)])[0]
+    options = make_parser().parse_known_args(["train", "tiny", "--data", str(folder)])[0]
     options.overrides = MICRO
-    recipe = _overridden(runpy.run_path(str(PHASED))["phased"](), options)
+    recipe = overridden(runpy.run_path(str(PHASED))["phased"](), options)
     watch = Watch(tariff=Tariff(per_hour=2.0), rehearses=True)
     train(recipe, tmp_path / "watched", device="cpu", watch=watch)
     found = events(tmp_path / "watched")
@@ -540,7 +541,7 @@ def test_sizes_of_stage_a_that_are_none_are_refused(change, message):
     [
         ({"image_size": 100}, "image_size=100 must be a multiple of 128"),
         ({"prior_steps": 0}, "prior_steps=0 must be at least 1"),
-        ({"prior_steps": 5000}, "prior_steps 5000 must be from 1 to 1000"),
+        ({"prior_steps": 5000}, "prior_steps 5000 must be a whole number from 1 to 1000"),
         ({"prior_guidance": float("nan")}, "guidance nan must be a number"),
         ({"decoder_guidance": -1.0}, "decoder_guidance -1.0 must be a number"),
         ({"statistics_images": 0}, "statistics_images=0 must be at least 1"),

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from wuerstchen.checkpoints.native import read_cascade
-from wuerstchen.cli import _overridden, main
+from wuerstchen.cli import main
+from wuerstchen.cli.train import overridden
 from wuerstchen.errors import RunFolderError, UserError
 from wuerstchen.models.compressor import Compressor
 from wuerstchen.models.decoder import DecoderConfig
@@ -224,7 +225,7 @@ def test_text_of_another_width_is_refused(tmp_path):
 class TestOptions:
     def override(self, *words):
         given = {"data": None, "seed": None, "compressor_init": None, "overrides": list(words)}
-        return _overridden(recipe(), argparse.Namespace(**given))
+        return overridden(recipe(), argparse.Namespace(**given))
 
     def test_fields_of_paella_are_options(self):
         changed = self.override("--decoder.c-cond", "64", "--stage-b.label-smoothing", "0.2")
@@ -237,7 +238,7 @@ class TestOptions:
 
     def test_v2_s_stay(self):
         given = {"data": None, "seed": None, "compressor_init": None, "overrides": ["--decoder.c-cond", "8"]}
-        changed = _overridden(tiny(), argparse.Namespace(**given))
+        changed = overridden(tiny(), argparse.Namespace(**given))
         assert isinstance(changed.decoder, DecoderConfig)
         assert changed.decoder.c_cond == 8
 

@@ -78,6 +78,8 @@ def build(out: Path) -> list[Record]:
     where npm or resvg is missing or fails, ``DataError`` where the packages do not give the listed set.
     """
     out = Path(out)
+    if out.exists():
+        check_writable(out)
     render = _renderer()
     npm = shutil.which("npm")
     if npm is None:

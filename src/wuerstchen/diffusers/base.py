@@ -15,6 +15,7 @@ from wuerstchen.diffusers.outputs import Config
 from wuerstchen.errors import UserError, UserNotice
 from wuerstchen.fast import Recorder
 from wuerstchen.memory import Blockwise, OneAtATime, Residence
+from wuerstchen.pipeline import devices_here
 
 AnyPipeline = TypeVar("AnyPipeline", bound="DiffusionPipeline")
 
@@ -269,7 +270,7 @@ def _checked_device(device: str | int | torch.device) -> torch.device:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
-        raise UserError(f"device {str(device)!r} is not there; use cpu, cuda or mps") from error
+        raise UserError(f"device {str(device)!r} is not there; use {devices_here()}") from error
     return torch.device(device)
 
 

@@ -229,21 +229,28 @@ def _add_jobs(app: FastAPI, service: Service, queue: Queue) -> None:
     @app.get(
         "/v1/jobs/{job_id}/events",
         response_class=StreamingResponse,
-        responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}, **_errors(404)},
+        responses={
+            200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+            **_errors(404, 429),
+        },
     )
     async def events(request: Request, job_id: str) -> Response:
         """What happens to a job, as server-sent events; ``Last-Event-ID`` goes on where it stopped."""
-        job = service.job_of(job_id)
+        job, client = service.job_of(job_id), request.scope["wuerstchen.client"]
+        service.check_streams(client)
         last = request.headers.get("last-event-id", "0")
         after = int(last) if last.isascii() and last.isdecimal() and len(last) < 18 else 0
 
         async def lines() -> AsyncIterator[str]:
-            async for event in service.events(job, after):
-                if event is None:
-                    yield ": still here\n\n"
-                else:
-                    data = json.dumps(event.data)
-                    yield f"id: {event.number}\nevent: {event.name}\ndata: {data}\n\n"
+            with service.stream_of(client) as fits:
+                if not fits:
+                    return
+                async for event in service.events(job, after):
+                    if event is None:
+                        yield ": still here\n\n"
+                    else:
+                        data = json.dumps(event.data)
+                        yield f"id: {event.number}\nevent: {event.name}\ndata: {data}\n\n"
 
         # nginx holds streams back unless it is told not to.
         headers = {"X-Accel-Buffering": "no"}

@@ -15,7 +15,8 @@ import secrets
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,10 @@ KEPT_JOBS = 2_000
 STOPPING_SECONDS = 30.0
 """A worker that was told to stop and makes no step for so long is ended."""
 HEARTBEAT = 10.0
+IMAGE_BYTES = 2**30
+"""Of the pictures that jobs begin with, together, until they have ended."""
+STREAMS_OF_CLIENT = 100
+"""Streams of events that a client may have open."""
 
 
 class Refused(Exception):
@@ -101,6 +106,8 @@ class Service:
         self.metrics.watch(lambda: len(self.queue), self.queue.open_jobs)
         self.filter = None if config.filter is None else load_filter(config.filter)
         self.jobs: dict[str, Job] = {}
+        self.streams: Counter[str] = Counter()
+        """Of events, open, by client."""
         self.about: dict[str, Any] | None = None
         """What the model can; None until the first worker is ready."""
         self.draining = False
@@ -195,6 +202,7 @@ class Service:
                     raise Refused(400, reason, param="prompt", code="content_policy_violation")
             self.check_open()
             self.check_room(job.client, job.total)
+        self._check_images(job)
         job.created, job.unix_time = time.monotonic(), int(time.time())
         self.queue.add(job)
         self.jobs[job.id] = job
@@ -215,6 +223,16 @@ class Service:
             raise Refused(
                 429, str(full), code="rate_limit_exceeded", retry_after=self._wait_estimate(pictures)
             ) from full
+
+    def _check_images(self, job: Job) -> None:
+        held = sum(len(other.image) for other in self.jobs.values() if other.image is not None)
+        if job.image is not None and held and held + len(job.image) > IMAGE_BYTES:
+            raise Refused(
+                429,
+                f"the pictures that jobs begin with take {held:,} bytes already; try again later",
+                code="rate_limit_exceeded",
+                retry_after=self._wait_estimate(1),
+            )
 
     def cancel(self, job: Job) -> None:
         """Ends a job that has not ended: what waits is forgotten, what is drawn alone is stopped."""
@@ -238,6 +256,23 @@ class Service:
     def position(self, job: Job) -> int:
         """The job's place in the queue from 1; 0 when it no longer waits."""
         return self.queue.positions().get(job, 0) if job.state == "queued" else 0
+
+    def check_streams(self, client: str) -> None:
+        """Raises ``Refused`` where a client has as many streams as it may."""
+        if self.streams[client] >= STREAMS_OF_CLIENT:
+            message = f"{STREAMS_OF_CLIENT} streams of yours are open, which is the most; close some"
+            raise Refused(429, message, code="rate_limit_exceeded", retry_after=2)
+
+    @contextlib.contextmanager
+    def stream_of(self, client: str) -> Iterator[bool]:
+        """While a client has one stream more. Gives whether it may: many can pass the check at once."""
+        self.streams[client] += 1
+        try:
+            yield self.streams[client] <= STREAMS_OF_CLIENT
+        finally:
+            self.streams[client] -= 1
+            if not self.streams[client]:
+                del self.streams[client]
 
     async def events(self, job: Job, after: int) -> AsyncIterator[Event | None]:
         """A job's events, as they come, until it ends. None is a sign of life in a silence."""

@@ -1,0 +1,148 @@
+"""The command line: parse, call, print. What it does is done elsewhere.
+
+Nothing heavy is imported until a command needs it, so ``wuerstchen --help`` answers at once.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+
+import wuerstchen
+from wuerstchen.cli.data import add_data
+from wuerstchen.cli.draw import add_generate, add_reconstruct
+from wuerstchen.cli.evaluate import add_evaluate
+from wuerstchen.cli.models import add_average, add_convert, add_doctor
+from wuerstchen.cli.options import Parser
+from wuerstchen.cli.serve import add_serve
+from wuerstchen.cli.train import add_report, add_train
+from wuerstchen.errors import UserError, UserNotice
+
+EXAMPLES = """examples:
+  wuerstchen generate "a 3D render of a purple camel on a blue background"
+  wuerstchen generate "a cat" "a red car" --count 3 --grid --out grid.png
+  wuerstchen generate "a red car" --init photo.jpg --strength 0.7
+  wuerstchen reconstruct photo.jpg
+  wuerstchen data emoji data/emoji
+  wuerstchen data prepare photos prepared/photos --size 512
+  wuerstchen train tiny --run-dir runs/tiny
+  wuerstchen report runs/tiny
+  wuerstchen evaluate runs/mini/model --data data/emoji --out evaluation
+  wuerstchen generate "a cat" --model warp-ai/wuerstchen --precision float16
+  wuerstchen convert warp-ai/wuerstchen models/wuerstchen --layout native
+  wuerstchen average runs/a/model runs/b/model models/average
+  wuerstchen doctor --model warp-ai/wuerstchen
+  wuerstchen serve --port 8042
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns the exit code: 0, or 2 for what the user can mend, 130 after Ctrl-C, 143
+    after SIGTERM."""
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # a prompt in a file name may be more than the terminal can show
+        sys.stdout.reconfigure(errors="backslashreplace")
+    # Warnings of torch's C++ part, with a trace each, for one where a process of a run has ended. It is read
+    # when torch is imported.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    with warnings.catch_warnings():
+        # Only what is meant for the user is shown, and never as a traceback.
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", UserNotice)
+        warnings.showwarning = _WarningPrinter()
+        return _run(arguments)
+
+
+class _WarningPrinter:
+    """Prints each warning once, beside a progress bar and not into it."""
+
+    def __init__(self) -> None:
+        self.seen: set[str] = set()
+
+    def __call__(self, message: Warning | str, *_: object, **__: object) -> None:
+        from tqdm import tqdm
+
+        if str(message) not in self.seen:
+            self.seen.add(str(message))
+            tqdm.write(f"Warning: {message}", file=sys.stderr)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    try:
+        known, others = make_parser().parse_known_args(arguments)
+        if others and not known.takes_overrides:
+            command = " ".join([known.command, *([known.kind] if "kind" in known else [])])
+            raise UserError(
+                f"{' '.join(others)} is no option of this command; see wuerstchen {command} --help"
+            )
+        known.overrides = others
+        with _raising_on_sigterm():
+            return known.run(known)
+    except _Terminated:
+        more = "; start the same command again to go on" if known.goes_on else ""
+        print(f"stopped by SIGTERM{more}", file=sys.stderr)
+        return 128 + signal.SIGTERM
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # Whoever read our output has gone, as ``| head`` does; what is left of it goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:  # a locked folder, say, wherever it was met
+        print(f"Error: {error}; check its name, your rights to it, and the space there", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+@contextlib.contextmanager
+def _raising_on_sigterm() -> "Iterator[None]":
+    """Ends a command on SIGTERM as Ctrl-C does. The training loop answers it by itself, with a checkpoint."""
+
+    def stop(number: int, frame: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals can only be caught there
+        return
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="wuerstchen",
+        description="Text to image in a latent map shrunk 42 times.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"wuerstchen {wuerstchen.__version__}")
+    parser.set_defaults(takes_overrides=False, goes_on=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+
+    add_generate(commands)
+    add_reconstruct(commands)
+    add_convert(commands)
+    add_average(commands)
+    add_doctor(commands)
+    add_serve(commands)
+    add_data(commands)
+    add_evaluate(commands)
+    add_train(commands)
+    add_report(commands)
+    return parser
