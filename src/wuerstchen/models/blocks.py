@@ -31,8 +31,9 @@ def texts_for(
     readers = [block for block in blocks if isinstance(block, AttnBlock)]
     if once:
         return [TextTokens(tokens, mask) for _ in readers]
-    make = keys_values if suits(tokens) else AttnBlock.keys_values
-    return [make(block, tokens, mask) for block in readers]
+    if not suits(tokens):
+        return [block.keys_values(tokens, mask) for block in readers]
+    return [keys_values(block, tokens, mask) for block in readers]
 
 
 def run_blocks(
