@@ -323,7 +323,9 @@ def test_convert_writes_a_model_that_draws(run, tmp_path, model_folder, write_pu
         drawn[model] = Image.open(out.strip()).tobytes()
     code, _, err = run("convert", model_folder, "out", "--layout", "diffusers")
     assert code == 2
-    assert re.fullmatch(r"Error: compressor has no place in the diffusers layout[^\n]+\n", err)
+    assert re.fullmatch(
+        r"Error: text_encoder has no place in the diffusers layout: it is no CLIP[^\n]+\n", err
+    )
 
 
 def test_the_doctor_draws_and_tells(run, tmp_path, model_folder):

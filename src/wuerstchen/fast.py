@@ -199,15 +199,14 @@ class Recorder:
             prepared: tuple[Any, ...] = ()
             if fixed is not None:
                 assert self.prepare is not None
+                fixed.prepared = None  # a recording makes it anew, in memory of its own
                 if of_fixed not in recordings.preparations:
-                    fixed.prepared = None  # its memory; what is recorded makes it anew
                     recordings.preparations[of_fixed] = self._record(self.prepare, fixed.given, ())
                     recordings.current = None
                 preparation = recordings.preparations[of_fixed]
                 if recordings.current is not fixed:
                     preparation(fixed.given)
                     recordings.current = fixed
-                    fixed.prepared = None
                 prepared = (preparation.output,)
             if kind not in recordings.passes:
                 recordings.passes[kind] = self._record(self.function, inputs, prepared)

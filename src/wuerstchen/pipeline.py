@@ -152,19 +152,25 @@ def load(
 def default_device(device: str | torch.device | None = None) -> torch.device:
     """The device asked for, or the first that is there: CUDA, Apple's MPS, the CPU."""
     if device is not None:
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
-            raise UserError(f"device {str(device)!r} is not there; use {devices_here()}") from error
-        if torch.device(device).type == "meta":
-            raise UserError("device 'meta' computes nothing; use cpu, cuda or mps")
-        return torch.device(device)
+        found = checked_device(device)
+        if found.type == "meta":
+            raise UserError(f"device 'meta' computes nothing; use {_devices_here()}")
+        return found
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def devices_here() -> str:
+def checked_device(device: str | int | torch.device) -> torch.device:
+    """The device of that name. Raises ``UserError`` if it is not there."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
+        raise UserError(f"device {str(device)!r} is not there; use {_devices_here()}") from error
+    return torch.device(device)
+
+
+def _devices_here() -> str:
     """Names of what can compute here, as in "cpu or cuda"."""
     found = (("cpu", True), ("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()))
     return " or ".join(name for name, is_there in found if is_there)

@@ -278,23 +278,24 @@ def _fetched(source: str | Path, sources: Sources, only: tuple[str, ...] = ()) -
 
 
 def _check_places(cascade: Cascade, layout: str) -> None:
-    """Raises ``UserError`` naming the first part or setting that a layout has no place for."""
-    for part in cascade.networks():
-        if part not in PLACES[layout]:
-            raise UserError(
-                f"{part} has no place in the {layout} layout, which holds "
-                f"{', '.join(sorted(PLACES[layout]))}; leave it behind with --leave-out {part}, or keep the "
-                "native layout"
-            )
+    """Raises ``UserError`` naming what a layout has no place for: first what cannot be left behind."""
     is_v1 = isinstance(cascade.decoder, Paella)
     if is_v1 and layout != "original":
         raise UserError(f"the decoder of v1 has no place in the {layout} layout; use original or native")
-    for part in TEXT_ENCODERS:
+    for part in sorted(PLACES[layout] & set(TEXT_ENCODERS)):
         encoder = getattr(cascade, part)
         if encoder is not None and encoder.model.config.model_type != "clip_text_model":
             raise UserError(
                 f"{part} has no place in the {layout} layout: it is no CLIP; keep the native layout"
             )
+    lacking = [part for part in cascade.networks() if part not in PLACES[layout]]
+    if lacking:
+        verb = "has" if len(lacking) == 1 else "have"
+        raise UserError(
+            f"{' and '.join(lacking)} {verb} no place in the {layout} layout, which holds "
+            f"{', '.join(sorted(PLACES[layout]))}; add --leave-out {' '.join(lacking)}, or keep the "
+            "native layout"
+        )
     settings = cascade.settings
     if layout != "original" and len(settings.map_statistics.mean) == 1:
         settings = dataclasses.replace(settings, map_statistics=CascadeSettings().map_statistics)

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from wuerstchen.cli.options import Parser, add_precision_options, add_source_options, sources_of
+from wuerstchen.cli.options import Parser, add_memory_options, add_source_options, sources_of
 
 
 def add_convert(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -23,7 +23,7 @@ def add_convert(commands: "argparse._SubParsersAction[Parser]") -> None:
         nargs="+",
         default=[],
         metavar="PART",
-        help="parts that may be left behind; write it behind SRC and DST",
+        help="parts that may be left behind; write it last",
     )
     add_source_options(convert)
 
@@ -50,7 +50,7 @@ def add_doctor(commands: "argparse._SubParsersAction[Parser]") -> None:
     doctor.add_argument("--out", type=Path, default=Path("doctor"), help="folder of the pictures (doctor)")
     doctor.add_argument("--device", help="cpu, cuda or mps (a GPU if there is one)")
     add_source_options(doctor)
-    add_precision_options(doctor)
+    add_memory_options(doctor)
 
 
 def _convert(options: argparse.Namespace) -> int:

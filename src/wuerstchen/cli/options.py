@@ -24,7 +24,7 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
         "--model", help="model in any layout, or a name on the hub (the model in the package)"
     )
     add_source_options(parser)
-    add_precision_options(parser)
+    add_memory_options(parser)
     parser.add_argument("--out", type=Path, default=Path(), help="folder, or file name ending in .png (here)")
     parser.add_argument(
         "--seed",
@@ -44,18 +44,22 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="of a model on the hub")
 
 
-def add_precision_options(parser: argparse.ArgumentParser) -> None:
+def add_precision_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision",
         choices=("float32", "bfloat16", "float16"),
         help="(float16 on NVIDIA GPUs, float32 elsewhere)",
     )
+
+
+def add_memory_options(parser: argparse.ArgumentParser) -> None:
+    add_precision_option(parser)
     parser.add_argument(
         "--low-memory",
         nargs="?",
         const="stage",
         choices=("stage", "layer"),
-        help="keep one network at a time on the GPU, or one layer; write it behind prompts",
+        help="keep one network at a time on the GPU, or one layer; write it last",
     )
 
 

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from wuerstchen.cli.options import Parser
+from wuerstchen.cli.options import Parser, add_precision_option
 from wuerstchen.errors import UserError
 
 
@@ -22,11 +22,7 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
     serve.add_argument(
         "--device", action="append", default=[], help="cpu, cuda, cuda:1 ...; repeatable, a worker for each"
     )
-    serve.add_argument(
-        "--precision",
-        choices=("float32", "bfloat16", "float16"),
-        help="(float16 on NVIDIA GPUs, float32 elsewhere)",
-    )
+    add_precision_option(serve)
     serve.add_argument(
         "--token-file", type=Path, default=None, metavar="FILE", help="tokens of clients, one a line"
     )

@@ -15,7 +15,7 @@ from wuerstchen.diffusers.outputs import Config
 from wuerstchen.errors import UserError, UserNotice
 from wuerstchen.fast import Recorder
 from wuerstchen.memory import Blockwise, OneAtATime, Residence
-from wuerstchen.pipeline import devices_here
+from wuerstchen.pipeline import checked_device
 
 AnyPipeline = TypeVar("AnyPipeline", bound="DiffusionPipeline")
 
@@ -171,7 +171,7 @@ class DiffusionPipeline:
                 device = _once("device", device, value)
         device = device if torch_device is None else _once("device", device, torch_device)
         dtype = dtype if torch_dtype is None else _once("dtype", dtype, torch_dtype)
-        device = None if device is None else _checked_device(device)
+        device = None if device is None else checked_device(device)
         for pipe in self._pipes():
             pipe.maybe_free_model_hooks()
             pipe._residence = pipe._residence if device is None else None
@@ -266,17 +266,9 @@ class DiffusionPipeline:
         return "\n".join([f"{type(self).__name__}(", *parts, *settings, ")"])
 
 
-def _checked_device(device: str | int | torch.device) -> torch.device:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
-        raise UserError(f"device {str(device)!r} is not there; use {devices_here()}") from error
-    return torch.device(device)
-
-
 def _offload_device(gpu_id: int | None, device: str | torch.device | None) -> torch.device:
     if device is not None:
-        target = _checked_device(device)
+        target = checked_device(device)
         if gpu_id is not None and target.index not in (None, gpu_id):
             raise UserError(f"device {device} is not number gpu_id={gpu_id}; give only one of them")
     elif torch.cuda.is_available():
@@ -285,7 +277,7 @@ def _offload_device(gpu_id: int | None, device: str | torch.device | None) -> to
         target = torch.device("mps")
     else:
         raise UserError("there is no accelerator to offload from; leave offloading out, or name a device")
-    return target if gpu_id is None else _checked_device(f"{target.type}:{gpu_id}")
+    return target if gpu_id is None else checked_device(f"{target.type}:{gpu_id}")
 
 
 def device_of(network: nn.Module) -> torch.device:
