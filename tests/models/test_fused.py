@@ -317,34 +317,39 @@ def test_a_context_for_sampling_is_refused_where_something_learns(unet):
 
 # The interpreter has no products in bfloat16.
 @pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
-    ("n", "text", "heads", "d"), [(35, 6, 3, 16), (64, 0, 2, 64), (130, 77, 2, 32), (70, 1, 1, 128)]
+    ("n", "text", "heads", "d"),
+    [(35, 6, 3, 16), (64, 0, 2, 64), (130, 77, 2, 32), (70, 1, 2, 80), (70, 65, 1, 128)],
 )
-def test_attention_is_that_of_torch(n, text, heads, d, dtype):
-    """A key beyond the end that counts, a head of the neighbour, a scale of another width, a tile's rest."""
+def test_attention_is_that_of_torch(n, text, heads, d, masked, dtype):
+    """A key beyond the end that counts, a head of the neighbour, a scale of another width, a tile's rest, a
+    tile of which nothing is attended to."""
     from wuerstchen.models import attention_kernel
 
     grid, words = drawn(2, n, 3 * heads * d, dtype), drawn(2, text, 2 * heads * d, dtype)
     assert attention_kernel.suits(grid.chunk(3, dim=-1)[0], heads)
     assert not attention_kernel.suits(grid.float(), heads)
-    assert_attention_is_exact(grid, words, heads)
+    there = torch.arange(text, device=DEVICE) < torch.tensor([[text // 2], [0]], device=DEVICE)
+    assert_attention_is_exact(grid, words, heads, there if masked else None)
 
 
 def drawn(b, n, c, dtype):
     return torch.randn(b, n, c, generator=torch.Generator().manual_seed(n)).to(DEVICE, dtype)
 
 
-def assert_attention_is_exact(grid, words, heads):
+def assert_attention_is_exact(grid, words, heads, mask=None):
     from wuerstchen.models import attention_kernel
 
     def split(part):
         return part.unflatten(-1, (heads, -1)).transpose(1, 2)
 
     own, text = grid.chunk(3, dim=-1), [split(part) for part in words.chunk(2, dim=-1)]
-    found = attention_kernel.attend(*own, *text)
+    found = attention_kernel.attend(*own, *text, mask)
     queries, keys, values = (split(part).double() for part in own)
     keys, values = torch.cat([keys, text[0].double()], dim=2), torch.cat([values, text[1].double()], dim=2)
-    exact = F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2)
+    there = None if mask is None else F.pad(mask, (grid.shape[1], 0), value=True)[:, None, None, :]
+    exact = F.scaled_dot_product_attention(queries, keys, values, there).transpose(1, 2).flatten(2)
     assert error(found, exact) <= 2 * error(exact.to(grid.dtype), exact)
 
 

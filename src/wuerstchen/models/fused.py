@@ -223,8 +223,8 @@ def _attended(
         queries, keys, values = (projection(tokens) for projection in projections)
     else:
         queries, keys, values = F.linear(tokens, *joined).chunk(3, dim=-1)
-    if text.mask is None and attention_kernel.suits(queries, attention.heads):
-        return attention_kernel.attend(queries, keys, values, text.keys, text.values)
+    if attention_kernel.suits(queries, attention.heads):
+        return attention_kernel.attend(queries, keys, values, text.keys, text.values, text.mask)
     n, mask = tokens.shape[1], text.mask
     mask = None if mask is None else F.pad(mask, (n, 0), value=True)[:, None, None, :]
     queries, keys, values = map(attention.split_heads, (queries, keys, values))
