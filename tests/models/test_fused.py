@@ -16,7 +16,7 @@ from torch import nn
 
 from wuerstchen.models import blocks, decoder, fused, vqgan
 from wuerstchen.models.decoder import Decoder, DecoderConfig
-from wuerstchen.models.layers import Attention, MappedText, ResBlock
+from wuerstchen.models.layers import Attention, ResBlock
 from wuerstchen.models.paella import Paella, PaellaConfig
 from wuerstchen.models.prior import Prior, PriorConfig
 from wuerstchen.models.vqgan import VQGAN, VQGANConfig
@@ -120,8 +120,6 @@ def test_stage_c_is_that_as_written(prior, joins, masked, as_written):
     plain = as_written(run_prior, prior, x, r, text, mask)
     if joins:
         fused.join_layers(prior)
-    with torch.no_grad():
-        assert all(isinstance(part, MappedText) for part in prior.context(text))
     assert error(run_prior(prior, x, r, text, mask), plain) <= 1e-5
 
 
@@ -213,18 +211,15 @@ def test_one_timestep_serves_all_pictures():
     x, factors = torch.randn(3, 2, 5, 48, device=DEVICE), torch.randn(1, 96, device=DEVICE)
     scale, shift = factors.chunk(2, dim=1)
     expected = x * (1 + scale) + shift
-    block_kernels._launch_scale_shift(x, x.new_zeros(48), factors, None, None, None)
+    block_kernels._launch_scale_shift(x, x.new_zeros(48), factors, None, None)
     torch.testing.assert_close(x, expected)
 
 
-def test_a_text_of_other_pictures_is_refused():
+def test_a_text_of_other_pictures_is_refused(prior):
     """It was read beyond its end."""
-    from wuerstchen.models import block_kernels
-
-    x, text = torch.randn(2, 2, 5, 48, device=DEVICE), torch.randn(1, 6, 48, device=DEVICE)
-    zeros, tokens = x.new_zeros(48), x.new_zeros(2, 16, 48)
-    with pytest.raises(ValueError, match="a text of 1 samples does not fit 2 maps"):
-        block_kernels._launch_scale_shift(x, zeros, x.new_zeros(2, 96), zeros, tokens, text)
+    x, r, text = prior_inputs()
+    with torch.no_grad(), pytest.raises(ValueError, match="a text of 1 samples does not fit 2 maps"):
+        prior(x, r, prior.context(text[:1]))
 
 
 def test_a_map_of_other_sides_is_refused(unet):
@@ -322,24 +317,40 @@ def test_a_context_for_sampling_is_refused_where_something_learns(unet):
 
 # The interpreter has no products in bfloat16.
 @pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
-    ("n", "text", "heads", "d"), [(35, 6, 3, 16), (64, 0, 2, 64), (130, 77, 2, 32), (70, 1, 1, 128)]
+    ("n", "text", "heads", "d"),
+    [(35, 6, 3, 16), (64, 0, 2, 64), (130, 77, 2, 32), (70, 1, 2, 80), (70, 65, 1, 128)],
 )
-def test_attention_is_that_of_torch(n, text, heads, d, dtype):
-    """A key beyond the end that counts, a head of the neighbour, a scale of another width, a tile's rest."""
+def test_attention_is_that_of_torch(n, text, heads, d, masked, dtype):
+    """A key beyond the end that counts, a head of the neighbour, a scale of another width, a tile's rest, a
+    tile of which nothing is attended to."""
     from wuerstchen.models import attention_kernel
 
-    draw = torch.Generator().manual_seed(n)
-    joined = torch.randn(2, n + text, 3 * heads * d, generator=draw).to(DEVICE, dtype)
-    queries, keys, values = joined.chunk(3, dim=-1)
-    assert attention_kernel.suits(queries, heads)
-    assert not attention_kernel.suits(queries.float(), heads)
-    found = attention_kernel.attend(queries[:, :n], keys, values, heads)
-    split = [
-        part.double().unflatten(-1, (heads, d)).transpose(1, 2) for part in (queries[:, :n], keys, values)
-    ]
-    exact = F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
-    assert error(found, exact) <= 2 * error(exact.to(dtype), exact)
+    grid, words = drawn(2, n, 3 * heads * d, dtype), drawn(2, text, 2 * heads * d, dtype)
+    assert attention_kernel.suits(grid.chunk(3, dim=-1)[0], heads)
+    assert not attention_kernel.suits(grid.float(), heads)
+    there = torch.arange(text, device=DEVICE) < torch.tensor([[text // 2], [0]], device=DEVICE)
+    assert_attention_is_exact(grid, words, heads, there if masked else None)
+
+
+def drawn(b, n, c, dtype):
+    return torch.randn(b, n, c, generator=torch.Generator().manual_seed(n)).to(DEVICE, dtype)
+
+
+def assert_attention_is_exact(grid, words, heads, mask=None):
+    from wuerstchen.models import attention_kernel
+
+    def split(part):
+        return part.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    own, text = grid.chunk(3, dim=-1), [split(part) for part in words.chunk(2, dim=-1)]
+    found = attention_kernel.attend(*own, *text, mask)
+    queries, keys, values = (split(part).double() for part in own)
+    keys, values = torch.cat([keys, text[0].double()], dim=2), torch.cat([values, text[1].double()], dim=2)
+    there = None if mask is None else F.pad(mask, (grid.shape[1], 0), value=True)[:, None, None, :]
+    exact = F.scaled_dot_product_attention(queries, keys, values, there).transpose(1, 2).flatten(2)
+    assert error(found, exact) <= 2 * error(exact.to(grid.dtype), exact)
 
 
 def test_attention_takes_large_tiles_where_all_of_them_fit(monkeypatch):
@@ -347,11 +358,4 @@ def test_attention_takes_large_tiles_where_all_of_them_fit(monkeypatch):
     from wuerstchen.models import attention_kernel
 
     monkeypatch.setattr(attention_kernel, "_processors", lambda device: 2)
-    joined = torch.randn(1, 200, 3 * 32, generator=torch.Generator().manual_seed(0)).to(DEVICE).half()
-    queries, keys, values = joined.chunk(3, dim=-1)
-    plain = attention_kernel.attend(queries[:, :140], keys, values, 2)
-    split = [
-        part.double().unflatten(-1, (2, 16)).transpose(1, 2) for part in (queries[:, :140], keys, values)
-    ]
-    exact = F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
-    assert error(plain, exact) <= 2 * error(exact.half(), exact)
+    assert_attention_is_exact(drawn(1, 140, 3 * 32, torch.float16), drawn(1, 60, 2 * 32, torch.float16), 2)

@@ -94,36 +94,30 @@ def depthwise_norm(
 @triton.jit
 @no_type_check
 def _scale_shift(
-    x, added, factors, apart, later, tokens, text, n, positions, c, total, eps,
+    x, added, factors, apart, later, normed, n, c, total, eps,
     norms: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
     row, column = tl.program_id(0) * rows + tl.arange(0, rows), tl.arange(0, columns)
-    sample, place = (row // (n + positions)).to(tl.int64), row % (n + positions)
-    real = (row < total)[:, None] & (column < c)[None, :]
-    own = real & (place < n)[:, None]
-    at = (sample * n + place)[:, None] * c + column[None, :]
+    own = (row < total)[:, None] & (column < c)[None, :]
+    at = row.to(tl.int64)[:, None] * c + column[None, :]
     v = tl.load(x + at, own, 0.0).to(tl.float32)
     v += tl.load(added + column, column < c, 0.0).to(tl.float32)[None, :]
-    factor = (sample * apart)[:, None] + column[None, :]
+    factor = ((row // n).to(tl.int64) * apart)[:, None] + column[None, :]
     scale = tl.load(factors + factor, own, 0.0).to(tl.float32)
     v = v * (1.0 + scale) + tl.load(factors + factor + c, own, 0.0).to(tl.float32)
     after = v
     if norms:
         after += tl.load(later + column, column < c, 0.0).to(tl.float32)[None, :]
+        inside = (column < c)[None, :]
+        tl.store(normed + at, _normalised(tl.where(inside, v, 0.0), inside, c, eps), own)
     tl.store(x + at, after, own)
-    if norms:
-        normed = _normalised(tl.where(column[None, :] < c, v, 0.0), (column < c)[None, :], c, eps)
-        beside = real & (place >= n)[:, None]
-        word = tl.load(text + (sample * positions + place - n)[:, None] * c + column[None, :], beside, 0.0)
-        joined = tl.where((place < n)[:, None], normed, word.to(tl.float32))
-        tl.store(tokens + row.to(tl.int64)[:, None] * c + column[None, :], joined, real)
 
 
 def scale_shift_(
     x: Float[Tensor, "b h w c"], added: Float[Tensor, " c"], factors: Float[Tensor, "b c2"]
 ) -> None:
     """x ← (x + added)·(1 + scale) + shift, in place; ``factors`` are scale and shift of each sample."""
-    _launch_scale_shift(x, added, factors, None, None, None)
+    _launch_scale_shift(x, added, factors, None, None)
 
 
 def scale_shift_norm_(
@@ -131,40 +125,29 @@ def scale_shift_norm_(
     added: Float[Tensor, " c"],
     factors: Float[Tensor, "b c2"],
     later: Float[Tensor, " c"],
-    text: Float[Tensor, "b t c"],
-) -> Float[Tensor, "b s c"]:
-    """As ``scale_shift_``, and beside it the tokens that attention reads: layer norm of x, then the text.
+) -> Float[Tensor, "b h w c"]:
+    """As ``scale_shift_``, and returns the layer norm of x.
 
     ``later`` is added to x after the norm: the bias of a product that is going to be added to x.
     """
-    b, h, w, c = x.shape
-    tokens = x.new_empty(b, h * w + text.shape[1], c)
-    _launch_scale_shift(x, added, factors, later, tokens, text)
-    return tokens
+    normed = torch.empty_like(x)
+    _launch_scale_shift(x, added, factors, later, normed)
+    return normed
 
 
 def _launch_scale_shift(
-    x: Tensor,
-    added: Tensor,
-    factors: Tensor,
-    later: Tensor | None,
-    tokens: Tensor | None,
-    text: Tensor | None,
+    x: Tensor, added: Tensor, factors: Tensor, later: Tensor | None, normed: Tensor | None
 ) -> None:
     assert x.is_contiguous()
     assert factors.stride(1) == 1
     b, h, w, c = x.shape
     factors = factors.expand(b, -1)  # one timestep may serve all samples
-    if text is not None and len(text) != b:
-        raise ValueError(f"a text of {len(text)} samples does not fit {b} maps; give one for each")
-    positions = 0 if text is None else text.shape[1]
-    total, columns = b * (h * w + positions), triton.next_power_of_2(c)
+    total, columns = b * h * w, triton.next_power_of_2(c)
     rows = 1 if columns >= 2048 else 2 if columns >= 1024 else 4
-    others = [x if tensor is None else tensor.contiguous() for tensor in (later, tokens, text)]  # x: unread
+    others = [x if tensor is None else tensor for tensor in (later, normed)]  # x: unread
     _scale_shift[(triton.cdiv(total, rows),)](
-        x, added, factors, factors.stride(0), *others,
-        h * w, positions, c, total, LAYER_NORM_EPS,
-        norms=tokens is not None, rows=rows, columns=columns, num_warps=4,
+        x, added, factors, factors.stride(0), *others, h * w, c, total, LAYER_NORM_EPS,
+        norms=normed is not None, rows=rows, columns=columns, num_warps=4,
     )  # fmt: skip
 
 

@@ -5,12 +5,11 @@ from collections.abc import Iterable, Iterator
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from wuerstchen.models.fused import FactoredMap, mapped_text, run_fused, suits
+from wuerstchen.models.fused import FactoredMap, keys_values, run_fused, suits
 from wuerstchen.models.layers import (
     AttnBlock,
     ConditionedResBlock,
     KeysValues,
-    MappedText,
     ResBlock,
     TextTokens,
     TimestepBlock,
@@ -18,7 +17,7 @@ from wuerstchen.models.layers import (
     layer_norm,
 )
 
-Text = KeysValues | TextTokens | MappedText
+Text = KeysValues | TextTokens
 """What an attention block may be given of a text."""
 
 
@@ -34,7 +33,7 @@ def texts_for(
         return [TextTokens(tokens, mask) for _ in readers]
     if not suits(tokens):
         return [block.keys_values(tokens, mask) for block in readers]
-    return [mapped_text(block, tokens, mask) or block.keys_values(tokens, mask) for block in readers]
+    return [keys_values(block, tokens, mask) for block in readers]
 
 
 def run_blocks(

@@ -6,8 +6,9 @@ adapter has replaced one of its layers or a weight is elsewhere for now, runs as
 - Layer norms join what stands before them: the depthwise convolution, or scale and shift by the timestep.
 - Residuals are added by the matrix product, onto x in place: x ← x + y·Wᵀ. Its bias is added by the pass over
   x that comes before or after.
-- Queries, keys and values are one product, over the grid's tokens with the text's mapped ones behind them,
-  and so are scales and shifts of all timestep blocks, where weights lie one after another (``join_layers``).
+- Queries, keys and values of the grid are one product, and so are scales and shifts of all timestep blocks,
+  where weights lie one after another (``join_layers``). Attention reads the text's keys and values, which are
+  the same at every step, where they were left.
 - Stage B's map enters through a product of its own 16 channels, not of the 1024 that it is mapped to:
   W·(M·e + m) = (W·M)·e + W·m. That is a sixth of the decoder's arithmetic.
 """
@@ -25,7 +26,6 @@ from wuerstchen.models.layers import (
     AttnBlock,
     ConditionedResBlock,
     KeysValues,
-    MappedText,
     ResBlock,
     TextTokens,
     TimestepBlock,
@@ -90,18 +90,23 @@ def is_plain(block: nn.Module, x: Tensor) -> bool:
 _KINDS = (nn.Linear, nn.Conv2d, GlobalResponseNorm)
 
 
-def mapped_text(
+def keys_values(
     block: AttnBlock, tokens: Float[Tensor, "b t c_cond"], mask: Bool[Tensor, "b t"] | None
-) -> MappedText | None:
-    """The text as a fused attention block takes it; None if the block is not to be fused."""
-    return MappedText(block.kv_mapper(tokens), mask) if is_plain(block, tokens) else None
+) -> KeysValues:
+    """As ``block.keys_values``, by one product where its weights lie one after another."""
+    attention = block.attention
+    joined = _joined((attention.to_k, attention.to_v)) if is_plain(block, tokens) else None
+    if joined is None:
+        return block.keys_values(tokens, mask)
+    keys, values = F.linear(block.kv_mapper(tokens), *joined).chunk(2, dim=-1)
+    return KeysValues(attention.split_heads(keys), attention.split_heads(values), mask)
 
 
 def run_fused(
     blocks: Iterable[nn.Module],
     x: Float[Tensor, "b h w c"],
     r_embed: Float[Tensor, "b c_r"],
-    texts: Iterator[KeysValues | TextTokens | MappedText],
+    texts: Iterator[KeysValues | TextTokens],
     skip: Float[Tensor, "b h w c_skip"] | None = None,
     level_map: Float[Tensor, "b _ _ c_cond"] | FactoredMap | None = None,
 ) -> Float[Tensor, "b _ _ _"]:
@@ -121,11 +126,10 @@ def run_fused(
             x = block(waiting.done(x), r_embed)
         elif isinstance(block, AttnBlock):
             text = next(texts)
-            if isinstance(text, MappedText):
-                attention = block.attention
-                later = attention.to_out[0].bias
-                tokens = block_kernels.scale_shift_norm_(x, *waiting.over(x), later, text.tokens)
-                _add_product(x, _attended(attention, tokens, text), attention.to_out[0].weight)
+            if isinstance(text, KeysValues) and is_plain(block, x):
+                attention, out = block.attention, block.attention.to_out[0]
+                tokens = block_kernels.scale_shift_norm_(x, *waiting.over(x), out.bias)
+                _add_product(x, _attended(attention, tokens.flatten(1, 2), text), out.weight)
                 waiting = _Waiting()
                 continue
             x = block(waiting.done(x), text)
@@ -204,23 +208,28 @@ def _first_layer(
 
 
 def _attended(
-    attention: Attention, tokens: Float[Tensor, "b s c"], text: MappedText
+    attention: Attention, tokens: Float[Tensor, "b n c"], text: KeysValues
 ) -> Float[Tensor, "b n c"]:
-    """What the grid's tokens make of all tokens, before the output's product."""
+    """What the grid's tokens make of themselves and the text, before the output's product."""
     from wuerstchen.models import attention_kernel
 
+    if len(text.keys) != len(tokens):
+        raise ValueError(
+            f"a text of {len(text.keys)} samples does not fit {len(tokens)} maps; give one for each"
+        )
     projections = (attention.to_q, attention.to_k, attention.to_v)
     joined = _joined(projections)
-    n = tokens.shape[1] - text.tokens.shape[1]
     if joined is None:
         queries, keys, values = (projection(tokens) for projection in projections)
     else:
         queries, keys, values = F.linear(tokens, *joined).chunk(3, dim=-1)
-    if text.mask is None and attention_kernel.suits(queries, attention.heads):
-        return attention_kernel.attend(queries[:, :n], keys, values, attention.heads)
-    mask = None if text.mask is None else F.pad(text.mask, (n, 0), value=True)[:, None, None, :]
-    heads = map(attention.split_heads, (queries[:, :n], keys, values))
-    return F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2).flatten(2)
+    if attention_kernel.suits(queries, attention.heads):
+        return attention_kernel.attend(queries, keys, values, text.keys, text.values, text.mask)
+    n, mask = tokens.shape[1], text.mask
+    mask = None if mask is None else F.pad(mask, (n, 0), value=True)[:, None, None, :]
+    queries, keys, values = map(attention.split_heads, (queries, keys, values))
+    keys, values = torch.cat([keys, text.keys], dim=2), torch.cat([values, text.values], dim=2)
+    return F.scaled_dot_product_attention(queries, keys, values, mask).transpose(1, 2).flatten(2)
 
 
 def _joined(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor] | None:

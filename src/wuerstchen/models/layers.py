@@ -149,14 +149,6 @@ class TextTokens:
     mask: Bool[Tensor, "b t"] | None
 
 
-@dataclass(frozen=True)
-class MappedText:
-    """A text as keys and values of one attention block are made of it, for the blocks of ``models.fused``."""
-
-    tokens: Float[Tensor, "b t c"]
-    mask: Bool[Tensor, "b t"] | None
-
-
 class Attention(nn.Module):
     """Multi-head attention's four linear layers, under diffusers' names."""
 
@@ -211,14 +203,11 @@ class AttnBlock(nn.Module):
         """The text's part of keys and values: the same for every step of a prompt."""
         return self.attention.keys_values(self.kv_mapper(text), mask)
 
-    def forward(
-        self, x: Float[Tensor, "b h w c"], text: KeysValues | TextTokens | MappedText
-    ) -> Float[Tensor, "b h w c"]:
+    def forward(self, x: Float[Tensor, "b h w c"], text: KeysValues | TextTokens) -> Float[Tensor, "b h w c"]:
         tokens = layer_norm(x).flatten(1, 2)
         mask = None if text.mask is None else F.pad(text.mask, (tokens.shape[1], 0), value=True)
-        if not isinstance(text, KeysValues):
-            mapped = self.kv_mapper(text.tokens) if isinstance(text, TextTokens) else text.tokens
-            source = torch.cat([tokens, mapped], dim=1)
+        if isinstance(text, TextTokens):
+            source = torch.cat([tokens, self.kv_mapper(text.tokens)], dim=1)
             attended = self.attention.keys_values_at_once(source, mask)
         else:
             own = self.attention.keys_values(tokens, None)
