@@ -21,7 +21,7 @@ from wuerstchen.models.fused import join_layers
 
 MOST_KINDS = 16
 """Shapes of which a network's passes are kept; all are forgotten for one more. What a recording needs beside
-shared memory is a few MiB."""
+shared memory is a few MiB, and at Stage C's published size 15 MiB a text for its keys and values."""
 
 
 class NotRecordedWarning(UserNotice):

@@ -1,11 +1,10 @@
 """Attention in Triton, for GPUs, as torch's ``scaled_dot_product_attention`` computes it, which is the
 reference and serves where this does not suit.
 
-It reads the grid's queries, keys and values where one product left them, and keys and values of the text, which
-all steps have in common, where they were left once. At v2's published sizes on an H100 it takes 0.7 to 1.02 of
-the time that torch's choice there, cuDNN's kernel, takes with all keys joined, and a third of it where words
-are masked (docs/speed.md). The softmax is taken in one pass over the keys (arXiv 2205.14135, algorithm 1), with
-sums in fp32.
+It reads the grid's queries, keys and values where one product left them, and the text's keys and values,
+which all steps have in common, where they were left once. At v2's published sizes on an H100 it takes 0.7 to
+1.02 of the time of cuDNN's kernel, torch's choice there, and a third of torch's where words are masked. The
+softmax is taken in one pass over the keys (arXiv 2205.14135, algorithm 1), with sums in fp32.
 """
 
 import functools
