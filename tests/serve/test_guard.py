@@ -225,11 +225,19 @@ def test_headers_that_are_there_twice_are_refused(serve):
         ({"max_batch": 0}, "max_batch 0 is wrong"),
         ({"grace": float("nan")}, "grace nan is wrong"),
         ({"c2pa_key": Path("x")}, "belong together"),
+        ({"proxies": ("10.0.0.1", "nginx")}, "proxy nginx is wrong"),
+        ({"proxies": ("10.0.0.1/8",)}, "proxy 10.0.0.1/8 is wrong"),
+        ({"proxies": ("*", "10.0.0.1")}, "proxy \\* is wrong"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         ServeConfig(**settings)
+
+
+def test_proxies_may_be_addresses_and_networks():
+    ServeConfig(proxies=("10.0.0.1", "10.0.0.0/8", "::1", "fd00::/8"))
+    ServeConfig(proxies=("*",))
 
 
 @pytest.mark.parametrize(

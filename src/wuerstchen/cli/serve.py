@@ -30,7 +30,11 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--allowed-host", action="append", default=[], metavar="NAME", help="name it is called by; repeatable"
     )
     serve.add_argument(
-        "--proxy", action="append", default=[], metavar="ADDRESS", help="whose X-Forwarded-For is believed"
+        "--proxy",
+        action="append",
+        default=[],
+        metavar="ADDRESS",
+        help="or network, whose X-Forwarded-For is believed",
     )
     serve.add_argument("--results-dir", type=Path, metavar="DIR", help="of finished pictures (temporary)")
     serve.add_argument("--result-bytes", type=int, metavar="N", help="most that pictures take (1 GiB)")

@@ -37,7 +37,7 @@ class ServeConfig:
     allowed_hosts: tuple[str, ...] = ()
     """Names besides those of this machine that requests may call it by."""
     proxies: tuple[str, ...] = ()
-    """Addresses whose X-Forwarded-For and X-Forwarded-Proto are believed."""
+    """Addresses or networks whose X-Forwarded-For and X-Forwarded-Proto are believed; ``*`` is all."""
     filter: str | None = None
     """``module:function``, asked about every prompt and picture (docs/serving.md)."""
     log_prompts: bool = False
@@ -95,6 +95,12 @@ class ServeConfig:
                 f"host {self.host} is wrong because others could reach it without a token; name a "
                 "--token-file, or use 127.0.0.1"
             )
+        for proxy in self.proxies:
+            if self.proxies != ("*",) and not _is_address_or_network(proxy):
+                raise UserError(
+                    f"proxy {proxy} is wrong because it must be an address or a network, as 10.0.0.0/8; "
+                    "give what the proxy connects from, or * alone for all"
+                )
         if (self.c2pa_certificate is None) != (self.c2pa_key is None):
             raise UserError("--c2pa-certificate and --c2pa-key belong together; give both or none")
         if self.c2pa_certificate is not None and importlib.util.find_spec("c2pa") is None:
@@ -128,6 +134,14 @@ class ServeConfig:
             if hmac.compare_digest(given, hashlib.sha256(own.encode()).digest()):
                 found = f"token {number}"
         return found
+
+
+def _is_address_or_network(text: str) -> bool:
+    try:
+        (ipaddress.ip_network if "/" in text else ipaddress.ip_address)(text)
+    except ValueError:
+        return False
+    return True
 
 
 def read_tokens(path: Path) -> tuple[str, ...]:
