@@ -21,7 +21,7 @@ from wuerstchen.models.fused import join_layers
 
 MOST_KINDS = 16
 """Shapes of which a network's passes are kept; all are forgotten for one more. What a recording needs beside
-shared memory is a few MiB, and at Stage C's published size 15 MiB a text for its keys and values."""
+shared memory is a few MiB, and at the published sizes 15 MiB a text for its keys and values."""
 
 
 class NotRecordedWarning(UserNotice):
@@ -45,6 +45,8 @@ class _Fixed:
     given: tuple[Any, ...]
     prepared: Any = None
     """What was made of it, where passes run as they are."""
+    looked: int = 0
+    """How often the recorder had been told to look again when that was made."""
 
 
 @dataclass
@@ -102,6 +104,7 @@ class Recorder:
         self.records = records
         self._failed, self._records = False, False
         self._fixed: _Fixed | None = None
+        self._looked = 0
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -125,8 +128,10 @@ class Recorder:
         return lambda *inputs: self._run(inputs, kept)
 
     def look_again(self) -> None:
-        """Before the next pass: for who may have changed weights or adapters in the middle of a picture."""
-        self._fixed = None
+        """Before the next pass, which prepares anew: for who may have changed weights or adapters in the
+        middle of a picture."""
+        self._looked += 1
+        self._fixed = self._recordings.current = None
 
     def forget(self) -> None:
         """Gives the recordings' memory back."""
@@ -147,9 +152,9 @@ class Recorder:
     def _as_it_is(self, inputs: tuple[Tensor, ...], fixed: _Fixed | None) -> Tensor:
         if fixed is None:
             return self.function(*inputs)
-        if fixed.prepared is None:
+        if fixed.prepared is None or fixed.looked != self._looked:
             assert self.prepare is not None
-            fixed.prepared = self.prepare(*fixed.given)
+            fixed.prepared, fixed.looked = self.prepare(*fixed.given), self._looked
         return self.function(*inputs, fixed.prepared)
 
     def _look_at_the_network(self, device: torch.device, fixed: _Fixed | None) -> None:
@@ -179,7 +184,8 @@ class Recorder:
                     records &= tensor.device == device
             if module.training or module._forward_hooks or module._forward_pre_hooks:
                 records = False
-            if "scaling" in module.__dict__:  # an adapter: its factor, and how it acts, if at all
+            found.append((type(module), module.__dict__.get("forward")))
+            if hasattr(type(module), "active_adapters"):  # an adapter: its factor, and how it acts, if at all
                 names = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")
                 found.append([str(getattr(module, name, "")) for name in names])
             waiting.extend(part for part in module._modules.values() if part is not None)

@@ -342,6 +342,7 @@ class Wuerstchen:
         for network in (prior, text_model):
             names = lora_names(network)
             set_lora(network, names, [self._loras[name] for name in names])
+        self._look_again()
 
     def unload_lora(self) -> None:
         """Takes all adapters off again: the weights are the same bits as before."""
@@ -352,6 +353,11 @@ class Wuerstchen:
             unload_lora(self.cascade.prior)
             unload_lora(self.cascade.text_encoder.model)
             self._loras.clear()
+            self._look_again()
+
+    def _look_again(self) -> None:
+        for recorder in self._recorders.values():
+            recorder.look_again()
 
     def settings_of(self, sampling: Sampling) -> dict[str, float | str]:
         """The sampling settings in full, as they are recorded with a picture."""

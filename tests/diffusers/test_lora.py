@@ -79,6 +79,26 @@ def test_adapters_act_as_in_diffusers(make_prior, theirs, folder):
     assert torch.equal(draw(ours), plain)
 
 
+@pytest.mark.parametrize("part", ["kv_mapper", "to_k", "to_q"])
+def test_a_callback_scales_an_adapter_as_in_diffusers(part, make_prior, theirs, tmp_path):
+    """What is made of the text once a picture kept the first scale."""
+    ours = make_prior()
+    TheirPriorPipeline.save_lora_weights(tmp_path, unet_lora_layers=layers(ours.prior, part, 1))
+
+    def scale(pipe, step, t, tensors):
+        for layer in pipe.prior.modules():
+            if step == 1 and hasattr(layer, "lora_A"):
+                layer.set_scale("one", 4.0)
+        return {}
+
+    drawn = []
+    for pipe in (ours, theirs.prior(make_prior())):
+        pipe.load_lora_weights(tmp_path, adapter_name="one")
+        run = {"height": 128, "width": 128, "num_inference_steps": 4, "callback_on_step_end": scale}
+        drawn.append(pipe("a", **run, generator=torch.Generator().manual_seed(0))[0])
+    torch.testing.assert_close(*drawn, rtol=1e-3, atol=1e-3)
+
+
 def test_fused_adapters_act_the_same_and_come_out_again(make_prior, folder):
     pipe = make_prior()
     plain = draw(pipe)

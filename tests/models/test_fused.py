@@ -123,6 +123,15 @@ def test_stage_c_is_that_as_written(prior, joins, masked, as_written):
     assert error(run_prior(prior, x, r, text, mask), plain) <= 1e-5
 
 
+def test_masked_texts_in_half_precision_are_those_as_written(prior, as_written):
+    """Attention's kernel must be told of the mask."""
+    x, r, text = prior_inputs()
+    mask = torch.tensor([[True] * 6, [True] * 2 + [False] * 4], device=DEVICE)
+    exact, prior = as_written(run_prior, prior, x, r, text, mask), prior.half()
+    found, unmasked = run_prior(prior, x, r, text, mask), run_prior(prior, x, r, text)
+    assert error(found, exact) <= 5e-3 < error(unmasked, exact)
+
+
 def test_stage_b_is_that_as_written(unet, as_written):
     """Of the map, its mapper's bias is a part; the skip comes before the map."""
     inputs = decoder_inputs()
@@ -229,13 +238,25 @@ def test_a_map_of_other_sides_is_refused(unet):
         unet(x.mT, r, unet.context(z, tuple(x.shape[2:]), text))
 
 
-def test_a_block_that_changed_since_the_context_was_made_is_named(unet):
+def test_a_map_that_is_missing_is_refused(unet):
+    """The weights that it would have met were left out."""
     x, r, z, text = decoder_inputs()
     with torch.no_grad():
         context = unet.context(z, tuple(x.shape[2:]), text)
-        unet.up_blocks[0][0].channelwise[0].register_forward_hook(lambda *_: None)
-        with pytest.raises(ValueError, match="a block has changed"):
+        context = dataclasses.replace(context, maps=[None] * len(context.maps))
+        with pytest.raises(ValueError, match="do not fit"):
             unet(x, r, context)
+
+
+def test_a_block_that_changed_since_the_context_was_made_is_given_the_map(unet):
+    x, r, z, text = decoder_inputs()
+    called = []
+    with torch.no_grad():
+        context = unet.context(z, tuple(x.shape[2:]), text)
+        expected = unet(x, r, context)
+        unet.up_blocks[0][0].channelwise[0].register_forward_hook(lambda *_: called.append(1))
+        assert error(unet(x, r, context), expected) <= 1e-5
+    assert called
 
 
 def test_inputs_and_weights_stay_as_they_are(prior, unet):
@@ -273,6 +294,73 @@ def test_replaced_layers_are_called(prior, as_written):
     x, r, text = prior_inputs()
     plain = as_written(run_prior, prior, x, r, text)
     assert error(run_prior(prior, x, r, text), plain) <= 1e-5
+
+
+class Doubled(nn.Module):
+    """Has no weights of its own."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def forward(self, *inputs):
+        return 2 * self.base(*inputs)
+
+
+def with_forward(module):
+    forward = module.forward
+    module.forward = lambda *inputs: 2 * forward(*inputs)
+
+
+CHANGES = {
+    "another activation": lambda blocks: blocks[0].channelwise.__setitem__(1, nn.SiLU()),
+    "an approximate activation": lambda blocks: blocks[0].channelwise.__setitem__(1, nn.GELU("tanh")),
+    "no activation": lambda blocks: blocks[0].channelwise.__setitem__(1, nn.Identity()),
+    "a layer in a sequence": lambda blocks: blocks[0].channelwise.__setitem__(
+        0, nn.Sequential(blocks[0].channelwise[0], nn.Tanh())
+    ),
+    "a projection doubled": lambda blocks: setattr(
+        blocks[2].attention, "to_q", Doubled(blocks[2].attention.to_q)
+    ),
+    "a mapper doubled": lambda blocks: setattr(blocks[1], "mapper", Doubled(blocks[1].mapper)),
+    "attention doubled": lambda blocks: setattr(
+        blocks[2].attention, "__class__", type("Twice", (Attention,), {"forward": doubled_attention})
+    ),
+    "a layer's forward": lambda blocks: with_forward(blocks[0].channelwise[0]),
+    "a block's forward": lambda blocks: with_forward(blocks[2]),
+}
+
+
+def doubled_attention(self, *inputs):
+    return 2 * Attention.forward(self, *inputs)
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_changes_without_weights_of_their_own_are_seen(change, prior, as_written):
+    """Blocks were fused as if there were none, or failed for want of a weight."""
+    x, r, text = prior_inputs()
+    before = as_written(run_prior, prior, x, r, text)
+    change(prior.blocks)
+    plain = as_written(run_prior, prior.eval(), x, r, text)
+    assert error(plain, before) > 5e-5
+    assert error(run_prior(prior, x, r, text), plain) <= 1e-5
+
+
+def test_what_hooks_keep_stays_as_it_was(prior, as_written):
+    """The next block wrote over it."""
+    inputs, kept = prior_inputs(), {}
+    for number in range(3):
+        prior.blocks[number].register_forward_hook(
+            lambda *given, number=number: kept.update({number: given[2]})
+        )
+    as_written(run_prior, prior, *inputs)
+    plain, kept = dict(kept), {}
+    for number, hooked in enumerate(prior.blocks[:3]):
+        hooked._forward_hooks.clear()
+        hooked.register_forward_hook(lambda *given, number=number: kept.update({number: given[2]}))
+        run_prior(prior, *inputs)
+        assert error(kept[number], plain[number]) <= 1e-5
+        hooked._forward_hooks.clear()
 
 
 def test_hooks_are_called(prior):
@@ -338,13 +426,13 @@ def drawn(b, n, c, dtype):
     return torch.randn(b, n, c, generator=torch.Generator().manual_seed(n)).to(DEVICE, dtype)
 
 
-def assert_attention_is_exact(grid, words, heads, mask=None):
+def assert_attention_is_exact(grid, words, heads, mask=None, laid=lambda text: text):
     from wuerstchen.models import attention_kernel
 
     def split(part):
         return part.unflatten(-1, (heads, -1)).transpose(1, 2)
 
-    own, text = grid.chunk(3, dim=-1), [split(part) for part in words.chunk(2, dim=-1)]
+    own, text = grid.chunk(3, dim=-1), [laid(split(part)) for part in words.chunk(2, dim=-1)]
     found = attention_kernel.attend(*own, *text, mask)
     queries, keys, values = (split(part).double() for part in own)
     keys, values = torch.cat([keys, text[0].double()], dim=2), torch.cat([values, text[1].double()], dim=2)
@@ -353,9 +441,28 @@ def assert_attention_is_exact(grid, words, heads, mask=None):
     assert error(found, exact) <= 2 * error(exact.to(grid.dtype), exact)
 
 
+@pytest.mark.parametrize("laid", [torch.Tensor.contiguous, lambda text: text.mT.contiguous().mT])
+def test_keys_of_a_text_may_lie_anyhow(laid):
+    """``torch.cat`` of two texts' keys lays head after head."""
+    grid, words = drawn(2, 35, 3 * 48, torch.float16), drawn(2, 6, 2 * 48, torch.float16)
+    assert_attention_is_exact(grid, words, 3, laid=laid)
+
+
 def test_attention_takes_large_tiles_where_all_of_them_fit(monkeypatch):
     """As at the published size of Stage C: they were never tried by small inputs."""
     from wuerstchen.models import attention_kernel
 
+    started, kernel = [], attention_kernel._attend
+
+    class Spy:
+        def __getitem__(self, grid):
+            def start(*inputs, **named):
+                started.append(named["rows"])
+                return kernel[grid](*inputs, **named)
+
+            return start
+
     monkeypatch.setattr(attention_kernel, "_processors", lambda device: 2)
-    assert_attention_is_exact(drawn(1, 140, 3 * 32, torch.float16), drawn(1, 60, 2 * 32, torch.float16), 2)
+    monkeypatch.setattr(attention_kernel, "_attend", Spy())
+    assert_attention_is_exact(drawn(1, 200, 3 * 32, torch.float16), drawn(1, 60, 2 * 32, torch.float16), 2)
+    assert started == [128]

@@ -67,8 +67,8 @@ def _over_keys(
 @triton.jit
 @no_type_check
 def _attend(
-    q, k, v, text_k, text_v, mask, out, sample_apart, row_apart, text_sample_apart, text_row_apart,
-    mask_apart, n, words, scale, heads: tl.constexpr, d: tl.constexpr, columns: tl.constexpr,
+    q, k, v, text_k, text_v, mask, out, sample_apart, row_apart, text_sample_apart, text_head_apart,
+    text_row_apart, mask_apart, n, words, scale, heads: tl.constexpr, d: tl.constexpr, columns: tl.constexpr,
     masked: tl.constexpr, rows: tl.constexpr, tile: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
     sample, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
@@ -81,7 +81,7 @@ def _attend(
         queries, k + first, v + first, mask, row_apart, n, most, total, sums, scale,
         d, columns, False, tile, stages,
     )  # fmt: skip
-    first = sample * text_sample_apart + head * d
+    first = sample * text_sample_apart + head.to(tl.int64) * text_head_apart
     most, total, sums = _over_keys(
         queries, text_k + first, text_v + first, mask + sample * mask_apart, text_row_apart, words,
         most, total, sums, scale, d, columns, masked, tile, stages,
@@ -106,15 +106,13 @@ def attend(
 ) -> Float[Tensor, "b n c"]:
     """softmax(q·kᵀ/√d)·v of each of the m heads over the grid's own keys and those of the text not masked.
 
-    ``mask`` is False where a word is not attended to. The grid's heads lie side by side in its channels, and
-    so they must in memory for the text.
+    ``mask`` is False where a word is not attended to. The grid's heads lie side by side in its channels.
     """
     (b, n, c), (_, heads, words, d) = queries.shape, text_keys.shape
-    text_keys, text_values = text_keys.transpose(1, 2), text_values.transpose(1, 2)
+    if text_keys.stride() != text_values.stride() or text_keys.stride(3) != 1:
+        text_keys, text_values = text_keys.contiguous(), text_values.contiguous()
     assert queries.stride() == keys.stride() == values.stride()
-    assert text_keys.stride() == text_values.stride()
     assert queries.stride(2) == 1
-    assert text_keys.stride()[2:] == (d, 1)
     if mask is not None:
         mask = mask.expand(b, words).contiguous()
     out, columns = queries.new_empty(b, n, c), triton.next_power_of_2(d)
@@ -126,7 +124,7 @@ def attend(
     registers = 128 if columns <= 64 else None
     _attend[(triton.cdiv(n, rows), b * heads)](
         queries, keys, values, text_keys, text_values, queries if mask is None else mask, out,
-        queries.stride(0), queries.stride(1), text_keys.stride(0), text_keys.stride(1),
+        queries.stride(0), queries.stride(1), *text_keys.stride()[:3],
         0 if mask is None else mask.stride(0), n, words, math.log2(math.e) / math.sqrt(d),
         heads=heads, d=d, columns=columns, masked=mask is not None, rows=rows, tile=64,
         stages=3 if columns <= 64 else 2, num_warps=warps, maxnreg=registers,

@@ -219,7 +219,7 @@ def response_norm_(
     b, n, c = h.shape
     columns = 64
     strips = triton.cdiv(c, columns)
-    parts = min(triton.cdiv(n, 256), max(1, triton.cdiv(1024, strips * b)), 64)
+    parts = min(triton.cdiv(n, 256), max(1, triton.cdiv(1024, max(1, strips * b))), 64)
     squares = torch.empty(parts, b, c, dtype=torch.float32, device=h.device)
     _gelu_lengths[(strips, b, parts)](
         h, added, squares, n, c, triton.cdiv(n, parts), rows=64, columns=columns

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -52,7 +53,9 @@ def run_blocks(
     if suits(x):
         return run_fused(blocks, x, r_embed, texts, skip, level_map)
     if isinstance(level_map, FactoredMap):
-        raise ValueError("this context was made for sampling; to learn, make it anew, with once=True")
+        if torch.is_grad_enabled():
+            raise ValueError("this context was made for sampling; to learn, make it anew, with once=True")
+        level_map = level_map.whole()  # made eagerly, and read by a compiled network
     for block in blocks:
         if isinstance(block, ResBlock | ConditionedResBlock):
             x = block(x, *(joined for joined in (skip, level_map) if joined is not None))

@@ -13,6 +13,7 @@ adapter has replaced one of its layers or a weight is elsewhere for now, runs as
   W·(M·e + m) = (W·M)·e + W·m. That is a sixth of the decoder's arithmetic.
 """
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -32,7 +33,7 @@ from wuerstchen.models.layers import (
     convolve,
     layer_norm,
 )
-from wuerstchen.models.mlp import GlobalResponseNorm, runs_triton
+from wuerstchen.models.mlp import ChannelMLP, GlobalResponseNorm, runs_triton
 
 
 def suits(x: Tensor) -> bool:
@@ -52,8 +53,14 @@ class FactoredMap:
     """Stage B's map at one level: its own few channels, and what each block multiplies them by."""
 
     positions: Float[Tensor, "b h w e"]
+    mapper: tuple[Float[Tensor, "c_cond e"], Float[Tensor, " c_cond"]]
+    """M and m."""
     factors: list[tuple[Float[Tensor, "c4 e"], Float[Tensor, " c4"]]]
     """Of each block in order: W·M, and the bias with W·m in it."""
+
+    def whole(self) -> Float[Tensor, "b h w c_cond"]:
+        """The map as blocks take it that run as they are written."""
+        return F.linear(self.positions, *self.mapper)
 
 
 def factored_map(
@@ -70,24 +77,36 @@ def factored_map(
         first = block.channelwise[0]
         w = first.weight[:, first.in_features - len(m) :]  # the map comes last
         factors.append((w @ m, torch.addmv(first.bias, w, bias)))
-    return FactoredMap(positions, factors)
+    return FactoredMap(positions, (m, bias), factors)
 
 
 def is_plain(block: nn.Module, x: Tensor) -> bool:
-    """Whether a block and its layers are ours and torch's own, with biases, lie where ``x`` does, and only
-    compute."""
+    """Whether a block has all its layers as they were made, with biases, which lie where ``x`` does, and
+    nothing else is to be called."""
     layers = list(block.modules())
     return (
-        not block.training
+        [type(layer) for layer in layers[1:]] == _LAYERS.get(type(block).__qualname__)
         and type(block).__module__.startswith("wuerstchen.models.")
+        and not any(layer.training or "forward" in vars(layer) for layer in layers)
         and all(getattr(layer, "bias", x) is not None for layer in layers)
-        and all(type(layer) in _KINDS for layer in layers[1:] if layer._parameters)
+        and all(getattr(layer, "approximate", "none") == "none" for layer in layers)
         and all(p.device == x.device and p.dtype == x.dtype for p in block.parameters())
         and not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
     )
 
 
-_KINDS = (nn.Linear, nn.Conv2d, GlobalResponseNorm)
+_CONVOLUTION = [nn.Conv2d, ChannelMLP, nn.Linear, nn.GELU, GlobalResponseNorm, nn.Dropout, nn.Linear]
+_TO_ATTEND = [Attention, nn.Linear, nn.Linear, nn.Linear, nn.ModuleList, nn.Linear]
+_MIXING = [nn.Sequential, nn.ReplicationPad2d, nn.Conv2d, nn.Sequential, nn.Linear, nn.GELU, nn.Linear]
+_LAYERS = {
+    "ResBlock": _CONVOLUTION,
+    "ConditionedResBlock": _CONVOLUTION,
+    "TimestepBlock": [nn.Linear],
+    "AttnBlock": [*_TO_ATTEND, nn.Sequential, nn.SiLU, nn.Linear],
+    "MixingResidualBlock": _MIXING,
+}
+"""What a block that is fused consists of, as ``modules()`` lists it: what stands elsewhere, or does not have
+these layers, runs as it is."""
 
 
 def keys_values(
@@ -111,6 +130,18 @@ def run_fused(
     level_map: Float[Tensor, "b _ _ c_cond"] | FactoredMap | None = None,
 ) -> Float[Tensor, "b _ _ _"]:
     """As ``models.blocks.run_blocks``. ``x`` may be overwritten."""
+    with torch.cuda.device_of(x):  # kernels in Triton are started on the current device
+        return _run_fused(blocks, x, r_embed, texts, skip, level_map)
+
+
+def _run_fused(
+    blocks: Iterable[nn.Module],
+    x: Float[Tensor, "b h w c"],
+    r_embed: Float[Tensor, "b c_r"],
+    texts: Iterator[KeysValues | TextTokens],
+    skip: Float[Tensor, "b h w c_skip"] | None,
+    level_map: Float[Tensor, "b _ _ c_cond"] | FactoredMap | None,
+) -> Float[Tensor, "b _ _ _"]:
     from wuerstchen.models import block_kernels
 
     factors = iter(level_map.factors if isinstance(level_map, FactoredMap) else ())
@@ -144,13 +175,16 @@ def run_fused(
                 _add_product(x, hidden, last.weight)
                 waiting, skip = _Waiting(last.bias), None
                 continue
+            given = level_map
             if isinstance(level_map, FactoredMap):
-                raise ValueError("a block has changed since this context was made; make it anew")
-            x = block(x, *(joined for joined in (skip, level_map) if joined is not None))
+                given, _ = level_map.whole(), next(factors)
+            x = block(x, *(joined for joined in (skip, given) if joined is not None))
             skip = None
         else:  # between levels: a layer norm, then a convolution that halves or doubles the grid
-            x = convolve(block[1], layer_norm(waiting.done(x)))
-        x, waiting = x.contiguous(), _Waiting()
+            x, waiting = convolve(block[1], layer_norm(waiting.done(x))).contiguous(), _Waiting()
+            continue
+        # A copy: who was called may keep what it returned.
+        x, waiting = x.clone(memory_format=torch.contiguous_format), _Waiting()
     return waiting.done(x)
 
 
@@ -193,8 +227,11 @@ def _first_layer(
     """The linear layer on what a block joins, without joining it, and the bias that it still lacks."""
     parts = [part for part in (inner, skip, level_map) if isinstance(part, Tensor)]
     widths = [part.shape[-1] for part in parts]
-    weights = layer.weight.split([*widths, layer.in_features - sum(widths)], dim=1)  # last a factored map's
-    products, bias = list(zip(parts, weights, strict=False)), layer.bias
+    of_map = len(level_map.mapper[1]) if isinstance(level_map, FactoredMap) else 0
+    if sum(widths) + of_map != layer.in_features:
+        raise ValueError(f"maps of {sum(widths) + of_map} channels do not fit {layer.in_features}")
+    *weights, _ = layer.weight.split([*widths, of_map], dim=1)
+    products, bias = list(zip(parts, weights, strict=True)), layer.bias
     if isinstance(level_map, FactoredMap):
         factor, bias = next(factors)
         products.append((level_map.positions, factor))
@@ -223,7 +260,7 @@ def _attended(
         queries, keys, values = (projection(tokens) for projection in projections)
     else:
         queries, keys, values = F.linear(tokens, *joined).chunk(3, dim=-1)
-    if attention_kernel.suits(queries, attention.heads):
+    if attention_kernel.suits(queries, attention.heads) and text.keys.dtype == queries.dtype:
         return attention_kernel.attend(queries, keys, values, text.keys, text.values, text.mask)
     n, mask = tokens.shape[1], text.mask
     mask = None if mask is None else F.pad(mask, (n, 0), value=True)[:, None, None, :]
@@ -253,8 +290,18 @@ def join_layers(network: nn.Module) -> None:
     """Lays weights that are used at once one after another: each attention block's queries, keys and values,
     and in a sequence of blocks the timestep's mappers and the depthwise convolutions.
 
-    Nothing else about them changes: they are views of one tensor then.
+    They are views of one tensor then. The ``save_model`` of safetensors and of accelerate takes such for tied
+    weights and leaves them out; ``torch.save``, ``safetensors.torch.save_file`` and we do not.
+    ``p.data = p.data.clone()`` for each parameter undoes it.
     """
+    with _JOINS:
+        _join_all(network)
+
+
+_JOINS = threading.Lock()
+
+
+def _join_all(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, Attention):
             _join([module.to_q, module.to_k, module.to_v])
@@ -316,6 +363,11 @@ MOST_HIDDEN = 2**25
 def run_mixing(block: nn.Module, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
     """Stage A's block (``MixingResidualBlock``). Its MLP takes some positions after others, which bounds the
     memory. ``x`` is overwritten."""
+    with torch.cuda.device_of(x):
+        return _run_mixing(block, x)
+
+
+def _run_mixing(block: nn.Module, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
     from wuerstchen.models import block_kernels
 
     x, gammas = x.contiguous(), block.gammas

@@ -60,7 +60,7 @@ class ChannelMLP(nn.Sequential):
         hidden = self[0](x)
         if not self._has_kernels(hidden):
             return self[4](self[3](self[2](self[1](hidden))))
-        norm, last, p = self[2], self[4], self[3].p if self.training else 0.0
+        norm, last, p = self[2], self[4], self[3].p if self[3].training else 0.0
         seed = torch.randint(2**31, (2,), device=x.device) if p else None
         weight, bias = last.weight.to(hidden.dtype), last.bias.to(hidden.dtype)
         gamma, beta = norm.gamma.flatten(), norm.beta.flatten()
@@ -70,10 +70,14 @@ class ChannelMLP(nn.Sequential):
     def _has_kernels(self, hidden: Tensor) -> bool:
         """Whether the kernels may stand in: not where a layer was replaced (by an adapter), lies elsewhere
         for now (offloaded), or computes in double precision."""
-        norm, last = self[2], self[4]
+        gelu, norm, dropout, last = self[1], self[2], self[3], self[4]
         return (
             hidden.is_cuda
             and hidden.dtype != torch.float64
+            and type(gelu) is nn.GELU
+            and gelu.approximate == "none"
+            and type(norm) is GlobalResponseNorm
+            and type(dropout) is nn.Dropout
             and type(last) is nn.Linear
             and norm.gamma.device == last.weight.device == hidden.device
             and (torch.compiler.is_compiling() or runs_triton(hidden.device))
@@ -106,7 +110,8 @@ def mlp_tail(
     from wuerstchen.models import kernels
 
     hidden = hidden.contiguous()
-    y, norm = kernels.forward(hidden, gamma, beta, seed, p)
+    with torch.cuda.device_of(hidden):  # kernels in Triton are started on the current device
+        y, norm = kernels.forward(hidden, gamma, beta, seed, p)
     return F.linear(y, weight, bias), norm
 
 
@@ -137,7 +142,8 @@ def mlp_tail_backward(
     from wuerstchen.models import kernels
 
     hidden, gradient = hidden.contiguous(), gradient.contiguous()
-    y, dh, dgamma, dbeta = kernels.backward(gradient @ weight, hidden, norm, gamma, beta, seed, p)
+    with torch.cuda.device_of(hidden):
+        y, dh, dgamma, dbeta = kernels.backward(gradient @ weight, hidden, norm, gamma, beta, seed, p)
     rows = gradient.flatten(0, 1)
     return dh, dgamma.to(gamma.dtype), dbeta.to(beta.dtype), rows.T @ y.flatten(0, 1), rows.sum(0)
 
