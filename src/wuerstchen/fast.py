@@ -184,8 +184,10 @@ class Recorder:
                     records &= tensor.device == device
             if module.training or module._forward_hooks or module._forward_pre_hooks:
                 records = False
-            found.append((type(module), module.__dict__.get("forward")))
-            if hasattr(type(module), "active_adapters"):  # an adapter: its factor, and how it acts, if at all
+            found.append(type(module))
+            if "forward" in module.__dict__:
+                found.append(module.forward)
+            if _is_adapter(type(module)):  # its factor, and how it acts, if at all
                 names = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")
                 found.append([str(getattr(module, name, "")) for name in names])
             waiting.extend(part for part in module._modules.values() if part is not None)
@@ -250,6 +252,12 @@ class Recorder:
         with _RECORDS, torch.cuda.stream(stream), records:
             output = function(*mine, *more)
         return _Recording(graph, mine, output)
+
+
+@functools.cache
+def _is_adapter(layer: type) -> bool:
+    """Whether it is one of peft's layers; whole models of transformers have a method of that name."""
+    return isinstance(getattr(layer, "active_adapters", None), property)
 
 
 def _kind(values: tuple[Any, ...]) -> Any:
