@@ -76,6 +76,14 @@ def test_a_picture_is_the_same_alone_and_in_a_batch(model):
     assert np.abs(pixels(together) - pixels(chunked)).max() <= 1
 
 
+def test_recordings_serve_the_next_picture(model):
+    """Or each would be recorded anew."""
+    model.generate("a cat")
+    kept = dict(model._recorders)
+    model.generate("a dog")
+    assert model._recorders == kept
+
+
 def test_seeds_can_be_named(model):
     named = model.generate(["a cat", "a dog"], seed=[9, 6], batch_size=1)
     for prompt, seed, image in (("a cat", 9, named[0]), ("a dog", 6, named[1])):

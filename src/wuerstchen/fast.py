@@ -115,6 +115,10 @@ class Recorder:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
 
+    def is_of(self, function: Callable[..., Any] | None, prepare: Callable[..., Any] | None) -> bool:
+        """Whether it was made with these: who replaces a method wants it called."""
+        return self.prepare == prepare and self.function == (self.network if function is None else function)
+
     def __call__(self, *inputs: Tensor) -> Tensor:
         """``function(*inputs)``."""
         return self._run(inputs, None)

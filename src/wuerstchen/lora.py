@@ -426,7 +426,10 @@ def _inject(module: nn.Module, updates: dict[str, _Update], adapter_name: str) -
 
 def _remove(module: nn.Module, names: Sequence[str]) -> None:
     for path, layer in list(_layers(module)):
-        layer.set_adapter([name for name in layer.active_adapters if name not in names])
+        if set(names) & set(layer.active_adapters):
+            left = [name for name in layer.active_adapters if name not in names]
+            # As peft: where none that acted is left, the first of the others does.
+            layer.set_adapter(left or [name for name in layer.lora_A if name not in names][:1])
         for name in names:
             layer.delete_adapter(name)
         if not layer.lora_A:

@@ -394,10 +394,11 @@ class Wuerstchen:
         prepare: Callable[..., Any] | None = None,
     ) -> Recorder:
         """The network, or a ``function`` of it, recorded where all networks stay on a GPU."""
-        if network not in self._recorders:
+        recorder = self._recorders.get(network)
+        if recorder is None or not recorder.is_of(function, prepare):
             records = self.low_memory is None
-            self._recorders[network] = Recorder(network, function, prepare, records=records)
-        return self._recorders[network]
+            recorder = self._recorders[network] = Recorder(network, function, prepare, records=records)
+        return recorder
 
     def _sample_map(
         self,

@@ -245,6 +245,20 @@ def test_own_scale_is_used(make_decoder):
     assert run(make_decoder(latent_dim_scale=8.0)).shape == (1, 3, 96, 96)
 
 
+def test_a_method_that_is_replaced_later_is_called(make_decoder, seeded):
+    """As tiling does; the first one was kept."""
+    pipe = make_decoder()
+    run = {"num_inference_steps": 1, "output_type": "pt"}
+    pipe(maps(1), "a", **run, generator=seeded())
+    decode = pipe.vqgan.decode
+    kept = dict(pipe._recorders)
+    expected = pipe(maps(1), "a", **run, generator=seeded()).images
+    assert pipe._recorders == kept  # or each picture would be recorded anew
+    pipe.vqgan.decode = lambda latents: 1 - decode(latents)
+    found = pipe(maps(1), "a", **run, generator=seeded()).images
+    torch.testing.assert_close(found.clamp(0, 1), 1 - expected)
+
+
 def test_compiled_networks_draw_the_same(make_decoder):
     pipe = make_decoder()
     expected = run(pipe)

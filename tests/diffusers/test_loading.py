@@ -297,6 +297,7 @@ def test_what_is_saved_draws_the_same(published, tmp_path):
     pipe = AutoPipelineForText2Image.from_pretrained(published)
     expected = draw(pipe)
     pipe.prior_prior = torch.compile(pipe.prior_prior, backend="eager")
+    pipe.text_encoder = torch.compile(pipe.text_encoder, backend="eager")
     pipe.save_pretrained(tmp_path / "combined")
     assert torch.equal(draw(AutoPipelineForText2Image.from_pretrained(tmp_path / "combined")), expected)
     pipe.prior_pipe.save_pretrained(tmp_path / "prior")

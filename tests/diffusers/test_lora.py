@@ -129,6 +129,33 @@ def test_the_combined_pipeline_passes_adapters_on(make_prior, make_decoder, fold
     assert torch.equal(draw(pipe.prior_pipe), plain)
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`", "ignore:Adapter two was active")
+def test_where_the_adapter_that_acts_is_deleted_another_acts(make_prior, theirs, folder):
+    both = (make_prior(), theirs.prior(make_prior()))
+    for pipe in both:
+        pipe.load_lora_weights(folder / "first", adapter_name="one")
+        pipe.load_lora_weights(folder / "second", adapter_name="two")
+        pipe.set_adapters("two")
+        pipe.delete_adapters("two")
+    assert both[0].get_active_adapters() == ["one"]
+    assert same(*map(draw, both))
+
+
+def test_parts_may_have_weights_of_their_own(make_prior, theirs, folder):
+    both = (make_prior(), theirs.prior(make_prior()))
+    drawn = []
+    for weights in ({"text_encoder": 0.5, "prior": 0.1}, [{"text_encoder": 0.25}]):
+        for pipe in both:
+            if not pipe.get_list_adapters():
+                pipe.load_lora_weights(folder / "second", adapter_name="two")
+            pipe.set_adapters("two" if isinstance(weights, dict) else ["two"], weights)
+        drawn.append(draw(both[0]))
+        assert same(drawn[-1], draw(both[1]))
+    assert not same(*drawn)
+    with pytest.raises(UserError, match="no adapter acts on 'unet'"):
+        both[0].set_adapters("two", {"unet": 1.0})
+
+
 def test_what_is_saved_is_what_diffusers_loads(make_prior, theirs, tmp_path):
     pipe = make_prior()
     WuerstchenPriorPipeline.save_lora_weights(

@@ -1,6 +1,7 @@
 """The prior pipeline against diffusers' own, step by step, and where that one fails."""
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -225,6 +226,21 @@ def test_the_network_is_looked_at_again_after_a_callback(make_prior, monkeypatch
     assert not looks
     pipe("a", **SIZE, num_inference_steps=3, callback_on_step_end=lambda *_: None)
     assert looks == [pipe.prior] * 3
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))])
+def test_a_copy_of_a_pipeline_that_has_drawn_is_its_own(copied, make_prior, seeded):
+    """It drew with the text encoder of the first."""
+    pipe = make_prior()
+    run = {**SIZE, "num_inference_steps": 1}
+    expected = pipe("a", **run, generator=seeded())[0]
+    twin = copied(pipe)
+    assert torch.equal(twin("a", **run, generator=seeded())[0], expected)
+    with torch.no_grad():
+        for parameter in twin.text_encoder.parameters():
+            parameter.zero_()
+    assert not torch.allclose(twin("a", **run, generator=seeded())[0], expected)
+    assert torch.equal(pipe("a", **run, generator=seeded())[0], expected)
 
 
 def test_recordings_go_with_what_they_were_made_of(make_prior):

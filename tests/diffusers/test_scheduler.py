@@ -1,6 +1,8 @@
 """The scheduler against diffusers' own, and where that one fails."""
 
+import copy
 import json
+import pickle
 
 import diffusers
 import numpy as np
@@ -91,8 +93,11 @@ def test_results_are_read_by_name_key_and_position():
     result = scheduler.step(torch.ones(1, 2), torch.tensor([0.5]), torch.ones(1, 2))
     assert result.prev_sample is result["prev_sample"] is result[0] is result.to_tuple()[0]
     assert list(result) == ["prev_sample"]
-    with pytest.raises(KeyError):
-        result["sample"]
+    result["prev_sample"] = torch.zeros(1, 2)
+    assert not result.prev_sample.any()
+    for call in (lambda: result["sample"], lambda: result.__setitem__("sample", 1)):
+        with pytest.raises(KeyError):
+            call()
     plain = scheduler.step(torch.ones(1, 2), torch.tensor([0.5]), torch.ones(1, 2), return_dict=False)
     assert isinstance(plain, tuple)
 
@@ -112,8 +117,20 @@ def test_settings_do_not_change():
     config = DDPMWuerstchenScheduler().config
     with pytest.raises(AttributeError, match="fixed"):
         config.s = 1.0
+    for change in (lambda: config.update(s=1.0), lambda: config.pop("s"), lambda: config.__setitem__("s", 1)):
+        with pytest.raises(AttributeError, match="fixed"):
+            change()
     with pytest.raises(AttributeError, match="no setting 'betas'; use one of scaler, s"):
         config.betas  # noqa: B018
+    for again in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert again == config
+        assert type(again) is type(config)
+
+
+def test_settings_make_a_scheduler_of_diffusers():
+    """What everybody writes to exchange one; diffusers took what is no dict for a name on the hub."""
+    ours = DDPMWuerstchenScheduler(s=0.01)
+    assert diffusers.DDPMWuerstchenScheduler.from_config(ours.config).config.s == 0.01
 
 
 @pytest.mark.parametrize(
@@ -130,6 +147,25 @@ def test_settings_do_not_change():
 def test_refuses(call, message):
     with pytest.raises(ValueError, match=message):
         call(DDPMWuerstchenScheduler())
+
+
+def test_pipelines_take_schedulers_that_know_of_no_given_timesteps(make_prior, seeded):
+    class Plain(diffusers.DDPMWuerstchenScheduler):
+        def set_timesteps(self, num_inference_steps, device=None):
+            super().set_timesteps(num_inference_steps, device=device)
+
+    pipe = make_prior()
+    run = {"height": 128, "width": 128, "num_inference_steps": 3}
+    expected = pipe("a", **run, generator=seeded())[0]
+    pipe.scheduler = Plain()
+    torch.testing.assert_close(pipe("a", **run, generator=seeded())[0], expected, rtol=1e-4, atol=1e-3)
+
+
+def test_a_pipeline_with_a_scheduler_of_another_kind_is_not_saved(make_prior, tmp_path):
+    pipe = make_prior()
+    pipe.scheduler = diffusers.DPMSolverMultistepScheduler()
+    with pytest.raises(ValueError, match="DPMSolverMultistepScheduler has no s, and this folder"):
+        pipe.save_pretrained(tmp_path)
 
 
 def test_pipelines_take_diffusers_scheduler(make_prior, seeded):

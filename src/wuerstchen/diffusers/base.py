@@ -196,11 +196,11 @@ class DiffusionPipeline:
         prepare: Callable[..., Any] | None = None,
     ) -> Recorder:
         """The network, or a ``function`` of it, recorded where it stays on a GPU."""
-        if network not in self._recorders:
+        recorder = self._recorders.get(network)
+        if recorder is None or not recorder.is_of(function, prepare):
             for old in self._recorders.keys() - set(self._networks().values()):
                 del self._recorders[old]  # another has taken its place
-            self._recorders[network] = Recorder(network, function, prepare)
-        recorder = self._recorders[network]
+            recorder = self._recorders[network] = Recorder(network, function, prepare)
         recorder.records = self._residence is None
         return recorder
 

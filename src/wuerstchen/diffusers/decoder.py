@@ -21,6 +21,7 @@ from wuerstchen.diffusers.sampling import (
     check_steps,
     denoise,
     initial_latents,
+    set_timesteps,
     text_rows,
 )
 from wuerstchen.errors import UserError
@@ -158,7 +159,7 @@ class WuerstchenDecoderPipeline(DiffusionPipeline):
             dtype = dtype_of(self.decoder)
             text = text.to(device, dtype)
             negative = None if negative is None else negative.to(device, dtype)
-            self.scheduler.set_timesteps(num_inference_steps, timesteps=timesteps, device=device)
+            set_timesteps(self.scheduler, num_inference_steps, timesteps, device)
             shape = (pictures, self.decoder.config.c_in, *canvas)
             state = {
                 "latents": initial_latents(

@@ -205,7 +205,7 @@ def prior_folder_of(pipe: Any) -> PriorFolder:
             )
     return PriorFolder(
         prior=prior,
-        text_encoder=pipe.text_encoder,
+        text_encoder=plain(pipe.text_encoder),
         tokenizer=pipe.tokenizer,
         schedule=_schedule_of(pipe.scheduler),
         **pipe.config,
@@ -217,7 +217,7 @@ def decoder_folder_of(pipe: Any) -> DecoderFolder:
     return DecoderFolder(
         decoder=plain(pipe.decoder),
         vqgan=plain(pipe.vqgan),
-        text_encoder=pipe.text_encoder,
+        text_encoder=plain(pipe.text_encoder),
         tokenizer=pipe.tokenizer,
         schedule=_schedule_of(pipe.scheduler),
         prior=pipe._prior_name,
@@ -226,6 +226,12 @@ def decoder_folder_of(pipe: Any) -> DecoderFolder:
 
 
 def _schedule_of(scheduler: Any) -> CosineSchedule:
+    missing = [name for name in ("s", "scaler") if name not in scheduler.config]
+    if missing:
+        raise UserError(
+            f"{type(scheduler).__name__} has no {missing[0]}, and this folder has a place for "
+            "DDPMWuerstchenScheduler alone; set one as scheduler before saving"
+        )
     return CosineSchedule(s=float(scheduler.config["s"]), scaler=float(scheduler.config["scaler"]))
 
 

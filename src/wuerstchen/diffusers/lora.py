@@ -10,6 +10,8 @@ from wuerstchen import lora
 from wuerstchen.checkpoints.hub import local_folder
 from wuerstchen.errors import UserError
 
+Weight = float | int | Mapping[str, float | int] | None
+
 
 class LoraMethods:
     """What the pipelines with a prior offer; adapters act on Stage C and its text encoder."""
@@ -116,16 +118,23 @@ class LoraMethods:
     def set_adapters(
         self,
         adapter_names: str | Sequence[str],
-        adapter_weights: float | int | Sequence[float | int | None] | None = None,
+        adapter_weights: Weight | Sequence[Weight] = None,
     ) -> None:
-        """Lets exactly these adapters act, each times its weight: one for all, or one for each."""
+        """Lets exactly these adapters act, each times its weight: one for all, or one for each.
+
+        A weight may be a dict of weights for ``prior`` and ``text_encoder``; 1 where one is missing.
+        """
         names = _names(adapter_names)
-        if adapter_weights is None or isinstance(adapter_weights, int | float):
+        if adapter_weights is None or isinstance(adapter_weights, int | float | Mapping):
             adapter_weights = [adapter_weights] * len(names)
         weights = [1.0 if weight is None else weight for weight in adapter_weights]
         if len(weights) != len(names):
             raise UserError(f"{len(weights)} weights do not fit {len(names)} adapters; give one for each")
         self._check_names(names)
+        known = self._lora_networks()
+        for part in (part for weight in weights if isinstance(weight, Mapping) for part in weight):
+            if part not in known:
+                raise UserError(f"no adapter acts on {part!r}; give weights for {' and '.join(known)}")
         self._activate(names, weights)
 
     def get_active_adapters(self) -> list[str]:
@@ -156,9 +165,12 @@ class LoraMethods:
             if present := _present(network, names):
                 lora.delete_lora(network, present)
 
-    def _activate(self, names: Sequence[str], weights: Sequence[float | int]) -> None:
-        scales = dict(zip(names, weights, strict=True))
-        for network in self._lora_networks().values():
+    def _activate(self, names: Sequence[str], weights: Sequence[Any]) -> None:
+        for part, network in self._lora_networks().items():
+            scales = {
+                name: weight.get(part, 1.0) if isinstance(weight, Mapping) else weight
+                for name, weight in zip(names, weights, strict=True)
+            }
             present = _present(network, names)
             lora.set_lora(network, present, [scales[name] for name in present])
 

@@ -2,42 +2,45 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
 
-class Config(Mapping):
-    """Settings that are read as ``config.name`` or ``config["name"]`` and never change."""
+class Config(dict[str, Any]):
+    """Settings that are read as ``config.name`` or ``config["name"]`` and never change.
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self.__dict__.update(values)
+    A dict, for diffusers' ``from_config`` takes nothing else.
+    """
 
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"{name} cannot be set, because a configuration is fixed; build a new object")
-
-    def __getitem__(self, name: str) -> Any:
-        return self.__dict__[name]
-
-    # For type checkers, which cannot know the names; looked up only for those that are missing.
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"there is no setting {name!r}; use one of {', '.join(self.__dict__)}")
+        if name not in self:
+            raise AttributeError(f"there is no setting {name!r}; use one of {', '.join(self)}")
+        return self[name]
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.__dict__)
+    def _refuse(self, *given: object, **named: object) -> NoReturn:
+        raise AttributeError("a configuration is fixed; build a new object")
 
-    def __len__(self) -> int:
-        return len(self.__dict__)
+    __setattr__ = __delattr__ = __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Config, (dict(self),)
 
     def __repr__(self) -> str:
-        return f"Config({self.__dict__})"
+        return f"Config({dict(self)})"
 
 
 @dataclasses.dataclass(eq=False)
 class Output(Mapping):
     """Fields that are read by name, by key or by position, like those of diffusers' outputs."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key not in list(self):
+            raise KeyError(key)
+        setattr(self, key, value)
 
     def __getitem__(self, key: str | int | slice) -> Any:
         if not isinstance(key, str):

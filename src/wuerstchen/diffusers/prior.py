@@ -23,6 +23,7 @@ from wuerstchen.diffusers.sampling import (
     check_steps,
     denoise,
     initial_latents,
+    set_timesteps,
     text_rows,
 )
 from wuerstchen.diffusion.schedule import stage_c_timesteps
@@ -232,7 +233,7 @@ class WuerstchenPriorPipeline(LoraMethods, DiffusionPipeline):
             dtype = dtype_of(self.prior)
             text = text.to(device, dtype)
             negative = None if negative is None else negative.to(device, dtype)
-            self.scheduler.set_timesteps(num_inference_steps, timesteps=timesteps, device=device)
+            set_timesteps(self.scheduler, num_inference_steps, timesteps, device)
             shape = (len(text), self.prior.config.c_in, *map(self.grid_side, sides))
             state = {
                 "latents": initial_latents(

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,6 +44,16 @@ def check_negative(negative: Any, batch: int) -> list[str]:
     return texts
 
 
+@dataclass(frozen=True)
+class _LastStates:
+    """A text encoder's states alone. No closure: pipelines keep it, and are copied and pickled."""
+
+    text_encoder: nn.Module
+
+    def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.text_encoder(ids, attention_mask=mask).last_hidden_state
+
+
 def encode(
     tokenizer: Callable[..., Any] | None,
     text_encoder: nn.Module | None,
@@ -69,8 +80,5 @@ def encode(
                 stacklevel=2,
             )
 
-    def last_states(ids: Tensor, mask: Tensor) -> Tensor:
-        return text_encoder(ids, attention_mask=mask).last_hidden_state
-
-    run = recorded(text_encoder, last_states)
+    run = recorded(text_encoder, _LastStates(text_encoder))
     return run(sent(tokens.input_ids, device), sent(tokens.attention_mask, device))

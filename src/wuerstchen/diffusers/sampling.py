@@ -101,6 +101,14 @@ def check_steps(prefix: str, num_inference_steps: Any, timesteps: Any) -> int:
     return check_count(f"{prefix}num_inference_steps", num_inference_steps, least=0)
 
 
+def set_timesteps(scheduler: Any, num_inference_steps: Any, timesteps: Any, device: torch.device) -> None:
+    """Tells a scheduler of its steps. Others than ours may not know of given timesteps."""
+    if timesteps is None:
+        scheduler.set_timesteps(num_inference_steps, device=device)
+    else:
+        scheduler.set_timesteps(timesteps=timesteps, device=device)
+
+
 def initial_latents(
     given: Any,
     shape: tuple[int, ...],
