@@ -147,6 +147,11 @@ def _line(**fields: object) -> Callable[[Path], None]:
     return make
 
 
+def _named_in_latin_1(root: Path) -> None:
+    Image.new("RGB", (4, 4)).save(root / "a.png")
+    os.replace(root / "a.png", os.fsencode(root) + b"/caf\xe9.png")
+
+
 def _second_line(line: str) -> Callable[[Path], None]:
     def make(root: Path) -> None:
         _image(root / "a.png")
@@ -259,6 +264,10 @@ def _then(*steps: Callable[[Path], object]) -> Callable[[Path], None]:
         (_line(file_name="/etc/b.png", text="b"), "line 2 .* '/etc/b.png' leads out of the data folder"),
         (_line(file_name="C:\\b.png", text="b"), "line 2 .* leads out of the data folder"),
         (_line(file_name="\n.png", text="b"), r"line 2 is wrong because '\\n\.png' is no image"),
+        (
+            _named_in_latin_1,
+            r"^the name of file 'caf\\udce9\.png' is wrong because it is not UTF-8; rename it$",
+        ),
     ],
 )
 def test_refuses_what_does_not_match_up(tmp_path: Path, make: Callable[[Path], object], message: str) -> None:

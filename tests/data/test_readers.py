@@ -358,6 +358,15 @@ def test_without_the_package_the_extra_is_named(monkeypatch, tmp_path):
         ParquetReader([tmp_path / "a.parquet"])
 
 
+def test_captions_in_binary_columns_are_texts(tmp_path):
+    """As older exports write them; they counted as no caption."""
+    table = {"image": [picture("blue")] * 3, "text": pa.array(["é".encode(), b"\xff", None], pa.binary())}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    items, tally = read(ParquetReader([tmp_path / "a.parquet"]))
+    assert [i.captions for i in items] == [("é",)]
+    assert tally.dropped == {"no caption": 2}
+
+
 def test_emoji_are_composed_several_times(tmp_path):
     reader = open_reader("sample")
     assert isinstance(reader, EmojiReader)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from wuerstchen.errors import UserError
+from wuerstchen.train import optim
 from wuerstchen.train.config import Optimization
 from wuerstchen.train.ema import decay_at, make_average, update_average
 from wuerstchen.train.optim import learning_rate, make_optimizer, set_rate, update
@@ -21,6 +22,13 @@ def test_learning_rate_rises_then_stays_or_falls():
     assert learning_rate(cosine, 1100) == pytest.approx(5e-5)
 
 
+@pytest.fixture(params=[optim.GRAD_SCALER_DEVICES, ()], ids=["heeded", "by hand"])
+def grad_scaler(request, monkeypatch):
+    """Whether the optimizer heeds found_inf and grad_scale, or, as on Apple's GPUs, it may not."""
+    monkeypatch.setattr(optim, "GRAD_SCALER_DEVICES", request.param)
+
+
+@pytest.mark.usefixtures("grad_scaler")
 def test_update_is_adamw_with_shortened_gradients():
     """Against the update written out (arXiv 1711.05101, algorithm 2), in fp64."""
     network = nn.Linear(3, 2).double()
@@ -43,6 +51,7 @@ def test_update_is_adamw_with_shortened_gradients():
         assert p.grad is None
 
 
+@pytest.mark.usefixtures("grad_scaler")
 def test_a_gradient_that_is_not_finite_updates_nothing():
     network = nn.Linear(2, 2)
     before = copy.deepcopy(network.state_dict())

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from wuerstchen.errors import UserError
 from wuerstchen.train.parallel import Processes
@@ -117,27 +118,58 @@ def test_one_process_writes(runs):
     assert sum(e["event"] == "end" for e in events) == 1
 
 
-@pytest.mark.parametrize("wrong", [0, 1])
-def test_what_one_process_cannot_read_is_one_line_in_each(tmp_path, wrong):
-    """The others lost their connection in the middle of a talk, and said so in a traceback."""
+def said_by_two(folder: Path, options: tuple[list[str], list[str]]) -> tuple[list[int], list[list[str]]]:
+    """Exit codes and what they say on stderr of two processes of one run, each with options of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "wuerstchen", "train", "tiny", "--device", "cpu", "--workers", "0"]
-    command += ["--run-dir", str(tmp_path / "run"), "--no-rehearsal"]
+    command += ["--run-dir", str(folder), "--no-rehearsal"]
     processes = []
     for rank in (0, 1):
         world = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
         world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        data = ["--data", str(tmp_path / "nowhere")] if rank == wrong else []
-        processes.append(
-            subprocess.Popen([*command, *data], env=os.environ | world, stderr=subprocess.PIPE, text=True)
-        )
+        given = [*command, *options[rank]]
+        processes.append(subprocess.Popen(given, env=os.environ | world, stderr=subprocess.PIPE, text=True))
     said = [process.communicate(timeout=120)[1].splitlines() for process in processes]
-    assert [process.returncode for process in processes] == [2, 2]
+    return [process.returncode for process in processes], said
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_what_one_process_cannot_read_is_one_line_in_each(tmp_path, wrong):
+    """The others lost their connection in the middle of a talk, and said so in a traceback."""
+    options = ([], [])
+    options[wrong].extend(["--data", str(tmp_path / "nowhere")])
+    codes, said = said_by_two(tmp_path / "run", options)
+    assert codes == [2, 2]
     assert [len(lines) for lines in said] == [1, 1]
     assert "nowhere' is wrong because it is no folder" in said[wrong][0]
     assert said[1 - wrong][0].startswith(f"Error: process {1 - wrong} has lost the others (Connection closed")
+
+
+def folder_of(folder: Path, count: int) -> Path:
+    folder.mkdir()
+    for number in range(count):
+        Image.new("RGB", (16, 16), (number, 0, 0)).save(folder / f"{number:02}.png")
+        (folder / f"{number:02}.txt").write_text(f"number {number}")
+    return folder
+
+
+def test_processes_with_different_data_are_refused(tmp_path):
+    """Each trained on its own, and an epoch was none."""
+    options = tuple(["--data", str(folder_of(tmp_path / str(count), count))] for count in (16, 17))
+    codes, said = said_by_two(tmp_path / "run", options)
+    assert codes == [2, 2]
+    assert [len(lines) for lines in said] == [1, 1]
+    for rank in (0, 1):
+        assert f"Error: process {rank} has other data in" in said[rank][0]
+
+
+def test_pictures_that_any_process_cannot_read_are_named(runs):
+    """Those of the first process were. An epoch of Stage A meets all."""
+    events = [json.loads(line) for line in (runs / "damaged" / "log.jsonl").read_text().splitlines()]
+    skipped = [e["name"] for e in events if e["event"] == "skipped" and e["stage"] == "a"]
+    assert sorted(skipped) == ["01.png", "03.png", "12.png", "14.png"]
 
 
 def test_batches_are_shared_evenly():

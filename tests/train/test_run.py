@@ -233,7 +233,8 @@ def test_the_run_folder_of_another_recipe_is_refused(begun):
     other = dataclasses.replace(
         recipe, seed=3, stage_b=dataclasses.replace(recipe.stage_b, optimization=longer)
     )
-    with pytest.raises(RunFolderError, match=r"another recipe: seed, stage_b\.optimization\.images differ"):
+    said = r"another recipe: seed \(0, now 3\), stage_b\.optimization\.images \(1600, now 9999\) differ"
+    with pytest.raises(RunFolderError, match=said):
         train(other, begun)
 
 
@@ -521,7 +522,7 @@ def test_sizes_fit_the_decoder_too():
 def test_differing_fields_are_named_by_path():
     recipe = as_dict(tiny())
     other = as_dict(dataclasses.replace(tiny(), seed=1, workers=7))
-    assert differing_fields(recipe, other) == ["seed"]
+    assert differing_fields(recipe, other) == ["seed (0, now 1)"]
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,15 @@ class FolderSource:
         return digest.hexdigest()
 
 
+def _is_unicode(name: str) -> bool:
+    """Names of other bytes come with lone surrogates, which neither logs nor tables can hold."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _find_files(root: Path) -> tuple[list[str], set[str]]:
     """The sorted names of all images, and the names of all ``.txt`` files, relative to ``root``."""
     images: list[str] = []
@@ -128,6 +137,8 @@ def _find_files(root: Path) -> tuple[list[str], set[str]]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         for file in files:
             name = (Path(folder) / file).relative_to(root).as_posix()
+            if not _is_unicode(name):
+                raise DataError(f"the name of file {name!a} is wrong because it is not UTF-8; rename it")
             suffix = PurePosixPath(file).suffix.lower()
             if file.startswith("."):
                 continue

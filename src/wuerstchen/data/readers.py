@@ -561,12 +561,13 @@ def _captions(value: Any) -> tuple[str, ...]:
     """The captions in a cell: a text or a list of them, without those that are empty or no Unicode."""
     found = []
     for caption in value if isinstance(value, list | tuple) else [value]:
-        if not isinstance(caption, str):
-            continue
-        words = " ".join(caption.split())
         try:
+            text = caption.decode() if isinstance(caption, bytes) else caption  # a column of binary strings
+            if not isinstance(text, str):
+                continue
+            words = " ".join(text.split())
             words.encode()
-        except UnicodeEncodeError:
+        except UnicodeError:
             continue
         if words:
             found.append(words)

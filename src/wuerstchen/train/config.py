@@ -457,7 +457,7 @@ only places: what is in them has a fingerprint."""
 
 
 def differing_fields(stored: dict, given: dict, prefix: str = "") -> list[str]:
-    """Names of the fields in which two resolved recipes differ, ``FREE_FIELDS`` left out."""
+    """The fields in which two resolved recipes differ, with both values if short; not ``FREE_FIELDS``."""
     names = []
     for key in sorted(stored.keys() | given.keys()):
         if not prefix and key in FREE_FIELDS:
@@ -466,7 +466,8 @@ def differing_fields(stored: dict, given: dict, prefix: str = "") -> list[str]:
         if isinstance(a, dict) and isinstance(b, dict):
             names += differing_fields(a, b, f"{prefix}{key}.")
         elif a != b:
-            names.append(f"{prefix}{key}")
+            values = f" ({a}, now {b})"
+            names.append(f"{prefix}{key}{values if len(values) < 40 else ''}")
     return names
 
 

@@ -153,6 +153,7 @@ def run_stage(
         contextlib.closing(updates),
         _memory_named(stage, feed),
     ):
+        skipped: list[tuple[str, str]] = []
         for fed in updates:
             state.updates += 1
             # A recorded update is not waited for, unless its values are to be read.
@@ -162,9 +163,13 @@ def run_stage(
                 values["learning_rate"] = learning_rate(stage.optimization, state.images + fed.images)
             state.images += fed.images
             meter.update(fed.images, values["loss"])
-            for name, reason in fed.skipped:
-                log.event("skipped", stage=stage.name, name=name, reason=reason)
-            if state.updates % settings.log_every == 0 or state.images >= total:
+            skipped += fed.skipped
+            logs = state.updates % settings.log_every == 0 or state.images >= total
+            if logs or processes.count == 1:
+                for name, reason in processes.gathered(skipped):
+                    log.event("skipped", stage=stage.name, name=name, reason=reason)
+                skipped = []
+            if logs:
                 rate = round(meter.rate(), 2)
                 spent = cost.spent()
                 seen = {"images_per_second": rate, **gauge.read(rate / processes.count), **values}

@@ -30,7 +30,7 @@ def learning_rate(config: Optimization, images: int) -> float:
 def make_optimizer(
     network: nn.Module, config: Optimization, rate_scales: Mapping[str, float] | None = None
 ) -> torch.optim.AdamW:
-    """AdamW over a network's trainable parameters; weight decay acts on matrices alone.
+    """AdamW over a network's trainable parameters; weight decay acts on those of more than one axis.
 
     ``rate_scales`` gives parameters whose names begin so a share of the learning rate.
     """
@@ -88,6 +88,10 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"].fill_(rate * group["scale"])
 
 
+GRAD_SCALER_DEVICES = ("cpu", "cuda")
+"""Where fused optimizers heed found_inf and grad_scale; on Apple's GPUs those before torch 2.13 do not."""
+
+
 def update(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -101,11 +105,15 @@ def update(
     All processes decide alike: gradients and loss are the average over them, or parts of it.
     """
     norm = _gradient_norm(network, [] if copies is None else copies.gradients())
-    # The optimizer's part of the contract with torch's GradScaler: an update is left out where found_inf
-    # is 1, and gradients are divided by grad_scale in the same pass over memory.
-    optimizer.found_inf = 1 - (norm.isfinite() & loss.isfinite()).float()
-    optimizer.grad_scale = (norm / clip_norm).clamp(min=1).float()
-    optimizer.step()
+    finite, shortened = norm.isfinite() & loss.isfinite(), (norm / clip_norm).clamp(min=1).float()
+    if norm.device.type in GRAD_SCALER_DEVICES:
+        # The optimizer's part of the contract with torch's GradScaler: an update is left out where found_inf
+        # is 1, and gradients are divided by grad_scale in the same pass over memory.
+        optimizer.found_inf, optimizer.grad_scale = 1 - finite.float(), shortened
+        optimizer.step()
+    elif finite:
+        torch._foreach_div_([p.grad for p in network.parameters() if p.grad is not None], shortened)
+        optimizer.step()
     if copies is not None:
         copies.step()
     optimizer.zero_grad(set_to_none=True)

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.nn.functional import all_reduce
 from torch.distributed.tensor import DTensor
 
+from wuerstchen.data.plan import stable_hash
 from wuerstchen.errors import UserError
 from wuerstchen.models.compressor import Compressor
 from wuerstchen.models.decoder import Decoder
@@ -34,6 +36,7 @@ from wuerstchen.train.alive import watching_others
 
 _LARGE = 2**20  # numbers of a tensor that travels alone
 _BUCKET = 32 * 2**20  # numbers that travel together: 128 MiB of gradients
+T = TypeVar("T")
 _PATIENCE = datetime.timedelta(minutes=30)  # that the others have while the first writes a checkpoint
 
 
@@ -129,6 +132,25 @@ class Processes:
         tensor = torch.tensor(asked, dtype=torch.int32, device=self.device)
         dist.all_reduce(tensor)
         return tuple(bool(value) for value in tensor.tolist())
+
+    def alike(self, text: str) -> bool:
+        """Whether all processes have the same text."""
+        if self.count == 1:
+            return True
+        least = torch.tensor(stable_hash(text) >> 1, device=self.device)
+        most = least.clone()
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return bool(least == most)
+
+    def gathered(self, mine: Sequence[T]) -> list[T]:
+        """What all processes have, by their ranks: of any kind, and for little where it is nothing."""
+        if not self.total(float(len(mine))):
+            return []
+        parts: list[Sequence[T]] = [mine] * self.count
+        if self.count > 1:
+            dist.all_gather_object(parts, mine)
+        return [value for part in parts for value in part]
 
     def wait(self) -> None:
         """Returns when all processes have come here."""

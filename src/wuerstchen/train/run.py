@@ -27,7 +27,7 @@ from wuerstchen.data.folder import FolderSource
 from wuerstchen.data.plan import stable_hash
 from wuerstchen.data.prepared import PreparedSet, is_prepared
 from wuerstchen.data.sources import Source
-from wuerstchen.errors import RunFolderError, UserError
+from wuerstchen.errors import DataError, RunFolderError, UserError
 from wuerstchen.models.cascade import PUBLISHED_MAP, Cascade, CascadeSettings, MapStatistics
 from wuerstchen.models.compressor import Compressor
 from wuerstchen.models.decoder import Decoder, DecoderConfig
@@ -119,6 +119,11 @@ def _train(
             run.check_compressor_weights()
             run.check_prepared_sets()
             run.fingerprint = _fingerprint(sources)
+            if not processes.alike(run.fingerprint):
+                raise DataError(
+                    f"process {processes.rank} has other data in {recipe.data!r} than others of this run; "
+                    "give all of them the same pictures and captions"
+                )
             weights = start.fingerprint() if processes.leads else ""
             check_run(recipe, run_dir, run.fingerprint, weights, log, accept_changed_data, processes)
             wanted = False

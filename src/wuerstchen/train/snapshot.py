@@ -295,7 +295,8 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         )
     if found:
         raise CheckpointError(
-            f"every checkpoint in {folder} is damaged; remove that folder to start its stage again"
+            f"every checkpoint in {folder} is damaged; remove that folder, and those of all stages after it, "
+            "to start its stage again"
         )
     return None
 

@@ -168,7 +168,7 @@ class Validation:
         sums = torch.zeros(BINS, 2, dtype=torch.float64)
         for numbers, inputs in self._prepared:
             found = [self._errors(averages, numbers, inputs, k) for k in range(BINS)]
-            sums += torch.stack(found).double().cpu()
+            sums += torch.stack(found).cpu().double()  # Apple's GPUs have no float64
         bins, losses = (sums / len(self.pictures)).unbind(1)
         self._ended = time.monotonic()
         self._took = self._ended - began
