@@ -12,7 +12,11 @@ from torch import nn
 
 from wuerstchen import fast
 from wuerstchen.fast import NotRecordedWarning, Recorder
+from wuerstchen.models import fused
+from wuerstchen.models.decoder import Decoder, DecoderConfig
+from wuerstchen.models.paella import Paella, PaellaConfig
 from wuerstchen.models.prior import Prior, PriorConfig
+from wuerstchen.models.vqgan import VQGAN, VQGANConfig
 
 CUDA = torch.device("cuda")
 CONFIG = PriorConfig(c_in=4, c=32, c_cond=24, c_r=8, depth=2, nhead=2)
@@ -111,6 +115,25 @@ def test_what_is_prepared_is_made_anew_after_a_second_look(randomise):
         prior.load_state_dict({key: 0.5 * tensor for key, tensor in prior.state_dict().items()})
         recorder.look_again()
         assert torch.equal(run(x, r), prior(x, r, prior.context(text)))
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        lambda: Prior(PriorConfig()),
+        lambda: Decoder(DecoderConfig()),
+        lambda: Paella(PaellaConfig()),
+        lambda: VQGAN(VQGANConfig()),
+    ],
+    ids=["Stage C", "Stage B", "Stage B of v1", "Stage A"],
+)
+def test_blocks_as_they_are_made_are_fused(network):
+    """A layer more in one of them would make drawing slower, and nothing would say so."""
+    with torch.device("meta"):
+        made = network().eval()
+    blocks = [module for module in made.modules() if type(module).__name__ in fused._LAYERS]
+    assert blocks
+    assert all(fused.is_plain(block, torch.zeros(1, device="meta")) for block in blocks)
 
 
 def test_a_recording_that_fails_leaves_the_stream_as_it_was(monkeypatch):
