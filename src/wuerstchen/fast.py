@@ -115,10 +115,6 @@ class Recorder:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
 
-    def is_of(self, function: Callable[..., Any] | None, prepare: Callable[..., Any] | None) -> bool:
-        """Whether it was made with these: who replaces a method wants it called."""
-        return self.prepare == prepare and self.function == (self.network if function is None else function)
-
     def __call__(self, *inputs: Tensor) -> Tensor:
         """``function(*inputs)``."""
         return self._run(inputs, None)
@@ -256,6 +252,26 @@ class Recorder:
         with _RECORDS, torch.cuda.stream(stream), records:
             output = function(*mine, *more)
         return _Recording(graph, mine, output)
+
+
+class Recorders(dict[nn.Module, Recorder]):
+    """A pipeline's recorders, by their networks."""
+
+    def of(
+        self,
+        network: nn.Module,
+        function: Callable[..., Tensor] | None = None,
+        prepare: Callable[..., Any] | None = None,
+        *,
+        records: bool,
+    ) -> Recorder:
+        """That of a network: the same as before, unless it is for others than these. Who replaces a method
+        wants it called."""
+        function, recorder = network if function is None else function, self.get(network)
+        if recorder is None or (recorder.function, recorder.prepare) != (function, prepare):
+            recorder = self[network] = Recorder(network, function, prepare)
+        recorder.records = records
+        return recorder
 
 
 @functools.cache

@@ -36,7 +36,7 @@ from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, stage_c_timesteps,
 from wuerstchen.diffusion.tokens import draw_tokens, sample_tokens
 from wuerstchen.diffusion.transfer import sent
 from wuerstchen.errors import UserError, UserNotice, out_of_memory_named
-from wuerstchen.fast import Recorder
+from wuerstchen.fast import Recorder, Recorders
 from wuerstchen.images import center_crop_resize, resize_crop, to_images, to_tensor, upright_rgb
 from wuerstchen.lora import load_lora, lora_names, set_lora, unload_lora
 from wuerstchen.memory import AllOnDevice, Blockwise, OneAtATime, tiled_decode
@@ -192,7 +192,7 @@ class Wuerstchen:
         self.device = device
         self.low_memory = low_memory
         self._loras: dict[str, float] = {}
-        self._recorders: dict[nn.Module, Recorder] = {}
+        self._recorders = Recorders()
         self.residence = (
             AllOnDevice(device)
             if low_memory is None
@@ -394,11 +394,7 @@ class Wuerstchen:
         prepare: Callable[..., Any] | None = None,
     ) -> Recorder:
         """The network, or a ``function`` of it, recorded where all networks stay on a GPU."""
-        recorder = self._recorders.get(network)
-        if recorder is None or not recorder.is_of(function, prepare):
-            records = self.low_memory is None
-            recorder = self._recorders[network] = Recorder(network, function, prepare, records=records)
-        return recorder
+        return self._recorders.of(network, function, prepare, records=self.low_memory is None)
 
     def _sample_map(
         self,

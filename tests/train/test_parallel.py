@@ -17,12 +17,24 @@ from wuerstchen.train.snapshot import newest
 
 STAGES = ("a", "b", "b2", "a2", "c", "c2")
 CPU = torch.device("cpu")
+DAMAGED = ["01.png", "03.png", "12.png", "14.png"]
+
+
+def folder_of(folder: Path, count: int) -> Path:
+    folder.mkdir()
+    for number in range(count):
+        Image.new("RGB", (16, 16), (number, 0, 0)).save(folder / f"{number:02}.png")
+        (folder / f"{number:02}.txt").write_text(f"number {number}")
+    return folder
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Folders of a run in 2 processes, of one with three kills, and of ends with 1 and 4 processes."""
     folder = tmp_path_factory.mktemp("parallel")
+    pictures = folder_of(folder / "pictures", 16)
+    for name in DAMAGED:
+        (pictures / name).write_bytes(b"nothing")
     script = Path(__file__).with_name("parallel_runs.py")
     done = subprocess.run(
         [sys.executable, "-W", "ignore", script, folder],
@@ -147,14 +159,6 @@ def test_what_one_process_cannot_read_is_one_line_in_each(tmp_path, wrong):
     assert said[1 - wrong][0].startswith(f"Error: process {1 - wrong} has lost the others (Connection closed")
 
 
-def folder_of(folder: Path, count: int) -> Path:
-    folder.mkdir()
-    for number in range(count):
-        Image.new("RGB", (16, 16), (number, 0, 0)).save(folder / f"{number:02}.png")
-        (folder / f"{number:02}.txt").write_text(f"number {number}")
-    return folder
-
-
 def test_processes_with_different_data_are_refused(tmp_path):
     """Each trained on its own, and an epoch was none."""
     options = tuple(["--data", str(folder_of(tmp_path / str(count), count))] for count in (16, 17))
@@ -169,7 +173,7 @@ def test_pictures_that_any_process_cannot_read_are_named(runs):
     """Those of the first process were. An epoch of Stage A meets all."""
     events = [json.loads(line) for line in (runs / "damaged" / "log.jsonl").read_text().splitlines()]
     skipped = [e["name"] for e in events if e["event"] == "skipped" and e["stage"] == "a"]
-    assert sorted(skipped) == ["01.png", "03.png", "12.png", "14.png"]
+    assert sorted(skipped) == DAMAGED
 
 
 def test_batches_are_shared_evenly():

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from wuerstchen.diffusers.outputs import Config
 from wuerstchen.errors import UserError, UserNotice
-from wuerstchen.fast import Recorder
+from wuerstchen.fast import Recorder, Recorders
 from wuerstchen.memory import Blockwise, OneAtATime, Residence
 from wuerstchen.pipeline import checked_device
 
@@ -35,7 +35,7 @@ class DiffusionPipeline:
     def __init__(self, **settings: Any) -> None:
         self._config = Config(settings)
         self._residence: Residence | None = None
-        self._recorders: dict[nn.Module, Recorder] = {}
+        self._recorders = Recorders()
         self._guidance_scale = 1.0
         self._num_timesteps = 0
         self._progress_bar_config: dict[str, Any] = {}
@@ -196,13 +196,9 @@ class DiffusionPipeline:
         prepare: Callable[..., Any] | None = None,
     ) -> Recorder:
         """The network, or a ``function`` of it, recorded where it stays on a GPU."""
-        recorder = self._recorders.get(network)
-        if recorder is None or not recorder.is_of(function, prepare):
-            for old in self._recorders.keys() - set(self._networks().values()):
-                del self._recorders[old]  # another has taken its place
-            recorder = self._recorders[network] = Recorder(network, function, prepare)
-        recorder.records = self._residence is None
-        return recorder
+        for old in self._recorders.keys() - set(self._networks().values()):
+            del self._recorders[old]  # another has taken its place
+        return self._recorders.of(network, function, prepare, records=self._residence is None)
 
     def enable_model_cpu_offload(
         self, gpu_id: int | None = None, device: str | torch.device | None = None

@@ -51,7 +51,8 @@ def run_blocks(
     ``x`` may be overwritten where nothing is learnt.
     """
     if suits(x):
-        return run_fused(blocks, x, r_embed, texts, skip, level_map)
+        with torch.cuda.device_of(x):  # kernels in Triton are started on the current device
+            return run_fused(blocks, x, r_embed, texts, skip, level_map)
     if isinstance(level_map, FactoredMap):
         if torch.is_grad_enabled():
             raise ValueError("this context was made for sampling; to learn, make it anew, with once=True")

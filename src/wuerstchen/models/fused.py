@@ -96,13 +96,13 @@ def is_plain(block: nn.Module, x: Tensor) -> bool:
 
 
 _CONVOLUTION = [nn.Conv2d, ChannelMLP, nn.Linear, nn.GELU, GlobalResponseNorm, nn.Dropout, nn.Linear]
-_TO_ATTEND = [Attention, nn.Linear, nn.Linear, nn.Linear, nn.ModuleList, nn.Linear]
+_ATTENTION = [Attention, nn.Linear, nn.Linear, nn.Linear, nn.ModuleList, nn.Linear]
 _MIXING = [nn.Sequential, nn.ReplicationPad2d, nn.Conv2d, nn.Sequential, nn.Linear, nn.GELU, nn.Linear]
 _LAYERS = {
     "ResBlock": _CONVOLUTION,
     "ConditionedResBlock": _CONVOLUTION,
     "TimestepBlock": [nn.Linear],
-    "AttnBlock": [*_TO_ATTEND, nn.Sequential, nn.SiLU, nn.Linear],
+    "AttnBlock": [*_ATTENTION, nn.Sequential, nn.SiLU, nn.Linear],
     "MixingResidualBlock": _MIXING,
 }
 """What a block that is fused consists of, as ``modules()`` lists it: what stands elsewhere, or does not have
@@ -129,19 +129,7 @@ def run_fused(
     skip: Float[Tensor, "b h w c_skip"] | None = None,
     level_map: Float[Tensor, "b _ _ c_cond"] | FactoredMap | None = None,
 ) -> Float[Tensor, "b _ _ _"]:
-    """As ``models.blocks.run_blocks``. ``x`` may be overwritten."""
-    with torch.cuda.device_of(x):  # kernels in Triton are started on the current device
-        return _run_fused(blocks, x, r_embed, texts, skip, level_map)
-
-
-def _run_fused(
-    blocks: Iterable[nn.Module],
-    x: Float[Tensor, "b h w c"],
-    r_embed: Float[Tensor, "b c_r"],
-    texts: Iterator[KeysValues | TextTokens],
-    skip: Float[Tensor, "b h w c_skip"] | None,
-    level_map: Float[Tensor, "b _ _ c_cond"] | FactoredMap | None,
-) -> Float[Tensor, "b _ _ _"]:
+    """As ``models.blocks.run_blocks``, on the current device. ``x`` may be overwritten."""
     from wuerstchen.models import block_kernels
 
     factors = iter(level_map.factors if isinstance(level_map, FactoredMap) else ())
@@ -295,20 +283,16 @@ def join_layers(network: nn.Module) -> None:
     ``p.data = p.data.clone()`` for each parameter undoes it.
     """
     with _JOINS:
-        _join_all(network)
+        for module in network.modules():
+            if isinstance(module, Attention):
+                _join([module.to_q, module.to_k, module.to_v])
+            elif isinstance(module, nn.ModuleList):
+                _join([block.mapper for block in module if isinstance(block, TimestepBlock)])
+                convolutions = [one for one in module if isinstance(one, ResBlock | ConditionedResBlock)]
+                _join([block.depthwise for block in convolutions])
 
 
-_JOINS = threading.Lock()
-
-
-def _join_all(network: nn.Module) -> None:
-    for module in network.modules():
-        if isinstance(module, Attention):
-            _join([module.to_q, module.to_k, module.to_v])
-        elif isinstance(module, nn.ModuleList):
-            _join([block.mapper for block in module if isinstance(block, TimestepBlock)])
-            convolutions = [block for block in module if isinstance(block, ResBlock | ConditionedResBlock)]
-            _join([block.depthwise for block in convolutions])
+_JOINS = threading.Lock()  # two threads that draw with one network for the first time
 
 
 def _join(layers: Sequence[nn.Module]) -> None:
@@ -362,12 +346,7 @@ MOST_HIDDEN = 2**25
 
 def run_mixing(block: nn.Module, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
     """Stage A's block (``MixingResidualBlock``). Its MLP takes some positions after others, which bounds the
-    memory. ``x`` is overwritten."""
-    with torch.cuda.device_of(x):
-        return _run_mixing(block, x)
-
-
-def _run_mixing(block: nn.Module, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+    memory. It runs on the current device. ``x`` is overwritten."""
     from wuerstchen.models import block_kernels
 
     x, gammas = x.contiguous(), block.gammas

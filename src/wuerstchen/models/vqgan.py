@@ -188,7 +188,8 @@ class VQGAN(Network):
             if not isinstance(block, MixingResidualBlock):
                 x = convolve(block, x)
             elif suits(x) and is_plain(block, x):
-                x = run_mixing(block, x)
+                with torch.cuda.device_of(x):  # kernels in Triton are started on the current device
+                    x = run_mixing(block, x)
             else:
                 x = block(x)
         return convolve(self.out_block, x).permute(0, 3, 1, 2)
