@@ -7,18 +7,26 @@ import time
 
 import torch
 
+from wuerstchen.errors import UserError
 from wuerstchen.train import alive
 from wuerstchen.train.parallel import distributed
 
 alive.TICK = 0.2
-with distributed(torch.device("cpu")) as processes:
-    processes.wait()
-    print("met", flush=True)
-    if processes.rank == int(sys.argv[2]):
-        if sys.argv[1] == "works":
-            time.sleep(6)  # more than twice as long as the others' patience
-        else:
-            # Its connections stay open, as those of NCCL seem to: nobody is told.
-            os.kill(os.getpid(), signal.SIGSTOP)
-    processes.wait()
+what, which, hasty = sys.argv[1], *map(int, sys.argv[2:])
+if int(os.environ["RANK"]) != hasty:
+    alive.TICKS *= 2
+try:
+    with distributed(torch.device("cpu")) as processes:
+        processes.wait()
+        print("met", flush=True)
+        if processes.rank == which:
+            if what == "works":
+                time.sleep(6)  # more than the others' patience
+            else:
+                # Its connections stay open, as those of NCCL seem to: nobody is told.
+                os.kill(os.getpid(), signal.SIGSTOP)
+        processes.wait()
+except UserError as error:  # as the command does
+    print(f"Error: {error}", file=sys.stderr)
+    sys.exit(2)
 print("end", flush=True)
