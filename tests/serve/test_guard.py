@@ -182,14 +182,14 @@ def test_bodies_of_all_requests_are_bounded_together(serve, monkeypatch):
 def test_a_body_that_does_not_come_is_not_waited_for(serve):
     running = serve(body_timeout=0.5)
     host, port = running.listening.getsockname()
-    with socket.create_connection((host, port), timeout=10) as connection:
+    with socket.create_connection((host, port), timeout=40) as connection:
         connection.sendall(
             b"POST /v1/jobs HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
             b"content-length: 100\r\n\r\n{"
         )
         began = time.monotonic()
         assert connection.recv(1000).startswith(b"HTTP/1.1 408")
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_slow_headers_do_not_hold_a_connection(serve, sent):
     """uvicorn waits for them for ever, and file handles are few."""
     running = serve(body_timeout=0.5)
     host, port = running.listening.getsockname()
-    with socket.create_connection((host, port), timeout=10) as connection:
+    with socket.create_connection((host, port), timeout=40) as connection:
         connection.sendall(sent)
         while connection.recv(1000):
             pass  # until it is closed

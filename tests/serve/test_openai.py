@@ -99,7 +99,7 @@ def test_a_client_that_goes_away_leaves_no_job(serve):
     running = serve()
     with client_of(running, timeout=0.5) as client, pytest.raises(openai.APITimeoutError):
         client.images.generate(prompt="slowly", extra_body={"steps": 100})
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while 'jobs_total{state="cancelled"} 1.0' not in running.http.get("/metrics").text:
         assert time.monotonic() < deadline
         time.sleep(0.05)
