@@ -27,7 +27,7 @@ demo: .venv/.run
 	  "a 3D render of an umbrella on an orange background"
 
 test: .venv/.dev
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(TESTS)
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n auto --maxprocesses 4 --dist loadfile $(TESTS)
 
 # The long tests of the service: 2,000 made-up requests.
 test-service: .venv/.dev
