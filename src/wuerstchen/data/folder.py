@@ -113,10 +113,11 @@ class FolderSource:
         return digest.hexdigest()
 
 
-def _is_unicode(name: str) -> bool:
-    """Names of other bytes come with lone surrogates, which neither logs nor tables can hold."""
+def _is_unicode(text: str) -> bool:
+    """Whether there are no lone surrogates in it, which stand for other bytes in the name of a file and which
+    neither logs nor tables can hold."""
     try:
-        name.encode()
+        text.encode()
     except UnicodeEncodeError:
         return False
     return True
@@ -230,13 +231,8 @@ def _captions(where: str, fields: dict[str, object]) -> tuple[str, ...]:
             f"{where} is wrong because {given[0]} is {value!r} and must be a caption or a list of captions,"
             " none of them empty; write a caption or remove image and line"
         )
-    try:
-        "".join(captions).encode()
-    except UnicodeEncodeError as error:
-        # JSON can spell half of a character, "\\ud83d".
-        raise DataError(
-            f"{where} is wrong because {given[0]} is not Unicode; write the caption anew"
-        ) from error
+    if not _is_unicode("".join(captions)):  # JSON can spell half of a character, "\\ud83d"
+        raise DataError(f"{where} is wrong because {given[0]} is not Unicode; write the caption anew")
     return tuple(" ".join(caption.split()) for caption in captions)
 
 
