@@ -391,7 +391,7 @@ def test_several_devices_draw_at_a_time(serve):
     states = []
     while states != ["running"] * 2:
         states = [running.http.get(f"/v1/jobs/{job}").json()["state"] for job in jobs]
-        assert "done" not in states
+        assert set(states) <= {"queued", "running"}
         time.sleep(0.01)
     for job in jobs:
         running.http.delete(f"/v1/jobs/{job}")
