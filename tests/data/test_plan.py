@@ -41,15 +41,20 @@ def test_an_empty_set_is_no_set():
         item_at(0, 0, 0)
 
 
+def epoch_of(plan: BucketPlan, epoch: int) -> list[np.ndarray]:
+    return [plan.ids(batch) for batch in range(plan.before(epoch), plan.before(epoch + 1))]
+
+
 def test_an_epoch_shows_every_item_at_most_once_and_drops_only_the_rest_of_a_bucket():
     buckets = np.random.default_rng(0).choice([0, 1, 2, 5], 103, p=[0.5, 0.3, 0.15, 0.05])
     plan = BucketPlan(buckets, 4, seed=3)
+    assert not plan.small
     shown_in = []
     for epoch in range(3):
-        batches = [plan.ids(epoch * plan.batches_per_epoch + i) for i in range(plan.batches_per_epoch)]
+        batches = epoch_of(plan, epoch)
         assert all(len(batch) == 4 and len(set(buckets[batch])) == 1 for batch in batches)
         shown = np.concatenate(batches)
-        assert len(set(shown)) == len(shown) == plan.images_per_epoch
+        assert len(set(shown)) == len(shown)
         for bucket in set(buckets):
             members = set(np.flatnonzero(buckets == bucket))
             assert len(members & set(shown)) == len(members) // 4 * 4
@@ -58,6 +63,46 @@ def test_an_epoch_shows_every_item_at_most_once_and_drops_only_the_rest_of_a_buc
         shown_in.append(shown.tolist())
     assert shown_in[0] != shown_in[1]
     assert set(shown_in[0]) != set(shown_in[1])  # others are dropped
+
+
+def test_items_of_buckets_smaller_than_a_batch_are_shown_as_often_as_the_others():
+    """119 photos of four aspects in batches of 64: three of them, 37 photos, used never to be shown."""
+    buckets = np.repeat([0, 1, 2, 5], [4, 8, 82, 25])
+    plan = BucketPlan(buckets, 64, seed=3)
+    assert plan.small == [0, 1, 5]
+    first = epoch_of(plan, 0)
+    for bucket in (0, 1, 5):  # every one of their items is in the first epoch
+        (batch,) = [batch for batch in first if buckets[batch[0]] == bucket]
+        assert set(batch) == set(np.flatnonzero(buckets == bucket))
+    batches = [batch for epoch in range(64) for batch in epoch_of(plan, epoch)]
+    assert all(len(batch) == 64 and len(set(buckets[batch])) == 1 for batch in batches)
+    times = np.bincount(np.concatenate(batches), minlength=119)
+    for bucket, count in enumerate(plan.counts):
+        if bucket in plan.small:
+            # In 64 epochs each item 64 times, but for the odd ones of a batch.
+            assert times[buckets == bucket].sum() == 64 * count
+            assert abs(times[buckets == bucket] - 64).max() <= count
+    for batch in batches:  # every item of a small bucket as often as any other, or once more
+        seen = np.bincount(batch)[buckets[: batch.max() + 1] == buckets[batch[0]]]
+        assert seen.max() - seen.min() <= 1
+    assert [plan.ids(i).tolist() for i in (70, 3, 41)] == [batches[i].tolist() for i in (70, 3, 41)]
+
+
+def test_sets_that_only_have_small_buckets():
+    buckets = np.repeat([1, 3], [2, 1])
+    plan = BucketPlan(buckets, 8, seed=0)
+    batches = [plan.ids(number) for number in range(30)]
+    assert all(len(batch) == 8 and len(set(buckets[batch])) == 1 for batch in batches)
+    shown = [int(buckets[batch[0]]) for batch in batches]
+    assert shown.count(1) == 20
+    assert set(shown[:2]) == {1, 3}
+
+
+def test_the_order_of_sets_without_small_buckets_is_the_recorded_one():
+    """Runs that were begun before small buckets were filled go on as they were."""
+    plan = BucketPlan(np.arange(50) % 3, 8, seed=5)
+    assert plan.ids(0).tolist() == [39, 45, 42, 27, 30, 15, 12, 21]
+    assert plan.ids(17).tolist() == [45, 15, 6, 3, 30, 42, 0, 33]
 
 
 def test_a_batch_is_a_function_of_its_number():
@@ -75,19 +120,19 @@ def test_a_batch_of_nothing(batch_size):
         BucketPlan(np.zeros(9, dtype=int), batch_size, 0)
 
 
-def test_a_batch_larger_than_every_bucket():
-    with pytest.raises(UserError, match="the fullest bucket holds 5 images"):
-        BucketPlan(np.array([0, 0, 0, 1, 1, 1, 1, 1]), 6, 0)
+def test_a_set_of_nothing():
+    with pytest.raises(UserError, match="no images to make batches of"):
+        BucketPlan(np.zeros(0, dtype=int), 6, 0)
 
 
 def test_a_million_images_are_planned_quickly():
     buckets = np.random.default_rng(0).integers(0, 9, 1_000_000)
     plan = BucketPlan(buckets, 1536, 0)
     began = time.process_time()
-    plan.ids(plan.batches_per_epoch)  # of the second epoch
+    plan.ids(plan.before(1))  # of the second epoch
     assert time.process_time() - began < 10  # about half a second; a loop over images would take minutes
     began = time.process_time()
-    for batch in range(plan.batches_per_epoch, 2 * plan.batches_per_epoch):
+    for batch in range(plan.before(1), plan.before(2)):
         plan.ids(batch)
     assert time.process_time() - began < 1  # the epoch is not planned again for every batch
 

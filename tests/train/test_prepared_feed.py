@@ -118,7 +118,7 @@ def test_batches_are_of_one_size_and_show_no_image_twice_or_held_out(prepared):
     assert 0 < len(hidden) < 20
     assert {prepared.name(int(row)) for row in feed.rows} == names - hidden
     shapes, crops = set(), set()
-    epoch = feed.plan.images_per_epoch
+    epoch = feed.plan.before(1) * 4
     for number, batch in enumerate(batches(feed, 0, epoch, 4, 0)):
         shapes.add(tuple(batch.maps.shape[1:]))
         for index, found, tokens in zip(batch.indices.tolist(), batch.maps, batch.tokens, strict=True):
@@ -133,10 +133,29 @@ def test_batches_are_of_one_size_and_show_no_image_twice_or_held_out(prepared):
     assert crops == {0, 1, 2}
 
 
+def test_sizes_with_fewer_images_than_a_batch_are_shown_and_said(prepared):
+    feed = PreparedFeed(prepared, 3, 960, 60)  # each of the three sizes has 36 of the 108 images, or fewer
+    batches_of_epoch = list(batches(feed, 0, feed.plan.before(1) * 60, 60, 0))
+    assert {tuple(batch.maps.shape[1:]) for batch in batches_of_epoch} == {(2, 6, 6), (2, 12, 3), (2, 3, 12)}
+    rows = {int(feed.rows[item]) for number in range(3) for item in feed.plan.ids(number)}
+    assert rows == set(feed.rows.tolist())  # every image in the first epoch
+    counts = np.bincount(prepared.bucket_ids[feed.rows]).tolist()
+    assert feed.epoch() == [
+        f"{size}: {count} images, fewer than a batch of 60, so a batch shows each about {60 / count:.3g} "
+        f"times, once in {60 / count:.3g} epochs"
+        for size, count in zip(("128x512", "256x256", "512x128"), [c for c in counts if c], strict=True)
+    ]
+    whole = PreparedFeed(prepared, 3, 500, 25).epoch()
+    assert whole[1] == (
+        f"256x256: {counts[prepared.buckets.index((256, 256))]} images, 1 batch an epoch; "
+        f"{counts[prepared.buckets.index((256, 256))] - 25} wait for another epoch, different ones each time"
+    )
+
+
 def test_crops_and_captions_change_from_epoch_to_epoch(prepared):
     feed = PreparedFeed(prepared, 3, 4000, 4)
     row, shown = [prepared.name(row) for row in range(110)].index("x4.png"), set()
-    for batch in range(12 * feed.plan.batches_per_epoch):
+    for batch in range(feed.plan.before(12)):
         for position in np.flatnonzero(feed.rows[feed.plan.ids(batch)] == row):
             _, image, _ = feed[batch * 4 + int(position)]
             shown.add((image.map.tobytes(), tuple(image.tokens)))
@@ -382,8 +401,6 @@ def test_statistics_of_several_sizes_and_of_none(prepared):
 def test_images_that_are_no_whole_batches(prepared):
     with pytest.raises(UserError, match=r"images=50 is no multiple of batch_size=4, .* use 48 images"):
         PreparedFeed(prepared, 0, 50, 4)
-    with pytest.raises(UserError, match="batch_size 100 is wrong because the fullest bucket holds"):
-        PreparedFeed(prepared, 0, 100, 100)
 
 
 def test_stages_that_need_pictures():

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
 from wuerstchen.checkpoints.native import Provenance, read_cascade, write_cascade
@@ -17,10 +18,10 @@ from wuerstchen.data.prepare import prepare
 from wuerstchen.data.prepare_networks import read_networks
 from wuerstchen.data.prepare_plan import PrepareConfig
 from wuerstchen.data.prepared import PreparedSet
-from wuerstchen.data.readers import EmojiReader
-from wuerstchen.errors import DataError, UserError
+from wuerstchen.data.readers import EmojiReader, FolderReader
+from wuerstchen.errors import DataError, RunFolderError, UserError
 from wuerstchen.pipeline import BUNDLED
-from wuerstchen.train.run import train
+from wuerstchen.train.run import _Run, train
 from wuerstchen.train.snapshot import newest
 
 SCRIPT = Path(__file__).with_name("prepared_runs.py")
@@ -137,6 +138,37 @@ def test_images_that_are_no_whole_batches_and_sets_of_another_model(folder, tmp_
     other = dataclasses.replace(full, start_from=str(tmp_path / "model"))
     with pytest.raises(UserError, match="made with another compressor; prepare it with this model"):
         train(other, tmp_path / "run", device="cpu")
+
+
+def test_a_run_that_never_showed_small_sizes_does_not_go_on_in_another_order(folder, tmp_path, monkeypatch):
+    """Runs of versions that left out sizes with fewer images than a batch have no order in run.json."""
+    (tmp_path / "photos").mkdir()
+    for number in range(9):  # three wide ones
+        size = (300, 128) if number < 3 else (128, 128)
+        Image.new("RGB", size, (20 * number, 0, 0)).save(tmp_path / "photos" / f"{number}.png")
+        (tmp_path / "photos" / f"{number}.txt").write_text(f"thing {number}")
+    networks = read_networks(folder / "model")
+    config = PrepareConfig(size=256, max_ratio=4.0)
+    prepare(FolderReader(tmp_path / "photos"), tmp_path / "set", networks, config)
+    monkeypatch.setattr(_Run, "train", lambda self: self.run_dir)
+    full = recipe(folder)
+
+    def begin(batch_size: int) -> None:
+        optimization = dataclasses.replace(full.stage_c.optimization, images=24, batch_size=batch_size)
+        stage = dataclasses.replace(full.stage_c, optimization=optimization, phases=())
+        changes = {"stage_c": stage, "data": str(tmp_path / "set"), "image_size": 256}
+        train(dataclasses.replace(full, **changes), tmp_path / f"run{batch_size}", device="cpu")
+
+    for batch_size in (4, 3):
+        begin(batch_size)
+        begin(batch_size)
+        described = tmp_path / f"run{batch_size}" / "run.json"
+        content = json.loads(described.read_text())
+        assert content.pop("order") == 2
+        described.write_text(json.dumps(content))
+    begin(3)  # no size is smaller than that: nothing has changed
+    with pytest.raises(RunFolderError, match="begun by a version that never showed the images of sizes"):
+        begin(4)
 
 
 def test_a_set_that_changed_is_noticed(folder):

@@ -6,6 +6,7 @@ noise) is drawn from generators keyed by ``(seed, index)``. How images are group
 how many processes, changes none of it.
 """
 
+import bisect
 import functools
 import hashlib
 from collections.abc import Collection
@@ -74,10 +75,17 @@ def crop_at(index: int, crops: int, seed: int) -> int:
 class BucketPlan:
     """Which items make up which batch, where only items of one bucket (one size) can be in a batch together.
 
-    An epoch shows every item at most once: each bucket is shuffled and cut into batches, what is left over
-    of it is dropped, and the batches of all buckets are shuffled. All of it is a function of ``(buckets,
-    seed, epoch)``, so the number of the next batch is all there is to remember. ``batch_size`` counts the
-    items of all processes together.
+    A bucket with at least a batch of items is shuffled in every epoch and cut into batches. What is left over
+    of it waits for another epoch, so an epoch shows each of its items at most once.
+
+    A smaller bucket cannot fill a batch with different items, so its batches repeat them: one such batch
+    holds every item of the bucket, each as often as any other or once more. To show its items as often as
+    those of a set without buckets, a bucket of n items has such a batch in the first epoch and then in n of
+    every ``batch_size`` epochs.
+
+    The batches of all buckets are shuffled. All of it is a function of ``(buckets, seed, epoch)``, so the
+    number of the next batch is all there is to remember. ``batch_size`` counts the items of all processes
+    together.
     """
 
     buckets: Int[np.ndarray, " n"]
@@ -90,31 +98,33 @@ class BucketPlan:
             raise UserError(
                 f"batch_size {self.batch_size} is wrong because a batch holds 1 or more; raise it"
             )
-        if self.batches_per_epoch == 0:
-            largest = max(self._counts, default=0)
-            raise UserError(
-                f"batch_size {self.batch_size} is wrong because the fullest bucket holds {largest} images,"
-                f" and a batch is of one bucket; use at most {largest}, or more images"
-            )
+        if not len(self.buckets):
+            raise UserError("there are no images to make batches of; give a set with images")
 
     @functools.cached_property
-    def _counts(self) -> list[int]:
+    def counts(self) -> list[int]:
+        """Items of each bucket."""
         return np.bincount(self.buckets).tolist()
 
     @functools.cached_property
-    def batches_per_epoch(self) -> int:
-        """The same in every epoch."""
-        return sum(count // self.batch_size for count in self._counts)
+    def small(self) -> list[int]:
+        """The buckets with fewer items than a batch."""
+        return [bucket for bucket, count in enumerate(self.counts) if 0 < count < self.batch_size]
 
-    @property
-    def images_per_epoch(self) -> int:
-        """Items that an epoch shows; the others of the set are dropped, others in each epoch."""
-        return self.batches_per_epoch * self.batch_size
+    def before(self, epoch: int) -> int:
+        """Batches in all epochs before number ``epoch``: where that epoch begins."""
+        whole = sum(count // self.batch_size for count in self.counts)
+        return epoch * whole + sum(self._filled(bucket, epoch) for bucket in self.small)
+
+    def _filled(self, bucket: int, epoch: int) -> int:
+        """Batches of a small bucket before an epoch."""
+        return -(-epoch * self.counts[bucket] // self.batch_size)
 
     def ids(self, batch: int) -> Int[np.ndarray, " b"]:
         """The items of batch number ``batch`` of the run (0, 1, 2, ... through all epochs)."""
-        epoch, position = divmod(batch, self.batches_per_epoch)
-        return self._epoch(epoch)[position]
+        # Every item has been shown after batch_size epochs, so that many hold at least a batch.
+        epoch = bisect.bisect_right(range((batch + 1) * self.batch_size + 1), batch, key=self.before) - 1
+        return self._epoch(epoch)[batch - self.before(epoch)]
 
     def _epoch(self, epoch: int) -> Int[np.ndarray, "batches b"]:
         kept = self.__dict__.get("_kept")
@@ -128,9 +138,12 @@ class BucketPlan:
         # Stable, so within a bucket the shuffled order stays.
         by_bucket = order[np.argsort(self.buckets[order], kind="stable")]
         batches, start = [], 0
-        for count in self._counts:
+        for bucket, count in enumerate(self.counts):
             whole = count // self.batch_size * self.batch_size
-            batches.append(by_bucket[start : start + whole].reshape(-1, self.batch_size))
+            if whole:
+                batches.append(by_bucket[start : start + whole].reshape(-1, self.batch_size))
+            elif count and self._filled(bucket, epoch + 1) > self._filled(bucket, epoch):
+                batches.append(np.resize(by_bucket[start : start + count], (1, self.batch_size)))
             start += count
         joined = np.concatenate(batches)
         return joined[generator(self.seed, epoch, "order of batches").permutation(len(joined))]

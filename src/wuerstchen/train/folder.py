@@ -64,6 +64,21 @@ def named(error: OSError, run_dir: Path) -> UserError:
     )
 
 
+ORDER = 2
+"""How images are put into batches, kept in run.json. In runs without it, sizes of a prepared set with fewer images
+than a batch were never shown. Since 2 they have batches that repeat their images."""
+
+
+def check_order(run_dir: Path) -> None:
+    """Refuses to go on with a run that was begun when sizes with fewer images than a batch were left out."""
+    if read_json(run_dir / "run.json").get("order", 1) < ORDER:
+        raise RunFolderError(
+            f"{run_dir} was begun by a version that never showed the images of sizes with fewer images than "
+            "a batch. This version shows them, so the order of the images would change in the middle of the "
+            "run. Use another --run-dir, or finish this run with the version that began it"
+        )
+
+
 def check_run(
     recipe: Recipe,
     run_dir: Path,
@@ -88,7 +103,7 @@ def check_run(
             raise RunFolderError(
                 f"{run_dir / 'model'} exists already, and the run would end there; use another --run-dir"
             )
-        content = {"format": FORMAT, "recipe": given, "data": data}
+        content = {"format": FORMAT, "recipe": given, "data": data, "order": ORDER}
         write_json(path, {**content, "start": start} if start else content)
         return
     stored = migrate(read_json(path), path)

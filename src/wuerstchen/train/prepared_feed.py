@@ -84,7 +84,8 @@ def _batch_of(
 class PreparedFeed(Dataset[tuple[int, StoredImage, list[tuple[str, str]]]]):
     """Image number ``index`` of a run on a prepared set, its held-out part left out.
 
-    ``BucketPlan`` says which images are in batch number ``index // batch_size``; all are of one size.
+    ``BucketPlan`` says which images are in batch number ``index // batch_size``; all are of one size. A size
+    with fewer images than a batch has batches that repeat them.
     """
 
     captions = True
@@ -108,11 +109,29 @@ class PreparedFeed(Dataset[tuple[int, StoredImage, list[tuple[str, str]]]]):
         self.rows = source.rows("train")
         self.plan = BucketPlan(source.bucket_ids[self.rows], batch_size, seed)
 
-    def sizes(self) -> str:
-        """How many images there are of each size, to be told."""
-        counts = np.bincount(self.plan.buckets, minlength=len(self.source.buckets))
-        pairs = zip(self.source.buckets, counts.tolist(), strict=True)
-        return ", ".join(f"{count:,} of {width}x{height}" for (width, height), count in pairs if count)
+    def epoch(self) -> list[str]:
+        """What an epoch shows of each size, a line each, to be printed."""
+        lines = []
+        for (width, height), count in zip(self.source.buckets, self._counts, strict=True):
+            whole, rest = divmod(count, self.batch_size)
+            if not count:
+                continue
+            line = f"{width}x{height}: {_times(count, 'image')}, "
+            if not whole:
+                line += (
+                    f"fewer than a batch of {self.batch_size}, so a batch shows each about "
+                    f"{self.batch_size / count:.3g} times, once in {self.batch_size / count:.3g} epochs"
+                )
+            else:
+                line += f"{_times(whole, 'batch', 'batches')} an epoch"
+                line += f"; {rest} wait for another epoch, different ones each time" if rest else ""
+            lines.append(line)
+        return lines
+
+    @functools.cached_property
+    def _counts(self) -> list[int]:
+        """Images of each of the set's sizes."""
+        return np.bincount(self.plan.buckets, minlength=len(self.source.buckets)).tolist()
 
     @property
     def size(self) -> int:
@@ -152,6 +171,10 @@ class PreparedFeed(Dataset[tuple[int, StoredImage, list[tuple[str, str]]]]):
     def shown(self, count: int, size: int) -> Float[Tensor, "n 3 h w"]:
         """No pictures: Stage C's previews are of prompts alone."""
         return torch.empty(0, 3, size, size)
+
+
+def _times(count: int, one: str, more: str = "") -> str:
+    return f"{count:,} {one if count == 1 else more or one + 's'}"
 
 
 def some_maps(prepared: PreparedSet, count: int, seed: int) -> Iterator[Float16[np.ndarray, "c h w"]]:

@@ -41,7 +41,7 @@ from wuerstchen.pipeline import default_device
 from wuerstchen.train.bank import Bank, compose
 from wuerstchen.train.config import Phase, Recipe, StageBConfig, StageCConfig, as_dict, phases_of
 from wuerstchen.train.feed import Batch, Feed, batch_sizes, batches
-from wuerstchen.train.folder import check_run, locked, named, read_json
+from wuerstchen.train.folder import check_order, check_run, locked, named, read_json
 from wuerstchen.train.loop import Settings, rehearse, run_stage
 from wuerstchen.train.parallel import Processes, distributed
 from wuerstchen.train.prepared_feed import (
@@ -126,6 +126,8 @@ def _train(
                 )
             weights = start.fingerprint() if processes.leads else ""
             check_run(recipe, run_dir, run.fingerprint, weights, log, accept_changed_data, processes)
+            if processes.leads and run.repeats_images:
+                check_order(run_dir)
             wanted = False
             if processes.leads:
                 begin(log, watch)
@@ -231,6 +233,8 @@ class _Run:
         self.run_dir = run_dir
         self.sources = sources
         self.fingerprint = ""
+        self.repeats_images = False
+        """Whether sizes of a prepared set have fewer images than a batch."""
         self.device = processes.device
         self.log = log
         self.start = start
@@ -442,7 +446,8 @@ class _Run:
                 texts=recipe.stored_texts,
                 text_positions=recipe.text_positions,
             )
-            PreparedFeed(source, 0, optimization.images, optimization.batch_size)
+            feed = PreparedFeed(source, 0, optimization.images, optimization.batch_size)
+            self.repeats_images |= bool(feed.plan.small)
 
     def stage_c(self) -> None:
         recipe, config, begins = self.recipe, self.recipe.stage_c, self.start.parts.prior
@@ -557,7 +562,8 @@ class _Run:
                 f"{optimization.batch_size}, {parameters / 1e6:.1f} M parameters, on {self.device}{times}"
             )
             if isinstance(feed, PreparedFeed):
-                print(f"  {phase.data or self.recipe.data} is prepared: {feed.sizes()}")
+                print(f"  {phase.data or self.recipe.data} is prepared; sizes in pixels:")
+                print("\n".join(f"    {line}" for line in feed.epoch()))
         header = {**dataclasses.asdict(self.provenance(0)), "fields": as_dict(self.recipe)}
         folder = self.run_dir / f"stage_{stage.name}"
         images = optimization.images
