@@ -65,8 +65,8 @@ def named(error: OSError, run_dir: Path) -> UserError:
 
 
 ORDER = 2
-"""How images are put into batches, kept in run.json. In runs without it, sizes of a prepared set with fewer images
-than a batch were never shown. Since 2 they have batches that repeat their images."""
+"""How images are put into batches, kept in run.json. In runs without it, sizes of a prepared set with fewer
+images than a batch were never shown. Since 2 they have batches that repeat their images."""
 
 
 def check_order(run_dir: Path) -> None:
