@@ -416,6 +416,16 @@ def test_a_folder_in_use(photos, tmp_path, networks, monkeypatch):
     make(photos, tmp_path / "out", networks)
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_folder_without_locks_is_refused_by_every_process(photos, tmp_path, networks, monkeypatch, number):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(RunFolderError, match=r"without working file locks \(Function not implemented\)"):
+        make(photos, tmp_path / "out", networks, rank=Rank(number, 2))
+
+
 def test_damaged_pictures_are_skipped_counted_and_named(photos, tmp_path, networks):
     (photos / "3.png").write_bytes((photos / "3.png").read_bytes()[:100])
     (photos / "4.png").write_bytes(b"")

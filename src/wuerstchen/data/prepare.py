@@ -29,6 +29,7 @@ from filelock import FileLock, Timeout
 
 from wuerstchen.checkpoints.weights import write_json
 from wuerstchen.data.filters import Tally
+from wuerstchen.data.locks import acquired
 from wuerstchen.data.prepare_networks import Networks
 from wuerstchen.data.prepare_plan import PrepareConfig, make_plan, nothing_left, settings_of
 from wuerstchen.data.prepare_shards import ShardMaker, note_of
@@ -160,9 +161,8 @@ def _present(out: Path, rank: Rank) -> Iterator[None]:
         )
     work = out / "work"
     work.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(_lock_path(work, rank.number))
     try:
-        lock.acquire(timeout=LOCK_WAIT)
+        lock = acquired(_lock_path(work, rank.number), timeout=LOCK_WAIT)
     except Timeout as error:
         raise RunFolderError(
             f"folder {str(out)!r} is in use by another process of rank {rank.number}; wait for it to end"

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from wuerstchen.checkpoints.native import FORMAT, migrate
 from wuerstchen.checkpoints.weights import write_json
+from wuerstchen.data.locks import acquired
 from wuerstchen.errors import RunFolderError, UserError
 from wuerstchen.train.config import Recipe, as_dict, differing_fields
 from wuerstchen.train.parallel import Processes
@@ -28,7 +29,7 @@ def locked(run_dir: Path, processes: Processes) -> Iterator[None]:
         return
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(run_dir / "lock").acquire(timeout=0)
+        lock = acquired(run_dir / "lock", timeout=0.0)
     except Timeout as error:
         raise RunFolderError(
             f"{run_dir} is in use by another process; wait for it, or use another --run-dir"
