@@ -34,7 +34,7 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
         action="append",
         default=[],
         metavar="ADDRESS",
-        help="or network, whose X-Forwarded-For is believed",
+        help="address or network of a trusted proxy, whose X-Forwarded headers are believed; repeatable",
     )
     serve.add_argument("--results-dir", type=Path, metavar="DIR", help="of finished pictures (temporary)")
     serve.add_argument("--result-bytes", type=int, metavar="N", help="most that pictures take (1 GiB)")

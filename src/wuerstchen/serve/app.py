@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 import wuerstchen
 from wuerstchen.serve.guard import Guard, error_body
 from wuerstchen.serve.jobs import Job
+from wuerstchen.serve.proxies import App, BehindProxies
 from wuerstchen.serve.requests import make_job, model_view, of_openai, settings_of
 from wuerstchen.serve.schemas import (
     ErrorAnswer,
@@ -69,7 +70,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def make_app(service: Service, page: Path = PAGE) -> Guard:
+def make_app(service: Service, page: Path = PAGE) -> App:
     """The app of one service, which its caller starts and stops. ``page`` is the folder of the page."""
     # Its documentation page would load scripts from elsewhere.
     app = FastAPI(title="wuerstchen", version=wuerstchen.__version__, docs_url=None, redoc_url=None)
@@ -97,7 +98,8 @@ def make_app(service: Service, page: Path = PAGE) -> Guard:
 
     app.openapi = openapi
     # Around all the rest, so that answers to errors of our own pass it too.
-    return Guard(app, service.config, service.metrics)
+    guard = Guard(app, service.config, service.metrics)
+    return BehindProxies(guard, service.config.proxies) if service.config.proxies else guard
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -204,12 +206,12 @@ def _add_jobs(app: FastAPI, service: Service, queue: Queue) -> None:
     )
     async def make(request: Request, body: JobRequest) -> dict[str, Any]:
         """Queues a job."""
-        return view(await queue(request, body))
+        return view(request, await queue(request, body))
 
     @app.get("/v1/jobs/{job_id}", response_model=JobView, responses=_errors(404))
-    async def look(job_id: str) -> dict[str, Any]:
+    async def look(request: Request, job_id: str) -> dict[str, Any]:
         """A job as it is now."""
-        return view(service.job_of(job_id))
+        return view(request, service.job_of(job_id))
 
     @app.delete(
         "/v1/jobs/{job_id}",
@@ -217,14 +219,14 @@ def _add_jobs(app: FastAPI, service: Service, queue: Queue) -> None:
         response_model=JobView,
         responses={200: {"model": JobView, "description": "it had ended before"}, **_errors(404)},
     )
-    async def cancel(job_id: str, response: Response) -> dict[str, Any]:
+    async def cancel(request: Request, job_id: str, response: Response) -> dict[str, Any]:
         """Cancels a job; one that has ended stays as it is."""
         job = service.job_of(job_id)
         if job.has_ended:
             response.status_code = 200
         else:
             service.cancel(job)
-        return view(job)
+        return view(request, job)
 
     @app.get(
         "/v1/jobs/{job_id}/events",
@@ -249,7 +251,8 @@ def _add_jobs(app: FastAPI, service: Service, queue: Queue) -> None:
                     if event is None:
                         yield ": still here\n\n"
                     else:
-                        data = json.dumps(event.data)
+                        told = _below(request, event.data) if event.name == "image" else event.data
+                        data = json.dumps(told)
                         yield f"id: {event.number}\nevent: {event.name}\ndata: {data}\n\n"
 
         # nginx holds streams back unless it is told not to.
@@ -275,7 +278,7 @@ def _add_jobs(app: FastAPI, service: Service, queue: Queue) -> None:
         }
         return Response(data, media_type="image/png", headers=headers)
 
-    def view(job: Job) -> dict[str, Any]:
+    def view(request: Request, job: Job) -> dict[str, Any]:
         return {
             "id": job.id,
             "state": job.state,
@@ -284,11 +287,16 @@ def _add_jobs(app: FastAPI, service: Service, queue: Queue) -> None:
             "settings": settings_of(job),
             "total": job.total,
             "progress": round(job.progress, 4),
-            "images": sorted(job.images, key=lambda image: image["index"]),
+            "images": [_below(request, image) for image in sorted(job.images, key=lambda i: i["index"])],
             "error": job.error,
             "notices": job.notices,
             "created": job.unix_time,
         }
+
+
+def _below(request: Request, image: dict[str, Any]) -> dict[str, Any]:
+    """An image as a client is told of it: its url lies below the prefix of the proxy in front."""
+    return {**image, "url": request.scope.get("root_path", "") + image["url"]}
 
 
 def _add_openai(app: FastAPI, service: Service, queue: Queue) -> None:

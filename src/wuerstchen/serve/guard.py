@@ -9,6 +9,7 @@ from typing import Any
 
 from wuerstchen.serve.limits import LOOPBACK_NAMES, ServeConfig
 from wuerstchen.serve.metrics import Metrics
+from wuerstchen.serve.proxies import KEY, ForwardedError, PublicAddress, is_origin_of, public_address
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -35,6 +36,9 @@ HEADERS = {
 OPEN_PATHS = ("/", "/healthz", "/readyz")
 OPEN_PREFIXES = ("/page/", "/v1/images/")
 """Pictures are open to whoever knows their names; what is not read there needs a token all the same."""
+
+JSON_PATHS = ("/v1/jobs", "/v1/images/generations")
+"""Where a POST holds JSON. Elsewhere its content type does not matter: the route answers 404 or 405."""
 
 READ_AWAY = 4
 """A body up to so many times too large is read, though not kept: clients that are still sending hear no
@@ -101,7 +105,8 @@ class Guard:
         try:
             headers = _headers(scope)
             self._check_host(headers)
-            self._check_origin(scope, headers)
+            public = _public(scope, headers)
+            self._check_origin(scope, headers, public.host)
             scope["wuerstchen.client"] = self._client(scope, headers)
             body = await self._read(headers, receive)
         except _Stop as stop:
@@ -111,7 +116,7 @@ class Guard:
             return  # the client has gone
         self.held += len(body)
         try:
-            await self._pass_on(body, scope, receive, headed)
+            await self._pass_on(body, _under(public, scope), receive, headed)
         finally:
             self.held -= len(body)
 
@@ -141,17 +146,23 @@ class Guard:
                 f"host {host[:100]!a} is none of this service's names; start it with --allowed-host for it",
             )
 
-    def _check_origin(self, scope: Scope, headers: dict[str, str]) -> None:
-        """What changes something must not come from another site's page."""
+    def _check_origin(self, scope: Scope, headers: dict[str, str], host: str) -> None:
+        """What changes something must not come from another site's page. ``host`` is the public one."""
         if scope["method"] in ("GET", "HEAD", "OPTIONS"):
             return
         origin, site = headers.get("origin"), headers.get("sec-fetch-site")
-        own = origin is None or origin.partition("://")[2] == headers.get("host")
-        if not own or site not in (None, "same-origin", "none"):
+        # Browsers set Sec-Fetch-Site themselves, and know the address that a proxy has hidden from us.
+        own = site == "same-origin" or (
+            site in (None, "none") and (origin is None or is_origin_of(origin, host))
+        )
+        if not own:
             raise _Stop(
-                403, "requests from another site's page are refused; send it from this service's own page"
+                403,
+                f"The request comes from another site's page: {(origin or site or '')[:100]!a}. Only this "
+                "service's own page may send it. Behind a proxy, start the service with --proxy and let the "
+                "proxy send X-Forwarded-Host.",
             )
-        if scope["method"] == "POST":
+        if scope["method"] == "POST" and scope["path"] in JSON_PATHS:
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind != "application/json":
                 raise _Stop(
@@ -207,6 +218,28 @@ class Guard:
             raise _Stop(408, f"the body took over {self.config.body_timeout:g} s; send it faster") from error
         finally:
             self.held -= kept
+
+
+def _public(scope: Scope, headers: dict[str, str]) -> PublicAddress:
+    """Where the client finds the service. Raises ``_Stop`` for what a proxy sent and cannot be used."""
+    host = headers.get("host", "")
+    if KEY not in scope:
+        return PublicAddress(host)
+    try:
+        return public_address(scope, host)
+    except ForwardedError as error:
+        raise _Stop(400, str(error)) from error
+
+
+def _under(public: PublicAddress, scope: Scope) -> Scope:
+    """The scope as the app sees it: addresses that it makes of it are the public ones."""
+    if KEY not in scope:
+        return scope
+    headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"host"]
+    headers.append((b"host", public.host.encode("latin-1")))
+    # As ASGI has it, the path begins with the prefix below which the app lies.
+    root, path = public.prefix, public.prefix + scope["path"]
+    return {**scope, "headers": headers, "root_path": root, "path": path}
 
 
 def _headers(scope: Scope) -> dict[str, str]:

@@ -95,7 +95,6 @@ async def _run(service: Service, listening: socket.socket, say: Callable[[str], 
 
 def make_server(service: Service, **options: Any) -> uvicorn.Server:
     """uvicorn with the service's app; its sockets are given to ``serve``."""
-    proxies = service.config.proxies
     return _Server(
         uvicorn.Config(
             make_app(service),
@@ -103,8 +102,7 @@ def make_server(service: Service, **options: Any) -> uvicorn.Server:
             access_log=False,  # paths hold the names of jobs and pictures, which are secrets
             log_config=None,
             server_header=False,
-            proxy_headers=bool(proxies),
-            forwarded_allow_ips=list(proxies),
+            proxy_headers=False,  # ``BehindProxies`` reads them
             timeout_graceful_shutdown=5,
             timeout_keep_alive=15,
             **options,
