@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
+from wuerstchen import images
 from wuerstchen.errors import DataError, UserError
 from wuerstchen.images import (
     center_crop_resize,
@@ -478,6 +479,61 @@ def test_to_rgb_names_what_it_refuses() -> None:
         DataError, match=r"^image is wrong because its values reach from 0 to 70000, and in Pillow's"
     ):
         to_rgb(Image.fromarray(np.array([[0, 70000]], np.int32)))
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I", "F", "RGBA", "LA", "PA", "P", "L", "RGB", "CMYK"])
+def test_images_are_converted_in_strips_as_they_are_whole(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A palette, a transparent colour or the range of grey values that holds for a strip and not for all."""
+    rng = np.random.default_rng(0)
+    if mode == "I;16B":
+        data = rng.integers(0, 65535, (13, 7)).astype(">u2").tobytes()
+        image = Image.frombytes(mode, (7, 13), data)
+    elif mode in ("I;16", "I", "F"):
+        kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+        values = rng.random((13, 7)) if mode == "F" else rng.integers(0, 65535, (13, 7))
+        image = Image.fromarray(values.astype(kind))
+    else:
+        image = Image.fromarray(rng.integers(0, 255, (13, 7, 4), np.uint8), "RGBA").convert(mode)
+    if mode in ("P", "L", "I;16"):
+        image.info["transparency"] = image.getpixel((3, 11))
+    whole = to_rgb(image)
+    monkeypatch.setattr(images, "STRIP_PIXELS", 15)  # two rows, and one that is left over
+    assert np.array_equal(np.asarray(to_rgb(image)), np.asarray(whole))
+    if mode in ("P", "L", "I;16"):
+        assert whole.getpixel((3, 11)) == (255, 255, 255)
+
+
+def test_grey_values_out_of_range_are_found_in_every_strip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "STRIP_PIXELS", 1)
+    for wrong in (-0.5, 1.5, float("nan")):
+        for row in range(3):
+            values = np.zeros((3, 2), np.float32)
+            values[row, 1] = wrong
+            with pytest.raises(DataError, match="its values reach from"):
+                to_rgb(Image.fromarray(values))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc to read the memory from")
+@pytest.mark.parametrize(("mode", "most"), [("I;16", 10), ("RGBA", 11), ("RGB", 11)])
+def test_decoding_takes_a_few_bytes_for_a_pixel(mode: str, most: int, tmp_path: Path) -> None:
+    """A 16-bit PNG of 78 kB took a gigabyte: 25 bytes for each of 40 million pixels."""
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    Image.new(mode, (4000, 2500)).save(tmp_path / "a.png", exif=turned)
+    code = (
+        "import re, sys, numpy\n"
+        "from wuerstchen.images import open_image\n"
+        "most = lambda: int(re.search(r'VmHWM:\\s*(\\d+) kB', open('/proc/self/status').read())[1]) * 1024\n"
+        "before = most()\n"
+        "assert open_image(sys.argv[1]).size == (2500, 4000)\n"
+        "print((most() - before) / 1e7)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "a.png")], capture_output=True, text=True, check=True
+    )
+    assert 3 <= float(done.stdout) < most
 
 
 def test_importing_loads_neither_torch_nor_numpy() -> None:

@@ -12,7 +12,7 @@ import os
 import secrets
 import stat
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_PIXELS = 100_000_000
+STRIP_PIXELS = 2**20
+"""Pixels that are converted at a time where a conversion needs a multiple of the image's memory."""
 
 # EXIF orientation → what turns the stored picture upright (EXIF 2.32, tag 0x0112).
 _UPRIGHT = {
@@ -70,16 +72,20 @@ def decode_image(data: bytes, name: str) -> Image.Image:
 
 def _decoded(file: Path | str | io.BytesIO, name: Path | str) -> Image.Image:
     with _pillow_errors(name):
-        with Image.open(file) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError
-            if image.format == "EPS":
-                raise _bad_image(name, "EPS is a program to run and no picture", "save it as PNG or JPEG")
-            image.load()
-            upright = _turned_upright(image)
-        picture = to_rgb(upright, f"image {str(name)!r}")
+        picture = to_rgb(_loaded(file, name), f"image {str(name)!r}")
     picture.info = {}  # the source's own profile, EXIF and text must not end up in what is saved from it
     return picture
+
+
+def _loaded(file: Path | str | io.BytesIO, name: Path | str) -> Image.Image:
+    """The image in its own mode, upright. One copy of its pixels is left when this returns."""
+    with Image.open(file) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise Image.DecompressionBombError
+        if image.format == "EPS":
+            raise _bad_image(name, "EPS is a program to run and no picture", "save it as PNG or JPEG")
+        image.load()
+        return _turned_upright(image)
 
 
 def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
@@ -94,9 +100,32 @@ def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
     if image.mode == "F":
         return _grey_to_rgb(image, 1, name)
     if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+        return _strip_by_strip(image, _on_white)
     return image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """The image in strips of ``STRIP_PIXELS`` (at least one row), from the top: (first row, strip)."""
+    rows = max(1, STRIP_PIXELS // max(1, image.width))
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _strip_by_strip(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """What ``convert`` makes of the image, in RGB, without more than a strip of what it needs in between.
+
+    ``convert`` must treat each pixel by itself. Conversions through RGBA or float64 take several times the
+    memory of the result, which is too much for a large upload.
+    """
+    converted = Image.new("RGB", image.size)
+    for top, strip in _strips(image):
+        converted.paste(convert(strip), (0, top))
+    return converted
 
 
 def upright_rgb(image: Any, name: str = "image") -> Image.Image:
@@ -330,17 +359,28 @@ def _turned_upright(image: Image.Image) -> Image.Image:
 def _grey_to_rgb(image: Image.Image, white: int, name: str) -> Image.Image:
     import numpy as np
 
-    values = np.asarray(image).astype(np.float64)
-    low, high = values.min(), values.max()
+    def extremes(strip: Image.Image) -> tuple[float, float]:
+        values = np.asarray(strip)
+        return float(values.min()), float(values.max())
+
+    # NaN survives NumPy's minimum and maximum, unlike Python's, and is refused below.
+    low, high = np.array([extremes(strip) for _, strip in _strips(image)]).T
+    low, high = low.min(), high.max()
     if not (low >= 0 and high <= white):
         raise DataError(
             f"{name} is wrong because its values reach from {low:g} to {high:g}, and in Pillow's mode"
             f" {image.mode} they must be from 0 to {white}; save it with 8 or 16 bits"
         )
-    pixels = np.rint(values * (255 / white)).astype(np.uint8)
-    if isinstance(image.info.get("transparency"), int):
-        pixels[values == image.info["transparency"]] = 255
-    return Image.fromarray(pixels).convert("RGB")
+    transparent = image.info.get("transparency")
+
+    def convert(strip: Image.Image) -> Image.Image:
+        values = np.asarray(strip).astype(np.float64)
+        pixels = np.rint(values * (255 / white)).astype(np.uint8)
+        if isinstance(transparent, int):
+            pixels[values == transparent] = 255
+        return Image.fromarray(pixels).convert("RGB")
+
+    return _strip_by_strip(image, convert)
 
 
 def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
