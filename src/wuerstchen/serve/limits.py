@@ -37,8 +37,8 @@ class ServeConfig:
     allowed_hosts: tuple[str, ...] = ()
     """Names besides those of this machine that requests may call it by."""
     proxies: tuple[str, ...] = ()
-    """Addresses or networks whose X-Forwarded headers are believed: For, Proto, Host, Port and Prefix. ``*`` is
-    all."""
+    """Addresses or networks whose X-Forwarded headers are believed: For, Proto, Host, Port and Prefix.
+    ``*`` is all."""
     filter: str | None = None
     """``module:function``, asked about every prompt and picture (docs/serving.md)."""
     log_prompts: bool = False
