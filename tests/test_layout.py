@@ -9,6 +9,7 @@ import wuerstchen
 
 ROOT = Path(wuerstchen.__file__).parent
 ORDER = [
+    {"terminal"},
     {"errors"},
     {"images"},
     {"diffusion"},

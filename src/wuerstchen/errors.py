@@ -3,13 +3,19 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from wuerstchen.terminal import printable
+
 
 class UserError(ValueError):
     """Something the user gave cannot be used.
 
     The message is one line: the value, the rule it breaks, and the fix. The command line prints it as
-    ``Error: ...`` and exits with code 2; no traceback is shown.
+    ``Error: ...`` and exits with code 2; no traceback is shown. Control characters in it, from the name of a
+    file for one, are spelled out.
     """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class CheckpointError(UserError):
@@ -26,6 +32,24 @@ class RunFolderError(UserError):
 
 class UserNotice(UserWarning):
     """Something went on, but not quite as asked. The command line prints it in one line."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+def shown(value: object, length: int = 80) -> str:
+    """A value of any kind and size, from a file that anybody may have written, for a message.
+
+    It takes no longer for a large value than for a small one.
+    """
+    if isinstance(value, str):
+        return repr(value) if len(value) <= length else f"{value[:length]!r}…"
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"a whole number of {value.bit_length()} bits"
+    if value is None or isinstance(value, bool | int | float):
+        return repr(value)
+    kind = type(value).__name__
+    return f"{'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind}"
 
 
 @contextmanager

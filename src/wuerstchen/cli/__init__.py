@@ -22,6 +22,7 @@ from wuerstchen.cli.options import Parser
 from wuerstchen.cli.serve import add_serve
 from wuerstchen.cli.train import add_report, add_train
 from wuerstchen.errors import UserError, UserNotice
+from wuerstchen.terminal import safe_streams
 
 EXAMPLES = """examples:
   wuerstchen generate "a 3D render of a purple camel on a blue background"
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Warnings of torch's C++ part, with a trace each, for one where a process of a run has ended. It is read
     # when torch is imported.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    with warnings.catch_warnings():
+    with safe_streams(), warnings.catch_warnings():
         # Only what is meant for the user is shown, and never as a traceback.
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", UserNotice)

@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from wuerstchen.errors import UserError
 
@@ -14,6 +14,12 @@ if TYPE_CHECKING:
 
 class Parser(argparse.ArgumentParser):
     """argparse with errors of one line."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.color = (
+            False  # Python 3.14 has it; escape sequences are spelled out by ``terminal.safe_streams``
+        )
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")

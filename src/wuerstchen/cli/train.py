@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from wuerstchen.cli.options import Parser, add_tariff_options, tariff_of
 from wuerstchen.errors import UserError
+from wuerstchen.terminal import unfiltered
 
 if TYPE_CHECKING:
     from wuerstchen.train.config import Recipe
@@ -113,7 +114,8 @@ def overridden(recipe: "Recipe", options: argparse.Namespace) -> "Recipe":
 
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        # Help has colours on a terminal.
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(unfiltered(sys.stdout)):
             recipe = tyro.cli(
                 type(recipe),
                 default=recipe,
