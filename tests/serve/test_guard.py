@@ -92,6 +92,16 @@ def test_other_sites_pages_cannot_draw(plain, headers, status):
     assert preflight.status_code == 405
 
 
+def test_every_address_that_reads_json_is_closed_to_forms(plain):
+    """A page elsewhere can send a form or a text without asking; JSON it cannot."""
+    routes = plain.http.get("/openapi.json").json()["paths"]
+    posts = [path for path, methods in routes.items() if "requestBody" in methods.get("post", {})]
+    assert set(posts) == set(guard.JSON_PATHS)
+    for path in posts:
+        answer = plain.http.post(path, content=b"{}", headers={"content-type": "text/plain"})
+        assert answer.status_code == 415
+
+
 def test_tokens(serve):
     running = serve(tokens=("another-token-of-all", TOKEN))
     get, post = running.http.get, running.http.post

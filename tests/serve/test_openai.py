@@ -67,14 +67,18 @@ def test_the_model_in_the_package_draws_for_it(real):
 
 
 def test_errors_are_those_of_the_client(serve):
-    running = serve(max_waiting=2, tokens=(TOKEN,))
+    running = serve(max_waiting=2, tokens=(TOKEN,), max_pixels=256 * 128)
     with client_of(running) as client, pytest.raises(openai.AuthenticationError, match="token is missing"):
         client.images.generate(prompt="a")
     with client_of(running, api_key=TOKEN) as client:
         for error, words, wrong in (
             (openai.NotFoundError, "is not served here", {"model": "dall-e-3"}),
             (openai.BadRequestError, "must be WIDTHxHEIGHT", {"size": "large"}),
-            (openai.BadRequestError, "multiples of 8", {"size": "100x100"}),
+            (openai.BadRequestError, "size 100x100 is wrong .* multiples of 8", {"size": "100x100"}),
+            (openai.BadRequestError, "size 0x0 is wrong", {"size": "0x0"}),
+            (openai.BadRequestError, "size 64x0 is wrong", {"size": "64x0"}),
+            (openai.BadRequestError, "size 0x64 is wrong", {"size": "0x64"}),
+            (openai.BadRequestError, "size 256x256 is wrong .* pixels", {"size": "256x256"}),
             (openai.BadRequestError, "output_format is wrong", {"output_format": "jpeg"}),
             (openai.BadRequestError, "Extra inputs", {"extra_body": {"colour": "red"}}),
             (openai.BadRequestError, "2 pictures is the most", {"n": 3}),
@@ -85,6 +89,84 @@ def test_errors_are_those_of_the_client(serve):
                 client.images.generate(**{"prompt": "a", **wrong})
             while running.http.get("/readyz").status_code != 200:
                 time.sleep(0.05)
+
+
+def test_errors_name_the_fields_that_were_sent(plain):
+    """A client that looks for ``width`` in a request that has only a ``size``."""
+    with client_of(plain) as client:
+        for param, beginning, wrong in (
+            ("size", "size 100x64 is wrong", {"size": "100x64"}),
+            ("size", "size 64x4000 is wrong", {"size": "64x4000"}),
+            ("size", "size 'large' is wrong", {"size": "large"}),
+            ("n", "n 99 is wrong", {"n": 99}),
+            ("n", "n is wrong", {"n": 0}),
+            ("prompt", "prompt of 2000 characters is wrong", {"prompt": "x" * 2000}),
+            ("negative_prompt", "negative_prompt of", {"extra_body": {"negative_prompt": "x" * 2000}}),
+            ("steps", "steps 101 is wrong", {"extra_body": {"steps": 101}}),
+            ("seed", "seed 4294967295 is wrong", {"n": 2, "extra_body": {"seed": 2**32 - 1}}),
+        ):
+            with pytest.raises(openai.BadRequestError) as error:
+                client.images.generate(**{"prompt": "a", **wrong})
+            assert error.value.param == param
+            assert error.value.body["message"].startswith(beginning)
+
+
+def test_values_that_ask_for_nothing_are_taken(plain):
+    """Clients that send all the fields that they know, each at its default."""
+    neutral = {
+        "background": "auto",
+        "complexity": "low",
+        "frame_count": None,
+        "frame_duration_ms": None,
+        "moderation": "auto",
+        "output_compression": 100,
+        "output_format": "png",
+        "partial_images": 0,
+        "quality": "auto",
+        "safety_identifier": "somebody",
+        "stream": False,
+        "style": "vivid",
+        "svg": None,
+        "user": "somebody",
+        "n": None,
+        "size": None,
+        "model": None,
+        "response_format": None,
+    }
+    with client_of(plain) as client:
+        client.images.generate(prompt="a", extra_body={**neutral, "of_tomorrow": None})
+        for wrong in (
+            {"output_compression": 50},
+            {"partial_images": 2},
+            {"output_format": "webp"},
+            {"background": "transparent"},
+            {"frame_count": 9},
+            {"stream": True},
+        ):
+            ((name, _),) = wrong.items()
+            with pytest.raises(openai.BadRequestError, match=f"{name} is wrong"):
+                client.images.generate(prompt="a", extra_body=wrong)
+
+
+def test_the_model_is_found_by_its_name(plain):
+    with client_of(plain) as client:
+        (listed,) = client.models.list().data
+        assert client.models.retrieve(listed.id) == listed
+        for name in ("gpt-image-2", "somebody/else"):
+            with pytest.raises(openai.NotFoundError, match="is not served here") as error:
+                client.models.retrieve(name)
+            assert (error.value.code, error.value.param) == ("model_not_found", "model")
+
+
+def test_there_are_no_edits(plain):
+    """415 with "use application/json", which leads to another refusal."""
+    image = ("a.png", b"x" * 1000, "image/png")
+    with client_of(plain) as client, pytest.raises(openai.NotFoundError, match="no such route"):
+        client.images.edit(image=image, prompt="a")
+    assert plain.http.post("/v1/images/variations", files={"image": image}).status_code == 404
+    for content_type in ("application/json", "text/plain"):
+        answer = plain.http.post("/v1/nowhere", content=b"{}", headers={"content-type": content_type})
+        assert answer.status_code == 404
 
 
 def test_too_many_jobs_are_the_clients_rate_limit(serve):

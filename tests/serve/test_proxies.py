@@ -52,8 +52,8 @@ def test_below_a_path_every_address_has_it(serve):
     assert running.http.get(urls[0].removeprefix("/draw")).status_code == 200
     assert running.http.get("/openapi.json").json()["servers"] == [{"url": "/draw"}]
     assert running.http.get("/").status_code == 200
-    moved = running.http.get("/v1/models/", follow_redirects=False)
-    assert moved.headers["location"] == f"{running.url}/draw/v1/models"
+    moved = running.http.get("/v1/model/", follow_redirects=False)
+    assert moved.headers["location"] == f"{running.url}/draw/v1/model"
     del running.http.headers["X-Forwarded-Prefix"]
     assert running.wait(job)["images"][0]["url"].startswith("/v1/images/")
     assert "servers" not in running.http.get("/openapi.json").json()

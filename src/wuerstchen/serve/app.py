@@ -20,7 +20,14 @@ import wuerstchen
 from wuerstchen.serve.guard import Guard, error_body
 from wuerstchen.serve.jobs import Job
 from wuerstchen.serve.proxies import App, BehindProxies
-from wuerstchen.serve.requests import make_job, model_view, of_openai, settings_of
+from wuerstchen.serve.requests import (
+    check_model,
+    in_openais_words,
+    make_job,
+    model_view,
+    of_openai,
+    settings_of,
+)
 from wuerstchen.serve.schemas import (
     ErrorAnswer,
     GeneratedImages,
@@ -29,6 +36,7 @@ from wuerstchen.serve.schemas import (
     JobRequest,
     JobView,
     ModelView,
+    OpenAIModel,
     OpenAIModels,
 )
 from wuerstchen.serve.service import Refused, Service
@@ -309,7 +317,10 @@ def _add_openai(app: FastAPI, service: Service, queue: Queue) -> None:
     async def generate(request: Request, body: ImageRequest) -> dict[str, Any]:
         """Draws pictures and answers when they are done, as OpenAI's clients expect it."""
         about = service.check_open()
-        job = await queue(request, of_openai(body, about))
+        try:
+            job = await queue(request, of_openai(body, about))
+        except Refused as error:
+            raise in_openais_words(error, body) from error
         if not await _while_connected(request, service.ended(job)):
             service.cancel(job)
         if job.state == "cancelled":
@@ -331,11 +342,31 @@ def _add_openai(app: FastAPI, service: Service, queue: Queue) -> None:
                 data.append({"url": str(request.base_url).rstrip("/") + image["url"]})
         return {"created": int(time.time()), "data": data}
 
-    @app.get("/v1/models", response_model=OpenAIModels, responses=_errors(503))
-    async def models() -> dict[str, Any]:
-        """The one model, in the form of OpenAI's list."""
+    async def edit() -> None:
+        raise Refused(
+            404,
+            "Nothing edits images at this address. This service has no such route. To vary or reconstruct an "
+            "image, send it to POST /v1/jobs as JSON, described at /openapi.json.",
+        )
+
+    for name in ("edits", "variations"):  # else they are taken for names of images, which have no POST
+        app.add_api_route(f"/v1/images/{name}", edit, methods=["POST"], include_in_schema=False)
+
+    def the_model() -> OpenAIModel:
         about = service.about if service.about is not None else service.check_open()
-        return {"data": [{"id": about["name"], "created": started, "owned_by": "wuerstchen"}]}
+        return OpenAIModel(id=about["name"], created=started, owned_by="wuerstchen")
+
+    @app.get("/v1/models", response_model=OpenAIModels, responses=_errors(503))
+    async def models() -> OpenAIModels:
+        """The one model, in the form of OpenAI's list."""
+        return OpenAIModels(data=[the_model()])
+
+    @app.get("/v1/models/{model_id:path}", response_model=OpenAIModel, responses=_errors(404, 503))
+    async def model(model_id: str) -> OpenAIModel:
+        """The model, if that is its name, in OpenAI's form."""
+        found = the_model()
+        check_model(model_id, found.id)
+        return found
 
     started = int(time.time())
 

@@ -81,9 +81,8 @@ def make_job(
     if request.count > config.max_count:
         raise _too_large("count", request.count, config.max_count)
     if total > config.pictures_of_job:
-        raise _too_large(
-            "count", f"{request.count} of {len(prompts)} prompts", f"{config.pictures_of_job} pictures"
-        )
+        of_all = f" of {len(prompts)} prompts" if len(prompts) > 1 else ""
+        raise _too_large("count", f"{request.count}{of_all}", f"{config.pictures_of_job} pictures")
     for name in ("prior_steps", "decoder_steps"):
         steps = getattr(request, name)
         if steps is not None and steps > config.max_steps:
@@ -138,15 +137,21 @@ def make_job(
     )
 
 
-def of_openai(request: ImageRequest, about: dict[str, Any]) -> JobRequest:
-    """The same in our own form. Raises ``Refused``."""
-    if request.model is not None and request.model not in (about["name"], "wuerstchen"):
+def check_model(name: str, own: str) -> None:
+    """Raises ``Refused`` where ``name`` is not the model that is served, whose name is ``own``."""
+    if name not in (own, "wuerstchen"):
         raise Refused(
             404,
-            f"model {request.model[:100]!a} is not served here; use {about['name']!r}, or leave it out",
+            f"model {name[:100]!a} is not served here; use {own!r}, or leave it out",
             param="model",
             code="model_not_found",
         )
+
+
+def of_openai(request: ImageRequest, about: dict[str, Any]) -> JobRequest:
+    """The same in our own form. Raises ``Refused``."""
+    if request.model is not None:
+        check_model(request.model, about["name"])
     width = height = None
     if request.size not in (None, "auto"):
         match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", request.size)
@@ -167,6 +172,30 @@ def of_openai(request: ImageRequest, about: dict[str, Any]) -> JobRequest:
         prior_steps=request.steps,
         previews=False,
     )
+
+
+_IN_OPENAI = {
+    "prompts": "prompt",
+    "negative": "negative_prompt",
+    "count": "n",
+    "prior_steps": "steps",
+    "width": "size",
+    "height": "size",
+}
+"""Our names of fields, and those of OpenAI's form."""
+
+
+def in_openais_words(error: Refused, request: ImageRequest) -> Refused:
+    """A refusal of what ``of_openai`` made, under the names of what was sent."""
+    name = _IN_OPENAI.get(error.param or "")
+    if name is None:
+        return error
+    message = error.message
+    if name == "size":  # both sides are in one field
+        message = re.sub(r"^(width|height) \d+", f"size {request.size}", message)
+    elif message.startswith(f"{error.param} "):
+        message = name + message[len(error.param or "") :]
+    return Refused(error.status, message, param=name, code=error.code, retry_after=error.retry_after)
 
 
 def settings_of(job: Job) -> dict[str, Any]:
@@ -259,8 +288,8 @@ def _prompts(request: JobRequest, config: ServeConfig) -> list[str]:
 
 def _size(request: JobRequest, config: ServeConfig, about: dict[str, Any]) -> tuple[int, int]:
     max_side, max_pixels = size_limits(config, about)
-    width = request.width or request.height or about["side"]
-    height = request.height or width
+    width = next((side for side in (request.width, request.height) if side is not None), about["side"])
+    height = width if request.height is None else request.height
     for name, side in (("width", width), ("height", height)):
         if side % about["multiple"] or not about["min"] <= side <= max_side:
             raise Refused(

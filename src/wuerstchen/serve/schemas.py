@@ -57,7 +57,11 @@ class JobRequest(_Request):
 
 
 class ImageRequest(_Request):
-    """``POST /v1/images/generations``, as OpenAI's clients send it, with fields of our own after ``user``."""
+    """``POST /v1/images/generations``, as OpenAI's clients send it, with fields of our own at the end.
+
+    A field that is null counts as left out, whatever its name: some clients send all that they know. Fields of
+    what is not done here may have only the value that asks for nothing.
+    """
 
     prompt: Text
     n: Annotated[int, Field(ge=1, le=10_000)] | None = None
@@ -66,19 +70,30 @@ class ImageRequest(_Request):
     """``url`` if null."""
     model: Annotated[str, Field(max_length=200)] | None = None
     user: str | None = None
-    """Not used."""
+    """Not used, nor is ``safety_identifier``."""
+    safety_identifier: str | None = None
     quality: str | None = None
-    """Not used, nor are ``style`` and ``moderation``."""
+    """Not used, nor are ``style``, ``complexity`` and ``moderation``."""
     style: str | None = None
+    complexity: str | None = None
     moderation: str | None = None
     background: Literal["auto", "opaque"] | None = None
     output_format: Literal["png"] | None = None
+    output_compression: Literal[100] | None = None
+    """PNG loses nothing."""
     stream: Literal[False] | None = None
+    partial_images: Literal[0] | None = None
+    """They come in streams alone."""
     seed: Seed | None = None
     negative_prompt: Text | None = None
     guidance: Guidance | None = None
     steps: Steps | None = None
     """Of Stage C."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, data: Any) -> Any:
+        return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
 
 
 class JobImage(BaseModel):
