@@ -59,8 +59,8 @@ class JobRequest(_Request):
 class ImageRequest(_Request):
     """``POST /v1/images/generations``, as OpenAI's clients send it, with fields of our own at the end.
 
-    A field that is null counts as left out, whatever its name: some clients send all that they know. Fields of
-    what is not done here may have only the value that asks for nothing.
+    A field that is null counts as left out, whatever its name: some clients send all that they know. Fields
+    of what is not done here may have only the value that asks for nothing.
     """
 
     prompt: Text
