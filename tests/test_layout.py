@@ -11,6 +11,7 @@ ROOT = Path(wuerstchen.__file__).parent
 ORDER = [
     {"terminal"},
     {"errors"},
+    {"colour_profiles"},
     {"images"},
     {"diffusion"},
     {"models"},

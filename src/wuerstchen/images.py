@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from PIL import ExifTags, Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from wuerstchen.errors import DataError, UserError
+from wuerstchen.colour_profiles import profile_of, to_srgb
+from wuerstchen.errors import DataError, UserError, UserNotice
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,11 +54,12 @@ _XMP = (
 
 
 def open_image(path: Path | str) -> Image.Image:
-    """Decode the picture in ``path``: RGB, 8 bits, upright, on white where it was transparent.
+    """Decode the picture in ``path``: sRGB, 8 bits, upright, on white where it was transparent.
 
-    Of an animation it is the first frame. Embedded colour profiles are not applied. Raises ``DataError`` for
-    what is missing, empty, damaged, cut off, no picture, or larger than ``MAX_PIXELS`` (told from the header,
-    before anything is decoded), and for EPS, whose decoder is a program run on the file.
+    Of an animation it is the first frame. Embedded colour profiles are applied, as in ``to_rgb``. Raises
+    ``DataError`` for what is missing, empty, damaged, cut off, no picture, or larger than ``MAX_PIXELS``
+    (told from the header, before anything is decoded), and for EPS, whose decoder is a program run on the
+    file.
     """
     _check_file(path)
     return _decoded(path, path)
@@ -89,11 +91,12 @@ def _loaded(file: Path | str | io.BytesIO, name: Path | str) -> Image.Image:
 
 
 def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
-    """Convert a decoded picture of any mode to 8-bit RGB.
+    """Convert a decoded picture of any mode to 8-bit sRGB.
 
-    16-bit grey is scaled (Pillow's own conversion clips it), transparent parts are laid on white, CMYK is
-    converted without a profile. Raises ``DataError`` for integers outside 0..65535 and floats outside 0..1,
-    which say nothing about their white; ``name`` is what the message calls the picture.
+    The colour profile that the picture carries is applied (``colour_profiles.to_srgb``); without one RGB is
+    taken for sRGB, and CMYK is converted by a plain formula. 16-bit grey is scaled (Pillow's own conversion
+    clips it), transparent parts are laid on white. Raises ``DataError`` for integers outside 0..65535 and
+    floats outside 0..1, which say nothing about their white; ``name`` is what the message calls the picture.
     """
     if image.mode.startswith("I"):
         return _grey_to_rgb(image, 65535, name)
@@ -101,12 +104,20 @@ def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
         return _grey_to_rgb(image, 1, name)
     if image.has_transparency_data:
         return _strip_by_strip(image, _on_white)
-    return image.convert("RGB")
+    if image.mode not in ("RGB", "L", "CMYK", "LAB"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    coloured = to_srgb(image)
+    return coloured if coloured is not image and coloured.mode == "RGB" else coloured.convert("RGB")
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    layer = image.convert("RGBA")
+    if profile_of(image) is not None:
+        opaque = image.convert("L") if image.mode in ("L", "LA") else layer.convert("RGB")
+        coloured = to_srgb(opaque).convert("RGBA")
+        coloured.putalpha(layer.getchannel("A"))
+        layer = coloured
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), layer).convert("RGB")
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
@@ -129,7 +140,7 @@ def _strip_by_strip(image: Image.Image, convert: Callable[[Image.Image], Image.I
 
 
 def upright_rgb(image: Any, name: str = "image") -> Image.Image:
-    """What ``open_image`` makes of a file, of a picture that is open: RGB, 8 bits, upright, on white.
+    """What ``open_image`` makes of a file, of a picture that is open: sRGB, 8 bits, upright, on white.
 
     Raises ``UserError`` for what is no picture or has no pixels.
     """
@@ -137,7 +148,9 @@ def upright_rgb(image: Any, name: str = "image") -> Image.Image:
         raise UserError(f"{name} is of {type(image)}, but must be a PIL image; PIL.Image.open gives one")
     if 0 in image.size:
         raise UserError(f"{name} is {image.width}×{image.height} pixels, which is no picture; give another")
-    return to_rgb(_turned_upright(image), name)
+    picture = to_rgb(_turned_upright(image), name)
+    picture.info = {}  # its profile is used, and must not be applied again
+    return picture
 
 
 def center_crop_resize(image: Image.Image, size: int) -> Image.Image:
@@ -327,7 +340,7 @@ def _pillow_errors(path: Path | str) -> Iterator[None]:
             # Of size we judge ourselves; the rest is about metadata that is not used.
             warnings.filterwarnings("ignore", module=r"PIL\.")
             yield
-    except DataError:
+    except (DataError, UserNotice):
         raise
     except Image.DecompressionBombError as error:
         limit = MAX_PIXELS // 1_000_000
@@ -372,10 +385,18 @@ def _grey_to_rgb(image: Image.Image, white: int, name: str) -> Image.Image:
             f" {image.mode} they must be from 0 to {white}; save it with 8 or 16 bits"
         )
     transparent = image.info.get("transparency")
+    curve = None
+    if profile_of(image) is not None:
+        ramp = Image.frombytes("L", (256, 1), bytes(range(256)))
+        ramp.info = dict(image.info)
+        curve = np.asarray(to_srgb(ramp).convert("L"))[0]
 
     def convert(strip: Image.Image) -> Image.Image:
         values = np.asarray(strip).astype(np.float64)
-        pixels = np.rint(values * (255 / white)).astype(np.uint8)
+        levels = values * (255 / white)
+        if curve is not None:
+            levels = np.interp(levels, np.arange(256), curve)
+        pixels = np.rint(levels).astype(np.uint8)
         if isinstance(transparent, int):
             pixels[values == transparent] = 255
         return Image.fromarray(pixels).convert("RGB")

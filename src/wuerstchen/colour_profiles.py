@@ -1,0 +1,226 @@
+"""Converts images to sRGB by the colour profile that they carry.
+
+Profiles are read by LittleCMS, through Pillow. A file may be hostile, so LittleCMS sees only those parts of a
+profile that a conversion from it needs; what is left takes milliseconds, whatever it says. Importing this
+loads neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import struct
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from PIL import ExifTags, Image
+
+from wuerstchen.errors import UserNotice
+
+if TYPE_CHECKING:
+    from PIL import ImageCms
+
+MAX_PROFILE = 8 * 2**20
+"""Bytes of the largest profile that is read. Profiles of printing presses have up to 3 MB."""
+MAX_DIFFERENCE = 2
+"""A profile is taken for sRGB's own if no colour changes by more than this, of 255. Many programs write sRGB
+with slightly rounded curves, and converting those would only add rounding errors."""
+
+_HEADER = 128
+_CLASSES = frozenset({b"scnr", b"mntr", b"prtr", b"spac"})
+_SPACES = {b"RGB ": "RGB", b"GRAY": "L", b"CMYK": "CMYK"}
+# Everything else in a profile describes other directions and devices, or is text. Above all the "D2B" tags
+# must go: they hold programs of any length, and one of 4 MB computes for minutes.
+_TAGS = frozenset(
+    {
+        b"A2B0",
+        b"A2B1",
+        b"A2B2",
+        b"rXYZ",
+        b"gXYZ",
+        b"bXYZ",
+        b"rTRC",
+        b"gTRC",
+        b"bTRC",
+        b"kTRC",
+        b"wtpt",
+        b"chad",
+    }
+)
+
+
+class _Unusable(Exception):
+    """A profile that cannot be used; the text says why."""
+
+
+def to_srgb(image: Image.Image) -> Image.Image:
+    """``image`` (mode RGB, L, CMYK or LAB) in sRGB, by the profile it carries; without one it stays as it is.
+
+    The result is of mode RGB, or L for a grey image, where something changed. It is a new image and carries no
+    profile. Embedded ICC profiles are used, and the EXIF mark of cameras for Adobe RGB. The intent is
+    perceptual, with black point compensation. A profile that is damaged, larger than ``MAX_PROFILE`` or of other colours than the image
+    counts as none, with a ``UserNotice``.
+    """
+    if image.mode == "LAB":
+        return _stripped(_lab_transform().apply(image))
+    profile = profile_of(image)
+    if profile is None:
+        return image
+    try:
+        mode, transform = _transform(profile)
+        if mode == "RGB" and image.mode == "L":  # grey shown on an RGB device
+            image = image.convert("RGB")
+        if mode != image.mode:
+            raise _Unusable(f"it is for {mode} and the image is {image.mode}")
+    except _Unusable as error:
+        warnings.warn(
+            f"the colour profile of an image cannot be used ({error}), so its colours are read as sRGB",
+            UserNotice,
+            stacklevel=2,
+        )
+        return image
+    return image if transform is None else _stripped(transform(image))
+
+
+def profile_of(image: Image.Image) -> bytes | None:
+    """The ICC profile that says what the colours of ``image`` mean. None stands for sRGB."""
+    profile = image.info.get("icc_profile")
+    if isinstance(profile, bytes) and profile:
+        return profile
+    return _adobe_rgb() if image.mode == "RGB" and _is_marked_adobe_rgb(image) else None
+
+
+def differs_from_srgb(profile: bytes) -> bool:
+    """Whether colours change when an image with this profile is converted. A damaged one changes nothing."""
+    try:
+        mode, transform = _transform(profile)
+    except _Unusable:
+        return False
+    return transform is not None or mode == "CMYK"
+
+
+def _stripped(image: Image.Image) -> Image.Image:
+    image.info = {}
+    return image
+
+
+def _is_marked_adobe_rgb(image: Image.Image) -> bool:
+    """Whether the EXIF data name Adobe RGB, as cameras mark it (DCF 2.0: "R03")."""
+    if "exif" not in image.info:
+        return False
+    try:
+        index = image.getexif().get_ifd(ExifTags.IFD.Interop).get(ExifTags.Interop.InteropIndex)
+    except Exception:  # damaged EXIF says nothing about the pixels
+        return False
+    return isinstance(index, str) and index.rstrip("\0 ") == "R03"
+
+
+@functools.lru_cache(maxsize=8)
+def _transform(profile: bytes) -> tuple[str, Callable[[Image.Image], Image.Image] | None]:
+    """The mode that the profile is for, and what converts an image of it; None where nothing changes.
+
+    Raises ``_Unusable``.
+    """
+    mode, needed = _needed_parts(profile)
+    try:
+        from PIL import ImageCms
+
+        source = ImageCms.ImageCmsProfile(io.BytesIO(needed))
+        transform = _build(source, mode).apply
+    except (ImportError, OSError, ValueError, TypeError) as error:
+        raise _Unusable(f"{' '.join(str(error).split()) or type(error).__name__}") from error
+    if _changes_nothing(mode, transform):
+        return mode, None
+    if mode == "L":
+        curve = list(transform(_grey_ramp()).getchannel("G").tobytes())
+        return mode, lambda image: image.point(curve)
+    return mode, transform
+
+
+def _build(source: ImageCms.ImageCmsProfile, mode: str) -> ImageCms.ImageCmsTransform:
+    from PIL import ImageCms
+
+    target = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+    flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
+    if mode == "L":
+        flags |= ImageCms.Flags.NOOPTIMIZE  # LittleCMS rounds coarsely here, and 256 levels are few
+    return ImageCms.ImageCmsTransform(
+        source, target, mode, "RGB", intent=ImageCms.Intent.PERCEPTUAL, flags=flags
+    )
+
+
+@functools.cache
+def _lab_transform() -> ImageCms.ImageCmsTransform:
+    from PIL import ImageCms
+
+    return _build(ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")), "LAB")
+
+
+def _changes_nothing(mode: str, transform: Callable[[Image.Image], Image.Image]) -> bool:
+    """Whether a lattice of colours comes out as it went in, up to ``MAX_DIFFERENCE``."""
+    if mode == "CMYK":
+        return False
+    if mode == "L":
+        lattice = _grey_ramp()
+    else:
+        levels = range(0, 256, 15)  # 18 values a channel
+        colours = bytes(value for r in levels for g in levels for b in levels for value in (r, g, b))
+        greys = bytes(value for level in range(256) for value in (level, level, level))
+        content = colours + greys
+        lattice = Image.frombytes("RGB", (len(content) // 3, 1), content)
+    before = lattice.convert("RGB").tobytes()
+    after = transform(lattice).tobytes()
+    return all(abs(a - b) <= MAX_DIFFERENCE for a, b in zip(before, after, strict=True))
+
+
+def _grey_ramp() -> Image.Image:
+    return Image.frombytes("L", (256, 1), bytes(range(256)))
+
+
+def _needed_parts(profile: bytes) -> tuple[str, bytes]:
+    """The mode that a profile is for, and the profile without what ``to_srgb`` does not need.
+
+    ICC.1:2022, 7.2 and 7.3: a header of 128 bytes, the number of tags, and for each its name, place and size.
+    """
+    if len(profile) > MAX_PROFILE:
+        raise _Unusable(f"it has {len(profile):,} bytes, and {MAX_PROFILE:,} are read")
+    if len(profile) < _HEADER + 4 or profile[36:40] != b"acsp":
+        raise _Unusable("it is no ICC profile")
+    kind, space = profile[12:16], profile[16:20]
+    if kind not in _CLASSES or space not in _SPACES:
+        raise _Unusable(f"it is of class {kind!a} and colour space {space!a}")
+    (count,) = struct.unpack_from(">I", profile, _HEADER)
+    if count > 100 or len(profile) < _HEADER + 4 + 12 * count:
+        raise _Unusable("its table of contents is damaged")
+    entries = [profile[at : at + 12] for at in range(_HEADER + 4, _HEADER + 4 + 12 * count, 12)]
+    kept = [entry for entry in entries if entry[:4] in _TAGS]
+    table = struct.pack(">I", len(kept)) + b"".join(kept)
+    # The rest of the table becomes a gap, so nothing moves.
+    return _SPACES[space], profile[:_HEADER] + table + profile[_HEADER + len(table) :]
+
+
+@functools.cache
+def _adobe_rgb() -> bytes:
+    """Adobe RGB (1998) as a profile: its primaries adapted to D50, and its gamma, 2 + 51/256."""
+    fixed = 65536
+    points = {
+        b"rXYZ": (0.60974, 0.31111, 0.01947),
+        b"gXYZ": (0.20528, 0.62567, 0.06087),
+        b"bXYZ": (0.14919, 0.06322, 0.74457),
+        b"wtpt": (0.9642, 1.0, 0.8249),
+    }
+    parts = {
+        name: b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(value * fixed) for value in values))
+        for name, values in points.items()
+    }
+    gamma = b"curv\0\0\0\0" + struct.pack(">IH", 1, 563) + b"\0\0"
+    parts |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), gamma)
+    at = _HEADER + 4 + 12 * len(parts)
+    table = struct.pack(">I", len(parts))
+    for name, content in parts.items():
+        table += name + struct.pack(">II", at, len(content))
+        at += len(content)
+    header = struct.pack(">I4xI4s4s4s12x4s", at, 0x02400000, b"mntr", b"RGB ", b"XYZ ", b"acsp")
+    header += bytes(28) + struct.pack(">3i", 63190, 65536, 54061)  # D50
+    return header.ljust(_HEADER, b"\0") + table + b"".join(parts.values())
