@@ -234,7 +234,7 @@ def test_lab_images_are_read(tmp_path: Path) -> None:
 def test_profiles_that_say_nothing_usable_count_as_none(content: bytes, mode: str, reason: str) -> None:
     image = Image.new(mode, (4, 4), (1, 2, 3, 4)[: len(mode)])
     image.info["icc_profile"] = content
-    with pytest.warns(UserNotice, match=f"cannot be used .*{reason}"):
+    with pytest.warns(UserNotice, match=f"cannot be used: .*{reason}"):
         picture = to_rgb(image)
     assert picture.tobytes() == image.convert("RGB").tobytes()
 

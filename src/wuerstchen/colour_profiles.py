@@ -57,10 +57,10 @@ class _Unusable(Exception):
 def to_srgb(image: Image.Image) -> Image.Image:
     """``image`` (mode RGB, L, CMYK or LAB) in sRGB, by the profile it carries; without one it stays as it is.
 
-    The result is of mode RGB, or L for a grey image, where something changed. It is a new image and carries no
-    profile. Embedded ICC profiles are used, and the EXIF mark of cameras for Adobe RGB. The intent is
-    perceptual, with black point compensation. A profile that is damaged, larger than ``MAX_PROFILE`` or of other colours than the image
-    counts as none, with a ``UserNotice``.
+    Where something changed, the result is a new image of mode RGB (L for a grey one) without a profile.
+    Embedded ICC profiles are used, and the EXIF mark of cameras for Adobe RGB. The intent is perceptual, with
+    black point compensation. A profile that is damaged, larger than ``MAX_PROFILE`` or of other colours than
+    the image counts as none, with a ``UserNotice``.
     """
     if image.mode == "LAB":
         return _stripped(_lab_transform().apply(image))
@@ -75,7 +75,7 @@ def to_srgb(image: Image.Image) -> Image.Image:
             raise _Unusable(f"it is for {mode} and the image is {image.mode}")
     except _Unusable as error:
         warnings.warn(
-            f"the colour profile of an image cannot be used ({error}), so its colours are read as sRGB",
+            f"The colour profile of an image cannot be used: {error}. Its colours are read as sRGB.",
             UserNotice,
             stacklevel=2,
         )

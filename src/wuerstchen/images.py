@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import ExifTags, Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from wuerstchen.colour_profiles import profile_of, to_srgb
+from wuerstchen.colour_profiles import differs_from_srgb, profile_of, to_srgb
 from wuerstchen.errors import DataError, UserError, UserNotice
 
 if TYPE_CHECKING:
@@ -88,6 +88,17 @@ def _loaded(file: Path | str | io.BytesIO, name: Path | str) -> Image.Image:
             raise _bad_image(name, "EPS is a program to run and no picture", "save it as PNG or JPEG")
         image.load()
         return _turned_upright(image)
+
+
+def is_converted(path: Path | str) -> bool:
+    """Whether the colours of the picture in ``path`` change because its profile is applied, told from the
+    file's header. What cannot be read has no profile."""
+    try:
+        with _pillow_errors(path), Image.open(path) as image:
+            profile = profile_of(image)
+            return profile is not None and differs_from_srgb(profile)
+    except DataError:
+        return False
 
 
 def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:

@@ -383,6 +383,20 @@ def test_a_folder_with_other_settings_or_another_source_is_refused(photos, tmp_p
     assert contents(out) == before
 
 
+def test_an_unfinished_folder_from_before_colour_profiles_were_read_is_refused(
+    photos, tmp_path, networks, monkeypatch
+):
+    out = tmp_path / "out"
+    monkeypatch.setattr("wuerstchen.data.prepare_shards.ShardMaker.make", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make(photos, out, networks)
+    plan = json.loads((out / "work" / "plan.json").read_text())
+    assert plan.pop("colours") == "sRGB"
+    (out / "work" / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(RunFolderError, match="begun by a version that ignored colour profiles"):
+        make(photos, out, networks)
+
+
 def test_folders_that_are_not_ours(photos, tmp_path, networks):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.doc").touch()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from PIL import Image
+from PIL import Image, ImageCms
 
 from wuerstchen.checkpoints.native import read_cascade, read_network
 from wuerstchen.cli import main, make_parser
@@ -225,6 +225,35 @@ def begun(tmp_path, monkeypatch):
     monkeypatch.setattr("wuerstchen.train.run._Run.train", lambda self: self.run_dir / "model")
     train(tiny(), tmp_path)
     return tmp_path
+
+
+def test_a_run_from_before_colour_profiles_were_read(tmp_path, monkeypatch):
+    """It goes on as it was where no image has a profile, and else only if asked to."""
+    monkeypatch.setattr("wuerstchen.train.run._Run.train", lambda self: self.run_dir / "model")
+    profile = ImageCms.createProfile("sRGB")
+    adobe = runpy.run_path(str(Path(__file__).parents[1] / "test_colour_profiles.py"))
+    for name, content in (
+        ("none", None),
+        ("srgb", ImageCms.ImageCmsProfile(profile).tobytes()),
+        ("adobe", adobe["rgb_profile"](adobe["to_xyz"](adobe["ADOBE"], adobe["D65"]), 2.2)),
+    ):
+        data, run_dir = tmp_path / name, tmp_path / f"run-{name}"
+        data.mkdir()
+        for number in range(40):
+            icc = content if number == 33 else None
+            Image.new("RGB", (64, 64), (number, 90, 9)).save(data / f"{number:02}.png", icc_profile=icc)
+            (data / f"{number:02}.txt").write_text("a colour")
+        recipe = dataclasses.replace(tiny(), data=str(data))
+        train(recipe, run_dir)
+        stored = json.loads((run_dir / "run.json").read_text())
+        del stored["colours"]
+        (run_dir / "run.json").write_text(json.dumps(stored))
+        if name == "adobe":
+            with pytest.raises(RunFolderError, match=r"ignored colour profiles, and image '33\.png' has one"):
+                train(recipe, run_dir)
+            train(recipe, run_dir, accept_changed_data=True)
+            assert [e["now"] for e in events(run_dir) if e["event"] == "accepted changed data"]
+        train(recipe, run_dir)
 
 
 def test_the_run_folder_of_another_recipe_is_refused(begun):

@@ -12,7 +12,7 @@ import numpy as np
 from wuerstchen.data.plan import held_out_names
 from wuerstchen.data.sources import Example, Size
 from wuerstchen.errors import DataError
-from wuerstchen.images import open_image, resize_crop
+from wuerstchen.images import is_converted, open_image, resize_crop
 
 METADATA = "metadata.jsonl"
 SUFFIXES = frozenset(
@@ -100,6 +100,13 @@ class FolderSource:
         picture = open_image(self.root / self._items[item].name)
         width, height = (size, size) if isinstance(size, int) else size
         return np.array(resize_crop(picture, width, height, rng))
+
+    def converted(self) -> str | None:
+        """The first picture whose colours change because its colour profile is applied, if there is one.
+
+        It opens all files, and decodes none.
+        """
+        return next((item.name for item in self._items if is_converted(self.root / item.name)), None)
 
     def fingerprint(self) -> str:
         """A hash of names, captions and file sizes.

@@ -31,7 +31,7 @@ from wuerstchen.checkpoints.weights import write_json
 from wuerstchen.data.filters import Tally
 from wuerstchen.data.locks import acquired
 from wuerstchen.data.prepare_networks import Networks
-from wuerstchen.data.prepare_plan import PrepareConfig, make_plan, nothing_left, settings_of
+from wuerstchen.data.prepare_plan import COLOURS, PrepareConfig, make_plan, nothing_left, settings_of
 from wuerstchen.data.prepare_shards import ShardMaker, note_of
 from wuerstchen.data.prepared import (
     DESCRIPTION,
@@ -244,6 +244,12 @@ class _Run:
                 return None
             raise
         self.check_same(plan["settings"])
+        if plan.get("colours") != COLOURS:
+            raise RunFolderError(
+                f"folder {str(self.out)!r} was begun by a version that ignored colour profiles. This version"
+                " converts pictures to sRGB, and one set must not hold both. Choose another folder, or finish"
+                " this one with the version that began it"
+            )
         return plan
 
     # The shards

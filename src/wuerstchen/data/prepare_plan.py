@@ -25,6 +25,9 @@ from wuerstchen.models.compressor import latent_side
 
 Precision = Literal["float32", "bfloat16"]
 
+COLOURS = "sRGB"
+"""What pictures are converted to. Plans without it were made when colour profiles were ignored."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
@@ -149,6 +152,7 @@ def make_plan(
     plan = {
         "settings": settings,
         "source": source,
+        "colours": COLOURS,
         "items": found,
         "images": kept,
         "texts": len(numbers),

@@ -5,7 +5,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,8 @@ def named(error: OSError, run_dir: Path) -> UserError:
     )
 
 
+COLOURS = "sRGB"
+"""What images are converted to, kept in run.json. In runs without it, colour profiles were ignored."""
 ORDER = 2
 """How images are put into batches, kept in run.json. In runs without it, sizes of a prepared set with fewer
 images than a batch were never shown. Since 2 they have batches that repeat their images."""
@@ -78,6 +80,29 @@ def check_order(run_dir: Path) -> None:
             "a batch. This version shows them, so the order of the images would change in the middle of the "
             "run. Use another --run-dir, or finish this run with the version that began it"
         )
+
+
+def check_colours(
+    run_dir: Path, converted: Callable[[], str | None], log: Log, accept_changed_data: bool
+) -> None:
+    """Raises ``RunFolderError`` for a run begun before colour profiles were read, if images have any.
+
+    ``converted`` names an image whose colours its profile changes, or none. Without one the run goes on.
+    """
+    path = run_dir / "run.json"
+    stored = read_json(path)
+    if "colours" in stored:
+        return
+    name = converted()
+    if name is not None:
+        if not accept_changed_data:
+            raise RunFolderError(
+                f"{run_dir} was begun by a version that ignored colour profiles, and image {name!r} has one. "
+                "This version converts such images to sRGB, so they would change in the middle of the run. "
+                "Give --accept-changed-data to go on with the right colours, or use another --run-dir"
+            )
+        log.event("accepted changed data", before="colour profiles ignored", now="colours in sRGB")
+    write_json(path, {**stored, "colours": COLOURS})
 
 
 def check_run(
@@ -104,7 +129,7 @@ def check_run(
             raise RunFolderError(
                 f"{run_dir / 'model'} exists already, and the run would end there; use another --run-dir"
             )
-        content = {"format": FORMAT, "recipe": given, "data": data, "order": ORDER}
+        content = {"format": FORMAT, "recipe": given, "data": data, "order": ORDER, "colours": COLOURS}
         write_json(path, {**content, "start": start} if start else content)
         return
     stored = migrate(read_json(path), path)

@@ -41,7 +41,7 @@ from wuerstchen.pipeline import default_device
 from wuerstchen.train.bank import Bank, compose
 from wuerstchen.train.config import Phase, Recipe, StageBConfig, StageCConfig, as_dict, phases_of
 from wuerstchen.train.feed import Batch, Feed, batch_sizes, batches
-from wuerstchen.train.folder import check_order, check_run, locked, named, read_json
+from wuerstchen.train.folder import check_colours, check_order, check_run, locked, named, read_json
 from wuerstchen.train.loop import Settings, rehearse, run_stage
 from wuerstchen.train.parallel import Processes, distributed
 from wuerstchen.train.prepared_feed import (
@@ -128,6 +128,10 @@ def _train(
             check_run(recipe, run_dir, run.fingerprint, weights, log, accept_changed_data, processes)
             if processes.leads and run.repeats_images:
                 check_order(run_dir)
+            if processes.leads:
+                folders = [source for source in sources.values() if isinstance(source, FolderSource)]
+                names = (source.converted() for source in folders)
+                check_colours(run_dir, lambda: next(filter(None, names), None), log, accept_changed_data)
             wanted = False
             if processes.leads:
                 begin(log, watch)
