@@ -142,6 +142,22 @@ def test_all_positions(photos, tmp_path, networks, kept):
     assert (np.abs(states - encoded) <= scale * (0.51 / 127 if kept == "int8" else 1e-3)).all()
 
 
+def test_maps_are_made_in_fp32_whatever_text_states_are(photos, tmp_path, networks):
+    """In bf16 they have a bias, which training would learn."""
+    sets = []
+    for precision in ("float32", "bfloat16"):
+        config = dataclasses.replace(CONFIG, precision=precision, text_states="fp16")
+        make(photos, tmp_path / precision, networks, config)
+        sets.append(PreparedSet(tmp_path / precision))
+        assert sets[-1].maps_precision == "float32"
+    exact, near = sets
+    for index in range(len(exact)):
+        assert np.array_equal(exact.map(index), near.map(index))
+    assert not np.array_equal(exact.states(0), near.states(0))
+    del near.description["settings"]["maps_precision"]  # as sets of earlier versions
+    assert near.maps_precision == "bfloat16"
+
+
 def test_without_states(photos, tmp_path, networks):
     make(photos, tmp_path / "out", networks, dataclasses.replace(CONFIG, text_states="none"))
     prepared = PreparedSet(tmp_path / "out")

@@ -76,6 +76,17 @@ def losses_of(stage, batch):
     return stage.losses({"images": batch.images, **inputs}, ImageRandom(0, batch.indices))
 
 
+@pytest.mark.parametrize("kind", [StagePaella, StagePaellaRefinement])
+def test_tokens_are_those_of_fp32_under_autocast(cascade, kind):
+    stage, found = make_stage(cascade, kind), []
+    for autocast in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found.append(stage.prepare(make_batch(), CPU))
+    assert torch.equal(found[0]["tokens"], found[1]["tokens"])
+    if kind is StagePaellaRefinement:
+        assert torch.equal(found[0]["z"], found[1]["z"])
+
+
 def averages_of(stage):
     return {name: make_average(stage.networks[name]) for name in stage.averaged}
 

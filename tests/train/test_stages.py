@@ -362,6 +362,29 @@ class TestStageC:
         assert any(0 < sum(dropped[i : i + 4]) < 4 for i in range(0, 240, 4))
 
 
+@pytest.mark.parametrize("kind", ["a2", "b", "b2", "c"])
+def test_targets_are_computed_in_fp32_under_autocast(kind, small_cascade):
+    """In bf16 they have a bias, which training would learn."""
+    previewer = Previewer(PreviewerConfig(c_in=2))
+    vqgan, decoder, compressor = small_cascade.vqgan, small_cascade.decoder, small_cascade.compressor
+    if kind == "c":
+        stage = TestStageC().make(small_cascade, 0.0)
+    elif kind == "a2":
+        stage = TestStageARefinement().make(small_cascade)
+    else:
+        stage_kind = StageB if kind == "b" else StageBRefinement
+        config = dataclasses.replace(RECIPE.stage_b, refine_images=8)
+        stage = stage_kind(config, vqgan, decoder, compressor, previewer, None, RECIPE)
+    batch, found = make_batch(128), []
+    for autocast in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found.append(stage.prepare(batch, CPU))
+    targets = {"latents", "z", "x"} & found[0].keys()
+    assert targets
+    for name in targets:
+        assert torch.equal(found[0][name], found[1][name]), name
+
+
 def test_map_statistics_are_those_of_numpy(small_cascade):
     batches = [make_batch(128), make_batch(128, 3)]
     measured = measure_map(small_cascade.compressor, iter(batches), CPU)

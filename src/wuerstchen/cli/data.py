@@ -72,7 +72,12 @@ def _add_prepare(kinds: "argparse._SubParsersAction[Parser]") -> None:
         "all for models that attend to it, as the published ones (as the model does)",
     )
     prepare.add_argument("--seed", type=int, default=0, help="of the crops (0)")
-    prepare.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="(float32)")
+    prepare.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of text states; maps are always made in float32 (float32)",
+    )
     prepare.add_argument("--batch-size", type=int, default=32, help="pictures at a time (32)")
     prepare.add_argument("--shard-size", type=int, default=1024, help="images in a file (1024)")
     prepare.add_argument("--workers", type=int, default=8, help="threads that decode pictures (8)")

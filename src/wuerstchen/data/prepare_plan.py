@@ -45,6 +45,7 @@ class PrepareConfig:
     text_positions: Positions | None = None
     seed: int = 0
     precision: Precision = "float32"
+    """Of the text encoder. Maps are what is learnt from and are always made in float32, as in training."""
     batch_size: int = 32
     """Pictures, or texts, that the networks see at a time."""
     shard_size: int = 1024
@@ -96,6 +97,8 @@ def settings_of(reader: Reader | None, networks: Networks, config: PrepareConfig
         "pad_id": encoder.pad_id,
         "vocabulary": encoder.tokenizer.get_vocab_size(),
     }
+    if config.precision == "bfloat16":  # sets of earlier versions have maps in it too
+        settings["maps_precision"] = "float32"
     return json.loads(json.dumps(settings))
 
 

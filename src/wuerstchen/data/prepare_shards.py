@@ -166,8 +166,7 @@ class ShardMaker:
     def _compressed(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float16[np.ndarray, "b c h2 w2"]:
         pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float().div(255).contiguous()
         view = compressor_input(pixels, self.networks.settings.view_scale)
-        with self._autocast():
-            return self.networks.compressor(view).float().half().cpu().numpy()
+        return self.networks.compressor(view).float().half().cpu().numpy()
 
     def _make_texts(self, number: int, bar: "tqdm[Any]") -> None:
         encoder = self.networks.text_encoder

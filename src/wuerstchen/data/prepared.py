@@ -162,6 +162,12 @@ class PreparedSet:
         """The side that pictures were prepared for: each has about so many pixels squared."""
         return self.description["settings"]["size"]
 
+    @property
+    def maps_precision(self) -> str:
+        """What the maps were computed in: float32, or bfloat16 in sets of earlier versions by choice."""
+        settings = self.description["settings"]
+        return settings.get("maps_precision", settings.get("precision", "float32"))
+
     def rows(self, split: Literal["train", "heldout"]) -> Int64[np.ndarray, " n"]:
         """The images that training may see, or those that it may not (``plan.held_out_names``); all views
         of a picture are on one side."""

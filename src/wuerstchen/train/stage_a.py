@@ -16,7 +16,7 @@ from wuerstchen.models.vqgan import VQGAN, Discriminator
 from wuerstchen.train.config import Recipe, StageAConfig
 from wuerstchen.train.feed import Batch, pixels_of
 from wuerstchen.train.random import ImageRandom
-from wuerstchen.train.stages import Inputs, Losses, encoded_captions, refining
+from wuerstchen.train.stages import Inputs, Losses, encoded_captions, full_precision, refining
 
 
 class PerceptualLoss(nn.Module):
@@ -188,12 +188,13 @@ class StageARefinement(_Pictures):
 
     def prepare(self, batch: Batch, device: torch.device) -> Inputs:
         pixels = batch.pixels(device)
-        latents = self.vqgan.encode(pixels).float()
+        with full_precision(device):
+            latents = self.vqgan.encode(pixels).float()
+            z = self.compressor(compressor_input(pixels)).float()
         states = mask = None
         if self.text_encoder is not None:
             text = encoded_captions(self.text_encoder, batch.captions, self.recipe)
             states, mask = text["states"], text.get("mask")
-        z = self.compressor(compressor_input(pixels))
         context = self.decoder.context(z, tuple(latents.shape[2:]), states, mask)
         random = ImageRandom(0, batch.indices.to(device))
         redrawn = latents

@@ -33,6 +33,7 @@ from wuerstchen.train.stages import (
     cascade_settings,
     diffusion_loss,
     encoded_captions,
+    full_precision,
     refining,
     with_captions_dropped,
 )
@@ -175,7 +176,9 @@ class WithCompressor(Decoding):
         self.rate_scales = {"compressor.backbone.": config.backbone_rate}
 
     def prepare(self, batch: Batch, device: torch.device) -> Inputs:
-        return {**self.targets(batch.pixels(device)), **self.prepare_text(batch, device)}
+        with full_precision(device):
+            targets = self.targets(batch.pixels(device))
+        return {**targets, **self.prepare_text(batch, device)}
 
     def losses(self, inputs: Inputs, random: ImageRandom) -> Losses:
         pixels = pixels_of(inputs["images"])
@@ -238,9 +241,11 @@ class OnFinishedMap(Decoding):
 
     def prepare(self, batch: Batch, device: torch.device) -> Inputs:
         pixels = batch.pixels(device)
-        z = self.compressor(compressor_input(pixels)).float()
+        with full_precision(device):
+            targets = self.targets(pixels)
+            z = self.compressor(compressor_input(pixels)).float()
         return {
-            **self.targets(pixels),
+            **targets,
             "z": z,
             "small": F.interpolate(pixels, size=self.previewer.size(*z.shape[2:]), mode="area"),
             **self.prepare_text(batch, device),

@@ -25,6 +25,7 @@ from wuerstchen.train.stages import (
     Losses,
     diffusion_loss,
     encoded_captions,
+    full_precision,
     text_inputs,
     with_captions_dropped,
 )
@@ -67,7 +68,8 @@ class StageC:
         self.rate_scales: dict[str, float] = {}
 
     def prepare(self, batch: Batch, device: torch.device) -> Inputs:
-        z = self.compressor(compressor_input(batch.pixels(device))).float()
+        with full_precision(device):
+            z = self.compressor(compressor_input(batch.pixels(device))).float()
         text = encoded_captions(self.text_encoder, batch.captions, self.recipe)
         return {"x": self.statistics.normalise(z), **text}
 
