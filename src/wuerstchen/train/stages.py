@@ -78,8 +78,8 @@ def full_precision(device: torch.device) -> torch.autocast:
 
     Under bf16 autocast the bundled model's semantic latents had an error of 0.035 of their deviation, with
     biases of channels up to 0.033 that training would learn; with convolutions in TF32, torch's default for
-    fp32 on GPUs, 0.003. Text states (0.004 in bf16) are only read, and stay under autocast as in the original's
-    trainer.
+    fp32 on GPUs, 0.003. Text states (0.004 in bf16) are only read, and stay under autocast, as in the
+    original's trainer.
     """
     return torch.autocast(device.type, enabled=False)
 
