@@ -44,6 +44,18 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
     serve.add_argument("--max-batch", type=int, metavar="N", help="pictures drawn together (8)")
     serve.add_argument("--max-waiting", type=int, metavar="N", help="pictures in the queue (256)")
     serve.add_argument("--max-jobs-per-client", type=int, metavar="N", help="waiting or being drawn (16)")
+    serve.add_argument(
+        "--max-connections",
+        type=int,
+        metavar="N",
+        help="open connections (4096, or what the limit of file descriptors leaves room for)",
+    )
+    serve.add_argument(
+        "--max-connections-per-address",
+        type=int,
+        metavar="N",
+        help="open connections from one address, trusted proxies excepted (512, at most half of all)",
+    )
     serve.add_argument("--max-steps", type=int, metavar="N", help="of a stage (100)")
     serve.add_argument(
         "--max-pixels", type=int, metavar="N", help="of a picture (four times the model's own size)"

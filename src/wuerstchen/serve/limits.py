@@ -58,6 +58,10 @@ class ServeConfig:
     """Pictures in the queue."""
     max_jobs_per_client: int = 16
     """Waiting or being drawn."""
+    max_connections: int | None = None
+    """Open at a time; None is 4,096, or what the limit of file descriptors leaves room for."""
+    max_connections_per_address: int | None = None
+    """None is 512, or half of ``max_connections``. Trusted proxies may have any number."""
     queue_timeout: float = 600.0
     run_timeout: float = 600.0
     """Of one batch."""

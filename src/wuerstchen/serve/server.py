@@ -7,35 +7,41 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 
 from wuerstchen.errors import UserError
 from wuerstchen.serve.app import make_app
+from wuerstchen.serve.connections import (
+    ACCEPTED_AT_ONCE,
+    MAX_OF_ADDRESS,
+    Connections,
+    counted_in,
+    most_connections,
+    raise_descriptor_limit,
+)
 from wuerstchen.serve.limits import ServeConfig
 from wuerstchen.serve.service import Service
 
+WAITING_CONNECTIONS = 1024
+"""Connections that the kernel holds until they are accepted."""
+
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, request_timeout: float) -> None:
+    def __init__(self, config: uvicorn.Config, connections: Connections) -> None:
         super().__init__(config)
-        self._request_timeout = request_timeout
-        self._idle: dict[Any, tuple[Any, float]] = {}
-        """Connections without a request under way: their last one, and since when."""
+        self.connections = connections
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        # The event loop accepts as many at once as may wait, so ``backlog`` is small; but a burst may wait.
+        for listening in sockets or []:
+            listening.listen(WAITING_CONNECTIONS)
 
     async def on_tick(self, counter: int) -> bool:
-        """Closes connections whose next request does not come: uvicorn waits for its headers for ever."""
-        now, before, self._idle = time.monotonic(), self._idle, {}
-        for connection in list(self.server_state.connections):
-            last: Any = getattr(connection, "cycle", None)
-            if last is not None and not last.response_complete:
-                continue
-            known = before.get(connection)
-            since = known[1] if known is not None and known[0] is last else now
-            self._idle[connection] = (last, since)
-            if now - since > self._request_timeout:
-                connection.transport.close()
+        if counter % 5 == 0:  # twice a second
+            self.connections.sweep(time.monotonic(), cast(Any, list(self.server_state.connections)))
         return await super().on_tick(counter)
 
     @contextlib.contextmanager
@@ -52,6 +58,8 @@ def run(config: ServeConfig, say: Callable[[str], object] = print) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     logging.getLogger("wuerstchen.serve").setLevel(logging.INFO)
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of every client that has gone
+    raise_descriptor_limit(config.max_connections)
+    most_connections(config.max_connections)  # said before anything is started
     with listen(config.host, config.port) as listening:
         asyncio.run(_run(Service(config), listening, say))
 
@@ -95,9 +103,20 @@ async def _run(service: Service, listening: socket.socket, say: Callable[[str], 
 
 def make_server(service: Service, **options: Any) -> uvicorn.Server:
     """uvicorn with the service's app; its sockets are given to ``serve``."""
+    config = service.config
+    most = most_connections(config.max_connections)
+    connections = Connections(
+        most,
+        config.max_connections_per_address or min(MAX_OF_ADDRESS, max(1, most // 2)),
+        request_timeout=config.body_timeout,
+        proxies=config.proxies,
+        refused=service.metrics.refusals.labels("connections").inc,
+    )
     return _Server(
         uvicorn.Config(
             make_app(service),
+            http=counted_in(connections),
+            ws="none",
             lifespan="off",
             access_log=False,  # paths hold the names of jobs and pictures, which are secrets
             log_config=None,
@@ -105,16 +124,18 @@ def make_server(service: Service, **options: Any) -> uvicorn.Server:
             proxy_headers=False,  # ``BehindProxies`` reads them
             timeout_graceful_shutdown=5,
             timeout_keep_alive=15,
+            backlog=ACCEPTED_AT_ONCE,
             **options,
         ),
-        service.config.body_timeout,
+        connections,
     )
 
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens. Raises ``UserError`` if the address cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio sets TCP_NODELAY only where the protocol is named; without it answers wait 40 ms for an ACK.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))

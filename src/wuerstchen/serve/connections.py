@@ -1,0 +1,249 @@
+"""How many connections there may be, in total and from one address, and which ones are closed.
+
+Anybody who reaches the port can open connections, before any token is asked for. Each takes a file
+descriptor, which the service also needs to save images and to talk to its workers.
+"""
+
+import ipaddress
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from wuerstchen.errors import UserError
+
+MAX_CONNECTIONS = 4096
+MAX_OF_ADDRESS = 512
+RESERVED_DESCRIPTORS = 256
+"""Kept from connections: for the workers' pipes, files that are read or written, and connections that were
+accepted a moment ago and are not counted yet."""
+WRITE_SECONDS = 30.0
+MIN_BYTES_PER_SECOND = 1024
+"""A client that takes less of its answer than this, over ``WRITE_SECONDS``, is cut off."""
+ACCEPTED_AT_ONCE = 32
+"""Connections that the event loop accepts before they are counted; bounded by ``RESERVED_DESCRIPTORS``."""
+
+FULL = {
+    "error": {
+        "message": "Too many connections are open, in all or from your address. Close some, or try again "
+        "in a few seconds.",
+        "type": "server_error",
+        "param": None,
+        "code": None,
+    }
+}
+
+
+class Connections:
+    """The open connections of one server.
+
+    A new one over a limit takes the place of an idle one: of its own address if that has too many, else of
+    the address with the most. If none is idle, the new one is refused.
+    """
+
+    def __init__(
+        self,
+        most: int,
+        most_of_address: int,
+        *,
+        request_timeout: float,
+        proxies: Sequence[str] = (),
+        refused: Callable[[], object] = lambda: None,
+    ) -> None:
+        """``request_timeout``: seconds until an idle connection's next request must be whole.
+
+        ``proxies``: addresses and networks that may have any number, or ``*``; the clients are behind them.
+        ``refused`` is called for each connection that is refused.
+        """
+        self.most = most
+        self.most_of_address = most_of_address
+        self.request_timeout = request_timeout
+        self._refused = refused
+        self._all_proxies = "*" in proxies
+        self._proxies = [ipaddress.ip_network(proxy) for proxy in proxies if proxy != "*"]
+        self._by_address: dict[str, dict[Connection, None]] = {}
+        """Oldest first."""
+        self._total = 0
+
+    def __len__(self) -> int:
+        return self._total
+
+    def admit(self, connection: "Connection") -> bool:
+        """Counts a new connection, unless there is no room for it."""
+        address = connection.address
+        own = self._by_address.get(address, {})
+        if len(own) >= self.most_of_address and not self._is_proxy(connection):
+            victim = _idle(own)
+        elif self._total >= self.most:
+            fullest = max(self._by_address.values(), key=len)
+            victim = _idle(fullest) or next(filter(None, map(_idle, self._by_address.values())), None)
+        else:
+            victim = connection  # there is room: nobody has to go
+        if victim is None:
+            self._refused()
+            return False
+        if victim is not connection:
+            self.remove(victim)
+            victim.transport.abort()
+        self._by_address.setdefault(address, {})[connection] = None
+        self._total += 1
+        return True
+
+    def remove(self, connection: "Connection") -> None:
+        """The connection is gone; does nothing if it is not counted."""
+        own = self._by_address.get(connection.address, {})
+        if connection in own:
+            del own[connection]
+            self._total -= 1
+            if not own:
+                del self._by_address[connection.address]
+
+    def sweep(self, now: float, connections: Sequence["Connection"]) -> None:
+        """Closes those whose next request does not come and those that do not take their answer.
+
+        uvicorn waits for both for ever. ``now`` is of the monotonic clock.
+        """
+        for connection in connections:
+            if connection.stalls(now):
+                connection.transport.abort()
+            elif connection.idle_seconds(now) > self.request_timeout:
+                connection.transport.close()
+
+    def _is_proxy(self, connection: "Connection") -> bool:
+        if self._all_proxies:
+            return True
+        try:
+            address = ipaddress.ip_address(connection.client[0] if connection.client else "")
+        except ValueError:
+            return False
+        return any(address in network for network in self._proxies)
+
+
+class Connection(H11Protocol):
+    """uvicorn's connection, counted. ``room`` is set by ``counted_in``."""
+
+    room: Connections
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.address = ""
+        self._admitted = False
+        self._idle_of: Any = None
+        self._idle_since: float | None = None
+        self._unsent: tuple[float, int] | None = None
+        """Since when the client has taken too little of how many bytes."""
+
+    def connection_made(self, transport: Any) -> None:
+        peer = transport.get_extra_info("peername")
+        self.address = network_of(peer[0] if peer else "")
+        self.transport = transport
+        self.client = (str(peer[0]), int(peer[1])) if peer else None
+        if not self.room.admit(self):
+            body = json.dumps(FULL).encode()
+            head = (
+                "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 5\r\n"
+                f"connection: close\r\ncontent-length: {len(body)}\r\n\r\n"
+            )
+            transport.write(head.encode() + body)
+            transport.close()
+            return
+        self._admitted = True
+        super().connection_made(transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.room.remove(self)
+        if self._admitted:
+            super().connection_lost(exc)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is under way, and the last answer has left."""
+        is_answered = self.cycle is None or self.cycle.response_complete
+        return is_answered and not self.transport.get_write_buffer_size()
+
+    def idle_seconds(self, now: float) -> float:
+        """For how long no request has been under way, as of the calls of this so far."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._idle_since = None
+        elif self._idle_since is None or self._idle_of is not self.cycle:
+            self._idle_since, self._idle_of = now, self.cycle
+        return 0.0 if self._idle_since is None else now - self._idle_since
+
+    def stalls(self, now: float) -> bool:
+        """Whether the client has not taken enough of what it is sent, as of the calls of this so far."""
+        size = self.transport.get_write_buffer_size()
+        if not size:
+            self._unsent = None
+        elif self._unsent is None or size > self._unsent[1]:
+            self._unsent = (now, size)
+        elif now - self._unsent[0] > WRITE_SECONDS:
+            enough = min(self._unsent[1], int(WRITE_SECONDS * MIN_BYTES_PER_SECOND))
+            if self._unsent[1] - size < enough:
+                return True
+            self._unsent = (now, size)
+        return False
+
+
+def counted_in(room: Connections) -> type[Connection]:
+    """The protocol class of a server whose connections are counted in ``room``."""
+    return type("Connection", (Connection,), {"room": room})
+
+
+def network_of(address: str) -> str:
+    """What counts as one address: an IPv4 address, or the /64 network of an IPv6 address."""
+    try:
+        known = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if known.version == 4:
+        return str(known)
+    if known.ipv4_mapped is not None:
+        return str(known.ipv4_mapped)
+    return str(ipaddress.ip_network((known, 64), strict=False))
+
+
+def raise_descriptor_limit(connections: int | None) -> None:
+    """Raises this process's limit of file descriptors, as far as it may, to what so many connections need."""
+    resource = _resource()
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = (connections or MAX_CONNECTIONS) + RESERVED_DESCRIPTORS
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def most_connections(wanted: int | None) -> int:
+    """How many connections fit into this process's limit of file descriptors, ``wanted`` at most.
+
+    Raises ``UserError`` if fewer fit than are wanted; None wants ``MAX_CONNECTIONS`` or what fits.
+    """
+    resource = _resource()
+    soft = -1 if resource is None else resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if resource is None or soft == resource.RLIM_INFINITY:
+        return wanted or MAX_CONNECTIONS
+    fit = max(soft - RESERVED_DESCRIPTORS, soft // 4)
+    if wanted is not None and wanted > fit:
+        raise UserError(
+            f"There are too few file descriptors for the connections: {wanted}. This process may have {soft} "
+            f"descriptors, which is enough for {fit} connections. Raise the limit (ulimit -n), or lower "
+            "--max-connections."
+        )
+    return min(wanted or MAX_CONNECTIONS, fit)
+
+
+def _resource() -> Any:
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows has no such limit
+        return None
+    return resource
+
+
+def _idle(connections: dict[Connection, None]) -> Connection | None:
+    """The oldest without any request, else the oldest whose request was answered; None if all are busy."""
+    idle = [connection for connection in connections if connection.is_idle]
+    return next((connection for connection in idle if connection.cycle is None), idle[0] if idle else None)

@@ -1,0 +1,194 @@
+"""How many connections there may be, and which ones are closed."""
+
+import contextlib
+import socket
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from wuerstchen.errors import UserError
+from wuerstchen.serve import connections
+from wuerstchen.serve.connections import Connection, most_connections, network_of
+
+GET = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n"
+
+
+@pytest.fixture
+def connect():
+    """Opens connections that are closed with the test."""
+    with contextlib.ExitStack() as stack:
+
+        def connect(running, source="127.0.0.1"):
+            address = running.listening.getsockname()
+            return stack.enter_context(
+                socket.create_connection(address, timeout=20, source_address=(source, 0))
+            )
+
+        yield connect
+
+
+def until(holds):
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_open(connection):
+    """Whether the service answers on it."""
+    try:
+        connection.sendall(GET)
+        answer = b""
+        while not answer.endswith(b"}"):
+            answer += (more := connection.recv(1000))
+            if not more:
+                return False
+    except OSError:
+        return False
+    return answer.startswith(b"HTTP/1.1 200")
+
+
+def room(running):
+    return running.server.connections
+
+
+def test_answers_leave_at_once(serve):
+    """Nagle's algorithm: every answer on a connection that is kept took 44 ms instead of 1."""
+    running = serve()
+    running.http.get("/healthz")
+    flags = running.call(
+        lambda: [
+            one.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            for one in running.server.server_state.connections
+        ]
+    )
+    assert flags
+    assert all(flags)
+
+
+def test_idle_connections_do_not_keep_others_out(serve, connect):
+    """A thousand connections that send nothing took all descriptors, and running jobs failed for it."""
+    running = serve(max_connections=8, max_connections_per_address=8)
+    most = []
+    held = [connect(running) for _ in range(40)]
+    for _ in range(20):
+        most.append(running.call(lambda: len(room(running))))
+        assert running.http.get("/healthz").status_code == 200
+        held.append(connect(running))
+    assert running.wait(running.draw())["state"] == "done"
+    assert max(most) <= 8
+
+
+def test_one_address_cannot_take_all(serve, connect):
+    running = serve(max_connections=20, max_connections_per_address=3)
+    honest = [connect(running) for _ in range(3)]
+    assert all(is_open(connection) for connection in honest)
+    greedy = [connect(running, "127.0.0.2") for _ in range(30)]
+    until(lambda: running.call(lambda: len(room(running))) == 6)
+    assert all(is_open(connection) for connection in honest)
+    assert sum(is_open(connection) for connection in greedy) == 3
+
+
+def test_whoever_has_most_makes_room(serve, connect):
+    """All connections taken by one address: the next one would be anybody's."""
+    running = serve(max_connections=6, max_connections_per_address=6)
+    first = connect(running, "127.0.0.3")
+    assert is_open(first)
+    greedy = [connect(running, "127.0.0.2") for _ in range(5)]
+    until(lambda: running.call(lambda: len(room(running))) == 6)
+    another = connect(running, "127.0.0.4")
+    assert is_open(another)
+    assert is_open(first)
+    assert sum(is_open(connection) for connection in greedy) == 4
+
+
+def test_what_is_under_way_is_not_cut_off(serve, connect):
+    running = serve(max_connections=3, max_connections_per_address=2)
+    job = running.draw(prompts=["slowly"], prior_steps=100)
+    running.http.close()
+    streams = [connect(running) for _ in range(2)]
+    for stream in streams:
+        stream.sendall(f"GET /v1/jobs/{job['id']}/events HTTP/1.1\r\nhost: localhost\r\n\r\n".encode())
+        assert stream.recv(12) == b"HTTP/1.1 200"
+    answer = connect(running).recv(10_000)
+    assert answer.startswith(b"HTTP/1.1 503")
+    assert b"Too many connections" in answer
+    other = connect(running, "127.0.0.2")
+    assert is_open(other)
+    other.close()
+    for stream in streams:
+        stream.setblocking(False)
+        assert stream.recv(100_000)  # not closed
+        stream.close()
+    until(lambda: running.call(lambda: len(room(running))) == 0)
+    assert 'wuerstchen_refusals_total{reason="connections"} 1.0' in running.service.metrics.text().decode()
+
+
+def test_trusted_proxies_have_as_many_as_they_need(serve, connect):
+    """All clients come from the address of the proxy."""
+    running = serve(max_connections=20, max_connections_per_address=2, proxies=("127.0.0.0/30",))
+    held = [connect(running, "127.0.0.2") for _ in range(10)]
+    assert all(is_open(connection) for connection in held)
+
+
+def test_who_never_reads_is_cut_off(serve, monkeypatch):
+    """Requests in a row whose answers are never read: the connection was kept for ever."""
+    monkeypatch.setattr(connections, "WRITE_SECONDS", 0.5)
+    running = serve()
+    request = b"GET /openapi.json HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    with socket.socket() as greedy:
+        greedy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        greedy.settimeout(0.1)
+        greedy.connect(running.listening.getsockname())
+        deadline = time.monotonic() + 30
+        with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+            while True:
+                assert time.monotonic() < deadline, "it was not cut off"
+                with contextlib.suppress(TimeoutError):
+                    greedy.sendall(request * 100)
+    until(lambda: running.call(lambda: len(room(running))) == 0)
+
+
+def test_a_slow_reader_is_given_time():
+    """Cut off after 30 s however much it has taken: who has a slow line never gets a picture."""
+    connection = Connection.__new__(Connection)
+    connection._unsent = None
+    unsent = 0
+    connection.transport = SimpleNamespace(get_write_buffer_size=lambda: unsent)
+    unsent = 1_000_000
+    assert not connection.stalls(0.0)
+    for second in range(1, 400):  # 2 KB a second
+        unsent -= 2000
+        assert not connection.stalls(float(second))
+    assert not any(connection.stalls(400.0 + second) for second in range(28))
+    assert any(connection.stalls(428.0 + second) for second in range(40))
+
+
+def test_an_address_is_what_one_person_has():
+    assert network_of("10.0.0.1") == network_of("::ffff:10.0.0.1") == "10.0.0.1"
+    assert network_of("10.0.0.1") != network_of("10.0.0.2")
+    assert network_of("2001:db8:1:2::1") == network_of("2001:db8:1:2:ffff::9%eth0")
+    assert network_of("2001:db8:1:2::1") != network_of("2001:db8:1:3::1")
+    assert network_of("") == ""
+
+
+def test_connections_leave_descriptors_for_work(monkeypatch):
+    resource = pytest.importorskip("resource")
+    for soft, most in ((1024, 768), (256, 64), (10**6, 4096), (resource.RLIM_INFINITY, 4096)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, soft=soft: (soft, soft))
+        assert most_connections(None) == most
+        assert most_connections(50) == 50
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 1024))
+    with pytest.raises(UserError, match=r"too few file descriptors for the connections: 800\. .* 1024 "):
+        most_connections(800)
+
+
+def test_the_limit_of_descriptors_is_raised_as_far_as_needed(monkeypatch):
+    resource = pytest.importorskip("resource")
+    given = []
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: given.append(limits))
+    for limits in ((1024, 10**6), (1024, 2048), (8192, 10**6)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limits=limits: limits)
+        connections.raise_descriptor_limit(None)
+    assert given == [(4352, 10**6), (2048, 2048)]
