@@ -3,9 +3,12 @@
 import os
 import time
 
+import pytest
 from PIL import Image
 
+from wuerstchen.errors import UserError
 from wuerstchen.serve.results import Results
+from wuerstchen.serve.signing import Signer
 
 RED = Image.new("RGB", (64, 64), "red")
 
@@ -85,3 +88,18 @@ def test_a_folder_that_was_tidied_away_is_made_again(tmp_path):
     (tmp_path / "r").rmdir()
     results.clear()
     assert results.read(results.save(RED, {}))
+
+
+def test_a_picture_that_cannot_be_signed_is_not_kept(tmp_path):
+    """Its name is in the log then, and whoever knows the name could fetch it, unsigned."""
+
+    class Broken(Signer):
+        def __init__(self):
+            pass
+
+        def sign(self, path):
+            raise UserError(f"{path.name} could not be signed")
+
+    with pytest.raises(UserError, match="could not be signed"):
+        make(tmp_path, signer=Broken()).save(RED, {})
+    assert os.listdir(tmp_path) == []

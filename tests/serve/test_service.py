@@ -364,6 +364,55 @@ def test_prompts_are_in_the_log_only_if_asked(serve, caplog):
     assert "1 pictures of generate" in caplog.text
 
 
+def test_ids_of_jobs_are_in_no_log(serve, caplog):
+    """Whoever reads the log could read, watch and cancel everybody's jobs."""
+    caplog.set_level("DEBUG")
+    running = serve()
+    job = running.wait(running.draw())
+    failed = running.wait(running.draw(prompts=["crash"]))
+    while running.http.get("/readyz").status_code != 200:
+        time.sleep(0.05)
+    cancelled = running.draw(prompts=["slowly"], prior_steps=100)
+    running.http.delete(f"/v1/jobs/{cancelled['id']}")
+    # The test's own client logs what it asks for.
+    text = "\n".join(r.getMessage() for r in caplog.records if not r.name.startswith("http"))
+    for one in (job, failed, cancelled):
+        # The beginning is there, for whoever looks for a job; what is left has 96 bits.
+        beginning, rest = one["id"][:-24], one["id"][-24:]
+        assert text.count(f"job {beginning}:") == 2
+        assert rest not in text
+    assert job["images"][0]["url"].rpartition("/")[2] not in text
+
+
+def test_a_job_is_its_tokens_own(serve):
+    """An id that another client comes to know is enough to read the prompts and to cancel the job."""
+    mine, others = "first-token-of-all", "second-token-of-all"
+    running = serve(tokens=(mine, others))
+
+    def ask(token, method, path, **more):
+        headers = {"Authorization": f"Bearer {token}"}
+        answer = running.http.request(method, path, headers=headers, **more)
+        return answer.status_code, answer.json()
+
+    _, job = ask(mine, "POST", "/v1/jobs", json={"prompts": ["slowly"], "prior_steps": 100})
+    address = f"/v1/jobs/{job['id']}"
+    unknown = f"{address[:-1]}{'0' if address[-1] != '0' else '1'}"
+    for method, path in (("GET", address), ("DELETE", address), ("GET", f"{address}/events")):
+        refused = ask(others, method, path)
+        assert refused == ask(others, method, path.replace(address, unknown))
+        assert (refused[0], refused[1]["error"]["code"]) == (404, "job_not_found")
+    assert ask(mine, "GET", address)[1]["state"] in ("queued", "running")
+    assert ask(mine, "DELETE", address)[1]["state"] == "cancelled"
+
+
+def test_without_tokens_a_job_is_found_from_any_address(serve):
+    """A phone that changes from one network to another loses what it had drawn."""
+    running = serve(proxies=("127.0.0.1",))
+    first, second = ({"X-Forwarded-For": address} for address in ("10.1.1.1", "10.1.1.2"))
+    job = running.http.post("/v1/jobs", json={"prompts": ["a cat"]}, headers=first).json()
+    assert running.http.get(f"/v1/jobs/{job['id']}", headers=second).status_code == 200
+
+
 def test_metrics_count(serve):
     running = serve()
     running.wait(running.draw(count=3))

@@ -181,7 +181,7 @@ def _queues(service: Service) -> Queue:
     decoders = ThreadPoolExecutor(max_workers=DECODERS, thread_name_prefix="decode")
 
     async def queue(request: Request, body: JobRequest) -> Job:
-        client = request.scope["wuerstchen.client"]
+        client = _client(request)
         about = service.check_open()
         # Too many for any queue are refused as such below: waiting would not help.
         pictures = len(body.prompts or [""]) * body.count
@@ -219,7 +219,7 @@ def _add_jobs(app: FastAPI, service: Service, queue: Queue) -> None:
     @app.get("/v1/jobs/{job_id}", response_model=JobView, responses=_errors(404))
     async def look(request: Request, job_id: str) -> dict[str, Any]:
         """A job as it is now."""
-        return view(request, service.job_of(job_id))
+        return view(request, service.job_of(job_id, _client(request)))
 
     @app.delete(
         "/v1/jobs/{job_id}",
@@ -229,7 +229,7 @@ def _add_jobs(app: FastAPI, service: Service, queue: Queue) -> None:
     )
     async def cancel(request: Request, job_id: str, response: Response) -> dict[str, Any]:
         """Cancels a job; one that has ended stays as it is."""
-        job = service.job_of(job_id)
+        job = service.job_of(job_id, _client(request))
         if job.has_ended:
             response.status_code = 200
         else:
@@ -246,7 +246,8 @@ def _add_jobs(app: FastAPI, service: Service, queue: Queue) -> None:
     )
     async def events(request: Request, job_id: str) -> Response:
         """What happens to a job, as server-sent events; ``Last-Event-ID`` goes on where it stopped."""
-        job, client = service.job_of(job_id), request.scope["wuerstchen.client"]
+        client = _client(request)
+        job = service.job_of(job_id, client)
         service.check_streams(client)
         last = request.headers.get("last-event-id", "0")
         after = int(last) if last.isascii() and last.isdecimal() and len(last) < 18 else 0
@@ -300,6 +301,11 @@ def _add_jobs(app: FastAPI, service: Service, queue: Queue) -> None:
             "notices": job.notices,
             "created": job.unix_time,
         }
+
+
+def _client(request: Request) -> str:
+    """Who asks, as ``Guard`` found it."""
+    return request.scope["wuerstchen.client"]
 
 
 def _below(request: Request, image: dict[str, Any]) -> dict[str, Any]:

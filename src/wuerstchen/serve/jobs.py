@@ -90,9 +90,14 @@ class Job:
     """Numbers of pictures that no worker has been given."""
 
     def __post_init__(self) -> None:
-        self.id = self.id or f"{self.instance}-{secrets.token_hex(12)}"
+        self.id = self.id or f"{self.instance}-{secrets.token_hex(16)}"
         self.waiting = deque(range(len(self.prompts)))
         self._numbers = itertools.count(1)
+
+    @property
+    def log_name(self) -> str:
+        """The beginning of the id, for logs: the whole id lets its reader read and cancel the job."""
+        return self.id[: len(self.instance) + 9]
 
     @property
     def total(self) -> int:

@@ -43,7 +43,11 @@ class Results:
             self.folder.mkdir(mode=0o700, exist_ok=True)
         save_png(image, path, settings, drawn_by_a_model=True)
         if self.signer is not None:
-            self.signer.sign(path)
+            try:
+                self.signer.sign(path)
+            except BaseException:  # its name is in the error and so in the log
+                path.unlink(missing_ok=True)
+                raise
         return name
 
     def read(self, name: str) -> bytes | None:

@@ -207,7 +207,7 @@ class Service:
         self.queue.add(job)
         self.jobs[job.id] = job
         words = f" {list(dict.fromkeys(job.prompts))!r}" if self.config.log_prompts else ""
-        log.info("job %s: %d pictures of %s%s", job.id, job.total, job.shape.kind, words)
+        log.info("job %s: %d pictures of %s%s", job.log_name, job.total, job.shape.kind, words)
         job.emit("queued", {"position": self.queue.positions()[job]})
         self._loop.call_soon(self._pump)
 
@@ -238,10 +238,15 @@ class Service:
         """Ends a job that has not ended: what waits is forgotten, what is drawn alone is stopped."""
         self._end(job, "cancelled")
 
-    def job_of(self, job_id: str) -> Job:
-        """Raises ``Refused`` for one that is not known here, and says if another instance may know it."""
+    def job_of(self, job_id: str, client: str) -> Job:
+        """The job of that id, which must be the client's own where clients have tokens.
+
+        Raises ``Refused`` for one that is not known here, and says if another instance may know it. Another
+        client's job is answered as one that is not known.
+        """
         job = self.jobs.get(job_id)
-        if job is not None:
+        # An address may change while a job is drawn, and many may share one: a token does not and is not.
+        if job is not None and (job.client == client or not self.config.tokens):
             return job
         instance = job_id.partition("-")[0]
         if instance == self.instance or "-" not in job_id or len(job_id) > 64 or not instance.isalnum():
@@ -401,7 +406,7 @@ class Service:
             self._end(job, "failed", str(error))
             return
         except Exception:  # what it says holds the folder's path, which is not the client's business
-            log.exception("job %s: its picture could not be kept", job.id)
+            log.exception("job %s: its picture could not be kept", job.log_name)
             self._end(job, "failed", "a finished picture could not be kept; the service's log says why")
             return
         if job.has_ended:
@@ -429,7 +434,7 @@ class Service:
         self.queue.close(job)
         self.metrics.jobs.labels(state).inc()
         self.metrics.job_seconds.observe(now - job.created)
-        log.info("job %s: %s after %.1f s", job.id, state, now - job.created)
+        log.info("job %s: %s after %.1f s", job.log_name, state, now - job.created)
         for worker in self._workers:
             batch = worker.batch
             if batch is not None and state != "done":
