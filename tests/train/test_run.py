@@ -256,6 +256,28 @@ def test_a_run_from_before_colour_profiles_were_read(tmp_path, monkeypatch):
         train(recipe, run_dir)
 
 
+def test_what_is_read_is_said_before_the_first_update_and_once(tmp_path, monkeypatch, capsys):
+    order = []
+    monkeypatch.setattr("wuerstchen.train.run._Run.train", lambda self: order.append("train") or self.run_dir)
+    monkeypatch.setattr("wuerstchen.train.run._Run.rehearse", lambda self: print("rehearsal"))
+    data = tmp_path / "photos"
+    data.mkdir()
+    for number in range(16):
+        Image.new("RGB", (64, 64), (number, 90, 9)).save(data / f"{number}.png")
+        (data / f"{number}.txt").write_text("a colour")
+    recipe, watch = dataclasses.replace(tiny(), data=str(data)), Watch(rehearses=True)
+    train(recipe, tmp_path / "run", watch=watch)
+    said = capsys.readouterr().out
+    assert f"{data}: 16 images to train on" in said
+    assert "Stage C: 2,400 images, 150 epochs" in said
+    assert f"Warning: most images of {data} are smaller than 128x128 pixels" in said
+    assert said.index("rehearsal") > said.index("Warning")
+    train(recipe, tmp_path / "run", watch=watch)
+    assert "to train on" not in capsys.readouterr().out
+    (found,) = [event for event in events(tmp_path / "run") if event["event"] == "data"]
+    assert found["warned"]
+
+
 def test_the_run_folder_of_another_recipe_is_refused(begun):
     recipe = tiny()
     longer = dataclasses.replace(recipe.stage_b.optimization, images=9999)

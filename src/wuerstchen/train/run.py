@@ -43,6 +43,7 @@ from wuerstchen.train.config import Phase, Recipe, StageBConfig, StageCConfig, a
 from wuerstchen.train.feed import Batch, Feed, batch_sizes, batches
 from wuerstchen.train.folder import check_colours, check_order, check_run, locked, named, read_json
 from wuerstchen.train.loop import Settings, rehearse, run_stage
+from wuerstchen.train.overview import overview, print_overview
 from wuerstchen.train.parallel import Processes, distributed
 from wuerstchen.train.prepared_feed import (
     HeldOutMaps,
@@ -57,7 +58,7 @@ from wuerstchen.train.stage_b import DecoderAndCompressor, StageB, StageBRefinem
 from wuerstchen.train.stage_c import StageC, measure_map, measure_stored_maps
 from wuerstchen.train.stage_paella import StagePaella, StagePaellaRefinement
 from wuerstchen.train.stages import Stage, cascade_settings
-from wuerstchen.train.start import STAGE_OF, Start, fill_compressor, read_start
+from wuerstchen.train.start import STAGE_OF, Start, fill_compressor, read_start, reads_text
 from wuerstchen.train.track import Log, check_tensorboard
 from wuerstchen.train.validate import Denoising, DenoisingTokens, HeldOut, Validation, held_out
 from wuerstchen.train.watch import Watch, begin, say_cost, say_costs_to_come
@@ -135,6 +136,7 @@ def _train(
             wanted = False
             if processes.leads:
                 begin(log, watch)
+                run.say_what_is_read()
                 rehearsed = any(event["event"] == "rehearsed" for event in log.events())
                 wanted = watch.rehearses and not rehearsed
             if processes.agreed(wanted)[0]:
@@ -640,6 +642,17 @@ class _Run:
         return Provenance(
             recipe=self.recipe.name, seed=self.recipe.seed, images=images, data=self.fingerprint
         )
+
+    def say_what_is_read(self) -> None:
+        """Prints what the data are and how often each image will be seen; once for a run and its data."""
+        told = (event for event in self.log.events() if event["event"] == "data")
+        if any(event.get("fingerprint") == self.fingerprint for event in told):
+            return
+        reads = "c" in self.recipe.stages or reads_text(self.recipe, self.start)
+        encoder = self.parts.text_encoder or self.parts.decoder_text_encoder
+        said, warned = overview(self.recipe, self.sources, encoder if reads else None)
+        print_overview(said, warned)
+        self.log.event("data", fingerprint=self.fingerprint, said=said, warned=warned)
 
     def say_skipped(self) -> None:
         """Names the images that could not be read, over all starts of the run."""

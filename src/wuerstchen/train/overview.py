@@ -1,0 +1,230 @@
+"""What a run is about to learn from, told before its first update: images, captions, sizes, epochs."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from wuerstchen.data.emoji import EmojiSource
+from wuerstchen.data.folder import FolderSource
+from wuerstchen.data.plan import items_at
+from wuerstchen.data.prepared import PreparedSet
+from wuerstchen.data.sources import Source
+from wuerstchen.data.survey import MOST, ignored, sizes
+from wuerstchen.models.text import TextEncoder
+from wuerstchen.train.config import Phase, Recipe, StageBConfig, StageCConfig, phases_of
+from wuerstchen.train.stages import refining
+
+MANY_EPOCHS = 500
+"""More of the same images than this is hardly meant. Emoji are composed anew each time and may have more."""
+MUCH_ENLARGED = 4.0
+_MANY_CUT = 0.1  # of the captions
+_MOST_ENLARGED = 0.5  # of the images
+_LONGEST = 20_000  # characters of a caption that are counted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How a phase reads its data."""
+
+    stage: str
+    """Its name: a, b, b2, ..."""
+    data: str
+    images: int
+    """Images over the whole phase."""
+    batch_size: int
+    accumulate: int
+    size: int
+    """Side of its images in pixels; with other aspects, the shorter."""
+    images_option: str
+    """The option of the command line that sets ``images``."""
+    batch_option: str
+    """Likewise ``batch_size``."""
+
+
+def readings(recipe: Recipe) -> list[Reading]:
+    """Every phase of the stages that are trained, those that refine included, in the order of training."""
+    found: list[Reading] = []
+
+    def add(name: str, phase: Phase, option: str, refines: bool = False) -> None:
+        stage, optimization = f"--stage-{name[0]}", phase.optimization
+        found.append(
+            Reading(
+                stage=name,
+                data=phase.data or recipe.data,
+                images=optimization.images,
+                batch_size=optimization.batch_size,
+                accumulate=optimization.accumulate,
+                size=phase.image_size or recipe.image_size,
+                images_option=f"{stage}.refine-images" if refines else f"{stage}.{option}.images",
+                batch_option=f"{stage}.{option}.batch-size",
+            )
+        )
+
+    def add_phases(stage: str, config: StageBConfig | StageCConfig) -> Phase:
+        for number, phase in enumerate(phases_of(config)):
+            option = f"phases.{number - 1}.optimization" if number else "optimization"
+            add(f"{stage}{number + 1}" if number else stage, phase, option)
+        return phases_of(config)[-1]
+
+    a, b = recipe.stage_a, recipe.stage_b
+    of_a = Phase(optimization=a.optimization, image_size=a.image_size)
+    if "a" in recipe.stages:
+        add("a", of_a, "optimization")
+    if "b" in recipe.stages:
+        last = add_phases("b", b)
+        if b.refine_images:
+            phase = dataclasses.replace(last, optimization=refining(b))
+            add(f"b{len(b.phases) + 2}", phase, "optimization", refines=True)
+    if "a" in recipe.stages and a.refine_images:
+        add("a2", dataclasses.replace(of_a, optimization=refining(a)), "optimization", refines=True)
+    if "c" in recipe.stages:
+        add_phases("c", recipe.stage_c)
+    return found
+
+
+def overview(
+    recipe: Recipe, sources: Mapping[str, Source | PreparedSet], encoder: TextEncoder | None
+) -> tuple[list[str], list[str]]:
+    """What is to be printed about the data sets of a run, and what is to be warned of, a line each.
+
+    ``encoder`` is what captions are read with, None where none is.
+    """
+    said: list[str] = []
+    warned: list[str] = []
+    for data, source in sources.items():
+        phases = [reading for reading in readings(recipe) if reading.data == data]
+        if isinstance(source, FolderSource):
+            _folder(data, source, phases, encoder, said, warned)
+        elif isinstance(source, PreparedSet):
+            _prepared(data, source, said)
+        else:
+            again = ", composed anew each time" if isinstance(source, EmojiSource) else ""
+            said.append(f"{data}: {_number(len(source), 'image')}{again}")
+        length = len(source.rows("train")) if isinstance(source, PreparedSet) else len(source)
+        for reading in phases:
+            _epochs(recipe, reading, length, isinstance(source, EmojiSource), said, warned)
+    return said, warned
+
+
+def _folder(
+    data: str,
+    source: FolderSource,
+    phases: Sequence[Reading],
+    encoder: TextEncoder | None,
+    said: list[str],
+    warned: list[str],
+) -> None:
+    said.append(f"{data}: {_number(len(source), 'image')} to train on")
+    if encoder is not None:
+        _captions(data, source, encoder, said, warned)
+    found = sizes(source)
+    target = max(reading.size for reading in phases)
+    factors = found.enlarged((target, target))
+    looked = "" if len(found.found) == len(source) else f" of {len(found.found):,} looked at"
+    if factors:
+        name = max(factors, key=lambda name: factors[name])
+        width, height = found.found[name]
+        said.append(
+            f"  {_number(len(factors), 'image')}{looked} smaller than {target}x{target} pixels and "
+            f"enlarged, up to {factors[name]:.3g} times ({name!r} has {width}x{height})"
+        )
+        much = sorted(name for name, factor in factors.items() if factor > MUCH_ENLARGED)
+        if much:
+            warned.append(
+                f"{_number(len(much), 'image')} of {data}{looked} would be enlarged more than "
+                f"{MUCH_ENLARGED:g} times, {much[0]!r} the first. The model would learn the blur. Remove them"
+            )
+        elif len(factors) > _MOST_ENLARGED * len(found.found):
+            warned.append(
+                f"most images of {data} are smaller than {target}x{target} pixels and are enlarged. "
+                "The model would learn the blur. Use a smaller --image-size, or larger images"
+            )
+    elif found.found:
+        said.append(f"  all{looked} have at least {target}x{target} pixels")
+    _ignored(data, source, said, warned)
+
+
+def _captions(
+    data: str, source: FolderSource, encoder: TextEncoder, said: list[str], warned: list[str]
+) -> None:
+    items = items_at(range(min(MOST, len(source))), len(source), 0)
+    texts = [text for item in items for text in source.captions(item)]
+    # The encoder's own reading cuts, and warns of each text; here the tokens are counted before that.
+    lengths = [len(encoder.tokenizer.encode(text[:_LONGEST]).ids) for text in texts]
+    of = "captions" if len(items) == len(source) else f"captions of {len(items):,} images looked at,"
+    line = f"  {len(texts):,} {of} of {min(lengths)} to {max(lengths):,} tokens, "
+    line += f"{median(lengths):g} in the middle"
+    cut = sum(length > encoder.text_positions for length in lengths)
+    if cut:
+        line += f"; {cut:,} longer than the {encoder.text_positions} that the text encoder reads, and cut"
+    said.append(line)
+    if cut > _MANY_CUT * len(lengths):
+        warned.append(
+            f"{cut:,} of {len(lengths):,} captions of {data} are cut, because the text encoder reads "
+            f"{encoder.text_positions} tokens. What comes after them is not learnt. Use shorter captions"
+        )
+
+
+def _ignored(data: str, source: FolderSource, said: list[str], warned: list[str]) -> None:
+    for reason, entries in ignored(source.root).items():
+        what = f"{_number(entries.count, 'entry', 'entries')} {reason} ({entries.first!r})"
+        said.append(f"  not read: {what}")
+        if not entries.images:
+            continue
+        link = "link" in reason
+        fix = "Copy its images into the folder" if link else "Save them as PNG or JPEG"
+        warned.append(f"{what} of {data} will not be read. {fix}, if you want to train on them")
+
+
+def _prepared(data: str, source: PreparedSet, said: list[str]) -> None:
+    described = source.description
+    held = len(source.rows("heldout"))
+    line = f"{data}: {_number(len(source) - held, 'prepared image')} to train on"
+    line += f", {source.crops} crops of each" if source.crops > 1 else ""
+    said.append(line + (f", {held:,} held out" if held else ""))
+    if described["enlarged"]:
+        said.append(f"  {_number(described['enlarged'], 'crop')} enlarged, of images smaller than their size")
+    if described["cut_texts"]:
+        said.append(f"  {_number(described['cut_texts'], 'caption')} cut, longer than the text encoder reads")
+    for reason, count in described["dropped"].items():
+        said.append(f"  {count} dropped when it was prepared: {reason}")
+
+
+def _epochs(
+    recipe: Recipe, reading: Reading, length: int, composed: bool, said: list[str], warned: list[str]
+) -> None:
+    times = reading.images / length
+    stage = reading.stage.upper()
+    line = f"  Stage {stage}: {_number(reading.images, 'image')}, {_shown(times)} epochs"
+    if recipe.prepared_images:
+        kept = kept_images(recipe, reading)
+        line += f", drawn from {_number(kept, 'image')} composed at the start"
+    said.append(line)
+    if times > MANY_EPOCHS and not composed:
+        warned.append(
+            f"Stage {stage} would see each of the {length:,} images of {reading.data} {_shown(times)} times. "
+            f"The model would memorise them. Give more images, or fewer with {reading.images_option}"
+        )
+
+
+def kept_images(recipe: Recipe, reading: Reading) -> int:
+    """How many images are composed and kept for a phase: no more than those that read them will use."""
+    alike = [r for r in readings(recipe) if (r.data, r.size) == (reading.data, reading.size)]
+    return min(recipe.prepared_images, max(r.images for r in alike))
+
+
+def print_overview(said: Iterable[str], warned: Iterable[str]) -> None:
+    """Prints both, warnings last."""
+    for line in said:
+        print(line)
+    for line in warned:
+        print(f"Warning: {line}.")
+
+
+def _number(count: int, one: str, more: str = "") -> str:
+    return f"{count:,} {one if count == 1 else more or one + 's'}"
+
+
+def _shown(times: float) -> str:
+    return f"{times:,.0f}" if times >= 10 else f"{times:.2g}"
