@@ -58,8 +58,14 @@ def out_of_memory_named(what: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # torch raises a RuntimeError of its own on a GPU and a plain one on a CPU.
-        lack = ("out of memory", "not enough memory", "can't allocate memory")
-        if isinstance(error, RuntimeError) and not any(phrase in str(error) for phrase in lack):
+        if not is_out_of_memory(error):
             raise
         raise UserError(f"{what} does not fit into memory; use a smaller batch_size or size") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is lacking, on a GPU or not."""
+    # torch raises a RuntimeError of its own on a GPU and a plain one on a CPU.
+    lack = ("out of memory", "not enough memory", "can't allocate memory")
+    of_torch = isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in lack)
+    return isinstance(error, MemoryError) or of_torch

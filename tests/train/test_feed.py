@@ -1,7 +1,12 @@
 """Sizes of batches: a function of seed and batch number alone."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from wuerstchen.data.emoji import EmojiSource, sample_root
@@ -59,3 +64,57 @@ def test_pictures_fill_the_size(photos):
 def test_emoji_are_composed_as_squares_alone():
     with pytest.raises(UserError, match="48x24 of emoji: they are composed as squares alone"):
         EmojiSource(sample_root()).image(0, np.random.default_rng(0), (48, 24))
+
+
+SMALL = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {folder!r})
+from conftest import ToySource
+from wuerstchen.errors import UserError
+from wuerstchen.train.feed import Feed, batches
+try:
+    for batch in batches(Feed(ToySource(), 5, 128, True), 0, 400, 16, 2):
+        pass
+except UserError as error:
+    print(error)
+"""
+
+
+def said_with_shared_memory(mount: str) -> str:
+    """What a run in a container with little shared memory says."""
+    code = SMALL.format(folder=str(Path(__file__).parent))
+    command = ["unshare", "-m", "sh", "-c", f'{mount} && exec "$0" -c "$1"', sys.executable, code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert not done.stderr, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(
+    subprocess.run(
+        ["sh", "-c", "unshare -m mount -t tmpfs tmpfs /dev/shm"], capture_output=True, check=False
+    ).returncode
+    != 0,
+    reason="mounting needs rights",
+)
+@pytest.mark.parametrize("size", ["1m", "4k"])
+def test_too_little_shared_memory_is_named(size):
+    """The workers printed that there is no room, and the run waited for them for ever. With even less, not
+    even the workers' queues can be made."""
+    said = said_with_shared_memory(f"mount -t tmpfs -o size={size} tmpfs /dev/shm")
+    assert said.startswith("/dev/shm has no room for the batches of --workers 2: 0 MiB free of")
+    assert "--workers 0" in said
+    assert "--shm-size" in said
+
+
+def test_batches_are_put_into_shared_memory_by_the_workers_themselves(monkeypatch, toy_source):
+    """What goes wrong there is an error of the worker's, wherever this runs."""
+
+    def full(self):
+        raise RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    feed = Feed(toy_source(), 5, 4, True)
+    with pytest.raises(UserError, match=r"^/dev/shm has no room for the batches of --workers 1"):
+        list(batches(feed, 0, 8, 4, workers=1))
+    assert len(list(batches(feed, 0, 8, 4, workers=0))) == 2

@@ -1,6 +1,7 @@
 """The loop: what it computes does not depend on where it was stopped."""
 
 import dataclasses
+import errno
 import os
 import signal
 import subprocess
@@ -11,22 +12,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from wuerstchen.errors import UserError
+from wuerstchen.errors import CheckpointError, UserError
 from wuerstchen.train import snapshot
 from wuerstchen.train.feed import Feed
 from wuerstchen.train.loop import Interrupted, run_stage
+from wuerstchen.train.saving import CheckpointNotWrittenWarning
 from wuerstchen.train.snapshot import newest, read_averages
 from wuerstchen.train.track import Log
 
 CPU = torch.device("cpu")
 
 
-def run(folder: Path, stage, source, settings, **changes):
+def run(folder: Path, stage, source, settings, validation=None, **changes):
     settings = dataclasses.replace(settings, **changes)
     log = Log(folder / "log.jsonl")
     folder.mkdir(exist_ok=True)
     feed = Feed(source, 5, settings.preview_size, stage.captions)
-    return run_stage(stage, feed, folder, settings, CPU, log, {"recipe": "toy"}), log
+    path = run_stage(stage, feed, folder, settings, CPU, log, {"recipe": "toy"}, validation=validation)
+    return path, log
 
 
 def digests(checkpoint: Path) -> dict[str, str]:
@@ -221,16 +224,47 @@ def test_unreadable_pictures_are_skipped_and_logged(tmp_path, toy_stage, toy_sou
     assert "3.png is broken" in skipped[0]["reason"]
 
 
-def test_a_failing_last_preview_costs_no_work(tmp_path, toy_stage, toy_source, settings):
-    stage = toy_stage()
+def test_checkpoints_that_cannot_be_written_do_not_end_a_run_with_a_whole_one(
+    tmp_path, monkeypatch, toy_stage, toy_source, settings
+):
+    """A disk that is full for a while ended it."""
+    writes, failing = snapshot.write_tensors, []
 
-    def preview(*_):
-        raise UserError("the disk is full")
+    def full_for_a_while(tensors, path, header):
+        if any(name in str(path) for name in failing):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        writes(tensors, path, header)
 
-    stage.preview = preview
-    with pytest.raises(UserError, match="the disk is full"):
-        run(tmp_path, stage, toy_source(), settings)
-    assert newest(tmp_path / "checkpoints")[1]["images"] == 120
+    monkeypatch.setattr(snapshot, "write_tensors", full_for_a_while)
+    failing[:] = [f"{images:012d}" for images in range(20, 112, 4)]
+    with pytest.warns(CheckpointNotWrittenWarning) as warned:
+        path, log = run(tmp_path / "full", toy_stage(), toy_source(), settings, checkpoint_seconds=0.0)
+    said = str(warned[0].message)
+    assert "at image 20 of stage A cannot be written (No space left on device). Training goes on" in said
+    assert "a stop loses what came after image 16. Free some space" in said
+    events = log.events()
+    assert {e["images"] for e in events if e["event"] == "checkpoint failed"} == set(range(20, 112, 4))
+    assert [e["images"] for e in events if e["event"] == "checkpoint"] == [4, 8, 12, 16, 112, 116, 120]
+    monkeypatch.undo()
+    whole, _ = run(tmp_path / "whole", toy_stage(), toy_source(), settings)
+    assert digests(path) == digests(whole)
+
+
+@pytest.mark.parametrize("first", [4, 120])
+def test_a_checkpoint_that_must_not_be_missing_ends_the_run(
+    first, tmp_path, monkeypatch, toy_stage, toy_source, settings
+):
+    """The first one of a stage, or the last, which the next stage reads."""
+    writes = snapshot.write_tensors
+
+    def full(tensors, path, header):
+        if f"{first:012d}" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        writes(tensors, path, header)
+
+    monkeypatch.setattr(snapshot, "write_tensors", full)
+    with pytest.raises(CheckpointError, match=rf"{first:012d} cannot be written \(No space left"):
+        run(tmp_path, toy_stage(), toy_source(), settings, checkpoint_seconds=0.0)
 
 
 def test_the_log_tells_speed_and_losses(tmp_path, toy_stage, toy_source, settings):

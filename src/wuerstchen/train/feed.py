@@ -4,9 +4,12 @@ Nothing is shuffled or remembered here. What comes next follows from the number 
 run is fed as the unbroken one would have been.
 """
 
+import multiprocessing
 import os
+import re
+import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -14,11 +17,14 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from wuerstchen.data.plan import generator, item_at, stable_hash
 from wuerstchen.data.sources import Example, Size, Source
-from wuerstchen.errors import DataError
+from wuerstchen.errors import DataError, UserError
+
+_PREFETCHED = 4  # batches that each worker makes ahead
+_SHARED_MEMORY = "/dev/shm"
 
 
 @dataclass(frozen=True)
@@ -140,6 +146,43 @@ def _start_worker(_: int) -> None:
 
 
 @dataclass(frozen=True)
+class _Collating:
+    """Makes batches of samples, in a worker in shared memory at once.
+
+    torch would move tensors there in a thread of the worker, where a lack of room is printed and the batch
+    lost: the training process then waits for it for ever. Here it is an error of the worker's.
+    """
+
+    feed: Feeding[Any]
+
+    def __call__(self, samples: list[Any]) -> Any:
+        batch = self.feed.collate(samples)
+        if get_worker_info() is not None:
+            for value in vars(batch).values():
+                if isinstance(value, Tensor):
+                    value.share_memory_()
+        return batch
+
+
+def _lacks_shared_memory(error: RuntimeError) -> bool:
+    """Whether an error of the processes that load images says that there is no room to hand batches over."""
+    # torch names its file there; a worker that writes beyond the room dies of a bus error.
+    return bool(re.search(r"</torch_\w+>|shared memory|[Bb]us error", str(error)))
+
+
+def _no_shared_memory(workers: int) -> UserError:
+    room = ""
+    if os.path.isdir(_SHARED_MEMORY):
+        usage = shutil.disk_usage(_SHARED_MEMORY)
+        room = f": {usage.free / 2**20:,.0f} MiB free of {usage.total / 2**20:,.0f}"
+    return UserError(
+        f"{_SHARED_MEMORY} has no room for the batches of --workers {workers}{room}. Each of these processes "
+        f"keeps up to {_PREFETCHED} batches there. Use fewer or --workers 0, or make it larger, in a "
+        "container with docker run --shm-size 16g"
+    )
+
+
+@dataclass(frozen=True)
 class _Batches:
     """The image numbers from ``start`` to ``end`` - 1 in groups; none is made before it is asked for."""
 
@@ -167,7 +210,7 @@ def batches(
     batch_size: int,
     workers: int,
     part: Callable[[range], range] = _whole,
-) -> Iterator[B]:
+) -> Generator[B, None, None]:
     """The pictures ``start`` to ``end`` - 1 in batches; the last may be smaller.
 
     ``part`` is what this process wants of each batch.
@@ -176,14 +219,33 @@ def batches(
         feed,  # type: ignore[arg-type]
         batch_sampler=_Batches(start, end, batch_size, part),
         num_workers=workers,
-        collate_fn=feed.collate,
+        collate_fn=_Collating(feed),
         worker_init_fn=_start_worker,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=_PREFETCHED if workers else None,
     )
+    if workers:
+        try:
+            # As many as the loader will make for its queues; where it cannot, it leaves a traceback.
+            _ = [multiprocessing.Lock() for _ in range(8 + 4 * workers)]
+        except OSError as error:
+            raise _no_shared_memory(workers) from error
+    others = set(multiprocessing.active_children())
+    started: set[multiprocessing.Process] = set()
     try:
-        yield from loader
+        iterator = iter(loader)
+        started = {*multiprocessing.active_children()} - others
+        yield from iterator
     except DataError as error:
         # From a worker the message comes wrapped in that process's traceback; its last line is ours.
         raise DataError(
             str(error).strip().splitlines()[-1].removeprefix("wuerstchen.errors.DataError: ")
         ) from None
+    except RuntimeError as error:
+        if not workers or not _lacks_shared_memory(error):
+            raise
+        raise _no_shared_memory(workers) from error
+    finally:
+        # Those that hang in a read would each be waited for; all they do is read.
+        for worker in started:
+            if worker.is_alive():
+                worker.terminate()

@@ -9,46 +9,39 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from PIL import Image
 from torch import nn
 
 from wuerstchen.data.plan import items_at, stable_hash
 from wuerstchen.errors import UserError, out_of_memory_named
-from wuerstchen.images import grid, save_png
 from wuerstchen.train import snapshot
 from wuerstchen.train.bank import Bank
 from wuerstchen.train.cost import Cost, CostMeter
 from wuerstchen.train.ema import decay_at, make_average
 from wuerstchen.train.feed import Feed, batches
+from wuerstchen.train.observe import Observer
 from wuerstchen.train.optim import learning_rate, make_optimizer, set_rate
 from wuerstchen.train.parallel import (
     Processes,
     empty_copy,
-    gather,
     is_sharded,
     shard,
     share_batch_statistics,
 )
 from wuerstchen.train.prepared_feed import PreparedFeed
+from wuerstchen.train.saving import Saving
 from wuerstchen.train.stages import Stage, inputs_of
 from wuerstchen.train.step import Step, Updates, Values, compile_regions, half_copies, recompute_blocks
+from wuerstchen.train.stopping import GRACE, Interrupted, StoppedWaiting, StopRequest
 from wuerstchen.train.throughput import Gauge
 from wuerstchen.train.track import Log, Meter
 from wuerstchen.train.validate import Validation
-
-
-class Interrupted(Exception):
-    """Training was asked to stop; a checkpoint of that moment is on disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +67,8 @@ class Settings:
     preview_every: int
     preview_size: int
     previews: int
+    keep_every: int = 0
+    """Images between checkpoints that are never removed; 0 for none."""
 
 
 @dataclass
@@ -100,7 +95,8 @@ def run_stage(
     """Trains a stage to its end, from the last checkpoint in ``folder`` if there is one.
 
     Pictures come from the ``bank`` where there is one, else from the feed. With a ``validation`` the loss on
-    held-out pictures is logged at previews and at checkpoints. Returns the last checkpoint.
+    held-out pictures is logged at previews and at checkpoints. A preview or validation that a stop has
+    prevented is made first. Returns the last checkpoint.
     Raises ``Interrupted`` after SIGINT or SIGTERM, with a checkpoint written.
     """
     processes = processes or Processes(device)
@@ -111,110 +107,156 @@ def run_stage(
     log.event(
         "start", stage=stage.name, images=state.images, total=total, resumed=resumed, device=str(device)
     )
-    if state.images >= total:
-        return folder / "checkpoints" / f"{state.images:012d}"
+    observer = Observer(
+        stage,
+        feed,
+        folder,
+        log,
+        processes,
+        validation,
+        every=settings.preview_every,
+        columns=settings.previews,
+        size=settings.preview_size,
+    )
+    preview, validate = observer.begin(state.images)
+    stop = StopRequest(processes.count)
+    with stop.caught(), _memory_named(stage, feed):
+        if preview or validate:
+            observer.look(state, True, preview=preview, validate=validate)
+        if state.images < total:
+            step = _step(stage, state, settings, processes)
+            step.gauge = Gauge(stage, step.seed, settings.autocast, device)
+            writer = snapshot.Writer(folder / "checkpoints", processes, state.images)
+            saving = Saving(
+                writer,
+                state,
+                {**header, "stage": stage.name},
+                log,
+                cost,
+                lambda: _refuse_fault(step),
+                resumed=resumed,
+                milestones=settings.keep_every,
+            )
+            meter = Meter(f"Stage {stage.name.upper()}", state.images, total, processes.leads)
+            updates = (
+                _fed_updates(step, feed, settings, stop)
+                if bank is None
+                else _bank_updates(step, bank, settings)
+            )
+            loop = _Loop(step, settings, log, cost, saving, observer, meter, stop, waits=bank is None)
+            with contextlib.closing(meter), contextlib.closing(writer), contextlib.closing(updates):
+                loop.run(updates)
+        elif stop.requested:
+            _stopped(log, state, stage)
+    return folder / "checkpoints" / f"{state.images:012d}"
 
-    writer = snapshot.Writer(folder / "checkpoints", processes, state.images)
-    begun: dict[str, Any] = {}
 
-    def checkpoint() -> None:
-        """Begins a checkpoint of this moment, when the one before is whole."""
-        whole()
-        _refuse_fault(step)
-        writer.begin(state, {**header, "stage": stage.name})
-        spent = cost.spent()
-        kwh = None if spent.kwh is None else processes.total(spent.kwh)
-        begun.update(stage=stage.name, images=state.images, seconds=spent.seconds, kwh=kwh)
+def _stopped(log: Log, state: snapshot.TrainingState, stage: Stage) -> NoReturn:
+    """Notes that a signal has stopped the run, and ends it."""
+    log.event("stopped", stage=stage.name, images=state.images)
+    raise Interrupted(
+        f"stopped at image {state.images:,} of {stage.optimization.images:,} of stage {stage.name.upper()}"
+    )
 
-    def whole() -> Path:
-        """The last checkpoint that was begun, when it is whole."""
-        path = writer.wait()
-        said()
-        return path
 
-    def said() -> None:
-        """Notes a checkpoint when it is whole."""
-        if begun and not writer.busy and not writer.failed:
-            log.event("checkpoint", **begun)
-            begun.clear()
+@dataclass
+class _Loop:
+    """What happens at the updates of a stage and between them."""
 
-    step = _step(stage, state, settings, processes)
-    step.gauge = gauge = Gauge(stage, step.seed, settings.autocast, device)
-    updates = _fed_updates(step, feed, settings) if bank is None else _bank_updates(step, bank, settings)
-    meter = Meter(f"Stage {stage.name.upper()}", state.images, total, processes.leads)
-    saved = time.monotonic()
-    next_preview = _next_multiple(state.images, settings.preview_every, total)
-    final: Path | None = None
-    values: dict[str, float] = {}
-    with (
-        _stop_request() as stop_requested,
-        contextlib.closing(meter),
-        contextlib.closing(writer),
-        contextlib.closing(updates),
-        _memory_named(stage, feed),
-    ):
-        skipped: list[tuple[str, str]] = []
-        for fed in updates:
-            state.updates += 1
-            # A recorded update is not waited for, unless its values are to be read.
-            reads = bank is None or not values or state.updates % settings.log_every == 0
-            if reads or state.images + fed.images >= total:
-                values = _read(fed.values, step)
-                values["learning_rate"] = learning_rate(stage.optimization, state.images + fed.images)
-            state.images += fed.images
-            meter.update(fed.images, values["loss"])
-            skipped += fed.skipped
-            logs = state.updates % settings.log_every == 0 or state.images >= total
-            if logs or processes.count == 1:
-                for name, reason in processes.gathered(skipped):
-                    log.event("skipped", stage=stage.name, name=name, reason=reason)
-                skipped = []
-            if logs:
-                rate = round(meter.rate(), 2)
-                spent = cost.spent()
-                seen = {"images_per_second": rate, **gauge.read(rate / processes.count), **values}
-                seen |= {"seconds": round(spent.seconds, 3), "kwh": spent.kwh}
-                log.event("progress", stage=stage.name, images=state.images, **seen)
-            if state.images >= total:  # before the last preview: whatever befalls it costs no work
-                checkpoint()
-                final = whole()
-            if state.images >= next_preview:
-                averages = _gathered(state, processes)
-                if processes.leads:
-                    _preview(stage, state.images, averages, feed, folder, settings, device)
-                log.event("preview", stage=stage.name, images=state.images)
-                if validation is not None and processes.leads:
-                    found = validation(averages)
-                    log.event("validation", stage=stage.name, images=state.images, **found)
-                del averages
-                next_preview = _next_multiple(state.images, settings.preview_every, total)
-            due = time.monotonic() - saved >= settings.checkpoint_seconds
-            # Where nobody waits for the device, only one process can decide by itself.
-            asked = (stop_requested(), due, writer.failed)
-            stops, due, failed = processes.agreed(*asked) if reads else asked
-            said()
-            if processes.count > 1 and not reads:
-                continue
-            if failed:
-                whole()  # raises what went wrong
-            if stops:
-                if final is None:
-                    checkpoint()
-                    whole()
-                log.event("stopped", stage=stage.name, images=state.images)
-                raise Interrupted(
-                    f"stopped at image {state.images:,} of {total:,} of stage {stage.name.upper()}"
-                )
-            if due and state.images < total:
-                checkpoint()
-                saved = time.monotonic()
-                (wanted,) = processes.agreed(validation is not None and validation.due)
-                averages = _gathered(state, processes) if wanted else {}
-                if validation is not None and wanted and processes.leads:
-                    found = validation(averages)
-                    log.event("validation", stage=stage.name, images=state.images, **found)
-    assert final is not None
-    return final
+    step: Step
+    settings: Settings
+    log: Log
+    cost: CostMeter
+    saving: Saving
+    observer: Observer
+    meter: Meter
+    stop: StopRequest
+    waits: bool
+    """Whether updates wait for pictures, and so for the device."""
+    values: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Of the last update whose values were read."""
+    skipped: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+
+    def run(self, updates: Iterator[_Fed]) -> None:
+        """Makes all updates. Raises ``Interrupted`` after a signal."""
+        state, saved = self.step.state, time.monotonic()
+        total, processes = self.step.stage.optimization.images, self.step.processes
+        try:
+            for fed in updates:
+                reads = self._account(fed)
+                if state.images >= total:  # before the last preview: whatever befalls it costs no work
+                    self.saving.begin(must=True)
+                    self.saving.wait(must=True)
+                if self.observer.due(state.images):
+                    self._look(preview=True)
+                    saved = time.monotonic()
+                due = time.monotonic() - saved >= self.settings.checkpoint_seconds
+                due = due or self.saving.milestone_due(state.images)
+                # Where nobody waits for the device, only one process can decide by itself.
+                asked = (self.stop.requested, due, self.saving.failed)
+                stops, due, failed = processes.agreed(*asked) if reads else asked
+                self.saving.note()
+                if processes.count > 1 and not reads:
+                    continue
+                if failed:
+                    self.saving.wait()
+                if stops:
+                    self._stop()
+                if due and state.images < total:
+                    self.saving.begin()
+                    saved = time.monotonic()
+                    validation = self.observer.validation
+                    (wanted,) = processes.agreed(validation is not None and validation.due)
+                    if wanted:
+                        self._look(preview=False)
+        except StoppedWaiting:
+            if processes.count == 1:
+                self._stop()
+            raise UserError(
+                f"a signal came while process {processes.rank} waited for data at image {state.images:,} of "
+                f"stage {self.step.stage.name.upper()}, and no data came for {GRACE:.0f} seconds. What "
+                "follows the last checkpoint is lost; start the same command again to go on from it"
+            ) from None
+
+    def _account(self, fed: _Fed) -> bool:
+        """Counts and logs an update. Returns whether the device was waited for."""
+        step, state, processes = self.step, self.step.state, self.step.processes
+        optimization, total = step.stage.optimization, step.stage.optimization.images
+        state.updates += 1
+        # A recorded update is not waited for, unless its values are to be read.
+        reads = self.waits or not self.values or state.updates % self.settings.log_every == 0
+        if reads or state.images + fed.images >= total:
+            self.values = _read(fed.values, step)
+            self.values["learning_rate"] = learning_rate(optimization, state.images + fed.images)
+        state.images += fed.images
+        self.meter.update(fed.images, self.values["loss"])
+        self.skipped += fed.skipped
+        logs = state.updates % self.settings.log_every == 0 or state.images >= total
+        if logs or processes.count == 1:
+            for name, reason in processes.gathered(self.skipped):
+                self.log.event("skipped", stage=step.stage.name, name=name, reason=reason)
+            self.skipped = []
+        if logs:
+            rate = round(self.meter.rate(), 2)
+            spent = self.cost.spent()
+            assert step.gauge is not None
+            seen = {"images_per_second": rate, **step.gauge.read(rate / processes.count), **self.values}
+            seen |= {"seconds": round(spent.seconds, 3), "kwh": spent.kwh}
+            self.log.event("progress", stage=step.stage.name, images=state.images, **seen)
+        return reads
+
+    def _look(self, *, preview: bool) -> None:
+        """A validation, and a preview if wanted, with a checkpoint of this moment on disk before them."""
+        images = self.step.state.images
+        self.saving.begin()
+        self.saving.wait()
+        self.observer.look(self.step.state, self.saving.is_whole(images), preview=preview)
+
+    def _stop(self) -> NoReturn:
+        if self.step.state.images:
+            self.saving.begin(must=True)
+            self.saving.wait(must=True)
+        _stopped(self.log, self.step.state, self.step.stage)
 
 
 def rehearse(
@@ -235,7 +277,11 @@ def rehearse(
     _check_batches(stage, processes)
     state, _ = _prepare(stage, folder, settings, processes)
     step = _step(stage, state, settings, processes)
-    updates = _fed_updates(step, feed, settings) if bank is None else _bank_updates(step, bank, settings)
+    updates = (
+        _fed_updates(step, feed, settings, StopRequest(processes.count))
+        if bank is None
+        else _bank_updates(step, bank, settings)
+    )
     meter, images = CostMeter(device), 0
     with contextlib.closing(updates), _memory_named(stage, feed):
         for fed in itertools.islice(updates, warming + timed):
@@ -324,13 +370,20 @@ def _begin(step: Step, settings: Settings, images: int) -> None:
     torch.manual_seed(stable_hash(settings.seed, stage.name, "dropout", state.images, *who) >> 1)
 
 
-def _fed_updates(step: Step, feed: Feed | PreparedFeed, settings: Settings) -> Generator[_Fed, None, None]:
-    """Updates on pictures composed on the way."""
+def _fed_updates(
+    step: Step, feed: Feed | PreparedFeed, settings: Settings, stop: StopRequest
+) -> Generator[_Fed, None, None]:
+    """Updates on pictures composed on the way. ``stop`` may end the wait for them."""
     optimization, device = step.stage.optimization, step.device
     start, total = step.state.images, optimization.images
     part = step.processes.share
-    with contextlib.closing(Updates(step, settings.records)) as update:
-        for batch in batches(feed, start, total, optimization.batch_size, settings.workers, part):
+    loaded = batches(feed, start, total, optimization.batch_size, settings.workers, part)
+    with contextlib.closing(Updates(step, settings.records)) as update, contextlib.closing(loaded):
+        while True:
+            with stop.waiting():
+                batch = next(loaded, None)
+            if batch is None:
+                return
             images = len(batch.indices) * step.processes.count
             _begin(step, settings, images)
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):
@@ -385,65 +438,3 @@ def _refuse_fault(step: Step, values: dict[str, float] | None = None) -> None:
 def _memory_named(stage: Stage, feed: Feed | PreparedFeed) -> Iterator[None]:
     with out_of_memory_named(f"batch_size={stage.optimization.batch_size} at {feed.size}x{feed.size} pixels"):
         yield
-
-
-def _gathered(state: snapshot.TrainingState, processes: Processes) -> dict[str, nn.Module]:
-    """The averages to be used by the first process, those that are sharded as whole copies.
-
-    All processes take part; the first has the memory for them until they are dropped.
-    """
-    return {
-        name: gather(average, state.whole[name], processes) if name in state.whole else average
-        for name, average in state.averages.items()
-    }
-
-
-@torch.no_grad()
-def _preview(
-    stage: Stage,
-    seen: int,
-    averages: dict[str, nn.Module],
-    feed: Feed | PreparedFeed,
-    folder: Path,
-    settings: Settings,
-    device: torch.device,
-) -> None:
-    """Draws the preview grid with the averaged weights. Leaves no trace in the random state of training."""
-    pixels = feed.shown(settings.previews, settings.preview_size).to(device)
-    images: list[Image.Image] = stage.preview(averages, pixels, device)
-    if not images:
-        return
-    path = folder / "previews" / f"{seen:012d}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    columns = settings.previews if len(images) % settings.previews == 0 else math.isqrt(len(images) - 1) + 1
-    save_png(grid(images, columns=columns), path, {"stage": stage.name, "images": seen})
-
-
-def _next_multiple(images: int, every: int, total: int) -> int:
-    return total if every == 0 else min((images // every + 1) * every, total)
-
-
-@contextlib.contextmanager
-def _stop_request() -> Iterator[Callable[[], bool]]:
-    """Turns the first SIGINT or SIGTERM into a request that the loop answers at the end of the update.
-
-    A second Ctrl-C has its ordinary effect. Signals can only be caught in the main thread.
-    """
-    requested = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield requested.is_set
-        return
-
-    def request(number: int, frame: FrameType | None) -> None:
-        requested.set()
-        if number == signal.SIGINT:  # torchrun repeats the SIGTERM that a scheduler has sent to all
-            signal.signal(number, previous[number])
-
-    previous: dict[int, Any] = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, request)
-    try:
-        yield requested.is_set
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

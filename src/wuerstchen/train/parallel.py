@@ -26,7 +26,7 @@ from torch.distributed.nn.functional import all_reduce
 from torch.distributed.tensor import DTensor
 
 from wuerstchen.data.plan import stable_hash
-from wuerstchen.errors import UserError
+from wuerstchen.errors import UserError, is_out_of_memory
 from wuerstchen.models.compressor import Compressor
 from wuerstchen.models.decoder import Decoder
 from wuerstchen.models.layers import AttnBlock, ConditionedResBlock, ResBlock
@@ -300,14 +300,32 @@ def gather(network: nn.Module, empty: nn.Module, processes: Processes) -> nn.Mod
     """A whole copy of a sharded network, in the first process alone; others get the ``empty`` one.
 
     All processes take part. The first needs memory for all the weights, the others for one tensor at a time.
+    Where the first has not enough it raises what torch raised, after its part in the exchange: the others
+    do not notice.
     """
     tensors: dict[str, Tensor] = {}
+    lack: BaseException | None = None
     for name, tensor in network.state_dict().items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if processes.leads:
+        try:
+            whole = _whole(tensor)
+        except (MemoryError, RuntimeError) as error:
+            if not processes.leads or not is_out_of_memory(error):
+                raise
+            lack = error.with_traceback(None)
+            tensors.clear()
+            if tensor.device.type == "cuda":
+                torch.cuda.empty_cache()
+            whole = _whole(tensor)
+        if processes.leads and lack is None:
             tensors[name] = whole
+    if lack is not None:
+        raise lack
     if not processes.leads:
         return empty
     filled = copy.deepcopy(empty)
     filled.load_state_dict(tensors, assign=True)
     return filled.requires_grad_(False)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

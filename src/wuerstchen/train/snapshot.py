@@ -10,8 +10,9 @@ the rows that it needs. Nothing is pickled, and no pickle is read: tensors are i
 state.json.
 
 A checkpoint is copied from the device at once and written by a thread while training goes on, under a
-temporary name, and renamed at the end. The two newest are kept; one that turns out damaged is named, and the
-one before it is used.
+temporary name, and renamed at the end. The two newest are kept, those that were marked as milestones, and
+the one with the lowest validation loss, which ``best.json`` beside them names. One that turns out damaged is
+named, and the one before it is used.
 """
 
 import contextlib
@@ -38,6 +39,7 @@ from wuerstchen.train.optim import load_optimizer_tensors, optimizer_tensors
 from wuerstchen.train.parallel import Processes, first_row, local_part
 
 KEPT = 2
+BEST = "best.json"
 _LOOKS = 0.05  # seconds between two looks for what the other processes have written
 
 
@@ -56,6 +58,12 @@ class TrainingState:
 
 class DamagedCheckpointWarning(UserNotice):
     """A checkpoint could not be read, and an older one was used."""
+
+
+class CheckpointNotWritten(CheckpointError):
+    """A checkpoint could not be written, by this process or by another."""
+
+    reason = "another process could not write its part"
 
 
 @dataclass
@@ -86,7 +94,7 @@ class Writer:
         self._target = folder
         self._written = threading.Event()
         self._given_up = threading.Event()
-        self._error: CheckpointError | None = None
+        self._error: CheckpointNotWritten | None = None
 
     @property
     def failed(self) -> bool:
@@ -148,7 +156,7 @@ class Writer:
         (failed,) = self.processes.agreed(self.failed)
         if failed:
             self._given_up.set()
-            error = self._error or CheckpointError(
+            error = self._error or CheckpointNotWritten(
                 f"another process could not write its part of checkpoint {self._target}; it says why"
             )
             self._error = None
@@ -167,10 +175,11 @@ class Writer:
             yield
         except Exception as error:  # whatever it is, the others must not wait for this process
             reason = error.strerror if isinstance(error, OSError) else error.__cause__ or error
-            self._error = CheckpointError(
+            self._error = CheckpointNotWritten(
                 f"checkpoint {self._target} cannot be written ({reason}); those before it are whole: free "
                 "some space and start the same command again"
             )
+            self._error.reason = str(reason)
 
     def _copied(self, state: TrainingState) -> _Part:
         """This process's part of the state in the host's memory, as it is at this moment."""
@@ -252,12 +261,34 @@ class Writer:
         self._own.add(self._target)
         others = [path for path in _all(self.folder) if path != self._target]
         whole = [path for path in others if path < self._target and not self._was_damaged(path)]
-        for path in {*others} - {*whole[: KEPT - 1]}:
+        best = best_of(self.folder)
+        kept = [path for path in whole if _is_milestone(path) or (best and int(path.name) == best["images"])]
+        for path in {*others} - {*whole[: KEPT - 1], *kept}:
             _remove(path)
 
     def _was_damaged(self, path: Path) -> bool:
         """Whether training went on from before a checkpoint that was there already."""
         return self.begun_at is not None and path not in self._own and int(path.name) > self.begun_at
+
+
+def best_of(folder: Path) -> dict[str, Any] | None:
+    """The ``images`` and the ``loss`` of the checkpoint under ``folder`` with the lowest validation loss.
+
+    None where there is no validation, or where its checkpoint has gone.
+    """
+    try:
+        best = json.loads((folder / BEST).read_text(encoding="utf-8"))
+        images, loss = int(best["images"]), float(best["loss"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return {"images": images, "loss": loss} if (folder / f"{images:012d}").is_dir() else None
+
+
+def _is_milestone(path: Path) -> bool:
+    try:
+        return _read_state(path).get("milestone") is True
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        return False
 
 
 def save(state: TrainingState, folder: Path, header: dict[str, Any]) -> Path:

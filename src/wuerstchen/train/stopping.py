@@ -1,0 +1,92 @@
+"""How a run is asked to stop: by SIGINT or SIGTERM, at the end of an update, or while it waits for data."""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+GRACE = 10.0
+"""Seconds that data may still take after a signal where other processes wait for this one's part."""
+
+
+class Interrupted(Exception):
+    """Training was asked to stop; a checkpoint of that moment is on disk."""
+
+
+class StoppedWaiting(BaseException):
+    """A signal came while this process waited for data. No ``except Exception`` on the way may keep it."""
+
+
+class StopRequest:
+    """Turns the first SIGINT or SIGTERM into a request that the loop answers at the end of the update.
+
+    Inside ``waiting`` it raises ``StoppedWaiting`` instead: data may never come. With several processes it
+    does so only ``GRACE`` seconds later, because the others need this one to end the update together.
+    """
+
+    def __init__(self, count: int) -> None:
+        """``count`` is the number of processes of the run."""
+        self._grace = 0.0 if count == 1 else GRACE
+        self._since: float | None = None
+        self._waits = False
+        self._timer: threading.Timer | None = None
+
+    @property
+    def requested(self) -> bool:
+        return self._since is not None
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        """Within, signals are requests. A second Ctrl-C has its ordinary effect.
+
+        Signals can only be caught in the main thread; elsewhere nothing is changed.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous: dict[int, Any] = {}
+
+        def request(number: int, frame: FrameType | None) -> None:
+            self._request()
+            if number == signal.SIGINT:  # torchrun repeats the SIGTERM that a scheduler has sent to all
+                signal.signal(number, previous[number])
+            if self._waits and self._overdue():
+                raise StoppedWaiting
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, request)
+        try:
+            yield
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Within, a request ends the wait by ``StoppedWaiting``. For waits in which no state changes."""
+        self._waits = True
+        try:
+            if self.requested and self._overdue():
+                raise StoppedWaiting
+            yield
+        finally:
+            self._waits = False
+
+    def _request(self) -> None:
+        if self._since is not None:
+            return
+        self._since = time.monotonic()
+        if self._grace:
+            # Python runs handlers in the main thread, which sleeps: another signal wakes it.
+            self._timer = threading.Timer(self._grace + 0.1, os.kill, (os.getpid(), signal.SIGTERM))
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _overdue(self) -> bool:
+        return self._since is not None and time.monotonic() - self._since >= self._grace
