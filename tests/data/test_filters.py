@@ -1,10 +1,12 @@
 """Filters on metadata."""
 
+import json
 import math
+from decimal import Decimal
 
 import pytest
 
-from wuerstchen.data.filters import Filters, Tally, size_in
+from wuerstchen.data.filters import FIELDS, MAX_NAMED, Filters, Tally, size_in
 from wuerstchen.errors import UserError
 
 ORIGINAL = Filters(
@@ -57,6 +59,8 @@ def test_sizes():
         ({"original_width": "640", "original_height": "480"}, None),
         ({"original_width": 0, "original_height": 480}, None),
         ({"original_width": math.nan, "original_height": 480}, None),
+        ({"original_width": 10**401, "original_height": 480}, None),
+        ({"original_width": 1e300, "original_height": 480}, None),
     ],
 )
 def test_the_size_in_the_metadata(fields, size):
@@ -87,3 +91,60 @@ def test_tallies_add_up_and_survive_json():
     one.add(other)
     assert one.dropped == {"no caption": 2, "damaged image": 1}
     assert Tally.from_json(one.to_json()) == one
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"pwatermark": 0.6},
+        {"watermark_score": 0.6},
+        {"aesthetic": 4.0},
+        {"AESTHETIC_SCORE": 4.0},
+        {"aesthetic_score": 4.0},
+        {"aesthetic_score_laion_v2": 4.0},
+        {"punsafe": 0.6},
+        {"nsfw_score_opennsfw2": 0.6},
+        {"nsfw_score_gantman": Decimal("0.6")},
+    ],
+)
+def test_common_names_of_scores(fields):
+    filters = Filters(max_watermark=0.5, min_aesthetic=5.0, max_unsafe=0.5)
+    (name,) = fields
+    assert name in FIELDS  # readers leave everything else out
+    assert filters.verdict(fields) is not None
+    assert filters.verdict(dict.fromkeys(fields, 5.0 if "aesthetic" in name.lower() else 0.1)) is None
+
+
+def test_whole_numbers_of_any_length():
+    """They do not fit into a float, which Python says with an OverflowError."""
+    filters = Filters(max_watermark=0.5, min_aesthetic=5.0)
+    assert filters.verdict({"pwatermark": 10**401}) == "watermark score above 0.5"
+    assert filters.verdict({"aesthetic": -(10**401)}) == "aesthetic score below 5"
+    assert filters.verdict({"pwatermark": Decimal("NaN")}) == "pwatermark is no number"
+
+
+def test_scores_that_are_lacking_are_told():
+    filters = Filters(max_watermark=0.5, min_aesthetic=5.0)
+    assert filters.lacking({"pwatermark": 0.0, "punsafe": 0.1}) == ["aesthetic"]
+    assert filters.lacking({}) == ["watermark", "aesthetic"]
+    assert Filters().lacking({}) == []
+
+
+def test_a_tally_names_a_thousand_and_counts_the_rest():
+    tally = Tally()
+    for number in range(MAX_NAMED + 5):
+        tally.damage("damaged image", f"{number}" * 1000, "reason" * 1000)
+    assert tally.dropped["damaged image"] == MAX_NAMED + 5
+    assert len(tally.damaged) == MAX_NAMED
+    assert tally.unnamed == 5
+    assert len(json.dumps(tally.to_json())) < 1_000_000
+    both = Tally.from_json(tally.to_json())
+    both.add(tally)
+    assert len(both.damaged) == MAX_NAMED
+    assert both.unnamed == MAX_NAMED + 10
+    assert sum(both.dropped.values()) == 2 * (MAX_NAMED + 5)
+
+
+def test_tallies_of_older_versions():
+    old = {"dropped": {"damaged image": 1}, "damaged": [["a", "b"]]}
+    assert Tally.from_json(old).to_json() == {**old, "unnamed": 0}

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -313,3 +315,142 @@ def test_fingerprint_names_a_picture_that_went_away(with_text_files: Path) -> No
     (with_text_files / "b.png").unlink()
     with pytest.raises(DataError, match=r"^image 'b\.png' is wrong because it cannot be read \(No such file"):
         source.fingerprint()
+
+
+def _named(source: FolderSource) -> dict[str, tuple[str, ...]]:
+    return {source.name(item): source.captions(item) for item in range(len(source))}
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "b.txt"])
+@pytest.mark.parametrize("kind", ["fifo", "endless"])
+def test_caption_files_that_never_end_are_refused(tmp_path: Path, name: str, kind: str) -> None:
+    """A FIFO is waited on for ever, and /dev/zero read until the memory is full."""
+    _image(tmp_path / "b.png")
+    os.mkfifo(tmp_path / name) if kind == "fifo" else (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=rf"^file '{name}' is wrong because it is no regular file"):
+        FolderSource(tmp_path)
+
+
+def test_a_caption_of_over_a_mebibyte_is_refused(tmp_path: Path) -> None:
+    _image(tmp_path / "b.png")
+    (tmp_path / "b.txt").write_text("x" * (1 << 20) + "x")
+    with pytest.raises(DataError, match=r"file 'b.txt' is wrong because it has over 1 MiB"):
+        FolderSource(tmp_path)
+
+
+def test_names_match_in_any_normal_form_and_with_backslashes(tmp_path: Path) -> None:
+    """macOS writes an e and an accent where others write é; Windows writes backslashes."""
+    apart, whole = "cafe\u0301", "caf\u00e9"
+    _image(tmp_path / f"{apart}.png")
+    _image(tmp_path / "cats" / f"{whole}.png")
+    _metadata(
+        tmp_path,
+        {"file_name": f"{whole}.png", "text": "top"},
+        {"file_name": f"cats\\{apart}.png", "text": "cat"},
+    )
+    assert _named(FolderSource(tmp_path)) == {f"{apart}.png": ("top",), f"cats/{whole}.png": ("cat",)}
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / f"{whole}.txt").write_text("beside")
+    (tmp_path / "cats" / f"{whole}.txt").write_text("beside too")
+    assert _named(FolderSource(tmp_path)) == {
+        f"{apart}.png": ("beside",),
+        f"cats/{whole}.png": ("beside too",),
+    }
+
+
+def test_a_name_that_could_be_either_of_two_is_refused(tmp_path: Path) -> None:
+    for name in ("e\u0301\u0323", "e\u0323\u0301"):  # two orders of the same accents
+        _image(tmp_path / f"{name}.png")
+    _metadata(tmp_path, {"file_name": "\u1eb9\u0301.png", "text": "which?"})
+    with pytest.raises(DataError, match="is no image in the data folder"):
+        FolderSource(tmp_path)
+
+
+def test_backslashes_do_not_lead_out(tmp_path: Path) -> None:
+    _image(tmp_path / "root" / "a.png")
+    _image(tmp_path / "b.png")
+    _metadata(tmp_path / "root", {"file_name": "x\\..\\..\\b.png", "text": "b"})
+    with pytest.raises(DataError, match="leads out of the data folder"):
+        FolderSource(tmp_path / "root")
+
+
+@pytest.mark.parametrize("ending", [".jfif", ".JPE"])
+def test_other_endings_of_jpegs(tmp_path: Path, ending: str) -> None:
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / f"a{ending}", "JPEG")
+    (tmp_path / "a.txt").write_text("blue")
+    source = FolderSource(tmp_path)
+    assert _named(source) == {f"a{ending}": ("blue",)}
+    assert source.image(0, np.random.default_rng(0), 8).shape == (8, 8, 3)
+
+
+def test_caption_files_of_kohya(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        _image(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.caption").write_text(f"caption {name}")
+    (tmp_path / "b.txt").write_text("text b")
+    assert _named(FolderSource(tmp_path)) == {"a.png": ("caption a",), "b.png": ("text b",)}
+    assert _named(FolderSource(tmp_path, text_column="caption"))["b.png"] == ("caption b",)
+    (tmp_path / "c.caption").write_text("of nothing")
+    with pytest.raises(DataError, match=r"file 'c.caption' is wrong because there is no image beside it"):
+        FolderSource(tmp_path)
+
+
+def test_metadata_in_csv_and_parquet(tmp_path: Path) -> None:
+    _image(tmp_path / "a.png")
+    _image(tmp_path / "x" / "b.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text,punsafe\na.png,A,0.5\nx\\b.png,B,\n")
+    source = FolderSource(tmp_path)
+    assert _named(source) == {"a.png": ("A",), "x/b.png": ("B",)}
+    assert source.fields(0)["punsafe"] == 0.5
+    (tmp_path / "metadata.csv").unlink()
+    pq.write_table(
+        pa.table({"file_name": ["x/b.png", "a.png"], "caption": [["B", "b"], ["A"]]}),
+        tmp_path / "metadata.parquet",
+    )
+    assert _named(FolderSource(tmp_path)) == {"a.png": ("A",), "x/b.png": ("B", "b")}
+    _metadata(tmp_path, {"file_name": "a.png", "text": "1"}, {"file_name": "x/b.png", "text": "2"})
+    assert _named(FolderSource(tmp_path))["a.png"] == ("1",)
+
+
+def test_text_files_come_before_metadata_in_csv(with_text_files: Path) -> None:
+    """Folders that were read by their text files may have had such a file all along."""
+    (with_text_files / "metadata.csv").write_text("what,ever\n")
+    assert _caption(FolderSource(with_text_files), 1) == "a cat"
+
+
+def test_metadata_of_a_folder_inside_is_named(tmp_path: Path) -> None:
+    _image(tmp_path / "train" / "a.png")
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,text\na.png,a\n")
+    with pytest.raises(DataError, match=r"file 'train/metadata.csv' .* give '.*/train' as the data folder"):
+        FolderSource(tmp_path)
+
+
+def test_columns_of_the_metadata_file(tmp_path: Path) -> None:
+    _image(tmp_path / "a.png")
+    _image(tmp_path / "b.png")
+    row = {"file_name": "a.png", "other": "b.png", "caption": "short", "caption_llava": "long"}
+    (tmp_path / "b.txt").write_text("")
+    _metadata(tmp_path, row, {**row, "file_name": "b.png", "other": "a.png", "caption_llava": "longer"})
+    named = _named(FolderSource(tmp_path, text_column="caption_llava"))
+    assert named == {"a.png": ("long",), "b.png": ("longer",)}
+    named = _named(FolderSource(tmp_path, image_column="other", text_column="caption_llava"))
+    assert named == {"a.png": ("longer",), "b.png": ("long",)}
+    with pytest.raises(DataError, match=r"no column 'nothing'; its columns are file_name, other, caption, "):
+        FolderSource(tmp_path, text_column="nothing")
+    with pytest.raises(DataError, match="image is None and must be the name of an image"):
+        FolderSource(tmp_path, image_column="image", text_column="caption_llava")
+
+
+def test_columns_without_a_metadata_file(with_text_files: Path) -> None:
+    with pytest.raises(DataError, match="no column 'caption_llava'"):
+        FolderSource(with_text_files, text_column="caption_llava")
+    with pytest.raises(DataError, match=r"no column '\.\./x'"):
+        FolderSource(with_text_files, text_column="../x")
+    with pytest.raises(DataError, match="no column 'image'"):
+        FolderSource(with_text_files, image_column="image")
+    assert _caption(FolderSource(with_text_files, text_column="txt"), 1) == "a cat"
+    for name in ("b", "cats/a"):
+        (with_text_files / f"{name}.json").write_text(json.dumps({"caption_llava": f"long {name}"}))
+    assert _caption(FolderSource(with_text_files, text_column="caption_llava"), 1) == "long cats/a"
+    with pytest.raises(DataError, match=r"'b.json' is wrong because it has no column 'gone'; its columns"):
+        FolderSource(with_text_files, text_column="gone")

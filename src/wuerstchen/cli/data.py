@@ -30,15 +30,27 @@ def _add_prepare(kinds: "argparse._SubParsersAction[Parser]") -> None:
         "source",
         metavar="SRC",
         help="folder of images, of .tar shards or of .parquet files, a pattern of them in quotes, "
-        "a built emoji set, sample for the one in the package, or a name on the hub",
+        "what img2dataset or save_to_disk wrote, a built emoji set, sample for the one in the package, "
+        "or a name on the hub",
     )
     prepare.add_argument("out", type=Path, metavar="OUT", help="new folder")
     prepare.add_argument(
-        "--format", choices=("folder", "emoji", "webdataset", "parquet", "hub"), help="of SRC, if unclear"
+        "--format",
+        choices=("folder", "emoji", "webdataset", "parquet", "saved", "hub"),
+        help="of SRC, if unclear",
     )
-    prepare.add_argument("--split", default="train", help="of a data set on the hub (train)")
-    prepare.add_argument("--image-column", metavar="NAME", help="of parquet files and the hub")
-    prepare.add_argument("--text-column", metavar="NAME", help="likewise")
+    prepare.add_argument("--split", default="train", help="of a data set on the hub, or saved (train)")
+    prepare.add_argument(
+        "--image-column",
+        metavar="NAME",
+        help="of parquet files and the hub; the extension of the images in tars; of a folder's metadata file",
+    )
+    prepare.add_argument(
+        "--text-column",
+        metavar="NAME",
+        help="likewise; for tars and img2dataset's files also a field of the .json, "
+        "for folders also the ending of the text files",
+    )
     prepare.add_argument(
         "--model", help="whose compressor and text encoder are used (the model in the package)"
     )

@@ -29,6 +29,7 @@ from filelock import FileLock, Timeout
 
 from wuerstchen.checkpoints.weights import write_json
 from wuerstchen.data.filters import Tally
+from wuerstchen.data.items import Reader
 from wuerstchen.data.locks import acquired
 from wuerstchen.data.prepare_networks import Networks
 from wuerstchen.data.prepare_plan import COLOURS, PrepareConfig, make_plan, nothing_left, settings_of
@@ -41,7 +42,7 @@ from wuerstchen.data.prepared import (
     features,
     read_description,
 )
-from wuerstchen.data.readers import Reader, import_datasets
+from wuerstchen.data.tables import import_datasets
 from wuerstchen.errors import RunFolderError, UserError
 
 GRACE = 60.0

@@ -17,9 +17,10 @@ from tqdm import tqdm
 from wuerstchen.checkpoints.weights import write_json
 from wuerstchen.data.buckets import Crop, bucket_sizes
 from wuerstchen.data.filters import Filters, Tally, size_in
+from wuerstchen.data.items import Reader
 from wuerstchen.data.prepare_networks import Networks
 from wuerstchen.data.prepared import Positions, States, fingerprint, text_fingerprint
-from wuerstchen.data.readers import Reader, import_datasets
+from wuerstchen.data.tables import import_datasets
 from wuerstchen.errors import DataError, UserError
 from wuerstchen.models.compressor import latent_side
 

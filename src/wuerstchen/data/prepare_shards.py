@@ -23,10 +23,10 @@ from tqdm import tqdm
 from wuerstchen.checkpoints.weights import write_json
 from wuerstchen.data.buckets import bucket_of, crop_boxes
 from wuerstchen.data.filters import Tally
+from wuerstchen.data.items import NotDownloaded, Reader
 from wuerstchen.data.prepare_networks import Networks
 from wuerstchen.data.prepare_plan import PrepareConfig, plan_rows
 from wuerstchen.data.prepared import features, quantize_states, sha256
-from wuerstchen.data.readers import Reader
 from wuerstchen.errors import DataError, out_of_memory_named
 from wuerstchen.images import decode_image
 from wuerstchen.models.compressor import compressor_input
@@ -149,6 +149,8 @@ class ShardMaker:
         name = row["name"]
         try:
             image = decode_image(self.reader.read(name, tuple(row["place"])), name)
+        except NotDownloaded:  # lists have many of them: they are counted, not named
+            return _Dropped("not downloaded")
         except DataError as error:
             return _Dropped("damaged image", name, str(error))
         if not row["sized"]:

@@ -21,7 +21,7 @@ from torch import nn
 
 from wuerstchen.checkpoints.weights import read_json
 from wuerstchen.data.plan import VIEW, held_out_names
-from wuerstchen.data.readers import import_datasets
+from wuerstchen.data.tables import import_datasets
 from wuerstchen.errors import CheckpointError, DataError, UserError
 from wuerstchen.models.text import TextEncoder
 

@@ -1,0 +1,381 @@
+"""Parquet files, and data sets of Hugging Face's ``datasets``: on the hub, or saved to disk."""
+
+import os
+import re
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wuerstchen.data.files import open_file
+from wuerstchen.data.filters import FIELDS, Tally
+from wuerstchen.data.items import (
+    MAX_IMAGE,
+    TEXT_COLUMNS,
+    Item,
+    NotDownloaded,
+    bytes_of,
+    captions_in,
+    column_of,
+    fingerprint_of,
+    known_fields,
+    text_in,
+)
+from wuerstchen.errors import DataError, UserError
+
+if TYPE_CHECKING:
+    import datasets
+
+IMAGE_COLUMNS = ("image", "jpg", "png", "webp", "jpeg")
+
+_ROWS = 1024  # rows of captions and metadata read at a time
+_IMAGE_ROWS = 64  # rows of pictures read at a time
+_KEPT = 8  # such batches that are kept, for threads ask for rows a little out of order
+_CARDS = ("README.md", ".huggingface.yaml")  # whose YAML the library reads, 30 KB a second
+_CARD_END = re.compile(rb"\s*---[\r\n][\s\S]*?[\r\n]---[ \t]*[\r\n]")
+_MAX_CARD = 1 << 18  # bytes of it
+_MAX_README = 1 << 24  # bytes
+_MAX_BATCH = 1 << 30  # bytes of a batch
+_FREE_ROWS = 10_000_000  # rows of any file; more are believed of a file with a bit for each
+
+
+def import_datasets() -> Any:
+    """Hugging Face's ``datasets``. Raises ``UserError`` naming the extra if it is not installed."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(
+            "the package datasets is missing, which prepared data is read and written with;"
+            ' install it with: pip install "wuerstchen[data]"'
+        ) from error
+    return datasets
+
+
+def open_parquet(path: Path) -> Any:
+    """A ``pyarrow.parquet.ParquetFile``. Raises ``DataError`` for what is no regular file, or names more rows
+    than it can hold, and one of ``damage()`` for damage."""
+    import pyarrow.parquet
+
+    with open_file(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+    file = pyarrow.parquet.ParquetFile(path)
+    if file.metadata.num_rows > _FREE_ROWS + 8 * size:
+        file.close()
+        raise DataError(
+            f"file {str(path)!r} is wrong because it names more rows than it can hold; make it anew"
+        )
+    return file
+
+
+def damage() -> tuple[type[Exception], ...]:
+    """What pyarrow raises for damaged files, and Python for values that it has no place for."""
+    import pyarrow as pa
+
+    return (pa.ArrowException, OSError, ValueError, OverflowError)
+
+
+def parquet_rows(path: Path, columns: Callable[[list[str]], list[str]]) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet file, of the columns that ``columns`` picks from all names.
+
+    Raises ``DataError`` if the file cannot be read.
+    """
+    import_datasets()
+    try:
+        with open_parquet(path) as file:
+            wanted = columns(file.schema_arrow.names)
+            for batch in file.iter_batches(batch_size=_ROWS, columns=wanted):
+                yield from _rows_of(batch, path)
+    except DataError:
+        raise
+    except damage() as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"file {str(path)!r} is wrong because it cannot be read ({reason})") from error
+
+
+def _rows_of(batch: Any, path: Path) -> Iterator[dict[str, Any]]:
+    if batch.nbytes > _MAX_BATCH:
+        raise DataError(
+            f"file {str(path)!r} is wrong because {_ROWS} rows of texts have over {_MAX_BATCH >> 30} GiB"
+        )
+    columns = {name: _values(batch.column(name)) for name in batch.schema.names}
+    for row in range(batch.num_rows):
+        yield {name: values[row] for name, values in columns.items()}
+
+
+def _values(column: Any) -> list[Any]:
+    """As Python has them; of dates, which can be outside of what it has, only that they are dates."""
+    import pyarrow as pa
+
+    if pa.types.is_temporal(column.type):
+        return [None if missing else str(column.type) for missing in column.is_null().to_pylist()]
+    return column.to_pylist()
+
+
+def check_regular(folder: Path) -> None:
+    """Raises ``DataError`` for a folder that holds FIFOs or devices: a library would wait on them."""
+    for place, _, files in os.walk(folder):
+        for name in files:
+            path = Path(place) / name
+            if path.exists() and not path.is_file():
+                raise DataError(
+                    f"file {str(path)!r} is wrong because it is no regular file; remove it, or replace it"
+                )
+
+
+def _check_card(name: str) -> None:
+    """Raises ``DataError`` for a data set that begins with more YAML than can be read in a few seconds."""
+    if os.path.isdir(name):
+        check_regular(Path(name))
+        cards = [Path(name) / file for file in _CARDS]
+    else:
+        from huggingface_hub import hf_hub_download
+
+        try:
+            cards = [Path(hf_hub_download(name, _CARDS[0], repo_type="dataset"))]
+        except Exception:  # there is none, or no network: the library will say so, if it matters
+            return
+    for card in cards:
+        if not card.exists():
+            continue
+        with open_file(card) as stream:
+            start = stream.read(_MAX_CARD)
+            size = os.fstat(stream.fileno()).st_size
+        yaml = card.suffix != ".md" or start.lstrip()[:3] in (b"---", b"")
+        if size > _MAX_README or (size > _MAX_CARD and yaml and not _CARD_END.match(start)):
+            raise DataError(
+                f"file {str(card)!r} is wrong because it has over {_MAX_CARD >> 10} KiB of YAML, or"
+                f" {_MAX_README >> 20} MiB in all; shorten it, or move it away"
+            )
+
+
+class ParquetReader:
+    """Parquet files with a column of images (bytes, or Hugging Face's bytes and path) and one of captions.
+
+    All other columns that the filters know are metadata. A file that cannot be read is left out.
+    """
+
+    def __init__(
+        self, files: list[Path], image_column: str | None = None, text_column: str | None = None
+    ) -> None:
+        import_datasets()  # which brings pyarrow
+        self.files = files
+        self.image_column = image_column
+        self.text_column = text_column
+        self._lock = threading.Lock()
+        self._windows: OrderedDict[tuple[int, int], _Window] = OrderedDict()
+
+    def items(self, tally: Tally) -> Iterator[Item]:
+        for number, path in enumerate(self.files):
+            try:
+                with open_parquet(path) as file:
+                    columns = file.schema_arrow.names
+                    _, text = self._columns(path, columns)
+                    wanted = [text, *(name for name in FIELDS if name in columns)]
+                    row = 0
+                    for group in range(file.num_row_groups):
+                        position = 0
+                        for batch in file.iter_batches(_ROWS, row_groups=[group], columns=wanted):
+                            for fields in _rows_of(batch, path):
+                                captions = captions_in(fields[text])
+                                if captions:
+                                    place = (number, group, position)
+                                    yield Item(f"{path.name}:{row}", captions, known_fields(fields), place)
+                                else:
+                                    tally.drop("no caption")
+                                row, position = row + 1, position + 1
+            except DataError:
+                raise
+            except damage() as error:
+                tally.damage("file unreadable", str(path), " ".join(str(error).split())[:200])
+
+    def read(self, name: str, place: tuple[int, int, int]) -> bytes:
+        number, group, position = place
+        try:
+            with self._lock:  # the next pictures are of the same group
+                window = self._windows.get((number, group))
+                if window is None or position < window.first:
+                    window = self._open_window(number, group)
+                value = window.cell(position)
+        except DataError:
+            raise
+        except (*damage(), IndexError, MemoryError) as error:
+            raise DataError(
+                f"image {name!r} is wrong because it cannot be read ({error}); fetch it again"
+            ) from error
+        return image_bytes(value, name)
+
+    def fingerprint(self) -> str:
+        return fingerprint_of(self.files)
+
+    def _open_window(self, number: int, group: int) -> "_Window":
+        path = self.files[number]
+        file = open_parquet(path)
+        image, _ = self._columns(path, file.schema_arrow.names)
+        window = self._windows[number, group] = _Window(file, group, image)
+        self._windows.move_to_end((number, group))
+        if len(self._windows) > 2:  # at the end of a group threads ask for the next already
+            self._windows.popitem(last=False)
+        return window
+
+    def _columns(self, path: Path, names: list[str]) -> tuple[str, str]:
+        return (
+            column_of(str(path), names, self.image_column, IMAGE_COLUMNS, "image"),
+            column_of(str(path), names, self.text_column, TEXT_COLUMNS, "text"),
+        )
+
+
+class _Window:
+    """The pictures of a row group, read from its beginning on, of which the last few hundred are kept."""
+
+    def __init__(self, file: Any, group: int, column: str) -> None:
+        self.file = file  # held open for the batches
+        self.batches = file.iter_batches(_IMAGE_ROWS, row_groups=[group], columns=[column])
+        self.kept: deque[Any] = deque()
+        self.first = self.end = 0
+        """The rows that are kept."""
+
+    def cell(self, position: int) -> Any:
+        """What is in a row, which is not before ``first``. Raises ``IndexError`` after the last."""
+        while position >= self.end:
+            batch = next(self.batches, None)
+            if batch is None:
+                raise IndexError(f"row {position} of {self.end}")
+            self.kept.append(batch.column(0))
+            self.end += len(batch)
+            if len(self.kept) > _KEPT:
+                self.first += len(self.kept.popleft())
+        start = self.first
+        for column in self.kept:
+            if position < start + len(column):
+                return column[position - start].as_py()
+            start += len(column)
+        raise IndexError(f"row {position} of {self.end}")
+
+
+class DatasetReader:
+    """A map-style data set of Hugging Face's ``datasets``, with columns as in ``ParquetReader``."""
+
+    def __init__(
+        self,
+        dataset: "datasets.Dataset",
+        image_column: str | None = None,
+        text_column: str | None = None,
+        *,
+        local: bool = True,
+    ) -> None:
+        """``local`` files are read where a cell holds no bytes and the path of one."""
+        datasets = import_datasets()
+        names = dataset.column_names
+        self.image = column_of("data set", names, image_column, IMAGE_COLUMNS, "image")
+        json = dataset.features.get("json")
+        inner = list(json) if isinstance(json, dict) else []
+        usual = (*TEXT_COLUMNS, "json")
+        self.text = column_of(
+            "data set", [*names, *inner] if text_column else names, text_column, usual, "text"
+        )
+        self.key = dataset._fingerprint
+        self.local = local
+        images = dataset.select_columns([self.image])
+        if isinstance(dataset.features[self.image], datasets.Image):
+            images = images.cast_column(self.image, datasets.Image(decode=False))
+        self._images = images
+        texts = [name for name in dict.fromkeys((self.text, "json", *FIELDS)) if name in names]
+        self._texts = dataset.select_columns(texts).with_format("arrow")
+
+    @classmethod
+    def load(
+        cls, name: str, split: str, image_column: str | None = None, text_column: str | None = None
+    ) -> "DatasetReader":
+        """The data set of that name on the hub, from its ordinary cache if it is there. No code is run."""
+        datasets = import_datasets()
+        _check_card(name)
+        try:
+            dataset = datasets.load_dataset(name, split=split)
+        except Exception as error:  # the library and the hub's client raise kinds of their own
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise DataError(
+                f"data {name!r} is wrong because it is no path here and cannot be had from the hub"
+                f" ({reason}); check name, split and network"
+            ) from error
+        return cls(dataset, image_column, text_column)
+
+    @classmethod
+    def from_disk(
+        cls, folder: Path, split: str, image_column: str | None = None, text_column: str | None = None
+    ) -> "DatasetReader":
+        """What ``save_to_disk`` wrote, one set or several splits of one."""
+        datasets = import_datasets()
+        check_regular(folder)
+        try:
+            found = datasets.load_from_disk(str(folder))
+            if isinstance(found, datasets.DatasetDict):
+                if split not in found:
+                    raise DataError(
+                        f"data folder {str(folder)!r} is wrong because it has no split {split!r};"
+                        f" name one of {', '.join(found)} with --split"
+                    )
+                found = found[split]
+            # A damaged file can name bytes that it does not have, which would end the process.
+            found.data.table.validate(full=True)
+        except DataError:
+            raise
+        except Exception as error:  # damage surfaces as almost anything
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise DataError(
+                f"data folder {str(folder)!r} is wrong because it cannot be read as a saved data set"
+                f" ({reason});"
+                " save it again with save_to_disk"
+            ) from error
+        return cls(found, image_column, text_column, local=False)
+
+    def items(self, tally: Tally) -> Iterator[Item]:
+        for start in range(0, len(self._texts), _ROWS):
+            end = min(start + _ROWS, len(self._texts))
+            try:
+                table = self._texts[start:end]
+                columns = {name: _values(table.column(name)) for name in table.column_names}
+            except damage() as error:
+                reason = " ".join(str(error).split())[:200]
+                tally.damage("rows unreadable", f"rows {start} to {end - 1}", reason)
+                continue
+            for position in range(end - start):
+                row = {name: values[position] for name, values in columns.items()}
+                # WebDataset tars, as the library reads them, keep the metadata together.
+                inner = row.get("json")
+                fields = {**inner, **row} if isinstance(inner, dict) else row
+                captions = captions_in(text_in(fields) if self.text == "json" else fields.get(self.text))
+                if captions:
+                    number = start + position
+                    yield Item(f"row {number}", captions, known_fields(fields), (number, 0, 0))
+                else:
+                    tally.drop("no caption")
+
+    def read(self, name: str, place: tuple[int, int, int]) -> bytes:
+        try:
+            value = self._images[place[0]][self.image]
+        except Exception as error:
+            raise DataError(
+                f"image {name!r} is wrong because it cannot be read ({error}); fetch it again"
+            ) from error
+        return image_bytes(value, name, local=self.local)
+
+    def fingerprint(self) -> str:
+        return str(self.key)
+
+
+def image_bytes(value: Any, name: str, *, local: bool = False) -> bytes:
+    """The bytes in a cell: as they are, or as Hugging Face keeps them, ``local`` files by their path.
+
+    Raises ``NotDownloaded`` where there is nothing, and ``DataError`` for other things than bytes.
+    """
+    if isinstance(value, dict):
+        path = value.get("path")
+        if local and value.get("bytes") is None and isinstance(path, str):
+            return bytes_of(Path(path), 0, MAX_IMAGE + 1, name)
+        value = value.get("bytes")
+    if value is None:
+        raise NotDownloaded(f"image {name!r} is wrong because its cell holds no bytes; fetch it again")
+    if not isinstance(value, bytes):
+        raise DataError(f"image {name!r} is wrong because its cell holds no bytes; leave it out")
+    return value
