@@ -8,12 +8,13 @@ from PIL import Image
 from wuerstchen.checkpoints.text_encoder import read_text_encoder
 from wuerstchen.data.emoji import CENTRED, EmojiSource, sample_root
 from wuerstchen.data.folder import FolderSource
+from wuerstchen.errors import UserError
 from wuerstchen.pipeline import BUNDLED
 from wuerstchen.recipes.mini import mini
 from wuerstchen.recipes.tiny import tiny
 from wuerstchen.recipes.v2 import v2
 from wuerstchen.train.config import Recipe
-from wuerstchen.train.overview import overview, readings
+from wuerstchen.train.overview import kept_images, overview, readings, refuse_small
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +107,30 @@ def test_every_phase_is_there_with_the_options_that_change_it():
     assert refined["b2"].images == 256 * 20_000
     assert refined["b2"].images_option == "--stage-b.refine-images"
     assert refined["a2"].images_option == "--stage-a.refine-images"
+
+
+def test_a_set_smaller_than_a_batch_is_refused_with_the_options_to_give():
+    full = dataclasses.replace(mini(), data="mine")
+    with pytest.raises(UserError) as caught:
+        refuse_small(full, "mine", 119, whole=False)
+    assert str(caught.value) == (
+        "mine has 119 images, fewer than a batch of 512. A batch has different images. Give "
+        "--stage-b.optimization.batch-size 64 --stage-c.optimization.batch-size 64, or more images"
+    )
+    refuse_small(full, "mine", 512, whole=False)
+    refuse_small(full, "another", 1, whole=False)
+    odd = dataclasses.replace(
+        full.stage_c, optimization=dataclasses.replace(full.stage_c.optimization, images=1000, batch_size=500)
+    )
+    with pytest.raises(UserError, match=r"--stage-c\.optimization\.images 960, or more"):
+        refuse_small(
+            dataclasses.replace(full, stages=("c",), start_from="x", stage_c=odd), "mine", 100, whole=True
+        )
+
+
+def test_no_more_images_are_composed_than_phases_use():
+    small = dataclasses.replace(tiny(), prepared_images=2000)
+    assert kept_images(small, "sample", 128) == 2000  # Stages A and C use 2400
+    assert kept_images(dataclasses.replace(small, prepared_images=9000), "sample", 128) == 2400
+    said, _ = overview(small, {"sample": EmojiSource(sample_root(), split="train", centred=CENTRED)}, None)
+    assert said[-1].endswith(", drawn from 2,000 images composed at the start")

@@ -27,12 +27,13 @@ from wuerstchen.models.compressor import CompressorConfig
 from wuerstchen.recipes import RECIPES
 from wuerstchen.recipes.mini import mini
 from wuerstchen.recipes.tiny import tiny
-from wuerstchen.train.config import as_dict, differing_fields
+from wuerstchen.train.bank import compose
+from wuerstchen.train.config import Phase, as_dict, differing_fields
 from wuerstchen.train.cost import Tariff
 from wuerstchen.train.feed import Feed
 from wuerstchen.train.parallel import Processes
 from wuerstchen.train.report import write_report
-from wuerstchen.train.run import _Run, open_source, train
+from wuerstchen.train.run import _Run, _train, open_source, train
 from wuerstchen.train.snapshot import newest
 from wuerstchen.train.stages import cascade_settings
 from wuerstchen.train.track import Log
@@ -278,6 +279,57 @@ def test_what_is_read_is_said_before_the_first_update_and_once(tmp_path, monkeyp
     assert found["warned"]
 
 
+def test_images_are_composed_after_the_costs_are_said_and_no_more_than_are_used(tmp_path, monkeypatch):
+    """A few are enough to measure what an update costs."""
+    order = []
+
+    def noted(feed, count, workers, device):
+        order.append(count)
+        return compose(feed, count, workers, device)
+
+    monkeypatch.setattr("wuerstchen.train.run.compose", noted)
+    monkeypatch.setattr("wuerstchen.train.run.say_costs_to_come", lambda log: order.append("costs"))
+    full = tiny()
+    optimization = dataclasses.replace(full.stage_a.optimization, images=24, batch_size=4)
+    stage_a = dataclasses.replace(full.stage_a, optimization=optimization)
+    changes = {"workers": 0, "statistics_images": 8, "prepared_images": 1000, "stages": ("a",)}
+    recipe = dataclasses.replace(full, stage_a=stage_a, **changes)
+    train(recipe, tmp_path / "run", device="cpu", watch=Watch(rehearses=True))
+    assert order == [4, "costs", 24]
+    # A run of an earlier version keeps as many as it began with, which decides on the order of images.
+    order.clear()
+    described = tmp_path / "run" / "run.json"
+    content = json.loads(described.read_text())
+    del content["order"]
+    described.write_text(json.dumps(content))
+    for name in ("model", "stage_a"):
+        shutil.rmtree(tmp_path / "run" / name)
+    train(dataclasses.replace(recipe), tmp_path / "run", device="cpu")
+    assert order == ["costs", 1000]
+
+
+def test_batches_of_every_phase_are_checked_against_the_processes_at_the_start(tmp_path, monkeypatch):
+    """Of later phases too, without a rehearsal, and before anything is read or written."""
+    processes = Processes(torch.device("cpu"), 0, 3)
+    monkeypatch.setattr("wuerstchen.train.run.read_start", lambda recipe: pytest.fail("too late"))
+    recipe = tiny()
+    of_three = {
+        name: dataclasses.replace(
+            stage, optimization=dataclasses.replace(stage.optimization, images=48, batch_size=12)
+        )
+        for name, stage in (
+            ("stage_a", recipe.stage_a),
+            ("stage_b", recipe.stage_b),
+            ("stage_c", recipe.stage_c),
+        )
+    }
+    odd = dataclasses.replace(of_three["stage_c"].optimization, batch_size=16)
+    of_three["stage_c"] = dataclasses.replace(of_three["stage_c"], phases=(Phase(optimization=odd),))
+    with pytest.raises(UserError, match=r"stage_c2: batches of 16 and 48 images .* by 3 processes"):
+        _train(dataclasses.replace(recipe, **of_three), tmp_path / "run", processes, False, Watch())
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_run_folder_of_another_recipe_is_refused(begun):
     recipe = tiny()
     longer = dataclasses.replace(recipe.stage_b.optimization, images=9999)
@@ -463,7 +515,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
 def test_fewer_images_than_a_batch_are_refused(tmp_path):
     Image.new("RGB", (128, 128)).save(tmp_path / "one.png")
     (tmp_path / "one.txt").write_text("a black square")
-    with pytest.raises(UserError, match="has 1 images, fewer than a batch of 16; use a smaller batch_size"):
+    with pytest.raises(UserError, match=r"has 1 images, fewer than a batch of 16\. .*--stage-c\.opt"):
         train(dataclasses.replace(tiny(), data=str(tmp_path)), tmp_path / "run")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no images"):

@@ -69,7 +69,8 @@ COLOURS = "sRGB"
 """What images are converted to, kept in run.json. In runs without it, colour profiles were ignored."""
 ORDER = 2
 """How images are put into batches, kept in run.json. In runs without it, sizes of a prepared set with fewer
-images than a batch were never shown. Since 2 they have batches that repeat their images."""
+images than a batch were never shown, and more images could be composed and kept than a run uses. Since 2 such
+sizes have batches that repeat their images, and no more images are kept than are used."""
 
 
 def check_order(run_dir: Path) -> None:

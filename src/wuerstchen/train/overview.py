@@ -11,6 +11,7 @@ from wuerstchen.data.plan import items_at
 from wuerstchen.data.prepared import PreparedSet
 from wuerstchen.data.sources import Source
 from wuerstchen.data.survey import MOST, ignored, sizes
+from wuerstchen.errors import UserError
 from wuerstchen.models.text import TextEncoder
 from wuerstchen.train.config import Phase, Recipe, StageBConfig, StageCConfig, phases_of
 from wuerstchen.train.stages import refining
@@ -198,7 +199,7 @@ def _epochs(
     stage = reading.stage.upper()
     line = f"  Stage {stage}: {_number(reading.images, 'image')}, {_shown(times)} epochs"
     if recipe.prepared_images:
-        kept = kept_images(recipe, reading)
+        kept = kept_images(recipe, reading.data, reading.size)
         line += f", drawn from {_number(kept, 'image')} composed at the start"
     said.append(line)
     if times > MANY_EPOCHS and not composed:
@@ -208,10 +209,31 @@ def _epochs(
         )
 
 
-def kept_images(recipe: Recipe, reading: Reading) -> int:
-    """How many images are composed and kept for a phase: no more than those that read them will use."""
-    alike = [r for r in readings(recipe) if (r.data, r.size) == (reading.data, reading.size)]
-    return min(recipe.prepared_images, max(r.images for r in alike))
+def kept_images(recipe: Recipe, data: str, size: int) -> int:
+    """How many images of a size are composed and kept: no more than the phases that read them will use."""
+    used = (reading.images for reading in readings(recipe) if (reading.data, reading.size) == (data, size))
+    return min(recipe.prepared_images, max(used))
+
+
+def refuse_small(recipe: Recipe, data: str, length: int, whole: bool) -> None:
+    """Raises ``UserError`` where a set of ``length`` images is smaller than a batch of a phase that reads it.
+
+    The message names every option to change. ``whole``: all batches have to be whole, as of a prepared set.
+    """
+    few = [reading for reading in readings(recipe) if reading.data == data and length < reading.batch_size]
+    if not few:
+        return
+    options: dict[str, int] = {}
+    for reading in few:
+        fits = max(reading.accumulate, 1 << length.bit_length() - 1) if length else reading.batch_size
+        options[reading.batch_option] = fits = fits // reading.accumulate * reading.accumulate
+        if whole and reading.images % fits:
+            options[reading.images_option] = max(reading.images // fits, 1) * fits
+    largest = max(reading.batch_size for reading in few)
+    raise UserError(
+        f"{data} has {length} images, fewer than a batch of {largest}. A batch has different images. "
+        f"Give {' '.join(f'{name} {value}' for name, value in options.items())}, or more images"
+    )
 
 
 def print_overview(said: Iterable[str], warned: Iterable[str]) -> None:

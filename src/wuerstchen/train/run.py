@@ -41,9 +41,9 @@ from wuerstchen.pipeline import default_device
 from wuerstchen.train.bank import Bank, compose
 from wuerstchen.train.config import Phase, Recipe, StageBConfig, StageCConfig, as_dict, phases_of
 from wuerstchen.train.feed import Batch, Feed, batch_sizes, batches
-from wuerstchen.train.folder import check_colours, check_order, check_run, locked, named, read_json
+from wuerstchen.train.folder import ORDER, check_colours, check_order, check_run, locked, named, read_json
 from wuerstchen.train.loop import Settings, rehearse, run_stage
-from wuerstchen.train.overview import overview, print_overview
+from wuerstchen.train.overview import kept_images, overview, print_overview, readings, refuse_small
 from wuerstchen.train.parallel import Processes, distributed
 from wuerstchen.train.prepared_feed import (
     HeldOutMaps,
@@ -108,6 +108,8 @@ def _train(
     recipe: Recipe, run_dir: Path, processes: Processes, accept_changed_data: bool, watch: Watch
 ) -> Path:
     recipe = _resolved(recipe, processes)
+    for phase in readings(recipe):
+        processes.check_batches(phase.stage, phase.images, phase.batch_size, phase.accumulate)
     sources = _open_sources(recipe)
     start = read_start(recipe)
     recipe = start.resolved(recipe)
@@ -194,14 +196,10 @@ def _around(data: str, recipe: Recipe) -> Path | None:
 def _open_sources(recipe: Recipe) -> dict[str, Source | PreparedSet]:
     """The data sets of all phases, by the name that the recipe gives them. Refuses what they cannot serve."""
     sources: dict[str, Source | PreparedSet] = {}
+    # In this order, which the fingerprint of several sets depends on.
     for phase in sorted(_phases(recipe), key=lambda phase: -phase.optimization.batch_size):
-        data, batch_size = phase.data or recipe.data, phase.optimization.batch_size
+        data = phase.data or recipe.data
         source = sources[data] = sources.get(data) or open_source(data, _around(data, recipe))
-        if len(source) < batch_size and not recipe.prepared_images:
-            raise UserError(
-                f"{data} has {len(source)} images, fewer than a batch of {batch_size}; use a smaller "
-                "batch_size or more images"
-            )
         if phase.max_ratio > 1 and isinstance(source, EmojiSource):
             raise UserError(
                 f"max_ratio={phase.max_ratio} needs photographs: emoji are composed as squares; use 1"
@@ -209,6 +207,9 @@ def _open_sources(recipe: Recipe) -> dict[str, Source | PreparedSet]:
         if isinstance(source, PreparedSet):
             for stage in recipe.stages:
                 refuse_prepared(stage, data, recipe.prepared_images)
+    for data, source in sources.items() if not recipe.prepared_images else ():
+        whole = isinstance(source, PreparedSet)
+        refuse_small(recipe, data, len(source.rows("train")) if whole else len(source), whole)
     if recipe.stored_texts == "states" and not any(isinstance(s, PreparedSet) for s in sources.values()):
         raise UserError(
             f"stored_texts=states needs a prepared set, and data={recipe.data} is none; use tokens"
@@ -317,7 +318,6 @@ class _Run:
                 self.recipe, Path(folder), self.sources, self.start, self.processes, self.log
             )
             rehearsal.train_stages()
-        self._bank = rehearsal._bank
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -623,11 +623,17 @@ class _Run:
             self._bank = None  # one at a time: they are large
             seed = stable_hash(self.recipe.seed, "bank") >> 1
             pictures = Feed(feed.source, seed, feed.size, captions=True)
-            bank = compose(pictures, self.recipe.prepared_images, self.recipe.workers, self.device)
+            bank = compose(pictures, self.bank_size(*key), self.recipe.workers, self.device)
             self._bank = (key, bank)
             for name, reason in bank.skipped:
                 self.log.event("skipped", stage="bank", name=name, reason=reason)
         return self._bank[1]
+
+    def bank_size(self, data: str, size: int) -> int:
+        """How many images of a size are composed: no more than will be used."""
+        if read_json(self.run_dir / "run.json").get("order", 1) < ORDER:
+            return self.recipe.prepared_images  # their number is part of the order that the run began with
+        return kept_images(self.recipe, data, size)
 
     def averaged(self, network: N, checkpoint: Path, name: str) -> N:
         """The network with the averaged weights of a finished stage, frozen."""
@@ -688,6 +694,11 @@ class _Rehearsal(_Run):
 
     def averaged(self, network: N, checkpoint: Path, name: str) -> N:
         return network.to(self.device).eval().requires_grad_(False)
+
+    def bank_size(self, data: str, size: int) -> int:
+        """As many as the largest batch: more of them cost an update no more."""
+        sizes = [r.batch_size for r in readings(self.recipe) if (r.data, r.size) == (data, size)]
+        return min(kept_images(self.recipe, data, size), max(sizes))
 
     def latent_scale(self, vqgan: VQGAN) -> float:
         return vqgan.config.scale_factor
