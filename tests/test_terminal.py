@@ -14,6 +14,7 @@ from wuerstchen.checkpoints.weights import read_json, read_tensors_of
 from wuerstchen.cli import main
 from wuerstchen.errors import CheckpointError, UserError, UserNotice, shown
 from wuerstchen.images import open_image
+from wuerstchen.lora import load_lora
 from wuerstchen.terminal import printable, safe_streams, unfiltered
 
 # Clears the screen, sets the title, moves up, goes back, rings, turns the text around; C1's shorter form.
@@ -92,8 +93,6 @@ def test_names_of_tensors_dtypes_and_images(tmp_path):
     path = tmp_path / "m.safetensors"
     save_file({HOSTILE: torch.ones(1)}, path)
     with pytest.raises(CheckpointError) as caught:
-        from wuerstchen.lora import load_lora
-
         load_lora(torch.nn.Linear(1, 1), path)
     assert not has_controls(str(caught.value))
     header = b'{"a":{"dtype":"\\u001b[2JF32","shape":[1],"data_offsets":[0,4]}}'

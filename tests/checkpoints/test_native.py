@@ -19,6 +19,7 @@ from wuerstchen.checkpoints.native import (
     write_network,
     write_tensors,
 )
+from wuerstchen.checkpoints.weights import write_safetensors
 from wuerstchen.errors import CheckpointError, UserError
 from wuerstchen.models.prior import Prior, PriorConfig
 
@@ -150,6 +151,17 @@ def wrong_shape(path: Path) -> None:
     write_tensors({**tensors, name: torch.ones(3)}, path, header)
 
 
+def nested_deep(path: Path) -> None:
+    tensors, _ = read_tensors(path)
+    write_safetensors(tensors, path, {"wuerstchen": '{"a":' + "[" * 3000 + "]" * 3000 + "}"})
+
+
+def long_number(path: Path) -> None:
+    tensors, header = read_tensors(path)
+    header["config"]["c"] = 10**400
+    write_tensors(tensors, path, header)
+
+
 def unknown_field(path: Path) -> None:
     tensors, header = read_tensors(path)
     header["config"]["flux_capacitor"] = 1
@@ -167,6 +179,8 @@ def unknown_field(path: Path) -> None:
         (without_a_tensor, "does not hold what its header says"),
         (wrong_shape, "does not hold what its header says"),
         (unknown_field, "flux_capacitor"),
+        (nested_deep, r"has a header that cannot be read \(it is nested"),
+        (long_number, "a whole number of 401 digits"),
         (complex_numbers, "is torch.complex64"),
         (endless, "depth=1000000000 is over"),
     ],
@@ -183,6 +197,8 @@ def test_damaged_and_foreign_files_are_refused(damage, message, copy):
     [
         ("{", "cannot be read"),
         ("[" * 10**5, "cannot be read"),
+        ('{"a":' * 3000 + "1" + "}" * 3000, "is nested"),
+        ('{"format": 1, "settings": {"image_size": 1' + "0" * 400 + "}}", "whole number of 401 digits"),
         ("[]", "holds no JSON object"),
         ('{"format": 1}', "is no description of a model"),
         ('{"format": "x"}', "format 'x', which is no number"),
@@ -214,7 +230,7 @@ def test_settings_of_the_wrong_kind_are_refused(change, copy):
     description = json.loads((copy / "model.json").read_text())
     description["settings"] |= change
     (copy / "model.json").write_text(json.dumps(description))
-    with pytest.raises(CheckpointError, match=r"model\.json is no description of a model"):
+    with pytest.raises(CheckpointError, match=r"model\.json is no description of a model|401 digits"):
         read_cascade(copy)
 
 

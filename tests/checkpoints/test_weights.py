@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from wuerstchen.checkpoints import pickles, weights
 from wuerstchen.checkpoints.weights import (
     StoredTensors,
     fill,
+    parse_json,
     read_json,
     read_tensors_of,
     read_torch_file,
@@ -241,7 +243,7 @@ def test_json_of_absurd_size_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text("{}")
     os.truncate(path, 2**31)  # a hole, which takes no space
-    with pytest.raises(CheckpointError, match="has more than 64 MB"):
+    with pytest.raises(CheckpointError, match="has more than 8 MB"):
         read_json(path)
 
 
@@ -405,3 +407,111 @@ def test_tensors_without_their_values(tensor: Tensor, tmp_path: Path) -> None:
 def test_torch_files_that_are_no_state_dict(content: object, words: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "model.pt")
     refused(tmp_path / "model.pt", words)
+
+
+# Little files that would take long
+
+
+def nested_tuples(levels: int) -> object:
+    """2ᵏ elements in k tuples, each of two references to the one before."""
+    inner: object = ()
+    for _ in range(levels):
+        inner = (inner, inner)
+    return inner
+
+
+def nested_key(levels: int) -> bytes:
+    """The pickle of {tuples: 1}. The dictionary itself cannot be made: its key would have to be hashed."""
+    tuples = b")" + b"q\x01h\x01\x86" * levels
+    return b"\x80\x02}" + tuples + b"K\x01s."
+
+
+@pytest.mark.parametrize("levels", [8, 40, 5_000])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_nested_tuples_as_a_key(levels: int, legacy: bool, tmp_path: Path) -> None:
+    """Forty levels are 500 bytes that take hours to hash, and to print."""
+    data = nested_key(levels)
+    if legacy:
+        save_legacy(STATE, tmp_path / "a.pt")
+        head = (tmp_path / "a.pt").read_bytes()
+        with open(tmp_path / "a.pt", "rb") as file:
+            for _ in range(3):  # a magic number, a version and the machine; then the object
+                pickle.load(file)
+            stop = file.tell()
+        (tmp_path / "m.pt").write_bytes(head[:stop] + data)
+    else:
+        path = save(STATE, tmp_path / "a.pt")
+        rewritten(path, tmp_path / "m.pt", lambda n, d: data if n.endswith("data.pkl") else d)
+    refused(tmp_path / "m.pt", "a key in it has more than 100 parts")
+
+
+def test_keys_of_ordinary_size_are_read(tmp_path: Path) -> None:
+    content = {"state": {0: {("a", 1, nested_tuples(3)): torch.ones(2)}, 1: {2.5: "x", None: [1, {3}]}}}
+    torch.save(content, tmp_path / "m.pt")
+    assert read_torch_file(tmp_path / "m.pt")["state"][1] == content["state"][1]  # type: ignore[index]
+
+
+def test_nested_tuples_in_what_a_tensor_is_made_of(tmp_path: Path) -> None:
+    path = save(STATE, tmp_path / "a.pt")
+    huge = pickle.dumps(nested_tuples(30), protocol=2)[2:-1]
+
+    def change(name: str, data: bytes) -> bytes:
+        # The argument ``requires_grad`` becomes the tuples.
+        return data.replace(b"\x89c", huge + b"c", 1) if name.endswith("data.pkl") else data
+
+    refused(rewritten(path, tmp_path / "b.pt", change), "made of more than 10000 parts")
+
+
+def test_a_pickle_of_too_many_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save({f"w{i}": torch.ones(1) for i in range(30)}, tmp_path / "m.pt")
+    assert len(read_tensors_of(path)) == 30
+    monkeypatch.setattr(pickles, "MAX_OPCODES", 500)
+    refused(path, "more than 500 steps")
+    monkeypatch.setattr(weights, "MAX_PICKLE", 100)
+    refused(path, "bytes beside its tensors")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_many_tensors_of_the_same_few_values(legacy: bool, tmp_path: Path) -> None:
+    """Converted to another dtype, each would become a tensor of its own."""
+    values = torch.ones(1 << 20)
+    state = {f"w{i}": values[i:] for i in range(40)}
+    torch.save(state, tmp_path / "m.pt", _use_new_zipfile_serialization=not legacy)
+    refused(tmp_path / "m.pt", "tensors have .* bytes and share")
+    torch.save({"a": values, "tied": values}, tmp_path / "m.pt")
+    assert read_tensors_of(tmp_path / "m.pt").keys() == {"a", "tied"}
+
+
+def test_a_header_of_absurd_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save({f"w{i}": torch.ones(1) for i in range(30)}, tmp_path / "m.safetensors")
+    monkeypatch.setattr(weights, "MAX_HEADER", 1000)
+    refused(path, "its header has .* bytes")
+    with pytest.raises(CheckpointError, match="its header has"):
+        StoredTensors.of([path])
+
+
+@pytest.mark.parametrize("depth", [101, 3_000, 100_000])
+@pytest.mark.parametrize("kind", ["[", '{"a":'])
+def test_json_that_is_nested_deep(depth: int, kind: str, tmp_path: Path) -> None:
+    text = '{"a":' + kind * (depth - 1) + "1" + {"[": "]"}.get(kind, "}") * (depth - 1) + "}"
+    with pytest.raises(ValueError, match="nested"):
+        parse_json(text)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match="is nested"):
+        read_json(tmp_path / "config.json")
+
+
+def test_json_of_ordinary_depth_and_numbers() -> None:
+    assert parse_json('{"a": [[1, -2.5e3, null]], "most": 1000000000000000019884624838656}') == {
+        "a": [[1, -2500.0, None]],
+        "most": 10**30 + 19884624838656,
+    }
+    assert parse_json("7") == 7
+    parse_json("[" * 100 + "]" * 100)
+
+
+@pytest.mark.parametrize("digits", [401, 5_000])
+def test_whole_numbers_that_no_float_can_hold(digits: int, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"size": ' + "9" * digits + "}")
+    with pytest.raises(CheckpointError, match=f"a whole number of {digits} digits"):
+        read_json(tmp_path / "config.json")

@@ -3,9 +3,12 @@
 ``transformers`` is imported inside the functions: it takes as long to import as torch does.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +23,7 @@ from wuerstchen.checkpoints.weights import (
     write_json,
     write_safetensors,
 )
-from wuerstchen.errors import CheckpointError
+from wuerstchen.errors import CheckpointError, shown
 from wuerstchen.models.text import TextEncoder
 
 if TYPE_CHECKING:
@@ -32,6 +35,14 @@ Fill = Callable[[nn.Module, StoredTensors, torch.dtype], None]
 PREFIX = "text_model."
 _POSITIONS = "embeddings.position_ids"  # a counter that older versions of transformers stored
 _MAX_WIDTH, _MAX_LAYERS, _MAX_WORDS = 65_536, 512, 10_000_000
+_MAX_VOCABULARY = 32 << 20
+"""Bytes of a file of words: CLIP's has 2 MB."""
+_MAX_POST_PROCESSOR = 4096
+"""Characters. It is repeated for every text, and CLIP's names two tokens."""
+_TOKENIZER_FIELDS = {"bos_token", "eos_token", "unk_token", "pad_token", "model_max_length", "errors"}
+_TOKENIZER_FIELDS |= {"added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"}
+_TOKENIZER_FIELDS |= {"add_prefix_space", "padding_side", "split_special_tokens", "do_lower_case"}
+_TOKENIZER_FIELDS |= {"clean_up_tokenization_spaces", "add_bos_token", "add_eos_token"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,22 +79,22 @@ class CLIPTextFields:
         for name, limit in limits.items():
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= limit:
-                raise CheckpointError(f"{name} is {value!r}, not a whole number from 1 to {limit}")
+                raise CheckpointError(f"{name} is {shown(value)}, not a whole number from 1 to {limit}")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
             if type(value) is not int or not 0 <= value <= _MAX_WORDS:
-                raise CheckpointError(f"{name} is {value!r}, not the number of a token")
+                raise CheckpointError(f"{name} is {shown(value)}, not the number of a token")
         if self.hidden_size % self.num_attention_heads:
             raise CheckpointError(
                 f"hidden_size {self.hidden_size} is no multiple of num_attention_heads "
                 f"{self.num_attention_heads}"
             )
         if self.hidden_act not in ("gelu", "quick_gelu"):
-            raise CheckpointError(f"hidden_act is {str(self.hidden_act)[:80]!r}, neither gelu nor quick_gelu")
+            raise CheckpointError(f"hidden_act is {shown(self.hidden_act)}, neither gelu nor quick_gelu")
         for name in ("layer_norm_eps", "attention_dropout"):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 <= value < 1:
-                raise CheckpointError(f"{name} is {value!r}, not a number from 0 to below 1")
+                raise CheckpointError(f"{name} is {shown(value)}, not a number from 0 to below 1")
 
 
 def fill_torch(network: nn.Module, stored: StoredTensors, dtype: torch.dtype) -> None:
@@ -119,8 +130,8 @@ def read_clip(
     raw = read_json(path)
     if raw.get("model_type", "clip_text_model") != "clip_text_model":
         raise CheckpointError(
-            f"{path} is wrong because its model_type is {raw['model_type']!r} and not 'clip_text_model'; "
-            "get the text encoder's own folder"
+            f"{path} is wrong because its model_type is {shown(raw['model_type'])} and not "
+            "'clip_text_model'; get the text encoder's own folder"
         )
     known = {field.name for field in dataclasses.fields(CLIPTextFields)}
     try:
@@ -159,9 +170,13 @@ def read_clip_tokenizer(folder: Path, model: "CLIPTextModel | None" = None) -> "
     from transformers import CLIPTokenizer
 
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        with _harmless_copy(folder, whole) as copy:
+            tokenizer = CLIPTokenizer.from_pretrained(str(copy), local_files_only=True)
+        tokenizer.name_or_path = str(folder)
         tokenizer.backend_tokenizer.encode("a Cat, 1 ü")  # where unknown letters have no token it cannot
         tokens, pad = max(tokenizer.get_vocab().values()) + 1, tokenizer.pad_token_id
+    except CheckpointError:
+        raise
     except Exception as error:  # damage surfaces in transformers and tokenizers as almost anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointError(f"{folder} is no CLIP tokenizer ({reason}); get the model again") from error
@@ -170,7 +185,7 @@ def read_clip_tokenizer(folder: Path, model: "CLIPTextModel | None" = None) -> "
     limit = tokenizer.model_max_length
     if type(limit) not in (int, float) or not limit >= 3:
         raise CheckpointError(
-            f"{folder} has a model_max_length of {str(limit)[:40]!r}, no number from 3; get the model again"
+            f"{folder} has a model_max_length of {shown(limit)}, no number from 3; get the model again"
         )
     if model is not None and tokens > model.config.vocab_size:
         raise CheckpointError(
@@ -180,6 +195,41 @@ def read_clip_tokenizer(folder: Path, model: "CLIPTextModel | None" = None) -> "
     if model is not None:  # 10³⁰ stands for no limit in transformers' files
         tokenizer.model_max_length = int(min(limit, model.config.max_position_embeddings))
     return tokenizer
+
+
+@contextlib.contextmanager
+def _harmless_copy(folder: Path, whole: bool) -> Iterator[Path]:
+    """A folder with what CLIP's tokenizer takes from ``folder``, and nothing that makes work of its own.
+
+    transformers builds everything but the vocabulary itself, and yet would do what ``tokenizer.json`` says:
+    a padding to 10⁹ tokens ends the process for want of memory.
+    """
+    with tempfile.TemporaryDirectory(prefix="wuerstchen-tokenizer-") as name:
+        copy = Path(name)
+        if whole:
+            raw = read_json(folder / "tokenizer.json", _MAX_VOCABULARY)
+            taken = {key: raw.get(key) for key in ("version", "added_tokens", "post_processor", "model")}
+            if len(json.dumps(taken["post_processor"])) > _MAX_POST_PROCESSOR:
+                raise CheckpointError(
+                    f"{folder / 'tokenizer.json'} is wrong because its post_processor has more than "
+                    f"{_MAX_POST_PROCESSOR} characters; get the model again"
+                )
+            write_json(copy / "tokenizer.json", taken)
+        else:
+            write_json(copy / "vocab.json", read_json(folder / "vocab.json", _MAX_VOCABULARY))
+            merges = folder / "merges.txt"
+            if merges.stat().st_size > _MAX_VOCABULARY:
+                raise CheckpointError(
+                    f"{merges} is wrong because it has more than {_MAX_VOCABULARY >> 20} MB; "
+                    "get the model again"
+                )
+            shutil.copyfile(merges, copy / "merges.txt")
+        for file in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+            if (folder / file).is_file():
+                raw = read_json(folder / file)
+                known = file != "tokenizer_config.json"
+                write_json(copy / file, {k: v for k, v in raw.items() if known or k in _TOKENIZER_FIELDS})
+        yield copy
 
 
 def clip_tokenizer_of(encoder: TextEncoder) -> "CLIPTokenizer":

@@ -65,7 +65,7 @@ def dequantize(state: dict[str, Tensor]) -> dict[str, Tensor]:
                     f"tensor {key!r} is wrong because int8 weights of shape {tuple(tensor.shape)} need"
                     f" a scale for each row and '{key}.scale' is {found}; fetch the file again"
                 )
-            if not bool(torch.isfinite(scale).all()):
+            if not bool(torch.isfinite(scale.float()).all()):
                 raise CheckpointError(
                     f"tensor '{key}.scale' is wrong because it holds NaN or infinity; fetch the file again"
                 )

@@ -19,8 +19,15 @@ from torch import Tensor, nn
 import wuerstchen
 from wuerstchen.checkpoints.int8 import dequantize, quantize_rows
 from wuerstchen.checkpoints.text_encoder import read_text_encoder, write_text_encoder
-from wuerstchen.checkpoints.weights import new_folder, read_json, write_json, write_safetensors
-from wuerstchen.errors import CheckpointError
+from wuerstchen.checkpoints.weights import (
+    check_header,
+    new_folder,
+    parse_json,
+    read_json,
+    write_json,
+    write_safetensors,
+)
+from wuerstchen.errors import CheckpointError, shown
 from wuerstchen.models.cascade import Cascade, CascadeSettings, MapStatistics
 from wuerstchen.models.compressor import Compressor, CompressorConfig
 from wuerstchen.models.decoder import Decoder, DecoderConfig
@@ -69,10 +76,12 @@ def migrate(header: dict[str, Any], path: Path) -> dict[str, Any]:
     """Brings a header to the current format, or says what to do about it."""
     found = header.get("format")
     if not isinstance(found, int) or found < 1:
-        raise CheckpointError(f"{path} has format {found!r}, which is no number from 1; get the file again")
+        raise CheckpointError(
+            f"{path} has format {shown(found)}, which is no number from 1; get the file again"
+        )
     if found > FORMAT:
         raise CheckpointError(
-            f"{path} has format {found}, newer than {FORMAT}, the newest this version reads; "
+            f"{path} has format {shown(found)}, newer than {FORMAT}, the newest this version reads; "
             "upgrade with: pip install --upgrade wuerstchen"
         )
     for step in range(found, FORMAT):
@@ -90,8 +99,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if path.exists() and not path.is_file():
         raise CheckpointError(f"{path} is no file; get the model again")
     try:
+        check_header(path)
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
+            text = (file.metadata() or {}).get(_HEADER, "null")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist; check the name") from error
@@ -99,6 +109,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(
             f"{path} is not a whole safetensors file ({error}); get it again, or convert it if it is a pickle"
         ) from error
+    try:
+        header = parse_json(text)
+    except ValueError as error:
+        raise CheckpointError(f"{path} has a header that cannot be read ({error}); get it again") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} was not written by wuerstchen (no header); give a native model folder")
     return tensors, migrate(header, path)
@@ -235,7 +249,9 @@ def read_parts(
             if not isinstance(parts[name], kinds):
                 raise CheckpointError(f"{folder / name}.safetensors holds another network; get it again")
         else:
-            raise CheckpointError(f"{folder}/model.json names an unknown part {name!r}; upgrade wuerstchen")
+            raise CheckpointError(
+                f"{folder}/model.json names an unknown part {shown(name)}; upgrade wuerstchen"
+            )
     return settings, parts, provenance
 
 

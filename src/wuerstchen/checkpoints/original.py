@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wuerstchen.checkpoints.weights import check_whole, read_torch_file
-from wuerstchen.errors import CheckpointError, UserError
+from wuerstchen.checkpoints.weights import check_apart, check_whole, read_torch_file
+from wuerstchen.errors import CheckpointError, UserError, shown
 from wuerstchen.models.compressor import BackboneName, Compressor, CompressorConfig
 from wuerstchen.models.decoder import Decoder, DecoderConfig
 from wuerstchen.models.paella import Paella, PaellaConfig
@@ -222,10 +222,11 @@ def _state_dict(content: object, place: str) -> StateDict:
     for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise CheckpointError(
-                f"{place} is wrong because its entry {key!r} is no tensor; give one of the original's files, "
-                f"which keep a network bare or under {', '.join((*STATE_KEYS, COMPRESSOR_KEY))}"
+                f"{place} is wrong because its entry {shown(key)} is no tensor; give one of the "
+                f"original's files, which keep a network bare or under {', '.join((*STATE_KEYS, COMPRESSOR_KEY))}"
             )
         check_whole(value, f"{place} is wrong because its entry {key!r}")
+    check_apart(content.values(), place)
     # DistributedDataParallel, when it is saved itself, puts a name before all others.
     wrapped = all(key.startswith("module.") for key in content)
     return StateDict(

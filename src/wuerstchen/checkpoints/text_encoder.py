@@ -23,8 +23,8 @@ from wuerstchen.checkpoints.clip import (
     write_clip_tokenizer,
 )
 from wuerstchen.checkpoints.int8 import dequantize
-from wuerstchen.checkpoints.weights import read_json
-from wuerstchen.errors import CheckpointError, UserError
+from wuerstchen.checkpoints.weights import MAX_DESCRIPTION, check_header, read_json
+from wuerstchen.errors import CheckpointError, UserError, shown
 from wuerstchen.models.text import TextEncoder
 
 if TYPE_CHECKING:
@@ -99,14 +99,14 @@ def _read_config(path: Path) -> dict[str, Any]:
     for field in ("vocab_size", "pad_token_id", "text_positions"):
         if type(config.get(field)) is not int:
             raise CheckpointError(
-                f"{_quoted(path)} is wrong because {field} is {config.get(field)!r} and must be an integer;"
-                " fetch it again"
+                f"{_quoted(path)} is wrong because {field} is {shown(config.get(field))} and must be an"
+                " integer; fetch it again"
             )
     layers, pad = config.get("num_hidden_layers", 1), config["pad_token_id"]
     if type(layers) is not int or not 1 <= layers <= 512 or not 0 <= pad < config["vocab_size"]:
         raise CheckpointError(
-            f"{_quoted(path)} is wrong because num_hidden_layers is {layers!r}, which goes from 1 to 512, or"
-            f" pad_token_id {pad}, which is a piece of the vocabulary; fetch it again"
+            f"{_quoted(path)} is wrong because num_hidden_layers is {shown(layers)}, which goes from 1"
+            f" to 512, or pad_token_id {pad}, which is a piece of the vocabulary; fetch it again"
         )
     return config
 
@@ -114,6 +114,11 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _read_word_pieces(path: Path, vocab_size: int) -> Tokenizer:
     """The uncased WordPiece tokenizer of BERT; the line of a piece in ``vocab.txt`` is its id."""
     try:
+        if path.exists() and (not path.is_file() or path.stat().st_size > MAX_DESCRIPTION):
+            raise CheckpointError(
+                f"{_quoted(path)} is wrong because it is no file of at most {MAX_DESCRIPTION >> 20} MB;"
+                " fetch it again"
+            )
         pieces = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except OSError as error:
         raise CheckpointError(
@@ -143,13 +148,16 @@ def _read_bert(path: Path, config: dict[str, Any]) -> "BertModel":
     from transformers.models.bert.modeling_bert import BertModel
 
     try:
-        state = dequantize(safetensors.torch.load_file(path))
-    except (OSError, SafetensorError) as error:
+        check_header(path)
+        state = safetensors.torch.load_file(path)
+    except (OSError, SafetensorError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
             f"{_quoted(path)} is wrong because it cannot be read ({reason});"
             " give the folder of a text encoder, or install the package again"
         ) from error
+    try:
+        state = dequantize(state)
     except CheckpointError as error:
         raise CheckpointError(f"{_quoted(path)}: {error}") from error
     try:

@@ -1,7 +1,8 @@
 """Files of tensors and of JSON: safetensors or torch's own, whole or in shards, from any program.
 
-Nothing in a file is ever run: torch files are opened with ``weights_only=True``. What is written appears
-when it is whole.
+Nothing in a file is ever run: torch files are opened with ``weights_only=True``. No file takes more time or
+memory than its size explains: descriptions, headers and pickles are bounded, as is their depth. What is
+written appears when it is whole.
 """
 
 import json
@@ -10,7 +11,7 @@ import pickle
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from wuerstchen.errors import CheckpointError
+from wuerstchen.checkpoints.pickles import check_pickle
+from wuerstchen.errors import CheckpointError, shown
 
 MAX_JSON = 64 << 20
-"""Bytes of a description: far more than any has."""
+"""Bytes of the largest JSON that is read, of a prepared data set."""
+MAX_DESCRIPTION = 8 << 20
+"""Bytes of a model's description or index: far more than any has."""
+MAX_DEPTH = 100
+"""How deep JSON may be nested."""
+MAX_DIGITS = 40
+"""Of a whole number in JSON. transformers writes 10³⁰ where there is no limit."""
+MAX_HEADER = 16 << 20
+"""Bytes of the header of a safetensors file: that of 100,000 tensors."""
+MAX_PICKLE = 64 << 20
+"""Bytes of a torch file that are not values of tensors: names, shapes, and what else was saved."""
 
 
 def read_tensors_of(path: Path) -> dict[str, Tensor]:
@@ -43,10 +55,11 @@ def read_tensors_of(path: Path) -> dict[str, Tensor]:
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise CheckpointError(
-                f"{path} is wrong because its entry {name!r} is no tensor; "
+                f"{path} is wrong because its entry {shown(name)} is no tensor; "
                 "give a file with nothing but a state dict of tensors"
             )
         check_whole(value, f"{path} is wrong because its entry {name!r}")
+    check_apart(state.values(), str(path))
     return dict(state)
 
 
@@ -69,6 +82,24 @@ def check_whole(tensor: Tensor, subject: str) -> None:
         )
 
 
+def check_apart(tensors: Iterable[Tensor], where: str) -> None:
+    """Refuses many tensors that are views of the same few values, which would be of any size when converted.
+
+    A few may share: tied weights do. Raises ``CheckpointError``, which begins with ``where``.
+    """
+    sizes: dict[int, int] = {}
+    total = 0
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        total += tensor.nbytes
+    if total > 4 * sum(sizes.values()) + (1 << 20):
+        raise CheckpointError(
+            f"{where} is wrong because its tensors have {total:,} bytes and share "
+            f"{sum(sizes.values()):,} stored ones; save each as a tensor of its own (.clone()) again"
+        )
+
+
 def read_torch_file(path: Path) -> object:
     """What a file of ``torch.save`` holds: tensors, numbers, text, and containers of them.
 
@@ -80,17 +111,39 @@ def read_torch_file(path: Path) -> object:
         # Mapped, so that a file is not held twice; the legacy format, which is no archive, cannot be.
         mapped = zipfile.is_zipfile(path)
         if mapped:
-            _check_not_compressed(path)
+            _check_archive(path)
+        else:
+            _check_legacy(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
-def _check_not_compressed(path: Path) -> None:
-    """torch would map compressed bytes as if they were numbers."""
+def _check_archive(path: Path) -> None:
+    """Raises ``CheckpointError`` for what torch would read wrongly, or for ever."""
     with zipfile.ZipFile(path) as archive:
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise CheckpointError(
-                f"{path} is wrong because it was compressed after torch.save wrote it; get the file as it was"
-            )
+        for entry in archive.infolist():
+            # torch would map compressed bytes as if they were numbers.
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise CheckpointError(
+                    f"{path} is wrong because it was compressed after torch.save wrote it; "
+                    "get the file as it was"
+                )
+            if entry.filename.lower().endswith("data.pkl"):  # torch finds it in any case
+                if entry.file_size > MAX_PICKLE:
+                    raise ValueError(f"it has {entry.file_size:,} bytes beside its tensors")
+                with archive.open(entry) as stream:
+                    check_pickle(stream)
+
+
+def _check_legacy(path: Path) -> None:
+    """The same for the format before torch 1.6: pickles, then the values."""
+    with open(path, "rb") as file:
+        if file.read(2) == b"PK":
+            raise ValueError("it is an archive without its end")
+        file.seek(0)
+        for _ in range(4):  # a magic number, a version, the machine, the object
+            check_pickle(file)
+            if file.tell() > MAX_PICKLE:
+                raise ValueError(f"it has more than {MAX_PICKLE:,} bytes beside its tensors")
 
 
 @dataclass(frozen=True)
@@ -111,7 +164,7 @@ class StoredTensors:
             if path.suffix != ".safetensors":
                 found = {name: tuple(tensor.shape) for name, tensor in read_tensors_of(path).items()}
             else:
-                with _damage_named(path), safe_open(path, framework="pt") as file:
+                with open_safetensors(path) as file:
                     metadata |= file.metadata() or {}
                     found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             twice = sorted(shapes.keys() & found.keys())
@@ -151,7 +204,7 @@ class StoredTensors:
             if path.suffix != ".safetensors":
                 tensors |= read_tensors_of(path)
                 continue
-            with _damage_named(path), safe_open(path, framework="pt") as file:
+            with open_safetensors(path) as file:
                 tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         if dtype is None:
             return tensors
@@ -193,18 +246,68 @@ def fill(
     network.eval().requires_grad_(False)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ``CheckpointError`` if it is missing or no object."""
+def read_json(path: Path, most: int = MAX_DESCRIPTION) -> dict[str, Any]:
+    """The object in a JSON file of at most so many bytes.
+
+    Raises ``CheckpointError`` if it is missing, no object, or larger, and as ``parse_json`` does.
+    """
     _check_is_file(path)
     with _damage_named(path):
-        if path.stat().st_size > MAX_JSON:
+        if path.stat().st_size > most:
             raise CheckpointError(
-                f"{path} is wrong because it has more than {MAX_JSON >> 20} MB; get the model again"
+                f"{path} is wrong because it has more than {most >> 20} MB; get the model again"
             )
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is wrong because it holds no JSON object; get the model again")
     return content
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What JSON holds. Raises ``ValueError`` if it is none, too deep, or has a whole number that is too long.
+
+    Numbers that pass can be made a float, and containers can be gone through by functions that call
+    themselves.
+    """
+    try:
+        content = json.loads(text, parse_int=_whole_number)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    level: list[Any] = [content]
+    for _ in range(MAX_DEPTH + 1):
+        containers = [one for one in level if isinstance(one, dict | list)]
+        if not containers:
+            return content
+        level = [v for one in containers for v in (one.values() if isinstance(one, dict) else one)]
+    raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"it has a whole number of {len(digits)} digits")
+    return int(digits)
+
+
+def check_header(path: Path) -> None:
+    """Raises ``ValueError`` for a safetensors file whose header alone would take minutes."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if MAX_HEADER < length < path.stat().st_size:  # a length beyond the file is refused by safetensors
+        raise ValueError(f"its header has {length} bytes, more than {MAX_HEADER >> 20} MB")
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """``safetensors.safe_open`` for a file that anybody may have written.
+
+    Raises ``CheckpointError`` if it is missing or damaged or has an absurd header, and turns whatever is
+    raised while it is open into one.
+    """
+    _check_is_file(path)
+    with _damage_named(path):
+        check_header(path)
+        with safe_open(path, framework="pt") as opened:
+            yield opened
 
 
 def write_safetensors(

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float, Float16, Int, Int64
 from torch import nn
 
-from wuerstchen.checkpoints.weights import read_json
+from wuerstchen.checkpoints.weights import MAX_JSON, read_json
 from wuerstchen.data.plan import VIEW, held_out_names
 from wuerstchen.data.tables import import_datasets
 from wuerstchen.errors import CheckpointError, DataError, UserError
@@ -296,7 +296,7 @@ def read_description(folder: Path) -> dict[str, Any]:
             " make it with wuerstchen data prepare (the same command goes on)"
         )
     try:
-        content = read_json(path)
+        content = read_json(path, MAX_JSON)
     except CheckpointError as error:
         reason = error.__cause__ or "it is no JSON object, or far too large"
         raise _bad_description(path, " ".join(str(reason).split())[:200]) from error

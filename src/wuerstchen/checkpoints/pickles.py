@@ -1,0 +1,97 @@
+"""How much work a pickle makes, told before anything reads it.
+
+``torch.load(weights_only=True)`` runs no code of a file, but a few hundred bytes can keep it busy for hours:
+a tuple of two references to a tuple of two references, and so on, has 2ⁿ elements when it is hashed as a key.
+Here the opcodes are followed with nothing but sizes on the stack.
+"""
+
+import pickle
+import pickletools
+from collections.abc import Iterator
+from typing import Any
+
+MAX_OPCODES = 2_000_000
+"""A tensor takes about 50, so that is some 40,000 tensors, far more than a model and its optimizer have."""
+MAX_KEY = 100
+"""Elements of a key of a dictionary, with all that is in them. Ours are texts and numbers."""
+MAX_ARGUMENTS = 10_000
+"""Elements of what a tensor is rebuilt from: about 30."""
+
+
+class TooMuchWork(ValueError):
+    """Reading a file would take more than its size explains."""
+
+
+_ENDLESS = 1 << 40  # larger sizes are not told apart: the numbers themselves would grow
+_MARK = [0]
+_PUT = {"PUT", "BINPUT", "LONG_BINPUT"}
+_GET = {"GET", "BINGET", "LONG_BINGET"}
+_NOTHING = {"PROTO", "FRAME", "STOP"}
+_CALLS = {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"}
+_INTO = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}
+
+
+def check_pickle(stream: Any) -> None:
+    """Reads one pickle from a binary stream up to its end.
+
+    Raises ``pickle.UnpicklingError`` if it is damaged, ``TooMuchWork`` if it is that. Time and memory are in
+    proportion to the bytes that are read.
+    """
+    stack: list[list[int]] = []  # of one number each, so that what grows later grows in the memo too
+    memo: dict[Any, list[int]] = {}
+    try:
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+            if count == MAX_OPCODES:
+                raise TooMuchWork(f"it has more than {MAX_OPCODES} steps")
+            name = opcode.name
+            if name in _NOTHING:
+                continue
+            if name == "MARK":
+                stack.append(_MARK)
+            elif name in _PUT:
+                memo[argument] = stack[-1]
+            elif name == "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            elif name in _GET:
+                stack.append(memo[argument])
+            elif name == "DUP":
+                stack.append(stack[-1])
+            else:
+                _step(opcode, stack)
+    except TooMuchWork:
+        raise
+    except Exception as error:  # pickletools and an empty stack raise many kinds
+        raise pickle.UnpicklingError(str(error)) from None
+
+
+def _step(opcode: pickletools.OpcodeInfo, stack: list[list[int]]) -> None:
+    """Takes off the stack what an opcode takes, and puts there what it puts."""
+    taken = list(_taken(opcode, stack))
+    size = min(1 + sum(one[0] for one in taken), _ENDLESS)
+    if opcode.name in _CALLS and size > MAX_ARGUMENTS:
+        raise TooMuchWork(f"an object in it is made of more than {MAX_ARGUMENTS} parts")
+    if opcode.name in ("SETITEM", "SETITEMS", "DICT"):
+        first = 0 if opcode.name == "DICT" else 1
+        if any(one[0] > MAX_KEY for one in taken[first::2]):
+            raise TooMuchWork(f"a key in it has more than {MAX_KEY} parts")
+    if opcode.name == "ADDITEMS" and any(one[0] > MAX_KEY for one in taken[1:]):
+        raise TooMuchWork(f"an element of a set in it has more than {MAX_KEY} parts")
+    if opcode.name in _INTO:
+        taken[0][0] = size
+        stack.append(taken[0])
+    else:
+        stack.extend([size] for _ in opcode.stack_after)
+
+
+def _taken(opcode: pickletools.OpcodeInfo, stack: list[list[int]]) -> Iterator[list[int]]:
+    before = opcode.stack_before
+    if pickletools.markobject in before:
+        fixed = before.index(pickletools.markobject)
+        start = next(i for i in reversed(range(len(stack))) if stack[i] is _MARK)
+        inside = stack[start + 1 :]
+        del stack[start:]
+        below = [stack.pop() for _ in range(fixed)]
+        yield from reversed(below)
+        yield from inside
+    else:
+        yield from reversed([stack.pop() for _ in before])
