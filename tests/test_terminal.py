@@ -39,6 +39,15 @@ def test_messages_are_printable(kind):
     assert not has_controls(f"{kind(HOSTILE)}")
 
 
+def test_messages_are_never_longer_than_a_page():
+    message = str(UserError(f"{'x' * 10**6} is wrong; use less"))
+    assert len(message) < 4100
+    assert message.startswith("xxx")
+    assert "(996019 characters are left out)" in message
+    assert message.endswith("is wrong; use less")
+    assert str(UserError("short")) == "short"
+
+
 def test_warnings_are_printable():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

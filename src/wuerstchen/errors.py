@@ -5,6 +5,9 @@ from contextlib import contextmanager
 
 from wuerstchen.terminal import printable
 
+MAX_MESSAGE = 4000
+"""Characters of a message: a page. What is left out was somebody's long name or value."""
+
 
 class UserError(ValueError):
     """Something the user gave cannot be used.
@@ -15,7 +18,7 @@ class UserError(ValueError):
     """
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        return _message(super().__str__())
 
 
 class CheckpointError(UserError):
@@ -34,7 +37,15 @@ class UserNotice(UserWarning):
     """Something went on, but not quite as asked. The command line prints it in one line."""
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        return _message(super().__str__())
+
+
+def _message(text: str) -> str:
+    """A message as it leaves the program: without control characters, and never longer than a page."""
+    if len(text) > MAX_MESSAGE:
+        half = MAX_MESSAGE // 2
+        text = f"{text[:half]} … ({len(text) - 2 * half} characters are left out) … {text[-half:]}"
+    return printable(text)
 
 
 def shown(value: object, length: int = 80) -> str:

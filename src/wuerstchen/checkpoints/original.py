@@ -134,7 +134,8 @@ class StateDict:
 
     def error(self, key: str, found: object, wanted: object) -> CheckpointError:
         return CheckpointError(
-            f"{self.place} is wrong because {key!r} is {found} there and must be {wanted}; get the file again"
+            f"{self.place} is wrong because {shown(key)} is {found} there and must be {wanted}; "
+            "get the file again"
         )
 
     def shape(self, key: str, axes: int) -> tuple[int, ...]:
@@ -223,9 +224,10 @@ def _state_dict(content: object, place: str) -> StateDict:
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise CheckpointError(
                 f"{place} is wrong because its entry {shown(key)} is no tensor; give one of the "
-                f"original's files, which keep a network bare or under {', '.join((*STATE_KEYS, COMPRESSOR_KEY))}"
+                "original's files, which keep a network bare or under "
+                f"{', '.join((*STATE_KEYS, COMPRESSOR_KEY))}"
             )
-        check_whole(value, f"{place} is wrong because its entry {key!r}")
+        check_whole(value, f"{place} is wrong because its entry {shown(key)}")
     check_apart(content.values(), place)
     # DistributedDataParallel, when it is saved itself, puts a name before all others.
     wrapped = all(key.startswith("module.") for key in content)

@@ -58,7 +58,7 @@ def read_tensors_of(path: Path) -> dict[str, Tensor]:
                 f"{path} is wrong because its entry {shown(name)} is no tensor; "
                 "give a file with nothing but a state dict of tensors"
             )
-        check_whole(value, f"{path} is wrong because its entry {name!r}")
+        check_whole(value, f"{path} is wrong because its entry {shown(name)}")
     check_apart(state.values(), str(path))
     return dict(state)
 
