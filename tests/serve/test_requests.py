@@ -2,9 +2,7 @@
 
 import base64
 import io
-import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,7 +10,6 @@ from PIL import ExifTags, Image
 from pydantic import ValidationError
 
 from wuerstchen.images import decode_image, resize_crop
-from wuerstchen.serve import requests
 from wuerstchen.serve.schemas import JobRequest
 
 
@@ -174,26 +171,6 @@ def test_a_thousand_mistakes_cost_as_much_as_one(body):
     with pytest.raises(ValidationError) as caught:
         JobRequest.model_validate(body)
     assert caught.value.error_count() == 1
-
-
-def test_few_uploads_are_read_at_a_time(serve, monkeypatch):
-    """Each may take hundreds of MiB; as many as there are threads would take them all."""
-    running = serve()
-    under, most = [], []
-
-    def decode(data, name):
-        under.append(name)
-        most.append(len(under))
-        time.sleep(0.05)
-        under.pop()
-        return decode_image(data, name)
-
-    monkeypatch.setattr(requests, "decode_image", decode)
-    body = {"prompts": ["x"], "image": encoded(Image.new("RGB", (8, 8)))}
-    with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda _: running.http.post("/v1/jobs", json=body), range(8)))
-    assert [answer.status_code for answer in answers] == [202] * 8
-    assert max(most) <= 2
 
 
 def test_a_job_larger_than_the_queue_is_no_matter_of_waiting(serve):

@@ -6,7 +6,6 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 import wuerstchen
+from wuerstchen.serve.decoding import UploadError
 from wuerstchen.serve.guard import Guard, error_body
 from wuerstchen.serve.jobs import Job
 from wuerstchen.serve.proxies import App, BehindProxies
@@ -27,6 +27,7 @@ from wuerstchen.serve.requests import (
     model_view,
     of_openai,
     settings_of,
+    upload_of,
 )
 from wuerstchen.serve.schemas import (
     ErrorAnswer,
@@ -57,9 +58,6 @@ KINDS = {
 NO_JSON = "the body is wrong because it cannot be read as JSON; send an object, in UTF-8"
 Queue = Callable[[Request, JobRequest], Awaitable[Job]]
 """Makes a job of a request and queues it. Raises ``Refused``."""
-
-DECODERS = 2
-"""Uploads that are read at a time."""
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": text}
@@ -177,8 +175,6 @@ def _add_pages(app: FastAPI, folder: Path) -> None:
 
 def _queues(service: Service) -> Queue:
     """Makes jobs of requests, and queues them."""
-    # A picture of 40 megapixels takes hundreds of MiB to read: few at a time.
-    decoders = ThreadPoolExecutor(max_workers=DECODERS, thread_name_prefix="decode")
 
     async def queue(request: Request, body: JobRequest) -> Job:
         client = _client(request)
@@ -186,11 +182,18 @@ def _queues(service: Service) -> Queue:
         # Too many for any queue are refused as such below: waiting would not help.
         pictures = len(body.prompts or [""]) * body.count
         service.check_room(client, min(pictures, service.config.pictures_of_job))
-        making = (make_job, body, service.config, about, client, service.instance)
-        if body.image is None:
-            job = make_job(*making[1:])
-        else:
-            job = await asyncio.get_running_loop().run_in_executor(decoders, *making)
+        job = make_job(body, service.config, about, client, service.instance)
+        if body.image is not None:
+            upload = upload_of(body.image, job, service.config)
+            decoding = asyncio.ensure_future(service.uploads.decode(client, upload))
+            try:
+                if not await _while_connected(request, decoding):
+                    raise Refused(499, "the client has gone")  # nobody hears it, but it is counted
+                job.image = decoding.result()
+            except UploadError as error:
+                raise Refused(
+                    error.status, error.message, param="image", retry_after=error.retry_after
+                ) from error
         await service.submit(job)
         return job
 

@@ -10,8 +10,6 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
-from wuerstchen.serve.worker import WorkerSettings
-
 Message = tuple[Any, ...]
 """It begins with a word (``serve.worker``)."""
 Tell = Callable[[int, Message | None], None]
@@ -31,16 +29,22 @@ class WorkerProcess:
     _sender: ThreadPoolExecutor | None = None
     _listener: threading.Thread | None = None
 
-    def start(self, main: Callable[..., None], settings: WorkerSettings, tell: Tell) -> None:
-        """Starts ``main(settings, connection)`` in a process."""
+    def start(self, main: Callable[..., None], settings: Any, tell: Tell) -> None:
+        """Starts ``main(settings, connection)`` in a process. Raises ``OSError`` where it cannot."""
         self.life += 1
         context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self.process = context.Process(
+        ours, theirs = context.Pipe()
+        process = context.Process(
             target=main, args=(settings, theirs), name=f"worker {self.name}", daemon=True
         )
-        self.process.start()
-        theirs.close()  # so that the pipe ends when the worker does
+        try:
+            process.start()
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()  # so that the pipe ends when the worker does
+        self.process, self._connection = process, ours
         self._sender = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"to {self.name}")
         self._listener = threading.Thread(
             target=_listen, args=(self._connection, self.life, tell), name=f"from {self.name}", daemon=True
@@ -60,13 +64,17 @@ class WorkerProcess:
         sender.submit(send)
 
     def kill(self) -> None:
-        if self.process is not None:
-            self.process.kill()
+        """Kills the process, if there is one. From any thread."""
+        process = self.process
+        if process is not None:
+            with contextlib.suppress(ValueError):  # closed by another thread a moment ago
+                process.kill()
 
     def end(self) -> None:
         """Kills the process, if there is one, and waits until nothing of it is left."""
         if self._sender is not None:
             self._sender.shutdown(wait=False, cancel_futures=True)
+            self._sender = None
         if self.process is not None:
             self.process.kill()
             self.process.join()

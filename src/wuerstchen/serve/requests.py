@@ -1,23 +1,15 @@
 """From a request to a job: what it leaves open is filled in, what cannot be served is refused."""
 
-import base64
-import binascii
-import io
 import re
 import secrets
 from typing import Any, get_args
 
-from PIL import Image
-
 import wuerstchen
-from wuerstchen.errors import UserError
-from wuerstchen.images import center_crop_resize, decode_image, resize_crop
+from wuerstchen.serve.decoding import Upload
 from wuerstchen.serve.jobs import Job, Shape
 from wuerstchen.serve.limits import ServeConfig
 from wuerstchen.serve.schemas import MAX_SEED, ImageRequest, JobRequest, Sampler
 from wuerstchen.serve.service import Refused
-
-UPLOAD_FORMATS = ("PNG", "JPEG", "WEBP")
 
 
 def size_limits(config: ServeConfig, about: dict[str, Any]) -> tuple[int, int]:
@@ -68,7 +60,7 @@ def model_view(config: ServeConfig, about: dict[str, Any]) -> dict[str, Any]:
 def make_job(
     request: JobRequest, config: ServeConfig, about: dict[str, Any], client: str, instance: str
 ) -> Job:
-    """The job of a request, with an uploaded picture scaled and cut. Raises ``Refused``."""
+    """The job of a request, still without its image (``upload_of``). Raises ``Refused``."""
     can, draws = about["can"], request.kind == "generate"
     if not can[request.kind]:
         raise Refused(400, f"kind {request.kind!r} is wrong because this model cannot do it", param="kind")
@@ -108,11 +100,6 @@ def make_job(
             param="seed",
         )
     seed = secrets.randbelow(MAX_SEED - total + 2) if request.seed is None else request.seed
-    image = None
-    if request.image is not None:
-        picture = read_upload(request.image, config)
-        picture = resize_crop(picture, width, height) if draws else center_crop_resize(picture, width)
-        image = picture.tobytes()
     defaults = about["defaults"]
     shape = Shape(
         kind=request.kind,
@@ -122,7 +109,7 @@ def make_job(
         prior_steps=request.prior_steps or defaults["prior_steps"],
         prior_sampler=request.prior_sampler or defaults["prior_sampler"],
         decoder_steps=request.decoder_steps or defaults["decoder_steps"],
-        strength=(request.strength or 0.7) if draws and image is not None else None,
+        strength=(request.strength or 0.7) if draws and request.image is not None else None,
     )
     return Job(
         client=client,
@@ -132,7 +119,6 @@ def make_job(
         seeds=range(seed, seed + total),
         count=request.count,
         negative=request.negative,
-        image=image,
         previews=request.previews,
     )
 
@@ -146,6 +132,18 @@ def check_model(name: str, own: str) -> None:
             param="model",
             code="model_not_found",
         )
+
+
+def upload_of(text: str, job: Job, config: ServeConfig) -> Upload:
+    """What is to be decoded for a job: ``text`` is the image as it was sent."""
+    return Upload(
+        text=text,
+        width=job.shape.width,
+        height=job.shape.height,
+        max_bytes=config.upload_bytes,
+        max_pixels=config.upload_pixels,
+        seconds=config.upload_timeout,
+    )
 
 
 def of_openai(request: ImageRequest, about: dict[str, Any]) -> JobRequest:
@@ -215,45 +213,6 @@ def settings_of(job: Job) -> dict[str, Any]:
         "decoder_steps": shape.decoder_steps,
         "strength": shape.strength,
     }
-
-
-def read_upload(text: str, config: ServeConfig) -> Image.Image:
-    """An uploaded picture: RGB, upright, its metadata dropped. Raises ``Refused``.
-
-    Its format, size and number of frames are told from the header, before anything is decoded.
-    """
-
-    def refused(message: str, status: int = 400) -> Refused:
-        return Refused(status, f"image is wrong because {message}", param="image")
-
-    if text.startswith("data:"):
-        head, comma, text = text.partition(",")
-        if not comma or not head.endswith(";base64"):
-            raise refused("its data: URL is not in base64; write data:image/png;base64,...")
-    text = "".join(text.split())  # many encoders break lines
-    if len(text) > config.upload_bytes * 4 // 3 + 4:
-        raise refused(f"it has over {config.upload_bytes:,} bytes; shrink it", 413)
-    try:
-        data = base64.b64decode(text.encode("ascii"), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise refused("it is no base64; encode the file's bytes") from error
-    try:
-        with Image.open(io.BytesIO(data), formats=UPLOAD_FORMATS) as header:
-            pixels = header.width * header.height
-            # Phones put further pictures into a JPEG, which is still one that stands.
-            frames = 1 if header.format == "MPO" else getattr(header, "n_frames", 1)
-    except Image.DecompressionBombError as error:
-        raise refused("it has far too many pixels; shrink it") from error
-    except Exception as error:  # damaged files make the readers fail in ways of every kind
-        raise refused("it is no PNG, JPEG or WebP that can be read; save it anew as one") from error
-    if pixels > config.upload_pixels:
-        raise refused(f"it has {pixels:,} pixels and may have {config.upload_pixels:,}; shrink it")
-    if frames != 1:
-        raise refused("it is animated; give a still picture")
-    try:
-        return decode_image(data, "upload")
-    except UserError as error:
-        raise Refused(400, str(error), param="image") from error
 
 
 def _prompts(request: JobRequest, config: ServeConfig) -> list[str]:

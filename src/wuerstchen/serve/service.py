@@ -31,6 +31,7 @@ from wuerstchen.serve.limits import ServeConfig
 from wuerstchen.serve.metrics import Metrics
 from wuerstchen.serve.process import Message, WorkerProcess
 from wuerstchen.serve.results import Results
+from wuerstchen.serve.uploads import Uploads
 from wuerstchen.serve.worker import Batch, WorkerSettings
 
 log = logging.getLogger("wuerstchen.serve")
@@ -126,6 +127,7 @@ class Service:
             max_bytes=config.result_bytes,
             signer=signer,
         )
+        self.uploads = Uploads(config.max_jobs_per_client)
         self._workers = [_Worker(name=name or "default", device=name) for name in (config.devices or (None,))]
         self._numbers = itertools.count(1)
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -147,6 +149,7 @@ class Service:
         if self.draining:
             return
         self.draining = True
+        self.uploads.close()
         message = "this job is cut off because the service is being stopped; send it again later"
         for job in [job for job in self.jobs.values() if job.state == "queued"]:
             self._end(job, "failed", message)
@@ -164,6 +167,7 @@ class Service:
             await self._watcher
         for job in [job for job in self.jobs.values() if not job.has_ended]:
             self._end(job, "failed", "the service was stopped; send the job again later")
+        await self.uploads.stop()
         for worker in self._workers:
             worker.life += 1
             await asyncio.to_thread(worker.end)

@@ -1,0 +1,24 @@
+"""Stands in for the process that decodes uploads. The text of an upload says what it does."""
+
+import os
+import time
+
+
+def main(memory, connection):
+    connection.send(("ready",))
+    try:
+        while True:
+            number, upload = connection.recv()
+            word, _, value = upload.text.partition(" ")
+            if word == "sleep":
+                time.sleep(float(value))
+            elif word == "crash":
+                os._exit(1)
+            if word == "refuse":
+                connection.send(("refused", number, 400, value, False))
+            else:
+                connection.send(("pixels", number, upload.text.encode(), word == "last"))
+                if word == "last":
+                    return
+    except (EOFError, OSError):
+        return
