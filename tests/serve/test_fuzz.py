@@ -30,6 +30,7 @@ def fuzz(running, cases):
         ("GET", "/v1/images/{name}"),
         ("POST", "/v1/images/generations"),
         ("GET", "/v1/models"),
+        ("GET", "/v1/models/{model_id}"),
         ("GET", "/healthz"),
         ("GET", "/readyz"),
         ("GET", "/metrics"),
