@@ -1,10 +1,11 @@
 """What several test files share."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,6 +56,22 @@ def randomise():
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def foreign_defaults():
+    """Sets torch's default dtype, and a default device on which nothing can be computed."""
+
+    @contextlib.contextmanager
+    def use(dtype: torch.dtype) -> Iterator[None]:
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device("meta"):
+                yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    return use
 
 
 def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:

@@ -10,7 +10,7 @@ import wuerstchen
 ROOT = Path(wuerstchen.__file__).parent
 ORDER = [
     {"terminal"},
-    {"errors"},
+    {"errors", "defaults"},
     {"colour_profiles"},
     {"images"},
     {"diffusion"},
@@ -62,3 +62,46 @@ def test_imports_go_one_way(path):
 
 def test_every_room_is_in_the_order():
     assert {room_of(path.relative_to(ROOT).parts) for path in FILES} <= LEVEL.keys()
+
+
+# What each makes a tensor of, and whether its dtype follows torch's default too.
+FACTORIES = {
+    **dict.fromkeys(("zeros", "ones", "empty", "full", "rand", "randn", "linspace", "eye", "tensor"), True),
+    **dict.fromkeys(("arange", "randint", "randperm", "as_tensor", "Generator"), False),
+}
+
+
+def unplaced_tensors(tree: ast.AST) -> list[str]:
+    """Calls that make a tensor in torch's default dtype or on its default device.
+
+    Parameters and buffers of networks are left out: they follow the defaults as those of torch's own layers
+    do, and networks are built in a place of their own.
+    """
+    found: list[str] = []
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            name = node.func.attr
+            if name in ("Parameter", "register_buffer"):
+                return
+            of_torch = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
+            if of_torch and name in FACTORIES:
+                needed = {"device", "dtype"} if FACTORIES[name] else {"device"}
+                given = {keyword.arg for keyword in node.keywords}
+                if name == "Generator" and node.args:
+                    given.add("device")
+                if needed - given and "pin_memory" not in given:
+                    found.append(
+                        f"line {node.lineno}: torch.{name} without {', '.join(sorted(needed - given))}"
+                    )
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(tree)
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_tensors_do_not_depend_on_torch_s_defaults(path):
+    """The same seed draws the same image whatever default dtype and device a caller has set."""
+    assert not unplaced_tensors(ast.parse(path.read_text(encoding="utf-8")))

@@ -328,6 +328,40 @@ def test_v1_draws_and_reconstructs(small_v1):
     assert model.reconstruct(Image.new("RGB", (80, 80), "red"), size=128).map_size == (2, 3, 3)
 
 
+def test_torch_s_defaults_change_no_bit(model_folder, small_v1, foreign_defaults):
+    """Neither of loading nor of drawing; a tensor in a default place would change the image or fail."""
+    photo = Image.effect_noise((128, 128), 60).convert("RGB")
+    dpm = Sampling(prior_sampler="dpm", guidance=3.0, decoder_guidance=2.0)
+
+    def draw(model: Wuerstchen) -> list[np.ndarray]:
+        return [
+            pixels(model.generate("a cat", seed=1, size=(72, 128))),
+            pixels(model.generate("a cat", negative="dog", init=photo, strength=0.5, sampling=dpm)),
+            pixels([model.reconstruct(photo).image]),
+        ]
+
+    def load() -> list[Wuerstchen]:
+        v1 = Wuerstchen(small_v1, torch.device("cpu"))
+        return [
+            wuerstchen.load(model_folder, device="cpu"),
+            wuerstchen.load(model_folder, device="cpu", low_memory="layer"),
+            v1,
+        ]
+
+    expected = [draw(model) for model in load()]
+    with foreign_defaults(torch.float64):
+        found = [draw(model) for model in load()]
+    for ours, theirs in zip(expected, found, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert np.array_equal(a, b)
+
+
+def test_autocast_around_a_drawing_changes_no_bit(model):
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = model.generate("a cat", seed=1)
+    assert np.array_equal(pixels(inside), pixels(model.generate("a cat", seed=1)))
+
+
 def test_v1_ends_in_tokens_of_the_codebook(small_v1, monkeypatch):
     """What Stage A decodes are entries of its codebook, without the factor of the latents."""
     seen = []

@@ -7,13 +7,14 @@ in their own precision, diffusion between them in fp32.
 """
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, get_args, no_type_check
+from typing import Any, Literal, TypeVar, cast, get_args, no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,7 @@ BUNDLED = Path(__file__).parent / "bundled"
 MAX_SEED = 2**32 - 1  # a CPU generator keeps 32 bits: larger seeds would repeat the noise of smaller ones
 MAX_STEPS = 1000
 
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, steps done and steps in all."""
 
@@ -164,7 +166,7 @@ def default_device(device: str | torch.device | None = None) -> torch.device:
 def checked_device(device: str | int | torch.device) -> torch.device:
     """The device of that name. Raises ``UserError`` if it is not there."""
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
         raise UserError(f"device {str(device)!r} is not there; use {_devices_here()}") from error
     return torch.device(device)
@@ -179,6 +181,17 @@ def _devices_here() -> str:
 def default_precision(device: torch.device) -> Precision:
     """What a model computes in on a device if nobody says: where half is many times faster, half."""
     return "float16" if device.type == "cuda" else "float32"
+
+
+def _by_itself(method: _Method) -> _Method:
+    """Draws without gradients, and in the networks' own precision where a caller has switched autocast on."""
+
+    @functools.wraps(method)
+    def run(self: "Wuerstchen", *arguments: Any, **options: Any) -> Any:
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+            return method(self, *arguments, **options)
+
+    return cast(_Method, run)
 
 
 class Wuerstchen:
@@ -204,7 +217,7 @@ class Wuerstchen:
                 network.to(device)
 
     @no_type_check  # what is wrong is refused below, in words that say what to do
-    @torch.inference_mode()
+    @_by_itself
     def generate(
         self,
         prompts: str | Sequence[str],
@@ -277,7 +290,7 @@ class Wuerstchen:
                 images += to_images(_cut(pixels, (width, height)))
         return images
 
-    @torch.inference_mode()
+    @_by_itself
     def reconstruct(
         self,
         image: Image.Image,
@@ -293,7 +306,7 @@ class Wuerstchen:
         )
         return result
 
-    @torch.inference_mode()
+    @_by_itself
     def reconstruct_batch(
         self,
         images: Sequence[Image.Image],
@@ -425,7 +438,9 @@ class Wuerstchen:
         x = sent(draw_noise((prior.config.c_in, *settings.map_size(*canvas)), generators), self.device)
         if begin is not None:
             timesteps = [strength, *(t for t in timesteps if t < strength)]
-            x = PUBLISHED_SCHEDULE.add_noise(begin, x, torch.full((len(x),), strength, device=self.device))
+            x = PUBLISHED_SCHEDULE.add_noise(
+                begin, x, torch.full((len(x),), strength, dtype=torch.float32, device=self.device)
+            )
 
         with self.residence.using(prior):
             mask = encoded.mask if settings.text_mask else None
@@ -599,7 +614,7 @@ def _checked_request(prompts: list[str], seed: Any, count: Any, batch_size: Any)
 
 
 def _generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
 
 def _one_for_each(name: str, values: list[Any], prompts: int, count: int) -> list[Any]:

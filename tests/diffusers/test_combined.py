@@ -45,6 +45,15 @@ PATTERNS = {
 }
 
 
+@pytest.mark.parametrize("name", ["one generator for both", "negative", "published recipe", "several images"])
+def test_torch_s_defaults_change_no_bit(name, make_combined, foreign_defaults):
+    pipe, given = make_combined(), PATTERNS[name]()
+    expected = run(pipe, **given, generator=generators(1)[0])
+    with foreign_defaults(torch.float64):
+        found = run(pipe, **given, generator=[torch.Generator("cpu").manual_seed(10)])
+    assert torch.equal(expected, found)
+
+
 @pytest.mark.parametrize("name", PATTERNS)
 def test_every_step_equals_diffusers(name, make_combined, theirs, assert_same_steps):
     pipe = make_combined()

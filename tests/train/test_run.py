@@ -210,6 +210,21 @@ def test_watching_changes_nothing(tmp_path, monkeypatch, capsys):
     assert page.count("error of the prediction by time") == 8  # a title and a label a stage
 
 
+def test_torch_s_defaults_change_no_bit(tmp_path, foreign_defaults):
+    words = "--stages a --statistics-images 8 --workers 0 --preview-prompts cat --prior-steps 2"
+    words += " --stage-a.optimization.images 8 --stage-a.optimization.batch-size 4 --stage-a.refine-images 0"
+    options = make_parser().parse_known_args(["train", "tiny"])[0]
+    options.overrides = words.split()
+    recipe = overridden(tiny(), options)
+    train(recipe, tmp_path / "plain", device="cpu", watch=Watch(rehearses=False))
+    with foreign_defaults(torch.float64):
+        train(recipe, tmp_path / "foreign", device="cpu", watch=Watch(rehearses=False))
+    plain, foreign = (
+        newest(tmp_path / name / "stage_a" / "checkpoints")[1]["files"] for name in ("plain", "foreign")
+    )
+    assert plain == foreign
+
+
 def test_a_lock_keeps_two_processes_apart(tmp_path):
     with (
         FileLock(tmp_path / "lock"),

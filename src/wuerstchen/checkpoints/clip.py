@@ -149,7 +149,7 @@ def read_clip(
     # A counter that no file of today holds.
     embeddings = next(m for m in model.modules() if hasattr(m, "position_embedding"))
     embeddings.register_buffer(
-        "position_ids", torch.arange(fields.max_position_embeddings)[None], persistent=False
+        "position_ids", torch.arange(fields.max_position_embeddings, device="cpu")[None], persistent=False
     )
     return model
 

@@ -61,7 +61,7 @@ def from_paddle(
     state: dict[str, Tensor] = {}
     for key, target in network.state_dict().items():
         if key not in names:
-            state[key] = torch.zeros(target.shape, dtype=target.dtype)
+            state[key] = torch.zeros(target.shape, dtype=target.dtype, device="cpu")
             continue
         name = names[key]
         shape = target.shape[::-1] if key in linear else target.shape

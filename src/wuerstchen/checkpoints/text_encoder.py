@@ -181,8 +181,10 @@ def _read_bert(path: Path, config: dict[str, Any]) -> "BertModel":
     model.load_state_dict(state, assign=True)
     # The two buffers that no file holds.
     positions = model.config.max_position_embeddings
-    model.embeddings.register_buffer("position_ids", torch.arange(positions)[None], persistent=False)
-    token_types = torch.zeros(1, positions, dtype=torch.long)
+    model.embeddings.register_buffer(
+        "position_ids", torch.arange(positions, device="cpu")[None], persistent=False
+    )
+    token_types = torch.zeros(1, positions, dtype=torch.long, device="cpu")
     model.embeddings.register_buffer("token_type_ids", token_types, persistent=False)
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     return model

@@ -43,6 +43,7 @@ from wuerstchen.data.prepared import (
     read_description,
 )
 from wuerstchen.data.tables import import_datasets
+from wuerstchen.defaults import usual_defaults
 from wuerstchen.errors import RunFolderError, UserError
 
 GRACE = 60.0
@@ -73,6 +74,7 @@ class Rank:
         return cls(*map(int, values))
 
 
+@usual_defaults()
 def prepare(
     reader: Reader,
     out: Path | str,

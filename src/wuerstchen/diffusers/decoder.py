@@ -192,7 +192,7 @@ class WuerstchenDecoderPipeline(DiffusionPipeline):
                 raise TypeError(
                     f"'image_embeddings' must be of type 'torch.Tensor' or 'np.array', but got {type(part)}"
                 )
-        maps = [torch.as_tensor(part) for part in parts]
+        maps = [part if isinstance(part, Tensor) else torch.as_tensor(part, device="cpu") for part in parts]
         channels = self.decoder.config.effnet_embd
         if not maps or any(one.ndim != 4 or one.shape[1] != channels or 0 in one.shape for one in maps):
             raise UserError(

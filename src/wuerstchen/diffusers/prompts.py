@@ -69,10 +69,12 @@ def encode(
     if tokenizer is None or text_encoder is None:
         raise UserError("this pipeline has no text encoder or tokenizer; give embeddings instead of texts")
     longest = tokenizer.model_max_length
-    tokens = tokenizer(texts, padding="max_length", max_length=longest, truncation=True, return_tensors="pt")
-    for ids in tokenizer(texts, verbose=False).input_ids:
-        if len(ids) > longest:
-            lost = tokenizer.decode(ids[longest - 1 : -1])
+    # Not as tensors: the tokenizer would put them on torch's default device.
+    tokens = tokenizer(texts, padding="max_length", max_length=longest, truncation=True, return_tensors="np")
+    ids, mask = (torch.as_tensor(part, device="cpu") for part in (tokens.input_ids, tokens.attention_mask))
+    for whole in tokenizer(texts, verbose=False).input_ids:
+        if len(whole) > longest:
+            lost = tokenizer.decode(whole[longest - 1 : -1])
             warnings.warn(
                 f"a prompt is longer than the {longest} tokens that CLIP reads, and this part was cut off: "
                 f"{lost!r}",
@@ -81,4 +83,4 @@ def encode(
             )
 
     run = recorded(text_encoder, _LastStates(text_encoder))
-    return run(sent(tokens.input_ids, device), sent(tokens.attention_mask, device))
+    return run(sent(ids, device), sent(mask, device))

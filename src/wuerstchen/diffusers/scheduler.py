@@ -46,7 +46,9 @@ def draw_normal(
 def check_timesteps(timesteps: Any) -> Float[Tensor, " n"]:
     """Custom timesteps in fp32. Raises ``UserError`` unless they fall from at most 1 to at least 0."""
     try:
-        times = torch.as_tensor(timesteps, dtype=torch.float32)
+        times = torch.as_tensor(
+            timesteps, dtype=torch.float32, device=None if isinstance(timesteps, Tensor) else "cpu"
+        )
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"'timesteps' must be a list of numbers, but got {timesteps!r}") from error
     values = times.tolist() if times.ndim == 1 else [math.nan]
@@ -73,7 +75,7 @@ class DDPMWuerstchenScheduler:
     def __init__(self, scaler: float = 1.0, s: float = 0.008) -> None:
         self.config = Config({"scaler": scaler, "s": s})
         self.schedule = CosineSchedule(scaler=scaler, s=s)
-        self.timesteps: Tensor = torch.zeros(0)
+        self.timesteps: Tensor = torch.zeros(0, dtype=torch.float32, device="cpu")
 
     @classmethod
     def from_schedule(cls, schedule: CosineSchedule) -> "DDPMWuerstchenScheduler":
@@ -140,7 +142,9 @@ class DDPMWuerstchenScheduler:
             return
         if num_inference_steps is None or num_inference_steps < 0:
             raise UserError(f"num_inference_steps={num_inference_steps} is no number of steps; use 1 or more")
-        self.timesteps = torch.linspace(1.0, 0.0, num_inference_steps + 1, device=device)
+        self.timesteps = torch.linspace(
+            1.0, 0.0, num_inference_steps + 1, dtype=torch.float32, device=device or "cpu"
+        )
 
     def previous_timestep(self, timestep: Float[Tensor, "..."]) -> Float[Tensor, " b"]:
         """The entry of ``timesteps`` after the one that is nearest to each; after the last comes itself."""

@@ -34,7 +34,9 @@ def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator]) -> F
 
     A picture's noise depends on its own generator alone, never on the batch it is drawn in.
     """
-    return torch.stack([torch.randn(tuple(shape), generator=g, device=g.device) for g in generators])
+    return torch.stack(
+        [torch.randn(tuple(shape), generator=g, device=g.device, dtype=torch.float32) for g in generators]
+    )
 
 
 def guided(predict: PredictNoise, scale: float) -> PredictNoise:
@@ -65,7 +67,7 @@ def ddpm(
     μ = (x − (1 − α)·ε̂ / √(1 − ᾱ(t))) / √α and x' = μ + √((1 − α)(1 − ᾱ(t'))/(1 − ᾱ(t)))·z.
     The last step, to t' = 0, adds no noise; it still draws, as the published scheduler does.
     """
-    times = sent(torch.tensor(list(timesteps), dtype=torch.float32), x.device)
+    times = sent(torch.tensor(list(timesteps), dtype=torch.float32, device="cpu"), x.device)
     alpha_bars = schedule.alpha_bar(times)
     now, then = alpha_bars[:-1], alpha_bars[1:]
     alpha = now / then
@@ -88,7 +90,7 @@ def ddim(
     on_step: OnStep | None = None,
 ) -> Float[Tensor, "b c h w"]:
     """Deterministic sampling (arXiv 2010.02502, equation 12 with η = 0) along falling ``timesteps``."""
-    times = sent(torch.tensor(list(timesteps), dtype=torch.float32), x.device)
+    times = sent(torch.tensor(list(timesteps), dtype=torch.float32, device="cpu"), x.device)
     alpha_bars = schedule.alpha_bar(times)
     for step in range(len(times) - 1):
         noise_pred = predict(x, times[step].expand(len(x)))
@@ -113,7 +115,7 @@ def dpm_solver(
     x' = √((1 − ᾱ')/(1 − ᾱ))·x + √ᾱ'·(1 − e^−h)·D, with D = x̂₀ + (h/2h₋)·(x̂₀ − x̂₀₋), where the minus stands
     for the step before. The first step and the last, which goes to the picture itself, have D = x̂₀.
     """
-    times = torch.tensor(list(timesteps), dtype=torch.float32)
+    times = torch.tensor(list(timesteps), dtype=torch.float32, device="cpu")
     alpha_bars = schedule.alpha_bar(times.double()).tolist()
     logs = [math.log(a / (1 - a)) / 2 for a in alpha_bars]
     times = sent(times, x.device)

@@ -112,7 +112,7 @@ def uniform_timesteps(steps: int, shift: float = 1.0) -> list[float]:
     """``steps`` steps from 1 to 0, equal but for the ``shift`` towards noise: ``steps + 1`` points."""
     if steps < 1:
         raise UserError(f"steps={steps} draws nothing; use at least 1")
-    return shifted(torch.linspace(1.0, 0.0, steps + 1), shift).tolist()
+    return shifted(torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float32, device="cpu"), shift).tolist()
 
 
 def stage_c_timesteps(steps: int = 29) -> list[float]:
@@ -125,6 +125,6 @@ def stage_c_timesteps(steps: int = 29) -> list[float]:
     if steps < 3:
         return uniform_timesteps(steps)
     early = round(steps * 19 / 29)
-    first = torch.linspace(1.0, 2 / 3, early + 1, dtype=torch.float64)
-    second = torch.linspace(2 / 3, 0.0, steps - early + 1, dtype=torch.float64)
+    first = torch.linspace(1.0, 2 / 3, early + 1, dtype=torch.float64, device="cpu")
+    second = torch.linspace(2 / 3, 0.0, steps - early + 1, dtype=torch.float64, device="cpu")
     return [*first.tolist(), *second[1:].tolist()]

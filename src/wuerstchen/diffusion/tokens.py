@@ -98,11 +98,15 @@ def sample_tokens(
     steps = len(times) - 1
 
     def draw_uniform() -> Tensor:
-        pictures = [torch.rand(noise.shape[1:], generator=g, device=g.device) for g in generators]
+        pictures = [
+            torch.rand(noise.shape[1:], generator=g, device=g.device, dtype=torch.float32) for g in generators
+        ]
         return torch.stack(pictures).to(noise.device)
 
     tokens = noise
-    for step, temperature in enumerate(torch.linspace(*temperatures, steps).tolist()):
+    for step, temperature in enumerate(
+        torch.linspace(*temperatures, steps, dtype=torch.float32, device="cpu").tolist()
+    ):
         now = times[step].expand(len(noise))
         if step > 0:
             tokens, _ = add_noise(tokens, noise, now, draw_uniform())

@@ -15,6 +15,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from wuerstchen.checkpoints.backbones import lite0_path, lite1_path, load_backbone
+from wuerstchen.defaults import usual_defaults
 from wuerstchen.models.efficientnet import (
     EFFICIENTNET_LITE0,
     EFFICIENTNET_LITE1,
@@ -64,7 +65,8 @@ class FeatureNetwork:
         config, find, self.side = _NETWORKS[name]
         self.device = torch.device(device)
         self.batch_size = batch_size
-        network = EfficientNetLite(config)
+        with usual_defaults():
+            network = EfficientNetLite(config)
         load_backbone(network, find())
         self._network = network.eval().requires_grad_(False).to(self.device)
 

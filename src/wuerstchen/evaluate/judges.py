@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from wuerstchen.checkpoints.native import read_tensors
 from wuerstchen.checkpoints.text_encoder import read_text_encoder
 from wuerstchen.data.emoji import STYLES
+from wuerstchen.defaults import usual_defaults
 from wuerstchen.errors import CheckpointError
 from wuerstchen.evaluate.features import DETAIL, POOLED, TEXTURE, FeatureName, Features
 from wuerstchen.models.text import TextEncoder
@@ -118,6 +119,7 @@ class Judges:
         return self.heads.score_styles(self.heads.standardised(features)).argmax(1).cpu().numpy()
 
 
+@usual_defaults()
 def load_judges(device: torch.device | str = "cpu", path: Path = JUDGES) -> Judges:
     """The judges in the package. Raises ``CheckpointError`` for a missing, damaged or foreign file."""
     tensors, header = read_tensors(path)

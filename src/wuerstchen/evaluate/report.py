@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import wuerstchen
 from wuerstchen.data.folder import SUFFIXES
+from wuerstchen.defaults import usual_defaults
 from wuerstchen.errors import DataError, UserError
 from wuerstchen.evaluate.features import FeatureNetwork
 from wuerstchen.evaluate.judges import load_judges
@@ -98,6 +99,7 @@ class Report:
     photos: PhotoResult | None
 
 
+@usual_defaults()
 def evaluate(
     model: Wuerstchen,
     data: Path | None = None,

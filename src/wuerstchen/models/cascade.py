@@ -43,13 +43,17 @@ class MapStatistics:
             )
 
     def normalise(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        mean, std = (sent(torch.tensor(v, dtype=z.dtype), z.device) for v in (self.mean, self.std))
+        mean, std = (
+            sent(torch.tensor(v, dtype=z.dtype, device="cpu"), z.device) for v in (self.mean, self.std)
+        )
         return (z - mean[:, None, None]) / std[:, None, None]
 
     def restore(self, normalised: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """The inverse of ``normalise``."""
         z = normalised
-        mean, std = (sent(torch.tensor(v, dtype=z.dtype), z.device) for v in (self.mean, self.std))
+        mean, std = (
+            sent(torch.tensor(v, dtype=z.dtype, device="cpu"), z.device) for v in (self.mean, self.std)
+        )
         return z * std[:, None, None] + mean[:, None, None]
 
 

@@ -104,10 +104,10 @@ class TextEncoder(nn.Module):
         self, tokens: Sequence[Sequence[int] | Int[np.ndarray, " _"]], run: LastStates | None = None
     ) -> TextStates:
         """The states of prompts that ``tokens`` has read already, without their padding."""
-        ids = torch.full((len(tokens), self.text_positions), self.pad_id)
-        mask = torch.zeros((len(tokens), self.text_positions), dtype=torch.bool)
+        ids = torch.full((len(tokens), self.text_positions), self.pad_id, dtype=torch.long, device="cpu")
+        mask = torch.zeros((len(tokens), self.text_positions), dtype=torch.bool, device="cpu")
         for row, numbers in enumerate(tokens):
-            ids[row, : len(numbers)] = torch.as_tensor(numbers)
+            ids[row, : len(numbers)] = torch.as_tensor(numbers, device="cpu")
             mask[row, : len(numbers)] = True
         # Where the ids are looked up: other layers may be on another device for now.
         device = self.model.get_input_embeddings().weight.device

@@ -39,7 +39,7 @@ class Bank:
             range(0, len(self), _PREPARED), desc=f"Stage {stage.name.upper()}: preparing", leave=False
         ):
             rows = slice(start, min(start + _PREPARED, len(self)))
-            numbers = torch.arange(rows.start, rows.stop)
+            numbers = torch.arange(rows.start, rows.stop, device="cpu")
             batch = Batch(numbers, self.images[rows], self.captions[rows], [])
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                 made = stage.prepare(batch, device)

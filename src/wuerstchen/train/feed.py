@@ -123,7 +123,7 @@ class Feed(Dataset[tuple[int, Example, list[tuple[str, str]]]]):
 
     def collate(self, samples: list[tuple[int, Example, list[tuple[str, str]]]]) -> Batch:
         return Batch(
-            indices=torch.tensor([index for index, _, _ in samples]),
+            indices=torch.tensor([index for index, _, _ in samples], dtype=torch.int64, device="cpu"),
             images=torch.from_numpy(np.stack([example.image for _, example, _ in samples])),
             captions=[example.caption for _, example, _ in samples],
             skipped=[entry for _, _, skipped in samples for entry in skipped],

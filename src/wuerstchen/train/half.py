@@ -82,7 +82,7 @@ class HalfCopies:
     def _state(self, weight: nn.Parameter) -> dict[str, Tensor]:
         state = self.optimizer.state[weight]
         if not state:
-            state["step"] = torch.zeros((), device=weight.device)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
         return state
 

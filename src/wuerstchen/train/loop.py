@@ -400,8 +400,9 @@ def _bank_updates(step: Step, bank: Bank, settings: Settings) -> Generator[_Fed,
             numbers = range(first, min(first + optimization.batch_size, optimization.images))
             _begin(step, settings, len(numbers))
             own = step.processes.share(numbers)
-            rows = torch.tensor(items_at(own, len(bank), step.seed)).to(step.device)
-            indices = torch.arange(own.start, own.stop).to(step.device)
+            rows = torch.tensor(items_at(own, len(bank), step.seed), dtype=torch.int64, device="cpu")
+            rows = rows.to(step.device)
+            indices = torch.arange(own.start, own.stop, device="cpu").to(step.device)
             chosen = {name: tensor[rows] for name, tensor in inputs.items()}
             yield _Fed(len(numbers), [], update(chosen, indices))
 

@@ -47,13 +47,13 @@ def make_optimizer(
     device = next(network.parameters()).device
     optimizer = torch.optim.AdamW(
         described,
-        lr=torch.tensor(config.learning_rate, device=device),
+        lr=torch.tensor(config.learning_rate, dtype=torch.float32, device=device),
         betas=config.betas,
         fused=True,
         capturable=device.type == "cuda",
     )
     for group in optimizer.param_groups:
-        group["lr"] = torch.tensor(config.learning_rate, device=device)  # one of its own
+        group["lr"] = torch.tensor(config.learning_rate, dtype=torch.float32, device=device)  # one of its own
     return optimizer
 
 
@@ -75,7 +75,7 @@ def load_optimizer_tensors(
         index, name = key.split(".")
         parameter = parameters[int(index)]
         if name == "step":
-            tensor = torch.zeros((), device=parameter.device)
+            tensor = torch.zeros((), dtype=torch.float32, device=parameter.device)
         else:
             tensor = torch.zeros_like(parameter)
         fill(key, tensor)

@@ -137,7 +137,7 @@ class Processes:
         """Whether all processes have the same text."""
         if self.count == 1:
             return True
-        least = torch.tensor(stable_hash(text) >> 1, device=self.device)
+        least = torch.tensor(stable_hash(text) >> 1, dtype=torch.int64, device=self.device)
         most = least.clone()
         dist.all_reduce(least, dist.ReduceOp.MIN)
         dist.all_reduce(most, dist.ReduceOp.MAX)

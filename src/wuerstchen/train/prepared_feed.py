@@ -49,8 +49,8 @@ class StoredBatch:
         """The texts' states and masks, stored or made by ``encoder``, which the set was prepared with."""
         if self.states is None:
             return encoder.encode_tokens(self.tokens)
-        lengths = torch.tensor([len(tokens) for tokens in self.tokens])
-        mask = torch.arange(self.states.shape[1]) < lengths[:, None]
+        lengths = torch.tensor([len(tokens) for tokens in self.tokens], dtype=torch.int64, device="cpu")
+        mask = torch.arange(self.states.shape[1], device="cpu") < lengths[:, None]
         return TextStates(states=self.states.to(device), mask=mask.to(device))
 
 
@@ -68,12 +68,13 @@ def _batch_of(
     states = None
     if images[0].states is not None:
         settings = prepared.description["settings"]
-        states = torch.zeros(len(images), settings["text_length"], settings["text_width"])
+        shape = (len(images), settings["text_length"], settings["text_width"])
+        states = torch.zeros(shape, dtype=torch.float32, device="cpu")
         for row, image in enumerate(images):
             assert image.states is not None
             states[row, : len(image.states)] = torch.from_numpy(image.states)
     return StoredBatch(
-        indices=torch.tensor(indices),
+        indices=torch.tensor(indices, dtype=torch.int64, device="cpu"),
         maps=torch.from_numpy(np.stack([image.map for image in images])),
         tokens=[image.tokens for image in images],
         states=states,
@@ -170,7 +171,7 @@ class PreparedFeed(Dataset[tuple[int, StoredImage, list[tuple[str, str]]]]):
 
     def shown(self, count: int, size: int) -> Float[Tensor, "n 3 h w"]:
         """No pictures: Stage C's previews are of prompts alone."""
-        return torch.empty(0, 3, size, size)
+        return torch.empty(0, 3, size, size, dtype=torch.float32, device="cpu")
 
 
 def _times(count: int, one: str, more: str = "") -> str:

@@ -27,6 +27,7 @@ from wuerstchen.data.folder import FolderSource
 from wuerstchen.data.plan import stable_hash
 from wuerstchen.data.prepared import PreparedSet, is_prepared
 from wuerstchen.data.sources import Source
+from wuerstchen.defaults import usual_defaults
 from wuerstchen.errors import DataError, RunFolderError, UserError
 from wuerstchen.models.cascade import PUBLISHED_MAP, Cascade, CascadeSettings, MapStatistics
 from wuerstchen.models.compressor import Compressor
@@ -100,7 +101,7 @@ def train(
     watch = watch or Watch()
     if watch.tensorboard:
         check_tensorboard()
-    with distributed(default_device(device)) as processes:
+    with usual_defaults(), distributed(default_device(device)) as processes:
         return _train(recipe, run_dir, processes, accept_changed_data, watch)
 
 

@@ -422,7 +422,7 @@ class _Stored:
         parts = self._parts[key]
         if len(parts) == 1 and tuple(parts[0][2].get_slice(key).get_shape()) == self.shapes[key]:
             return parts[0][2].get_tensor(key)
-        tensor = torch.empty(self.shapes[key], dtype=parts[0][2].get_slice(key)[:0].dtype)
+        tensor = torch.empty(self.shapes[key], dtype=parts[0][2].get_slice(key)[:0].dtype, device="cpu")
         self.fill(key, tensor)
         return tensor
 

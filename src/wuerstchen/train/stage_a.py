@@ -199,7 +199,7 @@ class StageARefinement(_Pictures):
         random = ImageRandom(0, batch.indices.to(device))
         redrawn = latents
         for t in _REDRAWN_FROM:
-            times = torch.full((len(latents),), t, device=device)
+            times = torch.full((len(latents),), t, dtype=torch.float32, device=device)
             noise = random.normal(f"noise at {t}", latents.shape[1:])
             x = PUBLISHED_SCHEDULE.add_noise(redrawn, noise, times)
             redrawn = PUBLISHED_SCHEDULE.clean(x, self.decoder(x, times, context).float(), times)

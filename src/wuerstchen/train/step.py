@@ -97,7 +97,7 @@ class Step:
         self.autocast = autocast
         self.processes = processes
         self.device = processes.device
-        self.fault = torch.full((), -1, device=self.device)
+        self.fault = torch.full((), -1, dtype=torch.int64, device=self.device)
         """The first image of the first update whose loss or gradient was not finite; -1 without one."""
         self.decay: float | None = None
         """Of the weight averages, for the next update; None where they do not follow it."""

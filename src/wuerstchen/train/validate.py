@@ -86,7 +86,9 @@ class HeldOut:
     def batches(self, batch_size: int) -> Iterator[Batch]:
         for start in range(0, len(self), batch_size):
             rows = slice(start, start + batch_size)
-            yield Batch(torch.arange(len(self))[rows], self.images[rows], self.captions[rows], [])
+            yield Batch(
+                torch.arange(len(self), device="cpu")[rows], self.images[rows], self.captions[rows], []
+            )
 
 
 def held_out(
@@ -165,7 +167,7 @@ class Validation:
         """
         self._prepared = self._prepared or list(self._prepare())
         began = time.monotonic()
-        sums = torch.zeros(BINS, 2, dtype=torch.float64)
+        sums = torch.zeros(BINS, 2, dtype=torch.float64, device="cpu")
         for numbers, inputs in self._prepared:
             found = [self._errors(averages, numbers, inputs, k) for k in range(BINS)]
             sums += torch.stack(found).cpu().double()  # Apple's GPUs have no float64
@@ -199,7 +201,7 @@ class Validation:
 
 
 def _times() -> Tensor:
-    return (torch.arange(BINS) + 0.5) / BINS
+    return (torch.arange(BINS, dtype=torch.float32, device="cpu") + 0.5) / BINS
 
 
 def _finite(value: float) -> float | None:
