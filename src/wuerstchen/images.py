@@ -208,8 +208,10 @@ def to_tensor(image: Image.Image) -> Float[Tensor, "3 h w"]:
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
 
-def to_images(tensor: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
+def to_images(tensor: Float[Tensor, "b c h w"]) -> list[Image.Image]:
     """Pictures from values in [0, 1], rounded to 8 bits; values outside are clamped.
+
+    One channel gives grey pictures, three colours, four colours with transparency.
 
     Raises ``UserError`` for NaN, which would otherwise be a black picture without a word.
     """
@@ -220,7 +222,7 @@ def to_images(tensor: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
     pixels = (tensor.detach().float().clamp(0, 1) * 255).round().byte()
     # Contiguous: PIL takes eight times as long over others.
     pixels = pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-    return [Image.fromarray(picture) for picture in pixels]
+    return [Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture) for picture in pixels]
 
 
 def grid(

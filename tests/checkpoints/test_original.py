@@ -263,7 +263,7 @@ def test_published_networks_are_known_by_their_shapes(part, theirs, config, keys
             DECODER, c_hidden=(64,), nhead=(1,), blocks=(3,), level_config=("CTA",), inject_effnet=(True,)
         ),
         dataclasses.replace(DECODER, level_config=("C", "CTAC", "CAT"), blocks=(4, 2, 1)),
-        dataclasses.replace(DECODER, c_in=3, c_out=7, kernel_size=5, inject_effnet=(True, False, False)),
+        dataclasses.replace(DECODER, c_in=7, c_out=1, kernel_size=5, inject_effnet=(True, False, False)),
     ],
     ids=["one level", "other patterns", "other channels and kernel"],
 )

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from wuerstchen.diffusers import DEFAULT_STAGE_C_TIMESTEPS
-from wuerstchen.errors import UserNotice
+from wuerstchen.errors import UserError, UserNotice
 
 SIZE = {"height": 128, "width": 128}
 
@@ -334,3 +334,11 @@ def test_refuses_networks_of_another_kind(make_prior, theirs):
     pipe = make_prior()
     with pytest.raises(TypeError, match=r"prior must be a wuerstchen\.models\.prior\.Prior"):
         type(pipe)(**{**pipe.components, "prior": theirs.prior(pipe).prior})
+
+
+def test_halves_that_do_not_fit_are_refused_before_anything_is_drawn(make_combined):
+    pipe = make_combined(None, {"shape": {"effnet_embd": 5}})
+    with pytest.raises(UserError, match=r"image_embeddings of 3 channels. The decoder reads 5"):
+        run(pipe, prior_callback_on_step_end=never)
+    blind = make_combined(None, {"shape": {"effnet_embd": 5, "inject_effnet": (False, False)}})
+    assert run(blind).shape == (1, 3, 128, 128)

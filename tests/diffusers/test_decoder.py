@@ -6,7 +6,9 @@ import torch
 from PIL import Image
 
 from wuerstchen.diffusers import ImagePipelineOutput
+from wuerstchen.errors import UserError
 from wuerstchen.models.decoder import Decoder, DecoderContext
+from wuerstchen.models.vqgan import VQGAN, VQGANConfig
 
 
 def maps(rows: int, height: int = 3, width: int = 3) -> torch.Tensor:
@@ -315,3 +317,42 @@ def test_refuses(name, make_decoder):
     given = {"image_embeddings": maps(1), "prompt": "a", "num_inference_steps": 1, **changed}
     with pytest.raises(error, match=message):
         make_decoder()(**given)
+
+
+def test_parts_that_do_not_fit_are_refused_before_anything_is_drawn(make_decoder):
+    pipe = make_decoder()
+    given = {
+        "image_embeddings": maps(1),
+        "prompt": "a",
+        "num_inference_steps": 1,
+        "callback_on_step_end": lambda *_: pytest.fail("sampled all the same"),
+    }
+    small = {"bottleneck_blocks": 1, "embed_dim": 8, "num_vq_embeddings": 16}
+    encoder, pipe.text_encoder = pipe.text_encoder, make_decoder({"clip_embd": 10}).text_encoder
+    with pytest.raises(UserError, match=r"states are 10 wide. The decoder reads states 20 wide"):
+        pipe(**given)
+    pipe.text_encoder, pipe.vqgan = encoder, VQGAN(VQGANConfig(latent_channels=3, **small))
+    with pytest.raises(UserError, match=r"draws latents of 4 channels. The vqgan reads latents of 3"):
+        pipe(**given)
+    pipe.vqgan = VQGAN(VQGANConfig(out_channels=2, **small))
+    with pytest.raises(UserError, match=r"images of 2 channels. PIL has images of 1, 3 or 4"):
+        pipe(**given)
+    del given["callback_on_step_end"]
+    assert pipe(**given, output_type="pt").images.shape == (1, 2, 128, 128)
+    assert pipe(**given, output_type="latent").images.shape == (1, 4, 32, 32)
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA")])
+def test_images_of_other_channels(channels, mode, make_decoder):
+    pipe = make_decoder()
+    pipe.vqgan = VQGAN(
+        VQGANConfig(out_channels=channels, bottleneck_blocks=0, embed_dim=8, num_vq_embeddings=16)
+    )
+    (image,) = run(pipe, output_type="pil")
+    assert (image.mode, image.size) == (mode, (128, 128))
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0])
+def test_a_scale_of_nothing_is_refused(scale, make_decoder):
+    with pytest.raises(UserError, match=f"latent_dim_scale is {scale}. It must be above 0"):
+        make_decoder(latent_dim_scale=scale)

@@ -13,8 +13,13 @@ import diffusers
 import pytest
 import safetensors.torch
 import torch
+from diffusers.pipelines.deprecated.wuerstchen.modeling_paella_vq_model import PaellaVQModel
+from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_diffnext import WuerstchenDiffNeXt
+from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import WuerstchenPrior
+from transformers import CLIPTextConfig, CLIPTextModel
 
 import wuerstchen.diffusers
+from wuerstchen.checkpoints.layouts import convert, read_model
 from wuerstchen.diffusers import (
     AutoPipelineForText2Image,
     DDPMWuerstchenScheduler,
@@ -461,3 +466,79 @@ def test_the_names_are_those_of_diffusers():
         assert hasattr(wuerstchen.diffusers, name)
     expected = {"WuerstchenPriorPipeline", "WuerstchenDecoderPipeline", "WuerstchenCombinedPipeline"}
     assert expected | {"AutoPipelineForText2Image", "DiffusionPipeline"} <= set(wuerstchen.diffusers.__all__)
+
+
+KINDS = (WuerstchenPrior, WuerstchenDiffNeXt)
+FORMER_TESTS = {
+    # As in diffusers' tests of 2023 to 2025, prior and combined.
+    "former tests": (
+        {"c_in": 2, "c": 8, "depth": 2, "c_cond": 32, "c_r": 8, "nhead": 2},
+        {
+            "c_cond": 32,
+            "c_hidden": [320],
+            "nhead": [-1],
+            "blocks": [4],
+            "level_config": ["CT"],
+            "clip_embd": 32,
+            "inject_effnet": [False],
+        },
+    ),
+    "a dropout for each level": (
+        {"c_in": 3, "c": 10, "depth": 1, "c_cond": 32, "c_r": 8, "nhead": 3},
+        {
+            "c_cond": 16,
+            "c_hidden": [8, 16],
+            "nhead": [1, 2],
+            "blocks": [1, 1],
+            "level_config": ["TCA", "CTA"],
+            "clip_embd": 32,
+            "inject_effnet": [True, True],
+            "effnet_embd": 3,
+            "patch_size": 1,
+            "kernel_size": 5,
+            "dropout": [0.0, 0.2],
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMER_TESTS)
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_other_shapes_draw_what_diffusers_draws(name, clip_tokenizer, randomise, tmp_path):
+    """Whole pipelines that diffusers saves, loads and runs, with networks unlike the published ones."""
+    shapes = FORMER_TESTS[name]
+    text = CLIPTextConfig(
+        hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4, vocab_size=1000
+    )
+    scheduler = diffusers.DDPMWuerstchenScheduler()
+    networks = [kind(**shape).eval() for kind, shape in zip(KINDS, shapes, strict=True)]
+    for network in networks:
+        randomise(network)
+        for key, tensor in network.named_parameters():
+            tensor.data.mul_(0.1 if key.startswith(("out.", "clf.")) else 1.0)
+    vqgan = randomise(PaellaVQModel(bottleneck_blocks=1, num_vq_embeddings=2, embed_dim=16)).eval()
+    parts = (clip_tokenizer, randomise(CLIPTextModel(text)).eval())
+    prior = quiet(diffusers.WuerstchenPriorPipeline(*parts, networks[0], scheduler))
+    decoder = quiet(diffusers.WuerstchenDecoderPipeline(*parts, networks[1], scheduler, vqgan))
+    decoder.save_pretrained(tmp_path)
+    prior.save_pretrained(tmp_path / "prior_pipeline")
+    (tmp_path / "README.md").write_text("---\nprior:\n- prior_pipeline\n---\n")
+
+    def run(prior, decoder):
+        generator = torch.Generator().manual_seed(0)
+        maps = prior("horse", 128, 128, 2, guidance_scale=4.0, generator=generator).image_embeddings
+        assert maps.shape == (1, shapes[0]["c_in"], 3, 3)
+        return maps, decoder(maps, "horse", 2, generator=generator, output_type="pt").images
+
+    ours = AutoPipelineForText2Image.from_pretrained(tmp_path)
+    results = run(quiet(ours.prior_pipe), quiet(ours.decoder_pipe))
+    for found, expected in zip(results, run(prior, decoder), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    # The same folder by the other ways in, and out again.
+    cascade = read_model(tmp_path)
+    assert cascade.decoder.config == ours.decoder.config
+    convert(tmp_path, tmp_path / "native", "native")
+    convert(tmp_path / "native", tmp_path / "again", "diffusers")
+    again = AutoPipelineForText2Image.from_pretrained(tmp_path / "again")
+    assert (again.decoder.config, again.prior_prior.config) == (ours.decoder.config, ours.prior_prior.config)
+    assert torch.equal(draw(again), draw(ours))

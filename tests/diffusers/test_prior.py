@@ -498,3 +498,12 @@ def test_numbers_of_numpy_are_numbers(make_prior):
     size, count = np.int64(128), np.int32(2)
     maps = make_prior()("a", size, size, count, guidance_scale=np.float32(4), num_images_per_prompt=count)[0]
     assert maps.shape == (2, 3, 3, 3)
+
+
+def test_parts_that_do_not_fit_are_refused(make_prior, make_decoder):
+    with pytest.raises(UserError, match=r"resolution_multiple is 0\.0\. It must be above 0"):
+        make_prior(resolution_multiple=0.0)
+    pipe = make_prior()
+    pipe.text_encoder = make_decoder().text_encoder
+    with pytest.raises(UserError, match=r"states are 20 wide. The prior reads states 24 wide"):
+        pipe("a", **SIZE, num_inference_steps=1)

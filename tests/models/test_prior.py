@@ -17,6 +17,7 @@ CONFIGS = {
     "not square": (dataclasses.replace(SMALL, c_in=3), (3, 7)),
     "one head, one layer": (dataclasses.replace(SMALL, nhead=1, depth=1, c=20), (5, 2)),
     "one position": (SMALL, (1, 1)),
+    "heads that do not divide the width": (dataclasses.replace(SMALL, nhead=5), (3, 4)),
 }
 
 
@@ -137,18 +138,18 @@ def test_initial_spread_follows_the_original():
     assert ours.cond_mapper[0].weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
-@pytest.mark.parametrize("change", [{"nhead": 0}, {"depth": -1}, {"c": 0}])
-def test_nothing_is_no_size(change):
-    with pytest.raises(UserError, match="must be at least 1"):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"nhead": 0}, "nhead=0 must be from 1 to c=1536"),
+        ({"c": 8, "nhead": 9}, "nhead=9 must be from 1 to c=8"),
+        ({"depth": -1}, "depth=-1 must be at least 0"),
+        ({"c": 0}, "c=0 must be at least 1"),
+        ({"c_r": 2}, "c_r=2 leaves no frequencies"),
+        ({"dropout": -0.1}, "dropout=-0.1 must be from 0 to 1"),
+        ({"dropout": 1.5}, "dropout=1.5 must be from 0 to 1"),
+    ],
+)
+def test_impossible_shapes_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
         PriorConfig(**change)
-
-
-@pytest.mark.parametrize("dropout", [-0.1, 1.0, 2.0])
-def test_dropping_all_or_less_than_nothing_is_refused(dropout):
-    with pytest.raises(UserError, match=f"dropout={dropout} must be from 0 to below 1"):
-        PriorConfig(dropout=dropout)
-
-
-def test_uneven_heads_are_refused():
-    with pytest.raises(UserError, match="c=30 is not a multiple of nhead=4"):
-        PriorConfig(c=30, nhead=4)

@@ -123,5 +123,5 @@ def test_discriminator_judges_patches():
 
 
 def test_widths_that_cannot_be_halved_are_refused():
-    with pytest.raises(UserError, match="embed_dim=9 cannot be halved 1 times"):
-        VQGANConfig(embed_dim=9)
+    with pytest.raises(UserError, match="embed_dim=3 cannot be halved 2 times"):
+        VQGANConfig(embed_dim=3, levels=3)

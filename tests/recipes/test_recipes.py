@@ -139,3 +139,19 @@ def test_a_smaller_recipe_by_options(tmp_path, monkeypatch):
     assert (recipe.prior.c, recipe.prior.nhead, recipe.prior.depth) == (768, 12, 3)  # what is named holds
     assert recipe.decoder.blocks == (1, 1, 4, 1)
     assert recipe.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("prior", {"c_r": 1}, r"prior\.c_r=1 leaves no frequencies"),
+        ("decoder", {"c_r": 0}, r"decoder\.c_r=0 leaves no frequencies"),
+        ("prior", {"dropout": 1.0}, r"prior\.dropout=1\.0 must be below 1 to train"),
+        ("decoder", {"dropout": (0.0, 0.5, 0.0, 1.0)}, r"decoder\.dropout=\(.*\) must be below 1 to train"),
+    ],
+)
+def test_networks_that_run_but_cannot_learn_are_refused(part, change, message):
+    """Models of others may have them."""
+    network = dataclasses.replace(getattr(v2(), part), **change)
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(v2(), **{part: network})

@@ -6,10 +6,11 @@ with its configuration at the root. Class names are compared with a fixed list; 
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+import warnings
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from wuerstchen.checkpoints.clip import (
     write_clip,
     write_clip_tokenizer,
 )
+from wuerstchen.checkpoints.diffusers_config import MAX_COUNT, MAX_NUMBER, as_float, read_config
 from wuerstchen.checkpoints.hub import HUB_NAME
 from wuerstchen.checkpoints.weights import (
     StoredTensors,
@@ -65,14 +67,11 @@ _NUMBERS = {
     DECODER_PIPELINE: {"latent_dim_scale": 10.67},
     COMBINED_PIPELINE: {},
 }
-# What diffusers takes for a field that a configuration leaves out, where it is not the published value.
-_PRIOR_DEFAULTS = {"c": 1280, "c_cond": 1024, "depth": 16, "nhead": 16}
-# Fields that say how often something is repeated: large ones would take for ever, or overflow.
-_COUNTS = {"depth", "blocks", "levels", "bottleneck_blocks", "patch_size", "kernel_size"}
-_COUNTS |= {"up_down_scale_factor"}
-_MAX_COUNT, _MAX_NUMBER = 512, 2**24
-
-N = TypeVar("N", bound=nn.Module)
+_NETWORKS: dict[str, tuple[Any, Any]] = {
+    "prior": (Prior, PriorConfig),
+    "decoder": (Decoder, DecoderConfig),
+    "vqgan": (VQGAN, VQGANConfig),
+}
 
 
 @dataclass(frozen=True)
@@ -183,13 +182,9 @@ def read_decoder_folder(
     if name == PRIOR_PIPELINE:
         raise CheckpointError(f"{folder} holds a {name}, which has no Stage B; give a {DECODER_PIPELINE}")
     parts: dict[str, Any] = dict.fromkeys(("decoder", "vqgan", "text_encoder", "tokenizer"))
-    networks: dict[str, tuple[type[nn.Module], Any]] = {
-        "decoder": (Decoder, DecoderConfig),
-        "vqgan": (VQGAN, VQGANConfig),
-    }
-    for part, (network, config) in networks.items():
+    for part in ("decoder", "vqgan"):
         if part not in given:
-            parts[part] = _read_network(folder / part, part, network, config, {}, dtype, layout)
+            parts[part] = read_network(folder / part, part, dtype=dtype, layout=layout)
     parts |= _read_text(folder, "", dtype, given, layout)
     if "scheduler" not in given:
         parts["schedule"] = read_schedule(folder / "scheduler")
@@ -200,7 +195,7 @@ def read_prior_network(
     folder: Path, *, dtype: torch.dtype = torch.float32, layout: TensorLayout = TORCH
 ) -> Prior:
     """Reads Stage C's network alone: a folder with its ``config.json`` and weights, as the variants are."""
-    return _read_network(folder, "prior", Prior, PriorConfig, _PRIOR_DEFAULTS, dtype, layout)
+    return read_network(folder, "prior", dtype=dtype, layout=layout)
 
 
 def linked_prior(folder: Path) -> Path | str:
@@ -309,9 +304,9 @@ def _read_index(folder: Path, layout: TensorLayout) -> tuple[str, dict[str, floa
             )
     for key, value in index.items():
         if key in numbers:
-            if type(value) not in (int, float) or not abs(value) <= _MAX_NUMBER:  # a NaN is not
+            if type(value) not in (int, float) or not abs(value) <= MAX_NUMBER:  # a NaN is not
                 raise CheckpointError(
-                    f"{path} is wrong because {key} is {_short(value)}, no number up to {_MAX_NUMBER}; "
+                    f"{path} is wrong because {key} is {_short(value)}, no number up to {MAX_NUMBER}; "
                     "get it again"
                 )
             numbers[key] = float(value)
@@ -322,15 +317,14 @@ def _read_index(folder: Path, layout: TensorLayout) -> tuple[str, dict[str, floa
     return name, numbers
 
 
-def _read_network(
-    folder: Path,
-    part: str,
-    network_class: type[N],
-    config_class: Any,
-    defaults: Mapping[str, Any],
-    dtype: torch.dtype,
-    layout: TensorLayout,
-) -> N:
+def read_network(
+    folder: Path, part: str, *, dtype: torch.dtype = torch.float32, layout: TensorLayout = TORCH
+) -> Any:
+    """Reads one network, a ``prior``, ``decoder`` or ``vqgan``: a folder of its ``config.json`` and weights.
+
+    Raises ``CheckpointError`` like ``read_prior_folder``.
+    """
+    network_class, config_class = _NETWORKS[part]
     path = folder / "config.json"
     raw = read_json(path)
     class_name = raw.get("_class_name", _CLASSES[part][0])
@@ -339,10 +333,12 @@ def _read_network(
             f"{path} is wrong because its _class_name is {_short(class_name)} where "
             f"{_CLASSES[part][0]} belongs; get the model again"
         )
-    config = _network_config(path, config_class, raw, defaults)
+    config = read_config(path, raw, config_class)
     stored = StoredTensors.in_folder(folder, layout.network_stems)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            # A network that reads no timestep (c_r=0) has layers without inputs.
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")
             network = network_class(config)
     except (RuntimeError, ValueError, ArithmeticError) as error:  # no number of values, or a dropout of 2
         reason = str(error).partition("\n")[0]
@@ -351,51 +347,6 @@ def _read_network(
         ) from error
     layout.fill(network, stored, dtype)
     return network
-
-
-def _network_config(
-    path: Path, config_class: Any, raw: Mapping[str, Any], defaults: Mapping[str, Any]
-) -> Any:
-    """The configuration in a ``config.json``: known fields only, each of the kind and size it should be."""
-    published = dataclasses.asdict(config_class())
-    values = dict(defaults)
-    for name, value in raw.items():
-        if name.startswith("_"):
-            continue
-        default = published.get(name)
-        if default is None or name == "prediction":
-            raise CheckpointError(
-                f"{path} is wrong because a {config_class.__name__.removesuffix('Config')} has no field "
-                f"{name!r}; give the folder of a Würstchen v2 model"
-            )
-        several = isinstance(default, tuple)
-        if several != isinstance(value, list):
-            raise CheckpointError(
-                f"{path} is wrong because {name} is {value!r} and should be like {default!r}; get it again"
-            )
-        limit = _MAX_COUNT if name in _COUNTS else _MAX_NUMBER
-        for one in value if several else [value]:
-            _check_value(path, name, one, default[0] if several else default, limit)
-        values[name] = tuple(value) if several else value
-    try:
-        return config_class(**values)
-    except UserError as error:
-        raise CheckpointError(f"{path} is wrong: {error}") from error
-
-
-def _check_value(path: Path, name: str, value: object, like: object, limit: int) -> None:
-    """Raises ``CheckpointError`` unless ``value`` is of the kind of ``like`` and of a bearable size."""
-    if isinstance(like, bool | str):
-        fits = type(value) is type(like)
-    elif isinstance(like, int):
-        fits = type(value) is int and -1 <= value <= limit
-    else:
-        fits = type(value) in (int, float) and abs(value) <= limit  # a NaN is not
-    if not fits:
-        raise CheckpointError(
-            f"{path} is wrong because {name} is {str(value)[:40]!r} where something like {like!r} belongs, "
-            f"numbers at most {limit}; get it again"
-        )
 
 
 def _read_text(
@@ -423,8 +374,7 @@ def read_schedule(folder: Path) -> CosineSchedule:
             f"{path} is wrong because it describes a {name} of {', '.join(fields) or 'nothing'}, where a "
             f"{_CLASSES['scheduler'][0]} of s and scaler belongs; get the model again"
         )
-    for key, value in fields.items():
-        _check_value(path, key, value, 1.0, _MAX_COUNT)
+    fields = {key: as_float(path, key, value, MAX_COUNT) for key, value in fields.items()}
     try:
         return CosineSchedule(**fields)
     except UserError as error:

@@ -1,6 +1,7 @@
 """Any layout of a model: telling which one a folder has, reading it whole, and writing it in another."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -40,8 +41,10 @@ from wuerstchen.checkpoints.weights import new_folder
 from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE
 from wuerstchen.errors import CheckpointError, UserError
 from wuerstchen.models.cascade import PUBLISHED_V1, Cascade, CascadeSettings, MapStatistics
+from wuerstchen.models.decoder import Decoder
 from wuerstchen.models.paella import Paella
 from wuerstchen.models.text import TextEncoder
+from wuerstchen.models.vqgan import VQGAN
 
 Layout = Literal["native", "diffusers", "original", "paddle"]
 
@@ -204,13 +207,20 @@ def cascade_of(decoder: DecoderFolder, prior: PriorFolder) -> Cascade:
     assert decoder.vqgan is not None
     statistics = MapStatistics(mean=(-prior.latent_std,), std=(prior.latent_mean,))
     return Cascade(
-        settings=CascadeSettings(map_statistics=statistics),
+        settings=CascadeSettings(
+            map_statistics=statistics, size_multiple=_size_multiple(decoder.decoder, decoder.vqgan)
+        ),
         vqgan=decoder.vqgan,
         decoder=decoder.decoder,
         prior=prior.prior,
         text_encoder=TextEncoder.from_transformers(prior.text_encoder, prior.tokenizer),
         decoder_text_encoder=TextEncoder.from_transformers(decoder.text_encoder, decoder.tokenizer),
     )
+
+
+def _size_multiple(decoder: Decoder, vqgan: VQGAN) -> int:
+    """The published multiple of sizes, or the next that the grids of these networks fit."""
+    return math.lcm(CascadeSettings.size_multiple, decoder.config.size_multiple * vqgan.config.factor)
 
 
 def _pipelines_of(cascade: Cascade) -> tuple[DecoderFolder, PriorFolder | None]:
@@ -300,6 +310,9 @@ def _check_places(cascade: Cascade, layout: str) -> None:
     if layout != "original" and len(settings.map_statistics.mean) == 1:
         settings = dataclasses.replace(settings, map_statistics=CascadeSettings().map_statistics)
     published = PUBLISHED_V1 if is_v1 else CascadeSettings()
+    if layout != "original" and isinstance(cascade.decoder, Decoder):
+        multiple = _size_multiple(cascade.decoder, cascade.vqgan)
+        published = dataclasses.replace(published, size_multiple=multiple)
     for field in dataclasses.fields(settings):
         value, theirs = getattr(settings, field.name), getattr(published, field.name)
         if value != theirs:

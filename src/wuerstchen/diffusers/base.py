@@ -298,6 +298,24 @@ def check_network(name: str, network: Any, kind: type[nn.Module]) -> None:
         )
 
 
+def check_positive(**numbers: Any) -> None:
+    """Raises ``UserError`` for a number of the pipeline that is not above 0."""
+    for name, value in numbers.items():
+        if not value > 0:
+            raise UserError(f"{name} is {value}. It must be above 0. Give the number that the model has.")
+
+
+def check_text_width(pipe: "DiffusionPipeline", width: int | None, part: str) -> None:
+    """Raises ``UserError`` if the text encoder's states are not ``width`` wide, as ``part`` reads them."""
+    config = getattr(plain(getattr(pipe, "text_encoder", None)), "config", None)
+    found = getattr(config, "hidden_size", width)
+    if found != width:
+        raise UserError(
+            f"The text encoder's states are {found} wide. The {part} reads states {width} wide. "
+            "Load both from the same model."
+        )
+
+
 def _once(name: str, earlier: Any, value: Any) -> Any:
     if earlier is not None:
         raise UserError(f"{name} was given twice, as {earlier} and {value}; give it once")

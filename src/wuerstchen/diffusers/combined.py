@@ -7,7 +7,7 @@ from typing import Any, no_type_check
 import torch
 from torch import Tensor, nn
 
-from wuerstchen.diffusers.base import DiffusionPipeline
+from wuerstchen.diffusers.base import DiffusionPipeline, plain
 from wuerstchen.diffusers.decoder import (
     Images,
     WuerstchenDecoderPipeline,
@@ -176,6 +176,7 @@ class WuerstchenCombinedPipeline(LoraMethods, DiffusionPipeline):
         none. One ``generator`` draws for both, first for the prior.
         """
         check_output_type(output_type)
+        self._check_parts(output_type)
         size = self._checked_size(height, width)
         check_steps("prior_", prior_num_inference_steps, prior_timesteps)
         check_steps("", num_inference_steps, decoder_timesteps)
@@ -237,6 +238,16 @@ class WuerstchenCombinedPipeline(LoraMethods, DiffusionPipeline):
         if output_type != "latent":
             images = as_output(centre_crop(images, *size), output_type)
         return ImagePipelineOutput(images) if return_dict else (images,)
+
+    def _check_parts(self, output_type: str | None) -> None:
+        """Raises ``UserError`` if the components cannot work together."""
+        self.decoder_pipe.check_parts(output_type)
+        channels, wanted = plain(self.prior_prior).config.c_in, self.decoder_pipe.map_channels()
+        if wanted not in (None, channels):
+            raise UserError(
+                f"The prior gives image_embeddings of {channels} channels. The decoder reads {wanted}. "
+                "Load both from the same model."
+            )
 
     def _checked_size(self, height: Any, width: Any) -> tuple[int, int]:
         """The size in pixels. Raises ``TypeError`` or ``UserError`` for one that cannot be drawn."""

@@ -9,7 +9,14 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from wuerstchen.diffusers.base import DiffusionPipeline, check_network, dtype_of
+from wuerstchen.diffusers.base import (
+    DiffusionPipeline,
+    check_network,
+    check_positive,
+    check_text_width,
+    dtype_of,
+    plain,
+)
 from wuerstchen.diffusers.outputs import ImagePipelineOutput
 from wuerstchen.diffusers.prompts import check_negative, check_prompt, encode
 from wuerstchen.diffusers.sampling import (
@@ -60,6 +67,7 @@ class WuerstchenDecoderPipeline(DiffusionPipeline):
         latent_dim_scale: float = 10.67,
     ) -> None:
         super().__init__(latent_dim_scale=latent_dim_scale)
+        check_positive(latent_dim_scale=latent_dim_scale)
         self._prior_name: str | None = None  # on the hub, if the decoder came with one
         check_network("decoder", decoder, Decoder)
         check_network("vqgan", vqgan, VQGAN)
@@ -141,6 +149,7 @@ class WuerstchenDecoderPipeline(DiffusionPipeline):
         num_images_per_prompt = check_count("num_images_per_prompt", num_images_per_prompt)
         check_generator(generator)
         check_output_type(output_type)
+        self.check_parts(output_type)
         maps = self._checked_maps(image_embeddings)
         if len(maps) % len(prompts):
             raise UserError(
@@ -184,6 +193,26 @@ class WuerstchenDecoderPipeline(DiffusionPipeline):
         """How many of Stage A's latents a side has for ``positions`` of the map."""
         return max(int(positions * self.config.latent_dim_scale), 1)
 
+    def check_parts(self, output_type: str | None) -> None:
+        """Raises ``UserError`` if the components cannot work together, before anything is drawn."""
+        config, vqgan = plain(self.decoder).config, plain(self.vqgan).config
+        check_text_width(self, config.clip_embd, "decoder")
+        if output_type != "latent" and config.c_in != vqgan.latent_channels:
+            raise UserError(
+                f"The decoder draws latents of {config.c_in} channels. The vqgan reads latents of "
+                f"{vqgan.latent_channels}. Load both from the same model."
+            )
+        if output_type == "pil" and vqgan.out_channels not in (1, 3, 4):
+            raise UserError(
+                f"The vqgan gives images of {vqgan.out_channels} channels. PIL has images of 1, 3 or 4. "
+                "Use output_type='pt' or 'np'."
+            )
+
+    def map_channels(self) -> int | None:
+        """How many channels ``image_embeddings`` have; None for a decoder that does not look at them."""
+        config = plain(self.decoder).config
+        return config.effnet_embd if any(config.reads_map) else None
+
     def _checked_maps(self, given: Any) -> Float[Tensor, "b c h w"]:
         """The semantic maps as one tensor. Raises ``TypeError`` or ``UserError``."""
         parts = given if isinstance(given, list | tuple) else [given]
@@ -193,13 +222,15 @@ class WuerstchenDecoderPipeline(DiffusionPipeline):
                     f"'image_embeddings' must be of type 'torch.Tensor' or 'np.array', but got {type(part)}"
                 )
         maps = [part if isinstance(part, Tensor) else torch.as_tensor(part, device="cpu") for part in parts]
-        channels = self.decoder.config.effnet_embd
-        if not maps or any(one.ndim != 4 or one.shape[1] != channels or 0 in one.shape for one in maps):
+        wanted = self.map_channels()
+        if not maps or any(
+            one.ndim != 4 or wanted not in (None, one.shape[1]) or 0 in one.shape for one in maps
+        ):
             raise UserError(
                 f"image_embeddings have shapes {[tuple(one.shape) for one in maps]}, but must be "
-                f"(batch, {channels}, h, w); the prior pipeline gives such"
+                f"(batch, {wanted or 'channels'}, h, w); the prior pipeline gives such"
             )
-        if len({one.shape[2:] for one in maps}) > 1:
+        if len({one.shape[1:] for one in maps}) > 1:
             raise UserError("image_embeddings differ in size, so they are no batch; call once for each")
         return torch.cat([one.to(maps[0]) for one in maps])
 
@@ -216,7 +247,7 @@ class WuerstchenDecoderPipeline(DiffusionPipeline):
         text = text_rows(state["text_encoder_hidden_states"], len(latents), guides)
         return maps, (latents.shape[2], latents.shape[3]), text
 
-    def _pixels(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
+    def _pixels(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c_out height width"]:
         with self._using(self.vqgan) as device:
             decode = self._recorded(self.vqgan, self.vqgan.decode)
             return decode(latents.to(device, dtype_of(self.vqgan))).clamp(0, 1)
@@ -230,14 +261,14 @@ def check_output_type(output_type: Any) -> None:
         )
 
 
-def centre_crop(pixels: Float[Tensor, "b 3 _ _"], height: int, width: int) -> Float[Tensor, "b 3 _ _"]:
+def centre_crop(pixels: Float[Tensor, "b c _ _"], height: int, width: int) -> Float[Tensor, "b c _ _"]:
     """The middle of pictures, from an even row and column on."""
     top, left = ((have - want) // 4 * 2 for have, want in zip(pixels.shape[2:], (height, width), strict=True))
     return pixels[:, :, top : top + height, left : left + width]
 
 
-def as_output(pixels: Float[Tensor, "b 3 height width"], output_type: str) -> Images:
-    """Pictures in [0, 1] in the form asked for: a tensor, an array (b, height, width, 3), or PIL images."""
+def as_output(pixels: Float[Tensor, "b c height width"], output_type: str) -> Images:
+    """Pictures in [0, 1] in the form asked for: a tensor, an array (b, height, width, c), or PIL images."""
     if output_type == "pt":
         return pixels
     if output_type == "np":

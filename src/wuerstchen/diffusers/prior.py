@@ -10,7 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from wuerstchen.diffusers.base import DiffusionPipeline, check_network, dtype_of, plain
+from wuerstchen.diffusers.base import (
+    DiffusionPipeline,
+    check_network,
+    check_positive,
+    check_text_width,
+    dtype_of,
+    plain,
+)
 from wuerstchen.diffusers.lora import LoraMethods
 from wuerstchen.diffusers.outputs import WuerstchenPriorPipelineOutput
 from wuerstchen.diffusers.prompts import check_negative, check_prompt, encode
@@ -64,6 +71,7 @@ class WuerstchenPriorPipeline(LoraMethods, DiffusionPipeline):
         super().__init__(
             latent_mean=latent_mean, latent_std=latent_std, resolution_multiple=resolution_multiple
         )
+        check_positive(resolution_multiple=resolution_multiple)
         check_network("prior", prior, Prior)
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
@@ -219,6 +227,7 @@ class WuerstchenPriorPipeline(LoraMethods, DiffusionPipeline):
         sides = (check_side("height", height), check_side("width", width))
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"output_type={output_type!r} is unknown; use one of {', '.join(OUTPUT_TYPES)}")
+        check_text_width(self, plain(self.prior).config.c_cond, "prior")
 
         text, negative = self.encode_prompt(
             None,

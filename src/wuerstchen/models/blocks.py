@@ -47,7 +47,8 @@ def run_blocks(
 ) -> Float[Tensor, "b _ _ _"]:
     """Runs ``blocks`` in order; each attention block takes the next of ``texts``.
 
-    The first convolution block takes ``skip``, and all take ``level_map`` behind it, as the weights expect.
+    If the first block is a convolution block it takes ``skip``, which no other does, and all convolution
+    blocks take ``level_map`` behind it, as the weights expect.
     ``x`` may be overwritten where nothing is learnt.
     """
     if suits(x):
@@ -60,11 +61,11 @@ def run_blocks(
     for block in blocks:
         if isinstance(block, ResBlock | ConditionedResBlock):
             x = block(x, *(joined for joined in (skip, level_map) if joined is not None))
-            skip = None
         elif isinstance(block, TimestepBlock):
             x = block(x, r_embed)
         elif isinstance(block, AttnBlock):
             x = block(x, next(texts))
         else:  # between levels: a layer norm, then a convolution that halves or doubles the grid
             x = convolve(block[1], layer_norm(x))
+        skip = None
     return x

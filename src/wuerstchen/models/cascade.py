@@ -175,12 +175,13 @@ class Cascade:
         else:
             latents = ("channels", self.vqgan.config.latent_channels, self.decoder.config.c_in)
         fits = [("vqgan", "decoder", *latents)]
+        maps: list[tuple[str, int]] = []  # parts that have a semantic map, and its channels there
+        if isinstance(self.decoder, Paella) or any(self.decoder.config.reads_map):
+            maps.append(("decoder", decoder.effnet_embd))
         if self.compressor is not None:
-            channels = self.compressor.config.c_latent
-            fits.append(("compressor", "decoder", "channels of the map", channels, decoder.effnet_embd))
+            maps.append(("compressor", self.compressor.config.c_latent))
         if self.prior is not None:
-            channels = self.prior.config.c_in
-            fits.append(("prior", "decoder", "channels of the map", channels, decoder.effnet_embd))
+            maps.append(("prior", self.prior.config.c_in))
             if self.text_encoder is not None:
                 width = self.text_encoder.width
                 fits.append(("text_encoder", "prior", "text states", width, self.prior.config.c_cond))
@@ -188,7 +189,9 @@ class Cascade:
             fits.append(("text encoder", "decoder", "text states", text.width, decoder.clip_embd))
         channels = len(self.settings.map_statistics.mean)
         if channels > 1:
-            fits.append(("map_statistics", "decoder", "channels of the map", channels, decoder.effnet_embd))
+            maps.append(("map_statistics", channels))
+        for part, channels in maps[1:]:
+            fits.append((part, maps[0][0], "channels of the map", channels, maps[0][1]))
         for one, other, what, has, wants in fits:
             if has != wants:
                 raise UserError(

@@ -13,10 +13,12 @@ from wuerstchen.errors import UserError
 from wuerstchen.models.blocks import Text, run_blocks, texts_for
 from wuerstchen.models.fused import FactoredMap, factored_map, suits
 from wuerstchen.models.layers import (
+    MAX_LEVELS,
     ConditionedResBlock,
     Network,
     check_dropout,
     check_levels,
+    check_timestep_width,
     exact_output,
     init_blocks,
     init_linear_and_conv,
@@ -25,7 +27,7 @@ from wuerstchen.models.layers import (
     timestep_embedding,
     to_channels_last,
 )
-from wuerstchen.models.unet import unet_levels
+from wuerstchen.models.unet import level_dropout, unet_levels
 
 SCALE_EPS = 1e-3
 
@@ -48,40 +50,85 @@ class DecoderConfig:
     blocks: tuple[int, ...] = (4, 4, 14, 4)
     """How often each level repeats its blocks."""
     level_config: tuple[str, ...] = ("CT", "CTA", "CTA", "CTA")
-    """Blocks of each level: C convolution, T timestep, A attention."""
+    """Blocks of each level: C convolution, T timestep, A attention. A level takes its skip on the way up only
+    if it starts with C."""
     inject_effnet: tuple[bool, ...] = (False, True, True, True)
-    """Which levels see the semantic map."""
+    """Which levels see the semantic map. diffusers also takes longer lists, which give the levels on the way
+    up other mappers."""
     effnet_embd: int = 16
     """Channels of the semantic map."""
     clip_embd: int | None = 1024
     """Width of the text states; None for a decoder without text."""
     kernel_size: int = 3
-    dropout: float = 0.1
+    dropout: float | tuple[float, ...] = 0.1
+    """Of all levels, or one for each."""
     prediction: Prediction = "noise"
 
     def __post_init__(self) -> None:
-        check_dropout(self.dropout)
         check_prediction(self.prediction)
         levels = len(self.c_hidden)
-        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
-            raise UserError(f"kernel_size={self.kernel_size} has no centre; use an odd number")
-        counts = (self.c_in, self.c_out, self.patch_size, self.c_cond, self.effnet_embd)
-        if levels < 1 or min(*counts, *self.c_hidden, *self.blocks) < 1:
+        counts = (self.c_in, self.c_out, self.patch_size, self.c_cond)
+        if levels < 1 or min(*counts, *self.c_hidden) < 1:
             raise UserError(
                 "a decoder needs a level, and widths and counts of at least 1; give larger numbers"
             )
+        if self.c_out not in (self.c_in, 1):
+            raise UserError(
+                f"c_out={self.c_out} must be c_in={self.c_in}, or 1 for all channels alike: the predicted "
+                "noise has the latents' shape; give the same number"
+            )
         if self.clip_embd is not None and self.clip_embd < 1:
             raise UserError(f"clip_embd={self.clip_embd} must be at least 1, or None for no text; change it")
-        if self.c_r < 4:
-            raise UserError(f"c_r={self.c_r} leaves no frequencies; use at least 4")
+        check_timestep_width(self.c_r)
         check_levels(self.c_hidden, self.nhead, self.blocks, self.level_config)
-        if len(self.inject_effnet) != levels:
+        for dropout in self.dropout if isinstance(self.dropout, tuple) else (self.dropout,):
+            check_dropout(dropout)
+        if isinstance(self.dropout, tuple) and len(self.dropout) != levels:
+            raise UserError(
+                f"dropout={self.dropout} must be one number, or one for each of the {levels} levels of "
+                f"c_hidden={self.c_hidden}; change either"
+            )
+        if any(map(self._convolves, range(levels))) and (self.kernel_size < 1 or self.kernel_size % 2 == 0):
+            raise UserError(f"kernel_size={self.kernel_size} has no centre; use an odd number")
+        if self.clip_embd is None and any("A" in kinds for kinds in self.level_config):
+            raise UserError("clip_embd=None leaves attention without text; drop every A from level_config")
+        self._check_injection()
+
+    def _check_injection(self) -> None:
+        levels = len(self.c_hidden)
+        if not levels <= len(self.inject_effnet) <= 2 * MAX_LEVELS:
             raise UserError(
                 f"inject_effnet={self.inject_effnet} must have one entry for each of the {levels} levels of "
                 f"c_hidden={self.c_hidden}; change either"
             )
-        if self.clip_embd is None and any("A" in kinds for kinds in self.level_config):
-            raise UserError("clip_embd=None leaves attention without text; drop every A from level_config")
+        if any(self.inject_effnet) and self.effnet_embd < 1:
+            raise UserError(f"effnet_embd={self.effnet_embd} must be at least 1; give a larger number")
+        for position, has_mapper in enumerate(self.mappers[: 2 * levels]):
+            level = self.level_at(position)
+            if has_mapper != self.inject_effnet[level] and self._convolves(level):
+                raise UserError(
+                    f"inject_effnet={self.inject_effnet} leaves level {level} without the semantic map on "
+                    f"one way and not on the other; give one entry for each of the {levels} levels"
+                )
+
+    def _convolves(self, level: int) -> bool:
+        return self.blocks[level] > 0 and "C" in self.level_config[level]
+
+    def level_at(self, position: int) -> int:
+        """The level at a position of the way down and then up."""
+        levels = len(self.c_hidden)
+        return position if position < levels else 2 * levels - 1 - position
+
+    @property
+    def mappers(self) -> tuple[bool, ...]:
+        """Where there is a mapper of the semantic map: for each level down, and then up."""
+        return (*self.inject_effnet, *reversed(self.inject_effnet))
+
+    @property
+    def reads_map(self) -> tuple[bool, ...]:
+        """Whether a block reads the semantic map, for each level down and then up."""
+        positions = range(2 * len(self.c_hidden))
+        return tuple(self.mappers[at] and self._convolves(self.level_at(at)) for at in positions)
 
     @property
     def size_multiple(self) -> int:
@@ -109,9 +156,11 @@ class Decoder(Network):
 
         if config.clip_embd is not None:
             self.clip_mapper = nn.Linear(config.clip_embd, config.c_cond)
-        injected = (*config.inject_effnet, *reversed(config.inject_effnet))
         self.effnet_mappers = nn.ModuleList(
-            [nn.Conv2d(config.effnet_embd, config.c_cond, kernel_size=1) if i else None for i in injected]
+            [
+                nn.Conv2d(config.effnet_embd, config.c_cond, kernel_size=1) if has_mapper else None
+                for has_mapper in config.mappers
+            ]
         )
         self.embedding = nn.Sequential(
             nn.PixelUnshuffle(config.patch_size),
@@ -131,7 +180,7 @@ class Decoder(Network):
     def _convolution(self, level: int, c_skip: int) -> nn.Module:
         config = self.config
         c_map = config.c_cond if config.inject_effnet[level] else 0
-        kernel, dropout = config.kernel_size, config.dropout
+        kernel, dropout = config.kernel_size, level_dropout(config, level)
         return ConditionedResBlock(
             config.c_hidden[level], c_map + c_skip, kernel_size=kernel, dropout=dropout
         )
@@ -174,15 +223,14 @@ class Decoder(Network):
         if text is not None:
             texts = texts_for(self._blocks(), layer_norm(self.clip_mapper(text)), mask, once)
 
-        levels = len(self.config.c_hidden)
         maps: list[Tensor | FactoredMap | None] = []
         every = (*self.down_blocks, *self.up_blocks)
-        for position, mapper in enumerate(self.effnet_mappers):
-            if not isinstance(mapper, nn.Conv2d):
+        for position, is_read in enumerate(self.config.reads_map):
+            if not is_read:
                 maps.append(None)
                 continue
-            level = position if position < levels else 2 * levels - 1 - position
-            grid = [side // self.config.patch_size // 2**level for side in size]
+            mapper = self.effnet_mappers[position]
+            grid = [side // self.config.patch_size // 2 ** self.config.level_at(position) for side in size]
             # Antialiased bicubic with aligned corners: neither flag can be left out (up to 3 apart).
             resized = F.interpolate(
                 semantic_map.to(torch.promote_types(semantic_map.dtype, torch.float32)),
@@ -216,7 +264,7 @@ class Decoder(Network):
 
     def affine(
         self, x: Float[Tensor, "b c h w"], r: Float[Tensor, " b"], context: DecoderContext
-    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
+    ) -> tuple[Float[Tensor, "b c_out h w"], Float[Tensor, "b c_out h w"]]:
         """``a`` and ``b`` in ε̂ = (x − a) / b of a decoder that predicts noise, with b in (0.001, 0.999)."""
         a, b = self.output(x, r, context).chunk(2, dim=1)
         return a, b.sigmoid() * (1 - 2 * SCALE_EPS) + SCALE_EPS

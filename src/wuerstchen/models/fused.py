@@ -136,7 +136,8 @@ def run_fused(
     sequence = list(blocks)
     timesteps, kernels = _mapped_timesteps(sequence, x, r_embed), _taps(sequence, x)
     x, waiting = x.contiguous(), _Waiting()
-    for block in sequence:
+    for number, block in enumerate(sequence):
+        skip = skip if number == 0 else None  # the first block takes it, or none
         if isinstance(block, TimestepBlock):
             factors_r = next(timesteps)
             if factors_r is not None:
@@ -161,13 +162,12 @@ def run_fused(
                 hidden = hidden.flatten(1, 2)
                 block_kernels.response_norm_(hidden, bias, norm.gamma.flatten(), norm.beta.flatten())
                 _add_product(x, hidden, last.weight)
-                waiting, skip = _Waiting(last.bias), None
+                waiting = _Waiting(last.bias)
                 continue
             given = level_map
             if isinstance(level_map, FactoredMap):
                 given, _ = level_map.whole(), next(factors)
             x = block(x, *(joined for joined in (skip, given) if joined is not None))
-            skip = None
         else:  # between levels: a layer norm, then a convolution that halves or doubles the grid
             x, waiting = convolve(block[1], layer_norm(waiting.done(x))).contiguous(), _Waiting()
             continue

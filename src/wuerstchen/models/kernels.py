@@ -225,7 +225,8 @@ class _Grid:
         self.parts = triton.cdiv(self.n, rows)
         self.over_sums = (tiles, self.b, self.parts)
         self.over_tiles = (tiles, triton.cdiv(self.n, _ROWS), self.b)
-        self.threshold, self.kept_scale, self.drops = round(p * 2**31), 1 / (1 - p), p > 0
+        self.threshold, self.drops = round(p * 2**31), p > 0
+        self.kept_scale = 1 / (1 - p) if p < 1 else 0.0
         self.tile: dict[str, Any] = {"rows": _ROWS, "columns": _COLUMNS}
         self.line = triton.next_power_of_2(self.c)
         self.seed = h if seed is None else seed  # nothing reads it then

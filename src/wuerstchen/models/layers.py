@@ -156,10 +156,11 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.dropout = dropout
-        self.to_q = nn.Linear(c, c)
-        self.to_k = nn.Linear(c, c)
-        self.to_v = nn.Linear(c, c)
-        self.to_out = nn.ModuleList([nn.Linear(c, c)])
+        inner = c // heads * heads  # less than c where heads do not divide it, as in diffusers
+        self.to_q = nn.Linear(c, inner)
+        self.to_k = nn.Linear(c, inner)
+        self.to_v = nn.Linear(c, inner)
+        self.to_out = nn.ModuleList([nn.Linear(inner, c)])
 
     def split_heads(self, x: Float[Tensor, "b s c"]) -> Float[Tensor, "b n s d"]:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -244,34 +245,48 @@ def init_blocks(blocks: list[nn.Module], depth: int) -> None:
 
 
 def check_dropout(dropout: float) -> None:
-    if not 0 <= dropout < 1:
-        raise UserError(f"dropout={dropout} must be from 0 to below 1; 0.1 is common")
+    if not 0 <= dropout <= 1:
+        raise UserError(f"dropout={dropout} must be from 0 to 1; 0.1 is common")
+
+
+def check_timestep_width(c_r: int) -> None:
+    """Refuses one frequency: ``timestep_embedding`` divides by their number less one. None at all is fine."""
+    if c_r < 0 or c_r in (2, 3):
+        raise UserError(f"c_r={c_r} leaves no frequencies; use at least 4")
 
 
 MAX_BLOCKS = 1_000
 """More than ten times as many as any published network has. Others would take for ever to build."""
 
 
+MAX_LEVELS = 16
+"""At 16 levels a side has at least 32,768 positions."""
+
+
 def check_levels(
     c_hidden: tuple[int, ...], nhead: tuple[int, ...], blocks: tuple[int, ...], level_config: tuple[str, ...]
 ) -> None:
     """Raises ``UserError`` where a UNet's levels do not fit together."""
+    if len(c_hidden) > MAX_LEVELS:
+        raise UserError(f"c_hidden has {len(c_hidden)} levels, over {MAX_LEVELS}; give fewer")
     for name, entries in {"nhead": nhead, "blocks": blocks, "level_config": level_config}.items():
         if len(entries) != len(c_hidden):
             raise UserError(
                 f"{name}={entries} must have one entry for each of the {len(c_hidden)} levels of "
                 f"c_hidden={c_hidden}; change either"
             )
+    if min(blocks) < 0:
+        raise UserError(f"blocks={blocks} must be numbers of at least 0; 0 leaves a level without blocks")
     total = sum(count * len(kinds) for count, kinds in zip(blocks, level_config, strict=True))
     if total > MAX_BLOCKS:
         raise UserError(
             f"blocks and level_config make {total} blocks, over {MAX_BLOCKS}; give smaller numbers"
         )
-    for width, heads, kinds in zip(c_hidden, nhead, level_config, strict=True):
-        if not kinds.startswith("C") or set(kinds) - set("CTA"):
-            raise UserError(f"level_config entry {kinds!r} must be C followed by T or A; write 'CT'")
-        if "A" in kinds and (heads < 1 or width % heads):
+    for width, heads, count, kinds in zip(c_hidden, nhead, blocks, level_config, strict=True):
+        if set(kinds) - set("CTA"):
+            raise UserError(f"level_config entry {kinds!r} may only have the letters C, T and A; write 'CT'")
+        if "A" in kinds and count and not 1 <= heads <= width:
             raise UserError(
-                f"nhead={heads} does not divide the level's width {width}; choose a divisor, "
+                f"nhead={heads} must be from 1 to the level's width {width}; choose a divisor of the width, "
                 f"or drop the A from {kinds!r}"
             )

@@ -64,6 +64,14 @@ class PaellaConfig:
         if self.c_r < 4:
             raise UserError(f"c_r={self.c_r} leaves no frequencies; use at least 4")
         check_levels(self.c_hidden, self.nhead, self.blocks, self.level_config)
+        for width, heads, kinds in zip(self.c_hidden, self.nhead, self.level_config, strict=True):
+            if not kinds.startswith("C"):
+                raise UserError(f"level_config entry {kinds!r} must be C followed by T or A; write 'CT'")
+            if "A" in kinds and width % heads:
+                raise UserError(
+                    f"nhead={heads} does not divide the level's width {width}; choose a divisor, "
+                    f"or drop the A from {kinds!r}"
+                )
 
     @property
     def size_multiple(self) -> int:

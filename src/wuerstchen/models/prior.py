@@ -16,6 +16,7 @@ from wuerstchen.models.layers import (
     ResBlock,
     TimestepBlock,
     check_dropout,
+    check_timestep_width,
     exact_output,
     init_blocks,
     init_linear_and_conv,
@@ -45,17 +46,16 @@ class PriorConfig:
     def __post_init__(self) -> None:
         check_dropout(self.dropout)
         check_prediction(self.prediction)
-        for name in ("c_in", "c", "c_cond", "depth", "nhead"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1; give a larger number")
+        for name, least in (("c_in", 1), ("c", 1), ("c_cond", 1), ("depth", 0)):
+            if getattr(self, name) < least:
+                raise UserError(
+                    f"{name}={getattr(self, name)} must be at least {least}; give a larger number"
+                )
         if 3 * self.depth > MAX_BLOCKS:
             raise UserError(f"depth={self.depth} is over {MAX_BLOCKS // 3}; give a smaller number")
-        if self.c % self.nhead:
-            raise UserError(
-                f"c={self.c} is not a multiple of nhead={self.nhead}, so heads would be uneven; change either"
-            )
-        if self.c_r < 4:
-            raise UserError(f"c_r={self.c_r} leaves no frequencies; use at least 4")
+        if self.depth and not 1 <= self.nhead <= self.c:
+            raise UserError(f"nhead={self.nhead} must be from 1 to c={self.c}; choose a divisor of c")
+        check_timestep_width(self.c_r)
 
 
 class Prior(Network):

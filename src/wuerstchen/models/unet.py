@@ -25,7 +25,12 @@ class Levels(Protocol):
     @property
     def c_r(self) -> int: ...
     @property
-    def dropout(self) -> float: ...
+    def dropout(self) -> float | tuple[float, ...]: ...
+
+
+def level_dropout(config: Levels, level: int) -> float:
+    """The dropout of a level's blocks: a configuration may have one for all levels, or one for each."""
+    return config.dropout[level] if isinstance(config.dropout, tuple) else config.dropout
 
 
 def unet_levels(
@@ -33,8 +38,9 @@ def unet_levels(
 ) -> tuple[nn.ModuleList, nn.ModuleList]:
     """The blocks of the way down, finest level first, and of the way up, coarsest first.
 
-    ``convolution(level, c_skip)`` makes a convolution block; ``c_skip`` is 0 but for the first of a level on
-    the way up that takes a skip. Between levels stand a layer norm and a convolution of stride 2.
+    ``convolution(level, c_skip)`` makes a convolution block; ``c_skip`` is 0 except in a level on the way up
+    that starts with one, which takes the skip. A level that starts otherwise has none. Between levels stand a
+    layer norm and a convolution of stride 2.
     """
     widths = config.c_hidden
 
@@ -47,7 +53,7 @@ def unet_levels(
                 elif kind == "T":
                     blocks.append(TimestepBlock(widths[level], config.c_r))
                 else:
-                    heads, dropout = config.nhead[level], config.dropout
+                    heads, dropout = config.nhead[level], level_dropout(config, level)
                     blocks.append(AttnBlock(widths[level], config.c_cond, heads, dropout=dropout))
         return blocks
 

@@ -48,11 +48,11 @@ class VQGANConfig:
                 f"bottleneck_blocks={self.bottleneck_blocks} must be from 0 to {MAX_BLOCKS}, and "
                 f"levels={self.levels} at most {MAX_LEVELS}; change them"
             )
-        if not (math.isfinite(self.scale_factor) and self.scale_factor > 0):
+        if not (math.isfinite(self.scale_factor) and self.scale_factor != 0):
             raise UserError(
-                f"scale_factor={self.scale_factor} must be a finite number above 0; 0.3764 is published"
+                f"scale_factor={self.scale_factor} must be a finite number other than 0; 0.3764 is published"
             )
-        if self.levels < 1 or self.embed_dim % 2 ** (self.levels - 1):
+        if self.levels < 1 or self.embed_dim < 2 ** (self.levels - 1):
             raise UserError(
                 f"embed_dim={self.embed_dim} cannot be halved {self.levels - 1} times, as "
                 f"levels={self.levels} needs; use a multiple of {2 ** max(self.levels - 1, 0)}"

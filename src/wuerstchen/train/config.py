@@ -355,8 +355,18 @@ class Recipe:
                 f"{self.decoder.effnet_embd} in decoder.effnet_embd and {self.previewer.c_in} in "
                 "previewer.c_in; give all four the same number"
             )
+        self._check_learnable()
         self._check_decoder()
         self._check_sizes()
+
+    def _check_learnable(self) -> None:
+        """Models of others may run without a timestep, or with all of a layer dropped. None can learn so."""
+        for part, network in (("prior", self.prior), ("decoder", self.decoder)):
+            if network.c_r < 4:
+                raise UserError(f"{part}.c_r={network.c_r} leaves no frequencies; use at least 4")
+            every = network.dropout if isinstance(network.dropout, tuple) else (network.dropout,)
+            if max(every) == 1:
+                raise UserError(f"{part}.dropout={network.dropout} must be below 1 to train; 0.1 is common")
 
     def _check_stages(self) -> None:
         order = "".join(self.stages)
