@@ -193,6 +193,13 @@ CONFIGS = {
     "a fraction": ("prior_pipeline/prior", {"depth": 2.5}, "depth is '2.5'"),
     "no number": ("prior_pipeline/prior", {"dropout": float("nan")}, "dropout is 'nan'"),
     "uneven heads": ("prior_pipeline/prior", {"nhead": 3}, r"\(15,\) by its configuration"),
+    "several dropouts": ("prior_pipeline/prior", {"dropout": [0.1, 0.2]}, r"dropout is '\[0\.1, 0\.2\]'"),
+    "no dropout for a level": (
+        "decoder",
+        {"dropout": [0.1, 0.2]},
+        r"dropout=\(0.1, 0.2\) must be one number",
+    ),
+    "a dropout that is none": ("decoder", {"dropout": [0.1, None, 0.1, 0.1]}, "dropout is 'None'"),
     "a number for a list": ("decoder", {"blocks": 4}, "blocks is '4', where a list"),
     "a list for a number": ("decoder", {"c_cond": [4]}, r"c_cond is '\[4\]'"),
     "lists of unequal length": ("decoder", {"blocks": [1, 1]}, "one entry for each of the 4 levels"),

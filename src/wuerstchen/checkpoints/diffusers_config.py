@@ -55,7 +55,10 @@ def read_config(path: Path, raw: Mapping[str, Any], config_class: type[C]) -> C:
     if config_class is DecoderConfig:
         fields = _as_read(path, {name: known[name] for name in _OF_LEVELS} | fields)
     for name, value in fields.items():
-        values[name] = _checked(path, name, value, known[name])
+        if config_class is DecoderConfig and name == "dropout" and isinstance(value, list):
+            values[name] = tuple(_checked_one(path, name, one, known[name], MAX_NUMBER) for one in value)
+        else:
+            values[name] = _checked(path, name, value, known[name])
     try:
         return config_class(**values)
     except UserError as error:
@@ -76,10 +79,10 @@ def _as_read(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
         if isinstance(fields.get(name), list):
             fields[name] = fields[name][:levels]
     fields["level_config"] = [_joined_letters(kinds) for kinds in fields["level_config"]]
-    fields["nhead"] = [
-        heads if "A" in str(kinds) else -1
-        for heads, kinds in zip(fields["nhead"], fields["level_config"], strict=False)
-    ] + fields["nhead"][len(fields["level_config"]) :]
+    for level, (count, kinds) in enumerate(zip(fields["blocks"], fields["level_config"], strict=False)):
+        attends = "A" in str(kinds) and isinstance(count, int) and count > 0
+        if not attends and level < len(fields["nhead"]):
+            fields["nhead"][level] = -1
     fields["inject_effnet"] = [bool(one) if one in (0, 1) else one for one in fields["inject_effnet"]]
     if not any(one is True for one in fields["inject_effnet"]) and type(fields["effnet_embd"]) is not int:
         fields["effnet_embd"] = DecoderConfig.effnet_embd  # of mappers that are not there
@@ -96,8 +99,6 @@ def _joined_letters(kinds: object) -> object:
 def _checked(path: Path, name: str, value: object, default: object) -> object:
     """A field's value as the configuration takes it, if it is like its default."""
     limit = MAX_COUNT if name in _COUNTS else MAX_NUMBER
-    if name == "dropout" and isinstance(value, list):
-        return tuple(_checked_one(path, name, one, default, limit) for one in value)
     if not isinstance(default, tuple):
         return _checked_one(path, name, value, default, limit)
     if not isinstance(value, list):
