@@ -1,5 +1,6 @@
 """Who is let in, from where, with how much; and what every answer's headers say."""
 
+import contextlib
 import socket
 import time
 from pathlib import Path
@@ -179,14 +180,91 @@ def test_bodies_are_counted_while_they_come(serve):
     assert running.http.get("/healthz").status_code == 200
 
 
-def test_bodies_of_all_requests_are_bounded_together(serve, monkeypatch):
-    """Many uploads at once, each within its limit."""
+@pytest.fixture
+def begin():
+    """Sends the head of a request and so many bytes of its body, and leaves it open."""
+    with contextlib.ExitStack() as stack:
+
+        def begin(running, line, sent=0, *, size=10_000_000, **headers):
+            connection = stack.enter_context(
+                socket.create_connection(running.listening.getsockname(), timeout=20)
+            )
+            headers = {"host": "localhost", "content-type": "application/json", **headers}
+            head = [f"{line} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+            connection.sendall("\r\n".join([*head, f"content-length: {size}", "", ""]).encode())
+            connection.sendall(b" " * sent)
+            return connection
+
+        yield begin
+
+
+def held(running, expected):
+    """Waits until the bodies under way have so many bytes."""
+    deadline = time.monotonic() + 20
+    while (now := running.call(lambda: running.server.config.app.held.total())) != expected:
+        assert time.monotonic() < deadline, now
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("line", ["GET /healthz", "GET /v1/model", "DELETE /v1/jobs/x", "POST /nowhere"])
+def test_no_body_is_read_where_none_is_taken(serve, begin, line):
+    """26 connections with GET /healthz and a body without an end took the room of all uploads for 28 s."""
     running = serve()
-    assert running.http.post("/v1/jobs", json=JOB).status_code == 202
-    monkeypatch.setattr(guard, "MOST_HELD", -1)
-    refused = running.http.post("/v1/jobs", json=JOB)
+    connection = begin(running, line, 60_000)
+    assert connection.recv(12)[9:] in (b"200", b"404")
+    held(running, 0)
+    assert running.http.request("GET", "/healthz", content=b"x" * 3_000_000).status_code == 200
+    assert running.http.get("/healthz").status_code == 200
+
+
+def test_bodies_without_a_token_take_no_room(serve, begin):
+    running = serve(tokens=(TOKEN,))
+    for line, status in (
+        ("POST /v1/jobs", b"401"),
+        ("GET /", b"200"),
+        ("POST /v1/images/generations", b"401"),
+    ):
+        assert begin(running, line, 60_000).recv(12)[9:] == status
+    held(running, 0)
+
+
+def test_bodies_of_all_requests_are_bounded_together(serve, monkeypatch, begin):
+    """Many uploads at once, each within its limit."""
+    monkeypatch.setattr(guard, "MOST_HELD", 100_000)
+    tokens = tuple(f"token-number-{number}-of-all" for number in range(6))
+    running = serve(upload_bytes=1, tokens=tokens)  # a body then has at most 262,145 bytes
+    for token, sent in zip(tokens, [262_000] * 4 + [1000], strict=False):
+        begin(running, "POST /v1/jobs", sent, size=262_100, authorization=f"Bearer {token}")
+    held(running, 1_049_000)
+    honest = {"authorization": f"Bearer {tokens[5]}"}
+    refused = running.http.post("/v1/jobs", json=JOB, headers=honest)
     assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
-    assert running.http.get("/v1/model").status_code == 200
+    assert running.http.get("/v1/model", headers=honest).status_code == 200
+
+
+def test_bodies_of_one_client_leave_room_for_others(serve, monkeypatch, begin):
+    monkeypatch.setattr(guard, "MOST_OF_CLIENT", 100_000)
+    greedy, honest = "first-token-of-all", "second-token-of-all"
+    running = serve(upload_bytes=1, tokens=(greedy, honest))
+    own = {"authorization": f"Bearer {greedy}"}
+    for sent in (262_000, 1000):
+        begin(running, "POST /v1/jobs", sent, size=262_100, **own)
+        time.sleep(0.1)
+    held(running, 263_000)
+    refused = running.http.post("/v1/jobs", json=JOB, headers=own)
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "5")
+    assert "hold too many bytes: 263,000" in refused.json()["error"]["message"]
+    answer = running.http.post("/v1/jobs", json=JOB, headers={"authorization": f"Bearer {honest}"})
+    assert answer.status_code == 202
+
+
+def test_texts_need_no_room_for_uploads(serve):
+    running = serve()
+    padded = b" " * 300_000 + b'{"prompt": "a cat"}'
+    headers = {"content-type": "application/json"}
+    assert running.http.post("/v1/images/generations", content=padded, headers=headers).status_code == 413
+    padded = b" " * 300_000 + b'{"prompts": ["a cat"]}'
+    assert running.http.post("/v1/jobs", content=padded, headers=headers).status_code == 202
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(serve):

@@ -4,6 +4,7 @@ that every answer gets."""
 import asyncio
 import json
 import re
+from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -38,7 +39,11 @@ OPEN_PREFIXES = ("/page/", "/v1/images/")
 """Pictures are open to whoever knows their names; what is not read there needs a token all the same."""
 
 JSON_PATHS = ("/v1/jobs", "/v1/images/generations")
-"""Where a POST holds JSON. Elsewhere its content type does not matter: the route answers 404 or 405."""
+"""Where a POST holds JSON. Elsewhere no body is read, and its content type does not matter: the route answers
+404 or 405."""
+UPLOAD_PATH = "/v1/jobs"
+TEXT_BYTES = 2**18
+"""The most that a body holds where nothing is uploaded."""
 
 READ_AWAY = 4
 """A body up to so many times too large is read, though not kept: clients that are still sending hear no
@@ -46,6 +51,8 @@ answer."""
 
 MOST_HELD = 256 * 2**20
 """Bytes of bodies at a time, of all requests."""
+MOST_OF_CLIENT = 64 * 2**20
+"""Of one client's requests."""
 
 ERROR_TYPES = {
     401: "authentication_error",
@@ -77,8 +84,8 @@ class Guard:
         self.app = app
         self.config = config
         self.metrics = metrics
-        self.held = 0
-        """Bytes of the bodies of requests that are under way."""
+        self.held: Counter[str] = Counter()
+        """Bytes of the bodies of requests that are under way, by client."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -107,18 +114,18 @@ class Guard:
             self._check_host(headers)
             public = _public(scope, headers)
             self._check_origin(scope, headers, public.host)
-            scope["wuerstchen.client"] = self._client(scope, headers)
-            body = await self._read(headers, receive)
+            client = scope["wuerstchen.client"] = self._client(scope, headers)
+            body = await self._read(scope, headers, client, receive)
         except _Stop as stop:
             await _answer(headed, stop.status, stop.message)
             return
         if body is None:
             return  # the client has gone
-        self.held += len(body)
+        self._hold(client, len(body))
         try:
             await self._pass_on(body, _under(public, scope), receive, headed)
         finally:
-            self.held -= len(body)
+            self._hold(client, -len(body))
 
     async def _pass_on(self, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
         sent = False
@@ -183,9 +190,17 @@ class Guard:
         peer = scope.get("client")
         return f"address {peer[0]}" if peer else "address unknown"
 
-    async def _read(self, headers: dict[str, str], receive: Receive) -> bytes | None:
-        """The whole body, which is counted while it comes; None if the client goes away."""
-        most = self.config.body_bytes
+    async def _read(
+        self, scope: Scope, headers: dict[str, str], client: str, receive: Receive
+    ) -> bytes | None:
+        """The whole body, which is counted while it comes; None if the client goes away.
+
+        Where a route takes no body nothing is read, so bodies of those without a token take no room: the
+        server drops what they send.
+        """
+        if scope["method"] != "POST" or scope["path"] not in JSON_PATHS:
+            return b""
+        most = self.config.body_bytes if scope["path"] == UPLOAD_PATH else TEXT_BYTES
         too_large = _Stop(413, f"the body is wrong because it has over {most:,} bytes; send less")
         length = headers.get("content-length", "0")
         if not length.isdecimal():
@@ -202,12 +217,12 @@ class Guard:
                         return None
                     chunk, more = message.get("body", b""), message.get("more_body", False)
                     size += len(chunk)
-                    if chunk and self.held > MOST_HELD:
-                        raise _Stop(503, "too many large requests are under way; try again in a few seconds")
+                    if chunk:
+                        self._check_held(client, most)
                     if size <= most:
                         chunks.append(chunk)
                         kept += len(chunk)
-                        self.held += len(chunk)
+                        self._hold(client, len(chunk))
                     else:
                         chunks.clear()
                     if size > READ_AWAY * most or (size > most and not more):
@@ -217,7 +232,23 @@ class Guard:
         except TimeoutError as error:
             raise _Stop(408, f"the body took over {self.config.body_timeout:g} s; send it faster") from error
         finally:
-            self.held -= kept
+            self._hold(client, -kept)
+
+    def _hold(self, client: str, size: int) -> None:
+        self.held[client] += size
+        if not self.held[client]:
+            del self.held[client]
+
+    def _check_held(self, client: str, most: int) -> None:
+        """Raises ``_Stop`` where bodies take too much memory. One body of ``most`` bytes always fits."""
+        if self.held[client] > max(MOST_OF_CLIENT, most):
+            raise _Stop(
+                429,
+                f"Your requests under way hold too many bytes: {self.held[client]:,}. Send the next one when "
+                "one of them is answered.",
+            )
+        if self.held.total() > max(MOST_HELD, 4 * most):
+            raise _Stop(503, "too many large requests are under way; try again in a few seconds")
 
 
 def _public(scope: Scope, headers: dict[str, str]) -> PublicAddress:
@@ -257,7 +288,7 @@ async def _answer(send: Send, status: int, message: str) -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
-    if status == 503:
+    if status in (429, 503):
         headers.append((b"retry-after", b"5"))
     if status in (408, 413):
         headers.append((b"connection", b"close"))  # what is left of the body is not read
