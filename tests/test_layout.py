@@ -9,7 +9,7 @@ import wuerstchen
 
 ROOT = Path(wuerstchen.__file__).parent
 ORDER = [
-    {"terminal"},
+    {"terminal", "progress"},
     {"errors", "defaults"},
     {"colour_profiles"},
     {"images"},

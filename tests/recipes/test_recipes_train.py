@@ -149,7 +149,7 @@ def toy(recipe, places, **changes):
         "statistics_images": 8,
         "prior_steps": 2,
         "decoder_steps": 2,
-        "preview_prompts": recipe.preview_prompts[:1],
+        "preview_prompts": recipe.preview_prompts[:1] or ("a cat",),
         "workers": 0,
         "log_every": 1,
     }

@@ -345,6 +345,87 @@ def test_batches_of_every_phase_are_checked_against_the_processes_at_the_start(t
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_of_others_is_not_filled(tmp_path, monkeypatch):
+    monkeypatch.setattr("wuerstchen.train.run._Run.train", lambda self: self.run_dir)
+    for name in ("photo.png", "metadata.jsonl", "notes"):
+        folder = tmp_path / f"with-{name}"
+        folder.mkdir()
+        (folder / name).write_text("x")
+        with pytest.raises(RunFolderError, match=rf"holds other things: '{name}'\. .* a new or empty folder"):
+            train(tiny(), folder)
+        assert not (folder / "run.json").exists()
+    (tmp_path / "fine").mkdir()
+    for name in ("slurm-1.out", ".hidden"):
+        (tmp_path / "fine" / name).write_text("x")
+    train(tiny(), tmp_path / "fine")
+    train(tiny(), tmp_path / "fine")
+
+
+def test_a_finished_run_says_so_and_skipped_captions_are_named(tmp_path, capsys):
+    data = tmp_path / "my photos"
+    data.mkdir()
+    for number in range(16):
+        Image.effect_noise((128, 128), 90).convert("RGB").save(data / f"{number}.png")
+        (data / f"{number}.txt").write_text("" if number == 3 else f"a colour {number}")
+    options = f"train tiny --stages a --workers 0 --device cpu --statistics-images 8 --run-dir {tmp_path}/r"
+    options += " --no-rehearsal --stage-a.optimization.images 8 --stage-a.optimization.batch-size 4"
+    assert main([*options.split(), "--data", str(data)]) == 0
+    said = capsys.readouterr().out
+    assert "finished already" not in said
+    assert f"It is run on {data} instead of its own data, sample" in said
+    assert "camel" not in said
+    assert "skipped: 1 image with an empty caption ('3.png')" in said
+    assert "skipped 3.png: its caption is empty" in said
+    assert main([*options.split(), "--data", str(data)]) == 0
+    assert f"{tmp_path}/r is finished already" in capsys.readouterr().out
+
+
+def test_the_closing_hint_can_be_pasted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("wuerstchen.train.run._train", lambda recipe, run_dir, *_: run_dir / "model")
+    assert main(["train", "tiny", "--run-dir", str(tmp_path / "my run"), "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert f"wuerstchen generate --model '{tmp_path}/my run/model' ..." in said
+    assert "on the sample in the package" in said  # the recipe's own text, on its own data
+
+
+def test_previews_are_of_captions_of_the_data(tmp_path, monkeypatch):
+    """The recipes' prompts are about emoji. Those that a user names stay."""
+    stored = []
+    monkeypatch.setattr(
+        "wuerstchen.train.run._Run.train",
+        lambda self: stored.append(self.recipe.preview_prompts) or self.run_dir / "model",
+    )
+    data = tmp_path / "photos"
+    data.mkdir()
+    for number in range(20):
+        Image.new("RGB", (128, 128)).save(data / f"{number}.png")
+        (data / f"{number}.txt").write_text(f"photo {number}")
+    common = ["train", "tiny", "--device", "cpu", "--no-rehearsal", "--run-dir"]
+    assert main([*common, str(tmp_path / "1"), "--data", str(data)]) == 0
+    assert main([*common, str(tmp_path / "2"), "--data", str(data), "--preview-prompts", "a cat"]) == 0
+    assert main([*common, str(tmp_path / "3")]) == 0
+    own, named, sample = stored
+    assert len(own) == 8
+    assert set(own) <= {f"photo {number}" for number in range(20)}
+    assert named == ("a cat",)
+    assert sample == tiny().preview_prompts
+    assert RECIPES["v2-finetune"]().preview_prompts == ()
+
+
+def test_precisions_have_the_names_of_other_commands_too():
+    assert dataclasses.replace(tiny(), precision="float32").precision == "fp32"
+    assert as_dict(dataclasses.replace(tiny(), precision="bfloat16"))["precision"] == "bf16"
+    parse = make_parser().parse_args
+    assert parse(["generate", "a cat", "--precision", "bf16"]).precision == "bfloat16"
+    assert parse(["data", "prepare", "x", "y", "--precision", "fp32"]).precision == "float32"
+
+
+@pytest.mark.parametrize(("size", "near"), [(100, 128), (1, 128), (200, 256), (1000, 1024)])
+def test_the_nearest_size_that_is_allowed_is_named(size, near):
+    with pytest.raises(UserError, match=f"image_size={size} must be a multiple of 128; use {near}"):
+        dataclasses.replace(tiny(), image_size=size)
+
+
 def test_the_run_folder_of_another_recipe_is_refused(begun):
     recipe = tiny()
     longer = dataclasses.replace(recipe.stage_b.optimization, images=9999)

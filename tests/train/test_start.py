@@ -216,7 +216,7 @@ def test_a_stage_that_goes_on_begins_at_the_weights_and_keeps_their_normalisatio
 
 def test_stages_one_after_the_other_by_three_runs(photos, tmp_path):
     """What each writes is what the next starts from; the last is whole."""
-    small = {"image_size": 128, "workers": 0, "statistics_images": 8, "preview_prompts": ()}
+    small = {"image_size": 128, "workers": 0, "statistics_images": 8, "preview_prompts": ("a cat",)}
     small |= {"prior_steps": 1, "decoder_steps": 1, "data": str(photos)}
     first = tiny()
     first = dataclasses.replace(
@@ -300,7 +300,7 @@ def finetune(published, photos, compressor_file, **changes):
             "prior": PriorConfig(c_in=4, c=16, c_cond=16, c_r=16, depth=2, nhead=2),
             "stage_b": dataclasses.replace(full.stage_b, compressor_init=str(compressor_file)),
             "stage_c": StageCConfig(optimization=learning(8)),
-            "preview_prompts": (),
+            "preview_prompts": ("a cat",),
             "acceleration": "none",
             "workers": 0,
             **changes,

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from wuerstchen.cli.options import Parser
+from wuerstchen.cli.options import Parser, precision_named
 
 
 def add_data(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -86,6 +86,7 @@ def _add_prepare(kinds: "argparse._SubParsersAction[Parser]") -> None:
     prepare.add_argument("--seed", type=int, default=0, help="of the crops (0)")
     prepare.add_argument(
         "--precision",
+        type=precision_named,
         choices=("float32", "bfloat16"),
         default="float32",
         help="of text states; maps are always made in float32 (float32)",

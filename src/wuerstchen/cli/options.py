@@ -50,11 +50,21 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="of a model on the hub")
 
 
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""Short names of precisions, as training has them."""
+
+
+def precision_named(text: str) -> str:
+    """A precision by its long name."""
+    return PRECISIONS.get(text, text)
+
+
 def add_precision_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision",
+        type=precision_named,
         choices=("float32", "bfloat16", "float16"),
-        help="(float16 on NVIDIA GPUs, float32 elsewhere)",
+        help="fp32, bf16 and fp16 are the same (float16 on NVIDIA GPUs, float32 elsewhere)",
     )
 
 

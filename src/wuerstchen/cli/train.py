@@ -6,6 +6,7 @@ import dataclasses
 import io
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ from wuerstchen.errors import UserError
 from wuerstchen.terminal import unfiltered
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from wuerstchen.train.config import Recipe
 
 
@@ -90,8 +93,7 @@ def _train(options: argparse.Namespace) -> int:
     run_dir = options.run_dir or Path("runs") / recipe.name
     leads = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
     if leads:
-        said = " ".join((RECIPES[options.recipe].__doc__ or "").split())
-        print(f"Recipe {recipe.name} in {run_dir}. {said}")
+        print(f"Recipe {recipe.name} in {run_dir}. {_about(RECIPES[options.recipe], recipe)}")
     try:
         model = train(
             recipe,
@@ -104,15 +106,30 @@ def _train(options: argparse.Namespace) -> int:
         print(f"{stopped}; a checkpoint is saved: start the same command again to go on", file=sys.stderr)
         return 130
     if leads:
-        print(f"{model}: draw with wuerstchen generate --model {model} ...")
+        print(f"{model}: draw with wuerstchen generate --model {shlex.quote(str(model))} ...")
     return 0
+
+
+def _about(make: "Callable[[], Recipe]", recipe: "Recipe") -> str:
+    """What is said of a recipe at the start: its docstring, or that it has other data than that is about."""
+    if recipe.data == make().data:
+        return " ".join((make.__doc__ or "").split())
+    return (
+        f"It is run on {recipe.data} instead of its own data, {make().data}, so the time, cost and result "
+        "that it states do not apply"
+    )
+
+
+def _is_emoji(data: str) -> bool:
+    """Whether data are the sample or a built emoji set, which the recipes' own prompts are about."""
+    return data == "sample" or (Path(data) / "index.jsonl").is_file()
 
 
 def overridden(recipe: "Recipe", options: argparse.Namespace) -> "Recipe":
     """The recipe with what the command line changes: any field, as ``--stage-b.optimization.images 1000``."""
     import tyro
 
-    said = io.StringIO()
+    said, prompts = io.StringIO(), recipe.preview_prompts
     try:
         # Help has colours on a terminal.
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(unfiltered(sys.stdout)):
@@ -131,6 +148,9 @@ def overridden(recipe: "Recipe", options: argparse.Namespace) -> "Recipe":
         body = " ".join(line for line in lines if line and not re.match(r"[╭╰─]", line))
         raise UserError(re.sub(r"^Error parsing [\w.-]+: | *For full helptext.*$", "", body)) from None
     changes = {name: value for name in ("data", "seed") if (value := getattr(options, name)) is not None}
+    own = recipe.preview_prompts == prompts
+    if own and options.data not in (None, recipe.data) and not _is_emoji(options.data):
+        changes["preview_prompts"] = ()  # captions of the data in place of prompts about other things
     if options.compressor_init is not None:
         changes["stage_b"] = dataclasses.replace(recipe.stage_b, compressor_init=options.compressor_init)
     return dataclasses.replace(recipe, **changes)

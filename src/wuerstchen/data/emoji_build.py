@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from wuerstchen.data.colours import name_colours
 from wuerstchen.data.emoji import (
@@ -32,6 +31,7 @@ from wuerstchen.data.emoji import (
 )
 from wuerstchen.errors import DataError, UserError
 from wuerstchen.images import check_writable
+from wuerstchen.progress import bar
 
 _PACKAGES = {
     "fluent-3d": "@lobehub/fluent-emoji-3d@1.1.0",
@@ -91,7 +91,7 @@ def build(out: Path) -> list[Record]:
         packages = (*_PACKAGES.values(), _NAMES_PACKAGE)
         archives = {
             package: _fetch(npm, package, Path(scratch) / str(number))
-            for number, package in enumerate(tqdm(packages, desc="fetching", unit="package"))
+            for number, package in enumerate(bar(packages, desc="fetching", unit="package"))
         }
         art: dict[str, dict[str, Callable[[], bytes]]] = {
             "fluent-3d": _raster(archives[_PACKAGES["fluent-3d"]])
@@ -105,7 +105,7 @@ def build(out: Path) -> list[Record]:
     check_writable(out)
     records = []
     pairs = [(subject, style) for subject in subjects for style in STYLES]
-    for subject, style in tqdm(pairs, desc="rendering", unit="picture"):
+    for subject, style in bar(pairs, desc="rendering", unit="picture"):
         rgba = _ensure_picture(out / style / f"{subject}.webp", art[style][subject])
         records.append(
             Record(

@@ -76,6 +76,8 @@ class FolderSource:
     ``split`` is ``all`` of them, ``heldout`` (``plan.held_out_names``) or the others, ``train``. Pictures
     that belong to a set in a folder ``around`` this one too are on the side that they have there.
 
+    An image whose captions are all empty is left out and named in ``without_caption``.
+
     Names match in any Unicode normal form, and with backslashes for slashes. Names that begin with a dot are
     skipped, and folders that are links are not followed. Every name and caption is checked on construction,
     and no picture is opened. Raises ``DataError`` for whatever does not match up.
@@ -115,6 +117,13 @@ class FolderSource:
             own = {image for image in held_out if named[image] not in shared}
             held_out = own | {image for image in images if named[image] in out_there}
         chosen = {"all": set(images), "train": set(images) - held_out, "heldout": held_out}[split]
+        self.without_caption = [name for name in images if name in chosen and not captions[name]]
+        """Images that are left out because their captions are empty."""
+        if not any(captions.values()):
+            raise DataError(
+                f"data folder {str(self.root)!r} is wrong because all captions in it are empty; write some"
+            )
+        chosen -= set(self.without_caption)
         sidecars = _Names(found.sidecars)
         self._items = [
             _Item(name, captions[name], fields.get(name, {}), sidecars.find(_beside(name, _SIDECAR)))
@@ -337,6 +346,7 @@ def _image_name(where: str, fields: dict[str, object], column: str, known: _Name
 
 
 def _captions(where: str, fields: dict[str, object], column: str | None) -> tuple[str, ...]:
+    """The captions of a row that are not empty; none if all are."""
     if column is not None:
         if column not in fields:
             raise no_column(where, column, list(fields))
@@ -347,16 +357,16 @@ def _captions(where: str, fields: dict[str, object], column: str | None) -> tupl
             raise DataError(f"{where} is wrong because it has {found}; give the caption in the field text")
         column = given[0]
     value = fields[column]
-    captions = value if isinstance(value, list) else [value]
-    if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
+    captions = [caption for caption in (value if isinstance(value, list) else [value]) if caption is not None]
+    if not all(isinstance(caption, str) for caption in captions):
         shown = textwrap.shorten(repr(value), 200, placeholder=" ...")
         raise DataError(
-            f"{where} is wrong because {column} is {shown} and must be a caption or a list of captions,"
-            " none of them empty; write a caption or remove image and line"
+            f"{where} is wrong because {column} is {shown} and must be a caption or a list of captions;"
+            " write a caption or remove image and line"
         )
     if not _is_unicode("".join(captions)):  # JSON can spell half of a character, "\\ud83d"
         raise DataError(f"{where} is wrong because {column} is not Unicode; write the caption anew")
-    return tuple(" ".join(caption.split()) for caption in captions)
+    return tuple(" ".join(caption.split()) for caption in captions if caption.strip())
 
 
 def _read_text_files(root: Path, found: _Found, endings: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
@@ -374,9 +384,7 @@ def _read_text_files(root: Path, found: _Found, endings: tuple[str, ...]) -> dic
             )
         image_of[text] = image
         caption = " ".join(read_text(root / text, text).split())
-        if not caption:
-            raise DataError(f"file {text!r} is wrong because it holds no caption; write one")
-        captions[image] = (caption,)
+        captions[image] = (caption,) if caption else ()
     _check_all_have_captions(
         found.images, captions, f"write it into a {endings[0]} file beside it, or add {JSONL}"
     )

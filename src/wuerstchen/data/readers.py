@@ -132,6 +132,8 @@ class FolderReader:
         return FolderSource(self.root, image_column=self.image_column, text_column=self.text_column)
 
     def items(self, tally: Tally) -> Iterator[Item]:
+        for _ in self._source.without_caption:
+            tally.drop("no caption")
         for item in range(len(self._source)):
             name = self._source.name(item)
             try:

@@ -6,7 +6,6 @@ from wuerstchen.models.compressor import CompressorConfig
 from wuerstchen.models.decoder import DecoderConfig
 from wuerstchen.models.prior import PriorConfig
 from wuerstchen.models.vqgan import VQGANConfig
-from wuerstchen.recipes.mini import PROMPTS
 from wuerstchen.train.config import Optimization, Phase, Recipe, StageAConfig, StageBConfig, StageCConfig
 
 CLIP_BIGG = "warp-ai/wuerstchen-prior"
@@ -84,7 +83,6 @@ def v2() -> Recipe:
         stage_a=STAGE_A,
         stage_b=STAGE_B,
         stage_c=STAGE_C,
-        preview_prompts=PROMPTS,
         preview_every=5_000_000,
         log_every=50,
         checkpoint_seconds=1200.0,

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
-from tqdm import tqdm
 
 from wuerstchen.errors import out_of_memory_named
+from wuerstchen.progress import bar
 from wuerstchen.train.feed import Batch, Feed, batches
 from wuerstchen.train.stages import Inputs, Stage
 
@@ -35,7 +35,7 @@ class Bank:
         """What ``stage.prepare`` makes of every picture, and the pictures too if the stage reads them."""
         device = self.images.device
         inputs: Inputs = {}
-        for start in tqdm(
+        for start in bar(
             range(0, len(self), _PREPARED), desc=f"Stage {stage.name.upper()}: preparing", leave=False
         ):
             rows = slice(start, min(start + _PREPARED, len(self)))
@@ -57,10 +57,10 @@ def compose(feed: Feed, count: int, workers: int, device: torch.device) -> Bank:
         images = torch.empty(count, feed.size, feed.size, 3, dtype=torch.uint8, device=device)
     captions: list[str] = []
     skipped: list[tuple[str, str]] = []
-    with tqdm(total=count, desc="composing pictures", unit="img", dynamic_ncols=True) as bar:
+    with bar(total=count, desc="composing pictures", unit="img", dynamic_ncols=True) as shown:
         for batch in batches(feed, 0, count, _COMPOSED, workers):
             images[len(captions) : len(captions) + len(batch.images)] = batch.images.to(device)
             captions += batch.captions
             skipped += batch.skipped
-            bar.update(len(batch.images))
+            shown.update(len(batch.images))
     return Bank(images, captions, skipped)

@@ -89,7 +89,8 @@ class Phase:
 
 def _check_side(size: int | None) -> None:
     if size is not None and (size < 128 or size % 128):
-        raise UserError(f"image_size={size} must be a multiple of 128; use 256")
+        near = max(128, round(size / 128) * 128)
+        raise UserError(f"image_size={size} must be a multiple of 128; use {near}")
 
 
 def _check_shares(config: object, *names: str) -> None:
@@ -250,6 +251,7 @@ def phases_of(config: StageBConfig | StageCConfig) -> tuple[Phase, ...]:
     return (Phase(optimization=config.optimization, image_size=config.image_size), *config.phases)
 
 
+_SHORT_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 StoredTexts = Literal["tokens", "states"]
 StageName = Literal["a", "b", "c"]
 
@@ -301,8 +303,9 @@ class Recipe:
     """How strictly Stage B keeps to the map; 1 is no guidance, as published."""
     decoder_shift: float = 1.0
     """How far Stage B's steps lean towards noise when it draws; 1 is equal steps, as published."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16 is autocast over fp32 weights; auto takes it on a GPU."""
+    precision: Literal["auto", "fp32", "bf16", "float32", "bfloat16"] = "auto"
+    """bf16 is autocast over fp32 weights; auto takes it on a GPU. float32 and bfloat16 are the same by the
+    names that other commands use."""
     acceleration: Literal["auto", "none", "compile", "graph"] = "auto"
     """``compile`` compiles the networks' blocks; ``graph`` also records an update once and replays it as a
     CUDA graph, gradients' travel between processes included. auto takes graph on GPUs, compile where networks
@@ -319,7 +322,7 @@ class Recipe:
     to train on; 0 composes every picture anew. One of 256 pixels takes 0.2 MB, with the latents for Stage B
     0.26 MB."""
     preview_prompts: tuple[str, ...] = ()
-    """Prompts of the preview grid, fixed for the whole run."""
+    """Prompts of the preview grid of Stage C, fixed for the whole run; empty for captions of the data."""
     preview_every: int = 0
     """Images between previews; 0 for one at the end of each stage."""
     checkpoint_seconds: float = 120.0
@@ -330,6 +333,7 @@ class Recipe:
     """Processes that load pictures; 0 loads them in the training process."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "precision", _SHORT_PRECISIONS.get(self.precision, self.precision))
         positive = ("statistics_images", "prior_steps", "decoder_steps", "log_every")
         others = ("seed", "workers", "preview_every", "prepared_images")
         for name, least in (*((n, 1) for n in positive), *((n, 0) for n in others)):

@@ -106,6 +106,20 @@ def check_colours(
     write_json(path, {**stored, "colours": COLOURS})
 
 
+_OURS = {"lock", "log.jsonl", "tensorboard"}
+_LOGS = {".err", ".log", ".out"}  # of schedulers, which may be told to write into the run folder
+
+
+def check_new(run_dir: Path) -> None:
+    """Raises ``RunFolderError`` for a folder that holds other things: a run would fill it with its own."""
+    for path in sorted(run_dir.iterdir()):
+        if path.name not in _OURS and not path.name.startswith(".") and path.suffix not in _LOGS:
+            raise RunFolderError(
+                f"{run_dir} holds other things: {path.name!r}. A run needs a folder of its own. Give a new "
+                "or empty folder as --run-dir"
+            )
+
+
 def check_run(
     recipe: Recipe,
     run_dir: Path,
@@ -130,6 +144,7 @@ def check_run(
             raise RunFolderError(
                 f"{run_dir / 'model'} exists already, and the run would end there; use another --run-dir"
             )
+        check_new(run_dir)
         content = {"format": FORMAT, "recipe": given, "data": data, "order": ORDER, "colours": COLOURS}
         write_json(path, {**content, "start": start} if start else content)
         return

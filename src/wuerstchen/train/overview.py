@@ -1,5 +1,6 @@
 """What a run is about to learn from, told before its first update: images, captions, sizes, epochs."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,11 +8,11 @@ from statistics import median
 
 from wuerstchen.data.emoji import EmojiSource
 from wuerstchen.data.folder import FolderSource
-from wuerstchen.data.plan import items_at
+from wuerstchen.data.plan import generator, items_at
 from wuerstchen.data.prepared import PreparedSet
 from wuerstchen.data.sources import Source
 from wuerstchen.data.survey import MOST, ignored, sizes
-from wuerstchen.errors import UserError
+from wuerstchen.errors import DataError, UserError
 from wuerstchen.models.text import TextEncoder
 from wuerstchen.train.config import Phase, Recipe, StageBConfig, StageCConfig, phases_of
 from wuerstchen.train.stages import refining
@@ -117,6 +118,9 @@ def _folder(
     warned: list[str],
 ) -> None:
     said.append(f"{data}: {_number(len(source), 'image')} to train on")
+    if source.without_caption:
+        count = _number(len(source.without_caption), "image")
+        said.append(f"  skipped: {count} with an empty caption ({source.without_caption[0]!r})")
     if encoder is not None:
         _captions(data, source, encoder, said, warned)
     found = sizes(source)
@@ -207,6 +211,28 @@ def _epochs(
             f"Stage {stage} would see each of the {length:,} images of {reading.data} {_shown(times)} times. "
             f"The model would memorise them. Give more images, or fewer with {reading.images_option}"
         )
+
+
+PREVIEWS = 8
+"""Captions that are drawn in previews, where a recipe names no prompts."""
+
+
+def with_prompts(recipe: Recipe, sources: Mapping[str, Source | PreparedSet]) -> Recipe:
+    """The recipe with captions of the last phase's data for preview prompts, if it has none."""
+    if recipe.preview_prompts or "c" not in recipe.stages:
+        return recipe
+    source = sources[phases_of(recipe.stage_c)[-1].data or recipe.data]
+    rows = source.rows("train") if isinstance(source, PreparedSet) else range(len(source))
+    found: dict[str, None] = {}
+    for number in items_at(range(min(PREVIEWS, len(rows))), len(rows), 0):
+        row = int(rows[number])
+        if isinstance(source, PreparedSet | FolderSource):
+            found[source.captions(row)[0]] = None
+        else:
+            with contextlib.suppress(DataError):  # an image that cannot be read
+                rng = generator(0, number, "preview prompt")
+                found[source.example(row, rng, recipe.image_size).caption] = None
+    return dataclasses.replace(recipe, preview_prompts=tuple(found))
 
 
 def kept_images(recipe: Recipe, data: str, size: int) -> int:

@@ -44,7 +44,14 @@ from wuerstchen.train.config import Phase, Recipe, StageBConfig, StageCConfig, a
 from wuerstchen.train.feed import Batch, Feed, batch_sizes, batches
 from wuerstchen.train.folder import ORDER, check_colours, check_order, check_run, locked, named, read_json
 from wuerstchen.train.loop import Settings, rehearse, run_stage
-from wuerstchen.train.overview import kept_images, overview, print_overview, readings, refuse_small
+from wuerstchen.train.overview import (
+    kept_images,
+    overview,
+    print_overview,
+    readings,
+    refuse_small,
+    with_prompts,
+)
 from wuerstchen.train.parallel import Processes, distributed
 from wuerstchen.train.prepared_feed import (
     HeldOutMaps,
@@ -113,7 +120,7 @@ def _train(
         processes.check_batches(phase.stage, phase.images, phase.batch_size, phase.accumulate)
     sources = _open_sources(recipe)
     start = read_start(recipe)
-    recipe = start.resolved(recipe)
+    recipe = with_prompts(start.resolved(recipe), sources)
     with locked(run_dir, processes), warnings.catch_warnings():
         # Captions longer than the encoder reads are cut; a line for each would bury everything else.
         warnings.simplefilter("ignore", PromptTooLongWarning)
@@ -258,8 +265,12 @@ class _Run:
 
     def train(self) -> Path:
         began = time.monotonic()
-        self.train_stages()
         target = self.run_dir / "model"
+        if self.processes.leads and (target / "model.json").exists():
+            print(
+                f"{self.run_dir} is finished already: nothing is left to train, and its model is in {target}"
+            )
+        self.train_stages()
         if self.processes.leads and not (target / "model.json").exists():
             self.write_model(target)
         self.processes.wait()
@@ -267,7 +278,7 @@ class _Run:
             return target
         self.say_skipped()
         for picture in sorted(self.run_dir.glob("stage_c*/previews/*.png"))[-1:]:
-            print(f"{picture}: the recipe's prompts, drawn at the end of Stage C")
+            print(f"{picture}: the preview prompts, drawn at the end of Stage C")
         say_cost(self.log)
         self.log.event("end", seconds=round(time.monotonic() - began, 1))
         return target
@@ -660,14 +671,17 @@ class _Run:
         said, warned = overview(self.recipe, self.sources, encoder if reads else None)
         print_overview(said, warned)
         self.log.event("data", fingerprint=self.fingerprint, said=said, warned=warned)
+        for source in self.sources.values():
+            for name in source.without_caption if isinstance(source, FolderSource) else ():
+                self.log.event("skipped", stage="data", name=name, reason="its caption is empty")
 
     def say_skipped(self) -> None:
-        """Names the images that could not be read, over all starts of the run."""
+        """Names the images that could not be used, over all starts of the run."""
         skipped = {e["name"]: e["reason"] for e in self.log.events() if e["event"] == "skipped"}
         for name, reason in sorted(skipped.items()):
             print(f"skipped {name}: {reason}")
         if skipped:
-            print(f"{len(skipped)} images could not be read and were skipped")
+            print(f"{len(skipped)} images could not be used and were skipped")
 
 
 def _decoder(config: DecoderConfig | PaellaConfig) -> Decoder | Paella:

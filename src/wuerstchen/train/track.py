@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from wuerstchen.errors import UserError
+from wuerstchen.progress import bar
 
 
 class Log:
@@ -119,7 +119,7 @@ class Meter:
     """Images a second and smoothed loss, for the bar and the log."""
 
     def __init__(self, title: str, start: int, total: int, shown: bool = True) -> None:
-        self.bar = tqdm(
+        self.bar = bar(
             total=total,
             initial=start,
             desc=title,
