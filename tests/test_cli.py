@@ -265,6 +265,21 @@ def test_help_shows_examples(capsys):
     assert 'wuerstchen generate "a 3D render of a purple camel' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", [["reconstruct"], ["generate", "a cat", "--init"]])
+def test_the_image_that_is_read_is_never_replaced(run, tmp_path, command):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "photo.png")
+    (tmp_path / "again.png").symlink_to(tmp_path / "photo.png")
+    before = (tmp_path / "photo.png").read_bytes()
+    for name in ("photo.png", "again.png"):
+        code, _, err = run(*command, "photo.png", "--out", name)
+        assert (code, err) == (
+            2,
+            f"Error: out names the image that is read: {name}. It would be replaced. Give --out another name, "
+            "or a folder\n",
+        )
+    assert (tmp_path / "photo.png").read_bytes() == before
+
+
 def test_a_picture_without_a_prompt_is_varied(run, tmp_path):
     Image.effect_noise((200, 150), 60).convert("RGB").save(tmp_path / "My photo.png")
     code, out, _ = run("generate", "--init", "My photo.png", "--strength", "0.3", "--size", "136x128")

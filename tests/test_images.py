@@ -22,6 +22,7 @@ from wuerstchen.images import (
     open_image,
     read_settings,
     resize_crop,
+    save_new_png,
     save_png,
     to_images,
     to_rgb,
@@ -426,6 +427,42 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
         save_png(_photo(), tmp_path / "a.png", {"seed": 2})
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
     assert read_settings(tmp_path / "a.png") == {"seed": 1}
+
+
+def test_processes_that_save_at_once_replace_nothing_of_each_other(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from PIL import Image
+from wuerstchen.images import save_new_png
+sys.stdin.readline()
+for number in range(15):
+    save_new_png(Image.new("RGB", (8, 8)), Path(sys.argv[1]), "a", {"by": sys.argv[2], "number": number})
+"""
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(n)], stdin=subprocess.PIPE)
+        for n in range(3)
+    ]
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write(b"go\n")
+        process.stdin.close()
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    kept = {tuple(read_settings(path).values()) for path in tmp_path.glob("*.png")}
+    assert kept == {(str(by), number) for by in range(3) for number in range(15)}
+    assert len(list(tmp_path.iterdir())) == 45
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_taken_name_is_numbered(tmp_path: Path, monkeypatch, links: bool) -> None:
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(1, "not permitted")))
+    (tmp_path / "a.png").write_bytes(b"someone's")
+    (tmp_path / "a-2.png").symlink_to(tmp_path / "nowhere")
+    assert save_new_png(_photo(), tmp_path, "a", {"n": 3}) == tmp_path / "a-3.png"
+    assert read_settings(tmp_path / "a-3.png") == {"n": 3}
+    assert (tmp_path / "a.png").read_bytes() == b"someone's"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-2.png", "a-3.png", "a.png"]
 
 
 def test_saved_files_have_ordinary_permissions(tmp_path: Path) -> None:

@@ -284,11 +284,58 @@ def save_png(
     Each setting is a chunk under its own name, for people and other programs to read; all together, with
     their types, are JSON in the chunk "wuerstchen", for ``read_settings``. With ``drawn_by_a_model`` the file
     says so too: in the chunks Software and Source, and in XMP by IPTC's DigitalSourceType. The file appears
-    under its name only when it is whole. Raises ``UserError`` if it cannot be written.
+    under its name only when it is whole, and replaces one that is there. Raises ``UserError`` if it cannot be
+    written.
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise UserError(f"path {str(path)!r} is wrong because a PNG is written; end the name in .png")
+    with _written(image, path, settings, drawn_by_a_model) as temporary:
+        os.replace(temporary, path)
+
+
+def save_new_png(
+    image: Image.Image,
+    folder: Path,
+    stem: str,
+    settings: Mapping[str, Any],
+    *,
+    drawn_by_a_model: bool = False,
+) -> Path:
+    """``save_png`` under a free name: ``stem.png`` in ``folder``, else ``stem-2.png`` and so on.
+
+    No file that is there is replaced, even if several processes write into the folder at once. Returns the
+    path.
+    """
+    path, number = folder / f"{stem}.png", 1
+    with _written(image, path, settings, drawn_by_a_model) as temporary:
+        while not _placed(temporary, path):
+            number += 1
+            path = folder / f"{stem}-{number}.png"
+    return path
+
+
+def _placed(temporary: Path, path: Path) -> bool:
+    """Gives a whole file its name, unless that is taken."""
+    try:
+        os.link(temporary, path)
+        return True
+    except FileExistsError:
+        return False
+    except OSError:  # no hard links here: the name is taken by an empty file first
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            return False
+        os.replace(temporary, path)
+        return True
+
+
+@contextlib.contextmanager
+def _written(
+    image: Image.Image, path: Path, settings: Mapping[str, Any], drawn_by_a_model: bool
+) -> Iterator[Path]:
+    """The image in a temporary file beside ``path``, which is gone afterwards."""
     chunks = PngInfo()
     for key, value in settings.items():
         assert key != _SETTINGS_KEY
@@ -303,7 +350,7 @@ def save_png(
     try:
         with open(temporary, "xb") as file:
             image.save(file, "PNG", pnginfo=chunks)
-        os.replace(temporary, path)
+        yield temporary
     except OSError as error:
         raise UserError(
             f"path {str(path)!r} is wrong because it cannot be written ({error.strerror or error});"

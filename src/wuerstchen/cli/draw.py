@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wuerstchen.cli.options import (
     Parser,
@@ -20,6 +20,8 @@ from wuerstchen.cli.options import (
 from wuerstchen.errors import UserError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from wuerstchen.pipeline import Progress
 
 BATCH_SIZE = 8  # pictures drawn at a time
@@ -63,7 +65,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from wuerstchen.images import grid, open_image, save_png
+    from wuerstchen.images import grid, open_image
 
     began = time.monotonic()
     if options.init is not None and not options.prompts:
@@ -81,7 +83,7 @@ def _generate(options: argparse.Namespace) -> int:
         raise UserError(
             f"strength {options.strength} is wrong because there is no picture to vary; add --init"
         )
-    one_file = _is_file(options.out)
+    one_file = _check_out(options.out, options.init)
     if one_file and not options.grid and total > 1:
         raise UserError(f"{options.out} is one file for {total} pictures; add --grid, or name a folder")
     sampling = sampling_of(options)
@@ -122,16 +124,13 @@ def _generate(options: argparse.Namespace) -> int:
             for number, (image, text) in enumerate(zip(drawn, few, strict=True), start=options.seed + start):
                 if not options.grid:
                     name = _slug(text) if text or init is None else _slug(options.init.stem)
-                    path = options.out if one_file else _free_name(options.out, f"{name}-{number}")
-                    save_png(image, path, {"prompt": text, "seed": number, **settings}, drawn_by_a_model=True)
-                    print(path)
+                    kept = {"prompt": text, "seed": number, **settings}
+                    print(_save(image, options.out, f"{name}-{number}", kept, drawn_by_a_model=True))
     if options.grid:
         columns = options.count if options.count > 1 else math.isqrt(len(images) - 1) + 1
-        path = options.out if one_file else _free_name(options.out, "grid")
         prompts = "\n".join(options.prompts)
         shown = {"prompt": prompts, "count": options.count, "seed": options.seed, **settings}
-        save_png(grid(images, columns=columns), path, shown, drawn_by_a_model=True)
-        print(path)
+        print(_save(grid(images, columns=columns), options.out, "grid", shown, drawn_by_a_model=True))
     print(f"{total} picture{'s' * (total != 1)} in {time.monotonic() - began:.1f} s", file=sys.stderr)
     return 0
 
@@ -148,9 +147,9 @@ def _adapter(text: str) -> tuple[Path, float]:
 
 
 def _reconstruct(options: argparse.Namespace) -> int:
-    from wuerstchen.images import grid, open_image, save_png
+    from wuerstchen.images import grid, open_image
 
-    one_file = _is_file(options.out)
+    _check_out(options.out, options.image)
     image = open_image(options.image)
     sampling = sampling_of(options)
 
@@ -159,10 +158,10 @@ def _reconstruct(options: argparse.Namespace) -> int:
         result = model.reconstruct(
             image, seed=options.seed, size=options.size, sampling=sampling, progress=progress
         )
-    path = options.out if one_file else _free_name(options.out, f"{_slug(options.image.stem)}-reconstructed")
     settings = {"image": options.image.name, "seed": options.seed, "model": options.model or "bundled"}
     settings |= {"size": result.image.width, **model.settings_of(sampling)}
-    save_png(grid([result.original, result.image], columns=2), path, settings)
+    both = grid([result.original, result.image], columns=2)
+    path = _save(both, options.out, f"{_slug(options.image.stem)}-reconstructed", settings)
     channels, height, width = result.map_size
     print(path)
     print(
@@ -173,8 +172,11 @@ def _reconstruct(options: argparse.Namespace) -> int:
     return 0
 
 
-def _is_file(out: Path) -> bool:
-    """Whether ``--out`` names a file; makes its folder and checks now that it can be written."""
+def _check_out(out: Path, read: Path | None) -> bool:
+    """Whether ``--out`` names a file; makes its folder and checks now that it can be written.
+
+    Raises ``UserError`` where it names the image that is ``read``.
+    """
     from wuerstchen.images import check_writable
 
     suffix = out.suffix.lower()
@@ -182,6 +184,11 @@ def _is_file(out: Path) -> bool:
         raise UserError(f"{out} is no name for a PNG, which is what is written; end it in .png")
     if suffix == ".png" and out.is_dir():
         raise UserError(f"{out} is a folder; name a file in it, or a folder that does not end in .png")
+    if read is not None and out.is_file() and read.exists() and out.samefile(read):
+        raise UserError(
+            f"out names the image that is read: {out}. It would be replaced."
+            " Give --out another name, or a folder"
+        )
     check_writable(out.parent if suffix == ".png" else out)
     return suffix == ".png"
 
@@ -208,11 +215,13 @@ def _slug(text: str) -> str:
     return name.encode()[:150].decode(errors="ignore").strip("-") or "picture"
 
 
-def _free_name(folder: Path, stem: str) -> Path:
-    """``stem.png`` in the folder, numbered where that name is taken."""
-    path = folder / f"{stem}.png"
-    number = 2
-    while path.exists():
-        path = folder / f"{stem}-{number}.png"
-        number += 1
-    return path
+def _save(
+    image: "Image", out: Path, stem: str, settings: dict[str, Any], *, drawn_by_a_model: bool = False
+) -> Path:
+    """Writes to ``out`` if that is a file, or into it under a free name. Returns the path."""
+    from wuerstchen.images import save_new_png, save_png
+
+    if out.suffix.lower() != ".png":
+        return save_new_png(image, out, stem, settings, drawn_by_a_model=drawn_by_a_model)
+    save_png(image, out, settings, drawn_by_a_model=drawn_by_a_model)
+    return out

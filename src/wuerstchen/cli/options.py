@@ -31,7 +31,12 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     )
     add_source_options(parser)
     add_memory_options(parser)
-    parser.add_argument("--out", type=Path, default=Path(), help="folder, or file name ending in .png (here)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(),
+        help="folder, where images get free names, or a file ending in .png, which is replaced (here)",
+    )
     parser.add_argument(
         "--seed",
         type=int,
