@@ -36,6 +36,10 @@ class PriorStage:
         config = PriorConfig(c_in=4, c=16, c_cond=8, c_r=8, depth=2, nhead=2, dropout=0.0)
         self.prior = Prior(config)
         nn.init.normal_(self.prior.out[1].weight, std=0.02)  # at 0 nothing before it would learn
+        for name, parameter in self.prior.named_parameters():
+            # What is the same for all keys changes no attention: its gradient is rounding, and Adam makes
+            # whole steps of it.
+            parameter.requires_grad_("to_k.bias" not in name)
         self.networks = {"prior": self.prior}
 
     def prepare(self, batch, device):

@@ -7,10 +7,19 @@ import torch
 from torch import nn
 
 from wuerstchen.errors import UserError
+from wuerstchen.models.mlp import GlobalResponseNorm
+from wuerstchen.models.vqgan import VectorQuantizer
 from wuerstchen.train import optim
 from wuerstchen.train.config import Optimization
 from wuerstchen.train.ema import decay_at, make_average, update_average
-from wuerstchen.train.optim import learning_rate, make_optimizer, set_rate, update
+from wuerstchen.train.optim import (
+    learning_rate,
+    load_optimizer_tensors,
+    make_optimizer,
+    optimizer_tensors,
+    set_rate,
+    update,
+)
 
 
 def test_learning_rate_rises_then_stays_or_falls():
@@ -80,6 +89,60 @@ def test_parts_can_learn_more_slowly():
         (a - b).abs().max().item() for a, b in zip(network.parameters(), before.parameters(), strict=True)
     ]
     assert moved == pytest.approx([0.001, 0.001, 0.01, 0.01], rel=1e-3)
+
+
+class Block(nn.Module):
+    """Everything that weight decay tells apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 4)
+        self.grn = GlobalResponseNorm(4)
+        self.codes = VectorQuantizer(8, 3)
+        self.depthwise = nn.Conv2d(4, 4, 3, groups=4)
+        self.tokens = nn.Embedding(5, 3)
+        self.head = nn.Conv2d(4, 1, 1)
+
+
+def decayed_by(optimizer) -> set[nn.Parameter]:
+    return {p for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_weight_decay_acts_on_matrices_alone(earlier):
+    block = Block()
+    config = Optimization(images=1, batch_size=1, weight_decay=0.1)
+    named = dict(block.named_parameters())
+    found = decayed_by(make_optimizer(block, config, {"linear": 0.5}, decays_all_axes=earlier))
+    decayed = {name for name, parameter in named.items() if parameter in found}
+    matrices = {f"{name}.weight" for name in ("linear", "depthwise", "tokens", "head")}
+    of_earlier = {"grn.gamma", "grn.beta", "codes.embedding.weight"}  # by their number of axes
+    assert decayed == (matrices | of_earlier if earlier else matrices)
+
+
+def test_moments_are_stored_where_earlier_versions_stored_them():
+    """Parameters are numbered by scale and number of axes, not by what is decayed."""
+    torch.manual_seed(0)
+    block, scales = Block(), {"linear": 0.5}
+    config = Optimization(images=1, batch_size=1, weight_decay=0.1)
+    optimizer = make_optimizer(block, config, scales)
+    for parameter in block.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    update(block, optimizer, 1.0, torch.tensor(1.0))
+    stored = optimizer_tensors(optimizer)
+    numbered = [
+        *("linear.weight", "linear.bias"),
+        *("grn.gamma", "grn.beta", "codes.embedding.weight", "depthwise.weight", "tokens.weight"),
+        *("head.weight", "depthwise.bias", "head.bias"),
+    ]
+    named = dict(block.named_parameters())
+    assert len(stored) == 3 * len(named)
+    for number, name in enumerate(numbered):
+        assert torch.equal(stored[f"{number}.exp_avg"], optimizer.state[named[name]]["exp_avg"]), name
+    earlier = make_optimizer(block, config, scales, decays_all_axes=True)
+    load_optimizer_tensors(earlier, stored, lambda key, tensor: tensor.copy_(stored[key]))
+    for parameter in named.values():
+        assert torch.equal(earlier.state[parameter]["exp_avg"], optimizer.state[parameter]["exp_avg"])
 
 
 def test_the_average_forgets_its_beginning():

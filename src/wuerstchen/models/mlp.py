@@ -17,6 +17,9 @@ from torch.utils.flop_counter import register_flop_formula
 class GlobalResponseNorm(nn.Module):
     """ConvNeXt V2, equation 1 to 3 (arXiv 2301.00808): channels compete by their norm over the grid."""
 
+    weight_decay = False
+    """Its gamma and beta are scales and shifts, whatever axes they have."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.zeros(1, 1, 1, width))

@@ -107,6 +107,8 @@ class VectorQuantizer(nn.Module):
     """Nearest-code quantisation (arXiv 1711.00937) with the codebook learnt by gradient."""
 
     COMMITMENT = 0.25
+    weight_decay = False
+    """Codes are pulled to the latents, and decay would pull those that are not used to zero."""
 
     def __init__(self, codes: int, width: int) -> None:
         super().__init__()

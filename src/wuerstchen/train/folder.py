@@ -68,9 +68,10 @@ def named(error: OSError, run_dir: Path) -> UserError:
 COLOURS = "sRGB"
 """What images are converted to, kept in run.json. In runs without it, colour profiles were ignored."""
 ORDER = 2
-"""How images are put into batches, kept in run.json. In runs without it, sizes of a prepared set with fewer
-images than a batch were never shown, and more images could be composed and kept than a run uses. Since 2 such
-sizes have batches that repeat their images, and no more images are kept than are used."""
+"""How images are put into batches and weights decayed, kept in run.json. Runs without it never showed sizes
+of a prepared set with fewer images than a batch, could compose and keep more images than they used, and
+decayed GRN and the codebook too. Since 2 such sizes have batches that repeat their images, no more images are
+kept than are used, and weight decay acts on matrices alone."""
 
 
 def check_order(run_dir: Path) -> None:

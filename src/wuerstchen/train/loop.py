@@ -54,6 +54,8 @@ class Settings:
     seed: int
     autocast: bool
     """bf16 where it is safe, over fp32 weights."""
+    decays_all_axes: bool = False
+    """Whether weight decay is that of earlier versions (``make_optimizer``)."""
     compiles: bool = False
     records: bool = False
     """Whether updates are recorded as CUDA graphs."""
@@ -329,7 +331,9 @@ def _prepare(
         averages=averages,
         whole=whole,
         optimizers={
-            name: make_optimizer(network, stage.optimization, stage.rate_scales)
+            name: make_optimizer(
+                network, stage.optimization, stage.rate_scales, decays_all_axes=settings.decays_all_axes
+            )
             for name, network in stage.networks.items()
         },
     )

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,21 +29,39 @@ def learning_rate(config: Optimization, images: int) -> float:
 
 
 def make_optimizer(
-    network: nn.Module, config: Optimization, rate_scales: Mapping[str, float] | None = None
+    network: nn.Module,
+    config: Optimization,
+    rate_scales: Mapping[str, float] | None = None,
+    *,
+    decays_all_axes: bool = False,
 ) -> torch.optim.AdamW:
-    """AdamW over a network's trainable parameters; weight decay acts on those of more than one axis.
+    """AdamW over a network's trainable parameters.
 
-    ``rate_scales`` gives parameters whose names begin so a share of the learning rate.
+    Weight decay acts on weights of linear layers, convolutions and embeddings: not on biases and scales,
+    GRN's gamma and beta included, nor on the codebook, whose codes are pulled to the latents. The original
+    decays every parameter, by torch's default of 0.01.
+
+    ``rate_scales`` gives parameters whose names begin so a share of the learning rate. ``decays_all_axes`` is
+    for runs of earlier versions, which decayed everything of more than one axis.
     """
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    exempt = set() if decays_all_axes else _exempt(network)
+    # Places in what is stored are by the number of axes, whatever is decayed: checkpoints depend on them.
+    order: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
             scales = [s for prefix, s in (rate_scales or {}).items() if name.startswith(prefix)]
-            groups.setdefault((min(scales, default=1.0), parameter.ndim > 1), []).append(parameter)
-    described = [
-        {"params": parameters, "weight_decay": config.weight_decay if is_matrix else 0.0, "scale": scale}
-        for (scale, is_matrix), parameters in groups.items()
-    ]
+            order.setdefault((min(scales, default=1.0), parameter.ndim > 1), []).append(parameter)
+    described: list[dict[str, Any]] = []
+    place = 0
+    for (scale, is_matrix), parameters in order.items():
+        places = dict(zip(parameters, range(place, place + len(parameters)), strict=True))
+        place += len(parameters)
+        for decays in (True, False):
+            members = [p for p in parameters if (is_matrix and p not in exempt) == decays]
+            if members:
+                decay = config.weight_decay if decays else 0.0
+                where = [places[p] for p in members]
+                described.append({"params": members, "weight_decay": decay, "scale": scale, "places": where})
     # A tensor as rate can change between replays of a recorded update.
     device = next(network.parameters()).device
     optimizer = torch.optim.AdamW(
@@ -57,10 +76,26 @@ def make_optimizer(
     return optimizer
 
 
+def _exempt(network: nn.Module) -> set[nn.Parameter]:
+    """The parameters of more than one axis that are not decayed: those of modules that say so."""
+    modules = (module for module in network.modules() if not getattr(module, "weight_decay", True))
+    return {parameter for module in modules for parameter in module.parameters()}
+
+
+def _places(optimizer: torch.optim.Optimizer) -> dict[int, nn.Parameter]:
+    """The parameters by their places in what is stored."""
+    groups = optimizer.param_groups
+    pairs = (pair for group in groups for pair in zip(group["places"], group["params"], strict=True))
+    return dict(sorted(pairs))
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as named tensors, which is what safetensors hold."""
-    state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": tensor for index, entry in state.items() for name, tensor in entry.items()}
+    return {
+        f"{place}.{name}": tensor
+        for place, parameter in _places(optimizer).items()
+        for name, tensor in optimizer.state.get(parameter, {}).items()
+    }
 
 
 def load_optimizer_tensors(
@@ -70,7 +105,7 @@ def load_optimizer_tensors(
 
     A moment is sharded as its parameter is. Raises ``KeyError`` or ``ValueError`` if they do not fit.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = _places(optimizer)
     for key in keys:
         index, name = key.split(".")
         parameter = parameters[int(index)]

@@ -557,6 +557,7 @@ class _Run:
         return Settings(
             seed=recipe.seed,
             autocast=recipe.precision == "bf16",
+            decays_all_axes=self.order() < ORDER,
             compiles=recipe.acceleration in ("compile", "graph"),
             records=recipe.acceleration == "graph",
             shards=recipe.sharding == "full",
@@ -641,9 +642,13 @@ class _Run:
                 self.log.event("skipped", stage="bank", name=name, reason=reason)
         return self._bank[1]
 
+    def order(self) -> int:
+        """Which version's rules the run goes by (``folder.ORDER``)."""
+        return read_json(self.run_dir / "run.json").get("order", 1)
+
     def bank_size(self, data: str, size: int) -> int:
         """How many images of a size are composed: no more than will be used."""
-        if read_json(self.run_dir / "run.json").get("order", 1) < ORDER:
+        if self.order() < ORDER:
             return self.recipe.prepared_images  # their number is part of the order that the run began with
         return kept_images(self.recipe, data, size)
 
@@ -709,6 +714,9 @@ class _Rehearsal(_Run):
 
     def averaged(self, network: N, checkpoint: Path, name: str) -> N:
         return network.to(self.device).eval().requires_grad_(False)
+
+    def order(self) -> int:
+        return ORDER
 
     def bank_size(self, data: str, size: int) -> int:
         """As many as the largest batch: more of them cost an update no more."""
