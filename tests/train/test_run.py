@@ -28,7 +28,7 @@ from wuerstchen.recipes import RECIPES
 from wuerstchen.recipes.mini import mini
 from wuerstchen.recipes.tiny import tiny
 from wuerstchen.train.bank import compose
-from wuerstchen.train.config import Phase, as_dict, differing_fields
+from wuerstchen.train.config import Phase, as_dict, differing_fields, phases_of
 from wuerstchen.train.cost import Tariff
 from wuerstchen.train.feed import Feed
 from wuerstchen.train.parallel import Processes
@@ -418,6 +418,39 @@ def test_precisions_have_the_names_of_other_commands_too():
     parse = make_parser().parse_args
     assert parse(["generate", "a cat", "--precision", "bf16"]).precision == "bfloat16"
     assert parse(["data", "prepare", "x", "y", "--precision", "fp32"]).precision == "float32"
+
+
+def test_phases_are_added_and_shaped_on_the_command_line(tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(
+        "wuerstchen.train.run.train", lambda recipe, *_, **__: found.append(recipe) or tmp_path
+    )
+    options = (
+        "--add-phase c --add-phase b --add-phase c --stage-c.max-ratio 1.5 --stage-c.phases.1.max-ratio 2"
+    )
+    options += " --stage-c.phases.1.optimization.images 320 --stage-c.phases.0.image-size 256"
+    options += " --stage-b.phases.0.optimization.learning-rate 1e-5 --data photos"
+    assert main(["train", "tiny", *options.split(), "--run-dir", str(tmp_path)]) == 0
+    (recipe,) = found
+    first, second, third = phases_of(recipe.stage_c)
+    assert first.optimization == second.optimization == tiny().stage_c.optimization
+    assert (first.max_ratio, second.max_ratio, third.max_ratio) == (1.5, 1.0, 2.0)
+    assert (second.image_size, third.image_size) == (256, None)
+    assert third.optimization.images == 320
+    assert recipe.stage_b.phases[0].optimization.learning_rate == 1e-5
+    with pytest.raises(UserError, match=r"max_ratio=5\.0 must be from 1 to 4"):
+        dataclasses.replace(tiny().stage_c, max_ratio=5.0)
+    ratio = dataclasses.replace(tiny().stage_b, max_ratio=2.0)
+    with pytest.raises(UserError, match="needs photographs: emoji are composed as squares"):
+        train(dataclasses.replace(tiny(), stage_b=ratio), tmp_path / "run", device="cpu")
+
+
+def test_fields_that_earlier_runs_lack_have_the_value_that_they_went_by():
+    stored = as_dict(tiny())
+    del stored["stage_c"]["max_ratio"]
+    assert differing_fields(stored, as_dict(tiny())) == []
+    wide = dataclasses.replace(tiny(), stage_c=dataclasses.replace(tiny().stage_c, max_ratio=2.0))
+    assert differing_fields(stored, as_dict(wide)) == ["stage_c.max_ratio (1.0, now 2.0)"]
 
 
 @pytest.mark.parametrize(("size", "near"), [(100, 128), (1, 128), (200, 256), (1000, 1024)])

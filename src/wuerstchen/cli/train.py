@@ -37,6 +37,14 @@ def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--width", type=float, default=1.0, help="share of the recipe's widths, of every stage trained (1)"
     )
     train.add_argument("--depth", type=float, default=1.0, help="likewise of its depths (1)")
+    train.add_argument(
+        "--add-phase",
+        action="append",
+        choices=("b", "c"),
+        default=[],
+        help="another phase of Stage B or C, at first a copy of its last; --stage-c.phases.N.image-size and "
+        "so on change it, N from 0",
+    )
     train.add_argument("--device", help="cpu, cuda or mps (a GPU if there is one)")
     train.add_argument("--accept-changed-data", action="store_true", help="go on although the data changed")
     train.add_argument("--tensorboard", action="store_true", help="event files too, in RUN/tensorboard")
@@ -60,6 +68,7 @@ def _train(options: argparse.Namespace) -> int:
     asked_for_help = bool({"-h", "--help"} & set(options.overrides))
     from wuerstchen.recipes import RECIPES
     from wuerstchen.recipes.scale import scaled
+    from wuerstchen.train.config import with_phase
 
     recipes = "; ".join(f"{name}: {(make.__doc__ or '').splitlines()[0]}" for name, make in RECIPES.items())
     if asked_for_help:
@@ -74,10 +83,12 @@ def _train(options: argparse.Namespace) -> int:
         raise UserError(
             f"'{options.recipe}' is no recipe; name one of {', '.join(RECIPES)} before the options"
         )
-    recipe = overridden(RECIPES[options.recipe](), options)
+    full = RECIPES[options.recipe]()
+    for stage in options.add_phase:
+        full = with_phase(full, stage)
+    recipe = overridden(full, options)
     if (options.width, options.depth) != (1, 1):
         # Options say which stages begin afresh; where they name a width too, theirs holds.
-        full = RECIPES[options.recipe]()
         recipe = dataclasses.replace(recipe, vqgan=full.vqgan, decoder=full.decoder, prior=full.prior)
         smaller = scaled(recipe, options.width, options.depth)
         shapes = {"vqgan": smaller.vqgan, "decoder": smaller.decoder, "prior": smaller.prior}

@@ -77,14 +77,18 @@ class Phase:
     """Side of the pictures in pixels; None for the recipe's."""
     max_ratio: float = 1.0
     """Each batch is square or, as likely, so many times wider than high, or higher than wide; 1 is square.
-    A prepared set has sizes of its own."""
+    Emoji are always square, and a prepared set has sizes of its own."""
     data: str = ""
     """Another data set than the recipe's; empty for the recipe's."""
 
     def __post_init__(self) -> None:
         _check_side(self.image_size)
-        if not 1 <= self.max_ratio <= 4:
-            raise UserError(f"max_ratio={self.max_ratio} must be from 1 to 4; 1 keeps pictures square")
+        _check_ratio(self.max_ratio)
+
+
+def _check_ratio(ratio: float) -> None:
+    if not 1 <= ratio <= 4:
+        raise UserError(f"max_ratio={ratio} must be from 1 to 4; 1 keeps pictures square")
 
 
 def _check_side(size: int | None) -> None:
@@ -168,6 +172,8 @@ class StageBConfig:
     optimization: Optimization
     image_size: int | None = None
     """Side of the pictures in pixels in the first phase; None for the recipe's."""
+    max_ratio: float = 1.0
+    """Of the first phase, as ``Phase.max_ratio``."""
     phases: tuple[Phase, ...] = ()
     """Further phases, in order, of decoder and compressor together; the decoder alone comes after them."""
     compressor_init: str = ""
@@ -209,6 +215,7 @@ class StageBConfig:
         _check_side(self.image_size)
         shares = ("map_dropout", "map_noise", "caption_dropout", "backbone_rate", "label_smoothing")
         _check_shares(self, *shares)
+        _check_ratio(self.max_ratio)
         _check_shift(self.time_shift)
         _check_shift(self.refine_shift)
         _check_refinement(self.refine_images, self.refine_rate)
@@ -223,6 +230,8 @@ class StageCConfig:
     optimization: Optimization
     image_size: int | None = None
     """Side of the pictures in pixels in the first phase; None for the recipe's."""
+    max_ratio: float = 1.0
+    """Of the first phase, as ``Phase.max_ratio``."""
     phases: tuple[Phase, ...] = ()
     """Further phases, in order."""
     blend: float = 1.0
@@ -240,6 +249,7 @@ class StageCConfig:
 
     def __post_init__(self) -> None:
         _check_shares(self, "caption_dropout", "blend")
+        _check_ratio(self.max_ratio)
         _check_side(self.image_size)
         if self.blend < 1 and not self.phases:
             raise UserError(f"blend={self.blend} needs two phases to blend; give phases, or leave it at 1")
@@ -248,7 +258,16 @@ class StageCConfig:
 
 def phases_of(config: StageBConfig | StageCConfig) -> tuple[Phase, ...]:
     """All phases of a stage, the first included."""
-    return (Phase(optimization=config.optimization, image_size=config.image_size), *config.phases)
+    first = Phase(optimization=config.optimization, image_size=config.image_size, max_ratio=config.max_ratio)
+    return (first, *config.phases)
+
+
+def with_phase(recipe: "Recipe", stage: str) -> "Recipe":
+    """The recipe with another phase at the end of Stage ``b`` or ``c``, a copy of the last one."""
+    name = f"stage_{stage}"
+    config = getattr(recipe, name)
+    phases = (*config.phases, phases_of(config)[-1])
+    return dataclasses.replace(recipe, **{name: dataclasses.replace(config, phases=phases)})
 
 
 _SHORT_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
@@ -432,7 +451,7 @@ class Recipe:
                     )
         if self.prepared_images:
             for config in (self.stage_b, self.stage_c):
-                if any(phase.max_ratio > 1 for phase in config.phases):
+                if any(phase.max_ratio > 1 for phase in phases_of(config)):
                     raise UserError("prepared_images holds squares alone; give 0, or max_ratio=1")
 
     def _check_crop(self) -> None:
@@ -470,13 +489,17 @@ with ``acceleration``, ``sharding`` and the number of processes, to rounding. ``
 only places: what is in them has a fingerprint."""
 
 
+_ADDED = {"stage_b.max_ratio": 1.0, "stage_c.max_ratio": 1.0}
+"""Fields that runs of earlier versions lack, with what they did."""
+
+
 def differing_fields(stored: dict, given: dict, prefix: str = "") -> list[str]:
     """The fields in which two resolved recipes differ, with both values if short; not ``FREE_FIELDS``."""
     names = []
     for key in sorted(stored.keys() | given.keys()):
         if not prefix and key in FREE_FIELDS:
             continue
-        a, b = stored.get(key), given.get(key)
+        a, b = stored.get(key, _ADDED.get(f"{prefix}{key}")), given.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             names += differing_fields(a, b, f"{prefix}{key}.")
         elif a != b:
