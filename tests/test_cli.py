@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.distributed.run import get_args_parser
 
 from wuerstchen.cli import main
@@ -300,16 +301,15 @@ def test_a_picture_without_a_prompt_is_varied(run, tmp_path):
 
 
 def test_adapters_are_named_with_their_scale(run, tmp_path):
-    from safetensors.torch import save_file
-
     layer = "prior.blocks.2.attention.to_q"
     shapes = {f"{layer}.lora_A.weight": (2, 16), f"{layer}.lora_B.weight": (16, 2)}
     save_file({key: torch.randn(shape) for key, shape in shapes.items()}, tmp_path / "style.safetensors")
     pictures = []
     for adapters in ([], ["style.safetensors"], ["style.safetensors:0.5"], ["style.safetensors:0"]):
         options = [option for adapter in adapters for option in ("--lora", adapter)]
-        code, out, _ = run("generate", "a cat", *options)
+        code, out, err = run("generate", "a cat", *options)
         assert code == 0
+        assert ("Scale 1 is assumed" in err) == bool(adapters)
         assert read_settings(out.strip()).get("lora") == (adapters[0] if adapters else None)
         pictures.append(Image.open(out.strip()).tobytes())
     plain, one, half, none = pictures
@@ -322,6 +322,28 @@ def test_adapters_are_named_with_their_scale(run, tmp_path):
         code, _, err = run("generate", "a cat", "--lora", adapter)
         assert code == 2
         assert message in err
+
+
+def test_a_folder_of_peft_is_an_adapter(run, tmp_path, model_folder):
+    """It says its own strength, alpha 16 of rank 4, which a scale comes on top of."""
+    import peft
+
+    from wuerstchen.pipeline import load
+
+    network = load(model_folder, device="cpu").cascade.prior
+    config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    peft.get_peft_model(network, config).save_pretrained(str(tmp_path / "style"))
+    tensors = load_file(tmp_path / "style" / "adapter_model.safetensors")
+    save_file({k: t * 4 if "lora_B" in k else t for k, t in tensors.items()}, tmp_path / "same.safetensors")
+    pictures = []
+    for adapter in ("style", "same.safetensors", "style:0.25", "same.safetensors:0.25"):
+        code, out, err = run("generate", "a cat", "--lora", adapter)
+        assert code == 0, err
+        assert ("Scale 1 is assumed" in err) == adapter.startswith("same")
+        pictures.append(Image.open(out.strip()).tobytes())
+    assert pictures[0] == pictures[1]
+    assert pictures[2] == pictures[3]
+    assert pictures[0] != pictures[2]
 
 
 def test_convert_writes_a_model_that_draws(run, tmp_path, model_folder, write_published):

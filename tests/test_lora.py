@@ -34,6 +34,9 @@ from wuerstchen.models.prior import Prior, PriorConfig
 from wuerstchen.models.text import TextEncoder
 from wuerstchen.pipeline import BUNDLED
 
+# Most files here leave alpha out, as diffusers does.
+pytestmark = pytest.mark.filterwarnings("ignore::wuerstchen.lora.AssumedScaleWarning")
+
 SMALL = PriorConfig(c_in=4, c=32, c_cond=24, c_r=16, depth=2, nhead=4, dropout=0.1)
 QUERY = "blocks.2.attention.to_q"
 ATTENTION = [f"blocks.{i}.attention.{name}" for i in (2, 5) for name in ("to_q", "to_k", "to_v", "to_out.0")]
@@ -368,6 +371,13 @@ def damaged(change: dict[str, object]) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in (adapter() | change).items() if tensor is not None}
 
 
+def pair(layer: str, width: int, out: int, kernel: int = 0, rank: int = 4) -> dict[str, object]:
+    """A and B for a layer, with a kernel for a convolution."""
+    sides, ones = ((kernel, kernel), (1, 1)) if kernel else ((), ())
+    a, b = torch.ones(rank, width, *sides), torch.ones(out, rank, *ones)
+    return {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}
+
+
 A, B = f"{QUERY}.lora_A.weight", f"{QUERY}.lora_B.weight"
 
 
@@ -375,7 +385,7 @@ A, B = f"{QUERY}.lora_A.weight", f"{QUERY}.lora_B.weight"
     ("change", "message"),
     [
         ({B: None}, "lacks its A or its B"),
-        ({f"{QUERY}.alpha": torch.tensor(1.0), A: None, B: None}, "lacks its A or its B"),
+        ({f"{QUERY}.alpha": torch.tensor(1), A: None, B: None}, "lacks its A or its B"),
         (
             {A: torch.ones(3, 32)},
             r"has A and B of \(3, 32\) and \(32, 4\), where \(rank, 32\) and \(32, rank\)",
@@ -391,13 +401,18 @@ A, B = f"{QUERY}.lora_A.weight", f"{QUERY}.lora_B.weight"
         ({A: torch.ones(4, 32).to_sparse()}, "is no tensor of floating numbers"),
         ({f"prior.{A}": torch.ones(4, 32)}, "has A twice"),
         ({"lora_unet_blocks_2_attention_to_q.lora_down.weight": torch.ones(4, 32)}, "is in it twice"),
-        ({"blocks.8.attention.to_q.lora_A.weight": torch.ones(4, 32)}, "is no linear layer of Prior"),
-        ({"projection.lora_A.weight": torch.ones(4, 4)}, "'projection' is no linear layer of Prior"),
-        ({"blocks.2.attention.lora_A.weight": torch.ones(4, 32)}, "is no linear layer of Prior"),
+        (pair("blocks.8.attention.to_q", 32, 32), "is no linear layer and no convolution of Prior"),
+        (pair("blocks.2.attention", 32, 32), "is no linear layer and no convolution of Prior"),
+        (pair("projection", 4, 32), r"has A and B of \(4, 4\) and \(32, 4\), where \(rank, 4, 1, 1\)"),
+        (pair("projection", 5, 32, 1), r"where \(rank, 4, 1, 1\) and \(32, rank, 1, 1\) fit"),
+        (pair("blocks.0.depthwise", 32, 32, 1), r"where \(rank, 32, 3, 3\) and \(32, rank, 1, 1\) fit"),
+        (pair("blocks.0.depthwise", 32, 2, 3), r"and \(2, 4, 1, 1\)"),
         ({f"{QUERY}.lora_magnitude_vector": torch.ones(32)}, "is no weight of a plain LoRA"),
         ({f"{QUERY}.lora_B.bias": torch.ones(32)}, "is no weight of a plain LoRA"),
         ({f"{QUERY}.hada_w1_a": torch.ones(32)}, "is no weight of a plain LoRA"),
         ({f"{QUERY}.alpha": torch.tensor([1.0, 2.0])}, "alpha of .* is None"),
+        ({f"{QUERY}.alpha": torch.tensor(float("inf"))}, "alpha of .* is inf"),
+        ({f"{QUERY}.alpha": torch.tensor(True)}, "alpha of .* is True"),
         (
             {"text_encoder.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 32)},
             "give text_encoder",
@@ -416,7 +431,7 @@ def test_what_does_not_fit_changes_nothing(prior, change, message):
 
 def test_a_misfit_in_the_text_encoder_leaves_the_prior_alone(prior):
     text = {"text_encoder.encoder.layers.9.self_attn.q_proj.lora_A.weight": torch.ones(4, 24)}
-    with pytest.raises(CheckpointError, match="is no linear layer of CLIPTextModel"):
+    with pytest.raises(CheckpointError, match="is no linear layer and no convolution of CLIPTextModel"):
         load_lora(prior, adapter() | text, text_encoder=small_clip())
     assert lora_names(prior) == []
 
@@ -476,10 +491,21 @@ def test_pickled_code_in_a_torch_file_is_not_run(prior, tmp_path, capsys):
         ("{", "is no JSON object"),
         ("[" * 100_000, "is no JSON object"),
         ('{"prior.lora_alpha": NaN}', "alpha of .* is nan"),
-        ('{"prior.lora_alpha": 1' + "0" * 400 + "}", "alpha of"),
+        ('{"prior.lora_alpha": 1' + "0" * 400 + "}", "a whole number of 401 digits"),
+        ('{"prior.lora_alpha": 4, "prior.x": ' + "[" * 900 + "]" * 900 + "}", "is nested"),
         ('{"prior.lora_alpha": "4"}', "alpha of .* is '4'"),
         ('{"prior.lora_alpha": true}', "alpha of .* is True"),
         ('{"prior.alpha_pattern": [1]}', "alpha_pattern is no object"),
+        ('{"prior.r": 8, "prior.lora_alpha": 8}', "says rank 8 for .*, whose tensors are of rank 4"),
+        ('{"prior.rank_pattern": {"to_q": 2}}', "says rank 2 for '.*to_q'"),
+        ('{"prior.alpha_pattern": {"(": 2}}', "is no regular expression"),
+        ('{"prior.alpha_pattern": {"(?R)": 2}}', "is no regular expression"),
+        ('{"prior.alpha_pattern": {"(a+)+": 2}}', "repeats a group"),
+        ('{"prior.alpha_pattern": {"' + "((((a{999}){999}){999}){999})" + '": 2}}', "repeats a group"),
+        ('{"prior.alpha_pattern": {"' + "a" * 1001 + '": 2}}', "more than 1000 characters"),
+        ('{"prior.use_dora": true, "prior.lora_alpha": 4}', "describes DoRA"),
+        ('{"prior.peft_type": "LOHA"}', "describes 'LOHA'"),
+        ('{"prior.init_lora_weights": "pissa_niter_4"}', "which changes the model's own weights"),
     ],
 )
 def test_damaged_metadata(prior, tmp_path, metadata, message):

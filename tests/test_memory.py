@@ -226,10 +226,17 @@ def prior_call(randomise) -> tuple[nn.Module, Callable[[], Tensor]]:
 
 def prior_with_lora_call(randomise) -> tuple[nn.Module, Callable[[], Tensor]]:
     prior, call = prior_call(randomise)
-    name = "blocks.5.attention.to_k"
-    load_lora(
-        prior, {f"{name}.lora_A.weight": torch.randn(2, 16), f"{name}.lora_B.weight": torch.randn(16, 2)}
-    )
+    ones = (1, 1)
+    shapes = {  # a linear layer, and one convolution of each kind
+        "blocks.5.attention.to_k": ((2, 16), (16, 2)),
+        "blocks.0.depthwise": ((2, 16, 3, 3), (1, 2, *ones)),
+        "projection": ((2, 4, *ones), (16, 2, *ones)),
+        "out.1": ((2, 16, *ones), (8, 2, *ones)),
+    }
+    tensors = {f"{name}.alpha": torch.tensor(1) for name in shapes}
+    for name, (a, b) in shapes.items():
+        tensors |= {f"{name}.lora_A.weight": torch.randn(a), f"{name}.lora_B.weight": torch.randn(b)}
+    load_lora(prior, tensors)
     return prior, call
 
 

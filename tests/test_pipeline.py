@@ -399,6 +399,7 @@ def test_adapters_mix_and_come_off_again(model_folder, model, tmp_path):
         draw = torch.Generator().manual_seed(seed)
         shapes = {"lora_A": (4, 16), "lora_B": (16, 4)}
         tensors = {f"{layer}.{k}.weight": torch.randn(s, generator=draw) for k, s in shapes.items()}
+        tensors[f"{layer}.alpha"] = torch.tensor(4)
         save_file(tensors, tmp_path / f"{name}.safetensors")
     adapted = wuerstchen.load(model_folder, device="cpu")
     plain = pixels(adapted.generate("a cat"))

@@ -1,51 +1,43 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) for Stage C and the text encoder: load, mix, fuse, take out.
 
 An adapter adds (alpha / rank) · B A to the matrix of a linear layer, with A of shape (rank, in) and B of
-shape (out, rank). Files are of the kind that diffusers writes; the layers come from ``peft``, which
-``pip install "wuerstchen[lora]"`` brings. Text keys and values that ``Prior.context`` computed before a
-change belong to the old weights: compute them again.
+shape (out, rank). For a convolution, A is a convolution to ``rank`` channels, with the layer's kernel, and B
+one of kernel 1 to the layer's channels. Files are read by ``checkpoints.adapters``; the layers come from
+``peft``, which ``pip install "wuerstchen[lora]"`` brings. Text keys and values that ``Prior.context``
+computed before a change belong to the old weights: compute them again.
 """
 
-import json
-import math
+import contextlib
 import re
-import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from wuerstchen.checkpoints.native import write_tensors
-from wuerstchen.checkpoints.weights import read_tensors_of
-from wuerstchen.errors import CheckpointError, UserError
+from wuerstchen.checkpoints.adapters import METADATA as METADATA
+from wuerstchen.checkpoints.adapters import WEIGHT_NAME as WEIGHT_NAME
+from wuerstchen.checkpoints.adapters import AdapterConfig, LayerTensors, is_finite_number, read_adapter
+from wuerstchen.checkpoints.adapters import save_lora as save_lora
+from wuerstchen.errors import CheckpointError, UserError, UserNotice, shown
 
-WEIGHT_NAME = "pytorch_lora_weights.safetensors"
-OLD_WEIGHT_NAME = "pytorch_lora_weights.bin"
-METADATA = "lora_adapter_metadata"
-"""Where diffusers keeps an adapter's configuration in the header of a safetensors file, as JSON."""
 
-_TEXT_PREFIXES = ("text_encoder.", "lora_prior_te_", "lora_te_")
-_PRIOR_PREFIXES = ("prior.", "unet.", "lora_prior_unet_", "lora_unet_")
-_ENDING = re.compile(
-    r"(?:\.lora_(?P<letter>[AB])(?:\.default)?\.weight"
-    r"|(?:\.lora\.|_lora\.|\.lora_linear_layer\.|\.lora_)(?P<way>down|up)\.weight"
-    r"|(?:_lora|\.lora)?\.(?P<alpha>alpha))$"
-)
+class AssumedScaleWarning(UserNotice):
+    """A file does not say how strong its adapter is; the message says what was assumed."""
 
 
 @dataclass(frozen=True)
 class _Update:
-    """What an adapter adds to one linear layer."""
+    """What an adapter adds to one layer."""
 
     a: Tensor
     b: Tensor
     alpha: float
+    assumed: bool
+    """Whether alpha is the rank because nothing says it."""
 
     @property
     def rank(self) -> int:
@@ -62,30 +54,29 @@ def load_lora(
 ) -> None:
     """Adds an adapter and makes it the only active one, at weight 1. Its weights are frozen.
 
-    ``source`` is a file, a folder with ``pytorch_lora_weights.safetensors`` or ``weight_name``, or the
-    tensors themselves. Keys may be diffusers' (``prior.blocks.2.attention.to_q.lora_A.weight``), those of its
-    older versions (``….lora.down.weight``, ``….processor.to_q_lora.down.weight``) or kohya's
+    ``source`` is a file, a folder that diffusers or peft wrote (``pytorch_lora_weights.safetensors``,
+    ``adapter_model.safetensors``) or with ``weight_name``, or the tensors themselves. Keys may be diffusers'
+    (``prior.blocks.2.attention.to_q.lora_A.weight``), those of its older versions (``….lora.down.weight``,
+    ``….processor.to_q_lora.down.weight``), peft's, or kohya's and OneTrainer's
     (``lora_prior_unet_blocks_2_attention_to_q.lora_down.weight`` with ``.alpha``). The rank follows from the
-    shapes; alpha from ``.alpha`` keys or the file's metadata, and equals the rank where neither tells.
+    shapes; alpha from ``.alpha`` keys, the file's metadata, or peft's ``adapter_config.json`` beside it.
+    Where none tells, it equals the rank, and an ``AssumedScaleWarning`` says so.
 
     Raises ``CheckpointError`` if the file is damaged or anything in it does not fit; nothing is changed then.
     Raises ``UserError`` for a name that is taken, while an adapter is fused, and if ``peft`` is missing.
     """
-    tensors, metadata, where = _read(source, weight_name)
+    file = read_adapter(source, weight_name)
     _check_new_name(prior, adapter_name)
     if text_encoder is not None:
         _check_new_name(text_encoder, adapter_name)
-    for_prior, for_text = _sorted_by_network(tensors, where)
-    if for_text and text_encoder is None:
+    if file.text and text_encoder is None:
         raise CheckpointError(
-            f"{where} is wrong here because it adapts the text encoder too ({next(iter(for_text))!r}); "
+            f"{file.where} is wrong here because it adapts the text encoder too ({next(iter(file.text))!r}); "
             "give text_encoder"
         )
-    plans = [(prior, _plan(prior, for_prior, _part_of(metadata, "prior."), where))]
+    plans = [(prior, _plan(prior, file.prior, file.prior_config, file.where))]
     if text_encoder is not None:
-        plans.append(
-            (text_encoder, _plan(text_encoder, for_text, _part_of(metadata, "text_encoder."), where))
-        )
+        plans.append((text_encoder, _plan(text_encoder, file.text, file.text_config, file.where)))
     done: list[nn.Module] = []
     try:
         for module, updates in plans:
@@ -96,6 +87,7 @@ def load_lora(
         for module in done:
             _remove(module, [adapter_name])
         raise
+    _say_what_was_assumed([update for _, updates in plans for update in updates.values()], file.where)
 
 
 def lora_names(module: nn.Module) -> list[str]:
@@ -147,7 +139,8 @@ def fuse_lora(
     """Adds the active adapters, or ``names``, times ``scale`` to the weights: no cost while drawing.
 
     While anything is fused, adapters that are not do not act. ``safe`` refuses a result that is not finite.
-    Raises ``UserError`` for unknown or fused names and a scale that is not finite; nothing is changed then.
+    Raises ``UserError`` for unknown or fused names, a scale that is not finite, and adapters on convolutions
+    with groups, whose weights cannot hold them; nothing is changed then.
     """
     _check_scale(f"scale {scale!r}", scale)
     names = active_loras(module) if names is None else [names] if isinstance(names, str) else list(names)
@@ -159,6 +152,7 @@ def fuse_lora(
         if name in fused:
             raise UserError(f"adapter {name!r} is fused already; call unfuse_lora first")
     layers = [(layer, name) for _, layer in _layers(module) for name in names if name in layer.lora_A]
+    _check_fusible(module, names)
     if safe:
         _check_finite_sum(layers, scale)
     for layer, name in layers:
@@ -199,197 +193,119 @@ def unload_lora(module: nn.Module) -> None:
         del module.peft_config
 
 
-def save_lora(
-    folder: Path | str,
-    layers: Mapping[str, Tensor],
-    *,
-    text_encoder_layers: Mapping[str, Tensor] | None = None,
-    weight_name: str = WEIGHT_NAME,
-) -> Path:
-    """Writes an adapter as diffusers does, for ``load_lora`` and for diffusers. Returns the file.
-
-    ``layers`` are those of the prior without a prefix, as peft names them
-    (``blocks.2.attention.to_q.lora_A.weight``); alpha is taken to equal the rank. Raises ``UserError`` for
-    other keys, ``CheckpointError`` if the folder cannot be written.
-    """
-    named = {f"prior.{key}": tensor for key, tensor in layers.items()}
-    named |= {f"text_encoder.{key}": tensor for key, tensor in (text_encoder_layers or {}).items()}
-    if not named:
-        raise UserError("no layers were given, so there is no adapter to save; give at least one")
-    for key in named:
-        if not re.search(r"[^.]\.lora_[AB]\.weight$", key):
-            raise UserError(f"layer {key!r} cannot be saved: keys end in .lora_A.weight or .lora_B.weight")
-    path = Path(folder) / weight_name
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder} cannot be written ({error.strerror}); choose another folder"
-        ) from error
-    write_tensors(named, path, {"format": 1, "kind": "lora"})
-    return path
-
-
-def _read(
-    source: Path | str | Mapping[str, Tensor], weight_name: str | None
-) -> tuple[dict[str, Tensor], dict[str, Any], str]:
-    """The tensors, the metadata, and what messages call the source."""
-    if isinstance(source, Mapping):
-        tensors, metadata, where = dict(source), {}, "the adapter"
-    else:
-        path = _file_in(Path(source), weight_name)
-        tensors, metadata, where = read_tensors_of(path), _read_metadata(path), str(path)
-    for key, tensor in tensors.items():
-        usable = isinstance(tensor, Tensor) and tensor.layout is torch.strided and not tensor.is_meta
-        if not isinstance(key, str) or not usable or not tensor.is_floating_point():
-            raise CheckpointError(
-                f"{where} is wrong because {key!r} is no tensor of floating numbers; get it again"
-            )
-        if not tensor.isfinite().all():
-            raise CheckpointError(f"{where} is wrong because {key!r} is not finite; get it again")
-    if not tensors:
-        raise CheckpointError(f"{where} is wrong because it is empty; get it again")
-    return tensors, metadata, where
-
-
-def _file_in(path: Path, weight_name: str | None) -> Path:
-    if not path.is_dir():
-        if not path.is_file():
-            raise CheckpointError(
-                f"{path} is wrong because there is no such file or folder; download the adapter first"
-            )
-        return path
-    names = [WEIGHT_NAME, OLD_WEIGHT_NAME] if weight_name is None else [weight_name]
-    for name in names:
-        if (path / name).is_file():
-            return path / name
-    raise CheckpointError(f"{path} holds no {names[0]}; name the file with weight_name")
-
-
-def _read_metadata(path: Path) -> dict[str, Any]:
-    if path.suffix != ".safetensors":
-        return {}
-    with safe_open(path, framework="pt") as file:  # which has been read once, so it is whole
-        text = (file.metadata() or {}).get(METADATA)
-    if text is None:
-        return {}
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is wrong because its {METADATA} is no JSON object; get it again")
-    return content
-
-
-def _part_of(metadata: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """One network's part; an adapter saved from the network alone has no prefixes, and is the prior's."""
-    part = {key.removeprefix(prefix): v for key, v in metadata.items() if key.startswith(prefix)}
-    bare = prefix == "prior." and not any("." in key for key in metadata)
-    return metadata if bare else part
-
-
-def _sorted_by_network(
-    tensors: dict[str, Tensor], where: str
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]:
-    """For the prior and the text encoder: by layer, its ``A``, ``B`` and ``alpha``."""
-    for_prior: dict[str, dict[str, Tensor]] = {}
-    for_text: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        found = _ENDING.search(key)
-        if found is None:
-            raise CheckpointError(
-                f"{where} is wrong because {key!r} is no weight of a plain LoRA; other adapters are not read"
-            )
-        kind = found["letter"] or found["alpha"] or {"down": "A", "up": "B"}[found["way"]]
-        layer = key[: found.start()].removeprefix("base_model.model.")
-        layers, prefixes = for_prior, _PRIOR_PREFIXES
-        if layer.startswith(_TEXT_PREFIXES):
-            layers, prefixes = for_text, _TEXT_PREFIXES
-        prefix = next((p for p in prefixes if layer.startswith(p)), "")
-        layer = layer.removeprefix(prefix).replace(".processor.", ".")
-        weights = layers.setdefault(layer, {})
-        if kind in weights:
-            raise CheckpointError(f"{where} is wrong because {layer!r} has {kind} twice; get it again")
-        weights[kind] = tensor
-    return for_prior, for_text
-
-
 def _plan(
-    module: nn.Module, found: dict[str, dict[str, Tensor]], metadata: dict[str, Any], where: str
+    module: nn.Module, found: Mapping[str, LayerTensors], config: AdapterConfig | None, where: str
 ) -> dict[str, _Update]:
     """What to add to which layer of ``module``. Raises ``CheckpointError`` unless everything fits."""
-    linears = _linears(module)
+    layers = _adaptable(module)
+    by_name = _Names(layers)
     updates: dict[str, _Update] = {}
-    for layer, weights in found.items():
-        name = _find(layer, linears)
+    for layer, tensors in found.items():
+        name = by_name.find(layer)
         if name is None:
             raise CheckpointError(
-                f"{where} is wrong because {layer!r} is no linear layer of {type(module).__name__}; "
-                "give an adapter that was trained for this model"
+                f"{where} is wrong because {shown(layer)} is no linear layer and no convolution of "
+                f"{type(module).__name__}; give an adapter that was trained for this model"
             )
         if name in updates:
             raise CheckpointError(f"{where} is wrong because {name!r} is in it twice; get it again")
-        a, b = weights.get("A"), weights.get("B")
-        if a is None or b is None:
-            raise CheckpointError(f"{where} is wrong because {layer!r} lacks its A or its B; get it again")
-        shapes = (tuple(a.shape), tuple(b.shape))
-        rank = a.shape[0] if a.ndim else 0
-        wanted = ((rank, linears[name].in_features), (linears[name].out_features, rank))
-        if rank < 1 or shapes != wanted:
-            raise CheckpointError(
-                f"{where} is wrong because {layer!r} has A and B of {shapes[0]} and {shapes[1]}, where "
-                f"(rank, {wanted[0][1]}) and ({wanted[1][0]}, rank) fit; "
-                "give an adapter that was trained for this model"
-            )
-        alpha = _alpha(layer, rank, weights.get("alpha"), metadata, where)
-        updates[name] = _Update(a=a, b=b, alpha=alpha)
+        a, b = _fitted(layers[name], tensors, layer, where)
+        rank, alpha = a.shape[0], tensors.alpha
+        if alpha is None and config is not None:
+            alpha = config.alpha([layer, name], rank)
+        updates[name] = _Update(a, b, float(rank) if alpha is None else alpha, assumed=alpha is None)
     return updates
 
 
-def _linears(module: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers by name, those that carry adapters already under the name they had before."""
+def _fitted(target: nn.Module, tensors: LayerTensors, layer: str, where: str) -> tuple[Tensor, Tensor]:
+    """A and B for a layer, as peft holds them. Raises ``CheckpointError`` if their shapes are others."""
+    a, b = tensors.a, tensors.b
+    if a is None or b is None:
+        raise CheckpointError(f"{where} is wrong because {shown(layer)} lacks its A or its B; get it again")
+    rank = a.shape[0] if a.ndim else 0
+    wanted_a: tuple[int, ...]
+    wanted_b: tuple[int, ...]
+    if isinstance(target, nn.Conv2d):
+        groups, ones, out = target.groups, (1, 1), target.out_channels
+        wanted_a, wanted_b = (rank, target.in_channels, *target.kernel_size), (out, rank, *ones)
+        if rank and groups > 1 and a.shape == wanted_a:
+            if groups == out and b.shape == (1, rank, *ones):
+                # OneTrainer's for depthwise convolutions: one channel, which is added to all.
+                b = b.expand(wanted_b).contiguous()
+            elif rank % groups == 0 and b.shape == (out, rank // groups, *ones):
+                b = _ungrouped(b, groups)  # peft's
+    else:
+        assert isinstance(target, nn.Linear)
+        wanted_a, wanted_b = (rank, target.in_features), (target.out_features, rank)
+    if rank < 1 or a.shape != wanted_a or b.shape != wanted_b:
+        shapes = [", ".join(["rank", *map(str, wanted_a[1:])]), ", ".join([str(wanted_b[0]), "rank"])]
+        shapes[1] += "".join(f", {size}" for size in wanted_b[2:])
+        raise CheckpointError(
+            f"{where} is wrong because {shown(layer)} has A and B of {tuple(a.shape)} and {tuple(b.shape)}, "
+            f"where ({shapes[0]}) and ({shapes[1]}) fit; give an adapter that was trained for this model"
+        )
+    return a, b
+
+
+def _ungrouped(b: Tensor, groups: int) -> Tensor:
+    """The weights of a convolution without groups, (out, rank, 1, 1), that does what one with groups does."""
+    out, width = b.shape[:2]
+    whole = b.new_zeros(out, width * groups, 1, 1)
+    for group in range(groups):
+        rows = slice(group * out // groups, (group + 1) * out // groups)
+        whole[rows, group * width : (group + 1) * width] = b[rows]
+    return whole
+
+
+def _say_what_was_assumed(updates: Sequence[_Update], where: str) -> None:
+    assumed = sum(update.assumed for update in updates)
+    if assumed:
+        which = "" if assumed == len(updates) else f" for {assumed} of its {len(updates)} layers"
+        warnings.warn(
+            f"{where} does not say its alpha{which}: neither an .alpha tensor, nor its header, nor an "
+            "adapter_config.json does. Scale 1 is assumed there, as if alpha were the rank. If it was "
+            "trained with another alpha, load it with a scale of alpha / rank",
+            AssumedScaleWarning,
+            stacklevel=3,
+        )
+
+
+def _adaptable(module: nn.Module) -> dict[str, nn.Module]:
+    """Linear layers and convolutions by name, those that carry adapters under the name they had before."""
     wrapped = dict(_layers(module))
     inside = tuple(f"{name}." for name in wrapped)
     return {
         name: plain
         for name, layer in module.named_modules()
-        if isinstance(plain := layer.base_layer if name in wrapped else layer, nn.Linear)
+        if isinstance(plain := layer.base_layer if name in wrapped else layer, nn.Linear | nn.Conv2d)
         and not name.startswith(inside)
     }
 
 
-def _find(layer: str, linears: Mapping[str, nn.Linear]) -> str | None:
-    """The name in the network of a layer in a file."""
-    # transformers 5 dropped `text_model.`; `TextEncoder` keeps the text model under `model.`; diffusers once
-    # named the output layer `to_out`; and kohya's names have an underscore for every dot.
+class _Names:
+    """The layers of a network by what files call them."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = set(names)
+        # kohya's names have an underscore for every dot.
+        self.flat = {name.replace(".", "_"): name for name in names}
+
+    def find(self, layer: str) -> str | None:
+        """The name in the network of a layer in a file."""
+        # `TextEncoder` keeps the text model under `model.`.
+        for spelling in (s for plain in _spellings(layer) for s in (plain, f"model.{plain}")):
+            if spelling in self.names:
+                return spelling
+        bare = layer.removeprefix("text_model_")
+        joined = (layer, bare, f"model_{layer}", f"model_{bare}")
+        return next((self.flat[name] for name in joined if name in self.flat), None)
+
+
+def _spellings(layer: str) -> tuple[str, ...]:
+    """What a layer may be called in the network: transformers 5 dropped ``text_model.``, and diffusers once
+    named the output layer ``to_out``."""
     bare = layer.removeprefix("text_model.")
-    spellings = [layer, bare, f"text_model.{bare}", f"{layer}.0"]
-    for name in (*spellings, *(f"model.{spelling}" for spelling in spellings)):
-        if name in linears:
-            return name
-    flat = {name.replace(".", "_"): name for name in linears}
-    bare = layer.removeprefix("text_model_")
-    return next((flat[n] for n in (layer, bare, f"model_{layer}", f"model_{bare}") if n in flat), None)
-
-
-def _alpha(layer: str, rank: int, stored: Tensor | None, metadata: dict[str, Any], where: str) -> float:
-    """The alpha that goes with plain alpha / rank."""
-    if stored is not None:
-        value: Any = stored.item() if stored.numel() == 1 else None
-    else:
-        value = metadata.get("lora_alpha", rank)
-        pattern = metadata.get("alpha_pattern") or {}
-        if not isinstance(pattern, dict):
-            raise CheckpointError(f"{where} is wrong because its alpha_pattern is no object; get it again")
-        for key, special in pattern.items():
-            # peft reads these as regular expressions; what files hold are names, whole or their ends.
-            if f".{layer}".endswith("." + key.removeprefix("^")):
-                value = special
-    if not _is_finite(value):
-        raise CheckpointError(f"{where} is wrong because alpha of {layer!r} is {value!r}; get it again")
-    # Rank-stabilised adapters (arXiv 2312.03732) divide by the root of the rank.
-    return value * math.sqrt(rank) if stored is None and metadata.get("use_rslora") is True else float(value)
+    return layer, bare, f"text_model.{bare}", f"{layer}.0"
 
 
 def _inject(module: nn.Module, updates: dict[str, _Update], adapter_name: str) -> None:
@@ -407,8 +323,9 @@ def _inject(module: nn.Module, updates: dict[str, _Update], adapter_name: str) -
         inference_mode=True,
         init_lora_weights=False,
     )
+    targets = _adaptable(module)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _without_groups([targets[name] for name in updates]):
         warnings.simplefilter("ignore")  # about adapters that are there already
         peft.inject_adapter_in_model(config, module, adapter_name, low_cpu_mem_usage=True)
     for parameter in trained:
@@ -422,6 +339,23 @@ def _inject(module: nn.Module, updates: dict[str, _Update], adapter_name: str) -
         layers[name].train(module.training)
     enable_lora(module, True)
     set_lora(module, [adapter_name], [1.0])
+
+
+@contextlib.contextmanager
+def _without_groups(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Lets peft take grouped convolutions for plain ones: A and B are convolutions without groups.
+
+    peft would give B the groups of the layer, for which the rank would have to be a multiple of them: 1536,
+    where Stage C has 1536 depthwise channels.
+    """
+    grouped = {layer: layer.groups for layer in layers if isinstance(layer, nn.Conv2d)}
+    try:
+        for layer in grouped:
+            layer.groups = 1
+        yield
+    finally:
+        for layer, groups in grouped.items():
+            layer.groups = groups
 
 
 def _remove(module: nn.Module, names: Sequence[str]) -> None:
@@ -502,15 +436,19 @@ def _check_not_fused(module: nn.Module) -> None:
         )
 
 
+def _check_fusible(module: nn.Module, names: Sequence[str]) -> None:
+    for path, layer in _layers(module):
+        for name in names:
+            if name in layer.lora_A and getattr(layer.base_layer, "groups", 1) > 1:
+                raise UserError(
+                    f"adapter {name!r} acts on {path!r}, a convolution with groups, whose weights "
+                    "cannot hold it; leave it unfused: it draws the same images"
+                )
+
+
 def _check_scale(what: str, value: object) -> None:
-    if not _is_finite(value):
+    if not is_finite_number(value):
         raise UserError(f"{what} must be a finite number; 1 is as trained")
-
-
-def _is_finite(value: object) -> bool:
-    # Integers in JSON may be larger than any float.
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and abs(value) <= sys.float_info.max
 
 
 def _check_finite_sum(layers: Sequence[tuple[Any, str]], scale: float | int) -> None:

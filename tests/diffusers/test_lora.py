@@ -7,6 +7,9 @@ from diffusers import WuerstchenPriorPipeline as TheirPriorPipeline
 from wuerstchen.diffusers import WuerstchenCombinedPipeline, WuerstchenPriorPipeline
 from wuerstchen.errors import UserError
 
+# diffusers leaves alpha out.
+pytestmark = pytest.mark.filterwarnings("ignore::wuerstchen.lora.AssumedScaleWarning")
+
 RANK = 2
 
 

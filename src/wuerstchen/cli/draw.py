@@ -43,7 +43,11 @@ def add_generate(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     generate.add_argument("--strength", type=float, help="how much of it may change, above 0 to 1 (0.7)")
     generate.add_argument(
-        "--lora", action="append", default=[], metavar="FILE[:SCALE]", help="adapter for Stage C; repeatable"
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="adapter (LoRA) for Stage C: a file, or a folder that diffusers or peft wrote; repeatable",
     )
     generate.add_argument("--grid", action="store_true", help="one picture with all of them, a row a prompt")
     add_drawing_options(generate)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from wuerstchen import lora
+from wuerstchen.checkpoints.adapters import wanted_files
 from wuerstchen.checkpoints.hub import local_folder
 from wuerstchen.errors import UserError
 
@@ -37,14 +38,13 @@ class LoraMethods:
         """
         source = pretrained_model_name_or_path_or_dict
         if isinstance(source, str | Path):
-            names = [lora.WEIGHT_NAME, lora.OLD_WEIGHT_NAME] if weight_name is None else [weight_name]
             source = local_folder(
                 source,
                 revision=revision,
                 cache_dir=cache_dir,
                 local_files_only=local_files_only,
                 token=token,
-                only=[name if subfolder is None else f"{subfolder}/{name}" for name in names],
+                only=wanted_files(weight_name, subfolder),
             )
             source = source / (subfolder or "")
         networks = self._lora_networks()

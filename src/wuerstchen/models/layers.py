@@ -36,13 +36,15 @@ def convolve(conv: nn.Module, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h
     return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-def pointwise(conv: nn.Conv2d, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c2"]:
+def pointwise(conv: nn.Module, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c2"]:
     """A 1×1 convolution as the linear layer it is."""
+    if type(conv) is not nn.Conv2d:  # an adapter has replaced it
+        return convolve(conv, x)
     return F.linear(x, conv.weight.flatten(1), conv.bias)
 
 
 def exact_output(
-    conv: nn.Conv2d, x: Float[Tensor, "b h w c"], dtype: torch.dtype
+    conv: nn.Module, x: Float[Tensor, "b h w c"], dtype: torch.dtype
 ) -> Float[Tensor, "b c2 h w"]:
     """A model's last layer, layer norm and 1×1 convolution, in at least fp32 whatever surrounds it.
 
@@ -50,6 +52,10 @@ def exact_output(
     """
     exact = torch.promote_types(dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
+        if type(conv) is not nn.Conv2d:  # an adapter has replaced it
+            weights = {name: weight.to(exact) for name, weight in conv.named_parameters()}
+            inner = layer_norm(x.to(exact)).permute(0, 3, 1, 2)
+            return torch.func.functional_call(conv, weights, (inner,))
         bias = None if conv.bias is None else conv.bias.to(exact)
         return F.linear(layer_norm(x.to(exact)), conv.weight.flatten(1).to(exact), bias).permute(0, 3, 1, 2)
 
