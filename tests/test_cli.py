@@ -14,8 +14,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.distributed.run import get_args_parser
 
+from wuerstchen import doctor
+from wuerstchen.checkpoints.hub import BUNDLED, local_folder
 from wuerstchen.cli import main
 from wuerstchen.images import MADE_BY_A_MODEL, read_settings
+from wuerstchen.pipeline import Wuerstchen
 
 
 @pytest.fixture
@@ -266,6 +269,71 @@ def test_help_shows_examples(capsys):
     assert 'wuerstchen generate "a 3D render of a purple camel' in capsys.readouterr().out
 
 
+WARNED = {
+    "not quoted": (["a", "cat"], "2 prompts were given, several of one word: 'a cat'"),
+    "not quoted, several times": (["a", "cat", "--count", "2"], "4 images in all"),
+    "empty": ([""], "the prompt is empty"),
+    "blank": (["  "], "the prompt is empty"),
+    "another script": (
+        ["你好"],
+        "text encoder: '你好'. The image may have nothing to do",
+    ),
+    "letters": (["the asdfgh qwertz"], "no word of the prompt is in the vocabulary"),
+    "emoji": (["🚀"], "no word of the prompt is in the vocabulary"),
+}
+
+
+@pytest.mark.parametrize("name", WARNED)
+def test_prompts_that_can_hardly_be_meant_are_drawn_with_a_warning(run, name):
+    arguments, message = WARNED[name]
+    code, out, err = run("generate", *arguments, "--prior-steps", "1", "--decoder-steps", "1")
+    assert code == 0
+    assert out
+    assert err.count("Warning: ") == 1
+    assert message in err
+
+
+@pytest.mark.parametrize("arguments", [["a cat", "dog"], ["a cat", "a dog"], ["T-Rex"], ["UFO"], ["世"]])
+def test_prompts_that_may_be_meant_are_drawn_without(run, arguments):
+    code, _, err = run("generate", *arguments, "--prior-steps", "1", "--decoder-steps", "1")
+    assert code == 0
+    assert "Warning" not in err
+
+
+def test_variations_of_an_image_need_no_prompt(run, tmp_path):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "photo.png")
+    _, _, err = run("generate", "--init", "photo.png", "--prior-steps", "1", "--decoder-steps", "1")
+    assert "Warning" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "low_memory", "prompts"),
+    [
+        (["--low-memory", "a cat"], "stage", ["a cat"]),
+        (["--low-mem", "a cat"], "stage", ["a cat"]),
+        (["--low-memory", "layer", "a cat"], "layer", ["a cat"]),
+        (["--low-memory=layer", "a cat"], "layer", ["a cat"]),
+        (["--low-memory", "--seed", "3", "a cat"], "stage", ["a cat"]),
+        (["a cat", "--low-memory"], "stage", ["a cat"]),
+        (["--", "--low-memory", "a cat"], None, ["--low-memory", "a cat"]),
+    ],
+)
+def test_low_memory_takes_no_prompt_for_its_value(monkeypatch, arguments, low_memory, prompts):
+    seen = []
+    monkeypatch.setattr("wuerstchen.cli.draw._generate", lambda options: seen.append(options) or 0)
+    assert main(["generate", *arguments]) == 0
+    assert (seen[0].low_memory, seen[0].prompts) == (low_memory, prompts)
+
+
+def test_the_bundled_model_goes_by_its_name(run, tmp_path):
+    code, _, err = run("generate", "a cat", "--model", "bundled", "--prior-steps", "1", model=False)
+    assert (code, err.count("Error")) == (0, 0)
+    assert read_settings(tmp_path / "a-cat-0.png")["model"] == "bundled"
+    assert local_folder("bundled") == BUNDLED
+    (tmp_path / "bundled").mkdir()
+    assert local_folder("bundled") == Path("bundled")  # what lies here comes first
+
+
 @pytest.mark.parametrize("command", [["reconstruct"], ["generate", "a cat", "--init"]])
 def test_the_image_that_is_read_is_never_replaced(run, tmp_path, command):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "photo.png")
@@ -275,8 +343,8 @@ def test_the_image_that_is_read_is_never_replaced(run, tmp_path, command):
         code, _, err = run(*command, "photo.png", "--out", name)
         assert (code, err) == (
             2,
-            f"Error: out names the image that is read: {name}. It would be replaced. Give --out another name, "
-            "or a folder\n",
+            f"Error: out names the image that is read: {name}. It would be replaced. "
+            "Give --out another name, or a folder\n",
         )
     assert (tmp_path / "photo.png").read_bytes() == before
 
@@ -373,9 +441,27 @@ def test_the_doctor_draws_and_tells(run, tmp_path, model_folder):
     assert f"{checksum}" in out
     assert re.search(r"torch \d+\.\d+", out)
     assert [size_of(f"report/doctor-{seed}.png") for seed in range(3)] == [(128, 128)] * 3
+    assert out.splitlines()[-1].startswith("verdict: the model works here")
+    assert run("doctor", "--model", model_folder, "--out", "report")[0] == 0
+    assert len(list((tmp_path / "report").iterdir())) == 6  # the first three are still there
     code, out, err = run("doctor", "--model", "nobody/nothing", "--revision", "main")
     assert code == 2
     assert re.search(r"Error: 'nobody/nothing' is no folder here, and the hub gives none[^\n]+\n$", err)
+
+
+def test_the_doctor_knows_what_the_bundled_model_draws(run, monkeypatch):
+    """It also fails here when the bundled model is replaced: then the recorded images are to be as well."""
+    monkeypatch.setattr(doctor, "BUNDLED_PROMPTS", doctor.BUNDLED_PROMPTS[:1])
+    code, out, err = run("doctor")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-1] == (
+        "verdict: the model in the package works here, and draws what it draws elsewhere"
+    )
+    monkeypatch.setattr(doctor, "BUNDLED_IMAGES", doctor.BUNDLED_IMAGES[1:])
+    monkeypatch.setattr(Wuerstchen, "generate", lambda *_, **__: [Image.open("doctor/doctor-0.png")])
+    code, out, err = run("doctor", "--model", "bundled")
+    assert code == 2
+    assert "doctor-0-2.png is not the image that this model draws elsewhere" in err
 
 
 def test_the_doctor_passes_over_what_only_looks_like_weights(run, tmp_path, model_folder):
@@ -403,8 +489,6 @@ def test_what_the_system_refuses_is_one_line(run, model_folder, monkeypatch):
 
 def test_the_doctor_sees_a_model_that_overflows(run, model_folder, monkeypatch):
     """A picture of one colour is a failure, whatever else went well."""
-    from wuerstchen.pipeline import Wuerstchen
-
     monkeypatch.setattr(Wuerstchen, "generate", lambda *_, **__: [Image.new("RGB", (64, 64), "grey")])
     code, _, err = run("doctor", "--model", model_folder)
     assert code == 2

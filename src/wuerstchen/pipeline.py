@@ -22,6 +22,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
+from wuerstchen.checkpoints.hub import BUNDLED
 from wuerstchen.checkpoints.layouts import Sources, read_model
 from wuerstchen.diffusion.samplers import (
     OnStep,
@@ -50,7 +51,6 @@ from wuerstchen.models.prior import Prior
 from wuerstchen.models.text import TextEncoder, TextStates
 from wuerstchen.watching import Watch, Watching
 
-BUNDLED = Path(__file__).parent / "bundled"
 MAX_SEED = 2**32 - 1  # a CPU generator keeps 32 bits: larger seeds would repeat the noise of smaller ones
 MAX_STEPS = 1000
 

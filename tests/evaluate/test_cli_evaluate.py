@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from wuerstchen.cli import main
+from wuerstchen.errors import UserError
 
 
 @pytest.fixture
@@ -29,7 +30,9 @@ def test_evaluate_writes_a_report(run, model_folder, emoji_set, use_simple_judge
     )
     assert code == 0, err
     assert "2 entries and 0 photographs: 4 pictures to draw from text, 2 to take through the map" in err
-    assert out.startswith("targets on val")
+    assert out.startswith("list (b), val, 2 entries")
+    assert "only the first 2" in out
+    assert "targets" not in out
     assert re.search(r"^found/report\.json\nfound/report\.html\n\Z", out, re.MULTILINE)
     content = json.loads((tmp_path / "found" / "report.json").read_text())
     assert list(content["lists"]) == ["b"]
@@ -47,7 +50,30 @@ def test_photographs_alone_need_no_data_set(run, model_folder, tmp_path):
     assert (tmp_path / "evaluation" / "report.html").is_file()
 
 
+def test_a_model_is_judged_by_targets_where_asked_or_where_they_are_its_own(
+    run, model_folder, monkeypatch, tmp_path
+):
+    asked = []
+
+    def evaluate(*_, against_targets, **__):
+        asked.append(against_targets)
+        raise UserError("enough")
+
+    monkeypatch.setattr("wuerstchen.evaluate.report.evaluate", evaluate)
+    monkeypatch.setattr("wuerstchen.pipeline.load", lambda *_, **__: None)
+    for arguments in (
+        [model_folder],
+        [model_folder, "--targets"],
+        [],
+        ["bundled"],
+        ["bundled", "--limit", 8],
+    ):
+        assert run(*arguments)[2] == "Error: enough\n"
+    assert asked == [False, True, True, True, False]
+
+
 BAD_CALLS = {
+    "targets of a few": (["--limit", "8", "--targets"], "targets cannot be judged on 8 entries"),
     "no data set": ([], "data/emoji/index.jsonl cannot be read"),
     "how to make it": (["--data", "here"], "make the data set with `wuerstchen data emoji here`"),
     "no model": (["nowhere"], "'nowhere' does not exist"),

@@ -29,7 +29,14 @@ def found(small_model, emoji_set, use_simple_judges) -> Iterator[Report]:
     with pytest.MonkeyPatch.context() as patch:
         use_simple_judges(patch)
         yield evaluate(
-            small_model, emoji_set, limit=LIMIT, before=small_model, batch_size=3, shown=2, sampling=SAMPLING
+            small_model,
+            emoji_set,
+            limit=LIMIT,
+            before=small_model,
+            batch_size=3,
+            shown=2,
+            sampling=SAMPLING,
+            against_targets=True,
         )
 
 
@@ -115,7 +122,8 @@ def test_one_row_on_one_split_is_enough_for_a_sweep(
         announce=said.append,
     )
     assert list(report.lists["a"].measured) == ["real", "c_b_a"]
-    assert list(report.lists["a"].scores) == list(report.targets) == ["val"]
+    assert list(report.lists["a"].scores) == ["val"]
+    assert report.targets == {}  # they are another model's
     for column, score in report.lists["a"].scores["val"]["c_b_a"].items():
         assert score.value == pytest.approx(found.lists["a"].scores["val"]["c_b_a"][column].value, abs=1e-2)
     assert said[0].startswith("8 entries and 0 photographs: 8 pictures to draw from text, 0 to take through")
@@ -226,8 +234,12 @@ def test_the_page_stands_alone_and_escapes_prompts(found, model_folder):
 
 
 def test_summary_says_what_is_reached(found):
-    lines = summary(found).splitlines()
-    assert lines[0].startswith("targets on test")
+    scores, _, targets = summary(found).partition("targets on test")
+    assert re.search(r"list \(a\), val, 4 entries +recall_1 +recall_5 +style", scores)
+    psnr = found.lists["b"].scores["test"]["stage_a"]["psnr"].value
+    assert re.search(rf"Stage A, unquantised [^\n]* {psnr:.3f} ", scores)
+    assert "only the first 4 of each list and split: a quick look" in scores
+    lines = targets.splitlines()
     assert len(lines) == 10
     assert re.search(r"\(b\) Stage A, unquantised: PSNR in dB +\d+\.\d{3} +≥ 30\.000 +short", lines[1])
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from wuerstchen.errors import CheckpointError
 
+BUNDLED = Path(__file__).parents[1] / "bundled"
+"""The model in the package, also called "bundled", as images drawn by it say."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DESCRIPTIONS = ["*.json", "*.txt", "*.md"]
 # What the original repository calls the v2 files; its v1 files have to be fetched by name.
@@ -28,15 +30,18 @@ def local_folder(
 ) -> Path:
     """The folder of a model: ``name_or_path`` itself if it exists, else a copy from the hub.
 
-    A name like ``warp-ai/wuerstchen`` is fetched into the hub's cache, or found there: with
-    ``local_files_only`` or ``HF_HUB_OFFLINE=1`` nothing else is tried. Of each network one file format is
-    fetched, safetensors where there are; ``only`` are patterns of the files that are wanted.
+    ``bundled`` is the model in the package. A name like ``warp-ai/wuerstchen`` is fetched into the hub's
+    cache, or found there: with ``local_files_only`` or ``HF_HUB_OFFLINE=1`` nothing else is tried. Of each
+    network one file format is fetched, safetensors where there are; ``only`` are patterns of the files that
+    are wanted.
     Raises ``CheckpointError`` if it is neither a path nor a name that can be had.
     """
     path = Path(name_or_path)
     if os.path.exists(path):  # Path.exists raises for a name that is too long
         return path
     name = str(name_or_path)
+    if name == BUNDLED.name:
+        return BUNDLED
     if not HUB_NAME.fullmatch(name) or ".." in name:
         raise CheckpointError(
             f"{name[:200]!r} does not exist, and is no name on the hub; give a folder, a file, or OWNER/NAME"

@@ -18,7 +18,7 @@ from wuerstchen.cli.data import add_data
 from wuerstchen.cli.draw import add_generate, add_reconstruct
 from wuerstchen.cli.evaluate import add_evaluate
 from wuerstchen.cli.models import add_average, add_convert, add_doctor
-from wuerstchen.cli.options import Parser
+from wuerstchen.cli.options import Parser, with_values
 from wuerstchen.cli.serve import add_serve
 from wuerstchen.cli.train import add_report, add_train
 from wuerstchen.errors import UserError, UserNotice
@@ -76,7 +76,8 @@ class _WarningPrinter:
 
 def _run(arguments: Sequence[str] | None) -> int:
     try:
-        known, others = make_parser().parse_known_args(arguments)
+        given = sys.argv[1:] if arguments is None else arguments
+        known, others = make_parser().parse_known_args(with_values(given))
         if others and not known.takes_overrides:
             command = " ".join([known.command, *([known.kind] if "kind" in known else [])])
             raise UserError(

@@ -2,10 +2,13 @@
 
 import argparse
 import contextlib
+import itertools
 import math
+import operator
 import re
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +20,14 @@ from wuerstchen.cli.options import (
     loaded,
     sampling_of,
 )
-from wuerstchen.errors import UserError
+from wuerstchen.errors import UserError, UserNotice
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from wuerstchen.pipeline import Progress
+    from wuerstchen.pipeline import Progress, Wuerstchen
 
+_SHORT = 20  # characters of a word; longer ones are no part of a sentence
 BATCH_SIZE = 8  # pictures drawn at a time
 MAX_GRID = 400  # pictures that a grid may hold
 
@@ -97,7 +101,9 @@ def _generate(options: argparse.Namespace) -> int:
     from wuerstchen.pipeline import check_seed
 
     check_seed(options.seed, total)
+    _warn_of_words(options.prompts, options.count)
     model = loaded(options)
+    _warn_of_meaning(model, options.prompts, init is not None)
     for path, scale in adapters:
         model.load_lora(path, scale)
     settings = {"model": options.model or "bundled", "negative": options.negative}
@@ -137,6 +143,41 @@ def _generate(options: argparse.Namespace) -> int:
         print(_save(grid(images, columns=columns), options.out, "grid", shown, drawn_by_a_model=True))
     print(f"{total} picture{'s' * (total != 1)} in {time.monotonic() - began:.1f} s", file=sys.stderr)
     return 0
+
+
+def _warn_of_words(prompts: list[str], count: int) -> None:
+    """Says that several prompts of one word each may be one that was not quoted."""
+    single = [bool(text.strip()) and len(text.split()) == 1 and len(text) <= _SHORT for text in prompts]
+    if any(itertools.starmap(operator.and_, itertools.pairwise(single))):
+        total = len(prompts) * count
+        warnings.warn(
+            f"{len(prompts)} prompts were given, several of one word: {' '.join(prompts)[:100]!r}. Each "
+            f"prompt is drawn by itself, {total} images in all. Put a prompt of several words in quotes: "
+            'wuerstchen generate "a cat"',
+            UserNotice,
+            stacklevel=2,
+        )
+
+
+def _warn_of_meaning(model: "Wuerstchen", prompts: list[str], varies: bool) -> None:
+    """Says which prompts tell the model nothing."""
+    encoder = model.cascade.text_encoder
+    for text in dict.fromkeys(prompts) if encoder is not None else ():
+        if text.strip():
+            if not encoder.is_understood(text):
+                warnings.warn(
+                    "no word of the prompt is in the vocabulary of this model's text encoder: "
+                    f"{text[:100]!r}. The image may have nothing to do with it. Use other words, "
+                    "in the model's language",
+                    UserNotice,
+                    stacklevel=2,
+                )
+        elif not varies:
+            warnings.warn(
+                "the prompt is empty, so the model draws anything. Say what to draw",
+                UserNotice,
+                stacklevel=2,
+            )
 
 
 def _adapter(text: str) -> tuple[Path, float]:

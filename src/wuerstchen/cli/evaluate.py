@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from wuerstchen.cli.options import Parser, add_guidance_options, add_sampling_options, sampling_of
+from wuerstchen.errors import UserError
 
 
 def add_evaluate(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -41,6 +42,11 @@ def add_evaluate(commands: "argparse._SubParsersAction[Parser]") -> None:
     evaluate.add_argument(
         "--out", type=Path, default=Path("evaluation"), help="folder of the report (evaluation)"
     )
+    evaluate.add_argument(
+        "--targets",
+        action="store_true",
+        help="judge by the targets of the model in the package (always done for that model on whole lists)",
+    )
     evaluate.add_argument("--batch-size", type=int, help="pictures drawn at a time (8 on a CPU, 64 on a GPU)")
     add_guidance_options(evaluate)
     add_sampling_options(evaluate)
@@ -56,34 +62,44 @@ def _lists(text: str) -> tuple[str, ...]:
 def _evaluate(options: argparse.Namespace) -> int:
     from wuerstchen.images import check_writable
 
+    if options.targets and options.limit is not None:
+        raise UserError(
+            f"targets cannot be judged on {options.limit} entries: they are for whole lists. "
+            "Leave out --limit or --targets"
+        )
     check_writable(options.out)
     sampling = sampling_of(options)
 
+    from wuerstchen.checkpoints.hub import local_folder
     from wuerstchen.evaluate.page import write_report
     from wuerstchen.evaluate.report import evaluate, summary
     from wuerstchen.pipeline import BUNDLED, load
 
+    folder = local_folder(options.model or BUNDLED)
+    before = None if options.before is None else local_folder(options.before)
+    is_bundled = folder.resolve() == BUNDLED.resolve()
     data = options.data
     if data is None and options.photos is None:
         data = Path("data/emoji")
     report = evaluate(
-        load(options.model, options.device, precision="float32"),
+        load(folder, options.device, precision="float32"),
         data,
         lists=options.lists,
         splits=("val", "test") if options.split == "all" else (options.split,),
         limit=options.limit,
         sampling=sampling,
-        before=None if options.before is None else load(options.before, options.device, precision="float32"),
+        before=None if before is None else load(before, options.device, precision="float32"),
         photos=options.photos,
         batch_size=options.batch_size,
+        against_targets=options.targets or (is_bundled and options.limit is None),
         announce=lambda line: print(line, file=sys.stderr),
     )
     written = write_report(
         report,
         options.out,
-        model=options.model or BUNDLED,
-        before=options.before,
-        name=str(options.model or "the model in the package"),
+        model=folder,
+        before=before,
+        name="the model in the package" if is_bundled else str(options.model),
     )
     print(summary(report))
     for path in written:

@@ -1,6 +1,8 @@
 """Options that several commands share, and what they say."""
 
 import argparse
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -10,6 +12,23 @@ if TYPE_CHECKING:
     from wuerstchen.checkpoints.layouts import Sources
     from wuerstchen.pipeline import Sampling, Wuerstchen
     from wuerstchen.train.cost import Tariff
+
+LOW_MEMORY = ("stage", "layer")
+
+
+def with_values(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the value of ``--low-memory`` spelled out.
+
+    It may stand without one, and argparse would take the next argument for it, as in
+    ``generate --low-memory "a cat"``.
+    """
+    spelled: list[str] = []
+    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
+        if argument == "--":
+            return spelled + list(arguments[len(spelled) :])
+        bare = len(argument) >= len("--low") and "--low-memory".startswith(argument)
+        spelled.append("--low-memory=stage" if bare and following not in LOW_MEMORY else argument)
+    return spelled
 
 
 class Parser(argparse.ArgumentParser):
@@ -79,8 +98,8 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
         "--low-memory",
         nargs="?",
         const="stage",
-        choices=("stage", "layer"),
-        help="keep one network at a time on the GPU, or one layer; write it last",
+        choices=LOW_MEMORY,
+        help="keep one network at a time on the GPU, or one layer",
     )
 
 

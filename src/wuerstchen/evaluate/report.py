@@ -6,7 +6,7 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from wuerstchen.evaluate.judges import load_judges
 from wuerstchen.evaluate.lists import LISTS, SPLITS, ListName, RealPictures, Split, select
 from wuerstchen.evaluate.metrics import Score, mean, psnr, ssim
 from wuerstchen.evaluate.scoring import (
+    COLUMNS,
     FEATURES,
     LITE0,
     ROWS,
@@ -114,15 +115,17 @@ def evaluate(
     batch_size: int | None = None,
     shown: int = SHOWN_ENTRIES,
     first_seed: int = 0,
+    against_targets: bool = False,
     announce: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Scores ``model`` on the lists with the emoji set in ``data``, and on the photographs in ``photos``.
 
     Either may be None, not both. ``rows`` are all that the model and ``before`` allow; ``limit`` takes the
     first entries of each list and split only, and the first photographs. ``batch_size`` is 8 on a CPU and 64
-    elsewhere. ``first_seed`` is added to all seeds. ``announce`` gets a line that says what it will cost.
-    Raises ``DataError`` for a set that is not built or a folder without photographs, and ``UserError`` for
-    rows that the model cannot draw.
+    elsewhere. ``first_seed`` is added to all seeds. ``against_targets`` judges the scores by the targets of
+    the model in the package; they are meant for that model and for whole lists. ``announce`` gets a line that
+    says what it will cost. Raises ``DataError`` for a set that is not built or a folder without
+    photographs, and ``UserError`` for rows that the model cannot draw.
     """
     artist = Artist(model=model, sampling=sampling or Sampling(), before=before, first_seed=first_seed)
     settings = model.settings_of(artist.sampling)
@@ -194,7 +197,7 @@ def evaluate(
         targets={
             split: targets({name: result.scores.get(split, {}) for name, result in results.items()})
             for split in splits
-            if results
+            if results and against_targets
         },
         photos=photo_result,
     )
@@ -320,8 +323,13 @@ def _photo_files(root: Path) -> list[Path]:
 
 
 def summary(report: Report) -> str:
-    """The targets as a table of plain text, those on test if it was scored, and how photographs fare."""
-    lines = []
+    """The scores as tables of plain text, with the targets on test, or else val, if the model was judged by
+    them, and how photographs fare."""
+    lines = [line for name, result in report.lists.items() for line in _score_table(name, result)]
+    if report.settings["limit"] is not None and report.lists:
+        lines.append(
+            f"only the first {report.settings['limit']} of each list and split: a quick look, no result"
+        )
     for split in ("test", "val"):
         if split in report.targets:
             lines.append(f"{'targets on ' + split:55}{'measured':>10}  limit")
@@ -336,6 +344,17 @@ def summary(report: Report) -> str:
             numbers = f"PSNR {scores['psnr'].value:.2f} dB, SSIM {scores['ssim'].value:.3f}"
             lines.append(f"{len(report.photos.names)} photographs, {ROWS[row]}: {numbers}")
     return "\n".join(lines)
+
+
+def _score_table(name: ListName, result: ListResult) -> Iterator[str]:
+    """A list's scores, a line a row, for each split."""
+    for split, scores in result.scores.items():
+        columns = [column for column in COLUMNS if any(column in row for row in scores.values())]
+        n = sum(entry.split == split for entry in result.entries)
+        yield f"{f'list ({name}), {split}, {n} entries':34}" + "".join(f"{c:>13}" for c in columns)
+        for row, values in scores.items():
+            numbers = (values[c].value if c in values else None for c in columns)
+            yield f"{ROWS[row]:34}" + "".join(f"{number_text(value):>13}" for value in numbers)
 
 
 def number_text(value: float | None) -> str:

@@ -1,6 +1,7 @@
 """Prompts to token states: a frozen ``transformers`` text model and its tokenizer."""
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,6 +17,29 @@ from wuerstchen.errors import UserError, UserNotice
 
 if TYPE_CHECKING:
     from transformers import BertModel, CLIPTextModel, PreTrainedTokenizerBase
+
+
+_SMALL_WORDS = frozenset(
+    (
+        "a",
+        "an",
+        "and",
+        "as",
+        "at",
+        "by",
+        "for",
+        "from",
+        "in",
+        "is",
+        "it",
+        "of",
+        "on",
+        "or",
+        "the",
+        "to",
+        "with",
+    )
+)
 
 
 class PromptTooLongWarning(UserNotice):
@@ -115,6 +139,24 @@ class TextEncoder(nn.Module):
         with torch.no_grad():
             states = (run or self.last_states)(ids, mask)
         return TextStates(states=states, mask=mask)
+
+    def is_understood(self, prompt: str) -> bool:
+        """Whether some word of ``prompt`` stands in the tokenizer's vocabulary whole.
+
+        The others are read in pieces or not at all, so a prompt of those alone may draw anything. Words like
+        "the" do not count, and neither do single letters.
+        """
+        encoding = self.tokenizer.encode(prompt, add_special_tokens=False)
+        pieces = Counter(encoding.word_ids)
+        unknown = getattr(self.tokenizer.model, "unk_token", None)
+        known = foreign = False
+        for token, number, place in zip(encoding.tokens, encoding.word_ids, encoding.offsets, strict=True):
+            word = prompt[slice(*place)].lower()
+            if pieces[number] > 1 or token == unknown:
+                foreign = True
+            elif any(letter.isalnum() for letter in word) and word not in _SMALL_WORDS:
+                known = known or len(word) > 1 or not word.isascii()
+        return known or not foreign
 
     def last_states(self, ids: Int[Tensor, "b t"], mask: Bool[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
         """What the model makes of token ids."""
