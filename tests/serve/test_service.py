@@ -81,6 +81,27 @@ def test_a_picture_holds_what_draws_it_again(serve, tmp_path):
     assert again["settings"] == {**job["settings"], "count": 1}
 
 
+def test_a_reconstructions_settings_reconstruct_again(serve):
+    """Prompts, guidance and steps of a stage that it does not use, for which the same request is refused."""
+    running = serve()
+    Image.new("RGB", (96, 64), "red").save(buffer := io.BytesIO(), "PNG")
+    image = base64.b64encode(buffer.getvalue()).decode()
+    job = running.http.post("/v1/jobs", json={"kind": "reconstruct", "image": image, "seed": 7}).json()
+    settings = {"kind": "reconstruct", "width": 64, "height": 64, "seed": 7, "decoder_steps": 4}
+    assert job["settings"] == settings
+    again = running.http.post("/v1/jobs", json={**settings, "image": image})
+    assert (again.status_code, again.json()["settings"]) == (202, settings)
+
+
+def test_the_model_in_the_package_says_what_it_cannot_do(serve):
+    """Photographs come out as blobs: the page says so beside the image, for this model and no other."""
+    note = serve().http.get("/v1/model").json()["image_note"]
+    assert "photograph" in note
+    other = serve(model="another", result_seconds=60.0).http.get("/v1/model").json()
+    assert other["image_note"] is None
+    assert other["limits"]["result_seconds"] == 60.0
+
+
 def test_what_is_left_open_is_drawn_and_told(serve):
     running = serve()
     seeds = {running.draw()["settings"]["seed"] for _ in range(3)}

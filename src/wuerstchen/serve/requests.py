@@ -11,6 +11,12 @@ from wuerstchen.serve.limits import ServeConfig
 from wuerstchen.serve.schemas import MAX_SEED, ImageRequest, JobRequest, Sampler
 from wuerstchen.serve.service import Refused
 
+IMAGE_NOTE = (
+    "This model was trained on emoji. It keeps flat drawings, but a photograph comes out as blobs of its "
+    "colours."
+)
+"""Of the model in the package."""
+
 
 def size_limits(config: ServeConfig, about: dict[str, Any]) -> tuple[int, int]:
     """The longest side and the most pixels that may be asked for."""
@@ -50,10 +56,12 @@ def model_view(config: ServeConfig, about: dict[str, Any]) -> dict[str, Any]:
             "prompt_chars": config.prompt_chars,
             "steps": config.max_steps,
             "upload_bytes": config.upload_bytes,
+            "result_seconds": config.result_seconds,
         },
         "samplers": list(get_args(Sampler)),
         "can": about["can"],
         "examples": about["examples"],
+        "image_note": IMAGE_NOTE if config.model is None else None,
     }
 
 
@@ -197,8 +205,14 @@ def in_openais_words(error: Refused, request: ImageRequest) -> Refused:
 
 
 def settings_of(job: Job) -> dict[str, Any]:
-    """A job's settings in full, under the names of ``POST /v1/jobs``, but for an image."""
+    """A job's settings in full, under the names of ``POST /v1/jobs``, but for an image.
+
+    Of a reconstruction only those that it reads.
+    """
     shape = job.shape
+    if shape.kind == "reconstruct":
+        own = ("width", "height", "decoder_steps")
+        return {"kind": shape.kind, "seed": job.seeds[0], **{name: getattr(shape, name) for name in own}}
     return {
         "kind": shape.kind,
         "prompts": list(job.prompts[:: job.count]),

@@ -166,6 +166,8 @@ class ModelLimits(BaseModel):
     prompt_chars: int
     steps: int
     upload_bytes: int
+    result_seconds: float
+    """For how long a finished image is kept, at most."""
 
 
 class ModelView(BaseModel):
@@ -180,6 +182,8 @@ class ModelView(BaseModel):
     samplers: list[str]
     can: dict[str, bool]
     examples: list[str]
+    image_note: str | None
+    """What to know before giving an image; null where there is nothing to say."""
 
 
 class OpenAIModel(BaseModel):

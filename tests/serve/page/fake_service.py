@@ -104,6 +104,10 @@ class FakeService:
         """What a proxy answers in the service's place: beginning of the path, status and text."""
         self.token: str | None = None
         self.can = {"generate": True, "reconstruct": True, "variation": True, "preview": True}
+        self.image_note: str | None = None
+        self.result_seconds = 3600.0
+        self.hold_answers = False
+        """Whether new jobs are answered only when this is false again."""
         self.drop_streams_after: int | None = None
         """Events after which each stream breaks off."""
         self.jobs: dict[str, Job] = {}
@@ -154,7 +158,15 @@ class FakeService:
                 "common": [[256, 256], [384, 256], [256, 384], [512, 512]],
             },
             "defaults": DEFAULTS,
-            "limits": {"count": 8, "prompt_chars": 500, "steps": 100, "upload_bytes": 1 << 20, "prompts": 8},
+            "limits": {
+                "count": 8,
+                "prompt_chars": 500,
+                "steps": 100,
+                "upload_bytes": 1 << 20,
+                "prompts": 8,
+                "result_seconds": self.result_seconds,
+            },
+            "image_note": self.image_note,
             "samplers": ["ddpm", "dpm"],
             "can": self.can,
             "examples": EXAMPLES,
@@ -202,6 +214,8 @@ class FakeService:
             problem = _problem(body)
             if problem:
                 return _error(400, problem[1], "invalid_request_error", problem[0])
+            while self.hold_answers:
+                await asyncio.sleep(0.01)
             job = Job(len(self.jobs) + 1, body, _resolved(body))
             self.jobs[job.id] = job
             job.tell("queued", position=1)

@@ -206,6 +206,47 @@ def test_a_kept_seed_draws_the_same_again(page):
     assert "seed 7 " not in page.one(".meta").text
 
 
+def test_a_drafts_seed_is_that_of_its_own_drawing(page, fake):
+    """After A and then B, a reload shows B's words with A's seed: what is kept then draws neither."""
+
+    def seed_of_newest() -> str:
+        return page.until(lambda: re.search(r"seed (\d+)", page.one(".meta").text))[1]
+
+    page.draw("a red apple")
+    page.drawn()
+    first = seed_of_newest()
+    assert page.values("prompt", "seed") == ["a red apple", first]
+    page.draw("a green car")
+    second = seed_of_newest()
+    page.until(lambda: page.values("seed") == [second])
+    page.open()
+    assert page.values("prompt", "seed") == ["a green car", second]
+    # Before the service has answered, nobody knows it.
+    fake.hold_answers = True
+    page.draw("a blue hat")
+    page.open()
+    assert page.values("prompt", "seed") == ["a blue hat", ""]
+    # A drawing from a card is not what the form holds.
+    fake.hold_answers = False
+    page.draw("a blue hat")
+    page.drawn()
+    last = page.until(lambda: page.values("seed")[0])
+    page.type("prompt", "something else")
+    page.click(page.button("New seed", ".entry"))
+    page.until(lambda: seed_of_newest() != last)
+    assert page.values("prompt", "seed") == ["something else", last]
+
+
+def test_a_refused_drawing_leaves_the_seed(page, fake):
+    page.expected.append(r"v1/jobs.*429")
+    page.draw("a red apple")
+    page.drawn()
+    (seed,) = page.until(lambda: page.values("seed"))
+    fake.refuse = (429, "the queue is full; try again later", None)
+    page.draw_refused("a red apple")
+    assert page.values("seed") == [seed]
+
+
 def test_progress_is_told_in_words_but_not_every_step(page, fake):
     """A screen reader that reads sixteen steps, or none."""
     page.script(
@@ -1217,6 +1258,189 @@ def test_what_is_no_picture_is_said_beside_it(page, picture):
     assert page.script(DROP, encoded(FOLDER / "app.js"), "broken.png", "image/png", "drop")
     page.until(lambda: "broken.png cannot be read" in page.id("image-error").text)
     assert not page.id("chosen").is_displayed()
+
+
+@pytest.mark.parametrize("bad", ["notes.txt", "broken.png"])
+def test_a_bad_picture_takes_the_place_of_a_good_one(page, fake, picture, bad):
+    """The picture chosen before stays, and is drawn from, beside a message about another one."""
+    page.id("file").send_keys(str(picture))
+    page.one("#chosen")
+    kind = "text/plain" if bad == "notes.txt" else "image/png"
+    page.script(DROP, encoded(FOLDER / "app.js"), bad, kind, "drop")
+    said = page.until(lambda: page.id("image-error").text)
+    assert said.startswith(f"{bad} ")
+    assert said.endswith(". The image chosen before was removed.")
+    assert not page.id("chosen").is_displayed()
+    page.draw("a hill")
+    page.drawn()
+    (job,) = fake.jobs.values()
+    assert "image" not in job.body
+
+
+SLOW_FIRST = """
+const read = window.createImageBitmap;
+let calls = 0;
+window.createImageBitmap = async (file) => {
+  calls += 1;
+  if (calls === 1) await new Promise((resolve) => (window.readOn = resolve));
+  return read(file);
+};
+"""
+
+
+def test_the_picture_chosen_last_counts(page, fake, picture, tmp_path):
+    """A large file that is read slowly and takes the place of the one chosen after it."""
+    Image.new("RGB", (64, 64), "red").save(later := tmp_path / "later.png")
+    page.script(SLOW_FIRST)
+    page.script(DROP, encoded(picture), "given.png", "image/png", "drop")
+    page.script(DROP, encoded(later), "later.png", "image/png", "drop")
+    page.one("#chosen")
+    page.script("readOn()")
+    page.draw("a hill")
+    page.drawn()
+    (job,) = fake.jobs.values()
+    assert job.body["image"] == f"data:image/png;base64,{encoded(later)}"
+
+
+def test_a_drawing_waits_for_its_picture(page, fake, picture):
+    """Sent while the file is still being read: without it, or with the one before."""
+    page.script(SLOW_FIRST)
+    page.type("prompt", "a hill")
+    page.script(DROP, encoded(picture), "given.png", "image/png", "drop")
+    page.click(page.id("draw"))
+    page.script("return new Promise((resolve) => setTimeout(resolve, 200))")
+    assert page.all(".entry") == []
+    page.script("readOn()")
+    page.one(".entry")
+    page.drawn()
+    (job,) = fake.jobs.values()
+    assert job.body["image"] == f"data:image/png;base64,{encoded(picture)}"
+    # One that cannot be read is not left out without a word.
+    page.script(SLOW_FIRST)
+    page.script(DROP, encoded(FOLDER / "app.js"), "broken.png", "image/png", "drop")
+    page.click(page.id("draw"))
+    page.script("readOn()")
+    page.until(lambda: "broken.png cannot be read" in page.id("image-error").text)
+    assert len(page.all(".entry")) == 1
+
+
+def test_beginning_with_a_picture_that_is_gone(page, fake, picture):
+    """An answer that is no picture, in the place of the picture, or the one that was chosen before."""
+    page.expected.append("404")
+    page.draw("a red apple")
+    page.drawn()
+    page.id("file").send_keys(str(picture))
+    page.one("#chosen")
+    page.click(page.one("button.frame"))
+    fake.forget_pictures()
+    page.click(page.button("Begin with it"))
+    page.until(lambda: "no longer there" in page.id("toast").text)
+    assert not page.id("chosen").is_displayed()
+    assert page.id("image-error").text == ""
+
+
+def test_what_a_model_cannot_do_with_pictures_is_said(page, fake, picture):
+    """Blobs for a photograph, without a word about why."""
+    fake.image_note = "A photograph comes out as blobs."
+    page.open()
+    assert not page.id("image-note").is_displayed()
+    page.id("file").send_keys(str(picture))
+    assert page.one("#image-note").text == fake.image_note
+    page.click(page.one("#chosen-modes label:nth-of-type(2)"))
+    assert page.id("image-note").is_displayed()
+    page.click(page.id("chosen-remove"))
+    assert not page.id("image-note").is_displayed()
+
+
+def test_a_reconstruction_tells_only_what_it_read(page, fake, picture):
+    """Steps of a stage that it does not use, and settings that were meant for another drawing."""
+    page.click(page.one("#more summary"))
+    page.type("guidance", "8")
+    page.type("prior_steps", "9")
+    page.type("decoder_steps", "7")
+    page.type("negative", "rain")
+    page.id("file").send_keys(str(picture))
+    page.click(page.one("#chosen-modes label:nth-of-type(2)"))
+    page.draw()
+    page.drawn()
+    assert re.fullmatch(r"256 × 256 · seed \d+ · 7 steps", page.one(".meta").text)
+    page.script("navigator.clipboard.writeText = async text => { window.copied = text; }")
+    page.click(page.button("Copy link", ".entry"))
+    link = page.until(lambda: page.script("return window.copied"))
+    assert set(re.findall(r"[#&](\w+)=", link)) == {"kind", "width", "height", "seed", "decoder_steps"}
+    page.click(page.one("button.frame"))
+    assert [dt.text for dt in page.all("#viewer-settings dt")] == ["Size", "Seed", "Stage B steps"]
+    page.click(page.id("viewer-close"))
+    # What an older page has stored is shown no differently.
+    part = {"id": "x", "state": "done", "total": 1, "images": []}
+    settings = {"kind": "reconstruct", "prior_steps": 29, "decoder_steps": 10, "guidance": 2, "seed": 3}
+    stored = json.dumps([{"parts": [{**part, "settings": settings}]}])
+    page.script("sessionStorage.setItem('wuerstchen.history', arguments[0])", stored)
+    page.open()
+    assert page.one(".meta").text == "seed 3 · 10 steps"
+
+
+def test_what_was_given_is_shown_as_it_was_read(page, picture):
+    """A whole picture beside a reconstruction of its middle."""
+    page.id("file").send_keys(str(picture))
+    page.click(page.one("#chosen-modes label:nth-of-type(2)"))
+    page.draw()
+    page.drawn()
+    given = page.one(".given img")
+    assert page.script("return getComputedStyle(arguments[0]).objectFit", given) == "cover"
+    assert given.rect["width"] == pytest.approx(given.rect["height"], abs=1)
+    page.until(lambda: page.one(".given figcaption").text == "Given, cropped to the square that was read")
+
+
+@pytest.mark.parametrize(
+    ("param", "message", "shown"),
+    [
+        ("prior_steps", "prior_steps 500 is wrong because 100 is the most here; use less",
+         "Stage C steps 500 is wrong because 100 is the most here; use less"),
+        ("guidance", "guidance is wrong: Input should be less than or equal to 100; see /openapi.json",
+         "Guidance is wrong: it should be less than or equal to 100"),
+        ("prompts", "prompts of 1200 characters is wrong because 1000 is the most here; use less",
+         "Prompt of 1200 characters is wrong because 1000 is the most here; use less"),
+        ("prompts.0", "prompts.0 is wrong: Input should be a valid string; see /openapi.json",
+         "Prompt is wrong: it should be a valid string"),
+        ("count", "count 99 is wrong because 16 is the most here; use less",
+         "Number of pictures 99 is wrong because 16 is the most here; use less"),
+        (None, "set prior_steps or decoder_steps lower", "set Stage C steps or Stage B steps lower"),
+    ],
+)  # fmt: skip
+def test_messages_name_fields_as_the_page_does(page, fake, param, message, shown):
+    """``prior_steps`` is a name of the service's; the page has "Stage C steps"."""
+    page.expected.append(r"v1/jobs.*400")
+    fake.refuse = (400, message, param)
+    page.click(page.one("#more summary"))
+    page.type("prompt", "a red apple")
+    page.click(page.id("draw"))
+    page.until(lambda: page.all(".error"))
+    assert {error.text for error in page.all(".error")} == {shown}
+    # Without a field to stand beside, as in a comparison.
+    page.script("document.getElementById('compare').click()")
+    page.click(page.button("Draw both"))
+    page.until(lambda: page.id("form-error").text == shown)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(3600, "1 hour"), (7200, "2 hours"), (900, "15 minutes"), (0.5, "1 second")]
+)
+def test_for_how_long_pictures_are_kept_is_said_as_it_is(page, fake, seconds, words):
+    """A page that promises them until its tab is closed, and a service that removes them."""
+    page.expected.append("404")
+    fake.result_seconds = seconds
+    page.open()
+    assert f"keeps images for up to {words}" in page.id("empty").text
+    page.draw("a red apple")
+    page.drawn()
+    assert page.id("feed-head").text.splitlines()[:2] == [
+        "This session",
+        f"Images are kept for up to {words}",
+    ]
+    fake.forget_pictures()
+    page.open()
+    page.until(lambda: f"kept for up to {words}" in page.one(".frame").text)
 
 
 def test_a_model_that_cannot_read_pictures_takes_none(page, fake, picture):

@@ -1,6 +1,7 @@
 // Talks to the service: errors in its words, tokens, and events that go on after a lost connection.
 
 import { keep, pause, session } from "./dom.js";
+import { inPlainWords } from "./settings.js";
 
 const TOKEN = "wuerstchen.token";
 const ENDS = new Set(["done", "failed", "cancelled"]);
@@ -19,7 +20,7 @@ export function pictureAddress(url) {
   return found ? address(`v1/images/${found[1]}`) : null;
 }
 
-/** The service said no: `message` is its own, `param` the setting that caused it. */
+/** The service said no: `message` is its own in plain words, `param` the setting that caused it. */
 export class Refused extends Error {
   constructor(message, status, param = null) {
     super(message);
@@ -87,7 +88,7 @@ async function errorOf(response) {
   } catch {
     // not the service's own answer
   }
-  if (typeof error?.message === "string") return new Refused(error.message, response.status, error.param ?? null);
+  if (typeof error?.message === "string") return new Refused(inPlainWords(error.message), response.status, error.param ?? null);
   if (response.status >= 502 && response.status <= 504) return new Unreachable();
   if (response.status === 413) return new Refused("This is too large for the service; make it smaller", 413);
   return new Refused(`The service answered ${response.status} without a reason`, response.status);

@@ -6,7 +6,7 @@ import { announce, byId, hide, icon, keep, local, say, sayOrHide } from "./dom.j
 import { EntryView, isOver, pictureOf } from "./entry.js";
 import { Form } from "./form.js";
 import * as history from "./history.js";
-import { fromHash, resolved, toBody, toHash } from "./settings.js";
+import { duration, fromHash, resolved, toBody, toHash, wordOf } from "./settings.js";
 import { Viewer } from "./viewer.js";
 
 const TITLE = document.title;
@@ -45,6 +45,7 @@ async function look() {
     hide(byId("banner"));
     byId("model").textContent = [model.name, model.device].filter((part) => part).join(" · ");
     form.setModel(model);
+    for (const element of document.querySelectorAll(".kept-for")) say(element, actions.kept());
     if (first) begin();
     for (const again of waiting) again();
     waiting.clear();
@@ -249,16 +250,18 @@ function toNewest() {
 }
 
 let sending = false;
-async function submit(settings, original) {
+async function submit(settings, original, { fromForm = false } = {}) {
   if (sending) return; // a double click; the button itself stays as it is, or the focus would be lost
   sending = true;
+  const seedBack = fromForm ? form.hideSeed() : () => {};
   try {
     const drawn = draw([newPart(settings, original)]);
     toNewest();
     const entry = await drawn;
     const { seed } = entry.parts[0].settings;
-    if (seed !== undefined && seed !== null) form.showSeed(seed);
+    if (fromForm && seed !== undefined && seed !== null) form.showSeed(seed);
   } catch (error) {
+    seedBack();
     if (!(error instanceof Refused || error instanceof Unreachable)) throw error;
     form.showError(error.param, error instanceof Unreachable ? "The service does not answer; your settings are kept, try again" : error.message);
   } finally {
@@ -270,6 +273,8 @@ async function submit(settings, original) {
 
 const actions = {
   model: () => model,
+  /** For how long the service keeps images, in words. */
+  kept: () => (Number.isFinite(model?.limits?.result_seconds) ? `up to ${duration(model.limits.result_seconds)}` : "a limited time"),
   canSend: (part) => Boolean(part.live.original) || (part.settings.kind !== "reconstruct" && part.settings.strength === undefined),
   use(part) {
     if (!model) return;
@@ -310,8 +315,11 @@ const actions = {
   },
   update: () => { for (const view of views.values()) view.update(); },
   async begin({ url }) {
+    form.setImage(null);
     try {
-      const blob = await (await fetch(url)).blob();
+      const response = await fetch(url);
+      if (!response.ok) throw new Error(`status ${response.status}`);
+      const blob = await response.blob();
       await form.choose(new File([blob], "picture.png", { type: blob.type }), false);
       byId("form").scrollIntoView({ block: "start" });
     } catch {
@@ -395,14 +403,15 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
   event.stopPropagation();
 }, { capture: true });
-byId("form").addEventListener("submit", (event) => {
+byId("form").addEventListener("submit", async (event) => {
   event.preventDefault();
   if (!model) {
     form.showError(null, "The service does not answer yet; your settings are kept");
     return;
   }
+  if (!(await form.settled())) return; // why stands beside the image
   const settings = form.read();
-  if (settings) submit(settings, form.image);
+  if (settings) submit(settings, form.image, { fromForm: true });
 });
 byId("compare").addEventListener("click", () => {
   if (!model) return;
@@ -443,7 +452,6 @@ document.addEventListener("drop", (event) => {
 
 // ---- links
 
-const WORDS = { prior_steps: "Stage C steps", decoder_steps: "Stage B steps", prior_sampler: "sampler", negative: "negative prompt" };
 function takeLink() {
   const link = fromHash(location.hash, model);
   if (link === null) return;
@@ -455,7 +463,7 @@ function takeLink() {
     form.setImage(null);
     form.write(settings);
   }
-  const refused = link.refused.map((name) => WORDS[name] ?? name).join(", ");
+  const refused = link.refused.map(wordOf).join(", ");
   const parts = [
     Object.keys(settings).length ? "Settings restored from the link" : "The link holds no settings that can be used",
     refused && `not usable here: ${refused}`,

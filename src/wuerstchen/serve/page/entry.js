@@ -160,9 +160,14 @@ class PartView {
     }
     const original = live.original && settings.kind === "reconstruct";
     if (original && !this.original && shown.length) {
-      this.original = make("figure", { class: "picture" },
-        make("div", { class: "frame" }, make("img", { class: "final there", alt: "The picture that was given", src: live.original })),
-        make("figcaption", {}, make("span", {}, "Given")));
+      const words = make("span", {}, "Given");
+      const given = make("img", { class: "final there", alt: "The picture that was given", src: live.original });
+      // The service cuts the middle square out of it, so that is what stands beside the result.
+      given.addEventListener("load", () => {
+        if (given.naturalWidth !== given.naturalHeight) say(words, "Given, cropped to the square that was read");
+      });
+      this.original = make("figure", { class: "picture given" },
+        make("div", { class: "frame" }, given), make("figcaption", {}, words));
       this.pictures.append(this.original);
     }
     for (const index of shown) {
@@ -260,7 +265,8 @@ class Slot {
     this.element.classList.add("gone");
     this.preview?.remove();
     this.final.remove();
-    this.button.replaceChildren(make("span", {}, "No longer there: pictures are kept for an hour. The same settings and seed draw it again."));
+    this.button.replaceChildren(make("span", {}, "No longer there: images are kept for ",
+      make("span", { class: "kept-for" }, this.actions.kept()), ". The same settings and seed draw it again."));
     this.tools.replaceChildren();
     this.actions.update();
   }

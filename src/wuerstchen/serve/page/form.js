@@ -2,7 +2,7 @@
 
 import { byId, icon, keep, make, sayOrHide, session } from "./dom.js";
 import { readPicture, settingsInPng } from "./image.js";
-import { clean, newSeed } from "./settings.js";
+import { clean, newSeed, relevant } from "./settings.js";
 
 const DRAFT = "wuerstchen.draft";
 const PLACE = {
@@ -22,6 +22,8 @@ export class Form {
   model = null;
   image = null;
   #example = 0;
+  #choices = 0; // counts what was chosen or removed: a file that is read slowly must not take the place of a later one
+  #choosing = null;
 
   /** `onFound(settings)`: a picture holds settings; `onExample()`: an example comes in place of the prompt. */
   constructor({ onFound, onExample }) {
@@ -94,6 +96,7 @@ export class Form {
       if ([...field.options].some((option) => option.value === value)) field.value = value;
     }
     byId("start").hidden = !(can.reconstruct || can.variation);
+    if (this.image && byId("start").hidden) this.setImage(null);
     const radios = this.form.querySelectorAll("input[name=mode]");
     for (const radio of radios) radio.closest("label").hidden = !can[radio.value];
     byId("examples").hidden = examples.length === 0;
@@ -121,29 +124,52 @@ export class Form {
     byId("examples").replaceChildren(...chips, ...(examples.length > EXAMPLES ? [more] : []));
   }
 
-  /** Takes a file of the user's; one that wuerstchen saved offers its settings too. */
+  /**
+   * Takes a file of the user's in the place of any before; one that wuerstchen saved offers its settings too. Where
+   * it cannot be used, that is said, and the one before is used no more. Resolves to whether it is used.
+   */
   async choose(file, offers = true) {
-    this.clearError("image");
-    if (!this.model) {
-      this.showError("image", "The service does not answer yet; choose the picture again once it does");
-      return;
-    }
-    const { can } = this.model;
-    if (!can.reconstruct && !can.variation) {
-      this.showError("image", `${file.name} cannot be used: this service takes no pictures`);
-      return;
-    }
+    this.#choices += 1;
+    const choosing = this.#take(file, offers, this.#choices);
+    this.#choosing = choosing;
+    const used = await choosing;
+    if (this.#choosing === choosing) this.#choosing = null;
+    return used;
+  }
+
+  async #take(file, offers, choice) {
+    let image = null;
+    let found = null;
+    let problem = "";
     try {
-      this.setImage(await readPicture(file, this.model));
-      const found = offers && (await settingsInPng(file));
-      if (found) this.onFound(clean(found, this.model).settings);
+      if (!this.model) throw new Error("The service does not answer yet; choose the picture again once it does");
+      const { can } = this.model;
+      if (!can.reconstruct && !can.variation) throw new Error(`${file.name} cannot be used: this service takes no pictures`);
+      image = await readPicture(file, this.model);
+      if (offers) found = await settingsInPng(file);
     } catch (error) {
-      this.showError("image", error.message);
+      problem = error.message;
     }
+    if (choice !== this.#choices) return true; // another one was chosen meanwhile, or this one removed
+    const before = this.image !== null;
+    this.setImage(problem ? null : image);
+    if (problem) this.showError("image", before ? `${problem}. The image chosen before was removed.` : problem);
+    else if (found) this.onFound(clean(found, this.model).settings);
+    return !problem;
+  }
+
+  /** Waits for a file that is still being read. Resolves to false where it turns out that it cannot be used. */
+  async settled() {
+    let usable = true;
+    while (this.#choosing) {
+      usable = await this.#choosing;
+    }
+    return usable;
   }
 
   /** A data URL, or null for none. */
   setImage(image, mode) {
+    this.#choices += 1;
     this.image = image;
     if (image) {
       const { can } = this.model;
@@ -166,6 +192,7 @@ export class Form {
     this.form.querySelector(".drop").hidden = Boolean(this.image);
     byId("file").hidden = Boolean(this.image);
     byId("mode-words").textContent = MODES[mode] ?? "";
+    sayOrHide(byId("image-note"), this.image ? this.model?.image_note : "");
     byId("custom").hidden = byId("size").value !== "custom";
     byId("strength-value").textContent = Number(this.fields.strength.value).toFixed(2);
     byId("draw-words").textContent = { variation: "Draw a variation", reconstruct: "Reconstruct" }[mode] ?? "Draw";
@@ -222,9 +249,10 @@ export class Form {
   read() {
     this.clearErrors();
     const { settings, broken } = this.#raw();
-    for (const name of broken) this.showError(name, "This is no number; use digits alone");
-    if (broken.length) return null;
     const { mode } = this.form.dataset;
+    const seen = broken.filter((name) => name in relevant(settings)); // not those of fields that are hidden now
+    for (const name of seen) this.showError(name, "This is no number; use digits alone");
+    if (seen.length) return null;
     if (mode === "generate" && !settings.prompt.trim()) {
       this.showError("prompt", "There is no prompt yet; say what to draw, or take an example");
       return null;
@@ -235,7 +263,7 @@ export class Form {
     }
     if (this.fields.seeds.value === "new") settings.seed = null;
     if (mode !== "variation") delete settings.strength;
-    return settings;
+    return relevant(settings);
   }
 
   /** Puts settings into the form; those not named go back to the model's own. */
@@ -277,9 +305,22 @@ export class Form {
 
   texts = () => ({ prompt: this.fields.prompt.value, negative: this.fields.negative.value });
 
+  /** Before the service draws a new seed: the last one belongs to another drawing. Gives what brings it back. */
+  hideSeed() {
+    const { seed, seeds } = this.fields;
+    if (seeds.value !== "new") return () => {};
+    const last = seed.value;
+    seed.value = "";
+    this.#changed();
+    return () => this.showSeed(last);
+  }
+
   /** The seed that the service drew. */
-  showSeed(seed) {
-    if (this.fields.seeds.value === "new") this.fields.seed.value = seed;
+  showSeed(value) {
+    const { seed, seeds } = this.fields;
+    if (seeds.value !== "new" && seed.value !== "") return; // the user has chosen one meanwhile
+    seed.value = value;
+    this.#changed();
   }
 
   /** Shows an error beside the field that the service named, or above the button where it named none. */
@@ -287,15 +328,12 @@ export class Form {
     const found = String(param ?? "").split(/[.[\]]+/).find((part) => Object.hasOwn(PLACE, part));
     const name = PLACE[found] ?? "form";
     if (IN_MORE.has(name)) byId("more").open = true;
-    // The service knows a setting by its name, people by its label.
-    const label = this.form.querySelector(`label[for="${CSS.escape(param)}"]`)?.textContent;
-    const text = label && message.startsWith(`${param} `) ? label + message.slice(param.length) : message;
-    sayOrHide(byId(`${name}-error`), text);
+    sayOrHide(byId(`${name}-error`), message);
     const field = name === "image" ? byId("file") : name === "form" ? null : this.fields[name];
     field?.setAttribute("aria-invalid", "true");
     // A message far from the button must be seen; where the field is hidden, the form's own place is.
     if (!field || field.offsetParent === null) {
-      if (name !== "form" && name !== "image") sayOrHide(byId("form-error"), text);
+      if (name !== "form" && name !== "image") sayOrHide(byId("form-error"), message);
       byId(name === "image" ? "image-error" : "form-error").scrollIntoView({ block: "nearest" });
     } else {
       field.focus();

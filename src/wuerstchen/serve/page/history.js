@@ -2,7 +2,7 @@
 
 import { pictureAddress } from "./api.js";
 import { session } from "./dom.js";
-import { clean } from "./settings.js";
+import { clean, relevant } from "./settings.js";
 
 const KEY = "wuerstchen.history";
 const KEPT = 100; // entries
@@ -33,7 +33,7 @@ function part(raw) {
   return {
     id: raw.id,
     state: raw.state,
-    settings: clean(raw.settings, null).settings,
+    settings: relevant(clean(raw.settings, null).settings),
     total: total(raw.total) ?? images.length,
     error: typeof raw.error === "string" ? raw.error : null,
     notices: texts(raw.notices),

@@ -15,6 +15,15 @@ export const NAMES = [
   "decoder_steps", "strength",
 ];
 
+// A reconstruction reads nothing else.
+const OF_RECONSTRUCTION = new Set(["kind", "width", "height", "seed", "decoder_steps"]);
+
+/** Settings without those that their kind of drawing does not read. */
+export function relevant(settings) {
+  if (settings.kind !== "reconstruct") return settings;
+  return Object.fromEntries(Object.entries(settings).filter(([name]) => OF_RECONSTRUCTION.has(name)));
+}
+
 function whole(value, low, high) {
   const number = typeof value === "string" && /^\d{1,10}$/.test(value) ? Number(value) : value;
   return Number.isInteger(number) && number >= low && number <= high ? number : undefined;
@@ -98,7 +107,34 @@ export function resolved(asked, told) {
   if (typeof told !== "object" || told === null) return asked;
   const prompt = Array.isArray(told.prompts) && told.prompts.length ? told.prompts[0] : asked.prompt;
   const { kind, strength } = asked;
-  return { ...asked, ...clean({ ...told, prompt }, null).settings, kind, ...(strength === undefined ? {} : { strength }) };
+  return relevant({ ...asked, ...clean({ ...told, prompt }, null).settings, kind, ...(strength === undefined ? {} : { strength }) });
+}
+
+// The service's names of settings, as they begin its messages, and what people read in their place.
+const IN_MESSAGES = {
+  kind: "Kind", prompt: "Prompt", prompts: "Prompt", negative: "Negative prompt", size: "Size", width: "Width", height: "Height",
+  seed: "Seed", count: "Number of pictures", guidance: "Guidance", prior_sampler: "Sampler", prior_steps: "Stage C steps",
+  decoder_steps: "Stage B steps", strength: "Strength", image: "Image",
+};
+
+/** A setting's name in a sentence. */
+export const wordOf = (name) => (IN_MESSAGES[name] ?? name).replace(/^[A-Z](?!tage)/, (letter) => letter.toLowerCase());
+
+/** A message of the service without the names and advice that are for programs. */
+export function inPlainWords(message) {
+  return message
+    .replace(/^([a-z_]+)(\.\d+)?(?= )/, (whole, name) => (Object.hasOwn(IN_MESSAGES, name) ? IN_MESSAGES[name] : whole))
+    .replace(/\b(prior_steps|prior_sampler|decoder_steps)\b/g, (name) => wordOf(name))
+    .replace(/ is wrong: Input should/, " is wrong: it should")
+    .replace(/; see \/openapi\.json$/, "");
+}
+
+/** A length of time, as in "1 hour". */
+export function duration(seconds) {
+  const [count, unit] = seconds >= 3600 && (seconds % 3600 === 0 || seconds > 10_800)
+    ? [Math.round(seconds / 3600), "hour"]
+    : seconds >= 60 ? [Math.round(seconds / 60), "minute"] : [Math.round(seconds), "second"];
+  return `${count} ${unit}${count === 1 ? "" : "s"}`;
 }
 
 const LABELS = {
