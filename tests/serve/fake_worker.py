@@ -4,6 +4,8 @@ import os
 import signal
 import time
 
+from wuerstchen.serve.heartbeat import Beating
+
 ABOUT = {
     "device": "fake",
     "side": 64,
@@ -17,9 +19,14 @@ ABOUT = {
 PREVIEW = "data:image/webp;base64,UklGRg=="
 
 
-def main(settings, connection):
+def main(settings, pipe):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    connection = Beating(pipe, 0.05)
+    if settings.model == "loads for ever":
+        time.sleep(1000)
+    if settings.model == "stops":
+        os.kill(os.getpid(), signal.SIGSTOP)
     if settings.model == "nowhere":
         connection.send(("unfit", "model 'nowhere' does not exist; give a folder"))
         return

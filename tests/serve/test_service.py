@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import multiprocessing
 import os
 import shutil
 import signal
@@ -245,6 +246,62 @@ def test_a_killed_worker_comes_back_and_only_its_own_jobs_fail(serve):
     assert 'wuerstchen_worker_restarts_total{device="default"} 1.0' in running.http.get("/metrics").text
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="processes cannot be stopped here")
+def test_a_worker_that_hangs_is_not_ready_and_is_replaced(serve, monkeypatch):
+    """A stopped worker: the service was ready for up to 630 s, and took jobs that nobody drew."""
+    monkeypatch.setattr(service_module, "SILENT_SECONDS", 1.0)
+    monkeypatch.setattr(service_module, "DEAD_SECONDS", 4.0)
+    running = serve(max_batch=1)
+    job = running.draw(prompts=["slowly"], prior_steps=100)
+    events = running.events(job)
+    while next(events)[0] != "progress":
+        pass
+    os.kill(running.call(lambda: running.service._workers[0].process.pid), signal.SIGSTOP)
+    status = []
+    deadline = time.monotonic() + 40
+    while status[-2:] != [503, 200]:  # it was not ready, and then it was again
+        assert time.monotonic() < deadline, status
+        now = running.http.get("/readyz").status_code
+        status += [now] if status[-1:] != [now] else []
+        time.sleep(0.02)
+    assert "gave no sign of life and is started again" in running.wait(job)["error"]
+    assert running.wait(running.draw())["state"] == "done"
+
+
+def test_a_service_that_stood_still_does_not_blame_its_workers(serve, monkeypatch):
+    """A laptop that slept: every worker was silent for hours, as far as the service knows."""
+    monkeypatch.setattr(service_module, "SILENT_SECONDS", 0.6)
+    monkeypatch.setattr(service_module, "DEAD_SECONDS", 0.8)
+    running = serve()
+    for _ in range(3):
+        running.call(lambda: time.sleep(1.5))
+        time.sleep(0.3)
+    assert running.wait(running.draw())["state"] == "done"
+    assert "wuerstchen_worker_restarts_total{" not in running.http.get("/metrics").text
+
+
+def test_a_worker_that_cannot_be_started_is_started_later(serve, monkeypatch):
+    """A moment without descriptors or memory, and the worker never came back."""
+    running = serve()
+
+    start, refused = multiprocessing.context.SpawnProcess.start, []
+
+    def no_room_once(process):
+        if not refused:
+            refused.append(process)
+            raise OSError(24, "Too many open files")
+        start(process)
+
+    monkeypatch.setattr(service_module, "RELAUNCH_SECONDS", 0.2)
+    monkeypatch.setattr(multiprocessing.context.SpawnProcess, "start", no_room_once)
+    running.call(lambda: running.service._workers[0].process.kill())
+    deadline = time.monotonic() + 40
+    while not refused or running.http.get("/readyz").status_code != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert running.wait(running.draw())["state"] == "done"
+
+
 def test_a_worker_that_crashes_on_a_job_does_not_take_the_service_along(serve):
     running = serve()
     for _ in range(3):
@@ -347,11 +404,19 @@ def test_what_outlasts_the_grace_time_is_failed(serve):
 
 
 @pytest.mark.parametrize(
-    ("model", "message"), [("nowhere", "does not exist"), ("dies at once", "ended three times")]
+    ("model", "message"),
+    [
+        ("nowhere", "does not exist"),
+        ("dies at once", "ended three times"),
+        ("stops", "ended three times"),
+        ("loads for ever", "takes too long to load: over 2 s"),
+    ],
 )
-def test_a_model_that_cannot_be_loaded_ends_the_start(serve, model, message):
+def test_a_model_that_cannot_be_loaded_ends_the_start(serve, monkeypatch, model, message):
     """A service that waits for ever for a model that is not there."""
-    running = serve(model=model)
+    if model == "stops":
+        monkeypatch.setattr(service_module, "DEAD_LOADING_SECONDS", 1.0)
+    running = serve(model=model, load_timeout=2.0 if model == "loads for ever" else 100.0)
     assert message in running.call(lambda: running.service.failed)
 
 

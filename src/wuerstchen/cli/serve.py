@@ -62,6 +62,9 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     serve.add_argument("--upload-bytes", type=int, metavar="N", help="(8 MiB)")
     serve.add_argument("--upload-timeout", type=float, metavar="S", help="to decode an upload (10)")
+    serve.add_argument(
+        "--load-timeout", type=float, metavar="S", help="to load the model, its download included (1800)"
+    )
     serve.add_argument("--queue-timeout", type=float, metavar="S", help="of a job (600)")
     serve.add_argument("--run-timeout", type=float, metavar="S", help="of a batch (600)")
     serve.add_argument("--grace", type=float, metavar="S", help="to finish what is drawn when stopped (30)")

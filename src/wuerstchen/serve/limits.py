@@ -65,6 +65,8 @@ class ServeConfig:
     """Open at a time; None is 4,096, or what the limit of file descriptors leaves room for."""
     max_connections_per_address: int | None = None
     """None is 512, or half of ``max_connections``. Trusted proxies may have any number."""
+    load_timeout: float = 1800.0
+    """To load the model, its download included."""
     queue_timeout: float = 600.0
     run_timeout: float = 600.0
     """Of one batch."""

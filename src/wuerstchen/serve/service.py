@@ -26,6 +26,7 @@ from PIL import Image
 
 from wuerstchen.errors import UserError
 from wuerstchen.serve import worker as worker_module
+from wuerstchen.serve.heartbeat import ALIVE
 from wuerstchen.serve.jobs import ENDED, Event, FairQueue, Job, Picture, QueueFull, Shape
 from wuerstchen.serve.limits import ServeConfig
 from wuerstchen.serve.metrics import Metrics
@@ -43,6 +44,14 @@ KEPT_JOBS = 2_000
 """Jobs that are remembered after their end, for as long as their pictures are."""
 STOPPING_SECONDS = 30.0
 """A worker that was told to stop and makes no step for so long is ended."""
+SILENT_SECONDS = 10.0
+"""A worker that has given no sign of life for so long is not ready."""
+DEAD_SECONDS = 60.0
+"""A worker that has given no sign of life for so long is ended, and started again."""
+DEAD_LOADING_SECONDS = 300.0
+"""The same while it loads: libraries on a slow disk can hold a process up."""
+RELAUNCH_SECONDS = 5.0
+"""Until a worker that could not be started is tried again."""
 HEARTBEAT = 10.0
 IMAGE_BYTES = 2**30
 """Of the pictures that jobs begin with, together, until they have ended."""
@@ -91,6 +100,11 @@ class _Worker(WorkerProcess):
     """Ends in a row before it was ready."""
     again_at: float | None = None
     """When it is to be started again."""
+    launched: float = 0.0
+    heard: float = 0.0
+    """When it last gave a sign of life."""
+    killed: str | None = None
+    """Why it was ended, if the service did it."""
     about: dict[str, Any] = field(default_factory=dict)
 
 
@@ -182,7 +196,10 @@ class Service:
 
     @property
     def is_ready(self) -> bool:
-        return not self.draining and any(worker.ready for worker in self._workers)
+        return not self.draining and self._ready_workers(time.monotonic()) > 0
+
+    def _ready_workers(self, now: float) -> int:
+        return sum(worker.ready and now - worker.heard < SILENT_SECONDS for worker in self._workers)
 
     def check_open(self) -> dict[str, Any]:
         """The model, or ``Refused`` where no job can be taken now."""
@@ -349,8 +366,11 @@ class Service:
         """A worker said something; None is its end."""
         if life != worker.life:
             return
+        worker.heard = time.monotonic()
         if message is None:
             self._died(worker)
+        elif message == ALIVE:
+            pass
         elif message[0] == "ready":
             self._became_ready(worker, message[1])
         elif message[0] == "unfit":
@@ -471,7 +491,8 @@ class Service:
     # Workers
 
     def _launch(self, worker: _Worker) -> None:
-        worker.ready, worker.batch, worker.again_at = False, None, None
+        worker.ready, worker.batch, worker.again_at, worker.killed = False, None, None, None
+        worker.launched = worker.heard = time.monotonic()
         settings = WorkerSettings(
             model=self.config.model, device=worker.device, precision=self.config.precision
         )
@@ -480,12 +501,15 @@ class Service:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._heard, worker, life, message)
 
-        worker.start(self.worker_main, settings, tell)
+        try:
+            worker.start(self.worker_main, settings, tell)
+        except OSError as error:  # no memory, or no descriptors
+            log.error("worker %s: cannot be started (%s)", worker.name, error.strerror or error)
+            worker.again_at = time.monotonic() + RELAUNCH_SECONDS
 
     def _became_ready(self, worker: _Worker, about: dict[str, Any]) -> None:
         worker.ready, worker.failures, worker.about = True, 0, about
         self.about = self.about or {**about, "name": model_name(self.config.model)}
-        self.metrics.ready.set(sum(one.ready for one in self._workers))
         log.info("worker %s: ready on %s", worker.name, about["device"])
         self.started.set()
         self._pump()
@@ -501,7 +525,6 @@ class Service:
         batch, worker.batch = worker.batch, None
         worker.ready = False
         worker.failures += 1
-        self.metrics.ready.set(sum(one.ready for one in self._workers))
         if self.about is None and self.failed is None and worker.failures == 3:
             self.failed = "the worker ended three times before it had a model; its last words are above"
             self.started.set()
@@ -509,7 +532,8 @@ class Service:
             return
         self.metrics.restarts.labels(worker.name).inc()
         if batch is not None:
-            why = "the worker that drew this job ended before its time and is started again; send it again"
+            happened = worker.killed or "ended before its time"
+            why = f"the worker that drew this job {happened} and is started again; send it again"
             if batch.stopping is not None:
                 why = "this job took too long and was stopped; ask for fewer steps or a smaller picture"
             for job in {picture.job: None for picture in batch.pictures}:
@@ -525,10 +549,15 @@ class Service:
 
     async def _watch(self) -> None:
         """Once in a while: what is late, what is to be started again, what is to be forgotten."""
-        cleared = time.monotonic()
+        looked = cleared = time.monotonic()
         while True:
             await asyncio.sleep(0.25)
             now = time.monotonic()
+            if now - looked > SILENT_SECONDS / 2:
+                # The service itself stood still: what the workers said meanwhile has not been heard yet.
+                for worker in self._workers:
+                    worker.heard += now - looked
+            looked = now
             try:
                 self._look(now)
                 if now - cleared > 10:
@@ -550,10 +579,15 @@ class Service:
             before = next((event.data["position"] for event in job.events if event.name == "queued"), None)
             if job.state == "queued" and place != before:
                 job.emit("queued", {"position": place})
+        self.metrics.ready.set(self._ready_workers(now))
         for worker in self._workers:
             batch = worker.batch
             if worker.again_at is not None and now >= worker.again_at and not self.draining:
                 self._launch(worker)
+            elif worker.process is not None and worker.killed is None and (why := self._hangs(worker, now)):
+                log.error("worker %s: it %s, and is ended", worker.name, why)
+                worker.killed = why
+                worker.kill()  # its end is noticed as any other
             elif batch is not None and batch.stopping is None and now - batch.began > config.run_timeout:
                 message = (
                     f"it was drawn for {config.run_timeout:g} s; ask for fewer steps or a smaller picture"
@@ -568,6 +602,21 @@ class Service:
             assert job.ended is not None
             if now - job.ended > config.result_seconds or number < len(ended) - KEPT_JOBS:
                 del self.jobs[job.id]
+
+    def _hangs(self, worker: _Worker, now: float) -> str | None:
+        """Why a worker is to be ended, if it is."""
+        if now - worker.heard > (DEAD_SECONDS if worker.ready else DEAD_LOADING_SECONDS):
+            return "gave no sign of life"
+        seconds = self.config.load_timeout
+        if worker.ready or now - worker.launched <= seconds:
+            return None
+        if self.about is None and self.failed is None:
+            self.failed = (
+                f"The model takes too long to load: over {seconds:g} s. Look whether its disk or the network "
+                "hangs, or raise --load-timeout."
+            )
+            self.started.set()
+        return f"did not load its model within {seconds:g} s"
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.create_task(work)

@@ -3,7 +3,8 @@
 Messages go through a pipe, as tuples that begin with a word. To the worker: ``draw`` with a ``Batch``,
 ``unwanted`` with a batch's number and places in it. From it: ``ready`` with what the model can, ``unfit``
 with the reason why it cannot be loaded; of a batch, by its number: ``notice``, ``step``, ``preview``,
-``image``, and in the end ``done``, ``stopped`` or ``failed``. The pipe's end is the worker's end.
+``image``, and in the end ``done``, ``stopped`` or ``failed``; and at all times ``alive``. The pipe's end is
+the worker's end.
 
 Importing this loads no torch: the service does it for the messages.
 """
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from wuerstchen.errors import UserError
+from wuerstchen.serve.heartbeat import Beating
 from wuerstchen.serve.jobs import Shape
 
 if TYPE_CHECKING:
@@ -68,8 +70,9 @@ class _Stopped(Exception):
     """Nobody wants the batch any more."""
 
 
-def main(settings: WorkerSettings, connection: Connection) -> None:
+def main(settings: WorkerSettings, pipe: Connection) -> None:
     """Runs until the pipe ends, which it does with the service."""
+    connection = Beating(pipe)
     # The service decides when to stop; a terminal's Ctrl-C reaches all processes.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -91,7 +94,7 @@ def main(settings: WorkerSettings, connection: Connection) -> None:
 
 
 class _Worker:
-    def __init__(self, settings: WorkerSettings, connection: Connection) -> None:
+    def __init__(self, settings: WorkerSettings, connection: Beating) -> None:
         import torch
 
         from wuerstchen.pipeline import Sampling, load
