@@ -53,7 +53,7 @@ def test_a_cpu_says_only_what_is_known(toy_stage):
 
 
 def test_the_share_by_hand(toy_stage, monkeypatch):
-    monkeypatch.setattr("wuerstchen.train.throughput.matrix_rate", lambda device: 1e6)
+    monkeypatch.setattr("wuerstchen.train.throughput.matrix_rate", lambda device, half: 1e6)
     gauge = Gauge(toy_stage(), 0, False, CPU)
     gauge.before_update(*inputs_of())
     share = 100 * 3 * 2 * (48 * 8 + 8 + 2) / 1e6

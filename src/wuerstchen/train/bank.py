@@ -31,7 +31,7 @@ class Bank:
     def __len__(self) -> int:
         return len(self.images)
 
-    def prepare(self, stage: Stage, autocast: bool) -> Inputs:
+    def prepare(self, stage: Stage, autocast: bool, half: torch.dtype = torch.bfloat16) -> Inputs:
         """What ``stage.prepare`` makes of every picture, and the pictures too if the stage reads them."""
         device = self.images.device
         inputs: Inputs = {}
@@ -41,7 +41,7 @@ class Bank:
             rows = slice(start, min(start + _PREPARED, len(self)))
             numbers = torch.arange(rows.start, rows.stop, device="cpu")
             batch = Batch(numbers, self.images[rows], self.captions[rows], [])
-            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            with torch.no_grad(), torch.autocast(device.type, half, enabled=autocast):
                 made = stage.prepare(batch, device)
             for name, tensor in made.items():
                 if name not in inputs:

@@ -270,7 +270,7 @@ def with_phase(recipe: "Recipe", stage: str) -> "Recipe":
     return dataclasses.replace(recipe, **{name: dataclasses.replace(config, phases=phases)})
 
 
-_SHORT_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
+_SHORT_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 StoredTexts = Literal["tokens", "states"]
 StageName = Literal["a", "b", "c"]
 
@@ -322,9 +322,10 @@ class Recipe:
     """How strictly Stage B keeps to the map; 1 is no guidance, as published."""
     decoder_shift: float = 1.0
     """How far Stage B's steps lean towards noise when it draws; 1 is equal steps, as published."""
-    precision: Literal["auto", "fp32", "bf16", "float32", "bfloat16"] = "auto"
-    """bf16 is autocast over fp32 weights; auto takes it on a GPU. float32 and bfloat16 are the same by the
-    names that other commands use."""
+    precision: Literal["auto", "fp32", "bf16", "fp16", "float32", "bfloat16", "float16"] = "auto"
+    """bf16 is autocast over fp32 weights, and so is fp16, with scaled losses. auto takes bf16 on a GPU, or
+    fp16 where it has no bf16. float32, bfloat16 and float16 are the same by the names that other commands
+    use."""
     acceleration: Literal["auto", "none", "compile", "graph"] = "auto"
     """``compile`` compiles the networks' blocks; ``graph`` also records an update once and replays it as a
     CUDA graph, gradients' travel between processes included. auto takes graph on GPUs, compile where networks

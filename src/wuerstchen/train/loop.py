@@ -34,6 +34,7 @@ from wuerstchen.train.parallel import (
     shard,
     share_batch_statistics,
 )
+from wuerstchen.train.precision import LossScale
 from wuerstchen.train.prepared_feed import PreparedFeed
 from wuerstchen.train.saving import Saving
 from wuerstchen.train.stages import Stage, inputs_of
@@ -53,7 +54,9 @@ class Settings:
 
     seed: int
     autocast: bool
-    """bf16 where it is safe, over fp32 weights."""
+    """``half`` where it is safe, over fp32 weights."""
+    half: torch.dtype = torch.bfloat16
+    """What autocast computes in; fp16 scales losses."""
     decays_all_axes: bool = False
     """Whether weight decay is that of earlier versions (``make_optimizer``)."""
     compiles: bool = False
@@ -127,7 +130,7 @@ def run_stage(
             observer.look(state, True, preview=preview, validate=validate)
         if state.images < total:
             step = _step(stage, state, settings, processes)
-            step.gauge = Gauge(stage, step.seed, settings.autocast, device)
+            step.gauge = Gauge(stage, step.seed, settings.autocast, device, settings.half)
             writer = snapshot.Writer(folder / "checkpoints", processes, state.images)
             saving = Saving(
                 writer,
@@ -337,6 +340,9 @@ def _prepare(
             for name, network in stage.networks.items()
         },
     )
+    if settings.autocast and settings.half is torch.float16:
+        for optimizer in state.optimizers.values():
+            optimizer.loss_scale = LossScale(processes.device)
     found = snapshot.newest_of_all(folder, processes)
     if found is not None:
         snapshot.restore(state, *found)
@@ -350,9 +356,10 @@ def _prepare(
 
 def _step(stage: Stage, state: snapshot.TrainingState, settings: Settings, processes: Processes) -> Step:
     """What makes the updates of a stage."""
-    copies = half_copies(stage, state) if settings.records and settings.autocast else {}
+    with_copies = settings.records and settings.autocast and settings.half is torch.bfloat16
+    copies = half_copies(stage, state) if with_copies else {}
     seed = stable_hash(settings.seed, stage.name) >> 1
-    return Step(stage, state, seed, settings.autocast, processes, copies)
+    return Step(stage, state, seed, settings.autocast, processes, copies, settings.half)
 
 
 def _begin(step: Step, settings: Settings, images: int) -> None:
@@ -390,7 +397,7 @@ def _fed_updates(
                 return
             images = len(batch.indices) * step.processes.count
             _begin(step, settings, images)
-            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):
+            with torch.no_grad(), torch.autocast(device.type, settings.half, enabled=settings.autocast):
                 inputs = inputs_of(step.stage, batch, device)
             yield _Fed(images, batch.skipped, update(inputs, batch.indices.to(device)))
 
@@ -398,7 +405,7 @@ def _fed_updates(
 def _bank_updates(step: Step, bank: Bank, settings: Settings) -> Generator[_Fed, None, None]:
     """Updates on pictures of the bank, in an order that is a function of the image number."""
     optimization = step.stage.optimization
-    inputs = bank.prepare(step.stage, settings.autocast)
+    inputs = bank.prepare(step.stage, settings.autocast, settings.half)
     with contextlib.closing(Updates(step, settings.records)) as update:
         for first in range(step.state.images, optimization.images, optimization.batch_size):
             numbers = range(first, min(first + optimization.batch_size, optimization.images))

@@ -13,7 +13,9 @@ from torch.distributed.tensor import DTensor
 from wuerstchen.train.config import Optimization
 from wuerstchen.train.half import HalfCopies
 from wuerstchen.train.parallel import local_part
+from wuerstchen.train.precision import loss_scale_of
 
+_SCALE = "loss_scale"  # in what is stored
 FINAL_SHARE = 0.05  # of the learning rate, where a cosine ends
 
 
@@ -91,11 +93,13 @@ def _places(optimizer: torch.optim.Optimizer) -> dict[int, nn.Parameter]:
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as named tensors, which is what safetensors hold."""
-    return {
+    found = {
         f"{place}.{name}": tensor
         for place, parameter in _places(optimizer).items()
         for name, tensor in optimizer.state.get(parameter, {}).items()
     }
+    scale = loss_scale_of(optimizer)
+    return found if scale is None else found | {f"{_SCALE}.value": scale.value, f"{_SCALE}.good": scale.good}
 
 
 def load_optimizer_tensors(
@@ -105,9 +109,13 @@ def load_optimizer_tensors(
 
     A moment is sharded as its parameter is. Raises ``KeyError`` or ``ValueError`` if they do not fit.
     """
-    parameters = _places(optimizer)
+    parameters, scale = _places(optimizer), loss_scale_of(optimizer)
     for key in keys:
         index, name = key.split(".")
+        if index == _SCALE:
+            if scale is not None:  # else the run was in fp16 and is no longer
+                fill(key, getattr(scale, name))
+            continue
         parameter = parameters[int(index)]
         if name == "step":
             tensor = torch.zeros((), dtype=torch.float32, device=parameter.device)
@@ -136,21 +144,27 @@ def update(
 ) -> Float[Tensor, ""]:
     """One update from the gradients at hand, those of ``copies`` too; returns their norm before shortening.
 
-    A loss or a norm that is not finite updates nothing. That is decided on the device: nothing waits for it.
-    All processes decide alike: gradients and loss are the average over them, or parts of it.
+    Where the optimizer has a ``loss_scale``, gradients are those of the loss times the scale, and are divided
+    by it. A loss or a norm that is not finite updates nothing. That is decided on the device: nothing waits
+    for it. All processes decide alike: gradients and loss are the average over them, or parts of it.
     """
     norm = _gradient_norm(network, [] if copies is None else copies.gradients())
-    finite, shortened = norm.isfinite() & loss.isfinite(), (norm / clip_norm).clamp(min=1).float()
+    scale = loss_scale_of(optimizer)
+    norm = norm if scale is None else norm / scale.value
+    finite, divisor = norm.isfinite() & loss.isfinite(), (norm / clip_norm).clamp(min=1).float()
+    divisor = divisor if scale is None else divisor * scale.value
     if norm.device.type in GRAD_SCALER_DEVICES:
         # The optimizer's part of the contract with torch's GradScaler: an update is left out where found_inf
         # is 1, and gradients are divided by grad_scale in the same pass over memory.
-        optimizer.found_inf, optimizer.grad_scale = 1 - finite.float(), shortened
+        optimizer.found_inf, optimizer.grad_scale = 1 - finite.float(), divisor
         optimizer.step()
     elif finite:
-        torch._foreach_div_([p.grad for p in network.parameters() if p.grad is not None], shortened)
+        torch._foreach_div_([p.grad for p in network.parameters() if p.grad is not None], divisor)
         optimizer.step()
     if copies is not None:
         copies.step()
+    if scale is not None:
+        scale.follow(norm.isfinite())
     optimizer.zero_grad(set_to_none=True)
     return norm
 

@@ -53,6 +53,7 @@ from wuerstchen.train.overview import (
     with_prompts,
 )
 from wuerstchen.train.parallel import Processes, distributed
+from wuerstchen.train.precision import HALVES, best_half
 from wuerstchen.train.prepared_feed import (
     HeldOutMaps,
     PreparedFeed,
@@ -170,7 +171,9 @@ def _resolved(recipe: Recipe, processes: Processes) -> Recipe:
     device = processes.device
     gpu = device.type == "cuda"
     if recipe.precision == "auto":
-        recipe = dataclasses.replace(recipe, precision="bf16" if gpu else "fp32")
+        lacks = gpu and best_half(device) == "fp16"
+        half = "fp16" if processes.agreed(lacks)[0] else "bf16"
+        recipe = dataclasses.replace(recipe, precision=half if gpu else "fp32")
     shards = recipe.sharding == "full" and processes.count > 1
     if recipe.acceleration == "auto":
         fast = "compile" if shards else "graph"
@@ -556,7 +559,8 @@ class _Run:
         recipe = self.recipe
         return Settings(
             seed=recipe.seed,
-            autocast=recipe.precision == "bf16",
+            autocast=recipe.precision in HALVES,
+            half=HALVES.get(recipe.precision, torch.bfloat16),
             decays_all_axes=self.order() < ORDER,
             compiles=recipe.acceleration in ("compile", "graph"),
             records=recipe.acceleration == "graph",
@@ -624,7 +628,9 @@ class _Run:
         pictures = self._held_out[key]
         if pictures is None:
             return None
-        return Validation(stage, pictures, self.recipe.precision == "bf16", self.device)
+        precision = self.recipe.precision
+        half = HALVES.get(precision, torch.bfloat16)
+        return Validation(stage, pictures, precision in HALVES, self.device, half)
 
     def bank(self, feed: Feed | PreparedFeed, phase: Phase) -> Bank | None:
         """The pictures that stages train on, composed when one first needs them; None without any."""

@@ -22,6 +22,7 @@ from wuerstchen.train.ema import update_average
 from wuerstchen.train.half import HalfCopies
 from wuerstchen.train.optim import update
 from wuerstchen.train.parallel import Processes, is_sharded, synchronise_gradients
+from wuerstchen.train.precision import LEAST_SCALE, loss_scale_of
 from wuerstchen.train.random import ImageRandom
 from wuerstchen.train.snapshot import TrainingState
 from wuerstchen.train.stages import Inputs, Stage
@@ -88,8 +89,11 @@ class Step:
         autocast: bool,
         processes: Processes,
         copies: dict[str, HalfCopies] | None = None,
+        half: torch.dtype = torch.bfloat16,
     ) -> None:
-        """With ``copies`` of networks' large matrices, their passes read those (``half_copies``)."""
+        """With ``copies`` of networks' large matrices, their passes read those (``half_copies``). ``half`` is
+        what autocast computes in."""
+        self.half = half
         self.copies = copies or {}
         self.stage = stage
         self.state = state
@@ -115,6 +119,8 @@ class Step:
             self._part(part_inputs, part_indices, share, last, values)
         checked = [value.float() for name, value in values.items() if name.startswith(("loss", "gradient"))]
         faulty = ~torch.stack(checked).isfinite().all()
+        for scale in filter(None, map(loss_scale_of, self.state.optimizers.values())):
+            faulty = faulty | (scale.value < LEAST_SCALE)
         first = indices[0] - self.processes.rank * len(indices)  # of the whole batch: all say the same
         self.fault.copy_(torch.where((self.fault < 0) & faulty, first, self.fault))
         return values
@@ -131,29 +137,35 @@ class Step:
         stage, first = self.stage, True
         losses = stage.losses(inputs, ImageRandom(self.seed, indices))
         while True:
-            with self._reading_copies(), torch.autocast(self.device.type, torch.bfloat16, self.autocast):
+            with self._reading_copies(), torch.autocast(self.device.type, self.half, self.autocast):
                 following = next(losses, None)
             if following is None:
                 return
             name, loss, terms = following
             network, loss = stage.networks[name], loss * share
+            scale = loss_scale_of(self.state.optimizers[name])
+            scaled = loss if scale is None else loss * scale.value
             if is_sharded(network):
                 # Gradients are averaged where they are scattered. Nothing else that learns is in this loss.
                 synchronise_gradients(network, last)
-                loss.backward()
+                scaled.backward()
             else:
                 with self._reading_copies():
                     # For this network alone: what else the loss passes through learns from its own loss.
                     trained = [p for p in network.parameters() if p.requires_grad]
                     with self.processes.averaging(trained if last else []):
-                        loss.backward(inputs=trained)
+                        scaled.backward(inputs=trained)
             key, first = "loss" if first else f"loss_{name}", False
             values[key] = values.get(key, 0) + loss.detach()
             if last:
                 self.processes.average_([values[key]])
                 clip_norm = stage.optimization.clip_norm
                 optimizer, copies = self.state.optimizers[name], self.copies.get(name)
+                if scale is not None:
+                    values[f"scale_{name}"] = scale.value.clone()
                 norm = update(network, optimizer, clip_norm, values[key], copies)
+                if scale is not None:  # an overflow is no fault: the scale becomes smaller
+                    norm = torch.where(norm.isfinite(), norm, torch.zeros_like(norm))
                 values[f"gradient_{name}"] = norm
             for term, value in terms.items():
                 values[term] = values.get(term, 0) + value.detach() * share

@@ -23,16 +23,14 @@ _SIDE = 8192
 
 
 @functools.cache
-def matrix_rate(device: torch.device) -> float | None:
-    """Operations a second in products of two 8192 × 8192 matrices in bf16; None on what is no NVIDIA GPU."""
+def matrix_rate(device: torch.device, half: torch.dtype = torch.bfloat16) -> float | None:
+    """Operations a second in products of two 8192 × 8192 matrices in ``half``; None on what is no NVIDIA
+    GPU."""
     if device.type != "cuda":
         return None
     try:
         generator = torch.Generator(device).manual_seed(0)  # training's own is left alone
-        x, y = (
-            torch.randn(_SIDE, _SIDE, device=device, dtype=torch.bfloat16, generator=generator)
-            for _ in range(2)
-        )
+        x, y = (torch.randn(_SIDE, _SIDE, device=device, dtype=half, generator=generator) for _ in range(2))
         for _ in range(5):
             torch.mm(x, y)
         torch.cuda.synchronize(device)
@@ -46,7 +44,14 @@ def matrix_rate(device: torch.device) -> float | None:
 
 
 @torch.no_grad()
-def update_flops(stage: Stage, inputs: Inputs, indices: Int[Tensor, " b"], seed: int, autocast: bool) -> int:
+def update_flops(
+    stage: Stage,
+    inputs: Inputs,
+    indices: Int[Tensor, " b"],
+    seed: int,
+    autocast: bool,
+    half: torch.dtype = torch.bfloat16,
+) -> int:
     """Operations of one update on these inputs: three times the forward passes of ``stage.losses``.
 
     What ``stage.prepare`` does once a picture is not in it. Networks and generators stay as they are: nothing
@@ -57,7 +62,7 @@ def update_flops(stage: Stage, inputs: Inputs, indices: Int[Tensor, " b"], seed:
     # Compiled blocks hide from the counter.
     with _evaluating(stage.networks.values()), torch.compiler.set_stance("force_eager"):
         losses = stage.losses(inputs, ImageRandom(seed, indices))
-        with counter, torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        with counter, torch.autocast(device.type, half, enabled=autocast):
             for _ in losses:
                 pass
     return 3 * counter.get_total_flops()
@@ -78,12 +83,20 @@ def _evaluating(networks: Any) -> Iterator[None]:
 class Gauge:
     """What a progress line says beyond losses and images a second. On a CPU there is nothing to say."""
 
-    def __init__(self, stage: Stage, seed: int, autocast: bool, device: torch.device) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        seed: int,
+        autocast: bool,
+        device: torch.device,
+        half: torch.dtype = torch.bfloat16,
+    ) -> None:
         self.stage = stage
         self.seed = seed
         self.autocast = autocast
+        self.half = half
         self.device = device
-        self.rate = matrix_rate(device)
+        self.rate = matrix_rate(device, half)
         self.flops_per_image: float | None = None
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -91,7 +104,7 @@ class Gauge:
     def before_update(self, inputs: Inputs, indices: Int[Tensor, " b"]) -> None:
         """Counts the operations, the first time."""
         if self.rate is not None and self.flops_per_image is None:
-            flops = update_flops(self.stage, inputs, indices, self.seed, self.autocast)
+            flops = update_flops(self.stage, inputs, indices, self.seed, self.autocast, self.half)
             self.flops_per_image = flops / len(indices)
 
     def read(self, images_per_second: float) -> dict[str, float]:

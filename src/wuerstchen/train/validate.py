@@ -140,12 +140,18 @@ class Validation:
     """Measures the loss of one stage, again and again."""
 
     def __init__(
-        self, stage: Denoising | DenoisingTokens, pictures: Pictures, autocast: bool, device: torch.device
+        self,
+        stage: Denoising | DenoisingTokens,
+        pictures: Pictures,
+        autocast: bool,
+        device: torch.device,
+        half: torch.dtype = torch.bfloat16,
     ) -> None:
         assert isinstance(stage, Stage)
         self.stage = stage
         self.pictures = pictures
         self.autocast = autocast
+        self.half = half
         self.device = device
         self._batch = min(_BATCH, stage.optimization.batch_size)
         self._prepared: list[tuple[Tensor, Inputs]] = []
@@ -181,14 +187,14 @@ class Validation:
 
     def _prepare(self) -> Iterator[tuple[Tensor, Inputs]]:
         for batch in self.pictures.batches(self._batch):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            with torch.autocast(self.device.type, self.half, enabled=self.autocast):
                 inputs = inputs_of(self.stage, batch, self.device)
             yield batch.indices.to(self.device), inputs
 
     def _errors(self, averages: dict[str, nn.Module], numbers: Tensor, inputs: Inputs, k: int) -> Tensor:
         """The sums over pictures of their mean errors at the middle of bin ``k``, and of their losses."""
         stage, t = self.stage, _times()[k].to(self.device).expand(len(numbers))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(self.device.type, self.half, enabled=self.autocast):
             if isinstance(stage, DenoisingTokens):
                 errors, losses = stage.token_errors(averages, inputs, t, ImageRandom(_SEED + k, numbers))
                 return torch.stack([errors.sum(), losses.sum()])
