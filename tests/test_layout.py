@@ -12,6 +12,7 @@ ORDER = [
     {"terminal", "progress"},
     {"errors", "defaults"},
     {"colour_profiles"},
+    {"png_text"},
     {"images"},
     {"diffusion"},
     {"models"},

@@ -184,7 +184,7 @@ def _needed_parts(profile: bytes) -> tuple[str, bytes]:
     ICC.1:2022, 7.2 and 7.3: a header of 128 bytes, the number of tags, and for each its name, place and size.
     """
     if len(profile) > MAX_PROFILE:
-        raise _Unusable(f"it has {len(profile):,} bytes, and {MAX_PROFILE:,} are read")
+        raise _Unusable(f"it has more than {MAX_PROFILE:,} bytes")
     if len(profile) < _HEADER + 4 or profile[36:40] != b"acsp":
         raise _Unusable("it is no ICC profile")
     kind, space = profile[12:16], profile[16:20]

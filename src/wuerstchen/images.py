@@ -21,6 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from wuerstchen.colour_profiles import differs_from_srgb, profile_of, to_srgb
 from wuerstchen.errors import DataError, UserError, UserNotice
+from wuerstchen.png_text import is_about_text, open_any, open_without_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,14 +75,20 @@ def decode_image(data: bytes, name: str) -> Image.Image:
 
 def _decoded(file: Path | str | io.BytesIO, name: Path | str) -> Image.Image:
     with _pillow_errors(name):
-        picture = to_rgb(_loaded(file, name), f"image {str(name)!r}")
+        try:
+            loaded = _loaded(open_any(file), name)
+        except ValueError as error:
+            if not is_about_text(error):
+                raise
+            loaded = _loaded(open_without_text(file), name)  # the text is behind the pixels
+        picture = to_rgb(loaded, f"image {str(name)!r}")
     picture.info = {}  # the source's own profile, EXIF and text must not end up in what is saved from it
     return picture
 
 
-def _loaded(file: Path | str | io.BytesIO, name: Path | str) -> Image.Image:
+def _loaded(opened: Image.Image, name: Path | str) -> Image.Image:
     """The image in its own mode, upright. One copy of its pixels is left when this returns."""
-    with Image.open(file) as image:
+    with opened as image:
         if image.width * image.height > MAX_PIXELS:
             raise Image.DecompressionBombError
         if image.format == "EPS":
@@ -94,7 +101,7 @@ def is_converted(path: Path | str) -> bool:
     """Whether the colours of the picture in ``path`` change because its profile is applied, told from the
     file's header. What cannot be read has no profile."""
     try:
-        with _pillow_errors(path), Image.open(path) as image:
+        with _pillow_errors(path), open_any(path) as image:
             profile = profile_of(image)
             return profile is not None and differs_from_srgb(profile)
     except DataError:
@@ -364,7 +371,7 @@ def _written(
 def read_settings(path: Path | str) -> dict[str, Any]:
     """The settings that ``save_png`` wrote. Raises ``DataError`` if ``path`` is no PNG or holds none."""
     _check_file(path)
-    with _pillow_errors(path), Image.open(path, formats=["PNG"]) as image:
+    with _pillow_errors(path), open_any(path, ["PNG"]) as image:
         text = image.info.get(_SETTINGS_KEY)
     if text is None:
         raise _bad_image(path, "it holds no settings", "give a PNG that wuerstchen saved")

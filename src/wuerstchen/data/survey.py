@@ -6,11 +6,10 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from PIL import Image
-
 from wuerstchen.data.folder import SUFFIXES, FolderSource
 from wuerstchen.data.plan import items_at
 from wuerstchen.data.sources import Size
+from wuerstchen.png_text import open_any
 
 MOST = 2000
 """Images whose files are opened, at most; of larger folders so many are drawn."""
@@ -96,7 +95,7 @@ def _size(path: Path) -> Size | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
+            with open_any(path) as image:
                 width, height = image.size
     except Exception:  # decoders fail in ways of every kind; training names these images when it reads them
         return None

@@ -22,6 +22,7 @@ from PIL import Image
 
 from wuerstchen.errors import UserError
 from wuerstchen.images import decode_image, resize_crop
+from wuerstchen.png_text import open_any
 
 UPLOAD_FORMATS = ("PNG", "JPEG", "WEBP")
 WEBP_SHARE = 2
@@ -102,7 +103,7 @@ def read_upload(upload: Upload) -> Image.Image:
     """
     data = _bytes_of(upload)
     try:
-        with Image.open(io.BytesIO(data), formats=UPLOAD_FORMATS) as header:
+        with open_any(io.BytesIO(data), UPLOAD_FORMATS) as header:
             pixels = header.width * header.height
             most = upload.max_pixels // (WEBP_SHARE if header.format == "WEBP" else 1)
             # Phones put further images into a JPEG, which is still one that stands.
