@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.run import get_args_parser
 
 from wuerstchen import doctor
-from wuerstchen.checkpoints.hub import BUNDLED, local_folder
+from wuerstchen.checkpoints.hub import BUNDLED, is_bundled, local_folder
 from wuerstchen.cli import main
 from wuerstchen.images import MADE_BY_A_MODEL, read_settings
 from wuerstchen.pipeline import Wuerstchen
@@ -121,6 +121,27 @@ def test_reconstruct_shows_both_and_says_how_small_the_map_is(run):
     assert (code, out.strip()) == (0, "photo-reconstructed.png")
     assert size_of("photo-reconstructed.png")[0] > 2 * 128
     assert "map 2x3x3: 42.67 times smaller a side" in err
+
+
+@pytest.mark.parametrize("command", [["reconstruct"], ["generate", "--init"]])
+def test_the_bundled_model_says_what_photographs_come_to(run, command):
+    """Blobs, without a word about why; of another model it would be wrong."""
+    Image.effect_noise((64, 64), 50).save("photo.jpg")
+    few = ["--decoder-steps", "1", *(["--prior-steps", "1"] if "--init" in command else [])]
+    _, _, own = run(*command, "photo.jpg", *few, model=False)
+    assert own.count("a photograph comes out as blobs of its colours") == 1
+    _, _, other = run(*command, "photo.jpg", *few)
+    assert "photograph" not in other
+    _, _, without = run("generate", "a cat", "--prior-steps", "1", "--decoder-steps", "1", model=False)
+    assert "photograph" not in without
+
+
+def test_the_bundled_model_is_known_by_its_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert all(map(is_bundled, (None, "bundled", BUNDLED, str(BUNDLED))))
+    assert not any(map(is_bundled, ("warp-ai/wuerstchen", tmp_path, "nowhere")))
+    (tmp_path / "bundled").mkdir()
+    assert not is_bundled("bundled")
 
 
 BAD_CALLS = {

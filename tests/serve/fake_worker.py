@@ -15,6 +15,7 @@ ABOUT = {
     "defaults": {"guidance": 2.0, "prior_steps": 6, "prior_sampler": "ddpm", "decoder_steps": 4},
     "can": {"generate": True, "reconstruct": True, "variation": True, "preview": True},
     "examples": ["a cat"],
+    "image_note": None,
 }
 PREVIEW = "data:image/webp;base64,UklGRg=="
 

@@ -129,6 +129,7 @@ def test_the_model_says_what_it_can(real):
     }
     assert about["can"] == dict.fromkeys(("generate", "reconstruct", "variation", "preview"), True)
     assert len(about["examples"]) == 9
+    assert "a photograph comes out as blobs" in about["image_note"]  # the page shows it beside an image
 
 
 @pytest.mark.parametrize("body", [{"prior_sampler": "dpm", "guidance": 1}, {"width": 64, "height": 96}])

@@ -94,13 +94,8 @@ def test_a_reconstructions_settings_reconstruct_again(serve):
     assert (again.status_code, again.json()["settings"]) == (202, settings)
 
 
-def test_the_model_in_the_package_says_what_it_cannot_do(serve):
-    """Photographs come out as blobs: the page says so beside the image, for this model and no other."""
-    note = serve().http.get("/v1/model").json()["image_note"]
-    assert "photograph" in note
-    other = serve(model="another", result_seconds=60.0).http.get("/v1/model").json()
-    assert other["image_note"] is None
-    assert other["limits"]["result_seconds"] == 60.0
+def test_for_how_long_pictures_are_kept_is_told(serve):
+    assert serve(result_seconds=60.0).http.get("/v1/model").json()["limits"]["result_seconds"] == 60.0
 
 
 def test_what_is_left_open_is_drawn_and_told(serve):

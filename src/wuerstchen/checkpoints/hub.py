@@ -9,6 +9,11 @@ from wuerstchen.errors import CheckpointError
 
 BUNDLED = Path(__file__).parents[1] / "bundled"
 """The model in the package, also called "bundled", as images drawn by it say."""
+PHOTO_NOTE = (
+    "This model was trained on emoji. It keeps flat drawings, but a photograph comes out as blobs of its "
+    "colours."
+)
+"""What to know before giving an image to the model in the package."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DESCRIPTIONS = ["*.json", "*.txt", "*.md"]
 # What the original repository calls the v2 files; its v1 files have to be fetched by name.
@@ -17,6 +22,15 @@ _ORIGINAL_V2 = [
     "model_v2_stage_b.pt",
     "model_v2_stage_c_finetune_interpolation.pt",
 ]
+
+
+def is_bundled(model: str | Path | None) -> bool:
+    """Whether ``model`` names the model in the package, as None does. Fetches nothing."""
+    if model is None:
+        return True
+    if os.path.exists(model):
+        return Path(model).resolve() == BUNDLED.resolve()
+    return str(model) == BUNDLED.name
 
 
 def local_folder(

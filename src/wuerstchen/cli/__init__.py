@@ -27,8 +27,8 @@ from wuerstchen.terminal import safe_streams
 EXAMPLES = """examples:
   wuerstchen generate "a 3D render of a purple camel on a blue background"
   wuerstchen generate "a cat" "a red car" --count 3 --grid --out grid.png
-  wuerstchen generate "a red car" --init photo.jpg --strength 0.7
-  wuerstchen reconstruct photo.jpg
+  wuerstchen generate "a red car" --init drawing.png --strength 0.7
+  wuerstchen reconstruct drawing.png
   wuerstchen data emoji data/emoji
   wuerstchen data prepare photos prepared/photos --size 512
   wuerstchen train tiny --run-dir runs/tiny

@@ -43,7 +43,11 @@ def add_generate(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     add_guidance_options(generate)
     generate.add_argument(
-        "--init", type=Path, metavar="IMAGE", help="begin with this picture; without a prompt, vary it"
+        "--init",
+        type=Path,
+        metavar="IMAGE",
+        help="begin with this picture; without a prompt, vary it. The bundled model, trained on emoji, makes "
+        "blobs of photographs",
     )
     generate.add_argument("--strength", type=float, help="how much of it may change, above 0 to 1 (0.7)")
     generate.add_argument(
@@ -60,7 +64,13 @@ def add_generate(commands: "argparse._SubParsersAction[Parser]") -> None:
 def add_reconstruct(commands: "argparse._SubParsersAction[Parser]") -> None:
     reconstruct = commands.add_parser("reconstruct", help="squeeze a picture through the map and back")
     reconstruct.set_defaults(run=_reconstruct)
-    reconstruct.add_argument("image", type=Path, metavar="IMAGE", help="picture to squeeze, cut to a square")
+    reconstruct.add_argument(
+        "image",
+        type=Path,
+        metavar="IMAGE",
+        help="picture to squeeze, cut to a square. The bundled model, trained on emoji, makes blobs of "
+        "photographs",
+    )
     reconstruct.add_argument("--size", type=int, help="side of the square in pixels (the model's own)")
     add_drawing_options(reconstruct)
 
@@ -101,6 +111,8 @@ def _generate(options: argparse.Namespace) -> int:
     from wuerstchen.pipeline import check_seed
 
     check_seed(options.seed, total)
+    if init is not None:
+        _note_photographs(options)
     _warn_of_words(options.prompts, options.count)
     model = loaded(options)
     _warn_of_meaning(model, options.prompts, init is not None)
@@ -180,6 +192,14 @@ def _warn_of_meaning(model: "Wuerstchen", prompts: list[str], varies: bool) -> N
             )
 
 
+def _note_photographs(options: argparse.Namespace) -> None:
+    """Says what to expect of an image that is given to the bundled model."""
+    from wuerstchen.checkpoints.hub import PHOTO_NOTE, is_bundled
+
+    if is_bundled(options.model):
+        print(f"Note: {PHOTO_NOTE}", file=sys.stderr)
+
+
 def _adapter(text: str) -> tuple[Path, float]:
     """``FILE`` or ``FILE:SCALE``."""
     path, colon, scale = text.rpartition(":")
@@ -197,6 +217,7 @@ def _reconstruct(options: argparse.Namespace) -> int:
     _check_out(options.out, options.image)
     image = open_image(options.image)
     sampling = sampling_of(options)
+    _note_photographs(options)
 
     model = loaded(options)
     with _progress() as progress:

@@ -11,12 +11,6 @@ from wuerstchen.serve.limits import ServeConfig
 from wuerstchen.serve.schemas import MAX_SEED, ImageRequest, JobRequest, Sampler
 from wuerstchen.serve.service import Refused
 
-IMAGE_NOTE = (
-    "This model was trained on emoji. It keeps flat drawings, but a photograph comes out as blobs of its "
-    "colours."
-)
-"""Of the model in the package."""
-
 
 def size_limits(config: ServeConfig, about: dict[str, Any]) -> tuple[int, int]:
     """The longest side and the most pixels that may be asked for."""
@@ -61,7 +55,7 @@ def model_view(config: ServeConfig, about: dict[str, Any]) -> dict[str, Any]:
         "samplers": list(get_args(Sampler)),
         "can": about["can"],
         "examples": about["examples"],
-        "image_note": IMAGE_NOTE if config.model is None else None,
+        "image_note": about["image_note"],
     }
 
 

@@ -116,6 +116,7 @@ class _Worker:
     def about(self) -> dict[str, Any]:
         """The model, as ``GET /v1/model`` tells, without what the service knows by itself."""
         from wuerstchen import doctor
+        from wuerstchen.checkpoints.hub import PHOTO_NOTE, is_bundled
         from wuerstchen.models.cascade import MAX_SIDES, MIN_SIDE, SIDE_STEP
         from wuerstchen.pipeline import Sampling
         from wuerstchen.recipes.mini import PROMPTS
@@ -124,6 +125,7 @@ class _Worker:
         side = cascade.settings.image_size
         draws = cascade.prior is not None and cascade.text_encoder is not None
         reads = cascade.compressor is not None
+        bundled = is_bundled(self.settings.model)
         return {
             "device": _device_name(self.model),
             "side": side,
@@ -141,7 +143,8 @@ class _Worker:
                 "variation": draws and reads,
                 "preview": cascade.previewer is not None,
             },
-            "examples": list(PROMPTS if self.settings.model is None else doctor.PROMPTS),
+            "examples": list(PROMPTS if bundled else doctor.PROMPTS),
+            "image_note": PHOTO_NOTE if bundled else None,
         }
 
     def joules(self, max_age: float = 0.0) -> float | None:
