@@ -252,7 +252,14 @@ Write = Callable[..., Path]
 def write_published(diffusers_pipelines: SimpleNamespace) -> Write:
     """Writes those pipelines into a folder, in the layout of a year."""
 
-    def write(folder: Path, year: int = 2023, *, pickled: bool = False, shard_size: str = "10GB") -> Path:
+    def write(
+        folder: Path,
+        year: int = 2023,
+        *,
+        pickled: bool = False,
+        shard_size: str = "10GB",
+        variant: str | None = None,
+    ) -> Path:
         """``folder/wuerstchen``, which names ``folder/wuerstchen/prior_pipeline`` as its prior.
 
         2023 is as published; 2026 as diffusers 0.42 and transformers 5 write.
@@ -260,7 +267,9 @@ def write_published(diffusers_pipelines: SimpleNamespace) -> Write:
         root = folder / "wuerstchen"
         for part, place in (("decoder", root), ("prior", root / "prior_pipeline")):
             pipeline = getattr(diffusers_pipelines, part)
-            pipeline.save_pretrained(place, safe_serialization=not pickled, max_shard_size=shard_size)
+            pipeline.save_pretrained(
+                place, safe_serialization=not pickled, max_shard_size=shard_size, variant=variant
+            )
             if pickled:
                 # transformers 5 writes safetensors only.
                 torch.save(pipeline.text_encoder.state_dict(), place / "text_encoder" / "pytorch_model.bin")

@@ -14,13 +14,16 @@ from wuerstchen.checkpoints.diffusers import (
     linked_prior,
     pipeline_class,
     read_decoder_folder,
+    read_network,
     read_prior_folder,
     read_prior_network,
     write_combined_folder,
     write_decoder_folder,
     write_prior_folder,
 )
-from wuerstchen.errors import CheckpointError, UserError
+from wuerstchen.checkpoints.layouts import read_model, weight_files
+from wuerstchen.cli import main
+from wuerstchen.errors import CheckpointError, UserError, UserNotice
 from wuerstchen.models.text import TextEncoder
 
 GENERATIONS = {
@@ -427,3 +430,95 @@ def test_names_of_code_in_a_folder_are_passed_over(copy, published):
     edit(copy / "text_encoder" / "config.json", **evil, _attn_implementation="evil/kernel")
     (copy / "tokenizer" / "evil.py").write_text("raise SystemExit")
     assert_equal(read_decoder_folder(copy).text_encoder, read_decoder_folder(published).text_encoder)
+
+
+@pytest.fixture
+def write_variant(write_published, tmp_path):
+    """Writes the pipelines in half precision, as the variant of a name, by diffusers' own hand."""
+
+    def write(variant="fp16", shard_size="10GB", legacy=False) -> Path:
+        root = write_published(tmp_path / "v", 2026, shard_size=shard_size, variant=variant)
+        for path in root.rglob("*.safetensors"):
+            half = {
+                key: t.half() for key, t in safetensors.torch.load_file(path).items() if t.is_floating_point()
+            }
+            others = {k: t for k, t in safetensors.torch.load_file(path).items() if not t.is_floating_point()}
+            safetensors.torch.save_file(half | others, path, metadata={"format": "pt"})
+        for index in root.rglob(f"*.index.{variant}.json") if legacy else ():
+            # As diffusers up to 0.30 named shards and their index.
+            text = index.read_text()
+            for path in index.parent.glob(f"*.{variant}-*.safetensors"):
+                name = path.name.replace(f".{variant}-", "-").replace(
+                    ".safetensors", f".{variant}.safetensors"
+                )
+                text = text.replace(path.name, name)
+                path.rename(path.with_name(name))
+            index.unlink()
+            stem = index.name.removesuffix(f".index.{variant}.json")
+            (index.parent / f"{stem}.{variant}.index.json").write_text(text)
+        return root
+
+    return write
+
+
+SHARDS = {
+    "whole": {},
+    "in shards": {"shard_size": "10KB"},
+    "in old shards": {"shard_size": "10KB", "legacy": True},
+}
+
+
+@pytest.mark.parametrize("how", SHARDS)
+def test_a_folder_of_the_fp16_variant_alone_is_read(how, write_variant, published, tmp_path):
+    root = write_variant(**SHARDS[how])
+    names = [path.name for path in root.rglob("*.safetensors")]
+    assert len(names) == 5 if how == "whole" else len(names) > 10
+    assert all("fp16" in name for name in names)
+    full = read_decoder_folder(published), read_prior_folder(published / "prior_pipeline")
+    with pytest.warns(UserNotice, match=r"only the variant 'fp16' is there"):
+        found = read_decoder_folder(root), read_prior_folder(root / "prior_pipeline")
+    # No notice to those who ask for it.
+    asked = (
+        read_decoder_folder(root, variant="fp16", dtype=None),
+        read_prior_folder(root / "prior_pipeline", variant="fp16", dtype=None),
+    )
+    for ours, same, theirs in zip(found, asked, full, strict=True):
+        for part in ("decoder", "vqgan", "prior", "text_encoder"):
+            if isinstance(getattr(theirs, part, None), torch.nn.Module):
+                state, stored = getattr(ours, part).state_dict(), getattr(same, part).state_dict()
+                for key, tensor in getattr(theirs, part).state_dict().items():
+                    rounded = tensor.half() if tensor.is_floating_point() else tensor
+                    assert torch.equal(state[key], rounded.to(tensor.dtype)), key
+                    assert torch.equal(stored[key], rounded), key
+                    assert stored[key].dtype == rounded.dtype
+    with pytest.warns(UserNotice, match=r"only the variant 'fp16' is there"):
+        cascade = read_model(root)
+    assert torch.equal(cascade.prior.out[1].weight, found[1].prior.out[1].weight)
+    with pytest.warns(UserNotice, match=r"only the variant 'fp16' is there"):
+        assert main(["convert", str(root), str(tmp_path / "native"), "--layout", "native"]) == 0
+
+
+def test_full_weights_come_before_variants_that_nobody_asked_for(write_variant, copy):
+    half = write_variant()
+    for path in half.rglob("*.fp16.safetensors"):
+        shutil.copy(path, copy / path.relative_to(half))
+    full, rounded = read_decoder_folder(copy), read_decoder_folder(copy, variant="fp16")
+    weight = full.decoder.clip_mapper.weight
+    assert not torch.equal(weight, rounded.decoder.clip_mapper.weight)
+    assert torch.equal(weight.half().float(), rounded.decoder.clip_mapper.weight)
+    assert_equal(read_decoder_folder(copy, variant="bf16").decoder, full.decoder)
+    assert len(weight_files(copy)) == 5
+
+
+def test_of_several_variants_half_precision_is_read_or_none(write_variant):
+    root = write_variant("non_ema")
+    with pytest.warns(UserNotice, match="only the variant 'non_ema' is there"):
+        expected = read_decoder_folder(root)
+    path = root / "decoder" / "diffusion_pytorch_model.non_ema.safetensors"
+    shutil.copy(path, path.with_name("diffusion_pytorch_model.ema-2.safetensors"))
+    with pytest.raises(CheckpointError, match=r"several variants: ema-2, non_ema\. One of them can be read"):
+        read_network(root / "decoder", "decoder")
+    assert_equal(read_network(root / "decoder", "decoder", variant="ema-2"), expected.decoder)
+    shutil.copy(path, path.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    with pytest.warns(UserNotice, match="only the variant 'fp16' is there"):
+        assert_equal(read_network(root / "decoder", "decoder"), expected.decoder)

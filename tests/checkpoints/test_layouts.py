@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+from fnmatch import fnmatch
 
 import huggingface_hub
 import pytest
@@ -316,12 +317,90 @@ def test_without_a_network_the_reason_is_told(monkeypatch):
         local_folder("warp-ai/wuerstchen")
 
 
+class Repository:
+    """A repository on the hub: what is fetched of it, and what has been."""
+
+    def __init__(self, folder, files):
+        self.folder, self.files, self.fetched = folder, files, []
+
+    def snapshot_download(self, *_, allow_patterns, ignore_patterns, **settings):
+        self.settings = settings
+        for name in self.files:
+            matches = [
+                any(fnmatch(name, p) for p in patterns) for patterns in (allow_patterns, ignore_patterns)
+            ]
+            if matches == [True, False] and name not in self.fetched:
+                self.fetched.append(name)
+                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (self.folder / name).write_text("")
+        return str(self.folder)
+
+
+DESCRIPTIONS = ["model_index.json", "decoder/config.json", "text_encoder/config.json", "README.md"]
+STEM = "decoder/diffusion_pytorch_model"
+REPOSITORIES = {
+    # What is there, by name, and what is fetched of it without and with variant="fp16".
+    "full and fp16": (
+        [f"{STEM}.safetensors", f"{STEM}.fp16.safetensors", f"{STEM}.bin", "text_encoder/model.safetensors"],
+        [f"{STEM}.safetensors", "text_encoder/model.safetensors"],
+        [f"{STEM}.fp16.safetensors", "text_encoder/model.safetensors"],
+    ),
+    "fp16 alone": (
+        [f"{STEM}.fp16.safetensors", f"{STEM}.fp16.bin", "text_encoder/model.fp16.safetensors"],
+        [f"{STEM}.fp16.safetensors", "text_encoder/model.fp16.safetensors"],
+        [f"{STEM}.fp16.safetensors", "text_encoder/model.fp16.safetensors"],
+    ),
+    "fp16 in shards, and a full pickle": (
+        [
+            f"{STEM}.safetensors.index.fp16.json",
+            f"{STEM}.fp16-00001-of-00002.safetensors",
+            f"{STEM}.fp16-00002-of-00002.safetensors",
+            "text_encoder/pytorch_model.bin",
+        ],
+        [
+            f"{STEM}.safetensors.index.fp16.json",
+            f"{STEM}.fp16-00001-of-00002.safetensors",
+            f"{STEM}.fp16-00002-of-00002.safetensors",
+            "text_encoder/pytorch_model.bin",
+        ],
+        [
+            f"{STEM}.safetensors.index.fp16.json",
+            f"{STEM}.fp16-00001-of-00002.safetensors",
+            f"{STEM}.fp16-00002-of-00002.safetensors",
+            "text_encoder/pytorch_model.bin",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize("name", REPOSITORIES)
+def test_of_each_network_one_file_format_is_fetched(name, variant, monkeypatch, tmp_path):
+    files, without, with_variant = REPOSITORIES[name]
+    repository = Repository(tmp_path, DESCRIPTIONS + files)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", repository.snapshot_download)
+    local_folder("someone/model", variant=variant, force_download=True)
+    expected = without if variant is None else with_variant
+    assert sorted(repository.fetched) == sorted(DESCRIPTIONS + expected)
+    assert repository.settings["force_download"] is True
+
+
+def test_a_text_encoder_of_the_fp16_variant_alone_is_fetched(monkeypatch, tmp_path):
+    files = ["text_encoder/config.json", "text_encoder/model.fp16.safetensors", "decoder/a.safetensors"]
+    repository = Repository(tmp_path, files)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", repository.snapshot_download)
+    local_folder("someone/model", only=("text_encoder/*", "tokenizer/*"))
+    assert repository.fetched == files[:2]
+
+
 def test_pickles_are_fetched_only_where_there_is_nothing_else(monkeypatch, tmp_path):
     """The first call brings descriptions and safetensors; a second one what is still missing."""
     asked = []
 
     def fetch(*_, allow_patterns, **__):
         asked.append(allow_patterns)
+        if "text_encoder/*.bin" in allow_patterns:
+            (tmp_path / "text_encoder" / "a.bin").write_text("")
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
@@ -333,6 +412,7 @@ def test_pickles_are_fetched_only_where_there_is_nothing_else(monkeypatch, tmp_p
     assert len(asked) == 2
     assert asked[1][-1:] == ["text_encoder/*.bin"]
     (tmp_path / "decoder" / "a.safetensors").unlink()
+    (tmp_path / "text_encoder" / "a.bin").unlink()
     local_folder("warp-ai/wuerstchen")
     assert "*.bin" in asked[3]
     assert hub.HUB_NAME.fullmatch("warp-ai/wuerstchen-prior")

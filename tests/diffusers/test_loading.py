@@ -1,6 +1,7 @@
 """Pipelines out of folders as they were published and as diffusers writes them, and back."""
 
 import importlib
+import inspect
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import torch
 from diffusers.pipelines.deprecated.wuerstchen.modeling_paella_vq_model import PaellaVQModel
 from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_diffnext import WuerstchenDiffNeXt
 from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import WuerstchenPrior
+from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import wuerstchen.diffusers
@@ -281,6 +283,7 @@ def test_names_on_the_hub_are_fetched_as_told(published, monkeypatch):
         "warp-ai/wuerstchen", revision="abc", cache_dir="/cache", local_files_only=True, token="t"
     )
     settings = {"cache_dir": "/cache", "local_files_only": True, "token": "t"}
+    settings |= {"force_download": False, "variant": None}
     assert calls == [
         ("warp-ai/wuerstchen", {"revision": "abc", **settings}),
         ("warp-ai/wuerstchen-prior", {"revision": None, **settings}),
@@ -344,10 +347,12 @@ def test_a_decoder_keeps_the_name_of_its_prior_on_the_hub(copy, tmp_path):
     assert not (tmp_path / "other" / "README.md").exists()
 
 
-def test_a_variant_is_not_looked_for_and_that_is_said(published):
-    with pytest.warns(UserNotice, match="variant='fp16' is not looked for"):
+def test_a_variant_that_is_not_there_is_named(published):
+    with pytest.warns(UserNotice, match=r"has no variant 'fp16'\. Its full weights are read"):
         pipe = WuerstchenDecoderPipeline.from_pretrained(published, variant="fp16", torch_dtype=torch.float16)
     assert pipe.dtype == torch.float16
+    with pytest.raises(UserError, match="is no name of a variant"):
+        WuerstchenDecoderPipeline.from_pretrained(published, variant="../fp16")
 
 
 def test_pickles_can_be_refused(write_published, tmp_path):
@@ -542,3 +547,179 @@ def test_other_shapes_draw_what_diffusers_draws(name, clip_tokenizer, randomise,
     again = AutoPipelineForText2Image.from_pretrained(tmp_path / "again")
     assert (again.decoder.config, again.prior_prior.config) == (ours.decoder.config, ours.prior_prior.config)
     assert torch.equal(draw(again), draw(ours))
+
+
+@pytest.fixture(scope="module")
+def half(write_published, tmp_path_factory):
+    """The same pipelines as the fp16 variant alone."""
+    root = write_published(tmp_path_factory.mktemp("half"), 2026, variant="fp16")
+    for path in root.rglob("*.safetensors"):
+        state = {key: t.half() if t.is_floating_point() else t for key, t in load_file(path).items()}
+        safetensors.torch.save_file(state, path, metadata={"format": "pt"})
+    return root
+
+
+def dtypes(pipe) -> dict:
+    return {name: network.dtype for name, network in pipe._networks().items()}
+
+
+def test_the_fp16_variant_is_loaded(half):
+    both = AutoPipelineForText2Image.from_pretrained(half, variant="fp16", torch_dtype=torch.float16)
+    assert set(dtypes(both).values()) == {torch.float16}
+    with pytest.warns(UserNotice, match="only the variant 'fp16' is there"):
+        found = AutoPipelineForText2Image.from_pretrained(half)
+    assert torch.equal(found.decoder.clip_mapper.weight, both.decoder.clip_mapper.weight.float())
+    assert torch.equal(found.prior_prior.projection.weight, both.prior_prior.projection.weight.float())
+
+
+def test_each_component_is_loaded_in_the_dtype_asked_for(published, half):
+    given = {"prior": torch.bfloat16, "text_encoder": torch.float16, "prior_text_encoder": torch.float64}
+    pipe = AutoPipelineForText2Image.from_pretrained(published, torch_dtype=given)
+    assert dtypes(pipe) == {
+        "decoder": torch.float32,
+        "vqgan": torch.float32,
+        "text_encoder": torch.float16,
+        "prior_prior": torch.bfloat16,
+        "prior_text_encoder": torch.float64,
+    }
+    given = {"prior_prior": torch.float16, "default": torch.bfloat16}
+    pipe = AutoPipelineForText2Image.from_pretrained(published, dtype=given)
+    assert dtypes(pipe).pop("prior_prior") == torch.float16
+    assert set(dtypes(pipe).values()) == {torch.float16, torch.bfloat16}
+    pipe = WuerstchenPriorPipeline.from_pretrained(
+        published / "prior_pipeline", torch_dtype={"prior": "auto"}
+    )
+    assert dtypes(pipe) == {"prior": torch.float32, "text_encoder": torch.float32}
+    pipe = AutoPipelineForText2Image.from_pretrained(half, torch_dtype="auto", variant="fp16")
+    assert set(dtypes(pipe).values()) == {torch.float16}
+    with pytest.raises(UserError, match=r"torch_dtype names 'unet'\. The networks are prior, decoder"):
+        AutoPipelineForText2Image.from_pretrained(published, torch_dtype={"unet": torch.float16})
+    with pytest.raises(TypeError, match="'torch_dtype' must be a floating"):
+        AutoPipelineForText2Image.from_pretrained(published, torch_dtype={"default": "half"})
+
+
+HARMLESS = {
+    "device_map": None,
+    "max_memory": {0: "4GB"},
+    "offload_folder": "/tmp/offload",
+    "offload_state_dict": True,
+    "low_cpu_mem_usage": False,
+    "force_download": True,
+    "proxies": None,
+    "mirror": None,
+    "quantization_config": None,
+    "custom_pipeline": None,
+    "custom_revision": None,
+    "trust_remote_code": True,
+    "use_onnx": False,
+    "provider": None,
+    "use_flashpack": False,
+    "disable_mmap": True,
+    "use_auth_token": None,
+    "output_loading_info": False,
+    "load_connected_pipeline": True,
+}
+
+
+def test_options_that_change_nothing_are_accepted(published):
+    plain = AutoPipelineForText2Image.from_pretrained(published)
+    pipe = AutoPipelineForText2Image.from_pretrained(published, **HARMLESS)
+    assert torch.equal(draw(pipe), draw(plain))
+    assert pipe.hf_device_map is None
+    assert WuerstchenDecoderPipeline.from_pipe(pipe, custom_pipeline=None).decoder is pipe.decoder
+
+
+def test_the_options_are_those_of_diffusers(published):
+    """A new version of diffusers may have new ones."""
+    source = inspect.getsource(diffusers.DiffusionPipeline.from_pretrained)
+    names = set(re.findall(r'kwargs\.pop\("(\w+)"', source))
+    assert {"device_map", "max_memory", "variant", "use_flashpack"} <= names
+    with pytest.raises(TypeError, match="unexpected keyword argument 'bogus'"):
+        AutoPipelineForText2Image.from_pretrained(published, bogus=1, **dict.fromkeys(names))
+
+
+REFUSED = {
+    "proxies": ({"https": "127.0.0.1:1"}, "proxies cannot be used.*Set HTTPS_PROXY"),
+    "mirror": ("tuna", "mirror cannot be used.*Set HF_ENDPOINT"),
+    "custom_pipeline": ("clip_guided", "Code of other pipelines is never fetched or run"),
+    "quantization_config": ({"load_in_8bit": True}, "Networks are not quantized while they are loaded"),
+    "use_onnx": (True, "ONNX is not read"),
+    "from_flax": (True, "Flax weights are not read"),
+    "use_flashpack": (True, "FlashPack is not read"),
+    "dduf_file": ("a.dduf", "DDUF files are not read"),
+    "device_map": ("auto", r"device_map='auto' cannot be used\. Components are not split"),
+    "max_memory": ({0: "4GB"}, r"max_memory cannot be used with device_map"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_options_that_cannot_be_used_are_refused_with_the_reason(name, published):
+    value, message = REFUSED[name]
+    given = {"device_map": "cpu", name: value}
+    with pytest.raises(UserError, match=message):
+        DiffusionPipeline.from_pretrained(published, **given)
+
+
+@pytest.mark.parametrize("device_map", ["cpu", torch.device("cpu"), {"": "cpu"}])
+def test_a_device_map_puts_the_whole_pipeline_somewhere(device_map, published):
+    pipe = AutoPipelineForText2Image.from_pretrained(published, device_map=device_map)
+    names = ("text_encoder", "decoder", "vqgan", "prior_text_encoder", "prior_prior")
+    assert pipe.hf_device_map == dict.fromkeys(names, "cpu")
+    pipe.reset_device_map()
+    assert pipe.hf_device_map is None
+
+
+@pytest.mark.parametrize(
+    ("device_map", "message"),
+    [
+        ({"prior": 0, "decoder": 1}, "Components are not split between devices"),
+        ("sequential", "Components are not split between devices"),
+        ("nowhere", "device 'nowhere' is not there"),
+        (3.5, "device_map is a float. It must be 'balanced' or a device"),
+    ],
+)
+def test_device_maps_that_cannot_be_used(device_map, message, published):
+    with pytest.raises(UserError, match=message):
+        DiffusionPipeline.from_pretrained(published, device_map=device_map)
+
+
+def test_balanced_is_the_first_gpu(published, monkeypatch):
+    moved = []
+    monkeypatch.setattr(DiffusionPipeline, "to", lambda pipe, device: moved.append(device))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    DiffusionPipeline.from_pretrained(published, device_map="balanced")
+    assert moved == [torch.device("cuda")]
+    for backend in (torch.cuda, torch.backends.mps):
+        monkeypatch.setattr(backend, "is_available", lambda: False)
+    with pytest.raises(UserError, match="There is no GPU"):
+        DiffusionPipeline.from_pretrained(published, device_map="balanced")
+
+
+def test_the_base_gives_the_combined_pipeline_to_those_who_ask(published):
+    pipe = DiffusionPipeline.from_pretrained(published, load_connected_pipeline=True)
+    assert type(pipe) is WuerstchenCombinedPipeline
+
+
+def test_the_prior_can_be_given_by_its_folder(copy, published):
+    """As the message about a missing one says: a pipeline, or the network alone with the model's own rest."""
+    expected = draw(AutoPipelineForText2Image.from_pretrained(published))
+    for place in (published / "prior_pipeline", str(published / "prior_pipeline" / "prior")):
+        assert torch.equal(draw(AutoPipelineForText2Image.from_pretrained(copy, prior=place)), expected)
+    (copy / "README.md").unlink()
+    with pytest.raises(CheckpointError, match="give the folder of Stage C as prior"):
+        AutoPipelineForText2Image.from_pretrained(copy)
+    pipe = AutoPipelineForText2Image.from_pretrained(copy, prior=published / "prior_pipeline")
+    assert torch.equal(draw(pipe), expected)
+    with pytest.raises(UserError, match=r"prior is a Prior\. It must be a folder or a name on the hub"):
+        AutoPipelineForText2Image.from_pretrained(copy, prior=pipe.prior_prior)
+
+
+def test_pushing_to_the_hub_is_refused(published, tmp_path):
+    pipe = WuerstchenDecoderPipeline.from_pretrained(published)
+    with pytest.raises(UserError, match="push_to_hub cannot be used"):
+        pipe.save_pretrained(tmp_path / "new", push_to_hub=True, repo_id="a/b")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'bogus'"):
+        pipe.save_pretrained(tmp_path / "new", bogus=True)
+    assert not (tmp_path / "new").exists()
+    pipe.save_pretrained(tmp_path / "new", push_to_hub=False, token=None)
+    assert (tmp_path / "new" / "model_index.json").is_file()

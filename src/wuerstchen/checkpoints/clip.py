@@ -117,11 +117,12 @@ def fill_torch(network: nn.Module, stored: StoredTensors, dtype: torch.dtype) ->
 def read_clip(
     folder: Path,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     stems: Sequence[str] = ("model", "pytorch_model"),
+    variant: str | None = None,
     fill_from: Fill = fill_torch,
 ) -> "CLIPTextModel":
-    """Reads a CLIP text model, frozen and in eval mode.
+    """Reads a CLIP text model, frozen and in eval mode; ``dtype`` None is as it is stored.
 
     Sizes are compared with the weights' header before anything is allocated. Raises ``CheckpointError`` for
     a missing or damaged file, another kind of model, or sizes that do not fit.
@@ -139,13 +140,13 @@ def read_clip(
         fields = CLIPTextFields(**{k: v for k, v in raw.items() if k in known and v is not None})
     except CheckpointError as error:
         raise CheckpointError(f"{path} is wrong because {error}; get it again") from None
-    stored = StoredTensors.in_folder(folder, stems)
+    stored = StoredTensors.in_folder(folder, stems, variant)
 
     from transformers import CLIPTextConfig, CLIPTextModel
 
     with torch.device("meta"):
         model = CLIPTextModel(CLIPTextConfig(**dataclasses.asdict(fields)))
-    fill_from(model, stored, dtype)
+    fill_from(model, stored, stored.dtype() if dtype is None else dtype)
     # A counter that no file of today holds.
     embeddings = next(m for m in model.modules() if hasattr(m, "position_embedding"))
     embeddings.register_buffer(

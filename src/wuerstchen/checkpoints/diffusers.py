@@ -1,13 +1,14 @@
 """The folders that diffusers writes: one pipeline for Stage C, another for Stages B and A, which may name it.
 
 All generations are read: the published ones of 2023 (libraries called ``wuerstchen``, ``.bin`` or
-safetensors, whole or in shards), those that diffusers 0.38 and later write and cannot load, and a prior alone
-with its configuration at the root. Class names are compared with a fixed list; no code from a folder is run.
+safetensors, whole or in shards, and variants such as fp16), those that diffusers 0.38 and later write and
+cannot load, and a prior alone with its configuration at the root. Class names are compared with a fixed list;
+no code from a folder is run.
 """
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,6 +73,14 @@ _NETWORKS: dict[str, tuple[Any, Any]] = {
     "decoder": (Decoder, DecoderConfig),
     "vqgan": (VQGAN, VQGANConfig),
 }
+
+
+Dtypes = torch.dtype | None | Mapping[str, torch.dtype | None]
+"""What networks are read in: a dtype for all, or one for each part by name. None is as they are stored."""
+
+
+def _dtype_of(dtypes: Dtypes, part: str) -> torch.dtype | None:
+    return dtypes[part] if isinstance(dtypes, Mapping) else dtypes
 
 
 @dataclass(frozen=True)
@@ -147,15 +156,16 @@ def pipeline_class(folder: Path, layout: TensorLayout = TORCH) -> str:
 def read_prior_folder(
     folder: Path,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: Dtypes = torch.float32,
     given: Collection[str] = (),
     layout: TensorLayout = TORCH,
+    variant: str | None = None,
 ) -> PriorFolder:
     """Reads a pipeline of Stage C, or the Stage C half of a combined one, frozen and in eval mode.
 
-    Components named in ``given`` are left out. Raises ``CheckpointError`` for a part that is missing or
-    damaged, of an unknown class, or of other sizes than its configuration says; sizes are checked before
-    anything is allocated.
+    Components named in ``given`` are left out. Weights of a ``variant`` (fp16) come before full ones. Raises
+    ``CheckpointError`` for a part that is missing or damaged, of an unknown class, or of other sizes than its
+    configuration says; sizes are checked before anything is allocated.
     """
     name, numbers = _read_index(folder, layout)
     if name == DECODER_PIPELINE:
@@ -163,8 +173,10 @@ def read_prior_folder(
     prefix = "prior_" if name == COMBINED_PIPELINE else ""
     parts: dict[str, Any] = dict.fromkeys(("prior", "text_encoder", "tokenizer"))
     if "prior" not in given:
-        parts["prior"] = read_prior_network(folder / f"{prefix}prior", dtype=dtype, layout=layout)
-    parts |= _read_text(folder, prefix, dtype, given, layout)
+        parts["prior"] = read_prior_network(
+            folder / f"{prefix}prior", dtype=dtype, layout=layout, variant=variant
+        )
+    parts |= _read_text(folder, prefix, dtype, given, layout, variant)
     if "scheduler" not in given:
         parts["schedule"] = read_schedule(folder / f"{prefix}scheduler")
     return PriorFolder(**parts, **numbers)
@@ -173,9 +185,10 @@ def read_prior_folder(
 def read_decoder_folder(
     folder: Path,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: Dtypes = torch.float32,
     given: Collection[str] = (),
     layout: TensorLayout = TORCH,
+    variant: str | None = None,
 ) -> DecoderFolder:
     """Reads a pipeline of Stages B and A, or that half of a combined one, like ``read_prior_folder``."""
     name, numbers = _read_index(folder, layout)
@@ -184,18 +197,22 @@ def read_decoder_folder(
     parts: dict[str, Any] = dict.fromkeys(("decoder", "vqgan", "text_encoder", "tokenizer"))
     for part in ("decoder", "vqgan"):
         if part not in given:
-            parts[part] = read_network(folder / part, part, dtype=dtype, layout=layout)
-    parts |= _read_text(folder, "", dtype, given, layout)
+            parts[part] = read_network(folder / part, part, dtype=dtype, layout=layout, variant=variant)
+    parts |= _read_text(folder, "", dtype, given, layout, variant)
     if "scheduler" not in given:
         parts["schedule"] = read_schedule(folder / "scheduler")
     return DecoderFolder(**parts, **numbers, prior=_prior_line(folder))
 
 
 def read_prior_network(
-    folder: Path, *, dtype: torch.dtype = torch.float32, layout: TensorLayout = TORCH
+    folder: Path,
+    *,
+    dtype: Dtypes = torch.float32,
+    layout: TensorLayout = TORCH,
+    variant: str | None = None,
 ) -> Prior:
     """Reads Stage C's network alone: a folder with its ``config.json`` and weights, as the variants are."""
-    return read_network(folder, "prior", dtype=dtype, layout=layout)
+    return read_network(folder, "prior", dtype=dtype, layout=layout, variant=variant)
 
 
 def linked_prior(folder: Path) -> Path | str:
@@ -318,7 +335,12 @@ def _read_index(folder: Path, layout: TensorLayout) -> tuple[str, dict[str, floa
 
 
 def read_network(
-    folder: Path, part: str, *, dtype: torch.dtype = torch.float32, layout: TensorLayout = TORCH
+    folder: Path,
+    part: str,
+    *,
+    dtype: Dtypes = torch.float32,
+    layout: TensorLayout = TORCH,
+    variant: str | None = None,
 ) -> Any:
     """Reads one network, a ``prior``, ``decoder`` or ``vqgan``: a folder of its ``config.json`` and weights.
 
@@ -334,7 +356,7 @@ def read_network(
             f"{_CLASSES[part][0]} belongs; get the model again"
         )
     config = read_config(path, raw, config_class)
-    stored = StoredTensors.in_folder(folder, layout.network_stems)
+    stored = StoredTensors.in_folder(folder, layout.network_stems, variant)
     try:
         with torch.device("meta"), warnings.catch_warnings():
             # A network that reads no timestep (c_r=0) has layers without inputs.
@@ -345,18 +367,28 @@ def read_network(
         raise CheckpointError(
             f"{path} is wrong because it makes no network ({reason}); get it again"
         ) from error
-    layout.fill(network, stored, dtype)
+    wanted = _dtype_of(dtype, part)
+    layout.fill(network, stored, stored.dtype() if wanted is None else wanted)
     return network
 
 
 def _read_text(
-    folder: Path, prefix: str, dtype: torch.dtype, given: Collection[str], layout: TensorLayout
+    folder: Path,
+    prefix: str,
+    dtype: Dtypes,
+    given: Collection[str],
+    layout: TensorLayout,
+    variant: str | None,
 ) -> dict[str, Any]:
     """The text encoder and the tokenizer, as far as they are asked for."""
     parts: dict[str, Any] = {}
     if "text_encoder" not in given:
         parts["text_encoder"] = read_clip(
-            folder / f"{prefix}text_encoder", dtype=dtype, stems=layout.text_stems, fill_from=layout.fill
+            folder / f"{prefix}text_encoder",
+            dtype=_dtype_of(dtype, "text_encoder"),
+            stems=layout.text_stems,
+            variant=variant,
+            fill_from=layout.fill,
         )
     if "tokenizer" not in given:
         parts["tokenizer"] = read_clip_tokenizer(folder / f"{prefix}tokenizer", parts.get("text_encoder"))

@@ -22,6 +22,9 @@ _ORIGINAL_V2 = [
     "model_v2_stage_b.pt",
     "model_v2_stage_c_finetune_interpolation.pt",
 ]
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pdparams")
+# Which are not fetched where there are full weights.
+_VARIANTS = [f"*.{name}{end}" for name in ("fp16", "bf16", "non_ema") for end in (".*", "-*")]
 
 
 def is_bundled(model: str | Path | None) -> bool:
@@ -40,14 +43,17 @@ def local_folder(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     token: str | bool | None = None,
+    force_download: bool = False,
+    variant: str | None = None,
     only: Sequence[str] = (),
 ) -> Path:
     """The folder of a model: ``name_or_path`` itself if it exists, else a copy from the hub.
 
     ``bundled`` is the model in the package. A name like ``warp-ai/wuerstchen`` is fetched into the hub's
-    cache, or found there: with ``local_files_only`` or ``HF_HUB_OFFLINE=1`` nothing else is tried. Of each
-    network one file format is fetched, safetensors where there are; ``only`` are patterns of the files that
-    are wanted.
+    cache, or found there: with ``local_files_only`` or ``HF_HUB_OFFLINE=1`` nothing else is tried; with
+    ``force_download`` it is fetched again. Of each network one file format is fetched: those of ``variant``
+    where there are, else full weights, else other variants, and safetensors before pickles. ``only`` are
+    patterns of the files that are wanted.
     Raises ``CheckpointError`` if it is neither a path nor a name that can be had.
     """
     path = Path(name_or_path)
@@ -63,7 +69,7 @@ def local_folder(
     # Only here: without a network nobody waits for the hub's client.
     from huggingface_hub import snapshot_download
 
-    def fetch(patterns: list[str]) -> Path:
+    def fetch(patterns: list[str], ignored: Sequence[str]) -> Path:
         try:
             return Path(
                 snapshot_download(
@@ -72,8 +78,9 @@ def local_folder(
                     cache_dir=cache_dir,
                     local_files_only=local_files_only,
                     token=token,
+                    force_download=force_download,
                     allow_patterns=patterns,
-                    ignore_patterns=["*.fp16.*", "*.non_ema.*"],
+                    ignore_patterns=list(ignored),
                 )
             )
         except Exception as error:  # the hub's client raises its own kinds, httpx's, and OSError
@@ -84,15 +91,29 @@ def local_folder(
             ) from error
 
     if only:
-        return fetch(list(only))
-    folder = fetch([*_DESCRIPTIONS, "*.safetensors"])
-    if not any(folder.rglob("*.safetensors")):
-        folder = fetch([*_DESCRIPTIONS, "*.bin", *_ORIGINAL_V2])
-    elif lacking := [part for part in _component_folders(folder) if not any(part.glob("*.safetensors"))]:
-        folder = fetch([*_DESCRIPTIONS, *(f"{part.name}/*.bin" for part in lacking)])
+        folder = fetch(list(only), _VARIANTS)
+        return fetch(list(only), ()) if _without_weights(folder) else folder
+    # What is tried for the parts that have no weights yet.
+    attempts: list[tuple[list[str], Sequence[str]]] = []
+    if variant is not None:
+        for ending in (".safetensors", ".bin"):
+            attempts.append(([f"*.{variant}{ending}", f"*.{variant}-*{ending}"], ()))
+    attempts += [(["*.safetensors"], _VARIANTS), (["*.bin"], _VARIANTS)]
+    attempts += [(["*.safetensors"], ()), (["*.bin"], ())]
+    folder = fetch([*_DESCRIPTIONS, *attempts[0][0]], attempts[0][1])
+    for patterns, ignored in attempts[1:]:
+        if not any(path.suffix in _WEIGHTS for path in folder.rglob("*.*")):
+            folder = fetch([*_DESCRIPTIONS, *patterns, *_ORIGINAL_V2], ignored)
+        elif lacking := _without_weights(folder):
+            inside = [f"{part}/{pattern}" for part in lacking for pattern in patterns]
+            folder = fetch([*_DESCRIPTIONS, *inside], ignored)
+        else:
+            break
     return folder
 
 
-def _component_folders(folder: Path) -> list[Path]:
-    """The sub-folders that describe a network."""
-    return [config.parent for config in folder.glob("*/config.json")]
+def _without_weights(folder: Path) -> list[str]:
+    """The folders inside that describe a network and hold no weights."""
+    described = sorted(config.parent for config in folder.rglob("*/config.json"))
+    lacking = [part for part in described if not any(path.suffix in _WEIGHTS for path in part.iterdir())]
+    return [part.relative_to(folder).as_posix() for part in lacking if part != folder]

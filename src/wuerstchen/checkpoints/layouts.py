@@ -37,7 +37,7 @@ from wuerstchen.checkpoints.native import (
 from wuerstchen.checkpoints.original import read_original, write_original
 from wuerstchen.checkpoints.paddle import PADDLE, is_paddle
 from wuerstchen.checkpoints.text_encoder import read_text_encoder
-from wuerstchen.checkpoints.weights import new_folder
+from wuerstchen.checkpoints.weights import is_spare_variant, new_folder
 from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE
 from wuerstchen.errors import CheckpointError, UserError
 from wuerstchen.models.cascade import PUBLISHED_V1, Cascade, CascadeSettings, MapStatistics
@@ -333,7 +333,10 @@ def _check_not_int8(folder: Path, layout: str) -> None:
 
 
 def weight_files(path: Path, sources: Sources | None = None) -> list[Path]:
-    """The files of weights that ``read_model`` reads, its linked or given Stage C included."""
+    """The files of weights that ``read_model`` reads, its linked or given Stage C included.
+
+    Variants (fp16) beside full weights are not among them.
+    """
     sources = sources or Sources()
     if path.is_file():
         return [path]
@@ -344,6 +347,5 @@ def weight_files(path: Path, sources: Sources | None = None) -> list[Path]:
         elif pipeline_class(path, PADDLE if is_paddle(path) else TORCH) != COMBINED_PIPELINE:
             roots.append(_fetched(linked_prior(path), sources))
     endings = ("*.safetensors", "*.bin", "*.pt")
-    return sorted(
-        {file for root in roots for ending in endings for file in root.rglob(ending) if file.is_file()}
-    )
+    found = {file for root in roots for ending in endings for file in root.rglob(ending) if file.is_file()}
+    return sorted(file for file in found if not is_spare_variant(file))

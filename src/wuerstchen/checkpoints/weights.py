@@ -5,9 +5,11 @@ memory than its size explains: descriptions, headers and pickles are bounded, as
 written appears when it is whole.
 """
 
+import functools
 import json
 import os
 import pickle
+import re
 import tempfile
 import warnings
 import zipfile
@@ -23,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from wuerstchen.checkpoints.pickles import check_pickle
-from wuerstchen.errors import CheckpointError, shown
+from wuerstchen.errors import CheckpointError, UserNotice, shown
 
 MAX_JSON = 64 << 20
 """Bytes of the largest JSON that is read, of a prepared data set."""
@@ -176,18 +178,24 @@ class StoredTensors:
         return cls(shapes=shapes, files=tuple(files), metadata=metadata)
 
     @classmethod
-    def in_folder(cls, folder: Path, stems: Sequence[str]) -> "StoredTensors":
+    def in_folder(cls, folder: Path, stems: Sequence[str], variant: str | None = None) -> "StoredTensors":
         """The tensors in ``folder`` under the first of the names ``stems`` that is there.
 
-        safetensors comes before ``.bin``, a whole file before shards (``STEM.safetensors.index.json``).
+        safetensors comes before ``.bin``, a whole file before shards (``STEM.safetensors.index.json``). Those
+        of ``variant`` (``STEM.fp16.safetensors``) come first. Where there are neither these nor full weights,
+        the variant that is there is read, and a ``UserNotice`` says so.
         """
-        for ending in (".safetensors", ".bin"):
-            for stem in stems:
-                whole, index = folder / f"{stem}{ending}", folder / f"{stem}{ending}.index.json"
-                if whole.is_file():
-                    return cls.of([whole])
-                if index.is_file():
-                    return cls.of(_shards(index))
+        for tried in dict.fromkeys((variant, None)):
+            if files := _files_of(folder, stems, tried):
+                return cls.of(files)
+        if found := _only_variant(folder, stems):
+            warnings.warn(
+                f"{folder.parent} has weights of which only the variant {found!r} is there. It is read in "
+                "place of the full weights.",
+                UserNotice,
+                stacklevel=2,
+            )
+            return cls.of(_files_of(folder, stems, found))
         if any(folder.glob("*.pdparams")):
             raise CheckpointError(
                 f"{folder} holds Paddle's pickles (.pdparams), which are never opened; load the model in "
@@ -196,6 +204,19 @@ class StoredTensors:
         raise CheckpointError(
             f"{folder} holds no weights: there is no {stems[0]}.safetensors nor .bin; get the model again"
         )
+
+    def dtype(self) -> torch.dtype:
+        """The widest dtype among the floating tensors; float32 if they are of other kinds."""
+        kinds: set[torch.dtype] = set()
+        for path in self.files:
+            if path.suffix != ".safetensors":
+                kinds |= {tensor.dtype for tensor in read_tensors_of(path).values()}
+                continue
+            with open_safetensors(path) as file:
+                stored = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (no mapping)
+                kinds |= {_DTYPES[name] for name in stored if name in _DTYPES}
+        kinds &= set(_DTYPES.values())
+        return functools.reduce(torch.promote_types, kinds) if kinds else torch.float32
 
     def read(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """All tensors, floating ones in ``dtype`` if it is given."""
@@ -369,6 +390,84 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise CheckpointError(
             f"{folder} cannot be written ({error.strerror or error}); free some space, or choose another"
         ) from error
+
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""What safetensors calls them."""
+_ENDINGS = (".safetensors", ".bin")
+_VARIANT = r"(?P<variant>\w+(?:-\w+)*)"
+_PREFERRED = ("fp16", "bf16")
+
+
+def has_variant(folder: Path, variant: str) -> bool:
+    """Whether a file of weights in ``folder``, or in a folder inside it, is of that variant."""
+    endings = (".safetensors", ".bin", ".json", ".index.json", ".*.index.json", ".index.*.json")
+    patterns = [f"{place}*.{variant}{ending}" for place in ("", "*/") for ending in endings]
+    return any(True for pattern in patterns for _ in folder.glob(pattern))
+
+
+def is_spare_variant(path: Path) -> bool:
+    """Whether a file is of a variant of weights that lie beside it in full, which are read in its place."""
+    shard = r"-\d{5}-of-\d{5}"
+    match = re.fullmatch(
+        rf"(?P<stem>\w+)(?:{shard})?\.{_VARIANT}(?:{shard})?\.(?:safetensors|bin)", path.name
+    )
+    return match is not None and bool(_files_of(path.parent, [match["stem"]], None))
+
+
+def _files_of(folder: Path, stems: Sequence[str], variant: str | None) -> list[Path]:
+    """The files of full weights, or of those of a variant, in ``folder``; empty if there are none."""
+    for ending in _ENDINGS:
+        for stem in stems:
+            whole = folder / (f"{stem}{ending}" if variant is None else f"{stem}.{variant}{ending}")
+            if whole.is_file():
+                return [whole]
+            for name in _index_names(stem, ending, variant):
+                if (folder / name).is_file():
+                    return _shards(folder / name)
+    return []
+
+
+def _index_names(stem: str, ending: str, variant: str | None) -> list[str]:
+    """What the index of shards may be called: by diffusers of today first, then by older ones."""
+    if variant is None:
+        return [f"{stem}{ending}.index.json"]
+    return [
+        f"{stem}{ending}.index.{variant}.json",
+        f"{stem}{ending}.{variant}.index.json",
+        f"{stem}.{variant}{ending}.index.json",
+        f"{stem}.{variant}.index{ending}.json",
+    ]
+
+
+def _only_variant(folder: Path, stems: Sequence[str]) -> str | None:
+    """The variant in a folder without full weights, None if there is none.
+
+    Half precision comes before others. Raises ``CheckpointError`` where several others are there.
+    """
+    if not folder.is_dir():
+        return None
+    found: set[str] = set()
+    for stem in stems:
+        for ending in _ENDINGS:
+            before, after = re.escape(stem), re.escape(ending)
+            names = [rf"{before}\.{_VARIANT}{after}"]
+            names += [
+                re.escape(name).replace("VARIANT", _VARIANT) for name in _index_names(stem, ending, "VARIANT")
+            ]
+            for path in folder.iterdir():
+                matches = (re.fullmatch(name, path.name) for name in names)
+                found |= {match["variant"] for match in matches if match}
+    found = {name for name in found if not re.fullmatch(r".*-\d{5}-of-\d{5}", name)}
+    for preferred in _PREFERRED:
+        if preferred in found:
+            return preferred
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{folder} has no full weights and several variants: {', '.join(sorted(found))[:200]}. One of "
+            "them can be read. Leave only that one there, or name it with variant= in wuerstchen.diffusers."
+        )
+    return next(iter(found), None)
 
 
 def _shards(index: Path) -> list[Path]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from wuerstchen.diffusers.options import drop_options
 from wuerstchen.diffusers.outputs import Config
 from wuerstchen.errors import UserError, UserNotice
 from wuerstchen.fast import Recorder, Recorders
@@ -31,6 +32,8 @@ class DiffusionPipeline:
     _component_names: tuple[str, ...] = ()
     _network_name: str = ""
     """The component whose dtype and device are the pipeline's."""
+    hf_device_map: dict[str, str] | None = None
+    """Where ``device_map`` has put the networks."""
 
     def __init__(self, **settings: Any) -> None:
         self._config = Config(settings)
@@ -46,15 +49,19 @@ class DiffusionPipeline:
     ) -> AnyPipeline:
         """Loads a pipeline from a folder, or by a name on the hub, onto the CPU.
 
-        Settings are those that are common: ``dtype`` or ``torch_dtype`` (float32 unless given), ``revision``,
-        ``cache_dir``, ``local_files_only``, ``token``, ``use_safetensors=True`` to refuse other files; and
-        components or numbers of the pipeline by name, which are then not read. For a combined pipeline,
-        which a decoder's folder gives too if it names its prior, the prior's are these with ``prior_``
-        before the name; without them it is loaded as the decoder is, but for the revision. ``variant`` is
-        not looked for: ``dtype`` converts the full weights.
+        Settings are diffusers': ``dtype`` or ``torch_dtype`` (float32 unless given; "auto" as stored; or a
+        dict by component, ``default`` for the others), ``variant``, ``revision``, ``cache_dir``,
+        ``force_download``, ``local_files_only``, ``token``, ``use_safetensors=True`` to refuse other files;
+        and components or numbers of the pipeline by name, which are then not read. ``device_map`` is a
+        device, or "balanced" for the first GPU, and takes the whole pipeline. Options that change nothing
+        here, such as ``low_cpu_mem_usage``, are accepted; others are refused with the reason.
 
-        Raises ``CheckpointError`` for what is no Würstchen pipeline or damaged, ``TypeError`` for unknown
-        settings.
+        For a combined pipeline, which a decoder's folder gives too if it names its prior, the prior's
+        settings are these with ``prior_`` before the name; without them it is loaded as the decoder is, but
+        for the revision. ``prior`` is a folder or a name on the hub to take the prior from.
+
+        Raises ``CheckpointError`` for what is no Würstchen pipeline or damaged, ``UserError`` for options
+        that cannot be used, ``TypeError`` for names that are no options of diffusers either.
         """
         from wuerstchen.diffusers.loading import load  # which knows all pipelines, and so comes after them
 
@@ -74,6 +81,7 @@ class DiffusionPipeline:
         A combined pipeline gives its halves too. A dtype converts the shared networks. Offloading is not
         taken over. Raises ``UserError`` if components are missing.
         """
+        drop_options(parts)
         source = next((pipe for pipe in (pipeline, *pipeline._pipes()) if isinstance(pipe, cls)), pipeline)
         source.maybe_free_model_hooks()
         kind = type(source) if cls is DiffusionPipeline else cls
@@ -93,13 +101,23 @@ class DiffusionPipeline:
         safe_serialization: bool = True,
         variant: str | None = None,
         max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **hub_options: Any,
     ) -> None:
         """Writes the pipeline as published, over an earlier one in that folder; a network is one file.
 
-        Raises ``UserError`` for what the layout has no place for.
+        ``hub_options`` are diffusers' for ``push_to_hub``, which is refused. Raises ``UserError`` for that,
+        and for what the layout has no place for.
         """
         from wuerstchen.diffusers.loading import save
 
+        for name in hub_options.keys() - {"commit_message", "private", "create_pr", "token", "repo_id"}:
+            raise TypeError(f"save_pretrained() got an unexpected keyword argument {name!r}")
+        if push_to_hub:
+            raise UserError(
+                "push_to_hub cannot be used. Pipelines are only written to folders here. Save the pipeline "
+                "first, then run: hf upload OWNER/NAME FOLDER"
+            )
         if not safe_serialization or variant is not None:
             raise UserError("only safetensors without a variant are written; leave both arguments out")
         save(self, Path(save_directory))
@@ -179,6 +197,11 @@ class DiffusionPipeline:
         for network in self._networks().values():
             network.to(device=device, dtype=dtype)
         return self
+
+    def reset_device_map(self) -> None:
+        """Undoes ``device_map``: all networks go back to the CPU."""
+        self.to("cpu")
+        self.hf_device_map = None
 
     @contextmanager
     def _using(self, network: nn.Module | None) -> Iterator[torch.device]:

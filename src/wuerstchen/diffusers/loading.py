@@ -2,13 +2,13 @@
 
 import inspect
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from wuerstchen.checkpoints.diffusers import (
@@ -22,14 +22,17 @@ from wuerstchen.checkpoints.diffusers import (
     pipeline_class,
     read_decoder_folder,
     read_prior_folder,
+    read_prior_network,
     write_combined_folder,
     write_decoder_folder,
     write_prior_folder,
 )
 from wuerstchen.checkpoints.hub import HUB_NAME, local_folder
+from wuerstchen.checkpoints.weights import has_variant
 from wuerstchen.diffusers.base import DiffusionPipeline, plain
 from wuerstchen.diffusers.combined import WuerstchenCombinedPipeline
 from wuerstchen.diffusers.decoder import WuerstchenDecoderPipeline
+from wuerstchen.diffusers.options import checked_device_map, checked_dtypes, drop_options
 from wuerstchen.diffusers.prior import WuerstchenPriorPipeline
 from wuerstchen.diffusers.scheduler import DDPMWuerstchenScheduler
 from wuerstchen.diffusion.schedule import CosineSchedule
@@ -60,23 +63,17 @@ class Source:
         given = taken("torch_dtype")  # which newer versions of diffusers call dtype
         self.torch_dtype = settings.pop(prefix + "dtype", None) or given
         self.cache_dir = taken("cache_dir")
-        self.local_files_only = taken("local_files_only", False)
+        self.local_files_only = bool(taken("local_files_only", False))
+        self.force_download = bool(taken("force_download", False))
         self.token = taken("token")
         self.use_safetensors = taken("use_safetensors")
+        self.variant = taken("variant")
         self.revision = settings.pop(prefix + "revision", None)
-        variant = settings.pop(prefix + "variant", None)
-        settings.pop(prefix + "low_cpu_mem_usage", None)  # it always is
-        self.dtype = torch.float32 if self.torch_dtype is None else self.torch_dtype
-        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
-            raise TypeError(
-                f"'{prefix}torch_dtype' must be a floating torch.dtype, but got {self.dtype!r}; "
-                "torch.float16 is one"
-            )
-        if variant is not None:
-            warnings.warn(
-                f"variant={variant!r} is not looked for: {prefix}torch_dtype converts the full weights",
-                UserNotice,
-                stacklevel=4,
+        self.dtype = checked_dtypes(f"{prefix}torch_dtype", self.torch_dtype, prefix)
+        if self.variant is not None and not re.fullmatch(r"\w[\w-]{,39}", str(self.variant)):
+            raise UserError(
+                f"{prefix}variant={str(self.variant)[:80]!r} is no name of a variant. A name has letters and "
+                "digits. Use 'fp16', say."
             )
 
     def folder(self, name_or_path: str | Path) -> Path:
@@ -87,9 +84,18 @@ class Source:
             cache_dir=self.cache_dir,
             local_files_only=self.local_files_only,
             token=self.token,
+            force_download=self.force_download,
+            variant=self.variant,
         )
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is no folder; give the folder of a pipeline")
+        if self.variant is not None and not has_variant(folder, self.variant):
+            warnings.warn(
+                f"{folder} has no variant {self.variant!r}. Its full weights are read, and torch_dtype "
+                "converts them.",
+                UserNotice,
+                stacklevel=4,
+            )
         for part in sorted({path.parent for path in folder.glob("*/*.bin")}) if self.use_safetensors else ():
             if not any(part.glob("*.safetensors")):
                 raise CheckpointError(
@@ -101,13 +107,20 @@ class Source:
 def load(kind: Any, name_or_path: str | Path, settings: dict[str, Any]) -> Any:
     """``kind.from_pretrained``; the base of all pipelines stands for the one that the folder holds."""
     settings = dict(settings)
+    device = checked_device_map(settings.pop("device_map", None), settings.pop("max_memory", None))
+    connected = settings.pop("load_connected_pipeline", False)
+    if "use_auth_token" in settings:  # the name of old scripts
+        settings.setdefault("token", settings.pop("use_auth_token"))
+    drop_options(settings)
     source = Source(settings)
     folder = source.folder(name_or_path)
     if kind is DiffusionPipeline:
         kind = PIPELINES[pipeline_class(folder)]
-    prior_source = None
+        if connected and kind is WuerstchenDecoderPipeline:
+            kind = WuerstchenCombinedPipeline
+    prior_source, prior = None, None
     if issubclass(kind, WuerstchenCombinedPipeline):
-        prior_source = Source(settings, "prior_", like=source)
+        prior_source, prior = Source(settings, "prior_", like=source), settings.pop("prior", None)
     known = list(inspect.signature(kind).parameters)
     for name in settings:
         if name not in known:
@@ -116,12 +129,16 @@ def load(kind: Any, name_or_path: str | Path, settings: dict[str, Any]) -> Any:
                 f"are {', '.join(known)}"
             )
     if prior_source is not None:
-        pipe = kind(**combined_arguments(folder, source, prior_source, settings))
+        pipe = kind(**combined_arguments(folder, source, prior_source, settings, prior))
     elif issubclass(kind, WuerstchenPriorPipeline):
-        return kind(**prior_arguments(folder, source.dtype, settings))
+        pipe = kind(**prior_arguments(folder, source, settings))
     else:
-        pipe = kind(**decoder_arguments(folder, source.dtype, settings))
-    pipe._pipes()[-1]._prior_name = prior_name(folder)
+        pipe = kind(**decoder_arguments(folder, source, settings))
+    if not issubclass(kind, WuerstchenPriorPipeline):
+        pipe._pipes()[-1]._prior_name = prior_name(folder)
+    if device is not None:
+        pipe.to(device)
+        pipe.hf_device_map = dict.fromkeys(pipe._networks(), str(device))
     return pipe
 
 
@@ -136,9 +153,14 @@ def save(pipe: Any, folder: Path) -> None:
         write_over(folder, lambda new: write_decoder_folder(decoder_folder_of(pipe), new))
 
 
-def prior_arguments(folder: Path, dtype: torch.dtype, given: Mapping[str, Any]) -> dict[str, Any]:
+def prior_arguments(folder: Path, source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
     """What the prior pipeline is made of: parts and numbers ``given``, the rest read."""
-    read = read_prior_folder(folder, dtype=dtype, given=[name for name in PRIOR_PARTS if name in given])
+    read = read_prior_folder(
+        folder,
+        dtype=source.dtype,
+        given=[name for name in PRIOR_PARTS if name in given],
+        variant=source.variant,
+    )
     parts = {
         "tokenizer": read.tokenizer,
         "text_encoder": read.text_encoder,
@@ -148,9 +170,14 @@ def prior_arguments(folder: Path, dtype: torch.dtype, given: Mapping[str, Any]) 
     return {**parts, **{name: getattr(read, name) for name in PRIOR_NUMBERS}, **given}
 
 
-def decoder_arguments(folder: Path, dtype: torch.dtype, given: Mapping[str, Any]) -> dict[str, Any]:
+def decoder_arguments(folder: Path, source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
     """What the decoder pipeline is made of: parts and numbers ``given``, the rest read."""
-    read = read_decoder_folder(folder, dtype=dtype, given=[name for name in DECODER_PARTS if name in given])
+    read = read_decoder_folder(
+        folder,
+        dtype=source.dtype,
+        given=[name for name in DECODER_PARTS if name in given],
+        variant=source.variant,
+    )
     parts = {
         "tokenizer": read.tokenizer,
         "text_encoder": read.text_encoder,
@@ -162,9 +189,16 @@ def decoder_arguments(folder: Path, dtype: torch.dtype, given: Mapping[str, Any]
 
 
 def combined_arguments(
-    folder: Path, source: Source, prior_source: Source, given: Mapping[str, Any]
+    folder: Path,
+    source: Source,
+    prior_source: Source,
+    given: Mapping[str, Any],
+    prior_place: Any = None,
 ) -> dict[str, Any]:
-    """What the combined pipeline is made of, out of its own folder or the decoder's and the prior's."""
+    """What the combined pipeline is made of, out of its own folder or the decoder's and the prior's.
+
+    ``prior_place`` is a folder or a name on the hub to take Stage C from: a pipeline, or its network alone.
+    """
     prior_given = {
         name.removeprefix("prior_"): part for name, part in given.items() if name.startswith("prior_")
     }
@@ -172,14 +206,26 @@ def combined_arguments(
     kind = pipeline_class(folder)
     if kind == PRIOR_PIPELINE:
         raise CheckpointError(f"{folder} holds a {kind} alone; give the folder of the decoder that names it")
-    arguments = decoder_arguments(folder, source.dtype, decoder_given)
+    place = None
+    if prior_place is not None:
+        if not isinstance(prior_place, str | Path):
+            raise UserError(
+                f"prior is a {type(prior_place).__name__}. It must be a folder or a name on the hub. Give a "
+                "network of your own as prior_prior."
+            )
+        place = prior_source.folder(prior_place)
+        if not (place / "model_index.json").is_file():
+            network = read_prior_network(place, dtype=prior_source.dtype, variant=prior_source.variant)
+            prior_given, place = {"prior": network, **prior_given}, None
+    arguments = decoder_arguments(folder, source, decoder_given)
     if all(name in prior_given for name in PRIOR_PARTS):
         prior = prior_given
+    elif place is not None:
+        prior = prior_arguments(place, prior_source, prior_given)
     elif kind == COMBINED_PIPELINE:
-        prior = prior_arguments(folder, prior_source.dtype, prior_given)
+        prior = prior_arguments(folder, prior_source, prior_given)
     else:
-        linked = prior_source.folder(linked_prior(folder))
-        prior = prior_arguments(linked, prior_source.dtype, prior_given)
+        prior = prior_arguments(prior_source.folder(linked_prior(folder)), prior_source, prior_given)
     return {**arguments, **{f"prior_{name}": value for name, value in prior.items()}}
 
 
