@@ -7,6 +7,7 @@ has 24×24 positions of 16 channels, 42 times fewer a side than the image.
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -31,6 +32,9 @@ class CompressorConfig:
 
     backbone: BackboneName = "efficientnet_v2_s"
     c_latent: int = 16
+    depths: tuple[int, ...] = ()
+    """Strides of the backbone, 4, 8 or 16, whose last maps the mapper reads beside the head's features. Empty
+    as published. Only for EfficientNet-Lite0."""
 
     def __post_init__(self) -> None:
         names = get_args(BackboneName)
@@ -41,6 +45,13 @@ class CompressorConfig:
         if self.c_latent < 1:
             raise UserError(
                 f"c_latent {self.c_latent} is wrong because the map needs a channel; use 16 as published"
+            )
+        if self.depths and (
+            self.backbone != "efficientnet_lite0" or list(self.depths) != sorted({*self.depths} & {4, 8, 16})
+        ):
+            raise UserError(
+                f"depths must be some of 4 8 16 in this order, for efficientnet_lite0, got {self.depths} for "
+                f"{self.backbone}. Leave it empty as published."
             )
 
 
@@ -59,7 +70,7 @@ class Compressor(nn.Module):
         self.config = config
         self.backbone = _build_backbone(config.backbone)
         self.mapper = nn.Sequential(
-            nn.Conv2d(self.backbone.config.head, config.c_latent, 1, bias=False),
+            nn.Conv2d(self.backbone.config.head + self._side_channels(), config.c_latent, 1, bias=False),
             nn.BatchNorm2d(config.c_latent),
         )
         self.backbone.eval()
@@ -85,7 +96,34 @@ class Compressor(nn.Module):
         BatchNorm's output as it is; v2's Stage C works on (z + 1) / 42, which is the caller's affair.
         """
         # The backbone computes in channels-last; what meets the map is in torch's usual layout.
-        return self.mapper(self.backbone(images)).contiguous()
+        if not self.config.depths:
+            return self.mapper(self.backbone(images)).contiguous()
+        assert isinstance(self.backbone, EfficientNetLite)
+        maps = self.backbone.feature_maps(images)
+        features = [self.backbone.head(maps[-1])]
+        for stride in self.config.depths:
+            features.append(_folded(maps[_LITE_STRIDES.index(stride)], STRIDE // stride))
+        return self.mapper(torch.cat(features, dim=1)).contiguous()
+
+    def _side_channels(self) -> int:
+        """Channels that the mapper reads beside the head's."""
+        if not self.config.depths:
+            return 0
+        stages = self.backbone.config.stages
+        widths, reached = {}, 2
+        for stage in stages:
+            reached *= stage.stride
+            widths[reached] = stage.channels  # the last stage of each stride
+        return sum(widths[stride] * (STRIDE // stride) ** 2 for stride in self.config.depths)
+
+
+_LITE_STRIDES = (2, 4, 8, 16, 32)  # of EfficientNetLite.feature_maps
+
+
+def _folded(x: Float[Tensor, "b c h w"], factor: int) -> Float[Tensor, "b c2 h2 w2"]:
+    """Space to depth, padded with zeros where a side is no multiple of ``factor``."""
+    right, bottom = (-side % factor for side in (x.shape[3], x.shape[2]))
+    return F.pixel_unshuffle(F.pad(x, (0, right, 0, bottom)), factor)
 
 
 def _build_backbone(name: BackboneName) -> EfficientNetV2 | EfficientNetLite:

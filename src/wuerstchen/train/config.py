@@ -22,6 +22,9 @@ class Optimization:
 
     images: int
     batch_size: int
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """``muon`` updates the matrices inside blocks by orthogonalised momentum and everything else by AdamW,
+    at the same learning rate (``train.muon``). Not with sharded networks."""
     learning_rate: float = 1e-4
     warmup: int = 0
     """Images over which the learning rate rises from 0."""
@@ -315,6 +318,9 @@ class Recipe:
     stage_c: StageCConfig
     statistics_images: int = 1024
     """Images over which the scale of the latents and the map's mean and deviation are measured."""
+    view_scale: float = 0.75
+    """Side of the compressor's view over the image's; 0.75 as published. The semantic latents have a position
+    for every 32 pixels of the view."""
     prior_steps: int = 29
     prior_guidance: float = 4.0
     decoder_steps: int = 12
@@ -370,8 +376,13 @@ class Recipe:
         )  # refuses what cannot be sampled with, before anything is trained
         if not self.checkpoint_seconds >= 0:
             raise UserError(f"checkpoint_seconds={self.checkpoint_seconds} must be at least 0; 120 is common")
+        if not 0.25 <= self.view_scale <= 4:
+            raise UserError(
+                f"view_scale must be from 0.25 to 4, got {self.view_scale}. Use 0.75 as published."
+            )
         _check_side(self.image_size)
         self._check_stages()
+        self._check_optimizers()
         channels = self.compressor.c_latent
         if not channels == self.prior.c_in == self.decoder.effnet_embd == self.previewer.c_in:
             raise UserError(
@@ -410,6 +421,16 @@ class Recipe:
                 raise UserError(f"fresh={stage} is no stage that is trained; add it to stages")
         if "a" in self.stages and self.stage_a.refine_images and "b" not in self.stages:
             raise UserError("stage_a.refine_images needs a Stage B of the same run; train b too, or give 0")
+
+    def _check_optimizers(self) -> None:
+        used = (self.stage_a, self.stage_b, self.stage_c)
+        every = [c.optimization for c in used]
+        every += [phase.optimization for c in (self.stage_b, self.stage_c) for phase in c.phases]
+        if self.sharding == "full" and any(o.optimizer == "muon" for o in every):
+            raise UserError(
+                "optimizer=muon needs whole matrices, and sharding=full splits them between processes. "
+                "Use --sharding none or optimizer=adamw."
+            )
 
     def _check_decoder(self) -> None:
         """Against Stage A, and against what only the other kind of Stage B can be told."""

@@ -25,7 +25,12 @@ class HalfCopies:
 
     def __init__(self, network: nn.Module, optimizer: torch.optim.AdamW, least: int = LARGE) -> None:
         self.optimizer = optimizer
-        groups = {p: number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        groups = {
+            p: number
+            for number, group in enumerate(optimizer.param_groups)
+            for p in group["params"]
+            if not group.get("muon")  # its weights have no copies: autocast makes them
+        }
         self.layers = [
             (module, module.weight, nn.Parameter(module.weight.detach().bfloat16()))
             for module in network.modules()

@@ -1,5 +1,6 @@
 """Optimizers and the learning rate: what turns a loss into an update."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from wuerstchen.train.config import Optimization
 from wuerstchen.train.half import HalfCopies
+from wuerstchen.train.muon import MuonWithAdamW, hidden_matrices
 from wuerstchen.train.parallel import local_part
 from wuerstchen.train.precision import loss_scale_of
 
@@ -37,7 +39,8 @@ def make_optimizer(
     *,
     decays_all_axes: bool = False,
 ) -> torch.optim.AdamW:
-    """AdamW over a network's trainable parameters.
+    """AdamW over a network's trainable parameters. With ``config.optimizer="muon"`` the matrices inside blocks
+    are Muon's (``muon.hidden_matrices``).
 
     Weight decay acts on weights of linear layers, convolutions and embeddings: not on biases and scales,
     GRN's gamma and beta included, nor on the codebook, whose codes are pulled to the latents. The original
@@ -46,6 +49,7 @@ def make_optimizer(
     ``rate_scales`` gives parameters whose names begin so a share of the learning rate. ``decays_all_axes`` is
     for runs of earlier versions, which decayed everything of more than one axis.
     """
+    hidden = hidden_matrices(network) if config.optimizer == "muon" else set()
     exempt = set() if decays_all_axes else _exempt(network)
     # Places in what is stored are by the number of axes, whatever is decayed: checkpoints depend on them.
     order: dict[tuple[float, bool], list[nn.Parameter]] = {}
@@ -58,15 +62,19 @@ def make_optimizer(
     for (scale, is_matrix), parameters in order.items():
         places = dict(zip(parameters, range(place, place + len(parameters)), strict=True))
         place += len(parameters)
-        for decays in (True, False):
-            members = [p for p in parameters if (is_matrix and p not in exempt) == decays]
+        for decays, muon in itertools.product((True, False), repeat=2):
+            members = [
+                p for p in parameters if (is_matrix and p not in exempt) == decays and (p in hidden) == muon
+            ]
             if members:
                 decay = config.weight_decay if decays else 0.0
                 where = [places[p] for p in members]
-                described.append({"params": members, "weight_decay": decay, "scale": scale, "places": where})
+                group = {"params": members, "weight_decay": decay, "scale": scale, "places": where}
+                described.append({**group, "muon": True} if muon else group)
     # A tensor as rate can change between replays of a recorded update.
     device = next(network.parameters()).device
-    optimizer = torch.optim.AdamW(
+    kind = MuonWithAdamW if config.optimizer == "muon" else torch.optim.AdamW
+    optimizer = kind(
         described,
         lr=torch.tensor(config.learning_rate, dtype=torch.float32, device=device),
         betas=config.betas,

@@ -462,7 +462,7 @@ class _Run:
                 source,
                 compressor=parts.compressor,
                 text_encoder=parts.text_encoder,
-                view_scale=(self.start.settings or CascadeSettings()).view_scale,
+                view_scale=recipe.view_scale,
                 image_size=phase.image_size or recipe.image_size,
                 texts=recipe.stored_texts,
                 text_positions=recipe.text_positions,
@@ -505,7 +505,7 @@ class _Run:
                 maps = some_maps(source, self.recipe.statistics_images, seed)
                 return dataclasses.asdict(measure_stored_maps(maps))
             pictures = self.some_images("map", self.recipe.image_size)
-            return dataclasses.asdict(measure_map(compressor, pictures, self.device))
+            return dataclasses.asdict(measure_map(compressor, pictures, self.device, self.recipe.view_scale))
 
         return MapStatistics(**{k: tuple(v) for k, v in self.measured_once("stage_c", measure).items()})
 

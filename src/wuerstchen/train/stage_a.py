@@ -190,7 +190,7 @@ class StageARefinement(_Pictures):
         pixels = batch.pixels(device)
         with full_precision(device):
             latents = self.vqgan.encode(pixels).float()
-            z = self.compressor(compressor_input(pixels)).float()
+            z = self.compressor(compressor_input(pixels, self.recipe.view_scale)).float()
         states = mask = None
         if self.text_encoder is not None:
             text = encoded_captions(self.text_encoder, batch.captions, self.recipe)

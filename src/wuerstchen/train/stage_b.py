@@ -127,7 +127,7 @@ class Decoding:
         model = Wuerstchen(cascade, device)
         originals = to_images(pixels)
         stage_a = to_images(self.stage_a(pixels).clamp(0, 1).float())
-        previews = previewer(compressor(compressor_input(pixels))).clamp(0, 1)
+        previews = previewer(compressor(compressor_input(pixels, self.recipe.view_scale))).clamp(0, 1)
         return [
             *originals,
             *stage_a,
@@ -182,7 +182,7 @@ class WithCompressor(Decoding):
 
     def losses(self, inputs: Inputs, random: ImageRandom) -> Losses:
         pixels = pixels_of(inputs["images"])
-        z = self.trained.compressor(compressor_input(pixels)).float()
+        z = self.trained.compressor(compressor_input(pixels, self.recipe.view_scale)).float()
         loss, terms = self.decoder_loss(self.trained.decoder, z, inputs, random)
         yield "decoder_and_compressor", loss, {"map_std": z.detach().std(), **terms}
         yield "previewer", previewer_loss(self.previewer, z, pixels), {}
@@ -199,7 +199,8 @@ class WithCompressor(Decoding):
     ) -> tuple[nn.Module, Float[Tensor, "b c mh mw"]]:
         trained = averages["decoder_and_compressor"]
         assert isinstance(trained, DecoderAndCompressor)
-        return trained.decoder, trained.compressor(compressor_input(pixels_of(inputs["images"]))).float()
+        view = compressor_input(pixels_of(inputs["images"]), self.recipe.view_scale)
+        return trained.decoder, trained.compressor(view).float()
 
     def preview(
         self, averages: dict[str, nn.Module], pixels: Tensor, device: torch.device
@@ -243,7 +244,7 @@ class OnFinishedMap(Decoding):
         pixels = batch.pixels(device)
         with full_precision(device):
             targets = self.targets(pixels)
-            z = self.compressor(compressor_input(pixels)).float()
+            z = self.compressor(compressor_input(pixels, self.recipe.view_scale)).float()
         return {
             **targets,
             "z": z,

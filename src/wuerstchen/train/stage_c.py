@@ -69,7 +69,7 @@ class StageC:
 
     def prepare(self, batch: Batch, device: torch.device) -> Inputs:
         with full_precision(device):
-            z = self.compressor(compressor_input(batch.pixels(device))).float()
+            z = self.compressor(compressor_input(batch.pixels(device), self.recipe.view_scale)).float()
         text = encoded_captions(self.text_encoder, batch.captions, self.recipe)
         return {"x": self.statistics.normalise(z), **text}
 
@@ -108,9 +108,12 @@ class StageC:
 
 
 @torch.no_grad()
-def measure_map(compressor: Compressor, batches: Iterator[Batch], device: torch.device) -> MapStatistics:
+def measure_map(
+    compressor: Compressor, batches: Iterator[Batch], device: torch.device, view_scale: float = 0.75
+) -> MapStatistics:
     """Mean and standard deviation of each channel of the map over some pictures."""
-    maps = torch.cat([compressor(compressor_input(batch.pixels(device))).float().cpu() for batch in batches])
+    views = (compressor_input(batch.pixels(device), view_scale) for batch in batches)
+    maps = torch.cat([compressor(view).float().cpu() for view in views])
     return _statistics(maps.double().transpose(0, 1).flatten(1))
 
 

@@ -157,6 +157,7 @@ def cascade_settings(
         image_size=recipe.image_size,
         # 128 pixels are three positions of the map; the decoder's levels may need more.
         size_multiple=math.lcm(128, recipe.vqgan.factor * recipe.decoder.size_multiple),
+        view_scale=recipe.view_scale,
         map_statistics=statistics,
         text_mask=recipe.text_positions == "real",
         prior_steps=recipe.prior_steps,

@@ -79,7 +79,8 @@ class Start:
 
     def resolved(self, recipe: Recipe) -> Recipe:
         """The recipe with the shapes of networks that are not trained, whose fit is thereby checked."""
-        parts, shapes = self.parts, {}
+        parts = self.parts
+        shapes: dict[str, Any] = {}
         for name, stage in STAGE_OF.items():
             network = getattr(parts, name)
             if network is not None and stage not in recipe.stages:
@@ -87,6 +88,8 @@ class Start:
         if "b" not in recipe.stages and "previewer" not in shapes and parts.compressor is not None:
             channels = parts.compressor.config.c_latent
             shapes["previewer"] = dataclasses.replace(recipe.previewer, c_in=channels)
+        if self.settings is not None and "b" not in recipe.stages:
+            shapes["view_scale"] = self.settings.view_scale
         return dataclasses.replace(recipe, **shapes)
 
     def fingerprint(self) -> str:
@@ -123,6 +126,7 @@ def read_start(recipe: Recipe) -> Start:
             start.provenance.setdefault(name, whence)
     _take_compressor(recipe, start)
     _check_networks(recipe, start)
+    _check_view(recipe, start)
     _take_text_encoders(recipe, start, given)
     _check_text(recipe, start)
     return start
@@ -209,6 +213,17 @@ def _check_networks(recipe: Recipe, start: Start) -> None:
         network = getattr(parts, name)
         if network is not None and stage in recipe.stages:
             _check_config(name, getattr(recipe, name), network.config, recipe.start_from)
+
+
+def _check_view(recipe: Recipe, start: Start) -> None:
+    """Refuses to go on with a compressor that has seen images at another scale."""
+    trained = "b" in recipe.stages and start.parts.compressor is not None and start.settings is not None
+    if trained and start.settings.view_scale != recipe.view_scale:
+        raise UserError(
+            f"view_scale is {recipe.view_scale} in the recipe and {start.settings.view_scale} in "
+            f"{recipe.start_from}. Weights go on at the scale that they know. Use --view-scale "
+            f"{start.settings.view_scale}, or --fresh b."
+        )
 
 
 def _check_config(name: str, ours: object, theirs: object, source: str) -> None:

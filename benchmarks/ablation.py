@@ -1,0 +1,217 @@
+"""Train variants of the recipe `mini`, one stage at a time, and score each on val: a row a variant.
+
+    python benchmarks/ablation.py b-base b-muon --data data/emoji --run-dir runs/ablation --rows rows.jsonl
+
+Everything but the named stage comes from the bundled model. Rows go to a JSON-lines file; docs/experiments.md
+is made from such rows by scripts/experiments_table.py. Held-out images are never trained on, and the test
+lists are never read.
+"""
+
+import argparse
+import dataclasses
+import json
+import shutil
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import wuerstchen.train.run as training
+from wuerstchen.checkpoints.native import read_parts
+from wuerstchen.evaluate.report import evaluate
+from wuerstchen.models.cascade import Cascade
+from wuerstchen.pipeline import BUNDLED, Sampling, Wuerstchen
+from wuerstchen.recipes.mini import mini
+from wuerstchen.train.config import Recipe
+from wuerstchen.train.track import read_events
+from wuerstchen.train.watch import Watch
+
+C32 = {"compressor.c_latent": 32, "prior.c_in": 32, "decoder.effnet_embd": 32, "previewer.c_in": 32}
+MUON_B = {"stage_b.optimization.optimizer": "muon"}
+MUON_C = {"stage_c.optimization.optimizer": "muon"}
+DEPTHS = {"compressor.depths": (8, 16)}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "b-base": {},
+    "b-muon": MUON_B,
+    "b-muon-half": MUON_B | {"stage_b.optimization.learning_rate": 5e-4},
+    "b-muon-double": MUON_B | {"stage_b.optimization.learning_rate": 2e-3},
+    "b-adamw-double": {"stage_b.optimization.learning_rate": 2e-3},
+    "b-depths": DEPTHS,
+    "b-depths-muon": DEPTHS | MUON_B,
+    "b-8x8": {"view_scale": 1.0},
+    "b-32x6x6": C32,
+    "b-shift1": {"stage_b.time_shift": 1.0},
+    "b-shift4": {"stage_b.time_shift": 4.0},
+    "c-base": {},
+    "c-muon": MUON_C,
+    "c-muon-half": MUON_C | {"stage_c.optimization.learning_rate": 5e-4},
+    "c-muon-double": MUON_C | {"stage_c.optimization.learning_rate": 2e-3},
+    "c-adamw-double": {"stage_c.optimization.learning_rate": 2e-3},
+    "c-shift-0.5": {"stage_c.time_shift": 0.5},
+    "c-shift-1.5": {"stage_c.time_shift": 1.5},
+}
+"""What each variant changes in the recipe; its first letter is the stage that is trained."""
+COLUMNS = ("recall_1", "recall_5", "style", "kid_e3", "object", "background", "psnr", "ssim")
+
+
+def recipe_of(
+    name: str, data: str, images: int, seed: int, workers: int, start: str, others: dict[str, Any]
+) -> Recipe:
+    """`mini` with one stage to train from nothing, and what the variant changes."""
+    stage = name[0]
+    recipe = dataclasses.replace(
+        mini(),
+        data=data,
+        seed=seed,
+        workers=workers,
+        stages=(stage,),
+        fresh=(stage,),
+        start_from=start,
+    )
+    changes = {f"stage_{stage}.optimization.images": images, "stage_b.refine_images": 0}
+    return _with(recipe, changes | VARIANTS[name] | others)
+
+
+def _with(config: Any, changes: dict[str, Any]) -> Any:
+    """A frozen dataclass with fields replaced, all at once, by dotted names."""
+    nested: dict[str, dict[str, Any]] = {}
+    plain: dict[str, Any] = {}
+    for name, value in changes.items():
+        first, _, rest = name.partition(".")
+        if rest:
+            nested.setdefault(first, {})[rest] = value
+        else:
+            plain[first] = value
+    plain |= {name: _with(getattr(config, name), inner) for name, inner in nested.items()}
+    return dataclasses.replace(config, **plain)
+
+
+def _change(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    found = json.loads(value)
+    return name, tuple(found) if isinstance(found, list) else found
+
+
+def scores(
+    model: Wuerstchen, data: Path, row: str, seeds: list[int], sampling: Sampling, limit: int | None
+) -> dict[str, dict[str, list[float]]]:
+    """By list and column, a value for each first seed."""
+    found: dict[str, dict[str, list[float]]] = {"a": {}, "b": {}}
+    for first_seed in seeds:
+        report = evaluate(
+            model,
+            data,
+            splits=("val",),
+            rows=(row,),  # type: ignore[arg-type]
+            sampling=sampling,
+            limit=limit,
+            shown=0,
+            first_seed=first_seed,
+        )
+        for name, columns in found.items():
+            values = report.lists[name].scores["val"][row]  # type: ignore[index]
+            for column in COLUMNS:
+                if column in values:
+                    columns.setdefault(column, []).append(round(values[column].value, 4))
+    return found
+
+
+def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Trains and scores one variant."""
+    stage, folder = name[0], options.run_dir / name
+    images = options.images_b if stage == "b" else options.images_c
+    others = dict(_change(text) for text in options.set)
+    recipe = recipe_of(name, str(options.data), images, options.seed, options.workers, options.start, others)
+    began = time.monotonic()
+    model_folder = training.train(recipe, folder, watch=Watch(rehearses=False))
+    minutes = (time.monotonic() - began) / 60
+    events = read_events(folder / "log.jsonl")
+    progress = [event for event in events if event["event"] == "progress"]
+    validation = [event for event in events if event["event"] == "validation"]
+    settings, parts, _ = read_parts(model_folder)
+    model = Wuerstchen(Cascade(settings=settings, **parts), torch.device(options.device))
+    row = "a_b" if stage == "b" else "c_b_a"
+    began = time.monotonic()
+    found = scores(model, options.data, row, options.first_seeds, Sampling(), options.limit)
+    return {
+        "name": name,
+        "seed": options.seed,
+        "changed": VARIANTS[name] | others,
+        "images": images,
+        "minutes": round(minutes, 2),
+        "images_per_second": sorted(event["images_per_second"] for event in progress)[len(progress) // 2],
+        "loss": progress[-1]["loss"],
+        "validation": validation[-1] if validation else None,
+        "row": row,
+        "first_seeds": options.first_seeds,
+        "scores": found,
+        "scoring_minutes": round((time.monotonic() - began) / 60, 2),
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("variants", nargs="+", choices=VARIANTS, metavar="VARIANT", help=", ".join(VARIANTS))
+    parser.add_argument("--data", type=Path, required=True, help="built emoji set")
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--rows", type=Path, required=True, help="JSON lines; rows are added")
+    parser.add_argument("--images-b", type=int, default=256 * 9_000)
+    parser.add_argument("--images-c", type=int, default=512 * 20_000)
+    parser.add_argument("--start", default=str(BUNDLED), help="model with everything else")
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=JSON", help="for all variants")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first-seeds", type=int, nargs="+", default=[0, 1000])
+    parser.add_argument("--limit", type=int, help="score the first N entries of each list only")
+    parser.add_argument("--workers", type=int, default=16)
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no variant that would end later")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    # Variants train on the same composed images, so they are composed once.
+    training.compose = _once(training.compose)
+    began, longest, failed = time.monotonic(), 0.0, []
+    for name in options.variants:
+        left = options.minutes - (time.monotonic() - began) / 60
+        if longest > left:
+            print(
+                f"{name}: left out, {left:.1f} minutes are left and the last took {longest:.1f}", flush=True
+            )
+            continue
+        started = time.monotonic()
+        try:
+            found = run(name, options)
+        except Exception:  # the others are still worth their time
+            traceback.print_exc()
+            failed.append(name)
+            continue
+        longest = max(longest, (time.monotonic() - started) / 60)
+        with open(options.rows, "a", encoding="utf-8") as file:
+            file.write(json.dumps(found) + "\n")
+        print(json.dumps(found), flush=True)
+        for picture in sorted((options.run_dir / name).glob("stage_*/previews/*.png"))[-1:]:
+            shutil.copy(picture, options.rows.parent / f"{name}.png")
+        torch.cuda.empty_cache()
+    sys.exit(f"failed: {' '.join(failed)}" if failed else 0)
+
+
+def _once(compose: Any) -> Any:
+    """``compose`` that remembers its last result: every variant has the same seed, data and size."""
+    kept: dict[tuple[int, int, int], Any] = {}
+
+    def composed(feed: Any, count: int, workers: int, device: torch.device) -> Any:
+        key = (feed.seed, feed.size, count)
+        if key not in kept:
+            kept.clear()
+            kept[key] = compose(feed, count, workers, device)
+        return kept[key]
+
+    return composed
+
+
+if __name__ == "__main__":
+    main()
