@@ -93,3 +93,23 @@ def test_the_time_of_a_picture_is_measured_to_the_end(tmp_path):
     assert len(found["ratios"]) == 2
     assert found["floors"]
     assert found["profiles"]
+
+
+def test_every_variant_of_the_ablation_is_a_recipe(benchmarks):
+    """A variant that cannot be built would be found out on a rented GPU."""
+    import ablation
+
+    for name, changes in ablation.VARIANTS.items():
+        recipe = ablation.recipe_of(name, "data", 512, 3, 2, "start", {"prepared_images": 4})
+        assert (recipe.stages, recipe.fresh, recipe.prepared_images) == ((name[0],), (name[0],), 4)
+        assert getattr(recipe, f"stage_{name[0]}").optimization.images == 512
+        for field, value in changes.items():
+            found = recipe
+            for part in field.split("."):
+                found = getattr(found, part)
+            assert found == value
+
+
+def test_the_page_of_experiments_is_made_from_its_rows():
+    scripts = BENCHMARKS.parent / "scripts"
+    subprocess.run([sys.executable, str(scripts / "experiments_table.py"), "--check"], check=True)

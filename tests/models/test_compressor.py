@@ -170,3 +170,48 @@ def test_an_unknown_backbone_is_refused_with_the_known_ones(monkeypatch: pytest.
         CompressorConfig(backbone="resnet50")  # pyrefly: ignore[bad-argument-type]
     with pytest.raises(UserError, match=r"^c_latent 0 is wrong"):
         CompressorConfig(c_latent=0)
+
+
+def test_depths_reach_the_mapper_folded_onto_its_grid() -> None:
+    torch.manual_seed(0)
+    compressor = Compressor(CompressorConfig(backbone="efficientnet_lite0", depths=(8, 16))).eval()
+    projection = compressor.mapper[0]
+    assert isinstance(projection, nn.Conv2d)
+    assert projection.weight.shape == (16, 1280 + 16 * 40 + 4 * 112, 1, 1)
+    images = torch.rand(1, 3, 72, 96)
+    with torch.no_grad():
+        maps = compressor.backbone.feature_maps(images)
+        torch.nn.init.zeros_(projection.weight)
+        projection.weight[0, 1280 + 16 * 3 + 4 * 2 + 1] = 1  # channel 3 at stride 8, row 2 and column 1 of 4
+        projection.weight[1, 1280 + 16 * 40 + 4 * 7 + 2] = (
+            1  # channel 7 at stride 16, row 1 and column 0 of 2
+        )
+        projected = compressor.mapper[0](
+            torch.cat([torch.zeros(1, 1280, 3, 3), *_folded_by_hand(maps)], dim=1)
+        )
+        z = compressor(images)
+    # 72 pixels are 9 rows at stride 8: the third row of the grid has one of its four, and zeros.
+    eight = F.pad(maps[2][:, 3], (0, 0, 0, 3))[:, 2::4, 1::4]
+    sixteen = F.pad(maps[3][:, 7], (0, 0, 0, 1))[:, 1::2, 0::2]
+    torch.testing.assert_close(projected[:, 0], eight)
+    torch.testing.assert_close(projected[:, 1], sixteen)
+    norm = compressor.mapper[1]
+    torch.testing.assert_close(z[:, :2], projected[:, :2] / (1 + norm.eps) ** 0.5)
+
+
+def _folded_by_hand(maps: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Every factor × factor cell of the maps at strides 8 and 16 as channels, row by row."""
+    folded = []
+    for x, factor in ((maps[2], 4), (maps[3], 2)):
+        padded = F.pad(x, (0, -x.shape[3] % factor, 0, -x.shape[2] % factor))
+        cells = [padded[:, :, i::factor, j::factor] for i in range(factor) for j in range(factor)]
+        folded.append(torch.stack(cells, dim=2).flatten(1, 2))
+    return folded
+
+
+@pytest.mark.parametrize(
+    ("backbone", "depths"), [("efficientnet_lite0", (16, 8)), ("efficientnet_v2_s", (8,))]
+)
+def test_depths_that_cannot_be_read_are_refused(backbone: BackboneName, depths: tuple[int, ...]) -> None:
+    with pytest.raises(UserError, match=r"^depths must be some of 4 8 16 in this order"):
+        CompressorConfig(backbone=backbone, depths=depths)

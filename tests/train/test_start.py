@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -485,3 +486,22 @@ def test_the_published_model_is_an_average_of_two_phases():
     assert v2_stage_c().stage_c.blend == 0.5
     sizes = [phase.optimization.images for phase in v2_stage_c().stage_c.phases]
     assert sizes == [364_000 * 1536, 4_000 * 768, 50_000 * 384]
+
+
+def test_the_compressors_view_is_that_of_the_start(start, photos, tmp_path):
+    """Semantic latents of a view at another scale would be other latents."""
+    folder = tmp_path / "model"
+    shutil.copytree(start, folder)
+    description = json.loads((folder / "model.json").read_text())
+    description["settings"]["view_scale"] = 0.5
+    (folder / "model.json").write_text(json.dumps(description))
+    prior_alone = recipe(folder, photos)
+    assert read_start(prior_alone).resolved(prior_alone).view_scale == 0.5
+    goes_on = recipe(folder, photos, stages=("b",), fresh=())
+    with pytest.raises(
+        UserError, match=r"^view_scale is 0\.75 in the recipe and 0\.5 in .*--view-scale 0\.5"
+    ):
+        read_start(goes_on)
+    assert read_start(dataclasses.replace(goes_on, fresh=("b",))).parts.compressor is None
+    with pytest.raises(UserError, match=r"^view_scale must be from 0\.25 to 4, got 5.0"):
+        recipe(folder, photos, view_scale=5.0)

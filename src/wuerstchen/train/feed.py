@@ -238,7 +238,8 @@ def batches(
     except DataError as error:
         # From a worker the message comes wrapped in that process's traceback; its last line is ours.
         raise DataError(
-            str(error).strip().splitlines()[-1].removeprefix("wuerstchen.errors.DataError: ")
+            # Not str(error), which spells the line breaks out.
+            error.args[0].strip().splitlines()[-1].removeprefix("wuerstchen.errors.DataError: ")
         ) from None
     except RuntimeError as error:
         if not workers or not _lacks_shared_memory(error):

@@ -39,8 +39,8 @@ def make_optimizer(
     *,
     decays_all_axes: bool = False,
 ) -> torch.optim.AdamW:
-    """AdamW over a network's trainable parameters. With ``config.optimizer="muon"`` the matrices inside blocks
-    are Muon's (``muon.hidden_matrices``).
+    """AdamW over a network's trainable parameters; with ``config.optimizer="muon"`` matrices inside blocks
+    are updated by Muon (``muon.hidden_matrices``).
 
     Weight decay acts on weights of linear layers, convolutions and embeddings: not on biases and scales,
     GRN's gamma and beta included, nor on the codebook, whose codes are pulled to the latents. The original
