@@ -16,12 +16,13 @@ from typing import Any
 DOCS = Path(__file__).parents[1] / "docs"
 HEAD = """# Experiments on the bundled model
 
-One row per training run, made by `scripts/experiments_table.py` from [experiments.jsonl](experiments.jsonl). Runs are made by
-`benchmarks/ablation.py`: it trains one stage of the recipe `mini` from nothing with everything else taken from the bundled
-model, and scores it on *val*. *test* is never read. Scores are means over the first seeds; (a) has 150 held-out
-style × subject pairs, (b) 120 composed captions. With two seeds an entry the standard error of R@1 is about 0.03 for one list.
-*Validation error* is the mean squared error of the predicted noise on 64 held-out images, averaged over eight fixed times; it compares
-runs of one stage on the same latents.
+One row per training run, made by `scripts/experiments_table.py` from
+[experiments.jsonl](experiments.jsonl). Runs are made by `benchmarks/ablation.py`: it trains one stage of the
+recipe `mini` from nothing, with everything else taken from the bundled model, and scores it on *val*. *test*
+is never read. Scores are means over the first seeds; (a) has 150 held-out style × subject pairs, (b) 120
+composed captions. With two seeds an entry the standard error of R@1 is about 0.03 for one list. *Validation
+error* is the mean squared error of the predicted noise on 64 held-out images, averaged over eight fixed
+times; it compares runs of one stage on the same latents.
 
 """
 STAGES = {
