@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -30,6 +33,7 @@ from wuerstchen.data.prepare_networks import Networks, read_networks
 from wuerstchen.data.prepare_plan import PrepareConfig
 from wuerstchen.data.prepared import PreparedSet, bytes_per_image, quantize_states
 from wuerstchen.data.readers import FolderReader
+from wuerstchen.data.tables import ParquetReader
 from wuerstchen.errors import DataError, RunFolderError, UserError
 from wuerstchen.images import open_image, resize_crop, to_tensor
 from wuerstchen.models.compressor import compressor_input
@@ -543,7 +547,7 @@ def test_nan_in_what_is_stored_is_noticed_and_named(finished):
     stored = states.astype(np.float16).tobytes()
     (path,) = [p for p in (finished / "texts").glob("*.arrow") if stored in p.read_bytes()]
     overwrite(path, stored, stored[:-2] + nan)
-    damaged = PreparedSet(finished)
+    damaged = PreparedSet(finished, verify=False)
     damaged.map(4, 0)
     with pytest.raises(DataError, match=r"image '4.png' of prepared set .* its map holds NaN"):
         damaged.map(4, 1)
@@ -551,6 +555,151 @@ def test_nan_in_what_is_stored_is_noticed_and_named(finished):
         damaged.states(4)
     with pytest.raises(DataError, match="has changed since it was written"):
         PreparedSet(finished, verify=True)
+
+
+def test_shards_that_changed_at_equal_size_are_noticed(finished):
+    """A shard newer than prepared.json, which is written last, is compared with its checksum."""
+    shard = finished / "images" / "00001.arrow"
+    data, described = shard.read_bytes(), (finished / "prepared.json").stat().st_mtime_ns
+    shard.write_bytes(data[:-1500] + bytes([data[-1500] ^ 1]) + data[-1499:])
+    with pytest.raises(DataError, match=r"00001.arrow' is wrong because it has changed since it was written"):
+        PreparedSet(finished)
+    shard.write_bytes(data)
+    assert shard.stat().st_mtime_ns > described
+    PreparedSet(finished)
+    # It is as it was, and is not read again.
+    assert (finished / "prepared.json").stat().st_mtime_ns >= shard.stat().st_mtime_ns
+
+
+def test_a_changed_shard_that_is_not_verified_ends_no_process(finished):
+    """Every byte of the structure is changed, with the time of the file kept: that is an error or nothing."""
+    shard = finished / "images" / "00001.arrow"
+    data, times = shard.read_bytes(), shard.stat()
+    rng = np.random.default_rng(0)
+    refused: list[str] = []
+    for place in [*range(0, 2000, 31), *rng.integers(0, len(data), 20).tolist()]:
+        changed = bytearray(data)
+        changed[place] ^= int(rng.integers(1, 256))
+        shard.write_bytes(changed)
+        os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+        try:
+            prepared = PreparedSet(finished)
+            for index in range(len(prepared)):
+                prepared.map(index, 1)
+                prepared.boxes(index)
+                prepared.states(index)
+                prepared.tokens(index)
+            prepared.rows("train")
+        except UserError as error:
+            refused.append(str(error))
+    assert len(refused) > 20
+    assert not any("\n" in message for message in refused)
+
+
+def test_states_that_the_table_lacks(finished):
+    path = finished / "prepared.json"
+    description = json.loads(path.read_text())
+    for kept in ("int8", "none"):
+        description["settings"]["text_states"] = kept
+        path.write_text(json.dumps(description))
+        with pytest.raises(DataError, match=r"cannot be read \(its columns are .*states.* are described"):
+            PreparedSet(finished)
+
+
+@pytest.mark.parametrize(
+    ("table", "column", "value", "message"),
+    [
+        ("images", "texts", [99], r"it names the texts \[99\] of 8"),
+        ("images", "texts", [-1], "it names the texts"),
+        ("images", "texts", [], "it names the texts"),
+        ("images", "boxes", [0.0] * 7, "its crops have 7 sides and not 8"),
+        ("texts", "tokens", [65535], "each below"),
+        ("texts", "tokens", [1] * 1000, "its text has 1000 tokens of at most"),
+    ],
+)
+def test_sets_that_lie_are_refused(photos, tmp_path, networks, table, column, value, message):
+    """Whoever made the set wrote the checksums too."""
+    out = tmp_path / "out"
+    make(photos, out, networks, dataclasses.replace(CONFIG, text_states="none", shard_size=100))
+    path = out / table / "00000.arrow"
+    with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
+        rows, schema = stream.read_all().to_pylist(), stream.schema
+    for row in rows:
+        row[column] = value
+    with open(path, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
+    description = json.loads((out / "prepared.json").read_text())
+    (shard,) = description[table]["shards"]
+    shard |= {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    (out / "prepared.json").write_text(json.dumps(description))
+    prepared = PreparedSet(out, verify=True)
+    with pytest.raises(DataError, match=message):
+        prepared.boxes(0), prepared.tokens(0)
+
+
+def test_failed_downloads_are_counted_and_not_named(tmp_path, networks):
+    """img2dataset writes a row for every failed download: their names made a description of 77 MiB."""
+    file = io.BytesIO()
+    Image.new("RGB", (200, 200), "red").save(file, "PNG")
+    images = [file.getvalue() if row % 50 == 0 else None for row in range(150)]
+    table = pa.table({"jpg": images, "caption": [f"row {row}" for row in range(150)]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    out = tmp_path / "out"
+    config = PrepareConfig(batch_size=2, shard_size=64)
+    description = prepare(ParquetReader([tmp_path / "a.parquet"]), out, networks, config)
+    assert description["dropped"] == {"not downloaded": 147}
+    assert description["damaged"] == []
+    assert len(PreparedSet(out)) == 3
+    assert "  dropped 147: not downloaded" in summary(description)
+
+
+def test_damaged_pictures_are_named_up_to_a_number(photos, tmp_path, networks, monkeypatch):
+    monkeypatch.setattr("wuerstchen.data.filters.MAX_NAMED", 2)
+    for name in (0, 1, 3, 4, 7):
+        (photos / f"{name}.png").write_bytes(b"x")
+    description = make(photos, tmp_path / "out", networks)
+    assert description["dropped"] == {"damaged image": 5}
+    assert [name for name, _ in description["damaged"]] == ["0.png", "1.png"]
+    assert description["unnamed"] == 3
+    assert "  and 3 more, which are counted above and not named" in summary(description)
+    assert len(PreparedSet(tmp_path / "out")) == 3
+
+
+def test_sets_of_versions_that_named_every_damaged_picture_open(finished):
+    """Hundreds of thousands of names made over 64 MiB, which the version that wrote them did not read."""
+    path = finished / "prepared.json"
+    description = json.loads(path.read_text())
+    for key in ("unnamed", "without_score"):
+        del description[key]
+    for key in ("image_column", "text_column"):
+        del description["settings"][key]
+    reason = "image 'part-00000.parquet:123456' is wrong because its cell holds no bytes; leave it out"
+    description["damaged"] = [["part-00000.parquet:123456", reason * 6]] * 120_000
+    path.write_text(json.dumps(description))
+    assert path.stat().st_size > 64 << 20
+    assert len(PreparedSet(finished)) == 8
+    path.write_bytes(b'{"a": [' + b"[]," * 4_000_000 + b"[]]}")
+    with pytest.raises(DataError, match="more lists than any set has"):
+        PreparedSet(finished)
+
+
+def test_the_columns_are_part_of_the_settings(photos, tmp_path, networks):
+    """The same command with another column went on as it had begun."""
+    images = [(photos / f"{number}.png").read_bytes() for number in range(3)]
+    rows = {"image": images, "text": ["short"] * 3, "other": ["long"] * 3}
+    pq.write_table(pa.table(rows), tmp_path / "a.parquet")
+    out, config = tmp_path / "out", PrepareConfig(text_column="other")
+    prepare(ParquetReader([tmp_path / "a.parquet"], text_column="other"), out, networks, config)
+    assert PreparedSet(out).captions(2) == ["long"]
+    reader = ParquetReader([tmp_path / "a.parquet"])
+    with pytest.raises(RunFolderError, match="begun with text_column 'other' and not None"):
+        prepare(reader, out, networks, PrepareConfig())
+    path = out / "prepared.json"
+    description = json.loads(path.read_text())
+    for key in ("image_column", "text_column"):  # as earlier versions wrote it
+        del description["settings"][key]
+    path.write_text(json.dumps(description))
+    assert prepare(reader, out, networks, PrepareConfig())["images"]["rows"] == 3
 
 
 def test_the_folders_are_data_sets_of_the_library(finished):
@@ -588,8 +737,10 @@ def test_sets_that_cannot_be_read(finished, tmp_path):
     with pytest.raises(DataError, match=r"00001.arrow' is wrong because it has \d+ bytes and was written"):
         PreparedSet(finished)
     shard.write_bytes(b"\0" * len(data))
-    with pytest.raises(DataError, match=r"00001.arrow' is wrong because it cannot be read"):
+    with pytest.raises(DataError, match=r"00001.arrow' is wrong because it has changed since it was written"):
         PreparedSet(finished)
+    with pytest.raises(DataError, match=r"00001.arrow' is wrong because it cannot be read"):
+        PreparedSet(finished, verify=False)
     shard.unlink()
     with pytest.raises(DataError, match=r"00001.arrow' is wrong because it cannot be read \(No such file"):
         PreparedSet(finished)

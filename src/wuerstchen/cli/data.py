@@ -70,10 +70,18 @@ def _add_prepare(kinds: "argparse._SubParsersAction[Parser]") -> None:
     prepare.add_argument("--min-size", type=int, help="least shorter side of the original, in pixels")
     prepare.add_argument("--max-size", type=int, help="greatest longer side")
     prepare.add_argument("--max-aspect", type=float, help="greatest longer over shorter side")
-    prepare.add_argument("--max-watermark", type=float, help="greatest pwatermark; the original took 0.5")
+    prepare.add_argument(
+        "--max-watermark", type=float, help="greatest watermark score; the original took 0.5"
+    )
     prepare.add_argument("--min-aesthetic", type=float, help="least aesthetic score; the original took 5")
-    prepare.add_argument("--max-unsafe", type=float, help="greatest punsafe; the original took 0.99")
-    prepare.add_argument("--strict", action="store_true", help="drop what lacks a score that is asked for")
+    prepare.add_argument(
+        "--max-unsafe", type=float, help="greatest score of unsafe content; the original took 0.99"
+    )
+    prepare.add_argument(
+        "--strict",
+        action="store_true",
+        help="drop images without a score that is filtered by; they are kept and counted otherwise",
+    )
     prepare.add_argument(
         "--text-states", choices=("none", "fp16", "int8"), default="none", help="stored (none)"
     )

@@ -20,6 +20,7 @@ from PIL import Image
 
 from wuerstchen.data.captions import MONO_STYLE, Scene, caption, plain_caption
 from wuerstchen.data.colours import COLOURS, name_colours, to_lab
+from wuerstchen.data.files import read_file
 from wuerstchen.data.sources import Example, Size
 from wuerstchen.errors import DataError, UserError
 
@@ -28,6 +29,7 @@ CENTRED = 0.7
 STYLES = ("fluent-3d", "fluent-flat", "fluent-mono", "noto", "twemoji")
 LICENSES = dict(zip(STYLES, ("MIT", "MIT", "MIT", "Apache-2.0", "CC-BY-4.0"), strict=True))
 RESOLUTION = 256
+_MAX_INDEX = 1 << 28  # bytes of index.jsonl
 
 _HERE = Path(__file__).parent
 HEX = r"[0-9a-f]{2,6}(?:-[0-9a-f]{2,6})*"
@@ -93,8 +95,8 @@ def read_index(root: Path) -> list[Record]:
     """The records of a built folder. Raises ``DataError`` naming the line that cannot be used."""
     path = root / "index.jsonl"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_file(path, _MAX_INDEX).decode().splitlines()
+    except (DataError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path} cannot be read ({error.__class__.__name__}); "
             f"make the data set with `wuerstchen data emoji {root}`"
@@ -108,7 +110,7 @@ def read_index(root: Path) -> list[Record]:
             records.append(Record(**fields))
         except DataError as error:
             raise DataError(f"{path} line {number}: {error}") from error
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise DataError(
                 f"{path} line {number} is not a record of the index ({error}); build the set anew"
             ) from error

@@ -132,10 +132,16 @@ def summary(description: dict[str, Any]) -> list[str]:
     images, texts = description["images"], description["texts"]
     lines = [f"{images['rows']} images of {description['items']} with a caption, {texts['rows']} texts"]
     lines += [f"  dropped {count}: {reason}" for reason, count in description["dropped"].items()]
-    damaged = description["damaged"]
+    lines += [
+        f"  {count} had no {score} score and were kept (--strict drops them)"
+        for score, count in description.get("without_score", {}).items()
+    ]
+    damaged, unnamed = description["damaged"], description.get("unnamed", 0)
     lines += [f"  damaged: {name} ({reason})" for name, reason in damaged[:_NAMED]]
     if len(damaged) > _NAMED:
         lines.append(f"  and {len(damaged) - _NAMED} more, which {DESCRIPTION} names")
+    if unnamed:
+        lines.append(f"  and {unnamed} more, which are counted above and not named")
     lines += [f"  {width}x{height}: {count}" for width, height, count in description["buckets"]]
     if description["enlarged"]:
         lines.append(
@@ -201,6 +207,8 @@ class _Run:
         for name, ours in self.settings.items():
             if name == "source" and ours is None:
                 continue
+            if name in ("image_column", "text_column") and name not in found:
+                continue  # earlier versions did not record them
             if found.get(name) != ours:
                 what = (
                     f"another {name.replace('_', ' ')}"
@@ -292,6 +300,8 @@ class _Run:
             width=settings["text_width"],
             states=self.config.text_states,
         )
+        for score, count in plan.get("without_score", {}).items():
+            self.announce(f"{count} of {plan['items']} images have no {score} score and are kept")
         self.announce(
             f"{plan['images']} of {plan['items']} captioned images pass the filters, with {plan['texts']}"
             f" texts; at most about {plan['images'] * size / 1e9:.3g} GB; {missing} of this process' {mine}"
@@ -336,6 +346,7 @@ class _Run:
             "settings": self.settings,
             "source": plan["source"],
             "items": plan["items"],
+            "without_score": plan.get("without_score", {}),
             **tally.to_json(),
             "buckets": [[*b, n] for b, n in zip(self.settings["buckets"], counts, strict=True)],
             "enlarged": sum(note["enlarged"] for note in notes["images"]),

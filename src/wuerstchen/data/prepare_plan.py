@@ -7,6 +7,7 @@ The plan is three files: ``items.arrow`` and ``texts.arrow`` with a batch of row
 import dataclasses
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +17,18 @@ from tqdm import tqdm
 
 from wuerstchen.checkpoints.weights import write_json
 from wuerstchen.data.buckets import Crop, bucket_sizes
-from wuerstchen.data.filters import Filters, Tally, size_in
+from wuerstchen.data.filters import SCORES, Filters, Tally, size_in
 from wuerstchen.data.items import Reader
 from wuerstchen.data.prepare_networks import Networks
-from wuerstchen.data.prepared import Positions, States, fingerprint, text_fingerprint
+from wuerstchen.data.prepared import (
+    BYTES_PER_SHARD,
+    DESCRIPTION,
+    MAX_DESCRIPTION,
+    Positions,
+    States,
+    fingerprint,
+    text_fingerprint,
+)
 from wuerstchen.data.tables import import_datasets
 from wuerstchen.errors import DataError, UserError
 from wuerstchen.models.compressor import latent_side
@@ -51,6 +60,9 @@ class PrepareConfig:
     """Pictures, or texts, that the networks see at a time."""
     shard_size: int = 1024
     """Images, or texts, in a file: what a kill can cost."""
+    image_column: str | None = None
+    """What the reader was opened with, so that a set is of one column from beginning to end."""
+    text_column: str | None = None
 
     def __post_init__(self) -> None:
         for name, kind in (
@@ -108,13 +120,15 @@ def make_plan(
 ) -> None:
     """Reads names, captions and metadata once, and writes the tables of what passes and then ``plan.json``.
 
-    Raises ``DataError`` if nothing passes.
+    Raises ``DataError`` if nothing passes, or if no image has a score that is filtered by, and ``UserError``
+    for more shards than can be described.
     """
     import_datasets()
     import pyarrow as pa
 
     tally, numbers = Tally(), dict[str, int]()
     kept = found = 0
+    without: Counter[str] = Counter()
     schema = pa.schema(
         {
             "item": pa.int64(),
@@ -130,6 +144,7 @@ def make_plan(
         filters = config.filters
         for item in tqdm(reader.items(tally), desc="reading captions", unit="img", disable=None):
             number, found = found, found + 1
+            without.update(filters.lacking(item.fields))
             size = size_in(item.fields)
             verdict = filters.verdict(item.fields)
             if verdict is None and size is not None:
@@ -151,8 +166,17 @@ def make_plan(
     _write_table(work / "items.arrow", schema, rows(), shard_size)
     texts = ({"text": text} for text in numbers)
     _write_table(work / "texts.arrow", pa.schema({"text": pa.string()}), texts, shard_size)
+    useless = [score for score, count in without.items() if count == found]
+    if useless and not config.filters.strict:
+        raise _no_scores(found, useless[0])
     if not kept:
         raise nothing_left(found, tally)
+    shards = {"images": -(-kept // shard_size), "texts": -(-len(numbers) // shard_size)}
+    if sum(shards.values()) * BYTES_PER_SHARD > MAX_DESCRIPTION // 2:
+        raise UserError(
+            f"shard_size {shard_size} makes {sum(shards.values())} shards, more than {DESCRIPTION} can"
+            " describe. Use a larger --shard-size"
+        )
     plan = {
         "settings": settings,
         "source": source,
@@ -160,10 +184,20 @@ def make_plan(
         "items": found,
         "images": kept,
         "texts": len(numbers),
-        "shards": {"images": -(-kept // shard_size), "texts": -(-len(numbers) // shard_size)},
+        "shards": shards,
+        "without_score": {} if config.filters.strict else dict(without),
         **tally.to_json(),
     }
     write_json(work / "plan.json", plan)
+
+
+def _no_scores(found: int, score: str) -> DataError:
+    """What to raise for a filter that does nothing, because no image has its score."""
+    option = {"watermark": "--max-watermark", "aesthetic": "--min-aesthetic", "unsafe": "--max-unsafe"}[score]
+    return DataError(
+        f"{option} would filter nothing: none of the {found} images has a score for it. It is read from"
+        f" {', '.join(SCORES[score])}. Rename the column to one of these, or leave {option} out"
+    )
 
 
 def nothing_left(found: int, tally: Tally) -> DataError:

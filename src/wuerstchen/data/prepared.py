@@ -8,24 +8,32 @@ Both folders are Arrow data sets that ``datasets.load_from_disk`` opens; nothing
 for.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
+import os
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float, Float16, Int, Int64
 from torch import nn
+from tqdm import tqdm
 
-from wuerstchen.checkpoints.weights import MAX_JSON, read_json
+from wuerstchen.data.files import open_file, read_file
 from wuerstchen.data.plan import VIEW, held_out_names
 from wuerstchen.data.tables import import_datasets
-from wuerstchen.errors import CheckpointError, DataError, UserError
+from wuerstchen.errors import DataError, UserError
 from wuerstchen.models.text import TextEncoder
 
 FORMAT = 1
+MAX_DESCRIPTION = 96 << 20
+"""Bytes of ``prepared.json``. Versions that named every damaged image wrote up to 100 bytes for each."""
+BYTES_PER_SHARD = 256
+"""What the description of a shard takes of it, at most."""
 _MOST = 1 << 16  # of a side, a length or a width in a description
 DESCRIPTION = "prepared.json"
 States = Literal["none", "fp16", "int8"]
@@ -110,33 +118,41 @@ def text_fingerprint(encoder: TextEncoder) -> str:
 class PreparedSet:
     """A prepared set, to be read at random. It can be sent to worker processes."""
 
-    def __init__(self, folder: Path | str, *, verify: bool = False) -> None:
-        """Opens the set in ``folder``; ``verify`` reads all of it and compares the checksums.
+    def __init__(self, folder: Path | str, *, verify: bool | None = None) -> None:
+        """Opens the set in ``folder``.
+
+        ``verify`` reads all of it and compares the checksums. By default that is done for shards that are
+        newer than ``prepared.json``, which is written last: they were changed, or copied without their times.
+        When they are as they were, the time of ``prepared.json`` is set to now if it may be, so that they are
+        read once. The structure of the tables is checked always: damaged offsets would end the process.
 
         Raises ``DataError`` for what is no set, not finished, or damaged.
         """
         datasets = import_datasets()
         self.folder = Path(folder)
         self.description = read_description(self.folder)
+        verify_shards(self.folder, self.description, verify)
+        settings = self.description["settings"]
+        columns = features(settings["text_states"], settings["vocabulary"])
         self._tables: dict[str, Any] = {}
         for table in ("images", "texts"):
             shards = []
             for shard in self.description[table]["shards"]:
                 path = self.folder / table / shard["file"]
-                check_shard(path, shard, verify=verify)
                 try:
-                    shards.append(datasets.Dataset.from_file(str(path)))
+                    opened = datasets.Dataset.from_file(str(path))
+                    _check_table(opened.data.table, columns[table].arrow_schema)
                 except Exception as error:
                     raise _bad_shard(
                         path, f"it cannot be read ({' '.join(str(error).split())[:200]})"
                     ) from error
+                shards.append(opened)
             found = self._tables[table] = datasets.concatenate_datasets(shards).with_format("arrow")
             named = self.description[table]["rows"]
             if len(found) != named:
                 raise _bad_description(
                     self.folder / DESCRIPTION, f"{table} has {named} rows, and its shards hold {len(found)}"
                 )
-        settings = self.description["settings"]
         self.buckets: list[tuple[int, int]] = [(int(w), int(h)) for w, h in settings["buckets"]]
         """Width and height in pixels of each bucket."""
         self.crops: int = settings["crops"]
@@ -207,7 +223,10 @@ class PreparedSet:
 
     def boxes(self, index: int) -> Float[np.ndarray, "crops 4"]:
         """Left, top, right and bottom of each crop in pixels of the source's picture."""
-        return self._list("images", "boxes", index).reshape(-1, 4)
+        boxes = self._list("images", "boxes", index)
+        if len(boxes) != 4 * self.crops:
+            raise self._bad_image(index, f"its crops have {len(boxes)} sides and not {4 * self.crops}")
+        return boxes.reshape(-1, 4)
 
     def captions(self, index: int) -> list[str]:
         """All captions of the image."""
@@ -215,7 +234,16 @@ class PreparedSet:
 
     def tokens(self, index: int, choice: int = 0) -> Int64[np.ndarray, " t"]:
         """The token ids of one of the captions, without padding: for ``TextEncoder.encode_tokens``."""
-        return self._list("texts", "tokens", self._text(index, choice)).astype(np.int64)
+        found = self._list("texts", "tokens", self._text(index, choice)).astype(np.int64)
+        settings = self.description["settings"]
+        vocabulary = settings["vocabulary"]
+        if len(found) > settings["text_length"] or not ((found >= 0) & (found < vocabulary)).all():
+            raise self._bad_image(
+                index,
+                f"its text has {len(found)} tokens of at most {settings['text_length']},"
+                f" each below {vocabulary}",
+            )
+        return found
 
     def states(self, index: int, choice: int = 0) -> Float[np.ndarray, "t d"]:
         """The text states of one of the image's captions in fp32, with those of the padding or without
@@ -233,7 +261,10 @@ class PreparedSet:
             raise self._bad_image(index, f"its text states hold {len(flat)} numbers of at most {most}")
         stored = flat.reshape(-1, width).astype(np.float32)
         if self.states_kept == "int8":
-            stored *= self._list("texts", "scales", text)[:, None]
+            scales = self._list("texts", "scales", text)
+            if len(scales) != len(stored):
+                raise self._bad_image(index, f"{len(stored)} states have {len(scales)} scales")
+            stored *= scales[:, None]
         if not np.isfinite(stored).all():
             raise self._bad_image(index, "its text states hold NaN or infinity")
         return stored
@@ -252,7 +283,11 @@ class PreparedSet:
                 )
 
     def _texts_of(self, index: int) -> list[int]:
-        return self._list("images", "texts", index).tolist()
+        texts = self._list("images", "texts", index).tolist()
+        count = len(self._tables["texts"])
+        if not texts or min(texts) < 0 or max(texts) >= count:
+            raise self._bad_image(index, f"it names the texts {texts[:5]} of {count}")
+        return texts
 
     def _text(self, index: int, choice: int) -> int:
         texts = self._texts_of(index)
@@ -295,11 +330,7 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"prepared set {str(folder)!r} is wrong because {reason};"
             " make it with wuerstchen data prepare (the same command goes on)"
         )
-    try:
-        content = read_json(path, MAX_JSON)
-    except CheckpointError as error:
-        reason = error.__cause__ or "it is no JSON object, or far too large"
-        raise _bad_description(path, " ".join(str(reason).split())[:200]) from error
+    content = _read_json(path)
     if content.get("format") != FORMAT:
         raise DataError(
             f"prepared set {str(folder)!r} is wrong because its format is {_shown(content.get('format'))} and"
@@ -311,6 +342,20 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise _bad_description(path, f"{error} is missing") from error
     except ValueError as error:
         raise _bad_description(path, str(error)) from error
+    return content
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = read_file(path, MAX_DESCRIPTION)
+        # Empty lists are two bytes in the file and 64 in memory.
+        if data.count(b"[") + data.count(b"{") > MAX_DESCRIPTION // 32:
+            raise ValueError("it holds more lists than any set has")
+        content = json.loads(data)
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+    except (DataError, ValueError, RecursionError) as error:
+        raise _bad_description(path, " ".join(str(error).split())[:200]) from error
     return content
 
 
@@ -328,16 +373,21 @@ def _check_description(content: dict[str, Any]) -> None:
                 _of(shard, key, str)
             for key in ("rows", "bytes"):
                 _count(shard, key)
-        for key in ("rows", "bytes"):
-            _count(described, key)
+        _count(described, "rows", least=1)
+        _count(described, "bytes")
     for key in ("items", "enlarged", "cut_texts"):
         _count(content, key)
     _count(content["texts"], "state_bytes")
     _of(content, "dropped", dict)
+    for count in _of({"without_score": {}, **content}, "without_score", dict).values():
+        _count({"without_score": count}, "without_score")
+    _count({"unnamed": 0, **content}, "unnamed")
     _shapes(content, "damaged", 2, str)
     _shapes(content, "buckets", 3)
     for key in ("without_states", "with_states"):
-        _of(_of(content, "bytes_per_image", dict), key, int | float)
+        size = _of(_of(content, "bytes_per_image", dict), key, int | float)
+        if not 0 <= size <= 1 << 50:
+            raise ValueError(f"{key} is {_shown(size)} and must be a size in bytes")
     settings = _of(content, "settings", dict)
     for key in ("compressor", "text_encoder"):
         _of(settings, key, str)
@@ -346,6 +396,7 @@ def _check_description(content: dict[str, Any]) -> None:
             raise ValueError(f"{key} is {_shown(settings[key])} and must be {' or '.join(get_args(kind))}")
     for key in ("size", "crops", "text_width", "text_length"):
         _count(settings, key, least=1, most=_MOST)
+    _count(settings, "vocabulary", least=1, most=1 << 31)
     if not 0 < _of(settings, "view_scale", int | float) <= 1:
         raise ValueError(f"view_scale is {_shown(settings['view_scale'])} and must be above 0 and at most 1")
     buckets = _shapes(settings, "buckets", 2, least=1, most=_MOST)
@@ -375,6 +426,8 @@ def _shapes(
     for shape in _of(content, key, list):
         if not isinstance(shape, list) or len(shape) != length:
             raise ValueError(f"{key} has {_shown(shape)}, which is no list of {length}")
+        if all(type(part) is str for part in shape) and kind is str:
+            continue  # there can be hundreds of thousands
         for number in range(length):
             of_shape = {f"a part of {key}": shape[number]}
             if kind is int:
@@ -400,6 +453,8 @@ def check_shard(path: Path, shard: dict[str, Any], *, verify: bool) -> None:
         raise _bad_shard(path, "its name leads out of the set")
     try:
         size = path.stat().st_size
+        if not path.is_file():  # a FIFO would be waited on
+            raise _bad_shard(path, "it is no regular file")
     except OSError as error:
         raise _bad_shard(path, f"it cannot be read ({error.strerror})") from error
     except ValueError as error:
@@ -411,8 +466,58 @@ def check_shard(path: Path, shard: dict[str, Any], *, verify: bool) -> None:
 
 
 def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify_shards(folder: Path, description: dict[str, Any], verify: bool | None) -> None:
+    """Checks sizes, and the checksums of all shards, of none, or of those that are newer than the description
+    (``PreparedSet``). Raises ``DataError``."""
+    written = (folder / DESCRIPTION).stat().st_mtime_ns
+    shards = [
+        (folder / table / shard["file"], shard)
+        for table in ("images", "texts")
+        for shard in description[table]["shards"]
+    ]
+    newer = []
+    for path, shard in shards:
+        check_shard(path, shard, verify=False)
+        if verify or (verify is None and path.stat().st_mtime_ns > written):
+            newer.append((path, shard))
+    if not newer:
+        return
+
+    def check(entry: tuple[Path, dict[str, Any]]) -> int:
+        check_shard(*entry, verify=True)
+        return entry[1]["bytes"]
+
+    total = sum(shard["bytes"] for _, shard in newer)
+    with (
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,  # hashing leaves Python's lock
+        tqdm(total=total, desc=f"verifying {folder}", unit="B", unit_scale=True, disable=None) as bar,
+    ):
+        for size in pool.map(check, newer):
+            bar.update(size)
+    if verify is None:
+        with contextlib.suppress(OSError):  # a set that may not be changed is verified again next time
+            os.utime(folder / DESCRIPTION)
+
+
+def _check_table(table: Any, schema: Any) -> None:
+    """Raises ``ValueError`` or one of pyarrow's for a table of other columns, with values missing, or whose
+    offsets lead out of it."""
+    import pyarrow as pa
+
+    found = {field.name: str(field.type) for field in table.schema}
+    wanted = {field.name: str(field.type) for field in schema}
+    if found != wanted:
+        lacking = sorted(wanted.items() - found.items())
+        raise ValueError(f"its columns are {sorted(found)}, and {lacking} are described")
+    table.validate(full=True)
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        inner = (chunk.values for chunk in column.chunks if pa.types.is_list(chunk.type))
+        if column.null_count or any(values.null_count for values in inner):
+            raise ValueError(f"values of its column {name} are missing")
 
 
 def _bad_shard(path: Path, rule: str) -> DataError:
