@@ -361,6 +361,16 @@ def test_a_caption_of_over_a_mebibyte_is_refused(tmp_path: Path) -> None:
         FolderSource(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("00.tar", "tars"), ("a.parquet", "parquet files"), ("data-00000-of-00001.arrow", "a saved data set")],
+)
+def test_other_data_than_images_is_named(tmp_path: Path, name: str, kind: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(DataError, match=rf"holds no images .* but {kind}; make a prepared set of it with"):
+        FolderSource(tmp_path)
+
+
 def test_names_match_in_any_normal_form_and_with_backslashes(tmp_path: Path) -> None:
     """macOS writes an e and an accent where others write é; Windows writes backslashes."""
     apart, whole = "cafe\u0301", "caf\u00e9"

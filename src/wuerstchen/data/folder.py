@@ -105,7 +105,7 @@ class FolderSource:
         if not images:
             raise DataError(
                 f"data folder {str(self.root)!r} is wrong because it holds no images"
-                f" ({', '.join(sorted(SUFFIXES))}); give one with images in it"
+                f" ({', '.join(sorted(SUFFIXES))}){_other_data(self.root)}"
             )
         captions, fields = _read_captions(self.root, found, endings, image_column, text_column)
         held_out = held_out_names(images)
@@ -181,6 +181,19 @@ class FolderSource:
             size = _size(self.root, item.name)
             digest.update(json.dumps([item.name, size, item.captions]).encode() + b"\n")
         return digest.hexdigest()
+
+
+def _other_data(root: Path) -> str:
+    """What to do with a folder without images, by what it holds instead."""
+    for kind, pattern in (
+        ("tars", "*.tar"),
+        ("parquet files", "*.parquet"),
+        ("a saved data set", "*.arrow"),
+        ("several saved data sets", "dataset_dict.json"),
+    ):
+        if any(root.glob(pattern)):
+            return f" but {kind}; make a prepared set of it with wuerstchen data prepare, and train on that"
+    return "; give one with images in it"
 
 
 def _is_unicode(text: str) -> bool:
