@@ -47,22 +47,73 @@ def test_nothing_else_can_be_read(tmp_path):
         assert results.read(other) is None
 
 
+class Clock:
+    """Seconds that a test sets."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
 def test_another_instance_hands_them_out_and_clears_them_away(tmp_path):
-    one, other = make(tmp_path), make(tmp_path, "def456")
+    clock = Clock()
+    one, other = make(tmp_path), make(tmp_path, "def456", clock=clock)
     name = one.save(RED, {})
     assert other.read(name) == one.read(name) is not None
-    os.utime(tmp_path / name, (0, 0))
+    other.clear()
+    clock.now += 61
     assert other.read(name) is None
     other.clear()
     assert os.listdir(tmp_path) == []
+    assert one.read(name) is None
     one.clear()
 
 
-def test_the_oldest_go_first_where_room_is_short(tmp_path):
+@pytest.mark.parametrize("jump", [-1e6, 1e6])
+def test_a_clock_that_jumps_changes_nothing(tmp_path, jump):
+    """A clock that is set: all images were gone at once, or the newest went first."""
+    clock = Clock()
+    results = make(tmp_path, clock=clock)
+    old = results.save(RED, {})
+    os.utime(tmp_path / old, (time.time() - jump,) * 2)  # as its file would be after the jump
+    clock.now += 50
+    new = results.save(RED, {})
+    results.clear()
+    assert results.read(old) is not None
+    results.max_bytes = (tmp_path / new).stat().st_size + 5
+    results.clear()
+    assert (results.read(old), results.read(new) is None) == (None, False)
+    clock.now += 61
+    assert results.read(new) is None
+    results.clear()
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_lies_there_at_the_start_is_judged_by_its_time(tmp_path):
     results = make(tmp_path)
-    names = [results.save(RED, {"seed": k}) for k in range(5)]
-    for age, name in enumerate(reversed(names)):
-        os.utime(tmp_path / name, (time.time() - age, time.time() - age))
+    names = [results.save(RED, {"seed": k}) for k in range(3)]
+    for name, age in zip(names, (100, 40, -1000), strict=True):
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    clock = Clock()
+    again = make(tmp_path, "def456", clock=clock)
+    assert [again.read(name) is None for name in names] == [True, False, False]
+    clock.now += 30
+    assert [again.read(name) is None for name in names] == [True, True, False]
+    clock.now += 40  # that of the future counts as new
+    again.clear()
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_oldest_go_first_where_room_is_short(tmp_path):
+    clock = Clock()
+    results = make(tmp_path, clock=clock)
+    names = []
+    for k in range(5):
+        names.insert(0, results.save(RED, {"seed": k}))
+        clock.now += 1
+    names.reverse()
     size = (tmp_path / names[0]).stat().st_size
     (tmp_path / "notes.txt").write_bytes(b"not ours" * 1000)
     results.max_bytes = 3 * size + 5
@@ -71,15 +122,34 @@ def test_the_oldest_go_first_where_room_is_short(tmp_path):
 
 
 def test_what_a_crash_left_half_is_cleared_away(tmp_path):
-    results = make(tmp_path)
+    clock = Clock()
+    results = make(tmp_path, clock=clock)
     name = results.save(RED, {})
     half = tmp_path / f".{name[:-4]}-0123abcd.tmp"
     half.write_bytes(b"half")
     results.clear()
     assert half.exists()  # it may be being written
-    os.utime(half, (0, 0))
+    clock.now += 61
     results.clear()
     assert not half.exists()
+
+
+def test_only_regular_files_are_handed_out(tmp_path):
+    """A link with an image's name in a shared folder led to any file; a pipe hangs."""
+    folder = tmp_path / "results"
+    results = make(folder)
+    name = results.save(RED, {})
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"secret")
+    link, pipe, inside = (f"abc123-{digit * 32}.png" for digit in "123")
+    (folder / link).symlink_to(secret)
+    os.mkfifo(folder / pipe)
+    (folder / inside).mkdir()
+    assert [results.read(other) for other in (link, pipe, inside)] == [None] * 3
+    assert results.read(name) is not None
+    results.max_bytes = 1
+    results.clear()
+    assert secret.read_bytes() == b"secret"
 
 
 def test_a_folder_that_was_tidied_away_is_made_again(tmp_path):

@@ -47,7 +47,7 @@ class Signer:
 
         signed = path.with_name(f".{path.stem}-{secrets.token_hex(4)}.tmp")
         try:
-            with self._lock, open(path, "rb") as source, open(signed, "w+b") as target:
+            with self._lock, open(path, "rb") as source, open(signed, "x+b") as target:
                 c2pa.Builder(json.dumps(MANIFEST)).sign(self._signer, "image/png", source, target)
             os.replace(signed, path)
         except c2pa.C2paError as error:
