@@ -101,6 +101,7 @@ def is_converted(path: Path | str) -> bool:
     """Whether the colours of the picture in ``path`` change because its profile is applied, told from the
     file's header. What cannot be read has no profile."""
     try:
+        _check_file(path)  # a FIFO would be waited on
         with _pillow_errors(path), open_any(path) as image:
             profile = profile_of(image)
             return profile is not None and differs_from_srgb(profile)

@@ -256,6 +256,7 @@ def _then(*steps: Callable[[Path], object]) -> Callable[[Path], None]:
             _line(file_name="a.png", text="b"),
             r"line 2 is wrong because 'a\.png' is in line 1 already; remove one",
         ),
+        (_line(file_name="b" * 10_000, text="b"), r"line 2 is wrong because 'b{195} \.\.\. is no image in"),
         (_line(file_name="./a.png", text="b"), r"line 2 is wrong because 'a\.png' is in line 1 already"),
         (
             _line(file_name="../b.png", text="b"),
@@ -487,3 +488,12 @@ def test_columns_without_a_metadata_file(with_text_files: Path) -> None:
     assert _caption(FolderSource(with_text_files, text_column="caption_llava"), 1) == "long cats/a"
     with pytest.raises(DataError, match=r"'b.json' is wrong because it has no column 'gone'; its columns"):
         FolderSource(with_text_files, text_column="gone")
+
+
+def test_images_that_are_pipes_are_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a")
+    source = FolderSource(tmp_path)
+    assert source.converted() is None
+    with pytest.raises(DataError, match="is not a regular file"):
+        source.image(0, np.random.default_rng(0), 8)

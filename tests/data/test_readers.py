@@ -188,5 +188,7 @@ def test_columns_of_folders_and_of_emoji(tmp_path):
     assert read(open_reader(tmp_path, text_column="caption_llava"))[0][0].captions == ("long",)
     with pytest.raises(DataError, match="no column 'gone'"):
         read(open_reader(tmp_path, text_column="gone"))
+    with pytest.raises(DataError, match="it has no split 'valid': only data sets on the hub and saved ones"):
+        open_reader(tmp_path, split="valid")
     with pytest.raises(DataError, match="an emoji set has no columns"):
         open_reader("sample", text_column="caption")

@@ -39,7 +39,7 @@ def _add_prepare(kinds: "argparse._SubParsersAction[Parser]") -> None:
         choices=("folder", "emoji", "webdataset", "parquet", "saved", "hub"),
         help="of SRC, if unclear",
     )
-    prepare.add_argument("--split", default="train", help="of a data set on the hub, or saved (train)")
+    prepare.add_argument("--split", help="of a data set on the hub, or saved (train)")
     prepare.add_argument(
         "--image-column",
         metavar="NAME",

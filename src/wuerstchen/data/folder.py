@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import textwrap
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -196,6 +195,12 @@ def _other_data(root: Path) -> str:
     return "; give one with images in it"
 
 
+def _shown(value: object) -> str:
+    """The beginning of a value from a file, where it may have a mebibyte."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:196]} ..."
+
+
 def _is_unicode(text: str) -> bool:
     """Whether there are no lone surrogates in it, which stand for other bytes in the name of a file and which
     neither logs nor tables can hold."""
@@ -336,7 +341,7 @@ def _image_name(where: str, fields: dict[str, object], column: str, known: _Name
     name = fields.get(column)
     if not isinstance(name, str) or not name:
         raise DataError(
-            f"{where} is wrong because {column} is {name!r} and must be the name of an image; add it"
+            f"{where} is wrong because {column} is {_shown(name)} and must be the name of an image; add it"
         )
     slashed = name.replace("\\", "/")  # as Windows writes it
     if (
@@ -345,7 +350,7 @@ def _image_name(where: str, fields: dict[str, object], column: str, known: _Name
         or ".." in PurePosixPath(slashed).parts
     ):
         raise DataError(
-            f"{where} is wrong because {column} {name!r} leads out of the data folder;"
+            f"{where} is wrong because {column} {_shown(name)} leads out of the data folder;"
             " name the image relative to that folder, without '..'"
         )
     for path in (PurePosixPath(name), PurePosixPath(slashed)):
@@ -353,7 +358,7 @@ def _image_name(where: str, fields: dict[str, object], column: str, known: _Name
         if image is not None:
             return image
     raise DataError(
-        f"{where} is wrong because {PurePosixPath(name).as_posix()!r} is no image in the data folder;"
+        f"{where} is wrong because {_shown(PurePosixPath(name).as_posix())} is no image in the data folder;"
         " add the image or remove the line"
     )
 
@@ -372,7 +377,7 @@ def _captions(where: str, fields: dict[str, object], column: str | None) -> tupl
     value = fields[column]
     captions = [caption for caption in (value if isinstance(value, list) else [value]) if caption is not None]
     if not all(isinstance(caption, str) for caption in captions):
-        shown = textwrap.shorten(repr(value), 200, placeholder=" ...")
+        shown = _shown(value)
         raise DataError(
             f"{where} is wrong because {column} is {shown} and must be a caption or a list of captions;"
             " write a caption or remove image and line"

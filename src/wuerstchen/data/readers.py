@@ -37,7 +37,7 @@ def open_reader(
     source: str | Path,
     *,
     format: Format | None = None,
-    split: str = "train",
+    split: str | None = None,
     image_column: str | None = None,
     text_column: str | None = None,
 ) -> Reader:
@@ -45,10 +45,10 @@ def open_reader(
     file, a pattern of them (``shards/*.tar``), a folder that ``save_to_disk`` wrote, what img2dataset wrote,
     a built emoji set, ``sample`` for the one in the package, or the name of a data set on the hub.
 
-    ``format`` says which one where it cannot be told. ``split`` is of a set on the hub or saved. The columns
+    ``format`` says which one where it cannot be told. ``split`` is of a set on the hub or saved ("train"). The columns
     are of parquet files, the hub, and saved sets; of tars they are extensions or fields of the ``.json``
     (``TarReader``), of folders columns of the metadata file or endings (``FolderSource``). Raises
-    ``DataError`` for what is none of these, and for columns that the source does not have.
+    ``DataError`` for what is none of these, and for columns and splits that the source does not have.
     """
     text = str(source)
     if text == "sample" and format is None:
@@ -56,6 +56,12 @@ def open_reader(
     else:
         path = Path(source)
         format = format or _format_of(text, path)
+    if split is not None and format not in ("saved", "hub"):
+        raise DataError(
+            f"data {text!r} is wrong because it has no split {split!r}: only data sets on the hub and saved"
+            " ones have splits; leave --split out"
+        )
+    split = "train" if split is None else split
     if format == "folder":
         return FolderReader(path, image_column, text_column)
     if format == "emoji":
