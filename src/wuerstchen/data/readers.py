@@ -45,9 +45,9 @@ def open_reader(
     file, a pattern of them (``shards/*.tar``), a folder that ``save_to_disk`` wrote, what img2dataset wrote,
     a built emoji set, ``sample`` for the one in the package, or the name of a data set on the hub.
 
-    ``format`` says which one where it cannot be told. ``split`` is of a set on the hub or saved ("train"). The columns
-    are of parquet files, the hub, and saved sets; of tars they are extensions or fields of the ``.json``
-    (``TarReader``), of folders columns of the metadata file or endings (``FolderSource``). Raises
+    ``format`` says which one where it cannot be told. ``split`` is of a set on the hub or saved ("train").
+    The columns are of parquet files, the hub, and saved sets; of tars they are extensions or fields of the
+    ``.json`` (``TarReader``), of folders columns of the metadata file or endings (``FolderSource``). Raises
     ``DataError`` for what is none of these, and for columns and splits that the source does not have.
     """
     text = str(source)
