@@ -453,6 +453,18 @@ def test_fields_that_earlier_runs_lack_have_the_value_that_they_went_by():
     assert differing_fields(stored, as_dict(wide)) == ["stage_c.max_ratio (1.0, now 2.0)"]
 
 
+def test_a_stage_a_that_is_not_trained_may_have_changed():
+    """Its fields of earlier versions, in runs that take Stage A from elsewhere."""
+    tuned = RECIPES["v2-finetune"]()
+    uniform = dataclasses.replace(tuned, stage_a=dataclasses.replace(tuned.stage_a, codebook_init="uniform"))
+    assert differing_fields(as_dict(uniform), as_dict(tuned)) == []
+    full = tiny()
+    uniform = dataclasses.replace(full, stage_a=dataclasses.replace(full.stage_a, codebook_init="uniform"))
+    assert differing_fields(as_dict(uniform), as_dict(full)) == [
+        "stage_a.codebook_init (uniform, now normal)"
+    ]
+
+
 @pytest.mark.parametrize(("size", "near"), [(100, 128), (1, 128), (200, 256), (1000, 1024)])
 def test_the_nearest_size_that_is_allowed_is_named(size, near):
     with pytest.raises(UserError, match=f"image_size={size} must be a multiple of 128; use {near}"):

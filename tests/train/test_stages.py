@@ -17,6 +17,7 @@ from wuerstchen.models.efficientnet import EfficientNetLite
 from wuerstchen.models.previewer import Previewer, PreviewerConfig
 from wuerstchen.models.vqgan import VQGAN
 from wuerstchen.recipes.tiny import tiny
+from wuerstchen.train.config import StageAConfig
 from wuerstchen.train.feed import Batch, Feed, batches
 from wuerstchen.train.random import ImageRandom
 from wuerstchen.train.stage_a import PerceptualLoss, StageA, StageARefinement, random_crops
@@ -92,7 +93,8 @@ class TestStageA:
         expected = F.mse_loss(output, pixels) + 1.0 * F.l1_loss(output, pixels) + quantised.loss
         assert name == "vqgan"
         torch.testing.assert_close(loss, expected)
-        assert terms.keys() == {"reconstruction", "quantiser"}
+        assert terms.keys() == {"reconstruction", "quantiser", "codes_used"}
+        assert terms["codes_used"].item() == len(quantised.indices.unique())
 
     def test_the_share_that_passes_unquantised(self):
         stage = self.make(adversarial_weight=0.0)
@@ -128,6 +130,31 @@ class TestStageA:
         assert all(p.grad is None or not p.grad.any() for p in stage.vqgan.parameters())
         # Logits of zero cost one for the real and one for the made picture.
         assert loss.item() == pytest.approx(2, abs=0.5)
+
+    def test_the_codebook_does_not_collapse(self):
+        """As published (``uniform``) all codes begin in one spot; those that are nearest first take all."""
+        used = {}
+        for init in ("uniform", StageAConfig(optimization=RECIPE.stage_a.optimization).codebook_init):
+            torch.manual_seed(0)
+            config = dataclasses.replace(
+                RECIPE.stage_a, crop=None, perceptual="none", adversarial_weight=0.0, codebook_init=init
+            )
+            small = dataclasses.replace(RECIPE.vqgan, embed_dim=16, num_vq_embeddings=256)
+            stage = StageA(config, VQGAN(small), None)
+            optimizer = torch.optim.AdamW(stage.vqgan.parameters(), lr=1e-3)
+            rng = np.random.default_rng(0)
+            coarse = torch.from_numpy(rng.random((8, 3, 4, 4), dtype=np.float32))
+            pixels = F.interpolate(coarse, size=(32, 32), mode="bicubic").clamp(0, 1)
+            images = (pixels * 255).to(torch.uint8).permute(0, 2, 3, 1)
+            for number in range(30):
+                random = ImageRandom(0, torch.arange(8) + 8 * number)
+                _, loss, terms = next(stage.losses({"images": images}, random))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            used[init] = terms["codes_used"].item()
+        assert used["uniform"] < 30
+        assert used["normal"] > 100
 
     def test_the_codebook_can_start_spread_out(self):
         spread, published = self.make(), self.make(codebook_init="uniform")

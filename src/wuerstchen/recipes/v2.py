@@ -96,7 +96,8 @@ def v2_stage_a() -> Recipe:
     Hardware: one GPU or more. Time: not told by the paper; 500,000 updates of 256 crops. Cost: the rehearsal
     says. Result: latents four times smaller a side, for v2-stage-b. Losses as published: squared error 1,
     features 0.1, adversarial 0.01 after 10,000 updates. The features are those of EfficientNet-Lite0: the
-    network that the original used is not told.
+    network that the original used is not told. Codes start normal: as published, ±1/8192, few of them would
+    ever be used (--stage-a.codebook-init uniform).
     """
     return dataclasses.replace(
         v2(), name="v2-stage-a", stages=("a",), text_encoder="", decoder_text_encoder=""

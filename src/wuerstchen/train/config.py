@@ -142,8 +142,11 @@ class StageAConfig:
     """Share of the pictures that pass unquantised."""
     measure_scale: bool = True
     """Whether ``vqgan.scale_factor`` becomes the measured deviation of the latents after the stage."""
-    codebook_init: Literal["uniform", "normal"] = "uniform"
-    """``uniform`` as published, ±1/codes; ``normal`` spreads the codes over the latents from the start."""
+    codebook_init: Literal["uniform", "normal"] = "normal"
+    """``normal`` spreads the codes over the latents, whose batch norm gives them unit variance. ``uniform``
+    is as published, ±1/codes: all codes then lie in one spot far inside the latents, the few that are nearest
+    to any of them move out, and the others are never used again. Of 1,024 codes 11 were used after 100
+    updates and 7 after 400, with ``normal`` about 360 in each batch of 16 crops."""
     refine_images: int = 0
     """Length of a second phase, after Stage B: the way from latents to pixels goes on alone, from its
     averaged weights with a fresh optimizer and discriminator. 0 for none."""
@@ -516,10 +519,11 @@ _ADDED = {"stage_b.max_ratio": 1.0, "stage_c.max_ratio": 1.0}
 
 
 def differing_fields(stored: dict, given: dict, prefix: str = "") -> list[str]:
-    """The fields in which two resolved recipes differ, with both values if short; not ``FREE_FIELDS``."""
+    """The fields in which two resolved recipes differ, with both values if short; not ``FREE_FIELDS``, nor
+    those of a Stage A that is not trained."""
     names = []
     for key in sorted(stored.keys() | given.keys()):
-        if not prefix and key in FREE_FIELDS:
+        if not prefix and (key in FREE_FIELDS or (key == "stage_a" and "a" not in given.get("stages", "a"))):
             continue
         a, b = stored.get(key, _ADDED.get(f"{prefix}{key}")), given.get(key)
         if isinstance(a, dict) and isinstance(b, dict):

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from PIL import Image
 from torch import Tensor, nn
 
@@ -55,6 +55,12 @@ def random_crops(
     columns = (places[:, 1:] * ((width - side) // grid + 1)).long() * grid + steps
     pictures = torch.arange(len(images), device=images.device)[:, None, None]
     return images[pictures, rows[:, :, None], columns[:, None, :]]
+
+
+def codes_used(indices: Int[Tensor, "b h w"], codes: int) -> Float[Tensor, ""]:
+    """How many of the ``codes`` a batch uses. If it is a handful, the codebook has collapsed."""
+    used = torch.zeros(codes, dtype=torch.float32, device=indices.device)
+    return used.scatter_(0, indices.flatten(), 1.0).sum()
 
 
 class _Pictures:
@@ -144,7 +150,10 @@ class StageA(_Pictures):
         pixels = pixels_of(images)
         quantise = random.uniform("quantise") >= config.quantise_dropout
         output, quantised = self.vqgan(pixels, quantise=quantise)
-        yield from self.picture_losses("vqgan", output, pixels, {"quantiser": quantised.loss}, random)
+        used = codes_used(quantised.indices, self.vqgan.config.num_vq_embeddings)
+        further = {"quantiser": quantised.loss}
+        for network, loss, terms in self.picture_losses("vqgan", output, pixels, further, random):
+            yield network, loss, terms | ({"codes_used": used} if network == "vqgan" else {})
 
     def preview(
         self, averages: dict[str, nn.Module], pixels: Tensor, device: torch.device
