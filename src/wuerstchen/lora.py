@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from wuerstchen.checkpoints.adapters import METADATA as METADATA
@@ -104,6 +105,47 @@ def active_loras(module: nn.Module) -> list[str]:
         for name in (layer.merged_adapters or layer.active_adapters)
     )
     return [name for name in dict.fromkeys(active) if name in lora_names(module)]
+
+
+def chosen_loras(module: nn.Module) -> tuple[dict[str, float], bool]:
+    """The adapters that ``set_lora`` chose, with their weights, and whether ``enable_lora`` has them on."""
+    chosen: dict[str, float] = {}
+    on = True
+    for _, layer in _layers(module):
+        on = on and not layer.disable_adapters
+        for name in layer.active_adapters:
+            if name in layer.lora_A:
+                alpha = layer.lora_alpha[name] / layer.r[name]
+                chosen.setdefault(name, layer.scaling[name] / alpha if alpha else 1.0)
+    return chosen, on
+
+
+def move_lora(module: nn.Module, names: Sequence[str], device: torch.device) -> None:
+    """Moves the weights of adapters. Those that act must be where their layers are when these are called."""
+    for _, layer in _layers(module):
+        for name in names:
+            if name in layer.lora_A:
+                layer.lora_A[name].to(device)
+                layer.lora_B[name].to(device)
+
+
+def misplaced_loras(module: nn.Module) -> list[str]:
+    """The adapters that act and lie on another device than their layers."""
+    active = active_loras(module)
+    found = (
+        name
+        for _, layer in _layers(module)
+        for name in active
+        if name in layer.lora_A
+        and name not in layer.merged_adapters
+        and layer.lora_A[name].weight.device != layer.base_layer.weight.device
+    )
+    return list(dict.fromkeys(found))
+
+
+def fused_loras(module: nn.Module) -> list[str]:
+    """The adapters that are fused into the weights."""
+    return _fused(module)
 
 
 def set_lora(module: nn.Module, names: Sequence[str], weights: Sequence[float | int]) -> None:

@@ -1,11 +1,14 @@
 """Adapters of the prior pipeline: diffusers' methods by name, on files that diffusers writes."""
 
+import inspect
+import re
+
 import pytest
 import torch
 from diffusers import WuerstchenPriorPipeline as TheirPriorPipeline
 
 from wuerstchen.diffusers import WuerstchenCombinedPipeline, WuerstchenPriorPipeline
-from wuerstchen.errors import UserError
+from wuerstchen.errors import CheckpointError, UserError
 
 # diffusers leaves alpha out.
 pytestmark = pytest.mark.filterwarnings("ignore::wuerstchen.lora.AssumedScaleWarning")
@@ -219,3 +222,143 @@ def test_refuses(call, message, make_prior, folder):
     pipe.load_lora_weights(folder / "first", adapter_name="one")
     with pytest.raises(UserError, match=message):
         call(pipe)
+
+
+def test_options_of_diffusers_are_known(make_prior, folder):
+    """Those of ``load_lora_weights`` and of what it calls, at their neutral values."""
+    pipe = make_prior()
+    options = {
+        "low_cpu_mem_usage": True,
+        "force_download": False,
+        "local_files_only": None,
+        "use_safetensors": True,
+        "proxies": None,
+        "prefix": "unet",
+        "unet_config": None,
+        "return_lora_metadata": True,
+        "user_agent": {},
+    }
+    pipe.load_lora_weights(folder / "first", "one", **options)
+    assert pipe.get_active_adapters() == ["one"]
+    names = inspect.signature(TheirPriorPipeline.load_lora_weights).parameters
+    source = inspect.getsource(TheirPriorPipeline.lora_state_dict)
+    popped = set(re.findall(r'kwargs\.pop\("(\w+)"', source))
+    assert {"hotswap", "kwargs"} <= set(names)
+    pipe.load_lora_weights(folder / "second", "two", **dict.fromkeys(popped - {"weight_name", "subfolder"}))
+    assert inspect.signature(TheirPriorPipeline.save_lora_weights).parameters.keys() == (
+        inspect.signature(WuerstchenPriorPipeline.save_lora_weights).parameters.keys()
+    )
+    for given, message in (
+        ({"prefix": "transformer"}, r"prefix='transformer' cannot be used"),
+        ({"proxies": {"https": "127.0.0.1:1"}}, "proxies cannot be used"),
+        ({"unet_config": {}, "hotswap": True}, "hotswap=True cannot replace adapter 'three'"),
+        ({"weight_name": "other.bin", "use_safetensors": True}, "holds no safetensors"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pipe.load_lora_weights(folder / "first", "three", **given)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'bogus'"):
+        pipe.load_lora_weights(folder / "first", "three", bogus=1)
+    assert pipe.get_active_adapters() == ["two"]
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_an_adapter_is_swapped_for_another_where_it_is(on, make_prior, folder):
+    """As if the other had been loaded by that name: what acts, and how strongly, stays."""
+    pipe, expected = make_prior(), make_prior()
+    plain = draw(pipe)
+    for one, first in ((pipe, "first"), (expected, "second")):
+        one.load_lora_weights(folder / "first", adapter_name="other")
+        one.load_lora_weights(folder / first, adapter_name="swapped")
+        one.set_adapters(["swapped", "other"], [0.5, 0.25])
+    before = draw(pipe)
+    if not on:
+        pipe.disable_lora()
+    pipe.load_lora_weights(folder / "second", adapter_name="swapped", hotswap=True)
+    assert pipe.get_list_adapters() == {"prior": ["other", "swapped"], "text_encoder": ["swapped"]}
+    if not on:
+        assert torch.equal(draw(pipe), plain)
+        pipe.enable_lora()
+    assert sorted(pipe.get_active_adapters()) == ["other", "swapped"]
+    assert same(draw(pipe), draw(expected))
+    assert not same(draw(pipe), before)
+
+
+def test_a_swap_that_fails_changes_nothing(make_prior, folder):
+    pipe = make_prior()
+    pipe.load_lora_weights(folder / "first", adapter_name="one")
+    pipe.set_adapters("one", 0.5)
+    before = draw(pipe)
+    with pytest.raises(CheckpointError, match="is no weight of a plain LoRA"):
+        pipe.load_lora_weights({"a": torch.zeros(1)}, adapter_name="one", hotswap=True)
+    assert pipe.get_list_adapters() == {"prior": ["one"]}
+    assert torch.equal(draw(pipe), before)
+    pipe.set_adapters("one", 1.0)
+    pipe.load_lora_weights(folder / "first", adapter_name="waits")
+    pipe.set_adapters("one", 0.5)
+    pipe.load_lora_weights(folder / "second", adapter_name="waits", hotswap=True)  # which does not act
+    assert pipe.get_active_adapters() == ["one"]
+    assert torch.equal(draw(pipe), before)
+
+
+def test_the_strength_is_saved_as_diffusers_saves_it(make_prior, theirs, tmp_path):
+    ours = make_prior()
+    metadata = {
+        "r": RANK,
+        "lora_alpha": 6,
+        "target_modules": {"to_k", "to_q", "to_v", "to_out.0"},
+        "use_rslora": False,
+    }
+    text = {"r": RANK, "lora_alpha": 1, "target_modules": ["q_proj"]}
+    for kind, place in ((TheirPriorPipeline, "theirs"), (WuerstchenPriorPipeline, "ours")):
+        kind.save_lora_weights(
+            tmp_path / place,
+            unet_lora_layers=layers(ours.prior, "attention.to_", 1),
+            text_encoder_lora_layers=layers(ours.text_encoder, "q_proj", 2),
+            unet_lora_adapter_metadata=dict(metadata),
+            text_encoder_lora_adapter_metadata=dict(text),
+        )
+    other = theirs.prior(make_prior())
+    ours.load_lora_weights(tmp_path / "ours", adapter_name="one")
+    other.load_lora_weights(tmp_path / "theirs", adapter_name="one")
+    expected = draw(other)
+    assert same(draw(ours), expected)
+    ours.load_lora_weights(tmp_path / "theirs", adapter_name="two")
+    assert same(draw(ours), expected)
+    mirror = theirs.prior(make_prior())
+    mirror.load_lora_weights(tmp_path / "ours", adapter_name="one")
+    assert same(draw(mirror), expected)
+    with pytest.raises(UserError, match="configuration cannot be saved: a Linear is no JSON"):
+        WuerstchenPriorPipeline.save_lora_weights(
+            tmp_path / "bad",
+            layers(ours.prior, "to_k", 1),
+            unet_lora_adapter_metadata={"a": torch.nn.Linear(1, 1)},
+        )
+    with pytest.raises(UserError, match="save_function cannot be used"):
+        WuerstchenPriorPipeline.save_lora_weights(
+            tmp_path / "bad", layers(ours.prior, "to_k", 1), save_function=torch.save
+        )
+
+
+def test_adapters_are_moved_to_a_device(make_prior, folder):
+    pipe = make_prior()
+    pipe.load_lora_weights(folder / "second", adapter_name="one")
+    expected = draw(pipe)
+    pipe.set_lora_device("one", "meta")
+    with pytest.raises(
+        UserError, match=r"Adapter 'one' acts and is on another device.*set_lora_device\('one'"
+    ):
+        draw(pipe)
+    pipe.disable_lora()
+    assert not same(draw(pipe), expected)
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(folder / "second", adapter_name="one")
+    pipe.set_lora_device(["one"], "cpu")
+    assert torch.equal(draw(pipe), expected)
+    with pytest.raises(UserError, match="adapter 'two' is not loaded"):
+        pipe.set_lora_device(["two"], "cpu")
+    with pytest.raises(UserError, match="device 'nowhere' is not there"):
+        pipe.set_lora_device(["one"], "nowhere")
+    pipe.enable_lora_hotswap(target_rank=64)
+    assert pipe.num_fused_loras == 0
+    pipe.fuse_lora()
+    assert pipe.fused_loras == {"one"}

@@ -9,6 +9,7 @@ An adapter adds (alpha / rank) · B A to the weight of a layer. Where alpha come
 Where none of them tells, alpha is taken to equal the rank, as other readers do.
 """
 
+import json
 import math
 import re
 import sys
@@ -180,12 +181,15 @@ def save_lora(
     *,
     text_encoder_layers: Mapping[str, Tensor] | None = None,
     weight_name: str = WEIGHT_NAME,
+    config: Mapping[str, Any] | None = None,
+    text_encoder_config: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes an adapter as diffusers does, for ``load_lora`` and for diffusers. Returns the file.
 
     ``layers`` are those of the prior without a prefix, as peft names them
-    (``blocks.2.attention.to_q.lora_A.weight``). The file does not say alpha: readers take it to equal the
-    rank. Raises ``UserError`` for other keys, ``CheckpointError`` if the folder cannot be written.
+    (``blocks.2.attention.to_q.lora_A.weight``). ``config`` is peft's ``LoraConfig.to_dict()`` for them.
+    Without it the file does not say alpha: readers take it to equal the rank. Raises ``UserError`` for other
+    keys and a configuration that is no JSON, ``CheckpointError`` if the folder cannot be written.
     """
     named = {f"prior.{key}": tensor for key, tensor in layers.items()}
     named |= {f"text_encoder.{key}": tensor for key, tensor in (text_encoder_layers or {}).items()}
@@ -201,8 +205,24 @@ def save_lora(
         raise CheckpointError(
             f"{folder} cannot be written ({error.strerror}); choose another folder"
         ) from error
-    write_tensors(named, path, {"format": 1, "kind": "lora"})
+    told = {f"prior.{key}": value for key, value in (config or {}).items()}
+    told |= {f"text_encoder.{key}": value for key, value in (text_encoder_config or {}).items()}
+    try:
+        # peft keeps names of layers in sets.
+        text = json.dumps(
+            told, default=lambda value: sorted(value) if isinstance(value, set) else _no_json(value)
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"The adapter's configuration cannot be saved: {error}. It must hold JSON's kinds of values. "
+            "Give LoraConfig.to_dict()."
+        ) from error
+    write_tensors(named, path, {"format": 1, "kind": "lora"}, {METADATA: text} if told else None)
     return path
+
+
+def _no_json(value: object) -> None:
+    raise TypeError(f"a {type(value).__name__} is no JSON")
 
 
 def is_finite_number(value: object) -> bool:

@@ -89,9 +89,14 @@ def migrate(header: dict[str, Any], path: Path) -> dict[str, Any]:
     return header
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path, header: Mapping[str, Any]) -> None:
-    """Writes a safetensors file whole, with our header in it."""
-    write_safetensors(tensors, path, {_HEADER: json.dumps(header)})
+def write_tensors(
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    header: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a safetensors file whole, with our header in it, and ``metadata`` of others beside it."""
+    write_safetensors(tensors, path, {**(metadata or {}), _HEADER: json.dumps(header)})
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,17 +1,25 @@
 """Adapters (LoRA) of the prior pipeline, with diffusers' names."""
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from wuerstchen import lora
 from wuerstchen.checkpoints.adapters import wanted_files
 from wuerstchen.checkpoints.hub import local_folder
+from wuerstchen.diffusers.base import device_of
+from wuerstchen.diffusers.options import drop_options
 from wuerstchen.errors import UserError
+from wuerstchen.pipeline import checked_device
 
 Weight = float | int | Mapping[str, float | int] | None
+
+
+_PREFIXES = ("unet", "prior")
 
 
 class LoraMethods:
@@ -24,64 +32,159 @@ class LoraMethods:
         self,
         pretrained_model_name_or_path_or_dict: str | Path | Mapping[str, Tensor],
         adapter_name: str | None = None,
+        hotswap: bool = False,
         *,
         weight_name: str | None = None,
         subfolder: str | None = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
+        local_files_only: bool | None = False,
         token: str | bool | None = None,
+        force_download: bool | None = False,
+        use_safetensors: bool | None = None,
+        prefix: str | None = None,
+        **options: Any,
     ) -> None:
         """Adds an adapter and lets it alone act: from a file, a folder, a name on the hub, or tensors.
 
         Without a name it is called ``default_0``, ``default_1`` and so on. See ``wuerstchen.lora.load_lora``.
+        ``hotswap`` puts it in the place of the loaded adapter ``adapter_name``; which adapters act, and how
+        strongly, stays. ``use_safetensors=True`` refuses other files. The ``prefix`` of keys is told by the
+        keys: "unet" and "prior" are known. ``options`` are others of diffusers that change nothing here, such
+        as ``low_cpu_mem_usage``; raises ``UserError`` for those that cannot be used.
         """
+        drop_options(options)
+        for name in options.keys() - {"return_lora_metadata"}:
+            raise TypeError(f"load_lora_weights() got an unexpected keyword argument {name!r}")
+        if prefix not in (None, *_PREFIXES):
+            raise UserError(
+                f"prefix={str(prefix)[:80]!r} cannot be used. Keys begin with {', '.join(_PREFIXES)} or "
+                "nothing. Rename them, and leave prefix out."
+            )
+        networks = self._lora_networks()
+        loaded = {name for network in networks.values() for name in lora.lora_names(network)}
+        if hotswap and adapter_name not in loaded:
+            raise UserError(
+                f"hotswap=True cannot replace adapter {str(adapter_name)[:80]!r}. Adapters that are loaded: "
+                f"{', '.join(sorted(loaded)) or 'none'}. Give the adapter_name of one of them."
+            )
         source = pretrained_model_name_or_path_or_dict
         if isinstance(source, str | Path):
             source = local_folder(
                 source,
                 revision=revision,
                 cache_dir=cache_dir,
-                local_files_only=local_files_only,
+                local_files_only=bool(local_files_only),
                 token=token,
+                force_download=bool(force_download),
                 only=wanted_files(weight_name, subfolder),
             )
             source = source / (subfolder or "")
-        networks = self._lora_networks()
+            if use_safetensors and not _is_safetensors(source, weight_name):
+                raise UserError(
+                    f"{source} holds no safetensors. use_safetensors=True asks for them. Leave it out."
+                )
         if adapter_name is None:
-            taken = {name for network in networks.values() for name in lora.lora_names(network)}
-            adapter_name = next(
-                name for name in map("default_{}".format, range(len(taken) + 1)) if name not in taken
-            )
+            adapter_name = _free_name(loaded)
+        if hotswap:
+            self._swap(source, adapter_name, weight_name)
+        else:
+            self._load(source, adapter_name, weight_name)
+            self._activate([adapter_name], [1.0])
+
+    def _load(self, source: Path | Mapping[str, Tensor], name: str, weight_name: str | None) -> None:
+        networks = self._lora_networks()
         lora.load_lora(
             networks["prior"],
             source,
-            adapter_name=adapter_name,
+            adapter_name=name,
             weight_name=weight_name,
             text_encoder=networks.get("text_encoder"),
         )
-        self._activate([adapter_name], [1.0])
+
+    def _swap(self, source: Path | Mapping[str, Tensor], name: str, weight_name: str | None) -> None:
+        """Replaces the adapter ``name``. Nothing is changed if the new one cannot be loaded."""
+        networks = self._lora_networks()
+        before = {part: lora.chosen_loras(network) for part, network in networks.items()}
+        trial = _free_name({name for network in networks.values() for name in lora.lora_names(network)})
+        try:
+            self._load(source, trial, weight_name)
+            self.delete_adapters([trial, name])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", lora.AssumedScaleWarning)  # said by the trial
+                self._load(source, name, weight_name)
+        finally:
+            acted = {adapter: weight for chosen, _ in before.values() for adapter, weight in chosen.items()}
+            on = all(on for _, on in before.values())
+            for part, network in networks.items():
+                chosen, _ = before[part]
+                # The new one may adapt a network that the old one did not.
+                wanted = chosen | ({name: acted[name]} if name in acted and name not in chosen else {})
+                present = {a: weight for a, weight in wanted.items() if a in lora.lora_names(network)}
+                lora.set_lora(network, list(present), list(present.values()))
+                lora.enable_lora(network, on)
 
     @classmethod
     def save_lora_weights(
         cls,
         save_directory: str | Path,
-        unet_lora_layers: Mapping[str, Tensor] | None = None,
-        text_encoder_lora_layers: Mapping[str, Tensor] | None = None,
+        unet_lora_layers: Mapping[str, Tensor] | nn.Module | None = None,
+        text_encoder_lora_layers: Mapping[str, Tensor] | nn.Module | None = None,
         is_main_process: bool = True,
         weight_name: str | None = None,
+        save_function: Callable[..., Any] | None = None,
         safe_serialization: bool = True,
+        unet_lora_adapter_metadata: Mapping[str, Any] | None = None,
+        text_encoder_lora_adapter_metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        """Writes an adapter's tensors, of the prior (called ``unet`` here) and of its text encoder."""
+        """Writes an adapter's tensors, of the prior (called ``unet`` here) and of its text encoder.
+
+        The metadata are peft's ``LoraConfig.to_dict()``, which says how strong the adapter is.
+        """
         if not safe_serialization:
             raise UserError("only safetensors are written; leave safe_serialization out")
+        if save_function is not None:
+            raise UserError(
+                "save_function cannot be used. Files are written by safetensors, whole or not at all. "
+                "Leave it out."
+            )
         if is_main_process:
             lora.save_lora(
                 save_directory,
-                unet_lora_layers or {},
-                text_encoder_layers=text_encoder_lora_layers,
+                _tensors_of(unet_lora_layers),
+                text_encoder_layers=_tensors_of(text_encoder_lora_layers),
                 weight_name=weight_name or lora.WEIGHT_NAME,
+                config=unet_lora_adapter_metadata,
+                text_encoder_config=text_encoder_lora_adapter_metadata,
             )
+
+    def set_lora_device(self, adapter_names: str | Sequence[str], device: torch.device | str | int) -> None:
+        """Moves adapters to a device: those that do not act may wait on the CPU."""
+        names, target = _names(adapter_names), checked_device(device)
+        self._check_names(names)
+        for network in self._lora_networks().values():
+            lora.move_lora(network, names, target)
+
+    def _check_lora_devices(self) -> None:
+        """Raises ``UserError`` if an adapter that acts was moved away from its network."""
+        for network in self._lora_networks().values():
+            if names := lora.misplaced_loras(network):
+                raise UserError(
+                    f"Adapter {names[0]!r} acts and is on another device than its network. Both must be on "
+                    f"the same. Call set_lora_device({names[0]!r}, {str(device_of(network))!r})."
+                )
+
+    def enable_lora_hotswap(self, target_rank: int = 128, check_compiled: str = "error") -> None:
+        """Changes nothing: adapters of any rank can be exchanged without preparation."""
+
+    @property
+    def fused_loras(self) -> set[str]:
+        """The adapters that are fused into the weights."""
+        return {name for network in self._lora_networks().values() for name in lora.fused_loras(network)}
+
+    @property
+    def num_fused_loras(self) -> int:
+        return len(self.fused_loras)
 
     def unload_lora_weights(self) -> None:
         """Takes all adapters out. What is fused stays in the weights."""
@@ -191,6 +294,20 @@ class LoraMethods:
         if unknown := [name for name in names if name not in networks]:
             raise UserError(f"components {', '.join(unknown)} take no adapters; use {', '.join(networks)}")
         return {name: networks[name] for name in names}
+
+
+def _tensors_of(layers: Mapping[str, Tensor] | nn.Module | None) -> Mapping[str, Tensor]:
+    return layers.state_dict() if isinstance(layers, nn.Module) else layers or {}
+
+
+def _is_safetensors(source: Path, weight_name: str | None) -> bool:
+    path = source / weight_name if weight_name is not None and source.is_dir() else source
+    return any(path.glob("*.safetensors")) if path.is_dir() else path.suffix == ".safetensors"
+
+
+def _free_name(taken: Collection[str]) -> str:
+    """The first of default_0, default_1 and so on that is free."""
+    return next(name for name in map("default_{}".format, range(len(taken) + 1)) if name not in taken)
 
 
 def _names(names: str | Sequence[str]) -> list[str]:

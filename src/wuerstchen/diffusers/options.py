@@ -36,6 +36,7 @@ _REFUSED = {
     "from_flax": "Flax weights are not read. Leave it out",
     "use_flashpack": "FlashPack is not read. Leave it out",
     "dduf_file": "DDUF files are not read. Give the pipeline's folder",
+    "unet_config": "It belongs to adapters of SDXL. Leave it out",
     "enable_pag": "There is no perturbed-attention guidance for Würstchen. Leave it out",
 }
 

@@ -228,6 +228,8 @@ class WuerstchenPriorPipeline(LoraMethods, DiffusionPipeline):
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"output_type={output_type!r} is unknown; use one of {', '.join(OUTPUT_TYPES)}")
         check_text_width(self, plain(self.prior).config.c_cond, "prior")
+        if self._residence is None:
+            self._check_lora_devices()
 
         text, negative = self.encode_prompt(
             None,
