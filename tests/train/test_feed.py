@@ -11,7 +11,7 @@ from PIL import Image
 
 from wuerstchen.data.emoji import EmojiSource, sample_root
 from wuerstchen.data.folder import FolderSource
-from wuerstchen.errors import UserError
+from wuerstchen.errors import DataError, UserError
 from wuerstchen.train.feed import Feed, batch_sizes, batches
 
 
@@ -71,7 +71,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {folder!r})
 from conftest import ToySource
-from wuerstchen.errors import UserError
+from wuerstchen.errors import DataError, UserError
 from wuerstchen.train.feed import Feed, batches
 try:
     for batch in batches(Feed(ToySource(), 5, 128, True), 0, 400, 16, 2):
@@ -118,3 +118,15 @@ def test_batches_are_put_into_shared_memory_by_the_workers_themselves(monkeypatc
     with pytest.raises(UserError, match=r"^/dev/shm has no room for the batches of --workers 1"):
         list(batches(feed, 0, 8, 4, workers=1))
     assert len(list(batches(feed, 0, 8, 4, workers=0))) == 2
+
+
+def test_images_that_are_skipped_by_name_leave_all_others_in_place(toy_source):
+    plain, other = (Feed(toy_source(), 5, 4, True, skip=skip) for skip in ((), ("3.png", "4.png")))
+    first, second = ([feed[index][1].caption for index in range(40)] for feed in (plain, other))
+    expected = ["picture 5" if caption in ("picture 3", "picture 4") else caption for caption in first]
+    assert second == expected != first
+    assert plain.names(range(40)) == [caption.removeprefix("picture ") + ".png" for caption in first]
+    assert not other[first.index("picture 3")][2]  # none of them could not be read
+    everything = Feed(toy_source(2), 5, 4, True, skip=("0.png", "1.png"))
+    with pytest.raises(DataError, match="all 2 images are named in skip"):
+        everything[0]

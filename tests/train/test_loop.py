@@ -194,9 +194,16 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, toy_stage, 
             torch.nn.init.constant_(stage.networks["critic"].bias, torch.nan)
 
     stage.on_batch = poison
-    with pytest.raises(UserError, match=r"the loss of model is nan at image 8 of stage A, so the weights"):
+    with pytest.raises(UserError, match=r"the loss of model is nan at image 8 of stage A, so the") as caught:
         run(tmp_path, stage, toy_source(), settings)
     assert newest(tmp_path / "checkpoints") is None
+    # It says which images were in the batch, and what can be changed.
+    (event,) = [e for e in Log(tmp_path / "log.jsonl").events() if e["event"] == "not finite"]
+    names = Feed(toy_source(), 5, 4, True).names(range(8, 12))
+    assert (event["images"], event["batch"]) == (8, names)
+    said = str(caught.value)
+    assert f"The batch holds {', '.join(names[:3])} and 1 more, which log.jsonl names. To go on" in said
+    assert all(f"--change {change}" in said for change in ("learning_rate=0.005", "precision=fp32", "skip+="))
 
 
 def test_out_of_memory_says_size_and_batch(tmp_path, toy_stage, toy_source, settings):

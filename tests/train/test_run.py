@@ -28,6 +28,7 @@ from wuerstchen.recipes import RECIPES
 from wuerstchen.recipes.mini import mini
 from wuerstchen.recipes.tiny import tiny
 from wuerstchen.train.bank import compose
+from wuerstchen.train.changes import plan
 from wuerstchen.train.config import Phase, as_dict, differing_fields, phases_of
 from wuerstchen.train.cost import Tariff
 from wuerstchen.train.feed import Feed
@@ -340,8 +341,9 @@ def test_batches_of_every_phase_are_checked_against_the_processes_at_the_start(t
     }
     odd = dataclasses.replace(of_three["stage_c"].optimization, batch_size=16)
     of_three["stage_c"] = dataclasses.replace(of_three["stage_c"], phases=(Phase(optimization=odd),))
+    odd = dataclasses.replace(recipe, **of_three)
     with pytest.raises(UserError, match=r"stage_c2: batches of 16 and 48 images .* by 3 processes"):
-        _train(dataclasses.replace(recipe, **of_three), tmp_path / "run", processes, False, Watch())
+        _train(odd, plan(odd, None, tmp_path / "run"), tmp_path / "run", processes, False, Watch())
     assert not (tmp_path / "run").exists()
 
 

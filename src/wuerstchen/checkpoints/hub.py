@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def local_folder(
     """
     path = Path(name_or_path)
     if os.path.exists(path):  # Path.exists raises for a name that is too long
-        return path
+        return _model_of_run(path)
     name = str(name_or_path)
     if name == BUNDLED.name:
         return BUNDLED
@@ -117,3 +118,30 @@ def _without_weights(folder: Path) -> list[str]:
     described = sorted(config.parent for config in folder.rglob("*/config.json"))
     lacking = [part for part in described if not any(path.suffix in _WEIGHTS for path in part.iterdir())]
     return [part.relative_to(folder).as_posix() for part in lacking if part != folder]
+
+
+def _model_of_run(path: Path) -> Path:
+    """The model in the folder of a run; a path that is no run's is itself.
+
+    Raises ``CheckpointError`` where a run has no model yet, with the command that makes one.
+    """
+    if (path / "run.json").is_file() and not (path / "model.json").is_file():
+        if (path / "model" / "model.json").is_file():
+            return path / "model"
+        if not any(path.glob("stage_*/checkpoints/[0-9]*")):
+            raise CheckpointError(
+                f"{path} is the folder of a run that has no checkpoint yet, so there is no model in it. "
+                "Let it train until it has one"
+            )
+        raise CheckpointError(
+            f"{path} is the folder of a run that has not ended, so there is no model in it yet. Make one of "
+            f"its newest checkpoint with: wuerstchen export {shlex.quote(str(path))} MODEL, and give MODEL"
+        )
+    if (path / "state.json").is_file() and path.absolute().parent.name == "checkpoints":
+        stage = path.absolute().parents[1]
+        which = f"--stage {stage.name.removeprefix('stage_')} --checkpoint {path.name.lstrip('0')}"
+        raise CheckpointError(
+            f"{path} is a checkpoint of a run and no model. Make a model of it with: wuerstchen export "
+            f"{shlex.quote(str(stage.parent))} MODEL {which}, and give MODEL"
+        )
+    return path

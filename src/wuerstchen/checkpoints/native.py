@@ -67,6 +67,8 @@ class Provenance:
     data: str
     """Fingerprint of the data set."""
     licence: str = ""
+    changes: tuple[str, ...] = ()
+    """What was changed in the recipe while it was trained, oldest first."""
     versions: dict[str, str] = dataclasses.field(
         default_factory=lambda: {"wuerstchen": wuerstchen.__version__, "torch": torch.__version__}
     )
@@ -138,7 +140,7 @@ def write_network(
         "kind": kind,
         "storage": storage,
         "config": dataclasses.asdict(network.config),  # type: ignore[arg-type]
-        "provenance": dataclasses.asdict(provenance),
+        "provenance": _described(provenance),
     }
     write_tensors(tensors, path, header)
 
@@ -151,7 +153,7 @@ def read_network(path: Path, dtype: torch.dtype = torch.float32) -> tuple[nn.Mod
         config = config_cls(
             **{k: tuple(v) if isinstance(v, list) else v for k, v in header["config"].items()}
         )
-        provenance = Provenance(**header["provenance"])
+        provenance = _provenance(header["provenance"])
         with torch.device("meta"):
             network = cls(config)
         if header["storage"] == "int8":
@@ -167,6 +169,16 @@ def read_network(path: Path, dtype: torch.dtype = torch.float32) -> tuple[nn.Mod
             f"{path} does not hold what its header says ({detail}); get it again"
         ) from error
     return network.eval().requires_grad_(False), provenance
+
+
+def _described(provenance: Provenance) -> dict[str, Any]:
+    """As a header has it: without changes where there are none, which older versions do not know."""
+    described = dataclasses.asdict(provenance)
+    return described if provenance.changes else {k: v for k, v in described.items() if k != "changes"}
+
+
+def _provenance(described: dict[str, Any]) -> Provenance:
+    return Provenance(**{**described, "changes": tuple(described.get("changes", ()))})
 
 
 def write_cascade(

@@ -20,7 +20,7 @@ from wuerstchen.cli.evaluate import add_evaluate
 from wuerstchen.cli.models import add_average, add_convert, add_doctor
 from wuerstchen.cli.options import Parser, with_values
 from wuerstchen.cli.serve import add_serve
-from wuerstchen.cli.train import add_report, add_train
+from wuerstchen.cli.train import add_export, add_report, add_train
 from wuerstchen.errors import UserError, UserNotice
 from wuerstchen.terminal import safe_streams
 
@@ -33,6 +33,7 @@ EXAMPLES = """examples:
   wuerstchen data prepare photos prepared/photos --size 512
   wuerstchen train tiny --run-dir runs/tiny
   wuerstchen report runs/tiny
+  wuerstchen export runs/tiny models/now
   wuerstchen evaluate runs/mini/model --data data/emoji --out evaluation
   wuerstchen generate "a cat" --model warp-ai/wuerstchen --precision float16
   wuerstchen convert warp-ai/wuerstchen models/wuerstchen --layout native
@@ -147,4 +148,5 @@ def make_parser() -> argparse.ArgumentParser:
     add_evaluate(commands)
     add_train(commands)
     add_report(commands)
+    add_export(commands)
     return parser

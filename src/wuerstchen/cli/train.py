@@ -47,6 +47,17 @@ def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     train.add_argument("--device", help="cpu, cuda or mps (a GPU if there is one)")
     train.add_argument("--accept-changed-data", action="store_true", help="go on although the data changed")
+    train.add_argument(
+        "--change",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="change a run that has begun from its newest checkpoint on, as learning_rate=1e-5, "
+        "images=400000, precision=fp32 or skip+=NAME; it is recorded, and may be given again",
+    )
+    train.add_argument(
+        "--end-now", action="store_true", help="end the run at its newest checkpoint, with a model of it"
+    )
     train.add_argument("--tensorboard", action="store_true", help="event files too, in RUN/tensorboard")
     train.add_argument(
         "--no-rehearsal", action="store_true", help="begin at once, without measuring what all will cost"
@@ -62,6 +73,42 @@ def add_report(commands: "argparse._SubParsersAction[Parser]") -> None:
     report.add_argument("folder", type=Path, metavar="RUN", help="folder of the run")
     report.add_argument("--out", type=Path, metavar="FILE", help="the page (RUN/report.html)")
     add_tariff_options(report)
+
+
+def add_export(commands: "argparse._SubParsersAction[Parser]") -> None:
+    export = commands.add_parser(
+        "export", help="write a model of a checkpoint of a run, while it trains or after"
+    )
+    export.set_defaults(run=_export)
+    export.add_argument("folder", type=Path, metavar="RUN", help="folder of the run")
+    export.add_argument("target", type=Path, metavar="OUT", help="new folder, in the native layout")
+    export.add_argument(
+        "--checkpoint",
+        default="newest",
+        metavar="WHICH",
+        help="newest, best (the lowest validation loss), or its number of images (newest)",
+    )
+    export.add_argument("--stage", metavar="S", help="stage of the checkpoint, as in RUN/stage_S (the last)")
+    export.add_argument(
+        "--weights",
+        choices=("average", "raw"),
+        default="average",
+        help="the averaged weights, as at the end of a run, or those being trained (average)",
+    )
+
+
+def _export(options: argparse.Namespace) -> int:
+    from wuerstchen.train.export import export
+
+    said = export(
+        options.folder,
+        options.target,
+        checkpoint=options.checkpoint,
+        stage=options.stage,
+        weights=options.weights,
+    )
+    print(said)
+    return 0
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -112,6 +159,8 @@ def _train(options: argparse.Namespace) -> int:
             device=options.device,
             accept_changed_data=options.accept_changed_data,
             watch=watch,
+            changes=options.change,
+            end_now=options.end_now,
         )
     except Interrupted as stopped:
         print(f"{stopped}; a checkpoint is saved: start the same command again to go on", file=sys.stderr)

@@ -5,7 +5,7 @@ run may compose a fixed number of pictures at its start and draw its batches fro
 everything it needs out of the device's memory.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import UInt8
@@ -27,6 +27,8 @@ class Bank:
     captions: list[str]
     skipped: list[tuple[str, str]]
     """Names of pictures that could not be read, with the reason; others took their places."""
+    names: list[str] = field(default_factory=list)
+    """Of the pictures that were asked for, in order; empty where they are not known."""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -63,4 +65,4 @@ def compose(feed: Feed, count: int, workers: int, device: torch.device) -> Bank:
             captions += batch.captions
             skipped += batch.skipped
             shown.update(len(batch.images))
-    return Bank(images, captions, skipped)
+    return Bank(images, captions, skipped, feed.names(range(count)))

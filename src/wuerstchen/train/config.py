@@ -356,6 +356,12 @@ class Recipe:
     """Images between previews; 0 for one at the end of each stage."""
     checkpoint_seconds: float = 120.0
     """Time between checkpoints: what a kill costs at most."""
+    keep_every: int = 0
+    """Images between checkpoints that are never removed; 0 for none. Always kept are the two newest and the
+    one with the lowest validation loss."""
+    skip: tuple[str, ...] = ()
+    """Names of images that are left out of training, as log.jsonl and messages name them. Their successors
+    take their places; all else stays in its order."""
     log_every: int = 10
     """Updates between lines in log.jsonl."""
     workers: int = 1
@@ -364,7 +370,7 @@ class Recipe:
     def __post_init__(self) -> None:
         object.__setattr__(self, "precision", _SHORT_PRECISIONS.get(self.precision, self.precision))
         positive = ("statistics_images", "prior_steps", "decoder_steps", "log_every")
-        others = ("seed", "workers", "preview_every", "prepared_images")
+        others = ("seed", "workers", "preview_every", "keep_every", "prepared_images")
         for name, least in (*((n, 1) for n in positive), *((n, 0) for n in others)):
             if getattr(self, name) < least:
                 raise UserError(
@@ -504,6 +510,7 @@ FREE_FIELDS = frozenset(
         "log_every",
         "preview_every",
         "preview_prompts",
+        "keep_every",
         "acceleration",
         "sharding",
         "recompute",
@@ -528,6 +535,9 @@ def differing_fields(stored: dict, given: dict, prefix: str = "") -> list[str]:
         a, b = stored.get(key, _ADDED.get(f"{prefix}{key}")), given.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             names += differing_fields(a, b, f"{prefix}{key}.")
+        elif key == "phases" and isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+            for number, (one, other) in enumerate(zip(a, b, strict=True)):
+                names += differing_fields(one, other, f"{prefix}{key}.{number}.")
         elif a != b:
             values = f" ({a}, now {b})"
             names.append(f"{prefix}{key}{values if len(values) < 40 else ''}")

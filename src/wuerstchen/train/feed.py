@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -87,13 +87,16 @@ class Feed(Dataset[tuple[int, Example, list[tuple[str, str]]]]):
         *,
         sizes: tuple[Size, ...] = (),
         batch_size: int = 1,
+        skip: Collection[str] = (),
     ) -> None:
+        """Images whose names are in ``skip`` are left out: their successors take their places."""
         self.source = source
         self.seed = seed
         self.size = size
         self.captions = captions
         self.sizes = sizes or ((size, size),)
         self.batch_size = batch_size
+        self.skip = frozenset(skip)
 
     def size_of(self, index: int) -> Size:
         """Width and height of picture number ``index``."""
@@ -108,7 +111,10 @@ class Feed(Dataset[tuple[int, Example, list[tuple[str, str]]]]):
         size = width if width == height else (width, height)
         item = item_at(index, length, self.seed)
         skipped: list[tuple[str, str]] = []
-        while len(skipped) < length:
+        for _ in range(length):
+            if self.skip and self.source.name(item) in self.skip:
+                item = (item + 1) % length
+                continue
             try:
                 rng = generator(self.seed, index, "example")
                 if self.captions:
@@ -119,7 +125,14 @@ class Feed(Dataset[tuple[int, Example, list[tuple[str, str]]]]):
             except DataError as error:
                 skipped.append((self.source.name(item), str(error)))
                 item = (item + 1) % length
+        if not skipped:
+            raise DataError(f"all {length} images are named in skip; leave some of them out of it")
         raise DataError(f"none of the {length} images can be read, the last because: {skipped[-1][1]}")
+
+    def names(self, indices: Sequence[int]) -> list[str]:
+        """The names of pictures by their numbers in the run, without opening them."""
+        length = len(self.source)
+        return [self.source.name(item_at(index, length, self.seed)) for index in indices]
 
     def collate(self, samples: list[tuple[int, Example, list[tuple[str, str]]]]) -> Batch:
         return Batch(

@@ -15,7 +15,8 @@ from wuerstchen.checkpoints.native import FORMAT, migrate
 from wuerstchen.checkpoints.weights import write_json
 from wuerstchen.data.locks import acquired
 from wuerstchen.errors import RunFolderError, UserError
-from wuerstchen.train.config import Recipe, as_dict, differing_fields
+from wuerstchen.train.changes import Plan, check_same, record
+from wuerstchen.train.config import Recipe, as_dict
 from wuerstchen.train.parallel import Processes
 from wuerstchen.train.track import Log
 
@@ -39,7 +40,11 @@ def locked(run_dir: Path, processes: Processes) -> Iterator[None]:
             f"{run_dir} cannot be written ({error.strerror}); use another --run-dir"
         ) from error
     with lock:
-        for partial in (*run_dir.glob("stage_*/checkpoints/.*.partial"), *run_dir.glob(".model.*")):
+        for partial in (
+            *run_dir.glob("stage_*/checkpoints/.*.partial"),
+            *run_dir.glob(".model.*"),
+            run_dir / "model.new",
+        ):
             shutil.rmtree(partial, ignore_errors=True)  # what kills left half-written
         processes.wait()
         yield
@@ -121,6 +126,22 @@ def check_new(run_dir: Path) -> None:
             )
 
 
+def read_run(run_dir: Path) -> dict[str, Any] | None:
+    """What ``run.json`` holds: the recipe that the run was begun with, its changes and fingerprints.
+
+    None for a run that has not begun. Raises ``RunFolderError`` for a file that is no such thing.
+    """
+    path = run_dir / "run.json"
+    if not path.exists():
+        return None
+    stored = migrate(read_json(path), path)
+    changes = stored.get("changes", [])
+    whole = isinstance(stored.get("recipe"), dict) and isinstance(stored.get("data"), str)
+    if not whole or not isinstance(changes, list) or not all(isinstance(c, dict) for c in changes):
+        raise RunFolderError(f"{path} names no recipe and data; use another --run-dir")
+    return stored
+
+
 def check_run(
     recipe: Recipe,
     run_dir: Path,
@@ -129,16 +150,19 @@ def check_run(
     log: Log,
     accept_changed_data: bool,
     processes: Processes,
+    planned: Plan,
 ) -> None:
     """Compares what the folder was begun with and what is asked now; begins it if it is new.
 
     ``data`` and ``start`` are fingerprints: of the data, and of the weights at the start, if there are any.
+    ``planned`` is the recipe in force, with changes that are recorded here.
     """
     path = run_dir / "run.json"
     given = as_dict(recipe)
     if not processes.leads:
         return
-    if not path.exists():
+    stored = read_run(run_dir)
+    if stored is None:
         if any(run_dir.glob("stage_*")):
             raise RunFolderError(f"{run_dir} holds stages but no run.json; use another --run-dir")
         if (run_dir / "model").exists():
@@ -149,15 +173,9 @@ def check_run(
         content = {"format": FORMAT, "recipe": given, "data": data, "order": ORDER, "colours": COLOURS}
         write_json(path, {**content, "start": start} if start else content)
         return
-    stored = migrate(read_json(path), path)
-    if not (isinstance(stored.get("recipe"), dict) and isinstance(stored.get("data"), str)):
-        raise RunFolderError(f"{path} names no recipe and data; use another --run-dir")
-    differing = differing_fields(stored["recipe"], given)
-    if differing:
-        raise RunFolderError(
-            f"{run_dir} belongs to another recipe: {', '.join(differing)} differ; use the same settings or "
-            "another --run-dir"
-        )
+    if stored.get("changes", []) != planned.recorded:
+        raise RunFolderError(f"{run_dir} was changed by another process just now; start the command again")
+    check_same(stored, recipe, run_dir, planned.recipe)
     if stored["data"] != data:
         if not accept_changed_data:
             raise RunFolderError(
@@ -165,12 +183,14 @@ def check_run(
                 "--accept-changed-data"
             )
         log.event("accepted changed data", before=stored["data"], now=data)
-        write_json(path, {**stored, "data": data})
+        stored = {**stored, "data": data}
+        write_json(path, stored)
     if stored.get("start", "") != start:
         raise RunFolderError(
             f"the weights in {recipe.start_from} have changed since {run_dir} was begun; put them back, or "
             "use another --run-dir"
         )
+    record(planned, run_dir, stored, log)
 
 
 def read_json(path: Path, fix: str = "use another --run-dir") -> dict[str, Any]:

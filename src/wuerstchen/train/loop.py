@@ -44,6 +44,8 @@ from wuerstchen.train.throughput import Gauge
 from wuerstchen.train.track import Log, Meter
 from wuerstchen.train.validate import Validation
 
+_NAMED = 3  # images of a batch in a message
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -131,6 +133,7 @@ def run_stage(
         if state.images < total:
             step = _step(stage, state, settings, processes)
             step.gauge = Gauge(stage, step.seed, settings.autocast, device, settings.half)
+            step.names = lambda first: _names(step, feed, bank, first)
             writer = snapshot.Writer(folder / "checkpoints", processes, state.images)
             saving = Saving(
                 writer,
@@ -214,6 +217,10 @@ class _Loop:
                     (wanted,) = processes.agreed(validation is not None and validation.due)
                     if wanted:
                         self._look(preview=False)
+        except NotFinite as fault:
+            name = self.step.stage.name
+            self.log.event("not finite", stage=name, images=fault.image, batch=fault.names)
+            raise
         except StoppedWaiting:
             if processes.count == 1:
                 self._stop()
@@ -428,6 +435,15 @@ def _read(values: Values, step: Step) -> dict[str, float]:
     return read
 
 
+def _names(step: Step, feed: Feed | PreparedFeed, bank: Bank | None, first: int) -> list[str]:
+    """The names of the images of the batch that begins at number ``first`` of the run."""
+    optimization = step.stage.optimization
+    numbers = range(first, min(first + optimization.batch_size, optimization.images))
+    if bank is None:
+        return feed.names(numbers)
+    return [bank.names[row] for row in items_at(numbers, len(bank), step.seed)] if bank.names else []
+
+
 def _refuse_fault(step: Step, values: dict[str, float] | None = None) -> None:
     """Raises ``UserError`` if a loss or gradient was not finite in an update until now; ``values`` are those
     of the last. What passed through networks then may be in their statistics, so it must not be stored."""
@@ -440,10 +456,28 @@ def _refuse_fault(step: Step, values: dict[str, float] | None = None) -> None:
             named = f"loss_{step.stage.averaged[0]}" if name == "loss" else name
             what = f"the {named.replace('_', ' of ', 1)} is {value}"
             break
-    raise UserError(
+    names = [] if step.names is None else step.names(image)
+    held = ""
+    if names:
+        held = f". The batch holds {', '.join(names[:_NAMED])}"
+        held += f" and {len(names) - _NAMED} more, which log.jsonl names" if len(names) > _NAMED else ""
+    rate = step.stage.optimization.learning_rate / 2
+    raise NotFinite(
         f"{what} at image {image:,} of stage {step.stage.name.upper()}, so the weights were left as they "
-        "were; use a lower learning rate in another --run-dir"
+        f"were{held}. To go on from the last checkpoint add --change learning_rate={rate:.3g}, --change "
+        "precision=fp32, --change seed=N for another order, or --change skip+=NAME to leave out an image",
+        image,
+        names,
     )
+
+
+class NotFinite(UserError):
+    """A loss or gradient of an update was not finite."""
+
+    def __init__(self, message: str, image: int, names: list[str]) -> None:
+        """``image`` is the first of the batch, whose images have these ``names`` where they are known."""
+        super().__init__(message)
+        self.image, self.names = image, names
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ shown, follows from the number of images seen.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -92,9 +92,16 @@ class PreparedFeed(Dataset[tuple[int, StoredImage, list[tuple[str, str]]]]):
     captions = True
 
     def __init__(
-        self, source: PreparedSet, seed: int, images: int, batch_size: int, texts: StoredTexts = "tokens"
+        self,
+        source: PreparedSet,
+        seed: int,
+        images: int,
+        batch_size: int,
+        texts: StoredTexts = "tokens",
+        skip: Collection[str] = (),
     ) -> None:
-        """For a run of ``images`` in batches of ``batch_size``, over all processes.
+        """For a run of ``images`` in batches of ``batch_size``, over all processes. Images whose names are in
+        ``skip`` are left out: the next ones of their size take their places.
 
         Raises ``UserError`` where batches cannot be of one size each.
         """
@@ -107,6 +114,7 @@ class PreparedFeed(Dataset[tuple[int, StoredImage, list[tuple[str, str]]]]):
         self.seed = seed
         self.batch_size = batch_size
         self.texts: StoredTexts = texts
+        self.skip = frozenset(skip)
         self.rows = source.rows("train")
         self.plan = BucketPlan(source.bucket_ids[self.rows], batch_size, seed)
 
@@ -147,14 +155,24 @@ class PreparedFeed(Dataset[tuple[int, StoredImage, list[tuple[str, str]]]]):
         skipped: list[tuple[str, str]] = []
         for after in range(len(bucket)):
             row = int(self.rows[bucket[(place + after) % len(bucket)]])
+            if self.skip and self.source.name(row) in self.skip:
+                continue
             try:
                 image = _stored_image(self.source, row, self.seed, index, self.texts)
                 return index, image, skipped
             except DataError as error:
                 skipped.append((self.source.name(row), str(error)))
+        if not skipped:
+            raise DataError(f"all {len(bucket)} images of a size are named in skip; leave some out of it")
         raise DataError(
             f"none of the {len(bucket)} images of a size can be read, the last because: {skipped[-1][1]}"
         )
+
+    def names(self, indices: Sequence[int]) -> list[str]:
+        """The names of images by their numbers in the run."""
+        places = (divmod(index, self.batch_size) for index in indices)
+        items = (int(self.plan.ids(batch)[position]) for batch, position in places)
+        return [self.source.name(int(self.rows[item])) for item in items]
 
     @functools.cached_property
     def _members(self) -> list[Int64[np.ndarray, " n"]]:

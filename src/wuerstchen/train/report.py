@@ -41,6 +41,7 @@ _PREVIEW_SIDE = 900  # pixels, at most
 _PREVIEW_PIXELS = 100_000_000  # of a file that is opened at all
 _NAMES = 5  # pictures named for each reason
 _SKIPPED = "…"
+_BEFORE_STARTS = ("rehearsed", "change", "change moved")  # events of a stage that is not being trained
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #777; --good: #18794e; --bad: #b4232c;
@@ -136,7 +137,7 @@ def html_page(run_dir: Path, events: Sequence[dict[str, Any]], tariff: Tariff) -
     ]
     for stage in stages.values():
         parts.append(_stage_part(stage, run_dir / f"stage_{stage.name}"))
-    parts += [_starts(stages), _skipped(events), _checkpoints(run_dir)]
+    parts += [_starts(stages), _changes(events), _skipped(events), _checkpoints(run_dir)]
     return "\n".join(parts) + "\n</body>\n</html>\n"
 
 
@@ -145,7 +146,7 @@ def read_stages(events: Sequence[dict[str, Any]]) -> dict[str, _Stage]:
     stages: dict[str, _Stage] = {}
     for event in events:
         name, images = event.get("stage"), number_in(event, "images")
-        if not isinstance(name, str) or images is None or event["event"] == "rehearsed":
+        if not isinstance(name, str) or images is None or event["event"] in _BEFORE_STARTS:
             continue
         if not re.fullmatch(r"\w{1,20}", name):
             continue  # it is part of a path
@@ -398,6 +399,24 @@ def _starts(stages: Mapping[str, _Stage]) -> str:
         for name in ("start", "stage", "from image", "to", "device", "last line", "how it ended")
     )
     return f'<h2>Starts and stops</h2><div class="wide"><table><tr>{head}</tr>{rows}</table></div>'
+
+
+def _changes(events: Sequence[dict[str, Any]]) -> str:
+    """What was changed in the recipe since the run began; nothing if nothing was."""
+    rows = ""
+    for event in events:
+        stage, images = event.get("stage"), number_in(event, "images")
+        if event["event"] != "change" or not isinstance(stage, str) or images is None:
+            continue
+        cells = [event.get("field"), event.get("before"), event.get("after"), stage.upper(), f"{images:,.0f}"]
+        asked = number_in(event, "asked")
+        cells.append("?" if asked is None else _date(asked))
+        rows += "<tr>" + "".join(f"<td>{html.escape(str(cell)[:200])}</td>" for cell in cells) + "</tr>"
+    if not rows:
+        return ""
+    names = ("field", "before", "after", "stage", "from image", "asked for")
+    head = "".join(f"<th>{name}</th>" for name in names)
+    return f'<h2>Changes of the recipe</h2><div class="wide"><table><tr>{head}</tr>{rows}</table></div>'
 
 
 def _skipped(events: Sequence[dict[str, Any]]) -> str:

@@ -8,10 +8,12 @@ DIR/model/            the averaged weights as a model folder; appears when all s
 import copy
 import dataclasses
 import hashlib
+import os
+import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,10 +42,21 @@ from wuerstchen.models.text import PromptTooLongWarning
 from wuerstchen.models.vqgan import VQGAN
 from wuerstchen.pipeline import default_device
 from wuerstchen.train.bank import Bank, compose
+from wuerstchen.train.changes import Change, Plan, plan
 from wuerstchen.train.config import Phase, Recipe, StageBConfig, StageCConfig, as_dict, phases_of
 from wuerstchen.train.feed import Batch, Feed, batch_sizes, batches
-from wuerstchen.train.folder import ORDER, check_colours, check_order, check_run, locked, named, read_json
+from wuerstchen.train.folder import (
+    ORDER,
+    check_colours,
+    check_order,
+    check_run,
+    locked,
+    named,
+    read_json,
+    read_run,
+)
 from wuerstchen.train.loop import Settings, rehearse, run_stage
+from wuerstchen.train.observe import looked_at
 from wuerstchen.train.overview import (
     kept_images,
     overview,
@@ -98,10 +111,13 @@ def train(
     device: str | None = None,
     accept_changed_data: bool = False,
     watch: Watch | None = None,
+    changes: Sequence[str] = (),
+    end_now: bool = False,
 ) -> Path:
     """Runs a recipe to its end, from wherever the run folder stands. Returns the finished model's folder.
 
-    ``watch`` changes nothing in the result.
+    ``watch`` changes nothing in the result. ``changes``, as ``learning_rate=1e-5``, change a run that has
+    begun from its newest checkpoint on; ``end_now`` ends it there. Both are recorded (``train/changes.py``).
 
     Raises ``RunFolderError`` for a folder that is in use or belongs to another recipe, ``DataError`` for data
     that cannot be used, ``Interrupted`` after a signal.
@@ -110,18 +126,27 @@ def train(
     if watch.tensorboard:
         check_tensorboard()
     with usual_defaults(), distributed(default_device(device)) as processes:
-        return _train(recipe, run_dir, processes, accept_changed_data, watch)
+        given = _resolved(recipe, processes)
+        planned = plan(given, read_run(run_dir), run_dir, changes, end_now=end_now)
+        return _train(given, planned, run_dir, processes, accept_changed_data, watch)
 
 
 def _train(
-    recipe: Recipe, run_dir: Path, processes: Processes, accept_changed_data: bool, watch: Watch
+    given: Recipe,
+    planned: Plan,
+    run_dir: Path,
+    processes: Processes,
+    accept_changed_data: bool,
+    watch: Watch,
 ) -> Path:
-    recipe = _resolved(recipe, processes)
+    """Trains by the recipe of ``planned``; ``given`` is compared with what the run was begun with."""
+    recipe = planned.recipe
     for phase in readings(recipe):
         processes.check_batches(phase.stage, phase.images, phase.batch_size, phase.accumulate)
     sources = _open_sources(recipe)
     start = read_start(recipe)
-    recipe = with_prompts(start.resolved(recipe), sources)
+    given, recipe = (with_prompts(start.resolved(r), sources) for r in (given, recipe))
+    planned = dataclasses.replace(planned, recipe=recipe)
     with locked(run_dir, processes), warnings.catch_warnings():
         # Captions longer than the encoder reads are cut; a line for each would bury everything else.
         warnings.simplefilter("ignore", PromptTooLongWarning)
@@ -130,14 +155,16 @@ def _train(
             run = _Run(recipe, run_dir, sources, start, processes, log)
             run.check_compressor_weights()
             run.check_prepared_sets()
-            run.fingerprint = _fingerprint(sources)
+            run.fingerprint = _fingerprint(given, sources)
+            run.changes = planned.changes
             if not processes.alike(run.fingerprint):
                 raise DataError(
                     f"process {processes.rank} has other data in {recipe.data!r} than others of this run; "
                     "give all of them the same pictures and captions"
                 )
             weights = start.fingerprint() if processes.leads else ""
-            check_run(recipe, run_dir, run.fingerprint, weights, log, accept_changed_data, processes)
+            data = run.fingerprint
+            check_run(given, run_dir, data, weights, log, accept_changed_data, processes, planned)
             if processes.leads and run.repeats_images:
                 check_order(run_dir)
             if processes.leads:
@@ -207,8 +234,7 @@ def _around(data: str, recipe: Recipe) -> Path | None:
 def _open_sources(recipe: Recipe) -> dict[str, Source | PreparedSet]:
     """The data sets of all phases, by the name that the recipe gives them. Refuses what they cannot serve."""
     sources: dict[str, Source | PreparedSet] = {}
-    # In this order, which the fingerprint of several sets depends on.
-    for phase in sorted(_phases(recipe), key=lambda phase: -phase.optimization.batch_size):
+    for phase in _phases(recipe):
         data = phase.data or recipe.data
         source = sources[data] = sources.get(data) or open_source(data, _around(data, recipe))
         if phase.max_ratio > 1 and isinstance(source, EmojiSource):
@@ -225,12 +251,31 @@ def _open_sources(recipe: Recipe) -> dict[str, Source | PreparedSet]:
         raise UserError(
             f"stored_texts=states needs a prepared set, and data={recipe.data} is none; use tokens"
         )
+    _check_skipped(recipe, sources)
     return sources
 
 
-def _fingerprint(sources: dict[str, Source | PreparedSet]) -> str:
-    """Of all data: that of the only set, or one of all of them."""
-    found = list(dict.fromkeys(source.fingerprint() for source in sources.values()))
+def _check_skipped(recipe: Recipe, sources: dict[str, Source | PreparedSet]) -> None:
+    """Raises ``UserError`` for a name that is no image's."""
+    missing = set(recipe.skip)
+    for source in sources.values() if missing else ():
+        missing -= {source.name(item) for item in range(len(source))}
+    if missing:
+        raise UserError(
+            f"skip={min(missing)} is no image of {recipe.data}. Images are named as in log.jsonl, by their "
+            "place in the folder as a rule"
+        )
+
+
+def _fingerprint(recipe: Recipe, sources: dict[str, Source | PreparedSet]) -> str:
+    """Of all data of the recipe that a run was begun with: that of the only set, or one of all of them.
+
+    It depends on their order. A set that the run no longer reads is opened for it.
+    """
+    phases = sorted(_phases(recipe), key=lambda phase: -phase.optimization.batch_size)
+    names = dict.fromkeys(phase.data or recipe.data for phase in phases)
+    read = (sources.get(name) or open_source(name, _around(name, recipe)) for name in names)
+    found = list(dict.fromkeys(source.fingerprint() for source in read))
     return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
 
 
@@ -251,6 +296,8 @@ class _Run:
         self.run_dir = run_dir
         self.sources = sources
         self.fingerprint = ""
+        self.changes: list[dict[str, Any]] = []
+        """Of the recipe since the run was begun."""
         self.repeats_images = False
         """Whether sizes of a prepared set have fewer images than a batch."""
         self.device = processes.device
@@ -269,13 +316,13 @@ class _Run:
     def train(self) -> Path:
         began = time.monotonic()
         target = self.run_dir / "model"
-        if self.processes.leads and (target / "model.json").exists():
+        if self.processes.leads and self.has_its_model(target):
             print(
                 f"{self.run_dir} is finished already: nothing is left to train, and its model is in {target}"
             )
         self.train_stages()
-        if self.processes.leads and not (target / "model.json").exists():
-            self.write_model(target)
+        if self.processes.leads:
+            self.write_model_once(target)
         self.processes.wait()
         if not self.processes.leads:
             return target
@@ -296,6 +343,28 @@ class _Run:
             self.stage_a_refined()
         if "c" in stages:
             self.stage_c()
+
+    def has_its_model(self, target: Path) -> bool:
+        """Whether the model by the recipe in force is there."""
+        stored = read_json(self.run_dir / "run.json")
+        made_with = stored.get("model", {"changes": 0})["changes"]
+        return (target / "model.json").exists() and made_with == len(self.changes)
+
+    def write_model_once(self, target: Path) -> None:
+        """Writes the model, unless it is there; an older one makes room for it."""
+        if self.has_its_model(target):
+            return
+        if not (target / "model.json").exists():
+            self.write_model(target)
+        else:
+            new, old = self.run_dir / "model.new", self.run_dir / ".model.old"
+            self.write_model(new)
+            os.replace(target, old)
+            os.replace(new, target)
+            shutil.rmtree(old, ignore_errors=True)
+        if self.changes:
+            path = self.run_dir / "run.json"
+            write_json(path, {**read_json(path), "model": {"changes": len(self.changes)}})
 
     def write_model(self, target: Path) -> None:
         recipe, a, b, c = self.recipe, self.recipe.stage_a, self.recipe.stage_b, self.recipe.stage_c
@@ -517,7 +586,8 @@ class _Run:
         """Training pictures to measure on, in an order of their own."""
         source = self.measured_source()
         assert not isinstance(source, PreparedSet)
-        feed = Feed(source, stable_hash(self.recipe.seed, purpose) >> 1, size, False)
+        seed = stable_hash(self.recipe.seed, purpose) >> 1
+        feed = Feed(source, seed, size, False, skip=self.recipe.skip)
         return batches(feed, 0, self.recipe.statistics_images, 16, self.recipe.workers)
 
     @torch.no_grad()
@@ -540,7 +610,12 @@ class _Run:
         if isinstance(source, PreparedSet):
             optimization = phase.optimization
             return PreparedFeed(
-                source, seed, optimization.images, optimization.batch_size, recipe.stored_texts
+                source,
+                seed,
+                optimization.images,
+                optimization.batch_size,
+                recipe.stored_texts,
+                recipe.skip,
             )
         size = phase.image_size or recipe.image_size
         # The decoder's levels need sides of latents that can be halved; Stage C sees the map alone.
@@ -552,6 +627,7 @@ class _Run:
             stage.captions,
             sizes=batch_sizes(size, phase.max_ratio, multiple),
             batch_size=phase.optimization.batch_size,
+            skip=recipe.skip,
         )
 
     def settings(self, feed: Feed | PreparedFeed) -> Settings:
@@ -570,6 +646,7 @@ class _Run:
             checkpoint_seconds=recipe.checkpoint_seconds,
             log_every=recipe.log_every,
             preview_every=recipe.preview_every,
+            keep_every=recipe.keep_every,
             preview_size=feed.size,
             previews=min(8, len(feed.source)),
         )
@@ -593,9 +670,10 @@ class _Run:
                         "hundredths of their deviation; prepare it again for exact ones"
                     )
         header = {**dataclasses.asdict(self.provenance(0)), "fields": as_dict(self.recipe)}
+        header["changes"] = self.changes
         folder = self.run_dir / f"stage_{stage.name}"
         images = optimization.images
-        finished = self._finished(folder / "checkpoints", images)
+        finished = self._finished(folder, stage, phase)
         if finished is not None:
             seen = {"images": images, "total": images, "resumed": True, "device": str(self.device)}
             self.log.event("start", stage=stage.name, **seen)
@@ -607,10 +685,18 @@ class _Run:
             stage, feed, folder, settings, self.device, self.log, header, bank, processes, validation
         )
 
-    def _finished(self, checkpoints: Path, images: int) -> Path | None:
-        """The last checkpoint of a stage, if it is there and whole."""
+    def _finished(self, folder: Path, stage: Stage, phase: Phase) -> Path | None:
+        """The last checkpoint of a stage, if it is there and whole, and its last preview and validation were
+        made."""
+        checkpoints, images = folder / "checkpoints", stage.optimization.images
         (there,) = self.processes.agreed((checkpoints / f"{images:012d}").is_dir())
         if not there:
+            return None
+        owed = False
+        if self.processes.leads:
+            previewed, validated = looked_at(self.log, stage.name, images, folder)
+            owed = not previewed or not (validated or self.validation(stage, phase) is None)
+        if self.processes.agreed(owed)[0]:
             return None
         found = newest_of_all(checkpoints, self.processes)
         return found[0] if found is not None and found[1]["images"] >= images else None
@@ -641,7 +727,7 @@ class _Run:
         if self._bank is None or self._bank[0] != key:
             self._bank = None  # one at a time: they are large
             seed = stable_hash(self.recipe.seed, "bank") >> 1
-            pictures = Feed(feed.source, seed, feed.size, captions=True)
+            pictures = Feed(feed.source, seed, feed.size, captions=True, skip=self.recipe.skip)
             bank = compose(pictures, self.bank_size(*key), self.recipe.workers, self.device)
             self._bank = (key, bank)
             for name, reason in bank.skipped:
@@ -669,7 +755,11 @@ class _Run:
 
     def provenance(self, images: int) -> Provenance:
         return Provenance(
-            recipe=self.recipe.name, seed=self.recipe.seed, images=images, data=self.fingerprint
+            recipe=self.recipe.name,
+            seed=self.recipe.seed,
+            images=images,
+            data=self.fingerprint,
+            changes=tuple(str(Change(**change)) for change in self.changes),
         )
 
     def say_what_is_read(self) -> None:

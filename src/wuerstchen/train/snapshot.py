@@ -311,10 +311,9 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     for path in found:
         try:
             state = _read_state(path)
-            wrong = [name for name, digest in state["files"].items() if _sha256(path / name) != digest]
-            if not wrong:
+            reason = _damage(path, state)
+            if not reason:
                 return path, state
-            reason = f"{wrong[0]} has changed since it was written"
         except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             if isinstance(error, CheckpointError):
                 raise
@@ -330,6 +329,27 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             "to start its stage again"
         )
     return None
+
+
+def read_whole(path: Path) -> dict[str, Any]:
+    """What describes one checkpoint. Raises ``CheckpointError`` where it is damaged."""
+    try:
+        state = _read_state(path)
+        reason = _damage(path, state)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        reason = f"{type(error).__name__}: {error}"
+    if reason:
+        raise CheckpointError(f"checkpoint {path} is damaged ({reason}); give another")
+    return state
+
+
+def _damage(path: Path, state: dict[str, Any], rank: int = 0, count: int = 1) -> str:
+    """Which file of a checkpoint has changed; empty if none. Of ``count`` processes each reads its part."""
+    mine = list(state["files"].items())[rank::count]
+    wrong = [name for name, digest in mine if _sha256(path / name) != digest]
+    return f"{wrong[0]} has changed since it was written" if wrong else ""
 
 
 def newest_of_all(folder: Path, processes: Processes) -> tuple[Path, dict[str, Any]] | None:
@@ -459,8 +479,9 @@ def _fill(stored: _Stored, key: str, target: Tensor) -> None:
     stored.fill(key, local_part(target), first_row(target) if isinstance(target, DTensor) else 0)
 
 
-def read_averages(path: Path, name: str) -> dict[str, Tensor]:
-    """The averaged weights of one network in a checkpoint, for the stages after it."""
+def read_averages(path: Path, name: str, *, raw: bool = False) -> dict[str, Tensor]:
+    """The averaged weights of one network in a checkpoint, for the stages after it; or those that are trained
+    (``raw``)."""
     try:
         description = _read_state(path)
     except (OSError, ValueError, KeyError) as error:
@@ -468,7 +489,7 @@ def read_averages(path: Path, name: str) -> dict[str, Tensor]:
             raise
         raise CheckpointError(f"checkpoint {path} cannot be read ({error}); remove it") from error
     with contextlib.ExitStack() as files:
-        stored = _Stored(path, description, "averages", files)
+        stored = _Stored(path, description, "networks" if raw else "averages", files)
         start = f"{name}/"
         return {k.removeprefix(start): stored.read(k) for k in stored.shapes if k.startswith(start)}
 

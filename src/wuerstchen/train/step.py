@@ -106,6 +106,8 @@ class Step:
         self.decay: float | None = None
         """Of the weight averages, for the next update; None where they do not follow it."""
         self.gauge: Gauge | None = None
+        self.names: Callable[[int], list[str]] | None = None
+        """Of the images of a batch, by the number of its first."""
 
     def __call__(self, inputs: Inputs, indices: Int[Tensor, " b"]) -> Values:
         """One update of every network of the stage. Waits for nothing on the device."""

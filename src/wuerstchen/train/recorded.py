@@ -1,0 +1,150 @@
+"""A recipe as ``run.json`` holds it, and back; and single fields of it by their paths.
+
+A path is as ``stage_c.phases.0.optimization.learning_rate``: the names of the dataclasses' fields, and
+numbers in tuples.
+"""
+
+import copy
+import dataclasses
+import json
+import types
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from wuerstchen.errors import RunFolderError, UserError
+from wuerstchen.train.config import Recipe
+
+
+def recipe_of(fields: dict[str, Any], source: str) -> Recipe:
+    """The recipe that ``as_dict`` made ``fields`` of. Fields that an older one lacks have their defaults.
+
+    Raises ``RunFolderError`` naming ``source`` for what is no recipe of this version.
+    """
+    try:
+        recipe = _read(Recipe, fields, "")
+    except (ValueError, TypeError, KeyError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise RunFolderError(
+            f"{source} holds no recipe that this version knows ({error}). Use the version that wrote it, or "
+            "another --run-dir"
+        ) from error
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
+def _read(hint: Any, value: Any, path: str) -> Any:
+    """``value`` of JSON as the type ``hint``. Raises ``ValueError`` naming ``path`` if it does not fit."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        for kind in arguments:
+            fits = set(value) <= _hints(kind).keys() if dataclasses.is_dataclass(kind) else _is(kind, value)
+            if fits:
+                return _read(kind, value, path)
+    elif dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        hints = _hints(hint)
+        unknown = value.keys() - hints.keys()
+        if unknown:
+            raise ValueError(f"{path}{min(unknown)} is unknown")
+        return hint(**{name: _read(hints[name], item, f"{path}{name}.") for name, item in value.items()})
+    elif origin is tuple and isinstance(value, list):
+        kinds = [arguments[0]] * len(value) if arguments[1:] == (...,) else list(arguments)
+        pairs = zip(kinds, value, strict=True)
+        return tuple(_read(kind, item, f"{path}{n}.") for n, (kind, item) in enumerate(pairs))
+    elif _is(hint, value):
+        return float(value) if hint is float else value
+    raise ValueError(f"{path.removesuffix('.')}={value!r}")
+
+
+def _is(kind: Any, value: Any) -> bool:
+    """Whether a value of JSON is of a plain type."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, list)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind is type(None):
+        return value is None
+    return isinstance(kind, type) and isinstance(value, kind)
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    hints = get_type_hints(kind)
+    return {f.name: hints[f.name] for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+
+
+def get(fields: Any, path: str) -> Any:
+    """The value at ``path``. Raises ``KeyError`` if there is none."""
+    for name in path.split("."):
+        try:
+            fields = fields[int(name)] if isinstance(fields, list) else fields[name]
+        except (ValueError, IndexError, TypeError, KeyError):
+            raise KeyError(path) from None
+    return fields
+
+
+def replaced(fields: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A copy with another value at ``path``, which must exist. A list of phases may also get shorter."""
+    result = copy.deepcopy(fields)
+    parent, _, name = path.rpartition(".")
+    inside = get(result, parent) if parent else result
+    if isinstance(inside, list):
+        inside[int(name)] = value
+    else:
+        inside[name] = value
+    return result
+
+
+def parsed(recipe: Recipe, path: str, text: str) -> Any:
+    """What ``text`` says for the field at ``path`` of a recipe, as JSON holds it.
+
+    Raises ``UserError`` naming the field if it is no value of that kind.
+    """
+    hint: Any = Recipe
+    inside: Any = recipe
+    for name in path.split("."):
+        if isinstance(inside, tuple):
+            inside, hint = inside[int(name)], type(inside[int(name)])
+        else:
+            hint = _hints(type(inside))[name]
+            inside = getattr(inside, name)
+    try:
+        return _parsed(hint, text)
+    except (ValueError, OverflowError):
+        raise UserError(f"--change {path}={text} gives no value for {path}, which is {_kind(hint)}") from None
+
+
+def _parsed(hint: Any, text: str) -> Any:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if text.lower() == "none" and type(None) in arguments:
+            return None
+        return _parsed(next(kind for kind in arguments if kind is not type(None)), text)
+    if origin is tuple:
+        if text.startswith("["):
+            items = json.loads(text)
+            return [_parsed(arguments[0], str(item)) for item in items]
+        return [_parsed(arguments[0], item) for item in text.split(",")] if text else []
+    if origin is Literal:
+        if text not in arguments:
+            raise ValueError(text)
+        return text
+    if hint is bool:
+        return {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else int("")
+    if hint is int:
+        number = float(text) if "e" in text.lower() else int(text)
+        if number != int(number):
+            raise ValueError(text)
+        return int(number)
+    return float(text) if hint is float else text
+
+
+def _kind(hint: Any) -> str:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if origin is tuple:
+        return "a list with commas between its values"
+    return {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "a text")

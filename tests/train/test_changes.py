@@ -1,0 +1,394 @@
+"""Changes in the middle of a run: which, from where on, and that a changed run equals itself after a kill."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from wuerstchen.checkpoints.native import read_network
+from wuerstchen.errors import RunFolderError, UserError
+from wuerstchen.recipes.tiny import tiny
+from wuerstchen.train.changes import asked_for, check_same, ended_at, in_force, parts_of, plan
+from wuerstchen.train.config import Phase, as_dict
+from wuerstchen.train.report import write_report
+from wuerstchen.train.run import train
+from wuerstchen.train.snapshot import newest
+
+PARTS = ["a", "b", "b2", "a2", "c", "c2"]
+
+
+def phased():
+    """tiny with a refinement of Stages A and B, and a second phase of Stage C."""
+    recipe = tiny()
+    second = Phase(optimization=dataclasses.replace(recipe.stage_c.optimization, images=320))
+    return dataclasses.replace(
+        recipe,
+        stage_a=dataclasses.replace(recipe.stage_a, refine_images=160),
+        stage_b=dataclasses.replace(recipe.stage_b, refine_images=160),
+        stage_c=dataclasses.replace(recipe.stage_c, phases=(second,), blend=0.5),
+    )
+
+
+def trained(run_dir: Path, **images: int) -> Path:
+    """A run folder with checkpoints by name alone."""
+    for name, count in images.items():
+        (run_dir / f"stage_{name}" / "checkpoints" / f"{count:012d}").mkdir(parents=True)
+    return run_dir
+
+
+def lengths(recipe) -> dict[str, int]:
+    return {part.name: part.images for part in parts_of(recipe)}
+
+
+def until(name: str, **more: int) -> dict[str, int]:
+    """The whole lengths of all parts before ``name``."""
+    full = lengths(phased())
+    return {part: full[part] for part in PARTS[: PARTS.index(name)]} | more
+
+
+def test_the_parts_of_a_run_are_in_order():
+    assert list(lengths(phased())) == PARTS
+    assert list(lengths(tiny())) == [p for p in PARTS if p in lengths(tiny())]
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("a", "stage_a.optimization.learning_rate"),
+        ("b", "stage_b.optimization.learning_rate"),
+        ("b2", "stage_b.refine_rate"),
+        ("a2", "stage_a.refine_rate"),
+        ("c", "stage_c.optimization.learning_rate"),
+        ("c2", "stage_c.phases.0.optimization.learning_rate"),
+    ],
+)
+def test_a_bare_name_is_of_the_part_being_trained(name, path, tmp_path):
+    run_dir = trained(tmp_path, **until(name, **{name: 32}))
+    changed, (change,) = asked_for(phased(), run_dir, ["learning_rate=1e-6"])
+    assert (change.field, change.after, change.stage, change.images) == (path, 1e-6, name, 32)
+    assert asked_for(changed, run_dir, ["learning_rate=1e-6"]) == (changed, [])  # given again
+    _, (clip,) = asked_for(phased(), run_dir, ["clip_norm=0.5"])
+    of_refinement = path.removesuffix("learning_rate")
+    config = f"stage_{name[0]}.optimization." if "refine" in path else of_refinement
+    assert clip.field == f"{config}clip_norm"
+
+
+@pytest.mark.parametrize(("name", "path"), [("c", "stage_c.max_ratio"), ("c2", "stage_c.phases.0.max_ratio")])
+def test_the_sizes_of_a_phase_are_of_that_phase(name, path, tmp_path):
+    run_dir = trained(tmp_path, **until(name, **{name: 32}))
+    _, (change,) = asked_for(phased(), run_dir, ["max_ratio=1.5"])
+    assert (change.field, change.stage) == (path, name)
+    finished = trained(tmp_path / "other", **until("c2", c2=32))
+    with pytest.raises(UserError, match="what it is for is finished"):
+        asked_for(phased(), finished, ["stage_c.max_ratio=1.5"])
+
+
+def test_a_field_of_a_later_part_holds_from_its_beginning(tmp_path):
+    run_dir = trained(tmp_path, a=32)
+    _, (change,) = asked_for(phased(), run_dir, ["stage_c.phases.0.optimization.learning_rate=1e-6"])
+    assert (change.stage, change.images) == ("c2", 0)
+    _, (seed,) = asked_for(phased(), run_dir, ["seed=7"])
+    assert (seed.stage, seed.images) == ("a", 32)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ("learning_rate", "is no change; write it as --change learning_rate=1e-5"),
+        ("learning_rate=2", "learning_rate=2.0 must be between 0 and 1"),
+        ("workers=3", "workers is not needed: it may always change. Give --workers 3"),
+        ("prior.c=3", "within a run only what is not built into its networks and data can change"),
+        ("frozen_stride=8", "within a run only"),
+        ("backbone_rate=0.5", "within a run only"),
+        ("data_is=3", "within a run only"),
+        ("stage_c.phases.7.optimization.images=3", "within a run only"),
+        ("precision=auto", "depends on the machine; give fp32 or bf16"),
+        ("seed+=1", "only skip is one"),
+        ("stage_a.optimization.learning_rate=1e-3", "changes nothing: what it is for is finished"),
+        ("images=8", r"images=8 is fewer than the 32 that stage B has seen; .*--end-now"),
+        ("batch_size=24", "batch_size=24 does not divide the 32 images that stage B has seen"),
+        ("refine_images=0 images=8", "gives no value"),
+        ("stage_a.optimization.images=999999", "stage A is finished and stage B was trained on it"),
+    ],
+)
+def test_what_cannot_change_is_refused_with_the_reason(request_, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        asked_for(phased(), trained(tmp_path, **until("b", b=32)), [request_])
+
+
+def test_a_part_that_has_begun_cannot_be_left_out(tmp_path):
+    run_dir = trained(tmp_path, **until("b2", b2=32))
+    with pytest.raises(UserError, match="stage B2 has begun, so it cannot be left out"):
+        asked_for(phased(), run_dir, ["stage_b.refine_images=0"])
+    changed, _ = asked_for(phased(), run_dir, ["stage_a.refine_images=0"])
+    assert "a2" not in lengths(changed)
+
+
+def test_several_changes_are_one(tmp_path):
+    """A finished run gets more images and another rate; alone the rate would change nothing."""
+    run_dir = trained(tmp_path, **lengths(phased()))
+    with pytest.raises(UserError, match=r"changes nothing: .*raise the images too"):
+        asked_for(phased(), run_dir, ["learning_rate=1e-6"])
+    changed, changes = asked_for(phased(), run_dir, ["learning_rate=1e-6", "images=640", "skip+=a, b.png"])
+    assert lengths(changed)["c2"] == 640
+    assert changed.skip == ("a, b.png",)
+    assert {(c.field.rpartition(".")[2], c.stage, c.images) for c in changes} == {
+        ("learning_rate", "c2", 320),
+        ("images", "c2", 320),
+        ("skip", "c2", 320),
+    }
+    again, more = asked_for(changed, run_dir, ["skip+=c.png", "skip+=a, b.png"])
+    assert again.skip == ("a, b.png", "c.png")
+    assert len(more) == 1
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_run_ends_at_any_part(name, tmp_path):
+    run_dir = trained(tmp_path, **until(name, **{name: 32}))
+    ended, changes = asked_for(phased(), run_dir, [], end_now=True)
+    assert ended == ended_at(phased(), name, 32)
+    assert lengths(ended) == until(name, **{name: 32})
+    assert {(c.stage, c.images) for c in changes} == {(name, 32)}
+    assert asked_for(ended, run_dir, [], end_now=True) == (ended, [])
+    # What is recorded gives the same recipe.
+    stored = {"recipe": as_dict(phased()), "data": "", "changes": [dataclasses.asdict(c) for c in changes]}
+    stored = json.loads(json.dumps(stored))
+    assert in_force(stored, phased(), "run.json") == ended
+
+
+def test_before_a_part_has_a_checkpoint_the_run_ends_at_the_one_before(tmp_path):
+    ended, _ = asked_for(phased(), trained(tmp_path, **until("a2")), [], end_now=True)
+    assert list(lengths(ended)) == ["a", "b", "b2"]
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        asked_for(phased(), tmp_path / "nothing", [], end_now=True)
+
+
+def test_a_run_that_has_not_begun_takes_options_instead(tmp_path):
+    with pytest.raises(UserError, match=r"has not begun.* as in --stage-c.optimization.learning-rate 1e-5"):
+        plan(tiny(), None, tmp_path, ["learning_rate=1e-5"])
+
+
+def test_the_same_command_goes_on_after_a_change_and_another_is_told_how(tmp_path):
+    run_dir = trained(tmp_path, a=32)
+    stored = {"recipe": as_dict(phased()), "data": ""}
+    changed = plan(phased(), stored, run_dir, ["learning_rate=1e-6"])
+    stored["changes"] = changed.changes
+    check_same(stored, phased(), run_dir, changed.recipe)  # as it was begun
+    check_same(stored, changed.recipe, run_dir, changed.recipe)  # as it is now
+    other = dataclasses.replace(phased(), seed=3)
+    with pytest.raises(RunFolderError, match=r"seed \(0, now 3\) differ.* give --change seed=3 to change"):
+        check_same(stored, other, run_dir, changed.recipe)
+    other = dataclasses.replace(other, prior=dataclasses.replace(other.prior, depth=9))
+    with pytest.raises(RunFolderError) as caught:
+        check_same(stored, other, run_dir, changed.recipe)
+    assert "--change" not in str(caught.value)
+
+
+# Whole runs.
+
+MICRO = [
+    word
+    for options in (
+        "--workers 0 --statistics-images 8 --stages a --stage-a.optimization.images 24 --device cpu",
+        "--stage-a.optimization.batch-size 4 --stage-a.refine-images 0 --stage-a.adversarial-from 16",
+        "--stage-a.optimization.decay constant --checkpoint-seconds 0 --no-rehearsal",
+    )
+    for word in options.split()
+]
+CHANGES = ["images=40", "learning_rate=5e-4", "seed=3", "clip_norm=0.5", "batch_size=8"]
+
+
+def micro(**changes):
+    recipe = tiny()
+    optimization = dataclasses.replace(
+        recipe.stage_a.optimization, images=24, batch_size=4, decay="constant", **changes
+    )
+    config = dataclasses.replace(
+        recipe.stage_a, optimization=optimization, refine_images=0, adversarial_from=16
+    )
+    small = {"workers": 0, "statistics_images": 8, "stages": ("a",), "checkpoint_seconds": 0.0}
+    return dataclasses.replace(recipe, stage_a=config, **small)
+
+
+def events(run_dir: Path, kind: str) -> list[dict]:
+    lines = map(json.loads, (run_dir / "log.jsonl").read_text().splitlines())
+    return [event for event in lines if event["event"] == kind]
+
+
+def final(run_dir: Path) -> tuple[int, dict]:
+    path, state = newest(run_dir / "stage_a" / "checkpoints")
+    return int(path.name), state["files"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(micro(), folder, device="cpu")
+    return folder
+
+
+KILLED = """
+import os, signal, sys
+from wuerstchen.cli import main
+from wuerstchen.train.track import Log
+writes = Log.event
+
+def event(self, kind, **values):
+    writes(self, kind, **values)
+    if kind == "checkpoint" and values["images"] == 32:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Log.event = event
+main(sys.argv[1:])
+"""
+
+
+def test_a_changed_run_equals_itself_after_a_kill(finished, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for run_dir in (whole, broken):
+        shutil.copytree(finished, run_dir)
+    before = (whole / "model" / "vqgan.safetensors").read_bytes()
+    train(micro(), whole, device="cpu", changes=CHANGES)
+    command = [sys.executable, "-c", KILLED, "train", "tiny", "--run-dir", str(broken), *MICRO]
+    command += [word for change in CHANGES for word in ("--change", change)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert "Changed seed: 0 -> 3, from image 24 of stage A on" in done.stdout or not done.stdout
+    train(micro(), broken, device="cpu")  # the same command, without the changes
+    assert final(whole) == final(broken)
+    assert final(whole)[0] == 40
+    assert [e["images"] for e in events(broken, "start")] == [0, 24, 32]
+    for run_dir in (whole, broken):
+        assert (run_dir / "model" / "vqgan.safetensors").read_bytes() != before
+    files = [(run_dir / "model" / "vqgan.safetensors") for run_dir in (whole, broken)]
+    networks, papers = zip(*map(read_network, files), strict=True)
+    assert all(
+        (tensor == networks[1].state_dict()[key]).all() for key, tensor in networks[0].state_dict().items()
+    )
+
+    # It is told: in run.json, the log, the checkpoints, the model and the report.
+    stored = json.loads((broken / "run.json").read_text())
+    assert {c["field"].rpartition(".")[2] for c in stored["changes"]} == {c.split("=")[0] for c in CHANGES}
+    assert len(events(broken, "change")) == len(CHANGES)
+    state = newest(broken / "stage_a" / "checkpoints")[1]
+    assert state["changes"] == stored["changes"]
+    assert state["fields"]["stage_a"]["optimization"]["batch_size"] == 8
+    assert papers[1].images == 40
+    assert "seed: 0 -> 3, from image 24 of stage A on" in papers[1].changes
+    assert len(papers[1].changes) == len(CHANGES)
+    assert "Changes of the recipe" in write_report(broken).read_text()
+    assert "Changes of the recipe" not in write_report(finished).read_text()
+
+
+def test_more_images_after_the_end_are_those_of_the_longer_run(finished, tmp_path):
+    longer, extended = tmp_path / "longer", tmp_path / "extended"
+    shutil.copytree(finished, extended)
+    train(micro(), extended, device="cpu", changes=["images=40"])
+    recipe = micro()
+    optimization = dataclasses.replace(recipe.stage_a.optimization, images=40)
+    recipe = dataclasses.replace(
+        recipe, stage_a=dataclasses.replace(recipe.stage_a, optimization=optimization)
+    )
+    train(recipe, longer, device="cpu")
+    assert final(extended) == final(longer)
+    # The finished run is left alone by the same command.
+    model = (extended / "model" / "model.json").stat().st_mtime_ns
+    train(micro(), extended, device="cpu")
+    assert (extended / "model" / "model.json").stat().st_mtime_ns == model
+    assert not list(extended.glob(".model*"))
+    assert not (extended / "model.new").exists()
+
+
+def test_a_run_is_ended_with_a_usable_model(finished, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    shutil.rmtree(run_dir / "model")
+    stored = json.loads((run_dir / "run.json").read_text())
+    stored["recipe"]["stage_a"]["optimization"]["images"] = 80
+    (run_dir / "run.json").write_text(json.dumps(stored))
+    recipe = micro()
+    optimization = dataclasses.replace(recipe.stage_a.optimization, images=80)
+    recipe = dataclasses.replace(
+        recipe, stage_a=dataclasses.replace(recipe.stage_a, optimization=optimization)
+    )
+    train(recipe, run_dir, device="cpu", end_now=True)
+    assert read_network(run_dir / "model" / "vqgan.safetensors")[1].images == 24
+    assert final(run_dir) == final(finished)
+    train(recipe, run_dir, device="cpu")
+    assert final(run_dir)[0] == 24
+
+
+def test_a_change_at_a_damaged_checkpoint_is_refused_and_a_recorded_one_moves(finished, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    path = newest(run_dir / "stage_a" / "checkpoints")[0] / "networks.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(b"")
+    with (
+        pytest.warns(UserWarning, match="is damaged"),
+        pytest.raises(RunFolderError, match=r"checkpoint of stage A is damaged.*without --change"),
+    ):
+        train(micro(), run_dir, device="cpu", changes=["images=32"])
+    assert "changes" not in json.loads((run_dir / "run.json").read_text())
+
+    path.write_bytes(content)
+
+    def train_nothing(*_):
+        raise SystemExit
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("wuerstchen.train.run._Run.train", train_nothing)
+        with pytest.raises(SystemExit):
+            train(micro(), run_dir, device="cpu", changes=["images=32"])
+    path.write_bytes(b"")
+    with pytest.warns(UserWarning, match="is damaged"):
+        train(micro(), run_dir, device="cpu")
+    (change,) = json.loads((run_dir / "run.json").read_text())["changes"]
+    assert change["images"] == 20
+    assert [e["images"] for e in events(run_dir, "change moved")] == [20]
+    assert newest(run_dir / "stage_a" / "checkpoints")[1]["changes"] == [change]
+
+
+def test_images_are_left_out_by_name(finished, tmp_path, monkeypatch):
+    from wuerstchen.data.emoji import EmojiSource
+
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    with pytest.raises(UserError, match=r"skip=nowhere\.png is no image of sample"):
+        train(micro(), run_dir, device="cpu", changes=["skip+=nowhere.png", "images=28"])
+    read, original = [], EmojiSource.picture
+
+    def picture(self, item):
+        read.append(self.name(item))
+        return original(self, item)
+
+    monkeypatch.setattr(EmojiSource, "picture", picture)
+    every = tmp_path / "every"
+    shutil.copytree(finished, every)
+    train(micro(), every, device="cpu", changes=["images=28"])
+    name = read[0]  # of the first update after the change
+    read.clear()
+    train(micro(), run_dir, device="cpu", changes=[f"skip+={name}", "images=28"])
+    assert read
+    assert name not in read
+    assert final(run_dir) != final(every)
+
+
+def test_the_command_line_gives_changes(finished, tmp_path, capsys):
+    from wuerstchen.cli import main
+
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    command = ["train", "tiny", "--run-dir", str(run_dir), *MICRO]
+    assert main([*command, "--change", "images=28", "--change", "learning_rate=1e-6"]) == 0
+    assert "images: 24 -> 28, from image 24 of stage A on" in capsys.readouterr().out
+    assert main([*command, "--stage-a.optimization.learning-rate", "1e-2"]) == 2
+    assert "--change stage_a.optimization.learning_rate=0.01" in capsys.readouterr().err
+    assert main([*command, "--end-now"]) == 0
+    assert os.listdir(run_dir / "stage_a" / "checkpoints")
