@@ -23,6 +23,7 @@ from wuerstchen.checkpoints.adapters import METADATA as METADATA
 from wuerstchen.checkpoints.adapters import WEIGHT_NAME as WEIGHT_NAME
 from wuerstchen.checkpoints.adapters import AdapterConfig, LayerTensors, is_finite_number, read_adapter
 from wuerstchen.checkpoints.adapters import save_lora as save_lora
+from wuerstchen.checkpoints.foreign import check_adapter_not_cascade
 from wuerstchen.errors import CheckpointError, UserError, UserNotice, shown
 
 
@@ -245,6 +246,7 @@ def _plan(
     for layer, tensors in found.items():
         name = by_name.find(layer)
         if name is None:
+            check_adapter_not_cascade(where, found)
             raise CheckpointError(
                 f"{where} is wrong because {shown(layer)} is no linear layer and no convolution of "
                 f"{type(module).__name__}; give an adapter that was trained for this model"

@@ -244,6 +244,14 @@ def test_an_assumed_scale_is_said(prior, tmp_path, source, name, relative_error)
     assert relative_error(run(prior), expected) <= 1e-5
 
 
+def test_layers_of_a_compiled_network(prior, relative_error):
+    expected = reference(prior, 1.0)
+    tensors = {f"base_model.model._orig_mod.{k}": t for k, t in matrices(QUERIES, dotted).items()}
+    alphas = {f"base_model.model._orig_mod.{layer}.alpha": torch.tensor(4) for layer in QUERIES}
+    load_lora(prior, tensors | alphas)
+    assert relative_error(run(prior), expected) <= 1e-5
+
+
 def test_an_assumed_scale_of_some_layers_is_said(prior):
     alpha = {f"{QUERIES[1]}.alpha": torch.tensor(4.0)}
     with pytest.warns(AssumedScaleWarning, match="does not say its alpha for 1 of its 2 layers"):

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -42,6 +43,19 @@ def test_what_differs_is_averaged_and_the_rest_stays(model_folder, other, tmp_pa
     assert out.settings == first.settings
     assert out.text_encoder.encode(["a cat"]).states.equal(first.text_encoder.encode(["a cat"]).states)
     assert read_network(tmp_path / "out" / "prior.safetensors")[1].recipe.startswith("average of ")
+
+
+def test_only_named_files_of_a_text_encoder_are_taken_along(model_folder, other, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("a private key")
+    folder = tmp_path / "first"
+    shutil.copytree(model_folder, folder)
+    (folder / "text_encoder" / "notes.txt").symlink_to(secret)
+    (folder / "text_encoder" / "more").mkdir()
+    (folder / "text_encoder" / "more" / "file").write_text("private")
+    average(folder, other, tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out" / "text_encoder").iterdir()}
+    assert names == {"config.json", "model.safetensors", "vocab.txt", "LICENSE", "README.md"}
 
 
 def test_any_layout_goes_in(write_published, tmp_path):

@@ -125,6 +125,40 @@ def test_the_originals_files_survive_a_round_trip(published, tmp_path, make):
     assert_same(read_model(tmp_path / "again", leave_out=no_text), cascade)
 
 
+@pytest.mark.parametrize("storage", ["float32", "int8"])
+def test_a_text_encoder_is_copied_without_what_lies_beside_it(model_folder, storage, tmp_path):
+    """A folder from elsewhere may link to files of this machine, and the copy may be given away."""
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "id").write_text("a private key")
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    text = folder / "text_encoder"
+    (text / "README.md").unlink()
+    (text / "README.md").symlink_to(secret / "id")
+    (text / "id").symlink_to(secret / "id")
+    (text / "links").symlink_to(secret)
+    (text / "vocab.txt").rename(tmp_path / "blob")
+    (text / "vocab.txt").symlink_to(tmp_path / "blob")  # as in the hub's cache
+    (folder / "notes.txt").write_text("private")
+    convert(folder, tmp_path / "out", "native", storage=storage)
+    names = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*")}
+    copied = {"text_encoder", *(f"text_encoder/{name}" for name in ("config.json", "vocab.txt", "LICENSE"))}
+    networks = {f"{name}.safetensors" for name in ("vqgan", "decoder", "compressor", "prior")}
+    assert names == {"model.json", *networks, *copied, "text_encoder/model.safetensors"}
+    assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
+    ours, theirs = (read_model(path).text_encoder for path in (tmp_path / "out", model_folder))
+    assert ours.encode(["a cat"]).states.equal(theirs.encode(["a cat"]).states)
+
+
+def test_a_clip_of_a_native_model_is_copied_whole(write_published, tmp_path):
+    convert(write_published(tmp_path / "published"), tmp_path / "native", "native", storage="float16")
+    convert(tmp_path / "native", tmp_path / "again", "native")
+    one, other = (read_model(tmp_path / name).text_encoder for name in ("native", "again"))
+    assert one.encode(["a cat!"]).states.equal(other.encode(["a cat!"]).states)
+    assert one.text_positions == other.text_positions
+
+
 def test_the_original_without_a_known_text_encoder_says_so(tmp_path):
     whence = Provenance(recipe="test", seed=0, images=0, data="")
     write_cascade(v2(), tmp_path / "native", dict.fromkeys(v2().networks(), whence))

@@ -335,9 +335,12 @@ def test_the_average_is_preferred(name, tmp_path, parts, prior_state):
     assert_same(state, parts["prior"].state_dict())
 
 
-def test_a_bare_state_dict_and_the_wrapper_of_distributed_training(tmp_path, parts, prior_state):
+def test_a_bare_state_dict_and_the_wrappers_of_training(tmp_path, parts, prior_state):
     wrapped = {f"module.{key}": tensor for key, tensor in prior_state.items()}
-    for content in (prior_state, wrapped, {"state_dict": wrapped}):
+    compiled = {f"_orig_mod.{key}": tensor for key, tensor in prior_state.items()}
+    both = {f"_orig_mod.{key}": tensor for key, tensor in wrapped.items()}
+    other = {f"module.{key}": tensor for key, tensor in compiled.items()}
+    for content in (prior_state, wrapped, {"state_dict": wrapped}, compiled, both, {"ema_state_dict": other}):
         assert_same(only_prior(content, tmp_path), parts["prior"].state_dict())
 
 

@@ -253,6 +253,36 @@ def test_json_that_is_no_object(tmp_path: Path) -> None:
         read_json(tmp_path / "config.json")
 
 
+# Names of compiled networks
+
+COMPILED = {
+    "_orig_mod.weight": "weight",
+    "block._orig_mod.bias": "block.bias",
+    "_orig_mod.a._orig_mod.b": "a.b",
+}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.bin"])
+def test_the_prefix_of_compiled_modules_is_left_out(name: str, tmp_path: Path) -> None:
+    save({key: torch.tensor(float(i)) for i, key in enumerate(COMPILED)}, tmp_path / name)
+    stored = StoredTensors.of([tmp_path / name])
+    assert stored.shapes.keys() == set(COMPILED.values())
+    for found in (stored.read(), stored.read(torch.float16), read_tensors_of(tmp_path / name)):
+        assert {key: float(t) for key, t in found.items()} == {"weight": 0.0, "block.bias": 1.0, "a.b": 2.0}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.bin"])
+def test_a_network_compiled_and_not_is_not_chosen_from(name: str, tmp_path: Path) -> None:
+    save({"weight": torch.ones(1), "_orig_mod.weight": torch.zeros(1)}, tmp_path / name)
+    with pytest.raises(CheckpointError, match="both compiled, under _orig_mod, and as it is"):
+        StoredTensors.of([tmp_path / name])
+
+
+def test_a_name_that_only_contains_the_prefix_is_kept(tmp_path: Path) -> None:
+    save({"my_orig_mod.weight": torch.ones(1)}, tmp_path / "m.safetensors")
+    assert StoredTensors.of([tmp_path / "m.safetensors"]).shapes.keys() == {"my_orig_mod.weight"}
+
+
 # Filling a network
 
 

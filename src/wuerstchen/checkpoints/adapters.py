@@ -27,6 +27,7 @@ from wuerstchen.checkpoints.weights import (
     check_whole,
     open_safetensors,
     parse_json,
+    plain_names,
     read_json,
     read_tensors_of,
 )
@@ -149,7 +150,8 @@ def read_adapter(source: Path | str | Mapping[str, Tensor], weight_name: str | N
     Raises ``CheckpointError`` if it is damaged or no plain LoRA.
     """
     if isinstance(source, Mapping):
-        tensors, where = dict(source), "the adapter"
+        where = "the adapter"
+        tensors = plain_names({str(key): tensor for key, tensor in source.items()}, where)
         fields: Mapping[str, Any] = {}
         told_in = where
     else:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from wuerstchen.checkpoints.foreign import check_not_cascade, is_called_cascade
 from wuerstchen.checkpoints.weights import read_tensors_of
 from wuerstchen.errors import CheckpointError, UserError
 from wuerstchen.models.efficientnet import EfficientNetLite, EfficientNetV2
@@ -90,6 +91,9 @@ def _layout(
         return "features.{}".format, "classifier."
     elif "conv_stem.weight" in tensors:
         return _timm_names(backbone), "classifier."
+    check_not_cascade(path, tensors)
+    if is_called_cascade(path):
+        check_not_cascade(path, class_name="StableCascade")
     example = next(iter(tensors), "none")
     raise _does_not_fit(path, backbone, f"its keys (the first is '{example}') follow no known layout of it")
 

@@ -25,7 +25,9 @@ from wuerstchen.checkpoints.clip import (
     write_clip_tokenizer,
 )
 from wuerstchen.checkpoints.diffusers_config import MAX_COUNT, MAX_NUMBER, as_float, read_config
+from wuerstchen.checkpoints.foreign import check_not_cascade
 from wuerstchen.checkpoints.hub import HUB_NAME
+from wuerstchen.checkpoints.readme import read_front_matter
 from wuerstchen.checkpoints.weights import (
     StoredTensors,
     new_folder,
@@ -301,6 +303,7 @@ def _read_index(folder: Path, layout: TensorLayout) -> tuple[str, dict[str, floa
     path = folder / "model_index.json"
     index = read_json(path)
     name = index.pop("_class_name", None)
+    check_not_cascade(folder, class_name=name)
     if not isinstance(name, str) or name not in COMPONENTS:
         raise CheckpointError(
             f"{path} is wrong because its _class_name is {_short(name)}, none of {', '.join(COMPONENTS)}; "
@@ -350,6 +353,7 @@ def read_network(
     path = folder / "config.json"
     raw = read_json(path)
     class_name = raw.get("_class_name", _CLASSES[part][0])
+    check_not_cascade(folder, class_name=class_name)
     if class_name not in _CLASSES[part]:
         raise CheckpointError(
             f"{path} is wrong because its _class_name is {_short(class_name)} where "
@@ -419,13 +423,7 @@ def _prior_line(folder: Path) -> str | None:
     if not path.is_file():
         return None
 
-    from huggingface_hub.repocard import metadata_load
-
-    try:
-        value = (metadata_load(path) or {}).get("prior")
-    except Exception as error:  # YAML's errors, and those of the text's encoding
-        reason = " ".join(str(error).split())[:100]
-        raise CheckpointError(f"{path} cannot be read ({reason}); mend its front matter") from error
+    value = read_front_matter(path).get("prior")
     if isinstance(value, list) and value:
         value = value[0]
     if value is None:

@@ -1,5 +1,6 @@
 """Any layout of a model: telling which one a folder has, reading it whole, and writing it in another."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -24,6 +25,7 @@ from wuerstchen.checkpoints.diffusers import (
     read_prior_network,
     write_model_folder,
 )
+from wuerstchen.checkpoints.foreign import check_not_cascade, is_called_cascade
 from wuerstchen.checkpoints.hub import local_folder
 from wuerstchen.checkpoints.native import (
     NETWORKS,
@@ -37,7 +39,7 @@ from wuerstchen.checkpoints.native import (
 from wuerstchen.checkpoints.original import read_original, write_original
 from wuerstchen.checkpoints.paddle import PADDLE, is_paddle
 from wuerstchen.checkpoints.text_encoder import read_text_encoder
-from wuerstchen.checkpoints.weights import is_spare_variant, new_folder
+from wuerstchen.checkpoints.weights import is_spare_variant, new_folder, open_safetensors, read_json
 from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE
 from wuerstchen.errors import CheckpointError, UserError
 from wuerstchen.models.cascade import PUBLISHED_V1, Cascade, CascadeSettings, MapStatistics
@@ -84,6 +86,7 @@ def layout_of(path: Path) -> Layout:
         return "paddle" if is_paddle(path) else "diffusers"
     if path.suffix == ".pt" or any(path.glob("*.pt")):
         return "original"
+    _check_not_cascade(path)
     if (path / "config.json").is_file():
         raise CheckpointError(
             f"{path} holds one network and no whole model; name the whole one, and this as prior"
@@ -92,6 +95,24 @@ def layout_of(path: Path) -> Layout:
         f"{path} is no model: it has no model.json, no model_index.json and no .pt file; "
         "give a folder that has one"
     )
+
+
+def _check_not_cascade(path: Path) -> None:
+    """Raises ``CheckpointError`` for files of Stable Cascade, which is published in single files."""
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    for file in files[:20]:
+        if file.suffix == ".safetensors":
+            names: list[str] = []
+            with (
+                contextlib.suppress(CheckpointError),
+                open_safetensors(file) as opened,
+            ):  # a damaged one is none
+                names = list(opened.keys())
+            check_not_cascade(file, names)
+        if is_called_cascade(file):
+            check_not_cascade(file, class_name="StableCascade")
+    if (path / "config.json").is_file():
+        check_not_cascade(path, class_name=read_json(path / "config.json").get("_class_name"))
 
 
 def read_model(

@@ -6,7 +6,6 @@ code: tensors are safetensors, all else is JSON, and a pickle is refused by its 
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,12 @@ from torch import Tensor, nn
 
 import wuerstchen
 from wuerstchen.checkpoints.int8 import dequantize, quantize_rows
-from wuerstchen.checkpoints.text_encoder import read_text_encoder, write_text_encoder
+from wuerstchen.checkpoints.text_encoder import copy_text_encoder, read_text_encoder, write_text_encoder
 from wuerstchen.checkpoints.weights import (
     check_header,
     new_folder,
     parse_json,
+    plain_names,
     read_json,
     write_json,
     write_safetensors,
@@ -156,6 +156,7 @@ def read_network(path: Path, dtype: torch.dtype = torch.float32) -> tuple[nn.Mod
         provenance = _provenance(header["provenance"])
         with torch.device("meta"):
             network = cls(config)
+        tensors = plain_names(tensors, path)
         if header["storage"] == "int8":
             tensors = dequantize(tensors)
         for key, wanted in network.state_dict().items():
@@ -190,7 +191,8 @@ def write_cascade(
 ) -> None:
     """Writes a whole model into a new folder; the folder appears when everything in it is written.
 
-    ``text_encoder`` is the folder of the frozen text encoder, which is copied; CLIP is written without one.
+    ``text_encoder`` is the folder of the frozen text encoder, whose files are copied (``copy_text_encoder``);
+    CLIP is written without one.
     """
     write_parts(cascade.settings, cascade.networks(), folder, provenance, storage, text_encoder)
 
@@ -212,7 +214,7 @@ def write_parts(
         for part in TEXT_ENCODERS:
             encoder = networks.get(part)
             if part == "text_encoder" and text_encoder is not None:
-                shutil.copytree(text_encoder, partial / part)
+                copy_text_encoder(text_encoder, partial / part)
             elif encoder is not None:
                 assert isinstance(encoder, TextEncoder)
                 write_text_encoder(encoder, partial / part)

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wuerstchen.checkpoints.weights import check_apart, check_whole, read_torch_file
+from wuerstchen.checkpoints.foreign import check_not_cascade
+from wuerstchen.checkpoints.weights import check_apart, check_whole, plain_names, read_torch_file
 from wuerstchen.errors import CheckpointError, UserError, shown
 from wuerstchen.models.compressor import BackboneName, Compressor, CompressorConfig
 from wuerstchen.models.decoder import Decoder, DecoderConfig
@@ -229,6 +230,7 @@ def _state_dict(content: object, place: str) -> StateDict:
             )
         check_whole(value, f"{place} is wrong because its entry {shown(key)}")
     check_apart(content.values(), place)
+    content = plain_names(content, place)
     # DistributedDataParallel, when it is saved itself, puts a name before all others.
     wrapped = all(key.startswith("module.") for key in content)
     return StateDict(
@@ -255,6 +257,7 @@ def _config_of(state: StateDict) -> Config:
     elif "backbone.0.0.weight" in state.tensors:
         derive = _compressor_config
     else:
+        check_not_cascade(Path(state.place), state.tensors)
         raise CheckpointError(
             f"{state.place} is wrong because its keys (the first is {next(iter(state.tensors))!r}) are "
             "those of no network of Würstchen; give one of the original's files"

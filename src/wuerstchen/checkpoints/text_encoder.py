@@ -3,6 +3,7 @@
 ``transformers`` is imported inside the functions: it takes as long to import as torch does.
 """
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,11 @@ _BERT_FIELDS = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", 
 _BERT_FIELDS += ("intermediate_size", "hidden_act", "max_position_embeddings", "type_vocab_size")
 _BERT_FIELDS += ("layer_norm_eps", "pad_token_id", "text_positions")
 
+_FILES = ("config.json", "model.safetensors", "vocab.txt")
+_FILES += ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
+_FILES += ("special_tokens_map.json", "added_tokens.json")
+_TEXTS = ("LICENSE", "README.md")
+
 
 def read_text_encoder(path: Path | str, dtype: torch.dtype = torch.float32) -> TextEncoder:
     """Read a text encoder's ``config.json``, ``model.safetensors`` and tokenizer.
@@ -63,6 +69,19 @@ def write_text_encoder(encoder: TextEncoder, folder: Path) -> None:
         raise UserError("a text encoder that is no CLIP cannot be written; name its folder, to be copied")
     write_clip(encoder.model, folder)
     write_clip_tokenizer(clip_tokenizer_of(encoder), folder)
+
+
+def copy_text_encoder(source: Path, target: Path) -> None:
+    """Copies a text encoder that was read from the folder ``source`` into the new folder ``target``.
+
+    Only the files that ``read_text_encoder`` reads are copied, and a licence and a README that are no links:
+    a folder from elsewhere may hold anything, and link to anything.
+    """
+    target.mkdir()
+    for name in (*_FILES, *_TEXTS):
+        file = source / name
+        if file.is_file() and not (name in _TEXTS and file.is_symlink()):
+            shutil.copyfile(file, target / name)
 
 
 def _is_clip(path: Path) -> bool:

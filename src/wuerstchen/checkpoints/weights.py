@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,6 +39,9 @@ MAX_HEADER = 16 << 20
 """Bytes of the header of a safetensors file: that of 100,000 tensors."""
 MAX_PICKLE = 64 << 20
 """Bytes of a torch file that are not values of tensors: names, shapes, and what else was saved."""
+
+N = TypeVar("N")
+_COMPILED = re.compile(r"(^|\.)_orig_mod\.")
 
 
 def read_tensors_of(path: Path) -> dict[str, Tensor]:
@@ -62,7 +65,21 @@ def read_tensors_of(path: Path) -> dict[str, Tensor]:
             )
         check_whole(value, f"{path} is wrong because its entry {shown(name)}")
     check_apart(state.values(), str(path))
-    return dict(state)
+    return plain_names(state, path)
+
+
+def plain_names(tensors: Mapping[str, N], where: Path | str) -> dict[str, N]:
+    """The same without ``_orig_mod.``, which stands wherever a compiled module was saved.
+
+    Raises ``CheckpointError`` if a name is then there twice.
+    """
+    plain = {_COMPILED.sub(r"\1", name): tensor for name, tensor in tensors.items()}
+    if len(plain) < len(tensors):
+        raise CheckpointError(
+            f"{where} is wrong because it holds a network both compiled, under _orig_mod, and as it is; "
+            "save one of them"
+        )
+    return plain
 
 
 def check_whole(tensor: Tensor, subject: str) -> None:
@@ -169,6 +186,7 @@ class StoredTensors:
                 with open_safetensors(path) as file:
                     metadata |= file.metadata() or {}
                     found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                found = plain_names(found, path)
             twice = sorted(shapes.keys() & found.keys())
             if twice:
                 raise CheckpointError(
@@ -226,7 +244,8 @@ class StoredTensors:
                 tensors |= read_tensors_of(path)
                 continue
             with open_safetensors(path) as file:
-                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            tensors |= plain_names(found, path)
         if dtype is None:
             return tensors
         return {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
