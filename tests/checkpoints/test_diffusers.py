@@ -232,7 +232,7 @@ CONFIGS = {
         "it makes no network",
     ),
     "all of it dropped": ("prior_pipeline/prior", {"dropout": 5.0}, "dropout=5.0 must be from 0 to 1"),
-    "an epsilon beyond numbers": ("text_encoder", {"layer_norm_eps": 10**400}, "a whole number of 401 digits"),
+    "an epsilon beyond numbers": ("text_encoder", {"layer_norm_eps": 10**400}, "number of 401 digits"),
     "another class": ("decoder", {"_class_name": "UNet2DModel"}, "'UNet2DModel'"),
     "another text model": ("text_encoder", {"model_type": "t5"}, "model_type is 't5'"),
     "absurd text model": ("text_encoder", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
