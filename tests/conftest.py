@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -306,3 +308,30 @@ def _as_published(folder: Path, pickled: bool) -> None:
     (folder / "tokenizer" / "vocab.json").write_text(json.dumps(pieces["vocab"]))
     merges = "\n".join(" ".join(merge) for merge in pieces["merges"])
     (folder / "tokenizer" / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator:
+    """Headless Chromium, or a skip where there is none; WUERSTCHEN_REQUIRE_BROWSER=1 makes that an error."""
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    names = ("chromium", "chromium-browser", "google-chrome")
+    chromium = next((path for name in names if (path := shutil.which(name))), None)
+    driver = shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        if os.environ.get("WUERSTCHEN_REQUIRE_BROWSER") == "1":
+            pytest.fail(
+                "chromium and chromedriver are required; on Debian: apt-get install chromium chromium-driver"
+            )
+        pytest.skip("chromium or chromedriver is not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    for argument in ("--headless=new", "--disable-dev-shm-usage", "--disable-gpu", "--window-size=1280,900"):
+        options.add_argument(argument)
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        options.add_argument("--no-sandbox")  # Chromium has none for root
+    driver = webdriver.Chrome(options=options, service=Service(driver))
+    yield driver
+    driver.quit()

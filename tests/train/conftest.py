@@ -49,6 +49,7 @@ class ToyStage:
     reads_images = True
     rates: dict[str, float] = {}  # noqa: RUF012
     rate_scales: dict[str, float] = {}  # noqa: RUF012
+    preview_labels: dict[str, list[str]] = {"rows": ["seen"]}  # noqa: RUF012
 
     def __init__(self, images: int = 120, batch_size: int = 4, on_batch=None) -> None:
         torch.manual_seed(1)

@@ -29,6 +29,7 @@ class PriorStage:
     captions, reads_images = True, False
     rates: dict[str, float] = {}  # noqa: RUF012
     rate_scales: dict[str, float] = {}  # noqa: RUF012
+    preview_labels: dict[str, list[str]] = {"rows": ["seen"]}  # noqa: RUF012
 
     def __init__(self, optimization: Optimization = CONFIG) -> None:
         torch.manual_seed(3)

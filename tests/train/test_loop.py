@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from wuerstchen.errors import CheckpointError, UserError
+from wuerstchen.images import read_settings
 from wuerstchen.train import snapshot
 from wuerstchen.train.feed import Feed
 from wuerstchen.train.loop import Interrupted, run_stage
@@ -281,6 +282,8 @@ def test_the_log_tells_speed_and_losses(tmp_path, toy_stage, toy_source, setting
     assert {"loss", "loss_critic", "spread", "learning_rate", "images_per_second"} <= progress[0].keys()
     previews = sorted((tmp_path / "previews").iterdir())
     assert [p.name for p in previews] == ["000000000020.png"]
+    # What a report tells of it; the toy's one row is as wide as the preview.
+    assert read_settings(previews[0]) == {"stage": "a", "images": 20, "rows": ["seen"], "columns": 2}
 
 
 def test_lines_of_progress_say_what_was_spent(tmp_path, toy_stage, toy_source, settings):

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from wuerstchen.errors import RunFolderError, UserError
+from wuerstchen.images import save_png
 from wuerstchen.train.cost import Tariff, make_tariff
 from wuerstchen.train.curves import Line, chart, log_ticks, short, smoothed, ticks
 from wuerstchen.train.report import read_stages, write_report
@@ -180,7 +181,92 @@ def test_previews_are_few_and_small_and_broken_ones_are_left_out(tmp_path):
     images = re.findall(r"base64,([^\"]*)", text)
     assert 2 <= len(images) <= 6
     assert all(Image.open(io.BytesIO(base64.b64decode(data))).width == 900 for data in images)
-    assert "1 images" in text
+    assert "<figcaption>after 1 image</figcaption>" in text
+
+
+def write_preview(folder, images, **settings):
+    path = folder / "previews" / f"{images:012d}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_png(Image.new("RGB", (30, 20), "red"), path, {"images": images, **settings})
+
+
+def test_previews_say_what_they_show(tmp_path):
+    """Images without a word about which is the original, or which prompt they were drawn of."""
+    write(tmp_path, [event("start", s, images=0, total=20) for s in ("a", "c")])
+    write_preview(tmp_path / "stage_a", 5, columns=2, rows=["original", "through <b>"])
+    prompts = ["a cat", "a dog", NONSENSE, "a cow", "a hat"]
+    for images in (5, 10):
+        write_preview(tmp_path / "stage_c", images, columns=3, prompts=prompts)
+    write_preview(tmp_path / "stage_c", 15, columns=1, prompts=["a bee"])
+    text = page_of(tmp_path)
+    a, c = text.split("<h2>Stage A</h2>")[1].split("<h2>Stage C</h2>")
+    assert "Rows, from the top: original; through &lt;b&gt;." in a
+    assert NONSENSE not in text
+    first, second = c.split("Prompts, in the places of their images:")[1:]
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", first)
+    assert [cells[0], *cells[1:3], *cells[4:]] == ["row 1", "a cat", "a dog", "row 2", "a cow", "a hat", ""]
+    assert (first.count("<figure><img"), second.count("<figure><img")) == (
+        2,
+        1,
+    )  # the same prompts stand once
+    assert "a bee" in second
+
+
+def test_previews_of_before_show_the_recipes_prompts_in_stage_c(tmp_path):
+    """They do not say how many are in a row."""
+    write(tmp_path, [event("start", s, images=0, total=20) for s in ("a", "c2")])
+    recipe = {"preview_prompts": ["a cat", NONSENSE]}
+    (tmp_path / "run.json").write_text(json.dumps({"recipe": recipe}))
+    for stage in ("stage_a", "stage_c2"):
+        write_preview(tmp_path / stage, 5)
+    text = page_of(tmp_path)
+    assert text.count("Prompts, in the order of their images") == 1
+    assert "<ol><li>a cat</li><li>&lt;script&gt;" in text.split("<h2>Stage C2</h2>")[1]
+    (tmp_path / "run.json").write_text(json.dumps({"recipe": {"preview_prompts": "a"}}))
+    assert "Prompts" not in page_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rows": "abc", "columns": 2},
+        {"rows": [], "prompts": [], "columns": 2},
+        {"prompts": [["a"] * 9, {"b": 1}, None] * 1000, "columns": 10**9},
+        {"prompts": ["x" * 100_000], "columns": 0},
+        {"prompts": ["a"], "columns": "3"},
+        {"prompts": ["a", "b"], "columns": 200},
+    ],
+)
+def test_labels_of_any_kind_leave_a_page(tmp_path, settings):
+    write(tmp_path, [event("start", "c", images=0, total=20)])
+    write_preview(tmp_path / "stage_c", 5, **settings)
+    text = page_of(tmp_path)
+    assert "<figcaption>after 5 images</figcaption>" in text
+    assert len(text) < 100_000
+
+
+@pytest.mark.parametrize("width", [320, 390, 768, 1030, 1280])
+def test_tables_are_no_wider_than_their_box(tmp_path, browser, width):
+    """Half of the columns out of sight on a phone."""
+    name = "data/" + "a_long_name" * 9 + ".jpg"
+    events = [
+        event("start", images=0, total=1_048_576, device="NVIDIA H200 (139 GiB), bf16, 8 processes"),
+        *(progress(n * 100_000, 1.0 / n, seconds=3600.0 * n, kwh=1.0 * n) for n in range(1, 9)),
+        event("skipped", name=name, reason=f"{name} is cut short at byte 12 of 4096 and cannot be read"),
+        event("stopped", images=800_000),
+    ]
+    write(tmp_path, events)
+    write_preview(tmp_path / "stage_a", 5, columns=8, prompts=["a 3D render of a camel"] * 16)
+    page = write_report(tmp_path, tariff=make_tariff("FR", per_hour=3.6))
+    screen = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    browser.get(page.as_uri())
+    wider = """return [document.documentElement, ...document.querySelectorAll('.wide, td, th')]
+      .filter((each) => each.scrollWidth > each.clientWidth + 1).map((each) => each.outerHTML)"""
+    assert browser.execute_script(wider) == []
+    # Where the names of columns do not fit above them, they stand beside the values.
+    names = "return getComputedStyle(document.querySelector('td[data-name=kWh]'), '::before').content"
+    assert browser.execute_script(names) == ('"kWh"' if width < 1050 else "none")
 
 
 def test_a_hostile_log_is_read_as_far_as_it_makes_sense(tmp_path):

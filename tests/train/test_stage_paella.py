@@ -271,6 +271,7 @@ class TestStagePaella:
             images = stage.preview(averages_of(stage), pixels, CPU)
             expected = cascade.vqgan(pixels, quantise=True)[0].clamp(0, 1)
         assert [image.size for image in images] == [(128, 128)] * 8
+        assert len(stage.preview_labels["rows"]) == 4
         shown = torch.from_numpy(np.array(images[2])).permute(2, 0, 1) / 255
         assert (shown - expected[0]).abs().max() <= 1 / 255
 

@@ -21,6 +21,7 @@ from wuerstchen.checkpoints.native import (
 )
 from wuerstchen.checkpoints.original import write_original
 from wuerstchen.errors import CheckpointError, RunFolderError, UserError
+from wuerstchen.images import read_settings
 from wuerstchen.models.cascade import PUBLISHED_MAP
 from wuerstchen.models.compressor import Compressor, CompressorConfig
 from wuerstchen.models.decoder import Decoder, DecoderConfig
@@ -413,7 +414,8 @@ def test_a_start_on_tokens_cannot_go_on_as_v2s_decoder(small_v1, tmp_path, photo
     assert isinstance(cascade.decoder, Paella)
     assert cascade.settings.prior_equal_steps
     assert cascade.settings.map_statistics == small_v1.settings.map_statistics
-    assert list((tmp_path / "run" / "stage_c" / "previews").glob("*.png"))
+    (preview,) = (tmp_path / "run" / "stage_c" / "previews").glob("*.png")
+    assert read_settings(preview)["prompts"] == list(goes_on.preview_prompts)
 
 
 def test_what_a_trained_stage_spoils_is_left_out(start, photos):

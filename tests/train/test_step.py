@@ -33,6 +33,7 @@ class PriorStage:
     reads_images = False
     rates: dict[str, float] = {}  # noqa: RUF012
     rate_scales: dict[str, float] = {}  # noqa: RUF012
+    preview_labels: dict[str, list[str]] = {"rows": ["seen"]}  # noqa: RUF012
 
     def __init__(self, dropout: float = 0.0, **optimization) -> None:
         self.optimization = Optimization(images=64, batch_size=8, **optimization)

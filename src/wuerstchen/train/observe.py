@@ -170,4 +170,5 @@ def _draw(observer: Observer, averages: dict[str, nn.Module], seen: int) -> None
     path = preview_path(observer.folder, seen)
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = count if len(images) % count == 0 else math.isqrt(len(images) - 1) + 1
-    save_png(grid(images, columns=columns), path, {"stage": stage.name, "images": seen})
+    settings = {"stage": stage.name, "images": seen, **stage.preview_labels, "columns": columns}
+    save_png(grid(images, columns=columns), path, settings)

@@ -4,20 +4,15 @@ The log is what a run leaves line by line, so it may end in half a line, and sev
 the same images: what came after an image that a later start went back to is out of the curves.
 """
 
-import base64
 import html
-import io
 import json
 import re
 import time
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from wuerstchen.data.emoji import write_whole
 from wuerstchen.errors import RunFolderError
@@ -33,37 +28,28 @@ from wuerstchen.train.cost import (
     total_cost,
 )
 from wuerstchen.train.curves import Line, Point, chart
+from wuerstchen.train.report_parts import STYLE, previews, row, table
 from wuerstchen.train.track import read_events
 from wuerstchen.train.watch import total
 
-_PREVIEWS = 6  # of a stage, at most
-_PREVIEW_SIDE = 900  # pixels, at most
-_PREVIEW_PIXELS = 100_000_000  # of a file that is opened at all
 _NAMES = 5  # pictures named for each reason
 _SKIPPED = "…"
 _BEFORE_STARTS = ("rehearsed", "change", "change moved")  # events of a stage that is not being trained
 
-_STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #777; --good: #18794e; --bad: #b4232c;
-  --c0: #2563eb; --c1: #d97706; --c2: #059669; --c3: #c026d3; --c4: #dc2626; --c5: #0891b2; --c6: #7c3aed;
-  --c7: #65a30d; }
-@media (prefers-color-scheme: dark) { :root { --soft: #999; --good: #4cc38a; --bad: #ff8589;
-  --c0: #60a5fa; --c1: #fbbf24; --c2: #34d399; --c3: #e879f9; --c4: #f87171; --c5: #22d3ee; --c6: #a78bfa;
-  --c7: #a3e635; } }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 75rem; padding: 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; } h3 { font-size: 1rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { border-bottom: 1px solid var(--line); padding: .3rem .6rem; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } td.text { text-align: left; white-space: normal; }
-small, .note { color: var(--soft); } small { font-size: .8em; margin-left: .4em; }
-.good { color: var(--good); } .bad { color: var(--bad); }
-.grid { display: grid; gap: 1.4rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
-figure { margin: 0; } figure img { display: block; width: 100%; height: auto; border-radius: 4px; }
-figcaption { font-size: .9rem; overflow-wrap: anywhere; }
-dl { display: grid; grid-template-columns: auto 1fr; gap: .1rem 1rem; overflow-wrap: anywhere; }
-dt { color: var(--soft); } dd { margin: 0; } code { font-size: .8em; }
-"""
+_COLUMNS = (
+    "",
+    "images",
+    "of",
+    "loss",
+    "validation",
+    "img/s",
+    "time",
+    "kWh",
+    "kg CO2",
+    "money",
+    "to come",
+)
+"""Of the table of stages."""
 
 _TITLES = {
     "loss": "loss",
@@ -131,12 +117,12 @@ def html_page(run_dir: Path, events: Sequence[dict[str, Any]], tariff: Tariff) -
     parts = [
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{_STYLE}{curves.STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n",
+        f"<title>{title}</title>\n<style>{STYLE}{curves.STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n",
         _facts(run_dir, settings, events),
         "<h2>Stages and cost</h2>" + _stages_table(stages, events, tariff),
     ]
     for stage in stages.values():
-        parts.append(_stage_part(stage, run_dir / f"stage_{stage.name}"))
+        parts.append(_stage_part(stage, run_dir / f"stage_{stage.name}", _prompts(settings)))
     parts += [_starts(stages), _changes(events), _skipped(events), _checkpoints(run_dir)]
     return "\n".join(parts) + "\n</body>\n</html>\n"
 
@@ -194,6 +180,13 @@ def _settings(run_dir: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def _prompts(settings: Mapping[str, Any]) -> list[str]:
+    """Those of the recipe, which previews of Stage C show."""
+    recipe = settings.get("recipe")
+    found = recipe.get("preview_prompts") if isinstance(recipe, dict) else None
+    return [prompt for prompt in found if isinstance(prompt, str)] if isinstance(found, list) else []
+
+
 def _facts(run_dir: Path, settings: Mapping[str, Any], events: Sequence[dict[str, Any]]) -> str:
     recipe = settings.get("recipe")
     recipe = recipe if isinstance(recipe, dict) else {}
@@ -231,22 +224,6 @@ def _date(seconds: float) -> str:
 def _stages_table(stages: Mapping[str, _Stage], events: Sequence[dict[str, Any]], tariff: Tariff) -> str:
     spent, to_come = total_cost(events), costs_to_come(events)
     names = list(dict.fromkeys([*stages, *to_come]))
-    head = "".join(
-        f"<th>{name}</th>"
-        for name in (
-            "",
-            "images",
-            "of",
-            "loss",
-            "validation",
-            "img/s",
-            "time",
-            "kWh",
-            "kg CO2",
-            "money",
-            "to come",
-        )
-    )
     rows = ""
     for name in names:
         stage = stages.get(name, _Stage(name))
@@ -263,7 +240,7 @@ def _stages_table(stages: Mapping[str, _Stage], events: Sequence[dict[str, Any]]
             *_cost_cells(spent.get(name), tariff),
             "" if left is None or not left.seconds else duration(left.seconds),
         ]
-        rows += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+        rows += row(_COLUMNS, cells)
     so_far = total(spent.values()) if spent else None
     left = total(to_come.values()) if to_come else None
     for title, cost in (
@@ -272,8 +249,8 @@ def _stages_table(stages: Mapping[str, _Stage], events: Sequence[dict[str, Any]]
         ("in all", so_far + left if so_far is not None and left is not None and left.seconds else None),
     ):
         if cost is not None:
-            cells = "".join(f"<td>{cell}</td>" for cell in _cost_cells(cost, tariff))
-            rows += f'<tr><th>{title}</th><td colspan="5"></td>{cells}<td></td></tr>'
+            cells = [f"<b>{title}</b>", "", *_cost_cells(cost, tariff), ""]
+            rows += row(("", "", *_COLUMNS[6:]), cells).replace("<td></td>", '<td colspan="5"></td>', 1)
     prices = [f"CO2: {tariff.kg_per_kwh:g} kg a kWh ({tariff.grid})"]
     prices += [f"{price:g} an hour"] if (price := tariff.per_hour) is not None else []
     prices += [f"{price:g} a kWh"] if (price := tariff.per_kwh) is not None else []
@@ -283,8 +260,7 @@ def _stages_table(stages: Mapping[str, _Stage], events: Sequence[dict[str, Any]]
     if any(name not in to_come and stages[name].images < stages[name].total for name in stages):
         notes += "; of a stage without a line no pace is known"
     notes = f"{notes}. {'; '.join(prices)}. To come: at the pace of the last lines."
-    table = f'<div class="wide"><table><tr>{head}</tr>{rows}</table></div>'
-    return f'{table}<p class="note">{html.escape(notes)}</p>'
+    return f'{table(_COLUMNS, rows)}<p class="note">{html.escape(notes)}</p>'
 
 
 def _cost_cells(cost: Cost | None, tariff: Tariff) -> list[str]:
@@ -299,7 +275,7 @@ def _cost_cells(cost: Cost | None, tariff: Tariff) -> list[str]:
     ]
 
 
-def _stage_part(stage: _Stage, folder: Path) -> str:
+def _stage_part(stage: _Stage, folder: Path, prompts: Sequence[str]) -> str:
     starts = [start.images for start in stage.starts[1:] if start.images < stage.total]
     values = stage.values
     losses = [key for key in values if key.startswith("loss_")]
@@ -325,7 +301,7 @@ def _stage_part(stage: _Stage, folder: Path) -> str:
     note = '<p class="note">Over images seen; faint as logged, and the running mean over it.'
     note += " Dotted: where a start began.</p>" if starts else "</p>"
     head = f"<h2>Stage {html.escape(stage.name.upper())}</h2>"
-    return f'{head}<div class="grid">{drawn}</div>{note}{_previews(folder)}'
+    return f'{head}<div class="grid">{drawn}</div>{note}{previews(folder, prompts)}'
 
 
 def _title(key: str) -> str:
@@ -342,41 +318,12 @@ def _validation(stage: _Stage, starts: Sequence[float]) -> str:
     return chart("validation: error of the prediction by time (0 clean, 1 noise)", lines, starts)
 
 
-def _previews(folder: Path) -> str:
-    try:
-        paths = sorted(p for p in (folder / "previews").glob("*.png") if p.stem.isdecimal() and p.is_file())
-    except OSError:
-        return ""
-    if len(paths) > _PREVIEWS:
-        paths = [paths[round(k * (len(paths) - 1) / (_PREVIEWS - 1))] for k in range(_PREVIEWS)]
-    figures = "".join(_preview(path) for path in paths)
-    return f'<h3>Previews, from the averaged weights</h3><div class="grid">{figures}</div>' if figures else ""
-
-
-def _preview(path: Path) -> str:
-    """A preview, shrunk. One that cannot be read, as one that is being written, is left out."""
-    try:
-        with warnings.catch_warnings(), Image.open(path, formats=("PNG",)) as opened:
-            warnings.simplefilter("ignore")
-            if opened.width * opened.height > _PREVIEW_PIXELS:
-                return ""
-            image = opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return ""
-    image.thumbnail((_PREVIEW_SIDE, 2 * _PREVIEW_SIDE), Image.Resampling.LANCZOS)
-    data = io.BytesIO()
-    image.save(data, "WEBP", quality=80)
-    source = f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
-    images = f"{int(path.stem):,} images"
-    image_tag = f'<img src="{source}" alt="previews after {images}">'
-    return f"<figure>{image_tag}<figcaption>{images}</figcaption></figure>"
-
-
 def _starts(stages: Mapping[str, _Stage]) -> str:
     starts = sorted((s for stage in stages.values() for s in stage.starts), key=lambda s: s.time)
     if not starts:
         return "<h2>Starts and stops</h2><p>Nothing was started yet.</p>"
-    rows = ""
+    names = ("start", "stage", "from image", "to image", "device", "last line", "how it ended")
+    texts, rows = ("device", "how it ended"), ""
     for number, start in enumerate(starts):
         later = [s for s in starts[number + 1 :] if s.stage == start.stage]
         at_end = start.last_images >= stages[start.stage].total > 0
@@ -389,21 +336,22 @@ def _starts(stages: Mapping[str, _Stage]) -> str:
         else:
             lost = start.last_images - later[0].images
             end = "killed" + (f"; {lost:,.0f} images done again" if lost > 0 else "")
-        rows += (
-            f"<tr><td>{_date(start.time)}</td><td>{html.escape(start.stage.upper())}</td>"
-            f"<td>{start.images:,.0f}</td><td>{start.last_images:,.0f}</td><td>{html.escape(start.device)}</td>"
-            f"<td>{_date(start.last_time)}</td><td class='text'>{end}</td></tr>"
-        )
-    head = "".join(
-        f"<th>{name}</th>"
-        for name in ("start", "stage", "from image", "to", "device", "last line", "how it ended")
-    )
-    return f'<h2>Starts and stops</h2><div class="wide"><table><tr>{head}</tr>{rows}</table></div>'
+        cells = [
+            _date(start.time),
+            html.escape(start.stage.upper()),
+            f"{start.images:,.0f}",
+            f"{start.last_images:,.0f}",
+            html.escape(start.device),
+            _date(start.last_time),
+            end,
+        ]
+        rows += row(names, cells, texts)
+    return f"<h2>Starts and stops</h2>{table(names, rows, texts)}"
 
 
 def _changes(events: Sequence[dict[str, Any]]) -> str:
     """What was changed in the recipe since the run began; nothing if nothing was."""
-    rows = ""
+    names, rows = ("field", "before", "after", "stage", "from image", "asked for"), ""
     for event in events:
         stage, images = event.get("stage"), number_in(event, "images")
         if event["event"] != "change" or not isinstance(stage, str) or images is None:
@@ -411,12 +359,8 @@ def _changes(events: Sequence[dict[str, Any]]) -> str:
         cells = [event.get("field"), event.get("before"), event.get("after"), stage.upper(), f"{images:,.0f}"]
         asked = number_in(event, "asked")
         cells.append("?" if asked is None else _date(asked))
-        rows += "<tr>" + "".join(f"<td>{html.escape(str(cell)[:200])}</td>" for cell in cells) + "</tr>"
-    if not rows:
-        return ""
-    names = ("field", "before", "after", "stage", "from image", "asked for")
-    head = "".join(f"<th>{name}</th>" for name in names)
-    return f'<h2>Changes of the recipe</h2><div class="wide"><table><tr>{head}</tr>{rows}</table></div>'
+        rows += row(names, [html.escape(str(cell)[:200]) for cell in cells], names[:3])
+    return f"<h2>Changes of the recipe</h2>{table(names, rows, names[:3])}" if rows else ""
 
 
 def _skipped(events: Sequence[dict[str, Any]]) -> str:
@@ -429,21 +373,18 @@ def _skipped(events: Sequence[dict[str, Any]]) -> str:
         return "<h2>Skipped pictures</h2><p>None.</p>"
     # The same fault says the same but for the file's folder and for numbers.
     kinds = {name: re.sub(rf"\S*{_SKIPPED}\S*|\d+", _SKIPPED, reason) for name, reason in reasons.items()}
-    rows = ""
+    columns = ("reason", "pictures", "as")
+    texts, rows = ("reason", "as"), ""
     for kind, count in Counter(kinds.values()).most_common():
         names = [name for name, of in kinds.items() if of == kind]
         named = ", ".join(html.escape(name) for name in names[:_NAMES]) + (" …" if count > _NAMES else "")
-        rows += (
-            f"<tr><td class='text'>{html.escape(kind)}</td><td>{count}</td><td class='text'>{named}</td></tr>"
-        )
-    return (
-        f"<h2>Skipped pictures</h2><p>{len(reasons)} could not be read; others took their places.</p>"
-        f'<div class="wide"><table><tr><th>reason</th><th>pictures</th><th>as</th></tr>{rows}</table></div>'
-    )
+        rows += row(columns, [html.escape(kind), str(count), named], texts)
+    said = f"<p>{len(reasons)} could not be read; others took their places.</p>"
+    return f"<h2>Skipped pictures</h2>{said}{table(columns, rows, texts)}"
 
 
 def _checkpoints(run_dir: Path) -> str:
-    rows = ""
+    names, rows = ("folder", "size", "written"), ""
     for folder in sorted(run_dir.glob("stage_*/checkpoints/[0-9]*")):
         try:
             size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
@@ -451,8 +392,7 @@ def _checkpoints(run_dir: Path) -> str:
         except OSError:
             continue  # removed while it was looked at
         where = html.escape(str(folder.relative_to(run_dir)))
-        rows += f"<tr><td>{where}</td><td>{size / 1e6:,.1f} MB</td><td>{_date(written)}</td></tr>"
+        rows += row(names, [where, f"{size / 1e6:,.1f} MB", _date(written)])
     if not rows:
         return "<h2>Checkpoints</h2><p>None.</p>"
-    head = "<tr><th>folder</th><th>size</th><th>written</th></tr>"
-    return f'<h2>Checkpoints</h2><div class="wide"><table>{head}{rows}</table></div>'
+    return f"<h2>Checkpoints</h2>{table(names, rows)}"

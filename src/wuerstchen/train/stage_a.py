@@ -75,6 +75,9 @@ class _Pictures:
         self.networks: dict[str, nn.Module] = {}
         self.rates: dict[str, float] = {}
         self.rate_scales: dict[str, float] = {}
+        self.preview_labels = {
+            "rows": ["original", "through Stage A without its codebook", "through Stage A"]
+        }
         self.perceptual = None if perceptual is None else PerceptualLoss(perceptual)
         self.discriminator: Discriminator | None = None
         if config.adversarial_weight > 0:

@@ -63,6 +63,14 @@ class Decoding:
         self.captions = self.text_encoder is not None
         self.no_text = None if self.text_encoder is None else self.text_encoder.encode([""])
         self.rates = {"previewer": config.previewer_rate}
+        self.preview_labels = {
+            "rows": [
+                "original",
+                "through Stage A alone",
+                "through Stages B and A",
+                "as the previewer guesses it",
+            ]
+        }
 
     def prepare_text(self, batch: Batch, device: torch.device) -> Inputs:
         if self.text_encoder is None:

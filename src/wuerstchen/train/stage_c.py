@@ -66,6 +66,7 @@ class StageC:
         self.networks: dict[str, nn.Module] = {"prior": prior}
         self.rates: dict[str, float] = {}
         self.rate_scales: dict[str, float] = {}
+        self.preview_labels = {"prompts": list(recipe.preview_prompts)}
 
     def prepare(self, batch: Batch, device: torch.device) -> Inputs:
         with full_precision(device):

@@ -52,6 +52,8 @@ class Stage(Protocol):
     """Learning rates of networks that have their own in place of ``optimization``'s."""
     rate_scales: dict[str, float]
     """Shares of the learning rate, for parameters whose names begin so."""
+    preview_labels: dict[str, list[str]]
+    """What the images of ``preview`` show: ``rows`` from the top, or ``prompts``, one an image."""
 
     def prepare(self, batch: Batch, device: torch.device) -> Inputs:
         """What frozen networks make of a batch. Called without gradients, once a picture if it is kept, and
