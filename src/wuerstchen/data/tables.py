@@ -1,13 +1,13 @@
 """Parquet files, and data sets of Hugging Face's ``datasets``: on the hub, or saved to disk."""
 
 import os
-import re
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wuerstchen.data.cards import check_card, check_regular
 from wuerstchen.data.files import open_file
 from wuerstchen.data.filters import FIELDS, Tally
 from wuerstchen.data.items import (
@@ -32,10 +32,6 @@ IMAGE_COLUMNS = ("image", "jpg", "png", "webp", "jpeg")
 _ROWS = 1024  # rows of captions and metadata read at a time
 _IMAGE_ROWS = 64  # rows of pictures read at a time
 _KEPT = 8  # such batches that are kept, for threads ask for rows a little out of order
-_CARDS = ("README.md", ".huggingface.yaml")  # whose YAML the library reads, 30 KB a second
-_CARD_END = re.compile(rb"\s*---[\r\n][\s\S]*?[\r\n]---[ \t]*[\r\n]")
-_MAX_CARD = 1 << 18  # bytes of it
-_MAX_README = 1 << 24  # bytes
 _MAX_BATCH = 1 << 30  # bytes of a batch
 _FREE_ROWS = 10_000_000  # rows of any file; more are believed of a file with a bit for each
 
@@ -110,43 +106,6 @@ def _values(column: Any) -> list[Any]:
     if pa.types.is_temporal(column.type):
         return [None if missing else str(column.type) for missing in column.is_null().to_pylist()]
     return column.to_pylist()
-
-
-def check_regular(folder: Path) -> None:
-    """Raises ``DataError`` for a folder that holds FIFOs or devices: a library would wait on them."""
-    for place, _, files in os.walk(folder):
-        for name in files:
-            path = Path(place) / name
-            if path.exists() and not path.is_file():
-                raise DataError(
-                    f"file {str(path)!r} is wrong because it is no regular file; remove it, or replace it"
-                )
-
-
-def _check_card(name: str) -> None:
-    """Raises ``DataError`` for a data set that begins with more YAML than can be read in a few seconds."""
-    if os.path.isdir(name):
-        check_regular(Path(name))
-        cards = [Path(name) / file for file in _CARDS]
-    else:
-        from huggingface_hub import hf_hub_download
-
-        try:
-            cards = [Path(hf_hub_download(name, _CARDS[0], repo_type="dataset"))]
-        except Exception:  # there is none, or no network: the library will say so, if it matters
-            return
-    for card in cards:
-        if not card.exists():
-            continue
-        with open_file(card) as stream:
-            start = stream.read(_MAX_CARD)
-            size = os.fstat(stream.fileno()).st_size
-        yaml = card.suffix != ".md" or start.lstrip()[:3] in (b"---", b"")
-        if size > _MAX_README or (size > _MAX_CARD and yaml and not _CARD_END.match(start)):
-            raise DataError(
-                f"file {str(card)!r} is wrong because it has over {_MAX_CARD >> 10} KiB of YAML, or"
-                f" {_MAX_README >> 20} MiB in all; shorten it, or move it away"
-            )
 
 
 class ParquetReader:
@@ -289,7 +248,7 @@ class DatasetReader:
     ) -> "DatasetReader":
         """The data set of that name on the hub, from its ordinary cache if it is there. No code is run."""
         datasets = import_datasets()
-        _check_card(name)
+        check_card(name)
         try:
             dataset = datasets.load_dataset(name, split=split)
         except Exception as error:  # the library and the hub's client raise kinds of their own

@@ -1,0 +1,117 @@
+"""What a data set says about itself in YAML, looked at before Hugging Face's library reads it.
+
+The library takes a second for 30 KB, and a few lines whose aliases repeat each other can stand for gigabytes.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from wuerstchen.data.files import open_file
+from wuerstchen.errors import DataError
+
+_CARDS = ("README.md", ".huggingface.yaml")
+_BLOCK = re.compile(rb"\s*---[\r\n]([\s\S]*?)[\r\n]---[ \t]*(?:[\r\n]|$)")  # of YAML in a README
+_MAX_YAML = 1 << 18  # bytes
+_MAX_README = 1 << 24  # bytes
+_MAX_NODES = 100_000  # values, with those that aliases stand for
+_MAX_DEPTH = 100
+
+
+def check_regular(folder: Path) -> None:
+    """Raises ``DataError`` for a folder that holds FIFOs or devices: a library would wait on them."""
+    for place, _, files in os.walk(folder):
+        for name in files:
+            path = Path(place) / name
+            if path.exists() and not path.is_file():
+                raise DataError(
+                    f"file {str(path)!r} is wrong because it is no regular file; remove it, or replace it"
+                )
+
+
+def check_card(name: str) -> None:
+    """Raises ``DataError`` for a data set (a folder or a name on the hub) with more YAML than can be read in
+    a few seconds."""
+    if os.path.isdir(name):
+        check_regular(Path(name))
+        cards = [Path(name) / file for file in _CARDS]
+    else:
+        cards = _from_hub(name)
+    for card in cards:
+        if card.exists():
+            _check(card)
+
+
+def _from_hub(name: str) -> list[Path]:
+    """The files of a set on the hub, or without a network those in its cache."""
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+
+    try:
+        # This is asked once; downloads are tried for half a minute where there is no network.
+        info = HfApi().dataset_info(name, timeout=10.0)
+        there = {sibling.rfilename for sibling in info.siblings or ()}
+        return [
+            Path(hf_hub_download(name, file, repo_type="dataset", revision=info.sha))
+            for file in _CARDS
+            if file in there
+        ]
+    except Exception:  # the library will say it, if it matters
+        try:
+            cached = [try_to_load_from_cache(name, file, repo_type="dataset") for file in _CARDS]
+        except ValueError:  # that is no name
+            return []
+        return [Path(path) for path in cached if isinstance(path, str)]
+
+
+def _check(card: Path) -> None:
+    with open_file(card) as stream:
+        text = stream.read(_MAX_YAML)
+        size = os.fstat(stream.fileno()).st_size
+    if card.suffix == ".md":
+        block = _BLOCK.match(text)
+        fits = size <= _MAX_YAML or block is not None or text.lstrip()[:3] not in (b"---", b"")
+        yaml = b"" if block is None else block[1]
+    else:
+        fits, yaml = size <= _MAX_YAML, text
+    if not fits or size > _MAX_README or not _is_small(yaml):
+        raise DataError(
+            f"file {str(card)!r} is wrong because it has over {_MAX_YAML >> 10} KiB or {_MAX_NODES} values of"
+            f" YAML, or {_MAX_README >> 20} MiB in all; shorten it, or move it away"
+        )
+
+
+def _is_small(text: bytes) -> bool:
+    """Whether YAML stands for few values, not nested deeply. What is no YAML is left to the library."""
+    import yaml
+
+    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    sizes: dict[str, int] = {}  # by anchor
+    open_nodes: list[tuple[str | None, int]] = [(None, 0)]
+
+    def add(count: int) -> None:
+        anchor, so_far = open_nodes[-1]
+        open_nodes[-1] = (anchor, so_far + count)
+
+    try:
+        for event in yaml.parse(text, Loader=loader):
+            if isinstance(event, yaml.CollectionStartEvent):
+                open_nodes.append((event.anchor, 1))
+                if event.anchor is not None:
+                    sizes[event.anchor] = _MAX_NODES + 1  # until it ends: one that holds itself has no end
+            elif isinstance(event, yaml.CollectionEndEvent):
+                anchor, count = open_nodes.pop()
+                if anchor is not None:
+                    sizes[anchor] = count
+                add(count)
+            elif isinstance(event, yaml.AliasEvent):
+                add(sizes.get(event.anchor or "", 1))
+            elif isinstance(event, yaml.ScalarEvent):
+                if event.anchor is not None:
+                    sizes[event.anchor] = 1
+                add(1)
+            if len(open_nodes) > _MAX_DEPTH or open_nodes[-1][1] > _MAX_NODES:
+                return False
+    except (yaml.YAMLError, UnicodeError, ValueError):
+        return True
+    return open_nodes[0][1] <= _MAX_NODES
