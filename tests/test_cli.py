@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -514,3 +515,19 @@ def test_the_doctor_sees_a_model_that_overflows(run, model_folder, monkeypatch):
     code, _, err = run("doctor", "--model", model_folder)
     assert code == 2
     assert "is one even colour" in err
+
+
+def test_python_without_docstrings():
+    command = [sys.executable, "-W", "ignore", "-OO", "-m", "wuerstchen", "train", "tiny", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--stage-a.optimization.images" in done.stdout
+
+
+def test_python_without_docstrings_reads_no_text_encoder(run, monkeypatch):
+    flags = SimpleNamespace(flags=SimpleNamespace(optimize=2))
+    monkeypatch.setattr("wuerstchen.errors.sys", flags)
+    monkeypatch.setitem(sys.modules, "transformers.models.bert.modeling_bert", None)  # cannot be imported
+    code, _, err = run("generate", "cat")
+    assert code == 2
+    assert re.fullmatch(r"Error: text encoders cannot be read under python -OO: [^\n]+\n", err)

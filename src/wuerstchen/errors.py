@@ -1,5 +1,6 @@
 """The errors a user can meet. Each says what is wrong, by which rule, and what to do."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -61,6 +62,20 @@ def shown(value: object, length: int = 80) -> str:
         return repr(value)
     kind = type(value).__name__
     return f"{'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind}"
+
+
+@contextmanager
+def docstrings_needed() -> Iterator[None]:
+    """Says plainly that transformers cannot be imported where ``python -OO`` has left out its docstrings."""
+    try:
+        yield
+    except Exception as error:
+        if sys.flags.optimize < 2:
+            raise
+        raise UserError(
+            "text encoders cannot be read under python -OO: transformers needs its docstrings. Start Python "
+            "without -OO; -O works"
+        ) from error
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from wuerstchen.checkpoints.weights import (
     write_json,
     write_safetensors,
 )
-from wuerstchen.errors import CheckpointError, shown
+from wuerstchen.errors import CheckpointError, docstrings_needed, shown
 from wuerstchen.models.text import TextEncoder
 
 if TYPE_CHECKING:
@@ -142,7 +142,8 @@ def read_clip(
         raise CheckpointError(f"{path} is wrong because {error}; get it again") from None
     stored = StoredTensors.in_folder(folder, stems, variant)
 
-    from transformers import CLIPTextConfig, CLIPTextModel
+    with docstrings_needed():
+        from transformers import CLIPTextConfig, CLIPTextModel
 
     with torch.device("meta"):
         model = CLIPTextModel(CLIPTextConfig(**dataclasses.asdict(fields)))

@@ -25,7 +25,7 @@ from wuerstchen.checkpoints.clip import (
 )
 from wuerstchen.checkpoints.int8 import dequantize
 from wuerstchen.checkpoints.weights import MAX_DESCRIPTION, check_header, read_json
-from wuerstchen.errors import CheckpointError, UserError, shown
+from wuerstchen.errors import CheckpointError, UserError, docstrings_needed, shown
 from wuerstchen.models.text import TextEncoder
 
 if TYPE_CHECKING:
@@ -163,8 +163,9 @@ def _read_word_pieces(path: Path, vocab_size: int) -> Tokenizer:
 
 
 def _read_bert(path: Path, config: dict[str, Any]) -> "BertModel":
-    from transformers.models.bert.configuration_bert import BertConfig
-    from transformers.models.bert.modeling_bert import BertModel
+    with docstrings_needed():
+        from transformers.models.bert.configuration_bert import BertConfig
+        from transformers.models.bert.modeling_bert import BertModel
 
     try:
         check_header(path)

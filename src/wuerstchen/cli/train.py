@@ -117,7 +117,9 @@ def _train(options: argparse.Namespace) -> int:
     from wuerstchen.recipes.scale import scaled
     from wuerstchen.train.config import with_phase
 
-    recipes = "; ".join(f"{name}: {(make.__doc__ or '').splitlines()[0]}" for name, make in RECIPES.items())
+    # python -OO leaves out docstrings.
+    about = {name: (make.__doc__ or "").partition("\n")[0] for name, make in RECIPES.items()}
+    recipes = "; ".join(f"{name}: {line}" if line else name for name, line in about.items())
     if asked_for_help:
         print(options.parser.format_help())
         print(f"recipes: {recipes}")
