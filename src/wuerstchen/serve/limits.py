@@ -71,7 +71,7 @@ class ServeConfig:
     run_timeout: float = 600.0
     """Of one batch."""
     grace: float = 30.0
-    """What is being drawn may take so long when the service is stopped."""
+    """After a signal the service ends within so long; what is being drawn is finished if it can be."""
     body_timeout: float = 30.0
     """For a request's headers, and again for its body."""
 

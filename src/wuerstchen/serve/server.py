@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import logging
 import signal
 import socket
 import time
@@ -22,10 +21,14 @@ from wuerstchen.serve.connections import (
     raise_descriptor_limit,
 )
 from wuerstchen.serve.limits import ServeConfig
+from wuerstchen.serve.logs import set_up_logs
 from wuerstchen.serve.service import Service
+from wuerstchen.serve.stopping import CLOSING_SECONDS, Deadline, threads_hang
 
 WAITING_CONNECTIONS = 1024
 """Connections that the kernel holds until they are accepted."""
+SERVICE_THREADS = ("save", "asyncio")
+"""Names of threads that work for the service, some of them outside of its control."""
 
 
 class _Server(uvicorn.Server):
@@ -53,35 +56,53 @@ class _Server(uvicorn.Server):
 def run(config: ServeConfig, say: Callable[[str], object] = print) -> None:
     """Serves until SIGTERM or Ctrl-C, and then ends what is under way; a second signal cuts that short.
 
+    After a signal the process ends within the grace time: by force, with exit code 1, if something hangs.
     ``say`` is told the address when the model is ready. Raises ``UserError`` for what cannot be served.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
-    logging.getLogger("wuerstchen.serve").setLevel(logging.INFO)
-    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of every client that has gone
+    set_up_logs()
     raise_descriptor_limit(config.max_connections)
     most_connections(config.max_connections)  # said before anything is started
     with listen(config.host, config.port) as listening:
-        asyncio.run(_run(Service(config), listening, say))
+        service = Service(config)
+        deadline = Deadline(service.kill)
+        try:
+            asyncio.run(_run(service, listening, say, deadline))
+        finally:
+            if not threads_hang(SERVICE_THREADS):
+                deadline.cancel()
 
 
-async def _run(service: Service, listening: socket.socket, say: Callable[[str], object]) -> None:
+async def _run(
+    service: Service, listening: socket.socket, say: Callable[[str], object], deadline: Deadline
+) -> None:
     server = make_server(service)
+    grace = service.config.grace
     loop = asyncio.get_running_loop()
     stopping: list[asyncio.Task[None]] = []
 
-    async def stop() -> None:
+    signals = 0
+
+    async def stop(late: float) -> None:
         await service.drain()
+        # How long uvicorn waits for connections.
+        left: Any = max(0.1, min(5.0, (late - time.monotonic()) / 3))
+        server.config.timeout_graceful_shutdown = left
         server.should_exit = True
 
-    def on_signal() -> None:
+    def on_signal(late: float) -> None:
         if stopping:
             server.should_exit = server.force_exit = True
         else:
-            stopping.append(asyncio.create_task(stop()))
+            stopping.append(asyncio.create_task(stop(late)))
 
-    previous = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, lambda *_: loop.call_soon_threadsafe(on_signal))
+    def heard(*_: object) -> None:
+        nonlocal signals
+        signals += 1
+        seconds = grace if signals == 1 else min(grace, CLOSING_SECONDS)
+        deadline.set(seconds)
+        loop.call_soon_threadsafe(on_signal, time.monotonic() + seconds)
+
+    previous = {number: signal.signal(number, heard) for number in (signal.SIGINT, signal.SIGTERM)}
     await service.start()
     serving = asyncio.create_task(server.serve(sockets=[listening]))
     try:

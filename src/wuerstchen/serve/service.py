@@ -32,6 +32,7 @@ from wuerstchen.serve.limits import ServeConfig
 from wuerstchen.serve.metrics import Metrics
 from wuerstchen.serve.process import Message, WorkerProcess
 from wuerstchen.serve.results import Results
+from wuerstchen.serve.stopping import closing_seconds
 from wuerstchen.serve.uploads import Uploads
 from wuerstchen.serve.worker import Batch, WorkerSettings
 
@@ -159,7 +160,10 @@ class Service:
         self._watcher = asyncio.create_task(self._watch())
 
     async def drain(self) -> None:
-        """Takes no new jobs, lets those that have begun finish in the grace time, and fails the others."""
+        """Takes no new jobs, lets those that have begun finish in the grace time, and fails the others.
+
+        A small part of the grace time is left for closing.
+        """
         if self.draining:
             return
         self.draining = True
@@ -167,7 +171,7 @@ class Service:
         message = "this job is cut off because the service is being stopped; send it again later"
         for job in [job for job in self.jobs.values() if job.state == "queued"]:
             self._end(job, "failed", message)
-        late = time.monotonic() + self.config.grace
+        late = time.monotonic() + self.config.grace - closing_seconds(self.config.grace)
         while time.monotonic() < late and any(not job.has_ended for job in self.jobs.values()):
             await asyncio.sleep(0.05)
         for job in [job for job in self.jobs.values() if not job.has_ended]:
@@ -185,12 +189,19 @@ class Service:
         for worker in self._workers:
             worker.life += 1
             await asyncio.to_thread(worker.end)
-        for task in list(self._tasks):
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-        self._savers.shutdown()
+        if self._tasks:
+            _, hung = await asyncio.wait(self._tasks, timeout=closing_seconds(self.config.grace) / 2)
+            for task in hung:
+                task.cancel()
+        self._savers.shutdown(wait=False, cancel_futures=True)  # a filter may hang
         if self._temporary is not None:
             self._temporary.cleanup()
+
+    def kill(self) -> None:
+        """Kills the processes of workers and decoders, from any thread."""
+        self.uploads.kill()
+        for worker in self._workers:
+            worker.kill()
 
     # What the outside asks for
 

@@ -1,0 +1,60 @@
+"""What strangers send does not fill the log."""
+
+import asyncio
+import logging
+import socket
+
+from wuerstchen.serve import logs
+from wuerstchen.serve.logs import Sparing
+
+
+def record(message, *values, error=None):
+    info = None if error is None else (type(error), error, None)
+    return logging.LogRecord("x", logging.WARNING, "", 0, message, values, info)
+
+
+def test_few_lines_of_a_kind_pass_and_the_rest_is_counted():
+    """A million malformed requests wrote a million lines."""
+    now = 0.0
+    sparing = Sparing(lambda: now)
+    passed = sum(sparing.filter(record("bad %s", number)) for number in range(1000))
+    assert passed == logs.LINES
+    assert sparing.filter(record("another"))
+    now = logs.SECONDS + 1
+    again = record("bad %s", 1)
+    assert sparing.filter(again)
+    assert again.getMessage() == "bad 1 (995 more such lines were left out)"
+    assert sum(sparing.filter(record("bad %s", number)) for number in range(1000)) == logs.LINES - 1
+
+
+def test_kinds_are_bounded():
+    sparing = Sparing()
+    for number in range(5000):
+        sparing.filter(record(f"kind {number}"))
+    assert len(sparing._kinds) <= 1001
+
+
+def test_a_request_that_the_end_cuts_off_is_no_error():
+    sparing = Sparing()
+    assert not sparing.filter(record("failed", error=asyncio.CancelledError()))
+    assert sparing.filter(record("failed", error=ValueError()))
+
+
+def test_malformed_requests_write_few_lines(serve, caplog, monkeypatch):
+    for name in ("uvicorn.error", "asyncio", "wuerstchen.serve"):
+        logger = logging.getLogger(name)
+        monkeypatch.setattr(logger, "filters", [])
+        monkeypatch.setattr(logger, "level", logger.level)
+    logs.set_up_logs()
+    logs.set_up_logs()
+    assert len(logging.getLogger("uvicorn.error").filters) == 1
+    running = serve()
+    for _ in range(30):
+        with socket.create_connection(running.listening.getsockname(), timeout=20) as connection:
+            connection.sendall(b"\x00nonsense\r\n\r\n")
+            assert connection.recv(100).startswith(b"HTTP/1.1 400")
+    upgrade = {"connection": "upgrade", "upgrade": "websocket"}
+    for _ in range(30):
+        assert running.http.get("/healthz", headers=upgrade).status_code == 200
+    assert sum("Invalid HTTP" in line for line in caplog.messages) == logs.LINES
+    assert sum("WebSocket" in line for line in caplog.messages) <= logs.LINES
