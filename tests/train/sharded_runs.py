@@ -5,27 +5,31 @@ Prints a JSON object: by scenario what its processes have found.
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from conftest import ToySource, ToyStage
 from test_step import PriorStage, make_inputs, make_step
+from torch import nn
 
 from wuerstchen.errors import UserError
-from wuerstchen.train import snapshot
+from wuerstchen.train import parallel, snapshot
 from wuerstchen.train.feed import Feed
-from wuerstchen.train.loop import Interrupted, Settings, run_stage
+from wuerstchen.train.loop import Interrupted, Settings, _prepare, run_stage
 from wuerstchen.train.optim import make_optimizer
 from wuerstchen.train.parallel import Processes, distributed, empty_copy, gather, is_sharded, shard
 from wuerstchen.train.step import Step, recompute_blocks
@@ -206,6 +210,95 @@ def loop(processes: Processes, folder: Path, stage: ToyStage, **changes: object)
     return "finished"
 
 
+def divided(folder: Path) -> object:
+    """A checkpoint that is not sharded, read by two and by four: what each has read, and what all then have.
+    Then one of two meets a file that cannot be read."""
+    together(1, lambda processes: loop(processes, folder, ToyStage(images=8)))
+
+    def read(processes: Processes) -> object:
+        filled, hashed = [], []
+        fill, sha256 = snapshot._Stored.fill, snapshot._sha256
+
+        def filling(self, key, *given) -> None:
+            filled.append(key)
+            fill(self, key, *given)
+
+        def hashing(path: Path) -> str:
+            hashed.append(path.name)
+            return sha256(path)
+
+        snapshot._Stored.fill, snapshot._sha256 = filling, hashing
+        state, resumed = _prepare(ToyStage(images=8), folder / "checkpoints", SETTINGS, processes)
+        digest = hashlib.sha256()
+        for group, tensors in snapshot._groups(state).items():
+            for key in sorted(tensors):
+                digest.update(f"{group}/{key}".encode() + tensors[key].numpy().tobytes())
+        average = nn.Sequential(nn.Linear(48, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
+        path = folder / "checkpoints" / "000000000008"
+        snapshot.load_averages(average, path, "model", processes)
+        same = farthest(average.state_dict(), state.averages["model"].state_dict()) == 0
+        return [filled, hashed, digest.hexdigest(), state.images, resumed and same]
+
+    def cannot(processes: Processes) -> object:
+        if processes.rank == 1:
+
+            def broken(self, *given) -> None:
+                raise ValueError("a disk has gone")
+
+            snapshot._Stored.fill = broken
+        try:
+            _prepare(ToyStage(images=8), folder / "checkpoints", SETTINGS, processes)
+        except UserError as error:
+            return str(error)
+
+    results = [together(count, read) for count in (1, 2, 4)]
+    return [*results, together(2, cannot)]
+
+
+def lack(folder: Path) -> object:
+    """The first process has no memory for the whole of a sharded network: the exchange ends all the same."""
+
+    def work(processes: Processes) -> object:
+        step, calls, whole = sharded_step(processes), iter(range(10**6)), parallel._whole
+
+        def scarce(tensor: torch.Tensor) -> torch.Tensor:
+            if processes.leads and next(calls) == 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return whole(tensor)
+
+        parallel._whole = scarce
+        said = ""
+        try:
+            gather(step.state.averages["prior"], step.state.whole["prior"], processes)
+        except torch.OutOfMemoryError as error:
+            said = str(error)
+        return [said, processes.total(1.0)]
+
+    return together(2, work)
+
+
+def damaged(folder: Path) -> object:
+    """The newest of two checkpoints is damaged in a file that the second process reads: both go on from the
+    one before."""
+
+    def work(processes: Processes) -> object:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = snapshot.newest_of_all(folder / "checkpoints", processes)
+        return [found[1]["images"], [str(warning.message) for warning in caught]]
+
+    together(1, lambda processes: loop(processes, folder, ToyStage(images=8), checkpoint_seconds=0.0))
+    path = folder / "checkpoints" / "000000000008" / "networks.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    first = together(2, work)
+    (folder / "checkpoints" / "000000000004" / "state.json").write_text("{")
+    try:
+        second = together(2, work)
+    finally:
+        shutil.rmtree(folder / "checkpoints")
+    return [first, second, together(2, lambda p: snapshot.newest_of_all(folder / "checkpoints", p))]
+
+
 def not_finite(folder: Path) -> object:
     """A loss of one process is not a number: none makes the update, and all say at which image."""
 
@@ -305,7 +398,7 @@ def twenty_kills(folder: Path) -> object:
 
 def main() -> None:
     folder, found = Path(sys.argv[1]), {}
-    ordinary = (updates, checkpoints, full_disk, not_finite, stopped, dead, kills)
+    ordinary = (updates, checkpoints, divided, lack, damaged, full_disk, not_finite, stopped, dead, kills)
     for scenario in (twenty_kills,) if sys.argv[2:] == ["slow"] else ordinary:
         inside = folder / scenario.__name__
         inside.mkdir()

@@ -52,6 +52,50 @@ def test_a_checkpoint_of_two_is_read_by_one_two_and_four(found):
     assert read == [[0.0], [0.0] * 2, [0.0] * 4]
 
 
+def test_processes_divide_what_they_read_of_a_checkpoint(found):
+    """Each of 512 read and waited for all of it."""
+    assert isinstance(found["divided"], list), found["divided"]
+    alone, two, four, refused = found["divided"]
+    for results in (alone, two, four):
+        assert {(digest, images, same) for *_, digest, images, same in results} == {(alone[0][2], 8, True)}
+        for number in (0, 1):
+            shares = [result[number] for result in results]
+            together = sorted(name for share in shares for name in share)
+            assert all(shares) or (number == 1 and len(results) > 3)  # there are three files
+            if number == 1:
+                assert together == ["averages.safetensors", "networks.safetensors", "optimizers.safetensors"]
+            elif len(results) > 1:
+                # Each tensor once in restoring; the averages once more for the next stage.
+                assert len(together) == len(alone[0][0]) + len(set(alone[0][0]) & AVERAGES)
+    assert refused[1].endswith("does not fit this recipe (a disk has gone); remove it")
+    assert refused[0].startswith("another process cannot read checkpoint")
+
+
+AVERAGES = {
+    f"model/{key}"
+    for key in (
+        *("0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var"),
+        *("1.num_batches_tracked", "3.weight", "3.bias"),
+    )
+}
+
+
+def test_a_process_without_memory_for_a_preview_leaves_no_other_waiting(found):
+    assert found["lack"] == [["CUDA out of memory", 2.0], ["", 2.0]]
+
+
+def test_damage_that_one_process_sees_is_damage_to_all(found):
+    assert isinstance(found["damaged"], list), found["damaged"]
+    ((first, said), (second, silent)), lost, nothing = found["damaged"]
+    assert (first, second) == (4, 4)
+    assert len(said) == 1
+    assert "000000000008 is damaged (networks.safetensors has changed since it was written)" in said[0]
+    assert not silent
+    for process in lost:
+        assert "CheckpointError: every checkpoint in" in process
+    assert nothing == [None, None]
+
+
 def test_every_file_of_a_checkpoint_is_safetensors_or_json(found):
     path = found["folder"] / "checkpoints" / "000000000016"
     state = json.loads((path / "state.json").read_text())

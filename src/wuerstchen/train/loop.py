@@ -352,7 +352,7 @@ def _prepare(
             optimizer.loss_scale = LossScale(processes.device)
     found = snapshot.newest_of_all(folder, processes)
     if found is not None:
-        snapshot.restore(state, *found)
+        snapshot.restore(state, *found, processes)
     for network in stage.networks.values():
         if settings.recomputes:
             recompute_blocks(network)

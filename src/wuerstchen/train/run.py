@@ -74,7 +74,7 @@ from wuerstchen.train.prepared_feed import (
     refuse_prepared,
     some_maps,
 )
-from wuerstchen.train.snapshot import newest_of_all, read_averages
+from wuerstchen.train.snapshot import load_averages, newest_of_all
 from wuerstchen.train.stage_a import StageA, StageARefinement
 from wuerstchen.train.stage_b import DecoderAndCompressor, StageB, StageBRefinement
 from wuerstchen.train.stage_c import StageC, measure_map, measure_stored_maps
@@ -746,8 +746,9 @@ class _Run:
 
     def averaged(self, network: N, checkpoint: Path, name: str) -> N:
         """The network with the averaged weights of a finished stage, frozen."""
-        network.load_state_dict(read_averages(checkpoint, name))
-        return network.to(self.device).eval().requires_grad_(False)
+        network = network.to(self.device)
+        load_averages(network, checkpoint, name, self.processes)
+        return network.eval().requires_grad_(False)
 
     def seed_weights(self, stage: str) -> None:
         """Initial weights are a function of the recipe's seed and the stage alone."""

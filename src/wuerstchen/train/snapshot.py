@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -318,16 +319,9 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             if isinstance(error, CheckpointError):
                 raise
             reason = f"{type(error).__name__}: {error}"
-        warnings.warn(
-            f"checkpoint {path} is damaged ({reason}); looking for one before it",
-            DamagedCheckpointWarning,
-            stacklevel=2,
-        )
+        _warn_of_damage(path, reason)
     if found:
-        raise CheckpointError(
-            f"every checkpoint in {folder} is damaged; remove that folder, and those of all stages after it, "
-            "to start its stage again"
-        )
+        raise _all_damaged(folder)
     return None
 
 
@@ -353,28 +347,52 @@ def _damage(path: Path, state: dict[str, Any], rank: int = 0, count: int = 1) ->
 
 
 def newest_of_all(folder: Path, processes: Processes) -> tuple[Path, dict[str, Any]] | None:
-    """As ``newest``, looked for by the first process: all go on from the same."""
+    """As ``newest``, for all processes together: all go on from the same, and each file is read by one."""
     if processes.count == 1:
         return newest(folder)
-    images, error = -1.0, None
-    if processes.leads:
+    names = processes.gathered([path.name for path in _all(folder)] if processes.leads else [])
+    for name in names:
+        path, state = folder / name, None
+        reason, fatal = "", ""
         try:
-            found = newest(folder)
-            images = -1.0 if found is None else float(found[0].name)
-        except CheckpointError as raised:
-            images, error = -2.0, raised
-    images = processes.total(images if processes.leads else 0.0)
-    if images == -2.0:
-        raise error or CheckpointError(f"no checkpoint in {folder} can be used; the first process says why")
-    if images < 0:
-        return None
-    path = folder / f"{int(images):012d}"
-    try:
-        return path, _read_state(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is not seen by all processes ({error}); use a --run-dir on a disk that they share"
-        ) from error
+            state = _read_state(path)
+            reason = _damage(path, state, processes.rank, processes.count)
+        except CheckpointError as error:  # of a newer version
+            fatal = str(error)
+        except FileNotFoundError as error:
+            if processes.leads:
+                reason = f"{type(error).__name__}: {error}"
+            else:
+                fatal = f"{path} is not seen by all processes ({error}); use a --run-dir on a shared disk"
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            reason = f"{type(error).__name__}: {error}"
+        reasons = processes.gathered([(reason, fatal)] if reason or fatal else [])
+        if not reasons:
+            assert state is not None
+            return path, state
+        damaged = [reason for reason, _ in reasons if reason]
+        if not damaged:
+            raise CheckpointError(next(fatal for _, fatal in reasons))
+        if processes.leads:
+            _warn_of_damage(path, damaged[0])
+    if names:
+        raise _all_damaged(folder)
+    return None
+
+
+def _warn_of_damage(path: Path, reason: str) -> None:
+    warnings.warn(
+        f"checkpoint {path} is damaged ({reason}); looking for one before it",
+        DamagedCheckpointWarning,
+        stacklevel=3,
+    )
+
+
+def _all_damaged(folder: Path) -> CheckpointError:
+    return CheckpointError(
+        f"every checkpoint in {folder} is damaged; remove that folder, and those of all stages after it, to "
+        "start its stage again"
+    )
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -447,36 +465,94 @@ class _Stored:
         return tensor
 
 
+class _Reading:
+    """Fills tensors from a checkpoint. What all processes need, one of them reads and sends to the others.
+
+    So however many processes there are, each byte is read once. Nothing is sent before all have read theirs.
+    """
+
+    def __init__(self, processes: Processes | None) -> None:
+        self._rank, self._count = (0, 1) if processes is None else (processes.rank, processes.count)
+        self._processes = processes
+        self._loads = [0] * self._count
+        self._sent: list[tuple[int, Tensor]] = []
+
+    def fill(self, stored: _Stored, key: str, target: Tensor) -> None:
+        if stored.shapes[key] != tuple(target.shape):
+            raise ValueError(f"{key} has shape {stored.shapes[key]}, not {tuple(target.shape)}")
+        if self._count == 1 or isinstance(target, DTensor):
+            stored.fill(key, local_part(target), first_row(target) if isinstance(target, DTensor) else 0)
+            return
+        reader = min(range(self._count), key=self._loads.__getitem__)
+        self._loads[reader] += max(target.numel(), 1) * target.element_size()
+        if reader == self._rank:
+            stored.fill(key, target)
+        self._sent.append((reader, target))
+
+    @contextlib.contextmanager
+    def named(self, path: Path) -> Iterator[None]:
+        """Within, tensors are read, and at its end sent. All processes raise if one cannot read."""
+        error: CheckpointError | None = None
+        try:
+            yield
+        except CheckpointError as raised:
+            error = raised
+        except (RuntimeError, KeyError, IndexError, ValueError, TypeError) as raised:
+            detail = str(raised).splitlines()[0]
+            error = CheckpointError(f"checkpoint {path} does not fit this recipe ({detail}); remove it")
+            error.__cause__ = raised
+        if self._processes is None or self._count == 1:
+            if error is not None:
+                raise error
+            return
+        if self._processes.agreed(error is not None)[0]:
+            raise error or CheckpointError(f"another process cannot read checkpoint {path}; it says why")
+        for reader, target in self._sent:
+            whole = target.contiguous()
+            dist.broadcast(whole, src=reader)
+            if whole is not target:
+                target.copy_(whole)
+
+
 @torch.no_grad()
-def restore(state: TrainingState, path: Path, description: dict[str, Any]) -> None:
-    """Loads a checkpoint into ``state``, sharded or not. Raises ``CheckpointError`` if it does not fit."""
-    try:
-        with contextlib.ExitStack() as files:
-            groups = _groups(state)
-            for group in ("networks", "averages"):
-                stored = _Stored(path, description, group, files)
-                for key in sorted(stored.shapes.keys() ^ groups[group].keys()):
-                    raise ValueError(f"{key} is in one of them alone")
-                for key, target in groups[group].items():
-                    _fill(stored, key, target)
-            stored = _Stored(path, description, "optimizers", files)
-            for part, optimizer in state.optimizers.items():
-                keys = [key.removeprefix(f"{part}/") for key in stored.shapes if key.startswith(f"{part}/")]
-                load_optimizer_tensors(
-                    optimizer, keys, lambda key, target, part=part: _fill(stored, f"{part}/{key}", target)
-                )
-    except (RuntimeError, KeyError, IndexError, ValueError, TypeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        detail = str(error).splitlines()[0]
-        raise CheckpointError(f"checkpoint {path} does not fit this recipe ({detail}); remove it") from error
+def restore(
+    state: TrainingState, path: Path, description: dict[str, Any], processes: Processes | None = None
+) -> None:
+    """Loads a checkpoint into ``state``, sharded or not. Raises ``CheckpointError`` if it does not fit.
+
+    All of several ``processes`` call it together.
+    """
+    reading = _Reading(processes)
+    with reading.named(path), contextlib.ExitStack() as files:
+        groups = _groups(state)
+        for group in ("networks", "averages"):
+            stored = _Stored(path, description, group, files)
+            for key in sorted(stored.shapes.keys() ^ groups[group].keys()):
+                raise ValueError(f"{key} is in one of them alone")
+            for key, target in groups[group].items():
+                reading.fill(stored, key, target)
+        stored = _Stored(path, description, "optimizers", files)
+        for part, optimizer in state.optimizers.items():
+            keys = [key.removeprefix(f"{part}/") for key in stored.shapes if key.startswith(f"{part}/")]
+            load_optimizer_tensors(
+                optimizer,
+                sorted(keys),
+                lambda key, target, part=part: reading.fill(stored, f"{part}/{key}", target),
+            )
     state.images, state.updates = description["images"], description["updates"]
 
 
-def _fill(stored: _Stored, key: str, target: Tensor) -> None:
-    if stored.shapes[key] != tuple(target.shape):
-        raise ValueError(f"{key} has shape {stored.shapes[key]}, not {tuple(target.shape)}")
-    stored.fill(key, local_part(target), first_row(target) if isinstance(target, DTensor) else 0)
+@torch.no_grad()
+def load_averages(network: nn.Module, path: Path, name: str, processes: Processes) -> None:
+    """Gives a network the averaged weights of a checkpoint. All processes call it together."""
+    if processes.count == 1:
+        network.load_state_dict(read_averages(path, name))
+        return
+    reading = _Reading(processes)
+    with reading.named(path), contextlib.ExitStack() as files:
+        stored = _Stored(path, _read_state(path), "averages", files)
+        for key, target in network.state_dict().items():
+            reading.fill(stored, f"{name}/{key}", target)
 
 
 def read_averages(path: Path, name: str, *, raw: bool = False) -> dict[str, Tensor]:
