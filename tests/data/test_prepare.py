@@ -417,6 +417,15 @@ def test_an_unfinished_folder_from_before_colour_profiles_were_read_is_refused(
         make(photos, out, networks)
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"1", b"{}", b"[" * 100_000, None])
+def test_a_damaged_plan_is_named(photos, tmp_path, networks, content):
+    work = tmp_path / "out" / "work"
+    work.mkdir(parents=True)
+    os.mkfifo(work / "plan.json") if content is None else (work / "plan.json").write_bytes(content)
+    with pytest.raises(RunFolderError, match=r"plan.json is damaged \(.*\). Remove .*out and start the same"):
+        make(photos, tmp_path / "out", networks)
+
+
 def test_folders_that_are_not_ours(photos, tmp_path, networks):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.doc").touch()

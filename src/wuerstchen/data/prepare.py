@@ -28,6 +28,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from wuerstchen.checkpoints.weights import write_json
+from wuerstchen.data.files import read_file
 from wuerstchen.data.filters import Tally
 from wuerstchen.data.items import Reader
 from wuerstchen.data.locks import acquired
@@ -37,6 +38,7 @@ from wuerstchen.data.prepare_shards import ShardMaker, note_of
 from wuerstchen.data.prepared import (
     DESCRIPTION,
     FORMAT,
+    MAX_DESCRIPTION,
     bytes_per_image,
     check_shard,
     features,
@@ -44,7 +46,7 @@ from wuerstchen.data.prepared import (
 )
 from wuerstchen.data.tables import import_datasets
 from wuerstchen.defaults import usual_defaults
-from wuerstchen.errors import RunFolderError, UserError
+from wuerstchen.errors import DataError, RunFolderError, UserError
 
 GRACE = 60.0
 """Seconds after which a process that others wait for is taken for dead, if it holds no lock."""
@@ -184,6 +186,24 @@ def _lock_path(work: Path, rank: int) -> Path:
     return work / f"rank-{rank}.lock"
 
 
+def _read_own(path: Path, *keys: str) -> dict[str, Any]:
+    """A file that a process of this or another rank wrote whole. Raises ``FileNotFoundError`` if it is not
+    there, and ``RunFolderError`` if it has been damaged since."""
+    if not path.exists():
+        raise FileNotFoundError(path)
+    try:
+        content = json.loads(read_file(path, MAX_DESCRIPTION))
+        lacking = [key for key in keys if key not in content]
+        if lacking:
+            raise ValueError(f"it has no {lacking[0]}")
+    except (DataError, ValueError, TypeError, RecursionError) as error:
+        raise RunFolderError(
+            f"{path} is damaged ({' '.join(str(error).split())[:200]}). Remove {path.parent.parent} and start"
+            " the same command again"
+        ) from error
+    return content
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Run:
     """One process at work."""
@@ -249,7 +269,7 @@ class _Run:
                 )
             make_plan(self.work, self.reader, self.config, self.settings, source)
         try:
-            plan = json.loads(path.read_text(encoding="utf-8"))
+            plan = _read_own(path, "settings", "shards", "dropped", "damaged")
         except FileNotFoundError:
             if self.finished():
                 return None
@@ -318,7 +338,7 @@ class _Run:
             notes[table] = []
             for number in range(plan["shards"][table]):
                 self._wait(note_of(self.work, table, number), number % self.rank.world_size)
-                note = json.loads(note_of(self.work, table, number).read_text(encoding="utf-8"))
+                note = _read_own(note_of(self.work, table, number), "file", "rows", "bytes", "sha256")
                 check_shard(self.out / table / note["file"], note, verify=False)
                 notes[table].append(note)
         tally = Tally.from_json(plan)
