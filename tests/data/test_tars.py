@@ -243,6 +243,13 @@ def test_members_may_come_in_any_order(tmp_path):
     assert not tally.dropped
 
 
+def test_keys_match_in_any_normal_form(tmp_path):
+    path = write_tar(
+        tmp_path / "a.tar", member("caf\u00e9.jpg", picture()), member("cafe\u0301.txt", b"coffee")
+    )
+    assert [(i.name, i.captions) for i in read(TarReader([path]))[0]] == [("a.tar:caf\u00e9", ("coffee",))]
+
+
 def test_keys_that_come_again_are_samples_of_their_own(tmp_path):
     """Tars that were put together have the same names."""
     path = write_tar(tmp_path / "a.tar", *sample("0", "first"), *sample("1", "second"), *sample("0", "third"))

@@ -2,6 +2,7 @@
 
 import os
 import tarfile
+import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -176,7 +177,7 @@ def _samples(path: Path, stream: BinaryIO, tally: Tally) -> list[_Sample]:
                 tar.members = []  # tarfile would keep them all
                 key, extension = _key_of(member.name)
                 if member.isreg() and member.offset_data + member.size > length:
-                    last = last if last is not None and last.key == key else None
+                    last = last if last is not None and _same(last.key) == _same(key) else None
                     break
                 count += 1
                 if count > _MAX_MEMBERS or len(tar.pax_headers) > _MAX_GLOBAL:
@@ -190,14 +191,14 @@ def _samples(path: Path, stream: BinaryIO, tally: Tally) -> list[_Sample]:
                 offset = tar.offset
                 if member.isdir() or not _is_safe(path, member, tally) or not extension:
                     continue
-                sample = latest.get(key)
+                sample = latest.get(_same(key))
                 if sample is not None and extension in sample.members:
                     if sample is last:
                         tally.damage("member twice", f"{path}: {member.name}", "the name is there already")
                         continue
                     sample = None  # tars that were put together can have the same keys
                 if sample is None:
-                    sample = latest[key] = _Sample(key)
+                    sample = latest[_same(key)] = _Sample(key)
                     samples.append(sample)
                 sample.members[extension] = (member.offset_data, member.size)
                 last = sample
@@ -237,6 +238,11 @@ def _key_of(name: str) -> tuple[str, str]:
     place = PurePosixPath(name)
     stem, _, extension = place.name.partition(".")
     return (str(place.with_name(stem)), extension.lower()) if stem else (name, "")
+
+
+def _same(key: str) -> str:
+    """What keys are compared by: macOS writes "e" and an accent where others write "é"."""
+    return key if key.isascii() else unicodedata.normalize("NFC", key)
 
 
 def _text_of(place: tuple[int, int], extension: str, stream: BinaryIO) -> str:
