@@ -1,6 +1,8 @@
 """The MLP with kernels against the one that is written out."""
 
+import importlib
 import importlib.util
+import sys
 
 import pytest
 import torch
@@ -83,6 +85,12 @@ class TestKernels:
         found = [torch.autograd.grad(loss(), inputs) for loss in (run, torch.compile(run))]
         for a, b in zip(*found, strict=True):
             assert (a - b).abs().max() <= 2e-2 * a.abs().max()
+
+
+def test_a_deprecation_inside_torch_s_compiler_fails_no_test(monkeypatch):
+    """The compiler imports this module where oneDNN is built in: the first test that compiles would fail."""
+    monkeypatch.delitem(sys.modules, "torch.utils.mkldnn", raising=False)
+    importlib.import_module("torch.utils.mkldnn")
 
 
 def test_the_operator_counts_its_operations():
