@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
+from wuerstchen.data.prepared import PreparedSet
 from wuerstchen.diffusion.schedule import CosineSchedule, shifted
 from wuerstchen.errors import DataError, UserError
 from wuerstchen.models.cascade import MapStatistics
@@ -17,13 +19,15 @@ from wuerstchen.models.efficientnet import EfficientNetLite
 from wuerstchen.models.previewer import Previewer, PreviewerConfig
 from wuerstchen.models.vqgan import VQGAN
 from wuerstchen.recipes.tiny import tiny
-from wuerstchen.train.config import StageAConfig
+from wuerstchen.train.config import Phase, StageAConfig
 from wuerstchen.train.feed import Batch, Feed, batches
+from wuerstchen.train.precision import with_half_matrices
 from wuerstchen.train.random import ImageRandom
+from wuerstchen.train.run import _Run
 from wuerstchen.train.stage_a import PerceptualLoss, StageA, StageARefinement, random_crops
 from wuerstchen.train.stage_b import StageB, StageBRefinement
 from wuerstchen.train.stage_c import StageC, measure_map
-from wuerstchen.train.stages import cascade_settings, diffusion_loss
+from wuerstchen.train.stages import cascade_settings, diffusion_loss, in_pieces
 
 CPU = torch.device("cpu")
 RECIPE = tiny()
@@ -410,6 +414,112 @@ def test_targets_are_computed_in_fp32_under_autocast(kind, small_cascade):
     assert targets
     for name in targets:
         assert torch.equal(found[0][name], found[1][name]), name
+
+
+class TestPlacing:
+    """On a GPU only what updates need stays, in the precision that they need it in."""
+
+    def make(self, cascade, monkeypatch, precision, needs):
+        """A stage for a GPU that is not there, and where each network was sent last."""
+        places: dict[int, str] = {}
+        monkeypatch.setattr(
+            torch.nn.Module, "to", lambda module, place: places.update({id(module): str(place)}) or module
+        )
+        recipe = dataclasses.replace(RECIPE, precision=precision, preview_prompts=("a cat", "a tree"))
+        stage = StageC(
+            *(RECIPE.stage_c, recipe, cascade.prior, dataclasses.replace(cascade, prior=None)),
+            TestStageC.STATISTICS,
+            device=torch.device("cuda"),
+            needs=needs,
+        )
+        return stage, places
+
+    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+    @pytest.mark.parametrize("needs", [("compressor", "text_encoder"), ("text_encoder",), ()])
+    def test_only_what_updates_need_stays_on_the_device(self, needs, precision, small_cascade, monkeypatch):
+        stage, places = self.make(small_cascade, monkeypatch, precision, needs)
+        frozen = stage.frozen.networks()
+        own_copy = "text_encoder" in needs and precision == "bf16"
+        for name, network in frozen.items():
+            stays = name in needs and not (name == "text_encoder" and own_copy)
+            assert places[id(network)] == ("cuda" if stays else "cpu"), name
+        assert (stage.text_encoder is not frozen["text_encoder"]) == own_copy
+        if own_copy:
+            assert places[id(stage.text_encoder)] == "cuda"
+            linear = [m for m in stage.text_encoder.modules() if isinstance(m, torch.nn.Linear)]
+            assert {places[id(module)] for module in linear} == {"torch.bfloat16"}
+
+    def test_previews_bring_one_network_at_a_time_and_send_it_back(self, small_cascade, monkeypatch):
+        stage, _ = self.make(small_cascade, monkeypatch, "bf16", ())
+        done = []
+
+        class Drawing:
+            def __init__(self, cascade, device, low_memory):
+                done.append((cascade.text_encoder is stage.frozen.text_encoder, str(device), low_memory))
+                self.residence = self
+
+            def generate(self, prompts, batch_size):
+                done.append((prompts, batch_size))
+                raise torch.OutOfMemoryError
+
+            def release(self):
+                done.append("released")
+
+        monkeypatch.setattr("wuerstchen.train.stage_c.Wuerstchen", Drawing)
+        with pytest.raises(torch.OutOfMemoryError):
+            stage.preview({"prior": small_cascade.prior}, torch.empty(0), torch.device("cuda"))
+        assert done == [(True, "cuda", "stage"), (["a cat", "a tree"], 8), "released"]
+
+    def test_half_of_a_text_encoder_gives_the_same_bits_under_autocast(self, small_cascade):
+        encoder, texts = small_cascade.text_encoder, ["a cat", "a flat drawing of a red car", ""]
+        half = with_half_matrices(encoder, torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16):
+            whole, ours = encoder.encode(texts), half.encode(texts)
+        assert torch.equal(whole.states, ours.states)
+        assert torch.equal(whole.mask, ours.mask)
+        linear = [m for m in half.modules() if isinstance(m, torch.nn.Linear)]
+        assert linear
+        assert {m.weight.dtype for m in linear} == {torch.bfloat16}
+        assert all(p.dtype == torch.float32 for p in encoder.parameters())
+
+    def test_what_a_phase_needs_follows_from_its_data(self):
+        stored = PreparedSet.__new__(PreparedSet)
+        run = SimpleNamespace(sources={"set": stored, "sample": object()}, recipe=RECIPE)
+        phase = Phase(optimization=RECIPE.stage_c.optimization)
+        assert _Run.needs(run, phase) == ("compressor", "text_encoder")
+        phase = dataclasses.replace(phase, data="set")
+        assert _Run.needs(run, phase) == ("text_encoder",)
+        run.recipe = dataclasses.replace(RECIPE, stored_texts="states")
+        assert _Run.needs(run, phase) == ()
+
+    @pytest.mark.gpu
+    def test_on_a_gpu(self, small_cascade):
+        device = torch.device("cuda")
+        frozen = dataclasses.replace(small_cascade, prior=None)
+        recipe = dataclasses.replace(RECIPE, precision="bf16", preview_prompts=("a cat",))
+        prior = small_cascade.prior.to(device)
+        stage = StageC(RECIPE.stage_c, recipe, prior, frozen, TestStageC.STATISTICS, device=device, needs=())
+        for _ in range(2):
+            assert {p.device.type for n in frozen.networks().values() for p in n.parameters()} == {"cpu"}
+            assert len(stage.preview({"prior": prior.eval()}, torch.empty(0), device)) == 1
+            assert {p.device.type for p in prior.parameters()} == {"cuda"}
+
+
+def test_frozen_networks_see_a_few_images_at_a_time(small_cascade):
+    batch, seen = make_batch(64, 5), []
+    small_cascade.vqgan.eval()
+
+    def frozen(pixels):
+        seen.append(len(pixels))
+        return {"latents": small_cascade.vqgan.encode(pixels), "means": pixels.mean((1, 2, 3))}
+
+    with torch.no_grad():
+        found = in_pieces(frozen, batch.images, most=2 * 64 * 64 + 1)
+        whole = frozen(batch.pixels(CPU))
+        assert seen == [2, 2, 1, 5]
+        torch.testing.assert_close(found, whole)
+        in_pieces(frozen, batch.images, most=1)
+    assert seen[4:] == [1] * 5
 
 
 def test_map_statistics_are_those_of_numpy(small_cascade):

@@ -1,10 +1,13 @@
 """The precision of training: autocast to half of fp32's bits, and what fp16 needs beyond it."""
 
+import copy
 from typing import Literal
 
 import torch
 from jaxtyping import Bool
-from torch import Tensor
+from torch import Tensor, nn
+
+from wuerstchen.models.text import TextEncoder
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """What autocast computes in, by the recipe's ``precision``; fp32 has none."""
@@ -42,6 +45,19 @@ class LossScale:
         grows = good >= _GROWS_AFTER
         self.value.copy_(torch.where(finite, torch.where(grows, self.value * 2, self.value), self.value / 2))
         self.good.copy_(torch.where(grows, torch.zeros_like(good), good))
+
+
+def with_half_matrices(encoder: TextEncoder, half: torch.dtype) -> TextEncoder:
+    """A copy of a frozen text encoder whose linear layers are in ``half``.
+
+    Under autocast to ``half`` it gives the same bits, because autocast rounds those weights anyway, in nearly
+    half of the memory. Without autocast it cannot be used.
+    """
+    copied = copy.deepcopy(encoder)
+    for module in copied.modules():
+        if isinstance(module, nn.Linear):
+            module.to(half)
+    return copied
 
 
 def loss_scale_of(optimizer: torch.optim.Optimizer) -> LossScale | None:

@@ -77,7 +77,7 @@ from wuerstchen.train.prepared_feed import (
 from wuerstchen.train.snapshot import load_averages, newest_of_all
 from wuerstchen.train.stage_a import StageA, StageARefinement
 from wuerstchen.train.stage_b import DecoderAndCompressor, StageB, StageBRefinement
-from wuerstchen.train.stage_c import StageC, measure_map, measure_stored_maps
+from wuerstchen.train.stage_c import Need, StageC, measure_map, measure_stored_maps
 from wuerstchen.train.stage_paella import StagePaella, StagePaellaRefinement
 from wuerstchen.train.stages import Stage, cascade_settings
 from wuerstchen.train.start import STAGE_OF, Start, fill_compressor, read_start, reads_text
@@ -309,7 +309,7 @@ class _Run:
             self.statistics = start.settings.map_statistics
         for name, network in self.parts.networks().items():
             if STAGE_OF.get(name) not in recipe.stages:  # others are copied, not used
-                network.to(self.device).eval()
+                network.eval()  # and stay on the CPU until a stage needs them
         self._bank: tuple[tuple[str, int], Bank] | None = None
         self._held_out: dict[tuple[str, int], HeldOut | HeldOutMaps | None] = {}
 
@@ -442,6 +442,10 @@ class _Run:
             compressor=parts.compressor,
         )
         text = parts.text_encoder_of_decoder()
+        for network in filter(None, (vqgan, parts.decoder, parts.compressor)):
+            network.to(self.device)
+        if text is not None and self.decoder().config.clip_embd is not None:
+            text.to(self.device)
         stage = StageARefinement(config, vqgan, self.perceptual(), frozen, text, self.recipe)
         final = self.run_stage(stage, Phase(optimization=stage.optimization, image_size=config.image_size))
         # Into a network of its own: the one that was trained may be compiled.
@@ -480,6 +484,9 @@ class _Run:
             if begins is not None:
                 network.load_state_dict(begins.state_dict())
         text = self.parts.text_encoder_of_decoder()
+        vqgan.to(self.device)
+        if text is not None and recipe.decoder.clip_embd is not None:
+            text.to(self.device)
         phase = Phase(optimization=config.optimization)
         for name, phase in _named("b", config):
             for network in (decoder, compressor, previewer):
@@ -553,7 +560,15 @@ class _Run:
             prior.requires_grad_(True)
             frozen = self.parts.cascade(self.settings_of_model(phase.image_size))
             stage = StageC(
-                config, recipe, prior, frozen, self.statistics, name=name, optimization=phase.optimization
+                config,
+                recipe,
+                prior,
+                frozen,
+                self.statistics,
+                name=name,
+                optimization=phase.optimization,
+                device=self.device,
+                needs=self.needs(phase),
             )
             finals.append(self.run_stage(stage, phase))
             prior = self.averaged(Prior(recipe.prior), finals[-1], "prior")
@@ -561,6 +576,12 @@ class _Run:
             before = self.averaged(Prior(recipe.prior), finals[-2], "prior")
             prior.load_state_dict(weighted_average(before.state_dict(), prior.state_dict(), config.blend))
         self.parts.prior = prior
+
+    def needs(self, phase: Phase) -> tuple[Need, ...]:
+        """The frozen networks that make the inputs of a phase of Stage C."""
+        if not isinstance(self.sources[phase.data or self.recipe.data], PreparedSet):
+            return ("compressor", "text_encoder")
+        return ("text_encoder",) if self.recipe.stored_texts == "tokens" else ()
 
     def map_statistics(self) -> MapStatistics:
         """Measured once, before Stage C, on pictures of the model's size."""
@@ -574,7 +595,9 @@ class _Run:
                 maps = some_maps(source, self.recipe.statistics_images, seed)
                 return dataclasses.asdict(measure_stored_maps(maps))
             pictures = self.some_images("map", self.recipe.image_size)
-            return dataclasses.asdict(measure_map(compressor, pictures, self.device, self.recipe.view_scale))
+            return dataclasses.asdict(
+                measure_map(compressor.to(self.device), pictures, self.device, self.recipe.view_scale)
+            )
 
         return MapStatistics(**{k: tuple(v) for k, v in self.measured_once("stage_c", measure).items()})
 

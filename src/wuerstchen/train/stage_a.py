@@ -16,7 +16,7 @@ from wuerstchen.models.vqgan import VQGAN, Discriminator
 from wuerstchen.train.config import Recipe, StageAConfig
 from wuerstchen.train.feed import Batch, pixels_of
 from wuerstchen.train.random import ImageRandom
-from wuerstchen.train.stages import Inputs, Losses, encoded_captions, full_precision, refining
+from wuerstchen.train.stages import Inputs, Losses, encoded_captions, full_precision, in_pieces, refining
 
 
 class PerceptualLoss(nn.Module):
@@ -199,10 +199,9 @@ class StageARefinement(_Pictures):
         self.networks = {"decoder_half": half, **self.networks}
 
     def prepare(self, batch: Batch, device: torch.device) -> Inputs:
-        pixels = batch.pixels(device)
         with full_precision(device):
-            latents = self.vqgan.encode(pixels).float()
-            z = self.compressor(compressor_input(pixels, self.recipe.view_scale)).float()
+            frozen = in_pieces(self._frozen, batch.images.to(device))
+        latents, z = frozen["latents"], frozen["z"]
         states = mask = None
         if self.text_encoder is not None:
             text = encoded_captions(self.text_encoder, batch.captions, self.recipe)
@@ -216,6 +215,10 @@ class StageARefinement(_Pictures):
             x = PUBLISHED_SCHEDULE.add_noise(redrawn, noise, times)
             redrawn = PUBLISHED_SCHEDULE.clean(x, self.decoder(x, times, context).float(), times)
         return {"latents": latents, "redrawn": redrawn}
+
+    def _frozen(self, pixels: Float[Tensor, "b 3 h w"]) -> Inputs:
+        z = self.compressor(compressor_input(pixels, self.recipe.view_scale)).float()
+        return {"latents": self.vqgan.encode(pixels).float(), "z": z}
 
     def losses(self, inputs: Inputs, random: ImageRandom) -> Losses:
         config, factor = self.config, self.vqgan.config.factor

@@ -34,6 +34,7 @@ from wuerstchen.train.stages import (
     diffusion_loss,
     encoded_captions,
     full_precision,
+    in_pieces,
     refining,
     with_captions_dropped,
 )
@@ -185,7 +186,7 @@ class WithCompressor(Decoding):
 
     def prepare(self, batch: Batch, device: torch.device) -> Inputs:
         with full_precision(device):
-            targets = self.targets(batch.pixels(device))
+            targets = in_pieces(self.targets, batch.images.to(device))
         return {**targets, **self.prepare_text(batch, device)}
 
     def losses(self, inputs: Inputs, random: ImageRandom) -> Losses:
@@ -249,16 +250,14 @@ class OnFinishedMap(Decoding):
         self.rate_scales: dict[str, float] = {}
 
     def prepare(self, batch: Batch, device: torch.device) -> Inputs:
-        pixels = batch.pixels(device)
         with full_precision(device):
-            targets = self.targets(pixels)
-            z = self.compressor(compressor_input(pixels, self.recipe.view_scale)).float()
-        return {
-            **targets,
-            "z": z,
-            "small": F.interpolate(pixels, size=self.previewer.size(*z.shape[2:]), mode="area"),
-            **self.prepare_text(batch, device),
-        }
+            found = in_pieces(self._frozen, batch.images.to(device))
+        return {**found, **self.prepare_text(batch, device)}
+
+    def _frozen(self, pixels: Float[Tensor, "b 3 h w"]) -> Inputs:
+        z = self.compressor(compressor_input(pixels, self.recipe.view_scale)).float()
+        small = F.interpolate(pixels, size=self.previewer.size(*z.shape[2:]), mode="area")
+        return {**self.targets(pixels), "z": z, "small": small}
 
     def losses(self, inputs: Inputs, random: ImageRandom) -> Losses:
         yield "decoder", *self.decoder_loss(self.decoder, inputs["z"], inputs, random)

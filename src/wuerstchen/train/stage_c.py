@@ -1,7 +1,8 @@
 """Stage C in training: the prior on the maps of the finished compressor."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,18 +18,24 @@ from wuerstchen.models.prior import Prior
 from wuerstchen.pipeline import Wuerstchen
 from wuerstchen.train.config import Optimization, Recipe, StageCConfig
 from wuerstchen.train.feed import Batch
+from wuerstchen.train.precision import HALVES, with_half_matrices
 from wuerstchen.train.prepared_feed import StoredBatch
 from wuerstchen.train.random import ImageRandom
 from wuerstchen.train.stages import (
     LEAST_SPREAD,
+    PIECE,
     Inputs,
     Losses,
     diffusion_loss,
     encoded_captions,
     full_precision,
+    in_pieces,
     text_inputs,
     with_captions_dropped,
 )
+
+Need = Literal["compressor", "text_encoder"]
+"""What makes the inputs of updates; with prepared sets, neither may be needed."""
 
 
 class StageC:
@@ -49,8 +56,14 @@ class StageC:
         *,
         name: str = "c",
         optimization: Optimization | None = None,
+        device: torch.device | None = None,
+        needs: Collection[Need] = ("compressor", "text_encoder"),
     ) -> None:
-        """``optimization`` is that of a later phase, which then has a name of its own."""
+        """``optimization`` is that of a later phase, which then has a name of its own.
+
+        On a ``device`` that is not the CPU only those ``frozen`` networks stay that updates ``needs``; the
+        others visit it for previews. Without one all stay where they are.
+        """
         assert frozen.compressor is not None
         assert frozen.text_encoder is not None
         self.name = name
@@ -60,6 +73,8 @@ class StageC:
         self.prior = prior
         self.compressor = frozen.compressor.eval().requires_grad_(False)
         self.text_encoder = frozen.text_encoder
+        if device is not None:
+            frozen.text_encoder.to(device)
         self.no_text = frozen.text_encoder.encode([""])
         self.frozen = frozen
         self.statistics = statistics
@@ -67,12 +82,29 @@ class StageC:
         self.rates: dict[str, float] = {}
         self.rate_scales: dict[str, float] = {}
         self.preview_labels = {"prompts": list(recipe.preview_prompts)}
+        if device is not None and device.type != "cpu":
+            self._place(device, needs)
+
+    def _place(self, device: torch.device, needs: Collection[Need]) -> None:
+        """Leaves on ``device`` only what updates need, in the precision that they need it in."""
+        for network in self.frozen.networks().values():
+            network.to("cpu")
+        if "compressor" in needs:
+            self.compressor.to(device)
+        if "text_encoder" in needs:
+            half = HALVES.get(self.recipe.precision)
+            if half is not None:
+                self.text_encoder = with_half_matrices(self.text_encoder, half)
+            self.text_encoder.to(device)
 
     def prepare(self, batch: Batch, device: torch.device) -> Inputs:
         with full_precision(device):
-            z = self.compressor(compressor_input(batch.pixels(device), self.recipe.view_scale)).float()
+            z = in_pieces(self._map, batch.images.to(device))["z"]
         text = encoded_captions(self.text_encoder, batch.captions, self.recipe)
         return {"x": self.statistics.normalise(z), **text}
+
+    def _map(self, pixels: Float[Tensor, "b 3 h w"]) -> Inputs:
+        return {"z": self.compressor(compressor_input(pixels, self.recipe.view_scale)).float()}
 
     def prepare_stored(self, batch: StoredBatch, device: torch.device) -> Inputs:
         """``prepare`` on what the compressor, and maybe the text encoder, have made already."""
@@ -105,7 +137,16 @@ class StageC:
         settings = dataclasses.replace(self.frozen.settings, map_statistics=self.statistics)
         cascade = dataclasses.replace(self.frozen, settings=settings, prior=prior)
         prompts = list(self.recipe.preview_prompts)
-        return Wuerstchen(cascade, device).generate(prompts) if prompts else []
+        if not prompts:
+            return []
+        if device.type == "cpu":
+            return Wuerstchen(cascade, device).generate(prompts)
+        # Networks that updates do not need come one at a time, and the averages stay where they are.
+        model = Wuerstchen(cascade, device, low_memory="stage")
+        try:
+            return model.generate(prompts, batch_size=max(1, min(8, PIECE // settings.image_size**2)))
+        finally:
+            model.residence.release()
 
 
 @torch.no_grad()
