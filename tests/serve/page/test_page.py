@@ -536,9 +536,9 @@ def test_on_a_phone_a_refusal_is_brought_back_into_view(page, fake):
 
 
 def test_a_failed_job_says_why_beside_its_settings(page, fake):
-    fake.fail_with = "the worker ended without a word; try again"
+    fake.fail_with = "decoder_steps 90 take too long; ask for fewer"
     page.draw("a red apple")
-    page.until(lambda: fake.fail_with in page.one(".entry").text)
+    page.until(lambda: "Stage B steps 90 take too long; ask for fewer" in page.one(".entry").text)
     assert page.all(".frame") == []
     fake.fail_with = None
     page.click(page.button("Try again", ".entry"))
@@ -712,6 +712,12 @@ def test_a_service_that_talks_nonsense(page, fake):
     page.drawn()
     assert len(page.all(".frame")) == 1
     assert page.script("return document.querySelectorAll('[src=x], [src*=evil]').length") == 0
+    fake.hold_queue = True
+    for number, message in enumerate((7, {"a": evil}, None), 2):
+        page.draw("a red apple")
+        page.until(lambda number=number: len(fake.jobs) == number)
+        list(fake.jobs.values())[-1].events.append(("failed", {"message": message}))
+        page.until(lambda: "The service gave no reason" in page.one(".entry").text)
 
 
 def test_tabs_share_the_connections(page, fake):

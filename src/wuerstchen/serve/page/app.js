@@ -6,7 +6,7 @@ import { announce, byId, hide, icon, keep, local, say, sayOrHide } from "./dom.j
 import { EntryView, isOver, pictureOf } from "./entry.js";
 import { Form } from "./form.js";
 import * as history from "./history.js";
-import { duration, fromHash, resolved, toBody, toHash, wordOf } from "./settings.js";
+import { duration, fromHash, inPlainWords, resolved, toBody, toHash, wordOf } from "./settings.js";
 import { Viewer } from "./viewer.js";
 
 const TITLE = document.title;
@@ -191,7 +191,7 @@ async function track(entry, part) {
   };
   const end = (state, message = null) => {
     part.state = state;
-    part.error = state === "failed" ? (message ?? part.error ?? "The service gave no reason") : null;
+    part.error = state === "failed" ? inPlainWords(message ?? part.error ?? "The service gave no reason") : null;
     delete live.previews;
   };
   const on = {
@@ -220,7 +220,7 @@ async function track(entry, part) {
         Object.assign(live, { stage: data.stage, step: data.step, steps: data.steps, fraction: share(data.fraction) });
       } else if (name === "preview") live.previews?.set(data.index, previewAddress(data.image));
       else if (name === "image") take(data);
-      else if (name === "done" || name === "failed" || name === "cancelled") end(name, data.message);
+      else if (name === "done" || name === "failed" || name === "cancelled") end(name, messageOf(data.message));
       on.seen();
     },
     seen() {
@@ -240,7 +240,7 @@ async function track(entry, part) {
 }
 
 const share = (value) => (Number.isFinite(value) ? value : 0);
-const messageOf = (error) => (typeof error === "string" ? error : (error?.message ?? null));
+const messageOf = (error) => [error, error?.message].find((text) => typeof text === "string") ?? null;
 const previewAddress = (data) => (/^data:image\/(webp|png|jpeg);base64,/.test(data) ? data : null);
 
 /** Brings what was just asked for into view: below the form on narrow screens, else at the top. */
