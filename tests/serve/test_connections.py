@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from wuerstchen.errors import UserError
-from wuerstchen.serve import connections
+from wuerstchen.serve import connections, server
 from wuerstchen.serve.connections import Connection, most_connections, network_of
 
 GET = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n"
@@ -65,6 +65,20 @@ def test_answers_leave_at_once(serve):
     )
     assert flags
     assert all(flags)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_NOTSENT_LOWAT"), reason="the system has no such option")
+def test_the_kernel_holds_little_of_an_answer(serve):
+    """Megabytes for each connection whose client reads nothing, which was noticed only after them."""
+    running = serve()
+    running.http.get("/healthz")
+    held = running.call(
+        lambda: [
+            one.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT)
+            for one in running.server.server_state.connections
+        ]
+    )
+    assert set(held) == {server.UNSENT_BYTES}
 
 
 def test_idle_connections_do_not_keep_others_out(serve, connect):

@@ -61,7 +61,7 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--max-pixels", type=int, metavar="N", help="of a picture (four times the model's own size)"
     )
     serve.add_argument("--upload-bytes", type=int, metavar="N", help="(8 MiB)")
-    serve.add_argument("--upload-timeout", type=float, metavar="S", help="to decode an upload (10)")
+    serve.add_argument("--upload-timeout", type=float, metavar="S", help="to decode an upload (20)")
     serve.add_argument(
         "--load-timeout", type=float, metavar="S", help="to load the model, its download included (1800)"
     )

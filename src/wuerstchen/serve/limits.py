@@ -54,7 +54,7 @@ class ServeConfig:
     upload_bytes: int = 8 * 2**20
     upload_pixels: int = 40_000_000
     """Of WebP half as many: its decoder takes twice the memory of the others."""
-    upload_timeout: float = 10.0
+    upload_timeout: float = 20.0
     """To decode one upload."""
 
     max_waiting: int = 256

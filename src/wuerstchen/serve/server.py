@@ -27,6 +27,8 @@ from wuerstchen.serve.stopping import CLOSING_SECONDS, Deadline, threads_hang
 
 WAITING_CONNECTIONS = 1024
 """Connections that the kernel holds until they are accepted."""
+UNSENT_BYTES = 128 * 1024
+"""Of each connection, that the kernel holds and has not sent yet; connections inherit it."""
 SERVICE_THREADS = ("save", "asyncio")
 """Names of threads that work for the service, some of them outside of its control."""
 
@@ -159,6 +161,9 @@ def listen(host: str, port: int) -> socket.socket:
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            # Or the kernel holds megabytes for a client that reads nothing, which is noticed only after them.
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         listening.bind((host, port))
     except (OSError, TypeError) as error:  # the second is of a name that IDNA cannot encode
         listening.close()
