@@ -1,5 +1,6 @@
 """TensorBoard by choice: what is written, and what is said without it."""
 
+import resource
 import sys
 import types
 
@@ -7,7 +8,7 @@ import pytest
 from PIL import Image
 
 from wuerstchen.errors import UserError
-from wuerstchen.train.track import Log, check_tensorboard
+from wuerstchen.train.track import Log, LogNotWrittenWarning, check_tensorboard, read_events
 
 
 class Writer:
@@ -95,3 +96,24 @@ def test_the_real_one_can_be_read_back(tmp_path):
     assert [(entry.step, entry.value) for entry in found] == [
         (n, 0.0 if n < 6 else 5.0) for n in range(1, 11)
     ]
+
+
+def test_lines_that_a_full_disk_does_not_take_are_written_later(tmp_path):
+    """The run ended with its log. A limit on the size of files stands for the disk."""
+    log = Log(tmp_path / "log.jsonl")
+    log.event("first", text="x" * 100)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400, limits[1]))
+    try:
+        log.event("kept", text="y" * 100)
+        with pytest.warns(LogNotWrittenWarning, match=r"cannot be written .* Training goes on"):
+            log.event("kept", text="y" * 100)
+        log.event("kept", text="y" * 100)  # said once
+        assert log.path.read_text().count("\n") == 2
+        assert log.path.read_text().endswith("\n")
+        assert [event["event"] for event in log.events()] == ["first", "kept", "kept", "kept"]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    log.event("last")
+    kinds = [event["event"] for event in read_events(log.path)]
+    assert kinds == ["first", "kept", "kept", "kept", "last"]

@@ -1,7 +1,6 @@
 """The folder of a run: one process at a time, one recipe, one data set."""
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ from wuerstchen.errors import RunFolderError, UserError
 from wuerstchen.train.changes import Plan, check_same, record
 from wuerstchen.train.config import Recipe, as_dict
 from wuerstchen.train.parallel import Processes
-from wuerstchen.train.track import Log
+from wuerstchen.train.track import DISK_ERRORS, Log
 
 
 @contextlib.contextmanager
@@ -50,9 +49,6 @@ def locked(run_dir: Path, processes: Processes) -> Iterator[None]:
         yield
 
 
-_OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
-
-
 def named(error: OSError, run_dir: Path) -> UserError:
     """An error of the system as the user is told it: it is of the file that it names, or else of the disk
     that a run writes to."""
@@ -63,7 +59,7 @@ def named(error: OSError, run_dir: Path) -> UserError:
         path = Path(os.fsdecode(path)).absolute()
         if not path.is_relative_to(run_dir.absolute()):
             return UserError(f"{path} cannot be used ({reason}); mend that and start the same command again")
-    elif error.errno not in _OF_DISKS:
+    elif error.errno not in DISK_ERRORS:
         return UserError(f"a file cannot be used ({reason}); mend that and start the same command again")
     return RunFolderError(
         f"{run_dir} cannot be written ({reason}); free some space and start the same command again"

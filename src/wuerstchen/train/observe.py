@@ -101,7 +101,8 @@ class Observer:
             if validate and self.validation is not None:
                 with self._never_ends_the_run("validation", images):
                     found = self.validation(averages)
-                    self._note_best(images, found, whole)
+                    with self._never_ends_the_run("note of the best checkpoint", images):
+                        self._note_best(images, found, whole)
                     self.log.event("validation", stage=self.stage.name, images=images, **found)
         if preview:
             self.next_preview = self._next_multiple(images)

@@ -1,18 +1,28 @@
 """What a run leaves to be read: ``log.jsonl``, a line an event, and the progress bar."""
 
 import contextlib
+import errno
 import json
 import os
 import time
 import warnings
+from collections import deque
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from wuerstchen.errors import UserError
+from wuerstchen.errors import UserError, UserNotice
 from wuerstchen.progress import bar
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
+"""What a disk says that is full, or cannot write for another reason of its own."""
+_KEPT = 100_000  # lines that cannot be written yet
+
+
+class LogNotWrittenWarning(UserNotice):
+    """Lines of the log are kept in memory for now."""
 
 
 class Log:
@@ -22,6 +32,7 @@ class Log:
         """Of the processes of one run, one ``writes``; the others' events go nowhere."""
         self.path = path
         self.writes = writes
+        self._pending: deque[str] = deque(maxlen=_KEPT)
         self._board = Board(path.parent / "tensorboard") if tensorboard and writes else None
         if writes and path.exists():
             content = path.read_bytes()
@@ -30,17 +41,40 @@ class Log:
                 os.truncate(path, len(whole))
 
     def event(self, kind: str, **values: Any) -> None:
+        """Appends an event. On a disk that is full it is kept, and written with the next one that can be."""
         if not self.writes:
             return
         line = json.dumps({"event": kind, "time": round(time.time(), 3), **values}, allow_nan=False)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        self._pending.append(line)
+        try:
+            self._write()
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:
+                raise
+            if len(self._pending) == 1:
+                warnings.warn(
+                    f"{self.path} cannot be written ({error.strerror}). Training goes on, and its lines are "
+                    "written when there is room. Free some space",
+                    LogNotWrittenWarning,
+                    stacklevel=2,
+                )
         if self._board is not None:
             self._board.event(kind, values)
 
+    def _write(self) -> None:
+        """Writes all that is pending, or nothing."""
+        data = "".join(f"{line}\n" for line in self._pending).encode()
+        with open(self.path, "ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            if file.write(data) != len(data):
+                os.truncate(self.path, end)  # a disk takes what it has room for, without an error
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._pending.clear()
+
     def events(self) -> list[dict[str, Any]]:
         """All events so far, oldest first."""
-        return read_events(self.path) if self.path.exists() else []
+        written = read_events(self.path) if self.path.exists() else []
+        return [*written, *map(json.loads, self._pending)]
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
