@@ -379,6 +379,19 @@ def test_convolutions_with_groups_cannot_be_fused(prior, relative_error):
     assert relative_error(run(prior), apart) <= 1e-5
 
 
+@pytest.mark.gpu
+def test_adapters_of_all_layers_on_a_gpu(prior, relative_error):
+    trained = OneTrainer(theirs_of(prior))
+    load_lora(prior, trained.saved("kohya"))
+    exact = run(prior)
+    prior.to("cuda")
+    generator = torch.Generator().manual_seed(7)
+    x, text = torch.randn(2, 4, 3, 5, generator=generator), torch.randn(2, 7, 12, generator=generator)
+    with torch.no_grad():
+        found = prior(x.cuda(), torch.tensor([0.9, 0.3], device="cuda"), prior.context(text.cuda()))
+    assert relative_error(found.cpu(), exact) < 0.01  # cuDNN rounds in other convolutions
+
+
 def test_half_precision(prior, relative_error):
     """The last layer is computed in float32 whatever surrounds it, its adapter too."""
     trained = OneTrainer(theirs_of(prior))

@@ -53,9 +53,11 @@ def exact_output(
     exact = torch.promote_types(dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         if type(conv) is not nn.Conv2d:  # an adapter has replaced it
-            weights = {name: weight.to(exact) for name, weight in conv.named_parameters()}
-            inner = layer_norm(x.to(exact)).permute(0, 3, 1, 2)
-            return torch.func.functional_call(conv, weights, (inner,))
+            # cuDNN may round factors in float32 to ten bits (TF32).
+            wide = torch.float64 if x.is_cuda else exact
+            weights = {name: weight.to(wide) for name, weight in conv.named_parameters()}
+            inner = layer_norm(x.to(exact)).permute(0, 3, 1, 2).to(wide)
+            return torch.func.functional_call(conv, weights, (inner,)).to(exact)
         bias = None if conv.bias is None else conv.bias.to(exact)
         return F.linear(layer_norm(x.to(exact)), conv.weight.flatten(1).to(exact), bias).permute(0, 3, 1, 2)
 
