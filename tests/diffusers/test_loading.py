@@ -297,6 +297,17 @@ def test_names_on_the_hub_are_fetched_as_told(published, monkeypatch):
 def test_a_scheduler_is_read_from_its_folder(published, tmp_path):
     scheduler = DDPMWuerstchenScheduler.from_pretrained(published, subfolder="scheduler")
     assert dict(scheduler.config) == {"scaler": 1.0, "s": 0.008}
+    options = {"force_download": False, "proxies": None, "mirror": None, "user_agent": {}}
+    scheduler = DDPMWuerstchenScheduler.from_pretrained(
+        published, subfolder="scheduler", s=0.02, local_files_only=None, return_unused_kwargs=False, **options
+    )
+    theirs = diffusers.DDPMWuerstchenScheduler.from_pretrained(
+        published, subfolder="scheduler", s=0.02, **options
+    )
+    assert (scheduler.config.s, scheduler.config.scaler) == (theirs.config.s, theirs.config.scaler)
+    for wrong, error in (({"proxies": {"https": "a"}}, UserError), ({"bogus": 1}, TypeError)):
+        with pytest.raises(error):
+            DDPMWuerstchenScheduler.from_pretrained(published, subfolder="scheduler", **wrong)
     DDPMWuerstchenScheduler(scaler=2.0).save_pretrained(tmp_path)
     assert DDPMWuerstchenScheduler.from_pretrained(tmp_path).config.scaler == 2.0
 

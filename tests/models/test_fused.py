@@ -140,6 +140,39 @@ def test_stage_b_is_that_as_written(unet, as_written):
     assert error(run_decoder(unet, *inputs), plain) <= 1e-5
 
 
+SHAPES = {
+    "levels that do not start with a convolution": {"level_config": ("TC", "ACT", "TA"), "nhead": (-1, 2, 4)},
+    "levels without blocks, and without a convolution": {"level_config": ("", "TA", "CTA")},
+    "the map at every level": {"inject_effnet": (True, True, True), "kernel_size": 5},
+    "the map at no level": {"inject_effnet": (False, False, False), "patch_size": 1},
+    "mappers in another order": {"inject_effnet": (True,) * 5},
+    "heads that do not divide the width": {"nhead": (-1, 3, 7), "dropout": (0.0, 0.2, 1.0)},
+    "one channel of noise": {"c_out": 1, "c_r": 1},
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_other_stages_b_are_those_as_written(name, randomise, as_written):
+    """A skip that is taken by another block than the first, a mapper of another level."""
+    network = randomise(Decoder(dataclasses.replace(DECODER, **SHAPES[name]))).to(DEVICE).eval()
+    inputs = decoder_inputs()
+    plain = as_written(run_decoder, network, *inputs)
+    fused.join_layers(network)
+    assert error(run_decoder(network, *inputs), plain) <= 1e-5
+
+
+@pytest.mark.parametrize("change", [{"nhead": 5}, {"depth": 0}, {"c_r": 1}, {"c": 1, "nhead": 1}])
+def test_other_stages_c_are_those_as_written(change, randomise, as_written):
+    network = randomise(Prior(dataclasses.replace(PRIOR, **change))).to(DEVICE).eval()
+    with torch.no_grad():
+        network.out[1].weight[4:] *= 0.05
+        network.out[1].bias[4:] = 0.0
+    inputs = prior_inputs()
+    plain = as_written(run_prior, network, *inputs)
+    fused.join_layers(network)
+    assert error(run_prior(network, *inputs), plain) <= 1e-5
+
+
 def test_stage_b_of_v1_is_that_as_written(randomise, as_written):
     """Its skips join before the convolution, whose groups then read two channels."""
     config = PaellaConfig(

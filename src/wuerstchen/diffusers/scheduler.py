@@ -1,5 +1,6 @@
 """The scheduler of all Würstchen pipelines, with diffusers' names."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from wuerstchen.checkpoints.diffusers import read_schedule
 from wuerstchen.checkpoints.hub import local_folder
+from wuerstchen.diffusers.options import drop_options
 from wuerstchen.diffusers.outputs import Config, DDPMWuerstchenSchedulerOutput
 from wuerstchen.diffusion.schedule import CosineSchedule
 from wuerstchen.diffusion.transfer import sent
@@ -95,19 +97,36 @@ class DDPMWuerstchenScheduler:
         *,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
+        local_files_only: bool | None = False,
         token: str | bool | None = None,
+        force_download: bool | None = False,
+        s: float | None = None,
+        scaler: float | None = None,
+        return_unused_kwargs: bool = False,
+        **options: Any,
     ) -> "DDPMWuerstchenScheduler":
-        """Reads ``scheduler_config.json`` in a folder or by a name on the hub: ``subfolder="scheduler"``."""
+        """Reads ``scheduler_config.json`` in a folder or by a name on the hub: ``subfolder="scheduler"``.
+
+        ``s`` and ``scaler`` replace what stands there. ``options`` are others of diffusers that change
+        nothing here; raises ``UserError`` for those that cannot be used.
+        """
+        drop_options(options)
+        for name in options:
+            raise TypeError(f"from_pretrained() got an unexpected keyword argument {name!r}")
+        if return_unused_kwargs:
+            raise UserError("return_unused_kwargs cannot be used. No argument is left unused. Leave it out.")
         folder = local_folder(
             pretrained_model_name_or_path,
             revision=revision,
             cache_dir=cache_dir,
-            local_files_only=local_files_only,
+            local_files_only=bool(local_files_only),
             token=token,
+            force_download=bool(force_download),
             only=[f"*{CONFIG_NAME}"],
         )
-        return cls.from_schedule(read_schedule(folder / (subfolder or "")))
+        schedule = read_schedule(folder / (subfolder or ""))
+        given = {name: value for name, value in (("s", s), ("scaler", scaler)) if value is not None}
+        return cls.from_schedule(dataclasses.replace(schedule, **given))
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Writes ``scheduler_config.json`` into a folder, which is made if it is missing."""

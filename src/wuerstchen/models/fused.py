@@ -234,7 +234,7 @@ def _first_layer(
 
 def _attended(
     attention: Attention, tokens: Float[Tensor, "b n c"], text: KeysValues
-) -> Float[Tensor, "b n c"]:
+) -> Float[Tensor, "b n c_heads"]:
     """What the grid's tokens make of themselves and the text, before the output's product."""
     from wuerstchen.models import attention_kernel
 
