@@ -148,9 +148,10 @@ def v2_finetune() -> Recipe:
     H100 as they stand, 2 hours. Cost: about 1.4 kWh of an H100 at 0.7 kW. Result: a whole model with your
     Stage C. The published folders hold no compressor: it comes with the original's file of Stage B, which
     --compressor-init names (from the hub unless told; the file model_v2_stage_b.pt will do). Beside the
-    prior's 22 GiB (weights, average, AdamW, gradients) and what updates compute, the GPU holds 1.5 GiB of
-    frozen networks: the compressor and the text encoder, in bf16; none with a prepared set and --stored-texts
-    states. The 5.3 GiB that only previews need stay on the CPU and visit it one network at a time.
+    prior's 18.5 GiB (weights, average, AdamW, bf16 copies and gradients) and what updates compute, the GPU
+    holds 1.5 GiB of frozen networks: the compressor and the text encoder, in bf16; none with a prepared set
+    and --stored-texts states. The 5.3 GiB that only previews need stay on the CPU and visit it one network at
+    a time.
     """
     return dataclasses.replace(
         v2(),
