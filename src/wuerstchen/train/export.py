@@ -23,6 +23,7 @@ from wuerstchen.train.parallel import Processes
 from wuerstchen.train.recorded import recipe_of
 from wuerstchen.train.run import _Run
 from wuerstchen.train.snapshot import best_of, newest, read_averages, read_whole
+from wuerstchen.train.stage_c import Need
 from wuerstchen.train.stages import Stage
 from wuerstchen.train.start import Start, read_start
 from wuerstchen.train.track import Log
@@ -132,6 +133,9 @@ class _Export(_Run):
     def averaged(self, network: N, checkpoint: Path, name: str) -> N:
         network.load_state_dict(read_averages(checkpoint, name, raw=checkpoint == self.raw))
         return network.eval().requires_grad_(False)
+
+    def needs(self, phase: Phase) -> tuple[Need, ...]:
+        return ()  # no update is made
 
     def perceptual(self) -> EfficientNetLite | None:
         return None
