@@ -116,3 +116,34 @@ def test_auto_takes_what_the_gpu_has(has_bf16, expected, monkeypatch):
     assert _resolved(tiny(), Processes(gpu)).precision == expected
     assert _resolved(tiny(), Processes(CPU)).precision == "fp32"
     assert _resolved(dataclasses.replace(tiny(), precision="float16"), Processes(gpu)).precision == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("stages", "decoder", "prior", "expected"),
+    [
+        (("a", "b", "c"), 0.0, 0.0, "graph"),
+        (("a", "b", "c"), 0.0, 0.1, "compile"),
+        (("a", "b", "c"), (0.0, 0.1), 0.0, "compile"),
+        (("a", "b"), 0.0, 0.1, "graph"),
+    ],
+)
+def test_recomputed_dropout_is_not_recorded(stages, decoder, prior, expected, monkeypatch):
+    """Recording it ends in an error of torch's, after minutes of compiling."""
+    monkeypatch.setattr("wuerstchen.train.run.best_half", lambda device: "bf16")
+    gpu, base = Processes(torch.device("cuda")), tiny()
+    recipe = dataclasses.replace(
+        base,
+        stages=stages,
+        decoder=dataclasses.replace(base.decoder, dropout=decoder),
+        prior=dataclasses.replace(base.prior, dropout=prior),
+        recompute="blocks",
+        acceleration="auto",
+    )
+    assert _resolved(recipe, gpu).acceleration == expected
+    assert _resolved(dataclasses.replace(recipe, recompute="none"), gpu).acceleration == "graph"
+    asked = dataclasses.replace(recipe, acceleration="graph")
+    if expected == "graph":
+        assert _resolved(asked, gpu).acceleration == "graph"
+    else:
+        with pytest.raises(UserError, match=r"recompute=blocks and dropout\. Use acceleration=compile"):
+            _resolved(asked, gpu)

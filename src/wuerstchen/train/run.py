@@ -202,14 +202,28 @@ def _resolved(recipe: Recipe, processes: Processes) -> Recipe:
         half = "fp16" if processes.agreed(lacks)[0] else "bf16"
         recipe = dataclasses.replace(recipe, precision=half if gpu else "fp32")
     shards = recipe.sharding == "full" and processes.count > 1
+    # torch 2.11 draws the masks of compiled, recomputed blocks in a way that cannot be recorded.
+    repeats_masks = recipe.recompute == "blocks" and _drops_out(recipe)
     if recipe.acceleration == "auto":
-        fast = "compile" if shards else "graph"
+        fast = "compile" if shards or repeats_masks else "graph"
         recipe = dataclasses.replace(recipe, acceleration=fast if gpu else "none")
     if recipe.acceleration == "graph" and not gpu:
         raise UserError(f"acceleration=graph records CUDA graphs, and {device} has none; use compile or none")
     if recipe.acceleration == "graph" and shards:
         raise UserError("acceleration=graph records no updates of networks with sharding=full; use compile")
+    if recipe.acceleration == "graph" and repeats_masks:
+        raise UserError(
+            "acceleration=graph records no updates with recompute=blocks and dropout. Use "
+            "acceleration=compile, or a dropout of 0."
+        )
     return recipe
+
+
+def _drops_out(recipe: Recipe) -> bool:
+    """Whether a network that may be recomputed has dropout."""
+    trained = {"b": recipe.decoder.dropout, "c": recipe.prior.dropout}
+    rates = [rate for stage, rate in trained.items() if stage in recipe.stages]
+    return any(max(rate, default=0) if isinstance(rate, tuple) else rate for rate in rates)
 
 
 def _phases(recipe: Recipe) -> list[Phase]:
