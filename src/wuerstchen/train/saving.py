@@ -41,6 +41,8 @@ class Saving:
         self._milestones = milestones
         self._next_milestone = self._milestone_after(state.images)
         self._begun: dict[str, Any] = {}
+        self._owed = False
+        """Whether a milestone could not be written: the next checkpoint that can be takes its place."""
         self._whole_at: int | None = state.images if resumed else None
         """Images of the newest whole checkpoint of the stage."""
 
@@ -62,20 +64,20 @@ class Saving:
         if self.is_whole(images):
             return
         self._check()
-        milestone = self.milestone_due(images)
+        milestone = self.milestone_due(images) or self._owed
         header = {**self._header, "milestone": True} if milestone else self._header
         spent = self._cost.spent()
         processes = self._writer.processes
         kwh = None if spent.kwh is None else processes.total(spent.kwh)
         self._begun = {"stage": self._header["stage"], "images": images}
         self._begun |= {"seconds": spent.seconds, "kwh": kwh}
+        if milestone:  # due no more, or a disk that is full would be tried at every update
+            self._next_milestone, self._owed = self._milestone_after(images), True
         try:
             self._writer.begin(self._state, header)
         except CheckpointError as error:
             self._give_up(error, must)
             return
-        if milestone:
-            self._next_milestone = self._milestone_after(images)
 
     def wait(self, *, must: bool = False) -> Path | None:
         """The last checkpoint that was begun, when it is whole; None where it could not be written."""
@@ -84,15 +86,22 @@ class Saving:
         except CheckpointError as error:
             self._give_up(error, must)
             return None
-        self.note()
+        self._note_whole()
         return path
 
     def note(self) -> None:
-        """Notes a checkpoint in the log as soon as it is whole, without waiting for it."""
-        if self._begun and not self._writer.busy and not self._writer.failed:
+        """Notes a checkpoint in the log as soon as it is whole, without waiting for it.
+
+        The first process alone knows that: it ends the checkpoint. Others are told by ``wait``.
+        """
+        if self._writer.processes.leads and not self._writer.busy and not self._writer.failed:
+            self._note_whole()
+
+    def _note_whole(self) -> None:
+        if self._begun:
             self._whole_at = self._begun["images"]
             self._log.event("checkpoint", **self._begun)
-            self._begun = {}
+            self._begun, self._owed = {}, False
 
     def _give_up(self, error: CheckpointError, must: bool) -> None:
         failed, self._begun = self._begun, {}
