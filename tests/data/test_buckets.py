@@ -101,6 +101,15 @@ def test_saliency_finds_the_detail(left):
         assert np.mean([max(0, min(b + 100, left + 60) - max(b, left)) for b in begin]) > 25
 
 
+def test_edges_count_in_both_directions():
+    """Stripes that lie have no differences along a row."""
+    pixels = np.full((100, 300), 128, dtype=np.uint8)
+    pixels[::2, 220:280] = 0
+    for stripes, top in ((pixels, 0), (pixels.T, 1)):
+        (box,) = crop_boxes(Image.fromarray(np.ascontiguousarray(stripes)), (128, 128), "saliency", 1, 0, 0)
+        assert 175 <= box[top] <= 222
+
+
 def test_a_picture_without_any_detail_is_cut_in_the_middle():
     (box,) = crop_boxes(Image.new("RGB", (301, 100), "red"), (128, 128), "saliency", 1, 0, 0)
     assert box[0] == pytest.approx(100.5, abs=1.5)

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from wuerstchen.data.plan import BucketPlan, crop_at, generator, item_at, stable_hash
+from wuerstchen.data.plan import BucketPlan, crop_at, generator, held_out_names, item_at, stable_hash
 from wuerstchen.errors import UserError
 
 
@@ -17,6 +17,16 @@ def test_every_epoch_shows_every_item_once_in_another_order():
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 15
     assert epochs != [[item_at(7 * e + i, 7, seed=2) for i in range(7)] for e in range(20)]
+
+
+def test_one_name_in_fifty_is_held_out_of_sets_of_a_hundred():
+    names = [f"{number}.jpg" for number in range(20_000)]
+    held_out = held_out_names(names)
+    assert len(held_out) == pytest.approx(400, abs=60)
+    assert held_out_names(names[:10_000]) == held_out & set(names[:10_000])
+    hundred = [*names[:99], sorted(held_out)[0]]
+    assert held_out_names(hundred) == held_out & set(hundred) != set()
+    assert held_out_names(hundred[1:]) == set()
 
 
 def test_streams_are_independent():

@@ -165,6 +165,28 @@ def test_dpm_solver_is_of_second_order():
     assert error(dpm_solver, 20) < error(ddim, 80)
 
 
+def test_dpm_solver_in_steps_of_unequal_length():
+    """Its correction is exact for predictions that are linear in λ = ½·ln(ᾱ/(1 − ᾱ)): here the predicted
+    picture at each time is λ itself, so D = λ(t) + h/2 whatever the step before was."""
+    times = [0.9, 0.8, 0.5, 0.35, 0.1]
+    alpha_bars = SCHEDULE.alpha_bar(torch.tensor(times, dtype=torch.float64))
+    logs = alpha_bars.logit() / 2
+
+    def predict(x, t):
+        alpha_bar = SCHEDULE.alpha_bar(t.double())[:, None, None, None]
+        return (x - alpha_bar.sqrt() * alpha_bar.logit() / 2) / (1 - alpha_bar).sqrt()
+
+    noise, found = torch.randn(1, 1, 2, 2, dtype=torch.float64), []
+    dpm_solver(predict, noise, times, SCHEDULE, lambda step, x: found.append(x))
+    expected = noise
+    for step in range(4):
+        h = logs[step + 1] - logs[step]
+        direction = logs[step] + (h / 2 if step in (1, 2) else 0)
+        now, then = alpha_bars[step], alpha_bars[step + 1]
+        expected = ((1 - then) / (1 - now)).sqrt() * expected + then.sqrt() * (1 - (-h).exp()) * direction
+        torch.testing.assert_close(found[step], expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_picture_does_not_depend_on_its_batch():
     predict = gaussian_predictor(0.0, 1.0)
     times = uniform_timesteps(5)

@@ -61,6 +61,32 @@ def test_p2_weight_is_the_formula_of_the_code():
     )
 
 
+def test_clean_undoes_the_noise():
+    """Divided by √ᾱ too: the rest is a picture that is too dark."""
+    x, noise = torch.randn(2, 4, 3, 5, 2, dtype=torch.float64)
+    t = torch.tensor([0.1, 0.4, 0.7, 0.9], dtype=torch.float64)
+    noised = CosineSchedule().add_noise(x, noise, t)
+    torch.testing.assert_close(CosineSchedule().clean(noised, noise, t), x)
+
+
+def test_velocity_gives_the_noise_back():
+    """v = √ᾱ·ε − √(1 − ᾱ)·x (arXiv 2202.00512, appendix D)."""
+    x, noise = torch.randn(2, 4, 3, 5, 2, dtype=torch.float64)
+    t = torch.tensor([0.1, 0.4, 0.7, 0.9], dtype=torch.float64)
+    alpha_bar = CosineSchedule().alpha_bar(t).view(-1, 1, 1, 1)
+    velocity = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x
+    noised = CosineSchedule().add_noise(x, noise, t)
+    torch.testing.assert_close(CosineSchedule().noise_of_velocity(noised, velocity, t), noise)
+
+
+def test_loss_weights():
+    """``velocity`` weighs the noise's error so that it is that of the velocity, which is 1/ᾱ times it."""
+    t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+    alpha_bar = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
+    torch.testing.assert_close(CosineSchedule().loss_weight(t, "p2"), 1 - alpha_bar)
+    torch.testing.assert_close(CosineSchedule().loss_weight(t, "velocity"), 1 / alpha_bar)
+
+
 def test_training_timesteps():
     t = training_timesteps(torch.arange(0, 1, 1e-4, dtype=torch.float64))
     assert t.min() >= 0.001

@@ -8,7 +8,7 @@ import torch
 
 from wuerstchen.data.plan import item_at, items_at
 from wuerstchen.errors import UserError
-from wuerstchen.train.bank import compose
+from wuerstchen.train.bank import Bank, compose
 from wuerstchen.train.feed import Feed
 from wuerstchen.train.loop import run_stage
 from wuerstchen.train.snapshot import newest, read_averages
@@ -50,6 +50,29 @@ def test_it_keeps_what_the_stage_prepares_and_images_only_if_they_are_read(toy_s
 def test_every_epoch_shows_every_picture_of_the_bank_once():
     assert sorted(items_at(range(30, 60), 30, 1)) == list(range(30))
     assert items_at(range(25, 35), 30, 1) == [item_at(i, 30, 1) for i in range(25, 35)]
+
+
+def test_pictures_of_the_bank_come_shuffled(tmp_path, toy_stage, toy_source, settings, monkeypatch):
+    """In another order in every epoch and with every seed; each picture once an epoch."""
+    prepare = Bank.prepare
+
+    def numbered(bank, *given):
+        inputs = prepare(bank, *given)
+        return {**inputs, "images": torch.zeros_like(inputs["images"]), "first": torch.arange(30.0)}
+
+    monkeypatch.setattr(Bank, "prepare", numbered)
+    orders = []
+    for seed in (0, 1):
+        stage, rows = toy_stage(images=60, batch_size=6), []
+        losses = stage.losses
+        stage.losses = lambda inputs, random, r=rows, f=losses: (
+            r.extend(inputs["first"].tolist()),
+            f(inputs, random),
+        )[1]
+        run(tmp_path / str(seed), stage, settings, toy_source(), seed=seed)
+        orders += [rows[:30], rows[30:]]
+    assert all(sorted(order) == list(range(30)) for order in orders)
+    assert len({tuple(order) for order in (*orders, sorted(orders[0]))}) == 5
 
 
 def test_a_broken_run_on_a_bank_ends_as_the_unbroken_one(tmp_path, toy_stage, toy_source, settings):

@@ -14,7 +14,7 @@ import torch
 
 from wuerstchen.errors import CheckpointError, UserError
 from wuerstchen.images import read_settings
-from wuerstchen.train import snapshot
+from wuerstchen.train import loop, snapshot
 from wuerstchen.train.feed import Feed
 from wuerstchen.train.loop import Interrupted, run_stage
 from wuerstchen.train.saving import CheckpointNotWrittenWarning
@@ -77,6 +77,41 @@ def test_state_differs_between_seeds_and_moments(tmp_path, toy_stage, toy_source
     two, _ = run(tmp_path / "2", toy_stage(), toy_source(), settings, seed=1)
     three, _ = run(tmp_path / "3", toy_stage(images=116), toy_source(), settings)
     assert len({tuple(digests(path).values()) for path in (one, two, three)}) == 3
+
+
+def test_seeds_follow_from_run_stage_and_image(tmp_path, toy_stage, toy_source, settings):
+    """Of dropout, of the noise, and so of all that is drawn: two that are alike draw the same."""
+    seen = {}
+    for name, seed in (("a", 0), ("a", 1), ("b", 0)):
+        draws = seen[name, seed] = []
+        stage = toy_stage(
+            images=20, on_batch=lambda random, d=draws: d.append((torch.initial_seed(), random))
+        )
+        stage.name = name
+        run(tmp_path / f"{name}{seed}", stage, toy_source(), settings, seed=seed)
+    dropout = [number for draws in seen.values() for number, _ in draws]
+    assert len(dropout) == len(set(dropout)) == 15
+    assert len({random.seed for draws in seen.values() for _, random in draws}) == 3
+
+
+def test_every_update_has_the_rates_of_its_end(tmp_path, toy_stage, toy_source, settings, monkeypatch):
+    """The warmup's first update is one batch into it. A network may have a rate of its own."""
+    found = []
+    monkeypatch.setattr(loop, "set_rate", lambda optimizer, rate: found.append(rate))
+    stage = toy_stage(images=24)
+    stage.rates = {"critic": 4e-3}
+    run(tmp_path, stage, toy_source(), settings)
+    shares = [0.25, 0.5, 0.75, 1, 1, 1]  # batches of 4, a warmup of 16
+    assert found[::2] == pytest.approx([1e-2 * share for share in shares])
+    assert found[1::2] == pytest.approx([4e-3 * share for share in shares])
+
+
+def test_networks_train_in_training_mode(tmp_path, toy_stage, toy_source, settings):
+    stage = toy_stage(images=8)
+    for network in stage.networks.values():
+        network.eval()
+    run(tmp_path, stage, toy_source(), settings)
+    assert stage.networks["model"][1].num_batches_tracked == 2
 
 
 def test_every_network_trains_and_the_average_follows(tmp_path, toy_stage, toy_source, settings):

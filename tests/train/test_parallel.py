@@ -1,18 +1,23 @@
 """Many processes compute what one does: losses to rounding, and bit for bit at the same number."""
 
+import copy
 import json
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
+from torch import nn
 
 from wuerstchen.errors import UserError
-from wuerstchen.train.parallel import Processes
+from wuerstchen.train import parallel
+from wuerstchen.train.parallel import Processes, share_batch_statistics
 from wuerstchen.train.snapshot import newest
 
 STAGES = ("a", "b", "b2", "a2", "c", "c2")
@@ -46,6 +51,60 @@ def runs(tmp_path_factory):
     )
     assert done.returncode == 0, done.stdout[-4000:]
     return folder
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed.nn.functional.all_reduce is deprecated:FutureWarning")
+@pytest.mark.parametrize("affine", [False, True])
+def test_batch_statistics_are_torch_s(alone, affine):
+    """Values, gradients, and the running statistics, whose variance is not that of the batch but n/(n − 1)
+    times it."""
+    torch.manual_seed(0)
+    theirs = nn.BatchNorm2d(3, affine=affine, momentum=0.3)
+    ours = copy.deepcopy(theirs)
+    share_batch_statistics(ours)
+    assert type(ours) is not type(theirs)
+    for _ in range(3):
+        x = 2 + 3 * torch.randn(2, 3, 2, 2)
+        mine, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+        weights = torch.randn(2, 3, 2, 2)
+        made, expected = ours(mine), theirs(other)
+        torch.testing.assert_close(made, expected)
+        (made * weights).sum().backward()
+        (expected * weights).sum().backward()
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-5)
+    for name, tensor in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], tensor)
+
+
+def test_gradients_are_averages_of_all_processes(monkeypatch):
+    """Large ones, which travel alone, and small ones together. Here both processes have the same."""
+    sent = []
+
+    def all_reduce(tensor, *_, async_op=False):
+        sent.append(tensor.numel())
+        tensor *= 2
+        return SimpleNamespace(wait=lambda: None) if async_op else None
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(parallel, "_LARGE", 100)
+    network = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 2))
+    x = torch.randn(4, 20)
+    network(x).sum().backward()
+    expected = [p.grad.clone() for p in network.parameters()]
+    network.zero_grad()
+    with Processes(CPU, 0, 2).averaging(list(network.parameters())):
+        network(x).sum().backward()
+    for parameter, gradient in zip(network.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+    assert sent == [400, 20 + 40 + 2]
 
 
 def losses(folder: Path) -> dict[str, list[tuple[int, dict[str, float]]]]:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
+from wuerstchen.diffusion.schedule import shifted
 from wuerstchen.errors import UserError
 from wuerstchen.models.compressor import compressor_input
 from wuerstchen.models.paella import Paella
@@ -160,8 +161,8 @@ class TestTokenLosses:
 
 class TestStagePaella:
     def test_the_loss_written_out(self, cascade):
-        """In float64, with all logits at once, from the same draws."""
-        stage = make_stage(cascade, map_dropout=0.0, map_noise=0.0, caption_dropout=0.0)
+        """In float64, with all logits at once, from the same draws, at shifted times."""
+        stage = make_stage(cascade, map_dropout=0.0, map_noise=0.0, caption_dropout=0.0, time_shift=0.5)
         batch = make_batch()
         with torch.no_grad():
             name, loss, terms = next(losses_of(stage, batch))
@@ -178,7 +179,7 @@ class TestStagePaella:
             text = cascade.text_encoder.encode(batch.captions).states.double()
             z = exact.compressor(compressor_input(pixels.double()))
             context = exact.decoder.context(z, text)
-            times = ((1 - u) * 1.08 + 0.001).clamp(0.001, 1)
+            times = shifted(((1 - u) * 1.08 + 0.001).clamp(0.001, 1), 0.5)
             noised = torch.where(choice <= times[:, None, None], noise, tokens)
             logits = exact.decoder(noised, times, context)
         errors = F.cross_entropy(logits, tokens, reduction="none", label_smoothing=0.1)

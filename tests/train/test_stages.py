@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
 from wuerstchen.data.prepared import PreparedSet
 from wuerstchen.diffusion.schedule import CosineSchedule, shifted
 from wuerstchen.errors import DataError, UserError
+from wuerstchen.images import to_images
 from wuerstchen.models.cascade import MapStatistics
 from wuerstchen.models.compressor import compressor_input
 from wuerstchen.models.efficientnet import EfficientNetLite
@@ -25,9 +27,10 @@ from wuerstchen.train.precision import with_half_matrices
 from wuerstchen.train.random import ImageRandom
 from wuerstchen.train.run import _Run
 from wuerstchen.train.stage_a import PerceptualLoss, StageA, StageARefinement, random_crops
-from wuerstchen.train.stage_b import StageB, StageBRefinement
+from wuerstchen.train.stage_b import Decoding, StageB, StageBRefinement
 from wuerstchen.train.stage_c import StageC, measure_map
 from wuerstchen.train.stages import cascade_settings, diffusion_loss, in_pieces
+from wuerstchen.train.start import Parts, Start
 
 CPU = torch.device("cpu")
 RECIPE = tiny()
@@ -135,6 +138,44 @@ class TestStageA:
         # Logits of zero cost one for the real and one for the made picture.
         assert loss.item() == pytest.approx(2, abs=0.5)
 
+    def test_the_terms_written_out(self):
+        """Every weight and sign, with a critic and an image network that anybody can do by hand."""
+        batch, features = make_batch(), torch.nn.AvgPool2d(4)
+        config = dataclasses.replace(
+            RECIPE.stage_a,
+            crop=None,
+            perceptual="none",
+            quantise_dropout=1.0,
+            adversarial_from=0,
+            l1_weight=0.25,
+            perceptual_weight=0.5,
+            adversarial_weight=2.0,
+        )
+        stage = StageA(config, VQGAN(RECIPE.vqgan), None)
+        stage.vqgan.eval()
+        stage.perceptual = lambda x, y: (features(x) - features(y)).abs().mean()
+        stage.discriminator = lambda x: 3 * x[:, :1] - 0.7
+        losses, pixels = losses_of(stage, batch), batch.pixels(CPU)
+        output, quantised = stage.vqgan(pixels, quantise=torch.zeros(4, dtype=torch.bool))
+        _, loss, terms = next(losses)
+        squared, absolute = (output - pixels).square().mean(), (output - pixels).abs().mean()
+        seen = (features(output) - features(pixels)).abs().mean()
+        made, real = (3 * x[:, :1] - 0.7 for x in (output, pixels))
+        expected = squared + 0.25 * absolute + quantised.loss + 0.5 * seen - 2 * made.mean()
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(terms["adversarial"], -made.mean())
+        _, loss, _ = next(losses)
+        torch.testing.assert_close(loss, (1 - real).clamp(min=0).mean() + (1 + made).clamp(min=0).mean())
+
+    def test_previews_are_of_the_average(self):
+        stage = self.make()
+        average = VQGAN(RECIPE.vqgan)
+        pixels = make_batch().pixels(CPU)
+        images = stage.preview({"vqgan": average.eval()}, pixels, CPU)
+        with torch.no_grad():
+            expected = to_images(average(pixels, quantise=True)[0].clamp(0, 1))
+        assert [image.tobytes() for image in images[8:]] == [image.tobytes() for image in expected]
+
     def test_the_codebook_does_not_collapse(self):
         """As published (``uniform``) all codes begin in one spot; those that are nearest first take all."""
         used = {}
@@ -193,6 +234,24 @@ class TestStageARefinement:
         output, pixels = small_cascade.vqgan.decode(made["redrawn"]), batch.pixels(CPU)
         torch.testing.assert_close(loss, F.mse_loss(output, pixels) + F.l1_loss(output, pixels))
 
+    def test_redrawn_written_out(self, small_cascade):
+        """Four times noised and guessed again, each guess from the one before."""
+        batch, stage = make_batch(128), self.make(small_cascade, crop=None)
+        decoder, random, schedule = small_cascade.decoder.eval(), random_of(batch), CosineSchedule()
+        with torch.no_grad():
+            made = stage.prepare(batch, CPU)
+            pixels = batch.pixels(CPU)
+            z = small_cascade.compressor.eval()(compressor_input(pixels))
+            x = small_cascade.vqgan.encode(pixels)
+            context = decoder.context(z, tuple(x.shape[2:]), None, None)
+            for t in (0.5, 0.35, 0.2, 0.08):
+                noise = random.normal(f"noise at {t}", x.shape[1:])
+                alpha_bar = schedule.alpha_bar(torch.tensor(t))
+                noised = alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise
+                predicted = decoder(noised, torch.full((4,), t), context)
+                x = (noised - (1 - alpha_bar).sqrt() * predicted) / alpha_bar.sqrt()
+        torch.testing.assert_close(made["redrawn"], x, rtol=1e-3, atol=1e-4)
+
     def test_only_the_way_to_pixels_learns(self, small_cascade):
         batch, stage = make_batch(128), self.make(small_cascade, adversarial_weight=1.0, crop=64)
         before = small_cascade.vqgan.encode(batch.pixels(CPU))
@@ -220,6 +279,25 @@ def test_perceptual_loss_sees_blur_and_is_zero_for_equals():
     loss(y, 1 - x).backward()
     assert y.grad.abs().sum() > 0
     assert not any(p.requires_grad for p in loss.parameters())
+
+
+def test_perceptual_loss_compares_directions():
+    """A picture whose features are three times as large is the same to it. In numpy, position by position."""
+    maps = {False: [torch.rand(2, 5, 4, 3), torch.rand(2, 7, 2, 2)]}
+    maps[True] = [torch.rand(2, 5, 4, 3), torch.rand(2, 7, 2, 2)]
+
+    network = EfficientNetLite()
+    network.feature_maps = lambda x: [x[0, 0, 0, 0] * found for found in maps[bool(x[0, 0, 0, 0] > 2)]]
+    loss = PerceptualLoss(network)
+    one = torch.ones(2, 3, 4, 4)
+    three = 3 * one
+    expected = []
+    for ours, theirs in zip(maps[False], maps[True], strict=True):
+        a, b = (x.double().numpy() for x in (ours, theirs))
+        a, b = (x / np.sqrt((x**2).sum(1, keepdims=True)) for x in (a, b))
+        expected.append(((a - b) ** 2).sum(1).mean())
+    assert loss(one, three).item() == pytest.approx(np.mean(expected), rel=1e-5)
+    assert loss(one, 2 * one).item() == pytest.approx(0, abs=1e-10)
 
 
 @pytest.fixture
@@ -250,6 +328,72 @@ class TestStageB:
         shares = disturbed[noised].flatten(1).mean(1) / 7
         assert shares.max() < 1.2
         assert 0.75 < shares.mean() < 0.97
+
+    @pytest.mark.parametrize("refines", [False, True])
+    def test_the_loss_written_out(self, refines, stage_b, small_cascade):
+        """With shifted times and another weighting than the usual one."""
+        changes = {"map_dropout": 0.0, "map_noise": 0.0, "loss_weight": "velocity"}
+        if refines:
+            changes |= {"time_shift": 0.5, "refine_shift": 2.0, "refine_images": 8}
+            config = dataclasses.replace(RECIPE.stage_b, **changes)
+            parts = (small_cascade.decoder, small_cascade.compressor, stage_b.previewer)
+            stage = StageBRefinement(config, small_cascade.vqgan, *parts, None, RECIPE)
+        else:
+            stage = stage_b
+            stage.config = dataclasses.replace(stage.config, time_shift=2.0, **changes)
+            stage.trained.eval()
+        small_cascade.decoder.eval()
+        batch, decoder = make_batch(128), small_cascade.decoder
+        random = random_of(batch)
+        with torch.no_grad():
+            losses = losses_of(stage, batch)
+            loss, (name, of_previewer, _) = next(losses)[1], next(losses)
+            pixels = batch.pixels(CPU)
+            latents = small_cascade.vqgan.encode(pixels)
+            z = small_cascade.compressor(compressor_input(pixels))
+            t = shifted(((1 - random.uniform("time")) * 1.08 + 0.001).clamp(0.001, 1), 2.0)
+            noise = random.normal("noise", latents.shape[1:])
+            alpha_bar = CosineSchedule().alpha_bar(t)
+            noised = CosineSchedule().add_noise(latents, noise, t)
+            context = decoder.context(z, tuple(latents.shape[2:]), None, None)
+            predicted = decoder(noised, t, context)
+            expected = ((predicted - noise).square().mean((1, 2, 3)) / alpha_bar).mean()
+            drawn = stage.previewer(z)
+            side = 128 // drawn.shape[2]
+            small = pixels.unflatten(3, (-1, side)).mean(4).unflatten(2, (-1, side)).mean(3)
+        torch.testing.assert_close(loss, expected)
+        assert name == "previewer"
+        torch.testing.assert_close(of_previewer, (drawn - small).square().mean(), rtol=1e-4, atol=1e-6)
+
+    def test_previews_and_validation_are_of_the_averages(self, stage_b, small_cascade, monkeypatch):
+        drawn = []
+        monkeypatch.setattr(Decoding, "pictures", lambda stage, *given: (drawn.append(given), [])[1])
+
+        def drawn_with(expected):
+            assert [id(network) for network in drawn.pop()[:3]] == [id(network) for network in expected]
+
+        averages = {name: copy.deepcopy(network) for name, network in stage_b.networks.items()}
+        both, batch = averages["decoder_and_compressor"], make_batch(128)
+        stage_b.preview(averages, batch.pixels(CPU), CPU)
+        drawn_with((both.decoder, both.compressor, averages["previewer"]))
+        both.eval()
+        with torch.no_grad():
+            decoder, z = stage_b.decoder_and_map(averages, {"images": batch.images})
+            expected = both.compressor(compressor_input(batch.pixels(CPU), RECIPE.view_scale))
+        assert decoder is both.decoder
+        assert torch.equal(z, expected)
+        config = dataclasses.replace(RECIPE.stage_b, refine_images=8)
+        parts = (small_cascade.decoder, small_cascade.compressor, stage_b.previewer)
+        last = StageBRefinement(config, small_cascade.vqgan, *parts, None, RECIPE)
+        averages = {name: copy.deepcopy(network) for name, network in last.networks.items()}
+        last.preview(averages, batch.pixels(CPU), CPU)
+        drawn_with((averages["decoder"], small_cascade.compressor, averages["previewer"]))
+        assert last.decoder_and_map(averages, {"z": z})[0] is averages["decoder"]
+
+    def test_the_previewer_has_a_rate_of_its_own(self, stage_b):
+        config = dataclasses.replace(RECIPE.stage_b, previewer_rate=3e-3)
+        parts = (stage_b.trained.decoder, stage_b.trained.compressor, stage_b.previewer)
+        assert StageB(config, stage_b.vqgan, *parts, None, RECIPE).rates == {"previewer": 3e-3}
 
     def test_the_compressor_learns_with_the_decoder(self, stage_b):
         """Gradients reach the backbone through the map; Stage A's weights stay out of it."""
@@ -298,6 +442,34 @@ class TestStageB:
         assert all(p.grad is not None for p in blocks[5].parameters())
         assert compressor.backbone._conv_stem.weight.grad is None
         assert compressor.mapper[0].weight.grad is not None
+
+    def test_a_run_freezes_them_in_every_phase(self):
+        recipe, seen = tiny(), []
+        phases = (Phase(optimization=recipe.stage_b.optimization),)
+        recipe = dataclasses.replace(
+            recipe, stage_b=dataclasses.replace(recipe.stage_b, frozen_stride=8, phases=phases)
+        )
+
+        def run_stage(stage, phase):
+            blocks = stage.trained.compressor.backbone._blocks
+            seen.append([[p.requires_grad for p in part.parameters()] for part in (blocks[:5], blocks[5:])])
+            return stage
+
+        run = SimpleNamespace(
+            recipe=recipe,
+            device=CPU,
+            start=Start(),
+            parts=Parts(vqgan=VQGAN(recipe.vqgan)),
+            seed_weights=lambda stage: None,
+            begins=lambda stage: False,
+            run_stage=run_stage,
+            averaged=lambda network, stage, name: stage.networks[name],
+        )
+        _Run.stage_b(run)
+        assert len(seen) == 2
+        for early, late in seen:
+            assert not any(early)
+            assert all(late)
 
     def test_the_second_phase_has_rate_length_and_shift_of_its_own(self, small_cascade):
         parts = (small_cascade.decoder, small_cascade.compressor, Previewer(PreviewerConfig(c_in=2)))
@@ -372,6 +544,25 @@ class TestStageC:
             predicted = stage.prior(noised, t, stage.prior.context(text.states, text.mask))
             expected = ((predicted - noise).square().mean((1, 2, 3)) / alpha_bar).mean()
         torch.testing.assert_close(loss, expected)
+
+    def test_previews_are_of_the_average(self, small_cascade, monkeypatch):
+        drawn = []
+
+        class Drawing:
+            def __init__(self, cascade, device):
+                drawn.append(cascade)
+
+            def generate(self, prompts):
+                return [Image.new("RGB", (8, 8)) for _ in prompts]
+
+        monkeypatch.setattr("wuerstchen.train.stage_c.Wuerstchen", Drawing)
+        recipe = dataclasses.replace(RECIPE, preview_prompts=("a cat",))
+        frozen = dataclasses.replace(small_cascade, prior=None)
+        stage = StageC(RECIPE.stage_c, recipe, small_cascade.prior, frozen, self.STATISTICS)
+        average = copy.deepcopy(small_cascade.prior)
+        assert len(stage.preview({"prior": average}, torch.empty(0, 3, 8, 8), CPU)) == 1
+        assert drawn[0].prior is average
+        assert drawn[0].settings.map_statistics == self.STATISTICS
 
     def test_captions_are_dropped_a_picture_at_a_time(self, small_cascade):
         stage = self.make(small_cascade, 0.3)
