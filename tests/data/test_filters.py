@@ -54,6 +54,8 @@ def test_sizes():
     [
         ({"original_width": 640, "original_height": 480.0}, (640, 480)),
         ({"WIDTH": 640, "HEIGHT": 480}, (640, 480)),
+        ({"WIDTH": 1, "HEIGHT": 1 << 31}, (1, 1 << 31)),
+        ({"WIDTH": 1, "HEIGHT": (1 << 31) + 1}, None),
         ({"original_width": 640, "original_height": None}, None),
         ({"original_width": 640}, None),
         ({"original_width": "640", "original_height": "480"}, None),
