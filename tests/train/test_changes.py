@@ -17,8 +17,9 @@ from wuerstchen.recipes.tiny import tiny
 from wuerstchen.train.changes import asked_for, check_same, ended_at, in_force, parts_of, plan
 from wuerstchen.train.config import Phase, as_dict
 from wuerstchen.train.report import write_report
-from wuerstchen.train.run import train
+from wuerstchen.train.run import _fingerprint, _open_sources, train
 from wuerstchen.train.snapshot import newest
+from wuerstchen.train.watch import Watch
 
 PARTS = ["a", "b", "b2", "a2", "c", "c2"]
 
@@ -322,6 +323,36 @@ def test_a_run_is_ended_with_a_usable_model(finished, tmp_path):
     assert final(run_dir) == final(finished)
     train(recipe, run_dir, device="cpu")
     assert final(run_dir)[0] == 24
+
+
+def test_a_run_is_ended_before_a_phase_with_other_data(finished, tmp_path):
+    """Its data are not opened any more: preview prompts were looked for in them, and what they held out of
+    the data inside them came back, so that these seemed to have changed."""
+    run_dir, outer = tmp_path / "run", tmp_path / "photos"
+    for folder in (outer, outer / "fine"):
+        folder.mkdir()
+        for number in range(300):
+            (folder / f"{number}.png").write_bytes(b"")  # nothing is opened
+            (folder / f"{number}.txt").write_text("a thing")
+    data = str(outer / "fine")
+    recipe = dataclasses.replace(
+        micro(), stages=("a", "b", "c"), data=data, precision="fp32", preview_prompts=()
+    )
+    second = Phase(optimization=recipe.stage_c.optimization, data=str(outer))
+    recipe = dataclasses.replace(recipe, stage_c=dataclasses.replace(recipe.stage_c, phases=(second,)))
+    shutil.copytree(finished, run_dir)
+    shutil.rmtree(run_dir / "model")
+    stored = json.loads((run_dir / "run.json").read_text())
+    stored |= {"recipe": as_dict(recipe), "data": _fingerprint(recipe, _open_sources(recipe))}
+    stored["recipe"]["stage_a"]["optimization"]["images"] = 80
+    (run_dir / "run.json").write_text(json.dumps(stored))
+    optimization = dataclasses.replace(recipe.stage_a.optimization, images=80)
+    recipe = dataclasses.replace(
+        recipe, stage_a=dataclasses.replace(recipe.stage_a, optimization=optimization)
+    )
+    for end_now in (True, False):
+        train(recipe, run_dir, device="cpu", end_now=end_now, watch=Watch(rehearses=False))
+        assert read_network(run_dir / "model" / "vqgan.safetensors")[1].images == 24
 
 
 def test_a_change_at_a_damaged_checkpoint_is_refused_and_a_recorded_one_moves(finished, tmp_path):

@@ -28,17 +28,35 @@ _PUT = {"PUT", "BINPUT", "LONG_BINPUT"}
 _GET = {"GET", "BINGET", "LONG_BINGET"}
 _NOTHING = {"PROTO", "FRAME", "STOP"}
 _CALLS = {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"}
+# Of one number, or one list of texts.
+_FLAT = {
+    "NONE",
+    "NEWTRUE",
+    "NEWFALSE",
+    "INT",
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG",
+    "LONG1",
+    "LONG4",
+    "FLOAT",
+}
+_FLAT |= {"BINFLOAT", "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE"}
+_FLAT |= {"MARK", "EMPTY_LIST", "APPEND", "APPENDS", "MEMOIZE", *_PUT, *_GET}
 _INTO = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}
 
 
-def check_pickle(stream: Any) -> None:
+def check_pickle(stream: Any, *, flat: bool = False) -> None:
     """Reads one pickle from a binary stream up to its end.
 
-    Raises ``pickle.UnpicklingError`` if it is damaged, ``TooMuchWork`` if it is that. Time and memory are in
-    proportion to the bytes that are read.
+    ``flat`` allows a number, a text, or one list of these, whose elements may then be printed or become keys.
+    Raises ``pickle.UnpicklingError`` if it is damaged or not flat, ``TooMuchWork`` if it is that. Time and
+    memory are in proportion to the bytes that are read.
     """
     stack: list[list[int]] = []  # of one number each, so that what grows later grows in the memo too
     memo: dict[Any, list[int]] = {}
+    lists = 0
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
             if count == MAX_OPCODES:
@@ -46,6 +64,10 @@ def check_pickle(stream: Any) -> None:
             name = opcode.name
             if name in _NOTHING:
                 continue
+            if flat:
+                lists += name == "EMPTY_LIST"
+                if name not in _FLAT or lists > 1:
+                    raise pickle.UnpicklingError("it is no number, no text and no list of them")
             if name == "MARK":
                 stack.append(_MARK)
             elif name in _PUT:
@@ -74,6 +96,8 @@ def _step(opcode: pickletools.OpcodeInfo, stack: list[list[int]]) -> None:
         first = 0 if opcode.name == "DICT" else 1
         if any(one[0] > MAX_KEY for one in taken[first::2]):
             raise TooMuchWork(f"a key in it has more than {MAX_KEY} parts")
+    if opcode.name == "BINPERSID" and size > MAX_KEY:  # it says where values are stored, and becomes a key
+        raise TooMuchWork(f"a place of values in it has more than {MAX_KEY} parts")
     if opcode.name == "ADDITEMS" and any(one[0] > MAX_KEY for one in taken[1:]):
         raise TooMuchWork(f"an element of a set in it has more than {MAX_KEY} parts")
     if opcode.name in _INTO:

@@ -159,8 +159,9 @@ def _check_legacy(path: Path) -> None:
         if file.read(2) == b"PK":
             raise ValueError("it is an archive without its end")
         file.seek(0)
-        for _ in range(4):  # a magic number, a version, the machine, the object
-            check_pickle(file)
+        # A magic number, a version, the machine, the object, and the names of its values.
+        for flat in (True, True, False, False, True):
+            check_pickle(file, flat=flat)
             if file.tell() > MAX_PICKLE:
                 raise ValueError(f"it has more than {MAX_PICKLE:,} bytes beside its tensors")
 
