@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import pickletools
 import re
 import struct
 import zipfile
@@ -473,6 +474,31 @@ def test_nested_tuples_as_a_key(levels: int, legacy: bool, tmp_path: Path) -> No
         path = save(STATE, tmp_path / "a.pt")
         rewritten(path, tmp_path / "m.pt", lambda n, d: data if n.endswith("data.pkl") else d)
     refused(tmp_path / "m.pt", "a key in it has more than 100 parts")
+
+
+@pytest.mark.parametrize("number", [0, 1, 4])
+def test_nested_tuples_beside_the_object_of_a_legacy_file(number: int, tmp_path: Path) -> None:
+    """torch compares or prints the first two pickles, and takes the elements of the last one for keys."""
+    save_legacy(STATE, tmp_path / "a.pt")
+    pieces = []
+    with open(tmp_path / "a.pt", "rb") as file:
+        for _ in range(5):
+            start = file.tell()
+            assert [*pickletools.genops(file)]
+            pieces.append((start, file.tell()))
+    whole = (tmp_path / "a.pt").read_bytes()
+    start, stop = pieces[number]
+    hostile = b"\x80\x02](" + nested_key(30)[3:-4] + b"e."
+    (tmp_path / "m.pt").write_bytes(whole[:start] + hostile + whole[stop:])
+    refused(tmp_path / "m.pt", "it is not a torch file")
+
+
+def test_nested_tuples_as_the_place_of_values(tmp_path: Path) -> None:
+    path = save(STATE, tmp_path / "a.pt")
+    key = nested_key(30)[3:-4]
+    place = b"\x80\x02(X\x07\x00\x00\x00storagectorch\nFloatStorage\n" + key + b"X\x03\x00\x00\x00cpuK\x01tQ."
+    rewritten(path, tmp_path / "m.pt", lambda n, d: place if n.endswith("data.pkl") else d)
+    refused(tmp_path / "m.pt", "a place of values in it has more than 100 parts")
 
 
 def test_keys_of_ordinary_size_are_read(tmp_path: Path) -> None:
