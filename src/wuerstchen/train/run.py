@@ -143,9 +143,11 @@ def _train(
     recipe = planned.recipe
     for phase in readings(recipe):
         processes.check_batches(phase.stage, phase.images, phase.batch_size, phase.accumulate)
-    sources = _open_sources(recipe)
+    sources = _open_sources(recipe, given)
     start = read_start(recipe)
-    given, recipe = (with_prompts(start.resolved(r), sources) for r in (given, recipe))
+    # Of a run that was ended early, ``given`` has phases with data that are not open.
+    recipe = with_prompts(start.resolved(recipe), sources)
+    given = dataclasses.replace(start.resolved(given), preview_prompts=recipe.preview_prompts)
     planned = dataclasses.replace(planned, recipe=recipe)
     with locked(run_dir, processes), warnings.catch_warnings():
         # Captions longer than the encoder reads are cut; a line for each would bury everything else.
@@ -157,6 +159,7 @@ def _train(
             run.check_prepared_sets()
             run.fingerprint = _fingerprint(given, sources)
             run.changes = planned.changes
+            run.begun = given
             if not processes.alike(run.fingerprint):
                 raise DataError(
                     f"process {processes.rank} has other data in {recipe.data!r} than others of this run; "
@@ -245,12 +248,16 @@ def _around(data: str, recipe: Recipe) -> Path | None:
     return min(found, key=lambda folder: len(folder.parts), default=None)
 
 
-def _open_sources(recipe: Recipe) -> dict[str, Source | PreparedSet]:
-    """The data sets of all phases, by the name that the recipe gives them. Refuses what they cannot serve."""
+def _open_sources(recipe: Recipe, begun: Recipe | None = None) -> dict[str, Source | PreparedSet]:
+    """The data sets of all phases, by the name that the recipe gives them. Refuses what they cannot serve.
+
+    ``begun`` is the recipe that the run was begun with, if it is another: what its phases hold out of each
+    other's data stays held out.
+    """
     sources: dict[str, Source | PreparedSet] = {}
     for phase in _phases(recipe):
         data = phase.data or recipe.data
-        source = sources[data] = sources.get(data) or open_source(data, _around(data, recipe))
+        source = sources[data] = sources.get(data) or open_source(data, _around(data, begun or recipe))
         if phase.max_ratio > 1 and isinstance(source, EmojiSource):
             raise UserError(
                 f"max_ratio={phase.max_ratio} needs photographs: emoji are composed as squares; use 1"
@@ -312,6 +319,8 @@ class _Run:
         self.fingerprint = ""
         self.changes: list[dict[str, Any]] = []
         """Of the recipe since the run was begun."""
+        self.begun = recipe
+        """What it was begun with."""
         self.repeats_images = False
         """Whether sizes of a prepared set have fewer images than a batch."""
         self.device = processes.device
@@ -744,7 +753,7 @@ class _Run:
             return None
         data, size = key = (phase.data or self.recipe.data, phase.image_size or self.recipe.image_size)
         if key not in self._held_out:
-            around = _around(data, self.recipe)
+            around = _around(data, self.begun)
             self._held_out[key] = held_out(data, size, texts=self.recipe.stored_texts, around=around)
             if self._held_out[key] is None:
                 print(f"{data} holds out no pictures, so there is no validation loss")
