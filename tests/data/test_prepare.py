@@ -403,6 +403,15 @@ def test_a_folder_with_other_settings_or_another_source_is_refused(photos, tmp_p
     assert contents(out) == before
 
 
+def test_a_set_of_a_model_that_sees_images_enlarged_can_be_read(photos, tmp_path, networks):
+    """It was made to its end, and then every reader refused it."""
+    settings = dataclasses.replace(networks.settings, view_scale=2.0)
+    out = tmp_path / "out"
+    made = make(photos, out, dataclasses.replace(networks, settings=settings))
+    assert PreparedSet(out).description == made
+    assert made["settings"]["view_scale"] == 2.0
+
+
 def test_an_unfinished_folder_from_before_colour_profiles_were_read_is_refused(
     photos, tmp_path, networks, monkeypatch
 ):

@@ -397,8 +397,8 @@ def _check_description(content: dict[str, Any]) -> None:
     for key in ("size", "crops", "text_width", "text_length"):
         _count(settings, key, least=1, most=_MOST)
     _count(settings, "vocabulary", least=1, most=1 << 31)
-    if not 0 < _of(settings, "view_scale", int | float) <= 1:
-        raise ValueError(f"view_scale is {_shown(settings['view_scale'])} and must be above 0 and at most 1")
+    if not 0 < _of(settings, "view_scale", int | float) <= 4:
+        raise ValueError(f"view_scale is {_shown(settings['view_scale'])} and must be above 0 and at most 4")
     buckets = _shapes(settings, "buckets", 2, least=1, most=_MOST)
     maps = _shapes(settings, "maps", 3, least=1, most=_MOST)
     if len(buckets) != len(maps):
