@@ -207,6 +207,15 @@ def test_a_picture_that_vanished_from_its_shard(three):
         reader.read(items[2].name, items[2].place)
 
 
+def test_a_picture_that_its_shard_ends_in_is_not_read_in_part(three):
+    reader = TarReader([three])
+    items, _ = read(reader)
+    _, offset, size = items[2].place
+    three.write_bytes(three.read_bytes()[: offset + size - 1])
+    with pytest.raises(DataError, match=r"image 'a.tar:2' is wrong because .* ends in it"):
+        reader.read(items[2].name, items[2].place)
+
+
 def test_what_macos_adds_ends_no_sample(tmp_path):
     """Its tar writes a ``._`` file before each member; other members that are no sample come in between."""
     path = write_tar(

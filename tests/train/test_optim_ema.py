@@ -61,6 +61,26 @@ def test_update_is_adamw_with_shortened_gradients():
 
 
 @pytest.mark.usefixtures("grad_scaler")
+def test_short_gradients_are_not_lengthened():
+    """Against torch's own clipping and AdamW. One update alone would not tell: AdamW forgets the length."""
+    ours = nn.Linear(3, 2).double()
+    theirs = copy.deepcopy(ours)
+    config = Optimization(images=1, batch_size=1, weight_decay=0.0, learning_rate=0.01)
+    mine = make_optimizer(ours, config)
+    other = torch.optim.AdamW(theirs.parameters(), lr=0.01, betas=config.betas, weight_decay=0)
+    for size in (5.0, 0.01, 0.2, 3.0):
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            q.grad = size * torch.randn_like(p)
+            p.grad = q.grad.clone()
+        update(ours, mine, clip_norm=1.0, loss=torch.tensor(1.0))
+        nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        other.step()
+        torch.testing.assert_close(
+            dict(ours.named_parameters()), dict(theirs.named_parameters()), rtol=1e-5, atol=1e-7
+        )
+
+
+@pytest.mark.usefixtures("grad_scaler")
 def test_a_gradient_that_is_not_finite_updates_nothing():
     network = nn.Linear(2, 2)
     before = copy.deepcopy(network.state_dict())

@@ -1,9 +1,12 @@
 """The counter-based random numbers: their distribution, and that nothing but the counter matters."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
+from wuerstchen.data.plan import stable_hash
 from wuerstchen.train.random import ImageRandom, _mix, _signed
 
 INDICES = torch.arange(64)
@@ -50,6 +53,25 @@ def test_mixing_equals_splitmix64_in_python():
     values = [0, 1, 2**63, 2**64 - 1, 0x9E3779B97F4A7C15]
     ours = _mix(torch.tensor([_signed(v) for v in values]))
     assert [int(v) % 2**64 for v in ours] == [reference(v) for v in values]
+
+
+def test_normal_numbers_are_box_and_mullers():
+    """In Python's whole numbers: every run's noise stays what it was, number by number."""
+
+    def mixed(x):
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) % 2**64
+        return x ^ (x >> 31)
+
+    golden, images = 0x9E3779B97F4A7C15, [0, 7, 10**9]
+    drawn = ImageRandom(3, torch.tensor(images)).normal("noise", (2, 3)).flatten(1)
+    for image, ours in zip(images, drawn.tolist(), strict=True):
+        key = mixed((image * golden + stable_hash(3, "noise")) % 2**64)
+        for position, found in enumerate(ours):
+            bits = mixed((key + position * golden) % 2**64)
+            u1, u2 = ((bits >> 40) + 1) / 2**24, (bits >> 16) % 2**24 / 2**24
+            expected = math.sqrt(-2 * math.log(u1)) * math.cos(2 * math.pi * u2)
+            assert found == pytest.approx(expected, abs=2e-6)
 
 
 def test_integers_are_even_and_a_function_of_the_image():
