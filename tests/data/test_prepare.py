@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -144,6 +145,18 @@ def test_all_positions(photos, tmp_path, networks, kept):
     assert states.shape == encoded.shape
     scale = np.abs(encoded).max(axis=1, keepdims=True)
     assert (np.abs(states - encoded) <= scale * (0.51 / 127 if kept == "int8" else 1e-3)).all()
+
+
+def test_all_views_of_a_picture_are_on_one_side():
+    names = [f"{picture}.webp#view={view}" for picture in range(200) for view in range(3)]
+    prepared = PreparedSet.__new__(PreparedSet)
+    column = SimpleNamespace(to_pylist=lambda: names)
+    prepared._tables = {"images": SimpleNamespace(data=SimpleNamespace(column=lambda name: column))}
+    train, held_out = (prepared.rows(split).tolist() for split in ("train", "heldout"))
+    assert sorted([*train, *held_out]) == list(range(600))
+    pictures = {row // 3 for row in held_out}
+    assert 0 < len(pictures) < 20
+    assert held_out == [3 * picture + view for picture in sorted(pictures) for view in range(3)]
 
 
 def test_maps_are_made_in_fp32_whatever_text_states_are(photos, tmp_path, networks):

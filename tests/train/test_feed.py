@@ -12,7 +12,7 @@ from PIL import Image
 from wuerstchen.data.emoji import EmojiSource, sample_root
 from wuerstchen.data.folder import FolderSource
 from wuerstchen.errors import DataError, UserError
-from wuerstchen.train.feed import Feed, batch_sizes, batches
+from wuerstchen.train.feed import Feed, batch_sizes, batches, pixels_of
 
 
 def test_the_sizes_of_a_phase():
@@ -53,6 +53,27 @@ def test_where_a_run_goes_on_and_which_part_a_process_takes_changes_no_picture(p
     second = list(batches(feed_of(photos), 0, 24, 4, 0, lambda numbers: numbers[2:]))
     for one, other in zip(whole, second, strict=True):
         assert (one.images[2:] == other.images).all()
+
+
+def test_a_picture_is_cut_anew_every_time_it_is_shown(toy_source):
+    feed = Feed(toy_source(3), 1, 8, False)
+    shown = {}
+    for index in range(9):
+        image = feed[index][1].image
+        shown.setdefault(int(image[0, 0, 0]), set()).add(image.tobytes())
+    assert {item: len(images) for item, images in shown.items()} == {0: 3, 1: 3, 2: 3}
+
+
+def test_pixels_reach_from_zero_to_one():
+    images = torch.tensor([0, 51, 255], dtype=torch.uint8).expand(1, 2, 4, 3)
+    assert pixels_of(images)[0, :, 1, 3].tolist() == pytest.approx([0, 0.2, 1])
+    assert pixels_of(images).shape == (1, 3, 2, 4)
+
+
+def test_previews_show_the_same_pictures_in_every_run(toy_source):
+    one, two = (Feed(toy_source(), seed, 8, True).shown(3, 8) for seed in (1, 2))
+    assert one.shape == (3, 3, 8, 8)
+    assert torch.equal(one, two)
 
 
 def test_pictures_fill_the_size(photos):

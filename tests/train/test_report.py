@@ -348,6 +348,7 @@ def test_nothing_to_draw_is_no_figure():
 
 def test_running_means_begin_at_the_first_value():
     assert smoothed([(0.0, 3.0), (1.0, 3.0)]) == [(0, 3.0), (1, pytest.approx(3.0))]
+    assert smoothed([(float(n), 3.0) for n in range(100)])[1] == (1, pytest.approx(3.0))
     noisy = [(float(n), 1.0 + (n % 2)) for n in range(1000)]
     assert all(abs(y - 1.5) < 0.1 for _, y in smoothed(noisy)[200:])
 

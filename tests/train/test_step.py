@@ -110,6 +110,15 @@ def test_parts_of_a_smaller_last_batch_are_weighted():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6)
 
 
+def test_the_first_fault_is_the_one_that_is_told():
+    step = make_step(PriorStage())
+    inputs, indices = make_inputs()
+    broken = {**inputs, "x": inputs["x"] * torch.nan}
+    for rows, first, told in ((inputs, 8, -1), (broken, 16, 16), (broken, 24, 16), (inputs, 32, 16)):
+        step(rows, indices + first)
+        assert step.fault.item() == told
+
+
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_processes_talk_once_an_update_of_a_network(accumulate, monkeypatch):
     reduced: list[int] = []
