@@ -26,7 +26,7 @@ from PIL import Image
 from wuerstchen.cli import main
 from wuerstchen.data import prepare as module
 from wuerstchen.data import prepare_shards
-from wuerstchen.data.buckets import bucket_of, bucket_sizes
+from wuerstchen.data.buckets import bucket_of, bucket_sizes, crop_boxes
 from wuerstchen.data.filters import Filters
 from wuerstchen.data.plan import BucketPlan
 from wuerstchen.data.prepare import Rank, prepare, summary
@@ -515,6 +515,10 @@ def test_crops_do_not_depend_on_what_else_is_kept(photos, tmp_path, networks):
     assert [some.name(i) for i in range(len(some))] == ["0.png", "1.png", "3.png"]
     for ours, theirs in ((0, 0), (1, 1), (2, 3)):
         assert np.array_equal(some.boxes(ours), everything.boxes(theirs))
+    for item in range(8):  # each picture's crops are its own
+        image, size = open_image(photos / f"{item}.png"), everything.size(item)
+        expected = crop_boxes(image, size, CONFIG.crop, CONFIG.crops, CONFIG.seed, item)
+        np.testing.assert_allclose(everything.boxes(item), expected, atol=1e-4)
 
 
 def test_nothing_left(photos, tmp_path, networks):
