@@ -306,6 +306,14 @@ def test_more_images_after_the_end_are_those_of_the_longer_run(finished, tmp_pat
     assert not (extended / "model.new").exists()
 
 
+def test_a_batch_size_fits_what_the_refinement_in_training_has_seen(tmp_path):
+    """It was compared with the images of the finished Stage A, and not with those of its refinement."""
+    with pytest.raises(UserError, match="does not divide the 80 images that stage A2 has seen"):
+        asked_for(phased(), trained(tmp_path / "80", **until("a2", a2=80)), ["batch_size=32"])
+    changed, _ = asked_for(phased(), trained(tmp_path / "64", **until("a2", a2=64)), ["batch_size=64"])
+    assert changed.stage_a.optimization.batch_size == 64
+
+
 def test_a_run_is_ended_with_a_usable_model(finished, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir)

@@ -276,8 +276,9 @@ def asked_for(
         first = open_parts[0]
         changes.append(_change(recipe, changed, path, first.name, reached(run_dir, first)))
     for p in parts:
-        if p.phase and f"{p.phase}.optimization.batch_size" in paths and reached(run_dir, p):
-            seen, size = reached(run_dir, p), get(as_dict(changed), f"{p.phase}.optimization.batch_size")
+        path, seen = f"{p.phase or p.config}.optimization.batch_size", reached(run_dir, p)
+        if path in paths and 0 < seen < p.images:
+            size = get(as_dict(changed), path)
             if seen % size:
                 raise UserError(
                     f"batch_size={size} does not divide the {seen:,} images that stage {p.name.upper()} has "
