@@ -11,6 +11,7 @@ import pytest
 from wuerstchen.errors import UserError
 from wuerstchen.serve import guard
 from wuerstchen.serve.limits import ServeConfig, read_tokens
+from wuerstchen.serve.metrics import Metrics
 from wuerstchen.serve.server import listen
 
 TOKEN = "a-token-of-some-length"
@@ -256,6 +257,21 @@ def test_bodies_of_one_client_leave_room_for_others(serve, monkeypatch, begin):
     assert "hold too many bytes: 263,000" in refused.json()["error"]["message"]
     answer = running.http.post("/v1/jobs", json=JOB, headers={"authorization": f"Bearer {honest}"})
     assert answer.status_code == 202
+
+
+async def _nothing(scope, receive, send):
+    pass
+
+
+def test_addresses_of_one_ipv6_network_are_one_client():
+    """Each would have its own share of the queue, of bodies and of decoders."""
+    asked = guard.Guard(_nothing, ServeConfig(), Metrics())
+    first, second, third = (
+        asked._client({"client": (address, 1), "path": "/v1/jobs", "method": "POST"}, {})
+        for address in ("2001:db8:1:2::1", "2001:db8:1:2::9", "2001:db8:1:3::1")
+    )
+    assert first == second != third
+    assert asked._client({"client": ("10.0.0.1", 1)}, {}) == "address 10.0.0.1"
 
 
 def test_texts_need_no_room_for_uploads(serve):

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from wuerstchen.serve.connections import network_of
 from wuerstchen.serve.limits import LOOPBACK_NAMES, ServeConfig
 from wuerstchen.serve.metrics import Metrics
 from wuerstchen.serve.proxies import KEY, ForwardedError, PublicAddress, is_origin_of, public_address
@@ -188,7 +189,8 @@ class Guard:
             if not (reads and (path in OPEN_PATHS or path.startswith(OPEN_PREFIXES))):
                 raise _Stop(401, "a token is missing or unknown; send the header Authorization: Bearer TOKEN")
         peer = scope.get("client")
-        return f"address {peer[0]}" if peer else "address unknown"
+        # Of IPv6 one person has a whole network, and could be any number of clients.
+        return f"address {network_of(str(peer[0]))}" if peer else "address unknown"
 
     async def _read(
         self, scope: Scope, headers: dict[str, str], client: str, receive: Receive
