@@ -56,12 +56,14 @@ def test_where_a_run_goes_on_and_which_part_a_process_takes_changes_no_picture(p
 
 
 def test_a_picture_is_cut_anew_every_time_it_is_shown(toy_source):
-    feed = Feed(toy_source(3), 1, 8, False)
     shown = {}
-    for index in range(9):
-        image = feed[index][1].image
-        shown.setdefault(int(image[0, 0, 0]), set()).add(image.tobytes())
-    assert {item: len(images) for item, images in shown.items()} == {0: 3, 1: 3, 2: 3}
+    for seed in (1, 2):
+        feed = Feed(toy_source(3), seed, 8, False)
+        for index in range(9):
+            image = feed[index][1].image[1:].tobytes()
+            shown.setdefault(int(feed[index][1].image[0, 0, 0]), set()).add(image)
+    assert {item: len(images) for item, images in shown.items()} == {0: 6, 1: 6, 2: 6}
+    assert len(set.union(*shown.values())) == 18
 
 
 def test_pixels_reach_from_zero_to_one():
