@@ -118,6 +118,8 @@ def test_emoji_are_composed_several_times(tmp_path):
     expected = EmojiSource(sample_root(), centred=CENTRED).example(0, generator(0, 1, "view"), 256)
     assert np.array_equal(np.asarray(decode_image(again.read("x", items[1].place), "x")), expected.image)
     assert items[1].captions == (expected.caption,)
+    expected = EmojiSource(sample_root(), centred=CENTRED).example(1, generator(0, 2, "view"), 256)
+    assert np.array_equal(np.asarray(decode_image(again.read("x", items[2].place), "x")), expected.image)
     assert EmojiReader(sample_root(), views=3).fingerprint() != reader.fingerprint()
 
 

@@ -8,6 +8,7 @@ import torch
 
 from wuerstchen.errors import UserError
 from wuerstchen.train.observe import SkippedWarning
+from wuerstchen.train.saving import Saving
 from wuerstchen.train.snapshot import best_of, newest
 from wuerstchen.train.validate import Validation
 
@@ -106,6 +107,17 @@ def test_the_checkpoint_with_the_lowest_validation_loss_stays(tmp_path, toy_stag
     assert best_of(tmp_path / "checkpoints") == {"images": 40, "loss": 0.3}
     kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.is_dir())
     assert kept == [40, 100, 120]
+
+
+def test_a_validation_without_its_checkpoint_is_not_the_best(
+    tmp_path, toy_stage, toy_source, settings, monkeypatch
+):
+    """Its number would keep a folder that is not there, and free the one before."""
+    whole = Saving.is_whole
+    monkeypatch.setattr(Saving, "is_whole", lambda saving, images: images != 40 and whole(saving, images))
+    losses = Losses(0.9, 0.3, 0.5, 0.7, 0.6, 0.8)
+    run(tmp_path, toy_stage(), toy_source(), settings, validation=losses, preview_every=20)
+    assert best_of(tmp_path / "checkpoints") == {"images": 60, "loss": 0.5}
 
 
 def test_milestones_stay(tmp_path, toy_stage, toy_source, settings):

@@ -2,12 +2,14 @@
 
 import json
 import resource
+import threading
 
 import pytest
 import torch
 from torch import nn
 
 from wuerstchen.errors import CheckpointError
+from wuerstchen.train import snapshot
 from wuerstchen.train.config import Optimization
 from wuerstchen.train.ema import make_average
 from wuerstchen.train.optim import make_optimizer, update
@@ -17,6 +19,7 @@ from wuerstchen.train.snapshot import (
     TrainingState,
     Writer,
     newest,
+    read_averages,
     restore,
     save,
 )
@@ -43,6 +46,21 @@ def test_round_trip_is_exact(tmp_path):
     a, b = (s.optimizers["n"].state_dict()["state"] for s in (before, after))
     assert all(torch.equal(a[i][key], b[i][key]) for i in a for key in a[i])
     assert (after.images, after.updates) == (8, 2)
+
+
+def test_a_checkpoint_is_of_the_moment_when_it_was_begun(tmp_path, monkeypatch):
+    """Training goes on while it is written."""
+    state, goes_on, write = make_state(0), threading.Event(), snapshot.write_tensors
+    expected = {name: tensor.clone() for name, tensor in state.networks["n"].state_dict().items()}
+    monkeypatch.setattr(snapshot, "write_tensors", lambda *given: (goes_on.wait(60), write(*given))[1])
+    writer = Writer(tmp_path, Processes(torch.device("cpu")))
+    writer.begin(state, {})
+    with torch.no_grad():
+        for tensor in state.networks["n"].state_dict().values():
+            tensor.zero_()
+    goes_on.set()
+    found = read_averages(writer.wait(), "n", raw=True)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path):
