@@ -45,6 +45,10 @@ def test_it_keeps_what_the_stage_prepares_and_images_only_if_they_are_read(toy_s
     assert inputs["images"].data_ptr() == bank.images.data_ptr()  # 20 GB are not copied
     stage.reads_images = False
     assert bank.prepare(stage, autocast=False).keys() == {"first"}
+    captions = []
+    stage.prepare = lambda batch, device: captions.extend(batch.captions) or {}
+    bank.prepare(stage, autocast=False)
+    assert captions == bank.captions != captions[::-1]
 
 
 def test_every_epoch_shows_every_picture_of_the_bank_once():

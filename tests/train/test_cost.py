@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from wuerstchen.errors import UserError
+from wuerstchen.train import cost
 from wuerstchen.train.cost import (
     Cost,
     CostMeter,
@@ -66,6 +67,13 @@ def test_energy_that_nothing_measures_is_not_claimed():
     assert Tariff().describe(spent) == "0 s, energy not measured"
     assert Tariff(per_kwh=0.3).money(spent) is None
     assert Tariff(per_kwh=0.3, per_hour=1.0).money(spent) is None  # a part would pass for the whole
+
+
+def test_joules_are_counted_in_kilowatt_hours(monkeypatch):
+    """From the beginning on: the counter is the GPU's, and runs since it was switched on."""
+    readings = iter((1e9, 1e9 + 7.2e6))
+    monkeypatch.setattr(cost, "energy_counter", lambda device: lambda: next(readings))
+    assert CostMeter(torch.device("cpu")).spent().kwh == pytest.approx(2)
 
 
 def test_a_tariff_by_hand():

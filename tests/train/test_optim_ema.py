@@ -27,6 +27,7 @@ def test_learning_rate_rises_then_stays_or_falls():
     assert [learning_rate(constant, i) for i in (0, 50, 100, 1000)] == [0, 5e-4, 1e-3, 1e-3]
     cosine = Optimization(images=1100, batch_size=1, learning_rate=1e-3, warmup=100, decay="cosine")
     assert learning_rate(cosine, 100) == pytest.approx(1e-3)
+    assert learning_rate(cosine, 350) == pytest.approx(1e-3 * (0.05 + 0.95 * (1 + 0.5**0.5) / 2))
     assert learning_rate(cosine, 600) == pytest.approx(1e-3 * (0.05 + 0.95 / 2))
     assert learning_rate(cosine, 1100) == pytest.approx(5e-5)
 
