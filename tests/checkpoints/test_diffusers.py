@@ -170,7 +170,7 @@ INDEX = {
     "a part left empty": ({"vqgan": [None, None]}, r"vqgan is of class \[None, None\]"),
     "a part too many": ({"unet": ["diffusers", "UNet2DModel"]}, "has no 'unet'"),
     "a number that is none": ({"latent_dim_scale": "10.67"}, "latent_dim_scale is '10.67', no number"),
-    "larger than any number": ({"latent_dim_scale": 10**400}, "latent_dim_scale is 10000"),
+    "larger than any number": ({"latent_dim_scale": 10**400}, "it has a whole number of 401 digits"),
     "a library that is no text": ({"vqgan": [["diffusers"], "PaellaVQModel"]}, "vqgan is of class"),
     "a pipeline that is no text": ({"_class_name": ["WuerstchenDecoderPipeline"]}, "none of"),
     "a very long class": ({"_class_name": "x" * 10**6}, "x{79}…, none of"),

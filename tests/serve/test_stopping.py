@@ -150,9 +150,9 @@ def test_closing_is_part_of_the_grace_time():
 def test_threads_that_hang_are_told_from_those_that_end():
     event = threading.Event()
     for seconds, hangs in ((0.05, False), (30, True)):
-        thread = threading.Thread(target=event.wait, args=(seconds,), name="save_7")
+        thread = threading.Thread(target=event.wait, args=(seconds,), name="named here_7")
         thread.start()
-        assert threads_hang(("save",), 1.0 if not hangs else 0.1) == hangs
+        assert threads_hang(("named here",), 10.0 if not hangs else 0.1) == hangs
     event.set()
     thread.join()
-    assert not threads_hang(("save",))
+    assert not threads_hang(("named here",))

@@ -383,7 +383,7 @@ def test_a_finished_run_says_so_and_skipped_captions_are_named(tmp_path, capsys)
 
 
 def test_the_closing_hint_can_be_pasted(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("wuerstchen.train.run._train", lambda recipe, run_dir, *_: run_dir / "model")
+    monkeypatch.setattr("wuerstchen.train.run._train", lambda given, plan, run_dir, *_: run_dir / "model")
     assert main(["train", "tiny", "--run-dir", str(tmp_path / "my run"), "--device", "cpu"]) == 0
     said = capsys.readouterr().out
     assert f"wuerstchen generate --model '{tmp_path}/my run/model' ..." in said
