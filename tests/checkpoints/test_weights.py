@@ -7,6 +7,7 @@ import pickletools
 import re
 import struct
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -499,6 +500,49 @@ def test_nested_tuples_as_the_place_of_values(tmp_path: Path) -> None:
     place = b"\x80\x02(X\x07\x00\x00\x00storagectorch\nFloatStorage\n" + key + b"X\x03\x00\x00\x00cpuK\x01tQ."
     rewritten(path, tmp_path / "m.pt", lambda n, d: place if n.endswith("data.pkl") else d)
     refused(tmp_path / "m.pt", "a place of values in it has more than 100 parts")
+
+
+def filled_later(levels: int) -> bytes:
+    """The pickle of a tuple of one list, which has 2ᵏ elements that were put in after it was in the tuple."""
+    tuples = b")" + b"q\x01h\x01\x86" * levels
+    return b"]q\x02\x85q\x030h\x02" + tuples + b"a0h\x03"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\n%bX\x03\x00\x00\x00cpuK\x01tQ.",
+        b"ccollections\nCounter\n%bR.",  # torch lets it count, and hash, the list's elements
+    ],
+)
+def test_a_list_that_is_filled_when_it_is_in_something_else(content: bytes, tmp_path: Path) -> None:
+    """It counted as empty: torch printed and hashed 2ᵏ elements, of a file with six bytes for each k."""
+    path = save(STATE, tmp_path / "a.pt")
+    hostile = b"\x80\x02" + content % filled_later(8)
+    rewritten(path, tmp_path / "m.pt", lambda n, d: hostile if n.endswith("data.pkl") else d)
+    refused(tmp_path / "m.pt", "a container in it is filled after it was put into another one")
+
+
+def test_containers_that_are_in_several_others_are_read(tmp_path: Path) -> None:
+    shared = [1, {"a": 2}]
+    content = {"x": shared, "y": [shared, (shared,)], "state": OrderedDict(STATE)}
+    for legacy in (False, True):
+        torch.save(content, tmp_path / "m.pt", _use_new_zipfile_serialization=not legacy)
+        found = read_torch_file(tmp_path / "m.pt")
+        assert isinstance(found, dict)
+        assert found["y"] == [shared, (shared,)]
+
+
+class Circle:
+    """Holds what holds it."""
+
+    def __init__(self) -> None:
+        self.inside = [self]
+
+
+def test_objects_that_hold_each_other_are_called_objects(tmp_path: Path) -> None:
+    torch.save(Circle(), tmp_path / "m.pt")
+    refused(tmp_path / "m.pt", "holds pickled objects, which are never run")
 
 
 def test_keys_of_ordinary_size_are_read(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ Here the opcodes are followed with nothing but sizes on the stack.
 import pickle
 import pickletools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 MAX_OPCODES = 2_000_000
@@ -22,8 +23,16 @@ class TooMuchWork(ValueError):
     """Reading a file would take more than its size explains."""
 
 
+@dataclass(eq=False, slots=True)
+class _Value:
+    """What lies on the stack: how much is in it, and whether it is in something else."""
+
+    size: int
+    inside: bool = False
+
+
 _ENDLESS = 1 << 40  # larger sizes are not told apart: the numbers themselves would grow
-_MARK = [0]
+_MARK = _Value(0)
 _PUT = {"PUT", "BINPUT", "LONG_BINPUT"}
 _GET = {"GET", "BINGET", "LONG_BINGET"}
 _NOTHING = {"PROTO", "FRAME", "STOP"}
@@ -45,6 +54,7 @@ _FLAT = {
 _FLAT |= {"BINFLOAT", "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE"}
 _FLAT |= {"MARK", "EMPTY_LIST", "APPEND", "APPENDS", "MEMOIZE", *_PUT, *_GET}
 _INTO = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}
+_DROPS = {"POP", "POP_MARK"}
 
 
 def check_pickle(stream: Any, *, flat: bool = False) -> None:
@@ -54,8 +64,8 @@ def check_pickle(stream: Any, *, flat: bool = False) -> None:
     Raises ``pickle.UnpicklingError`` if it is damaged or not flat, ``TooMuchWork`` if it is that. Time and
     memory are in proportion to the bytes that are read.
     """
-    stack: list[list[int]] = []  # of one number each, so that what grows later grows in the memo too
-    memo: dict[Any, list[int]] = {}
+    stack: list[_Value] = []
+    memo: dict[Any, _Value] = {}
     lists = 0
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
@@ -86,28 +96,43 @@ def check_pickle(stream: Any, *, flat: bool = False) -> None:
         raise pickle.UnpicklingError(str(error)) from None
 
 
-def _step(opcode: pickletools.OpcodeInfo, stack: list[list[int]]) -> None:
+def _step(opcode: pickletools.OpcodeInfo, stack: list[_Value]) -> None:
     """Takes off the stack what an opcode takes, and puts there what it puts."""
     taken = list(_taken(opcode, stack))
-    size = min(1 + sum(one[0] for one in taken), _ENDLESS)
+    size = min(1 + sum(one.size for one in taken), _ENDLESS)
     if opcode.name in _CALLS and size > MAX_ARGUMENTS:
         raise TooMuchWork(f"an object in it is made of more than {MAX_ARGUMENTS} parts")
     if opcode.name in ("SETITEM", "SETITEMS", "DICT"):
         first = 0 if opcode.name == "DICT" else 1
-        if any(one[0] > MAX_KEY for one in taken[first::2]):
+        if any(one.size > MAX_KEY for one in taken[first::2]):
             raise TooMuchWork(f"a key in it has more than {MAX_KEY} parts")
     if opcode.name == "BINPERSID" and size > MAX_KEY:  # it says where values are stored, and becomes a key
         raise TooMuchWork(f"a place of values in it has more than {MAX_KEY} parts")
-    if opcode.name == "ADDITEMS" and any(one[0] > MAX_KEY for one in taken[1:]):
+    if opcode.name == "ADDITEMS" and any(one.size > MAX_KEY for one in taken[1:]):
         raise TooMuchWork(f"an element of a set in it has more than {MAX_KEY} parts")
     if opcode.name in _INTO:
-        taken[0][0] = size
+        _grow(taken[0], size, opcode)
         stack.append(taken[0])
     else:
-        stack.extend([size] for _ in opcode.stack_after)
+        stack.extend(_Value(size) for _ in opcode.stack_after)
+    if opcode.name not in _DROPS:
+        for part in taken[1:] if opcode.name in _INTO else taken:
+            part.inside = True
 
 
-def _taken(opcode: pickletools.OpcodeInfo, stack: list[list[int]]) -> Iterator[list[int]]:
+def _grow(value: _Value, size: int, opcode: pickletools.OpcodeInfo) -> None:
+    """Gives a container its new size. It must not be in another one yet, whose size would then be wrong.
+
+    ``pickle`` itself fills a container after it was put into another one only where they hold each other.
+    """
+    if value.inside and opcode.name == "BUILD":
+        raise pickle.UnpicklingError("it holds objects that hold each other")
+    if value.inside:
+        raise TooMuchWork("a container in it is filled after it was put into another one")
+    value.size = size
+
+
+def _taken(opcode: pickletools.OpcodeInfo, stack: list[_Value]) -> Iterator[_Value]:
     before = opcode.stack_before
     if pickletools.markobject in before:
         fixed = before.index(pickletools.markobject)
