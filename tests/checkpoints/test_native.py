@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from wuerstchen.checkpoints import native
+from wuerstchen.checkpoints import native, weights
 from wuerstchen.checkpoints.native import (
     Provenance,
+    is_native_network,
     read_cascade,
     read_network,
     read_tensors,
@@ -31,6 +32,16 @@ CONFIG = PriorConfig(c_in=2, c=16, c_cond=8, c_r=8, depth=1, nhead=2)
 def copy(model_folder, tmp_path) -> Path:
     """A model folder to damage."""
     return shutil.copytree(model_folder, tmp_path / "model")
+
+
+def test_what_is_native_is_told_without_reading_an_absurd_header(tmp_path, randomise, monkeypatch):
+    """safetensors itself parses up to 100 MB."""
+    path = tmp_path / "prior.safetensors"
+    assert not is_native_network(path)
+    write_network(randomise(Prior(CONFIG)), path, PROVENANCE)
+    assert is_native_network(path)
+    monkeypatch.setattr(weights, "MAX_HEADER", 100)
+    assert not is_native_network(path)
 
 
 def test_a_network_keeps_weights_configuration_and_origin(tmp_path, randomise):

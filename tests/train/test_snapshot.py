@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from wuerstchen.checkpoints import weights
 from wuerstchen.errors import CheckpointError
 from wuerstchen.train import snapshot
 from wuerstchen.train.config import Optimization
@@ -162,6 +163,21 @@ def test_a_newer_format_is_refused_with_upgrade(tmp_path):
     (path / "state.json").write_text(json.dumps({**state, "format": 2}))
     with pytest.raises(CheckpointError, match=r"format 2, newer than 1.*pip install --upgrade wuerstchen"):
         newest(tmp_path)
+
+
+@pytest.mark.parametrize(("error", "words"), [(KeyError(), "KeyError"), (ValueError("a\nb"), "a")])
+def test_an_error_without_a_text_is_named_by_its_type(error, words, tmp_path):
+    refused = pytest.raises(CheckpointError, match=rf"does not fit this recipe \({words}\); remove it")
+    with refused, snapshot._Reading(None).named(tmp_path):
+        raise error
+
+
+def test_an_absurd_header_is_not_read(tmp_path, monkeypatch):
+    save(make_state(), tmp_path, {})
+    found = newest(tmp_path)
+    monkeypatch.setattr(weights, "MAX_HEADER", 100)
+    with pytest.raises(CheckpointError, match=r"is not a whole safetensors file \(its header has"):
+        restore(make_state(), *found)
 
 
 def test_a_checkpoint_of_other_networks_is_refused(tmp_path):

@@ -21,6 +21,7 @@ from wuerstchen.checkpoints.text_encoder import copy_text_encoder, read_text_enc
 from wuerstchen.checkpoints.weights import (
     check_header,
     new_folder,
+    open_safetensors,
     parse_json,
     plain_names,
     read_json,
@@ -277,7 +278,7 @@ def read_parts(
 def is_native_network(path: Path) -> bool:
     """Whether a safetensors file says that ``write_network`` made it."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_safetensors(path) as file:
             return _HEADER in (file.metadata() or {})
-    except (OSError, SafetensorError):
+    except CheckpointError:
         return False

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from wuerstchen.checkpoints.native import FORMAT, migrate, write_tensors
-from wuerstchen.checkpoints.weights import write_json
+from wuerstchen.checkpoints.weights import check_header, write_json
 from wuerstchen.errors import CheckpointError, UserNotice
 from wuerstchen.train.optim import load_optimizer_tensors, optimizer_tensors
 from wuerstchen.train.parallel import Processes, first_row, local_part
@@ -429,6 +429,7 @@ class _Stored:
             if name.partition(".")[0] != group:
                 continue
             try:
+                check_header(path / name)
                 file = files.enter_context(safe_open(path / name, framework="pt"))
                 for key in file.keys():  # noqa: SIM118 (no mapping)
                     found = tuple(file.get_slice(key).get_shape())
@@ -436,7 +437,7 @@ class _Stored:
                     self.shapes[key] = found if whole is None else tuple(whole)
                     first = rows.get(name, {}).get(key, 0)
                     self._parts.setdefault(key, []).append((first, found[0] if found else 1, file))
-            except (OSError, SafetensorError) as error:
+            except (OSError, SafetensorError, ValueError) as error:
                 raise CheckpointError(
                     f"{path / name} is not a whole safetensors file ({error}); remove {path}"
                 ) from error
@@ -498,7 +499,7 @@ class _Reading:
         except CheckpointError as raised:
             error = raised
         except (RuntimeError, KeyError, IndexError, ValueError, TypeError) as raised:
-            detail = str(raised).splitlines()[0]
+            detail = (str(raised).splitlines() or [type(raised).__name__])[0]
             error = CheckpointError(f"checkpoint {path} does not fit this recipe ({detail}); remove it")
             error.__cause__ = raised
         if self._processes is None or self._count == 1:
