@@ -17,7 +17,8 @@ def main(memory, connection):
             if word == "refuse":
                 connection.send(("refused", number, 400, value, False))
             else:
-                connection.send(("pixels", number, upload.text.encode(), word == "last"))
+                notices = (value,) if word == "notice" else ()
+                connection.send(("pixels", number, upload.text.encode(), notices, word == "last"))
                 if word == "last":
                     return
     except (EOFError, OSError):

@@ -12,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from wuerstchen.serve import decoding
 from wuerstchen.serve.decoding import Upload, UploadError
-from wuerstchen.serve.uploads import Uploads
+from wuerstchen.serve.uploads import Decoded, Uploads
 
 
 def encoded(image, kind="PNG", **options):
@@ -89,7 +89,7 @@ def test_a_slow_upload_is_given_up_and_the_next_is_decoded(with_uploads):
     async def use(uploads):
         error = await error_of(uploads.decode("a", upload("sleep 100", seconds=0.2)))
         assert (error.status, error.message.startswith("The image takes too long")) == (400, True)
-        assert await uploads.decode("a", upload("y")) == b"y"
+        assert await uploads.decode("a", upload("y")) == Decoded(b"y")
 
     with_uploads(use, decoders=1)
 
@@ -103,7 +103,7 @@ def test_a_client_that_has_gone_frees_the_decoder(with_uploads):
         assert len(uploads) == 3
         for task in gone:
             task.cancel()
-        assert await uploads.decode("b", upload("y")) == b"y"
+        assert await uploads.decode("b", upload("y")) == Decoded(b"y")
         assert len(uploads) == 0
 
     with_uploads(use, decoders=1)
@@ -113,7 +113,7 @@ def test_a_decoder_that_fails_takes_one_upload_along(with_uploads):
     async def use(uploads):
         error = await error_of(uploads.decode("a", upload("crash")))
         assert (error.status, "decoder failed" in error.message) == (400, True)
-        assert await uploads.decode("a", upload("x")) == b"x"
+        assert await uploads.decode("a", upload("x")) == Decoded(b"x")
         error = await error_of(uploads.decode("a", upload("refuse this")))
         assert (error.status, error.message) == (400, "this")
 
@@ -124,9 +124,9 @@ def test_a_decoder_that_has_grown_is_replaced(with_uploads):
     """The memory of the largest upload was kept for ever."""
 
     async def use(uploads):
-        assert await uploads.decode("a", upload("last")) == b"last"
+        assert await uploads.decode("a", upload("last")) == Decoded(b"last")
         first = uploads._decoders[0].life
-        assert await uploads.decode("a", upload("x")) == b"x"
+        assert await uploads.decode("a", upload("x")) == Decoded(b"x")
         assert uploads._decoders[0].life == first + 1
 
     with_uploads(use, decoders=1)
@@ -138,7 +138,7 @@ def test_uploads_of_a_client_that_wait_are_bounded(with_uploads):
         await asyncio.sleep(0)
         error = await error_of(uploads.decode("a", upload()))
         assert (error.status, error.retry_after) == (429, 2)
-        assert await uploads.decode("b", upload()) == b"x"
+        assert await uploads.decode("b", upload()) == Decoded(b"x")
         await asyncio.gather(*tasks)
 
     with_uploads(use, most_of_client=2)
@@ -160,7 +160,7 @@ def test_a_decoder_that_cannot_start_is_no_fault_of_the_image(with_uploads, monk
         with monkeypatch.context() as patch:
             patch.setattr(multiprocessing.context.SpawnProcess, "start", no_room)
             assert (await error_of(uploads.decode("a", upload()))).status == 503
-        assert await uploads.decode("a", upload()) == b"x"
+        assert await uploads.decode("a", upload()) == Decoded(b"x")
 
     def no_room(_):
         raise OSError(24, "Too many open files")
@@ -189,6 +189,36 @@ def test_an_image_that_takes_hours_to_decode_is_refused(serve):
             assert answer.result().status_code == 400
             assert "too long to decode: over 1 s" in answer.result().json()["error"]["message"]
     assert post(running, small, **first).status_code == 202
+
+
+def with_profile(kind, space=b"RGB "):
+    """A PNG whose colour profile cannot be used: it is of no class that there is."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    profile[12:16] = kind
+    profile[16:20] = space
+    return encoded(Image.new("RGB", (64, 64), "red"), icc_profile=bytes(profile))
+
+
+def test_a_colour_profile_that_is_ignored_is_told_to_the_client_alone(serve, capfd):
+    """Each wrote a line of its own to the service's log, with eight bytes of the client's."""
+    running = serve()
+    for number in range(12):
+        job = post(running, with_profile(b"zz%02d" % number)).json()
+        (notice,) = job["notices"]
+        assert notice.startswith("The colour profile of an image cannot be used: ")
+        assert notice.endswith("Its colours are read as sRGB.")
+        assert f"zz{number:02}" in notice
+        assert running.wait(job)["notices"] == [notice]
+    assert post(running, encoded(Image.new("RGB", (64, 64)))).json()["notices"] == []
+    out, errors = capfd.readouterr()
+    assert "profile" not in out + errors
+
+
+def test_notices_come_with_the_pixels(with_uploads):
+    async def use(uploads):
+        assert await uploads.decode("a", upload("notice well")) == Decoded(b"notice well", ("well",))
+
+    with_uploads(use)
 
 
 def test_decoding_ends_when_its_client_leaves(serve):
@@ -265,7 +295,7 @@ def test_memory_is_given_back(decoder):
     ask, process = decoder()
     *_, last = ask(upload(encoded(Image.new("RGB", (50, 30)))))
     assert not last
-    word, _, pixels, last = ask(upload(encoded(Image.new("RGB", (6000, 6000)), "JPEG"), max_pixels=10**8))
+    word, _, pixels, _, last = ask(upload(encoded(Image.new("RGB", (6000, 6000)), "JPEG"), max_pixels=10**8))
     assert (word, len(pixels)) == ("pixels", 8 * 8 * 3)
     assert last == os.path.exists("/proc/self/status")
     if last:

@@ -189,7 +189,8 @@ def _queues(service: Service) -> Queue:
             try:
                 if not await _while_connected(request, decoding):
                     raise Refused(499, "the client has gone")  # nobody hears it, but it is counted
-                job.image = decoding.result()
+                job.image, notices = decoding.result()
+                job.notices.extend(notices)
             except UploadError as error:
                 raise Refused(
                     error.status, error.message, param="image", retry_after=error.retry_after

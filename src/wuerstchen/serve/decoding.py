@@ -4,8 +4,10 @@ A few kilobytes can hold an image that takes hours to decode (thousands of progr
 memory, and no library can be stopped in the middle of it. ``serve.uploads`` starts these processes.
 
 Messages are tuples. To the process: a number and an ``Upload``. From it: ``("ready",)`` once, and for each
-upload ``("pixels", number, RGB bytes, last)`` or ``("refused", number, status, message, last)``; after an
-answer with ``last`` it ends by itself, to give its memory back.
+upload ``("pixels", number, RGB bytes, notices, last)`` or ``("refused", number, status, message, last)``.
+After an answer with ``last`` it ends by itself, to give its memory back. ``notices`` are texts for the
+client, such as that a colour profile could not be used. The process prints none of them: clients would fill
+the log.
 """
 
 import base64
@@ -14,13 +16,14 @@ import importlib
 import io
 import os
 import signal
+import warnings
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 from PIL import Image
 
-from wuerstchen.errors import UserError
+from wuerstchen.errors import UserError, UserNotice
 from wuerstchen.images import decode_image, resize_crop
 from wuerstchen.png_text import open_any
 
@@ -32,6 +35,8 @@ MEMORY = 640 * 2**20
 is 470 MiB: a progressive CMYK JPEG of 40 megapixels."""
 KEPT_MEMORY = 256 * 2**20
 """A process that has used more ends after its answer."""
+MAX_NOTICES = 10
+"""Of one upload."""
 ALARM_SECONDS = 5.0
 """After the time limit the process ends by itself, should the service be gone that watches over it."""
 
@@ -68,6 +73,7 @@ def main(memory: int, connection: Connection) -> None:
     # The service ends this process; a terminal's Ctrl-C reaches all processes.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    warnings.simplefilter("ignore")  # what clients should know is recorded below
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # each reserves memory
     # 16-bit images need NumPy, and its libraries would not fit any more.
     importlib.import_module("numpy")
@@ -88,8 +94,12 @@ def main(memory: int, connection: Connection) -> None:
 
 def _answer(job: int, upload: Upload) -> tuple[Any, ...]:
     try:
-        picture = resize_crop(read_upload(upload), upload.width, upload.height)
-        return ("pixels", job, picture.tobytes())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("always", UserNotice)
+            picture = resize_crop(read_upload(upload), upload.width, upload.height)
+        notices = tuple(dict.fromkeys(str(warning.message) for warning in caught))[:MAX_NOTICES]
+        return ("pixels", job, picture.tobytes(), notices)
     except UploadError as error:
         return ("refused", job, error.status, error.message)
     except MemoryError:

@@ -8,6 +8,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from wuerstchen.serve import decoding
 from wuerstchen.serve.decoding import Upload, UploadError
@@ -22,12 +23,19 @@ START_SECONDS = 60.0
 STOPPING = "the service is being stopped and takes no new jobs; try again later"
 
 
+class Decoded(NamedTuple):
+    """An upload's RGB bytes, and what its sender should know about them."""
+
+    pixels: bytes
+    notices: tuple[str, ...] = ()
+
+
 @dataclass(eq=False)
 class _Task:
     number: int
     client: str
     upload: Upload
-    pixels: asyncio.Future[bytes]
+    decoded: asyncio.Future[Decoded]
 
 
 @dataclass(eq=False)
@@ -71,8 +79,8 @@ class Uploads:
         under_way = sum(decoder.task is not None for decoder in self._decoders)
         return under_way + sum(map(len, self._waiting.values()))
 
-    async def decode(self, client: str, upload: Upload) -> bytes:
-        """The upload's RGB bytes in its size. Raises ``UploadError``.
+    async def decode(self, client: str, upload: Upload) -> Decoded:
+        """The upload's RGB bytes in its size, with notices for the client. Raises ``UploadError``.
 
         If this is cancelled, because the client has gone, the decoding ends with it.
         """
@@ -90,7 +98,7 @@ class Uploads:
         self._waiting.setdefault(client, deque()).append(task)
         self._assign()
         try:
-            return await task.pixels
+            return await task.decoded
         finally:
             self._drop(task)
 
@@ -221,8 +229,8 @@ class Uploads:
         self._relax(decoder)
         decoder.task = None
         decoder.ending = decoder.ending or last
-        if word == "pixels" and not task.pixels.done():
-            task.pixels.set_result(values[0])
+        if word == "pixels" and not task.decoded.done():
+            task.decoded.set_result(Decoded(*values))
         else:
             _fail(task, UploadError(*values))
 
@@ -239,5 +247,5 @@ class Uploads:
 
 
 def _fail(task: _Task | None, error: UploadError) -> None:
-    if task is not None and not task.pixels.done():
-        task.pixels.set_exception(error)
+    if task is not None and not task.decoded.done():
+        task.decoded.set_exception(error)

@@ -53,6 +53,7 @@ class Job:
         self.progress = 0.0
         self.images: list[dict[str, Any]] = []
         self.error: str | None = None
+        self.notices: list[str] = []
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.cancelled = False
         self.created = int(time.time())
@@ -77,6 +78,7 @@ class Job:
             "progress": self.progress,
             "images": self.images,
             "error": self.error,
+            "notices": self.notices,
             "created": self.created,
         }
 
@@ -103,6 +105,8 @@ class FakeService:
         self.proxy: tuple[str, int, str] | None = None
         """What a proxy answers in the service's place: beginning of the path, status and text."""
         self.token: str | None = None
+        self.notices: list[str] = []
+        """Of the next jobs."""
         self.can = {"generate": True, "reconstruct": True, "variation": True, "preview": True}
         self.image_note: str | None = None
         self.result_seconds = 3600.0
@@ -217,6 +221,7 @@ class FakeService:
             while self.hold_answers:
                 await asyncio.sleep(0.01)
             job = Job(len(self.jobs) + 1, body, _resolved(body))
+            job.notices = list(self.notices)
             self.jobs[job.id] = job
             job.tell("queued", position=1)
             app.state.tasks = {*getattr(app.state, "tasks", ()), asyncio.create_task(self._draw(job))}

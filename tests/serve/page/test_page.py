@@ -545,6 +545,15 @@ def test_a_failed_job_says_why_beside_its_settings(page, fake):
     page.drawn()
 
 
+def test_what_did_not_go_as_asked_is_said(page, fake):
+    """An image whose colour profile is ignored looks wrong, and nothing said why."""
+    fake.notices = ["The colour profile of an image cannot be used.", "Words are lost."]
+    page.draw("a cat")
+    page.drawn()
+    shown = "The colour profile of an image cannot be used. · Words are lost."
+    assert [each.text for each in page.all(".entry .error.calm")] == [shown]
+
+
 def test_a_token_is_asked_for_and_kept_for_the_tab(page, fake):
     page.expected.append("401")
     fake.token = "right"
