@@ -1,8 +1,13 @@
 """The service behind a reverse proxy: its port, its path, and headers that are trusted or not."""
 
+import asyncio
+
 import pytest
 
-from wuerstchen.serve.proxies import is_origin_of, public_address, split_port
+from wuerstchen.serve.guard import Guard
+from wuerstchen.serve.limits import ServeConfig
+from wuerstchen.serve.metrics import Metrics
+from wuerstchen.serve.proxies import BehindProxies, is_origin_of, public_address, split_port
 
 JSON = {"content-type": "application/json"}
 JOB = b'{"prompts": ["a cat"]}'
@@ -27,6 +32,12 @@ def test_addresses_are_those_that_the_client_asked_for(serve):
             {"host": "draw.example", "x_forwarded_port": "443", "x_forwarded_proto": "https"},
             "https://draw.example",
         ),
+        # TLS ended one hop earlier, and the last one was asked by plain HTTP.
+        (
+            {"host": "draw.example", "x_forwarded_port": "80", "x_forwarded_proto": "https"},
+            "https://draw.example",
+        ),
+        ({"host": "draw.example", "x_forwarded_port": "443"}, "http://draw.example"),
         ({"x_forwarded_host": "pub.example:81"}, "http://pub.example:81"),
         ({"x_forwarded_host": "pub.example", "x_forwarded_port": "81"}, "http://pub.example:81"),
         ({"x_forwarded_host": "one.example, two.example"}, "http://two.example"),
@@ -115,6 +126,8 @@ def test_the_pages_own_requests_pass_a_proxy(serve):
     # Browsers say so only to pages with TLS or on this machine; for the others the origin has to do.
     assert status(**own) == 403
     assert status(**own, x_forwarded_port="8443") == 202
+    plain = {"host": "draw.example", "origin": "https://draw.example", "x_forwarded_proto": "https"}
+    assert status(**plain, x_forwarded_port="80") == 202
     assert status(**own, x_forwarded_host="draw.example:8443") == 202
     assert status(**{**own, "host": "draw.example:8443"}) == 202
     assert status(host="draw.example:443", origin="https://draw.example") == 202
@@ -138,6 +151,32 @@ def test_clients_behind_a_proxy_are_told_apart(serve):
         return running.http.post("/v1/jobs", json=body, headers={"X-Forwarded-For": address}).status_code
 
     assert [status("10.1.1.1"), status("10.1.1.1"), status("10.1.1.2")] == [202, 429, 202]
+
+
+def test_both_paths_in_the_scope_have_the_prefix():
+    """ASGI has the path as it was sent, too: what reads that one would miss the prefix."""
+    scopes = []
+
+    async def app(scope, receive, send):
+        scopes.append(scope)
+
+    asked = BehindProxies(Guard(app, ServeConfig(), Metrics()), ("127.0.0.1",))
+    headers = [(b"host", b"localhost"), (b"x-forwarded-prefix", b"/draw")]
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "scheme": "http",
+        "client": ("127.0.0.1", 1),
+        "headers": headers,
+    }
+    for paths in (
+        {"path": "/a b", "raw_path": b"/a%20b"},
+        {"path": "/a b"},
+        {"path": "/x", "raw_path": None},
+    ):
+        asyncio.run(asked({**scope, **paths}, None, None))
+    assert [seen["path"] for seen in scopes] == ["/draw/a b", "/draw/a b", "/draw/x"]
+    assert [seen.get("raw_path") for seen in scopes] == [b"/draw/a%20b", None, None]
 
 
 def test_hosts_and_ports():

@@ -272,7 +272,10 @@ def _under(public: PublicAddress, scope: Scope) -> Scope:
     headers.append((b"host", public.host.encode("latin-1")))
     # As ASGI has it, the path begins with the prefix below which the app lies.
     root, path = public.prefix, public.prefix + scope["path"]
-    return {**scope, "headers": headers, "root_path": root, "path": path}
+    moved = {**scope, "headers": headers, "root_path": root, "path": path}
+    if scope.get("raw_path") is not None:  # ASGI leaves it to the server whether there is one
+        moved["raw_path"] = root.encode("ascii") + scope["raw_path"]
+    return moved
 
 
 def _headers(scope: Scope) -> dict[str, str]:

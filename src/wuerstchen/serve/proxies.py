@@ -94,11 +94,17 @@ def public_address(scope: Scope, host: str) -> PublicAddress:
             "letters, digits and . _ ~ - between slashes. Correct the configuration of the proxy."
         )
     name, own_port = split_port(given or host)
-    if own_port is None and port:
+    # A load balancer that gets plain HTTP from a hop that ended TLS tells the port of that HTTP.
+    if own_port is None and port and int(port) not in _ports_of_others(scope["scheme"]):
         own_port = int(port)
     if own_port is not None and own_port != DEFAULT_PORTS.get(scope["scheme"]):
         name = f"{name}:{own_port}"
     return PublicAddress(name, prefix)
+
+
+def _ports_of_others(scheme: str) -> set[int]:
+    """Default ports of schemes other than ``scheme``, which cannot be the port that its client asked for."""
+    return {port for other, port in DEFAULT_PORTS.items() if other != scheme}
 
 
 def split_port(host: str) -> tuple[str, int | None]:
