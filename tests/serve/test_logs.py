@@ -28,10 +28,57 @@ def test_few_lines_of_a_kind_pass_and_the_rest_is_counted():
 
 
 def test_kinds_are_bounded():
-    sparing = Sparing()
-    for number in range(5000):
-        sparing.filter(record(f"kind {number}"))
+    """Lines of more kinds than are told apart all passed: the count began again."""
+    now = 0.0
+    sparing = Sparing(lambda: now)
+    passed = sum(sparing.filter(record(f"kind {number}")) for number in range(5000))
+    assert passed == logs.KINDS + logs.LINES
     assert len(sparing._kinds) <= 1001
+    now = logs.SECONDS + 1
+    assert sum(sparing.filter(record(f"kind {number}")) for number in range(5000)) == passed
+    assert len(sparing._kinds) <= 1001
+
+
+def raised(kind, text=""):
+    try:
+        raise kind(text)
+    except kind as error:
+        return error
+
+
+def grouped(error):
+    try:
+        raise BaseExceptionGroup("tasks", [error])
+    except BaseExceptionGroup as group:
+        return group
+
+
+def raised_elsewhere(kind, text=""):
+    try:
+        raise kind(text)
+    except kind as error:
+        return error
+
+
+def test_one_error_does_not_hide_another():
+    """uvicorn tells of all exceptions in the same words: five that a stranger provoked hid a real one."""
+    sparing = Sparing(lambda: 0.0)
+
+    def passes(error):
+        return sparing.filter(record("Exception in ASGI application\n", error=error))
+
+    assert sum(passes(raised(ValueError, str(number))) for number in range(100)) == logs.LINES
+    for other in (raised(KeyError), raised_elsewhere(ValueError), grouped(raised(TypeError))):
+        assert passes(other)
+    assert sum(passes(grouped(raised(KeyError))) for _ in range(100)) == logs.LINES - 1
+    assert passes(ValueError())  # raised nowhere
+
+
+def test_a_name_in_a_further_line_makes_no_other_kind():
+    """asyncio's lines name the task, which is another each time."""
+    sparing = Sparing(lambda: 0.0)
+    lines = (f"Task exception was never retrieved\nfuture: <Task Task-{number}>" for number in range(100))
+    assert sum(sparing.filter(record(line, error=raised(ValueError))) for line in lines) == logs.LINES
 
 
 def test_a_request_that_the_end_cuts_off_is_no_error():
