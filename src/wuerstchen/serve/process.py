@@ -1,6 +1,7 @@
 """A worker's process, as the service sees it: started, talked to through a pipe, ended."""
 
 import contextlib
+import errno
 import multiprocessing
 import threading
 from collections.abc import Callable
@@ -30,7 +31,10 @@ class WorkerProcess:
     _listener: threading.Thread | None = None
 
     def start(self, main: Callable[..., None], settings: Any, tell: Tell) -> None:
-        """Starts ``main(settings, connection)`` in a process. Raises ``OSError`` where it cannot."""
+        """Starts ``main(settings, connection)`` in a process. Raises ``OSError`` where it cannot.
+
+        Nothing of it is left then.
+        """
         self.life += 1
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
@@ -46,10 +50,15 @@ class WorkerProcess:
             theirs.close()  # so that the pipe ends when the worker does
         self.process, self._connection = process, ours
         self._sender = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"to {self.name}")
-        self._listener = threading.Thread(
+        listener = threading.Thread(
             target=_listen, args=(self._connection, self.life, tell), name=f"from {self.name}", daemon=True
         )
-        self._listener.start()
+        try:
+            listener.start()
+        except RuntimeError as error:  # the system's limit; a thread that has not begun cannot be joined
+            self.end()
+            raise OSError(errno.EAGAIN, "no thread can be started") from error
+        self._listener = listener
 
     def send(self, message: Message) -> None:
         """Does not wait until it is read."""

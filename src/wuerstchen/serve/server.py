@@ -105,9 +105,9 @@ async def _run(
         loop.call_soon_threadsafe(on_signal, time.monotonic() + seconds)
 
     previous = {number: signal.signal(number, heard) for number in (signal.SIGINT, signal.SIGTERM)}
-    await service.start()
-    serving = asyncio.create_task(server.serve(sockets=[listening]))
     try:
+        await service.start()
+        serving = asyncio.create_task(server.serve(sockets=[listening]))
         started = asyncio.create_task(service.started.wait())
         await asyncio.wait([started, serving], return_when=asyncio.FIRST_COMPLETED)
         started.cancel()
@@ -117,9 +117,11 @@ async def _run(
             say(f"serving on {address(listening)}")
         await serving
     finally:
-        await service.stop()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        try:
+            await service.stop()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
     if service.failed is not None:
         raise UserError(service.failed)
 

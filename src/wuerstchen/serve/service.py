@@ -147,6 +147,7 @@ class Service:
         self._numbers = itertools.count(1)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._savers = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="save")
+        self._watcher: asyncio.Task[None] | None = None
         self._seconds_a_picture: float | None = None
         """Measured, with all workers drawing."""
 
@@ -178,11 +179,13 @@ class Service:
             self._end(job, "failed", message)
 
     async def stop(self) -> None:
-        """Ends the workers at once. What they draw is lost: ``drain`` comes first."""
+        """Ends the workers at once, also after a start that failed. What they draw is lost: ``drain`` comes
+        first."""
         self.draining = True
-        self._watcher.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._watcher
+        if self._watcher is not None:
+            self._watcher.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watcher
         for job in [job for job in self.jobs.values() if not job.has_ended]:
             self._end(job, "failed", "the service was stopped; send the job again later")
         await self.uploads.stop()

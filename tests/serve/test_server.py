@@ -1,0 +1,49 @@
+"""Running the service: what a start that fails leaves behind."""
+
+import asyncio
+import multiprocessing
+import signal
+from pathlib import Path
+
+import pytest
+
+from wuerstchen.serve import server
+from wuerstchen.serve.limits import ServeConfig
+from wuerstchen.serve.process import WorkerProcess
+from wuerstchen.serve.service import Service
+from wuerstchen.serve.stopping import Deadline
+
+
+def test_a_start_that_fails_leaves_no_worker_and_no_signal_handler(monkeypatch, tmp_path):
+    """The first worker went on, and Ctrl-C did nothing any more."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))  # the worker's process is handed this path
+    import fake_worker
+
+    start = WorkerProcess.start
+
+    def first_only(worker, *arguments):
+        if worker.device == "two":
+            raise ZeroDivisionError
+        start(worker, *arguments)
+
+    monkeypatch.setattr(WorkerProcess, "start", first_only)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    config = ServeConfig(port=0, results_dir=tmp_path, devices=("one", "two"))
+
+    async def run():
+        service = Service(config, fake_worker.main)
+        deadline = Deadline(service.kill)
+        with server.listen(config.host, 0) as listening:
+            await server._run(service, listening, print, deadline)
+
+    try:
+        with pytest.raises(ZeroDivisionError):
+            asyncio.run(run())
+        after = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        assert after == before
+        assert multiprocessing.active_children() == []
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(number, handler)
+        for child in multiprocessing.active_children():
+            child.kill()
