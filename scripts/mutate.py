@@ -61,7 +61,7 @@ def read_list(path: Path) -> list[Mutation]:
 
 def run_tests(copy: Path, tests: tuple[str, ...], seconds: float) -> int | None:
     """The exit code of pytest in a copy of the repository; None if it took too long."""
-    environment = {**os.environ, "PYTHONPATH": str(copy / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(copy / "src")}
     command = [
         sys.executable,
         "-m",
@@ -89,6 +89,13 @@ def run_tests(copy: Path, tests: tuple[str, ...], seconds: float) -> int | None:
             return None
 
 
+def write_source(path: Path, text: str) -> None:
+    """Writes a module, and removes what Python compiled of it: it compares only sizes and whole seconds."""
+    path.write_text(text, encoding="utf-8")
+    for compiled in path.parent.glob(f"__pycache__/{path.stem}.*"):
+        compiled.unlink()
+
+
 class Copies:
     """Copies of the repository, each used by one thread at a time."""
 
@@ -110,10 +117,10 @@ class Copies:
         path = copy / "src" / "wuerstchen" / mutation.file
         before = path.read_text(encoding="utf-8")
         try:
-            path.write_text(before.replace(mutation.old, mutation.new), encoding="utf-8")
+            write_source(path, before.replace(mutation.old, mutation.new))
             code = run_tests(copy, mutation.tests, seconds)
         finally:
-            path.write_text(before, encoding="utf-8")
+            write_source(path, before)
             self._free.put(copy)
         # pytest: 0 all passed, 1 some failed, 2 to 5 it could not run them.
         return {0: "survived", 1: "killed", None: "timed out"}.get(code, "broken")

@@ -91,7 +91,9 @@ def test_malformed_requests_write_few_lines(serve, caplog, monkeypatch):
     for name in ("uvicorn.error", "asyncio", "wuerstchen.serve"):
         logger = logging.getLogger(name)
         monkeypatch.setattr(logger, "filters", [])
-        monkeypatch.setattr(logger, "level", logger.level)
+        caplog.set_level(logging.WARNING, name)  # another server in this process may have set it
+    for name in ("uvicorn", "uvicorn.error"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
     logs.set_up_logs()
     logs.set_up_logs()
     assert len(logging.getLogger("uvicorn.error").filters) == 1

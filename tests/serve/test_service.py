@@ -498,7 +498,7 @@ def test_metrics_count(serve):
     running = serve()
     running.wait(running.draw(count=3))
     running.http.post("/v1/jobs", json={"prompts": []})
-    text = running.http.get("/metrics").text
+    text = running.http.get("/metrics").text  # at once: the watch looks once a second
     for line in (
         "wuerstchen_queue_pictures 0.0",
         "wuerstchen_jobs_open 0.0",

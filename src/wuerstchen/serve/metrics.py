@@ -43,10 +43,13 @@ class Metrics:
             f"{of}_energy_joules", "of the GPU, while drawing", ["device"], registry=registry
         )
 
-    def watch(self, waiting: Callable[[], float], open_jobs: Callable[[], float]) -> None:
-        """Where the queue's numbers come from, when they are asked for."""
+    def watch(
+        self, waiting: Callable[[], float], open_jobs: Callable[[], float], ready: Callable[[], float]
+    ) -> None:
+        """Where the numbers of the moment come from, when they are asked for."""
         self.waiting.set_function(waiting)
         self.open_jobs.set_function(open_jobs)
+        self.ready.set_function(ready)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

@@ -119,7 +119,9 @@ class Service:
         self.instance = secrets.token_hex(3)
         self.queue = FairQueue(config.max_waiting, config.max_jobs_per_client)
         self.metrics = Metrics()
-        self.metrics.watch(lambda: len(self.queue), self.queue.open_jobs)
+        self.metrics.watch(
+            lambda: len(self.queue), self.queue.open_jobs, lambda: self._ready_workers(time.monotonic())
+        )
         self.filter = None if config.filter is None else load_filter(config.filter)
         self.jobs: dict[str, Job] = {}
         self.streams: Counter[str] = Counter()
@@ -593,7 +595,6 @@ class Service:
             before = next((event.data["position"] for event in job.events if event.name == "queued"), None)
             if job.state == "queued" and place != before:
                 job.emit("queued", {"position": place})
-        self.metrics.ready.set(self._ready_workers(now))
         for worker in self._workers:
             batch = worker.batch
             if worker.again_at is not None and now >= worker.again_at and not self.draining:

@@ -126,7 +126,8 @@ class FakeService:
         config = uvicorn.Config(
             self._app(),
             port=self.port,
-            log_level="critical",
+            log_config=None,  # it would change the loggers of the whole process
+            access_log=False,
             lifespan="off",
             timeout_graceful_shutdown=1,  # a browser may hold on to a stream
         )
