@@ -107,6 +107,8 @@ def serve(monkeypatch, tmp_path):
 
         def start(*, real=False, **settings):
             settings.setdefault("results_dir", tmp_path / "results")
+            # Tests ask again and again until something is so.
+            settings.setdefault("max_requests_per_second", 0.0)
             config = ServeConfig(port=0, **settings)
             running = Running(config, worker.main if real else fake_worker.main)
             stack.callback(running.close)
@@ -123,7 +125,9 @@ def plain(tmp_path_factory):
         import fake_worker
 
         folder = tmp_path_factory.mktemp("results")
-        config = ServeConfig(port=0, results_dir=folder, allowed_hosts=("draw.example",))
+        config = ServeConfig(
+            port=0, results_dir=folder, allowed_hosts=("draw.example",), max_requests_per_second=0.0
+        )
         running = Running(config, fake_worker.main)
     yield running
     running.close()

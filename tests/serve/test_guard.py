@@ -1,5 +1,6 @@
 """Who is let in, from where, with how much; and what every answer's headers say."""
 
+import asyncio
 import contextlib
 import socket
 import time
@@ -259,19 +260,65 @@ def test_bodies_of_one_client_leave_room_for_others(serve, monkeypatch, begin):
     assert answer.status_code == 202
 
 
-async def _nothing(scope, receive, send):
-    pass
-
-
 def test_addresses_of_one_ipv6_network_are_one_client():
     """Each would have its own share of the queue, of bodies and of decoders."""
-    asked = guard.Guard(_nothing, ServeConfig(), Metrics())
-    first, second, third = (
-        asked._client({"client": (address, 1), "path": "/v1/jobs", "method": "POST"}, {})
-        for address in ("2001:db8:1:2::1", "2001:db8:1:2::9", "2001:db8:1:3::1")
-    )
+    clients = []
+
+    async def app(scope, receive, send):
+        clients.append(scope["wuerstchen.client"])
+
+    asked = guard.Guard(app, ServeConfig(), Metrics())
+    for address in ("2001:db8:1:2::1", "2001:db8:1:2::9", "2001:db8:1:3::1", "10.0.0.1"):
+        scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"host", b"localhost")]}
+        asyncio.run(asked({**scope, "client": (address, 1)}, None, None))
+    first, second, third, fourth = clients
     assert first == second != third
-    assert asked._client({"client": ("10.0.0.1", 1)}, {}) == "address 10.0.0.1"
+    assert fourth == "address 10.0.0.1"
+
+
+def test_requests_of_a_client_are_limited(serve):
+    """One client's requests took the time of everybody's."""
+    mine, others = "first-token-of-all", "second-token-of-all"
+    running = serve(tokens=(mine, others), max_requests_per_second=0.1)
+
+    def status(token, path="/v1/model"):
+        return running.http.get(path, headers={"Authorization": f"Bearer {token}"}).status_code
+
+    assert [status(mine) for _ in range(30)] == [200] * 30
+    refused = running.http.get("/v1/model", headers={"Authorization": f"Bearer {mine}"})
+    assert refused.status_code == 429
+    assert 1 <= int(refused.headers["retry-after"]) <= 10
+    error = refused.json()["error"]
+    assert error["type"] == "rate_limit_error"
+    assert "30 at once are allowed, and then 0.1 a second" in error["message"]
+    assert [status(mine, path) for path in ("/healthz", "/readyz") for _ in range(40)] == [200] * 80
+    assert status(others) == 200
+    # Guesses of tokens count, and for the address.
+    guesses = [status(f"guess-number-{number}") for number in range(31)]
+    assert guesses == [401] * 30 + [429]
+    assert running.http.get("/").status_code == 429
+    assert status(others) == 200
+    metrics = running.http.get("/metrics", headers={"Authorization": f"Bearer {others}"}).text
+    assert 'wuerstchen_refusals_total{reason="429"} 3.0' in metrics
+
+
+def test_clients_behind_a_proxy_are_limited_one_by_one(serve):
+    running = serve(proxies=("127.0.0.1",), max_requests_per_second=0.1)
+
+    def statuses(address, number):
+        headers = {"X-Forwarded-For": address}
+        return [running.http.get("/v1/model", headers=headers).status_code for _ in range(number)]
+
+    assert statuses("10.1.1.1", 31) == [200] * 30 + [429]
+    assert statuses("10.1.1.2", 1) == [200]
+    assert statuses("2001:db8::1", 15) + statuses("2001:db8::2", 16) == [200] * 30 + [429]
+
+
+def test_without_a_proxy_nobody_has_another_address(serve):
+    """Whoever sends the header of a proxy would have as many requests as they like."""
+    running = serve(max_requests_per_second=0.1)
+    answers = [running.http.get("/v1/model", headers={"X-Forwarded-For": f"10.1.1.{k}"}) for k in range(31)]
+    assert [answer.status_code for answer in answers] == [200] * 30 + [429]
 
 
 def test_texts_need_no_room_for_uploads(serve):
@@ -328,6 +375,10 @@ def test_headers_that_are_there_twice_are_refused(serve):
         ({"port": 70000}, "port 70000"),
         ({"max_batch": 0}, "max_batch 0 is wrong"),
         ({"grace": float("nan")}, "grace nan is wrong"),
+        ({"max_requests_per_second": -1.0}, "max_requests_per_second is wrong: -1"),
+        ({"max_requests_per_second": 1e-9}, "max_requests_per_second is wrong: 1e-09"),
+        ({"max_requests_per_second": float("nan")}, "max_requests_per_second is wrong: nan"),
+        ({"max_requests_per_second": float("inf")}, "max_requests_per_second is wrong: inf"),
         ({"c2pa_key": Path("x")}, "belong together"),
         ({"proxies": ("10.0.0.1", "nginx")}, "proxy nginx is wrong"),
         ({"proxies": ("10.0.0.1/8",)}, "proxy 10.0.0.1/8 is wrong"),

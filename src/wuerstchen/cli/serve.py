@@ -56,6 +56,12 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
         metavar="N",
         help="open connections from one address, trusted proxies excepted (512, at most half of all)",
     )
+    serve.add_argument(
+        "--max-requests-per-second",
+        type=float,
+        metavar="N",
+        help="of one client, and four times as many at once after a pause; 0 is no limit (50)",
+    )
     serve.add_argument("--max-steps", type=int, metavar="N", help="of a stage (100)")
     serve.add_argument(
         "--max-pixels", type=int, metavar="N", help="of a picture (four times the model's own size)"

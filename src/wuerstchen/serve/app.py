@@ -69,7 +69,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         (408, "the body came too slowly"),
         (413, "the body is too large"),
         (415, "the body is no JSON"),
-        (429, "the queue is full, or the client has too many jobs; Retry-After says when to ask again"),
+        (429, "too many requests, jobs or waiting pictures; Retry-After says when to ask again"),
         (500, "an error of the service's own"),
         (503, "no model yet, or the service is being stopped"),
     )
@@ -214,7 +214,7 @@ def _add_jobs(app: FastAPI, service: Service, queue: Queue) -> None:
         "/v1/jobs",
         status_code=202,
         response_model=JobView,
-        responses=_errors(400, 404, 413, 415, 429, 500, 503),
+        responses=_errors(400, 404, 413, 415, 500, 503),
     )
     async def make(request: Request, body: JobRequest) -> dict[str, Any]:
         """Queues a job."""
@@ -245,7 +245,7 @@ def _add_jobs(app: FastAPI, service: Service, queue: Queue) -> None:
         response_class=StreamingResponse,
         responses={
             200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
-            **_errors(404, 429),
+            **_errors(404),
         },
     )
     async def events(request: Request, job_id: str) -> Response:
@@ -322,7 +322,7 @@ def _add_openai(app: FastAPI, service: Service, queue: Queue) -> None:
         "/v1/images/generations",
         response_model=GeneratedImages,
         response_model_exclude_none=True,
-        responses=_errors(400, 404, 413, 415, 429, 500, 503),
+        responses=_errors(400, 404, 413, 415, 500, 503),
     )
     async def generate(request: Request, body: ImageRequest) -> dict[str, Any]:
         """Draws pictures and answers when they are done, as OpenAI's clients expect it."""
@@ -402,7 +402,7 @@ def _add_watching(app: FastAPI, service: Service) -> None:
     @app.get(
         "/metrics",
         response_class=Response,
-        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **_errors()},
     )
     async def metrics() -> Response:
         """For Prometheus."""
@@ -410,7 +410,7 @@ def _add_watching(app: FastAPI, service: Service) -> None:
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: ERRORS[status] for status in (*statuses, 401, 403, 408)}
+    return {status: ERRORS[status] for status in (*statuses, 401, 403, 408, 429)}
 
 
 async def _while_connected(request: Request, work: Any) -> bool:

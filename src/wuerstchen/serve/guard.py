@@ -1,8 +1,9 @@
-"""What every request passes before a route sees it: host, origin, token, size of the body; and the headers
-that every answer gets."""
+"""What every request passes before a route sees it: its client's rate, host, origin, token, size of the body;
+and the headers that every answer gets."""
 
 import asyncio
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -12,6 +13,7 @@ from wuerstchen.serve.connections import network_of
 from wuerstchen.serve.limits import LOOPBACK_NAMES, ServeConfig
 from wuerstchen.serve.metrics import Metrics
 from wuerstchen.serve.proxies import KEY, ForwardedError, PublicAddress, is_origin_of, public_address
+from wuerstchen.serve.rates import RequestRate
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -38,6 +40,9 @@ HEADERS = {
 OPEN_PATHS = ("/", "/healthz", "/readyz")
 OPEN_PREFIXES = ("/page/", "/v1/images/")
 """Pictures are open to whoever knows their names; what is not read there needs a token all the same."""
+
+WATCHED_PATHS = ("/healthz", "/readyz")
+"""Never refused for a client's rate: a balancer that is told 429 takes the service for ill."""
 
 JSON_PATHS = ("/v1/jobs", "/v1/images/generations")
 """Where a POST holds JSON. Elsewhere no body is read, and its content type does not matter: the route answers
@@ -72,10 +77,12 @@ def error_body(
 
 
 class _Stop(Exception):
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, retry_after: int = 5) -> None:
+        """``retry_after``: seconds, told with 429 and 503."""
         super().__init__(message)
         self.status = status
         self.message = message
+        self.retry_after = retry_after
 
 
 class Guard:
@@ -87,6 +94,7 @@ class Guard:
         self.metrics = metrics
         self.held: Counter[str] = Counter()
         """Bytes of the bodies of requests that are under way, by client."""
+        self.rate = RequestRate(config.max_requests_per_second)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -112,13 +120,16 @@ class Guard:
 
         try:
             headers = _headers(scope)
+            owner = self._owner(headers)
+            client = scope["wuerstchen.client"] = _address(scope) if owner is None else owner
+            self._check_rate(scope, client)
             self._check_host(headers)
             public = _public(scope, headers)
             self._check_origin(scope, headers, public.host)
-            client = scope["wuerstchen.client"] = self._client(scope, headers)
+            self._check_token(scope, owner)
             body = await self._read(scope, headers, client, receive)
         except _Stop as stop:
-            await _answer(headed, stop.status, stop.message)
+            await _answer(headed, stop)
             return
         if body is None:
             return  # the client has gone
@@ -177,20 +188,33 @@ class Guard:
                     415, f"content type {kind[:100]!a} is wrong because JSON is read; use application/json"
                 )
 
-    def _client(self, scope: Scope, headers: dict[str, str]) -> str:
-        """Who asks: the owner of a token, or an address."""
-        if self.config.tokens:
-            scheme, _, token = headers.get("authorization", "").partition(" ")
-            client = self.config.client_of_token(token.strip()) if scheme.lower() == "bearer" else None
-            if client is not None:
-                return client
-            path = scope["path"]
-            reads = scope["method"] in ("GET", "HEAD")
-            if not (reads and (path in OPEN_PATHS or path.startswith(OPEN_PREFIXES))):
-                raise _Stop(401, "a token is missing or unknown; send the header Authorization: Bearer TOKEN")
-        peer = scope.get("client")
-        # Of IPv6 one person has a whole network, and could be any number of clients.
-        return f"address {network_of(str(peer[0]))}" if peer else "address unknown"
+    def _owner(self, headers: dict[str, str]) -> str | None:
+        """The client whose token was sent. None without one, and where tokens are not used."""
+        if not self.config.tokens:
+            return None
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        return self.config.client_of_token(token.strip()) if scheme.lower() == "bearer" else None
+
+    def _check_token(self, scope: Scope, owner: str | None) -> None:
+        if owner is not None or not self.config.tokens:
+            return
+        path = scope["path"]
+        reads = scope["method"] in ("GET", "HEAD")
+        if not (reads and (path in OPEN_PATHS or path.startswith(OPEN_PREFIXES))):
+            raise _Stop(401, "a token is missing or unknown; send the header Authorization: Bearer TOKEN")
+
+    def _check_rate(self, scope: Scope, client: str) -> None:
+        """Raises ``_Stop`` where a client has sent too many requests, refused ones among them."""
+        if scope["path"] in WATCHED_PATHS:
+            return
+        wait = self.rate.take(client)
+        if wait > 0:
+            raise _Stop(
+                429,
+                f"You send too many requests: {self.rate.burst} at once are allowed, and then "
+                f"{self.rate.per_second:g} a second. Wait as long as Retry-After says.",
+                retry_after=math.ceil(wait),
+            )
 
     async def _read(
         self, scope: Scope, headers: dict[str, str], client: str, receive: Receive
@@ -253,6 +277,13 @@ class Guard:
             raise _Stop(503, "too many large requests are under way; try again in a few seconds")
 
 
+def _address(scope: Scope) -> str:
+    """A name for the client without a token: its address, which a trusted proxy may have told."""
+    peer = scope.get("client")
+    # Of IPv6 one person has a whole network, and could be any number of clients.
+    return f"address {network_of(str(peer[0]))}" if peer else "address unknown"
+
+
 def _public(scope: Scope, headers: dict[str, str]) -> PublicAddress:
     """Where the client finds the service. Raises ``_Stop`` for what a proxy sent and cannot be used."""
     host = headers.get("host", "")
@@ -288,13 +319,14 @@ def _headers(scope: Scope) -> dict[str, str]:
     return found
 
 
-async def _answer(send: Send, status: int, message: str) -> None:
-    body = json.dumps(error_body(status, message)).encode()
+async def _answer(send: Send, stop: _Stop) -> None:
+    status = stop.status
+    body = json.dumps(error_body(status, stop.message)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     if status in (429, 503):
-        headers.append((b"retry-after", b"5"))
+        headers.append((b"retry-after", str(stop.retry_after).encode()))
     if status in (408, 413):
         headers.append((b"connection", b"close"))  # what is left of the body is not read
     await send({"type": "http.response.start", "status": status, "headers": headers})

@@ -65,6 +65,8 @@ class ServeConfig:
     """Open at a time; None is 4,096, or what the limit of file descriptors leaves room for."""
     max_connections_per_address: int | None = None
     """None is 512, or half of ``max_connections``. Trusted proxies may have any number."""
+    max_requests_per_second: float = 50.0
+    """Of one client; many more at once after a pause (``serve.rates``). 0 is no limit."""
     load_timeout: float = 1800.0
     """To load the model, its download included."""
     queue_timeout: float = 600.0
@@ -86,6 +88,13 @@ class ServeConfig:
         for one in fields(self):
             value = getattr(self, one.name)
             if one.name == "port" or isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            if one.name == "max_requests_per_second":
+                if value != 0 and not 0.01 <= value <= 1_000_000:
+                    raise UserError(
+                        f"max_requests_per_second is wrong: {value}. It must be from 0.01 to 1,000,000, or 0 "
+                        "for no limit. Choose another."
+                    )
                 continue
             if not (math.isfinite(value) and value > 0):
                 raise UserError(
