@@ -1,6 +1,7 @@
 """The rooms of the house: each may import only those before it."""
 
 import ast
+import importlib.resources
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,11 @@ def test_imports_go_one_way(path):
 
 def test_every_room_is_in_the_order():
     assert {room_of(path.relative_to(ROOT).parts) for path in FILES} <= LEVEL.keys()
+
+
+def test_type_checkers_read_the_annotations():
+    """Without this file they take the installed package for untyped."""
+    assert importlib.resources.files("wuerstchen").joinpath("py.typed").is_file()
 
 
 # What each makes a tensor of, and whether its dtype follows torch's default too.
