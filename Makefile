@@ -12,7 +12,7 @@ TESTS ?= tests
 # Threads that wait by spinning slow every other process down, and the tests start some.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-service lint format clean
+.PHONY: demo test test-service lint docs format clean
 
 demo: .venv/.run
 	$(BIN)/wuerstchen generate --grid --out demo.png \
@@ -33,17 +33,22 @@ test: .venv/.dev
 test-service: .venv/.dev
 	$(BIN)/python -m pytest -m "slow and not gpu" tests/serve
 
-lint: .venv/.dev
+lint: .venv/.dev docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check --summary=none src
+
+# build/docs/site/index.html: the guides and the API reference. A link that leads nowhere is an error.
+docs: .venv/.docs
+	$(BIN)/python scripts/stage_docs.py
+	$(BIN)/zensical build --strict
 
 format: .venv/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv demo.png
+	rm -rf .venv .cache build/docs demo.png
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("wuerstchen needs Python 3.11 or newer; set PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
@@ -57,4 +62,8 @@ clean:
 
 .venv/.dev: .venv/.run
 	$(INSTALL) -e ".[train,dev]"
+	touch $@
+
+.venv/.docs: .venv/.run
+	$(INSTALL) -e ".[docs]"
 	touch $@

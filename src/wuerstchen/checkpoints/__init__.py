@@ -1,0 +1,1 @@
+"""Weights from files to models and back: one module for each layout."""

@@ -1,0 +1,1 @@
+"""Captioned images: the emoji set, folders, tars, parquet files and prepared sets."""

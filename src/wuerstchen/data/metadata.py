@@ -1,5 +1,6 @@
-"""The metadata file of a folder of images: ``metadata.jsonl``, ``metadata.csv`` or ``metadata.parquet``, as
-Hugging Face's imagefolder has them. A row for each image, read one after the other.
+"""The metadata file of a folder of images: ``metadata.jsonl``, ``.csv`` or ``.parquet``.
+
+The formats are those of Hugging Face's imagefolder, with a row for each image. Rows are read one by one.
 """
 
 import csv

@@ -1,5 +1,6 @@
-"""Attention in Triton, for GPUs, as torch's ``scaled_dot_product_attention`` computes it, which is the
-reference and serves where this does not suit.
+"""Attention in Triton, for GPUs, equal to torch's ``scaled_dot_product_attention``.
+
+torch's function is the reference, and runs where this kernel does not apply.
 
 It reads the grid's queries, keys and values where one product left them, and the text's keys and values,
 which all steps have in common, where they were left once. At v2's published sizes on an H100 it takes 0.7 to

@@ -1,5 +1,7 @@
-"""Runs that are known to work, and those of the paper: a function each, whose docstring states hardware,
-time, cost and result."""
+"""Runs that are known to work, and those of the paper, one function each.
+
+The docstring of a recipe states its hardware, time, cost and result.
+"""
 
 from wuerstchen.recipes.mini import mini
 from wuerstchen.recipes.tiny import tiny

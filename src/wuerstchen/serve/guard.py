@@ -1,5 +1,7 @@
-"""What every request passes before a route sees it: its client's rate, host, origin, token, size of the body;
-and the headers that every answer gets."""
+"""Checks on every request before a route sees it: client rate, host, origin, token, and body size.
+
+Also sets the headers that every response gets.
+"""
 
 import asyncio
 import json

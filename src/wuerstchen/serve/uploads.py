@@ -1,5 +1,7 @@
-"""Hands uploads to processes that decode them: in turns of the clients, for a limited time, and only for
-clients that still wait."""
+"""Hands uploads to processes that decode them.
+
+Clients take turns. The time for an upload is limited, and uploads of clients that no longer wait are dropped.
+"""
 
 import asyncio
 import contextlib

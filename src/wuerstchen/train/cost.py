@@ -1,5 +1,7 @@
-"""What training costs: time and, on an NVIDIA GPU, the energy that the GPU's own counter tells; then CO2 and
-money, by a tariff that the user names."""
+"""What training costs: time, energy, CO2 and money.
+
+Energy is read from the counter of an NVIDIA GPU. CO2 and money follow from a tariff that the user names.
+"""
 
 import contextlib
 import math

@@ -1,5 +1,7 @@
-"""AdamW of ``train.half`` in one pass over memory, in Triton, for GPUs. The plain version there is the
-reference, and decides which one runs."""
+"""AdamW of ``train.half`` in one pass over memory, in Triton, for GPUs.
+
+``train.half`` has the plain version, which is the reference, and decides which one runs.
+"""
 
 from typing import no_type_check
 
