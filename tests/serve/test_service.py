@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from wuerstchen.images import read_settings
+from wuerstchen.serve import dispatch
 from wuerstchen.serve import service as service_module
 
 
@@ -230,7 +231,7 @@ def test_a_killed_worker_comes_back_and_only_its_own_jobs_fail(serve):
     events = running.events(victim)
     while next(events)[0] != "progress":
         pass
-    pid = running.call(lambda: running.service._workers[0].process.pid)
+    pid = running.call(lambda: running.service.dispatcher.workers[0].process.pid)
     began = time.monotonic()
     os.kill(pid, signal.SIGKILL)
     name, data = list(events)[-1]
@@ -244,14 +245,14 @@ def test_a_killed_worker_comes_back_and_only_its_own_jobs_fail(serve):
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="processes cannot be stopped here")
 def test_a_worker_that_hangs_is_not_ready_and_is_replaced(serve, monkeypatch):
     """A stopped worker: the service was ready for up to 630 s, and took jobs that nobody drew."""
-    monkeypatch.setattr(service_module, "SILENT_SECONDS", 1.0)
-    monkeypatch.setattr(service_module, "DEAD_SECONDS", 4.0)
+    monkeypatch.setattr(dispatch, "SILENT_SECONDS", 1.0)
+    monkeypatch.setattr(dispatch, "DEAD_SECONDS", 4.0)
     running = serve(max_batch=1)
     job = running.draw(prompts=["slowly"], prior_steps=100)
     events = running.events(job)
     while next(events)[0] != "progress":
         pass
-    os.kill(running.call(lambda: running.service._workers[0].process.pid), signal.SIGSTOP)
+    os.kill(running.call(lambda: running.service.dispatcher.workers[0].process.pid), signal.SIGSTOP)
     status = []
     deadline = time.monotonic() + 40
     while status[-2:] != [503, 200]:  # it was not ready, and then it was again
@@ -265,8 +266,8 @@ def test_a_worker_that_hangs_is_not_ready_and_is_replaced(serve, monkeypatch):
 
 def test_a_service_that_stood_still_does_not_blame_its_workers(serve, monkeypatch):
     """A laptop that slept: every worker was silent for hours, as far as the service knows."""
-    monkeypatch.setattr(service_module, "SILENT_SECONDS", 0.6)
-    monkeypatch.setattr(service_module, "DEAD_SECONDS", 0.8)
+    monkeypatch.setattr(dispatch, "SILENT_SECONDS", 0.6)
+    monkeypatch.setattr(dispatch, "DEAD_SECONDS", 0.8)
     running = serve()
     for _ in range(3):
         running.call(lambda: time.sleep(1.5))
@@ -287,9 +288,9 @@ def test_a_worker_that_cannot_be_started_is_started_later(serve, monkeypatch):
             raise OSError(24, "Too many open files")
         start(process)
 
-    monkeypatch.setattr(service_module, "RELAUNCH_SECONDS", 0.2)
+    monkeypatch.setattr(dispatch, "RELAUNCH_SECONDS", 0.2)
     monkeypatch.setattr(multiprocessing.context.SpawnProcess, "start", no_room_once)
-    running.call(lambda: running.service._workers[0].process.kill())
+    running.call(lambda: running.service.dispatcher.workers[0].process.kill())
     deadline = time.monotonic() + 40
     while not refused or running.http.get("/readyz").status_code != 200:
         assert time.monotonic() < deadline
@@ -313,9 +314,7 @@ def test_a_job_that_cannot_be_drawn_says_why(serve):
 
 def test_timeouts(serve, monkeypatch):
     """A batch that hangs for ever; a job that waits for ever behind it."""
-    from wuerstchen.serve import service
-
-    monkeypatch.setattr(service, "STOPPING_SECONDS", 0.5)
+    monkeypatch.setattr(dispatch, "STOPPING_SECONDS", 0.5)
     running = serve(run_timeout=1.0, queue_timeout=0.6, max_batch=1)
     hangs = running.draw(prompts=["hang"])
     waits = running.draw()
@@ -410,7 +409,7 @@ def test_what_outlasts_the_grace_time_is_failed(serve):
 def test_a_model_that_cannot_be_loaded_ends_the_start(serve, monkeypatch, model, message):
     """A service that waits for ever for a model that is not there."""
     if model == "stops":
-        monkeypatch.setattr(service_module, "DEAD_LOADING_SECONDS", 1.0)
+        monkeypatch.setattr(dispatch, "DEAD_LOADING_SECONDS", 1.0)
     running = serve(model=model, load_timeout=2.0 if model == "loads for ever" else 100.0)
     assert message in running.call(lambda: running.service.failed)
 
@@ -515,7 +514,7 @@ def test_metrics_count(serve):
 
 def test_several_devices_draw_at_a_time(serve):
     running = serve(devices=("one", "two"), max_batch=1)
-    while running.call(lambda: sum(worker.ready for worker in running.service._workers)) < 2:
+    while running.call(lambda: sum(worker.ready for worker in running.service.dispatcher.workers)) < 2:
         time.sleep(0.01)
     jobs = [running.draw(prompts=["slowly"], prior_steps=100)["id"] for _ in range(2)]
     states = []

@@ -1,14 +1,13 @@
-"""Between the queue and the workers: hands out batches, tells of events, cancels, restarts what died.
+"""From requests to jobs to results: queues jobs, tells of their events, cancels them, keeps what was drawn.
 
-All state is changed on the event loop. A thread for each worker reads its pipe, and another writes it;
-pictures are filtered, saved and signed in threads.
+All state is changed on the event loop. Pictures are filtered, saved and signed in threads. The workers are in
+``serve.dispatch``.
 """
 
 import asyncio
 import contextlib
 import importlib
 import inspect
-import itertools
 import logging
 import os
 import secrets
@@ -18,7 +17,6 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +24,13 @@ from PIL import Image
 
 from wuerstchen.errors import UserError
 from wuerstchen.serve import worker as worker_module
-from wuerstchen.serve.heartbeat import ALIVE
-from wuerstchen.serve.jobs import ENDED, Event, FairQueue, Job, Picture, QueueFull, Shape
+from wuerstchen.serve.dispatch import Dispatcher
+from wuerstchen.serve.jobs import ENDED, Event, FairQueue, Job, Picture, QueueFull
 from wuerstchen.serve.limits import ServeConfig
 from wuerstchen.serve.metrics import Metrics
-from wuerstchen.serve.process import Message, WorkerProcess
 from wuerstchen.serve.results import Results
 from wuerstchen.serve.stopping import closing_seconds
 from wuerstchen.serve.uploads import Uploads
-from wuerstchen.serve.worker import Batch, WorkerSettings
 
 log = logging.getLogger("wuerstchen.serve")
 
@@ -43,16 +39,6 @@ Filter = Callable[[str, Image.Image | None], str | None]
 
 KEPT_JOBS = 2_000
 """Jobs that are remembered after their end, for as long as their pictures are."""
-STOPPING_SECONDS = 30.0
-"""A worker that was told to stop and makes no step for so long is ended."""
-SILENT_SECONDS = 10.0
-"""A worker that has given no sign of life for so long is not ready."""
-DEAD_SECONDS = 60.0
-"""A worker that has given no sign of life for so long is ended, and started again."""
-DEAD_LOADING_SECONDS = 300.0
-"""The same while it loads: libraries on a slow disk can hold a process up."""
-RELAUNCH_SECONDS = 5.0
-"""Until a worker that could not be started is tried again."""
 HEARTBEAT = 10.0
 IMAGE_BYTES = 2**30
 """Of the pictures that jobs begin with, together, until they have ended."""
@@ -80,59 +66,24 @@ class Refused(Exception):
         self.retry_after = retry_after
 
 
-@dataclass(eq=False)
-class _Under:
-    """A batch that a worker has been given."""
-
-    number: int
-    pictures: list[Picture]
-    began: float
-    stopping: float | None = None
-    """Since when the worker has known that it is too late or unwanted."""
-
-
-@dataclass(eq=False)
-class _Worker(WorkerProcess):
-    """One device, through all restarts of its process."""
-
-    ready: bool = False
-    batch: _Under | None = None
-    failures: int = 0
-    """Ends in a row before it was ready."""
-    again_at: float | None = None
-    """When it is to be started again."""
-    launched: float = 0.0
-    heard: float = 0.0
-    """When it last gave a sign of life."""
-    killed: str | None = None
-    """Why it was ended, if the service did it."""
-    about: dict[str, Any] = field(default_factory=dict)
-
-
 class Service:
     """One instance: its queue, its workers and what it remembers."""
 
     def __init__(self, config: ServeConfig, worker_main: Callable[..., None] = worker_module.main) -> None:
         """Raises ``UserError`` for a filter, a folder or a certificate that cannot be used."""
         self.config = config
-        self.worker_main = worker_main
         self.instance = secrets.token_hex(3)
         self.queue = FairQueue(config.max_waiting, config.max_jobs_per_client)
         self.metrics = Metrics()
-        self.metrics.watch(
-            lambda: len(self.queue), self.queue.open_jobs, lambda: self._ready_workers(time.monotonic())
+        self.dispatcher = Dispatcher(
+            config, self.queue, self.metrics, worker_main, fail=self._fail, finish=self._finish_soon
         )
+        self.metrics.watch(lambda: len(self.queue), self.queue.open_jobs, self.dispatcher.ready_workers)
         self.filter = None if config.filter is None else load_filter(config.filter)
         self.jobs: dict[str, Job] = {}
         self.streams: Counter[str] = Counter()
         """Of events, open, by client."""
-        self.about: dict[str, Any] | None = None
-        """What the model can; None until the first worker is ready."""
         self.draining = False
-        self.failed: str | None = None
-        """Why there will never be a model."""
-        self.started = asyncio.Event()
-        """Set when the first worker is ready, or none will be."""
         signer = _signer(config)
         self._temporary = (
             tempfile.TemporaryDirectory(prefix="wuerstchen-") if config.results_dir is None else None
@@ -145,21 +96,16 @@ class Service:
             signer=signer,
         )
         self.uploads = Uploads(config.max_jobs_per_client)
-        self._workers = [_Worker(name=name or "default", device=name) for name in (config.devices or (None,))]
-        self._numbers = itertools.count(1)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._savers = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="save")
         self._watcher: asyncio.Task[None] | None = None
-        self._seconds_a_picture: float | None = None
-        """Measured, with all workers drawing."""
 
     # Starting and stopping
 
     async def start(self) -> None:
         """Starts the workers and the watch over them; does not wait until they are ready."""
         self._loop = asyncio.get_running_loop()
-        for worker in self._workers:
-            self._launch(worker)
+        self.dispatcher.start()
         self._watcher = asyncio.create_task(self._watch())
 
     async def drain(self) -> None:
@@ -169,7 +115,7 @@ class Service:
         """
         if self.draining:
             return
-        self.draining = True
+        self.draining = self.dispatcher.draining = True
         self.uploads.close()
         message = "this job is cut off because the service is being stopped; send it again later"
         for job in [job for job in self.jobs.values() if job.state == "queued"]:
@@ -183,7 +129,7 @@ class Service:
     async def stop(self) -> None:
         """Ends the workers at once, also after a start that failed. What they draw is lost: ``drain`` comes
         first."""
-        self.draining = True
+        self.draining = self.dispatcher.draining = True
         if self._watcher is not None:
             self._watcher.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -191,9 +137,7 @@ class Service:
         for job in [job for job in self.jobs.values() if not job.has_ended]:
             self._end(job, "failed", "the service was stopped; send the job again later")
         await self.uploads.stop()
-        for worker in self._workers:
-            worker.life += 1
-            await asyncio.to_thread(worker.end)
+        await self.dispatcher.stop()
         if self._tasks:
             _, hung = await asyncio.wait(self._tasks, timeout=closing_seconds(self.config.grace) / 2)
             for task in hung:
@@ -205,17 +149,28 @@ class Service:
     def kill(self) -> None:
         """Kills the processes of workers and decoders, from any thread."""
         self.uploads.kill()
-        for worker in self._workers:
-            worker.kill()
+        self.dispatcher.kill()
 
     # What the outside asks for
 
     @property
     def is_ready(self) -> bool:
-        return not self.draining and self._ready_workers(time.monotonic()) > 0
+        return not self.draining and self.dispatcher.ready_workers() > 0
 
-    def _ready_workers(self, now: float) -> int:
-        return sum(worker.ready and now - worker.heard < SILENT_SECONDS for worker in self._workers)
+    @property
+    def about(self) -> dict[str, Any] | None:
+        """What the model can; None until the first worker is ready."""
+        return self.dispatcher.about
+
+    @property
+    def failed(self) -> str | None:
+        """Why there will never be a model."""
+        return self.dispatcher.failed
+
+    @property
+    def started(self) -> asyncio.Event:
+        """Set when the first worker is ready, or none will be."""
+        return self.dispatcher.started
 
     def check_open(self) -> dict[str, Any]:
         """The model, or ``Refused`` where no job can be taken now."""
@@ -246,7 +201,7 @@ class Service:
         words = f" {list(dict.fromkeys(job.prompts))!r}" if self.config.log_prompts else ""
         log.info("job %s: %d pictures of %s%s", job.log_name, job.total, job.shape.kind, words)
         job.emit("queued", {"position": self.queue.positions()[job]})
-        self._loop.call_soon(self._pump)
+        self._loop.call_soon(self.dispatcher.pump)
 
     def check_room(self, client: str, pictures: int) -> None:
         """Raises ``Refused`` where so many more pictures of a client cannot be queued now."""
@@ -258,7 +213,10 @@ class Service:
                 mine = (other for other in self.queue.jobs() if other.client == client)
                 pictures = min((other.total for other in mine), default=1)
             raise Refused(
-                429, str(full), code="rate_limit_exceeded", retry_after=self._wait_estimate(pictures)
+                429,
+                str(full),
+                code="rate_limit_exceeded",
+                retry_after=self.dispatcher.wait_estimate(pictures),
             ) from full
 
     def _check_images(self, job: Job) -> None:
@@ -268,7 +226,7 @@ class Service:
                 429,
                 f"the pictures that jobs begin with take {held:,} bytes already; try again later",
                 code="rate_limit_exceeded",
-                retry_after=self._wait_estimate(1),
+                retry_after=self.dispatcher.wait_estimate(1),
             )
 
     def cancel(self, job: Job) -> None:
@@ -342,92 +300,12 @@ class Service:
         async for _ in self.events(job, 0):
             pass
 
-    # Batches
+    # What the workers have drawn
 
-    def _room(self, shape: Shape) -> int:
-        """How many pictures of a shape are drawn together: of large ones fewer, for memory."""
-        assert self.about is not None
-        own = self.about["side"] ** 2
-        return max(1, min(self.config.max_batch, self.config.max_batch * own // (shape.width * shape.height)))
-
-    def _pump(self) -> None:
-        """Gives every idle worker a batch."""
-        for worker in self._workers:
-            if worker.ready and worker.batch is None and (pictures := self.queue.take(self._room)):
-                self._give(worker, pictures)
-
-    def _give(self, worker: _Worker, pictures: list[Picture]) -> None:
-        now = time.monotonic()
-        shape = pictures[0].job.shape
-        with_images = pictures[0].job.image is not None
-        batch = Batch(
-            number=next(self._numbers),
-            shape=shape,
-            fill=self._room(shape) if self.config.deterministic else None,
-            prompts=[picture.prompt for picture in pictures],
-            negatives=[picture.job.negative for picture in pictures],
-            seeds=[picture.seed for picture in pictures],
-            images=[picture.job.image or b"" for picture in pictures] if with_images else None,
-            previews=[place for place, picture in enumerate(pictures) if picture.job.previews],
-        )
-        worker.batch = _Under(batch.number, pictures, now)
-        self.metrics.batch_size.observe(len(pictures))
-        for job in {picture.job: None for picture in pictures}:
-            if job.state == "queued":
-                self.metrics.wait_seconds.observe(now - job.created)
-            job.begin()
-        worker.send(("draw", batch))
-
-    def _heard(self, worker: _Worker, life: int, message: tuple[Any, ...] | None) -> None:
-        """A worker said something; None is its end."""
-        if life != worker.life:
-            return
-        worker.heard = time.monotonic()
-        if message is None:
-            self._died(worker)
-        elif message == ALIVE:
-            pass
-        elif message[0] == "ready":
-            self._became_ready(worker, message[1])
-        elif message[0] == "unfit":
-            self._unfit(worker, message[1])
-        elif worker.batch is not None and message[1] == worker.batch.number:
-            self._of_batch(worker, worker.batch, message)
-
-    def _of_batch(self, worker: _Worker, batch: _Under, message: tuple[Any, ...]) -> None:
-        word, _, *values = message
-        if word == "step":
-            self._stepped(batch, *values)
-        elif word == "notice":
-            job = batch.pictures[values[0]].job
-            if values[1] not in job.notices:
-                job.notices.append(values[1])
-        elif word == "preview":
-            place, width, height, url = values
-            picture = batch.pictures[place]
-            if not picture.job.has_ended:
-                shown = {"index": picture.index, "width": width, "height": height, "image": url}
-                picture.job.emit("preview", shown)
-        elif word == "image":
-            place, width, height, data = values
-            picture = batch.pictures[place]
-            if not picture.job.has_ended:
-                self._spawn(self._finish(picture, (width, height), data))
-        else:
-            worker.batch = None
-            if word == "done":
-                self._measured(worker, batch, values[0])
-            elif word == "failed":
-                for job in {picture.job: None for picture in batch.pictures}:
-                    self._end(job, "failed", values[0], values[1])
-            self._pump()
-
-    def _stepped(self, batch: _Under, stage: str, step: int, steps: int, fraction: float) -> None:
-        for job, share in _shares(batch).items():
-            if not job.has_ended:
-                job.fraction = share * fraction
-                shown = {"stage": stage, "step": step, "steps": steps, "fraction": round(job.progress, 4)}
-                job.emit("progress", shown)
+    def _finish_soon(self, picture: Picture, size: tuple[int, int], data: bytes) -> None:
+        task = asyncio.create_task(self._finish(picture, size, data))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _finish(self, picture: Picture, size: tuple[int, int], data: bytes) -> None:
         """Filters and saves a picture, and tells its job."""
@@ -475,105 +353,18 @@ class Service:
         self.metrics.jobs.labels(state).inc()
         self.metrics.job_seconds.observe(now - job.created)
         log.info("job %s: %s after %.1f s", job.log_name, state, now - job.created)
-        for worker in self._workers:
-            batch = worker.batch
-            if batch is not None and state != "done":
-                places = [place for place, picture in enumerate(batch.pictures) if picture.job is job]
-                if places:
-                    worker.send(("unwanted", batch.number, places))
-                    if batch.stopping is None and all(p.job.has_ended for p in batch.pictures):
-                        batch.stopping = now
+        if state != "done":
+            self.dispatcher.drop(job, now)
 
-    def _measured(self, worker: _Worker, batch: _Under, measured: dict[str, Any]) -> None:
-        took = (time.monotonic() - batch.began) / len(batch.pictures) / len(self._workers)
-        before = self._seconds_a_picture
-        self._seconds_a_picture = took if before is None else 0.8 * before + 0.2 * took
-        for stage, seconds in measured.get("seconds", {}).items():
-            self.metrics.stage_seconds.labels(stage).observe(seconds)
-        for name, gauge in (
-            ("memory", self.metrics.worker_memory),
-            ("device_memory", self.metrics.device_memory),
-        ):
-            if measured.get(name) is not None:
-                gauge.labels(worker.name).set(measured[name])
-        if measured.get("joules") is not None:
-            self.metrics.joules.labels(worker.name).inc(max(0.0, measured["joules"]))
-
-    def _wait_estimate(self, pictures: int) -> int:
-        """Seconds until about so many pictures are drawn."""
-        seconds = (self._seconds_a_picture or 1.0) * max(1, pictures)
-        return int(min(max(1.0, seconds), 600.0) + 0.5)
-
-    # Workers
-
-    def _launch(self, worker: _Worker) -> None:
-        worker.ready, worker.batch, worker.again_at, worker.killed = False, None, None, None
-        worker.launched = worker.heard = time.monotonic()
-        settings = WorkerSettings(
-            model=self.config.model, device=worker.device, precision=self.config.precision
-        )
-
-        def tell(life: int, message: Message | None) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(self._heard, worker, life, message)
-
-        try:
-            worker.start(self.worker_main, settings, tell)
-        except OSError as error:  # no memory, or no descriptors
-            log.error("worker %s: cannot be started (%s)", worker.name, error.strerror or error)
-            worker.again_at = time.monotonic() + RELAUNCH_SECONDS
-
-    def _became_ready(self, worker: _Worker, about: dict[str, Any]) -> None:
-        worker.ready, worker.failures, worker.about = True, 0, about
-        self.about = self.about or {**about, "name": model_name(self.config.model)}
-        log.info("worker %s: ready on %s", worker.name, about["device"])
-        self.started.set()
-        self._pump()
-
-    def _unfit(self, worker: _Worker, reason: str) -> None:
-        """It says that it cannot be: no use in trying again, if it never could."""
-        if self.about is None:
-            self.failed = reason
-            self.started.set()
-        log.error("worker %s: %s", worker.name, reason)
-
-    def _died(self, worker: _Worker) -> None:
-        batch, worker.batch = worker.batch, None
-        worker.ready = False
-        worker.failures += 1
-        if self.about is None and self.failed is None and worker.failures == 3:
-            self.failed = "the worker ended three times before it had a model; its last words are above"
-            self.started.set()
-        if self.failed is not None:
-            return
-        self.metrics.restarts.labels(worker.name).inc()
-        if batch is not None:
-            happened = worker.killed or "ended before its time"
-            why = f"the worker that drew this job {happened} and is started again; send it again"
-            if batch.stopping is not None:
-                why = "this job took too long and was stopped; ask for fewer steps or a smaller picture"
-            for job in {picture.job: None for picture in batch.pictures}:
-                self._end(job, "failed", why)
-        worker.end()
-        if not self.draining:
-            # At once the first time; one that never gets ready must not keep the machine busy.
-            delay = 0.0 if worker.failures <= 1 else min(30.0, 2.0 ** (worker.failures - 2))
-            log.error("worker %s: ended unexpectedly; started again in %.0f s", worker.name, delay)
-            worker.again_at = time.monotonic() + delay
-            if not delay:
-                self._launch(worker)
+    def _fail(self, job: Job, message: str, kind: str = "server_error") -> None:
+        self._end(job, "failed", message, kind)
 
     async def _watch(self) -> None:
         """Once in a while: what is late, what is to be started again, what is to be forgotten."""
-        looked = cleared = time.monotonic()
+        cleared = time.monotonic()
         while True:
             await asyncio.sleep(0.25)
             now = time.monotonic()
-            if now - looked > SILENT_SECONDS / 2:
-                # The service itself stood still: what the workers said meanwhile has not been heard yet.
-                for worker in self._workers:
-                    worker.heard += now - looked
-            looked = now
             try:
                 self._look(now)
                 if now - cleared > 10:
@@ -595,56 +386,12 @@ class Service:
             before = next((event.data["position"] for event in job.events if event.name == "queued"), None)
             if job.state == "queued" and place != before:
                 job.emit("queued", {"position": place})
-        for worker in self._workers:
-            batch = worker.batch
-            if worker.again_at is not None and now >= worker.again_at and not self.draining:
-                self._launch(worker)
-            elif worker.process is not None and worker.killed is None and (why := self._hangs(worker, now)):
-                log.error("worker %s: it %s, and is ended", worker.name, why)
-                worker.killed = why
-                worker.kill()  # its end is noticed as any other
-            elif batch is not None and batch.stopping is None and now - batch.began > config.run_timeout:
-                message = (
-                    f"it was drawn for {config.run_timeout:g} s; ask for fewer steps or a smaller picture"
-                )
-                for picture in batch.pictures:
-                    self._end(picture.job, "failed", f"this job timed out because {message}")
-                batch.stopping = now
-            elif batch is not None and batch.stopping is not None and now - batch.stopping > STOPPING_SECONDS:
-                worker.kill()  # its end is noticed as any other
+        self.dispatcher.look(now)
         ended = [job for job in self.jobs.values() if job.ended is not None]
         for number, job in enumerate(ended):
             assert job.ended is not None
             if now - job.ended > config.result_seconds or number < len(ended) - KEPT_JOBS:
                 del self.jobs[job.id]
-
-    def _hangs(self, worker: _Worker, now: float) -> str | None:
-        """Why a worker is to be ended, if it is."""
-        if now - worker.heard > (DEAD_SECONDS if worker.ready else DEAD_LOADING_SECONDS):
-            return "gave no sign of life"
-        seconds = self.config.load_timeout
-        if worker.ready or now - worker.launched <= seconds:
-            return None
-        if self.about is None and self.failed is None:
-            self.failed = (
-                f"The model takes too long to load: over {seconds:g} s. Look whether its disk or the network "
-                "hangs, or raise --load-timeout."
-            )
-            self.started.set()
-        return f"did not load its model within {seconds:g} s"
-
-    def _spawn(self, work: Any) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-
-def _shares(batch: _Under) -> dict[Job, int]:
-    """Pictures of each job in a batch."""
-    shares: dict[Job, int] = {}
-    for picture in batch.pictures:
-        shares[picture.job] = shares.get(picture.job, 0) + 1
-    return shares
 
 
 def picture_settings(picture: Picture, about: dict[str, Any]) -> dict[str, Any]:
@@ -664,11 +411,6 @@ def picture_settings(picture: Picture, about: dict[str, Any]) -> dict[str, Any]:
     if shape.strength is not None:
         settings["strength"] = shape.strength
     return settings | {"model": about.get("name", "wuerstchen")}
-
-
-def model_name(model: str | None) -> str:
-    """What clients call the model: the last part of its name, without the folders that lead to it."""
-    return "wuerstchen" if model is None else Path(model).name or "wuerstchen"
 
 
 def load_filter(name: str) -> Filter:
