@@ -84,6 +84,7 @@ def make_app(service: Service, page: Path = PAGE) -> App:
     _add_pages(app, page)
     queue = _queues(service)
     _add_jobs(app, service, queue)
+    _add_results(app, service)
     _add_openai(app, service, queue)
     _add_watching(app, service)
 
@@ -240,6 +241,23 @@ def _add_jobs(app: FastAPI, service: Service, queue: Queue) -> None:
             service.cancel(job)
         return view(request, job)
 
+    def view(request: Request, job: Job) -> dict[str, Any]:
+        return {
+            "id": job.id,
+            "state": job.state,
+            "position": service.position(job),
+            "kind": job.shape.kind,
+            "settings": settings_of(job),
+            "total": job.total,
+            "progress": round(job.progress, 4),
+            "images": [_below(request, image) for image in sorted(job.images, key=lambda i: i["index"])],
+            "error": job.error,
+            "notices": job.notices,
+            "created": job.unix_time,
+        }
+
+
+def _add_results(app: FastAPI, service: Service) -> None:
     @app.get(
         "/v1/jobs/{job_id}/events",
         response_class=StreamingResponse,
@@ -290,21 +308,6 @@ def _add_jobs(app: FastAPI, service: Service, queue: Queue) -> None:
             "Cross-Origin-Resource-Policy": "cross-origin",
         }
         return Response(data, media_type="image/png", headers=headers)
-
-    def view(request: Request, job: Job) -> dict[str, Any]:
-        return {
-            "id": job.id,
-            "state": job.state,
-            "position": service.position(job),
-            "kind": job.shape.kind,
-            "settings": settings_of(job),
-            "total": job.total,
-            "progress": round(job.progress, 4),
-            "images": [_below(request, image) for image in sorted(job.images, key=lambda i: i["index"])],
-            "error": job.error,
-            "notices": job.notices,
-            "created": job.unix_time,
-        }
 
 
 def _client(request: Request) -> str:
