@@ -14,6 +14,8 @@ import shutil
 import sys
 import time
 import traceback
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -119,23 +121,18 @@ def scores(
     return found
 
 
-def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Trains and scores one variant."""
+def train(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Trains one variant. Returns what its row says of the training."""
     stage, folder = name[0], options.run_dir / name
     images = options.images_b if stage == "b" else options.images_c
     others = dict(_change(text) for text in options.set)
     recipe = recipe_of(name, str(options.data), images, options.seed, options.workers, options.start, others)
     began = time.monotonic()
-    model_folder = training.train(recipe, folder, watch=Watch(rehearses=False))
+    training.train(recipe, folder, watch=Watch(rehearses=False))
     minutes = (time.monotonic() - began) / 60
     events = read_events(folder / "log.jsonl")
     progress = [event for event in events if event["event"] == "progress"]
     validation = [event for event in events if event["event"] == "validation"]
-    settings, parts, _ = read_parts(model_folder)
-    model = Wuerstchen(Cascade(settings=settings, **parts), torch.device(options.device))
-    row = "a_b" if stage == "b" else "c_b_a"
-    began = time.monotonic()
-    found = scores(model, options.data, row, options.first_seeds, Sampling(), options.limit)
     return {
         "name": name,
         "seed": options.seed,
@@ -145,12 +142,75 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "images_per_second": sorted(event["images_per_second"] for event in progress)[len(progress) // 2],
         "loss": progress[-1]["loss"],
         "validation": validation[-1] if validation else None,
+    }
+
+
+def score(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Scores a trained variant. Returns what its row says of the model."""
+    settings, parts, _ = read_parts(options.run_dir / name / "model")
+    model = Wuerstchen(Cascade(settings=settings, **parts), torch.device(options.device))
+    row = "a_b" if name[0] == "b" else "c_b_a"
+    began = time.monotonic()
+    found = scores(model, options.data, row, options.first_seeds, Sampling(), options.limit)
+    return {
         "row": row,
         "first_seeds": options.first_seeds,
         "scores": found,
         "scoring_minutes": round((time.monotonic() - began) / 60, 2),
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
+
+
+def keep(name: str, trained: dict[str, Any], scored: dict[str, Any], options: argparse.Namespace) -> None:
+    """Adds the row of a variant, and copies its last preview beside the rows."""
+    row = json.dumps(trained | scored)
+    with open(options.rows, "a", encoding="utf-8") as file:
+        file.write(row + "\n")
+    print(row, flush=True)
+    for picture in sorted((options.run_dir / name).glob("stage_*/previews/*.png"))[-1:]:
+        shutil.copy(picture, options.rows.parent / f"{name}.png")
+
+
+def run_all(options: argparse.Namespace) -> list[str]:
+    """Trains the variants one after the other, and scores each in another process while the next trains.
+
+    The speed of a variant therefore includes what scoring the one before took from it. Returns the names of
+    those that failed: the others are still worth their time.
+    """
+    began, longest, failed = time.monotonic(), 0.0, []
+    waiting: list[tuple[str, dict[str, Any], Future[dict[str, Any]]]] = []
+
+    def collect(all_of_them: bool) -> None:
+        while waiting and (all_of_them or waiting[0][2].done()):
+            name, trained, scoring = waiting.pop(0)
+            try:
+                keep(name, trained, scoring.result(), options)
+            except Exception:
+                traceback.print_exc()
+                failed.append(name)
+
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        for name in options.variants:
+            left = options.minutes - (time.monotonic() - began) / 60
+            if longest > left:
+                print(
+                    f"{name}: left out, {left:.1f} of the last's {longest:.1f} minutes are left", flush=True
+                )
+                continue
+            started = time.monotonic()
+            try:
+                trained = train(name, options)
+            except Exception:
+                traceback.print_exc()
+                failed.append(name)
+                continue
+            longest = max(longest, (time.monotonic() - started) / 60)
+            print(json.dumps(trained), flush=True)
+            torch.cuda.empty_cache()
+            waiting.append((name, trained, pool.submit(score, name, options)))
+            collect(False)
+        collect(True)
+    return failed
 
 
 def main() -> None:
@@ -169,33 +229,17 @@ def main() -> None:
     parser.add_argument("--first-seeds", type=int, nargs="+", default=[0, 1000])
     parser.add_argument("--limit", type=int, help="score the first N entries of each list only")
     parser.add_argument("--workers", type=int, default=16)
-    parser.add_argument("--minutes", type=float, default=1e9, help="start no variant that would end later")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=1e9,
+        help="start no training that would end later",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     # Variants train on the same composed images, so they are composed once.
     training.compose = _once(training.compose)
-    began, longest, failed = time.monotonic(), 0.0, []
-    for name in options.variants:
-        left = options.minutes - (time.monotonic() - began) / 60
-        if longest > left:
-            print(
-                f"{name}: left out, {left:.1f} minutes are left and the last took {longest:.1f}", flush=True
-            )
-            continue
-        started = time.monotonic()
-        try:
-            found = run(name, options)
-        except Exception:  # the others are still worth their time
-            traceback.print_exc()
-            failed.append(name)
-            continue
-        longest = max(longest, (time.monotonic() - started) / 60)
-        with open(options.rows, "a", encoding="utf-8") as file:
-            file.write(json.dumps(found) + "\n")
-        print(json.dumps(found), flush=True)
-        for picture in sorted((options.run_dir / name).glob("stage_*/previews/*.png"))[-1:]:
-            shutil.copy(picture, options.rows.parent / f"{name}.png")
-        torch.cuda.empty_cache()
+    failed = run_all(options)
     sys.exit(f"failed: {' '.join(failed)}" if failed else 0)
 
 
