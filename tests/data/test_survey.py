@@ -23,7 +23,8 @@ def test_everything_that_is_not_read_has_its_reason(tmp_path):
     (root / "more").symlink_to(tmp_path / "elsewhere")
     for name in ("x.heic", "in/a.HEIC", "notes", "in/page.html", ".hidden.png"):
         (root / name).write_text("x")
-    found = ignored(root)
+    found, whole = ignored(root)
+    assert whole
     assert {reason: (e.count, e.first, e.images) for reason, e in found.items()} == {
         "that is a link to a folder": (1, "more", True),
         "with a name that begins with a dot": (1, ".hidden.png", False),
@@ -33,6 +34,11 @@ def test_everything_that_is_not_read_has_its_reason(tmp_path):
     }
     read = FolderSource(root)
     assert [read.name(item) for item in range(len(read))] == ["a.png", "in/b.JPG"]
+
+
+def test_the_time_to_look_for_what_is_not_read_is_limited(tmp_path):
+    (tmp_path / "x.heic").write_text("x")
+    assert ignored(tmp_path, seconds=-1.0) == ({}, False)
 
 
 def test_sizes_and_how_much_images_are_enlarged(tmp_path):

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 import wuerstchen.train.run as run
+from wuerstchen.data import prepared
 from wuerstchen.recipes.tiny import tiny
 from wuerstchen.train.config import Phase, Recipe
 
@@ -84,11 +85,32 @@ def kill(folder: Path, name: str, stage: str) -> None:
     process.join()
 
 
+def refuse(*_: object) -> None:
+    raise PermissionError
+
+
+def train_on_a_copy(folder: Path, name: str) -> None:
+    """By two processes, on a set that was copied without its times to a disk that cannot be written; what
+    they hash is listed in ``hashed``."""
+    hashes, touch = prepared.sha256, os.utime
+    for shard in (folder / "set").glob("*/*.arrow"):
+        os.utime(shard)
+
+    def listed(path: Path) -> str:
+        with open(folder / "hashed", "a") as file:
+            file.write(f"{path.parent.name}/{path.name}\n")
+        return hashes(path)
+
+    prepared.sha256, os.utime = listed, refuse
+    train(2, folder, name)
+    prepared.sha256, os.utime = hashes, touch
+
+
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     train(1, folder, "1")
-    train(2, folder, "2")
+    train_on_a_copy(folder, "2")
     for stage in ("c", "c2"):
         kill(folder, "killed", stage)
     train(1, folder, "killed")

@@ -5,6 +5,7 @@ Prints a JSON object: by scenario what its processes have found.
 
 import contextlib
 import dataclasses
+import datetime
 import hashlib
 import json
 import multiprocessing
@@ -20,18 +21,22 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from conftest import ToySource, ToyStage
 from test_step import PriorStage, make_inputs, make_step
 from torch import nn
 
+from wuerstchen.data import prepared
 from wuerstchen.errors import UserError
 from wuerstchen.train import parallel, snapshot
 from wuerstchen.train.feed import Feed
+from wuerstchen.train.folder import check_colours
 from wuerstchen.train.loop import Interrupted, Settings, _prepare, run_stage
 from wuerstchen.train.optim import make_optimizer
 from wuerstchen.train.parallel import Processes, distributed, empty_copy, gather, is_sharded, shard
+from wuerstchen.train.prepared_feed import verify_sets
 from wuerstchen.train.step import Step, recompute_blocks
 from wuerstchen.train.track import Log
 
@@ -330,6 +335,59 @@ def stopped(folder: Path) -> object:
     return [together(2, work), snapshot.newest(folder / "checkpoints")[1]["images"]]
 
 
+def surveys(folder: Path) -> object:
+    """Two processes look at data, the first for longer than exchanges may take; each file is read by one."""
+    (folder / "run.json").write_text("{}")
+    described = {"images": {"shards": []}, "texts": {"shards": []}}
+    for table, number in (("images", 0), ("images", 1), ("images", 2), ("texts", 0)):
+        path = folder / table / f"{number}.arrow"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"%d" % number)
+        described[table]["shards"].append(
+            {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": 1}
+        )
+    (folder / "prepared.json").write_text("{}")
+    old = (folder / "prepared.json").stat().st_mtime - 10
+    os.utime(folder / "prepared.json", (old, old))
+    parallel._PATIENCE = datetime.timedelta(seconds=2)
+
+    def work(processes: Processes) -> object:
+        read, reads = [], prepared.sha256
+
+        def slowly(path: Path) -> str:
+            if processes.leads and not read:
+                time.sleep(3)
+            read.append(f"{path.parent.name}/{path.name}")
+            return reads(path)
+
+        def converted(rank: int, count: int) -> str | None:
+            read.append(f"{rank} of {count}")
+            time.sleep(0 if rank else 3)
+            return f"{rank}.png"
+
+        prepared.sha256 = slowly
+        found = SimpleNamespace(folder=folder, description=described)
+        said = []
+        for _ in range(2):  # once, and not once more
+            verify_sets([found], processes)
+        (folder / "images" / "1.arrow").write_bytes(b"x")
+        for what in (
+            lambda: verify_sets([found], processes),
+            lambda: check_colours(folder, converted, Log(folder / "log.jsonl", False), False, processes),
+        ):
+            try:
+                what()
+            except UserError as error:
+                said.append(str(error))
+            processes.wait()
+        return [read, said]
+
+    try:
+        return together(2, work)
+    finally:
+        parallel._PATIENCE = datetime.timedelta(minutes=30)
+
+
 def dead(folder: Path) -> object:
     """One of two is killed: the other ends by itself, without anybody's help."""
     began = time.monotonic()
@@ -398,7 +456,19 @@ def twenty_kills(folder: Path) -> object:
 
 def main() -> None:
     folder, found = Path(sys.argv[1]), {}
-    ordinary = (updates, checkpoints, divided, lack, damaged, full_disk, not_finite, stopped, dead, kills)
+    ordinary = (
+        updates,
+        checkpoints,
+        divided,
+        lack,
+        damaged,
+        full_disk,
+        not_finite,
+        stopped,
+        surveys,
+        dead,
+        kills,
+    )
     for scenario in (twenty_kills,) if sys.argv[2:] == ["slow"] else ordinary:
         inside = folder / scenario.__name__
         inside.mkdir()

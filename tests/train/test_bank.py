@@ -22,7 +22,7 @@ def run(folder, stage, settings, source, device=CPU, **changes):
     folder.mkdir(exist_ok=True)
     feed = Feed(source, 5, settings.preview_size, captions=True)
     bank = compose(feed, 30, 0, device)
-    return run_stage(stage, feed, folder, settings, device, Log(folder / "log.jsonl"), {}, bank)
+    return run_stage(stage, feed, folder, settings, device, Log(folder / "log.jsonl"), {}, lambda: bank)
 
 
 def test_the_bank_holds_the_first_pictures_of_the_feed(toy_source):
@@ -97,6 +97,29 @@ def test_a_broken_run_on_a_bank_ends_as_the_unbroken_one(tmp_path, toy_stage, to
     log = Log(tmp_path / "log.jsonl")
     other = run_stage(toy_stage(images=122), fed, tmp_path / "fed", settings, CPU, log, {})
     assert newest(other.parent)[1]["files"] != files[0]  # an order of its own
+
+
+def test_for_a_preview_that_is_owed_no_picture_is_composed_and_nothing_compiled(
+    tmp_path, toy_stage, toy_source, settings, monkeypatch
+):
+    """All were, and blocks compiled, though no update was left."""
+    stage = toy_stage(images=24)
+
+    def stopped(*_):
+        raise SystemExit
+
+    stage.preview = stopped
+    with pytest.raises(SystemExit):
+        run(tmp_path, stage, settings, toy_source())
+    monkeypatch.setattr("wuerstchen.train.loop.compile_regions", lambda network: pytest.fail("compiled"))
+    feed, log = Feed(toy_source(), 5, settings.preview_size, captions=True), Log(tmp_path / "log.jsonl")
+    again = dataclasses.replace(settings, compiles=True)
+
+    def bank():
+        pytest.fail("composed")
+
+    run_stage(toy_stage(images=24), feed, tmp_path, again, CPU, log, {}, bank)
+    assert (tmp_path / "previews" / f"{24:012d}.png").is_file()
 
 
 def test_a_loss_that_is_not_finite_is_noticed_at_the_next_reading(tmp_path, toy_stage, toy_source, settings):

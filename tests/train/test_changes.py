@@ -16,6 +16,7 @@ from wuerstchen.errors import RunFolderError, UserError
 from wuerstchen.recipes.tiny import tiny
 from wuerstchen.train.changes import asked_for, check_same, ended_at, in_force, parts_of, plan
 from wuerstchen.train.config import Phase, as_dict
+from wuerstchen.train.recorded import get
 from wuerstchen.train.report import write_report
 from wuerstchen.train.run import _fingerprint, _open_sources, train
 from wuerstchen.train.snapshot import newest
@@ -335,7 +336,8 @@ def test_a_run_is_ended_with_a_usable_model(finished, tmp_path):
 
 def test_a_run_is_ended_before_a_phase_with_other_data(finished, tmp_path):
     """Its data are not opened any more: preview prompts were looked for in them, and what they held out of
-    the data inside them came back, so that these seemed to have changed."""
+    the data inside them came back, so that these seemed to have changed; names in ``skip`` were no images,
+    and the data had changed again for the recipe without the phase."""
     run_dir, outer = tmp_path / "run", tmp_path / "photos"
     for folder in (outer, outer / "fine"):
         folder.mkdir()
@@ -348,6 +350,9 @@ def test_a_run_is_ended_before_a_phase_with_other_data(finished, tmp_path):
     )
     second = Phase(optimization=recipe.stage_c.optimization, data=str(outer))
     recipe = dataclasses.replace(recipe, stage_c=dataclasses.replace(recipe.stage_c, phases=(second,)))
+    later = _open_sources(recipe)[str(outer)]
+    name = next(name for name in map(later.name, range(len(later))) if name.startswith("fine/"))
+    recipe = dataclasses.replace(recipe, skip=(name,))  # an image of the phase that is left out
     shutil.copytree(finished, run_dir)
     shutil.rmtree(run_dir / "model")
     stored = json.loads((run_dir / "run.json").read_text())
@@ -358,8 +363,9 @@ def test_a_run_is_ended_before_a_phase_with_other_data(finished, tmp_path):
     recipe = dataclasses.replace(
         recipe, stage_a=dataclasses.replace(recipe.stage_a, optimization=optimization)
     )
-    for end_now in (True, False):
-        train(recipe, run_dir, device="cpu", end_now=end_now, watch=Watch(rehearses=False))
+    ended = ended_at(recipe, "a", 24)  # as somebody might give it by hand
+    for given, end_now in ((recipe, True), (recipe, False), (ended, False)):
+        train(given, run_dir, device="cpu", end_now=end_now, watch=Watch(rehearses=False))
         assert read_network(run_dir / "model" / "vqgan.safetensors")[1].images == 24
 
 
@@ -392,6 +398,31 @@ def test_a_change_at_a_damaged_checkpoint_is_refused_and_a_recorded_one_moves(fi
     assert change["images"] == 20
     assert [e["images"] for e in events(run_dir, "change moved")] == [20]
     assert newest(run_dir / "stage_a" / "checkpoints")[1]["changes"] == [change]
+
+
+def test_a_change_holds_from_where_training_goes_on_if_several_checkpoints_are_damaged(finished, tmp_path):
+    """Only those made at the newest one were corrected: run.json named an image that was trained before."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    (newest(run_dir / "stage_a" / "checkpoints")[0] / "networks.safetensors").write_bytes(b"")
+    changes = [
+        {"field": field, "before": get(as_dict(micro()), field), "after": after, "stage": stage}
+        | {"images": images, "time": 0.0}
+        for field, after, stage, images in (
+            ("stage_a.optimization.clip_norm", 0.5, "a", 8),
+            ("seed", 3, "a", 22),  # the checkpoint of that image has gone
+        )
+    ]
+    stored = json.loads((run_dir / "run.json").read_text())
+    (run_dir / "run.json").write_text(json.dumps({**stored, "changes": changes}))
+    with pytest.warns(UserWarning, match="is damaged"):
+        train(micro(), run_dir, device="cpu")
+    changes[1]["images"] = 20
+    assert json.loads((run_dir / "run.json").read_text())["changes"] == changes
+    assert newest(run_dir / "stage_a" / "checkpoints")[1]["changes"] == changes
+    assert [(e["field"], e["images"], e["before"]) for e in events(run_dir, "change moved")] == [
+        ("seed", 20, 22)
+    ]
 
 
 def test_images_are_left_out_by_name(finished, tmp_path, monkeypatch):

@@ -76,6 +76,12 @@ def test_previews_show_the_same_pictures_in_every_run(toy_source):
     one, two = (Feed(toy_source(), seed, 8, True).shown(3, 8) for seed in (1, 2))
     assert one.shape == (3, 3, 8, 8)
     assert torch.equal(one, two)
+    # Without those that are left out by name.
+    feed = Feed(toy_source(), 1, 8, True)
+    items = [round(float(255 * value)) for value in one[:, 0, 0, 0]]
+    without = Feed(toy_source(), 1, 8, True, skip=[feed.source.name(items[0])]).shown(3, 8)
+    assert round(float(255 * without[0, 0, 0, 0])) not in items[:1]
+    assert torch.equal(without[1:], one[1:])
 
 
 def test_pictures_fill_the_size(photos):

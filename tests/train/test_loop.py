@@ -222,6 +222,22 @@ def test_a_signal_in_the_last_update_is_heard_too(tmp_path, toy_stage, toy_sourc
     assert [e["images"] for e in log.events() if e["event"] == "start"] == [0, 120]
 
 
+def test_a_signal_after_the_last_update_is_heard_too(tmp_path, toy_stage, toy_source, settings, monkeypatch):
+    """It was lost: the next stage began, and the signal had to be sent again."""
+    closes = snapshot.Writer.close
+
+    def close(writer) -> None:
+        closes(writer)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(snapshot.Writer, "close", close)
+    with pytest.raises(Interrupted, match="stopped at image 120 of 120") as caught:
+        run(tmp_path, toy_stage(), toy_source(), settings)
+    assert caught.value.images == 120
+    _, log = run(tmp_path, toy_stage(), toy_source(), settings)
+    assert [e["images"] for e in log.events() if e["event"] == "stopped"] == [120]
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, toy_stage, toy_source, settings):
     stage = toy_stage()
 

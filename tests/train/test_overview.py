@@ -39,6 +39,14 @@ def recipe(images: int = 160, stages: tuple = ("c",), **changes) -> Recipe:
     return dataclasses.replace(full, **{**common, **changes})
 
 
+def test_a_survey_that_took_too_long_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("wuerstchen.train.overview.ignored", lambda root: ({}, False))
+    write(tmp_path / "photos", [(256, 256)])
+    recipe = dataclasses.replace(tiny(), data=str(tmp_path / "photos"))
+    said, _ = overview(recipe, {recipe.data: FolderSource(tmp_path / "photos")}, None)
+    assert f"  looked for files that are not read for 20 seconds, not in all of {recipe.data}" in said
+
+
 def test_a_folder_that_is_as_it_should_be(tmp_path, encoder):
     source = write(tmp_path / "photos", [(200, 128)] * 4)
     said, warned = overview(recipe(), {"mine": source}, encoder)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
 from wuerstchen.data.folder import FolderSource
-from wuerstchen.data.plan import held_out_names
+from wuerstchen.data.plan import held_out_names, item_at
 from wuerstchen.data.prepare import prepare
 from wuerstchen.data.prepare_networks import Networks
 from wuerstchen.data.prepare_plan import PrepareConfig
@@ -387,6 +387,9 @@ def test_statistics_of_several_sizes_and_of_none(prepared):
     found = measure_stored_maps(iter(maps))
     assert found.mean == pytest.approx(columns.mean(1))
     assert found.std == pytest.approx(columns.std(1, ddof=1))
+    row = int(prepared.rows("train")[item_at(0, len(prepared.rows("train")), 0)])  # of the first map
+    others = list(some_maps(prepared, 30, 0, [prepared.name(row)]))
+    assert [found.tobytes() for found in others] == [found.tobytes() for found in maps[1:]]
     damaged = Damaged(prepared.folder)
     damaged.broken = tuple(damaged.name(row) for row in range(len(damaged)))
     with pytest.raises(DataError, match="none of the maps of the prepared set can be read"):

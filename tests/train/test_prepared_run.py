@@ -50,7 +50,7 @@ def runs(folder) -> Path:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=100,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:]
@@ -71,6 +71,12 @@ def test_two_processes_have_the_losses_of_one(runs):
     assert one.keys() == two.keys()
     for key, value in one.items():
         assert two[key] == pytest.approx(value, rel=1e-5), key
+
+
+def test_processes_verify_a_copied_set_once_in_all(runs):
+    """Each of them did, and the first once more for the images that are held out."""
+    shards = sorted(str(path.relative_to(runs / "set")) for path in (runs / "set").glob("*/*.arrow"))
+    assert sorted((runs / "hashed").read_text().split()) == shards
 
 
 def test_kills_change_nothing(runs):

@@ -27,6 +27,7 @@ from wuerstchen.models.compressor import CompressorConfig
 from wuerstchen.recipes import RECIPES
 from wuerstchen.recipes.mini import mini
 from wuerstchen.recipes.tiny import tiny
+from wuerstchen.train import run
 from wuerstchen.train.bank import compose
 from wuerstchen.train.changes import plan
 from wuerstchen.train.config import Phase, as_dict, differing_fields, phases_of
@@ -37,6 +38,7 @@ from wuerstchen.train.report import write_report
 from wuerstchen.train.run import _Run, _train, open_source, train
 from wuerstchen.train.snapshot import newest
 from wuerstchen.train.stages import cascade_settings
+from wuerstchen.train.stopping import Interrupted
 from wuerstchen.train.track import Log
 from wuerstchen.train.watch import Watch
 
@@ -324,6 +326,47 @@ def test_images_are_composed_after_the_costs_are_said_and_no_more_than_are_used(
     assert order == ["costs", 1000]
 
 
+def test_what_the_first_process_does_alone_is_waited_for_as_long_as_it_takes(tmp_path, monkeypatch):
+    """Other exchanges fail where a process comes half an hour late: surveys of many images take longer."""
+    order = []
+
+    def noted(owner, name, entry, result=None):
+        original = getattr(owner, name)
+
+        def call(*given, **named):
+            found = original(*given, **named) if result is None else result[0]
+            order.append(entry)
+            return found
+
+        monkeypatch.setattr(owner, name, call)
+
+    for name in ("agreed", "alike", "gathered", "total", "wait", "wait_long"):
+        noted(Processes, name, name if name == "wait_long" else "exchange")
+    noted(_Run, "validation", "held-out images", [None])
+    noted(_Run, "write_model_once", "the model")
+    noted(run, "overview", "overview")
+    noted(run, "_converted", "colours", [None])
+    noted(run, "write_json", "a measurement")
+    recipe = tiny()
+    optimization = dataclasses.replace(recipe.stage_a.optimization, images=8, batch_size=4)
+    stage_a = dataclasses.replace(recipe.stage_a, optimization=optimization)
+    changes = {"workers": 0, "statistics_images": 8, "prepared_images": 0, "stages": ("a",)}
+    recipe = dataclasses.replace(recipe, stage_a=stage_a, **changes)
+    train(recipe, tmp_path / "run", device="cpu")
+    described = tmp_path / "run" / "run.json"
+    content = json.loads(described.read_text())
+    del content["colours"]
+    described.write_text(json.dumps(content))
+    shutil.rmtree(tmp_path / "run" / "stage_a")
+    train(recipe, tmp_path / "run", device="cpu")
+    for alone in ("held-out images", "the model", "overview", "colours", "a measurement"):
+        places = [place for place, entry in enumerate(order) if entry == alone]
+        assert places
+        for place in places:
+            after = next(entry for entry in order[place:] if entry in ("exchange", "wait_long"))
+            assert after == "wait_long", alone
+
+
 def test_batches_of_every_phase_are_checked_against_the_processes_at_the_start(tmp_path, monkeypatch):
     """Of later phases too, without a rehearsal, and before anything is read or written."""
     processes = Processes(torch.device("cpu"), 0, 3)
@@ -574,6 +617,21 @@ def test_sigterm_outside_of_the_loop_is_one_line_and_the_run_goes_on(tmp_path, n
     assert not [line for line in said if "Traceback" in line]
     assert main(options) == 0
     assert (run_dir / "model" / "model.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("images", "said"), [(0, "this stage has no checkpoint yet"), (44, "a checkpoint is saved")]
+)
+def test_after_a_stop_it_says_whether_there_is_a_checkpoint(tmp_path, monkeypatch, capsys, images, said):
+    """At image 0 there is none."""
+
+    def stopped(*_, **__):
+        raise Interrupted(f"stopped at image {images} of 120 of stage A", images)
+
+    monkeypatch.setattr(run, "train", stopped)
+    assert main(["train", "tiny", "--run-dir", str(tmp_path)]) == 130
+    expected = f"stopped at image {images} of 120 of stage A; {said}: start the same command again to go on"
+    assert capsys.readouterr().err.strip() == expected
 
 
 def test_a_killed_loader_is_one_line(begun, monkeypatch):

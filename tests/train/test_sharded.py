@@ -71,6 +71,20 @@ def test_processes_divide_what_they_read_of_a_checkpoint(found):
     assert refused[0].startswith("another process cannot read checkpoint")
 
 
+def test_processes_divide_what_they_look_at_and_wait_for_each_other(found):
+    """Each of 512 read all shards that were newer than their set, and half an hour later all had lost the
+    first, which looked for colour profiles alone."""
+    assert isinstance(found["surveys"], list), found["surveys"]
+    first, second = found["surveys"]
+    assert sorted(first[0][:2]) == ["images/0.arrow", "images/2.arrow"]
+    assert sorted(second[0][:2]) == ["images/1.arrow", "texts/0.arrow"]
+    assert first[0][2:] == ["0 of 2"]
+    assert second[0][2:] == ["images/1.arrow", "1 of 2"]
+    for _, said in (first, second):
+        assert "1.arrow' is wrong because it has changed since it was written" in said[0]
+        assert "image '0.png' has one" in said[1]
+
+
 AVERAGES = {
     f"model/{key}"
     for key in (

@@ -21,6 +21,7 @@ from wuerstchen.train.snapshot import (
     Writer,
     newest,
     read_averages,
+    read_whole,
     restore,
     save,
 )
@@ -83,6 +84,27 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path):
         pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged; remove that folder"),
     ):
         newest(tmp_path)
+
+
+def test_a_checkpoint_that_a_run_removes_meanwhile_is_not_damaged(tmp_path, monkeypatch):
+    """An export of a run that is being trained warned of damage, and could say that all were damaged."""
+    state, checks = make_state(), snapshot._damage
+    for state.images in (8, 16):
+        old = save(state, tmp_path, {})
+
+    def damage(path, description):
+        if path == old:
+            for state.images in (24, 32):
+                save(state, tmp_path, {})
+        return checks(path, description)
+
+    monkeypatch.setattr(snapshot, "_damage", damage)
+    assert newest(tmp_path)[1]["images"] == 32
+    for read in (lambda: read_averages(old, "n"), lambda: read_whole(old)):
+        with pytest.raises(
+            CheckpointError, match=r"000000000016 was removed while it was read: the run goes"
+        ):
+            read()
 
 
 @pytest.mark.parametrize("change", [{"images": 8}, {"updates": -5}, {"files": {}}, {"sha256": ""}])

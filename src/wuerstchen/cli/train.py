@@ -165,7 +165,8 @@ def _train(options: argparse.Namespace) -> int:
             end_now=options.end_now,
         )
     except Interrupted as stopped:
-        print(f"{stopped}; a checkpoint is saved: start the same command again to go on", file=sys.stderr)
+        state = "a checkpoint is saved" if stopped.images else "this stage has no checkpoint yet"
+        print(f"{stopped}; {state}: start the same command again to go on", file=sys.stderr)
         return 130
     if leads:
         print(f"{model}: draw with wuerstchen generate --model {shlex.quote(str(model))} ...")

@@ -163,12 +163,13 @@ class FolderSource:
         width, height = (size, size) if isinstance(size, int) else size
         return np.array(resize_crop(picture, width, height, rng))
 
-    def converted(self) -> str | None:
+    def converted(self, rank: int = 0, count: int = 1) -> str | None:
         """The first picture whose colours change because its colour profile is applied, if there is one.
 
-        It opens all files, and decodes none.
+        It opens all files, and decodes none. If ``count`` processes share the work, each opens its part.
         """
-        return next((item.name for item in self._items if is_converted(self.root / item.name)), None)
+        part = self._items[rank::count]
+        return next((item.name for item in part if is_converted(self.root / item.name)), None)
 
     def fingerprint(self) -> str:
         """A hash of names, captions and file sizes.

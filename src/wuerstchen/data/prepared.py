@@ -470,37 +470,67 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+_Shard = tuple[Path, dict[str, Any]]
+"""A shard's file, and what the description says about it."""
+
+
 def verify_shards(folder: Path, description: dict[str, Any], verify: bool | None) -> None:
     """Checks sizes, and the checksums of all shards, of none, or of those that are newer than the description
     (``PreparedSet``). Raises ``DataError``."""
+    shards = _shards(folder, description)
+    for path, shard in shards:
+        check_shard(path, shard, verify=False)
+    if verify:
+        _verify(folder, shards)
+    elif verify is None and verify_newer(folder, description):
+        mark_verified(folder)
+
+
+def verify_newer(folder: Path, description: dict[str, Any], rank: int = 0, count: int = 1) -> bool:
+    """Checks the checksums of shards that are newer than the description: this process's part of them, if
+    ``count`` processes share the work. Returns whether there are any, in whatever part.
+
+    ``mark_verified`` is to follow when all parts are good. Raises ``DataError``.
+    """
     written = (folder / DESCRIPTION).stat().st_mtime_ns
-    shards = [
+    shards = _shards(folder, description)
+    newer = [path.stat().st_mtime_ns > written for path, _ in shards]
+    # The part is one of all shards: two machines may see the times of a shared disk differently for a while.
+    part = range(rank, len(shards), count)
+    _verify(folder, [shards[number] for number in part if newer[number]], shown=rank == 0)
+    return any(newer)
+
+
+def mark_verified(folder: Path) -> None:
+    """Makes the description newer than the shards, so that they are not verified at the next start."""
+    with contextlib.suppress(OSError):  # a set that may not be changed is verified again next time
+        os.utime(folder / DESCRIPTION)
+
+
+def _shards(folder: Path, description: dict[str, Any]) -> list[_Shard]:
+    return [
         (folder / table / shard["file"], shard)
         for table in ("images", "texts")
         for shard in description[table]["shards"]
     ]
-    newer = []
-    for path, shard in shards:
-        check_shard(path, shard, verify=False)
-        if verify or (verify is None and path.stat().st_mtime_ns > written):
-            newer.append((path, shard))
-    if not newer:
+
+
+def _verify(folder: Path, shards: list[_Shard], *, shown: bool = True) -> None:
+    """Compares checksums, with a progress bar if it is to be ``shown``."""
+    if not shards:
         return
 
-    def check(entry: tuple[Path, dict[str, Any]]) -> int:
+    def check(entry: _Shard) -> int:
         check_shard(*entry, verify=True)
         return entry[1]["bytes"]
 
-    total = sum(shard["bytes"] for _, shard in newer)
+    total, disable = sum(shard["bytes"] for _, shard in shards), None if shown else True
     with (
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,  # hashing leaves Python's lock
-        tqdm(total=total, desc=f"verifying {folder}", unit="B", unit_scale=True, disable=None) as bar,
+        tqdm(total=total, desc=f"verifying {folder}", unit="B", unit_scale=True, disable=disable) as bar,
     ):
-        for size in pool.map(check, newer):
+        for size in pool.map(check, shards):
             bar.update(size)
-    if verify is None:
-        with contextlib.suppress(OSError):  # a set that may not be changed is verified again next time
-            os.utime(folder / DESCRIPTION)
 
 
 def _check_table(table: Any, schema: Any) -> None:

@@ -14,7 +14,7 @@ from wuerstchen.png_text import open_any
 MOST = 2000
 """Images whose files are opened, at most; of larger folders so many are drawn."""
 SECONDS = 20.0
-"""Time to open files, at most: some file systems take long for each."""
+"""Time to open files, at most, and to look for those that are not read: some file systems take long."""
 _CAPTIONS_AND_FIELDS = {".txt", ".caption", ".json", ".jsonl", ".csv", ".parquet"}
 _IMAGES = {
     ".arw", ".cr2", ".cr3", ".dng", ".exr", ".heic", ".heif", ".ico", ".jp2", ".jxl", ".nef", ".pdf", ".psd",
@@ -38,14 +38,19 @@ class Ignored:
         self.images |= images
 
 
-def ignored(root: Path) -> dict[str, Ignored]:
-    """What ``FolderSource`` passes over under ``root``, by the reason in words ("with the ending .heic")."""
+def ignored(root: Path, seconds: float = SECONDS) -> tuple[dict[str, Ignored], bool]:
+    """What ``FolderSource`` passes over under ``root``, by the reason in words ("with the ending .heic"); and
+    whether all of the folder was looked at in the ``seconds`` for it."""
     found: dict[str, Ignored] = {}
+    whole, began = True, time.monotonic()
 
     def add(reason: str, name: str, images: bool) -> None:
         found.setdefault(reason, Ignored()).add(name, images=images)
 
     for folder, folders, files in os.walk(root):
+        if time.monotonic() - began > seconds:
+            whole = False
+            break
         place = Path(folder).relative_to(root)
         for name in folders:
             shown = (place / name).as_posix()
@@ -60,7 +65,7 @@ def ignored(root: Path) -> dict[str, Ignored]:
                 add("with a name that begins with a dot", shown, False)
             elif suffix not in SUFFIXES | _CAPTIONS_AND_FIELDS:
                 add(f"with the ending {suffix}" if suffix else "without an ending", shown, suffix in _IMAGES)
-    return dict(sorted(found.items()))
+    return dict(sorted(found.items())), whole
 
 
 @dataclass

@@ -1,4 +1,5 @@
-"""Whether the other processes of a run still live, told by threads that no work and no waiting stops.
+"""Whether the other processes of a run still live, told by threads that no work and no waiting stops; and
+meetings of all of them, without a limit of time.
 
 A process that waits for another on GPUs does not see that it has died: NCCL waits as long as it may, and
 that has to be long, because the first process draws previews and reads checkpoints alone. So each process
@@ -11,12 +12,14 @@ import datetime
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import torch.distributed as dist
 
 TICK = 5.0  # seconds
 TICKS = 12  # that a count may stand still; counted in ticks, so that a suspended machine is no death
+LOOK = 1.0  # seconds between two looks for those who come late to a meeting, at most
 
 
 @contextlib.contextmanager
@@ -45,7 +48,7 @@ def _count_up(rank: int, count: int, counts: list[bytes], ended: threading.Event
     """Adds one to this process's count every tick, and copies those of all into ``counts``."""
     names = [str(other) for other in range(count)]
     with contextlib.suppress(RuntimeError):  # the store has gone, and there is no more news
-        store = _store()
+        store = _store("alive")
         for name in names:
             store.add(name, 0)  # those who are late have a count too: ``multi_get`` waits for what is missing
         while not ended.wait(TICK):
@@ -53,12 +56,25 @@ def _count_up(rank: int, count: int, counts: list[bytes], ended: threading.Event
             counts[:] = store.multi_get(names)
 
 
-def _store() -> dist.Store:
+def meet(name: str, count: int) -> None:
+    """Returns when all ``count`` processes have called it with this ``name``, however long that takes.
+
+    ``watching_others`` ends the wait for one that has died.
+    """
+    store = _store("meetings")
+    store.add(name, 1)
+    pause = 0.01
+    while store.add(name, 0) < count:
+        time.sleep(pause)
+        pause = min(2 * pause, LOOK)
+
+
+def _store(purpose: str) -> dist.Store:
     """A connection of our own to the store that the processes have met at: the other may be waiting in it."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     patience = datetime.timedelta(seconds=TICK * TICKS)
     store = dist.TCPStore(address, port, is_master=False, timeout=patience, wait_for_workers=False)
-    return dist.PrefixStore(f"alive {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return dist.PrefixStore(f"{purpose} {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def _watch(rank: int, count: int, counts: list[bytes], ended: threading.Event) -> None:

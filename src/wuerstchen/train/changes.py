@@ -383,6 +383,8 @@ class Plan:
     """What a start of a run does: the recipe in force, and how it came about."""
 
     recipe: Recipe
+    begun: Recipe
+    """What ``run.json`` holds, with all that is free to change as it is given now."""
     recorded: list[dict[str, Any]]
     """The changes that ``run.json`` holds, oldest first."""
     new: list[Change]
@@ -413,34 +415,28 @@ def plan(
                 f"{what}: {run_dir} has not begun, so nothing can change in it. Give the fields as options, "
                 "as in --stage-c.optimization.learning-rate 1e-5"
             )
-        return Plan(recipe=given, recorded=[], new=[])
-    recipe = in_force(stored, given, str(run_dir / "run.json"))
-    recipe, new = asked_for(recipe, run_dir, requests, end_now=end_now)
-    return Plan(recipe=recipe, recorded=list(stored.get("changes", [])), new=new)
+        return Plan(recipe=given, begun=given, recorded=[], new=[])
+    source = str(run_dir / "run.json")
+    begun = in_force({**stored, "changes": []}, given, source)
+    recipe, new = asked_for(in_force(stored, given, source), run_dir, requests, end_now=end_now)
+    return Plan(recipe=recipe, begun=begun, recorded=list(stored.get("changes", [])), new=new)
 
 
 def record(planned: Plan, run_dir: Path, stored: dict[str, Any], log: Log) -> None:
     """Writes new changes into ``run.json``, and those that the log lacks into the log.
 
-    Raises ``RunFolderError`` where the checkpoint that a change begins at is damaged.
+    Raises ``RunFolderError`` where the checkpoint that a new change begins at is damaged.
     """
     for part in parts_of(planned.recipe):
         seen = reached(run_dir, part)
-        here = [c for c in planned.changes if (c["stage"], c["images"]) == (part.name, seen)]
-        if not seen or not here:
+        if not seen or not any((c.stage, c.images) == (part.name, seen) for c in planned.new):
             continue
         found = newest(run_dir / f"stage_{part.name}" / "checkpoints")
-        whole = 0 if found is None else found[1]["images"]
-        if whole == seen:
-            continue
-        if planned.new:
+        if found is None or found[1]["images"] != seen:
             raise RunFolderError(
                 f"the newest checkpoint of stage {part.name.upper()} is damaged, and a change would begin "
                 "there; start once without --change, which goes on from the one before it"
             )
-        for change in here:  # they hold from where training now goes on
-            log.event("change moved", stage=part.name, images=whole, field=change["field"], before=seen)
-            change["images"] = whole
     if planned.changes != stored.get("changes", []):
         write_json(run_dir / "run.json", {**stored, "changes": planned.changes})
     logged = sum(event["event"] == "change" for event in log.events())

@@ -144,7 +144,7 @@ class Feed(Dataset[tuple[int, Example, list[tuple[str, str]]]]):
 
     def shown(self, count: int, size: int) -> Float[Tensor, "n 3 h w"]:
         """The pictures of the preview grid, always the same."""
-        feed = Feed(self.source, 0, size, captions=False)
+        feed = Feed(self.source, 0, size, captions=False, skip=self.skip)
         return feed.collate([feed[index] for index in range(count)]).pixels(torch.device("cpu"))
 
 

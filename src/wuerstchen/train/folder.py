@@ -86,26 +86,35 @@ def check_order(run_dir: Path) -> None:
 
 
 def check_colours(
-    run_dir: Path, converted: Callable[[], str | None], log: Log, accept_changed_data: bool
+    run_dir: Path,
+    converted: Callable[[int, int], str | None],
+    log: Log,
+    accept_changed_data: bool,
+    processes: Processes,
 ) -> None:
     """Raises ``RunFolderError`` for a run begun before colour profiles were read, if images have any.
 
-    ``converted`` names an image whose colours its profile changes, or none. Without one the run goes on.
+    ``converted`` names an image whose colours its profile changes, or none, in the part of the images of a
+    process: its rank and the number of processes. Without one the run goes on. All ``processes`` call it.
     """
     path = run_dir / "run.json"
-    stored = read_json(path)
-    if "colours" in stored:
+    stored = read_json(path) if processes.leads else {}
+    if not processes.agreed(processes.leads and "colours" not in stored)[0]:
         return
-    name = converted()
-    if name is not None:
+    found = converted(processes.rank, processes.count)
+    processes.wait_long()
+    names = processes.gathered([] if found is None else [found])
+    if names:
         if not accept_changed_data:
             raise RunFolderError(
-                f"{run_dir} was begun by a version that ignored colour profiles, and image {name!r} has one. "
-                "This version converts such images to sRGB, so they would change in the middle of the run. "
-                "Give --accept-changed-data to go on with the right colours, or use another --run-dir"
+                f"{run_dir} was begun by a version that ignored colour profiles, and image {min(names)!r} "
+                "has one. This version converts such images to sRGB, so they would change in the middle of "
+                "the run. Give --accept-changed-data to go on with the right colours, or use another "
+                "--run-dir"
             )
         log.event("accepted changed data", before="colour profiles ignored", now="colours in sRGB")
-    write_json(path, {**stored, "colours": COLOURS})
+    if processes.leads:
+        write_json(path, {**stored, "colours": COLOURS})
 
 
 _OURS = {"lock", "log.jsonl", "tensorboard"}
@@ -187,6 +196,20 @@ def check_run(
             "use another --run-dir"
         )
     record(planned, run_dir, stored, log)
+
+
+def move_changes(run_dir: Path, changes: list[dict[str, Any]], stage: str, images: int, log: Log) -> None:
+    """Lets ``changes`` of a stage that were made after ``images`` hold from there, in place and in run.json.
+
+    Training goes on from there under the changed recipe: later checkpoints were found damaged.
+    """
+    moved = [change for change in changes if change["stage"] == stage and change["images"] > images]
+    for change in moved:
+        log.event("change moved", stage=stage, images=images, field=change["field"], before=change["images"])
+        change["images"] = images
+    if moved and log.writes:
+        path = run_dir / "run.json"
+        write_json(path, {**read_json(path), "changes": changes})
 
 
 def read_json(path: Path, fix: str = "use another --run-dir") -> dict[str, Any]:

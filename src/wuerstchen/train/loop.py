@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -95,15 +95,17 @@ def run_stage(
     device: torch.device,
     log: Log,
     header: dict[str, Any],
-    bank: Bank | None = None,
+    bank: Callable[[], Bank] | None = None,
     processes: Processes | None = None,
     validation: Validation | None = None,
+    goes_on: Callable[[int], None] | None = None,
 ) -> Path:
     """Trains a stage to its end, from the last checkpoint in ``folder`` if there is one.
 
-    Pictures come from the ``bank`` where there is one, else from the feed. With a ``validation`` the loss on
-    held-out pictures is logged at previews and at checkpoints. A preview or validation that a stop has
-    prevented is made first. Returns the last checkpoint.
+    Pictures come from the ``bank`` where there is one, else from the feed; it is made only if there is an
+    update left. ``goes_on`` is told the number of images that training goes on from. With a ``validation``
+    the loss on held-out pictures is logged at previews and at checkpoints. A preview or validation that a
+    stop has prevented is made first. Returns the last checkpoint.
     Raises ``Interrupted`` after SIGINT or SIGTERM, with a checkpoint written.
     """
     processes = processes or Processes(device)
@@ -111,6 +113,9 @@ def run_stage(
     cost = CostMeter(device)
     state, resumed = _prepare(stage, folder / "checkpoints", settings, processes)
     total = stage.optimization.images
+    if goes_on is not None:
+        goes_on(state.images)
+    composed = bank() if bank is not None and state.images < total else None
     log.event(
         "start", stage=stage.name, images=state.images, total=total, resumed=resumed, device=str(device)
     )
@@ -133,7 +138,7 @@ def run_stage(
         if state.images < total:
             step = _step(stage, state, settings, processes)
             step.gauge = Gauge(stage, step.seed, settings.autocast, device, settings.half)
-            step.names = lambda first: _names(step, feed, bank, first)
+            step.names = lambda first: _names(step, feed, composed, first)
             writer = snapshot.Writer(folder / "checkpoints", processes, state.images)
             saving = Saving(
                 writer,
@@ -148,14 +153,15 @@ def run_stage(
             meter = Meter(f"Stage {stage.name.upper()}", state.images, total, processes.leads)
             updates = (
                 _fed_updates(step, feed, settings, stop)
-                if bank is None
-                else _bank_updates(step, bank, settings)
+                if composed is None
+                else _bank_updates(step, composed, settings)
             )
             loop = _Loop(step, settings, log, cost, saving, observer, meter, stop, waits=bank is None)
             with contextlib.closing(meter), contextlib.closing(writer), contextlib.closing(updates):
                 loop.run(updates)
-        elif stop.requested:
-            _stopped(log, state, stage)
+    # Of a signal that came after the last update, the next stage would know nothing.
+    if processes.agreed(stop.requested)[0]:
+        _stopped(log, state, stage)
     return folder / "checkpoints" / f"{state.images:012d}"
 
 
@@ -163,7 +169,8 @@ def _stopped(log: Log, state: snapshot.TrainingState, stage: Stage) -> NoReturn:
     """Notes that a signal has stopped the run, and ends it."""
     log.event("stopped", stage=stage.name, images=state.images)
     raise Interrupted(
-        f"stopped at image {state.images:,} of {stage.optimization.images:,} of stage {stage.name.upper()}"
+        f"stopped at image {state.images:,} of {stage.optimization.images:,} of stage {stage.name.upper()}",
+        state.images,
     )
 
 
@@ -353,7 +360,7 @@ def _prepare(
     found = snapshot.newest_of_all(folder, processes)
     if found is not None:
         snapshot.restore(state, *found, processes)
-    for network in stage.networks.values():
+    for network in stage.networks.values() if state.images < stage.optimization.images else ():
         if settings.recomputes:
             recompute_blocks(network)
         if settings.compiles:

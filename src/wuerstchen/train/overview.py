@@ -11,7 +11,7 @@ from wuerstchen.data.folder import FolderSource
 from wuerstchen.data.plan import generator, items_at
 from wuerstchen.data.prepared import PreparedSet
 from wuerstchen.data.sources import Source
-from wuerstchen.data.survey import MOST, ignored, sizes
+from wuerstchen.data.survey import MOST, SECONDS, ignored, sizes
 from wuerstchen.errors import DataError, UserError
 from wuerstchen.models.text import TextEncoder
 from wuerstchen.train.config import Phase, Recipe, StageBConfig, StageCConfig, phases_of
@@ -172,7 +172,10 @@ def _captions(
 
 
 def _ignored(data: str, source: FolderSource, said: list[str], warned: list[str]) -> None:
-    for reason, entries in ignored(source.root).items():
+    found, whole = ignored(source.root)
+    if not whole:
+        said.append(f"  looked for files that are not read for {SECONDS:.0f} seconds, not in all of {data}")
+    for reason, entries in found.items():
         what = f"{_number(entries.count, 'entry', 'entries')} {reason} ({entries.first!r})"
         said.append(f"  not read: {what}")
         if not entries.images:

@@ -8,6 +8,7 @@ noise do not depend on how many processes there are. The first process alone wri
 
 import copy
 import datetime
+import itertools
 import os
 import re
 import warnings
@@ -32,12 +33,13 @@ from wuerstchen.models.decoder import Decoder
 from wuerstchen.models.layers import AttnBlock, ConditionedResBlock, ResBlock
 from wuerstchen.models.paella import Paella
 from wuerstchen.models.prior import Prior
-from wuerstchen.train.alive import watching_others
+from wuerstchen.train.alive import meet, watching_others
 
 _LARGE = 2**20  # numbers of a tensor that travels alone
 _BUCKET = 32 * 2**20  # numbers that travel together: 128 MiB of gradients
 T = TypeVar("T")
 _PATIENCE = datetime.timedelta(minutes=30)  # that the others have while the first writes a checkpoint
+_meetings = itertools.count()  # all processes hold the same ones in the same order
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,14 @@ class Processes:
         """Returns when all processes have come here."""
         if self.count > 1:
             self.total(0.0)  # a barrier that needs no further device of NCCL
+
+    def wait_long(self) -> None:
+        """As ``wait``, for as long as it takes: for work of a few processes whose time nobody knows.
+
+        Exchanges of tensors fail where one process comes half an hour after the others.
+        """
+        if self.count > 1:
+            meet(str(next(_meetings)), self.count)
 
 
 @contextmanager

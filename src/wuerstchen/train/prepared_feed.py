@@ -5,7 +5,7 @@ shown, follows from the number of images seen.
 """
 
 import functools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from wuerstchen.data.plan import BucketPlan, crop_at, generator, item_at, items_at
-from wuerstchen.data.prepared import PreparedSet
+from wuerstchen.data.prepared import DESCRIPTION, PreparedSet, mark_verified, verify_newer
 from wuerstchen.errors import DataError, UserError
 from wuerstchen.models.text import TextEncoder, TextStates
 from wuerstchen.train.config import StoredTexts
+from wuerstchen.train.parallel import Processes
 
 
 @dataclass(frozen=True)
@@ -196,11 +197,16 @@ def _times(count: int, one: str, more: str = "") -> str:
     return f"{count:,} {one if count == 1 else more or one + 's'}"
 
 
-def some_maps(prepared: PreparedSet, count: int, seed: int) -> Iterator[Float16[np.ndarray, "c h w"]]:
-    """Maps of ``count`` images that training sees, to measure on; those that cannot be read are left out."""
-    rows = prepared.rows("train")
+def some_maps(
+    prepared: PreparedSet, count: int, seed: int, skip: Collection[str] = ()
+) -> Iterator[Float16[np.ndarray, "c h w"]]:
+    """Maps of ``count`` images that training sees, to measure on; those that cannot be read, and those whose
+    names are in ``skip``, are left out."""
+    rows, left_out = prepared.rows("train"), frozenset(skip)
     for index in range(count):
         row = int(rows[item_at(index, len(rows), seed)])
+        if left_out and prepared.name(row) in left_out:
+            continue
         try:
             yield prepared.map(row, crop_at(index, prepared.crops, seed))
         except DataError:
@@ -236,6 +242,36 @@ class HeldOutMaps:
                 part = images[start : start + batch_size]
                 yield _batch_of(self._prepared, [*range(first, first + len(part))], part, [])
                 first += len(part)
+
+
+def verify_sets(sets: Iterable[PreparedSet], processes: Processes) -> None:
+    """Checks the shards of sets that are newer than their ``prepared.json``, each in one process.
+
+    All processes call it, and all raise ``DataError`` where one finds a damaged shard. The processes that see
+    the same ``prepared.json`` share the work: a machine may have a copy of its own.
+    """
+    sets = list(sets)
+    described = [(prepared.folder / DESCRIPTION).stat() for prepared in sets]
+    mine = [(file.st_ino, file.st_mtime_ns) for file in described]
+    found = processes.gathered([(processes.rank, mine)] if mine else [])
+    if not found:
+        return
+    damage: list[str] = []
+    verified: list[PreparedSet] = []
+    for number, prepared in enumerate(sets):
+        ranks = [rank for rank, theirs in found if theirs[number : number + 1] == [mine[number]]]
+        place = ranks.index(processes.rank)
+        try:
+            if verify_newer(prepared.folder, prepared.description, place, len(ranks)) and place == 0:
+                verified.append(prepared)
+        except DataError as error:
+            damage.append(str(error))
+    processes.wait_long()
+    damage = processes.gathered(damage)
+    if damage:
+        raise DataError(damage[0])
+    for prepared in verified:
+        mark_verified(prepared.folder)
 
 
 def check_prepared(

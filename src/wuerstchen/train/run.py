@@ -13,7 +13,8 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,6 +52,7 @@ from wuerstchen.train.folder import (
     check_order,
     check_run,
     locked,
+    move_changes,
     named,
     read_json,
     read_run,
@@ -73,6 +75,7 @@ from wuerstchen.train.prepared_feed import (
     check_prepared,
     refuse_prepared,
     some_maps,
+    verify_sets,
 )
 from wuerstchen.train.snapshot import load_averages, newest_of_all
 from wuerstchen.train.stage_a import StageA, StageARefinement
@@ -88,15 +91,15 @@ from wuerstchen.train.watch import Watch, begin, say_cost, say_costs_to_come
 N = TypeVar("N", bound=nn.Module)
 
 
-def open_source(data: str, around: Path | None = None) -> Source | PreparedSet:
+def open_source(data: str, around: Path | None = None, *, verify: bool | None = None) -> Source | PreparedSet:
     """The data set that a recipe names: the sample, a built emoji set, a prepared set, or a folder with
-    captions, which may lie in another (``FolderSource``)."""
+    captions, which may lie in another (``FolderSource``). ``verify`` is that of ``PreparedSet``."""
     if data == "sample":
         return EmojiSource(sample_root(), split="train", centred=CENTRED)
     root = Path(data)
     if _is_built(root):
         return EmojiSource(root, split="train", centred=CENTRED)
-    return PreparedSet(root) if is_prepared(root) else FolderSource(root, "train", around)
+    return PreparedSet(root, verify=verify) if is_prepared(root) else FolderSource(root, "train", around)
 
 
 def _is_built(root: Path) -> bool:
@@ -140,12 +143,13 @@ def _train(
     watch: Watch,
 ) -> Path:
     """Trains by the recipe of ``planned``; ``given`` is compared with what the run was begun with."""
-    recipe = planned.recipe
+    recipe, begun = planned.recipe, planned.begun
     for phase in readings(recipe):
         processes.check_batches(phase.stage, phase.images, phase.batch_size, phase.accumulate)
-    sources = _open_sources(recipe, given)
+    sources = _open_sources(recipe, begun)
+    verify_sets([source for source in sources.values() if isinstance(source, PreparedSet)], processes)
     start = read_start(recipe)
-    # Of a run that was ended early, ``given`` has phases with data that are not open.
+    # Of a run that was ended early, ``begun`` has phases with data that are not open.
     recipe = with_prompts(start.resolved(recipe), sources)
     given = dataclasses.replace(start.resolved(given), preview_prompts=recipe.preview_prompts)
     planned = dataclasses.replace(planned, recipe=recipe)
@@ -157,9 +161,9 @@ def _train(
             run = _Run(recipe, run_dir, sources, start, processes, log)
             run.check_compressor_weights()
             run.check_prepared_sets()
-            run.fingerprint = _fingerprint(given, sources)
+            run.fingerprint = _fingerprint(begun, sources)
             run.changes = planned.changes
-            run.begun = given
+            run.begun = begun
             if not processes.alike(run.fingerprint):
                 raise DataError(
                     f"process {processes.rank} has other data in {recipe.data!r} than others of this run; "
@@ -170,16 +174,15 @@ def _train(
             check_run(given, run_dir, data, weights, log, accept_changed_data, processes, planned)
             if processes.leads and run.repeats_images:
                 check_order(run_dir)
-            if processes.leads:
-                folders = [source for source in sources.values() if isinstance(source, FolderSource)]
-                names = (source.converted() for source in folders)
-                check_colours(run_dir, lambda: next(filter(None, names), None), log, accept_changed_data)
+            converted = partial(_converted, sources.values())
+            check_colours(run_dir, converted, log, accept_changed_data, processes)
             wanted = False
             if processes.leads:
                 begin(log, watch)
                 run.say_what_is_read()
                 rehearsed = any(event["event"] == "rehearsed" for event in log.events())
                 wanted = watch.rehearses and not rehearsed
+            processes.wait_long()  # for the first, which has looked at the data
             if processes.agreed(wanted)[0]:
                 run.rehearse()
             if processes.leads:
@@ -251,13 +254,17 @@ def _around(data: str, recipe: Recipe) -> Path | None:
 def _open_sources(recipe: Recipe, begun: Recipe | None = None) -> dict[str, Source | PreparedSet]:
     """The data sets of all phases, by the name that the recipe gives them. Refuses what they cannot serve.
 
+    Prepared sets are still to be verified, by all processes together (``verify_sets``).
+
     ``begun`` is the recipe that the run was begun with, if it is another: what its phases hold out of each
     other's data stays held out.
     """
     sources: dict[str, Source | PreparedSet] = {}
     for phase in _phases(recipe):
         data = phase.data or recipe.data
-        source = sources[data] = sources.get(data) or open_source(data, _around(data, begun or recipe))
+        source = sources.get(data)
+        if source is None:
+            source = sources[data] = open_source(data, _around(data, begun or recipe), verify=False)
         if phase.max_ratio > 1 and isinstance(source, EmojiSource):
             raise UserError(
                 f"max_ratio={phase.max_ratio} needs photographs: emoji are composed as squares; use 1"
@@ -272,15 +279,18 @@ def _open_sources(recipe: Recipe, begun: Recipe | None = None) -> dict[str, Sour
         raise UserError(
             f"stored_texts=states needs a prepared set, and data={recipe.data} is none; use tokens"
         )
-    _check_skipped(recipe, sources)
+    _check_skipped(recipe, sources, begun or recipe)
     return sources
 
 
-def _check_skipped(recipe: Recipe, sources: dict[str, Source | PreparedSet]) -> None:
-    """Raises ``UserError`` for a name that is no image's."""
+def _check_skipped(recipe: Recipe, sources: dict[str, Source | PreparedSet], begun: Recipe) -> None:
+    """Raises ``UserError`` for a name that is no image's: also not one of data that the run was ``begun``
+    with and no longer reads."""
     missing = set(recipe.skip)
-    for source in sources.values() if missing else ():
+    for source in _all_sources(begun, sources) if missing else ():
         missing -= {source.name(item) for item in range(len(source))}
+        if not missing:
+            return
     if missing:
         raise UserError(
             f"skip={min(missing)} is no image of {recipe.data}. Images are named as in log.jsonl, by their "
@@ -288,15 +298,28 @@ def _check_skipped(recipe: Recipe, sources: dict[str, Source | PreparedSet]) -> 
         )
 
 
+def _all_sources(begun: Recipe, sources: dict[str, Source | PreparedSet]) -> Iterator[Source | PreparedSet]:
+    """The data sets of the recipe that a run was begun with, by falling batch size of their phases.
+
+    Those that the run no longer reads are not in ``sources``, and are opened when it is their turn.
+    """
+    phases = sorted(_phases(begun), key=lambda phase: -phase.optimization.batch_size)
+    for name in dict.fromkeys(phase.data or begun.data for phase in phases):
+        yield sources.get(name) or open_source(name, _around(name, begun), verify=False)
+
+
+def _converted(sources: Iterable[Source | PreparedSet], rank: int, count: int) -> str | None:
+    """An image of a process's part whose colours its profile changes, if there is one."""
+    folders = (source for source in sources if isinstance(source, FolderSource))
+    return next(filter(None, (source.converted(rank, count) for source in folders)), None)
+
+
 def _fingerprint(recipe: Recipe, sources: dict[str, Source | PreparedSet]) -> str:
     """Of all data of the recipe that a run was begun with: that of the only set, or one of all of them.
 
     It depends on their order. A set that the run no longer reads is opened for it.
     """
-    phases = sorted(_phases(recipe), key=lambda phase: -phase.optimization.batch_size)
-    names = dict.fromkeys(phase.data or recipe.data for phase in phases)
-    read = (sources.get(name) or open_source(name, _around(name, recipe)) for name in names)
-    found = list(dict.fromkeys(source.fingerprint() for source in read))
+    found = list(dict.fromkeys(source.fingerprint() for source in _all_sources(recipe, sources)))
     return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
 
 
@@ -346,7 +369,7 @@ class _Run:
         self.train_stages()
         if self.processes.leads:
             self.write_model_once(target)
-        self.processes.wait()
+        self.processes.wait_long()
         if not self.processes.leads:
             return target
         self.say_skipped()
@@ -615,7 +638,7 @@ class _Run:
             source = self.measured_source()
             if isinstance(source, PreparedSet):
                 seed = stable_hash(self.recipe.seed, "map") >> 1
-                maps = some_maps(source, self.recipe.statistics_images, seed)
+                maps = some_maps(source, self.recipe.statistics_images, seed, self.recipe.skip)
                 return dataclasses.asdict(measure_stored_maps(maps))
             pictures = self.some_images("map", self.recipe.image_size)
             return dataclasses.asdict(
@@ -643,7 +666,7 @@ class _Run:
         if self.processes.leads and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, measure())
-        self.processes.wait()
+        self.processes.wait_long()
         again = "remove it, and it will be measured again"
         found = read_json(path, again)
         if not found:
@@ -724,12 +747,18 @@ class _Run:
             seen = {"images": images, "total": images, "resumed": True, "device": str(self.device)}
             self.log.event("start", stage=stage.name, **seen)
             return finished
-        bank = self.bank(feed, phase)
         validation = self.validation(stage, phase) if self.processes.leads else None
+        self.processes.wait_long()  # for the first, which has read images that are held out
         settings, processes = self.settings(feed), self.processes
+        bank = partial(self.bank, feed, phase) if self.recipe.prepared_images else None
+        goes_on = partial(self.goes_on, stage.name)
         return run_stage(
-            stage, feed, folder, settings, self.device, self.log, header, bank, processes, validation
+            stage, feed, folder, settings, self.device, self.log, header, bank, processes, validation, goes_on
         )
+
+    def goes_on(self, stage: str, images: int) -> None:
+        """Corrects the changes of the recipe where a stage goes on from before them."""
+        move_changes(self.run_dir, self.changes, stage, images, self.log)
 
     def _finished(self, folder: Path, stage: Stage, phase: Phase) -> Path | None:
         """The last checkpoint of a stage, if it is there and whole, and its last preview and validation were
@@ -742,6 +771,7 @@ class _Run:
         if self.processes.leads:
             previewed, validated = looked_at(self.log, stage.name, images, folder)
             owed = not previewed or not (validated or self.validation(stage, phase) is None)
+        self.processes.wait_long()  # for the first, which may have read images that are held out
         if self.processes.agreed(owed)[0]:
             return None
         found = newest_of_all(checkpoints, self.processes)
@@ -764,10 +794,8 @@ class _Run:
         half = HALVES.get(precision, torch.bfloat16)
         return Validation(stage, pictures, precision in HALVES, self.device, half)
 
-    def bank(self, feed: Feed | PreparedFeed, phase: Phase) -> Bank | None:
-        """The pictures that stages train on, composed when one first needs them; None without any."""
-        if not self.recipe.prepared_images:
-            return None
+    def bank(self, feed: Feed | PreparedFeed, phase: Phase) -> Bank:
+        """The pictures that stages train on, composed when one first needs them."""
         assert isinstance(feed, Feed)
         key = (phase.data or self.recipe.data, feed.size)
         if self._bank is None or self._bank[0] != key:
@@ -848,7 +876,7 @@ class _Rehearsal(_Run):
 
     def run_stage(self, stage: Stage, phase: Phase) -> Path:
         feed = self.feed(stage, phase, 0)
-        bank = self.bank(feed, phase)
+        bank = self.bank(feed, phase) if self.recipe.prepared_images else None
         nowhere, settings = self.run_dir / "none", self.settings(feed)
         cost = rehearse(stage, feed, nowhere, settings, self.device, bank, self.processes)
         values = {"total": stage.optimization.images, "seconds": cost.seconds, "kwh": cost.kwh}

@@ -306,10 +306,15 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest whole checkpoint under ``folder`` with its state, None where there is none at all.
 
     Warns of each damaged one that is passed over. Raises ``CheckpointError`` where all are damaged, and
-    where one was written by a newer version.
+    where one was written by a newer version. A run that is being trained may remove one meanwhile: then it
+    has written a newer one.
     """
-    found = _all(folder)
-    for path in found:
+    damaged: set[Path] = set()
+    while True:
+        left = [path for path in _all(folder) if path not in damaged]
+        if not left:
+            break
+        path = left[0]
         try:
             state = _read_state(path)
             reason = _damage(path, state)
@@ -318,9 +323,12 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             if isinstance(error, CheckpointError):
                 raise
+            if isinstance(error, FileNotFoundError) and not path.exists():
+                continue
             reason = f"{type(error).__name__}: {error}"
+        damaged.add(path)
         _warn_of_damage(path, reason)
-    if found:
+    if damaged:
         raise _all_damaged(folder)
     return None
 
@@ -333,10 +341,19 @@ def read_whole(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
+        if not path.exists():
+            raise _removed(path) from error
         reason = f"{type(error).__name__}: {error}"
     if reason:
         raise CheckpointError(f"checkpoint {path} is damaged ({reason}); give another")
     return state
+
+
+def _removed(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint {path} was removed while it was read: the run goes on, and keeps its newest ones. Start "
+        "the same command again, or name a checkpoint that the run has kept"
+    )
 
 
 def _damage(path: Path, state: dict[str, Any], rank: int = 0, count: int = 1) -> str:
@@ -564,6 +581,8 @@ def read_averages(path: Path, name: str, *, raw: bool = False) -> dict[str, Tens
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, CheckpointError):
             raise
+        if not path.exists():
+            raise _removed(path) from error
         raise CheckpointError(f"checkpoint {path} cannot be read ({error}); remove it") from error
     with contextlib.ExitStack() as files:
         stored = _Stored(path, description, "networks" if raw else "averages", files)

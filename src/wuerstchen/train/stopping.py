@@ -14,7 +14,12 @@ GRACE = 10.0
 
 
 class Interrupted(Exception):
-    """Training was asked to stop; a checkpoint of that moment is on disk."""
+    """Training was asked to stop; a checkpoint of that moment is on disk, unless it was a stage's first."""
+
+    def __init__(self, message: str, images: int) -> None:
+        """``images`` of the stage have been trained on; without any it has no checkpoint yet."""
+        super().__init__(message)
+        self.images = images
 
 
 class StoppedWaiting(BaseException):

@@ -108,7 +108,8 @@ def held_out(
     if data == "sample":
         return None
     if is_prepared(root):
-        maps = HeldOutMaps(PreparedSet(root), _SEED, count, texts)
+        # A run has verified it at its start.
+        maps = HeldOutMaps(PreparedSet(root, verify=False), _SEED, count, texts)
         return maps if len(maps) else None
     source: EmojiSource | FolderSource
     if (root / "index.jsonl").is_file():
