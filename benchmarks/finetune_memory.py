@@ -5,7 +5,7 @@
 Random weights and images. An update is that of the recipe `v2-finetune` on images of 1024 pixels: the
 compressor and the text encoder make its inputs, and it is recorded as a CUDA graph. The process may only use
 what a card of --card-gb has, less 0.7 GB for the CUDA context. A preview of two prompts is drawn at the end,
-as in a run.
+as in a run: with less memory if that is lacking.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import torch
 from measuring import free
 from random_model import random_v2
 
+from wuerstchen.errors import UserError
 from wuerstchen.models.cascade import PUBLISHED_MAP, Cascade
 from wuerstchen.models.compressor import Compressor, CompressorConfig
 from wuerstchen.recipes.v2 import v2_finetune
@@ -73,7 +74,14 @@ def measure(recipe: Recipe, cascade: Cascade, batch: int, size: int, device: tor
         update(inputs, seen.indices.to(device))
     found["peak of updates"], found["reserved"] = _peak(), _peak(reserved=True)
     found["seconds"] = round(time.monotonic() - began, 1)
-    stage.preview(state.averages, torch.empty(0), device)
+    found["preview"] = "as usual"
+    try:
+        stage.preview(state.averages, torch.empty(0), device)
+    except (torch.OutOfMemoryError, UserError):  # as a run does (``train/observe.py``)
+        found["preview"] = "with less memory"
+    if found["preview"] != "as usual":
+        free()
+        stage.preview(state.averages, torch.empty(0), device, low_memory=True)
     found["peak with a preview"], found["reserved with a preview"] = _peak(), _peak(reserved=True)
     update.close()
     return found

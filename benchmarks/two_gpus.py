@@ -49,7 +49,7 @@ class RandomStageC:
     def check(self, values) -> None:
         pass
 
-    def preview(self, averages, pixels, device) -> list:
+    def preview(self, averages, pixels, device, *, low_memory=False) -> list:
         return []
 
     def losses(self, inputs: Inputs, random: ImageRandom) -> Losses:

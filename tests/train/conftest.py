@@ -73,7 +73,7 @@ class ToyStage:
     def check(self, values):
         pass
 
-    def preview(self, averages, pixels, device):
+    def preview(self, averages, pixels, device, *, low_memory=False):
         from wuerstchen.images import to_images
 
         torch.rand(3)  # disturbs the global generator, as a preview may

@@ -105,7 +105,7 @@ def test_for_a_preview_that_is_owed_no_picture_is_composed_and_nothing_compiled(
     """All were, and blocks compiled, though no update was left."""
     stage = toy_stage(images=24)
 
-    def stopped(*_):
+    def stopped(*_, **__):
         raise SystemExit
 
     stage.preview = stopped

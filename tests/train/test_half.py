@@ -49,7 +49,7 @@ class PriorStage:
     def check(self, values):
         pass
 
-    def preview(self, averages, pixels, device):
+    def preview(self, averages, pixels, device, *, low_memory=False):
         return []
 
     def losses(self, inputs, random):

@@ -6,8 +6,8 @@ import weakref
 import pytest
 import torch
 
-from wuerstchen.errors import UserError
-from wuerstchen.train.observe import SkippedWarning
+from wuerstchen.errors import UserError, out_of_memory_named
+from wuerstchen.train.observe import LessMemoryWarning, SkippedWarning
 from wuerstchen.train.saving import Saving
 from wuerstchen.train.snapshot import best_of, newest
 from wuerstchen.train.validate import Validation
@@ -36,24 +36,50 @@ def images_of(log, kind: str) -> list[int]:
     return [event["images"] for event in log.events() if event["event"] == kind]
 
 
+def test_a_preview_without_memory_is_drawn_with_less(tmp_path, toy_stage, toy_source, settings):
+    """It was skipped, and so were all after it. Drawing names what does not fit in an error of its own."""
+    stage, ways, held = toy_stage(), [], []
+    draws = stage.preview
+
+    def preview(*given, low_memory):
+        ways.append(low_memory)
+        assert not any(reference() for reference in held)
+        if not low_memory:
+            large = torch.zeros(10)
+            held.append(weakref.ref(large))
+            with out_of_memory_named("batch_size=2"):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        return draws(*given)
+
+    stage.preview = preview
+    with pytest.warns(LessMemoryWarning, match="the preview at image 40 of stage A lacked memory") as warned:
+        short, log = run(tmp_path / "short", stage, toy_source(), settings, preview_every=40)
+    assert len(warned) == 1
+    assert ways == [False, True, True, True]
+    assert images_of(log, "preview with less memory") == [40]
+    assert images_of(log, "preview") == [40, 80, 120]
+    whole, _ = run(tmp_path / "whole", toy_stage(), toy_source(), settings)
+    assert digests(short) == digests(whole)
+
+
 def test_a_preview_without_memory_is_skipped_and_the_run_goes_on(tmp_path, toy_stage, toy_source, settings):
     """It ended the run, at every start again, with a message about the batch."""
     stage, held, seen = toy_stage(), [], []
 
-    def preview(averages, pixels, device):
+    def preview(averages, pixels, device, *, low_memory):
         seen.append(newest(tmp_path / "short" / "checkpoints")[1]["images"])
         large = torch.zeros(10)
         held.append(weakref.ref(large))
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
 
     stage.preview = preview
-    with pytest.warns(SkippedWarning) as warned:
+    with pytest.warns((LessMemoryWarning, SkippedWarning)) as warned:
         short, log = run(tmp_path / "short", stage, toy_source(), settings, preview_every=40)
-    said = str(warned[0].message)
+    said = str(warned[1].message)  # the first is of the other way to draw
     assert said.startswith("the preview at image 40 of stage A was skipped (out of memory); training goes on")
     assert all(option in said for option in ("--preview-every", "--preview-prompts", "--recompute"))
     assert "batch" not in said
-    assert seen == [40, 80, 120]  # a checkpoint of that moment was whole before
+    assert seen == [40, 40, 80, 120]  # twice at first; a checkpoint of that moment was whole before
     assert images_of(log, "preview skipped") == [40, 80, 120]
     gc.collect()
     assert not any(reference() for reference in held)
@@ -84,10 +110,10 @@ def test_what_a_kill_prevents_is_made_up_for(images, killed_in, tmp_path, toy_st
     if killed_in == "preview":
         calls = iter([False] * count + [True])
 
-        def preview(*given):
+        def preview(*given, **named):
             if next(calls):
                 raise SystemExit
-            return draws(*given)
+            return draws(*given, **named)
 
         stage.preview = preview
     with pytest.raises(SystemExit):

@@ -85,6 +85,13 @@ def test_crops_of_latents_lie_where_those_of_pixels_do():
     assert torch.equal(random_crops(pixels, 32, random, grid=4)[:, ::4, ::4], random_crops(cells, 8, random))
 
 
+def alike(images, others) -> bool:
+    """Whether pictures are the same to rounding."""
+    pairs = zip(images, others, strict=True)
+    differences = (np.asarray(one, np.int16) - np.asarray(other, np.int16) for one, other in pairs)
+    return all(np.abs(difference).max() <= 1 for difference in differences)
+
+
 class TestStageA:
     def make(self, **changes):
         torch.manual_seed(0)
@@ -175,6 +182,7 @@ class TestStageA:
         with torch.no_grad():
             expected = to_images(average(pixels, quantise=True)[0].clamp(0, 1))
         assert [image.tobytes() for image in images[8:]] == [image.tobytes() for image in expected]
+        assert alike(images, stage.preview({"vqgan": average}, pixels, CPU, low_memory=True))
 
     def test_the_codebook_does_not_collapse(self):
         """As published (``uniform``) all codes begin in one spot; those that are nearest first take all."""
@@ -262,10 +270,11 @@ class TestStageARefinement:
             n for n in small_cascade.vqgan.state_dict() if n.startswith(("up_blocks", "out_block"))
         }
         torch.testing.assert_close(small_cascade.vqgan.encode(batch.pixels(CPU)), before)
-        previews = stage.preview(
-            {"decoder_half": copy.deepcopy(stage.networks["decoder_half"])}, batch.pixels(CPU), CPU
-        )
+        averages = {"decoder_half": copy.deepcopy(stage.networks["decoder_half"])}
+        previews = stage.preview(averages, batch.pixels(CPU), CPU)
         assert len(previews) == len(stage.preview_labels["rows"]) * len(batch.images)
+        with torch.no_grad():
+            assert alike(previews, stage.preview(averages, batch.pixels(CPU), CPU, low_memory=True))
 
 
 def test_perceptual_loss_sees_blur_and_is_zero_for_equals():
@@ -389,6 +398,15 @@ class TestStageB:
         last.preview(averages, batch.pixels(CPU), CPU)
         drawn_with((averages["decoder"], small_cascade.compressor, averages["previewer"]))
         assert last.decoder_and_map(averages, {"z": z})[0] is averages["decoder"]
+
+    @torch.no_grad()
+    def test_previews_with_less_memory_are_the_same_pictures(self, stage_b):
+        averages = {name: copy.deepcopy(network).eval() for name, network in stage_b.networks.items()}
+        stage_b.vqgan.eval()
+        pixels = make_batch(128).pixels(CPU)[:2]
+        images = stage_b.preview(averages, pixels, CPU)
+        assert len(images) == 2 * len(stage_b.preview_labels["rows"])
+        assert alike(images, stage_b.preview(averages, pixels, CPU, low_memory=True))
 
     def test_the_previewer_has_a_rate_of_its_own(self, stage_b):
         config = dataclasses.replace(RECIPE.stage_b, previewer_rate=3e-3)
@@ -660,6 +678,12 @@ class TestPlacing:
         with pytest.raises(torch.OutOfMemoryError):
             stage.preview({"prior": small_cascade.prior}, torch.empty(0), torch.device("cuda"))
         assert done == [(True, "cuda", "stage"), (["a cat", "a tree"], 8), "released"]
+        done.clear()
+        with pytest.raises(torch.OutOfMemoryError):
+            stage.preview(
+                {"prior": small_cascade.prior}, torch.empty(0), torch.device("cuda"), low_memory=True
+            )
+        assert done == [(True, "cuda", "layer"), (["a cat", "a tree"], 1), "released"]
 
     def test_half_of_a_text_encoder_gives_the_same_bits_under_autocast(self, small_cascade):
         encoder, texts = small_cascade.text_encoder, ["a cat", "a flat drawing of a red car", ""]
@@ -692,7 +716,9 @@ class TestPlacing:
         stage = StageC(RECIPE.stage_c, recipe, prior, frozen, TestStageC.STATISTICS, device=device, needs=())
         for _ in range(2):
             assert {p.device.type for n in frozen.networks().values() for p in n.parameters()} == {"cpu"}
-            assert len(stage.preview({"prior": prior.eval()}, torch.empty(0), device)) == 1
+            for low_memory in (False, True):
+                images = stage.preview({"prior": prior.eval()}, torch.empty(0), device, low_memory=low_memory)
+                assert len(images) == 1
             assert {p.device.type for p in prior.parameters()} == {"cuda"}
 
 

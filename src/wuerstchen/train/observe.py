@@ -43,6 +43,10 @@ def preview_path(folder: Path, images: int) -> Path:
     return folder / "previews" / f"{images:012d}.png"
 
 
+class LessMemoryWarning(UserNotice):
+    """A preview lacked memory, so it and those after it are drawn with less."""
+
+
 class Observer:
     """Draws previews and validates, by the first process of a run."""
 
@@ -65,6 +69,8 @@ class Observer:
         self.every, self.columns, self.size = every, columns, size
         self.total = stage.optimization.images
         self.next_preview = 0
+        self.low_memory = False
+        """Whether previews are drawn with the least memory, because one has lacked it."""
 
     def begin(self, images: int) -> tuple[bool, bool]:
         """Which of preview and validation a stop at this number of images has prevented. All processes say
@@ -96,7 +102,7 @@ class Observer:
         if averages and self.processes.leads:
             if preview:
                 with self._never_ends_the_run("preview", images):
-                    _draw(self, averages, images)
+                    self._preview(averages, images)
                     self.log.event("preview", stage=self.stage.name, images=images)
             if validate and self.validation is not None:
                 with self._never_ends_the_run("validation", images):
@@ -106,6 +112,30 @@ class Observer:
                     self.log.event("validation", stage=self.stage.name, images=images, **found)
         if preview:
             self.next_preview = self._next_multiple(images)
+
+    def _preview(self, averages: dict[str, nn.Module], images: int) -> None:
+        """Draws a preview; once more and with less memory where that was lacking."""
+        try:
+            return _draw(self, averages, images)
+        except Exception as error:
+            if self.low_memory or not _lacks_memory(error):
+                raise
+        self._free()
+        self.low_memory = True
+        self.log.event("preview with less memory", stage=self.stage.name, images=images)
+        warnings.warn(
+            f"the preview at image {images:,} of stage {self.stage.name.upper()} lacked memory. It and those "
+            "after it are drawn one image and one layer at a time, which takes longer",
+            LessMemoryWarning,
+            stacklevel=2,
+        )
+        return _draw(self, averages, images)
+
+    def _free(self) -> None:
+        """Gives back what an error has held, whose frames have gone by now."""
+        gc.collect()
+        if self.processes.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _next_multiple(self, images: int) -> int:
         if self.every == 0:
@@ -123,15 +153,13 @@ class Observer:
         try:
             yield
         except Exception as error:  # whatever it is: days of training are worth more than a preview
-            lacks = is_out_of_memory(error)
+            lacks = _lacks_memory(error)
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             reason = "out of memory" if lacks else (reason.splitlines() or [type(error).__name__])[0]
         else:
             return
-        if lacks:  # by now the error, and with it what its frames held, has gone
-            gc.collect()
-            if self.processes.device.type == "cuda":
-                torch.cuda.empty_cache()
+        if lacks:
+            self._free()
         if not self.processes.leads:
             return
         advice = (
@@ -147,6 +175,13 @@ class Observer:
             SkippedWarning,
             stacklevel=2,
         )
+
+
+def _lacks_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, says that memory is lacking."""
+    while error is not None and not is_out_of_memory(error):
+        error = error.__cause__
+    return error is not None
 
 
 def _gathered(state: TrainingState, processes: Processes) -> dict[str, nn.Module]:
@@ -165,7 +200,9 @@ def _draw(observer: Observer, averages: dict[str, nn.Module], seen: int) -> None
     """Draws the preview grid with the averaged weights. Leaves no trace in the random state of training."""
     stage, count = observer.stage, observer.columns
     pixels: Tensor = observer.feed.shown(count, observer.size).to(observer.processes.device)
-    images: list[Image.Image] = stage.preview(averages, pixels, observer.processes.device)
+    images: list[Image.Image] = stage.preview(
+        averages, pixels, observer.processes.device, low_memory=observer.low_memory
+    )
     if not images:
         return
     path = preview_path(observer.folder, seen)

@@ -116,10 +116,11 @@ class _Pictures:
     def check(self, values: dict[str, float]) -> None:
         pass
 
-    def pictures(self, vqgan: nn.Module, pixels: Tensor) -> list[Image.Image]:
+    def pictures(self, vqgan: nn.Module, pixels: Tensor, one_by_one: bool) -> list[Image.Image]:
         """Originals, then unquantised and quantised reconstructions."""
-        rows = [pixels, *(vqgan(pixels, quantise=q)[0].clamp(0, 1) for q in (False, True))]
-        return [image for row in rows for image in to_images(row.float())]
+        parts = pixels.split(1 if one_by_one else len(pixels))
+        rows = [parts, *([vqgan(part, quantise=q)[0].clamp(0, 1) for part in parts] for q in (False, True))]
+        return [image for row in rows for part in row for image in to_images(part.float())]
 
 
 class StageA(_Pictures):
@@ -159,10 +160,15 @@ class StageA(_Pictures):
             yield network, loss, terms | ({"codes_used": used} if network == "vqgan" else {})
 
     def preview(
-        self, averages: dict[str, nn.Module], pixels: Tensor, device: torch.device
+        self,
+        averages: dict[str, nn.Module],
+        pixels: Tensor,
+        device: torch.device,
+        *,
+        low_memory: bool = False,
     ) -> list[Image.Image]:
         """Originals, then unquantised and quantised reconstructions."""
-        return self.pictures(averages["vqgan"], pixels)
+        return self.pictures(averages["vqgan"], pixels, low_memory)
 
 
 _REDRAWN_FROM = (0.5, 0.35, 0.2, 0.08)  # times that Stage B denoises at, each time anew from noise
@@ -236,10 +242,15 @@ class StageARefinement(_Pictures):
         yield from self.picture_losses("decoder_half", output, pixels_of(images), {}, random)
 
     def preview(
-        self, averages: dict[str, nn.Module], pixels: Tensor, device: torch.device
+        self,
+        averages: dict[str, nn.Module],
+        pixels: Tensor,
+        device: torch.device,
+        *,
+        low_memory: bool = False,
     ) -> list[Image.Image]:
         """Originals, then unquantised and quantised reconstructions."""
         refined = VQGAN(self.vqgan.config).to(device).eval()
         refined.load_state_dict(self.vqgan.state_dict())
         refined.decoder_half().load_state_dict(averages["decoder_half"].state_dict())
-        return self.pictures(refined, pixels)
+        return self.pictures(refined, pixels, low_memory)

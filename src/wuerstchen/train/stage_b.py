@@ -124,6 +124,7 @@ class Decoding:
         previewer: Previewer,
         pixels: Tensor,
         device: torch.device,
+        low_memory: bool,
     ) -> list[Image.Image]:
         """Originals, Stage A's reconstructions, those of A+B, and the previewer's."""
         cascade = Cascade(
@@ -133,10 +134,11 @@ class Decoding:
             compressor=compressor,
             text_encoder=self.text_encoder,
         )
-        model = Wuerstchen(cascade, device)
-        originals = to_images(pixels)
-        stage_a = to_images(self.stage_a(pixels).clamp(0, 1).float())
-        previews = previewer(compressor(compressor_input(pixels, self.recipe.view_scale))).clamp(0, 1)
+        model = Wuerstchen(cascade, device, low_memory="layer" if low_memory else None)
+        originals, parts = to_images(pixels), pixels.split(1 if low_memory else len(pixels))
+        stage_a = [image for part in parts for image in to_images(self.stage_a(part).clamp(0, 1).float())]
+        views = (compressor_input(part, self.recipe.view_scale) for part in parts)
+        previews = torch.cat([previewer(compressor(view)).clamp(0, 1) for view in views])
         return [
             *originals,
             *stage_a,
@@ -212,13 +214,18 @@ class WithCompressor(Decoding):
         return trained.decoder, trained.compressor(view).float()
 
     def preview(
-        self, averages: dict[str, nn.Module], pixels: Tensor, device: torch.device
+        self,
+        averages: dict[str, nn.Module],
+        pixels: Tensor,
+        device: torch.device,
+        *,
+        low_memory: bool = False,
     ) -> list[Image.Image]:
         """Originals, Stage A's reconstructions, those of A+B, and the previewer's."""
         trained, previewer = averages["decoder_and_compressor"], averages["previewer"]
         assert isinstance(trained, DecoderAndCompressor)
         assert isinstance(previewer, Previewer)
-        return self.pictures(trained.decoder, trained.compressor, previewer, pixels, device)
+        return self.pictures(trained.decoder, trained.compressor, previewer, pixels, device, low_memory)
 
 
 class OnFinishedMap(Decoding):
@@ -272,13 +279,18 @@ class OnFinishedMap(Decoding):
         return averages["decoder"], inputs["z"]
 
     def preview(
-        self, averages: dict[str, nn.Module], pixels: Tensor, device: torch.device
+        self,
+        averages: dict[str, nn.Module],
+        pixels: Tensor,
+        device: torch.device,
+        *,
+        low_memory: bool = False,
     ) -> list[Image.Image]:
         """Originals, Stage A's reconstructions, those of A+B, and the previewer's."""
         decoder, previewer = averages["decoder"], averages["previewer"]
         assert isinstance(decoder, Decoder | Paella)
         assert isinstance(previewer, Previewer)
-        return self.pictures(decoder, self.compressor, previewer, pixels, device)
+        return self.pictures(decoder, self.compressor, previewer, pixels, device, low_memory)
 
 
 class _Latents(Decoding):

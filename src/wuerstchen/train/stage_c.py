@@ -129,7 +129,12 @@ class StageC:
         return prior(x, t, prior.context(inputs["states"], inputs.get("mask")))
 
     def preview(
-        self, averages: dict[str, nn.Module], pixels: Tensor, device: torch.device
+        self,
+        averages: dict[str, nn.Module],
+        pixels: Tensor,
+        device: torch.device,
+        *,
+        low_memory: bool = False,
     ) -> list[Image.Image]:
         """Pictures of the recipe's prompts, through C, B and A."""
         prior = averages["prior"]
@@ -139,12 +144,13 @@ class StageC:
         prompts = list(self.recipe.preview_prompts)
         if not prompts:
             return []
-        if device.type == "cpu":
+        if device.type == "cpu" and not low_memory:
             return Wuerstchen(cascade, device).generate(prompts)
         # Networks that updates do not need come one at a time, and the averages stay where they are.
-        model = Wuerstchen(cascade, device, low_memory="stage")
+        model = Wuerstchen(cascade, device, low_memory="layer" if low_memory else "stage")
+        most = 1 if low_memory else max(1, min(8, PIECE // settings.image_size**2))
         try:
-            return model.generate(prompts, batch_size=max(1, min(8, PIECE // settings.image_size**2)))
+            return model.generate(prompts, batch_size=most)
         finally:
             model.residence.release()
 

@@ -69,9 +69,18 @@ class Stage(Protocol):
         ...
 
     def preview(
-        self, averages: dict[str, nn.Module], pixels: Tensor, device: torch.device
+        self,
+        averages: dict[str, nn.Module],
+        pixels: Tensor,
+        device: torch.device,
+        *,
+        low_memory: bool = False,
     ) -> list[Image.Image]:
-        """Pictures of the state of training, drawn with the averaged weights."""
+        """Pictures of the state of training, drawn with the averaged weights.
+
+        With ``low_memory`` they are drawn one at a time, and networks that are not on ``device`` visit it a
+        layer at a time: the least memory, and much slower.
+        """
         ...
 
 
