@@ -12,7 +12,7 @@ TESTS ?= tests
 # Threads that wait by spinning slow every other process down, and the tests start some.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-service lint docs format clean
+.PHONY: demo test test-long test-service lint docs format clean
 
 demo: .venv/.run
 	$(BIN)/wuerstchen generate --grid --out demo.png \
@@ -29,7 +29,11 @@ demo: .venv/.run
 test: .venv/.dev
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n auto --maxprocesses 4 --dist loadfile $(TESTS)
 
-# The long tests of the service: 2,000 made-up requests.
+# The long tests: whole runs with several processes and kills at every place, notebooks, and those of test-service.
+test-long: .venv/.dev
+	$(BIN)/python -m pytest -m "slow and not gpu" -n auto --maxprocesses 4 --dist loadfile $(TESTS)
+
+# Those of the service alone: 2,000 made-up requests.
 test-service: .venv/.dev
 	$(BIN)/python -m pytest -m "slow and not gpu" tests/serve
 

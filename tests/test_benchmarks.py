@@ -80,6 +80,7 @@ def test_ratios_compare_the_same_case(benchmarks):
     }
 
 
+@pytest.mark.slow
 def test_the_time_of_a_picture_is_measured_to_the_end(tmp_path):
     """A rehearsal on this machine: an option, a part or a peer that no longer runs."""
     command = [sys.executable, str(BENCHMARKS / "sampling.py"), "--tiny", "--pictures", "1"]

@@ -183,6 +183,7 @@ def trained(recipe, folder, stages, watch=None):
     return model
 
 
+@pytest.mark.slow
 def test_v2_from_nothing_in_one_run(places, tmp_path):
     recipe = with_backbone(toy(v2(), places), places["s.pth"])
     stages = ["a", "b", "b2", "c", "c2", "c3", "c4"]

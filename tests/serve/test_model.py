@@ -49,6 +49,7 @@ def batches(running):
     return [float(re.search(rf"wuerstchen_batch_pictures_{what} (.*)", text)[1]) for what in ("count", "sum")]
 
 
+@pytest.mark.slow
 def test_a_picture_does_not_depend_on_who_shares_its_batch(exact):
     """Noise drawn for the batch and not for the picture; rounding that grows from step to step."""
     for difference in compare(exact, [4, 6]):

@@ -1,4 +1,6 @@
-"""Run by test_parallel.py in a process of its own: trains a tiny recipe in 2 processes, and on in 1 and 4.
+"""Run by test_parallel.py in a process of its own: trains a tiny recipe in 2 processes, and on in 1 or 4.
+
+Its arguments are a folder and the names of functions below.
 
 Processes are forked from one that has imported everything, which is what makes this fast. Nothing in it may
 have started threads before.
@@ -17,7 +19,9 @@ from pathlib import Path
 import torch
 
 import wuerstchen.train.run as run
+from wuerstchen.checkpoints.text_encoder import read_text_encoder
 from wuerstchen.models.paella import PaellaConfig
+from wuerstchen.pipeline import BUNDLED
 from wuerstchen.recipes.tiny import tiny
 from wuerstchen.train.config import Phase, Recipe
 from wuerstchen.train.watch import Watch
@@ -37,7 +41,8 @@ def recipe(*, v1: bool = False, **changes: object) -> Recipe:
         second = dataclasses.replace(optimization, images=8, learning_rate=5e-4)
         if stage is full.stage_c:
             return dataclasses.replace(stage, optimization=optimization, phases=(Phase(optimization=second),))
-        return dataclasses.replace(stage, optimization=optimization, refine_images=8)
+        refine_images = 0 if changes.get("stages") == ("a",) else 8
+        return dataclasses.replace(stage, optimization=optimization, refine_images=refine_images)
 
     of_v1 = PaellaConfig(
         num_labels=full.vqgan.num_vq_embeddings,
@@ -108,44 +113,63 @@ def kill_one(folder: Path, victim: int, stage: str) -> float:
     return time.monotonic() - began
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
+def without_last(folder: Path, other: Path, stages: tuple[str, ...]) -> None:
+    """Copies a run folder, with the last update of some stages undone."""
+    shutil.copytree(folder, other)
+    (other / "log.jsonl").unlink()
+    for stage in stages:
+        shutil.rmtree(max((other / f"stage_{stage}" / "checkpoints").iterdir()))
+
+
+def whole(folder: Path) -> None:
     train(2, folder / "2")
+
+
+def alone(folder: Path) -> None:
+    for stage in ("a", "b", "c"):
+        without_last(folder / "2", folder / f"1{stage}", (stage,))
+        train(1, folder / f"1{stage}")
+
+
+def damaged(folder: Path) -> None:
+    train(2, folder / "damaged", data=str(folder / "pictures"), stages=("a",))
+
+
+def four(folder: Path) -> None:
+    for stage in ("a", "b", "c"):
+        without_last(folder / "2", folder / f"4{stage}", (stage,))
+        train(4, folder / f"4{stage}")
+
+
+def killed(folder: Path) -> None:
     for victim, stage in ((1, "a"), (0, "b"), (1, "c")):
         print("ended after", kill_one(folder / "killed", victim, stage))
     train(2, folder / "killed")
-    for count in (1, 4):
-        for stage in ("a", "b", "c"):
-            # The same run with the last update of one stage undone.
-            other = folder / f"{count}{stage}"
-            shutil.copytree(folder / "2", other)
-            (other / "log.jsonl").unlink()
-            shutil.rmtree(max((other / f"stage_{stage}" / "checkpoints").iterdir()))
-            train(count, other)
-    # Stage B of v1, on the Stage A of that run.
+
+
+def tokens(folder: Path) -> None:
+    """Stage B of v1, on the Stage A of the whole run."""
     changes = {"v1": True, "stages": ("b",), "fresh": ("b",), "start_from": str(folder / "2" / "model")}
     train(2, folder / "v1", **changes)
     for count in (1, 2, 4):
         other = folder / f"{count}v1"
-        shutil.copytree(folder / "v1", other)
-        (other / "log.jsonl").unlink()
+        without_last(folder / "v1", other, ("b", "b2"))
         shutil.rmtree(other / "model")
-        for stage in ("b", "b2"):
-            shutil.rmtree(max((other / f"stage_{stage}" / "checkpoints").iterdir()))
         train(count, other, **changes)
+
+
+def sharded(folder: Path) -> None:
+    """Sharded over 2 from a checkpoint that is not, and back to 1 from one that is."""
     for stage in ("b", "c"):
-        # Sharded over 2 from a checkpoint that is not, and back to 1 from one that is.
         other, back = folder / f"sharded {stage}", folder / f"back {stage}"
-        shutil.copytree(folder / "2", other)
-        (other / "log.jsonl").unlink()
+        without_last(folder / "2", other, ())
         shutil.rmtree(other / f"stage_{stage}" / "checkpoints")
         train(2, other, sharding="full", recompute="blocks", rehearses=stage == "c")
-        shutil.copytree(other, back)
-        (back / "log.jsonl").unlink()
-        shutil.rmtree(max((back / f"stage_{stage}" / "checkpoints").iterdir()))
+        without_last(other, back, (stage,))
         train(1, back)
-    train(2, folder / "damaged", data=str(folder / "pictures"))
 
 
 if __name__ == "__main__":
-    main()
+    read_text_encoder(BUNDLED / "text_encoder")  # imports what every process would
+    for name in sys.argv[2:]:
+        globals()[name](Path(sys.argv[1]))

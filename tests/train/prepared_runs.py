@@ -1,5 +1,7 @@
 """Run by test_prepared_run.py in a process of its own: trains Stage C on a prepared set, in 1 and 2 of them.
 
+Its arguments are a folder, and ``whole`` or ``killed``.
+
 Processes are forked from one that has imported everything, which is what makes this fast. Nothing in it may
 have started threads before.
 """
@@ -16,7 +18,9 @@ from pathlib import Path
 import torch
 
 import wuerstchen.train.run as run
+from wuerstchen.checkpoints.text_encoder import read_text_encoder
 from wuerstchen.data import prepared
+from wuerstchen.pipeline import BUNDLED
 from wuerstchen.recipes.tiny import tiny
 from wuerstchen.train.config import Phase, Recipe
 
@@ -106,15 +110,18 @@ def train_on_a_copy(folder: Path, name: str) -> None:
     prepared.sha256, os.utime = hashes, touch
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
+def whole(folder: Path) -> None:
     train(1, folder, "1")
     train_on_a_copy(folder, "2")
+
+
+def killed(folder: Path) -> None:
     for stage in ("c", "c2"):
         kill(folder, "killed", stage)
     train(1, folder, "killed")
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    read_text_encoder(BUNDLED / "text_encoder")  # imports what every process would
+    globals()[sys.argv[2]](Path(sys.argv[1]))

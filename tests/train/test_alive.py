@@ -41,7 +41,14 @@ def run(what, which, hasty):
             process.communicate()
 
 
-@pytest.mark.parametrize(("stopped", "hasty"), [(0, 1), (2, 0), (2, 1)])  # the first has the store
+@pytest.mark.parametrize(
+    ("stopped", "hasty"),
+    [  # the first has the store
+        (0, 1),
+        pytest.param(2, 0, marks=pytest.mark.slow),
+        pytest.param(2, 1, marks=pytest.mark.slow),
+    ],
+)
 def test_a_process_that_no_longer_answers_ends_the_others(stopped, hasty):
     """They waited for it for half an hour."""
     codes, said, seconds = run("stops", stopped, hasty)

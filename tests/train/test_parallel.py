@@ -33,16 +33,11 @@ def folder_of(folder: Path, count: int) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Folders of a run in 2 processes, of one with three kills, and of ends with 1 and 4 processes."""
-    folder = tmp_path_factory.mktemp("parallel")
-    pictures = folder_of(folder / "pictures", 16)
-    for name in DAMAGED:
-        (pictures / name).write_bytes(b"nothing")
+def run_script(folder: Path, *parts: str) -> None:
+    """Runs functions of parallel_runs.py."""
     script = Path(__file__).with_name("parallel_runs.py")
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", script, folder],
+        [sys.executable, "-W", "ignore", script, folder, *parts],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -50,7 +45,25 @@ def runs(tmp_path_factory):
         check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folders of a run in 2 processes, of its ends with 1 process, and of a run on damaged images."""
+    folder = tmp_path_factory.mktemp("parallel")
+    pictures = folder_of(folder / "pictures", 16)
+    for name in DAMAGED:
+        (pictures / name).write_bytes(b"nothing")
+    run_script(folder, "whole", "alone", "damaged")
     return folder
+
+
+@pytest.fixture(scope="module")
+def more_runs(runs):
+    """The same folder with a run that was killed three times, ends with 4 processes, runs on tokens, and
+    sharded runs."""
+    run_script(runs, "four", "killed", "tokens", "sharded")
+    return runs
 
 
 @pytest.fixture
@@ -118,9 +131,12 @@ def losses(folder: Path) -> dict[str, list[tuple[int, dict[str, float]]]]:
 
 
 @pytest.mark.parametrize("stage", ["a", "b", "c"])
-@pytest.mark.parametrize("count", ["1", "4"])
-def test_another_number_of_processes_goes_on_with_the_same_losses(runs, count, stage):
+@pytest.mark.parametrize(
+    ("count", "folder"), [("1", "runs"), pytest.param("4", "more_runs", marks=pytest.mark.slow)]
+)
+def test_another_number_of_processes_goes_on_with_the_same_losses(request, count, folder, stage):
     """Dropout is off in this run: with it, every number of processes has masks of its own."""
+    runs = request.getfixturevalue(folder)
     images, ours = losses(runs / "2")[stage][-1]
     ((resumed, theirs),) = losses(runs / f"{count}{stage}")[stage]
     assert resumed == images == 16
@@ -129,42 +145,46 @@ def test_another_number_of_processes_goes_on_with_the_same_losses(runs, count, s
         assert theirs[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", ["1", "4"])
-def test_so_it_does_with_tokens(runs, count):
+def test_so_it_does_with_tokens(more_runs, count):
     """Stage B of v1: which tokens are noised, and with what, is a matter of the picture alone."""
-    images, ours = losses(runs / "v1")["b"][-1]
-    ((resumed, theirs),) = losses(runs / f"{count}v1")["b"]
+    images, ours = losses(more_runs / "v1")["b"][-1]
+    ((resumed, theirs),) = losses(more_runs / f"{count}v1")["b"]
     assert resumed == images == 16
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         assert theirs[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
 
 
-def test_an_update_of_v1_done_again_gives_the_same_bits(runs):
+@pytest.mark.slow
+def test_an_update_of_v1_done_again_gives_the_same_bits(more_runs):
     name = Path("model") / "decoder.safetensors"
-    assert (runs / "v1" / name).read_bytes() == (runs / "2v1" / name).read_bytes()
-    assert (runs / "v1" / name).read_bytes() != (runs / "1v1" / name).read_bytes()
+    assert (more_runs / "v1" / name).read_bytes() == (more_runs / "2v1" / name).read_bytes()
+    assert (more_runs / "v1" / name).read_bytes() != (more_runs / "1v1" / name).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["b", "c"])
-def test_sharded_processes_have_the_same_losses(runs, stage):
+def test_sharded_processes_have_the_same_losses(more_runs, stage):
     """From the stage's beginning, sharded and with blocks computed again; then by one process from a
     checkpoint that two have sharded."""
-    expected = losses(runs / "2")[stage]
-    sharded = losses(runs / f"sharded {stage}")[stage]
+    expected = losses(more_runs / "2")[stage]
+    sharded = losses(more_runs / f"sharded {stage}")[stage]
     assert [images for images, _ in sharded] == [8, 16]
     for (_, ours), (_, theirs) in zip(expected, sharded, strict=True):
         assert theirs == pytest.approx(ours, rel=1e-5, abs=1e-5)
-    ((images, alone),) = losses(runs / f"back {stage}")[stage]
+    ((images, alone),) = losses(more_runs / f"back {stage}")[stage]
     assert images == 16
     assert alone == pytest.approx(sharded[-1][1], rel=1e-5, abs=1e-5)
-    path, state = newest(runs / f"sharded {stage}" / f"stage_{stage}" / "checkpoints")
+    path, state = newest(more_runs / f"sharded {stage}" / f"stage_{stage}" / "checkpoints")
     assert "networks.1-of-2.safetensors" in state["files"]
-    assert (runs / f"sharded {stage}" / f"stage_{stage}" / "previews" / f"{path.name}.png").is_file()
+    assert (more_runs / f"sharded {stage}" / f"stage_{stage}" / "previews" / f"{path.name}.png").is_file()
 
 
-def test_many_processes_rehearse_together(runs):
-    events = [json.loads(line) for line in (runs / "sharded c" / "log.jsonl").read_text().splitlines()]
+@pytest.mark.slow
+def test_many_processes_rehearse_together(more_runs):
+    events = [json.loads(line) for line in (more_runs / "sharded c" / "log.jsonl").read_text().splitlines()]
     assert [e["stage"] for e in events if e["event"] == "rehearsed"] == list(STAGES)
 
 
@@ -173,13 +193,14 @@ def files(folder: Path) -> dict[str, dict[str, str]]:
     return {stage: state["files"] for stage, (_, state) in found.items()}
 
 
-def test_kills_of_single_processes_change_nothing(runs):
+@pytest.mark.slow
+def test_kills_of_single_processes_change_nothing(more_runs):
     """Weights, averages and optimizers, bit for bit, at the same number of processes."""
-    assert files(runs / "2") == files(runs / "killed")
-    model = {path.name: path.read_bytes() for path in (runs / "2" / "model").glob("*.safetensors")}
+    assert files(more_runs / "2") == files(more_runs / "killed")
+    model = {path.name: path.read_bytes() for path in (more_runs / "2" / "model").glob("*.safetensors")}
     assert len(model) == 5
     for name, content in model.items():
-        assert (runs / "killed" / "model" / name).read_bytes() == content
+        assert (more_runs / "killed" / "model" / name).read_bytes() == content
 
 
 def test_one_process_writes(runs):

@@ -42,19 +42,30 @@ def folder(small_cascade, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def runs(folder) -> Path:
-    """With runs of 1 and 2 processes, and of one that was killed twice."""
+def run_script(folder: Path, part: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", SCRIPT, folder],
+        [sys.executable, "-W", "ignore", SCRIPT, folder, part],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:]
+
+
+@pytest.fixture(scope="module")
+def runs(folder) -> Path:
+    """With runs of 1 and 2 processes."""
+    run_script(folder, "whole")
     return folder
+
+
+@pytest.fixture(scope="module")
+def killed(runs) -> Path:
+    """With a run that was killed twice."""
+    run_script(runs, "killed")
+    return runs
 
 
 def events(run_dir: Path) -> list[dict]:
@@ -71,6 +82,9 @@ def test_two_processes_have_the_losses_of_one(runs):
     assert one.keys() == two.keys()
     for key, value in one.items():
         assert two[key] == pytest.approx(value, rel=1e-5), key
+    assert (runs / "1" / "stage_c" / "measured.json").read_bytes() == (
+        runs / "2" / "stage_c" / "measured.json"
+    ).read_bytes()
 
 
 def test_processes_verify_a_copied_set_once_in_all(runs):
@@ -79,19 +93,17 @@ def test_processes_verify_a_copied_set_once_in_all(runs):
     assert sorted((runs / "hashed").read_text().split()) == shards
 
 
-def test_kills_change_nothing(runs):
+@pytest.mark.slow
+def test_kills_change_nothing(killed):
     for stage in ("c", "c2"):
         files = [
-            newest(runs / name / f"stage_{stage}" / "checkpoints")[1]["files"] for name in ("1", "killed")
+            newest(killed / name / f"stage_{stage}" / "checkpoints")[1]["files"] for name in ("1", "killed")
         ]
         assert files[0] == files[1]
-    resumed = [e["images"] for e in events(runs / "killed") if e["event"] == "start" and e["resumed"]]
+    resumed = [e["images"] for e in events(killed / "killed") if e["event"] == "start" and e["resumed"]]
     assert any(0 < images < 32 for images in resumed)
     prior = Path("model") / "prior.safetensors"
-    assert (runs / "1" / prior).read_bytes() == (runs / "killed" / prior).read_bytes()
-    assert (runs / "1" / "stage_c" / "measured.json").read_bytes() == (
-        runs / "2" / "stage_c" / "measured.json"
-    ).read_bytes()
+    assert (killed / "1" / prior).read_bytes() == (killed / "killed" / prior).read_bytes()
 
 
 def test_the_model_is_whole_and_its_statistics_are_those_of_the_maps(runs):

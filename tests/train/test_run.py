@@ -128,10 +128,11 @@ def final_files(run_dir: Path) -> dict[str, dict[str, str]]:
     return {stage: state["files"] for stage, (_, state) in found.items()}
 
 
-def test_kills_in_every_stage_change_nothing(tmp_path):
+@pytest.mark.parametrize("stages", [("b",), pytest.param(STAGES, marks=pytest.mark.slow)], ids=["one", "all"])
+def test_kills_change_nothing(tmp_path, stages):
     """Networks, averages and optimizers of all three stages, bit for bit; the model too."""
     broken, whole = tmp_path / "broken", tmp_path / "whole"
-    killed_at = {stage: kill_in(broken, stage) for stage in STAGES}
+    killed_at = {stage: kill_in(broken, stage) for stage in stages}
     for run_dir in (broken, whole):
         process = start(run_dir)
         output = process.communicate(timeout=300)[0]
@@ -589,7 +590,15 @@ sys.exit(cli.main(sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize("name", ["_open_sources", "read_start", "compose", "_Run.write_model"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "compose",
+        pytest.param("_open_sources", marks=pytest.mark.slow),
+        pytest.param("read_start", marks=pytest.mark.slow),
+        pytest.param("_Run.write_model", marks=pytest.mark.slow),
+    ],
+)
 def test_sigterm_outside_of_the_loop_is_one_line_and_the_run_goes_on(tmp_path, name):
     """It ended the process without a word."""
     run_dir = tmp_path / "run"

@@ -153,6 +153,7 @@ def test_the_end_done_again_gives_the_same_bits(finished, data, tmp_path):
         assert (again / path).read_bytes() == (folder / path).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_stage_b_alone_on_a_stage_a_that_is_there(finished, data, tmp_path, capsys):
     """As the recipe for the published size does it: from a whole model, of which Stage A is kept."""
     folder, _ = finished
