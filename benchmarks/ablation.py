@@ -28,8 +28,8 @@ from wuerstchen.models.cascade import Cascade
 from wuerstchen.pipeline import BUNDLED, Sampling, Wuerstchen
 from wuerstchen.recipes.mini import mini
 from wuerstchen.train.config import Recipe
-from wuerstchen.train.track import read_events
-from wuerstchen.train.watch import Watch
+from wuerstchen.train.report.announce import Watch
+from wuerstchen.train.report.events import read_events
 
 C32 = {"compressor.c_latent": 32, "prior.c_in": 32, "decoder.effnet_embd": 32, "previewer.c_in": 32}
 MUON_B = {"stage_b.optimization.optimizer": "muon"}

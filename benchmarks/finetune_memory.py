@@ -23,14 +23,14 @@ from wuerstchen.models.cascade import PUBLISHED_MAP, Cascade
 from wuerstchen.models.compressor import Compressor, CompressorConfig
 from wuerstchen.recipes.v2 import v2_finetune
 from wuerstchen.train.config import Recipe
-from wuerstchen.train.ema import make_average
-from wuerstchen.train.feed import Batch
-from wuerstchen.train.optim import make_optimizer
-from wuerstchen.train.parallel import Processes
-from wuerstchen.train.snapshot import TrainingState
-from wuerstchen.train.stage_c import StageC
-from wuerstchen.train.stages import inputs_of
-from wuerstchen.train.step import Step, Updates, compile_regions, half_copies, recompute_blocks
+from wuerstchen.train.engine.checkpoint import TrainingState
+from wuerstchen.train.engine.distributed import Processes
+from wuerstchen.train.engine.ema import make_average
+from wuerstchen.train.engine.optim import make_optimizer
+from wuerstchen.train.engine.update import Step, Updates, compile_regions, half_copies, recompute_blocks
+from wuerstchen.train.feed.images import Batch
+from wuerstchen.train.stages.base import inputs_of
+from wuerstchen.train.stages.prior import StageC
 
 CONTEXT = 0.7e9  # bytes that the CUDA context takes beside torch's
 UPDATES = 6  # three as written, one recorded, two replayed
@@ -77,7 +77,7 @@ def measure(recipe: Recipe, cascade: Cascade, batch: int, size: int, device: tor
     found["preview"] = "as usual"
     try:
         stage.preview(state.averages, torch.empty(0), device)
-    except (torch.OutOfMemoryError, UserError):  # as a run does (``train/observe.py``)
+    except (torch.OutOfMemoryError, UserError):  # as a run does (``train/engine/observe.py``)
         found["preview"] = "with less memory"
     if found["preview"] != "as usual":
         free()

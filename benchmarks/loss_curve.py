@@ -18,11 +18,11 @@ from training import CUDA, StageC
 
 from wuerstchen.models.mlp import ChannelMLP
 from wuerstchen.models.prior import PriorConfig
-from wuerstchen.train.ema import make_average
-from wuerstchen.train.optim import learning_rate, make_optimizer, set_rate
-from wuerstchen.train.parallel import Processes
-from wuerstchen.train.snapshot import TrainingState
-from wuerstchen.train.step import Step, Updates, compile_regions, half_copies
+from wuerstchen.train.engine.checkpoint import TrainingState
+from wuerstchen.train.engine.distributed import Processes
+from wuerstchen.train.engine.ema import make_average
+from wuerstchen.train.engine.optim import learning_rate, make_optimizer, set_rate
+from wuerstchen.train.engine.update import Step, Updates, compile_regions, half_copies
 
 BATCH, PICTURES, WINDOW = 8, 256, 10
 

@@ -39,15 +39,15 @@ from wuerstchen.models.text import PromptTooLongWarning
 from wuerstchen.models.vqgan import VQGAN
 from wuerstchen.pipeline import BUNDLED
 from wuerstchen.recipes.tiny import tiny
-from wuerstchen.train.ema import make_average
-from wuerstchen.train.feed import Feed, batches
-from wuerstchen.train.optim import make_optimizer
-from wuerstchen.train.parallel import Processes
-from wuerstchen.train.prepared_feed import PreparedFeed
-from wuerstchen.train.snapshot import TrainingState
-from wuerstchen.train.stage_c import StageC
-from wuerstchen.train.stages import inputs_of
-from wuerstchen.train.step import Step, Updates, compile_regions, half_copies
+from wuerstchen.train.engine.checkpoint import TrainingState
+from wuerstchen.train.engine.distributed import Processes
+from wuerstchen.train.engine.ema import make_average
+from wuerstchen.train.engine.optim import make_optimizer
+from wuerstchen.train.engine.update import Step, Updates, compile_regions, half_copies
+from wuerstchen.train.feed.images import Feed, batches
+from wuerstchen.train.feed.prepared import PreparedFeed
+from wuerstchen.train.stages.base import inputs_of
+from wuerstchen.train.stages.prior import StageC
 
 _IMAGES = 10**9  # of a run that is never trained to its end
 

@@ -28,20 +28,20 @@ from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, training_timesteps
 from wuerstchen.models.decoder import Decoder, DecoderConfig
 from wuerstchen.models.prior import Prior, PriorConfig
 from wuerstchen.train.config import Optimization
-from wuerstchen.train.ema import make_average
-from wuerstchen.train.optim import make_optimizer
-from wuerstchen.train.parallel import Processes
-from wuerstchen.train.random import ImageRandom
-from wuerstchen.train.snapshot import TrainingState
-from wuerstchen.train.stages import Inputs, Losses, diffusion_loss
-from wuerstchen.train.step import Step, Updates, compile_regions, half_copies
+from wuerstchen.train.engine.checkpoint import TrainingState
+from wuerstchen.train.engine.distributed import Processes
+from wuerstchen.train.engine.ema import make_average
+from wuerstchen.train.engine.optim import make_optimizer
+from wuerstchen.train.engine.update import Step, Updates, compile_regions, half_copies
+from wuerstchen.train.feed.random import ImageRandom
+from wuerstchen.train.stages.base import Inputs, Losses, diffusion_loss
 
 CUDA = torch.device("cuda")
 AVERAGED_EVERY = 100  # updates, as in the original and in the recipes of its models
 
 
 class StageC:
-    """The prior on data that are there already, as ``wuerstchen.train.step`` takes a stage."""
+    """The prior on data that are there already, as ``wuerstchen.train.engine.update`` takes a stage."""
 
     name = "c"
     peer_batch = 8

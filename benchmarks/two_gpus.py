@@ -18,13 +18,13 @@ import torch
 from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, training_timesteps
 from wuerstchen.models.prior import Prior, PriorConfig
 from wuerstchen.train.config import Optimization
-from wuerstchen.train.ema import make_average
-from wuerstchen.train.optim import make_optimizer, set_rate
-from wuerstchen.train.parallel import Processes, distributed, shard
-from wuerstchen.train.random import ImageRandom
-from wuerstchen.train.snapshot import TrainingState
-from wuerstchen.train.stages import Inputs, Losses, diffusion_loss
-from wuerstchen.train.step import Step, Updates, compile_regions, half_copies, recompute_blocks
+from wuerstchen.train.engine.checkpoint import TrainingState
+from wuerstchen.train.engine.distributed import Processes, distributed, shard
+from wuerstchen.train.engine.ema import make_average
+from wuerstchen.train.engine.optim import make_optimizer, set_rate
+from wuerstchen.train.engine.update import Step, Updates, compile_regions, half_copies, recompute_blocks
+from wuerstchen.train.feed.random import ImageRandom
+from wuerstchen.train.stages.base import Inputs, Losses, diffusion_loss
 
 AVERAGED_EVERY = 100  # updates, as in the recipes of the published sizes
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from wuerstchen.checkpoints.native import Storage, read_cascade, read_network, write_cascade
 from wuerstchen.pipeline import BUNDLED
 from wuerstchen.recipes.mini import mini
-from wuerstchen.train.stages import cascade_settings
+from wuerstchen.train.stages.base import cascade_settings
 
 NETWORKS = ("vqgan", "compressor", "decoder", "prior", "previewer")
 STORAGE: dict[str, Storage] = dict.fromkeys(NETWORKS, "int8")

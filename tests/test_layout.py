@@ -10,7 +10,7 @@ import wuerstchen
 
 ROOT = Path(wuerstchen.__file__).parent
 ORDER = [
-    {"terminal", "progress"},
+    {"terminal", "progress_bar"},
     {"errors", "defaults"},
     {"colour_profiles"},
     {"png_text"},
@@ -18,8 +18,8 @@ ORDER = [
     {"diffusion"},
     {"models"},
     {"checkpoints"},
-    {"fast", "memory"},
-    {"lora", "watching"},
+    {"runtime"},
+    {"lora", "progress"},
     {"pipeline"},
     {"diffusers"},
     {"data"},

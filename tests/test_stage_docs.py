@@ -40,10 +40,13 @@ def test_every_link_of_this_repository_leads_somewhere(script, tmp_path):
     [
         ("[a](../README.md#train)", "[a](../README.md#train)"),
         ("[a](other.md)", "[a](other.md)"),
-        ("[a\nb](../src/wuerstchen/fast.py)", "[a\nb](../reference/wuerstchen/fast.md)"),
         (
-            "[a](../src/wuerstchen/fast.py#wuerstchen.fast.f)",
-            "[a](../reference/wuerstchen/fast.md#wuerstchen.fast.f)",
+            "[a\nb](../src/wuerstchen/runtime/recorder.py)",
+            "[a\nb](../reference/wuerstchen/runtime/recorder.md)",
+        ),
+        (
+            "[a](../src/wuerstchen/runtime/recorder.py#wuerstchen.runtime.recorder.f)",
+            "[a](../reference/wuerstchen/runtime/recorder.md#wuerstchen.runtime.recorder.f)",
         ),
         ("[a](../src/wuerstchen/data)", "[a](../reference/wuerstchen/data/index.md)"),
         ("[a](../src/wuerstchen/data/__init__.py)", "[a](../reference/wuerstchen/data/index.md)"),
@@ -62,7 +65,7 @@ def test_links(script, repository, tmp_path, link, staged):
             "docs/other.md": "# Other",
             "docs/a.png": "an image",
             "benchmarks/speed.py": "print(1)",
-            "src/wuerstchen/fast.py": "",
+            "src/wuerstchen/runtime/recorder.py": "",
             "src/wuerstchen/data/__init__.py": "",
         }
     )

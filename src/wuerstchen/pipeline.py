@@ -38,10 +38,8 @@ from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, stage_c_timesteps,
 from wuerstchen.diffusion.tokens import draw_tokens, sample_tokens
 from wuerstchen.diffusion.transfer import sent
 from wuerstchen.errors import UserError, UserNotice, out_of_memory_named
-from wuerstchen.fast import Recorder, Recorders
 from wuerstchen.images import center_crop_resize, resize_crop, to_images, to_tensor, upright_rgb
 from wuerstchen.lora import load_lora, lora_names, set_lora, unload_lora
-from wuerstchen.memory import AllOnDevice, Blockwise, OneAtATime, tiled_decode
 from wuerstchen.models.cascade import Cascade
 from wuerstchen.models.compressor import Compressor, compressor_input
 from wuerstchen.models.decoder import Decoder
@@ -49,7 +47,9 @@ from wuerstchen.models.mlp import runs_triton
 from wuerstchen.models.paella import Paella
 from wuerstchen.models.prior import Prior
 from wuerstchen.models.text import TextEncoder, TextStates
-from wuerstchen.watching import Watch, Watching
+from wuerstchen.progress import Watch, Watching
+from wuerstchen.runtime.offload import AllOnDevice, Blockwise, OneAtATime, tiled_decode
+from wuerstchen.runtime.recorder import Recorder, Recorders
 
 MAX_SEED = 2**32 - 1  # a CPU generator keeps 32 bits: larger seeds would repeat the noise of smaller ones
 MAX_STEPS = 1000

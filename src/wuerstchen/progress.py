@@ -1,29 +1,134 @@
-"""Progress bars that suit where they are written to: a bar on a terminal, a line a minute in a file."""
+"""What one is told of a drawing while it is made, and small pictures of what it is going to be."""
 
-import sys
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from tqdm import tqdm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
 
-SECONDS = 60.0
-"""Between lines where the output is no terminal."""
-
-
-class _Lines:
-    """Writes what a bar redraws in place as lines of their own."""
-
-    def write(self, text: str) -> None:
-        text = text.strip()
-        if text:
-            sys.stderr.write(text + "\n")
-
-    def flush(self) -> None:
-        sys.stderr.flush()
+from wuerstchen.diffusion.samplers import OnStep, PredictNoise
+from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE
+from wuerstchen.images import to_images
+from wuerstchen.models.cascade import Cascade
 
 
-def bar(*arguments: Any, **options: Any) -> "tqdm[Any]":
-    """A ``tqdm`` bar on standard error. Where that is no terminal, a line a minute: logs are not flooded."""
-    if not sys.stderr.isatty():
-        options |= {"file": _Lines(), "mininterval": SECONDS, "maxinterval": SECONDS, "dynamic_ncols": False}
-        options |= {"ascii": True}
-    return tqdm(*arguments, **options)
+@dataclass(frozen=True)
+class Step:
+    """A step that has just been made, of a batch that is being drawn."""
+
+    stage: str
+    step: int
+    """From 1."""
+    steps: int
+    preview: Callable[[Sequence[int]], list[Image.Image]]
+    """Small pictures of what is being drawn, for these numbers within the batch: Stage C's through the
+    previewer, Stage B's at half the size. They are made of an estimate of the end, and cost time. None come
+    from a model without a previewer during Stage C, or where networks do not all stay on the device."""
+
+
+Watch = Callable[[Step], None]
+"""Called after each step. What it raises ends the drawing and reaches the caller."""
+
+
+class Watching:
+    """Tells a ``watch`` of each step, and makes previews of what the networks last predicted."""
+
+    def __init__(
+        self, cascade: Cascade, watch: Watch, size: tuple[int, int], canvas: tuple[int, int], *, shows: bool
+    ) -> None:
+        """``size`` and ``canvas`` are (width, height); ``shows`` is whether previews can be made."""
+        self.cascade = cascade
+        self.watch = watch
+        self.size, self.canvas = size, canvas
+        self.shows = shows
+        self._last_step: torch.cuda.Event | None = None
+
+    def over_map(
+        self, predict: PredictNoise, report: OnStep | None, steps: int
+    ) -> tuple[PredictNoise, OnStep]:
+        cascade, previewer = self.cascade, self.cascade.previewer
+
+        def picture(clean: Tensor) -> Tensor:
+            assert previewer is not None
+            z = cascade.settings.map_statistics.restore(clean)
+            return previewer(z.to(next(previewer.parameters()).dtype))
+
+        return self._over("Stage C", predict, report, steps, None if previewer is None else picture)
+
+    def over_latents(
+        self, predict: PredictNoise, report: OnStep | None, steps: int
+    ) -> tuple[PredictNoise, OnStep]:
+        return self._over("Stage B", predict, report, steps, self._half_size)
+
+    def over_tokens(self, report: OnStep | None, steps: int) -> OnStep:
+        vqgan = self.cascade.vqgan
+
+        def picture(tokens: Tensor) -> Tensor:
+            return self._half_size(vqgan.vquantizer.lookup(tokens) / vqgan.config.scale_factor)
+
+        return self._after_each("Stage B", report, steps, lambda rows, tokens: picture(tokens[rows]))
+
+    def _half_size(self, latents: Tensor) -> Tensor:
+        """A quarter of the pixels for about a quarter of the time."""
+        vqgan = self.cascade.vqgan
+        return vqgan.decode(F.avg_pool2d(latents, 2).to(vqgan.dtype))
+
+    def _over(
+        self,
+        stage: str,
+        predict: PredictNoise,
+        report: OnStep | None,
+        steps: int,
+        picture: Callable[[Tensor], Tensor] | None,
+    ) -> tuple[PredictNoise, OnStep]:
+        last: list[Tensor] = []
+
+        def remembering(x: Tensor, t: Tensor) -> Tensor:
+            last[:] = x, predict(x, t), t
+            return last[1]
+
+        def estimate(rows: list[int], _: Tensor) -> Tensor:
+            assert picture is not None
+            return picture(PUBLISHED_SCHEDULE.clean(*(value[rows] for value in last)))
+
+        return remembering, self._after_each(stage, report, steps, picture and estimate)
+
+    def _after_each(
+        self,
+        stage: str,
+        report: OnStep | None,
+        steps: int,
+        estimate: Callable[[list[int], Tensor], Tensor] | None,
+    ) -> OnStep:
+        def on_step(step: int, sample: Tensor) -> None:
+            def preview(rows: Sequence[int]) -> list[Image.Image]:
+                if estimate is None or not rows or not self.shows:
+                    return []
+                return [self._cut(image) for image in to_images(estimate(list(rows), sample).float())]
+
+            if report is not None:
+                report(step, sample)
+            self._keep_pace(sample)
+            self.watch(Step(stage, step + 1, steps, preview))
+
+        return on_step
+
+    def _keep_pace(self, sample: Tensor) -> None:
+        """Waits on a GPU until the step before this one is made.
+
+        It would take orders for a whole stage at once, which could then be neither told of nor stopped.
+        """
+        if sample.is_cuda:
+            before, self._last_step = self._last_step, torch.cuda.Event(blocking=True)
+            self._last_step.record(torch.cuda.current_stream(sample.device))
+            if before is not None:
+                before.synchronize()
+
+    def _cut(self, image: Image.Image) -> Image.Image:
+        """The part of a preview of the canvas that is in the picture."""
+        scale = image.width / self.canvas[0]
+        width, height = (max(1, round(side * scale)) for side in self.size)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        return image.crop((left, top, left + width, top + height))

@@ -221,7 +221,8 @@ pipe.decoder = torch.compile(pipe.decoder, backend="eager", fullgraph=True)
 torch.testing.assert_close(draw(), expected)
 
 # As on a GPU: contexts, which are not made by what is compiled, are those of fused blocks.
-from wuerstchen.models import blocks, decoder, fused
+from wuerstchen.models import blocks, decoder
+from wuerstchen.models.fused import blocks as fused
 
 def suits(x):
     return not torch.is_grad_enabled() and not torch.compiler.is_compiling()

@@ -9,8 +9,8 @@ import torch
 
 from wuerstchen.diffusers import DEFAULT_STAGE_C_TIMESTEPS
 from wuerstchen.errors import UserError, UserNotice
-from wuerstchen.fast import Recorder
 from wuerstchen.models.prior import Prior
+from wuerstchen.runtime.recorder import Recorder
 
 SIZE = {"height": 128, "width": 100}
 

@@ -18,7 +18,7 @@ from wuerstchen.recipes.tiny import tiny
 from wuerstchen.recipes.v1 import v1_stage_c
 from wuerstchen.recipes.v2 import v2, v2_finetune, v2_finetune_2048, v2_stage_a, v2_stage_b, v2_stage_c
 from wuerstchen.train.config import phases_of
-from wuerstchen.train.feed import batch_sizes
+from wuerstchen.train.feed.images import batch_sizes
 
 
 def size_of(network):

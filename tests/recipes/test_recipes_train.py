@@ -32,8 +32,8 @@ from wuerstchen.recipes.v2 import (
     v2_stage_b,
     v2_stage_c,
 )
+from wuerstchen.train.report.announce import Watch
 from wuerstchen.train.run import train
-from wuerstchen.train.watch import Watch
 
 SHARE = 0.01  # of width and of depth
 SMALLER = 4  # times, each side of a picture

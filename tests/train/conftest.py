@@ -8,8 +8,8 @@ from torch import nn
 from wuerstchen.data.sources import Example
 from wuerstchen.errors import DataError
 from wuerstchen.train.config import Optimization
-from wuerstchen.train.feed import pixels_of
-from wuerstchen.train.loop import Settings
+from wuerstchen.train.engine.loop import Settings
+from wuerstchen.train.feed.images import pixels_of
 
 
 class ToySource:

@@ -16,11 +16,11 @@ from wuerstchen.errors import RunFolderError, UserError
 from wuerstchen.recipes.tiny import tiny
 from wuerstchen.train.changes import asked_for, check_same, ended_at, in_force, parts_of, plan
 from wuerstchen.train.config import Phase, as_dict
-from wuerstchen.train.recorded import get
-from wuerstchen.train.report import write_report
+from wuerstchen.train.engine.checkpoint import newest
+from wuerstchen.train.recorded_recipe import get
+from wuerstchen.train.report.announce import Watch
+from wuerstchen.train.report.page import write_report
 from wuerstchen.train.run import _fingerprint, _open_sources, train
-from wuerstchen.train.snapshot import newest
-from wuerstchen.train.watch import Watch
 
 PARTS = ["a", "b", "b2", "a2", "c", "c2"]
 
@@ -238,7 +238,7 @@ def finished(tmp_path_factory):
 KILLED = """
 import os, signal, sys
 from wuerstchen.cli import main
-from wuerstchen.train.track import Log
+from wuerstchen.train.report.events import Log
 writes = Log.event
 
 def event(self, kind, **values):

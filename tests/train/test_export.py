@@ -13,10 +13,10 @@ from wuerstchen.checkpoints.native import read_cascade, read_network, read_parts
 from wuerstchen.cli import main
 from wuerstchen.errors import CheckpointError, RunFolderError, UserError
 from wuerstchen.train.changes import parts_of
+from wuerstchen.train.engine.checkpoint import newest, read_averages
 from wuerstchen.train.export import NotMeasuredWarning, export
+from wuerstchen.train.report.events import Log
 from wuerstchen.train.run import train
-from wuerstchen.train.snapshot import newest, read_averages
-from wuerstchen.train.track import Log
 
 from .test_changes import micro, phased
 

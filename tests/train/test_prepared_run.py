@@ -21,8 +21,8 @@ from wuerstchen.data.prepared import PreparedSet
 from wuerstchen.data.readers import EmojiReader, FolderReader
 from wuerstchen.errors import DataError, RunFolderError, UserError
 from wuerstchen.pipeline import BUNDLED
+from wuerstchen.train.engine.checkpoint import newest
 from wuerstchen.train.run import _Run, train
-from wuerstchen.train.snapshot import newest
 
 SCRIPT = Path(__file__).with_name("prepared_runs.py")
 recipe = runpy.run_path(str(SCRIPT))["recipe"]

@@ -28,19 +28,19 @@ from wuerstchen.recipes import RECIPES
 from wuerstchen.recipes.mini import mini
 from wuerstchen.recipes.tiny import tiny
 from wuerstchen.train import run
-from wuerstchen.train.bank import compose
 from wuerstchen.train.changes import plan
 from wuerstchen.train.config import Phase, as_dict, differing_fields, phases_of
-from wuerstchen.train.cost import Tariff
-from wuerstchen.train.feed import Feed
-from wuerstchen.train.parallel import Processes
-from wuerstchen.train.report import write_report
+from wuerstchen.train.engine.checkpoint import newest
+from wuerstchen.train.engine.distributed import Processes
+from wuerstchen.train.engine.image_cache import compose
+from wuerstchen.train.engine.stopping import Interrupted
+from wuerstchen.train.feed.images import Feed
+from wuerstchen.train.report.announce import Watch
+from wuerstchen.train.report.cost import Tariff
+from wuerstchen.train.report.events import Log
+from wuerstchen.train.report.page import write_report
 from wuerstchen.train.run import _Run, _train, open_source, train
-from wuerstchen.train.snapshot import newest
-from wuerstchen.train.stages import cascade_settings
-from wuerstchen.train.stopping import Interrupted
-from wuerstchen.train.track import Log
-from wuerstchen.train.watch import Watch
+from wuerstchen.train.stages.base import cascade_settings
 
 MICRO = [
     word

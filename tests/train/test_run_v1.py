@@ -23,8 +23,8 @@ from wuerstchen.recipes.tiny import tiny
 from wuerstchen.recipes.v1 import v1_stage_b, v1_stage_c
 from wuerstchen.train import run
 from wuerstchen.train.config import as_dict, differing_fields
-from wuerstchen.train.snapshot import newest, read_averages
-from wuerstchen.train.stage_paella import StagePaella
+from wuerstchen.train.engine.checkpoint import newest, read_averages
+from wuerstchen.train.stages.paella import StagePaella
 
 PAELLA = PaellaConfig(
     num_labels=256,

@@ -11,7 +11,7 @@ from wuerstchen.errors import UserError
 if TYPE_CHECKING:
     from wuerstchen.checkpoints.layouts import Sources
     from wuerstchen.pipeline import Sampling, Wuerstchen
-    from wuerstchen.train.cost import Tariff
+    from wuerstchen.train.report.cost import Tariff
 
 LOW_MEMORY = ("stage", "layer")
 
@@ -167,7 +167,7 @@ def sampling_of(options: argparse.Namespace) -> "Sampling":
 
 def tariff_of(options: argparse.Namespace) -> "Tariff | None":
     """None where no option says anything."""
-    from wuerstchen.train.cost import make_tariff
+    from wuerstchen.train.report.cost import make_tariff
 
     given = (options.region, options.co2_per_kwh, options.price_per_hour, options.price_per_kwh)
     return None if given == (None,) * 4 else make_tariff(*given)

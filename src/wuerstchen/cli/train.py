@@ -143,10 +143,10 @@ def _train(options: argparse.Namespace) -> int:
         shapes = {"vqgan": smaller.vqgan, "decoder": smaller.decoder, "prior": smaller.prior}
         recipe = overridden(dataclasses.replace(full, **shapes), options)
 
-    from wuerstchen.train.cost import Tariff
-    from wuerstchen.train.loop import Interrupted
+    from wuerstchen.train.engine.loop import Interrupted
+    from wuerstchen.train.report.announce import Watch
+    from wuerstchen.train.report.cost import Tariff
     from wuerstchen.train.run import train
-    from wuerstchen.train.watch import Watch
 
     tariff = tariff_of(options) or Tariff()
     watch = Watch(tariff=tariff, tensorboard=options.tensorboard, rehearses=not options.no_rehearsal)
@@ -220,7 +220,7 @@ def overridden(recipe: "Recipe", options: argparse.Namespace) -> "Recipe":
 
 
 def _report(options: argparse.Namespace) -> int:
-    from wuerstchen.train.report import write_report
+    from wuerstchen.train.report.page import write_report
 
     print(write_report(options.folder, options.out, tariff_of(options)))
     return 0

@@ -31,7 +31,7 @@ from wuerstchen.data.emoji import (
 )
 from wuerstchen.errors import DataError, UserError
 from wuerstchen.images import check_writable
-from wuerstchen.progress import bar
+from wuerstchen.progress_bar import bar
 
 _PACKAGES = {
     "fluent-3d": "@lobehub/fluent-emoji-3d@1.1.0",

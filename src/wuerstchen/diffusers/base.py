@@ -14,9 +14,9 @@ from tqdm.auto import tqdm
 from wuerstchen.diffusers.options import drop_options
 from wuerstchen.diffusers.outputs import Config
 from wuerstchen.errors import UserError, UserNotice
-from wuerstchen.fast import Recorder, Recorders
-from wuerstchen.memory import Blockwise, OneAtATime, Residence
 from wuerstchen.pipeline import checked_device
+from wuerstchen.runtime.offload import Blockwise, OneAtATime, Residence
+from wuerstchen.runtime.recorder import Recorder, Recorders
 
 AnyPipeline = TypeVar("AnyPipeline", bound="DiffusionPipeline")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from wuerstchen.diffusers.scheduler import Generators, check_timesteps, draw_normal
 from wuerstchen.diffusion.samplers import guided
 from wuerstchen.errors import UserError
-from wuerstchen.fast import Recorder
+from wuerstchen.runtime.recorder import Recorder
 
 State = dict[str, Tensor | None]
 """What a callback may see and change, by name: the latents and what steers them."""

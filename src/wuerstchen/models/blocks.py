@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from wuerstchen.models.fused import FactoredMap, keys_values, run_fused, suits
+from wuerstchen.models.fused.blocks import FactoredMap, keys_values, run_fused, suits
 from wuerstchen.models.layers import (
     AttnBlock,
     ConditionedResBlock,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, Prediction, check_prediction
 from wuerstchen.errors import UserError
 from wuerstchen.models.blocks import Text, run_blocks, texts_for
-from wuerstchen.models.fused import FactoredMap, factored_map, suits
+from wuerstchen.models.fused.blocks import FactoredMap, factored_map, suits
 from wuerstchen.models.layers import (
     MAX_LEVELS,
     ConditionedResBlock,

@@ -110,7 +110,7 @@ def mlp_tail(
 
     Nothing else is kept for it: what lies between is computed again.
     """
-    from wuerstchen.models import kernels
+    from wuerstchen.models.fused import mlp_kernels as kernels
 
     hidden = hidden.contiguous()
     with torch.cuda.device_of(hidden):  # kernels in Triton are started on the current device
@@ -142,7 +142,7 @@ def mlp_tail_backward(
     p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of hidden, gamma, beta, weight and bias."""
-    from wuerstchen.models import kernels
+    from wuerstchen.models.fused import mlp_kernels as kernels
 
     hidden, gradient = hidden.contiguous(), gradient.contiguous()
     with torch.cuda.device_of(hidden):

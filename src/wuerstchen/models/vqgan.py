@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from wuerstchen.errors import UserError
-from wuerstchen.models.fused import is_plain, run_mixing, suits
+from wuerstchen.models.fused.blocks import is_plain, run_mixing, suits
 from wuerstchen.models.layers import (
     MAX_BLOCKS,
     Network,

@@ -29,7 +29,7 @@ from wuerstchen.serve.jobs import Shape
 
 if TYPE_CHECKING:
     from wuerstchen.pipeline import Wuerstchen
-    from wuerstchen.watching import Step
+    from wuerstchen.progress import Step
 
 PREVIEW_SHARE = 0.08
 """Of a batch's time, at most, for previews."""
@@ -327,6 +327,6 @@ def _device_name(model: "Wuerstchen") -> str:
 
 def _energy_counter(model: "Wuerstchen") -> Callable[[], float | None]:
     """Joules that the GPU has used so far; None where nothing counts them."""
-    from wuerstchen.train.cost import energy_counter
+    from wuerstchen.train.report.cost import energy_counter
 
     return energy_counter(model.device)

@@ -15,9 +15,9 @@ from typing import Any, Literal
 from wuerstchen.checkpoints.weights import write_json
 from wuerstchen.errors import RunFolderError, UserError
 from wuerstchen.train.config import FREE_FIELDS, Recipe, as_dict, differing_fields, phases_of
-from wuerstchen.train.recorded import get, parsed, recipe_of, replaced
-from wuerstchen.train.snapshot import newest
-from wuerstchen.train.track import Log
+from wuerstchen.train.engine.checkpoint import newest
+from wuerstchen.train.recorded_recipe import get, parsed, recipe_of, replaced
+from wuerstchen.train.report.events import Log
 
 
 def _words(text: str) -> frozenset[str]:

@@ -18,15 +18,15 @@ from wuerstchen.models.efficientnet import EfficientNetLite
 from wuerstchen.models.vqgan import VQGAN
 from wuerstchen.train.changes import Part, ended_at, in_force, parts_of, reached
 from wuerstchen.train.config import Phase, Recipe
-from wuerstchen.train.folder import read_json, read_run
-from wuerstchen.train.parallel import Processes
-from wuerstchen.train.recorded import recipe_of
+from wuerstchen.train.engine.checkpoint import best_of, newest, read_averages, read_whole
+from wuerstchen.train.engine.distributed import Processes
+from wuerstchen.train.initial_weights import Start, read_start
+from wuerstchen.train.recorded_recipe import recipe_of
+from wuerstchen.train.report.events import Log
 from wuerstchen.train.run import _Run
-from wuerstchen.train.snapshot import best_of, newest, read_averages, read_whole
-from wuerstchen.train.stage_c import Need
-from wuerstchen.train.stages import Stage
-from wuerstchen.train.start import Start, read_start
-from wuerstchen.train.track import Log
+from wuerstchen.train.run_folder import read_json, read_run
+from wuerstchen.train.stages.base import Stage
+from wuerstchen.train.stages.prior import Need
 
 N = TypeVar("N", bound=nn.Module)
 Weights = Literal["average", "raw"]

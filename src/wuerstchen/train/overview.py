@@ -15,7 +15,7 @@ from wuerstchen.data.survey import MOST, SECONDS, ignored, sizes
 from wuerstchen.errors import DataError, UserError
 from wuerstchen.models.text import TextEncoder
 from wuerstchen.train.config import Phase, Recipe, StageBConfig, StageCConfig, phases_of
-from wuerstchen.train.stages import refining
+from wuerstchen.train.stages.base import refining
 
 MANY_EPOCHS = 500
 """More of the same images than this is hardly meant. Emoji are composed anew each time and may have more."""

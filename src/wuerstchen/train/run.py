@@ -42,11 +42,36 @@ from wuerstchen.models.prior import Prior
 from wuerstchen.models.text import PromptTooLongWarning
 from wuerstchen.models.vqgan import VQGAN
 from wuerstchen.pipeline import default_device
-from wuerstchen.train.bank import Bank, compose
 from wuerstchen.train.changes import Change, Plan, plan
 from wuerstchen.train.config import Phase, Recipe, StageBConfig, StageCConfig, as_dict, phases_of
-from wuerstchen.train.feed import Batch, Feed, batch_sizes, batches
-from wuerstchen.train.folder import (
+from wuerstchen.train.engine.checkpoint import load_averages, newest_of_all
+from wuerstchen.train.engine.distributed import Processes, distributed
+from wuerstchen.train.engine.image_cache import Bank, compose
+from wuerstchen.train.engine.loop import Settings, rehearse, run_stage
+from wuerstchen.train.engine.observe import looked_at
+from wuerstchen.train.engine.precision import HALVES, best_half
+from wuerstchen.train.engine.validation import Denoising, DenoisingTokens, HeldOut, Validation, held_out
+from wuerstchen.train.feed.images import Batch, Feed, batch_sizes, batches
+from wuerstchen.train.feed.prepared import (
+    HeldOutMaps,
+    PreparedFeed,
+    check_prepared,
+    refuse_prepared,
+    some_maps,
+    verify_sets,
+)
+from wuerstchen.train.initial_weights import STAGE_OF, Start, fill_compressor, read_start, reads_text
+from wuerstchen.train.overview import (
+    kept_images,
+    overview,
+    print_overview,
+    readings,
+    refuse_small,
+    with_prompts,
+)
+from wuerstchen.train.report.announce import Watch, begin, say_cost, say_costs_to_come
+from wuerstchen.train.report.events import Log, check_tensorboard
+from wuerstchen.train.run_folder import (
     ORDER,
     check_colours,
     check_order,
@@ -57,36 +82,11 @@ from wuerstchen.train.folder import (
     read_json,
     read_run,
 )
-from wuerstchen.train.loop import Settings, rehearse, run_stage
-from wuerstchen.train.observe import looked_at
-from wuerstchen.train.overview import (
-    kept_images,
-    overview,
-    print_overview,
-    readings,
-    refuse_small,
-    with_prompts,
-)
-from wuerstchen.train.parallel import Processes, distributed
-from wuerstchen.train.precision import HALVES, best_half
-from wuerstchen.train.prepared_feed import (
-    HeldOutMaps,
-    PreparedFeed,
-    check_prepared,
-    refuse_prepared,
-    some_maps,
-    verify_sets,
-)
-from wuerstchen.train.snapshot import load_averages, newest_of_all
-from wuerstchen.train.stage_a import StageA, StageARefinement
-from wuerstchen.train.stage_b import DecoderAndCompressor, StageB, StageBRefinement
-from wuerstchen.train.stage_c import Need, StageC, measure_map, measure_stored_maps
-from wuerstchen.train.stage_paella import StagePaella, StagePaellaRefinement
-from wuerstchen.train.stages import Stage, cascade_settings
-from wuerstchen.train.start import STAGE_OF, Start, fill_compressor, read_start, reads_text
-from wuerstchen.train.track import Log, check_tensorboard
-from wuerstchen.train.validate import Denoising, DenoisingTokens, HeldOut, Validation, held_out
-from wuerstchen.train.watch import Watch, begin, say_cost, say_costs_to_come
+from wuerstchen.train.stages.base import Stage, cascade_settings
+from wuerstchen.train.stages.decoder import DecoderAndCompressor, StageB, StageBRefinement
+from wuerstchen.train.stages.paella import StagePaella, StagePaellaRefinement
+from wuerstchen.train.stages.prior import Need, StageC, measure_map, measure_stored_maps
+from wuerstchen.train.stages.vqgan import StageA, StageARefinement
 
 N = TypeVar("N", bound=nn.Module)
 

@@ -1,0 +1,123 @@
+"""bf16 copies of large matrices, which forward and backward passes read in place of the fp32 weights.
+
+Autocast makes such copies anew in every update, and turns their gradients, which are bf16 as well, into fp32
+before the optimizer reads them. At a billion parameters both are felt. Here AdamW writes the copy in the pass
+that writes the weight, and reads the gradient as it is: the same numbers, 16 bytes a parameter fewer.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import BFloat16, Float32
+from torch import Tensor, nn
+
+from wuerstchen.models.mlp import runs_triton
+
+LARGE = 2**16  # numbers of a matrix that has a copy
+
+
+class HalfCopies:
+    """The copies of the large linear layers of a network that is trained, and their updates.
+
+    The network's own weights, its optimizer's state and so all that is stored stay in fp32.
+    """
+
+    def __init__(self, network: nn.Module, optimizer: torch.optim.AdamW, least: int = LARGE) -> None:
+        self.optimizer = optimizer
+        groups = {
+            p: number
+            for number, group in enumerate(optimizer.param_groups)
+            for p in group["params"]
+            if not group.get("muon")  # its weights have no copies: autocast makes them
+        }
+        self.layers = [
+            (module, module.weight, nn.Parameter(module.weight.detach().bfloat16()))
+            for module in network.modules()
+            if type(module) is nn.Linear and module.weight in groups and module.weight.numel() >= least
+        ]
+        self.groups: dict[int, list[tuple[nn.Parameter, nn.Parameter]]] = {}
+        for _, weight, copy in self.layers:
+            self.groups.setdefault(groups[weight], []).append((weight, copy))
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within, the copies are the weights of their layers: the network's parameters."""
+        for module, _, copy in self.layers:
+            module.weight = copy
+        try:
+            yield
+        finally:
+            for module, weight, _ in self.layers:
+                module.weight = weight
+
+    def gradients(self) -> list[Tensor]:
+        return [copy.grad for _, _, copy in self.layers if copy.grad is not None]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """AdamW (arXiv 1711.05101, algorithm 2) as the optimizer has it, on the weights that have copies.
+
+        ``found_inf`` and ``grad_scale`` of the optimizer hold here too: see ``optim.update``.
+        """
+        skips, scale = self.optimizer.found_inf, self.optimizer.grad_scale
+        for number, members in self.groups.items():
+            group = self.optimizer.param_groups[number]
+            pairs = [(weight, copy) for weight, copy in members if copy.grad is not None]
+            if not pairs:
+                continue
+            states = [self._state(weight) for weight, _ in pairs]
+            torch._foreach_add_([state["step"] for state in states], [1 - skips] * len(states))
+            steps = states[0]["step"].double()  # the same for all: what has a gradient once has it always
+            beta1, beta2 = group["betas"]
+            rate = group["lr"].double()
+            numbers = (
+                1 - rate * group["weight_decay"],
+                rate / (1 - beta1**steps),
+                (1 - beta2**steps).rsqrt(),
+                1 / scale,
+                1 - skips,
+            )
+            factors = torch.stack([number.float() for number in numbers])
+            for (weight, copy), state in zip(pairs, states, strict=True):
+                moments = state["exp_avg"], state["exp_avg_sq"]
+                adamw(weight, copy, copy.grad, *moments, factors, beta1, beta2, group["eps"])
+                copy.grad = None
+
+    def _state(self, weight: nn.Parameter) -> dict[str, Tensor]:
+        state = self.optimizer.state[weight]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
+        return state
+
+
+def adamw(
+    weight: Float32[Tensor, "*s"],
+    copy: BFloat16[Tensor, "*s"],
+    gradient: BFloat16[Tensor, "*s"],
+    mean: Float32[Tensor, "*s"],
+    square: Float32[Tensor, "*s"],
+    factors: Float32[Tensor, "5"],
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    """Updates weight, copy and moments in place.
+
+    ``factors``: what remains of the weight after its decay, the rate with the mean's bias correction,
+    the factor that corrects the square's root, a factor of the gradient, and 0 where nothing may change.
+    """
+    if weight.is_cuda and runs_triton(weight.device):
+        from wuerstchen.train.engine import adamw_kernel as kernels
+
+        kernels.adamw(weight, copy, gradient, mean, square, factors, beta1, beta2, eps)
+        return
+    remains, rate, root, scale, keeps = factors
+    g = gradient.float() * scale
+    new_mean = mean.lerp(g, 1 - beta1)
+    new_square = (beta2 * square).addcmul(g, g, value=1 - beta2)
+    new_weight = weight * remains - rate * new_mean / (new_square.sqrt() * root + eps)
+    for old, new in ((mean, new_mean), (square, new_square), (weight, new_weight)):
+        old.copy_(torch.where(keeps > 0, new, old))
+    copy.copy_(weight)

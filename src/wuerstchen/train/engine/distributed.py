@@ -1,0 +1,341 @@
+"""One run in many processes, as ``torchrun`` starts them: each computes its share of every batch.
+
+Networks, averages and optimizers are the same in all processes, and gradients are averaged before every
+update; or the large networks are sharded, so that each process holds a part of them.
+All that is random is a function of the image's number, so the images of a batch, their crops, times and
+noise do not depend on how many processes there are. The first process alone writes and speaks.
+"""
+
+import copy
+import datetime
+import itertools
+import os
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.nn.functional import all_reduce
+from torch.distributed.tensor import DTensor
+
+from wuerstchen.data.plan import stable_hash
+from wuerstchen.errors import UserError, is_out_of_memory
+from wuerstchen.models.compressor import Compressor
+from wuerstchen.models.decoder import Decoder
+from wuerstchen.models.layers import AttnBlock, ConditionedResBlock, ResBlock
+from wuerstchen.models.paella import Paella
+from wuerstchen.models.prior import Prior
+from wuerstchen.train.engine.heartbeat import meet, watching_others
+
+_LARGE = 2**20  # numbers of a tensor that travels alone
+_BUCKET = 32 * 2**20  # numbers that travel together: 128 MiB of gradients
+T = TypeVar("T")
+_PATIENCE = datetime.timedelta(minutes=30)  # that the others have while the first writes a checkpoint
+_meetings = itertools.count()  # all processes hold the same ones in the same order
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of a run."""
+
+    device: torch.device
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    def share(self, numbers: range) -> range:
+        """This process's part of the images of a batch: as many in a row as every other's."""
+        size = len(numbers) // self.count
+        return numbers[self.rank * size : (self.rank + 1) * size]
+
+    def check_batches(self, stage: str, images: int, batch_size: int, accumulate: int = 1) -> None:
+        """Raises ``UserError`` unless every batch of a stage can be shared evenly."""
+        least = self.count * accumulate
+        if batch_size % least or (self.count > 1 and images % batch_size):
+            parts = "" if accumulate == 1 else f" in accumulate={accumulate} parts each"
+            raise UserError(
+                f"stage_{stage}: batches of {batch_size} and {images} images in all cannot be shared by "
+                f"{self.count} processes{parts}; make batch_size a multiple of {least}, images of batch_size"
+            )
+
+    @contextmanager
+    def averaging(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        """Replaces gradients by their average over all processes. The backward pass belongs inside: a large
+        gradient travels as soon as it is there, while those before it are computed; the small ones travel
+        together at the end.
+        """
+        if self.count == 1:
+            yield
+            return
+        on_the_way: dict[nn.Parameter, dist.Work] = {}
+        averages = self.device.type == "cuda"  # gloo has sums alone
+        kind = dist.ReduceOp.AVG if averages else dist.ReduceOp.SUM
+
+        def send(parameter: nn.Parameter) -> None:
+            work = dist.all_reduce(parameter.grad, kind, async_op=True)
+            assert work is not None
+            on_the_way[parameter] = work
+
+        large = [p for p in parameters if p.numel() >= _LARGE]
+        hooks = [parameter.register_post_accumulate_grad_hook(send) for parameter in large]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for work in on_the_way.values():
+            work.wait()
+        if not averages and on_the_way:
+            torch._foreach_div_([parameter.grad for parameter in on_the_way], self.count)
+        self.average_([p.grad for p in parameters if p.grad is not None and p not in on_the_way])
+
+    def average_(self, tensors: Sequence[Tensor]) -> None:
+        """Replaces tensors by their average over all processes, a large bucket at a time."""
+        if self.count == 1:
+            return
+        bucket: list[Tensor] = []
+        for number, tensor in enumerate(tensors):
+            bucket.append(tensor)
+            full = sum(t.numel() for t in bucket) >= _BUCKET
+            follows = number + 1 < len(tensors) and tensors[number + 1].dtype == tensor.dtype
+            if not full and follows:
+                continue
+            flat = torch.cat([t.flatten() for t in bucket])
+            dist.all_reduce(flat)  # gloo has sums alone
+            flat /= self.count
+            parts = flat.split([t.numel() for t in bucket])
+            torch._foreach_copy_(bucket, [p.view_as(t) for p, t in zip(parts, bucket, strict=True)])
+            bucket = []
+
+    def total(self, value: float) -> float:
+        """The sum of a number over all processes."""
+        if self.count == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return float(tensor)
+
+    def agreed(self, *asked: bool) -> tuple[bool, ...]:
+        """Each question answered for all processes: yes if one of them says so."""
+        if self.count == 1:
+            return asked
+        tensor = torch.tensor(asked, dtype=torch.int32, device=self.device)
+        dist.all_reduce(tensor)
+        return tuple(bool(value) for value in tensor.tolist())
+
+    def alike(self, text: str) -> bool:
+        """Whether all processes have the same text."""
+        if self.count == 1:
+            return True
+        least = torch.tensor(stable_hash(text) >> 1, dtype=torch.int64, device=self.device)
+        most = least.clone()
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return bool(least == most)
+
+    def gathered(self, mine: Sequence[T]) -> list[T]:
+        """What all processes have, by their ranks: of any kind, and for little where it is nothing."""
+        if not self.total(float(len(mine))):
+            return []
+        parts: list[Sequence[T]] = [mine] * self.count
+        if self.count > 1:
+            dist.all_gather_object(parts, mine)
+        return [value for part in parts for value in part]
+
+    def wait(self) -> None:
+        """Returns when all processes have come here."""
+        if self.count > 1:
+            self.total(0.0)  # a barrier that needs no further device of NCCL
+
+    def wait_long(self) -> None:
+        """As ``wait``, for as long as it takes: for work of a few processes whose time nobody knows.
+
+        Exchanges of tensors fail where one process comes half an hour after the others.
+        """
+        if self.count > 1:
+            meet(str(next(_meetings)), self.count)
+
+
+@contextmanager
+def distributed(device: torch.device) -> Iterator[Processes]:
+    """The processes of this run: those that ``torchrun`` started, or this one alone.
+
+    On GPUs each takes the one of its number on its machine. Raises ``UserError`` if it has none, and in
+    place of whatever is raised where another process has ended.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        yield Processes(device)
+        return
+    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+    if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}; give "
+                "torchrun --nproc-per-node at most that number"
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    processes = Processes(device, rank, count)
+    try:
+        with watching_others(rank, count):
+            yield processes
+            processes.wait()  # gloo aborts where one process leaves while another still talks
+    except RuntimeError as error:
+        # gloo's errors have no class of their own, but name its files.
+        if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
+            raise
+        # Without the place in gloo's source, and its advice.
+        reason = re.sub(r"^\[\S*\] *|\. .*", "", str(error).strip().split("\n")[0])[:200]
+        raise UserError(
+            f"process {rank} has lost the others ({reason}); one of them has ended and says why: start the "
+            "same command again"
+        ) from error
+    finally:
+        dist.destroy_process_group()
+
+
+class GlobalBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm whose statistics in training are those of the whole batch, over all processes.
+
+    torch's SyncBatchNorm does the same on GPUs alone. Mean and variance are taken one after the other, in at
+    least fp32: one pass over sums of squares would lose the digits in which processes have to agree.
+    """
+
+    def forward(self, input: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        if not self.training:
+            return super().forward(input)
+        with torch.autocast(input.device.type, enabled=False):
+            x = input.to(torch.promote_types(input.dtype, torch.float32))
+            count = x.numel() // x.shape[1] * dist.get_world_size()
+            mean = all_reduce(x.sum(dim=(0, 2, 3))) / count
+            centred = x - mean[:, None, None]
+            variance = all_reduce(centred.square().sum(dim=(0, 2, 3))) / count
+            self._follow(mean.detach(), variance.detach() * (count / max(count - 1, 1)))
+            scale = (variance + self.eps).rsqrt()
+            if self.affine:
+                scale = scale * self.weight
+            result = centred * scale[:, None, None]
+            return (result + self.bias[:, None, None] if self.affine else result).to(input.dtype)
+
+    def _follow(self, mean: Tensor, variance: Tensor) -> None:
+        """Moves the running statistics, which evaluation uses."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance, self.momentum)
+
+
+def share_batch_statistics(network: nn.Module) -> None:
+    """Lets every batch norm of a network that follows the batch see all processes' parts of it."""
+    for module in network.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = GlobalBatchNorm2d
+
+
+_ROOTS = (Prior, Decoder, Compressor)
+_UNITS = (ResBlock, ConditionedResBlock, AttnBlock)
+
+
+def shard(network: nn.Module, processes: Processes) -> bool:
+    """Lets each process keep its part of a network's weights alone, in place; whether it is one to shard.
+
+    Blocks are gathered when they compute, what lies between them with the network. Small networks stay whole:
+    those of Stage A, the discriminator, the previewer; and v1's Stage B, whose last layer its loss reads. A
+    copy of a sharded network cannot be made: what is to be a copy is copied first and sharded alike.
+    """
+    roots = [module for module in network.modules() if isinstance(module, _ROOTS)]
+    has_tokens = any(isinstance(module, Paella) for module in network.modules())
+    if processes.count == 1 or has_tokens or not roots:
+        return False
+    # Nothing in a forward pass changes in place what a network has returned.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(.*\) returned a view tensor")
+    mesh = init_device_mesh(processes.device.type, (processes.count,))
+    for root in roots:
+        for module in root.modules():
+            if isinstance(module, _UNITS):
+                fully_shard(module, mesh=mesh)
+        fully_shard(root, mesh=mesh)
+        if not isinstance(root, Compressor):
+            register_fsdp_forward_method(root, "context")
+    return True
+
+
+def is_sharded(network: nn.Module) -> bool:
+    """Whether ``shard`` has sharded a network."""
+    return any(isinstance(module, FSDPModule) for module in network.modules())
+
+
+def synchronise_gradients(network: nn.Module, wanted: bool) -> None:
+    """Whether the next backward pass of a sharded network averages gradients, or only adds them up."""
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(wanted, recurse=False)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, in the same memory: all of it if it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def first_row(tensor: DTensor) -> int:
+    """Where this process's part of a tensor begins: they are as ``torch.chunk`` makes them."""
+    rows, count = tensor.shape[0], tensor.device_mesh.size()
+    return min(tensor.device_mesh.get_local_rank() * -(-rows // count), rows)
+
+
+def empty_copy(network: nn.Module) -> nn.Module:
+    """A network as this one without memory, to be filled by ``gather``. Made before sharding."""
+    return copy.deepcopy(network).to("meta")
+
+
+@torch.no_grad()
+def gather(network: nn.Module, empty: nn.Module, processes: Processes) -> nn.Module:
+    """A whole copy of a sharded network, in the first process alone; others get the ``empty`` one.
+
+    All processes take part. The first needs memory for all the weights, the others for one tensor at a time.
+    Where the first has not enough it raises what torch raised, after its part in the exchange: the others
+    do not notice.
+    """
+    tensors: dict[str, Tensor] = {}
+    lack: BaseException | None = None
+    for name, tensor in network.state_dict().items():
+        try:
+            whole = _whole(tensor)
+        except (MemoryError, RuntimeError) as error:
+            if not processes.leads or not is_out_of_memory(error):
+                raise
+            lack = error.with_traceback(None)
+            tensors.clear()
+            if tensor.device.type == "cuda":
+                torch.cuda.empty_cache()
+            whole = _whole(tensor)
+        if processes.leads and lack is None:
+            tensors[name] = whole
+    if lack is not None:
+        raise lack
+    if not processes.leads:
+        return empty
+    filled = copy.deepcopy(empty)
+    filled.load_state_dict(tensors, assign=True)
+    return filled.requires_grad_(False)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

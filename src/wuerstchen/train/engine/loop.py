@@ -1,0 +1,500 @@
+"""The one training loop. Progress is counted in images, and everything random is a function of it.
+
+So a run that was killed and started again does what the unbroken run would have done, bit for bit on the
+same machine: batches, crops, timesteps and noise follow from the number of images seen, and the networks,
+their averages and the optimizers come from the last whole checkpoint.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from wuerstchen.data.plan import items_at, stable_hash
+from wuerstchen.errors import UserError, out_of_memory_named
+from wuerstchen.train.engine import checkpoint as snapshot
+from wuerstchen.train.engine.distributed import (
+    Processes,
+    empty_copy,
+    is_sharded,
+    shard,
+    share_batch_statistics,
+)
+from wuerstchen.train.engine.ema import decay_at, make_average
+from wuerstchen.train.engine.image_cache import Bank
+from wuerstchen.train.engine.observe import Observer
+from wuerstchen.train.engine.optim import learning_rate, make_optimizer, set_rate
+from wuerstchen.train.engine.precision import LossScale
+from wuerstchen.train.engine.saving import Saving
+from wuerstchen.train.engine.stopping import GRACE, Interrupted, StoppedWaiting, StopRequest
+from wuerstchen.train.engine.throughput import Gauge
+from wuerstchen.train.engine.update import (
+    Step,
+    Updates,
+    Values,
+    compile_regions,
+    half_copies,
+    recompute_blocks,
+)
+from wuerstchen.train.engine.validation import Validation
+from wuerstchen.train.feed.images import Feed, batches
+from wuerstchen.train.feed.prepared import PreparedFeed
+from wuerstchen.train.report.cost import Cost, CostMeter
+from wuerstchen.train.report.events import Log, Meter
+from wuerstchen.train.stages.base import Stage, inputs_of
+
+_NAMED = 3  # images of a batch in a message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How the loop runs, as opposed to what it computes.
+
+    ``seed`` and ``autocast`` change results; ``compiles`` and ``records`` change their rounding.
+    """
+
+    seed: int
+    autocast: bool
+    """``half`` where it is safe, over fp32 weights."""
+    half: torch.dtype = torch.bfloat16
+    """What autocast computes in; fp16 scales losses."""
+    decays_all_axes: bool = False
+    """Whether weight decay is that of earlier versions (``make_optimizer``)."""
+    compiles: bool = False
+    records: bool = False
+    """Whether updates are recorded as CUDA graphs."""
+    shards: bool = False
+    """Whether large networks are sharded over the processes."""
+    recomputes: bool = False
+    """Whether blocks compute again what they would have kept for their gradients."""
+    workers: int
+    checkpoint_seconds: float
+    log_every: int
+    preview_every: int
+    preview_size: int
+    previews: int
+    keep_every: int = 0
+    """Images between checkpoints that are never removed; 0 for none."""
+
+
+@dataclass
+class _Fed:
+    """What one update has done."""
+
+    images: int
+    skipped: list[tuple[str, str]]
+    values: Values
+
+
+def run_stage(
+    stage: Stage,
+    feed: Feed | PreparedFeed,
+    folder: Path,
+    settings: Settings,
+    device: torch.device,
+    log: Log,
+    header: dict[str, Any],
+    bank: Callable[[], Bank] | None = None,
+    processes: Processes | None = None,
+    validation: Validation | None = None,
+    goes_on: Callable[[int], None] | None = None,
+) -> Path:
+    """Trains a stage to its end, from the last checkpoint in ``folder`` if there is one.
+
+    Pictures come from the ``bank`` where there is one, else from the feed; it is made only if there is an
+    update left. ``goes_on`` is told the number of images that training goes on from. With a ``validation``
+    the loss on held-out pictures is logged at previews and at checkpoints. A preview or validation that a
+    stop has prevented is made first. Returns the last checkpoint.
+    Raises ``Interrupted`` after SIGINT or SIGTERM, with a checkpoint written.
+    """
+    processes = processes or Processes(device)
+    _check_batches(stage, processes)
+    cost = CostMeter(device)
+    state, resumed = _prepare(stage, folder / "checkpoints", settings, processes)
+    total = stage.optimization.images
+    if goes_on is not None:
+        goes_on(state.images)
+    composed = bank() if bank is not None and state.images < total else None
+    log.event(
+        "start", stage=stage.name, images=state.images, total=total, resumed=resumed, device=str(device)
+    )
+    observer = Observer(
+        stage,
+        feed,
+        folder,
+        log,
+        processes,
+        validation,
+        every=settings.preview_every,
+        columns=settings.previews,
+        size=settings.preview_size,
+    )
+    preview, validate = observer.begin(state.images)
+    stop = StopRequest(processes.count)
+    with stop.caught(), _memory_named(stage, feed):
+        if preview or validate:
+            observer.look(state, True, preview=preview, validate=validate)
+        if state.images < total:
+            step = _step(stage, state, settings, processes)
+            step.gauge = Gauge(stage, step.seed, settings.autocast, device, settings.half)
+            step.names = lambda first: _names(step, feed, composed, first)
+            writer = snapshot.Writer(folder / "checkpoints", processes, state.images)
+            saving = Saving(
+                writer,
+                state,
+                {**header, "stage": stage.name},
+                log,
+                cost,
+                lambda: _refuse_fault(step),
+                resumed=resumed,
+                milestones=settings.keep_every,
+            )
+            meter = Meter(f"Stage {stage.name.upper()}", state.images, total, processes.leads)
+            updates = (
+                _fed_updates(step, feed, settings, stop)
+                if composed is None
+                else _bank_updates(step, composed, settings)
+            )
+            loop = _Loop(step, settings, log, cost, saving, observer, meter, stop, waits=bank is None)
+            with contextlib.closing(meter), contextlib.closing(writer), contextlib.closing(updates):
+                loop.run(updates)
+    # Of a signal that came after the last update, the next stage would know nothing.
+    if processes.agreed(stop.requested)[0]:
+        _stopped(log, state, stage)
+    return folder / "checkpoints" / f"{state.images:012d}"
+
+
+def _stopped(log: Log, state: snapshot.TrainingState, stage: Stage) -> NoReturn:
+    """Notes that a signal has stopped the run, and ends it."""
+    log.event("stopped", stage=stage.name, images=state.images)
+    raise Interrupted(
+        f"stopped at image {state.images:,} of {stage.optimization.images:,} of stage {stage.name.upper()}",
+        state.images,
+    )
+
+
+@dataclass
+class _Loop:
+    """What happens at the updates of a stage and between them."""
+
+    step: Step
+    settings: Settings
+    log: Log
+    cost: CostMeter
+    saving: Saving
+    observer: Observer
+    meter: Meter
+    stop: StopRequest
+    waits: bool
+    """Whether updates wait for pictures, and so for the device."""
+    values: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Of the last update whose values were read."""
+    skipped: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+
+    def run(self, updates: Iterator[_Fed]) -> None:
+        """Makes all updates. Raises ``Interrupted`` after a signal."""
+        state, saved = self.step.state, time.monotonic()
+        total, processes = self.step.stage.optimization.images, self.step.processes
+        try:
+            for fed in updates:
+                reads = self._account(fed)
+                if state.images >= total:  # before the last preview: whatever befalls it costs no work
+                    self.saving.begin(must=True)
+                    self.saving.wait(must=True)
+                if self.observer.due(state.images):
+                    self._look(preview=True)
+                    saved = time.monotonic()
+                due = time.monotonic() - saved >= self.settings.checkpoint_seconds
+                due = due or self.saving.milestone_due(state.images)
+                # Where nobody waits for the device, only one process can decide by itself.
+                asked = (self.stop.requested, due, self.saving.failed)
+                stops, due, failed = processes.agreed(*asked) if reads else asked
+                self.saving.note()
+                if processes.count > 1 and not reads:
+                    continue
+                if failed:
+                    self.saving.wait()
+                if stops:
+                    self._stop()
+                if due and state.images < total:
+                    self.saving.begin()
+                    saved = time.monotonic()
+                    validation = self.observer.validation
+                    (wanted,) = processes.agreed(validation is not None and validation.due)
+                    if wanted:
+                        self._look(preview=False)
+        except NotFinite as fault:
+            name = self.step.stage.name
+            self.log.event("not finite", stage=name, images=fault.image, batch=fault.names)
+            raise
+        except StoppedWaiting:
+            if processes.count == 1:
+                self._stop()
+            raise UserError(
+                f"a signal came while process {processes.rank} waited for data at image {state.images:,} of "
+                f"stage {self.step.stage.name.upper()}, and no data came for {GRACE:.0f} seconds. What "
+                "follows the last checkpoint is lost; start the same command again to go on from it"
+            ) from None
+
+    def _account(self, fed: _Fed) -> bool:
+        """Counts and logs an update. Returns whether the device was waited for."""
+        step, state, processes = self.step, self.step.state, self.step.processes
+        optimization, total = step.stage.optimization, step.stage.optimization.images
+        state.updates += 1
+        # A recorded update is not waited for, unless its values are to be read.
+        reads = self.waits or not self.values or state.updates % self.settings.log_every == 0
+        if reads or state.images + fed.images >= total:
+            self.values = _read(fed.values, step)
+            self.values["learning_rate"] = learning_rate(optimization, state.images + fed.images)
+        state.images += fed.images
+        self.meter.update(fed.images, self.values["loss"])
+        self.skipped += fed.skipped
+        logs = state.updates % self.settings.log_every == 0 or state.images >= total
+        if logs or processes.count == 1:
+            for name, reason in processes.gathered(self.skipped):
+                self.log.event("skipped", stage=step.stage.name, name=name, reason=reason)
+            self.skipped = []
+        if logs:
+            rate = round(self.meter.rate(), 2)
+            spent = self.cost.spent()
+            assert step.gauge is not None
+            seen = {"images_per_second": rate, **step.gauge.read(rate / processes.count), **self.values}
+            seen |= {"seconds": round(spent.seconds, 3), "kwh": spent.kwh}
+            self.log.event("progress", stage=step.stage.name, images=state.images, **seen)
+        return reads
+
+    def _look(self, *, preview: bool) -> None:
+        """A validation, and a preview if wanted, with a checkpoint of this moment on disk before them."""
+        images = self.step.state.images
+        self.saving.begin()
+        self.saving.wait()
+        self.observer.look(self.step.state, self.saving.is_whole(images), preview=preview)
+
+    def _stop(self) -> NoReturn:
+        if self.step.state.images:
+            self.saving.begin(must=True)
+            self.saving.wait(must=True)
+        _stopped(self.log, self.step.state, self.step.stage)
+
+
+def rehearse(
+    stage: Stage,
+    feed: Feed | PreparedFeed,
+    folder: Path,
+    settings: Settings,
+    device: torch.device,
+    bank: Bank | None,
+    processes: Processes | None = None,
+) -> Cost:
+    """What an image costs, by a few updates of a stage that is then thrown away. ``folder`` is empty.
+
+    The number of updates is fixed, so that all processes of a run make the same; energy is that of all.
+    """
+    warming, timed = (5, 20) if device.type == "cuda" else (1, 3)
+    processes = processes or Processes(device)
+    _check_batches(stage, processes)
+    state, _ = _prepare(stage, folder, settings, processes)
+    step = _step(stage, state, settings, processes)
+    updates = (
+        _fed_updates(step, feed, settings, StopRequest(processes.count))
+        if bank is None
+        else _bank_updates(step, bank, settings)
+    )
+    meter, images = CostMeter(device), 0
+    with contextlib.closing(updates), _memory_named(stage, feed):
+        for fed in itertools.islice(updates, warming + timed):
+            state.updates += 1
+            state.images += fed.images
+            images += fed.images
+            if state.updates == warming and state.images < stage.optimization.images:
+                _finished(device)
+                meter, images = CostMeter(device), 0
+        _finished(device)
+    spent = meter.spent()
+    if spent.kwh is not None:
+        spent = dataclasses.replace(spent, kwh=processes.total(spent.kwh))
+    return spent * (1 / images)
+
+
+def _check_batches(stage: Stage, processes: Processes) -> None:
+    optimization = stage.optimization
+    processes.check_batches(stage.name, optimization.images, optimization.batch_size, optimization.accumulate)
+
+
+def _finished(device: torch.device) -> None:
+    """Waits for what the device has been given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _prepare(
+    stage: Stage, folder: Path, settings: Settings, processes: Processes
+) -> tuple[snapshot.TrainingState, bool]:
+    """The stage's state at its beginning, or as the newest whole checkpoint holds it."""
+    for network in stage.networks.values():
+        network.to(processes.device).train()
+        if processes.count > 1:
+            share_batch_statistics(network)
+    averages = {name: make_average(stage.networks[name]) for name in stage.averaged}
+    whole: dict[str, nn.Module] = {}
+    if settings.shards:
+        whole = {name: empty_copy(average) for name, average in averages.items()}
+        for network in (*stage.networks.values(), *averages.values()):
+            shard(network, processes)
+        whole = {name: empty for name, empty in whole.items() if is_sharded(averages[name])}
+    state = snapshot.TrainingState(
+        networks=stage.networks,
+        averages=averages,
+        whole=whole,
+        optimizers={
+            name: make_optimizer(
+                network, stage.optimization, stage.rate_scales, decays_all_axes=settings.decays_all_axes
+            )
+            for name, network in stage.networks.items()
+        },
+    )
+    if settings.autocast and settings.half is torch.float16:
+        for optimizer in state.optimizers.values():
+            optimizer.loss_scale = LossScale(processes.device)
+    found = snapshot.newest_of_all(folder, processes)
+    if found is not None:
+        snapshot.restore(state, *found, processes)
+    for network in stage.networks.values() if state.images < stage.optimization.images else ():
+        if settings.recomputes:
+            recompute_blocks(network)
+        if settings.compiles:
+            compile_regions(network)
+    return state, found is not None
+
+
+def _step(stage: Stage, state: snapshot.TrainingState, settings: Settings, processes: Processes) -> Step:
+    """What makes the updates of a stage."""
+    with_copies = settings.records and settings.autocast and settings.half is torch.bfloat16
+    copies = half_copies(stage, state) if with_copies else {}
+    seed = stable_hash(settings.seed, stage.name) >> 1
+    return Step(stage, state, seed, settings.autocast, processes, copies, settings.half)
+
+
+def _begin(step: Step, settings: Settings, images: int) -> None:
+    """Sets what changes from update to update: rates, the averages' decay, and the seed of dropout."""
+    stage, state = step.stage, step.state
+    optimization = stage.optimization
+    for name, optimizer in state.optimizers.items():
+        peak = dataclasses.replace(
+            optimization, learning_rate=stage.rates.get(name, optimization.learning_rate)
+        )
+        set_rate(optimizer, learning_rate(peak, state.images + images))
+    number, every = state.updates + 1, optimization.ema_every
+    passed = number % every or every  # updates since the average last followed
+    # It follows the last one: a stage shorter than ``every`` would end with the weights that it began with.
+    follows = passed == every or state.images + images >= optimization.images
+    step.decay = decay_at(number, optimization.ema_decay) ** passed if follows else None
+    # Alone a process has the seed that it had before there could be several.
+    who = () if step.processes.count == 1 else (step.processes.rank,)
+    torch.manual_seed(stable_hash(settings.seed, stage.name, "dropout", state.images, *who) >> 1)
+
+
+def _fed_updates(
+    step: Step, feed: Feed | PreparedFeed, settings: Settings, stop: StopRequest
+) -> Generator[_Fed, None, None]:
+    """Updates on pictures composed on the way. ``stop`` may end the wait for them."""
+    optimization, device = step.stage.optimization, step.device
+    start, total = step.state.images, optimization.images
+    part = step.processes.share
+    loaded = batches(feed, start, total, optimization.batch_size, settings.workers, part)
+    with contextlib.closing(Updates(step, settings.records)) as update, contextlib.closing(loaded):
+        while True:
+            with stop.waiting():
+                batch = next(loaded, None)
+            if batch is None:
+                return
+            images = len(batch.indices) * step.processes.count
+            _begin(step, settings, images)
+            with torch.no_grad(), torch.autocast(device.type, settings.half, enabled=settings.autocast):
+                inputs = inputs_of(step.stage, batch, device)
+            yield _Fed(images, batch.skipped, update(inputs, batch.indices.to(device)))
+
+
+def _bank_updates(step: Step, bank: Bank, settings: Settings) -> Generator[_Fed, None, None]:
+    """Updates on pictures of the bank, in an order that is a function of the image number."""
+    optimization = step.stage.optimization
+    inputs = bank.prepare(step.stage, settings.autocast, settings.half)
+    with contextlib.closing(Updates(step, settings.records)) as update:
+        for first in range(step.state.images, optimization.images, optimization.batch_size):
+            numbers = range(first, min(first + optimization.batch_size, optimization.images))
+            _begin(step, settings, len(numbers))
+            own = step.processes.share(numbers)
+            rows = torch.tensor(items_at(own, len(bank), step.seed), dtype=torch.int64, device="cpu")
+            rows = rows.to(step.device)
+            indices = torch.arange(own.start, own.stop, device="cpu").to(step.device)
+            chosen = {name: tensor[rows] for name, tensor in inputs.items()}
+            yield _Fed(len(numbers), [], update(chosen, indices))
+
+
+def _read(values: Values, step: Step) -> dict[str, float]:
+    """The values of an update on the host. Raises ``UserError`` where one was not finite, or says to stop."""
+    stacked = torch.stack([v.float() for v in values.values()])
+    step.processes.average_([stacked])
+    read = dict(zip(values, stacked.tolist(), strict=True))
+    _refuse_fault(step, read)
+    step.stage.check(read)
+    return read
+
+
+def _names(step: Step, feed: Feed | PreparedFeed, bank: Bank | None, first: int) -> list[str]:
+    """The names of the images of the batch that begins at number ``first`` of the run."""
+    optimization = step.stage.optimization
+    numbers = range(first, min(first + optimization.batch_size, optimization.images))
+    if bank is None:
+        return feed.names(numbers)
+    return [bank.names[row] for row in items_at(numbers, len(bank), step.seed)] if bank.names else []
+
+
+def _refuse_fault(step: Step, values: dict[str, float] | None = None) -> None:
+    """Raises ``UserError`` if a loss or gradient was not finite in an update until now; ``values`` are those
+    of the last. What passed through networks then may be in their statistics, so it must not be stored."""
+    image = int(step.fault)
+    if image < 0:
+        return
+    what = "a loss or gradient was not finite"
+    for name, value in (values or {}).items():
+        if name.startswith(("loss", "gradient")) and not math.isfinite(value):
+            named = f"loss_{step.stage.averaged[0]}" if name == "loss" else name
+            what = f"the {named.replace('_', ' of ', 1)} is {value}"
+            break
+    names = [] if step.names is None else step.names(image)
+    held = ""
+    if names:
+        held = f". The batch holds {', '.join(names[:_NAMED])}"
+        held += f" and {len(names) - _NAMED} more, which log.jsonl names" if len(names) > _NAMED else ""
+    rate = step.stage.optimization.learning_rate / 2
+    raise NotFinite(
+        f"{what} at image {image:,} of stage {step.stage.name.upper()}, so the weights were left as they "
+        f"were{held}. To go on from the last checkpoint add --change learning_rate={rate:.3g}, --change "
+        "precision=fp32, --change seed=N for another order, or --change skip+=NAME to leave out an image",
+        image,
+        names,
+    )
+
+
+class NotFinite(UserError):
+    """A loss or gradient of an update was not finite."""
+
+    def __init__(self, message: str, image: int, names: list[str]) -> None:
+        """``image`` is the first of the batch, whose images have these ``names`` where they are known."""
+        super().__init__(message)
+        self.image, self.names = image, names
+
+
+@contextlib.contextmanager
+def _memory_named(stage: Stage, feed: Feed | PreparedFeed) -> Iterator[None]:
+    with out_of_memory_named(f"batch_size={stage.optimization.batch_size} at {feed.size}x{feed.size} pixels"):
+        yield

@@ -1,0 +1,118 @@
+"""How fast a stage trains, in images and as a share of what the device can do at all, and in how much memory.
+
+The convention is that of papers: an update costs three times its forward passes in floating-point operations
+(one for the loss, two for the gradients), recomputation not counted; and what a device can do is what it does
+with one large product of bf16 matrices, measured here, not what its data sheet says.
+"""
+
+import contextlib
+import functools
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from wuerstchen.train.feed.random import ImageRandom
+from wuerstchen.train.stages.base import Inputs, Stage
+
+_SIDE = 8192
+
+
+@functools.cache
+def matrix_rate(device: torch.device, half: torch.dtype = torch.bfloat16) -> float | None:
+    """Operations a second in products of two 8192 × 8192 matrices in ``half``; None on what is no NVIDIA
+    GPU."""
+    if device.type != "cuda":
+        return None
+    try:
+        generator = torch.Generator(device).manual_seed(0)  # training's own is left alone
+        x, y = (torch.randn(_SIDE, _SIDE, device=device, dtype=half, generator=generator) for _ in range(2))
+        for _ in range(5):
+            torch.mm(x, y)
+        torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        for _ in range(20):
+            torch.mm(x, y)
+        torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError:
+        return None
+    return 20 * 2 * _SIDE**3 / (time.perf_counter() - began)
+
+
+@torch.no_grad()
+def update_flops(
+    stage: Stage,
+    inputs: Inputs,
+    indices: Int[Tensor, " b"],
+    seed: int,
+    autocast: bool,
+    half: torch.dtype = torch.bfloat16,
+) -> int:
+    """Operations of one update on these inputs: three times the forward passes of ``stage.losses``.
+
+    What ``stage.prepare`` does once a picture is not in it. Networks and generators stay as they are: nothing
+    is dropped, and no batch statistics are kept.
+    """
+    device = indices.device
+    counter = FlopCounterMode(display=False)
+    # Compiled blocks hide from the counter.
+    with _evaluating(stage.networks.values()), torch.compiler.set_stance("force_eager"):
+        losses = stage.losses(inputs, ImageRandom(seed, indices))
+        with counter, torch.autocast(device.type, half, enabled=autocast):
+            for _ in losses:
+                pass
+    return 3 * counter.get_total_flops()
+
+
+@contextlib.contextmanager
+def _evaluating(networks: Any) -> Iterator[None]:
+    modes: list[tuple[nn.Module, bool]] = [(m, m.training) for n in networks for m in n.modules()]
+    for module, _ in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+class Gauge:
+    """What a progress line says beyond losses and images a second. On a CPU there is nothing to say."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        seed: int,
+        autocast: bool,
+        device: torch.device,
+        half: torch.dtype = torch.bfloat16,
+    ) -> None:
+        self.stage = stage
+        self.seed = seed
+        self.autocast = autocast
+        self.half = half
+        self.device = device
+        self.rate = matrix_rate(device, half)
+        self.flops_per_image: float | None = None
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def before_update(self, inputs: Inputs, indices: Int[Tensor, " b"]) -> None:
+        """Counts the operations, the first time."""
+        if self.rate is not None and self.flops_per_image is None:
+            flops = update_flops(self.stage, inputs, indices, self.seed, self.autocast, self.half)
+            self.flops_per_image = flops / len(indices)
+
+    def read(self, images_per_second: float) -> dict[str, float]:
+        """``memory_gib``, the most that was allocated since the stage began, and ``matrix_share``, the share
+        of the matrix rate, where they are known."""
+        known = {}
+        if self.device.type == "cuda":
+            known["memory_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 3)
+        if self.rate and self.flops_per_image:
+            known["matrix_share"] = round(images_per_second * self.flops_per_image / self.rate, 4)
+        return known

@@ -1,0 +1,251 @@
+"""One update of a stage: run as it is written, or recorded once as a CUDA graph and replayed.
+
+Starting the thousand kernels of an update one by one leaves a GPU waiting. A recorded update is started as
+one. So nothing in it may be decided on the host: what changes from update to update (the inputs, the images'
+numbers, the learning rate) is read from tensors.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.checkpoint import checkpoint
+
+from wuerstchen.models.efficientnet import EfficientNetLite
+from wuerstchen.models.layers import AttnBlock, ConditionedResBlock, ResBlock, TimestepBlock
+from wuerstchen.models.vqgan import MixingResidualBlock
+from wuerstchen.train.engine.bf16_weights import HalfCopies
+from wuerstchen.train.engine.checkpoint import TrainingState
+from wuerstchen.train.engine.distributed import Processes, is_sharded, synchronise_gradients
+from wuerstchen.train.engine.ema import update_average
+from wuerstchen.train.engine.optim import update
+from wuerstchen.train.engine.precision import LEAST_SCALE, loss_scale_of
+from wuerstchen.train.engine.throughput import Gauge
+from wuerstchen.train.feed.random import ImageRandom
+from wuerstchen.train.stages.base import Inputs, Stage
+
+Values = dict[str, Tensor]
+"""Losses, terms and gradient norms of an update, each a tensor of no dimension on the device."""
+
+_REGIONS = (ResBlock, ConditionedResBlock, TimestepBlock, AttnBlock, MixingResidualBlock, EfficientNetLite)
+_RECOMPUTED = (ResBlock, ConditionedResBlock, TimestepBlock, AttnBlock)
+_UNRECORDED = 3  # updates that run as written before one is recorded: they compile, and allocate what stays
+
+
+def compile_regions(network: nn.Module) -> None:
+    """Compiles block by block: a block that repeats is compiled once, and the keys of the weights stay."""
+    # One block class has as many versions as there are widths and grids.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for module in network.modules():
+        if isinstance(module, _REGIONS):
+            if isinstance(module, FSDPModule):  # the hooks that gather its weights stay outside
+                module.forward = torch.compile(module.forward, dynamic=False)
+            else:
+                module.compile(dynamic=False)
+
+
+def recompute_blocks(network: nn.Module) -> None:
+    """Lets blocks keep their input alone, and compute the rest again when gradients ask for it."""
+    for module in network.modules():
+        if isinstance(module, _RECOMPUTED):
+            module.forward = _recomputed(module.forward)
+
+
+def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(*inputs: object) -> Tensor:
+        # With the same dropout: the generator is set back for it.
+        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=True)
+
+    return run
+
+
+def half_copies(stage: Stage, state: TrainingState) -> dict[str, HalfCopies]:
+    """Copies of the large matrices of a stage's networks, to be read where passes are in bf16 anyway.
+
+    None for a stage that adds up gradients of several parts, which bf16 has no digits for.
+    """
+    if stage.optimization.accumulate > 1:
+        return {}
+    return {name: HalfCopies(net, state.optimizers[name]) for name, net in stage.networks.items()}
+
+
+class Step:
+    """Makes the updates of a stage, one a call.
+
+    A batch is computed in ``Optimization.accumulate`` parts. A network is updated in the last of them, as
+    soon as its gradient is whole; networks whose losses come after see it updated in the last part alone. In
+    our stages that is no difference: what they read of a network before them was computed before, detached.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        state: TrainingState,
+        seed: int,
+        autocast: bool,
+        processes: Processes,
+        copies: dict[str, HalfCopies] | None = None,
+        half: torch.dtype = torch.bfloat16,
+    ) -> None:
+        """With ``copies`` of networks' large matrices, their passes read those (``half_copies``). ``half`` is
+        what autocast computes in."""
+        self.half = half
+        self.copies = copies or {}
+        self.stage = stage
+        self.state = state
+        self.seed = seed
+        self.autocast = autocast
+        self.processes = processes
+        self.device = processes.device
+        self.fault = torch.full((), -1, dtype=torch.int64, device=self.device)
+        """The first image of the first update whose loss or gradient was not finite; -1 without one."""
+        self.decay: float | None = None
+        """Of the weight averages, for the next update; None where they do not follow it."""
+        self.gauge: Gauge | None = None
+        self.names: Callable[[int], list[str]] | None = None
+        """Of the images of a batch, by the number of its first."""
+
+    def __call__(self, inputs: Inputs, indices: Int[Tensor, " b"]) -> Values:
+        """One update of every network of the stage. Waits for nothing on the device."""
+        parts = list(self._parts(inputs, indices))
+        if self.gauge is not None:
+            self.gauge.before_update(*parts[0])
+        values: Values = {}
+        for part, (part_inputs, part_indices) in enumerate(parts):
+            share = len(part_indices) / len(indices)
+            last = part + 1 == len(parts)
+            self._part(part_inputs, part_indices, share, last, values)
+        checked = [value.float() for name, value in values.items() if name.startswith(("loss", "gradient"))]
+        faulty = ~torch.stack(checked).isfinite().all()
+        for scale in filter(None, map(loss_scale_of, self.state.optimizers.values())):
+            faulty = faulty | (scale.value < LEAST_SCALE)
+        first = indices[0] - self.processes.rank * len(indices)  # of the whole batch: all say the same
+        self.fault.copy_(torch.where((self.fault < 0) & faulty, first, self.fault))
+        return values
+
+    def _parts(self, inputs: Inputs, indices: Tensor) -> Iterator[tuple[Inputs, Tensor]]:
+        """The batch in as many parts as it is computed in; of a last batch that is smaller, maybe fewer."""
+        count = min(self.stage.optimization.accumulate, len(indices))
+        columns = {name: tensor.tensor_split(count) for name, tensor in inputs.items()}
+        for part, numbers in enumerate(indices.tensor_split(count)):
+            yield {name: column[part] for name, column in columns.items()}, numbers
+
+    def _part(self, inputs: Inputs, indices: Tensor, share: float, last: bool, values: Values) -> None:
+        """Adds what this ``share`` of the batch says to the gradients and to ``values``; the last updates."""
+        stage, first = self.stage, True
+        losses = stage.losses(inputs, ImageRandom(self.seed, indices))
+        while True:
+            with self._reading_copies(), torch.autocast(self.device.type, self.half, self.autocast):
+                following = next(losses, None)
+            if following is None:
+                return
+            name, loss, terms = following
+            network, loss = stage.networks[name], loss * share
+            scale = loss_scale_of(self.state.optimizers[name])
+            scaled = loss if scale is None else loss * scale.value
+            if is_sharded(network):
+                # Gradients are averaged where they are scattered. Nothing else that learns is in this loss.
+                synchronise_gradients(network, last)
+                scaled.backward()
+            else:
+                with self._reading_copies():
+                    # For this network alone: what else the loss passes through learns from its own loss.
+                    trained = [p for p in network.parameters() if p.requires_grad]
+                    with self.processes.averaging(trained if last else []):
+                        scaled.backward(inputs=trained)
+            key, first = "loss" if first else f"loss_{name}", False
+            values[key] = values.get(key, 0) + loss.detach()
+            if last:
+                self.processes.average_([values[key]])
+                clip_norm = stage.optimization.clip_norm
+                optimizer, copies = self.state.optimizers[name], self.copies.get(name)
+                if scale is not None:
+                    values[f"scale_{name}"] = scale.value.clone()
+                norm = update(network, optimizer, clip_norm, values[key], copies)
+                if scale is not None:  # an overflow is no fault: the scale becomes smaller
+                    norm = torch.where(norm.isfinite(), norm, torch.zeros_like(norm))
+                values[f"gradient_{name}"] = norm
+            for term, value in terms.items():
+                values[term] = values.get(term, 0) + value.detach() * share
+
+    @contextmanager
+    def _reading_copies(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for copies in self.copies.values():
+                stack.enter_context(copies.in_place())
+            yield
+
+    def average(self) -> None:
+        """Lets the averages follow the networks. Not recorded: that would fix their decay."""
+        if self.decay is None:
+            return
+        for name, average in self.state.averages.items():
+            update_average(average, self.stage.networks[name], self.decay)
+
+
+@dataclass
+class _Recording:
+    """A recorded update, with the tensors that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: Inputs
+    indices: Tensor
+    values: Values
+
+    def __call__(self, inputs: Inputs, indices: Tensor) -> Values:
+        for name, tensor in self.inputs.items():
+            tensor.copy_(inputs[name], non_blocking=True)
+        self.indices.copy_(indices, non_blocking=True)
+        self.graph.replay()
+        return self.values
+
+
+class Updates:
+    """Makes updates with their averages. With ``record`` each shape of inputs is recorded after its first
+    updates and replayed from then on.
+    """
+
+    def __init__(self, step: Step, record: bool) -> None:
+        self.step = step
+        self.stream = torch.cuda.Stream() if record else None
+        self.seen: dict[tuple, int] = {}
+        self.recordings: dict[tuple, _Recording] = {}
+
+    def close(self) -> None:
+        """Forgets the recordings: NCCL waits for them when the processes part."""
+        self.recordings.clear()
+
+    def __call__(self, inputs: Inputs, indices: Int[Tensor, " b"]) -> Values:
+        values = self._update(inputs, indices)
+        self.step.average()
+        return values
+
+    def _update(self, inputs: Inputs, indices: Tensor) -> Values:
+        if self.stream is None:
+            return self.step(inputs, indices)
+        shape = tuple((name, tensor.shape, tensor.dtype) for name, tensor in inputs.items())
+        if shape in self.recordings:
+            return self.recordings[shape](inputs, indices)
+        self.seen[shape] = self.seen.get(shape, 0) + 1
+        if self.seen[shape] <= _UNRECORDED:
+            # On a stream of its own, as what is recorded later will be.
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                values = self.step(inputs, indices)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return values
+        # Recording runs nothing, so it is replayed at once. All recordings share their memory, for one runs
+        # at a time.
+        mine = {name: tensor.clone() for name, tensor in inputs.items()}
+        numbers, graph = indices.clone(), torch.cuda.CUDAGraph()
+        others = next(iter(self.recordings.values()), None)
+        pool = None if others is None else others.graph.pool()
+        # Meanwhile other threads may ask the device what they like: NCCL's watchdog does.
+        with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
+            values = self.step(mine, numbers)
+        self.recordings[shape] = _Recording(graph, mine, numbers, values)
+        return self.recordings[shape](inputs, indices)

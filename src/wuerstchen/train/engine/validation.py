@@ -1,0 +1,215 @@
+"""The loss on pictures that no training sees, by time: whether a diffusion stage still learns, and where.
+
+The training loss of a diffusion model hardly moves, because most of its spread is the spread of the times and
+of the noise. Here both are fixed: the same held-out pictures, the same noise, the middles of equal bins of
+time, and the averaged weights. Nothing is drawn from a generator that training draws from.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import Tensor, nn
+
+from wuerstchen.data.emoji import EmojiSource
+from wuerstchen.data.folder import FolderSource
+from wuerstchen.data.plan import generator, items_at
+from wuerstchen.data.prepared import PreparedSet, is_prepared
+from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE
+from wuerstchen.errors import DataError
+from wuerstchen.evaluate.lists import select
+from wuerstchen.train.config import StageBConfig, StageCConfig, StoredTexts
+from wuerstchen.train.feed.images import Batch
+from wuerstchen.train.feed.prepared import HeldOutMaps, StoredBatch
+from wuerstchen.train.feed.random import ImageRandom
+from wuerstchen.train.stages.base import Inputs, Stage, inputs_of
+
+PICTURES = 64
+BINS = 8
+_BATCH = 16  # pictures at a time, at most
+_SEED = 0  # not the recipe's: runs with different seeds are to be compared
+_PAUSE = 20  # times as long as it takes, between two at checkpoints: at most a twentieth of the time
+
+
+@runtime_checkable
+class Denoising(Protocol):
+    """A stage that predicts noise."""
+
+    config: StageBConfig | StageCConfig
+    denoises: str
+    """The input that is noised, by its name in ``Inputs``."""
+
+    def predict(self, averages: dict[str, nn.Module], inputs: Inputs, x: Tensor, t: Tensor) -> Tensor:
+        """The noise in ``x`` (b, c, h, w) at the times ``t`` (b,), by the averaged weights."""
+        ...
+
+
+@runtime_checkable
+class DenoisingTokens(Protocol):
+    """A stage that predicts tokens."""
+
+    def token_errors(
+        self, averages: dict[str, nn.Module], inputs: Inputs, t: Tensor, random: ImageRandom
+    ) -> tuple[Tensor, Tensor]:
+        """The mean cross entropy of each picture at the times ``t`` (b,), by the averaged weights, and its
+        loss as in training."""
+        ...
+
+
+@runtime_checkable
+class Pictures(Protocol):
+    """What no training sees: pictures, or what is stored of them."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, batch_size: int) -> Iterator[Batch] | Iterator[StoredBatch]:
+        """All of them, in the same batches every time, numbered through from 0."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Pictures that no training sees."""
+
+    images: UInt8[Tensor, "n h w 3"]
+    captions: list[str]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        for start in range(0, len(self), batch_size):
+            rows = slice(start, start + batch_size)
+            yield Batch(
+                torch.arange(len(self), device="cpu")[rows], self.images[rows], self.captions[rows], []
+            )
+
+
+def held_out(
+    data: str,
+    size: int,
+    count: int = PICTURES,
+    texts: StoredTexts = "tokens",
+    around: Path | None = None,
+) -> HeldOut | HeldOutMaps | None:
+    """At most ``count`` held-out pictures of the data that a recipe names, always the same.
+
+    Of a built emoji set they are from the *val* part of its held-out pairs, of a folder and of a prepared set
+    those that ``held_out_names`` says, for a folder those of a set ``around`` it too (``FolderSource``). None
+    where there are none; those that cannot be read are left out.
+    """
+    root = Path(data)
+    if data == "sample":
+        return None
+    if is_prepared(root):
+        # A run has verified it at its start.
+        maps = HeldOutMaps(PreparedSet(root, verify=False), _SEED, count, texts)
+        return maps if len(maps) else None
+    source: EmojiSource | FolderSource
+    if (root / "index.jsonl").is_file():
+        try:
+            source = EmojiSource(root, split="heldout")
+        except DataError:  # a set without a held-out part
+            return None
+        val = {entry.id for entry in select("a", ("val",))}
+        items = [item for item, record in enumerate(source.records) if record.id in val]
+    else:
+        source = FolderSource(root, "heldout", around)
+        items = list(range(len(source)))
+    examples = []
+    for number in items_at(range(len(items)), len(items), _SEED) if items else []:
+        if len(examples) == count:
+            break
+        try:
+            rng = generator(_SEED, number, "validation")
+            examples.append(source.example(items[number], rng, size))
+        except DataError:
+            continue
+    if not examples:
+        return None
+    images = torch.from_numpy(np.stack([example.image for example in examples]))
+    return HeldOut(images=images, captions=[example.caption for example in examples])
+
+
+class Validation:
+    """Measures the loss of one stage, again and again."""
+
+    def __init__(
+        self,
+        stage: Denoising | DenoisingTokens,
+        pictures: Pictures,
+        autocast: bool,
+        device: torch.device,
+        half: torch.dtype = torch.bfloat16,
+    ) -> None:
+        assert isinstance(stage, Stage)
+        self.stage = stage
+        self.pictures = pictures
+        self.autocast = autocast
+        self.half = half
+        self.device = device
+        self._batch = min(_BATCH, stage.optimization.batch_size)
+        self._prepared: list[tuple[Tensor, Inputs]] = []
+        self._ended = -math.inf
+        self._took = 0.0
+
+    @property
+    def due(self) -> bool:
+        """Whether the last one is so long ago that another costs little."""
+        return time.monotonic() - self._ended >= _PAUSE * self._took
+
+    @torch.no_grad()
+    def __call__(self, averages: dict[str, nn.Module]) -> dict[str, list[float | None] | float | None]:
+        """The mean of ‖ε̂ − ε‖² / n in each bin of time, unweighted, as ``bins``, or of the cross entropy of
+        tokens; and as ``loss`` the mean over bins with the stage's own weights: its training loss with all
+        times equally likely, and nothing disturbed or dropped.
+
+        None stands for what is not finite. The first call also prepares the pictures, which takes longer.
+        """
+        self._prepared = self._prepared or list(self._prepare())
+        began = time.monotonic()
+        sums = torch.zeros(BINS, 2, dtype=torch.float64, device="cpu")
+        for numbers, inputs in self._prepared:
+            found = [self._errors(averages, numbers, inputs, k) for k in range(BINS)]
+            sums += torch.stack(found).cpu().double()  # Apple's GPUs have no float64
+        bins, losses = (sums / len(self.pictures)).unbind(1)
+        self._ended = time.monotonic()
+        self._took = self._ended - began
+        return {
+            "loss": _finite(losses.mean().item()),
+            "bins": [_finite(value) for value in bins.tolist()],
+        }
+
+    def _prepare(self) -> Iterator[tuple[Tensor, Inputs]]:
+        for batch in self.pictures.batches(self._batch):
+            with torch.autocast(self.device.type, self.half, enabled=self.autocast):
+                inputs = inputs_of(self.stage, batch, self.device)
+            yield batch.indices.to(self.device), inputs
+
+    def _errors(self, averages: dict[str, nn.Module], numbers: Tensor, inputs: Inputs, k: int) -> Tensor:
+        """The sums over pictures of their mean errors at the middle of bin ``k``, and of their losses."""
+        stage, t = self.stage, _times()[k].to(self.device).expand(len(numbers))
+        with torch.autocast(self.device.type, self.half, enabled=self.autocast):
+            if isinstance(stage, DenoisingTokens):
+                errors, losses = stage.token_errors(averages, inputs, t, ImageRandom(_SEED + k, numbers))
+                return torch.stack([errors.sum(), losses.sum()])
+            clean = inputs[stage.denoises]
+            noise = ImageRandom(_SEED, numbers).normal(f"validation {k}", clean.shape[1:])
+            predicted = stage.predict(averages, inputs, PUBLISHED_SCHEDULE.add_noise(clean, noise, t), t)
+        errors = (predicted.float() - noise).square().flatten(1).mean(1)
+        losses = errors * PUBLISHED_SCHEDULE.loss_weight(t, stage.config.loss_weight)
+        return torch.stack([errors.sum(), losses.sum()])
+
+
+def _times() -> Tensor:
+    return (torch.arange(BINS, dtype=torch.float32, device="cpu") + 0.5) / BINS
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

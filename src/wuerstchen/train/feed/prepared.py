@@ -1,0 +1,327 @@
+"""Batches for Stage C from a prepared set: stored maps, and texts as token ids or as states.
+
+As with pictures, nothing is remembered: which images make up a batch, and which crop and caption of each are
+shown, follows from the number of images seen.
+"""
+
+import functools
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float16, Int, Int64
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from wuerstchen.data.plan import BucketPlan, crop_at, generator, item_at, items_at
+from wuerstchen.data.prepared import DESCRIPTION, PreparedSet, mark_verified, verify_newer
+from wuerstchen.errors import DataError, UserError
+from wuerstchen.models.text import TextEncoder, TextStates
+from wuerstchen.train.config import StoredTexts
+from wuerstchen.train.engine.distributed import Processes
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """One image of a batch."""
+
+    map: Float16[np.ndarray, "c h w"]
+    tokens: Int64[np.ndarray, " tokens"]
+    states: Float[np.ndarray, "t d"] | None
+
+
+@dataclass(frozen=True)
+class StoredBatch:
+    """Images of one update, all of one size."""
+
+    indices: Int[Tensor, " b"]
+    """Their numbers in the run: the key to everything random about them."""
+    maps: Float16[Tensor, "b c h w"]
+    """As the compressor gave them, not normalised."""
+    tokens: list[Int64[np.ndarray, " _"]]
+    states: Float[Tensor, "b t d"] | None
+    """None where texts are read as tokens; 0 at padding that is not stored."""
+    skipped: list[tuple[str, str]]
+    """Names of images that could not be read, with the reason; their successors took their places."""
+
+    def texts(self, encoder: TextEncoder, device: torch.device) -> TextStates:
+        """The texts' states and masks, stored or made by ``encoder``, which the set was prepared with."""
+        if self.states is None:
+            return encoder.encode_tokens(self.tokens)
+        lengths = torch.tensor([len(tokens) for tokens in self.tokens], dtype=torch.int64, device="cpu")
+        mask = torch.arange(self.states.shape[1], device="cpu") < lengths[:, None]
+        return TextStates(states=self.states.to(device), mask=mask.to(device))
+
+
+def _stored_image(prepared: PreparedSet, row: int, seed: int, index: int, texts: StoredTexts) -> StoredImage:
+    """What image number ``index`` shows of a row: a crop and a caption. Raises ``DataError`` for NaN."""
+    found = prepared.map(row, crop_at(index, prepared.crops, seed))
+    choice = int(generator(seed, index, "caption").integers(len(prepared.captions(row))))
+    states = prepared.states(row, choice) if texts == "states" else None
+    return StoredImage(found, prepared.tokens(row, choice), states)
+
+
+def _batch_of(
+    prepared: PreparedSet, indices: list[int], images: list[StoredImage], skipped: list[tuple[str, str]]
+) -> StoredBatch:
+    states = None
+    if images[0].states is not None:
+        settings = prepared.description["settings"]
+        shape = (len(images), settings["text_length"], settings["text_width"])
+        states = torch.zeros(shape, dtype=torch.float32, device="cpu")
+        for row, image in enumerate(images):
+            assert image.states is not None
+            states[row, : len(image.states)] = torch.from_numpy(image.states)
+    return StoredBatch(
+        indices=torch.tensor(indices, dtype=torch.int64, device="cpu"),
+        maps=torch.from_numpy(np.stack([image.map for image in images])),
+        tokens=[image.tokens for image in images],
+        states=states,
+        skipped=skipped,
+    )
+
+
+class PreparedFeed(Dataset[tuple[int, StoredImage, list[tuple[str, str]]]]):
+    """Image number ``index`` of a run on a prepared set, its held-out part left out.
+
+    ``BucketPlan`` says which images are in batch number ``index // batch_size``; all are of one size. A size
+    with fewer images than a batch has batches that repeat them.
+    """
+
+    captions = True
+
+    def __init__(
+        self,
+        source: PreparedSet,
+        seed: int,
+        images: int,
+        batch_size: int,
+        texts: StoredTexts = "tokens",
+        skip: Collection[str] = (),
+    ) -> None:
+        """For a run of ``images`` in batches of ``batch_size``, over all processes. Images whose names are in
+        ``skip`` are left out: the next ones of their size take their places.
+
+        Raises ``UserError`` where batches cannot be of one size each.
+        """
+        if images % batch_size:
+            raise UserError(
+                f"images={images} is no multiple of batch_size={batch_size}, and the batches of a prepared "
+                f"set are whole; use {max(images // batch_size, 1) * batch_size} images"
+            )
+        self.source = source
+        self.seed = seed
+        self.batch_size = batch_size
+        self.texts: StoredTexts = texts
+        self.skip = frozenset(skip)
+        self.rows = source.rows("train")
+        self.plan = BucketPlan(source.bucket_ids[self.rows], batch_size, seed)
+
+    def epoch(self) -> list[str]:
+        """What an epoch shows of each size, a line each, to be printed."""
+        lines = []
+        for (width, height), count in zip(self.source.buckets, self._counts, strict=True):
+            whole, rest = divmod(count, self.batch_size)
+            if not count:
+                continue
+            line = f"{width}x{height}: {_times(count, 'image')}, "
+            if not whole:
+                line += (
+                    f"fewer than a batch of {self.batch_size}, so a batch shows each about "
+                    f"{self.batch_size / count:.3g} times, once in {self.batch_size / count:.3g} epochs"
+                )
+            else:
+                line += f"{_times(whole, 'batch', 'batches')} an epoch"
+                line += f"; {rest} wait for another epoch, different ones each time" if rest else ""
+            lines.append(line)
+        return lines
+
+    @functools.cached_property
+    def _counts(self) -> list[int]:
+        """Images of each of the set's sizes."""
+        return np.bincount(self.plan.buckets, minlength=len(self.source.buckets)).tolist()
+
+    @property
+    def size(self) -> int:
+        """The side that the set's pictures were prepared for."""
+        return self.source.image_size
+
+    def __getitem__(self, index: int) -> tuple[int, StoredImage, list[tuple[str, str]]]:
+        batch, position = divmod(index, self.batch_size)
+        item = int(self.plan.ids(batch)[position])
+        bucket = self._members[int(self.plan.buckets[item])]
+        place = int(np.searchsorted(bucket, item))
+        skipped: list[tuple[str, str]] = []
+        for after in range(len(bucket)):
+            row = int(self.rows[bucket[(place + after) % len(bucket)]])
+            if self.skip and self.source.name(row) in self.skip:
+                continue
+            try:
+                image = _stored_image(self.source, row, self.seed, index, self.texts)
+                return index, image, skipped
+            except DataError as error:
+                skipped.append((self.source.name(row), str(error)))
+        if not skipped:
+            raise DataError(f"all {len(bucket)} images of a size are named in skip; leave some out of it")
+        raise DataError(
+            f"none of the {len(bucket)} images of a size can be read, the last because: {skipped[-1][1]}"
+        )
+
+    def names(self, indices: Sequence[int]) -> list[str]:
+        """The names of images by their numbers in the run."""
+        places = (divmod(index, self.batch_size) for index in indices)
+        items = (int(self.plan.ids(batch)[position]) for batch, position in places)
+        return [self.source.name(int(self.rows[item])) for item in items]
+
+    @functools.cached_property
+    def _members(self) -> list[Int64[np.ndarray, " n"]]:
+        """The items of each bucket, in order."""
+        return [np.flatnonzero(self.plan.buckets == bucket) for bucket in range(len(self.source.buckets))]
+
+    def collate(self, samples: list[tuple[int, StoredImage, list[tuple[str, str]]]]) -> StoredBatch:
+        return _batch_of(
+            self.source,
+            [index for index, _, _ in samples],
+            [image for _, image, _ in samples],
+            [entry for _, _, skipped in samples for entry in skipped],
+        )
+
+    def shown(self, count: int, size: int) -> Float[Tensor, "n 3 h w"]:
+        """No pictures: Stage C's previews are of prompts alone."""
+        return torch.empty(0, 3, size, size, dtype=torch.float32, device="cpu")
+
+
+def _times(count: int, one: str, more: str = "") -> str:
+    return f"{count:,} {one if count == 1 else more or one + 's'}"
+
+
+def some_maps(
+    prepared: PreparedSet, count: int, seed: int, skip: Collection[str] = ()
+) -> Iterator[Float16[np.ndarray, "c h w"]]:
+    """Maps of ``count`` images that training sees, to measure on; those that cannot be read, and those whose
+    names are in ``skip``, are left out."""
+    rows, left_out = prepared.rows("train"), frozenset(skip)
+    for index in range(count):
+        row = int(rows[item_at(index, len(rows), seed)])
+        if left_out and prepared.name(row) in left_out:
+            continue
+        try:
+            yield prepared.map(row, crop_at(index, prepared.crops, seed))
+        except DataError:
+            continue
+
+
+class HeldOutMaps:
+    """At most ``count`` images of the held-out part of a prepared set, always the same."""
+
+    def __init__(self, prepared: PreparedSet, seed: int, count: int, texts: StoredTexts = "tokens") -> None:
+        rows = prepared.rows("heldout")
+        self._prepared = prepared
+        self._images: dict[int, list[StoredImage]] = {}
+        for number in items_at(range(len(rows)), len(rows), seed) if len(rows) else []:
+            if len(self) == count:
+                break
+            row = int(rows[number])
+            try:
+                image = _stored_image(prepared, row, seed, number, texts)
+            except DataError:
+                continue
+            self._images.setdefault(int(prepared.bucket_ids[row]), []).append(image)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._images.values()))
+
+    def batches(self, batch_size: int) -> Iterator[StoredBatch]:
+        """All of them, in batches of one size each; their numbers count through."""
+        first = 0
+        for bucket in sorted(self._images):
+            images = self._images[bucket]
+            for start in range(0, len(images), batch_size):
+                part = images[start : start + batch_size]
+                yield _batch_of(self._prepared, [*range(first, first + len(part))], part, [])
+                first += len(part)
+
+
+def verify_sets(sets: Iterable[PreparedSet], processes: Processes) -> None:
+    """Checks the shards of sets that are newer than their ``prepared.json``, each in one process.
+
+    All processes call it, and all raise ``DataError`` where one finds a damaged shard. The processes that see
+    the same ``prepared.json`` share the work: a machine may have a copy of its own.
+    """
+    sets = list(sets)
+    described = [(prepared.folder / DESCRIPTION).stat() for prepared in sets]
+    mine = [(file.st_ino, file.st_mtime_ns) for file in described]
+    found = processes.gathered([(processes.rank, mine)] if mine else [])
+    if not found:
+        return
+    damage: list[str] = []
+    verified: list[PreparedSet] = []
+    for number, prepared in enumerate(sets):
+        ranks = [rank for rank, theirs in found if theirs[number : number + 1] == [mine[number]]]
+        place = ranks.index(processes.rank)
+        try:
+            if verify_newer(prepared.folder, prepared.description, place, len(ranks)) and place == 0:
+                verified.append(prepared)
+        except DataError as error:
+            damage.append(str(error))
+    processes.wait_long()
+    damage = processes.gathered(damage)
+    if damage:
+        raise DataError(damage[0])
+    for prepared in verified:
+        mark_verified(prepared.folder)
+
+
+def check_prepared(
+    prepared: PreparedSet,
+    *,
+    compressor: nn.Module,
+    text_encoder: TextEncoder,
+    view_scale: float,
+    image_size: int,
+    texts: StoredTexts,
+    text_positions: Literal["real", "all"],
+) -> None:
+    """Raises ``UserError`` unless Stage C can learn from the set as it is told to."""
+    prepared.check_model(compressor, text_encoder)
+    name, settings = f"prepared set {str(prepared.folder)!r}", prepared.description["settings"]
+    if settings["view_scale"] != view_scale:
+        raise UserError(
+            f"{name} is wrong because its compressor saw pictures at {settings['view_scale']} of their size "
+            f"and the model's sees {view_scale}; prepare it with this model"
+        )
+    if prepared.image_size != image_size:
+        raise UserError(
+            f"image_size={image_size} is not that of {name}, whose {len(prepared.buckets)} sizes have about "
+            f"{prepared.image_size}x{prepared.image_size} pixels; use {prepared.image_size}, or prepare it "
+            f"with --size {image_size}"
+        )
+    if texts == "tokens":
+        return
+    if prepared.states_kept == "none":
+        raise UserError(
+            f"stored_texts=states is wrong because {name} holds no text states; use tokens, or prepare it "
+            "with --text-states fp16"
+        )
+    if text_positions == "all" and prepared.text_positions == "real":
+        raise UserError(
+            f"text_positions=all is wrong because {name} holds no states of padding; use "
+            "stored_texts=tokens, or prepare it with --text-positions all"
+        )
+
+
+def refuse_prepared(stage: str, data: str, prepared_images: int = 0) -> None:
+    """Raises ``UserError`` where a prepared set cannot serve: Stage A, Stage B, and a bank of pictures."""
+    if stage in ("a", "b"):
+        reasons = {"a": "Stage A learns from pixels", "b": "Stage B trains the compressor that makes them"}
+        raise UserError(
+            f"data={data} is a prepared set, which holds maps, and {reasons[stage]}; give the pictures, or "
+            "train c alone"
+        )
+    if prepared_images:
+        raise UserError(
+            f"prepared_images={prepared_images} holds pictures on the device, and data={data} is a prepared "
+            "set without any; give 0"
+        )

@@ -1,0 +1,196 @@
+"""A stage as training sees it: a batch in, losses out. The loop around all of them is one, in loop.py.
+
+A stage works in two steps. ``prepare`` is what does not change while it trains: what frozen networks make of
+a picture and of its caption. ``losses`` is the rest: it yields ``(network, loss, terms)`` for each batch, and
+the loop makes one update of that network from each loss before it asks for the next. ``losses`` decides
+nothing on the host, so that an update can be recorded once and replayed.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, UInt8
+from PIL import Image
+from torch import Tensor, nn
+
+from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, Weighting
+from wuerstchen.models.cascade import CascadeSettings, MapStatistics
+from wuerstchen.models.paella import PaellaConfig
+from wuerstchen.models.text import TextEncoder, TextStates
+from wuerstchen.train.config import Optimization, Recipe, StageAConfig, StageBConfig
+from wuerstchen.train.feed.images import Batch, pixels_of
+from wuerstchen.train.feed.prepared import StoredBatch
+from wuerstchen.train.feed.random import ImageRandom
+
+LEAST_SPREAD = 0.1  # of the map, which its batch norm keeps near 1 as long as pictures differ at all
+
+Losses = Iterator[tuple[str, Tensor, dict[str, Tensor]]]
+
+
+Inputs = dict[str, Tensor]
+"""What an update reads, a row a picture."""
+
+
+@runtime_checkable
+class Stage(Protocol):
+    """What the loop needs to know of a stage."""
+
+    name: str
+    optimization: Optimization
+    networks: dict[str, nn.Module]
+    """Trained, each by an optimizer of its own."""
+    averaged: tuple[str, ...]
+    """Those of which a weight average is kept."""
+    captions: bool
+    """Whether batches need captions."""
+    reads_images: bool
+    """Whether ``losses`` reads ``inputs["images"]``: the pictures themselves, (b, h, w, 3) in uint8."""
+    rates: dict[str, float]
+    """Learning rates of networks that have their own in place of ``optimization``'s."""
+    rate_scales: dict[str, float]
+    """Shares of the learning rate, for parameters whose names begin so."""
+    preview_labels: dict[str, list[str]]
+    """What the images of ``preview`` show: ``rows`` from the top, or ``prompts``, one an image."""
+
+    def prepare(self, batch: Batch, device: torch.device) -> Inputs:
+        """What frozen networks make of a batch. Called without gradients, once a picture if it is kept, and
+        under autocast if updates are: targets are computed in ``full_precision``."""
+        ...
+
+    def losses(self, inputs: Inputs, random: ImageRandom) -> Losses:
+        """One loss for each update that this batch makes."""
+        ...
+
+    def check(self, values: dict[str, float]) -> None:
+        """Raises ``UserError`` where the values of an update show that going on is in vain."""
+        ...
+
+    def preview(
+        self,
+        averages: dict[str, nn.Module],
+        pixels: Tensor,
+        device: torch.device,
+        *,
+        low_memory: bool = False,
+    ) -> list[Image.Image]:
+        """Pictures of the state of training, drawn with the averaged weights.
+
+        With ``low_memory`` they are drawn one at a time, and networks that are not on ``device`` visit it a
+        layer at a time: the least memory, and much slower.
+        """
+        ...
+
+
+def full_precision(device: torch.device) -> torch.autocast:
+    """Within, frozen networks compute what is to be learnt in fp32, whatever autocast is around.
+
+    Under bf16 autocast the bundled model's semantic latents had an error of 0.035 of their deviation, with
+    biases of channels up to 0.033 that training would learn; with convolutions in TF32, torch's default for
+    fp32 on GPUs, 0.003. Text states (0.004 in bf16) are only read, and stay under autocast, as in the
+    original's trainer.
+    """
+    return torch.autocast(device.type, enabled=False)
+
+
+PIECE = 2**22
+"""Pixels that frozen networks see at a time, 4 images of 1024: in fp32 Stage A takes 0.8 GiB for each of
+those."""
+
+
+def in_pieces(
+    function: Callable[[Float[Tensor, "b 3 h w"]], Inputs],
+    images: UInt8[Tensor, "b h w 3"],
+    most: int = PIECE,
+) -> Inputs:
+    """What frozen networks make of images, of at most ``most`` pixels at a time, or one image; joined by
+    name."""
+    count = max(1, most // (images.shape[1] * images.shape[2]))
+    made = [function(pixels_of(piece)) for piece in images.split(count)]
+    return {name: torch.cat([part[name] for part in made]) for name in made[0]}
+
+
+def refining(config: StageAConfig | StageBConfig) -> Optimization:
+    """How the phase of a stage learns that refines one network alone."""
+    return dataclasses.replace(
+        config.optimization, images=config.refine_images, learning_rate=config.refine_rate
+    )
+
+
+def diffusion_loss(
+    predicted: Float[Tensor, "b c h w"],
+    noise: Float[Tensor, "b c h w"],
+    t: Float[Tensor, " b"],
+    weighting: Weighting,
+) -> Float[Tensor, ""]:
+    """Mean over pictures of w(t) · ‖ε̂ − ε‖² / n, with w by ``CosineSchedule.loss_weight``."""
+    errors = (predicted.float() - noise).square().flatten(1).mean(1)
+    return (errors * PUBLISHED_SCHEDULE.loss_weight(t, weighting)).mean()
+
+
+@runtime_checkable
+class ReadsStored(Protocol):
+    """A stage that learns from prepared sets too."""
+
+    def prepare_stored(self, batch: StoredBatch, device: torch.device) -> Inputs:
+        """As ``prepare``, without the networks whose results are stored."""
+        ...
+
+
+def inputs_of(stage: Stage, batch: Batch | StoredBatch, device: torch.device) -> Inputs:
+    """All that an update reads of a batch."""
+    if isinstance(batch, StoredBatch):
+        assert isinstance(stage, ReadsStored)
+        return stage.prepare_stored(batch, device)
+    inputs = stage.prepare(batch, device)
+    return inputs | ({"images": batch.images.to(device)} if stage.reads_images else {})
+
+
+def encoded_captions(text_encoder: TextEncoder, captions: list[str], recipe: Recipe) -> Inputs:
+    """The captions as inputs: states of (b, t, d), and masks of (b, t) unless padding is attended to."""
+    return text_inputs(text_encoder.encode(captions), recipe)
+
+
+def text_inputs(encoded: TextStates, recipe: Recipe) -> Inputs:
+    """Texts as inputs, likewise."""
+    states = {"states": encoded.states.float()}
+    return states if recipe.text_positions == "all" else {**states, "mask": encoded.mask}
+
+
+def with_captions_dropped(
+    empty: TextStates, inputs: Inputs, random: ImageRandom, share: float
+) -> tuple[Float[Tensor, "b t d"], Bool[Tensor, "b t"] | None]:
+    """The captions of ``inputs``, for a ``share`` of the pictures in place of it the states of no text.
+
+    The mask is None where ``inputs`` has none.
+    """
+    drop = random.uniform("caption") < share
+    states = torch.where(drop[:, None, None], empty.states, inputs["states"])
+    if "mask" not in inputs:
+        return states, None
+    return states, torch.where(drop[:, None], empty.mask, inputs["mask"])
+
+
+def cascade_settings(
+    recipe: Recipe, statistics: MapStatistics, start: CascadeSettings | None = None
+) -> CascadeSettings:
+    """The settings of the model that a recipe makes; those that no recipe has are of the model at its
+    ``start``, if there is one."""
+    settings = start or CascadeSettings()
+    return dataclasses.replace(
+        settings,
+        prior_equal_steps=settings.prior_equal_steps or isinstance(recipe.decoder, PaellaConfig),  # v1
+        image_size=recipe.image_size,
+        # 128 pixels are three positions of the map; the decoder's levels may need more.
+        size_multiple=math.lcm(128, recipe.vqgan.factor * recipe.decoder.size_multiple),
+        view_scale=recipe.view_scale,
+        map_statistics=statistics,
+        text_mask=recipe.text_positions == "real",
+        prior_steps=recipe.prior_steps,
+        prior_guidance=recipe.prior_guidance,
+        decoder_steps=recipe.decoder_steps,
+        decoder_guidance=recipe.decoder_guidance,
+        decoder_shift=recipe.decoder_shift,
+    )

@@ -1,0 +1,132 @@
+"""Stage B of v1 in training: Paella finds the tokens of a picture again (arXiv 2211.07292).
+
+All but the loss is as in v2's Stage B. Two things differ from the original's trainer: a caption or a map is
+dropped a picture and not a batch at a time, and there is a weight average.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from wuerstchen.diffusion.schedule import training_timesteps
+from wuerstchen.diffusion.tokens import add_noise, loss_weight
+from wuerstchen.models.paella import Paella
+from wuerstchen.train.feed.random import ImageRandom
+from wuerstchen.train.stages.base import Inputs
+from wuerstchen.train.stages.decoder import Decoding, OnFinishedMap, WithCompressor
+
+POSITIONS = 128 * 128
+"""How many positions have logits at once: those of one picture of 512 pixels, 512 MiB in fp32."""
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """How well logits foretell labels, position by position, in fp32 or better."""
+
+    cross_entropy: Float[Tensor, "b h w"]
+    """−ln p(label)."""
+    evenness: Float[Tensor, "b h w"]
+    """The mean of −ln p over all labels: what label smoothing mixes in."""
+    hit: Bool[Tensor, "b h w"]
+    """Whether the label is the likeliest."""
+
+    def smoothed(self, smoothing: float) -> Float[Tensor, "b h w"]:
+        """The cross entropy to (1 − s) · one-hot + s / labels, as in arXiv 1512.00567, section 7."""
+        return (1 - smoothing) * self.cross_entropy + smoothing * self.evenness
+
+
+def token_losses(
+    features: Float[Tensor, "b h w c"], weight: Float[Tensor, "labels c"], labels: Int[Tensor, "b h w"]
+) -> TokenLosses:
+    """The losses of the logits ``features · weightᵀ``, which are never there for more than ``POSITIONS``.
+
+    The backward pass computes them again, piece by piece: a batch of 48 pictures of 512 pixels would keep 24
+    GiB of them, and again as much of what the softmax needs.
+    """
+    pieces = [
+        checkpoint(_piece, vectors, weight, goals, use_reentrant=False, preserve_rng_state=False)
+        for vectors, goals in zip(
+            features.flatten(0, 2).split(POSITIONS), labels.flatten().split(POSITIONS), strict=True
+        )
+    ]
+    return TokenLosses(*(torch.cat(parts).view(labels.shape) for parts in zip(*pieces, strict=True)))
+
+
+def _piece(
+    vectors: Float[Tensor, "n c"], weight: Float[Tensor, "labels c"], labels: Int[Tensor, " n"]
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Bool[Tensor, " n"]]:
+    logits = F.linear(vectors, weight)
+    # Under autocast the product is in bf16, whose sums over thousands of labels would be worthless.
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = logits.logsumexp(1)
+    cross_entropy = total - logits.gather(1, labels[:, None])[:, 0]
+    return cross_entropy, total - logits.mean(1), logits.argmax(1) == labels
+
+
+class _Tokens(Decoding):
+    """What v1's decoder learns: the tokens that quantised Stage A has for a picture."""
+
+    def targets(self, pixels: Float[Tensor, "b 3 h w"]) -> Inputs:
+        return {"tokens": self.vqgan.vquantizer(self.vqgan.embed(pixels)).indices}
+
+    def decoder_loss(
+        self, decoder: nn.Module, z: Float[Tensor, "b c mh mw"], inputs: Inputs, random: ImageRandom
+    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """The smoothed cross entropy, in each picture the mean over its positions by ``loss_weight``."""
+        states, _ = self.text_of(inputs, random)
+        t = training_timesteps(random.uniform("time"), self.config.time_shift)
+        losses, mask = self._foretold(decoder, self.disturb(z, random), states, inputs, t, random, once=True)
+        return self._weighted(losses, mask, t).mean(), {"accuracy": losses.hit.float().mean()}
+
+    def token_errors(
+        self, averages: dict[str, nn.Module], inputs: Inputs, t: Float[Tensor, " b"], random: ImageRandom
+    ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+        """Of each picture at time ``t`` the mean cross entropy and, second, what it counts in training."""
+        decoder, z = self.decoder_and_map(averages, inputs)
+        losses, mask = self._foretold(decoder, z, inputs["states"], inputs, t, random)
+        return losses.cross_entropy.flatten(1).mean(1), self._weighted(losses, mask, t)
+
+    def _foretold(
+        self,
+        decoder: nn.Module,
+        z: Float[Tensor, "b c mh mw"],
+        states: Tensor | None,
+        inputs: Inputs,
+        t: Float[Tensor, " b"],
+        random: ImageRandom,
+        *,
+        once: bool = False,
+    ) -> tuple[TokenLosses, Bool[Tensor, "b h w"]]:
+        """The losses on tokens noised to ``t``, and which of them were."""
+        assert isinstance(decoder, Paella)
+        assert states is not None
+        tokens = inputs["tokens"]
+        size = tokens.shape[1:]
+        noise = random.integers("token noise", size, decoder.config.num_labels)
+        noised, mask = add_noise(tokens, noise, t, random.uniform("token choice", size))
+        features = decoder.features(noised, t, decoder.context(z, states, once=once))
+        head = decoder.out_mapper[1]
+        assert isinstance(head, nn.Conv2d)
+        return token_losses(features, head.weight.flatten(1), tokens), mask
+
+    def _weighted(
+        self, losses: TokenLosses, mask: Bool[Tensor, "b h w"], t: Float[Tensor, " b"]
+    ) -> Float[Tensor, " b"]:
+        weight = loss_weight(t, mask)
+        errors = losses.smoothed(self.config.label_smoothing) * weight
+        return errors.flatten(1).sum(1) / weight.flatten(1).sum(1)
+
+    def stage_a(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+        return self.vqgan(pixels)[0]
+
+
+class StagePaella(_Tokens, WithCompressor):
+    """v1's Paella and, with it, the semantic compressor."""
+
+
+class StagePaellaRefinement(_Tokens, OnFinishedMap):
+    """The last phase of v1's Stage B: Paella alone, on the maps of the finished compressor."""

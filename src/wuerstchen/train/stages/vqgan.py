@@ -1,0 +1,256 @@
+"""Stage A in training: the VQGAN against its discriminator, and then its way back to pixels alone."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Shaped
+from PIL import Image
+from torch import Tensor, nn
+
+from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE
+from wuerstchen.images import to_images
+from wuerstchen.models.cascade import Cascade
+from wuerstchen.models.compressor import compressor_input
+from wuerstchen.models.efficientnet import EfficientNetLite
+from wuerstchen.models.text import TextEncoder
+from wuerstchen.models.vqgan import VQGAN, Discriminator
+from wuerstchen.train.config import Recipe, StageAConfig
+from wuerstchen.train.feed.images import Batch, pixels_of
+from wuerstchen.train.feed.random import ImageRandom
+from wuerstchen.train.stages.base import Inputs, Losses, encoded_captions, full_precision, in_pieces, refining
+
+
+class PerceptualLoss(nn.Module):
+    """Distance of two pictures in the features of an image network, in the manner of arXiv 1801.03924.
+
+    At each resolution the features are scaled to unit length a position and compared by squared distance.
+    """
+
+    def __init__(self, network: EfficientNetLite) -> None:
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+
+    def forward(self, x: Float[Tensor, "b 3 h w"], y: Float[Tensor, "b 3 h w"]) -> Float[Tensor, ""]:
+        with torch.no_grad():
+            targets = self.network.feature_maps(y)
+        pairs = zip(self.network.feature_maps(x), targets, strict=True)
+        distances = [
+            (F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)).square().sum(1).mean()
+            for a, b in pairs
+        ]
+        return torch.stack(distances).mean()
+
+
+def random_crops(
+    images: Shaped[Tensor, "b h w c"], side: int, random: ImageRandom, grid: int = 1
+) -> Shaped[Tensor, "b side side c"]:
+    """A square of each picture, at a place of its own whose coordinates are multiples of ``grid``.
+
+    The places are the same at every scale: crops of 32 out of 64 latents are those of 128 out of 256 pixels
+    on a grid of 4.
+    """
+    height, width = images.shape[1:3]
+    places = random.uniform("crop", (2,))
+    steps = torch.arange(side, device=images.device)
+    rows = (places[:, :1] * ((height - side) // grid + 1)).long() * grid + steps
+    columns = (places[:, 1:] * ((width - side) // grid + 1)).long() * grid + steps
+    pictures = torch.arange(len(images), device=images.device)[:, None, None]
+    return images[pictures, rows[:, :, None], columns[:, None, :]]
+
+
+def codes_used(indices: Int[Tensor, "b h w"], codes: int) -> Float[Tensor, ""]:
+    """How many of the ``codes`` a batch uses. If it is a handful, the codebook has collapsed."""
+    used = torch.zeros(codes, dtype=torch.float32, device=indices.device)
+    return used.scatter_(0, indices.flatten(), 1.0).sum()
+
+
+class _Pictures:
+    """What both phases of Stage A share: the losses of a picture against its original."""
+
+    captions = False
+    reads_images = True
+
+    def __init__(self, config: StageAConfig, vqgan: VQGAN, perceptual: EfficientNetLite | None) -> None:
+        self.config = config
+        self.vqgan = vqgan
+        self.networks: dict[str, nn.Module] = {}
+        self.rates: dict[str, float] = {}
+        self.rate_scales: dict[str, float] = {}
+        self.preview_labels = {
+            "rows": ["original", "through Stage A without its codebook", "through Stage A"]
+        }
+        self.perceptual = None if perceptual is None else PerceptualLoss(perceptual)
+        self.discriminator: Discriminator | None = None
+        if config.adversarial_weight > 0:
+            width, depth = config.discriminator_width, config.discriminator_depth
+            self.discriminator = Discriminator(vqgan.config.in_channels, width, depth)
+            self.networks["discriminator"] = self.discriminator
+
+    def picture_losses(
+        self,
+        network: str,
+        output: Float[Tensor, "b c h w"],
+        pixels: Float[Tensor, "b c h w"],
+        further: dict[str, Tensor],
+        random: ImageRandom,
+    ) -> Losses:
+        """The loss of ``network``, which drew ``output``, with ``further`` terms, and the discriminator's."""
+        config, output = self.config, output.float()
+        squared, absolute = F.mse_loss(output, pixels), F.l1_loss(output, pixels)
+        terms = {"reconstruction": squared + config.l1_weight * absolute, **further}
+        total = torch.stack(list(terms.values())).sum()
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(output, pixels)
+            total = total + config.perceptual_weight * terms["perceptual"]
+        if self.discriminator is not None:
+            verdicts = -self.discriminator(output).float().flatten(1).mean(1)
+            listens = (random.indices >= config.adversarial_from).float()
+            terms["adversarial"] = verdicts.mean()
+            total = total + config.adversarial_weight * (listens * verdicts).mean()
+        yield network, total, terms
+        if self.discriminator is not None:
+            # Hinge loss (arXiv 1705.02894): only what is not yet told apart clearly teaches anything.
+            real = F.relu(1 - self.discriminator(pixels).float()).mean()
+            fake = F.relu(1 + self.discriminator(output.detach()).float()).mean()
+            yield "discriminator", real + fake, {"discriminator": real + fake}
+
+    def check(self, values: dict[str, float]) -> None:
+        pass
+
+    def pictures(self, vqgan: nn.Module, pixels: Tensor, one_by_one: bool) -> list[Image.Image]:
+        """Originals, then unquantised and quantised reconstructions."""
+        parts = pixels.split(1 if one_by_one else len(pixels))
+        rows = [parts, *([vqgan(part, quantise=q)[0].clamp(0, 1) for part in parts] for q in (False, True))]
+        return [image for row in rows for part in row for image in to_images(part.float())]
+
+
+class StageA(_Pictures):
+    """The VQGAN against its discriminator."""
+
+    name = "a"
+    averaged = ("vqgan",)
+
+    def __init__(
+        self,
+        config: StageAConfig,
+        vqgan: VQGAN,
+        perceptual: EfficientNetLite | None,
+        *,
+        keeps_codes: bool = False,
+    ) -> None:
+        """``keeps_codes``: the codebook is a trained one, and stays what it is at first."""
+        super().__init__(config, vqgan, perceptual)
+        self.optimization = config.optimization
+        self.networks = {"vqgan": vqgan, **self.networks}
+        if config.codebook_init == "normal" and not keeps_codes:
+            nn.init.normal_(vqgan.vquantizer.embedding.weight)
+
+    def prepare(self, batch: Batch, device: torch.device) -> Inputs:
+        return {}
+
+    def losses(self, inputs: Inputs, random: ImageRandom) -> Losses:
+        config, images = self.config, inputs["images"]
+        if config.crop is not None:
+            images = random_crops(images, config.crop, random)
+        pixels = pixels_of(images)
+        quantise = random.uniform("quantise") >= config.quantise_dropout
+        output, quantised = self.vqgan(pixels, quantise=quantise)
+        used = codes_used(quantised.indices, self.vqgan.config.num_vq_embeddings)
+        further = {"quantiser": quantised.loss}
+        for network, loss, terms in self.picture_losses("vqgan", output, pixels, further, random):
+            yield network, loss, terms | ({"codes_used": used} if network == "vqgan" else {})
+
+    def preview(
+        self,
+        averages: dict[str, nn.Module],
+        pixels: Tensor,
+        device: torch.device,
+        *,
+        low_memory: bool = False,
+    ) -> list[Image.Image]:
+        """Originals, then unquantised and quantised reconstructions."""
+        return self.pictures(averages["vqgan"], pixels, low_memory)
+
+
+_REDRAWN_FROM = (0.5, 0.35, 0.2, 0.08)  # times that Stage B denoises at, each time anew from noise
+
+
+class StageARefinement(_Pictures):
+    """The second phase of Stage A, after Stage B: the way from latents to pixels alone.
+
+    The latents stay as they are, so Stages B and C are not touched. A share of them is what Stage B makes of
+    the real ones out of noise, so that its small errors at edges do not come out larger than they are.
+    """
+
+    name = "a2"
+    averaged = ("decoder_half",)
+
+    def __init__(
+        self,
+        config: StageAConfig,
+        vqgan: VQGAN,
+        perceptual: EfficientNetLite | None,
+        stage_b: Cascade,
+        text_encoder: TextEncoder | None,
+        recipe: Recipe,
+    ) -> None:
+        super().__init__(config, vqgan.eval().requires_grad_(False), perceptual)
+        assert stage_b.compressor is not None
+        self.optimization = refining(config)
+        self.recipe = recipe
+        self.decoder = stage_b.decoder.eval().requires_grad_(False)
+        self.compressor = stage_b.compressor.eval().requires_grad_(False)
+        self.text_encoder = text_encoder if stage_b.decoder.config.clip_embd is not None else None
+        self.captions = self.text_encoder is not None
+        half = vqgan.decoder_half().requires_grad_(True)
+        self.networks = {"decoder_half": half, **self.networks}
+
+    def prepare(self, batch: Batch, device: torch.device) -> Inputs:
+        with full_precision(device):
+            frozen = in_pieces(self._frozen, batch.images.to(device))
+        latents, z = frozen["latents"], frozen["z"]
+        states = mask = None
+        if self.text_encoder is not None:
+            text = encoded_captions(self.text_encoder, batch.captions, self.recipe)
+            states, mask = text["states"], text.get("mask")
+        context = self.decoder.context(z, tuple(latents.shape[2:]), states, mask)
+        random = ImageRandom(0, batch.indices.to(device))
+        redrawn = latents
+        for t in _REDRAWN_FROM:
+            times = torch.full((len(latents),), t, dtype=torch.float32, device=device)
+            noise = random.normal(f"noise at {t}", latents.shape[1:])
+            x = PUBLISHED_SCHEDULE.add_noise(redrawn, noise, times)
+            redrawn = PUBLISHED_SCHEDULE.clean(x, self.decoder(x, times, context).float(), times)
+        return {"latents": latents, "redrawn": redrawn}
+
+    def _frozen(self, pixels: Float[Tensor, "b 3 h w"]) -> Inputs:
+        z = self.compressor(compressor_input(pixels, self.recipe.view_scale)).float()
+        return {"latents": self.vqgan.encode(pixels).float(), "z": z}
+
+    def losses(self, inputs: Inputs, random: ImageRandom) -> Losses:
+        config, factor = self.config, self.vqgan.config.factor
+        images, latents = inputs["images"], inputs["latents"]
+        redrawn = random.uniform("redrawn") < config.refine_redrawn
+        quantise = (random.uniform("quantise") >= config.quantise_dropout) & ~redrawn
+        z = torch.where(redrawn[:, None, None, None], inputs["redrawn"], latents)
+        if config.crop is not None:
+            images = random_crops(images, config.crop, random, grid=factor)
+            z = random_crops(z.permute(0, 2, 3, 1), config.crop // factor, random).permute(0, 3, 1, 2)
+        z = z * self.vqgan.config.scale_factor
+        with torch.no_grad():
+            codes = self.vqgan.vquantizer(z).latents
+        output = self.vqgan.unembed(torch.where(quantise[:, None, None, None], codes, z))
+        yield from self.picture_losses("decoder_half", output, pixels_of(images), {}, random)
+
+    def preview(
+        self,
+        averages: dict[str, nn.Module],
+        pixels: Tensor,
+        device: torch.device,
+        *,
+        low_memory: bool = False,
+    ) -> list[Image.Image]:
+        """Originals, then unquantised and quantised reconstructions."""
+        refined = VQGAN(self.vqgan.config).to(device).eval()
+        refined.load_state_dict(self.vqgan.state_dict())
+        refined.decoder_half().load_state_dict(averages["decoder_half"].state_dict())
+        return self.pictures(refined, pixels, low_memory)

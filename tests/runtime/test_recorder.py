@@ -1,0 +1,354 @@
+"""Recorded passes against the passes that they stand for."""
+
+import contextlib
+import copy
+import pickle
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+
+from wuerstchen.models.decoder import Decoder, DecoderConfig
+from wuerstchen.models.fused import blocks as fused
+from wuerstchen.models.paella import Paella, PaellaConfig
+from wuerstchen.models.prior import Prior, PriorConfig
+from wuerstchen.models.vqgan import VQGAN, VQGANConfig
+from wuerstchen.runtime import recorder as fast
+from wuerstchen.runtime.recorder import NotRecordedWarning, Recorder
+
+CUDA = torch.device("cuda")
+CONFIG = PriorConfig(c_in=4, c=32, c_cond=24, c_r=8, depth=2, nhead=2)
+
+
+def test_on_a_cpu_the_function_is_called(randomise):
+    prior = randomise(Prior(CONFIG)).eval()
+    x, r, text = inputs(torch.device("cpu"))
+    recorder = Recorder(prior, prepare=prior.context)
+    with torch.no_grad():
+        assert torch.equal(recorder.given(text, None)(x, r), prior(x, r, prior.context(text)))
+    recorder.given(text, None)(x, r).sum().backward()
+    assert prior.projection.weight.grad is not None
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda recorder: pickle.loads(pickle.dumps(recorder))])
+def test_copies_stand_for_copied_networks(randomise, copied):
+    """Pipelines hold recorders: a copy of one was refused as soon as it had drawn."""
+    prior = randomise(Prior(CONFIG)).eval()
+    twin = copied(Recorder(prior, prepare=prior.context, records=False))
+    assert twin.function is twin.network is not prior
+    assert twin.prepare.__self__ is twin.network
+    assert not twin.records
+    x, r, text = inputs(torch.device("cpu"))
+    with torch.no_grad():
+        assert torch.equal(twin.given(text, None)(x, r), prior(x, r, prior.context(text)))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("made", [torch.compile, torch.jit.script])
+def test_networks_that_are_compiled_or_have_such_parts_are_looked_at(made):
+    """They do not keep all in ``__dict__``: each pass on a GPU was a KeyError."""
+    network = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)).eval()
+    plain, _ = Recorder(network)._state(torch.device("cpu"))
+    for changed in (made(network), nn.Sequential(*map(made, network)).eval()):
+        found, _ = Recorder(changed)._state(torch.device("cpu"))
+        assert sorted(weights_of(found)) == sorted(weights_of(plain))
+
+
+def weights_of(state):
+    return [one for one in state[1:-1] if isinstance(one, int)]
+
+
+def test_adapters_that_are_merged_into_weights_are_seen(randomise):
+    """Weights change where they lie: a recording from before added the adapter to them once more."""
+    peft = pytest.importorskip("peft")
+    prior = randomise(Prior(CONFIG)).eval()
+    config = peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, prior)
+    recorder = Recorder(prior.eval())
+    before = recorder._state(torch.device("cpu"))
+    for layer in prior.modules():
+        if hasattr(layer, "merge"):
+            layer.merge()
+    merged = recorder._state(torch.device("cpu"))
+    assert merged != before
+    for layer in prior.modules():
+        if hasattr(layer, "merge"):
+            layer.unmerge()
+    assert recorder._state(torch.device("cpu")) == before
+
+
+@pytest.mark.parametrize("kind", ["LoraConfig", "IA3Config", "OFTConfig"])
+def test_adapters_that_are_switched_off_are_seen(kind, randomise):
+    """Most kinds have no factor, by which adapters were known."""
+    peft = pytest.importorskip("peft")
+    prior = randomise(Prior(CONFIG)).eval()
+    more = {"feedforward_modules": []} if kind == "IA3Config" else {}
+    peft.inject_adapter_in_model(getattr(peft, kind)(target_modules=["to_q"], **more), prior)
+    recorder = Recorder(prior.eval())
+    before = recorder._state(torch.device("cpu"))
+    for layer in prior.modules():
+        if isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer):
+            layer.enable_adapters(False)
+    assert recorder._state(torch.device("cpu")) != before
+
+
+def test_a_replaced_forward_is_seen(randomise):
+    """So does accelerate, and a recording went on with the one before."""
+    prior = randomise(Prior(CONFIG)).eval()
+    recorder = Recorder(prior)
+    before = recorder._state(torch.device("cpu"))
+    layer = prior.blocks[0].channelwise[0]
+    layer.forward = lambda x: 2 * nn.Linear.forward(layer, x)
+    assert recorder._state(torch.device("cpu")) != before
+
+
+def test_what_is_prepared_is_made_anew_after_a_second_look(randomise):
+    """Where nothing is recorded, keys and values of the text stayed those of former weights, written over."""
+    prior = randomise(Prior(CONFIG)).eval()
+    x, r, text = inputs(torch.device("cpu"))
+    recorder = Recorder(prior, prepare=prior.context)
+    run = recorder.given(text, None)
+    with torch.no_grad():
+        run(x, r)
+        prior.load_state_dict({key: 0.5 * tensor for key, tensor in prior.state_dict().items()})
+        recorder.look_again()
+        assert torch.equal(run(x, r), prior(x, r, prior.context(text)))
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        lambda: Prior(PriorConfig()),
+        lambda: Decoder(DecoderConfig()),
+        lambda: Paella(PaellaConfig()),
+        lambda: VQGAN(VQGANConfig()),
+    ],
+    ids=["Stage C", "Stage B", "Stage B of v1", "Stage A"],
+)
+def test_blocks_as_they_are_made_are_fused(network):
+    """A layer more in one of them would make drawing slower, and nothing would say so."""
+    with torch.device("meta"):
+        made = network().eval()
+    blocks = [module for module in made.modules() if type(module).__name__ in fused._LAYERS]
+    assert blocks
+    assert all(fused.is_plain(block, torch.zeros(1, device="meta")) for block in blocks)
+
+
+def test_a_recording_that_fails_leaves_the_stream_as_it_was(monkeypatch):
+    """torch.cuda.graph does not if the capture cannot end. Names stand for streams, which CPUs lack."""
+    current = ["default"]
+
+    @contextlib.contextmanager
+    def as_current(stream):
+        before, current[0] = current[0], stream
+        try:
+            yield
+        finally:
+            current[0] = before
+
+    @contextlib.contextmanager
+    def broken(graph, pool, stream, capture_error_mode):
+        current[0] = stream
+        yield
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "graph", broken)
+    monkeypatch.setattr(torch.cuda, "stream", as_current)
+    monkeypatch.setattr(fast, "_recording_stream", lambda device: "recording")
+    network = nn.Linear(2, 2)
+    with pytest.raises(RuntimeError, match="previous error"):
+        Recorder(network)._record(network, (torch.ones(1, 2),), ())
+    assert current == ["default"]
+    assert fast._RECORDS.acquire(blocking=False)
+    fast._RECORDS.release()
+
+
+def test_a_thread_records_what_it_has_run_itself(monkeypatch):
+    """A second picture, drawn in a new thread, was recorded before cuBLAS was ready in it, which fails."""
+    network, done = nn.Linear(2, 2), []
+    recorder = Recorder(network)
+
+    def plain(inputs, fixed):
+        done.append("run")
+        return network(*inputs)
+
+    def record(function, inputs, more):
+        done.append("record")
+        return lambda inputs: network(*inputs)
+
+    monkeypatch.setattr(recorder, "_on_own_stream", plain)
+    monkeypatch.setattr(recorder, "_record", record)
+    x = torch.ones(1, 2)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(recorder._recorded, (x,), None).result()
+        for _ in range(3):
+            recorder._recorded((x,), None)
+    assert done == ["run", "run", "record"]
+
+
+def inputs(device=CUDA, seed=0, grid=(6, 6), batch=2):
+    generator = torch.Generator().manual_seed(seed)
+    x, text = (torch.randn(*s, generator=generator).to(device) for s in ((batch, 4, *grid), (batch, 5, 24)))
+    r = torch.rand(batch, generator=generator).to(device)
+    return x, r, text
+
+
+@pytest.mark.gpu
+class TestOnCuda:
+    @pytest.fixture
+    def prior(self, randomise):
+        return randomise(Prior(CONFIG)).to(CUDA).eval()
+
+    def check(self, recorder, prior, *, seed=0, grid=(6, 6), batch=2):
+        """Several passes, the first of which is not yet recorded, the last of which is replayed."""
+        x, r, text = inputs(seed=seed, grid=grid, batch=batch)
+        run = recorder.given(text, None)
+        with torch.no_grad():
+            for shift in range(4):
+                found, expected = run(x + shift, r), prior(x + shift, r, prior.context(text))
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+    def test_passes_are_those_of_the_network(self, prior):
+        recorder = Recorder(prior, prepare=prior.context)
+        for grid, batch in (((6, 6), 2), ((4, 7), 1), ((6, 6), 2)):
+            for seed in range(2):
+                self.check(recorder, prior, seed=seed, grid=grid, batch=batch)
+        assert len(recorder._recordings.passes) == 2
+
+    def test_two_texts_in_turns(self, prior):
+        """Of one shape and of two; what was prepared of one is overwritten by the other."""
+        for batch in (2, 1):
+            recorder = Recorder(prior, prepare=prior.context)
+            given = [inputs(), inputs(seed=1, batch=batch)]
+            runs = [recorder.given(text, None) for _, _, text in given]
+            with torch.no_grad():
+                for _ in range(4):
+                    for run, (x, r, text) in zip(runs, given, strict=True):
+                        expected = prior(x, r, prior.context(text))
+                        torch.testing.assert_close(run(x, r), expected, rtol=1e-4, atol=1e-4)
+
+    def test_results_stay_after_the_next_pass(self, prior):
+        x, r, text = inputs()
+        run = Recorder(prior, prepare=prior.context).given(text, None)
+        with torch.no_grad():
+            results = [run(x * scale, r) for scale in range(5)]
+            for scale, result in enumerate(results):
+                expected = prior(x * scale, r, prior.context(text))
+                torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+
+    def test_new_weights_are_seen(self, prior, randomise):
+        """Written into the old ones, put in their place, and moved."""
+        recorder = Recorder(prior, prepare=prior.context)
+        self.check(recorder, prior)
+        other = randomise(Prior(CONFIG)).to(CUDA)
+        prior.load_state_dict({key: 0.5 * tensor for key, tensor in other.state_dict().items()})
+        self.check(recorder, prior)
+        prior.load_state_dict(copy.deepcopy(other.state_dict()), assign=True)
+        prior.eval().requires_grad_(False)
+        self.check(recorder, prior)
+        self.check(recorder, prior.to("cpu").to(CUDA))
+
+    def test_layers_that_are_replaced_and_hooks_are_seen(self, prior):
+        recorder, called = Recorder(prior, prepare=prior.context), []
+        self.check(recorder, prior)
+        prior.blocks[0].channelwise[0] = nn.Linear(32, 128).to(CUDA).eval()
+        self.check(recorder, prior)
+        hook = prior.blocks[1].register_forward_hook(lambda *_: called.append(1))
+        self.check(recorder, prior)
+        assert len(called) == 8
+        hook.remove()
+        self.check(recorder, prior)
+        assert recorder._recordings.passes
+
+    def test_adapters_and_their_scales_are_seen(self, prior):
+        peft = pytest.importorskip("peft")
+        recorder = Recorder(prior, prepare=prior.context)
+        self.check(recorder, prior)
+        config = peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+        peft.inject_adapter_in_model(config, prior)
+        prior.to(CUDA).eval()
+        self.check(recorder, prior)
+        adapters = [layer for layer in prior.modules() if hasattr(layer, "scaling")]
+        for layer in adapters:
+            layer.set_scale("default", 3.0)
+        self.check(recorder, prior)
+        for layer in adapters:
+            layer.enable_adapters(False)
+        self.check(recorder, prior)
+
+    @pytest.mark.parametrize("replaces", [True, False])
+    def test_what_changes_in_the_middle_of_a_picture_is_seen(self, prior, replaces):
+        """By who asks for it, also where weights are written over; what was prepared is made anew as well."""
+        x, r, text = inputs()
+        recorder = Recorder(prior, prepare=prior.context)
+        run = recorder.given(text, None)
+        with torch.no_grad():
+            for _ in range(3):
+                run(x, r)
+            state = {key: 0.5 * tensor for key, tensor in prior.state_dict().items()}
+            prior.load_state_dict(state, assign=replaces)
+            prior.requires_grad_(False)
+            recorder.look_again()
+            for _ in range(3):
+                expected = prior(x, r, prior.context(text))
+                torch.testing.assert_close(run(x, r), expected, rtol=1e-4, atol=1e-4)
+
+    def test_recordings_do_not_grow_without_bound(self, prior, monkeypatch):
+        monkeypatch.setattr(fast, "MOST_KINDS", 3)
+        recorder = Recorder(prior, prepare=prior.context)
+        for side in (3, 4, 5, 6, 7, 3):
+            self.check(recorder, prior, grid=(side, 4))
+            assert len(recorder._recordings.passes) <= 3
+
+    def test_threads_record_one_after_the_other(self, randomise):
+        """What one thread did on the recording stream was recorded by another."""
+        networks = [randomise(Prior(CONFIG)).to(CUDA).eval() for _ in range(4)]
+
+        def draw(prior):
+            recorder = Recorder(prior, prepare=prior.context)
+            for side in (4, 5, 6):
+                self.check(recorder, prior, grid=(side, side))
+            return len(recorder._recordings.passes)
+
+        with ThreadPoolExecutor(len(networks)) as threads:
+            assert list(threads.map(draw, networks)) == [3] * len(networks)
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+    def test_a_network_that_moves_to_another_gpu_is_recorded_there(self, prior):
+        """A stream of the first GPU records nothing of the second."""
+        recorder = Recorder(prior, prepare=prior.context)
+        self.check(recorder, prior)
+        there = torch.device("cuda:1")
+        prior.to(there)
+        x, r, text = inputs(there)
+        run = recorder.given(text, None)
+        with torch.no_grad():
+            for shift in range(4):
+                expected = prior(x + shift, r, prior.context(text))
+                torch.testing.assert_close(run(x + shift, r), expected, rtol=1e-4, atol=1e-4)
+        assert recorder._recordings.passes
+
+    def test_what_cannot_be_recorded_says_so_and_runs(self, prior):
+        def reads(x, r, context):
+            return prior(x, r, context) * (1.0 if x.sum().item() > 0 else 2.0)
+
+        x, r, text = inputs()
+        recorder, context = Recorder(prior, reads, prior.context), prior.context(text)
+        with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(4):
+                found = recorder.given(text, None)(x, r)
+                torch.testing.assert_close(found, reads(x, r, context), rtol=1e-4, atol=1e-4)
+        assert [w.category for w in caught] == [NotRecordedWarning]
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+    def test_inference_mode_and_no_grad_in_turns(self, prior):
+        """Tensors of inference mode may not be written to outside of it."""
+        recorder = Recorder(prior, prepare=prior.context)
+        for mode in (torch.inference_mode, contextlib.nullcontext, torch.inference_mode):
+            with mode():
+                self.check(recorder, prior)

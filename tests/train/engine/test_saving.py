@@ -1,0 +1,104 @@
+"""When checkpoints are noted as whole, and what is owed after one that could not be written."""
+
+import dataclasses
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+
+from wuerstchen.errors import CheckpointError
+from wuerstchen.train.engine import checkpoint as snapshot
+from wuerstchen.train.engine.checkpoint import CheckpointNotWritten, TrainingState, Writer
+from wuerstchen.train.engine.distributed import Processes
+from wuerstchen.train.engine.loop import run_stage
+from wuerstchen.train.engine.saving import CheckpointNotWrittenWarning, Saving
+from wuerstchen.train.feed.images import Feed
+from wuerstchen.train.report.cost import CostMeter
+from wuerstchen.train.report.events import Log
+
+CPU = torch.device("cpu")
+
+
+class Second(Processes):
+    """The second process of two, whose first is not there to be asked."""
+
+    def total(self, value):
+        return value
+
+
+class OfSecond(Writer):
+    """Its writer, which has nothing to write. The first process cannot write."""
+
+    begun = False
+
+    def begin(self, state, header):
+        self.begun = True
+
+    def wait(self):
+        if self.begun:
+            self.begun = False
+            raise CheckpointNotWritten("another process could not write its part")
+        return self.folder
+
+
+def test_a_process_that_wrote_nothing_takes_no_checkpoint_for_whole_by_itself(tmp_path):
+    """It noted the checkpoint as whole, and ended in a KeyError when the first process had failed."""
+    state = TrainingState(networks={}, averages={}, optimizers={}, images=8)
+    writer = OfSecond(tmp_path, Second(CPU, rank=1, count=2))
+    log, cost = Log(tmp_path / "log.jsonl", writes=False), CostMeter(CPU)
+    saving = Saving(writer, state, {"stage": "a"}, log, cost, lambda: None, resumed=True)
+    state.images = 12
+    saving.begin()
+    saving.note()
+    assert not saving.is_whole(12)
+    assert saving.wait() is None
+    assert saving.is_whole(8)
+    saving.begin()
+    with pytest.raises(CheckpointError):
+        saving.wait(must=True)
+
+
+def failures_and_kept(folder, stage, source, settings):
+    folder.mkdir()
+    log = Log(folder / "log.jsonl")
+    feed = Feed(source, 5, settings.preview_size, stage.captions)
+    with pytest.warns(CheckpointNotWrittenWarning):
+        run_stage(stage, feed, folder, settings, CPU, log, {})
+    failed = [event["images"] for event in log.events() if event["event"] == "checkpoint failed"]
+    return failed, sorted(int(path.name) for path in (folder / "checkpoints").glob("[0-9]*"))
+
+
+def test_the_next_checkpoint_takes_the_place_of_a_milestone_that_could_not_be_written(
+    tmp_path, monkeypatch, toy_stage, toy_source, settings
+):
+    """Nothing was kept until the milestone after it."""
+    writes = snapshot.write_tensors
+
+    def write(tensors, path, header):
+        if "000000000040" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        writes(tensors, path, header)
+
+    monkeypatch.setattr(snapshot, "write_tensors", write)
+    settings = dataclasses.replace(settings, keep_every=20, checkpoint_seconds=0.0)
+    failed, kept = failures_and_kept(tmp_path / "run", toy_stage(), toy_source(), settings)
+    assert failed == [40]
+    assert kept == [20, 44, 60, 80, 100, 116, 120]
+
+
+def test_a_milestone_on_a_full_disk_is_not_tried_at_every_update(
+    tmp_path, monkeypatch, toy_stage, toy_source, settings
+):
+    makes = Path.mkdir
+
+    def make(path, *arguments, **options):
+        if path.name in [f".{images:012d}.partial" for images in range(40, 60)]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        makes(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", make)
+    settings = dataclasses.replace(settings, keep_every=20)
+    failed, kept = failures_and_kept(tmp_path / "run", toy_stage(), toy_source(), settings)
+    assert failed == [40]
+    assert kept == [20, 60, 80, 100, 120]

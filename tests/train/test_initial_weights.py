@@ -1,0 +1,509 @@
+"""Runs that start from a model: what is kept, what goes on, what is refused, and phases at several sizes."""
+
+import copy
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
+from wuerstchen.checkpoints.native import (
+    Provenance,
+    read_cascade,
+    read_network,
+    read_parts,
+    write_cascade,
+    write_network,
+)
+from wuerstchen.checkpoints.original import write_original
+from wuerstchen.errors import CheckpointError, RunFolderError, UserError
+from wuerstchen.images import read_settings
+from wuerstchen.models.cascade import PUBLISHED_MAP
+from wuerstchen.models.compressor import Compressor, CompressorConfig
+from wuerstchen.models.decoder import Decoder, DecoderConfig
+from wuerstchen.models.paella import Paella
+from wuerstchen.models.previewer import PreviewerConfig
+from wuerstchen.models.prior import PriorConfig
+from wuerstchen.models.vqgan import VQGANConfig
+from wuerstchen.pipeline import BUNDLED
+from wuerstchen.recipes.tiny import tiny
+from wuerstchen.recipes.v2 import v2_finetune, v2_stage_b, v2_stage_c
+from wuerstchen.train.config import Optimization, Phase, StageCConfig
+from wuerstchen.train.engine import checkpoint as snapshot
+from wuerstchen.train.engine.checkpoint import newest, read_averages
+from wuerstchen.train.initial_weights import fill_compressor, read_start
+from wuerstchen.train.run import train
+
+WHENCE = Provenance(recipe="test", seed=1, images=2, data="none", licence="MIT")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for n in range(12):
+        Image.effect_noise((150 + n, 140), 90).convert("RGB").save(folder / f"{n}.png")
+        (folder / f"{n}.txt").write_text(f"picture {n}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def start(small_cascade, tmp_path_factory):
+    """A model of our own with a compressor that tells pictures apart."""
+    cascade = copy.deepcopy(small_cascade)
+    load_backbone(cascade.compressor.backbone, lite0_path())
+    with torch.no_grad():
+        cascade.compressor.mapper[1].weight.mul_(10)
+    folder = tmp_path_factory.mktemp("start") / "model"
+    parts = dict.fromkeys(("vqgan", "decoder", "compressor", "prior"), WHENCE)
+    write_cascade(cascade, folder, parts, text_encoder=BUNDLED / "text_encoder")
+    return folder
+
+
+def learning(images=16, batch_size=4):
+    return Optimization(images=images, batch_size=batch_size, learning_rate=1e-3)
+
+
+def recipe(start, data, **changes):
+    """Stage C on its own, in three phases at two sizes, the last of which is in three shapes."""
+    phases = (
+        Phase(optimization=learning(8)),
+        Phase(optimization=learning(12), max_ratio=5 / 3),
+    )
+    return dataclasses.replace(
+        tiny(),
+        **{
+            "data": str(data),
+            "image_size": 256,
+            "stages": ("c",),
+            "start_from": str(start),
+            "fresh": ("c",),
+            "compressor": CompressorConfig(backbone="efficientnet_lite0", c_latent=2),
+            "decoder": DecoderConfig(
+                c_r=8,
+                c_cond=8,
+                c_hidden=(8, 8),
+                nhead=(-1, -1),
+                blocks=(1, 1),
+                level_config=("CT", "CT"),
+                inject_effnet=(False, True),
+                effnet_embd=2,
+                clip_embd=None,
+            ),
+            "previewer": PreviewerConfig(c_in=2),
+            "prior": PriorConfig(c_in=2, c=16, c_cond=384, c_r=8, depth=1, nhead=2),
+            "stage_c": StageCConfig(optimization=learning(), image_size=128, phases=phases, blend=0.25),
+            "statistics_images": 16,
+            "prior_steps": 2,
+            "decoder_steps": 1,
+            "preview_prompts": ("cat",),
+            "workers": 0,
+            "checkpoint_seconds": 0.0,
+            "log_every": 1,
+            **changes,
+        },
+    )
+
+
+STAGES = ("c", "c2", "c3")
+
+
+def files_of(run_dir):
+    return {s: newest(run_dir / f"stage_{s}" / "checkpoints")[1]["files"] for s in STAGES}
+
+
+def test_a_start_reads_finished_stages_once(start, photos, tmp_path, monkeypatch):
+    """Each file of their last checkpoints was hashed twice, and then restored for nothing."""
+    train(recipe(start, photos), tmp_path, device="cpu")
+    hashed, sha256 = [], snapshot._sha256
+    monkeypatch.setattr(snapshot, "_sha256", lambda path: hashed.append(path) or sha256(path))
+    monkeypatch.setattr(snapshot, "restore", None)
+    train(recipe(start, photos), tmp_path, device="cpu")
+    files = [newest(tmp_path / f"stage_{stage}" / "checkpoints") for stage in STAGES]
+    expected = [path / name for path, state in files for name in state["files"]]
+    assert sorted(hashed[: len(expected)]) == sorted(expected)
+    assert len(hashed) == 2 * len(expected)  # once more by this test
+    lines = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    starts = [event for event in lines if event["event"] == "start"]
+    assert [event["resumed"] for event in starts] == [False] * 3 + [True] * 3
+    assert starts[3].keys() == starts[0].keys()
+
+
+def test_stage_c_alone_in_phases_survives_kills_and_blends(start, photos, tmp_path, monkeypatch):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(recipe(start, photos), whole, device="cpu")
+
+    class Killed(BaseException):
+        pass
+
+    begin, saved = snapshot.Writer.begin, []
+
+    def dies(writer, state, header):
+        begin(writer, state, header)
+        writer.wait()
+        saved.append((writer.folder.parent.name, state.images))
+        if len(saved) in (2, 5, 8):
+            raise Killed
+
+    monkeypatch.setattr(snapshot.Writer, "begin", dies)
+    for _ in range(3):
+        with pytest.raises(Killed):
+            train(recipe(start, photos), broken, device="cpu")
+    train(recipe(start, photos), broken, device="cpu")
+    assert {name for name, _ in saved} == {"stage_c", "stage_c2", "stage_c3"}
+    assert len(saved) == len(set(saved))  # no update was made twice
+    assert files_of(broken) == files_of(whole)
+    model = (whole / "model" / "prior.safetensors").read_bytes()
+    assert model == (broken / "model" / "prior.safetensors").read_bytes()
+
+    # The prior is a quarter of the last phase's average and three quarters of that before.
+    before, last = (
+        read_averages(newest(whole / f"stage_{s}" / "checkpoints")[0], "prior") for s in STAGES[1:]
+    )
+    cascade = read_cascade(whole / "model")
+    for name, tensor in cascade.prior.state_dict().items():
+        torch.testing.assert_close(tensor, 0.25 * last[name] + 0.75 * before[name])
+    assert cascade.settings.image_size == 256
+    assert cascade.settings.text_mask
+    assert min(cascade.settings.map_statistics.std) > 0.1  # measured: the prior is new
+
+    # What was not trained is as it was, with its papers.
+    given = read_cascade(start)
+    for name in ("vqgan", "decoder", "compressor"):
+        kept = cascade.networks()[name].state_dict()
+        assert all(torch.equal(kept[k], t) for k, t in given.networks()[name].state_dict().items())
+        assert read_network(whole / "model" / f"{name}.safetensors")[1] == WHENCE
+    provenance = read_network(whole / "model" / "prior.safetensors")[1]
+    assert (provenance.recipe, provenance.images) == ("tiny", 36)
+
+
+@pytest.mark.parametrize("part", ["decoder", "text_encoder"])
+def test_the_weights_at_the_start_are_those_that_the_run_began_with(
+    part, start, photos, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("wuerstchen.train.run._Run.train", lambda self: self.run_dir / "model")
+    train(recipe(start, photos), tmp_path / "run", device="cpu")
+    other = read_cascade(start)
+    if part == "decoder":
+        with torch.no_grad():
+            other.decoder.embedding[1].bias += 1
+    parts = dict.fromkeys(("vqgan", "decoder", "compressor", "prior"), WHENCE)
+    folder = tmp_path / "model"
+    write_cascade(other, folder, parts, text_encoder=BUNDLED / "text_encoder")
+    if part == "text_encoder":
+        path = folder / "text_encoder" / "model.safetensors"
+        tensors = load_file(path)
+        name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
+        save_file(tensors | {name: tensors[name] * 2}, path)
+    stored = json.loads((tmp_path / "run" / "run.json").read_text())
+    stored["recipe"]["start_from"] = str(folder)
+    (tmp_path / "run" / "run.json").write_text(json.dumps(stored))
+    with pytest.raises(RunFolderError, match=r"the weights in .* have changed since"):
+        train(recipe(folder, photos), tmp_path / "run", device="cpu")
+
+
+def test_a_stage_that_goes_on_begins_at_the_weights_and_keeps_their_normalisation(start, photos, tmp_path):
+    goes_on = recipe(start, photos, fresh=(), stage_c=StageCConfig(optimization=learning(4)))
+    still = dataclasses.replace(goes_on.stage_c.optimization, learning_rate=1e-12)
+    goes_on = dataclasses.replace(goes_on, stage_c=StageCConfig(optimization=still))
+    train(goes_on, tmp_path / "run", device="cpu")
+    given, cascade = read_cascade(start), read_cascade(tmp_path / "run" / "model")
+    assert cascade.settings.map_statistics == given.settings.map_statistics
+    for name, tensor in cascade.prior.state_dict().items():
+        torch.testing.assert_close(tensor, given.prior.state_dict()[name])
+
+
+def test_stages_one_after_the_other_by_three_runs(photos, tmp_path):
+    """What each writes is what the next starts from; the last is whole."""
+    small = {"image_size": 128, "workers": 0, "statistics_images": 8, "preview_prompts": ("a cat",)}
+    small |= {"prior_steps": 1, "decoder_steps": 1, "data": str(photos)}
+    first = tiny()
+    first = dataclasses.replace(
+        first,
+        stages=("a",),
+        stage_a=dataclasses.replace(first.stage_a, optimization=learning(4)),
+        **small,
+    )
+    train(first, tmp_path / "a", device="cpu")
+    assert read_parts(tmp_path / "a" / "model")[1].keys() == {"vqgan"}
+    with pytest.raises(CheckpointError, match="lacks decoder; get the model again"):
+        read_cascade(tmp_path / "a" / "model")
+
+    config = dataclasses.replace(
+        first.stage_b,
+        optimization=learning(4),
+        phases=(Phase(optimization=learning(8), image_size=256),),
+        refine_images=4,
+    )
+    second = dataclasses.replace(
+        first, stages=("b",), start_from=str(tmp_path / "a" / "model"), fresh=("b",), stage_b=config
+    )
+    train(second, tmp_path / "b", device="cpu")
+    assert sorted(p.name for p in (tmp_path / "b").glob("stage_*")) == ["stage_b", "stage_b2", "stage_b3"]
+    parts = read_parts(tmp_path / "b" / "model")[1]
+    assert parts.keys() == {"vqgan", "decoder", "compressor", "previewer"}
+    assert read_network(tmp_path / "b" / "model" / "compressor.safetensors")[1].images == 12
+
+    third = dataclasses.replace(
+        second,
+        stages=("c",),
+        start_from=str(tmp_path / "b" / "model"),
+        fresh=("c",),
+        stage_c=StageCConfig(optimization=learning(4)),
+    )
+    train(third, tmp_path / "c", device="cpu")
+    cascade = read_cascade(tmp_path / "c" / "model")
+    assert cascade.prior is not None
+    assert cascade.text_encoder.width == 384
+    first_vqgan = read_network(tmp_path / "a" / "model" / "vqgan.safetensors")[0]
+    assert cascade.vqgan.config.scale_factor == first_vqgan.config.scale_factor
+
+
+@pytest.fixture(scope="module")
+def published(write_published, tmp_path_factory):
+    return write_published(tmp_path_factory.mktemp("published"))
+
+
+@pytest.fixture(scope="module")
+def compressor_file(tmp_path_factory):
+    """A whole compressor on its own, as published folders of diffusers have none."""
+    compressor = Compressor(CompressorConfig(backbone="efficientnet_lite0", c_latent=4))
+    load_backbone(compressor.backbone, lite0_path())
+    path = tmp_path_factory.mktemp("compressor") / "compressor.safetensors"
+    write_network(compressor, path, WHENCE)
+    return path
+
+
+def finetune(published, photos, compressor_file, **changes):
+    """The recipe of the same name, on a published model in miniature."""
+    full = v2_finetune()
+    return dataclasses.replace(
+        full,
+        **{
+            "data": str(photos),
+            "start_from": str(published),
+            "image_size": 128,
+            "vqgan": VQGANConfig(bottleneck_blocks=2, embed_dim=16, num_vq_embeddings=32),
+            "compressor": CompressorConfig(backbone="efficientnet_lite0", c_latent=4),
+            "decoder": dataclasses.replace(
+                full.decoder,
+                c_r=16,
+                c_cond=12,
+                c_hidden=(8, 16, 16, 16),
+                nhead=(-1, 2, 2, 2),
+                blocks=(1, 1, 2, 1),
+                effnet_embd=4,
+                clip_embd=12,
+            ),
+            "previewer": PreviewerConfig(c_in=4),
+            "prior": PriorConfig(c_in=4, c=16, c_cond=16, c_r=16, depth=2, nhead=2),
+            "stage_b": dataclasses.replace(full.stage_b, compressor_init=str(compressor_file)),
+            "stage_c": StageCConfig(optimization=learning(8)),
+            "preview_prompts": ("a cat",),
+            "acceleration": "none",
+            "workers": 0,
+            **changes,
+        },
+    )
+
+
+def test_fine_tuning_a_published_model(published, photos, compressor_file, tmp_path):
+    train(finetune(published, photos, compressor_file), tmp_path / "run", device="cpu")
+    cascade = read_cascade(tmp_path / "run" / "model")
+    assert cascade.settings.map_statistics == PUBLISHED_MAP
+    assert not cascade.settings.text_mask
+    assert cascade.text_encoder.width == 16
+    assert cascade.decoder_text_encoder.width == 12
+    given = read_start(finetune(published, photos, compressor_file)).parts
+    for name in ("vqgan", "decoder", "compressor"):
+        kept = cascade.networks()[name].state_dict()
+        assert all(torch.equal(kept[k], t) for k, t in getattr(given, name).state_dict().items())
+    changed = [
+        k for k, t in given.prior.state_dict().items() if not torch.equal(cascade.prior.state_dict()[k], t)
+    ]
+    assert len(changed) > 20
+    largest = max(
+        (cascade.prior.state_dict()[k] - t).abs().max() for k, t in given.prior.state_dict().items()
+    )
+    assert largest < 0.02  # two updates away from the published weights
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"text_positions": "real"},
+            "text_positions=real does not suit .* whose networks attend to padding; use all",
+        ),
+        (
+            {"prior": PriorConfig(c_in=4, c=32, c_cond=16, c_r=16, depth=1, nhead=2)},
+            r"prior\.c=32, prior\.depth=1 of the recipe is not .*; give --prior.c 16 --prior.depth 2",
+        ),
+        ({"start_from": "nowhere"}, "'nowhere' does not exist"),
+        ({"stage_b": tiny().stage_b}, "has no compressor; name it with --compressor-init"),
+        (
+            {"prior": PriorConfig(c_in=4, c=16, c_cond=24, c_r=16, depth=2, nhead=2), "fresh": ("c",)},
+            r"prior\.c_cond=24 is not the width of the text encoder's states; use 16",
+        ),
+        (
+            {"compressor": CompressorConfig(backbone="efficientnet_lite0", c_latent=8)},
+            "the map has 8 channels in compressor.c_latent, 4 in prior.c_in",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_start_is_refused_before_anything_is_written(
+    published, photos, compressor_file, tmp_path, changes, message
+):
+    with pytest.raises((UserError, CheckpointError), match=message):
+        train(finetune(published, photos, compressor_file, **changes), tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_the_compressor_comes_whole_from_the_originals_file_of_stage_b(tmp_path, published):
+    decoder = DecoderConfig(
+        c_cond=8,
+        c_hidden=(8, 64),
+        nhead=(-1, 1),
+        blocks=(1, 1),
+        level_config=("CT", "CTA"),
+        inject_effnet=(False, True),
+        clip_embd=12,
+    )
+    theirs = Compressor(CompressorConfig())
+    with torch.no_grad():
+        theirs.mapper[0].weight.add_(1)
+    write_original({"decoder": Decoder(decoder), "compressor": theirs}, tmp_path)
+
+    def named(path):
+        full = v2_stage_b()
+        return dataclasses.replace(full, stage_b=dataclasses.replace(full.stage_b, compressor_init=str(path)))
+
+    ours = Compressor(CompressorConfig())
+    fill_compressor(named(tmp_path / "model_v2_stage_b.pt"), ours)
+    assert all(torch.equal(ours.state_dict()[k], t) for k, t in theirs.state_dict().items())
+    with pytest.raises(UserError, match="holds no compressor; give --compressor-init the file of a Stage B"):
+        fill_compressor(named(published), ours)
+    larger = CompressorConfig(backbone="efficientnet_v2_l")
+    other = dataclasses.replace(named(tmp_path / "model_v2_stage_b.pt"), compressor=larger)
+    with pytest.raises(
+        UserError, match=r"compressor\.backbone=efficientnet_v2_l of the recipe is not the shape"
+    ):
+        fill_compressor(other, ours)
+    for missing in ("none.pth", "weights/none.safetensors"):
+        with pytest.raises(CheckpointError, match="none"):
+            fill_compressor(named(missing), ours)
+    with pytest.raises(
+        UserError, match="efficientnet_v2_s needs pretrained weights to start from; give --comp"
+    ):
+        fill_compressor(v2_stage_b(), ours)
+
+
+def test_a_start_on_tokens_cannot_go_on_as_v2s_decoder(small_v1, tmp_path, photos):
+    parts = dict.fromkeys(("vqgan", "decoder", "compressor", "prior"), WHENCE)
+    write_cascade(small_v1, tmp_path / "v1", parts, text_encoder=BUNDLED / "text_encoder")
+    other = recipe(tmp_path / "v1", photos, stages=("b",), fresh=())
+    with pytest.raises(UserError, match="has v1's Stage B, on tokens, and the recipe trains v2's"):
+        train(other, tmp_path / "run", device="cpu")
+    # But it draws what Stage C makes, by v1's settings.
+    goes_on = recipe(tmp_path / "v1", photos, fresh=(), stage_c=StageCConfig(optimization=learning(4)))
+    train(goes_on, tmp_path / "run", device="cpu")
+    cascade = read_cascade(tmp_path / "run" / "model")
+    assert isinstance(cascade.decoder, Paella)
+    assert cascade.settings.prior_equal_steps
+    assert cascade.settings.map_statistics == small_v1.settings.map_statistics
+    (preview,) = (tmp_path / "run" / "stage_c" / "previews").glob("*.png")
+    assert read_settings(preview)["prompts"] == list(goes_on.preview_prompts)
+
+
+def test_what_a_trained_stage_spoils_is_left_out(start, photos):
+    found = read_start(recipe(start, photos, stages=("b",), fresh=("b",)))
+    assert found.left_out == ("prior",)
+    assert found.parts.networks().keys() == {"vqgan"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stages": ("c",)}, "stages=c builds on a and b, which no start gives; name a model as start"),
+        ({"stages": ()}, "stages=none must follow one another"),
+        ({"stages": ("a", "c"), "start_from": "x"}, "stages=a c must follow one another"),
+        ({"stages": ("c", "b"), "start_from": "x"}, "stages=c b must follow one another"),
+        ({"stages": ("c",), "start_from": "x", "fresh": ("b",)}, "fresh=b is no stage that is trained"),
+        (
+            {"stages": ("a",), "stage_a": dataclasses.replace(tiny().stage_a, refine_images=8)},
+            "refine_images needs a Stage B of the same run",
+        ),
+    ],
+)
+def test_stages_that_cannot_be_trained_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(tiny(), **changes)
+
+
+def test_phases_are_checked():
+    phase = Phase(optimization=learning())
+    for change, message in (
+        ({"image_size": 100}, "image_size=100 must be a multiple of 128"),
+        ({"max_ratio": 0.5}, "max_ratio=0.5 must be from 1 to 4"),
+        ({"max_ratio": float("nan")}, "max_ratio=nan must be from 1 to 4"),
+    ):
+        with pytest.raises(UserError, match=message):
+            dataclasses.replace(phase, **change)
+    with pytest.raises(UserError, match=r"blend=0\.5 needs two phases"):
+        StageCConfig(optimization=learning(), blend=0.5)
+    wide = dataclasses.replace(phase, max_ratio=2.0)
+    config = dataclasses.replace(tiny().stage_c, phases=(wide,))
+    with pytest.raises(UserError, match="prepared_images holds squares alone"):
+        dataclasses.replace(tiny(), stage_c=config, prepared_images=8)
+
+
+def test_emoji_are_squares(tmp_path):
+    wide = Phase(optimization=learning(), max_ratio=2.0)
+    other = dataclasses.replace(tiny(), stage_c=dataclasses.replace(tiny().stage_c, phases=(wide,)))
+    with pytest.raises(UserError, match=r"max_ratio=2\.0 needs photographs: emoji are composed as squares"):
+        train(other, tmp_path / "run", device="cpu")
+
+
+def test_the_last_phase_has_data_of_its_own(start, photos, tmp_path):
+    """Found missing before training, and read from there."""
+    phases = (Phase(optimization=learning(4), data=str(tmp_path / "fine")),)
+    other = recipe(
+        start, photos, stage_c=StageCConfig(optimization=learning(4), image_size=128, phases=phases)
+    )
+    with pytest.raises(UserError, match="fine' is wrong because it is no folder"):
+        train(other, tmp_path / "run", device="cpu")
+    (tmp_path / "fine").mkdir()
+    for n in range(5):
+        (tmp_path / "fine" / f"{n}.png").write_bytes(b"no picture")
+        (tmp_path / "fine" / f"{n}.txt").write_text("a picture")
+    with pytest.raises(UserError, match="none of the 5 images can be read"):
+        train(other, tmp_path / "run", device="cpu")
+    assert newest(tmp_path / "run" / "stage_c" / "checkpoints") is not None
+
+
+def test_the_published_model_is_an_average_of_two_phases():
+    assert v2_stage_c().stage_c.blend == 0.5
+    sizes = [phase.optimization.images for phase in v2_stage_c().stage_c.phases]
+    assert sizes == [364_000 * 1536, 4_000 * 768, 50_000 * 384]
+
+
+def test_the_compressors_view_is_that_of_the_start(start, photos, tmp_path):
+    """Semantic latents of a view at another scale would be other latents."""
+    folder = tmp_path / "model"
+    shutil.copytree(start, folder)
+    description = json.loads((folder / "model.json").read_text())
+    description["settings"]["view_scale"] = 0.5
+    (folder / "model.json").write_text(json.dumps(description))
+    prior_alone = recipe(folder, photos)
+    assert read_start(prior_alone).resolved(prior_alone).view_scale == 0.5
+    goes_on = recipe(folder, photos, stages=("b",), fresh=())
+    with pytest.raises(
+        UserError, match=r"^view_scale is 0\.75 in the recipe and 0\.5 in .*--view-scale 0\.5"
+    ):
+        read_start(goes_on)
+    assert read_start(dataclasses.replace(goes_on, fresh=("b",))).parts.compressor is None
+    with pytest.raises(UserError, match=r"^view_scale must be from 0\.25 to 4, got 5.0"):
+        recipe(folder, photos, view_scale=5.0)
