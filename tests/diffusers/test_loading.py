@@ -233,7 +233,10 @@ torch.testing.assert_close(draw(), expected)
 """
 
 
-def test_published_snippets_run_from_the_hubs_cache(published, tmp_path):
+@pytest.mark.parametrize(
+    "compiled", ["", pytest.param(COMPILED, marks=pytest.mark.slow)], ids=["", "compiled"]
+)
+def test_published_snippets_run_from_the_hubs_cache(published, tmp_path, compiled):
     """Those of the model's card, as they stand but for imports, device and sizes.
 
     In a process of its own: the types of arguments, checked in tests, do not compile.
@@ -258,7 +261,7 @@ def test_published_snippets_run_from_the_hubs_cache(published, tmp_path):
     snippets = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
     (together,) = [snippet for snippet in snippets if "wuerstchen.diffusers" in snippet]
     code = (
-        (together + APART + COMPILED).replace('"cuda"', '"cpu"').replace("1024", "128").replace("1536", "256")
+        (together + APART + compiled).replace('"cuda"', '"cpu"').replace("1024", "128").replace("1536", "256")
     )
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = str(Path(wuerstchen.__file__).parent.parent)

@@ -46,11 +46,11 @@ MICRO = [
     word
     for option in (
         "--workers 0 --checkpoint-seconds 0 --statistics-images 16 --prior-steps 2 --decoder-steps 2",
-        "--stage-a.optimization.images 40 --stage-a.optimization.batch-size 4 --stage-a.adversarial-from 16",
-        "--stage-a.refine-images 20",
-        "--stage-b.optimization.images 20 --stage-b.optimization.batch-size 2 --stage-b.refine-images 20",
-        "--stage-c.optimization.images 40 --stage-c.optimization.batch-size 4 --preview-prompts cat",
-        "--stage-c.phases.0.optimization.images 20 --stage-c.phases.0.optimization.batch-size 4",
+        "--stage-a.optimization.images 24 --stage-a.optimization.batch-size 4 --stage-a.adversarial-from 8",
+        "--stage-a.refine-images 12",
+        "--stage-b.optimization.images 10 --stage-b.optimization.batch-size 2 --stage-b.refine-images 10",
+        "--stage-c.optimization.images 24 --stage-c.optimization.batch-size 4 --preview-prompts cat",
+        "--stage-c.phases.0.optimization.images 12 --stage-c.phases.0.optimization.batch-size 4",
     )
     for word in option.split()
 ]
@@ -80,7 +80,7 @@ def kill_in(run_dir: Path, stage: str) -> int:
     while time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[0]
         for event in events(run_dir)[before:]:
-            if event["event"] == "checkpoint" and event["stage"] == stage and event["images"] >= 8:
+            if event["event"] == "checkpoint" and event["stage"] == stage and event["images"] >= 4:
                 os.kill(process.pid, signal.SIGKILL)
                 process.communicate()
                 return event["images"]
@@ -160,12 +160,12 @@ def test_kills_change_nothing(tmp_path, stages):
         if file.is_file():
             assert file.read_bytes() == (broken / "model" / file.relative_to(whole / "model")).read_bytes()
     _, provenance = read_network(broken / "model" / "prior.safetensors")
-    assert (provenance.recipe, provenance.seed, provenance.images) == ("tiny", 0, 60)
+    assert (provenance.recipe, provenance.seed, provenance.images) == ("tiny", 0, 36)
     assert provenance.data == open_source("sample").fingerprint()
     assert provenance.versions.keys() == {"wuerstchen", "torch"}
     _, state = newest(broken / "stage_c" / "checkpoints")
     assert state["format"] == 1
-    assert state["images"] == 40
+    assert state["images"] == 24
     assert {"recipe", "seed", "data", "versions"} <= state.keys()
     assert state["fields"]["stage_b"]["backbone_rate"] == 0.1
     cascade = read_cascade(broken / "model")
@@ -189,7 +189,7 @@ def test_watching_changes_nothing(tmp_path, monkeypatch, capsys):
     found = events(tmp_path / "watched")
     rehearsed = {e["stage"]: e for e in found if e["event"] == "rehearsed"}
     assert rehearsed.keys() == set(STAGES)
-    assert {e["total"] for e in rehearsed.values()} == {20, 40}
+    assert {e["total"] for e in rehearsed.values()} == {10, 12, 24}
     assert all(e["seconds"] > 0 and e["kwh"] is None for e in rehearsed.values())
     validated = [e for e in found if e["event"] == "validation"]
     assert {e["stage"] for e in validated} == {"b", "b2", "c", "c2"}

@@ -227,7 +227,7 @@ def said_by_two(folder: Path, options: tuple[list[str], list[str]]) -> tuple[lis
     return [process.returncode for process in processes], said
 
 
-@pytest.mark.parametrize("wrong", [0, 1])
+@pytest.mark.parametrize("wrong", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_what_one_process_cannot_read_is_one_line_in_each(tmp_path, wrong):
     """The others lost their connection in the middle of a talk, and said so in a traceback."""
     options = ([], [])

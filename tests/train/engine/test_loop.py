@@ -370,11 +370,11 @@ def test_checkpoints_are_written_while_training_goes_on(
         writes(*given)
 
     monkeypatch.setattr(snapshot, "write_tensors", slowly)
-    slow, log = run(tmp_path / "slow", toy_stage(images=400), toy_source(), settings, checkpoint_seconds=0.02)
+    slow, log = run(tmp_path / "slow", toy_stage(images=160), toy_source(), settings, checkpoint_seconds=0.02)
     events = log.events()
     first = next(n for n, event in enumerate(events) if event["event"] == "checkpoint")
     updates = sum(event["event"] == "progress" for event in events[:first])
     assert updates * 4 > events[first]["images"]
     monkeypatch.undo()
-    quick, _ = run(tmp_path / "quick", toy_stage(images=400), toy_source(), settings)
+    quick, _ = run(tmp_path / "quick", toy_stage(images=160), toy_source(), settings)
     assert digests(slow) == digests(quick)

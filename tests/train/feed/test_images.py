@@ -126,7 +126,7 @@ def said_with_shared_memory(mount: str) -> str:
     != 0,
     reason="mounting needs rights",
 )
-@pytest.mark.parametrize("size", ["1m", "4k"])
+@pytest.mark.parametrize("size", ["1m", pytest.param("4k", marks=pytest.mark.slow)])
 def test_too_little_shared_memory_is_named(size):
     """The workers printed that there is no room, and the run waited for them for ever. With even less, not
     even the workers' queues can be made."""
