@@ -10,7 +10,7 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from wuerstchen.errors import UserNotice
 from wuerstchen.models.fused.blocks import join_layers
+from wuerstchen.runtime.graphs import Graphs, recording_stream
 
 MOST_KINDS = 16
 """Shapes of which a network's passes are kept; all are forgotten for one more. What a recording needs beside
@@ -26,16 +27,6 @@ shared memory is a few MiB, and at the published sizes 15 MiB a text for its key
 
 class NotRecordedWarning(UserNotice):
     """A network's passes are not recorded; drawing is right, but slower."""
-
-
-_RECORDS = threading.Lock()
-"""Held by who uses the stream that records: what others did on it would be recorded with it."""
-
-
-@functools.cache
-def _recording_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all networks: libraries keep tens of MiB of memory to work in for every stream."""
-    return torch.cuda.Stream(device)
 
 
 @dataclass(eq=False)
@@ -47,40 +38,6 @@ class _Fixed:
     """What was made of it, where passes run as they are."""
     looked: int = 0
     """How often the recorder had been told to look again when that was made."""
-
-
-@dataclass
-class _Recording:
-    """A recorded pass, with the tensors that it reads and writes."""
-
-    graph: torch.cuda.CUDAGraph
-    inputs: tuple[Any, ...]
-    output: Any
-
-    def __call__(self, inputs: tuple[Any, ...]) -> Any:
-        for own, given in zip(self.inputs, inputs, strict=True):
-            if isinstance(own, Tensor):
-                own.copy_(given)
-        self.graph.replay()
-        return self.output
-
-
-@dataclass
-class _Recordings:
-    """Those of one network. They share their memory: an output is of use until the next replay, but no pass
-    overwrites what was prepared for it."""
-
-    preparations: dict[Any, _Recording] = field(default_factory=dict)
-    passes: dict[Any, _Recording] = field(default_factory=dict)
-    seen: dict[Any, set[int]] = field(default_factory=dict)
-    """The threads in which each kind has run unrecorded: libraries prepare themselves for every thread anew,
-    and cannot while it records."""
-    current: _Fixed | None = None
-    """What the preparations' outputs were last made of."""
-
-    def pool(self) -> Any:
-        one = next(iter([*self.preparations.values(), *self.passes.values()]), None)
-        return None if one is None else one.graph.pool()
 
 
 class Recorder:
@@ -99,7 +56,11 @@ class Recorder:
         self.network = network
         self.function = network if function is None else function
         self.prepare = prepare
-        self._recordings = _Recordings()
+        self._graphs: Graphs | None = None
+        """Passes, by the kinds of their inputs and of what is fixed, and preparations, by the latter alone.
+        No pass overwrites what was prepared for it."""
+        self._current: _Fixed | None = None
+        """What the preparations' outputs were last made of."""
         self._print: Any = None
         self.records = records
         self._failed, self._records = False, False
@@ -131,11 +92,11 @@ class Recorder:
         """Before the next pass, which prepares anew: for who may have changed weights or adapters in the
         middle of a picture."""
         self._looked += 1
-        self._fixed = self._recordings.current = None
+        self._fixed = self._current = None
 
     def forget(self) -> None:
         """Gives the recordings' memory back."""
-        self._recordings, self._fixed = _Recordings(), None
+        self._graphs = self._current = self._fixed = None
 
     def _run(self, inputs: tuple[Tensor, ...], fixed: _Fixed | None) -> Tensor:
         here = inputs[0].device
@@ -194,31 +155,32 @@ class Recorder:
         return [*found, records], records
 
     def _recorded(self, inputs: tuple[Tensor, ...], fixed: _Fixed | None) -> Tensor:
-        recordings = self._recordings
         of_fixed = None if fixed is None else _kind(fixed.given)
         kind = (_kind(inputs), of_fixed)
-        thread = threading.get_ident()
-        if kind not in recordings.passes and thread not in recordings.seen.get(kind, ()):
-            if kind not in recordings.seen and len(recordings.seen) == MOST_KINDS:
-                recordings = self._recordings = _Recordings()
-            recordings.seen.setdefault(kind, set()).add(thread)
-            return self._on_own_stream(inputs, fixed)
+        graphs = self._graphs
+        if graphs is None or (kind not in graphs.warmed and len(graphs.warmed) == MOST_KINDS):
+            graphs = self._graphs = Graphs(recording_stream(inputs[0].device), warm_ups=1)
+            self._current = None
+        if not graphs.is_warm(kind):
+            output = graphs.warm_up(kind, lambda: self._as_it_is(inputs, fixed))
+            output.record_stream(torch.cuda.current_stream())
+            return output
         try:
             prepared: tuple[Any, ...] = ()
             if fixed is not None:
                 assert self.prepare is not None
                 fixed.prepared = None  # a recording makes it anew, in memory of its own
-                if of_fixed not in recordings.preparations:
-                    recordings.preparations[of_fixed] = self._record(self.prepare, fixed.given, ())
-                    recordings.current = None
-                preparation = recordings.preparations[of_fixed]
-                if recordings.current is not fixed:
-                    preparation(fixed.given)
-                    recordings.current = fixed
-                prepared = (preparation.output,)
-            if kind not in recordings.passes:
-                recordings.passes[kind] = self._record(self.function, inputs, prepared)
-            return recordings.passes[kind](inputs).clone()
+                preparation = ("prepare", of_fixed)
+                if preparation not in graphs:
+                    graphs.record(preparation, self.prepare, fixed.given)
+                    self._current = None
+                if self._current is not fixed:
+                    graphs.replay(preparation, fixed.given)
+                    self._current = fixed
+                prepared = (graphs.output(preparation),)
+            if kind not in graphs:
+                graphs.record(kind, self.function, inputs, prepared)
+            return graphs.replay(kind, inputs).clone()
         except RuntimeError as error:
             # What did not fit may fit another time.
             self._failed, self._records = not isinstance(error, torch.OutOfMemoryError), False
@@ -227,31 +189,6 @@ class Recorder:
             name = type(self.network).__name__
             warnings.warn(f"{name} runs unrecorded, and slower: {reason}", NotRecordedWarning, stacklevel=4)
             return self._as_it_is(inputs, fixed)
-
-    def _on_own_stream(self, inputs: tuple[Tensor, ...], fixed: _Fixed | None) -> Tensor:
-        """A pass on the stream that records: what libraries prepare for a stream is there then."""
-        current, own = torch.cuda.current_stream(), _recording_stream(inputs[0].device)
-        with _RECORDS:
-            own.wait_stream(current)
-            with torch.cuda.stream(own):
-                output = self._as_it_is(inputs, fixed)
-            current.wait_stream(own)
-        output.record_stream(current)
-        return output
-
-    def _record(
-        self, function: Callable[..., Any], inputs: tuple[Any, ...], more: tuple[Any, ...]
-    ) -> _Recording:
-        """Records ``function(*inputs, *more)``; ``more`` is read where it lies."""
-        mine = tuple(value.clone() if isinstance(value, Tensor) else value for value in inputs)
-        graph, pool = torch.cuda.CUDAGraph(), self._recordings.pool()
-        stream = _recording_stream(torch.device("cuda", torch.cuda.current_device()))
-        # Meanwhile other threads may ask the device what they like. If it fails, torch.cuda.graph alone would
-        # leave its stream the current one, and what this thread does later would be in others' recordings.
-        records = torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local")
-        with _RECORDS, torch.cuda.stream(stream), records:
-            output = function(*mine, *more)
-        return _Recording(graph, mine, output)
 
 
 class Recorders(dict[nn.Module, Recorder]):

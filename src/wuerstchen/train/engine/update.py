@@ -7,7 +7,6 @@ numbers, the learning rate) is read from tensors.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int
@@ -18,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from wuerstchen.models.efficientnet import EfficientNetLite
 from wuerstchen.models.layers import AttnBlock, ConditionedResBlock, ResBlock, TimestepBlock
 from wuerstchen.models.vqgan import MixingResidualBlock
+from wuerstchen.runtime.graphs import Graphs
 from wuerstchen.train.engine.bf16_weights import HalfCopies
 from wuerstchen.train.engine.checkpoint import TrainingState
 from wuerstchen.train.engine.distributed import Processes, is_sharded, synchronise_gradients
@@ -33,7 +33,7 @@ Values = dict[str, Tensor]
 
 _REGIONS = (ResBlock, ConditionedResBlock, TimestepBlock, AttnBlock, MixingResidualBlock, EfficientNetLite)
 _RECOMPUTED = (ResBlock, ConditionedResBlock, TimestepBlock, AttnBlock)
-_UNRECORDED = 3  # updates that run as written before one is recorded: they compile, and allocate what stays
+_WARM_UPS = 3  # updates of a shape before it is recorded: they compile, and allocate what stays
 
 
 def compile_regions(network: nn.Module) -> None:
@@ -187,23 +187,6 @@ class Step:
             update_average(average, self.stage.networks[name], self.decay)
 
 
-@dataclass
-class _Recording:
-    """A recorded update, with the tensors that it reads and writes."""
-
-    graph: torch.cuda.CUDAGraph
-    inputs: Inputs
-    indices: Tensor
-    values: Values
-
-    def __call__(self, inputs: Inputs, indices: Tensor) -> Values:
-        for name, tensor in self.inputs.items():
-            tensor.copy_(inputs[name], non_blocking=True)
-        self.indices.copy_(indices, non_blocking=True)
-        self.graph.replay()
-        return self.values
-
-
 class Updates:
     """Makes updates with their averages. With ``record`` each shape of inputs is recorded after its first
     updates and replayed from then on.
@@ -211,13 +194,12 @@ class Updates:
 
     def __init__(self, step: Step, record: bool) -> None:
         self.step = step
-        self.stream = torch.cuda.Stream() if record else None
-        self.seen: dict[tuple, int] = {}
-        self.recordings: dict[tuple, _Recording] = {}
+        self.graphs = Graphs(torch.cuda.Stream(), _WARM_UPS, non_blocking=True) if record else None
 
     def close(self) -> None:
         """Forgets the recordings: NCCL waits for them when the processes part."""
-        self.recordings.clear()
+        if self.graphs is not None:
+            self.graphs.forget()
 
     def __call__(self, inputs: Inputs, indices: Int[Tensor, " b"]) -> Values:
         values = self._update(inputs, indices)
@@ -225,27 +207,15 @@ class Updates:
         return values
 
     def _update(self, inputs: Inputs, indices: Tensor) -> Values:
-        if self.stream is None:
+        if self.graphs is None:
             return self.step(inputs, indices)
         shape = tuple((name, tensor.shape, tensor.dtype) for name, tensor in inputs.items())
-        if shape in self.recordings:
-            return self.recordings[shape](inputs, indices)
-        self.seen[shape] = self.seen.get(shape, 0) + 1
-        if self.seen[shape] <= _UNRECORDED:
-            # On a stream of its own, as what is recorded later will be.
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                values = self.step(inputs, indices)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return values
-        # Recording runs nothing, so it is replayed at once. All recordings share their memory, for one runs
-        # at a time.
-        mine = {name: tensor.clone() for name, tensor in inputs.items()}
-        numbers, graph = indices.clone(), torch.cuda.CUDAGraph()
-        others = next(iter(self.recordings.values()), None)
-        pool = None if others is None else others.graph.pool()
-        # Meanwhile other threads may ask the device what they like: NCCL's watchdog does.
-        with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
-            values = self.step(mine, numbers)
-        self.recordings[shape] = _Recording(graph, mine, numbers, values)
-        return self.recordings[shape](inputs, indices)
+        if not self.graphs.is_warm(shape):
+            return self.graphs.warm_up(shape, lambda: self.step(inputs, indices))
+        values = (*inputs.values(), indices)
+        if shape not in self.graphs:
+            names = tuple(inputs)
+            self.graphs.record(
+                shape, lambda *own: self.step(dict(zip(names, own[:-1], strict=True)), own[-1]), values
+            )
+        return self.graphs.replay(shape, values)
