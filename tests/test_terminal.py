@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from wuerstchen.checkpoints.weights import read_json, read_tensors_of
+from wuerstchen.checkpoints.files import read_json
+from wuerstchen.checkpoints.weights import read_tensors_of
 from wuerstchen.cli import main
 from wuerstchen.errors import CheckpointError, UserError, UserNotice, shown
 from wuerstchen.images import open_image

@@ -17,6 +17,8 @@ from wuerstchen.checkpoints.diffusers import (
     read_network,
     read_prior_folder,
     read_prior_network,
+)
+from wuerstchen.checkpoints.diffusers_write import (
     write_combined_folder,
     write_decoder_folder,
     write_prior_folder,

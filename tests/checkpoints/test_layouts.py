@@ -12,7 +12,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import CLIPTokenizer
 
 from wuerstchen.checkpoints import hub
-from wuerstchen.checkpoints.diffusers import read_decoder_folder, read_prior_folder, write_prior_folder
+from wuerstchen.checkpoints.diffusers import read_decoder_folder, read_prior_folder
+from wuerstchen.checkpoints.diffusers_write import write_prior_folder
 from wuerstchen.checkpoints.hub import local_folder
 from wuerstchen.checkpoints.layouts import (
     Sources,

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from wuerstchen.checkpoints import native, weights
+from wuerstchen.checkpoints import files, native
+from wuerstchen.checkpoints.files import write_safetensors
 from wuerstchen.checkpoints.native import (
     Provenance,
     is_native_network,
@@ -20,7 +21,6 @@ from wuerstchen.checkpoints.native import (
     write_network,
     write_tensors,
 )
-from wuerstchen.checkpoints.weights import write_safetensors
 from wuerstchen.errors import CheckpointError, UserError
 from wuerstchen.models.prior import Prior, PriorConfig
 
@@ -40,7 +40,7 @@ def test_what_is_native_is_told_without_reading_an_absurd_header(tmp_path, rando
     assert not is_native_network(path)
     write_network(randomise(Prior(CONFIG)), path, PROVENANCE)
     assert is_native_network(path)
-    monkeypatch.setattr(weights, "MAX_HEADER", 100)
+    monkeypatch.setattr(files, "MAX_HEADER", 100)
     assert not is_native_network(path)
 
 

@@ -14,13 +14,8 @@ from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_diffnext impo
 from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import WuerstchenPrior
 from torch import Tensor, nn
 
-from wuerstchen.checkpoints.original import (
-    StateDict,
-    find_original,
-    network_of,
-    read_original,
-    write_original,
-)
+from wuerstchen.checkpoints.original import find_original, network_of, read_original, write_original
+from wuerstchen.checkpoints.original_config import StateDict
 from wuerstchen.errors import CheckpointError
 from wuerstchen.models.compressor import Compressor, CompressorConfig
 from wuerstchen.models.decoder import Decoder, DecoderConfig

@@ -16,15 +16,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from wuerstchen.checkpoints import pickles, weights
-from wuerstchen.checkpoints.weights import (
-    StoredTensors,
-    fill,
-    parse_json,
-    read_json,
-    read_tensors_of,
-    read_torch_file,
-)
+from wuerstchen.checkpoints import files, pickles, torch_files
+from wuerstchen.checkpoints.files import parse_json, read_json
+from wuerstchen.checkpoints.torch_files import read_torch_file
+from wuerstchen.checkpoints.weights import StoredTensors, fill, read_tensors_of
 from wuerstchen.errors import CheckpointError
 
 STATE = {
@@ -569,7 +564,7 @@ def test_a_pickle_of_too_many_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(read_tensors_of(path)) == 30
     monkeypatch.setattr(pickles, "MAX_OPCODES", 500)
     refused(path, "more than 500 steps")
-    monkeypatch.setattr(weights, "MAX_PICKLE", 100)
+    monkeypatch.setattr(torch_files, "MAX_PICKLE", 100)
     refused(path, "bytes beside its tensors")
 
 
@@ -586,7 +581,7 @@ def test_many_tensors_of_the_same_few_values(legacy: bool, tmp_path: Path) -> No
 
 def test_a_header_of_absurd_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save({f"w{i}": torch.ones(1) for i in range(30)}, tmp_path / "m.safetensors")
-    monkeypatch.setattr(weights, "MAX_HEADER", 1000)
+    monkeypatch.setattr(files, "MAX_HEADER", 1000)
     refused(path, "its header has .* bytes")
     with pytest.raises(CheckpointError, match="its header has"):
         StoredTensors.of([path])

@@ -21,16 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wuerstchen.checkpoints.files import open_safetensors, parse_json, read_json
 from wuerstchen.checkpoints.native import write_tensors
 from wuerstchen.checkpoints.patterns import Patterns
-from wuerstchen.checkpoints.weights import (
-    check_whole,
-    open_safetensors,
-    parse_json,
-    plain_names,
-    read_json,
-    read_tensors_of,
-)
+from wuerstchen.checkpoints.torch_files import check_whole
+from wuerstchen.checkpoints.weights import plain_names, read_tensors_of
 from wuerstchen.errors import CheckpointError, UserError, shown
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"

@@ -16,13 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from wuerstchen.checkpoints.weights import (
-    StoredTensors,
-    fill,
-    read_json,
-    write_json,
-    write_safetensors,
-)
+from wuerstchen.checkpoints.files import read_json, write_json, write_safetensors
+from wuerstchen.checkpoints.weights import StoredTensors, fill
 from wuerstchen.errors import CheckpointError, docstrings_needed, shown
 from wuerstchen.models.text import TextEncoder
 

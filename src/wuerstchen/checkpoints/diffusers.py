@@ -21,20 +21,13 @@ from wuerstchen.checkpoints.clip import (
     fill_torch,
     read_clip,
     read_clip_tokenizer,
-    write_clip,
-    write_clip_tokenizer,
 )
 from wuerstchen.checkpoints.diffusers_config import MAX_COUNT, MAX_NUMBER, as_float, read_config
+from wuerstchen.checkpoints.files import read_json
 from wuerstchen.checkpoints.foreign import check_not_cascade
 from wuerstchen.checkpoints.hub import HUB_NAME
 from wuerstchen.checkpoints.readme import read_front_matter
-from wuerstchen.checkpoints.weights import (
-    StoredTensors,
-    new_folder,
-    read_json,
-    write_json,
-    write_safetensors,
-)
+from wuerstchen.checkpoints.weights import StoredTensors
 from wuerstchen.diffusion.schedule import CosineSchedule
 from wuerstchen.errors import CheckpointError, UserError
 from wuerstchen.models.decoder import Decoder, DecoderConfig
@@ -56,7 +49,7 @@ COMPONENTS = {
     DECODER_PIPELINE: DECODER_PARTS,
     COMBINED_PIPELINE: (*DECODER_PARTS, *(f"prior_{part}" for part in PRIOR_PARTS)),
 }
-_CLASSES = {
+CLASSES = {
     "prior": ("WuerstchenPrior",),
     "decoder": ("WuerstchenDiffNeXt",),
     "vqgan": ("PaellaVQModel",),
@@ -65,7 +58,7 @@ _CLASSES = {
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
 # Numbers that a pipeline keeps beside its components, with diffusers' defaults.
-_NUMBERS = {
+NUMBERS = {
     PRIOR_PIPELINE: {"latent_mean": 42.0, "latent_std": 1.0, "resolution_multiple": 42.67},
     DECODER_PIPELINE: {"latent_dim_scale": 10.67},
     COMBINED_PIPELINE: {},
@@ -231,73 +224,6 @@ def linked_prior(folder: Path) -> Path | str:
     return folder / name if _is_inside(folder, name) else name
 
 
-def write_prior_folder(parts: PriorFolder, folder: Path) -> None:
-    """Writes a pipeline of Stage C into a new folder, as published: diffusers up to 0.37 loads it.
-
-    So does diffusers from 0.38 on after ``wuerstchen.diffusers.register()``. Raises ``UserError`` for what
-    the layout has no place for.
-    """
-    _check_writable(parts.prior)
-    with new_folder(folder) as partial:
-        _write_prior_parts(parts, partial, "")
-        _write_index(partial, PRIOR_PIPELINE, parts)
-
-
-def write_decoder_folder(parts: DecoderFolder, folder: Path) -> None:
-    """Writes a pipeline of Stages B and A into a new folder; see ``write_prior_folder``."""
-    _check_writable(parts.decoder)
-    with new_folder(folder) as partial:
-        _write_decoder_parts(parts, partial)
-        _write_index(partial, DECODER_PIPELINE, parts)
-        _write_readme(parts, partial)
-
-
-def write_model_folder(
-    decoder: DecoderFolder,
-    prior: PriorFolder | None,
-    folder: Path,
-    *,
-    dtype: torch.dtype = torch.float32,
-    layout: TensorLayout = TORCH,
-) -> None:
-    """Writes a whole model: the pipeline of Stages B and A, and that of Stage C inside it, which it names.
-
-    Weights are stored in ``dtype``.
-    """
-    _check_writable(decoder.decoder)
-    decoder.prior = None if prior is None else INNER_PRIOR
-    with new_folder(folder) as partial:
-        _write_decoder_parts(decoder, partial, layout, dtype)
-        _write_index(partial, DECODER_PIPELINE, decoder, layout)
-        _write_readme(decoder, partial)
-        if prior is not None:
-            _check_writable(prior.prior)
-            (partial / INNER_PRIOR).mkdir()
-            _write_prior_parts(prior, partial / INNER_PRIOR, "", layout, dtype)
-            _write_index(partial / INNER_PRIOR, PRIOR_PIPELINE, prior, layout)
-
-
-def write_combined_folder(decoder: DecoderFolder, prior: PriorFolder, folder: Path) -> None:
-    """Writes all nine components as one pipeline.
-
-    The layout has no place for the numbers of the two halves: raises ``UserError`` unless they are diffusers'
-    defaults.
-    """
-    _check_writable(decoder.decoder)
-    _check_writable(prior.prior)
-    for half, name in ((prior, PRIOR_PIPELINE), (decoder, DECODER_PIPELINE)):
-        for number, default in _NUMBERS[name].items():
-            if getattr(half, number) != default:
-                raise UserError(
-                    f"{number}={getattr(half, number)} has no place in a {COMBINED_PIPELINE}, which means "
-                    f"{default}; save the two halves, each in a folder of its own"
-                )
-    with new_folder(folder) as partial:
-        _write_decoder_parts(decoder, partial)
-        _write_prior_parts(prior, partial, "prior_")
-        _write_index(partial, COMBINED_PIPELINE, decoder)
-
-
 def _read_index(folder: Path, layout: TensorLayout) -> tuple[str, dict[str, float]]:
     """The pipeline's class and numbers in ``model_index.json``, all of it checked."""
     path = folder / "model_index.json"
@@ -309,10 +235,10 @@ def _read_index(folder: Path, layout: TensorLayout) -> tuple[str, dict[str, floa
             f"{path} is wrong because its _class_name is {_short(name)}, none of {', '.join(COMPONENTS)}; "
             "give the folder of a Würstchen v2 model"
         )
-    numbers = dict(_NUMBERS[name])
+    numbers = dict(NUMBERS[name])
     for part in COMPONENTS[name]:
         entry = index.pop(part, None)
-        classes = _CLASSES[part.removeprefix("prior_") if name == COMBINED_PIPELINE else part]
+        classes = CLASSES[part.removeprefix("prior_") if name == COMBINED_PIPELINE else part]
         if not isinstance(entry, list) or len(entry) != 2:
             raise CheckpointError(
                 f"{path} is wrong because {part} is {_short(entry)} there, not [library, class]; get it again"
@@ -352,12 +278,12 @@ def read_network(
     network_class, config_class = _NETWORKS[part]
     path = folder / "config.json"
     raw = read_json(path)
-    class_name = raw.get("_class_name", _CLASSES[part][0])
+    class_name = raw.get("_class_name", CLASSES[part][0])
     check_not_cascade(folder, class_name=class_name)
-    if class_name not in _CLASSES[part]:
+    if class_name not in CLASSES[part]:
         raise CheckpointError(
             f"{path} is wrong because its _class_name is {_short(class_name)} where "
-            f"{_CLASSES[part][0]} belongs; get the model again"
+            f"{CLASSES[part][0]} belongs; get the model again"
         )
     config = read_config(path, raw, config_class)
     stored = StoredTensors.in_folder(folder, layout.network_stems, variant)
@@ -403,12 +329,12 @@ def read_schedule(folder: Path) -> CosineSchedule:
     """The noise schedule that a folder's ``scheduler_config.json`` describes."""
     path = folder / "scheduler_config.json"
     raw = read_json(path)
-    name = raw.get("_class_name", _CLASSES["scheduler"][0])
+    name = raw.get("_class_name", CLASSES["scheduler"][0])
     fields = {key: value for key, value in raw.items() if not key.startswith("_")}
-    if name not in _CLASSES["scheduler"] or set(fields) - {"s", "scaler"}:
+    if name not in CLASSES["scheduler"] or set(fields) - {"s", "scaler"}:
         raise CheckpointError(
             f"{path} is wrong because it describes a {name} of {', '.join(fields) or 'nothing'}, where a "
-            f"{_CLASSES['scheduler'][0]} of s and scaler belongs; get the model again"
+            f"{CLASSES['scheduler'][0]} of s and scaler belongs; get the model again"
         )
     fields = {key: as_float(path, key, value, MAX_COUNT) for key, value in fields.items()}
     try:
@@ -451,86 +377,3 @@ def _short(value: object) -> str:
     """A value of any kind and length, for one line."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}…"
-
-
-def _check_writable(network: Prior | Decoder | None) -> None:
-    """Raises ``UserError`` if diffusers' classes cannot be told what this network is."""
-    if network is not None and network.config.prediction != "noise":
-        raise UserError(
-            f"a network that predicts the {network.config.prediction} has no place in diffusers' layout, "
-            "whose networks predict the noise; keep it in the native layout"
-        )
-    if isinstance(network, Decoder) and network.config.clip_embd is None:
-        raise UserError(
-            "a Stage B without text has no place in diffusers' layout; keep it in the native layout"
-        )
-
-
-def _write_prior_parts(
-    parts: PriorFolder,
-    folder: Path,
-    prefix: str,
-    layout: TensorLayout = TORCH,
-    dtype: torch.dtype | None = None,
-) -> None:
-    _write_network(parts.prior, "prior", folder / f"{prefix}prior", layout, dtype)
-    _write_text(parts, folder, prefix, layout, dtype)
-
-
-def _write_decoder_parts(
-    parts: DecoderFolder, folder: Path, layout: TensorLayout = TORCH, dtype: torch.dtype | None = None
-) -> None:
-    _write_network(parts.decoder, "decoder", folder / "decoder", layout, dtype)
-    _write_network(parts.vqgan, "vqgan", folder / "vqgan", layout, dtype)
-    _write_text(parts, folder, "", layout, dtype)
-
-
-def _write_readme(parts: DecoderFolder, folder: Path) -> None:
-    if parts.prior is not None:
-        text = f"---\npipeline_tag: text-to-image\nprior:\n- {parts.prior}\n---\n"
-        (folder / "README.md").write_text(text, encoding="utf-8")
-
-
-def _write_network(
-    network: Prior | Decoder | VQGAN | None,
-    part: str,
-    folder: Path,
-    layout: TensorLayout,
-    dtype: torch.dtype | None,
-) -> None:
-    if network is None:
-        raise UserError(f"the model has no {part}, which the pipeline's folder needs; load it whole")
-    folder.mkdir()
-    fields = {key: value for key, value in dataclasses.asdict(network.config).items() if key != "prediction"}
-    write_json(folder / "config.json", {"_class_name": _CLASSES[part][0], **fields})
-    weights = folder / f"{layout.network_stems[0]}.safetensors"
-    write_safetensors(layout.tensors(network), weights, {"format": layout.network_format}, dtype)
-
-
-def _write_text(
-    parts: PriorFolder | DecoderFolder,
-    folder: Path,
-    prefix: str,
-    layout: TensorLayout,
-    dtype: torch.dtype | None,
-) -> None:
-    if parts.text_encoder is None or parts.tokenizer is None:
-        raise UserError("the model has no text encoder, which the pipeline's folder needs; load it whole")
-    place, tensors = folder / f"{prefix}text_encoder", layout.tensors(parts.text_encoder)
-    write_clip(parts.text_encoder, place, tensors=tensors, written=layout.text_format, dtype=dtype)
-    write_clip_tokenizer(parts.tokenizer, folder / f"{prefix}tokenizer")
-    (folder / f"{prefix}scheduler").mkdir()
-    schedule = {"_class_name": _CLASSES["scheduler"][0], **dataclasses.asdict(parts.schedule)}
-    write_json(folder / f"{prefix}scheduler" / "scheduler_config.json", schedule)
-
-
-def _write_index(
-    folder: Path, name: str, parts: PriorFolder | DecoderFolder, layout: TensorLayout = TORCH
-) -> None:
-    index: dict[str, Any] = {"_class_name": name, f"_{layout.own_library}_version": layout.version}
-    text = layout.text_library
-    library = {"scheduler": layout.own_library, "text_encoder": text, "tokenizer": text}
-    for part in sorted(COMPONENTS[name]):
-        kind = part.removeprefix("prior_") if name == COMBINED_PIPELINE else part
-        index[part] = [library.get(kind, "wuerstchen"), _CLASSES[kind][0]]
-    write_json(folder / "model_index.json", index | {key: getattr(parts, key) for key in _NUMBERS[name]})

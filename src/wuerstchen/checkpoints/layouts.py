@@ -23,8 +23,9 @@ from wuerstchen.checkpoints.diffusers import (
     read_decoder_folder,
     read_prior_folder,
     read_prior_network,
-    write_model_folder,
 )
+from wuerstchen.checkpoints.diffusers_write import write_model_folder
+from wuerstchen.checkpoints.files import new_folder, open_safetensors, read_json
 from wuerstchen.checkpoints.foreign import check_not_cascade, is_called_cascade
 from wuerstchen.checkpoints.hub import local_folder
 from wuerstchen.checkpoints.native import (
@@ -39,7 +40,7 @@ from wuerstchen.checkpoints.native import (
 from wuerstchen.checkpoints.original import read_original, write_original
 from wuerstchen.checkpoints.paddle import PADDLE, is_paddle
 from wuerstchen.checkpoints.text_encoder import read_text_encoder
-from wuerstchen.checkpoints.weights import is_spare_variant, new_folder, open_safetensors, read_json
+from wuerstchen.checkpoints.variants import is_spare_variant
 from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE
 from wuerstchen.errors import CheckpointError, UserError
 from wuerstchen.models.cascade import PUBLISHED_V1, Cascade, CascadeSettings, MapStatistics

@@ -16,18 +16,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 import wuerstchen
-from wuerstchen.checkpoints.int8 import dequantize, quantize_rows
-from wuerstchen.checkpoints.text_encoder import copy_text_encoder, read_text_encoder, write_text_encoder
-from wuerstchen.checkpoints.weights import (
+from wuerstchen.checkpoints.files import (
     check_header,
     new_folder,
     open_safetensors,
     parse_json,
-    plain_names,
     read_json,
     write_json,
     write_safetensors,
 )
+from wuerstchen.checkpoints.int8 import dequantize, quantize_rows
+from wuerstchen.checkpoints.text_encoder import copy_text_encoder, read_text_encoder, write_text_encoder
+from wuerstchen.checkpoints.weights import plain_names
 from wuerstchen.errors import CheckpointError, shown
 from wuerstchen.models.cascade import Cascade, CascadeSettings, MapStatistics
 from wuerstchen.models.compressor import Compressor, CompressorConfig

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from wuerstchen.checkpoints.clip import PREFIX, fill_torch
 from wuerstchen.checkpoints.diffusers import TensorLayout
-from wuerstchen.checkpoints.weights import StoredTensors, read_json
+from wuerstchen.checkpoints.files import read_json
+from wuerstchen.checkpoints.weights import StoredTensors
 from wuerstchen.errors import CheckpointError
 
 _STATISTICS = {".running_mean": "._mean", ".running_var": "._variance"}

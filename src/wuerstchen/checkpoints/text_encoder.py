@@ -23,8 +23,8 @@ from wuerstchen.checkpoints.clip import (
     write_clip,
     write_clip_tokenizer,
 )
+from wuerstchen.checkpoints.files import MAX_DESCRIPTION, check_header, read_json
 from wuerstchen.checkpoints.int8 import dequantize
-from wuerstchen.checkpoints.weights import MAX_DESCRIPTION, check_header, read_json
 from wuerstchen.errors import CheckpointError, UserError, docstrings_needed, shown
 from wuerstchen.models.text import TextEncoder
 

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from wuerstchen.checkpoints.weights import write_json
+from wuerstchen.checkpoints.files import write_json
 from wuerstchen.data.files import read_file
 from wuerstchen.data.filters import Tally
 from wuerstchen.data.items import Reader

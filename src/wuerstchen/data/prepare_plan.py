@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from tqdm import tqdm
 
-from wuerstchen.checkpoints.weights import write_json
+from wuerstchen.checkpoints.files import write_json
 from wuerstchen.data.buckets import Crop, bucket_sizes
 from wuerstchen.data.filters import SCORES, Filters, Tally, size_in
 from wuerstchen.data.items import Reader

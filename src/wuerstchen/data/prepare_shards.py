@@ -20,7 +20,7 @@ from jaxtyping import Float16, UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from wuerstchen.checkpoints.weights import write_json
+from wuerstchen.checkpoints.files import write_json
 from wuerstchen.data.buckets import bucket_of, crop_boxes
 from wuerstchen.data.filters import Tally
 from wuerstchen.data.items import NotDownloaded, Reader

@@ -23,12 +23,14 @@ from wuerstchen.checkpoints.diffusers import (
     read_decoder_folder,
     read_prior_folder,
     read_prior_network,
+)
+from wuerstchen.checkpoints.diffusers_write import (
     write_combined_folder,
     write_decoder_folder,
     write_prior_folder,
 )
 from wuerstchen.checkpoints.hub import HUB_NAME, local_folder
-from wuerstchen.checkpoints.weights import has_variant
+from wuerstchen.checkpoints.variants import has_variant
 from wuerstchen.diffusers.base import DiffusionPipeline, plain
 from wuerstchen.diffusers.combined import WuerstchenCombinedPipeline
 from wuerstchen.diffusers.decoder import WuerstchenDecoderPipeline

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from wuerstchen.checkpoints.weights import write_json
+from wuerstchen.checkpoints.files import write_json
 from wuerstchen.data.emoji import write_whole
 from wuerstchen.errors import UserError
 from wuerstchen.evaluate.lists import ListName, Split

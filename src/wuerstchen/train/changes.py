@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from wuerstchen.checkpoints.weights import write_json
+from wuerstchen.checkpoints.files import write_json
 from wuerstchen.errors import RunFolderError, UserError
 from wuerstchen.train.config import FREE_FIELDS, Recipe, as_dict, differing_fields, phases_of
 from wuerstchen.train.engine.checkpoint import newest

@@ -23,8 +23,8 @@ from torch import nn
 
 from wuerstchen.checkpoints.average import weighted_average
 from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
+from wuerstchen.checkpoints.files import write_json
 from wuerstchen.checkpoints.native import Provenance, write_parts
-from wuerstchen.checkpoints.weights import write_json
 from wuerstchen.data.emoji import CENTRED, EmojiSource, sample_root
 from wuerstchen.data.folder import FolderSource
 from wuerstchen.data.plan import stable_hash

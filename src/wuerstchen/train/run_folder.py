@@ -10,8 +10,8 @@ from typing import Any
 
 from filelock import Timeout
 
+from wuerstchen.checkpoints.files import write_json
 from wuerstchen.checkpoints.native import FORMAT, migrate
-from wuerstchen.checkpoints.weights import write_json
 from wuerstchen.data.locks import acquired
 from wuerstchen.errors import RunFolderError, UserError
 from wuerstchen.train.changes import Plan, check_same, record

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from wuerstchen.checkpoints import weights
+from wuerstchen.checkpoints import files
 from wuerstchen.errors import CheckpointError
 from wuerstchen.train.config import Optimization
 from wuerstchen.train.engine import checkpoint as snapshot
@@ -197,7 +197,7 @@ def test_an_error_without_a_text_is_named_by_its_type(error, words, tmp_path):
 def test_an_absurd_header_is_not_read(tmp_path, monkeypatch):
     save(make_state(), tmp_path, {})
     found = newest(tmp_path)
-    monkeypatch.setattr(weights, "MAX_HEADER", 100)
+    monkeypatch.setattr(files, "MAX_HEADER", 100)
     with pytest.raises(CheckpointError, match=r"is not a whole safetensors file \(its header has"):
         restore(make_state(), *found)
 

@@ -33,8 +33,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from wuerstchen.checkpoints.files import check_header, write_json
 from wuerstchen.checkpoints.native import FORMAT, migrate, write_tensors
-from wuerstchen.checkpoints.weights import check_header, write_json
 from wuerstchen.errors import CheckpointError, UserNotice
 from wuerstchen.train.engine.distributed import Processes, first_row, local_part
 from wuerstchen.train.engine.optim import load_optimizer_tensors, optimizer_tensors

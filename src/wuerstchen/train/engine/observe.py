@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from wuerstchen.checkpoints.weights import write_json
+from wuerstchen.checkpoints.files import write_json
 from wuerstchen.errors import UserError, UserNotice, is_out_of_memory
 from wuerstchen.images import grid, save_png
 from wuerstchen.train.engine.checkpoint import BEST, TrainingState, best_of
