@@ -18,7 +18,7 @@ from torch.distributed.run import get_args_parser
 from wuerstchen import doctor
 from wuerstchen.checkpoints.hub import BUNDLED, is_bundled, local_folder
 from wuerstchen.cli import main
-from wuerstchen.images import MADE_BY_A_MODEL, read_settings
+from wuerstchen.image_files import MADE_BY_A_MODEL, read_settings
 from wuerstchen.pipeline import Wuerstchen
 
 

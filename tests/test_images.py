@@ -16,18 +16,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from wuerstchen import images
 from wuerstchen.errors import DataError, UserError
-from wuerstchen.images import (
-    center_crop_resize,
-    grid,
-    open_image,
-    read_settings,
-    resize_crop,
-    save_new_png,
-    save_png,
-    to_images,
-    to_rgb,
-    to_tensor,
-)
+from wuerstchen.image_files import read_settings, save_new_png, save_png
+from wuerstchen.images import center_crop_resize, grid, open_image, resize_crop, to_images, to_rgb, to_tensor
 
 
 def _photo(width: int = 48, height: int = 32) -> Image.Image:
@@ -434,7 +424,7 @@ def test_processes_that_save_at_once_replace_nothing_of_each_other(tmp_path: Pat
 import sys
 from pathlib import Path
 from PIL import Image
-from wuerstchen.images import save_new_png
+from wuerstchen.image_files import save_new_png
 sys.stdin.readline()
 for number in range(15):
     save_new_png(Image.new("RGB", (8, 8)), Path(sys.argv[1]), "a", {"by": sys.argv[2], "number": number})

@@ -15,6 +15,7 @@ ORDER = [
     {"colour_profiles"},
     {"png_text"},
     {"images"},
+    {"image_files"},
     {"diffusion"},
     {"models"},
     {"checkpoints"},

@@ -14,7 +14,8 @@ from PIL import Image, PngImagePlugin
 
 from wuerstchen.colour_profiles import MAX_PROFILE
 from wuerstchen.errors import DataError, UserNotice
-from wuerstchen.images import decode_image, open_image, read_settings, save_png
+from wuerstchen.image_files import read_settings, save_png
+from wuerstchen.images import decode_image, open_image
 from wuerstchen.png_text import open_any
 from wuerstchen.serve.decoding import Upload, read_upload
 

@@ -16,7 +16,7 @@ import wuerstchen
 from wuerstchen.checkpoints.hub import BUNDLED, local_folder
 from wuerstchen.checkpoints.layouts import Sources, layout_of, weight_files
 from wuerstchen.errors import UserError
-from wuerstchen.images import save_new_png
+from wuerstchen.image_files import save_new_png
 from wuerstchen.pipeline import (
     LowMemory,
     Precision,

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
-import secrets
 import stat
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import ExifTags, Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
 
 from wuerstchen.colour_profiles import differs_from_srgb, profile_of, to_srgb
 from wuerstchen.errors import DataError, UserError, UserNotice
@@ -43,16 +40,6 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-_SETTINGS_KEY = "wuerstchen"
-MADE_BY_A_MODEL = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
-"""IPTC's word for it, DigitalSourceType."""
-_XMP = (
-    '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF '
-    'xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
-    'xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" '
-    f'Iptc4xmpExt:DigitalSourceType="{MADE_BY_A_MODEL}"/></rdf:RDF></x:xmpmeta><?xpacket end="r"?>'
-)
-
 
 def open_image(path: Path | str) -> Image.Image:
     """Decode the picture in ``path``: sRGB, 8 bits, upright, on white where it was transparent.
@@ -62,19 +49,19 @@ def open_image(path: Path | str) -> Image.Image:
     (told from the header, before anything is decoded), and for EPS, whose decoder is a program run on the
     file.
     """
-    _check_file(path)
+    check_file(path)
     return _decoded(path, path)
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
     """The same for the bytes of a picture file; messages call it ``name``."""
     if not data:
-        raise _bad_image(name, "it is empty", "fetch it again or leave it out")
+        raise bad_image(name, "it is empty", "fetch it again or leave it out")
     return _decoded(io.BytesIO(data), name)
 
 
 def _decoded(file: Path | str | io.BytesIO, name: Path | str) -> Image.Image:
-    with _pillow_errors(name):
+    with pillow_errors(name):
         try:
             loaded = _loaded(open_any(file), name)
         except ValueError as error:
@@ -92,7 +79,7 @@ def _loaded(opened: Image.Image, name: Path | str) -> Image.Image:
         if image.width * image.height > MAX_PIXELS:
             raise Image.DecompressionBombError
         if image.format == "EPS":
-            raise _bad_image(name, "EPS is a program to run and no picture", "save it as PNG or JPEG")
+            raise bad_image(name, "EPS is a program to run and no picture", "save it as PNG or JPEG")
         image.load()
         return _turned_upright(image)
 
@@ -101,8 +88,8 @@ def is_converted(path: Path | str) -> bool:
     """Whether the colours of the picture in ``path`` change because its profile is applied, told from the
     file's header. What cannot be read has no profile."""
     try:
-        _check_file(path)  # a FIFO would be waited on
-        with _pillow_errors(path), open_any(path) as image:
+        check_file(path)  # a FIFO would be waited on
+        with pillow_errors(path), open_any(path) as image:
             profile = profile_of(image)
             return profile is not None and differs_from_srgb(profile)
     except DataError:
@@ -269,139 +256,23 @@ def grid(
     return canvas
 
 
-def check_writable(folder: Path | str) -> None:
-    """Make ``folder`` if it is missing, and raise ``UserError`` now if no file can be written into it."""
-    folder = Path(folder)
-    probe = folder / f".{secrets.token_hex(4)}.tmp"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"folder {str(folder)!r} is wrong because it cannot be written ({error.strerror or error});"
-            " choose one that you may write to"
-        ) from error
-
-
-def save_png(
-    image: Image.Image, path: Path | str, settings: Mapping[str, Any], *, drawn_by_a_model: bool = False
-) -> None:
-    """Write ``image`` as PNG with ``settings`` (whatever JSON can hold) in its text chunks.
-
-    Each setting is a chunk under its own name, for people and other programs to read; all together, with
-    their types, are JSON in the chunk "wuerstchen", for ``read_settings``. With ``drawn_by_a_model`` the file
-    says so too: in the chunks Software and Source, and in XMP by IPTC's DigitalSourceType. The file appears
-    under its name only when it is whole, and replaces one that is there. Raises ``UserError`` if it cannot be
-    written.
-    """
-    path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise UserError(f"path {str(path)!r} is wrong because a PNG is written; end the name in .png")
-    with _written(image, path, settings, drawn_by_a_model) as temporary:
-        os.replace(temporary, path)
-
-
-def save_new_png(
-    image: Image.Image,
-    folder: Path,
-    stem: str,
-    settings: Mapping[str, Any],
-    *,
-    drawn_by_a_model: bool = False,
-) -> Path:
-    """``save_png`` under a free name: ``stem.png`` in ``folder``, else ``stem-2.png`` and so on.
-
-    No file that is there is replaced, even if several processes write into the folder at once. Returns the
-    path.
-    """
-    path, number = folder / f"{stem}.png", 1
-    with _written(image, path, settings, drawn_by_a_model) as temporary:
-        while not _placed(temporary, path):
-            number += 1
-            path = folder / f"{stem}-{number}.png"
-    return path
-
-
-def _placed(temporary: Path, path: Path) -> bool:
-    """Gives a whole file its name, unless that is taken."""
-    try:
-        os.link(temporary, path)
-        return True
-    except FileExistsError:
-        return False
-    except OSError:  # no hard links here: the name is taken by an empty file first
-        try:
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        except FileExistsError:
-            return False
-        os.replace(temporary, path)
-        return True
-
-
-@contextlib.contextmanager
-def _written(
-    image: Image.Image, path: Path, settings: Mapping[str, Any], drawn_by_a_model: bool
-) -> Iterator[Path]:
-    """The image in a temporary file beside ``path``, which is gone afterwards."""
-    chunks = PngInfo()
-    for key, value in settings.items():
-        assert key != _SETTINGS_KEY
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        chunks.add_text(key, text.encode("utf-8", "replace").decode())
-    chunks.add_text(_SETTINGS_KEY, json.dumps(dict(settings), allow_nan=False))
-    if drawn_by_a_model:
-        chunks.add_text("Software", "wuerstchen")
-        chunks.add_text("Source", "drawn by a generative model")
-        chunks.add_itxt("XML:com.adobe.xmp", _XMP)
-    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            image.save(file, "PNG", pnginfo=chunks)
-        yield temporary
-    except OSError as error:
-        raise UserError(
-            f"path {str(path)!r} is wrong because it cannot be written ({error.strerror or error});"
-            " choose a file in a folder that exists and that you may write to"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def read_settings(path: Path | str) -> dict[str, Any]:
-    """The settings that ``save_png`` wrote. Raises ``DataError`` if ``path`` is no PNG or holds none."""
-    _check_file(path)
-    with _pillow_errors(path), open_any(path, ["PNG"]) as image:
-        text = image.info.get(_SETTINGS_KEY)
-    if text is None:
-        raise _bad_image(path, "it holds no settings", "give a PNG that wuerstchen saved")
-    try:
-        settings = json.loads(text)
-    except ValueError as error:
-        raise _bad_image(path, "its settings are not JSON", "give a PNG as wuerstchen saved it") from error
-    if not isinstance(settings, dict):
-        raise _bad_image(path, "its settings are not an object", "give a PNG as wuerstchen saved it")
-    return settings
-
-
-def _check_file(path: Path | str) -> None:
+def check_file(path: Path | str) -> None:
     """Raises ``DataError`` unless ``path`` is a file that is not empty."""
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise _bad_image(path, f"it cannot be read ({reason})", "give the path of an image") from error
+        raise bad_image(path, f"it cannot be read ({reason})", "give the path of an image") from error
     if stat.S_ISDIR(status.st_mode):
-        raise _bad_image(path, "it is a folder", "give the path of one image")
+        raise bad_image(path, "it is a folder", "give the path of one image")
     if not stat.S_ISREG(status.st_mode):
-        raise _bad_image(path, "it is not a regular file", "give the path of an image")
+        raise bad_image(path, "it is not a regular file", "give the path of an image")
     if status.st_size == 0:
-        raise _bad_image(path, "it is empty", "fetch it again or leave it out")
+        raise bad_image(path, "it is empty", "fetch it again or leave it out")
 
 
 @contextlib.contextmanager
-def _pillow_errors(path: Path | str) -> Iterator[None]:
+def pillow_errors(path: Path | str) -> Iterator[None]:
     """Turns all that Pillow raises into ``DataError``."""
     try:
         with warnings.catch_warnings():
@@ -412,19 +283,19 @@ def _pillow_errors(path: Path | str) -> Iterator[None]:
         raise
     except Image.DecompressionBombError as error:
         limit = MAX_PIXELS // 1_000_000
-        raise _bad_image(path, f"it has over {limit} megapixels", "shrink it or leave it out") from error
+        raise bad_image(path, f"it has over {limit} megapixels", "shrink it or leave it out") from error
     except Image.UnidentifiedImageError as error:
-        raise _bad_image(path, "it is no image in a known format", "save it as PNG or JPEG") from error
+        raise bad_image(path, "it is no image in a known format", "save it as PNG or JPEG") from error
     except PermissionError as error:
-        raise _bad_image(path, "you may not read it", "change its permissions") from error
+        raise bad_image(path, "you may not read it", "change its permissions") from error
     except Exception as error:  # damaged files make the decoders fail in ways of every kind
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise _bad_image(
+        raise bad_image(
             path, f"it is damaged or cut off ({reason})", "fetch it again or leave it out"
         ) from error
 
 
-def _bad_image(path: Path | str, rule: str, fix: str) -> DataError:
+def bad_image(path: Path | str, rule: str, fix: str) -> DataError:
     return DataError(f"image {str(path)!r} is wrong because {rule}; {fix}")
 
 

@@ -9,7 +9,7 @@ import openai
 import pytest
 from PIL import Image
 
-from wuerstchen.images import read_settings
+from wuerstchen.image_files import read_settings
 
 TOKEN = "a-token-of-some-length"
 

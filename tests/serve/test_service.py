@@ -8,7 +8,7 @@ import time
 
 from PIL import Image
 
-from wuerstchen.images import read_settings
+from wuerstchen.image_files import read_settings
 from wuerstchen.serve import service as service_module
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from wuerstchen.errors import UserError
-from wuerstchen.images import MADE_BY_A_MODEL, read_settings
+from wuerstchen.image_files import MADE_BY_A_MODEL, read_settings
 from wuerstchen.serve.limits import ServeConfig
 from wuerstchen.serve.results import Results
 

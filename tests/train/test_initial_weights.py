@@ -21,7 +21,7 @@ from wuerstchen.checkpoints.native import (
 )
 from wuerstchen.checkpoints.original import write_original
 from wuerstchen.errors import CheckpointError, RunFolderError, UserError
-from wuerstchen.images import read_settings
+from wuerstchen.image_files import read_settings
 from wuerstchen.models.cascade import PUBLISHED_MAP
 from wuerstchen.models.compressor import Compressor, CompressorConfig
 from wuerstchen.models.decoder import Decoder, DecoderConfig

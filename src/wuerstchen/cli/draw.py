@@ -243,7 +243,7 @@ def _check_out(out: Path, read: Path | None) -> bool:
 
     Raises ``UserError`` where it names the image that is ``read``.
     """
-    from wuerstchen.images import check_writable
+    from wuerstchen.image_files import check_writable
 
     suffix = out.suffix.lower()
     if suffix in {".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp"}:
@@ -285,7 +285,7 @@ def _save(
     image: "Image", out: Path, stem: str, settings: dict[str, Any], *, drawn_by_a_model: bool = False
 ) -> Path:
     """Writes to ``out`` if that is a file, or into it under a free name. Returns the path."""
-    from wuerstchen.images import save_new_png, save_png
+    from wuerstchen.image_files import save_new_png, save_png
 
     if out.suffix.lower() != ".png":
         return save_new_png(image, out, stem, settings, drawn_by_a_model=drawn_by_a_model)

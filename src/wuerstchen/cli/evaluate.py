@@ -60,7 +60,7 @@ def _lists(text: str) -> tuple[str, ...]:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from wuerstchen.images import check_writable
+    from wuerstchen.image_files import check_writable
 
     if options.targets and options.limit is not None:
         raise UserError(

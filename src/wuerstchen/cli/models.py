@@ -78,7 +78,7 @@ def _average(options: argparse.Namespace) -> int:
 
 def _doctor(options: argparse.Namespace) -> int:
     from wuerstchen.doctor import examine
-    from wuerstchen.images import check_writable
+    from wuerstchen.image_files import check_writable
 
     check_writable(options.out)
     for line in examine(

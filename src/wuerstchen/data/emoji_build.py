@@ -30,7 +30,7 @@ from wuerstchen.data.emoji import (
     write_whole,
 )
 from wuerstchen.errors import DataError, UserError
-from wuerstchen.images import check_writable
+from wuerstchen.image_files import check_writable
 from wuerstchen.progress_bar import bar
 
 _PACKAGES = {

@@ -13,7 +13,7 @@ from wuerstchen.evaluate.lists import ListName, Split
 from wuerstchen.evaluate.metrics import MIN_OBJECT, OBJECT_DISTANCE, Score
 from wuerstchen.evaluate.report import PhotoResult, Report, Target, number_text, to_json
 from wuerstchen.evaluate.scoring import COLUMNS, FEATURES, ROWS, SHOWN, Column, ListResult, Row
-from wuerstchen.images import check_writable
+from wuerstchen.image_files import check_writable
 
 _LIST_TITLES: dict[ListName, str] = {
     "a": "List (a): held-out style × subject pairs, plain on white",

@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from wuerstchen.images import check_writable, save_png
+from wuerstchen.image_files import check_writable, save_png
 from wuerstchen.serve.signing import Signer
 
 NAME = re.compile(r"[a-z0-9]{4,16}-[0-9a-f]{32}\.png")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wuerstchen.errors import UserError
-from wuerstchen.images import MADE_BY_A_MODEL
+from wuerstchen.image_files import MADE_BY_A_MODEL
 
 MANIFEST = {
     "claim_generator_info": [{"name": "wuerstchen"}],

@@ -20,7 +20,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 import wuerstchen
-from wuerstchen.images import save_png
+from wuerstchen.image_files import save_png
 
 FOLDER = Path(wuerstchen.__file__).parent / "serve" / "page"
 CONTROLS = {

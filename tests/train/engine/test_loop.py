@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from wuerstchen.errors import CheckpointError, UserError
-from wuerstchen.images import read_settings
+from wuerstchen.image_files import read_settings
 from wuerstchen.train.engine import checkpoint as snapshot
 from wuerstchen.train.engine import loop
 from wuerstchen.train.engine.checkpoint import newest, read_averages

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from wuerstchen.errors import RunFolderError, UserError
-from wuerstchen.images import save_png
+from wuerstchen.image_files import save_png
 from wuerstchen.train.report.cost import Tariff, make_tariff
 from wuerstchen.train.report.curves import Line, chart, log_ticks, short, smoothed, ticks
 from wuerstchen.train.report.page import read_stages, write_report

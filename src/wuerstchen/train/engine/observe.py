@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from wuerstchen.checkpoints.files import write_json
 from wuerstchen.errors import UserError, UserNotice, is_out_of_memory
-from wuerstchen.images import grid, save_png
+from wuerstchen.image_files import save_png
+from wuerstchen.images import grid
 from wuerstchen.train.engine.checkpoint import BEST, TrainingState, best_of
 from wuerstchen.train.engine.distributed import Processes, gather
 from wuerstchen.train.engine.validation import Validation

@@ -16,7 +16,7 @@ from typing import Any
 
 from wuerstchen.data.emoji import write_whole
 from wuerstchen.errors import RunFolderError
-from wuerstchen.images import check_writable
+from wuerstchen.image_files import check_writable
 from wuerstchen.train.report import curves
 from wuerstchen.train.report.announce import total
 from wuerstchen.train.report.cost import (

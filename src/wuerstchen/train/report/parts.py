@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from wuerstchen.errors import UserError
-from wuerstchen.images import read_settings
+from wuerstchen.image_files import read_settings
 
 _PREVIEWS = 6  # of a stage, at most
 _PREVIEW_SIDE = 900  # pixels, at most
