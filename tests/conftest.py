@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from wuerstchen.checkpoints import backbones
 from wuerstchen.checkpoints.native import Provenance, write_cascade
 from wuerstchen.checkpoints.text_encoder import read_text_encoder
 from wuerstchen.models.cascade import PUBLISHED_V1, Cascade, CascadeSettings, MapStatistics
@@ -58,6 +59,23 @@ def randomise():
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def packaged_backbones_are_read_once():
+    """Many tests start from Lite0, whose old format takes time to check."""
+    read, found = backbones.read_tensors_of, {}
+
+    def remembered(path: Path) -> dict[str, torch.Tensor]:
+        if path.name not in (backbones.LITE0_FILE, backbones.LITE1_FILE):
+            return read(path)
+        if path not in found:
+            found[path] = read(path)
+        return dict(found[path])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backbones, "read_tensors_of", remembered)
+        yield
 
 
 @pytest.fixture

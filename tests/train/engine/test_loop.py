@@ -164,7 +164,7 @@ def test_bf16_trains_and_resumes_exactly(tmp_path, toy_stage, toy_source, settin
 
 GROUP_STOP = """
 import os, signal, sys
-sys.path.insert(0, {folder!r})
+sys.path[:0] = {folders!r}
 from conftest import ToySource, ToyStage
 from test_loop import run
 from wuerstchen.train.engine.loop import Interrupted, Settings
@@ -183,7 +183,7 @@ except Interrupted as stopped:
 
 def test_a_signal_to_the_whole_group_leaves_a_checkpoint_too(tmp_path):
     """As a scheduler or a terminal sends it: the processes that load pictures must not die of it first."""
-    code = GROUP_STOP.format(folder=str(Path(__file__).parent), run=str(tmp_path / "run"))
+    code = GROUP_STOP.format(folders=[str(p) for p in Path(__file__).parents[:2]], run=str(tmp_path / "run"))
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, start_new_session=True
     )

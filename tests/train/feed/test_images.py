@@ -112,7 +112,7 @@ except UserError as error:
 
 def said_with_shared_memory(mount: str) -> str:
     """What a run in a container with little shared memory says."""
-    code = SMALL.format(folder=str(Path(__file__).parent))
+    code = SMALL.format(folder=str(Path(__file__).parents[1]))
     command = ["unshare", "-m", "sh", "-c", f'{mount} && exec "$0" -c "$1"', sys.executable, code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert not done.stderr, done.stderr
