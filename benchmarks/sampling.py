@@ -44,6 +44,7 @@ import torch
 from floor import measure_floor
 from measuring import free, matrix_rate, synchronise
 from random_model import PROMPT, diffusers_draw, diffusers_pipeline, random_v2
+from sdxl import drawn_by_sdxl, sdxl_networks
 
 from wuerstchen.errors import UserError
 from wuerstchen.models.cascade import Cascade
@@ -89,95 +90,6 @@ def drawn_by_diffusers(cascade: Cascade, case: Case, compiled: dict[str, Any] | 
         vqgan = pipe.decoder_pipe.vqgan
         vqgan.decode = torch.compile(vqgan.decode, **compiled)
     return lambda seed, on_step=None: diffusers_draw(pipe, seed, case.size, case.batch, on_step)
-
-
-def sdxl_networks(device: torch.device, dtype: torch.dtype, tiny: bool) -> tuple[Any, Any]:
-    """UNet and VAE of SDXL-base-1.0 with random weights: 2,567,463,684 and 83,653,863 parameters."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-
-    unet: dict[str, Any] = {
-        "sample_size": 128,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "block_out_channels": (320, 640, 1280),
-        "transformer_layers_per_block": [1, 2, 10],
-        "attention_head_dim": [5, 10, 20],
-        "cross_attention_dim": 2048,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-        "use_linear_projection": True,
-    }
-    vae: dict[str, Any] = {
-        "block_out_channels": (128, 256, 512, 512),
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "layers_per_block": 2,
-        "latent_channels": 4,
-        "sample_size": 1024,
-        "scaling_factor": 0.13025,
-        "force_upcast": False,  # as in the variant made for half precision, which is the faster one
-    }
-    if tiny:
-        unet |= {
-            "block_out_channels": (8, 16, 16),
-            "transformer_layers_per_block": [1, 1, 1],
-            "attention_head_dim": [2, 2, 2],
-            "cross_attention_dim": 16,
-            "addition_time_embed_dim": 8,
-            "projection_class_embeddings_input_dim": 64,
-            "norm_num_groups": 4,
-        }
-        vae |= {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4}
-    torch.manual_seed(0)
-    with device:
-        networks = UNet2DConditionModel(**unet), AutoencoderKL(**vae)
-    for network in networks:
-        network.to(dtype).eval().requires_grad_(False)
-    return networks
-
-
-def drawn_by_sdxl(networks: tuple[Any, Any], case: Case, compiled: dict[str, Any] | None) -> Draw:
-    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
-
-    unet, vae = networks
-    scheduler = EulerDiscreteScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        steps_offset=1,
-        timestep_spacing="leading",
-    )
-    pipe = StableDiffusionXLPipeline(vae, None, None, None, None, unet, scheduler, add_watermarker=False)
-    pipe.set_progress_bar_config(disable=True)
-    pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-    draw = torch.Generator().manual_seed(0)
-    shapes = {"prompt_embeds": (1, 77, unet.config.cross_attention_dim), "pooled_prompt_embeds": (1, pooled)}
-    texts = {
-        prefix + name: torch.randn(shape, generator=draw).to(unet.device, unet.dtype)
-        for name, shape in shapes.items()
-        for prefix in ("", "negative_")
-    }
-    if compiled is not None:
-        unet.to(memory_format=torch.channels_last)
-        vae.to(memory_format=torch.channels_last)
-        unet.compile(**compiled)
-        vae.decode = torch.compile(vae.decode, **compiled)
-
-    def one(seed: int, on_step: Callable[[str], None] | None = None) -> object:
-        listens = {} if on_step is None else {"callback_on_step_end": lambda *_: on_step("UNet") or {}}
-        return pipe(
-            **texts,
-            **listens,
-            width=case.size[0],
-            height=case.size[1],
-            num_inference_steps=50,
-            guidance_scale=5.0,
-            num_images_per_prompt=case.batch,
-            generator=torch.Generator(unet.device).manual_seed(seed),
-        ).images
-
-    return one
 
 
 def measure(make: Callable[[], Draw], device: torch.device, options: argparse.Namespace) -> dict | None:
@@ -375,6 +287,105 @@ def arguments() -> argparse.Namespace:
     return options
 
 
+class Findings:
+    """What has been measured. It is in the file after each row, even if the rest takes too long."""
+
+    def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
+        self.options, self.device = options, device
+        self.rows: dict[str, Any] = {}
+        self.floors: dict[str, Any] = {}
+        self.profiles: dict[str, Any] = {}
+        self.rates: dict[str, float] = {}
+        self.failed: list[str] = []
+        self.cases: list[Case] = []
+        gpu = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+        versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
+        self.machine = {"gpu": gpu, **versions}
+        print(f"{gpu}, {versions}", flush=True)
+
+    def keep(self) -> dict[str, Any]:
+        found = {
+            **self.machine,
+            "matrix_rate": self.rates,
+            "rows": self.rows,
+            "ratios": ratios(self.rows, self.floors, self.cases),
+            "floors": self.floors,
+            "profiles": self.profiles,
+            "failed": self.failed,
+        }
+        if self.options.json is not None:
+            self.options.json.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        return found
+
+    @contextlib.contextmanager
+    def surviving(self, name: str) -> Iterator[None]:
+        """What fails is named, and the rest goes on."""
+        try:
+            yield
+        except Exception:
+            traceback.print_exc()
+            print(f"{name:<66} failed", flush=True)
+            self.failed.append(name)
+
+    def row(self, who: str, case: Case, make: Callable[[], Draw]) -> None:
+        name = f"{who}, {case}"
+        with self.surviving(name):
+            found = measure(make, self.device, self.options)
+            if found is None:
+                print(f"{name:<66} does not fit", flush=True)
+                return
+            self.rows[name] = found
+            print_row(name, case, found)
+            self.keep()
+        if who.endswith("compiled"):
+            torch._dynamo.reset()  # releases its graphs and their memory
+
+
+def measure_wuerstchen(
+    findings: Findings, cascade: Cascade, dtype: str, cases: list[Case], compiled: dict[str, Any]
+) -> None:
+    """All parts that draw with Würstchen, in one precision."""
+    options, device = findings.options, findings.device
+    torch_dtype = getattr(torch, dtype)
+    for network in cascade.networks().values():
+        network.to(torch_dtype)
+    for case in cases:
+        if "ours" in options.parts:
+            findings.row("wuerstchen", case, lambda c=case: drawn_by_us(Wuerstchen(cascade, device), c))
+        if "diffusers" in options.parts:
+            findings.row("diffusers", case, lambda c=case: drawn_by_diffusers(cascade, c, None))
+        if "floor" in options.parts:
+            with findings.surviving(f"floor, {case}"):
+                floor = measure_floor(cascade, device, torch_dtype, case.batch, case.size)
+                findings.floors[str(case)] = floor
+                print_floor(case, floor)
+    if "sizes" in options.parts:
+        model = Wuerstchen(cascade, device)
+        small = [Case(dtype, batch, options.sizes[0]) for batch in options.batches]
+        for case in (*small, *(Case(dtype, 1, size) for size in options.sizes[1:])):
+            findings.row("wuerstchen, one process", case, lambda c=case, m=model: drawn_by_us(m, c))
+        model = None
+    if "profile" in options.parts:
+        print(f"profile, {cases[0]}", flush=True)
+        with findings.surviving(f"profile, {cases[0]}"):
+            draw = drawn_by_us(Wuerstchen(cascade, device), cases[0])
+            findings.profiles[str(cases[0])] = profile(draw, device, options.warm)
+        draw = None
+    if "compiled" in options.parts:
+        for case in cases:
+            findings.row("diffusers, compiled", case, lambda c=case: drawn_by_diffusers(cascade, c, compiled))
+
+
+def measure_sdxl(findings: Findings, compiled: dict[str, Any]) -> None:
+    options = findings.options
+    for part, name, how in (("sdxl", "SDXL", None), ("sdxl-compiled", "SDXL, compiled", compiled)):
+        for case in findings.cases if part in options.parts else []:
+            networks = sdxl_networks(findings.device, getattr(torch, case.dtype), options.tiny)
+            findings.row(name, case, lambda c=case, n=networks, h=how: drawn_by_sdxl(n, c.size, c.batch, h))
+            networks = None
+            free()
+
+
 def main() -> None:
     options = arguments()
     if not options.keep_caches:
@@ -385,100 +396,26 @@ def main() -> None:
     device = torch.device("cuda" if on_gpu else "cpu")
     compiled: dict[str, Any] = {"fullgraph": True}
     compiled |= {"mode": "reduce-overhead"} if on_gpu else {"backend": "eager"}
-    gpu = torch.cuda.get_device_name() if on_gpu else "cpu"
-    versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
-    print(f"{gpu}, {versions}", flush=True)
-
-    rows: dict[str, Any] = {}
-    floors: dict[str, Any] = {}
-    profiles: dict[str, Any] = {}
-    rates: dict[str, float] = {}
-    failed: list[str] = []
-    cases = []
-
-    def keep() -> dict[str, Any]:
-        """All that has been found so far, which is in the file even if the rest takes too long."""
-        compared = ratios(rows, floors, cases)
-        found = {"rows": rows, "ratios": compared, "floors": floors, "profiles": profiles, "failed": failed}
-        found = {"gpu": gpu, **versions, "matrix_rate": rates, **found}
-        if options.json is not None:
-            options.json.write_text(json.dumps(found) + "\n", encoding="utf-8")
-        return found
-
-    @contextlib.contextmanager
-    def surviving(name: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception:
-            traceback.print_exc()
-            print(f"{name:<66} failed", flush=True)
-            failed.append(name)
-
-    def row(who: str, case: Case, make: Callable[[], Draw]) -> None:
-        name = f"{who}, {case}"
-        with surviving(name):
-            found = measure(make, device, options)
-            if found is None:
-                print(f"{name:<66} does not fit", flush=True)
-                return
-            rows[name] = found
-            print_row(name, case, found)
-            keep()
-        if who.endswith("compiled"):
-            torch._dynamo.reset()  # releases its graphs and their memory
-
+    findings = Findings(options, device)
     cascade: Cascade | None = None
     if set(options.parts) - {"sdxl", "sdxl-compiled"}:
         cascade = random_v2(device, tiny=options.tiny)
     side = 128 if options.tiny else 8192
     for dtype in options.dtypes:
-        torch_dtype = getattr(torch, dtype)
-        rates[dtype] = matrix_rate(device, torch_dtype, side)
-        print(f"matrix product of {side}³ in {dtype}: {rates[dtype] / 1e12:.0f} TFLOP/s", flush=True)
-        here = [Case(dtype, b, s) for s in options.peer_sizes for b in options.peer_batches]
-        cases += here
-        if cascade is None:
-            continue
-        for network in cascade.networks().values():
-            network.to(torch_dtype)
-        for case in here:
-            if "ours" in options.parts:
-                row("wuerstchen", case, lambda c=case: drawn_by_us(Wuerstchen(cascade, device), c))
-            if "diffusers" in options.parts:
-                row("diffusers", case, lambda c=case: drawn_by_diffusers(cascade, c, None))
-            if "floor" in options.parts:
-                with surviving(f"floor, {case}"):
-                    floors[str(case)] = measure_floor(cascade, device, torch_dtype, case.batch, case.size)
-                    print_floor(case, floors[str(case)])
-        if "sizes" in options.parts:
-            model = Wuerstchen(cascade, device)
-            small = [Case(dtype, batch, options.sizes[0]) for batch in options.batches]
-            for case in (*small, *(Case(dtype, 1, size) for size in options.sizes[1:])):
-                row("wuerstchen, one process", case, lambda c=case, m=model: drawn_by_us(m, c))
-            model = None
-        if "profile" in options.parts:
-            print(f"profile, {here[0]}", flush=True)
-            with surviving(f"profile, {here[0]}"):
-                draw = drawn_by_us(Wuerstchen(cascade, device), here[0])
-                profiles[str(here[0])] = profile(draw, device, options.warm)
-            draw = None
-        if "compiled" in options.parts:
-            for case in here:
-                row("diffusers, compiled", case, lambda c=case: drawn_by_diffusers(cascade, c, compiled))
+        rate = findings.rates[dtype] = matrix_rate(device, getattr(torch, dtype), side)
+        print(f"matrix product of {side}³ in {dtype}: {rate / 1e12:.0f} TFLOP/s", flush=True)
+        cases = [Case(dtype, b, s) for s in options.peer_sizes for b in options.peer_batches]
+        findings.cases += cases
+        if cascade is not None:
+            measure_wuerstchen(findings, cascade, dtype, cases, compiled)
     cascade = None
+    measure_sdxl(findings, compiled)
 
-    for part, name, how in (("sdxl", "SDXL", None), ("sdxl-compiled", "SDXL, compiled", compiled)):
-        for case in cases if part in options.parts else []:
-            networks = sdxl_networks(device, getattr(torch, case.dtype), options.tiny)
-            row(name, case, lambda c=case, n=networks, h=how: drawn_by_sdxl(n, c, h))
-            networks = None
-            free()
-
-    found = keep()
+    found = findings.keep()
     for name, ratio in found["ratios"].items():
         print(f"{ratio:6.2f} = {name}")
     print(json.dumps(found))
-    sys.exit(1 if failed else 0)
+    sys.exit(1 if findings.failed else 0)
 
 
 if __name__ == "__main__":

@@ -67,21 +67,7 @@ def _add_prepare(kinds: "argparse._SubParsersAction[Parser]") -> None:
         "--crop", choices=("centre", "random", "saliency"), default="centre", help="(centre)"
     )
     prepare.add_argument("--crops", type=int, default=1, help="stored of each picture (1)")
-    prepare.add_argument("--min-size", type=int, help="least shorter side of the original, in pixels")
-    prepare.add_argument("--max-size", type=int, help="greatest longer side")
-    prepare.add_argument("--max-aspect", type=float, help="greatest longer over shorter side")
-    prepare.add_argument(
-        "--max-watermark", type=float, help="greatest watermark score; the original took 0.5"
-    )
-    prepare.add_argument("--min-aesthetic", type=float, help="least aesthetic score; the original took 5")
-    prepare.add_argument(
-        "--max-unsafe", type=float, help="greatest score of unsafe content; the original took 0.99"
-    )
-    prepare.add_argument(
-        "--strict",
-        action="store_true",
-        help="drop images without a score that is filtered by; they are kept and counted otherwise",
-    )
+    _add_filters(prepare)
     prepare.add_argument(
         "--text-states", choices=("none", "fp16", "int8"), default="none", help="stored (none)"
     )
@@ -104,6 +90,25 @@ def _add_prepare(kinds: "argparse._SubParsersAction[Parser]") -> None:
     prepare.add_argument("--workers", type=int, default=8, help="threads that decode pictures (8)")
     prepare.add_argument(
         "--device", help="cpu, cuda or mps (a GPU if there is one; its own for each process)"
+    )
+
+
+def _add_filters(prepare: Parser) -> None:
+    """Which images are kept."""
+    prepare.add_argument("--min-size", type=int, help="least shorter side of the original, in pixels")
+    prepare.add_argument("--max-size", type=int, help="greatest longer side")
+    prepare.add_argument("--max-aspect", type=float, help="greatest longer over shorter side")
+    prepare.add_argument(
+        "--max-watermark", type=float, help="greatest watermark score; the original took 0.5"
+    )
+    prepare.add_argument("--min-aesthetic", type=float, help="least aesthetic score; the original took 5")
+    prepare.add_argument(
+        "--max-unsafe", type=float, help="greatest score of unsafe content; the original took 0.99"
+    )
+    prepare.add_argument(
+        "--strict",
+        action="store_true",
+        help="drop images without a score that is filtered by; they are kept and counted otherwise",
     )
 
 

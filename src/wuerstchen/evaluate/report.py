@@ -6,7 +6,7 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from wuerstchen.defaults import usual_defaults
 from wuerstchen.errors import DataError, UserError
 from wuerstchen.evaluate.features import FeatureNetwork
 from wuerstchen.evaluate.judges import load_judges
-from wuerstchen.evaluate.lists import LISTS, SPLITS, ListName, RealPictures, Split, select
+from wuerstchen.evaluate.lists import LISTS, SPLITS, Entry, ListName, RealPictures, Split, select
 from wuerstchen.evaluate.metrics import Score, mean, psnr, ssim
 from wuerstchen.evaluate.scoring import (
     COLUMNS,
@@ -130,15 +130,9 @@ def evaluate(
     artist = Artist(model=model, sampling=sampling or Sampling(), before=before, first_seed=first_seed)
     settings = model.settings_of(artist.sampling)
     rows = artist.rows() if rows is None else rows
-    for row in rows:
-        if row not in artist.rows():
-            raise UserError(f"row {row!r} needs a part that this model lacks; leave it out")
-    if limit is not None and limit < 1:
-        raise UserError(f"limit {limit} leaves nothing to score; use at least 1")
     if batch_size is None:
         batch_size = 8 if model.device.type == "cpu" else 64
-    if batch_size < 1:
-        raise UserError(f"batch_size {batch_size} draws nothing; use at least 1")
+    _check_request(artist, rows, limit, batch_size)
     if data is None and photos is None:
         raise DataError("neither an emoji set nor photographs were given; name one of them")
 
@@ -153,32 +147,10 @@ def evaluate(
     announce(cost(rows, count, len(photo_files), artist.rows()))
     began = time.monotonic()
     results: dict[ListName, ListResult] = {}
-    with tqdm(
-        total=count + len(photo_files),
-        unit="picture",
-        smoothing=0,
-        dynamic_ncols=True,
-        mininterval=0.1 if sys.stderr.isatty() else 60,  # a log has a line a minute
-    ) as bar:
+    photo_result = None
+    with _bar(count + len(photo_files)) as bar:
         if real is not None:
-            look, look_lite0 = (FeatureNetwork(network, model.device) for network in (FEATURES, LITE0))
-            judge = load_judges(model.device)
-            for name, part in entries.items():
-                bar.set_description(f"list ({name})")
-                results[name] = score_list(
-                    name,
-                    part,
-                    artist=artist,
-                    rows=rows,
-                    real=real,
-                    look=look,
-                    look_lite0=look_lite0,
-                    judge=judge,
-                    batch_size=batch_size,
-                    shown=shown,
-                    on_batch=bar.update,
-                )
-        photo_result = None
+            results = _score_lists(entries, artist, rows, real, batch_size, shown, bar)
         if photos is not None:
             bar.set_description("photographs")
             photo_result = score_photos(photos, photo_files, artist, batch_size, shown, bar.update)
@@ -201,6 +173,59 @@ def evaluate(
         },
         photos=photo_result,
     )
+
+
+def _check_request(artist: Artist, rows: Sequence[Row], limit: int | None, batch_size: int) -> None:
+    """Raises ``UserError`` for what cannot be drawn."""
+    for row in rows:
+        if row not in artist.rows():
+            raise UserError(f"row {row!r} needs a part that this model lacks; leave it out")
+    if limit is not None and limit < 1:
+        raise UserError(f"limit {limit} leaves nothing to score; use at least 1")
+    if batch_size < 1:
+        raise UserError(f"batch_size {batch_size} draws nothing; use at least 1")
+
+
+def _bar(total: int) -> "tqdm[Any]":
+    return tqdm(
+        total=total,
+        unit="picture",
+        smoothing=0,
+        dynamic_ncols=True,
+        mininterval=0.1 if sys.stderr.isatty() else 60,  # a log has a line a minute
+    )
+
+
+def _score_lists(
+    entries: Mapping[ListName, Sequence[Entry]],
+    artist: Artist,
+    rows: Sequence[Row],
+    real: RealPictures,
+    batch_size: int,
+    shown: int,
+    bar: "tqdm[Any]",
+) -> dict[ListName, ListResult]:
+    """Draws and scores every list."""
+    device = artist.model.device
+    look, look_lite0 = (FeatureNetwork(network, device) for network in (FEATURES, LITE0))
+    judge = load_judges(device)
+    results: dict[ListName, ListResult] = {}
+    for name, part in entries.items():
+        bar.set_description(f"list ({name})")
+        results[name] = score_list(
+            name,
+            part,
+            artist=artist,
+            rows=rows,
+            real=real,
+            look=look,
+            look_lite0=look_lite0,
+            judge=judge,
+            batch_size=batch_size,
+            shown=shown,
+            on_batch=bar.update,
+        )
+    return results
 
 
 def cost(rows: Sequence[Row], entries: int, photos: int, photo_rows: Sequence[Row]) -> str:
