@@ -33,9 +33,11 @@ if __name__ == "__main__":
 """
 RULES = """
 import time
+from pathlib import Path
 
 def check(prompt, image):
     if prompt == "hang":
+        Path("hangs").touch()
         time.sleep(1000)
 """
 
@@ -128,10 +130,11 @@ def test_a_signal_ends_what_clients_keep_busy(service):
 
 
 @pytest.mark.parametrize("signals", [1, 2])
-def test_a_filter_that_hangs_does_not_keep_the_service(service, signals):
+def test_a_filter_that_hangs_does_not_keep_the_service(service, signals, tmp_path):
     process, url = service("filter")
     send(url, "/v1/jobs", {"prompts": ["hang"]})
-    time.sleep(0.5)
+    while not (tmp_path / "hangs").exists():
+        time.sleep(0.05)
     workers = children(process.pid)
     for _ in range(signals):
         process.send_signal(signal.SIGTERM)
