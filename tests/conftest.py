@@ -78,6 +78,13 @@ def packaged_backbones_are_read_once():
         yield
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """Lists of data sets are kept in the test's own folder."""
+    if "WUERSTCHEN_CACHE" not in os.environ:
+        monkeypatch.setenv("WUERSTCHEN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 @pytest.fixture
 def foreign_defaults():
     """Sets torch's default dtype, and a default device on which nothing can be computed."""

@@ -7,7 +7,7 @@ import datasets
 import pytest
 
 from wuerstchen.data.cards import check_card
-from wuerstchen.data.readers import open_reader
+from wuerstchen.data.open import open_reader
 from wuerstchen.data.tables import DatasetReader
 from wuerstchen.errors import DataError
 

@@ -314,7 +314,7 @@ def test_an_id_may_not_leave_the_folder() -> None:
 
 
 def test_an_unknown_split_is_refused(built: Path) -> None:
-    with pytest.raises(DataError, match="must be train or heldout"):
+    with pytest.raises(DataError, match="must be train, heldout or validation"):
         EmojiSource(built, split="test")
 
 

@@ -363,12 +363,17 @@ def test_a_caption_of_over_a_mebibyte_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"),
-    [("00.tar", "tars"), ("a.parquet", "parquet files"), ("data-00000-of-00001.arrow", "a saved data set")],
+    ("name", "said"),
+    [
+        ("00.tar", "tars; give '.*/\\*.tar'"),
+        ("a.parquet", "parquet files; give '.*/\\*.parquet'"),
+        ("00.tar.gz", "packed files; unpack them, tars to .tar"),
+        ("data-00000-of-00001.arrow", "Arrow files without what save_to_disk writes beside them"),
+    ],
 )
-def test_other_data_than_images_is_named(tmp_path: Path, name: str, kind: str) -> None:
+def test_other_data_than_images_is_named(tmp_path: Path, name: str, said: str) -> None:
     (tmp_path / name).write_bytes(b"")
-    with pytest.raises(DataError, match=rf"holds no images .* but {kind}; make a prepared set of it with"):
+    with pytest.raises(DataError, match=f"holds no images .* but {said}"):
         FolderSource(tmp_path)
 
 

@@ -16,8 +16,9 @@ from PIL import Image
 from wuerstchen.data.emoji import CENTRED, EmojiSource, sample_root
 from wuerstchen.data.filters import Tally
 from wuerstchen.data.items import Item, Reader
+from wuerstchen.data.open import open_reader
 from wuerstchen.data.plan import generator
-from wuerstchen.data.readers import EmojiReader, FolderReader, open_reader
+from wuerstchen.data.readers import EmojiReader, FolderReader
 from wuerstchen.errors import DataError
 from wuerstchen.images import decode_image
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from wuerstchen.data.filters import Filters, Tally
 from wuerstchen.data.items import Item, NotDownloaded, Reader
-from wuerstchen.data.readers import open_reader
+from wuerstchen.data.open import open_reader
 from wuerstchen.data.tables import DatasetReader, ParquetReader
 from wuerstchen.errors import DataError, UserError
 
@@ -107,13 +107,21 @@ def test_a_local_data_set_through_load_dataset(tmp_path, monkeypatch):
     assert reader.read(items[0].name, items[0].place) == picture("blue")
 
 
-def test_a_name_that_the_hub_does_not_give(monkeypatch):
-    monkeypatch.setattr(
-        "huggingface_hub.HfApi.dataset_info", lambda *_, **__: (_ for _ in ()).throw(OSError())
-    )
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: (_ for _ in ()).throw(OSError("offline")))
+def test_a_name_that_the_hub_does_not_give(monkeypatch, tmp_path):
+    def offline(*_, **__):
+        raise OSError("offline")
+
+    tried = []
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", offline)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: tried.append(1) or offline())
     with pytest.raises(DataError, match=r"data 'owner/name' is wrong .* from the hub \(offline\)"):
         open_reader("owner/name")
+    assert not tried  # it would try again and again for half a minute
+    (tmp_path / "datasets--owner--name").mkdir()  # then it may be in the cache
+    with pytest.raises(DataError, match=r"data 'owner/name' is wrong .* from the hub \(offline\)"):
+        open_reader("owner/name")
+    assert tried
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch, tmp_path):

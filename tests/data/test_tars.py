@@ -11,7 +11,7 @@ from PIL import Image
 
 from wuerstchen.data.filters import Tally
 from wuerstchen.data.items import Item, Reader
-from wuerstchen.data.readers import open_reader
+from wuerstchen.data.open import open_reader
 from wuerstchen.data.tars import TarReader
 from wuerstchen.errors import DataError
 

@@ -21,6 +21,7 @@ from wuerstchen.checkpoints.native import read_cascade, read_network
 from wuerstchen.cli import main, make_parser
 from wuerstchen.cli.train import overridden
 from wuerstchen.data.emoji import EmojiSource, listed_heldout, sample_root
+from wuerstchen.data.open import open_source
 from wuerstchen.errors import DataError, RunFolderError, UserError
 from wuerstchen.models.cascade import PUBLISHED_MAP
 from wuerstchen.models.compressor import CompressorConfig
@@ -39,7 +40,7 @@ from wuerstchen.train.report.announce import Watch
 from wuerstchen.train.report.cost import Tariff
 from wuerstchen.train.report.events import Log
 from wuerstchen.train.report.page import write_report
-from wuerstchen.train.run import _Run, _train, open_source, train
+from wuerstchen.train.run import _Run, _train, train
 from wuerstchen.train.stages.base import cascade_settings
 
 MICRO = [

@@ -36,8 +36,8 @@ def _add_prepare(kinds: "argparse._SubParsersAction[Parser]") -> None:
     prepare.add_argument("out", type=Path, metavar="OUT", help="new folder")
     prepare.add_argument(
         "--format",
-        choices=("folder", "emoji", "webdataset", "parquet", "saved", "hub"),
-        help="of SRC, if unclear",
+        metavar="KIND",
+        help="of SRC, if unclear: folder, emoji, webdataset, parquet, saved or hub",
     )
     prepare.add_argument("--split", help="of a data set on the hub, or saved (train)")
     prepare.add_argument(
@@ -122,10 +122,10 @@ def _data_emoji(options: argparse.Namespace) -> int:
 
 def _data_prepare(options: argparse.Namespace) -> int:
     from wuerstchen.data.filters import Filters
+    from wuerstchen.data.open import open_reader
     from wuerstchen.data.prepare import Rank, prepare, summary
     from wuerstchen.data.prepare_networks import read_networks
     from wuerstchen.data.prepare_plan import PrepareConfig
-    from wuerstchen.data.readers import open_reader
     from wuerstchen.pipeline import BUNDLED, default_device
 
     def chosen(kind: type) -> dict[str, object]:

@@ -185,7 +185,9 @@ def _about(make: "Callable[[], Recipe]", recipe: "Recipe") -> str:
 
 def _is_emoji(data: str) -> bool:
     """Whether data are the sample or a built emoji set, which the recipes' own prompts are about."""
-    return data == "sample" or (Path(data) / "index.jsonl").is_file()
+    from wuerstchen.data.open import kind_of
+
+    return kind_of(data).name in ("sample", "emoji")
 
 
 def overridden(recipe: "Recipe", options: argparse.Namespace) -> "Recipe":

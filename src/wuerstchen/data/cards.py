@@ -43,6 +43,23 @@ def check_card(name: str) -> None:
             _check(card)
 
 
+def not_to_be_had(name: str) -> str | None:
+    """Why a data set cannot be had from the hub: it does not give it, and nothing of it is in the cache. None
+    if it can. The library would try for half a minute."""
+    from huggingface_hub import HfApi, constants
+
+    if (
+        os.path.isdir(name)
+        or (Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}").is_dir()
+    ):
+        return None
+    try:
+        HfApi().dataset_info(name, timeout=10.0)
+    except Exception as error:  # the hub's client raises kinds of its own
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    return None
+
+
 def _from_hub(name: str) -> list[Path]:
     """The files of a set on the hub, or without a network those in its cache."""
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,20 @@ def listed_subjects() -> tuple[str, ...]:
 def listed_heldout() -> frozenset[str]:
     """The 650 pairs ``STYLE/HEX`` that training may never see."""
     return frozenset((_HERE / "emoji_heldout.txt").read_text().split())
+
+
+VALIDATION_PAIRS = 150
+"""Held-out pairs that choices are made on; the others are for the report."""
+
+
+@cache
+def listed_validation() -> frozenset[str]:
+    """The held-out pairs ``STYLE/HEX`` of the part *val*: those with the smallest hashes."""
+
+    def rank(pair: str) -> bytes:
+        return hashlib.sha256(f"evaluate val {pair}".encode()).digest()
+
+    return frozenset(sorted(listed_heldout(), key=rank)[:VALIDATION_PAIRS])
 
 
 def subject_hash(subject: str) -> int:
@@ -269,20 +283,24 @@ class _View:
 class EmojiSource:
     """The pictures of a built folder (or of `sample_root`) as a ``Source``.
 
-    ``split`` is ``train`` or ``heldout``. The share ``centred`` of the pictures is placed as ``plain`` places
-    them, the others at random. With ``cache`` every decoded picture stays in memory: 256 KiB
-    each, 1.6 GB for the whole set.
+    ``split`` is ``train``, ``heldout``, or ``validation``. The last is the part *val* of the held-out pairs,
+    empty in a set without them; whether its files are there is seen when they are read. The share ``centred``
+    of the pictures is placed as ``plain`` places them, the others at random. With ``cache`` every decoded
+    picture stays in memory: 256 KiB each, 1.6 GB for the whole set.
     """
 
     def __init__(
         self, root: Path, split: str = "train", *, cache: bool = False, centred: float = 0.0
     ) -> None:
-        if split not in ("train", "heldout"):
-            raise DataError(f"split {split!r} must be train or heldout; choose one")
+        if split not in ("train", "heldout", "validation"):
+            raise DataError(f"split {split!r} must be train, heldout or validation; choose one")
         self.root = Path(root)
         self.split = split
         self.centred = centred
-        self.records = tuple(record for record in read_index(self.root) if record.split == split)
+        self._pictures: dict[int, np.ndarray] | None = {} if cache else None
+        self.records = tuple(record for record in read_index(self.root) if self._is_in(record))
+        if split == "validation":
+            return
         if not self.records:
             raise DataError(f"{self.root} holds no pictures of the split {split}; build the whole set")
         for record in self.records:
@@ -290,7 +308,12 @@ class EmojiSource:
                 raise DataError(
                     f"{self._path(record)} is missing; run `wuerstchen data emoji {self.root}` again"
                 )
-        self._pictures: dict[int, np.ndarray] | None = {} if cache else None
+
+    def _is_in(self, record: Record) -> bool:
+        """Whether a record is one of this split."""
+        if self.split == "validation":
+            return record.split == "heldout" and record.id in listed_validation()
+        return record.split == self.split
 
     def __len__(self) -> int:
         return len(self.records)

@@ -63,7 +63,12 @@ def held_out_names(names: Collection[str]) -> set[str]:
     """
     if len(names) < HELD_OUT_FROM:
         return set()
-    return {name for name in names if stable_hash("held out", name) % HELD_OUT_EVERY == 0}
+    return {name for name in names if is_held_out(name)}
+
+
+def is_held_out(name: str) -> bool:
+    """Whether an image of this name is held out, of a set with at least ``HELD_OUT_FROM``."""
+    return stable_hash("held out", name) % HELD_OUT_EVERY == 0
 
 
 def crop_at(index: int, crops: int, seed: int) -> int:

@@ -2,14 +2,12 @@
 
 import os
 import time
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from wuerstchen.data.folder import SUFFIXES, FolderSource
+from wuerstchen.data.folder import SUFFIXES
 from wuerstchen.data.plan import items_at
-from wuerstchen.data.sources import Size
-from wuerstchen.png_text import open_any
+from wuerstchen.data.sources import Size, StoredImages
 
 MOST = 2000
 """Images whose files are opened, at most; of larger folders so many are drawn."""
@@ -80,28 +78,13 @@ class Sizes:
         return {name: factor for name, factor in factors.items() if factor > 1}
 
 
-def sizes(source: FolderSource, most: int = MOST, seconds: float = SECONDS) -> Sizes:
+def sizes(source: StoredImages, most: int = MOST, seconds: float = SECONDS) -> Sizes:
     """The sizes of at most ``most`` images, drawn evenly; those that cannot be opened are left out."""
     found, began = Sizes(), time.monotonic()
     for item in items_at(range(min(most, len(source))), len(source), 0):
         if time.monotonic() - began > seconds:
             break
-        name = source.name(item)
-        size = _size(source.root / name)
+        size = source.size(item)
         if size is not None:
-            found.found[name] = size
+            found.found[source.name(item)] = size
     return found
-
-
-def _size(path: Path) -> Size | None:
-    """Width and height as the file's header has them; None where there is no header to read."""
-    if not path.is_file():  # a pipe would be waited for
-        return None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with open_any(path) as image:
-                width, height = image.size
-    except Exception:  # decoders fail in ways of every kind; training names these images when it reads them
-        return None
-    return (width, height) if width > 0 and height > 0 else None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wuerstchen.data.cards import check_card, check_regular
+from wuerstchen.data.cards import check_card, check_regular, not_to_be_had
 from wuerstchen.data.files import open_file
 from wuerstchen.data.filters import FIELDS, Tally
 from wuerstchen.data.items import (
@@ -33,6 +33,8 @@ _ROWS = 1024  # rows of captions and metadata read at a time
 _IMAGE_ROWS = 64  # rows of pictures read at a time
 _KEPT = 8  # such batches that are kept, for threads ask for rows a little out of order
 _MAX_BATCH = 1 << 30  # bytes of a batch
+MAX_GROUP = 1 << 29
+"""Bytes of the images of a row group, where images are read in any order."""
 _FREE_ROWS = 10_000_000  # rows of any file; more are believed of a file with a bit for each
 
 
@@ -121,8 +123,20 @@ class ParquetReader:
         self.files = files
         self.image_column = image_column
         self.text_column = text_column
+        self._forget()
+
+    def _forget(self) -> None:
+        """Without files that are open: each process opens its own."""
+        self._process = os.getpid()
         self._lock = threading.Lock()
         self._windows: OrderedDict[tuple[int, int], _Window] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
 
     def items(self, tally: Tally) -> Iterator[Item]:
         for number, path in enumerate(self.files):
@@ -150,6 +164,8 @@ class ParquetReader:
 
     def read(self, name: str, place: tuple[int, int, int]) -> bytes:
         number, group, position = place
+        if self._process != os.getpid():
+            self._forget()
         try:
             with self._lock:  # the next pictures are of the same group
                 window = self._windows.get((number, group))
@@ -167,6 +183,28 @@ class ParquetReader:
     def fingerprint(self) -> str:
         return fingerprint_of(self.files)
 
+    def check_random_access(self) -> None:
+        """Raises ``DataError`` for row groups that are too large to be read for the sake of one image."""
+        for path in self.files:
+            try:
+                with open_parquet(path) as file:
+                    image, _ = self._columns(path, file.schema_arrow.names)
+                    sizes = [
+                        _size_of_column(file.metadata.row_group(g), image) for g in range(file.num_row_groups)
+                    ]
+            except DataError:
+                raise
+            except damage():
+                continue  # ``items`` leaves the file out and names it
+            largest = max(sizes, default=0)
+            if largest > MAX_GROUP:
+                raise DataError(
+                    f"file {str(path)!r} has a row group with {largest >> 20} MiB of images. At most "
+                    f"{MAX_GROUP >> 20} MiB can be read for a single image, and training reads them in any "
+                    "order. Write the file again with row_group_size=100, or make a prepared set of it for "
+                    "Stage C with wuerstchen data prepare."
+                )
+
     def _open_window(self, number: int, group: int) -> "_Window":
         path = self.files[number]
         file = open_parquet(path)
@@ -182,6 +220,12 @@ class ParquetReader:
             column_of(str(path), names, self.image_column, IMAGE_COLUMNS, "image"),
             column_of(str(path), names, self.text_column, TEXT_COLUMNS, "text"),
         )
+
+
+def _size_of_column(group: Any, name: str) -> int:
+    """Bytes of a column of a row group, unpacked."""
+    columns = (group.column(number) for number in range(group.num_columns))
+    return sum(c.total_uncompressed_size for c in columns if c.path_in_schema.partition(".")[0] == name)
 
 
 class _Window:
@@ -234,6 +278,7 @@ class DatasetReader:
             "data set", [*names, *inner] if text_column else names, text_column, usual, "text"
         )
         self.key = dataset._fingerprint
+        self.files = [Path(file["filename"]) for file in dataset.cache_files]
         self.local = local
         images = dataset.select_columns([self.image])
         if isinstance(dataset.features[self.image], datasets.Image):
@@ -248,15 +293,15 @@ class DatasetReader:
     ) -> "DatasetReader":
         """The data set of that name on the hub, from its ordinary cache if it is there. No code is run."""
         datasets = import_datasets()
+        reason = not_to_be_had(name)
+        if reason is not None:
+            raise _not_from_hub(name, reason)
         check_card(name)
         try:
             dataset = datasets.load_dataset(name, split=split)
         except Exception as error:  # the library and the hub's client raise kinds of their own
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise DataError(
-                f"data {name!r} is wrong because it is no path here and cannot be had from the hub"
-                f" ({reason}); check name, split and network"
-            ) from error
+            raise _not_from_hub(name, reason) from error
         return cls(dataset, image_column, text_column)
 
     @classmethod
@@ -321,6 +366,13 @@ class DatasetReader:
 
     def fingerprint(self) -> str:
         return str(self.key)
+
+
+def _not_from_hub(name: str, reason: str) -> DataError:
+    return DataError(
+        f"data {name!r} is wrong because it is no path here and cannot be had from the hub"
+        f" ({reason}); check name, split and network"
+    )
 
 
 def image_bytes(value: Any, name: str, *, local: bool = False) -> bytes:

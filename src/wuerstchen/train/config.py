@@ -287,8 +287,15 @@ class Recipe:
 
     name: str
     data: str
-    """``sample`` for the sample in the package, or a folder: a built emoji set, images with captions, or for
-    Stage C alone a prepared set."""
+    """``sample`` for the sample in the package, a folder of images with captions, tars (WebDataset), parquet
+    files, a folder that ``save_to_disk`` wrote, a name on the hub, a built emoji set, or for Stage C alone a
+    prepared set."""
+    image_column: str = ""
+    """The column of the images in the data, or of the names of their files; of tars their extension. Empty
+    for the first of the usual names."""
+    text_column: str = ""
+    """The column of the captions in the data; of tars and text files their extension. Empty for the first of
+    the usual names."""
     image_size: int
     """Side of the pictures that the model draws, in pixels, a multiple of 128. Stages are trained on this
     size where they name no other."""
@@ -521,7 +528,7 @@ with ``acceleration``, ``sharding`` and the number of processes, to rounding. ``
 only places: what is in them has a fingerprint."""
 
 
-_ADDED = {"stage_b.max_ratio": 1.0, "stage_c.max_ratio": 1.0}
+_ADDED = {"stage_b.max_ratio": 1.0, "stage_c.max_ratio": 1.0, "image_column": "", "text_column": ""}
 """Fields that runs of earlier versions lack, with what they did."""
 
 

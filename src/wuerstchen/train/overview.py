@@ -8,9 +8,10 @@ from statistics import median
 
 from wuerstchen.data.emoji import EmojiSource
 from wuerstchen.data.folder import FolderSource
+from wuerstchen.data.index import IndexedSource
 from wuerstchen.data.plan import generator, items_at
 from wuerstchen.data.prepared import PreparedSet
-from wuerstchen.data.sources import Source
+from wuerstchen.data.sources import Source, StoredImages
 from wuerstchen.data.survey import MOST, SECONDS, ignored, sizes
 from wuerstchen.errors import DataError, UserError
 from wuerstchen.models.text import TextEncoder
@@ -96,8 +97,8 @@ def overview(
     warned: list[str] = []
     for data, source in sources.items():
         phases = [reading for reading in readings(recipe) if reading.data == data]
-        if isinstance(source, FolderSource):
-            _folder(data, source, phases, encoder, said, warned)
+        if isinstance(source, StoredImages):
+            _stored(data, source, phases, encoder, said, warned)
         elif isinstance(source, PreparedSet):
             _prepared(data, source, said)
         else:
@@ -109,18 +110,21 @@ def overview(
     return said, warned
 
 
-def _folder(
+def _stored(
     data: str,
-    source: FolderSource,
+    source: StoredImages,
     phases: Sequence[Reading],
     encoder: TextEncoder | None,
     said: list[str],
     warned: list[str],
 ) -> None:
     said.append(f"{data}: {_number(len(source), 'image')} to train on")
-    if source.without_caption:
+    if isinstance(source, FolderSource) and source.without_caption:
         count = _number(len(source.without_caption), "image")
         said.append(f"  skipped: {count} with an empty caption ({source.without_caption[0]!r})")
+    if isinstance(source, IndexedSource):
+        dropped = source.index.tally.dropped.most_common()
+        said += [f"  left out: {count:,} {reason}" for reason, count in dropped]
     if encoder is not None:
         _captions(data, source, encoder, said, warned)
     found = sizes(source)
@@ -147,11 +151,12 @@ def _folder(
             )
     elif found.found:
         said.append(f"  all{looked} have at least {target}x{target} pixels")
-    _ignored(data, source, said, warned)
+    if isinstance(source, FolderSource):
+        _ignored(data, source, said, warned)
 
 
 def _captions(
-    data: str, source: FolderSource, encoder: TextEncoder, said: list[str], warned: list[str]
+    data: str, source: StoredImages, encoder: TextEncoder, said: list[str], warned: list[str]
 ) -> None:
     items = items_at(range(min(MOST, len(source))), len(source), 0)
     texts = [text for item in items for text in source.captions(item)]
@@ -229,7 +234,7 @@ def with_prompts(recipe: Recipe, sources: Mapping[str, Source | PreparedSet]) ->
     found: dict[str, None] = {}
     for number in items_at(range(min(PREVIEWS, len(rows))), len(rows), 0):
         row = int(rows[number])
-        if isinstance(source, PreparedSet | FolderSource):
+        if isinstance(source, PreparedSet | StoredImages):
             found[source.captions(row)[0]] = None
         else:
             with contextlib.suppress(DataError):  # an image that cannot be read

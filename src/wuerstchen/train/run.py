@@ -25,10 +25,12 @@ from wuerstchen.checkpoints.average import weighted_average
 from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
 from wuerstchen.checkpoints.files import write_json
 from wuerstchen.checkpoints.native import Provenance, write_parts
-from wuerstchen.data.emoji import CENTRED, EmojiSource, sample_root
+from wuerstchen.data.emoji import EmojiSource
 from wuerstchen.data.folder import FolderSource
+from wuerstchen.data.index import IndexedSource
+from wuerstchen.data.open import is_folder_of_images, open_source
 from wuerstchen.data.plan import stable_hash
-from wuerstchen.data.prepared import PreparedSet, is_prepared
+from wuerstchen.data.prepared import PreparedSet
 from wuerstchen.data.sources import Source
 from wuerstchen.defaults import usual_defaults
 from wuerstchen.errors import DataError, RunFolderError, UserError
@@ -91,22 +93,6 @@ from wuerstchen.train.stages.vqgan import StageA, StageARefinement
 N = TypeVar("N", bound=nn.Module)
 
 
-def open_source(data: str, around: Path | None = None, *, verify: bool | None = None) -> Source | PreparedSet:
-    """The data set that a recipe names: the sample, a built emoji set, a prepared set, or a folder with
-    captions, which may lie in another (``FolderSource``). ``verify`` is that of ``PreparedSet``."""
-    if data == "sample":
-        return EmojiSource(sample_root(), split="train", centred=CENTRED)
-    root = Path(data)
-    if _is_built(root):
-        return EmojiSource(root, split="train", centred=CENTRED)
-    return PreparedSet(root, verify=verify) if is_prepared(root) else FolderSource(root, "train", around)
-
-
-def _is_built(root: Path) -> bool:
-    """Whether a folder is a built emoji set."""
-    return (root / "index.jsonl").is_file()
-
-
 def train(
     recipe: Recipe,
     run_dir: Path,
@@ -147,6 +133,7 @@ def _train(
     for phase in readings(recipe):
         processes.check_batches(phase.stage, phase.images, phase.batch_size, phase.accumulate)
     sources = _open_sources(recipe, begun)
+    processes.wait_long()  # for those that have listed the images of tars and the like
     verify_sets([source for source in sources.values() if isinstance(source, PreparedSet)], processes)
     start = read_start(recipe)
     # Of a run that was ended early, ``begun`` has phases with data that are not open.
@@ -246,9 +233,20 @@ def _around(data: str, recipe: Recipe) -> Path | None:
     """The largest folder of pictures that a phase reads and ``data`` lies in: what one phase holds out of it
     is not to be trained on in another."""
     folders = [Path(phase.data or recipe.data).resolve() for phase in _phases(recipe)]
-    plain = [folder for folder in folders if not (_is_built(folder) or is_prepared(folder))]
-    found = [folder for folder in plain if folder in Path(data).resolve().parents]
+    outer = [folder for folder in folders if folder in Path(data).resolve().parents]
+    found = [folder for folder in outer if is_folder_of_images(str(folder))]
     return min(found, key=lambda folder: len(folder.parts), default=None)
+
+
+def _opened(data: str, recipe: Recipe, begun: Recipe) -> Source | PreparedSet:
+    """The training part of a data set that ``recipe`` names. ``begun`` is as in ``_open_sources``."""
+    return open_source(
+        data,
+        around=_around(data, begun),
+        image_column=recipe.image_column or None,
+        text_column=recipe.text_column or None,
+        verify=False,
+    )
 
 
 def _open_sources(recipe: Recipe, begun: Recipe | None = None) -> dict[str, Source | PreparedSet]:
@@ -264,7 +262,7 @@ def _open_sources(recipe: Recipe, begun: Recipe | None = None) -> dict[str, Sour
         data = phase.data or recipe.data
         source = sources.get(data)
         if source is None:
-            source = sources[data] = open_source(data, _around(data, begun or recipe), verify=False)
+            source = sources[data] = _opened(data, recipe, begun or recipe)
         if phase.max_ratio > 1 and isinstance(source, EmojiSource):
             raise UserError(
                 f"max_ratio={phase.max_ratio} needs photographs: emoji are composed as squares; use 1"
@@ -305,13 +303,21 @@ def _all_sources(begun: Recipe, sources: dict[str, Source | PreparedSet]) -> Ite
     """
     phases = sorted(_phases(begun), key=lambda phase: -phase.optimization.batch_size)
     for name in dict.fromkeys(phase.data or begun.data for phase in phases):
-        yield sources.get(name) or open_source(name, _around(name, begun), verify=False)
+        yield sources.get(name) or _opened(name, begun, begun)
 
 
 def _converted(sources: Iterable[Source | PreparedSet], rank: int, count: int) -> str | None:
     """An image of a process's part whose colours its profile changes, if there is one."""
     folders = (source for source in sources if isinstance(source, FolderSource))
     return next(filter(None, (source.converted(rank, count) for source in folders)), None)
+
+
+def _left_out(source: Source | PreparedSet) -> Iterator[tuple[str, str]]:
+    """Name and reason of what a data set holds and training cannot use."""
+    if isinstance(source, IndexedSource):
+        yield from source.left_out()
+    for name in source.without_caption if isinstance(source, FolderSource) else ():
+        yield name, "its caption is empty"
 
 
 def _fingerprint(recipe: Recipe, sources: dict[str, Source | PreparedSet]) -> str:
@@ -784,7 +790,14 @@ class _Run:
         data, size = key = (phase.data or self.recipe.data, phase.image_size or self.recipe.image_size)
         if key not in self._held_out:
             around = _around(data, self.begun)
-            self._held_out[key] = held_out(data, size, texts=self.recipe.stored_texts, around=around)
+            self._held_out[key] = held_out(
+                data,
+                size,
+                texts=self.recipe.stored_texts,
+                around=around,
+                image_column=self.recipe.image_column or None,
+                text_column=self.recipe.text_column or None,
+            )
             if self._held_out[key] is None:
                 print(f"{data} holds out no pictures, so there is no validation loss")
         pictures = self._held_out[key]
@@ -848,8 +861,8 @@ class _Run:
         print_overview(said, warned)
         self.log.event("data", fingerprint=self.fingerprint, said=said, warned=warned)
         for source in self.sources.values():
-            for name in source.without_caption if isinstance(source, FolderSource) else ():
-                self.log.event("skipped", stage="data", name=name, reason="its caption is empty")
+            for name, reason in _left_out(source):
+                self.log.event("skipped", stage="data", name=name, reason=reason)
 
     def say_skipped(self) -> None:
         """Names the images that could not be used, over all starts of the run."""

@@ -235,7 +235,7 @@ def test_what_one_process_cannot_read_is_one_line_in_each(tmp_path, wrong):
     codes, said = said_by_two(tmp_path / "run", options)
     assert codes == [2, 2]
     assert [len(lines) for lines in said] == [1, 1]
-    assert "nowhere' is wrong because it is no folder" in said[wrong][0]
+    assert "nowhere' is wrong because it is neither a folder" in said[wrong][0]
     assert said[1 - wrong][0].startswith(f"Error: process {1 - wrong} has lost the others (")
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
 from wuerstchen.data.emoji import EmojiSource, listed_heldout, sample_root
 from wuerstchen.data.folder import FolderSource
+from wuerstchen.data.open import open_source
 from wuerstchen.diffusion.schedule import CosineSchedule
 from wuerstchen.evaluate.lists import select
 from wuerstchen.models.cascade import MapStatistics
@@ -24,7 +25,6 @@ from wuerstchen.train.config import Phase
 from wuerstchen.train.engine.ema import make_average
 from wuerstchen.train.engine.validation import BINS, Denoising, HeldOut, Validation, held_out
 from wuerstchen.train.feed.random import ImageRandom
-from wuerstchen.train.run import open_source
 from wuerstchen.train.stages.decoder import StageB, StageBRefinement
 from wuerstchen.train.stages.prior import StageC
 

@@ -17,13 +17,11 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
-from wuerstchen.data.emoji import EmojiSource
-from wuerstchen.data.folder import FolderSource
+from wuerstchen.data.open import open_source
 from wuerstchen.data.plan import generator, items_at
-from wuerstchen.data.prepared import PreparedSet, is_prepared
+from wuerstchen.data.prepared import PreparedSet
 from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE
 from wuerstchen.errors import DataError
-from wuerstchen.evaluate.lists import select
 from wuerstchen.train.config import StageBConfig, StageCConfig, StoredTexts
 from wuerstchen.train.feed.images import Batch
 from wuerstchen.train.feed.prepared import HeldOutMaps, StoredBatch
@@ -97,38 +95,29 @@ def held_out(
     count: int = PICTURES,
     texts: StoredTexts = "tokens",
     around: Path | None = None,
+    *,
+    image_column: str | None = None,
+    text_column: str | None = None,
 ) -> HeldOut | HeldOutMaps | None:
-    """At most ``count`` held-out pictures of the data that a recipe names, always the same.
+    """At most ``count`` held-out images of the data that a recipe names, always the same.
 
-    Of a built emoji set they are from the *val* part of its held-out pairs, of a folder and of a prepared set
-    those that ``held_out_names`` says, for a folder those of a set ``around`` it too (``FolderSource``). None
-    where there are none; those that cannot be read are left out.
+    Of an emoji set they are from the *val* part of its held-out pairs, of other data those that
+    ``held_out_names`` says, for a folder those of a set ``around`` it too (``FolderSource``). None where
+    there are none; those that cannot be read are left out.
     """
-    root = Path(data)
-    if data == "sample":
-        return None
-    if is_prepared(root):
-        # A run has verified it at its start.
-        maps = HeldOutMaps(PreparedSet(root, verify=False), _SEED, count, texts)
+    # A run has verified a prepared set at its start.
+    source = open_source(
+        data, "heldout", around=around, image_column=image_column, text_column=text_column, verify=False
+    )
+    if isinstance(source, PreparedSet):
+        maps = HeldOutMaps(source, _SEED, count, texts)
         return maps if len(maps) else None
-    source: EmojiSource | FolderSource
-    if (root / "index.jsonl").is_file():
-        try:
-            source = EmojiSource(root, split="heldout")
-        except DataError:  # a set without a held-out part
-            return None
-        val = {entry.id for entry in select("a", ("val",))}
-        items = [item for item, record in enumerate(source.records) if record.id in val]
-    else:
-        source = FolderSource(root, "heldout", around)
-        items = list(range(len(source)))
     examples = []
-    for number in items_at(range(len(items)), len(items), _SEED) if items else []:
+    for number in items_at(range(len(source)), len(source), _SEED) if len(source) else []:
         if len(examples) == count:
             break
         try:
-            rng = generator(_SEED, number, "validation")
-            examples.append(source.example(items[number], rng, size))
+            examples.append(source.example(number, generator(_SEED, number, "validation"), size))
         except DataError:
             continue
     if not examples:

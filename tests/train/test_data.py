@@ -1,0 +1,203 @@
+"""What a name of data can be: training, validation and preparing read every kind that data/open.py lists."""
+
+import copy
+import dataclasses
+import hashlib
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
+from wuerstchen.data import open as opening
+from wuerstchen.data.items import Item
+from wuerstchen.data.open import KINDS, Kind, open_reader, open_source
+from wuerstchen.data.plan import held_out_names
+from wuerstchen.data.prepare import prepare
+from wuerstchen.data.prepare_networks import Networks
+from wuerstchen.data.prepare_plan import PrepareConfig
+from wuerstchen.data.prepared import PreparedSet
+from wuerstchen.errors import DataError, RunFolderError
+from wuerstchen.recipes.tiny import tiny
+from wuerstchen.train.config import Recipe
+from wuerstchen.train.engine.checkpoint import newest
+from wuerstchen.train.engine.validation import held_out
+from wuerstchen.train.report.announce import Watch
+from wuerstchen.train.run import train
+
+COUNT = 9
+
+
+def image(number: int) -> bytes:
+    file = io.BytesIO()
+    noise = np.random.default_rng(number).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((150, 130)).save(file, "PNG")
+    return file.getvalue()
+
+
+class StripesReader:
+    """All that a new source needs: images that are made here, and captions."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def items(self, tally):
+        for number in range(self.count):
+            yield Item(f"stripes {number}", (f"thing {number}",), {}, (number, 0, 0))
+
+    def read(self, name: str, place: tuple[int, int, int]) -> bytes:
+        return image(place[0])
+
+    def fingerprint(self) -> str:
+        return f"stripes {self.count}"
+
+
+STRIPES = Kind(
+    name="stripes",
+    found=lambda text: text.startswith("stripes:"),
+    reader=lambda data: StripesReader(int(data.text.partition(":")[2])),
+)
+
+
+@pytest.fixture
+def stripes(monkeypatch):
+    monkeypatch.setattr(opening, "KINDS", [STRIPES, *KINDS])
+
+
+def recipe(data: Path | str, **changes) -> Recipe:
+    """Three updates of Stage A."""
+    full = tiny()
+    optimization = dataclasses.replace(full.stage_a.optimization, images=6, batch_size=2, warmup=0)
+    stage = dataclasses.replace(
+        full.stage_a, optimization=optimization, adversarial_from=2, discriminator_width=8, perceptual="none"
+    )
+    settings = {"statistics_images": 4, "workers": 1, "checkpoint_seconds": 0.0, "log_every": 1, **changes}
+    return dataclasses.replace(full, data=str(data), stages=("a",), stage_a=stage, **settings)
+
+
+def trained(data: Path | str, run_dir: Path, **changes) -> dict[str, str]:
+    """The checksums of the last checkpoint."""
+    train(recipe(data, **changes), run_dir, device="cpu", watch=Watch(rehearses=False))
+    path, state = newest(run_dir / "stage_a" / "checkpoints")
+    assert state["images"] == 6
+    assert hashlib.sha256((path / "networks.safetensors").read_bytes()).hexdigest() in str(state["files"])
+    return state["files"]
+
+
+def events(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+
+
+def write_folder(folder: Path) -> Path:
+    folder.mkdir()
+    for number in range(COUNT):
+        (folder / f"{number}.png").write_bytes(image(number))
+        (folder / f"{number}.txt").write_text(f"thing {number}")
+    return folder
+
+
+def write_tars(folder: Path) -> Path:
+    folder.mkdir()
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for number in range(5 * shard, min(5 * shard + 5, COUNT)):
+                for suffix, data in (("png", image(number)), ("txt", f"thing {number}".encode())):
+                    info = tarfile.TarInfo(f"{number}.{suffix}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    return folder
+
+
+def write_parquet(folder: Path) -> Path:
+    folder.mkdir()
+    numbers = range(COUNT)
+    table = pa.table({"bild": [image(n) for n in numbers], "text": [f"thing {n}" for n in numbers]})
+    pq.write_table(table, folder / "0.parquet", row_group_size=4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def of_a_folder(tmp_path_factory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("folder")
+    return trained(write_folder(root / "data"), root / "run")
+
+
+@pytest.mark.parametrize(
+    ("write", "columns"),
+    [(write_tars, {}), (write_parquet, {"image_column": "bild"})],
+    ids=["tars", "parquet"],
+)
+def test_stage_a_learns_the_same_from_tars_and_parquet_as_from_a_folder(
+    write, columns, of_a_folder, tmp_path
+):
+    """And when it is resumed, with its images decoded in another process."""
+    data, run_dir = write(tmp_path / "data"), tmp_path / "run"
+    whole = trained(data, run_dir, **columns)
+    assert whole["networks.safetensors"] == of_a_folder["networks.safetensors"]
+    path, _ = newest(run_dir / "stage_a" / "checkpoints")
+    shutil.rmtree(path)
+    shutil.rmtree(run_dir / "model")
+    assert trained(data, run_dir, **columns) == whole
+    assert [e["images"] for e in events(run_dir) if e["event"] == "start"] == [0, 4]
+
+
+def test_a_new_source_is_one_reader_and_one_row(stripes, small_cascade, tmp_path):
+    """Training, validation and preparing read it."""
+    run_dir = tmp_path / "run"
+    trained("stripes:100", run_dir, workers=0)
+    said = next(event for event in events(run_dir) if event["event"] == "data")["said"]
+    kept = held_out_names([f"stripes {number}" for number in range(100)])
+    assert said[0] == f"stripes:100: {100 - len(kept)} images to train on"
+    # Validation.
+    found = held_out("stripes:100", 16)
+    assert found is not None
+    assert {f"stripes {caption.split()[1]}" for caption in found.captions} == kept
+    # Preparing, which holds out the same images.
+    cascade = copy.deepcopy(small_cascade)
+    load_backbone(cascade.compressor.backbone, lite0_path())
+    networks = Networks(
+        settings=cascade.settings, compressor=cascade.compressor.eval(), text_encoder=cascade.text_encoder
+    )
+    prepare(open_reader("stripes:100"), tmp_path / "set", networks, PrepareConfig(size=128, max_ratio=1.0))
+    prepared = PreparedSet(tmp_path / "set")
+    assert {prepared.name(int(row)) for row in prepared.rows("heldout")} == kept
+
+
+def test_a_run_belongs_to_its_columns_and_its_data(tmp_path, monkeypatch):
+    monkeypatch.setattr("wuerstchen.train.run._Run.train", lambda self: self.run_dir / "model")
+    data, run_dir = write_tars(tmp_path / "data"), tmp_path / "run"
+    begin = {"device": "cpu", "watch": Watch(rehearses=False)}
+    train(recipe(data), run_dir, **begin)
+    with pytest.raises(RunFolderError, match="another recipe: text_column"):
+        train(recipe(data, text_column="txt"), run_dir, **begin)
+    train(recipe(shutil.copytree(data, tmp_path / "copy")), run_dir, **begin)  # the same data elsewhere
+    (data / "1.tar").unlink()
+    with pytest.raises(RunFolderError, match="have changed since"):
+        train(recipe(data), run_dir, **begin)
+
+
+def test_runs_of_earlier_versions_have_no_columns_and_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("wuerstchen.train.run._Run.train", lambda self: self.run_dir / "model")
+    data, run_dir = write_folder(tmp_path / "data"), tmp_path / "run"
+    begin = {"device": "cpu", "watch": Watch(rehearses=False)}
+    train(recipe(data), run_dir, **begin)
+    stored = json.loads((run_dir / "run.json").read_text())
+    for name in ("image_column", "text_column"):
+        del stored["recipe"][name]
+    (run_dir / "run.json").write_text(json.dumps(stored))
+    train(recipe(data), run_dir, **begin)
+
+
+def test_packed_tars_are_refused_with_what_to_do(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "0.tar.gz").touch()
+    for name in (tmp_path / "data" / "0.tar.gz", tmp_path / "data"):
+        with pytest.raises(DataError, match=r"packed.* unpack"):
+            open_source(str(name))
