@@ -16,16 +16,22 @@ import numpy as np
 
 from wuerstchen.data.captions import MONO_STYLE, plain_caption
 from wuerstchen.data.colours import name_colours
-from wuerstchen.data.emoji import HUE_SHIFTS, EmojiSource, shift_hue, visible_backgrounds, write_whole
+from wuerstchen.data.emoji import (
+    HUE_SHIFTS,
+    VAL_PAIRS,
+    EmojiSource,
+    shift_hue,
+    val_of,
+    visible_backgrounds,
+    write_whole,
+)
 from wuerstchen.data.plan import stable_hash
 from wuerstchen.evaluate.lists import (
     FILES,
-    VAL_PAIRS,
     VAL_PROMPTS,
     Entry,
     prompt_text,
     subject_words,
-    val_of,
 )
 
 PROMPTS = 480

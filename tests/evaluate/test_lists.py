@@ -11,7 +11,15 @@ from PIL import Image
 from wuerstchen.data import emoji
 from wuerstchen.data.captions import MONO_STYLE
 from wuerstchen.data.colours import COLOURS
-from wuerstchen.data.emoji import HUE_SHIFTS, STYLES, Record, listed_heldout, split_of, write_index
+from wuerstchen.data.emoji import (
+    HUE_SHIFTS,
+    STYLES,
+    Record,
+    listed_heldout,
+    listed_validation,
+    split_of,
+    write_index,
+)
 from wuerstchen.data.plan import stable_hash
 from wuerstchen.errors import DataError
 from wuerstchen.evaluate.lists import (
@@ -41,6 +49,10 @@ def test_list_a_is_all_that_is_held_out():
         listed_heldout(), key=lambda key: stable_hash("evaluate pairs", key)
     )
     assert {(entry.background, entry.colour, entry.shift) for entry in PAIRS} == {("white", None, 0)}
+
+
+def test_validation_while_training_is_on_the_pairs_that_choices_are_made_on():
+    assert {entry.id for entry in select("a", ("val",))} == listed_validation()
 
 
 def test_nothing_is_from_the_training_split():

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -50,18 +50,21 @@ def listed_heldout() -> frozenset[str]:
     return frozenset((_HERE / "emoji_heldout.txt").read_text().split())
 
 
-VALIDATION_PAIRS = 150
+VAL_PAIRS = 150
 """Held-out pairs that choices are made on; the others are for the report."""
+
+
+def val_of(keys: Collection[str], count: int) -> frozenset[str]:
+    """The ``count`` keys whose SHA-256, after ``evaluate val``, is smallest: they are *val*."""
+    return frozenset(
+        sorted(keys, key=lambda key: hashlib.sha256(f"evaluate val {key}".encode()).digest())[:count]
+    )
 
 
 @cache
 def listed_validation() -> frozenset[str]:
-    """The held-out pairs ``STYLE/HEX`` of the part *val*: those with the smallest hashes."""
-
-    def rank(pair: str) -> bytes:
-        return hashlib.sha256(f"evaluate val {pair}".encode()).digest()
-
-    return frozenset(sorted(listed_heldout(), key=rank)[:VALIDATION_PAIRS])
+    """The held-out pairs ``STYLE/HEX`` in the part *val*."""
+    return val_of(listed_heldout(), VAL_PAIRS)
 
 
 def subject_hash(subject: str) -> int:

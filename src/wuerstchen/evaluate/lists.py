@@ -6,7 +6,6 @@ composed prompts, style × subject × colour × background, over such pairs. Bot
 choices are made, and *test*, which is scored only for the report.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,8 +33,8 @@ Split = Literal["val", "test"]
 LISTS: tuple[ListName, ...] = get_args(ListName)
 SPLITS: tuple[Split, ...] = get_args(Split)
 
-VAL_PAIRS, VAL_PROMPTS = 150, 120
-"""Entries of list (a) and of list (b) set aside for choices."""
+VAL_PROMPTS = 120
+"""Entries of list (b) set aside for choices; of list (a) they are ``emoji.VAL_PAIRS``."""
 
 FILES: dict[ListName, Path] = {
     "a": Path(__file__).parent / "pairs.jsonl",
@@ -78,13 +77,6 @@ def select(name: ListName, splits: Sequence[Split] = SPLITS, limit: int | None =
     """The entries of the splits in the order of the file, of each split the first ``limit`` only."""
     chosen = [[entry for entry in read_list(name) if entry.split == split][:limit] for split in splits]
     return sorted((entry for part in chosen for entry in part), key=lambda entry: entry.number)
-
-
-def val_of(keys: Sequence[str], count: int) -> frozenset[str]:
-    """The ``count`` keys whose SHA-256, after ``evaluate val``, is smallest: they are *val*."""
-    return frozenset(
-        sorted(keys, key=lambda key: hashlib.sha256(f"evaluate val {key}".encode()).digest())[:count]
-    )
 
 
 def prompt_text(style: str, name: str, colour: str | None, background: str) -> str:
