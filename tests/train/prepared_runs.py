@@ -19,7 +19,7 @@ import torch
 
 import wuerstchen.train.run as run
 from wuerstchen.checkpoints.text_encoder import read_text_encoder
-from wuerstchen.data import prepared
+from wuerstchen.data import prepared_check
 from wuerstchen.pipeline import BUNDLED
 from wuerstchen.recipes.tiny import tiny
 from wuerstchen.train.config import Phase, Recipe
@@ -96,7 +96,7 @@ def refuse(*_: object) -> None:
 def train_on_a_copy(folder: Path, name: str) -> None:
     """By two processes, on a set that was copied without its times to a disk that cannot be written; what
     they hash is listed in ``hashed``."""
-    hashes, touch = prepared.sha256, os.utime
+    hashes, touch = prepared_check.sha256, os.utime
     for shard in (folder / "set").glob("*/*.arrow"):
         os.utime(shard)
 
@@ -105,9 +105,9 @@ def train_on_a_copy(folder: Path, name: str) -> None:
             file.write(f"{path.parent.name}/{path.name}\n")
         return hashes(path)
 
-    prepared.sha256, os.utime = listed, refuse
+    prepared_check.sha256, os.utime = listed, refuse
     train(2, folder, name)
-    prepared.sha256, os.utime = hashes, touch
+    prepared_check.sha256, os.utime = hashes, touch
 
 
 def whole(folder: Path) -> None:

@@ -18,7 +18,8 @@ from wuerstchen.data.folder_files import PACKED, holds_captioned_images
 from wuerstchen.data.index import IndexedSource
 from wuerstchen.data.items import Reader
 from wuerstchen.data.metadata import METADATA
-from wuerstchen.data.prepared import PreparedSet, is_prepared
+from wuerstchen.data.prepared import PreparedSet
+from wuerstchen.data.prepared_check import is_prepared
 from wuerstchen.data.readers import EmojiReader, FolderReader
 from wuerstchen.data.sources import Part, Source
 from wuerstchen.data.tables import DatasetReader, ParquetReader

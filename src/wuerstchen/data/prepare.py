@@ -35,15 +35,8 @@ from wuerstchen.data.locks import acquired
 from wuerstchen.data.prepare_networks import Networks
 from wuerstchen.data.prepare_plan import COLOURS, PrepareConfig, make_plan, nothing_left, settings_of
 from wuerstchen.data.prepare_shards import ShardMaker, note_of
-from wuerstchen.data.prepared import (
-    DESCRIPTION,
-    FORMAT,
-    MAX_DESCRIPTION,
-    bytes_per_image,
-    check_shard,
-    features,
-    read_description,
-)
+from wuerstchen.data.prepared import bytes_per_image, features
+from wuerstchen.data.prepared_check import DESCRIPTION, FORMAT, MAX_DESCRIPTION, check_shard, read_description
 from wuerstchen.data.tables import import_datasets
 from wuerstchen.defaults import usual_defaults
 from wuerstchen.errors import DataError, RunFolderError, UserError

@@ -20,15 +20,8 @@ from wuerstchen.data.buckets import Crop, bucket_sizes
 from wuerstchen.data.filters import SCORES, Filters, Tally, size_in
 from wuerstchen.data.items import Reader
 from wuerstchen.data.prepare_networks import Networks
-from wuerstchen.data.prepared import (
-    BYTES_PER_SHARD,
-    DESCRIPTION,
-    MAX_DESCRIPTION,
-    Positions,
-    States,
-    fingerprint,
-    text_fingerprint,
-)
+from wuerstchen.data.prepared import BYTES_PER_SHARD, fingerprint, text_fingerprint
+from wuerstchen.data.prepared_check import DESCRIPTION, MAX_DESCRIPTION, Positions, States
 from wuerstchen.data.tables import import_datasets
 from wuerstchen.errors import DataError, UserError
 from wuerstchen.models.compressor import latent_side

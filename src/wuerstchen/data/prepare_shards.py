@@ -26,7 +26,8 @@ from wuerstchen.data.filters import Tally
 from wuerstchen.data.items import NotDownloaded, Reader
 from wuerstchen.data.prepare_networks import Networks
 from wuerstchen.data.prepare_plan import PrepareConfig, plan_rows
-from wuerstchen.data.prepared import features, quantize_states, sha256
+from wuerstchen.data.prepared import features, quantize_states
+from wuerstchen.data.prepared_check import sha256
 from wuerstchen.errors import DataError, out_of_memory_named
 from wuerstchen.images import decode_image
 from wuerstchen.models.compressor import compressor_input

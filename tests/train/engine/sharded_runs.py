@@ -28,7 +28,7 @@ from conftest import ToySource, ToyStage
 from test_step import PriorStage, make_inputs, make_step
 from torch import nn
 
-from wuerstchen.data import prepared
+from wuerstchen.data import prepared_check
 from wuerstchen.errors import UserError
 from wuerstchen.train.engine import checkpoint as snapshot
 from wuerstchen.train.engine import distributed as parallel
@@ -353,7 +353,7 @@ def surveys(folder: Path) -> object:
     parallel._PATIENCE = datetime.timedelta(seconds=2)
 
     def work(processes: Processes) -> object:
-        read, reads = [], prepared.sha256
+        read, reads = [], prepared_check.sha256
 
         def slowly(path: Path) -> str:
             if processes.leads and not read:
@@ -366,7 +366,7 @@ def surveys(folder: Path) -> object:
             time.sleep(0 if rank else 3)
             return f"{rank}.png"
 
-        prepared.sha256 = slowly
+        prepared_check.sha256 = slowly
         found = SimpleNamespace(folder=folder, description=described)
         said = []
         for _ in range(2):  # once, and not once more

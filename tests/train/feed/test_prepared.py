@@ -16,7 +16,8 @@ from wuerstchen.data.plan import held_out_names, item_at
 from wuerstchen.data.prepare import prepare
 from wuerstchen.data.prepare_networks import Networks
 from wuerstchen.data.prepare_plan import PrepareConfig
-from wuerstchen.data.prepared import PreparedSet, is_prepared
+from wuerstchen.data.prepared import PreparedSet
+from wuerstchen.data.prepared_check import is_prepared
 from wuerstchen.data.readers import FolderReader
 from wuerstchen.errors import DataError, UserError
 from wuerstchen.images import open_image, resize_crop

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from wuerstchen.data.plan import BucketPlan, crop_at, generator, item_at, items_at
-from wuerstchen.data.prepared import DESCRIPTION, PreparedSet, mark_verified, verify_newer
+from wuerstchen.data.prepared import PreparedSet
+from wuerstchen.data.prepared_check import DESCRIPTION, mark_verified, verify_newer
 from wuerstchen.errors import DataError, UserError
 from wuerstchen.models.text import TextEncoder, TextStates
 from wuerstchen.train.config import StoredTexts
