@@ -61,7 +61,7 @@ class StripesReader:
 
 STRIPES = Kind(
     name="stripes",
-    found=lambda text: text.startswith("stripes:"),
+    found=lambda name: name.text.startswith("stripes:"),
     reader=lambda data: StripesReader(int(data.text.partition(":")[2])),
 )
 

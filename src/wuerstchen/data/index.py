@@ -155,7 +155,9 @@ def _make(reader: Reader, data: str, folder: Path) -> None:
     check = getattr(reader, "check_random_access", None)
     if check is not None:
         check()
-    shutil.rmtree(folder, ignore_errors=True)
+    key = folder.name.partition("-")[0]
+    for stale in (folder, *folder.parent.glob(f".{key}-*")):  # the latter of processes that were killed
+        shutil.rmtree(stale, ignore_errors=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         tally = Tally()

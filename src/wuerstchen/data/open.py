@@ -9,6 +9,7 @@ import glob
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from wuerstchen.checkpoints.hub import HUB_NAME
@@ -27,6 +28,19 @@ from wuerstchen.data.tars import TarReader
 from wuerstchen.errors import DataError, UserError
 
 _SAVED = ("dataset_info.json", "state.json")  # what save_to_disk writes beside its .arrow files
+
+
+class Name:
+    """A name of data, of which it is to be told what it names."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.path = Path(text)
+
+    @cached_property
+    def content(self) -> str | None:
+        """The kind of what lies in a folder that is neither an emoji set nor prepared; None for no folder."""
+        return _content(self.path) if self.path.is_dir() else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +82,7 @@ class Kind:
 
     name: str
     """What ``format`` calls it."""
-    found: Callable[[str], bool]
+    found: Callable[[Name], bool]
     """Whether data of this name are of this kind. Raises ``DataError`` for what cannot be read."""
     reader: Callable[[Data], Reader]
     source: Callable[[Data, Part], Source | PreparedSet] = _indexed
@@ -146,7 +160,8 @@ def open_source(
 
 def kind_of(text: str) -> Kind:
     """The kind of the data of this name. Raises ``DataError`` if it is nothing known."""
-    found = next((kind for kind in KINDS if kind.found(text)), None)
+    name = Name(text)
+    found = next((kind for kind in KINDS if kind.found(name)), None)
     if found is not None:
         return found
     if any(text.lower().endswith(ending) for ending in PACKED):
@@ -174,14 +189,13 @@ def _kind_called(name: str) -> Kind:
 # --- What is of which kind ---
 
 
-def _is_emoji(text: str) -> bool:
-    return (Path(text) / "index.jsonl").is_file()
-
-
 def is_folder_of_images(text: str) -> bool:
     """Whether a name is a folder whose files are the images."""
-    path = Path(text)
-    return path.is_dir() and not (_is_emoji(text) or is_prepared(path)) and _content(path) == "folder"
+    return Path(text).is_dir() and kind_of(text).name == "folder"
+
+
+def _is_emoji(name: Name) -> bool:
+    return (name.path / "index.jsonl").is_file()
 
 
 def _content(path: Path) -> str:
@@ -203,23 +217,18 @@ def _content(path: Path) -> str:
     return "webdataset" if tars else "parquet"
 
 
-def _is_saved(text: str) -> bool:
-    return Path(text).is_dir() and _content(Path(text)) == "saved"
+def _is_tars(name: Name) -> bool:
+    return name.content == "webdataset" or (name.content is None and name.text.endswith(".tar"))
 
 
-def _is_tars(text: str) -> bool:
-    return _content(Path(text)) == "webdataset" if Path(text).is_dir() else text.endswith(".tar")
+def _is_parquet(name: Name) -> bool:
+    return name.content == "parquet" or (name.content is None and name.text.endswith(".parquet"))
 
 
-def _is_parquet(text: str) -> bool:
-    return _content(Path(text)) == "parquet" if Path(text).is_dir() else text.endswith(".parquet")
-
-
-def _is_on_the_hub(text: str) -> bool:
-    packed = any(text.lower().endswith(ending) for ending in PACKED)
-    return (
-        not packed and not Path(text).exists() and HUB_NAME.fullmatch(text) is not None and ".." not in text
-    )
+def _is_on_the_hub(name: Name) -> bool:
+    packed = any(name.text.lower().endswith(ending) for ending in PACKED)
+    is_name = HUB_NAME.fullmatch(name.text) is not None and ".." not in name.text
+    return is_name and not packed and not name.path.exists()
 
 
 # --- How each is read ---
@@ -261,7 +270,7 @@ def _files(pattern: str, suffix: str) -> list[Path]:
 KINDS: list[Kind] = [
     Kind(
         name="sample",
-        found=lambda text: text == "sample",
+        found=lambda name: name.text == "sample",
         reader=lambda data: EmojiReader(sample_root()),
         source=lambda data, part: _emoji_source(sample_root(), part),
         columns="an emoji set has no columns: its captions are composed",
@@ -275,14 +284,14 @@ KINDS: list[Kind] = [
     ),
     Kind(
         name="prepared",
-        found=lambda text: is_prepared(Path(text)),
+        found=lambda name: is_prepared(name.path),
         reader=_prepared_reader,
         source=lambda data, part: PreparedSet(data.path, verify=data.verify),
         columns="a prepared set has no columns: they were chosen when it was prepared",
     ),
     Kind(
         name="saved",
-        found=_is_saved,
+        found=lambda name: name.content == "saved",
         reader=lambda data: DatasetReader.from_disk(
             data.path, data.split, data.image_column, data.text_column
         ),
@@ -300,7 +309,7 @@ KINDS: list[Kind] = [
     ),
     Kind(
         name="folder",
-        found=is_folder_of_images,
+        found=lambda name: name.content == "folder",
         reader=lambda data: FolderReader(data.path, data.image_column, data.text_column),
         source=lambda data, part: FolderSource(
             data.path, part, data.around, image_column=data.image_column, text_column=data.text_column

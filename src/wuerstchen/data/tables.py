@@ -317,7 +317,7 @@ class DatasetReader:
                 if split not in found:
                     raise DataError(
                         f"data folder {str(folder)!r} is wrong because it has no split {split!r};"
-                        f" name one of {', '.join(found)} with --split"
+                        f" name one of {', '.join(found)} with --split, or give the folder of one in it"
                     )
                 found = found[split]
             # A damaged file can name bytes that it does not have, which would end the process.
