@@ -2,6 +2,7 @@
 
 import ast
 import importlib.resources
+import re
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,13 @@ def test_imports_go_one_way(path):
     text = path.read_text(encoding="utf-8")
     assert "import diffusers" not in text
     assert "from diffusers" not in text
+
+
+def test_kernels_are_in_their_folder():
+    """Nothing else needs Triton to be imported."""
+    users = [path for path in FILES if re.search(r"^\s*(import|from) triton", path.read_text("utf-8"), re.M)]
+    assert users
+    assert {path.relative_to(ROOT).parent.as_posix() for path in users} == {"models/fused"}
 
 
 def test_every_room_is_in_the_order():

@@ -7,16 +7,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from wuerstchen.models.fused.blocks import FactoredMap, keys_values, run_fused, suits
-from wuerstchen.models.layers import (
-    AttnBlock,
-    ConditionedResBlock,
-    KeysValues,
-    ResBlock,
-    TextTokens,
-    TimestepBlock,
-    convolve,
-    layer_norm,
-)
+from wuerstchen.models.layers import KeysValues, TextTokens
+from wuerstchen.models.traits import traits_of
 
 Text = KeysValues | TextTokens
 """What an attention block may be given of a text."""
@@ -29,7 +21,7 @@ def texts_for(
     once: bool,
 ) -> list[Text]:
     """What each attention block among ``blocks`` reads of a text: keys and values, or ``once`` its tokens."""
-    readers = [block for block in blocks if isinstance(block, AttnBlock)]
+    readers = [block for block in blocks if traits_of(block).takes == "text"]
     if once:
         return [TextTokens(tokens, mask) for _ in readers]
     if not suits(tokens):
@@ -59,13 +51,14 @@ def run_blocks(
             raise ValueError("this context was made for sampling; to learn, make it anew, with once=True")
         level_map = level_map.whole()  # made eagerly, and read by a compiled network
     for block in blocks:
-        if isinstance(block, ResBlock | ConditionedResBlock):
+        takes = traits_of(block).takes
+        if takes == "maps":
             x = block(x, *(joined for joined in (skip, level_map) if joined is not None))
-        elif isinstance(block, TimestepBlock):
+        elif takes == "timestep":
             x = block(x, r_embed)
-        elif isinstance(block, AttnBlock):
+        elif takes == "text":
             x = block(x, next(texts))
-        else:  # between levels: a layer norm, then a convolution that halves or doubles the grid
-            x = convolve(block[1], layer_norm(x))
+        else:
+            x = block(x)
         skip = None
     return x

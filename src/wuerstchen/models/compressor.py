@@ -21,6 +21,7 @@ from wuerstchen.models.efficientnet import (
     EfficientNetV2,
     LiteBlock,
 )
+from wuerstchen.models.traits import BlockTraits
 
 BackboneName = Literal["efficientnet_v2_s", "efficientnet_v2_l", "efficientnet_lite0"]
 STRIDE = 32
@@ -64,6 +65,8 @@ class Compressor(nn.Module):
     backbone (``wuerstchen.checkpoints.backbones.load_backbone``): with random weights and fresh statistics
     hardly any signal reaches the mapper.
     """
+
+    allows = BlockTraits(shard="network")
 
     def __init__(self, config: CompressorConfig) -> None:
         super().__init__()

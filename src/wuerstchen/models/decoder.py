@@ -27,6 +27,7 @@ from wuerstchen.models.layers import (
     timestep_embedding,
     to_channels_last,
 )
+from wuerstchen.models.traits import BlockTraits
 from wuerstchen.models.unet import level_dropout, unet_levels
 
 SCALE_EPS = 1e-3
@@ -148,6 +149,8 @@ class DecoderContext:
 
 class Decoder(Network):
     """Predicts the noise in Stage A latents, given the semantic map and, by choice, the text."""
+
+    allows = BlockTraits(shard="network")
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from wuerstchen.errors import UserError
+from wuerstchen.models.traits import BlockTraits
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -184,6 +185,8 @@ def _conv_silu(c_in: int, c_out: int, kernel: int = 1, *, stride: int = 1, group
 class Block(nn.Module):
     """Fused or MBConv block of V2, with a residual where the shape stays the same."""
 
+    allows = BlockTraits()
+
     def __init__(self, c_in: int, stride: int, stage: Stage, drop_probability: float) -> None:
         super().__init__()
         c_out, k = stage.channels, stage.kernel
@@ -292,6 +295,8 @@ def _normalised(
 class LiteBlock(nn.Module):
     """MBConv block of EfficientNet-Lite: ReLU6, no squeeze-and-excitation. Attribute names are the file's."""
 
+    allows = BlockTraits()
+
     def __init__(self, c_in: int, stride: int, stage: Stage, drop_probability: float) -> None:
         super().__init__()
         wide = stage.expansion * c_in
@@ -319,6 +324,8 @@ class EfficientNetLite(nn.Module):
 
     Lite1's package has the same keys.
     """
+
+    allows = BlockTraits(compile=True)
 
     def __init__(self, config: EfficientNetConfig = EFFICIENTNET_LITE0) -> None:
         super().__init__()

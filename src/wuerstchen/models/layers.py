@@ -16,7 +16,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from wuerstchen.errors import UserError
-from wuerstchen.models.mlp import ChannelMLP
+from wuerstchen.models.mlp import ChannelMLP, GlobalResponseNorm
+from wuerstchen.models.traits import BlockTraits
 
 LAYER_NORM_EPS = 1e-6
 TIMESTEP_SCALE = 10_000
@@ -88,6 +89,16 @@ class Network(nn.Module):
         return next(self.parameters()).dtype
 
 
+_CONVOLUTION = BlockTraits(
+    takes="maps",
+    compile=True,
+    recompute=True,
+    shard="block",
+    orthogonalise=True,
+    fuse=(nn.Conv2d, ChannelMLP, nn.Linear, nn.GELU, GlobalResponseNorm, nn.Dropout, nn.Linear),
+)
+
+
 class ResBlock(nn.Module):
     """Stage C's block: depthwise convolution, layer norm, MLP with global response norm, residual.
 
@@ -95,6 +106,8 @@ class ResBlock(nn.Module):
     Its groups then read neighbours of the joined channels, not a channel and its partner in the skip: with
     ``c_skip = c`` the first half of the output comes from ``x`` alone and the second from the skip alone.
     """
+
+    allows = _CONVOLUTION
 
     def __init__(self, c: int, c_skip: int = 0, *, kernel_size: int = 3, dropout: float = 0.0) -> None:
         super().__init__()
@@ -110,6 +123,8 @@ class ResBlock(nn.Module):
 
 class ConditionedResBlock(nn.Module):
     """The block of Stage B in v2: as ``ResBlock``, with ``c_skip`` further channels joined after the norm."""
+
+    allows = _CONVOLUTION
 
     def __init__(self, c: int, c_skip: int = 0, *, kernel_size: int = 3, dropout: float = 0.0) -> None:
         super().__init__()
@@ -127,6 +142,8 @@ class ConditionedResBlock(nn.Module):
 
 class TimestepBlock(nn.Module):
     """Scales and shifts every channel by the timestep."""
+
+    allows = BlockTraits(takes="timestep", compile=True, recompute=True, fuse=(nn.Linear,))
 
     def __init__(self, c: int, c_r: int) -> None:
         super().__init__()
@@ -203,6 +220,18 @@ class Attention(nn.Module):
 class AttnBlock(nn.Module):
     """Every position of the grid attends to the grid and to the text at once."""
 
+    allows = BlockTraits(
+        takes="text",
+        compile=True,
+        recompute=True,
+        shard="block",
+        orthogonalise=True,
+        fuse=(
+            *(Attention, nn.Linear, nn.Linear, nn.Linear, nn.ModuleList, nn.Linear),
+            *(nn.Sequential, nn.SiLU, nn.Linear),
+        ),
+    )
+
     def __init__(self, c: int, c_cond: int, heads: int, *, dropout: float = 0.0) -> None:
         super().__init__()
         self.attention = Attention(c, heads, dropout)
@@ -223,6 +252,21 @@ class AttnBlock(nn.Module):
             keys = torch.cat([own.keys, text.keys], dim=2)
             attended = KeysValues(keys, torch.cat([own.values, text.values], dim=2), mask)
         return x + self.attention(tokens, attended).unflatten(1, x.shape[1:3])
+
+
+class Resampling(nn.Sequential):
+    """Stands between levels: a layer norm, then a convolution that halves or doubles the grid.
+
+    The published keys count the layer norm, which has no weights, as the first entry.
+    """
+
+    allows = BlockTraits()
+
+    def __init__(self, convolution: nn.Module) -> None:
+        super().__init__(nn.Identity(), convolution)
+
+    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h2 w2 c2"]:
+        return convolve(self[1], layer_norm(x))
 
 
 def init_linear_and_conv(module: nn.Module) -> None:

@@ -25,6 +25,7 @@ from wuerstchen.models.layers import (
     timestep_embedding,
     to_channels_last,
 )
+from wuerstchen.models.traits import BlockTraits
 from wuerstchen.models.unet import unet_levels
 
 
@@ -85,6 +86,8 @@ class Paella(nn.Module):
     Parameter names are those of the original's files, but for attention: what is fused there
     (``attention.attn.in_proj_*``, ``attention.attn.out_proj``) is split as in the other networks.
     """
+
+    allows = BlockTraits(shard="keep whole")  # the loss reads its last layer
 
     def __init__(self, config: PaellaConfig) -> None:
         super().__init__()

@@ -24,6 +24,7 @@ from wuerstchen.models.layers import (
     timestep_embedding,
     to_channels_last,
 )
+from wuerstchen.models.traits import BlockTraits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,8 @@ class Prior(Network):
     The text's keys and values do not depend on the step: ``context`` computes them once for a prompt and
     ``forward`` takes them.
     """
+
+    allows = BlockTraits(shard="network")
 
     def __init__(self, config: PriorConfig) -> None:
         super().__init__()

@@ -5,7 +5,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import nn
 
-from wuerstchen.models.layers import AttnBlock, TimestepBlock
+from wuerstchen.models.layers import AttnBlock, Resampling, TimestepBlock
 
 
 @runtime_checkable
@@ -62,12 +62,12 @@ def unet_levels(
         blocks = level_blocks(level, c_skip=0)
         if level > 0:
             down = nn.Conv2d(widths[level - 1], widths[level], kernel_size=2, stride=2)
-            blocks.insert(0, nn.Sequential(nn.Identity(), down))
+            blocks.insert(0, Resampling(down))
         down_blocks.append(nn.ModuleList(blocks))
     for level in reversed(range(len(widths))):
         blocks = level_blocks(level, c_skip=widths[level] if level < len(widths) - 1 else 0)
         if level > 0:
             up = nn.ConvTranspose2d(widths[level], widths[level - 1], kernel_size=2, stride=2)
-            blocks.append(nn.Sequential(nn.Identity(), up))
+            blocks.append(Resampling(up))
         up_blocks.append(nn.ModuleList(blocks))
     return down_blocks, up_blocks

@@ -18,6 +18,7 @@ from wuerstchen.models.layers import (
     pointwise,
     to_channels_last,
 )
+from wuerstchen.models.traits import BlockTraits
 
 MAX_LEVELS = 16
 """A picture of 65,536 pixels a side would be one latent."""
@@ -69,6 +70,11 @@ class MixingResidualBlock(nn.Module):
 
     The six scalars start at zero, so the block starts as the identity.
     """
+
+    allows = BlockTraits(
+        compile=True,
+        fuse=(nn.Sequential, nn.ReplicationPad2d, nn.Conv2d, nn.Sequential, nn.Linear, nn.GELU, nn.Linear),
+    )
 
     def __init__(self, c: int) -> None:
         super().__init__()

@@ -25,15 +25,12 @@ from torch import Tensor, nn
 from wuerstchen.models.layers import (
     Attention,
     AttnBlock,
-    ConditionedResBlock,
     KeysValues,
-    ResBlock,
+    Resampling,
     TextTokens,
-    TimestepBlock,
-    convolve,
-    layer_norm,
 )
-from wuerstchen.models.mlp import ChannelMLP, GlobalResponseNorm, runs_triton
+from wuerstchen.models.mlp import runs_triton
+from wuerstchen.models.traits import fused_layers, traits_of
 
 
 def suits(x: Tensor) -> bool:
@@ -67,7 +64,7 @@ def factored_map(
     blocks: Iterable[nn.Module], mapper: nn.Conv2d, positions: Float[Tensor, "b h w e"]
 ) -> FactoredMap | None:
     """The map as the convolution blocks among ``blocks`` take it; None if one of them is not to be fused."""
-    readers = [block for block in blocks if isinstance(block, ConditionedResBlock)]
+    readers = [block for block in blocks if traits_of(block).takes == "maps"]
     if not all(is_plain(block, positions) for block in readers):
         return None
     assert mapper.bias is not None
@@ -83,30 +80,16 @@ def factored_map(
 def is_plain(block: nn.Module, x: Tensor) -> bool:
     """Whether a block has all its layers as they were made, with biases, which lie where ``x`` does, and
     nothing else is to be called."""
-    layers = list(block.modules())
+    layers, expected = list(block.modules()), fused_layers(block)
     return (
-        [type(layer) for layer in layers[1:]] == _LAYERS.get(type(block).__qualname__)
-        and type(block).__module__.startswith("wuerstchen.models.")
+        bool(expected)
+        and tuple(type(layer) for layer in layers[1:]) == expected
         and not any(layer.training or "forward" in vars(layer) for layer in layers)
         and all(getattr(layer, "bias", x) is not None for layer in layers)
         and all(getattr(layer, "approximate", "none") == "none" for layer in layers)
         and all(p.device == x.device and p.dtype == x.dtype for p in block.parameters())
         and not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
     )
-
-
-_CONVOLUTION = [nn.Conv2d, ChannelMLP, nn.Linear, nn.GELU, GlobalResponseNorm, nn.Dropout, nn.Linear]
-_ATTENTION = [Attention, nn.Linear, nn.Linear, nn.Linear, nn.ModuleList, nn.Linear]
-_MIXING = [nn.Sequential, nn.ReplicationPad2d, nn.Conv2d, nn.Sequential, nn.Linear, nn.GELU, nn.Linear]
-_LAYERS = {
-    "ResBlock": _CONVOLUTION,
-    "ConditionedResBlock": _CONVOLUTION,
-    "TimestepBlock": [nn.Linear],
-    "AttnBlock": [*_ATTENTION, nn.Sequential, nn.SiLU, nn.Linear],
-    "MixingResidualBlock": _MIXING,
-}
-"""What a block that is fused consists of, as ``modules()`` lists it: what stands elsewhere, or does not have
-these layers, runs as it is."""
 
 
 def keys_values(
@@ -138,13 +121,14 @@ def run_fused(
     x, waiting = x.contiguous(), _Waiting()
     for number, block in enumerate(sequence):
         skip = skip if number == 0 else None  # the first block takes it, or none
-        if isinstance(block, TimestepBlock):
+        takes = traits_of(block).takes
+        if takes == "timestep":
             factors_r = next(timesteps)
             if factors_r is not None:
                 waiting = _Waiting(waiting.bias, factors_r)
                 continue
             x = block(waiting.done(x), r_embed)
-        elif isinstance(block, AttnBlock):
+        elif takes == "text":
             text = next(texts)
             if isinstance(text, KeysValues) and is_plain(block, x):
                 attention, out = block.attention, block.attention.to_out[0]
@@ -153,7 +137,7 @@ def run_fused(
                 waiting = _Waiting()
                 continue
             x = block(waiting.done(x), text)
-        elif isinstance(block, ResBlock | ConditionedResBlock):
+        elif takes == "maps":
             x, taps = waiting.done(x), next(kernels)
             if taps is not None:
                 inner = block_kernels.depthwise_norm(x, taps, block.depthwise.bias)
@@ -168,9 +152,11 @@ def run_fused(
             if isinstance(level_map, FactoredMap):
                 given, _ = level_map.whole(), next(factors)
             x = block(x, *(joined for joined in (skip, given) if joined is not None))
-        else:  # between levels: a layer norm, then a convolution that halves or doubles the grid
-            x, waiting = convolve(block[1], layer_norm(waiting.done(x))).contiguous(), _Waiting()
+        elif isinstance(block, Resampling):  # its convolution has made a new map: no copy is needed
+            x, waiting = block(waiting.done(x)).contiguous(), _Waiting()
             continue
+        else:
+            x = block(waiting.done(x))
         # A copy: who was called may keep what it returned.
         x, waiting = x.clone(memory_format=torch.contiguous_format), _Waiting()
     return waiting.done(x)
@@ -287,9 +273,9 @@ def join_layers(network: nn.Module) -> None:
             if isinstance(module, Attention):
                 _join([module.to_q, module.to_k, module.to_v])
             elif isinstance(module, nn.ModuleList):
-                _join([block.mapper for block in module if isinstance(block, TimestepBlock)])
-                convolutions = [one for one in module if isinstance(one, ResBlock | ConditionedResBlock)]
-                _join([block.depthwise for block in convolutions])
+                fused = [(traits_of(block).takes, block) for block in module if traits_of(block).fuse]
+                _join([block.mapper for takes, block in fused if takes == "timestep"])
+                _join([block.depthwise for takes, block in fused if takes == "maps"])
 
 
 _JOINS = threading.Lock()  # two threads that draw with one network for the first time
@@ -316,19 +302,19 @@ def _mapped_timesteps(
 ) -> Iterator[Float[Tensor, "b c2"] | None]:
     """Scale and shift of each timestep block in order, by one product where their mappers lie together; None
     for a block that is not to be fused."""
-    steps = [block for block in blocks if isinstance(block, TimestepBlock)]
+    steps = [block for block in blocks if traits_of(block).takes == "timestep"]
     plain = [is_plain(step, x) for step in steps]
-    mappers = [step.mapper for step in steps]
+    mappers = [step.mapper if fits else None for step, fits in zip(steps, plain, strict=True)]
     joined = _joined(mappers) if steps and all(plain) else None
     if joined is not None:
         return iter(F.linear(r_embed, *joined).split([mapper.out_features for mapper in mappers], dim=-1))
-    return (mapper(r_embed) if fits else None for mapper, fits in zip(mappers, plain, strict=True))
+    return (None if mapper is None else mapper(r_embed) for mapper in mappers)
 
 
 def _taps(blocks: Sequence[nn.Module], x: Tensor) -> Iterator[Float[Tensor, "k2 c"] | None]:
     """The depthwise weights of each convolution block in order, channels last: as they lie, a read of one tap
     would touch those of all. One pass turns all of them. None for a block that is not to be fused."""
-    convolutions = [block for block in blocks if isinstance(block, ResBlock | ConditionedResBlock)]
+    convolutions = [block for block in blocks if traits_of(block).takes == "maps"]
     # Where a skip joins before the convolution, as in v1, groups read more than one channel.
     plain = [is_plain(block, x) and block.depthwise.weight.shape[1] == 1 for block in convolutions]
     layers = [block.depthwise for block, fits in zip(convolutions, plain, strict=True) if fits]

@@ -109,7 +109,7 @@ def adamw(
     the factor that corrects the square's root, a factor of the gradient, and 0 where nothing may change.
     """
     if weight.is_cuda and runs_triton(weight.device):
-        from wuerstchen.train.engine import adamw_kernel as kernels
+        from wuerstchen.models.fused import adamw_kernel as kernels
 
         kernels.adamw(weight, copy, gradient, mean, square, factors, beta1, beta2, eps)
         return

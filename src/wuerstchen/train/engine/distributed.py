@@ -28,11 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from wuerstchen.data.plan import stable_hash
 from wuerstchen.errors import UserError, is_out_of_memory
-from wuerstchen.models.compressor import Compressor
-from wuerstchen.models.decoder import Decoder
-from wuerstchen.models.layers import AttnBlock, ConditionedResBlock, ResBlock
-from wuerstchen.models.paella import Paella
-from wuerstchen.models.prior import Prior
+from wuerstchen.models.traits import traits_of
 from wuerstchen.train.engine.heartbeat import meet, watching_others
 
 _LARGE = 2**20  # numbers of a tensor that travels alone
@@ -249,10 +245,6 @@ def share_batch_statistics(network: nn.Module) -> None:
             module.__class__ = GlobalBatchNorm2d
 
 
-_ROOTS = (Prior, Decoder, Compressor)
-_UNITS = (ResBlock, ConditionedResBlock, AttnBlock)
-
-
 def shard(network: nn.Module, processes: Processes) -> bool:
     """Lets each process keep its part of a network's weights alone, in place; whether it is one to shard.
 
@@ -260,19 +252,19 @@ def shard(network: nn.Module, processes: Processes) -> bool:
     those of Stage A, the discriminator, the previewer; and v1's Stage B, whose last layer its loss reads. A
     copy of a sharded network cannot be made: what is to be a copy is copied first and sharded alike.
     """
-    roots = [module for module in network.modules() if isinstance(module, _ROOTS)]
-    has_tokens = any(isinstance(module, Paella) for module in network.modules())
-    if processes.count == 1 or has_tokens or not roots:
+    roots = [module for module in network.modules() if traits_of(module).shard == "network"]
+    stays_whole = any(traits_of(module).shard == "keep whole" for module in network.modules())
+    if processes.count == 1 or stays_whole or not roots:
         return False
     # Nothing in a forward pass changes in place what a network has returned.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(.*\) returned a view tensor")
     mesh = init_device_mesh(processes.device.type, (processes.count,))
     for root in roots:
         for module in root.modules():
-            if isinstance(module, _UNITS):
+            if traits_of(module).shard == "block":
                 fully_shard(module, mesh=mesh)
         fully_shard(root, mesh=mesh)
-        if not isinstance(root, Compressor):
+        if hasattr(root, "context"):
             register_fsdp_forward_method(root, "context")
     return True
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from wuerstchen.models.layers import AttnBlock, ConditionedResBlock, ResBlock
+from wuerstchen.models.traits import traits_of
 
 MOMENTUM = 0.95
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration; they trade exactness for speed
@@ -27,7 +27,7 @@ def hidden_matrices(network: nn.Module) -> set[nn.Parameter]:
 
     First and last layers, timestep mappers, convolutions, gains and biases stay with AdamW.
     """
-    blocks = (m for m in network.modules() if isinstance(m, ResBlock | ConditionedResBlock | AttnBlock))
+    blocks = (m for m in network.modules() if traits_of(m).orthogonalise)
     layers = itertools.chain.from_iterable(block.modules() for block in blocks)
     return {layer.weight for layer in layers if isinstance(layer, nn.Linear)}
 

@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
-from wuerstchen.models.efficientnet import EfficientNetLite
-from wuerstchen.models.layers import AttnBlock, ConditionedResBlock, ResBlock, TimestepBlock
-from wuerstchen.models.vqgan import MixingResidualBlock
+from wuerstchen.models.traits import traits_of
 from wuerstchen.runtime.graphs import Graphs
 from wuerstchen.train.engine.bf16_weights import HalfCopies
 from wuerstchen.train.engine.checkpoint import TrainingState
@@ -31,8 +29,6 @@ from wuerstchen.train.stages.base import Inputs, Stage
 Values = dict[str, Tensor]
 """Losses, terms and gradient norms of an update, each a tensor of no dimension on the device."""
 
-_REGIONS = (ResBlock, ConditionedResBlock, TimestepBlock, AttnBlock, MixingResidualBlock, EfficientNetLite)
-_RECOMPUTED = (ResBlock, ConditionedResBlock, TimestepBlock, AttnBlock)
 _WARM_UPS = 3  # updates of a shape before it is recorded: they compile, and allocate what stays
 
 
@@ -41,7 +37,7 @@ def compile_regions(network: nn.Module) -> None:
     # One block class has as many versions as there are widths and grids.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for module in network.modules():
-        if isinstance(module, _REGIONS):
+        if traits_of(module).compile:
             if isinstance(module, FSDPModule):  # the hooks that gather its weights stay outside
                 module.forward = torch.compile(module.forward, dynamic=False)
             else:
@@ -51,7 +47,7 @@ def compile_regions(network: nn.Module) -> None:
 def recompute_blocks(network: nn.Module) -> None:
     """Lets blocks keep their input alone, and compute the rest again when gradients ask for it."""
     for module in network.modules():
-        if isinstance(module, _RECOMPUTED):
+        if traits_of(module).recompute:
             module.forward = _recomputed(module.forward)
 
 
