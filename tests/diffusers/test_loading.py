@@ -279,9 +279,9 @@ def test_names_on_the_hub_are_fetched_as_told(published, monkeypatch):
             return Path(name)
         return published if name == "warp-ai/wuerstchen" else published / "prior_pipeline"
 
-    monkeypatch.setattr("wuerstchen.diffusers.loading.local_folder", fetch)
+    monkeypatch.setattr("wuerstchen.diffusers.source.local_folder", fetch)
     monkeypatch.setattr(
-        "wuerstchen.diffusers.loading.linked_prior", lambda folder: "warp-ai/wuerstchen-prior"
+        "wuerstchen.diffusers.combined.linked_prior", lambda folder: "warp-ai/wuerstchen-prior"
     )
     AutoPipelineForText2Image.from_pretrained(
         "warp-ai/wuerstchen", revision="abc", cache_dir="/cache", local_files_only=True, token="t"

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from wuerstchen.diffusers.options import drop_options
+from wuerstchen.checkpoints.diffusers import COMBINED_PIPELINE, DECODER_PIPELINE, pipeline_class
+from wuerstchen.diffusers.options import checked_device_map, drop_options
 from wuerstchen.diffusers.outputs import Config
+from wuerstchen.diffusers.source import Source
 from wuerstchen.errors import UserError, UserNotice
 from wuerstchen.pipeline import checked_device
 from wuerstchen.runtime.offload import Blockwise, OneAtATime, Residence
@@ -63,8 +65,6 @@ class DiffusionPipeline:
         Raises ``CheckpointError`` for what is no Würstchen pipeline or damaged, ``UserError`` for options
         that cannot be used, ``TypeError`` for names that are no options of diffusers either.
         """
-        from wuerstchen.diffusers.loading import load  # which knows all pipelines, and so comes after them
-
         return load(cls, pretrained_model_name_or_path, settings)
 
     @classmethod
@@ -109,8 +109,6 @@ class DiffusionPipeline:
         ``hub_options`` are diffusers' for ``push_to_hub``, which is refused. Raises ``UserError`` for that,
         and for what the layout has no place for.
         """
-        from wuerstchen.diffusers.loading import save
-
         for name in hub_options.keys() - {"commit_message", "private", "create_pr", "token", "repo_id"}:
             raise TypeError(f"save_pretrained() got an unexpected keyword argument {name!r}")
         if push_to_hub:
@@ -120,7 +118,24 @@ class DiffusionPipeline:
             )
         if not safe_serialization or variant is not None:
             raise UserError("only safetensors without a variant are written; leave both arguments out")
-        save(self, Path(save_directory))
+        self._write(Path(save_directory))
+
+    @classmethod
+    def _places(cls, source: Source, settings: dict[str, Any]) -> tuple[Any, ...]:
+        """What ``_arguments`` reads from. Takes the settings that say so out of ``settings``."""
+        return (source,)
+
+    @classmethod
+    def _arguments(cls, folder: Path, given: dict[str, Any], *places: Any) -> dict[str, Any]:
+        """What the pipeline is made of: parts and numbers ``given``, the rest read from ``folder``."""
+        raise NotImplementedError
+
+    def _loaded_from(self, folder: Path) -> None:
+        """Keeps what else the folder says."""
+
+    def _write(self, folder: Path) -> None:
+        """Writes the pipeline over an earlier one in ``folder``."""
+        raise NotImplementedError
 
     @property
     def config(self) -> Config:
@@ -283,6 +298,45 @@ class DiffusionPipeline:
         parts = (f"  {name}: {type(part).__name__}" for name, part in self.components.items())
         settings = (f"  {name}={value}" for name, value in self.config.items())
         return "\n".join([f"{type(self).__name__}(", *parts, *settings, ")"])
+
+
+PIPELINES: dict[str, type[DiffusionPipeline]] = {}
+"""The pipelines that folders may hold, by the name in ``model_index.json``."""
+
+
+def published(kind: type[AnyPipeline]) -> type[AnyPipeline]:
+    """Decorates a pipeline that folders may hold."""
+    PIPELINES[kind.__name__] = kind
+    return kind
+
+
+def load(kind: Any, name_or_path: str | Path, settings: dict[str, Any]) -> Any:
+    """``kind.from_pretrained``; the base of all pipelines stands for the one that the folder holds."""
+    settings = dict(settings)
+    device = checked_device_map(settings.pop("device_map", None), settings.pop("max_memory", None))
+    connected = settings.pop("load_connected_pipeline", False)
+    if "use_auth_token" in settings:  # the name of old scripts
+        settings.setdefault("token", settings.pop("use_auth_token"))
+    drop_options(settings)
+    source = Source(settings)
+    folder = source.folder(name_or_path)
+    if kind is DiffusionPipeline:
+        name = pipeline_class(folder)
+        kind = PIPELINES[COMBINED_PIPELINE if connected and name == DECODER_PIPELINE else name]
+    places = kind._places(source, settings)
+    known = list(inspect.signature(kind).parameters)
+    for name in settings:
+        if name not in known:
+            raise TypeError(
+                f"{kind.__name__}.from_pretrained() got an unexpected keyword argument {name!r}; its parts "
+                f"are {', '.join(known)}"
+            )
+    pipe = kind(**kind._arguments(folder, settings, *places))
+    pipe._loaded_from(folder)
+    if device is not None:
+        pipe.to(device)
+        pipe.hf_device_map = dict.fromkeys(pipe._networks(), str(device))
+    return pipe
 
 
 def _offload_device(gpu_id: int | None, device: str | torch.device | None) -> torch.device:

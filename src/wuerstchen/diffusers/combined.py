@@ -1,26 +1,43 @@
 """Both pipelines as one, behind diffusers' name: from a prompt to a picture."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, no_type_check
 
 import torch
 from torch import Tensor, nn
 
-from wuerstchen.diffusers.base import DiffusionPipeline, plain
+from wuerstchen.checkpoints.diffusers import (
+    COMBINED_PIPELINE,
+    PRIOR_PARTS,
+    PRIOR_PIPELINE,
+    linked_prior,
+    pipeline_class,
+    read_prior_network,
+)
+from wuerstchen.checkpoints.diffusers_write import write_combined_folder
+from wuerstchen.diffusers.base import DiffusionPipeline, plain, published
 from wuerstchen.diffusers.decoder import (
     Images,
     WuerstchenDecoderPipeline,
     as_output,
     centre_crop,
     check_output_type,
+    decoder_arguments,
+    decoder_folder_of,
 )
 from wuerstchen.diffusers.lora import LoraMethods
 from wuerstchen.diffusers.outputs import Config, ImagePipelineOutput
-from wuerstchen.diffusers.prior import WuerstchenPriorPipeline, check_side
+from wuerstchen.diffusers.prior import (
+    WuerstchenPriorPipeline,
+    check_side,
+    prior_arguments,
+    prior_folder_of,
+)
 from wuerstchen.diffusers.prompts import check_prompt
 from wuerstchen.diffusers.sampling import check_callbacks, check_count, check_scale, check_steps
-from wuerstchen.errors import UserError
+from wuerstchen.diffusers.source import Source, write_over
+from wuerstchen.errors import CheckpointError, UserError
 
 MULTIPLE = 8
 """Sides of pictures are multiples of this."""
@@ -38,6 +55,7 @@ def _part_of(pipe: str, name: str) -> Any:
     return property(get, exchange)
 
 
+@published
 class WuerstchenCombinedPipeline(LoraMethods, DiffusionPipeline):
     """From prompts to pictures: ``prior_pipe``, then ``decoder_pipe``, which can be used alone too.
 
@@ -103,6 +121,23 @@ class WuerstchenCombinedPipeline(LoraMethods, DiffusionPipeline):
             latent_dim_scale=latent_dim_scale,
         )
         super().__init__()
+
+    @classmethod
+    def _places(cls, source: Source, settings: dict[str, Any]) -> tuple[Any, ...]:
+        return source, Source(settings, "prior_", like=source), settings.pop("prior", None)
+
+    @classmethod
+    def _arguments(
+        cls, folder: Path, given: dict[str, Any], source: Source, prior_source: Source, prior_place: Any
+    ) -> dict[str, Any]:
+        return combined_arguments(folder, source, prior_source, given, prior_place)
+
+    def _loaded_from(self, folder: Path) -> None:
+        self.decoder_pipe._loaded_from(folder)
+
+    def _write(self, folder: Path) -> None:
+        decoder, prior = decoder_folder_of(self.decoder_pipe), prior_folder_of(self.prior_pipe)
+        write_over(folder, lambda new: write_combined_folder(decoder, prior, new))
 
     @property
     def config(self) -> Config:
@@ -281,3 +316,44 @@ class AutoPipelineForText2Image:
         if isinstance(pipeline, WuerstchenPriorPipeline):
             raise UserError("a prior alone draws no pictures; give the decoder's pipeline")
         return WuerstchenCombinedPipeline.from_pipe(pipeline, **parts)
+
+
+def combined_arguments(
+    folder: Path,
+    source: Source,
+    prior_source: Source,
+    given: Mapping[str, Any],
+    prior_place: Any = None,
+) -> dict[str, Any]:
+    """What the combined pipeline is made of, out of its own folder or the decoder's and the prior's.
+
+    ``prior_place`` is a folder or a name on the hub to take Stage C from: a pipeline, or its network alone.
+    """
+    prior_given = {
+        name.removeprefix("prior_"): part for name, part in given.items() if name.startswith("prior_")
+    }
+    decoder_given = {name: part for name, part in given.items() if not name.startswith("prior_")}
+    kind = pipeline_class(folder)
+    if kind == PRIOR_PIPELINE:
+        raise CheckpointError(f"{folder} holds a {kind} alone; give the folder of the decoder that names it")
+    place = None
+    if prior_place is not None:
+        if not isinstance(prior_place, str | Path):
+            raise UserError(
+                f"prior is a {type(prior_place).__name__}. It must be a folder or a name on the hub. Give a "
+                "network of your own as prior_prior."
+            )
+        place = prior_source.folder(prior_place)
+        if not (place / "model_index.json").is_file():
+            network = read_prior_network(place, dtype=prior_source.dtype, variant=prior_source.variant)
+            prior_given, place = {"prior": network, **prior_given}, None
+    arguments = decoder_arguments(folder, source, decoder_given)
+    if all(name in prior_given for name in PRIOR_PARTS):
+        prior = prior_given
+    elif place is not None:
+        prior = prior_arguments(place, prior_source, prior_given)
+    elif kind == COMBINED_PIPELINE:
+        prior = prior_arguments(folder, prior_source, prior_given)
+    else:
+        prior = prior_arguments(prior_source.folder(linked_prior(folder)), prior_source, prior_given)
+    return {**arguments, **{f"prior_{name}": value for name, value in prior.items()}}

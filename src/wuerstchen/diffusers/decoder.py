@@ -1,6 +1,7 @@
 """Stages B and A behind diffusers' names: from a semantic map to a picture."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, no_type_check
 
 import numpy as np
@@ -9,6 +10,16 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from wuerstchen.checkpoints.diffusers import (
+    COMBINED_PIPELINE,
+    DECODER_PARTS,
+    DecoderFolder,
+    linked_prior,
+    pipeline_class,
+    read_decoder_folder,
+)
+from wuerstchen.checkpoints.diffusers_write import write_decoder_folder
+from wuerstchen.checkpoints.hub import HUB_NAME
 from wuerstchen.diffusers.base import (
     DiffusionPipeline,
     check_network,
@@ -16,6 +27,7 @@ from wuerstchen.diffusers.base import (
     check_text_width,
     dtype_of,
     plain,
+    published,
 )
 from wuerstchen.diffusers.outputs import ImagePipelineOutput
 from wuerstchen.diffusers.prompts import check_negative, check_prompt, encode
@@ -31,16 +43,20 @@ from wuerstchen.diffusers.sampling import (
     set_timesteps,
     text_rows,
 )
-from wuerstchen.errors import UserError
+from wuerstchen.diffusers.scheduler import DDPMWuerstchenScheduler, schedule_of
+from wuerstchen.diffusers.source import Source, write_over
+from wuerstchen.errors import CheckpointError, UserError
 from wuerstchen.images import to_images
 from wuerstchen.models.decoder import Decoder
 from wuerstchen.models.vqgan import VQGAN
 
 OUTPUT_TYPES = ("pt", "np", "pil", "latent")
+DECODER_NUMBERS = ("latent_dim_scale",)
 
 Images = list[Image.Image] | np.ndarray | Tensor
 
 
+@published
 class WuerstchenDecoderPipeline(DiffusionPipeline):
     """From semantic maps and prompts to pictures.
 
@@ -76,6 +92,16 @@ class WuerstchenDecoderPipeline(DiffusionPipeline):
         self.decoder = decoder
         self.scheduler = scheduler
         self.vqgan = vqgan
+
+    @classmethod
+    def _arguments(cls, folder: Path, given: dict[str, Any], source: Source) -> dict[str, Any]:
+        return decoder_arguments(folder, source, given)
+
+    def _loaded_from(self, folder: Path) -> None:
+        self._prior_name = prior_name(folder)
+
+    def _write(self, folder: Path) -> None:
+        write_over(folder, lambda new: write_decoder_folder(decoder_folder_of(self), new))
 
     def _encode(self, texts: list[str], device: torch.device) -> Float[Tensor, "b t c"]:
         return encode(self.tokenizer, self.text_encoder, texts, device, self._recorded)
@@ -274,3 +300,45 @@ def as_output(pixels: Float[Tensor, "b c height width"], output_type: str) -> Im
     if output_type == "np":
         return pixels.permute(0, 2, 3, 1).cpu().float().numpy()
     return to_images(pixels)
+
+
+def decoder_arguments(folder: Path, source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the decoder pipeline is made of: parts and numbers ``given``, the rest read."""
+    read = read_decoder_folder(
+        folder,
+        dtype=source.dtype,
+        given=[name for name in DECODER_PARTS if name in given],
+        variant=source.variant,
+    )
+    parts = {
+        "tokenizer": read.tokenizer,
+        "text_encoder": read.text_encoder,
+        "decoder": read.decoder,
+        "vqgan": read.vqgan,
+        "scheduler": DDPMWuerstchenScheduler.from_schedule(read.schedule),
+    }
+    return {**parts, **{name: getattr(read, name) for name in DECODER_NUMBERS}, **given}
+
+
+def prior_name(folder: Path) -> str | None:
+    """The prior on the hub that a decoder's folder names, if it does: it goes with the decoder when saved."""
+    if pipeline_class(folder) == COMBINED_PIPELINE or not (folder / "README.md").is_file():
+        return None
+    try:
+        name = linked_prior(folder)
+    except CheckpointError:
+        return None
+    return name if isinstance(name, str) and HUB_NAME.fullmatch(name) else None
+
+
+def decoder_folder_of(pipe: Any) -> DecoderFolder:
+    """The decoder pipeline as it is written."""
+    return DecoderFolder(
+        decoder=plain(pipe.decoder),
+        vqgan=plain(pipe.vqgan),
+        text_encoder=plain(pipe.text_encoder),
+        tokenizer=pipe.tokenizer,
+        schedule=schedule_of(pipe.scheduler),
+        prior=pipe._prior_name,
+        **pipe.config,
+    )

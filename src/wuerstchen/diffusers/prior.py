@@ -1,8 +1,9 @@
 """Stage C behind diffusers' names: from a prompt to a semantic map."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
+from pathlib import Path
 from typing import Any, no_type_check
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from wuerstchen.checkpoints.diffusers import PRIOR_PARTS, PriorFolder, read_prior_folder
+from wuerstchen.checkpoints.diffusers_write import write_prior_folder
 from wuerstchen.diffusers.base import (
     DiffusionPipeline,
     check_network,
@@ -17,6 +20,7 @@ from wuerstchen.diffusers.base import (
     check_text_width,
     dtype_of,
     plain,
+    published,
 )
 from wuerstchen.diffusers.lora import LoraMethods
 from wuerstchen.diffusers.outputs import WuerstchenPriorPipelineOutput
@@ -33,16 +37,21 @@ from wuerstchen.diffusers.sampling import (
     set_timesteps,
     text_rows,
 )
+from wuerstchen.diffusers.scheduler import DDPMWuerstchenScheduler, schedule_of
+from wuerstchen.diffusers.source import Source, write_over
 from wuerstchen.diffusion.schedule import stage_c_timesteps
 from wuerstchen.errors import UserError
+from wuerstchen.lora import lora_names
 from wuerstchen.models.prior import Prior
 
 DEFAULT_STAGE_C_TIMESTEPS = stage_c_timesteps(29)
 """The published recipe of Stage C: 29 steps, most of them at much noise."""
 
 OUTPUT_TYPES = ("pt", "np", "latent", "pil")
+PRIOR_NUMBERS = ("latent_mean", "latent_std", "resolution_multiple")
 
 
+@published
 class WuerstchenPriorPipeline(LoraMethods, DiffusionPipeline):
     """From prompts to semantic maps, the ``image_embeddings`` of the decoder pipeline.
 
@@ -77,6 +86,13 @@ class WuerstchenPriorPipeline(LoraMethods, DiffusionPipeline):
         self.text_encoder = text_encoder
         self.prior = prior
         self.scheduler = scheduler
+
+    @classmethod
+    def _arguments(cls, folder: Path, given: dict[str, Any], source: Source) -> dict[str, Any]:
+        return prior_arguments(folder, source, given)
+
+    def _write(self, folder: Path) -> None:
+        write_over(folder, lambda new: write_prior_folder(prior_folder_of(self), new))
 
     def _lora_networks(self) -> dict[str, nn.Module]:
         # Adapters change weights, and so may only be given to those that are at home.
@@ -275,3 +291,38 @@ def check_side(name: str, side: Any) -> float:
     if not 1 <= side < math.inf:
         raise UserError(f"{name}={side} is no size of a picture; use a number of pixels, 1024 for example")
     return float(side)
+
+
+def prior_arguments(folder: Path, source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the prior pipeline is made of: parts and numbers ``given``, the rest read."""
+    read = read_prior_folder(
+        folder,
+        dtype=source.dtype,
+        given=[name for name in PRIOR_PARTS if name in given],
+        variant=source.variant,
+    )
+    parts = {
+        "tokenizer": read.tokenizer,
+        "text_encoder": read.text_encoder,
+        "prior": read.prior,
+        "scheduler": DDPMWuerstchenScheduler.from_schedule(read.schedule),
+    }
+    return {**parts, **{name: getattr(read, name) for name in PRIOR_NUMBERS}, **given}
+
+
+def prior_folder_of(pipe: Any) -> PriorFolder:
+    """The prior pipeline as it is written. Raises ``UserError`` while adapters are loaded."""
+    prior = plain(pipe.prior)
+    for network in (prior, pipe.text_encoder):
+        if isinstance(network, nn.Module) and lora_names(network):
+            raise UserError(
+                f"adapters {', '.join(lora_names(network))} are loaded and have no place in this folder; "
+                "call unload_lora_weights, after fuse_lora to keep them in the weights"
+            )
+    return PriorFolder(
+        prior=prior,
+        text_encoder=plain(pipe.text_encoder),
+        tokenizer=pipe.tokenizer,
+        schedule=schedule_of(pipe.scheduler),
+        **pipe.config,
+    )

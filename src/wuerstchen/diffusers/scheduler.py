@@ -63,6 +63,17 @@ def check_timesteps(timesteps: Any) -> Float[Tensor, " n"]:
     return times
 
 
+def schedule_of(scheduler: Any) -> CosineSchedule:
+    """The schedule of a pipeline's scheduler, as it is written. Raises ``UserError`` for other kinds."""
+    missing = [name for name in ("s", "scaler") if name not in scheduler.config]
+    if missing:
+        raise UserError(
+            f"{type(scheduler).__name__} has no {missing[0]}, and this folder has a place for "
+            "DDPMWuerstchenScheduler alone; set one as scheduler before saving"
+        )
+    return CosineSchedule(s=float(scheduler.config["s"]), scaler=float(scheduler.config["scaler"]))
+
+
 class DDPMWuerstchenScheduler:
     """Ancestral sampling (arXiv 2006.11239, algorithm 2) in continuous time along a cosine schedule.
 
