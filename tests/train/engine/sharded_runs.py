@@ -25,7 +25,7 @@ from types import SimpleNamespace
 
 import torch
 from conftest import ToySource, ToyStage
-from test_step import PriorStage, make_inputs, make_step
+from test_update import PriorStage, make_inputs, make_step
 from torch import nn
 
 from wuerstchen.data import prepared_check

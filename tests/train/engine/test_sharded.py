@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -19,12 +20,14 @@ from .test_update import PriorStage, make_step
 
 def run_script(folder: Path, *which: str) -> dict:
     script = Path(__file__).with_name("sharded_runs.py")
+    paths = [str(script.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]  # for conftest
     done = subprocess.run(
         [sys.executable, "-W", "error", script, folder, *which],
         capture_output=True,
         text=True,
         timeout=600,
         check=False,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return {**json.loads(done.stdout), "folder": folder}
