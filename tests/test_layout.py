@@ -3,6 +3,8 @@
 import ast
 import importlib.resources
 import re
+from collections.abc import Collection, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import wuerstchen
 ROOT = Path(wuerstchen.__file__).parent
 ORDER = [
     {"terminal", "progress_bar"},
-    {"errors", "defaults"},
+    {"errors", "defaults", "version"},
     {"colour_profiles"},
     {"png_text"},
     {"images"},
@@ -62,6 +64,54 @@ def test_imports_go_one_way(path):
     text = path.read_text(encoding="utf-8")
     assert "import diffusers" not in text
     assert "from diffusers" not in text
+
+
+def module_of(path: Path) -> str:
+    parts = ("wuerstchen", *path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def modules_imported(tree: ast.AST, known: Collection[str]) -> set[str]:
+    """Which of ``known`` modules a file imports by name, inside functions too.
+
+    The packages that a module lies in are not counted, though Python runs them first.
+    """
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module in known:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (inner & set(known)) | ({node.module} if inner - set(known) else set())
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names} & set(known)
+    return found
+
+
+def cycle_among(imported: Mapping[str, set[str]]) -> tuple[str, ...]:
+    """Modules that import each other in a circle; empty if there is no circle."""
+    try:
+        tuple(TopologicalSorter(imported).static_order())
+    except CycleError as error:
+        return tuple(error.args[1])
+    return ()
+
+
+def test_no_modules_import_each_other():
+    """Imports inside functions hide a circle from Python, not from who reads the code."""
+    known = {module_of(path) for path in FILES}
+    trees = {module_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+    assert cycle_among({name: modules_imported(tree, known) for name, tree in trees.items()}) == ()
+
+
+def test_a_circle_is_found():
+    code = {
+        "a": "from wuerstchen.b import run",
+        "b": "def run():\n    from wuerstchen import c",
+        "c": "import wuerstchen.a",
+    }
+    known = {f"wuerstchen.{name}" for name in code} | {"wuerstchen"}
+    imported = {f"wuerstchen.{n}": modules_imported(ast.parse(text), known) for n, text in code.items()}
+    assert set(cycle_among(imported)) == {"wuerstchen.a", "wuerstchen.b", "wuerstchen.c"}
+    assert cycle_among({**imported, "wuerstchen.c": set()}) == ()
 
 
 def test_kernels_are_in_their_folder():

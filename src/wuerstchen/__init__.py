@@ -10,6 +10,8 @@ The names below are imported when they are first used, so that importing the pac
 import os
 from typing import TYPE_CHECKING, Any
 
+from wuerstchen.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from wuerstchen.errors import CheckpointError, DataError, RunFolderError, UserError
     from wuerstchen.pipeline import Sampling, Wuerstchen, load
@@ -17,8 +19,6 @@ if TYPE_CHECKING:
 # Threads that wait by spinning take the cores from each other as soon as anything else runs, and a picture
 # then takes minutes. OpenMP reads this when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-__version__ = "0.1.0.dev0"
 
 __all__ = [
     "CheckpointError",

@@ -12,7 +12,6 @@ import torch
 from jaxtyping import UInt8
 from PIL import Image
 
-import wuerstchen
 from wuerstchen.checkpoints.hub import BUNDLED, local_folder
 from wuerstchen.checkpoints.layouts import Sources, layout_of, weight_files
 from wuerstchen.errors import UserError
@@ -24,6 +23,7 @@ from wuerstchen.pipeline import (
     default_precision,
     load,
 )
+from wuerstchen.version import __version__
 
 PROMPTS = (
     "a portrait of an old sailor with a beard, photograph",
@@ -64,7 +64,7 @@ def examine(
     The last line is the verdict. Raises ``UserError`` where something fails.
     """
     sources = sources or Sources()
-    yield f"wuerstchen {wuerstchen.__version__}, Python {platform.python_version()}, {platform.platform()}"
+    yield f"wuerstchen {__version__}, Python {platform.python_version()}, {platform.platform()}"
     yield ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "safetensors", "numpy"))
     name = BUNDLED if model is None else model
     path = local_folder(name, revision=sources.revision, local_files_only=sources.local_files_only)

@@ -15,7 +15,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-import wuerstchen
 from wuerstchen.checkpoints.files import (
     check_header,
     new_folder,
@@ -37,6 +36,7 @@ from wuerstchen.models.previewer import Previewer, PreviewerConfig
 from wuerstchen.models.prior import Prior, PriorConfig
 from wuerstchen.models.text import TextEncoder
 from wuerstchen.models.vqgan import VQGAN, VQGANConfig
+from wuerstchen.version import __version__
 
 FORMAT = 1
 """Raised by one whenever older programs would misread what is written."""
@@ -71,7 +71,7 @@ class Provenance:
     changes: tuple[str, ...] = ()
     """What was changed in the recipe while it was trained, oldest first."""
     versions: dict[str, str] = dataclasses.field(
-        default_factory=lambda: {"wuerstchen": wuerstchen.__version__, "torch": torch.__version__}
+        default_factory=lambda: {"wuerstchen": __version__, "torch": torch.__version__}
     )
 
 

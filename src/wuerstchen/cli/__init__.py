@@ -13,7 +13,6 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 
-import wuerstchen
 from wuerstchen.cli.data import add_data
 from wuerstchen.cli.draw import add_generate, add_reconstruct
 from wuerstchen.cli.evaluate import add_evaluate
@@ -23,6 +22,7 @@ from wuerstchen.cli.serve import add_serve
 from wuerstchen.cli.train import add_export, add_report, add_train
 from wuerstchen.errors import UserError, UserNotice
 from wuerstchen.terminal import safe_streams
+from wuerstchen.version import __version__
 
 EXAMPLES = """examples:
   wuerstchen generate "a 3D render of a purple camel on a blue background"
@@ -134,7 +134,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"wuerstchen {wuerstchen.__version__}")
+    parser.add_argument("--version", action="version", version=f"wuerstchen {__version__}")
     parser.set_defaults(takes_overrides=False, goes_on=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import wuerstchen
 from wuerstchen.data.folder import SUFFIXES
 from wuerstchen.defaults import usual_defaults
 from wuerstchen.errors import DataError, UserError
@@ -37,6 +36,7 @@ from wuerstchen.evaluate.scoring import (
 )
 from wuerstchen.images import center_crop_resize, open_image
 from wuerstchen.pipeline import Sampling, Wuerstchen
+from wuerstchen.version import __version__
 
 FORMAT = 1
 """Of ``report.json``; raised by one whenever programs that read it would misread it."""
@@ -419,7 +419,7 @@ def to_json(report: Report, model: Path, before: Path | None) -> dict[str, Any]:
     """All of the report but its pictures. ``model`` and ``before`` are the folders of the models."""
     content: dict[str, Any] = {
         "format": FORMAT,
-        "wuerstchen": wuerstchen.__version__,
+        "wuerstchen": __version__,
         "model": sha256_of(model),
         "before": None if before is None else sha256_of(before),
         "machine": report.machine,

@@ -15,7 +15,6 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-import wuerstchen
 from wuerstchen.serve.decoding import UploadError
 from wuerstchen.serve.guard import Guard, error_body
 from wuerstchen.serve.jobs import Job
@@ -41,6 +40,7 @@ from wuerstchen.serve.schemas import (
     OpenAIModels,
 )
 from wuerstchen.serve.service import Refused, Service
+from wuerstchen.version import __version__
 
 PAGE = Path(__file__).parent / "page"
 KINDS = {
@@ -79,7 +79,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 def make_app(service: Service, page: Path = PAGE) -> App:
     """The app of one service, which its caller starts and stops. ``page`` is the folder of the page."""
     # Its documentation page would load scripts from elsewhere.
-    app = FastAPI(title="wuerstchen", version=wuerstchen.__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="wuerstchen", version=__version__, docs_url=None, redoc_url=None)
     _add_error_handlers(app)
     _add_pages(app, page)
     queue = _queues(service)

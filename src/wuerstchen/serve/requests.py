@@ -4,12 +4,12 @@ import re
 import secrets
 from typing import Any, get_args
 
-import wuerstchen
 from wuerstchen.serve.decoding import Upload
 from wuerstchen.serve.jobs import Job, Shape
 from wuerstchen.serve.limits import ServeConfig
 from wuerstchen.serve.schemas import MAX_SEED, ImageRequest, JobRequest, Sampler
 from wuerstchen.serve.service import Refused
+from wuerstchen.version import __version__
 
 
 def size_limits(config: ServeConfig, about: dict[str, Any]) -> tuple[int, int]:
@@ -32,7 +32,7 @@ def model_view(config: ServeConfig, about: dict[str, Any]) -> dict[str, Any]:
     ]
     return {
         "name": about["name"],
-        "version": wuerstchen.__version__,
+        "version": __version__,
         "device": about["device"],
         "size": {
             "default": (side, side),
