@@ -15,6 +15,7 @@ ROOT = Path(wuerstchen.__file__).parent
 ORDER = [
     {"terminal", "progress_bar"},
     {"errors", "defaults", "version"},
+    {"device"},
     {"colour_profiles"},
     {"png_text"},
     {"images"},
@@ -71,7 +72,7 @@ def module_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def modules_imported(tree: ast.AST, known: Collection[str]) -> set[str]:
+def imported_among(tree: ast.AST, known: Collection[str]) -> set[str]:
     """Which of ``known`` modules a file imports by name, inside functions too.
 
     The packages that a module lies in are not counted, though Python runs them first.
@@ -99,7 +100,7 @@ def test_no_modules_import_each_other():
     """Imports inside functions hide a circle from Python, not from who reads the code."""
     known = {module_of(path) for path in FILES}
     trees = {module_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
-    assert cycle_among({name: modules_imported(tree, known) for name, tree in trees.items()}) == ()
+    assert cycle_among({name: imported_among(tree, known) for name, tree in trees.items()}) == ()
 
 
 def test_a_circle_is_found():
@@ -109,7 +110,7 @@ def test_a_circle_is_found():
         "c": "import wuerstchen.a",
     }
     known = {f"wuerstchen.{name}" for name in code} | {"wuerstchen"}
-    imported = {f"wuerstchen.{n}": modules_imported(ast.parse(text), known) for n, text in code.items()}
+    imported = {f"wuerstchen.{n}": imported_among(ast.parse(text), known) for n, text in code.items()}
     assert set(cycle_among(imported)) == {"wuerstchen.a", "wuerstchen.b", "wuerstchen.c"}
     assert cycle_among({**imported, "wuerstchen.c": set()}) == ()
 

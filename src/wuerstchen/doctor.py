@@ -14,15 +14,10 @@ from PIL import Image
 
 from wuerstchen.checkpoints.hub import BUNDLED, local_folder
 from wuerstchen.checkpoints.layouts import Sources, layout_of, weight_files
+from wuerstchen.device import Precision, default_precision
 from wuerstchen.errors import UserError
 from wuerstchen.image_files import save_new_png
-from wuerstchen.pipeline import (
-    LowMemory,
-    Precision,
-    Sampling,
-    default_precision,
-    load,
-)
+from wuerstchen.pipeline import LowMemory, Sampling, load
 from wuerstchen.version import __version__
 
 PROMPTS = (

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from wuerstchen.checkpoints.hub import BUNDLED
 from wuerstchen.checkpoints.layouts import Sources, read_model
+from wuerstchen.device import Precision, default_device, default_precision, runs_triton
 from wuerstchen.diffusion.samplers import (
     OnStep,
     PredictNoise,
@@ -43,7 +44,6 @@ from wuerstchen.lora import load_lora, lora_names, set_lora, unload_lora
 from wuerstchen.models.cascade import Cascade
 from wuerstchen.models.compressor import Compressor, compressor_input
 from wuerstchen.models.decoder import Decoder
-from wuerstchen.models.mlp import runs_triton
 from wuerstchen.models.paella import Paella
 from wuerstchen.models.prior import Prior
 from wuerstchen.models.text import TextEncoder, TextStates
@@ -114,7 +114,6 @@ class Reconstruction:
         return 3 * self.original.height * self.original.width / math.prod(self.map_size)
 
 
-Precision = Literal["float32", "bfloat16", "float16"]
 LowMemory = Literal["stage", "layer"]
 """What is on a small GPU at a time: one network, or one layer of it, which is far slower."""
 
@@ -149,38 +148,6 @@ def load(
         )
     cascade = read_model(BUNDLED if model is None else model, sources, dtype=getattr(torch, precision))
     return Wuerstchen(cascade, device, low_memory=low_memory)
-
-
-def default_device(device: str | torch.device | None = None) -> torch.device:
-    """The device asked for, or the first that is there: CUDA, Apple's MPS, the CPU."""
-    if device is not None:
-        found = checked_device(device)
-        if found.type == "meta":
-            raise UserError(f"device 'meta' computes nothing; use {_devices_here()}")
-        return found
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def checked_device(device: str | int | torch.device) -> torch.device:
-    """The device of that name. Raises ``UserError`` if it is not there."""
-    try:
-        torch.empty(0, dtype=torch.float32, device=device)
-    except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
-        raise UserError(f"device {str(device)!r} is not there; use {_devices_here()}") from error
-    return torch.device(device)
-
-
-def _devices_here() -> str:
-    """Names of what can compute here, as in "cpu or cuda"."""
-    found = (("cpu", True), ("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()))
-    return " or ".join(name for name, is_there in found if is_there)
-
-
-def default_precision(device: torch.device) -> Precision:
-    """What a model computes in on a device if nobody says: where half is many times faster, half."""
-    return "float16" if device.type == "cuda" else "float32"
 
 
 def _by_itself(method: _Method) -> _Method:

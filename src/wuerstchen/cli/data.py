@@ -121,12 +121,13 @@ def _data_emoji(options: argparse.Namespace) -> int:
 
 
 def _data_prepare(options: argparse.Namespace) -> int:
+    from wuerstchen.checkpoints.hub import BUNDLED
     from wuerstchen.data.filters import Filters
     from wuerstchen.data.open import open_reader
     from wuerstchen.data.prepare import Rank, prepare, summary
     from wuerstchen.data.prepare_networks import read_networks
     from wuerstchen.data.prepare_plan import PrepareConfig
-    from wuerstchen.pipeline import BUNDLED, default_device
+    from wuerstchen.device import default_device
 
     def chosen(kind: type) -> dict[str, object]:
         names = {field.name for field in dataclasses.fields(kind)}

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from wuerstchen.checkpoints.diffusers import COMBINED_PIPELINE, DECODER_PIPELINE, pipeline_class
+from wuerstchen.device import checked_device
 from wuerstchen.diffusers.options import checked_device_map, drop_options
 from wuerstchen.diffusers.outputs import Config
 from wuerstchen.diffusers.source import Source
 from wuerstchen.errors import UserError, UserNotice
-from wuerstchen.pipeline import checked_device
 from wuerstchen.runtime.offload import Blockwise, OneAtATime, Residence
 from wuerstchen.runtime.recorder import Recorder, Recorders
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from wuerstchen import lora
 from wuerstchen.checkpoints.adapters import wanted_files
 from wuerstchen.checkpoints.hub import local_folder
+from wuerstchen.device import checked_device
 from wuerstchen.diffusers.base import device_of
 from wuerstchen.diffusers.options import drop_options
 from wuerstchen.errors import UserError
-from wuerstchen.pipeline import checked_device
 
 Weight = float | int | Mapping[str, float | int] | None
 

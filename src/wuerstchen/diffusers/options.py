@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from wuerstchen.checkpoints.diffusers import DECODER_PARTS, PRIOR_PARTS, Dtypes
+from wuerstchen.device import checked_device
 from wuerstchen.errors import UserError
-from wuerstchen.pipeline import checked_device
 
 NETWORKS = ("prior", "decoder", "vqgan", "text_encoder")
 _COMPONENTS = {*PRIOR_PARTS, *DECODER_PARTS}

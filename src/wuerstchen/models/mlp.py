@@ -4,14 +4,13 @@
 custom operators, which compilers and autograd see as any other.
 """
 
-import functools
-import importlib.util
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
+
+from wuerstchen.device import runs_triton
 
 
 class GlobalResponseNorm(nn.Module):
@@ -85,15 +84,6 @@ class ChannelMLP(nn.Sequential):
             and norm.gamma.device == last.weight.device == hidden.device
             and (torch.compiler.is_compiling() or runs_triton(hidden.device))
         )
-
-
-HAS_TRITON = torch.version.cuda is not None and importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def runs_triton(device: torch.device) -> bool:
-    """Whether Triton is there, and made for the GPU ``device``."""
-    return HAS_TRITON and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @torch.library.custom_op("wuerstchen::mlp_tail", mutates_args=())

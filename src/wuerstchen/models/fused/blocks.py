@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from wuerstchen.device import runs_triton
 from wuerstchen.models.layers import (
     Attention,
     AttnBlock,
@@ -29,7 +30,6 @@ from wuerstchen.models.layers import (
     Resampling,
     TextTokens,
 )
-from wuerstchen.models.mlp import runs_triton
 from wuerstchen.models.traits import fused_layers, traits_of
 
 

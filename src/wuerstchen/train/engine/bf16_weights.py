@@ -12,7 +12,7 @@ import torch
 from jaxtyping import BFloat16, Float32
 from torch import Tensor, nn
 
-from wuerstchen.models.mlp import runs_triton
+from wuerstchen.device import runs_triton
 
 LARGE = 2**16  # numbers of a matrix that has a copy
 

@@ -1,0 +1,29 @@
+"""Which device is meant."""
+
+import pytest
+import torch
+
+from wuerstchen.device import checked_device, default_device, default_precision
+from wuerstchen.errors import UserError
+
+
+def test_a_device_that_is_there_is_taken():
+    assert checked_device("cpu") == default_device("cpu") == torch.device("cpu")
+    assert default_precision(torch.device("cpu")) == "float32"
+    assert default_precision(torch.device("cuda", 1)) == "float16"
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nothing", "meta"])
+def test_one_that_is_not_there_is_refused(device):
+    with pytest.raises(UserError, match=r"use cpu"):
+        default_device(device)
+
+
+def test_the_first_that_is_there_is_the_default(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert default_device() == torch.device("cpu")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert default_device() == torch.device("mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert default_device() == torch.device("cuda")
