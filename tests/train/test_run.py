@@ -563,7 +563,7 @@ def test_damaged_files_of_a_run_are_named(begun):
     for content in ("{}", "[]", "{", '"x"'):
         (begun / "measured.json").write_text(content)
         with pytest.raises(RunFolderError, match=r"measured\.json .*; remove it, and it will be measured"):
-            run.measured_once(".", dict)
+            run.measured_once(".", dict, {})
 
 
 def test_a_log_edited_by_hand_does_not_stop_a_run(tmp_path):

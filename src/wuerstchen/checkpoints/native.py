@@ -205,8 +205,12 @@ def write_parts(
     provenance: Mapping[str, Provenance],
     storage: Mapping[str, Storage] | None = None,
     text_encoder: Path | None = None,
+    further: Callable[[Path], None] | None = None,
 ) -> None:
-    """``write_cascade`` for a model that may not be whole yet: Stage A alone, say, which others build on."""
+    """``write_cascade`` for a model that may not be whole yet: Stage A alone, say, which others build on.
+
+    ``further`` writes more files into the folder, before it appears under its name.
+    """
     with new_folder(folder) as partial:
         parts = [part for part in networks if part in NETWORKS]
         for part in parts:
@@ -222,6 +226,8 @@ def write_parts(
             else:
                 continue
             parts.append(part)
+        if further is not None:
+            further(partial)
         description = {"format": FORMAT, "parts": parts, "settings": dataclasses.asdict(settings)}
         write_json(partial / "model.json", description)
 

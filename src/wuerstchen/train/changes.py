@@ -7,17 +7,18 @@ changed and then killed goes on as the changed run does, by the same command wit
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from wuerstchen.checkpoints.files import write_json
 from wuerstchen.errors import RunFolderError, UserError
-from wuerstchen.train.config import FREE_FIELDS, Recipe, as_dict, differing_fields, phases_of
+from wuerstchen.train.config import FREE_FIELDS, Recipe, as_dict, differing_fields
 from wuerstchen.train.engine.checkpoint import newest
 from wuerstchen.train.recorded_recipe import get, parsed, recipe_of, replaced
 from wuerstchen.train.report.events import Log
+from wuerstchen.train.stage_table import trained_kinds, trained_phases
 
 
 def _words(text: str) -> frozenset[str]:
@@ -74,11 +75,8 @@ class Part:
 
     name: str
     """As in ``RUN/stage_{name}``."""
-    config: Literal[
-        "stage_a",
-        "stage_b",
-        "stage_c",
-    ]
+    config: str
+    """The recipe's field with the settings of its stage."""
     phase: str
     """Path of its phase in the recipe; empty for the refinement of a stage."""
     images: int
@@ -98,7 +96,7 @@ class Part:
             return False
         if rest == "max_ratio":
             return self.phase == self.config
-        if rest in _STAGES[first]:
+        if rest in _STAGES.get(first, ()):
             return rest not in _OF_REFINEMENT or not self.phase
         if self.phase:
             return path.startswith(f"{self.phase}.optimization.") or path == f"{self.phase}.max_ratio"
@@ -109,7 +107,7 @@ class Part:
         """The path of a field that a user calls by its last name alone; None if it has none."""
         if name in _PHASE and self.phase:
             return f"{self.phase}.{name}"
-        if name in _STAGES[self.config]:
+        if name in _STAGES.get(self.config, ()):
             return f"{self.config}.{name}"
         if not self.phase:
             own = {"images": "refine_images", "learning_rate": "refine_rate"}
@@ -122,33 +120,10 @@ class Part:
 
 def parts_of(recipe: Recipe) -> list[Part]:
     """All parts of a run, in the order that they are trained in."""
-    a, b, c = recipe.stage_a, recipe.stage_b, recipe.stage_c
-    parts: list[Part] = []
-    if "a" in recipe.stages:
-        parts.append(Part("a", "stage_a", "stage_a", a.optimization.images))
-    if "b" in recipe.stages:
-        parts += _phases("b", "stage_b", [phase.optimization.images for phase in phases_of(b)])
-        if b.refine_images:
-            parts.append(Part(f"b{len(b.phases) + 2}", "stage_b", "", b.refine_images))
-    if "a" in recipe.stages and a.refine_images:
-        parts.append(Part("a2", "stage_a", "", a.refine_images))
-    if "c" in recipe.stages:
-        parts += _phases("c", "stage_c", [phase.optimization.images for phase in phases_of(c)])
-    return parts
-
-
-def _phases(
-    letter: str,
-    config: Literal[
-        "stage_a",
-        "stage_b",
-        "stage_c",
-    ],
-    lengths: Sequence[int],
-) -> Iterator[Part]:
-    for number, images in enumerate(lengths):
-        name = letter if number == 0 else f"{letter}{number + 1}"
-        yield Part(name, config, config if number == 0 else f"{config}.phases.{number - 1}", images)
+    return [
+        Part(named.name, named.config, named.path, named.phase.optimization.images)
+        for named in trained_phases(recipe)
+    ]
 
 
 def reached(run_dir: Path, part: Part) -> int:
@@ -163,21 +138,23 @@ def ended_at(recipe: Recipe, name: str, images: int) -> Recipe:
 
     Parts of it that come later in the run are left out, stages as a whole or refinements.
     """
-    stage, parts = name[0], parts_of(recipe)
-    part = next(part for part in parts if part.name == name)
-    fields = replaced(as_dict(recipe), part.length, images)
-    number = int(name[1:] or 1)
-    if part.phase and stage in "bc":
-        fields = replaced(fields, f"stage_{stage}.phases", fields[f"stage_{stage}"]["phases"][: number - 1])
-    if part.phase and stage == "b":
-        fields = replaced(fields, "stage_b.refine_images", 0)
-    if stage == "c" and number == 1:
-        fields = replaced(fields, "stage_c.blend", 1.0)
-    if stage != "c" and name != "a2" and recipe.stage_a.refine_images:
-        fields = replaced(fields, "stage_a.refine_images", 0)
-    last = "b" if name == "a2" else stage
-    fields = replaced(fields, "stages", [s for s in fields["stages"] if s <= last])
-    fields = replaced(fields, "fresh", [s for s in fields["fresh"] if s <= last])
+    parts = parts_of(recipe)
+    count = 1 + [part.name for part in parts].index(name)
+    kept, left_out = parts[:count], parts[count:]
+    fields = replaced(as_dict(recipe), kept[-1].length, images)
+    configs = {part.config for part in kept}
+    for part in left_out:
+        if part.config in configs and not part.phase:
+            fields = replaced(fields, part.length, 0)
+        elif part.config in configs:
+            fields = replaced(fields, f"{part.config}.phases", fields[part.config]["phases"][:-1])
+    for config in configs:
+        if not fields[config].get("phases", ()) and "blend" in fields[config]:
+            fields = replaced(fields, f"{config}.blend", 1.0)
+    names = {part.name for part in kept}
+    stages = {kind.short for kind in trained_kinds(recipe) for p in kind.phases(recipe) if p.name in names}
+    for field in ("stages", "fresh"):
+        fields = replaced(fields, field, [stage for stage in fields[field] if stage in stages])
     return recipe_of(fields, "the recipe")
 
 

@@ -14,6 +14,7 @@ from wuerstchen.models.previewer import PreviewerConfig
 from wuerstchen.models.prior import PriorConfig
 from wuerstchen.models.vqgan import VQGANConfig
 from wuerstchen.pipeline import Sampling
+from wuerstchen.train.stage_table import after, before, selectable, short_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,6 +269,19 @@ def phases_of(config: StageBConfig | StageCConfig) -> tuple[Phase, ...]:
     return (first, *config.phases)
 
 
+def refining(config: StageAConfig | StageBConfig) -> Optimization:
+    """How the phase of a stage learns that refines one network alone."""
+    return dataclasses.replace(
+        config.optimization, images=config.refine_images, learning_rate=config.refine_rate
+    )
+
+
+def _others(order: list[str]) -> str:
+    """Further stages that can be given, in words."""
+    more = [stage for stage in order if stage not in ("a", "b", "c")]
+    return f", or one of {', '.join(more)}" if more else ""
+
+
 def with_phase(recipe: "Recipe", stage: str) -> "Recipe":
     """The recipe with another phase at the end of Stage ``b`` or ``c``, a copy of the last one."""
     name = f"stage_{stage}"
@@ -278,7 +292,6 @@ def with_phase(recipe: "Recipe", stage: str) -> "Recipe":
 
 _SHORT_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 StoredTexts = Literal["tokens", "states"]
-StageName = Literal["a", "b", "c"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,11 +313,12 @@ class Recipe:
     """Side of the pictures that the model draws, in pixels, a multiple of 128. Stages are trained on this
     size where they name no other."""
     seed: int = 0
-    stages: tuple[StageName, ...] = ("a", "b", "c")
-    """The stages that are trained, in order; the others are ``start_from``'s."""
+    stages: tuple[str, ...] = ("a", "b", "c")
+    """The stages that are trained, in order, by their short or full names (``train.stage_table``); the others
+    are ``start_from``'s."""
     start_from: str = ""
     """A model to start from: a folder, a file, or a name on the hub, in any layout. Empty for none."""
-    fresh: tuple[StageName, ...] = ()
+    fresh: tuple[str, ...] = ()
     """Trained stages that begin with random weights although there is a start."""
     text_encoder: str = ""
     """Where the text encoder of Stage C comes from: a folder, or a name on the hub. Empty for the start's, or
@@ -375,6 +389,8 @@ class Recipe:
     """Processes that load pictures; 0 loads them in the training process."""
 
     def __post_init__(self) -> None:
+        for name in ("stages", "fresh"):
+            object.__setattr__(self, name, tuple(map(short_name, getattr(self, name))))
         object.__setattr__(self, "precision", _SHORT_PRECISIONS.get(self.precision, self.precision))
         positive = ("statistics_images", "prior_steps", "decoder_steps", "log_every")
         others = ("seed", "workers", "preview_every", "keep_every", "prepared_images")
@@ -419,14 +435,22 @@ class Recipe:
             if max(every) == 1:
                 raise UserError(f"{part}.dropout={network.dropout} must be below 1 to train; 0.1 is common")
 
+    def trains(self, stage: str) -> bool:
+        """Whether the stage with this short or full name is trained."""
+        return short_name(stage) in self.stages
+
     def _check_stages(self) -> None:
-        order = "".join(self.stages)
-        if not order or order not in "abc":
+        order = [kind.short for kind in selectable()]
+        trained = [stage for stage in order if stage in self.stages]
+        known = bool(trained) and list(self.stages) == trained
+        ahead = {kind.short for kind in before(trained)} - {*trained} if known else set()
+        behind = {kind.short for kind in after(trained)} if known else set()
+        if not known or ahead & behind:
             raise UserError(
                 f"stages={' '.join(self.stages) or 'none'} must follow one another; give a b c, a, a b, "
-                "b, b c or c"
+                f"b, b c or c{_others(order)}"
             )
-        left_out = [stage for stage in "ab" if stage < order[0]]
+        left_out = [stage for stage in order if stage in ahead]
         if left_out and not self.start_from:
             raise UserError(
                 f"stages={' '.join(self.stages)} builds on {' and '.join(left_out)}, which no start gives; "

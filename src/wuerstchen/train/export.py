@@ -7,15 +7,12 @@ until a checkpoint are put together as the run itself would if it ended there.
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from wuerstchen.checkpoints.native import Provenance
 from wuerstchen.errors import RunFolderError, UserError, UserNotice
-from wuerstchen.models.efficientnet import EfficientNetLite
-from wuerstchen.models.vqgan import VQGAN
 from wuerstchen.train.changes import Part, ended_at, in_force, parts_of, reached
 from wuerstchen.train.config import Phase, Recipe
 from wuerstchen.train.engine.checkpoint import best_of, newest, read_averages, read_whole
@@ -25,10 +22,8 @@ from wuerstchen.train.recorded_recipe import recipe_of
 from wuerstchen.train.report.events import Log
 from wuerstchen.train.run import _Run
 from wuerstchen.train.run_folder import read_json, read_run
-from wuerstchen.train.stages.base import Stage
-from wuerstchen.train.stages.prior import Need
+from wuerstchen.train.stages.base import N, Stage
 
-N = TypeVar("N", bound=nn.Module)
 Weights = Literal["average", "raw"]
 
 
@@ -119,6 +114,8 @@ def _checkpoint_of(folder: Path, part: Part, checkpoint: str) -> Path:
 class _Export(_Run):
     """A run whose stages are all as their checkpoints have them. Nothing is trained."""
 
+    makes_updates = False
+
     def __init__(
         self, recipe: Recipe, run_dir: Path, start: Start, chosen: dict[str, Path], raw: Path | None
     ) -> None:
@@ -127,32 +124,30 @@ class _Export(_Run):
         super().__init__(recipe, run_dir, {}, start, Processes(torch.device("cpu")), log)
         self.chosen, self.raw = chosen, raw
 
-    def run_stage(self, stage: Stage, phase: Phase) -> Path:
+    def run_stage(self, stage: Stage, phase: Phase, multiple: int) -> Path:
         return self.chosen[stage.name]
 
-    def averaged(self, network: N, checkpoint: Path, name: str) -> N:
+    def averaged(self, checkpoint: Path, network: N, name: str) -> N:
         network.load_state_dict(read_averages(checkpoint, name, raw=checkpoint == self.raw))
         return network.eval().requires_grad_(False)
 
-    def needs(self, phase: Phase) -> tuple[Need, ...]:
-        return ()  # no update is made
-
-    def perceptual(self) -> EfficientNetLite | None:
-        return None
-
-    def latent_scale(self, vqgan: VQGAN) -> float:
-        if (self.run_dir / "stage_a" / "measured.json").exists():
-            return super().latent_scale(vqgan)
-        scale = vqgan.config.scale_factor
+    def measured_once(
+        self, folder: str, measure: Callable[[], dict[str, Any]], known: dict[str, Any]
+    ) -> dict[str, Any]:
+        path = self.run_dir / folder / "measured.json"
+        if path.exists():
+            return read_json(path, "let the run go on, which measures it")
+        if not known:
+            raise RunFolderError(f"{path} is missing; let the run go on, which measures it")
+        stage = folder.removeprefix("stage_").upper()
+        values = ", ".join(f"{name}={value}" for name, value in known.items())
         warnings.warn(
-            f"the scale of the latents is measured when Stage A ends; until then it is the recipe's, {scale}",
+            f"what is measured when Stage {stage} ends is not known yet, and the model has the recipe's "
+            f"{values}",
             NotMeasuredWarning,
             stacklevel=2,
         )
-        return scale
-
-    def measured_once(self, stage: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        return read_json(self.run_dir / stage / "measured.json", "let the run go on, which measures it")
+        return known
 
     def provenance(self, images: int) -> Provenance:
         found = super().provenance(images)

@@ -30,11 +30,9 @@ from wuerstchen.models.text import TextEncoder
 from wuerstchen.models.vqgan import VQGAN
 from wuerstchen.pipeline import BUNDLED
 from wuerstchen.train.config import Recipe
+from wuerstchen.train.stage_table import after, before, maker_of, selectable, trained_kinds
 
 TEXT_ENCODER = BUNDLED / "text_encoder"
-STAGE_OF = {"vqgan": "a", "decoder": "b", "compressor": "b", "previewer": "b", "prior": "c"}
-"""The stage that each network is trained in."""
-_NEEDED = {"a": ("vqgan",), "b": ("decoder", "compressor"), "c": ("prior",)}
 _FREE_CONFIG = {"dropout", "scale_factor"}  # of training, and measured: no shapes
 
 
@@ -81,14 +79,15 @@ class Start:
         """The recipe with the shapes of networks that are not trained, whose fit is thereby checked."""
         parts = self.parts
         shapes: dict[str, Any] = {}
-        for name, stage in STAGE_OF.items():
-            network = getattr(parts, name)
-            if network is not None and stage not in recipe.stages:
-                shapes[name] = network.config
-        if "b" not in recipe.stages and "previewer" not in shapes and parts.compressor is not None:
+        for kind in selectable():
+            for name in kind.makes if kind.short not in recipe.stages else ():
+                network = getattr(parts, name)
+                if network is not None:
+                    shapes[name] = network.config
+        if not recipe.trains("decoder") and "previewer" not in shapes and parts.compressor is not None:
             channels = parts.compressor.config.c_latent
             shapes["previewer"] = dataclasses.replace(recipe.previewer, c_in=channels)
-        if self.settings is not None and "b" not in recipe.stages:
+        if self.settings is not None and not recipe.trains("decoder"):
             shapes["view_scale"] = self.settings.view_scale
         return dataclasses.replace(recipe, **shapes)
 
@@ -115,11 +114,12 @@ def read_start(recipe: Recipe) -> Start:
         if layout_of(folder) == "native" and "text_encoder" in given:
             start.text_folder = folder / "text_encoder"
     whence = Provenance(recipe=f"taken from {Path(recipe.start_from).name}", seed=0, images=0, data="")
+    unfit = {kind.short for kind in after(recipe.stages)} - {*recipe.stages}
     for name, network in given.items():
-        stage = STAGE_OF.get(name)
-        if stage is None or stage in recipe.fresh:
+        maker = maker_of(name)
+        if maker is None or maker.short in recipe.fresh:
             continue
-        if stage > recipe.stages[-1]:
+        if maker.short in unfit:
             start.left_out += (name,)  # its input will be another
         else:
             setattr(start.parts, name, network.requires_grad_(False))
@@ -188,11 +188,13 @@ def fill_compressor(recipe: Recipe, compressor: Compressor) -> None:
 
 def _check_networks(recipe: Recipe, start: Start) -> None:
     parts = start.parts
-    for stage, names in _NEEDED.items():
-        if stage > recipe.stages[-1] or stage in recipe.fresh or not recipe.start_from:
+    used = {kind.short for kind in before(recipe.stages)} | {*recipe.stages}
+    for kind in selectable():
+        stage = kind.short
+        if stage not in used or stage in recipe.fresh or not recipe.start_from:
             continue
-        for name in names:
-            if getattr(parts, name) is not None:
+        for name in kind.makes:
+            if name in kind.optional or getattr(parts, name) is not None:
                 continue
             if name == "compressor":
                 fix = "name it with --compressor-init: the original's file of Stage B, or a native model"
@@ -202,22 +204,22 @@ def _check_networks(recipe: Recipe, start: Start) -> None:
                 fix = f"name a start that has it, or train Stage {stage.upper()} too"
             raise UserError(f"start_from={recipe.start_from} has no {name}; {fix}")
     decoder = parts.decoder
-    if "b" in recipe.stages and decoder is not None and type(decoder.config) is not type(recipe.decoder):
+    if recipe.trains("decoder") and decoder is not None and type(decoder.config) is not type(recipe.decoder):
         v1 = isinstance(decoder, Paella)
         has, wants = ("v1's Stage B, on tokens,", "v2") if v1 else ("v2's Stage B", "v1")
         raise UserError(
             f"start_from={recipe.start_from} has {has} and the recipe trains {wants}'s; give --fresh b, or a "
             f"start of {wants}"
         )
-    for name, stage in STAGE_OF.items():
+    for name in [name for kind in selectable() if kind.short in recipe.stages for name in kind.makes]:
         network = getattr(parts, name)
-        if network is not None and stage in recipe.stages:
+        if network is not None:
             _check_config(name, getattr(recipe, name), network.config, recipe.start_from)
 
 
 def _check_view(recipe: Recipe, start: Start) -> None:
     """Refuses to go on with a compressor that has seen images at another scale."""
-    trained = "b" in recipe.stages and start.parts.compressor is not None and start.settings is not None
+    trained = recipe.trains("decoder") and start.parts.compressor is not None and start.settings is not None
     if trained and start.settings.view_scale != recipe.view_scale:
         raise UserError(
             f"view_scale is {recipe.view_scale} in the recipe and {start.settings.view_scale} in "
@@ -255,7 +257,7 @@ def _take_text_encoders(recipe: Recipe, start: Start, given: dict[str, Any]) -> 
         elif not recipe.decoder_text_encoder:
             parts.decoder_text_encoder = given.get("decoder_text_encoder")
     alone = parts.decoder_text_encoder is not None or not reads_text(recipe, start)
-    if "c" not in recipe.stages and alone:
+    if not reads_captions(recipe) and alone:
         start.text_folder = None
         return
     if recipe.text_encoder:
@@ -275,9 +277,14 @@ def _read_text(named: str) -> tuple[TextEncoder, Path | None]:
     return encoder, None if encoder.model.config.model_type == "clip_text_model" else folder
 
 
+def reads_captions(recipe: Recipe) -> bool:
+    """Whether a stage that is trained reads captions with the text encoder of Stage C."""
+    return any(kind.reads_captions for kind in trained_kinds(recipe))
+
+
 def reads_text(recipe: Recipe, start: Start) -> bool:
     """Whether Stage B of the model reads text; False if the model will have no Stage B."""
-    if "b" in recipe.stages:
+    if recipe.trains("decoder"):
         return recipe.decoder.clip_embd is not None
     return start.parts.decoder is not None and start.parts.decoder.config.clip_embd is not None
 
@@ -289,7 +296,7 @@ def _check_text(recipe: Recipe, start: Start) -> None:
     if parts.decoder is not None:
         width = parts.decoder.config.clip_embd
     wanted = []
-    if "c" in recipe.stages and text is not None:
+    if reads_captions(recipe) and text is not None:
         wanted.append(("prior.c_cond", recipe.prior.c_cond, text.width, "--text-encoder"))
     if reads_text(recipe, start) and of_decoder is not None:
         wanted.append(("decoder.clip_embd", width, of_decoder.width, "--decoder-text-encoder"))

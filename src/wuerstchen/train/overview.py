@@ -15,8 +15,8 @@ from wuerstchen.data.sources import Source, StoredImages
 from wuerstchen.data.survey import MOST, SECONDS, ignored, sizes
 from wuerstchen.errors import DataError, UserError
 from wuerstchen.models.text import TextEncoder
-from wuerstchen.train.config import Phase, Recipe, StageBConfig, StageCConfig, phases_of
-from wuerstchen.train.stages.base import refining
+from wuerstchen.train.config import Recipe
+from wuerstchen.train.stage_table import trained_kinds, trained_phases
 
 MANY_EPOCHS = 500
 """More of the same images than this is hardly meant. Emoji are composed anew each time and may have more."""
@@ -48,41 +48,21 @@ class Reading:
 def readings(recipe: Recipe) -> list[Reading]:
     """Every phase of the stages that are trained, those that refine included, in the order of training."""
     found: list[Reading] = []
-
-    def add(name: str, phase: Phase, option: str, refines: bool = False) -> None:
-        stage, optimization = f"--stage-{name[0]}", phase.optimization
+    for named in trained_phases(recipe):
+        phase, optimization = named.phase, named.phase.optimization
+        own, stage = (f"--{path.replace('_', '-')}" for path in (named.path or named.config, named.config))
         found.append(
             Reading(
-                stage=name,
+                stage=named.name,
                 data=phase.data or recipe.data,
                 images=optimization.images,
                 batch_size=optimization.batch_size,
                 accumulate=optimization.accumulate,
                 size=phase.image_size or recipe.image_size,
-                images_option=f"{stage}.refine-images" if refines else f"{stage}.{option}.images",
-                batch_option=f"{stage}.{option}.batch-size",
+                images_option=f"{own}.optimization.images" if named.path else f"{stage}.refine-images",
+                batch_option=f"{own}.optimization.batch-size",
             )
         )
-
-    def add_phases(stage: str, config: StageBConfig | StageCConfig) -> Phase:
-        for number, phase in enumerate(phases_of(config)):
-            option = f"phases.{number - 1}.optimization" if number else "optimization"
-            add(f"{stage}{number + 1}" if number else stage, phase, option)
-        return phases_of(config)[-1]
-
-    a, b = recipe.stage_a, recipe.stage_b
-    of_a = Phase(optimization=a.optimization, image_size=a.image_size)
-    if "a" in recipe.stages:
-        add("a", of_a, "optimization")
-    if "b" in recipe.stages:
-        last = add_phases("b", b)
-        if b.refine_images:
-            phase = dataclasses.replace(last, optimization=refining(b))
-            add(f"b{len(b.phases) + 2}", phase, "optimization", refines=True)
-    if "a" in recipe.stages and a.refine_images:
-        add("a2", dataclasses.replace(of_a, optimization=refining(a)), "optimization", refines=True)
-    if "c" in recipe.stages:
-        add_phases("c", recipe.stage_c)
     return found
 
 
@@ -227,9 +207,10 @@ PREVIEWS = 8
 
 def with_prompts(recipe: Recipe, sources: Mapping[str, Source | PreparedSet]) -> Recipe:
     """The recipe with captions of the last phase's data for preview prompts, if it has none."""
-    if recipe.preview_prompts or "c" not in recipe.stages:
+    reading = [kind for kind in trained_kinds(recipe) if kind.reads_captions]
+    if recipe.preview_prompts or not reading:
         return recipe
-    source = sources[phases_of(recipe.stage_c)[-1].data or recipe.data]
+    source = sources[reading[-1].phases(recipe)[-1].phase.data or recipe.data]
     rows = source.rows("train") if isinstance(source, PreparedSet) else range(len(source))
     found: dict[str, None] = {}
     for number in items_at(range(min(PREVIEWS, len(rows))), len(rows), 0):

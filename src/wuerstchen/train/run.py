@@ -5,7 +5,6 @@ DIR/stage_{a,b,b2,a2,c,c2,...}/{checkpoints,previews}/    a folder for each phas
 DIR/model/            the averaged weights as a model folder; appears when all stages are done
 """
 
-import copy
 import dataclasses
 import hashlib
 import os
@@ -16,13 +15,10 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import nn
 
-from wuerstchen.checkpoints.average import weighted_average
-from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
 from wuerstchen.checkpoints.files import write_json
 from wuerstchen.checkpoints.native import Provenance, write_parts
 from wuerstchen.data.emoji import EmojiSource
@@ -34,35 +30,24 @@ from wuerstchen.data.prepared import PreparedSet
 from wuerstchen.data.sources import Source
 from wuerstchen.defaults import usual_defaults
 from wuerstchen.errors import DataError, RunFolderError, UserError
-from wuerstchen.models.cascade import PUBLISHED_MAP, Cascade, CascadeSettings, MapStatistics
-from wuerstchen.models.compressor import Compressor
-from wuerstchen.models.decoder import Decoder, DecoderConfig
-from wuerstchen.models.efficientnet import EfficientNetLite
-from wuerstchen.models.paella import Paella, PaellaConfig
-from wuerstchen.models.previewer import Previewer
-from wuerstchen.models.prior import Prior
+from wuerstchen.models.cascade import PUBLISHED_MAP, CascadeSettings
 from wuerstchen.models.text import PromptTooLongWarning
-from wuerstchen.models.vqgan import VQGAN
 from wuerstchen.pipeline import default_device
 from wuerstchen.train.changes import Change, Plan, plan
-from wuerstchen.train.config import Phase, Recipe, StageBConfig, StageCConfig, as_dict, phases_of
+from wuerstchen.train.config import Phase, Recipe, as_dict
 from wuerstchen.train.engine.checkpoint import load_averages, newest_of_all
 from wuerstchen.train.engine.distributed import Processes, distributed
 from wuerstchen.train.engine.image_cache import Bank, compose
 from wuerstchen.train.engine.loop import Settings, rehearse, run_stage
 from wuerstchen.train.engine.observe import looked_at
-from wuerstchen.train.engine.precision import HALVES, best_half
 from wuerstchen.train.engine.validation import Denoising, DenoisingTokens, HeldOut, Validation, held_out
 from wuerstchen.train.feed.images import Batch, Feed, batch_sizes, batches
 from wuerstchen.train.feed.prepared import (
     HeldOutMaps,
     PreparedFeed,
-    check_prepared,
     refuse_prepared,
-    some_maps,
-    verify_sets,
 )
-from wuerstchen.train.initial_weights import STAGE_OF, Start, fill_compressor, read_start, reads_text
+from wuerstchen.train.initial_weights import Start, read_start, reads_captions, reads_text
 from wuerstchen.train.overview import (
     kept_images,
     overview,
@@ -71,8 +56,10 @@ from wuerstchen.train.overview import (
     refuse_small,
     with_prompts,
 )
+from wuerstchen.train.precision import HALVES, best_half
 from wuerstchen.train.report.announce import Watch, begin, say_cost, say_costs_to_come
 from wuerstchen.train.report.events import Log, check_tensorboard
+from wuerstchen.train.run_data import verify_sets
 from wuerstchen.train.run_folder import (
     ORDER,
     check_colours,
@@ -84,13 +71,8 @@ from wuerstchen.train.run_folder import (
     read_json,
     read_run,
 )
-from wuerstchen.train.stages.base import Stage, cascade_settings
-from wuerstchen.train.stages.decoder import DecoderAndCompressor, StageB, StageBRefinement
-from wuerstchen.train.stages.paella import StagePaella, StagePaellaRefinement
-from wuerstchen.train.stages.prior import Need, StageC, measure_map, measure_stored_maps
-from wuerstchen.train.stages.vqgan import StageA, StageARefinement
-
-N = TypeVar("N", bound=nn.Module)
+from wuerstchen.train.stage_table import maker_of, trained_kinds, trained_phases
+from wuerstchen.train.stages.base import Averages, N, Stage, cascade_settings
 
 
 def train(
@@ -146,8 +128,10 @@ def _train(
         try:
             log = Log(run_dir / "log.jsonl", processes.leads, tensorboard=watch.tensorboard)
             run = _Run(recipe, run_dir, sources, start, processes, log)
-            run.check_compressor_weights()
-            run.check_prepared_sets()
+            for kind in trained_kinds(recipe):
+                if kind.check is not None:
+                    kind.check(run)
+            run.repeats_images = _repeats_images(recipe, sources)
             run.fingerprint = _fingerprint(begun, sources)
             run.changes = planned.changes
             run.begun = begun
@@ -213,20 +197,15 @@ def _resolved(recipe: Recipe, processes: Processes) -> Recipe:
 
 
 def _drops_out(recipe: Recipe) -> bool:
-    """Whether a network that may be recomputed has dropout."""
-    trained = {"b": recipe.decoder.dropout, "c": recipe.prior.dropout}
-    rates = [rate for stage, rate in trained.items() if stage in recipe.stages]
+    """Whether a network that is trained, and may be recomputed, has dropout."""
+    parts = [part for kind in trained_kinds(recipe) for part in kind.makes]
+    rates = [getattr(getattr(recipe, part), "dropout", 0) for part in parts]
     return any(max(rate, default=0) if isinstance(rate, tuple) else rate for rate in rates)
 
 
 def _phases(recipe: Recipe) -> list[Phase]:
-    """Those of all stages that are trained."""
-    found = []
-    if "a" in recipe.stages:
-        found.append(Phase(optimization=recipe.stage_a.optimization))
-    for stage, config in (("b", recipe.stage_b), ("c", recipe.stage_c)):
-        found += phases_of(config) if stage in recipe.stages else ()
-    return found
+    """Those of all stages that are trained, without refinements, which read what others read."""
+    return [named.phase for named in trained_phases(recipe) if named.path]
 
 
 def _around(data: str, recipe: Recipe) -> Path | None:
@@ -268,8 +247,8 @@ def _open_sources(recipe: Recipe, begun: Recipe | None = None) -> dict[str, Sour
                 f"max_ratio={phase.max_ratio} needs photographs: emoji are composed as squares; use 1"
             )
         if isinstance(source, PreparedSet):
-            for stage in recipe.stages:
-                refuse_prepared(stage, data, recipe.prepared_images)
+            for kind in trained_kinds(recipe):
+                refuse_prepared(data, kind.needs_images, recipe.prepared_images)
     for data, source in sources.items() if not recipe.prepared_images else ():
         whole = isinstance(source, PreparedSet)
         refuse_small(recipe, data, len(source.rows("train")) if whole else len(source), whole)
@@ -320,6 +299,17 @@ def _left_out(source: Source | PreparedSet) -> Iterator[tuple[str, str]]:
         yield name, "its caption is empty"
 
 
+def _repeats_images(recipe: Recipe, sources: dict[str, Source | PreparedSet]) -> bool:
+    """Whether sizes of a prepared set have fewer images than a batch of a phase that reads it."""
+    for phase in _phases(recipe):
+        source, optimization = sources[phase.data or recipe.data], phase.optimization
+        if isinstance(source, PreparedSet):
+            feed = PreparedFeed(source, 0, optimization.images, optimization.batch_size)
+            if feed.plan.small:
+                return True
+    return False
+
+
 def _fingerprint(recipe: Recipe, sources: dict[str, Source | PreparedSet]) -> str:
     """Of all data of the recipe that a run was begun with: that of the only set, or one of all of them.
 
@@ -330,7 +320,9 @@ def _fingerprint(recipe: Recipe, sources: dict[str, Source | PreparedSet]) -> st
 
 
 class _Run:
-    """One start of a run: builds each stage from the results of those before it."""
+    """One start of a run: what its stages are handed (``stages.base.Run``), and the model that they make."""
+
+    makes_updates = True
 
     def __init__(
         self,
@@ -360,7 +352,8 @@ class _Run:
         if start.settings is not None and start.parts.prior is not None:
             self.statistics = start.settings.map_statistics
         for name, network in self.parts.networks().items():
-            if STAGE_OF.get(name) not in recipe.stages:  # others are copied, not used
+            maker = maker_of(name)
+            if maker is None or maker.short not in recipe.stages:  # others are copied, not used
                 network.eval()  # and stay on the CPU until a stage needs them
         self._bank: tuple[tuple[str, int], Bank] | None = None
         self._held_out: dict[tuple[str, int], HeldOut | HeldOutMaps | None] = {}
@@ -379,22 +372,17 @@ class _Run:
         if not self.processes.leads:
             return target
         self.say_skipped()
-        for picture in sorted(self.run_dir.glob("stage_c*/previews/*.png"))[-1:]:
-            print(f"{picture}: the preview prompts, drawn at the end of Stage C")
+        for kind in trained_kinds(self.recipe):
+            found = sorted(self.run_dir.glob(f"stage_{kind.short}*/previews/*.png"))
+            if kind.reads_captions and found:
+                print(f"{found[-1]}: the preview prompts, drawn at the end of Stage {kind.short.upper()}")
         say_cost(self.log)
         self.log.event("end", seconds=round(time.monotonic() - began, 1))
         return target
 
     def train_stages(self) -> None:
-        stages = self.recipe.stages
-        if "a" in stages:
-            self.stage_a()
-        if "b" in stages:
-            self.stage_b()
-        if "a" in stages and self.recipe.stage_a.refine_images:
-            self.stage_a_refined()
-        if "c" in stages:
-            self.stage_c()
+        for kind in trained_kinds(self.recipe):
+            kind.train(self)
 
     def has_its_model(self, target: Path) -> bool:
         """Whether the model by the recipe in force is there."""
@@ -419,28 +407,37 @@ class _Run:
             write_json(path, {**read_json(path), "model": {"changes": len(self.changes)}})
 
     def write_model(self, target: Path) -> None:
-        recipe, a, b, c = self.recipe, self.recipe.stage_a, self.recipe.stage_b, self.recipe.stage_c
-        images = {
-            "vqgan": a.optimization.images + a.refine_images,
-            "decoder": b.images + b.refine_images,
-            "compressor": b.images,
-            "previewer": b.images + b.refine_images,
-            "prior": c.images,
-        }
+        recipe, images = self.recipe, dict.fromkeys(self.parts.networks(), 0)
+        for phase in trained_phases(recipe):
+            for part in phase.trains:
+                images[part] = images.get(part, 0) + phase.phase.optimization.images
         provenance = {
-            name: self.provenance(images[name]) if stage in recipe.stages else self.start.provenance[name]
-            for name, stage in STAGE_OF.items()
-            if getattr(self.parts, name) is not None
+            name: self.provenance(images[name])
+            if maker.short in recipe.stages
+            else self.start.provenance[name]
+            for name in self.parts.networks()
+            if (maker := maker_of(name)) is not None
         }
         if self.processes.leads and self.start.left_out:
             lost = " and ".join(self.start.left_out)
             print(
                 f"{lost} of {recipe.start_from} would not fit what was trained, and the model is without it"
             )
-        networks = self.parts.networks()
+        networks, settings = self.parts.networks(), self.settings_of_model()
         write_parts(
-            self.settings_of_model(), networks, target, provenance, text_encoder=self.start.text_folder
+            settings,
+            networks,
+            target,
+            provenance,
+            text_encoder=self.start.text_folder,
+            further=self.write_results,
         )
+
+    def write_results(self, folder: Path) -> None:
+        """Writes what stages have made beside the parts of the model."""
+        for kind in trained_kinds(self.recipe):
+            if kind.write is not None:
+                kind.write(self, folder)
 
     def settings_of_model(self, image_size: int | None = None) -> CascadeSettings:
         """Those of the parts as they are, with another picture size by choice."""
@@ -457,201 +454,13 @@ class _Run:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def stage_a(self) -> None:
-        config = self.recipe.stage_a
-        self.seed_weights("a")
-        network, begins = VQGAN(self.recipe.vqgan), self.start.parts.vqgan
-        if begins is not None:
-            network = copy.deepcopy(begins).requires_grad_(True)
-        shape = network.config
-        final = self.run_stage(
-            StageA(config, network, self.perceptual(), keeps_codes=begins is not None),
-            Phase(optimization=config.optimization, image_size=config.image_size),
-        )
-        # Into a network of its own: the one that was trained may be compiled.
-        trained = self.averaged(VQGAN(shape), final, "vqgan")
-        if config.measure_scale:
-            trained.config = dataclasses.replace(trained.config, scale_factor=self.latent_scale(trained))
-        self.parts.vqgan = trained
+    def begins(self, name: str) -> bool:
+        """Whether a phase starts from nothing, as opposed to from a checkpoint of its own."""
+        return not any((self.run_dir / f"stage_{name}" / "checkpoints").glob("[0-9]*"))
 
-    def perceptual(self) -> EfficientNetLite | None:
-        """The network of Stage A's perceptual loss."""
-        if self.recipe.stage_a.perceptual == "none":
-            return None
-        network = EfficientNetLite()
-        load_backbone(network, lite0_path())
-        return network.to(self.device)
-
-    def stage_a_refined(self) -> None:
-        """The second phase of Stage A."""
-        config, vqgan, parts = self.recipe.stage_a, self.parts.vqgan, self.parts
-        assert vqgan is not None
-        self.seed_weights("a2")
-        frozen = Cascade(
-            settings=cascade_settings(self.recipe, PUBLISHED_MAP),
-            vqgan=vqgan,
-            decoder=self.decoder(),
-            compressor=parts.compressor,
-        )
-        text = parts.text_encoder_of_decoder()
-        for network in filter(None, (vqgan, parts.decoder, parts.compressor)):
-            network.to(self.device)
-        if text is not None and self.decoder().config.clip_embd is not None:
-            text.to(self.device)
-        stage = StageARefinement(config, vqgan, self.perceptual(), frozen, text, self.recipe)
-        final = self.run_stage(stage, Phase(optimization=stage.optimization, image_size=config.image_size))
-        # Into a network of its own: the one that was trained may be compiled.
-        refined = VQGAN(vqgan.config)
-        refined.load_state_dict(vqgan.state_dict())
-        self.averaged(refined.decoder_half(), final, "decoder_half")
-        parts.vqgan = refined.to(self.device).eval().requires_grad_(False)
-
-    def decoder(self) -> Decoder:
-        """Stage B's, which is v2's where it is trained."""
-        assert isinstance(self.parts.decoder, Decoder)
-        return self.parts.decoder
-
-    def latent_scale(self, vqgan: VQGAN) -> float:
-        """The latents' standard deviation, measured once, which becomes their scale factor."""
-
-        def measure() -> dict[str, Any]:
-            size = self.recipe.stage_a.image_size or self.recipe.image_size
-            z = torch.cat([vqgan.embed(b.pixels(self.device)) for b in self.some_images("latents", size)])
-            return {"scale_factor": round(float(z.cpu().double().std()), 6)}
-
-        return self.measured_once("stage_a", measure)["scale_factor"]
-
-    def stage_b(self) -> None:
-        recipe, config, vqgan, given = self.recipe, self.recipe.stage_b, self.parts.vqgan, self.start.parts
-        assert vqgan is not None
-        self.seed_weights("b")
-        compressor = Compressor(recipe.compressor)
-        if given.compressor is not None:
-            compressor.load_state_dict(given.compressor.state_dict())
-        elif self.begins("b"):
-            fill_compressor(recipe, compressor)
-        decoder, previewer = _decoder(recipe.decoder), Previewer(recipe.previewer)
-        tokens = isinstance(decoder, Paella)
-        for network, begins in ((decoder, given.decoder), (previewer, given.previewer)):
-            if begins is not None:
-                network.load_state_dict(begins.state_dict())
-        text = self.parts.text_encoder_of_decoder()
-        vqgan.to(self.device)
-        if text is not None and recipe.decoder.clip_embd is not None:
-            text.to(self.device)
-        phase = Phase(optimization=config.optimization)
-        for name, phase in _named("b", config):
-            for network in (decoder, compressor, previewer):
-                network.requires_grad_(True)
-            compressor.freeze_early_layers(config.frozen_stride)
-            networks = (vqgan, decoder, compressor, previewer, text, recipe)
-            kind = StagePaella if tokens else StageB
-            stage = kind(config, *networks, name=name, optimization=phase.optimization)
-            final = self.run_stage(stage, phase)
-            both = self.averaged(
-                DecoderAndCompressor(_decoder(recipe.decoder), Compressor(recipe.compressor)),
-                final,
-                "decoder_and_compressor",
-            )
-            decoder, compressor = both.decoder, both.compressor
-            previewer = self.averaged(Previewer(recipe.previewer), final, "previewer")
-        if config.refine_images:
-            for network in (decoder, previewer):
-                network.requires_grad_(True)
-            networks = (vqgan, decoder, compressor, previewer, text, recipe)
-            last = StagePaellaRefinement if tokens else StageBRefinement
-            refinement = last(config, *networks, name=f"b{len(config.phases) + 2}")
-            final = self.run_stage(
-                refinement, dataclasses.replace(phase, optimization=refinement.optimization)
-            )
-            decoder = self.averaged(_decoder(recipe.decoder), final, "decoder")
-            previewer = self.averaged(Previewer(recipe.previewer), final, "previewer")
-        self.parts.decoder, self.parts.compressor, self.parts.previewer = decoder, compressor, previewer
-
-    def begins(self, stage: str) -> bool:
-        """Whether a stage starts from nothing, as opposed to from a checkpoint of its own."""
-        return not any((self.run_dir / f"stage_{stage}" / "checkpoints").glob("[0-9]*"))
-
-    def check_compressor_weights(self) -> None:
-        """Reads the compressor's weights once before anything is trained: Stage B may be hours away."""
-        if "b" in self.recipe.stages and self.start.parts.compressor is None and self.begins("b"):
-            fill_compressor(self.recipe, Compressor(self.recipe.compressor))
-
-    def check_prepared_sets(self) -> None:
-        """Refuses prepared sets that were made with other networks, or that a phase cannot read as it is."""
-        recipe, parts = self.recipe, self.parts
-        for phase in phases_of(recipe.stage_c) if "c" in recipe.stages else ():
-            source, optimization = self.sources[phase.data or recipe.data], phase.optimization
-            if not isinstance(source, PreparedSet):
-                continue
-            assert parts.compressor is not None
-            assert parts.text_encoder is not None
-            check_prepared(
-                source,
-                compressor=parts.compressor,
-                text_encoder=parts.text_encoder,
-                view_scale=recipe.view_scale,
-                image_size=phase.image_size or recipe.image_size,
-                texts=recipe.stored_texts,
-                text_positions=recipe.text_positions,
-            )
-            feed = PreparedFeed(source, 0, optimization.images, optimization.batch_size)
-            self.repeats_images |= bool(feed.plan.small)
-
-    def stage_c(self) -> None:
-        recipe, config, begins = self.recipe, self.recipe.stage_c, self.start.parts.prior
-        self.seed_weights("c")
-        prior = Prior(recipe.prior)
-        if begins is not None:
-            prior.load_state_dict(begins.state_dict())
-        self.parts.prior = None
-        if begins is None:  # weights go on with the normalisation that they are used to
-            self.statistics = self.map_statistics()
-        finals = []
-        for name, phase in _named("c", config):
-            prior.requires_grad_(True)
-            frozen = self.parts.cascade(self.settings_of_model(phase.image_size))
-            stage = StageC(
-                config,
-                recipe,
-                prior,
-                frozen,
-                self.statistics,
-                name=name,
-                optimization=phase.optimization,
-                device=self.device,
-                needs=self.needs(phase),
-            )
-            finals.append(self.run_stage(stage, phase))
-            prior = self.averaged(Prior(recipe.prior), finals[-1], "prior")
-        if config.blend < 1:
-            before = self.averaged(Prior(recipe.prior), finals[-2], "prior")
-            prior.load_state_dict(weighted_average(before.state_dict(), prior.state_dict(), config.blend))
-        self.parts.prior = prior
-
-    def needs(self, phase: Phase) -> tuple[Need, ...]:
-        """The frozen networks that make the inputs of a phase of Stage C."""
-        if not isinstance(self.sources[phase.data or self.recipe.data], PreparedSet):
-            return ("compressor", "text_encoder")
-        return ("text_encoder",) if self.recipe.stored_texts == "tokens" else ()
-
-    def map_statistics(self) -> MapStatistics:
-        """Measured once, before Stage C, on pictures of the model's size."""
-        compressor = self.parts.compressor
-        assert compressor is not None
-
-        def measure() -> dict[str, Any]:
-            source = self.measured_source()
-            if isinstance(source, PreparedSet):
-                seed = stable_hash(self.recipe.seed, "map") >> 1
-                maps = some_maps(source, self.recipe.statistics_images, seed, self.recipe.skip)
-                return dataclasses.asdict(measure_stored_maps(maps))
-            pictures = self.some_images("map", self.recipe.image_size)
-            return dataclasses.asdict(
-                measure_map(compressor.to(self.device), pictures, self.device, self.recipe.view_scale)
-            )
-
-        return MapStatistics(**{k: tuple(v) for k, v in self.measured_once("stage_c", measure).items()})
+    def source(self, phase: Phase) -> Source | PreparedSet:
+        """The data set that a phase reads."""
+        return self.sources[phase.data or self.recipe.data]
 
     def measured_source(self) -> Source | PreparedSet:
         """What is measured on: the recipe's data, or of phases that all have others the first."""
@@ -666,9 +475,11 @@ class _Run:
         return batches(feed, 0, self.recipe.statistics_images, 16, self.recipe.workers)
 
     @torch.no_grad()
-    def measured_once(self, stage: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What ``measure`` finds, kept beside the stage's checkpoints: later starts read it back."""
-        path = self.run_dir / stage / "measured.json"
+    def measured_once(
+        self, folder: str, measure: Callable[[], dict[str, Any]], known: dict[str, Any]
+    ) -> dict[str, Any]:
+        """What ``measure`` finds, kept beside a stage's checkpoints: later starts read it back."""
+        path = self.run_dir / folder / "measured.json"
         if self.processes.leads and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, measure())
@@ -679,9 +490,9 @@ class _Run:
             raise RunFolderError(f"{path} is empty; {again}")
         return found
 
-    def feed(self, stage: Stage, phase: Phase, seed: int) -> Feed | PreparedFeed:
+    def feed(self, stage: Stage, phase: Phase, multiple: int, seed: int) -> Feed | PreparedFeed:
         """The pictures of a phase, or what is stored of them."""
-        recipe, source = self.recipe, self.sources[phase.data or self.recipe.data]
+        recipe, source = self.recipe, self.source(phase)
         if isinstance(source, PreparedSet):
             optimization = phase.optimization
             return PreparedFeed(
@@ -693,8 +504,6 @@ class _Run:
                 recipe.skip,
             )
         size = phase.image_size or recipe.image_size
-        # The decoder's levels need sides of latents that can be halved; Stage C sees the map alone.
-        multiple = 1 if stage.name.startswith("c") else recipe.vqgan.factor * recipe.decoder.size_multiple
         return Feed(
             source,
             seed,
@@ -726,9 +535,14 @@ class _Run:
             previews=min(8, len(feed.source)),
         )
 
-    def run_stage(self, stage: Stage, phase: Phase) -> Path:
+    def train_phase(self, stage: Stage, phase: Phase, *, multiple: int = 1) -> Averages:
+        """Trains a phase to its end. Returns what gives a network its averaged weights."""
+        return partial(self.averaged, self.run_stage(stage, phase, multiple))
+
+    def run_stage(self, stage: Stage, phase: Phase, multiple: int) -> Path:
+        """Trains a phase to its end. Returns its last checkpoint."""
         optimization = stage.optimization
-        feed = self.feed(stage, phase, stable_hash(self.recipe.seed, stage.name, "data") >> 1)
+        feed = self.feed(stage, phase, multiple, stable_hash(self.recipe.seed, stage.name, "data") >> 1)
         parameters = sum(p.numel() for n in stage.networks.values() for p in n.parameters())
         if self.processes.leads:
             times = "" if self.processes.count == 1 else f" and {self.processes.count - 1} more"
@@ -831,15 +645,15 @@ class _Run:
             return self.recipe.prepared_images  # their number is part of the order that the run began with
         return kept_images(self.recipe, data, size)
 
-    def averaged(self, network: N, checkpoint: Path, name: str) -> N:
+    def averaged(self, checkpoint: Path, network: N, name: str) -> N:
         """The network with the averaged weights of a finished stage, frozen."""
         network = network.to(self.device)
         load_averages(network, checkpoint, name, self.processes)
         return network.eval().requires_grad_(False)
 
-    def seed_weights(self, stage: str) -> None:
+    def seed_weights(self, name: str) -> None:
         """Initial weights are a function of the recipe's seed and the stage alone."""
-        torch.manual_seed(stable_hash(self.recipe.seed, stage, "weights") >> 1)
+        torch.manual_seed(stable_hash(self.recipe.seed, name, "weights") >> 1)
 
     def provenance(self, images: int) -> Provenance:
         return Provenance(
@@ -855,7 +669,7 @@ class _Run:
         told = (event for event in self.log.events() if event["event"] == "data")
         if any(event.get("fingerprint") == self.fingerprint for event in told):
             return
-        reads = "c" in self.recipe.stages or reads_text(self.recipe, self.start)
+        reads = reads_captions(self.recipe) or reads_text(self.recipe, self.start)
         encoder = self.parts.text_encoder or self.parts.decoder_text_encoder
         said, warned = overview(self.recipe, self.sources, encoder if reads else None)
         print_overview(said, warned)
@@ -873,22 +687,11 @@ class _Run:
             print(f"{len(skipped)} images could not be used and were skipped")
 
 
-def _decoder(config: DecoderConfig | PaellaConfig) -> Decoder | Paella:
-    """Stage B's network of v2 or of v1."""
-    return Paella(config) if isinstance(config, PaellaConfig) else Decoder(config)
-
-
-def _named(stage: str, config: StageBConfig | StageCConfig) -> Iterator[tuple[str, Phase]]:
-    """Every phase of a stage with its name: c, c2, c3 ..."""
-    for number, phase in enumerate(phases_of(config), 1):
-        yield stage if number == 1 else f"{stage}{number}", phase
-
-
 class _Rehearsal(_Run):
     """A run of a few updates a phase. Nothing is learnt, written, or handed from stage to stage."""
 
-    def run_stage(self, stage: Stage, phase: Phase) -> Path:
-        feed = self.feed(stage, phase, 0)
+    def run_stage(self, stage: Stage, phase: Phase, multiple: int) -> Path:
+        feed = self.feed(stage, phase, multiple, 0)
         bank = self.bank(feed, phase) if self.recipe.prepared_images else None
         nowhere, settings = self.run_dir / "none", self.settings(feed)
         cost = rehearse(stage, feed, nowhere, settings, self.device, bank, self.processes)
@@ -896,7 +699,7 @@ class _Rehearsal(_Run):
         self.log.event("rehearsed", stage=stage.name, **values)
         return self.run_dir
 
-    def averaged(self, network: N, checkpoint: Path, name: str) -> N:
+    def averaged(self, checkpoint: Path, network: N, name: str) -> N:
         return network.to(self.device).eval().requires_grad_(False)
 
     def order(self) -> int:
@@ -907,9 +710,7 @@ class _Rehearsal(_Run):
         sizes = [r.batch_size for r in readings(self.recipe) if (r.data, r.size) == (data, size)]
         return min(kept_images(self.recipe, data, size), max(sizes))
 
-    def latent_scale(self, vqgan: VQGAN) -> float:
-        return vqgan.config.scale_factor
-
-    def map_statistics(self) -> MapStatistics:
-        channels = self.recipe.compressor.c_latent
-        return MapStatistics(mean=(0.0,) * channels, std=(1.0,) * channels)
+    def measured_once(
+        self, folder: str, measure: Callable[[], dict[str, Any]], known: dict[str, Any]
+    ) -> dict[str, Any]:
+        return known

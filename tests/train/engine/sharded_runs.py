@@ -37,8 +37,8 @@ from wuerstchen.train.engine.loop import Interrupted, Settings, _prepare, run_st
 from wuerstchen.train.engine.optim import make_optimizer
 from wuerstchen.train.engine.update import Step, recompute_blocks
 from wuerstchen.train.feed.images import Feed
-from wuerstchen.train.feed.prepared import verify_sets
 from wuerstchen.train.report.events import Log
+from wuerstchen.train.run_data import verify_sets
 from wuerstchen.train.run_folder import check_colours
 
 torch.set_num_threads(1)

@@ -15,8 +15,9 @@ from wuerstchen.train.engine.checkpoint import newest
 from wuerstchen.train.engine.distributed import Processes
 from wuerstchen.train.engine.loop import run_stage
 from wuerstchen.train.engine.optim import load_optimizer_tensors, make_optimizer, optimizer_tensors, update
-from wuerstchen.train.engine.precision import LossScale, best_half
+from wuerstchen.train.engine.precision import LossScale
 from wuerstchen.train.feed.images import Feed
+from wuerstchen.train.precision import best_half
 from wuerstchen.train.report.events import Log
 from wuerstchen.train.run import _resolved
 

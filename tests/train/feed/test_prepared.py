@@ -38,6 +38,7 @@ from wuerstchen.train.feed.prepared import (
 )
 from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.report.events import Log
+from wuerstchen.train.stage_table import kind_of
 from wuerstchen.train.stages.prior import StageC, measure_map, measure_stored_maps
 
 CPU = torch.device("cpu")
@@ -408,15 +409,16 @@ def test_images_that_are_no_whole_batches(prepared):
 
 
 def test_stages_that_need_pictures():
+    reasons = {stage: kind_of(stage).needs_images for stage in "abc"}
     with pytest.raises(
         UserError, match=r"data=set is a prepared set, which holds maps, and Stage B trains the compressor"
     ):
-        refuse_prepared("b", "set")
+        refuse_prepared("set", reasons["b"])
     with pytest.raises(UserError, match="Stage A learns from pixels; give the pictures, or train c alone"):
-        refuse_prepared("a", "set")
+        refuse_prepared("set", reasons["a"])
     with pytest.raises(UserError, match=r"prepared_images=9 .* data=set is a prepared set .* give 0"):
-        refuse_prepared("c", "set", 9)
-    refuse_prepared("c", "set")
+        refuse_prepared("set", reasons["c"], 9)
+    refuse_prepared("set", reasons["c"])
 
 
 def test_sets_of_another_kind(prepared, few, cascade, tmp_path):

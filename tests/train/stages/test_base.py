@@ -16,24 +16,31 @@ from wuerstchen.diffusion.schedule import CosineSchedule, shifted
 from wuerstchen.errors import DataError, UserError
 from wuerstchen.images import to_images
 from wuerstchen.models.cascade import MapStatistics
-from wuerstchen.models.compressor import compressor_input
+from wuerstchen.models.compressor import Compressor, compressor_input
+from wuerstchen.models.decoder import Decoder
 from wuerstchen.models.efficientnet import EfficientNetLite
 from wuerstchen.models.previewer import Previewer, PreviewerConfig
 from wuerstchen.models.vqgan import VQGAN
 from wuerstchen.recipes.tiny import tiny
 from wuerstchen.train.config import Phase, StageAConfig
-from wuerstchen.train.engine.precision import with_half_matrices
 from wuerstchen.train.feed.images import Batch, Feed, batches
 from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.initial_weights import Parts, Start
-from wuerstchen.train.run import _Run
-from wuerstchen.train.stages.base import cascade_settings, diffusion_loss, in_pieces
-from wuerstchen.train.stages.decoder import Decoding, StageB, StageBRefinement
-from wuerstchen.train.stages.prior import StageC, measure_map
+from wuerstchen.train.precision import with_half_matrices
+from wuerstchen.train.stages.base import Run, cascade_settings, diffusion_loss, in_pieces
+from wuerstchen.train.stages.decoder import DECODER_STAGE, StageB, StageBRefinement
+from wuerstchen.train.stages.decoding import Decoding
+from wuerstchen.train.stages.prior import StageC, measure_map, needs
 from wuerstchen.train.stages.vqgan import PerceptualLoss, StageA, StageARefinement, random_crops
 
 CPU = torch.device("cpu")
 RECIPE = tiny()
+
+
+def a_run(**given) -> SimpleNamespace:
+    """A run that has what is given."""
+    names = {*Run.__annotations__, *(name for name in vars(Run) if not name.startswith("_"))}
+    return SimpleNamespace(**{**dict.fromkeys(names, lambda *_, **__: None), **given})
 
 
 def make_batch(size: int = 64, count: int = 4) -> Batch:
@@ -468,26 +475,50 @@ class TestStageB:
             recipe, stage_b=dataclasses.replace(recipe.stage_b, frozen_stride=8, phases=phases)
         )
 
-        def run_stage(stage, phase):
+        def train_phase(stage, phase, *, multiple):
             blocks = stage.trained.compressor.backbone._blocks
             seen.append([[p.requires_grad for p in part.parameters()] for part in (blocks[:5], blocks[5:])])
-            return stage
+            return lambda network, name: stage.networks[name]
 
-        run = SimpleNamespace(
+        run = a_run(
             recipe=recipe,
             device=CPU,
             start=Start(),
             parts=Parts(vqgan=VQGAN(recipe.vqgan)),
             seed_weights=lambda stage: None,
             begins=lambda stage: False,
-            run_stage=run_stage,
-            averaged=lambda network, stage, name: stage.networks[name],
+            train_phase=train_phase,
         )
-        _Run.stage_b(run)
+        DECODER_STAGE.train(run)
         assert len(seen) == 2
         for early, late in seen:
             assert not any(early)
             assert all(late)
+
+    def test_initial_weights_are_drawn_in_a_fixed_order(self):
+        """A recipe and its seed begin with the same weights in every version."""
+        torch.manual_seed(5)
+        expected = Compressor(RECIPE.compressor), Decoder(RECIPE.decoder), Previewer(RECIPE.previewer)
+        found = []
+
+        def train_phase(stage, phase, *, multiple):
+            found[:] = copy.deepcopy((stage.trained.decoder, stage.previewer))
+            return lambda network, name: stage.networks[name]
+
+        DECODER_STAGE.train(
+            a_run(
+                recipe=RECIPE,
+                device=CPU,
+                start=Start(),
+                parts=Parts(vqgan=VQGAN(RECIPE.vqgan)),
+                seed_weights=lambda name: torch.manual_seed(5),
+                begins=lambda name: False,
+                train_phase=train_phase,
+            )
+        )
+        for ours, theirs in zip(found, expected[1:], strict=True):
+            state = theirs.state_dict()
+            assert all(torch.equal(tensor, state[key]) for key, tensor in ours.state_dict().items())
 
     def test_the_second_phase_has_rate_length_and_shift_of_its_own(self, small_cascade):
         parts = (small_cascade.decoder, small_cascade.compressor, Previewer(PreviewerConfig(c_in=2)))
@@ -699,13 +730,16 @@ class TestPlacing:
 
     def test_what_a_phase_needs_follows_from_its_data(self):
         stored = PreparedSet.__new__(PreparedSet)
-        run = SimpleNamespace(sources={"set": stored, "sample": object()}, recipe=RECIPE)
+        sources = {"set": stored, "": object()}
+        run = a_run(recipe=RECIPE, makes_updates=True, source=lambda phase: sources[phase.data])
         phase = Phase(optimization=RECIPE.stage_c.optimization)
-        assert _Run.needs(run, phase) == ("compressor", "text_encoder")
+        assert needs(run, phase) == ("compressor", "text_encoder")
         phase = dataclasses.replace(phase, data="set")
-        assert _Run.needs(run, phase) == ("text_encoder",)
+        assert needs(run, phase) == ("text_encoder",)
         run.recipe = dataclasses.replace(RECIPE, stored_texts="states")
-        assert _Run.needs(run, phase) == ()
+        assert needs(run, phase) == ()
+        run.recipe, run.makes_updates = RECIPE, False  # as for an export
+        assert needs(run, dataclasses.replace(phase, data="")) == ()
 
     @pytest.mark.gpu
     def test_on_a_gpu(self, small_cascade):

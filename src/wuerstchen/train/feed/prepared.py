@@ -5,7 +5,7 @@ shown, follows from the number of images seen.
 """
 
 import functools
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,11 +17,9 @@ from torch.utils.data import Dataset
 
 from wuerstchen.data.plan import BucketPlan, crop_at, generator, item_at, items_at
 from wuerstchen.data.prepared import PreparedSet
-from wuerstchen.data.prepared_check import DESCRIPTION, mark_verified, verify_newer
 from wuerstchen.errors import DataError, UserError
 from wuerstchen.models.text import TextEncoder, TextStates
 from wuerstchen.train.config import StoredTexts
-from wuerstchen.train.engine.distributed import Processes
 
 
 @dataclass(frozen=True)
@@ -245,36 +243,6 @@ class HeldOutMaps:
                 first += len(part)
 
 
-def verify_sets(sets: Iterable[PreparedSet], processes: Processes) -> None:
-    """Checks the shards of sets that are newer than their ``prepared.json``, each in one process.
-
-    All processes call it, and all raise ``DataError`` where one finds a damaged shard. The processes that see
-    the same ``prepared.json`` share the work: a machine may have a copy of its own.
-    """
-    sets = list(sets)
-    described = [(prepared.folder / DESCRIPTION).stat() for prepared in sets]
-    mine = [(file.st_ino, file.st_mtime_ns) for file in described]
-    found = processes.gathered([(processes.rank, mine)] if mine else [])
-    if not found:
-        return
-    damage: list[str] = []
-    verified: list[PreparedSet] = []
-    for number, prepared in enumerate(sets):
-        ranks = [rank for rank, theirs in found if theirs[number : number + 1] == [mine[number]]]
-        place = ranks.index(processes.rank)
-        try:
-            if verify_newer(prepared.folder, prepared.description, place, len(ranks)) and place == 0:
-                verified.append(prepared)
-        except DataError as error:
-            damage.append(str(error))
-    processes.wait_long()
-    damage = processes.gathered(damage)
-    if damage:
-        raise DataError(damage[0])
-    for prepared in verified:
-        mark_verified(prepared.folder)
-
-
 def check_prepared(
     prepared: PreparedSet,
     *,
@@ -313,12 +281,12 @@ def check_prepared(
         )
 
 
-def refuse_prepared(stage: str, data: str, prepared_images: int = 0) -> None:
-    """Raises ``UserError`` where a prepared set cannot serve: Stage A, Stage B, and a bank of pictures."""
-    if stage in ("a", "b"):
-        reasons = {"a": "Stage A learns from pixels", "b": "Stage B trains the compressor that makes them"}
+def refuse_prepared(data: str, needs_images: str, prepared_images: int = 0) -> None:
+    """Raises ``UserError`` where a prepared set cannot serve: a stage that ``needs_images``, which says why,
+    and a bank of pictures."""
+    if needs_images:
         raise UserError(
-            f"data={data} is a prepared set, which holds maps, and {reasons[stage]}; give the pictures, or "
+            f"data={data} is a prepared set, which holds maps, and {needs_images}; give the pictures, or "
             "train c alone"
         )
     if prepared_images:

@@ -1,6 +1,7 @@
-"""A stage as training sees it: a batch in, losses out. The loop around all of them is one, in loop.py.
+"""What the files of stages share: what a stage is (``StageKind``), what it is handed (``Run``), and what the
+training loop needs to know of one of its phases (``Stage``).
 
-A stage works in two steps. ``prepare`` is what does not change while it trains: what frozen networks make of
+A phase works in two steps. ``prepare`` is what does not change while it trains: what frozen networks make of
 a picture and of its caption. ``losses`` is the rest: it yields ``(network, loss, terms)`` for each batch, and
 the loop makes one update of that network from each loss before it asks for the next. ``losses`` decides
 nothing on the host, so that an update can be recorded once and replayed.
@@ -9,21 +10,33 @@ nothing on the host, so that an update can be recorded once and replayed.
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
+from wuerstchen.data.prepared import PreparedSet
+from wuerstchen.data.sources import Source
 from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, Weighting
 from wuerstchen.models.cascade import CascadeSettings, MapStatistics
 from wuerstchen.models.paella import PaellaConfig
 from wuerstchen.models.text import TextEncoder, TextStates
-from wuerstchen.train.config import Optimization, Recipe, StageAConfig, StageBConfig
+from wuerstchen.train.config import (
+    Optimization,
+    Phase,
+    Recipe,
+    StageBConfig,
+    StageCConfig,
+    phases_of,
+)
 from wuerstchen.train.feed.images import Batch, pixels_of
 from wuerstchen.train.feed.prepared import StoredBatch
 from wuerstchen.train.feed.random import ImageRandom
+from wuerstchen.train.initial_weights import Parts, Start
 
 LEAST_SPREAD = 0.1  # of the map, which its batch norm keeps near 1 as long as pictures differ at all
 
@@ -84,6 +97,156 @@ class Stage(Protocol):
         ...
 
 
+@runtime_checkable
+class UsesAverages(Protocol):
+    """A stage whose losses use the weight averages: a student that learns from its own average, say."""
+
+    def use_averages(self, averages: dict[str, nn.Module]) -> None:
+        """Is called once, before the first update of a start, with the averages by the networks' names.
+
+        They hold what a checkpoint has restored, and follow the networks after every update. ``losses`` may
+        run them, without gradients, and must not change them.
+        """
+        ...
+
+
+N = TypeVar("N", bound=nn.Module)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedPhase:
+    """One stretch of training, with checkpoints and a log of its own."""
+
+    name: str
+    """In run folders (``RUN/stage_{name}``), logs and messages: b, b2 ..."""
+    phase: Phase
+    config: str
+    """The recipe's field with the stage's settings, as ``stage_b``."""
+    path: str
+    """Path of the phase in the recipe, as ``stage_b.phases.0``; empty for the refinement of a stage."""
+    trains: tuple[str, ...]
+    """The parts of the model that it changes."""
+
+
+@runtime_checkable
+class Averages(Protocol):
+    """The averaged weights that a phase has ended with."""
+
+    def __call__(self, network: N, name: str) -> N:
+        """``network``, which is built as the one that was trained under this ``name``, with its averaged
+        weights: on the run's device, in eval mode and frozen."""
+        ...
+
+
+@runtime_checkable
+class Run(Protocol):
+    """What a stage is handed to train with: the results of the stages before it, the data, and the loop.
+
+    Where a run is only rehearsed or exported, the stages are trained in the same way: nothing is kept of
+    what they make, or ``train_phase`` gives the weights of checkpoints.
+    """
+
+    recipe: Recipe
+    device: torch.device
+    start: Start
+    """What the run starts from, which stays as it is."""
+    parts: Parts
+    """The networks of the model so far. A stage replaces those that it makes. Networks that no stage is
+    trained on lie on the CPU until one moves them."""
+    statistics: MapStatistics
+    """Of the semantic latents, for Stage C."""
+    makes_updates: bool
+    """Whether ``train_phase`` makes updates at all. If not, what only updates need can be left out."""
+
+    def train_phase(self, stage: "Stage", phase: Phase, *, multiple: int = 1) -> Averages:
+        """Trains a phase to its end, from its last checkpoint if there is one. Sides of its images are
+        multiples of ``multiple`` pixels."""
+        ...
+
+    def begins(self, name: str) -> bool:
+        """Whether the phase of this name has no checkpoint yet."""
+        ...
+
+    def seed_weights(self, name: str) -> None:
+        """Seeds torch's generator for initial weights, by the recipe's seed and this name."""
+        ...
+
+    def source(self, phase: Phase) -> Source | PreparedSet:
+        """The data set that a phase reads."""
+        ...
+
+    def measured_source(self) -> Source | PreparedSet:
+        """The data set that is measured on."""
+        ...
+
+    def some_images(self, purpose: str, size: int) -> Iterator[Batch]:
+        """Training images of ``size`` pixels to measure on, in an order that the ``purpose`` seeds."""
+        ...
+
+    def measured_once(
+        self, folder: str, measure: Callable[[], dict[str, Any]], known: dict[str, Any]
+    ) -> dict[str, Any]:
+        """What ``measure`` finds, written into the run's ``folder`` and read from there by later starts.
+
+        Where nothing is measured, ``known`` takes its place: what the recipe says, if it says anything.
+        """
+        ...
+
+    def settings_of_model(self, image_size: int | None = None) -> CascadeSettings:
+        """The settings of the model as it is so far, by choice with another image size."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageKind:
+    """Something that can be trained: what it makes, what it needs, and how it is done."""
+
+    name: str
+    short: str
+    """What recipes call it in ``stages``, and run folders after ``stage_``."""
+    makes: tuple[str, ...]
+    """The parts of the model that it trains."""
+    optional: tuple[str, ...] = ()
+    """Those of them that a model can do without."""
+    builds_on: tuple[str, ...] = ()
+    """Names of the stages whose results it uses."""
+    refines: bool = False
+    """Whether it goes on with what the stage of the same ``short`` name has made, after others."""
+    reads_captions: bool = False
+    """Whether it reads captions with the text encoder of Stage C."""
+    needs_images: str = ""
+    """Why it cannot learn from a prepared set; empty if it can."""
+    phases: Callable[[Recipe], list[NamedPhase]]
+    """Its phases by a recipe that trains it; none if the recipe leaves it out."""
+    train: Callable[[Run], None]
+    """Trains all its phases and puts what it makes into ``Run.parts``."""
+    check: Callable[[Run], None] | None = None
+    """Raises ``UserError`` for what would stop it, before any stage is trained."""
+    write: Callable[[Run, Path], None] | None = None
+    """Writes what is no part of a model, an adapter say, into the folder of the finished model."""
+
+
+def numbered(
+    kind: str, config_name: str, config: StageBConfig | StageCConfig, makes: tuple[str, ...]
+) -> list[NamedPhase]:
+    """The phases of a stage that has several: c, c2, c3 ..."""
+    return [
+        NamedPhase(
+            name=kind if number == 0 else f"{kind}{number + 1}",
+            phase=phase,
+            config=config_name,
+            path=config_name if number == 0 else f"{config_name}.phases.{number - 1}",
+            trains=makes,
+        )
+        for number, phase in enumerate(phases_of(config))
+    ]
+
+
+def sides_multiple(recipe: Recipe) -> int:
+    """What sides of images are multiples of where latents are decoded: the decoder's levels halve them."""
+    return recipe.vqgan.factor * recipe.decoder.size_multiple
+
+
 def full_precision(device: torch.device) -> torch.autocast:
     """Within, frozen networks compute what is to be learnt in fp32, whatever autocast is around.
 
@@ -110,13 +273,6 @@ def in_pieces(
     count = max(1, most // (images.shape[1] * images.shape[2]))
     made = [function(pixels_of(piece)) for piece in images.split(count)]
     return {name: torch.cat([part[name] for part in made]) for name in made[0]}
-
-
-def refining(config: StageAConfig | StageBConfig) -> Optimization:
-    """How the phase of a stage learns that refines one network alone."""
-    return dataclasses.replace(
-        config.optimization, images=config.refine_images, learning_rate=config.refine_rate
-    )
 
 
 def diffusion_loss(

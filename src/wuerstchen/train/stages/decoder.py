@@ -1,296 +1,29 @@
-"""Stage B in training: the decoder with the semantic compressor, and then the decoder alone.
-
-The phases (``WithCompressor``, ``OnFinishedMap``) say what learns. What the decoder learns is v2's noise on
-latents (``_Latents``) here, and v1's tokens in stage_paella.py.
-"""
+"""Stage B in training: the latent diffusion decoder of v2, and how a run trains either kind of decoder."""
 
 import dataclasses
 
-import torch
-import torch.nn.functional as F
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor, nn
 
 from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, training_timesteps
-from wuerstchen.errors import UserError
-from wuerstchen.images import to_images
-from wuerstchen.models.cascade import PUBLISHED_MAP, Cascade
-from wuerstchen.models.compressor import Compressor, compressor_input
-from wuerstchen.models.decoder import Decoder
-from wuerstchen.models.paella import Paella
+from wuerstchen.models.compressor import Compressor
+from wuerstchen.models.decoder import Decoder, DecoderConfig
+from wuerstchen.models.paella import Paella, PaellaConfig
 from wuerstchen.models.previewer import Previewer
-from wuerstchen.models.text import TextEncoder
-from wuerstchen.models.vqgan import VQGAN
-from wuerstchen.pipeline import Wuerstchen
-from wuerstchen.train.config import Optimization, Recipe, StageBConfig
-from wuerstchen.train.feed.images import Batch, pixels_of
+from wuerstchen.train.config import Recipe, refining
 from wuerstchen.train.feed.random import ImageRandom
+from wuerstchen.train.initial_weights import fill_compressor
 from wuerstchen.train.stages.base import (
-    LEAST_SPREAD,
     Inputs,
-    Losses,
-    cascade_settings,
+    NamedPhase,
+    Run,
+    StageKind,
     diffusion_loss,
-    encoded_captions,
-    full_precision,
-    in_pieces,
-    refining,
-    with_captions_dropped,
+    numbered,
+    sides_multiple,
 )
-
-
-class DecoderAndCompressor(nn.Module):
-    """What Stage B trains as one."""
-
-    def __init__(self, decoder: Decoder | Paella, compressor: Compressor) -> None:
-        super().__init__()
-        self.decoder = decoder
-        self.compressor = compressor
-
-
-class Decoding:
-    """What all kinds of Stage B share: a map that is disturbed, the text, and the pictures to look at."""
-
-    captions: bool
-
-    def __init__(
-        self, config: StageBConfig, vqgan: VQGAN, text_encoder: TextEncoder | None, recipe: Recipe
-    ) -> None:
-        self.config = config
-        self.recipe = recipe
-        self.vqgan = vqgan.eval().requires_grad_(False)
-        self.text_encoder = text_encoder if recipe.decoder.clip_embd is not None else None
-        self.captions = self.text_encoder is not None
-        self.no_text = None if self.text_encoder is None else self.text_encoder.encode([""])
-        self.rates = {"previewer": config.previewer_rate}
-        self.preview_labels = {
-            "rows": [
-                "original",
-                "through Stage A alone",
-                "through Stages B and A",
-                "as the previewer guesses it",
-            ]
-        }
-
-    def prepare_text(self, batch: Batch, device: torch.device) -> Inputs:
-        if self.text_encoder is None:
-            return {}
-        return encoded_captions(self.text_encoder, batch.captions, self.recipe)
-
-    def disturb(self, z: Float[Tensor, "b c h w"], random: ImageRandom) -> Float[Tensor, "b c h w"]:
-        """Zeroes the map of some pictures and noises that of others, so that B bears with what C draws.
-
-        The noise has the map's own scale: its BatchNorm keeps every channel near unit variance.
-        """
-        config = self.config
-        noised = PUBLISHED_SCHEDULE.add_noise(
-            z, random.normal("map noise", z.shape[1:]), random.uniform("map time") / 2
-        )
-        u = random.uniform("map choice")[:, None, None, None]
-        z = torch.where(u >= 1 - config.map_noise * (1 - config.map_dropout), noised, z)
-        return torch.where(u < config.map_dropout, 0.0, z)
-
-    def targets(self, pixels: Float[Tensor, "b 3 h w"]) -> Inputs:
-        """What the decoder has to find: what frozen Stage A makes of pictures."""
-        raise NotImplementedError
-
-    def decoder_loss(
-        self, decoder: nn.Module, z: Float[Tensor, "b c mh mw"], inputs: Inputs, random: ImageRandom
-    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """The loss of a decoder on maps, and further terms to log."""
-        raise NotImplementedError
-
-    def decoder_and_map(
-        self, averages: dict[str, nn.Module], inputs: Inputs
-    ) -> tuple[nn.Module, Float[Tensor, "b c mh mw"]]:
-        """The averaged decoder and its maps, as they are without disturbance."""
-        raise NotImplementedError
-
-    def text_of(self, inputs: Inputs, random: ImageRandom) -> tuple[Tensor | None, Tensor | None]:
-        """States and mask of the captions, some of them dropped; None where no text is read."""
-        if self.no_text is None:
-            return None, None
-        return with_captions_dropped(self.no_text, inputs, random, self.config.caption_dropout)
-
-    def stage_a(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-        """Pictures as Stage A alone gives them back: what Stage B could reach at best."""
-        return self.vqgan.decode(self.vqgan.encode(pixels))
-
-    def pictures(
-        self,
-        decoder: Decoder | Paella,
-        compressor: Compressor,
-        previewer: Previewer,
-        pixels: Tensor,
-        device: torch.device,
-        low_memory: bool,
-    ) -> list[Image.Image]:
-        """Originals, Stage A's reconstructions, those of A+B, and the previewer's."""
-        cascade = Cascade(
-            settings=cascade_settings(self.recipe, PUBLISHED_MAP),
-            vqgan=self.vqgan,
-            decoder=decoder,
-            compressor=compressor,
-            text_encoder=self.text_encoder,
-        )
-        model = Wuerstchen(cascade, device, low_memory="layer" if low_memory else None)
-        originals, parts = to_images(pixels), pixels.split(1 if low_memory else len(pixels))
-        stage_a = [image for part in parts for image in to_images(self.stage_a(part).clamp(0, 1).float())]
-        views = (compressor_input(part, self.recipe.view_scale) for part in parts)
-        previews = torch.cat([previewer(compressor(view)).clamp(0, 1) for view in views])
-        return [
-            *originals,
-            *stage_a,
-            *(model.reconstruct(image, size=image.width).image for image in originals),
-            *to_images(F.interpolate(previews, size=pixels.shape[2:], mode="nearest")),
-        ]
-
-
-def previewer_loss(
-    previewer: nn.Module, z: Float[Tensor, "b c mh mw"], pixels: Float[Tensor, "b 3 h w"]
-) -> Float[Tensor, ""]:
-    """Mean squared error against the pictures, shrunk to the size of previews."""
-    drawn = previewer(z.detach()).float()
-    return F.mse_loss(drawn, F.interpolate(pixels, size=drawn.shape[2:], mode="area"))
-
-
-class WithCompressor(Decoding):
-    """The first phase: the decoder and, with it, the semantic compressor."""
-
-    averaged = ("decoder_and_compressor", "previewer")
-    reads_images = True
-
-    def __init__(
-        self,
-        config: StageBConfig,
-        vqgan: VQGAN,
-        decoder: Decoder | Paella,
-        compressor: Compressor,
-        previewer: Previewer,
-        text_encoder: TextEncoder | None,
-        recipe: Recipe,
-        *,
-        name: str = "b",
-        optimization: Optimization | None = None,
-    ) -> None:
-        """``optimization`` is that of a later phase, which then has a name of its own."""
-        super().__init__(config, vqgan, text_encoder, recipe)
-        self.name = name
-        self.optimization = optimization or config.optimization
-        self.trained = DecoderAndCompressor(decoder, compressor)
-        self.previewer = previewer
-        self.networks: dict[str, nn.Module] = {
-            "decoder_and_compressor": self.trained,
-            "previewer": previewer,
-        }
-        self.rate_scales = {"compressor.backbone.": config.backbone_rate}
-
-    def prepare(self, batch: Batch, device: torch.device) -> Inputs:
-        with full_precision(device):
-            targets = in_pieces(self.targets, batch.images.to(device))
-        return {**targets, **self.prepare_text(batch, device)}
-
-    def losses(self, inputs: Inputs, random: ImageRandom) -> Losses:
-        pixels = pixels_of(inputs["images"])
-        z = self.trained.compressor(compressor_input(pixels, self.recipe.view_scale)).float()
-        loss, terms = self.decoder_loss(self.trained.decoder, z, inputs, random)
-        yield "decoder_and_compressor", loss, {"map_std": z.detach().std(), **terms}
-        yield "previewer", previewer_loss(self.previewer, z, pixels), {}
-
-    def check(self, values: dict[str, float]) -> None:
-        if values["map_std"] < LEAST_SPREAD:
-            raise UserError(
-                f"the semantic map's deviation fell to {values['map_std']:.3g}, so all pictures look alike "
-                "to the compressor; use a lower stage_b.backbone_rate in another --run-dir"
-            )
-
-    def decoder_and_map(
-        self, averages: dict[str, nn.Module], inputs: Inputs
-    ) -> tuple[nn.Module, Float[Tensor, "b c mh mw"]]:
-        trained = averages["decoder_and_compressor"]
-        assert isinstance(trained, DecoderAndCompressor)
-        view = compressor_input(pixels_of(inputs["images"]), self.recipe.view_scale)
-        return trained.decoder, trained.compressor(view).float()
-
-    def preview(
-        self,
-        averages: dict[str, nn.Module],
-        pixels: Tensor,
-        device: torch.device,
-        *,
-        low_memory: bool = False,
-    ) -> list[Image.Image]:
-        """Originals, Stage A's reconstructions, those of A+B, and the previewer's."""
-        trained, previewer = averages["decoder_and_compressor"], averages["previewer"]
-        assert isinstance(trained, DecoderAndCompressor)
-        assert isinstance(previewer, Previewer)
-        return self.pictures(trained.decoder, trained.compressor, previewer, pixels, device, low_memory)
-
-
-class OnFinishedMap(Decoding):
-    """The last phase: the decoder alone, on the maps of the finished compressor."""
-
-    averaged = ("decoder", "previewer")
-    reads_images = False
-
-    def __init__(
-        self,
-        config: StageBConfig,
-        vqgan: VQGAN,
-        decoder: Decoder | Paella,
-        compressor: Compressor,
-        previewer: Previewer,
-        text_encoder: TextEncoder | None,
-        recipe: Recipe,
-        *,
-        name: str = "b2",
-    ) -> None:
-        self.name = name
-        config = dataclasses.replace(config, time_shift=config.refine_shift)
-        super().__init__(config, vqgan, text_encoder, recipe)
-        self.optimization = refining(config)
-        self.decoder = decoder
-        self.compressor = compressor.eval().requires_grad_(False)
-        self.previewer = previewer
-        self.networks: dict[str, nn.Module] = {"decoder": decoder, "previewer": previewer}
-        self.rate_scales: dict[str, float] = {}
-
-    def prepare(self, batch: Batch, device: torch.device) -> Inputs:
-        with full_precision(device):
-            found = in_pieces(self._frozen, batch.images.to(device))
-        return {**found, **self.prepare_text(batch, device)}
-
-    def _frozen(self, pixels: Float[Tensor, "b 3 h w"]) -> Inputs:
-        z = self.compressor(compressor_input(pixels, self.recipe.view_scale)).float()
-        small = F.interpolate(pixels, size=self.previewer.size(*z.shape[2:]), mode="area")
-        return {**self.targets(pixels), "z": z, "small": small}
-
-    def losses(self, inputs: Inputs, random: ImageRandom) -> Losses:
-        yield "decoder", *self.decoder_loss(self.decoder, inputs["z"], inputs, random)
-        yield "previewer", previewer_loss(self.previewer, inputs["z"], inputs["small"]), {}
-
-    def check(self, values: dict[str, float]) -> None:
-        pass
-
-    def decoder_and_map(
-        self, averages: dict[str, nn.Module], inputs: Inputs
-    ) -> tuple[nn.Module, Float[Tensor, "b c mh mw"]]:
-        return averages["decoder"], inputs["z"]
-
-    def preview(
-        self,
-        averages: dict[str, nn.Module],
-        pixels: Tensor,
-        device: torch.device,
-        *,
-        low_memory: bool = False,
-    ) -> list[Image.Image]:
-        """Originals, Stage A's reconstructions, those of A+B, and the previewer's."""
-        decoder, previewer = averages["decoder"], averages["previewer"]
-        assert isinstance(decoder, Decoder | Paella)
-        assert isinstance(previewer, Previewer)
-        return self.pictures(decoder, self.compressor, previewer, pixels, device, low_memory)
+from wuerstchen.train.stages.decoding import DecoderAndCompressor, Decoding, OnFinishedMap, WithCompressor
+from wuerstchen.train.stages.paella import StagePaella, StagePaellaRefinement
 
 
 class _Latents(Decoding):
@@ -326,3 +59,96 @@ class StageB(_Latents, WithCompressor):
 
 class StageBRefinement(_Latents, OnFinishedMap):
     """The last phase of v2's Stage B: the decoder alone, on the maps of the finished compressor."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Version:
+    """What differs between v1 and v2 in training Stage B."""
+
+    decoder: type[Decoder] | type[Paella]
+    stage: type[StageB] | type[StagePaella]
+    refinement: type[StageBRefinement] | type[StagePaellaRefinement]
+
+
+def _version(config: DecoderConfig | PaellaConfig) -> _Version:
+    """v1's Stage B finds tokens and v2's noise on latents; all else is the same."""
+    if isinstance(config, PaellaConfig):
+        return _Version(Paella, StagePaella, StagePaellaRefinement)
+    return _Version(Decoder, StageB, StageBRefinement)
+
+
+_MAKES = ("decoder", "compressor", "previewer")
+
+
+def _phases(recipe: Recipe) -> list[NamedPhase]:
+    config = recipe.stage_b
+    found = numbered("b", "stage_b", config, _MAKES)
+    if config.refine_images:
+        phase = dataclasses.replace(found[-1].phase, optimization=refining(config))
+        name = f"b{len(found) + 1}"
+        trains = ("decoder", "previewer")
+        found.append(NamedPhase(name=name, phase=phase, config="stage_b", path="", trains=trains))
+    return found
+
+
+def train(run: Run) -> None:
+    """Trains Stage B: the decoder with the compressor and the previewer, in all its phases."""
+    recipe, config, vqgan, given = run.recipe, run.recipe.stage_b, run.parts.vqgan, run.start.parts
+    assert vqgan is not None
+    run.seed_weights("b")
+    compressor = Compressor(recipe.compressor)
+    if given.compressor is not None:
+        compressor.load_state_dict(given.compressor.state_dict())
+    elif run.begins("b"):
+        fill_compressor(recipe, compressor)
+    version = _version(recipe.decoder)
+    # Initial weights are drawn in this order.
+    decoder, previewer = version.decoder(recipe.decoder), Previewer(recipe.previewer)
+    for network, begins in ((decoder, given.decoder), (previewer, given.previewer)):
+        if begins is not None:
+            network.load_state_dict(begins.state_dict())
+    text = run.parts.text_encoder_of_decoder()
+    vqgan.to(run.device)
+    if text is not None and recipe.decoder.clip_embd is not None:
+        text.to(run.device)
+    multiple = sides_multiple(recipe)
+    for named in _phases(recipe):
+        networks = (vqgan, decoder, compressor, previewer, text, recipe)
+        if named.path:
+            for network in (decoder, compressor, previewer):
+                network.requires_grad_(True)
+            compressor.freeze_early_layers(config.frozen_stride)
+            stage = version.stage(config, *networks, name=named.name, optimization=named.phase.optimization)
+            averages = run.train_phase(stage, named.phase, multiple=multiple)
+            both = averages(
+                DecoderAndCompressor(version.decoder(recipe.decoder), Compressor(recipe.compressor)),
+                "decoder_and_compressor",
+            )
+            decoder, compressor = both.decoder, both.compressor
+        else:
+            for network in (decoder, previewer):
+                network.requires_grad_(True)
+            refinement = version.refinement(config, *networks, name=named.name)
+            averages = run.train_phase(refinement, named.phase, multiple=multiple)
+            decoder = averages(version.decoder(recipe.decoder), "decoder")
+        previewer = averages(Previewer(recipe.previewer), "previewer")
+    run.parts.decoder, run.parts.compressor, run.parts.previewer = decoder, compressor, previewer
+
+
+def check(run: Run) -> None:
+    """Reads the compressor's weights once before anything is trained: Stage B may be hours away."""
+    if run.start.parts.compressor is None and run.begins("b"):
+        fill_compressor(run.recipe, Compressor(run.recipe.compressor))
+
+
+DECODER_STAGE = StageKind(
+    name="decoder",
+    short="b",
+    makes=_MAKES,
+    optional=("previewer",),
+    builds_on=("vqgan",),
+    needs_images="Stage B trains the compressor that makes them",
+    phases=_phases,
+    train=train,
+    check=check,
+)

@@ -17,7 +17,7 @@ from wuerstchen.diffusion.tokens import add_noise, loss_weight
 from wuerstchen.models.paella import Paella
 from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.stages.base import Inputs
-from wuerstchen.train.stages.decoder import Decoding, OnFinishedMap, WithCompressor
+from wuerstchen.train.stages.decoding import Decoding, OnFinishedMap, WithCompressor
 
 POSITIONS = 128 * 128
 """How many positions have logits at once: those of one picture of 512 pixels, 512 MiB in fp32."""

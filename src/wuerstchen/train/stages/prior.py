@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection, Iterable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -10,26 +10,33 @@ from jaxtyping import Float, Float16
 from PIL import Image
 from torch import Tensor, nn
 
+from wuerstchen.checkpoints.average import weighted_average
+from wuerstchen.data.plan import stable_hash
+from wuerstchen.data.prepared import PreparedSet
 from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, training_timesteps
 from wuerstchen.errors import DataError, UserError
 from wuerstchen.models.cascade import Cascade, MapStatistics
 from wuerstchen.models.compressor import Compressor, compressor_input
 from wuerstchen.models.prior import Prior
 from wuerstchen.pipeline import Wuerstchen
-from wuerstchen.train.config import Optimization, Recipe, StageCConfig
-from wuerstchen.train.engine.precision import HALVES, with_half_matrices
+from wuerstchen.train.config import Optimization, Phase, Recipe, StageCConfig
 from wuerstchen.train.feed.images import Batch
-from wuerstchen.train.feed.prepared import StoredBatch
+from wuerstchen.train.feed.prepared import StoredBatch, check_prepared, some_maps
 from wuerstchen.train.feed.random import ImageRandom
+from wuerstchen.train.precision import HALVES, with_half_matrices
 from wuerstchen.train.stages.base import (
     LEAST_SPREAD,
     PIECE,
     Inputs,
     Losses,
+    NamedPhase,
+    Run,
+    StageKind,
     diffusion_loss,
     encoded_captions,
     full_precision,
     in_pieces,
+    numbered,
     text_inputs,
     with_captions_dropped,
 )
@@ -181,3 +188,102 @@ def _statistics(columns: Float[Tensor, "c n"]) -> MapStatistics:
             "nothing about them; train Stage B anew with a lower stage_b.backbone_rate"
         )
     return MapStatistics(mean=tuple(columns.mean(1).tolist()), std=tuple(spread))
+
+
+def _phases(recipe: Recipe) -> list[NamedPhase]:
+    return numbered("c", "stage_c", recipe.stage_c, ("prior",))
+
+
+def train(run: Run) -> None:
+    """Trains Stage C in all its phases, on semantic latents whose statistics are measured first."""
+    recipe, config, begins = run.recipe, run.recipe.stage_c, run.start.parts.prior
+    run.seed_weights("c")
+    prior = Prior(recipe.prior)
+    if begins is not None:
+        prior.load_state_dict(begins.state_dict())
+    run.parts.prior = None
+    if begins is None:  # weights go on with the normalisation that they are used to
+        run.statistics = _measured_statistics(run)
+    finals = []
+    for named in _phases(recipe):
+        prior.requires_grad_(True)
+        frozen = run.parts.cascade(run.settings_of_model(named.phase.image_size))
+        stage = StageC(
+            config,
+            recipe,
+            prior,
+            frozen,
+            run.statistics,
+            name=named.name,
+            optimization=named.phase.optimization,
+            device=run.device,
+            needs=needs(run, named.phase),
+        )
+        finals.append(run.train_phase(stage, named.phase))
+        prior = finals[-1](Prior(recipe.prior), "prior")
+    if config.blend < 1:
+        before = finals[-2](Prior(recipe.prior), "prior")
+        prior.load_state_dict(weighted_average(before.state_dict(), prior.state_dict(), config.blend))
+    run.parts.prior = prior
+
+
+def needs(run: Run, phase: Phase) -> tuple[Need, ...]:
+    """The frozen networks that make the inputs of a phase of Stage C."""
+    if not run.makes_updates:
+        return ()
+    if not isinstance(run.source(phase), PreparedSet):
+        return ("compressor", "text_encoder")
+    return ("text_encoder",) if run.recipe.stored_texts == "tokens" else ()
+
+
+def _measured_statistics(run: Run) -> MapStatistics:
+    """Measured once, before Stage C, on images of the model's size."""
+    recipe, compressor = run.recipe, run.parts.compressor
+    assert compressor is not None
+
+    def measure() -> dict[str, Any]:
+        source = run.measured_source()
+        if isinstance(source, PreparedSet):
+            seed = stable_hash(recipe.seed, "map") >> 1
+            maps = some_maps(source, recipe.statistics_images, seed, recipe.skip)
+            return dataclasses.asdict(measure_stored_maps(maps))
+        images = run.some_images("map", recipe.image_size)
+        network = compressor.to(run.device)
+        return dataclasses.asdict(measure_map(network, images, run.device, recipe.view_scale))
+
+    channels = recipe.compressor.c_latent
+    of_rehearsals = {"mean": [0.0] * channels, "std": [1.0] * channels}
+    found = run.measured_once("stage_c", measure, {}) or of_rehearsals
+    return MapStatistics(**{name: tuple(values) for name, values in found.items()})
+
+
+def check(run: Run) -> None:
+    """Refuses prepared sets that were made with other networks, or that a phase cannot read as it is."""
+    recipe, parts = run.recipe, run.parts
+    for named in _phases(recipe):
+        source, phase = run.source(named.phase), named.phase
+        if not isinstance(source, PreparedSet):
+            continue
+        assert parts.compressor is not None
+        assert parts.text_encoder is not None
+        check_prepared(
+            source,
+            compressor=parts.compressor,
+            text_encoder=parts.text_encoder,
+            view_scale=recipe.view_scale,
+            image_size=phase.image_size or recipe.image_size,
+            texts=recipe.stored_texts,
+            text_positions=recipe.text_positions,
+        )
+
+
+PRIOR_STAGE = StageKind(
+    name="prior",
+    short="c",
+    makes=("prior",),
+    builds_on=("decoder",),
+    reads_captions=True,
+    phases=_phases,
+    train=train,
+    check=check,
+)

@@ -1,22 +1,39 @@
 """Stage A in training: the VQGAN against its discriminator, and then its way back to pixels alone."""
 
+import copy
+import dataclasses
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from PIL import Image
 from torch import Tensor, nn
 
+from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
 from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE
 from wuerstchen.images import to_images
-from wuerstchen.models.cascade import Cascade
+from wuerstchen.models.cascade import PUBLISHED_MAP, Cascade
 from wuerstchen.models.compressor import compressor_input
+from wuerstchen.models.decoder import Decoder
 from wuerstchen.models.efficientnet import EfficientNetLite
 from wuerstchen.models.text import TextEncoder
 from wuerstchen.models.vqgan import VQGAN, Discriminator
-from wuerstchen.train.config import Recipe, StageAConfig
+from wuerstchen.train.config import Phase, Recipe, StageAConfig, refining
 from wuerstchen.train.feed.images import Batch, pixels_of
 from wuerstchen.train.feed.random import ImageRandom
-from wuerstchen.train.stages.base import Inputs, Losses, encoded_captions, full_precision, in_pieces, refining
+from wuerstchen.train.stages.base import (
+    Inputs,
+    Losses,
+    NamedPhase,
+    Run,
+    StageKind,
+    cascade_settings,
+    encoded_captions,
+    full_precision,
+    in_pieces,
+    sides_multiple,
+)
 
 
 class PerceptualLoss(nn.Module):
@@ -254,3 +271,106 @@ class StageARefinement(_Pictures):
         refined.load_state_dict(self.vqgan.state_dict())
         refined.decoder_half().load_state_dict(averages["decoder_half"].state_dict())
         return self.pictures(refined, pixels, low_memory)
+
+
+def _phase(recipe: Recipe) -> list[NamedPhase]:
+    config = recipe.stage_a
+    phase = Phase(optimization=config.optimization, image_size=config.image_size)
+    return [NamedPhase(name="a", phase=phase, config="stage_a", path="stage_a", trains=("vqgan",))]
+
+
+def _refinement(recipe: Recipe) -> list[NamedPhase]:
+    config = recipe.stage_a
+    if not config.refine_images:
+        return []
+    phase = Phase(optimization=refining(config), image_size=config.image_size)
+    return [NamedPhase(name="a2", phase=phase, config="stage_a", path="", trains=("vqgan",))]
+
+
+def train(run: Run) -> None:
+    """Trains Stage A, and measures the scale of its latents."""
+    recipe, config, begins = run.recipe, run.recipe.stage_a, run.start.parts.vqgan
+    run.seed_weights("a")
+    network = VQGAN(recipe.vqgan)
+    if begins is not None:
+        network = copy.deepcopy(begins).requires_grad_(True)
+    shape = network.config
+    (named,) = _phase(recipe)
+    averages = run.train_phase(
+        StageA(config, network, _perceptual(run), keeps_codes=begins is not None),
+        named.phase,
+        multiple=sides_multiple(recipe),
+    )
+    # Into a network of its own: the one that was trained may be compiled.
+    trained = averages(VQGAN(shape), "vqgan")
+    if config.measure_scale:
+        trained.config = dataclasses.replace(trained.config, scale_factor=_latent_scale(run, trained))
+    run.parts.vqgan = trained
+
+
+def _perceptual(run: Run) -> EfficientNetLite | None:
+    """The network of Stage A's perceptual loss."""
+    if run.recipe.stage_a.perceptual == "none" or not run.makes_updates:
+        return None
+    network = EfficientNetLite()
+    load_backbone(network, lite0_path())
+    return network.to(run.device)
+
+
+def _latent_scale(run: Run, vqgan: VQGAN) -> float:
+    """The latents' standard deviation, measured once, which becomes their scale factor."""
+
+    def measure() -> dict[str, Any]:
+        size = run.recipe.stage_a.image_size or run.recipe.image_size
+        z = torch.cat([vqgan.embed(b.pixels(run.device)) for b in run.some_images("latents", size)])
+        return {"scale_factor": round(float(z.cpu().double().std()), 6)}
+
+    known = {"scale_factor": vqgan.config.scale_factor}
+    return run.measured_once("stage_a", measure, known)["scale_factor"]
+
+
+def train_refinement(run: Run) -> None:
+    """Trains the second phase of Stage A."""
+    recipe, config, vqgan, parts = run.recipe, run.recipe.stage_a, run.parts.vqgan, run.parts
+    assert vqgan is not None
+    assert isinstance(parts.decoder, Decoder)  # v2's: recipes of v1 have no such phase
+    run.seed_weights("a2")
+    frozen = Cascade(
+        settings=cascade_settings(recipe, PUBLISHED_MAP),
+        vqgan=vqgan,
+        decoder=parts.decoder,
+        compressor=parts.compressor,
+    )
+    text = parts.text_encoder_of_decoder()
+    for network in filter(None, (vqgan, parts.decoder, parts.compressor)):
+        network.to(run.device)
+    if text is not None and parts.decoder.config.clip_embd is not None:
+        text.to(run.device)
+    stage = StageARefinement(config, vqgan, _perceptual(run), frozen, text, recipe)
+    (named,) = _refinement(recipe)
+    averages = run.train_phase(stage, named.phase, multiple=sides_multiple(recipe))
+    # Into a network of its own: the one that was trained may be compiled.
+    refined = VQGAN(vqgan.config)
+    refined.load_state_dict(vqgan.state_dict())
+    averages(refined.decoder_half(), "decoder_half")
+    parts.vqgan = refined.to(run.device).eval().requires_grad_(False)
+
+
+VQGAN_STAGE = StageKind(
+    name="vqgan",
+    short="a",
+    makes=("vqgan",),
+    needs_images="Stage A learns from pixels",
+    phases=_phase,
+    train=train,
+)
+VQGAN_REFINEMENT = StageKind(
+    name="vqgan_refinement",
+    short="a",
+    makes=("vqgan",),
+    builds_on=("vqgan", "decoder"),
+    refines=True,
+    needs_images="Stage A learns from pixels",
+    phases=_refinement,
+    train=train_refinement,
+)
