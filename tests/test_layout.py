@@ -3,7 +3,7 @@
 import ast
 import importlib.resources
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -72,13 +72,23 @@ def module_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+def run_by_python(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those under ``if TYPE_CHECKING``."""
+    if isinstance(tree, ast.If) and ast.unparse(tree.test) == "TYPE_CHECKING":
+        return
+    yield tree
+    for child in ast.iter_child_nodes(tree):
+        yield from run_by_python(child)
+
+
 def imported_among(tree: ast.AST, known: Collection[str]) -> set[str]:
     """Which of ``known`` modules a file imports by name, inside functions too.
 
-    The packages that a module lies in are not counted, though Python runs them first.
+    The packages that a module lies in are not counted, though Python runs them first, nor what is imported
+    for type checkers alone: the table of stages names the types of what it finds.
     """
     found = set()
-    for node in ast.walk(tree):
+    for node in run_by_python(tree):
         if isinstance(node, ast.ImportFrom) and node.module in known:
             inner = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= (inner & set(known)) | ({node.module} if inner - set(known) else set())
@@ -120,6 +130,42 @@ def test_kernels_are_in_their_folder():
     users = [path for path in FILES if re.search(r"^\s*(import|from) triton", path.read_text("utf-8"), re.M)]
     assert users
     assert {path.relative_to(ROOT).parent.as_posix() for path in users} == {"models/fused"}
+
+
+# What each folder of train/ may import of train/. Other modules of it may import all that comes before run.
+INSIDE_TRAIN = {
+    "report": {"report"},
+    "feed": {"feed", "config"},
+    "stages": {"stages", "feed", "config", "initial_weights", "precision"},
+    "engine": {"engine", "feed", "report", "config", "stages.base"},
+}
+
+
+def train_imports(path: Path) -> set[str]:
+    """The modules of train/ that a file imports, as ``stages.base``; not for type checkers alone."""
+    found = set()
+    for node in run_by_python(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("wuerstchen.train"):
+            module = node.module.removeprefix("wuerstchen.train").strip(".")
+            names = [alias.name for alias in node.names]
+            folder = (ROOT / "train" / module.replace(".", "/")).is_dir()
+            found.update(f"{module}.{name}".strip(".") for name in names if folder)
+            found.update([] if folder else [module])
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "train").rglob("*.py")), ids=lambda p: str(p.name))
+def test_imports_inside_train_go_one_way(path):
+    """Stages do not know the engine, the engine knows no stage, and nothing below imports the run."""
+    parts = path.relative_to(ROOT / "train").with_suffix("").parts
+    for module in train_imports(path):
+        if len(parts) > 1:
+            allowed = INSIDE_TRAIN[parts[0]]
+            assert module in allowed or module.partition(".")[0] in allowed, f"{parts[0]} imports {module}"
+        elif parts[0] in ("config", "precision", "recorded_recipe", "initial_weights", "stage_table"):
+            assert "." not in module, f"{parts[0]} imports {module}"
+        else:
+            assert module != "run" or parts[0] == "export", f"{parts[0]} imports {module}"
 
 
 def test_every_room_is_in_the_order():
