@@ -49,7 +49,7 @@ from wuerstchen.train.feed.images import Feed, batches
 from wuerstchen.train.feed.prepared import PreparedFeed
 from wuerstchen.train.report.cost import Cost, CostMeter
 from wuerstchen.train.report.events import Log, Meter
-from wuerstchen.train.stages.base import Stage, inputs_of
+from wuerstchen.train.stages.base import Stage, UsesAverages, inputs_of
 
 _NAMED = 3  # images of a batch in a message
 
@@ -367,6 +367,8 @@ def _prepare(
     found = snapshot.newest_of_all(folder, processes)
     if found is not None:
         snapshot.restore(state, *found, processes)
+    if isinstance(stage, UsesAverages):
+        stage.use_averages(state.averages)
     for network in stage.networks.values() if state.images < stage.optimization.images else ():
         if settings.recomputes:
             recompute_blocks(network)
