@@ -34,6 +34,7 @@ from wuerstchen.recipes.tiny import tiny
 from wuerstchen.recipes.v2 import v2_finetune, v2_stage_b, v2_stage_c
 from wuerstchen.train.config import Optimization, Phase, StageCConfig
 from wuerstchen.train.engine import checkpoint as snapshot
+from wuerstchen.train.engine import checkpoint_writer
 from wuerstchen.train.engine.checkpoint import newest, read_averages
 from wuerstchen.train.initial_weights import fill_compressor, read_start
 from wuerstchen.train.run import train
@@ -118,8 +119,8 @@ def files_of(run_dir):
 def test_a_start_reads_finished_stages_once(start, photos, tmp_path, monkeypatch):
     """Each file of their last checkpoints was hashed twice, and then restored for nothing."""
     train(recipe(start, photos), tmp_path, device="cpu")
-    hashed, sha256 = [], snapshot._sha256
-    monkeypatch.setattr(snapshot, "_sha256", lambda path: hashed.append(path) or sha256(path))
+    hashed, sha256 = [], snapshot.sha256_of
+    monkeypatch.setattr(snapshot, "sha256_of", lambda path: hashed.append(path) or sha256(path))
     monkeypatch.setattr(snapshot, "restore", None)
     train(recipe(start, photos), tmp_path, device="cpu")
     files = [newest(tmp_path / f"stage_{stage}" / "checkpoints") for stage in STAGES]
@@ -139,7 +140,7 @@ def test_stage_c_alone_in_phases_survives_kills_and_blends(start, photos, tmp_pa
     class Killed(BaseException):
         pass
 
-    begin, saved = snapshot.Writer.begin, []
+    begin, saved = checkpoint_writer.Writer.begin, []
 
     def dies(writer, state, header):
         begin(writer, state, header)
@@ -148,7 +149,7 @@ def test_stage_c_alone_in_phases_survives_kills_and_blends(start, photos, tmp_pa
         if len(saved) in (2, 5, 8):
             raise Killed
 
-    monkeypatch.setattr(snapshot.Writer, "begin", dies)
+    monkeypatch.setattr(checkpoint_writer.Writer, "begin", dies)
     for _ in range(3):
         with pytest.raises(Killed):
             train(recipe(start, photos), broken, device="cpu")

@@ -31,6 +31,7 @@ from torch import nn
 from wuerstchen.data import prepared_check
 from wuerstchen.errors import UserError
 from wuerstchen.train.engine import checkpoint as snapshot
+from wuerstchen.train.engine import checkpoint_writer
 from wuerstchen.train.engine import distributed as parallel
 from wuerstchen.train.engine.distributed import Processes, distributed, empty_copy, gather, is_sharded, shard
 from wuerstchen.train.engine.loop import Interrupted, Settings, _prepare, run_stage
@@ -114,7 +115,7 @@ def run_updates(step: Step, updates: int = 2) -> dict[str, float]:
 
 def state_of(step: Step) -> dict[str, torch.Tensor]:
     """All of the state, whole."""
-    groups = snapshot._groups(step.state)
+    groups = snapshot.tensors_of(step.state)
     tensors = {f"{g}/{key}": t for g, tensors in groups.items() for key, t in tensors.items()}
     return {k: (t.full_tensor() if hasattr(t, "full_tensor") else t).clone() for k, t in tensors.items()}
 
@@ -161,7 +162,7 @@ def checkpoints(folder: Path) -> object:
     def write(processes: Processes) -> object:
         step = sharded_step(processes)
         run_updates(step)
-        writer = snapshot.Writer(folder, processes)
+        writer = checkpoint_writer.Writer(folder, processes)
         writer.begin(step.state, {"recipe": "r"})
         before = state_of(step)
         run_updates(step)  # what is written is the state of that moment
@@ -189,7 +190,7 @@ def full_disk(folder: Path) -> object:
 
     def work(processes: Processes) -> object:
         step = sharded_step(processes)
-        writer = snapshot.Writer(folder, processes)
+        writer = checkpoint_writer.Writer(folder, processes)
         run_updates(step)
         writer.begin(step.state, {})
         writer.wait()
@@ -223,7 +224,7 @@ def divided(folder: Path) -> object:
 
     def read(processes: Processes) -> object:
         filled, hashed = [], []
-        fill, sha256 = snapshot._Stored.fill, snapshot._sha256
+        fill, sha256 = snapshot._Stored.fill, snapshot.sha256_of
 
         def filling(self, key, *given) -> None:
             filled.append(key)
@@ -233,10 +234,10 @@ def divided(folder: Path) -> object:
             hashed.append(path.name)
             return sha256(path)
 
-        snapshot._Stored.fill, snapshot._sha256 = filling, hashing
+        snapshot._Stored.fill, snapshot.sha256_of = filling, hashing
         state, resumed = _prepare(ToyStage(images=8), folder / "checkpoints", SETTINGS, processes)
         digest = hashlib.sha256()
-        for group, tensors in snapshot._groups(state).items():
+        for group, tensors in snapshot.tensors_of(state).items():
             for key in sorted(tensors):
                 digest.update(f"{group}/{key}".encode() + tensors[key].numpy().tobytes())
         average = nn.Sequential(nn.Linear(48, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
@@ -407,7 +408,7 @@ def dead(folder: Path) -> object:
 def kills(folder: Path, count: int = 3) -> object:
     """One process, killed ``count`` times at random moments, every third in the middle of a checkpoint."""
     fork, rng = multiprocessing.get_context("fork"), random.Random(count)
-    writes = snapshot.write_tensors
+    writes = checkpoint_writer.write_tensors
     broken = folder / "broken"
 
     def slowly(*given) -> None:
@@ -415,7 +416,7 @@ def kills(folder: Path, count: int = 3) -> object:
         time.sleep(0.01)
 
     def train(where: Path) -> None:
-        snapshot.write_tensors = slowly
+        checkpoint_writer.write_tensors = slowly
         where.mkdir(exist_ok=True)
         loop(Processes(CPU), where, ToyStage(images=240), checkpoint_seconds=0.0)
 

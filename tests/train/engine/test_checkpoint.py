@@ -12,16 +12,16 @@ from wuerstchen.checkpoints import files
 from wuerstchen.errors import CheckpointError
 from wuerstchen.train.config import Optimization
 from wuerstchen.train.engine import checkpoint as snapshot
+from wuerstchen.train.engine import checkpoint_writer
 from wuerstchen.train.engine.checkpoint import (
     DamagedCheckpointWarning,
     TrainingState,
-    Writer,
     newest,
     read_averages,
     read_whole,
     restore,
-    save,
 )
+from wuerstchen.train.engine.checkpoint_writer import Writer, save
 from wuerstchen.train.engine.distributed import Processes
 from wuerstchen.train.engine.ema import make_average
 from wuerstchen.train.engine.optim import make_optimizer, update
@@ -52,9 +52,11 @@ def test_round_trip_is_exact(tmp_path):
 
 def test_a_checkpoint_is_of_the_moment_when_it_was_begun(tmp_path, monkeypatch):
     """Training goes on while it is written."""
-    state, goes_on, write = make_state(0), threading.Event(), snapshot.write_tensors
+    state, goes_on, write = make_state(0), threading.Event(), checkpoint_writer.write_tensors
     expected = {name: tensor.clone() for name, tensor in state.networks["n"].state_dict().items()}
-    monkeypatch.setattr(snapshot, "write_tensors", lambda *given: (goes_on.wait(60), write(*given))[1])
+    monkeypatch.setattr(
+        checkpoint_writer, "write_tensors", lambda *given: (goes_on.wait(60), write(*given))[1]
+    )
     writer = Writer(tmp_path, Processes(torch.device("cpu")))
     writer.begin(state, {})
     with torch.no_grad():

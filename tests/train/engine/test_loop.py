@@ -14,8 +14,7 @@ import torch
 
 from wuerstchen.errors import CheckpointError, UserError
 from wuerstchen.image_files import read_settings
-from wuerstchen.train.engine import checkpoint as snapshot
-from wuerstchen.train.engine import loop
+from wuerstchen.train.engine import checkpoint_writer, loop
 from wuerstchen.train.engine.checkpoint import newest, read_averages
 from wuerstchen.train.engine.loop import Interrupted, run_stage
 from wuerstchen.train.engine.saving import CheckpointNotWrittenWarning
@@ -225,13 +224,13 @@ def test_a_signal_in_the_last_update_is_heard_too(tmp_path, toy_stage, toy_sourc
 
 def test_a_signal_after_the_last_update_is_heard_too(tmp_path, toy_stage, toy_source, settings, monkeypatch):
     """It was lost: the next stage began, and the signal had to be sent again."""
-    closes = snapshot.Writer.close
+    closes = checkpoint_writer.Writer.close
 
     def close(writer) -> None:
         closes(writer)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(snapshot.Writer, "close", close)
+    monkeypatch.setattr(checkpoint_writer.Writer, "close", close)
     with pytest.raises(Interrupted, match="stopped at image 120 of 120") as caught:
         run(tmp_path, toy_stage(), toy_source(), settings)
     assert caught.value.images == 120
@@ -288,14 +287,14 @@ def test_checkpoints_that_cannot_be_written_do_not_end_a_run_with_a_whole_one(
     tmp_path, monkeypatch, toy_stage, toy_source, settings
 ):
     """A disk that is full for a while ended it."""
-    writes, failing = snapshot.write_tensors, []
+    writes, failing = checkpoint_writer.write_tensors, []
 
     def full_for_a_while(tensors, path, header):
         if any(name in str(path) for name in failing):
             raise OSError(errno.ENOSPC, "No space left on device")
         writes(tensors, path, header)
 
-    monkeypatch.setattr(snapshot, "write_tensors", full_for_a_while)
+    monkeypatch.setattr(checkpoint_writer, "write_tensors", full_for_a_while)
     failing[:] = [f"{images:012d}" for images in range(20, 112, 4)]
     with pytest.warns(CheckpointNotWrittenWarning) as warned:
         path, log = run(tmp_path / "full", toy_stage(), toy_source(), settings, checkpoint_seconds=0.0)
@@ -315,14 +314,14 @@ def test_a_checkpoint_that_must_not_be_missing_ends_the_run(
     first, tmp_path, monkeypatch, toy_stage, toy_source, settings
 ):
     """The first one of a stage, or the last, which the next stage reads."""
-    writes = snapshot.write_tensors
+    writes = checkpoint_writer.write_tensors
 
     def full(tensors, path, header):
         if f"{first:012d}" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device")
         writes(tensors, path, header)
 
-    monkeypatch.setattr(snapshot, "write_tensors", full)
+    monkeypatch.setattr(checkpoint_writer, "write_tensors", full)
     with pytest.raises(CheckpointError, match=rf"{first:012d} cannot be written \(No space left"):
         run(tmp_path, toy_stage(), toy_source(), settings, checkpoint_seconds=0.0)
 
@@ -363,13 +362,13 @@ def test_checkpoints_are_written_while_training_goes_on(
     tmp_path, monkeypatch, toy_stage, toy_source, settings
 ):
     """With a disk so slow that updates pass meanwhile; what is written is the state of its moment."""
-    writes = snapshot.write_tensors
+    writes = checkpoint_writer.write_tensors
 
     def slowly(*given):
         time.sleep(0.1)
         writes(*given)
 
-    monkeypatch.setattr(snapshot, "write_tensors", slowly)
+    monkeypatch.setattr(checkpoint_writer, "write_tensors", slowly)
     slow, log = run(tmp_path / "slow", toy_stage(images=160), toy_source(), settings, checkpoint_seconds=0.02)
     events = log.events()
     first = next(n for n, event in enumerate(events) if event["event"] == "checkpoint")

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from wuerstchen.errors import CheckpointError
-from wuerstchen.train.engine import checkpoint as snapshot
-from wuerstchen.train.engine.checkpoint import CheckpointNotWritten, TrainingState, Writer
+from wuerstchen.train.engine import checkpoint_writer
+from wuerstchen.train.engine.checkpoint import TrainingState
+from wuerstchen.train.engine.checkpoint_writer import CheckpointNotWritten, Writer
 from wuerstchen.train.engine.distributed import Processes
 from wuerstchen.train.engine.loop import run_stage
 from wuerstchen.train.engine.saving import CheckpointNotWrittenWarning, Saving
@@ -73,14 +74,14 @@ def test_the_next_checkpoint_takes_the_place_of_a_milestone_that_could_not_be_wr
     tmp_path, monkeypatch, toy_stage, toy_source, settings
 ):
     """Nothing was kept until the milestone after it."""
-    writes = snapshot.write_tensors
+    writes = checkpoint_writer.write_tensors
 
     def write(tensors, path, header):
         if "000000000040" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device")
         writes(tensors, path, header)
 
-    monkeypatch.setattr(snapshot, "write_tensors", write)
+    monkeypatch.setattr(checkpoint_writer, "write_tensors", write)
     settings = dataclasses.replace(settings, keep_every=20, checkpoint_seconds=0.0)
     failed, kept = failures_and_kept(tmp_path / "run", toy_stage(), toy_source(), settings)
     assert failed == [40]

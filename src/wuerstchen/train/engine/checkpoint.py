@@ -9,18 +9,12 @@ state.json says of which tensors and rows. So a checkpoint can be read by any nu
 the rows that it needs. Nothing is pickled, and no pickle is read: tensors are in safetensors, all else is in
 state.json.
 
-A checkpoint is copied from the device at once and written by a thread while training goes on, under a
-temporary name, and renamed at the end. The two newest are kept, those that were marked as milestones, and
-the one with the lowest validation loss, which ``best.json`` beside them names. One that turns out damaged is
-named, and the one before it is used.
+One that turns out damaged is named, and the one before it is used. checkpoint_writer.py writes them.
 """
 
 import contextlib
 import hashlib
 import json
-import os
-import shutil
-import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -33,15 +27,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from wuerstchen.checkpoints.files import check_header, write_json
-from wuerstchen.checkpoints.native import FORMAT, migrate, write_tensors
+from wuerstchen.checkpoints.files import check_header
+from wuerstchen.checkpoints.native import migrate
 from wuerstchen.errors import CheckpointError, UserNotice
 from wuerstchen.train.engine.distributed import Processes, first_row, local_part
 from wuerstchen.train.engine.optim import load_optimizer_tensors, optimizer_tensors
 
-KEPT = 2
 BEST = "best.json"
-_LOOKS = 0.05  # seconds between two looks for what the other processes have written
 
 
 @dataclass
@@ -61,217 +53,6 @@ class DamagedCheckpointWarning(UserNotice):
     """A checkpoint could not be read, and an older one was used."""
 
 
-class CheckpointNotWritten(CheckpointError):
-    """A checkpoint could not be written, by this process or by another."""
-
-    reason = "another process could not write its part"
-
-
-@dataclass
-class _Part:
-    """What one process writes of a checkpoint: by file its tensors, and of those that are parts their first
-    rows; and the whole shapes of these."""
-
-    files: dict[str, dict[str, Tensor]]
-    rows: dict[str, dict[str, int]]
-    shapes: dict[str, list[int]]
-
-
-class Writer:
-    """Writes the checkpoints of a stage, one at a time, beside the training.
-
-    All processes call its methods, at the same updates. It talks to the others in the caller's thread alone:
-    the threads that write meet through files, a ``.json`` of each process in the unfinished folder.
-    """
-
-    def __init__(self, folder: Path, processes: Processes, begun_at: int | None = None) -> None:
-        """``begun_at`` is the image that training goes on from: later checkpoints were found damaged."""
-        self.folder = folder
-        self.begun_at = begun_at
-        self._own: set[Path] = set()
-        self.processes = processes
-        self._pinned: dict[str, Tensor] = {}
-        self._thread: threading.Thread | None = None
-        self._target = folder
-        self._written = threading.Event()
-        self._given_up = threading.Event()
-        self._error: CheckpointNotWritten | None = None
-
-    @property
-    def failed(self) -> bool:
-        """Whether this process could not write its part: for all to be told of by ``wait``."""
-        return self._error is not None
-
-    @property
-    def busy(self) -> bool:
-        """Whether this process still writes."""
-        return self._thread is not None and self._thread.is_alive()
-
-    def begin(self, state: TrainingState, header: dict[str, Any]) -> None:
-        """Copies the state and begins to write it, when the checkpoint before is whole.
-
-        Raises ``CheckpointError`` in all processes if one of them could not write; what was there before
-        stays whole.
-        """
-        self.wait()
-        self._target = self.folder / f"{state.images:012d}"
-        if self.processes.leads:
-            with self._named():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                shutil.rmtree(self._partial, ignore_errors=True)
-                self._partial.mkdir()
-        self._agree()
-        part = self._copied(state)
-        description = {**header, "format": FORMAT, "images": state.images, "updates": state.updates}
-        copied = None
-        if self.processes.device.type == "cuda":
-            copied = torch.cuda.Event()
-            copied.record()
-        self._written, self._given_up = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._write, args=(part, description, copied), daemon=True)
-        self._thread.start()
-
-    def wait(self) -> Path:
-        """The newest checkpoint, when it is whole. Raises ``CheckpointError`` in all processes if not."""
-        if self._thread is not None:
-            self._written.wait()
-            self._agree()
-            self._thread.join()
-            self._thread = None
-            self._agree()
-        return self._target
-
-    def close(self) -> None:
-        """Waits for what is being written without a word to the others, which may be gone."""
-        if self._thread is not None:
-            self._written.wait()
-            self._thread.join(10 if self.processes.count > 1 else None)
-            self._given_up.set()
-
-    @property
-    def _partial(self) -> Path:
-        return self.folder / f".{self._target.name}.partial"
-
-    def _agree(self) -> None:
-        """Raises in all processes if one has failed."""
-        (failed,) = self.processes.agreed(self.failed)
-        if failed:
-            self._given_up.set()
-            error = self._error or CheckpointNotWritten(
-                f"another process could not write its part of checkpoint {self._target}; it says why"
-            )
-            self._error = None
-            if self._thread is not None:
-                self._thread.join()
-                self._thread = None
-            self.processes.wait()
-            if self.processes.leads:
-                shutil.rmtree(self._partial, ignore_errors=True)
-            raise error
-
-    @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
-        """Keeps what went wrong, in words, for ``_agree``."""
-        try:
-            yield
-        except Exception as error:  # whatever it is, the others must not wait for this process
-            reason = error.strerror if isinstance(error, OSError) else error.__cause__ or error
-            self._error = CheckpointNotWritten(
-                f"checkpoint {self._target} cannot be written ({reason}); those before it are whole: free "
-                "some space and start the same command again"
-            )
-            self._error.reason = str(reason)
-
-    def _copied(self, state: TrainingState) -> _Part:
-        """This process's part of the state in the host's memory, as it is at this moment."""
-        count, rank = self.processes.count, self.processes.rank
-        part = _Part({}, {}, {})
-        groups = _groups(state)
-        sharded = any(isinstance(t, DTensor) for tensors in groups.values() for t in tensors.values())
-        for group, tensors in groups.items():
-            name = f"{group}.{rank}-of-{count}.safetensors" if sharded else f"{group}.safetensors"
-            mine: dict[str, Tensor] = {}
-            rows: dict[str, int] = {}
-            for key, tensor in tensors.items():
-                local = local_part(tensor)
-                if isinstance(tensor, DTensor):
-                    part.shapes[f"{group}/{key}"] = list(tensor.shape)
-                    if local.numel():
-                        mine[key] = self._on_host(f"{group}/{key}", local)
-                        rows[key] = first_row(tensor)
-                elif self.processes.leads:
-                    mine[key] = self._on_host(f"{group}/{key}", local)
-            if self.processes.leads or mine:
-                part.files[name] = mine
-                if rows:
-                    part.rows[name] = rows
-        return part
-
-    def _on_host(self, key: str, tensor: Tensor) -> Tensor:
-        tensor = tensor.detach()
-        if tensor.device.type != "cuda":
-            return tensor.cpu().clone(memory_format=torch.contiguous_format)
-        # Memory that the device writes to by itself is slow to get, so it is kept for the next checkpoint.
-        kept = self._pinned.get(key)
-        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
-            kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self._pinned[key] = kept
-        return kept.copy_(tensor, non_blocking=True)
-
-    def _write(self, part: _Part, description: dict[str, Any], copied: Any) -> None:
-        with self._named():
-            try:
-                if copied is not None:
-                    copied.synchronize()
-                own: dict[str, Any] = {"files": {}, "rows": part.rows}
-                for name, tensors in part.files.items():
-                    write_tensors(tensors, self._partial / name, {"format": FORMAT})
-                    own["files"][name] = _sha256(self._partial / name)
-                part.files.clear()
-                if not self.processes.leads:
-                    if not part.shapes:
-                        return  # nothing is sharded, and the first process writes all
-                    write_json(self._partial / f"{self.processes.rank}.json", own)
-                    return
-            finally:
-                self._written.set()
-            self._finish(own, {**description, "shapes": part.shapes}, bool(part.shapes))
-
-    def _finish(self, own: dict[str, Any], description: dict[str, Any], sharded: bool) -> None:
-        """What the first process does when it has written its own part."""
-        files, rows = dict(own["files"]), dict(own["rows"])
-        for rank in range(1, self.processes.count if sharded else 1):
-            path = self._partial / f"{rank}.json"
-            while not path.exists():
-                if self._given_up.wait(_LOOKS):
-                    return
-            others = json.loads(path.read_text(encoding="utf-8"))
-            files |= others["files"]
-            rows |= others["rows"]
-        for path in self._partial.glob("*.json"):
-            path.unlink()
-        state = {**description, "files": dict(sorted(files.items()))}
-        if sharded:
-            state["rows"] = rows
-        else:
-            del state["shapes"]
-        write_json(self._partial / "state.json", sealed(state))
-        if self._target.exists():
-            _remove(self._target)  # it was found damaged
-        os.replace(self._partial, self._target)
-        self._own.add(self._target)
-        others = [path for path in _all(self.folder) if path != self._target]
-        whole = [path for path in others if path < self._target and not self._was_damaged(path)]
-        best = best_of(self.folder)
-        kept = [path for path in whole if _is_milestone(path) or (best and int(path.name) == best["images"])]
-        for path in {*others} - {*whole[: KEPT - 1], *kept}:
-            _remove(path)
-
-    def _was_damaged(self, path: Path) -> bool:
-        """Whether training went on from before a checkpoint that was there already."""
-        return self.begun_at is not None and path not in self._own and int(path.name) > self.begun_at
-
-
 def best_of(folder: Path) -> dict[str, Any] | None:
     """The ``images`` and the ``loss`` of the checkpoint under ``folder`` with the lowest validation loss.
 
@@ -285,23 +66,6 @@ def best_of(folder: Path) -> dict[str, Any] | None:
     return {"images": images, "loss": loss} if (folder / f"{images:012d}").is_dir() else None
 
 
-def _is_milestone(path: Path) -> bool:
-    try:
-        return _read_state(path).get("milestone") is True
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        return False
-
-
-def save(state: TrainingState, folder: Path, header: dict[str, Any]) -> Path:
-    """Writes a checkpoint under ``folder`` and removes those older than the one before it, by one process.
-
-    Raises ``CheckpointError`` if it cannot be written; what was there before stays whole.
-    """
-    writer = Writer(folder, Processes(torch.device("cpu")))
-    writer.begin(state, header)
-    return writer.wait()
-
-
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest whole checkpoint under ``folder`` with its state, None where there is none at all.
 
@@ -311,12 +75,12 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """
     damaged: set[Path] = set()
     while True:
-        left = [path for path in _all(folder) if path not in damaged]
+        left = [path for path in checkpoints_in(folder) if path not in damaged]
         if not left:
             break
         path = left[0]
         try:
-            state = _read_state(path)
+            state = read_state(path)
             reason = _damage(path, state)
             if not reason:
                 return path, state
@@ -336,7 +100,7 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 def read_whole(path: Path) -> dict[str, Any]:
     """What describes one checkpoint. Raises ``CheckpointError`` where it is damaged."""
     try:
-        state = _read_state(path)
+        state = read_state(path)
         reason = _damage(path, state)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         if isinstance(error, CheckpointError):
@@ -359,7 +123,7 @@ def _removed(path: Path) -> CheckpointError:
 def _damage(path: Path, state: dict[str, Any], rank: int = 0, count: int = 1) -> str:
     """Which file of a checkpoint has changed; empty if none. Of ``count`` processes each reads its part."""
     mine = list(state["files"].items())[rank::count]
-    wrong = [name for name, digest in mine if _sha256(path / name) != digest]
+    wrong = [name for name, digest in mine if sha256_of(path / name) != digest]
     return f"{wrong[0]} has changed since it was written" if wrong else ""
 
 
@@ -367,12 +131,12 @@ def newest_of_all(folder: Path, processes: Processes) -> tuple[Path, dict[str, A
     """As ``newest``, for all processes together: all go on from the same, and each file is read by one."""
     if processes.count == 1:
         return newest(folder)
-    names = processes.gathered([path.name for path in _all(folder)] if processes.leads else [])
+    names = processes.gathered([path.name for path in checkpoints_in(folder)] if processes.leads else [])
     for name in names:
         path, state = folder / name, None
         reason, fatal = "", ""
         try:
-            state = _read_state(path)
+            state = read_state(path)
             reason = _damage(path, state, processes.rank, processes.count)
         except CheckpointError as error:  # of a newer version
             fatal = str(error)
@@ -412,7 +176,8 @@ def _all_damaged(folder: Path) -> CheckpointError:
     )
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def read_state(path: Path) -> dict[str, Any]:
+    """``state.json`` of a checkpoint. Raises ``ValueError`` where it was changed."""
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     migrate(state, path / "state.json")
     if state.get("sha256") != _digest(state):
@@ -542,7 +307,7 @@ def restore(
     """
     reading = _Reading(processes)
     with reading.named(path), contextlib.ExitStack() as files:
-        groups = _groups(state)
+        groups = tensors_of(state)
         for group in ("networks", "averages"):
             stored = _Stored(path, description, group, files)
             for key in sorted(stored.shapes.keys() ^ groups[group].keys()):
@@ -568,7 +333,7 @@ def load_averages(network: nn.Module, path: Path, name: str, processes: Processe
         return
     reading = _Reading(processes)
     with reading.named(path), contextlib.ExitStack() as files:
-        stored = _Stored(path, _read_state(path), "averages", files)
+        stored = _Stored(path, read_state(path), "averages", files)
         for key, target in network.state_dict().items():
             reading.fill(stored, f"{name}/{key}", target)
 
@@ -577,7 +342,7 @@ def read_averages(path: Path, name: str, *, raw: bool = False) -> dict[str, Tens
     """The averaged weights of one network in a checkpoint, for the stages after it; or those that are trained
     (``raw``)."""
     try:
-        description = _read_state(path)
+        description = read_state(path)
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -590,7 +355,9 @@ def read_averages(path: Path, name: str, *, raw: bool = False) -> dict[str, Tens
         return {k.removeprefix(start): stored.read(k) for k in stored.shapes if k.startswith(start)}
 
 
-def _groups(state: TrainingState) -> dict[str, dict[str, Tensor]]:
+def tensors_of(state: TrainingState) -> dict[str, dict[str, Tensor]]:
+    """All tensors of a state by group and name, as they are in memory."""
+
     def joined(parts: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
         return {f"{part}/{key}": tensor for part, tensors in parts.items() for key, tensor in tensors.items()}
 
@@ -601,21 +368,14 @@ def _groups(state: TrainingState) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def _all(folder: Path) -> list[Path]:
+def checkpoints_in(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
     if not folder.is_dir():
         return []
     return sorted((p for p in folder.iterdir() if p.is_dir() and p.name.isdigit()), reverse=True)
 
 
-def _remove(path: Path) -> None:
-    """Removes a checkpoint, which is whole or not there meanwhile too."""
-    gone = path.with_name(f".{path.name}.old.partial")
-    shutil.rmtree(gone, ignore_errors=True)
-    os.replace(path, gone)
-    shutil.rmtree(gone, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -21,6 +21,7 @@ from torch import nn
 from wuerstchen.data.plan import items_at, stable_hash
 from wuerstchen.errors import UserError, out_of_memory_named
 from wuerstchen.train.engine import checkpoint as snapshot
+from wuerstchen.train.engine.checkpoint_writer import Writer
 from wuerstchen.train.engine.distributed import (
     Processes,
     empty_copy,
@@ -146,7 +147,7 @@ def run_stage(
             step = _step(stage, state, settings, processes)
             step.gauge = Gauge(stage, step.seed, settings.autocast, device, settings.half)
             step.names = lambda first: _names(step, feed, composed, first)
-            writer = snapshot.Writer(folder / "checkpoints", processes, state.images)
+            writer = Writer(folder / "checkpoints", processes, state.images)
             saving = Saving(
                 writer,
                 state,

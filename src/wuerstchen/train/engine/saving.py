@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from wuerstchen.errors import CheckpointError, UserNotice
-from wuerstchen.train.engine.checkpoint import TrainingState, Writer
+from wuerstchen.train.engine.checkpoint import TrainingState
+from wuerstchen.train.engine.checkpoint_writer import Writer
 from wuerstchen.train.report.cost import CostMeter
 from wuerstchen.train.report.events import Log
 

@@ -1,0 +1,273 @@
+"""Writes the checkpoints of a stage beside its training.
+
+A checkpoint is copied from the device at once and written by a thread while training goes on, under a
+temporary name, and renamed at the end. The two newest are kept, those that were marked as milestones, and
+the one with the lowest validation loss, which ``best.json`` beside them names.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from wuerstchen.checkpoints.files import write_json
+from wuerstchen.checkpoints.native import FORMAT, write_tensors
+from wuerstchen.errors import CheckpointError
+from wuerstchen.train.engine.checkpoint import (
+    TrainingState,
+    best_of,
+    checkpoints_in,
+    read_state,
+    sealed,
+    sha256_of,
+    tensors_of,
+)
+from wuerstchen.train.engine.distributed import Processes, first_row, local_part
+
+KEPT = 2
+_LOOKS = 0.05  # seconds between two looks for what the other processes have written
+
+
+class CheckpointNotWritten(CheckpointError):
+    """A checkpoint could not be written, by this process or by another."""
+
+    reason = "another process could not write its part"
+
+
+@dataclass
+class _Part:
+    """What one process writes of a checkpoint: by file its tensors, and of those that are parts their first
+    rows; and the whole shapes of these."""
+
+    files: dict[str, dict[str, Tensor]]
+    rows: dict[str, dict[str, int]]
+    shapes: dict[str, list[int]]
+
+
+class Writer:
+    """Writes the checkpoints of a stage, one at a time, beside the training.
+
+    All processes call its methods, at the same updates. It talks to the others in the caller's thread alone:
+    the threads that write meet through files, a ``.json`` of each process in the unfinished folder.
+    """
+
+    def __init__(self, folder: Path, processes: Processes, begun_at: int | None = None) -> None:
+        """``begun_at`` is the image that training goes on from: later checkpoints were found damaged."""
+        self.folder = folder
+        self.begun_at = begun_at
+        self._own: set[Path] = set()
+        self.processes = processes
+        self._pinned: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._target = folder
+        self._written = threading.Event()
+        self._given_up = threading.Event()
+        self._error: CheckpointNotWritten | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether this process could not write its part: for all to be told of by ``wait``."""
+        return self._error is not None
+
+    @property
+    def busy(self) -> bool:
+        """Whether this process still writes."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def begin(self, state: TrainingState, header: dict[str, Any]) -> None:
+        """Copies the state and begins to write it, when the checkpoint before is whole.
+
+        Raises ``CheckpointError`` in all processes if one of them could not write; what was there before
+        stays whole.
+        """
+        self.wait()
+        self._target = self.folder / f"{state.images:012d}"
+        if self.processes.leads:
+            with self._named():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(self._partial, ignore_errors=True)
+                self._partial.mkdir()
+        self._agree()
+        part = self._copied(state)
+        description = {**header, "format": FORMAT, "images": state.images, "updates": state.updates}
+        copied = None
+        if self.processes.device.type == "cuda":
+            copied = torch.cuda.Event()
+            copied.record()
+        self._written, self._given_up = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._write, args=(part, description, copied), daemon=True)
+        self._thread.start()
+
+    def wait(self) -> Path:
+        """The newest checkpoint, when it is whole. Raises ``CheckpointError`` in all processes if not."""
+        if self._thread is not None:
+            self._written.wait()
+            self._agree()
+            self._thread.join()
+            self._thread = None
+            self._agree()
+        return self._target
+
+    def close(self) -> None:
+        """Waits for what is being written without a word to the others, which may be gone."""
+        if self._thread is not None:
+            self._written.wait()
+            self._thread.join(10 if self.processes.count > 1 else None)
+            self._given_up.set()
+
+    @property
+    def _partial(self) -> Path:
+        return self.folder / f".{self._target.name}.partial"
+
+    def _agree(self) -> None:
+        """Raises in all processes if one has failed."""
+        (failed,) = self.processes.agreed(self.failed)
+        if failed:
+            self._given_up.set()
+            error = self._error or CheckpointNotWritten(
+                f"another process could not write its part of checkpoint {self._target}; it says why"
+            )
+            self._error = None
+            if self._thread is not None:
+                self._thread.join()
+                self._thread = None
+            self.processes.wait()
+            if self.processes.leads:
+                shutil.rmtree(self._partial, ignore_errors=True)
+            raise error
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Keeps what went wrong, in words, for ``_agree``."""
+        try:
+            yield
+        except Exception as error:  # whatever it is, the others must not wait for this process
+            reason = error.strerror if isinstance(error, OSError) else error.__cause__ or error
+            self._error = CheckpointNotWritten(
+                f"checkpoint {self._target} cannot be written ({reason}); those before it are whole: free "
+                "some space and start the same command again"
+            )
+            self._error.reason = str(reason)
+
+    def _copied(self, state: TrainingState) -> _Part:
+        """This process's part of the state in the host's memory, as it is at this moment."""
+        count, rank = self.processes.count, self.processes.rank
+        part = _Part({}, {}, {})
+        groups = tensors_of(state)
+        sharded = any(isinstance(t, DTensor) for tensors in groups.values() for t in tensors.values())
+        for group, tensors in groups.items():
+            name = f"{group}.{rank}-of-{count}.safetensors" if sharded else f"{group}.safetensors"
+            mine: dict[str, Tensor] = {}
+            rows: dict[str, int] = {}
+            for key, tensor in tensors.items():
+                local = local_part(tensor)
+                if isinstance(tensor, DTensor):
+                    part.shapes[f"{group}/{key}"] = list(tensor.shape)
+                    if local.numel():
+                        mine[key] = self._on_host(f"{group}/{key}", local)
+                        rows[key] = first_row(tensor)
+                elif self.processes.leads:
+                    mine[key] = self._on_host(f"{group}/{key}", local)
+            if self.processes.leads or mine:
+                part.files[name] = mine
+                if rows:
+                    part.rows[name] = rows
+        return part
+
+    def _on_host(self, key: str, tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        if tensor.device.type != "cuda":
+            return tensor.cpu().clone(memory_format=torch.contiguous_format)
+        # Memory that the device writes to by itself is slow to get, so it is kept for the next checkpoint.
+        kept = self._pinned.get(key)
+        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+            kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._pinned[key] = kept
+        return kept.copy_(tensor, non_blocking=True)
+
+    def _write(self, part: _Part, description: dict[str, Any], copied: Any) -> None:
+        with self._named():
+            try:
+                if copied is not None:
+                    copied.synchronize()
+                own: dict[str, Any] = {"files": {}, "rows": part.rows}
+                for name, tensors in part.files.items():
+                    write_tensors(tensors, self._partial / name, {"format": FORMAT})
+                    own["files"][name] = sha256_of(self._partial / name)
+                part.files.clear()
+                if not self.processes.leads:
+                    if not part.shapes:
+                        return  # nothing is sharded, and the first process writes all
+                    write_json(self._partial / f"{self.processes.rank}.json", own)
+                    return
+            finally:
+                self._written.set()
+            self._finish(own, {**description, "shapes": part.shapes}, bool(part.shapes))
+
+    def _finish(self, own: dict[str, Any], description: dict[str, Any], sharded: bool) -> None:
+        """What the first process does when it has written its own part."""
+        files, rows = dict(own["files"]), dict(own["rows"])
+        for rank in range(1, self.processes.count if sharded else 1):
+            path = self._partial / f"{rank}.json"
+            while not path.exists():
+                if self._given_up.wait(_LOOKS):
+                    return
+            others = json.loads(path.read_text(encoding="utf-8"))
+            files |= others["files"]
+            rows |= others["rows"]
+        for path in self._partial.glob("*.json"):
+            path.unlink()
+        state = {**description, "files": dict(sorted(files.items()))}
+        if sharded:
+            state["rows"] = rows
+        else:
+            del state["shapes"]
+        write_json(self._partial / "state.json", sealed(state))
+        if self._target.exists():
+            _remove(self._target)  # it was found damaged
+        os.replace(self._partial, self._target)
+        self._own.add(self._target)
+        others = [path for path in checkpoints_in(self.folder) if path != self._target]
+        whole = [path for path in others if path < self._target and not self._was_damaged(path)]
+        best = best_of(self.folder)
+        kept = [path for path in whole if _is_milestone(path) or (best and int(path.name) == best["images"])]
+        for path in {*others} - {*whole[: KEPT - 1], *kept}:
+            _remove(path)
+
+    def _was_damaged(self, path: Path) -> bool:
+        """Whether training went on from before a checkpoint that was there already."""
+        return self.begun_at is not None and path not in self._own and int(path.name) > self.begun_at
+
+
+def _is_milestone(path: Path) -> bool:
+    try:
+        return read_state(path).get("milestone") is True
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        return False
+
+
+def save(state: TrainingState, folder: Path, header: dict[str, Any]) -> Path:
+    """Writes a checkpoint under ``folder`` and removes those older than the one before it, by one process.
+
+    Raises ``CheckpointError`` if it cannot be written; what was there before stays whole.
+    """
+    writer = Writer(folder, Processes(torch.device("cpu")))
+    writer.begin(state, header)
+    return writer.wait()
+
+
+def _remove(path: Path) -> None:
+    """Removes a checkpoint, which is whole or not there meanwhile too."""
+    gone = path.with_name(f".{path.name}.old.partial")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.replace(path, gone)
+    shutil.rmtree(gone, ignore_errors=True)
