@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from measuring import call_seconds
 from torch import Tensor, nn
 
+from wuerstchen.diffusion.objective import predictions_for_sampling
 from wuerstchen.diffusion.samplers import draw_noise
-from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE
 from wuerstchen.images import to_tensor
 from wuerstchen.models.cascade import Cascade
 from wuerstchen.pipeline import Wuerstchen, load
@@ -115,7 +115,7 @@ def rounded(cascade: Cascade, scheme: str) -> Cascade:
 
 @torch.no_grad()
 def predictions(model: Wuerstchen, maps: Tensor, latents: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Noise as Stages C and B see it in maps and latents that are noised to TIMES."""
+    """What Stages C and B predict of maps and latents that are noised to TIMES."""
     cascade = model.cascade
     encoded = cascade.text_encoder.encode(PROMPTS)
     mask = encoded.mask if cascade.settings.text_mask else None
@@ -125,13 +125,18 @@ def predictions(model: Wuerstchen, maps: Tensor, latents: Tensor, dtype: torch.d
     states = None if of_decoder is None else of_decoder.encode(PROMPTS).states.to(dtype)
     steering = cascade.decoder.context(z, tuple(latents.shape[2:]), states)
     found: list[Tensor] = []
-    for network, x, given in ((cascade.prior, maps, context), (cascade.decoder, latents, steering)):
-        outputs = []
+    settings = cascade.settings
+    of_stages = (
+        (cascade.prior, settings.prior_objective, maps, context),
+        (cascade.decoder, settings.decoder_objective, latents, steering),
+    )
+    for network, objective, x, given in of_stages:
+        outputs, predict = [], predictions_for_sampling(network, objective)
         for time in TIMES:
             noise = draw_noise(x.shape[1:], [torch.Generator().manual_seed(i) for i in range(len(x))])
             t = torch.full((len(x),), time)
-            noised = PUBLISHED_SCHEDULE.add_noise(x, noise, t)
-            outputs.append(network(noised.to(dtype), t, given).double())
+            noised = objective.noised(x, noise, t)
+            outputs.append(predict(noised.to(dtype), t, given).double())
         found.append(torch.stack(outputs))
     return found
 

@@ -24,7 +24,7 @@ from measuring import free, matrix_rate
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, training_timesteps
+from wuerstchen.diffusion.objective import PUBLISHED_OBJECTIVE
 from wuerstchen.models.decoder import Decoder, DecoderConfig
 from wuerstchen.models.prior import Prior, PriorConfig
 from wuerstchen.train.config import Optimization
@@ -34,7 +34,7 @@ from wuerstchen.train.engine.ema import make_average
 from wuerstchen.train.engine.optim import make_optimizer
 from wuerstchen.train.engine.update import Step, Updates, compile_regions, half_copies
 from wuerstchen.train.feed.random import ImageRandom
-from wuerstchen.train.stages.base import Inputs, Losses, diffusion_loss
+from wuerstchen.train.stages.base import Inputs, Losses
 
 CUDA = torch.device("cuda")
 AVERAGED_EVERY = 100  # updates, as in the original and in the recipes of its models
@@ -69,10 +69,10 @@ class StageC:
 
     def losses(self, inputs: Inputs, random: ImageRandom) -> Losses:
         x = inputs["x"]
-        t = training_timesteps(random.uniform("t"))
+        t = PUBLISHED_OBJECTIVE.times(random.uniform("t"))
         noise = random.normal("noise", x.shape[1:])
-        predicted = self.predict(PUBLISHED_SCHEDULE.add_noise(x, noise, t), t, inputs)
-        yield "network", diffusion_loss(predicted, noise, t, "p2"), {}
+        output = self.predict(PUBLISHED_OBJECTIVE.noised(x, noise, t), t, inputs)
+        yield "network", PUBLISHED_OBJECTIVE.loss(output, x, noise, t).mean(), {}
 
     @classmethod
     def peer(cls) -> nn.Module:
@@ -155,11 +155,11 @@ def peer_step(stage: type[StageC], batch: int, compiled: bool) -> Callable[[], N
         x = inputs["x"]
         t = (torch.rand(batch, device=CUDA) * 1.08 + 0.001).clamp(0.001, 1.0)
         noise = torch.randn_like(x)
-        noised = PUBLISHED_SCHEDULE.add_noise(x, noise, t)
+        noised = PUBLISHED_OBJECTIVE.noised(x, noise, t)
         with torch.autocast("cuda", torch.bfloat16):
             predicted = stage.peer_predict(network, noised, t, inputs)
             errors = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
-            loss = (errors * PUBLISHED_SCHEDULE.p2_weight(t)).mean()
+            loss = (errors * PUBLISHED_OBJECTIVE.weight(t)).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
         optimizer.step()

@@ -15,7 +15,7 @@ import time
 
 import torch
 
-from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, training_timesteps
+from wuerstchen.diffusion.objective import PUBLISHED_OBJECTIVE
 from wuerstchen.models.prior import Prior, PriorConfig
 from wuerstchen.train.config import Optimization
 from wuerstchen.train.engine.checkpoint import TrainingState
@@ -24,7 +24,7 @@ from wuerstchen.train.engine.ema import make_average
 from wuerstchen.train.engine.optim import make_optimizer, set_rate
 from wuerstchen.train.engine.update import Step, Updates, compile_regions, half_copies, recompute_blocks
 from wuerstchen.train.feed.random import ImageRandom
-from wuerstchen.train.stages.base import Inputs, Losses, diffusion_loss
+from wuerstchen.train.stages.base import Inputs, Losses
 
 AVERAGED_EVERY = 100  # updates, as in the recipes of the published sizes
 
@@ -54,11 +54,11 @@ class RandomStageC:
 
     def losses(self, inputs: Inputs, random: ImageRandom) -> Losses:
         x = inputs["x"]
-        t = training_timesteps(random.uniform("time"), 1.0)
+        t = PUBLISHED_OBJECTIVE.times(random.uniform("time"))
         noise = random.normal("noise", x.shape[1:])
         context = self.prior.context(inputs["states"], None, once=True)
-        predicted = self.prior(PUBLISHED_SCHEDULE.add_noise(x, noise, t), t, context)
-        yield "prior", diffusion_loss(predicted, noise, t, "p2"), {}
+        output = self.prior(PUBLISHED_OBJECTIVE.noised(x, noise, t), t, context)
+        yield "prior", PUBLISHED_OBJECTIVE.loss(output, x, noise, t).mean(), {}
 
 
 def measure(sharding: str, options: argparse.Namespace, processes: Processes) -> dict[str, float | str | int]:

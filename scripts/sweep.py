@@ -11,6 +11,7 @@ import itertools
 from pathlib import Path
 
 import wuerstchen
+from wuerstchen.diffusion.sampler_table import SAMPLERS
 from wuerstchen.evaluate.report import evaluate
 from wuerstchen.evaluate.scoring import Column
 from wuerstchen.pipeline import Sampling
@@ -29,7 +30,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="built emoji set")
     parser.add_argument("--guidance", type=float, nargs="+", default=[None])
     parser.add_argument("--prior-steps", type=int, nargs="+", default=[None])
-    parser.add_argument("--prior-sampler", nargs="+", default=[None], help="ddpm, dpm")
+    parser.add_argument("--prior-sampler", nargs="+", default=[None], choices=list(SAMPLERS))
     parser.add_argument("--decoder-guidance", type=float, nargs="+", default=[None])
     parser.add_argument("--decoder-steps", type=int, nargs="+", default=[None])
     parser.add_argument("--decoder-shift", type=float, nargs="+", default=[None])

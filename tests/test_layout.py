@@ -168,6 +168,16 @@ def test_imports_inside_train_go_one_way(path):
             assert module != "run" or parts[0] == "export", f"{parts[0]} imports {module}"
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "models").rglob("*.py")), ids=lambda p: p.stem)
+def test_networks_know_no_schedule(path):
+    """They return their own prediction; the objective says what it means. A whole model has objectives."""
+    forbidden = {f"wuerstchen.diffusion.{name}" for name in ("schedule", "objective", "flow", "samplers")}
+    if path.name == "cascade.py":
+        forbidden -= {"wuerstchen.diffusion.objective"}
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert not forbidden & imported_among(tree, {*forbidden, "wuerstchen.diffusion"})
+
+
 def test_every_room_is_in_the_order():
     assert {room_of(path.relative_to(ROOT).parts) for path in FILES} <= LEVEL.keys()
 

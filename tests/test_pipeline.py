@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 
 import wuerstchen
 from wuerstchen import pipeline
+from wuerstchen.diffusion.objective import PUBLISHED_OBJECTIVE
 from wuerstchen.diffusion.samplers import ddpm, draw_noise
-from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, stage_c_timesteps, uniform_timesteps
+from wuerstchen.diffusion.schedule import stage_c_timesteps, uniform_timesteps
 from wuerstchen.errors import UserError, UserNotice
 from wuerstchen.images import center_crop_resize, open_image, to_images, to_tensor
 from wuerstchen.models.cascade import PUBLISHED_MAP, CascadeSettings, MapStatistics
@@ -51,7 +52,7 @@ def test_generate_is_the_steps_written_out(model):
             return no + 2.5 * (yes - no)
 
         normalised = ddpm(
-            predict, draw_noise((2, 3, 3), generator), stage_c_timesteps(3), generator, PUBLISHED_SCHEDULE
+            predict, draw_noise((2, 3, 3), generator), stage_c_timesteps(3), generator, PUBLISHED_OBJECTIVE
         )
         z = normalised * torch.tensor([2.0, 3.0])[:, None, None] + torch.tensor([0.5, -1.0])[:, None, None]
         context = cascade.decoder.context(z, (32, 32))
@@ -60,7 +61,7 @@ def test_generate_is_the_steps_written_out(model):
             draw_noise((4, 32, 32), generator),
             uniform_timesteps(2),
             generator,
-            PUBLISHED_SCHEDULE,
+            PUBLISHED_OBJECTIVE,
         )
         expected = to_images(cascade.vqgan.decode(latents).clamp(0, 1))
     drawn = model.generate("a cat", negative="a dog", seed=11, sampling=Sampling(guidance=2.5))
@@ -293,14 +294,14 @@ def test_drawing_begins_with_the_map_of_a_picture(model):
     statistics = cascade.settings.map_statistics
     with torch.no_grad():
         z = model.encode(cascade.compressor, torch.stack([to_tensor(center_crop_resize(init, 128))]))
-        noised = PUBLISHED_SCHEDULE.add_noise(
+        noised = PUBLISHED_OBJECTIVE.noised(
             statistics.normalise(z), draw_noise((2, 3, 3), generator), torch.tensor([0.5])
         )
         text = cascade.text_encoder.encode([""])
         context = cascade.prior.context(text.states, text.mask)
         # The three steps from 1 to 0 have points at 1, 5/6, 2/3 and 0.
         sample = ddpm(
-            lambda x, t: cascade.prior(x, t, context), noised, [0.5, 0.0], generator, PUBLISHED_SCHEDULE
+            lambda x, t: cascade.prior(x, t, context), noised, [0.5, 0.0], generator, PUBLISHED_OBJECTIVE
         )
         expected = model._draw(
             statistics.restore(sample), [""], (128, 128), model._resolved(Sampling()), generator, None

@@ -25,17 +25,10 @@ from torch import Tensor, nn
 from wuerstchen.checkpoints.hub import BUNDLED
 from wuerstchen.checkpoints.layouts import Sources, read_model
 from wuerstchen.device import Precision, default_device, default_precision, runs_triton
-from wuerstchen.diffusion.samplers import (
-    OnStep,
-    PredictNoise,
-    PriorSampler,
-    check_prior_sampler,
-    ddpm,
-    dpm_solver,
-    draw_noise,
-    guided,
-)
-from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, stage_c_timesteps, uniform_timesteps
+from wuerstchen.diffusion.objective import predictions_for_sampling
+from wuerstchen.diffusion.sampler_table import SAMPLERS, check_sampler, check_suits, samplers_for
+from wuerstchen.diffusion.samplers import OnStep, Predict, draw_noise, guided
+from wuerstchen.diffusion.schedule import uniform_timesteps
 from wuerstchen.diffusion.tokens import draw_tokens, sample_tokens
 from wuerstchen.diffusion.transfer import sent
 from wuerstchen.errors import UserError, UserNotice, out_of_memory_named
@@ -66,9 +59,9 @@ class Sampling:
     guidance: float | None = None
     """Guidance scale of Stage C; 1 is none."""
     prior_steps: int | None = None
-    prior_sampler: PriorSampler | None = None
-    """Of Stage C: ``ddpm`` draws noise at every step, as published; ``dpm``, DPM-Solver++(2M), is
-    deterministic and of second order, for fewer steps."""
+    prior_sampler: str | None = None
+    """Of Stage C, by its name in ``diffusion.sampler_table``. It must suit the model's objective: ``ddpm``,
+    as published, ``dpm``, for fewer steps, or ``ddim``; of flow matching, ``euler``."""
     decoder_steps: int | None = None
     decoder_guidance: float | None = None
     decoder_shift: float | None = None
@@ -91,7 +84,7 @@ class Sampling:
                     f"{name} {value!r} must be a whole number from 1 to {MAX_STEPS}; 29 and 12 are common"
                 )
         if self.prior_sampler is not None:
-            check_prior_sampler(self.prior_sampler)
+            check_sampler(self.prior_sampler)
 
 
 @dataclass(frozen=True)
@@ -396,34 +389,34 @@ class Wuerstchen:
         """
         assert sampling.guidance is not None
         assert sampling.prior_steps is not None
-        settings = self.cascade.settings
+        assert sampling.prior_sampler is not None
+        settings, sampler = self.cascade.settings, SAMPLERS[sampling.prior_sampler]
+        objective = settings.prior_objective
 
         guides = sampling.guidance != 1
         encoded = self._encode_text(text_encoder, prompts + negatives if guides else prompts)
-        spaced = uniform_timesteps if settings.prior_equal_steps else stage_c_timesteps
+        spaced = uniform_timesteps if settings.prior_equal_steps else sampler.timesteps
         timesteps = spaced(sampling.prior_steps)
         x = sent(draw_noise((prior.config.c_in, *settings.map_size(*canvas)), generators), self.device)
         if begin is not None:
             timesteps = [strength, *(t for t in timesteps if t < strength)]
-            x = PUBLISHED_SCHEDULE.add_noise(
+            x = objective.noised(
                 begin, x, torch.full((len(x),), strength, dtype=torch.float32, device=self.device)
             )
 
         with self.residence.using(prior):
             mask = encoded.mask if settings.text_mask else None
-            run = self._recorded(prior, prepare=prior.context).given(encoded.states, mask)
+            predictions = predictions_for_sampling(prior, objective)
+            run = self._recorded(prior, predictions, prior.context).given(encoded.states, mask)
 
             def predict(x: Tensor, t: Tensor) -> Tensor:
                 return run(x.to(_dtype(prior)), t).float()
 
             steered = guided(predict, sampling.guidance) if guides else predict
-            report = _reporter(progress, "Stage C", len(timesteps) - 1)
+            report, sampled = _reporter(progress, "Stage C", len(timesteps) - 1), objective.for_sampling()
             if watching is not None:
                 steered, report = watching.over_map(steered, report, len(timesteps) - 1)
-            if sampling.prior_sampler == "dpm":
-                sample = dpm_solver(steered, x, timesteps, PUBLISHED_SCHEDULE, report)
-            else:
-                sample = ddpm(steered, x, timesteps, generators, PUBLISHED_SCHEDULE, report)
+            sample = sampler.function(steered, x, timesteps, generators, sampled, report)
         return settings.map_statistics.restore(sample)
 
     def _draw(
@@ -449,11 +442,12 @@ class Wuerstchen:
         encoder = self.cascade.text_encoder_of_decoder()
         text = None if encoder is None else self._encode_text(encoder, prompts)
 
-        def steered(predict: PredictNoise) -> PredictNoise:
+        def steered(predict: Predict) -> Predict:
             assert sampling.decoder_guidance is not None
             return guided(predict, sampling.decoder_guidance) if guides else predict
 
-        timesteps = uniform_timesteps(sampling.decoder_steps, sampling.decoder_shift)
+        objective = self.cascade.settings.decoder_objective
+        timesteps = objective.timesteps(sampling.decoder_steps, sampling.decoder_shift)
         report = _reporter(progress, "Stage B", sampling.decoder_steps)
         with self.residence.using(decoder):
             if isinstance(decoder, Paella):
@@ -469,7 +463,9 @@ class Wuerstchen:
                 predict = steered(self._predicts_latents(decoder, z, grid, text))
                 if watching is not None:
                     predict, report = watching.over_latents(predict, report, sampling.decoder_steps)
-                drawn = ddpm(predict, noise, timesteps, generators, PUBLISHED_SCHEDULE, report)
+                sampler = SAMPLERS[samplers_for(objective.path)[0]]
+                sampled = objective.for_sampling()
+                drawn = sampler.function(predict, noise, timesteps, generators, sampled, report)
         with self.residence.using(vqgan):
             if isinstance(decoder, Paella):
                 drawn = vqgan.vquantizer.lookup(drawn) / vqgan.config.scale_factor
@@ -480,11 +476,12 @@ class Wuerstchen:
 
     def _predicts_latents(
         self, decoder: Decoder, z: Tensor, grid: tuple[int, int], text: TextStates | None
-    ) -> PredictNoise:
+    ) -> Predict:
         """Stage B of v2 with all that does not change from step to step."""
         states = None if text is None else text.states
         mask = text.mask if text is not None and self.cascade.settings.text_mask else None
-        run = self._recorded(decoder, prepare=decoder.context).given(z, grid, states, mask)
+        predictions = predictions_for_sampling(decoder, self.cascade.settings.decoder_objective)
+        run = self._recorded(decoder, predictions, decoder.context).given(z, grid, states, mask)
         return lambda x, t: run(x.to(_dtype(decoder)), t).float()
 
     def _resolved(self, sampling: Sampling) -> Sampling:
@@ -492,6 +489,8 @@ class Wuerstchen:
         if not isinstance(sampling, Sampling):
             raise UserError(f"sampling is of {type(sampling)}, but must be a wuerstchen.Sampling; make one")
         own = self.cascade.settings
+        if sampling.prior_sampler is not None:
+            check_suits(sampling.prior_sampler, own.prior_objective.kind, own.prior_objective.path)
         return Sampling(
             guidance=own.prior_guidance if sampling.guidance is None else sampling.guidance,
             prior_sampler=sampling.prior_sampler or own.prior_sampler,
@@ -521,7 +520,7 @@ def _dtype(network: nn.Module) -> torch.dtype:
     return next(network.parameters()).dtype
 
 
-def _predicts_tokens(decoder: Paella, z: Tensor, text: TextStates) -> PredictNoise:
+def _predicts_tokens(decoder: Paella, z: Tensor, text: TextStates) -> Predict:
     """Stage B of v1, likewise; not recorded."""
     context = decoder.context(z.to(_dtype(decoder)), text.states)
     return lambda tokens, t: decoder(tokens, t, context)

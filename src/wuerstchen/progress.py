@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from wuerstchen.diffusion.samplers import OnStep, PredictNoise
-from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE
+from wuerstchen.diffusion.objective import Objective
+from wuerstchen.diffusion.samplers import OnStep, Predict
 from wuerstchen.images import to_images
 from wuerstchen.models.cascade import Cascade
 
@@ -45,9 +45,7 @@ class Watching:
         self.shows = shows
         self._last_step: torch.cuda.Event | None = None
 
-    def over_map(
-        self, predict: PredictNoise, report: OnStep | None, steps: int
-    ) -> tuple[PredictNoise, OnStep]:
+    def over_map(self, predict: Predict, report: OnStep | None, steps: int) -> tuple[Predict, OnStep]:
         cascade, previewer = self.cascade, self.cascade.previewer
 
         def picture(clean: Tensor) -> Tensor:
@@ -55,12 +53,12 @@ class Watching:
             z = cascade.settings.map_statistics.restore(clean)
             return previewer(z.to(next(previewer.parameters()).dtype))
 
-        return self._over("Stage C", predict, report, steps, None if previewer is None else picture)
+        sampled = cascade.settings.prior_objective.for_sampling()
+        return self._over("Stage C", predict, report, steps, sampled, None if previewer is None else picture)
 
-    def over_latents(
-        self, predict: PredictNoise, report: OnStep | None, steps: int
-    ) -> tuple[PredictNoise, OnStep]:
-        return self._over("Stage B", predict, report, steps, self._half_size)
+    def over_latents(self, predict: Predict, report: OnStep | None, steps: int) -> tuple[Predict, OnStep]:
+        sampled = self.cascade.settings.decoder_objective.for_sampling()
+        return self._over("Stage B", predict, report, steps, sampled, self._half_size)
 
     def over_tokens(self, report: OnStep | None, steps: int) -> OnStep:
         vqgan = self.cascade.vqgan
@@ -78,20 +76,21 @@ class Watching:
     def _over(
         self,
         stage: str,
-        predict: PredictNoise,
+        predict: Predict,
         report: OnStep | None,
         steps: int,
+        sampled: Objective,
         picture: Callable[[Tensor], Tensor] | None,
-    ) -> tuple[PredictNoise, OnStep]:
+    ) -> tuple[Predict, OnStep]:
         last: list[Tensor] = []
 
         def remembering(x: Tensor, t: Tensor) -> Tensor:
-            last[:] = x, predict(x, t), t
-            return last[1]
+            last[:] = predict(x, t), x, t
+            return last[0]
 
         def estimate(rows: list[int], _: Tensor) -> Tensor:
             assert picture is not None
-            return picture(PUBLISHED_SCHEDULE.clean(*(value[rows] for value in last)))
+            return picture(sampled.to_clean(*(value[rows] for value in last)))
 
         return remembering, self._after_each(stage, report, steps, picture and estimate)
 

@@ -1,5 +1,6 @@
 """The native layout: exact both ways, and nothing foreign or damaged gets through."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -7,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from wuerstchen.checkpoints import files, native
 from wuerstchen.checkpoints.files import write_safetensors
 from wuerstchen.checkpoints.native import (
+    NETWORKS,
     Provenance,
     is_native_network,
     read_cascade,
@@ -21,8 +24,11 @@ from wuerstchen.checkpoints.native import (
     write_network,
     write_tensors,
 )
+from wuerstchen.diffusion.objective import FlowMatching, VelocityPrediction, make_objective
+from wuerstchen.diffusion.schedule import CosineSchedule
 from wuerstchen.errors import CheckpointError, UserError
 from wuerstchen.models.prior import Prior, PriorConfig
+from wuerstchen.pipeline import BUNDLED
 
 PROVENANCE = Provenance(recipe="r", seed=7, images=99, data="abc")
 CONFIG = PriorConfig(c_in=2, c=16, c_cond=8, c_r=8, depth=1, nhead=2)
@@ -105,8 +111,8 @@ def test_older_formats_are_migrated_step_by_step(tmp_path, monkeypatch):
 
 def test_a_newer_format_is_refused_with_upgrade(tmp_path):
     path = tmp_path / "x.safetensors"
-    write_tensors({"a": torch.ones(1)}, path, {"format": 2})
-    with pytest.raises(CheckpointError, match=r"format 2, newer than 1, .*pip install --upgrade wuerstchen"):
+    write_tensors({"a": torch.ones(1)}, path, {"format": 3})
+    with pytest.raises(CheckpointError, match=r"format 3, newer than 2, .*pip install --upgrade wuerstchen"):
         read_tensors(path)
 
 
@@ -294,3 +300,90 @@ def test_unknown_parts_missing_parts_and_bad_numbers_are_refused(copy):
         read_cascade(copy)
     with pytest.raises(CheckpointError, match=r"is no model folder: it has no model\.json"):
         read_cascade(copy / "text_encoder")
+
+
+def with_predictions(cascade, prediction, **settings):
+    """The cascade with networks that predict another thing; what they know does not matter."""
+    parts = {}
+    for part in ("decoder", "prior"):
+        network = getattr(cascade, part)
+        parts[part] = type(network)(dataclasses.replace(network.config, prediction=prediction))
+    return dataclasses.replace(cascade, settings=dataclasses.replace(cascade.settings, **settings), **parts)
+
+
+def written(cascade, folder):
+    parts = {part: PROVENANCE for part in cascade.networks() if part in NETWORKS}
+    write_cascade(cascade, folder, parts, text_encoder=BUNDLED / "text_encoder")
+    return json.loads((folder / "model.json").read_text())
+
+
+FLOW = {
+    "prior_objective": FlowMatching(time_shift=3.0),
+    "decoder_objective": FlowMatching(time_density="uniform"),
+    "prior_sampler": "euler",
+}
+
+
+def test_objectives_are_stored_whole(tmp_path, small_cascade):
+    """Older versions would take flow matching for the velocity of the published path: format 2."""
+    described = written(with_predictions(small_cascade, "flow", **FLOW), tmp_path / "flow")
+    assert described["format"] == 2
+    assert described["objectives"] == {
+        "decoder": {"kind": "flow", "time_shift": 1.0, "time_density": "uniform"},
+        "prior": {"kind": "flow", "time_shift": 3.0, "time_density": "logit_normal"},
+    }
+    for part in ("prior", "decoder"):
+        with safe_open(tmp_path / "flow" / f"{part}.safetensors", framework="pt") as file:
+            assert json.loads(file.metadata()["wuerstchen"])["format"] == 2
+    again = read_cascade(tmp_path / "flow").settings
+    assert again.prior_objective.as_json() == described["objectives"]["prior"]
+    assert again.decoder_objective.as_json() == described["objectives"]["decoder"]
+    assert again.prior_sampler == "euler"
+
+
+@pytest.mark.parametrize("kind", ["noise", "velocity"])
+def test_models_of_before_objectives_were_stored_are_migrated(tmp_path, small_cascade, kind):
+    """What they predict says it all; and what is written now, older versions still read."""
+    objective = make_objective(kind, loss_weight="velocity")
+    cascade = with_predictions(small_cascade, kind, prior_objective=objective, decoder_objective=objective)
+    described = written(cascade, tmp_path / "model")
+    assert described["format"] == 1
+    assert "prior_objective" not in described["settings"]
+    del described["objectives"]
+    (tmp_path / "model" / "model.json").write_text(json.dumps(described))
+    found = read_cascade(tmp_path / "model").settings
+    assert found.prior_objective == found.decoder_objective == make_objective(kind)
+
+
+def test_another_schedule_needs_the_new_format(tmp_path, small_cascade):
+    other = make_objective("noise", schedule=CosineSchedule(s=0.01))
+    settings = dataclasses.replace(small_cascade.settings, prior_objective=other)
+    described = written(dataclasses.replace(small_cascade, settings=settings), tmp_path / "model")
+    assert described["format"] == 2
+    assert read_cascade(tmp_path / "model").settings.prior_objective == other
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d["objectives"].pop("decoder"), "does not name the objective of its decoder"),
+        (lambda d: d["objectives"].update(decoder={"kind": "noise"}), "decoder has the objective 'noise'"),
+        (lambda d: d.pop("objectives"), "prior_sampler=euler does not suit"),
+        (lambda d: d["objectives"].update(prior={"kind": "x"}), "the objective 'x' is unknown"),
+        (lambda d: d.update(objectives=3), "is no description of a model"),
+    ],
+)
+def test_objectives_that_do_not_fit_are_refused(tmp_path, small_cascade, change, message):
+    described = written(with_predictions(small_cascade, "flow", **FLOW), tmp_path / "model")
+    change(described)
+    (tmp_path / "model" / "model.json").write_text(json.dumps(described))
+    with pytest.raises(CheckpointError, match=message):
+        read_cascade(tmp_path / "model")
+
+
+def test_a_network_that_predicts_another_thing_is_refused(small_cascade):
+    with pytest.raises(UserError, match="prior predicts 'noise' and prior_objective is 'velocity'"):
+        dataclasses.replace(
+            small_cascade,
+            settings=dataclasses.replace(small_cascade.settings, prior_objective=VelocityPrediction()),
+        )

@@ -8,12 +8,15 @@ from diffusers import DDPMWuerstchenScheduler
 from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_diffnext import WuerstchenDiffNeXt
 from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import WuerstchenPrior
 
-from wuerstchen.diffusion.samplers import ddim, ddpm, dpm_solver, draw_noise, guided
+from wuerstchen.diffusion.objective import FlowMatching, NoisePrediction, VelocityPrediction
+from wuerstchen.diffusion.sampler_table import SAMPLERS
+from wuerstchen.diffusion.samplers import ddim, ddpm, dpm_solver, draw_noise, euler, guided
 from wuerstchen.diffusion.schedule import CosineSchedule, stage_c_timesteps, uniform_timesteps
 from wuerstchen.models.decoder import Decoder, DecoderConfig
 from wuerstchen.models.prior import Prior, PriorConfig
 
 SCHEDULE = CosineSchedule()
+NOISE = NoisePrediction()
 PRIOR = PriorConfig(c_in=4, c=32, c_cond=24, c_r=16, depth=2, nhead=4)
 DECODER = DecoderConfig(
     c_r=16,
@@ -73,7 +76,7 @@ def test_29_prior_steps_equal_diffusers(guidance, randomise, relative_error):
     with torch.no_grad():
         context = ours.context(torch.cat([text, empty]) if guidance > 1 else text)
         predict = guided_if(guidance, lambda x, t: ours(x, t, context))
-        sample = ddpm(predict, noise, stage_c_timesteps(), seeds(9), SCHEDULE)
+        sample = ddpm(predict, noise, stage_c_timesteps(), seeds(9), NOISE)
         expected = diffusers_run(reference, noise, stage_c_timesteps(), seeds(9)[0])
     assert len(stage_c_timesteps()) - 1 == 29
     assert relative_error(sample, expected) <= 1e-3
@@ -103,7 +106,7 @@ def test_29_decoder_steps_equal_diffusers(guidance, randomise, relative_error):
             maps, texts = torch.cat([maps, torch.zeros_like(maps)]), torch.cat([texts, empty])
         context = ours.context(maps, (16, 16), texts)
         predict = guided_if(guidance, lambda x, t: ours(x, t, context))
-        sample = ddpm(predict, noise, uniform_timesteps(29), seeds(9), SCHEDULE)
+        sample = ddpm(predict, noise, uniform_timesteps(29), seeds(9), NOISE)
         expected = diffusers_run(reference, noise, uniform_timesteps(29), seeds(9)[0])
     assert relative_error(sample, expected) <= 1e-3
 
@@ -124,10 +127,7 @@ def test_samplers_reach_a_known_distribution(sampler):
     noise = draw_noise((1, 100, 100), seeds(1))
     times = uniform_timesteps(300)
     predict = gaussian_predictor(2.0, 0.5)
-    if sampler == "ddpm":
-        sample = ddpm(predict, noise, times, seeds(2), SCHEDULE)
-    else:
-        sample = (ddim if sampler == "ddim" else dpm_solver)(predict, noise, times, SCHEDULE)
+    sample = SAMPLERS[sampler].function(predict, noise, times, seeds(2), NOISE)
     assert sample.mean().item() == pytest.approx(2.0, abs=0.03)
     assert sample.std().item() == pytest.approx(0.5, abs=0.03)
 
@@ -135,7 +135,7 @@ def test_samplers_reach_a_known_distribution(sampler):
 def test_ddim_is_deterministic_and_converges_in_the_step():
     noise = draw_noise((1, 8, 8), seeds(1))
     predict = gaussian_predictor(1.0, 0.3)
-    coarse, fine, finer = (ddim(predict, noise, uniform_timesteps(n), SCHEDULE) for n in (20, 200, 400))
+    coarse, fine, finer = (ddim(predict, noise, uniform_timesteps(n), [], NOISE) for n in (20, 200, 400))
     assert (fine - finer).abs().max() < (coarse - finer).abs().max() / 3
 
 
@@ -158,7 +158,7 @@ def test_dpm_solver_is_of_second_order():
         start, end = SCHEDULE.alpha_bar(torch.tensor([times[0], times[-1]], dtype=torch.float64))
         deviations = [(a * std**2 + 1 - a).sqrt() for a in (start, end)]
         exact = end.sqrt() * mean + (noise - start.sqrt() * mean) * deviations[1] / deviations[0]
-        return float((sampler(predict, noise, times, SCHEDULE) - exact).abs().max())
+        return float((sampler(predict, noise, times, [], NOISE) - exact).abs().max())
 
     for sampler, order in ((ddim, 1), (dpm_solver, 2)):
         assert error(sampler, 20) / error(sampler, 40) == pytest.approx(2**order, rel=0.2)
@@ -177,7 +177,7 @@ def test_dpm_solver_in_steps_of_unequal_length():
         return (x - alpha_bar.sqrt() * alpha_bar.logit() / 2) / (1 - alpha_bar).sqrt()
 
     noise, found = torch.randn(1, 1, 2, 2, dtype=torch.float64), []
-    dpm_solver(predict, noise, times, SCHEDULE, lambda step, x: found.append(x))
+    dpm_solver(predict, noise, times, [], NOISE, lambda step, x: found.append(x))
     expected = noise
     for step in range(4):
         h = logs[step + 1] - logs[step]
@@ -190,8 +190,8 @@ def test_dpm_solver_in_steps_of_unequal_length():
 def test_a_picture_does_not_depend_on_its_batch():
     predict = gaussian_predictor(0.0, 1.0)
     times = uniform_timesteps(5)
-    together = ddpm(predict, draw_noise((2, 4, 4), seeds(5, 6)), times, seeds(7, 8), SCHEDULE)
-    alone = ddpm(predict, draw_noise((2, 4, 4), seeds(6)), times, seeds(8), SCHEDULE)
+    together = ddpm(predict, draw_noise((2, 4, 4), seeds(5, 6)), times, seeds(7, 8), NOISE)
+    alone = ddpm(predict, draw_noise((2, 4, 4), seeds(6)), times, seeds(8), NOISE)
     assert torch.equal(together[1:], alone)
 
 
@@ -214,7 +214,52 @@ def test_every_step_is_reported():
         torch.randn(1, 1, 2, 2),
         uniform_timesteps(4),
         seeds(0),
-        SCHEDULE,
+        NOISE,
         on_step=lambda step, x: seen.append(step),
     )
     assert seen == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("sampler", [ddpm, ddim, dpm_solver])
+def test_a_velocity_gives_the_samples_of_its_noise(sampler):
+    """Samplers ask the objective what an output says; guidance of either is the same, up to rounding."""
+    noise, times = torch.randn(1, 1, 8, 8, dtype=torch.float64), uniform_timesteps(6)
+    predict = gaussian_predictor(1.0, 0.3)
+
+    def velocity(x, t):
+        alpha_bar = SCHEDULE.alpha_bar(t).view(-1, 1, 1, 1)
+        return (predict(x, t) - (1 - alpha_bar).sqrt() * x) / alpha_bar.sqrt()
+
+    expected = sampler(predict, noise, times, seeds(1), NOISE)
+    found = sampler(velocity, noise, times, seeds(1), VelocityPrediction())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def flow_velocity(mean: float, std: float):
+    """The exact E[ε − x₀ | x_t] where data are N(mean, std²)."""
+
+    def predict(x, t):
+        t = t.double().view(-1, 1, 1, 1)
+        variance = (1 - t) ** 2 * std**2 + t**2
+        return -mean + (t - (1 - t) * std**2) / variance * (x - (1 - t) * mean)
+
+    return predict
+
+
+def test_euler_follows_the_ode_of_a_gaussian():
+    """In closed form x_t = (1 − t)·mean + deviation(t)·z: twice the steps leave half of the error."""
+    mean, std, noise = 1.5, 0.4, torch.randn(1, 1, 30, 30, dtype=torch.float64)
+    objective = FlowMatching()
+
+    def error(steps: int) -> float:
+        sample = euler(flow_velocity(mean, std), noise, objective.timesteps(steps), [], objective)
+        return float((sample - (mean + std * noise)).abs().max())
+
+    assert error(200) < 0.02
+    assert error(100) / error(200) == pytest.approx(2, rel=0.1)
+    # A part of the way, from what is noised to 0.6: dx/dt is followed, whatever the times are.
+    t, deviation = 0.6, ((0.4 * std) ** 2 + 0.36) ** 0.5
+    begun = 0.4 * mean + deviation * noise
+    times = [t * (1 - i / 400) for i in range(401)]
+    sample = euler(flow_velocity(mean, std), begun, times, [], objective)
+    torch.testing.assert_close(sample, mean + std * noise, rtol=0, atol=0.02)

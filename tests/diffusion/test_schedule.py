@@ -11,7 +11,6 @@ from diffusers.pipelines.deprecated.wuerstchen import DEFAULT_STAGE_C_TIMESTEPS
 
 from wuerstchen.diffusion.schedule import (
     CosineSchedule,
-    check_prediction,
     shifted,
     stage_c_timesteps,
     training_timesteps,
@@ -53,38 +52,12 @@ def test_add_noise_equals_diffusers():
     torch.testing.assert_close(CosineSchedule().add_noise(x, noise, t), theirs)
 
 
-def test_p2_weight_is_the_formula_of_the_code():
-    t = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
-    alpha_bar = CosineSchedule().alpha_bar(t)
-    torch.testing.assert_close(
-        CosineSchedule().p2_weight(t), (1 + alpha_bar / (1 - alpha_bar)) ** -1, rtol=1e-9, atol=0
-    )
-
-
 def test_clean_undoes_the_noise():
     """Divided by √ᾱ too: the rest is a picture that is too dark."""
     x, noise = torch.randn(2, 4, 3, 5, 2, dtype=torch.float64)
     t = torch.tensor([0.1, 0.4, 0.7, 0.9], dtype=torch.float64)
     noised = CosineSchedule().add_noise(x, noise, t)
     torch.testing.assert_close(CosineSchedule().clean(noised, noise, t), x)
-
-
-def test_velocity_gives_the_noise_back():
-    """v = √ᾱ·ε − √(1 − ᾱ)·x (arXiv 2202.00512, appendix D)."""
-    x, noise = torch.randn(2, 4, 3, 5, 2, dtype=torch.float64)
-    t = torch.tensor([0.1, 0.4, 0.7, 0.9], dtype=torch.float64)
-    alpha_bar = CosineSchedule().alpha_bar(t).view(-1, 1, 1, 1)
-    velocity = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x
-    noised = CosineSchedule().add_noise(x, noise, t)
-    torch.testing.assert_close(CosineSchedule().noise_of_velocity(noised, velocity, t), noise)
-
-
-def test_loss_weights():
-    """``velocity`` weighs the noise's error so that it is that of the velocity, which is 1/ᾱ times it."""
-    t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
-    alpha_bar = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
-    torch.testing.assert_close(CosineSchedule().loss_weight(t, "p2"), 1 - alpha_bar)
-    torch.testing.assert_close(CosineSchedule().loss_weight(t, "velocity"), 1 / alpha_bar)
 
 
 def test_training_timesteps():
@@ -104,11 +77,6 @@ def test_shift_divides_signal_over_noise(shift):
     torch.testing.assert_close(after / (1 - after), before / (1 - before) / shift**2)
     assert shifted(torch.tensor([0.0, 1.0]), shift).tolist() == pytest.approx([0, 1])
     assert training_timesteps(torch.tensor([0.0]), shift).item() == pytest.approx(1)
-
-
-def test_unknown_prediction_is_refused():
-    with pytest.raises(UserError, match="use one of noise, velocity"):
-        check_prediction("epsilon")
 
 
 def test_stage_c_timesteps_are_diffusers():

@@ -13,6 +13,7 @@ ABOUT = {
     "min": 64,
     "max_side": 256,
     "defaults": {"guidance": 2.0, "prior_steps": 6, "prior_sampler": "ddpm", "decoder_steps": 4},
+    "samplers": ["ddpm", "dpm", "ddim"],
     "can": {"generate": True, "reconstruct": True, "variation": True, "preview": True},
     "examples": ["a cat"],
     "image_note": None,

@@ -27,6 +27,15 @@ from wuerstchen.checkpoints.files import (
 from wuerstchen.checkpoints.int8 import dequantize, quantize_rows
 from wuerstchen.checkpoints.text_encoder import copy_text_encoder, read_text_encoder, write_text_encoder
 from wuerstchen.checkpoints.weights import plain_names
+from wuerstchen.diffusion.objective import (
+    NoisePrediction,
+    Objective,
+    VelocityPrediction,
+    check_prediction,
+    make_objective,
+    objective_of_json,
+)
+from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE
 from wuerstchen.errors import CheckpointError, shown
 from wuerstchen.models.cascade import Cascade, CascadeSettings, MapStatistics
 from wuerstchen.models.compressor import Compressor, CompressorConfig
@@ -38,11 +47,16 @@ from wuerstchen.models.text import TextEncoder
 from wuerstchen.models.vqgan import VQGAN, VQGANConfig
 from wuerstchen.version import __version__
 
-FORMAT = 1
-"""Raised by one whenever older programs would misread what is written."""
+FORMAT = 2
+"""Raised by one whenever older programs would misread what is written.
 
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
-"""From format n to n + 1: one function a step, on the header alone."""
+Format 2 names objectives that format 1 has no words for (``_format_of``). What older programs read right is
+still written as format 1, where the objective follows from what a network predicts.
+"""
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: dict}
+"""From format n to n + 1: one function a step, on the header alone. ``read_parts`` finds the objectives that
+format 1 does not name, because it sees the networks."""
 
 Storage = Literal["float32", "float16", "int8"]
 NETWORKS: dict[str, tuple[type[nn.Module], type]] = {
@@ -137,7 +151,7 @@ def write_network(
     elif storage == "int8":
         tensors = quantize_rows(tensors)
     header = {
-        "format": FORMAT,
+        "format": _format_of(_implied(network)),
         "kind": kind,
         "storage": storage,
         "config": dataclasses.asdict(network.config),  # type: ignore[arg-type]
@@ -154,6 +168,7 @@ def read_network(path: Path, dtype: torch.dtype = torch.float32) -> tuple[nn.Mod
         config = config_cls(
             **{k: tuple(v) if isinstance(v, list) else v for k, v in header["config"].items()}
         )
+        check_prediction(getattr(config, "prediction", "noise"))
         provenance = _provenance(header["provenance"])
         with torch.device("meta"):
             network = cls(config)
@@ -228,18 +243,64 @@ def write_parts(
             parts.append(part)
         if further is not None:
             further(partial)
-        description = {"format": FORMAT, "parts": parts, "settings": dataclasses.asdict(settings)}
+        objectives = {part: _named(settings, part) for part in OF_OBJECTIVES if part in _diffusing(networks)}
+        values = dataclasses.asdict(settings)
+        for part in OF_OBJECTIVES:
+            del values[f"{part}_objective"]
+        description = {
+            "format": max([1, *map(_format_of, objectives.values())]),
+            "parts": parts,
+            "objectives": {part: objective.as_json() for part, objective in objectives.items()},
+            "settings": values,
+        }
         write_json(partial / "model.json", description)
 
 
+OF_OBJECTIVES = ("decoder", "prior")
+"""The parts whose objectives are settings of a model: ``CascadeSettings.decoder_objective`` and so on."""
+
+
+def _named(settings: CascadeSettings, part: str) -> Objective:
+    return getattr(settings, f"{part}_objective")
+
+
+def _diffusing(networks: Mapping[str, Any]) -> dict[str, Prior | Decoder]:
+    """The networks that have an objective, by name."""
+    return {name: network for name, network in networks.items() if isinstance(network, Prior | Decoder)}
+
+
+def _implied(network: nn.Module) -> Objective | None:
+    """The objective of a network that is described by what it predicts alone; None if it has none."""
+    return make_objective(network.config.prediction) if isinstance(network, Prior | Decoder) else None
+
+
+def _format_of(objective: Objective | None) -> int:
+    """The oldest format that has words for an objective. Readers of format 1 take every network that does not
+    predict noise for one that predicts the velocity along the published schedule."""
+    if isinstance(objective, NoisePrediction | VelocityPrediction):
+        return 1 if objective.schedule == PUBLISHED_SCHEDULE else 2
+    return 1 if objective is None else 2
+
+
 def read_settings(path: Path) -> tuple[CascadeSettings, list[str]]:
-    """The settings and the names of the parts in a ``model.json``."""
+    """The settings and the names of the parts in a ``model.json``.
+
+    Objectives that it does not name are the published ones here; ``read_parts`` reads them off the networks.
+    """
+    return _read_description(path)[:2]
+
+
+def _read_description(path: Path) -> tuple[CascadeSettings, list[str], dict[str, Objective]]:
+    """Settings, parts and the objectives that are named."""
     try:
         description = migrate(read_json(path), path)
         raw = dict(description["settings"])
         statistics = MapStatistics(**{k: tuple(v) for k, v in raw.pop("map_statistics").items()})
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
-        return CascadeSettings(map_statistics=statistics, **values), list(map(str, description["parts"]))
+        named = {str(k): objective_of_json(v) for k, v in description.get("objectives", {}).items()}
+        of_settings = {f"{part}_objective": named[part] for part in OF_OBJECTIVES if part in named}
+        settings = CascadeSettings(map_statistics=statistics, **values, **of_settings)
+        return settings, list(map(str, description["parts"])), named
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -263,7 +324,7 @@ def read_parts(
     """Settings, parts by name, and where each network came from, of a model that need not be whole."""
     if not (folder / "model.json").is_file():
         raise CheckpointError(f"{folder} is no model folder: it has no model.json; give one that has")
-    settings, names = read_settings(folder / "model.json")
+    settings, names, objectives = _read_description(folder / "model.json")
     parts: dict[str, Any] = {}
     provenance: dict[str, Provenance] = {}
     for name in names:
@@ -278,7 +339,29 @@ def read_parts(
             raise CheckpointError(
                 f"{folder}/model.json names an unknown part {shown(name)}; upgrade wuerstchen"
             )
-    return settings, parts, provenance
+    return _with_objectives(settings, parts, objectives, folder), parts, provenance
+
+
+def _with_objectives(
+    settings: CascadeSettings, parts: Mapping[str, Any], named: Mapping[str, Objective], folder: Path
+) -> CascadeSettings:
+    """The settings with the objectives of models that name none (format 1); checks those that are named."""
+    found: dict[str, Any] = {}
+    for part, network in _diffusing(parts).items():
+        implied = _implied(network)
+        objective = named.get(part, implied)
+        assert objective is not None
+        if objective.kind != network.config.prediction:
+            raise CheckpointError(
+                f"{folder}/model.json says that the {part} has the objective {objective.kind!r}, and its "
+                f"file that it predicts {network.config.prediction!r}; get the model again"
+            )
+        if part not in named and _format_of(implied) > 1:
+            raise CheckpointError(
+                f"{folder}/model.json does not name the objective of its {part}; get the model again"
+            )
+        found[f"{part}_objective"] = objective
+    return dataclasses.replace(settings, **found)
 
 
 def is_native_network(path: Path) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from wuerstchen.diffusion.sampler_table import SAMPLERS, sampler_help
 from wuerstchen.errors import UserError
 
 if TYPE_CHECKING:
@@ -110,8 +111,8 @@ def add_guidance_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prior-steps", type=int, help="steps of Stage C")
     parser.add_argument(
         "--prior-sampler",
-        choices=["ddpm", "dpm"],
-        help="of Stage C: ddpm, as published, or dpm, of second order, for fewer steps",
+        choices=list(SAMPLERS),
+        help=f"of Stage C, fitting the model's objective (the model's own): {sampler_help()}",
     )
 
 

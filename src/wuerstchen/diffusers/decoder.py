@@ -40,6 +40,7 @@ from wuerstchen.diffusers.sampling import (
     check_steps,
     denoise,
     initial_latents,
+    predicts_noise,
     set_timesteps,
     text_rows,
 )
@@ -204,7 +205,8 @@ class WuerstchenDecoderPipeline(DiffusionPipeline):
                 "negative_prompt_embeds": negative,
                 "image_embeddings": maps.to(device, dtype),
             }
-            network = self._recorded(self.decoder, prepare=self.decoder.context)
+            noise = predicts_noise(self.decoder, plain(self.decoder).config.prediction)
+            network = self._recorded(self.decoder, noise, self.decoder.context)
             sample = denoise(self, network, self._steering, state, generator, callbacks)
         if output_type == "latent":
             images = sample

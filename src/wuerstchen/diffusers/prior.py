@@ -34,6 +34,7 @@ from wuerstchen.diffusers.sampling import (
     check_steps,
     denoise,
     initial_latents,
+    predicts_noise,
     set_timesteps,
     text_rows,
 )
@@ -269,7 +270,8 @@ class WuerstchenPriorPipeline(LoraMethods, DiffusionPipeline):
                 "text_encoder_hidden_states": text if negative is None else torch.cat([text, negative]),
                 "negative_prompt_embeds": negative,
             }
-            network = self._recorded(self.prior, prepare=self.prior.context)
+            noise = predicts_noise(self.prior, plain(self.prior).config.prediction)
+            network = self._recorded(self.prior, noise, self.prior.context)
             sample = denoise(self, network, self._steering, state, generator, callbacks)
         self.maybe_free_model_hooks()
         image_embeddings = sample * self.config.latent_mean - self.config.latent_std

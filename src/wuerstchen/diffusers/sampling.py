@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from wuerstchen.diffusers.scheduler import Generators, check_timesteps, draw_normal
+from wuerstchen.diffusion.objective import make_objective, predictions_for_sampling
 from wuerstchen.diffusion.samplers import guided
 from wuerstchen.errors import UserError
 from wuerstchen.runtime.recorder import Recorder
@@ -125,6 +126,20 @@ def initial_latents(
     if tuple(given.shape) != shape:
         raise UserError(f"Unexpected latents shape, got {tuple(given.shape)}, expected {shape}")
     return given.to(device, dtype) * sigma
+
+
+def predicts_noise(network: Any, prediction: str) -> Callable[..., Tensor]:
+    """The network's output as the noise ε̂, which these pipelines and their schedulers work on.
+
+    ``prediction`` is what it predicts. Raises ``UserError`` for a network that no noise follows from.
+    """
+    objective = make_objective(prediction)
+    if objective.path != "variance_preserving":
+        raise UserError(
+            f"a network that predicts {prediction!r} does not fit this pipeline, whose schedulers work on "
+            "noise. Load the model with wuerstchen.load."
+        )
+    return predictions_for_sampling(network, objective)
 
 
 def denoise(

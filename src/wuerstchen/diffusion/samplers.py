@@ -1,32 +1,25 @@
-"""Samplers: short functions from noise to a sample, over any callable that predicts the noise."""
+"""Samplers: short functions from noise to a sample, over any callable that predicts.
+
+All have one signature: ``predict``, the noise to start from, the timesteps, which fall from noise to 0, a
+random generator for each image, the objective that says what a prediction means, and ``on_step``. Those that
+draw no noise leave the generators alone. ``sampler_table.py`` names them.
+"""
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from wuerstchen.diffusion.schedule import CosineSchedule
+from wuerstchen.diffusion.objective import Objective
 from wuerstchen.diffusion.transfer import sent
-from wuerstchen.errors import UserError
 
-PredictNoise = Callable[[Tensor, Tensor], Tensor]
-"""(x: b c h w, t: b) → ε̂: b c h w."""
+Predict = Callable[[Tensor, Tensor], Tensor]
+"""(x: b c h w, t: b) → what the objective takes for a network's output: b c h w."""
 
 OnStep = Callable[[int, Tensor], None]
 """Called after each step with its number (from 0) and the sample."""
-
-
-PriorSampler = Literal["ddpm", "dpm"]
-"""How Stage C goes from noise to a map: by ``ddpm``, or by ``dpm_solver``."""
-
-
-def check_prior_sampler(name: str) -> None:
-    """Raises ``UserError`` for a word that is no ``PriorSampler``."""
-    if name not in get_args(PriorSampler):
-        raise UserError(f"prior_sampler={name!r} is unknown; use one of {', '.join(get_args(PriorSampler))}")
 
 
 def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Float[Tensor, "b ..."]:
@@ -39,8 +32,8 @@ def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator]) -> F
     )
 
 
-def guided(predict: PredictNoise, scale: float) -> PredictNoise:
-    """Classifier-free guidance (arXiv 2207.12598): ε̂ = lerp(ε̂_uncond, ε̂_cond, scale).
+def guided(predict: Predict, scale: float) -> Predict:
+    """Classifier-free guidance (arXiv 2207.12598) of noise or velocity: lerp(uncond, cond, scale).
 
     ``predict`` is asked once a step for a batch of twice the size: the pictures with their condition, then
     the same without. Small networks take hardly longer for both than for one.
@@ -54,11 +47,11 @@ def guided(predict: PredictNoise, scale: float) -> PredictNoise:
 
 
 def ddpm(
-    predict: PredictNoise,
+    predict: Predict,
     x: Float[Tensor, "b c h w"],
     timesteps: Sequence[float],
     generators: Sequence[torch.Generator],
-    schedule: CosineSchedule,
+    objective: Objective,
     on_step: OnStep | None = None,
 ) -> Float[Tensor, "b c h w"]:
     """Ancestral sampling (arXiv 2006.11239, algorithm 2) along ``timesteps``, which fall from noise to 0.
@@ -68,13 +61,14 @@ def ddpm(
     The last step, to t' = 0, adds no noise; it still draws, as the published scheduler does.
     """
     times = sent(torch.tensor(list(timesteps), dtype=torch.float32, device="cpu"), x.device)
-    alpha_bars = schedule.alpha_bar(times)
+    alpha_bars = objective.alpha_bar(times)
     now, then = alpha_bars[:-1], alpha_bars[1:]
     alpha = now / then
     std = ((1 - alpha) * (1 - then) / (1 - now)).sqrt() * (times[1:] != 0)
     loss, left, root = 1 - alpha, (1 - now).sqrt(), alpha.sqrt()
     for step in range(len(times) - 1):
-        noise_pred = predict(x, times[step].expand(len(x)))
+        t = times[step].expand(len(x))
+        noise_pred = objective.to_noise(predict(x, t), x, t)
         mean = (x - loss[step] * noise_pred / left[step]) / root[step]
         x = mean + std[step] * sent(draw_noise(x.shape[1:], generators), x.device, x.dtype)
         if on_step is not None:
@@ -83,17 +77,19 @@ def ddpm(
 
 
 def ddim(
-    predict: PredictNoise,
+    predict: Predict,
     x: Float[Tensor, "b c h w"],
     timesteps: Sequence[float],
-    schedule: CosineSchedule,
+    generators: Sequence[torch.Generator],
+    objective: Objective,
     on_step: OnStep | None = None,
 ) -> Float[Tensor, "b c h w"]:
     """Deterministic sampling (arXiv 2010.02502, equation 12 with η = 0) along falling ``timesteps``."""
     times = sent(torch.tensor(list(timesteps), dtype=torch.float32, device="cpu"), x.device)
-    alpha_bars = schedule.alpha_bar(times)
+    alpha_bars = objective.alpha_bar(times)
     for step in range(len(times) - 1):
-        noise_pred = predict(x, times[step].expand(len(x)))
+        t = times[step].expand(len(x))
+        noise_pred = objective.to_noise(predict(x, t), x, t)
         now, then = alpha_bars[step], alpha_bars[step + 1]
         clean = (x - (1 - now).sqrt() * noise_pred) / now.sqrt()
         x = then.sqrt() * clean + (1 - then).sqrt() * noise_pred
@@ -103,10 +99,11 @@ def ddim(
 
 
 def dpm_solver(
-    predict: PredictNoise,
+    predict: Predict,
     x: Float[Tensor, "b c h w"],
     timesteps: Sequence[float],
-    schedule: CosineSchedule,
+    generators: Sequence[torch.Generator],
+    objective: Objective,
     on_step: OnStep | None = None,
 ) -> Float[Tensor, "b c h w"]:
     """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): deterministic, second order, one prediction a step.
@@ -116,13 +113,14 @@ def dpm_solver(
     for the step before. The first step and the last, which goes to the picture itself, have D = x̂₀.
     """
     times = torch.tensor(list(timesteps), dtype=torch.float32, device="cpu")
-    alpha_bars = schedule.alpha_bar(times.double()).tolist()
+    alpha_bars = objective.alpha_bar(times.double()).tolist()
     logs = [math.log(a / (1 - a)) / 2 for a in alpha_bars]
     times = sent(times, x.device)
     before: Tensor | None = None
     for step in range(len(times) - 1):
         now, then, h = alpha_bars[step], alpha_bars[step + 1], logs[step + 1] - logs[step]
-        noise_pred = predict(x, times[step].expand(len(x)))
+        t = times[step].expand(len(x))
+        noise_pred = objective.to_noise(predict(x, t), x, t)
         clean = (x - math.sqrt(1 - now) * noise_pred) / math.sqrt(now)
         direction = clean
         if before is not None and step + 2 < len(times):
@@ -131,6 +129,26 @@ def dpm_solver(
                 direction = clean + h / (2 * h_before) * (clean - before)
         x = math.sqrt((1 - then) / (1 - now)) * x - math.sqrt(then) * math.expm1(-h) * direction
         before = clean
+        if on_step is not None:
+            on_step(step, x)
+    return x
+
+
+def euler(
+    predict: Predict,
+    x: Float[Tensor, "b c h w"],
+    timesteps: Sequence[float],
+    generators: Sequence[torch.Generator],
+    objective: Objective,
+    on_step: OnStep | None = None,
+) -> Float[Tensor, "b c h w"]:
+    """Euler's method along dx/dt of a linear path (arXiv 2210.02747): x' = x + (t' − t)·v̂, deterministic."""
+    times = torch.tensor(list(timesteps), dtype=torch.float32, device="cpu")
+    steps = (times[1:] - times[:-1]).tolist()
+    times = sent(times, x.device)
+    for step, length in enumerate(steps):
+        t = times[step].expand(len(x))
+        x = x + length * objective.to_velocity(predict(x, t), x, t)
         if on_step is not None:
             on_step(step, x)
     return x

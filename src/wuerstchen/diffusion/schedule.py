@@ -2,20 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from wuerstchen.errors import UserError
-
-Prediction = Literal["noise", "velocity"]
-"""What a network's last layer says of x_t = √ᾱ·x₀ + √(1 − ᾱ)·ε. ``noise`` is ε, as published; ``velocity`` is
-v = √ᾱ·ε − √(1 − ᾱ)·x₀ (arXiv 2202.00512), which keeps its size where hardly any signal is left."""
-
-Weighting = Literal["p2", "velocity"]
-"""Weight of ‖ε̂ − ε‖² in the loss. ``p2`` is 1 − ᾱ, as published; ``velocity`` is 1/ᾱ, that is ‖v̂ − v‖²."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,37 +50,9 @@ class CosineSchedule:
         alpha_bar = self.alpha_bar(t).view(-1, *[1] * (x.ndim - 1))
         return (x - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()
 
-    def p2_weight(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """Loss weight (k + ᾱ/(1 − ᾱ))^−γ of arXiv 2204.00227 with k = γ = 1, which is 1 − ᾱ.
-
-        So it stands in the original's code; the paper prints (1 − ᾱ)/(1 + ᾱ).
-        """
-        return 1 - self.alpha_bar(t)
-
-    def loss_weight(self, t: Float[Tensor, "..."], weighting: Weighting) -> Float[Tensor, "..."]:
-        """What the squared error of ε̂ counts at time t.
-
-        In terms of the picture, ‖x̂₀ − x₀‖² = ‖ε̂ − ε‖²·(1 − ᾱ)/ᾱ counts ᾱ under ``p2`` and 1/(1 − ᾱ) under
-        ``velocity``: the first cares about texture, the second also about what is decided in the noise.
-        """
-        return self.p2_weight(t) if weighting == "p2" else 1 / self.alpha_bar(t)
-
-    def noise_of_velocity(
-        self, x: Float[Tensor, "b ..."], velocity: Float[Tensor, "b ..."], t: Float[Tensor, " b"]
-    ) -> Float[Tensor, "b ..."]:
-        """ε = √ᾱ·v + √(1 − ᾱ)·x_t."""
-        alpha_bar = self.alpha_bar(t).view(-1, *[1] * (x.ndim - 1))
-        return alpha_bar.sqrt() * velocity + (1 - alpha_bar).sqrt() * x
-
-
-def check_prediction(prediction: str) -> None:
-    """Raises ``UserError`` for a word that is no ``Prediction``."""
-    if prediction not in get_args(Prediction):
-        raise UserError(f"prediction={prediction!r} is unknown; use one of {', '.join(get_args(Prediction))}")
-
 
 PUBLISHED_SCHEDULE = CosineSchedule()
-"""Of all published models, and of those trained here."""
+"""Of all published models."""
 
 
 def training_timesteps(u: Float[Tensor, " b"], shift: float = 1.0) -> Float[Tensor, " b"]:

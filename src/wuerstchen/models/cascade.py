@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from wuerstchen.diffusion.samplers import PriorSampler, check_prior_sampler
+from wuerstchen.diffusion.objective import PUBLISHED_OBJECTIVE, Objective
+from wuerstchen.diffusion.sampler_table import check_suits
 from wuerstchen.diffusion.transfer import sent
 from wuerstchen.errors import UserError
 from wuerstchen.models.compressor import Compressor, latent_side
@@ -83,7 +84,8 @@ class CascadeSettings:
     prior_steps: int = 29
     prior_equal_steps: bool = False
     """Whether Stage C's steps are equal, as in v1. v2 gives two thirds of them to the noisiest third."""
-    prior_sampler: PriorSampler = "ddpm"
+    prior_sampler: str = "ddpm"
+    """Of Stage C, by its name in ``diffusion.sampler_table``."""
     prior_guidance: float = 4.0
     decoder_steps: int = 12
     decoder_guidance: float = 1.0
@@ -92,6 +94,10 @@ class CascadeSettings:
     """How far Stage B's steps lean towards noise (``diffusion.schedule.shifted``); 1 is as published."""
     decoder_temperatures: tuple[float, float] = (1.0, 0.6)
     """Of the first and last step of a Stage B on tokens (v1): above 1 bolder, below 1 safer."""
+    prior_objective: Objective = PUBLISHED_OBJECTIVE
+    """What Stage C's output means."""
+    decoder_objective: Objective = PUBLISHED_OBJECTIVE
+    """What Stage B's output means; nothing reads that of one on tokens."""
 
     def __post_init__(self) -> None:
         whole = ("image_size", "size_multiple", "prior_steps", "decoder_steps")
@@ -110,7 +116,7 @@ class CascadeSettings:
         for name in ("text_mask", "prior_equal_steps"):
             if type(getattr(self, name)) is not bool:
                 raise UserError(f"{name} must be true or false; get the model again")
-        check_prior_sampler(self.prior_sampler)
+        check_suits(self.prior_sampler, self.prior_objective.kind, self.prior_objective.path)
         if len(self.decoder_temperatures) != 2 or not all(
             isinstance(t, int | float) and math.isfinite(t) and t > 0 for t in self.decoder_temperatures
         ):
@@ -199,12 +205,28 @@ class Cascade:
                     "get both again"
                 )
 
+        self._check_objectives()
         step = decoder.size_multiple * self.vqgan.config.factor
         if self.settings.size_multiple % step:
             raise UserError(
                 f"size_multiple={self.settings.size_multiple} is no multiple of {step}, which the grids "
                 "of the decoder and the vqgan need; get the model again"
             )
+
+    def _check_objectives(self) -> None:
+        """A network whose output is taken for another thing draws nonsense."""
+        settings = self.settings
+        pairs: list[tuple[str, Prior | Decoder, Objective]] = []
+        if self.prior is not None:
+            pairs.append(("prior", self.prior, settings.prior_objective))
+        if isinstance(self.decoder, Decoder):
+            pairs.append(("decoder", self.decoder, settings.decoder_objective))
+        for part, network, objective in pairs:
+            if network.config.prediction != objective.kind:
+                raise UserError(
+                    f"the {part} predicts {network.config.prediction!r} and {part}_objective is "
+                    f"{objective.kind!r}, so they are not of one model. Get both again."
+                )
 
     def text_encoder_of_decoder(self) -> TextEncoder | None:
         """The text encoder that Stage B reads, None where it takes no text."""

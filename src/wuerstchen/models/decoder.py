@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, Prediction, check_prediction
 from wuerstchen.errors import UserError
 from wuerstchen.models.blocks import Text, run_blocks, texts_for
 from wuerstchen.models.fused.blocks import FactoredMap, factored_map, suits
@@ -63,10 +62,11 @@ class DecoderConfig:
     kernel_size: int = 3
     dropout: float | tuple[float, ...] = 0.1
     """Of all levels, or one for each."""
-    prediction: Prediction = "noise"
+    prediction: str = "noise"
+    """What the network predicts, by the kind of its objective (``diffusion.objective``). ``noise`` has the
+    published output of two parts; all others have a plain one."""
 
     def __post_init__(self) -> None:
-        check_prediction(self.prediction)
         levels = len(self.c_hidden)
         counts = (self.c_in, self.c_out, self.patch_size, self.c_cond)
         if levels < 1 or min(*counts, *self.c_hidden) < 1:
@@ -148,7 +148,8 @@ class DecoderContext:
 
 
 class Decoder(Network):
-    """Predicts the noise in Stage A latents, given the semantic map and, by choice, the text."""
+    """Predicts the noise in Stage A latents, or what else its objective says, given the semantic map and, by
+    choice, the text."""
 
     allows = BlockTraits(shard="network")
 
@@ -250,7 +251,7 @@ class Decoder(Network):
     def output(
         self, x: Float[Tensor, "b c h w"], r: Float[Tensor, " b"], context: DecoderContext
     ) -> Float[Tensor, "b c_last h w"]:
-        """The network's own output, in at least fp32: v̂, or a and b before its sigmoid."""
+        """The network's output, in at least fp32: a and b before its sigmoid, or a plain prediction."""
         r_embed = timestep_embedding(r, self.config.c_r).to(x.dtype)
         maps, texts = iter(context.maps), iter(context.texts)
         inner = layer_norm(pointwise(self.embedding[1], to_channels_last(self.embedding[0](x))))
@@ -275,9 +276,12 @@ class Decoder(Network):
     def forward(
         self, x: Float[Tensor, "b c h w"], r: Float[Tensor, " b"], context: DecoderContext
     ) -> Float[Tensor, "b c h w"]:
-        """The noise ε̂ in the noised latents ``x`` at timesteps ``r`` in [0, 1]."""
-        if self.config.prediction == "velocity":
-            velocity = self.output(x, r, context)
-            return PUBLISHED_SCHEDULE.noise_of_velocity(x.to(velocity.dtype), velocity, r).to(x.dtype)
+        """The network's own prediction for the noised latents ``x`` at timesteps ``r`` in [0, 1].
+
+        With ``prediction="noise"`` that is ε̂ = (x − a)/b (``affine``), in the precision of ``x``. Otherwise
+        it is the output as it is, in at least fp32.
+        """
+        if self.config.prediction != "noise":
+            return self.output(x, r, context)
         a, b = self.affine(x, r, context)
         return ((x.to(a.dtype) - a) / b).to(x.dtype)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, Prediction, check_prediction
 from wuerstchen.errors import UserError
 from wuerstchen.models.blocks import Text, run_blocks, texts_for
 from wuerstchen.models.layers import (
@@ -42,11 +41,12 @@ class PriorConfig:
     depth: int = 32
     nhead: int = 24
     dropout: float = 0.1
-    prediction: Prediction = "noise"
+    prediction: str = "noise"
+    """What the network predicts, by the kind of its objective (``diffusion.objective``). ``noise`` has the
+    published output of two parts; all others have a plain one."""
 
     def __post_init__(self) -> None:
         check_dropout(self.dropout)
-        check_prediction(self.prediction)
         for name, least in (("c_in", 1), ("c", 1), ("c_cond", 1), ("depth", 0)):
             if getattr(self, name) < least:
                 raise UserError(
@@ -60,7 +60,7 @@ class PriorConfig:
 
 
 class Prior(Network):
-    """Predicts the noise in a semantic map, given the text.
+    """Predicts the noise in a semantic map, or what else its objective says, given the text.
 
     The text's keys and values do not depend on the step: ``context`` computes them once for a prompt and
     ``forward`` takes them.
@@ -110,13 +110,17 @@ class Prior(Network):
         r: Float[Tensor, " b"],
         context: Sequence[Text],
     ) -> Float[Tensor, "b c h w"]:
-        """The noise ε̂ in the noised map ``x`` at timesteps ``r`` in [0, 1]."""
+        """The network's own prediction for the noised map ``x`` at timesteps ``r`` in [0, 1].
+
+        With ``prediction="noise"`` that is ε̂ = (x − a)/(|1 − b| + 1e-5) of the output's parts a and b, in the
+        precision of ``x``; otherwise it is the output as it is, in at least fp32.
+        """
         r_embed = timestep_embedding(r, self.config.c_r).to(x.dtype)
         texts = iter(context)
         inner = pointwise(self.projection, to_channels_last(x))
         inner = run_blocks(self.blocks, inner, r_embed, texts)
         output = exact_output(self.out[1], inner, x.dtype)
-        if self.config.prediction == "velocity":
-            return PUBLISHED_SCHEDULE.noise_of_velocity(x.to(output.dtype), output, r).to(x.dtype)
+        if self.config.prediction != "noise":
+            return output
         a, b = output.chunk(2, dim=1)
         return ((x.to(a.dtype) - a) / ((1 - b).abs() + 1e-5)).to(x.dtype)

@@ -2,12 +2,12 @@
 
 import re
 import secrets
-from typing import Any, get_args
+from typing import Any
 
 from wuerstchen.serve.decoding import Upload
 from wuerstchen.serve.jobs import Job, Shape
 from wuerstchen.serve.limits import ServeConfig
-from wuerstchen.serve.schemas import MAX_SEED, ImageRequest, JobRequest, Sampler
+from wuerstchen.serve.schemas import MAX_SEED, ImageRequest, JobRequest
 from wuerstchen.serve.service import Refused
 from wuerstchen.version import __version__
 
@@ -52,7 +52,7 @@ def model_view(config: ServeConfig, about: dict[str, Any]) -> dict[str, Any]:
             "upload_bytes": config.upload_bytes,
             "result_seconds": config.result_seconds,
         },
-        "samplers": list(get_args(Sampler)),
+        "samplers": about["samplers"],
         "can": about["can"],
         "examples": about["examples"],
         "image_note": about["image_note"],
@@ -81,6 +81,13 @@ def make_job(
         steps = getattr(request, name)
         if steps is not None and steps > config.max_steps:
             raise _too_large(name, steps, config.max_steps)
+    if request.prior_sampler is not None and request.prior_sampler not in about["samplers"]:
+        raise Refused(
+            400,
+            f"prior_sampler {request.prior_sampler!r} does not suit this model. Use "
+            f"{' or '.join(about['samplers'])}.",
+            param="prior_sampler",
+        )
     width, height = _size(request, config, about)
     if not draws and width != height:
         raise Refused(

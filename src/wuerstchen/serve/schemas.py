@@ -2,8 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic_core import CoreSchema, PydanticCustomError
 
+from wuerstchen.diffusion.sampler_table import SAMPLERS
 from wuerstchen.serve.jobs import Kind, State
 
 MAX_SEED = 2**32 - 1
@@ -14,8 +16,24 @@ Steps = Annotated[int, Field(ge=1, le=1000)]
 Side = Annotated[int, Field(ge=8, le=2**16)]
 Text = Annotated[str, Field(max_length=100_000)]
 
-Sampler = Literal["ddpm", "dpm"]
-"""As ``diffusion.samplers.PriorSampler``, which would bring torch."""
+
+class _OfTheTable:
+    """Says in the schema which samplers there are, when the schema is made."""
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {**handler(schema), "enum": list(SAMPLERS)}
+
+
+def _in_the_table(name: str) -> str:
+    if name not in SAMPLERS:
+        names = " or ".join(map(repr, SAMPLERS))
+        raise PydanticCustomError("sampler", "Input should be {names}", {"names": names})
+    return name
+
+
+Sampler = Annotated[str, AfterValidator(_in_the_table), _OfTheTable()]
 
 
 class _Request(BaseModel):
@@ -47,6 +65,7 @@ class JobRequest(_Request):
     guidance: Guidance | None = None
     prior_steps: Steps | None = None
     prior_sampler: Sampler | None = None
+    """One that suits the model: those in ``samplers`` of ``GET /v1/model``."""
     decoder_steps: Steps | None = None
     image: str | None = None
     """PNG, JPEG or WebP, in base64 or as data: URL. Of ``reconstruct``; of ``generate``, what Stage C begins
@@ -180,6 +199,7 @@ class ModelView(BaseModel):
     defaults: dict[str, float | int | str]
     limits: ModelLimits
     samplers: list[str]
+    """Those that suit the model's Stage C, its objective's default first."""
     can: dict[str, bool]
     examples: list[str]
     image_note: str | None

@@ -117,6 +117,7 @@ class _Worker:
         """The model, as ``GET /v1/model`` tells, without what the service knows by itself."""
         from wuerstchen import doctor
         from wuerstchen.checkpoints.hub import PHOTO_NOTE, is_bundled
+        from wuerstchen.diffusion.sampler_table import samplers_for
         from wuerstchen.models.cascade import MAX_SIDES, MIN_SIDE, SIDE_STEP
         from wuerstchen.pipeline import Sampling
         from wuerstchen.recipes.mini import PROMPTS
@@ -137,6 +138,7 @@ class _Worker:
                 for name, value in self.model.settings_of(Sampling()).items()
                 if name in ("guidance", "prior_steps", "prior_sampler", "decoder_steps")
             },
+            "samplers": samplers_for(cascade.settings.prior_objective.path),
             "can": {
                 "generate": draws,
                 "reconstruct": reads,

@@ -34,10 +34,10 @@ _STAGES = {
         "refine_redrawn"
     ),
     "stage_b": _words(
-        "loss_weight label_smoothing time_shift map_dropout map_noise caption_dropout previewer_rate "
-        "refine_images refine_rate refine_shift max_ratio"
+        "loss_weight label_smoothing time_shift time_density map_dropout map_noise caption_dropout "
+        "previewer_rate refine_images refine_rate refine_shift max_ratio"
     ),
-    "stage_c": _words("loss_weight time_shift caption_dropout blend max_ratio"),
+    "stage_c": _words("loss_weight time_shift time_density caption_dropout blend max_ratio"),
 }
 _PHASE = frozenset({"max_ratio"})
 _RUN = _words(

@@ -5,7 +5,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from wuerstchen.diffusion.schedule import Weighting
+from wuerstchen.diffusion.flow import TimeDensity
+from wuerstchen.diffusion.objective import LossWeight, check_prediction
 from wuerstchen.errors import UserError
 from wuerstchen.models.compressor import CompressorConfig
 from wuerstchen.models.decoder import DecoderConfig
@@ -191,12 +192,15 @@ class StageBConfig:
     within a few hundred updates, and the map is the same for every picture from then on."""
     frozen_stride: int = 1
     """The backbone's layers down to this stride stay as they are; 8 halves the cost of training it."""
-    loss_weight: Weighting = "p2"
-    """Of a decoder of latents (v2)."""
+    loss_weight: LossWeight = "p2"
+    """Of a decoder of latents (v2) that predicts noise or velocity; flow matching weighs no errors."""
     label_smoothing: float = 0.1
     """Of a decoder of tokens (v1): the share of the aim that is spread evenly over all of them."""
     time_shift: float = 1.0
-    """How far training times are moved towards noise (``diffusion.schedule.shifted``); 1 is as published."""
+    """How far training times are moved towards noise (``diffusion.schedule.shifted``, or of flow matching
+    ``diffusion.flow.flow_shifted``); 1 is as published."""
+    time_density: TimeDensity = "logit_normal"
+    """Which times flow matching trains how often (``diffusion.flow.flow_times``)."""
     map_dropout: float = 0.05
     """Share of the pictures whose map is zeroed."""
     map_noise: float = 0.3
@@ -243,9 +247,13 @@ class StageCConfig:
     """Further phases, in order."""
     blend: float = 1.0
     """Share of the last phase's averaged weights in the prior; the rest is of the phase before it."""
-    loss_weight: Weighting = "p2"
+    loss_weight: LossWeight = "p2"
+    """Of a prior that predicts noise or velocity; flow matching weighs no errors."""
     time_shift: float = 1.0
-    """How far training times are moved towards noise (``diffusion.schedule.shifted``); 1 is as published."""
+    """How far training times are moved towards noise (``diffusion.schedule.shifted``, or of flow matching
+    ``diffusion.flow.flow_shifted``); 1 is as published."""
+    time_density: TimeDensity = "logit_normal"
+    """Which times flow matching trains how often (``diffusion.flow.flow_times``)."""
     caption_dropout: float = 0.05
     """Share of the pictures trained without their caption, for classifier-free guidance."""
 
@@ -423,6 +431,7 @@ class Recipe:
                 "previewer.c_in; give all four the same number"
             )
         self._check_learnable()
+        self._check_predictions()
         self._check_decoder()
         self._check_sizes()
 
@@ -434,6 +443,11 @@ class Recipe:
             every = network.dropout if isinstance(network.dropout, tuple) else (network.dropout,)
             if max(every) == 1:
                 raise UserError(f"{part}.dropout={network.dropout} must be below 1 to train; 0.1 is common")
+
+    def _check_predictions(self) -> None:
+        check_prediction(self.prior.prediction)
+        if not isinstance(self.decoder, PaellaConfig):
+            check_prediction(self.decoder.prediction)
 
     def trains(self, stage: str) -> bool:
         """Whether the stage with this short or full name is trained."""
@@ -552,7 +566,14 @@ with ``acceleration``, ``sharding`` and the number of processes, to rounding. ``
 only places: what is in them has a fingerprint."""
 
 
-_ADDED = {"stage_b.max_ratio": 1.0, "stage_c.max_ratio": 1.0, "image_column": "", "text_column": ""}
+_ADDED = {
+    "stage_b.max_ratio": 1.0,
+    "stage_c.max_ratio": 1.0,
+    "stage_b.time_density": "logit_normal",
+    "stage_c.time_density": "logit_normal",
+    "image_column": "",
+    "text_column": "",
+}
 """Fields that runs of earlier versions lack, with what they did."""
 
 

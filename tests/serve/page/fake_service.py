@@ -172,7 +172,7 @@ class FakeService:
                 "result_seconds": self.result_seconds,
             },
             "image_note": self.image_note,
-            "samplers": ["ddpm", "dpm"],
+            "samplers": ["ddpm", "dpm", "ddim"],
             "can": self.can,
             "examples": EXAMPLES,
         }

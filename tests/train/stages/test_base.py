@@ -27,7 +27,7 @@ from wuerstchen.train.feed.images import Batch, Feed, batches
 from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.initial_weights import Parts, Start
 from wuerstchen.train.precision import with_half_matrices
-from wuerstchen.train.stages.base import Run, cascade_settings, diffusion_loss, in_pieces
+from wuerstchen.train.stages.base import Run, cascade_settings, in_pieces
 from wuerstchen.train.stages.decoder import DECODER_STAGE, StageB, StageBRefinement
 from wuerstchen.train.stages.decoding import Decoding
 from wuerstchen.train.stages.prior import StageC, measure_map, needs
@@ -58,16 +58,6 @@ def losses_of(stage, batch: Batch):
     with torch.no_grad():
         inputs = stage.prepare(batch, CPU)
     return stage.losses({"images": batch.images, **inputs}, random_of(batch))
-
-
-def test_diffusion_loss_in_numpy():
-    predicted, noise = torch.randn(2, 3, 3, 2, 2)
-    t = torch.tensor([0.1, 0.5, 0.9])
-    alpha_bar = CosineSchedule().alpha_bar(t.double()).numpy()
-    errors = ((predicted - noise).double().numpy() ** 2).mean((1, 2, 3))
-    for weighting, weights in (("p2", 1 - alpha_bar), ("velocity", 1 / alpha_bar)):
-        loss = diffusion_loss(predicted, noise, t, weighting).item()
-        assert loss == pytest.approx((weights * errors).mean(), rel=1e-5)
 
 
 def test_crops_stay_inside_and_differ():

@@ -6,7 +6,7 @@ const CONTROLS = /[\u0000-\u0009\u000b-\u001f\u007f]/g; // all but a line's end
 const ANY = {
   size: { min: 1, max_side: 16384, multiple: 1, max_pixels: 2 ** 28 },
   limits: { count: 1000, prompt_chars: 10000, steps: 1000 },
-  samplers: ["ddpm", "dpm"],
+  samplers: { includes: (value) => typeof value === "string" && /^[a-z0-9_]{1,40}$/.test(value) }, // the model has them
 };
 
 /** In the order in which people read them. */

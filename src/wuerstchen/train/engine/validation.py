@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from wuerstchen.data.open import open_source
 from wuerstchen.data.plan import generator, items_at
 from wuerstchen.data.prepared import PreparedSet
-from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE
+from wuerstchen.diffusion.objective import Objective
 from wuerstchen.errors import DataError
-from wuerstchen.train.config import StageBConfig, StageCConfig, StoredTexts
+from wuerstchen.train.config import StoredTexts
 from wuerstchen.train.feed.images import Batch
 from wuerstchen.train.feed.prepared import HeldOutMaps, StoredBatch
 from wuerstchen.train.feed.random import ImageRandom
@@ -37,14 +37,14 @@ _PAUSE = 20  # times as long as it takes, between two at checkpoints: at most a 
 
 @runtime_checkable
 class Denoising(Protocol):
-    """A stage that predicts noise."""
+    """A stage that learns by a diffusion objective."""
 
-    config: StageBConfig | StageCConfig
+    objective: Objective
     denoises: str
     """The input that is noised, by its name in ``Inputs``."""
 
     def predict(self, averages: dict[str, nn.Module], inputs: Inputs, x: Tensor, t: Tensor) -> Tensor:
-        """The noise in ``x`` (b, c, h, w) at the times ``t`` (b,), by the averaged weights."""
+        """What the network with the averaged weights makes of ``x`` (b, c, h, w) at the times ``t`` (b,)."""
         ...
 
 
@@ -155,9 +155,9 @@ class Validation:
 
     @torch.no_grad()
     def __call__(self, averages: dict[str, nn.Module]) -> dict[str, list[float | None] | float | None]:
-        """The mean of ‖ε̂ − ε‖² / n in each bin of time, unweighted, as ``bins``, or of the cross entropy of
-        tokens; and as ``loss`` the mean over bins with the stage's own weights: its training loss with all
-        times equally likely, and nothing disturbed or dropped.
+        """The mean error of the stage's objective in each bin of time, unweighted, as ``bins``, or of the
+        cross entropy of tokens; and as ``loss`` the mean over bins with the stage's own weights: its training
+        loss with all times equally likely, and nothing disturbed or dropped.
 
         None stands for what is not finite. The first call also prepares the pictures, which takes longer.
         """
@@ -190,10 +190,10 @@ class Validation:
                 return torch.stack([errors.sum(), losses.sum()])
             clean = inputs[stage.denoises]
             noise = ImageRandom(_SEED, numbers).normal(f"validation {k}", clean.shape[1:])
-            predicted = stage.predict(averages, inputs, PUBLISHED_SCHEDULE.add_noise(clean, noise, t), t)
-        errors = (predicted.float() - noise).square().flatten(1).mean(1)
-        losses = errors * PUBLISHED_SCHEDULE.loss_weight(t, stage.config.loss_weight)
-        return torch.stack([errors.sum(), losses.sum()])
+            objective = stage.objective
+            output = stage.predict(averages, inputs, objective.noised(clean, noise, t), t)
+        errors = objective.errors(output, clean, noise, t)
+        return torch.stack([errors.sum(), (errors * objective.weight(t)).sum()])
 
 
 def _times() -> Tensor:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from wuerstchen.data.prepared import PreparedSet
 from wuerstchen.data.sources import Source
-from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, Weighting
+from wuerstchen.diffusion.objective import Objective, make_objective
+from wuerstchen.diffusion.sampler_table import samplers_for
 from wuerstchen.models.cascade import CascadeSettings, MapStatistics
 from wuerstchen.models.paella import PaellaConfig
 from wuerstchen.models.text import TextEncoder, TextStates
@@ -275,15 +276,14 @@ def in_pieces(
     return {name: torch.cat([part[name] for part in made]) for name in made[0]}
 
 
-def diffusion_loss(
-    predicted: Float[Tensor, "b c h w"],
-    noise: Float[Tensor, "b c h w"],
-    t: Float[Tensor, " b"],
-    weighting: Weighting,
-) -> Float[Tensor, ""]:
-    """Mean over pictures of w(t) · ‖ε̂ − ε‖² / n, with w by ``CosineSchedule.loss_weight``."""
-    errors = (predicted.float() - noise).square().flatten(1).mean(1)
-    return (errors * PUBLISHED_SCHEDULE.loss_weight(t, weighting)).mean()
+def objective_of(prediction: str, config: StageBConfig | StageCConfig) -> Objective:
+    """The objective of a stage whose network predicts ``prediction``."""
+    return make_objective(
+        prediction,
+        loss_weight=config.loss_weight,
+        time_shift=config.time_shift,
+        time_density=config.time_density,
+    )
 
 
 @runtime_checkable
@@ -335,8 +335,17 @@ def cascade_settings(
     """The settings of the model that a recipe makes; those that no recipe has are of the model at its
     ``start``, if there is one."""
     settings = start or CascadeSettings()
+    objectives = {"prior": settings.prior_objective, "decoder": settings.decoder_objective}
+    if "c" in recipe.stages:
+        objectives["prior"] = objective_of(recipe.prior.prediction, recipe.stage_c)
+    if "b" in recipe.stages and not isinstance(recipe.decoder, PaellaConfig):
+        objectives["decoder"] = objective_of(recipe.decoder.prediction, recipe.stage_b)
+    fitting = samplers_for(objectives["prior"].path)
     return dataclasses.replace(
         settings,
+        prior_objective=objectives["prior"],
+        decoder_objective=objectives["decoder"],
+        prior_sampler=settings.prior_sampler if settings.prior_sampler in fitting else fitting[0],
         prior_equal_steps=settings.prior_equal_steps or isinstance(recipe.decoder, PaellaConfig),  # v1
         image_size=recipe.image_size,
         # 128 pixels are three positions of the map; the decoder's levels may need more.

@@ -5,7 +5,7 @@ import dataclasses
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, training_timesteps
+from wuerstchen.diffusion.objective import Objective
 from wuerstchen.models.compressor import Compressor
 from wuerstchen.models.decoder import Decoder, DecoderConfig
 from wuerstchen.models.paella import Paella, PaellaConfig
@@ -18,8 +18,8 @@ from wuerstchen.train.stages.base import (
     NamedPhase,
     Run,
     StageKind,
-    diffusion_loss,
     numbered,
+    objective_of,
     sides_multiple,
 )
 from wuerstchen.train.stages.decoding import DecoderAndCompressor, Decoding, OnFinishedMap, WithCompressor
@@ -31,6 +31,10 @@ class _Latents(Decoding):
 
     denoises = "latents"
 
+    @property
+    def objective(self) -> Objective:
+        return objective_of(self.recipe.decoder.prediction, self.config)
+
     def targets(self, pixels: Float[Tensor, "b 3 h w"]) -> Inputs:
         return {"latents": self.vqgan.encode(pixels).float()}
 
@@ -41,10 +45,11 @@ class _Latents(Decoding):
         latents = inputs["latents"]
         states, mask = self.text_of(inputs, random)
         context = decoder.context(self.disturb(z, random), tuple(latents.shape[2:]), states, mask, once=True)
-        t = training_timesteps(random.uniform("time"), self.config.time_shift)
+        objective = self.objective
+        t = objective.times(random.uniform("time"))
         noise = random.normal("noise", latents.shape[1:])
-        predicted = decoder(PUBLISHED_SCHEDULE.add_noise(latents, noise, t), t, context)
-        return diffusion_loss(predicted, noise, t, self.config.loss_weight), {}
+        output = decoder(objective.noised(latents, noise, t), t, context)
+        return objective.loss(output, latents, noise, t).mean(), {}
 
     def predict(self, averages: dict[str, nn.Module], inputs: Inputs, x: Tensor, t: Tensor) -> Tensor:
         decoder, z = self.decoder_and_map(averages, inputs)

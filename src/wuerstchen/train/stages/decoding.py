@@ -12,7 +12,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE
+from wuerstchen.diffusion.schedule import CosineSchedule
 from wuerstchen.errors import UserError
 from wuerstchen.images import to_images
 from wuerstchen.models.cascade import PUBLISHED_MAP, Cascade
@@ -36,6 +36,9 @@ from wuerstchen.train.stages.base import (
     in_pieces,
     with_captions_dropped,
 )
+
+MAP_NOISE = CosineSchedule()
+"""How the map is noised for Stage B, whatever the objectives of Stages B and C are."""
 
 
 class DecoderAndCompressor(nn.Module):
@@ -82,7 +85,7 @@ class Decoding:
         The noise has the map's own scale: its BatchNorm keeps every channel near unit variance.
         """
         config = self.config
-        noised = PUBLISHED_SCHEDULE.add_noise(
+        noised = MAP_NOISE.add_noise(
             z, random.normal("map noise", z.shape[1:]), random.uniform("map time") / 2
         )
         u = random.uniform("map choice")[:, None, None, None]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from wuerstchen.checkpoints.average import weighted_average
 from wuerstchen.data.plan import stable_hash
 from wuerstchen.data.prepared import PreparedSet
-from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE, training_timesteps
+from wuerstchen.diffusion.objective import Objective
 from wuerstchen.errors import DataError, UserError
 from wuerstchen.models.cascade import Cascade, MapStatistics
 from wuerstchen.models.compressor import Compressor, compressor_input
@@ -32,11 +32,11 @@ from wuerstchen.train.stages.base import (
     NamedPhase,
     Run,
     StageKind,
-    diffusion_loss,
     encoded_captions,
     full_precision,
     in_pieces,
     numbered,
+    objective_of,
     text_inputs,
     with_captions_dropped,
 )
@@ -118,14 +118,19 @@ class StageC:
         x = self.statistics.normalise(batch.maps.to(device).float())
         return {"x": x, **text_inputs(batch.texts(self.text_encoder, device), self.recipe)}
 
+    @property
+    def objective(self) -> Objective:
+        return objective_of(self.recipe.prior.prediction, self.config)
+
     def losses(self, inputs: Inputs, random: ImageRandom) -> Losses:
         x = inputs["x"]
         states, mask = with_captions_dropped(self.no_text, inputs, random, self.config.caption_dropout)
-        t = training_timesteps(random.uniform("time"), self.config.time_shift)
+        objective = self.objective
+        t = objective.times(random.uniform("time"))
         noise = random.normal("noise", x.shape[1:])
         context = self.prior.context(states, mask, once=True)
-        predicted = self.prior(PUBLISHED_SCHEDULE.add_noise(x, noise, t), t, context)
-        yield "prior", diffusion_loss(predicted, noise, t, self.config.loss_weight), {}
+        output = self.prior(objective.noised(x, noise, t), t, context)
+        yield "prior", objective.loss(output, x, noise, t).mean(), {}
 
     def check(self, values: dict[str, float]) -> None:
         pass

@@ -11,7 +11,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
-from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE
 from wuerstchen.images import to_images
 from wuerstchen.models.cascade import PUBLISHED_MAP, Cascade
 from wuerstchen.models.compressor import compressor_input
@@ -215,6 +214,7 @@ class StageARefinement(_Pictures):
         self.optimization = refining(config)
         self.recipe = recipe
         self.decoder = stage_b.decoder.eval().requires_grad_(False)
+        self.objective = stage_b.settings.decoder_objective
         self.compressor = stage_b.compressor.eval().requires_grad_(False)
         self.text_encoder = text_encoder if stage_b.decoder.config.clip_embd is not None else None
         self.captions = self.text_encoder is not None
@@ -235,8 +235,8 @@ class StageARefinement(_Pictures):
         for t in _REDRAWN_FROM:
             times = torch.full((len(latents),), t, dtype=torch.float32, device=device)
             noise = random.normal(f"noise at {t}", latents.shape[1:])
-            x = PUBLISHED_SCHEDULE.add_noise(redrawn, noise, times)
-            redrawn = PUBLISHED_SCHEDULE.clean(x, self.decoder(x, times, context).float(), times)
+            x = self.objective.noised(redrawn, noise, times)
+            redrawn = self.objective.to_clean(self.decoder(x, times, context).float(), x, times)
         return {"latents": latents, "redrawn": redrawn}
 
     def _frozen(self, pixels: Float[Tensor, "b 3 h w"]) -> Inputs:

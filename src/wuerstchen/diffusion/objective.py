@@ -1,0 +1,381 @@
+"""What a diffusion network learns, and what its output means.
+
+An ``Objective`` is a path from image to noise × what the network predicts of it × the weight of its errors ×
+the times that are trained. A model keeps those of Stages B and C in ``model.json``. Networks know none of it:
+they return their own output, and training, validation and samplers ask the objective what that says.
+
+To add an objective, write a subclass with a ``kind`` of its own and add it to ``OBJECTIVES``.
+"""
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from wuerstchen.diffusion.flow import TimeDensity, flow_times, flow_timesteps
+from wuerstchen.diffusion.schedule import CosineSchedule, training_timesteps, uniform_timesteps
+from wuerstchen.errors import UserError, shown
+
+LossWeight = Literal["p2", "velocity"]
+"""Weight of ‖ε̂ − ε‖² in the loss of the objectives ``noise`` and ``velocity``: ``p2`` is 1 − ᾱ, as published;
+``velocity`` is 1/ᾱ, that is ‖v̂ − v‖²."""
+
+
+def _mean_square(difference: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
+    return difference.square().flatten(1).mean(1)
+
+
+def _columns(t: Float[Tensor, " b"], x: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
+    return t.view(-1, *[1] * (x.ndim - 1))
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{name} must be a finite number, got {shown(value)}.")
+    return value
+
+
+def _check_choice(name: str, value: Any, kind: Any) -> None:
+    if value not in get_args(kind):
+        raise UserError(f"{name} must be one of {', '.join(get_args(kind))}, got {shown(value)}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective(ABC):
+    """What is common to all objectives. ``x0`` are clean images or latents, ``t`` a time in [0, 1] for each.
+
+    Two objectives are equal if outputs mean the same for both: the weights of errors and the times that were
+    trained are left out.
+    """
+
+    kind: ClassVar[str]
+    """Its name in ``model.json``, and in ``prediction`` of a network's configuration."""
+    path: ClassVar[str]
+    """How noise is mixed in, which decides the samplers that fit: ``variance_preserving`` or ``linear``."""
+
+    time_shift: float = field(default=1.0, compare=False)
+    """How far training times are moved towards noise; 1 is not at all."""
+
+    def __post_init__(self) -> None:
+        """Raises ``UserError`` for values that cannot be trained with."""
+        if not 0 < _number("time_shift", self.time_shift) <= 100:
+            raise UserError(
+                f"time_shift must be above 0 and at most 100, got {self.time_shift}. Use 1 for none."
+            )
+
+    @abstractmethod
+    def times(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """Times to train at, from ``u`` uniform in [0, 1)."""
+
+    @abstractmethod
+    def scales(self, t: Float[Tensor, "..."]) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
+        """The factors of the signal and of the noise in x_t."""
+
+    @abstractmethod
+    def errors(
+        self,
+        output: Float[Tensor, "b ..."],
+        x0: Float[Tensor, "b ..."],
+        noise: Float[Tensor, "b ..."],
+        t: Float[Tensor, " b"],
+    ) -> Float[Tensor, " b"]:
+        """The mean squared error of each image, before it is weighted."""
+
+    @abstractmethod
+    def weight(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """What an error at time t counts in the loss."""
+
+    @abstractmethod
+    def to_clean(
+        self, output: Float[Tensor, "b ..."], x_t: Float[Tensor, "b ..."], t: Float[Tensor, " b"]
+    ) -> Float[Tensor, "b ..."]:
+        """The predicted image x̂₀."""
+
+    @abstractmethod
+    def to_noise(
+        self, output: Float[Tensor, "b ..."], x_t: Float[Tensor, "b ..."], t: Float[Tensor, " b"]
+    ) -> Float[Tensor, "b ..."]:
+        """The predicted noise ε̂."""
+
+    @abstractmethod
+    def timesteps(self, steps: int, shift: float = 1.0) -> list[float]:
+        """``steps + 1`` times from 1 to 0, in equal steps but for the ``shift`` towards noise."""
+
+    def noised(
+        self, x0: Float[Tensor, "b ..."], noise: Float[Tensor, "b ..."], t: Float[Tensor, " b"]
+    ) -> Float[Tensor, "b ..."]:
+        """x_t, what the network sees."""
+        signal, sigma = (_columns(factor, x0) for factor in self.scales(t))
+        return signal * x0 + sigma * noise
+
+    def loss(
+        self,
+        output: Float[Tensor, "b ..."],
+        x0: Float[Tensor, "b ..."],
+        noise: Float[Tensor, "b ..."],
+        t: Float[Tensor, " b"],
+    ) -> Float[Tensor, " b"]:
+        """The weighted error of each image. ``output`` is what the network made of
+        ``noised(x0, noise, t)``."""
+        return self.errors(output, x0, noise, t) * self.weight(t)
+
+    def alpha_bar(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """The fraction of x_t's variance that is signal, for data of unit variance."""
+        signal, sigma = self.scales(t)
+        return signal**2 / (signal**2 + sigma**2)
+
+    def to_velocity(
+        self, output: Float[Tensor, "b ..."], x_t: Float[Tensor, "b ..."], t: Float[Tensor, " b"]
+    ) -> Float[Tensor, "b ..."]:
+        """ε̂ − x̂₀, which is dx/dt on a linear path."""
+        return self.to_noise(output, x_t, t) - self.to_clean(output, x_t, t)
+
+    def for_sampling(self) -> "Objective":
+        """The objective in whose terms predictions are guided and sampled: itself, or the noise prediction on
+        the same path.
+
+        ``predictions_for_sampling`` brings a network's output to it.
+        """
+        return self
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it as JSON holds it; ``objective_of_json`` reads it."""
+        return {"kind": self.kind, **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CosinePath(Objective):
+    """x_t = √ᾱ·x₀ + √(1 − ᾱ)·ε along a cosine schedule; errors are those of the noise."""
+
+    path: ClassVar[str] = "variance_preserving"
+
+    schedule: CosineSchedule = field(default_factory=CosineSchedule)
+    loss_weight: LossWeight = field(default="p2", compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_choice("loss_weight", self.loss_weight, LossWeight)
+
+    def times(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """As published (``schedule.training_timesteps``), moved by ``time_shift``."""
+        return training_timesteps(u, self.time_shift)
+
+    def scales(self, t: Float[Tensor, "..."]) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
+        alpha_bar = self.schedule.alpha_bar(t)
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+    def alpha_bar(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        return self.schedule.alpha_bar(t)
+
+    def weight(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """1 − ᾱ under ``p2``, 1/ᾱ under ``velocity``.
+
+        The first is (k + ᾱ/(1 − ᾱ))^−γ of arXiv 2204.00227 with k = γ = 1, as it stands in the original's
+        code; the paper prints (1 − ᾱ)/(1 + ᾱ). In terms of the image, ‖x̂₀ − x₀‖² = ‖ε̂ − ε‖²·(1 − ᾱ)/ᾱ counts
+        ᾱ under ``p2`` and 1/(1 − ᾱ) under ``velocity``: the first cares about texture, the second also about
+        what is decided in the noise.
+        """
+        alpha_bar = self.schedule.alpha_bar(t)
+        return 1 - alpha_bar if self.loss_weight == "p2" else 1 / alpha_bar
+
+    def to_clean(
+        self, output: Float[Tensor, "b ..."], x_t: Float[Tensor, "b ..."], t: Float[Tensor, " b"]
+    ) -> Float[Tensor, "b ..."]:
+        return self.schedule.clean(x_t, self.to_noise(output, x_t, t), t)
+
+    def timesteps(self, steps: int, shift: float = 1.0) -> list[float]:
+        return uniform_timesteps(steps, shift)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoisePrediction(_CosinePath):
+    """The published objective: the network predicts ε."""
+
+    kind: ClassVar[str] = "noise"
+
+    def errors(
+        self,
+        output: Float[Tensor, "b ..."],
+        x0: Float[Tensor, "b ..."],
+        noise: Float[Tensor, "b ..."],
+        t: Float[Tensor, " b"],
+    ) -> Float[Tensor, " b"]:
+        """‖ε̂ − ε‖² / n."""
+        return _mean_square(output - noise)
+
+    def to_noise(
+        self, output: Float[Tensor, "b ..."], x_t: Float[Tensor, "b ..."], t: Float[Tensor, " b"]
+    ) -> Float[Tensor, "b ..."]:
+        return output
+
+
+@dataclass(frozen=True, kw_only=True)
+class VelocityPrediction(_CosinePath):
+    """The network predicts v = √ᾱ·ε − √(1 − ᾱ)·x₀ (arXiv 2202.00512), which keeps its size where hardly any
+    signal is left."""
+
+    kind: ClassVar[str] = "velocity"
+
+    def errors(
+        self,
+        output: Float[Tensor, "b ..."],
+        x0: Float[Tensor, "b ..."],
+        noise: Float[Tensor, "b ..."],
+        t: Float[Tensor, " b"],
+    ) -> Float[Tensor, " b"]:
+        """‖ε̂ − ε‖² / n, of the noise that the velocity says; it is ᾱ·‖v̂ − v‖² / n."""
+        return _mean_square(self.to_noise(output, self.noised(x0, noise, t), t) - noise)
+
+    def to_noise(
+        self, output: Float[Tensor, "b ..."], x_t: Float[Tensor, "b ..."], t: Float[Tensor, " b"]
+    ) -> Float[Tensor, "b ..."]:
+        """ε = √ᾱ·v + √(1 − ᾱ)·x_t."""
+        signal, sigma = (_columns(factor, x_t) for factor in self.scales(t))
+        return signal * output + sigma * x_t
+
+    def for_sampling(self) -> Objective:
+        """Its noise, on which the models of this kind have always been guided and sampled."""
+        return NoisePrediction(schedule=self.schedule)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowMatching(Objective):
+    """The network predicts ε − x₀, the velocity of the straight line x_t = (1 − t)·x₀ + t·ε (``flow.py``).
+
+    Its squared error is not weighted; ``time_density`` says which times are trained how often.
+    """
+
+    kind: ClassVar[str] = "flow"
+    path: ClassVar[str] = "linear"
+
+    time_density: TimeDensity = field(default="logit_normal", compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_choice("time_density", self.time_density, TimeDensity)
+
+    def times(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        return flow_times(u, self.time_density, self.time_shift)
+
+    def scales(self, t: Float[Tensor, "..."]) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
+        return 1 - t, t
+
+    def errors(
+        self,
+        output: Float[Tensor, "b ..."],
+        x0: Float[Tensor, "b ..."],
+        noise: Float[Tensor, "b ..."],
+        t: Float[Tensor, " b"],
+    ) -> Float[Tensor, " b"]:
+        """‖v̂ − (ε − x₀)‖² / n."""
+        return _mean_square(output - (noise - x0))
+
+    def weight(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        return torch.ones_like(t)
+
+    def to_clean(
+        self, output: Float[Tensor, "b ..."], x_t: Float[Tensor, "b ..."], t: Float[Tensor, " b"]
+    ) -> Float[Tensor, "b ..."]:
+        """x̂₀ = x_t − t·v̂."""
+        return x_t - _columns(t, x_t) * output
+
+    def to_noise(
+        self, output: Float[Tensor, "b ..."], x_t: Float[Tensor, "b ..."], t: Float[Tensor, " b"]
+    ) -> Float[Tensor, "b ..."]:
+        """ε̂ = x_t + (1 − t)·v̂."""
+        return x_t + (1 - _columns(t, x_t)) * output
+
+    def to_velocity(
+        self, output: Float[Tensor, "b ..."], x_t: Float[Tensor, "b ..."], t: Float[Tensor, " b"]
+    ) -> Float[Tensor, "b ..."]:
+        return output
+
+    def timesteps(self, steps: int, shift: float = 1.0) -> list[float]:
+        return flow_timesteps(steps, shift)
+
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    cls.kind: cls for cls in (NoisePrediction, VelocityPrediction, FlowMatching)
+}
+"""By their kinds."""
+
+PUBLISHED_OBJECTIVE = NoisePrediction()
+"""Of Stages B and C of v2, and of Stage C of v1."""
+
+
+def check_prediction(prediction: str) -> None:
+    """Raises ``UserError`` for the name of no objective."""
+    if prediction not in OBJECTIVES:
+        raise UserError(f"prediction={prediction!r} is unknown; use one of {', '.join(OBJECTIVES)}")
+
+
+def make_objective(kind: str, **options: Any) -> Objective:
+    """The objective of a kind, with those of the ``options`` that it has. Raises ``UserError``."""
+    check_prediction(kind)
+    cls = OBJECTIVES[kind]
+    names = {field.name for field in dataclasses.fields(cls)}
+    return cls(**{name: value for name, value in options.items() if name in names})
+
+
+def objective_of_json(value: Any) -> Objective:
+    """What ``Objective.as_json`` described. Raises ``UserError`` for anything else."""
+    kind = value.get("kind") if isinstance(value, dict) else value
+    if not isinstance(value, dict) or not isinstance(kind, str) or kind not in OBJECTIVES:
+        raise UserError(
+            f"the objective {shown(kind)} is unknown: this version has {', '.join(OBJECTIVES)}. "
+            "Upgrade wuerstchen, or get the model again."
+        )
+    cls = OBJECTIVES[kind]
+    values = {name: item for name, item in value.items() if name != "kind"}
+    unknown = values.keys() - {field.name for field in dataclasses.fields(cls)}
+    if unknown:
+        raise UserError(
+            f"the objective {cls.kind} has no {shown(min(unknown))}. Upgrade wuerstchen, or get the model "
+            "again."
+        )
+    hints = get_type_hints(cls)
+    return cls(**{name: _value_of_json(name, hints[name], item) for name, item in values.items()})
+
+
+def _value_of_json(name: str, hint: Any, value: Any) -> Any:
+    """The value of a field of an objective. Raises ``UserError`` if it is of another type than ``hint``."""
+    if hint is float:
+        return float(_number(name, value))
+    if get_origin(hint) is Literal:
+        _check_choice(name, value, hint)
+        return value
+    assert hint is CosineSchedule
+    known = [field.name for field in dataclasses.fields(CosineSchedule)]
+    if not isinstance(value, dict) or value.keys() - set(known):
+        raise UserError(f"{name} must have the numbers {' and '.join(known)}, got {shown(value)}.")
+    return CosineSchedule(**{name: float(_number(name, item)) for name, item in value.items()})
+
+
+@dataclass(frozen=True)
+class PredictionsForSampling:
+    """A network's output in terms of ``objective.for_sampling()``, as a function of x_t, t and a context."""
+
+    network: Callable[..., Tensor]
+    objective: Objective
+
+    def __call__(
+        self, x_t: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], context: Any
+    ) -> Float[Tensor, "b c h w"]:
+        output = self.network(x_t, t, context)
+        return self.objective.to_noise(output, x_t.to(output.dtype), t).to(x_t.dtype)
+
+
+def predictions_for_sampling(network: Callable[..., Tensor], objective: Objective) -> Callable[..., Tensor]:
+    """What samplers are given: the network itself, or its output as noise where the objective wants that.
+
+    It is a function of x_t, t and the network's context, and equal for equal arguments.
+    """
+    if type(objective.for_sampling()) is type(objective):
+        return network
+    return PredictionsForSampling(network, objective)

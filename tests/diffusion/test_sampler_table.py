@@ -1,0 +1,99 @@
+"""One table of samplers: what suits what, and who reads it."""
+
+import argparse
+
+import numpy as np
+import pytest
+import torch
+
+from wuerstchen.cli import make_parser
+from wuerstchen.cli.options import sampling_of
+from wuerstchen.diffusion.objective import FlowMatching
+from wuerstchen.diffusion.sampler_table import (
+    SAMPLERS,
+    Sampler,
+    check_sampler,
+    check_suits,
+    sampler_help,
+    samplers_for,
+)
+from wuerstchen.diffusion.schedule import uniform_timesteps
+from wuerstchen.errors import UserError
+from wuerstchen.evaluate.scoring import Artist
+from wuerstchen.models.cascade import CascadeSettings
+from wuerstchen.pipeline import Sampling, Wuerstchen
+from wuerstchen.serve.schemas import JobRequest
+
+
+def test_the_default_follows_the_path():
+    assert samplers_for("variance_preserving") == ["ddpm", "dpm", "ddim"]
+    assert samplers_for("linear") == ["euler"]
+
+
+def test_an_unsuited_pair_is_refused_with_those_that_fit():
+    check_suits("ddim", "velocity", "variance_preserving")
+    message = r"prior_sampler=ddpm does not suit .* the objective flow\. Use euler\.$"
+    with pytest.raises(UserError, match=message):
+        check_suits("ddpm", "flow", "linear")
+    with pytest.raises(UserError, match=r"Use ddpm or dpm or ddim\.$"):
+        check_suits("euler", "noise", "variance_preserving")
+    with pytest.raises(UserError, match=r"use one of ddpm, dpm, ddim, euler$"):
+        check_sampler("plms")
+    with pytest.raises(UserError, match=message):
+        CascadeSettings(prior_objective=FlowMatching())
+    assert CascadeSettings(prior_objective=FlowMatching(), prior_sampler="euler").prior_sampler == "euler"
+
+
+def test_a_model_refuses_a_sampler_that_does_not_suit_it(small_cascade):
+    model = Wuerstchen(small_cascade, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"prior_sampler=euler does not suit"):
+        model.generate("a cat", sampling=Sampling(prior_sampler="euler"))
+    drawn = [
+        np.asarray(model.generate("a cat", sampling=Sampling(prior_sampler=name))[0])
+        for name in samplers_for("variance_preserving")
+    ]
+    assert len({image.tobytes() for image in drawn}) == 3
+
+
+def test_every_row_is_told_and_has_timesteps():
+    for name, row in SAMPLERS.items():
+        assert f"{name}, {row.help}" in sampler_help()
+        times = row.timesteps(row.steps)
+        assert (len(times), times[0], times[-1]) == (row.steps + 1, 1, 0)
+
+
+def options_of(parser: argparse.ArgumentParser, command: str) -> str:
+    (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    return " ".join(commands.choices[command].format_help().split())
+
+
+def test_a_new_row_appears_everywhere(small_cascade, monkeypatch):
+    """A sampler that jumps to the predicted clean latents at once: command line, service, evaluation."""
+    calls = []
+
+    def jump(predict, x, timesteps, generators, objective, on_step=None):
+        calls.append(len(x))
+        t = torch.full((len(x),), timesteps[0])
+        return objective.to_clean(predict(x, t), x, t)
+
+    row = Sampler(
+        help="jumps to the end at once",
+        paths=("variance_preserving",),
+        steps=1,
+        function=jump,
+        timesteps=uniform_timesteps,
+    )
+    monkeypatch.setitem(SAMPLERS, "jump", row)
+    for command in ("generate", "evaluate"):
+        help_text = options_of(make_parser(), command)
+        assert "jump" in help_text
+        assert "jumps to the end at once" in help_text
+    assert "jump" in str(JobRequest.model_json_schema())
+    assert JobRequest(prompts=["a cat"], prior_sampler="jump").prior_sampler == "jump"
+    assert samplers_for("variance_preserving")[-1] == "jump"  # what the service tells of a model
+    options = make_parser().parse_args(["evaluate", "--prior-sampler", "jump", "--decoder-steps", "1"])
+    model = Wuerstchen(small_cascade, torch.device("cpu"))
+    artist = Artist(model=model, sampling=sampling_of(options))
+    assert artist.model.settings_of(artist.sampling)["prior_sampler"] == "jump"  # in the report
+    model.generate(["a cat", "a dog"], sampling=artist.sampling)
+    assert calls == [2]

@@ -1,0 +1,143 @@
+"""Stages B and C learn by any objective: they train, resume bit for bit, and their model draws."""
+
+import dataclasses
+import json
+import shutil
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from wuerstchen.checkpoints.native import read_cascade
+from wuerstchen.diffusion.objective import OBJECTIVES, FlowMatching
+from wuerstchen.errors import UserError
+from wuerstchen.models.decoder import DecoderConfig
+from wuerstchen.models.previewer import PreviewerConfig
+from wuerstchen.models.prior import PriorConfig
+from wuerstchen.pipeline import Sampling, Wuerstchen
+from wuerstchen.recipes.tiny import tiny
+from wuerstchen.train.config import Optimization, StageBConfig, StageCConfig
+from wuerstchen.train.engine.checkpoint import newest
+from wuerstchen.train.run import train
+
+LEARNING = Optimization(images=8, batch_size=4, learning_rate=1e-3)
+
+
+def recipe(start, prediction: str, **changes):
+    """Stages B and C of the smallest networks on a model whose Stage A is there."""
+    decoder = DecoderConfig(
+        c_r=8,
+        c_cond=8,
+        c_hidden=(8, 8),
+        nhead=(-1, -1),
+        blocks=(1, 1),
+        level_config=("CT", "CT"),
+        inject_effnet=(False, True),
+        effnet_embd=2,
+        clip_embd=None,
+        prediction=prediction,
+    )
+    prior = PriorConfig(c_in=2, c=16, c_cond=384, c_r=8, depth=1, nhead=2, dropout=0.0, prediction=prediction)
+    own = tiny()
+    given = {
+        "stages": ("b", "c"),
+        "start_from": str(start),
+        "fresh": ("b", "c"),
+        "vqgan": dataclasses.replace(own.vqgan, embed_dim=8, num_vq_embeddings=16),
+        "compressor": dataclasses.replace(own.compressor, c_latent=2),
+        "decoder": decoder,
+        "prior": prior,
+        "previewer": PreviewerConfig(c_in=2),
+        "stage_b": StageBConfig(optimization=LEARNING, loss_weight="velocity", time_shift=1.5),
+        "stage_c": StageCConfig(optimization=LEARNING, time_density="uniform"),
+        "statistics_images": 8,
+        "prior_steps": 2,
+        "decoder_steps": 2,
+        "preview_prompts": ("cat",),
+        "workers": 0,
+        "checkpoint_seconds": 0.0,
+        "log_every": 1,
+    }
+    return dataclasses.replace(own, **{**given, **changes})
+
+
+def files_of(run_dir):
+    return {s: newest(run_dir / f"stage_{s}" / "checkpoints")[1]["files"] for s in ("b", "c")}
+
+
+@pytest.mark.parametrize("prediction", ["noise", "velocity", "flow"])
+def test_each_objective_trains_resumes_and_draws(prediction, model_folder, tmp_path):
+    chosen = recipe(model_folder, prediction)
+    model = train(chosen, tmp_path, device="cpu")
+    finished = files_of(tmp_path)
+    losses = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert {event["stage"] for event in losses if event["event"] == "progress"} == {"b", "c"}
+    for stage in ("b", "c"):
+        shutil.rmtree(newest(tmp_path / f"stage_{stage}" / "checkpoints")[0])
+    shutil.rmtree(model)
+    train(chosen, tmp_path, device="cpu")
+    assert files_of(tmp_path) == finished
+
+    described = json.loads((model / "model.json").read_text())
+    assert described["format"] == (2 if prediction == "flow" else 1)
+    of_cosine = {"loss_weight": "p2", "schedule": {"s": 0.008, "scaler": 1.0}}
+    of_prior = {"time_density": "uniform"} if prediction == "flow" else of_cosine
+    assert described["objectives"]["prior"] == {"kind": prediction, "time_shift": 1.0, **of_prior}
+    assert described["objectives"]["decoder"]["kind"] == prediction
+    assert described["objectives"]["decoder"]["time_shift"] == 1.5
+    cascade = read_cascade(model)
+    sampler = "euler" if prediction == "flow" else "ddpm"
+    assert cascade.settings.prior_sampler == sampler
+    assert cascade.settings.prior_objective.as_json() == described["objectives"]["prior"]
+    image = Wuerstchen(cascade, torch.device("cpu")).generate("a cat")[0]
+    assert np.asarray(image).std() > 1
+
+    unsuited = Sampling(prior_sampler="ddpm" if prediction == "flow" else "euler")
+    with pytest.raises(UserError, match="does not suit this model"):
+        Wuerstchen(cascade, torch.device("cpu")).generate("a cat", sampling=unsuited)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CleanPrediction(FlowMatching):
+    """A toy: the network predicts x₀ itself, along the straight line."""
+
+    kind: ClassVar[str] = "clean"
+
+    def errors(self, output, x0, noise, t):
+        return (output - x0).square().flatten(1).mean(1)
+
+    def to_clean(self, output, x_t, t):
+        return output
+
+    def to_noise(self, output, x_t, t):
+        t = t.view(-1, 1, 1, 1)
+        return (x_t - (1 - t) * output) / t
+
+    def to_velocity(self, output, x_t, t):
+        return (x_t - output) / t.view(-1, 1, 1, 1)
+
+
+def test_an_objective_of_its_own_trains(model_folder, tmp_path, monkeypatch):
+    """One class and one entry in the table: it trains, its loss is its own, and the model reads and draws."""
+    monkeypatch.setitem(OBJECTIVES, "clean", CleanPrediction)
+    chosen = recipe(model_folder, "clean", decoder=recipe(model_folder, "noise").decoder)
+    model = train(chosen, tmp_path, device="cpu")
+    cascade = read_cascade(model)
+    assert isinstance(cascade.settings.prior_objective, CleanPrediction)
+    assert cascade.settings.prior_sampler == "euler"
+    assert Wuerstchen(cascade, torch.device("cpu")).generate("a cat")[0].size == (128, 128)
+    events = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    first = next(e for e in events if e["event"] == "progress" and e["stage"] == "c")
+    # Its last layer is silent at first, so the loss is the mean square of the latents, which are normalised.
+    assert first["loss"] == pytest.approx(1.0, abs=0.5)
+
+
+def test_a_start_with_another_objective_is_refused(model_folder, tmp_path):
+    with pytest.raises(UserError, match=r"give --prior\.prediction noise"):
+        train(recipe(model_folder, "flow", stages=("c",), fresh=()), tmp_path, device="cpu")
+
+
+def test_an_unknown_prediction_is_refused(model_folder):
+    with pytest.raises(UserError, match="prediction='epsilon' is unknown; use one of noise, velocity, flow"):
+        recipe(model_folder, "epsilon")
