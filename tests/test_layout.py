@@ -21,6 +21,7 @@ ORDER = [
     {"images"},
     {"image_files"},
     {"diffusion"},
+    {"sampling"},
     {"models"},
     {"checkpoints"},
     {"runtime"},

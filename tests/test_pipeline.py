@@ -304,7 +304,12 @@ def test_drawing_begins_with_the_map_of_a_picture(model):
             lambda x, t: cascade.prior(x, t, context), noised, [0.5, 0.0], generator, PUBLISHED_OBJECTIVE
         )
         expected = model._draw(
-            statistics.restore(sample), [""], (128, 128), model._resolved(Sampling()), generator, None
+            statistics.restore(sample),
+            [""],
+            (128, 128),
+            model.cascade.settings.completed(Sampling()),
+            generator,
+            None,
         )
     seen = []
     drawn = model.generate("", init=init, strength=0.5, seed=3, progress=lambda *step: seen.append(step))

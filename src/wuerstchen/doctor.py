@@ -17,7 +17,9 @@ from wuerstchen.checkpoints.layouts import Sources, layout_of, weight_files
 from wuerstchen.device import Precision, default_precision
 from wuerstchen.errors import UserError
 from wuerstchen.image_files import save_new_png
-from wuerstchen.pipeline import LowMemory, Sampling, load
+from wuerstchen.pipeline import load
+from wuerstchen.runtime.offload import LowMemory
+from wuerstchen.sampling import Sampling
 from wuerstchen.version import __version__
 
 PROMPTS = (

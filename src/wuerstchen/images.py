@@ -357,3 +357,20 @@ def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.Ima
 def _text_height(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> int:
     box = ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), text, font=font)
     return int(box[3]) + 2
+
+
+def on_canvas(pixels: Float[Tensor, "b 3 h w"], canvas: tuple[int, int]) -> Float[Tensor, "b 3 h2 w2"]:
+    """Pictures in the middle of a larger canvas, their edges repeated."""
+    (right, left), (bottom, top) = (
+        ((rest := whole - own) - rest // 2, rest // 2)
+        for whole, own in zip(canvas, (pixels.shape[3], pixels.shape[2]), strict=True)
+    )
+    from torch.nn.functional import pad
+
+    return pad(pixels, (left, right, top, bottom), mode="replicate")
+
+
+def cut(pixels: Float[Tensor, "b 3 h2 w2"], size: tuple[int, int]) -> Float[Tensor, "b 3 h w"]:
+    """The middle of pictures, (width, height) large."""
+    left, top = (pixels.shape[3] - size[0]) // 2, (pixels.shape[2] - size[1]) // 2
+    return pixels[:, :, top : top + size[1], left : left + size[0]]

@@ -11,13 +11,11 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args, no_type_check
+from typing import Any, TypeVar, cast, get_args, no_type_check
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
@@ -26,13 +24,21 @@ from wuerstchen.checkpoints.hub import BUNDLED
 from wuerstchen.checkpoints.layouts import Sources, read_model
 from wuerstchen.device import Precision, default_device, default_precision, runs_triton
 from wuerstchen.diffusion.objective import predictions_for_sampling
-from wuerstchen.diffusion.sampler_table import SAMPLERS, check_sampler, check_suits, samplers_for
+from wuerstchen.diffusion.sampler_table import SAMPLERS, samplers_for
 from wuerstchen.diffusion.samplers import OnStep, Predict, draw_noise, guided
 from wuerstchen.diffusion.schedule import uniform_timesteps
 from wuerstchen.diffusion.tokens import draw_tokens, sample_tokens
 from wuerstchen.diffusion.transfer import sent
 from wuerstchen.errors import UserError, UserNotice, out_of_memory_named
-from wuerstchen.images import center_crop_resize, resize_crop, to_images, to_tensor, upright_rgb
+from wuerstchen.images import (
+    center_crop_resize,
+    cut,
+    on_canvas,
+    resize_crop,
+    to_images,
+    to_tensor,
+    upright_rgb,
+)
 from wuerstchen.lora import load_lora, lora_names, set_lora, unload_lora
 from wuerstchen.models.cascade import Cascade
 from wuerstchen.models.compressor import Compressor, compressor_input
@@ -41,74 +47,20 @@ from wuerstchen.models.paella import Paella
 from wuerstchen.models.prior import Prior
 from wuerstchen.models.text import TextEncoder, TextStates
 from wuerstchen.progress import Watch, Watching
-from wuerstchen.runtime.offload import AllOnDevice, Blockwise, OneAtATime, tiled_decode
+from wuerstchen.runtime.offload import LowMemory, residence_on, tiled_decode
 from wuerstchen.runtime.recorder import Recorder, Recorders
-
-MAX_SEED = 2**32 - 1  # a CPU generator keeps 32 bits: larger seeds would repeat the noise of smaller ones
-MAX_STEPS = 1000
+from wuerstchen.sampling import (
+    Reconstruction,
+    Sampling,
+    checked_request,
+    checked_size,
+    checked_texts,
+    one_for_each,
+)
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, steps done and steps in all."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How to sample. ``None`` stands for the model's own setting."""
-
-    guidance: float | None = None
-    """Guidance scale of Stage C; 1 is none."""
-    prior_steps: int | None = None
-    prior_sampler: str | None = None
-    """Of Stage C, by its name in ``diffusion.sampler_table``. It must suit the model's objective: ``ddpm``,
-    as published, ``dpm``, for fewer steps, or ``ddim``; of flow matching, ``euler``."""
-    decoder_steps: int | None = None
-    decoder_guidance: float | None = None
-    decoder_shift: float | None = None
-    """How far Stage B's steps lean towards noise; 1 is equal steps."""
-
-    def __post_init__(self) -> None:
-        for name in ("guidance", "decoder_guidance"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, Real) and 0 <= value <= 100):
-                raise UserError(
-                    f"{name} {value!r} must be a number from 0 to 100; 1 is no guidance, 4 is common"
-                )
-        shift = self.decoder_shift
-        if shift is not None and not (isinstance(shift, Real) and 0 < shift <= 100):
-            raise UserError(f"decoder_shift {shift!r} must be above 0 and at most 100; 1 is none")
-        for name in ("prior_steps", "decoder_steps"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, Integral) and 1 <= value <= MAX_STEPS):
-                raise UserError(
-                    f"{name} {value!r} must be a whole number from 1 to {MAX_STEPS}; 29 and 12 are common"
-                )
-        if self.prior_sampler is not None:
-            check_sampler(self.prior_sampler)
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """A picture, what Stages A and B make of its map, and how small that map is."""
-
-    original: Image.Image
-    image: Image.Image
-    map_size: tuple[int, int, int]
-    """Channels, height and width."""
-
-    @property
-    def spatial_compression(self) -> float:
-        """How many times smaller a side of the map is than the picture's."""
-        return self.original.height / self.map_size[1]
-
-    @property
-    def element_compression(self) -> float:
-        """Numbers in the picture over numbers in the map."""
-        return 3 * self.original.height * self.original.width / math.prod(self.map_size)
-
-
-LowMemory = Literal["stage", "layer"]
-"""What is on a small GPU at a time: one network, or one layer of it, which is far slower."""
 
 
 def load(
@@ -166,11 +118,7 @@ class Wuerstchen:
         self.low_memory = low_memory
         self._loras: dict[str, float] = {}
         self._recorders = Recorders()
-        self.residence = (
-            AllOnDevice(device)
-            if low_memory is None
-            else (OneAtATime if low_memory == "stage" else Blockwise)(device)
-        )
+        self.residence = residence_on(device, low_memory)
         for network in cascade.networks().values():
             network.eval()
             if low_memory is None:
@@ -205,14 +153,14 @@ class Wuerstchen:
         scaled and cropped to the size; a list has one for each prompt. Raises ``UserError`` for what cannot
         be drawn.
         """
-        prompts = _checked_texts(prompts)
-        negatives = _checked_texts(negative, "negative")
-        sampling = self._resolved(sampling or Sampling())
-        width, height = self._checked_size(size)
+        prompts = checked_texts(prompts)
+        negatives = checked_texts(negative, "negative")
+        sampling = self.cascade.settings.completed(sampling or Sampling())
+        width, height = checked_size(size, self.cascade.settings.image_size)
         canvas = self.cascade.settings.canvas(width, height)
-        seeds = _checked_request(prompts, seed, count, batch_size)
+        seeds = checked_request(prompts, seed, count, batch_size)
         count = int(count)
-        negatives = _one_for_each("negative", negatives, len(prompts), count)
+        negatives = one_for_each("negative", negatives, len(prompts), count)
         if not isinstance(strength, Real) or not 0 < strength <= 1:
             raise UserError(f"strength {strength} must be above 0 and at most 1; 0.7 is common")
         prior, text_encoder = self.cascade.prior, self.cascade.text_encoder
@@ -222,9 +170,9 @@ class Wuerstchen:
         if init is not None:
             inits = list(init) if isinstance(init, list | tuple) else [init]
             pixels = [to_tensor(resize_crop(upright_rgb(one, "init"), width, height)) for one in inits]
-            maps = [self.encode(self._compressor(), _on_canvas(p[None], canvas)) for p in pixels]
+            maps = [self.encode(self._compressor(), on_canvas(p[None], canvas)) for p in pixels]
             maps = [self.cascade.settings.map_statistics.normalise(z) for z in maps]
-            begins = _one_for_each("init", maps, len(prompts), count)
+            begins = one_for_each("init", maps, len(prompts), count)
 
         texts = [prompt for prompt in prompts for _ in range(count)]
         images: list[Image.Image] = []
@@ -247,7 +195,7 @@ class Wuerstchen:
                     watching,
                 )
                 pixels = self._draw(z, batch, canvas, sampling, generators, progress, watching)
-                images += to_images(_cut(pixels, (width, height)))
+                images += to_images(cut(pixels, (width, height)))
         return images
 
     @_by_itself
@@ -279,18 +227,18 @@ class Wuerstchen:
     ) -> list[Reconstruction]:
         """``reconstruct`` for several pictures at once, each with a seed and noise of its own."""
         compressor = self._compressor()
-        sampling = self._resolved(sampling or Sampling())
-        side, _ = self._checked_size(size)
+        sampling = self.cascade.settings.completed(sampling or Sampling())
+        side, _ = checked_size(size, self.cascade.settings.image_size)
         canvas = self.cascade.settings.canvas(side, side)
-        generators = _generators(_checked_request([""] * len(images), seeds, 1, len(images)))
+        generators = _generators(checked_request([""] * len(images), seeds, 1, len(images)))
         originals = [center_crop_resize(upright_rgb(image), side) for image in images]
         watching = self._watching(watch, (side, side), canvas)
         with out_of_memory_named(f"batch_size={len(images)} at {side}x{side} pixels"):
             pixels = torch.stack([to_tensor(original) for original in originals])
-            z = self.encode(compressor, _on_canvas(pixels, canvas))
+            z = self.encode(compressor, on_canvas(pixels, canvas))
             texts = [""] * len(images)
             drawn = self._draw(z, texts, canvas, sampling, generators, progress, watching)
-            results = to_images(_cut(drawn, (side, side)))
+            results = to_images(cut(drawn, (side, side)))
         map_size = (z.shape[1], z.shape[2], z.shape[3])
         return [
             Reconstruction(original=original, image=result, map_size=map_size)
@@ -315,7 +263,7 @@ class Wuerstchen:
         for network in (prior, text_model):
             names = lora_names(network)
             set_lora(network, names, [self._loras[name] for name in names])
-        self._look_again()
+        self._recorders.look_again()
 
     def unload_lora(self) -> None:
         """Takes all adapters off again: the weights are the same bits as before."""
@@ -326,15 +274,11 @@ class Wuerstchen:
             unload_lora(self.cascade.prior)
             unload_lora(self.cascade.text_encoder.model)
             self._loras.clear()
-            self._look_again()
-
-    def _look_again(self) -> None:
-        for recorder in self._recorders.values():
-            recorder.look_again()
+            self._recorders.look_again()
 
     def settings_of(self, sampling: Sampling) -> dict[str, float | str]:
         """The sampling settings in full, as they are recorded with a picture."""
-        return dataclasses.asdict(self._resolved(sampling))
+        return dataclasses.asdict(self.cascade.settings.completed(sampling))
 
     def encode(self, compressor: Compressor, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c mh mw"]:
         """The semantic map of pictures in [0, 1], as Stage B reads it, in fp32."""
@@ -484,37 +428,6 @@ class Wuerstchen:
         run = self._recorded(decoder, predictions, decoder.context).given(z, grid, states, mask)
         return lambda x, t: run(x.to(_dtype(decoder)), t).float()
 
-    def _resolved(self, sampling: Sampling) -> Sampling:
-        """Fills what was left open from the model's settings."""
-        if not isinstance(sampling, Sampling):
-            raise UserError(f"sampling is of {type(sampling)}, but must be a wuerstchen.Sampling; make one")
-        own = self.cascade.settings
-        if sampling.prior_sampler is not None:
-            check_suits(sampling.prior_sampler, own.prior_objective.kind, own.prior_objective.path)
-        return Sampling(
-            guidance=own.prior_guidance if sampling.guidance is None else sampling.guidance,
-            prior_sampler=sampling.prior_sampler or own.prior_sampler,
-            prior_steps=sampling.prior_steps or own.prior_steps,
-            decoder_steps=sampling.decoder_steps or own.decoder_steps,
-            decoder_shift=sampling.decoder_shift or own.decoder_shift,
-            decoder_guidance=(
-                own.decoder_guidance if sampling.decoder_guidance is None else sampling.decoder_guidance
-            ),
-        )
-
-    def _checked_size(self, size: Any) -> tuple[int, int]:
-        settings = self.cascade.settings
-        if size is None:
-            size = settings.image_size
-        sides = [size, size] if isinstance(size, Integral) else size
-        if (
-            not isinstance(sides, list | tuple)
-            or len(sides) != 2
-            or not all(isinstance(side, Integral) for side in sides)
-        ):
-            raise UserError(f"size {size!r} is no size; give (width, height) in pixels, or one whole number")
-        return int(sides[0]), int(sides[1])
-
 
 def _dtype(network: nn.Module) -> torch.dtype:
     return next(network.parameters()).dtype
@@ -526,70 +439,8 @@ def _predicts_tokens(decoder: Paella, z: Tensor, text: TextStates) -> Predict:
     return lambda tokens, t: decoder(tokens, t, context)
 
 
-def _on_canvas(pixels: Float[Tensor, "b 3 h w"], canvas: tuple[int, int]) -> Float[Tensor, "b 3 h2 w2"]:
-    """Pictures in the middle of a larger canvas, their edges repeated."""
-    (right, left), (bottom, top) = (
-        ((rest := whole - own) - rest // 2, rest // 2)
-        for whole, own in zip(canvas, (pixels.shape[3], pixels.shape[2]), strict=True)
-    )
-    return F.pad(pixels, (left, right, top, bottom), mode="replicate")
-
-
-def _cut(pixels: Float[Tensor, "b 3 h2 w2"], size: tuple[int, int]) -> Float[Tensor, "b 3 h w"]:
-    """The middle of pictures, (width, height) large."""
-    left, top = (pixels.shape[3] - size[0]) // 2, (pixels.shape[2] - size[1]) // 2
-    return pixels[:, :, top : top + size[1], left : left + size[0]]
-
-
-def _checked_texts(prompts: Any, name: str = "prompt") -> list[str]:
-    one = isinstance(prompts, str) or not isinstance(prompts, Sequence)
-    texts = [prompts] if one else list(prompts)
-    for text in texts:
-        if not isinstance(text, str):
-            raise UserError(f"{name} {text!r} is no text; give a string or a list of them, '' for none")
-    return texts
-
-
-def check_seed(seed: Any, pictures: int) -> None:
-    """Raises ``UserError`` unless ``seed`` and those of the pictures after it can be used."""
-    if not isinstance(seed, Integral):
-        raise UserError(f"seed {seed!r} is no whole number; use one, or a list with one for each picture")
-    if not 0 <= seed <= MAX_SEED - pictures + 1:
-        raise UserError(
-            f"seed {seed} must be from 0 to {MAX_SEED}, and so must those of the pictures after it; "
-            "use another"
-        )
-
-
-def _checked_request(prompts: list[str], seed: Any, count: Any, batch_size: Any) -> Sequence[int]:
-    """The seed of each picture. Raises ``UserError`` for what asks for no picture or an impossible one."""
-    if not prompts:
-        raise UserError("no prompt was given, so there is nothing to draw; give at least one")
-    for name, value in (("count", count), ("batch_size", batch_size)):
-        if not isinstance(value, Integral) or value < 1:
-            raise UserError(f"{name} {value} draws nothing; use a whole number of at least 1")
-    pictures = int(count) * len(prompts)
-    if not isinstance(seed, Sequence):
-        check_seed(seed, pictures)
-        return range(seed, seed + pictures)
-    if len(seed) != pictures:
-        raise UserError(f"{len(seed)} seeds do not fit {pictures} pictures; give one for each, or one number")
-    for one in seed:
-        check_seed(one, 1)
-    return [int(one) for one in seed]
-
-
 def _generators(seeds: Sequence[int]) -> list[torch.Generator]:
     return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-
-
-def _one_for_each(name: str, values: list[Any], prompts: int, count: int) -> list[Any]:
-    """One value a picture, of one for all or one for each prompt."""
-    if len(values) not in (1, prompts):
-        raise UserError(
-            f"{len(values)} values of {name} do not fit {prompts} prompts; give one for each, or one for all"
-        )
-    return [value for value in (values if len(values) == prompts else values * prompts) for _ in range(count)]
 
 
 def _reporter(progress: Progress | None, stage: str, steps: int) -> OnStep | None:

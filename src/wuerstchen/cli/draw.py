@@ -108,7 +108,7 @@ def _generate(options: argparse.Namespace) -> int:
     adapters = [_adapter(text) for text in options.lora]
     init = None if options.init is None else open_image(options.init)
 
-    from wuerstchen.pipeline import check_seed
+    from wuerstchen.sampling import check_seed
 
     check_seed(options.seed, total)
     if init is not None:

@@ -154,7 +154,7 @@ def loaded(options: argparse.Namespace) -> "Wuerstchen":
 
 
 def sampling_of(options: argparse.Namespace) -> "Sampling":
-    from wuerstchen.pipeline import Sampling
+    from wuerstchen.sampling import Sampling
 
     return Sampling(
         guidance=getattr(options, "guidance", None),

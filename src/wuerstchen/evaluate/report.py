@@ -35,7 +35,8 @@ from wuerstchen.evaluate.scoring import (
     strip,
 )
 from wuerstchen.images import center_crop_resize, open_image
-from wuerstchen.pipeline import Sampling, Wuerstchen
+from wuerstchen.pipeline import Wuerstchen
+from wuerstchen.sampling import Sampling
 from wuerstchen.version import __version__
 
 FORMAT = 1

@@ -32,7 +32,8 @@ from wuerstchen.evaluate.metrics import (
     ssim,
 )
 from wuerstchen.images import to_images
-from wuerstchen.pipeline import Sampling, Wuerstchen
+from wuerstchen.pipeline import Wuerstchen
+from wuerstchen.sampling import Sampling
 
 Row = Literal["real", "jpeg20", "stage_a", "stage_a_quantised", "a_b", "c_b_a", "before"]
 ROWS: dict[Row, str] = {

@@ -19,6 +19,7 @@ from wuerstchen.models.previewer import Previewer
 from wuerstchen.models.prior import Prior
 from wuerstchen.models.text import TextEncoder
 from wuerstchen.models.vqgan import VQGAN
+from wuerstchen.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,26 @@ class CascadeSettings:
             )
         if not self.decoder_shift > 0:
             raise UserError(f"decoder_shift={self.decoder_shift} must be above 0; get the model again")
+
+    def completed(self, sampling: Sampling) -> Sampling:
+        """Sampling settings in full, with the model's own where none were given.
+
+        Raises ``UserError`` for a sampler that does not suit the model.
+        """
+        if not isinstance(sampling, Sampling):
+            raise UserError(f"sampling is of {type(sampling)}, but must be a wuerstchen.Sampling; make one")
+        if sampling.prior_sampler is not None:
+            check_suits(sampling.prior_sampler, self.prior_objective.kind, self.prior_objective.path)
+        return Sampling(
+            guidance=self.prior_guidance if sampling.guidance is None else sampling.guidance,
+            prior_sampler=sampling.prior_sampler or self.prior_sampler,
+            prior_steps=sampling.prior_steps or self.prior_steps,
+            decoder_steps=sampling.decoder_steps or self.decoder_steps,
+            decoder_shift=sampling.decoder_shift or self.decoder_shift,
+            decoder_guidance=(
+                self.decoder_guidance if sampling.decoder_guidance is None else sampling.decoder_guidance
+            ),
+        )
 
     def canvas(self, width: int, height: int) -> tuple[int, int]:
         """The size to draw for a picture of the size asked for: the next that the grids of all stages fit.

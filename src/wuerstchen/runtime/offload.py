@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from jaxtyping import Float
@@ -22,6 +22,9 @@ from wuerstchen.models.vqgan import VQGAN
 TILE = 64
 """Side of a tile in latents: 256 pixels of the published Stage A. Its halo of 13 doubles the work, which is
 2 % of a picture's; the memory is an eighth at 1024 pixels and less beyond."""
+
+LowMemory = Literal["stage", "layer"]
+"""What is on a small GPU at a time: one network, or one layer of it, which is far slower."""
 
 
 class Residence(Protocol):
@@ -137,6 +140,13 @@ class Blockwise:
             self._loans.give_back(t for t in _tensors(layer) if not any(id(t) in stay for stay in self._open))
 
         return [layer.register_forward_pre_hook(come), layer.register_forward_hook(go)]
+
+
+def residence_on(device: torch.device, low_memory: LowMemory | None) -> AllOnDevice | OneAtATime | Blockwise:
+    """Where networks wait that compute on ``device``."""
+    if low_memory is None:
+        return AllOnDevice(device)
+    return OneAtATime(device) if low_memory == "stage" else Blockwise(device)
 
 
 def _travels(layer: nn.Module) -> bool:

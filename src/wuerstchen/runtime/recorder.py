@@ -194,6 +194,11 @@ class Recorder:
 class Recorders(dict[nn.Module, Recorder]):
     """A pipeline's recorders, by their networks."""
 
+    def look_again(self) -> None:
+        """``Recorder.look_again`` of each."""
+        for recorder in self.values():
+            recorder.look_again()
+
     def of(
         self,
         network: nn.Module,

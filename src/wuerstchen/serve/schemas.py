@@ -6,13 +6,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetJsonSchema
 from pydantic_core import CoreSchema, PydanticCustomError
 
 from wuerstchen.diffusion.sampler_table import SAMPLERS
+from wuerstchen.sampling import MAX_SEED, MAX_STEPS
 from wuerstchen.serve.jobs import Kind, State
-
-MAX_SEED = 2**32 - 1
 
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Guidance = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
-Steps = Annotated[int, Field(ge=1, le=1000)]
+Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
 Side = Annotated[int, Field(ge=8, le=2**16)]
 Text = Annotated[str, Field(max_length=100_000)]
 

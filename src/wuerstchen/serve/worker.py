@@ -119,8 +119,8 @@ class _Worker:
         from wuerstchen.checkpoints.hub import PHOTO_NOTE, is_bundled
         from wuerstchen.diffusion.sampler_table import samplers_for
         from wuerstchen.models.cascade import MAX_SIDES, MIN_SIDE, SIDE_STEP
-        from wuerstchen.pipeline import Sampling
         from wuerstchen.recipes.mini import PROMPTS
+        from wuerstchen.sampling import Sampling
 
         cascade = self.model.cascade
         side = cascade.settings.image_size
@@ -191,7 +191,7 @@ class _Drawing:
         """What a preview took, by stage."""
 
     def run(self) -> list[Image.Image]:
-        from wuerstchen.pipeline import Sampling
+        from wuerstchen.sampling import Sampling
 
         batch, shape = self.batch, self.batch.shape
         own = len(batch.seeds)
