@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wuerstchen.device import checked_device, default_device, default_precision
+from wuerstchen.device import checked_device, default_device, default_precision, sent
 from wuerstchen.errors import UserError
 
 
@@ -27,3 +27,19 @@ def test_the_first_that_is_there_is_the_default(monkeypatch):
     assert default_device() == torch.device("mps")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert default_device() == torch.device("cuda")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_values_arrive(device):
+    """A copy that is read before it is there, a precision that is lost on the way."""
+    device = torch.device(device)
+    for number in range(20):
+        tensor = torch.full((1 << 18,), float(number))
+        half = sent(tensor, device, torch.float16)
+        assert half.dtype == torch.float16
+        assert half.device.type == device.type
+        del tensor  # its memory may be taken at once
+        torch.full((1 << 18,), -1.0)
+        assert bool((half == number).all())
+    whole = torch.arange(5)
+    assert torch.equal(sent(whole, device).cpu(), whole)

@@ -1,10 +1,11 @@
-"""Devices: which one is meant, what it computes in, and whether our kernels run there."""
+"""Devices: which one is meant, what it computes in, and whether our kernels run there; and the way to it."""
 
 import functools
 import importlib.util
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from wuerstchen.errors import UserError
 
@@ -49,3 +50,15 @@ def _devices_here() -> str:
 def default_precision(device: torch.device) -> Precision:
     """What a model computes in on a device if nobody says: where half is many times faster, half."""
     return "float16" if device.type == "cuda" else "float32"
+
+
+def sent(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """``tensor.to(device, dtype)``, for what stays as it is until it has arrived.
+
+    From ordinary memory a copy to a GPU waits for all that the GPU was told to do before it, and so Python
+    cannot prepare the next stage meanwhile.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        # In its precision first: torch would convert it into ordinary memory.
+        return tensor.to(dtype=dtype).pin_memory().to(device, non_blocking=True)
+    return tensor.to(device, dtype)

@@ -22,13 +22,12 @@ from torch import Tensor, nn
 
 from wuerstchen.checkpoints.hub import BUNDLED
 from wuerstchen.checkpoints.layouts import Sources, read_model
-from wuerstchen.device import Precision, default_device, default_precision, runs_triton
+from wuerstchen.device import Precision, default_device, default_precision, runs_triton, sent
 from wuerstchen.diffusion.objective import predictions_for_sampling
 from wuerstchen.diffusion.sampler_table import SAMPLERS, samplers_for
 from wuerstchen.diffusion.samplers import OnStep, Predict, draw_noise, guided
 from wuerstchen.diffusion.schedule import uniform_timesteps
 from wuerstchen.diffusion.tokens import draw_tokens, sample_tokens
-from wuerstchen.diffusion.transfer import sent
 from wuerstchen.errors import UserError, UserNotice, out_of_memory_named
 from wuerstchen.images import (
     center_crop_resize,

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from wuerstchen.diffusion.transfer import sent
+from wuerstchen.device import sent
 from wuerstchen.errors import UserError, UserNotice
 
 

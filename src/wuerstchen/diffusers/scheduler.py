@@ -15,10 +15,10 @@ from torch import Tensor
 
 from wuerstchen.checkpoints.diffusers import read_schedule
 from wuerstchen.checkpoints.hub import local_folder
+from wuerstchen.device import sent
 from wuerstchen.diffusers.options import drop_options
 from wuerstchen.diffusers.outputs import Config, DDPMWuerstchenSchedulerOutput
 from wuerstchen.diffusion.schedule import CosineSchedule
-from wuerstchen.diffusion.transfer import sent
 from wuerstchen.errors import UserError
 
 Generators = torch.Generator | Sequence[torch.Generator] | None

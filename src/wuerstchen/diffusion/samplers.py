@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from wuerstchen.device import sent
 from wuerstchen.diffusion.objective import Objective
-from wuerstchen.diffusion.transfer import sent
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """(x: b c h w, t: b) → what the objective takes for a network's output: b c h w."""

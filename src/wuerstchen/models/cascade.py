@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from wuerstchen.device import sent
 from wuerstchen.diffusion.objective import PUBLISHED_OBJECTIVE, Objective
 from wuerstchen.diffusion.sampler_table import check_suits
-from wuerstchen.diffusion.transfer import sent
 from wuerstchen.errors import UserError
 from wuerstchen.models.compressor import Compressor, latent_side
 from wuerstchen.models.decoder import Decoder

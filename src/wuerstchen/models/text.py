@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from wuerstchen.diffusion.transfer import sent
+from wuerstchen.device import sent
 from wuerstchen.errors import UserError, UserNotice
 
 if TYPE_CHECKING:
