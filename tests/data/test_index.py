@@ -21,7 +21,7 @@ from wuerstchen.data.index import IndexedSource, cache_folder
 from wuerstchen.data.open import open_source
 from wuerstchen.data.plan import held_out_names
 from wuerstchen.data.tars import TarReader
-from wuerstchen.errors import DataError, UserError
+from wuerstchen.errors import DataError, RunFolderError, UserError
 
 
 @functools.cache
@@ -246,3 +246,26 @@ def test_the_cache_is_where_others_are(monkeypatch, tmp_path):
     monkeypatch.delenv("WUERSTCHEN_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "wuerstchen" / "indexes"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    assert cache_folder() == tmp_path / "home" / ".cache" / "wuerstchen" / "indexes"
+
+
+def test_without_a_home_or_locks_the_cache_is_named(monkeypatch, tmp_path):
+    folder = write_tars(tmp_path / "tars", 3)
+
+    def lockless(*_: object, **__: object) -> None:
+        raise RunFolderError("a file system without locks")
+
+    monkeypatch.setattr("wuerstchen.data.index.acquired", lockless)
+    with pytest.raises(UserError, match=r"without locks\. WUERSTCHEN_CACHE names the folder"):
+        opened(folder)
+
+    def homeless() -> Path:
+        raise RuntimeError
+
+    monkeypatch.delenv("WUERSTCHEN_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(UserError, match=r"there is no home folder .* Set WUERSTCHEN_CACHE"):
+        opened(folder)

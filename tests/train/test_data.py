@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
@@ -29,6 +30,7 @@ from wuerstchen.recipes.tiny import tiny
 from wuerstchen.train.config import Recipe
 from wuerstchen.train.engine.checkpoint import newest
 from wuerstchen.train.engine.validation import held_out
+from wuerstchen.train.feed.images import Feed, batches
 from wuerstchen.train.report.announce import Watch
 from wuerstchen.train.run import train
 
@@ -146,6 +148,20 @@ def test_stage_a_learns_the_same_from_tars_and_parquet_as_from_a_folder(
     shutil.rmtree(run_dir / "model")
     assert trained(data, run_dir, **columns) == whole
     assert [e["images"] for e in events(run_dir) if e["event"] == "start"] == [0, 4]
+
+
+def test_saved_sets_are_decoded_in_another_process(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = {"image": [image(n) for n in range(COUNT)], "text": [f"thing {n}" for n in range(COUNT)]}
+    datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / "data"))
+    source = open_source(str(tmp_path / "data"))
+    assert not isinstance(source, PreparedSet)
+    feed = Feed(source, 0, 16, captions=True)
+    here, there = (next(batches(feed, 0, 8, 8, workers)) for workers in (0, 1))
+    assert torch.equal(here.images, there.images)
+    assert here.captions == there.captions
+    assert len(set(here.captions)) == 8
+    assert not there.skipped
 
 
 def test_a_new_source_is_one_reader_and_one_row(stripes, small_cascade, tmp_path):

@@ -33,7 +33,7 @@ from wuerstchen.data.items import Reader
 from wuerstchen.data.locks import acquired
 from wuerstchen.data.plan import HELD_OUT_FROM, is_held_out
 from wuerstchen.data.sources import Part, Size, StoredImages, size_in_header
-from wuerstchen.errors import DataError, UserError
+from wuerstchen.errors import DataError, RunFolderError, UserError
 from wuerstchen.images import decode_image
 from wuerstchen.progress_bar import bar
 
@@ -46,9 +46,20 @@ _FILES = ("rows.bin", "ends.bin", "places.bin", "held.bin")
 
 
 def cache_folder() -> Path:
-    """Where indexes lie: ``$WUERSTCHEN_CACHE``, or ``wuerstchen`` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get(CACHE) or Path(base) / "wuerstchen") / "indexes"
+    """Where indexes lie: ``$WUERSTCHEN_CACHE``, or ``wuerstchen`` in the user's cache folder.
+
+    Raises ``UserError`` for a user without a home.
+    """
+    if os.environ.get(CACHE):
+        return Path(os.environ[CACHE]) / "indexes"
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "wuerstchen" / "indexes"
+    try:
+        return Path.home() / ".cache" / "wuerstchen" / "indexes"
+    except RuntimeError as error:
+        raise UserError(
+            f"there is no home folder to keep the list of the images in. Set {CACHE} to a folder."
+        ) from error
 
 
 class Index:
@@ -118,6 +129,8 @@ def index_of(reader: Reader, data: str, *columns: str | None) -> Index:
                             shutil.rmtree(other, ignore_errors=True)
             finally:
                 lock.release()
+    except RunFolderError as error:  # of locks
+        raise UserError(f"{error}. {CACHE} names the folder for the lists of images.") from error
     except OSError as error:
         raise UserError(
             f"the list of the images in {data} cannot be kept in {root} ({error.strerror or error}). It is "
