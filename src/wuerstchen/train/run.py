@@ -115,7 +115,6 @@ def _train(
     for phase in readings(recipe):
         processes.check_batches(phase.stage, phase.images, phase.batch_size, phase.accumulate)
     sources = _open_sources(recipe, begun)
-    processes.wait_long()  # for those that have listed the images of tars and the like
     verify_sets([source for source in sources.values() if isinstance(source, PreparedSet)], processes)
     start = read_start(recipe)
     # Of a run that was ended early, ``begun`` has phases with data that are not open.
