@@ -711,7 +711,7 @@ def test_a_damaged_run_json_and_a_newer_one_are_refused(begun):
     (begun / "run.json").write_text("{")
     with pytest.raises(RunFolderError, match=r"run\.json cannot be read"):
         train(tiny(), begun)
-    (begun / "run.json").write_text('{"format": 2}')
+    (begun / "run.json").write_text('{"format": 3}')
     with pytest.raises(UserError, match="upgrade with"):
         train(tiny(), begun)
 
