@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wuerstchen.cli.options import Parser, add_tariff_options, tariff_of
-from wuerstchen.errors import UserError
+from wuerstchen.errors import DataError, UserError
 from wuerstchen.terminal import unfiltered
 
 if TYPE_CHECKING:
@@ -187,7 +187,10 @@ def _is_emoji(data: str) -> bool:
     """Whether data are the sample or a built emoji set, which the recipes' own prompts are about."""
     from wuerstchen.data.open import kind_of
 
-    return kind_of(data).name in ("sample", "emoji")
+    try:
+        return kind_of(data).name in ("sample", "emoji")
+    except DataError:  # the run says it, when the other processes have met this one
+        return False
 
 
 def overridden(recipe: "Recipe", options: argparse.Namespace) -> "Recipe":
