@@ -20,7 +20,8 @@ from wuerstchen.train.engine.checkpoint import newest
 from wuerstchen.train.recorded_recipe import get
 from wuerstchen.train.report.announce import Watch
 from wuerstchen.train.report.page import write_report
-from wuerstchen.train.run import _fingerprint, _open_sources, train
+from wuerstchen.train.run import train
+from wuerstchen.train.run_data import fingerprint_of, open_sources
 
 PARTS = ["a", "b", "b2", "a2", "c", "c2"]
 
@@ -350,13 +351,13 @@ def test_a_run_is_ended_before_a_phase_with_other_data(finished, tmp_path):
     )
     second = Phase(optimization=recipe.stage_c.optimization, data=str(outer))
     recipe = dataclasses.replace(recipe, stage_c=dataclasses.replace(recipe.stage_c, phases=(second,)))
-    later = _open_sources(recipe)[str(outer)]
+    later = open_sources(recipe)[str(outer)]
     name = next(name for name in map(later.name, range(len(later))) if name.startswith("fine/"))
     recipe = dataclasses.replace(recipe, skip=(name,))  # an image of the phase that is left out
     shutil.copytree(finished, run_dir)
     shutil.rmtree(run_dir / "model")
     stored = json.loads((run_dir / "run.json").read_text())
-    stored |= {"recipe": as_dict(recipe), "data": _fingerprint(recipe, _open_sources(recipe))}
+    stored |= {"recipe": as_dict(recipe), "data": fingerprint_of(recipe, open_sources(recipe))}
     stored["recipe"]["stage_a"]["optimization"]["images"] = 80
     (run_dir / "run.json").write_text(json.dumps(stored))
     optimization = dataclasses.replace(recipe.stage_a.optimization, images=80)

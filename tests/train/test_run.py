@@ -200,7 +200,7 @@ def test_watching_changes_nothing(tmp_path, monkeypatch, capsys):
     assert said.count("in all:") == 2  # before and after
     assert "in money" in said
 
-    monkeypatch.setattr("wuerstchen.train.run.held_out", lambda *_, **more: None)
+    monkeypatch.setattr("wuerstchen.train.run_phase.held_out", lambda *_, **more: None)
     train(recipe, tmp_path / "alone", device="cpu")
     assert not [e for e in events(tmp_path / "alone") if e["event"] in ("rehearsed", "validation", "tariff")]
     assert final_files(tmp_path / "watched") == final_files(tmp_path / "alone")
@@ -307,7 +307,7 @@ def test_images_are_composed_after_the_costs_are_said_and_no_more_than_are_used(
         order.append(count)
         return compose(feed, count, workers, device)
 
-    monkeypatch.setattr("wuerstchen.train.run.compose", noted)
+    monkeypatch.setattr("wuerstchen.train.run_phase.compose", noted)
     monkeypatch.setattr("wuerstchen.train.run.say_costs_to_come", lambda log: order.append("costs"))
     full = tiny()
     optimization = dataclasses.replace(full.stage_a.optimization, images=24, batch_size=4)
@@ -347,7 +347,7 @@ def test_what_the_first_process_does_alone_is_waited_for_as_long_as_it_takes(tmp
     noted(_Run, "validation", "held-out images", [None])
     noted(_Run, "write_model_once", "the model")
     noted(run, "overview", "overview")
-    noted(run, "_converted", "colours", [None])
+    noted(run, "first_converted", "colours", [None])
     noted(run, "write_json", "a measurement")
     recipe = tiny()
     optimization = dataclasses.replace(recipe.stage_a.optimization, images=8, batch_size=4)
@@ -579,14 +579,14 @@ def test_a_log_edited_by_hand_does_not_stop_a_run(tmp_path):
 SLOW = """
 import sys, time
 from wuerstchen import cli
-from wuerstchen.train import run
+from wuerstchen.train import run, run_phase
 
 def slow(*_, **__):
     print("slow", flush=True)
     time.sleep(60)
 
-place, name = (run, sys.argv[1]) if "." not in sys.argv[1] else (run._Run, sys.argv[1].split(".")[1])
-setattr(place, name, slow)
+owner, _, name = sys.argv[1].rpartition(".")
+setattr({"": run, "run_phase": run_phase, "_Run": run._Run}[owner], name, slow)
 sys.exit(cli.main(sys.argv[2:]))
 """
 
@@ -594,8 +594,8 @@ sys.exit(cli.main(sys.argv[2:]))
 @pytest.mark.parametrize(
     "name",
     [
-        "compose",
-        pytest.param("_open_sources", marks=pytest.mark.slow),
+        "run_phase.compose",
+        pytest.param("open_sources", marks=pytest.mark.slow),
         pytest.param("read_start", marks=pytest.mark.slow),
         pytest.param("_Run.write_model", marks=pytest.mark.slow),
     ],

@@ -6,13 +6,12 @@ DIR/model/            the averaged weights as a model folder; appears when all s
 """
 
 import dataclasses
-import hashlib
 import os
 import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,59 +19,52 @@ from typing import Any
 import torch
 
 from wuerstchen.checkpoints.files import write_json
-from wuerstchen.checkpoints.native import Provenance, write_parts
-from wuerstchen.data.emoji import EmojiSource
-from wuerstchen.data.folder import FolderSource
-from wuerstchen.data.index import IndexedSource
-from wuerstchen.data.open import is_folder_of_images, open_source
+from wuerstchen.checkpoints.native import write_parts
 from wuerstchen.data.plan import stable_hash
 from wuerstchen.data.prepared import PreparedSet
 from wuerstchen.data.sources import Source
 from wuerstchen.defaults import usual_defaults
-from wuerstchen.errors import DataError, RunFolderError, UserError
-from wuerstchen.models.cascade import PUBLISHED_MAP, CascadeSettings
+from wuerstchen.errors import DataError, RunFolderError
+from wuerstchen.models.cascade import CascadeSettings
 from wuerstchen.models.text import PromptTooLongWarning
 from wuerstchen.pipeline import default_device
-from wuerstchen.train.changes import Change, Plan, plan
-from wuerstchen.train.config import Phase, Recipe, as_dict
-from wuerstchen.train.engine.checkpoint import load_averages, newest_of_all
+from wuerstchen.train.automatic import resolved
+from wuerstchen.train.changes import Plan, plan
+from wuerstchen.train.config import Phase, Recipe
 from wuerstchen.train.engine.distributed import Processes, distributed
-from wuerstchen.train.engine.image_cache import Bank, compose
-from wuerstchen.train.engine.loop import Settings, rehearse, run_stage
-from wuerstchen.train.engine.observe import looked_at
-from wuerstchen.train.engine.validation import Denoising, DenoisingTokens, HeldOut, Validation, held_out
-from wuerstchen.train.feed.images import Batch, Feed, batch_sizes, batches
-from wuerstchen.train.feed.prepared import (
-    HeldOutMaps,
-    PreparedFeed,
-    refuse_prepared,
-)
-from wuerstchen.train.initial_weights import Start, read_start, reads_captions, reads_text
+from wuerstchen.train.engine.loop import rehearse
+from wuerstchen.train.feed.images import Batch, Feed, batches
+from wuerstchen.train.initial_weights import read_start, reads_captions, reads_text
 from wuerstchen.train.overview import (
     kept_images,
     overview,
     print_overview,
     readings,
-    refuse_small,
     with_prompts,
 )
-from wuerstchen.train.precision import HALVES, best_half
 from wuerstchen.train.report.announce import Watch, begin, say_cost, say_costs_to_come
 from wuerstchen.train.report.events import Log, check_tensorboard
-from wuerstchen.train.run_data import verify_sets
+from wuerstchen.train.run_data import (
+    fingerprint_of,
+    first_converted,
+    left_out,
+    open_sources,
+    repeats_images,
+    verify_sets,
+)
 from wuerstchen.train.run_folder import (
     ORDER,
     check_colours,
     check_order,
     check_run,
     locked,
-    move_changes,
     named,
     read_json,
     read_run,
 )
+from wuerstchen.train.run_phase import PhaseRunner
 from wuerstchen.train.stage_table import maker_of, trained_kinds, trained_phases
-from wuerstchen.train.stages.base import Averages, N, Stage, cascade_settings
+from wuerstchen.train.stages.base import N, Stage, cascade_settings
 
 
 def train(
@@ -97,7 +89,7 @@ def train(
     if watch.tensorboard:
         check_tensorboard()
     with usual_defaults(), distributed(default_device(device)) as processes:
-        given = _resolved(recipe, processes)
+        given = resolved(recipe, processes)
         planned = plan(given, read_run(run_dir), run_dir, changes, end_now=end_now)
         return _train(given, planned, run_dir, processes, accept_changed_data, watch)
 
@@ -114,7 +106,7 @@ def _train(
     recipe, begun = planned.recipe, planned.begun
     for phase in readings(recipe):
         processes.check_batches(phase.stage, phase.images, phase.batch_size, phase.accumulate)
-    sources = _open_sources(recipe, begun)
+    sources = open_sources(recipe, begun)
     verify_sets([source for source in sources.values() if isinstance(source, PreparedSet)], processes)
     start = read_start(recipe)
     # Of a run that was ended early, ``begun`` has phases with data that are not open.
@@ -130,8 +122,8 @@ def _train(
             for kind in trained_kinds(recipe):
                 if kind.check is not None:
                     kind.check(run)
-            run.repeats_images = _repeats_images(recipe, sources)
-            run.fingerprint = _fingerprint(begun, sources)
+            run.repeats_images = repeats_images(recipe, sources)
+            run.fingerprint = fingerprint_of(begun, sources)
             run.changes = planned.changes
             run.begun = begun
             if not processes.alike(run.fingerprint):
@@ -144,8 +136,8 @@ def _train(
             check_run(given, run_dir, data, weights, log, accept_changed_data, processes, planned)
             if processes.leads and run.repeats_images:
                 check_order(run_dir)
-            converted = partial(_converted, sources.values())
-            check_colours(run_dir, converted, log, accept_changed_data, processes)
+            has_profile = partial(first_converted, sources.values())
+            check_colours(run_dir, has_profile, log, accept_changed_data, processes)
             wanted = False
             if processes.leads:
                 begin(log, watch)
@@ -169,193 +161,10 @@ def _train(
             raise named(error, run_dir) from error
 
 
-def _resolved(recipe: Recipe, processes: Processes) -> Recipe:
-    """The recipe with every ``auto`` replaced: what it stands for is part of what a run folder keeps."""
-    device = processes.device
-    gpu = device.type == "cuda"
-    if recipe.precision == "auto":
-        lacks = gpu and best_half(device) == "fp16"
-        half = "fp16" if processes.agreed(lacks)[0] else "bf16"
-        recipe = dataclasses.replace(recipe, precision=half if gpu else "fp32")
-    shards = recipe.sharding == "full" and processes.count > 1
-    # torch 2.11 draws the masks of compiled, recomputed blocks in a way that cannot be recorded.
-    repeats_masks = recipe.recompute == "blocks" and _drops_out(recipe)
-    if recipe.acceleration == "auto":
-        fast = "compile" if shards or repeats_masks else "graph"
-        recipe = dataclasses.replace(recipe, acceleration=fast if gpu else "none")
-    if recipe.acceleration == "graph" and not gpu:
-        raise UserError(f"acceleration=graph records CUDA graphs, and {device} has none; use compile or none")
-    if recipe.acceleration == "graph" and shards:
-        raise UserError("acceleration=graph records no updates of networks with sharding=full; use compile")
-    if recipe.acceleration == "graph" and repeats_masks:
-        raise UserError(
-            "acceleration=graph records no updates with recompute=blocks and dropout. Use "
-            "acceleration=compile, or a dropout of 0."
-        )
-    return recipe
-
-
-def _drops_out(recipe: Recipe) -> bool:
-    """Whether a network that is trained, and may be recomputed, has dropout."""
-    parts = [part for kind in trained_kinds(recipe) for part in kind.makes]
-    rates = [getattr(getattr(recipe, part), "dropout", 0) for part in parts]
-    return any(max(rate, default=0) if isinstance(rate, tuple) else rate for rate in rates)
-
-
-def _phases(recipe: Recipe) -> list[Phase]:
-    """Those of all stages that are trained, without refinements, which read what others read."""
-    return [named.phase for named in trained_phases(recipe) if named.path]
-
-
-def _around(data: str, recipe: Recipe) -> Path | None:
-    """The largest folder of pictures that a phase reads and ``data`` lies in: what one phase holds out of it
-    is not to be trained on in another."""
-    folders = [Path(phase.data or recipe.data).resolve() for phase in _phases(recipe)]
-    outer = [folder for folder in folders if folder in Path(data).resolve().parents]
-    found = [folder for folder in outer if is_folder_of_images(str(folder))]
-    return min(found, key=lambda folder: len(folder.parts), default=None)
-
-
-def _opened(data: str, recipe: Recipe, begun: Recipe) -> Source | PreparedSet:
-    """The training part of a data set that ``recipe`` names. ``begun`` is as in ``_open_sources``."""
-    return open_source(
-        data,
-        around=_around(data, begun),
-        image_column=recipe.image_column or None,
-        text_column=recipe.text_column or None,
-        verify=False,
-    )
-
-
-def _open_sources(recipe: Recipe, begun: Recipe | None = None) -> dict[str, Source | PreparedSet]:
-    """The data sets of all phases, by the name that the recipe gives them. Refuses what they cannot serve.
-
-    Prepared sets are still to be verified, by all processes together (``verify_sets``).
-
-    ``begun`` is the recipe that the run was begun with, if it is another: what its phases hold out of each
-    other's data stays held out.
-    """
-    sources: dict[str, Source | PreparedSet] = {}
-    for phase in _phases(recipe):
-        data = phase.data or recipe.data
-        source = sources.get(data)
-        if source is None:
-            source = sources[data] = _opened(data, recipe, begun or recipe)
-        if phase.max_ratio > 1 and isinstance(source, EmojiSource):
-            raise UserError(
-                f"max_ratio={phase.max_ratio} needs photographs: emoji are composed as squares; use 1"
-            )
-        if isinstance(source, PreparedSet):
-            for kind in trained_kinds(recipe):
-                refuse_prepared(data, kind.needs_images, recipe.prepared_images)
-    for data, source in sources.items() if not recipe.prepared_images else ():
-        whole = isinstance(source, PreparedSet)
-        refuse_small(recipe, data, len(source.rows("train")) if whole else len(source), whole)
-    if recipe.stored_texts == "states" and not any(isinstance(s, PreparedSet) for s in sources.values()):
-        raise UserError(
-            f"stored_texts=states needs a prepared set, and data={recipe.data} is none; use tokens"
-        )
-    _check_skipped(recipe, sources, begun or recipe)
-    return sources
-
-
-def _check_skipped(recipe: Recipe, sources: dict[str, Source | PreparedSet], begun: Recipe) -> None:
-    """Raises ``UserError`` for a name that is no image's: also not one of data that the run was ``begun``
-    with and no longer reads."""
-    missing = set(recipe.skip)
-    for source in _all_sources(begun, sources) if missing else ():
-        missing -= {source.name(item) for item in range(len(source))}
-        if not missing:
-            return
-    if missing:
-        raise UserError(
-            f"skip={min(missing)} is no image of {recipe.data}. Images are named as in log.jsonl, by their "
-            "place in the folder as a rule"
-        )
-
-
-def _all_sources(begun: Recipe, sources: dict[str, Source | PreparedSet]) -> Iterator[Source | PreparedSet]:
-    """The data sets of the recipe that a run was begun with, by falling batch size of their phases.
-
-    Those that the run no longer reads are not in ``sources``, and are opened when it is their turn.
-    """
-    phases = sorted(_phases(begun), key=lambda phase: -phase.optimization.batch_size)
-    for name in dict.fromkeys(phase.data or begun.data for phase in phases):
-        yield sources.get(name) or _opened(name, begun, begun)
-
-
-def _converted(sources: Iterable[Source | PreparedSet], rank: int, count: int) -> str | None:
-    """An image of a process's part whose colours its profile changes, if there is one."""
-    folders = (source for source in sources if isinstance(source, FolderSource))
-    return next(filter(None, (source.converted(rank, count) for source in folders)), None)
-
-
-def _left_out(source: Source | PreparedSet) -> Iterator[tuple[str, str]]:
-    """Name and reason of what a data set holds and training cannot use."""
-    if isinstance(source, IndexedSource):
-        yield from source.left_out()
-    for name in source.without_caption if isinstance(source, FolderSource) else ():
-        yield name, "its caption is empty"
-
-
-def _repeats_images(recipe: Recipe, sources: dict[str, Source | PreparedSet]) -> bool:
-    """Whether sizes of a prepared set have fewer images than a batch of a phase that reads it."""
-    for phase in _phases(recipe):
-        source, optimization = sources[phase.data or recipe.data], phase.optimization
-        if isinstance(source, PreparedSet):
-            feed = PreparedFeed(source, 0, optimization.images, optimization.batch_size)
-            if feed.plan.small:
-                return True
-    return False
-
-
-def _fingerprint(recipe: Recipe, sources: dict[str, Source | PreparedSet]) -> str:
-    """Of all data of the recipe that a run was begun with: that of the only set, or one of all of them.
-
-    It depends on their order. A set that the run no longer reads is opened for it.
-    """
-    found = list(dict.fromkeys(source.fingerprint() for source in _all_sources(recipe, sources)))
-    return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
-
-
-class _Run:
+class _Run(PhaseRunner):
     """One start of a run: what its stages are handed (``stages.base.Run``), and the model that they make."""
 
     makes_updates = True
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        run_dir: Path,
-        sources: dict[str, Source | PreparedSet],
-        start: Start,
-        processes: Processes,
-        log: Log,
-    ) -> None:
-        self.recipe = recipe
-        self.processes = processes
-        self.run_dir = run_dir
-        self.sources = sources
-        self.fingerprint = ""
-        self.changes: list[dict[str, Any]] = []
-        """Of the recipe since the run was begun."""
-        self.begun = recipe
-        """What it was begun with."""
-        self.repeats_images = False
-        """Whether sizes of a prepared set have fewer images than a batch."""
-        self.device = processes.device
-        self.log = log
-        self.start = start
-        self.parts = dataclasses.replace(start.parts)
-        self.statistics = PUBLISHED_MAP
-        if start.settings is not None and start.parts.prior is not None:
-            self.statistics = start.settings.map_statistics
-        for name, network in self.parts.networks().items():
-            maker = maker_of(name)
-            if maker is None or maker.short not in recipe.stages:  # others are copied, not used
-                network.eval()  # and stay on the CPU until a stage needs them
-        self._bank: tuple[tuple[str, int], Bank] | None = None
-        self._held_out: dict[tuple[str, int], HeldOut | HeldOutMaps | None] = {}
 
     def train(self) -> Path:
         began = time.monotonic()
@@ -457,10 +266,6 @@ class _Run:
         """Whether a phase starts from nothing, as opposed to from a checkpoint of its own."""
         return not any((self.run_dir / f"stage_{name}" / "checkpoints").glob("[0-9]*"))
 
-    def source(self, phase: Phase) -> Source | PreparedSet:
-        """The data set that a phase reads."""
-        return self.sources[phase.data or self.recipe.data]
-
     def measured_source(self) -> Source | PreparedSet:
         """What is measured on: the recipe's data, or of phases that all have others the first."""
         return self.sources.get(self.recipe.data) or next(iter(self.sources.values()))
@@ -489,179 +294,9 @@ class _Run:
             raise RunFolderError(f"{path} is empty; {again}")
         return found
 
-    def feed(self, stage: Stage, phase: Phase, multiple: int, seed: int) -> Feed | PreparedFeed:
-        """The pictures of a phase, or what is stored of them."""
-        recipe, source = self.recipe, self.source(phase)
-        if isinstance(source, PreparedSet):
-            optimization = phase.optimization
-            return PreparedFeed(
-                source,
-                seed,
-                optimization.images,
-                optimization.batch_size,
-                recipe.stored_texts,
-                recipe.skip,
-            )
-        size = phase.image_size or recipe.image_size
-        return Feed(
-            source,
-            seed,
-            size,
-            stage.captions,
-            sizes=batch_sizes(size, phase.max_ratio, multiple),
-            batch_size=phase.optimization.batch_size,
-            skip=recipe.skip,
-        )
-
-    def settings(self, feed: Feed | PreparedFeed) -> Settings:
-        """How the loop runs on a feed."""
-        recipe = self.recipe
-        return Settings(
-            seed=recipe.seed,
-            autocast=recipe.precision in HALVES,
-            half=HALVES.get(recipe.precision, torch.bfloat16),
-            decays_all_axes=self.order() < ORDER,
-            compiles=recipe.acceleration in ("compile", "graph"),
-            records=recipe.acceleration == "graph",
-            shards=recipe.sharding == "full",
-            recomputes=recipe.recompute == "blocks",
-            workers=recipe.workers,
-            checkpoint_seconds=recipe.checkpoint_seconds,
-            log_every=recipe.log_every,
-            preview_every=recipe.preview_every,
-            keep_every=recipe.keep_every,
-            preview_size=feed.size,
-            previews=min(8, len(feed.source)),
-        )
-
-    def train_phase(self, stage: Stage, phase: Phase, *, multiple: int = 1) -> Averages:
-        """Trains a phase to its end. Returns what gives a network its averaged weights."""
-        return partial(self.averaged, self.run_stage(stage, phase, multiple))
-
-    def run_stage(self, stage: Stage, phase: Phase, multiple: int) -> Path:
-        """Trains a phase to its end. Returns its last checkpoint."""
-        optimization = stage.optimization
-        feed = self.feed(stage, phase, multiple, stable_hash(self.recipe.seed, stage.name, "data") >> 1)
-        parameters = sum(p.numel() for n in stage.networks.values() for p in n.parameters())
-        if self.processes.leads:
-            times = "" if self.processes.count == 1 else f" and {self.processes.count - 1} more"
-            print(
-                f"Stage {stage.name.upper()}: {optimization.images:,} images, {feed.size} px, in batches of "
-                f"{optimization.batch_size}, {parameters / 1e6:.1f} M parameters, on {self.device}{times}"
-            )
-            if isinstance(feed, PreparedFeed):
-                print(f"  {phase.data or self.recipe.data} is prepared; sizes in pixels:")
-                print("\n".join(f"    {line}" for line in feed.epoch()))
-                if feed.source.maps_precision == "bfloat16":
-                    print(
-                        "  its maps were made in bfloat16 by an earlier version, with an error of a few "
-                        "hundredths of their deviation; prepare it again for exact ones"
-                    )
-        header = {**dataclasses.asdict(self.provenance(0)), "fields": as_dict(self.recipe)}
-        header["changes"] = self.changes
-        folder = self.run_dir / f"stage_{stage.name}"
-        images = optimization.images
-        finished = self._finished(folder, stage, phase)
-        if finished is not None:
-            seen = {"images": images, "total": images, "resumed": True, "device": str(self.device)}
-            self.log.event("start", stage=stage.name, **seen)
-            return finished
-        validation = self.validation(stage, phase) if self.processes.leads else None
-        self.processes.wait_long()  # for the first, which has read images that are held out
-        settings, processes = self.settings(feed), self.processes
-        bank = partial(self.bank, feed, phase) if self.recipe.prepared_images else None
-        goes_on = partial(self.goes_on, stage.name)
-        return run_stage(
-            stage, feed, folder, settings, self.device, self.log, header, bank, processes, validation, goes_on
-        )
-
-    def goes_on(self, stage: str, images: int) -> None:
-        """Corrects the changes of the recipe where a stage goes on from before them."""
-        move_changes(self.run_dir, self.changes, stage, images, self.log)
-
-    def _finished(self, folder: Path, stage: Stage, phase: Phase) -> Path | None:
-        """The last checkpoint of a stage, if it is there and whole, and its last preview and validation were
-        made."""
-        checkpoints, images = folder / "checkpoints", stage.optimization.images
-        (there,) = self.processes.agreed((checkpoints / f"{images:012d}").is_dir())
-        if not there:
-            return None
-        owed = False
-        if self.processes.leads:
-            previewed, validated = looked_at(self.log, stage.name, images, folder)
-            owed = not previewed or not (validated or self.validation(stage, phase) is None)
-        self.processes.wait_long()  # for the first, which may have read images that are held out
-        if self.processes.agreed(owed)[0]:
-            return None
-        found = newest_of_all(checkpoints, self.processes)
-        return found[0] if found is not None and found[1]["images"] >= images else None
-
-    def validation(self, stage: Stage, phase: Phase) -> Validation | None:
-        """The loss of a diffusion stage on held-out pictures; None without any."""
-        if not isinstance(stage, Denoising | DenoisingTokens):
-            return None
-        data, size = key = (phase.data or self.recipe.data, phase.image_size or self.recipe.image_size)
-        if key not in self._held_out:
-            around = _around(data, self.begun)
-            self._held_out[key] = held_out(
-                data,
-                size,
-                texts=self.recipe.stored_texts,
-                around=around,
-                image_column=self.recipe.image_column or None,
-                text_column=self.recipe.text_column or None,
-            )
-            if self._held_out[key] is None:
-                print(f"{data} holds out no pictures, so there is no validation loss")
-        pictures = self._held_out[key]
-        if pictures is None:
-            return None
-        precision = self.recipe.precision
-        half = HALVES.get(precision, torch.bfloat16)
-        return Validation(stage, pictures, precision in HALVES, self.device, half)
-
-    def bank(self, feed: Feed | PreparedFeed, phase: Phase) -> Bank:
-        """The pictures that stages train on, composed when one first needs them."""
-        assert isinstance(feed, Feed)
-        key = (phase.data or self.recipe.data, feed.size)
-        if self._bank is None or self._bank[0] != key:
-            self._bank = None  # one at a time: they are large
-            seed = stable_hash(self.recipe.seed, "bank") >> 1
-            pictures = Feed(feed.source, seed, feed.size, captions=True, skip=self.recipe.skip)
-            bank = compose(pictures, self.bank_size(*key), self.recipe.workers, self.device)
-            self._bank = (key, bank)
-            for name, reason in bank.skipped:
-                self.log.event("skipped", stage="bank", name=name, reason=reason)
-        return self._bank[1]
-
-    def order(self) -> int:
-        """Which version's rules the run goes by (``folder.ORDER``)."""
-        return read_json(self.run_dir / "run.json").get("order", 1)
-
-    def bank_size(self, data: str, size: int) -> int:
-        """How many images of a size are composed: no more than will be used."""
-        if self.order() < ORDER:
-            return self.recipe.prepared_images  # their number is part of the order that the run began with
-        return kept_images(self.recipe, data, size)
-
-    def averaged(self, checkpoint: Path, network: N, name: str) -> N:
-        """The network with the averaged weights of a finished stage, frozen."""
-        network = network.to(self.device)
-        load_averages(network, checkpoint, name, self.processes)
-        return network.eval().requires_grad_(False)
-
     def seed_weights(self, name: str) -> None:
         """Initial weights are a function of the recipe's seed and the stage alone."""
         torch.manual_seed(stable_hash(self.recipe.seed, name, "weights") >> 1)
-
-    def provenance(self, images: int) -> Provenance:
-        return Provenance(
-            recipe=self.recipe.name,
-            seed=self.recipe.seed,
-            images=images,
-            data=self.fingerprint,
-            changes=tuple(str(Change(**change)) for change in self.changes),
-        )
 
     def say_what_is_read(self) -> None:
         """Prints what the data are and how often each image will be seen; once for a run and its data."""
@@ -674,7 +309,7 @@ class _Run:
         print_overview(said, warned)
         self.log.event("data", fingerprint=self.fingerprint, said=said, warned=warned)
         for source in self.sources.values():
-            for name, reason in _left_out(source):
+            for name, reason in left_out(source):
                 self.log.event("skipped", stage="data", name=name, reason=reason)
 
     def say_skipped(self) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from wuerstchen.errors import UserError
 from wuerstchen.recipes.tiny import tiny
+from wuerstchen.train.automatic import resolved
 from wuerstchen.train.config import Optimization
 from wuerstchen.train.engine import precision
 from wuerstchen.train.engine.checkpoint import newest
@@ -19,7 +20,6 @@ from wuerstchen.train.engine.precision import LossScale
 from wuerstchen.train.feed.images import Feed
 from wuerstchen.train.precision import best_half
 from wuerstchen.train.report.events import Log
-from wuerstchen.train.run import _resolved
 
 CPU = torch.device("cpu")
 CONFIG = Optimization(images=64, batch_size=4, learning_rate=0.01, clip_norm=0.5)
@@ -114,9 +114,9 @@ def test_auto_takes_what_the_gpu_has(has_bf16, expected, monkeypatch):
     monkeypatch.setattr("torch.cuda.device", lambda device: torch.no_grad())
     gpu = torch.device("cuda", 0)
     assert best_half(gpu) == expected
-    assert _resolved(tiny(), Processes(gpu)).precision == expected
-    assert _resolved(tiny(), Processes(CPU)).precision == "fp32"
-    assert _resolved(dataclasses.replace(tiny(), precision="float16"), Processes(gpu)).precision == "fp16"
+    assert resolved(tiny(), Processes(gpu)).precision == expected
+    assert resolved(tiny(), Processes(CPU)).precision == "fp32"
+    assert resolved(dataclasses.replace(tiny(), precision="float16"), Processes(gpu)).precision == "fp16"
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_auto_takes_what_the_gpu_has(has_bf16, expected, monkeypatch):
 )
 def test_recomputed_dropout_is_not_recorded(stages, decoder, prior, expected, monkeypatch):
     """Recording it ends in an error of torch's, after minutes of compiling."""
-    monkeypatch.setattr("wuerstchen.train.run.best_half", lambda device: "bf16")
+    monkeypatch.setattr("wuerstchen.train.automatic.best_half", lambda device: "bf16")
     gpu, base = Processes(torch.device("cuda")), tiny()
     recipe = dataclasses.replace(
         base,
@@ -140,11 +140,11 @@ def test_recomputed_dropout_is_not_recorded(stages, decoder, prior, expected, mo
         recompute="blocks",
         acceleration="auto",
     )
-    assert _resolved(recipe, gpu).acceleration == expected
-    assert _resolved(dataclasses.replace(recipe, recompute="none"), gpu).acceleration == "graph"
+    assert resolved(recipe, gpu).acceleration == expected
+    assert resolved(dataclasses.replace(recipe, recompute="none"), gpu).acceleration == "graph"
     asked = dataclasses.replace(recipe, acceleration="graph")
     if expected == "graph":
-        assert _resolved(asked, gpu).acceleration == "graph"
+        assert resolved(asked, gpu).acceleration == "graph"
     else:
         with pytest.raises(UserError, match=r"recompute=blocks and dropout\. Use acceleration=compile"):
-            _resolved(asked, gpu)
+            resolved(asked, gpu)

@@ -20,7 +20,7 @@ from wuerstchen.models.cascade import MapStatistics
 from wuerstchen.models.compressor import compressor_input
 from wuerstchen.models.previewer import Previewer, PreviewerConfig
 from wuerstchen.recipes.tiny import tiny
-from wuerstchen.train import run
+from wuerstchen.train import run_data
 from wuerstchen.train.config import Phase
 from wuerstchen.train.engine.ema import make_average
 from wuerstchen.train.engine.validation import BINS, Denoising, HeldOut, Validation, held_out
@@ -218,9 +218,9 @@ def test_what_one_phase_holds_out_no_other_trains_on(tmp_path, monkeypatch):
     config = dataclasses.replace(full.stage_c, phases=tuple(phases))
     recipe = dataclasses.replace(full, data="photos", stage_c=config)
     training, kept = set(), set()
-    for data, source in run._open_sources(recipe).items():
+    for data, source in run_data.open_sources(recipe).items():
         trained = {(source.root / name).resolve() for name in names(source)}
-        around = run._around(data, recipe)
+        around = run_data.folder_around(data, recipe)
         assert around == (None if data == "photos" else root)
         heldout = {(source.root / name).resolve() for name in names(FolderSource(data, "heldout", around))}
         assert len(trained) + len(heldout) == len(FolderSource(data))

@@ -1,0 +1,253 @@
+"""How a run trains one phase after the other: its images, its settings, and where it goes on."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wuerstchen.checkpoints.native import Provenance
+from wuerstchen.data.plan import stable_hash
+from wuerstchen.data.prepared import PreparedSet
+from wuerstchen.data.sources import Source
+from wuerstchen.models.cascade import PUBLISHED_MAP
+from wuerstchen.train.changes import Change
+from wuerstchen.train.config import Phase, Recipe, as_dict
+from wuerstchen.train.engine.checkpoint import load_averages, newest_of_all
+from wuerstchen.train.engine.distributed import Processes
+from wuerstchen.train.engine.image_cache import Bank, compose
+from wuerstchen.train.engine.loop import Settings, run_stage
+from wuerstchen.train.engine.observe import looked_at
+from wuerstchen.train.engine.validation import Denoising, DenoisingTokens, HeldOut, Validation, held_out
+from wuerstchen.train.feed.images import Feed, batch_sizes
+from wuerstchen.train.feed.prepared import (
+    HeldOutMaps,
+    PreparedFeed,
+)
+from wuerstchen.train.initial_weights import Start
+from wuerstchen.train.overview import (
+    kept_images,
+)
+from wuerstchen.train.precision import HALVES
+from wuerstchen.train.report.events import Log
+from wuerstchen.train.run_data import folder_around
+from wuerstchen.train.run_folder import (
+    ORDER,
+    move_changes,
+    read_json,
+)
+from wuerstchen.train.stage_table import maker_of
+from wuerstchen.train.stages.base import Averages, N, Stage
+
+
+class PhaseRunner:
+    """One start of a run, as far as its phases are concerned."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run_dir: Path,
+        sources: dict[str, Source | PreparedSet],
+        start: Start,
+        processes: Processes,
+        log: Log,
+    ) -> None:
+        self.recipe = recipe
+        self.processes = processes
+        self.run_dir = run_dir
+        self.sources = sources
+        self.fingerprint = ""
+        self.changes: list[dict[str, Any]] = []
+        """Of the recipe since the run was begun."""
+        self.begun = recipe
+        """What it was begun with."""
+        self.repeats_images = False
+        """Whether sizes of a prepared set have fewer images than a batch."""
+        self.device = processes.device
+        self.log = log
+        self.start = start
+        self.parts = dataclasses.replace(start.parts)
+        self.statistics = PUBLISHED_MAP
+        if start.settings is not None and start.parts.prior is not None:
+            self.statistics = start.settings.map_statistics
+        for name, network in self.parts.networks().items():
+            maker = maker_of(name)
+            if maker is None or maker.short not in recipe.stages:  # others are copied, not used
+                network.eval()  # and stay on the CPU until a stage needs them
+        self._bank: tuple[tuple[str, int], Bank] | None = None
+        self._held_out: dict[tuple[str, int], HeldOut | HeldOutMaps | None] = {}
+
+    def feed(self, stage: Stage, phase: Phase, multiple: int, seed: int) -> Feed | PreparedFeed:
+        """The pictures of a phase, or what is stored of them."""
+        recipe, source = self.recipe, self.source(phase)
+        if isinstance(source, PreparedSet):
+            optimization = phase.optimization
+            return PreparedFeed(
+                source,
+                seed,
+                optimization.images,
+                optimization.batch_size,
+                recipe.stored_texts,
+                recipe.skip,
+            )
+        size = phase.image_size or recipe.image_size
+        return Feed(
+            source,
+            seed,
+            size,
+            stage.captions,
+            sizes=batch_sizes(size, phase.max_ratio, multiple),
+            batch_size=phase.optimization.batch_size,
+            skip=recipe.skip,
+        )
+
+    def settings(self, feed: Feed | PreparedFeed) -> Settings:
+        """How the loop runs on a feed."""
+        recipe = self.recipe
+        return Settings(
+            seed=recipe.seed,
+            autocast=recipe.precision in HALVES,
+            half=HALVES.get(recipe.precision, torch.bfloat16),
+            decays_all_axes=self.order() < ORDER,
+            compiles=recipe.acceleration in ("compile", "graph"),
+            records=recipe.acceleration == "graph",
+            shards=recipe.sharding == "full",
+            recomputes=recipe.recompute == "blocks",
+            workers=recipe.workers,
+            checkpoint_seconds=recipe.checkpoint_seconds,
+            log_every=recipe.log_every,
+            preview_every=recipe.preview_every,
+            keep_every=recipe.keep_every,
+            preview_size=feed.size,
+            previews=min(8, len(feed.source)),
+        )
+
+    def train_phase(self, stage: Stage, phase: Phase, *, multiple: int = 1) -> Averages:
+        """Trains a phase to its end. Returns what gives a network its averaged weights."""
+        return partial(self.averaged, self.run_stage(stage, phase, multiple))
+
+    def run_stage(self, stage: Stage, phase: Phase, multiple: int) -> Path:
+        """Trains a phase to its end. Returns its last checkpoint."""
+        optimization = stage.optimization
+        feed = self.feed(stage, phase, multiple, stable_hash(self.recipe.seed, stage.name, "data") >> 1)
+        parameters = sum(p.numel() for n in stage.networks.values() for p in n.parameters())
+        if self.processes.leads:
+            times = "" if self.processes.count == 1 else f" and {self.processes.count - 1} more"
+            print(
+                f"Stage {stage.name.upper()}: {optimization.images:,} images, {feed.size} px, in batches of "
+                f"{optimization.batch_size}, {parameters / 1e6:.1f} M parameters, on {self.device}{times}"
+            )
+            if isinstance(feed, PreparedFeed):
+                print(f"  {phase.data or self.recipe.data} is prepared; sizes in pixels:")
+                print("\n".join(f"    {line}" for line in feed.epoch()))
+                if feed.source.maps_precision == "bfloat16":
+                    print(
+                        "  its maps were made in bfloat16 by an earlier version, with an error of a few "
+                        "hundredths of their deviation; prepare it again for exact ones"
+                    )
+        header = {**dataclasses.asdict(self.provenance(0)), "fields": as_dict(self.recipe)}
+        header["changes"] = self.changes
+        folder = self.run_dir / f"stage_{stage.name}"
+        images = optimization.images
+        finished = self._finished(folder, stage, phase)
+        if finished is not None:
+            seen = {"images": images, "total": images, "resumed": True, "device": str(self.device)}
+            self.log.event("start", stage=stage.name, **seen)
+            return finished
+        validation = self.validation(stage, phase) if self.processes.leads else None
+        self.processes.wait_long()  # for the first, which has read images that are held out
+        settings, processes = self.settings(feed), self.processes
+        bank = partial(self.bank, feed, phase) if self.recipe.prepared_images else None
+        goes_on = partial(self.goes_on, stage.name)
+        return run_stage(
+            stage, feed, folder, settings, self.device, self.log, header, bank, processes, validation, goes_on
+        )
+
+    def goes_on(self, stage: str, images: int) -> None:
+        """Corrects the changes of the recipe where a stage goes on from before them."""
+        move_changes(self.run_dir, self.changes, stage, images, self.log)
+
+    def _finished(self, folder: Path, stage: Stage, phase: Phase) -> Path | None:
+        """The last checkpoint of a stage, if it is there and whole, and its last preview and validation were
+        made."""
+        checkpoints, images = folder / "checkpoints", stage.optimization.images
+        (there,) = self.processes.agreed((checkpoints / f"{images:012d}").is_dir())
+        if not there:
+            return None
+        owed = False
+        if self.processes.leads:
+            previewed, validated = looked_at(self.log, stage.name, images, folder)
+            owed = not previewed or not (validated or self.validation(stage, phase) is None)
+        self.processes.wait_long()  # for the first, which may have read images that are held out
+        if self.processes.agreed(owed)[0]:
+            return None
+        found = newest_of_all(checkpoints, self.processes)
+        return found[0] if found is not None and found[1]["images"] >= images else None
+
+    def validation(self, stage: Stage, phase: Phase) -> Validation | None:
+        """The loss of a diffusion stage on held-out pictures; None without any."""
+        if not isinstance(stage, Denoising | DenoisingTokens):
+            return None
+        data, size = key = (phase.data or self.recipe.data, phase.image_size or self.recipe.image_size)
+        if key not in self._held_out:
+            around = folder_around(data, self.begun)
+            self._held_out[key] = held_out(
+                data,
+                size,
+                texts=self.recipe.stored_texts,
+                around=around,
+                image_column=self.recipe.image_column or None,
+                text_column=self.recipe.text_column or None,
+            )
+            if self._held_out[key] is None:
+                print(f"{data} holds out no pictures, so there is no validation loss")
+        pictures = self._held_out[key]
+        if pictures is None:
+            return None
+        precision = self.recipe.precision
+        half = HALVES.get(precision, torch.bfloat16)
+        return Validation(stage, pictures, precision in HALVES, self.device, half)
+
+    def bank(self, feed: Feed | PreparedFeed, phase: Phase) -> Bank:
+        """The pictures that stages train on, composed when one first needs them."""
+        assert isinstance(feed, Feed)
+        key = (phase.data or self.recipe.data, feed.size)
+        if self._bank is None or self._bank[0] != key:
+            self._bank = None  # one at a time: they are large
+            seed = stable_hash(self.recipe.seed, "bank") >> 1
+            pictures = Feed(feed.source, seed, feed.size, captions=True, skip=self.recipe.skip)
+            bank = compose(pictures, self.bank_size(*key), self.recipe.workers, self.device)
+            self._bank = (key, bank)
+            for name, reason in bank.skipped:
+                self.log.event("skipped", stage="bank", name=name, reason=reason)
+        return self._bank[1]
+
+    def order(self) -> int:
+        """Which version's rules the run goes by (``folder.ORDER``)."""
+        return read_json(self.run_dir / "run.json").get("order", 1)
+
+    def bank_size(self, data: str, size: int) -> int:
+        """How many images of a size are composed: no more than will be used."""
+        if self.order() < ORDER:
+            return self.recipe.prepared_images  # their number is part of the order that the run began with
+        return kept_images(self.recipe, data, size)
+
+    def averaged(self, checkpoint: Path, network: N, name: str) -> N:
+        """The network with the averaged weights of a finished stage, frozen."""
+        network = network.to(self.device)
+        load_averages(network, checkpoint, name, self.processes)
+        return network.eval().requires_grad_(False)
+
+    def provenance(self, images: int) -> Provenance:
+        return Provenance(
+            recipe=self.recipe.name,
+            seed=self.recipe.seed,
+            images=images,
+            data=self.fingerprint,
+            changes=tuple(str(Change(**change)) for change in self.changes),
+        )
+
+    def source(self, phase: Phase) -> Source | PreparedSet:
+        """The data set that a phase reads."""
+        return self.sources[phase.data or self.recipe.data]
