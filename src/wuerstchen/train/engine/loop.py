@@ -8,7 +8,6 @@ their averages and the optimizers come from the last whole checkpoint.
 import contextlib
 import dataclasses
 import itertools
-import math
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from wuerstchen.train.engine.distributed import (
     share_batch_statistics,
 )
 from wuerstchen.train.engine.ema import decay_at, make_average
+from wuerstchen.train.engine.faults import NotFinite, names_of_batch, read_values, refuse_fault
 from wuerstchen.train.engine.image_cache import Bank
 from wuerstchen.train.engine.observe import Observer
 from wuerstchen.train.engine.optim import learning_rate, make_optimizer, set_rate
@@ -51,8 +51,6 @@ from wuerstchen.train.feed.prepared import PreparedFeed
 from wuerstchen.train.report.cost import Cost, CostMeter
 from wuerstchen.train.report.events import Log, Meter
 from wuerstchen.train.stages.base import Stage, UsesAverages, inputs_of
-
-_NAMED = 3  # images of a batch in a message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +144,7 @@ def run_stage(
         if state.images < total:
             step = _step(stage, state, settings, processes)
             step.gauge = Gauge(stage, step.seed, settings.autocast, device, settings.half)
-            step.names = lambda first: _names(step, feed, composed, first)
+            step.names = lambda first: names_of_batch(step, feed, composed, first)
             writer = Writer(folder / "checkpoints", processes, state.images)
             saving = Saving(
                 writer,
@@ -154,7 +152,7 @@ def run_stage(
                 {**header, "stage": stage.name},
                 log,
                 cost,
-                lambda: _refuse_fault(step),
+                lambda: refuse_fault(step),
                 resumed=resumed,
                 milestones=settings.keep_every,
             )
@@ -253,7 +251,7 @@ class _Loop:
         # A recorded update is not waited for, unless its values are to be read.
         reads = self.waits or not self.values or state.updates % self.settings.log_every == 0
         if reads or state.images + fed.images >= total:
-            self.values = _read(fed.values, step)
+            self.values = read_values(fed.values, step)
             self.values["learning_rate"] = learning_rate(optimization, state.images + fed.images)
         state.images += fed.images
         self.meter.update(fed.images, self.values["loss"])
@@ -440,61 +438,6 @@ def _bank_updates(step: Step, bank: Bank, settings: Settings) -> Generator[_Fed,
             indices = torch.arange(own.start, own.stop, device="cpu").to(step.device)
             chosen = {name: tensor[rows] for name, tensor in inputs.items()}
             yield _Fed(len(numbers), [], update(chosen, indices))
-
-
-def _read(values: Values, step: Step) -> dict[str, float]:
-    """The values of an update on the host. Raises ``UserError`` where one was not finite, or says to stop."""
-    stacked = torch.stack([v.float() for v in values.values()])
-    step.processes.average_([stacked])
-    read = dict(zip(values, stacked.tolist(), strict=True))
-    _refuse_fault(step, read)
-    step.stage.check(read)
-    return read
-
-
-def _names(step: Step, feed: Feed | PreparedFeed, bank: Bank | None, first: int) -> list[str]:
-    """The names of the images of the batch that begins at number ``first`` of the run."""
-    optimization = step.stage.optimization
-    numbers = range(first, min(first + optimization.batch_size, optimization.images))
-    if bank is None:
-        return feed.names(numbers)
-    return [bank.names[row] for row in items_at(numbers, len(bank), step.seed)] if bank.names else []
-
-
-def _refuse_fault(step: Step, values: dict[str, float] | None = None) -> None:
-    """Raises ``UserError`` if a loss or gradient was not finite in an update until now; ``values`` are those
-    of the last. What passed through networks then may be in their statistics, so it must not be stored."""
-    image = int(step.fault)
-    if image < 0:
-        return
-    what = "a loss or gradient was not finite"
-    for name, value in (values or {}).items():
-        if name.startswith(("loss", "gradient")) and not math.isfinite(value):
-            named = f"loss_{step.stage.averaged[0]}" if name == "loss" else name
-            what = f"the {named.replace('_', ' of ', 1)} is {value}"
-            break
-    names = [] if step.names is None else step.names(image)
-    held = ""
-    if names:
-        held = f". The batch holds {', '.join(names[:_NAMED])}"
-        held += f" and {len(names) - _NAMED} more, which log.jsonl names" if len(names) > _NAMED else ""
-    rate = step.stage.optimization.learning_rate / 2
-    raise NotFinite(
-        f"{what} at image {image:,} of stage {step.stage.name.upper()}, so the weights were left as they "
-        f"were{held}. To go on from the last checkpoint add --change learning_rate={rate:.3g}, --change "
-        "precision=fp32, --change seed=N for another order, or --change skip+=NAME to leave out an image",
-        image,
-        names,
-    )
-
-
-class NotFinite(UserError):
-    """A loss or gradient of an update was not finite."""
-
-    def __init__(self, message: str, image: int, names: list[str]) -> None:
-        """``image`` is the first of the batch, whose images have these ``names`` where they are known."""
-        super().__init__(message)
-        self.image, self.names = image, names
 
 
 @contextlib.contextmanager
