@@ -165,7 +165,7 @@ def test_kills_change_nothing(tmp_path, stages):
     assert provenance.data == open_source("sample").fingerprint()
     assert provenance.versions.keys() == {"wuerstchen", "torch"}
     _, state = newest(broken / "stage_c" / "checkpoints")
-    assert state["format"] == 1
+    assert state["format"] == 2
     assert state["images"] == 24
     assert {"recipe", "seed", "data", "versions"} <= state.keys()
     assert state["fields"]["stage_b"]["backbone_rate"] == 0.1
