@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 
-import wuerstchen.train.run as training
 from wuerstchen.checkpoints.native import read_parts
 from wuerstchen.evaluate.report import evaluate
 from wuerstchen.models.cascade import Cascade
 from wuerstchen.pipeline import BUNDLED, Sampling, Wuerstchen
 from wuerstchen.recipes.mini import mini
+from wuerstchen.train import run, run_phase
 from wuerstchen.train.config import Recipe
 from wuerstchen.train.report.announce import Watch
 from wuerstchen.train.report.events import read_events
@@ -128,7 +128,7 @@ def train(name: str, options: argparse.Namespace) -> dict[str, Any]:
     others = dict(_change(text) for text in options.set)
     recipe = recipe_of(name, str(options.data), images, options.seed, options.workers, options.start, others)
     began = time.monotonic()
-    training.train(recipe, folder, watch=Watch(rehearses=False))
+    run.train(recipe, folder, watch=Watch(rehearses=False))
     minutes = (time.monotonic() - began) / 60
     events = read_events(folder / "log.jsonl")
     progress = [event for event in events if event["event"] == "progress"]
@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     # Variants train on the same composed images, so they are composed once.
-    training.compose = _once(training.compose)
+    run_phase.compose = _once(run_phase.compose)
     failed = run_all(options)
     sys.exit(f"failed: {' '.join(failed)}" if failed else 0)
 

@@ -5,10 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+from wuerstchen.train.engine import image_cache
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -109,6 +112,17 @@ def test_every_variant_of_the_ablation_is_a_recipe(benchmarks):
             for part in field.split("."):
                 found = getattr(found, part)
             assert found == value
+
+
+def test_variants_of_the_ablation_share_their_composed_images(benchmarks):
+    """What the script replaces is what a run calls: composing takes a minute a variant."""
+    import ablation
+
+    composed = []
+    once = ablation._once(lambda feed, *_: composed.append(feed) or len(composed))
+    feed, other = SimpleNamespace(seed=1, size=8), SimpleNamespace(seed=2, size=8)
+    assert [once(one, 4, 0, None) for one in (feed, feed, other)] == [1, 1, 2]
+    assert ablation.run_phase.compose is image_cache.compose
 
 
 def test_the_page_of_experiments_is_made_from_its_rows():
