@@ -31,9 +31,9 @@ from wuerstchen.train.engine.distributed import (
 from wuerstchen.train.engine.ema import decay_at, make_average
 from wuerstchen.train.engine.faults import NotFinite, names_of_batch, read_values, refuse_fault
 from wuerstchen.train.engine.image_cache import Bank
+from wuerstchen.train.engine.loss_scale import LossScale
 from wuerstchen.train.engine.observe import Observer
 from wuerstchen.train.engine.optim import learning_rate, make_optimizer, set_rate
-from wuerstchen.train.engine.precision import LossScale
 from wuerstchen.train.engine.saving import Saving
 from wuerstchen.train.engine.stopping import GRACE, Interrupted, StoppedWaiting, StopRequest
 from wuerstchen.train.engine.throughput import Gauge

@@ -20,8 +20,8 @@ from wuerstchen.train.engine.bf16_weights import HalfCopies
 from wuerstchen.train.engine.checkpoint import TrainingState
 from wuerstchen.train.engine.distributed import Processes, is_sharded, synchronise_gradients
 from wuerstchen.train.engine.ema import update_average
+from wuerstchen.train.engine.loss_scale import LEAST_SCALE, loss_scale_of
 from wuerstchen.train.engine.optim import update
-from wuerstchen.train.engine.precision import LEAST_SCALE, loss_scale_of
 from wuerstchen.train.engine.throughput import Gauge
 from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.stages.base import Inputs, Stage

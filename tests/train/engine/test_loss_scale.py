@@ -11,12 +11,12 @@ from wuerstchen.errors import UserError
 from wuerstchen.recipes.tiny import tiny
 from wuerstchen.train.automatic import resolved
 from wuerstchen.train.config import Optimization
-from wuerstchen.train.engine import precision
+from wuerstchen.train.engine import loss_scale
 from wuerstchen.train.engine.checkpoint import newest
 from wuerstchen.train.engine.distributed import Processes
 from wuerstchen.train.engine.loop import run_stage
+from wuerstchen.train.engine.loss_scale import LossScale
 from wuerstchen.train.engine.optim import load_optimizer_tensors, make_optimizer, optimizer_tensors, update
-from wuerstchen.train.engine.precision import LossScale
 from wuerstchen.train.feed.images import Feed
 from wuerstchen.train.precision import best_half
 from wuerstchen.train.report.events import Log
@@ -43,12 +43,12 @@ def test_an_update_from_scaled_gradients_is_that_without_a_scale():
 
 
 def test_the_scale_is_halved_by_overflows_and_doubled_after_a_while(monkeypatch):
-    monkeypatch.setattr(precision, "_GROWS_AFTER", 3)
+    monkeypatch.setattr(loss_scale, "_GROWS_AFTER", 3)
     scale = LossScale(CPU)
     found = []
     for finite in (True, True, False, True, True, True, True, False, False):
         scale.follow(torch.tensor(finite))
-        found.append((scale.value.item() / precision.FIRST_SCALE, scale.good.item()))
+        found.append((scale.value.item() / loss_scale.FIRST_SCALE, scale.good.item()))
     assert found == [
         *[(1, 1), (1, 2), (0.5, 0), (0.5, 1), (0.5, 2), (1, 0), (1, 1)],
         *[(0.5, 0), (0.25, 0)],
@@ -81,7 +81,7 @@ def run(folder, stage, source, settings, **changes):
 def test_overflows_are_left_out_and_a_broken_run_ends_as_the_unbroken_one(
     tmp_path, toy_stage, toy_source, settings, monkeypatch
 ):
-    monkeypatch.setattr(precision, "FIRST_SCALE", 2.0**30)  # the first gradients overflow
+    monkeypatch.setattr(loss_scale, "FIRST_SCALE", 2.0**30)  # the first gradients overflow
     whole, log = run(tmp_path / "whole", toy_stage(), toy_source(), settings)
     progress = [event for event in log.events() if event["event"] == "progress"]
     scales = [event["scale_model"] for event in progress]
@@ -103,7 +103,7 @@ def test_overflows_are_left_out_and_a_broken_run_ends_as_the_unbroken_one(
 
 
 def test_gradients_that_always_overflow_are_a_fault(tmp_path, toy_stage, toy_source, settings, monkeypatch):
-    monkeypatch.setattr(precision, "FIRST_SCALE", precision.LEAST_SCALE / 2)
+    monkeypatch.setattr(loss_scale, "FIRST_SCALE", loss_scale.LEAST_SCALE / 2)
     with pytest.raises(UserError, match="not finite at image 0 of stage A"):
         run(tmp_path / "run", toy_stage(), toy_source(), settings)
 
