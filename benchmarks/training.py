@@ -65,7 +65,7 @@ class StageC:
         }
 
     def predict(self, x: Tensor, t: Tensor, inputs: Inputs) -> Tensor:
-        return self.network(x, t, self.network.context(inputs["text"], once=True))
+        return self.network(x, t, self.network.context(inputs["text"], cache_kv=False))
 
     def losses(self, inputs: Inputs, random: ImageRandom) -> Losses:
         x = inputs["x"]
@@ -105,7 +105,7 @@ class StageB(StageC):
 
     def predict(self, x: Tensor, t: Tensor, inputs: Inputs) -> Tensor:
         size = (x.shape[2], x.shape[3])
-        return self.network(x, t, self.network.context(inputs["map"], size, inputs["text"], once=True))
+        return self.network(x, t, self.network.context(inputs["map"], size, inputs["text"], cache_kv=False))
 
     @classmethod
     def peer(cls) -> nn.Module:

@@ -56,7 +56,7 @@ class RandomStageC:
         x = inputs["x"]
         t = PUBLISHED_OBJECTIVE.times(random.uniform("time"))
         noise = random.normal("noise", x.shape[1:])
-        context = self.prior.context(inputs["states"], None, once=True)
+        context = self.prior.context(inputs["states"], None, cache_kv=False)
         output = self.prior(PUBLISHED_OBJECTIVE.noised(x, noise, t), t, context)
         yield "prior", PUBLISHED_OBJECTIVE.loss(output, x, noise, t).mean(), {}
 

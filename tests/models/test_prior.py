@@ -78,15 +78,15 @@ def test_context_serves_every_step(randomise):
         assert torch.equal(first, ours(x, torch.full((3,), 0.9), context))
 
 
-def test_reading_the_text_once_gives_the_same_gradients(randomise):
-    """Training lets blocks make their keys and values: masks and gradients must not differ."""
+def test_keys_and_values_that_are_not_cached_give_the_same_gradients(randomise):
+    """In training, blocks compute keys and values themselves: masks and gradients must not differ."""
     ours = randomise(Prior(SMALL)).eval().double()
     x, r, text = (tensor.double() for tensor in inputs(SMALL, (4, 4), positions=6))
     mask = torch.tensor([[True] * 4 + [False] * 2] * 3)
     found = []
-    for once in (False, True):
+    for cache_kv in (True, False):
         ours.zero_grad()
-        output = ours(x, r, ours.context(text, mask, once=once))
+        output = ours(x, r, ours.context(text, mask, cache_kv=cache_kv))
         output.square().sum().backward()
         found.append([output.detach(), *(p.grad.clone() for p in ours.parameters())])
     for a, b in zip(*found, strict=True):

@@ -102,7 +102,7 @@ def test_a_block_that_says_nothing_gets_the_plain_path_everywhere():
     x, r = torch.randn(1, 2, 2, 8), torch.randn(1, 4)
     assert traits_of(blocks[0]) == PLAIN == BlockTraits()
     assert torch.equal(run_blocks(blocks, x, r, iter(())), blocks[0](x))
-    assert texts_for(blocks, torch.randn(1, 3, 8), None, once=True) == []
+    assert texts_for(blocks, torch.randn(1, 3, 8), None, cache_kv=False) == []
     assert not is_plain(blocks[0], x)
     assert not hidden_matrices(blocks)
     assert not shard(blocks, Processes(torch.device("cpu"), 0, 2))

@@ -18,11 +18,11 @@ def texts_for(
     blocks: Iterable[nn.Module],
     tokens: Float[Tensor, "b t c_cond"],
     mask: Bool[Tensor, "b t"] | None,
-    once: bool,
+    cache_kv: bool,
 ) -> list[Text]:
-    """What each attention block among ``blocks`` reads of a text: keys and values, or ``once`` its tokens."""
+    """Text input of each attention block in ``blocks``: keys and values, or tokens without ``cache_kv``."""
     readers = [block for block in blocks if traits_of(block).takes == "text"]
-    if once:
+    if not cache_kv:
         return [TextTokens(tokens, mask) for _ in readers]
     if not suits(tokens):
         return [block.keys_values(tokens, mask) for block in readers]
@@ -48,7 +48,9 @@ def run_blocks(
             return run_fused(blocks, x, r_embed, texts, skip, level_map)
     if isinstance(level_map, FactoredMap):
         if torch.is_grad_enabled():
-            raise ValueError("this context was made for sampling; to learn, make it anew, with once=True")
+            raise ValueError(
+                "This context is for sampling only. To train, call context(..., cache_kv=False)."
+            )
         level_map = level_map.whole()  # made eagerly, and read by a compiled network
     for block in blocks:
         takes = traits_of(block).takes

@@ -211,13 +211,13 @@ class Decoder(Network):
         text: Float[Tensor, "b t clip_embd"] | None = None,
         mask: Bool[Tensor, "b t"] | None = None,
         *,
-        once: bool = False,
+        cache_kv: bool = True,
     ) -> DecoderContext:
         """Brings the semantic map to the grid of every level, and the text to keys and values.
 
         ``size`` is the height and width of the latents to denoise; the map may have any size. The published
-        model attends to the text's padding: give no ``mask`` for it. With ``once`` blocks make keys and
-        values themselves, which is better where ``forward`` reads the context once.
+        model attends to the text's padding: give no ``mask`` for it. With ``cache_kv=False`` each block
+        computes keys and values itself, which is faster if ``forward`` runs once per context, as in training.
         """
         if (text is None) != (self.config.clip_embd is None):
             raise ValueError(
@@ -225,7 +225,7 @@ class Decoder(Network):
             )
         texts: list[Text] = []
         if text is not None:
-            texts = texts_for(self._blocks(), layer_norm(self.clip_mapper(text)), mask, once)
+            texts = texts_for(self._blocks(), layer_norm(self.clip_mapper(text)), mask, cache_kv)
 
         maps: list[Tensor | FactoredMap | None] = []
         every = (*self.down_blocks, *self.up_blocks)

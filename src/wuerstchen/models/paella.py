@@ -140,17 +140,17 @@ class Paella(nn.Module):
         semantic_map: Float[Tensor, "b c_map mh mw"],
         text: Float[Tensor, "b t clip_embd"],
         *,
-        once: bool = False,
+        cache_kv: bool = True,
     ) -> Sequence[Text]:
         """Keys and values of map and text, one pair for each attention block: the same for every step.
 
         The map may have any size, and is the compressor's own output, not normalised. The published model
-        attends to the text's padding. With ``once`` blocks make keys and values themselves, which is better
-        where ``forward`` reads them once.
+        attends to the text's padding. With ``cache_kv=False`` each block computes keys and values
+        itself, which is faster if ``forward`` runs once per context, as in training.
         """
         positions = self.effnet_mapper(to_channels_last(semantic_map).flatten(1, 2))
         states = layer_norm(torch.cat([positions, self.byt5_mapper(text)], dim=1))
-        return texts_for(self._blocks(), states, None, once)
+        return texts_for(self._blocks(), states, None, cache_kv)
 
     def forward(
         self, tokens: Int[Tensor, "b h w"], r: Float[Tensor, " b"], context: Sequence[Text]

@@ -95,14 +95,15 @@ class Prior(Network):
         text: Float[Tensor, "b t c_cond"],
         mask: Bool[Tensor, "b t"] | None = None,
         *,
-        once: bool = False,
+        cache_kv: bool = True,
     ) -> Sequence[Text]:
         """Keys and values of the text, one pair for each attention block.
 
         ``mask`` is False at padding. The published models attend to padding: give None for them. With
-        ``once`` blocks make keys and values themselves, which is better where ``forward`` reads them once.
+        ``cache_kv=False`` each block computes keys and values itself, which is faster if ``forward`` runs
+        once per context, as in training.
         """
-        return texts_for(self.blocks, self.cond_mapper(text), mask, once)
+        return texts_for(self.blocks, self.cond_mapper(text), mask, cache_kv)
 
     def forward(
         self,

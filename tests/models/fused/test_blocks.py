@@ -433,7 +433,7 @@ def test_a_context_for_sampling_is_refused_where_something_learns(unet):
     x, r, z, text = decoder_inputs()
     with torch.no_grad():
         context = unet.context(z, tuple(x.shape[2:]), text)
-    with pytest.raises(ValueError, match="made for sampling"):
+    with pytest.raises(ValueError, match="cache_kv=False"):
         unet(x, r, context)
 
 

@@ -61,7 +61,7 @@ class PriorStage:
     def losses(self, inputs, random):
         t = random.uniform("time")
         x = inputs["x"] + random.normal("noise", inputs["x"].shape[1:])
-        predicted = self.prior(x, t, self.prior.context(inputs["states"], once=True))
+        predicted = self.prior(x, t, self.prior.context(inputs["states"], cache_kv=False))
         yield "prior", (predicted - inputs["x"]).square().mean(), {}
 
 

@@ -53,7 +53,7 @@ class PriorStage:
     def losses(self, inputs, random):
         t = random.uniform("time")
         x = inputs["x"] + random.normal("noise", inputs["x"].shape[1:])
-        predicted = self.prior(x, t, self.prior.context(inputs["states"], inputs["mask"], once=True))
+        predicted = self.prior(x, t, self.prior.context(inputs["states"], inputs["mask"], cache_kv=False))
         yield "prior", (predicted - inputs["x"]).square().mean(), {"spread": predicted.detach().std()}
         means = predicted.detach().mean((2, 3))
         yield "critic", (self.critic(means) - 1).square().mean(), {}

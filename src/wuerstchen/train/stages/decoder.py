@@ -44,7 +44,9 @@ class _Latents(Decoding):
         assert isinstance(decoder, Decoder)
         latents = inputs["latents"]
         states, mask = self.text_of(inputs, random)
-        context = decoder.context(self.disturb(z, random), tuple(latents.shape[2:]), states, mask, once=True)
+        context = decoder.context(
+            self.disturb(z, random), tuple(latents.shape[2:]), states, mask, cache_kv=False
+        )
         objective = self.objective
         t = objective.times(random.uniform("time"))
         noise = random.normal("noise", latents.shape[1:])

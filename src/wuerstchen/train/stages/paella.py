@@ -79,7 +79,9 @@ class _Tokens(Decoding):
         """The smoothed cross entropy, in each picture the mean over its positions by ``loss_weight``."""
         states, _ = self.text_of(inputs, random)
         t = training_timesteps(random.uniform("time"), self.config.time_shift)
-        losses, mask = self._foretold(decoder, self.disturb(z, random), states, inputs, t, random, once=True)
+        losses, mask = self._foretold(
+            decoder, self.disturb(z, random), states, inputs, t, random, cache_kv=False
+        )
         return self._weighted(losses, mask, t).mean(), {"accuracy": losses.hit.float().mean()}
 
     def token_errors(
@@ -99,7 +101,7 @@ class _Tokens(Decoding):
         t: Float[Tensor, " b"],
         random: ImageRandom,
         *,
-        once: bool = False,
+        cache_kv: bool = True,
     ) -> tuple[TokenLosses, Bool[Tensor, "b h w"]]:
         """The losses on tokens noised to ``t``, and which of them were."""
         assert isinstance(decoder, Paella)
@@ -108,7 +110,7 @@ class _Tokens(Decoding):
         size = tokens.shape[1:]
         noise = random.integers("token noise", size, decoder.config.num_labels)
         noised, mask = add_noise(tokens, noise, t, random.uniform("token choice", size))
-        features = decoder.features(noised, t, decoder.context(z, states, once=once))
+        features = decoder.features(noised, t, decoder.context(z, states, cache_kv=cache_kv))
         head = decoder.out_mapper[1]
         assert isinstance(head, nn.Conv2d)
         return token_losses(features, head.weight.flatten(1), tokens), mask

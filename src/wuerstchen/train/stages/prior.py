@@ -128,7 +128,7 @@ class StageC:
         objective = self.objective
         t = objective.times(random.uniform("time"))
         noise = random.normal("noise", x.shape[1:])
-        context = self.prior.context(states, mask, once=True)
+        context = self.prior.context(states, mask, cache_kv=False)
         output = self.prior(objective.noised(x, noise, t), t, context)
         yield "prior", objective.loss(output, x, noise, t).mean(), {}
 
