@@ -243,7 +243,7 @@ def stored(folder: Path) -> Values:
 
     opened = PreparedSet(folder, verify=True)
     rows = range(len(opened))
-    maps = np.concatenate([opened.map(row).astype(np.float64).ravel() for row in rows])
+    maps = np.concatenate([opened.semantic_latents(row).astype(np.float64).ravel() for row in rows])
     states = np.concatenate([opened.states(row).astype(np.float64).ravel() for row in rows])
     ids = np.concatenate([opened.tokens(row).astype(np.float64) for row in rows])
     found = summary("maps", maps) | summary("states", states) | summary("tokens", ids)

@@ -98,7 +98,7 @@ def test_what_is_stored(photos, tmp_path, networks):
             pixels = to_tensor(image.resize(size, Image.Resampling.LANCZOS, box=tuple(map(float, box))))
             with torch.no_grad():
                 expected = networks.compressor(compressor_input(pixels[None]))[0].numpy()
-            found = prepared.map(index, crop)
+            found = prepared.semantic_latents(index, crop)
             assert found.dtype == np.float16
             assert found.shape == (16, size[1] * 3 // 128, size[0] * 3 // 128)
             assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
@@ -132,7 +132,7 @@ def test_centred_crops_are_those_of_reading_the_images(photos, tmp_path, network
         pixels = to_tensor(resize_crop(open_image(photos / f"{index}.png"), 256, 256))
         with torch.no_grad():
             expected = networks.compressor(compressor_input(pixels[None]))[0].numpy()
-        assert np.abs(prepared.map(index) - expected).max() < 0.02 * np.abs(expected).max()
+        assert np.abs(prepared.semantic_latents(index) - expected).max() < 0.02 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("kept", ["fp16", "int8"])
@@ -166,13 +166,13 @@ def test_maps_are_made_in_fp32_whatever_text_states_are(photos, tmp_path, networ
         config = dataclasses.replace(CONFIG, precision=precision, text_states="fp16")
         make(photos, tmp_path / precision, networks, config)
         sets.append(PreparedSet(tmp_path / precision))
-        assert sets[-1].maps_precision == "float32"
+        assert sets[-1].latents_precision == "float32"
     exact, near = sets
     for index in range(len(exact)):
-        assert np.array_equal(exact.map(index), near.map(index))
+        assert np.array_equal(exact.semantic_latents(index), near.semantic_latents(index))
     assert not np.array_equal(exact.states(0), near.states(0))
     del near.description["settings"]["maps_precision"]  # as sets of earlier versions
-    assert near.maps_precision == "bfloat16"
+    assert near.latents_precision == "bfloat16"
 
 
 def test_without_states(photos, tmp_path, networks):
@@ -208,12 +208,12 @@ def test_quantised_states():
 def test_sizes_of_a_million_images():
     """At 1024 pixels, with maps of 16 × 24 × 24 and CLIP bigG's states: 25, 125 and 60 GB at most."""
     million, maps = 1_000_000, 16 * 24 * 24
-    assert bytes_per_image(map_numbers=maps, tokens=77.0) * million <= 25e9
-    full = bytes_per_image(map_numbers=maps, tokens=77.0, positions=77.0, width=1280, states="int8")
+    assert bytes_per_image(latent_values=maps, tokens=77.0) * million <= 25e9
+    full = bytes_per_image(latent_values=maps, tokens=77.0, positions=77.0, width=1280, states="int8")
     assert 100e9 <= full * million <= 125e9
-    real = bytes_per_image(map_numbers=maps, tokens=30.0, positions=30.0, width=1280, states="int8")
+    real = bytes_per_image(latent_values=maps, tokens=30.0, positions=30.0, width=1280, states="int8")
     assert real * million <= 60e9
-    in_half = bytes_per_image(map_numbers=maps, tokens=77.0, positions=77.0, width=1280, states="fp16")
+    in_half = bytes_per_image(latent_values=maps, tokens=77.0, positions=77.0, width=1280, states="fp16")
     assert in_half * million > 200e9  # which is why there is int8
 
 
@@ -223,7 +223,7 @@ def test_the_arithmetic_is_what_the_files_take(photos, tmp_path, networks):
     encoder = networks.text_encoder
     # All buckets have 6 × 6 or 3 × 12 positions; eight texts for eight images.
     expected = bytes_per_image(
-        map_numbers=16 * 36,
+        latent_values=16 * 36,
         crops=2,
         tokens=7.0,
         positions=float(encoder.text_positions),
@@ -576,16 +576,16 @@ def overwrite(path: Path, old: bytes, new: bytes) -> None:
 
 def test_nan_in_what_is_stored_is_noticed_and_named(finished):
     prepared = PreparedSet(finished)
-    maps, states = prepared.map(4, 1), prepared.states(4)
+    maps, states = prepared.semantic_latents(4, 1), prepared.states(4)
     nan = np.array(np.nan, np.float16).tobytes()
     overwrite(finished / "images" / "00001.arrow", maps.tobytes(), nan + maps.tobytes()[2:])
     stored = states.astype(np.float16).tobytes()
     (path,) = [p for p in (finished / "texts").glob("*.arrow") if stored in p.read_bytes()]
     overwrite(path, stored, stored[:-2] + nan)
     damaged = PreparedSet(finished, verify=False)
-    damaged.map(4, 0)
+    damaged.semantic_latents(4, 0)
     with pytest.raises(DataError, match=r"image '4.png' of prepared set .* its map holds NaN"):
-        damaged.map(4, 1)
+        damaged.semantic_latents(4, 1)
     with pytest.raises(DataError, match=r"image '4.png' of prepared set .* its text states hold NaN"):
         damaged.states(4)
     with pytest.raises(DataError, match="has changed since it was written"):
@@ -620,7 +620,7 @@ def test_a_changed_shard_that_is_not_verified_ends_no_process(finished):
         try:
             prepared = PreparedSet(finished)
             for index in range(len(prepared)):
-                prepared.map(index, 1)
+                prepared.semantic_latents(index, 1)
                 prepared.boxes(index)
                 prepared.states(index)
                 prepared.tokens(index)
@@ -748,19 +748,19 @@ def test_the_folders_are_data_sets_of_the_library(finished):
 def test_a_set_goes_to_worker_processes(finished):
     prepared = PreparedSet(finished)
     copy = pickle.loads(pickle.dumps(prepared))
-    assert np.array_equal(copy.map(5, 1), prepared.map(5, 1))
+    assert np.array_equal(copy.semantic_latents(5, 1), prepared.semantic_latents(5, 1))
 
 
 def test_what_is_asked_for_and_not_there(finished):
     prepared = PreparedSet(finished)
     with pytest.raises(UserError, match=r"crop 2 .* use 0 to 1"):
-        prepared.map(0, 2)
+        prepared.semantic_latents(0, 2)
     with pytest.raises(UserError, match=r"choice 1 .* has 1 captions"):
         prepared.tokens(0, 1)
     with pytest.raises(IndexError):
-        prepared.map(8)
+        prepared.semantic_latents(8)
     with pytest.raises(IndexError):
-        prepared.map(-1)
+        prepared.semantic_latents(-1)
 
 
 def test_sets_that_cannot_be_read(finished, tmp_path):
@@ -837,7 +837,7 @@ def test_junk_anywhere_in_the_description_is_one_line(finished, networks, kinds)
             try:
                 prepared = PreparedSet(finished)
                 for index in range(len(prepared)):
-                    prepared.map(index, prepared.crops - 1)
+                    prepared.semantic_latents(index, prepared.crops - 1)
                     prepared.states(index)
                 prepared.fingerprint()
                 summary(prepared.description)

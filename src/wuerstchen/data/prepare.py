@@ -306,7 +306,7 @@ class _Run:
         positions = settings["text_length"]
         share = min(1.0, plan["texts"] / plan["images"])
         size = bytes_per_image(
-            map_numbers=max(int(np.prod(shape)) for shape in settings["maps"]),
+            latent_values=max(int(np.prod(shape)) for shape in settings["maps"]),
             crops=self.config.crops,
             tokens=positions * share,
             positions=positions * share,

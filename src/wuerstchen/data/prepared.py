@@ -73,7 +73,7 @@ def quantize_states(
 
 def bytes_per_image(
     *,
-    map_numbers: int,
+    latent_values: int,
     crops: int = 1,
     tokens: float = 0,
     positions: float = 0,
@@ -83,11 +83,11 @@ def bytes_per_image(
 ) -> int:
     """What an image with a text of its own takes on disk, about.
 
-    ``map_numbers`` is channels × height × width of a map, ``tokens`` the average length of a text and
+    ``latent_values`` is channels × height × width of a map, ``tokens`` the average length of a text and
     ``positions`` how many of its states are kept. ``overhead`` is for name, caption and crops.
     """
     state = {"none": 0, "fp16": 2 * width, "int8": width + 4}[states]
-    return round(2 * map_numbers * crops + 2 * tokens + positions * state) + overhead
+    return round(2 * latent_values * crops + 2 * tokens + positions * state) + overhead
 
 
 def fingerprint(network: nn.Module, *more: str) -> str:
@@ -173,7 +173,7 @@ class PreparedSet:
         return self.description["settings"]["size"]
 
     @property
-    def maps_precision(self) -> str:
+    def latents_precision(self) -> str:
         """What the maps were computed in: float32, or bfloat16 in sets of earlier versions by choice."""
         settings = self.description["settings"]
         return settings.get("maps_precision", settings.get("precision", "float32"))
@@ -199,7 +199,7 @@ class PreparedSet:
         """What the image is called in its source."""
         return self._value("images", "name", index)
 
-    def map(self, index: int, crop: int = 0) -> Float16[np.ndarray, "c h w"]:
+    def semantic_latents(self, index: int, crop: int = 0) -> Float16[np.ndarray, "c h w"]:
         """The compressor's map of a crop of the image. Raises ``DataError`` naming it if it holds NaN."""
         if not 0 <= crop < self.crops:
             raise UserError(

@@ -141,7 +141,7 @@ class PhaseRunner:
             if isinstance(feed, PreparedFeed):
                 print(f"  {phase.data or self.recipe.data} is prepared; sizes in pixels:")
                 print("\n".join(f"    {line}" for line in feed.epoch()))
-                if feed.source.maps_precision == "bfloat16":
+                if feed.source.latents_precision == "bfloat16":
                     print(
                         "  its maps were made in bfloat16 by an earlier version, with an error of a few "
                         "hundredths of their deviation; prepare it again for exact ones"

@@ -126,7 +126,7 @@ def test_batches_are_of_one_size_and_show_no_image_twice_or_held_out(prepared):
         for index, found, tokens in zip(batch.indices.tolist(), batch.maps, batch.tokens, strict=True):
             row = int(feed.rows[feed.plan.ids(number)[index % 4]])
             # One of its own crops with one of its own captions.
-            own = [np.array_equal(prepared.map(row, crop), found.numpy()) for crop in range(3)]
+            own = [np.array_equal(prepared.semantic_latents(row, crop), found.numpy()) for crop in range(3)]
             assert any(own)
             crops.add(own.index(True))
             texts = [prepared.tokens(row, i).tolist() for i in range(len(prepared.captions(row)))]
@@ -246,10 +246,10 @@ class Damaged(PreparedSet):
 
     broken: tuple[str, ...] = ()
 
-    def map(self, index, crop=0):
+    def semantic_latents(self, index, crop=0):
         if self.name(index) in self.broken:
             raise DataError(f"{self.name(index)} holds NaN")
-        return super().map(index, crop)
+        return super().semantic_latents(index, crop)
 
 
 def test_what_cannot_be_read_is_replaced_by_its_successor_of_the_same_size(prepared):
@@ -265,7 +265,7 @@ def test_what_cannot_be_read_is_replaced_by_its_successor_of_the_same_size(prepa
             assert torch.equal(batch.maps[kept], fine.maps[kept])
             bucket = [r for r in feed.rows if damaged.bucket_ids[r] == damaged.bucket_ids[rows[2]]]
             successor = int(bucket[(bucket.index(rows[2]) + 1) % len(bucket)])
-            crops = [torch.tensor(damaged.map(successor, crop)) for crop in range(3)]
+            crops = [torch.tensor(damaged.semantic_latents(successor, crop)) for crop in range(3)]
             assert any(torch.equal(batch.maps[2], crop) for crop in crops)
     assert skipped
     assert set(skipped) == {(damaged.broken[0], f"{damaged.broken[0]} holds NaN")}
@@ -350,7 +350,9 @@ def test_validation_by_hand(prepared, cascade, monkeypatch):
     found = list(pictures.batches(2))
     assert torch.cat([batch.indices for batch in found]).tolist() == list(range(len(pictures)))
     shown = {batch.maps[i].numpy().tobytes() for batch in found for i in range(len(batch.maps))}
-    stored = {prepared.map(int(r), c).tobytes() for r in prepared.rows("heldout") for c in range(3)}
+    stored = {
+        prepared.semantic_latents(int(r), c).tobytes() for r in prepared.rows("heldout") for c in range(3)
+    }
     assert shown <= stored
 
     stage = make_stage(cascade)

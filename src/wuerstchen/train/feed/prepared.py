@@ -56,7 +56,7 @@ class StoredBatch:
 
 def _stored_image(prepared: PreparedSet, row: int, seed: int, index: int, texts: StoredTexts) -> StoredImage:
     """What image number ``index`` shows of a row: a crop and a caption. Raises ``DataError`` for NaN."""
-    found = prepared.map(row, crop_at(index, prepared.crops, seed))
+    found = prepared.semantic_latents(row, crop_at(index, prepared.crops, seed))
     choice = int(generator(seed, index, "caption").integers(len(prepared.captions(row))))
     states = prepared.states(row, choice) if texts == "states" else None
     return StoredImage(found, prepared.tokens(row, choice), states)
@@ -207,7 +207,7 @@ def some_maps(
         if left_out and prepared.name(row) in left_out:
             continue
         try:
-            yield prepared.map(row, crop_at(index, prepared.crops, seed))
+            yield prepared.semantic_latents(row, crop_at(index, prepared.crops, seed))
         except DataError:
             continue
 
