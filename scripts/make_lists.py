@@ -89,7 +89,7 @@ def prompts(source: EmojiSource) -> list[Entry]:
     for item in order:
         if len(entries) == PROMPTS:
             break
-        record, rgba = source.records[item], source.picture(item)
+        record, rgba = source.records[item], source.rgba(item)
         name = record.names[0]
         colour, shift = None, 0
         if record.style != MONO_STYLE:

@@ -120,7 +120,7 @@ def test_the_sample_is_whole_and_holds_nothing_heldout() -> None:
     size = sum(file.stat().st_size for file in sample_root().rglob("*") if file.is_file())
     assert size <= 1_000_000
     for item in range(len(train)):
-        assert train.picture(item)[..., 3].max() == 255
+        assert train.rgba(item)[..., 3].max() == 255
     assert (sample_root() / "ATTRIBUTION.txt").read_text() == (
         Path(emoji.__file__).parent / "emoji_attribution.txt"
     ).read_text()
@@ -286,7 +286,7 @@ def test_a_damaged_picture_is_named(built: Path, tmp_path: Path) -> None:
     Image.new("RGBA", (64, 32)).save(buffer, "WEBP")
     path.write_bytes(buffer.getvalue())
     with pytest.raises(DataError, match="is 64×32 but must be 256×256"):
-        source.picture(0)
+        source.rgba(0)
     path.unlink()
     with pytest.raises(DataError, match=f"{path.name} is missing"):
         EmojiSource(tmp_path)
@@ -448,7 +448,7 @@ def test_build_of_one_subject_and_its_resumption(tmp_path: Path, monkeypatch: py
     assert records == read_index(out)
     assert {r.names for r in records} == {("ox", "big ox")}
     assert (out / "ATTRIBUTION.txt").is_file()
-    alpha = emoji.read_picture(out / "noto" / f"{FOX}.webp")[..., 3]
+    alpha = emoji.read_rgba(out / "noto" / f"{FOX}.webp")[..., 3]
     assert alpha[64:192].min() > 250  # a drawing twice as wide as high lies in the middle
     assert alpha[:60].max() == alpha[196:].max() == 0
 

@@ -433,13 +433,13 @@ def test_images_are_left_out_by_name(finished, tmp_path, monkeypatch):
     shutil.copytree(finished, run_dir)
     with pytest.raises(UserError, match=r"skip=nowhere\.png is no image of sample"):
         train(micro(), run_dir, device="cpu", changes=["skip+=nowhere.png", "images=28"])
-    read, original = [], EmojiSource.picture
+    read, original = [], EmojiSource.rgba
 
-    def picture(self, item):
+    def rgba(self, item):
         read.append(self.name(item))
         return original(self, item)
 
-    monkeypatch.setattr(EmojiSource, "picture", picture)
+    monkeypatch.setattr(EmojiSource, "rgba", rgba)
     every = tmp_path / "every"
     shutil.copytree(finished, every)
     train(micro(), every, device="cpu", changes=["images=28"])

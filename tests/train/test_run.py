@@ -749,13 +749,13 @@ def test_nothing_held_out_is_fed_to_training(tmp_path, monkeypatch):
     assert len(EmojiSource(built, split="heldout")) == 40
 
     read = []
-    original = EmojiSource.picture
+    original = EmojiSource.rgba
 
-    def picture(self, item):
+    def rgba(self, item):
         read.append(self.records[item].id)
         return original(self, item)
 
-    monkeypatch.setattr(EmojiSource, "picture", picture)
+    monkeypatch.setattr(EmojiSource, "rgba", rgba)
     source = open_source(str(built))
     feed = Feed(source, 0, 16, captions=True)
     for index in range(2 * len(source)):

@@ -147,7 +147,7 @@ def write_attribution(root: Path) -> None:
     write_whole(root / "ATTRIBUTION.txt", (_HERE / "emoji_attribution.txt").read_bytes())
 
 
-def read_picture(path: Path) -> UInt8[np.ndarray, "256 256 4"]:
+def read_rgba(path: Path) -> UInt8[np.ndarray, "256 256 4"]:
     """The picture as straight (not premultiplied) RGBA. Raises ``DataError`` naming the file."""
     try:
         with Image.open(path, formats=["WEBP"]) as image:
@@ -325,34 +325,34 @@ class EmojiSource:
         """The picture's file, relative to the folder."""
         return f"{self.records[item].id}.webp"
 
-    def picture(self, item: int) -> UInt8[np.ndarray, "256 256 4"]:
+    def rgba(self, item: int) -> UInt8[np.ndarray, "256 256 4"]:
         """The picture itself, straight RGBA. Raises ``DataError`` naming a file that is damaged."""
         if self._pictures is None:
-            return read_picture(self._path(self.records[item]))
+            return read_rgba(self._path(self.records[item]))
         if item not in self._pictures:
-            self._pictures[item] = read_picture(self._path(self.records[item]))
+            self._pictures[item] = read_rgba(self._path(self.records[item]))
         return self._pictures[item]
 
     def image(self, item: int, rng: np.random.Generator, size: int | Size) -> UInt8[np.ndarray, "s s 3"]:
         """The picture at a random place and scale, half of the time recoloured, on a named colour."""
-        rgba = self.picture(item)
+        rgba = self.rgba(item)
         return self._composed(item, rgba, self._view(item, rgba, rng), size)
 
     def example(self, item: int, rng: np.random.Generator, size: int | Size) -> Example:
         """`image` with a caption composed for what it shows."""
-        rgba = self.picture(item)
+        rgba = self.rgba(item)
         view = self._view(item, rgba, rng)
         return Example(image=self._composed(item, rgba, view, size), caption=self._caption(item, view, rng))
 
     def captions(self, item: int, rngs: Iterable[np.random.Generator]) -> list[str]:
         """The captions of `example` with each of the generators, at a fraction of the time."""
-        rgba = self.picture(item)
+        rgba = self.rgba(item)
         return [self._caption(item, self._view(item, rgba, rng), rng) for rng in rngs]
 
     def plain(self, item: int, size: int) -> Example:
         """The subject in its own colours, in the middle of white, with the shortest full caption."""
         record = self.records[item]
-        image = compose(self.picture(item), plain_placement(record.style, size), COLOURS["white"], size)
+        image = compose(self.rgba(item), plain_placement(record.style, size), COLOURS["white"], size)
         return Example(image=image, caption=plain_caption(record.style, record.names[0]))
 
     def fingerprint(self) -> str:

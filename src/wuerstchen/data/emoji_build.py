@@ -23,7 +23,7 @@ from wuerstchen.data.emoji import (
     Record,
     listed_heldout,
     listed_subjects,
-    read_picture,
+    read_rgba,
     split_of,
     write_attribution,
     write_index,
@@ -106,7 +106,7 @@ def build(out: Path) -> list[Record]:
     records = []
     pairs = [(subject, style) for subject in subjects for style in STYLES]
     for subject, style in bar(pairs, desc="rendering", unit="picture"):
-        rgba = _ensure_picture(out / style / f"{subject}.webp", art[style][subject])
+        rgba = _ensure_image(out / style / f"{subject}.webp", art[style][subject])
         records.append(
             Record(
                 id=f"{style}/{subject}",
@@ -279,11 +279,11 @@ def _check_lists(subjects: Iterable[str]) -> None:
         )
 
 
-def _ensure_picture(path: Path, make: Callable[[], bytes]) -> np.ndarray:
+def _ensure_image(path: Path, make: Callable[[], bytes]) -> np.ndarray:
     if path.is_file():
         try:
-            return read_picture(path)
+            return read_rgba(path)
         except DataError:
             pass  # damaged: made anew
     write_whole(path, make())
-    return read_picture(path)
+    return read_rgba(path)

@@ -116,7 +116,7 @@ class RealPictures:
 
     def picture(self, entry: Entry, size: int) -> UInt8[np.ndarray, "size size 3"]:
         """The subject in the middle of its background, its hue turned as the entry says."""
-        rgba = self.source.picture(self.items[entry.id])
+        rgba = self.source.rgba(self.items[entry.id])
         if entry.shift:
             rgba = shift_hue(rgba, entry.shift)
         return compose(rgba, plain_placement(entry.style, size), COLOURS[entry.background], size)
