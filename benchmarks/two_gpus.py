@@ -96,13 +96,13 @@ def measure(sharding: str, options: argparse.Namespace, processes: Processes) ->
     indices = torch.arange(rows, device=device) + processes.rank * rows
 
     def run(updates: int) -> float:
-        processes.wait()
+        processes.barrier()
         began = time.perf_counter()
         for number in range(updates):
             step.decay = 0.999**AVERAGED_EVERY if number % AVERAGED_EVERY == 0 else None
             values = update(inputs, indices)
         values["loss"].item()
-        processes.wait()
+        processes.barrier()
         return time.perf_counter() - began
 
     run(options.warm)
@@ -146,7 +146,7 @@ def main() -> None:
             if sharding == "full" and processes.count == 1:
                 continue
             result = measure(sharding, options, processes)
-            if processes.leads:
+            if processes.is_main:
                 print(f"{processes.count} × {sharding:5} {result['images_per_second']:8.2f} img/s")
                 print(json.dumps(result), flush=True)
 

@@ -342,8 +342,9 @@ def test_what_the_first_process_does_alone_is_waited_for_as_long_as_it_takes(tmp
 
         monkeypatch.setattr(owner, name, call)
 
-    for name in ("agreed", "alike", "gathered", "total", "wait", "wait_long"):
-        noted(Processes, name, name if name == "wait_long" else "exchange")
+    for name in ("any_rank", "any_rank_each", "all_equal", "all_gather", "all_reduce_sum", "barrier"):
+        noted(Processes, name, "exchange")
+    noted(Processes, "barrier_without_timeout", "barrier_without_timeout")
     noted(_Run, "validation", "held-out images", [None])
     noted(_Run, "write_model_once", "the model")
     noted(run, "overview", "overview")
@@ -365,8 +366,8 @@ def test_what_the_first_process_does_alone_is_waited_for_as_long_as_it_takes(tmp
         places = [place for place, entry in enumerate(order) if entry == alone]
         assert places
         for place in places:
-            after = next(entry for entry in order[place:] if entry in ("exchange", "wait_long"))
-            assert after == "wait_long", alone
+            after = next(entry for entry in order[place:] if entry in ("exchange", "barrier_without_timeout"))
+            assert after == "barrier_without_timeout", alone
 
 
 def test_batches_of_every_phase_are_checked_against_the_processes_at_the_start(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ def resolved(recipe: Recipe, processes: Processes) -> Recipe:
     gpu = device.type == "cuda"
     if recipe.precision == "auto":
         lacks = gpu and best_half(device) == "fp16"
-        half = "fp16" if processes.agreed(lacks)[0] else "bf16"
+        half = "fp16" if processes.any_rank(lacks) else "bf16"
         recipe = dataclasses.replace(recipe, precision=half if gpu else "fp32")
     shards = recipe.sharding == "full" and processes.count > 1
     # torch 2.11 draws the masks of compiled, recomputed blocks in a way that cannot be recorded.

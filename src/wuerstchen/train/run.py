@@ -117,7 +117,7 @@ def _train(
         # Captions longer than the encoder reads are cut; a line for each would bury everything else.
         warnings.simplefilter("ignore", PromptTooLongWarning)
         try:
-            log = Log(run_dir / "log.jsonl", processes.leads, tensorboard=watch.tensorboard)
+            log = Log(run_dir / "log.jsonl", processes.is_main, tensorboard=watch.tensorboard)
             run = _Run(recipe, run_dir, sources, start, processes, log)
             for kind in trained_kinds(recipe):
                 if kind.check is not None:
@@ -126,28 +126,28 @@ def _train(
             run.fingerprint = fingerprint_of(begun, sources)
             run.changes = planned.changes
             run.begun = begun
-            if not processes.alike(run.fingerprint):
+            if not processes.all_equal(run.fingerprint):
                 raise DataError(
                     f"process {processes.rank} has other data in {recipe.data!r} than others of this run; "
                     "give all of them the same pictures and captions"
                 )
-            weights = start.fingerprint() if processes.leads else ""
+            weights = start.fingerprint() if processes.is_main else ""
             data = run.fingerprint
             check_run(given, run_dir, data, weights, log, accept_changed_data, processes, planned)
-            if processes.leads and run.repeats_images:
+            if processes.is_main and run.repeats_images:
                 check_order(run_dir)
             has_profile = partial(first_converted, sources.values())
             check_colours(run_dir, has_profile, log, accept_changed_data, processes)
             wanted = False
-            if processes.leads:
+            if processes.is_main:
                 begin(log, watch)
                 run.say_what_is_read()
                 rehearsed = any(event["event"] == "rehearsed" for event in log.events())
                 wanted = watch.rehearses and not rehearsed
-            processes.wait_long()  # for the first, which has looked at the data
-            if processes.agreed(wanted)[0]:
+            processes.barrier_without_timeout()  # for rank 0, which has looked at the data
+            if processes.any_rank(wanted):
                 run.rehearse()
-            if processes.leads:
+            if processes.is_main:
                 say_costs_to_come(log)
             return run.train()
         except RuntimeError as error:
@@ -169,15 +169,15 @@ class _Run(PhaseRunner):
     def train(self) -> Path:
         began = time.monotonic()
         target = self.run_dir / "model"
-        if self.processes.leads and self.has_its_model(target):
+        if self.processes.is_main and self.has_its_model(target):
             print(
                 f"{self.run_dir} is finished already: nothing is left to train, and its model is in {target}"
             )
         self.train_stages()
-        if self.processes.leads:
+        if self.processes.is_main:
             self.write_model_once(target)
-        self.processes.wait_long()
-        if not self.processes.leads:
+        self.processes.barrier_without_timeout()
+        if not self.processes.is_main:
             return target
         self.say_skipped()
         for kind in trained_kinds(self.recipe):
@@ -226,7 +226,7 @@ class _Run(PhaseRunner):
             for name in self.parts.networks()
             if (maker := maker_of(name)) is not None
         }
-        if self.processes.leads and self.start.left_out:
+        if self.processes.is_main and self.start.left_out:
             lost = " and ".join(self.start.left_out)
             print(
                 f"{lost} of {recipe.start_from} would not fit what was trained, and the model is without it"
@@ -284,10 +284,10 @@ class _Run(PhaseRunner):
     ) -> dict[str, Any]:
         """What ``measure`` finds, kept beside a stage's checkpoints: later starts read it back."""
         path = self.run_dir / folder / "measured.json"
-        if self.processes.leads and not path.exists():
+        if self.processes.is_main and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, measure())
-        self.processes.wait_long()
+        self.processes.barrier_without_timeout()
         again = "remove it, and it will be measured again"
         found = read_json(path, again)
         if not found:

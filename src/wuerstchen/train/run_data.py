@@ -149,7 +149,7 @@ def verify_sets(sets: Iterable[PreparedSet], processes: Processes) -> None:
     sets = list(sets)
     described = [(prepared.folder / DESCRIPTION).stat() for prepared in sets]
     mine = [(file.st_ino, file.st_mtime_ns) for file in described]
-    found = processes.gathered([(processes.rank, mine)] if mine else [])
+    found = processes.all_gather([(processes.rank, mine)] if mine else [])
     if not found:
         return
     damage: list[str] = []
@@ -162,8 +162,8 @@ def verify_sets(sets: Iterable[PreparedSet], processes: Processes) -> None:
                 verified.append(prepared)
         except DataError as error:
             damage.append(str(error))
-    processes.wait_long()
-    damage = processes.gathered(damage)
+    processes.barrier_without_timeout()
+    damage = processes.all_gather(damage)
     if damage:
         raise DataError(damage[0])
     for prepared in verified:

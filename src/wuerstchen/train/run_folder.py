@@ -23,8 +23,8 @@ from wuerstchen.train.report.events import DISK_ERRORS, Log
 @contextlib.contextmanager
 def locked(run_dir: Path, processes: Processes) -> Iterator[None]:
     """Keeps other runs out of the run folder. The lock goes with the process, however it ends."""
-    if not processes.leads:
-        processes.wait()  # for the lock and the cleaning below
+    if not processes.is_main:
+        processes.barrier()  # for the lock and the cleaning below
         yield
         return
     try:
@@ -45,7 +45,7 @@ def locked(run_dir: Path, processes: Processes) -> Iterator[None]:
             run_dir / "model.new",
         ):
             shutil.rmtree(partial, ignore_errors=True)  # what kills left half-written
-        processes.wait()
+        processes.barrier()
         yield
 
 
@@ -98,12 +98,12 @@ def check_colours(
     process: its rank and the number of processes. Without one the run goes on. All ``processes`` call it.
     """
     path = run_dir / "run.json"
-    stored = read_json(path) if processes.leads else {}
-    if not processes.agreed(processes.leads and "colours" not in stored)[0]:
+    stored = read_json(path) if processes.is_main else {}
+    if not processes.any_rank(processes.is_main and "colours" not in stored):
         return
     found = converted(processes.rank, processes.count)
-    processes.wait_long()
-    names = processes.gathered([] if found is None else [found])
+    processes.barrier_without_timeout()
+    names = processes.all_gather([] if found is None else [found])
     if names:
         if not accept_changed_data:
             raise RunFolderError(
@@ -113,7 +113,7 @@ def check_colours(
                 "--run-dir"
             )
         log.event("accepted changed data", before="colour profiles ignored", now="colours in sRGB")
-    if processes.leads:
+    if processes.is_main:
         write_json(path, {**stored, "colours": COLOURS})
 
 
@@ -164,7 +164,7 @@ def check_run(
     """
     path = run_dir / "run.json"
     given = as_dict(recipe)
-    if not processes.leads:
+    if not processes.is_main:
         return
     stored = read_run(run_dir)
     if stored is None:

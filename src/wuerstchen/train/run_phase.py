@@ -132,7 +132,7 @@ class PhaseRunner:
         optimization = stage.optimization
         feed = self.feed(stage, phase, multiple, stable_hash(self.recipe.seed, stage.name, "data") >> 1)
         parameters = sum(p.numel() for n in stage.networks.values() for p in n.parameters())
-        if self.processes.leads:
+        if self.processes.is_main:
             times = "" if self.processes.count == 1 else f" and {self.processes.count - 1} more"
             print(
                 f"Stage {stage.name.upper()}: {optimization.images:,} images, {feed.size} px, in batches of "
@@ -155,8 +155,8 @@ class PhaseRunner:
             seen = {"images": images, "total": images, "resumed": True, "device": str(self.device)}
             self.log.event("start", stage=stage.name, **seen)
             return finished
-        validation = self.validation(stage, phase) if self.processes.leads else None
-        self.processes.wait_long()  # for the first, which has read images that are held out
+        validation = self.validation(stage, phase) if self.processes.is_main else None
+        self.processes.barrier_without_timeout()  # for rank 0, which has read held-out images
         settings, processes = self.settings(feed), self.processes
         bank = partial(self.bank, feed, phase) if self.recipe.prepared_images else None
         goes_on = partial(self.goes_on, stage.name)
@@ -172,15 +172,14 @@ class PhaseRunner:
         """The last checkpoint of a stage, if it is there and whole, and its last preview and validation were
         made."""
         checkpoints, images = folder / "checkpoints", stage.optimization.images
-        (there,) = self.processes.agreed((checkpoints / f"{images:012d}").is_dir())
-        if not there:
+        if not self.processes.any_rank((checkpoints / f"{images:012d}").is_dir()):
             return None
         owed = False
-        if self.processes.leads:
+        if self.processes.is_main:
             previewed, validated = looked_at(self.log, stage.name, images, folder)
             owed = not previewed or not (validated or self.validation(stage, phase) is None)
-        self.processes.wait_long()  # for the first, which may have read images that are held out
-        if self.processes.agreed(owed)[0]:
+        self.processes.barrier_without_timeout()  # for rank 0, which may have read held-out images
+        if self.processes.any_rank(owed):
             return None
         found = newest_of_all(checkpoints, self.processes)
         return found[0] if found is not None and found[1]["images"] >= images else None

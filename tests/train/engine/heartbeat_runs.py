@@ -17,7 +17,7 @@ if int(os.environ["RANK"]) != hasty:
     alive.TICKS *= 2
 try:
     with distributed(torch.device("cpu")) as processes:
-        processes.wait()
+        processes.barrier()
         print("met", flush=True)
         if processes.rank == which:
             if what == "works":
@@ -25,7 +25,7 @@ try:
             else:
                 # Its connections stay open, as those of NCCL seem to: nobody is told.
                 os.kill(os.getpid(), signal.SIGSTOP)
-        processes.wait()
+        processes.barrier()
 except UserError as error:  # as the command does
     print(f"Error: {error}", file=sys.stderr)
     sys.exit(2)

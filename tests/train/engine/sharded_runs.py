@@ -101,7 +101,7 @@ def sharded_step(processes: Processes, **optimization) -> Step:
 
 def run_updates(step: Step, updates: int = 2) -> dict[str, float]:
     inputs, indices = make_inputs()
-    part = step.processes.share(range(8))
+    part = step.processes.rank_slice(range(8))
     values = {}
     for _ in range(updates):
         rows = slice(part.start, part.stop)
@@ -109,7 +109,7 @@ def run_updates(step: Step, updates: int = 2) -> dict[str, float]:
         step.state.updates += 1
         step.state.images += 8
     stacked = torch.stack(list(values.values()))
-    step.processes.average_([stacked])
+    step.processes.all_reduce_mean_([stacked])
     return dict(zip(values, stacked.tolist(), strict=True))
 
 
@@ -140,7 +140,7 @@ def updates(folder: Path) -> object:
             local = sum(p.to_local().numel() for p in step.stage.prior.parameters())
             copy = gather(step.state.averages["prior"], step.state.whole["prior"], processes)
             same = True
-            if processes.leads:
+            if processes.is_main:
                 average = alone.state.averages["prior"]
                 same = farthest(copy.state_dict(), average.state_dict()) < 2e-6
             found.append(
@@ -168,7 +168,7 @@ def checkpoints(folder: Path) -> object:
         run_updates(step)  # what is written is the state of that moment
         assert farthest(before, state_of(step)) > 0
         writer.wait()
-        if processes.leads:
+        if processes.is_main:
             torch.save(before, folder / "expected.pt")
         return True
 
@@ -208,7 +208,7 @@ def full_disk(folder: Path) -> object:
 
 def loop(processes: Processes, folder: Path, stage: ToyStage, **changes: object) -> str:
     settings = dataclasses.replace(SETTINGS, **changes)
-    log = Log(folder / "log.jsonl", processes.leads)
+    log = Log(folder / "log.jsonl", processes.is_main)
     feed = Feed(ToySource(), 5, 4, stage.captions)
     try:
         run_stage(stage, feed, folder, settings, CPU, log, {}, processes=processes)
@@ -269,7 +269,7 @@ def lack(folder: Path) -> object:
         step, calls, whole = sharded_step(processes), iter(range(10**6)), parallel._whole
 
         def scarce(tensor: torch.Tensor) -> torch.Tensor:
-            if processes.leads and next(calls) == 3:
+            if processes.is_main and next(calls) == 3:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return whole(tensor)
 
@@ -279,7 +279,7 @@ def lack(folder: Path) -> object:
             gather(step.state.averages["prior"], step.state.whole["prior"], processes)
         except torch.OutOfMemoryError as error:
             said = str(error)
-        return [said, processes.total(1.0)]
+        return [said, processes.all_reduce_sum(1.0)]
 
     return together(2, work)
 
@@ -357,7 +357,7 @@ def surveys(folder: Path) -> object:
         read, reads = [], prepared_check.sha256
 
         def slowly(path: Path) -> str:
-            if processes.leads and not read:
+            if processes.is_main and not read:
                 time.sleep(3)
             read.append(f"{path.parent.name}/{path.name}")
             return reads(path)
@@ -381,7 +381,7 @@ def surveys(folder: Path) -> object:
                 what()
             except UserError as error:
                 said.append(str(error))
-            processes.wait()
+            processes.barrier()
         return [read, said]
 
     try:

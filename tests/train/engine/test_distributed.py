@@ -113,7 +113,7 @@ def test_gradients_are_averages_of_all_processes(monkeypatch):
     network(x).sum().backward()
     expected = [p.grad.clone() for p in network.parameters()]
     network.zero_grad()
-    with Processes(CPU, 0, 2).averaging(list(network.parameters())):
+    with Processes(CPU, 0, 2).averaging_gradients(list(network.parameters())):
         network(x).sum().backward()
     for parameter, gradient in zip(network.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
@@ -258,9 +258,9 @@ def test_pictures_that_any_process_cannot_read_are_named(runs):
 
 def test_batches_are_shared_evenly():
     second = Processes(CPU, rank=1, count=4)
-    assert list(second.share(range(16, 32))) == [20, 21, 22, 23]
+    assert list(second.rank_slice(range(16, 32))) == [20, 21, 22, 23]
     second.check_batches("a", 64, 16)
     for images, batch_size in ((64, 6), (60, 16)):
         with pytest.raises(UserError, match="cannot be shared by 4 processes; make batch_size a multiple"):
             second.check_batches("a", images, batch_size)
-    assert list(Processes(CPU).share(range(3))) == [0, 1, 2]
+    assert list(Processes(CPU).rank_slice(range(3))) == [0, 1, 2]

@@ -169,7 +169,7 @@ def test_any_start_and_any_number_of_processes_give_the_same(prepared):
     whole = list(batches(feed, 0, 48, 4, 0))
     resumed = list(batches(PreparedFeed(prepared, 3, 48, 4), 32, 48, 4, 1))
     assert all(same(a, b) for a, b in zip(whole[8:], resumed, strict=True))
-    shares = [list(batches(feed, 0, 48, 4, 0, Processes(CPU, rank, 2).share)) for rank in range(2)]
+    shares = [list(batches(feed, 0, 48, 4, 0, Processes(CPU, rank, 2).rank_slice)) for rank in range(2)]
     for batch, first, second in zip(whole, *shares, strict=True):
         assert torch.equal(batch.maps, torch.cat([first.maps, second.maps]))
         assert torch.equal(batch.indices, torch.cat([first.indices, second.indices]))

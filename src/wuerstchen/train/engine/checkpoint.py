@@ -131,7 +131,7 @@ def newest_of_all(folder: Path, processes: Processes) -> tuple[Path, dict[str, A
     """As ``newest``, for all processes together: all go on from the same, and each file is read by one."""
     if processes.count == 1:
         return newest(folder)
-    names = processes.gathered([path.name for path in checkpoints_in(folder)] if processes.leads else [])
+    names = processes.all_gather([path.name for path in checkpoints_in(folder)] if processes.is_main else [])
     for name in names:
         path, state = folder / name, None
         reason, fatal = "", ""
@@ -141,20 +141,20 @@ def newest_of_all(folder: Path, processes: Processes) -> tuple[Path, dict[str, A
         except CheckpointError as error:  # of a newer version
             fatal = str(error)
         except FileNotFoundError as error:
-            if processes.leads:
+            if processes.is_main:
                 reason = f"{type(error).__name__}: {error}"
             else:
                 fatal = f"{path} is not seen by all processes ({error}); use a --run-dir on a shared disk"
         except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
-        reasons = processes.gathered([(reason, fatal)] if reason or fatal else [])
+        reasons = processes.all_gather([(reason, fatal)] if reason or fatal else [])
         if not reasons:
             assert state is not None
             return path, state
         damaged = [reason for reason, _ in reasons if reason]
         if not damaged:
             raise CheckpointError(next(fatal for _, fatal in reasons))
-        if processes.leads:
+        if processes.is_main:
             _warn_of_damage(path, damaged[0])
     if names:
         raise _all_damaged(folder)
@@ -288,7 +288,7 @@ class _Reading:
             if error is not None:
                 raise error
             return
-        if self._processes.agreed(error is not None)[0]:
+        if self._processes.any_rank(error is not None):
             raise error or CheckpointError(f"another process cannot read checkpoint {path}; it says why")
         for reader, target in self._sent:
             whole = target.contiguous()

@@ -91,7 +91,7 @@ class Writer:
         """
         self.wait()
         self._target = self.folder / f"{state.images:012d}"
-        if self.processes.leads:
+        if self.processes.is_main:
             with self._named():
                 self.folder.mkdir(parents=True, exist_ok=True)
                 shutil.rmtree(self._partial, ignore_errors=True)
@@ -130,8 +130,7 @@ class Writer:
 
     def _agree(self) -> None:
         """Raises in all processes if one has failed."""
-        (failed,) = self.processes.agreed(self.failed)
-        if failed:
+        if self.processes.any_rank(self.failed):
             self._given_up.set()
             error = self._error or CheckpointNotWritten(
                 f"another process could not write its part of checkpoint {self._target}; it says why"
@@ -140,8 +139,8 @@ class Writer:
             if self._thread is not None:
                 self._thread.join()
                 self._thread = None
-            self.processes.wait()
-            if self.processes.leads:
+            self.processes.barrier()
+            if self.processes.is_main:
                 shutil.rmtree(self._partial, ignore_errors=True)
             raise error
 
@@ -175,9 +174,9 @@ class Writer:
                     if local.numel():
                         mine[key] = self._on_host(f"{group}/{key}", local)
                         rows[key] = first_row(tensor)
-                elif self.processes.leads:
+                elif self.processes.is_main:
                     mine[key] = self._on_host(f"{group}/{key}", local)
-            if self.processes.leads or mine:
+            if self.processes.is_main or mine:
                 part.files[name] = mine
                 if rows:
                     part.rows[name] = rows
@@ -204,7 +203,7 @@ class Writer:
                     write_tensors(tensors, self._partial / name, {"format": FORMAT})
                     own["files"][name] = sha256_of(self._partial / name)
                 part.files.clear()
-                if not self.processes.leads:
+                if not self.processes.is_main:
                     if not part.shapes:
                         return  # nothing is sharded, and the first process writes all
                     write_json(self._partial / f"{self.processes.rank}.json", own)

@@ -47,12 +47,12 @@ class Processes:
     count: int = 1
 
     @property
-    def leads(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the only rank that writes files and prints."""
         return self.rank == 0
 
-    def share(self, numbers: range) -> range:
-        """This process's part of the images of a batch: as many in a row as every other's."""
+    def rank_slice(self, numbers: range) -> range:
+        """The consecutive images of a batch that this rank computes. All ranks get the same number."""
         size = len(numbers) // self.count
         return numbers[self.rank * size : (self.rank + 1) * size]
 
@@ -67,7 +67,7 @@ class Processes:
             )
 
     @contextmanager
-    def averaging(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    def averaging_gradients(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
         """Replaces gradients by their average over all processes. The backward pass belongs inside: a large
         gradient travels as soon as it is there, while those before it are computed; the small ones travel
         together at the end.
@@ -95,9 +95,9 @@ class Processes:
             work.wait()
         if not averages and on_the_way:
             torch._foreach_div_([parameter.grad for parameter in on_the_way], self.count)
-        self.average_([p.grad for p in parameters if p.grad is not None and p not in on_the_way])
+        self.all_reduce_mean_([p.grad for p in parameters if p.grad is not None and p not in on_the_way])
 
-    def average_(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce_mean_(self, tensors: Sequence[Tensor]) -> None:
         """Replaces tensors by their average over all processes, a large bucket at a time."""
         if self.count == 1:
             return
@@ -115,24 +115,28 @@ class Processes:
             torch._foreach_copy_(bucket, [p.view_as(t) for p, t in zip(parts, bucket, strict=True)])
             bucket = []
 
-    def total(self, value: float) -> float:
-        """The sum of a number over all processes."""
+    def all_reduce_sum(self, value: float) -> float:
+        """The sum of ``value`` over all ranks."""
         if self.count == 1:
             return value
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
         return float(tensor)
 
-    def agreed(self, *asked: bool) -> tuple[bool, ...]:
-        """Each question answered for all processes: yes if one of them says so."""
+    def any_rank(self, flag: bool) -> bool:
+        """Whether ``flag`` is true on any rank."""
+        return self.any_rank_each(flag)[0]
+
+    def any_rank_each(self, *flags: bool) -> tuple[bool, ...]:
+        """``any_rank`` of several flags in one all-reduce."""
         if self.count == 1:
-            return asked
-        tensor = torch.tensor(asked, dtype=torch.int32, device=self.device)
+            return flags
+        tensor = torch.tensor(flags, dtype=torch.int32, device=self.device)
         dist.all_reduce(tensor)
         return tuple(bool(value) for value in tensor.tolist())
 
-    def alike(self, text: str) -> bool:
-        """Whether all processes have the same text."""
+    def all_equal(self, text: str) -> bool:
+        """Whether ``text`` is the same on all ranks."""
         if self.count == 1:
             return True
         least = torch.tensor(stable_hash(text) >> 1, dtype=torch.int64, device=self.device)
@@ -141,24 +145,24 @@ class Processes:
         dist.all_reduce(most, dist.ReduceOp.MAX)
         return bool(least == most)
 
-    def gathered(self, mine: Sequence[T]) -> list[T]:
-        """What all processes have, by their ranks: of any kind, and for little where it is nothing."""
-        if not self.total(float(len(mine))):
+    def all_gather(self, items: Sequence[T]) -> list[T]:
+        """The items of all ranks in rank order. They may be any picklable objects."""
+        if not self.all_reduce_sum(float(len(items))):
             return []
-        parts: list[Sequence[T]] = [mine] * self.count
+        parts: list[Sequence[T]] = [items] * self.count
         if self.count > 1:
-            dist.all_gather_object(parts, mine)
+            dist.all_gather_object(parts, items)
         return [value for part in parts for value in part]
 
-    def wait(self) -> None:
-        """Returns when all processes have come here."""
+    def barrier(self) -> None:
+        """Waits until all ranks have reached this call."""
         if self.count > 1:
-            self.total(0.0)  # a barrier that needs no further device of NCCL
+            self.all_reduce_sum(0.0)  # unlike dist.barrier, this opens no further NCCL communicator
 
-    def wait_long(self) -> None:
-        """As ``wait``, for as long as it takes: for work of a few processes whose time nobody knows.
+    def barrier_without_timeout(self) -> None:
+        """A barrier without a time limit, for after work of unknown duration on a few ranks.
 
-        Exchanges of tensors fail where one process comes half an hour after the others.
+        Collectives fail if a rank is more than 30 minutes late (``_PATIENCE``).
         """
         if self.count > 1:
             meet(str(next(_meetings)), self.count)
@@ -189,7 +193,7 @@ def distributed(device: torch.device) -> Iterator[Processes]:
     try:
         with watching_others(rank, count):
             yield processes
-            processes.wait()  # gloo aborts where one process leaves while another still talks
+            processes.barrier()  # gloo aborts where one process leaves while another still talks
     except RuntimeError as error:
         # gloo's errors have no class of their own, but name its files.
         if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
@@ -311,18 +315,18 @@ def gather(network: nn.Module, empty: nn.Module, processes: Processes) -> nn.Mod
         try:
             whole = _whole(tensor)
         except (MemoryError, RuntimeError) as error:
-            if not processes.leads or not is_out_of_memory(error):
+            if not processes.is_main or not is_out_of_memory(error):
                 raise
             lack = error.with_traceback(None)
             tensors.clear()
             if tensor.device.type == "cuda":
                 torch.cuda.empty_cache()
             whole = _whole(tensor)
-        if processes.leads and lack is None:
+        if processes.is_main and lack is None:
             tensors[name] = whole
     if lack is not None:
         raise lack
-    if not processes.leads:
+    if not processes.is_main:
         return empty
     filled = copy.deepcopy(empty)
     filled.load_state_dict(tensors, assign=True)

@@ -20,7 +20,7 @@ _NAMED = 3  # images of a batch in a message
 def read_values(values: Values, step: Step) -> dict[str, float]:
     """The values of an update on the host. Raises ``UserError`` where one was not finite, or says to stop."""
     stacked = torch.stack([v.float() for v in values.values()])
-    step.processes.average_([stacked])
+    step.processes.all_reduce_mean_([stacked])
     read = dict(zip(values, stacked.tolist(), strict=True))
     refuse_fault(step, read)
     step.stage.check(read)

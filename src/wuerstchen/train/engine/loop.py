@@ -156,7 +156,7 @@ def run_stage(
                 resumed=resumed,
                 milestones=settings.keep_every,
             )
-            meter = Meter(f"Stage {stage.name.upper()}", state.images, total, processes.leads)
+            meter = Meter(f"Stage {stage.name.upper()}", state.images, total, processes.is_main)
             updates = (
                 _fed_updates(step, feed, settings, stop)
                 if composed is None
@@ -166,7 +166,7 @@ def run_stage(
             with contextlib.closing(meter), contextlib.closing(writer), contextlib.closing(updates):
                 loop.run(updates)
     # Of a signal that came after the last update, the next stage would know nothing.
-    if processes.agreed(stop.requested)[0]:
+    if processes.any_rank(stop.requested):
         _stopped(log, state, stage)
     return folder / "checkpoints" / f"{state.images:012d}"
 
@@ -215,7 +215,7 @@ class _Loop:
                 due = due or self.saving.milestone_due(state.images)
                 # Where nobody waits for the device, only one process can decide by itself.
                 asked = (self.stop.requested, due, self.saving.failed)
-                stops, due, failed = processes.agreed(*asked) if reads else asked
+                stops, due, failed = processes.any_rank_each(*asked) if reads else asked
                 self.saving.note()
                 if processes.count > 1 and not reads:
                     continue
@@ -227,8 +227,7 @@ class _Loop:
                     self.saving.begin()
                     saved = time.monotonic()
                     validation = self.observer.validation
-                    (wanted,) = processes.agreed(validation is not None and validation.due)
-                    if wanted:
+                    if processes.any_rank(validation is not None and validation.due):
                         self._look(preview=False)
         except NotFinite as fault:
             name = self.step.stage.name
@@ -258,7 +257,7 @@ class _Loop:
         self.skipped += fed.skipped
         logs = state.updates % self.settings.log_every == 0 or state.images >= total
         if logs or processes.count == 1:
-            for name, reason in processes.gathered(self.skipped):
+            for name, reason in processes.all_gather(self.skipped):
                 self.log.event("skipped", stage=step.stage.name, name=name, reason=reason)
             self.skipped = []
         if logs:
@@ -319,7 +318,7 @@ def rehearse(
         _finished(device)
     spent = meter.spent()
     if spent.kwh is not None:
-        spent = dataclasses.replace(spent, kwh=processes.total(spent.kwh))
+        spent = dataclasses.replace(spent, kwh=processes.all_reduce_sum(spent.kwh))
     return spent * (1 / images)
 
 
@@ -409,7 +408,7 @@ def _fed_updates(
     """Updates on pictures composed on the way. ``stop`` may end the wait for them."""
     optimization, device = step.stage.optimization, step.device
     start, total = step.state.images, optimization.images
-    part = step.processes.share
+    part = step.processes.rank_slice
     loaded = batches(feed, start, total, optimization.batch_size, settings.workers, part)
     with contextlib.closing(Updates(step, settings.records)) as update, contextlib.closing(loaded):
         while True:
@@ -432,7 +431,7 @@ def _bank_updates(step: Step, bank: Bank, settings: Settings) -> Generator[_Fed,
         for first in range(step.state.images, optimization.images, optimization.batch_size):
             numbers = range(first, min(first + optimization.batch_size, optimization.images))
             _begin(step, settings, len(numbers))
-            own = step.processes.share(numbers)
+            own = step.processes.rank_slice(numbers)
             rows = torch.tensor(items_at(own, len(bank), step.seed), dtype=torch.int64, device="cpu")
             rows = rows.to(step.device)
             indices = torch.arange(own.start, own.stop, device="cpu").to(step.device)

@@ -83,8 +83,8 @@ class Observer:
             return False, False
         preview, validation = looked_at(self.log, self.stage.name, images, self.folder)
         wants = self.validation is not None and not validation
-        leads = self.processes.leads
-        preview, wants = self.processes.agreed(leads and not preview, leads and wants)
+        is_main = self.processes.is_main
+        preview, wants = self.processes.any_rank_each(is_main and not preview, is_main and wants)
         return preview, wants
 
     def due(self, images: int) -> bool:
@@ -100,7 +100,7 @@ class Observer:
         averages: dict[str, nn.Module] = {}
         with self._never_ends_the_run("preview" if preview else "validation", images):
             averages = _gathered(state, self.processes)
-        if averages and self.processes.leads:
+        if averages and self.processes.is_main:
             if preview:
                 with self._never_ends_the_run("preview", images):
                     self._preview(averages, images)
@@ -161,7 +161,7 @@ class Observer:
             return
         if lacks:
             self._free()
-        if not self.processes.leads:
+        if not self.processes.is_main:
             return
         advice = (
             ". It needs memory beside the training: use a larger --preview-every, fewer --preview-prompts, "

@@ -69,7 +69,7 @@ class Saving:
         header = {**self._header, "milestone": True} if milestone else self._header
         spent = self._cost.spent()
         processes = self._writer.processes
-        kwh = None if spent.kwh is None else processes.total(spent.kwh)
+        kwh = None if spent.kwh is None else processes.all_reduce_sum(spent.kwh)
         self._begun = {"stage": self._header["stage"], "images": images}
         self._begun |= {"seconds": spent.seconds, "kwh": kwh}
         if milestone:  # due no more, or a disk that is full would be tried at every update
@@ -95,7 +95,7 @@ class Saving:
 
         The first process alone knows that: it ends the checkpoint. Others are told by ``wait``.
         """
-        if self._writer.processes.leads and not self._writer.busy and not self._writer.failed:
+        if self._writer.processes.is_main and not self._writer.busy and not self._writer.failed:
             self._note_whole()
 
     def _note_whole(self) -> None:
@@ -112,7 +112,7 @@ class Saving:
         self._log.event(
             "checkpoint failed", stage=self._header["stage"], images=failed["images"], reason=reason
         )
-        if self._writer.processes.leads:
+        if self._writer.processes.is_main:
             warnings.warn(
                 f"the checkpoint at image {failed['images']:,} of stage {self._header['stage'].upper()} "
                 f"cannot be written ({reason}). Training goes on and tries again at the next one. Until then "

@@ -151,12 +151,12 @@ class Step:
                 with self._reading_copies():
                     # For this network alone: what else the loss passes through learns from its own loss.
                     trained = [p for p in network.parameters() if p.requires_grad]
-                    with self.processes.averaging(trained if last else []):
+                    with self.processes.averaging_gradients(trained if last else []):
                         scaled.backward(inputs=trained)
             key, first = "loss" if first else f"loss_{name}", False
             values[key] = values.get(key, 0) + loss.detach()
             if last:
-                self.processes.average_([values[key]])
+                self.processes.all_reduce_mean_([values[key]])
                 clip_norm = stage.optimization.clip_norm
                 optimizer, copies = self.state.optimizers[name], self.copies.get(name)
                 if scale is not None:
