@@ -120,7 +120,7 @@ def predictions(model: Wuerstchen, maps: Tensor, latents: Tensor, dtype: torch.d
     encoded = cascade.text_encoder.encode(PROMPTS)
     mask = encoded.mask if cascade.settings.text_mask else None
     context = cascade.prior.context(encoded.states.to(dtype), mask)
-    z = cascade.settings.map_statistics.restore(maps)
+    z = cascade.settings.latent_statistics.restore(maps)
     of_decoder = cascade.text_encoder_of_decoder()
     states = None if of_decoder is None else of_decoder.encode(PROMPTS).states.to(dtype)
     steering = cascade.decoder.context(z, tuple(latents.shape[2:]), states)
@@ -154,7 +154,7 @@ def errors(model_name: str | None) -> dict[str, dict[str, float]]:
         for image in images:
             pixels = to_tensor(image)[None]
             z = exact.encode(exact.cascade.compressor, pixels)
-            maps.append(exact.cascade.settings.map_statistics.normalise(z))
+            maps.append(exact.cascade.settings.latent_statistics.normalise(z))
             latents.append(exact.cascade.vqgan.encode(pixels))
     x, y = torch.cat(maps), torch.cat(latents)
     reference, pictures = predictions(exact, x, y, torch.float32), drawn(exact)

@@ -19,7 +19,7 @@ from measuring import free
 from random_model import random_v2
 
 from wuerstchen.errors import UserError
-from wuerstchen.models.cascade import PUBLISHED_MAP, Cascade
+from wuerstchen.models.cascade import PUBLISHED_STATISTICS, Cascade
 from wuerstchen.models.compressor import Compressor, CompressorConfig
 from wuerstchen.recipes.v2 import v2_finetune
 from wuerstchen.train.config import Recipe
@@ -46,7 +46,7 @@ def measure(recipe: Recipe, cascade: Cascade, batch: int, size: int, device: tor
     assert prior is not None
     prior.to(device).train().requires_grad_(True)
     stage = StageC(
-        recipe.stage_c, recipe, prior, frozen, PUBLISHED_MAP, optimization=optimization, device=device
+        recipe.stage_c, recipe, prior, frozen, PUBLISHED_STATISTICS, optimization=optimization, device=device
     )
     state = TrainingState(
         networks=stage.networks,

@@ -165,7 +165,7 @@ def forwards(
 ) -> dict[str, tuple[Callable[[], object], int]]:
     """What a picture runs, and how often: the text encoders where they are, the others without data."""
     settings = cascade.settings
-    map_size = settings.map_size(*size)
+    map_size = settings.latent_size(*size)
     fake = FakeTensorMode()
     with fake, _default(dtype):
         prior = Prior(cascade.prior.config).eval()

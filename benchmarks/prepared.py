@@ -31,7 +31,7 @@ from wuerstchen.data.prepare_networks import Networks
 from wuerstchen.data.prepare_plan import PrepareConfig
 from wuerstchen.data.prepared import PreparedSet
 from wuerstchen.data.readers import FolderReader
-from wuerstchen.models.cascade import Cascade, CascadeSettings, MapStatistics
+from wuerstchen.models.cascade import Cascade, CascadeSettings, LatentStatistics
 from wuerstchen.models.compressor import Compressor, CompressorConfig
 from wuerstchen.models.decoder import Decoder
 from wuerstchen.models.prior import Prior
@@ -142,7 +142,7 @@ def main() -> None:
         recipe.stage_c.optimization, images=_IMAGES // options.batch * options.batch, batch_size=options.batch
     )
     config = dataclasses.replace(recipe.stage_c, optimization=optimization)
-    statistics = MapStatistics(mean=(0.0,) * channels, std=(1.0,) * channels)
+    statistics = LatentStatistics(mean=(0.0,) * channels, std=(1.0,) * channels)
     stage = StageC(config, recipe, cascade.prior, cascade, statistics)
     step = step_of(stage, published, device)
     with tempfile.TemporaryDirectory() as folder:

@@ -35,7 +35,7 @@ def main() -> None:
         small = Path(folder) / "model"
         cascade = read_cascade(source)
         # How to sample is the recipe's choice as it stands now; it may have been made after the training.
-        cascade.settings = cascade_settings(mini(), cascade.settings.map_statistics)
+        cascade.settings = cascade_settings(mini(), cascade.settings.latent_statistics)
         write_cascade(cascade, small, provenance, STORAGE, text_encoder=source / "text_encoder")
         for name in ("model.json", *(f"{part}.safetensors" for part in NETWORKS)):
             shutil.move(small / name, BUNDLED / name)

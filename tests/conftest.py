@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from wuerstchen.checkpoints import backbones
 from wuerstchen.checkpoints.native import Provenance, write_cascade
 from wuerstchen.checkpoints.text_encoder import read_text_encoder
-from wuerstchen.models.cascade import PUBLISHED_V1, Cascade, CascadeSettings, MapStatistics
+from wuerstchen.models.cascade import PUBLISHED_V1, Cascade, CascadeSettings, LatentStatistics
 from wuerstchen.models.compressor import Compressor, CompressorConfig
 from wuerstchen.models.decoder import Decoder, DecoderConfig
 from wuerstchen.models.paella import Paella, PaellaConfig
@@ -135,7 +135,7 @@ def small_cascade() -> Cascade:
     cascade = Cascade(
         settings=CascadeSettings(
             image_size=128,
-            map_statistics=MapStatistics(mean=(0.5, -1.0), std=(2.0, 3.0)),
+            latent_statistics=LatentStatistics(mean=(0.5, -1.0), std=(2.0, 3.0)),
             text_mask=True,
             prior_steps=3,
             decoder_steps=2,

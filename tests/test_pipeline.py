@@ -18,7 +18,7 @@ from wuerstchen.diffusion.samplers import ddpm, draw_noise
 from wuerstchen.diffusion.schedule import stage_c_timesteps, uniform_timesteps
 from wuerstchen.errors import UserError, UserNotice
 from wuerstchen.images import center_crop_resize, open_image, to_images, to_tensor
-from wuerstchen.models.cascade import PUBLISHED_MAP, CascadeSettings, MapStatistics
+from wuerstchen.models.cascade import PUBLISHED_STATISTICS, CascadeSettings, LatentStatistics
 from wuerstchen.models.compressor import compressor_input
 from wuerstchen.models.text import PromptTooLongWarning
 from wuerstchen.models.vqgan import VQGAN, VQGANConfig
@@ -271,7 +271,8 @@ def test_sizes_follow_the_map(model):
     ]
     settings = CascadeSettings()
     # 1024 pixels are 24 positions, 1536 are 36: the published sizes.
-    assert settings.map_size(1024, 1536) == (36, 24)
+    assert settings.latent_size(1024, 1536) == settings.map_size(1024, 1536) == (36, 24)
+    assert settings.map_statistics == settings.latent_statistics  # the former names
 
 
 def test_a_size_between_two_canvases_is_cut_out_of_the_larger(model):
@@ -291,7 +292,7 @@ def test_drawing_begins_with_the_map_of_a_picture(model):
     """The steps written out: from the picture's map, noised to the time that the strength names."""
     init = Image.effect_noise((150, 130), 80).convert("RGB")
     cascade, generator = model.cascade, [torch.Generator().manual_seed(3)]
-    statistics = cascade.settings.map_statistics
+    statistics = cascade.settings.latent_statistics
     with torch.no_grad():
         z = model.encode(cascade.compressor, torch.stack([to_tensor(center_crop_resize(init, 128))]))
         noised = PUBLISHED_OBJECTIVE.noised(
@@ -489,10 +490,10 @@ def test_encode_reads_the_smaller_view(model):
 
 def test_map_statistics_are_inverse_and_published():
     z = torch.randn(2, 3, 4, 4)
-    statistics = MapStatistics(mean=(1.0, 2.0, 3.0), std=(0.5, 1.0, 4.0))
+    statistics = LatentStatistics(mean=(1.0, 2.0, 3.0), std=(0.5, 1.0, 4.0))
     torch.testing.assert_close(statistics.restore(statistics.normalise(z)), z)
-    torch.testing.assert_close(PUBLISHED_MAP.normalise(z), (z + 1) / 42)
-    torch.testing.assert_close(PUBLISHED_MAP.restore(z), z * 42 - 1)
+    torch.testing.assert_close(PUBLISHED_STATISTICS.normalise(z), (z + 1) / 42)
+    torch.testing.assert_close(PUBLISHED_STATISTICS.restore(z), z * 42 - 1)
 
 
 def test_long_prompts_are_cut_with_a_warning(model):

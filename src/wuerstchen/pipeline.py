@@ -170,7 +170,7 @@ class Wuerstchen:
             inits = list(init) if isinstance(init, list | tuple) else [init]
             pixels = [to_tensor(resize_crop(upright_rgb(one, "init"), width, height)) for one in inits]
             maps = [self.encode(self._compressor(), on_canvas(p[None], canvas)) for p in pixels]
-            maps = [self.cascade.settings.map_statistics.normalise(z) for z in maps]
+            maps = [self.cascade.settings.latent_statistics.normalise(z) for z in maps]
             begins = one_for_each("init", maps, len(prompts), count)
 
         texts = [prompt for prompt in prompts for _ in range(count)]
@@ -340,7 +340,7 @@ class Wuerstchen:
         encoded = self._encode_text(text_encoder, prompts + negatives if guides else prompts)
         spaced = uniform_timesteps if settings.prior_equal_steps else sampler.timesteps
         timesteps = spaced(sampling.prior_steps)
-        x = sent(draw_noise((prior.config.c_in, *settings.map_size(*canvas)), generators), self.device)
+        x = sent(draw_noise((prior.config.c_in, *settings.latent_size(*canvas)), generators), self.device)
         if begin is not None:
             timesteps = [strength, *(t for t in timesteps if t < strength)]
             x = objective.noised(
@@ -360,7 +360,7 @@ class Wuerstchen:
             if watching is not None:
                 steered, report = watching.over_map(steered, report, len(timesteps) - 1)
             sample = sampler.function(steered, x, timesteps, generators, sampled, report)
-        return settings.map_statistics.restore(sample)
+        return settings.latent_statistics.restore(sample)
 
     def _draw(
         self,

@@ -50,7 +50,7 @@ class Watching:
 
         def picture(clean: Tensor) -> Tensor:
             assert previewer is not None
-            z = cascade.settings.map_statistics.restore(clean)
+            z = cascade.settings.latent_statistics.restore(clean)
             return previewer(z.to(next(previewer.parameters()).dtype))
 
         sampled = cascade.settings.prior_objective.for_sampling()

@@ -25,7 +25,7 @@ from wuerstchen.checkpoints.layouts import (
 )
 from wuerstchen.checkpoints.native import Provenance, write_cascade
 from wuerstchen.errors import CheckpointError, UserError
-from wuerstchen.models.cascade import PUBLISHED_V1, Cascade, CascadeSettings, MapStatistics
+from wuerstchen.models.cascade import PUBLISHED_V1, Cascade, CascadeSettings, LatentStatistics
 from wuerstchen.models.compressor import Compressor, CompressorConfig
 from wuerstchen.models.decoder import Decoder, DecoderConfig
 from wuerstchen.models.paella import Paella, PaellaConfig
@@ -270,9 +270,9 @@ def test_the_bundled_model_fits_no_other_layout(layout, tmp_path):
 
 def test_statistics_by_channel_have_no_place(published, tmp_path):
     cascade = read_model(published)
-    statistics = MapStatistics(mean=(0.0,) * 4, std=(1.0, 2.0, 3.0, 4.0))
+    statistics = LatentStatistics(mean=(0.0,) * 4, std=(1.0, 2.0, 3.0, 4.0))
     for settings, name in (
-        (CascadeSettings(map_statistics=statistics), "map_statistics"),
+        (CascadeSettings(latent_statistics=statistics), "latent_statistics"),
         (CascadeSettings(prior_steps=12), "prior_steps=12"),
         (CascadeSettings(text_mask=True), "text_mask=True"),
     ):
@@ -283,7 +283,7 @@ def test_statistics_by_channel_have_no_place(published, tmp_path):
         with pytest.raises(UserError, match=f"{name}.* has no place in the diffusers layout"):
             convert(native, tmp_path / "out", "diffusers")
     # One mean and one deviation for all channels have their place.
-    cascade.settings = CascadeSettings(map_statistics=MapStatistics(mean=(-2.0,), std=(40.0,)))
+    cascade.settings = CascadeSettings(latent_statistics=LatentStatistics(mean=(-2.0,), std=(40.0,)))
     write_cascade(cascade, tmp_path / "shared", dict.fromkeys(cascade.networks(), whence))
     convert(tmp_path / "shared", tmp_path / "out", "diffusers")
     assert_same(read_model(tmp_path / "out"), cascade)

@@ -216,7 +216,7 @@ def test_the_published_prior_is_trained_on(places, tmp_path, make):
     (image,) = wuerstchen.load(model, "cpu").generate("cat")
     assert image.size == (make().image_size // SMALLER,) * 2
     settings, before = read_parts(model)[0], read_model(tmp_path / "published").settings
-    assert (settings.map_statistics, settings.text_mask) == (before.map_statistics, before.text_mask)
+    assert (settings.latent_statistics, settings.text_mask) == (before.latent_statistics, before.text_mask)
 
 
 def test_v1_stage_by_stage(places, tmp_path):

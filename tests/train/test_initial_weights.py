@@ -22,7 +22,7 @@ from wuerstchen.checkpoints.native import (
 from wuerstchen.checkpoints.original import write_original
 from wuerstchen.errors import CheckpointError, RunFolderError, UserError
 from wuerstchen.image_files import read_settings
-from wuerstchen.models.cascade import PUBLISHED_MAP
+from wuerstchen.models.cascade import PUBLISHED_STATISTICS
 from wuerstchen.models.compressor import Compressor, CompressorConfig
 from wuerstchen.models.decoder import Decoder, DecoderConfig
 from wuerstchen.models.paella import Paella
@@ -169,7 +169,7 @@ def test_stage_c_alone_in_phases_survives_kills_and_blends(start, photos, tmp_pa
         torch.testing.assert_close(tensor, 0.25 * last[name] + 0.75 * before[name])
     assert cascade.settings.image_size == 256
     assert cascade.settings.text_mask
-    assert min(cascade.settings.map_statistics.std) > 0.1  # measured: the prior is new
+    assert min(cascade.settings.latent_statistics.std) > 0.1  # measured: the prior is new
 
     # What was not trained is as it was, with its papers.
     given = read_cascade(start)
@@ -212,7 +212,7 @@ def test_a_stage_that_goes_on_begins_at_the_weights_and_keeps_their_normalisatio
     goes_on = dataclasses.replace(goes_on, stage_c=StageCConfig(optimization=still))
     train(goes_on, tmp_path / "run", device="cpu")
     given, cascade = read_cascade(start), read_cascade(tmp_path / "run" / "model")
-    assert cascade.settings.map_statistics == given.settings.map_statistics
+    assert cascade.settings.latent_statistics == given.settings.latent_statistics
     for name, tensor in cascade.prior.state_dict().items():
         torch.testing.assert_close(tensor, given.prior.state_dict()[name])
 
@@ -314,7 +314,7 @@ def finetune(published, photos, compressor_file, **changes):
 def test_fine_tuning_a_published_model(published, photos, compressor_file, tmp_path):
     train(finetune(published, photos, compressor_file), tmp_path / "run", device="cpu")
     cascade = read_cascade(tmp_path / "run" / "model")
-    assert cascade.settings.map_statistics == PUBLISHED_MAP
+    assert cascade.settings.latent_statistics == PUBLISHED_STATISTICS
     assert not cascade.settings.text_mask
     assert cascade.text_encoder.width == 16
     assert cascade.decoder_text_encoder.width == 12
@@ -414,7 +414,7 @@ def test_a_start_on_tokens_cannot_go_on_as_v2s_decoder(small_v1, tmp_path, photo
     cascade = read_cascade(tmp_path / "run" / "model")
     assert isinstance(cascade.decoder, Paella)
     assert cascade.settings.prior_equal_steps
-    assert cascade.settings.map_statistics == small_v1.settings.map_statistics
+    assert cascade.settings.latent_statistics == small_v1.settings.latent_statistics
     (preview,) = (tmp_path / "run" / "stage_c" / "previews").glob("*.png")
     assert read_settings(preview)["prompts"] == list(goes_on.preview_prompts)
 

@@ -110,8 +110,8 @@ def test_the_model_is_whole_and_its_statistics_are_those_of_the_maps(runs):
     prepared = PreparedSet(runs / "set")
     cascade = read_cascade(runs / "1" / "model")
     assert cascade.prior is not None
-    before = read_cascade(runs / "model").settings.map_statistics
-    assert cascade.settings.map_statistics != before
+    before = read_cascade(runs / "model").settings.latent_statistics
+    assert cascade.settings.latent_statistics != before
     validated = [e for e in events(runs / "1") if e["event"] == "validation"]
     assert {e["stage"] for e in validated} == {"c", "c2"}  # on what the set holds out
     shown, hidden = (

@@ -23,7 +23,7 @@ from wuerstchen.cli.train import overridden
 from wuerstchen.data.emoji import EmojiSource, listed_heldout, sample_root
 from wuerstchen.data.open import open_source
 from wuerstchen.errors import DataError, RunFolderError, UserError
-from wuerstchen.models.cascade import PUBLISHED_MAP
+from wuerstchen.models.cascade import PUBLISHED_STATISTICS
 from wuerstchen.models.compressor import CompressorConfig
 from wuerstchen.recipes import RECIPES
 from wuerstchen.recipes.mini import mini
@@ -170,8 +170,8 @@ def test_kills_change_nothing(tmp_path, stages):
     assert {"recipe", "seed", "data", "versions"} <= state.keys()
     assert state["fields"]["stage_b"]["backbone_rate"] == 0.1
     cascade = read_cascade(broken / "model")
-    assert min(cascade.settings.map_statistics.std) > 0.3  # the map tells pictures apart
-    assert len(cascade.settings.map_statistics.mean) == 16
+    assert min(cascade.settings.latent_statistics.std) > 0.3  # the map tells pictures apart
+    assert len(cascade.settings.latent_statistics.mean) == 16
     assert cascade.vqgan.config.scale_factor != tiny().vqgan.scale_factor
 
 
@@ -830,7 +830,7 @@ def test_sizes_fit_the_decoder_too():
         level_config=("CT",) * 3,
         inject_effnet=(True,) * 3,
     )
-    settings = cascade_settings(dataclasses.replace(recipe, decoder=deeper), PUBLISHED_MAP)
+    settings = cascade_settings(dataclasses.replace(recipe, decoder=deeper), PUBLISHED_STATISTICS)
     assert settings.size_multiple == 256
 
 

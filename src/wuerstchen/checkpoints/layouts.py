@@ -43,7 +43,7 @@ from wuerstchen.checkpoints.text_encoder import read_text_encoder
 from wuerstchen.checkpoints.variants import is_spare_variant
 from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE
 from wuerstchen.errors import CheckpointError, UserError
-from wuerstchen.models.cascade import PUBLISHED_V1, Cascade, CascadeSettings, MapStatistics
+from wuerstchen.models.cascade import PUBLISHED_V1, Cascade, CascadeSettings, LatentStatistics
 from wuerstchen.models.decoder import Decoder
 from wuerstchen.models.paella import Paella
 from wuerstchen.models.text import TextEncoder
@@ -227,10 +227,10 @@ def cascade_of(decoder: DecoderFolder, prior: PriorFolder) -> Cascade:
     assert prior.tokenizer is not None
     assert decoder.decoder is not None
     assert decoder.vqgan is not None
-    statistics = MapStatistics(mean=(-prior.latent_std,), std=(prior.latent_mean,))
+    statistics = LatentStatistics(mean=(-prior.latent_std,), std=(prior.latent_mean,))
     return Cascade(
         settings=CascadeSettings(
-            map_statistics=statistics, size_multiple=_size_multiple(decoder.decoder, decoder.vqgan)
+            latent_statistics=statistics, size_multiple=_size_multiple(decoder.decoder, decoder.vqgan)
         ),
         vqgan=decoder.vqgan,
         decoder=decoder.decoder,
@@ -261,7 +261,7 @@ def _pipelines_of(cascade: Cascade) -> tuple[DecoderFolder, PriorFolder | None]:
         return decoder, None
     if text is None:
         raise UserError("the model has no text encoder for Stage C, which the layout needs; give one")
-    statistics = cascade.settings.map_statistics
+    statistics = cascade.settings.latent_statistics
     prior = PriorFolder(
         prior=cascade.prior,
         text_encoder=text.model,
@@ -329,8 +329,8 @@ def _check_places(cascade: Cascade, layout: str) -> None:
             "native layout"
         )
     settings = cascade.settings
-    if layout != "original" and len(settings.map_statistics.mean) == 1:
-        settings = dataclasses.replace(settings, map_statistics=CascadeSettings().map_statistics)
+    if layout != "original" and len(settings.latent_statistics.mean) == 1:
+        settings = dataclasses.replace(settings, latent_statistics=CascadeSettings().latent_statistics)
     published = PUBLISHED_V1 if is_v1 else CascadeSettings()
     if layout != "original" and isinstance(cascade.decoder, Decoder):
         multiple = _size_multiple(cascade.decoder, cascade.vqgan)

@@ -37,7 +37,7 @@ from wuerstchen.diffusion.objective import (
 )
 from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE
 from wuerstchen.errors import CheckpointError, shown
-from wuerstchen.models.cascade import Cascade, CascadeSettings, MapStatistics
+from wuerstchen.models.cascade import Cascade, CascadeSettings, LatentStatistics
 from wuerstchen.models.compressor import Compressor, CompressorConfig
 from wuerstchen.models.decoder import Decoder, DecoderConfig
 from wuerstchen.models.paella import Paella, PaellaConfig
@@ -244,7 +244,7 @@ def write_parts(
         if further is not None:
             further(partial)
         objectives = {part: _named(settings, part) for part in OF_OBJECTIVES if part in _diffusing(networks)}
-        values = dataclasses.asdict(settings)
+        values = {IN_FILES.get(name, name): value for name, value in dataclasses.asdict(settings).items()}
         for part in OF_OBJECTIVES:
             del values[f"{part}_objective"]
         description = {
@@ -255,6 +255,9 @@ def write_parts(
         }
         write_json(partial / "model.json", description)
 
+
+IN_FILES = {"latent_statistics": "map_statistics"}
+"""Settings that ``model.json`` knows by another name."""
 
 OF_OBJECTIVES = ("decoder", "prior")
 """The parts whose objectives are settings of a model: ``CascadeSettings.decoder_objective`` and so on."""
@@ -295,11 +298,11 @@ def _read_description(path: Path) -> tuple[CascadeSettings, list[str], dict[str,
     try:
         description = migrate(read_json(path), path)
         raw = dict(description["settings"])
-        statistics = MapStatistics(**{k: tuple(v) for k, v in raw.pop("map_statistics").items()})
+        statistics = LatentStatistics(**{k: tuple(v) for k, v in raw.pop("map_statistics").items()})
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
         named = {str(k): objective_of_json(v) for k, v in description.get("objectives", {}).items()}
         of_settings = {f"{part}_objective": named[part] for part in OF_OBJECTIVES if part in named}
-        settings = CascadeSettings(map_statistics=statistics, **values, **of_settings)
+        settings = CascadeSettings(latent_statistics=statistics, **values, **of_settings)
         return settings, list(map(str, description["parts"])), named
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         if isinstance(error, CheckpointError):

@@ -23,7 +23,7 @@ from wuerstchen.sampling import Sampling
 
 
 @dataclass(frozen=True)
-class MapStatistics:
+class LatentStatistics:
     """How Stage C's map is normalised: (z − mean) / std, by channel or the same for all.
 
     Stage B works on the compressor's own z; the diffusion of Stage C wants unit variance.
@@ -65,7 +65,7 @@ MAX_IMAGE_SIZE = 2**16
 MAX_SIDES = 16
 """A side has at most so many times the pixels that the model was trained on."""
 
-PUBLISHED_MAP = MapStatistics(mean=(-1.0,), std=(42.0,))
+PUBLISHED_STATISTICS = LatentStatistics(mean=(-1.0,), std=(42.0,))
 """The published v2: Stage C works on (z + 1) / 42."""
 
 
@@ -79,7 +79,7 @@ class CascadeSettings:
     """Sides are drawn in multiples of this, 3 positions of the map, and cut to what was asked for."""
     view_scale: float = 0.75
     """Side of the compressor's view over the picture's."""
-    map_statistics: MapStatistics = field(default=PUBLISHED_MAP)
+    latent_statistics: LatentStatistics = field(default=PUBLISHED_STATISTICS)
     text_mask: bool = False
     """Whether padding is hidden from attention. The published models attend to it."""
     prior_steps: int = 29
@@ -163,14 +163,23 @@ class CascadeSettings:
                 )
         return tuple(-(-side // multiple) * multiple for side in (width, height))
 
+    @property
+    def map_statistics(self) -> LatentStatistics:
+        """The former name of ``latent_statistics``."""
+        return self.latent_statistics
+
     def map_size(self, width: int, height: int) -> tuple[int, int]:
+        """The former name of ``latent_size``."""
+        return self.latent_size(width, height)
+
+    def latent_size(self, width: int, height: int) -> tuple[int, int]:
         """Height and width of the semantic map of a picture."""
         return latent_side(round(height * self.view_scale)), latent_side(round(width * self.view_scale))
 
 
 PUBLISHED_V1 = CascadeSettings(
     image_size=512,
-    map_statistics=MapStatistics(mean=(0.0,), std=(1.0,)),
+    latent_statistics=LatentStatistics(mean=(0.0,), std=(1.0,)),
     prior_steps=60,
     prior_equal_steps=True,
     prior_guidance=6.0,
@@ -214,9 +223,9 @@ class Cascade:
                 fits.append(("text_encoder", "prior", "text states", width, self.prior.config.c_cond))
         if text is not None and decoder.clip_embd is not None:
             fits.append(("text encoder", "decoder", "text states", text.width, decoder.clip_embd))
-        channels = len(self.settings.map_statistics.mean)
+        channels = len(self.settings.latent_statistics.mean)
         if channels > 1:
-            maps.append(("map_statistics", channels))
+            maps.append(("map_statistics", channels))  # its name in model.json
         for part, channels in maps[1:]:
             fits.append((part, maps[0][0], "channels of the map", channels, maps[0][1]))
         for one, other, what, has, wants in fits:

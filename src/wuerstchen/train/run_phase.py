@@ -11,7 +11,7 @@ from wuerstchen.checkpoints.native import Provenance
 from wuerstchen.data.plan import stable_hash
 from wuerstchen.data.prepared import PreparedSet
 from wuerstchen.data.sources import Source
-from wuerstchen.models.cascade import PUBLISHED_MAP
+from wuerstchen.models.cascade import PUBLISHED_STATISTICS
 from wuerstchen.train.changes import Change
 from wuerstchen.train.config import Phase, Recipe, as_dict
 from wuerstchen.train.engine.checkpoint import load_averages, newest_of_all
@@ -68,9 +68,9 @@ class PhaseRunner:
         self.log = log
         self.start = start
         self.parts = dataclasses.replace(start.parts)
-        self.statistics = PUBLISHED_MAP
+        self.statistics = PUBLISHED_STATISTICS
         if start.settings is not None and start.parts.prior is not None:
-            self.statistics = start.settings.map_statistics
+            self.statistics = start.settings.latent_statistics
         for name, network in self.parts.networks().items():
             maker = maker_of(name)
             if maker is None or maker.short not in recipe.stages:  # others are copied, not used

@@ -16,7 +16,7 @@ from wuerstchen.data.folder import FolderSource
 from wuerstchen.data.open import open_source
 from wuerstchen.diffusion.schedule import CosineSchedule
 from wuerstchen.evaluate.lists import select
-from wuerstchen.models.cascade import MapStatistics
+from wuerstchen.models.cascade import LatentStatistics
 from wuerstchen.models.compressor import compressor_input
 from wuerstchen.models.previewer import Previewer, PreviewerConfig
 from wuerstchen.recipes.tiny import tiny
@@ -30,7 +30,7 @@ from wuerstchen.train.stages.prior import StageC
 
 CPU = torch.device("cpu")
 RECIPE = tiny()
-STATISTICS = MapStatistics(mean=(0.5, -1.0), std=(2.0, 3.0))
+STATISTICS = LatentStatistics(mean=(0.5, -1.0), std=(2.0, 3.0))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from wuerstchen.data.prepared import PreparedSet
 from wuerstchen.diffusion.schedule import CosineSchedule, shifted
 from wuerstchen.errors import DataError, UserError
 from wuerstchen.images import to_images
-from wuerstchen.models.cascade import MapStatistics
+from wuerstchen.models.cascade import LatentStatistics
 from wuerstchen.models.compressor import Compressor, compressor_input
 from wuerstchen.models.decoder import Decoder
 from wuerstchen.models.efficientnet import EfficientNetLite
@@ -532,7 +532,7 @@ class TestStageB:
 
 
 class TestStageC:
-    STATISTICS = MapStatistics(mean=(0.5, -1.0), std=(2.0, 3.0))
+    STATISTICS = LatentStatistics(mean=(0.5, -1.0), std=(2.0, 3.0))
 
     def test_padding_is_attended_to_where_the_recipe_says_so(self, small_cascade):
         batch, losses = make_batch(128), {}
@@ -601,7 +601,7 @@ class TestStageC:
         average = copy.deepcopy(small_cascade.prior)
         assert len(stage.preview({"prior": average}, torch.empty(0, 3, 8, 8), CPU)) == 1
         assert drawn[0].prior is average
-        assert drawn[0].settings.map_statistics == self.STATISTICS
+        assert drawn[0].settings.latent_statistics == self.STATISTICS
 
     def test_captions_are_dropped_a_picture_at_a_time(self, small_cascade):
         stage = self.make(small_cascade, 0.3)

@@ -23,7 +23,7 @@ from wuerstchen.data.prepared import PreparedSet
 from wuerstchen.data.sources import Source
 from wuerstchen.diffusion.objective import Objective, make_objective
 from wuerstchen.diffusion.sampler_table import samplers_for
-from wuerstchen.models.cascade import CascadeSettings, MapStatistics
+from wuerstchen.models.cascade import CascadeSettings, LatentStatistics
 from wuerstchen.models.paella import PaellaConfig
 from wuerstchen.models.text import TextEncoder, TextStates
 from wuerstchen.train.config import (
@@ -154,7 +154,7 @@ class Run(Protocol):
     parts: Parts
     """The networks of the model so far. A stage replaces those that it makes. Networks that no stage is
     trained on lie on the CPU until one moves them."""
-    statistics: MapStatistics
+    statistics: LatentStatistics
     """Of the semantic latents, for Stage C."""
     makes_updates: bool
     """Whether ``train_phase`` makes updates at all. If not, what only updates need can be left out."""
@@ -330,7 +330,7 @@ def with_captions_dropped(
 
 
 def cascade_settings(
-    recipe: Recipe, statistics: MapStatistics, start: CascadeSettings | None = None
+    recipe: Recipe, statistics: LatentStatistics, start: CascadeSettings | None = None
 ) -> CascadeSettings:
     """The settings of the model that a recipe makes; those that no recipe has are of the model at its
     ``start``, if there is one."""
@@ -351,7 +351,7 @@ def cascade_settings(
         # 128 pixels are three positions of the map; the decoder's levels may need more.
         size_multiple=math.lcm(128, recipe.vqgan.factor * recipe.decoder.size_multiple),
         view_scale=recipe.view_scale,
-        map_statistics=statistics,
+        latent_statistics=statistics,
         text_mask=recipe.text_positions == "real",
         prior_steps=recipe.prior_steps,
         prior_guidance=recipe.prior_guidance,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from wuerstchen.diffusion.schedule import CosineSchedule
 from wuerstchen.errors import UserError
 from wuerstchen.images import to_images
-from wuerstchen.models.cascade import PUBLISHED_MAP, Cascade
+from wuerstchen.models.cascade import PUBLISHED_STATISTICS, Cascade
 from wuerstchen.models.compressor import Compressor, compressor_input
 from wuerstchen.models.decoder import Decoder
 from wuerstchen.models.paella import Paella
@@ -129,7 +129,7 @@ class Decoding:
     ) -> list[Image.Image]:
         """Originals, Stage A's reconstructions, those of A+B, and the previewer's."""
         cascade = Cascade(
-            settings=cascade_settings(self.recipe, PUBLISHED_MAP),
+            settings=cascade_settings(self.recipe, PUBLISHED_STATISTICS),
             vqgan=self.vqgan,
             decoder=decoder,
             compressor=compressor,

@@ -15,7 +15,7 @@ from wuerstchen.data.plan import stable_hash
 from wuerstchen.data.prepared import PreparedSet
 from wuerstchen.diffusion.objective import Objective
 from wuerstchen.errors import DataError, UserError
-from wuerstchen.models.cascade import Cascade, MapStatistics
+from wuerstchen.models.cascade import Cascade, LatentStatistics
 from wuerstchen.models.compressor import Compressor, compressor_input
 from wuerstchen.models.prior import Prior
 from wuerstchen.pipeline import Wuerstchen
@@ -59,7 +59,7 @@ class StageC:
         recipe: Recipe,
         prior: Prior,
         frozen: Cascade,
-        statistics: MapStatistics,
+        statistics: LatentStatistics,
         *,
         name: str = "c",
         optimization: Optimization | None = None,
@@ -151,7 +151,7 @@ class StageC:
         """Pictures of the recipe's prompts, through C, B and A."""
         prior = averages["prior"]
         assert isinstance(prior, Prior)
-        settings = dataclasses.replace(self.frozen.settings, map_statistics=self.statistics)
+        settings = dataclasses.replace(self.frozen.settings, latent_statistics=self.statistics)
         cascade = dataclasses.replace(self.frozen, settings=settings, prior=prior)
         prompts = list(self.recipe.preview_prompts)
         if not prompts:
@@ -170,14 +170,14 @@ class StageC:
 @torch.no_grad()
 def measure_map(
     compressor: Compressor, batches: Iterator[Batch], device: torch.device, view_scale: float = 0.75
-) -> MapStatistics:
+) -> LatentStatistics:
     """Mean and standard deviation of each channel of the map over some pictures."""
     views = (compressor_input(batch.pixels(device), view_scale) for batch in batches)
     maps = torch.cat([compressor(view).float().cpu() for view in views])
     return _statistics(maps.double().transpose(0, 1).flatten(1))
 
 
-def measure_stored_maps(maps: Iterable[Float16[np.ndarray, "c h w"]]) -> MapStatistics:
+def measure_stored_maps(maps: Iterable[Float16[np.ndarray, "c h w"]]) -> LatentStatistics:
     """``measure_map`` over stored maps, whose sizes may differ. Raises ``DataError`` if there are none."""
     columns = [torch.from_numpy(found.astype(np.float64)).flatten(1) for found in maps]
     if not columns:
@@ -185,14 +185,14 @@ def measure_stored_maps(maps: Iterable[Float16[np.ndarray, "c h w"]]) -> MapStat
     return _statistics(torch.cat(columns, dim=1))
 
 
-def _statistics(columns: Float[Tensor, "c n"]) -> MapStatistics:
+def _statistics(columns: Float[Tensor, "c n"]) -> LatentStatistics:
     spread = columns.std(1).clamp(min=1e-3).tolist()  # a channel may lie idle, but is not to divide by zero
     if max(spread) < LEAST_SPREAD:
         raise UserError(
             f"the semantic map's deviation over the pictures is {max(spread):.3g} at most, so it says "
             "nothing about them; train Stage B anew with a lower stage_b.backbone_rate"
         )
-    return MapStatistics(mean=tuple(columns.mean(1).tolist()), std=tuple(spread))
+    return LatentStatistics(mean=tuple(columns.mean(1).tolist()), std=tuple(spread))
 
 
 def _phases(recipe: Recipe) -> list[NamedPhase]:
@@ -241,7 +241,7 @@ def needs(run: Run, phase: Phase) -> tuple[Need, ...]:
     return ("text_encoder",) if run.recipe.stored_texts == "tokens" else ()
 
 
-def _measured_statistics(run: Run) -> MapStatistics:
+def _measured_statistics(run: Run) -> LatentStatistics:
     """Measured once, before Stage C, on images of the model's size."""
     recipe, compressor = run.recipe, run.parts.compressor
     assert compressor is not None
@@ -259,7 +259,7 @@ def _measured_statistics(run: Run) -> MapStatistics:
     channels = recipe.compressor.c_latent
     of_rehearsals = {"mean": [0.0] * channels, "std": [1.0] * channels}
     found = run.measured_once("stage_c", measure, {}) or of_rehearsals
-    return MapStatistics(**{name: tuple(values) for name, values in found.items()})
+    return LatentStatistics(**{name: tuple(values) for name, values in found.items()})
 
 
 def check(run: Run) -> None:

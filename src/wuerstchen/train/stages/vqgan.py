@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
 from wuerstchen.images import to_images
-from wuerstchen.models.cascade import PUBLISHED_MAP, Cascade
+from wuerstchen.models.cascade import PUBLISHED_STATISTICS, Cascade
 from wuerstchen.models.compressor import compressor_input
 from wuerstchen.models.decoder import Decoder
 from wuerstchen.models.efficientnet import EfficientNetLite
@@ -336,7 +336,7 @@ def train_refinement(run: Run) -> None:
     assert isinstance(parts.decoder, Decoder)  # v2's: recipes of v1 have no such phase
     run.seed_weights("a2")
     frozen = Cascade(
-        settings=cascade_settings(recipe, PUBLISHED_MAP),
+        settings=cascade_settings(recipe, PUBLISHED_STATISTICS),
         vqgan=vqgan,
         decoder=parts.decoder,
         compressor=parts.compressor,
