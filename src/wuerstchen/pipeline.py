@@ -262,7 +262,7 @@ class Wuerstchen:
         for network in (prior, text_model):
             names = lora_names(network)
             set_lora(network, names, [self._loras[name] for name in names])
-        self._recorders.look_again()
+        self._recorders.invalidate()
 
     def unload_lora(self) -> None:
         """Takes all adapters off again: the weights are the same bits as before."""
@@ -273,7 +273,7 @@ class Wuerstchen:
             unload_lora(self.cascade.prior)
             unload_lora(self.cascade.text_encoder.model)
             self._loras.clear()
-            self._recorders.look_again()
+            self._recorders.invalidate()
 
     def settings_of(self, sampling: Sampling) -> dict[str, float | str]:
         """The sampling settings in full, as they are recorded with a picture."""

@@ -217,15 +217,15 @@ def test_a_callback_may_return_nothing(make_prior, seeded):
     assert torch.equal(with_callback[0], pipe("a", **run, generator=seeded())[0])
 
 
-def test_the_network_is_looked_at_again_after_a_callback(make_prior, monkeypatch):
+def test_recordings_are_invalidated_after_a_callback(make_prior, monkeypatch):
     """A recorded pass goes on with an adapter that a callback took off, or with its former scale."""
-    looks = []
-    monkeypatch.setattr(Recorder, "look_again", lambda recorder: looks.append(recorder.network))
+    invalidated = []
+    monkeypatch.setattr(Recorder, "invalidate", lambda recorder: invalidated.append(recorder.network))
     pipe = make_prior()
     pipe("a", **SIZE, num_inference_steps=3)
-    assert not looks
+    assert not invalidated
     pipe("a", **SIZE, num_inference_steps=3, callback_on_step_end=lambda *_: None)
-    assert looks == [pipe.prior] * 3
+    assert invalidated == [pipe.prior] * 3
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))])

@@ -144,7 +144,7 @@ def test_sampling_asks_for_the_same_in_the_same_order(cuda):
 
 
 def test_a_thread_records_what_it_has_run_itself(cuda):
-    """A second picture, drawn in a new thread, was recorded before cuBLAS was ready in it, which fails."""
+    """A second image, sampled in a new thread, was recorded before cuBLAS was ready in it, which fails."""
     recorder, x = Recorder(nn.Linear(1, 1), lambda x: x + 1), torch.ones(1)
     with ThreadPoolExecutor(1) as thread:
         thread.submit(recorder._recorded, (x,), None).result()
@@ -173,7 +173,7 @@ def test_a_recording_that_fails_leaves_the_stream_as_it_was(cuda):
 
 
 def test_more_kinds_than_are_kept_start_anew(cuda, monkeypatch):
-    monkeypatch.setattr("wuerstchen.runtime.recorder.MOST_KINDS", 2)
+    monkeypatch.setattr("wuerstchen.runtime.recorder.MAX_KINDS", 2)
     recorder = Recorder(nn.Linear(1, 1), lambda x: x + 1)
     for size in (1, 2, 3):
         for _ in range(2):

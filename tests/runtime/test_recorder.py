@@ -16,14 +16,14 @@ from wuerstchen.models.paella import Paella, PaellaConfig
 from wuerstchen.models.prior import Prior, PriorConfig
 from wuerstchen.models.traits import fused_layers
 from wuerstchen.models.vqgan import VQGAN, VQGANConfig
-from wuerstchen.runtime import recorder as fast
+from wuerstchen.runtime import recorder as recorder_module
 from wuerstchen.runtime.recorder import NotRecordedWarning, Recorder
 
 CUDA = torch.device("cuda")
 CONFIG = PriorConfig(c_in=4, c=32, c_cond=24, c_r=8, depth=2, nhead=2)
 
 
-def test_on_a_cpu_the_function_is_called(randomise):
+def test_on_a_cpu_the_function_runs_eagerly(randomise):
     prior = randomise(Prior(CONFIG)).eval()
     x, r, text = inputs(torch.device("cpu"))
     recorder = Recorder(prior, prepare=prior.context)
@@ -34,7 +34,7 @@ def test_on_a_cpu_the_function_is_called(randomise):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda recorder: pickle.loads(pickle.dumps(recorder))])
-def test_copies_stand_for_copied_networks(randomise, copied):
+def test_a_copy_wraps_the_copied_network(randomise, copied):
     """Pipelines hold recorders: a copy of one was refused as soon as it had drawn."""
     prior = randomise(Prior(CONFIG)).eval()
     twin = copied(Recorder(prior, prepare=prior.context, records=False))
@@ -48,7 +48,7 @@ def test_copies_stand_for_copied_networks(randomise, copied):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("made", [torch.compile, torch.jit.script])
-def test_networks_that_are_compiled_or_have_such_parts_are_looked_at(made):
+def test_networks_that_are_compiled_or_have_compiled_parts_are_checked(made):
     """They do not keep all in ``__dict__``: each pass on a GPU was a KeyError."""
     network = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)).eval()
     plain, _ = Recorder(network)._state(torch.device("cpu"))
@@ -105,7 +105,7 @@ def test_a_replaced_forward_is_seen(randomise):
     assert recorder._state(torch.device("cpu")) != before
 
 
-def test_what_is_prepared_is_made_anew_after_a_second_look(randomise):
+def test_invalidate_computes_the_preparation_again(randomise):
     """Where nothing is recorded, keys and values of the text stayed those of former weights, written over."""
     prior = randomise(Prior(CONFIG)).eval()
     x, r, text = inputs(torch.device("cpu"))
@@ -114,7 +114,7 @@ def test_what_is_prepared_is_made_anew_after_a_second_look(randomise):
     with torch.no_grad():
         run(x, r)
         prior.load_state_dict({key: 0.5 * tensor for key, tensor in prior.state_dict().items()})
-        recorder.look_again()
+        recorder.invalidate()
         assert torch.equal(run(x, r), prior(x, r, prior.context(text)))
 
 
@@ -233,7 +233,7 @@ class TestOnCuda:
         self.check(recorder, prior)
 
     @pytest.mark.parametrize("replaces", [True, False])
-    def test_what_changes_in_the_middle_of_a_picture_is_seen(self, prior, replaces):
+    def test_a_change_in_the_middle_of_an_image_is_seen(self, prior, replaces):
         """By who asks for it, also where weights are written over; what was prepared is made anew as well."""
         x, r, text = inputs()
         recorder = Recorder(prior, prepare=prior.context)
@@ -244,13 +244,13 @@ class TestOnCuda:
             state = {key: 0.5 * tensor for key, tensor in prior.state_dict().items()}
             prior.load_state_dict(state, assign=replaces)
             prior.requires_grad_(False)
-            recorder.look_again()
+            recorder.invalidate()
             for _ in range(3):
                 expected = prior(x, r, prior.context(text))
                 torch.testing.assert_close(run(x, r), expected, rtol=1e-4, atol=1e-4)
 
     def test_recordings_do_not_grow_without_bound(self, prior, monkeypatch):
-        monkeypatch.setattr(fast, "MOST_KINDS", 3)
+        monkeypatch.setattr(recorder_module, "MAX_KINDS", 3)
         recorder = Recorder(prior, prepare=prior.context)
         for side in (3, 4, 5, 6, 7, 3):
             self.check(recorder, prior, grid=(side, 4))

@@ -175,7 +175,7 @@ def denoise(
         if _call_back(pipe, callbacks, step, t, state):
             predict = None
         if callbacks.on_step_end is not None or callbacks.every is not None:
-            network.look_again()  # a callback may load an adapter, or scale one
+            network.invalidate()  # a callback may load an adapter, or scale one
     assert state["latents"] is not None
     return state["latents"]
 

@@ -1,9 +1,9 @@
-"""Forward passes recorded as CUDA graphs: a GPU then waits for no Python, which starts kernels one by one.
+"""Forward passes recorded as CUDA graphs, so that the GPU does not wait for Python to launch each kernel.
 
-A ``Recorder`` stands for one network. The first pass with inputs of some shapes runs as it is, the second is
-recorded, and later ones are replayed, so even the first picture is drawn from a recording. What makes a
-recording worthless is noticed, and it is made anew: other weights, adapters, scales of adapters. On other
-devices, where hooks wait to be called, and where something learns, passes run as they are.
+A ``Recorder`` wraps one network. For each set of input shapes the first pass runs eagerly, the second is
+recorded, and later ones are replayed, so even the first image benefits. A recording is dropped and made again
+when the weights, the adapters or their scales change. Passes run eagerly on other devices, if the network has
+hooks, and during training.
 """
 
 import functools
@@ -20,28 +20,28 @@ from wuerstchen.errors import UserNotice
 from wuerstchen.models.fused.blocks import join_layers
 from wuerstchen.runtime.graphs import Graphs, recording_stream
 
-MOST_KINDS = 16
-"""Shapes of which a network's passes are kept; all are forgotten for one more. What a recording needs beside
-shared memory is a few MiB, and at the published sizes 15 MiB a text for its keys and values."""
+MAX_KINDS = 16
+"""Sets of input shapes to keep recordings for, per network; one more drops them all. Besides shared memory a
+recording takes a few MiB, and at the published sizes 15 MiB per text for its keys and values."""
 
 
 class NotRecordedWarning(UserNotice):
-    """A network's passes are not recorded; drawing is right, but slower."""
+    """A network's passes cannot be recorded. Sampling is correct, but slower."""
 
 
 @dataclass(eq=False)
 class _Fixed:
-    """What does not change from pass to pass, as it was given."""
+    """Arguments that do not change from pass to pass."""
 
     given: tuple[Any, ...]
     prepared: Any = None
-    """What was made of it, where passes run as they are."""
-    looked: int = 0
-    """How often the recorder had been told to look again when that was made."""
+    """``prepare(*given)``, for passes that run eagerly."""
+    version: int = 0
+    """The recorder's version when ``prepared`` was computed; ``invalidate`` increments it."""
 
 
 class Recorder:
-    """A ``function`` of tensors that computes with ``network``'s weights, recorded where that can be."""
+    """A ``function`` of tensors that uses ``network``'s weights, recorded where possible."""
 
     def __init__(
         self,
@@ -51,25 +51,25 @@ class Recorder:
         *,
         records: bool = True,
     ) -> None:
-        """``function`` is the network itself if none is given. ``prepare`` makes what ``function`` takes last
-        out of what is the same for many passes. With ``records`` false nothing is recorded."""
+        """``function`` defaults to the network itself. ``prepare`` computes its last argument from inputs
+        that many passes share. ``records=False`` runs everything eagerly."""
         self.network = network
         self.function = network if function is None else function
         self.prepare = prepare
         self._graphs: Graphs | None = None
-        """Passes, by the kinds of their inputs and of what is fixed, and preparations, by the latter alone.
-        No pass overwrites what was prepared for it."""
+        """Passes, keyed by the kinds of their inputs and fixed arguments, and preparations, keyed by the
+        kinds of the fixed arguments. No pass overwrites the preparation that it reads."""
         self._current: _Fixed | None = None
-        """What the preparations' outputs were last made of."""
-        self._print: Any = None
+        """The arguments of the last preparation."""
+        self._fingerprint: Any = None
         self.records = records
-        self._failed, self._records = False, False
+        self._failed, self._recordable = False, False
         self._fixed: _Fixed | None = None
-        self._looked = 0
+        self._version = 0
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy records anew."""
+        """A copy makes its own recordings."""
         new = Recorder(self.network, self.function, self.prepare, records=self.records)
         return {name: value for name, value in new.__dict__.items() if name != "_lock"}
 
@@ -83,59 +83,61 @@ class Recorder:
     def given(self, *fixed: Any) -> Callable[..., Tensor]:
         """``function(*inputs, prepare(*fixed))`` as a function of the inputs.
 
-        ``fixed`` may be tensors and other values. Who changes such a tensor asks for a new function.
+        ``fixed`` may hold tensors and other values. If you change such a tensor, call ``given`` again.
         """
         kept = _Fixed(fixed)
         return lambda *inputs: self._run(inputs, kept)
 
-    def look_again(self) -> None:
-        """Before the next pass, which prepares anew: for who may have changed weights or adapters in the
-        middle of a picture."""
-        self._looked += 1
+    def invalidate(self) -> None:
+        """Makes the next pass check the network and prepare again.
+
+        Call this after changing weights or adapters between two steps of an image.
+        """
+        self._version += 1
         self._fixed = self._current = None
 
     def forget(self) -> None:
-        """Gives the recordings' memory back."""
+        """Drops all recordings and frees their memory."""
         self._graphs = self._current = self._fixed = None
 
     def _run(self, inputs: tuple[Tensor, ...], fixed: _Fixed | None) -> Tensor:
         here = inputs[0].device
         learns = torch.is_grad_enabled() or torch.is_autocast_enabled("cuda")
         if here.type != "cuda" or not self.records or self._failed or learns:
-            return self._as_it_is(inputs, fixed)
-        # Outside of inference mode, whose tensors nobody else could write to.
+            return self._run_eagerly(inputs, fixed)
+        # Tensors created in inference mode could not be written to outside of it.
         with self._lock, torch.cuda.device(here), torch.inference_mode(False), torch.no_grad():
             if fixed is None or fixed is not self._fixed:
-                self._look_at_the_network(here, fixed)
+                self._check_network(here, fixed)
                 self._fixed = fixed
-            return self._recorded(inputs, fixed) if self._records else self._as_it_is(inputs, fixed)
+            return self._recorded(inputs, fixed) if self._recordable else self._run_eagerly(inputs, fixed)
 
-    def _as_it_is(self, inputs: tuple[Tensor, ...], fixed: _Fixed | None) -> Tensor:
+    def _run_eagerly(self, inputs: tuple[Tensor, ...], fixed: _Fixed | None) -> Tensor:
         if fixed is None:
             return self.function(*inputs)
-        if fixed.prepared is None or fixed.looked != self._looked:
+        if fixed.prepared is None or fixed.version != self._version:
             assert self.prepare is not None
-            fixed.prepared, fixed.looked = self.prepare(*fixed.given), self._looked
+            fixed.prepared, fixed.version = self.prepare(*fixed.given), self._version
         return self.function(*inputs, fixed.prepared)
 
-    def _look_at_the_network(self, device: torch.device, fixed: _Fixed | None) -> None:
-        """Forgets what was made of other weights, and decides whether to record."""
-        found, self._records = self._state(device)
-        if found != self._print and fixed is not None:
+    def _check_network(self, device: torch.device, fixed: _Fixed | None) -> None:
+        """Drops recordings of a network that has changed, and decides whether to record."""
+        found, self._recordable = self._state(device)
+        if found != self._fingerprint and fixed is not None:
             fixed.prepared = None
-        if found != self._print or not self._records:
+        if found != self._fingerprint or not self._recordable:
             self.forget()
-            if self._records:
+            if self._recordable:
                 join_layers(self.network)
                 found, _ = self._state(device)
-        self._print = found
+        self._fingerprint = found
 
     def _state(self, device: torch.device) -> tuple[list[Any], bool]:
-        """What a recording depends on, and whether one can be made."""
+        """What a recording depends on, and whether the network can be recorded."""
         found: list[Any] = [device]
         compiled = hasattr(self.network, "_orig_mod") or self.network._compiled_call_impl is not None
         records = not compiled
-        # Not by modules(), which takes several times as long, for each picture.
+        # modules() takes several times as long, and this runs for every image.
         waiting = [self.network]
         while waiting:
             module = waiting.pop()
@@ -148,29 +150,29 @@ class Recorder:
             found.append(type(module))
             if "forward" in module.__dict__:
                 found.append(module.forward)
-            if _is_adapter(type(module)):  # its factor, and how it acts, if at all
+            if _is_adapter(type(module)):  # its scale, and whether it is active
                 names = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")
                 found.append([str(getattr(module, name, "")) for name in names])
             waiting.extend(part for part in module._modules.values() if part is not None)
         return [*found, records], records
 
     def _recorded(self, inputs: tuple[Tensor, ...], fixed: _Fixed | None) -> Tensor:
-        of_fixed = None if fixed is None else _kind(fixed.given)
-        kind = (_kind(inputs), of_fixed)
+        fixed_kind = None if fixed is None else _kind(fixed.given)
+        kind = (_kind(inputs), fixed_kind)
         graphs = self._graphs
-        if graphs is None or (kind not in graphs.warmed and len(graphs.warmed) == MOST_KINDS):
+        if graphs is None or (kind not in graphs.warmed and len(graphs.warmed) == MAX_KINDS):
             graphs = self._graphs = Graphs(recording_stream(inputs[0].device), warm_ups=1)
             self._current = None
         if not graphs.is_warm(kind):
-            output = graphs.warm_up(kind, lambda: self._as_it_is(inputs, fixed))
+            output = graphs.warm_up(kind, lambda: self._run_eagerly(inputs, fixed))
             output.record_stream(torch.cuda.current_stream())
             return output
         try:
             prepared: tuple[Any, ...] = ()
             if fixed is not None:
                 assert self.prepare is not None
-                fixed.prepared = None  # a recording makes it anew, in memory of its own
-                preparation = ("prepare", of_fixed)
+                fixed.prepared = None  # the recording has its own copy
+                preparation = ("prepare", fixed_kind)
                 if preparation not in graphs:
                     graphs.record(preparation, self.prepare, fixed.given)
                     self._current = None
@@ -182,22 +184,26 @@ class Recorder:
                 graphs.record(kind, self.function, inputs, prepared)
             return graphs.replay(kind, inputs).clone()
         except RuntimeError as error:
-            # What did not fit may fit another time.
-            self._failed, self._records = not isinstance(error, torch.OutOfMemoryError), False
+            # Running out of memory may not happen again.
+            self._failed, self._recordable = not isinstance(error, torch.OutOfMemoryError), False
             self.forget()
             reason = str(error).strip().partition("\n")[0]
             name = type(self.network).__name__
-            warnings.warn(f"{name} runs unrecorded, and slower: {reason}", NotRecordedWarning, stacklevel=4)
-            return self._as_it_is(inputs, fixed)
+            warnings.warn(
+                f"{name} cannot be recorded as a CUDA graph: {reason}. It runs without, which is slower.",
+                NotRecordedWarning,
+                stacklevel=4,
+            )
+            return self._run_eagerly(inputs, fixed)
 
 
 class Recorders(dict[nn.Module, Recorder]):
-    """A pipeline's recorders, by their networks."""
+    """A pipeline's recorders, by network."""
 
-    def look_again(self) -> None:
-        """``Recorder.look_again`` of each."""
+    def invalidate(self) -> None:
+        """Calls ``Recorder.invalidate`` on each."""
         for recorder in self.values():
-            recorder.look_again()
+            recorder.invalidate()
 
     def of(
         self,
@@ -207,8 +213,7 @@ class Recorders(dict[nn.Module, Recorder]):
         *,
         records: bool,
     ) -> Recorder:
-        """That of a network: the same as before, unless it is for others than these. Who replaces a method
-        wants it called."""
+        """The recorder of a network. Replacing ``function`` or ``prepare`` invalidates the recorded graph."""
         function, recorder = network if function is None else function, self.get(network)
         if recorder is None or (recorder.function, recorder.prepare) != (function, prepare):
             recorder = self[network] = Recorder(network, function, prepare)
@@ -218,10 +223,10 @@ class Recorders(dict[nn.Module, Recorder]):
 
 @functools.cache
 def _is_adapter(layer: type) -> bool:
-    """Whether it is one of peft's layers; whole models of transformers have a method of that name."""
+    """Whether ``layer`` is one of peft's. Models of transformers have a method of the same name."""
     return isinstance(getattr(layer, "active_adapters", None), property)
 
 
 def _kind(values: tuple[Any, ...]) -> Any:
-    """What decides which recording serves: shapes, layouts and precisions of tensors; all other values."""
+    """The key of a recording: shapes, strides and dtypes of tensors, and the values of everything else."""
     return tuple((v.shape, v.stride(), v.dtype) if isinstance(v, Tensor) else v for v in values)
