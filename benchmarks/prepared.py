@@ -43,7 +43,7 @@ from wuerstchen.train.engine.checkpoint import TrainingState
 from wuerstchen.train.engine.distributed import Processes
 from wuerstchen.train.engine.ema import make_average
 from wuerstchen.train.engine.optim import make_optimizer
-from wuerstchen.train.engine.update import Step, Updates, compile_regions, half_copies
+from wuerstchen.train.engine.update import Step, Updates, compile_regions, make_bf16_weights
 from wuerstchen.train.feed.images import Feed, batches
 from wuerstchen.train.feed.prepared import PreparedFeed
 from wuerstchen.train.stages.base import inputs_of
@@ -90,7 +90,14 @@ def step_of(stage: StageC, fast: bool, device: torch.device) -> Step:
     )
     if fast:
         compile_regions(prior)
-    return Step(stage, state, 0, fast, Processes(device), half_copies(stage, state) if fast else None)
+    return Step(
+        stage,
+        state,
+        0,
+        torch.bfloat16 if fast else None,
+        Processes(device),
+        make_bf16_weights(stage, state) if fast else None,
+    )
 
 
 def rate(step: Step, updates: Iterator, seconds: float, fast: bool) -> float:

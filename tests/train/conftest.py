@@ -94,7 +94,7 @@ def toy_stage():
 def settings():
     return Settings(
         seed=0,
-        autocast=False,
+        autocast=None,
         workers=0,
         checkpoint_seconds=1e9,
         log_every=1,

@@ -5,8 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from wuerstchen.checkpoints.native import Provenance
 from wuerstchen.data.plan import stable_hash
 from wuerstchen.data.prepared import PreparedSet
@@ -107,8 +105,7 @@ class PhaseRunner:
         recipe = self.recipe
         return Settings(
             seed=recipe.seed,
-            autocast=recipe.precision in HALVES,
-            half=HALVES.get(recipe.precision, torch.bfloat16),
+            autocast=HALVES.get(recipe.precision),
             decays_all_axes=self.order() < ORDER,
             compiles=recipe.acceleration in ("compile", "graph"),
             records=recipe.acceleration == "graph",
@@ -204,9 +201,7 @@ class PhaseRunner:
         pictures = self._held_out[key]
         if pictures is None:
             return None
-        precision = self.recipe.precision
-        half = HALVES.get(precision, torch.bfloat16)
-        return Validation(stage, pictures, precision in HALVES, self.device, half)
+        return Validation(stage, pictures, HALVES.get(self.recipe.precision), self.device)
 
     def bank(self, feed: Feed | PreparedFeed, phase: Phase) -> Bank:
         """The pictures that stages train on, composed when one first needs them."""

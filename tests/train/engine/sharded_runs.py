@@ -46,7 +46,7 @@ torch.set_num_threads(1)
 CPU = torch.device("cpu")
 SETTINGS = Settings(
     seed=0,
-    autocast=False,
+    autocast=None,
     workers=0,
     checkpoint_seconds=1e9,
     log_every=1,

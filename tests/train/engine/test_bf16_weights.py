@@ -10,7 +10,7 @@ from torch import nn
 
 from wuerstchen.models.prior import Prior, PriorConfig
 from wuerstchen.train.config import Optimization
-from wuerstchen.train.engine.bf16_weights import HalfCopies, adamw
+from wuerstchen.train.engine.bf16_weights import Bf16Weights, adamw
 from wuerstchen.train.engine.checkpoint import TrainingState
 from wuerstchen.train.engine.distributed import Processes
 from wuerstchen.train.engine.ema import make_average
@@ -21,7 +21,7 @@ from wuerstchen.train.engine.optim import (
     set_rate,
     update,
 )
-from wuerstchen.train.engine.update import Step, Updates, half_copies
+from wuerstchen.train.engine.update import Step, Updates, make_bf16_weights
 
 CPU = torch.device("cpu")
 CONFIG = Optimization(images=64, batch_size=4, betas=(0.9, 0.95), weight_decay=0.1, clip_norm=0.5)
@@ -71,8 +71,8 @@ def make_step(with_copies: bool, device: torch.device = CPU) -> Step:
     optimizer = make_optimizer(stage.prior, CONFIG, {"blocks.0": 0.5})
     averages = {"prior": make_average(stage.prior)}
     state = TrainingState(networks=stage.networks, averages=averages, optimizers={"prior": optimizer})
-    copies = {"prior": HalfCopies(stage.prior, optimizer, least=1)} if with_copies else {}
-    return Step(stage, state, 1, True, Processes(device), copies)
+    copies = {"prior": Bf16Weights(stage.prior, optimizer, least=1)} if with_copies else {}
+    return Step(stage, state, 1, torch.bfloat16, Processes(device), copies)
 
 
 def make_inputs(device: torch.device = CPU) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -110,7 +110,7 @@ def test_copies_are_of_all_large_linear_layers_that_learn():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2), nn.Conv1d(8, 8, 1), nn.Linear(8, 8))
     network[3].requires_grad_(False)
-    copies = HalfCopies(network, make_optimizer(network, CONFIG), least=64)
+    copies = Bf16Weights(network, make_optimizer(network, CONFIG), least=64)
     assert [module for module, _, _ in copies.layers] == [network[0]]
     weight = network[0].weight
     with copies.in_place():
@@ -125,7 +125,7 @@ def test_copies_are_of_all_large_linear_layers_that_learn():
 def test_what_is_not_finite_updates_nothing(fault, loss):
     network = nn.Linear(4, 4)
     optimizer = make_optimizer(network, CONFIG)
-    copies = HalfCopies(network, optimizer, least=1)
+    copies = Bf16Weights(network, optimizer, least=1)
     before = copy.deepcopy(network.state_dict())
     with copies.in_place(), torch.autocast("cpu", torch.bfloat16):
         network(torch.full((1, 4), fault)).sum().backward()
@@ -144,7 +144,7 @@ def test_a_run_that_goes_on_has_the_copies_of_its_weights():
     stored = {k: t.clone() for k, t in optimizer_tensors(first.state.optimizers["prior"]).items()}
     optimizer = second.state.optimizers["prior"]
     load_optimizer_tensors(optimizer, stored, lambda key, tensor: tensor.copy_(stored[key]))
-    second.copies = {"prior": HalfCopies(second.stage.networks["prior"], optimizer, least=1)}
+    second.copies = {"prior": Bf16Weights(second.stage.networks["prior"], optimizer, least=1)}
     for step in (first, second):
         step(*make_inputs())
     for a, b in zip(*(s.stage.networks["prior"].parameters() for s in (first, second)), strict=True):
@@ -155,7 +155,7 @@ def test_gradients_that_are_added_up_stay_in_fp32():
     for accumulate, count in ((1, 1), (2, 0)):
         stage = PriorStage(Optimization(images=64, batch_size=4, accumulate=accumulate))
         optimizers = {"prior": make_optimizer(stage.prior, CONFIG)}
-        assert len(half_copies(stage, TrainingState(stage.networks, {}, optimizers))) == count
+        assert len(make_bf16_weights(stage, TrainingState(stage.networks, {}, optimizers))) == count
 
 
 @pytest.mark.gpu

@@ -39,15 +39,15 @@ def test_the_bank_holds_the_first_pictures_of_the_feed(toy_source):
 def test_it_keeps_what_the_stage_prepares_and_images_only_if_they_are_read(toy_stage, toy_source):
     stage = toy_stage()
     bank = compose(Feed(toy_source(), 5, 4, captions=True), 300, 0, CPU)
-    inputs = bank.prepare(stage, autocast=False)
+    inputs = bank.prepare(stage, dtype=None)
     assert inputs.keys() == {"first", "images"}
     torch.testing.assert_close(inputs["first"], bank.images[:, 0, 0, 0].float() / 255)
     assert inputs["images"].data_ptr() == bank.images.data_ptr()  # 20 GB are not copied
     stage.reads_images = False
-    assert bank.prepare(stage, autocast=False).keys() == {"first"}
+    assert bank.prepare(stage, dtype=None).keys() == {"first"}
     captions = []
     stage.prepare = lambda batch, device: captions.extend(batch.captions) or {}
-    bank.prepare(stage, autocast=False)
+    bank.prepare(stage, dtype=None)
     assert captions == bank.captions != captions[::-1]
 
 

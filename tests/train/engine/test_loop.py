@@ -152,12 +152,19 @@ def test_a_network_learns_from_its_own_loss_alone(tmp_path, toy_stage, toy_sourc
 
 
 def test_bf16_trains_and_resumes_exactly(tmp_path, toy_stage, toy_source, settings):
-    whole, _ = run(tmp_path / "whole", toy_stage(), toy_source(), settings, autocast=True)
+    whole, _ = run(tmp_path / "whole", toy_stage(), toy_source(), settings, autocast=torch.bfloat16)
     plain, _ = run(tmp_path / "plain", toy_stage(), toy_source(), settings)
     stage = toy_stage(on_batch=StopAt(50))
     with pytest.raises(SystemExit):
-        run(tmp_path / "broken", stage, toy_source(), settings, autocast=True, checkpoint_seconds=0.0)
-    broken, _ = run(tmp_path / "broken", toy_stage(), toy_source(), settings, autocast=True)
+        run(
+            tmp_path / "broken",
+            stage,
+            toy_source(),
+            settings,
+            autocast=torch.bfloat16,
+            checkpoint_seconds=0.0,
+        )
+    broken, _ = run(tmp_path / "broken", toy_stage(), toy_source(), settings, autocast=torch.bfloat16)
     assert digests(whole) == digests(broken) != digests(plain)
 
 
@@ -171,7 +178,7 @@ from pathlib import Path
 def stop(batch):
     if 40 in batch.indices.tolist():
         os.killpg(0, signal.SIGTERM)
-settings = Settings(seed=0, autocast=False, workers=2, checkpoint_seconds=1e9, log_every=1, preview_every=0,
+settings = Settings(seed=0, autocast=None, workers=2, checkpoint_seconds=1e9, log_every=1, preview_every=0,
                     preview_size=4, previews=2)
 try:
     run(Path({run!r}), ToyStage(on_batch=stop), ToySource(), settings)

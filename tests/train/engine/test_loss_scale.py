@@ -71,7 +71,7 @@ def test_the_scale_is_stored_with_the_optimizer_and_is_no_bar_to_a_change_of_pre
 
 
 def run(folder, stage, source, settings, **changes):
-    settings = dataclasses.replace(settings, autocast=True, half=torch.float16, **changes)
+    settings = dataclasses.replace(settings, autocast=torch.float16, **changes)
     folder.mkdir(exist_ok=True)
     log = Log(folder / "log.jsonl")
     feed = Feed(source, 5, settings.preview_size, captions=True)

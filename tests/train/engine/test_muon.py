@@ -12,7 +12,7 @@ from wuerstchen.models.decoder import Decoder, DecoderConfig
 from wuerstchen.models.prior import Prior, PriorConfig
 from wuerstchen.recipes.mini import mini
 from wuerstchen.train.config import Optimization
-from wuerstchen.train.engine.bf16_weights import HalfCopies
+from wuerstchen.train.engine.bf16_weights import Bf16Weights
 from wuerstchen.train.engine.muon import MuonWithAdamW, hidden_matrices, orthogonalised
 from wuerstchen.train.engine.optim import (
     load_optimizer_tensors,
@@ -122,7 +122,7 @@ def test_state_is_stored_and_read():
 
 def test_bf16_copies_leave_muons_matrices_alone():
     prior = Prior(PRIOR)
-    copies = HalfCopies(prior, make_optimizer(prior, CONFIG), least=1)
+    copies = Bf16Weights(prior, make_optimizer(prior, CONFIG), least=1)
     assert not {weight for _, weight, _ in copies.layers} & hidden_matrices(prior)
 
 

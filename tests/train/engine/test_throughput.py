@@ -21,7 +21,7 @@ def test_three_times_the_forward_passes_counted_by_hand(toy_stage):
     inputs, indices = inputs_of()
     # The model is two layers, 48 × 8 and 8 × 1; the critic, 1 × 1, looks at it in both losses.
     forward = 2 * 4 * (48 * 8 + 8 * 1 + 1 + 1)
-    assert update_flops(stage, inputs, indices, 0, False) == 3 * forward
+    assert update_flops(stage, inputs, indices, 0, None) == 3 * forward
 
 
 def test_counting_leaves_training_alone(toy_stage):
@@ -31,7 +31,7 @@ def test_counting_leaves_training_alone(toy_stage):
     before = copy.deepcopy(model.state_dict())
     given = inputs_of()
     state = torch.random.get_rng_state()
-    update_flops(stage, *given, 0, True)
+    update_flops(stage, *given, 0, torch.bfloat16)
     assert torch.equal(state, torch.random.get_rng_state())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert [m.training for m in model] == [True, True, False, True]
@@ -40,21 +40,21 @@ def test_counting_leaves_training_alone(toy_stage):
 
 def test_compiled_blocks_are_counted_too(toy_stage):
     stage = toy_stage()
-    plain = update_flops(stage, *inputs_of(), 0, False)
+    plain = update_flops(stage, *inputs_of(), 0, None)
     stage.networks["model"][0].compile(backend="eager")
-    assert update_flops(stage, *inputs_of(), 0, False) == plain
+    assert update_flops(stage, *inputs_of(), 0, None) == plain
 
 
 def test_a_cpu_says_only_what_is_known(toy_stage):
     assert matrix_rate(CPU) is None
-    gauge = Gauge(toy_stage(), 0, False, CPU)
+    gauge = Gauge(toy_stage(), 0, None, CPU)
     gauge.before_update(*inputs_of())
     assert gauge.read(100.0) == {}
 
 
 def test_the_share_by_hand(toy_stage, monkeypatch):
-    monkeypatch.setattr("wuerstchen.train.engine.throughput.matrix_rate", lambda device, half: 1e6)
-    gauge = Gauge(toy_stage(), 0, False, CPU)
+    monkeypatch.setattr("wuerstchen.train.engine.throughput.matrix_rate", lambda device, dtype: 1e6)
+    gauge = Gauge(toy_stage(), 0, None, CPU)
     gauge.before_update(*inputs_of())
     share = 100 * 3 * 2 * (48 * 8 + 8 + 2) / 1e6
     assert gauge.read(100.0) == {"matrix_share": pytest.approx(share, abs=1e-4)}

@@ -73,7 +73,7 @@ def make_step(stage: PriorStage, processes: Processes | None = None) -> Step:
         averages={"prior": make_average(stage.prior)},
         optimizers={name: make_optimizer(n, stage.optimization) for name, n in stage.networks.items()},
     )
-    step = Step(stage, state, 1, False, processes or Processes(CPU))
+    step = Step(stage, state, 1, None, processes or Processes(CPU))
     step.decay = 0.5
     return step
 

@@ -59,7 +59,7 @@ def averages_of(stage):
 
 
 def measure(stage, pictures):
-    return Validation(stage, pictures, autocast=False, device=CPU)(averages_of(stage))
+    return Validation(stage, pictures, dtype=None, device=CPU)(averages_of(stage))
 
 
 @pytest.mark.parametrize("name", ["b", "b2", "c"])
@@ -86,7 +86,7 @@ def test_stage_c_written_out(cascade, pictures):
     stage = make_stage("c", cascade)
     stage.optimization = dataclasses.replace(stage.optimization, batch_size=4)
     averages = averages_of(stage)
-    found = Validation(stage, pictures, autocast=False, device=CPU)(averages)
+    found = Validation(stage, pictures, dtype=None, device=CPU)(averages)
     prior = averages["prior"]
     with torch.no_grad():
         pixels = pictures.images.permute(0, 3, 1, 2).float() / 255
@@ -119,7 +119,7 @@ def test_it_repeats_and_leaves_networks_and_generators_alone(name, cascade, pict
     before = [{k: v.clone() for k, v in m.state_dict().items()} for m in modules]
     modes = [[m.training for m in module.modules()] for module in modules]
     state = torch.random.get_rng_state()
-    validation = Validation(stage, pictures, autocast=False, device=CPU)
+    validation = Validation(stage, pictures, dtype=None, device=CPU)
     first, second = validation(averages), validation(averages)
     assert first == second
     assert torch.equal(state, torch.random.get_rng_state())
@@ -158,7 +158,7 @@ def test_it_takes_at_most_a_twentieth_of_the_time(cascade, pictures, monkeypatch
         return predict(self, *given)
 
     monkeypatch.setattr(StageC, "predict", slow)
-    validation = Validation(stage, pictures, autocast=False, device=CPU)
+    validation = Validation(stage, pictures, dtype=None, device=CPU)
     assert validation.due
     validation(averages_of(stage))
     took = clock[0] - 100.0

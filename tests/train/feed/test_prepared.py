@@ -357,12 +357,12 @@ def test_validation_by_hand(prepared, cascade, monkeypatch):
 
     stage = make_stage(cascade)
     averages = {"prior": make_average(stage.prior)}
-    validation = Validation(stage, pictures, autocast=False, device=CPU)
+    validation = Validation(stage, pictures, dtype=None, device=CPU)
     first = validation(averages)
     assert all(0 < value < 10 for value in first["bins"])
-    assert Validation(stage, pictures, autocast=False, device=CPU)(averages) == first
+    assert Validation(stage, pictures, dtype=None, device=CPU)(averages) == first
     monkeypatch.setattr(StageC, "predict", lambda self, averages, inputs, x, t: torch.zeros_like(x))
-    errors = Validation(stage, pictures, autocast=False, device=CPU)(averages)["bins"]
+    errors = Validation(stage, pictures, dtype=None, device=CPU)(averages)["bins"]
     expected = 0.0
     for batch in found:
         noise = ImageRandom(0, batch.indices).normal("validation 3", batch.maps.shape[1:])

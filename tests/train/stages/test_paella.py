@@ -281,7 +281,7 @@ class TestValidation:
     def measure(self, stage):
         batch = make_batch(6)
         pictures = HeldOut(images=batch.images, captions=batch.captions)
-        return Validation(stage, pictures, autocast=False, device=CPU)(averages_of(stage))
+        return Validation(stage, pictures, dtype=None, device=CPU)(averages_of(stage))
 
     @pytest.mark.parametrize("kind", [StagePaella, StagePaellaRefinement])
     def test_it_is_the_cross_entropy_by_time(self, kind, cascade):

@@ -46,7 +46,7 @@ def adamw(
     beta2: float,
     eps: float,
 ) -> None:
-    """See ``bf16_weights.adamw``. All tensors but ``factors`` lie in memory alike."""
+    """See ``make_bf16_weights.adamw``. All tensors but ``factors`` lie in memory alike."""
     tensors = (weight, copy, gradient.contiguous(), mean, square)
     assert all(tensor.is_contiguous() for tensor in tensors)
     n = weight.numel()

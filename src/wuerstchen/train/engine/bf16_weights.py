@@ -17,7 +17,7 @@ from wuerstchen.device import runs_triton
 LARGE = 2**16  # numbers of a matrix that has a copy
 
 
-class HalfCopies:
+class Bf16Weights:
     """The copies of the large linear layers of a network that is trained, and their updates.
 
     The network's own weights, its optimizer's state and so all that is stored stay in fp32.

@@ -14,7 +14,7 @@ from torch import Tensor
 from wuerstchen.errors import out_of_memory_named
 from wuerstchen.progress_bar import bar
 from wuerstchen.train.feed.images import Batch, Feed, batches
-from wuerstchen.train.stages.base import Inputs, Stage
+from wuerstchen.train.stages.base import Inputs, Stage, autocast
 
 _COMPOSED, _PREPARED = 64, 256  # pictures at a time
 
@@ -33,7 +33,7 @@ class Bank:
     def __len__(self) -> int:
         return len(self.images)
 
-    def prepare(self, stage: Stage, autocast: bool, half: torch.dtype = torch.bfloat16) -> Inputs:
+    def prepare(self, stage: Stage, dtype: torch.dtype | None) -> Inputs:
         """What ``stage.prepare`` makes of every picture, and the pictures too if the stage reads them."""
         device = self.images.device
         inputs: Inputs = {}
@@ -43,7 +43,7 @@ class Bank:
             rows = slice(start, min(start + _PREPARED, len(self)))
             numbers = torch.arange(rows.start, rows.stop, device="cpu")
             batch = Batch(numbers, self.images[rows], self.captions[rows], [])
-            with torch.no_grad(), torch.autocast(device.type, half, enabled=autocast):
+            with torch.no_grad(), autocast(device, dtype):
                 made = stage.prepare(batch, device)
             for name, tensor in made.items():
                 if name not in inputs:

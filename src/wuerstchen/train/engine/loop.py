@@ -42,7 +42,7 @@ from wuerstchen.train.engine.update import (
     Updates,
     Values,
     compile_regions,
-    half_copies,
+    make_bf16_weights,
     recompute_blocks,
 )
 from wuerstchen.train.engine.validation import Validation
@@ -50,7 +50,7 @@ from wuerstchen.train.feed.images import Feed, batches
 from wuerstchen.train.feed.prepared import PreparedFeed
 from wuerstchen.train.report.cost import Cost, CostMeter
 from wuerstchen.train.report.events import Log, Meter
-from wuerstchen.train.stages.base import Stage, UsesAverages, inputs_of
+from wuerstchen.train.stages.base import Stage, UsesAverages, autocast, inputs_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +61,8 @@ class Settings:
     """
 
     seed: int
-    autocast: bool
-    """``half`` where it is safe, over fp32 weights."""
-    half: torch.dtype = torch.bfloat16
-    """What autocast computes in; fp16 scales losses."""
+    autocast: torch.dtype | None
+    """What autocast computes in, over fp32 weights; None without autocast. With fp16 losses are scaled."""
     decays_all_axes: bool = False
     """Whether weight decay is that of earlier versions (``make_optimizer``)."""
     compiles: bool = False
@@ -143,7 +141,7 @@ def run_stage(
             observer.look(state, True, preview=preview, validate=validate)
         if state.images < total:
             step = _step(stage, state, settings, processes)
-            step.gauge = Gauge(stage, step.seed, settings.autocast, device, settings.half)
+            step.gauge = Gauge(stage, step.seed, settings.autocast, device)
             step.names = lambda first: names_of_batch(step, feed, composed, first)
             writer = Writer(folder / "checkpoints", processes, state.images)
             saving = Saving(
@@ -359,7 +357,7 @@ def _prepare(
             for name, network in stage.networks.items()
         },
     )
-    if settings.autocast and settings.half is torch.float16:
+    if settings.autocast is torch.float16:
         for optimizer in state.optimizers.values():
             optimizer.loss_scale = LossScale(processes.device)
     found = snapshot.newest_of_all(folder, processes)
@@ -377,10 +375,10 @@ def _prepare(
 
 def _step(stage: Stage, state: snapshot.TrainingState, settings: Settings, processes: Processes) -> Step:
     """What makes the updates of a stage."""
-    with_copies = settings.records and settings.autocast and settings.half is torch.bfloat16
-    copies = half_copies(stage, state) if with_copies else {}
+    with_copies = settings.records and settings.autocast is torch.bfloat16
+    copies = make_bf16_weights(stage, state) if with_copies else {}
     seed = stable_hash(settings.seed, stage.name) >> 1
-    return Step(stage, state, seed, settings.autocast, processes, copies, settings.half)
+    return Step(stage, state, seed, settings.autocast, processes, copies)
 
 
 def _begin(step: Step, settings: Settings, images: int) -> None:
@@ -418,7 +416,10 @@ def _fed_updates(
                 return
             images = len(batch.indices) * step.processes.count
             _begin(step, settings, images)
-            with torch.no_grad(), torch.autocast(device.type, settings.half, enabled=settings.autocast):
+            with (
+                torch.no_grad(),
+                autocast(device, settings.autocast),
+            ):
                 inputs = inputs_of(step.stage, batch, device)
             yield _Fed(images, batch.skipped, update(inputs, batch.indices.to(device)))
 
@@ -426,7 +427,7 @@ def _fed_updates(
 def _bank_updates(step: Step, bank: Bank, settings: Settings) -> Generator[_Fed, None, None]:
     """Updates on pictures of the bank, in an order that is a function of the image number."""
     optimization = step.stage.optimization
-    inputs = bank.prepare(step.stage, settings.autocast, settings.half)
+    inputs = bank.prepare(step.stage, settings.autocast)
     with contextlib.closing(Updates(step, settings.records)) as update:
         for first in range(step.state.images, optimization.images, optimization.batch_size):
             numbers = range(first, min(first + optimization.batch_size, optimization.images))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from wuerstchen.train.config import Optimization
-from wuerstchen.train.engine.bf16_weights import HalfCopies
+from wuerstchen.train.engine.bf16_weights import Bf16Weights
 from wuerstchen.train.engine.distributed import local_part
 from wuerstchen.train.engine.loss_scale import loss_scale_of
 from wuerstchen.train.engine.muon import MuonWithAdamW, hidden_matrices
@@ -148,7 +148,7 @@ def update(
     optimizer: torch.optim.Optimizer,
     clip_norm: float,
     loss: Float[Tensor, ""],
-    copies: HalfCopies | None = None,
+    copies: Bf16Weights | None = None,
 ) -> Float[Tensor, ""]:
     """One update from the gradients at hand, those of ``copies`` too; returns their norm before shortening.
 

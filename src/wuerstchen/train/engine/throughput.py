@@ -17,20 +17,19 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from wuerstchen.train.feed.random import ImageRandom
-from wuerstchen.train.stages.base import Inputs, Stage
+from wuerstchen.train.stages.base import Inputs, Stage, autocast
 
 _SIDE = 8192
 
 
 @functools.cache
-def matrix_rate(device: torch.device, half: torch.dtype = torch.bfloat16) -> float | None:
-    """Operations a second in products of two 8192 × 8192 matrices in ``half``; None on what is no NVIDIA
-    GPU."""
+def matrix_rate(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float | None:
+    """FLOP/s of products of two 8192 × 8192 matrices in ``dtype``; None on devices other than NVIDIA GPUs."""
     if device.type != "cuda":
         return None
     try:
         generator = torch.Generator(device).manual_seed(0)  # training's own is left alone
-        x, y = (torch.randn(_SIDE, _SIDE, device=device, dtype=half, generator=generator) for _ in range(2))
+        x, y = (torch.randn(_SIDE, _SIDE, device=device, dtype=dtype, generator=generator) for _ in range(2))
         for _ in range(5):
             torch.mm(x, y)
         torch.cuda.synchronize(device)
@@ -49,8 +48,7 @@ def update_flops(
     inputs: Inputs,
     indices: Int[Tensor, " b"],
     seed: int,
-    autocast: bool,
-    half: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None,
 ) -> int:
     """Operations of one update on these inputs: three times the forward passes of ``stage.losses``.
 
@@ -62,7 +60,7 @@ def update_flops(
     # Compiled blocks hide from the counter.
     with _evaluating(stage.networks.values()), torch.compiler.set_stance("force_eager"):
         losses = stage.losses(inputs, ImageRandom(seed, indices))
-        with counter, torch.autocast(device.type, half, enabled=autocast):
+        with counter, autocast(device, dtype):
             for _ in losses:
                 pass
     return 3 * counter.get_total_flops()
@@ -87,16 +85,14 @@ class Gauge:
         self,
         stage: Stage,
         seed: int,
-        autocast: bool,
+        dtype: torch.dtype | None,
         device: torch.device,
-        half: torch.dtype = torch.bfloat16,
     ) -> None:
         self.stage = stage
         self.seed = seed
-        self.autocast = autocast
-        self.half = half
+        self.dtype = dtype
         self.device = device
-        self.rate = matrix_rate(device, half)
+        self.rate = matrix_rate(device, dtype or torch.bfloat16)
         self.flops_per_image: float | None = None
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -104,7 +100,7 @@ class Gauge:
     def before_update(self, inputs: Inputs, indices: Int[Tensor, " b"]) -> None:
         """Counts the operations, the first time."""
         if self.rate is not None and self.flops_per_image is None:
-            flops = update_flops(self.stage, inputs, indices, self.seed, self.autocast, self.half)
+            flops = update_flops(self.stage, inputs, indices, self.seed, self.dtype)
             self.flops_per_image = flops / len(indices)
 
     def read(self, images_per_second: float) -> dict[str, float]:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from wuerstchen.models.traits import traits_of
 from wuerstchen.runtime.graphs import Graphs
-from wuerstchen.train.engine.bf16_weights import HalfCopies
+from wuerstchen.train.engine.bf16_weights import Bf16Weights
 from wuerstchen.train.engine.checkpoint import TrainingState
 from wuerstchen.train.engine.distributed import Processes, is_sharded, synchronise_gradients
 from wuerstchen.train.engine.ema import update_average
@@ -24,7 +24,7 @@ from wuerstchen.train.engine.loss_scale import LEAST_SCALE, loss_scale_of
 from wuerstchen.train.engine.optim import update
 from wuerstchen.train.engine.throughput import Gauge
 from wuerstchen.train.feed.random import ImageRandom
-from wuerstchen.train.stages.base import Inputs, Stage
+from wuerstchen.train.stages.base import Inputs, Stage, autocast
 
 Values = dict[str, Tensor]
 """Losses, terms and gradient norms of an update, each a tensor of no dimension on the device."""
@@ -59,14 +59,14 @@ def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
-def half_copies(stage: Stage, state: TrainingState) -> dict[str, HalfCopies]:
+def make_bf16_weights(stage: Stage, state: TrainingState) -> dict[str, Bf16Weights]:
     """Copies of the large matrices of a stage's networks, to be read where passes are in bf16 anyway.
 
     None for a stage that adds up gradients of several parts, which bf16 has no digits for.
     """
     if stage.optimization.accumulate > 1:
         return {}
-    return {name: HalfCopies(net, state.optimizers[name]) for name, net in stage.networks.items()}
+    return {name: Bf16Weights(net, state.optimizers[name]) for name, net in stage.networks.items()}
 
 
 class Step:
@@ -82,19 +82,17 @@ class Step:
         stage: Stage,
         state: TrainingState,
         seed: int,
-        autocast: bool,
+        dtype: torch.dtype | None,
         processes: Processes,
-        copies: dict[str, HalfCopies] | None = None,
-        half: torch.dtype = torch.bfloat16,
+        copies: dict[str, Bf16Weights] | None = None,
     ) -> None:
-        """With ``copies`` of networks' large matrices, their passes read those (``half_copies``). ``half`` is
-        what autocast computes in."""
-        self.half = half
+        """``dtype`` is what autocast computes in; None is without autocast. With ``copies`` forward and
+        backward passes read bf16 copies of the large matrices (``make_bf16_weights``)."""
         self.copies = copies or {}
         self.stage = stage
         self.state = state
         self.seed = seed
-        self.autocast = autocast
+        self.dtype = dtype
         self.processes = processes
         self.device = processes.device
         self.fault = torch.full((), -1, dtype=torch.int64, device=self.device)
@@ -135,7 +133,7 @@ class Step:
         stage, first = self.stage, True
         losses = stage.losses(inputs, ImageRandom(self.seed, indices))
         while True:
-            with self._reading_copies(), torch.autocast(self.device.type, self.half, self.autocast):
+            with self._reading_copies(), autocast(self.device, self.dtype):
                 following = next(losses, None)
             if following is None:
                 return

@@ -26,7 +26,7 @@ from wuerstchen.train.config import StoredTexts
 from wuerstchen.train.feed.images import Batch
 from wuerstchen.train.feed.prepared import HeldOutMaps, StoredBatch
 from wuerstchen.train.feed.random import ImageRandom
-from wuerstchen.train.stages.base import Inputs, Stage, inputs_of
+from wuerstchen.train.stages.base import Inputs, Stage, autocast, inputs_of
 
 PICTURES = 64
 BINS = 8
@@ -133,15 +133,13 @@ class Validation:
         self,
         stage: Denoising | DenoisingTokens,
         pictures: Pictures,
-        autocast: bool,
+        dtype: torch.dtype | None,
         device: torch.device,
-        half: torch.dtype = torch.bfloat16,
     ) -> None:
         assert isinstance(stage, Stage)
         self.stage = stage
         self.pictures = pictures
-        self.autocast = autocast
-        self.half = half
+        self.dtype = dtype
         self.device = device
         self._batch = min(_BATCH, stage.optimization.batch_size)
         self._prepared: list[tuple[Tensor, Inputs]] = []
@@ -177,14 +175,14 @@ class Validation:
 
     def _prepare(self) -> Iterator[tuple[Tensor, Inputs]]:
         for batch in self.pictures.batches(self._batch):
-            with torch.autocast(self.device.type, self.half, enabled=self.autocast):
+            with autocast(self.device, self.dtype):
                 inputs = inputs_of(self.stage, batch, self.device)
             yield batch.indices.to(self.device), inputs
 
     def _errors(self, averages: dict[str, nn.Module], numbers: Tensor, inputs: Inputs, k: int) -> Tensor:
         """The sums over pictures of their mean errors at the middle of bin ``k``, and of their losses."""
         stage, t = self.stage, _times()[k].to(self.device).expand(len(numbers))
-        with torch.autocast(self.device.type, self.half, enabled=self.autocast):
+        with autocast(self.device, self.dtype):
             if isinstance(stage, DenoisingTokens):
                 errors, losses = stage.token_errors(averages, inputs, t, ImageRandom(_SEED + k, numbers))
                 return torch.stack([errors.sum(), losses.sum()])

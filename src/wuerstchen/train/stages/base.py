@@ -259,6 +259,11 @@ def full_precision(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
+def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """Autocast to ``dtype``; with None everything is computed in the precision of the weights."""
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
 PIECE = 2**22
 """Pixels that frozen networks see at a time, 4 images of 1024: in fp32 Stage A takes 0.8 GiB for each of
 those."""
