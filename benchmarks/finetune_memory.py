@@ -27,7 +27,13 @@ from wuerstchen.train.engine.checkpoint import TrainingState
 from wuerstchen.train.engine.distributed import Processes
 from wuerstchen.train.engine.ema import make_average
 from wuerstchen.train.engine.optim import make_optimizer
-from wuerstchen.train.engine.update import Step, Updates, compile_regions, make_bf16_weights, recompute_blocks
+from wuerstchen.train.engine.update import (
+    StepRunner,
+    TrainStep,
+    compile_regions,
+    make_bf16_weights,
+    recompute_blocks,
+)
 from wuerstchen.train.feed.images import Batch
 from wuerstchen.train.stages.base import inputs_of
 from wuerstchen.train.stages.prior import StageC
@@ -59,8 +65,8 @@ def measure(recipe: Recipe, cascade: Cascade, batch: int, size: int, device: tor
     if records:
         compile_regions(prior)
     copies = make_bf16_weights(stage, state) if records else {}
-    step = Step(stage, state, 0, torch.bfloat16, Processes(device), copies)  # type: ignore[arg-type]
-    update = Updates(step, records)
+    step = TrainStep(stage, state, 0, torch.bfloat16, Processes(device), copies)  # type: ignore[arg-type]
+    update = StepRunner(step, records)
     found: dict[str, Any] = {"batch": batch, "recompute": recipe.recompute, "before": _allocated()}
     began = time.monotonic()
     for number in range(UPDATES):

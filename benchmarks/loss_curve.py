@@ -22,7 +22,7 @@ from wuerstchen.train.engine.checkpoint import TrainingState
 from wuerstchen.train.engine.distributed import Processes
 from wuerstchen.train.engine.ema import make_average
 from wuerstchen.train.engine.optim import learning_rate, make_optimizer, set_rate
-from wuerstchen.train.engine.update import Step, Updates, compile_regions, make_bf16_weights
+from wuerstchen.train.engine.update import StepRunner, TrainStep, compile_regions, make_bf16_weights
 
 BATCH, PICTURES, WINDOW = 8, 256, 10
 
@@ -43,7 +43,7 @@ def curve(depth: int, updates: int, seed: int, fast: bool) -> torch.Tensor:
         if fast:
             compile_regions(stage.network)
         copies = make_bf16_weights(stage, state) if fast else {}  # type: ignore[arg-type]
-        update = Updates(Step(stage, state, 0, torch.bfloat16, Processes(CUDA), copies), record=fast)  # type: ignore[arg-type]
+        update = StepRunner(TrainStep(stage, state, 0, torch.bfloat16, Processes(CUDA), copies), record=fast)  # type: ignore[arg-type]
         torch.manual_seed(1)
         pictures = stage.data(PICTURES)
         torch.manual_seed(seed)  # of dropout

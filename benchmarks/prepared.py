@@ -43,7 +43,7 @@ from wuerstchen.train.engine.checkpoint import TrainingState
 from wuerstchen.train.engine.distributed import Processes
 from wuerstchen.train.engine.ema import make_average
 from wuerstchen.train.engine.optim import make_optimizer
-from wuerstchen.train.engine.update import Step, Updates, compile_regions, make_bf16_weights
+from wuerstchen.train.engine.update import StepRunner, TrainStep, compile_regions, make_bf16_weights
 from wuerstchen.train.feed.images import Feed, batches
 from wuerstchen.train.feed.prepared import PreparedFeed
 from wuerstchen.train.stages.base import inputs_of
@@ -80,7 +80,7 @@ def make_cascade(published: bool, device: torch.device) -> Cascade:
     return dataclasses.replace(random_v2(device), compressor=compressor)
 
 
-def step_of(stage: StageC, fast: bool, device: torch.device) -> Step:
+def step_of(stage: StageC, fast: bool, device: torch.device) -> TrainStep:
     prior = stage.prior.to(device).requires_grad_(True).train()
     networks: dict[str, nn.Module] = {"prior": prior}
     state = TrainingState(
@@ -90,7 +90,7 @@ def step_of(stage: StageC, fast: bool, device: torch.device) -> Step:
     )
     if fast:
         compile_regions(prior)
-    return Step(
+    return TrainStep(
         stage,
         state,
         0,
@@ -100,9 +100,9 @@ def step_of(stage: StageC, fast: bool, device: torch.device) -> Step:
     )
 
 
-def rate(step: Step, updates: Iterator, seconds: float, fast: bool) -> float:
+def rate(step: TrainStep, updates: Iterator, seconds: float, fast: bool) -> float:
     """Images a second, after the first four updates, which compile, record and fill the workers' queues."""
-    device, update_of = step.device, Updates(step, record=fast)
+    device, update_of = step.device, StepRunner(step, record=fast)
 
     def update() -> int:
         batch = next(updates)

@@ -32,7 +32,7 @@ from wuerstchen.train.engine.checkpoint import TrainingState
 from wuerstchen.train.engine.distributed import Processes
 from wuerstchen.train.engine.ema import make_average
 from wuerstchen.train.engine.optim import make_optimizer
-from wuerstchen.train.engine.update import Step, Updates, compile_regions, make_bf16_weights
+from wuerstchen.train.engine.update import StepRunner, TrainStep, compile_regions, make_bf16_weights
 from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.stages.base import Inputs, Losses
 
@@ -132,8 +132,8 @@ def our_step(stage_type: type[StageC], batch: int) -> Callable[[], None]:
         optimizers={"network": make_optimizer(stage.network, stage.optimization)},
     )
     compile_regions(stage.network)
-    step = Step(stage, state, 0, torch.bfloat16, Processes(CUDA), make_bf16_weights(stage, state))  # type: ignore[arg-type]
-    update = Updates(step, record=True)
+    step = TrainStep(stage, state, 0, torch.bfloat16, Processes(CUDA), make_bf16_weights(stage, state))  # type: ignore[arg-type]
+    update = StepRunner(step, record=True)
     inputs, indices = stage.data(batch), torch.arange(batch, device=CUDA)
 
     def one() -> None:

@@ -22,7 +22,13 @@ from wuerstchen.train.engine.checkpoint import TrainingState
 from wuerstchen.train.engine.distributed import Processes, distributed, shard
 from wuerstchen.train.engine.ema import make_average
 from wuerstchen.train.engine.optim import make_optimizer, set_rate
-from wuerstchen.train.engine.update import Step, Updates, compile_regions, make_bf16_weights, recompute_blocks
+from wuerstchen.train.engine.update import (
+    StepRunner,
+    TrainStep,
+    compile_regions,
+    make_bf16_weights,
+    recompute_blocks,
+)
 from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.stages.base import Inputs, Losses
 
@@ -85,11 +91,11 @@ def measure(sharding: str, options: argparse.Namespace, processes: Processes) ->
         compile_regions(prior)
     records = device.type == "cuda" and sharding == "none" and not options.eager
     stage = RandomStageC(prior, optimization)
-    step = Step(
+    step = TrainStep(
         stage, state, 0, torch.bfloat16, processes, make_bf16_weights(stage, state) if records else None
     )
     set_rate(state.optimizers["prior"], 1e-4)
-    update = Updates(step, records)
+    update = StepRunner(step, records)
     rows = options.batch * options.accumulate
     inputs = {
         "x": torch.randn(rows, config.c_in, options.side, options.side, device=device),

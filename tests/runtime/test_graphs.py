@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from wuerstchen.runtime import graphs
 from wuerstchen.runtime.recorder import Recorder, _Fixed
-from wuerstchen.train.engine.update import Step, Updates
+from wuerstchen.train.engine.update import StepRunner, TrainStep
 
 
 class FakeCuda:
@@ -181,7 +181,7 @@ def test_more_kinds_than_are_kept_start_anew(cuda, monkeypatch):
     assert list(recorder._graphs.warmed) == [(((torch.Size([3]), (1,), torch.float32),), None)]
 
 
-class FakeStep(Step):
+class FakeStep(TrainStep):
     def __init__(self, cuda):
         self.cuda = cuda
 
@@ -196,7 +196,7 @@ class FakeStep(Step):
 def test_training_asks_for_the_same_in_the_same_order(cuda):
     """Three updates of a shape run on the side stream, the fourth is recorded, and all from it on are
     replayed. The average follows outside of the recording."""
-    update = Updates(FakeStep(cuda), record=True)
+    update = StepRunner(FakeStep(cuda), record=True)
     inputs, indices = {"x": torch.ones(2), "y": torch.ones(2)}, torch.arange(2)
     for _ in range(3):
         assert update(inputs, indices)["loss"].tolist() == [2, 3]
@@ -223,5 +223,5 @@ def test_training_asks_for_the_same_in_the_same_order(cuda):
 
 
 def test_training_on_a_cpu_asks_for_nothing(cuda):
-    Updates(FakeStep(cuda), record=False)({"x": torch.ones(2), "y": torch.ones(2)}, torch.arange(2))
+    StepRunner(FakeStep(cuda), record=False)({"x": torch.ones(2), "y": torch.ones(2)}, torch.arange(2))
     assert cuda.taken() == ["main: run", "main: average"]

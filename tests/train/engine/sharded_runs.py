@@ -36,7 +36,7 @@ from wuerstchen.train.engine import distributed as parallel
 from wuerstchen.train.engine.distributed import Processes, distributed, empty_copy, gather, is_sharded, shard
 from wuerstchen.train.engine.loop import Interrupted, Settings, _prepare, run_stage
 from wuerstchen.train.engine.optim import make_optimizer
-from wuerstchen.train.engine.update import Step, recompute_blocks
+from wuerstchen.train.engine.update import TrainStep, recompute_blocks
 from wuerstchen.train.feed.images import Feed
 from wuerstchen.train.report.events import Log
 from wuerstchen.train.run_data import verify_sets
@@ -85,7 +85,7 @@ def together(count: int, work: Callable[[Processes], object], doomed: int | None
     return [found.get(rank) for rank in range(count)]
 
 
-def sharded_step(processes: Processes, **optimization) -> Step:
+def sharded_step(processes: Processes, **optimization) -> TrainStep:
     stage = PriorStage(**optimization)
     step = make_step(stage, processes)
     average = step.state.averages["prior"]
@@ -99,7 +99,7 @@ def sharded_step(processes: Processes, **optimization) -> Step:
     return step
 
 
-def run_updates(step: Step, updates: int = 2) -> dict[str, float]:
+def run_updates(step: TrainStep, updates: int = 2) -> dict[str, float]:
     inputs, indices = make_inputs()
     part = step.processes.rank_slice(range(8))
     values = {}
@@ -113,7 +113,7 @@ def run_updates(step: Step, updates: int = 2) -> dict[str, float]:
     return dict(zip(values, stacked.tolist(), strict=True))
 
 
-def state_of(step: Step) -> dict[str, torch.Tensor]:
+def state_of(step: TrainStep) -> dict[str, torch.Tensor]:
     """All of the state, whole."""
     groups = snapshot.tensors_of(step.state)
     tensors = {f"{g}/{key}": t for g, tensors in groups.items() for key, t in tensors.items()}

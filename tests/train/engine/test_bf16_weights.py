@@ -21,7 +21,7 @@ from wuerstchen.train.engine.optim import (
     set_rate,
     update,
 )
-from wuerstchen.train.engine.update import Step, Updates, make_bf16_weights
+from wuerstchen.train.engine.update import StepRunner, TrainStep, make_bf16_weights
 
 CPU = torch.device("cpu")
 CONFIG = Optimization(images=64, batch_size=4, betas=(0.9, 0.95), weight_decay=0.1, clip_norm=0.5)
@@ -65,14 +65,14 @@ class PriorStage:
         yield "prior", (predicted - inputs["x"]).square().mean(), {}
 
 
-def make_step(with_copies: bool, device: torch.device = CPU) -> Step:
+def make_step(with_copies: bool, device: torch.device = CPU) -> TrainStep:
     stage = PriorStage()
     stage.prior.to(device)
     optimizer = make_optimizer(stage.prior, CONFIG, {"blocks.0": 0.5})
     averages = {"prior": make_average(stage.prior)}
     state = TrainingState(networks=stage.networks, averages=averages, optimizers={"prior": optimizer})
     copies = {"prior": Bf16Weights(stage.prior, optimizer, least=1)} if with_copies else {}
-    return Step(stage, state, 1, torch.bfloat16, Processes(device), copies)
+    return TrainStep(stage, state, 1, torch.bfloat16, Processes(device), copies)
 
 
 def make_inputs(device: torch.device = CPU) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -165,7 +165,7 @@ def test_they_can_be_recorded():
     losses = []
     for record in (False, True):
         step = make_step(True, cuda)
-        with contextlib.closing(Updates(step, record)) as update:
+        with contextlib.closing(StepRunner(step, record)) as update:
             losses.append([update(*make_inputs(cuda))["loss"].item() for _ in range(8)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     assert losses[0][-1] < losses[0][0]

@@ -11,7 +11,7 @@ from wuerstchen.train.engine.checkpoint import TrainingState
 from wuerstchen.train.engine.distributed import Processes
 from wuerstchen.train.engine.ema import make_average
 from wuerstchen.train.engine.optim import make_optimizer
-from wuerstchen.train.engine.update import Step, compile_regions, recompute_blocks
+from wuerstchen.train.engine.update import TrainStep, compile_regions, recompute_blocks
 from wuerstchen.train.feed.random import ImageRandom
 
 CPU = torch.device("cpu")
@@ -67,13 +67,13 @@ def make_inputs() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     return {"x": x, "states": states, "mask": mask}, torch.arange(8)
 
 
-def make_step(stage: PriorStage, processes: Processes | None = None) -> Step:
+def make_step(stage: PriorStage, processes: Processes | None = None) -> TrainStep:
     state = TrainingState(
         networks=stage.networks,
         averages={"prior": make_average(stage.prior)},
         optimizers={name: make_optimizer(n, stage.optimization) for name, n in stage.networks.items()},
     )
-    step = Step(stage, state, 1, None, processes or Processes(CPU))
+    step = TrainStep(stage, state, 1, None, processes or Processes(CPU))
     step.decay = 0.5
     return step
 

@@ -8,7 +8,7 @@ from wuerstchen.data.plan import items_at
 from wuerstchen.errors import UserError
 from wuerstchen.train.engine.image_cache import Bank
 from wuerstchen.train.engine.update import (
-    Step,
+    TrainStep,
     Values,
 )
 from wuerstchen.train.feed.images import Feed
@@ -17,7 +17,7 @@ from wuerstchen.train.feed.prepared import PreparedFeed
 _NAMED = 3  # images of a batch in a message
 
 
-def read_values(values: Values, step: Step) -> dict[str, float]:
+def read_values(values: Values, step: TrainStep) -> dict[str, float]:
     """The values of an update on the host. Raises ``UserError`` where one was not finite, or says to stop."""
     stacked = torch.stack([v.float() for v in values.values()])
     step.processes.all_reduce_mean_([stacked])
@@ -27,7 +27,7 @@ def read_values(values: Values, step: Step) -> dict[str, float]:
     return read
 
 
-def names_of_batch(step: Step, feed: Feed | PreparedFeed, bank: Bank | None, first: int) -> list[str]:
+def names_of_batch(step: TrainStep, feed: Feed | PreparedFeed, bank: Bank | None, first: int) -> list[str]:
     """The names of the images of the batch that begins at number ``first`` of the run."""
     optimization = step.stage.optimization
     numbers = range(first, min(first + optimization.batch_size, optimization.images))
@@ -36,7 +36,7 @@ def names_of_batch(step: Step, feed: Feed | PreparedFeed, bank: Bank | None, fir
     return [bank.names[row] for row in items_at(numbers, len(bank), step.seed)] if bank.names else []
 
 
-def refuse_fault(step: Step, values: dict[str, float] | None = None) -> None:
+def refuse_fault(step: TrainStep, values: dict[str, float] | None = None) -> None:
     """Raises ``UserError`` if a loss or gradient was not finite in an update until now; ``values`` are those
     of the last. What passed through networks then may be in their statistics, so it must not be stored."""
     image = int(step.fault)

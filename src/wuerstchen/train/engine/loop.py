@@ -38,8 +38,8 @@ from wuerstchen.train.engine.saving import Saving
 from wuerstchen.train.engine.stopping import GRACE, Interrupted, StoppedWaiting, StopRequest
 from wuerstchen.train.engine.throughput import Gauge
 from wuerstchen.train.engine.update import (
-    Step,
-    Updates,
+    StepRunner,
+    TrainStep,
     Values,
     compile_regions,
     make_bf16_weights,
@@ -182,7 +182,7 @@ def _stopped(log: Log, state: snapshot.TrainingState, stage: Stage) -> NoReturn:
 class _Loop:
     """What happens at the updates of a stage and between them."""
 
-    step: Step
+    step: TrainStep
     settings: Settings
     log: Log
     cost: CostMeter
@@ -373,15 +373,15 @@ def _prepare(
     return state, found is not None
 
 
-def _step(stage: Stage, state: snapshot.TrainingState, settings: Settings, processes: Processes) -> Step:
+def _step(stage: Stage, state: snapshot.TrainingState, settings: Settings, processes: Processes) -> TrainStep:
     """What makes the updates of a stage."""
     with_copies = settings.records and settings.autocast is torch.bfloat16
     copies = make_bf16_weights(stage, state) if with_copies else {}
     seed = stable_hash(settings.seed, stage.name) >> 1
-    return Step(stage, state, seed, settings.autocast, processes, copies)
+    return TrainStep(stage, state, seed, settings.autocast, processes, copies)
 
 
-def _begin(step: Step, settings: Settings, images: int) -> None:
+def _begin(step: TrainStep, settings: Settings, images: int) -> None:
     """Sets what changes from update to update: rates, the averages' decay, and the seed of dropout."""
     stage, state = step.stage, step.state
     optimization = stage.optimization
@@ -401,14 +401,14 @@ def _begin(step: Step, settings: Settings, images: int) -> None:
 
 
 def _fed_updates(
-    step: Step, feed: Feed | PreparedFeed, settings: Settings, stop: StopRequest
+    step: TrainStep, feed: Feed | PreparedFeed, settings: Settings, stop: StopRequest
 ) -> Generator[_Fed, None, None]:
     """Updates on pictures composed on the way. ``stop`` may end the wait for them."""
     optimization, device = step.stage.optimization, step.device
     start, total = step.state.images, optimization.images
     part = step.processes.rank_slice
     loaded = batches(feed, start, total, optimization.batch_size, settings.workers, part)
-    with contextlib.closing(Updates(step, settings.records)) as update, contextlib.closing(loaded):
+    with contextlib.closing(StepRunner(step, settings.records)) as update, contextlib.closing(loaded):
         while True:
             with stop.waiting():
                 batch = next(loaded, None)
@@ -424,11 +424,11 @@ def _fed_updates(
             yield _Fed(images, batch.skipped, update(inputs, batch.indices.to(device)))
 
 
-def _bank_updates(step: Step, bank: Bank, settings: Settings) -> Generator[_Fed, None, None]:
+def _bank_updates(step: TrainStep, bank: Bank, settings: Settings) -> Generator[_Fed, None, None]:
     """Updates on pictures of the bank, in an order that is a function of the image number."""
     optimization = step.stage.optimization
     inputs = bank.prepare(step.stage, settings.autocast)
-    with contextlib.closing(Updates(step, settings.records)) as update:
+    with contextlib.closing(StepRunner(step, settings.records)) as update:
         for first in range(step.state.images, optimization.images, optimization.batch_size):
             numbers = range(first, min(first + optimization.batch_size, optimization.images))
             _begin(step, settings, len(numbers))

@@ -69,7 +69,7 @@ def make_bf16_weights(stage: Stage, state: TrainingState) -> dict[str, Bf16Weigh
     return {name: Bf16Weights(net, state.optimizers[name]) for name, net in stage.networks.items()}
 
 
-class Step:
+class TrainStep:
     """Makes the updates of a stage, one a call.
 
     A batch is computed in ``Optimization.accumulate`` parts. A network is updated in the last of them, as
@@ -181,12 +181,12 @@ class Step:
             update_average(average, self.stage.networks[name], self.decay)
 
 
-class Updates:
+class StepRunner:
     """Makes updates with their averages. With ``record`` each shape of inputs is recorded after its first
     updates and replayed from then on.
     """
 
-    def __init__(self, step: Step, record: bool) -> None:
+    def __init__(self, step: TrainStep, record: bool) -> None:
         self.step = step
         self.graphs = Graphs(torch.cuda.Stream(), _WARM_UPS, non_blocking=True) if record else None
 
