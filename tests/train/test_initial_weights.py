@@ -33,8 +33,7 @@ from wuerstchen.pipeline import BUNDLED
 from wuerstchen.recipes.tiny import tiny
 from wuerstchen.recipes.v2 import v2_finetune, v2_stage_b, v2_stage_c
 from wuerstchen.train.config import Optimization, Phase, StageCConfig
-from wuerstchen.train.engine import checkpoint as snapshot
-from wuerstchen.train.engine import checkpoint_writer
+from wuerstchen.train.engine import checkpoint, checkpoint_writer
 from wuerstchen.train.engine.checkpoint import newest, read_averages
 from wuerstchen.train.initial_weights import fill_compressor, read_start
 from wuerstchen.train.run import train
@@ -119,9 +118,9 @@ def files_of(run_dir):
 def test_a_start_reads_finished_stages_once(start, photos, tmp_path, monkeypatch):
     """Each file of their last checkpoints was hashed twice, and then restored for nothing."""
     train(recipe(start, photos), tmp_path, device="cpu")
-    hashed, sha256 = [], snapshot.sha256_of
-    monkeypatch.setattr(snapshot, "sha256_of", lambda path: hashed.append(path) or sha256(path))
-    monkeypatch.setattr(snapshot, "restore", None)
+    hashed, sha256 = [], checkpoint.sha256_of
+    monkeypatch.setattr(checkpoint, "sha256_of", lambda path: hashed.append(path) or sha256(path))
+    monkeypatch.setattr(checkpoint, "restore", None)
     train(recipe(start, photos), tmp_path, device="cpu")
     files = [newest(tmp_path / f"stage_{stage}" / "checkpoints") for stage in STAGES]
     expected = [path / name for path, state in files for name in state["files"]]

@@ -30,8 +30,7 @@ from torch import nn
 
 from wuerstchen.data import prepared_check
 from wuerstchen.errors import UserError
-from wuerstchen.train.engine import checkpoint as snapshot
-from wuerstchen.train.engine import checkpoint_writer
+from wuerstchen.train.engine import checkpoint, checkpoint_writer
 from wuerstchen.train.engine import distributed as parallel
 from wuerstchen.train.engine.distributed import Processes, distributed, empty_copy, gather, is_sharded, shard
 from wuerstchen.train.engine.loop import Interrupted, Settings, _prepare, run_stage
@@ -115,7 +114,7 @@ def run_updates(step: TrainStep, updates: int = 2) -> dict[str, float]:
 
 def state_of(step: TrainStep) -> dict[str, torch.Tensor]:
     """All of the state, whole."""
-    groups = snapshot.tensors_of(step.state)
+    groups = checkpoint.tensors_of(step.state)
     tensors = {f"{g}/{key}": t for g, tensors in groups.items() for key, t in tensors.items()}
     return {k: (t.full_tensor() if hasattr(t, "full_tensor") else t).clone() for k, t in tensors.items()}
 
@@ -176,8 +175,8 @@ def checkpoints(folder: Path) -> object:
         step = sharded_step(processes)
         if processes.count == 1:
             assert not is_sharded(step.stage.prior)
-        found = snapshot.newest_of_all(folder, processes)
-        snapshot.restore(step.state, *found)
+        found = checkpoint.newest_of_all(folder, processes)
+        checkpoint.restore(step.state, *found)
         expected = torch.load(folder / "expected.pt", weights_only=True)
         assert (step.state.images, step.state.updates) == (16, 2)
         return farthest(state_of(step), expected)
@@ -224,7 +223,7 @@ def divided(folder: Path) -> object:
 
     def read(processes: Processes) -> object:
         filled, hashed = [], []
-        fill, sha256 = snapshot._Stored.fill, snapshot.sha256_of
+        fill, sha256 = checkpoint._Stored.fill, checkpoint.sha256_of
 
         def filling(self, key, *given) -> None:
             filled.append(key)
@@ -234,15 +233,15 @@ def divided(folder: Path) -> object:
             hashed.append(path.name)
             return sha256(path)
 
-        snapshot._Stored.fill, snapshot.sha256_of = filling, hashing
+        checkpoint._Stored.fill, checkpoint.sha256_of = filling, hashing
         state, resumed = _prepare(ToyStage(images=8), folder / "checkpoints", SETTINGS, processes)
         digest = hashlib.sha256()
-        for group, tensors in snapshot.tensors_of(state).items():
+        for group, tensors in checkpoint.tensors_of(state).items():
             for key in sorted(tensors):
                 digest.update(f"{group}/{key}".encode() + tensors[key].numpy().tobytes())
         average = nn.Sequential(nn.Linear(48, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
         path = folder / "checkpoints" / "000000000008"
-        snapshot.load_averages(average, path, "model", processes)
+        checkpoint.load_averages(average, path, "model", processes)
         same = farthest(average.state_dict(), state.averages["model"].state_dict()) == 0
         return [filled, hashed, digest.hexdigest(), state.images, resumed and same]
 
@@ -252,7 +251,7 @@ def divided(folder: Path) -> object:
             def broken(self, *given) -> None:
                 raise ValueError("a disk has gone")
 
-            snapshot._Stored.fill = broken
+            checkpoint._Stored.fill = broken
         try:
             _prepare(ToyStage(images=8), folder / "checkpoints", SETTINGS, processes)
         except UserError as error:
@@ -291,7 +290,7 @@ def damaged(folder: Path) -> object:
     def work(processes: Processes) -> object:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            found = snapshot.newest_of_all(folder / "checkpoints", processes)
+            found = checkpoint.newest_of_all(folder / "checkpoints", processes)
         return [found[1]["images"], [str(warning.message) for warning in caught]]
 
     together(1, lambda processes: loop(processes, folder, ToyStage(images=8), checkpoint_seconds=0.0))
@@ -303,7 +302,7 @@ def damaged(folder: Path) -> object:
         second = together(2, work)
     finally:
         shutil.rmtree(folder / "checkpoints")
-    return [first, second, together(2, lambda p: snapshot.newest_of_all(folder / "checkpoints", p))]
+    return [first, second, together(2, lambda p: checkpoint.newest_of_all(folder / "checkpoints", p))]
 
 
 def not_finite(folder: Path) -> object:
@@ -334,7 +333,7 @@ def stopped(folder: Path) -> object:
 
         return loop(processes, folder, ToyStage(on_batch=stop))
 
-    return [together(2, work), snapshot.newest(folder / "checkpoints")[1]["images"]]
+    return [together(2, work), checkpoint.newest(folder / "checkpoints")[1]["images"]]
 
 
 def surveys(folder: Path) -> object:
@@ -402,7 +401,7 @@ def dead(folder: Path) -> object:
         return loop(processes, folder, ToyStage(on_batch=die), checkpoint_seconds=0.0)
 
     result = together(2, work, doomed=1)[0]
-    return [result, time.monotonic() - began, snapshot.newest(folder / "checkpoints")[1]["images"]]
+    return [result, time.monotonic() - began, checkpoint.newest(folder / "checkpoints")[1]["images"]]
 
 
 def kills(folder: Path, count: int = 3) -> object:
@@ -448,7 +447,7 @@ def kills(folder: Path, count: int = 3) -> object:
         child.start()
         child.join()
         assert child.exitcode == 0
-    files = [snapshot.newest(folder / where / "checkpoints")[1]["files"] for where in ("broken", "whole")]
+    files = [checkpoint.newest(folder / where / "checkpoints")[1]["files"] for where in ("broken", "whole")]
     return {"same": files[0] == files[1], "starts": logged("start"), "updates": logged("progress")}
 
 

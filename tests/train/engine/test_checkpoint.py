@@ -11,8 +11,7 @@ from torch import nn
 from wuerstchen.checkpoints import files
 from wuerstchen.errors import CheckpointError
 from wuerstchen.train.config import Optimization
-from wuerstchen.train.engine import checkpoint as snapshot
-from wuerstchen.train.engine import checkpoint_writer
+from wuerstchen.train.engine import checkpoint, checkpoint_writer
 from wuerstchen.train.engine.checkpoint import (
     DamagedCheckpointWarning,
     TrainingState,
@@ -90,7 +89,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path):
 
 def test_a_checkpoint_that_a_run_removes_meanwhile_is_not_damaged(tmp_path, monkeypatch):
     """An export of a run that is being trained warned of damage, and could say that all were damaged."""
-    state, checks = make_state(), snapshot._damage
+    state, checks = make_state(), checkpoint._damage
     for state.images in (8, 16):
         old = save(state, tmp_path, {})
 
@@ -100,7 +99,7 @@ def test_a_checkpoint_that_a_run_removes_meanwhile_is_not_damaged(tmp_path, monk
                 save(state, tmp_path, {})
         return checks(path, description)
 
-    monkeypatch.setattr(snapshot, "_damage", damage)
+    monkeypatch.setattr(checkpoint, "_damage", damage)
     assert newest(tmp_path)[1]["images"] == 32
     for read in (lambda: read_averages(old, "n"), lambda: read_whole(old)):
         with pytest.raises(
@@ -192,7 +191,7 @@ def test_a_newer_format_is_refused_with_upgrade(tmp_path):
 @pytest.mark.parametrize(("error", "words"), [(KeyError(), "KeyError"), (ValueError("a\nb"), "a")])
 def test_an_error_without_a_text_is_named_by_its_type(error, words, tmp_path):
     refused = pytest.raises(CheckpointError, match=rf"does not fit this recipe \({words}\); remove it")
-    with refused, snapshot._Reading(None).named(tmp_path):
+    with refused, checkpoint._Reading(None).named(tmp_path):
         raise error
 
 

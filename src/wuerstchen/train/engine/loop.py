@@ -19,7 +19,7 @@ from torch import nn
 
 from wuerstchen.data.plan import items_at, stable_hash
 from wuerstchen.errors import UserError, out_of_memory_named
-from wuerstchen.train.engine import checkpoint as snapshot
+from wuerstchen.train.engine import checkpoint
 from wuerstchen.train.engine.checkpoint_writer import Writer
 from wuerstchen.train.engine.distributed import (
     Processes,
@@ -169,7 +169,7 @@ def run_stage(
     return folder / "checkpoints" / f"{state.images:012d}"
 
 
-def _stopped(log: Log, state: snapshot.TrainingState, stage: Stage) -> NoReturn:
+def _stopped(log: Log, state: checkpoint.TrainingState, stage: Stage) -> NoReturn:
     """Notes that a signal has stopped the run, and ends it."""
     log.event("stopped", stage=stage.name, images=state.images)
     raise Interrupted(
@@ -333,7 +333,7 @@ def _finished(device: torch.device) -> None:
 
 def _prepare(
     stage: Stage, folder: Path, settings: Settings, processes: Processes
-) -> tuple[snapshot.TrainingState, bool]:
+) -> tuple[checkpoint.TrainingState, bool]:
     """The stage's state at its beginning, or as the newest whole checkpoint holds it."""
     for network in stage.networks.values():
         network.to(processes.device).train()
@@ -346,7 +346,7 @@ def _prepare(
         for network in (*stage.networks.values(), *averages.values()):
             shard(network, processes)
         whole = {name: empty for name, empty in whole.items() if is_sharded(averages[name])}
-    state = snapshot.TrainingState(
+    state = checkpoint.TrainingState(
         networks=stage.networks,
         averages=averages,
         whole=whole,
@@ -360,9 +360,9 @@ def _prepare(
     if settings.autocast is torch.float16:
         for optimizer in state.optimizers.values():
             optimizer.loss_scale = LossScale(processes.device)
-    found = snapshot.newest_of_all(folder, processes)
+    found = checkpoint.newest_of_all(folder, processes)
     if found is not None:
-        snapshot.restore(state, *found, processes)
+        checkpoint.restore(state, *found, processes)
     if isinstance(stage, UsesAverages):
         stage.use_averages(state.averages)
     for network in stage.networks.values() if state.images < stage.optimization.images else ():
@@ -373,7 +373,9 @@ def _prepare(
     return state, found is not None
 
 
-def _step(stage: Stage, state: snapshot.TrainingState, settings: Settings, processes: Processes) -> TrainStep:
+def _step(
+    stage: Stage, state: checkpoint.TrainingState, settings: Settings, processes: Processes
+) -> TrainStep:
     """What makes the updates of a stage."""
     with_copies = settings.records and settings.autocast is torch.bfloat16
     copies = make_bf16_weights(stage, state) if with_copies else {}
