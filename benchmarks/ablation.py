@@ -237,24 +237,24 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    # Variants train on the same composed images, so they are composed once.
-    run_phase.compose = _once(run_phase.compose)
+    # Variants train on the same images, so the image cache is filled once.
+    run_phase.fill_image_cache = _once(run_phase.fill_image_cache)
     failed = run_all(options)
     sys.exit(f"failed: {' '.join(failed)}" if failed else 0)
 
 
-def _once(compose: Any) -> Any:
-    """``compose`` that remembers its last result: every variant has the same seed, data and size."""
+def _once(fill_image_cache: Any) -> Any:
+    """``fill_image_cache`` that remembers its last result: every variant has the same seed, data and size."""
     kept: dict[tuple[int, int, int], Any] = {}
 
-    def composed(feed: Any, count: int, workers: int, device: torch.device) -> Any:
+    def filled(feed: Any, count: int, workers: int, device: torch.device) -> Any:
         key = (feed.seed, feed.size, count)
         if key not in kept:
             kept.clear()
-            kept[key] = compose(feed, count, workers, device)
+            kept[key] = fill_image_cache(feed, count, workers, device)
         return kept[key]
 
-    return composed
+    return filled
 
 
 if __name__ == "__main__":

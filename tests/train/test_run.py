@@ -33,7 +33,7 @@ from wuerstchen.train.changes import plan
 from wuerstchen.train.config import Phase, as_dict, differing_fields, phases_of
 from wuerstchen.train.engine.checkpoint import newest
 from wuerstchen.train.engine.distributed import Processes
-from wuerstchen.train.engine.image_cache import compose
+from wuerstchen.train.engine.image_cache import fill_image_cache
 from wuerstchen.train.engine.stopping import Interrupted
 from wuerstchen.train.feed.images import Feed
 from wuerstchen.train.report.announce import Watch
@@ -305,9 +305,9 @@ def test_images_are_composed_after_the_costs_are_said_and_no_more_than_are_used(
 
     def noted(feed, count, workers, device):
         order.append(count)
-        return compose(feed, count, workers, device)
+        return fill_image_cache(feed, count, workers, device)
 
-    monkeypatch.setattr("wuerstchen.train.run_phase.compose", noted)
+    monkeypatch.setattr("wuerstchen.train.run_phase.fill_image_cache", noted)
     monkeypatch.setattr("wuerstchen.train.run.say_costs_to_come", lambda log: order.append("costs"))
     full = tiny()
     optimization = dataclasses.replace(full.stage_a.optimization, images=24, batch_size=4)
@@ -595,7 +595,7 @@ sys.exit(cli.main(sys.argv[2:]))
 @pytest.mark.parametrize(
     "name",
     [
-        "run_phase.compose",
+        "run_phase.fill_image_cache",
         pytest.param("open_sources", marks=pytest.mark.slow),
         pytest.param("read_start", marks=pytest.mark.slow),
         pytest.param("_Run.write_model", marks=pytest.mark.slow),

@@ -326,9 +326,9 @@ class _Rehearsal(_Run):
 
     def run_stage(self, stage: Stage, phase: Phase, multiple: int) -> Path:
         feed = self.feed(stage, phase, multiple, 0)
-        bank = self.bank(feed, phase) if self.recipe.prepared_images else None
+        cache = self.image_cache(feed, phase) if self.recipe.prepared_images else None
         nowhere, settings = self.run_dir / "none", self.settings(feed)
-        cost = rehearse(stage, feed, nowhere, settings, self.device, bank, self.processes)
+        cost = rehearse(stage, feed, nowhere, settings, self.device, cache, self.processes)
         values = {"total": stage.optimization.images, "seconds": cost.seconds, "kwh": cost.kwh}
         self.log.event("rehearsed", stage=stage.name, **values)
         return self.run_dir
@@ -339,7 +339,7 @@ class _Rehearsal(_Run):
     def order(self) -> int:
         return ORDER
 
-    def bank_size(self, data: str, size: int) -> int:
+    def cache_size(self, data: str, size: int) -> int:
         """As many as the largest batch: more of them cost an update no more."""
         sizes = [r.batch_size for r in readings(self.recipe) if (r.data, r.size) == (data, size)]
         return min(kept_images(self.recipe, data, size), max(sizes))

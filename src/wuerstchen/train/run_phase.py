@@ -14,7 +14,7 @@ from wuerstchen.train.changes import Change
 from wuerstchen.train.config import Phase, Recipe, as_dict
 from wuerstchen.train.engine.checkpoint import load_averages, newest_of_all
 from wuerstchen.train.engine.distributed import Processes
-from wuerstchen.train.engine.image_cache import Bank, compose
+from wuerstchen.train.engine.image_cache import ImageCache, fill_image_cache
 from wuerstchen.train.engine.loop import Settings, run_stage
 from wuerstchen.train.engine.observe import looked_at
 from wuerstchen.train.engine.validation import Denoising, DenoisingTokens, HeldOut, Validation, held_out
@@ -73,7 +73,7 @@ class PhaseRunner:
             maker = maker_of(name)
             if maker is None or maker.short not in recipe.stages:  # others are copied, not used
                 network.eval()  # and stay on the CPU until a stage needs them
-        self._bank: tuple[tuple[str, int], Bank] | None = None
+        self._image_cache: tuple[tuple[str, int], ImageCache] | None = None
         self._held_out: dict[tuple[str, int], HeldOut | HeldOutMaps | None] = {}
 
     def feed(self, stage: Stage, phase: Phase, multiple: int, seed: int) -> Feed | PreparedFeed:
@@ -155,10 +155,20 @@ class PhaseRunner:
         validation = self.validation(stage, phase) if self.processes.is_main else None
         self.processes.barrier_without_timeout()  # for rank 0, which has read held-out images
         settings, processes = self.settings(feed), self.processes
-        bank = partial(self.bank, feed, phase) if self.recipe.prepared_images else None
+        cache = partial(self.image_cache, feed, phase) if self.recipe.prepared_images else None
         goes_on = partial(self.goes_on, stage.name)
         return run_stage(
-            stage, feed, folder, settings, self.device, self.log, header, bank, processes, validation, goes_on
+            stage,
+            feed,
+            folder,
+            settings,
+            self.device,
+            self.log,
+            header,
+            cache,
+            processes,
+            validation,
+            goes_on,
         )
 
     def goes_on(self, stage: str, images: int) -> None:
@@ -203,25 +213,25 @@ class PhaseRunner:
             return None
         return Validation(stage, pictures, HALVES.get(self.recipe.precision), self.device)
 
-    def bank(self, feed: Feed | PreparedFeed, phase: Phase) -> Bank:
+    def image_cache(self, feed: Feed | PreparedFeed, phase: Phase) -> ImageCache:
         """The pictures that stages train on, composed when one first needs them."""
         assert isinstance(feed, Feed)
         key = (phase.data or self.recipe.data, feed.size)
-        if self._bank is None or self._bank[0] != key:
-            self._bank = None  # one at a time: they are large
+        if self._image_cache is None or self._image_cache[0] != key:
+            self._image_cache = None  # one at a time: they are large
             seed = stable_hash(self.recipe.seed, "bank") >> 1
             pictures = Feed(feed.source, seed, feed.size, captions=True, skip=self.recipe.skip)
-            bank = compose(pictures, self.bank_size(*key), self.recipe.workers, self.device)
-            self._bank = (key, bank)
-            for name, reason in bank.skipped:
+            cache = fill_image_cache(pictures, self.cache_size(*key), self.recipe.workers, self.device)
+            self._image_cache = (key, cache)
+            for name, reason in cache.skipped:
                 self.log.event("skipped", stage="bank", name=name, reason=reason)
-        return self._bank[1]
+        return self._image_cache[1]
 
     def order(self) -> int:
         """Which version's rules the run goes by (``folder.ORDER``)."""
         return read_json(self.run_dir / "run.json").get("order", 1)
 
-    def bank_size(self, data: str, size: int) -> int:
+    def cache_size(self, data: str, size: int) -> int:
         """How many images of a size are composed: no more than will be used."""
         if self.order() < ORDER:
             return self.recipe.prepared_images  # their number is part of the order that the run began with

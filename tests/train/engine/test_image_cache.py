@@ -9,7 +9,7 @@ import torch
 from wuerstchen.data.plan import item_at, items_at
 from wuerstchen.errors import UserError
 from wuerstchen.train.engine.checkpoint import newest, read_averages
-from wuerstchen.train.engine.image_cache import Bank, compose
+from wuerstchen.train.engine.image_cache import ImageCache, fill_image_cache
 from wuerstchen.train.engine.loop import run_stage
 from wuerstchen.train.feed.images import Feed
 from wuerstchen.train.report.events import Log
@@ -21,50 +21,50 @@ def run(folder, stage, settings, source, device=CPU, **changes):
     settings = dataclasses.replace(settings, **changes)
     folder.mkdir(exist_ok=True)
     feed = Feed(source, 5, settings.preview_size, captions=True)
-    bank = compose(feed, 30, 0, device)
-    return run_stage(stage, feed, folder, settings, device, Log(folder / "log.jsonl"), {}, lambda: bank)
+    cache = fill_image_cache(feed, 30, 0, device)
+    return run_stage(stage, feed, folder, settings, device, Log(folder / "log.jsonl"), {}, lambda: cache)
 
 
-def test_the_bank_holds_the_first_pictures_of_the_feed(toy_source):
+def test_the_image_cache_holds_the_first_pictures_of_the_feed(toy_source):
     feed = Feed(toy_source(broken=(3,)), 5, 4, captions=True)
-    bank = compose(feed, 300, 0, CPU)
-    assert len(bank) == len(bank.captions) == 300
+    cache = fill_image_cache(feed, 300, 0, CPU)
+    assert len(cache) == len(cache.captions) == 300
     for index in (0, 7, 255, 256, 299):
         example = feed[index][1]
-        assert np.array_equal(bank.images[index].numpy(), example.image)
-        assert bank.captions[index] == example.caption
-    assert len(bank.skipped) == 30
+        assert np.array_equal(cache.images[index].numpy(), example.image)
+        assert cache.captions[index] == example.caption
+    assert len(cache.skipped) == 30
 
 
 def test_it_keeps_what_the_stage_prepares_and_images_only_if_they_are_read(toy_stage, toy_source):
     stage = toy_stage()
-    bank = compose(Feed(toy_source(), 5, 4, captions=True), 300, 0, CPU)
-    inputs = bank.prepare(stage, dtype=None)
+    cache = fill_image_cache(Feed(toy_source(), 5, 4, captions=True), 300, 0, CPU)
+    inputs = cache.prepare(stage, dtype=None)
     assert inputs.keys() == {"first", "images"}
-    torch.testing.assert_close(inputs["first"], bank.images[:, 0, 0, 0].float() / 255)
-    assert inputs["images"].data_ptr() == bank.images.data_ptr()  # 20 GB are not copied
+    torch.testing.assert_close(inputs["first"], cache.images[:, 0, 0, 0].float() / 255)
+    assert inputs["images"].data_ptr() == cache.images.data_ptr()  # 20 GB are not copied
     stage.reads_images = False
-    assert bank.prepare(stage, dtype=None).keys() == {"first"}
+    assert cache.prepare(stage, dtype=None).keys() == {"first"}
     captions = []
     stage.prepare = lambda batch, device: captions.extend(batch.captions) or {}
-    bank.prepare(stage, dtype=None)
-    assert captions == bank.captions != captions[::-1]
+    cache.prepare(stage, dtype=None)
+    assert captions == cache.captions != captions[::-1]
 
 
-def test_every_epoch_shows_every_picture_of_the_bank_once():
+def test_every_epoch_shows_every_picture_of_the_image_cache_once():
     assert sorted(items_at(range(30, 60), 30, 1)) == list(range(30))
     assert items_at(range(25, 35), 30, 1) == [item_at(i, 30, 1) for i in range(25, 35)]
 
 
-def test_pictures_of_the_bank_come_shuffled(tmp_path, toy_stage, toy_source, settings, monkeypatch):
+def test_pictures_of_the_image_cache_come_shuffled(tmp_path, toy_stage, toy_source, settings, monkeypatch):
     """In another order in every epoch and with every seed; each picture once an epoch."""
-    prepare = Bank.prepare
+    prepare = ImageCache.prepare
 
-    def numbered(bank, *given):
-        inputs = prepare(bank, *given)
+    def numbered(cache, *given):
+        inputs = prepare(cache, *given)
         return {**inputs, "images": torch.zeros_like(inputs["images"]), "first": torch.arange(30.0)}
 
-    monkeypatch.setattr(Bank, "prepare", numbered)
+    monkeypatch.setattr(ImageCache, "prepare", numbered)
     orders = []
     for seed in (0, 1):
         stage, rows = toy_stage(images=60, batch_size=6), []
@@ -79,7 +79,7 @@ def test_pictures_of_the_bank_come_shuffled(tmp_path, toy_stage, toy_source, set
     assert len({tuple(order) for order in (*orders, sorted(orders[0]))}) == 5
 
 
-def test_a_broken_run_on_a_bank_ends_as_the_unbroken_one(tmp_path, toy_stage, toy_source, settings):
+def test_a_broken_run_on_an_image_cache_ends_as_the_unbroken_one(tmp_path, toy_stage, toy_source, settings):
     """Values are read every third update only: what is not read must happen all the same."""
     whole = run(tmp_path / "whole", toy_stage(images=122), settings, toy_source(), log_every=3)
 
@@ -116,10 +116,10 @@ def test_for_a_preview_that_is_owed_no_picture_is_composed_and_nothing_compiled(
     feed, log = Feed(toy_source(), 5, settings.preview_size, captions=True), Log(tmp_path / "log.jsonl")
     again = dataclasses.replace(settings, compiles=True)
 
-    def bank():
+    def cache():
         pytest.fail("composed")
 
-    run_stage(toy_stage(images=24), feed, tmp_path, again, CPU, log, {}, bank)
+    run_stage(toy_stage(images=24), feed, tmp_path, again, CPU, log, {}, cache)
     assert (tmp_path / "previews" / f"{24:012d}.png").is_file()
 
 
@@ -157,7 +157,7 @@ def test_a_fault_between_two_readings_is_never_stored(tmp_path, toy_stage, toy_s
 
 @pytest.mark.gpu
 def test_recorded_updates_are_those_that_are_run_as_written(tmp_path, toy_stage, toy_source, settings):
-    """Dropout, rates that change, averages, and a last batch that is smaller; on a bank."""
+    """Dropout, rates that change, averages, and a last batch that is smaller; on a cache."""
     device = torch.device("cuda")
     averages = {}
     for name, records in (("written", False), ("recorded", True)):

@@ -6,7 +6,7 @@ import torch
 
 from wuerstchen.data.plan import items_at
 from wuerstchen.errors import UserError
-from wuerstchen.train.engine.image_cache import Bank
+from wuerstchen.train.engine.image_cache import ImageCache
 from wuerstchen.train.engine.update import (
     TrainStep,
     Values,
@@ -27,13 +27,15 @@ def read_values(values: Values, step: TrainStep) -> dict[str, float]:
     return read
 
 
-def names_of_batch(step: TrainStep, feed: Feed | PreparedFeed, bank: Bank | None, first: int) -> list[str]:
+def names_of_batch(
+    step: TrainStep, feed: Feed | PreparedFeed, cache: ImageCache | None, first: int
+) -> list[str]:
     """The names of the images of the batch that begins at number ``first`` of the run."""
     optimization = step.stage.optimization
     numbers = range(first, min(first + optimization.batch_size, optimization.images))
-    if bank is None:
+    if cache is None:
         return feed.names(numbers)
-    return [bank.names[row] for row in items_at(numbers, len(bank), step.seed)] if bank.names else []
+    return [cache.names[row] for row in items_at(numbers, len(cache), step.seed)] if cache.names else []
 
 
 def refuse_fault(step: TrainStep, values: dict[str, float] | None = None) -> None:

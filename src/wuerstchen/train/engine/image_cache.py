@@ -20,7 +20,7 @@ _COMPOSED, _PREPARED = 64, 256  # pictures at a time
 
 
 @dataclass(frozen=True)
-class Bank:
+class ImageCache:
     """The first pictures of a feed, on the device."""
 
     images: UInt8[Tensor, "n h w 3"]
@@ -53,7 +53,7 @@ class Bank:
         return inputs | ({"images": self.images} if stage.reads_images else {})
 
 
-def compose(feed: Feed, count: int, workers: int, device: torch.device) -> Bank:
+def fill_image_cache(feed: Feed, count: int, workers: int, device: torch.device) -> ImageCache:
     """The first ``count`` pictures of the feed. Raises ``UserError`` if memory cannot hold them."""
     with out_of_memory_named(f"prepared_images={count}"):
         images = torch.empty(count, feed.size, feed.size, 3, dtype=torch.uint8, device=device)
@@ -65,4 +65,4 @@ def compose(feed: Feed, count: int, workers: int, device: torch.device) -> Bank:
             captions += batch.captions
             skipped += batch.skipped
             shown.update(len(batch.images))
-    return Bank(images, captions, skipped, feed.names(range(count)))
+    return ImageCache(images, captions, skipped, feed.names(range(count)))

@@ -30,7 +30,7 @@ from wuerstchen.train.engine.distributed import (
 )
 from wuerstchen.train.engine.ema import decay_at, make_average
 from wuerstchen.train.engine.faults import NotFinite, names_of_batch, read_values, refuse_fault
-from wuerstchen.train.engine.image_cache import Bank
+from wuerstchen.train.engine.image_cache import ImageCache
 from wuerstchen.train.engine.loss_scale import LossScale
 from wuerstchen.train.engine.observe import Observer
 from wuerstchen.train.engine.optim import learning_rate, make_optimizer, set_rate
@@ -99,14 +99,14 @@ def run_stage(
     device: torch.device,
     log: Log,
     header: dict[str, Any],
-    bank: Callable[[], Bank] | None = None,
+    cache: Callable[[], ImageCache] | None = None,
     processes: Processes | None = None,
     validation: Validation | None = None,
     goes_on: Callable[[int], None] | None = None,
 ) -> Path:
     """Trains a stage to its end, from the last checkpoint in ``folder`` if there is one.
 
-    Pictures come from the ``bank`` where there is one, else from the feed; it is made only if there is an
+    Pictures come from the ``cache`` where there is one, else from the feed; it is made only if there is an
     update left. ``goes_on`` is told the number of images that training goes on from. With a ``validation``
     the loss on held-out pictures is logged at previews and at checkpoints. A preview or validation that a
     stop has prevented is made first. Returns the last checkpoint.
@@ -119,7 +119,7 @@ def run_stage(
     total = stage.optimization.images
     if goes_on is not None:
         goes_on(state.images)
-    composed = bank() if bank is not None and state.images < total else None
+    composed = cache() if cache is not None and state.images < total else None
     log.event(
         "start", stage=stage.name, images=state.images, total=total, resumed=resumed, device=str(device)
     )
@@ -158,9 +158,9 @@ def run_stage(
             updates = (
                 _fed_updates(step, feed, settings, stop)
                 if composed is None
-                else _bank_updates(step, composed, settings)
+                else _cached_updates(step, composed, settings)
             )
-            loop = _Loop(step, settings, log, cost, saving, observer, meter, stop, waits=bank is None)
+            loop = _Loop(step, settings, log, cost, saving, observer, meter, stop, waits=cache is None)
             with contextlib.closing(meter), contextlib.closing(writer), contextlib.closing(updates):
                 loop.run(updates)
     # Of a signal that came after the last update, the next stage would know nothing.
@@ -287,7 +287,7 @@ def rehearse(
     folder: Path,
     settings: Settings,
     device: torch.device,
-    bank: Bank | None,
+    cache: ImageCache | None,
     processes: Processes | None = None,
 ) -> Cost:
     """What an image costs, by a few updates of a stage that is then thrown away. ``folder`` is empty.
@@ -301,8 +301,8 @@ def rehearse(
     step = _step(stage, state, settings, processes)
     updates = (
         _fed_updates(step, feed, settings, StopRequest(processes.count))
-        if bank is None
-        else _bank_updates(step, bank, settings)
+        if cache is None
+        else _cached_updates(step, cache, settings)
     )
     meter, images = CostMeter(device), 0
     with contextlib.closing(updates), _memory_named(stage, feed):
@@ -426,16 +426,16 @@ def _fed_updates(
             yield _Fed(images, batch.skipped, update(inputs, batch.indices.to(device)))
 
 
-def _bank_updates(step: TrainStep, bank: Bank, settings: Settings) -> Generator[_Fed, None, None]:
-    """Updates on pictures of the bank, in an order that is a function of the image number."""
+def _cached_updates(step: TrainStep, cache: ImageCache, settings: Settings) -> Generator[_Fed, None, None]:
+    """Updates on pictures of the cache, in an order that is a function of the image number."""
     optimization = step.stage.optimization
-    inputs = bank.prepare(step.stage, settings.autocast)
+    inputs = cache.prepare(step.stage, settings.autocast)
     with contextlib.closing(StepRunner(step, settings.records)) as update:
         for first in range(step.state.images, optimization.images, optimization.batch_size):
             numbers = range(first, min(first + optimization.batch_size, optimization.images))
             _begin(step, settings, len(numbers))
             own = step.processes.rank_slice(numbers)
-            rows = torch.tensor(items_at(own, len(bank), step.seed), dtype=torch.int64, device="cpu")
+            rows = torch.tensor(items_at(own, len(cache), step.seed), dtype=torch.int64, device="cpu")
             rows = rows.to(step.device)
             indices = torch.arange(own.start, own.stop, device="cpu").to(step.device)
             chosen = {name: tensor[rows] for name, tensor in inputs.items()}
