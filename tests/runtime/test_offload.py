@@ -26,9 +26,7 @@ from wuerstchen.runtime.offload import (
     Blockwise,
     OneAtATime,
     decoding_halo,
-    embedding_halo,
     tiled_decode,
-    tiled_embed,
 )
 
 CPU = torch.device("cpu")
@@ -390,23 +388,20 @@ SHAPES = {
 def test_tiles_equal_the_whole(shape, tile, randomise):
     """Without seams, at the edges too: sizes that tiles do not divide, several pictures."""
     vqgan = small_vqgan(randomise, **SHAPES[shape])
-    factor = vqgan.config.factor
     height, width = (2, 3) if tile == 1 else (9, 17)
-    latents, pixels = torch.randn(2, 4, height, width), torch.rand(2, 3, height * factor, width * factor)
-    whole, embedded = vqgan.decode(latents), vqgan.embed(pixels)
+    latents = torch.randn(2, 4, height, width)
+    whole = vqgan.decode(latents)
     # Values are of order 1 to 10; on several threads a convolution rounds by the size of its input.
     torch.testing.assert_close(tiled_decode(vqgan, latents, tile=tile), whole, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(tiled_embed(vqgan, pixels, tile=tile), embedded, rtol=1e-4, atol=1e-4)
     vqgan.double()
     decoded = tiled_decode(vqgan, latents.double(), tile=tile)
     torch.testing.assert_close(decoded, vqgan.decode(latents.double()), rtol=1e-12, atol=1e-12)
 
 
-def test_the_published_halos():
+def test_the_published_halo():
     with torch.device("meta"):
         vqgan = VQGAN(VQGANConfig())
     assert decoding_halo(vqgan) == 13
-    assert embedding_halo(vqgan) == 2
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -458,8 +453,6 @@ def test_tiles_of_nothing_are_refused(tile, randomise):
     vqgan = small_vqgan(randomise)
     with pytest.raises(UserError, match="holds nothing; use at least 1"):
         tiled_decode(vqgan, torch.randn(1, 4, 4, 4), tile=tile)
-    with pytest.raises(UserError, match="holds nothing; use at least 1"):
-        tiled_embed(vqgan, torch.randn(1, 3, 16, 16), tile=tile)
 
 
 @pytest.mark.gpu

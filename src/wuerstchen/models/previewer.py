@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -61,27 +60,3 @@ class Previewer(nn.Module):
             assert isinstance(expand, nn.Conv2d)
             x = convolve(nn.PixelShuffle(2), pointwise(expand, block(x)))
         return x.permute(0, 3, 1, 2) + 0.5
-
-
-def fit_linear_preview(
-    z: Float[Tensor, "n c h w"], pixels: Float[Tensor, "n 3 h2 w2"]
-) -> tuple[Float[Tensor, "3 c"], Float[Tensor, " 3"]]:
-    """Weights and bias of the linear map from a position of the map to the mean colour of its pixels.
-
-    Ordinary least squares in float64, over all positions of ``n`` maps (as the compressor gives them) and the
-    pictures in [0, 1] that they were made of. For models without a previewer, the published ones, a few
-    hundred pictures are enough: 16 weights a colour. Use it as
-    ``einsum("rc, bchw -> brhw", weight, z) + bias[:, None, None]``.
-
-    Raises ``UserError`` for fewer positions than there are weights.
-    """
-    if z.shape[0] * z.shape[2] * z.shape[3] <= z.shape[1]:
-        raise UserError(
-            f"{len(z)} maps of {z.shape[2]}×{z.shape[3]} do not determine {z.shape[1]} weights a colour; "
-            "give more pictures"
-        )
-    colours = F.interpolate(pixels.double(), size=z.shape[2:], mode="area")
-    rows = z.double().permute(0, 2, 3, 1).flatten(0, 2)
-    rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
-    solution = torch.linalg.lstsq(rows, colours.permute(0, 2, 3, 1).flatten(0, 2)).solution
-    return solution[:-1].T.to(z.dtype), solution[-1].to(z.dtype)

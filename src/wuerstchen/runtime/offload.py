@@ -7,7 +7,7 @@ before.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -222,18 +222,26 @@ def tiled_decode(
     The memory beyond the result follows from the tile, not from the pictures' size or number.
     Raises ``UserError`` for a tile below 1.
     """
-    factor = vqgan.config.factor
-    return _in_tiles(vqgan.decode, latents, tile, decoding_halo(vqgan), lambda n: n * factor)
-
-
-def tiled_embed(
-    vqgan: VQGAN, pixels: Float[Tensor, "b c h w"], *, tile: int = TILE
-) -> Float[Tensor, "b z h4 w4"]:
-    """``vqgan.embed`` a tile at a time, as ``tiled_decode``; ``tile`` is in latents here too."""
-    factor = vqgan.config.factor
-    return _in_tiles(
-        vqgan.embed, pixels, tile * factor, embedding_halo(vqgan) * factor, lambda n: n // factor
-    )
+    if tile < 1:
+        raise UserError(f"tile {tile} holds nothing; use at least 1, {TILE} is common")
+    halo, factor = decoding_halo(vqgan), vqgan.config.factor
+    height, width = latents.shape[2:]
+    result: Tensor | None = None
+    for number in range(len(latents)):
+        for top in range(0, height, tile):
+            for left in range(0, width, tile):
+                bottom, right = min(top + tile, height), min(left + tile, width)
+                # At the edge of the image there is no halo: the convolutions must pad there, and only there.
+                y, x = max(top - halo, 0), max(left - halo, 0)
+                part = vqgan.decode(latents[number : number + 1, :, y : bottom + halo, x : right + halo])[0]
+                part = part[:, factor * (top - y) : factor * (bottom - y)]
+                part = part[:, :, factor * (left - x) : factor * (right - x)]
+                if result is None:
+                    result = part.new_empty((len(latents), len(part), factor * height, factor * width))
+                rows = slice(factor * top, factor * bottom)
+                result[number, :, rows, factor * left : factor * right] = part
+    assert result is not None
+    return result
 
 
 def decoding_halo(vqgan: VQGAN) -> int:
@@ -243,42 +251,3 @@ def decoding_halo(vqgan: VQGAN) -> int:
         halo += 1  # the 3×3 convolution of the level's block
         halo = halo // 2 + 1  # the transposed 4×4: pixel i comes of (i − 1) // 2 and the next
     return halo + vqgan.config.bottleneck_blocks
-
-
-def embedding_halo(vqgan: VQGAN) -> int:
-    """How many latents' worth of pixels to each side of a latent's own decide on it: 2 as published."""
-    halo = 1  # the 3×3 convolution of the last level's block
-    for _ in range(vqgan.config.levels - 1):
-        halo = 2 * halo + 1  # the strided 4×4: position i sees 2i − 1 to 2i + 2
-        halo += 1
-    return -(-halo // 2 ** (vqgan.config.levels - 1))
-
-
-def _in_tiles(
-    function: Callable[[Tensor], Tensor],
-    images: Float[Tensor, "b c h w"],
-    tile: int,
-    halo: int,
-    scaled: Callable[[int], int],
-) -> Tensor:
-    """``function`` on tiles with ``halo`` around them, put together where ``scaled`` brings their corners.
-
-    At the edge of the picture there is no halo: the function must meet the edge there, and only there.
-    """
-    if tile < 1:
-        raise UserError(f"tile {tile} holds nothing; use at least 1, {TILE} is common")
-    height, width = images.shape[2:]
-    result: Tensor | None = None
-    for number in range(len(images)):
-        for top in range(0, height, tile):
-            for left in range(0, width, tile):
-                bottom, right = min(top + tile, height), min(left + tile, width)
-                y, x = max(top - halo, 0), max(left - halo, 0)
-                part = function(images[number : number + 1, :, y : bottom + halo, x : right + halo])
-                part = part[0, :, scaled(top - y) : scaled(bottom - y), scaled(left - x) : scaled(right - x)]
-                if result is None:
-                    shape = (len(images), len(part), scaled(height), scaled(width))
-                    result = part.new_empty(shape)
-                result[number, :, scaled(top) : scaled(bottom), scaled(left) : scaled(right)] = part
-    assert result is not None
-    return result
