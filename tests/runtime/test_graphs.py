@@ -1,4 +1,4 @@
-"""What recording asks of the device, and in which order, with a fake ``torch.cuda``."""
+"""Which calls recording makes to the device, and in which order, with a fake ``torch.cuda``."""
 
 import contextlib
 import gc
@@ -15,7 +15,7 @@ from wuerstchen.train.engine.update import StepRunner, TrainStep
 
 
 class FakeCuda:
-    """Stands for ``torch.cuda``. ``log`` says what was asked, and on which stream."""
+    """A fake ``torch.cuda``. ``log`` holds the calls and their streams."""
 
     def __init__(self, monkeypatch):
         self.log: list[str] = []
@@ -55,7 +55,7 @@ class FakeCuda:
 
     @contextlib.contextmanager
     def graph(self, graph, pool=None, stream=None, capture_error_mode="global"):
-        """As the real one, it leaves its stream the current one if the capture cannot end."""
+        """Like the real one, it leaves its stream the current one if the capture fails to end."""
         before, self.current = self.current, stream
         self.write(f"record {graph.name}, pool {pool}, {capture_error_mode}")
         yield
@@ -106,7 +106,7 @@ def cuda(monkeypatch):
 WARM_UP = ["side waits for main", "side: run", "main waits for side"]
 
 
-def test_sampling_asks_for_the_same_in_the_same_order(cuda):
+def test_sampling_makes_the_same_calls_in_the_same_order(cuda):
     """The first pass of a kind runs on the side stream, the second is recorded, and all are replayed."""
 
     def prepare(text):
@@ -143,7 +143,7 @@ def test_sampling_asks_for_the_same_in_the_same_order(cuda):
     assert cuda.taken()[0] == "side waits for main"
 
 
-def test_a_thread_records_what_it_has_run_itself(cuda):
+def test_every_thread_warms_up_before_it_records(cuda):
     """A second image, sampled in a new thread, was recorded before cuBLAS was ready in it, which fails."""
     recorder, x = Recorder(nn.Linear(1, 1), lambda x: x + 1), torch.ones(1)
     with ThreadPoolExecutor(1) as thread:
@@ -172,7 +172,7 @@ def test_a_recording_that_fails_leaves_the_stream_as_it_was(cuda):
         thread.submit(graphs._ONE_AT_A_TIME.release).result()
 
 
-def test_more_kinds_than_are_kept_start_anew(cuda, monkeypatch):
+def test_one_kind_too_many_drops_all_recordings(cuda, monkeypatch):
     monkeypatch.setattr("wuerstchen.runtime.recorder.MAX_KINDS", 2)
     recorder = Recorder(nn.Linear(1, 1), lambda x: x + 1)
     for size in (1, 2, 3):
@@ -193,7 +193,7 @@ class FakeStep(TrainStep):
         self.cuda.write("average")
 
 
-def test_training_asks_for_the_same_in_the_same_order(cuda):
+def test_training_makes_the_same_calls_in_the_same_order(cuda):
     """Three updates of a shape run on the side stream, the fourth is recorded, and all from it on are
     replayed. The average follows outside of the recording."""
     update = StepRunner(FakeStep(cuda), record=True)
@@ -222,6 +222,6 @@ def test_training_asks_for_the_same_in_the_same_order(cuda):
     assert not cuda.alive
 
 
-def test_training_on_a_cpu_asks_for_nothing(cuda):
+def test_training_on_a_cpu_records_nothing(cuda):
     StepRunner(FakeStep(cuda), record=False)({"x": torch.ones(2), "y": torch.ones(2)}, torch.arange(2))
     assert cuda.taken() == ["main: run", "main: average"]

@@ -1,4 +1,4 @@
-"""What is on the device when, with a pretended device on the CPU and a real one; tiles against the whole."""
+"""Offloading, on a fake device on the CPU and on a real GPU, and decoding in tiles."""
 
 import copy
 import dataclasses
@@ -20,7 +20,7 @@ from wuerstchen.models.previewer import Previewer, PreviewerConfig
 from wuerstchen.models.prior import Prior, PriorConfig
 from wuerstchen.models.vqgan import VQGAN, VQGANConfig
 from wuerstchen.pipeline import BUNDLED
-from wuerstchen.runtime import offload as memory
+from wuerstchen.runtime import offload
 from wuerstchen.runtime.offload import (
     AllOnDevice,
     Blockwise,
@@ -33,10 +33,10 @@ CPU = torch.device("cpu")
 VQ = VQGANConfig(bottleneck_blocks=3, embed_dim=8, num_vq_embeddings=16)
 
 
-class PretendedDevice:
+class FakeDevice:
     """A device whose memory is the CPU's too, but holds other tensors.
 
-    The values of what is put away are replaced by NaN: whatever computes with weights that were not brought
+    Weights that are put away are replaced by NaN, so computing with weights that were not moved to the device
     gives NaN. Counts the numbers on the device.
     """
 
@@ -48,7 +48,7 @@ class PretendedDevice:
         self.peak = 0
 
     def put_away(self, module: nn.Module) -> nn.Module:
-        for tensor in memory._tensors(module):
+        for tensor in offload._tensors(module):
             if tensor.data_ptr() in self.values:
                 continue
             away = torch.full_like(tensor.data, float("nan") if tensor.is_floating_point() else 0)
@@ -69,19 +69,19 @@ class PretendedDevice:
 
     def numbers_of(self, module: nn.Module) -> int:
         """How many of the module's numbers are on the device."""
-        return sum(t.numel() for t in memory._tensors(module) if self.is_on(t, CPU))
+        return sum(t.numel() for t in offload._tensors(module) if self.is_on(t, CPU))
 
 
 @pytest.fixture
-def device(monkeypatch) -> PretendedDevice:
-    pretended = PretendedDevice()
-    monkeypatch.setattr(memory, "_copied", pretended.copied)
-    monkeypatch.setattr(memory, "_is_on", pretended.is_on)
-    return pretended
+def device(monkeypatch) -> FakeDevice:
+    fake = FakeDevice()
+    monkeypatch.setattr(offload, "_copied", fake.copied)
+    monkeypatch.setattr(offload, "_is_on", fake.is_on)
+    return fake
 
 
 def size(module: nn.Module) -> int:
-    return sum(tensor.numel() for tensor in memory._tensors(module))
+    return sum(tensor.numel() for tensor in offload._tensors(module))
 
 
 def two() -> tuple[nn.Module, nn.Module]:
@@ -96,7 +96,7 @@ class TestAllOnDevice:
             pass
         second.to("meta")
         with (
-            pytest.raises(UserError, match="Linear is on meta, but is to compute on cpu"),
+            pytest.raises(UserError, match=r"Linear is on the wrong device: meta\. It must be on cpu"),
             residence.using(first, second),
         ):
             raise AssertionError
@@ -104,13 +104,13 @@ class TestAllOnDevice:
 
 
 class TestOneAtATime:
-    def test_one_comes_when_the_other_goes(self, device):
+    def test_one_network_replaces_the_other(self, device):
         first, second = (device.put_away(part) for part in two())
         residence = OneAtATime(CPU)
         with residence.using(first):
             assert first(torch.ones(1, 4)).isfinite().all()
             assert device.numbers_of(first) == size(first)
-        assert device.numbers_of(first) == size(first)  # it stays until it is in the way
+        assert device.numbers_of(first) == size(first)  # it stays until another one is used
         copies = device.copies
         with residence.using(first):
             assert device.copies == copies
@@ -121,8 +121,8 @@ class TestOneAtATime:
         assert device.numbers_of(second) == 0
         assert device.peak == size(first)  # the first had left when the second came
 
-    def test_blocks_inside_blocks(self, device):
-        """An inner block must not take away what the outer goes on with."""
+    def test_contexts_can_be_nested(self, device):
+        """An inner context must not move away what the outer one still uses."""
         first, second = (device.put_away(part) for part in two())
         residence = OneAtATime(CPU)
         with residence.using(first):
@@ -134,16 +134,16 @@ class TestOneAtATime:
         residence.release()
         assert device.numbers_of(first) == device.numbers_of(second) == 0
 
-    def test_goes_back_to_the_very_same_memory(self, device):
+    def test_moves_back_to_the_same_memory(self, device):
         first = device.put_away(two()[0])
-        before = [tensor.data_ptr() for tensor in memory._tensors(first)]
+        before = [tensor.data_ptr() for tensor in offload._tensors(first)]
         residence = OneAtATime(CPU)
         with residence.using(first):
-            assert [tensor.data_ptr() for tensor in memory._tensors(first)] != before
+            assert [tensor.data_ptr() for tensor in offload._tensors(first)] != before
         residence.release()
-        assert [tensor.data_ptr() for tensor in memory._tensors(first)] == before
+        assert [tensor.data_ptr() for tensor in offload._tensors(first)] == before
 
-    def test_what_was_replaced_meanwhile_is_kept(self, device):
+    def test_weights_that_were_replaced_meanwhile_are_kept(self, device):
         """As fusing an adapter does while the network is on the device."""
         first = device.put_away(two()[0])
         residence = OneAtATime(CPU)
@@ -166,7 +166,7 @@ class TestOneAtATime:
         residence.release()
 
     @pytest.mark.parametrize("kind", [OneAtATime, Blockwise])
-    def test_an_error_leaves_all_at_home(self, device, kind):
+    def test_an_error_moves_everything_back(self, device, kind):
         first = device.put_away(two()[0])
         residence = kind(CPU)
         with pytest.raises(RuntimeError, match="shapes cannot"), residence.using(first):
@@ -178,7 +178,7 @@ class TestOneAtATime:
             assert first(torch.ones(1, 4)).isfinite().all()
 
     @pytest.mark.parametrize("kind", [OneAtATime, Blockwise])
-    def test_running_out_of_memory_on_the_way_is_survived(self, device, kind, monkeypatch):
+    def test_running_out_of_memory_while_moving_moves_everything_back(self, device, kind, monkeypatch):
         first = device.put_away(nn.Sequential(nn.LayerNorm(4), nn.LayerNorm(4)))
         residence = kind(CPU)
 
@@ -188,7 +188,7 @@ class TestOneAtATime:
             return device.copied(tensor, to)
 
         with monkeypatch.context() as patch:
-            patch.setattr(memory, "_copied", full)
+            patch.setattr(offload, "_copied", full)
             with pytest.raises(torch.OutOfMemoryError), residence.using(first):
                 raise AssertionError
         assert device.numbers_of(first) == 0
@@ -198,7 +198,7 @@ class TestOneAtATime:
     @pytest.mark.parametrize("kind", [OneAtATime, Blockwise])
     def test_what_was_there_already_stays_there(self, device, kind):
         first = two()[0]
-        device.addresses |= {tensor.data_ptr() for tensor in memory._tensors(first)}
+        device.addresses |= {tensor.data_ptr() for tensor in offload._tensors(first)}
         residence = kind(CPU)
         with residence.using(first):
             first(torch.ones(1, 4))
@@ -206,7 +206,7 @@ class TestOneAtATime:
         assert device.copies == 0
         assert device.is_on(first[0].weight, CPU)
 
-    def test_weights_can_be_trained_after_drawing(self, device):
+    def test_weights_can_be_trained_after_sampling(self, device):
         """Copies made in inference mode would refuse gradients for as long as they stay."""
         first = device.put_away(two()[0])
         residence = OneAtATime(CPU)
@@ -311,12 +311,12 @@ CALLS = {
 
 @pytest.mark.parametrize("kind", [OneAtATime, Blockwise])
 @pytest.mark.parametrize("name", CALLS)
-def test_every_network_computes_only_with_what_was_brought(name, kind, device, randomise):
+def test_every_network_computes_only_with_weights_on_the_device(name, kind, device, randomise):
     network, call = CALLS[name](randomise)
     with torch.inference_mode():
         expected = call()
         device.put_away(network)
-        assert not call().isfinite().all()  # the pretence works: nothing was brought
+        assert not call().isfinite().all()  # the fake works: nothing is on the device
         residence = kind(CPU)
         for _ in range(2):
             with residence.using(network):
@@ -325,7 +325,7 @@ def test_every_network_computes_only_with_what_was_brought(name, kind, device, r
     assert device.numbers_of(network) == 0
 
 
-def test_layer_by_layer_needs_little(device, randomise):
+def test_layer_by_layer_needs_little_memory(device, randomise):
     prior, call = prior_call(randomise)
     with torch.no_grad():
         device.put_away(prior)
@@ -363,7 +363,7 @@ def test_layer_by_layer_with_tied_weights(device):
         with residence.using(tied):
             assert torch.equal(tied(ids), expected)
             assert torch.equal(tied(ids), expected)
-            with residence.using(tied.out):  # must not take the outer block's embedding along when it ends
+            with residence.using(tied.out):  # must not move the outer context's embedding away
                 assert torch.equal(tied(ids), expected)
             assert torch.equal(tied(ids), expected)
     assert tied.out.weight is tied.embedding.weight
@@ -386,7 +386,7 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("tile", [1, 5, 32])
 def test_tiles_equal_the_whole(shape, tile, randomise):
-    """Without seams, at the edges too: sizes that tiles do not divide, several pictures."""
+    """No seams, at the edges either: sizes that tiles do not divide, several images."""
     vqgan = small_vqgan(randomise, **SHAPES[shape])
     height, width = (2, 3) if tile == 1 else (9, 17)
     latents = torch.randn(2, 4, height, width)
@@ -405,7 +405,7 @@ def test_the_published_halo():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_halo_is_what_the_decoder_sees(shape, randomise):
+def test_the_halo_is_the_decoders_receptive_field(shape, randomise):
     """The pixels of one latent depend on those ``decoding_halo`` away and on none beyond."""
     vqgan = small_vqgan(randomise, **SHAPES[shape]).double()
     halo, factor = decoding_halo(vqgan), vqgan.config.factor
@@ -418,7 +418,7 @@ def test_the_halo_is_what_the_decoder_sees(shape, randomise):
 
 
 class Largest(TorchDispatchMode):
-    """Remembers how many numbers the largest tensor has that anything returned."""
+    """Records the size of the largest tensor that any operation returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -431,13 +431,13 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_memory_follows_the_tile_not_the_picture(randomise):
+def test_memory_depends_on_the_tile_not_on_the_image(randomise):
     vqgan = small_vqgan(randomise, embed_dim=64)  # wide, so that the result is not the largest
     halo = decoding_halo(vqgan)
 
-    def largest(decode: Callable[[Tensor], Tensor], pictures: int, side: int) -> int:
+    def largest(decode: Callable[[Tensor], Tensor], images: int, side: int) -> int:
         with Largest() as mode:
-            decode(torch.randn(pictures, 4, side, side))
+            decode(torch.randn(images, 4, side, side))
         return mode.numbers
 
     whole = largest(vqgan.decode, 2, 32)
@@ -449,9 +449,9 @@ def test_memory_follows_the_tile_not_the_picture(randomise):
 
 
 @pytest.mark.parametrize("tile", [0, -3])
-def test_tiles_of_nothing_are_refused(tile, randomise):
+def test_tiles_below_1_are_refused(tile, randomise):
     vqgan = small_vqgan(randomise)
-    with pytest.raises(UserError, match="holds nothing; use at least 1"):
+    with pytest.raises(UserError, match=f"tile must be at least 1, got {tile}"):
         tiled_decode(vqgan, torch.randn(1, 4, 4, 4), tile=tile)
 
 
@@ -473,24 +473,27 @@ class TestOnCuda:
     def test_the_same_numbers_in_less_memory(self, randomise):
         networks = self.networks(randomise)
         expected = [self.call(copy.deepcopy(network).to(self.CUDA)) for network in networks]
-        weights = sum(tensor.numel() * tensor.element_size() for tensor in memory._tensors(networks[0]))
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in offload._tensors(networks[0]))
         start = torch.cuda.memory_allocated()
-        # Layer by layer the MLPs run as they are written, in place of the kernels that take three layers.
-        for residence, share, rtol in ((OneAtATime(self.CUDA), 1.05, 0), (Blockwise(self.CUDA), 0.1, 1e-4)):
+        # Layer by layer the plain MLPs run, not the kernels that fuse three layers.
+        for residence, fraction, rtol in (
+            (OneAtATime(self.CUDA), 1.05, 0),
+            (Blockwise(self.CUDA), 0.1, 1e-4),
+        ):
             for _ in range(2):
                 for network, wanted in zip(networks, expected, strict=True):
                     with residence.using(network):
                         error = (self.call(network) - wanted).abs().max().item()
                     assert error <= rtol * wanted.abs().max().item()
-                    assert torch.cuda.memory_allocated() - start <= share * weights
+                    assert torch.cuda.memory_allocated() - start <= fraction * weights
             residence.release()
             assert torch.cuda.memory_allocated() == start
-            assert all(t.device.type == "cpu" for n in networks for t in memory._tensors(n))
-            assert all(t.is_pinned() for n in networks for t in memory._tensors(n) if t.ndim > 1)
+            assert all(t.device.type == "cpu" for n in networks for t in offload._tensors(n))
+            assert all(t.is_pinned() for n in networks for t in offload._tensors(n) if t.ndim > 1)
 
     def test_layer_by_layer_peaks_at_a_layer(self, randomise):
         prior = self.networks(randomise)[0]
-        weights = sum(tensor.numel() * tensor.element_size() for tensor in memory._tensors(prior))
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in offload._tensors(prior))
         with Blockwise(self.CUDA).using(prior):
             self.call(prior)  # the libraries' own workspaces come with the first call
             torch.cuda.reset_peak_memory_stats()

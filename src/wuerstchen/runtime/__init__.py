@@ -1,1 +1,1 @@
-"""How networks run when sampling: recorded as CUDA graphs, or moved to a small GPU part by part."""
+"""CUDA graphs for sampling and training, and offloading for small GPUs."""

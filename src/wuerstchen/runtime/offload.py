@@ -1,9 +1,9 @@
-"""Networks that are larger than the GPU, and pictures that are: what is on the device when, and tiles.
+"""Offloading and tiled decoding, for networks and images that do not fit on the GPU.
 
-A ``Residence`` brings to the device what a stage is about to use. The CPU's copy of every weight stays where
-it is (pinned for CUDA, so that it travels fast), and giving a weight back only points to it again: drawing
-changes no weights. Whoever does change them in place or adds some (training, an adapter) calls ``release``
-before.
+A ``Residence`` moves networks to the device before a stage uses them. The CPU's copy of every weight stays in
+memory (pinned for CUDA, for fast transfers). Moving a weight back only points to that copy again, because
+sampling does not change weights. Call ``release`` before changing weights in place or adding some, as
+training and adapters do.
 """
 
 import math
@@ -20,55 +20,55 @@ from wuerstchen.errors import UserError
 from wuerstchen.models.vqgan import VQGAN
 
 TILE = 64
-"""Side of a tile in latents: 256 pixels of the published Stage A. Its halo of 13 doubles the work, which is
-2 % of a picture's; the memory is an eighth at 1024 pixels and less beyond."""
+"""Side of a tile in latents, 256 pixels with the published Stage A. Its halo of 13 latents doubles the work
+of decoding, which is 2 % of an image's. At 1024 pixels it takes an eighth of the memory."""
 
 LowMemory = Literal["stage", "layer"]
-"""What is on a small GPU at a time: one network, or one layer of it, which is far slower."""
+"""What to keep on a small GPU at a time: one network, or one layer, which is far slower."""
 
 
 class Residence(Protocol):
-    """Where networks live while they work."""
+    """Where networks are while they compute."""
 
     device: torch.device
-    """Where inputs must be."""
+    """Where the inputs must be."""
 
     def using(self, *modules: nn.Module) -> AbstractContextManager[None]:
-        """Within this block, and any it holds, ``modules`` compute on ``device``."""
+        """A context in which ``modules`` compute on ``device``. Contexts can be nested."""
         ...
 
     def release(self) -> None:
-        """Gives the device's memory back, but for blocks that are open."""
+        """Frees the device's memory, except for what open contexts use."""
         ...
 
 
 class AllOnDevice:
-    """Everything stays on the device: the fastest, if it fits."""
+    """Keeps everything on the device: the fastest, if it fits."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     @contextmanager
     def using(self, *modules: nn.Module) -> Iterator[None]:
-        """Moves nothing. Raises ``UserError`` if a weight is elsewhere."""
+        """Moves nothing. Raises ``UserError`` if a weight is on another device."""
         for module in modules:
             for tensor in _tensors(module):
                 if not _is_on(tensor, self.device):
                     raise UserError(
-                        f"{type(module).__name__} is on {tensor.device}, but is to compute on {self.device}; "
-                        "move it there"
+                        f"A {type(module).__name__} is on the wrong device: {tensor.device}. "
+                        f"It must be on {self.device}. Move it there."
                     )
         yield
 
     def release(self) -> None:
-        """Nothing was moved, so nothing goes back."""
+        """Does nothing."""
 
 
 class OneAtATime:
-    """One stage on the device at a time: memory for the largest, one transfer of each a batch.
+    """Keeps one network on the device at a time: needs memory for the largest, and moves each once per batch.
 
-    Networks start on the CPU. What a block used stays until another block uses something else, so a network
-    used twice in a row travels once.
+    Networks start on the CPU. A network stays on the device until another one is used, so one that is used
+    twice in a row is moved once.
     """
 
     def __init__(self, device: torch.device, *, pinned: bool = True) -> None:
@@ -79,7 +79,10 @@ class OneAtATime:
 
     @contextmanager
     def using(self, *modules: nn.Module) -> Iterator[None]:
-        """First sends back what no open block uses, then brings ``modules``; after an error, both go back."""
+        """Moves back what no open context uses, then moves ``modules`` to the device.
+
+        After an error, everything that no other context uses is moved back.
+        """
         self._open.append([tensor for module in modules for tensor in _tensors(module)])
         try:
             self.release()
@@ -92,17 +95,17 @@ class OneAtATime:
         self._open.pop()
 
     def release(self) -> None:
-        """Sends back whatever no open block uses."""
+        """Moves back everything that no open context uses."""
         self._loans.keep_only(tensor for tensors in self._open for tensor in tensors)
 
 
 class Blockwise:
-    """One layer on the device at a time: the least memory, and every step as slow as its weights travel.
+    """Keeps one layer on the device at a time: the least memory, but every step waits for its weights.
 
-    Linear layers and convolutions come when they are called and go when they are done. All else is small, or
-    is read without a call, and is there for the whole block: norms, embeddings, learnt scalars, and the 1×1
-    convolutions, which are computed as the linear layers they are. Not for compiled networks: in them, no
-    layer is called.
+    Linear layers and convolutions are moved to the device when they are called, and back afterwards. All else
+    is small or is read without a call, so it stays for the whole context: norms, embeddings, learned scalars,
+    and 1×1 convolutions, which run as linear layers. Compiled networks do not work, because they do not call
+    their layers.
     """
 
     def __init__(self, device: torch.device, *, pinned: bool = True) -> None:
@@ -113,11 +116,11 @@ class Blockwise:
 
     @contextmanager
     def using(self, *modules: nn.Module) -> Iterator[None]:
-        """Brings what stays and hooks onto what travels; in the end nothing of it is on the device."""
+        """Moves small tensors to the device and adds hooks to the other layers. Undoes both in the end."""
         parts = list(dict.fromkeys(part for module in modules for part in module.modules()))
-        stay = [t for part in parts if not _travels(part) for t in _tensors(part, recurse=False)]
+        stay = [t for part in parts if not _moves_alone(part) for t in _tensors(part, recurse=False)]
         self._open.append({id(tensor): tensor for tensor in stay})
-        hooks = [hook for part in parts if _travels(part) for hook in self._hooks(part)]
+        hooks = [hook for part in parts if _moves_alone(part) for hook in self._hooks(part)]
         try:
             self._loans.bring(stay)
             yield
@@ -128,30 +131,30 @@ class Blockwise:
             self.release()
 
     def release(self) -> None:
-        """Sends back what no open block keeps."""
+        """Moves back everything that no open context keeps."""
         self._loans.keep_only(tensor for stay in self._open for tensor in stay.values())
 
     def _hooks(self, layer: nn.Module) -> list[Any]:
-        def come(*_: object) -> None:
+        def bring(*_: object) -> None:
             self._loans.bring(_tensors(layer))
 
-        def go(*_: object) -> None:
-            # What is tied to a weight that stays, an embedding's for one, stays too.
+        def give_back(*_: object) -> None:
+            # A weight that is tied to one that stays, such as an embedding's, stays too.
             self._loans.give_back(t for t in _tensors(layer) if not any(id(t) in stay for stay in self._open))
 
-        return [layer.register_forward_pre_hook(come), layer.register_forward_hook(go)]
+        return [layer.register_forward_pre_hook(bring), layer.register_forward_hook(give_back)]
 
 
 def residence_on(device: torch.device, low_memory: LowMemory | None) -> AllOnDevice | OneAtATime | Blockwise:
-    """Where networks wait that compute on ``device``."""
+    """Where to keep networks that compute on ``device``."""
     if low_memory is None:
         return AllOnDevice(device)
     return OneAtATime(device) if low_memory == "stage" else Blockwise(device)
 
 
-def _travels(layer: nn.Module) -> bool:
-    """Whether a layer's weights are read only by calling it, and are worth the way."""
-    # Exact types: subclasses may be read without a call, such as the output layer of torch's own attention.
+def _moves_alone(layer: nn.Module) -> bool:
+    """Whether to move a layer by itself: its weights are large, and only read when it is called."""
+    # Exact types, because a subclass may be read without a call, as the output layer of torch's attention is.
     if type(layer) in (nn.Conv2d, nn.ConvTranspose2d):
         return math.prod(layer.kernel_size) > 1  # type: ignore[arg-type]
     return type(layer) is nn.Linear
@@ -161,13 +164,13 @@ def _travels(layer: nn.Module) -> bool:
 class _Loan:
     tensor: Tensor
     home: Tensor
-    """What the tensor held before, on the CPU."""
+    """The tensor's data on the CPU."""
     address: int
-    """Where its copy on the device begins."""
+    """Address of the copy on the device."""
 
 
 class _Loans:
-    """The tensors that are on the device for a while. Their identity, and so every tie, is kept."""
+    """Tensors that are on the device for now. They keep their identity, so tied weights stay tied."""
 
     def __init__(self, device: torch.device, pinned: bool) -> None:
         self.device = device
@@ -175,7 +178,7 @@ class _Loans:
         self._loans: dict[int, _Loan] = {}
 
     def bring(self, tensors: Iterable[Tensor]) -> None:
-        # Otherwise what is copied in inference mode could never be trained again.
+        # Tensors copied in inference mode could never be trained again.
         with torch.inference_mode(False):
             for tensor in tensors:
                 if id(tensor) in self._loans or _is_on(tensor, self.device):
@@ -192,7 +195,7 @@ class _Loans:
                 loan = self._loans.pop(id(tensor), None)
                 if loan is None:
                     continue
-                # At another address it has another value, which somebody gave it and the home lacks.
+                # A different address means that someone assigned new data, which the CPU's copy lacks.
                 same = tensor.data_ptr() == loan.address
                 tensor.data = loan.home if same else tensor.data.to(loan.home.device)
 
@@ -216,14 +219,14 @@ def _tensors(module: nn.Module, *, recurse: bool = True) -> list[Tensor]:
 def tiled_decode(
     vqgan: VQGAN, latents: Float[Tensor, "b z h4 w4"], *, tile: int = TILE
 ) -> Float[Tensor, "b c h w"]:
-    """``vqgan.decode`` a tile of ``tile`` latents at a time: the same pixels up to rounding, without seams.
+    """``vqgan.decode`` on tiles of ``tile``×``tile`` latents: the same pixels up to rounding, without seams.
 
-    Every tile sees as much around it as the convolutions reach (``decoding_halo``), so nothing is blended.
-    The memory beyond the result follows from the tile, not from the pictures' size or number.
+    Every tile is decoded with as much around it as the convolutions see (``decoding_halo``), so no blending
+    is needed. Besides the result, memory depends on the tile, not on the size or number of images.
     Raises ``UserError`` for a tile below 1.
     """
     if tile < 1:
-        raise UserError(f"tile {tile} holds nothing; use at least 1, {TILE} is common")
+        raise UserError(f"tile must be at least 1, got {tile}. {TILE} is the default.")
     halo, factor = decoding_halo(vqgan), vqgan.config.factor
     height, width = latents.shape[2:]
     result: Tensor | None = None
@@ -245,9 +248,9 @@ def tiled_decode(
 
 
 def decoding_halo(vqgan: VQGAN) -> int:
-    """How many latents to each side of a latent decide on its pixels: 13 for the published Stage A."""
+    """How many latents on each side of a latent affect its pixels: 13 for the published Stage A."""
     halo = 0
     for _ in range(vqgan.config.levels - 1):
         halo += 1  # the 3×3 convolution of the level's block
-        halo = halo // 2 + 1  # the transposed 4×4: pixel i comes of (i − 1) // 2 and the next
+        halo = halo // 2 + 1  # the transposed 4×4: pixel i reads (i − 1) // 2 and the next one
     return halo + vqgan.config.bottleneck_blocks
