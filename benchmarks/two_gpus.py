@@ -19,9 +19,10 @@ from wuerstchen.diffusion.objective import PUBLISHED_OBJECTIVE
 from wuerstchen.models.prior import Prior, PriorConfig
 from wuerstchen.train.config import Optimization
 from wuerstchen.train.engine.checkpoint import TrainingState
-from wuerstchen.train.engine.distributed import Processes, distributed, shard
+from wuerstchen.train.engine.distributed import Processes, distributed
 from wuerstchen.train.engine.ema import make_average
 from wuerstchen.train.engine.optim import make_optimizer, set_rate
+from wuerstchen.train.engine.sharding import shard
 from wuerstchen.train.engine.update import (
     StepRunner,
     TrainStep,

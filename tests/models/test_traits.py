@@ -19,8 +19,9 @@ from wuerstchen.models.prior import Prior, PriorConfig
 from wuerstchen.models.text import TextEncoder
 from wuerstchen.models.traits import PLAIN, BlockTraits, traits_of
 from wuerstchen.models.vqgan import VQGAN, Discriminator, VQGANConfig
-from wuerstchen.train.engine.distributed import Processes, shard
+from wuerstchen.train.engine.distributed import Processes
 from wuerstchen.train.engine.muon import hidden_matrices
+from wuerstchen.train.engine.sharding import shard
 from wuerstchen.train.engine.update import compile_regions, recompute_blocks
 
 NETWORKS = {

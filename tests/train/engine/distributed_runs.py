@@ -1,4 +1,4 @@
-"""Run by test_parallel.py in a process of its own: trains a tiny recipe in 2 processes, and on in 1 or 4.
+"""Run by test_distributed.py in a process of its own: trains a tiny recipe in 2 processes, and on in 1 or 4.
 
 Its arguments are a folder and the names of functions below.
 

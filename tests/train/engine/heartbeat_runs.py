@@ -1,4 +1,4 @@
-"""Run by test_alive.py: one of several processes, of which one stops, or works alone for long."""
+"""Run by test_heartbeat.py: one of several processes, of which one stops, or works alone for long."""
 
 import os
 import signal
@@ -8,13 +8,13 @@ import time
 import torch
 
 from wuerstchen.errors import UserError
-from wuerstchen.train.engine import heartbeat as alive
+from wuerstchen.train.engine import heartbeat
 from wuerstchen.train.engine.distributed import distributed
 
-alive.TICK = 0.2
+heartbeat.TICK = 0.2
 what, which, hasty = sys.argv[1], *map(int, sys.argv[2:])
 if int(os.environ["RANK"]) != hasty:
-    alive.TICKS *= 2
+    heartbeat.TICKS *= 2
 try:
     with distributed(torch.device("cpu")) as processes:
         processes.barrier()

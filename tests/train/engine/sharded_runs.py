@@ -30,11 +30,11 @@ from torch import nn
 
 from wuerstchen.data import prepared_check
 from wuerstchen.errors import UserError
-from wuerstchen.train.engine import checkpoint, checkpoint_writer
-from wuerstchen.train.engine import distributed as parallel
-from wuerstchen.train.engine.distributed import Processes, distributed, empty_copy, gather, is_sharded, shard
+from wuerstchen.train.engine import checkpoint, checkpoint_writer, distributed, sharding
+from wuerstchen.train.engine.distributed import Processes
 from wuerstchen.train.engine.loop import Interrupted, Settings, _prepare, run_stage
 from wuerstchen.train.engine.optim import make_optimizer
+from wuerstchen.train.engine.sharding import empty_copy, gather, is_sharded, shard
 from wuerstchen.train.engine.update import TrainStep, recompute_blocks
 from wuerstchen.train.feed.images import Feed
 from wuerstchen.train.report.events import Log
@@ -70,7 +70,7 @@ def together(count: int, work: Callable[[Processes], object], doomed: int | None
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         try:
-            with distributed(CPU) as processes:
+            with distributed.distributed(CPU) as processes:
                 results.put((rank, work(processes)))
         except BaseException:
             results.put((rank, traceback.format_exc()))
@@ -265,14 +265,14 @@ def lack(folder: Path) -> object:
     """The first process has no memory for the whole of a sharded network: the exchange ends all the same."""
 
     def work(processes: Processes) -> object:
-        step, calls, whole = sharded_step(processes), iter(range(10**6)), parallel._whole
+        step, calls, whole = sharded_step(processes), iter(range(10**6)), sharding._whole
 
         def scarce(tensor: torch.Tensor) -> torch.Tensor:
             if processes.is_main and next(calls) == 3:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return whole(tensor)
 
-        parallel._whole = scarce
+        sharding._whole = scarce
         said = ""
         try:
             gather(step.state.averages["prior"], step.state.whole["prior"], processes)
@@ -350,7 +350,7 @@ def surveys(folder: Path) -> object:
     (folder / "prepared.json").write_text("{}")
     old = (folder / "prepared.json").stat().st_mtime - 10
     os.utime(folder / "prepared.json", (old, old))
-    parallel._PATIENCE = datetime.timedelta(seconds=2)
+    distributed._TIMEOUT = datetime.timedelta(seconds=2)
 
     def work(processes: Processes) -> object:
         read, reads = [], prepared_check.sha256
@@ -386,7 +386,7 @@ def surveys(folder: Path) -> object:
     try:
         return together(2, work)
     finally:
-        parallel._PATIENCE = datetime.timedelta(minutes=30)
+        distributed._TIMEOUT = datetime.timedelta(minutes=30)
 
 
 def dead(folder: Path) -> object:

@@ -1,6 +1,5 @@
 """Many processes compute what one does: losses to rounding, and bit for bit at the same number."""
 
-import copy
 import json
 import os
 import socket
@@ -16,9 +15,9 @@ from PIL import Image
 from torch import nn
 
 from wuerstchen.errors import UserError
-from wuerstchen.train.engine import distributed as parallel
+from wuerstchen.train.engine import distributed
 from wuerstchen.train.engine.checkpoint import newest
-from wuerstchen.train.engine.distributed import Processes, share_batch_statistics
+from wuerstchen.train.engine.distributed import Processes
 
 STAGES = ("a", "b", "b2", "a2", "c", "c2")
 CPU = torch.device("cpu")
@@ -34,7 +33,7 @@ def folder_of(folder: Path, count: int) -> Path:
 
 
 def run_script(folder: Path, *parts: str) -> None:
-    """Runs functions of parallel_runs.py."""
+    """Runs functions of distributed_runs.py."""
     script = Path(__file__).with_name("distributed_runs.py")
     done = subprocess.run(
         [sys.executable, "-W", "ignore", script, folder, *parts],
@@ -66,37 +65,6 @@ def more_runs(runs):
     return runs
 
 
-@pytest.fixture
-def alone():
-    """A process group of this process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.filterwarnings("ignore:torch.distributed.nn.functional.all_reduce is deprecated:FutureWarning")
-@pytest.mark.parametrize("affine", [False, True])
-def test_batch_statistics_are_torch_s(alone, affine):
-    """Values, gradients, and the running statistics, whose variance is not that of the batch but n/(n − 1)
-    times it."""
-    torch.manual_seed(0)
-    theirs = nn.BatchNorm2d(3, affine=affine, momentum=0.3)
-    ours = copy.deepcopy(theirs)
-    share_batch_statistics(ours)
-    assert type(ours) is not type(theirs)
-    for _ in range(3):
-        x = 2 + 3 * torch.randn(2, 3, 2, 2)
-        mine, other = x.clone().requires_grad_(), x.clone().requires_grad_()
-        weights = torch.randn(2, 3, 2, 2)
-        made, expected = ours(mine), theirs(other)
-        torch.testing.assert_close(made, expected)
-        (made * weights).sum().backward()
-        (expected * weights).sum().backward()
-        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-5)
-    for name, tensor in theirs.state_dict().items():
-        torch.testing.assert_close(ours.state_dict()[name], tensor)
-
-
 def test_gradients_are_averages_of_all_processes(monkeypatch):
     """Large ones, which travel alone, and small ones together. Here both processes have the same."""
     sent = []
@@ -107,7 +75,7 @@ def test_gradients_are_averages_of_all_processes(monkeypatch):
         return SimpleNamespace(wait=lambda: None) if async_op else None
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    monkeypatch.setattr(parallel, "_LARGE", 100)
+    monkeypatch.setattr(distributed, "_LARGE", 100)
     network = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 2))
     x = torch.randn(4, 20)
     network(x).sum().backward()

@@ -30,8 +30,9 @@ from torch.distributed.tensor import DTensor
 from wuerstchen.checkpoints.files import check_header
 from wuerstchen.checkpoints.native import migrate
 from wuerstchen.errors import CheckpointError, UserNotice
-from wuerstchen.train.engine.distributed import Processes, first_row, local_part
+from wuerstchen.train.engine.distributed import Processes
 from wuerstchen.train.engine.optim import load_optimizer_tensors, optimizer_tensors
+from wuerstchen.train.engine.sharding import first_row, local_part
 
 BEST = "best.json"
 

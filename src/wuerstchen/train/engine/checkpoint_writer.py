@@ -31,7 +31,8 @@ from wuerstchen.train.engine.checkpoint import (
     sha256_of,
     tensors_of,
 )
-from wuerstchen.train.engine.distributed import Processes, first_row, local_part
+from wuerstchen.train.engine.distributed import Processes
+from wuerstchen.train.engine.sharding import first_row, local_part
 
 KEPT = 2
 _LOOKS = 0.05  # seconds between two looks for what the other processes have written

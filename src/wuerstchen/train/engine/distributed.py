@@ -6,12 +6,10 @@ All that is random is a function of the image's number, so the images of a batch
 noise do not depend on how many processes there are. The first process alone writes and speaks.
 """
 
-import copy
 import datetime
 import itertools
 import os
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,22 +17,18 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.nn.functional import all_reduce
-from torch.distributed.tensor import DTensor
 
 from wuerstchen.data.plan import stable_hash
-from wuerstchen.errors import UserError, is_out_of_memory
-from wuerstchen.models.traits import traits_of
+from wuerstchen.errors import UserError
 from wuerstchen.train.engine.heartbeat import meet, watching_others
 
 _LARGE = 2**20  # numbers of a tensor that travels alone
 _BUCKET = 32 * 2**20  # numbers that travel together: 128 MiB of gradients
 T = TypeVar("T")
-_PATIENCE = datetime.timedelta(minutes=30)  # that the others have while the first writes a checkpoint
+_TIMEOUT = datetime.timedelta(
+    minutes=30
+)  # of collectives: rank 0 may draw a preview or write a checkpoint meanwhile
 _meetings = itertools.count()  # all processes hold the same ones in the same order
 
 
@@ -162,7 +156,7 @@ class Processes:
     def barrier_without_timeout(self) -> None:
         """A barrier without a time limit, for after work of unknown duration on a few ranks.
 
-        Collectives fail if a rank is more than 30 minutes late (``_PATIENCE``).
+        Collectives fail if a rank is more than 30 minutes late (``_TIMEOUT``).
         """
         if self.count > 1:
             meet(str(next(_meetings)), self.count)
@@ -188,7 +182,7 @@ def distributed(device: torch.device) -> Iterator[Processes]:
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
     processes = Processes(device, rank, count)
     try:
         with watching_others(rank, count):
@@ -206,132 +200,3 @@ def distributed(device: torch.device) -> Iterator[Processes]:
         ) from error
     finally:
         dist.destroy_process_group()
-
-
-class GlobalBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm whose statistics in training are those of the whole batch, over all processes.
-
-    torch's SyncBatchNorm does the same on GPUs alone. Mean and variance are taken one after the other, in at
-    least fp32: one pass over sums of squares would lose the digits in which processes have to agree.
-    """
-
-    def forward(self, input: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        if not self.training:
-            return super().forward(input)
-        with torch.autocast(input.device.type, enabled=False):
-            x = input.to(torch.promote_types(input.dtype, torch.float32))
-            count = x.numel() // x.shape[1] * dist.get_world_size()
-            mean = all_reduce(x.sum(dim=(0, 2, 3))) / count
-            centred = x - mean[:, None, None]
-            variance = all_reduce(centred.square().sum(dim=(0, 2, 3))) / count
-            self._follow(mean.detach(), variance.detach() * (count / max(count - 1, 1)))
-            scale = (variance + self.eps).rsqrt()
-            if self.affine:
-                scale = scale * self.weight
-            result = centred * scale[:, None, None]
-            return (result + self.bias[:, None, None] if self.affine else result).to(input.dtype)
-
-    def _follow(self, mean: Tensor, variance: Tensor) -> None:
-        """Moves the running statistics, which evaluation uses."""
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        assert self.momentum is not None
-        self.num_batches_tracked += 1
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(variance, self.momentum)
-
-
-def share_batch_statistics(network: nn.Module) -> None:
-    """Lets every batch norm of a network that follows the batch see all processes' parts of it."""
-    for module in network.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = GlobalBatchNorm2d
-
-
-def shard(network: nn.Module, processes: Processes) -> bool:
-    """Lets each process keep its part of a network's weights alone, in place; whether it is one to shard.
-
-    Blocks are gathered when they compute, what lies between them with the network. Small networks stay whole:
-    those of Stage A, the discriminator, the previewer; and v1's Stage B, whose last layer its loss reads. A
-    copy of a sharded network cannot be made: what is to be a copy is copied first and sharded alike.
-    """
-    roots = [module for module in network.modules() if traits_of(module).shard == "network"]
-    stays_whole = any(traits_of(module).shard == "keep whole" for module in network.modules())
-    if processes.count == 1 or stays_whole or not roots:
-        return False
-    # Nothing in a forward pass changes in place what a network has returned.
-    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(.*\) returned a view tensor")
-    mesh = init_device_mesh(processes.device.type, (processes.count,))
-    for root in roots:
-        for module in root.modules():
-            if traits_of(module).shard == "block":
-                fully_shard(module, mesh=mesh)
-        fully_shard(root, mesh=mesh)
-        if hasattr(root, "context"):
-            register_fsdp_forward_method(root, "context")
-    return True
-
-
-def is_sharded(network: nn.Module) -> bool:
-    """Whether ``shard`` has sharded a network."""
-    return any(isinstance(module, FSDPModule) for module in network.modules())
-
-
-def synchronise_gradients(network: nn.Module, wanted: bool) -> None:
-    """Whether the next backward pass of a sharded network averages gradients, or only adds them up."""
-    for module in network.modules():
-        if isinstance(module, FSDPModule):
-            module.set_requires_gradient_sync(wanted, recurse=False)
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, in the same memory: all of it if it is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def first_row(tensor: DTensor) -> int:
-    """Where this process's part of a tensor begins: they are as ``torch.chunk`` makes them."""
-    rows, count = tensor.shape[0], tensor.device_mesh.size()
-    return min(tensor.device_mesh.get_local_rank() * -(-rows // count), rows)
-
-
-def empty_copy(network: nn.Module) -> nn.Module:
-    """A network as this one without memory, to be filled by ``gather``. Made before sharding."""
-    return copy.deepcopy(network).to("meta")
-
-
-@torch.no_grad()
-def gather(network: nn.Module, empty: nn.Module, processes: Processes) -> nn.Module:
-    """A whole copy of a sharded network, in the first process alone; others get the ``empty`` one.
-
-    All processes take part. The first needs memory for all the weights, the others for one tensor at a time.
-    Where the first has not enough it raises what torch raised, after its part in the exchange: the others
-    do not notice.
-    """
-    tensors: dict[str, Tensor] = {}
-    lack: BaseException | None = None
-    for name, tensor in network.state_dict().items():
-        try:
-            whole = _whole(tensor)
-        except (MemoryError, RuntimeError) as error:
-            if not processes.is_main or not is_out_of_memory(error):
-                raise
-            lack = error.with_traceback(None)
-            tensors.clear()
-            if tensor.device.type == "cuda":
-                torch.cuda.empty_cache()
-            whole = _whole(tensor)
-        if processes.is_main and lack is None:
-            tensors[name] = whole
-    if lack is not None:
-        raise lack
-    if not processes.is_main:
-        return empty
-    filled = copy.deepcopy(empty)
-    filled.load_state_dict(tensors, assign=True)
-    return filled.requires_grad_(False)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import nn
 
-from wuerstchen.train.engine.distributed import local_part
+from wuerstchen.train.engine.sharding import local_part
 
 
 def make_average(network: nn.Module) -> nn.Module:

@@ -20,14 +20,9 @@ from torch import nn
 from wuerstchen.data.plan import items_at, stable_hash
 from wuerstchen.errors import UserError, out_of_memory_named
 from wuerstchen.train.engine import checkpoint
+from wuerstchen.train.engine.batch_norm import share_batch_statistics
 from wuerstchen.train.engine.checkpoint_writer import Writer
-from wuerstchen.train.engine.distributed import (
-    Processes,
-    empty_copy,
-    is_sharded,
-    shard,
-    share_batch_statistics,
-)
+from wuerstchen.train.engine.distributed import Processes
 from wuerstchen.train.engine.ema import decay_at, make_average
 from wuerstchen.train.engine.faults import NotFinite, names_of_batch, read_values, refuse_fault
 from wuerstchen.train.engine.image_cache import ImageCache
@@ -35,6 +30,7 @@ from wuerstchen.train.engine.loss_scale import LossScale
 from wuerstchen.train.engine.observe import Observer
 from wuerstchen.train.engine.optim import learning_rate, make_optimizer, set_rate
 from wuerstchen.train.engine.saving import Saving
+from wuerstchen.train.engine.sharding import empty_copy, is_sharded, shard
 from wuerstchen.train.engine.stopping import GRACE, Interrupted, StoppedWaiting, StopRequest
 from wuerstchen.train.engine.throughput import Gauge
 from wuerstchen.train.engine.update import (

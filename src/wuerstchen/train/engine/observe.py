@@ -21,7 +21,8 @@ from wuerstchen.errors import UserError, UserNotice, is_out_of_memory
 from wuerstchen.image_files import save_png
 from wuerstchen.images import grid
 from wuerstchen.train.engine.checkpoint import BEST, TrainingState, best_of
-from wuerstchen.train.engine.distributed import Processes, gather
+from wuerstchen.train.engine.distributed import Processes
+from wuerstchen.train.engine.sharding import gather
 from wuerstchen.train.engine.validation import Validation
 from wuerstchen.train.feed.images import Feed
 from wuerstchen.train.feed.prepared import PreparedFeed

@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from wuerstchen.train.config import Optimization
 from wuerstchen.train.engine.bf16_weights import Bf16Weights
-from wuerstchen.train.engine.distributed import local_part
 from wuerstchen.train.engine.loss_scale import loss_scale_of
 from wuerstchen.train.engine.muon import MuonWithAdamW, hidden_matrices
+from wuerstchen.train.engine.sharding import local_part
 
 _SCALE = "loss_scale"  # in what is stored
 FINAL_SHARE = 0.05  # of the learning rate, where a cosine ends

@@ -18,10 +18,11 @@ from wuerstchen.models.traits import traits_of
 from wuerstchen.runtime.graphs import Graphs
 from wuerstchen.train.engine.bf16_weights import Bf16Weights
 from wuerstchen.train.engine.checkpoint import TrainingState
-from wuerstchen.train.engine.distributed import Processes, is_sharded, synchronise_gradients
+from wuerstchen.train.engine.distributed import Processes
 from wuerstchen.train.engine.ema import update_average
 from wuerstchen.train.engine.loss_scale import LEAST_SCALE, loss_scale_of
 from wuerstchen.train.engine.optim import update
+from wuerstchen.train.engine.sharding import is_sharded, synchronise_gradients
 from wuerstchen.train.engine.throughput import Gauge
 from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.stages.base import Inputs, Stage, autocast
