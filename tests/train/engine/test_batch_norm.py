@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from wuerstchen.train.engine.batch_norm import share_batch_statistics
+from wuerstchen.train.engine.batch_norm import convert_batch_norm
 
 
 @pytest.fixture
@@ -20,13 +20,12 @@ def alone():
 
 @pytest.mark.filterwarnings("ignore:torch.distributed.nn.functional.all_reduce is deprecated:FutureWarning")
 @pytest.mark.parametrize("affine", [False, True])
-def test_batch_statistics_are_torch_s(alone, affine):
-    """Values, gradients, and the running statistics, whose variance is not that of the batch but n/(n − 1)
-    times it."""
+def test_batch_statistics_equal_those_of_torch(alone, affine):
+    """Values, gradients, and the running statistics. The running variance is n/(n − 1) times the batch's."""
     torch.manual_seed(0)
     theirs = nn.BatchNorm2d(3, affine=affine, momentum=0.3)
     ours = copy.deepcopy(theirs)
-    share_batch_statistics(ours)
+    convert_batch_norm(ours)
     assert type(ours) is not type(theirs)
     for _ in range(3):
         x = 2 + 3 * torch.randn(2, 3, 2, 2)

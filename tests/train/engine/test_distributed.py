@@ -204,7 +204,7 @@ def test_what_one_process_cannot_read_is_one_line_in_each(tmp_path, wrong):
     assert codes == [2, 2]
     assert [len(lines) for lines in said] == [1, 1]
     assert "nowhere' is wrong because it is neither a folder" in said[wrong][0]
-    assert said[1 - wrong][0].startswith(f"Error: process {1 - wrong} has lost the others (")
+    assert said[1 - wrong][0].startswith(f"Error: process {1 - wrong} has lost the others: ")
 
 
 def test_processes_with_different_data_are_refused(tmp_path):
@@ -229,6 +229,8 @@ def test_batches_are_shared_evenly():
     assert list(second.rank_slice(range(16, 32))) == [20, 21, 22, 23]
     second.check_batches("a", 64, 16)
     for images, batch_size in ((64, 6), (60, 16)):
-        with pytest.raises(UserError, match="cannot be shared by 4 processes; make batch_size a multiple"):
+        with pytest.raises(
+            UserError, match=r"cannot be shared by 4 processes\. Make batch_size a multiple of 4"
+        ):
             second.check_batches("a", images, batch_size)
     assert list(Processes(CPU).rank_slice(range(3))) == [0, 1, 2]

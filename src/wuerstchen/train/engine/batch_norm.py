@@ -1,4 +1,4 @@
-"""Batch norm over the whole batch of a run, whatever its number of processes."""
+"""Batch norm over the whole batch, for any number of processes."""
 
 import torch
 import torch.distributed as dist
@@ -8,10 +8,10 @@ from torch.distributed.nn.functional import all_reduce
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm whose statistics in training are those of the whole batch, over all processes.
+    """Batch norm that trains with the statistics of the whole batch, over all processes.
 
-    torch's SyncBatchNorm does the same on GPUs alone. Mean and variance are taken one after the other, in at
-    least fp32: one pass over sums of squares would lose the digits in which processes have to agree.
+    Like torch's SyncBatchNorm, which needs GPUs. Mean and variance are computed in two passes, in at least
+    fp32: a single pass over sums of squares loses the digits in which the processes must agree.
     """
 
     def forward(self, input: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
@@ -23,15 +23,15 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
             mean = all_reduce(x.sum(dim=(0, 2, 3))) / count
             centred = x - mean[:, None, None]
             variance = all_reduce(centred.square().sum(dim=(0, 2, 3))) / count
-            self._follow(mean.detach(), variance.detach() * (count / max(count - 1, 1)))
+            self._update_running(mean.detach(), variance.detach() * (count / max(count - 1, 1)))
             scale = (variance + self.eps).rsqrt()
             if self.affine:
                 scale = scale * self.weight
             result = centred * scale[:, None, None]
             return (result + self.bias[:, None, None] if self.affine else result).to(input.dtype)
 
-    def _follow(self, mean: Tensor, variance: Tensor) -> None:
-        """Moves the running statistics, which evaluation uses."""
+    def _update_running(self, mean: Tensor, variance: Tensor) -> None:
+        """Updates the running statistics, which are used in eval mode."""
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
@@ -41,8 +41,8 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         self.running_var.lerp_(variance, self.momentum)
 
 
-def share_batch_statistics(network: nn.Module) -> None:
-    """Lets every batch norm of a network that follows the batch see all processes' parts of it."""
+def convert_batch_norm(network: nn.Module) -> None:
+    """Makes every batch norm of a network compute its statistics over all processes, in place."""
     for module in network.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = GlobalBatchNorm2d

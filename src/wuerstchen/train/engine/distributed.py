@@ -1,9 +1,9 @@
-"""One run in many processes, as ``torchrun`` starts them: each computes its share of every batch.
+"""One run on many processes started by ``torchrun``. Each computes its slice of every batch.
 
-Networks, averages and optimizers are the same in all processes, and gradients are averaged before every
-update; or the large networks are sharded, so that each process holds a part of them.
-All that is random is a function of the image's number, so the images of a batch, their crops, times and
-noise do not depend on how many processes there are. The first process alone writes and speaks.
+Networks, averages and optimizers are replicated and gradients averaged before every update, or the large
+networks are sharded (sharding.py). Everything random is a function of the image number, so the images of a
+batch, their crops, timesteps and noise do not depend on the number of processes. Only rank 0 writes files and
+prints.
 """
 
 import datetime
@@ -21,20 +21,20 @@ from torch import Tensor, nn
 
 from wuerstchen.data.plan import stable_hash
 from wuerstchen.errors import UserError
-from wuerstchen.train.engine.heartbeat import meet, watching_others
+from wuerstchen.train.engine.heartbeat import monitor_peers, wait_for_all
 
-_LARGE = 2**20  # numbers of a tensor that travels alone
-_BUCKET = 32 * 2**20  # numbers that travel together: 128 MiB of gradients
+_LARGE = 2**20  # elements of a gradient that gets an all-reduce of its own
+_BUCKET = 32 * 2**20  # elements of a bucket of smaller ones: 128 MiB in fp32
 T = TypeVar("T")
 _TIMEOUT = datetime.timedelta(
     minutes=30
 )  # of collectives: rank 0 may draw a preview or write a checkpoint meanwhile
-_meetings = itertools.count()  # all processes hold the same ones in the same order
+_barriers = itertools.count()  # names of barriers: all ranks reach the same ones in the same order
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of a run."""
+    """This process and how many there are. Its methods are collective: all ranks call them together."""
 
     device: torch.device
     rank: int = 0
@@ -51,32 +51,34 @@ class Processes:
         return numbers[self.rank * size : (self.rank + 1) * size]
 
     def check_batches(self, stage: str, images: int, batch_size: int, accumulate: int = 1) -> None:
-        """Raises ``UserError`` unless every batch of a stage can be shared evenly."""
+        """Raises ``UserError`` unless every batch of a stage can be split evenly over the processes."""
         least = self.count * accumulate
         if batch_size % least or (self.count > 1 and images % batch_size):
             parts = "" if accumulate == 1 else f" in accumulate={accumulate} parts each"
             raise UserError(
                 f"stage_{stage}: batches of {batch_size} and {images} images in all cannot be shared by "
-                f"{self.count} processes{parts}; make batch_size a multiple of {least}, images of batch_size"
+                f"{self.count} processes{parts}. Make batch_size a multiple of {least} and images a multiple of "
+                "batch_size."
             )
 
     @contextmanager
     def averaging_gradients(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-        """Replaces gradients by their average over all processes. The backward pass belongs inside: a large
-        gradient travels as soon as it is there, while those before it are computed; the small ones travel
-        together at the end.
+        """Averages the gradients of ``parameters`` over all ranks. Run the backward pass inside.
+
+        The all-reduce of a large gradient starts as soon as it is computed and overlaps with the rest of the
+        backward pass. Small gradients are reduced in buckets at the end.
         """
         if self.count == 1:
             yield
             return
-        on_the_way: dict[nn.Parameter, dist.Work] = {}
-        averages = self.device.type == "cuda"  # gloo has sums alone
+        pending: dict[nn.Parameter, dist.Work] = {}
+        averages = self.device.type == "cuda"  # gloo can only sum
         kind = dist.ReduceOp.AVG if averages else dist.ReduceOp.SUM
 
         def send(parameter: nn.Parameter) -> None:
             work = dist.all_reduce(parameter.grad, kind, async_op=True)
             assert work is not None
-            on_the_way[parameter] = work
+            pending[parameter] = work
 
         large = [p for p in parameters if p.numel() >= _LARGE]
         hooks = [parameter.register_post_accumulate_grad_hook(send) for parameter in large]
@@ -85,14 +87,14 @@ class Processes:
         finally:
             for hook in hooks:
                 hook.remove()
-        for work in on_the_way.values():
+        for work in pending.values():
             work.wait()
-        if not averages and on_the_way:
-            torch._foreach_div_([parameter.grad for parameter in on_the_way], self.count)
-        self.all_reduce_mean_([p.grad for p in parameters if p.grad is not None and p not in on_the_way])
+        if not averages and pending:
+            torch._foreach_div_([parameter.grad for parameter in pending], self.count)
+        self.all_reduce_mean_([p.grad for p in parameters if p.grad is not None and p not in pending])
 
     def all_reduce_mean_(self, tensors: Sequence[Tensor]) -> None:
-        """Replaces tensors by their average over all processes, a large bucket at a time."""
+        """Replaces tensors by their mean over all ranks, in place, a bucket at a time."""
         if self.count == 1:
             return
         bucket: list[Tensor] = []
@@ -103,7 +105,7 @@ class Processes:
             if not full and follows:
                 continue
             flat = torch.cat([t.flatten() for t in bucket])
-            dist.all_reduce(flat)  # gloo has sums alone
+            dist.all_reduce(flat)  # gloo can only sum
             flat /= self.count
             parts = flat.split([t.numel() for t in bucket])
             torch._foreach_copy_(bucket, [p.view_as(t) for p, t in zip(parts, bucket, strict=True)])
@@ -133,11 +135,11 @@ class Processes:
         """Whether ``text`` is the same on all ranks."""
         if self.count == 1:
             return True
-        least = torch.tensor(stable_hash(text) >> 1, dtype=torch.int64, device=self.device)
-        most = least.clone()
-        dist.all_reduce(least, dist.ReduceOp.MIN)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        return bool(least == most)
+        lowest = torch.tensor(stable_hash(text) >> 1, dtype=torch.int64, device=self.device)
+        highest = lowest.clone()
+        dist.all_reduce(lowest, dist.ReduceOp.MIN)
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        return bool(lowest == highest)
 
     def all_gather(self, items: Sequence[T]) -> list[T]:
         """The items of all ranks in rank order. They may be any picklable objects."""
@@ -159,15 +161,15 @@ class Processes:
         Collectives fail if a rank is more than 30 minutes late (``_TIMEOUT``).
         """
         if self.count > 1:
-            meet(str(next(_meetings)), self.count)
+            wait_for_all(str(next(_barriers)), self.count)
 
 
 @contextmanager
 def distributed(device: torch.device) -> Iterator[Processes]:
-    """The processes of this run: those that ``torchrun`` started, or this one alone.
+    """The processes of this run: those started by ``torchrun``, or this one alone.
 
-    On GPUs each takes the one of its number on its machine. Raises ``UserError`` if it has none, and in
-    place of whatever is raised where another process has ended.
+    On GPUs, each process uses the GPU of its local rank. Raises ``UserError`` if there is none, and in place
+    of gloo's or NCCL's error if the connection to another process is lost.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
@@ -177,26 +179,26 @@ def distributed(device: torch.device) -> Iterator[Processes]:
     if device.type == "cuda":
         if local >= torch.cuda.device_count():
             raise UserError(
-                f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}; give "
-                "torchrun --nproc-per-node at most that number"
+                f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()} GPUs. Give "
+                "torchrun at most that --nproc-per-node."
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
     processes = Processes(device, rank, count)
     try:
-        with watching_others(rank, count):
+        with monitor_peers(rank, count):
             yield processes
-            processes.barrier()  # gloo aborts where one process leaves while another still talks
+            processes.barrier()  # gloo aborts if a process leaves while another one still communicates
     except RuntimeError as error:
-        # gloo's errors have no class of their own, but name its files.
+        # gloo's errors have no class of their own, but they name its source files.
         if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
             raise
-        # Without the place in gloo's source, and its advice.
+        # The reason without the position in gloo's source and without its advice.
         reason = re.sub(r"^\[\S*\] *|\. .*", "", str(error).strip().split("\n")[0])[:200]
         raise UserError(
-            f"process {rank} has lost the others ({reason}); one of them has ended and says why: start the "
-            "same command again"
+            f"process {rank} has lost the others: {reason}. The process that ended first says why. Start the "
+            "same command again to resume."
         ) from error
     finally:
         dist.destroy_process_group()

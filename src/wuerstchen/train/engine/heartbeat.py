@@ -1,10 +1,8 @@
-"""Whether the other processes of a run still live, told by threads that no work and no waiting stops; and
-meetings of all of them, without a limit of time.
+"""Heartbeats between the processes of a run, and a barrier without a time limit.
 
-A process that waits for another on GPUs does not see that it has died: NCCL waits as long as it may, and
-that has to be long, because the first process draws previews and reads checkpoints alone. So each process
-counts up in torch's store every few seconds, and ends itself where another's count has stood still for a
-minute.
+A process that waits for a dead one in NCCL does not notice: it waits for the timeout, which has to be long
+because rank 0 draws previews and reads checkpoints alone. So a thread of each process increments a counter in
+torch's store every few seconds, and another one ends the process if a counter has not moved for a minute.
 """
 
 import contextlib
@@ -18,23 +16,24 @@ from collections.abc import Iterator
 import torch.distributed as dist
 
 TICK = 5.0  # seconds
-TICKS = 12  # that a count may stand still; counted in ticks, so that a suspended machine is no death
-LOOK = 1.0  # seconds between two looks for those who come late to a meeting, at most
+TICKS = 12
+"""Ticks without a heartbeat until a process counts as dead. A suspended machine does not tick."""
+POLL = 1.0  # seconds between two looks at the barrier, at most
 
 
 @contextlib.contextmanager
-def watching_others(rank: int, count: int) -> Iterator[None]:
-    """Ends this process with one line and exit code 2 when another of the ``count`` has died meanwhile.
+def monitor_peers(rank: int, count: int) -> Iterator[None]:
+    """Ends this process with exit code 2 and a line on stderr if another of the ``count`` processes dies.
 
-    For inside of a process group that was begun from the environment. What is being written is then left as a
-    kill leaves it.
+    Needs a process group that was initialised from the environment. Files that are being written are left as
+    after a kill.
     """
     ended = threading.Event()
     counts: list[bytes] = []
     threads = (
-        threading.Thread(target=_count_up, args=(rank, count, counts, ended), daemon=True),
-        # On its own, because the first needs the store, which may be what has died.
-        threading.Thread(target=_watch, args=(rank, count, counts, ended), daemon=True),
+        threading.Thread(target=_beat, args=(rank, count, counts, ended), daemon=True),
+        # A thread of its own: the first one hangs if the process with the store has died.
+        threading.Thread(target=_monitor, args=(rank, count, counts, ended), daemon=True),
     )
     for thread in threads:
         thread.start()
@@ -44,41 +43,41 @@ def watching_others(rank: int, count: int) -> Iterator[None]:
         ended.set()
 
 
-def _count_up(rank: int, count: int, counts: list[bytes], ended: threading.Event) -> None:
-    """Adds one to this process's count every tick, and copies those of all into ``counts``."""
+def _beat(rank: int, count: int, counts: list[bytes], ended: threading.Event) -> None:
+    """Increments this process's counter every tick, and copies the counters of all into ``counts``."""
     names = [str(other) for other in range(count)]
-    with contextlib.suppress(RuntimeError):  # the store has gone, and there is no more news
-        store = _store("alive")
+    with contextlib.suppress(RuntimeError):  # the store is gone; the counters stay as they are
+        store = _store("heartbeat")
         for name in names:
-            store.add(name, 0)  # those who are late have a count too: ``multi_get`` waits for what is missing
+            store.add(name, 0)  # ``multi_get`` waits for missing keys, so late processes get a counter too
         while not ended.wait(TICK):
             store.add(names[rank], 1)
             counts[:] = store.multi_get(names)
 
 
-def meet(name: str, count: int) -> None:
+def wait_for_all(name: str, count: int) -> None:
     """Returns when all ``count`` processes have called it with this ``name``, however long that takes.
 
-    ``watching_others`` ends the wait for one that has died.
+    If one of them dies, ``monitor_peers`` ends this process.
     """
-    store = _store("meetings")
+    store = _store("barriers")
     store.add(name, 1)
     pause = 0.01
     while store.add(name, 0) < count:
         time.sleep(pause)
-        pause = min(2 * pause, LOOK)
+        pause = min(2 * pause, POLL)
 
 
 def _store(purpose: str) -> dist.Store:
-    """A connection of our own to the store that the processes have met at: the other may be waiting in it."""
+    """A new connection to the store of the process group, because the existing one may be blocked."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    patience = datetime.timedelta(seconds=TICK * TICKS)
-    store = dist.TCPStore(address, port, is_master=False, timeout=patience, wait_for_workers=False)
+    timeout = datetime.timedelta(seconds=TICK * TICKS)
+    store = dist.TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
     return dist.PrefixStore(f"{purpose} {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
-def _watch(rank: int, count: int, counts: list[bytes], ended: threading.Event) -> None:
-    """Ends this process when a count has stood still."""
+def _monitor(rank: int, count: int, counts: list[bytes], ended: threading.Event) -> None:
+    """Ends this process if a counter has not moved for ``TICKS`` ticks."""
     before: list[bytes] = []
     still = [0] * count
     while not ended.wait(TICK):
@@ -88,11 +87,11 @@ def _watch(rank: int, count: int, counts: list[bytes], ended: threading.Event) -
         before = now
         if max(still) < TICKS:
             continue
-        # Without the store nothing moves, and it is the first process that has it.
+        # If rank 0 dies, the store goes with it and no counter moves: the first one found is then rank 0.
         lost = still.index(max(still))
         print(  # below the progress bar
             f"\nError: process {lost} of {count} has not answered for {TICK * TICKS:.0f} seconds, so process "
-            f"{rank} ends too; start the same command again",
+            f"{rank} ends too. Start the same command again to resume.",
             file=sys.stderr,
             flush=True,
         )

@@ -20,7 +20,7 @@ from torch import nn
 from wuerstchen.data.plan import items_at, stable_hash
 from wuerstchen.errors import UserError, out_of_memory_named
 from wuerstchen.train.engine import checkpoint
-from wuerstchen.train.engine.batch_norm import share_batch_statistics
+from wuerstchen.train.engine.batch_norm import convert_batch_norm
 from wuerstchen.train.engine.checkpoint_writer import Writer
 from wuerstchen.train.engine.distributed import Processes
 from wuerstchen.train.engine.ema import decay_at, make_average
@@ -334,7 +334,7 @@ def _prepare(
     for network in stage.networks.values():
         network.to(processes.device).train()
         if processes.count > 1:
-            share_batch_statistics(network)
+            convert_batch_norm(network)
     averages = {name: make_average(stage.networks[name]) for name in stage.averaged}
     whole: dict[str, nn.Module] = {}
     if settings.shards:

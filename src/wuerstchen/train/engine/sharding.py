@@ -1,4 +1,4 @@
-"""Networks sharded over the processes of a run (FSDP2): each holds a part of every large weight."""
+"""Shards large networks over the processes of a run with FSDP2."""
 
 import copy
 import warnings
@@ -15,17 +15,17 @@ from wuerstchen.train.engine.distributed import Processes
 
 
 def shard(network: nn.Module, processes: Processes) -> bool:
-    """Lets each process keep its part of a network's weights alone, in place; whether it is one to shard.
+    """Shards a network in place. Returns False, with nothing changed, for a network that is not sharded.
 
-    Blocks are gathered when they compute, what lies between them with the network. Small networks stay whole:
-    those of Stage A, the discriminator, the previewer; and v1's Stage B, whose last layer its loss reads. A
-    copy of a sharded network cannot be made: what is to be a copy is copied first and sharded alike.
+    Each block is a unit of its own, and the layers between blocks form another. Small networks stay whole:
+    those of Stage A, the discriminator and the previewer. So does v1's Stage B: its loss reads the weight of
+    the last layer. A sharded network cannot be copied. Make copies first, and shard them the same way.
     """
     roots = [module for module in network.modules() if traits_of(module).shard == "network"]
     stays_whole = any(traits_of(module).shard == "keep whole" for module in network.modules())
     if processes.count == 1 or stays_whole or not roots:
         return False
-    # Nothing in a forward pass changes in place what a network has returned.
+    # The warning is about in-place changes to the output, and no forward pass makes any.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(.*\) returned a view tensor")
     mesh = init_device_mesh(processes.device.type, (processes.count,))
     for root in roots:
@@ -39,40 +39,40 @@ def shard(network: nn.Module, processes: Processes) -> bool:
 
 
 def is_sharded(network: nn.Module) -> bool:
-    """Whether ``shard`` has sharded a network."""
+    """Whether a network or a part of it is sharded."""
     return any(isinstance(module, FSDPModule) for module in network.modules())
 
 
-def synchronise_gradients(network: nn.Module, wanted: bool) -> None:
-    """Whether the next backward pass of a sharded network averages gradients, or only adds them up."""
+def synchronise_gradients(network: nn.Module, enabled: bool) -> None:
+    """Whether the next backward pass of a sharded network averages gradients over ranks or only accumulates
+    them."""
     for module in network.modules():
         if isinstance(module, FSDPModule):
-            module.set_requires_gradient_sync(wanted, recurse=False)
+            module.set_requires_gradient_sync(enabled, recurse=False)
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, in the same memory: all of it if it is not sharded."""
+    """The shard of a tensor on this process, as a view; the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def first_row(tensor: DTensor) -> int:
-    """Where this process's part of a tensor begins: they are as ``torch.chunk`` makes them."""
+    """The first row of this process's shard. Shards are split as by ``torch.chunk``."""
     rows, count = tensor.shape[0], tensor.device_mesh.size()
     return min(tensor.device_mesh.get_local_rank() * -(-rows // count), rows)
 
 
 def empty_copy(network: nn.Module) -> nn.Module:
-    """A network as this one without memory, to be filled by ``gather``. Made before sharding."""
+    """A copy on the meta device for ``gather`` to fill. Make it before sharding."""
     return copy.deepcopy(network).to("meta")
 
 
 @torch.no_grad()
 def gather(network: nn.Module, empty: nn.Module, processes: Processes) -> nn.Module:
-    """A whole copy of a sharded network, in the first process alone; others get the ``empty`` one.
+    """A whole copy of a sharded network on rank 0; other ranks get ``empty`` back.
 
-    All processes take part. The first needs memory for all the weights, the others for one tensor at a time.
-    Where the first has not enough it raises what torch raised, after its part in the exchange: the others
-    do not notice.
+    All ranks call it. Rank 0 needs memory for all weights, the others for one tensor at a time. If rank 0
+    runs out of memory, it still takes part in all collectives and raises torch's error afterwards.
     """
     tensors: dict[str, Tensor] = {}
     lack: BaseException | None = None
