@@ -57,8 +57,8 @@ class Processes:
             parts = "" if accumulate == 1 else f" in accumulate={accumulate} parts each"
             raise UserError(
                 f"stage_{stage}: batches of {batch_size} and {images} images in all cannot be shared by "
-                f"{self.count} processes{parts}. Make batch_size a multiple of {least} and images a multiple of "
-                "batch_size."
+                f"{self.count} processes{parts}. Make batch_size a multiple of {least} and images a multiple "
+                "of batch_size."
             )
 
     @contextmanager
@@ -179,8 +179,8 @@ def distributed(device: torch.device) -> Iterator[Processes]:
     if device.type == "cuda":
         if local >= torch.cuda.device_count():
             raise UserError(
-                f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()} GPUs. Give "
-                "torchrun at most that --nproc-per-node."
+                f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}. Start "
+                "torchrun with --nproc-per-node at most that."
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
