@@ -2,8 +2,9 @@
 
     python scripts/experiments_table.py [--check]
 
-benchmarks/ablation.py writes the rows; `predicted`, `kept` and `seen` are added by hand, the first of them
-before the run. With --check nothing is written, and the exit code is 1 if the page is not up to date.
+benchmarks/ablation.py writes the rows, with the prediction that was entered there before the run. `kept` and
+`seen` are added by hand. With --check nothing is written, and the exit code is 1 if the page is not up to
+date.
 """
 
 import argparse

@@ -103,11 +103,11 @@ def test_every_variant_of_the_ablation_is_a_recipe(benchmarks):
     """A variant that cannot be built would be found out on a rented GPU."""
     import ablation
 
-    for name, changes in ablation.VARIANTS.items():
+    for name, variant in ablation.VARIANTS.items():
         recipe = ablation.recipe_of(name, "data", 512, 3, 2, "start", {"prepared_images": 4})
         assert (recipe.stages, recipe.fresh, recipe.prepared_images) == ((name[0],), (name[0],), 4)
         assert getattr(recipe, f"stage_{name[0]}").optimization.images == 512
-        for field, value in changes.items():
+        for field, value in variant.changed.items():
             found = recipe
             for part in field.split("."):
                 found = getattr(found, part)
