@@ -119,6 +119,14 @@ def test_a_block_that_says_nothing_gets_the_plain_path_everywhere():
     assert len(factored_map(mixed, mapper, torch.randn(1, 2, 2, 2)).factors) == 1
 
 
+def test_places_without_a_block_are_joined_over():
+    """Stage B's list of mappers holds None for a level that does not see the semantic latents."""
+    blocks = nn.ModuleList([None, TimestepBlock(8, 4), TimestepBlock(8, 4)])
+    join_layers(blocks)
+    first, second = blocks[1].mapper.weight, blocks[2].mapper.weight
+    assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+
+
 def test_a_subclass_is_not_fused():
     """Its forward pass may be another; what else its base allows holds."""
 

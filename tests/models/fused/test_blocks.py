@@ -3,6 +3,7 @@
 The kernels need a GPU, or Triton's interpreter: TRITON_INTERPRET=1 runs these tests on a CPU.
 """
 
+import copy
 import dataclasses
 import importlib.util
 import os
@@ -133,12 +134,17 @@ def test_masked_texts_in_half_precision_are_those_as_written(prior, as_written):
     assert error(found, exact) <= 5e-3 < error(unmasked, exact)
 
 
+def assert_no_further_than_as_written(network, inputs, as_written):
+    """Compared in fp64: Stage B's output divides by |1 − b|, which amplifies the rounding of either side."""
+    plain = as_written(run_decoder, network, *inputs)
+    exact = as_written(run_decoder, copy.deepcopy(network).double(), *inputs)
+    fused.join_layers(network)
+    assert error(run_decoder(network, *inputs), exact) <= 3 * error(plain, exact) + 1e-6
+
+
 def test_stage_b_is_that_as_written(unet, as_written):
     """Of the map, its mapper's bias is a part; the skip comes before the map."""
-    inputs = decoder_inputs()
-    plain = as_written(run_decoder, unet, *inputs)
-    fused.join_layers(unet)
-    assert error(run_decoder(unet, *inputs), plain) <= 1e-5
+    assert_no_further_than_as_written(unet, decoder_inputs(), as_written)
 
 
 SHAPES = {
@@ -156,10 +162,7 @@ SHAPES = {
 def test_other_stages_b_are_those_as_written(name, randomise, as_written):
     """A skip that is taken by another block than the first, a mapper of another level."""
     network = randomise(Decoder(dataclasses.replace(DECODER, **SHAPES[name]))).to(DEVICE).eval()
-    inputs = decoder_inputs()
-    plain = as_written(run_decoder, network, *inputs)
-    fused.join_layers(network)
-    assert error(run_decoder(network, *inputs), plain) <= 1e-5
+    assert_no_further_than_as_written(network, decoder_inputs(), as_written)
 
 
 @pytest.mark.parametrize("change", [{"nhead": 5}, {"depth": 0}, {"c_r": 1}, {"c": 1, "nhead": 1}])

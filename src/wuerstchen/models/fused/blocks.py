@@ -273,7 +273,8 @@ def join_layers(network: nn.Module) -> None:
             if isinstance(module, Attention):
                 _join([module.to_q, module.to_k, module.to_v])
             elif isinstance(module, nn.ModuleList):
-                fused = [(traits_of(block).takes, block) for block in module if traits_of(block).fuse]
+                blocks = [block for block in module.children() if traits_of(block).fuse]  # without None
+                fused = [(traits_of(block).takes, block) for block in blocks]
                 _join([block.mapper for takes, block in fused if takes == "timestep"])
                 _join([block.depthwise for takes, block in fused if takes == "maps"])
 
