@@ -10,6 +10,7 @@ from PIL import Image
 
 from wuerstchen.image_files import read_settings
 from wuerstchen.serve import service as service_module
+from wuerstchen.serve import streams
 
 
 def names(events):
@@ -140,7 +141,7 @@ def test_a_cancelled_job_stops_within_one_step(serve):
 
 def test_streams_of_a_client_are_bounded_and_closed_ones_do_not_count(serve, monkeypatch):
     """A client that follows its jobs for ever takes all of a process's files."""
-    monkeypatch.setattr(service_module, "STREAMS_OF_CLIENT", 2)
+    monkeypatch.setattr(streams, "STREAMS_PER_CLIENT", 2)
     running = serve()
     url = f"/v1/jobs/{running.draw(prompts=['slowly'], prior_steps=100)['id']}/events"
     with running.http.stream("GET", url) as first, running.http.stream("GET", url) as second:

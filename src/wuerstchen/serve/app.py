@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from wuerstchen.serve.decoding import UploadError
+from wuerstchen.serve.errors import Refused
 from wuerstchen.serve.guard import Guard, error_body
 from wuerstchen.serve.jobs import Job
 from wuerstchen.serve.proxies import App, BehindProxies
@@ -39,7 +40,8 @@ from wuerstchen.serve.schemas import (
     OpenAIModel,
     OpenAIModels,
 )
-from wuerstchen.serve.service import Refused, Service
+from wuerstchen.serve.service import Service
+from wuerstchen.serve.streams import end_of, events_of
 from wuerstchen.version import __version__
 
 PAGE = Path(__file__).parent / "page"
@@ -270,15 +272,15 @@ def _add_results(app: FastAPI, service: Service) -> None:
         """What happens to a job, as server-sent events; ``Last-Event-ID`` goes on where it stopped."""
         client = _client(request)
         job = service.job_of(job_id, client)
-        service.check_streams(client)
+        service.streams.check(client)
         last = request.headers.get("last-event-id", "0")
         after = int(last) if last.isascii() and last.isdecimal() and len(last) < 18 else 0
 
         async def lines() -> AsyncIterator[str]:
-            with service.stream_of(client) as fits:
+            with service.streams.opened(client) as fits:
                 if not fits:
                     return
-                async for event in service.events(job, after):
+                async for event in events_of(job, after):
                     if event is None:
                         yield ": still here\n\n"
                     else:
@@ -334,7 +336,7 @@ def _add_openai(app: FastAPI, service: Service, queue: Queue) -> None:
             job = await queue(request, of_openai(body, about))
         except Refused as error:
             raise in_openais_words(error, body) from error
-        if not await _while_connected(request, service.ended(job)):
+        if not await _while_connected(request, end_of(job)):
             service.cancel(job)
         if job.state == "cancelled":
             raise Refused(400, "the job was cancelled", code="cancelled")

@@ -5,10 +5,10 @@ import secrets
 from typing import Any
 
 from wuerstchen.serve.decoding import Upload
-from wuerstchen.serve.jobs import Job, Shape
+from wuerstchen.serve.errors import Refused
+from wuerstchen.serve.jobs import Job, Picture, Shape
 from wuerstchen.serve.limits import ServeConfig
 from wuerstchen.serve.schemas import MAX_SEED, ImageRequest, JobRequest
-from wuerstchen.serve.service import Refused
 from wuerstchen.version import __version__
 
 
@@ -63,20 +63,61 @@ def make_job(
     request: JobRequest, config: ServeConfig, about: dict[str, Any], client: str, instance: str
 ) -> Job:
     """The job of a request, still without its image (``upload_of``). Raises ``Refused``."""
-    can, draws = about["can"], request.kind == "generate"
+    _check_kind(request, about)
+    prompts = _prompts(request, config)
+    total = _total(request, len(prompts), config)
+    _check_sampling(request, config, about)
+    size = _size(request, config, about)
+    _check_image_options(request, size)
+    seed = _first_seed(request, total)
+    return Job(
+        client=client,
+        instance=instance,
+        shape=_shape(request, size, about["defaults"]),
+        prompts=[prompt for prompt in prompts for _ in range(request.count)],
+        seeds=range(seed, seed + total),
+        count=request.count,
+        negative=request.negative,
+        previews=request.previews,
+    )
+
+
+def _shape(request: JobRequest, size: tuple[int, int], defaults: dict[str, Any]) -> Shape:
+    varies = request.kind == "generate" and request.image is not None
+    return Shape(
+        kind=request.kind,
+        width=size[0],
+        height=size[1],
+        guidance=defaults["guidance"] if request.guidance is None else float(request.guidance),
+        prior_steps=request.prior_steps or defaults["prior_steps"],
+        prior_sampler=request.prior_sampler or defaults["prior_sampler"],
+        decoder_steps=request.decoder_steps or defaults["decoder_steps"],
+        strength=(request.strength or 0.7) if varies else None,
+    )
+
+
+def _check_kind(request: JobRequest, about: dict[str, Any]) -> None:
+    can = about["can"]
     if not can[request.kind]:
         raise Refused(400, f"kind {request.kind!r} is wrong because this model cannot do it", param="kind")
-    if draws and request.image is not None and not can["variation"]:
+    if request.kind == "generate" and request.image is not None and not can["variation"]:
         raise Refused(
             400, "image is wrong because this model cannot read pictures; leave it out", param="image"
         )
-    prompts = _prompts(request, config)
-    total = len(prompts) * request.count
+
+
+def _total(request: JobRequest, prompts: int, config: ServeConfig) -> int:
+    """How many images the job has."""
+    total = prompts * request.count
     if request.count > config.max_count:
         raise _too_large("count", request.count, config.max_count)
     if total > config.pictures_of_job:
-        of_all = f" of {len(prompts)} prompts" if len(prompts) > 1 else ""
+        of_all = f" of {prompts} prompts" if prompts > 1 else ""
         raise _too_large("count", f"{request.count}{of_all}", f"{config.pictures_of_job} pictures")
+    return total
+
+
+def _check_sampling(request: JobRequest, config: ServeConfig, about: dict[str, Any]) -> None:
     for name in ("prior_steps", "decoder_steps"):
         steps = getattr(request, name)
         if steps is not None and steps > config.max_steps:
@@ -88,11 +129,14 @@ def make_job(
             f"{' or '.join(about['samplers'])}.",
             param="prior_sampler",
         )
-    width, height = _size(request, config, about)
-    if not draws and width != height:
+
+
+def _check_image_options(request: JobRequest, size: tuple[int, int]) -> None:
+    draws = request.kind == "generate"
+    if not draws and size[0] != size[1]:
         raise Refused(
             400,
-            f"size {width}x{height} is wrong because reconstructions are square; make both sides equal",
+            f"size {size[0]}x{size[1]} is wrong because reconstructions are square; make both sides equal",
             param="width",
         )
     if request.strength is not None and (not draws or request.image is None):
@@ -101,35 +145,20 @@ def make_job(
             f"strength {request.strength} is wrong because there is no image to vary; give one",
             param="strength",
         )
-    if request.seed is not None and request.seed > MAX_SEED - total + 1:
+
+
+def _first_seed(request: JobRequest, total: int) -> int:
+    """The seed of the first image: the one requested, or a random one."""
+    if request.seed is None:
+        return secrets.randbelow(MAX_SEED - total + 2)
+    if request.seed > MAX_SEED - total + 1:
         raise Refused(
             400,
             f"seed {request.seed} is wrong because the last of {total} pictures would have one over "
             f"{MAX_SEED}; choose a smaller one",
             param="seed",
         )
-    seed = secrets.randbelow(MAX_SEED - total + 2) if request.seed is None else request.seed
-    defaults = about["defaults"]
-    shape = Shape(
-        kind=request.kind,
-        width=width,
-        height=height,
-        guidance=defaults["guidance"] if request.guidance is None else float(request.guidance),
-        prior_steps=request.prior_steps or defaults["prior_steps"],
-        prior_sampler=request.prior_sampler or defaults["prior_sampler"],
-        decoder_steps=request.decoder_steps or defaults["decoder_steps"],
-        strength=(request.strength or 0.7) if draws and request.image is not None else None,
-    )
-    return Job(
-        client=client,
-        instance=instance,
-        shape=shape,
-        prompts=[prompt for prompt in prompts for _ in range(request.count)],
-        seeds=range(seed, seed + total),
-        count=request.count,
-        negative=request.negative,
-        previews=request.previews,
-    )
+    return request.seed
 
 
 def check_model(name: str, own: str) -> None:
@@ -228,6 +257,25 @@ def settings_of(job: Job) -> dict[str, Any]:
         "decoder_steps": shape.decoder_steps,
         "strength": shape.strength,
     }
+
+
+def picture_settings(picture: Picture, about: dict[str, Any]) -> dict[str, Any]:
+    """What draws the picture again, under the names of ``POST /v1/jobs``."""
+    job, shape = picture.job, picture.job.shape
+    settings: dict[str, Any] = {"kind": shape.kind}
+    if shape.kind == "generate":
+        settings |= {"prompts": [picture.prompt], "negative": job.negative}
+    settings |= {"count": 1, "width": shape.width, "height": shape.height, "seed": picture.seed}
+    if shape.kind == "generate":
+        settings |= {
+            "guidance": shape.guidance,
+            "prior_steps": shape.prior_steps,
+            "prior_sampler": shape.prior_sampler,
+        }
+    settings["decoder_steps"] = shape.decoder_steps
+    if shape.strength is not None:
+        settings["strength"] = shape.strength
+    return settings | {"model": about.get("name", "wuerstchen")}
 
 
 def _prompts(request: JobRequest, config: ServeConfig) -> list[str]:

@@ -6,64 +6,30 @@ All state is changed on the event loop. Pictures are filtered, saved and signed 
 
 import asyncio
 import contextlib
-import importlib
-import inspect
 import logging
-import os
 import secrets
-import sys
-import tempfile
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-from PIL import Image
-
-from wuerstchen.errors import UserError
 from wuerstchen.serve import worker as worker_module
 from wuerstchen.serve.dispatch import Dispatcher
-from wuerstchen.serve.jobs import ENDED, Event, FairQueue, Job, Picture, QueueFull
+from wuerstchen.serve.errors import Refused
+from wuerstchen.serve.finishing import Finisher
+from wuerstchen.serve.jobs import FairQueue, Job, Picture, QueueFull
 from wuerstchen.serve.limits import ServeConfig
 from wuerstchen.serve.metrics import Metrics
 from wuerstchen.serve.results import Results
 from wuerstchen.serve.stopping import closing_seconds
+from wuerstchen.serve.streams import OpenStreams
 from wuerstchen.serve.uploads import Uploads
 
 log = logging.getLogger("wuerstchen.serve")
 
-Filter = Callable[[str, Image.Image | None], str | None]
-"""(prompt, None) before drawing and (prompt, picture) after it → why it is refused, or None."""
-
 KEPT_JOBS = 2_000
 """Jobs that are remembered after their end, for as long as their pictures are."""
-HEARTBEAT = 10.0
 IMAGE_BYTES = 2**30
 """Of the pictures that jobs begin with, together, until they have ended."""
-STREAMS_OF_CLIENT = 100
-"""Streams of events that a client may have open."""
-
-
-class Refused(Exception):
-    """A request that cannot be served: an HTTP status, the message and the form's other fields."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        retry_after: int | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.param = param
-        self.code = code
-        self.retry_after = retry_after
 
 
 class Service:
@@ -76,28 +42,14 @@ class Service:
         self.queue = FairQueue(config.max_waiting, config.max_jobs_per_client)
         self.metrics = Metrics()
         self.dispatcher = Dispatcher(
-            config, self.queue, self.metrics, worker_main, fail=self._fail, finish=self._finish_soon
+            config, self.queue, self.metrics, worker_main, fail=self._fail, finish=self._finish
         )
         self.metrics.watch(lambda: len(self.queue), self.queue.open_jobs, self.dispatcher.ready_workers)
-        self.filter = None if config.filter is None else load_filter(config.filter)
         self.jobs: dict[str, Job] = {}
-        self.streams: Counter[str] = Counter()
-        """Of events, open, by client."""
+        self.streams = OpenStreams()
         self.draining = False
-        signer = _signer(config)
-        self._temporary = (
-            tempfile.TemporaryDirectory(prefix="wuerstchen-") if config.results_dir is None else None
-        )
-        self.results = Results(
-            Path(self._temporary.name) if self._temporary else config.results_dir or Path(),
-            self.instance,
-            seconds=config.result_seconds,
-            max_bytes=config.result_bytes,
-            signer=signer,
-        )
+        self.finisher = Finisher(config, self.instance, self.metrics, self._end)
         self.uploads = Uploads(config.max_jobs_per_client)
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._savers = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="save")
         self._watcher: asyncio.Task[None] | None = None
 
     # Starting and stopping
@@ -138,13 +90,7 @@ class Service:
             self._end(job, "failed", "the service was stopped; send the job again later")
         await self.uploads.stop()
         await self.dispatcher.stop()
-        if self._tasks:
-            _, hung = await asyncio.wait(self._tasks, timeout=closing_seconds(self.config.grace) / 2)
-            for task in hung:
-                task.cancel()
-        self._savers.shutdown(wait=False, cancel_futures=True)  # a filter may hang
-        if self._temporary is not None:
-            self._temporary.cleanup()
+        await self.finisher.stop(closing_seconds(self.config.grace) / 2)
 
     def kill(self) -> None:
         """Kills the processes of workers and decoders, from any thread."""
@@ -172,6 +118,10 @@ class Service:
         """Set when the first worker is ready, or none will be."""
         return self.dispatcher.started
 
+    @property
+    def results(self) -> Results:
+        return self.finisher.results
+
     def check_open(self) -> dict[str, Any]:
         """The model, or ``Refused`` where no job can be taken now."""
         if self.draining:
@@ -186,14 +136,9 @@ class Service:
         """Queues a job. Raises ``Refused``."""
         self.check_open()
         self.check_room(job.client, job.total)
-        if self.filter is not None:
-            for text in dict.fromkeys(job.prompts):
-                reason = await self._filtered(text, None)
-                if reason is not None:
-                    self.metrics.refusals.labels("filter").inc()
-                    raise Refused(400, reason, param="prompt", code="content_policy_violation")
-            self.check_open()
-            self.check_room(job.client, job.total)
+        await self.finisher.check_prompts(list(dict.fromkeys(job.prompts)))
+        self.check_open()
+        self.check_room(job.client, job.total)
         self._check_images(job)
         job.created, job.unix_time = time.monotonic(), int(time.time())
         self.queue.add(job)
@@ -257,91 +202,10 @@ class Service:
         """The job's place in the queue from 1; 0 when it no longer waits."""
         return self.queue.positions().get(job, 0) if job.state == "queued" else 0
 
-    def check_streams(self, client: str) -> None:
-        """Raises ``Refused`` where a client has as many streams as it may."""
-        if self.streams[client] >= STREAMS_OF_CLIENT:
-            message = f"{STREAMS_OF_CLIENT} streams of yours are open, which is the most; close some"
-            raise Refused(429, message, code="rate_limit_exceeded", retry_after=2)
+    # What happens to jobs
 
-    @contextlib.contextmanager
-    def stream_of(self, client: str) -> Iterator[bool]:
-        """While a client has one stream more. Gives whether it may: many can pass the check at once."""
-        self.streams[client] += 1
-        try:
-            yield self.streams[client] <= STREAMS_OF_CLIENT
-        finally:
-            self.streams[client] -= 1
-            if not self.streams[client]:
-                del self.streams[client]
-
-    async def events(self, job: Job, after: int) -> AsyncIterator[Event | None]:
-        """A job's events, as they come, until it ends. None is a sign of life in a silence."""
-        news = asyncio.Event()
-        job.listeners.add(news.set)
-        try:
-            while True:
-                news.clear()
-                for event in job.events_after(after):
-                    after = event.number
-                    yield event
-                    if event.name in ENDED:
-                        return
-                if job.has_ended and not job.events_after(after):
-                    return
-                try:
-                    await asyncio.wait_for(news.wait(), HEARTBEAT)
-                except TimeoutError:
-                    yield None
-        finally:
-            job.listeners.discard(news.set)
-
-    async def ended(self, job: Job) -> None:
-        """Waits until the job has ended."""
-        async for _ in self.events(job, 0):
-            pass
-
-    # What the workers have drawn
-
-    def _finish_soon(self, picture: Picture, size: tuple[int, int], data: bytes) -> None:
-        task = asyncio.create_task(self._finish(picture, size, data))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _finish(self, picture: Picture, size: tuple[int, int], data: bytes) -> None:
-        """Filters and saves a picture, and tells its job."""
-        job = picture.job
-        image = Image.frombytes("RGB", size, data)
-        try:
-            if self.filter is not None:
-                reason = await self._filtered(picture.prompt, image)
-                if reason is not None:
-                    self.metrics.refusals.labels("filter").inc()
-                    self._end(job, "failed", reason, "invalid_request_error")
-                    return
-            settings = picture_settings(picture, self.about or {})
-            name = await self._loop.run_in_executor(self._savers, self.results.save, image, settings)
-        except Refused as error:
-            self._end(job, "failed", str(error))
-            return
-        except Exception:  # what it says holds the folder's path, which is not the client's business
-            log.exception("job %s: its picture could not be kept", job.log_name)
-            self._end(job, "failed", "a finished picture could not be kept; the service's log says why")
-            return
-        if job.has_ended:
-            return
-        job.fraction = max(0.0, job.fraction - 1)
-        job.add_image(picture.index, f"/v1/images/{name}")
-        self.metrics.pictures.labels(job.shape.kind).inc()
-        if len(job.images) == job.total:
-            self._end(job, "done")
-
-    async def _filtered(self, prompt: str, image: Image.Image | None) -> str | None:
-        assert self.filter is not None
-        try:
-            return await self._loop.run_in_executor(self._savers, self.filter, prompt, image)
-        except Exception as error:
-            log.exception("the filter failed")
-            raise Refused(500, "the safety filter failed, so nothing is drawn; the log says why") from error
+    def _finish(self, picture: Picture, size: tuple[int, int], data: bytes) -> None:
+        self.finisher.finish(picture, size, data, self.about or {})
 
     def _end(self, job: Job, state: Any, message: str | None = None, kind: str = "server_error") -> None:
         if job.has_ended:
@@ -369,7 +233,7 @@ class Service:
                 self._look(now)
                 if now - cleared > 10:
                     cleared = now
-                    await self._loop.run_in_executor(self._savers, self.results.clear)
+                    await self.finisher.clear()
             except Exception:
                 log.exception("the watch failed once")
 
@@ -392,47 +256,3 @@ class Service:
             assert job.ended is not None
             if now - job.ended > config.result_seconds or number < len(ended) - KEPT_JOBS:
                 del self.jobs[job.id]
-
-
-def picture_settings(picture: Picture, about: dict[str, Any]) -> dict[str, Any]:
-    """What draws the picture again, under the names of ``POST /v1/jobs``."""
-    job, shape = picture.job, picture.job.shape
-    settings: dict[str, Any] = {"kind": shape.kind}
-    if shape.kind == "generate":
-        settings |= {"prompts": [picture.prompt], "negative": job.negative}
-    settings |= {"count": 1, "width": shape.width, "height": shape.height, "seed": picture.seed}
-    if shape.kind == "generate":
-        settings |= {
-            "guidance": shape.guidance,
-            "prior_steps": shape.prior_steps,
-            "prior_sampler": shape.prior_sampler,
-        }
-    settings["decoder_steps"] = shape.decoder_steps
-    if shape.strength is not None:
-        settings["strength"] = shape.strength
-    return settings | {"model": about.get("name", "wuerstchen")}
-
-
-def load_filter(name: str) -> Filter:
-    """The function that ``module:function`` names. Raises ``UserError``."""
-    module, _, function = name.partition(":")
-    sys.path.insert(0, os.getcwd())  # where one's own module lies
-    try:
-        found = getattr(importlib.import_module(module), function)
-        inspect.signature(found).bind("", None)
-    except Exception as error:
-        raise UserError(
-            f"filter {name!r} is wrong because it cannot be used ({error}); give module:function, a function "
-            "of a prompt and a picture"
-        ) from error
-    finally:
-        sys.path.remove(os.getcwd())
-    return found
-
-
-def _signer(config: ServeConfig) -> Any:
-    if config.c2pa_certificate is None or config.c2pa_key is None:
-        return None
-    from wuerstchen.serve.signing import Signer
-
-    return Signer(config.c2pa_certificate, config.c2pa_key)

@@ -1,0 +1,21 @@
+"""The refusal of a request."""
+
+
+class Refused(Exception):
+    """A request that cannot be served: an HTTP status, the message and the form's other fields."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.retry_after = retry_after
