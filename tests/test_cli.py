@@ -17,7 +17,7 @@ from torch.distributed.run import get_args_parser
 
 from wuerstchen import doctor
 from wuerstchen.checkpoints.hub import BUNDLED, is_bundled, local_folder
-from wuerstchen.cli import main
+from wuerstchen.cli import main, make_parser
 from wuerstchen.image_files import MADE_BY_A_MODEL, read_settings
 from wuerstchen.pipeline import Wuerstchen
 
@@ -121,7 +121,7 @@ def test_reconstruct_shows_both_and_says_how_small_the_map_is(run):
     code, out, err = run("reconstruct", "photo.jpg")
     assert (code, out.strip()) == (0, "photo-reconstructed.png")
     assert size_of("photo-reconstructed.png")[0] > 2 * 128
-    assert "map 2x3x3: 42.67 times smaller a side" in err
+    assert "semantic latents 2x3x3: 42.67x smaller per side" in err
 
 
 @pytest.mark.parametrize("command", [["reconstruct"], ["generate", "--init"]])
@@ -147,23 +147,23 @@ def test_the_bundled_model_is_known_by_its_names(tmp_path, monkeypatch):
 
 BAD_CALLS = {
     "no prompt": (["generate"], "no prompt was given"),
-    "strength alone": (["generate", "a", "--strength", "0.5"], "there is no picture to vary"),
+    "strength alone": (["generate", "a", "--strength", "0.5"], "strength 0.5 needs an image"),
     "steps 0": (["generate", "a", "--prior-steps", "0"], "prior_steps 0 must be a whole number from 1"),
     "guidance nan": (["generate", "a", "--guidance", "nan"], "guidance nan must be a number"),
     "negative seed": (["generate", "a", "--seed", "-1"], "seed -1 must be from 0"),
     "large seed": (["generate", "a", "--seed", str(2**32)], "must be from 0 to"),
-    "count 0": (["generate", "a", "--count", "0"], "count 0 draws nothing"),
+    "count 0": (["generate", "a", "--count", "0"], "count must be at least 1, got 0"),
     "far too many": (["generate", "a", "--count", str(10**11)], "so must those of the pictures after it"),
     "too large a grid": (
         ["generate", "a", "--count", "500", "--grid"],
-        "a grid of 500 pictures is too large",
+        "too large: 500 images. A grid has at most 400",
     ),
-    "a JPEG": (["generate", "a", "--out", "cat.jpg"], "end it in .png"),
+    "a JPEG": (["generate", "a", "--out", "cat.jpg"], "must be a folder or a .png file, got cat.jpg"),
     "no number": (["generate", "a", "--count", "many"], "invalid int value: 'many'"),
     "bad size": (["generate", "a", "--size", "big"], "'big' is neither N nor WIDTHxHEIGHT"),
     "impossible size": (["generate", "a", "--size", "130"], "use 128 in place of 130"),
-    "one file for two": (["generate", "a", "b", "--out", "x.png"], "is one file for 2 pictures; add --grid"),
-    "unknown option": (["generate", "a", "--speed", "9"], "--speed 9 is no option of this command"),
+    "one file for two": (["generate", "a", "b", "--out", "x.png"], "is one file for 2 images"),
+    "unknown option": (["generate", "a", "--speed", "9"], "unknown option: --speed 9"),
     "unknown command": (["dream"], "invalid choice: 'dream'"),
     "no model": (
         ["generate", "a", "--model", "nowhere"],
@@ -171,9 +171,9 @@ BAD_CALLS = {
     ),
     "bad device": (["generate", "a", "--device", "toaster"], "device 'toaster' is not there"),
     "missing image": (["reconstruct", "nothing.png"], "nothing.png"),
-    "no recipe": (["train"], "no recipe was named; use one of tiny"),
-    "unknown recipe": (["train", "huge"], "'huge' is no recipe; name one of tiny, mini"),
-    "recipe after options": (["train", "--seed", "5"], "no recipe was named"),
+    "no recipe": (["train"], "no recipe was given. Use one of tiny"),
+    "unknown recipe": (["train", "huge"], "unknown recipe 'huge'. Give one of tiny, mini"),
+    "recipe after options": (["train", "--seed", "5"], "no recipe was given"),
     "bad field": (["train", "tiny", "--image-size", "100"], "image_size=100 must be a multiple of 128"),
     "bad number": (["train", "tiny", "--log-every", "many"], "many"),
     "unknown field": (["train", "tiny", "--learning-rat", "1"], "--learning-rat"),
@@ -284,6 +284,19 @@ def test_options_pass_through_torchrun(command, run, capsys):
         assert option in theirs or sum(name.startswith(option) for name in theirs) < 2, option
 
 
+def test_averages_weight_had_another_name(capsys):
+    """People's scripts say --share; the help names --weight only."""
+    arguments = ["average", "a", "b", "out"]
+    assert make_parser().parse_args(arguments).weight == 0.5
+    for name in ("--weight", "--share"):
+        assert make_parser().parse_args([*arguments, name, "0.25"]).weight == 0.25
+    with pytest.raises(SystemExit):
+        main(["average", "--help"])
+    text = capsys.readouterr().out
+    assert "--weight" in text
+    assert "--share" not in text
+
+
 def test_help_shows_examples(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["--help"])
@@ -365,7 +378,7 @@ def test_the_image_that_is_read_is_never_replaced(run, tmp_path, command):
         code, _, err = run(*command, "photo.png", "--out", name)
         assert (code, err) == (
             2,
-            f"Error: out names the image that is read: {name}. It would be replaced. "
+            f"Error: out is the input image: {name}. It would be overwritten. "
             "Give --out another name, or a folder\n",
         )
     assert (tmp_path / "photo.png").read_bytes() == before
@@ -406,7 +419,7 @@ def test_adapters_are_named_with_their_scale(run, tmp_path):
     assert plain == none
     assert len({plain, one, half}) == 3
     for adapter, message in (
-        ("style.safetensors:much", "ends in no number"),
+        ("style.safetensors:much", "does not end in a number"),
         ("none.safetensors", "none.safe"),
     ):
         code, _, err = run("generate", "a cat", "--lora", adapter)

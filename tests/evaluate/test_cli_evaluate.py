@@ -73,19 +73,19 @@ def test_a_model_is_judged_by_targets_where_asked_or_where_they_are_its_own(
 
 
 BAD_CALLS = {
-    "targets of a few": (["--limit", "8", "--targets"], "targets cannot be judged on 8 entries"),
+    "targets of a few": (["--limit", "8", "--targets"], "targets cannot be checked on 8 entries"),
     "no data set": ([], "data/emoji/index.jsonl cannot be read"),
     "how to make it": (["--data", "here"], "make the data set with `wuerstchen data emoji here`"),
     "no model": (["nowhere"], "'nowhere' does not exist"),
     "no model before": (["--before", "nowhere"], "'nowhere' does not exist"),
-    "unknown list": (["--lists", "a,c"], "'a,c' names no lists; write a, b or a,b"),
+    "unknown list": (["--lists", "a,c"], "unknown list in 'a,c'. Use a, b or a,b"),
     "unknown split": (["--split", "train"], "invalid choice: 'train'"),
     "limit 0": (["--limit", "0"], "limit 0 leaves nothing to score"),
     "batch 0": (["--batch-size", "0"], "batch_size 0 draws nothing"),
     "no photos": (["--photos", "nowhere"], "photos 'nowhere' is no folder"),
     "guidance nan": (["--guidance", "nan"], "guidance nan must be a number"),
     "steps 0": (["--decoder-steps", "0"], "decoder_steps 0 must be a whole number from 1"),
-    "unknown option": (["--speed", "9"], "--speed 9 is no option of this command"),
+    "unknown option": (["--speed", "9"], "unknown option: --speed 9"),
     "no folder": (["--out", "file/inside"], "cannot be written"),
 }
 

@@ -420,7 +420,7 @@ def test_a_finished_run_says_so_and_skipped_captions_are_named(tmp_path, capsys)
     assert main([*options.split(), "--data", str(data)]) == 0
     said = capsys.readouterr().out
     assert "finished already" not in said
-    assert f"It is run on {data} instead of its own data, sample" in said
+    assert f"It is trained on {data} instead of its own data, sample" in said
     assert "camel" not in said
     assert "skipped: 1 image with an empty caption ('3.png')" in said
     assert "skipped 3.png: its caption is empty" in said
@@ -624,14 +624,14 @@ def test_sigterm_outside_of_the_loop_is_one_line_and_the_run_goes_on(tmp_path, n
     process.terminate()
     said = process.communicate(timeout=30)[1].splitlines()
     assert process.returncode == 128 + signal.SIGTERM
-    assert said[-1] == "stopped by SIGTERM; start the same command again to go on"
+    assert said[-1] == "stopped by SIGTERM. Start the same command again to resume"
     assert not [line for line in said if "Traceback" in line]
     assert main(options) == 0
     assert (run_dir / "model" / "model.json").is_file()
 
 
 @pytest.mark.parametrize(
-    ("images", "said"), [(0, "this stage has no checkpoint yet"), (44, "a checkpoint is saved")]
+    ("images", "said"), [(0, "This stage has no checkpoint yet"), (44, "A checkpoint is saved")]
 )
 def test_after_a_stop_it_says_whether_there_is_a_checkpoint(tmp_path, monkeypatch, capsys, images, said):
     """At image 0 there is none."""
@@ -641,7 +641,7 @@ def test_after_a_stop_it_says_whether_there_is_a_checkpoint(tmp_path, monkeypatc
 
     monkeypatch.setattr(run, "train", stopped)
     assert main(["train", "tiny", "--run-dir", str(tmp_path)]) == 130
-    expected = f"stopped at image {images} of 120 of stage A; {said}: start the same command again to go on"
+    expected = f"stopped at image {images} of 120 of stage A. {said}. Start the same command again to resume"
     assert capsys.readouterr().err.strip() == expected
 
 

@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. What it does is done elsewhere.
+"""The command line: parses arguments, calls the package and prints results.
 
 Nothing heavy is imported until a command needs it, so ``wuerstchen --help`` answers at once.
 """
@@ -44,17 +44,16 @@ EXAMPLES = """examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns the exit code: 0, or 2 for what the user can mend, 130 after Ctrl-C, 143
+    """Runs one command. Returns the exit code: 0, 2 for an error that the user can fix, 130 after Ctrl-C, 143
     after SIGTERM."""
-    if isinstance(
-        sys.stdout, io.TextIOWrapper
-    ):  # a prompt in a file name may be more than the terminal can show
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # File names contain prompts, which the terminal's encoding may not support.
         sys.stdout.reconfigure(errors="backslashreplace")
-    # Warnings of torch's C++ part, with a trace each, for one where a process of a run has ended. It is read
-    # when torch is imported.
+    # Hides warnings of torch's C++ code, which come with a stack trace, such as when a rank has ended. torch
+    # reads the variable when it is imported.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with safe_streams(), warnings.catch_warnings():
-        # Only what is meant for the user is shown, and never as a traceback.
+        # Shows only the warnings that are meant for the user.
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", UserNotice)
         warnings.showwarning = _WarningPrinter()
@@ -62,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _WarningPrinter:
-    """Prints each warning once, beside a progress bar and not into it."""
+    """Prints each warning once, without breaking a progress bar."""
 
     def __init__(self) -> None:
         self.seen: set[str] = set()
@@ -81,25 +80,23 @@ def _run(arguments: Sequence[str] | None) -> int:
         known, others = make_parser().parse_known_args(with_values(given))
         if others and not known.takes_overrides:
             command = " ".join([known.command, *([known.kind] if "kind" in known else [])])
-            raise UserError(
-                f"{' '.join(others)} is no option of this command; see wuerstchen {command} --help"
-            )
+            raise UserError(f"unknown option: {' '.join(others)}. See wuerstchen {command} --help")
         known.overrides = others
         with _raising_on_sigterm():
             return known.run(known)
     except _Terminated:
-        more = "; start the same command again to go on" if known.goes_on else ""
+        more = ". Start the same command again to resume" if known.resumes else ""
         print(f"stopped by SIGTERM{more}", file=sys.stderr)
         return 128 + signal.SIGTERM
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        # Whoever read our output has gone, as ``| head`` does; what is left of it goes nowhere.
+        # The reader of our output has gone, as with ``| head``. Discard the rest.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:  # a locked folder, say, wherever it was met
-        print(f"Error: {error}; check its name, your rights to it, and the space there", file=sys.stderr)
+    except OSError as error:  # such as a locked folder
+        print(f"Error: {error}. Check the name, the permissions and the free disk space", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -107,18 +104,19 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM came."""
+    """The process received SIGTERM."""
 
 
 @contextlib.contextmanager
 def _raising_on_sigterm() -> "Iterator[None]":
-    """Ends a command on SIGTERM as Ctrl-C does. The training loop answers it by itself, with a checkpoint."""
+    """Makes SIGTERM end a command as Ctrl-C does. The training loop has a handler of its own, which saves a
+    checkpoint."""
 
     def stop(number: int, frame: object) -> None:
         raise _Terminated
 
     if threading.current_thread() is not threading.main_thread():
-        yield  # signals can only be caught there
+        yield  # only the main thread can handle signals
         return
     previous = signal.signal(signal.SIGTERM, stop)
     try:
@@ -130,12 +128,12 @@ def _raising_on_sigterm() -> "Iterator[None]":
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="wuerstchen",
-        description="Text to image in a latent map shrunk 42 times.",
+        description="Text-to-image generation in semantic latents that are 42x smaller per side.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"wuerstchen {__version__}")
-    parser.set_defaults(takes_overrides=False, goes_on=False)
+    parser.set_defaults(takes_overrides=False, resumes=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
     add_generate(commands)

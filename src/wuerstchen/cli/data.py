@@ -6,109 +6,134 @@ import os
 import sys
 from pathlib import Path
 
-from wuerstchen.cli.options import Parser, precision_named
+from wuerstchen.cli.options import Parser, add_device_option, precision_named
+
+SOURCE_HELP = (
+    "folder of images, .tar shards or .parquet files, or a quoted glob pattern; the output of img2dataset or "
+    "save_to_disk; an emoji data set; 'sample', the bundled one; or a data set on the Hub"
+)
 
 
 def add_data(commands: "argparse._SubParsersAction[Parser]") -> None:
     data = commands.add_parser("data", help="build data sets")
     kinds = data.add_subparsers(dest="kind", required=True, metavar="KIND", parser_class=Parser)
-    emoji = kinds.add_parser("emoji", help="6,685 captioned pictures in five styles, from their npm packages")
+    emoji = kinds.add_parser(
+        "emoji", help="build the emoji data set: 6,685 captioned images in five styles, downloaded from npm"
+    )
     emoji.set_defaults(run=_data_emoji)
-    emoji.add_argument("out", type=Path, metavar="OUT")
+    emoji.add_argument("out", type=Path, metavar="OUT", help="folder to create")
     _add_prepare(kinds)
 
 
 def _add_prepare(kinds: "argparse._SubParsersAction[Parser]") -> None:
     prepare = kinds.add_parser(
         "prepare",
-        help="maps and texts of your pictures, made once for Stage C; goes on after any stop",
-        description="Stores the compressor's map of every picture, and its caption, in the new folder OUT. "
-        "Several processes share the work: torchrun --nproc-per-node 8 -m wuerstchen data prepare SRC OUT",
+        help="encode images and captions once, to train Stage C on them; resumes after an interruption",
+        description="Encodes every image into semantic latents and stores them with its caption in the new "
+        "folder OUT. Several processes can share the work: "
+        "torchrun --nproc-per-node 8 -m wuerstchen data prepare SRC OUT",
     )
-    prepare.set_defaults(run=_data_prepare, goes_on=True)
+    prepare.set_defaults(run=_data_prepare, resumes=True)
+    prepare.add_argument("source", metavar="SRC", help=SOURCE_HELP)
+    prepare.add_argument("out", type=Path, metavar="OUT", help="folder to create")
+    _add_reading(prepare)
+    _add_encoding(prepare)
+    _add_filters(prepare)
+    prepare.add_argument("--batch-size", type=int, default=32, help="images per batch (default: 32)")
+    prepare.add_argument("--shard-size", type=int, default=1024, help="images per file (default: 1024)")
     prepare.add_argument(
-        "source",
-        metavar="SRC",
-        help="folder of images, of .tar shards or of .parquet files, a pattern of them in quotes, "
-        "what img2dataset or save_to_disk wrote, a built emoji set, sample for the one in the package, "
-        "or a name on the hub",
+        "--workers", type=int, default=8, help="number of threads that decode images (default: 8)"
     )
-    prepare.add_argument("out", type=Path, metavar="OUT", help="new folder")
+    add_device_option(prepare)
+
+
+def _add_reading(prepare: Parser) -> None:
+    """How SRC is read."""
     prepare.add_argument(
         "--format",
         metavar="KIND",
-        help="of SRC, if unclear: folder, emoji, webdataset, parquet, saved or hub",
+        help="format of SRC, if it is ambiguous: folder, emoji, webdataset, parquet, saved or hub",
     )
-    prepare.add_argument("--split", help="of a data set on the hub, or saved (train)")
+    prepare.add_argument(
+        "--split", help="split of a data set from the Hub or from save_to_disk (default: train)"
+    )
     prepare.add_argument(
         "--image-column",
         metavar="NAME",
-        help="of parquet files and the hub; the extension of the images in tars; of a folder's metadata file",
+        help="column of the images in parquet files, Hub data sets and a folder's metadata file; in tars, "
+        "the file extension of the images",
     )
     prepare.add_argument(
         "--text-column",
         metavar="NAME",
-        help="likewise; for tars and img2dataset's files also a field of the .json, "
-        "for folders also the ending of the text files",
+        help="column of the captions; in tars and img2dataset output, a file extension or a field of the "
+        ".json; in folders also the extension of the text files",
     )
+
+
+def _add_encoding(prepare: Parser) -> None:
+    """What is stored of each image."""
     prepare.add_argument(
-        "--model", help="whose compressor and text encoder are used (the model in the package)"
+        "--model", help="model whose compressor and text encoder are used (default: the bundled model)"
     )
-    prepare.add_argument("--text-encoder", metavar="SRC", help="for .pt files, which hold none")
-    prepare.add_argument("--revision", help="of a model on the hub")
-    prepare.add_argument("--size", type=int, help="a picture gets about SIZE x SIZE pixels (the model's own)")
+    prepare.add_argument("--text-encoder", metavar="SRC", help="text encoder, which .pt files do not contain")
+    prepare.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    prepare.add_argument(
+        "--size", type=int, help="images get about SIZE x SIZE pixels (default: the model's own size)"
+    )
     prepare.add_argument(
         "--max-ratio",
         type=float,
         default=2.0,
-        help="longest to shortest side of a bucket (2); 1 makes all pictures square",
+        help="largest aspect ratio of a bucket; 1 makes all images square (default: 2)",
     )
     prepare.add_argument(
-        "--crop", choices=("centre", "random", "saliency"), default="centre", help="(centre)"
+        "--crop",
+        choices=("centre", "random", "saliency"),
+        default="centre",
+        help="where images are cropped to fit their bucket (default: centre)",
     )
-    prepare.add_argument("--crops", type=int, default=1, help="stored of each picture (1)")
-    _add_filters(prepare)
+    prepare.add_argument("--crops", type=int, default=1, help="crops per image (default: 1)")
     prepare.add_argument(
-        "--text-states", choices=("none", "fp16", "int8"), default="none", help="stored (none)"
+        "--text-states",
+        choices=("none", "fp16", "int8"),
+        default="none",
+        help="also store the text encoder's states of the captions, in this format (default: none)",
     )
     prepare.add_argument(
         "--text-positions",
         choices=("all", "real"),
-        help="whether states of padding are stored; "
-        "all for models that attend to it, as the published ones (as the model does)",
+        help="store text states of all positions, or of real tokens only. Models that attend to padding, "
+        "such as the published ones, need all (default: what the model needs)",
     )
-    prepare.add_argument("--seed", type=int, default=0, help="of the crops (0)")
+    prepare.add_argument("--seed", type=int, default=0, help="seed of the crops (default: 0)")
     prepare.add_argument(
         "--precision",
         type=precision_named,
         choices=("float32", "bfloat16"),
         default="float32",
-        help="of text states; maps are always made in float32 (float32)",
-    )
-    prepare.add_argument("--batch-size", type=int, default=32, help="pictures at a time (32)")
-    prepare.add_argument("--shard-size", type=int, default=1024, help="images in a file (1024)")
-    prepare.add_argument("--workers", type=int, default=8, help="threads that decode pictures (8)")
-    prepare.add_argument(
-        "--device", help="cpu, cuda or mps (a GPU if there is one; its own for each process)"
+        help="precision of the text encoder; images are always encoded in float32 (default: float32)",
     )
 
 
 def _add_filters(prepare: Parser) -> None:
     """Which images are kept."""
-    prepare.add_argument("--min-size", type=int, help="least shorter side of the original, in pixels")
-    prepare.add_argument("--max-size", type=int, help="greatest longer side")
-    prepare.add_argument("--max-aspect", type=float, help="greatest longer over shorter side")
+    prepare.add_argument("--min-size", type=int, help="smallest shorter side of an original image, in pixels")
+    prepare.add_argument("--max-size", type=int, help="largest longer side of an original image, in pixels")
+    prepare.add_argument("--max-aspect", type=float, help="largest aspect ratio, longer side by shorter side")
     prepare.add_argument(
-        "--max-watermark", type=float, help="greatest watermark score; the original took 0.5"
+        "--max-watermark", type=float, help="largest watermark score; the original Würstchen used 0.5"
     )
-    prepare.add_argument("--min-aesthetic", type=float, help="least aesthetic score; the original took 5")
     prepare.add_argument(
-        "--max-unsafe", type=float, help="greatest score of unsafe content; the original took 0.99"
+        "--min-aesthetic", type=float, help="smallest aesthetic score; the original Würstchen used 5"
+    )
+    prepare.add_argument(
+        "--max-unsafe", type=float, help="largest score of unsafe content; the original Würstchen used 0.99"
     )
     prepare.add_argument(
         "--strict",
         action="store_true",
-        help="drop images without a score that is filtered by; they are kept and counted otherwise",
+        help="drop images that lack a score used by a filter; by default they are kept and counted",
     )
 
 
@@ -129,11 +154,11 @@ def _data_prepare(options: argparse.Namespace) -> int:
     from wuerstchen.data.prepare_plan import PrepareConfig
     from wuerstchen.device import default_device
 
-    def chosen(kind: type) -> dict[str, object]:
+    def options_of(kind: type) -> dict[str, object]:
         names = {field.name for field in dataclasses.fields(kind)}
         return {name: value for name, value in vars(options).items() if name in names}
 
-    config = PrepareConfig(**{**chosen(PrepareConfig), "filters": Filters(**chosen(Filters))})
+    config = PrepareConfig(**{**options_of(PrepareConfig), "filters": Filters(**options_of(Filters))})
     rank = Rank.from_environment()
     device = default_device(options.device)
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from wuerstchen.cli.options import (
     Parser,
-    add_drawing_options,
+    add_generation_options,
     add_guidance_options,
     loaded,
     sampling_of,
@@ -27,89 +27,87 @@ if TYPE_CHECKING:
 
     from wuerstchen.pipeline import Progress, Wuerstchen
 
-_SHORT = 20  # characters of a word; longer ones are no part of a sentence
-BATCH_SIZE = 8  # pictures drawn at a time
-MAX_GRID = 400  # pictures that a grid may hold
+_SHORT = 20  # characters; a longer word is hardly part of an unquoted sentence
+BATCH_SIZE = 8
+MAX_GRID = 400  # images
 
 
 def add_generate(commands: "argparse._SubParsersAction[Parser]") -> None:
-    generate = commands.add_parser("generate", help="draw pictures of prompts")
+    generate = commands.add_parser("generate", help="generate images from prompts")
     generate.set_defaults(run=_generate)
-    generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw, one picture a prompt")
-    generate.add_argument("--negative", default="", help="what to steer away from")
-    generate.add_argument("--count", type=int, default=1, help="pictures of each prompt (1)")
     generate.add_argument(
-        "--size", type=_size, help="N or WIDTHxHEIGHT in pixels, in steps of 8 (the model's own)"
+        "prompts", nargs="*", metavar="PROMPT", help="text to generate an image from; repeatable"
+    )
+    generate.add_argument("--negative", default="", help="negative prompt: what the images should not show")
+    generate.add_argument("--count", type=int, default=1, help="images per prompt (default: 1)")
+    generate.add_argument(
+        "--size",
+        type=_size,
+        help="image size: N or WIDTHxHEIGHT in pixels, multiples of 8 (default: the model's own)",
     )
     add_guidance_options(generate)
     generate.add_argument(
         "--init",
         type=Path,
         metavar="IMAGE",
-        help="begin with this picture; without a prompt, vary it. The bundled model, trained on emoji, makes "
-        "blobs of photographs",
+        help="image to start from, with or without a prompt. The bundled model, trained on emoji, turns "
+        "photographs into blobs",
     )
-    generate.add_argument("--strength", type=float, help="how much of it may change, above 0 to 1 (0.7)")
+    generate.add_argument(
+        "--strength",
+        type=float,
+        help="how much the --init image may change, above 0 and up to 1 (default: 0.7)",
+    )
     generate.add_argument(
         "--lora",
         action="append",
         default=[],
         metavar="FILE[:SCALE]",
-        help="adapter (LoRA) for Stage C: a file, or a folder that diffusers or peft wrote; repeatable",
+        help="LoRA adapter for Stage C: a file, or a folder written by diffusers or peft; repeatable",
     )
-    generate.add_argument("--grid", action="store_true", help="one picture with all of them, a row a prompt")
-    add_drawing_options(generate)
+    generate.add_argument(
+        "--grid", action="store_true", help="save all images as one grid, with a row per prompt"
+    )
+    add_generation_options(generate)
 
 
 def add_reconstruct(commands: "argparse._SubParsersAction[Parser]") -> None:
-    reconstruct = commands.add_parser("reconstruct", help="squeeze a picture through the map and back")
+    reconstruct = commands.add_parser(
+        "reconstruct", help="encode an image into semantic latents and decode it again"
+    )
     reconstruct.set_defaults(run=_reconstruct)
     reconstruct.add_argument(
         "image",
         type=Path,
         metavar="IMAGE",
-        help="picture to squeeze, cut to a square. The bundled model, trained on emoji, makes blobs of "
-        "photographs",
+        help="image to reconstruct, cropped to a square. The bundled model, trained on emoji, turns "
+        "photographs into blobs",
     )
-    reconstruct.add_argument("--size", type=int, help="side of the square in pixels (the model's own)")
-    add_drawing_options(reconstruct)
+    reconstruct.add_argument(
+        "--size", type=int, help="side of the square in pixels (default: the model's own)"
+    )
+    add_generation_options(reconstruct)
 
 
 def _size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", text)
     if match is None:
-        raise argparse.ArgumentTypeError(f"'{text}' is neither N nor WIDTHxHEIGHT; write 256 or 256x384")
+        raise argparse.ArgumentTypeError(f"'{text}' is neither N nor WIDTHxHEIGHT. Write 256 or 256x384")
     return int(match[1]), int(match[2] or match[1])
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from wuerstchen.images import grid, open_image
+    from wuerstchen.images import open_image
+    from wuerstchen.sampling import check_seed
 
-    began = time.monotonic()
+    start = time.monotonic()
     if options.init is not None and not options.prompts:
         options.prompts = [""]
-    if not options.prompts:
-        raise UserError('no prompt was given, so there is nothing to draw; try: wuerstchen generate "a cat"')
-    if options.count < 1:
-        raise UserError(f"count {options.count} draws nothing; use at least 1")
     total = len(options.prompts) * options.count
-    if options.grid and total > MAX_GRID:
-        raise UserError(
-            f"a grid of {total} pictures is too large; draw at most {MAX_GRID}, or leave out --grid"
-        )
-    if options.strength is not None and options.init is None:
-        raise UserError(
-            f"strength {options.strength} is wrong because there is no picture to vary; add --init"
-        )
-    one_file = _check_out(options.out, options.init)
-    if one_file and not options.grid and total > 1:
-        raise UserError(f"{options.out} is one file for {total} pictures; add --grid, or name a folder")
+    _check_generate(options, total)
     sampling = sampling_of(options)
     adapters = [_adapter(text) for text in options.lora]
     init = None if options.init is None else open_image(options.init)
-
-    from wuerstchen.sampling import check_seed
-
     check_seed(options.seed, total)
     if init is not None:
         _note_photographs(options)
@@ -118,61 +116,98 @@ def _generate(options: argparse.Namespace) -> int:
     _warn_of_meaning(model, options.prompts, init is not None)
     for path, scale in adapters:
         model.load_lora(path, scale)
-    settings = {"model": options.model or "bundled", "negative": options.negative}
+
     strength = 0.7 if options.strength is None else options.strength
+    settings = {"model": options.model or "bundled", "negative": options.negative}
     if init is not None:
         settings |= {"init": options.init.name, "strength": strength}
     if adapters:
         settings["lora"] = " ".join(options.lora)
     settings |= model.settings_of(sampling)
-    images = []
     with _progress() as progress:
-        # Drawn a few at a time, so that each is on disk before the next are begun.
-        for start in range(0, total, BATCH_SIZE):
-            numbers = range(start, min(start + BATCH_SIZE, total))
-            few: list[str] = [options.prompts[number // options.count] for number in numbers]
-            drawn = model.generate(
-                few,
-                negative=options.negative,
-                seed=options.seed + start,
-                size=options.size,
-                init=init,
-                strength=strength,
-                sampling=sampling,
-                batch_size=BATCH_SIZE,
-                progress=progress,
-            )
-            images += drawn if options.grid else []
-            for number, (image, text) in enumerate(zip(drawn, few, strict=True), start=options.seed + start):
-                if not options.grid:
-                    name = _slug(text) if text or init is None else _slug(options.init.stem)
-                    kept = {"prompt": text, "seed": number, **settings}
-                    print(_save(image, options.out, f"{name}-{number}", kept, drawn_by_a_model=True))
-    if options.grid:
-        columns = options.count if options.count > 1 else math.isqrt(len(images) - 1) + 1
-        prompts = "\n".join(options.prompts)
-        shown = {"prompt": prompts, "count": options.count, "seed": options.seed, **settings}
-        print(_save(grid(images, columns=columns), options.out, "grid", shown, drawn_by_a_model=True))
-    print(f"{total} picture{'s' * (total != 1)} in {time.monotonic() - began:.1f} s", file=sys.stderr)
+        images = _images(
+            model,
+            options,
+            negative=options.negative,
+            size=options.size,
+            init=init,
+            strength=strength,
+            sampling=sampling,
+            progress=progress,
+        )
+        if options.grid:
+            _save_grid([image for image, _, _ in images], options, settings)
+        else:
+            for image, prompt, seed in images:
+                _save_one(image, prompt, seed, options, settings)
+    print(f"{total} image{'s' * (total != 1)} in {time.monotonic() - start:.1f} s", file=sys.stderr)
     return 0
 
 
+def _check_generate(options: argparse.Namespace, total: int) -> None:
+    """Raises ``UserError`` for options that do not fit together. ``total``: number of images."""
+    if not options.prompts:
+        raise UserError('no prompt was given. Give at least one: wuerstchen generate "a cat"')
+    if options.count < 1:
+        raise UserError(f"count must be at least 1, got {options.count}")
+    if options.grid and total > MAX_GRID:
+        raise UserError(
+            f"the grid is too large: {total} images. A grid has at most {MAX_GRID}. Generate fewer, or omit "
+            "--grid"
+        )
+    if options.strength is not None and options.init is None:
+        raise UserError(f"strength {options.strength} needs an image to start from. Add --init")
+    one_file = _check_out(options.out, options.init)
+    if one_file and not options.grid and total > 1:
+        raise UserError(f"{options.out} is one file for {total} images. Add --grid, or give a folder")
+
+
+def _images(
+    model: "Wuerstchen", options: argparse.Namespace, **arguments: Any
+) -> "Iterator[tuple[Image, str, int]]":
+    """Yields (image, prompt, seed). Each batch is saved before the next one starts."""
+    total = len(options.prompts) * options.count
+    for start in range(0, total, BATCH_SIZE):
+        numbers = range(start, min(start + BATCH_SIZE, total))
+        prompts: list[str] = [options.prompts[number // options.count] for number in numbers]
+        first_seed = options.seed + start
+        batch = model.generate(prompts, seed=first_seed, batch_size=BATCH_SIZE, **arguments)
+        yield from zip(batch, prompts, range(first_seed, first_seed + len(prompts)), strict=True)
+
+
+def _save_one(
+    image: "Image", prompt: str, seed: int, options: argparse.Namespace, settings: dict[str, Any]
+) -> None:
+    name = _slug(prompt) if prompt or options.init is None else _slug(options.init.stem)
+    own = {"prompt": prompt, "seed": seed, **settings}
+    print(_save(image, options.out, f"{name}-{seed}", own, drawn_by_a_model=True))
+
+
+def _save_grid(images: "list[Image]", options: argparse.Namespace, settings: dict[str, Any]) -> None:
+    from wuerstchen.images import grid
+
+    columns = options.count if options.count > 1 else math.isqrt(len(images) - 1) + 1
+    prompts = "\n".join(options.prompts)
+    shown = {"prompt": prompts, "count": options.count, "seed": options.seed, **settings}
+    print(_save(grid(images, columns=columns), options.out, "grid", shown, drawn_by_a_model=True))
+
+
 def _warn_of_words(prompts: list[str], count: int) -> None:
-    """Says that several prompts of one word each may be one that was not quoted."""
+    """Warns that several one-word prompts may be one prompt without quotes."""
     single = [bool(text.strip()) and len(text.split()) == 1 and len(text) <= _SHORT for text in prompts]
     if any(itertools.starmap(operator.and_, itertools.pairwise(single))):
         total = len(prompts) * count
         warnings.warn(
             f"{len(prompts)} prompts were given, several of one word: {' '.join(prompts)[:100]!r}. Each "
-            f"prompt is drawn by itself, {total} images in all. Put a prompt of several words in quotes: "
+            f"prompt gets its own images, {total} images in total. Put a prompt of several words in quotes: "
             'wuerstchen generate "a cat"',
             UserNotice,
             stacklevel=2,
         )
 
 
-def _warn_of_meaning(model: "Wuerstchen", prompts: list[str], varies: bool) -> None:
-    """Says which prompts tell the model nothing."""
+def _warn_of_meaning(model: "Wuerstchen", prompts: list[str], has_init: bool) -> None:
+    """Warns of prompts that the model cannot understand."""
     encoder = model.cascade.text_encoder
     for text in dict.fromkeys(prompts) if encoder is not None else ():
         if text.strip():
@@ -184,16 +219,16 @@ def _warn_of_meaning(model: "Wuerstchen", prompts: list[str], varies: bool) -> N
                     UserNotice,
                     stacklevel=2,
                 )
-        elif not varies:
+        elif not has_init:
             warnings.warn(
-                "the prompt is empty, so the model draws anything. Say what to draw",
+                "the prompt is empty, so the image can show anything. Describe an image",
                 UserNotice,
                 stacklevel=2,
             )
 
 
 def _note_photographs(options: argparse.Namespace) -> None:
-    """Says what to expect of an image that is given to the bundled model."""
+    """Prints what to expect of photographs if the model is the bundled one."""
     from wuerstchen.checkpoints.hub import PHOTO_NOTE, is_bundled
 
     if is_bundled(options.model):
@@ -208,7 +243,7 @@ def _adapter(text: str) -> tuple[Path, float]:
     try:
         return Path(path), float(scale)
     except ValueError:
-        raise UserError(f"adapter {text!r} ends in no number; write FILE, or FILE:0.8") from None
+        raise UserError(f"adapter {text!r} does not end in a number. Write FILE or FILE:0.8") from None
 
 
 def _reconstruct(options: argparse.Namespace) -> int:
@@ -231,29 +266,28 @@ def _reconstruct(options: argparse.Namespace) -> int:
     channels, height, width = result.map_size
     print(path)
     print(
-        f"map {channels}x{height}x{width}: {result.spatial_compression:.2f} times smaller a side, "
-        f"{result.element_compression:.0f} times fewer numbers",
+        f"semantic latents {channels}x{height}x{width}: {result.spatial_compression:.2f}x smaller per side, "
+        f"{result.element_compression:.0f}x fewer values",
         file=sys.stderr,
     )
     return 0
 
 
 def _check_out(out: Path, read: Path | None) -> bool:
-    """Whether ``--out`` names a file; makes its folder and checks now that it can be written.
+    """Whether ``--out`` is a file. Creates the folder and checks that it is writable.
 
-    Raises ``UserError`` where it names the image that is ``read``.
+    Raises ``UserError`` if it is not, and if ``--out`` is the image that is ``read``.
     """
     from wuerstchen.image_files import check_writable
 
     suffix = out.suffix.lower()
     if suffix in {".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp"}:
-        raise UserError(f"{out} is no name for a PNG, which is what is written; end it in .png")
+        raise UserError(f"out must be a folder or a .png file, got {out}. Images are saved as PNG")
     if suffix == ".png" and out.is_dir():
-        raise UserError(f"{out} is a folder; name a file in it, or a folder that does not end in .png")
+        raise UserError(f"{out} is a folder. Give a file in it, or a folder that does not end in .png")
     if read is not None and out.is_file() and read.exists() and out.samefile(read):
         raise UserError(
-            f"out names the image that is read: {out}. It would be replaced."
-            " Give --out another name, or a folder"
+            f"out is the input image: {out}. It would be overwritten. Give --out another name, or a folder"
         )
     check_writable(out.parent if suffix == ".png" else out)
     return suffix == ".png"
@@ -261,7 +295,7 @@ def _check_out(out: Path, read: Path | None) -> bool:
 
 @contextlib.contextmanager
 def _progress() -> "Iterator[Progress]":
-    """A bar over the steps of all stages."""
+    """A progress bar for the steps of each stage."""
     from tqdm import tqdm
 
     with tqdm(unit="step", leave=False, dynamic_ncols=True, disable=None) as bar:
@@ -276,7 +310,7 @@ def _progress() -> "Iterator[Progress]":
 
 
 def _slug(text: str) -> str:
-    """A file name's worth of a prompt, in letters, digits and dashes; names are limited in bytes."""
+    """A file name from a prompt: letters, digits and dashes, of at most 150 bytes."""
     name = re.sub(r"[^\w]+", "-", text.lower()).strip("-")[:60]
     return name.encode()[:150].decode(errors="ignore").strip("-") or "picture"
 
@@ -284,7 +318,7 @@ def _slug(text: str) -> str:
 def _save(
     image: "Image", out: Path, stem: str, settings: dict[str, Any], *, drawn_by_a_model: bool = False
 ) -> Path:
-    """Writes to ``out`` if that is a file, or into it under a free name. Returns the path."""
+    """Writes to ``out`` if it is a file, else to a new file in it. Returns the path."""
     from wuerstchen.image_files import save_new_png, save_png
 
     if out.suffix.lower() != ".png":

@@ -11,43 +11,58 @@ from wuerstchen.errors import UserError
 def add_evaluate(commands: "argparse._SubParsersAction[Parser]") -> None:
     evaluate = commands.add_parser(
         "evaluate",
-        help="score a model on held-out pictures and composed prompts",
-        description="Scores a model on two fixed lists; writes report.json and report.html.",
+        help="score a model on held-out images and composed prompts",
+        description="Scores a model on two fixed lists. Writes report.json and report.html.",
     )
     evaluate.set_defaults(run=_evaluate)
     evaluate.add_argument(
-        "model", nargs="?", type=Path, metavar="MODEL", help="model folder (the model in the package)"
+        "model", nargs="?", type=Path, metavar="MODEL", help="model folder (default: the bundled model)"
     )
     evaluate.add_argument(
-        "--data", type=Path, help="built emoji set (data/emoji, or none where --photos is given alone)"
+        "--data", type=Path, help="emoji data set (default: data/emoji, or none if only --photos is given)"
     )
     evaluate.add_argument(
-        "--split", choices=("val", "test", "all"), default="all", help="choose on val; test is for the report"
+        "--split",
+        choices=("val", "test", "all"),
+        default="all",
+        help="part of the data set: use val to select a model, and test only to report (default: all)",
     )
     evaluate.add_argument(
-        "--lists", type=_lists, default=("a", "b"), help="a: held-out pairs, b: composed prompts (a,b)"
+        "--lists",
+        type=_lists,
+        default=("a", "b"),
+        help="a: held-out image-text pairs, b: composed prompts (default: a,b)",
     )
     evaluate.add_argument(
-        "--limit", type=int, help="the first N of each list and split only, for a quick look"
+        "--limit",
+        type=int,
+        metavar="N",
+        help="score only the first N entries of each list and split, for a quick check",
     )
     evaluate.add_argument(
         "--before",
         type=Path,
         metavar="FOLDER",
-        help="the model before it was stored small, to see what that cost",
+        help="the same model in float32, to measure what smaller weights cost",
     )
     evaluate.add_argument(
-        "--photos", type=Path, metavar="DIR", help="also take the photographs in DIR through Stages A and B"
+        "--photos",
+        type=Path,
+        metavar="DIR",
+        help="also reconstruct the photographs in DIR with Stages A and B",
     )
     evaluate.add_argument(
-        "--out", type=Path, default=Path("evaluation"), help="folder of the report (evaluation)"
+        "--out", type=Path, default=Path("evaluation"), help="folder for the report (default: evaluation)"
     )
     evaluate.add_argument(
         "--targets",
         action="store_true",
-        help="judge by the targets of the model in the package (always done for that model on whole lists)",
+        help="check the scores against the targets of the bundled model (always on for that model without "
+        "--limit)",
     )
-    evaluate.add_argument("--batch-size", type=int, help="pictures drawn at a time (8 on a CPU, 64 on a GPU)")
+    evaluate.add_argument(
+        "--batch-size", type=int, help="images per batch (default: 8 on a CPU, 64 on a GPU)"
+    )
     add_guidance_options(evaluate)
     add_sampling_options(evaluate)
 
@@ -55,7 +70,7 @@ def add_evaluate(commands: "argparse._SubParsersAction[Parser]") -> None:
 def _lists(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(text.split(",")))
     if not set(names) <= {"a", "b"}:
-        raise argparse.ArgumentTypeError(f"'{text}' names no lists; write a, b or a,b")
+        raise argparse.ArgumentTypeError(f"unknown list in '{text}'. Use a, b or a,b")
     return names
 
 
@@ -64,8 +79,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     if options.targets and options.limit is not None:
         raise UserError(
-            f"targets cannot be judged on {options.limit} entries: they are for whole lists. "
-            "Leave out --limit or --targets"
+            f"targets cannot be checked on {options.limit} entries. They apply to whole lists. "
+            "Omit --limit or --targets."
         )
     check_writable(options.out)
     sampling = sampling_of(options)
@@ -99,7 +114,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         options.out,
         model=folder,
         before=before,
-        name="the model in the package" if is_bundled else str(options.model),
+        name="the bundled model" if is_bundled else str(options.model),
     )
     print(summary(report))
     for path in written:

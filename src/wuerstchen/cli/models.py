@@ -1,54 +1,66 @@
-"""``wuerstchen convert``, ``average`` and ``doctor``: what is done with models but drawing."""
+"""``wuerstchen convert``, ``average`` and ``doctor``."""
 
 import argparse
 from pathlib import Path
 
-from wuerstchen.cli.options import Parser, add_memory_options, add_source_options, sources_of
+from wuerstchen.cli.options import (
+    Parser,
+    add_device_option,
+    add_memory_options,
+    add_source_options,
+    sources_of,
+)
 
 
 def add_convert(commands: "argparse._SubParsersAction[Parser]") -> None:
-    convert = commands.add_parser("convert", help="write a model in another layout")
+    convert = commands.add_parser("convert", help="convert a model to another layout")
     convert.set_defaults(run=_convert)
-    convert.add_argument("source", metavar="SRC", help="model in any layout: a path, or a name on the hub")
-    convert.add_argument("target", type=Path, metavar="DST", help="new folder")
+    convert.add_argument("source", metavar="SRC", help="model in any layout: a path or a Hub name")
+    convert.add_argument("target", type=Path, metavar="DST", help="folder to create")
     convert.add_argument("--layout", choices=("native", "diffusers", "original", "paddle"), required=True)
     convert.add_argument(
         "--storage",
         choices=("float32", "float16", "int8"),
         default="float32",
-        help="how weights are stored (float32); int8 is for native",
+        help="data type of the stored weights (default: float32); int8 needs the native layout",
     )
     convert.add_argument(
         "--leave-out",
         nargs="+",
         default=[],
         metavar="PART",
-        help="parts that may be left behind; write it last",
+        help="parts to leave out; put this option last",
     )
     add_source_options(convert)
 
 
 def add_average(commands: "argparse._SubParsersAction[Parser]") -> None:
     average = commands.add_parser(
-        "average", help="average the weights of two models, as the published Stage C is an average"
+        "average", help="average the weights of two models, as was done for the published Stage C"
     )
     average.set_defaults(run=_average)
-    average.add_argument("first", metavar="A", help="model in any layout: a path, or a name on the hub")
-    average.add_argument("second", metavar="B", help="another of the same shape")
-    average.add_argument("target", type=Path, metavar="OUT", help="new folder, in the native layout")
-    average.add_argument("--share", type=float, default=0.5, help="of B, from 0 to 1 (0.5)")
+    average.add_argument("first", metavar="A", help="model in any layout: a path or a Hub name")
+    average.add_argument("second", metavar="B", help="model with the same architecture as A")
+    average.add_argument("target", type=Path, metavar="OUT", help="folder to create, in the native layout")
+    average.add_argument("--weight", type=float, default=0.5, help="weight of B, from 0 to 1 (default: 0.5)")
+    # The old name of --weight.
+    average.add_argument(
+        "--share", type=float, dest="weight", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
 
 
 def add_doctor(commands: "argparse._SubParsersAction[Parser]") -> None:
     doctor = commands.add_parser(
-        "doctor", help="check a model: files, versions, three pictures and how long they took"
+        "doctor", help="check a model: its files and versions, and three test images with timings"
     )
     doctor.set_defaults(run=_doctor)
     doctor.add_argument(
-        "--model", help="model in any layout, or a name on the hub (the model in the package)"
+        "--model", help="model in any layout: a path or a Hub name (default: the bundled model)"
     )
-    doctor.add_argument("--out", type=Path, default=Path("doctor"), help="folder of the pictures (doctor)")
-    doctor.add_argument("--device", help="cpu, cuda or mps (a GPU if there is one)")
+    doctor.add_argument(
+        "--out", type=Path, default=Path("doctor"), help="folder for the images (default: doctor)"
+    )
+    add_device_option(doctor)
     add_source_options(doctor)
     add_memory_options(doctor)
 
@@ -71,7 +83,7 @@ def _convert(options: argparse.Namespace) -> int:
 def _average(options: argparse.Namespace) -> int:
     from wuerstchen.checkpoints.average import average
 
-    changed = average(options.first, options.second, options.target, options.share)
+    changed = average(options.first, options.second, options.target, options.weight)
     print(f"{options.target}: averaged {', '.join(changed)}")
     return 0
 

@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they say."""
+"""Options that several commands share, and how they are read."""
 
 import argparse
 import itertools
@@ -18,10 +18,9 @@ LOW_MEMORY = ("stage", "layer")
 
 
 def with_values(arguments: Sequence[str]) -> list[str]:
-    """The arguments with the value of ``--low-memory`` spelled out.
+    """Adds the default value to a ``--low-memory`` that has none.
 
-    It may stand without one, and argparse would take the next argument for it, as in
-    ``generate --low-memory "a cat"``.
+    Otherwise argparse would take the next argument as its value, as in ``generate --low-memory "a cat"``.
     """
     spelled: list[str] = []
     for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
@@ -33,21 +32,21 @@ def with_values(arguments: Sequence[str]) -> list[str]:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line."""
+    """An argparse parser with one-line errors."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.color = (
-            False  # Python 3.14 has it; escape sequences are spelled out by ``terminal.safe_streams``
-        )
+        # Python 3.14 colours help texts, but ``terminal.safe_streams`` prints escape sequences as text.
+        self.color = False
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
+        raise UserError(f"{message}. See {self.prog} --help")
 
 
-def add_drawing_options(parser: argparse.ArgumentParser) -> None:
+def add_generation_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", help="model in any layout, or a name on the hub (the model in the package)"
+        "--model",
+        help="model in any layout: a path, or a name on the Hugging Face Hub (default: the bundled model)",
     )
     add_source_options(parser)
     add_memory_options(parser)
@@ -55,32 +54,33 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         default=Path(),
-        help="folder, where images get free names, or a file ending in .png, which is replaced (here)",
+        help="folder to write images to under new names, or a .png file to overwrite "
+        "(default: the current folder)",
     )
     parser.add_argument(
         "--seed",
         type=int,
         default=0,
-        help="of the first picture, up to 4294967295; the next has the next (0)",
+        help="seed of the first image, up to 4294967295; later images count up (default: 0)",
     )
     add_sampling_options(parser)
 
 
 def add_source_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prior", metavar="SRC", help="load Stage C from this path or Hub name instead")
+    parser.add_argument("--text-encoder", metavar="SRC", help="text encoder, which .pt files do not contain")
     parser.add_argument(
-        "--prior", metavar="SRC", help="Stage C from elsewhere: a folder, or a name on the hub"
+        "--decoder-text-encoder", metavar="SRC", help="Stage B's text encoder, which .pt files do not contain"
     )
-    parser.add_argument("--text-encoder", metavar="SRC", help="for .pt files, which hold none")
-    parser.add_argument("--decoder-text-encoder", metavar="SRC", help="likewise, Stage B's")
-    parser.add_argument("--revision", help="of a model on the hub")
+    parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
 
 
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-"""Short names of precisions, as training has them."""
+"""The short names of precisions, which training uses."""
 
 
 def precision_named(text: str) -> str:
-    """A precision by its long name."""
+    """The long name of a precision."""
     return PRECISIONS.get(text, text)
 
 
@@ -89,7 +89,7 @@ def add_precision_option(parser: argparse.ArgumentParser) -> None:
         "--precision",
         type=precision_named,
         choices=("float32", "bfloat16", "float16"),
-        help="fp32, bf16 and fp16 are the same (float16 on NVIDIA GPUs, float32 elsewhere)",
+        help="fp32, bf16 and fp16 work too (default: float16 on NVIDIA GPUs, float32 elsewhere)",
     )
 
 
@@ -100,34 +100,56 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="stage",
         choices=LOW_MEMORY,
-        help="keep one network at a time on the GPU, or one layer",
+        help="keep one network (stage, the default value) or one layer (layer) on the GPU at a time",
     )
 
 
 def add_guidance_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--guidance", type=float, help="guidance scale of Stage C: above 1 follows the prompt more strictly"
+        "--guidance",
+        type=float,
+        help="guidance scale of Stage C; values above 1 follow the prompt more closely",
     )
-    parser.add_argument("--prior-steps", type=int, help="steps of Stage C")
+    parser.add_argument(
+        "--prior-steps", type=int, help="sampling steps of Stage C (default: the model's own)"
+    )
     parser.add_argument(
         "--prior-sampler",
         choices=list(SAMPLERS),
-        help=f"of Stage C, fitting the model's objective (the model's own): {sampler_help()}",
+        help=f"sampler of Stage C, one that fits its objective (default: the model's own): {sampler_help()}",
     )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--decoder-steps", type=int, help="steps of Stage B")
-    parser.add_argument("--decoder-guidance", type=float, help="guidance of Stage B by the map; 1 is none")
-    parser.add_argument("--decoder-shift", type=float, help="how far Stage B's steps lean towards noise")
-    parser.add_argument("--device", help="cpu, cuda or mps (a GPU if there is one)")
+    parser.add_argument(
+        "--decoder-steps", type=int, help="sampling steps of Stage B (default: the model's own)"
+    )
+    parser.add_argument(
+        "--decoder-guidance",
+        type=float,
+        help="guidance scale of Stage B on the semantic latents; 1 turns it off",
+    )
+    parser.add_argument(
+        "--decoder-shift",
+        type=float,
+        help="timestep shift of Stage B; higher values spend more steps at high noise levels",
+    )
+    add_device_option(parser)
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda or mps (default: a GPU if there is one)")
 
 
 def add_tariff_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--region", metavar="CC", help="country whose electricity is used, as in DE, for CO2")
-    parser.add_argument("--co2-per-kwh", type=float, metavar="KG", help="kg of CO2 a kWh (0.48, the world's)")
-    parser.add_argument("--price-per-hour", type=float, metavar="P", help="money an hour of the machine")
-    parser.add_argument("--price-per-kwh", type=float, metavar="P", help="money a kWh")
+    parser.add_argument(
+        "--region", metavar="CC", help="country code for the carbon intensity of electricity, such as DE"
+    )
+    parser.add_argument(
+        "--co2-per-kwh", type=float, metavar="KG", help="kg of CO2 per kWh (default: 0.48, the world average)"
+    )
+    parser.add_argument("--price-per-hour", type=float, metavar="P", help="price of the machine per hour")
+    parser.add_argument("--price-per-kwh", type=float, metavar="P", help="price of electricity per kWh")
 
 
 def sources_of(options: argparse.Namespace) -> "Sources":
@@ -167,7 +189,7 @@ def sampling_of(options: argparse.Namespace) -> "Sampling":
 
 
 def tariff_of(options: argparse.Namespace) -> "Tariff | None":
-    """None where no option says anything."""
+    """The tariff of the options, or None if none of them was given."""
     from wuerstchen.train.report.cost import make_tariff
 
     given = (options.region, options.co2_per_kwh, options.price_per_hour, options.price_per_kwh)

@@ -11,79 +11,133 @@ from wuerstchen.errors import UserError
 def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
     serve = commands.add_parser(
         "serve",
-        help="a page to draw on and an HTTP service, OpenAI's clients' form included",
-        description="Serves a model until Ctrl-C or SIGTERM. docs/serving.md describes the service.",
-        argument_default=argparse.SUPPRESS,  # what is not given is as in ServeConfig
+        help="serve a web page and an HTTP API, which OpenAI's clients can use",
+        description="Serves a model until Ctrl-C or SIGTERM. See docs/serving.md.",
+        argument_default=argparse.SUPPRESS,  # ServeConfig has the defaults
     )
     serve.set_defaults(run=_serve)
-    serve.add_argument("--host", help="address; any but loopback needs tokens (127.0.0.1)")
-    serve.add_argument("--port", type=int, help="0 takes one that is free (8042)")
-    serve.add_argument("--model", help="model in any layout, or a name on the hub (the model in the package)")
     serve.add_argument(
-        "--device", action="append", default=[], help="cpu, cuda, cuda:1 ...; repeatable, a worker for each"
+        "--host", help="address to listen on; any but a loopback address needs tokens (default: 127.0.0.1)"
+    )
+    serve.add_argument("--port", type=int, help="port to listen on; 0 takes a free one (default: 8042)")
+    serve.add_argument(
+        "--model",
+        help="model in any layout: a path, or a name on the Hugging Face Hub (default: the bundled model)",
+    )
+    serve.add_argument(
+        "--device",
+        action="append",
+        default=[],
+        help="cpu, cuda, cuda:1 ...; repeat it to start one worker per device",
     )
     add_precision_option(serve)
+    serve.add_argument("--max-batch", type=int, metavar="N", help="images per batch (default: 8)")
     serve.add_argument(
-        "--token-file", type=Path, default=None, metavar="FILE", help="tokens of clients, one a line"
+        "--deterministic",
+        action="store_true",
+        help="make images bit-identical regardless of what else is in the batch; slower",
     )
-    serve.add_argument(
-        "--allowed-host", action="append", default=[], metavar="NAME", help="name it is called by; repeatable"
+    _add_access(serve.add_argument_group("access"))
+    _add_output(serve.add_argument_group("images"))
+    _add_load_limits(serve.add_argument_group("limits of clients"))
+    _add_request_limits(serve.add_argument_group("limits of a request"))
+    _add_timeouts(serve.add_argument_group("time limits, in seconds"))
+
+
+def _add_access(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--token-file", type=Path, default=None, metavar="FILE", help="file with one client token per line"
     )
-    serve.add_argument(
+    group.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="host name that requests may use for this service; repeatable",
+    )
+    group.add_argument(
         "--proxy",
         action="append",
         default=[],
         metavar="ADDRESS",
-        help="address or network of a trusted proxy, whose X-Forwarded headers are believed; repeatable",
+        help="address or network of a trusted proxy; its X-Forwarded headers are used; repeatable",
     )
-    serve.add_argument("--results-dir", type=Path, metavar="DIR", help="of finished pictures (temporary)")
-    serve.add_argument("--result-bytes", type=int, metavar="N", help="most that pictures take (1 GiB)")
-    serve.add_argument(
-        "--deterministic", action="store_true", help="the same bits whoever shares a batch; slower"
+    group.add_argument("--log-prompts", action="store_true", help="write prompts to the log (default: never)")
+
+
+def _add_output(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--results-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder for finished images (default: a temporary folder)",
     )
-    serve.add_argument("--max-batch", type=int, metavar="N", help="pictures drawn together (8)")
-    serve.add_argument("--max-waiting", type=int, metavar="N", help="pictures in the queue (256)")
-    serve.add_argument("--max-jobs-per-client", type=int, metavar="N", help="waiting or being drawn (16)")
-    serve.add_argument(
+    group.add_argument(
+        "--result-bytes",
+        type=int,
+        metavar="N",
+        help="total size of the images that are kept (default: 1 GiB)",
+    )
+    group.add_argument(
+        "--filter", metavar="MODULE:FUNCTION", help="safety filter that checks prompts and images"
+    )
+    group.add_argument(
+        "--c2pa-certificate", type=Path, metavar="FILE", help="certificate chain to sign images with (PEM)"
+    )
+    group.add_argument("--c2pa-key", type=Path, metavar="FILE", help="its private key (ES256, PEM)")
+
+
+def _add_load_limits(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--max-waiting", type=int, metavar="N", help="images in the queue of all clients (default: 256)"
+    )
+    group.add_argument(
+        "--max-jobs-per-client", type=int, metavar="N", help="open jobs of one client (default: 16)"
+    )
+    group.add_argument(
         "--max-connections",
         type=int,
         metavar="N",
-        help="open connections (4096, or what the limit of file descriptors leaves room for)",
+        help="open connections (default: 4096, or fewer if the file descriptor limit is too low)",
     )
-    serve.add_argument(
+    group.add_argument(
         "--max-connections-per-address",
         type=int,
         metavar="N",
-        help="open connections from one address, trusted proxies excepted (512, at most half of all)",
+        help="open connections from one address, except from trusted proxies (default: 512, but at most "
+        "half of --max-connections)",
     )
-    serve.add_argument(
+    group.add_argument(
         "--max-requests-per-second",
         type=float,
         metavar="N",
-        help="of one client, and four times as many at once after a pause; 0 is no limit (50)",
+        help="request rate of one client, with bursts of four times as many; 0 turns the limit off "
+        "(default: 50)",
     )
-    serve.add_argument("--max-steps", type=int, metavar="N", help="of a stage (100)")
-    serve.add_argument(
-        "--max-pixels", type=int, metavar="N", help="of a picture (four times the model's own size)"
+
+
+def _add_request_limits(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--max-steps", type=int, metavar="N", help="sampling steps of a stage (default: 100)")
+    group.add_argument(
+        "--max-pixels",
+        type=int,
+        metavar="N",
+        help="pixels of an image (default: four times as many as at the model's own size)",
     )
-    serve.add_argument("--upload-bytes", type=int, metavar="N", help="(8 MiB)")
-    serve.add_argument("--upload-timeout", type=float, metavar="S", help="to decode an upload (20)")
-    serve.add_argument(
-        "--load-timeout", type=float, metavar="S", help="to load the model, its download included (1800)"
+    group.add_argument(
+        "--upload-bytes", type=int, metavar="N", help="bytes of an uploaded image (default: 8 MiB)"
     )
-    serve.add_argument("--queue-timeout", type=float, metavar="S", help="of a job (600)")
-    serve.add_argument("--run-timeout", type=float, metavar="S", help="of a batch (600)")
-    serve.add_argument("--grace", type=float, metavar="S", help="to finish what is drawn when stopped (30)")
-    serve.add_argument(
-        "--filter", metavar="MODULE:FUNCTION", help="safety filter, asked about prompts and pictures"
-    )
-    serve.add_argument(
-        "--log-prompts", action="store_true", help="prompts in the log, where none are otherwise"
-    )
-    serve.add_argument(
-        "--c2pa-certificate", type=Path, metavar="FILE", help="chain to sign pictures with, PEM"
-    )
-    serve.add_argument("--c2pa-key", type=Path, metavar="FILE", help="its private key, ES256, PEM")
+
+
+def _add_timeouts(group: argparse._ArgumentGroup) -> None:
+    for name, text in (
+        ("--upload-timeout", "to decode an uploaded image (default: 20)"),
+        ("--load-timeout", "to load the model, including its download (default: 1800)"),
+        ("--queue-timeout", "until a job that still waits fails (default: 600)"),
+        ("--run-timeout", "to generate a batch (default: 600)"),
+        ("--grace", "to finish running jobs after Ctrl-C or SIGTERM (default: 30)"),
+    ):
+        group.add_argument(name, type=float, metavar="S", help=text)
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -93,7 +147,7 @@ def _serve(options: argparse.Namespace) -> int:
         if error.name is not None and error.name.startswith("wuerstchen"):
             raise
         raise UserError(
-            f'serving needs the package {error.name}, which is not installed; pip install "wuerstchen[serve]"'
+            f'serving needs the package {error.name}, which is missing. Run pip install "wuerstchen[serve]"'
         ) from error
     from wuerstchen.serve.limits import ServeConfig, read_tokens
 

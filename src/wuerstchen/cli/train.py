@@ -1,4 +1,4 @@
-"""``wuerstchen train`` and ``wuerstchen report``."""
+"""``wuerstchen train``, ``report`` and ``export``."""
 
 import argparse
 import contextlib
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wuerstchen.cli.options import Parser, add_tariff_options, tariff_of
+from wuerstchen.cli.options import Parser, add_device_option, add_tariff_options, tariff_of
 from wuerstchen.errors import DataError, UserError
 from wuerstchen.terminal import unfiltered
 
@@ -23,77 +23,91 @@ if TYPE_CHECKING:
 
 def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
     train = commands.add_parser(
-        "train", help="train a model; the same command goes on after any stop", add_help=False
+        "train", help="train a model; the same command resumes an interrupted run", add_help=False
     )
-    train.set_defaults(run=_train, parser=train, takes_overrides=True, goes_on=True)
-    train.add_argument("recipe", nargs="?", metavar="RECIPE")
-    train.add_argument("--run-dir", type=Path, help="folder of the run (runs/RECIPE)")
-    train.add_argument("--data", help="folder of the data; 'sample' is in the package")
-    train.add_argument("--seed", type=int, help="of everything random in the run (0)")
+    train.set_defaults(run=_train, parser=train, takes_overrides=True, resumes=True)
+    train.add_argument("recipe", nargs="?", metavar="RECIPE", help="name of a recipe, listed below")
+    train.add_argument("--run-dir", type=Path, help="folder of the run (default: runs/RECIPE)")
     train.add_argument(
-        "--compressor-init", help="weights that the compressor starts from: a backbone's, or a whole one's"
+        "--data",
+        help="data set: any source that 'data prepare' takes, a prepared one, or 'sample', the bundled one "
+        "(default: the recipe's own)",
+    )
+    train.add_argument("--seed", type=int, help="random seed of the run (default: 0)")
+    train.add_argument(
+        "--compressor-init", help="initial weights of the compressor: of its backbone, or of all of it"
     )
     train.add_argument(
-        "--width", type=float, default=1.0, help="share of the recipe's widths, of every stage trained (1)"
+        "--width", type=float, default=1.0, help="factor for the widths of all trained networks (default: 1)"
     )
-    train.add_argument("--depth", type=float, default=1.0, help="likewise of its depths (1)")
+    train.add_argument(
+        "--depth", type=float, default=1.0, help="factor for the depths of all trained networks (default: 1)"
+    )
     train.add_argument(
         "--add-phase",
         action="append",
         choices=("b", "c"),
         default=[],
-        help="another phase of Stage B or C, at first a copy of its last; --stage-c.phases.N.image-size and "
-        "so on change it, N from 0",
+        help="add a phase to Stage B or C, a copy of its last one; change it with options such as "
+        "--stage-c.phases.0.image-size; repeatable",
     )
-    train.add_argument("--device", help="cpu, cuda or mps (a GPU if there is one)")
-    train.add_argument("--accept-changed-data", action="store_true", help="go on although the data changed")
+    add_device_option(train)
+    train.add_argument(
+        "--accept-changed-data", action="store_true", help="resume even though the data set has changed"
+    )
     train.add_argument(
         "--change",
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="change a run that has begun from its newest checkpoint on, as learning_rate=1e-5, "
-        "images=400000, precision=fp32 or skip+=NAME; it is recorded, and may be given again",
+        help="change a setting of a run from its newest checkpoint on, such as learning_rate=1e-5, "
+        "images=400000, precision=fp32 or skip+=NAME; the change is recorded in the run folder; repeatable",
     )
     train.add_argument(
-        "--end-now", action="store_true", help="end the run at its newest checkpoint, with a model of it"
+        "--end-now", action="store_true", help="end the run at its newest checkpoint and write the model"
     )
-    train.add_argument("--tensorboard", action="store_true", help="event files too, in RUN/tensorboard")
     train.add_argument(
-        "--no-rehearsal", action="store_true", help="begin at once, without measuring what all will cost"
+        "--tensorboard", action="store_true", help="also write TensorBoard event files, to RUN/tensorboard"
+    )
+    train.add_argument(
+        "--no-rehearsal",
+        action="store_true",
+        help="start at once, without first measuring how long the run will take",
     )
     add_tariff_options(train)
 
 
 def add_report(commands: "argparse._SubParsersAction[Parser]") -> None:
     report = commands.add_parser(
-        "report", help="one page of a run, finished or not: curves, previews, cost, what was skipped"
+        "report", help="write a page about a run: loss curves, previews, cost, skipped images"
     )
     report.set_defaults(run=_report)
     report.add_argument("folder", type=Path, metavar="RUN", help="folder of the run")
-    report.add_argument("--out", type=Path, metavar="FILE", help="the page (RUN/report.html)")
+    report.add_argument("--out", type=Path, metavar="FILE", help="page to write (default: RUN/report.html)")
     add_tariff_options(report)
 
 
 def add_export(commands: "argparse._SubParsersAction[Parser]") -> None:
     export = commands.add_parser(
-        "export", help="write a model of a checkpoint of a run, while it trains or after"
+        "export", help="write a checkpoint of a run as a model, during training or after it"
     )
     export.set_defaults(run=_export)
     export.add_argument("folder", type=Path, metavar="RUN", help="folder of the run")
-    export.add_argument("target", type=Path, metavar="OUT", help="new folder, in the native layout")
+    export.add_argument("target", type=Path, metavar="OUT", help="folder to create, in the native layout")
     export.add_argument(
         "--checkpoint",
         default="newest",
         metavar="WHICH",
-        help="newest, best (the lowest validation loss), or its number of images (newest)",
+        help="newest, best (lowest validation loss), or a number of images (default: newest)",
     )
-    export.add_argument("--stage", metavar="S", help="stage of the checkpoint, as in RUN/stage_S (the last)")
+    export.add_argument(
+        "--stage", metavar="S", help="stage of the checkpoint, as in RUN/stage_S (default: the last)"
+    )
     export.add_argument(
         "--weights",
         choices=("average", "raw"),
         default="average",
-        help="the averaged weights, as at the end of a run, or those being trained (average)",
+        help="averaged weights (EMA), or the raw weights being trained (default: average)",
     )
 
 
@@ -117,27 +131,29 @@ def _train(options: argparse.Namespace) -> int:
     from wuerstchen.recipes.scale import scaled
     from wuerstchen.train.config import with_phase
 
-    # python -OO leaves out docstrings.
+    # python -OO removes docstrings.
     about = {name: (make.__doc__ or "").partition("\n")[0] for name, make in RECIPES.items()}
-    recipes = "; ".join(f"{name}: {line}" if line else name for name, line in about.items())
     if asked_for_help:
         print(options.parser.format_help())
-        print(f"recipes: {recipes}")
+        print("recipes:")
+        for name, line in about.items():
+            print(f"  {name}: {line}" if line else f"  {name}")
+        print()
         if options.recipe not in RECIPES:
-            print("wuerstchen train RECIPE --help lists all fields of a recipe, which are options too.")
+            print("All fields of a recipe are options too. wuerstchen train RECIPE --help lists them.")
             return 0
     if options.recipe is None:
-        raise UserError(f"no recipe was named; use one of {recipes}")
+        raise UserError(f"no recipe was given. Use one of {', '.join(RECIPES)}. See wuerstchen train --help")
     if options.recipe not in RECIPES:
         raise UserError(
-            f"'{options.recipe}' is no recipe; name one of {', '.join(RECIPES)} before the options"
+            f"unknown recipe '{options.recipe}'. Give one of {', '.join(RECIPES)} before the options"
         )
     full = RECIPES[options.recipe]()
     for stage in options.add_phase:
         full = with_phase(full, stage)
     recipe = overridden(full, options)
     if (options.width, options.depth) != (1, 1):
-        # Options say which stages begin afresh; where they name a width too, theirs holds.
+        # The options decide which stages start from new weights. A width given as an option takes precedence.
         recipe = dataclasses.replace(recipe, vqgan=full.vqgan, decoder=full.decoder, prior=full.prior)
         smaller = scaled(recipe, options.width, options.depth)
         shapes = {"vqgan": smaller.vqgan, "decoder": smaller.decoder, "prior": smaller.prior}
@@ -165,36 +181,36 @@ def _train(options: argparse.Namespace) -> int:
             end_now=options.end_now,
         )
     except Interrupted as stopped:
-        state = "a checkpoint is saved" if stopped.images else "this stage has no checkpoint yet"
-        print(f"{stopped}; {state}: start the same command again to go on", file=sys.stderr)
+        state = "A checkpoint is saved" if stopped.images else "This stage has no checkpoint yet"
+        print(f"{stopped}. {state}. Start the same command again to resume", file=sys.stderr)
         return 130
     if leads:
-        print(f"{model}: draw with wuerstchen generate --model {shlex.quote(str(model))} ...")
+        print(f"{model}: generate images with wuerstchen generate --model {shlex.quote(str(model))} ...")
     return 0
 
 
 def _about(make: "Callable[[], Recipe]", recipe: "Recipe") -> str:
-    """What is said of a recipe at the start: its docstring, or that it has other data than that is about."""
+    """The recipe's docstring, or a note that the docstring does not apply because the data set differs."""
     if recipe.data == make().data:
         return " ".join((make.__doc__ or "").split())
     return (
-        f"It is run on {recipe.data} instead of its own data, {make().data}, so the time, cost and result "
-        "that it states do not apply"
+        f"It is trained on {recipe.data} instead of its own data, {make().data}, so the time, cost and "
+        "result that it states do not apply"
     )
 
 
 def _is_emoji(data: str) -> bool:
-    """Whether data are the sample or a built emoji set, which the recipes' own prompts are about."""
+    """Whether the data are emoji, which the recipes' own prompts describe."""
     from wuerstchen.data.open import kind_of
 
     try:
         return kind_of(data).name in ("sample", "emoji")
-    except DataError:  # the run says it, when the other processes have met this one
+    except DataError:  # the run reports it, once all ranks have started
         return False
 
 
 def overridden(recipe: "Recipe", options: argparse.Namespace) -> "Recipe":
-    """The recipe with what the command line changes: any field, as ``--stage-b.optimization.images 1000``."""
+    """The recipe with the fields that the command line sets, as ``--stage-b.optimization.images 1000``."""
     import tyro
 
     said, prompts = io.StringIO(), recipe.preview_prompts
@@ -206,19 +222,19 @@ def overridden(recipe: "Recipe", options: argparse.Namespace) -> "Recipe":
                 default=recipe,
                 args=options.overrides,
                 prog=f"wuerstchen train {recipe.name}",
-                config=(tyro.conf.AvoidSubcommands,),  # the kind of Stage B is the recipe's
+                config=(tyro.conf.AvoidSubcommands,),  # the recipe decides the kind of Stage B
             )
     except SystemExit as stopped:
         if not stopped.code:
             raise
-        # tyro frames its message; within the frame it is the user's one line.
+        # tyro draws a frame around its message. Keep only the text in it.
         lines = (re.sub(r"^[│ ]+|[│ ]+$", "", line) for line in said.getvalue().splitlines())
         body = " ".join(line for line in lines if line and not re.match(r"[╭╰─]", line))
         raise UserError(re.sub(r"^Error parsing [\w.-]+: | *For full helptext.*$", "", body)) from None
     changes = {name: value for name in ("data", "seed") if (value := getattr(options, name)) is not None}
     own = recipe.preview_prompts == prompts
     if own and options.data not in (None, recipe.data) and not _is_emoji(options.data):
-        changes["preview_prompts"] = ()  # captions of the data in place of prompts about other things
+        changes["preview_prompts"] = ()  # use captions of the data: the prompts describe other things
     if options.compressor_init is not None:
         changes["stage_b"] = dataclasses.replace(recipe.stage_b, compressor_init=options.compressor_init)
     return dataclasses.replace(recipe, **changes)
