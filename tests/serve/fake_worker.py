@@ -4,7 +4,7 @@ import os
 import signal
 import time
 
-from wuerstchen.serve.heartbeat import Beating
+from wuerstchen.serve.heartbeat import HeartbeatConnection
 
 ABOUT = {
     "device": "fake",
@@ -24,13 +24,13 @@ PREVIEW = "data:image/webp;base64,UklGRg=="
 def main(settings, pipe):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    connection = Beating(pipe, 0.05)
+    connection = HeartbeatConnection(pipe, 0.05)
     if settings.model == "loads for ever":
         time.sleep(1000)
     if settings.model == "stops":
         os.kill(os.getpid(), signal.SIGSTOP)
     if settings.model == "nowhere":
-        connection.send(("unfit", "model 'nowhere' does not exist; give a folder"))
+        connection.send(("load_error", "model 'nowhere' does not exist; give a folder"))
         return
     if settings.model == "dies at once":
         os._exit(3)
@@ -38,13 +38,13 @@ def main(settings, pipe):
     try:
         while True:
             message = connection.recv()
-            if message[0] == "draw":
-                draw(message[1], connection)
+            if message[0] == "generate":
+                generate(message[1], connection)
     except (EOFError, OSError):
         return
 
 
-def draw(batch, connection):
+def generate(batch, connection):
     shape, unwanted = batch.shape, set()
     words = {word for prompt in batch.prompts for word in prompt.split()}
     if "crash" in words:

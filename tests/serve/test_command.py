@@ -86,15 +86,15 @@ def children(pid):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--host", "0.0.0.0"], "could reach it without a token"),
+        (["--host", "0.0.0.0"], "host 0.0.0.0 needs tokens"),
         (["--token-file", "nowhere"], "token file nowhere cannot be read"),
-        (["--port", "99999"], "port 99999"),
-        (["--filter", "nothing:here"], "filter 'nothing:here' is wrong"),
-        (["--filter", "json:dumps"], "filter 'json:dumps' is wrong"),
+        (["--port", "99999"], "0 to 65535, got 99999"),
+        (["--filter", "nothing:here"], "filter 'nothing:here' cannot be used"),
+        (["--filter", "json:dumps"], "filter 'json:dumps' cannot be used"),
         (["--results-dir", "file/inside"], "cannot be written"),
         (["--model", "nowhere"], "'nowhere' does not exist"),
         (["--device", "toaster"], "device 'toaster' is not there"),
-        (["--max-batch", "0"], "max_batch 0 is wrong"),
+        (["--max-batch", "0"], "max_batch must be above 0, got 0"),
     ],
 )
 def test_what_cannot_be_served_gets_one_line(options, words, capfd, tmp_path, monkeypatch):
@@ -115,7 +115,7 @@ def test_a_taken_port_gets_one_line(capsys):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         assert main(["serve", "--port", str(taken.getsockname()[1])]) == 2
-    assert "cannot be had" in capsys.readouterr().err
+    assert "is not available" in capsys.readouterr().err
 
 
 def test_without_the_extra_one_line_says_what_to_install():

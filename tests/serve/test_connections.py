@@ -9,7 +9,7 @@ import pytest
 
 from wuerstchen.errors import UserError
 from wuerstchen.serve import connections, server
-from wuerstchen.serve.connections import Connection, most_connections, network_of
+from wuerstchen.serve.connections import Connection, allowed_connections, network_of
 
 GET = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n"
 
@@ -191,11 +191,11 @@ def test_connections_leave_descriptors_for_work(monkeypatch):
     resource = pytest.importorskip("resource")
     for soft, most in ((1024, 768), (256, 64), (10**6, 4096), (resource.RLIM_INFINITY, 4096)):
         monkeypatch.setattr(resource, "getrlimit", lambda _, soft=soft: (soft, soft))
-        assert most_connections(None) == most
-        assert most_connections(50) == 50
+        assert allowed_connections(None) == most
+        assert allowed_connections(50) == 50
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 1024))
-    with pytest.raises(UserError, match=r"too few file descriptors for the connections: 800\. .* 1024 "):
-        most_connections(800)
+    with pytest.raises(UserError, match=r"file descriptor limit: 800\. The limit of 1024 "):
+        allowed_connections(800)
 
 
 def test_the_limit_of_descriptors_is_raised_as_far_as_needed(monkeypatch):

@@ -32,7 +32,7 @@ requests = st.lists(
 
 @given(requests, st.integers(1, 8))
 def test_every_picture_is_drawn_once_in_batches_of_one_shape(wanted, most):
-    """A picture lost, drawn twice, or beside one of another size."""
+    """A task lost, drawn twice, or beside one of another size."""
     queue = FairQueue(10_000, 10_000)
     jobs = [job(*request) for request in wanted]
     for one in jobs:
@@ -40,8 +40,8 @@ def test_every_picture_is_drawn_once_in_batches_of_one_shape(wanted, most):
     drawn = []
     while batch := queue.take(lambda _: most):
         assert len(batch) <= most
-        assert len({picture.job.shape for picture in batch}) == 1
-        drawn += [(picture.job.id, picture.index) for picture in batch]
+        assert len({task.job.shape for task in batch}) == 1
+        drawn += [(task.job.id, task.index) for task in batch]
     assert sorted(drawn) == sorted((one.id, k) for one in jobs for k in range(one.total))
     assert len(queue) == 0
 
@@ -55,7 +55,7 @@ def test_a_client_waits_for_no_more_batches_than_there_are_clients(wanted, most)
     turns = dict.fromkeys((one.client for one in queue.jobs()), 0)
     clients = len(turns)
     while batch := queue.take(lambda _: most):
-        served = {picture.job.client for picture in batch}
+        served = {task.job.client for task in batch}
         waits = {one.client for one in queue.jobs()}
         for client in turns:
             turns[client] = 0 if client in served or client not in waits else turns[client] + 1
@@ -100,7 +100,7 @@ def test_a_job_counts_until_it_has_ended_and_not_longer():
     one = job()
     queue.add(one)
     queue.take(lambda _: 8)
-    with pytest.raises(QueueFull, match="1 jobs of yours"):
+    with pytest.raises(QueueFull, match="already have 1 open jobs"):
         queue.add(job())
     one.end("done", 1.0)
     queue.close(one)
@@ -115,7 +115,7 @@ def test_a_cancelled_job_leaves_the_queue():
     queue.add(other)
     one.end("cancelled", 1.0)
     queue.close(one)
-    assert [picture.job for picture in queue.take(lambda _: 8)] == [other]
+    assert [task.job for task in queue.take(lambda _: 8)] == [other]
     assert queue.take(lambda _: 8) == []
 
 

@@ -5,7 +5,7 @@ import logging
 import socket
 
 from wuerstchen.serve import logs
-from wuerstchen.serve.logs import Sparing
+from wuerstchen.serve.logs import LogLimit
 
 
 def record(message, *values, error=None):
@@ -16,27 +16,27 @@ def record(message, *values, error=None):
 def test_few_lines_of_a_kind_pass_and_the_rest_is_counted():
     """A million malformed requests wrote a million lines."""
     now = 0.0
-    sparing = Sparing(lambda: now)
-    passed = sum(sparing.filter(record("bad %s", number)) for number in range(1000))
+    limit = LogLimit(lambda: now)
+    passed = sum(limit.filter(record("bad %s", number)) for number in range(1000))
     assert passed == logs.LINES
-    assert sparing.filter(record("another"))
+    assert limit.filter(record("another"))
     now = logs.SECONDS + 1
     again = record("bad %s", 1)
-    assert sparing.filter(again)
+    assert limit.filter(again)
     assert again.getMessage() == "bad 1 (995 more such lines were left out)"
-    assert sum(sparing.filter(record("bad %s", number)) for number in range(1000)) == logs.LINES - 1
+    assert sum(limit.filter(record("bad %s", number)) for number in range(1000)) == logs.LINES - 1
 
 
 def test_kinds_are_bounded():
     """Lines of more kinds than are told apart all passed: the count began again."""
     now = 0.0
-    sparing = Sparing(lambda: now)
-    passed = sum(sparing.filter(record(f"kind {number}")) for number in range(5000))
+    limit = LogLimit(lambda: now)
+    passed = sum(limit.filter(record(f"kind {number}")) for number in range(5000))
     assert passed == logs.KINDS + logs.LINES
-    assert len(sparing._kinds) <= 1001
+    assert len(limit._kinds) <= 1001
     now = logs.SECONDS + 1
-    assert sum(sparing.filter(record(f"kind {number}")) for number in range(5000)) == passed
-    assert len(sparing._kinds) <= 1001
+    assert sum(limit.filter(record(f"kind {number}")) for number in range(5000)) == passed
+    assert len(limit._kinds) <= 1001
 
 
 def raised(kind, text=""):
@@ -62,10 +62,10 @@ def raised_elsewhere(kind, text=""):
 
 def test_one_error_does_not_hide_another():
     """uvicorn tells of all exceptions in the same words: five that a stranger provoked hid a real one."""
-    sparing = Sparing(lambda: 0.0)
+    limit = LogLimit(lambda: 0.0)
 
     def passes(error):
-        return sparing.filter(record("Exception in ASGI application\n", error=error))
+        return limit.filter(record("Exception in ASGI application\n", error=error))
 
     assert sum(passes(raised(ValueError, str(number))) for number in range(100)) == logs.LINES
     for other in (raised(KeyError), raised_elsewhere(ValueError), grouped(raised(TypeError))):
@@ -76,15 +76,15 @@ def test_one_error_does_not_hide_another():
 
 def test_a_name_in_a_further_line_makes_no_other_kind():
     """asyncio's lines name the task, which is another each time."""
-    sparing = Sparing(lambda: 0.0)
+    limit = LogLimit(lambda: 0.0)
     lines = (f"Task exception was never retrieved\nfuture: <Task Task-{number}>" for number in range(100))
-    assert sum(sparing.filter(record(line, error=raised(ValueError))) for line in lines) == logs.LINES
+    assert sum(limit.filter(record(line, error=raised(ValueError))) for line in lines) == logs.LINES
 
 
 def test_a_request_that_the_end_cuts_off_is_no_error():
-    sparing = Sparing()
-    assert not sparing.filter(record("failed", error=asyncio.CancelledError()))
-    assert sparing.filter(record("failed", error=ValueError()))
+    limit = LogLimit()
+    assert not limit.filter(record("failed", error=asyncio.CancelledError()))
+    assert limit.filter(record("failed", error=ValueError()))
 
 
 def test_malformed_requests_write_few_lines(serve, caplog, monkeypatch):

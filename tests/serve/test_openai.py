@@ -74,16 +74,16 @@ def test_errors_are_those_of_the_client(serve):
         for error, words, wrong in (
             (openai.NotFoundError, "is not served here", {"model": "dall-e-3"}),
             (openai.BadRequestError, "must be WIDTHxHEIGHT", {"size": "large"}),
-            (openai.BadRequestError, "size 100x100 is wrong .* multiples of 8", {"size": "100x100"}),
-            (openai.BadRequestError, "size 0x0 is wrong", {"size": "0x0"}),
-            (openai.BadRequestError, "size 64x0 is wrong", {"size": "64x0"}),
-            (openai.BadRequestError, "size 0x64 is wrong", {"size": "0x64"}),
-            (openai.BadRequestError, "size 256x256 is wrong .* pixels", {"size": "256x256"}),
-            (openai.BadRequestError, "output_format is wrong", {"output_format": "jpeg"}),
+            (openai.BadRequestError, "size 100x100: width must be a multiple of 8", {"size": "100x100"}),
+            (openai.BadRequestError, "size 0x0: width must", {"size": "0x0"}),
+            (openai.BadRequestError, "size 64x0: height must", {"size": "64x0"}),
+            (openai.BadRequestError, "size 0x64: width must", {"size": "0x64"}),
+            (openai.BadRequestError, "size 256x256 has too many pixels", {"size": "256x256"}),
+            (openai.BadRequestError, "output_format is invalid", {"output_format": "jpeg"}),
             (openai.BadRequestError, "Extra inputs", {"extra_body": {"colour": "red"}}),
-            (openai.BadRequestError, "2 pictures is the most", {"n": 3}),
+            (openai.BadRequestError, "n 3 makes too many images: 3. A job has at most 2", {"n": 3}),
             (openai.BadRequestError, "does not fit into memory", {"prompt": "fail"}),
-            (openai.InternalServerError, "ended before its time", {"prompt": "crash"}),
+            (openai.InternalServerError, "ended unexpectedly", {"prompt": "crash"}),
         ):
             with pytest.raises(error, match=words):
                 client.images.generate(**{"prompt": "a", **wrong})
@@ -95,15 +95,15 @@ def test_errors_name_the_fields_that_were_sent(plain):
     """A client that looks for ``width`` in a request that has only a ``size``."""
     with client_of(plain) as client:
         for param, beginning, wrong in (
-            ("size", "size 100x64 is wrong", {"size": "100x64"}),
-            ("size", "size 64x4000 is wrong", {"size": "64x4000"}),
-            ("size", "size 'large' is wrong", {"size": "large"}),
-            ("n", "n 99 is wrong", {"n": 99}),
-            ("n", "n is wrong", {"n": 0}),
-            ("prompt", "prompt of 2000 characters is wrong", {"prompt": "x" * 2000}),
-            ("negative_prompt", "negative_prompt of", {"extra_body": {"negative_prompt": "x" * 2000}}),
-            ("steps", "steps 101 is wrong", {"extra_body": {"steps": 101}}),
-            ("seed", "seed 4294967295 is wrong", {"n": 2, "extra_body": {"seed": 2**32 - 1}}),
+            ("size", "size 100x64: width must", {"size": "100x64"}),
+            ("size", "size 64x4000: height must", {"size": "64x4000"}),
+            ("size", "size must be WIDTHxHEIGHT or auto, got", {"size": "large"}),
+            ("n", "n must be at most 16, got 99", {"n": 99}),
+            ("n", "n is invalid", {"n": 0}),
+            ("prompt", "prompt must have at most 1000 characters, got 2000", {"prompt": "x" * 2000}),
+            ("negative_prompt", "negative_prompt must have", {"extra_body": {"negative_prompt": "x" * 2000}}),
+            ("steps", "steps must be at most 100, got 101", {"extra_body": {"steps": 101}}),
+            ("seed", "seed 4294967295 is too large", {"n": 2, "extra_body": {"seed": 2**32 - 1}}),
         ):
             with pytest.raises(openai.BadRequestError) as error:
                 client.images.generate(**{"prompt": "a", **wrong})
@@ -144,7 +144,7 @@ def test_values_that_ask_for_nothing_are_taken(plain):
             {"stream": True},
         ):
             ((name, _),) = wrong.items()
-            with pytest.raises(openai.BadRequestError, match=f"{name} is wrong"):
+            with pytest.raises(openai.BadRequestError, match=f"{name} is invalid"):
                 client.images.generate(prompt="a", extra_body=wrong)
 
 
@@ -172,7 +172,7 @@ def test_there_are_no_edits(plain):
 def test_too_many_jobs_are_the_clients_rate_limit(serve):
     running = serve(max_jobs_per_client=1)
     running.draw(prompts=["slowly"], prior_steps=50)
-    with client_of(running) as client, pytest.raises(openai.RateLimitError, match="a client may have 1"):
+    with client_of(running) as client, pytest.raises(openai.RateLimitError, match="already have 1 open jobs"):
         client.images.generate(prompt="a")
 
 

@@ -22,26 +22,26 @@ def encoded(image, kind="PNG", **options):
 @pytest.mark.parametrize(
     ("body", "param", "words"),
     [
-        ({}, "prompts", "nothing to draw"),
-        ({"prompts": []}, "prompts", "nothing to draw"),
+        ({}, "prompts", "at least one entry, got none"),
+        ({"prompts": []}, "prompts", "at least one entry, got none"),
         ({"prompts": "a cat"}, "prompts", "valid list"),
         ({"prompts": [3]}, "prompts.0", "valid string"),
-        ({"prompts": ["x" * 1001]}, "prompts", "1000 is the most"),
-        ({"prompts": ["x"] * 17}, "prompts", "16 is the most"),
-        ({"prompts": ["x"], "negative": "x" * 1001}, "negative", "1000 is the most"),
+        ({"prompts": ["x" * 1001]}, "prompts", "at most 1000 characters, got 1001"),
+        ({"prompts": ["x"] * 17}, "prompts", "at most 16 entries, got 17"),
+        ({"prompts": ["x"], "negative": "x" * 1001}, "negative", "at most 1000 characters, got 1001"),
         ({"prompts": ["x"], "count": 0}, "count", "greater than or equal to 1"),
-        ({"prompts": ["x"], "count": 17}, "count", "16 is the most"),
-        ({"prompts": ["x"] * 16, "count": 5}, "count", "64 pictures is the most"),
+        ({"prompts": ["x"], "count": 17}, "count", "at most 16, got 17"),
+        ({"prompts": ["x"] * 16, "count": 5}, "count", "images: 80. A job has at most 64"),
         ({"prompts": ["x"], "count": 2.5}, "count", "valid integer"),
         ({"prompts": ["x"], "seed": -1}, "seed", "greater than or equal to 0"),
-        ({"prompts": ["x"], "seed": 2**32 - 2, "count": 3}, "seed", "one over 4294967295"),
+        ({"prompts": ["x"], "seed": 2**32 - 2, "count": 3}, "seed", "Use at most 4294967293"),
         ({"prompts": ["x"], "seed": True}, "seed", "valid integer"),
-        ({"prompts": ["x"], "width": 100}, "width", "multiples of 8"),
+        ({"prompts": ["x"], "width": 100}, "width", "multiple of 8"),
         ({"prompts": ["x"], "width": 1000}, "width", "from 64 to 256"),
         ({"prompts": ["x"], "height": 56}, "width", "from 64 to 256"),
-        ({"prompts": ["x"], "width": 256, "height": 256}, "width", "16,384 pixels"),
+        ({"prompts": ["x"], "width": 256, "height": 256}, "width", "65,536. An image has at most 16,384"),
         ({"prompts": ["x"], "guidance": 101}, "guidance", "less than or equal to 100"),
-        ({"prompts": ["x"], "prior_steps": 101}, "prior_steps", "100 is the most"),
+        ({"prompts": ["x"], "prior_steps": 101}, "prior_steps", "at most 100, got 101"),
         ({"prompts": ["x"], "decoder_steps": 0}, "decoder_steps", "greater than or equal to 1"),
         (
             {"prompts": ["x"], "prior_sampler": "plms"},
@@ -54,13 +54,21 @@ def encoded(image, kind="PNG", **options):
         ({"prompts": ["x"], "colour": "red"}, "colour", "Extra inputs"),
         ({"kind": "dream", "prompts": ["x"]}, "kind", "'generate' or 'reconstruct'"),
         ({"kind": "reconstruct"}, "image", "image is missing"),
-        ({"kind": "reconstruct", "image": "IMAGE", "prompts": ["x"]}, "prompts", "reads no text"),
-        ({"kind": "reconstruct", "image": "IMAGE", "count": 2}, "count", "is one picture"),
-        ({"kind": "reconstruct", "image": "IMAGE", "width": 64, "height": 128}, "width", "are square"),
+        (
+            {"kind": "reconstruct", "image": "IMAGE", "prompts": ["x"]},
+            "prompts",
+            "do not apply to a reconstruction",
+        ),
+        (
+            {"kind": "reconstruct", "image": "IMAGE", "count": 2},
+            "count",
+            "must be 1 for a reconstruction, got 2",
+        ),
+        ({"kind": "reconstruct", "image": "IMAGE", "width": 64, "height": 128}, "width", "is not square"),
         ({"kind": "reconstruct", "image": "IMAGE", "strength": 0.5}, "strength", "no image to vary"),
         ({"prompts": ["x"], "image": "IMAGE", "strength": 0}, "strength", "greater than 0"),
         ({"prompts": ["x"], "k" * 1000: 1}, "k" * 100, "Extra inputs"),
-        ({"prompts": ["x"], "count": 300}, "count", "16 is the most"),
+        ({"prompts": ["x"], "count": 300}, "count", "at most 16, got 300"),
         ([], "body", "valid dictionary"),
     ],
 )
@@ -94,20 +102,20 @@ def animated(kind):
 
 NOISE = Image.effect_noise((40, 30), 60).convert("RGB")
 BAD_UPLOADS = {
-    "no base64": (lambda: "§$%", "no base64"),
-    "not quite base64": (lambda: "AAA", "no base64"),
-    "no picture": (lambda: base64.b64encode(b"text").decode(), "no PNG, JPEG or WebP"),
-    "empty": (lambda: "", "no PNG, JPEG or WebP"),
-    "GIF": (lambda: encoded(NOISE, "GIF"), "no PNG, JPEG or WebP"),
-    "TIFF": (lambda: encoded(NOISE, "TIFF"), "no PNG, JPEG or WebP"),
-    "EPS": (lambda: encoded(NOISE, "EPS"), "no PNG, JPEG or WebP"),
+    "no base64": (lambda: "§$%", "not valid base64"),
+    "not quite base64": (lambda: "AAA", "not valid base64"),
+    "no picture": (lambda: base64.b64encode(b"text").decode(), "not a readable PNG, JPEG or WebP"),
+    "empty": (lambda: "", "not a readable PNG, JPEG or WebP"),
+    "GIF": (lambda: encoded(NOISE, "GIF"), "not a readable PNG, JPEG or WebP"),
+    "TIFF": (lambda: encoded(NOISE, "TIFF"), "not a readable PNG, JPEG or WebP"),
+    "EPS": (lambda: encoded(NOISE, "EPS"), "not a readable PNG, JPEG or WebP"),
     "cut off": (lambda: encoded(NOISE)[:-400], "damaged"),
     "bomb": (bomb, "pixels"),
     "animated PNG": (lambda: animated("PNG"), "animated"),
     "animated WebP": (lambda: animated("WEBP"), "animated"),
     "an address": (lambda: "data:image/png,x", "not in base64"),
-    "a path": (lambda: "/etc/passwd", "is wrong"),
-    "another address": (lambda: "https://example.org/x.png", "no base64"),
+    "a path": (lambda: "/etc/passwd", "image is not"),
+    "another address": (lambda: "https://example.org/x.png", "not valid base64"),
 }
 
 
@@ -127,7 +135,7 @@ def test_large_uploads_are_refused(serve):
     many = running.http.post(
         "/v1/jobs", json={"kind": "reconstruct", "image": encoded(Image.new("L", (30, 30)))}
     )
-    assert (many.status_code, "may have 500" in many.json()["error"]["message"]) == (400, True)
+    assert (many.status_code, "At most 500" in many.json()["error"]["message"]) == (400, True)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "MPO"])
@@ -185,4 +193,4 @@ def test_a_job_larger_than_the_queue_is_no_matter_of_waiting(serve):
     assert running.http.get("/v1/model").json()["limits"]["pictures"] == 4
     answer = running.http.post("/v1/jobs", json={"prompts": ["x"], "count": 5})
     assert answer.status_code == 400
-    assert "4 pictures is the most" in answer.json()["error"]["message"]
+    assert "images: 5. A job has at most 4" in answer.json()["error"]["message"]

@@ -189,7 +189,7 @@ def test_too_much_is_refused_with_a_time_to_wait(serve):
     full = running.http.post("/v1/jobs", json={"prompts": ["a"], "count": 2})
     running.draw()
     many = running.http.post("/v1/jobs", json={"prompts": ["a"]})
-    for answer, words in ((full, "of at most 4 wait"), (many, "a client may have 3")):
+    for answer, words in ((full, "of at most 4 already wait"), (many, "already have 3 open jobs")):
         assert answer.status_code == 429
         assert 1 <= int(answer.headers["retry-after"]) <= 600
         assert answer.json()["error"]["type"] == "rate_limit_error"
@@ -357,5 +357,5 @@ def test_a_picture_that_cannot_be_kept_fails_its_job_without_telling_the_folder(
     (tmp_path / "results").touch()
     ended = running.wait(running.draw())
     assert ended["state"] == "failed"
-    assert "could not be kept" in ended["error"]
+    assert "could not be saved" in ended["error"]
     assert str(tmp_path) not in ended["error"]

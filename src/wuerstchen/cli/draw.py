@@ -92,7 +92,7 @@ def add_reconstruct(commands: "argparse._SubParsersAction[Parser]") -> None:
 def _size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", text)
     if match is None:
-        raise argparse.ArgumentTypeError(f"'{text}' is neither N nor WIDTHxHEIGHT. Write 256 or 256x384")
+        raise argparse.ArgumentTypeError(f"'{text}' is neither N nor WIDTHxHEIGHT. Write 256 or 256x384.")
     return int(match[1]), int(match[2] or match[1])
 
 
@@ -149,17 +149,17 @@ def _check_generate(options: argparse.Namespace, total: int) -> None:
     if not options.prompts:
         raise UserError('no prompt was given. Give at least one: wuerstchen generate "a cat"')
     if options.count < 1:
-        raise UserError(f"count must be at least 1, got {options.count}")
+        raise UserError(f"count must be at least 1, got {options.count}.")
     if options.grid and total > MAX_GRID:
         raise UserError(
             f"the grid is too large: {total} images. A grid has at most {MAX_GRID}. Generate fewer, or omit "
-            "--grid"
+            "--grid."
         )
     if options.strength is not None and options.init is None:
-        raise UserError(f"strength {options.strength} needs an image to start from. Add --init")
+        raise UserError(f"strength {options.strength} needs an image to start from. Add --init.")
     one_file = _check_out(options.out, options.init)
     if one_file and not options.grid and total > 1:
-        raise UserError(f"{options.out} is one file for {total} images. Add --grid, or give a folder")
+        raise UserError(f"{options.out} is one file for {total} images. Add --grid, or give a folder.")
 
 
 def _images(
@@ -214,8 +214,8 @@ def _warn_of_meaning(model: "Wuerstchen", prompts: list[str], has_init: bool) ->
             if not encoder.is_understood(text):
                 warnings.warn(
                     "no word of the prompt is in the vocabulary of this model's text encoder: "
-                    f"{text[:100]!r}. The image may have nothing to do with it. Use other words, "
-                    "in the model's language",
+                    f"{text[:100]!r}. The image may have nothing to do with it. Use other words, in the "
+                    "model's language",
                     UserNotice,
                     stacklevel=2,
                 )
@@ -243,7 +243,7 @@ def _adapter(text: str) -> tuple[Path, float]:
     try:
         return Path(path), float(scale)
     except ValueError:
-        raise UserError(f"adapter {text!r} does not end in a number. Write FILE or FILE:0.8") from None
+        raise UserError(f"adapter {text!r} does not end in a number. Write FILE or FILE:0.8.") from None
 
 
 def _reconstruct(options: argparse.Namespace) -> int:
@@ -282,12 +282,12 @@ def _check_out(out: Path, read: Path | None) -> bool:
 
     suffix = out.suffix.lower()
     if suffix in {".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp"}:
-        raise UserError(f"out must be a folder or a .png file, got {out}. Images are saved as PNG")
+        raise UserError(f"out must be a folder or a .png file, got {out}. Images are saved as PNG.")
     if suffix == ".png" and out.is_dir():
-        raise UserError(f"{out} is a folder. Give a file in it, or a folder that does not end in .png")
+        raise UserError(f"{out} is a folder. Give a file in it, or a folder that does not end in .png.")
     if read is not None and out.is_file() and read.exists() and out.samefile(read):
         raise UserError(
-            f"out is the input image: {out}. It would be overwritten. Give --out another name, or a folder"
+            f"out is the input image: {out}. It would be overwritten. Give --out another name, or a folder."
         )
     check_writable(out.parent if suffix == ".png" else out)
     return suffix == ".png"

@@ -70,7 +70,7 @@ def add_evaluate(commands: "argparse._SubParsersAction[Parser]") -> None:
 def _lists(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(text.split(",")))
     if not set(names) <= {"a", "b"}:
-        raise argparse.ArgumentTypeError(f"unknown list in '{text}'. Use a, b or a,b")
+        raise argparse.ArgumentTypeError(f"unknown list in '{text}'. Use a, b or a,b.")
     return names
 
 
@@ -79,8 +79,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     if options.targets and options.limit is not None:
         raise UserError(
-            f"targets cannot be checked on {options.limit} entries. They apply to whole lists. "
-            "Omit --limit or --targets."
+            f"targets cannot be checked on {options.limit} entries. They apply to whole lists. Omit --limit "
+            "or --targets."
         )
     check_writable(options.out)
     sampling = sampling_of(options)

@@ -146,7 +146,7 @@ def _train(options: argparse.Namespace) -> int:
         raise UserError(f"no recipe was given. Use one of {', '.join(RECIPES)}. See wuerstchen train --help")
     if options.recipe not in RECIPES:
         raise UserError(
-            f"unknown recipe '{options.recipe}'. Give one of {', '.join(RECIPES)} before the options"
+            f"unknown recipe '{options.recipe}'. Give one of {', '.join(RECIPES)} before the options."
         )
     full = RECIPES[options.recipe]()
     for stage in options.add_phase:

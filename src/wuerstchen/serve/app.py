@@ -1,4 +1,4 @@
-"""The routes: HTTP to jobs and back. The contract for clients is docs/serving.md."""
+"""The HTTP routes. docs/serving.md describes them for clients."""
 
 import asyncio
 import base64
@@ -22,7 +22,7 @@ from wuerstchen.serve.jobs import Job
 from wuerstchen.serve.proxies import App, BehindProxies
 from wuerstchen.serve.requests import (
     check_model,
-    in_openais_words,
+    in_openai_terms,
     make_job,
     model_view,
     of_openai,
@@ -55,47 +55,47 @@ KINDS = {
     ".ico": "image/x-icon",
     ".webmanifest": "application/manifest+json",
 }
-"""Not the system's table, which differs."""
+"""Do not use the system's table: it differs between machines."""
 
-NO_JSON = "the body is wrong because it cannot be read as JSON; send an object, in UTF-8"
+NO_JSON = "The body is not valid JSON. Send an object, in UTF-8."
 Queue = Callable[[Request, JobRequest], Awaitable[Job]]
-"""Makes a job of a request and queues it. Raises ``Refused``."""
+"""Creates a job from a request and queues it. Raises ``Refused``."""
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": text}
     for status, text in (
-        (400, "something in the request is wrong"),
+        (400, "the request is invalid"),
         (401, "a token is missing or unknown"),
-        (403, "from another site's page, or under a name that is not this service's"),
-        (404, "not known here"),
-        (408, "the body came too slowly"),
+        (403, "the request comes from another site, or uses an unknown host name"),
+        (404, "not found"),
+        (408, "the body took too long"),
         (413, "the body is too large"),
-        (415, "the body is no JSON"),
-        (429, "too many requests, jobs or waiting pictures; Retry-After says when to ask again"),
-        (500, "an error of the service's own"),
-        (503, "no model yet, or the service is being stopped"),
+        (415, "the body is not JSON"),
+        (429, "too many requests, jobs or queued images; see Retry-After"),
+        (500, "internal error"),
+        (503, "the model is loading, or the service is shutting down"),
     )
 }
 
 
 def make_app(service: Service, page: Path = PAGE) -> App:
-    """The app of one service, which its caller starts and stops. ``page`` is the folder of the page."""
-    # Its documentation page would load scripts from elsewhere.
+    """The app of one service. The caller starts and stops the service. ``page``: folder of the web page."""
+    # FastAPI's documentation page would load scripts from other sites.
     app = FastAPI(title="wuerstchen", version=__version__, docs_url=None, redoc_url=None)
     _add_error_handlers(app)
     _add_pages(app, page)
-    queue = _queues(service)
+    queue = _make_queue(service)
     _add_jobs(app, service, queue)
     _add_results(app, service)
     _add_openai(app, service, queue)
-    _add_watching(app, service)
+    _add_monitoring(app, service)
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
             for path in schema["paths"].values():
                 for operation in path.values():
-                    operation["responses"].pop("422", None)  # such requests are answered with 400
+                    operation["responses"].pop("422", None)  # invalid requests get 400 instead
             for name in ("HTTPValidationError", "ValidationError"):
                 schema["components"]["schemas"].pop(name, None)
             if service.config.tokens:
@@ -106,7 +106,7 @@ def make_app(service: Service, page: Path = PAGE) -> App:
         return app.openapi_schema
 
     app.openapi = openapi
-    # Around all the rest, so that answers to errors of our own pass it too.
+    # Outermost, so that it also handles the answers to internal errors.
     guard = Guard(app, service.config, service.metrics)
     return BehindProxies(guard, service.config.proxies) if service.config.proxies else guard
 
@@ -123,19 +123,19 @@ def _add_error_handlers(app: FastAPI) -> None:
             return _error(400, NO_JSON, "body")
         place = [str(part) for part in first["loc"] if part not in ("body", "path", "query", "header")]
         name = ".".join(place)[:100] or "body"
-        # Not the value itself: it may be long, and is not always text.
+        # Do not include the value: it may be long, or not be text.
         return _error(
             400,
-            f"{name} is wrong: {first['msg']}; see /openapi.json".encode("ascii", "replace").decode(),
+            f"{name} is invalid: {first['msg']}. See /openapi.json.".encode("ascii", "replace").decode(),
             name,
         )
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         message = {
-            400: NO_JSON,  # what its parser cannot even name
-            404: "there is nothing at this address; see /openapi.json for what there is",
-            405: f"{request.method} is wrong because this address does not take it; see /openapi.json",
+            400: NO_JSON,  # malformed in a way that the parser does not describe
+            404: "There is no such address. See /openapi.json for the available ones.",
+            405: f"{request.method} is not allowed at this address. See /openapi.json.",
         }.get(error.status_code, str(error.detail))
         answer = _error(error.status_code, message)
         answer.headers.update(error.headers or {})
@@ -143,7 +143,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:
-        return _error(500, "an error of the service's own; its log says more")
+        return _error(500, "Internal error. The service's log has the details.")
 
 
 def _error(
@@ -158,12 +158,12 @@ def _error(
 
 
 def _add_pages(app: FastAPI, folder: Path) -> None:
-    # Read once: no name from a client ever touches the disk.
+    # Read all files once, so that names from clients never reach the file system.
     files = {path.name: path.read_bytes() for path in folder.glob("*") if path.is_file()}
 
     def file(name: str) -> Response:
         if name not in files:
-            raise Refused(404, "there is no such file of the page")
+            raise Refused(404, "There is no such file.")
         kind = KINDS.get(Path(name).suffix, "application/octet-stream")
         return Response(files[name], media_type=kind, headers={"Cache-Control": "no-cache"})
 
@@ -176,22 +176,21 @@ def _add_pages(app: FastAPI, folder: Path) -> None:
         return file(name)
 
 
-def _queues(service: Service) -> Queue:
-    """Makes jobs of requests, and queues them."""
+def _make_queue(service: Service) -> Queue:
 
     async def queue(request: Request, body: JobRequest) -> Job:
         client = _client(request)
         about = service.check_open()
-        # Too many for any queue are refused as such below: waiting would not help.
-        pictures = len(body.prompts or [""]) * body.count
-        service.check_room(client, min(pictures, service.config.pictures_of_job))
+        # A job that is too large for the queue is refused by make_job, with an error that says so.
+        images = len(body.prompts or [""]) * body.count
+        service.check_room(client, min(images, service.config.max_images_per_job))
         job = make_job(body, service.config, about, client, service.instance)
         if body.image is not None:
             upload = upload_of(body.image, job, service.config)
             decoding = asyncio.ensure_future(service.uploads.decode(client, upload))
             try:
                 if not await _while_connected(request, decoding):
-                    raise Refused(499, "the client has gone")  # nobody hears it, but it is counted
+                    raise Refused(499, "The client has disconnected.")  # for the metrics
                 job.image, notices = decoding.result()
                 job.notices.extend(notices)
             except UploadError as error:
@@ -207,7 +206,7 @@ def _queues(service: Service) -> Queue:
 def _add_jobs(app: FastAPI, service: Service, queue: Queue) -> None:
     @app.get("/v1/model", response_model=ModelView, responses=_errors(503))
     async def model() -> dict[str, Any]:
-        """What the service draws with, and what may be asked for."""
+        """The model of the service, and its limits."""
         about = service.about
         if about is None:
             about = service.check_open()
@@ -225,17 +224,17 @@ def _add_jobs(app: FastAPI, service: Service, queue: Queue) -> None:
 
     @app.get("/v1/jobs/{job_id}", response_model=JobView, responses=_errors(404))
     async def look(request: Request, job_id: str) -> dict[str, Any]:
-        """A job as it is now."""
+        """The current state of a job."""
         return view(request, service.job_of(job_id, _client(request)))
 
     @app.delete(
         "/v1/jobs/{job_id}",
         status_code=202,
         response_model=JobView,
-        responses={200: {"model": JobView, "description": "it had ended before"}, **_errors(404)},
+        responses={200: {"model": JobView, "description": "the job had already ended"}, **_errors(404)},
     )
     async def cancel(request: Request, job_id: str, response: Response) -> dict[str, Any]:
-        """Cancels a job; one that has ended stays as it is."""
+        """Cancels a job. Does nothing if it has already ended."""
         job = service.job_of(job_id, _client(request))
         if job.has_ended:
             response.status_code = 200
@@ -252,7 +251,9 @@ def _add_jobs(app: FastAPI, service: Service, queue: Queue) -> None:
             "settings": settings_of(job),
             "total": job.total,
             "progress": round(job.progress, 4),
-            "images": [_below(request, image) for image in sorted(job.images, key=lambda i: i["index"])],
+            "images": [
+                _with_prefix(request, image) for image in sorted(job.images, key=lambda i: i["index"])
+            ],
             "error": job.error,
             "notices": job.notices,
             "created": job.unix_time,
@@ -269,7 +270,7 @@ def _add_results(app: FastAPI, service: Service) -> None:
         },
     )
     async def events(request: Request, job_id: str) -> Response:
-        """What happens to a job, as server-sent events; ``Last-Event-ID`` goes on where it stopped."""
+        """Streams a job's events (server-sent events). ``Last-Event-ID`` resumes a stream."""
         client = _client(request)
         job = service.job_of(job_id, client)
         service.streams.check(client)
@@ -277,18 +278,19 @@ def _add_results(app: FastAPI, service: Service) -> None:
         after = int(last) if last.isascii() and last.isdecimal() and len(last) < 18 else 0
 
         async def lines() -> AsyncIterator[str]:
-            with service.streams.opened(client) as fits:
-                if not fits:
+            with service.streams.opened(client) as allowed:
+                if not allowed:
                     return
                 async for event in events_of(job, after):
                     if event is None:
-                        yield ": still here\n\n"
+                        yield ": keep-alive\n\n"
                     else:
-                        told = _below(request, event.data) if event.name == "image" else event.data
-                        data = json.dumps(told)
+                        data = json.dumps(
+                            _with_prefix(request, event.data) if event.name == "image" else event.data
+                        )
                         yield f"id: {event.number}\nevent: {event.name}\ndata: {data}\n\n"
 
-        # nginx holds streams back unless it is told not to.
+        # Tells nginx not to buffer the stream.
         headers = {"X-Accel-Buffering": "no"}
         return StreamingResponse(lines(), media_type="text/event-stream", headers=headers)
 
@@ -301,10 +303,10 @@ def _add_results(app: FastAPI, service: Service) -> None:
         },
     )
     async def image(name: str) -> Response:
-        """A finished picture, with its settings in text chunks."""
+        """A finished image, with its settings in PNG text chunks."""
         data = await asyncio.to_thread(service.results.read, name)
         if data is None:
-            raise Refused(404, "there is no such picture, or no longer", code="image_not_found")
+            raise Refused(404, "There is no such image, or it has expired.", code="image_not_found")
         headers = {
             "Cache-Control": "private, max-age=3600, immutable",
             "Cross-Origin-Resource-Policy": "cross-origin",
@@ -313,12 +315,12 @@ def _add_results(app: FastAPI, service: Service) -> None:
 
 
 def _client(request: Request) -> str:
-    """Who asks, as ``Guard`` found it."""
+    """The client's name, which ``Guard`` has set."""
     return request.scope["wuerstchen.client"]
 
 
-def _below(request: Request, image: dict[str, Any]) -> dict[str, Any]:
-    """An image as a client is told of it: its url lies below the prefix of the proxy in front."""
+def _with_prefix(request: Request, image: dict[str, Any]) -> dict[str, Any]:
+    """Adds the path prefix of a proxy to the URL of an image."""
     return {**image, "url": request.scope.get("root_path", "") + image["url"]}
 
 
@@ -330,28 +332,26 @@ def _add_openai(app: FastAPI, service: Service, queue: Queue) -> None:
         responses=_errors(400, 404, 413, 415, 500, 503),
     )
     async def generate(request: Request, body: ImageRequest) -> dict[str, Any]:
-        """Draws pictures and answers when they are done, as OpenAI's clients expect it."""
+        """Generates images and answers when they are done, as OpenAI's clients expect."""
         about = service.check_open()
         try:
             job = await queue(request, of_openai(body, about))
         except Refused as error:
-            raise in_openais_words(error, body) from error
+            raise in_openai_terms(error, body) from error
         if not await _while_connected(request, end_of(job)):
             service.cancel(job)
         if job.state == "cancelled":
-            raise Refused(400, "the job was cancelled", code="cancelled")
+            raise Refused(400, "The job was cancelled.", code="cancelled")
         if job.state == "failed":
             status = 400 if job.error_type == "invalid_request_error" else 500
-            raise Refused(503 if service.draining else status, job.error or "the job failed")
+            raise Refused(503 if service.draining else status, job.error or "The job failed.")
         data = []
         for image in sorted(job.images, key=lambda image: image["index"]):
             if body.response_format == "b64_json":
                 name = image["url"].rpartition("/")[2]
                 content = await asyncio.to_thread(service.results.read, name)
                 if content is None:
-                    raise Refused(
-                        500, "the picture was removed before it was sent; allow more --result-bytes"
-                    )
+                    raise Refused(500, "The image was deleted before it was sent. Increase --result-bytes.")
                 data.append({"b64_json": base64.b64encode(content).decode()})
             else:
                 data.append({"url": str(request.base_url).rstrip("/") + image["url"]})
@@ -360,11 +360,11 @@ def _add_openai(app: FastAPI, service: Service, queue: Queue) -> None:
     async def edit() -> None:
         raise Refused(
             404,
-            "Nothing edits images at this address. This service has no such route. To vary or reconstruct an "
-            "image, send it to POST /v1/jobs as JSON, described at /openapi.json.",
+            "This service has no such route. To vary or reconstruct an image, send it to POST /v1/jobs as "
+            "JSON. See /openapi.json.",
         )
 
-    for name in ("edits", "variations"):  # else they are taken for names of images, which have no POST
+    for name in ("edits", "variations"):  # otherwise they count as names of images, which answer 405
         app.add_api_route(f"/v1/images/{name}", edit, methods=["POST"], include_in_schema=False)
 
     def the_model() -> OpenAIModel:
@@ -373,12 +373,12 @@ def _add_openai(app: FastAPI, service: Service, queue: Queue) -> None:
 
     @app.get("/v1/models", response_model=OpenAIModels, responses=_errors(503))
     async def models() -> OpenAIModels:
-        """The one model, in the form of OpenAI's list."""
+        """The model, as a list in OpenAI's format."""
         return OpenAIModels(data=[the_model()])
 
     @app.get("/v1/models/{model_id:path}", response_model=OpenAIModel, responses=_errors(404, 503))
     async def model(model_id: str) -> OpenAIModel:
-        """The model, if that is its name, in OpenAI's form."""
+        """The model, in OpenAI's format."""
         found = the_model()
         check_model(model_id, found.id)
         return found
@@ -386,19 +386,19 @@ def _add_openai(app: FastAPI, service: Service, queue: Queue) -> None:
     started = int(time.time())
 
 
-def _add_watching(app: FastAPI, service: Service) -> None:
+def _add_monitoring(app: FastAPI, service: Service) -> None:
     @app.get("/healthz", response_model=Health)
     async def healthy() -> dict[str, str]:
-        """That the service answers."""
+        """The service is running."""
         return {"status": "ok"}
 
     @app.get(
         "/readyz",
         response_model=Health,
-        responses={503: {"model": Health, "description": "not yet, or no more"}},
+        responses={503: {"model": Health, "description": "loading or stopping"}},
     )
     async def ready(response: Response) -> dict[str, str]:
-        """Whether it would take a job and draw it now."""
+        """Whether the service can run a job now."""
         if not service.is_ready:
             response.status_code = 503
             return {"status": "stopping" if service.draining else "loading"}
@@ -410,7 +410,7 @@ def _add_watching(app: FastAPI, service: Service) -> None:
         responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **_errors()},
     )
     async def metrics() -> Response:
-        """For Prometheus."""
+        """Metrics for Prometheus."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
@@ -419,7 +419,7 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 async def _while_connected(request: Request, work: Any) -> bool:
-    """Waits for ``work``, and gives it up if the client goes away. Returns whether it was finished."""
+    """Waits for ``work``, and cancels it if the client disconnects. Returns whether it has finished."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":

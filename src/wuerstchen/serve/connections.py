@@ -1,7 +1,7 @@
-"""How many connections there may be, in total and from one address, and which ones are closed.
+"""Limits connections, in total and per address, and closes idle and slow ones.
 
-Anybody who reaches the port can open connections, before any token is asked for. Each takes a file
-descriptor, which the service also needs to save images and to talk to its workers.
+Anybody who reaches the port can open connections before any token is checked. Each takes a file descriptor,
+which the service also needs to save images and to talk to its workers.
 """
 
 import ipaddress
@@ -14,19 +14,18 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from wuerstchen.errors import UserError
 
 MAX_CONNECTIONS = 4096
-MAX_OF_ADDRESS = 512
+MAX_PER_ADDRESS = 512
 RESERVED_DESCRIPTORS = 256
-"""Kept from connections: for the workers' pipes, files that are read or written, and connections that were
-accepted a moment ago and are not counted yet."""
+"""Reserved for the workers' pipes, open files, and accepted connections that are not counted yet."""
 WRITE_SECONDS = 30.0
 MIN_BYTES_PER_SECOND = 1024
-"""A client that takes less of its answer than this, over ``WRITE_SECONDS``, is cut off."""
+"""A client that reads its answer more slowly than this over ``WRITE_SECONDS`` is disconnected."""
 ACCEPTED_AT_ONCE = 32
-"""Connections that the event loop accepts before they are counted; bounded by ``RESERVED_DESCRIPTORS``."""
+"""Connections that the event loop accepts before they are counted. Covered by ``RESERVED_DESCRIPTORS``."""
 
 FULL = {
     "error": {
-        "message": "Too many connections are open, in all or from your address. Close some, or try again "
+        "message": "Too many connections are open, in total or from your address. Close some, or try again "
         "in a few seconds.",
         "type": "server_error",
         "param": None,
@@ -38,26 +37,26 @@ FULL = {
 class Connections:
     """The open connections of one server.
 
-    A new one over a limit takes the place of an idle one: of its own address if that has too many, else of
-    the address with the most. If none is idle, the new one is refused.
+    A new connection over a limit replaces an idle one: of its own address if that has too many, else of the
+    address with the most. If none is idle, the new one is refused.
     """
 
     def __init__(
         self,
-        most: int,
-        most_of_address: int,
+        max_total: int,
+        max_per_address: int,
         *,
         request_timeout: float,
         proxies: Sequence[str] = (),
         refused: Callable[[], object] = lambda: None,
     ) -> None:
-        """``request_timeout``: seconds until an idle connection's next request must be whole.
+        """``request_timeout``: seconds that an idle connection may take to send its next request.
 
-        ``proxies``: addresses and networks that may have any number, or ``*``; the clients are behind them.
-        ``refused`` is called for each connection that is refused.
+        ``proxies``: addresses and networks without a limit, or ``*``, because many clients are behind them.
+        ``refused`` is called for each refused connection.
         """
-        self.most = most
-        self.most_of_address = most_of_address
+        self.max_total = max_total
+        self.max_per_address = max_per_address
         self.request_timeout = request_timeout
         self._refused = refused
         self._all_proxies = "*" in proxies
@@ -70,16 +69,16 @@ class Connections:
         return self._total
 
     def admit(self, connection: "Connection") -> bool:
-        """Counts a new connection, unless there is no room for it."""
+        """Counts a new connection. Returns False if there is no room for it."""
         address = connection.address
         own = self._by_address.get(address, {})
-        if len(own) >= self.most_of_address and not self._is_proxy(connection):
+        if len(own) >= self.max_per_address and not self._is_proxy(connection):
             victim = _idle(own)
-        elif self._total >= self.most:
+        elif self._total >= self.max_total:
             fullest = max(self._by_address.values(), key=len)
             victim = _idle(fullest) or next(filter(None, map(_idle, self._by_address.values())), None)
         else:
-            victim = connection  # there is room: nobody has to go
+            victim = connection  # there is room
         if victim is None:
             self._refused()
             return False
@@ -91,7 +90,7 @@ class Connections:
         return True
 
     def remove(self, connection: "Connection") -> None:
-        """The connection is gone; does nothing if it is not counted."""
+        """Removes a closed connection. Does nothing if it is not counted."""
         own = self._by_address.get(connection.address, {})
         if connection in own:
             del own[connection]
@@ -100,9 +99,9 @@ class Connections:
                 del self._by_address[connection.address]
 
     def sweep(self, now: float, connections: Sequence["Connection"]) -> None:
-        """Closes those whose next request does not come and those that do not take their answer.
+        """Closes connections that send no request and those that do not read their answer.
 
-        uvicorn waits for both for ever. ``now`` is of the monotonic clock.
+        uvicorn would wait for both forever. ``now``: monotonic time.
         """
         for connection in connections:
             if connection.stalls(now):
@@ -121,7 +120,7 @@ class Connections:
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection, counted. ``room`` is set by ``counted_in``."""
+    """A uvicorn connection that is counted. ``counted_in`` sets ``room``."""
 
     room: Connections
 
@@ -132,7 +131,7 @@ class Connection(H11Protocol):
         self._idle_of: Any = None
         self._idle_since: float | None = None
         self._unsent: tuple[float, int] | None = None
-        """Since when the client has taken too little of how many bytes."""
+        """Since when the client has read too little, and how many bytes were unsent then."""
 
     def connection_made(self, transport: Any) -> None:
         peer = transport.get_extra_info("peername")
@@ -158,12 +157,12 @@ class Connection(H11Protocol):
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request is under way, and the last answer has left."""
+        """Whether there is no open request and the last answer has been sent."""
         is_answered = self.cycle is None or self.cycle.response_complete
         return is_answered and not self.transport.get_write_buffer_size()
 
     def idle_seconds(self, now: float) -> float:
-        """For how long no request has been under way, as of the calls of this so far."""
+        """For how long there has been no open request, in seconds. Call it regularly."""
         if self.cycle is not None and not self.cycle.response_complete:
             self._idle_since = None
         elif self._idle_since is None or self._idle_of is not self.cycle:
@@ -171,7 +170,7 @@ class Connection(H11Protocol):
         return 0.0 if self._idle_since is None else now - self._idle_since
 
     def stalls(self, now: float) -> bool:
-        """Whether the client has not taken enough of what it is sent, as of the calls of this so far."""
+        """Whether the client reads its answer too slowly. Call it regularly."""
         size = self.transport.get_write_buffer_size()
         if not size:
             self._unsent = None
@@ -186,12 +185,12 @@ class Connection(H11Protocol):
 
 
 def counted_in(room: Connections) -> type[Connection]:
-    """The protocol class of a server whose connections are counted in ``room``."""
+    """A protocol class for uvicorn whose connections are counted in ``room``."""
     return type("Connection", (Connection,), {"room": room})
 
 
 def network_of(address: str) -> str:
-    """What counts as one address: an IPv4 address, or the /64 network of an IPv6 address."""
+    """The unit of limits per address: an IPv4 address, or the /64 network of an IPv6 address."""
     try:
         known = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -204,7 +203,7 @@ def network_of(address: str) -> str:
 
 
 def raise_descriptor_limit(connections: int | None) -> None:
-    """Raises this process's limit of file descriptors, as far as it may, to what so many connections need."""
+    """Raises the file descriptor limit of this process to what the connections need, as far as allowed."""
     resource = _resource()
     if resource is None:
         return
@@ -216,10 +215,11 @@ def raise_descriptor_limit(connections: int | None) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def most_connections(wanted: int | None) -> int:
-    """How many connections fit into this process's limit of file descriptors, ``wanted`` at most.
+def allowed_connections(wanted: int | None) -> int:
+    """The number of connections that the file descriptor limit allows, at most ``wanted``.
 
-    Raises ``UserError`` if fewer fit than are wanted; None wants ``MAX_CONNECTIONS`` or what fits.
+    ``wanted``: None for as many as fit, up to ``MAX_CONNECTIONS``. Raises ``UserError`` if fewer fit than
+    wanted.
     """
     resource = _resource()
     soft = -1 if resource is None else resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -228,9 +228,8 @@ def most_connections(wanted: int | None) -> int:
     fit = max(soft - RESERVED_DESCRIPTORS, soft // 4)
     if wanted is not None and wanted > fit:
         raise UserError(
-            f"There are too few file descriptors for the connections: {wanted}. This process may have {soft} "
-            f"descriptors, which is enough for {fit} connections. Raise the limit (ulimit -n), or lower "
-            "--max-connections."
+            f"max_connections is too large for the file descriptor limit: {wanted}. The limit of {soft} "
+            f"allows {fit} connections. Raise the limit (ulimit -n), or lower --max-connections."
         )
     return min(wanted or MAX_CONNECTIONS, fit)
 
@@ -244,6 +243,6 @@ def _resource() -> Any:
 
 
 def _idle(connections: dict[Connection, None]) -> Connection | None:
-    """The oldest without any request, else the oldest whose request was answered; None if all are busy."""
+    """The oldest connection without any request, else the oldest without an open one, else None."""
     idle = [connection for connection in connections if connection.is_idle]
     return next((connection for connection in idle if connection.cycle is None), idle[0] if idle else None)

@@ -1,13 +1,12 @@
 """The process that decodes uploads. It can be killed at any time, and its memory and time are bounded.
 
-A few kilobytes can hold an image that takes hours to decode (thousands of progressive scans) or gigabytes of
-memory, and no library can be stopped in the middle of it. ``serve.uploads`` starts these processes.
+An image of a few kilobytes can take hours (thousands of progressive scans) or gigabytes of memory to decode,
+and libraries cannot be stopped in the middle of it. ``serve.uploads`` starts these processes.
 
 Messages are tuples. To the process: a number and an ``Upload``. From it: ``("ready",)`` once, and for each
 upload ``("pixels", number, RGB bytes, notices, last)`` or ``("refused", number, status, message, last)``.
-After an answer with ``last`` it ends by itself, to give its memory back. ``notices`` are texts for the
-client, such as that a colour profile could not be used. The process prints none of them: clients would fill
-the log.
+After an answer with ``last`` it exits, to free its memory. ``notices`` are texts for the client, such as that
+a colour profile could not be used. They are not printed, because clients could fill the log with them.
 """
 
 import base64
@@ -28,22 +27,22 @@ from wuerstchen.images import decode_image, resize_crop
 from wuerstchen.png_text import open_any
 
 UPLOAD_FORMATS = ("PNG", "JPEG", "WEBP")
-WEBP_SHARE = 2
-"""WebP may have so many times fewer pixels: its decoder takes twice the memory of the others."""
+WEBP_FACTOR = 2
+"""WebP images may have this many times fewer pixels: their decoder takes twice as much memory."""
 MEMORY = 640 * 2**20
-"""Bytes that one process may use to decode, besides what it has when it starts. The most that was measured
-is 470 MiB: a progressive CMYK JPEG of 40 megapixels."""
+"""Bytes that one process may use in addition to what it has at its start. The most that was measured is 470
+MiB, for a progressive CMYK JPEG of 40 megapixels."""
 KEPT_MEMORY = 256 * 2**20
-"""A process that has used more ends after its answer."""
+"""A process that has used more exits after its answer."""
 MAX_NOTICES = 10
-"""Of one upload."""
+"""Per upload."""
 ALARM_SECONDS = 5.0
-"""After the time limit the process ends by itself, should the service be gone that watches over it."""
+"""This long after the time limit the process exits by itself, in case the service no longer exists."""
 
 
 @dataclass(frozen=True)
 class Upload:
-    """An image as a client sent it, and what is wanted of it."""
+    """An image as a client sent it, with the target size and the limits."""
 
     text: str
     """Base64, or a data: URL in base64."""
@@ -56,7 +55,7 @@ class Upload:
 
 
 class UploadError(Exception):
-    """An upload that cannot be used: an HTTP status, the message, and when to try again, in seconds."""
+    """An upload that cannot be used: HTTP status, message, and seconds until another try makes sense."""
 
     def __init__(self, status: int, message: str, retry_after: int | None = None) -> None:
         super().__init__(message)
@@ -66,16 +65,16 @@ class UploadError(Exception):
 
 
 def main(memory: int, connection: Connection) -> None:
-    """Decodes what comes through the pipe until it ends, which it does with the service.
+    """Decodes uploads until the pipe closes, which happens at the latest when the service exits.
 
-    ``memory``: bytes that may be used besides what is used at the start.
+    ``memory``: bytes that may be used in addition to what is used at the start.
     """
-    # The service ends this process; a terminal's Ctrl-C reaches all processes.
+    # The service ends this process. Ctrl-C in a terminal reaches all processes.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    warnings.simplefilter("ignore")  # what clients should know is recorded below
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # each reserves memory
-    # 16-bit images need NumPy, and its libraries would not fit any more.
+    warnings.simplefilter("ignore")  # warnings for clients are recorded below
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # each thread reserves memory
+    # 16-bit images need NumPy. Import it now, because its libraries would exceed the memory limit later.
     importlib.import_module("numpy")
     _bound_memory(memory)
     try:
@@ -97,37 +96,39 @@ def _answer(job: int, upload: Upload) -> tuple[Any, ...]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("ignore")
             warnings.simplefilter("always", UserNotice)
-            picture = resize_crop(read_upload(upload), upload.width, upload.height)
+            image = resize_crop(read_upload(upload), upload.width, upload.height)
         notices = tuple(dict.fromkeys(str(warning.message) for warning in caught))[:MAX_NOTICES]
-        return ("pixels", job, picture.tobytes(), notices)
+        return ("pixels", job, image.tobytes(), notices)
     except UploadError as error:
         return ("refused", job, error.status, error.message)
     except MemoryError:
-        return ("refused", job, 400, "image is wrong because it takes too much memory to decode; shrink it")
+        return ("refused", job, 400, "image takes too much memory to decode. Shrink it.")
 
 
 def read_upload(upload: Upload) -> Image.Image:
-    """The whole image: RGB, upright, without metadata. Raises ``UploadError``, and ``MemoryError``.
+    """Decodes an image to RGB, upright and without metadata. Raises ``UploadError`` and ``MemoryError``.
 
-    Format, size and number of frames are told from the header, before anything is decoded.
+    Checks format, size and number of frames from the header before decoding anything.
     """
     data = _bytes_of(upload)
     try:
         with open_any(io.BytesIO(data), UPLOAD_FORMATS) as header:
             pixels = header.width * header.height
-            most = upload.max_pixels // (WEBP_SHARE if header.format == "WEBP" else 1)
-            # Phones put further images into a JPEG, which is still one that stands.
+            limit = upload.max_pixels // (WEBP_FACTOR if header.format == "WEBP" else 1)
+            # Phones add more images to a JPEG, but it is still a single picture.
             frames = 1 if header.format == "MPO" else getattr(header, "n_frames", 1)
     except MemoryError:
         raise
     except Image.DecompressionBombError as error:
-        raise _refused("it has far too many pixels; shrink it") from error
-    except Exception as error:  # damaged files make the readers fail in ways of every kind
-        raise _refused("it is no PNG, JPEG or WebP that can be read; save it anew as one") from error
-    if pixels > most:
-        raise _refused(f"it has {pixels:,} pixels and may have {most:,}; shrink it")
+        raise _refused("has far too many pixels. Shrink it.") from error
+    except Exception as error:  # damaged files raise all kinds of exceptions
+        raise _refused(
+            "is not a readable PNG, JPEG or WebP. Save it again in one of these formats."
+        ) from error
+    if pixels > limit:
+        raise _refused(f"has too many pixels: {pixels:,}. At most {limit:,} are allowed. Shrink it.")
     if frames != 1:
-        raise _refused("it is animated; give a still picture")
+        raise _refused("is animated. Send a still image.")
     try:
         return decode_image(data, "upload")
     except UserError as error:
@@ -137,27 +138,27 @@ def read_upload(upload: Upload) -> Image.Image:
 
 
 def _bytes_of(upload: Upload) -> bytes:
-    """The file that an upload holds. Raises ``UploadError``."""
+    """The bytes of the uploaded file. Raises ``UploadError``."""
     text = upload.text
     if text.startswith("data:"):
         head, comma, text = text.partition(",")
         if not comma or not head.endswith(";base64"):
-            raise _refused("its data: URL is not in base64; write data:image/png;base64,...")
+            raise _refused("has a data: URL that is not in base64. Write data:image/png;base64,...")
     text = "".join(text.split())  # many encoders break lines
     if len(text) > upload.max_bytes * 4 // 3 + 4:
-        raise _refused(f"it has over {upload.max_bytes:,} bytes; shrink it", 413)
+        raise _refused(f"has more than {upload.max_bytes:,} bytes. Shrink it.", 413)
     try:
         return base64.b64decode(text.encode("ascii"), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise _refused("it is no base64; encode the file's bytes") from error
+        raise _refused("is not valid base64. Encode the bytes of the file.") from error
 
 
 def _refused(message: str, status: int = 400) -> UploadError:
-    return UploadError(status, f"image is wrong because {message}")
+    return UploadError(status, f"image {message}")
 
 
 class _alarm:
-    """The system ends this process if the block takes longer: also inside of a library."""
+    """Lets the system kill this process if the block takes longer, even inside a library."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -172,7 +173,7 @@ class _alarm:
 
 
 def _bound_memory(memory: int) -> None:
-    """Lets this process have so much more address space. Only where /proc tells how much it has: on Linux."""
+    """Limits the address space to what is in use plus ``memory`` bytes. Linux only, since it needs /proc."""
     try:
         import resource
 
@@ -181,14 +182,14 @@ def _bound_memory(memory: int) -> None:
     except (ModuleNotFoundError, OSError):
         return
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    most = used + memory
+    limit = used + memory
     resource.setrlimit(
-        resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard)
+        resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
     )
 
 
 def _peak_memory() -> int:
-    """The most bytes that this process has had; 0 where nobody tells."""
+    """Peak memory of this process in bytes, or 0 if the system does not report it."""
     try:
         with open("/proc/self/status") as file:
             lines = dict(line.split(":", 1) for line in file)

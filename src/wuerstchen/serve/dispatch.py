@@ -1,6 +1,6 @@
-"""Hands batches of the queue to the workers, and watches and restarts their processes.
+"""Sends batches from the queue to the workers, and monitors and restarts their processes.
 
-All state is changed on the event loop. A thread for each worker reads its pipe, and another writes it.
+All state changes on the event loop. Each worker has one thread that reads its pipe and one that writes to it.
 """
 
 import asyncio
@@ -8,68 +8,69 @@ import contextlib
 import itertools
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wuerstchen.serve.heartbeat import ALIVE
-from wuerstchen.serve.jobs import FairQueue, Job, Picture, Shape
+from wuerstchen.serve.heartbeat import HEARTBEAT
+from wuerstchen.serve.jobs import FairQueue, ImageTask, Job, Shape
 from wuerstchen.serve.limits import ServeConfig
 from wuerstchen.serve.metrics import Metrics
 from wuerstchen.serve.process import Message, WorkerProcess
-from wuerstchen.serve.worker import Batch, WorkerSettings
+from wuerstchen.serve.worker import ImageBatch, WorkerSettings
 
 log = logging.getLogger("wuerstchen.serve")
 
 STOPPING_SECONDS = 30.0
-"""A worker that was told to stop and makes no step for so long is ended."""
+"""A worker that still works on a stopped batch after this time is killed."""
 SILENT_SECONDS = 10.0
-"""A worker that has given no sign of life for so long is not ready."""
+"""A worker without a heartbeat for this long does not count as ready."""
 DEAD_SECONDS = 60.0
-"""A worker that has given no sign of life for so long is ended, and started again."""
+"""A worker without a heartbeat for this long is killed and restarted."""
 DEAD_LOADING_SECONDS = 300.0
-"""The same while it loads: libraries on a slow disk can hold a process up."""
+"""The same while it loads its model: libraries on a slow disk can block a process."""
 RELAUNCH_SECONDS = 5.0
-"""Until a worker that could not be started is tried again."""
+"""Delay before another attempt to start a worker."""
 
 Fail = Callable[..., None]
-"""(job, message) or (job, message, kind of error) → the job has failed."""
-Finish = Callable[[Picture, tuple[int, int], bytes], None]
-"""(picture, its width and height, RGB bytes): a worker has drawn it."""
+"""Called with (job, message) or (job, message, error type) when a job has failed."""
+Finish = Callable[[ImageTask, tuple[int, int], bytes], None]
+"""Called with (task, (width, height), RGB bytes) when a worker has generated an image."""
 
 
 @dataclass(eq=False)
-class _Under:
-    """A batch that a worker has been given."""
+class _RunningBatch:
+    """A batch that a worker is generating."""
 
     number: int
-    pictures: list[Picture]
-    began: float
+    tasks: list[ImageTask]
+    started: float
     stopping: float | None = None
-    """Since when the worker has known that it is too late or unwanted."""
+    """When the worker was told to stop, because the batch is late or no longer wanted."""
 
 
 @dataclass(eq=False)
-class _Worker(WorkerProcess):
-    """One device, through all restarts of its process."""
+class _DeviceWorker(WorkerProcess):
+    """The worker of one device. Survives restarts of its process."""
 
     ready: bool = False
-    batch: _Under | None = None
+    batch: _RunningBatch | None = None
     failures: int = 0
-    """Ends in a row before it was ready."""
-    again_at: float | None = None
-    """When it is to be started again."""
+    """Exits in a row before it was ready."""
+    restart_at: float | None = None
+    """When to start its process again."""
     launched: float = 0.0
-    heard: float = 0.0
-    """When it last gave a sign of life."""
+    last_message: float = 0.0
+    """When it last sent a message, heartbeats included."""
     killed: str | None = None
-    """Why it was ended, if the service did it."""
+    """Why the service killed it, or None."""
     about: dict[str, Any] = field(default_factory=dict)
 
 
 class Dispatcher:
-    """All workers of a service, and what they draw."""
+    """All workers of a service, and the batches they generate."""
 
     def __init__(
         self,
@@ -81,7 +82,7 @@ class Dispatcher:
         fail: Fail,
         finish: Finish,
     ) -> None:
-        """``fail`` and ``finish`` are called on the event loop. They do not wait."""
+        """``fail`` and ``finish`` are called on the event loop and must not block."""
         self.config = config
         self.queue = queue
         self.metrics = metrics
@@ -89,150 +90,156 @@ class Dispatcher:
         self.fail = fail
         self.finish = finish
         self.about: dict[str, Any] | None = None
-        """What the model can; None until the first worker is ready."""
+        """The model's capabilities, or None until the first worker is ready."""
         self.failed: str | None = None
-        """Why there will never be a model."""
+        """Why no worker could load the model, or None."""
         self.started = asyncio.Event()
-        """Set when the first worker is ready, or none will be."""
+        """Set when the first worker is ready, or when none will be."""
         self.draining = False
-        """Whether workers that end are not started again."""
-        self.workers = [_Worker(name=name or "default", device=name) for name in (config.devices or (None,))]
+        """If true, workers that exit are not restarted."""
+        self.workers = [
+            _DeviceWorker(name=name or "default", device=name) for name in (config.devices or (None,))
+        ]
         self._numbers = itertools.count(1)
-        self._seconds_a_picture: float | None = None
-        """Measured, with all workers drawing."""
-        self._looked = 0.0
-        """When ``look`` was last called."""
+        self._seconds_per_image: float | None = None
+        """Moving average over all workers together."""
+        self._checked = 0.0
+        """When ``check`` was last called."""
 
     def start(self) -> None:
-        """Starts the workers; does not wait until they are ready."""
+        """Starts the workers. Does not wait until they are ready."""
         self._loop = asyncio.get_running_loop()
         for worker in self.workers:
             self._launch(worker)
-        self._looked = time.monotonic()
+        self._checked = time.monotonic()
 
     async def stop(self) -> None:
-        """Ends the workers at once. Returns when nothing of them is left."""
+        """Kills the workers. Returns when their processes and threads have ended."""
         for worker in self.workers:
             worker.life += 1
             await asyncio.to_thread(worker.end)
 
     def kill(self) -> None:
-        """Kills the workers' processes, from any thread."""
+        """Kills the workers' processes. Can be called from any thread."""
         for worker in self.workers:
             worker.kill()
 
     def ready_workers(self) -> int:
-        """Workers that have a model and have given a sign of life."""
+        """Number of workers that have loaded the model and sent a heartbeat recently."""
         now = time.monotonic()
-        return sum(worker.ready and now - worker.heard < SILENT_SECONDS for worker in self.workers)
+        return sum(worker.ready and now - worker.last_message < SILENT_SECONDS for worker in self.workers)
 
     # Batches
 
     def pump(self) -> None:
-        """Gives every idle worker a batch."""
+        """Gives a batch to every idle worker."""
         for worker in self.workers:
-            if worker.ready and worker.batch is None and (pictures := self.queue.take(self._room)):
-                self._give(worker, pictures)
+            if worker.ready and worker.batch is None and (tasks := self.queue.take(self._room)):
+                self._give(worker, tasks)
 
     def drop(self, job: Job, now: float) -> None:
-        """Tells the workers that nobody wants a job's pictures any more."""
+        """Tells the workers that a job's images are no longer wanted."""
         for worker in self.workers:
             batch = worker.batch
             if batch is not None:
-                places = [place for place, picture in enumerate(batch.pictures) if picture.job is job]
+                places = [place for place, task in enumerate(batch.tasks) if task.job is job]
                 if places:
                     worker.send(("unwanted", batch.number, places))
-                    if batch.stopping is None and all(p.job.has_ended for p in batch.pictures):
+                    if batch.stopping is None and all(task.job.has_ended for task in batch.tasks):
                         batch.stopping = now
 
-    def wait_estimate(self, pictures: int) -> int:
-        """Seconds until about so many pictures are drawn."""
-        seconds = (self._seconds_a_picture or 1.0) * max(1, pictures)
+    def wait_estimate(self, images: int) -> int:
+        """Estimated seconds until this many images are generated, from 1 to 600."""
+        seconds = (self._seconds_per_image or 1.0) * max(1, images)
         return int(min(max(1.0, seconds), 600.0) + 0.5)
 
     def _room(self, shape: Shape) -> int:
-        """How many pictures of a shape are drawn together: of large ones fewer, for memory."""
+        """Largest batch of a shape. Larger images get smaller batches, to bound memory."""
         assert self.about is not None
-        own = self.about["side"] ** 2
-        return max(1, min(self.config.max_batch, self.config.max_batch * own // (shape.width * shape.height)))
+        base = self.about["side"] ** 2
+        return max(
+            1, min(self.config.max_batch, self.config.max_batch * base // (shape.width * shape.height))
+        )
 
-    def _give(self, worker: _Worker, pictures: list[Picture]) -> None:
+    def _give(self, worker: _DeviceWorker, tasks: list[ImageTask]) -> None:
         now = time.monotonic()
-        shape = pictures[0].job.shape
-        with_images = pictures[0].job.image is not None
-        batch = Batch(
+        shape = tasks[0].job.shape
+        with_images = tasks[0].job.image is not None
+        batch = ImageBatch(
             number=next(self._numbers),
             shape=shape,
             fill=self._room(shape) if self.config.deterministic else None,
-            prompts=[picture.prompt for picture in pictures],
-            negatives=[picture.job.negative for picture in pictures],
-            seeds=[picture.seed for picture in pictures],
-            images=[picture.job.image or b"" for picture in pictures] if with_images else None,
-            previews=[place for place, picture in enumerate(pictures) if picture.job.previews],
+            prompts=[task.prompt for task in tasks],
+            negatives=[task.job.negative for task in tasks],
+            seeds=[task.seed for task in tasks],
+            images=[task.job.image or b"" for task in tasks] if with_images else None,
+            previews=[place for place, task in enumerate(tasks) if task.job.previews],
         )
-        worker.batch = _Under(batch.number, pictures, now)
-        self.metrics.batch_size.observe(len(pictures))
-        for job in {picture.job: None for picture in pictures}:
+        worker.batch = _RunningBatch(batch.number, tasks, now)
+        self.metrics.batch_size.observe(len(tasks))
+        for job in {task.job: None for task in tasks}:
             if job.state == "queued":
                 self.metrics.wait_seconds.observe(now - job.created)
-            job.begin()
-        worker.send(("draw", batch))
+            job.start()
+        worker.send(("generate", batch))
 
-    def _heard(self, worker: _Worker, life: int, message: tuple[Any, ...] | None) -> None:
-        """A worker said something; None is its end."""
+    def _on_message(self, worker: _DeviceWorker, life: int, message: tuple[Any, ...] | None) -> None:
+        """Handles a message of a worker. None means that its process has ended."""
         if life != worker.life:
             return
-        worker.heard = time.monotonic()
+        worker.last_message = time.monotonic()
         if message is None:
-            self._died(worker)
-        elif message == ALIVE:
+            self._on_exit(worker)
+        elif message == HEARTBEAT:
             pass
         elif message[0] == "ready":
-            self._became_ready(worker, message[1])
-        elif message[0] == "unfit":
-            self._unfit(worker, message[1])
+            self._on_ready(worker, message[1])
+        elif message[0] == "load_error":
+            self._on_load_error(worker, message[1])
         elif worker.batch is not None and message[1] == worker.batch.number:
-            self._of_batch(worker, worker.batch, message)
+            self._on_batch_message(worker, worker.batch, message)
 
-    def _of_batch(self, worker: _Worker, batch: _Under, message: tuple[Any, ...]) -> None:
+    def _on_batch_message(
+        self, worker: _DeviceWorker, batch: _RunningBatch, message: tuple[Any, ...]
+    ) -> None:
         word, _, *values = message
         if word == "step":
-            self._stepped(batch, *values)
+            self._on_step(batch, *values)
         elif word == "notice":
-            job = batch.pictures[values[0]].job
+            job = batch.tasks[values[0]].job
             if values[1] not in job.notices:
                 job.notices.append(values[1])
         elif word == "preview":
             place, width, height, url = values
-            picture = batch.pictures[place]
-            if not picture.job.has_ended:
-                shown = {"index": picture.index, "width": width, "height": height, "image": url}
-                picture.job.emit("preview", shown)
+            task = batch.tasks[place]
+            if not task.job.has_ended:
+                data = {"index": task.index, "width": width, "height": height, "image": url}
+                task.job.emit("preview", data)
         elif word == "image":
-            place, width, height, data = values
-            picture = batch.pictures[place]
-            if not picture.job.has_ended:
-                self.finish(picture, (width, height), data)
+            place, width, height, pixels = values
+            task = batch.tasks[place]
+            if not task.job.has_ended:
+                self.finish(task, (width, height), pixels)
         else:
             worker.batch = None
             if word == "done":
-                self._measured(worker, batch, values[0])
+                self._record(worker, batch, values[0])
             elif word == "failed":
-                for job in {picture.job: None for picture in batch.pictures}:
+                for job in {task.job: None for task in batch.tasks}:
                     self.fail(job, values[0], values[1])
             self.pump()
 
-    def _stepped(self, batch: _Under, stage: str, step: int, steps: int, fraction: float) -> None:
-        for job, share in _shares(batch).items():
+    def _on_step(self, batch: _RunningBatch, stage: str, step: int, steps: int, fraction: float) -> None:
+        for job, images in Counter(task.job for task in batch.tasks).items():
             if not job.has_ended:
-                job.fraction = share * fraction
-                shown = {"stage": stage, "step": step, "steps": steps, "fraction": round(job.progress, 4)}
-                job.emit("progress", shown)
+                job.fraction = images * fraction
+                data = {"stage": stage, "step": step, "steps": steps, "fraction": round(job.progress, 4)}
+                job.emit("progress", data)
 
-    def _measured(self, worker: _Worker, batch: _Under, measured: dict[str, Any]) -> None:
-        took = (time.monotonic() - batch.began) / len(batch.pictures) / len(self.workers)
-        before = self._seconds_a_picture
-        self._seconds_a_picture = took if before is None else 0.8 * before + 0.2 * took
+    def _record(self, worker: _DeviceWorker, batch: _RunningBatch, measured: dict[str, Any]) -> None:
+        took = (time.monotonic() - batch.started) / len(batch.tasks) / len(self.workers)
+        before = self._seconds_per_image
+        self._seconds_per_image = took if before is None else 0.8 * before + 0.2 * took
         for stage, seconds in measured.get("seconds", {}).items():
             self.metrics.stage_seconds.labels(stage).observe(seconds)
         for name, gauge in (
@@ -246,114 +253,108 @@ class Dispatcher:
 
     # Workers
 
-    def _launch(self, worker: _Worker) -> None:
-        worker.ready, worker.batch, worker.again_at, worker.killed = False, None, None, None
-        worker.launched = worker.heard = time.monotonic()
+    def _launch(self, worker: _DeviceWorker) -> None:
+        worker.ready, worker.batch, worker.restart_at, worker.killed = False, None, None, None
+        worker.launched = worker.last_message = time.monotonic()
         settings = WorkerSettings(
             model=self.config.model, device=worker.device, precision=self.config.precision
         )
 
         def tell(life: int, message: Message | None) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(self._heard, worker, life, message)
+                self._loop.call_soon_threadsafe(self._on_message, worker, life, message)
 
         try:
             worker.start(self.worker_main, settings, tell)
         except OSError as error:  # no memory, or no descriptors
-            log.error("worker %s: cannot be started (%s)", worker.name, error.strerror or error)
-            worker.again_at = time.monotonic() + RELAUNCH_SECONDS
+            log.error("worker %s: could not be started (%s)", worker.name, error.strerror or error)
+            worker.restart_at = time.monotonic() + RELAUNCH_SECONDS
 
-    def _became_ready(self, worker: _Worker, about: dict[str, Any]) -> None:
+    def _on_ready(self, worker: _DeviceWorker, about: dict[str, Any]) -> None:
         worker.ready, worker.failures, worker.about = True, 0, about
         self.about = self.about or {**about, "name": model_name(self.config.model)}
         log.info("worker %s: ready on %s", worker.name, about["device"])
         self.started.set()
         self.pump()
 
-    def _unfit(self, worker: _Worker, reason: str) -> None:
-        """It says that it cannot be: no use in trying again, if it never could."""
+    def _on_load_error(self, worker: _DeviceWorker, reason: str) -> None:
+        """The model cannot be loaded. If it never could, there is no point in trying again."""
         if self.about is None:
             self.failed = reason
             self.started.set()
         log.error("worker %s: %s", worker.name, reason)
 
-    def _died(self, worker: _Worker) -> None:
+    def _on_exit(self, worker: _DeviceWorker) -> None:
         batch, worker.batch = worker.batch, None
         worker.ready = False
         worker.failures += 1
         if self.about is None and self.failed is None and worker.failures == 3:
-            self.failed = "the worker ended three times before it had a model; its last words are above"
+            self.failed = (
+                "The worker ended three times before it had loaded the model. See its messages above."
+            )
             self.started.set()
         if self.failed is not None:
             return
         self.metrics.restarts.labels(worker.name).inc()
         if batch is not None:
-            happened = worker.killed or "ended before its time"
-            why = f"the worker that drew this job {happened} and is started again; send it again"
+            happened = worker.killed or "ended unexpectedly"
+            message = f"The worker that ran this job {happened} and is being restarted. Send the job again."
             if batch.stopping is not None:
-                why = "this job took too long and was stopped; ask for fewer steps or a smaller picture"
-            for job in {picture.job: None for picture in batch.pictures}:
-                self.fail(job, why)
+                message = "The job took too long and was stopped. Use fewer steps or a smaller image."
+            for job in {task.job: None for task in batch.tasks}:
+                self.fail(job, message)
         worker.end()
         if not self.draining:
-            # At once the first time; one that never gets ready must not keep the machine busy.
+            # Restart at once the first time. A worker that never gets ready must not keep the machine busy.
             delay = 0.0 if worker.failures <= 1 else min(30.0, 2.0 ** (worker.failures - 2))
-            log.error("worker %s: ended unexpectedly; started again in %.0f s", worker.name, delay)
-            worker.again_at = time.monotonic() + delay
+            log.error("worker %s: ended unexpectedly, restarting in %.0f s", worker.name, delay)
+            worker.restart_at = time.monotonic() + delay
             if not delay:
                 self._launch(worker)
 
-    def look(self, now: float) -> None:
-        """To be called once in a while: restarts workers that died, ends those that hang, and fails the jobs
-        of batches that take too long."""
-        looked, self._looked = self._looked, now
-        if now - looked > SILENT_SECONDS / 2:
-            # The service itself stood still: what the workers said meanwhile has not been heard yet.
+    def check(self, now: float) -> None:
+        """Restarts dead workers, kills those that hang, and fails the jobs of late batches. Call it
+        regularly."""
+        checked, self._checked = self._checked, now
+        if now - checked > SILENT_SECONDS / 2:
+            # The service itself was suspended, so the workers' messages have not been read yet.
             for worker in self.workers:
-                worker.heard += now - looked
+                worker.last_message += now - checked
         for worker in self.workers:
-            self._look_at(worker, now)
+            self._check_worker(worker, now)
 
-    def _look_at(self, worker: _Worker, now: float) -> None:
+    def _check_worker(self, worker: _DeviceWorker, now: float) -> None:
         config, batch = self.config, worker.batch
-        if worker.again_at is not None and now >= worker.again_at and not self.draining:
+        if worker.restart_at is not None and now >= worker.restart_at and not self.draining:
             self._launch(worker)
         elif worker.process is not None and worker.killed is None and (why := self._hangs(worker, now)):
-            log.error("worker %s: it %s, and is ended", worker.name, why)
+            log.error("worker %s: %s, killing it", worker.name, why)
             worker.killed = why
-            worker.kill()  # its end is noticed as any other
-        elif batch is not None and batch.stopping is None and now - batch.began > config.run_timeout:
-            message = f"it was drawn for {config.run_timeout:g} s; ask for fewer steps or a smaller picture"
-            for picture in batch.pictures:
-                self.fail(picture.job, f"this job timed out because {message}")
+            worker.kill()  # its end is handled like any other
+        elif batch is not None and batch.stopping is None and now - batch.started > config.run_timeout:
+            ran = f"it ran for {config.run_timeout:g} s"
+            for task in batch.tasks:
+                self.fail(task.job, f"The job timed out: {ran}. Use fewer steps or a smaller image.")
             batch.stopping = now
         elif batch is not None and batch.stopping is not None and now - batch.stopping > STOPPING_SECONDS:
-            worker.kill()  # its end is noticed as any other
+            worker.kill()  # its end is handled like any other
 
-    def _hangs(self, worker: _Worker, now: float) -> str | None:
-        """Why a worker is to be ended, if it is."""
-        if now - worker.heard > (DEAD_SECONDS if worker.ready else DEAD_LOADING_SECONDS):
-            return "gave no sign of life"
+    def _hangs(self, worker: _DeviceWorker, now: float) -> str | None:
+        """Why a worker must be killed, or None."""
+        if now - worker.last_message > (DEAD_SECONDS if worker.ready else DEAD_LOADING_SECONDS):
+            return "sent no heartbeat"
         seconds = self.config.load_timeout
         if worker.ready or now - worker.launched <= seconds:
             return None
         if self.about is None and self.failed is None:
             self.failed = (
-                f"The model takes too long to load: over {seconds:g} s. Look whether its disk or the network "
-                "hangs, or raise --load-timeout."
+                f"The model takes too long to load: over {seconds:g} s. Check the disk and the network, or "
+                "raise --load-timeout."
             )
             self.started.set()
         return f"did not load its model within {seconds:g} s"
 
 
-def _shares(batch: _Under) -> dict[Job, int]:
-    """Pictures of each job in a batch."""
-    shares: dict[Job, int] = {}
-    for picture in batch.pictures:
-        shares[picture.job] = shares.get(picture.job, 0) + 1
-    return shares
-
-
 def model_name(model: str | None) -> str:
-    """What clients call the model: the last part of its name, without the folders that lead to it."""
+    """The public name of the model: the last part of its path."""
     return "wuerstchen" if model is None else Path(model).name or "wuerstchen"

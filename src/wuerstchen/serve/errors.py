@@ -1,8 +1,8 @@
-"""The refusal of a request."""
+"""The exception for requests that cannot be served."""
 
 
 class Refused(Exception):
-    """A request that cannot be served: an HTTP status, the message and the form's other fields."""
+    """A request that cannot be served. ``retry_after`` is in seconds; the rest is as in OpenAI's errors."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The safety filter: a function of the user's that is asked about prompts and images."""
+"""The safety filter: a user-supplied function that checks prompts and images."""
 
 import importlib
 import inspect
@@ -11,20 +11,21 @@ from PIL import Image
 from wuerstchen.errors import UserError
 
 Filter = Callable[[str, Image.Image | None], str | None]
-"""(prompt, None) before drawing and (prompt, picture) after it → why it is refused, or None."""
+"""Called with (prompt, None) before generation and (prompt, image) after it. Returns the reason to refuse it,
+or None."""
 
 
 def load_filter(name: str) -> Filter:
-    """The function that ``module:function`` names. Raises ``UserError``."""
+    """Imports ``module:function``. Raises ``UserError``."""
     module, _, function = name.partition(":")
-    sys.path.insert(0, os.getcwd())  # where one's own module lies
+    sys.path.insert(0, os.getcwd())  # users keep their module in the current folder
     try:
         found = getattr(importlib.import_module(module), function)
         inspect.signature(found).bind("", None)
     except Exception as error:
         raise UserError(
-            f"filter {name!r} is wrong because it cannot be used ({error}); give module:function, a function "
-            "of a prompt and a picture"
+            f"filter {name!r} cannot be used ({error}). Give it as module:function, where the function takes "
+            "a prompt and an image."
         ) from error
     finally:
         sys.path.remove(os.getcwd())

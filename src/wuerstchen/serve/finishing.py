@@ -13,20 +13,20 @@ from PIL import Image
 
 from wuerstchen.serve.errors import Refused
 from wuerstchen.serve.filters import load_filter
-from wuerstchen.serve.jobs import Picture
+from wuerstchen.serve.jobs import ImageTask
 from wuerstchen.serve.limits import ServeConfig
 from wuerstchen.serve.metrics import Metrics
-from wuerstchen.serve.requests import picture_settings
+from wuerstchen.serve.requests import image_settings
 from wuerstchen.serve.results import Results
 
 log = logging.getLogger("wuerstchen.serve")
 
 EndJob = Callable[..., None]
-"""(job, state) or (job, state, message) or (job, state, message, kind of error) → the job has ended."""
+"""Called with (job, state), (job, state, message) or (job, state, message, error type) to end a job."""
 
 
 class Finisher:
-    """Takes generated images to their finished files, and tells their jobs. Called on the event loop."""
+    """Filters and saves generated images, then updates their jobs. Call its methods on the event loop."""
 
     def __init__(self, config: ServeConfig, instance: str, metrics: Metrics, end: EndJob) -> None:
         """Raises ``UserError`` if the filter, the results folder or the certificate cannot be used."""
@@ -47,14 +47,14 @@ class Finisher:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._threads = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="save")
 
-    def finish(self, picture: Picture, size: tuple[int, int], data: bytes, about: dict[str, Any]) -> None:
-        """Starts a task that filters and saves the image, then tells its job. Does not wait for it.
+    def finish(self, task: ImageTask, size: tuple[int, int], data: bytes, about: dict[str, Any]) -> None:
+        """Starts to filter and save an image. Does not wait for it.
 
         ``data``: RGB bytes of an image of ``size`` (width, height). ``about``: the model.
         """
-        task = asyncio.create_task(self._finish(picture, size, data, about))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        finishing = asyncio.create_task(self._finish(task, size, data, about))
+        self._tasks.add(finishing)
+        finishing.add_done_callback(self._tasks.discard)
 
     async def check_prompts(self, prompts: list[str]) -> None:
         """Raises ``Refused`` for the first prompt that the safety filter rejects."""
@@ -80,30 +80,30 @@ class Finisher:
             self._temporary.cleanup()
 
     async def _finish(
-        self, picture: Picture, size: tuple[int, int], data: bytes, about: dict[str, Any]
+        self, task: ImageTask, size: tuple[int, int], data: bytes, about: dict[str, Any]
     ) -> None:
-        job = picture.job
+        job = task.job
         image = Image.frombytes("RGB", size, data)
         try:
-            reason = await self._filtered(picture.prompt, image)
+            reason = await self._filtered(task.prompt, image)
             if reason is not None:
                 self.end(job, "failed", reason, "invalid_request_error")
                 return
-            settings = picture_settings(picture, about)
+            settings = image_settings(task, about)
             loop = asyncio.get_running_loop()
             name = await loop.run_in_executor(self._threads, self.results.save, image, settings)
         except Refused as error:
             self.end(job, "failed", str(error))
             return
-        except Exception:  # what it says holds the folder's path, which is not the client's business
-            log.exception("job %s: its picture could not be kept", job.log_name)
-            self.end(job, "failed", "a finished picture could not be kept; the service's log says why")
+        except Exception:  # its text contains the folder's path, which clients must not see
+            log.exception("job %s: its image could not be saved", job.log_name)
+            self.end(job, "failed", "A finished image could not be saved. The service's log has the reason.")
             return
         if job.has_ended:
             return
         job.fraction = max(0.0, job.fraction - 1)
-        job.add_image(picture.index, f"/v1/images/{name}")
-        self.metrics.pictures.labels(job.shape.kind).inc()
+        job.add_image(task.index, f"/v1/images/{name}")
+        self.metrics.images.labels(job.shape.kind).inc()
         if len(job.images) == job.total:
             self.end(job, "done")
 
@@ -115,8 +115,10 @@ class Finisher:
         try:
             reason = await loop.run_in_executor(self._threads, self.filter, prompt, image)
         except Exception as error:
-            log.exception("the filter failed")
-            raise Refused(500, "the safety filter failed, so nothing is drawn; the log says why") from error
+            log.exception("the safety filter failed")
+            raise Refused(
+                500, "The safety filter failed, so no image is generated. The service's log has the reason."
+            ) from error
         if reason is not None:
             self.metrics.refusals.labels("filter").inc()
         return reason

@@ -1,6 +1,6 @@
-"""Checks on every request before a route sees it: client rate, host, origin, token, and body size.
+"""Checks every request before it reaches a route: client rate, host, origin, token and body size.
 
-Also sets the headers that every response gets.
+Also sets the headers of every response.
 """
 
 import asyncio
@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from wuerstchen.serve.connections import network_of
+from wuerstchen.serve.errors import Refused
 from wuerstchen.serve.limits import LOOPBACK_NAMES, ServeConfig
 from wuerstchen.serve.metrics import Metrics
 from wuerstchen.serve.proxies import KEY, ForwardedError, PublicAddress, is_origin_of, public_address
@@ -37,30 +38,32 @@ HEADERS = {
     "permissions-policy": "camera=(), geolocation=(), microphone=()",
     "cache-control": "no-store",
 }
-"""Where a route says otherwise, its word counts."""
+"""A route may override them."""
 
 OPEN_PATHS = ("/", "/healthz", "/readyz")
 OPEN_PREFIXES = ("/page/", "/v1/images/")
-"""Pictures are open to whoever knows their names; what is not read there needs a token all the same."""
+"""Paths below these can be read without a token. The names of images cannot be guessed."""
 
-WATCHED_PATHS = ("/healthz", "/readyz")
-"""Never refused for a client's rate: a balancer that is told 429 takes the service for ill."""
+HEALTH_PATHS = ("/healthz", "/readyz")
+"""Exempt from rate limits: a load balancer that gets 429 would consider the service unhealthy."""
 
 JSON_PATHS = ("/v1/jobs", "/v1/images/generations")
-"""Where a POST holds JSON. Elsewhere no body is read, and its content type does not matter: the route answers
-404 or 405."""
+"""Routes that take JSON by POST. Elsewhere the body is not read: the route answers 404 or 405."""
 UPLOAD_PATH = "/v1/jobs"
 TEXT_BYTES = 2**18
-"""The most that a body holds where nothing is uploaded."""
+"""Largest body on routes without uploads."""
 
-READ_AWAY = 4
-"""A body up to so many times too large is read, though not kept: clients that are still sending hear no
-answer."""
+DRAIN_FACTOR = 4
+"""A body that is up to this many times too large is read and discarded: clients do not read the answer while
+they are still sending."""
 
-MOST_HELD = 256 * 2**20
-"""Bytes of bodies at a time, of all requests."""
-MOST_OF_CLIENT = 64 * 2**20
-"""Of one client's requests."""
+MAX_BODY_BYTES = 256 * 2**20
+"""Memory for the bodies of all requests."""
+MAX_BODY_BYTES_PER_CLIENT = 64 * 2**20
+"""Memory for the bodies of one client's requests."""
+
+RETRY_AFTER = 5
+"""Seconds, for refusals with 429 and 503 that name no other time."""
 
 ERROR_TYPES = {
     401: "authentication_error",
@@ -73,18 +76,9 @@ ERROR_TYPES = {
 def error_body(
     status: int, message: str, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
-    """An error in the form that OpenAI's clients read."""
+    """An error in OpenAI's format."""
     kind = ERROR_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-class _Stop(Exception):
-    def __init__(self, status: int, message: str, retry_after: int = 5) -> None:
-        """``retry_after``: seconds, told with 429 and 503."""
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.retry_after = retry_after
 
 
 class Guard:
@@ -95,7 +89,7 @@ class Guard:
         self.config = config
         self.metrics = metrics
         self.held: Counter[str] = Counter()
-        """Bytes of the bodies of requests that are under way, by client."""
+        """Bytes of request bodies in memory, by client."""
         self.rate = RequestRate(config.max_requests_per_second)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -103,10 +97,10 @@ class Guard:
             await self.app(scope, receive, send)
             return
 
-        # Balancers ask so whether a service is well: as GET, but without the body.
+        # Load balancers check health with HEAD: the same as GET, but without the body.
         only_head = scope["method"] == "HEAD"
         if only_head:
-            scope = {**scope, "method": "GET"}  # a copy: the server must still know
+            scope = {**scope, "method": "GET"}  # a copy: the server needs the original
 
         async def headed(message: Message) -> None:
             if only_head and message["type"] == "http.response.body":
@@ -114,8 +108,8 @@ class Guard:
             if message["type"] == "http.response.start":
                 given = list(message.get("headers", []))
                 names = {name.lower() for name, _ in given}
-                more = [(k.encode(), v.encode()) for k, v in HEADERS.items() if k.encode() not in names]
-                message["headers"] = given + more
+                missing = [(k.encode(), v.encode()) for k, v in HEADERS.items() if k.encode() not in names]
+                message["headers"] = given + missing
                 if message["status"] >= 400:
                     self.metrics.refusals.labels(str(message["status"])).inc()
             await send(message)
@@ -130,8 +124,8 @@ class Guard:
             self._check_origin(scope, headers, public.host)
             self._check_token(scope, owner)
             body = await self._read(scope, headers, client, receive)
-        except _Stop as stop:
-            await _answer(headed, stop)
+        except Refused as error:
+            await _answer(headed, error)
             return
         if body is None:
             return  # the client has gone
@@ -154,7 +148,7 @@ class Guard:
         await self.app(scope, replayed, send)
 
     def _check_host(self, headers: dict[str, str]) -> None:
-        """A page elsewhere can point a name of its own to this machine: only known names are answered."""
+        """Prevents DNS rebinding: another site can point its own name at this machine."""
         if not self.config.is_loopback and not self.config.allowed_hosts:
             return
         host = headers.get("host", "")
@@ -162,22 +156,23 @@ class Guard:
         own = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
         allowed = {name.lower() for name in (*self.config.allowed_hosts, *LOOPBACK_NAMES, own)}
         if match is None or match[1].lower().rstrip(".") not in allowed:
-            raise _Stop(
+            raise Refused(
                 403,
-                f"host {host[:100]!a} is none of this service's names; start it with --allowed-host for it",
+                f"host {host[:100]!a} is not a name of this service. Start the service with --allowed-host "
+                "to add it.",
             )
 
     def _check_origin(self, scope: Scope, headers: dict[str, str], host: str) -> None:
-        """What changes something must not come from another site's page. ``host`` is the public one."""
+        """Refuses requests from other sites' pages, except reads. ``host``: the public host name."""
         if scope["method"] in ("GET", "HEAD", "OPTIONS"):
             return
         origin, site = headers.get("origin"), headers.get("sec-fetch-site")
-        # Browsers set Sec-Fetch-Site themselves, and know the address that a proxy has hidden from us.
+        # Browsers set Sec-Fetch-Site, and know the public address that a proxy hides from us.
         own = site == "same-origin" or (
             site in (None, "none") and (origin is None or is_origin_of(origin, host))
         )
         if not own:
-            raise _Stop(
+            raise Refused(
                 403,
                 f"The request comes from another site's page: {(origin or site or '')[:100]!a}. Only this "
                 "service's own page may send it. Behind a proxy, start the service with --proxy and let the "
@@ -186,12 +181,10 @@ class Guard:
         if scope["method"] == "POST" and scope["path"] in JSON_PATHS:
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind != "application/json":
-                raise _Stop(
-                    415, f"content type {kind[:100]!a} is wrong because JSON is read; use application/json"
-                )
+                raise Refused(415, f"content type must be application/json, got {kind[:100]!a}.")
 
     def _owner(self, headers: dict[str, str]) -> str | None:
-        """The client whose token was sent. None without one, and where tokens are not used."""
+        """The client whose token was sent. None if there is no valid token, or if tokens are not used."""
         if not self.config.tokens:
             return None
         scheme, _, token = headers.get("authorization", "").partition(" ")
@@ -203,37 +196,38 @@ class Guard:
         path = scope["path"]
         reads = scope["method"] in ("GET", "HEAD")
         if not (reads and (path in OPEN_PATHS or path.startswith(OPEN_PREFIXES))):
-            raise _Stop(401, "a token is missing or unknown; send the header Authorization: Bearer TOKEN")
+            raise Refused(
+                401, "The token is missing or unknown. Send the header Authorization: Bearer TOKEN."
+            )
 
     def _check_rate(self, scope: Scope, client: str) -> None:
-        """Raises ``_Stop`` where a client has sent too many requests, refused ones among them."""
-        if scope["path"] in WATCHED_PATHS:
+        """Raises ``Refused`` if a client sends too many requests. Refused requests count too."""
+        if scope["path"] in HEALTH_PATHS:
             return
         wait = self.rate.take(client)
         if wait > 0:
-            raise _Stop(
+            raise Refused(
                 429,
-                f"You send too many requests: {self.rate.burst} at once are allowed, and then "
-                f"{self.rate.per_second:g} a second. Wait as long as Retry-After says.",
+                f"You send too many requests. The limit is {self.rate.per_second:g} per second, with bursts "
+                f"of {self.rate.burst}. Wait for the time in Retry-After.",
                 retry_after=math.ceil(wait),
             )
 
     async def _read(
         self, scope: Scope, headers: dict[str, str], client: str, receive: Receive
     ) -> bytes | None:
-        """The whole body, which is counted while it comes; None if the client goes away.
+        """Reads the whole body and checks its size on the way. Returns None if the client disconnects.
 
-        Where a route takes no body nothing is read, so bodies of those without a token take no room: the
-        server drops what they send.
+        On routes that take no body, nothing is read: the server discards it.
         """
         if scope["method"] != "POST" or scope["path"] not in JSON_PATHS:
             return b""
-        most = self.config.body_bytes if scope["path"] == UPLOAD_PATH else TEXT_BYTES
-        too_large = _Stop(413, f"the body is wrong because it has over {most:,} bytes; send less")
+        limit = self.config.body_bytes if scope["path"] == UPLOAD_PATH else TEXT_BYTES
+        too_large = Refused(413, f"The body is too large: more than {limit:,} bytes. Send less.")
         length = headers.get("content-length", "0")
         if not length.isdecimal():
-            raise _Stop(400, "content-length is wrong because it is no number; leave it to your client")
-        if int(length) > READ_AWAY * most:
+            raise Refused(400, f"Content-Length must be a number, got {length[:100]!a}.")
+        if int(length) > DRAIN_FACTOR * limit:
             raise too_large
         chunks: list[bytes] = []
         size = kept = 0
@@ -246,19 +240,21 @@ class Guard:
                     chunk, more = message.get("body", b""), message.get("more_body", False)
                     size += len(chunk)
                     if chunk:
-                        self._check_held(client, most)
-                    if size <= most:
+                        self._check_held(client, limit)
+                    if size <= limit:
                         chunks.append(chunk)
                         kept += len(chunk)
                         self._hold(client, len(chunk))
                     else:
                         chunks.clear()
-                    if size > READ_AWAY * most or (size > most and not more):
+                    if size > DRAIN_FACTOR * limit or (size > limit and not more):
                         raise too_large
                     if not more:
                         return b"".join(chunks)
         except TimeoutError as error:
-            raise _Stop(408, f"the body took over {self.config.body_timeout:g} s; send it faster") from error
+            raise Refused(
+                408, f"The body took longer than {self.config.body_timeout:g} s. Send it faster."
+            ) from error
         finally:
             self._hold(client, -kept)
 
@@ -267,34 +263,34 @@ class Guard:
         if not self.held[client]:
             del self.held[client]
 
-    def _check_held(self, client: str, most: int) -> None:
-        """Raises ``_Stop`` where bodies take too much memory. One body of ``most`` bytes always fits."""
-        if self.held[client] > max(MOST_OF_CLIENT, most):
-            raise _Stop(
+    def _check_held(self, client: str, limit: int) -> None:
+        """Raises ``Refused`` if bodies take too much memory. One body of ``limit`` bytes always fits."""
+        if self.held[client] > max(MAX_BODY_BYTES_PER_CLIENT, limit):
+            raise Refused(
                 429,
-                f"Your requests under way hold too many bytes: {self.held[client]:,}. Send the next one when "
-                "one of them is answered.",
+                f"Your open requests take too much memory: {self.held[client]:,} bytes. Wait for one to "
+                "finish.",
             )
-        if self.held.total() > max(MOST_HELD, 4 * most):
-            raise _Stop(503, "too many large requests are under way; try again in a few seconds")
+        if self.held.total() > max(MAX_BODY_BYTES, 4 * limit):
+            raise Refused(503, "Too many large requests are open. Try again in a few seconds.")
 
 
 def _address(scope: Scope) -> str:
-    """A name for the client without a token: its address, which a trusted proxy may have told."""
+    """The name of a client without a token: its address, which may come from a trusted proxy."""
     peer = scope.get("client")
-    # Of IPv6 one person has a whole network, and could be any number of clients.
+    # With IPv6, one person has a whole network and could pose as any number of clients.
     return f"address {network_of(str(peer[0]))}" if peer else "address unknown"
 
 
 def _public(scope: Scope, headers: dict[str, str]) -> PublicAddress:
-    """Where the client finds the service. Raises ``_Stop`` for what a proxy sent and cannot be used."""
+    """The service's address as the client sees it. Raises ``Refused`` for invalid headers of a proxy."""
     host = headers.get("host", "")
     if KEY not in scope:
         return PublicAddress(host)
     try:
         return public_address(scope, host)
     except ForwardedError as error:
-        raise _Stop(400, str(error)) from error
+        raise Refused(400, str(error)) from error
 
 
 def _under(public: PublicAddress, scope: Scope) -> Scope:
@@ -316,19 +312,19 @@ def _headers(scope: Scope) -> dict[str, str]:
     for name, value in scope["headers"]:
         key = name.decode("latin-1").lower()
         if key in found and key in ("host", "origin", "authorization", "content-length", "content-type"):
-            raise _Stop(400, f"header {key} is wrong because it is there twice; send it once")
+            raise Refused(400, f"The header {key} was sent twice. Send it once.")
         found[key] = value.decode("latin-1")
     return found
 
 
-async def _answer(send: Send, stop: _Stop) -> None:
-    status = stop.status
-    body = json.dumps(error_body(status, stop.message)).encode()
+async def _answer(send: Send, error: Refused) -> None:
+    status = error.status
+    body = json.dumps(error_body(status, error.message)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     if status in (429, 503):
-        headers.append((b"retry-after", str(stop.retry_after).encode()))
+        headers.append((b"retry-after", str(error.retry_after or RETRY_AFTER).encode()))
     if status in (408, 413):
         headers.append((b"connection", b"close"))  # what is left of the body is not read
     await send({"type": "http.response.start", "status": status, "headers": headers})

@@ -1,7 +1,7 @@
-"""A worker's end of the pipe to the service, which also says that the process still runs.
+"""A worker's end of the pipe to the service, which also sends heartbeats.
 
-A process that is stopped (SIGSTOP, a debugger, a machine that hangs) keeps its pipe open and says nothing,
-like one that draws for long. Only a sign of life tells the two apart.
+A process that is stopped (SIGSTOP, a debugger, a machine that hangs) keeps its pipe open and sends nothing,
+just like one that is busy. Only a heartbeat tells the two apart.
 """
 
 import contextlib
@@ -10,18 +10,18 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any
 
-ALIVE = ("alive",)
-BEAT_SECONDS = 1.0
+HEARTBEAT = ("heartbeat",)
+HEARTBEAT_SECONDS = 1.0
 
 
-class Beating:
-    """``connection``, whose messages any thread may send; one of its own sends ``ALIVE`` regularly."""
+class HeartbeatConnection:
+    """A connection that any thread may send on. A thread of its own sends ``HEARTBEAT`` regularly."""
 
-    def __init__(self, connection: Connection, seconds: float = BEAT_SECONDS) -> None:
+    def __init__(self, connection: Connection, seconds: float = HEARTBEAT_SECONDS) -> None:
         self._connection = connection
         self._seconds = seconds
         self._lock = threading.Lock()
-        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+        threading.Thread(target=self._send_heartbeats, name="heartbeat", daemon=True).start()
 
     def send(self, message: tuple[Any, ...]) -> None:
         with self._lock:
@@ -33,8 +33,8 @@ class Beating:
     def poll(self) -> bool:
         return self._connection.poll()
 
-    def _beat(self) -> None:
-        with contextlib.suppress(OSError):  # the service is gone, which the other threads notice
+    def _send_heartbeats(self) -> None:
+        with contextlib.suppress(OSError):  # the service is gone; the other threads notice too
             while True:
-                self.send(ALIVE)
+                self.send(HEARTBEAT)
                 time.sleep(self._seconds)

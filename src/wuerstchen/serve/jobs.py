@@ -1,6 +1,6 @@
-"""Jobs, what happens to them, and the queue: bounded, fair between clients, in batches of one shape.
+"""Jobs, their events, and the queue: bounded, fair between clients, in batches of one shape.
 
-Pure: no clock but the one that is handed in, no threads, no network.
+No threads, no network, and no clock of its own: callers pass the time.
 """
 
 import itertools
@@ -17,7 +17,7 @@ ENDED = ("done", "failed", "cancelled")
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What pictures must share to be drawn together."""
+    """The settings that all images of a batch share."""
 
     kind: Kind
     width: int
@@ -27,12 +27,12 @@ class Shape:
     prior_sampler: str
     decoder_steps: int
     strength: float | None
-    """None where nothing but noise is begun with."""
+    """None if there is no init image."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """``number`` counts up within a job, with gaps where an event has been superseded."""
+    """``number`` increases within a job. Superseded events leave gaps."""
 
     number: int
     name: str
@@ -40,8 +40,8 @@ class Event:
 
 
 @dataclass(eq=False)
-class Picture:
-    """One picture of a job."""
+class ImageTask:
+    """One image of a job, to be generated."""
 
     job: "Job"
     index: int
@@ -57,37 +57,37 @@ class Picture:
 
 @dataclass(eq=False)
 class Job:
-    """What one client asked for at once."""
+    """One request of a client, for one or more images."""
 
     client: str
     shape: Shape
     prompts: Sequence[str]
-    """One for each picture."""
+    """One per image."""
     seeds: Sequence[int]
     count: int = 1
-    """Pictures of each prompt."""
+    """Images per prompt."""
     negative: str = ""
     image: bytes | None = field(default=None, repr=False)
-    """RGB of the shape's size."""
+    """RGB bytes of the init image, in the size of the shape."""
     previews: bool = True
     instance: str = "here"
     created: float = 0.0
-    """Of the clock that timeouts are measured by."""
+    """Monotonic time in seconds, for timeouts."""
     unix_time: int = 0
     id: str = ""
     state: State = "queued"
     events: list[Event] = field(default_factory=list)
-    """What is still worth telling, oldest first."""
+    """Events that have not been superseded, oldest first."""
     images: list[dict[str, Any]] = field(default_factory=list)
     error: str | None = None
     error_type: str = "server_error"
     notices: list[str] = field(default_factory=list)
     fraction: float = 0.0
-    """How far the pictures are that are being drawn."""
+    """Progress of the images that are being generated, in images."""
     ended: float | None = None
     listeners: set[Callable[[], None]] = field(default_factory=set)
     waiting: deque[int] = field(default_factory=deque)
-    """Numbers of pictures that no worker has been given."""
+    """Indices of images that no worker has yet."""
 
     def __post_init__(self) -> None:
         self.id = self.id or f"{self.instance}-{secrets.token_hex(16)}"
@@ -96,7 +96,8 @@ class Job:
 
     @property
     def log_name(self) -> str:
-        """The beginning of the id, for logs: the whole id lets its reader read and cancel the job."""
+        """The beginning of the id. Logs must not contain the whole id: whoever knows it can cancel the
+        job."""
         return self.id[: len(self.instance) + 9]
 
     @property
@@ -114,21 +115,27 @@ class Job:
             return 1.0
         return min(0.99, (len(self.images) + self.fraction) / self.total)
 
-    def begin(self) -> None:
+    def start(self) -> None:
         if self.state == "queued":
             self.state = "running"
             self.emit("running", {})
 
     def add_image(self, index: int, url: str) -> None:
-        """A picture is finished; the last one ends the job."""
+        """Adds a finished image and sends its event."""
         width, height = self.shape.width, self.shape.height
-        known = {"index": index, "url": url, "seed": self.seeds[index], "prompt": self.prompts[index]}
-        image = {**known, "width": width, "height": height}
+        image = {
+            "index": index,
+            "url": url,
+            "seed": self.seeds[index],
+            "prompt": self.prompts[index],
+            "width": width,
+            "height": height,
+        }
         self.images.append(image)
         self.emit("image", image)
 
     def end(self, state: State, now: float, message: str | None = None, kind: str = "server_error") -> None:
-        """Ends the job, unless it has ended before."""
+        """Ends the job. Does nothing if it has already ended."""
         if self.has_ended:
             return
         self.state, self.ended, self.error = state, now, message
@@ -138,8 +145,8 @@ class Job:
         self.emit(state, {} if message is None else {"message": message})
 
     def emit(self, name: str, data: dict[str, Any]) -> None:
-        """Adds an event; what it supersedes is forgotten, so a job stays small however long it takes."""
-        over = {
+        """Adds an event and drops those that it supersedes, so that a job's memory stays bounded."""
+        superseded = {
             "queued": ("queued",),
             "running": ("queued",),
             "progress": ("progress",),
@@ -147,7 +154,7 @@ class Job:
         self.events = [
             event
             for event in self.events
-            if event.name not in over
+            if event.name not in superseded
             and not (
                 name in ("preview", "image")
                 and event.name == "preview"
@@ -163,7 +170,7 @@ class Job:
 
 
 class QueueFull(Exception):
-    """No room: ``of_client`` says whether for this client alone."""
+    """There is no room. ``of_client``: whether it is this client's own limit."""
 
     def __init__(self, message: str, *, of_client: bool) -> None:
         super().__init__(message)
@@ -171,77 +178,76 @@ class QueueFull(Exception):
 
 
 class FairQueue:
-    """Waiting pictures, by client and job.
+    """Images that wait, by client and job.
 
-    ``take`` serves clients in turn: whoever has waited longest decides the shape of the batch, and what room
-    is left goes round the others, a picture each, to those that wait for the same shape. So a client that
-    waits is served within as many batches as there are clients, however much another one asks for.
+    ``take`` serves clients in turn. The client that has waited longest decides the shape of the batch. The
+    remaining room goes to the other clients that wait for the same shape, one image each in turn. So a client
+    is served within as many batches as there are clients, however many images the others request.
     """
 
-    def __init__(self, max_pictures: int, max_jobs_per_client: int) -> None:
-        self.max_pictures = max_pictures
+    def __init__(self, max_images: int, max_jobs_per_client: int) -> None:
+        self.max_images = max_images
         self.max_jobs_per_client = max_jobs_per_client
         self._clients: dict[str, list[Job]] = {}
-        """In the order of their turns; jobs that wait, oldest first."""
+        """Clients in the order of their turns, each with its waiting jobs, oldest first."""
         self._open: dict[str, int] = {}
-        """Jobs of each client that have not ended."""
+        """Number of open jobs of each client."""
 
     def __len__(self) -> int:
-        """Pictures that wait."""
+        """Number of images that wait."""
         return sum(len(job.waiting) for job in self.jobs())
 
     def jobs(self) -> Iterator[Job]:
-        """Those with pictures that wait."""
+        """Jobs with images that wait."""
         return itertools.chain.from_iterable(self._clients.values())
 
     def open_jobs(self) -> int:
-        """Jobs that wait or are being drawn."""
+        """Number of jobs that have not ended."""
         return sum(self._open.values())
 
-    def check(self, client: str, pictures: int) -> None:
-        """Raises ``QueueFull`` if so many more do not fit."""
+    def check(self, client: str, images: int) -> None:
+        """Raises ``QueueFull`` if this many more images do not fit."""
         mine = self._open.get(client, 0)
         if mine >= self.max_jobs_per_client:
             raise QueueFull(
-                f"{mine} jobs of yours are wrong because a client may have {self.max_jobs_per_client} at a "
-                "time; wait until one has ended",
+                f"You already have {mine} open jobs, the limit per client. Wait for one to finish.",
                 of_client=True,
             )
         waiting = len(self)
-        if waiting + pictures > self.max_pictures:
+        if waiting + images > self.max_images:
             raise QueueFull(
-                f"{pictures} more pictures are wrong because {waiting} of at most {self.max_pictures} wait "
-                "already; try again later",
+                f"The queue has no room for {images} more images: {waiting} of at most {self.max_images} "
+                "already wait. Try again later.",
                 of_client=False,
             )
 
     def add(self, job: Job) -> None:
-        """Raises ``QueueFull`` where ``check`` does."""
+        """Queues a job. Raises ``QueueFull`` as ``check`` does."""
         self.check(job.client, len(job.waiting))
         self._clients.setdefault(job.client, []).append(job)
         self._open[job.client] = self._open.get(job.client, 0) + 1
 
     def close(self, job: Job) -> None:
-        """The job has ended, and no longer counts. To be called once a job."""
+        """Removes a job that has ended. Call it once per job."""
         self._forget(job)
         self._open[job.client] -= 1
         if not self._open[job.client]:
             del self._open[job.client]
 
-    def take(self, room: Callable[[Shape], int]) -> list[Picture]:
-        """The next batch, of at most ``room(shape)`` pictures; empty if nothing waits."""
+    def take(self, room: Callable[[Shape], int]) -> list[ImageTask]:
+        """Takes the next batch, of at most ``room(shape)`` images. Empty if nothing waits."""
         if not self._clients:
             return []
         shape = next(iter(self._clients.values()))[0].shape
-        most = max(1, room(shape))
-        taken: list[Picture] = []
+        size = max(1, room(shape))
+        taken: list[ImageTask] = []
         served: dict[str, None] = {}
-        while len(taken) < most:
+        while len(taken) < size:
             before = len(taken)
             for client, jobs in self._clients.items():
                 job = next((job for job in jobs if job.shape == shape and job.waiting), None)
-                if job is not None and len(taken) < most:
-                    taken.append(Picture(job, job.waiting.popleft()))
+                if job is not None and len(taken) < size:
+                    taken.append(ImageTask(job, job.waiting.popleft()))
                     served[client] = None
             if len(taken) == before:
                 break
@@ -252,7 +258,7 @@ class FairQueue:
         return taken
 
     def positions(self) -> dict[Job, int]:
-        """The place of each job that waits, from 1, if clients took turns by jobs."""
+        """The position of each waiting job, from 1, as if clients took turns by jobs."""
         rounds = itertools.zip_longest(*self._clients.values())
         order = [job for jobs in rounds for job in jobs if job is not None]
         return {job: place for place, job in enumerate(order, start=1)}

@@ -1,4 +1,4 @@
-"""What a service is started with: where it listens, what it draws with, and how much anyone may ask for."""
+"""The configuration of a service: its address, its model and its limits."""
 
 import hashlib
 import hmac
@@ -11,123 +11,121 @@ from pathlib import Path
 from wuerstchen.errors import UserError
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
-MIN_TOKEN = 16  # characters: shorter ones can be guessed
+MIN_TOKEN = 16  # characters; shorter tokens can be guessed
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
-    """Times are in seconds. Raises ``UserError`` for what cannot be served."""
+    """All times are in seconds. Raises ``UserError`` for invalid values."""
 
     host: str = "127.0.0.1"
     port: int = 8042
-    """0 takes any that is free."""
+    """0 takes a free one."""
     model: str | None = None
-    """A folder, or a name on the hub; None is the model in the package."""
+    """A path or a name on the Hugging Face Hub. None for the bundled model."""
     devices: tuple[str, ...] = ()
-    """A worker for each; empty is one on a GPU if there is one."""
+    """One worker per device. If empty, one worker, on a GPU if there is one."""
     precision: str | None = None
     deterministic: bool = False
-    """Whether every batch is filled up to ``max_batch``, so that a picture is the same to the bit whoever
-    shares it."""
+    """Pad every batch to ``max_batch``, so that an image is bit-identical regardless of what else is in its
+    batch."""
     max_batch: int = 8
-    """Pictures drawn together, of the model's own size; of larger ones fewer."""
+    """Images per batch at the model's own size. Batches of larger images are smaller."""
 
     tokens: tuple[str, ...] = field(default=(), repr=False)
-    """Who has one of them is served. Each stands for a client."""
+    """A request needs one of them, if there are any. Each token stands for one client."""
     allowed_hosts: tuple[str, ...] = ()
-    """Names besides those of this machine that requests may call it by."""
+    """Host names that requests may use, besides those of the loopback address."""
     proxies: tuple[str, ...] = ()
-    """Addresses or networks whose X-Forwarded headers are believed: For, Proto, Host, Port and Prefix.
-    ``*`` is all."""
+    """Addresses or networks of trusted proxies, or ``*`` for all. Their X-Forwarded-For, -Proto, -Host, -Port
+    and -Prefix headers are used."""
     filter: str | None = None
-    """``module:function``, asked about every prompt and picture (docs/serving.md)."""
+    """``module:function`` of the safety filter for prompts and images (docs/serving.md)."""
     log_prompts: bool = False
 
     prompt_chars: int = 1000
     max_prompts: int = 16
     max_count: int = 16
-    max_pictures: int = 64
-    """Of one job: prompts times count."""
+    max_images: int = 64
+    """Images of one job: prompts times count."""
     max_steps: int = 100
     max_pixels: int | None = None
-    """Of one picture; None is four times those of the model's own size."""
+    """Pixels of one image. None for four times as many as at the model's own size."""
     upload_bytes: int = 8 * 2**20
     upload_pixels: int = 40_000_000
-    """Of WebP half as many: its decoder takes twice the memory of the others."""
+    """WebP images may have half as many, because their decoder takes twice as much memory."""
     upload_timeout: float = 20.0
-    """To decode one upload."""
+    """Time to decode one upload."""
 
     max_waiting: int = 256
-    """Pictures in the queue."""
+    """Images in the queue."""
     max_jobs_per_client: int = 16
-    """Waiting or being drawn."""
+    """Jobs of one client that have not ended."""
     max_connections: int | None = None
-    """Open at a time; None is 4,096, or what the limit of file descriptors leaves room for."""
+    """Open connections. None for 4,096, or fewer if the file descriptor limit is too low."""
     max_connections_per_address: int | None = None
-    """None is 512, or half of ``max_connections``. Trusted proxies may have any number."""
+    """None for 512, but at most half of ``max_connections``. Does not apply to trusted proxies."""
     max_requests_per_second: float = 50.0
-    """Of one client; many more at once after a pause (``serve.rates``). 0 is no limit."""
+    """Request rate of one client, with bursts (see ``serve.rates``). 0 for no limit."""
     load_timeout: float = 1800.0
-    """To load the model, its download included."""
+    """Time to load the model, including its download."""
     queue_timeout: float = 600.0
     run_timeout: float = 600.0
-    """Of one batch."""
+    """Time to generate one batch."""
     grace: float = 30.0
-    """After a signal the service ends within so long; what is being drawn is finished if it can be."""
+    """The service exits within this time after a signal. It finishes running jobs if there is time for
+    them."""
     body_timeout: float = 30.0
-    """For a request's headers, and again for its body."""
+    """Time for the headers of a request, and the same again for its body."""
 
     results_dir: Path | None = None
-    """None is a temporary folder. Several instances may share one."""
+    """None for a temporary folder. Several instances may share a folder."""
     result_seconds: float = 3600.0
     result_bytes: int = 2**30
     c2pa_certificate: Path | None = None
     c2pa_key: Path | None = None
 
     def __post_init__(self) -> None:
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if one.name == "port" or isinstance(value, bool) or not isinstance(value, int | float):
+        for field_ in fields(self):
+            name, value = field_.name, getattr(self, field_.name)
+            if name == "port" or isinstance(value, bool) or not isinstance(value, int | float):
                 continue
-            if one.name == "max_requests_per_second":
+            if name == "max_requests_per_second":
                 if value != 0 and not 0.01 <= value <= 1_000_000:
                     raise UserError(
-                        f"max_requests_per_second is wrong: {value}. It must be from 0.01 to 1,000,000, or 0 "
-                        "for no limit. Choose another."
+                        "max_requests_per_second must be from 0.01 to 1,000,000, or 0 for no limit, got "
+                        f"{value}."
                     )
-                continue
-            if not (math.isfinite(value) and value > 0):
-                raise UserError(
-                    f"{one.name} {value} is wrong because it must be above 0; choose a larger one"
-                )
+            elif not (math.isfinite(value) and value > 0):
+                raise UserError(f"{name} must be above 0, got {value}.")
         if not 0 <= self.port <= 65535:
-            raise UserError(f"port {self.port} is wrong because ports are 0 to 65535; 8042 is common here")
+            raise UserError(f"port must be from 0 to 65535, got {self.port}.")
         for token in self.tokens:
             if len(token) < MIN_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
                 raise UserError(
-                    f"a token of {len(token)} characters is wrong because it must have at least {MIN_TOKEN}, "
-                    "all of them ASCII without spaces; python -c 'import secrets; "
-                    "print(secrets.token_urlsafe())' makes one"
+                    f"a token must have at least {MIN_TOKEN} characters, all of them ASCII without spaces, "
+                    f"got one of {len(token)} characters. Make one with "
+                    "python -c 'import secrets; print(secrets.token_urlsafe())'"
                 )
         if not self.is_loopback and not self.tokens:
             raise UserError(
-                f"host {self.host} is wrong because others could reach it without a token; name a "
-                "--token-file, or use 127.0.0.1"
+                f"host {self.host} needs tokens, because other machines can reach it. Add --token-file, or "
+                "use 127.0.0.1."
             )
         for proxy in self.proxies:
             if self.proxies != ("*",) and not _is_address_or_network(proxy):
                 raise UserError(
-                    f"proxy {proxy} is wrong because it must be an address or a network, as 10.0.0.0/8; "
-                    "give what the proxy connects from, or * alone for all"
+                    f"proxy must be an address or a network such as 10.0.0.0/8, got {proxy}. Give the "
+                    "address that the proxy connects from, or only * for all."
                 )
         if (self.c2pa_certificate is None) != (self.c2pa_key is None):
-            raise UserError("--c2pa-certificate and --c2pa-key belong together; give both or none")
+            raise UserError("--c2pa-certificate and --c2pa-key belong together. Give both or neither.")
         if self.c2pa_certificate is not None and importlib.util.find_spec("c2pa") is None:
-            raise UserError('signing needs the package c2pa-python; pip install "wuerstchen[c2pa]"')
+            raise UserError('signing needs the package c2pa-python. Run pip install "wuerstchen[c2pa]"')
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this machine can reach the address."""
+        """Whether only this machine can reach ``host``."""
         if self.host == "localhost":
             return True
         try:
@@ -136,17 +134,17 @@ class ServeConfig:
             return False
 
     @property
-    def pictures_of_job(self) -> int:
-        """The most that a job may have: more than the queue holds would never fit."""
-        return min(self.max_pictures, self.max_waiting)
+    def max_images_per_job(self) -> int:
+        """A job with more images than the queue holds would never fit, so this is at most ``max_waiting``."""
+        return min(self.max_images, self.max_waiting)
 
     @property
     def body_bytes(self) -> int:
-        """The most that a request may hold: an upload in base64, and texts."""
+        """Largest request body: an upload in base64, and texts."""
         return self.upload_bytes * 4 // 3 + 2**18
 
     def client_of_token(self, token: str) -> str | None:
-        """A name for the client whose token that is, None for nobody's; in the same time for any guess."""
+        """The name of the client with this token, or None. Takes the same time for every guess."""
         given = hashlib.sha256(token.encode("utf-8", "replace")).digest()
         found = None
         for number, own in enumerate(self.tokens):
@@ -164,12 +162,14 @@ def _is_address_or_network(text: str) -> bool:
 
 
 def read_tokens(path: Path) -> tuple[str, ...]:
-    """Tokens in a file, one a line; blank lines and those with # are left out. Raises ``UserError``."""
+    """Reads tokens from a file, one per line. Skips blank lines and comments (#). Raises ``UserError``."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"token file {path} cannot be read ({error}); give one in UTF-8") from error
+        raise UserError(
+            f"token file {path} cannot be read ({error}). It must be a text file in UTF-8."
+        ) from error
     tokens = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
     if not tokens:
-        raise UserError(f"token file {path} holds no token; write one a line")
+        raise UserError(f"token file {path} has no token. Write one per line.")
     return tokens

@@ -1,4 +1,4 @@
-"""A worker's process, as the service sees it: started, talked to through a pipe, ended."""
+"""A worker's process as seen by the service: start it, send and receive messages, end it."""
 
 import contextlib
 import errno
@@ -12,29 +12,27 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 Message = tuple[Any, ...]
-"""It begins with a word (``serve.worker``)."""
+"""Starts with a word (see ``serve.worker``)."""
 Tell = Callable[[int, Message | None], None]
-"""Called in a thread with a process's number and what it says; None is its end."""
+"""Called in a thread with the number of a process and its message. None means that it has ended."""
 
 
 @dataclass(eq=False)
 class WorkerProcess:
-    """One after another: each ends before the next is started."""
+    """A sequence of processes: each one ends before the next is started."""
 
     name: str
     device: str | None
     process: SpawnProcess | None = None
     life: int = 0
-    """Counts the processes: what an earlier one still says need not be listened to."""
+    """Number of the current process. Late messages of earlier ones are ignored."""
     _connection: Connection | None = None
     _sender: ThreadPoolExecutor | None = None
     _listener: threading.Thread | None = None
 
     def start(self, main: Callable[..., None], settings: Any, tell: Tell) -> None:
-        """Starts ``main(settings, connection)`` in a process. Raises ``OSError`` where it cannot.
-
-        Nothing of it is left then.
-        """
+        """Starts ``main(settings, connection)`` in a process. Raises ``OSError``, after cleaning up, if it
+        cannot."""
         self.life += 1
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
@@ -47,7 +45,7 @@ class WorkerProcess:
             ours.close()
             raise
         finally:
-            theirs.close()  # so that the pipe ends when the worker does
+            theirs.close()  # so that the pipe closes when the worker exits
         self.process, self._connection = process, ours
         self._sender = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"to {self.name}")
         listener = threading.Thread(
@@ -55,32 +53,32 @@ class WorkerProcess:
         )
         try:
             listener.start()
-        except RuntimeError as error:  # the system's limit; a thread that has not begun cannot be joined
+        except RuntimeError as error:  # the system's limit; a thread that was not started cannot be joined
             self.end()
             raise OSError(errno.EAGAIN, "no thread can be started") from error
         self._listener = listener
 
     def send(self, message: Message) -> None:
-        """Does not wait until it is read."""
+        """Sends a message without waiting for it to be read."""
         connection, sender = self._connection, self._sender
         assert connection is not None
         assert sender is not None
 
         def send() -> None:
-            with contextlib.suppress(OSError):  # it has died, which is noticed elsewhere
+            with contextlib.suppress(OSError):  # it has died; the listener notices
                 connection.send(message)
 
         sender.submit(send)
 
     def kill(self) -> None:
-        """Kills the process, if there is one. From any thread."""
+        """Kills the process, if there is one. Can be called from any thread."""
         process = self.process
         if process is not None:
-            with contextlib.suppress(ValueError):  # closed by another thread a moment ago
+            with contextlib.suppress(ValueError):  # another thread has just closed it
                 process.kill()
 
     def end(self) -> None:
-        """Kills the process, if there is one, and waits until nothing of it is left."""
+        """Kills the process, if there is one. Returns when it and its threads have ended."""
         if self._sender is not None:
             self._sender.shutdown(wait=False, cancel_futures=True)
             self._sender = None
@@ -90,7 +88,7 @@ class WorkerProcess:
             self.process.close()
             self.process = None
         if self._listener is not None:
-            self._listener.join()  # it has met the pipe's end
+            self._listener.join()  # it ends when the pipe closes
             self._listener = None
         if self._connection is not None:
             self._connection.close()
@@ -98,11 +96,11 @@ class WorkerProcess:
 
 
 def _listen(connection: Connection, life: int, tell: Tell) -> None:
-    """Hands on what a worker says, until it ends."""
+    """Passes on a worker's messages until it ends."""
     message: Message | None = ()
     while message is not None:
         try:
             message = connection.recv()
-        except Exception:  # its end, also in the middle of a word
+        except Exception:  # it has ended, maybe in the middle of a message
             message = None
         tell(life, message)

@@ -1,4 +1,4 @@
-"""What a trusted proxy in front says of the address that the client asked for.
+"""The service's public address behind a trusted proxy.
 
 uvicorn's middleware reads X-Forwarded-For and X-Forwarded-Proto. Host, port and path prefix are read here.
 """
@@ -15,7 +15,7 @@ Scope = MutableMapping[str, Any]
 App = Callable[[Scope, Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]], Awaitable[None]]
 
 KEY = "wuerstchen.proxied"
-"""Where the request's scope holds the headers of a trusted proxy, by name."""
+"""Key of the request's scope for the headers of a trusted proxy, by name."""
 NAMES = ("x-forwarded-host", "x-forwarded-port", "x-forwarded-prefix")
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
@@ -29,19 +29,19 @@ class PublicAddress:
     """The address under which the client knows the service."""
 
     host: str
-    """Name or address, with the port unless it is the scheme's own, as in a Host header."""
+    """As in a Host header: name or address, with the port unless it is the scheme's default."""
     prefix: str = ""
-    """Path below which the proxy serves this service: empty, or as ``/draw``, without a slash at its end."""
+    """Path prefix of this service on the proxy: empty, or such as ``/draw``, without a trailing slash."""
 
 
 class BehindProxies:
-    """ASGI middleware around the whole app: believes the forwarded headers of ``proxies`` and of nobody else.
+    """ASGI middleware around the whole app: uses the forwarded headers of ``proxies`` and ignores all others.
 
-    ``proxies`` are addresses or networks, or ``*`` alone for all.
+    ``proxies``: addresses or networks, or only ``*`` for all.
     """
 
     def __init__(self, app: App, proxies: Sequence[str]) -> None:
-        # uvicorn's puts the client in the place of the proxy, so trust has to be decided before it.
+        # uvicorn's middleware replaces the proxy's address with the client's, so check trust before that.
         self.app: Any = ProxyHeadersMiddleware(cast(Any, app), trusted_hosts=list(proxies))
         self._all = "*" in proxies
         self._networks = [ipaddress.ip_network(proxy) for proxy in proxies if proxy != "*"]
@@ -66,12 +66,12 @@ class BehindProxies:
 
 
 def public_address(scope: Scope, host: str) -> PublicAddress:
-    """The address that the client asked for: a trusted proxy's headers, else the request's own ``host``.
+    """The address that the client used: from the headers of a trusted proxy, or else ``host``.
 
-    Raises ``ForwardedError`` for a header of a trusted proxy that cannot be used.
+    Raises ``ForwardedError`` for an invalid header of a trusted proxy.
     """
     told = scope.get(KEY, {})
-    # Each proxy in a row may add its value; the last is the one that the trusted proxy added.
+    # Each proxy in a chain may append its value. The last one is from the trusted proxy.
     last = {name: value.rpartition(",")[2].strip() for name, value in told.items()}
     given = last.get("x-forwarded-host", "")
     if given and re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?", given) is None:
@@ -94,7 +94,7 @@ def public_address(scope: Scope, host: str) -> PublicAddress:
             "letters, digits and . _ ~ - between slashes. Correct the configuration of the proxy."
         )
     name, own_port = split_port(given or host)
-    # A load balancer that gets plain HTTP from a hop that ended TLS tells the port of that HTTP.
+    # A load balancer behind a TLS terminator reports its own HTTP port, which the client did not use.
     if own_port is None and port and int(port) not in _ports_of_others(scope["scheme"]):
         own_port = int(port)
     if own_port is not None and own_port != DEFAULT_PORTS.get(scope["scheme"]):
@@ -103,12 +103,12 @@ def public_address(scope: Scope, host: str) -> PublicAddress:
 
 
 def _ports_of_others(scheme: str) -> set[int]:
-    """Default ports of schemes other than ``scheme``, which cannot be the port that its client asked for."""
+    """Default ports of all schemes except ``scheme``. Its clients do not use them."""
     return {port for other, port in DEFAULT_PORTS.items() if other != scheme}
 
 
 def split_port(host: str) -> tuple[str, int | None]:
-    """Name and port of a Host header; None where it has no port."""
+    """Splits a Host header into name and port. The port is None if there is none."""
     name, colon, port = host.rpartition(":")
     is_port = port.isdecimal() and len(port) < 6 and (":" not in name or name.startswith("["))
     if not colon or not is_port:
@@ -117,7 +117,7 @@ def split_port(host: str) -> tuple[str, int | None]:
 
 
 def is_origin_of(origin: str, host: str) -> bool:
-    """Whether an Origin header names ``host``: a port that is left out is that of the origin's scheme."""
+    """Whether an Origin header names ``host``. A missing port is the default of the origin's scheme."""
     scheme, _, rest = origin.partition("://")
     default = DEFAULT_PORTS.get(scheme.lower())
     (ours, our_port), (theirs, their_port) = split_port(host), split_port(rest)

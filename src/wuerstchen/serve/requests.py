@@ -1,4 +1,4 @@
-"""From a request to a job: what it leaves open is filled in, what cannot be served is refused."""
+"""Turns requests into jobs: fills in defaults and refuses what cannot be served."""
 
 import re
 import secrets
@@ -6,19 +6,19 @@ from typing import Any
 
 from wuerstchen.serve.decoding import Upload
 from wuerstchen.serve.errors import Refused
-from wuerstchen.serve.jobs import Job, Picture, Shape
+from wuerstchen.serve.jobs import ImageTask, Job, Shape
 from wuerstchen.serve.limits import ServeConfig
 from wuerstchen.serve.schemas import MAX_SEED, ImageRequest, JobRequest
 from wuerstchen.version import __version__
 
 
 def size_limits(config: ServeConfig, about: dict[str, Any]) -> tuple[int, int]:
-    """The longest side and the most pixels that may be asked for."""
+    """The longest side and the largest number of pixels of an image."""
     return about["max_side"], config.max_pixels or 4 * about["side"] ** 2
 
 
 def model_view(config: ServeConfig, about: dict[str, Any]) -> dict[str, Any]:
-    """What ``GET /v1/model`` tells."""
+    """The body of ``GET /v1/model``."""
     side = about["side"]
     max_side, max_pixels = size_limits(config, about)
     longer = side * 3 // 2 // about["multiple"] * about["multiple"]
@@ -46,7 +46,7 @@ def model_view(config: ServeConfig, about: dict[str, Any]) -> dict[str, Any]:
         "limits": {
             "count": config.max_count,
             "prompts": config.max_prompts,
-            "pictures": config.pictures_of_job,
+            "pictures": config.max_images_per_job,
             "prompt_chars": config.prompt_chars,
             "steps": config.max_steps,
             "upload_bytes": config.upload_bytes,
@@ -62,7 +62,7 @@ def model_view(config: ServeConfig, about: dict[str, Any]) -> dict[str, Any]:
 def make_job(
     request: JobRequest, config: ServeConfig, about: dict[str, Any], client: str, instance: str
 ) -> Job:
-    """The job of a request, still without its image (``upload_of``). Raises ``Refused``."""
+    """The job of a request, without its uploaded image yet (see ``upload_of``). Raises ``Refused``."""
     _check_kind(request, about)
     prompts = _prompts(request, config)
     total = _total(request, len(prompts), config)
@@ -83,7 +83,7 @@ def make_job(
 
 
 def _shape(request: JobRequest, size: tuple[int, int], defaults: dict[str, Any]) -> Shape:
-    varies = request.kind == "generate" and request.image is not None
+    is_variation = request.kind == "generate" and request.image is not None
     return Shape(
         kind=request.kind,
         width=size[0],
@@ -92,18 +92,16 @@ def _shape(request: JobRequest, size: tuple[int, int], defaults: dict[str, Any])
         prior_steps=request.prior_steps or defaults["prior_steps"],
         prior_sampler=request.prior_sampler or defaults["prior_sampler"],
         decoder_steps=request.decoder_steps or defaults["decoder_steps"],
-        strength=(request.strength or 0.7) if varies else None,
+        strength=(request.strength or 0.7) if is_variation else None,
     )
 
 
 def _check_kind(request: JobRequest, about: dict[str, Any]) -> None:
     can = about["can"]
     if not can[request.kind]:
-        raise Refused(400, f"kind {request.kind!r} is wrong because this model cannot do it", param="kind")
+        raise Refused(400, f"kind {request.kind!r} is not supported by this model.", param="kind")
     if request.kind == "generate" and request.image is not None and not can["variation"]:
-        raise Refused(
-            400, "image is wrong because this model cannot read pictures; leave it out", param="image"
-        )
+        raise Refused(400, "image is not supported: this model cannot encode images. Omit it.", param="image")
 
 
 def _total(request: JobRequest, prompts: int, config: ServeConfig) -> int:
@@ -111,9 +109,13 @@ def _total(request: JobRequest, prompts: int, config: ServeConfig) -> int:
     total = prompts * request.count
     if request.count > config.max_count:
         raise _too_large("count", request.count, config.max_count)
-    if total > config.pictures_of_job:
-        of_all = f" of {prompts} prompts" if prompts > 1 else ""
-        raise _too_large("count", f"{request.count}{of_all}", f"{config.pictures_of_job} pictures")
+    if total > config.max_images_per_job:
+        raise Refused(
+            400,
+            f"count {request.count} makes too many images: {total}. A job has at most "
+            f"{config.max_images_per_job}. Use a smaller count or fewer prompts.",
+            param="count",
+        )
     return total
 
 
@@ -125,24 +127,24 @@ def _check_sampling(request: JobRequest, config: ServeConfig, about: dict[str, A
     if request.prior_sampler is not None and request.prior_sampler not in about["samplers"]:
         raise Refused(
             400,
-            f"prior_sampler {request.prior_sampler!r} does not suit this model. Use "
+            f"prior_sampler {request.prior_sampler!r} does not fit this model. Use "
             f"{' or '.join(about['samplers'])}.",
             param="prior_sampler",
         )
 
 
 def _check_image_options(request: JobRequest, size: tuple[int, int]) -> None:
-    draws = request.kind == "generate"
-    if not draws and size[0] != size[1]:
+    generates = request.kind == "generate"
+    if not generates and size[0] != size[1]:
         raise Refused(
             400,
-            f"size {size[0]}x{size[1]} is wrong because reconstructions are square; make both sides equal",
+            f"size {size[0]}x{size[1]} is not square. Reconstructions are square. Use two equal sides.",
             param="width",
         )
-    if request.strength is not None and (not draws or request.image is None):
+    if request.strength is not None and (not generates or request.image is None):
         raise Refused(
             400,
-            f"strength {request.strength} is wrong because there is no image to vary; give one",
+            f"strength {request.strength} has no image to vary. Send image too, or omit strength.",
             param="strength",
         )
 
@@ -154,26 +156,26 @@ def _first_seed(request: JobRequest, total: int) -> int:
     if request.seed > MAX_SEED - total + 1:
         raise Refused(
             400,
-            f"seed {request.seed} is wrong because the last of {total} pictures would have one over "
-            f"{MAX_SEED}; choose a smaller one",
+            f"seed {request.seed} is too large for {total} images, because seeds count up to at most "
+            f"{MAX_SEED}. Use at most {MAX_SEED - total + 1}.",
             param="seed",
         )
     return request.seed
 
 
 def check_model(name: str, own: str) -> None:
-    """Raises ``Refused`` where ``name`` is not the model that is served, whose name is ``own``."""
+    """Raises ``Refused`` if ``name`` is not ``own``, the name of the model that is served."""
     if name not in (own, "wuerstchen"):
         raise Refused(
             404,
-            f"model {name[:100]!a} is not served here; use {own!r}, or leave it out",
+            f"model {name[:100]!a} is not served here. Use {own!r}, or omit it.",
             param="model",
             code="model_not_found",
         )
 
 
 def upload_of(text: str, job: Job, config: ServeConfig) -> Upload:
-    """What is to be decoded for a job: ``text`` is the image as it was sent."""
+    """The upload of a job, ready to be decoded. ``text``: the image as it was sent."""
     return Upload(
         text=text,
         width=job.shape.width,
@@ -185,16 +187,14 @@ def upload_of(text: str, job: Job, config: ServeConfig) -> Upload:
 
 
 def of_openai(request: ImageRequest, about: dict[str, Any]) -> JobRequest:
-    """The same in our own form. Raises ``Refused``."""
+    """Translates a request in OpenAI's format into ours. Raises ``Refused``."""
     if request.model is not None:
         check_model(request.model, about["name"])
     width = height = None
     if request.size not in (None, "auto"):
         match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", request.size)
         if match is None:
-            raise Refused(
-                400, f"size {request.size!a} is wrong because it must be WIDTHxHEIGHT or auto", param="size"
-            )
+            raise Refused(400, f"size must be WIDTHxHEIGHT or auto, got {request.size!a}.", param="size")
         width, height = int(match[1]), int(match[2])
     return JobRequest.model_construct(
         kind="generate",
@@ -218,31 +218,31 @@ _IN_OPENAI = {
     "width": "size",
     "height": "size",
 }
-"""Our names of fields, and those of OpenAI's form."""
+"""Our field names, and the corresponding ones in OpenAI's format."""
 
 
-def in_openais_words(error: Refused, request: ImageRequest) -> Refused:
-    """A refusal of what ``of_openai`` made, under the names of what was sent."""
+def in_openai_terms(error: Refused, request: ImageRequest) -> Refused:
+    """Replaces the field names in a refusal with those that the client sent."""
     name = _IN_OPENAI.get(error.param or "")
     if name is None:
         return error
     message = error.message
-    if name == "size":  # both sides are in one field
-        message = re.sub(r"^(width|height) \d+", f"size {request.size}", message)
+    if name == "size":  # one field for width and height
+        message = re.sub(r"^(width|height) ", rf"size {request.size}: \1 ", message)
     elif message.startswith(f"{error.param} "):
         message = name + message[len(error.param or "") :]
     return Refused(error.status, message, param=name, code=error.code, retry_after=error.retry_after)
 
 
 def settings_of(job: Job) -> dict[str, Any]:
-    """A job's settings in full, under the names of ``POST /v1/jobs``, but for an image.
+    """All settings of a job except its image, under the names of ``POST /v1/jobs``.
 
-    Of a reconstruction only those that it reads.
+    For a reconstruction, only the settings that it uses.
     """
     shape = job.shape
     if shape.kind == "reconstruct":
-        own = ("width", "height", "decoder_steps")
-        return {"kind": shape.kind, "seed": job.seeds[0], **{name: getattr(shape, name) for name in own}}
+        names = ("width", "height", "decoder_steps")
+        return {"kind": shape.kind, "seed": job.seeds[0], **{name: getattr(shape, name) for name in names}}
     return {
         "kind": shape.kind,
         "prompts": list(job.prompts[:: job.count]),
@@ -259,13 +259,13 @@ def settings_of(job: Job) -> dict[str, Any]:
     }
 
 
-def picture_settings(picture: Picture, about: dict[str, Any]) -> dict[str, Any]:
-    """What draws the picture again, under the names of ``POST /v1/jobs``."""
-    job, shape = picture.job, picture.job.shape
+def image_settings(task: ImageTask, about: dict[str, Any]) -> dict[str, Any]:
+    """Settings that reproduce one image, under the names of ``POST /v1/jobs``."""
+    job, shape = task.job, task.job.shape
     settings: dict[str, Any] = {"kind": shape.kind}
     if shape.kind == "generate":
-        settings |= {"prompts": [picture.prompt], "negative": job.negative}
-    settings |= {"count": 1, "width": shape.width, "height": shape.height, "seed": picture.seed}
+        settings |= {"prompts": [task.prompt], "negative": job.negative}
+    settings |= {"count": 1, "width": shape.width, "height": shape.height, "seed": task.seed}
     if shape.kind == "generate":
         settings |= {
             "guidance": shape.guidance,
@@ -281,30 +281,36 @@ def picture_settings(picture: Picture, about: dict[str, Any]) -> dict[str, Any]:
 def _prompts(request: JobRequest, config: ServeConfig) -> list[str]:
     if request.kind == "reconstruct":
         if request.image is None:
-            raise Refused(400, "image is missing, which is to be reconstructed; give one", param="image")
+            raise Refused(400, "image is missing. A reconstruction needs one.", param="image")
         if request.prompts or request.negative:
             raise Refused(
                 400,
-                "prompts are wrong because a reconstruction reads no text; leave them out",
+                "prompts and negative do not apply to a reconstruction. Omit them.",
                 param="prompts",
             )
         if request.count != 1:
             raise Refused(
                 400,
-                f"count {request.count} is wrong because a reconstruction is one picture; use 1",
+                f"count must be 1 for a reconstruction, got {request.count}.",
                 param="count",
             )
         return [""]
     prompts = request.prompts
     if not prompts:
-        raise Refused(
-            400, "prompts [] is wrong because there is nothing to draw; give at least one", param="prompts"
-        )
+        raise Refused(400, "prompts must have at least one entry, got none.", param="prompts")
     if len(prompts) > config.max_prompts:
-        raise _too_large("prompts", len(prompts), config.max_prompts)
+        raise Refused(
+            400,
+            f"prompts must have at most {config.max_prompts} entries, got {len(prompts)}.",
+            param="prompts",
+        )
     for name, text in (*(("prompts", prompt) for prompt in prompts), ("negative", request.negative)):
         if len(text) > config.prompt_chars:
-            raise _too_large(name, f"of {len(text)} characters", config.prompt_chars)
+            raise Refused(
+                400,
+                f"{name} must have at most {config.prompt_chars} characters, got {len(text)}.",
+                param=name,
+            )
     return prompts
 
 
@@ -316,19 +322,19 @@ def _size(request: JobRequest, config: ServeConfig, about: dict[str, Any]) -> tu
         if side % about["multiple"] or not about["min"] <= side <= max_side:
             raise Refused(
                 400,
-                f"{name} {side} is wrong because sides are multiples of {about['multiple']} from "
-                f"{about['min']} to {max_side}; use another",
+                f"{name} must be a multiple of {about['multiple']} from {about['min']} to {max_side}, got "
+                f"{side}.",
                 param=name,
             )
     if width * height > max_pixels:
         raise Refused(
             400,
-            f"size {width}x{height} is wrong because a picture may have {max_pixels:,} pixels; "
-            "make it smaller",
+            f"size {width}x{height} has too many pixels: {width * height:,}. An image has at most "
+            f"{max_pixels:,}. Use a smaller size.",
             param="width",
         )
     return width, height
 
 
-def _too_large(name: str, value: object, most: object) -> Refused:
-    return Refused(400, f"{name} {value} is wrong because {most} is the most here; use less", param=name)
+def _too_large(name: str, value: int, limit: int) -> Refused:
+    return Refused(400, f"{name} must be at most {limit}, got {value}.", param=name)

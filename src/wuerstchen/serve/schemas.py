@@ -1,4 +1,4 @@
-"""What requests and answers look like; OpenAPI is made of it."""
+"""The formats of requests and answers, from which the OpenAPI schema is generated."""
 
 from typing import Annotated, Any, Literal
 
@@ -16,8 +16,8 @@ Side = Annotated[int, Field(ge=8, le=2**16)]
 Text = Annotated[str, Field(max_length=100_000)]
 
 
-class _OfTheTable:
-    """Says in the schema which samplers there are, when the schema is made."""
+class _SamplerEnum:
+    """Lists the samplers in the schema, as of the time when the schema is generated."""
 
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
@@ -25,88 +25,88 @@ class _OfTheTable:
         return {**handler(schema), "enum": list(SAMPLERS)}
 
 
-def _in_the_table(name: str) -> str:
+def _check_sampler(name: str) -> str:
     if name not in SAMPLERS:
         names = " or ".join(map(repr, SAMPLERS))
         raise PydanticCustomError("sampler", "Input should be {names}", {"names": names})
     return name
 
 
-Sampler = Annotated[str, AfterValidator(_in_the_table), _OfTheTable()]
+Sampler = Annotated[str, AfterValidator(_check_sampler), _SamplerEnum()]
 
 
 class _Request(BaseModel):
-    # Numbers are numbers: "7" and 7.5 are refused where a whole number is wanted.
+    # Strict: "7" and 7.5 are not accepted as integers.
     model_config = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
     @classmethod
     def _check_count(cls, data: Any) -> Any:
-        # Of a million unknown fields, pydantic would make a million errors.
+        # pydantic would create an error for each unknown field, and there may be a million.
         if isinstance(data, dict) and len(data) > len(cls.model_fields):
-            raise ValueError(f"there are {len(data):,} fields of at most {len(cls.model_fields)}")
+            raise ValueError(f"there are {len(data):,} fields, but at most {len(cls.model_fields)} are known")
         return data
 
 
 class JobRequest(_Request):
-    """``POST /v1/jobs``. What is null is the model's own."""
+    """``POST /v1/jobs``. A field that is null takes the model's default."""
 
     kind: Kind = "generate"
     prompts: Annotated[list[Text], Field(fail_fast=True)] | None = None
-    """Of ``generate``; the empty one draws anything, or varies ``image``."""
+    """For ``generate``. An empty prompt generates any image, or varies ``image``."""
     negative: Text = ""
     count: Annotated[int, Field(ge=1, le=10_000)] = 1
-    """Pictures of each prompt."""
+    """Images per prompt."""
     width: Side | None = None
     height: Side | None = None
     seed: Seed | None = None
-    """Of the first picture; the next has the next. Null: drawn by the service."""
+    """Seed of the first image; later images count up. Null: a random seed."""
     guidance: Guidance | None = None
     prior_steps: Steps | None = None
     prior_sampler: Sampler | None = None
-    """One that suits the model: those in ``samplers`` of ``GET /v1/model``."""
+    """One of ``samplers`` in ``GET /v1/model``."""
     decoder_steps: Steps | None = None
     image: str | None = None
-    """PNG, JPEG or WebP, in base64 or as data: URL. Of ``reconstruct``; of ``generate``, what Stage C begins
-    with."""
+    """PNG, JPEG or WebP, in base64 or as a data: URL. The image to ``reconstruct``, or the init image of
+    ``generate``."""
     strength: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
-    """How much of ``image`` may change; 0.7 if null."""
+    """How much ``image`` may change. Null: 0.7."""
     previews: bool = True
 
 
 class ImageRequest(_Request):
-    """``POST /v1/images/generations``, as OpenAI's clients send it, with fields of our own at the end.
+    """``POST /v1/images/generations``, as OpenAI's clients send it, with additional fields at the end.
 
-    A field that is null counts as left out, whatever its name: some clients send all that they know. Fields
-    of what is not done here may have only the value that asks for nothing.
+    Null fields are ignored, whatever their name: some clients send all fields that they know. Fields for
+    features that do not exist here accept only the value that turns the feature off.
     """
 
     prompt: Text
     n: Annotated[int, Field(ge=1, le=10_000)] | None = None
     size: Annotated[str, Field(max_length=20)] | None = None
     response_format: Literal["url", "b64_json"] | None = None
-    """``url`` if null."""
+    """Null: ``url``."""
     model: Annotated[str, Field(max_length=200)] | None = None
     user: str | None = None
-    """Not used, nor is ``safety_identifier``."""
+    """Ignored, as is ``safety_identifier``."""
     safety_identifier: str | None = None
     quality: str | None = None
-    """Not used, nor are ``style``, ``complexity`` and ``moderation``."""
+    """Ignored, as are ``style``, ``complexity`` and ``moderation``."""
     style: str | None = None
     complexity: str | None = None
     moderation: str | None = None
     background: Literal["auto", "opaque"] | None = None
     output_format: Literal["png"] | None = None
     output_compression: Literal[100] | None = None
-    """PNG loses nothing."""
+    """PNG is lossless."""
     stream: Literal[False] | None = None
     partial_images: Literal[0] | None = None
-    """They come in streams alone."""
+    """Partial images need streaming."""
     seed: Seed | None = None
     negative_prompt: Text | None = None
     guidance: Guidance | None = None
     steps: Steps | None = None
-    """Of Stage C."""
+    """Sampling steps of Stage C."""
 
     @model_validator(mode="before")
     @classmethod
@@ -124,12 +124,12 @@ class JobImage(BaseModel):
 
 
 class JobView(BaseModel):
-    """A job as it is now."""
+    """The current state of a job."""
 
     id: str
     state: State
     position: int
-    """Place in the queue from 1; 0 when the job no longer waits."""
+    """Position in the queue, from 1. 0 if the job is not queued."""
     kind: Kind
     settings: dict[str, Any]
     total: int
@@ -137,7 +137,7 @@ class JobView(BaseModel):
     images: list[JobImage]
     error: str | None
     notices: list[str]
-    """What did not go quite as asked, such as words beyond what the text encoder reads."""
+    """Deviations from the request, such as words that the text encoder truncates."""
     created: int
 
 
@@ -185,7 +185,7 @@ class ModelLimits(BaseModel):
     steps: int
     upload_bytes: int
     result_seconds: float
-    """For how long a finished image is kept, at most."""
+    """Longest time that a finished image is kept, in seconds."""
 
 
 class ModelView(BaseModel):
@@ -198,11 +198,11 @@ class ModelView(BaseModel):
     defaults: dict[str, float | int | str]
     limits: ModelLimits
     samplers: list[str]
-    """Those that suit the model's Stage C, its objective's default first."""
+    """Samplers that fit the objective of Stage C, its default first."""
     can: dict[str, bool]
     examples: list[str]
     image_note: str | None
-    """What to know before giving an image; null where there is nothing to say."""
+    """A hint for users who upload an image, or null."""
 
 
 class OpenAIModel(BaseModel):

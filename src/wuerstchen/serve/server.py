@@ -14,10 +14,10 @@ from wuerstchen.errors import UserError
 from wuerstchen.serve.app import make_app
 from wuerstchen.serve.connections import (
     ACCEPTED_AT_ONCE,
-    MAX_OF_ADDRESS,
+    MAX_PER_ADDRESS,
     Connections,
+    allowed_connections,
     counted_in,
-    most_connections,
     raise_descriptor_limit,
 )
 from wuerstchen.serve.limits import ServeConfig
@@ -26,11 +26,11 @@ from wuerstchen.serve.service import Service
 from wuerstchen.serve.stopping import CLOSING_SECONDS, Deadline, threads_hang
 
 WAITING_CONNECTIONS = 1024
-"""Connections that the kernel holds until they are accepted."""
+"""Connections that wait in the kernel to be accepted."""
 UNSENT_BYTES = 128 * 1024
-"""Of each connection, that the kernel holds and has not sent yet; connections inherit it."""
+"""Unsent bytes per connection in the kernel. Connections inherit it from the listening socket."""
 SERVICE_THREADS = ("save", "asyncio")
-"""Names of threads that work for the service, some of them outside of its control."""
+"""Name prefixes of the service's threads. Some run code outside its control, such as filters."""
 
 
 class _Server(uvicorn.Server):
@@ -40,7 +40,8 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        # The event loop accepts as many at once as may wait, so ``backlog`` is small; but a burst may wait.
+        # asyncio accepts up to ``backlog`` connections at once, so it is small. Let bursts wait in the
+        # kernel.
         for listening in sockets or []:
             listening.listen(WAITING_CONNECTIONS)
 
@@ -51,31 +52,32 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Signals are ours: they drain the queue first."""
+        """Leaves signals to ``run``, which drains the queue first."""
         yield
 
 
-def run(config: ServeConfig, say: Callable[[str], object] = print) -> None:
-    """Serves until SIGTERM or Ctrl-C, and then ends what is under way; a second signal cuts that short.
+def run(config: ServeConfig, announce: Callable[[str], object] = print) -> None:
+    """Serves until SIGTERM or Ctrl-C, then finishes running jobs. A second signal cuts that short.
 
-    After a signal the process ends within the grace time: by force, with exit code 1, if something hangs.
-    ``say`` is told the address when the model is ready. Raises ``UserError`` for what cannot be served.
+    After a signal the process ends within the grace time, by force and with exit code 1 if something hangs.
+    ``announce`` is called with the address when the model is ready. Raises ``UserError`` if the service
+    cannot start.
     """
     set_up_logs()
     raise_descriptor_limit(config.max_connections)
-    most_connections(config.max_connections)  # said before anything is started
+    allowed_connections(config.max_connections)  # raises before anything is started
     with listen(config.host, config.port) as listening:
         service = Service(config)
         deadline = Deadline(service.kill)
         try:
-            asyncio.run(_run(service, listening, say, deadline))
+            asyncio.run(_run(service, listening, announce, deadline))
         finally:
             if not threads_hang(SERVICE_THREADS):
                 deadline.cancel()
 
 
 async def _run(
-    service: Service, listening: socket.socket, say: Callable[[str], object], deadline: Deadline
+    service: Service, listening: socket.socket, announce: Callable[[str], object], deadline: Deadline
 ) -> None:
     server = make_server(service)
     grace = service.config.grace
@@ -84,27 +86,27 @@ async def _run(
 
     signals = 0
 
-    async def stop(late: float) -> None:
+    async def stop(end: float) -> None:
         await service.drain()
-        # How long uvicorn waits for connections.
-        left: Any = max(0.1, min(5.0, (late - time.monotonic()) / 3))
+        # How long uvicorn waits for open connections.
+        left: Any = max(0.1, min(5.0, (end - time.monotonic()) / 3))
         server.config.timeout_graceful_shutdown = left
         server.should_exit = True
 
-    def on_signal(late: float) -> None:
+    def on_signal(end: float) -> None:
         if stopping:
             server.should_exit = server.force_exit = True
         else:
-            stopping.append(asyncio.create_task(stop(late)))
+            stopping.append(asyncio.create_task(stop(end)))
 
-    def heard(*_: object) -> None:
+    def handle(*_: object) -> None:
         nonlocal signals
         signals += 1
         seconds = grace if signals == 1 else min(grace, CLOSING_SECONDS)
         deadline.set(seconds)
         loop.call_soon_threadsafe(on_signal, time.monotonic() + seconds)
 
-    previous = {number: signal.signal(number, heard) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         await service.start()
         serving = asyncio.create_task(server.serve(sockets=[listening]))
@@ -114,7 +116,7 @@ async def _run(
         if service.failed is not None:
             server.should_exit = True
         elif not service.draining:
-            say(f"serving on {address(listening)}")
+            announce(f"serving on {address(listening)}")
         await serving
     finally:
         try:
@@ -127,12 +129,12 @@ async def _run(
 
 
 def make_server(service: Service, **options: Any) -> uvicorn.Server:
-    """uvicorn with the service's app; its sockets are given to ``serve``."""
+    """A uvicorn server for the service. Pass its sockets to ``serve``."""
     config = service.config
-    most = most_connections(config.max_connections)
+    max_connections = allowed_connections(config.max_connections)
     connections = Connections(
-        most,
-        config.max_connections_per_address or min(MAX_OF_ADDRESS, max(1, most // 2)),
+        max_connections,
+        config.max_connections_per_address or min(MAX_PER_ADDRESS, max(1, max_connections // 2)),
         request_timeout=config.body_timeout,
         proxies=config.proxies,
         refused=service.metrics.refusals.labels("connections").inc,
@@ -143,7 +145,7 @@ def make_server(service: Service, **options: Any) -> uvicorn.Server:
             http=counted_in(connections),
             ws="none",
             lifespan="off",
-            access_log=False,  # paths hold the names of jobs and pictures, which are secrets
+            access_log=False,  # paths contain the names of jobs and images, which are secret
             log_config=None,
             server_header=False,
             proxy_headers=False,  # ``BehindProxies`` reads them
@@ -157,22 +159,21 @@ def make_server(service: Service, **options: Any) -> uvicorn.Server:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens. Raises ``UserError`` if the address cannot be had."""
+    """A bound socket. Raises ``UserError`` if the address is not available."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio sets TCP_NODELAY only where the protocol is named; without it answers wait 40 ms for an ACK.
+    # asyncio sets TCP_NODELAY only if the protocol is given. Without it, answers wait 40 ms for an ACK.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):
-            # Or the kernel holds megabytes for a client that reads nothing, which is noticed only after them.
+            # Otherwise the kernel buffers megabytes before we notice that a client reads nothing.
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         listening.bind((host, port))
-    except (OSError, TypeError) as error:  # the second is of a name that IDNA cannot encode
+    except (OSError, TypeError) as error:  # TypeError: a name that IDNA cannot encode
         listening.close()
         reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"address {host}:{port} is wrong because it cannot be had ({reason}); "
-            "choose another --port or --host"
+            f"address {host}:{port} is not available ({reason}). Choose another --port or --host."
         ) from error
     return listening
 

@@ -1,7 +1,7 @@
-"""From requests to jobs to results: queues jobs, tells of their events, cancels them, keeps what was drawn.
+"""The service: takes jobs, queues them, cancels them, and ends them with a result or an error.
 
-All state is changed on the event loop. Pictures are filtered, saved and signed in threads. The workers are in
-``serve.dispatch``.
+All state changes on the event loop. Workers are in ``serve.dispatch``, finished images in
+``serve.finishing``.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from wuerstchen.serve import worker as worker_module
 from wuerstchen.serve.dispatch import Dispatcher
 from wuerstchen.serve.errors import Refused
 from wuerstchen.serve.finishing import Finisher
-from wuerstchen.serve.jobs import FairQueue, Job, Picture, QueueFull
+from wuerstchen.serve.jobs import FairQueue, ImageTask, Job, QueueFull
 from wuerstchen.serve.limits import ServeConfig
 from wuerstchen.serve.metrics import Metrics
 from wuerstchen.serve.results import Results
@@ -27,16 +27,16 @@ from wuerstchen.serve.uploads import Uploads
 log = logging.getLogger("wuerstchen.serve")
 
 KEPT_JOBS = 2_000
-"""Jobs that are remembered after their end, for as long as their pictures are."""
+"""How many ended jobs are kept. They expire together with their images."""
 IMAGE_BYTES = 2**30
-"""Of the pictures that jobs begin with, together, until they have ended."""
+"""Memory for the init images of all open jobs."""
 
 
 class Service:
-    """One instance: its queue, its workers and what it remembers."""
+    """One instance: its queue, workers and jobs."""
 
     def __init__(self, config: ServeConfig, worker_main: Callable[..., None] = worker_module.main) -> None:
-        """Raises ``UserError`` for a filter, a folder or a certificate that cannot be used."""
+        """Raises ``UserError`` if the filter, the results folder or the certificate cannot be used."""
         self.config = config
         self.instance = secrets.token_hex(3)
         self.queue = FairQueue(config.max_waiting, config.max_jobs_per_client)
@@ -50,54 +50,54 @@ class Service:
         self.draining = False
         self.finisher = Finisher(config, self.instance, self.metrics, self._end)
         self.uploads = Uploads(config.max_jobs_per_client)
-        self._watcher: asyncio.Task[None] | None = None
+        self._monitor_task: asyncio.Task[None] | None = None
 
     # Starting and stopping
 
     async def start(self) -> None:
-        """Starts the workers and the watch over them; does not wait until they are ready."""
+        """Starts the workers and their monitor. Does not wait until they are ready."""
         self._loop = asyncio.get_running_loop()
         self.dispatcher.start()
-        self._watcher = asyncio.create_task(self._watch())
+        self._monitor_task = asyncio.create_task(self._monitor())
 
     async def drain(self) -> None:
-        """Takes no new jobs, lets those that have begun finish in the grace time, and fails the others.
+        """Refuses new jobs, fails queued ones, and lets running ones finish within the grace time.
 
-        A small part of the grace time is left for closing.
+        A small part of the grace time is reserved for closing.
         """
         if self.draining:
             return
         self.draining = self.dispatcher.draining = True
         self.uploads.close()
-        message = "this job is cut off because the service is being stopped; send it again later"
+        message = "The service is shutting down and cannot finish this job. Send it again later."
         for job in [job for job in self.jobs.values() if job.state == "queued"]:
             self._end(job, "failed", message)
-        late = time.monotonic() + self.config.grace - closing_seconds(self.config.grace)
-        while time.monotonic() < late and any(not job.has_ended for job in self.jobs.values()):
+        deadline = time.monotonic() + self.config.grace - closing_seconds(self.config.grace)
+        while time.monotonic() < deadline and any(not job.has_ended for job in self.jobs.values()):
             await asyncio.sleep(0.05)
         for job in [job for job in self.jobs.values() if not job.has_ended]:
             self._end(job, "failed", message)
 
     async def stop(self) -> None:
-        """Ends the workers at once, also after a start that failed. What they draw is lost: ``drain`` comes
-        first."""
+        """Ends the workers at once, also after a failed start. Call ``drain`` first: running jobs are
+        lost."""
         self.draining = self.dispatcher.draining = True
-        if self._watcher is not None:
-            self._watcher.cancel()
+        if self._monitor_task is not None:
+            self._monitor_task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._watcher
+                await self._monitor_task
         for job in [job for job in self.jobs.values() if not job.has_ended]:
-            self._end(job, "failed", "the service was stopped; send the job again later")
+            self._end(job, "failed", "The service was stopped. Send the job again later.")
         await self.uploads.stop()
         await self.dispatcher.stop()
         await self.finisher.stop(closing_seconds(self.config.grace) / 2)
 
     def kill(self) -> None:
-        """Kills the processes of workers and decoders, from any thread."""
+        """Kills the processes of workers and decoders. Can be called from any thread."""
         self.uploads.kill()
         self.dispatcher.kill()
 
-    # What the outside asks for
+    # Requests
 
     @property
     def is_ready(self) -> bool:
@@ -105,17 +105,17 @@ class Service:
 
     @property
     def about(self) -> dict[str, Any] | None:
-        """What the model can; None until the first worker is ready."""
+        """The model's capabilities, or None until the first worker is ready."""
         return self.dispatcher.about
 
     @property
     def failed(self) -> str | None:
-        """Why there will never be a model."""
+        """Why no worker could load the model, or None."""
         return self.dispatcher.failed
 
     @property
     def started(self) -> asyncio.Event:
-        """Set when the first worker is ready, or none will be."""
+        """Set when the first worker is ready, or when none will be."""
         return self.dispatcher.started
 
     @property
@@ -123,13 +123,13 @@ class Service:
         return self.finisher.results
 
     def check_open(self) -> dict[str, Any]:
-        """The model, or ``Refused`` where no job can be taken now."""
+        """Returns the model's capabilities. Raises ``Refused`` if no job can be taken now."""
         if self.draining:
             raise Refused(
-                503, "the service is being stopped and takes no new jobs; try again later", retry_after=10
+                503, "The service is shutting down and takes no new jobs. Try again later.", retry_after=10
             )
         if self.about is None:
-            raise Refused(503, "the model is still being loaded; try again in a few seconds", retry_after=2)
+            raise Refused(503, "The model is still loading. Try again in a few seconds.", retry_after=2)
         return self.about
 
     async def submit(self, job: Job) -> None:
@@ -143,25 +143,25 @@ class Service:
         job.created, job.unix_time = time.monotonic(), int(time.time())
         self.queue.add(job)
         self.jobs[job.id] = job
-        words = f" {list(dict.fromkeys(job.prompts))!r}" if self.config.log_prompts else ""
-        log.info("job %s: %d pictures of %s%s", job.log_name, job.total, job.shape.kind, words)
+        prompts = f" {list(dict.fromkeys(job.prompts))!r}" if self.config.log_prompts else ""
+        log.info("job %s: %s, %d images%s", job.log_name, job.shape.kind, job.total, prompts)
         job.emit("queued", {"position": self.queue.positions()[job]})
         self._loop.call_soon(self.dispatcher.pump)
 
-    def check_room(self, client: str, pictures: int) -> None:
-        """Raises ``Refused`` where so many more pictures of a client cannot be queued now."""
+    def check_room(self, client: str, images: int) -> None:
+        """Raises ``Refused`` if the queue has no room for this many more images of a client."""
         try:
-            self.queue.check(client, pictures)
+            self.queue.check(client, images)
         except QueueFull as full:
-            pictures = len(self.queue)
+            ahead = len(self.queue)
             if full.of_client:
                 mine = (other for other in self.queue.jobs() if other.client == client)
-                pictures = min((other.total for other in mine), default=1)
+                ahead = min((other.total for other in mine), default=1)
             raise Refused(
                 429,
                 str(full),
                 code="rate_limit_exceeded",
-                retry_after=self.dispatcher.wait_estimate(pictures),
+                retry_after=self.dispatcher.wait_estimate(ahead),
             ) from full
 
     def _check_images(self, job: Job) -> None:
@@ -169,43 +169,43 @@ class Service:
         if job.image is not None and held and held + len(job.image) > IMAGE_BYTES:
             raise Refused(
                 429,
-                f"the pictures that jobs begin with take {held:,} bytes already; try again later",
+                f"The init images of open jobs already take {held:,} bytes. Try again later.",
                 code="rate_limit_exceeded",
                 retry_after=self.dispatcher.wait_estimate(1),
             )
 
     def cancel(self, job: Job) -> None:
-        """Ends a job that has not ended: what waits is forgotten, what is drawn alone is stopped."""
+        """Cancels a job. Its running batch stops too, unless it is shared with other jobs."""
         self._end(job, "cancelled")
 
     def job_of(self, job_id: str, client: str) -> Job:
-        """The job of that id, which must be the client's own where clients have tokens.
+        """Finds a job by its id. If clients have tokens, it must be the client's own.
 
-        Raises ``Refused`` for one that is not known here, and says if another instance may know it. Another
-        client's job is answered as one that is not known.
+        Raises ``Refused`` for an unknown job, with a hint if it belongs to another instance. Another client's
+        job counts as unknown.
         """
         job = self.jobs.get(job_id)
-        # An address may change while a job is drawn, and many may share one: a token does not and is not.
+        # Only tokens identify a client: its address may change during a job, or be shared by many.
         if job is not None and (job.client == client or not self.config.tokens):
             return job
         instance = job_id.partition("-")[0]
         if instance == self.instance or "-" not in job_id or len(job_id) > 64 or not instance.isalnum():
-            raise Refused(404, "no such job is known here; it may have ended long ago", code="job_not_found")
+            raise Refused(404, "There is no such job. It may have ended long ago.", code="job_not_found")
         raise Refused(
             404,
-            f"this job belongs to instance {instance!a} and not to {self.instance!r}, which was asked; "
-            "route a client's requests to one instance",
+            f"This job belongs to instance {instance!a}, but the request reached {self.instance!r}. Route "
+            "all requests of a client to the same instance.",
             code="wrong_instance",
         )
 
     def position(self, job: Job) -> int:
-        """The job's place in the queue from 1; 0 when it no longer waits."""
+        """The job's position in the queue, from 1. 0 if it is not queued."""
         return self.queue.positions().get(job, 0) if job.state == "queued" else 0
 
-    # What happens to jobs
+    # Progress and end of jobs
 
-    def _finish(self, picture: Picture, size: tuple[int, int], data: bytes) -> None:
-        self.finisher.finish(picture, size, data, self.about or {})
+    def _finish(self, task: ImageTask, size: tuple[int, int], data: bytes) -> None:
+        self.finisher.finish(task, size, data, self.about or {})
 
     def _end(self, job: Job, state: Any, message: str | None = None, kind: str = "server_error") -> None:
         if job.has_ended:
@@ -223,34 +223,34 @@ class Service:
     def _fail(self, job: Job, message: str, kind: str = "server_error") -> None:
         self._end(job, "failed", message, kind)
 
-    async def _watch(self) -> None:
-        """Once in a while: what is late, what is to be started again, what is to be forgotten."""
+    async def _monitor(self) -> None:
+        """Four times a second: ends late jobs, restarts workers, forgets old jobs and deletes old results."""
         cleared = time.monotonic()
         while True:
             await asyncio.sleep(0.25)
             now = time.monotonic()
             try:
-                self._look(now)
+                self._check(now)
                 if now - cleared > 10:
                     cleared = now
                     await self.finisher.clear()
             except Exception:
-                log.exception("the watch failed once")
+                log.exception("the monitor failed once")
 
-    def _look(self, now: float) -> None:
+    def _check(self, now: float) -> None:
         config = self.config
         for job in list(self.queue.jobs()):
             if job.state == "queued" and now - job.created > config.queue_timeout:
-                waited = f"it waited {config.queue_timeout:g} s and was not begun"
+                waited = f"it waited {config.queue_timeout:g} s in the queue"
                 self._end(
-                    job, "failed", f"this job timed out because {waited}; try again when less is asked for"
+                    job, "failed", f"The job timed out: {waited}. Try again when the service is less busy."
                 )
-        # Not after every batch: that would be news for all who wait, a hundred times a second.
+        # Not after every batch, which could send events to all waiting jobs a hundred times a second.
         for job, place in self.queue.positions().items():
             before = next((event.data["position"] for event in job.events if event.name == "queued"), None)
             if job.state == "queued" and place != before:
                 job.emit("queued", {"position": place})
-        self.dispatcher.look(now)
+        self.dispatcher.check(now)
         ended = [job for job in self.jobs.values() if job.ended is not None]
         for number, job in enumerate(ended):
             assert job.ended is not None

@@ -1,4 +1,4 @@
-"""Signs pictures as made by a model, in the standard of the C2PA, where the package c2pa-python is there."""
+"""Signs images as made by a model, according to C2PA. Needs the package c2pa-python."""
 
 import importlib
 import json
@@ -26,7 +26,7 @@ class Signer:
     """Signs with a certificate chain and its private key (ES256), both PEM files."""
 
     def __init__(self, certificate: Path, key: Path) -> None:
-        """Raises ``UserError`` for files that cannot sign."""
+        """Raises ``UserError`` if the files cannot be used for signing."""
         c2pa: Any = importlib.import_module("c2pa")
 
         try:
@@ -37,12 +37,12 @@ class Signer:
             self._signer: Any = c2pa.Signer.from_info(info)
         except (OSError, c2pa.C2paError) as error:
             raise UserError(
-                f"{certificate} and {key} cannot sign ({error}); give a certificate chain and its key for "
-                "ES256, in PEM"
+                f"{certificate} and {key} cannot sign ({error}). Give a certificate chain and its ES256 key, "
+                "both in PEM."
             ) from error
 
     def sign(self, path: Path) -> None:
-        """Puts a signed manifest into a PNG. Raises ``UserError`` if that fails."""
+        """Adds a signed manifest to a PNG. Raises ``UserError`` if that fails."""
         c2pa: Any = importlib.import_module("c2pa")
 
         signed = path.with_name(f".{path.stem}-{secrets.token_hex(4)}.tmp")
@@ -51,6 +51,6 @@ class Signer:
                 c2pa.Builder(json.dumps(MANIFEST)).sign(self._signer, "image/png", source, target)
             os.replace(signed, path)
         except c2pa.C2paError as error:
-            raise UserError(f"{path.name} could not be signed ({error}); check the certificate") from error
+            raise UserError(f"{path.name} could not be signed ({error}). Check the certificate.") from error
         finally:
             signed.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Ends the process in time, whatever hangs: a filter, a disk, a library, the event loop itself."""
+"""Ends the process in time even if something hangs: a filter, a disk, a library or the event loop."""
 
 import contextlib
 import logging
@@ -10,24 +10,24 @@ from collections.abc import Callable
 log = logging.getLogger("wuerstchen.serve")
 
 CLOSING_SECONDS = 3.0
-"""Of the grace time, for closing: the last answers are sent and the workers end."""
+"""Part of the grace time in which the last answers are sent and the workers end."""
 
 
 def closing_seconds(grace: float) -> float:
-    """How much of the grace time is kept for closing, in seconds."""
+    """The part of the grace time that is reserved for closing, in seconds."""
     return min(CLOSING_SECONDS, grace / 4)
 
 
 class Deadline:
-    """When its time is over, a thread of its own ends this process with exit code 1."""
+    """Ends this process with exit code 1 when its time is over, from a thread of its own."""
 
     def __init__(self, kill_children: Callable[[], object]) -> None:
-        """``kill_children`` is called first, in that thread."""
+        """``kill_children`` is called first, in the same thread."""
         self._kill_children = kill_children
         self._timer: threading.Timer | None = None
 
     def set(self, seconds: float) -> None:
-        """From now on. An earlier time is forgotten."""
+        """Sets the time from now in seconds. Replaces an earlier one."""
         self.cancel()
         self._timer = threading.Timer(seconds, self._end)
         self._timer.daemon = True
@@ -38,17 +38,18 @@ class Deadline:
             self._timer.cancel()
 
     def _end(self) -> None:
-        with contextlib.suppress(Exception):  # nothing may keep the process
+        with contextlib.suppress(Exception):  # nothing may keep the process alive
             self._kill_children()
-        # Whoever hangs may hold the log's lock, so this is not waited for.
-        message = "the service did not stop within its grace time: it is ended by force"
+        # The thread that hangs may hold the log's lock, so do not wait for it.
+        message = "the service did not stop within its grace time and is killed"
         threading.Thread(target=log.error, args=(message,), daemon=True).start()
         threading.Event().wait(0.3)
         os._exit(1)
 
 
 def threads_hang(prefixes: tuple[str, ...], seconds: float = 1.0) -> bool:
-    """Whether threads whose names begin so go on for ``seconds``. Python would wait for them at its exit."""
+    """Whether threads with these name prefixes still run after ``seconds``. Python would wait for them at
+    exit."""
     end = time.monotonic() + seconds
     for thread in threading.enumerate():
         if thread.name.startswith(prefixes):

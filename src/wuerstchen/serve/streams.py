@@ -25,7 +25,9 @@ class OpenStreams:
     def check(self, client: str) -> None:
         """Raises ``Refused`` if the client already has as many streams as it may."""
         if self._open[client] >= STREAMS_PER_CLIENT:
-            message = f"{STREAMS_PER_CLIENT} streams of yours are open, which is the most; close some"
+            message = (
+                f"You already have {STREAMS_PER_CLIENT} open event streams, the limit per client. Close some."
+            )
             raise Refused(429, message, code="rate_limit_exceeded", retry_after=2)
 
     @contextlib.contextmanager

@@ -1,6 +1,6 @@
-"""Hands uploads to processes that decode them.
+"""Sends uploads to processes that decode them.
 
-Clients take turns. The time for an upload is limited, and uploads of clients that no longer wait are dropped.
+Clients take turns. Decoding has a time limit, and uploads of clients that have gone are dropped.
 """
 
 import asyncio
@@ -20,13 +20,13 @@ log = logging.getLogger("wuerstchen.serve")
 
 DECODERS = 2
 START_SECONDS = 60.0
-"""A decoder that is not there after so long is given up."""
+"""A decoder that is not ready after this time is killed."""
 
-STOPPING = "the service is being stopped and takes no new jobs; try again later"
+STOPPING = "The service is shutting down and takes no new jobs. Try again later."
 
 
 class Decoded(NamedTuple):
-    """An upload's RGB bytes, and what its sender should know about them."""
+    """The RGB bytes of an upload, and notices for its sender."""
 
     pixels: bytes
     notices: tuple[str, ...] = ()
@@ -42,57 +42,56 @@ class _Task:
 
 @dataclass(eq=False)
 class _Decoder(WorkerProcess):
-    """One process after another, each of which decodes one upload at a time."""
+    """A sequence of processes. Each decodes one upload at a time."""
 
     task: _Task | None = None
     ready: bool = False
     ending: bool = False
-    """It was killed, or ends by itself: it is given nothing until it is gone."""
+    """Its process was killed or is about to exit, so it gets no upload until then."""
     timer: asyncio.TimerHandle | None = field(default=None, repr=False)
 
 
 class Uploads:
-    """The decoders of one service. Everything but the processes themselves runs on the event loop.
+    """The decoders of one service. Everything except the processes runs on the event loop.
 
-    Clients take turns, and no client has all decoders at a time, so one whose images are slow keeps nobody
-    else waiting.
+    Clients take turns, and no client may use all decoders at once, so slow images do not block other clients.
     """
 
     def __init__(
         self,
-        most_of_client: int,
+        max_per_client: int,
         *,
         decoders: int = DECODERS,
         memory: int = decoding.MEMORY,
         main: Callable[..., None] = decoding.main,
     ) -> None:
-        """``most_of_client``: uploads of one client that may wait. ``memory``: bytes for each decoder."""
-        self.most_of_client = most_of_client
+        """``max_per_client``: waiting uploads of one client. ``memory``: bytes for each decoder."""
+        self.max_per_client = max_per_client
         self.memory = memory
         self.main = main
         self.closed = False
         self._decoders = [_Decoder(name=f"decoder {number}", device=None) for number in range(decoders)]
         self._waiting: dict[str, deque[_Task]] = {}
-        """In the order of the clients' turns; a client's uploads, oldest first."""
+        """Clients in the order of their turns, each with its uploads, oldest first."""
         self._numbers = itertools.count(1)
 
     def __len__(self) -> int:
-        """Uploads that wait or are being decoded."""
+        """Number of uploads that wait or are being decoded."""
         under_way = sum(decoder.task is not None for decoder in self._decoders)
         return under_way + sum(map(len, self._waiting.values()))
 
     async def decode(self, client: str, upload: Upload) -> Decoded:
-        """The upload's RGB bytes in its size, with notices for the client. Raises ``UploadError``.
+        """Decodes and resizes an upload. Raises ``UploadError``.
 
-        If this is cancelled, because the client has gone, the decoding ends with it.
+        Cancelling this, when the client has gone, stops the decoding.
         """
         if self.closed:
             raise UploadError(503, STOPPING, retry_after=10)
-        if len(self._waiting.get(client, ())) >= self.most_of_client:
+        if len(self._waiting.get(client, ())) >= self.max_per_client:
             raise UploadError(
                 429,
-                f"Too many uploads of yours wait to be decoded: {self.most_of_client}, which is the most. "
-                "Send the next one when one of them is answered.",
+                f"You already have {self.max_per_client} uploads waiting to be decoded, the limit per "
+                "client. Wait for one to finish.",
                 retry_after=2,
             )
         self._loop = asyncio.get_running_loop()
@@ -105,7 +104,7 @@ class Uploads:
             self._drop(task)
 
     def close(self) -> None:
-        """Refuses what waits and what comes from now on, and kills the decoders."""
+        """Refuses waiting and new uploads, and kills the decoders."""
         self.closed = True
         tasks = [task for tasks in self._waiting.values() for task in tasks]
         for task in tasks + [decoder.task for decoder in self._decoders if decoder.task is not None]:
@@ -115,19 +114,19 @@ class Uploads:
             self._kill(decoder)
 
     async def stop(self) -> None:
-        """Ends the decoders. Returns when nothing of them is left."""
+        """Ends the decoders. Returns when their processes and threads have ended."""
         self.close()
         for decoder in self._decoders:
             decoder.life += 1
             await asyncio.to_thread(decoder.end)
 
     def kill(self) -> None:
-        """Kills the decoders' processes, from any thread."""
+        """Kills the decoders' processes. Can be called from any thread."""
         for decoder in self._decoders:
             decoder.kill()
 
     def _assign(self) -> None:
-        """Gives idle decoders what waits."""
+        """Gives waiting uploads to idle decoders."""
         for decoder in self._decoders:
             if decoder.task is None and not decoder.ending and not self.closed:
                 task = self._next()
@@ -140,11 +139,11 @@ class Uploads:
                     self._send(decoder)
 
     def _next(self) -> _Task | None:
-        """The first upload of the client whose turn it is, of those that do not have their share already."""
-        share = max(1, len(self._decoders) - 1)
+        """The oldest upload of the next client that does not use its maximum number of decoders yet."""
+        limit = max(1, len(self._decoders) - 1)
         busy = Counter(decoder.task.client for decoder in self._decoders if decoder.task is not None)
         for client in self._waiting:
-            if busy[client] < share:
+            if busy[client] < limit:
                 tasks = self._waiting.pop(client)
                 task = tasks.popleft()
                 if tasks:
@@ -155,17 +154,19 @@ class Uploads:
     def _start(self, decoder: _Decoder) -> None:
         def tell(life: int, message: Message | None) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(self._heard, decoder, life, message)
+                self._loop.call_soon_threadsafe(self._on_message, decoder, life, message)
 
         decoder.ready = False
         try:
             decoder.start(self.main, self.memory, tell)
         except OSError as error:  # no descriptors or no memory
-            log.error("%s: cannot be started (%s)", decoder.name, error.strerror or error)
+            log.error("%s: could not be started (%s)", decoder.name, error.strerror or error)
             task, decoder.task = decoder.task, None
-            _fail(task, UploadError(503, "uploads cannot be decoded now; try again later", 5))
+            _fail(task, UploadError(503, "Uploads cannot be decoded at the moment. Try again later.", 5))
             return
-        self._limit(decoder, START_SECONDS, UploadError(503, "the decoder did not start; try again later", 5))
+        self._limit(
+            decoder, START_SECONDS, UploadError(503, "The image decoder did not start. Try again later.", 5)
+        )
 
     def _send(self, decoder: _Decoder) -> None:
         task = decoder.task
@@ -174,45 +175,47 @@ class Uploads:
         seconds = task.upload.seconds
         late = UploadError(
             400,
-            f"The image takes too long to decode: over {seconds:g} s. Save it anew, as a JPEG that is not "
-            "progressive or as a PNG, or shrink it.",
+            f"image takes too long to decode: more than {seconds:g} s. Save it as a PNG or as a JPEG that is "
+            "not progressive, or shrink it.",
         )
         self._limit(decoder, seconds, late)
 
     def _limit(self, decoder: _Decoder, seconds: float, error: UploadError) -> None:
-        """Kills the decoder after that time; its task then fails with ``error``."""
+        """Kills the decoder after ``seconds``, and fails its task with ``error``."""
 
         def late() -> None:
             _fail(decoder.task, error)
             self._kill(decoder)
 
-        self._relax(decoder)
+        self._cancel_timer(decoder)
         decoder.timer = self._loop.call_later(seconds, late)
 
-    def _relax(self, decoder: _Decoder) -> None:
+    def _cancel_timer(self, decoder: _Decoder) -> None:
         if decoder.timer is not None:
             decoder.timer.cancel()
             decoder.timer = None
 
     def _kill(self, decoder: _Decoder) -> None:
-        """Its end is heard as any other; the next process is started when something waits for it."""
-        self._relax(decoder)
+        """Kills the decoder's process. The next upload starts a new one."""
+        self._cancel_timer(decoder)
         if decoder.process is not None:
             decoder.ending = True
             decoder.kill()
 
-    def _heard(self, decoder: _Decoder, life: int, message: Message | None) -> None:
-        """A decoder said something; None is its end."""
+    def _on_message(self, decoder: _Decoder, life: int, message: Message | None) -> None:
+        """Handles a message of a decoder. None means that its process has ended."""
         if life != decoder.life:
             return
         task = decoder.task
         if message is None:
-            self._relax(decoder)
+            self._cancel_timer(decoder)
             decoder.end()
             if decoder.ready:
-                error = UploadError(400, "image is wrong because its decoder failed; save it anew")
+                error = UploadError(
+                    400, "image cannot be decoded: the decoder crashed. Save it again, as PNG or JPEG."
+                )
             else:
-                error = UploadError(503, "uploads cannot be decoded now; try again later", 5)
+                error = UploadError(503, "Uploads cannot be decoded at the moment. Try again later.", 5)
             decoder.task, decoder.ending, decoder.ready = None, False, False
             _fail(task, error)
         elif message[0] == "ready":
@@ -220,15 +223,15 @@ class Uploads:
             if task is not None and not decoder.ending:
                 self._send(decoder)
         else:
-            self._answered(decoder, message)
+            self._on_answer(decoder, message)
         self._assign()
 
-    def _answered(self, decoder: _Decoder, message: Message) -> None:
+    def _on_answer(self, decoder: _Decoder, message: Message) -> None:
         word, number, *values, last = message
         task = decoder.task
         if task is None or task.number != number:
             return
-        self._relax(decoder)
+        self._cancel_timer(decoder)
         decoder.task = None
         decoder.ending = decoder.ending or last
         if word == "pixels" and not task.decoded.done():
@@ -237,7 +240,7 @@ class Uploads:
             _fail(task, UploadError(*values))
 
     def _drop(self, task: _Task) -> None:
-        """Nobody waits for the task any more, if it has not ended."""
+        """Forgets a task that nobody waits for any more. Kills its decoder if it is still running."""
         waiting = self._waiting.get(task.client, deque())
         if task in waiting:
             waiting.remove(task)

@@ -1,12 +1,12 @@
-"""The process that owns a device: it loads the model, is sent batches, and tells what happens to them.
+"""The process that owns a device: it loads the model, generates batches, and reports their progress.
 
-Messages go through a pipe, as tuples that begin with a word. To the worker: ``draw`` with a ``Batch``,
-``unwanted`` with a batch's number and places in it. From it: ``ready`` with what the model can, ``unfit``
-with the reason why it cannot be loaded; of a batch, by its number: ``notice``, ``step``, ``preview``,
-``image``, and in the end ``done``, ``stopped`` or ``failed``; and at all times ``alive``. The pipe's end is
-the worker's end.
+Messages go through a pipe, as tuples that start with a word. To the worker: ``generate`` with an
+``ImageBatch``; ``unwanted`` with a batch's number and the positions of images in it. From the worker:
+``ready`` with the model's capabilities, or ``load_error`` with the reason; for a batch, with its number:
+``notice``, ``step``, ``preview`` and ``image``, then ``done``, ``stopped`` or ``failed``; and ``heartbeat``
+at all times. When the pipe closes, the worker exits.
 
-Importing this loads no torch: the service does it for the messages.
+The service imports this module for its messages, so it must not import torch.
 """
 
 import base64
@@ -24,26 +24,26 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from wuerstchen.errors import UserError
-from wuerstchen.serve.heartbeat import Beating
+from wuerstchen.serve.heartbeat import HeartbeatConnection
 from wuerstchen.serve.jobs import Shape
 
 if TYPE_CHECKING:
     from wuerstchen.pipeline import Wuerstchen
     from wuerstchen.progress import Step
 
-PREVIEW_SHARE = 0.08
-"""Of a batch's time, at most, for previews."""
+PREVIEW_FRACTION = 0.08
+"""Largest fraction of a batch's time that previews may take."""
 PREVIEW_SECONDS = 0.15
-"""Between two, at least."""
+"""Shortest time between two previews."""
 STEP_SECONDS = 0.03
-"""Between two steps that are told of, at least: nobody sees more, and each is news to all jobs of a batch."""
-SHARE_OF_STAGE_C = 0.6
-"""Of a drawing's time, for the progress bar; Stage B has nearly all the rest."""
+"""Shortest time between two reported steps. Each report sends an event to all jobs of a batch."""
+STAGE_C_FRACTION = 0.6
+"""Stage C's part of the progress bar. Stage B has nearly all of the rest."""
 
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """What a worker is started with."""
+    """The options of a worker."""
 
     model: str | None
     device: str | None
@@ -51,29 +51,29 @@ class WorkerSettings:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Pictures of one shape. ``images`` are RGB of its size, one a picture, or None."""
+class ImageBatch:
+    """Images of one shape to generate together. ``images``: RGB bytes of the init images, or None."""
 
     number: int
     shape: Shape
     fill: int | None
-    """The size to which the batch is filled up with pictures that nobody gets, if any."""
+    """Pad the batch to this size with images that are thrown away."""
     prompts: list[str]
     negatives: list[str]
     seeds: list[int]
     images: list[bytes] | None
     previews: list[int]
-    """Places of the pictures that previews are wanted of."""
+    """Positions of the images that need previews."""
 
 
 class _Stopped(Exception):
-    """Nobody wants the batch any more."""
+    """All images of the batch are unwanted."""
 
 
 def main(settings: WorkerSettings, pipe: Connection) -> None:
-    """Runs until the pipe ends, which it does with the service."""
-    connection = Beating(pipe)
-    # The service decides when to stop; a terminal's Ctrl-C reaches all processes.
+    """Runs until the pipe closes, which happens at the latest when the service exits."""
+    connection = HeartbeatConnection(pipe)
+    # The service decides when to stop. Ctrl-C in a terminal reaches all processes.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     warnings.simplefilter("ignore")
@@ -81,26 +81,26 @@ def main(settings: WorkerSettings, pipe: Connection) -> None:
     try:
         worker = _Worker(settings, connection)
     except UserError as error:
-        connection.send(("unfit", str(error)))
+        connection.send(("load_error", str(error)))
         return
     try:
         connection.send(("ready", worker.about()))
         while True:
             message = connection.recv()
-            if message[0] == "draw":
-                worker.draw(message[1])
+            if message[0] == "generate":
+                worker.generate(message[1])
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the service is gone
 
 
 class _Worker:
-    def __init__(self, settings: WorkerSettings, connection: Beating) -> None:
+    def __init__(self, settings: WorkerSettings, connection: HeartbeatConnection) -> None:
         import torch
 
         from wuerstchen.pipeline import Sampling, load
 
         if settings.precision == "float32":
-            # Convolutions rounded to TF32 would show who shares a batch: each size has kernels of its own.
+            # TF32 would make results depend on the batch size, because each size has its own kernels.
             torch.backends.cudnn.allow_tf32 = False
         precision: Any = settings.precision
         self.settings = settings
@@ -110,11 +110,11 @@ class _Worker:
         self._reading: float | None = None
         self._read_at = -math.inf
         if self.model.cascade.prior is not None and self.model.cascade.text_encoder is not None:
-            # The first picture takes longer, and nobody should wait for that.
+            # Warm up: the first image takes longer.
             self.model.generate("", sampling=Sampling(prior_steps=1, decoder_steps=1))
 
     def about(self) -> dict[str, Any]:
-        """The model, as ``GET /v1/model`` tells, without what the service knows by itself."""
+        """The worker's part of ``GET /v1/model``."""
         from wuerstchen import doctor
         from wuerstchen.checkpoints.hub import PHOTO_NOTE, is_bundled
         from wuerstchen.diffusion.sampler_table import samplers_for
@@ -124,8 +124,8 @@ class _Worker:
 
         cascade = self.model.cascade
         side = cascade.settings.image_size
-        draws = cascade.prior is not None and cascade.text_encoder is not None
-        reads = cascade.compressor is not None
+        generates = cascade.prior is not None and cascade.text_encoder is not None
+        encodes = cascade.compressor is not None
         bundled = is_bundled(self.settings.model)
         return {
             "device": _device_name(self.model),
@@ -140,9 +140,9 @@ class _Worker:
             },
             "samplers": samplers_for(cascade.settings.prior_objective.path),
             "can": {
-                "generate": draws,
-                "reconstruct": reads,
-                "variation": draws and reads,
+                "generate": generates,
+                "reconstruct": encodes,
+                "variation": generates and encodes,
                 "preview": cascade.previewer is not None,
             },
             "examples": list(PROMPTS if bundled else doctor.PROMPTS),
@@ -150,45 +150,46 @@ class _Worker:
         }
 
     def joules(self, max_age: float = 0.0) -> float | None:
-        """What the GPU has used, as of ``max_age`` seconds ago at most: asking it takes milliseconds."""
+        """Energy that the GPU has used so far. Reuses a reading of up to ``max_age`` seconds: one takes
+        milliseconds."""
         if time.perf_counter() - self._read_at > max_age:
             self._reading, self._read_at = self._joules(), time.perf_counter()
         return self._reading
 
-    def draw(self, batch: Batch) -> None:
-        drawing = _Drawing(self, batch)
+    def generate(self, batch: ImageBatch) -> None:
+        generation = _Generation(self, batch)
         try:
-            images = drawing.run()
+            images = generation.run()
         except _Stopped:
             self.connection.send(("stopped", batch.number))
         except UserError as error:
             self.connection.send(("failed", batch.number, str(error), "invalid_request_error"))
-        except Exception as error:  # whatever it is, the next batch may be drawn
+        except Exception as error:  # whatever it is, the next batch may work
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            self.connection.send(("failed", batch.number, f"drawing failed ({reason})", "server_error"))
+            self.connection.send(("failed", batch.number, f"Generation failed: {reason}", "server_error"))
         else:
             for place, image in enumerate(images):
-                if place not in drawing.unwanted:
+                if place not in generation.unwanted:
                     self.connection.send(("image", batch.number, place, *image.size, image.tobytes()))
-            self.connection.send(("done", batch.number, drawing.measured()))
+            self.connection.send(("done", batch.number, generation.measured()))
 
 
-class _Drawing:
-    """One batch on its way."""
+class _Generation:
+    """One batch that is being generated."""
 
-    def __init__(self, worker: _Worker, batch: Batch) -> None:
+    def __init__(self, worker: _Worker, batch: ImageBatch) -> None:
         self.worker = worker
         self.model = worker.model
         self.connection = worker.connection
         self.batch = batch
         self.unwanted: set[int] = set()
-        self.began = self.marked = time.perf_counter()
-        self.joules = worker.joules(max_age=0.05)  # of the batch before, if there was one
+        self.started = self.marked = time.perf_counter()
+        self.joules = worker.joules(max_age=0.05)  # the reading after the previous batch will do
         self.seconds: dict[str, float] = {}
         self.preview_seconds = 0.0
-        self.previewed = self.told = -PREVIEW_SECONDS
+        self.previewed = self.reported = -PREVIEW_SECONDS
         self.cost: dict[str, float] = {}
-        """What a preview took, by stage."""
+        """Seconds that the last preview took, by stage."""
 
     def run(self) -> list[Image.Image]:
         from wuerstchen.sampling import Sampling
@@ -197,15 +198,15 @@ class _Drawing:
         own = len(batch.seeds)
         fill = batch.fill or 0
         if self.model.device.type == "cuda":
-            # Passes are recorded for each batch size: few sizes, few recordings.
+            # CUDA graphs are recorded per batch size. Use few sizes, so that there are few recordings.
             fill = max(fill, 1 << (own - 1).bit_length())
-        more = max(0, fill - own)
-        seeds = batch.seeds + [0] * more
+        padding = max(0, fill - own)
+        seeds = batch.seeds + [0] * padding
         size = (shape.width, shape.height)
         images = None
         if batch.images is not None:
             images = [Image.frombytes("RGB", size, data) for data in batch.images]
-            images += [Image.new("RGB", size)] * more
+            images += [Image.new("RGB", size)] * padding
         sampling: Sampling = Sampling(
             guidance=shape.guidance,
             prior_steps=shape.prior_steps,
@@ -217,12 +218,12 @@ class _Drawing:
             results = self.model.reconstruct_batch(
                 images, seeds=seeds, size=shape.width, sampling=sampling, watch=self.on_step
             )
-            drawn = [result.image for result in results]
+            generated = [result.image for result in results]
         else:
-            self.tell_what_is_cut()
-            drawn = self.model.generate(
-                batch.prompts + [""] * more,
-                negative=batch.negatives + [""] * more,
+            self.report_lost_words()
+            generated = self.model.generate(
+                batch.prompts + [""] * padding,
+                negative=batch.negatives + [""] * padding,
                 seed=seeds,
                 size=size,
                 init=images,
@@ -232,10 +233,10 @@ class _Drawing:
                 watch=self.on_step,
             )
         self.mark("Stage A")
-        return drawn[:own]
+        return generated[:own]
 
-    def tell_what_is_cut(self) -> None:
-        """A text longer than the model reads is a thing to tell its author."""
+    def report_lost_words(self) -> None:
+        """Sends a notice for each text that the text encoder truncates."""
         encoder = self.model.cascade.text_encoder
         assert encoder is not None
         for place, texts in enumerate(zip(self.batch.prompts, self.batch.negatives, strict=True)):
@@ -256,20 +257,20 @@ class _Drawing:
         if step.step == step.steps:
             self.mark(step.stage)
         now = time.perf_counter()
-        if now - self.told >= STEP_SECONDS:
-            self.told = now
-            self.tell(step)
+        if now - self.reported >= STEP_SECONDS:
+            self.reported = now
+            self.report(step)
         if step.stage == "Stage C" or step.step < step.steps:
             self.preview(step)
 
-    def tell(self, step: "Step") -> None:
-        share = SHARE_OF_STAGE_C if self.batch.shape.kind == "generate" else 0.0
+    def report(self, step: "Step") -> None:
+        stage_c = STAGE_C_FRACTION if self.batch.shape.kind == "generate" else 0.0
         done = step.step / step.steps
-        fraction = share * done if step.stage == "Stage C" else share + (0.98 - share) * done
+        fraction = stage_c * done if step.stage == "Stage C" else stage_c + (0.98 - stage_c) * done
         self.connection.send(("step", self.batch.number, step.stage, step.step, step.steps, fraction))
 
     def preview(self, step: "Step") -> None:
-        """Shows what is being drawn, if it is wanted and there is time: the first one at once."""
+        """Sends previews if some are wanted and there is time for them. The first one is sent at once."""
         wanted = [place for place in self.batch.previews if place not in self.unwanted]
         now = time.perf_counter()
         expected = self.preview_seconds + self.cost.get(step.stage, 0.0)
@@ -277,7 +278,7 @@ class _Drawing:
         if (
             not wanted
             or now - self.previewed < PREVIEW_SECONDS
-            or (not first and expected > PREVIEW_SHARE * (now - self.began))
+            or (not first and expected > PREVIEW_FRACTION * (now - self.started))
         ):
             return
         for place, image in zip(wanted, step.preview(wanted), strict=False):
@@ -290,7 +291,7 @@ class _Drawing:
         self.preview_seconds += self.cost[step.stage]
 
     def mark(self, stage: str) -> None:
-        """The time since the last mark was this stage's."""
+        """Counts the time since the last mark as this stage's."""
         now = time.perf_counter()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.marked
         self.marked = now
@@ -311,7 +312,7 @@ class _Drawing:
 
 
 def resident_bytes(pid: int | str = "self") -> int | None:
-    """Memory of a process; None where nobody tells."""
+    """Resident memory of a process, or None if the system does not report it."""
     try:
         with open(f"/proc/{pid}/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -328,7 +329,7 @@ def _device_name(model: "Wuerstchen") -> str:
 
 
 def _energy_counter(model: "Wuerstchen") -> Callable[[], float | None]:
-    """Joules that the GPU has used so far; None where nothing counts them."""
+    """A function that returns the joules the GPU has used so far, or None if it has no counter."""
     from wuerstchen.train.report.cost import energy_counter
 
     return energy_counter(model.device)
