@@ -187,9 +187,7 @@ class FakeService:
                 return Response(self.proxy[2], self.proxy[1], media_type="text/html")
             closed = path.startswith("/v1/") and not path.startswith("/v1/images/")
             if self.token and closed and request.headers.get("authorization") != f"Bearer {self.token}":
-                return _error(
-                    401, "The token is missing or wrong; give the right one", "authentication_error"
-                )
+                return _error(401, "The token is missing or unknown.", "authentication_error")
             response = await call_next(request)
             response.headers["Content-Security-Policy"] = CSP
             response.headers["X-Content-Type-Options"] = "nosniff"
@@ -203,7 +201,7 @@ class FakeService:
         async def page(name: str) -> Response:
             path = PAGE / name
             if path.suffix not in TYPES or not path.is_file():
-                return _error(404, f"{name} is no file of the page; see /", "not_found_error")
+                return _error(404, "There is no such file.", "not_found_error")
             return Response(path.read_bytes(), media_type=TYPES[path.suffix])
 
         @app.get("/v1/model")
@@ -231,7 +229,7 @@ class FakeService:
         @app.get("/v1/jobs/{name}")
         async def job(name: str) -> Any:
             if name not in self.jobs:
-                return _error(404, f"job {name} is of another instance or ended long ago", "not_found_error")
+                return _error(404, "There is no such job. It may have ended long ago.", "not_found_error")
             return self.jobs[name].shown()
 
         @app.delete("/v1/jobs/{name}", status_code=202)
@@ -242,7 +240,7 @@ class FakeService:
         @app.get("/v1/jobs/{name}/events")
         async def events(name: str, request: Request) -> Any:
             if name not in self.jobs:
-                return _error(404, f"job {name} is of another instance or ended long ago", "not_found_error")
+                return _error(404, "There is no such job. It may have ended long ago.", "not_found_error")
             last = request.headers.get("last-event-id")
             if last is not None:
                 self.resumed_from.append(last)
@@ -252,7 +250,7 @@ class FakeService:
         @app.get("/v1/images/{name}")
         async def image(name: str) -> Response:
             if name not in self.pictures:
-                return _error(404, f"{name} is gone; pictures are kept for an hour", "not_found_error")
+                return _error(404, "There is no such image, or it has expired.", "not_found_error")
             return Response(self.pictures[name], media_type="image/png")
 
         return app
@@ -332,16 +330,19 @@ def _problem(body: dict[str, Any]) -> tuple[str, str] | None:
     """The setting that the service refuses, and why."""
     steps = body.get("prior_steps")
     if steps is not None and not 1 <= steps <= 100:
-        return "prior_steps", f"prior_steps {steps} must be from 1 to 100; 29 is common"
+        return "prior_steps", f"prior_steps must be at most 100, got {steps}."
     for name in ("width", "height"):
         side = body.get(name)
         if side is not None and (side % 8 or not 64 <= side <= 1024):
-            return name, f"{name} {side} must be a multiple of 8 from 64 to 1024; 256 is common"
+            return name, f"{name} must be a multiple of 8 from 64 to 1024, got {side}."
     if body.get("image"):
         try:
             Image.open(io.BytesIO(base64.b64decode(body["image"].split(",")[-1]))).load()
         except (OSError, binascii.Error):
-            return "image", "the image cannot be read; send a PNG, JPEG or WebP"
+            return (
+                "image",
+                "image is not a readable PNG, JPEG or WebP. Save it again in one of these formats.",
+            )
     return None
 
 

@@ -242,7 +242,7 @@ def test_a_refused_drawing_leaves_the_seed(page, fake):
     page.draw("a red apple")
     page.drawn()
     (seed,) = page.until(lambda: page.values("seed"))
-    fake.refuse = (429, "the queue is full; try again later", None)
+    fake.refuse = (429, "The queue is full. Try again later.", None)
     page.draw_refused("a red apple")
     assert page.values("seed") == [seed]
 
@@ -273,7 +273,7 @@ def test_several_jobs_at_once_and_cancel(page, fake):
     fake.hold_queue = True
     for prompt in ("one", "two", "three", "four", "five"):  # more than stream at a time
         page.draw(prompt)
-    assert [words.text for words in page.all(".words")] == ["Waiting, place 1 in the queue"] * 5
+    assert [words.text for words in page.all(".words")] == ["Waiting, position 1 in the queue"] * 5
     page.click(page.all(".running button")[1])
     page.until(lambda: page.all(".entry")[1].get_attribute("data-state") == "cancelled")
     assert [job.cancelled for job in fake.jobs.values()] == [False, False, False, True, False]
@@ -340,8 +340,8 @@ def test_pictures_that_are_gone_say_so(page, fake):
     page.drawn()
     fake.forget_pictures()
     page.open()
-    page.until(lambda: "No longer there" in page.one(".frame").text)
-    page.click(page.button("Draw again", ".entry"))
+    page.until(lambda: "No longer available" in page.one(".frame").text)
+    page.click(page.button("Generate again", ".entry"))
     page.until(lambda: len(page.all(".entry")) == 2)
     page.drawn()
     assert "seed 3 " in page.one(".meta").text
@@ -397,7 +397,7 @@ def test_a_hostile_link_is_text_and_numbers(page):
     assert page.id("size").get_attribute("value") == "256x256"
     said = page.id("toast").text
     assert all(
-        name in said for name in ("not usable", "negative prompt", "width", "seed", "guidance", "sampler")
+        name in said for name in ("Ignored", "negative prompt", "width", "seed", "guidance", "sampler")
     )
     page.draw()
     page.drawn()
@@ -407,7 +407,7 @@ def test_a_hostile_link_is_text_and_numbers(page):
 
 
 @pytest.mark.parametrize(
-    "hash", ["#%E0%A4%A", "#=&=&&", "#pictures", "#prompt=" + "a" * 200_000, "#kind=evil&seed=1"]
+    "hash", ["#%E0%A4%A", "#=&=&&", "#images", "#prompt=" + "a" * 200_000, "#kind=evil&seed=1"]
 )
 def test_broken_links_leave_a_working_page(page, hash):
     page.browser.get(f"{page.url}/page/icon.svg")
@@ -459,7 +459,7 @@ def test_what_the_service_refuses_stands_beside_its_field(page):
 
 def test_a_wrong_size_and_no_prompt(page):
     page.click(page.id("draw"))
-    assert "no prompt yet" in page.one("#prompt-error").text
+    assert "Enter a prompt" in page.one("#prompt-error").text
     page.expected.append(r"v1/jobs.*400")
     page.type("prompt", "a red apple")
     page.script("const s = document.getElementById('size'); s.value = 'custom';"
@@ -478,10 +478,10 @@ def test_a_wrong_size_and_no_prompt(page):
 
 def test_a_full_queue_is_said_by_the_button(page, fake):
     page.expected.append(r"v1/jobs.*429")
-    fake.refuse = (429, "the queue is full because 64 jobs wait; try again in 5 s", None)
+    fake.refuse = (429, "The queue is full. Try again later.", None)
     page.type("prompt", "a red apple")
     page.click(page.id("draw"))
-    assert page.one("#form-error").text == "the queue is full because 64 jobs wait; try again in 5 s"
+    assert page.one("#form-error").text == "The queue is full. Try again later."
     assert page.all(".entry") == []
     assert page.browser.switch_to.active_element == page.id("draw")
     fake.refuse = None
@@ -528,7 +528,7 @@ def test_on_a_phone_a_refusal_is_brought_back_into_view(page, fake):
     page.size(390, 700, mobile=True)
     for _ in range(3):
         page.draw("a red apple")
-    fake.refuse = (429, "the queue is full because 64 jobs wait; try again in 5 s", None)
+    fake.refuse = (429, "The queue is full. Try again later.", None)
     page.click(page.id("draw"))
     error = page.one("#form-error")
     shown = "const r = arguments[0].getBoundingClientRect(); return r.top >= 0 && r.bottom <= innerHeight"
@@ -559,7 +559,7 @@ def test_a_token_is_asked_for_and_kept_for_the_tab(page, fake):
     fake.token = "right"
     page.browser.get(f"{page.url}/")
     page.one("#token")
-    for wrong, said in (("", "no token yet"), ("wröng", "ASCII"), ("wrong", "does not know")):
+    for wrong, said in (("", "Enter a token"), ("wröng", "ASCII"), ("wrong", "does not know")):
         page.type("token-value", wrong)
         page.id("token-value").send_keys(Keys.ENTER)
         page.until(lambda said=said: said in page.id("token-error").text)
@@ -574,7 +574,7 @@ def test_a_token_is_asked_for_and_kept_for_the_tab(page, fake):
     fake.token = "another"
     page.browser.get(f"{page.url}/")
     page.click(page.one("#token-cancel"))
-    assert "Without a token" in page.one("#banner").text
+    assert "needs a token" in page.one("#banner").text
     page.click(page.id("banner-retry"))
     page.type("token-value", "another")
     page.id("token-value").send_keys(Keys.ENTER)
@@ -593,11 +593,11 @@ def test_a_service_that_goes_and_comes_back(page, fake):
     page.draw("a red apple")
     page.until(lambda: "step 4" in page.one(".words").text)
     fake.stop()
-    page.until(lambda: "does not answer" in page.one("#banner").text)
+    page.until(lambda: "is not responding" in page.one("#banner").text)
     page.until(lambda: "Connection lost" in page.one(".words").text)
     page.type("prompt", "a dog")
     page.click(page.id("draw"))
-    assert "does not answer" in page.until(lambda: page.one("#form-error").text)
+    assert "is not responding" in page.until(lambda: page.one("#form-error").text)
     assert page.values("prompt") == ["a dog"]
     fake.steps_until_pause = None
     fake.start()
@@ -616,7 +616,7 @@ def test_a_job_of_another_instance_ends_with_its_reason(page, fake):
     page.draw("a red apple")
     fake.jobs.clear()
     page.open()
-    page.until(lambda: "no longer knows this drawing" in page.one(".entry").text)
+    page.until(lambda: "no longer knows this job" in page.one(".entry").text)
 
 
 def test_events_go_on_where_the_stream_broke(page, fake):
@@ -648,9 +648,9 @@ def test_a_proxys_own_page_is_no_answer(page, fake):
     """A sign-in page with status 200: a page that says nothing, a drawing that vanishes without a word."""
     fake.proxy = ("/v1/", 200, "<!doctype html><title>Sign in</title>")
     page.draw_refused("a red apple")
-    assert "does not answer" in page.one("#form-error").text
+    assert "is not responding" in page.one("#form-error").text
     page.browser.get(f"{page.url}/")
-    assert "does not answer" in page.one("#banner").text
+    assert "is not responding" in page.one("#banner").text
     fake.proxy = None
     page.until(lambda: page.id("model").text)
     fake.steps_until_pause = 3
@@ -686,10 +686,10 @@ def test_pictures_behind_a_proxy_that_restarts_are_not_gone(page, fake):
     page.drawn()
     fake.proxy = ("/v1/images/", 502, "Bad Gateway")
     page.open()
-    page.until(lambda: page.script("return document.querySelector('[aria-label=\"Picture not there\"]')"))
+    page.until(lambda: page.script("return document.querySelector('[aria-label=\"Image not available\"]')"))
     fake.proxy = None
     page.drawn()
-    assert "No longer there" not in page.one(".entry").text
+    assert "No longer available" not in page.one(".entry").text
 
 
 def test_a_service_that_talks_nonsense(page, fake):
@@ -788,7 +788,7 @@ def test_narrow_screens(page, width):
     assert (
         page.script("const v = document.getElementById('sides'); return v.scrollWidth - v.clientWidth") == 0
     )
-    page.click(page.button("Draw both"))
+    page.click(page.button("Generate both"))
     page.until(lambda: len(page.all(".entry")) == 2)
     page.drawn(2)
     assert page.overflow() == 0
@@ -830,13 +830,13 @@ def test_by_keyboard_alone(page):
     tab_to("button.frame")
     keys(Keys.ENTER)
     page.one("#viewer")
-    first = page.id("viewer-picture").get_attribute("src")
+    first = page.id("viewer-image").get_attribute("src")
     keys(Keys.ARROW_RIGHT)
-    assert page.id("viewer-picture").get_attribute("src") != first
+    assert page.id("viewer-image").get_attribute("src") != first
     assert page.id("viewer-place").text == "2 of 2"
     keys(Keys.ARROW_RIGHT)  # the last stays
     keys(Keys.ARROW_LEFT)
-    assert page.id("viewer-picture").get_attribute("src") == first
+    assert page.id("viewer-image").get_attribute("src") == first
     keys(Keys.ESCAPE)
     page.until(lambda: not page.id("viewer").is_displayed())
     assert page.script("return document.activeElement.matches('button.frame')")  # back where it was opened
@@ -866,16 +866,16 @@ def test_the_focus_is_never_lost(page, fake, picture):
     # The pictures' bar.
     press(page.one(".tools button"))
     press(page.id("picked-clear"))
-    focused("#pictures")
+    focused("#images")
     for button in page.all(".tools button")[:2]:
         press(button)
     press(page.id("picked-go"))
     page.one("#beside")
     ActionChains(page.browser).send_keys(Keys.ESCAPE).perform()
-    focused("#pictures")
+    focused("#images")
     # To the ends of the viewer, and on with the arrow keys.
     press(page.one("button.frame"))
-    first = page.id("viewer-picture").get_attribute("src")
+    first = page.id("viewer-image").get_attribute("src")
     for _ in range(3):
         press(page.id("viewer-on"))
     assert page.id("viewer-place").text == "3 of 3"
@@ -884,14 +884,14 @@ def test_the_focus_is_never_lost(page, fake, picture):
     assert page.id("viewer-place").text == "2 of 3"
     focus(page.button("Copy link", "#viewer-actions"))
     ActionChains(page.browser).send_keys(Keys.ARROW_LEFT).perform()
-    assert page.id("viewer-picture").get_attribute("src") == first
+    assert page.id("viewer-image").get_attribute("src") == first
     focused("#viewer *")
     ActionChains(page.browser).send_keys(Keys.ESCAPE).perform()
     # Notes and what they undo.
     press(page.id("clear"))
-    focused("#pictures")
+    focused("#images")
     press(page.button("Undo"))
-    focused("#pictures")
+    focused("#images")
 
 
 def test_a_held_key_draws_once(page, fake):
@@ -1269,7 +1269,7 @@ def test_hostile_settings_in_a_picture(page, tmp_path, settings):
 def test_what_is_no_picture_is_said_beside_it(page, picture):
     """A dropped text file that takes the browser away from the page."""
     assert page.script(DROP, encoded(picture), "notes.txt", "text/plain", "drop")
-    assert "notes.txt is no picture" in page.one("#image-error").text
+    assert "notes.txt is not an image" in page.one("#image-error").text
     assert page.script(DROP, encoded(FOLDER / "app.js"), "broken.png", "image/png", "drop")
     page.until(lambda: "broken.png cannot be read" in page.id("image-error").text)
     assert not page.id("chosen").is_displayed()
@@ -1348,8 +1348,8 @@ def test_beginning_with_a_picture_that_is_gone(page, fake, picture):
     page.one("#chosen")
     page.click(page.one("button.frame"))
     fake.forget_pictures()
-    page.click(page.button("Begin with it"))
-    page.until(lambda: "no longer there" in page.id("toast").text)
+    page.click(page.button("Start from this image"))
+    page.until(lambda: "no longer available" in page.id("toast").text)
     assert not page.id("chosen").is_displayed()
     assert page.id("image-error").text == ""
 
@@ -1404,22 +1404,22 @@ def test_what_was_given_is_shown_as_it_was_read(page, picture):
     given = page.one(".given img")
     assert page.script("return getComputedStyle(arguments[0]).objectFit", given) == "cover"
     assert given.rect["width"] == pytest.approx(given.rect["height"], abs=1)
-    page.until(lambda: page.one(".given figcaption").text == "Given, cropped to the square that was read")
+    page.until(lambda: page.one(".given figcaption").text == "Original, cropped to a square")
 
 
 @pytest.mark.parametrize(
     ("param", "message", "shown"),
     [
-        ("prior_steps", "prior_steps 500 is wrong because 100 is the most here; use less",
-         "Stage C steps 500 is wrong because 100 is the most here; use less"),
-        ("guidance", "guidance is wrong: Input should be less than or equal to 100; see /openapi.json",
-         "Guidance is wrong: it should be less than or equal to 100"),
-        ("prompts", "prompts of 1200 characters is wrong because 1000 is the most here; use less",
-         "Prompt of 1200 characters is wrong because 1000 is the most here; use less"),
-        ("prompts.0", "prompts.0 is wrong: Input should be a valid string; see /openapi.json",
-         "Prompt is wrong: it should be a valid string"),
-        ("count", "count 99 is wrong because 16 is the most here; use less",
-         "Number of pictures 99 is wrong because 16 is the most here; use less"),
+        ("prior_steps", "prior_steps must be at most 100, got 500.",
+         "Stage C steps must be at most 100, got 500."),
+        ("guidance", "guidance is invalid: Input should be less than or equal to 100. See /openapi.json.",
+         "Guidance is invalid: it should be less than or equal to 100."),
+        ("prompts", "prompts must have at most 1000 characters, got 1200.",
+         "Prompt must have at most 1000 characters, got 1200."),
+        ("prompts.0", "prompts.0 is invalid: Input should be a valid string. See /openapi.json.",
+         "Prompt is invalid: it should be a valid string."),
+        ("count", "count must be at most 16, got 99.",
+         "Number of images must be at most 16, got 99."),
         (None, "set prior_steps or decoder_steps lower", "set Stage C steps or Stage B steps lower"),
     ],
 )  # fmt: skip
@@ -1434,7 +1434,7 @@ def test_messages_name_fields_as_the_page_does(page, fake, param, message, shown
     assert {error.text for error in page.all(".error")} == {shown}
     # Without a field to stand beside, as in a comparison.
     page.script("document.getElementById('compare').click()")
-    page.click(page.button("Draw both"))
+    page.click(page.button("Generate both"))
     page.until(lambda: page.id("form-error").text == shown)
 
 
@@ -1463,7 +1463,7 @@ def test_a_model_that_cannot_read_pictures_takes_none(page, fake, picture):
     page.open()
     assert not page.id("start").is_displayed()
     page.script(DROP, encoded(picture), "given.png", "image/png", "drop")
-    assert "takes no pictures" in page.one("#image-error").text
+    assert "does not accept images" in page.one("#image-error").text
     assert page.id("prompt").is_displayed()
     fake.can = {"generate": True, "reconstruct": True, "variation": False, "preview": False}
     page.open()
@@ -1478,10 +1478,10 @@ def test_two_settings_with_one_seed_beside_each_other(page):
     (guidance,) = page.values("A-guidance")
     page.type("B-guidance", "8")
     page.type("sides-seed", "2x")
-    page.click(page.button("Draw both"))
+    page.click(page.button("Generate both"))
     assert "seed" in page.one("#sides-error").text
     page.type("sides-seed", "21")
-    page.click(page.button("Draw both"))
+    page.click(page.button("Generate both"))
     page.one(".entry.both")
     page.drawn()
     assert "seed 21" in page.one(".entry.both .meta").text

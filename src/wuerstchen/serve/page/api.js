@@ -1,26 +1,26 @@
-// Talks to the service: errors in its words, tokens, and events that go on after a lost connection.
+// Client for the service: errors, tokens, and event streams that resume after a lost connection.
 
 import { keep, pause, session } from "./dom.js";
 import { inPlainWords } from "./settings.js";
 
 const TOKEN = "wuerstchen.token";
 const ENDS = new Set(["done", "failed", "cancelled"]);
-// A browser opens six connections to a host, for all tabs together: some must stay free for all else. Pages
-// without TLS do not hear of other tabs.
+// A browser opens six connections per host for all tabs together, and some must stay free for other requests.
+// Without TLS, pages cannot coordinate with other tabs.
 const STREAMS = navigator.locks ? 3 : 2;
 const SILENCE = 30_000; // ms; the service sends a line every 10 s
 const PATIENCE = { GET: 20_000, DELETE: 20_000, POST: 180_000 }; // ms; an upload may take long
 
-/** Addresses are relative to the page, so that it works below any path of a proxy. */
+/** URLs are relative to the page, so that it works under any path prefix of a proxy. */
 export const address = (path) => new URL(path, new URL(".", document.baseURI)).href;
 
-/** The address of a picture as the page may load it, or null of what is none. */
-export function pictureAddress(url) {
+/** The URL of an image, or null if `url` is not one of the service. */
+export function imageUrl(url) {
   const found = typeof url === "string" && /\/v1\/images\/([\w.-]+\.png)$/.exec(url);
   return found ? address(`v1/images/${found[1]}`) : null;
 }
 
-/** The service said no: `message` is its own in plain words, `param` the setting that caused it. */
+/** The service refused a request. `message` is for users; `param` is the setting that caused it. */
 export class Refused extends Error {
   constructor(message, status, param = null) {
     super(message);
@@ -29,17 +29,17 @@ export class Refused extends Error {
   }
 }
 
-/** Nobody answered, or only a proxy did. */
+/** The service did not answer, or only a proxy did. */
 export class Unreachable extends Error {
   constructor() {
-    super("The service does not answer.");
+    super("The service is not responding.");
   }
 }
 
 let held = session.getItem(TOKEN);
 let askForToken = async () => false;
 let asking = null;
-/** `ask(wrong)` gets a token from the user: true once there is one, false if they will not. */
+/** `ask(wrong)` asks the user for a token. Resolves to true once there is one, to false if the user cancels. */
 export function onTokenNeeded(ask) {
   askForToken = ask;
 }
@@ -48,7 +48,7 @@ export function setToken(token) {
   keep(session, TOKEN, token);
 }
 
-/** A response of the service that is no error. Raises `Refused`, `Unreachable`, or what the signal aborted with. */
+/** Sends a request. Returns a successful response, or raises `Refused`, `Unreachable`, or the abort reason of `signal`. */
 export async function request(path, { method = "GET", body, headers = {}, signal } = {}) {
   for (;;) {
     const token = held;
@@ -63,7 +63,7 @@ export async function request(path, { method = "GET", body, headers = {}, signal
         body: body === undefined ? undefined : JSON.stringify(body),
         signal: signal ?? AbortSignal.timeout(PATIENCE[method]),
         cache: "no-store",
-        credentials: "same-origin", // a proxy in front may have its own
+        credentials: "same-origin", // a proxy may need its cookies
       });
     } catch (error) {
       if (signal?.aborted) throw error;
@@ -72,7 +72,7 @@ export async function request(path, { method = "GET", body, headers = {}, signal
     if (response.ok) return response;
     const said = await errorOf(response);
     if (response.status === 401) {
-      // Another request may have brought the token by now.
+      // Another request may have asked for the token meanwhile.
       if (held !== token) continue;
       asking ??= askForToken(token !== null).finally(() => (asking = null));
       if (await asking) continue;
@@ -86,15 +86,15 @@ async function errorOf(response) {
   try {
     ({ error } = await response.json());
   } catch {
-    // not the service's own answer
+    // not an answer of the service itself
   }
   if (typeof error?.message === "string") return new Refused(inPlainWords(error.message), response.status, error.param ?? null);
   if (response.status >= 502 && response.status <= 504) return new Unreachable();
-  if (response.status === 413) return new Refused("This is too large for the service; make it smaller", 413);
-  return new Refused(`The service answered ${response.status} without a reason`, response.status);
+  if (response.status === 413) return new Refused("The request is too large for the service. Use a smaller image.", 413);
+  return new Refused(`The service answered with status ${response.status} and gave no reason.`, response.status);
 }
 
-/** The object in an answer; a proxy's own page, or an answer that was cut off, is none. */
+/** The JSON object in a response. Raises `Unreachable` for the page of a proxy and for truncated responses. */
 async function objectOf(response) {
   const found = await response.json().catch(() => null);
   if (typeof found !== "object" || found === null) throw new Unreachable();
@@ -105,11 +105,11 @@ export const getJson = async (path) => objectOf(await request(path));
 export const postJob = async (body) => objectOf(await request("v1/jobs", { method: "POST", body }));
 export const cancelJob = (id) => request(`v1/jobs/${encodeURIComponent(id)}`, { method: "DELETE" });
 
-/** Of a question about a job: asked again, it may have an answer. */
+/** Whether an error may go away when the request is repeated. */
 const passes = (error) => error instanceof Unreachable || error.status === 429 || error.status >= 500;
 
 let streams = 0;
-/** Runs `watch` with one of the streams that tabs share, or is false where none is free. */
+/** Runs `watch` with one of the streams that all tabs share. Returns false if none is free. */
 async function withStream(watch) {
   if (!navigator.locks) {
     if (streams === STREAMS) return false;
@@ -128,10 +128,10 @@ async function withStream(watch) {
 }
 
 /**
- * Follows a job to its end. `on.snapshot(job)` gets the job as a whole, first and whenever the connection was
- * lost; `on.event(name, data)` each event; `on.lost()` says that nobody answers. Only some jobs stream at a
- * time; others are asked for now and then until their turn comes. Raises `Refused` where the service does not
- * know the job.
+ * Follows a job to its end. Calls `on.job(job)` with the whole job at first and after a lost connection,
+ * `on.event(name, data)` for each event, and `on.lost()` when the service does not respond. Only a few jobs use a
+ * stream at a time; the others are polled until a stream is free. Raises `Refused` if the service does not know the
+ * job.
  */
 export async function follow(id, on) {
   const path = `v1/jobs/${encodeURIComponent(id)}`;
@@ -141,7 +141,7 @@ export async function follow(id, on) {
     try {
       const job = await getJson(path);
       wait = 500;
-      on.snapshot(job);
+      on.job(job);
       if (ENDS.has(job.state)) return;
       let ended = false;
       const streamed = await withStream(async () => {
@@ -153,7 +153,7 @@ export async function follow(id, on) {
         }
       });
       if (ended) {
-        on.snapshot(await getJson(path)); // with the notices
+        on.job(await getJson(path)); // with the notices
         return;
       }
       if (!streamed) wait = 1000;
@@ -186,7 +186,7 @@ async function* events(path, last) {
       if (done) return;
       heard();
       text += value;
-      // A pair of CR and LF may be cut between two pieces: only whole lines are looked at.
+      // CR and LF may arrive in different pieces, so look at complete blocks only.
       const blocks = text.replace(/\r\n/g, "\n").split("\n\n");
       text = blocks.pop();
       for (const block of blocks) {

@@ -1,16 +1,16 @@
-// The page: one form, the session's entries, and what happens between them and the service.
+// The page: connects the form, the entries of the session and the service.
 
 import { Refused, Unreachable, cancelJob, follow, getJson, onTokenNeeded, postJob, setToken } from "./api.js";
 import { Picked, Sides } from "./compare.js";
 import { announce, byId, hide, icon, keep, local, say, sayOrHide } from "./dom.js";
-import { EntryView, isOver, pictureOf } from "./entry.js";
+import { EntryView, isOver, imageOf } from "./entry.js";
 import { Form } from "./form.js";
 import * as history from "./history.js";
 import { duration, fromHash, inPlainWords, resolved, toBody, toHash, wordOf } from "./settings.js";
 import { Viewer } from "./viewer.js";
 
 const TITLE = document.title;
-const FADES = 8000; // ms that a note stays
+const NOTE_MS = 8000;
 
 let model = null;
 let entries = [];
@@ -18,15 +18,15 @@ const views = new Map();
 
 for (const element of document.querySelectorAll("[data-icon]")) element.append(icon(element.dataset.icon));
 
-// ---- the service's state
+// ---- connection to the service
 
-const waiting = new Set(); // what is to be tried again once the service is back
-let away = null; // the timer of the next try
+const waiting = new Set(); // functions to call once the service is back
+let away = null; // timer of the next try
 let tries = 0;
 
-function lost(text = "The service does not answer; trying again") {
+function lost(text = "The service is not responding. Trying again…") {
   byId("banner").hidden = false;
-  say(byId("banner-text"), text[0].toUpperCase() + text.slice(1));
+  say(byId("banner-text"), text);
   if (away === null) {
     tries += 1;
     away = setTimeout(look, Math.min(500 * 1.6 ** tries, 6000));
@@ -41,17 +41,17 @@ async function look() {
     const first = model === null;
     model = told;
     tries = 0;
-    if (!byId("banner").hidden) announce("The service answers");
+    if (!byId("banner").hidden) announce("The service is back");
     hide(byId("banner"));
     byId("model").textContent = [model.name, model.device].filter((part) => part).join(" · ");
     form.setModel(model);
     for (const element of document.querySelectorAll(".kept-for")) say(element, actions.kept());
-    if (first) begin();
+    if (first) start();
     for (const again of waiting) again();
     waiting.clear();
   } catch (error) {
     if (error instanceof Refused && error.status === 401) {
-      say(byId("banner-text"), "Without a token this service draws nothing.");
+      say(byId("banner-text"), "This service needs a token to generate images.");
       byId("banner").hidden = false;
     } else if (error instanceof Refused) {
       lost(error.message);
@@ -70,14 +70,14 @@ byId("banner-retry").addEventListener("click", look);
 onTokenNeeded((wrong) => new Promise((resolve) => {
   const dialog = byId("token");
   let given = false;
-  sayOrHide(byId("token-error"), wrong ? "The service does not know this token; give another" : "");
+  sayOrHide(byId("token-error"), wrong ? "The service does not know this token. Enter another one." : "");
   byId("token-value").value = "";
   const submit = (event) => {
     event.preventDefault();
     const token = byId("token-value").value.trim();
-    // A header holds visible ASCII alone; anything else would fail before it is sent.
+    // Headers can contain only visible ASCII characters.
     if (!/^[\x21-\x7e]+$/.test(token)) {
-      sayOrHide(byId("token-error"), token ? "A token has letters, digits and signs of ASCII alone" : "There is no token yet");
+      sayOrHide(byId("token-error"), token ? "A token has only ASCII letters, digits and symbols." : "Enter a token.");
       return;
     }
     setToken(token);
@@ -94,14 +94,14 @@ onTokenNeeded((wrong) => new Promise((resolve) => {
 }));
 byId("token-cancel").addEventListener("click", () => byId("token").close());
 
-// ---- notes
+// ---- notes to the user
 
 let fading = null;
-function note(text, { act, called = "Undo", link } = {}) {
+function note(text, { act, label = "Undo", link } = {}) {
   clearTimeout(fading);
   say(byId("toast-words"), text);
   byId("toast-act").hidden = !act;
-  say(byId("toast-act"), called);
+  say(byId("toast-act"), label);
   byId("toast-act").onclick = () => {
     hide(byId("toast"));
     act();
@@ -110,16 +110,16 @@ function note(text, { act, called = "Undo", link } = {}) {
   byId("toast-link").value = link ?? "";
   byId("toast").hidden = false;
   if (link) byId("toast-link").select();
-  else fading = setTimeout(fade, FADES);
+  else fading = setTimeout(fade, NOTE_MS);
 }
 function fade() {
-  // Not below somebody's hand.
-  if (byId("toast").matches(":hover, :focus-within")) fading = setTimeout(fade, FADES);
+  // Do not hide it under the pointer.
+  if (byId("toast").matches(":hover, :focus-within")) fading = setTimeout(fade, NOTE_MS);
   else byId("toast").hidden = true;
 }
 byId("toast-link").addEventListener("blur", () => (byId("toast").hidden = true));
 
-// ---- drawing
+// ---- jobs
 
 const newPart = (settings, original) => ({
   id: null, state: "sending", settings, total: settings.count ?? 1, images: [], error: null, notices: [], live: { original, previews: new Map() },
@@ -153,11 +153,11 @@ function changed(entry) {
   views.get(entry)?.update();
   arrange();
   const running = entries.flatMap(({ parts }) => parts).filter((part) => !isOver(part));
-  const share = running.reduce((sum, { live }) => sum + (live.fraction ?? 0), 0) / (running.length || 1);
-  document.title = running.length ? `${Math.round(100 * share)} % · ${TITLE}` : TITLE;
+  const done = running.reduce((sum, { live }) => sum + (live.fraction ?? 0), 0) / (running.length || 1);
+  document.title = running.length ? `${Math.round(100 * done)} % · ${TITLE}` : TITLE;
 }
 
-/** Sends an entry's parts and follows them. Raises what the service refused, after the entry is taken away again. */
+/** Sends the parts of a new entry and tracks them. If the service refuses all of them, removes the entry and raises `Refused`. */
 async function draw(parts) {
   const entry = { parts };
   show(entry);
@@ -185,7 +185,7 @@ async function draw(parts) {
 async function track(entry, part) {
   const { live } = part;
   const take = (raw) => {
-    const image = history.picture(raw);
+    const image = history.parseImage(raw);
     if (!image) return;
     part.images = [...part.images.filter(({ index }) => index !== image.index), image].sort((a, b) => a.index - b.index);
   };
@@ -200,9 +200,9 @@ async function track(entry, part) {
       changed(entry);
       lost();
     },
-    snapshot(job) {
+    job(job) {
       live.lost = false;
-      if (live.stage === undefined) live.fraction = share(job.progress);
+      if (live.stage === undefined) live.fraction = fractionOf(job.progress);
       live.position = job.position;
       if (Array.isArray(job.images)) job.images.forEach(take);
       part.notices = history.texts(job.notices);
@@ -217,7 +217,7 @@ async function track(entry, part) {
       else if (name === "running") part.state = "running";
       else if (name === "progress") {
         part.state = "running";
-        Object.assign(live, { stage: data.stage, step: data.step, steps: data.steps, fraction: share(data.fraction) });
+        Object.assign(live, { stage: data.stage, step: data.step, steps: data.steps, fraction: fractionOf(data.fraction) });
       } else if (name === "preview") live.previews?.set(data.index, previewAddress(data.image));
       else if (name === "image") take(data);
       else if (name === "done" || name === "failed" || name === "cancelled") end(name, messageOf(data.message));
@@ -233,25 +233,25 @@ async function track(entry, part) {
   } catch (error) {
     if (!(error instanceof Refused)) throw error;
     end("failed", error.status === 404
-      ? "The service no longer knows this drawing: it was restarted, or the drawing ended long ago"
+      ? "The service no longer knows this job. It was restarted, or the job ended long ago."
       : error.message);
     on.seen();
   }
 }
 
-const share = (value) => (Number.isFinite(value) ? value : 0);
+const fractionOf = (value) => (Number.isFinite(value) ? value : 0);
 const messageOf = (error) => [error, error?.message].find((text) => typeof text === "string") ?? null;
 const previewAddress = (data) => (/^data:image\/(webp|png|jpeg);base64,/.test(data) ? data : null);
 
-/** Brings what was just asked for into view: below the form on narrow screens, else at the top. */
+/** Scrolls to the newest entry: below the form on narrow screens, else at the top. */
 function toNewest() {
-  if (window.matchMedia("(max-width: 60rem)").matches) byId("pictures").scrollIntoView({ block: "start" });
+  if (window.matchMedia("(max-width: 60rem)").matches) byId("images").scrollIntoView({ block: "start" });
   else window.scrollTo({ top: 0 });
 }
 
 let sending = false;
 async function submit(settings, original, { fromForm = false } = {}) {
-  if (sending) return; // a double click; the button itself stays as it is, or the focus would be lost
+  if (sending) return; // a double click; do not disable the button, or it would lose the focus
   sending = true;
   const seedBack = fromForm ? form.hideSeed() : () => {};
   try {
@@ -263,28 +263,28 @@ async function submit(settings, original, { fromForm = false } = {}) {
   } catch (error) {
     seedBack();
     if (!(error instanceof Refused || error instanceof Unreachable)) throw error;
-    form.showError(error.param, error instanceof Unreachable ? "The service does not answer; your settings are kept, try again" : error.message);
+    form.showError(error.param, error instanceof Unreachable ? "The service is not responding. Your settings are kept. Try again." : error.message);
   } finally {
     sending = false;
   }
 }
 
-// ---- what entries and pictures can do
+// ---- actions of entries and images
 
 const actions = {
   model: () => model,
-  /** For how long the service keeps images, in words. */
+  /** How long the service keeps images, as text. */
   kept: () => (Number.isFinite(model?.limits?.result_seconds) ? `up to ${duration(model.limits.result_seconds)}` : "a limited time"),
   canSend: (part) => Boolean(part.live.original) || (part.settings.kind !== "reconstruct" && part.settings.strength === undefined),
   use(part) {
     if (!model) return;
     const undo = undoing(part.settings);
     form.setImage(part.live.original ?? null, part.settings.kind === "reconstruct" ? "reconstruct" : "variation");
-    // A reconstruction has no prompt: what is written stays.
+    // A reconstruction has no prompt. Keep the text in the form.
     const texts = part.settings.kind === "reconstruct" ? form.texts() : {};
     form.write({ ...part.settings, ...texts });
     const missing = !actions.canSend(part);
-    note(missing ? "Settings restored; the picture that was given is not kept, choose it again" : "Settings restored", undo);
+    note(missing ? "Settings restored. Choose the image again: it was not kept." : "Settings restored", undo);
     byId("prompt").focus({ preventScroll: true });
     byId("form").scrollIntoView({ block: "start" });
   },
@@ -297,33 +297,33 @@ const actions = {
       await navigator.clipboard.writeText(link);
       note("Link copied");
     } catch {
-      note("Copy this link:", { link }); // a page without TLS may not write to the clipboard
+      note("Copy this link:", { link }); // without TLS, pages have no access to the clipboard
     }
   },
   remove(entry) {
     const at = drop(entry);
-    byId("pictures").focus({ preventScroll: true });
+    byId("images").focus({ preventScroll: true });
     history.save(entries);
     note("Removed", { act: () => putBack([[at, entry]]) });
   },
-  pick: (picture) => picked.toggle(picture),
-  isPicked: (picture) => picked.has(picture),
-  open: (picture) => viewer.open(picture),
+  pick: (image) => picked.toggle(image),
+  isPicked: (image) => picked.has(image),
+  open: (image) => viewer.open(image),
   onceBack(again) {
     waiting.add(again);
     lost();
   },
   update: () => { for (const view of views.values()) view.update(); },
-  async begin({ url }) {
+  async startFrom({ url }) {
     form.setImage(null);
     try {
       const response = await fetch(url);
       if (!response.ok) throw new Error(`status ${response.status}`);
       const blob = await response.blob();
-      await form.choose(new File([blob], "picture.png", { type: blob.type }), false);
+      await form.choose(new File([blob], "image.png", { type: blob.type }), false);
       byId("form").scrollIntoView({ block: "start" });
     } catch {
-      note("The picture is no longer there");
+      note("The image is no longer available");
     }
   },
   async cancel(part) {
@@ -335,7 +335,7 @@ const actions = {
     } catch (error) {
       part.live.cancelling = false;
       actions.update();
-      note(error instanceof Refused ? error.message : "The service does not answer; try again");
+      note(error instanceof Refused ? error.message : "The service is not responding. Try again.");
     }
   },
 };
@@ -346,30 +346,30 @@ function putBack(removed) {
 }
 
 byId("clear").addEventListener("click", () => {
-  // The first to go back is the one that stood first.
+  // Keep the order: entries are put back from the first one on.
   const removed = entries.map((entry, at) => [at, entry]).filter(([, { parts }]) => parts.every(isOver));
   for (const [, entry] of removed) drop(entry);
   history.save(entries);
   note(removed.length === 1 ? "One entry removed" : `${removed.length} entries removed`, { act: () => putBack(removed) });
 });
 
-function allPictures() {
+function allImages() {
   const parts = entries.flatMap((entry) => entry.parts).filter(({ live }) => !live.gone);
-  return parts.flatMap((part) => part.images.map((image) => pictureOf(part, image)));
+  return parts.flatMap((part) => part.images.map((image) => imageOf(part, image)));
 }
 
 // ---- the form
 
 const form = new Form({
   onFound(settings) {
-    if (settings.prompt) note("This picture holds its settings", { act: () => useFound(settings), called: "Use them" });
+    if (settings.prompt) note("This image contains its settings", { act: () => useFound(settings), label: "Use them" });
   },
   onExample() {
     const undo = model.examples.includes(form.texts().prompt) ? {} : undoing();
-    if (undo.act) note("An example in place of your prompt", undo);
+    if (undo.act) note("Prompt replaced by an example", undo);
   },
 });
-/** For a note: brings back the words of the form, where `settings` are about to come in place of others. */
+/** The undo action of a note, if applying `settings` would replace a prompt that the user wrote. */
 function undoing(settings = {}) {
   const { prompt } = form.texts();
   return prompt.trim() && prompt !== settings.prompt ? { act: form.keep() } : {};
@@ -380,7 +380,7 @@ function useFound(settings) {
   if (undo.act) note("Settings restored", undo);
   byId("prompt").focus();
 }
-const viewer = new Viewer(allPictures, actions);
+const viewer = new Viewer(allImages, actions);
 const picked = new Picked({
   changed: actions.update,
   sides: (settings) => sides.open(settings, model),
@@ -396,7 +396,7 @@ const sides = new Sides(async (both) => {
   }
 });
 
-// A key that is held down is one press: else a queue is full of one drawing.
+// Ignore repeats of a key that is held down. They would fill the queue.
 document.addEventListener("keydown", (event) => {
   const newLine = event.target.matches("textarea") && !event.ctrlKey && !event.metaKey;
   if (event.key !== "Enter" || !event.repeat || newLine) return;
@@ -406,10 +406,10 @@ document.addEventListener("keydown", (event) => {
 byId("form").addEventListener("submit", async (event) => {
   event.preventDefault();
   if (!model) {
-    form.showError(null, "The service does not answer yet; your settings are kept");
+    form.showError(null, "The service is not responding yet. Your settings are kept.");
     return;
   }
-  if (!(await form.settled())) return; // why stands beside the image
+  if (!(await form.settled())) return; // the reason is shown next to the image
   const settings = form.read();
   if (settings) submit(settings, form.image, { fromForm: true });
 });
@@ -420,11 +420,11 @@ byId("compare").addEventListener("click", () => {
 });
 say(byId("draw-keys"), /Mac|iPhone|iPad/.test(navigator.platform) ? "⌘ ↵" : "Ctrl ↵");
 
-// ---- pictures from elsewhere
+// ---- dropped and pasted images
 
 const heldFile = (list) => [...(list ?? [])].find((file) => file.type.startsWith("image/")) ?? list?.[0];
 document.addEventListener("paste", (event) => {
-  // Office programs copy a picture of a text beside it.
+  // Office programs copy an image of the text along with the text.
   if (event.clipboardData?.types.includes("text/plain")) return;
   const file = heldFile(event.clipboardData?.files);
   if (file && !document.querySelector("dialog[open]")) {
@@ -445,7 +445,7 @@ document.addEventListener("dragleave", (event) => {
 document.addEventListener("drop", (event) => {
   document.body.classList.remove("dropping");
   if (!event.dataTransfer?.types.includes("Files")) return;
-  event.preventDefault(); // the browser would leave the page for the file
+  event.preventDefault(); // otherwise the browser opens the file instead of the page
   const file = heldFile(event.dataTransfer.files);
   if (file && !document.querySelector("dialog[open]")) form.choose(file);
 });
@@ -455,7 +455,7 @@ document.addEventListener("drop", (event) => {
 function takeLink() {
   const link = fromHash(location.hash, model);
   if (link === null) return;
-  // The link has been taken: a reload must not take it once more, over what was changed since.
+  // Apply the link only once: a reload must not overwrite later changes.
   window.history.replaceState(null, "", location.pathname + location.search);
   const { kind, strength, ...settings } = link.settings;
   const undo = Object.keys(settings).length ? undoing(settings) : {};
@@ -465,11 +465,11 @@ function takeLink() {
   }
   const refused = link.refused.map(wordOf).join(", ");
   const parts = [
-    Object.keys(settings).length ? "Settings restored from the link" : "The link holds no settings that can be used",
-    refused && `not usable here: ${refused}`,
-    (kind === "reconstruct" || strength !== undefined) && "the picture to begin with is not in a link, choose it again",
+    Object.keys(settings).length ? "Settings restored from the link." : "The link has no usable settings.",
+    refused && `Ignored: ${refused}.`,
+    (kind === "reconstruct" || strength !== undefined) && "Choose the image again: links do not contain it.",
   ];
-  note(parts.filter((part) => part).join("; "), undo);
+  note(parts.filter((part) => part).join(" "), undo);
 }
 window.addEventListener("hashchange", () => model && takeLink());
 
@@ -479,7 +479,7 @@ const THEMES = ["auto", "light", "dark"];
 const theme = () => document.documentElement.dataset.theme ?? "auto";
 function showTheme() {
   byId("theme").replaceChildren(icon("theme"), { auto: "Auto", light: "Light", dark: "Dark" }[theme()]);
-  byId("theme").setAttribute("aria-label", `Theme: ${theme()}; change it`);
+  byId("theme").setAttribute("aria-label", `Theme: ${theme()}. Change theme`);
 }
 byId("theme").addEventListener("click", () => {
   const next = THEMES[(THEMES.indexOf(theme()) + 1) % THEMES.length];
@@ -497,8 +497,8 @@ for (const { parts } of history.load()) {
 }
 arrange();
 
-/** What needs the model, once it is known. */
-function begin() {
+/** Runs once the model is known. */
+function start() {
   takeLink();
   for (const entry of entries) for (const part of entry.parts) if (!isOver(part) && part.id) track(entry, part);
 }

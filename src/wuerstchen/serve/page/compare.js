@@ -1,4 +1,4 @@
-// Two settings against each other: pictures that were picked, or two forms drawn with one seed.
+// Compares two selected images, or two settings with the same seed.
 
 import { byId, hide, icon, make, say, sayOrHide } from "./dom.js";
 import { brief, clean, inWords, newSeed } from "./settings.js";
@@ -13,16 +13,16 @@ const FIELDS = [
 ];
 const TEXTS = new Set(["prompt", "negative"]);
 
-/** Shows two pictures and a table of their settings; what differs is marked. */
+/** Shows two images and a table of their settings, with the differences marked. */
 export function showBeside([a, b]) {
-  const figure = (picture, letter) => {
-    const { settings } = picture;
-    const image = make("img", { src: picture.url, alt: `${letter}: ${brief(settings.prompt || "Reconstruction")}` });
-    image.style.setProperty("--natural", `${settings.width || 256}px`);
-    image.style.setProperty("--aspect", (settings.width || 1) / (settings.height || 1));
-    return make("figure", {}, image, make("figcaption", {}, make("b", { class: "letter" }, letter)));
+  const figure = (image, letter) => {
+    const { settings } = image;
+    const element = make("img", { src: image.url, alt: `${letter}: ${brief(settings.prompt || "Reconstruction")}` });
+    element.style.setProperty("--natural", `${settings.width || 256}px`);
+    element.style.setProperty("--aspect", (settings.width || 1) / (settings.height || 1));
+    return make("figure", {}, element, make("figcaption", {}, make("b", { class: "letter" }, letter)));
   };
-  byId("beside-pictures").replaceChildren(figure(a, "A"), figure(b, "B"));
+  byId("beside-images").replaceChildren(figure(a, "A"), figure(b, "B"));
   const [left, right] = [a, b].map(({ settings }) => new Map(inWords(settings).map(([name, label, value]) => [name, [label, value]])));
   const names = [...new Set([...left.keys(), ...right.keys()])].filter((name) => name !== "kind" && name !== "count");
   const rows = names.map((name) => {
@@ -39,7 +39,7 @@ export function showBeside([a, b]) {
   byId("beside").showModal();
 }
 
-/** The two forms. `draw([a, b])` gets both settings, with one seed. */
+/** The dialog for two settings. `draw([a, b])` gets both, with the same seed. */
 export class Sides {
   constructor(draw) {
     this.dialog = byId("sides");
@@ -106,7 +106,7 @@ export class Sides {
       if (refused.length || !settings.prompt || settings.seed === undefined) {
         const name = refused[0] ?? (settings.prompt ? "seed" : "prompt");
         const label = FIELDS.find(([each]) => each === name)?.[1] ?? name;
-        const text = name === "prompt" && !settings.prompt ? "is missing" : "is out of range or no number";
+        const text = name === "prompt" && !settings.prompt ? "is missing" : "is out of range or not a number";
         sayOrHide(byId("sides-error"), name === "seed" ? `The seed ${text}` : `${label} of ${letter} ${text}`);
         byId(name === "seed" ? "sides-seed" : `${letter}-${name}`)?.focus();
         return null;
@@ -117,45 +117,45 @@ export class Sides {
   }
 }
 
-/** Pictures picked for comparison: one goes on to the two forms, two stand beside each other. */
+/** Images selected for comparison. One can be tried with other settings, two can be shown side by side. */
 export class Picked {
-  pictures = [];
+  images = [];
 
   constructor({ changed, sides }) {
     this.changed = changed;
     byId("picked-go").addEventListener("click", () => {
-      const { pictures } = this;
-      this.clear(); // before a dialog opens, which gives the focus back to where it was
-      if (pictures.length === 2) showBeside(pictures);
-      else sides(pictures[0].settings);
+      const { images } = this;
+      this.clear(); // before the dialog opens, because closing it returns the focus
+      if (images.length === 2) showBeside(images);
+      else sides(images[0].settings);
     });
     byId("picked-clear").addEventListener("click", () => this.clear());
     byId("picked-go").append(icon("compare"), make("span", { id: "picked-go-words" }));
   }
 
-  has = (picture) => this.pictures.some(({ url }) => url === picture?.url);
+  has = (image) => this.images.some(({ url }) => url === image?.url);
 
-  toggle(picture) {
-    if (this.has(picture)) this.pictures = this.pictures.filter(({ url }) => url !== picture.url);
-    else this.pictures = [...this.pictures.slice(-1), picture];
+  toggle(image) {
+    if (this.has(image)) this.images = this.images.filter(({ url }) => url !== image.url);
+    else this.images = [...this.images.slice(-1), image];
     this.#show();
   }
 
   clear() {
-    this.pictures = [];
+    this.images = [];
     this.#show();
   }
 
   #show() {
-    const [one, two] = this.pictures;
+    const [one, two] = this.images;
     if (!one) hide(byId("picked"));
     else {
       byId("picked").hidden = false;
       const drawable = two || one.canDraw;
-      say(byId("picked-words"), two ? "Two pictures picked" : "One picture picked; pick another, or");
-      say(byId("picked-go-words"), two ? "Show side by side" : "Try other settings");
+      say(byId("picked-words"), two ? "2 images selected" : "1 image selected. Select another, or");
+      say(byId("picked-go-words"), two ? "Compare side by side" : "Try other settings");
       byId("picked-go").hidden = !drawable;
-      if (!drawable) say(byId("picked-words"), "One picture picked; pick another");
+      if (!drawable) say(byId("picked-words"), "1 image selected. Select another.");
     }
     this.changed();
   }

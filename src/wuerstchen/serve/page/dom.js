@@ -1,8 +1,8 @@
-// Small helpers for elements. Text gets in as text alone: nothing here reads HTML.
+// Small helpers for elements. Nothing here parses HTML.
 
 export const byId = (id) => document.getElementById(id);
 
-/** An element with properties ("onclick" is a listener, others attributes) and children; null ones are left out. */
+/** Creates an element with attributes, listeners (names such as "onclick") and children. Skips null ones. */
 export function make(tag, properties = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
@@ -14,20 +14,20 @@ export function make(tag, properties = {}, ...children) {
   return element;
 }
 
-/** Writes text where it is another one: a screen reader says again what is written again. */
+/** Sets the text if it differs: screen readers repeat a text that is set again. */
 export function say(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-/** Shows text in an element that is hidden without any. */
+/** Shows a text, or hides the element if there is none. */
 export function sayOrHide(element, text) {
   say(element, text ?? "");
   element.hidden = !text;
 }
 
-/** Hides an element; a focus inside goes to the pictures, not to the top of the page. */
+/** Hides an element. If it has the focus, moves the focus to the images, not to the top of the page. */
 export function hide(element) {
-  if (element.contains(document.activeElement)) byId("pictures").focus({ preventScroll: true });
+  if (element.contains(document.activeElement)) byId("images").focus({ preventScroll: true });
   element.hidden = true;
 }
 
@@ -38,7 +38,7 @@ const PATHS = {
   download: "M12 4v11M7 11l5 5 5-5M5 20h14",
   link: "M10 14a4 4 0 0 0 5.7 0l3-3a4 4 0 0 0-5.7-5.7l-1 1M14 10a4 4 0 0 0-5.7 0l-3 3a4 4 0 0 0 5.7 5.7l1-1",
   compare: "M4 5h6v14H4zM14 5h6v14h-6z",
-  picture: "M4 5h16v14H4zM4 16l5-5 4 4 3-3 4 4M15.5 9h.01",
+  image: "M4 5h16v14H4zM4 16l5-5 4 4 3-3 4 4M15.5 9h.01",
   theme: "M12 4a8 8 0 1 0 0 16zM12 4a8 8 0 0 1 0 16",
   dice: "M20 12a8 8 0 1 1-2.5-5.8M20 3v4.5h-4.5",
 };
@@ -57,7 +57,7 @@ export function iconButton(name, label, onclick) {
   return make("button", { type: "button", class: "icon", "aria-label": label, title: label, onclick }, icon(name));
 }
 
-/** Storage of the browser, or of the page's memory where people have switched it off. */
+/** A storage of the browser, or a replacement in memory if it is blocked. */
 function storage(name) {
   try {
     return window[name];
@@ -69,19 +69,19 @@ function storage(name) {
 export const session = storage("sessionStorage");
 export const local = storage("localStorage");
 
-/** Writes into a storage; one that is full, or takes nothing, is left as it is. */
+/** Writes to a storage. Does nothing if it is full or blocked. */
 export function keep(storage, key, value) {
   try {
     storage.setItem(key, value);
   } catch {
-    // the page works on: what is kept there only outlives a reload
+    // the page works without it; only a reload loses the value
   }
 }
 
 export const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
 let live;
-/** Tells a screen reader, once and when it is idle. */
+/** Lets screen readers read a text, once they are idle. */
 export function announce(text) {
   live ??= byId("live");
   live.textContent = text;

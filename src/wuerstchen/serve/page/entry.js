@@ -1,12 +1,12 @@
-// An entry of the session: one drawing, or two beside each other, from the first word of the service to pictures.
+// An entry of the session: one job, or two side by side, from its start to its images.
 
 import { announce, icon, iconButton, make, pause, say, sayOrHide } from "./dom.js";
 import { brief, inShort, shared } from "./settings.js";
 
 export const isOver = (part) => part.state === "done" || part.state === "failed" || part.state === "cancelled";
 
-/** A picture with settings that draw it alone. */
-export function pictureOf(part, image) {
+/** An image of a part, with settings that reproduce this image. */
+export function imageOf(part, image) {
   const { kind, prompt, seed, width, height } = part.settings;
   return {
     url: image.url,
@@ -34,19 +34,19 @@ const titleOf = (settings) =>
 
 const nameOf = (settings) => brief(titleOf(settings));
 
-/** What a running part waits for, in words. */
+/** The status of a running part, as text. */
 function words(part) {
   const { live } = part;
   if (live.cancelling) return "Cancelling…";
   if (live.lost) return "Connection lost, trying again…";
   if (part.state === "sending") return "Sending…";
-  if (part.state === "queued") return live.position > 0 ? `Waiting, place ${live.position} in the queue` : "Waiting for its turn";
+  if (part.state === "queued") return live.position > 0 ? `Waiting, position ${live.position} in the queue` : "Waiting in the queue";
   if (!live.stage) return "Starting…";
   return `${live.stage}, step ${live.step} of ${live.steps}`;
 }
 
 export class EntryView {
-  /** `actions`: use, again, link, remove, pick, isPicked, open, cancel, retry (see app.js). */
+  /** `actions`: see app.js. */
   constructor(entry, actions) {
     this.entry = entry;
     this.actions = actions;
@@ -66,7 +66,7 @@ export class EntryView {
   update() {
     const [first, second] = this.entry.parts;
     if (second) {
-      // What both have in common stands above them, what differs above each.
+      // Common settings are shown above both parts, the others above each part.
       const [both, ...own] = shared(first.settings, second.settings);
       say(this.heading, both.prompt ?? "Two prompts");
       say(this.meta, `Comparison · ${inShort(both)}`);
@@ -76,7 +76,7 @@ export class EntryView {
       say(this.meta, inShort(first.settings));
       this.parts[0].update();
     }
-    this.removing.classList.toggle("out", !this.entry.parts.every(isOver)); // its place stays: nothing jumps
+    this.removing.classList.toggle("out", !this.entry.parts.every(isOver)); // keeps its space, so that nothing moves
     this.element.dataset.state = this.entry.parts.find((part) => !isOver(part))?.state ?? this.entry.parts.at(-1).state;
   }
 }
@@ -103,27 +103,27 @@ class PartView {
       make("button", { type: "button", class: "plain", onclick: () => actions.use(part) }, "Use settings"),
       this.newSeed,
       make("button", { type: "button", class: "plain", onclick: () => actions.link(part.settings) }, "Copy link"));
-    this.pictures = make("div", { class: "pictures" });
+    this.images = make("div", { class: "images" });
     this.element = make("section", { class: "part", "aria-label": letter ? `${letter}: ${title}` : title },
       letter && make("h4", {}, make("b", { class: "letter" }, letter), this.own),
-      this.pictures, this.error, this.notice, make("footer", {}, this.running, this.doing));
+      this.images, this.error, this.notice, make("footer", {}, this.running, this.doing));
   }
 
-  /** `own`: of one of two parts, what differs from the other. */
+  /** `own`: for one of two parts, the settings that differ from the other one. */
   update(own = null) {
     const { part } = this;
     const { settings, live, images } = part;
     const over = isOver(part);
-    if (own) say(this.own, [own.prompt, own.negative && `without ${own.negative}`, inShort(own)].filter((text) => text).join(" · ") || "the same settings");
+    if (own) say(this.own, [own.prompt, own.negative && `negative: ${own.negative}`, inShort(own)].filter((text) => text).join(" · ") || "the same settings");
     const hadFocus = this.running.contains(document.activeElement);
     this.running.hidden = over;
     this.doing.hidden = !over;
     this.retry.hidden = (part.state === "done" && !part.live.gone) || !this.actions.canSend(part);
-    say(this.retry, part.state === "done" ? "Draw again" : "Try again");
+    say(this.retry, part.state === "done" ? "Generate again" : "Try again");
     if (this.newSeed) this.newSeed.hidden = settings.kind === "reconstruct" || !this.actions.canSend(part);
     if (over && hadFocus) [...this.doing.children].find((button) => !button.hidden)?.focus();
-    this.#showPictures(over);
-    const failed = part.error ?? (part.state === "cancelled" ? (images.length ? "Cancelled; these were done" : "Cancelled") : "");
+    this.#showImages(over);
+    const failed = part.error ?? (part.state === "cancelled" ? (images.length ? "Cancelled. These images were finished." : "Cancelled") : "");
     this.error.hidden = !failed;
     this.error.classList.toggle("calm", part.state === "cancelled");
     say(this.error, failed);
@@ -139,18 +139,18 @@ class PartView {
       // Not "disabled", which would lose the focus.
       this.cancel.setAttribute("aria-disabled", String(part.state === "sending" || Boolean(live.cancelling)));
       const stage = live.lost ? "lost" : (live.stage ?? part.state);
-      // A stage is told once; its steps are for the eye and for whoever asks the bar.
+      // Announce each stage once, not each step. The progress bar has the steps.
       if (stage !== this.#said) announce(`${live.stage ?? told}: ${nameOf(settings)}`);
     }
     this.#said = over ? part.state : live.lost ? "lost" : (live.stage ?? part.state);
   }
 
-  #showPictures(over) {
+  #showImages(over) {
     const { part } = this;
     const { settings, live } = part;
     const finished = new Map(part.images.map((image) => [image.index, image]));
     const count = Math.max(part.total, ...[...finished.keys()].map((index) => index + 1));
-    // Of what has ended only the pictures that came are shown.
+    // After the end of a job, show only finished images.
     const shown = Array.from({ length: count }, (_, index) => index).filter((index) => !over || finished.has(index));
     for (const [index, slot] of this.#slots) {
       if (!shown.includes(index)) {
@@ -160,35 +160,35 @@ class PartView {
     }
     const original = live.original && settings.kind === "reconstruct";
     if (original && !this.original && shown.length) {
-      const words = make("span", {}, "Given");
-      const given = make("img", { class: "final there", alt: "The picture that was given", src: live.original });
-      // The service cuts the middle square out of it, so that is what stands beside the result.
+      const words = make("span", {}, "Original");
+      const given = make("img", { class: "final there", alt: "The original image", src: live.original });
+      // The service crops it to the middle square. The page shows the same square.
       given.addEventListener("load", () => {
-        if (given.naturalWidth !== given.naturalHeight) say(words, "Given, cropped to the square that was read");
+        if (given.naturalWidth !== given.naturalHeight) say(words, "Original, cropped to a square");
       });
-      this.original = make("figure", { class: "picture given" },
+      this.original = make("figure", { class: "image given" },
         make("div", { class: "frame" }, given), make("figcaption", {}, words));
-      this.pictures.append(this.original);
+      this.images.append(this.original);
     }
     for (const index of shown) {
       let slot = this.#slots.get(index);
       if (!slot) {
         slot = new Slot(part, this.actions);
-        // Of one picture the seed stands above it, and what can be done with it beside what can be done with the entry.
+        // A single image has its seed in the header of the entry, and its buttons next to those of the entry.
         if (part.total === 1) {
           slot.caption.replaceChildren();
           this.doing.append(slot.tools);
         }
         this.#slots.set(index, slot);
-        this.pictures.append(slot.element);
+        this.images.append(slot.element);
       }
       slot.update(finished.get(index), live.previews?.get(index), settings);
     }
-    this.pictures.classList.toggle("many", this.pictures.childElementCount > 3);
-    this.pictures.classList.toggle("single", this.pictures.childElementCount === 1);
+    this.images.classList.toggle("many", this.images.childElementCount > 3);
+    this.images.classList.toggle("single", this.images.childElementCount === 1);
     const size = part.images[0] ?? settings;
-    this.pictures.style.setProperty("--aspect", (size.width || 1) / (size.height || 1));
-    this.pictures.style.setProperty("--natural", `${size.width || 256}px`);
+    this.images.style.setProperty("--aspect", (size.width || 1) / (size.height || 1));
+    this.images.style.setProperty("--natural", `${size.width || 256}px`);
   }
 }
 
@@ -197,30 +197,30 @@ class Slot {
     this.part = part;
     this.actions = actions;
     this.tries = 0;
-    this.button = make("button", { type: "button", class: "frame", disabled: true, "aria-label": "Being drawn", onclick: () => actions.open(this.picture) });
+    this.button = make("button", { type: "button", class: "frame", disabled: true, "aria-label": "Generating", onclick: () => actions.open(this.image) });
     this.seed = make("span", { class: "quiet" }, "\u00a0");
     this.tools = make("span", { class: "tools" });
     this.caption = make("figcaption", {}, this.seed, this.tools);
-    this.element = make("figure", { class: "picture" }, this.button, this.caption);
+    this.element = make("figure", { class: "image" }, this.button, this.caption);
   }
 
   update(image, preview, settings) {
-    if (image && this.picture?.url !== image.url) this.#finish(image, settings);
+    if (image && this.image?.url !== image.url) this.#finish(image, settings);
     else if (!image && preview && preview !== this.shown) {
       this.shown = preview;
       this.preview ??= this.button.appendChild(make("img", { class: "preview", alt: "" }));
       this.preview.src = preview;
     }
     if (this.picking) {
-      const picked = this.actions.isPicked(this.picture);
+      const picked = this.actions.isPicked(this.image);
       this.picking.setAttribute("aria-pressed", String(picked));
       this.element.classList.toggle("picked", picked);
     }
   }
 
   #finish(image) {
-    this.picture = pictureOf(this.part, image);
-    const { settings } = this.picture;
+    this.image = imageOf(this.part, image);
+    const { settings } = this.image;
     const title = nameOf(settings);
     this.final = make("img", { class: "final", alt: settings.seed === undefined ? title : `${title}, seed ${settings.seed}` });
     this.final.addEventListener("load", () => {
@@ -232,25 +232,25 @@ class Slot {
     this.final.addEventListener("error", () => this.#missing());
     this.final.src = image.url;
     this.button.append(this.final);
-    const download = make("a", { class: "icon", href: image.url, download: fileName(this.picture), "aria-label": `Download ${title}, seed ${settings.seed}`, title: "Download; the file holds the settings" }, icon("download"));
-    this.picking = iconButton("compare", "Compare with another", () => this.actions.pick(this.picture));
+    const download = make("a", { class: "icon", href: image.url, download: fileName(this.image), "aria-label": `Download ${title}, seed ${settings.seed}`, title: "Download (the file contains the settings)" }, icon("download"));
+    this.picking = iconButton("compare", "Select to compare", () => this.actions.pick(this.image));
     this.picking.setAttribute("aria-pressed", "false");
     say(this.seed, settings.seed === undefined ? "" : `seed ${settings.seed}`);
     this.tools.replaceChildren(download, this.picking);
   }
 
-  /** Gone for good, or nobody there to ask: the first is said, the second tried again. */
+  /** The image did not load. Shows that it has expired, or tries again if the service is not responding. */
   async #missing() {
     this.button.disabled = true;
-    this.button.setAttribute("aria-label", "Picture not there");
-    const again = () => (this.final.src = `${this.picture.url}#${(this.tries += 1)}`);
+    this.button.setAttribute("aria-label", "Image not available");
+    const again = () => (this.final.src = `${this.image.url}#${(this.tries += 1)}`);
     let status = null;
     try {
-      const response = await fetch(this.picture.url, { cache: "no-store" });
+      const response = await fetch(this.image.url, { cache: "no-store" });
       ({ status } = response);
       await response.body?.cancel();
     } catch {
-      // nobody answers
+      // no answer
     }
     if (status === 200 && this.tries === 0) {
       again();
@@ -265,8 +265,8 @@ class Slot {
     this.element.classList.add("gone");
     this.preview?.remove();
     this.final.remove();
-    this.button.replaceChildren(make("span", {}, "No longer there: images are kept for ",
-      make("span", { class: "kept-for" }, this.actions.kept()), ". The same settings and seed draw it again."));
+    this.button.replaceChildren(make("span", {}, "No longer available: images are kept for ",
+      make("span", { class: "kept-for" }, this.actions.kept()), ". Use the same settings and seed to generate it again."));
     this.tools.replaceChildren();
     this.actions.update();
   }

@@ -1,7 +1,7 @@
-// The form: settings in and out, a picture to begin with, and errors beside what caused them.
+// The form: reads and writes settings, holds the init image, and shows errors next to their fields.
 
 import { byId, icon, keep, make, sayOrHide, session } from "./dom.js";
-import { readPicture, settingsInPng } from "./image.js";
+import { readImage, settingsInPng } from "./image.js";
 import { clean, newSeed, relevant } from "./settings.js";
 
 const DRAFT = "wuerstchen.draft";
@@ -14,18 +14,18 @@ const PLACES = new Set(Object.values(PLACE));
 const IN_MORE = new Set(["guidance", "prior_steps", "prior_sampler", "decoder_steps"]);
 const EXAMPLES = 3;
 const MODES = {
-  variation: "Stage C begins with this picture and follows the prompt from there.",
-  reconstruct: "To the small map and back: what is left of it is what the model works with.",
+  variation: "Generation starts from this image and follows the prompt.",
+  reconstruct: "Encodes the image into the model’s semantic latents and decodes it again.",
 };
 
 export class Form {
   model = null;
   image = null;
   #example = 0;
-  #choices = 0; // counts what was chosen or removed: a file that is read slowly must not take the place of a later one
+  #choices = 0; // number of the last choice: a file that is read slowly must not replace a later one
   #choosing = null;
 
-  /** `onFound(settings)`: a picture holds settings; `onExample()`: an example comes in place of the prompt. */
+  /** `onFound(settings)`: a chosen image contains settings. `onExample()`: an example is about to replace the prompt. */
   constructor({ onFound, onExample }) {
     this.onFound = onFound;
     this.onExample = onExample;
@@ -72,7 +72,7 @@ export class Form {
     const seen = new Map(sizes.map(([width, height]) => [`${width}x${height}`, `${width} × ${height}`]));
     byId("size").replaceChildren(
       ...[...seen].map(([value, text]) => make("option", { value }, text)),
-      make("option", { value: "custom" }, "Other…"),
+      make("option", { value: "custom" }, "Custom…"),
     );
     for (const [name, [low, high]] of Object.entries({
       count: [1, limits.count],
@@ -91,7 +91,7 @@ export class Form {
       make("option", { value: "" }, defaults.prior_sampler ? `${defaults.prior_sampler} (default)` : "default"),
       ...samplers.filter((name) => name !== defaults.prior_sampler).map((name) => make("option", { value: name }, name)),
     );
-    // A service that has been away takes no choice with it.
+    // Keep the user's choices when the service comes back.
     for (const [field, value] of chosen) {
       if ([...field.options].some((option) => option.value === value)) field.value = value;
     }
@@ -125,8 +125,8 @@ export class Form {
   }
 
   /**
-   * Takes a file of the user's in the place of any before; one that wuerstchen saved offers its settings too. Where
-   * it cannot be used, that is said, and the one before is used no more. Resolves to whether it is used.
+   * Replaces the chosen image by a file. Offers its settings if wuerstchen saved it. If the file cannot be used, shows
+   * the reason and removes the previous image. Resolves to whether the file is used.
    */
   async choose(file, offers = true) {
     this.#choices += 1;
@@ -142,15 +142,15 @@ export class Form {
     let found = null;
     let problem = "";
     try {
-      if (!this.model) throw new Error("The service does not answer yet; choose the picture again once it does");
+      if (!this.model) throw new Error("The service is not responding yet. Choose the image again later");
       const { can } = this.model;
-      if (!can.reconstruct && !can.variation) throw new Error(`${file.name} cannot be used: this service takes no pictures`);
-      image = await readPicture(file, this.model);
+      if (!can.reconstruct && !can.variation) throw new Error(`${file.name} cannot be used: this service does not accept images`);
+      image = await readImage(file, this.model);
       if (offers) found = await settingsInPng(file);
     } catch (error) {
       problem = error.message;
     }
-    if (choice !== this.#choices) return true; // another one was chosen meanwhile, or this one removed
+    if (choice !== this.#choices) return true; // meanwhile another file was chosen, or this one removed
     const before = this.image !== null;
     this.setImage(problem ? null : image);
     if (problem) this.showError("image", before ? `${problem}. The image chosen before was removed.` : problem);
@@ -158,7 +158,7 @@ export class Form {
     return !problem;
   }
 
-  /** Waits for a file that is still being read. Resolves to false where it turns out that it cannot be used. */
+  /** Waits for a file that is still being read. Resolves to false if it cannot be used. */
   async settled() {
     let usable = true;
     while (this.#choosing) {
@@ -175,14 +175,14 @@ export class Form {
       const { can } = this.model;
       const wanted = mode ?? (this.fields.mode.value || "variation");
       this.fields.mode.value = can[wanted] ? wanted : can.variation ? "variation" : "reconstruct";
-      byId("chosen-picture").src = image;
+      byId("chosen-image").src = image;
     } else {
-      byId("chosen-picture").removeAttribute("src");
+      byId("chosen-image").removeAttribute("src");
     }
     this.clearError("image");
     const chosen = document.activeElement === byId("file");
     this.#arrange();
-    if (image && chosen) [...this.fields.mode].find(({ checked }) => checked).focus(); // the file's field is hidden now
+    if (image && chosen) [...this.fields.mode].find(({ checked }) => checked).focus(); // the file field is hidden now
   }
 
   #arrange() {
@@ -195,7 +195,7 @@ export class Form {
     sayOrHide(byId("image-note"), this.image ? this.model?.image_note : "");
     byId("custom").hidden = byId("size").value !== "custom";
     byId("strength-value").textContent = Number(this.fields.strength.value).toFixed(2);
-    byId("draw-words").textContent = { variation: "Draw a variation", reconstruct: "Reconstruct" }[mode] ?? "Draw";
+    byId("draw-words").textContent = { variation: "Generate variation", reconstruct: "Reconstruct" }[mode] ?? "Generate";
   }
 
   #changed() {
@@ -212,7 +212,7 @@ export class Form {
       return;
     }
     if (typeof draft !== "object" || draft === null) return;
-    const written = this.fields.prompt.value; // typed while the model was asked for
+    const written = this.fields.prompt.value; // typed while the model was loading
     this.write({ ...clean(draft, this.model).settings, ...(written ? { prompt: written } : {}) }, draft.keep === true);
   }
 
@@ -245,20 +245,20 @@ export class Form {
     return { settings, broken };
   }
 
-  /** The settings, or null where they cannot be sent; what is wrong then stands beside its field. */
+  /** The settings, or null if some are invalid. Then shows the errors next to their fields. */
   read() {
     this.clearErrors();
     const { settings, broken } = this.#raw();
     const { mode } = this.form.dataset;
-    const seen = broken.filter((name) => name in relevant(settings)); // not those of fields that are hidden now
-    for (const name of seen) this.showError(name, "This is no number; use digits alone");
+    const seen = broken.filter((name) => name in relevant(settings)); // ignore hidden fields
+    for (const name of seen) this.showError(name, "Not a number. Use digits only.");
     if (seen.length) return null;
     if (mode === "generate" && !settings.prompt.trim()) {
-      this.showError("prompt", "There is no prompt yet; say what to draw, or take an example");
+      this.showError("prompt", "Enter a prompt, or choose an example.");
       return null;
     }
     if (settings.kind === "generate" && (settings.width === null || settings.height === null)) {
-      this.showError("size", "Another size needs a width and a height");
+      this.showError("size", "A custom size needs a width and a height.");
       return null;
     }
     if (this.fields.seeds.value === "new") settings.seed = null;
@@ -266,7 +266,7 @@ export class Form {
     return relevant(settings);
   }
 
-  /** Puts settings into the form; those not named go back to the model's own. */
+  /** Writes settings to the form. Missing ones are reset to the model's defaults. */
   write(settings, keep = settings.seed !== undefined) {
     const { fields } = this;
     const size = this.model.size.default;
@@ -282,7 +282,7 @@ export class Form {
     fields.seeds.value = keep ? "keep" : "new";
     const { defaults } = this.model;
     for (const name of ["guidance", "prior_steps", "prior_sampler", "decoder_steps"]) {
-      // What is the model's own anyway stays empty.
+      // Leave the model's defaults empty.
       fields[name].value = settings[name] === undefined || settings[name] === defaults[name] ? "" : settings[name];
     }
     if (settings.strength !== undefined) fields.strength.value = settings.strength;
@@ -291,7 +291,7 @@ export class Form {
     this.#changed();
   }
 
-  /** What brings the form back as it is now. */
+  /** A function that restores the current state of the form. */
   keep() {
     const { image } = this;
     const { mode } = this.form.dataset;
@@ -305,7 +305,7 @@ export class Form {
 
   texts = () => ({ prompt: this.fields.prompt.value, negative: this.fields.negative.value });
 
-  /** Before the service draws a new seed: the last one belongs to another drawing. Gives what brings it back. */
+  /** Clears the seed of the last job while the service chooses a new one. Returns a function that restores it. */
   hideSeed() {
     const { seed, seeds } = this.fields;
     if (seeds.value !== "new") return () => {};
@@ -315,15 +315,15 @@ export class Form {
     return () => this.showSeed(last);
   }
 
-  /** The seed that the service drew. */
+  /** Shows the seed that the service chose. */
   showSeed(value) {
     const { seed, seeds } = this.fields;
-    if (seeds.value !== "new" && seed.value !== "") return; // the user has chosen one meanwhile
+    if (seeds.value !== "new" && seed.value !== "") return; // the user has entered one meanwhile
     seed.value = value;
     this.#changed();
   }
 
-  /** Shows an error beside the field that the service named, or above the button where it named none. */
+  /** Shows an error next to the field `param`, or above the button if there is no such field. */
   showError(param, message) {
     const found = String(param ?? "").split(/[.[\]]+/).find((part) => Object.hasOwn(PLACE, part));
     const name = PLACE[found] ?? "form";
@@ -331,7 +331,7 @@ export class Form {
     sayOrHide(byId(`${name}-error`), message);
     const field = name === "image" ? byId("file") : name === "form" ? null : this.fields[name];
     field?.setAttribute("aria-invalid", "true");
-    // A message far from the button must be seen; where the field is hidden, the form's own place is.
+    // Make sure that the message is visible. If the field is hidden, show it above the button.
     if (!field || field.offsetParent === null) {
       if (name !== "form" && name !== "image") sayOrHide(byId("form-error"), message);
       byId(name === "image" ? "image-error" : "form-error").scrollIntoView({ block: "nearest" });

@@ -1,15 +1,15 @@
-// The session's entries in sessionStorage: settings and addresses of pictures, never the pictures themselves.
+// Stores the entries of the session in sessionStorage: settings and image URLs, never the images themselves.
 
-import { pictureAddress } from "./api.js";
+import { imageUrl } from "./api.js";
 import { session } from "./dom.js";
 import { clean, relevant } from "./settings.js";
 
 const KEY = "wuerstchen.history";
-const KEPT = 100; // entries
-const MOST = 1000; // pictures of an entry
+const MAX_ENTRIES = 100;
+const MAX_IMAGES = 1000; // of an entry
 const STATES = new Set(["queued", "running", "done", "failed", "cancelled"]);
 
-/** Entries as they were stored, newest first; what is not of their form is left out. */
+/** The stored entries, newest first. Invalid ones are skipped. */
 export function load() {
   let stored;
   try {
@@ -29,7 +29,7 @@ function entry(raw) {
 
 function part(raw) {
   if (typeof raw?.settings !== "object" || typeof raw.id !== "string" || !STATES.has(raw.state)) return null;
-  const images = (Array.isArray(raw.images) ? raw.images : []).map(picture).filter((each) => each !== null);
+  const images = (Array.isArray(raw.images) ? raw.images : []).map(parseImage).filter((each) => each !== null);
   return {
     id: raw.id,
     state: raw.state,
@@ -43,22 +43,22 @@ function part(raw) {
 
 export const texts = (raw) => (Array.isArray(raw) ? raw.filter((each) => typeof each === "string").slice(0, 10) : []);
 
-/** How many pictures there will be, or undefined where that is no number to make room for. */
-export const total = (raw) => (Number.isInteger(raw) && raw > 0 && raw <= MOST ? raw : undefined);
+/** The number of images to expect, or undefined if it is not a reasonable number. */
+export const total = (raw) => (Number.isInteger(raw) && raw > 0 && raw <= MAX_IMAGES ? raw : undefined);
 
-/** A picture as the service tells of it, or null of what is none. */
-export function picture(raw) {
-  const url = pictureAddress(raw?.url);
-  if (url === null || !Number.isInteger(raw.index) || raw.index < 0 || raw.index >= MOST) return null;
+/** Validates an image object of the service. Returns null if it is invalid. */
+export function parseImage(raw) {
+  const url = imageUrl(raw?.url);
+  if (url === null || !Number.isInteger(raw.index) || raw.index < 0 || raw.index >= MAX_IMAGES) return null;
   const { settings } = clean({ width: raw.width, height: raw.height, seed: raw.seed, prompt: raw.prompt }, null);
   return { index: raw.index, url, ...settings };
 }
 
-/** Writes as many of the newest entries as there is room for. */
+/** Stores as many of the newest entries as there is space for. */
 export function save(entries) {
   let kept = entries
     .filter(({ parts }) => parts.every(({ id }) => id))
-    .slice(0, KEPT)
+    .slice(0, MAX_ENTRIES)
     .map(({ parts }) => ({
       parts: parts.map(({ id, state, settings, total, error, notices, images }) => ({ id, state, settings, total, error, notices, images })),
     }));
@@ -67,7 +67,7 @@ export function save(entries) {
       session.setItem(KEY, JSON.stringify(kept));
       return;
     } catch {
-      if (kept.length === 0) return; // no storage at all: the page works on without
+      if (kept.length === 0) return; // there is no storage; the page works without it
       kept = kept.slice(0, Math.floor(kept.length / 2));
     }
   }

@@ -1,20 +1,20 @@
-// A picture of the user's, read for sending.
+// Reads an image file of the user.
 
-const CHUNKS = 100; // of a PNG that are looked at
-const LONGEST = 1 << 20; // bytes of a text
+const MAX_CHUNKS = 100; // chunks of a PNG to search
+const MAX_TEXT = 1 << 20; // bytes of a text chunk
 const SENT_AS_IT_IS = new Set(["image/png", "image/jpeg", "image/webp"]);
 
-/** A data URL of `file`: as it is where the service can read it, else drawn anew and smaller. Raises `Error` in words. */
-export async function readPicture(file, { limits, size }) {
-  if (!file.type.startsWith("image/")) throw new Error(`${file.name} is no picture; choose a PNG, JPEG or WebP file`);
+/** A data URL of `file`: unchanged if the service can read it, else converted and shrunk. Raises `Error` with a message for users. */
+export async function readImage(file, { limits, size }) {
+  if (!file.type.startsWith("image/")) throw new Error(`${file.name} is not an image. Choose a PNG, JPEG or WebP file`);
   let bitmap;
   try {
     bitmap = await createImageBitmap(file);
   } catch {
-    throw new Error(`${file.name} cannot be read as a picture; choose a PNG, JPEG or WebP file`);
+    throw new Error(`${file.name} cannot be read as an image. Choose a PNG, JPEG or WebP file`);
   }
   const longer = Math.max(bitmap.width, bitmap.height);
-  // Far more pixels than can be drawn are of no use, and the service bounds them.
+  // More pixels than the model can generate are of no use, and the service limits them.
   if (SENT_AS_IT_IS.has(file.type) && file.size <= limits.upload_bytes && longer <= 2 * size.max_side) {
     bitmap.close();
     return toDataUrl(file);
@@ -24,13 +24,13 @@ export async function readPicture(file, { limits, size }) {
   canvas.width = Math.max(1, Math.round(bitmap.width * shrunk));
   canvas.height = Math.max(1, Math.round(bitmap.height * shrunk));
   const context = canvas.getContext("2d");
-  context.fillStyle = "white"; // below what is transparent, as in the service
+  context.fillStyle = "white"; // background of transparent images, as in the service
   context.fillRect(0, 0, canvas.width, canvas.height);
   context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
   bitmap.close();
   const blob = await new Promise((resolve) => canvas.toBlob(resolve, "image/jpeg", 0.95));
   if (!blob || blob.size > limits.upload_bytes) {
-    throw new Error(`${file.name} is larger than the service takes (${megabytes(limits.upload_bytes)}); choose a smaller picture`);
+    throw new Error(`${file.name} is larger than the service accepts (${megabytes(limits.upload_bytes)}). Choose a smaller image`);
   }
   return toDataUrl(blob);
 }
@@ -41,23 +41,23 @@ function toDataUrl(blob) {
   return new Promise((resolve, reject) => {
     const reader = new FileReader();
     reader.addEventListener("load", () => resolve(reader.result));
-    reader.addEventListener("error", () => reject(new Error("The file could not be read; choose it again")));
+    reader.addEventListener("error", () => reject(new Error("The file could not be read. Choose it again")));
     reader.readAsDataURL(blob);
   });
 }
 
-/** The settings in a PNG that wuerstchen saved, or null. They lie in a text chunk named "wuerstchen". */
+/** The settings in a PNG that wuerstchen saved, or null. They are in a text chunk named "wuerstchen". */
 export async function settingsInPng(file) {
   const read = async (at, length) => new DataView(await file.slice(at, at + length).arrayBuffer());
   const start = await read(0, 8);
   if (start.byteLength < 8 || start.getUint32(0) !== 0x89504e47) return null;
-  for (let at = 8, seen = 0; seen < CHUNKS; seen += 1) {
+  for (let at = 8, seen = 0; seen < MAX_CHUNKS; seen += 1) {
     const head = await read(at, 8);
     if (head.byteLength < 8) return null;
     const length = head.getUint32(0);
     const kind = latin(head).slice(4);
     if (kind === "IDAT") return null;
-    if (kind === "tEXt" && length <= LONGEST) {
+    if (kind === "tEXt" && length <= MAX_TEXT) {
       const chunk = latin(await read(at + 8, length));
       if (chunk.startsWith("wuerstchen\0")) return parsed(chunk.slice("wuerstchen\0".length));
     }

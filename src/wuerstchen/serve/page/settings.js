@@ -1,24 +1,23 @@
-// Settings of a drawing: what may be in them, in links, and in words. Links and stored entries are read as if
-// somebody hostile had written them.
+// Settings of a job: validation, links, and texts for users. Links and stored entries are untrusted input.
 
 export const MAX_SEED = 2 ** 32 - 1;
-const CONTROLS = /[\u0000-\u0009\u000b-\u001f\u007f]/g; // all but a line's end
+const CONTROLS = /[\u0000-\u0009\u000b-\u001f\u007f]/g; // all except line breaks
 const ANY = {
   size: { min: 1, max_side: 16384, multiple: 1, max_pixels: 2 ** 28 },
   limits: { count: 1000, prompt_chars: 10000, steps: 1000 },
-  samplers: { includes: (value) => typeof value === "string" && /^[a-z0-9_]{1,40}$/.test(value) }, // the model has them
+  samplers: { includes: (value) => typeof value === "string" && /^[a-z0-9_]{1,40}$/.test(value) }, // checked by the service
 };
 
-/** In the order in which people read them. */
+/** Names of settings, in display order. */
 export const NAMES = [
   "kind", "prompt", "negative", "width", "height", "seed", "count", "guidance", "prior_sampler", "prior_steps",
   "decoder_steps", "strength",
 ];
 
-// A reconstruction reads nothing else.
+// A reconstruction uses only these.
 const OF_RECONSTRUCTION = new Set(["kind", "width", "height", "seed", "decoder_steps"]);
 
-/** Settings without those that their kind of drawing does not read. */
+/** Removes the settings that their kind of job does not use. */
 export function relevant(settings) {
   if (settings.kind !== "reconstruct") return settings;
   return Object.fromEntries(Object.entries(settings).filter(([name]) => OF_RECONSTRUCTION.has(name)));
@@ -45,7 +44,7 @@ function side(value, size) {
   return number !== undefined && number % size.multiple === 0 ? number : undefined;
 }
 
-/** What of `raw` can be used with the model, and the names of what cannot. Names that are none are left out. */
+/** Splits `raw` into the settings that are valid for the model and the names of invalid ones. Ignores unknown names. */
 export function clean(raw, model) {
   const { size, limits, samplers } = model ?? ANY;
   const checks = {
@@ -78,7 +77,7 @@ export function clean(raw, model) {
   return { settings, refused };
 }
 
-/** The link's settings and what of them cannot be used, or null where the hash holds none. */
+/** The settings in a link and the names of invalid ones, or null if the hash has no settings. */
 export function fromHash(hash, model) {
   if (!hash.includes("=")) return null;
   if (hash.length > 100_000) return { settings: {}, refused: ["its length"] };
@@ -102,7 +101,7 @@ export function toBody(settings, image) {
   return image ? { ...body, image, strength } : body;
 }
 
-/** Settings as the service resolved them, over those that were asked for. */
+/** The requested settings, updated with the ones that the service chose. */
 export function resolved(asked, told) {
   if (typeof told !== "object" || told === null) return asked;
   const prompt = Array.isArray(told.prompts) && told.prompts.length ? told.prompts[0] : asked.prompt;
@@ -110,26 +109,26 @@ export function resolved(asked, told) {
   return relevant({ ...asked, ...clean({ ...told, prompt }, null).settings, kind, ...(strength === undefined ? {} : { strength }) });
 }
 
-// The service's names of settings, as they begin its messages, and what people read in their place.
+// Names of settings as they appear at the start of the service's messages, and their labels on the page.
 const IN_MESSAGES = {
   kind: "Kind", prompt: "Prompt", prompts: "Prompt", negative: "Negative prompt", size: "Size", width: "Width", height: "Height",
-  seed: "Seed", count: "Number of pictures", guidance: "Guidance", prior_sampler: "Sampler", prior_steps: "Stage C steps",
+  seed: "Seed", count: "Number of images", guidance: "Guidance", prior_sampler: "Sampler", prior_steps: "Stage C steps",
   decoder_steps: "Stage B steps", strength: "Strength", image: "Image",
 };
 
-/** A setting's name in a sentence. */
+/** The name of a setting inside a sentence. */
 export const wordOf = (name) => (IN_MESSAGES[name] ?? name).replace(/^[A-Z](?!tage)/, (letter) => letter.toLowerCase());
 
-/** A message of the service without the names and advice that are for programs. */
+/** A message of the service, with labels of the page and without hints for programs. */
 export function inPlainWords(message) {
   return message
     .replace(/^([a-z_]+)(\.\d+)?(?= )/, (whole, name) => (Object.hasOwn(IN_MESSAGES, name) ? IN_MESSAGES[name] : whole))
     .replace(/\b(prior_steps|prior_sampler|decoder_steps)\b/g, (name) => wordOf(name))
-    .replace(/ is wrong: Input should/, " is wrong: it should")
-    .replace(/; see \/openapi\.json$/, "");
+    .replace(/ is invalid: Input should/, " is invalid: it should")
+    .replace(/ See \/openapi\.json\.$/, "");
 }
 
-/** A length of time, as in "1 hour". */
+/** A duration as text, such as "1 hour". */
 export function duration(seconds) {
   const [count, unit] = seconds >= 3600 && (seconds % 3600 === 0 || seconds > 10_800)
     ? [Math.round(seconds / 3600), "hour"]
@@ -138,11 +137,11 @@ export function duration(seconds) {
 }
 
 const LABELS = {
-  kind: "Kind", prompt: "Prompt", negative: "Negative", size: "Size", seed: "Seed", count: "Pictures", guidance: "Guidance",
+  kind: "Kind", prompt: "Prompt", negative: "Negative", size: "Size", seed: "Seed", count: "Images", guidance: "Guidance",
   prior_sampler: "Sampler", prior_steps: "Stage C steps", decoder_steps: "Stage B steps", strength: "Strength",
 };
 
-/** Label and value of each setting that has one. */
+/** Name, label and value of each setting that has a value. */
 export function inWords(settings) {
   const size = settings.width ? `${settings.width} × ${settings.height}` : undefined;
   return Object.entries({ ...settings, size })
@@ -152,20 +151,20 @@ export function inWords(settings) {
     .sort(([a], [b]) => Object.keys(LABELS).indexOf(a) - Object.keys(LABELS).indexOf(b));
 }
 
-/** The settings that two have in common, and what is left of each. */
+/** The common settings of two, and the remaining ones of each. */
 export function shared(a, b) {
   const names = NAMES.filter((name) => a[name] === b[name]);
   const without = (settings) => Object.fromEntries(Object.entries(settings).filter(([name]) => !names.includes(name)));
   return [Object.fromEntries(names.map((name) => [name, a[name]])), without(a), without(b)];
 }
 
-/** A text as a name, which a screen reader says at every turn. */
+/** A short version of a text, for labels that screen readers read often. */
 export function brief(text) {
   const letters = [...text];
   return letters.length > 60 ? `${letters.slice(0, 60).join("")}…` : text;
 }
 
-/** One line below a prompt. */
+/** The settings in one line. */
 export function inShort(settings) {
   const steps = [settings.prior_steps, settings.decoder_steps].filter((value) => value).join(" + ");
   return [

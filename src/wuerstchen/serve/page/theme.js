@@ -1,7 +1,7 @@
-// Before the first paint, so that a chosen theme does not flash.
+// Runs before the first paint, so that the page does not flash in another theme.
 try {
   const chosen = localStorage.getItem("wuerstchen.theme");
   if (chosen === "light" || chosen === "dark") document.documentElement.dataset.theme = chosen;
 } catch {
-  // storage is switched off: the system's theme
+  // storage is blocked: use the system's theme
 }
