@@ -41,7 +41,7 @@ def size_of(path: str | Path) -> tuple[int, int]:
         return image.size
 
 
-def test_generate_writes_a_picture_with_its_settings(run, tmp_path, model_folder):
+def test_generate_writes_an_image_with_its_settings(run, tmp_path, model_folder):
     code, out, _ = run(
         "generate", "a Purple  camel, ümlaut", "--seed", "7", "--guidance", "2", "--prior-steps", "4"
     )
@@ -66,7 +66,7 @@ def test_generate_writes_a_picture_with_its_settings(run, tmp_path, model_folder
 
 
 def test_the_sampler_is_a_choice(run):
-    """The second-order one draws another picture, and draws no noise but the first."""
+    """The second-order one draws another image, and draws no noise but the first."""
     pictures = {}
     for sampler in ("ddpm", "dpm"):
         code, out, errors = run("generate", "a cat", "--prior-sampler", sampler, "--out", f"{sampler}.png")
@@ -76,7 +76,7 @@ def test_the_sampler_is_a_choice(run):
     assert pictures["ddpm"] != pictures["dpm"]
 
 
-def test_pictures_are_numbered_by_seed_and_nothing_is_overwritten(run, tmp_path):
+def test_images_are_numbered_by_seed_and_nothing_is_overwritten(run, tmp_path):
     _, out, _ = run("generate", "a cat", "a dog", "--count", "2", "--out", "deep/er")
     names = [Path(line).name for line in out.split()]
     assert names == ["a-cat-0.png", "a-cat-1.png", "a-dog-2.png", "a-dog-3.png"]
@@ -384,7 +384,7 @@ def test_the_image_that_is_read_is_never_replaced(run, tmp_path, command):
     assert (tmp_path / "photo.png").read_bytes() == before
 
 
-def test_a_picture_without_a_prompt_is_varied(run, tmp_path):
+def test_an_image_without_a_prompt_is_varied(run, tmp_path):
     Image.effect_noise((200, 150), 60).convert("RGB").save(tmp_path / "My photo.png")
     code, out, _ = run("generate", "--init", "My photo.png", "--strength", "0.3", "--size", "136x128")
     assert code == 0
@@ -523,7 +523,7 @@ def test_what_the_system_refuses_is_one_line(run, model_folder, monkeypatch):
 
 
 def test_the_doctor_sees_a_model_that_overflows(run, model_folder, monkeypatch):
-    """A picture of one colour is a failure, whatever else went well."""
+    """An image of one colour is a failure, whatever else went well."""
     monkeypatch.setattr(Wuerstchen, "generate", lambda *_, **__: [Image.new("RGB", (64, 64), "grey")])
     code, _, err = run("doctor", "--model", model_folder)
     assert code == 2

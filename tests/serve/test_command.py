@@ -40,7 +40,7 @@ def command(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_finishes_what_is_drawn(command, number):
-    """A picture cut off, a worker left behind, a traceback, an exit code that restarts the service."""
+    """An image cut off, a worker left behind, a traceback, an exit code that restarts the service."""
     process, url = command()
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+", url)
     with httpx.Client(base_url=url, trust_env=False, timeout=60) as client:

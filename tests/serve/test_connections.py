@@ -165,7 +165,7 @@ def test_who_never_reads_is_cut_off(serve, monkeypatch):
 
 
 def test_a_slow_reader_is_given_time():
-    """Cut off after 30 s however much it has taken: who has a slow line never gets a picture."""
+    """Cut off after 30 s however much it has taken: who has a slow line never gets an image."""
     connection = Connection.__new__(Connection)
     connection._unsent = None
     unsent = 0

@@ -27,21 +27,21 @@ def test_who_shares_a_batch_with_a_cancelled_job_is_served(serve):
 
 
 def test_what_waits_together_is_drawn_together(serve):
-    """One at a time, which costs most of the throughput; or pictures of two sizes in a batch."""
+    """One at a time, which costs most of the throughput; or images of two sizes in a batch."""
     running = serve(max_batch=4)
     running.draw(prompts=["slowly"], prior_steps=3, seed=0)
     jobs = [running.draw(seed=k, width=64 + 64 * (k % 2), height=64) for k in range(6)]
     shown = [running.wait(job)["images"][0] for job in jobs]
-    drawn = [picture_of(running, image) for image in shown]
-    # The stand-in paints how many pictures were in the batch.
+    drawn = [image_of(running, image) for image in shown]
+    # The stand-in paints how many images were in the batch.
     assert [image.size for image in drawn] == [(64, 64), (128, 64)] * 3
     assert [image.getpixel((0, 0))[1] for image in drawn[::2]] == [3, 3, 3]
-    # Of pictures twice as large half as many.
+    # Of images twice as large half as many.
     assert [image.getpixel((0, 0))[1] for image in drawn[1::2]] == [2, 2, 1]
     assert [image.getpixel((0, 0))[0] for image in drawn] == list(range(6))
 
 
-def picture_of(running, image):
+def image_of(running, image):
     with Image.open(io.BytesIO(running.http.get(image["url"]).content)) as opened:
         opened.load()
         return opened

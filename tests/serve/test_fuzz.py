@@ -14,7 +14,7 @@ CHECKED = (
         in ("status_code_conformance", "content_type_conformance", "response_schema_conformance")
     ),
 )
-SECONDS = 20  # of one request at most; OpenAI's form waits until the picture is there
+SECONDS = 20  # of one request at most; OpenAI's form waits until the image is there
 
 
 def fuzz(running, cases):

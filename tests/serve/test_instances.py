@@ -53,8 +53,8 @@ def balanced():
         server.server_close()
 
 
-def test_pictures_are_found_anywhere_and_jobs_only_where_they_are(serve, balanced):
-    """A job that is not found now and then, without a word why; a picture that only its maker has."""
+def test_images_are_found_anywhere_and_jobs_only_where_they_are(serve, balanced):
+    """A job that is not found now and then, without a word why; an image that only its maker has."""
     one, other = serve(), serve()
     url = balanced(one.url, other.url)
     with httpx.Client(base_url=url, trust_env=False, timeout=30) as client:

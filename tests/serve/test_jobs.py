@@ -21,8 +21,8 @@ SMALL = Shape(
 SHAPES = [SMALL, Shape(**{**vars(SMALL), "width": 128}), Shape(**{**vars(SMALL), "strength": 0.7})]
 
 
-def job(client="a", pictures=1, shape=SMALL):
-    return Job(client=client, shape=shape, prompts=["x"] * pictures, seeds=range(pictures))
+def job(client="a", images=1, shape=SMALL):
+    return Job(client=client, shape=shape, prompts=["x"] * images, seeds=range(images))
 
 
 requests = st.lists(
@@ -31,7 +31,7 @@ requests = st.lists(
 
 
 @given(requests, st.integers(1, 8))
-def test_every_picture_is_drawn_once_in_batches_of_one_shape(wanted, most):
+def test_every_image_is_drawn_once_in_batches_of_one_shape(wanted, most):
     """A task lost, drawn twice, or beside one of another size."""
     queue = FairQueue(10_000, 10_000)
     jobs = [job(*request) for request in wanted]
@@ -64,10 +64,10 @@ def test_a_client_waits_for_no_more_batches_than_there_are_clients(wanted, most)
 
 @given(requests)
 def test_room_in_a_batch_goes_round(wanted):
-    """Of those that want the same, one gets two pictures more than another who still waits."""
+    """Of those that want the same, one gets two images more than another who still waits."""
     queue = FairQueue(10_000, 10_000)
-    for client, pictures, _ in wanted:
-        queue.add(job(client, pictures))
+    for client, images, _ in wanted:
+        queue.add(job(client, images))
     waited = {one.client: 0 for one in queue.jobs()}
     for one in queue.jobs():
         waited[one.client] += one.total
@@ -81,14 +81,14 @@ def test_room_in_a_batch_goes_round(wanted):
 def test_the_queue_is_bounded(wanted, most, each):
     queue = FairQueue(most, each)
     open_jobs = dict.fromkeys("abcde", 0)
-    for client, pictures, shape in wanted:
-        full = open_jobs[client] >= each or len(queue) + pictures > most
+    for client, images, shape in wanted:
+        full = open_jobs[client] >= each or len(queue) + images > most
         if full:
             with pytest.raises(QueueFull) as refused:
-                queue.add(job(client, pictures, shape))
+                queue.add(job(client, images, shape))
             assert refused.value.of_client == (open_jobs[client] >= each)
         else:
-            queue.add(job(client, pictures, shape))
+            queue.add(job(client, images, shape))
             open_jobs[client] += 1
         assert len(queue) <= most
     assert queue.open_jobs() == sum(open_jobs.values())
@@ -130,7 +130,7 @@ def test_positions_follow_the_turns():
 
 def test_a_long_job_keeps_few_events():
     """Memory that grows with the steps of a job, or a reader that misses what still counts."""
-    one = job(pictures=2)
+    one = job(images=2)
     one.emit("queued", {"position": 3})
     one.begin()
     for step in range(1000):

@@ -28,7 +28,7 @@ def pixels(running, job):
 
 
 def compare(running, alone, prompts=PROMPTS, **settings):
-    """Some of several pictures drawn one by one, less the same in a batch; and in other places, likewise."""
+    """Some of several images drawn one by one, less the same in a batch; and in other places, likewise."""
     before = batches(running)
     together = pixels(running, running.wait(running.draw(prompts=prompts, seed=10, **settings)))
     jobs = [running.wait(running.draw(prompts=[prompts[k]], seed=10 + k, **settings)) for k in alone]
@@ -44,27 +44,27 @@ def compare(running, alone, prompts=PROMPTS, **settings):
 
 
 def batches(running):
-    """How many, and pictures in them."""
+    """How many, and images in them."""
     text = running.http.get("/metrics").text
     return [float(re.search(rf"wuerstchen_batch_pictures_{what} (.*)", text)[1]) for what in ("count", "sum")]
 
 
 @pytest.mark.slow
-def test_a_picture_does_not_depend_on_who_shares_its_batch(exact):
-    """Noise drawn for the batch and not for the picture; rounding that grows from step to step."""
+def test_an_image_does_not_depend_on_who_shares_its_batch(exact):
+    """Noise drawn for the batch and not for the image; rounding that grows from step to step."""
     for difference in compare(exact, [4, 6]):
         assert np.abs(difference).max() <= 2
         assert (difference != 0).mean() <= 0.001
 
 
-def test_deterministic_pictures_are_the_same_to_the_bit(serve):
+def test_deterministic_images_are_the_same_to_the_bit(serve):
     running = serve(real=True, deterministic=True)
     for difference in compare(running, [2], PROMPTS[:4], prior_steps=4, decoder_steps=2):
         assert not difference.any()
 
 
-def test_negatives_and_beginnings_are_each_pictures_own(exact):
-    """Jobs of two clients in one batch, whose texts or pictures are mixed up."""
+def test_negatives_and_beginnings_are_each_images_own(exact):
+    """Jobs of two clients in one batch, whose texts or images are mixed up."""
     running = exact
     buffer = io.BytesIO()
     Image.effect_noise((100, 80), 90).convert("RGB").save(buffer, "PNG")

@@ -21,7 +21,7 @@ def client_of(running, **options):
 
 
 @pytest.mark.parametrize("form", ["url", "b64_json", None])
-def test_pictures_come_as_the_client_expects_them(serve, form, tmp_path):
+def test_images_come_as_the_client_expects_them(serve, form, tmp_path):
     running = serve()
     more = {} if form is None else {"response_format": form}
     with client_of(running) as client:
@@ -177,7 +177,7 @@ def test_too_many_jobs_are_the_clients_rate_limit(serve):
 
 
 def test_a_client_that_goes_away_leaves_no_job(serve):
-    """Pictures for nobody, drawn while others wait."""
+    """Images for nobody, drawn while others wait."""
     running = serve()
     with client_of(running, timeout=0.5) as client, pytest.raises(openai.APITimeoutError):
         client.images.generate(prompt="slowly", extra_body={"steps": 100})

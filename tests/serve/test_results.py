@@ -1,4 +1,4 @@
-"""Finished pictures: names, time, room, and several instances in one folder."""
+"""Finished images: names, time, room, and several instances in one folder."""
 
 import os
 import time
@@ -160,7 +160,7 @@ def test_a_folder_that_was_tidied_away_is_made_again(tmp_path):
     assert results.read(results.save(RED, {}))
 
 
-def test_a_picture_that_cannot_be_signed_is_not_kept(tmp_path):
+def test_an_image_that_cannot_be_signed_is_not_kept(tmp_path):
     """Its name is in the log then, and whoever knows the name could fetch it, unsigned."""
 
     class Broken(Signer):

@@ -61,7 +61,7 @@ def test_a_job_from_beginning_to_end(serve):
     assert (ended["state"], ended["progress"], ended["position"], ended["images"]) == ("done", 1.0, 0, images)
 
 
-def test_a_picture_holds_what_draws_it_again(serve, tmp_path):
+def test_an_image_holds_what_draws_it_again(serve, tmp_path):
     """A file that does not say how it was made, or that it was made by a model."""
     running = serve()
     job = running.wait(running.draw(prompts=["ein Kätzchen"], seed=5, prior_steps=3, width=128))
@@ -91,7 +91,7 @@ def test_a_reconstructions_settings_reconstruct_again(serve):
     assert (again.status_code, again.json()["settings"]) == (202, settings)
 
 
-def test_for_how_long_pictures_are_kept_is_told(serve):
+def test_for_how_long_images_are_kept_is_told(serve):
     assert serve(result_seconds=60.0).http.get("/v1/model").json()["limits"]["result_seconds"] == 60.0
 
 
@@ -157,7 +157,7 @@ def test_streams_of_a_client_are_bounded_and_closed_ones_do_not_count(serve, mon
         assert again.status_code == 200
 
 
-def test_pictures_to_begin_with_are_bounded(serve, monkeypatch):
+def test_images_to_begin_with_are_bounded(serve, monkeypatch):
     """256 jobs in the queue, each with tens of megabytes."""
     monkeypatch.setattr(service_module, "IMAGE_BYTES", 64 * 64 * 3)
     running = serve(max_batch=1)
@@ -197,7 +197,7 @@ def test_too_much_is_refused_with_a_time_to_wait(serve):
 
 
 def test_clients_take_turns(serve, tmp_path):
-    """One with a token and forty pictures keeps another waiting for all of them."""
+    """One with a token and forty images keeps another waiting for all of them."""
     one, other = "first-token-of-all", "second-token-of-all"
     running = serve(tokens=(one, other), max_batch=1)
 
@@ -280,7 +280,7 @@ def test_prompts_are_in_the_log_only_if_asked(serve, caplog):
             running.wait(running.draw(prompts=[prompt]))
         running.http.post("/v1/jobs", json={"prompts": ["sekret"], "width": 3})
         assert ("sekret" in caplog.text) == logs
-    assert "1 pictures of generate" in caplog.text
+    assert "generate, images: 1" in caplog.text
 
 
 def test_ids_of_jobs_are_in_no_log(serve, caplog):
@@ -351,7 +351,7 @@ def test_metrics_count(serve):
         assert line in text, line
 
 
-def test_a_picture_that_cannot_be_kept_fails_its_job_without_telling_the_folder(serve, tmp_path):
+def test_an_image_that_cannot_be_kept_fails_its_job_without_telling_the_folder(serve, tmp_path):
     running = serve()
     shutil.rmtree(tmp_path / "results")
     (tmp_path / "results").touch()

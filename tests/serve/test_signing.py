@@ -1,4 +1,4 @@
-"""Signed pictures, where the package is there: a manifest that its own reader finds valid."""
+"""Signed images, where the package is there: a manifest that its own reader finds valid."""
 
 import importlib.util
 import json
@@ -52,7 +52,7 @@ def certificate(tmp_path):
     return tmp_path / "chain.pem", tmp_path / "leaf.key"
 
 
-def test_signed_pictures_say_that_a_model_made_them(certificate, tmp_path):
+def test_signed_images_say_that_a_model_made_them(certificate, tmp_path):
     """A manifest that no reader accepts; settings or pixels that signing lost."""
     c2pa = pytest.importorskip("c2pa")
     from wuerstchen.serve.signing import Signer

@@ -144,7 +144,7 @@ class Service:
         self.queue.add(job)
         self.jobs[job.id] = job
         prompts = f" {list(dict.fromkeys(job.prompts))!r}" if self.config.log_prompts else ""
-        log.info("job %s: %s, %d images%s", job.log_name, job.shape.kind, job.total, prompts)
+        log.info("job %s: %s, images: %d%s", job.log_name, job.shape.kind, job.total, prompts)
         job.emit("queued", {"position": self.queue.positions()[job]})
         self._loop.call_soon(self.dispatcher.pump)
 

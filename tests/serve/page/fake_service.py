@@ -1,4 +1,4 @@
-"""A service of the page's contract without a model: small drawn pictures, delays and failures as a test asks.
+"""A service of the page's contract without a model: small drawn images, delays and failures as a test asks.
 
 ``python tests/serve/page/fake_service.py`` serves it on port 8765, to look at the page.
 """
@@ -115,7 +115,7 @@ class FakeService:
         self.drop_streams_after: int | None = None
         """Events after which each stream breaks off."""
         self.jobs: dict[str, Job] = {}
-        self.pictures: dict[str, bytes] = {}
+        self.files: dict[str, bytes] = {}
         self.streams = 0
         """Open ones."""
         self.resumed_from: list[str] = []
@@ -146,8 +146,8 @@ class FakeService:
         assert not self._thread.is_alive(), "the service did not stop"
         self._server = None
 
-    def forget_pictures(self) -> None:
-        self.pictures.clear()
+    def forget_images(self) -> None:
+        self.files.clear()
 
     def model(self) -> dict[str, Any]:
         return {
@@ -249,9 +249,9 @@ class FakeService:
 
         @app.get("/v1/images/{name}")
         async def image(name: str) -> Response:
-            if name not in self.pictures:
+            if name not in self.files:
                 return _error(404, "There is no such image, or it has expired.", "not_found_error")
-            return Response(self.pictures[name], media_type="image/png")
+            return Response(self.files[name], media_type="image/png")
 
         return app
 
@@ -284,7 +284,7 @@ class FakeService:
             job.tell("running")
         stages = [("Stage C", 12), ("Stage B", 4)] if job.shown()["kind"] == "generate" else [("Stage B", 4)]
         done, total = 0, sum(steps for _, steps in stages)
-        pictures = [_picture(job.settings, index) for index in range(job.total)]
+        images = [_image(job.settings, index) for index in range(job.total)]
         for stage, steps in stages:
             for step in range(1, steps + 1):
                 await asyncio.sleep(self.step_delay)
@@ -299,22 +299,22 @@ class FakeService:
                     job.tell("failed", message=self.fail_with)
                     return
                 if job.body.get("previews", True) and step % 3 == 0:
-                    for index, picture in enumerate(pictures):
+                    for index, image in enumerate(images):
                         job.tell(
-                            "preview", index=index, width=24, height=24, image=_preview(picture, done / total)
+                            "preview", index=index, width=24, height=24, image=_preview(image, done / total)
                         )
-        for index, picture in enumerate(pictures):
+        for index, image in enumerate(images):
             name = f"{job.id}-{random.getrandbits(64):x}.png"
             file = io.BytesIO()
-            picture.save(file, "PNG")
-            self.pictures[name] = file.getvalue()
+            image.save(file, "PNG")
+            self.files[name] = file.getvalue()
             told = {
                 "index": index,
                 "url": f"/v1/images/{name}",
                 "seed": job.settings["seed"] + index,
                 "prompt": (job.settings.get("prompts") or [""])[0],
-                "width": picture.width,
-                "height": picture.height,
+                "width": image.width,
+                "height": image.height,
             }
             job.images.append(told)
             job.tell("image", **told)
@@ -363,7 +363,7 @@ def _resolved(body: dict[str, Any]) -> dict[str, Any]:
     return {"count": 1, **settings}
 
 
-def _picture(settings: dict[str, Any], index: int) -> Image.Image:
+def _image(settings: dict[str, Any], index: int) -> Image.Image:
     """A hill and a sun in colours of the prompt and seed."""
     width, height = settings["width"], settings["height"]
     draw_by = random.Random(f"{settings.get('prompts')}{settings['seed'] + index}{settings.get('guidance')}")
@@ -384,8 +384,8 @@ def _picture(settings: dict[str, Any], index: int) -> Image.Image:
     return image
 
 
-def _preview(picture: Image.Image, share: float) -> str:
-    small = picture.resize((24, 24)).point(lambda value: int(value * share + 128 * (1 - share)))
+def _preview(image: Image.Image, progress: float) -> str:
+    small = image.resize((24, 24)).point(lambda value: int(value * progress + 128 * (1 - progress)))
     file = io.BytesIO()
     small.save(file, "WEBP")
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()

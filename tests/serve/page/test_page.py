@@ -42,7 +42,7 @@ class Page:
     def __init__(self, browser, url: str) -> None:
         self.browser = browser
         self.url = url
-        self.expected = ["favicon.ico"]  # of the pictures that tests open to leave the page
+        self.expected = ["favicon.ico"]  # of the images that tests open to leave the page
         """What the console may say besides nothing: regular expressions."""
 
     def open(self, hash: str = "") -> None:
@@ -116,7 +116,7 @@ class Page:
         self.until(lambda: self.id("form-error").is_displayed())
 
     def drawn(self, entries: int = 1) -> None:
-        """Waits until so many of the newest entries have their pictures."""
+        """Waits until so many of the newest entries have their images."""
         self.until(lambda: all(e.get_attribute("data-state") == "done" for e in self.all(".entry")[:entries]))
         coming = "return document.querySelectorAll('.final:not(.there)').length"
         self.until(lambda: self.script(coming) == 0)
@@ -167,7 +167,7 @@ def test_nothing_inline_and_no_text_as_html():
 
 
 def test_draws_with_previews_and_nothing_jumps(page):
-    """Pictures that never come, come without previews, or push what is below them about."""
+    """Images that never come, come without previews, or push what is below them about."""
     page.click(page.one(".chip"))
     page.type("count", "2")
     page.id("count").send_keys(Keys.CONTROL, Keys.ENTER)
@@ -296,7 +296,7 @@ def test_a_cancelled_job_keeps_its_way_back(page, fake):
 
 
 def test_the_session_survives_a_reload(page):
-    """Pictures and settings lost by F5."""
+    """Images and settings lost by F5."""
     page.draw("a green car", seed="11", negative="rain")
     page.drawn()
     page.type("prompt", "something else")
@@ -333,12 +333,12 @@ def test_removing_can_be_undone(page):
     assert [h.text for h in page.all(".entry h3")] == ["two", "one"]
 
 
-def test_pictures_that_are_gone_say_so(page, fake):
+def test_images_that_are_gone_say_so(page, fake):
     """An hour later: broken images without a word."""
     page.expected.append("404")
     page.draw("a green car", seed="3")
     page.drawn()
-    fake.forget_pictures()
+    fake.forget_images()
     page.open()
     page.until(lambda: "No longer available" in page.one(".frame").text)
     page.click(page.button("Generate again", ".entry"))
@@ -419,11 +419,11 @@ def test_broken_links_leave_a_working_page(page, hash):
 def test_a_hostile_history_is_left_out(page):
     """Stored by another page of the same origin, or an older version of this one."""
     part = {"id": "x", "state": "done", "settings": {"prompt": "fine"}, "total": 1, "images": []}
-    picture = {"index": 0, "seed": 1, "prompt": "p", "width": 256, "height": 256}
+    image = {"index": 0, "seed": 1, "prompt": "p", "width": 256, "height": 256}
     stored = [
         None, 7, {}, {"parts": 3}, {"parts": [None]}, {"parts": [{**part, "state": "evil"}]},
-        {"parts": [{**part, "images": [{**picture, "url": "javascript:x"}], "settings": {"prompt": []}}]},
-        {"parts": [{**part, "images": [{**picture, "url": "https://evil.example/v1/images/../../x.png?y"}]}]},
+        {"parts": [{**part, "images": [{**image, "url": "javascript:x"}], "settings": {"prompt": []}}]},
+        {"parts": [{**part, "images": [{**image, "url": "https://evil.example/v1/images/../../x.png?y"}]}]},
         {"parts": [part]},
     ]  # fmt: skip
     page.script("sessionStorage.setItem('wuerstchen.history', arguments[0])", json.dumps(stored))
@@ -523,7 +523,7 @@ def test_words_that_are_overwritten_come_back(page, fake):
 
 
 def test_on_a_phone_a_refusal_is_brought_back_into_view(page, fake):
-    """The page scrolls on to pictures that do not come."""
+    """The page scrolls on to images that do not come."""
     page.expected.append(r"v1/jobs.*429")
     page.size(390, 700, mobile=True)
     for _ in range(3):
@@ -680,7 +680,7 @@ def test_a_passing_error_does_not_end_a_job(page, fake, status):
     page.drawn()
 
 
-def test_pictures_behind_a_proxy_that_restarts_are_not_gone(page, fake):
+def test_images_behind_a_proxy_that_restarts_are_not_gone(page, fake):
     page.expected.append("502")
     page.draw("a red apple")
     page.drawn()
@@ -842,7 +842,7 @@ def test_by_keyboard_alone(page):
     assert page.script("return document.activeElement.matches('button.frame')")  # back where it was opened
 
 
-def test_the_focus_is_never_lost(page, fake, picture):
+def test_the_focus_is_never_lost(page, fake, image):
     """What hides or ends under somebody's keyboard, and throws them back to the top of the page."""
 
     def focus(element) -> None:
@@ -857,13 +857,13 @@ def test_the_focus_is_never_lost(page, fake, picture):
         page.until(lambda: page.script(found, matches), 3)
 
     focus(page.id("file"))
-    page.id("file").send_keys(str(picture))
+    page.id("file").send_keys(str(image))
     focused("input[name=mode]:checked")
     page.click(page.id("chosen-remove"))
     for prompt in ("one", "two", "three"):
         page.draw(prompt)
     page.drawn(3)
-    # The pictures' bar.
+    # The images' bar.
     press(page.one(".tools button"))
     press(page.id("picked-clear"))
     focused("#images")
@@ -895,7 +895,7 @@ def test_the_focus_is_never_lost(page, fake, picture):
 
 
 def test_a_held_key_draws_once(page, fake):
-    """A key that is held down, which the keyboard repeats, and a queue full of the same picture."""
+    """A key that is held down, which the keyboard repeats, and a queue full of the same image."""
     page.type("prompt", "a red apple")
     for name, modifiers in (("draw", 0), ("prompt", 2), ("seed", 0)):
         page.script("arguments[0].focus()", page.id(name))
@@ -1141,7 +1141,7 @@ def encoded(path: Path) -> str:
 
 
 @pytest.fixture
-def picture(tmp_path) -> Path:
+def image(tmp_path) -> Path:
     path = tmp_path / "given.png"
     save_png(
         Image.new("RGB", (96, 64), "teal"), path, {"prompt": "a teal thing", "seed": 77, "prior_steps": 9}
@@ -1149,8 +1149,8 @@ def picture(tmp_path) -> Path:
     return path
 
 
-def test_a_given_picture_is_reconstructed_and_varied(page, picture):
-    page.id("file").send_keys(str(picture))
+def test_a_given_image_is_reconstructed_and_varied(page, image):
+    page.id("file").send_keys(str(image))
     page.one("#chosen")
     page.click(page.one("#chosen-modes label:nth-of-type(2)"))
     assert not page.id("prompt").is_displayed()
@@ -1169,8 +1169,8 @@ def test_a_given_picture_is_reconstructed_and_varied(page, picture):
     assert page.browser.switch_to.active_element == page.id("file")
 
 
-def test_pictures_are_sent_as_the_contract_says(page, fake, picture):
-    page.id("file").send_keys(str(picture))
+def test_images_are_sent_as_the_contract_says(page, fake, image):
+    page.id("file").send_keys(str(image))
     page.one("#chosen")
     page.draw("a hill", count="2")
     page.click(page.one("#chosen-modes label:nth-of-type(2)"))
@@ -1183,12 +1183,12 @@ def test_pictures_are_sent_as_the_contract_says(page, fake, picture):
         2,
         0.7,
     )
-    assert varied["image"] == f"data:image/png;base64,{encoded(picture)}"
+    assert varied["image"] == f"data:image/png;base64,{encoded(image)}"
     assert set(reconstructed) <= {"kind", "image", "seed", "decoder_steps", "previews"}
     assert reconstructed["kind"] == "reconstruct"
 
 
-def test_large_pictures_are_made_small_enough(page, fake, tmp_path):
+def test_large_images_are_made_small_enough(page, fake, tmp_path):
     """A photograph of 20 MB or 100 megapixels, a format that the service does not read, and what was
     transparent in black."""
     Image.effect_noise((1500, 1100), 90).convert("RGB").save(tmp_path / "large.png")
@@ -1209,8 +1209,8 @@ def test_large_pictures_are_made_small_enough(page, fake, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["drop", "paste"])
-def test_dropping_and_pasting(page, picture, how):
-    assert page.script(DROP, encoded(picture), "given.png", "image/png", how)
+def test_dropping_and_pasting(page, image, how):
+    assert page.script(DROP, encoded(image), "given.png", "image/png", how)
     page.one("#chosen")
     # It is one of ours: its settings are offered, not taken.
     assert page.values("prompt") == [""]
@@ -1218,17 +1218,17 @@ def test_dropping_and_pasting(page, picture, how):
     assert page.values("prompt", "seed", "prior_steps") == ["a teal thing", "77", "9"]
 
 
-def test_text_that_is_copied_with_a_picture_is_text(page, picture):
-    """Office programs copy a picture of the text beside it: a prompt that becomes a picture to begin with."""
+def test_text_that_is_copied_with_an_image_is_text(page, image):
+    """Office programs copy an image of the text beside it: a prompt that becomes an image to begin with."""
     with_text = DROP.replace("const bubbling", "data.setData('text/plain', 'a red apple'); const bubbling")
-    assert not page.script(with_text, encoded(picture), "text.png", "image/png", "paste")
+    assert not page.script(with_text, encoded(image), "text.png", "image/png", "paste")
     page.script("return new Promise((resolve) => setTimeout(resolve, 200))")
     assert not page.id("chosen").is_displayed()
 
 
-def test_settings_behind_other_chunks_are_found(page, tmp_path, picture):
+def test_settings_behind_other_chunks_are_found(page, tmp_path, image):
     """A signature of a hundred kilobytes before the settings."""
-    data = picture.read_bytes()
+    data = image.read_bytes()
     content = b"caBX" + bytes(100_000)
     chunk = len(content[4:]).to_bytes(4, "big") + content + zlib.crc32(content).to_bytes(4, "big")
     signed = tmp_path / "signed.png"
@@ -1247,8 +1247,8 @@ def test_settings_behind_other_chunks_are_found(page, tmp_path, picture):
         b'wuerstchen\0{"prompt": "<img src=x onerror=alert(1)>", "count": 1e9, "prior_sampler": "evil"}',
     ],
 )
-def test_hostile_settings_in_a_picture(page, tmp_path, settings):
-    """A picture from elsewhere that writes what it likes into the form."""
+def test_hostile_settings_in_an_image(page, tmp_path, settings):
+    """An image from elsewhere that writes what it likes into the form."""
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(buffer, "PNG")
     data, content = buffer.getvalue(), b"tEXt" + settings
@@ -1266,9 +1266,9 @@ def test_hostile_settings_in_a_picture(page, tmp_path, settings):
     assert page.script("return document.querySelectorAll('img[src=x]').length") == 0
 
 
-def test_what_is_no_picture_is_said_beside_it(page, picture):
+def test_what_is_no_image_is_said_beside_it(page, image):
     """A dropped text file that takes the browser away from the page."""
-    assert page.script(DROP, encoded(picture), "notes.txt", "text/plain", "drop")
+    assert page.script(DROP, encoded(image), "notes.txt", "text/plain", "drop")
     assert "notes.txt is not an image" in page.one("#image-error").text
     assert page.script(DROP, encoded(FOLDER / "app.js"), "broken.png", "image/png", "drop")
     page.until(lambda: "broken.png cannot be read" in page.id("image-error").text)
@@ -1276,9 +1276,9 @@ def test_what_is_no_picture_is_said_beside_it(page, picture):
 
 
 @pytest.mark.parametrize("bad", ["notes.txt", "broken.png"])
-def test_a_bad_picture_takes_the_place_of_a_good_one(page, fake, picture, bad):
-    """The picture chosen before stays, and is drawn from, beside a message about another one."""
-    page.id("file").send_keys(str(picture))
+def test_a_bad_image_takes_the_place_of_a_good_one(page, fake, image, bad):
+    """The image chosen before stays, and is drawn from, beside a message about another one."""
+    page.id("file").send_keys(str(image))
     page.one("#chosen")
     kind = "text/plain" if bad == "notes.txt" else "image/png"
     page.script(DROP, encoded(FOLDER / "app.js"), bad, kind, "drop")
@@ -1303,11 +1303,11 @@ window.createImageBitmap = async (file) => {
 """
 
 
-def test_the_picture_chosen_last_counts(page, fake, picture, tmp_path):
+def test_the_image_chosen_last_counts(page, fake, image, tmp_path):
     """A large file that is read slowly and takes the place of the one chosen after it."""
     Image.new("RGB", (64, 64), "red").save(later := tmp_path / "later.png")
     page.script(SLOW_FIRST)
-    page.script(DROP, encoded(picture), "given.png", "image/png", "drop")
+    page.script(DROP, encoded(image), "given.png", "image/png", "drop")
     page.script(DROP, encoded(later), "later.png", "image/png", "drop")
     page.one("#chosen")
     page.script("readOn()")
@@ -1317,11 +1317,11 @@ def test_the_picture_chosen_last_counts(page, fake, picture, tmp_path):
     assert job.body["image"] == f"data:image/png;base64,{encoded(later)}"
 
 
-def test_a_drawing_waits_for_its_picture(page, fake, picture):
+def test_a_drawing_waits_for_its_image(page, fake, image):
     """Sent while the file is still being read: without it, or with the one before."""
     page.script(SLOW_FIRST)
     page.type("prompt", "a hill")
-    page.script(DROP, encoded(picture), "given.png", "image/png", "drop")
+    page.script(DROP, encoded(image), "given.png", "image/png", "drop")
     page.click(page.id("draw"))
     page.script("return new Promise((resolve) => setTimeout(resolve, 200))")
     assert page.all(".entry") == []
@@ -1329,7 +1329,7 @@ def test_a_drawing_waits_for_its_picture(page, fake, picture):
     page.one(".entry")
     page.drawn()
     (job,) = fake.jobs.values()
-    assert job.body["image"] == f"data:image/png;base64,{encoded(picture)}"
+    assert job.body["image"] == f"data:image/png;base64,{encoded(image)}"
     # One that cannot be read is not left out without a word.
     page.script(SLOW_FIRST)
     page.script(DROP, encoded(FOLDER / "app.js"), "broken.png", "image/png", "drop")
@@ -1339,27 +1339,27 @@ def test_a_drawing_waits_for_its_picture(page, fake, picture):
     assert len(page.all(".entry")) == 1
 
 
-def test_beginning_with_a_picture_that_is_gone(page, fake, picture):
-    """An answer that is no picture, in the place of the picture, or the one that was chosen before."""
+def test_beginning_with_an_image_that_is_gone(page, fake, image):
+    """An answer that is no image, in the place of the image, or the one that was chosen before."""
     page.expected.append("404")
     page.draw("a red apple")
     page.drawn()
-    page.id("file").send_keys(str(picture))
+    page.id("file").send_keys(str(image))
     page.one("#chosen")
     page.click(page.one("button.frame"))
-    fake.forget_pictures()
+    fake.forget_images()
     page.click(page.button("Start from this image"))
     page.until(lambda: "no longer available" in page.id("toast").text)
     assert not page.id("chosen").is_displayed()
     assert page.id("image-error").text == ""
 
 
-def test_what_a_model_cannot_do_with_pictures_is_said(page, fake, picture):
+def test_what_a_model_cannot_do_with_images_is_said(page, fake, image):
     """Blobs for a photograph, without a word about why."""
     fake.image_note = "A photograph comes out as blobs."
     page.open()
     assert not page.id("image-note").is_displayed()
-    page.id("file").send_keys(str(picture))
+    page.id("file").send_keys(str(image))
     assert page.one("#image-note").text == fake.image_note
     page.click(page.one("#chosen-modes label:nth-of-type(2)"))
     assert page.id("image-note").is_displayed()
@@ -1367,14 +1367,14 @@ def test_what_a_model_cannot_do_with_pictures_is_said(page, fake, picture):
     assert not page.id("image-note").is_displayed()
 
 
-def test_a_reconstruction_tells_only_what_it_read(page, fake, picture):
+def test_a_reconstruction_tells_only_what_it_read(page, fake, image):
     """Steps of a stage that it does not use, and settings that were meant for another drawing."""
     page.click(page.one("#more summary"))
     page.type("guidance", "8")
     page.type("prior_steps", "9")
     page.type("decoder_steps", "7")
     page.type("negative", "rain")
-    page.id("file").send_keys(str(picture))
+    page.id("file").send_keys(str(image))
     page.click(page.one("#chosen-modes label:nth-of-type(2)"))
     page.draw()
     page.drawn()
@@ -1395,9 +1395,9 @@ def test_a_reconstruction_tells_only_what_it_read(page, fake, picture):
     assert page.one(".meta").text == "seed 3 · 10 steps"
 
 
-def test_what_was_given_is_shown_as_it_was_read(page, picture):
-    """A whole picture beside a reconstruction of its middle."""
-    page.id("file").send_keys(str(picture))
+def test_what_was_given_is_shown_as_it_was_read(page, image):
+    """A whole image beside a reconstruction of its middle."""
+    page.id("file").send_keys(str(image))
     page.click(page.one("#chosen-modes label:nth-of-type(2)"))
     page.draw()
     page.drawn()
@@ -1441,7 +1441,7 @@ def test_messages_name_fields_as_the_page_does(page, fake, param, message, shown
 @pytest.mark.parametrize(
     ("seconds", "words"), [(3600, "1 hour"), (7200, "2 hours"), (900, "15 minutes"), (0.5, "1 second")]
 )
-def test_for_how_long_pictures_are_kept_is_said_as_it_is(page, fake, seconds, words):
+def test_for_how_long_images_are_kept_is_said_as_it_is(page, fake, seconds, words):
     """A page that promises them until its tab is closed, and a service that removes them."""
     page.expected.append("404")
     fake.result_seconds = seconds
@@ -1453,16 +1453,16 @@ def test_for_how_long_pictures_are_kept_is_said_as_it_is(page, fake, seconds, wo
         "This session",
         f"Images are kept for up to {words}",
     ]
-    fake.forget_pictures()
+    fake.forget_images()
     page.open()
     page.until(lambda: f"kept for up to {words}" in page.one(".frame").text)
 
 
-def test_a_model_that_cannot_read_pictures_takes_none(page, fake, picture):
+def test_a_model_that_cannot_read_images_takes_none(page, fake, image):
     fake.can = {"generate": True, "reconstruct": False, "variation": False, "preview": False}
     page.open()
     assert not page.id("start").is_displayed()
-    page.script(DROP, encoded(picture), "given.png", "image/png", "drop")
+    page.script(DROP, encoded(image), "given.png", "image/png", "drop")
     assert "does not accept images" in page.one("#image-error").text
     assert page.id("prompt").is_displayed()
     fake.can = {"generate": True, "reconstruct": True, "variation": False, "preview": False}
@@ -1494,7 +1494,7 @@ def test_two_settings_with_one_seed_beside_each_other(page):
     assert len(page.all(".both .frame")) == 2
 
 
-def test_two_picked_pictures_beside_each_other(page):
+def test_two_picked_images_beside_each_other(page):
     page.draw("a red apple", seed="4")
     page.draw("a green apple", seed="4")
     page.drawn(2)
@@ -1509,7 +1509,7 @@ def test_two_picked_pictures_beside_each_other(page):
     assert len(page.all("#beside img")) == 2
     page.browser.switch_to.active_element.send_keys(Keys.ESCAPE)
     page.until(lambda: not page.id("beside").is_displayed())
-    # One picture and other settings.
+    # One image and other settings.
     page.click(page.all(".tools button")[0])
     page.click(page.id("picked-go"))
     assert page.values("A-prompt", "B-prompt", "sides-seed") == ["a green apple", "a green apple", "4"]
