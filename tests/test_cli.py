@@ -355,7 +355,7 @@ def test_variations_of_an_image_need_no_prompt(run, tmp_path):
 )
 def test_low_memory_takes_no_prompt_for_its_value(monkeypatch, arguments, low_memory, prompts):
     seen = []
-    monkeypatch.setattr("wuerstchen.cli.draw._generate", lambda options: seen.append(options) or 0)
+    monkeypatch.setattr("wuerstchen.cli.generate._generate", lambda options: seen.append(options) or 0)
     assert main(["generate", *arguments]) == 0
     assert (seen[0].low_memory, seen[0].prompts) == (low_memory, prompts)
 

@@ -14,8 +14,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from wuerstchen.cli.data import add_data
-from wuerstchen.cli.draw import add_generate, add_reconstruct
 from wuerstchen.cli.evaluate import add_evaluate
+from wuerstchen.cli.generate import add_generate, add_reconstruct
 from wuerstchen.cli.models import add_average, add_convert, add_doctor
 from wuerstchen.cli.options import Parser, with_values
 from wuerstchen.cli.serve import add_serve
