@@ -306,7 +306,7 @@ def test_help_shows_examples(capsys):
 
 WARNED = {
     "not quoted": (["a", "cat"], "2 prompts were given, several of one word: 'a cat'"),
-    "not quoted, several times": (["a", "cat", "--count", "2"], "4 images in all"),
+    "not quoted, several times": (["a", "cat", "--count", "2"], "4 images in total"),
     "empty": ([""], "the prompt is empty"),
     "blank": (["  "], "the prompt is empty"),
     "another script": (
