@@ -379,7 +379,7 @@ def test_the_image_that_is_read_is_never_replaced(run, tmp_path, command):
         assert (code, err) == (
             2,
             f"Error: out is the input image: {name}. It would be overwritten. "
-            "Give --out another name, or a folder\n",
+            "Give --out another name, or a folder.\n",
         )
     assert (tmp_path / "photo.png").read_bytes() == before
 

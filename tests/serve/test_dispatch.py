@@ -83,7 +83,7 @@ def test_a_worker_that_hangs_is_not_ready_and_is_replaced(serve, monkeypatch):
         now = running.http.get("/readyz").status_code
         status += [now] if status[-1:] != [now] else []
         time.sleep(0.02)
-    assert "gave no sign of life and is started again" in running.wait(job)["error"]
+    assert "sent no heartbeat and is being restarted" in running.wait(job)["error"]
     assert running.wait(running.draw())["state"] == "done"
 
 

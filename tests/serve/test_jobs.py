@@ -132,7 +132,7 @@ def test_a_long_job_keeps_few_events():
     """Memory that grows with the steps of a job, or a reader that misses what still counts."""
     one = job(images=2)
     one.emit("queued", {"position": 3})
-    one.begin()
+    one.start()
     for step in range(1000):
         one.emit("progress", {"step": step})
         for index in range(2):

@@ -23,7 +23,7 @@ def test_few_lines_of_a_kind_pass_and_the_rest_is_counted():
     now = logs.SECONDS + 1
     again = record("bad %s", 1)
     assert limit.filter(again)
-    assert again.getMessage() == "bad 1 (995 more such lines were left out)"
+    assert again.getMessage() == "bad 1 (995 similar lines were dropped)"
     assert sum(limit.filter(record("bad %s", number)) for number in range(1000)) == logs.LINES - 1
 
 

@@ -49,8 +49,8 @@ def test_who_keeps_to_the_rate_is_never_refused(clock):
 
 def test_what_is_refused_takes_no_token_and_says_how_long_to_wait(clock):
     rate = RequestRate(0.1, clock)
-    assert rate.burst == rates.LEAST_BURST
-    assert allowed(rate, rates.LEAST_BURST) == rates.LEAST_BURST
+    assert rate.burst == rates.MIN_BURST
+    assert allowed(rate, rates.MIN_BURST) == rates.MIN_BURST
     assert [rate.take("a") for _ in range(100)] == pytest.approx([10.0] * 100)
     clock.now += 9
     wait = rate.take("a")

@@ -237,7 +237,7 @@ def test_draining_finishes_what_has_begun_and_answers_the_rest(serve):
     draining = asyncio.run_coroutine_threadsafe(running.service.drain(), running.loop)
     failed = running.wait(waits)
     assert failed["state"] == "failed"
-    assert "being stopped; send it again" in failed["error"]
+    assert "shutting down and cannot finish this job" in failed["error"]
     refused = running.http.post("/v1/jobs", json={"prompts": ["a"]})
     assert (refused.status_code, refused.headers["retry-after"]) == (503, "10")
     assert running.http.get("/readyz").status_code == 503
@@ -250,7 +250,7 @@ def test_what_outlasts_the_grace_time_is_failed(serve):
     running = serve(grace=0.3)
     job = running.draw(prompts=["slowly"], prior_steps=100)
     asyncio.run_coroutine_threadsafe(running.service.drain(), running.loop).result(10)
-    assert "send it again later" in running.wait(job)["error"]
+    assert "shutting down and cannot finish this job" in running.wait(job)["error"]
 
 
 def test_the_filter_is_asked_before_and_after(serve, monkeypatch, tmp_path):

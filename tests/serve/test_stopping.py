@@ -141,7 +141,7 @@ def test_a_filter_that_hangs_does_not_keep_the_service(service, signals, tmp_pat
         time.sleep(0.2)
     assert process.wait(30) == 1
     errors = process.stderr.read()
-    assert "did not stop within its grace time: it is ended by force" in errors
+    assert "did not stop within its grace time and is killed" in errors
     assert "Traceback" not in errors
     assert not any(os.path.exists(f"/proc/{pid}") for pid in workers)
 
