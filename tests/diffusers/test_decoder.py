@@ -221,7 +221,7 @@ class Echo(Decoder):
 
     def context(self, semantic_map, size, text=None, mask=None):
         assert semantic_map.device.type == text.device.type == "meta"
-        return DecoderContext(maps=[], texts=[])
+        return DecoderContext(conditions=[], texts=[])
 
     def forward(self, x, r, context):
         return x * r.view(-1, 1, 1, 1)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import wuerstchen.models
-from wuerstchen.models.blocks import run_blocks, texts_for
+from wuerstchen.models.blocks import run_blocks, text_inputs
 from wuerstchen.models.compressor import Compressor, CompressorConfig
 from wuerstchen.models.decoder import Decoder, DecoderConfig
 from wuerstchen.models.fused.blocks import factored_map, is_plain, join_layers
@@ -103,7 +103,7 @@ def test_a_block_that_says_nothing_gets_the_plain_path_everywhere():
     x, r = torch.randn(1, 2, 2, 8), torch.randn(1, 4)
     assert traits_of(blocks[0]) == PLAIN == BlockTraits()
     assert torch.equal(run_blocks(blocks, x, r, iter(())), blocks[0](x))
-    assert texts_for(blocks, torch.randn(1, 3, 8), None, cache_kv=False) == []
+    assert text_inputs(blocks, torch.randn(1, 3, 8), None, cache_kv=False) == []
     assert not is_plain(blocks[0], x)
     assert not hidden_matrices(blocks)
     assert not shard(blocks, Processes(torch.device("cpu"), 0, 2))

@@ -239,7 +239,7 @@ class WuerstchenDecoderPipeline(DiffusionPipeline):
     def map_channels(self) -> int | None:
         """How many channels ``image_embeddings`` have; None for a decoder that does not look at them."""
         config = plain(self.decoder).config
-        return config.effnet_embd if any(config.reads_map) else None
+        return config.effnet_embd if any(config.conditioned) else None
 
     def _checked_maps(self, given: Any) -> Float[Tensor, "b c h w"]:
         """The semantic maps as one tensor. Raises ``TypeError`` or ``UserError``."""

@@ -1,26 +1,38 @@
-"""Sequences of blocks, as Stages B and C run them."""
+"""Runs sequences of blocks, for Stages B and C."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from wuerstchen.models.fused.blocks import FactoredMap, keys_values, run_fused, suits
+from wuerstchen.models.fused.blocks import FactoredCondition, keys_values, run_fused, suits
 from wuerstchen.models.layers import KeysValues, TextTokens
 from wuerstchen.models.traits import traits_of
 
-Text = KeysValues | TextTokens
-"""What an attention block may be given of a text."""
+TextInput = KeysValues | TextTokens
+"""The text as an attention block takes it."""
+
+Condition = Float[Tensor, "b _ _ c_cond"] | FactoredCondition | None
+"""The semantic latents at the grid of a level, mapped to ``c_cond`` channels. None if no block reads them."""
 
 
-def texts_for(
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """The inputs of a network that are the same at every step, computed once per image."""
+
+    texts: Sequence[TextInput]
+    """The text input of each attention block, in order; empty for a network without text."""
+
+
+def text_inputs(
     blocks: Iterable[nn.Module],
     tokens: Float[Tensor, "b t c_cond"],
     mask: Bool[Tensor, "b t"] | None,
     cache_kv: bool,
-) -> list[Text]:
-    """Text input of each attention block in ``blocks``: keys and values, or tokens without ``cache_kv``."""
+) -> list[TextInput]:
+    """The text input of each attention block: its keys and values, or without ``cache_kv`` the tokens."""
     readers = [block for block in blocks if traits_of(block).takes == "text"]
     if not cache_kv:
         return [TextTokens(tokens, mask) for _ in readers]
@@ -33,29 +45,29 @@ def run_blocks(
     blocks: Iterable[nn.Module],
     x: Float[Tensor, "b h w c"],
     r_embed: Float[Tensor, "b c_r"],
-    texts: Iterator[Text],
+    texts: Iterator[TextInput],
     skip: Float[Tensor, "b h w c_skip"] | None = None,
-    level_map: Float[Tensor, "b _ _ c_cond"] | FactoredMap | None = None,
+    condition: Condition = None,
 ) -> Float[Tensor, "b _ _ _"]:
-    """Runs ``blocks`` in order; each attention block takes the next of ``texts``.
+    """Runs ``blocks`` in order. Each attention block takes the next of ``texts``.
 
-    If the first block is a convolution block it takes ``skip``, which no other does, and all convolution
-    blocks take ``level_map`` behind it, as the weights expect.
-    ``x`` may be overwritten where nothing is learnt.
+    Only the first block can take ``skip``, and does if it is a convolution block. All convolution blocks take
+    ``condition``, concatenated after the skip as the weights expect. May overwrite ``x`` if no gradients are
+    computed.
     """
     if suits(x):
-        with torch.cuda.device_of(x):  # kernels in Triton are started on the current device
-            return run_fused(blocks, x, r_embed, texts, skip, level_map)
-    if isinstance(level_map, FactoredMap):
+        with torch.cuda.device_of(x):  # Triton launches kernels on the current device
+            return run_fused(blocks, x, r_embed, texts, skip, condition)
+    if isinstance(condition, FactoredCondition):
         if torch.is_grad_enabled():
             raise ValueError(
                 "This context is for sampling only. To train, call context(..., cache_kv=False)."
             )
-        level_map = level_map.whole()  # made eagerly, and read by a compiled network
+        condition = condition.whole()  # computed eagerly, then read by a compiled network
     for block in blocks:
         takes = traits_of(block).takes
-        if takes == "maps":
-            x = block(x, *(joined for joined in (skip, level_map) if joined is not None))
+        if takes == "skips":
+            x = block(x, *(joined for joined in (skip, condition) if joined is not None))
         elif takes == "timestep":
             x = block(x, r_embed)
         elif takes == "text":

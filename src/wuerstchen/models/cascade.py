@@ -212,7 +212,7 @@ class Cascade:
             latents = ("channels", self.vqgan.config.latent_channels, self.decoder.config.c_in)
         fits = [("vqgan", "decoder", *latents)]
         maps: list[tuple[str, int]] = []  # parts that have a semantic map, and its channels there
-        if isinstance(self.decoder, Paella) or any(self.decoder.config.reads_map):
+        if isinstance(self.decoder, Paella) or any(self.decoder.config.conditioned):
             maps.append(("decoder", decoder.effnet_embd))
         if self.compressor is not None:
             maps.append(("compressor", self.compressor.config.c_latent))

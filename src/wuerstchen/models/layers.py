@@ -90,7 +90,7 @@ class Network(nn.Module):
 
 
 _CONVOLUTION = BlockTraits(
-    takes="maps",
+    takes="skips",
     compile=True,
     recompute=True,
     shard="block",

@@ -1,13 +1,13 @@
-"""Stage C: the text-conditional prior, a diffusion model in the 42× smaller semantic map."""
+"""Stage C: the text-conditional prior, a diffusion model in the 42× smaller semantic latents."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from wuerstchen.errors import UserError
-from wuerstchen.models.blocks import Text, run_blocks, texts_for
+from wuerstchen.models.blocks import Context, TextInput, run_blocks, text_inputs
 from wuerstchen.models.layers import (
     MAX_BLOCKS,
     AttnBlock,
@@ -31,7 +31,7 @@ class PriorConfig:
     """The shape of Stage C. The defaults are the published v2 model (993,636,896 parameters)."""
 
     c_in: int = 16
-    """Channels of the semantic map."""
+    """Channels of the semantic latents."""
     c: int = 1536
     """Width."""
     c_cond: int = 1280
@@ -42,27 +42,36 @@ class PriorConfig:
     nhead: int = 24
     dropout: float = 0.1
     prediction: str = "noise"
-    """What the network predicts, by the kind of its objective (``diffusion.objective``). ``noise`` has the
-    published output of two parts; all others have a plain one."""
+    """The network's target, by the kind of its objective (``diffusion.objective``). ``noise`` has the
+    published two-part output; all others have a plain one."""
 
     def __post_init__(self) -> None:
         check_dropout(self.dropout)
         for name, least in (("c_in", 1), ("c", 1), ("c_cond", 1), ("depth", 0)):
             if getattr(self, name) < least:
                 raise UserError(
-                    f"{name}={getattr(self, name)} must be at least {least}; give a larger number"
+                    f"{name} must be at least {least}, got {getattr(self, name)}. Give a larger number."
                 )
         if 3 * self.depth > MAX_BLOCKS:
-            raise UserError(f"depth={self.depth} is over {MAX_BLOCKS // 3}; give a smaller number")
+            raise UserError(f"depth must be at most {MAX_BLOCKS // 3}, got {self.depth}.")
         if self.depth and not 1 <= self.nhead <= self.c:
-            raise UserError(f"nhead={self.nhead} must be from 1 to c={self.c}; choose a divisor of c")
+            raise UserError(f"nhead must be from 1 to c={self.c}, got {self.nhead}. Use a divisor of c.")
         check_timestep_width(self.c_r)
 
 
-class Prior(Network):
-    """Predicts the noise in a semantic map, or what else its objective says, given the text.
+@dataclass(frozen=True, kw_only=True)
+class PriorContext(Context):
+    """The text, and optionally residuals of a control network, computed once per image."""
 
-    The text's keys and values do not depend on the step: ``context`` computes them once for a prompt and
+    residuals: Sequence[Float[Tensor, "b h w c"]] = ()
+    """Added to the features after each of the first groups of three blocks, as a ControlNet does. At most
+    ``depth`` of them."""
+
+
+class Prior(Network):
+    """Predicts the noise in semantic latents, or another target of its objective, from the text.
+
+    The text's keys and values do not depend on the step: ``context`` computes them once per prompt and
     ``forward`` takes them.
     """
 
@@ -96,32 +105,46 @@ class Prior(Network):
         mask: Bool[Tensor, "b t"] | None = None,
         *,
         cache_kv: bool = True,
-    ) -> Sequence[Text]:
-        """Keys and values of the text, one pair for each attention block.
+    ) -> PriorContext:
+        """Keys and values of the text, for each attention block.
 
-        ``mask`` is False at padding. The published models attend to padding: give None for them. With
+        ``mask`` is False at padding. The published models attend to padding: pass None for them. With
         ``cache_kv=False`` each block computes keys and values itself, which is faster if ``forward`` runs
         once per context, as in training.
         """
-        return texts_for(self.blocks, self.cond_mapper(text), mask, cache_kv)
+        return PriorContext(texts=text_inputs(self.blocks, self.cond_mapper(text), mask, cache_kv))
 
     def forward(
         self,
         x: Float[Tensor, "b c h w"],
         r: Float[Tensor, " b"],
-        context: Sequence[Text],
+        context: PriorContext,
     ) -> Float[Tensor, "b c h w"]:
-        """The network's own prediction for the noised map ``x`` at timesteps ``r`` in [0, 1].
+        """The network's own prediction for the noised semantic latents ``x`` at timesteps ``r`` in [0, 1].
 
-        With ``prediction="noise"`` that is ε̂ = (x − a)/(|1 − b| + 1e-5) of the output's parts a and b, in the
-        precision of ``x``; otherwise it is the output as it is, in at least fp32.
+        With ``prediction="noise"`` this is ε̂ = (x − a)/(|1 − b| + 1e-5) of the output's parts a and b, in the
+        precision of ``x``. Otherwise it is the plain output, in at least fp32.
         """
         r_embed = timestep_embedding(r, self.config.c_r).to(x.dtype)
-        texts = iter(context)
         inner = pointwise(self.projection, to_channels_last(x))
-        inner = run_blocks(self.blocks, inner, r_embed, texts)
+        inner = self._run_blocks(inner, r_embed, iter(context.texts), context.residuals)
         output = exact_output(self.out[1], inner, x.dtype)
         if self.config.prediction != "noise":
             return output
         a, b = output.chunk(2, dim=1)
         return ((x.to(a.dtype) - a) / ((1 - b).abs() + 1e-5)).to(x.dtype)
+
+    def _run_blocks(
+        self,
+        x: Float[Tensor, "b h w c"],
+        r_embed: Float[Tensor, "b c_r"],
+        texts: Iterator[TextInput],
+        residuals: Sequence[Float[Tensor, "b h w c"]],
+    ) -> Float[Tensor, "b h w c"]:
+        if len(residuals) > self.config.depth:
+            raise ValueError(f"Up to depth={self.config.depth} residuals can be added, got {len(residuals)}.")
+        blocks, done = list(self.blocks), 0
+        for residual in residuals:
+            x = run_blocks(blocks[done : done + 3], x, r_embed, texts) + residual
+            done += 3
+        return run_blocks(blocks[done:], x, r_embed, texts)

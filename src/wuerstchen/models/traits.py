@@ -1,46 +1,47 @@
-"""What a block allows, declared beside its definition. Nothing else in the package lists block classes."""
+"""What each block supports, declared beside its definition. Nothing else lists block classes."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
 
-Takes = Literal["x", "maps", "timestep", "text"]
+Takes = Literal["x", "skips", "timestep", "text"]
 Sharding = Literal["no", "block", "network", "keep whole"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockTraits:
-    """The attribute ``allows`` of a block's class. Whatever a block does not allow, it does without.
+    """What a block supports: the attribute ``allows`` of its class. By default, nothing.
 
-    A subclass inherits everything but ``fuse``, because its forward pass may differ.
+    A subclass inherits everything except ``fuse``, because its forward pass may differ.
     """
 
     takes: Takes = "x"
-    """What ``run_blocks`` calls it with besides the feature map ``x``: the skip and the semantic map of its
-    level (``maps``), the timestep's embedding, or the text, for which it needs a method ``keys_values``."""
+    """The inputs that ``run_blocks`` passes besides the features ``x``: the skip and the condition of the
+    level (``skips``), the timestep embedding, or the text, for which a block needs a method
+    ``keys_values``."""
     compile: bool = False
-    """Training compiles it by itself."""
+    """Training may compile it on its own."""
     recompute: bool = False
-    """Training may keep its input alone and compute the rest again for the backward pass."""
+    """Training may keep only its input and recompute its activations in the backward pass."""
     shard: Sharding = "no"
-    """``block``: its weights are gathered together. ``network``: a network that is worth sharding.
-    ``keep whole``: whatever contains it is not sharded."""
+    """``block``: its weights are gathered together. ``network``: a network that is large enough to shard.
+    ``keep whole``: a network that contains it is not sharded."""
     orthogonalise: bool = False
     """Muon may train the matrices of its linear layers."""
     fuse: tuple[type[nn.Module], ...] = ()
-    """Its layers, in the order of ``modules()``, if ``models.fused`` has a version of it. The fused version
-    replaces a block that has exactly these layers and reads them by the block's attribute names."""
+    """Its layers in the order of ``modules()``, if ``models.fused`` has a version of it. The fused version
+    replaces blocks with exactly these layers, and reads the weights by the block's attribute names."""
 
 
 PLAIN = BlockTraits()
 
 
 def traits_of(module: nn.Module) -> BlockTraits:
-    """What a module allows: nothing if it does not say."""
+    """The traits of a module; the default ones if it declares none."""
     return getattr(type(module), "allows", PLAIN)
 
 
 def fused_layers(module: nn.Module) -> tuple[type[nn.Module], ...]:
-    """The layers with which a module is fused. Empty if it is not, or if only a base class says so."""
+    """The layers that a fusible module needs. Empty if it cannot be fused, or if only a base class can."""
     return vars(type(module)).get("allows", PLAIN).fuse

@@ -202,10 +202,10 @@ def test_stage_b_of_v1_is_that_as_written(randomise, as_written):
     assert error(run(), as_written(run)) <= 1e-5
 
 
-@pytest.mark.parametrize("most", [fused.MOST_HIDDEN, 7 * 96])
+@pytest.mark.parametrize("most", [fused.MAX_HIDDEN, 7 * 96])
 def test_stage_a_is_that_as_written(randomise, as_written, monkeypatch, most):
     """Edges repeat; the MLP's parts of positions end where they like."""
-    monkeypatch.setattr(fused, "MOST_HIDDEN", most)
+    monkeypatch.setattr(fused, "MAX_HIDDEN", most)
     network = randomise(VQGAN(VQGANConfig(bottleneck_blocks=2, embed_dim=24, num_vq_embeddings=8)))
     network = network.to(DEVICE).eval()
     latents = torch.randn(2, 4, 5, 7, generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -264,14 +264,14 @@ def test_one_timestep_serves_all_pictures():
 def test_a_text_of_other_pictures_is_refused(prior):
     """It was read beyond its end."""
     x, r, text = prior_inputs()
-    with torch.no_grad(), pytest.raises(ValueError, match="a text of 1 samples does not fit 2 maps"):
+    with torch.no_grad(), pytest.raises(ValueError, match=r"batch size of the latents, 2, got 1\."):
         prior(x, r, prior.context(text[:1]))
 
 
 def test_a_map_of_other_sides_is_refused(unet):
     """With as many positions, it was taken as one of the right sides."""
     x, r, z, text = decoder_inputs()
-    with torch.no_grad(), pytest.raises(ValueError, match="does not fit one of"):
+    with torch.no_grad(), pytest.raises(ValueError, match="must have the same batch and grid"):
         unet(x.mT, r, unet.context(z, tuple(x.shape[2:]), text))
 
 
@@ -280,8 +280,8 @@ def test_a_map_that_is_missing_is_refused(unet):
     x, r, z, text = decoder_inputs()
     with torch.no_grad():
         context = unet.context(z, tuple(x.shape[2:]), text)
-        context = dataclasses.replace(context, maps=[None] * len(context.maps))
-        with pytest.raises(ValueError, match="do not fit"):
+        context = dataclasses.replace(context, conditions=[None] * len(context.conditions))
+        with pytest.raises(ValueError, match="channels together"):
             unet(x, r, context)
 
 

@@ -1,16 +1,17 @@
-"""Blocks on GPUs when nothing is learnt: fewer passes over memory and fewer products, with the same result.
+"""Fused blocks for sampling on GPUs: fewer passes over memory, fewer matrix products, the same result.
 
-``models.blocks`` hands over to ``run_fused`` where it can. A block that cannot be had this way, because an
-adapter has replaced one of its layers or a weight is elsewhere for now, runs as it is written. What is done:
+``models.blocks`` calls ``run_fused`` where it can. A block with a layer that an adapter has replaced, or with
+an offloaded weight, runs unfused. The optimisations:
 
-- Layer norms join what stands before them: the depthwise convolution, or scale and shift by the timestep.
-- Residuals are added by the matrix product, onto x in place: x ← x + y·Wᵀ. Its bias is added by the pass over
-  x that comes before or after.
+- Layer norms are fused with the operation before them: the depthwise convolution, or the timestep's scale and
+  shift.
+- The matrix product adds the residual in place: x ← x + y·Wᵀ. Its bias is added by the pass over x before or
+  after it.
 - Queries, keys and values of the grid are one product, and so are scales and shifts of all timestep blocks,
-  where weights lie one after another (``join_layers``). Attention reads the text's keys and values, which are
-  the same at every step, where they were left.
-- Stage B's map enters through a product of its own 16 channels, not of the 1024 that it is mapped to:
-  W·(M·e + m) = (W·M)·e + W·m. That is a sixth of the decoder's arithmetic.
+  if the weights are adjacent in memory (``join_layers``). Attention reads the text's keys and values, which
+  are the same at every step, in place.
+- The semantic latents of Stage B are multiplied as 16 channels, not as the 1024 that they are mapped to:
+  W·(M·e + m) = (W·M)·e + W·m. That saves a sixth of the decoder's arithmetic.
 """
 
 import threading
@@ -34,7 +35,7 @@ from wuerstchen.models.traits import fused_layers, traits_of
 
 
 def suits(x: Tensor) -> bool:
-    """Whether blocks of ``x``'s network may run fused here and now."""
+    """Whether blocks can run fused on ``x``, in the present modes of torch."""
     return (
         x.is_cuda
         and x.dtype != torch.float64
@@ -46,25 +47,25 @@ def suits(x: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class FactoredMap:
-    """Stage B's map at one level: its own few channels, and what each block multiplies them by."""
+class FactoredCondition:
+    """The semantic latents at one level of Stage B: their few channels, and each block's factor for them."""
 
     positions: Float[Tensor, "b h w e"]
     mapper: tuple[Float[Tensor, "c_cond e"], Float[Tensor, " c_cond"]]
-    """M and m."""
+    """M and m in the formula above."""
     factors: list[tuple[Float[Tensor, "c4 e"], Float[Tensor, " c4"]]]
-    """Of each block in order: W·M, and the bias with W·m in it."""
+    """For each block in order: W·M, and the bias including W·m."""
 
     def whole(self) -> Float[Tensor, "b h w c_cond"]:
-        """The map as blocks take it that run as they are written."""
+        """The condition as unfused blocks take it."""
         return F.linear(self.positions, *self.mapper)
 
 
-def factored_map(
+def factored_condition(
     blocks: Iterable[nn.Module], mapper: nn.Conv2d, positions: Float[Tensor, "b h w e"]
-) -> FactoredMap | None:
-    """The map as the convolution blocks among ``blocks`` take it; None if one of them is not to be fused."""
-    readers = [block for block in blocks if traits_of(block).takes == "maps"]
+) -> FactoredCondition | None:
+    """The condition for the convolution blocks of a level; None if one of them cannot be fused."""
+    readers = [block for block in blocks if traits_of(block).takes == "skips"]
     if not all(is_plain(block, positions) for block in readers):
         return None
     assert mapper.bias is not None
@@ -72,14 +73,14 @@ def factored_map(
     factors = []
     for block in readers:
         first = block.channelwise[0]
-        w = first.weight[:, first.in_features - len(m) :]  # the map comes last
+        w = first.weight[:, first.in_features - len(m) :]  # the condition comes last
         factors.append((w @ m, torch.addmv(first.bias, w, bias)))
-    return FactoredMap(positions, (m, bias), factors)
+    return FactoredCondition(positions, (m, bias), factors)
 
 
 def is_plain(block: nn.Module, x: Tensor) -> bool:
-    """Whether a block has all its layers as they were made, with biases, which lie where ``x`` does, and
-    nothing else is to be called."""
+    """Whether a block can be fused: original layers with biases, on ``x``'s device and in its dtype, in eval
+    mode, and without hooks."""
     layers, expected = list(block.modules()), fused_layers(block)
     return (
         bool(expected)
@@ -95,7 +96,7 @@ def is_plain(block: nn.Module, x: Tensor) -> bool:
 def keys_values(
     block: AttnBlock, tokens: Float[Tensor, "b t c_cond"], mask: Bool[Tensor, "b t"] | None
 ) -> KeysValues:
-    """As ``block.keys_values``, by one product where its weights lie one after another."""
+    """``block.keys_values`` as one product, if its weights are adjacent in memory."""
     attention = block.attention
     joined = _joined((attention.to_k, attention.to_v)) if is_plain(block, tokens) else None
     if joined is None:
@@ -110,77 +111,77 @@ def run_fused(
     r_embed: Float[Tensor, "b c_r"],
     texts: Iterator[KeysValues | TextTokens],
     skip: Float[Tensor, "b h w c_skip"] | None = None,
-    level_map: Float[Tensor, "b _ _ c_cond"] | FactoredMap | None = None,
+    condition: Float[Tensor, "b _ _ c_cond"] | FactoredCondition | None = None,
 ) -> Float[Tensor, "b _ _ _"]:
-    """As ``models.blocks.run_blocks``, on the current device. ``x`` may be overwritten."""
+    """``models.blocks.run_blocks`` on the current device. May overwrite ``x``."""
     from wuerstchen.models.fused import block_kernels
 
-    factors = iter(level_map.factors if isinstance(level_map, FactoredMap) else ())
+    factors = iter(condition.factors if isinstance(condition, FactoredCondition) else ())
     sequence = list(blocks)
     timesteps, kernels = _mapped_timesteps(sequence, x, r_embed), _taps(sequence, x)
-    x, waiting = x.contiguous(), _Waiting()
+    x, pending = x.contiguous(), _Pending()
     for number, block in enumerate(sequence):
-        skip = skip if number == 0 else None  # the first block takes it, or none
+        skip = skip if number == 0 else None  # only the first block can take it
         takes = traits_of(block).takes
         if takes == "timestep":
             factors_r = next(timesteps)
             if factors_r is not None:
-                waiting = _Waiting(waiting.bias, factors_r)
+                pending = _Pending(pending.bias, factors_r)
                 continue
-            x = block(waiting.done(x), r_embed)
+            x = block(pending.apply(x), r_embed)
         elif takes == "text":
             text = next(texts)
             if isinstance(text, KeysValues) and is_plain(block, x):
                 attention, out = block.attention, block.attention.to_out[0]
-                tokens = block_kernels.scale_shift_norm_(x, *waiting.over(x), out.bias)
+                tokens = block_kernels.scale_shift_norm_(x, *pending.factors_for(x), out.bias)
                 _add_product(x, _attended(attention, tokens.flatten(1, 2), text), out.weight)
-                waiting = _Waiting()
+                pending = _Pending()
                 continue
-            x = block(waiting.done(x), text)
-        elif takes == "maps":
-            x, taps = waiting.done(x), next(kernels)
+            x = block(pending.apply(x), text)
+        elif takes == "skips":
+            x, taps = pending.apply(x), next(kernels)
             if taps is not None:
                 inner = block_kernels.depthwise_norm(x, taps, block.depthwise.bias)
                 first, _, norm, _, last = block.channelwise
-                hidden, bias = _first_layer(first, inner, skip, level_map, factors)
+                hidden, bias = _first_layer(first, inner, skip, condition, factors)
                 hidden = hidden.flatten(1, 2)
                 block_kernels.response_norm_(hidden, bias, norm.gamma.flatten(), norm.beta.flatten())
                 _add_product(x, hidden, last.weight)
-                waiting = _Waiting(last.bias)
+                pending = _Pending(last.bias)
                 continue
-            given = level_map
-            if isinstance(level_map, FactoredMap):
-                given, _ = level_map.whole(), next(factors)
+            given = condition
+            if isinstance(condition, FactoredCondition):
+                given, _ = condition.whole(), next(factors)
             x = block(x, *(joined for joined in (skip, given) if joined is not None))
-        elif isinstance(block, Resampling):  # its convolution has made a new map: no copy is needed
-            x, waiting = block(waiting.done(x)).contiguous(), _Waiting()
+        elif isinstance(block, Resampling):  # its convolution returns a new tensor: no copy is needed
+            x, pending = block(pending.apply(x)).contiguous(), _Pending()
             continue
         else:
-            x = block(waiting.done(x))
-        # A copy: who was called may keep what it returned.
-        x, waiting = x.clone(memory_format=torch.contiguous_format), _Waiting()
-    return waiting.done(x)
+            x = block(pending.apply(x))
+        # A copy, because the called block may keep the tensor that it returned.
+        x, pending = x.clone(memory_format=torch.contiguous_format), _Pending()
+    return pending.apply(x)
 
 
 @dataclass(frozen=True)
-class _Waiting:
-    """What x still lacks: a bias, then the scale and shift of a timestep."""
+class _Pending:
+    """Operations that x still needs: a bias, then a timestep's scale and shift."""
 
     bias: Float[Tensor, " c"] | None = None
     factors: Float[Tensor, "b c2"] | None = None
 
-    def over(self, x: Float[Tensor, "b h w c"]) -> tuple[Float[Tensor, " c"], Float[Tensor, "b c2"]]:
-        """Both, zeros where there are none."""
+    def factors_for(self, x: Float[Tensor, "b h w c"]) -> tuple[Float[Tensor, " c"], Float[Tensor, "b c2"]]:
+        """Both, with zeros for None."""
         b, c = len(x), x.shape[-1]
         bias = x.new_zeros(c) if self.bias is None else self.bias
         return bias, x.new_zeros(b, 2 * c) if self.factors is None else self.factors
 
-    def done(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
-        """``x`` with all of it, in place."""
+    def apply(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+        """Applies them to ``x`` in place, and returns it."""
         from wuerstchen.models.fused import block_kernels
 
         if self.bias is not None or self.factors is not None:
-            block_kernels.scale_shift_(x, *self.over(x))
+            block_kernels.scale_shift_(x, *self.factors_for(x))
         return x
 
 
@@ -195,25 +196,30 @@ def _first_layer(
     layer: nn.Linear,
     inner: Float[Tensor, "b h w c"],
     skip: Float[Tensor, "b h w c_skip"] | None,
-    level_map: Float[Tensor, "b h w c_cond"] | FactoredMap | None,
+    condition: Float[Tensor, "b h w c_cond"] | FactoredCondition | None,
     factors: Iterator[tuple[Tensor, Tensor]],
 ) -> tuple[Float[Tensor, "b h w c4"], Float[Tensor, " c4"]]:
-    """The linear layer on what a block joins, without joining it, and the bias that it still lacks."""
-    parts = [part for part in (inner, skip, level_map) if isinstance(part, Tensor)]
+    """The linear layer on a block's concatenated inputs, without concatenating them, and its bias to add."""
+    parts = [part for part in (inner, skip, condition) if isinstance(part, Tensor)]
     widths = [part.shape[-1] for part in parts]
-    of_map = len(level_map.mapper[1]) if isinstance(level_map, FactoredMap) else 0
-    if sum(widths) + of_map != layer.in_features:
-        raise ValueError(f"maps of {sum(widths) + of_map} channels do not fit {layer.in_features}")
-    *weights, _ = layer.weight.split([*widths, of_map], dim=1)
+    c_factored = len(condition.mapper[1]) if isinstance(condition, FactoredCondition) else 0
+    if sum(widths) + c_factored != layer.in_features:
+        raise ValueError(
+            f"The inputs must have {layer.in_features} channels together, got {sum(widths) + c_factored}."
+        )
+    *weights, _ = layer.weight.split([*widths, c_factored], dim=1)
     products, bias = list(zip(parts, weights, strict=True)), layer.bias
-    if isinstance(level_map, FactoredMap):
+    if isinstance(condition, FactoredCondition):
         factor, bias = next(factors)
-        products.append((level_map.positions, factor))
+        products.append((condition.positions, factor))
     first, *others = products
     hidden = F.linear(*first)
     for part, weight in others:
         if part.shape[:-1] != hidden.shape[:-1]:
-            raise ValueError(f"a map of {tuple(part.shape)} does not fit one of {tuple(hidden.shape)}")
+            raise ValueError(
+                f"The inputs must have the same batch and grid, got {tuple(part.shape)} and "
+                f"{tuple(hidden.shape)}."
+            )
         hidden.flatten(0, 2).addmm_(part.flatten(0, 2), weight.t())
     return hidden, bias
 
@@ -221,12 +227,12 @@ def _first_layer(
 def _attended(
     attention: Attention, tokens: Float[Tensor, "b n c"], text: KeysValues
 ) -> Float[Tensor, "b n c_heads"]:
-    """What the grid's tokens make of themselves and the text, before the output's product."""
+    """Attention of the grid's tokens to themselves and the text, without the output layer."""
     from wuerstchen.models.fused import attention_kernel
 
     if len(text.keys) != len(tokens):
         raise ValueError(
-            f"a text of {len(text.keys)} samples does not fit {len(tokens)} maps; give one for each"
+            f"The text must have the batch size of the latents, {len(tokens)}, got {len(text.keys)}."
         )
     projections = (attention.to_q, attention.to_k, attention.to_v)
     joined = _joined(projections)
@@ -244,7 +250,7 @@ def _attended(
 
 
 def _joined(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor] | None:
-    """Weight and bias of layers as one, if they lie one after another in memory; without a copy."""
+    """Views of the weights and the biases of all layers as one, if they are adjacent in memory."""
     joined = []
     for tensors in ([layer.weight for layer in layers], [layer.bias for layer in layers]):
         first = tensors[0]
@@ -261,11 +267,11 @@ def _joined(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor] | None:
 
 
 def join_layers(network: nn.Module) -> None:
-    """Lays weights that are used at once one after another: each attention block's queries, keys and values,
-    and in a sequence of blocks the timestep's mappers and the depthwise convolutions.
+    """Makes weights that are used together adjacent in memory: each attention block's queries, keys and
+    values, and in a sequence of blocks the timestep mappers and the depthwise convolutions.
 
-    They are views of one tensor then. The ``save_model`` of safetensors and of accelerate takes such for tied
-    weights and leaves them out; ``torch.save``, ``safetensors.torch.save_file`` and we do not.
+    They become views of one tensor. The ``save_model`` of safetensors and of accelerate takes them for tied
+    weights and omits them; ``torch.save``, ``safetensors.torch.save_file`` and this package write them.
     ``p.data = p.data.clone()`` for each parameter undoes it.
     """
     with _JOINS:
@@ -276,10 +282,10 @@ def join_layers(network: nn.Module) -> None:
                 blocks = [block for block in module.children() if traits_of(block).fuse]  # without None
                 fused = [(traits_of(block).takes, block) for block in blocks]
                 _join([block.mapper for takes, block in fused if takes == "timestep"])
-                _join([block.depthwise for takes, block in fused if takes == "maps"])
+                _join([block.depthwise for takes, block in fused if takes == "skips"])
 
 
-_JOINS = threading.Lock()  # two threads that draw with one network for the first time
+_JOINS = threading.Lock()  # for two threads that use one network for the first time
 
 
 def _join(layers: Sequence[nn.Module]) -> None:
@@ -289,7 +295,7 @@ def _join(layers: Sequence[nn.Module]) -> None:
         return
     if _joined(layers) is not None:
         return
-    # What is made in inference mode could never be trained again.
+    # Weights created in inference mode could never be trained again.
     with torch.inference_mode(False), torch.no_grad():
         for name in ("weight", "bias"):
             own = [getattr(layer, name) for layer in layers]
@@ -301,8 +307,8 @@ def _join(layers: Sequence[nn.Module]) -> None:
 def _mapped_timesteps(
     blocks: Sequence[nn.Module], x: Tensor, r_embed: Float[Tensor, "b c_r"]
 ) -> Iterator[Float[Tensor, "b c2"] | None]:
-    """Scale and shift of each timestep block in order, by one product where their mappers lie together; None
-    for a block that is not to be fused."""
+    """Scale and shift for each timestep block in order, as one product if the mappers are adjacent in memory.
+    None for a block that cannot be fused."""
     steps = [block for block in blocks if traits_of(block).takes == "timestep"]
     plain = [is_plain(step, x) for step in steps]
     mappers = [step.mapper if fits else None for step, fits in zip(steps, plain, strict=True)]
@@ -313,10 +319,11 @@ def _mapped_timesteps(
 
 
 def _taps(blocks: Sequence[nn.Module], x: Tensor) -> Iterator[Float[Tensor, "k2 c"] | None]:
-    """The depthwise weights of each convolution block in order, channels last: as they lie, a read of one tap
-    would touch those of all. One pass turns all of them. None for a block that is not to be fused."""
-    convolutions = [block for block in blocks if traits_of(block).takes == "maps"]
-    # Where a skip joins before the convolution, as in v1, groups read more than one channel.
+    """The depthwise weights of each convolution block in order, channels last. Channels first, reading one
+    tap would touch the memory of all. One pass transposes all of them. None for a block that cannot be
+    fused."""
+    convolutions = [block for block in blocks if traits_of(block).takes == "skips"]
+    # If a skip is concatenated before the convolution, as in v1, groups read more than one channel.
     plain = [is_plain(block, x) and block.depthwise.weight.shape[1] == 1 for block in convolutions]
     layers = [block.depthwise for block, fits in zip(convolutions, plain, strict=True) if fits]
     if not layers:
@@ -327,13 +334,15 @@ def _taps(blocks: Sequence[nn.Module], x: Tensor) -> Iterator[Float[Tensor, "k2 
     return (next(turned) if fits else None for fits in plain)
 
 
-MOST_HIDDEN = 2**25
-"""Elements of the widest map of Stage A's blocks that are there at a time: 64 MiB in half precision."""
+MAX_HIDDEN = 2**25
+"""Largest number of elements of the hidden layer in Stage A's blocks at a time: 64 MiB in half precision."""
 
 
 def run_mixing(block: nn.Module, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
-    """Stage A's block (``MixingResidualBlock``). Its MLP takes some positions after others, which bounds the
-    memory. It runs on the current device. ``x`` is overwritten."""
+    """Stage A's block (``MixingResidualBlock``) on the current device. Overwrites ``x``.
+
+    To bound the memory, the MLP runs on some positions at a time.
+    """
     from wuerstchen.models.fused import block_kernels
 
     x, gammas = x.contiguous(), block.gammas
@@ -343,7 +352,7 @@ def run_mixing(block: nn.Module, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "
     taps = conv.weight.flatten(1).t().contiguous()
     inner = block_kernels.edge_mix_(x, normed, taps, conv.bias, gammas, last.bias)
     rows, residual = inner.flatten(0, 2), x.flatten(0, 2)
-    part = max(1, MOST_HIDDEN // first.out_features)
+    part = max(1, MAX_HIDDEN // first.out_features)
     for some, sums in zip(rows.split(part), residual.split(part), strict=True):
         hidden = block_kernels.gelu_(F.linear(some, first.weight, first.bias), gammas)
         sums.addmm_(hidden, last.weight.t())
