@@ -161,7 +161,7 @@ BAD_CALLS = {
     "a JPEG": (["generate", "a", "--out", "cat.jpg"], "must be a folder or a .png file, got cat.jpg"),
     "no number": (["generate", "a", "--count", "many"], "invalid int value: 'many'"),
     "bad size": (["generate", "a", "--size", "big"], "'big' is neither N nor WIDTHxHEIGHT"),
-    "impossible size": (["generate", "a", "--size", "130"], "use 128 in place of 130"),
+    "impossible size": (["generate", "a", "--size", "130"], "Use 128 in place of 130"),
     "one file for two": (["generate", "a", "b", "--out", "x.png"], "is one file for 2 images"),
     "unknown option": (["generate", "a", "--speed", "9"], "unknown option: --speed 9"),
     "unknown command": (["dream"], "invalid choice: 'dream'"),

@@ -212,7 +212,9 @@ def test_a_target_that_is_there_is_noticed_before_anything_is_read(native, tmp_p
 
 
 def test_a_decoder_is_not_left_with_a_text_encoder_that_does_not_fit(published, tmp_path):
-    with pytest.raises(UserError, match="text encoder has 16 text states and the decoder wants 12"):
+    with pytest.raises(
+        UserError, match="text encoder has 16 channels of text states, but the decoder has 12"
+    ):
         convert(published, tmp_path / "out", "native", leave_out=["decoder_text_encoder"])
     assert not (tmp_path / "out").exists()
 

@@ -254,7 +254,7 @@ def test_settings_of_the_wrong_kind_are_refused(change, copy):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"size_multiple": 7}, "size_multiple=7 is no multiple of 16"),
+        ({"size_multiple": 7}, "size_multiple must be a multiple of 16 .*, got 7"),
         ({"map_statistics": {"mean": [0.0] * 3, "std": [1.0] * 3}}, "map_statistics has 3 channels"),
     ],
 )
@@ -382,7 +382,7 @@ def test_objectives_that_do_not_fit_are_refused(tmp_path, small_cascade, change,
 
 
 def test_a_network_that_predicts_another_thing_is_refused(small_cascade):
-    with pytest.raises(UserError, match="prior predicts 'noise' and prior_objective is 'velocity'"):
+    with pytest.raises(UserError, match="prior predicts 'noise', but prior_objective is 'velocity'"):
         dataclasses.replace(
             small_cascade,
             settings=dataclasses.replace(small_cascade.settings, prior_objective=VelocityPrediction()),

@@ -490,7 +490,7 @@ def test_every_tensor_is_needed_in_its_shape(part):
         ({"projection.weight": torch.zeros(128, 0, 1, 1)}, "must be a tensor of 4 axes"),
         (
             {"blocks.1.mapper.weight": torch.zeros(256, 2)},
-            "its shapes make no network .c_r=2 leaves no frequencies",
+            "its shapes make no network .c_r must be .* at least 4, got 2",
         ),
     ],
 )

@@ -219,8 +219,8 @@ def test_parts_and_inputs_may_have_different_dtypes(text, network, vqgan, given,
 class Echo(Decoder):
     """A decoder that runs on the meta device, which knows no autocast."""
 
-    def context(self, semantic_map, size, text=None, mask=None):
-        assert semantic_map.device.type == text.device.type == "meta"
+    def context(self, semantic_latents, size, text=None, mask=None):
+        assert semantic_latents.device.type == text.device.type == "meta"
         return DecoderContext(conditions=[], texts=[])
 
     def forward(self, x, r, context):

@@ -150,7 +150,7 @@ def test_the_view_is_an_antialiased_bilinear_resize(scale: float) -> None:
     )  # Pillow rounds twice
 
 
-def test_the_view_is_three_quarters_by_default() -> None:
+def test_the_input_is_three_quarters_by_default() -> None:
     images = torch.rand(1, 3, 64, 64)
     assert torch.equal(
         compressor_input(images), F.interpolate(images, size=48, mode="bilinear", antialias=True)
@@ -160,15 +160,17 @@ def test_the_view_is_three_quarters_by_default() -> None:
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, 0.001])
 def test_a_scale_without_pixels_is_refused(scale: float) -> None:
-    with pytest.raises(UserError, match=rf"^scale {scale} is wrong because .*64×32.*; use 0\.75"):
+    with pytest.raises(UserError, match=rf"^scale is too small for images of 64×32: {scale}\. .* 0\.75"):
         compressor_input(torch.rand(1, 3, 32, 64), scale=scale)
 
 
 def test_an_unknown_backbone_is_refused_with_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # users have no type checker running
-    with pytest.raises(UserError, match=r"^backbone 'resnet50' is wrong .*; use efficientnet_v2_s, .*lite0$"):
+    with pytest.raises(
+        UserError, match=r"^backbone must be one of efficientnet_v2_s, .*lite0, got 'resnet50'"
+    ):
         CompressorConfig(backbone="resnet50")  # pyrefly: ignore[bad-argument-type]
-    with pytest.raises(UserError, match=r"^c_latent 0 is wrong"):
+    with pytest.raises(UserError, match=r"^c_latent must be at least 1, got 0"):
         CompressorConfig(c_latent=0)
 
 

@@ -23,14 +23,14 @@ SMALL = DecoderConfig(
 CONFIGS = {
     "small": (SMALL, (16, 16), (3, 3)),
     "not square": (SMALL, (16, 32), (3, 6)),
-    "map at every level, odd timestep width": (
+    "conditioned at every level, odd timestep width": (
         dataclasses.replace(SMALL, inject_effnet=(True, True, True), c_r=9),
         (24, 16),
         (5, 3),
     ),
-    "no map": (dataclasses.replace(SMALL, inject_effnet=(False, False, False)), (16, 16), (3, 3)),
+    "not conditioned": (dataclasses.replace(SMALL, inject_effnet=(False, False, False)), (16, 16), (3, 3)),
     "patch 1, kernel 5": (dataclasses.replace(SMALL, patch_size=1, kernel_size=5), (8, 12), (2, 3)),
-    "patch 4, kernel 1, map larger than the grid": (
+    "patch 4, kernel 1, semantic latents larger than the grid": (
         dataclasses.replace(SMALL, patch_size=4, kernel_size=1),
         (16, 32),
         (9, 9),
@@ -60,26 +60,26 @@ def make_pair(config: DecoderConfig, randomise):
     return ours, theirs
 
 
-def inputs(config: DecoderConfig, size, map_size):
+def inputs(config: DecoderConfig, size, latent_size):
     return {
         "x": torch.randn(3, config.c_in, *size),
         "r": torch.tensor([1.0, 0.51, 0.003]),
-        "semantic_map": torch.randn(3, config.effnet_embd, *map_size),
+        "semantic_latents": torch.randn(3, config.effnet_embd, *latent_size),
         "text": torch.randn(3, 7, config.clip_embd or 1),
     }
 
 
-def predict(model: Decoder, x, r, semantic_map, text):
-    return model(x, r, model.context(semantic_map, x.shape[2:], text))
+def predict(model: Decoder, x, r, semantic_latents, text):
+    return model(x, r, model.context(semantic_latents, x.shape[2:], text))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_forward_equals_diffusers(name, randomise, relative_error):
-    config, size, map_size = CONFIGS[name]
+    config, size, latent_size = CONFIGS[name]
     ours, theirs = make_pair(config, randomise)
-    given = inputs(config, size, map_size)
+    given = inputs(config, size, latent_size)
     with torch.no_grad():
-        reference = theirs(given["x"], given["r"], effnet=given["semantic_map"], clip=given["text"])
+        reference = theirs(given["x"], given["r"], effnet=given["semantic_latents"], clip=given["text"])
         assert relative_error(predict(ours, **given), reference) <= 1e-5
 
 
@@ -87,24 +87,24 @@ def test_affine_equals_diffusers(randomise, relative_error):
     ours, theirs = make_pair(SMALL, randomise)
     given = inputs(SMALL, (16, 16), (3, 3))
     with torch.no_grad():
-        context = ours.context(given["semantic_map"], (16, 16), given["text"])
+        context = ours.context(given["semantic_latents"], (16, 16), given["text"])
         a, b = ours.affine(given["x"], given["r"], context)
         a_ref, b_ref = theirs(
-            given["x"], given["r"], effnet=given["semantic_map"], clip=given["text"], return_noise=False
+            given["x"], given["r"], effnet=given["semantic_latents"], clip=given["text"], return_noise=False
         )
     assert relative_error(a, a_ref) <= 1e-5
     assert relative_error(b, b_ref) <= 1e-5
 
 
 def test_gradients_equal_diffusers(randomise, relative_error, assert_same_gradients):
-    """Also the gradient of the map, through which the compressor is trained."""
+    """Including the gradient of the semantic latents, which trains the compressor."""
     ours, theirs = make_pair(SMALL, randomise)
     given = inputs(SMALL, (16, 24), (3, 4))
     direction = torch.randn(3, 4, 16, 24)
-    maps = [given["semantic_map"].clone().requires_grad_() for _ in range(2)]
-    (predict(ours, **{**given, "semantic_map": maps[0]}) * direction).sum().backward()
-    (theirs(given["x"], given["r"], effnet=maps[1], clip=given["text"]) * direction).sum().backward()
-    assert relative_error(maps[0].grad, maps[1].grad) <= 1e-4
+    latents = [given["semantic_latents"].clone().requires_grad_() for _ in range(2)]
+    (predict(ours, **{**given, "semantic_latents": latents[0]}) * direction).sum().backward()
+    (theirs(given["x"], given["r"], effnet=latents[1], clip=given["text"]) * direction).sum().backward()
+    assert relative_error(latents[0].grad, latents[1].grad) <= 1e-4
     assert_same_gradients(ours, theirs)
 
 
@@ -115,17 +115,17 @@ def test_without_text():
     assert predict(model, **{**given, "text": None}).shape == given["x"].shape
     assert not any("clip_mapper" in name for name in model.state_dict())
     with pytest.raises(ValueError, match="takes no text"):
-        model.context(given["semantic_map"], (16, 16), given["text"])
+        model.context(given["semantic_latents"], (16, 16), given["text"])
     with pytest.raises(ValueError, match="needs text"):
-        Decoder(SMALL).context(given["semantic_map"], (16, 16))
+        Decoder(SMALL).context(given["semantic_latents"], (16, 16))
 
 
-def test_velocity_is_the_output_as_it_is(randomise):
+def test_velocity_is_the_plain_output(randomise):
     model = randomise(Decoder(dataclasses.replace(SMALL, prediction="velocity"))).double().eval()
     given = {name: value.double() for name, value in inputs(SMALL, (16, 16), (3, 3)).items()}
     with torch.no_grad():
         found = predict(model, **given)
-        context = model.context(given["semantic_map"], (16, 16), given["text"])
+        context = model.context(given["semantic_latents"], (16, 16), given["text"])
         velocity = model.output(given["x"], given["r"], context)
     assert velocity.shape == given["x"].shape
     assert torch.equal(found, velocity)
@@ -137,13 +137,13 @@ def test_published_size():
     assert sum(p.numel() for p in ours.parameters()) == 1_055_365_280
     shapes = {name: tensor.shape for name, tensor in ours.state_dict().items()}
     assert shapes == {name: tensor.shape for name, tensor in theirs.state_dict().items()}
-    # The original fuses query, key and value: 990 entries here are 814 there.
+    # The original fuses query, key and value: it has 814 entries for these 990.
     assert len(shapes) == 990
     assert DecoderConfig().size_multiple == 16
 
 
 def test_starts_at_twice_the_input():
-    """At initialisation a = 0 and b = 0.5, so ε̂ = 2x: spec of the original, seen by running it."""
+    """At initialisation a = 0 and b = 0.5, so ε̂ = 2x, as observed in the original."""
     given = inputs(SMALL, (16, 16), (3, 3))
     torch.testing.assert_close(predict(Decoder(SMALL), **given), 2 * given["x"])
 
@@ -151,23 +151,26 @@ def test_starts_at_twice_the_input():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"blocks": (1, 2)}, "blocks=.* must have one entry for each of the 3 levels"),
-        ({"kernel_size": 2}, "kernel_size=2 has no centre; use an odd number"),
-        ({"blocks": (1, -1, 1)}, r"blocks=\(1, -1, 1\) must be numbers of at least 0"),
-        ({"c_hidden": (8, 0, 8)}, "widths and counts of at least 1"),
-        ({"nhead": (-1, 0, 3)}, "nhead=0 must be from 1 to the level's width 16"),
-        ({"nhead": (-1, 17, 3)}, "nhead=17 must be from 1 to the level's width 16"),
-        ({"level_config": ("CT", "CTX", "CTA")}, "'CTX' may only have the letters C, T and A"),
-        ({"clip_embd": None}, "clip_embd=None leaves attention without text"),
-        ({"c_out": 3}, "c_out=3 must be c_in=4, or 1"),
-        ({"c_r": 3}, "c_r=3 leaves no frequencies"),
-        ({"dropout": (0.1, 0.2)}, r"dropout=\(0.1, 0.2\) must be one number, or one for each of the 3"),
-        ({"dropout": (0.1, 0.2, 1.5)}, "dropout=1.5 must be from 0 to 1"),
-        ({"effnet_embd": 0}, "effnet_embd=0 must be at least 1"),
+        ({"blocks": (1, 2)}, r"blocks must have one entry for each of the 3 levels .* got \(1, 2\)"),
+        ({"kernel_size": 2}, "kernel_size must be odd .*, got 2"),
+        ({"blocks": (1, -1, 1)}, r"blocks must be at least 0 .*, got \(1, -1, 1\)"),
+        ({"c_hidden": (8, 0, 8)}, r"c_hidden = \(8, 0, 8\). All must be at least 1"),
+        ({"nhead": (-1, 0, 3)}, "nhead must be from 1 to the level's width 16, got 0"),
+        ({"nhead": (-1, 17, 3)}, "nhead must be from 1 to the level's width 16, got 17"),
+        ({"level_config": ("CT", "CTX", "CTA")}, "the letters C, T and A, got 'CTX'"),
+        ({"clip_embd": None}, "clip_embd is None, so level_config cannot have attention"),
+        ({"c_out": 3}, "c_out must be c_in=4, or 1 .*, got 3"),
+        ({"c_r": 3}, "c_r must be .* at least 4, got 3"),
+        (
+            {"dropout": (0.1, 0.2)},
+            r"dropout must be one number, or one for each of the 3 .* got \(0.1, 0.2\)",
+        ),
+        ({"dropout": (0.1, 0.2, 1.5)}, "dropout must be from 0 to 1, got 1.5"),
+        ({"effnet_embd": 0}, "effnet_embd must be at least 1, got 0"),
         ({"inject_effnet": (True, True)}, "must have one entry for each of the 3 levels"),
         ({"inject_effnet": (True,) * 100}, "must have one entry for each of the 3 levels"),
-        ({"inject_effnet": (True, True, True, False)}, "leaves level 2 without the semantic map on one way"),
-        ({"c_hidden": (8,) * 17}, "c_hidden has 17 levels, over 16"),
+        ({"inject_effnet": (True, True, True, False)}, "gives level 2 the semantic latents on one way only"),
+        ({"c_hidden": (8,) * 17}, "c_hidden must have at most 16 levels, got 17"),
     ],
 )
 def test_impossible_shapes_are_refused(change, message):

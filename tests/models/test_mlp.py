@@ -1,4 +1,4 @@
-"""The MLP with kernels against the one that is written out."""
+"""The MLP with kernels against the plain one."""
 
 import importlib
 import importlib.util
@@ -14,7 +14,7 @@ from wuerstchen.models.mlp import ChannelMLP, GlobalResponseNorm, mlp_tail
 def pair(
     width: int, dropout: float = 0.0, dtype: torch.dtype = torch.float32
 ) -> tuple[ChannelMLP, ChannelMLP]:
-    """The same weights with kernels, and in double precision as it is written."""
+    """The same weights with kernels, and plain in double precision."""
     torch.manual_seed(0)
     plain = ChannelMLP(24, width, dropout).double()
     with torch.no_grad():
@@ -32,8 +32,8 @@ class TestKernels:
         ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)]
     )
     @pytest.mark.parametrize(("grid", "width"), [((5, 7), 33), ((24, 24), 64), ((1, 1), 16), ((64, 96), 16)])
-    def test_output_and_gradients_are_those_of_double_precision(self, grid, width, dtype, tolerance):
-        """Odd widths and grids leave tiles half empty; a whole map of zeros must not give NaN."""
+    def test_output_and_gradients_equal_double_precision(self, grid, width, dtype, tolerance):
+        """Odd widths and grids leave tiles half empty. An input of zeros must not give NaN."""
         fast, plain = pair(width, dtype=dtype)
         x = torch.randn(3, *grid, 24, device="cuda", dtype=torch.float64)
         x[0] = 0
@@ -47,7 +47,7 @@ class TestKernels:
         for ours, theirs in zip(*found, strict=True):
             assert (ours.double() - theirs).abs().max() <= tolerance * theirs.abs().max()
 
-    def test_dropout_is_the_same_on_the_way_back_and_anew_each_time(self):
+    def test_dropout_is_the_same_in_the_backward_pass_and_differs_between_calls(self):
         fast, _ = pair(64, dropout=0.25)
         hidden = torch.randn(2, 1000, 256, device="cuda", requires_grad=True)
         gamma, beta = (torch.randn(256, device="cuda") for _ in range(2))
@@ -58,7 +58,7 @@ class TestKernels:
         assert torch.equal(drawn[0], drawn[1])
         for other in kept[2:]:
             assert (kept[0] == other).float().mean().item() == pytest.approx(0.75**2 + 0.25**2, abs=0.01)
-        assert not torch.equal(kept[0][0], kept[0][1])  # pictures of a batch differ
+        assert not torch.equal(kept[0][0], kept[0][1])  # images of a batch differ
         for axis in (0, 1):
             assert (kept[0].float().mean((0, axis + 1)) - 0.75).abs().max() < 0.1
         whole, _ = mlp_tail(hidden, gamma, beta, eye, zero, None, 0.0)
@@ -71,7 +71,7 @@ class TestKernels:
         )
 
     def test_compiled_operators_have_the_same_gradients(self):
-        """Compilers see the operators by their fake versions: wrong shapes or types would end here."""
+        """Compilers use the operators' fake versions. Wrong shapes or dtypes would fail here."""
         shapes = ((2, 64, 24), (128, 24), (128,), (128,), (32, 128), (32,))
         x, first, gamma, beta, weight, bias = (
             torch.randn(s, device="cuda", requires_grad=True) for s in shapes
@@ -94,7 +94,7 @@ def test_a_deprecation_inside_torch_s_compiler_fails_no_test(monkeypatch):
 
 
 def test_the_operator_counts_its_operations():
-    """The share of the matrix rate would lack a third of Stage C otherwise."""
+    """Otherwise MFU would miss a third of Stage C."""
     hidden, gamma, weight, bias = (torch.empty(s, device="meta") for s in ((2, 5, 16), (16,), (4, 16), (4,)))
     with FlopCounterMode(display=False) as counter:
         output, norm = mlp_tail(hidden, gamma, gamma, weight, bias, None, 0.0)
@@ -113,9 +113,9 @@ def test_channels_compete_by_their_norm_over_the_grid(dtype):
     given = x.to(dtype).requires_grad_()
     output = norm(given)
     lengths = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
-    share = lengths / (lengths.mean(dim=-1, keepdim=True) + 1e-6)
-    expected = norm.gamma.double() * x * share + norm.beta.double() + x
+    relative = lengths / (lengths.mean(dim=-1, keepdim=True) + 1e-6)
+    expected = norm.gamma.double() * x * relative + norm.beta.double() + x
     tolerance = {torch.float32: 1e-6, torch.float16: 2e-3}[dtype]
     assert (output.double() - expected).abs().max() <= tolerance * expected.abs().max()
     output.float().sum().backward()
-    assert given.grad.isfinite().all()  # where a map is zero a square root has no slope
+    assert given.grad.isfinite().all()  # the square root has no gradient at zero

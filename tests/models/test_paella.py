@@ -1,6 +1,6 @@
-"""Stage B of v1 against a second writing of it on the original's fused weights, and its published size.
+"""Stage B of v1 against a second implementation on the original's fused weights, and its published size.
 
-diffusers never had this network, so the reference is here: plain operations on channels-first maps.
+diffusers never had this network, so the reference is here: plain operations on channels-first tensors.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ CONFIGS = {
 
 
 def original_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same weights as the original's files hold them: query, key and value in one matrix."""
+    """The same weights as in the original's files: query, key and value in one matrix."""
     named = {}
     for name, tensor in weights.items():
         block, attention, rest = name.partition("attention.to_")
@@ -70,14 +70,14 @@ def norm_of_channels(x):
 def reference_mlp(w, name, x):
     hidden = F.gelu(F.conv2d(x, w[f"{name}.0.weight"][:, :, None, None], w[f"{name}.0.bias"]))
     size = hidden.square().sum(dim=(2, 3), keepdim=True).sqrt()
-    share = size / (size.mean(dim=1, keepdim=True) + 1e-6)
+    relative = size / (size.mean(dim=1, keepdim=True) + 1e-6)
     gamma, beta = (w[f"{name}.2.{part}"].flatten()[:, None, None] for part in ("gamma", "beta"))
-    hidden = gamma * (hidden * share) + beta + hidden
+    hidden = gamma * (hidden * relative) + beta + hidden
     return F.conv2d(hidden, w[f"{name}.4.weight"][:, :, None, None], w[f"{name}.4.bias"])
 
 
 def reference_res_block(w, name, x, skip):
-    """Output channel g reads channels 2g and 2g + 1 of x joined with the skip, or channel g of x alone."""
+    """Output channel g reads channels 2g and 2g + 1 of x and the skip, or without a skip channel g of x."""
     kernel, bias = w[f"{name}.depthwise.weight"], w[f"{name}.depthwise.bias"]
     joined = x if skip is None else torch.cat([x, skip], dim=1)
     per_group = joined.shape[1] // x.shape[1]
@@ -111,16 +111,16 @@ def reference_attention(w, name, x, sequence, heads):
     return x + attended.permute(1, 2, 0).reshape(batch, c, height, width)
 
 
-def reference(w, config, tokens, r, semantic_map, text):
+def reference(w, config, tokens, r, semantic_latents, text):
     """Logits from weights ``w`` under the original's names."""
 
     def layer(name):
         return w[f"{name}.weight"], w[f"{name}.bias"]
 
-    map_tokens = semantic_map.flatten(2).transpose(1, 2)
+    latent_tokens = semantic_latents.flatten(2).transpose(1, 2)
     sequence = torch.cat(
         [
-            F.linear(map_tokens, *layer("effnet_mapper")),
+            F.linear(latent_tokens, *layer("effnet_mapper")),
             F.linear(text, *layer("byt5_mapper")),
         ],
         dim=1,
@@ -167,24 +167,24 @@ def reference(w, config, tokens, r, semantic_map, text):
     return F.conv2d(x, w["out_mapper.1.weight"])
 
 
-def inputs(config: PaellaConfig, size, map_size, dtype=torch.float32):
+def inputs(config: PaellaConfig, size, latent_size, dtype=torch.float32):
     return {
         "tokens": torch.randint(config.num_labels, (3, *size)),
         "r": torch.tensor([1.0, 0.51, 0.003], dtype=dtype),
-        "semantic_map": torch.randn(3, config.effnet_embd, *map_size, dtype=dtype),
+        "semantic_latents": torch.randn(3, config.effnet_embd, *latent_size, dtype=dtype),
         "text": torch.randn(3, 7, config.clip_embd, dtype=dtype),
     }
 
 
-def predict(model: Paella, tokens, r, semantic_map, text):
-    return model(tokens, r, model.context(semantic_map, text))
+def predict(model: Paella, tokens, r, semantic_latents, text):
+    return model(tokens, r, model.context(semantic_latents, text))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_forward_equals_the_reference(name, randomise, relative_error):
-    config, size, map_size = CONFIGS[name]
+    config, size, latent_size = CONFIGS[name]
     model = randomise(Paella(config)).eval()
-    given = inputs(config, size, map_size)
+    given = inputs(config, size, latent_size)
     exact = {k: v.double() if v.is_floating_point() else v for k, v in given.items()}
     with torch.no_grad():
         logits = predict(model, **given)
@@ -199,11 +199,11 @@ def test_forward_equals_the_reference(name, randomise, relative_error):
 
 
 def test_gradients_equal_the_reference(randomise):
-    """Also the gradient of the map, through which the compressor was trained."""
+    """Including the gradient of the semantic latents, which trained the compressor."""
     model = randomise(Paella(SMALL)).double().eval()
     given = inputs(SMALL, (16, 24), (3, 4), torch.float64)
-    given["semantic_map"].requires_grad_()
-    leaves = [*model.parameters(), given["semantic_map"]]
+    given["semantic_latents"].requires_grad_()
+    leaves = [*model.parameters(), given["semantic_latents"]]
     direction = torch.randn(3, SMALL.num_labels, 16, 24, dtype=torch.float64)
     ours = torch.autograd.grad((predict(model, **given) * direction).sum(), leaves)
     weights = original_names(dict(model.named_parameters()))
@@ -214,16 +214,16 @@ def test_gradients_equal_the_reference(randomise):
 
 
 def test_guided_sampling_equals_the_reference(randomise):
-    """Eight steps through both networks, guided: every drawn token is the same."""
+    """Eight guided steps with both networks: every sampled token is the same."""
     model = randomise(Paella(SMALL)).double().eval()
     given = inputs(SMALL, (8, 16), (2, 3), torch.float64)
-    maps = torch.cat([given["semantic_map"], torch.zeros_like(given["semantic_map"])])
+    latents = torch.cat([given["semantic_latents"], torch.zeros_like(given["semantic_latents"])])
     texts = torch.cat([given["text"], torch.randn_like(given["text"])])
     weights = original_names(model.state_dict())
 
     def both(x, t):
         logits = [
-            reference(weights, SMALL, x, t.double(), maps[part], texts[part])
+            reference(weights, SMALL, x, t.double(), latents[part], texts[part])
             for part in (slice(3), slice(3, 6))
         ]
         return 2.0 * logits[0] - logits[1]
@@ -234,7 +234,7 @@ def test_guided_sampling_equals_the_reference(randomise):
         return sample_tokens(network, noise, uniform_timesteps(8), generators)
 
     with torch.no_grad():
-        context = model.context(maps, texts)
+        context = model.context(latents, texts)
         sample = run(guided(lambda x, t: model(x, t.double(), context), 2.0))
         assert torch.equal(sample, run(both))
 
@@ -244,7 +244,7 @@ def test_context_serves_every_step(randomise):
     model = randomise(Paella(SMALL)).eval()
     given = inputs(SMALL, (8, 8), (3, 3))
     with torch.no_grad():
-        context = model.context(given["semantic_map"], given["text"])
+        context = model.context(given["semantic_latents"], given["text"])
         first = model(given["tokens"], torch.full((3,), 0.9), context)
         model(given["tokens"].flip(1), torch.full((3,), 0.1), context)
         assert torch.equal(first, model(given["tokens"], torch.full((3,), 0.9), context))
@@ -257,7 +257,7 @@ def test_half_precision_keeps_the_time_exact(randomise, relative_error):
     with torch.no_grad():
         exact = predict(model, **given)
         model.bfloat16()
-        half = {k: v.bfloat16() if k in ("semantic_map", "text") else v for k, v in given.items()}
+        half = {k: v.bfloat16() if k in ("semantic_latents", "text") else v for k, v in given.items()}
         logits = predict(model, **half)
     assert logits.dtype == torch.bfloat16
     assert relative_error(logits, exact) <= 0.1
@@ -274,7 +274,7 @@ def test_published_size():
     assert names["in_mapper.0.weight"].shape == (8192, 256)
     assert names["out_mapper.1.weight"].shape == (8192, 256, 1, 1)
     assert names["byt5_mapper.weight"].shape == (1024, 1024)
-    # The skips enter the first block of the two finer levels, two channels a group.
+    # The skips enter the first block of the two finer levels, two channels per group.
     grouped = {n: w.shape for n, w in names.items() if n.endswith("depthwise.weight") and w.shape[1] == 2}
     assert grouped == {
         "up_blocks.1.0.depthwise.weight": (1280, 2, 3, 3),
@@ -286,7 +286,7 @@ def test_published_size():
     assert PaellaConfig().size_multiple == 8
 
 
-def test_starts_without_an_opinion():
+def test_starts_with_equal_probabilities():
     """At initialisation every logit is exactly 0, so the cross entropy is ln(labels)."""
     model = Paella(dataclasses.replace(SMALL, num_labels=8192))
     given = inputs(model.config, (8, 8), (3, 3))
@@ -317,12 +317,12 @@ def test_initial_spread_follows_the_original():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"blocks": (1, 2)}, "blocks=.* must have one entry for each of the 3 levels"),
-        ({"num_labels": 0}, "widths and counts of at least 1"),
-        ({"c_hidden": ()}, "needs a level"),
-        ({"c_r": 3}, "c_r=3 leaves no frequencies"),
-        ({"nhead": (-1, 3, 3)}, "nhead=3 does not divide the level's width 16"),
-        ({"level_config": ("TC", "CTA", "CTA")}, "'TC' must be C followed by T or A"),
+        ({"blocks": (1, 2)}, r"blocks must have one entry for each of the 3 levels .* got \(1, 2\)"),
+        ({"num_labels": 0}, r"patch_size, c_cond = \(0, .* All must be at least 1"),
+        ({"c_hidden": ()}, r"c_hidden = \(\), .* All must be at least 1"),
+        ({"c_r": 3}, "c_r must be at least 4, got 3"),
+        ({"nhead": (-1, 3, 3)}, "nhead must divide the level's width 16, got 3"),
+        ({"level_config": ("TC", "CTA", "CTA")}, "must start with C, got 'TC'"),
     ],
 )
 def test_impossible_shapes_are_refused(change, message):

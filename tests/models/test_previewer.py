@@ -8,15 +8,14 @@ from wuerstchen.models.previewer import Previewer, PreviewerConfig
 
 
 @pytest.mark.parametrize(("grid", "pixels"), [((6, 6), (64, 64)), ((6, 9), (64, 96)), ((24, 24), (256, 256))])
-def test_the_picture_follows_the_map(grid, pixels):
+def test_the_preview_has_the_shape_of_the_latents(grid, pixels):
     previewer = Previewer(PreviewerConfig())
     assert sum(p.numel() for p in previewer.parameters()) == 221_100  # at most 0.3 million
     assert previewer(torch.randn(2, 16, *grid)).shape == (2, 3, *pixels)
     assert previewer.size(*grid) == pixels
 
 
-def test_places_are_kept():
-    """What a position says shows where the position is, not elsewhere."""
+def test_a_position_changes_its_own_pixels():
     torch.manual_seed(0)
     previewer = Previewer(PreviewerConfig())
     z = torch.randn(1, 16, 6, 6)
@@ -30,5 +29,5 @@ def test_places_are_kept():
 
 
 def test_impossible_shapes_are_refused():
-    with pytest.raises(UserError, match=r"c_hidden=\(8, 0, 8\) must be channels and three widths"):
+    with pytest.raises(UserError, match=r"c_hidden three widths of at least 1, got \(8, 0, 8\)"):
         PreviewerConfig(c_hidden=(8, 0, 8))

@@ -57,8 +57,8 @@ def test_gradients_equal_diffusers(randomise, assert_same_gradients):
     assert_same_gradients(ours, theirs)
 
 
-def test_velocity_is_the_last_layer(randomise):
-    """With a silent last layer v̂ is its bias: the network returns it as it is."""
+def test_velocity_is_the_plain_output(randomise):
+    """If the last layer's weights are 0, the network returns its bias unchanged."""
     model = randomise(Prior(dataclasses.replace(SMALL, prediction="velocity"))).eval()
     x, r, text = inputs(SMALL, (4, 5))
     with torch.no_grad():
@@ -93,6 +93,33 @@ def test_keys_and_values_that_are_not_cached_give_the_same_gradients(randomise):
         torch.testing.assert_close(a, b)
 
 
+def test_residuals_are_added_after_each_group_of_blocks(randomise):
+    """As a ControlNet does. Zeros change nothing, and gradients reach the residuals."""
+    ours = randomise(Prior(SMALL)).double().eval()
+    x, r, text = (tensor.double() for tensor in inputs(SMALL, (4, 5)))
+    context = ours.context(text)
+    expected = ours(x, r, context)
+    zeros = [torch.zeros(3, 4, 5, 32, dtype=torch.float64) for _ in range(3)]
+    for count in (1, 3):
+        assert torch.equal(ours(x, r, dataclasses.replace(context, residuals=zeros[:count])), expected)
+    residuals = [torch.randn_like(zero).requires_grad_() for zero in zeros]
+    found = ours(x, r, dataclasses.replace(context, residuals=residuals))
+    with torch.no_grad():
+        seen = []
+        for number, residual in enumerate(residuals):
+            hook = ours.blocks[3 * number + 2].register_forward_hook(lambda _, __, y, e=residual: y + e)
+            seen.append(hook)
+        by_hooks = ours(x, r, context)
+    for hook in seen:
+        hook.remove()
+    torch.testing.assert_close(found, by_hooks)
+    assert not torch.allclose(found, expected)
+    gradients = torch.autograd.grad(found.sum(), residuals)
+    assert all(gradient.abs().sum() > 0 for gradient in gradients)
+    with pytest.raises(ValueError, match="depth=3 residuals can be added, got 4"):
+        ours(x, r, dataclasses.replace(context, residuals=[*zeros, zeros[0]]))
+
+
 def test_mask_hides_padding_and_only_padding(randomise):
     ours = randomise(Prior(SMALL)).eval()
     x, r, text = inputs(SMALL, (4, 4), positions=6)
@@ -113,12 +140,12 @@ def test_published_size(c_cond, parameters):
     assert sum(p.numel() for p in ours.parameters()) == parameters
     shapes = {name: tensor.shape for name, tensor in ours.state_dict().items()}
     assert shapes == {name: tensor.shape for name, tensor in theirs.state_dict().items()}
-    # The original fuses query, key and value: 648 entries here are 520 there.
+    # The original fuses query, key and value: it has 520 entries for these 648.
     assert len(shapes) == 648
 
 
 def test_starts_as_the_identity():
-    """At initialisation ε̂ = x / (1 + 1e-5): spec of the original, seen by running it."""
+    """At initialisation ε̂ = x / (1 + 1e-5), as observed in the original."""
     ours = Prior(SMALL)
     x, r, text = inputs(SMALL, (4, 4))
     torch.testing.assert_close(ours(x, r, ours.context(text)), x / (1 + 1e-5))
@@ -138,13 +165,13 @@ def test_initial_spread_follows_the_original():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"nhead": 0}, "nhead=0 must be from 1 to c=1536"),
-        ({"c": 8, "nhead": 9}, "nhead=9 must be from 1 to c=8"),
-        ({"depth": -1}, "depth=-1 must be at least 0"),
-        ({"c": 0}, "c=0 must be at least 1"),
-        ({"c_r": 2}, "c_r=2 leaves no frequencies"),
-        ({"dropout": -0.1}, "dropout=-0.1 must be from 0 to 1"),
-        ({"dropout": 1.5}, "dropout=1.5 must be from 0 to 1"),
+        ({"nhead": 0}, "nhead must be from 1 to c=1536, got 0"),
+        ({"c": 8, "nhead": 9}, "nhead must be from 1 to c=8, got 9"),
+        ({"depth": -1}, "depth must be at least 0, got -1"),
+        ({"c": 0}, "c must be at least 1, got 0"),
+        ({"c_r": 2}, "c_r must be .* at least 4, got 2"),
+        ({"dropout": -0.1}, "dropout must be from 0 to 1, got -0.1"),
+        ({"dropout": 1.5}, "dropout must be from 0 to 1, got 1.5"),
     ],
 )
 def test_impossible_shapes_are_refused(change, message):

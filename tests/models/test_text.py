@@ -146,8 +146,8 @@ def test_moves_and_follows_the_dtype(folder: Path) -> None:
 
 def test_a_cut_prompt_warns_and_names_the_words(folder: Path) -> None:
     encoder = read_text_encoder(folder)
-    with pytest.warns(PromptTooLongWarning, match="these words are lost: 'Unreadable, blue'$"):
-        cut = encoder.encode(["a camel on Unreadable, blue"])  # the cut falls behind "un"
+    with pytest.warns(PromptTooLongWarning, match="These words are lost: 'Unreadable, blue'$"):
+        cut = encoder.encode(["a camel on Unreadable, blue"])  # it is cut after "un"
     assert issubclass(PromptTooLongWarning, UserWarning)
     kept = encoder.encode(["a camel on un"])
     assert torch.equal(cut.mask, kept.mask)
@@ -160,7 +160,7 @@ def test_a_prompt_that_just_fits_does_not_warn(folder: Path) -> None:
         assert read_text_encoder(folder).encode(["a camel on blue"]).mask.all()
 
 
-def test_brackets_in_a_prompt_are_no_special_tokens(folder: Path) -> None:
+def test_brackets_in_a_prompt_are_not_special_tokens(folder: Path) -> None:
     encoder = read_text_encoder(folder)
     assert encoder.tokenizer.encode("[SEP]").ids == [2, 1, 1, 1, 3]
 
@@ -168,12 +168,12 @@ def test_brackets_in_a_prompt_are_no_special_tokens(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        ("a camel", "prompts 'a camel' is wrong because a list is read"),
-        ([], r"prompts \[\] is wrong because at least one is read"),
-        (["caf\udce9"], r"prompt 'caf\\udce9' is wrong because it is not Unicode; write it in UTF-8"),
+        ("a camel", "prompts must be a list of strings, got 'a camel'"),
+        ([], r"prompts must have at least one prompt, got \[\]"),
+        (["caf\udce9"], r"A prompt must be valid Unicode, got 'caf\\udce9'. Write it in UTF-8"),
     ],
 )
-def test_refuses_prompts_it_cannot_read(folder: Path, prompts: Sequence[str], message: str) -> None:
+def test_invalid_prompts_are_refused(folder: Path, prompts: Sequence[str], message: str) -> None:
     with pytest.raises(UserError, match=f"^{message}") as caught:
         read_text_encoder(folder).encode(prompts)
     assert "\n" not in str(caught.value)
@@ -215,7 +215,7 @@ BIAS = "encoder.layer.1.output.dense.bias"
         (_config(pad_token_id=-1), "pad_token_id -1, which is a piece of the vocabulary"),
         (_config(model_type="t5"), "its model_type is neither 'bert' nor 'clip_text_model'"),
         (_config(text_positions="6"), "text_positions is '6' and must be an integer"),
-        (_config(text_positions=13), "text_positions 13 is wrong because this text model reads 3 to 12"),
+        (_config(text_positions=13), "text_positions must be from 3 to 12 for this text model, got 13"),
         (_config(num_attention_heads=3), "BERT cannot be built from it"),
         (_config(hidden_size="eight"), "BERT cannot be built from it"),
         (_config(intermediate_size=24), r"is \(16,\) there and \(24,\) by config.json"),
@@ -280,7 +280,7 @@ def test_clip_states_are_those_of_the_published_recipe() -> None:
         expected = model(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
     # The call above stored a length of 7 in the tokenizer; the encoder must still see the lost words.
     encoder = TextEncoder.from_transformers(model, tokenizer)
-    with pytest.warns(PromptTooLongWarning, match="these words are lost: 'ox, a camel'"):
+    with pytest.warns(PromptTooLongWarning, match="These words are lost: 'ox, a camel'"):
         result = encoder.encode(prompts)
     assert encoder.text_positions == 7
     assert encoder.width == 8

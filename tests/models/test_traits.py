@@ -1,4 +1,4 @@
-"""What blocks allow is said beside their definitions, and a block that says nothing runs as it is written."""
+"""Blocks declare their traits beside their definitions, and a block without traits takes the plain path."""
 
 import importlib
 import pkgutil
@@ -11,7 +11,7 @@ import wuerstchen.models
 from wuerstchen.models.blocks import run_blocks, text_inputs
 from wuerstchen.models.compressor import Compressor, CompressorConfig
 from wuerstchen.models.decoder import Decoder, DecoderConfig
-from wuerstchen.models.fused.blocks import factored_map, is_plain, join_layers
+from wuerstchen.models.fused.blocks import factored_condition, is_plain, join_layers
 from wuerstchen.models.layers import AttnBlock, ConditionedResBlock, ResBlock, TimestepBlock
 from wuerstchen.models.paella import Paella, PaellaConfig
 from wuerstchen.models.previewer import Previewer, PreviewerConfig
@@ -41,7 +41,7 @@ def of_models(kind: type) -> bool:
 
 
 def undeclared(network: nn.Module) -> set[str]:
-    """Blocks, which are what stands in lists of layers, that do not say what they allow."""
+    """Blocks, that is elements of lists of layers, that do not declare their traits."""
     found, waiting = set(), [network]
     while waiting:
         module = waiting.pop()
@@ -49,7 +49,7 @@ def undeclared(network: nn.Module) -> set[str]:
             is_block = type(module) in (nn.Sequential, nn.ModuleList) and of_models(type(child))
             if is_block and "allows" not in vars(type(child)):
                 found.add(type(child).__name__)
-            if not is_block:  # what a block consists of is its own affair
+            if not is_block:  # the layers inside a block need no traits
                 waiting.append(child)
     return found
 
@@ -61,17 +61,17 @@ def networks():
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_block_says_what_it_allows(networks, name):
-    """Without, a new block would be neither compiled nor sharded nor fused, and nothing would say so."""
+def test_every_block_declares_its_traits(networks, name):
+    """A new block without traits would silently be neither compiled nor sharded nor fused."""
     assert undeclared(networks[name]) == set()
 
 
-def test_every_network_is_looked_at(networks):
+def test_no_network_is_left_out(networks):
     for module in pkgutil.walk_packages(wuerstchen.models.__path__, "wuerstchen.models."):
         if not module.name.endswith("_kernel") and not module.name.endswith("_kernels"):  # need Triton
             importlib.import_module(module.name)
     seen = {type(module) for network in networks.values() for module in network.modules()}
-    seen |= {base for kind in seen for base in kind.__mro__} | {TextEncoder}  # whose model is not ours
+    seen |= {base for kind in seen for base in kind.__mro__} | {TextEncoder}  # its model is from transformers
     assert {kind.__name__ for kind in subclasses(nn.Module) if of_models(kind) and kind not in seen} == set()
 
 
@@ -80,7 +80,7 @@ def subclasses(kind: type) -> set[type]:
 
 
 class Halves(nn.Module):
-    """A block that says nothing."""
+    """A block without traits."""
 
     def __init__(self):
         super().__init__()
@@ -90,7 +90,7 @@ class Halves(nn.Module):
         return self.linear(x) / 2
 
 
-def test_a_block_that_says_nothing_is_found():
+def test_a_block_without_traits_is_found():
     Halves.__module__ = "wuerstchen.models.halves"
     try:
         assert undeclared(nn.ModuleList([Halves()])) == {"Halves"}
@@ -98,7 +98,7 @@ def test_a_block_that_says_nothing_is_found():
         Halves.__module__ = __name__
 
 
-def test_a_block_that_says_nothing_gets_the_plain_path_everywhere():
+def test_a_block_without_traits_takes_the_plain_path_everywhere():
     blocks = nn.ModuleList([Halves().eval()])
     x, r = torch.randn(1, 2, 2, 8), torch.randn(1, 4)
     assert traits_of(blocks[0]) == PLAIN == BlockTraits()
@@ -116,7 +116,7 @@ def test_a_block_that_says_nothing_gets_the_plain_path_everywhere():
     assert {name: tensor.data_ptr() for name, tensor in blocks.state_dict().items()} == weights
     mapper = nn.Conv2d(2, 8, kernel_size=1)
     mixed = nn.ModuleList([*blocks, ConditionedResBlock(8, 8)]).eval()
-    assert len(factored_map(mixed, mapper, torch.randn(1, 2, 2, 2)).factors) == 1
+    assert len(factored_condition(mixed, mapper, torch.randn(1, 2, 2, 2)).factors) == 1
 
 
 def test_places_without_a_block_are_joined_over():
@@ -128,7 +128,7 @@ def test_places_without_a_block_are_joined_over():
 
 
 def test_a_subclass_is_not_fused():
-    """Its forward pass may be another; what else its base allows holds."""
+    """Its forward pass may differ. The other traits of its base hold."""
 
     class Twice(ResBlock):
         def forward(self, x, skip=None):
@@ -140,8 +140,7 @@ def test_a_subclass_is_not_fused():
     assert traits_of(Twice(8)).compile
 
 
-def test_what_our_blocks_allow():
-    """As the lists said that stood elsewhere before."""
+def test_traits_of_our_blocks():
     for kind in (ResBlock, ConditionedResBlock, AttnBlock):
         assert kind.allows.compile
         assert kind.allows.recompute

@@ -1,4 +1,4 @@
-"""One whole Würstchen: its networks, and the few numbers without which they do not fit together."""
+"""A complete Würstchen model: its networks and its settings."""
 
 import dataclasses
 import math
@@ -24,9 +24,9 @@ from wuerstchen.sampling import Sampling
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """How Stage C's map is normalised: (z − mean) / std, by channel or the same for all.
+    """How Stage C's semantic latents are normalised: (z − mean) / std, per channel or the same for all.
 
-    Stage B works on the compressor's own z; the diffusion of Stage C wants unit variance.
+    Stage B reads the compressor's output z. Stage C's diffusion needs unit variance.
     """
 
     mean: tuple[float, ...]
@@ -35,13 +35,13 @@ class LatentStatistics:
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or not self.mean:
             raise UserError(
-                f"{len(self.mean)} means and {len(self.std)} deviations do not pair; give one of each "
-                "for every channel"
+                f"mean and std must have one value each per channel, got {len(self.mean)} means and "
+                f"{len(self.std)} standard deviations."
             )
         if not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std) <= 0:
             raise UserError(
-                f"map statistics mean={self.mean}, std={self.std} must be finite, with std above 0; measure "
-                "them again"
+                "Statistics of semantic latents must be finite, with std above 0, got "
+                f"mean={self.mean}, std={self.std}. Measure them again."
             )
 
     def normalise(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
@@ -63,78 +63,87 @@ MIN_SIDE = 64
 SIDE_STEP = 8
 MAX_IMAGE_SIZE = 2**16
 MAX_SIDES = 16
-"""A side has at most so many times the pixels that the model was trained on."""
+"""Largest side of an image, relative to the side that the model was trained on."""
 
 PUBLISHED_STATISTICS = LatentStatistics(mean=(-1.0,), std=(42.0,))
-"""The published v2: Stage C works on (z + 1) / 42."""
+"""Of the published v2: Stage C works on (z + 1) / 42."""
+
+
+def _listed(settings: "CascadeSettings", names: tuple[str, ...]) -> str:
+    return ", ".join(f"{name}={getattr(settings, name)!r}" for name in names)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CascadeSettings:
-    """What belongs to a trained model besides its weights. The defaults are the published v2."""
+    """The settings of a trained model. The defaults are the published v2."""
 
     image_size: int = 1024
-    """Side of the pictures it was trained on, in pixels."""
+    """Side of the training images, in pixels."""
     size_multiple: int = 128
-    """Sides are drawn in multiples of this, 3 positions of the map, and cut to what was asked for."""
+    """Images are sampled with sides that are multiples of this, then cropped to the size asked for. The
+    default is 3 positions of the semantic latents."""
     view_scale: float = 0.75
-    """Side of the compressor's view over the picture's."""
+    """Side of the compressor's input, relative to the image's."""
     latent_statistics: LatentStatistics = field(default=PUBLISHED_STATISTICS)
     text_mask: bool = False
-    """Whether padding is hidden from attention. The published models attend to it."""
+    """Whether attention ignores padding. The published models attend to it."""
     prior_steps: int = 29
     prior_equal_steps: bool = False
-    """Whether Stage C's steps are equal, as in v1. v2 gives two thirds of them to the noisiest third."""
+    """Whether Stage C takes equal steps, as in v1. v2 spends two thirds of them on the noisiest third."""
     prior_sampler: str = "ddpm"
-    """Of Stage C, by its name in ``diffusion.sampler_table``."""
+    """Stage C's sampler, by its name in ``diffusion.sampler_table``."""
     prior_guidance: float = 4.0
     decoder_steps: int = 12
     decoder_guidance: float = 1.0
     """1 is no guidance, as published."""
     decoder_shift: float = 1.0
-    """How far Stage B's steps lean towards noise (``diffusion.schedule.shifted``); 1 is as published."""
+    """Timestep shift of Stage B towards noise (``diffusion.schedule.shifted``). 1 is none, as published."""
     decoder_temperatures: tuple[float, float] = (1.0, 0.6)
-    """Of the first and last step of a Stage B on tokens (v1): above 1 bolder, below 1 safer."""
+    """Temperatures of the first and last step of a Stage B on tokens (v1)."""
     prior_objective: Objective = PUBLISHED_OBJECTIVE
-    """What Stage C's output means."""
+    """The objective that Stage C was trained with."""
     decoder_objective: Objective = PUBLISHED_OBJECTIVE
-    """What Stage B's output means; nothing reads that of one on tokens."""
+    """The objective that Stage B was trained with. Not used by a Stage B on tokens."""
 
     def __post_init__(self) -> None:
         whole = ("image_size", "size_multiple", "prior_steps", "decoder_steps")
         if not all(type(getattr(self, name)) is int and getattr(self, name) >= 1 for name in whole):
-            raise UserError(f"{', '.join(whole)} must be whole numbers of at least 1; get the model again")
+            raise UserError(
+                f"{_listed(self, whole)} must be whole numbers of at least 1. Get the model again."
+            )
         real = ("view_scale", "prior_guidance", "decoder_guidance", "decoder_shift")
         if not all(
             isinstance(getattr(self, n), int | float) and math.isfinite(getattr(self, n)) for n in real
         ):
-            raise UserError(f"{', '.join(real)} must be finite numbers; get the model again")
+            raise UserError(f"{_listed(self, real)} must be finite numbers. Get the model again.")
         if not 0.25 <= self.view_scale <= 4 or self.image_size > MAX_IMAGE_SIZE:
             raise UserError(
-                f"view_scale={self.view_scale} must be from 0.25 to 4 and "
-                f"image_size={self.image_size} at most {MAX_IMAGE_SIZE}; get the model again"
+                f"view_scale must be from 0.25 to 4, got {self.view_scale}, and image_size at most "
+                f"{MAX_IMAGE_SIZE}, got {self.image_size}. Get the model again."
             )
         for name in ("text_mask", "prior_equal_steps"):
             if type(getattr(self, name)) is not bool:
-                raise UserError(f"{name} must be true or false; get the model again")
+                raise UserError(
+                    f"{name} must be true or false, got {getattr(self, name)!r}. Get the model again."
+                )
         check_suits(self.prior_sampler, self.prior_objective.kind, self.prior_objective.path)
         if len(self.decoder_temperatures) != 2 or not all(
             isinstance(t, int | float) and math.isfinite(t) and t > 0 for t in self.decoder_temperatures
         ):
             raise UserError(
-                f"decoder_temperatures={self.decoder_temperatures} must be two numbers above 0; "
-                "get the model again"
+                f"decoder_temperatures must be two numbers above 0, got {self.decoder_temperatures}. "
+                "Get the model again."
             )
         if not self.decoder_shift > 0:
-            raise UserError(f"decoder_shift={self.decoder_shift} must be above 0; get the model again")
+            raise UserError(f"decoder_shift must be above 0, got {self.decoder_shift}. Get the model again.")
 
     def completed(self, sampling: Sampling) -> Sampling:
-        """Sampling settings in full, with the model's own where none were given.
+        """Complete sampling settings, with the model's defaults for those not given.
 
         Raises ``UserError`` for a sampler that does not suit the model.
         """
         if not isinstance(sampling, Sampling):
-            raise UserError(f"sampling is of {type(sampling)}, but must be a wuerstchen.Sampling; make one")
+            raise UserError(f"sampling must be a wuerstchen.Sampling, got a {type(sampling).__name__}.")
         if sampling.prior_sampler is not None:
             check_suits(sampling.prior_sampler, self.prior_objective.kind, self.prior_objective.path)
         return Sampling(
@@ -149,17 +158,18 @@ class CascadeSettings:
         )
 
     def canvas(self, width: int, height: int) -> tuple[int, int]:
-        """The size to draw for a picture of the size asked for: the next that the grids of all stages fit.
+        """The smallest size that the grids of all stages fit and that contains an image of the size asked
+        for.
 
-        The picture is cut out of its middle. Raises ``UserError`` for a size that cannot be drawn.
+        The image is cropped from its centre. Raises ``UserError`` for a size that is not supported.
         """
         multiple, most = self.size_multiple, MAX_SIDES * self.image_size
         for side in (width, height):
             if side < MIN_SIDE or side % SIDE_STEP or side > most:
                 fit = min(max(round(side / SIDE_STEP) * SIDE_STEP, MIN_SIDE), most)
                 raise UserError(
-                    f"size {width}x{height} cannot be drawn: sides are multiples of {SIDE_STEP} from "
-                    f"{MIN_SIDE} to {most}; use {fit} in place of {side}"
+                    f"Sides of an image must be multiples of {SIDE_STEP} from {MIN_SIDE} to {most}, got "
+                    f"{width}x{height}. Use {fit} in place of {side}."
                 )
         return tuple(-(-side // multiple) * multiple for side in (width, height))
 
@@ -173,7 +183,7 @@ class CascadeSettings:
         return self.latent_size(width, height)
 
     def latent_size(self, width: int, height: int) -> tuple[int, int]:
-        """Height and width of the semantic map of a picture."""
+        """Height and width of an image's semantic latents."""
         return latent_side(round(height * self.view_scale)), latent_side(round(width * self.view_scale))
 
 
@@ -186,12 +196,12 @@ PUBLISHED_V1 = CascadeSettings(
     decoder_steps=8,
     decoder_guidance=2.0,
 )
-"""Würstchen v1, as its notebook draws: Stage C works on the compressor's own map."""
+"""Würstchen v1 with its notebook's settings: Stage C works on the compressor's output."""
 
 
 @dataclass
 class Cascade:
-    """The parts of one model. A part that a file does not hold is None."""
+    """The networks and settings of a model. Parts that it lacks are None."""
 
     settings: CascadeSettings
     vqgan: VQGAN
@@ -201,50 +211,53 @@ class Cascade:
     previewer: Previewer | None = None
     text_encoder: TextEncoder | None = None
     decoder_text_encoder: TextEncoder | None = None
-    """Stage B's own text encoder, where it has one; otherwise it reads Stage C's."""
+    """Stage B's text encoder, if it does not share Stage C's."""
 
     def __post_init__(self) -> None:
-        """Raises ``UserError`` if parts that are there do not fit one another."""
+        """Raises ``UserError`` if the parts do not fit together."""
         decoder, text = self.decoder.config, self.text_encoder_of_decoder()
         if isinstance(self.decoder, Paella):
             latents = ("codes", self.vqgan.config.num_vq_embeddings, self.decoder.config.num_labels)
         else:
-            latents = ("channels", self.vqgan.config.latent_channels, self.decoder.config.c_in)
+            latents = ("latent channels", self.vqgan.config.latent_channels, self.decoder.config.c_in)
         fits = [("vqgan", "decoder", *latents)]
-        maps: list[tuple[str, int]] = []  # parts that have a semantic map, and its channels there
+        semantic: list[tuple[str, int]] = []  # parts with semantic latents, and their channels
         if isinstance(self.decoder, Paella) or any(self.decoder.config.conditioned):
-            maps.append(("decoder", decoder.effnet_embd))
+            semantic.append(("decoder", decoder.effnet_embd))
         if self.compressor is not None:
-            maps.append(("compressor", self.compressor.config.c_latent))
+            semantic.append(("compressor", self.compressor.config.c_latent))
         if self.prior is not None:
-            maps.append(("prior", self.prior.config.c_in))
+            semantic.append(("prior", self.prior.config.c_in))
             if self.text_encoder is not None:
                 width = self.text_encoder.width
-                fits.append(("text_encoder", "prior", "text states", width, self.prior.config.c_cond))
+                fits.append(
+                    ("text_encoder", "prior", "channels of text states", width, self.prior.config.c_cond)
+                )
         if text is not None and decoder.clip_embd is not None:
-            fits.append(("text encoder", "decoder", "text states", text.width, decoder.clip_embd))
+            fits.append(("text encoder", "decoder", "channels of text states", text.width, decoder.clip_embd))
         channels = len(self.settings.latent_statistics.mean)
         if channels > 1:
-            maps.append(("map_statistics", channels))  # its name in model.json
-        for part, channels in maps[1:]:
-            fits.append((part, maps[0][0], "channels of the map", channels, maps[0][1]))
-        for one, other, what, has, wants in fits:
-            if has != wants:
+            semantic.append(("map_statistics", channels))  # its name in model.json
+        for part, channels in semantic[1:]:
+            first, expected = semantic[0]
+            fits.append((part, first, "channels of semantic latents", channels, expected))
+        for one, other, what, has, expected in fits:
+            if has != expected:
                 raise UserError(
-                    f"{one} has {has} {what} and the {other} wants {wants}, so they are not of one model; "
-                    "get both again"
+                    f"The {one} has {has} {what}, but the {other} has {expected}. They must be parts of the "
+                    "same model. Get both again."
                 )
 
         self._check_objectives()
         step = decoder.size_multiple * self.vqgan.config.factor
         if self.settings.size_multiple % step:
             raise UserError(
-                f"size_multiple={self.settings.size_multiple} is no multiple of {step}, which the grids "
-                "of the decoder and the vqgan need; get the model again"
+                f"size_multiple must be a multiple of {step} for the grids of the decoder and the vqgan, "
+                f"got {self.settings.size_multiple}. Get the model again."
             )
 
     def _check_objectives(self) -> None:
-        """A network whose output is taken for another thing draws nonsense."""
+        """Raises ``UserError`` if a network was trained with another objective than the settings say."""
         settings = self.settings
         pairs: list[tuple[str, Prior | Decoder, Objective]] = []
         if self.prior is not None:
@@ -254,17 +267,17 @@ class Cascade:
         for part, network, objective in pairs:
             if network.config.prediction != objective.kind:
                 raise UserError(
-                    f"the {part} predicts {network.config.prediction!r} and {part}_objective is "
-                    f"{objective.kind!r}, so they are not of one model. Get both again."
+                    f"The {part} predicts {network.config.prediction!r}, but {part}_objective is "
+                    f"{objective.kind!r}. They must be the same. Get the model again."
                 )
 
     def text_encoder_of_decoder(self) -> TextEncoder | None:
-        """The text encoder that Stage B reads, None where it takes no text."""
+        """The text encoder that Stage B uses; None if it takes no text."""
         if self.decoder.config.clip_embd is None:
             return None
         return self.decoder_text_encoder or self.text_encoder
 
     def networks(self) -> dict[str, torch.nn.Module]:
-        """The networks that are there, by name."""
+        """The networks that the model has, by name."""
         parts = (field.name for field in dataclasses.fields(self) if field.name != "settings")
         return {name: getattr(self, name) for name in parts if getattr(self, name) is not None}

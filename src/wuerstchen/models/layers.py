@@ -1,7 +1,7 @@
-"""The blocks that Stages B and C are built from.
+"""The blocks of Stages B and C.
 
-Feature maps travel channels-last, ``b h w c``, from block to block: the wide linear layers, which do most of
-the work, then need no transposition. Convolutions see the same memory as a ``channels_last`` tensor.
+Features are channels-last, ``b h w c``, so that the wide linear layers, which do most of the work, need no
+transposition. Convolutions see the same memory as a ``channels_last`` tensor.
 
 Legend: ``b`` batch, ``h w`` grid, ``c`` width, ``t`` text positions, ``n`` heads, ``d`` width of a head.
 Parameter names are those of the published checkpoints in diffusers' layout.
@@ -24,7 +24,7 @@ TIMESTEP_SCALE = 10_000
 
 
 def layer_norm(x: Tensor) -> Tensor:
-    """Layer norm over the last axis without weights: the only kind that Würstchen has."""
+    """Layer norm over the last axis, without weights: the only kind in Würstchen."""
     return F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
 
 
@@ -33,12 +33,12 @@ def to_channels_last(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h w c"]:
 
 
 def convolve(conv: nn.Module, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h2 w2 c2"]:
-    """Applies a convolution, or another module on channels-first maps, to a channels-last map."""
+    """Applies a convolution, or another channels-first module, to channels-last features."""
     return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 def pointwise(conv: nn.Module, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c2"]:
-    """A 1×1 convolution as the linear layer it is."""
+    """A 1×1 convolution, computed as a linear layer."""
     if type(conv) is not nn.Conv2d:  # an adapter has replaced it
         return convolve(conv, x)
     return F.linear(x, conv.weight.flatten(1), conv.bias)
@@ -47,14 +47,14 @@ def pointwise(conv: nn.Module, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b 
 def exact_output(
     conv: nn.Module, x: Float[Tensor, "b h w c"], dtype: torch.dtype
 ) -> Float[Tensor, "b c2 h w"]:
-    """A model's last layer, layer norm and 1×1 convolution, in at least fp32 whatever surrounds it.
+    """A model's last layer norm and 1×1 convolution, always in at least fp32.
 
-    What follows divides by it: Stage C by |1 − b|, where half precision cannot tell b from 1.
+    The next operation divides by the result: Stage C by |1 − b|, where half precision cannot tell b from 1.
     """
     exact = torch.promote_types(dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         if type(conv) is not nn.Conv2d:  # an adapter has replaced it
-            # cuDNN may round factors in float32 to ten bits (TF32).
+            # In float32, cuDNN may round to ten bits (TF32).
             wide = torch.float64 if x.is_cuda else exact
             weights = {name: weight.to(wide) for name, weight in conv.named_parameters()}
             inner = layer_norm(x.to(exact)).permute(0, 3, 1, 2).to(wide)
@@ -66,8 +66,8 @@ def exact_output(
 def timestep_embedding(r: Float[Tensor, " b"], width: int) -> Float[Tensor, "b width"]:
     """Sine and cosine features of the timestep ``r`` in [0, 1].
 
-    The order of operations is part of the model: the features of r·10000 are so steep that another order
-    of rounding reaches 1e-4 in the output. Odd widths end in a zero.
+    The order of operations is part of the model: the features of r·10000 are so steep that a different order
+    changes the output by 1e-4. Odd widths end in a zero.
     """
     half = width // 2
     frequencies = torch.arange(half, device=r.device).float()
@@ -78,7 +78,7 @@ def timestep_embedding(r: Float[Tensor, " b"], width: int) -> Float[Tensor, "b w
 
 
 class Network(nn.Module):
-    """A whole network, which says where it is and what it computes in."""
+    """A whole network, with its device and dtype."""
 
     @property
     def device(self) -> torch.device:
@@ -102,9 +102,9 @@ _CONVOLUTION = BlockTraits(
 class ResBlock(nn.Module):
     """Stage C's block: depthwise convolution, layer norm, MLP with global response norm, residual.
 
-    In Stage B of v1 it also takes ``c_skip`` channels, a multiple of ``c``, that join before the convolution.
-    Its groups then read neighbours of the joined channels, not a channel and its partner in the skip: with
-    ``c_skip = c`` the first half of the output comes from ``x`` alone and the second from the skip alone.
+    In Stage B of v1 it also takes ``c_skip`` channels, a multiple of ``c``, concatenated before the
+    convolution. Its groups then read adjacent channels, not a channel and its partner in the skip: with
+    ``c_skip = c`` the first half of the output depends on ``x`` only, and the second half on the skip.
     """
 
     allows = _CONVOLUTION
@@ -122,7 +122,7 @@ class ResBlock(nn.Module):
 
 
 class ConditionedResBlock(nn.Module):
-    """The block of Stage B in v2: as ``ResBlock``, with ``c_skip`` further channels joined after the norm."""
+    """Stage B's block in v2: ``ResBlock`` with ``c_skip`` more channels, concatenated after the norm."""
 
     allows = _CONVOLUTION
 
@@ -134,10 +134,8 @@ class ConditionedResBlock(nn.Module):
     def forward(
         self, x: Float[Tensor, "b h w c"], *skips: Float[Tensor, "b h w _"]
     ) -> Float[Tensor, "b h w c"]:
-        return x + self.channelwise(self._joined(layer_norm(convolve(self.depthwise, x)), skips))
-
-    def _joined(self, inner: Tensor, skips: tuple[Tensor, ...]) -> Tensor:
-        return torch.cat([inner, *skips], dim=-1) if skips else inner
+        inner = layer_norm(convolve(self.depthwise, x))
+        return x + self.channelwise(torch.cat([inner, *skips], dim=-1) if skips else inner)
 
 
 class TimestepBlock(nn.Module):
@@ -158,7 +156,7 @@ class TimestepBlock(nn.Module):
 
 @dataclass(frozen=True)
 class KeysValues:
-    """What one attention block needs of a text: computed once for a prompt, used at every step."""
+    """The text for one attention block: computed once per prompt, read at every step."""
 
     keys: Float[Tensor, "b n t d"]
     values: Float[Tensor, "b n t d"]
@@ -167,8 +165,8 @@ class KeysValues:
 
 @dataclass(frozen=True)
 class TextTokens:
-    """A text as attention blocks take it where each reads it once: in training. Blocks make keys and values
-    themselves then, so that a block is a whole that can be compiled, sharded, or computed again."""
+    """The text for all attention blocks, in training. Each block computes keys and values itself, so that it
+    can be compiled, sharded or recomputed on its own."""
 
     tokens: Float[Tensor, "b t c_cond"]
     mask: Bool[Tensor, "b t"] | None
@@ -181,7 +179,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.dropout = dropout
-        inner = c // heads * heads  # less than c where heads do not divide it, as in diffusers
+        inner = c // heads * heads  # less than c if heads do not divide it, as in diffusers
         self.to_q = nn.Linear(c, inner)
         self.to_k = nn.Linear(c, inner)
         self.to_v = nn.Linear(c, inner)
@@ -196,7 +194,7 @@ class Attention(nn.Module):
     def keys_values_at_once(
         self, source: Float[Tensor, "b t c"], mask: Bool[Tensor, "b t"] | None
     ) -> KeysValues:
-        """The same by one matrix product, whose joined weights cost little where they are cast anyway."""
+        """``keys_values`` as one matrix product. Concatenating weights is cheap if they are cast anyway."""
         if not type(self.to_k) is type(self.to_v) is nn.Linear:  # an adapter has replaced one
             return self.keys_values(source, mask)
         weight = torch.cat([self.to_k.weight, self.to_v.weight])
@@ -218,7 +216,7 @@ class Attention(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Every position of the grid attends to the grid and to the text at once."""
+    """Attention from every position of the grid to the grid and the text together."""
 
     allows = BlockTraits(
         takes="text",
@@ -238,7 +236,7 @@ class AttnBlock(nn.Module):
         self.kv_mapper = nn.Sequential(nn.SiLU(), nn.Linear(c_cond, c))
 
     def keys_values(self, text: Float[Tensor, "b t c_cond"], mask: Bool[Tensor, "b t"] | None) -> KeysValues:
-        """The text's part of keys and values: the same for every step of a prompt."""
+        """Keys and values of the text, the same at every step."""
         return self.attention.keys_values(self.kv_mapper(text), mask)
 
     def forward(self, x: Float[Tensor, "b h w c"], text: KeysValues | TextTokens) -> Float[Tensor, "b h w c"]:
@@ -255,7 +253,7 @@ class AttnBlock(nn.Module):
 
 
 class Resampling(nn.Sequential):
-    """Stands between levels: a layer norm, then a convolution that halves or doubles the grid.
+    """A layer norm, then a convolution that halves or doubles the grid between two levels.
 
     The published keys count the layer norm, which has no weights, as the first entry.
     """
@@ -270,9 +268,9 @@ class Resampling(nn.Sequential):
 
 
 def init_linear_and_conv(module: nn.Module) -> None:
-    """The original's general rule: Xavier-uniform weights and zero biases.
+    """The original's default: Xavier-uniform weights and zero biases.
 
-    Query, key and value were one (3c, c) matrix there, so their bound is that matrix's √(6 / 4c).
+    The original has query, key and value in one (3c, c) matrix, so their bound is that matrix's √(6 / 4c).
     Transposed convolutions keep PyTorch's default.
     """
     for layer in module.modules():
@@ -287,7 +285,7 @@ def init_linear_and_conv(module: nn.Module) -> None:
 
 
 def init_blocks(blocks: list[nn.Module], depth: int) -> None:
-    """Residual branches start at 1/√depth of their size, timestep blocks as the identity."""
+    """Scales residual branches by 1/√depth, and makes timestep blocks the identity."""
     with torch.no_grad():
         for block in blocks:
             if isinstance(block, ResBlock | ConditionedResBlock):
@@ -298,18 +296,18 @@ def init_blocks(blocks: list[nn.Module], depth: int) -> None:
 
 def check_dropout(dropout: float) -> None:
     if not 0 <= dropout <= 1:
-        raise UserError(f"dropout={dropout} must be from 0 to 1; 0.1 is common")
+        raise UserError(f"dropout must be from 0 to 1, got {dropout}. 0.1 is common.")
 
 
 def check_timestep_width(c_r: int) -> None:
-    """Refuses one frequency: ``timestep_embedding`` divides by their number less one. None at all is fine."""
+    """Raises ``UserError`` for a single frequency: ``timestep_embedding`` divides by their number minus
+    one."""
     if c_r < 0 or c_r in (2, 3):
-        raise UserError(f"c_r={c_r} leaves no frequencies; use at least 4")
+        raise UserError(f"c_r must be 0, 1 or at least 4, got {c_r}. 64 is published.")
 
 
 MAX_BLOCKS = 1_000
-"""More than ten times as many as any published network has. Others would take for ever to build."""
-
+"""Over ten times as many as any published network has. More would take for ever to build."""
 
 MAX_LEVELS = 16
 """At 16 levels a side has at least 32,768 positions."""
@@ -318,27 +316,29 @@ MAX_LEVELS = 16
 def check_levels(
     c_hidden: tuple[int, ...], nhead: tuple[int, ...], blocks: tuple[int, ...], level_config: tuple[str, ...]
 ) -> None:
-    """Raises ``UserError`` where a UNet's levels do not fit together."""
+    """Raises ``UserError`` if the levels of a U-Net do not fit together."""
     if len(c_hidden) > MAX_LEVELS:
-        raise UserError(f"c_hidden has {len(c_hidden)} levels, over {MAX_LEVELS}; give fewer")
+        raise UserError(f"c_hidden must have at most {MAX_LEVELS} levels, got {len(c_hidden)}.")
     for name, entries in {"nhead": nhead, "blocks": blocks, "level_config": level_config}.items():
         if len(entries) != len(c_hidden):
             raise UserError(
-                f"{name}={entries} must have one entry for each of the {len(c_hidden)} levels of "
-                f"c_hidden={c_hidden}; change either"
+                f"{name} must have one entry for each of the {len(c_hidden)} levels of "
+                f"c_hidden={c_hidden}, got {entries}."
             )
     if min(blocks) < 0:
-        raise UserError(f"blocks={blocks} must be numbers of at least 0; 0 leaves a level without blocks")
+        raise UserError(
+            f"blocks must be at least 0 for every level, got {blocks}. 0 is a level without blocks."
+        )
     total = sum(count * len(kinds) for count, kinds in zip(blocks, level_config, strict=True))
     if total > MAX_BLOCKS:
-        raise UserError(
-            f"blocks and level_config make {total} blocks, over {MAX_BLOCKS}; give smaller numbers"
-        )
+        raise UserError(f"blocks and level_config must make at most {MAX_BLOCKS} blocks, got {total}.")
     for width, heads, count, kinds in zip(c_hidden, nhead, blocks, level_config, strict=True):
         if set(kinds) - set("CTA"):
-            raise UserError(f"level_config entry {kinds!r} may only have the letters C, T and A; write 'CT'")
+            raise UserError(
+                f"level_config may only have the letters C, T and A, got {kinds!r}. 'CT' is common."
+            )
         if "A" in kinds and count and not 1 <= heads <= width:
             raise UserError(
-                f"nhead={heads} must be from 1 to the level's width {width}; choose a divisor of the width, "
-                f"or drop the A from {kinds!r}"
+                f"nhead must be from 1 to the level's width {width}, got {heads}. Use a divisor of the "
+                f"width, or remove the A from {kinds!r}."
             )

@@ -1,7 +1,7 @@
 """The MLP of every convolution block: linear, GELU, global response norm, dropout, linear.
 
-``ChannelMLP`` runs as it is written, or on NVIDIA GPUs by the kernels of ``models.kernels`` behind two
-custom operators, which compilers and autograd see as any other.
+On NVIDIA GPUs ``ChannelMLP`` runs the kernels of ``models.fused.mlp_kernels``, through two custom operators
+that support compilation and autograd.
 """
 
 import torch
@@ -14,10 +14,10 @@ from wuerstchen.device import runs_triton
 
 
 class GlobalResponseNorm(nn.Module):
-    """ConvNeXt V2, equation 1 to 3 (arXiv 2301.00808): channels compete by their norm over the grid."""
+    """ConvNeXt V2, equations 1 to 3 (arXiv 2301.00808): channels compete by their norm over the grid."""
 
     weight_decay = False
-    """Its gamma and beta are scales and shifts, whatever axes they have."""
+    """Gamma and beta are scales and shifts, although they have several axes."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -26,27 +26,27 @@ class GlobalResponseNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
         norm = _norm_over_grid(x)
-        share = norm / (norm.mean(dim=-1, keepdim=True) + 1e-6)
-        # γ·(x·share) + β + x in one pass over x, the widest map of the network.
-        return torch.addcmul(self.beta, x, (1 + self.gamma * share).to(x.dtype))
+        relative = norm / (norm.mean(dim=-1, keepdim=True) + 1e-6)
+        # γ·(x·relative) + β + x in one pass over x, the widest tensor of the network.
+        return torch.addcmul(self.beta, x, (1 + self.gamma * relative).to(x.dtype))
 
 
 def _norm_over_grid(x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b 1 1 c"]:
-    """In at least fp32: on 256x256 positions a sum of squares leaves fp16's range once they are 1 on average.
+    """In at least fp32: with 256×256 positions of mean square 1, a sum of squares overflows fp16.
 
-    Its gradient is 0 where the whole map is zero, and not the NaN of a plain square root.
+    The gradient is 0 for an all-zero channel, not the NaN of a plain square root.
     """
     exact = torch.promote_types(x.dtype, torch.float32)
-    if x.device.type == "cpu":  # where torch's norm over these axes is twenty times slower
+    if x.device.type == "cpu":  # torch's norm over these axes is twenty times slower there
         squares = x.to(exact).square().sum(dim=(1, 2), keepdim=True)
         return squares.clamp_min(torch.finfo(exact).tiny).sqrt()
-    # One axis after the other: over both at once CUDA's reduction takes three times the memory of x.
+    # One axis after the other: reducing both at once on CUDA takes three times the memory of x.
     columns = torch.linalg.vector_norm(x, dim=2, keepdim=True, dtype=exact)
     return torch.linalg.vector_norm(columns, dim=1, keepdim=True)
 
 
 class ChannelMLP(nn.Sequential):
-    """From ``c_in`` over 4·``c`` to ``c`` channels, with dropout before the last layer."""
+    """``c_in`` to 4·``c`` to ``c`` channels, with dropout before the last layer."""
 
     def __init__(self, c_in: int, c: int, dropout: float) -> None:
         wide = 4 * c
@@ -70,8 +70,8 @@ class ChannelMLP(nn.Sequential):
         return output.unflatten(1, hidden.shape[1:3])
 
     def _has_kernels(self, hidden: Tensor) -> bool:
-        """Whether the kernels may stand in: not where a layer was replaced (by an adapter), lies elsewhere
-        for now (offloaded), or computes in double precision."""
+        """Whether the kernels can be used: not if an adapter has replaced a layer, if a weight is offloaded,
+        or in double precision."""
         gelu, norm, dropout, last = self[1], self[2], self[3], self[4]
         return (
             hidden.is_cuda
@@ -96,14 +96,14 @@ def mlp_tail(
     seed: Tensor | None,
     p: float,
 ) -> tuple[Tensor, Tensor]:
-    """GELU, norm, dropout and last layer on ``hidden`` (b, n, c); also the norms (b, c), for the way back.
+    """GELU, norm, dropout and last layer on ``hidden`` (b, n, c). Also returns the norms (b, c).
 
-    Nothing else is kept for it: what lies between is computed again.
+    The backward pass reads only ``hidden`` and the norms, and computes the rest again.
     """
     from wuerstchen.models.fused import mlp_kernels as kernels
 
     hidden = hidden.contiguous()
-    with torch.cuda.device_of(hidden):  # kernels in Triton are started on the current device
+    with torch.cuda.device_of(hidden):  # Triton launches kernels on the current device
         y, norm = kernels.forward(hidden, gamma, beta, seed, p)
     return F.linear(y, weight, bias), norm
 
@@ -116,7 +116,7 @@ def _(hidden, gamma, beta, weight, bias, seed, p):
 
 @register_flop_formula(torch.ops.wuerstchen.mlp_tail)
 def _flops(hidden, gamma, beta, weight, *_, out_shape=None, **__) -> int:
-    """Those of the matrix product, as torch counts a linear layer."""
+    """FLOPs of the matrix product, as torch counts a linear layer."""
     return 2 * hidden[0] * hidden[1] * hidden[2] * weight[0]
 
 

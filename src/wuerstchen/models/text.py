@@ -43,12 +43,12 @@ _SMALL_WORDS = frozenset(
 
 
 class PromptTooLongWarning(UserNotice):
-    """A prompt has more tokens than the text model reads; the message names the words that are lost."""
+    """A prompt has more tokens than the text model reads. The message names the words that are cut off."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextStates:
-    """What the text model makes of a batch of prompts."""
+    """The text model's states of a batch of prompts."""
 
     states: Float[Tensor, "b t d"]
     mask: Bool[Tensor, "b t"]  # True at tokens (begin and end included), False at padding
@@ -59,10 +59,10 @@ LastStates = Callable[[Tensor, Tensor], Tensor]
 
 
 class TextEncoder(nn.Module):
-    """A frozen text model with its tokenizer; every prompt becomes ``text_positions`` states of ``width``.
+    """A frozen text model with its tokenizer. Every prompt becomes ``text_positions`` states of ``width``.
 
-    The length is fixed, so the states of a prompt do not depend on the prompts beside it (beyond the rounding
-    of another batch size: some 1e-6 in float32).
+    The length is fixed, so the states of a prompt do not depend on the other prompts in the batch (except for
+    rounding with another batch size, about 1e-6 in float32).
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class TextEncoder(nn.Module):
         pad_id: int,
         text_positions: int,
     ) -> None:
-        """``tokenizer`` adds the begin and end tokens; ``pad_id`` fills up to ``text_positions``.
+        """``tokenizer`` adds the begin and end tokens. ``pad_id`` fills up to ``text_positions``.
 
         Raises ``UserError`` if the model has fewer positions.
         """
@@ -81,11 +81,10 @@ class TextEncoder(nn.Module):
         longest = model.config.max_position_embeddings
         if not 3 <= text_positions <= longest:
             raise UserError(
-                f"text_positions {text_positions} is wrong because this text model reads 3 to {longest};"
-                " choose a number in that range"
+                f"text_positions must be from 3 to {longest} for this text model, got {text_positions}."
             )
         self.model = model.eval().requires_grad_(False)
-        # A copy: the length is ours to keep, and one stored in the tokenizer's file would cut words unseen.
+        # A copy without the truncation in the tokenizer's file, which would cut words without a warning.
         self.tokenizer = Tokenizer.from_str(tokenizer.to_str())
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
@@ -104,36 +103,36 @@ class TextEncoder(nn.Module):
 
     @property
     def width(self) -> int:
-        """The number of channels of a state."""
+        """Number of channels of a state."""
         return self.model.config.hidden_size
 
     def train(self, mode: bool = True) -> "TextEncoder":
-        """Stay in evaluation mode: a surrounding model that trains must not turn on the dropout in here."""
+        """Stays in eval mode: ``train()`` on a surrounding module must not turn on dropout here."""
         return super().train(False)
 
     def encode(self, prompts: Sequence[str], run: LastStates | None = None) -> TextStates:
         """The last hidden states of ``prompts``, on the model's device and in its dtype.
 
-        The empty prompt is valid: it is the text of unconditional guidance. Words beyond ``text_positions``
-        are cut with a ``PromptTooLongWarning``. ``run`` stands in for ``last_states``. Raises ``UserError``
-        for a bare string, for no prompts, and for text that is not Unicode.
+        The empty prompt is valid: unconditional guidance uses it. Words beyond ``text_positions`` are cut off
+        with a ``PromptTooLongWarning``. ``run`` replaces ``last_states``. Raises ``UserError`` for a bare
+        string, for no prompts, and for text that is not Unicode.
         """
         if isinstance(prompts, str):
-            raise UserError(f"prompts {prompts!r} is wrong because a list is read; put the prompt in a list")
+            raise UserError(f"prompts must be a list of strings, got {prompts!r}. Put the prompt in a list.")
         if not prompts:
-            raise UserError("prompts [] is wrong because at least one is read; give one, it may be empty")
+            raise UserError("prompts must have at least one prompt, got []. It may be empty.")
         return self.encode_tokens(list(map(self.tokens, prompts)), run)
 
     def encode_tokens(
         self, tokens: Sequence[Sequence[int] | Int[np.ndarray, " _"]], run: LastStates | None = None
     ) -> TextStates:
-        """The states of prompts that ``tokens`` has read already, without their padding."""
+        """The states of prompts as token ids from ``tokens``, without padding."""
         ids = torch.full((len(tokens), self.text_positions), self.pad_id, dtype=torch.long, device="cpu")
         mask = torch.zeros((len(tokens), self.text_positions), dtype=torch.bool, device="cpu")
         for row, numbers in enumerate(tokens):
             ids[row, : len(numbers)] = torch.as_tensor(numbers, device="cpu")
             mask[row, : len(numbers)] = True
-        # Where the ids are looked up: other layers may be on another device for now.
+        # The device of the embedding: with offloading, other layers may be elsewhere.
         device = self.model.get_input_embeddings().weight.device
         ids, mask = sent(ids, device), sent(mask, device)
         with torch.no_grad():
@@ -141,10 +140,10 @@ class TextEncoder(nn.Module):
         return TextStates(states=states, mask=mask)
 
     def is_understood(self, prompt: str) -> bool:
-        """Whether some word of ``prompt`` stands in the tokenizer's vocabulary whole.
+        """Whether any word of ``prompt`` is in the tokenizer's vocabulary as a whole.
 
-        The others are read in pieces or not at all, so a prompt of those alone may draw anything. Words like
-        "the" do not count, and neither do single letters.
+        Other words are split into pieces or unknown, so a prompt of only those may give any image. Words like
+        "the" and single letters do not count.
         """
         encoding = self.tokenizer.encode(prompt, add_special_tokens=False)
         pieces = Counter(encoding.word_ids)
@@ -159,31 +158,29 @@ class TextEncoder(nn.Module):
         return known or not foreign
 
     def last_states(self, ids: Int[Tensor, "b t"], mask: Bool[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
-        """What the model makes of token ids."""
+        """The model's last hidden states of token ids."""
         return self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
 
     def tokens(self, prompt: str) -> list[int]:
-        """The token ids of a prompt, begin and end included, at most ``text_positions`` of them.
+        """The token ids of a prompt, including begin and end, at most ``text_positions`` of them.
 
-        Warns and raises as ``encode`` does.
+        Warns and raises like ``encode``.
         """
         try:
             prompt.encode()
         except UnicodeEncodeError as error:
-            # Python gives bytes of the command line that are not UTF-8 as lone surrogates.
-            raise UserError(
-                f"prompt {prompt!r} is wrong because it is not Unicode; write it in UTF-8"
-            ) from error
+            # Python decodes command-line bytes that are not UTF-8 as lone surrogates.
+            raise UserError(f"A prompt must be valid Unicode, got {prompt!r}. Write it in UTF-8.") from error
         encoding = self.tokenizer.encode(prompt)
         if len(encoding.ids) <= self.text_positions:
             return encoding.ids
         first_lost = self.text_positions - 1
-        # A word that is cut in the middle is lost as well: name it from its first letter on.
+        # A word that is cut in the middle counts as lost: name the whole word.
         first_of_word = encoding.word_ids.index(encoding.word_ids[first_lost])
         lost = prompt[encoding.offsets[first_of_word][0] :].strip()
         warnings.warn(
-            f"prompt {_shortened(prompt)!r} is cut because it has {len(encoding.ids)} tokens and the text"
-            f" model reads {self.text_positions}; these words are lost: {_shortened(lost)!r}",
+            f"The prompt is too long: {len(encoding.ids)} tokens in {_shortened(prompt)!r}. The text model "
+            f"reads {self.text_positions}. These words are lost: {_shortened(lost)!r}",
             PromptTooLongWarning,
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""Stage A: a VQGAN between pixels and 4× smaller latents, and the discriminator it is trained against."""
+"""Stage A: a VQGAN between pixels and 4× smaller latents, and the discriminator that trains it."""
 
 import math
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from wuerstchen.models.layers import (
 from wuerstchen.models.traits import BlockTraits
 
 MAX_LEVELS = 16
-"""A picture of 65,536 pixels a side would be one latent."""
+"""With 16 levels, an image of 65,536 pixels per side is a single latent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,36 +37,37 @@ class VQGANConfig:
     latent_channels: int = 4
     num_vq_embeddings: int = 8192
     scale_factor: float = 0.3764
-    """Latents are stored divided by this, which brings the published model's to about unit variance."""
+    """Latents are divided by this, which gives the published model's about unit variance."""
 
     def __post_init__(self) -> None:
         widths = ("in_channels", "out_channels", "up_down_scale_factor", "embed_dim", "latent_channels")
         for name in (*widths, "num_vq_embeddings"):
             if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1; give a larger number")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not 0 <= self.bottleneck_blocks <= MAX_BLOCKS or self.levels > MAX_LEVELS:
             raise UserError(
-                f"bottleneck_blocks={self.bottleneck_blocks} must be from 0 to {MAX_BLOCKS}, and "
-                f"levels={self.levels} at most {MAX_LEVELS}; change them"
+                f"bottleneck_blocks must be from 0 to {MAX_BLOCKS}, got {self.bottleneck_blocks}, and levels "
+                f"at most {MAX_LEVELS}, got {self.levels}."
             )
         if not (math.isfinite(self.scale_factor) and self.scale_factor != 0):
             raise UserError(
-                f"scale_factor={self.scale_factor} must be a finite number other than 0; 0.3764 is published"
+                f"scale_factor must be a finite number other than 0, got {self.scale_factor}. "
+                "0.3764 is published."
             )
         if self.levels < 1 or self.embed_dim < 2 ** (self.levels - 1):
             raise UserError(
-                f"embed_dim={self.embed_dim} cannot be halved {self.levels - 1} times, as "
-                f"levels={self.levels} needs; use a multiple of {2 ** max(self.levels - 1, 0)}"
+                f"levels must be at least 1 and embed_dim at least 2^(levels − 1), got levels={self.levels} "
+                f"and embed_dim={self.embed_dim}. Use a multiple of {2 ** max(self.levels - 1, 0)}."
             )
 
     @property
     def factor(self) -> int:
-        """How much smaller a side of the latents is than the picture's."""
+        """How many times smaller the latents are than the image, per side."""
         return self.up_down_scale_factor * 2 ** (self.levels - 1)
 
 
 class MixingResidualBlock(nn.Module):
-    """Depthwise convolution, then MLP, each behind a layer norm and scaled by learnt scalars.
+    """Depthwise convolution, then MLP, each after a layer norm and scaled by learned scalars.
 
     The six scalars start at zero, so the block starts as the identity.
     """
@@ -78,7 +79,7 @@ class MixingResidualBlock(nn.Module):
 
     def __init__(self, c: int) -> None:
         super().__init__()
-        # The first entry, which `_repeat_edges` stands for, is counted by published keys (`depthwise.1`).
+        # Published keys count the padding (`depthwise.1`). `forward` calls `_repeat_edges` in its place.
         self.depthwise = nn.Sequential(nn.ReplicationPad2d(1), nn.Conv2d(c, c, kernel_size=3, groups=c))
         self.channelwise = nn.Sequential(nn.Linear(c, 4 * c), nn.GELU(), nn.Linear(4 * c, c))
         self.gammas = nn.Parameter(torch.zeros(6))
@@ -93,28 +94,28 @@ class MixingResidualBlock(nn.Module):
 
 
 def _repeat_edges(x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h+2 w+2 c"]:
-    """Replication padding by one, which keeps the channels last when it is compiled; torch's does not."""
+    """Replication padding by 1. Unlike torch's, it keeps the channels last when compiled."""
     x = torch.cat([x[:, :1], x, x[:, -1:]], dim=1)
     return torch.cat([x[:, :, :1], x, x[:, :, -1:]], dim=2)
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """What the quantiser makes of latents."""
+    """Quantised latents."""
 
     latents: Float[Tensor, "b c h w"]
-    """The nearest code at each position; gradients pass straight through to the input."""
+    """The nearest code at each position. Gradients pass straight through to the input."""
     indices: Int[Tensor, "b h w"]
     loss: Float[Tensor, ""]
-    """Codebook loss plus a quarter of the commitment loss."""
+    """Codebook loss plus 0.25 times the commitment loss."""
 
 
 class VectorQuantizer(nn.Module):
-    """Nearest-code quantisation (arXiv 1711.00937) with the codebook learnt by gradient."""
+    """Nearest-code quantisation (arXiv 1711.00937) with a codebook learned by gradient descent."""
 
     COMMITMENT = 0.25
     weight_decay = False
-    """Codes are pulled to the latents, and decay would pull those that are not used to zero."""
+    """The loss pulls codes to the latents. Weight decay would pull unused ones to zero."""
 
     def __init__(self, codes: int, width: int) -> None:
         super().__init__()
@@ -128,7 +129,7 @@ class VectorQuantizer(nn.Module):
     def nearest(self, z: Float[Tensor, "b c h w"]) -> Int[Tensor, "b h w"]:
         codes = self.embedding.weight
         lengths = codes.square().sum(1)
-        # |z|² is the same for every code, so it is left out; a picture at a time bounds the memory.
+        # |z|² is the same for every code, so it is omitted. One image at a time bounds the memory.
         rows = (torch.addmm(lengths, p.flatten(1).T, codes.T, alpha=-2).argmin(1) for p in z)
         return torch.stack([row.unflatten(0, z.shape[2:]) for row in rows])
 
@@ -142,7 +143,7 @@ class VectorQuantizer(nn.Module):
 
 
 class VQGAN(Network):
-    """Pixels in [0, 1] to latents and back. Sides of pictures must be multiples of ``config.factor``."""
+    """Pixels in [0, 1] to latents and back. Sides of images must be multiples of ``config.factor``."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
@@ -179,24 +180,25 @@ class VQGAN(Network):
         )
 
     def decoder_half(self) -> nn.ModuleList:
-        """What ``unembed`` uses: the layers from latents to pixels."""
+        """The layers from latents to pixels, which ``unembed`` uses."""
         return nn.ModuleList([self.up_blocks, self.out_block])
 
     def embed(self, pixels: Float[Tensor, "b c h w"]) -> Float[Tensor, "b z h4 w4"]:
-        """The encoder's output before quantisation, in the codebook's units (not divided by the factor)."""
+        """The encoder's output before quantisation, in the codebook's units (not divided by the scale
+        factor)."""
         x = pointwise(self.in_block[1], to_channels_last(self.in_block[0](pixels)))
         for block in self.down_blocks:
             x = block(x) if isinstance(block, MixingResidualBlock) else convolve(block, x)
         return x.permute(0, 3, 1, 2)
 
     def unembed(self, z: Float[Tensor, "b z h4 w4"]) -> Float[Tensor, "b c h w"]:
-        """Decodes what ``embed`` or the codebook gives. Not clamped."""
+        """Pixels from the output of ``embed`` or codes. Not clamped."""
         x = to_channels_last(z)
         for block in self.up_blocks:
             if not isinstance(block, MixingResidualBlock):
                 x = convolve(block, x)
             elif suits(x) and is_plain(block, x):
-                with torch.cuda.device_of(x):  # kernels in Triton are started on the current device
+                with torch.cuda.device_of(x):  # Triton launches kernels on the current device
                     x = run_mixing(block, x)
             else:
                 x = block(x)
@@ -207,13 +209,13 @@ class VQGAN(Network):
         return self.embed(pixels) / self.config.scale_factor
 
     def decode(self, latents: Float[Tensor, "b z h4 w4"]) -> Float[Tensor, "b c h w"]:
-        """Pixels of Stage B's latents, without quantisation. Not clamped: values leave [0, 1] slightly."""
+        """Pixels from Stage B's latents, without quantisation. Not clamped: values exceed [0, 1] slightly."""
         return self.unembed(latents * self.config.scale_factor)
 
     def forward(
         self, pixels: Float[Tensor, "b c h w"], quantise: Tensor | bool = True
     ) -> tuple[Float[Tensor, "b c2 h w"], Quantised]:
-        """Reconstruction and quantiser output. ``quantise`` may be a mask of shape (b,): per picture."""
+        """Reconstruction and quantised latents. ``quantise`` may be a mask of shape (b,), one per image."""
         z = self.embed(pixels).float()
         quantised = self.vquantizer(z)
         choice = torch.as_tensor(quantise, device=z.device).expand(len(z))[:, None, None, None]
@@ -221,10 +223,10 @@ class VQGAN(Network):
 
 
 class Discriminator(nn.Module):
-    """Judges patches of a picture: strided 3×3 convolutions with spectral and instance norm.
+    """A patch discriminator: strided 3×3 convolutions with spectral and instance norm.
 
-    With the defaults 6,271,105 parameters, as in the original. One side of the picture must be larger than
-    2^depth, or the instance norm has a single value to work on. Returns logits; real is positive.
+    The defaults have 6,271,105 parameters, as in the original. One side of the image must be larger than
+    2^depth, or the instance norm has a single value. Returns logits, positive for real images.
     """
 
     def __init__(self, c_in: int = 3, c_hidden: int = 512, depth: int = 6) -> None:

@@ -1,6 +1,6 @@
 """AdamW of ``train.engine.bf16_weights`` in one pass over memory, in Triton, for GPUs.
 
-That module has the plain version, which is the reference, and decides which one runs.
+That module has the plain version, which is the reference, and chooses between the two.
 """
 
 from typing import no_type_check
@@ -46,7 +46,7 @@ def adamw(
     beta2: float,
     eps: float,
 ) -> None:
-    """See ``make_bf16_weights.adamw``. All tensors but ``factors`` lie in memory alike."""
+    """See ``bf16_weights.adamw``. All tensors except ``factors`` have the same memory layout."""
     tensors = (weight, copy, gradient.contiguous(), mean, square)
     assert all(tensor.is_contiguous() for tensor in tensors)
     n = weight.numel()

@@ -1,6 +1,6 @@
-"""What stands between the matrix products of a block, in one pass over memory each, in Triton, for GPUs.
+"""The operations between a block's matrix products, each in one pass over memory, in Triton, for GPUs.
 
-For sampling: nothing is kept for a way back. ``models.fused`` puts them in place of the layers of
+For sampling only: there is no backward pass. ``models.fused.blocks`` uses them instead of the layers in
 ``models.layers``, which are the reference. All sums are in fp32, and a result is rounded once, when it is
 stored.
 """
@@ -21,7 +21,7 @@ from wuerstchen.models.layers import LAYER_NORM_EPS
 @triton.jit
 @no_type_check
 def _normalised(v, inside, c, eps):
-    """Layer norm of each row of v, whose columns outside of c are 0."""
+    """Layer norm of each row of v. Columns outside of c must be 0."""
     mean = tl.sum(v, axis=1)[:, None] / c
     centred = tl.where(inside, v - mean, 0.0)
     return centred * tl.rsqrt(tl.sum(centred * centred, axis=1)[:, None] / c + eps)
@@ -30,17 +30,17 @@ def _normalised(v, inside, c, eps):
 @triton.jit
 @no_type_check
 def _depthwise(
-    x, taps, apart, bias, sample, top, left, height, width, c, column,
+    x, taps, stride, bias, sample, top, left, height, width, c, column,
     side: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
-    """A few channels of the convolution, at positions that lie beside each other."""
+    """A few channels of the convolution, at adjacent positions."""
     total = tl.zeros((rows, columns), tl.float32)
     total += tl.load(bias + column, column < c, 0.0).to(tl.float32)[None, :]
     for tap in tl.static_range(side * side):
         y, z = top + tap // side - side // 2, left + tap % side - side // 2
         there = ((z >= 0) & (z < width) & (y >= 0) & (y < height))[:, None] & (column < c)[None, :]
         place = ((sample * height + y) * width + z)[:, None] * c + column[None, :]
-        factor = tl.load(taps + tap * apart + column, column < c, 0.0).to(tl.float32)
+        factor = tl.load(taps + tap * stride + column, column < c, 0.0).to(tl.float32)
         total += tl.load(x + place, there, 0.0).to(tl.float32) * factor[None, :]
     return total
 
@@ -48,7 +48,7 @@ def _depthwise(
 @triton.jit
 @no_type_check
 def _depthwise_norm(
-    x, taps, apart, bias, out, height, width, c, eps,
+    x, taps, stride, bias, out, height, width, c, eps,
     side: tl.constexpr, rows: tl.constexpr, first: tl.constexpr, second: tl.constexpr,
 ):  # fmt: skip
     strips = tl.cdiv(width, rows)
@@ -56,8 +56,8 @@ def _depthwise_norm(
     sample, top = (line // height).to(tl.int64), line % height
     left = strip * rows + tl.arange(0, rows)
     low, high = tl.arange(0, first), first + tl.arange(0, second)
-    a = _depthwise(x, taps, apart, bias, sample, top, left, height, width, c, low, side, rows, first)
-    b = _depthwise(x, taps, apart, bias, sample, top, left, height, width, c, high, side, rows, second)
+    a = _depthwise(x, taps, stride, bias, sample, top, left, height, width, c, low, side, rows, first)
+    b = _depthwise(x, taps, stride, bias, sample, top, left, height, width, c, high, side, rows, second)
     mean = ((tl.sum(a, axis=1) + tl.sum(b, axis=1)) / c)[:, None]
     a = tl.where((low < c)[None, :], a - mean, 0.0)
     b = tl.where((high < c)[None, :], b - mean, 0.0)
@@ -70,15 +70,15 @@ def _depthwise_norm(
 def depthwise_norm(
     x: Float[Tensor, "b h w c"], taps: Float[Tensor, "k2 c"], bias: Float[Tensor, " c"]
 ) -> Float[Tensor, "b h w c"]:
-    """The layer norm of a depthwise convolution with zeros around the map.
+    """A depthwise convolution with zero padding, then a layer norm.
 
-    ``taps`` are the convolution's weights with the channels last, row by row of its square.
+    ``taps`` are the convolution's weights, channels last, with the kernel's rows one after another.
     """
     assert taps.stride(1) == 1
     assert x.is_contiguous()
     b, height, width, c = x.shape
     out = torch.empty_like(x)
-    # Widths of 320, 640, 1280 and 1536 channels are a power of two and a smaller one.
+    # Widths of 320, 640, 1280 and 1536 channels are the sum of two powers of two.
     first = max(1, triton.next_power_of_2(c) // 2)
     second = triton.next_power_of_2(max(1, c - first))
     rows = max(1, 1024 // first)
@@ -94,7 +94,7 @@ def depthwise_norm(
 @triton.jit
 @no_type_check
 def _scale_shift(
-    x, added, factors, apart, later, normed, n, c, total, eps,
+    x, added, factors, stride, later, normed, n, c, total, eps,
     norms: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
     row, column = tl.program_id(0) * rows + tl.arange(0, rows), tl.arange(0, columns)
@@ -102,7 +102,7 @@ def _scale_shift(
     at = row.to(tl.int64)[:, None] * c + column[None, :]
     v = tl.load(x + at, own, 0.0).to(tl.float32)
     v += tl.load(added + column, column < c, 0.0).to(tl.float32)[None, :]
-    factor = ((row // n).to(tl.int64) * apart)[:, None] + column[None, :]
+    factor = ((row // n).to(tl.int64) * stride)[:, None] + column[None, :]
     scale = tl.load(factors + factor, own, 0.0).to(tl.float32)
     v = v * (1.0 + scale) + tl.load(factors + factor + c, own, 0.0).to(tl.float32)
     after = v
@@ -116,7 +116,7 @@ def _scale_shift(
 def scale_shift_(
     x: Float[Tensor, "b h w c"], added: Float[Tensor, " c"], factors: Float[Tensor, "b c2"]
 ) -> None:
-    """x ← (x + added)·(1 + scale) + shift, in place; ``factors`` are scale and shift of each sample."""
+    """x ← (x + added)·(1 + scale) + shift, in place. ``factors`` are scale and shift of each sample."""
     _launch_scale_shift(x, added, factors, None, None)
 
 
@@ -126,9 +126,9 @@ def scale_shift_norm_(
     factors: Float[Tensor, "b c2"],
     later: Float[Tensor, " c"],
 ) -> Float[Tensor, "b h w c"]:
-    """As ``scale_shift_``, and returns the layer norm of x.
+    """``scale_shift_``, and returns the layer norm of x.
 
-    ``later`` is added to x after the norm: the bias of a product that is going to be added to x.
+    ``later`` is added to x after the norm. It is the bias of a product that is added to x next.
     """
     normed = torch.empty_like(x)
     _launch_scale_shift(x, added, factors, later, normed)
@@ -152,7 +152,7 @@ def _launch_scale_shift(
 
 
 FAR_BELOW = tl.constexpr(-60_000.0)
-"""Whose GELU is 0, whatever is added."""
+"""An input with GELU 0, even after adding a bias."""
 
 
 @triton.jit
@@ -179,7 +179,7 @@ def _gelu_lengths(h, added, squares, n, c, part, rows: tl.constexpr, columns: tl
 @triton.jit
 @no_type_check
 def _total_lengths(squares, length, sums, c, parts, most: tl.constexpr, columns: tl.constexpr):
-    """length[b, c] = √Σ squares over the parts, and the sum of length of each strip of columns."""
+    """length[b, c] = √Σ squares over the parts, and the sum of length over each strip of columns."""
     column, sample = tl.program_id(0) * columns + tl.arange(0, columns), tl.program_id(1)
     split, samples = tl.arange(0, most), tl.num_programs(1)
     inside = (split < parts)[:, None] & (column < c)[None, :]
@@ -199,8 +199,8 @@ def _respond(
     row, sample = tl.program_id(1) * rows + tl.arange(0, rows), tl.program_id(2)
     strip = tl.arange(0, most)
     mean = tl.sum(tl.load(sums + sample * strips + strip, strip < strips, 0.0), axis=0) / c
-    share = tl.load(length + sample * c + column, column < c, 0.0) / (mean + eps)
-    scale = 1.0 + tl.load(gamma + column, column < c, 0.0).to(tl.float32) * share
+    relative = tl.load(length + sample * c + column, column < c, 0.0) / (mean + eps)
+    scale = 1.0 + tl.load(gamma + column, column < c, 0.0).to(tl.float32) * relative
     shift = tl.load(beta + column, column < c, 0.0).to(tl.float32)
     inside = (row < n)[:, None] & (column < c)[None, :]
     place = h + sample.to(tl.int64) * n * c + row.to(tl.int64)[:, None] * c + column[None, :]
@@ -214,7 +214,7 @@ def response_norm_(
     gamma: Float[Tensor, " c"],
     beta: Float[Tensor, " c"],
 ) -> None:
-    """GELU of h + added and global response norm, in place, as in ``models.kernels``."""
+    """GELU of h + added, then global response norm, in place, as in ``models.mlp``."""
     assert h.is_contiguous()
     b, n, c = h.shape
     columns = 64
@@ -292,8 +292,10 @@ def edge_mix_(
     gammas: Float[Tensor, "6"],
     later: Float[Tensor, " c"],
 ) -> Float[Tensor, "b h w c"]:
-    """x ← x + γ₂·(depthwise convolution of ``normed``, whose edges repeat), in place; returns its layer norm,
-    times 1 + γ₃, plus γ₄. To x then comes γ₅·``later``, the bias of a product that will be added to it.
+    """x ← x + γ₂·(depthwise convolution of ``normed`` with replication padding), in place.
+
+    Returns its layer norm, times 1 + γ₃, plus γ₄. Then γ₅·``later`` is added to x: the bias of a product that
+    is added to x next.
     """
     assert x.is_contiguous()
     assert normed.is_contiguous()

@@ -1,14 +1,14 @@
 """GELU, global response norm and dropout in few passes over memory, in Triton, for GPUs.
 
-``models.mlp`` has the plain version, which is the reference, and decides which one runs. With a = GELU(h),
+``models.mlp`` has the plain version, which is the reference, and chooses between the two. With a = GELU(h),
 h of shape (b, n, c) in memory (n positions):
 
-    norm = ‖a‖ over n        share = norm / (mean over c of norm + ε)        scale = 1 + γ·share
+    norm = ‖a‖ over n        relative = norm / (mean over c of norm + ε)        scale = 1 + γ·relative
     y = dropout(β + a·scale)
 
-A compiler makes dropout's random numbers by a generator that costs more than the pass itself, and keeps a,
-y and the mask for the way back. Here a cheap hash of (seed, position) is drawn anew in each pass, and h and
-norm are all that is kept. Sums are taken in fp32 and always in the same order.
+A compiler generates dropout's random numbers in a way that costs more than the pass itself, and saves a, y
+and the mask for the backward pass. Here each pass computes a cheap hash of (seed, position) again, and only h
+and norm are saved. Sums are in fp32 and always in the same order.
 """
 
 from typing import Any, no_type_check
@@ -27,10 +27,11 @@ _PROGRAMS = 2048  # enough to fill a GPU
 @triton.jit
 @no_type_check
 def _normal(x):
-    """The normal distribution at x: its integral up to x, and its density.
+    """The normal distribution's cumulative probability and density at x.
 
-    By Abramowitz and Stegun, 7.1.26, to 1e-7: one exponential serves both, and a library's erf costs more
-    than a pass over memory. So does a division: 1/y is the square of a GPU's one instruction for 1/√y.
+    By Abramowitz and Stegun, 7.1.26, to 1e-7: one exponential is enough for both, and a library's erf costs
+    more than a pass over memory. So does a division: 1/y is the square of 1/√y, which is a single
+    instruction.
     """
     bell = tl.exp(-0.5 * x * x)
     root = tl.rsqrt(1.0 + 0.3275911 * 0.7071067811865476 * tl.abs(x))
@@ -43,7 +44,7 @@ def _normal(x):
 @triton.jit
 @no_type_check
 def _mixed(x):
-    """A hash of 32 bits: lowbias32 of C. Wellons' hash-prospector."""
+    """A 32-bit hash: lowbias32 of C. Wellons' hash-prospector."""
     x ^= x >> 16
     x *= 0x7FEB352D
     x ^= x >> 15
@@ -54,7 +55,7 @@ def _mixed(x):
 @triton.jit
 @no_type_check
 def _key(seed, sample):
-    """What the hash of a sample's positions begins with, and what joins it half way."""
+    """Two keys of a sample's hash: the first for its start, the second for its middle."""
     first, second = tl.load(seed).to(tl.uint32), tl.load(seed + 1).to(tl.uint32)
     return _mixed(first ^ _mixed(sample.to(tl.uint32))), _mixed(second)
 
@@ -62,7 +63,7 @@ def _key(seed, sample):
 @triton.jit
 @no_type_check
 def _kept(local, first, second, threshold):
-    """Which elements dropout keeps: those whose hash, as ``_mixed`` with two keys, reaches the threshold."""
+    """Which elements dropout keeps: their hash, ``_mixed`` with two keys, must reach the threshold."""
     x = local.to(tl.uint32) ^ first
     x ^= x >> 16
     x *= 0x7FEB352D
@@ -94,7 +95,7 @@ def _squares(h, out, n, c, part, rows: tl.constexpr, columns: tl.constexpr):
 @triton.jit
 @no_type_check
 def _scales(squares, gamma, norm, scale, c, parts, eps, columns: tl.constexpr):
-    """norm and scale of one sample, from the parts of its sums of squares."""
+    """norm and scale of one sample, from partial sums of squares."""
     sample, samples = tl.program_id(0), tl.num_programs(0)
     column = tl.arange(0, columns)
     inside = column < c
@@ -102,10 +103,10 @@ def _scales(squares, gamma, norm, scale, c, parts, eps, columns: tl.constexpr):
     for split in range(parts):
         total += tl.load(squares + (split * samples + sample) * c + column, inside, 0.0)
     length = tl.sqrt(total)
-    share = length / (tl.sum(length, axis=0) / c + eps)
+    relative = length / (tl.sum(length, axis=0) / c + eps)
     tl.store(norm + sample * c + column, length, inside)
     weight = tl.load(gamma + column, inside, 0.0).to(tl.float32)
-    tl.store(scale + sample * c + column, 1.0 + weight * share, inside)
+    tl.store(scale + sample * c + column, 1.0 + weight * relative, inside)
 
 
 @triton.jit
@@ -134,7 +135,7 @@ def _sums(
     dy, h, seed, along, total, n, c, part: tl.constexpr, threshold, kept_scale,
     drops: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
-    """along[s, b, c] = Σ du·a and total[s, b, c] = Σ du, with du the gradient before dropout."""
+    """along[s, b, c] = Σ du·a and total[s, b, c] = Σ du, where du is the gradient before dropout."""
     column = tl.program_id(0) * columns + tl.arange(0, columns)
     sample, split = tl.program_id(1), tl.program_id(2)
     start = sample.to(tl.int64) * n * c
@@ -162,7 +163,7 @@ def _norm_gradients(
     along, total, norm, gamma, scale, pull, dgamma, dbeta, c, parts: tl.constexpr, eps,
     columns: tl.constexpr,
 ):  # fmt: skip
-    """Of one sample: scale again, the factor ``pull`` of a in its gradient through the norm, and its part of
+    """For one sample: scale again, the factor ``pull`` of a in the gradient through the norm, and its part of
     the gradients of γ and β."""
     sample, samples = tl.program_id(0), tl.num_programs(0)
     column = tl.arange(0, columns)
@@ -176,12 +177,12 @@ def _norm_gradients(
     length = tl.load(norm + place, inside, 0.0)
     weight = tl.load(gamma + column, inside, 0.0).to(tl.float32)
     mean = tl.sum(length, axis=0) / c + eps
-    share = length / mean
-    dshare = products * weight
-    dlength = dshare / mean - tl.sum(dshare * length, axis=0) / (mean * mean * c)
-    tl.store(scale + place, 1.0 + weight * share, inside)
+    relative = length / mean
+    drelative = products * weight
+    dlength = drelative / mean - tl.sum(drelative * length, axis=0) / (mean * mean * c)
+    tl.store(scale + place, 1.0 + weight * relative, inside)
     tl.store(pull + place, tl.where(length > 0, dlength / length, 0.0), inside)
-    tl.store(dgamma + place, products * share, inside)
+    tl.store(dgamma + place, products * relative, inside)
     tl.store(dbeta + place, plain, inside)
 
 
@@ -191,7 +192,7 @@ def _apply_back(
     dy, h, scale, pull, beta, dh, y, seed, n, c, threshold, kept_scale,
     drops: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
-    """dh = (du·scale + a·pull)·GELU'(h), and y once more."""
+    """dh = (du·scale + a·pull)·GELU'(h), and y again."""
     column = tl.program_id(0) * columns + tl.arange(0, columns)
     row, sample = tl.program_id(1) * rows + tl.arange(0, rows), tl.program_id(2)
     start = sample.to(tl.int64) * n * c
@@ -213,7 +214,7 @@ def _apply_back(
 
 
 class _Grid:
-    """How the work on (b, n, c) is cut into programs."""
+    """How the work on (b, n, c) is split into programs."""
 
     def __init__(self, h: Float[Tensor, "b n c"], seed: Tensor | None, p: float) -> None:
         assert h.is_contiguous()
@@ -229,7 +230,7 @@ class _Grid:
         self.kept_scale = 1 / (1 - p) if p < 1 else 0.0
         self.tile: dict[str, Any] = {"rows": _ROWS, "columns": _COLUMNS}
         self.line = triton.next_power_of_2(self.c)
-        self.seed = h if seed is None else seed  # nothing reads it then
+        self.seed = h if seed is None else seed  # not read then
 
     def dropout(self) -> tuple[int, float, bool]:
         return self.threshold, self.kept_scale, self.drops
@@ -245,7 +246,7 @@ def forward(
     seed: Int[Tensor, "2"] | None,
     p: float,
 ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b c"]]:
-    """y in the dtype of h, and norm."""
+    """Returns y in the dtype of h, and norm."""
     grid = _Grid(h, seed, p)
     squares = grid.empty(h, grid.parts, grid.b, grid.c)
     _squares[grid.over_sums](h, squares, grid.n, grid.c, grid.part, **grid.tile)
@@ -265,7 +266,7 @@ def backward(
     seed: Int[Tensor, "2"] | None,
     p: float,
 ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"], Float[Tensor, " c"], Float[Tensor, " c"]]:
-    """y as ``forward`` gave it, and the gradients of h, γ and β."""
+    """Returns y as in ``forward``, and the gradients of h, γ and β."""
     grid = _Grid(h, seed, p)
     along, total = (grid.empty(h, grid.parts, grid.b, grid.c) for _ in range(2))
     _sums[grid.over_sums](
