@@ -369,7 +369,7 @@ def test_another_schedule_needs_the_new_format(tmp_path, small_cascade):
         (lambda d: d["objectives"].pop("decoder"), "does not name the objective of its decoder"),
         (lambda d: d["objectives"].update(decoder={"kind": "noise"}), "decoder has the objective 'noise'"),
         (lambda d: d.pop("objectives"), "prior_sampler=euler does not suit"),
-        (lambda d: d["objectives"].update(prior={"kind": "x"}), "the objective 'x' is unknown"),
+        (lambda d: d["objectives"].update(prior={"kind": "x"}), "The objective is unknown: 'x'"),
         (lambda d: d.update(objectives=3), "is no description of a model"),
     ],
 )

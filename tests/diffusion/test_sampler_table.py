@@ -37,7 +37,7 @@ def test_an_unsuited_pair_is_refused_with_those_that_fit():
         check_suits("ddpm", "flow", "linear")
     with pytest.raises(UserError, match=r"Use ddpm or dpm or ddim\.$"):
         check_suits("euler", "noise", "variance_preserving")
-    with pytest.raises(UserError, match=r"use one of ddpm, dpm, ddim, euler$"):
+    with pytest.raises(UserError, match=r"prior_sampler must be one of ddpm, dpm, ddim, euler, got 'plms'"):
         check_sampler("plms")
     with pytest.raises(UserError, match=message):
         CascadeSettings(prior_objective=FlowMatching())

@@ -53,7 +53,7 @@ def test_add_noise_equals_diffusers():
 
 
 def test_clean_undoes_the_noise():
-    """Divided by √ᾱ too: the rest is a picture that is too dark."""
+    """Including the division by √ᾱ: without it the image is too dark."""
     x, noise = torch.randn(2, 4, 3, 5, 2, dtype=torch.float64)
     t = torch.tensor([0.1, 0.4, 0.7, 0.9], dtype=torch.float64)
     noised = CosineSchedule().add_noise(x, noise, t)
@@ -95,10 +95,10 @@ def test_timesteps_fall_from_one_to_zero(steps):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: uniform_timesteps(0), "steps=0 draws nothing"),
-        (lambda: stage_c_timesteps(-1), "steps=-1 draws nothing"),
-        (lambda: CosineSchedule(s=math.nan), "s=nan must be a finite number"),
-        (lambda: CosineSchedule(scaler=0.0), "scaler=0.0 must be a finite number above 0"),
+        (lambda: uniform_timesteps(0), "steps must be at least 1, got 0"),
+        (lambda: stage_c_timesteps(-1), "steps must be at least 1, got -1"),
+        (lambda: CosineSchedule(s=math.nan), "s must be a finite number .* got nan"),
+        (lambda: CosineSchedule(scaler=0.0), "scaler must be a finite number above 0, got 0.0"),
     ],
 )
 def test_impossible_values_are_refused(make, message):

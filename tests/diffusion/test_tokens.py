@@ -44,8 +44,8 @@ def reference(predict, size, steps, temperatures, seed):
         u = torch.rand(size, generator=generator).numpy()
         current = np.empty(size, dtype=np.int64)
         for y, x in np.ndindex(*size):
-            share = np.cumsum(weights[:, y, x] / weights[:, y, x].sum())
-            current[y, x] = np.count_nonzero(share <= u[y, x])
+            sums = np.cumsum(weights[:, y, x] / weights[:, y, x].sum())
+            current[y, x] = np.count_nonzero(sums <= u[y, x])
         if i < steps - 1:
             again = torch.rand(size, generator=generator).numpy() <= np.float32(1 - (i + 1) / steps)
             current = np.where(again, start, current)
@@ -174,7 +174,7 @@ def test_drawn_tokens_are_labels_and_all_of_them():
     assert torch.equal(drawn[1:], draw_tokens((50, 40), LABELS, seeds(2)))
 
 
-def test_kept_tokens_count_less_the_cleaner_the_picture():
+def test_kept_tokens_weigh_less_the_cleaner_the_image():
     mask = torch.tensor([[[True, False]]]).expand(3, 1, 2)
     weight = loss_weight(torch.tensor([0.0, 0.5, 1.0]), mask)
     torch.testing.assert_close(weight[:, 0], torch.tensor([[1, 0.3], [1, 0.65], [1, 1]]))

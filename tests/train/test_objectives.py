@@ -139,5 +139,5 @@ def test_a_start_with_another_objective_is_refused(model_folder, tmp_path):
 
 
 def test_an_unknown_prediction_is_refused(model_folder):
-    with pytest.raises(UserError, match="prediction='epsilon' is unknown; use one of noise, velocity, flow"):
+    with pytest.raises(UserError, match=r"prediction must be one of noise, velocity, flow, .*got 'epsilon'"):
         recipe(model_folder, "epsilon")

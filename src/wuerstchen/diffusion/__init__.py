@@ -1,1 +1,1 @@
-"""Noise schedules and samplers, as pure functions on tensors."""
+"""Objectives, noise schedules and samplers, as pure functions on tensors."""

@@ -1,4 +1,4 @@
-"""Flow matching along straight lines from image to noise, as pure functions of the time t in [0, 1].
+"""Flow matching along straight lines from image to noise, as functions of the time t in [0, 1].
 
 x_t = (1 − t)·x₀ + t·ε, whose velocity is dx/dt = ε − x₀ (arXiv 2210.02747; 2209.03003). t = 0 is the image
 and t = 1 is noise, as for the cosine schedule.
@@ -14,8 +14,7 @@ from torch import Tensor
 from wuerstchen.errors import UserError
 
 TimeDensity = Literal["logit_normal", "uniform"]
-"""Which times are trained how often: those in the middle most (arXiv 2403.03206, section 3.1), or all
-alike."""
+"""Distribution of training times: mostly in the middle (arXiv 2403.03206, section 3.1), or uniform."""
 
 _LEAST = 1e-6  # of u: at 0 and 1 the normal quantile is infinite
 
@@ -26,7 +25,7 @@ def flow_times(
     """Times to train at, in [0, 1], from ``u`` uniform in [0, 1).
 
     ``logit_normal`` is t = 1/(1 + e^−z) with z standard normal, here z = Φ⁻¹(u) (arXiv 2403.03206, equation
-    19 with m = 0 and s = 1). ``shift`` then moves the times, see ``flow_shifted``.
+    19 with m = 0 and s = 1). Then ``flow_shifted`` applies the timestep ``shift``.
     """
     t = u
     if density == "logit_normal":
@@ -38,13 +37,13 @@ def flow_times(
 def flow_shifted(t: Float[Tensor, "..."], shift: float) -> Float[Tensor, "..."]:
     """t' = shift·t / (1 + (shift − 1)·t), which divides (1 − t)/t, signal over noise, by ``shift``.
 
-    arXiv 2403.03206, equation 23. 0 and 1 stay where they are, and 1 is no shift.
+    arXiv 2403.03206, equation 23. Times 0 and 1 do not change. A shift of 1 is none.
     """
     return t if shift == 1 else shift * t / (1 + (shift - 1) * t)
 
 
 def flow_timesteps(steps: int, shift: float = 1.0) -> list[float]:
-    """``steps`` steps from 1 to 0, equal but for the ``shift``: ``steps + 1`` points."""
+    """``steps + 1`` times from 1 to 0, evenly spaced before the timestep ``shift``."""
     if steps < 1:
         raise UserError(f"steps must be at least 1, got {steps}. Give a larger number.")
     return flow_shifted(

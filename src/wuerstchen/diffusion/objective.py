@@ -1,10 +1,11 @@
-"""What a diffusion network learns, and what its output means.
+"""Diffusion objectives: how images are noised, what networks predict, and how losses are weighted.
 
-An ``Objective`` is a path from image to noise × what the network predicts of it × the weight of its errors ×
-the times that are trained. A model keeps those of Stages B and C in ``model.json``. Networks know none of it:
-they return their own output, and training, validation and samplers ask the objective what that says.
+An ``Objective`` combines a path from image to noise, the network's prediction target, the weights of the loss
+and the distribution of training times. ``model.json`` stores those of Stages B and C. Networks do not know
+their objective: they return their output, and training, validation and samplers convert it with the
+objective.
 
-To add an objective, write a subclass with a ``kind`` of its own and add it to ``OBJECTIVES``.
+To add an objective, write a subclass with its own ``kind`` and add it to ``OBJECTIVES``.
 """
 
 import dataclasses
@@ -23,8 +24,8 @@ from wuerstchen.diffusion.schedule import CosineSchedule, training_timesteps, un
 from wuerstchen.errors import UserError, shown
 
 LossWeight = Literal["p2", "velocity"]
-"""Weight of ‖ε̂ − ε‖² in the loss of the objectives ``noise`` and ``velocity``: ``p2`` is 1 − ᾱ, as published;
-``velocity`` is 1/ᾱ, that is ‖v̂ − v‖²."""
+"""Weight of ‖ε̂ − ε‖² in the loss of the objectives ``noise`` and ``velocity``: ``p2`` is 1 − ᾱ, as published,
+and ``velocity`` is 1/ᾱ, which makes the loss ‖v̂ − v‖²."""
 
 
 def _mean_square(difference: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
@@ -48,22 +49,22 @@ def _check_choice(name: str, value: Any, kind: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective(ABC):
-    """What is common to all objectives. ``x0`` are clean images or latents, ``t`` a time in [0, 1] for each.
+    """The base of all objectives. ``x0`` are clean images or latents, ``t`` is a time in [0, 1] for each.
 
-    Two objectives are equal if outputs mean the same for both: the weights of errors and the times that were
-    trained are left out.
+    Two objectives are equal if a network's output means the same under both. Loss weights and training times
+    do not count.
     """
 
     kind: ClassVar[str]
-    """Its name in ``model.json``, and in ``prediction`` of a network's configuration."""
+    """The name in ``model.json`` and in ``prediction`` of a network's configuration."""
     path: ClassVar[str]
-    """How noise is mixed in, which decides the samplers that fit: ``variance_preserving`` or ``linear``."""
+    """How noise is mixed in, ``variance_preserving`` or ``linear``. Samplers support one of them."""
 
     time_shift: float = field(default=1.0, compare=False)
-    """How far training times are moved towards noise; 1 is not at all."""
+    """Timestep shift of training times towards noise. 1 is none."""
 
     def __post_init__(self) -> None:
-        """Raises ``UserError`` for values that cannot be trained with."""
+        """Raises ``UserError`` for invalid values."""
         if not 0 < _number("time_shift", self.time_shift) <= 100:
             raise UserError(
                 f"time_shift must be above 0 and at most 100, got {self.time_shift}. Use 1 for none."
@@ -89,7 +90,7 @@ class Objective(ABC):
 
     @abstractmethod
     def weight(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """What an error at time t counts in the loss."""
+        """The weight of an error at time t in the loss."""
 
     @abstractmethod
     def to_clean(
@@ -105,12 +106,12 @@ class Objective(ABC):
 
     @abstractmethod
     def timesteps(self, steps: int, shift: float = 1.0) -> list[float]:
-        """``steps + 1`` times from 1 to 0, in equal steps but for the ``shift`` towards noise."""
+        """``steps + 1`` times from 1 to 0, evenly spaced before the timestep ``shift`` towards noise."""
 
     def noised(
         self, x0: Float[Tensor, "b ..."], noise: Float[Tensor, "b ..."], t: Float[Tensor, " b"]
     ) -> Float[Tensor, "b ..."]:
-        """x_t, what the network sees."""
+        """The network's input x_t."""
         signal, sigma = (_columns(factor, x0) for factor in self.scales(t))
         return signal * x0 + sigma * noise
 
@@ -121,8 +122,8 @@ class Objective(ABC):
         noise: Float[Tensor, "b ..."],
         t: Float[Tensor, " b"],
     ) -> Float[Tensor, " b"]:
-        """The weighted error of each image. ``output`` is what the network made of
-        ``noised(x0, noise, t)``."""
+        """The weighted error of each image. ``output`` is the network's output for ``noised(x0, noise,
+        t)``."""
         return self.errors(output, x0, noise, t) * self.weight(t)
 
     def alpha_bar(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -137,21 +138,20 @@ class Objective(ABC):
         return self.to_noise(output, x_t, t) - self.to_clean(output, x_t, t)
 
     def for_sampling(self) -> "Objective":
-        """The objective in whose terms predictions are guided and sampled: itself, or the noise prediction on
-        the same path.
+        """The objective to use for guidance and sampling: itself, or noise prediction on the same path.
 
-        ``predictions_for_sampling`` brings a network's output to it.
+        ``predictions_for_sampling`` converts a network's output to it.
         """
         return self
 
     def as_json(self) -> dict[str, Any]:
-        """All of it as JSON holds it; ``objective_of_json`` reads it."""
+        """The objective as JSON, which ``objective_of_json`` reads."""
         return {"kind": self.kind, **dataclasses.asdict(self)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class _CosinePath(Objective):
-    """x_t = √ᾱ·x₀ + √(1 − ᾱ)·ε along a cosine schedule; errors are those of the noise."""
+    """x_t = √ᾱ·x₀ + √(1 − ᾱ)·ε along a cosine schedule, with the errors of the predicted noise."""
 
     path: ClassVar[str] = "variance_preserving"
 
@@ -163,7 +163,7 @@ class _CosinePath(Objective):
         _check_choice("loss_weight", self.loss_weight, LossWeight)
 
     def times(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        """As published (``schedule.training_timesteps``), moved by ``time_shift``."""
+        """As published (``schedule.training_timesteps``), shifted by ``time_shift``."""
         return training_timesteps(u, self.time_shift)
 
     def scales(self, t: Float[Tensor, "..."]) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
@@ -176,10 +176,10 @@ class _CosinePath(Objective):
     def weight(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """1 − ᾱ under ``p2``, 1/ᾱ under ``velocity``.
 
-        The first is (k + ᾱ/(1 − ᾱ))^−γ of arXiv 2204.00227 with k = γ = 1, as it stands in the original's
-        code; the paper prints (1 − ᾱ)/(1 + ᾱ). In terms of the image, ‖x̂₀ − x₀‖² = ‖ε̂ − ε‖²·(1 − ᾱ)/ᾱ counts
-        ᾱ under ``p2`` and 1/(1 − ᾱ) under ``velocity``: the first cares about texture, the second also about
-        what is decided in the noise.
+        ``p2`` is (k + ᾱ/(1 − ᾱ))^−γ of arXiv 2204.00227 with k = γ = 1, as in the original's code. The paper
+        has (1 − ᾱ)/(1 + ᾱ). Since ‖x̂₀ − x₀‖² = ‖ε̂ − ε‖²·(1 − ᾱ)/ᾱ, the weight of the image's error is ᾱ under
+        ``p2`` and 1/(1 − ᾱ) under ``velocity``: the first emphasises texture, the second also the
+        composition, which is decided at high noise.
         """
         alpha_bar = self.schedule.alpha_bar(t)
         return 1 - alpha_bar if self.loss_weight == "p2" else 1 / alpha_bar
@@ -217,8 +217,8 @@ class NoisePrediction(_CosinePath):
 
 @dataclass(frozen=True, kw_only=True)
 class VelocityPrediction(_CosinePath):
-    """The network predicts v = √ᾱ·ε − √(1 − ᾱ)·x₀ (arXiv 2202.00512), which keeps its size where hardly any
-    signal is left."""
+    """The network predicts v = √ᾱ·ε − √(1 − ᾱ)·x₀ (arXiv 2202.00512), whose scale does not vanish at high
+    noise."""
 
     kind: ClassVar[str] = "velocity"
 
@@ -229,7 +229,7 @@ class VelocityPrediction(_CosinePath):
         noise: Float[Tensor, "b ..."],
         t: Float[Tensor, " b"],
     ) -> Float[Tensor, " b"]:
-        """‖ε̂ − ε‖² / n, of the noise that the velocity says; it is ᾱ·‖v̂ − v‖² / n."""
+        """‖ε̂ − ε‖² / n for the noise computed from the velocity, which is ᾱ·‖v̂ − v‖² / n."""
         return _mean_square(self.to_noise(output, self.noised(x0, noise, t), t) - noise)
 
     def to_noise(
@@ -240,7 +240,7 @@ class VelocityPrediction(_CosinePath):
         return signal * output + sigma * x_t
 
     def for_sampling(self) -> Objective:
-        """Its noise, on which the models of this kind have always been guided and sampled."""
+        """Noise prediction. Guidance and sampling of velocity models use the predicted noise."""
         return NoisePrediction(schedule=self.schedule)
 
 
@@ -248,7 +248,7 @@ class VelocityPrediction(_CosinePath):
 class FlowMatching(Objective):
     """The network predicts ε − x₀, the velocity of the straight line x_t = (1 − t)·x₀ + t·ε (``flow.py``).
 
-    Its squared error is not weighted; ``time_density`` says which times are trained how often.
+    The squared error is not weighted. ``time_density`` is the distribution of training times.
     """
 
     kind: ClassVar[str] = "flow"
@@ -303,20 +303,20 @@ class FlowMatching(Objective):
 OBJECTIVES: dict[str, type[Objective]] = {
     cls.kind: cls for cls in (NoisePrediction, VelocityPrediction, FlowMatching)
 }
-"""By their kinds."""
+"""All objectives by kind."""
 
 PUBLISHED_OBJECTIVE = NoisePrediction()
-"""Of Stages B and C of v2, and of Stage C of v1."""
+"""The objective of Stages B and C in v2, and of Stage C in v1."""
 
 
 def check_prediction(prediction: str) -> None:
-    """Raises ``UserError`` for the name of no objective."""
+    """Raises ``UserError`` for an unknown objective."""
     if prediction not in OBJECTIVES:
-        raise UserError(f"prediction={prediction!r} is unknown; use one of {', '.join(OBJECTIVES)}")
+        raise UserError(f"prediction must be one of {', '.join(OBJECTIVES)}, got {prediction!r}.")
 
 
 def make_objective(kind: str, **options: Any) -> Objective:
-    """The objective of a kind, with those of the ``options`` that it has. Raises ``UserError``."""
+    """The objective of a kind. Ignores ``options`` that it does not have. Raises ``UserError``."""
     check_prediction(kind)
     cls = OBJECTIVES[kind]
     names = {field.name for field in dataclasses.fields(cls)}
@@ -324,11 +324,11 @@ def make_objective(kind: str, **options: Any) -> Objective:
 
 
 def objective_of_json(value: Any) -> Objective:
-    """What ``Objective.as_json`` described. Raises ``UserError`` for anything else."""
+    """The objective from ``Objective.as_json``. Raises ``UserError`` for anything else."""
     kind = value.get("kind") if isinstance(value, dict) else value
     if not isinstance(value, dict) or not isinstance(kind, str) or kind not in OBJECTIVES:
         raise UserError(
-            f"the objective {shown(kind)} is unknown: this version has {', '.join(OBJECTIVES)}. "
+            f"The objective is unknown: {shown(kind)}. This version has {', '.join(OBJECTIVES)}. "
             "Upgrade wuerstchen, or get the model again."
         )
     cls = OBJECTIVES[kind]
@@ -336,15 +336,15 @@ def objective_of_json(value: Any) -> Objective:
     unknown = values.keys() - {field.name for field in dataclasses.fields(cls)}
     if unknown:
         raise UserError(
-            f"the objective {cls.kind} has no {shown(min(unknown))}. Upgrade wuerstchen, or get the model "
-            "again."
+            f"The objective {cls.kind} has no setting {shown(min(unknown))}. Upgrade wuerstchen, or get the "
+            "model again."
         )
     hints = get_type_hints(cls)
     return cls(**{name: _value_of_json(name, hints[name], item) for name, item in values.items()})
 
 
 def _value_of_json(name: str, hint: Any, value: Any) -> Any:
-    """The value of a field of an objective. Raises ``UserError`` if it is of another type than ``hint``."""
+    """The value of an objective's field. Raises ``UserError`` if its type is not ``hint``."""
     if hint is float:
         return float(_number(name, value))
     if get_origin(hint) is Literal:
@@ -359,7 +359,7 @@ def _value_of_json(name: str, hint: Any, value: Any) -> Any:
 
 @dataclass(frozen=True)
 class PredictionsForSampling:
-    """A network's output in terms of ``objective.for_sampling()``, as a function of x_t, t and a context."""
+    """A network's output converted to ``objective.for_sampling()``, as a function of x_t, t and a context."""
 
     network: Callable[..., Tensor]
     objective: Objective
@@ -372,9 +372,10 @@ class PredictionsForSampling:
 
 
 def predictions_for_sampling(network: Callable[..., Tensor], objective: Objective) -> Callable[..., Tensor]:
-    """What samplers are given: the network itself, or its output as noise where the objective wants that.
+    """The function that samplers call: the network itself, or its output converted to noise.
 
-    It is a function of x_t, t and the network's context, and equal for equal arguments.
+    It takes x_t, t and the network's context. Equal arguments give equal functions, so that recordings are
+    reused.
     """
     if type(objective.for_sampling()) is type(objective):
         return network

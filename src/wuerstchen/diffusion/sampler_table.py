@@ -1,7 +1,7 @@
 """The samplers by name. The command line, Python, the service, the page and the evaluation read this table.
 
-To add one, write a function with the signature of those in ``samplers.py`` and give it a row. Nothing here
-imports torch: options and schemas are made without it.
+To add a sampler, write a function with the signature of those in ``samplers.py`` and add a row here. This
+module does not import torch, so that ``--help`` answers at once.
 """
 
 import importlib
@@ -17,19 +17,19 @@ class Sampler:
     """One row of the table."""
 
     help: str
-    """What it is, in a few words."""
+    """A short description."""
     paths: tuple[str, ...]
-    """The paths of the objectives that it suits (``Objective.path``)."""
+    """The paths of objectives that it supports (``Objective.path``)."""
     steps: int
-    """A common number of steps of Stage C; each model has a number of its own."""
+    """A common number of Stage C's steps. Each model has its own default."""
     function: Callable[..., Any]
-    """(predict, x, timesteps, generators, objective, on_step) → sample; see ``samplers.py``."""
+    """(predict, x, timesteps, generators, objective, on_step) → sample, see ``samplers.py``."""
     timesteps: Callable[[int], list[float]]
-    """The times of Stage C for a number of steps, from 1 to 0."""
+    """Stage C's timesteps from 1 to 0, for a number of steps."""
 
 
 def _later(module: str, name: str) -> Callable[..., Any]:
-    """A function of a module that is imported when it is called: they need torch."""
+    """A function in a module that needs torch, which is imported when the function is called."""
 
     def call(*arguments: Any, **options: Any) -> Any:
         found = getattr(importlib.import_module(f"wuerstchen.diffusion.{module}"), name)
@@ -70,11 +70,11 @@ SAMPLERS: dict[str, Sampler] = {
         timesteps=_later("flow", "flow_timesteps"),
     ),
 }
-"""The first row that suits an objective is its default."""
+"""The first row that supports an objective's path is its default."""
 
 
 def sampler_help() -> str:
-    """All samplers in one line, for ``--help`` and the like."""
+    """All samplers in one line, for help texts."""
     rows = (f"{name}, {row.help} ({row.steps} steps are common)" for name, row in SAMPLERS.items())
     return "; ".join(rows)
 
@@ -82,19 +82,19 @@ def sampler_help() -> str:
 def check_sampler(name: Any) -> None:
     """Raises ``UserError`` for a name that is not in the table."""
     if name not in SAMPLERS:
-        raise UserError(f"prior_sampler={name!r} is unknown; use one of {', '.join(SAMPLERS)}")
+        raise UserError(f"prior_sampler must be one of {', '.join(SAMPLERS)}, got {name!r}.")
 
 
 def samplers_for(path: str) -> list[str]:
-    """The names of the samplers that suit objectives with this path, the default first."""
+    """The names of the samplers for objectives with this path, the default first."""
     return [name for name, row in SAMPLERS.items() if path in row.paths]
 
 
 def check_suits(name: str, kind: str, path: str) -> None:
-    """Raises ``UserError`` where a sampler does not suit the objective of a ``kind`` with this ``path``."""
+    """Raises ``UserError`` if a sampler does not support objectives of this ``kind`` and ``path``."""
     check_sampler(name)
     if path not in SAMPLERS[name].paths:
         raise UserError(
-            f"prior_sampler={name} does not suit this model, whose Stage C was trained with the objective "
+            f"prior_sampler={name} does not suit this model. Its Stage C was trained with the objective "
             f"{kind}. Use {' or '.join(samplers_for(path))}."
         )

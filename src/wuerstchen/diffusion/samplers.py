@@ -1,8 +1,8 @@
-"""Samplers: short functions from noise to a sample, over any callable that predicts.
+"""Samplers: short functions from noise to a sample, for any callable that predicts.
 
-All have one signature: ``predict``, the noise to start from, the timesteps, which fall from noise to 0, a
-random generator for each image, the objective that says what a prediction means, and ``on_step``. Those that
-draw no noise leave the generators alone. ``sampler_table.py`` names them.
+All have the same signature: ``predict``, the noise to start from, decreasing timesteps from noise to 0, a
+random generator per image, the objective that ``predict`` was trained with, and ``on_step``. Deterministic
+samplers ignore the generators. ``sampler_table.py`` lists them by name.
 """
 
 import math
@@ -16,16 +16,16 @@ from wuerstchen.device import sent
 from wuerstchen.diffusion.objective import Objective
 
 Predict = Callable[[Tensor, Tensor], Tensor]
-"""(x: b c h w, t: b) → what the objective takes for a network's output: b c h w."""
+"""(x: b c h w, t: b) → a prediction in terms of the objective: b c h w."""
 
 OnStep = Callable[[int, Tensor], None]
-"""Called after each step with its number (from 0) and the sample."""
+"""Called after each step with its index and the sample."""
 
 
 def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Float[Tensor, "b ..."]:
-    """Standard normal noise, one picture from each generator, on the generators' device in fp32.
+    """Standard normal noise, for one image from each generator, on the generators' device in fp32.
 
-    A picture's noise depends on its own generator alone, never on the batch it is drawn in.
+    An image's noise depends only on its own generator, not on the rest of the batch.
     """
     return torch.stack(
         [torch.randn(tuple(shape), generator=g, device=g.device, dtype=torch.float32) for g in generators]
@@ -35,8 +35,8 @@ def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator]) -> F
 def guided(predict: Predict, scale: float) -> Predict:
     """Classifier-free guidance (arXiv 2207.12598) of noise or velocity: lerp(uncond, cond, scale).
 
-    ``predict`` is asked once a step for a batch of twice the size: the pictures with their condition, then
-    the same without. Small networks take hardly longer for both than for one.
+    ``predict`` runs once per step on twice the batch: the conditional images, then the unconditional ones.
+    Small networks take hardly longer for both than for one.
     """
 
     def both(x: Tensor, t: Tensor) -> Tensor:
@@ -54,11 +54,11 @@ def ddpm(
     objective: Objective,
     on_step: OnStep | None = None,
 ) -> Float[Tensor, "b c h w"]:
-    """Ancestral sampling (arXiv 2006.11239, algorithm 2) along ``timesteps``, which fall from noise to 0.
+    """Ancestral sampling (arXiv 2006.11239, algorithm 2) along decreasing ``timesteps`` from noise to 0.
 
     From t to t', with α = ᾱ(t)/ᾱ(t'):
     μ = (x − (1 − α)·ε̂ / √(1 − ᾱ(t))) / √α and x' = μ + √((1 − α)(1 − ᾱ(t'))/(1 − ᾱ(t)))·z.
-    The last step, to t' = 0, adds no noise; it still draws, as the published scheduler does.
+    The last step, to t' = 0, adds no noise, but advances the generators, as the published scheduler does.
     """
     times = sent(torch.tensor(list(timesteps), dtype=torch.float32, device="cpu"), x.device)
     alpha_bars = objective.alpha_bar(times)
@@ -84,7 +84,7 @@ def ddim(
     objective: Objective,
     on_step: OnStep | None = None,
 ) -> Float[Tensor, "b c h w"]:
-    """Deterministic sampling (arXiv 2010.02502, equation 12 with η = 0) along falling ``timesteps``."""
+    """Deterministic sampling (arXiv 2010.02502, equation 12 with η = 0) along decreasing ``timesteps``."""
     times = sent(torch.tensor(list(timesteps), dtype=torch.float32, device="cpu"), x.device)
     alpha_bars = objective.alpha_bar(times)
     for step in range(len(times) - 1):
@@ -106,11 +106,11 @@ def dpm_solver(
     objective: Objective,
     on_step: OnStep | None = None,
 ) -> Float[Tensor, "b c h w"]:
-    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): deterministic, second order, one prediction a step.
+    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): deterministic, second order, one prediction per step.
 
-    With λ = ½·ln(ᾱ/(1 − ᾱ)), h = λ(t') − λ(t) and x̂₀ the predicted picture:
-    x' = √((1 − ᾱ')/(1 − ᾱ))·x + √ᾱ'·(1 − e^−h)·D, with D = x̂₀ + (h/2h₋)·(x̂₀ − x̂₀₋), where the minus stands
-    for the step before. The first step and the last, which goes to the picture itself, have D = x̂₀.
+    With λ = ½·ln(ᾱ/(1 − ᾱ)), h = λ(t') − λ(t) and x̂₀ the predicted image:
+    x' = √((1 − ᾱ')/(1 − ᾱ))·x + √ᾱ'·(1 − e^−h)·D, with D = x̂₀ + (h/2h₋)·(x̂₀ − x̂₀₋), where the minus denotes
+    the previous step. The first and the last step have D = x̂₀.
     """
     times = torch.tensor(list(timesteps), dtype=torch.float32, device="cpu")
     alpha_bars = objective.alpha_bar(times.double()).tolist()
@@ -125,7 +125,7 @@ def dpm_solver(
         direction = clean
         if before is not None and step + 2 < len(times):
             h_before = logs[step] - logs[step - 1]
-            if h_before > 0:  # near its ends the schedule is cut, and steps there are none
+            if h_before > 0:  # the schedule is clamped near its ends, where a step may change nothing
                 direction = clean + h / (2 * h_before) * (clean - before)
         x = math.sqrt((1 - then) / (1 - now)) * x - math.sqrt(then) * math.expm1(-h) * direction
         before = clean

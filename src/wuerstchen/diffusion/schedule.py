@@ -1,4 +1,4 @@
-"""The cosine noise schedule and what follows from it, as pure functions of the timestep t in [0, 1]."""
+"""The cosine noise schedule and its timesteps, as functions of the time t in [0, 1]."""
 
 import math
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from wuerstchen.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class CosineSchedule:
-    """ᾱ(t) = cos²((t + s)/(1 + s)·π/2) / cos²(s/(1 + s)·π/2), kept within [1e-4, 0.9999].
+    """ᾱ(t) = cos²((t + s)/(1 + s)·π/2) / cos²(s/(1 + s)·π/2), clamped to [1e-4, 0.9999].
 
-    arXiv 2102.09672, equation 17, with continuous time: t = 0 is the picture, t = 1 noise. ``scaler`` above
-    1 spends more of the time on noise, below 1 less; the published models use 1.
+    arXiv 2102.09672, equation 17, with continuous time: t = 0 is the image, t = 1 is noise. A ``scaler``
+    above 1 spends more time on noise, below 1 less. The published models use 1.
     """
 
     s: float = 0.008
@@ -23,12 +23,12 @@ class CosineSchedule:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.s) and self.s >= 0):
-            raise UserError(f"s={self.s} must be a finite number of at least 0; the published value is 0.008")
+            raise UserError(f"s must be a finite number of at least 0, got {self.s}. 0.008 is published.")
         if not (math.isfinite(self.scaler) and self.scaler > 0):
-            raise UserError(f"scaler={self.scaler} must be a finite number above 0; use 1 for no change")
+            raise UserError(f"scaler must be a finite number above 0, got {self.scaler}. 1 changes nothing.")
 
     def alpha_bar(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """The share of the signal's variance that is left at time t."""
+        """The fraction of the variance that is signal at time t."""
         if self.scaler > 1:
             t = 1 - (1 - t) ** self.scaler
         elif self.scaler < 1:
@@ -52,19 +52,20 @@ class CosineSchedule:
 
 
 PUBLISHED_SCHEDULE = CosineSchedule()
-"""Of all published models."""
+"""The schedule of all published models."""
 
 
 def training_timesteps(u: Float[Tensor, " b"], shift: float = 1.0) -> Float[Tensor, " b"]:
-    """Timesteps to train at, from u uniform in [0, 1): 7.5 % of them are exactly 1, pure noise."""
+    """Timesteps to train at, from u uniform in [0, 1). 7.5 % of them are exactly 1, pure noise."""
     return shifted(((1 - u) * 1.08 + 0.001).clamp(0.001, 1.0), shift)
 
 
 def shifted(t: Float[Tensor, "..."], shift: float) -> Float[Tensor, "..."]:
-    """Time t' with tan(t'·π/2) = shift · tan(t·π/2), which divides signal over noise by shift².
+    """The timestep shift: t' with tan(t'·π/2) = shift · tan(t·π/2), which divides signal over noise by
+    shift².
 
-    arXiv 2301.11093, section 2.1: the finer a grid, the more noise it takes to hide the same picture, so more
-    of the time belongs there. 0 and 1 stay where they are, and 1 is no shift.
+    arXiv 2301.11093, section 2.1: at a higher resolution it takes more noise to hide the same image, so more
+    of the time should go there. Times 0 and 1 do not change. A shift of 1 is none.
     """
     if shift == 1:
         return t
@@ -73,19 +74,19 @@ def shifted(t: Float[Tensor, "..."], shift: float) -> Float[Tensor, "..."]:
 
 
 def uniform_timesteps(steps: int, shift: float = 1.0) -> list[float]:
-    """``steps`` steps from 1 to 0, equal but for the ``shift`` towards noise: ``steps + 1`` points."""
+    """``steps + 1`` times from 1 to 0, evenly spaced before the timestep ``shift`` towards noise."""
     if steps < 1:
-        raise UserError(f"steps={steps} draws nothing; use at least 1")
+        raise UserError(f"steps must be at least 1, got {steps}.")
     return shifted(torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float32, device="cpu"), shift).tolist()
 
 
 def stage_c_timesteps(steps: int = 29) -> list[float]:
-    """The published schedule of Stage C: two thirds of the steps go to the noisiest third of the time.
+    """The published timesteps of Stage C: two thirds of the steps are in the noisiest third of the time.
 
-    29 steps give diffusers' ``DEFAULT_STAGE_C_TIMESTEPS``; other numbers keep the proportion 19 : 10.
+    29 steps give diffusers' ``DEFAULT_STAGE_C_TIMESTEPS``. Other numbers keep the ratio 19:10.
     """
     if steps < 1:
-        raise UserError(f"steps={steps} draws nothing; use at least 1")
+        raise UserError(f"steps must be at least 1, got {steps}.")
     if steps < 3:
         return uniform_timesteps(steps)
     early = round(steps * 19 / 29)
