@@ -2,7 +2,6 @@
 
 import ast
 import importlib.resources
-import re
 from collections.abc import Collection, Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -126,11 +125,34 @@ def test_a_circle_is_found():
     assert cycle_among({**imported, "wuerstchen.c": set()}) == ()
 
 
+def imports_triton(tree: ast.AST) -> bool:
+    """Whether a file imports Triton, inside functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "triton":
+            return True
+        if isinstance(node, ast.Import) and any(a.name.partition(".")[0] == "triton" for a in node.names):
+            return True
+    return False
+
+
 def test_kernels_are_in_their_folder():
     """Nothing else needs Triton to be imported."""
-    users = [path for path in FILES if re.search(r"^\s*(import|from) triton", path.read_text("utf-8"), re.M)]
+    users = [path for path in FILES if imports_triton(ast.parse(path.read_text(encoding="utf-8")))]
     assert users
     assert {path.relative_to(ROOT).parent.as_posix() for path in users} == {"models/fused"}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import triton",
+        "import torch, triton.language as tl",
+        "def f():\n    from triton.language import math",
+    ],
+)
+def test_an_import_of_triton_is_found(code):
+    assert imports_triton(ast.parse(code))
+    assert not imports_triton(ast.parse(code.replace("triton", "tritone")))
 
 
 # What each folder of train/ may import of train/. Other modules of it may import all that comes before run.
@@ -184,14 +206,50 @@ def test_imports_inside_train_go_one_way(path):
             assert module != "run" or parts[0] == "export", f"{parts[0]} imports {module}"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "models").rglob("*.py")), ids=lambda p: p.stem)
+DIFFUSION = {"wuerstchen.diffusion", *(module_of(path) for path in (ROOT / "diffusion").glob("*.py"))}
+NETWORKS = sorted((ROOT / "models").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", NETWORKS, ids=lambda p: p.stem)
 def test_networks_know_no_schedule(path):
-    """They return their own prediction; the objective says what it means. A whole model has objectives."""
-    forbidden = {f"wuerstchen.diffusion.{name}" for name in ("schedule", "objective", "flow", "samplers")}
-    if path.name == "cascade.py":
-        forbidden -= {"wuerstchen.diffusion.objective"}
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    assert not forbidden & imported_among(tree, {*forbidden, "wuerstchen.diffusion"})
+    """They return their own prediction, and the objective converts it. Only a whole model has objectives."""
+    of_a_model = {f"wuerstchen.diffusion.{name}" for name in ("objective", "sampler_table")}
+    allowed = of_a_model if path == ROOT / "models" / "cascade.py" else set()
+    assert imported_among(ast.parse(path.read_text(encoding="utf-8")), DIFFUSION) <= allowed
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from wuerstchen.diffusion.schedule import CosineSchedule",
+        "from wuerstchen.diffusion import flow",
+        "def f():\n    import wuerstchen.diffusion.objective",
+    ],
+)
+def test_a_network_that_imports_a_schedule_is_found(code):
+    assert imported_among(ast.parse(code), DIFFUSION)
+
+
+def block_classes() -> set[str]:
+    """The classes of blocks in models/."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in NETWORKS]
+    classes = {node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    return {name for name in classes if name.endswith("Block")}
+
+
+def imported_names(tree: ast.AST) -> set[str]:
+    nodes = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom))
+    return {alias.name for node in nodes for alias in node.names}
+
+
+def test_block_classes_are_named_in_models_alone():
+    """Training, sharding and compiling read a block's traits, and have no lists of classes to keep."""
+    blocks = block_classes()
+    assert {"ResBlock", "ConditionedResBlock", "TimestepBlock", "AttnBlock", "MixingResidualBlock"} <= blocks
+    for path in FILES:
+        if path not in NETWORKS:
+            names = imported_names(ast.parse(path.read_text(encoding="utf-8")))
+            assert not names & blocks, path
 
 
 def test_every_room_is_in_the_order():
