@@ -210,69 +210,68 @@ class WuerstchenCombinedPipeline(LoraMethods, DiffusionPipeline):
         pipelines tell. With ``prompt_embeds`` the decoder reads ``prompt``, or the empty prompt if there is
         none. One ``generator`` draws for both, first for the prior.
         """
+        num_images_per_prompt = check_count("num_images_per_prompt", num_images_per_prompt)
+        prompts = _checked_prompts(prompt, prompt_embeds)
+        prior = {
+            "prompt": prompts if prompt_embeds is None else None,
+            "height": height,
+            "width": width,
+            "num_inference_steps": prior_num_inference_steps,
+            "timesteps": prior_timesteps,
+            "guidance_scale": prior_guidance_scale,
+            "negative_prompt": negative_prompt if negative_prompt_embeds is None else None,
+            "prompt_embeds": prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "num_images_per_prompt": num_images_per_prompt,
+            "latents": latents,
+            "callback_on_step_end": prior_callback_on_step_end,
+            "callback_on_step_end_tensor_inputs": prior_callback_on_step_end_tensor_inputs,
+            "callback": prior_callback,
+            "callback_steps": prior_callback_steps,
+        }
+        decoder = {
+            "num_inference_steps": num_inference_steps,
+            "timesteps": decoder_timesteps,
+            "guidance_scale": decoder_guidance_scale,
+            "negative_prompt": negative_prompt,
+            "callback_on_step_end": callback_on_step_end,
+            "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
+            "callback": callback,
+            "callback_steps": callback_steps,
+        }
+        images = self._run(prior, decoder, prompts, generator, output_type)
+        return ImagePipelineOutput(images) if return_dict else (images,)
+
+    def _run(
+        self,
+        prior: dict[str, Any],
+        decoder: dict[str, Any],
+        prompts: list[str] | None,
+        generator: Any,
+        output_type: Any,
+    ) -> Images:
+        """Runs both pipelines with their arguments, after checking those of both."""
         check_output_type(output_type)
         self._check_parts(output_type)
-        size = self._checked_size(height, width)
-        check_steps("prior_", prior_num_inference_steps, prior_timesteps)
-        check_steps("", num_inference_steps, decoder_timesteps)
-        check_scale("prior_guidance_scale", prior_guidance_scale)
-        if check_scale("decoder_guidance_scale", decoder_guidance_scale) > 1:
-            check_prompt("negative_prompt", negative_prompt)
-        num_images_per_prompt = check_count("num_images_per_prompt", num_images_per_prompt)
-        for pipe, prefix, function, names in (
-            (
-                self.prior_pipe,
-                "prior_",
-                prior_callback_on_step_end,
-                prior_callback_on_step_end_tensor_inputs,
-            ),
-            (self.decoder_pipe, "", callback_on_step_end, callback_on_step_end_tensor_inputs),
-        ):
-            check_callbacks(function, names, pipe._callback_tensor_inputs, prefix)
-        prompts = check_prompt("prompt", prompt)
-        if None not in (prompts, prompt_embeds) and len(prompt_embeds) % len(prompts):
-            raise UserError(
-                f"{len(prompts)} prompts do not fit {len(prompt_embeds)} prompt_embeds; give as many"
-            )
+        size = self._checked_size(prior["height"], prior["width"])
+        for pipe, prefix, given in ((self.prior_pipe, "prior_", prior), (self.decoder_pipe, "", decoder)):
+            check_steps(prefix, given["num_inference_steps"], given["timesteps"])
+            names = given["callback_on_step_end_tensor_inputs"]
+            check_callbacks(given["callback_on_step_end"], names, pipe._callback_tensor_inputs, prefix)
+        check_scale("prior_guidance_scale", prior["guidance_scale"])
+        if check_scale("decoder_guidance_scale", decoder["guidance_scale"]) > 1:
+            check_prompt("negative_prompt", decoder["negative_prompt"])
 
-        (maps,) = self.prior_pipe(
-            prompt=prompts if prompt_embeds is None else None,
-            height=height,
-            width=width,
-            num_inference_steps=prior_num_inference_steps,
-            timesteps=prior_timesteps,
-            guidance_scale=prior_guidance_scale,
-            negative_prompt=negative_prompt if negative_prompt_embeds is None else None,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            num_images_per_prompt=num_images_per_prompt,
-            generator=generator,
-            latents=latents,
-            output_type="pt",
-            return_dict=False,
-            callback_on_step_end=prior_callback_on_step_end,
-            callback_on_step_end_tensor_inputs=prior_callback_on_step_end_tensor_inputs,
-            callback=prior_callback,
-            callback_steps=prior_callback_steps,
-        )
+        (embeddings,) = self.prior_pipe(**prior, generator=generator, output_type="pt", return_dict=False)
         (images,) = self.decoder_pipe(
-            image_embeddings=maps,
-            prompt=[""] * (len(maps) // num_images_per_prompt) if prompts is None else prompts,
-            num_inference_steps=num_inference_steps,
-            timesteps=decoder_timesteps,
-            guidance_scale=decoder_guidance_scale,
-            negative_prompt=negative_prompt,
+            image_embeddings=embeddings,
+            prompt=[""] * (len(embeddings) // prior["num_images_per_prompt"]) if prompts is None else prompts,
+            **decoder,
             generator=generator,
             output_type="latent" if output_type == "latent" else "pt",
             return_dict=False,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            callback=callback,
-            callback_steps=callback_steps,
         )
-        if output_type != "latent":
-            images = as_output(centre_crop(images, *size), output_type)
-        return ImagePipelineOutput(images) if return_dict else (images,)
+        return images if output_type == "latent" else as_output(centre_crop(images, *size), output_type)
 
     def _check_parts(self, output_type: str | None) -> None:
         """Raises ``UserError`` if the components cannot work together."""
@@ -316,6 +315,14 @@ class AutoPipelineForText2Image:
         if isinstance(pipeline, WuerstchenPriorPipeline):
             raise UserError("a prior alone draws no pictures; give the decoder's pipeline")
         return WuerstchenCombinedPipeline.from_pipe(pipeline, **parts)
+
+
+def _checked_prompts(prompt: Any, prompt_embeds: Any) -> list[str] | None:
+    """The prompts as a list. Raises ``UserError`` if there are not as many ``prompt_embeds``."""
+    prompts = check_prompt("prompt", prompt)
+    if prompts is not None and prompt_embeds is not None and len(prompt_embeds) % len(prompts):
+        raise UserError(f"{len(prompts)} prompts do not fit {len(prompt_embeds)} prompt_embeds; give as many")
+    return prompts
 
 
 def combined_arguments(

@@ -33,15 +33,11 @@ from wuerstchen.diffusers.outputs import ImagePipelineOutput
 from wuerstchen.diffusers.prompts import check_negative, check_prompt, encode
 from wuerstchen.diffusers.sampling import (
     Callbacks,
+    LoopArguments,
     State,
     check_count,
-    check_generator,
     check_scale,
-    check_steps,
-    denoise,
-    initial_latents,
-    predicts_noise,
-    set_timesteps,
+    sample_latents,
     text_rows,
 )
 from wuerstchen.diffusers.scheduler import DDPMWuerstchenScheduler, schedule_of
@@ -172,48 +168,24 @@ class WuerstchenDecoderPipeline(DiffusionPipeline):
             raise TypeError("'prompt' must be of type 'list' or 'str', but is missing; use '' for none")
         if guides:
             check_negative(negative_prompt, len(prompts))
-        num_inference_steps = check_steps("", num_inference_steps, timesteps)
+        arguments = LoopArguments.checked(num_inference_steps, timesteps, latents, generator, callbacks)
         num_images_per_prompt = check_count("num_images_per_prompt", num_images_per_prompt)
-        check_generator(generator)
         check_output_type(output_type)
         self.check_parts(output_type)
-        maps = self._checked_maps(image_embeddings)
-        if len(maps) % len(prompts):
-            raise UserError(
-                f"{len(prompts)} prompts do not fit {len(maps)} image_embeddings; "
-                "give one prompt, or one for each"
-            )
+        maps = self._checked_maps(image_embeddings, len(prompts))
 
-        pictures = len(maps) * num_images_per_prompt
-        text, negative = self.encode_prompt(
-            prompts, None, pictures // len(prompts), guides, negative_prompt if guides else None
-        )
+        count = len(maps) * num_images_per_prompt
+        negative = negative_prompt if guides else None
+        states = self.encode_prompt(prompts, None, count // len(prompts), guides, negative)
         size = [self.latent_side(side) for side in maps.shape[2:]]
         multiple = self.decoder.config.size_multiple
         canvas = [-(-side // multiple) * multiple for side in size]
-        with self._using(self.decoder) as device:
-            dtype = dtype_of(self.decoder)
-            text = text.to(device, dtype)
-            negative = None if negative is None else negative.to(device, dtype)
-            set_timesteps(self.scheduler, num_inference_steps, timesteps, device)
-            shape = (pictures, self.decoder.config.c_in, *canvas)
-            state = {
-                "latents": initial_latents(
-                    latents, shape, generator, device, dtype, self.scheduler.init_noise_sigma
-                ),
-                "text_encoder_hidden_states": text if negative is None else torch.cat([text, negative]),
-                "negative_prompt_embeds": negative,
-                "image_embeddings": maps.to(device, dtype),
-            }
-            noise = predicts_noise(self.decoder, plain(self.decoder).config.prediction)
-            network = self._recorded(self.decoder, noise, self.decoder.context)
-            sample = denoise(self, network, self._steering, state, generator, callbacks)
-        if output_type == "latent":
-            images = sample
-        else:
+        shape = (count, self.decoder.config.c_in, *canvas)
+        images = sample_latents(self, self.decoder, shape, states, arguments, image_embeddings=maps)
+        if output_type != "latent":
             factor = self.vqgan.config.factor
-            pixels = self._pixels(sample)
-            images = as_output(centre_crop(pixels, factor * size[0], factor * size[1]), output_type)
+            pixels = centre_crop(self._pixels(images), factor * size[0], factor * size[1])
+            images = as_output(pixels, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images) if return_dict else (images,)
 
@@ -241,7 +213,7 @@ class WuerstchenDecoderPipeline(DiffusionPipeline):
         config = plain(self.decoder).config
         return config.effnet_embd if any(config.conditioned) else None
 
-    def _checked_maps(self, given: Any) -> Float[Tensor, "b c h w"]:
+    def _checked_maps(self, given: Any, prompts: int) -> Float[Tensor, "b c h w"]:
         """The semantic maps as one tensor. Raises ``TypeError`` or ``UserError``."""
         parts = given if isinstance(given, list | tuple) else [given]
         for part in parts:
@@ -260,7 +232,13 @@ class WuerstchenDecoderPipeline(DiffusionPipeline):
             )
         if len({one.shape[1:] for one in maps}) > 1:
             raise UserError("image_embeddings differ in size, so they are no batch; call once for each")
-        return torch.cat([one.to(maps[0]) for one in maps])
+        joined = torch.cat([one.to(maps[0]) for one in maps])
+        if len(joined) % prompts:
+            raise UserError(
+                f"{prompts} prompts do not fit {len(joined)} image_embeddings; "
+                "give one prompt, or one for each"
+            )
+        return joined
 
     def _steering(self, state: State, guides: bool) -> tuple[Any, ...]:
         """The arguments of the network's context."""

@@ -27,15 +27,12 @@ from wuerstchen.diffusers.outputs import WuerstchenPriorPipelineOutput
 from wuerstchen.diffusers.prompts import check_negative, check_prompt, encode
 from wuerstchen.diffusers.sampling import (
     Callbacks,
+    LoopArguments,
     State,
     check_count,
-    check_generator,
     check_scale,
     check_steps,
-    denoise,
-    initial_latents,
-    predicts_noise,
-    set_timesteps,
+    sample_latents,
     text_rows,
 )
 from wuerstchen.diffusers.scheduler import DDPMWuerstchenScheduler, schedule_of
@@ -237,47 +234,31 @@ class WuerstchenPriorPipeline(LoraMethods, DiffusionPipeline):
         self.check_inputs(
             prompt, negative_prompt, num_inference_steps, guides, prompt_embeds, negative_prompt_embeds
         )
-        num_inference_steps = check_steps("", num_inference_steps, timesteps)
-        check_generator(generator)
+        arguments = LoopArguments.checked(num_inference_steps, timesteps, latents, generator, callbacks)
         count = 1 if num_images_per_prompt is None else num_images_per_prompt
         count = check_count("num_images_per_prompt", count)
         sides = (check_side("height", height), check_side("width", width))
-        if output_type not in OUTPUT_TYPES:
-            raise UserError(f"output_type={output_type!r} is unknown; use one of {', '.join(OUTPUT_TYPES)}")
-        check_text_width(self, plain(self.prior).config.c_cond, "prior")
-        if self._residence is None:
-            self._check_lora_devices()
+        self._check_parts(output_type)
 
-        text, negative = self.encode_prompt(
-            None,
-            count,
-            guides,
-            prompt,
-            negative_prompt if guides else None,
-            prompt_embeds,
-            negative_prompt_embeds,
+        negative = negative_prompt if guides else None
+        states = self.encode_prompt(
+            None, count, guides, prompt, negative, prompt_embeds, negative_prompt_embeds
         )
-        with self._using(self.prior) as device:
-            dtype = dtype_of(self.prior)
-            text = text.to(device, dtype)
-            negative = None if negative is None else negative.to(device, dtype)
-            set_timesteps(self.scheduler, num_inference_steps, timesteps, device)
-            shape = (len(text), self.prior.config.c_in, *map(self.grid_side, sides))
-            state = {
-                "latents": initial_latents(
-                    latents, shape, generator, device, dtype, self.scheduler.init_noise_sigma
-                ),
-                "text_encoder_hidden_states": text if negative is None else torch.cat([text, negative]),
-                "negative_prompt_embeds": negative,
-            }
-            noise = predicts_noise(self.prior, plain(self.prior).config.prediction)
-            network = self._recorded(self.prior, noise, self.prior.context)
-            sample = denoise(self, network, self._steering, state, generator, callbacks)
+        shape = (len(states[0]), self.prior.config.c_in, *map(self.grid_side, sides))
+        sample = sample_latents(self, self.prior, shape, states, arguments)
         self.maybe_free_model_hooks()
         image_embeddings = sample * self.config.latent_mean - self.config.latent_std
         if output_type == "np":
             image_embeddings = image_embeddings.cpu().float().numpy()
         return WuerstchenPriorPipelineOutput(image_embeddings) if return_dict else (image_embeddings,)
+
+    def _check_parts(self, output_type: Any) -> None:
+        """Raises ``UserError`` if the components cannot work together, or cannot give such an output."""
+        if output_type not in OUTPUT_TYPES:
+            raise UserError(f"output_type={output_type!r} is unknown; use one of {', '.join(OUTPUT_TYPES)}")
+        check_text_width(self, plain(self.prior).config.c_cond, "prior")
+        if self._residence is None:
+            self._check_lora_devices()
 
     def _steering(self, state: State, guides: bool) -> tuple[Any, ...]:
         """The arguments of the network's context."""

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from wuerstchen.diffusers.base import dtype_of, plain
 from wuerstchen.diffusers.scheduler import Generators, check_timesteps, draw_normal
 from wuerstchen.diffusion.objective import make_objective, predictions_for_sampling
 from wuerstchen.diffusion.samplers import guided
@@ -142,19 +143,75 @@ def predicts_noise(network: Any, prediction: str) -> Callable[..., Tensor]:
     return predictions_for_sampling(network, objective)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoopArguments:
+    """A call's arguments for the sampling loop, checked."""
+
+    num_inference_steps: int
+    timesteps: Any
+    latents: Any
+    """The noise to start from; None to generate it."""
+    generator: Generators
+    callbacks: Callbacks
+
+    @classmethod
+    def checked(
+        cls, num_inference_steps: Any, timesteps: Any, latents: Any, generator: Any, callbacks: Callbacks
+    ) -> "LoopArguments":
+        """Raises ``UserError`` or ``TypeError`` for invalid steps or generators."""
+        steps = check_steps("", num_inference_steps, timesteps)
+        check_generator(generator)
+        return cls(
+            num_inference_steps=steps,
+            timesteps=timesteps,
+            latents=latents,
+            generator=generator,
+            callbacks=callbacks,
+        )
+
+
+def sample_latents(
+    pipe: Any,
+    network: Any,
+    shape: tuple[int, ...],
+    states: tuple[Tensor, Tensor | None],
+    arguments: LoopArguments,
+    **conditions: Tensor,
+) -> Float[Tensor, "b c h w"]:
+    """Samples latents of ``shape`` with a network of ``pipe``, on its device and in its dtype.
+
+    ``states`` are the text states of the prompts and, with guidance, of the negative prompts. ``conditions``
+    are further tensors that callbacks may change and ``pipe._steering`` reads.
+    """
+    with pipe._using(network) as device:
+        dtype = dtype_of(network)
+        text, negative = (None if part is None else part.to(device, dtype) for part in states)
+        assert text is not None
+        set_timesteps(pipe.scheduler, arguments.num_inference_steps, arguments.timesteps, device)
+        sigma = pipe.scheduler.init_noise_sigma
+        state: State = {
+            "latents": initial_latents(arguments.latents, shape, arguments.generator, device, dtype, sigma),
+            "text_encoder_hidden_states": text if negative is None else torch.cat([text, negative]),
+            "negative_prompt_embeds": negative,
+            **{name: tensor.to(device, dtype) for name, tensor in conditions.items()},
+        }
+        noise = predicts_noise(network, plain(network).config.prediction)
+        recorder = pipe._recorded(network, noise, network.context)
+        return denoise(pipe, recorder, state, arguments.generator, arguments.callbacks)
+
+
 def denoise(
     pipe: Any,
     network: Recorder,
-    steering: Callable[[State, bool], tuple[Any, ...]],
     state: State,
     generator: Generators,
     callbacks: Callbacks,
 ) -> Float[Tensor, "b c h w"]:
     """Takes ``state["latents"]`` through the timesteps of the pipeline's scheduler.
 
-    ``steering(state, guides)`` is what ``network`` prepares its context of. It is asked once, and again only
-    when a callback changed something; ``guides`` asks for a batch twice as large, with the condition and then
-    without. The pipeline's guidance scale is read at every step: callbacks may set it.
+    ``pipe._steering(state, guides)`` returns the arguments of the network's context. It is called once, and
+    again only after a callback changed something. With ``guides`` the batch is twice as large: conditional,
+    then unconditional. The guidance scale is read at every step, because callbacks may set it.
     """
     times = pipe.scheduler.timesteps
     pipe._num_timesteps = len(times[:-1])
@@ -164,7 +221,7 @@ def denoise(
         assert latents is not None
         if predict is None or guides != pipe.do_classifier_free_guidance:
             guides = pipe.do_classifier_free_guidance
-            predict = network.given(*steering(state, guides))
+            predict = network.given(*pipe._steering(state, guides))
         r = t.to(latents.dtype).expand(len(latents))
         noise = (guided(predict, pipe.guidance_scale) if guides else predict)(latents, r)
         # The scheduler gets the timestep as it stands in the list: rounded, it could be taken for another.
