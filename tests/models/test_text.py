@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -246,7 +247,7 @@ def test_refuses_damaged_folders(folder: Path, damage: Callable[[Path], None], m
     with pytest.raises(CheckpointError, match=message) as caught:
         read_text_encoder(folder)
     assert "\n" not in str(caught.value)
-    assert "; " in str(caught.value)
+    assert re.search(r"[;.] \w+ ", str(caught.value))  # a way out
 
 
 def _tiny_clip() -> tuple[CLIPTextModel, CLIPTokenizer]:

@@ -81,7 +81,8 @@ class TextEncoder(nn.Module):
         longest = model.config.max_position_embeddings
         if not 3 <= text_positions <= longest:
             raise UserError(
-                f"text_positions must be from 3 to {longest} for this text model, got {text_positions}."
+                f"text_positions must be from 3 to {longest} for this text model, got {text_positions}. "
+                "Choose a number in that range."
             )
         self.model = model.eval().requires_grad_(False)
         # A copy without the truncation in the tokenizer's file, which would cut words without a warning.
