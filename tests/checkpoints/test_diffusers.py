@@ -244,7 +244,7 @@ CONFIGS = {
     "absurd text model": ("text_encoder", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
     "no heads": ("text_encoder", {"num_attention_heads": 0}, "num_attention_heads is 0"),
     "an activation of somebody's": ("text_encoder", {"hidden_act": "evil"}, "'evil', neither gelu"),
-    "a schedule of its own": ("scheduler", {"scaler": -1.0}, "scaler=-1.0"),
+    "a schedule of its own": ("scheduler", {"scaler": -1.0}, "scaler must be .* got -1.0"),
     "another scheduler": ("scheduler", {"beta_start": 0.1}, "beta_start"),
 }
 
