@@ -122,7 +122,7 @@ def test_variants_of_the_ablation_share_their_composed_images(benchmarks):
     once = ablation._once(lambda feed, *_: composed.append(feed) or len(composed))
     feed, other = SimpleNamespace(seed=1, size=8), SimpleNamespace(seed=2, size=8)
     assert [once(one, 4, 0, None) for one in (feed, feed, other)] == [1, 1, 2]
-    assert ablation.run_phase.compose is image_cache.compose
+    assert ablation.run_phase.fill_image_cache is image_cache.fill_image_cache
 
 
 def test_the_page_of_experiments_is_made_from_its_rows():

@@ -8,7 +8,7 @@ from torch import nn
 from wuerstchen.data.sources import Example
 from wuerstchen.errors import DataError
 from wuerstchen.train.config import Optimization
-from wuerstchen.train.engine.loop import Settings
+from wuerstchen.train.engine.job import Settings
 from wuerstchen.train.feed.images import pixels_of
 
 

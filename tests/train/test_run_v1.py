@@ -24,6 +24,7 @@ from wuerstchen.recipes.v1 import v1_stage_b, v1_stage_c
 from wuerstchen.train import run, run_phase
 from wuerstchen.train.config import as_dict, differing_fields
 from wuerstchen.train.engine.checkpoint import newest, read_averages
+from wuerstchen.train.engine.loop import Trainer
 from wuerstchen.train.stages.paella import StagePaella
 
 PAELLA = PaellaConfig(
@@ -81,13 +82,12 @@ def finished(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "v1"
     stages = {}
     with pytest.MonkeyPatch.context() as patch:
-        run_stage = run_phase.run_stage
 
-        def noting(stage, *given):
-            stages[stage.name] = stage
-            return run_stage(stage, *given)
+        def noting(job):
+            stages[job.stage.name] = job.stage
+            return Trainer(job)
 
-        patch.setattr(run_phase, "run_stage", noting)
+        patch.setattr(run_phase, "Trainer", noting)
         run.train(recipe(data), folder, device="cpu")
     return folder, stages
 

@@ -327,8 +327,7 @@ class _Rehearsal(_Run):
     def run_stage(self, stage: Stage, phase: Phase, multiple: int) -> Path:
         feed = self.feed(stage, phase, multiple, 0)
         cache = self.image_cache(feed, phase) if self.recipe.prepared_images else None
-        nowhere, settings = self.run_dir / "none", self.settings(feed)
-        cost = rehearse(stage, feed, nowhere, settings, self.device, cache, self.processes)
+        cost = rehearse(self.job(stage, feed, self.run_dir / "none"), cache)
         values = {"total": stage.optimization.images, "seconds": cost.seconds, "kwh": cost.kwh}
         self.log.event("rehearsed", stage=stage.name, **values)
         return self.run_dir

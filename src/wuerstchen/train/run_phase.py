@@ -15,8 +15,9 @@ from wuerstchen.train.config import Phase, Recipe, as_dict
 from wuerstchen.train.engine.checkpoint import load_averages, newest_of_all
 from wuerstchen.train.engine.distributed import Processes
 from wuerstchen.train.engine.image_cache import ImageCache, fill_image_cache
-from wuerstchen.train.engine.loop import Settings, run_stage
-from wuerstchen.train.engine.observe import looked_at
+from wuerstchen.train.engine.job import Settings, StageJob
+from wuerstchen.train.engine.loop import Trainer
+from wuerstchen.train.engine.observe import observed
 from wuerstchen.train.engine.validation import Denoising, DenoisingTokens, HeldOut, Validation, held_out
 from wuerstchen.train.feed.images import Feed, batch_sizes
 from wuerstchen.train.feed.prepared import (
@@ -154,26 +155,22 @@ class PhaseRunner:
             return finished
         validation = self.validation(stage, phase) if self.processes.is_main else None
         self.processes.barrier_without_timeout()  # for rank 0, which has read held-out images
-        settings, processes = self.settings(feed), self.processes
-        cache = partial(self.image_cache, feed, phase) if self.recipe.prepared_images else None
-        goes_on = partial(self.goes_on, stage.name)
-        return run_stage(
-            stage,
-            feed,
-            folder,
-            settings,
-            self.device,
-            self.log,
-            header,
-            cache,
-            processes,
-            validation,
-            goes_on,
-        )
+        job = self.job(stage, feed, folder)
+        trainer = Trainer(dataclasses.replace(job, header=header, validation=validation))
+        move_changes(self.run_dir, self.changes, stage.name, trainer.state.images, self.log)
+        caches = self.recipe.prepared_images and not trainer.finished
+        return trainer.train(self.image_cache(feed, phase) if caches else None)
 
-    def goes_on(self, stage: str, images: int) -> None:
-        """Corrects the changes of the recipe where a stage goes on from before them."""
-        move_changes(self.run_dir, self.changes, stage, images, self.log)
+    def job(self, stage: Stage, feed: Feed | PreparedFeed, folder: Path) -> StageJob:
+        """What a stage is trained with."""
+        return StageJob(
+            stage=stage,
+            feed=feed,
+            folder=folder,
+            settings=self.settings(feed),
+            processes=self.processes,
+            log=self.log,
+        )
 
     def _finished(self, folder: Path, stage: Stage, phase: Phase) -> Path | None:
         """The last checkpoint of a stage, if it is there and whole, and its last preview and validation were
@@ -183,7 +180,7 @@ class PhaseRunner:
             return None
         owed = False
         if self.processes.is_main:
-            previewed, validated = looked_at(self.log, stage.name, images, folder)
+            previewed, validated = observed(self.log, stage.name, images, folder)
             owed = not previewed or not (validated or self.validation(stage, phase) is None)
         self.processes.barrier_without_timeout()  # for rank 0, which may have read held-out images
         if self.processes.any_rank(owed):

@@ -25,6 +25,7 @@ from types import SimpleNamespace
 
 import torch
 from conftest import ToySource, ToyStage
+from test_loop import make_job
 from test_update import PriorStage, make_inputs, make_step
 from torch import nn
 
@@ -32,9 +33,11 @@ from wuerstchen.data import prepared_check
 from wuerstchen.errors import UserError
 from wuerstchen.train.engine import checkpoint, checkpoint_writer, distributed, sharding
 from wuerstchen.train.engine.distributed import Processes
-from wuerstchen.train.engine.loop import Interrupted, Settings, _prepare, run_stage
+from wuerstchen.train.engine.job import Settings, StageJob
+from wuerstchen.train.engine.loop import Interrupted, Trainer
 from wuerstchen.train.engine.optim import make_optimizer
 from wuerstchen.train.engine.sharding import empty_copy, gather, is_sharded, shard
+from wuerstchen.train.engine.state import make_state
 from wuerstchen.train.engine.update import TrainStep, recompute_blocks
 from wuerstchen.train.feed.images import Feed
 from wuerstchen.train.report.events import Log
@@ -162,7 +165,7 @@ def checkpoints(folder: Path) -> object:
         step = sharded_step(processes)
         run_updates(step)
         writer = checkpoint_writer.Writer(folder, processes)
-        writer.begin(step.state, {"recipe": "r"})
+        writer.start(step.state, {"recipe": "r"})
         before = state_of(step)
         run_updates(step)  # what is written is the state of that moment
         assert farthest(before, state_of(step)) > 0
@@ -191,12 +194,12 @@ def full_disk(folder: Path) -> object:
         step = sharded_step(processes)
         writer = checkpoint_writer.Writer(folder, processes)
         run_updates(step)
-        writer.begin(step.state, {})
+        writer.start(step.state, {})
         writer.wait()
         run_updates(step)
         if processes.rank == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, resource.RLIM_INFINITY))
-        writer.begin(step.state, {})
+        writer.start(step.state, {})
         try:
             writer.wait()
         except UserError as error:
@@ -205,12 +208,17 @@ def full_disk(folder: Path) -> object:
     return together(2, work)
 
 
-def loop(processes: Processes, folder: Path, stage: ToyStage, **changes: object) -> str:
-    settings = dataclasses.replace(SETTINGS, **changes)
+def job_of(processes: Processes, folder: Path, stage: ToyStage, **changes: object) -> StageJob:
     log = Log(folder / "log.jsonl", processes.is_main)
-    feed = Feed(ToySource(), 5, 4, stage.captions)
+    settings = dataclasses.replace(SETTINGS, **changes)
+    return make_job(
+        stage, Feed(ToySource(), 5, 4, stage.captions), folder, settings, processes=processes, log=log
+    )
+
+
+def loop(processes: Processes, folder: Path, stage: ToyStage, **changes: object) -> str:
     try:
-        run_stage(stage, feed, folder, settings, CPU, log, {}, processes=processes)
+        Trainer(job_of(processes, folder, stage, **changes)).train()
     except (UserError, Interrupted) as stopped:
         return str(stopped)
     return "finished"
@@ -234,7 +242,7 @@ def divided(folder: Path) -> object:
             return sha256(path)
 
         checkpoint._Stored.fill, checkpoint.sha256_of = filling, hashing
-        state, resumed = _prepare(ToyStage(images=8), folder / "checkpoints", SETTINGS, processes)
+        state = make_state(job_of(processes, folder, ToyStage(images=8)))
         digest = hashlib.sha256()
         for group, tensors in checkpoint.tensors_of(state).items():
             for key in sorted(tensors):
@@ -243,7 +251,7 @@ def divided(folder: Path) -> object:
         path = folder / "checkpoints" / "000000000008"
         checkpoint.load_averages(average, path, "model", processes)
         same = farthest(average.state_dict(), state.averages["model"].state_dict()) == 0
-        return [filled, hashed, digest.hexdigest(), state.images, resumed and same]
+        return [filled, hashed, digest.hexdigest(), state.images, same]
 
     def cannot(processes: Processes) -> object:
         if processes.rank == 1:
@@ -253,7 +261,7 @@ def divided(folder: Path) -> object:
 
             checkpoint._Stored.fill = broken
         try:
-            _prepare(ToyStage(images=8), folder / "checkpoints", SETTINGS, processes)
+            make_state(job_of(processes, folder, ToyStage(images=8)))
         except UserError as error:
             return str(error)
 

@@ -57,7 +57,7 @@ def test_a_checkpoint_is_of_the_moment_when_it_was_begun(tmp_path, monkeypatch):
         checkpoint_writer, "write_tensors", lambda *given: (goes_on.wait(60), write(*given))[1]
     )
     writer = Writer(tmp_path, Processes(torch.device("cpu")))
-    writer.begin(state, {})
+    writer.start(state, {})
     with torch.no_grad():
         for tensor in state.networks["n"].state_dict().values():
             tensor.zero_()
@@ -128,10 +128,10 @@ def test_of_two_that_are_kept_none_was_found_damaged(tmp_path):
     state = make_state()
     for state.images in (8, 16):
         save(state, tmp_path, {})
-    writer = Writer(tmp_path, Processes(torch.device("cpu")), begun_at=8)  # 16 is damaged
+    writer = Writer(tmp_path, Processes(torch.device("cpu")), resumed_at=8)  # 16 is damaged
     kept = []
     for state.images in (24, 32):
-        writer.begin(state, {})
+        writer.start(state, {})
         writer.wait()
         kept.append(sorted(int(path.name) for path in tmp_path.iterdir()))
     assert kept == [[8, 24], [24, 32]]

@@ -9,10 +9,13 @@ import torch
 from wuerstchen.data.plan import item_at, items_at
 from wuerstchen.errors import UserError
 from wuerstchen.train.engine.checkpoint import newest, read_averages
+from wuerstchen.train.engine.distributed import Processes
 from wuerstchen.train.engine.image_cache import ImageCache, fill_image_cache
-from wuerstchen.train.engine.loop import run_stage
+from wuerstchen.train.engine.loop import Trainer
 from wuerstchen.train.feed.images import Feed
 from wuerstchen.train.report.events import Log
+
+from .test_loop import make_job
 
 CPU = torch.device("cpu")
 
@@ -21,8 +24,8 @@ def run(folder, stage, settings, source, device=CPU, **changes):
     settings = dataclasses.replace(settings, **changes)
     folder.mkdir(exist_ok=True)
     feed = Feed(source, 5, settings.preview_size, captions=True)
-    cache = fill_image_cache(feed, 30, 0, device)
-    return run_stage(stage, feed, folder, settings, device, Log(folder / "log.jsonl"), {}, lambda: cache)
+    job = make_job(stage, feed, folder, settings, processes=Processes(device))
+    return Trainer(job).train(fill_image_cache(feed, 30, 0, device))
 
 
 def test_the_image_cache_holds_the_first_pictures_of_the_feed(toy_source):
@@ -95,7 +98,7 @@ def test_a_broken_run_on_an_image_cache_ends_as_the_unbroken_one(tmp_path, toy_s
     assert files[0] == files[1]
     fed = Feed(toy_source(), 5, 4, captions=True)
     log = Log(tmp_path / "log.jsonl")
-    other = run_stage(toy_stage(images=122), fed, tmp_path / "fed", settings, CPU, log, {})
+    other = Trainer(make_job(toy_stage(images=122), fed, tmp_path / "fed", settings, log=log)).train()
     assert newest(other.parent)[1]["files"] != files[0]  # an order of its own
 
 
@@ -111,15 +114,14 @@ def test_for_a_preview_that_is_owed_no_picture_is_composed_and_nothing_compiled(
     stage.preview = stopped
     with pytest.raises(SystemExit):
         run(tmp_path, stage, settings, toy_source())
-    loop = "wuerstchen.train.engine.loop"
-    monkeypatch.setattr(f"{loop}.compile_regions", lambda network: pytest.fail("compiled"))
-    feed, log = Feed(toy_source(), 5, settings.preview_size, captions=True), Log(tmp_path / "log.jsonl")
+    monkeypatch.setattr(
+        "wuerstchen.train.engine.state.compile_regions", lambda network: pytest.fail("compiled")
+    )
+    feed = Feed(toy_source(), 5, settings.preview_size, captions=True)
     again = dataclasses.replace(settings, compiles=True)
-
-    def cache():
-        pytest.fail("composed")
-
-    run_stage(toy_stage(images=24), feed, tmp_path, again, CPU, log, {}, cache)
+    trainer = Trainer(make_job(toy_stage(images=24), feed, tmp_path, again))
+    assert trainer.finished  # a run then fills no cache
+    trainer.train()
     assert (tmp_path / "previews" / f"{24:012d}.png").is_file()
 
 

@@ -16,7 +16,9 @@ from wuerstchen.errors import CheckpointError, UserError
 from wuerstchen.image_files import read_settings
 from wuerstchen.train.engine import checkpoint_writer, loop
 from wuerstchen.train.engine.checkpoint import newest, read_averages
-from wuerstchen.train.engine.loop import Interrupted, run_stage
+from wuerstchen.train.engine.distributed import Processes
+from wuerstchen.train.engine.job import StageJob
+from wuerstchen.train.engine.loop import Interrupted, Trainer
 from wuerstchen.train.engine.saving import CheckpointNotWrittenWarning
 from wuerstchen.train.feed.images import Feed
 from wuerstchen.train.report.events import Log
@@ -24,13 +26,19 @@ from wuerstchen.train.report.events import Log
 CPU = torch.device("cpu")
 
 
+def make_job(stage, feed, folder, settings, **more) -> StageJob:
+    """A stage to train in this process, with a log in the folder unless another is given."""
+    given = {"processes": Processes(CPU), "log": Log(folder / "log.jsonl"), **more}
+    return StageJob(stage=stage, feed=feed, folder=folder, settings=settings, **given)
+
+
 def run(folder: Path, stage, source, settings, validation=None, **changes):
     settings = dataclasses.replace(settings, **changes)
     log = Log(folder / "log.jsonl")
     folder.mkdir(exist_ok=True)
     feed = Feed(source, 5, settings.preview_size, stage.captions)
-    path = run_stage(stage, feed, folder, settings, CPU, log, {"recipe": "toy"}, validation=validation)
-    return path, log
+    more = {"log": log, "header": {"recipe": "toy"}, "validation": validation}
+    return Trainer(make_job(stage, feed, folder, settings, **more)).train(), log
 
 
 def digests(checkpoint: Path) -> dict[str, str]:
@@ -173,7 +181,8 @@ import os, signal, sys
 sys.path[:0] = {folders!r}
 from conftest import ToySource, ToyStage
 from test_loop import run
-from wuerstchen.train.engine.loop import Interrupted, Settings
+from wuerstchen.train.engine.job import Settings
+from wuerstchen.train.engine.loop import Interrupted
 from pathlib import Path
 def stop(batch):
     if 40 in batch.indices.tolist():
@@ -253,7 +262,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, toy_stage, 
             torch.nn.init.constant_(stage.networks["critic"].bias, torch.nan)
 
     stage.on_batch = poison
-    with pytest.raises(UserError, match=r"the loss of model is nan at image 8 of stage A, so the") as caught:
+    with pytest.raises(UserError, match=r"the loss of model is nan at image 8 of stage A") as caught:
         run(tmp_path, stage, toy_source(), settings)
     assert newest(tmp_path / "checkpoints") is None
     # It says which images were in the batch, and what can be changed.
@@ -261,7 +270,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, toy_stage, 
     names = Feed(toy_source(), 5, 4, True).names(range(8, 12))
     assert (event["images"], event["batch"]) == (8, names)
     said = str(caught.value)
-    assert f"The batch holds {', '.join(names[:3])} and 1 more, which log.jsonl names. To go on" in said
+    assert f"The batch contains {', '.join(names[:3])} and 1 more, listed in log.jsonl." in said
     assert all(f"--change {change}" in said for change in ("learning_rate=0.005", "precision=fp32", "skip+="))
 
 
@@ -306,8 +315,8 @@ def test_checkpoints_that_cannot_be_written_do_not_end_a_run_with_a_whole_one(
     with pytest.warns(CheckpointNotWrittenWarning) as warned:
         path, log = run(tmp_path / "full", toy_stage(), toy_source(), settings, checkpoint_seconds=0.0)
     said = str(warned[0].message)
-    assert "at image 20 of stage A cannot be written (No space left on device). Training goes on" in said
-    assert "a stop loses what came after image 16. Free some space" in said
+    assert "at image 20 of stage A cannot be written: No space left on device. Training goes on" in said
+    assert "everything after image 16 is lost. Free some disk space" in said
     events = log.events()
     assert {e["images"] for e in events if e["event"] == "checkpoint failed"} == set(range(20, 112, 4))
     assert [e["images"] for e in events if e["event"] == "checkpoint"] == [4, 8, 12, 16, 112, 116, 120]

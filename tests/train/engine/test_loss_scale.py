@@ -14,12 +14,14 @@ from wuerstchen.train.config import Optimization
 from wuerstchen.train.engine import loss_scale
 from wuerstchen.train.engine.checkpoint import newest
 from wuerstchen.train.engine.distributed import Processes
-from wuerstchen.train.engine.loop import run_stage
+from wuerstchen.train.engine.loop import Trainer
 from wuerstchen.train.engine.loss_scale import LossScale
 from wuerstchen.train.engine.optim import load_optimizer_tensors, make_optimizer, optimizer_tensors, update
 from wuerstchen.train.feed.images import Feed
 from wuerstchen.train.precision import best_half
 from wuerstchen.train.report.events import Log
+
+from .test_loop import make_job
 
 CPU = torch.device("cpu")
 CONFIG = Optimization(images=64, batch_size=4, learning_rate=0.01, clip_norm=0.5)
@@ -75,7 +77,7 @@ def run(folder, stage, source, settings, **changes):
     folder.mkdir(exist_ok=True)
     log = Log(folder / "log.jsonl")
     feed = Feed(source, 5, settings.preview_size, captions=True)
-    return run_stage(stage, feed, folder, settings, CPU, log, {}), log
+    return Trainer(make_job(stage, feed, folder, settings, log=log)).train(), log
 
 
 def test_overflows_are_left_out_and_a_broken_run_ends_as_the_unbroken_one(

@@ -52,7 +52,9 @@ def test_a_preview_without_memory_is_drawn_with_less(tmp_path, toy_stage, toy_so
         return draws(*given)
 
     stage.preview = preview
-    with pytest.warns(LessMemoryWarning, match="the preview at image 40 of stage A lacked memory") as warned:
+    with pytest.warns(
+        LessMemoryWarning, match="the preview at image 40 of stage A ran out of memory"
+    ) as warned:
         short, log = run(tmp_path / "short", stage, toy_source(), settings, preview_every=40)
     assert len(warned) == 1
     assert ways == [False, True, True, True]
@@ -76,7 +78,7 @@ def test_a_preview_without_memory_is_skipped_and_the_run_goes_on(tmp_path, toy_s
     with pytest.warns((LessMemoryWarning, SkippedWarning)) as warned:
         short, log = run(tmp_path / "short", stage, toy_source(), settings, preview_every=40)
     said = str(warned[1].message)  # the first is of the other way to draw
-    assert said.startswith("the preview at image 40 of stage A was skipped (out of memory); training goes on")
+    assert said.startswith("the preview at image 40 of stage A was skipped: out of memory. Training goes on")
     assert all(option in said for option in ("--preview-every", "--preview-prompts", "--recompute"))
     assert "batch" not in said
     assert seen == [40, 40, 80, 120]  # twice at first; a checkpoint of that moment was whole before

@@ -12,13 +12,26 @@ from wuerstchen.train.engine import checkpoint_writer
 from wuerstchen.train.engine.checkpoint import TrainingState
 from wuerstchen.train.engine.checkpoint_writer import CheckpointNotWritten, Writer
 from wuerstchen.train.engine.distributed import Processes
-from wuerstchen.train.engine.loop import run_stage
+from wuerstchen.train.engine.faults import Faults
+from wuerstchen.train.engine.loop import Trainer
 from wuerstchen.train.engine.saving import CheckpointNotWrittenWarning, Saving
 from wuerstchen.train.feed.images import Feed
 from wuerstchen.train.report.cost import CostMeter
 from wuerstchen.train.report.events import Log
 
+from .test_loop import make_job
+
 CPU = torch.device("cpu")
+
+
+class NoFaults(Faults):
+    """All updates went well."""
+
+    def __init__(self) -> None:
+        pass
+
+    def check(self, values=None):
+        pass
 
 
 class Second(Processes):
@@ -31,31 +44,34 @@ class Second(Processes):
 class OfSecond(Writer):
     """Its writer, which has nothing to write. The first process cannot write."""
 
-    begun = False
+    started = False
 
-    def begin(self, state, header):
-        self.begun = True
+    def start(self, state, header):
+        self.started = True
 
     def wait(self):
-        if self.begun:
-            self.begun = False
+        if self.started:
+            self.started = False
             raise CheckpointNotWritten("another process could not write its part")
         return self.folder
 
 
-def test_a_process_that_wrote_nothing_takes_no_checkpoint_for_whole_by_itself(tmp_path):
+def test_a_process_that_wrote_nothing_takes_no_checkpoint_for_whole_by_itself(
+    tmp_path, toy_stage, toy_source, settings
+):
     """It noted the checkpoint as whole, and ended in a KeyError when the first process had failed."""
     state = TrainingState(networks={}, averages={}, optimizers={}, images=8)
     writer = OfSecond(tmp_path, Second(CPU, rank=1, count=2))
-    log, cost = Log(tmp_path / "log.jsonl", writes=False), CostMeter(CPU)
-    saving = Saving(writer, state, {"stage": "a"}, log, cost, lambda: None, resumed=True)
+    log, faults = Log(tmp_path / "log.jsonl", writes=False), NoFaults()
+    job = make_job(toy_stage(), Feed(toy_source(), 5, 4, captions=True), tmp_path, settings, log=log)
+    saving = Saving(writer, job, state, faults, CostMeter(CPU))
     state.images = 12
-    saving.begin()
-    saving.note()
+    saving.start()
+    saving.poll()
     assert not saving.is_whole(12)
     assert saving.wait() is None
     assert saving.is_whole(8)
-    saving.begin()
+    saving.start()
     with pytest.raises(CheckpointError):
         saving.wait(must=True)
 
@@ -65,7 +81,7 @@ def failures_and_kept(folder, stage, source, settings):
     log = Log(folder / "log.jsonl")
     feed = Feed(source, 5, settings.preview_size, stage.captions)
     with pytest.warns(CheckpointNotWrittenWarning):
-        run_stage(stage, feed, folder, settings, CPU, log, {})
+        Trainer(make_job(stage, feed, folder, settings, log=log)).train()
     failed = [event["images"] for event in log.events() if event["event"] == "checkpoint failed"]
     return failed, sorted(int(path.name) for path in (folder / "checkpoints").glob("[0-9]*"))
 

@@ -25,7 +25,8 @@ from wuerstchen.recipes.tiny import tiny
 from wuerstchen.train.engine.checkpoint import newest
 from wuerstchen.train.engine.distributed import Processes
 from wuerstchen.train.engine.ema import make_average
-from wuerstchen.train.engine.loop import run_stage
+from wuerstchen.train.engine.job import StageJob
+from wuerstchen.train.engine.loop import Trainer
 from wuerstchen.train.engine.validation import PICTURES, Validation, held_out
 from wuerstchen.train.feed.images import Batch, batches
 from wuerstchen.train.feed.prepared import (
@@ -275,6 +276,12 @@ def test_what_cannot_be_read_is_replaced_by_its_successor_of_the_same_size(prepa
             list(batches(feed, 0, 4, 4, workers))
 
 
+def job_of(stage, feed, folder, settings, log) -> StageJob:
+    return StageJob(
+        stage=stage, feed=feed, folder=folder, settings=settings, processes=Processes(CPU), log=log
+    )
+
+
 def test_nan_in_stored_states_is_skipped_counted_and_named(few, cascade, tmp_path, settings):
     made = make(few, tmp_path / "out", cascade, crops=1, text_states="fp16")
     feed = PreparedFeed(made, 0, 48, 4, "states")
@@ -287,7 +294,7 @@ def test_nan_in_stored_states_is_skipped_counted_and_named(few, cascade, tmp_pat
     feed = PreparedFeed(PreparedSet(made.folder, verify=False), 0, 48, 4, "states")
     log = Log(tmp_path / "log.jsonl")
     stage = make_stage(cascade, images=4)
-    run_stage(stage, feed, tmp_path / "run", settings, CPU, log, {})
+    Trainer(job_of(stage, feed, tmp_path / "run", settings, log)).train()
     (event,) = [event for event in log.events() if event["event"] == "skipped"]
     assert event["name"] == name
     assert "its text states hold NaN" in event["reason"]
@@ -310,9 +317,8 @@ def test_a_broken_run_ends_as_the_unbroken_one(prepared, cascade, tmp_path, sett
     def run(folder, feed, **changes):
         log = Log(tmp_path / f"{folder}.jsonl")
         stage = make_stage(cascade)
-        return run_stage(
-            stage, feed, tmp_path / folder, dataclasses.replace(settings, **changes), CPU, log, {}
-        ), log
+        job = job_of(stage, feed, tmp_path / folder, dataclasses.replace(settings, **changes), log)
+        return Trainer(job).train(), log
 
     whole, _ = run("whole", PreparedFeed(prepared, 5, 48, 4, texts))
     with pytest.raises(SystemExit):

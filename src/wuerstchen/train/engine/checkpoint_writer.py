@@ -61,10 +61,10 @@ class Writer:
     the threads that write meet through files, a ``.json`` of each process in the unfinished folder.
     """
 
-    def __init__(self, folder: Path, processes: Processes, begun_at: int | None = None) -> None:
-        """``begun_at`` is the image that training goes on from: later checkpoints were found damaged."""
+    def __init__(self, folder: Path, processes: Processes, resumed_at: int | None = None) -> None:
+        """``resumed_at`` is the image that training goes on from: later checkpoints were found damaged."""
         self.folder = folder
-        self.begun_at = begun_at
+        self.resumed_at = resumed_at
         self._own: set[Path] = set()
         self.processes = processes
         self._pinned: dict[str, Tensor] = {}
@@ -84,7 +84,7 @@ class Writer:
         """Whether this process still writes."""
         return self._thread is not None and self._thread.is_alive()
 
-    def begin(self, state: TrainingState, header: dict[str, Any]) -> None:
+    def start(self, state: TrainingState, header: dict[str, Any]) -> None:
         """Copies the state and begins to write it, when the checkpoint before is whole.
 
         Raises ``CheckpointError`` in all processes if one of them could not write; what was there before
@@ -245,7 +245,7 @@ class Writer:
 
     def _was_damaged(self, path: Path) -> bool:
         """Whether training went on from before a checkpoint that was there already."""
-        return self.begun_at is not None and path not in self._own and int(path.name) > self.begun_at
+        return self.resumed_at is not None and path not in self._own and int(path.name) > self.resumed_at
 
 
 def _is_milestone(path: Path) -> bool:
@@ -261,7 +261,7 @@ def save(state: TrainingState, folder: Path, header: dict[str, Any]) -> Path:
     Raises ``CheckpointError`` if it cannot be written; what was there before stays whole.
     """
     writer = Writer(folder, Processes(torch.device("cpu")))
-    writer.begin(state, header)
+    writer.start(state, header)
     return writer.wait()
 
 

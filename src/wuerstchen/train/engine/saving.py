@@ -1,50 +1,41 @@
-"""When the checkpoints of a stage are written, and what a disk that cannot take one means for the run."""
+"""When checkpoints of a stage are written, and what happens if one cannot be."""
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from wuerstchen.errors import CheckpointError, UserNotice
 from wuerstchen.train.engine.checkpoint import TrainingState
 from wuerstchen.train.engine.checkpoint_writer import Writer
+from wuerstchen.train.engine.faults import Faults
+from wuerstchen.train.engine.job import StageJob
 from wuerstchen.train.report.cost import CostMeter
-from wuerstchen.train.report.events import Log
 
 
 class CheckpointNotWrittenWarning(UserNotice):
-    """A checkpoint could not be written, and training goes on because an older one is whole."""
+    """A checkpoint could not be written. Training goes on because an older one is whole."""
 
 
 class Saving:
-    """Begins checkpoints, waits for them, and notes them in the log when they are whole.
+    """Starts checkpoints, waits for them, and logs them when they are whole.
 
-    A checkpoint that cannot be written ends the run only where it must not be missing (``must``), or where
-    none is whole: else the next one is tried, and what was there stays.
+    A checkpoint that cannot be written ends the run only if it is required (``must``) or if the stage has no
+    whole one yet. Otherwise training goes on, and the next checkpoint is tried.
     """
 
     def __init__(
-        self,
-        writer: Writer,
-        state: TrainingState,
-        header: dict[str, Any],
-        log: Log,
-        cost: CostMeter,
-        check: Callable[[], None],
-        *,
-        resumed: bool,
-        milestones: int = 0,
+        self, writer: Writer, job: StageJob, state: TrainingState, faults: Faults, cost: CostMeter
     ) -> None:
-        """``check`` raises where the state must not be stored. ``milestones`` is the number of images from
-        one checkpoint that is never removed to the next, 0 for none."""
-        self._writer, self._state, self._header = writer, state, header
-        self._log, self._cost, self._check = log, cost, check
-        self._milestones = milestones
+        """``state`` is new or restored from a whole checkpoint. Nothing is stored after a fault."""
+        self._writer, self._job, self._state = writer, job, state
+        self._faults, self._cost = faults, cost
+        self._header = {**job.header, "stage": job.stage.name}
         self._next_milestone = self._milestone_after(state.images)
-        self._begun: dict[str, Any] = {}
+        self._started: dict[str, Any] = {}
+        """The log event of the checkpoint that is being written."""
         self._owed = False
-        """Whether a milestone could not be written: the next checkpoint that can be takes its place."""
-        self._whole_at: int | None = state.images if resumed else None
+        """Whether a milestone could not be written. The next checkpoint takes its place."""
+        self._whole_at: int | None = state.images or None
         """Images of the newest whole checkpoint of the stage."""
 
     @property
@@ -58,69 +49,68 @@ class Saving:
         """Whether the checkpoint at this number of images is on disk."""
         return self._whole_at == images
 
-    def begin(self, *, must: bool = False) -> None:
-        """Begins a checkpoint of this moment, when the one before is whole."""
+    def start(self, *, must: bool = False) -> None:
+        """Waits for the previous checkpoint, then starts one of this moment."""
         images = self._state.images
         self.wait()
         if self.is_whole(images):
             return
-        self._check()
+        self._faults.check()
         milestone = self.milestone_due(images) or self._owed
         header = {**self._header, "milestone": True} if milestone else self._header
         spent = self._cost.spent()
-        processes = self._writer.processes
-        kwh = None if spent.kwh is None else processes.all_reduce_sum(spent.kwh)
-        self._begun = {"stage": self._header["stage"], "images": images}
-        self._begun |= {"seconds": spent.seconds, "kwh": kwh}
-        if milestone:  # due no more, or a disk that is full would be tried at every update
+        kwh = None if spent.kwh is None else self._writer.processes.all_reduce_sum(spent.kwh)
+        self._started = {"stage": self._header["stage"], "images": images}
+        self._started |= {"seconds": spent.seconds, "kwh": kwh}
+        if milestone:  # no longer due, or it would be tried at every update while the disk is full
             self._next_milestone, self._owed = self._milestone_after(images), True
         try:
-            self._writer.begin(self._state, header)
+            self._writer.start(self._state, header)
         except CheckpointError as error:
             self._give_up(error, must)
-            return
 
     def wait(self, *, must: bool = False) -> Path | None:
-        """The last checkpoint that was begun, when it is whole; None where it could not be written."""
+        """Waits for the last checkpoint that was started. Returns None if it could not be written."""
         try:
             path = self._writer.wait()
         except CheckpointError as error:
             self._give_up(error, must)
             return None
-        self._note_whole()
+        self._log_whole()
         return path
 
-    def note(self) -> None:
-        """Notes a checkpoint in the log as soon as it is whole, without waiting for it.
+    def poll(self) -> None:
+        """Logs a checkpoint as soon as it is whole, without waiting for it.
 
-        The first process alone knows that: it ends the checkpoint. Others are told by ``wait``.
+        Only rank 0 knows, because it finishes the checkpoint. The other ranks are told by ``wait``.
         """
         if self._writer.processes.is_main and not self._writer.busy and not self._writer.failed:
-            self._note_whole()
+            self._log_whole()
 
-    def _note_whole(self) -> None:
-        if self._begun:
-            self._whole_at = self._begun["images"]
-            self._log.event("checkpoint", **self._begun)
-            self._begun, self._owed = {}, False
+    def _log_whole(self) -> None:
+        if self._started:
+            self._whole_at = self._started["images"]
+            self._job.log.event("checkpoint", **self._started)
+            self._started, self._owed = {}, False
 
     def _give_up(self, error: CheckpointError, must: bool) -> None:
-        failed, self._begun = self._begun, {}
+        failed, self._started = self._started, {}
         if must or self._whole_at is None:
             raise error
         reason = getattr(error, "reason", str(error))
-        self._log.event(
+        self._job.log.event(
             "checkpoint failed", stage=self._header["stage"], images=failed["images"], reason=reason
         )
         if self._writer.processes.is_main:
             warnings.warn(
                 f"the checkpoint at image {failed['images']:,} of stage {self._header['stage'].upper()} "
-                f"cannot be written ({reason}). Training goes on and tries again at the next one. Until then "
-                f"a stop loses what came after image {self._whole_at:,}. Free some space",
+                f"cannot be written: {reason}. Training goes on and will try again at the next checkpoint. "
+                f"If it stops before, everything after image {self._whole_at:,} is lost. Free some disk "
+                "space.",
                 CheckpointNotWrittenWarning,
                 stacklevel=2,
             )
 
     def _milestone_after(self, images: int) -> int | None:
-        every = self._milestones
+        every = self._job.settings.keep_every
         return (images // every + 1) * every if every else None
