@@ -144,7 +144,7 @@ def test_a_folder_that_is_no_run_and_a_damaged_checkpoint_are_refused(run_dir, t
     shutil.copytree(run_dir, other)
     path = other / "stage_c2" / "checkpoints" / f"{16:012d}" / "averages.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=r"000000000016 is damaged \(averages.safetensors has changed"):
+    with pytest.raises(CheckpointError, match=r"000000000016 is damaged: averages.safetensors has changed"):
         export(other, tmp_path / "model", checkpoint="16")
 
 

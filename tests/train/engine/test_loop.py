@@ -338,7 +338,7 @@ def test_a_checkpoint_that_must_not_be_missing_ends_the_run(
         writes(tensors, path, header)
 
     monkeypatch.setattr(checkpoint_writer, "write_tensors", full)
-    with pytest.raises(CheckpointError, match=rf"{first:012d} cannot be written \(No space left"):
+    with pytest.raises(CheckpointError, match=rf"{first:012d} cannot be written: No space left"):
         run(tmp_path, toy_stage(), toy_source(), settings, checkpoint_seconds=0.0)
 
 

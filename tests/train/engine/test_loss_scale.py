@@ -49,7 +49,7 @@ def test_the_scale_is_halved_by_overflows_and_doubled_after_a_while(monkeypatch)
     scale = LossScale(CPU)
     found = []
     for finite in (True, True, False, True, True, True, True, False, False):
-        scale.follow(torch.tensor(finite))
+        scale.update(torch.tensor(finite))
         found.append((scale.value.item() / loss_scale.FIRST_SCALE, scale.good.item()))
     assert found == [
         *[(1, 1), (1, 2), (0.5, 0), (0.5, 1), (0.5, 2), (1, 0), (1, 1)],

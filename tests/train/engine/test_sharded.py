@@ -70,7 +70,7 @@ def test_processes_divide_what_they_read_of_a_checkpoint(found):
             elif len(results) > 1:
                 # Each tensor once in restoring; the averages once more for the next stage.
                 assert len(together) == len(alone[0][0]) + len(set(alone[0][0]) & AVERAGES)
-    assert refused[1].endswith("does not fit this recipe (a disk has gone); remove it")
+    assert refused[1].endswith("does not fit this recipe: a disk has gone. Remove it.")
     assert refused[0].startswith("another process cannot read checkpoint")
 
 
@@ -106,7 +106,7 @@ def test_damage_that_one_process_sees_is_damage_to_all(found):
     ((first, said), (second, silent)), lost, nothing = found["damaged"]
     assert (first, second) == (4, 4)
     assert len(said) == 1
-    assert "000000000008 is damaged (networks.safetensors has changed since it was written)" in said[0]
+    assert "000000000008 is damaged: networks.safetensors has changed since it was written" in said[0]
     assert not silent
     for process in lost:
         assert "CheckpointError: every checkpoint in" in process

@@ -27,7 +27,7 @@ from wuerstchen.train.engine.distributed import Processes
 from wuerstchen.train.engine.ema import make_average
 from wuerstchen.train.engine.job import StageJob
 from wuerstchen.train.engine.loop import Trainer
-from wuerstchen.train.engine.validation import PICTURES, Validation, held_out
+from wuerstchen.train.engine.validation import IMAGES, Validation, held_out
 from wuerstchen.train.feed.images import Batch, batches
 from wuerstchen.train.feed.prepared import (
     HeldOutMaps,
@@ -351,7 +351,7 @@ def test_a_small_set_holds_out_none(cascade, tmp_path):
 def test_validation_by_hand(prepared, cascade, monkeypatch):
     pictures = held_out(str(prepared.folder), 256)
     assert isinstance(pictures, HeldOutMaps)
-    assert len(pictures) == min(len(prepared.rows("heldout")), PICTURES)
+    assert len(pictures) == min(len(prepared.rows("heldout")), IMAGES)
     assert len(HeldOutMaps(prepared, 0, 1)) == 1
     found = list(pictures.batches(2))
     assert torch.cat([batch.indices for batch in found]).tolist() == list(range(len(pictures)))

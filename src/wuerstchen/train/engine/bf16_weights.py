@@ -1,8 +1,9 @@
 """bf16 copies of large matrices, which forward and backward passes read in place of the fp32 weights.
 
-Autocast makes such copies anew in every update, and turns their gradients, which are bf16 as well, into fp32
-before the optimizer reads them. At a billion parameters both are felt. Here AdamW writes the copy in the pass
-that writes the weight, and reads the gradient as it is: the same numbers, 16 bytes a parameter fewer.
+Autocast casts the weights again in every update, and casts their bf16 gradients to fp32 before the optimizer
+reads them. At a billion parameters both are noticeable. Here AdamW writes the copy in the same pass as the
+weight, and reads the bf16 gradient directly: the same numbers with 16 bytes of memory traffic per parameter
+less.
 """
 
 from collections.abc import Iterator
@@ -14,13 +15,13 @@ from torch import Tensor, nn
 
 from wuerstchen.device import runs_triton
 
-LARGE = 2**16  # numbers of a matrix that has a copy
+LARGE = 2**16  # elements from which on a matrix has a copy
 
 
 class Bf16Weights:
-    """The copies of the large linear layers of a network that is trained, and their updates.
+    """bf16 copies of the large linear layers of a network, and their AdamW updates.
 
-    The network's own weights, its optimizer's state and so all that is stored stay in fp32.
+    The network's own weights and the optimizer's state stay in fp32, and so does everything in checkpoints.
     """
 
     def __init__(self, network: nn.Module, optimizer: torch.optim.AdamW, least: int = LARGE) -> None:
@@ -29,7 +30,7 @@ class Bf16Weights:
             p: number
             for number, group in enumerate(optimizer.param_groups)
             for p in group["params"]
-            if not group.get("muon")  # its weights have no copies: autocast makes them
+            if not group.get("muon")  # Muon reads fp32 gradients; autocast casts these weights
         }
         self.layers = [
             (module, module.weight, nn.Parameter(module.weight.detach().bfloat16()))
@@ -42,7 +43,7 @@ class Bf16Weights:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within, the copies are the weights of their layers: the network's parameters."""
+        """Within, the copies replace the weights of their layers."""
         for module, _, copy in self.layers:
             module.weight = copy
         try:
@@ -56,9 +57,10 @@ class Bf16Weights:
 
     @torch.no_grad()
     def step(self) -> None:
-        """AdamW (arXiv 1711.05101, algorithm 2) as the optimizer has it, on the weights that have copies.
+        """AdamW (arXiv 1711.05101, algorithm 2) on the weights that have copies, with the optimizer's
+        settings.
 
-        ``found_inf`` and ``grad_scale`` of the optimizer hold here too: see ``optim.update``.
+        Follows the optimizer's ``found_inf`` and ``grad_scale`` too (``optim.update``).
         """
         skips, scale = self.optimizer.found_inf, self.optimizer.grad_scale
         for number, members in self.groups.items():
@@ -68,7 +70,7 @@ class Bf16Weights:
                 continue
             states = [self._state(weight) for weight, _ in pairs]
             torch._foreach_add_([state["step"] for state in states], [1 - skips] * len(states))
-            steps = states[0]["step"].double()  # the same for all: what has a gradient once has it always
+            steps = states[0]["step"].double()  # equal for all: a weight always has a gradient or never
             beta1, beta2 = group["betas"]
             rate = group["lr"].double()
             numbers = (
@@ -105,8 +107,8 @@ def adamw(
 ) -> None:
     """Updates weight, copy and moments in place.
 
-    ``factors``: what remains of the weight after its decay, the rate with the mean's bias correction,
-    the factor that corrects the square's root, a factor of the gradient, and 0 where nothing may change.
+    ``factors``: 1 − rate · weight decay, the rate over the first moment's bias correction, one over the root
+    of the second moment's bias correction, the factor of the gradient, and 0 to skip the update (else 1).
     """
     if weight.is_cuda and runs_triton(weight.device):
         from wuerstchen.models.fused import adamw_kernel as kernels

@@ -1,15 +1,15 @@
-"""Checkpoints of a stage in training: a folder each, which is whole or not there.
+"""Checkpoints of a stage in training. Each is a folder that is complete or absent.
 
     stage_b/checkpoints/000012800/
         networks.safetensors  averages.safetensors  optimizers.safetensors
-        state.json            what it is, where it came from, and a SHA-256 of every file
+        state.json            images and updates so far, where it comes from, and a SHA-256 of every file
 
-Where networks are sharded, each process writes what it holds, ``networks.0-of-2.safetensors`` and so on, and
-state.json says of which tensors and rows. So a checkpoint can be read by any number of processes: each reads
-the rows that it needs. Nothing is pickled, and no pickle is read: tensors are in safetensors, all else is in
-state.json.
+If networks are sharded, each process writes its shards, ``networks.0-of-2.safetensors`` and so on, and
+state.json lists their tensors and rows. Any number of processes can read such a checkpoint: each reads the
+rows that it needs. Tensors are in safetensors, everything else is in state.json. Nothing is pickled.
 
-One that turns out damaged is named, and the one before it is used. checkpoint_writer.py writes them.
+If a checkpoint is damaged, a warning names it and the one before it is used. checkpoint_writer.py writes
+them.
 """
 
 import contextlib
@@ -39,13 +39,13 @@ BEST = "best.json"
 
 @dataclass
 class TrainingState:
-    """Everything that the rest of a stage's training depends on."""
+    """Everything that the rest of a stage's training depends on, besides the recipe and the data."""
 
     networks: dict[str, nn.Module]
     averages: dict[str, nn.Module]
     optimizers: dict[str, Any]
     whole: dict[str, nn.Module] = field(default_factory=dict)
-    """Of the averages that are sharded, networks without memory to gather them in."""
+    """For each average that is sharded, a copy on the meta device for ``gather`` to fill."""
     images: int = 0
     updates: int = 0
 
@@ -57,7 +57,7 @@ class DamagedCheckpointWarning(UserNotice):
 def best_of(folder: Path) -> dict[str, Any] | None:
     """The ``images`` and the ``loss`` of the checkpoint under ``folder`` with the lowest validation loss.
 
-    None where there is no validation, or where its checkpoint has gone.
+    None without validation, or if that checkpoint is gone.
     """
     try:
         best = json.loads((folder / BEST).read_text(encoding="utf-8"))
@@ -68,11 +68,11 @@ def best_of(folder: Path) -> dict[str, Any] | None:
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint under ``folder`` with its state, None where there is none at all.
+    """The newest whole checkpoint under ``folder`` and its state.json, or None if there is none at all.
 
-    Warns of each damaged one that is passed over. Raises ``CheckpointError`` where all are damaged, and
-    where one was written by a newer version. A run that is being trained may remove one meanwhile: then it
-    has written a newer one.
+    Warns about each damaged one that it skips. Raises ``CheckpointError`` if all are damaged, or if one was
+    written by a newer version. The run may still be training and remove a checkpoint while it is read. It has
+    then written a newer one.
     """
     damaged: set[Path] = set()
     while True:
@@ -99,7 +99,8 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def read_whole(path: Path) -> dict[str, Any]:
-    """What describes one checkpoint. Raises ``CheckpointError`` where it is damaged."""
+    """``state.json`` of one checkpoint, after checking all files. Raises ``CheckpointError`` if one is
+    damaged."""
     try:
         state = read_state(path)
         reason = _damage(path, state)
@@ -110,26 +111,28 @@ def read_whole(path: Path) -> dict[str, Any]:
             raise _removed(path) from error
         reason = f"{type(error).__name__}: {error}"
     if reason:
-        raise CheckpointError(f"checkpoint {path} is damaged ({reason}); give another")
+        raise CheckpointError(f"checkpoint {path} is damaged: {reason}. Use another checkpoint.")
     return state
 
 
 def _removed(path: Path) -> CheckpointError:
     return CheckpointError(
-        f"checkpoint {path} was removed while it was read: the run goes on, and keeps its newest ones. Start "
-        "the same command again, or name a checkpoint that the run has kept"
+        f"checkpoint {path} was removed while it was read: its run is still training and keeps only the "
+        "newest ones. Start the same command again, or name a checkpoint that is kept."
     )
 
 
 def _damage(path: Path, state: dict[str, Any], rank: int = 0, count: int = 1) -> str:
-    """Which file of a checkpoint has changed; empty if none. Of ``count`` processes each reads its part."""
+    """Says which file of a checkpoint has changed; empty if none. Each of ``count`` ranks checks some
+    files."""
     mine = list(state["files"].items())[rank::count]
     wrong = [name for name, digest in mine if sha256_of(path / name) != digest]
     return f"{wrong[0]} has changed since it was written" if wrong else ""
 
 
 def newest_of_all(folder: Path, processes: Processes) -> tuple[Path, dict[str, Any]] | None:
-    """As ``newest``, for all processes together: all go on from the same, and each file is read by one."""
+    """``newest`` for all ranks together: all get the same checkpoint, and each file is checked by one
+    rank."""
     if processes.count == 1:
         return newest(folder)
     names = processes.all_gather([path.name for path in checkpoints_in(folder)] if processes.is_main else [])
@@ -139,13 +142,13 @@ def newest_of_all(folder: Path, processes: Processes) -> tuple[Path, dict[str, A
         try:
             state = read_state(path)
             reason = _damage(path, state, processes.rank, processes.count)
-        except CheckpointError as error:  # of a newer version
+        except CheckpointError as error:  # written by a newer version
             fatal = str(error)
         except FileNotFoundError as error:
             if processes.is_main:
                 reason = f"{type(error).__name__}: {error}"
             else:
-                fatal = f"{path} is not seen by all processes ({error}); use a --run-dir on a shared disk"
+                fatal = f"{path} is not visible to all processes: {error}. Use a --run-dir on a shared disk."
         except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
         reasons = processes.all_gather([(reason, fatal)] if reason or fatal else [])
@@ -164,7 +167,7 @@ def newest_of_all(folder: Path, processes: Processes) -> tuple[Path, dict[str, A
 
 def _warn_of_damage(path: Path, reason: str) -> None:
     warnings.warn(
-        f"checkpoint {path} is damaged ({reason}); looking for one before it",
+        f"checkpoint {path} is damaged: {reason}. Looking for an older one.",
         DamagedCheckpointWarning,
         stacklevel=3,
     )
@@ -172,25 +175,25 @@ def _warn_of_damage(path: Path, reason: str) -> None:
 
 def _all_damaged(folder: Path) -> CheckpointError:
     return CheckpointError(
-        f"every checkpoint in {folder} is damaged; remove that folder, and those of all stages after it, to "
-        "start its stage again"
+        f"every checkpoint in {folder} is damaged. To start the stage again, remove that folder and those of "
+        "all later stages."
     )
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """``state.json`` of a checkpoint. Raises ``ValueError`` where it was changed."""
+    """``state.json`` of a checkpoint. Raises ``ValueError`` if it was changed."""
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     migrate(state, path / "state.json")
     if state.get("sha256") != _digest(state):
         raise ValueError("state.json has changed since it was written")
     for name in state["files"]:
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ValueError(f"{name!r} is no file of tensors in it")
+            raise ValueError(f"{name!r} is not a safetensors file in it")
     return state
 
 
 def sealed(state: dict[str, Any]) -> dict[str, Any]:
-    """What ``state.json`` holds, with a checksum of itself."""
+    """The content of ``state.json`` with its checksum added."""
     return {**state, "sha256": _digest(state)}
 
 
@@ -200,7 +203,8 @@ def _digest(state: dict[str, Any]) -> str:
 
 
 class _Stored:
-    """The tensors of one group in a checkpoint, wherever their rows are. Reads no more than is asked for."""
+    """Tensors of one group in a checkpoint, whatever files their rows are in. Reads only the requested
+    rows."""
 
     def __init__(
         self, path: Path, description: dict[str, Any], group: str, files: contextlib.ExitStack
@@ -214,7 +218,7 @@ class _Stored:
             try:
                 check_header(path / name)
                 file = files.enter_context(safe_open(path / name, framework="pt"))
-                for key in file.keys():  # noqa: SIM118 (no mapping)
+                for key in file.keys():  # noqa: SIM118 (not a mapping)
                     found = tuple(file.get_slice(key).get_shape())
                     whole = shapes.get(f"{group}/{key}")
                     self.shapes[key] = found if whole is None else tuple(whole)
@@ -222,22 +226,22 @@ class _Stored:
                     self._parts.setdefault(key, []).append((first, found[0] if found else 1, file))
             except (OSError, SafetensorError, ValueError) as error:
                 raise CheckpointError(
-                    f"{path / name} is not a whole safetensors file ({error}); remove {path}"
+                    f"{path / name} is not a complete safetensors file: {error}. Remove {path}."
                 ) from error
 
     def fill(self, key: str, target: Tensor, first: int = 0) -> None:
-        """Copies the rows from ``first`` on into ``target``, as many as it has."""
+        """Copies rows into ``target``, from row ``first`` on."""
         if target.ndim == 0:
             target.copy_(self._parts[key][0][2].get_tensor(key))
             return
-        left = len(target)
-        for begins, count, file in self._parts[key]:
-            low, high = max(first, begins), min(first + len(target), begins + count)
+        missing = len(target)
+        for begin, count, file in self._parts[key]:
+            low, high = max(first, begin), min(first + len(target), begin + count)
             if low < high:
-                target[low - first : high - first] = file.get_slice(key)[low - begins : high - begins]
-                left -= high - low
-        if left:
-            raise ValueError(f"{key} lacks {left} rows")
+                target[low - first : high - first] = file.get_slice(key)[low - begin : high - begin]
+                missing -= high - low
+        if missing:
+            raise ValueError(f"{key} lacks {missing} rows")
 
     def read(self, key: str) -> Tensor:
         """The whole tensor."""
@@ -250,16 +254,16 @@ class _Stored:
 
 
 class _Reading:
-    """Fills tensors from a checkpoint. What all processes need, one of them reads and sends to the others.
+    """Fills tensors from a checkpoint. A tensor that all ranks need is read by one rank and broadcast.
 
-    So however many processes there are, each byte is read once. Nothing is sent before all have read theirs.
+    So each byte is read once, for any number of processes. Broadcasts start after all ranks have read.
     """
 
     def __init__(self, processes: Processes | None) -> None:
         self._rank, self._count = (0, 1) if processes is None else (processes.rank, processes.count)
         self._processes = processes
         self._loads = [0] * self._count
-        self._sent: list[tuple[int, Tensor]] = []
+        self._broadcasts: list[tuple[int, Tensor]] = []
 
     def fill(self, stored: _Stored, key: str, target: Tensor) -> None:
         if stored.shapes[key] != tuple(target.shape):
@@ -271,11 +275,12 @@ class _Reading:
         self._loads[reader] += max(target.numel(), 1) * target.element_size()
         if reader == self._rank:
             stored.fill(key, target)
-        self._sent.append((reader, target))
+        self._broadcasts.append((reader, target))
 
     @contextlib.contextmanager
     def named(self, path: Path) -> Iterator[None]:
-        """Within, tensors are read, and at its end sent. All processes raise if one cannot read."""
+        """Tensors are read inside and broadcast at the end. All ranks raise ``CheckpointError`` if one
+        fails."""
         error: CheckpointError | None = None
         try:
             yield
@@ -283,15 +288,15 @@ class _Reading:
             error = raised
         except (RuntimeError, KeyError, IndexError, ValueError, TypeError) as raised:
             detail = (str(raised).splitlines() or [type(raised).__name__])[0]
-            error = CheckpointError(f"checkpoint {path} does not fit this recipe ({detail}); remove it")
+            error = CheckpointError(f"checkpoint {path} does not fit this recipe: {detail}. Remove it.")
             error.__cause__ = raised
         if self._processes is None or self._count == 1:
             if error is not None:
                 raise error
             return
         if self._processes.any_rank(error is not None):
-            raise error or CheckpointError(f"another process cannot read checkpoint {path}; it says why")
-        for reader, target in self._sent:
+            raise error or CheckpointError(f"another process cannot read checkpoint {path}. It says why.")
+        for reader, target in self._broadcasts:
             whole = target.contiguous()
             dist.broadcast(whole, src=reader)
             if whole is not target:
@@ -304,7 +309,7 @@ def restore(
 ) -> None:
     """Loads a checkpoint into ``state``, sharded or not. Raises ``CheckpointError`` if it does not fit.
 
-    All of several ``processes`` call it together.
+    With ``processes``, all ranks call it together.
     """
     reading = _Reading(processes)
     with reading.named(path), contextlib.ExitStack() as files:
@@ -312,7 +317,7 @@ def restore(
         for group in ("networks", "averages"):
             stored = _Stored(path, description, group, files)
             for key in sorted(stored.shapes.keys() ^ groups[group].keys()):
-                raise ValueError(f"{key} is in one of them alone")
+                raise ValueError(f"{key} is in only one of them")
             for key, target in groups[group].items():
                 reading.fill(stored, key, target)
         stored = _Stored(path, description, "optimizers", files)
@@ -328,7 +333,7 @@ def restore(
 
 @torch.no_grad()
 def load_averages(network: nn.Module, path: Path, name: str, processes: Processes) -> None:
-    """Gives a network the averaged weights of a checkpoint. All processes call it together."""
+    """Loads the averaged weights of a checkpoint into a network. All ranks call it together."""
     if processes.count == 1:
         network.load_state_dict(read_averages(path, name))
         return
@@ -340,8 +345,7 @@ def load_averages(network: nn.Module, path: Path, name: str, processes: Processe
 
 
 def read_averages(path: Path, name: str, *, raw: bool = False) -> dict[str, Tensor]:
-    """The averaged weights of one network in a checkpoint, for the stages after it; or those that are trained
-    (``raw``)."""
+    """The averaged weights of one network in a checkpoint; with ``raw`` the trained ones."""
     try:
         description = read_state(path)
     except (OSError, ValueError, KeyError) as error:
@@ -349,7 +353,7 @@ def read_averages(path: Path, name: str, *, raw: bool = False) -> dict[str, Tens
             raise
         if not path.exists():
             raise _removed(path) from error
-        raise CheckpointError(f"checkpoint {path} cannot be read ({error}); remove it") from error
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error}. Remove it.") from error
     with contextlib.ExitStack() as files:
         stored = _Stored(path, description, "networks" if raw else "averages", files)
         start = f"{name}/"
@@ -357,7 +361,7 @@ def read_averages(path: Path, name: str, *, raw: bool = False) -> dict[str, Tens
 
 
 def tensors_of(state: TrainingState) -> dict[str, dict[str, Tensor]]:
-    """All tensors of a state by group and name, as they are in memory."""
+    """All tensors of a state by group and name, without copies."""
 
     def joined(parts: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
         return {f"{part}/{key}": tensor for part, tensors in parts.items() for key, tensor in tensors.items()}
@@ -377,6 +381,6 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file, in hexadecimal."""
+    """The SHA-256 of a file in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,8 +1,8 @@
-"""Writes the checkpoints of a stage beside its training.
+"""Writes the checkpoints of a stage in the background.
 
-A checkpoint is copied from the device at once and written by a thread while training goes on, under a
-temporary name, and renamed at the end. The two newest are kept, those that were marked as milestones, and
-the one with the lowest validation loss, which ``best.json`` beside them names.
+The state is copied from the device at once. A thread writes it under a temporary name while training goes on,
+and renames it at the end. Kept are the two newest checkpoints, milestones, and the one with the lowest
+validation loss, which ``best.json`` names.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ from wuerstchen.train.engine.distributed import Processes
 from wuerstchen.train.engine.sharding import first_row, local_part
 
 KEPT = 2
-_LOOKS = 0.05  # seconds between two looks for what the other processes have written
+_POLL = 0.05  # seconds between two looks for what the other ranks have written
 
 
 class CheckpointNotWritten(CheckpointError):
@@ -46,23 +46,25 @@ class CheckpointNotWritten(CheckpointError):
 
 @dataclass
 class _Part:
-    """What one process writes of a checkpoint: by file its tensors, and of those that are parts their first
-    rows; and the whole shapes of these."""
+    """What one rank writes of a checkpoint."""
 
     files: dict[str, dict[str, Tensor]]
+    """Tensors by file and name."""
     rows: dict[str, dict[str, int]]
+    """First rows of shards by file and name."""
     shapes: dict[str, list[int]]
+    """Whole shapes of sharded tensors by group and name."""
 
 
 class Writer:
-    """Writes the checkpoints of a stage, one at a time, beside the training.
+    """Writes the checkpoints of a stage in the background, one at a time.
 
-    All processes call its methods, at the same updates. It talks to the others in the caller's thread alone:
-    the threads that write meet through files, a ``.json`` of each process in the unfinished folder.
+    All ranks call its methods, at the same updates. Collectives run only in the caller's thread. The writing
+    threads synchronise through files: each rank leaves a ``.json`` in the unfinished folder.
     """
 
     def __init__(self, folder: Path, processes: Processes, resumed_at: int | None = None) -> None:
-        """``resumed_at`` is the image that training goes on from: later checkpoints were found damaged."""
+        """Training resumes at image ``resumed_at``. Later checkpoints were found to be damaged."""
         self.folder = folder
         self.resumed_at = resumed_at
         self._own: set[Path] = set()
@@ -76,19 +78,18 @@ class Writer:
 
     @property
     def failed(self) -> bool:
-        """Whether this process could not write its part: for all to be told of by ``wait``."""
+        """Whether this rank could not write its part. ``wait`` then raises on all ranks."""
         return self._error is not None
 
     @property
     def busy(self) -> bool:
-        """Whether this process still writes."""
+        """Whether this rank is still writing."""
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, state: TrainingState, header: dict[str, Any]) -> None:
-        """Copies the state and begins to write it, when the checkpoint before is whole.
+        """Waits for the previous checkpoint, copies the state and starts to write it.
 
-        Raises ``CheckpointError`` in all processes if one of them could not write; what was there before
-        stays whole.
+        Raises ``CheckpointError`` on all ranks if one of them could not write. Existing checkpoints stay.
         """
         self.wait()
         self._target = self.folder / f"{state.images:012d}"
@@ -109,7 +110,8 @@ class Writer:
         self._thread.start()
 
     def wait(self) -> Path:
-        """The newest checkpoint, when it is whole. Raises ``CheckpointError`` in all processes if not."""
+        """Waits for the newest checkpoint. Raises ``CheckpointError`` on all ranks if it could not be
+        written."""
         if self._thread is not None:
             self._written.wait()
             self._agree()
@@ -119,7 +121,7 @@ class Writer:
         return self._target
 
     def close(self) -> None:
-        """Waits for what is being written without a word to the others, which may be gone."""
+        """Waits for what is being written, without any collective: the other ranks may have died."""
         if self._thread is not None:
             self._written.wait()
             self._thread.join(10 if self.processes.count > 1 else None)
@@ -130,11 +132,11 @@ class Writer:
         return self.folder / f".{self._target.name}.partial"
 
     def _agree(self) -> None:
-        """Raises in all processes if one has failed."""
+        """Raises on all ranks if one has failed."""
         if self.processes.any_rank(self.failed):
             self._given_up.set()
             error = self._error or CheckpointNotWritten(
-                f"another process could not write its part of checkpoint {self._target}; it says why"
+                f"another process could not write its part of checkpoint {self._target}. It says why."
             )
             self._error = None
             if self._thread is not None:
@@ -147,19 +149,19 @@ class Writer:
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
-        """Keeps what went wrong, in words, for ``_agree``."""
+        """Keeps an error as a message for ``_agree``."""
         try:
             yield
-        except Exception as error:  # whatever it is, the others must not wait for this process
+        except Exception as error:  # of any kind: the others must not wait for this rank
             reason = error.strerror if isinstance(error, OSError) else error.__cause__ or error
             self._error = CheckpointNotWritten(
-                f"checkpoint {self._target} cannot be written ({reason}); those before it are whole: free "
-                "some space and start the same command again"
+                f"checkpoint {self._target} cannot be written: {reason}. Older checkpoints are not affected. "
+                "Free some disk space and start the same command again."
             )
             self._error.reason = str(reason)
 
     def _copied(self, state: TrainingState) -> _Part:
-        """This process's part of the state in the host's memory, as it is at this moment."""
+        """A copy of this rank's part of the state in host memory."""
         count, rank = self.processes.count, self.processes.rank
         part = _Part({}, {}, {})
         groups = tensors_of(state)
@@ -187,7 +189,7 @@ class Writer:
         tensor = tensor.detach()
         if tensor.device.type != "cuda":
             return tensor.cpu().clone(memory_format=torch.contiguous_format)
-        # Memory that the device writes to by itself is slow to get, so it is kept for the next checkpoint.
+        # Pinned memory is slow to allocate, so it is kept for the next checkpoint.
         kept = self._pinned.get(key)
         if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
             kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -206,7 +208,7 @@ class Writer:
                 part.files.clear()
                 if not self.processes.is_main:
                     if not part.shapes:
-                        return  # nothing is sharded, and the first process writes all
+                        return  # nothing is sharded: rank 0 writes everything
                     write_json(self._partial / f"{self.processes.rank}.json", own)
                     return
             finally:
@@ -214,12 +216,12 @@ class Writer:
             self._finish(own, {**description, "shapes": part.shapes}, bool(part.shapes))
 
     def _finish(self, own: dict[str, Any], description: dict[str, Any], sharded: bool) -> None:
-        """What the first process does when it has written its own part."""
+        """Completes the checkpoint on rank 0, after rank 0 has written its own part."""
         files, rows = dict(own["files"]), dict(own["rows"])
         for rank in range(1, self.processes.count if sharded else 1):
             path = self._partial / f"{rank}.json"
             while not path.exists():
-                if self._given_up.wait(_LOOKS):
+                if self._given_up.wait(_POLL):
                     return
             others = json.loads(path.read_text(encoding="utf-8"))
             files |= others["files"]
@@ -233,7 +235,7 @@ class Writer:
             del state["shapes"]
         write_json(self._partial / "state.json", sealed(state))
         if self._target.exists():
-            _remove(self._target)  # it was found damaged
+            _remove(self._target)  # it is damaged
         os.replace(self._partial, self._target)
         self._own.add(self._target)
         others = [path for path in checkpoints_in(self.folder) if path != self._target]
@@ -244,7 +246,7 @@ class Writer:
             _remove(path)
 
     def _was_damaged(self, path: Path) -> bool:
-        """Whether training went on from before a checkpoint that was there already."""
+        """Whether a checkpoint was there before this start and was skipped as damaged."""
         return self.resumed_at is not None and path not in self._own and int(path.name) > self.resumed_at
 
 
@@ -256,9 +258,9 @@ def _is_milestone(path: Path) -> bool:
 
 
 def save(state: TrainingState, folder: Path, header: dict[str, Any]) -> Path:
-    """Writes a checkpoint under ``folder`` and removes those older than the one before it, by one process.
+    """Writes a checkpoint under ``folder`` in a single process, and removes old ones.
 
-    Raises ``CheckpointError`` if it cannot be written; what was there before stays whole.
+    Raises ``CheckpointError`` if it cannot be written. Existing checkpoints stay.
     """
     writer = Writer(folder, Processes(torch.device("cpu")))
     writer.start(state, header)
@@ -266,7 +268,7 @@ def save(state: TrainingState, folder: Path, header: dict[str, Any]) -> Path:
 
 
 def _remove(path: Path) -> None:
-    """Removes a checkpoint, which is whole or not there meanwhile too."""
+    """Removes a checkpoint. If it is interrupted, the folder is complete or gone."""
     gone = path.with_name(f".{path.name}.old.partial")
     shutil.rmtree(gone, ignore_errors=True)
     os.replace(path, gone)

@@ -1,4 +1,4 @@
-"""The weight average that is used in the end, beside the weights that are trained."""
+"""The exponential moving average of the weights, which is the result of training."""
 
 import copy
 
@@ -9,7 +9,7 @@ from wuerstchen.train.engine.sharding import local_part
 
 
 def make_average(network: nn.Module) -> nn.Module:
-    """A frozen copy of the network, in eval mode, to be kept up by ``update_average``."""
+    """A frozen copy of the network in eval mode, for ``update_average``."""
     return copy.deepcopy(network).eval().requires_grad_(False)
 
 
@@ -23,9 +23,9 @@ def decay_at(update: int, decay: float) -> float:
 
 @torch.no_grad()
 def update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
-    """average ← decay·average + (1 − decay)·network, statistics included; counts are copied.
+    """average ← decay·average + (1 − decay)·network, batch statistics included. Integer buffers are copied.
 
-    Of a sharded network this process keeps up its own part.
+    Of a sharded network, each process updates its own shard.
     """
     pairs = [
         (local_part(ours), local_part(theirs))
@@ -35,7 +35,7 @@ def update_average(average: nn.Module, network: nn.Module, decay: float) -> None
         )
     ]
     floating = [(ours, theirs) for ours, theirs in pairs if ours.is_floating_point()]
-    # One pass over memory: at a billion parameters every other is felt.
+    # One pass over memory: at a billion parameters each further pass is noticeable.
     torch._foreach_lerp_([ours for ours, _ in floating], [theirs for _, theirs in floating], 1 - decay)
     for ours, theirs in pairs:
         if not ours.is_floating_point():

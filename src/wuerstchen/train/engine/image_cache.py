@@ -1,8 +1,7 @@
-"""Pictures composed once and held on the device, with all that the frozen networks make of them.
+"""Images kept on the device, with everything that frozen networks compute from them.
 
-Composing a picture and running frozen networks over it costs more than training a small network on it. So a
-run may compose a fixed number of pictures at its start and draw its batches from them: an update then reads
-everything it needs out of the device's memory.
+Loading an image and running the frozen networks costs more than training a small network on it. So a run can
+load a fixed number of images once and draw all batches from them. An update then reads only device memory.
 """
 
 from dataclasses import dataclass, field
@@ -16,25 +15,25 @@ from wuerstchen.progress_bar import bar
 from wuerstchen.train.feed.images import Batch, Feed, batches
 from wuerstchen.train.stages.base import Inputs, Stage, autocast
 
-_COMPOSED, _PREPARED = 64, 256  # pictures at a time
+_LOADED, _PREPARED = 64, 256  # images at a time
 
 
 @dataclass(frozen=True)
 class ImageCache:
-    """The first pictures of a feed, on the device."""
+    """The first images of a feed, on the device."""
 
     images: UInt8[Tensor, "n h w 3"]
     captions: list[str]
     skipped: list[tuple[str, str]]
-    """Names of pictures that could not be read, with the reason; others took their places."""
+    """Names of images that could not be read, and why. Others took their places."""
     names: list[str] = field(default_factory=list)
-    """Of the pictures that were asked for, in order; empty where they are not known."""
+    """Of the images in order; empty if unknown."""
 
     def __len__(self) -> int:
         return len(self.images)
 
     def prepare(self, stage: Stage, dtype: torch.dtype | None) -> Inputs:
-        """What ``stage.prepare`` makes of every picture, and the pictures too if the stage reads them."""
+        """``stage.prepare`` of every image, and the images themselves if the stage reads them."""
         device = self.images.device
         inputs: Inputs = {}
         for start in bar(
@@ -54,13 +53,13 @@ class ImageCache:
 
 
 def fill_image_cache(feed: Feed, count: int, workers: int, device: torch.device) -> ImageCache:
-    """The first ``count`` pictures of the feed. Raises ``UserError`` if memory cannot hold them."""
+    """Loads the first ``count`` images of the feed. Raises ``UserError`` if they do not fit into memory."""
     with out_of_memory_named(f"prepared_images={count}"):
         images = torch.empty(count, feed.size, feed.size, 3, dtype=torch.uint8, device=device)
     captions: list[str] = []
     skipped: list[tuple[str, str]] = []
-    with bar(total=count, desc="composing pictures", unit="img", dynamic_ncols=True) as shown:
-        for batch in batches(feed, 0, count, _COMPOSED, workers):
+    with bar(total=count, desc="filling the image cache", unit="img", dynamic_ncols=True) as shown:
+        for batch in batches(feed, 0, count, _LOADED, workers):
             images[len(captions) : len(captions) + len(batch.images)] = batch.images.to(device)
             captions += batch.captions
             skipped += batch.skipped

@@ -1,4 +1,4 @@
-"""What training in fp16 needs beyond autocast: losses are scaled, so that small gradients are not lost."""
+"""Loss scaling for training in fp16, so that small gradients do not underflow."""
 
 import torch
 from jaxtyping import Bool
@@ -6,25 +6,25 @@ from torch import Tensor
 
 FIRST_SCALE = 2.0**16
 LEAST_SCALE = 2.0**-10
-"""Gradients that overflow even so are not finite for another reason."""
+"""If gradients overflow even at this scale, they are not finite for another reason."""
 _GROWS_AFTER = 2000  # updates in a row
 
 
 class LossScale:
-    """What the loss of a network is multiplied by in fp16, so that small gradients are not lost.
+    """The factor of a network's loss in fp16.
 
-    As torch's ``GradScaler``: an update whose gradients overflow is left out and halves the scale, and 2000
-    updates in a row without one double it. Nothing waits for the device. It belongs to an optimizer, as
-    ``optimizer.loss_scale``, and is stored with its state.
+    As in torch's ``GradScaler``, an update whose gradients overflow is skipped and halves the scale, and 2000
+    updates in a row without an overflow double it. Everything is decided on the device. The scale belongs to
+    an optimizer, as ``optimizer.loss_scale``, and is stored with its state.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.value = torch.full((), FIRST_SCALE, dtype=torch.float32, device=device)
         self.good = torch.zeros((), dtype=torch.float32, device=device)
-        """Updates in a row that did not overflow."""
+        """Updates in a row without an overflow."""
 
-    def follow(self, finite: Bool[Tensor, ""]) -> None:
-        """Notes whether the gradients of an update were finite."""
+    def update(self, finite: Bool[Tensor, ""]) -> None:
+        """Adapts the scale to an update whose gradients were ``finite`` or not."""
         good = torch.where(finite, self.good + 1, torch.zeros_like(self.good))
         grows = good >= _GROWS_AFTER
         self.value.copy_(torch.where(finite, torch.where(grows, self.value * 2, self.value), self.value / 2))
@@ -32,5 +32,5 @@ class LossScale:
 
 
 def loss_scale_of(optimizer: torch.optim.Optimizer) -> LossScale | None:
-    """The scale of an optimizer's losses; None where losses are not scaled."""
+    """The loss scale of an optimizer; None if its losses are not scaled."""
     return getattr(optimizer, "loss_scale", None)

@@ -1,8 +1,8 @@
-"""Muon: momentum whose matrices are orthogonalised before they are applied, and AdamW for everything else.
+"""Muon: momentum updates orthogonalised before they are applied, with AdamW for everything else.
 
 Keller Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024). The update is scaled
-to the size of AdamW's as in "Muon is scalable for LLM training" (arXiv 2502.16982), section 2.2. A learning
-rate that suits AdamW is a good first guess.
+to the size of AdamW's as in "Muon is scalable for LLM training" (arXiv 2502.16982), section 2.2, so AdamW's
+learning rate is a good first guess.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from wuerstchen.models.traits import traits_of
 
 MOMENTUM = 0.95
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration; they trade exactness for speed
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, tuned for speed over exactness
 _STEPS = 5
 _RMS = 0.2  # root mean square of AdamW's usual update, before the learning rate
 
@@ -33,10 +33,10 @@ def hidden_matrices(network: nn.Module) -> set[nn.Parameter]:
 
 
 class MuonWithAdamW(torch.optim.AdamW):
-    """AdamW in which parameter groups with ``"muon": True`` are updated by Muon. These hold matrices only.
+    """AdamW that updates parameter groups with ``"muon": True``, which hold only matrices, by Muon.
 
-    ``found_inf`` and ``grad_scale`` mean the same as for fused AdamW (``optim.update``), and nothing is
-    decided on the host, so a step can be captured in a CUDA graph.
+    ``found_inf`` and ``grad_scale`` mean the same as for fused AdamW (``optim.update``). Nothing is decided
+    on the host, so a step can be captured in a CUDA graph.
     """
 
     def __init__(self, params: Iterable[dict[str, Any]], **settings: Any) -> None:
@@ -71,11 +71,11 @@ class MuonWithAdamW(torch.optim.AdamW):
                 gradients = gradients / self.grad_scale
             old = torch.stack(buffers)
             momentum = old.lerp(gradients, 1 - MOMENTUM)
-            direction = orthogonalised(gradients.lerp(momentum, MOMENTUM))  # Nesterov's
+            direction = orthogonalised(gradients.lerp(momentum, MOMENTUM))  # Nesterov momentum
             weights = torch.stack([p.detach() for p in members])
             rate = group["lr"] * (_RMS * math.sqrt(max(shape)))
             new = weights * (1 - group["lr"] * group["weight_decay"]) - rate * direction
-            if self.found_inf is not None:  # NaN times 0 is NaN, so values are chosen, not multiplied
+            if self.found_inf is not None:  # where instead of a product: NaN times 0 is NaN
                 new = torch.where(self.found_inf > 0, weights, new)
                 momentum = torch.where(self.found_inf > 0, old, momentum)
             torch._foreach_copy_(members, list(new.unbind()))
@@ -83,7 +83,7 @@ class MuonWithAdamW(torch.optim.AdamW):
 
 
 def orthogonalised(matrices: Float[Tensor, "k m n"]) -> Float[Tensor, "k m n"]:
-    """The nearest (semi-)orthogonal matrix to each, roughly: singular values end between about 0.7 and 1.2.
+    """Approximates the nearest (semi-)orthogonal matrix of each: singular values end in about 0.7 to 1.2.
 
     Five Newton-Schulz iterations in bf16 on GPUs, in the matrices' own precision elsewhere.
     """

@@ -1,4 +1,4 @@
-"""Optimizers and the learning rate: what turns a loss into an update."""
+"""Optimizers, the learning rate schedule, and the update itself."""
 
 import itertools
 import math
@@ -17,19 +17,20 @@ from wuerstchen.train.engine.loss_scale import loss_scale_of
 from wuerstchen.train.engine.muon import MuonWithAdamW, hidden_matrices
 from wuerstchen.train.engine.sharding import local_part
 
-_SCALE = "loss_scale"  # in what is stored
-FINAL_SHARE = 0.05  # of the learning rate, where a cosine ends
+_SCALE = "loss_scale"  # prefix of its keys in checkpoints
+FINAL_FRACTION = 0.05  # of the peak learning rate, at the end of a cosine decay
 
 
 def learning_rate(config: Optimization, images: int) -> float:
-    """The learning rate of the update that ends at ``images``: a pure function, nothing to checkpoint."""
+    """The learning rate of the update that ends at ``images``. A pure function: there is no state to
+    store."""
     if images < config.warmup:
         return config.learning_rate * images / config.warmup
     if config.decay == "constant":
         return config.learning_rate
-    share = (images - config.warmup) / max(config.images - config.warmup, 1)
-    cosine = (1 + math.cos(math.pi * min(share, 1.0))) / 2
-    return config.learning_rate * (FINAL_SHARE + (1 - FINAL_SHARE) * cosine)
+    done = (images - config.warmup) / max(config.images - config.warmup, 1)
+    cosine = (1 + math.cos(math.pi * min(done, 1.0))) / 2
+    return config.learning_rate * (FINAL_FRACTION + (1 - FINAL_FRACTION) * cosine)
 
 
 def make_optimizer(
@@ -39,19 +40,19 @@ def make_optimizer(
     *,
     decays_all_axes: bool = False,
 ) -> torch.optim.AdamW:
-    """AdamW over a network's trainable parameters; with ``config.optimizer="muon"`` matrices inside blocks
-    are updated by Muon (``muon.hidden_matrices``).
+    """AdamW over a network's trainable parameters. With ``config.optimizer="muon"``, Muon updates the
+    matrices inside blocks (``muon.hidden_matrices``).
 
-    Weight decay acts on weights of linear layers, convolutions and embeddings: not on biases and scales,
-    GRN's gamma and beta included, nor on the codebook, whose codes are pulled to the latents. The original
-    decays every parameter, by torch's default of 0.01.
+    Weight decay applies to weights of linear layers, convolutions and embeddings. It does not apply to biases
+    and scales, including GRN's gamma and beta, nor to the codebook, which follows the latents. The original
+    decays every parameter, with torch's default of 0.01.
 
-    ``rate_scales`` gives parameters whose names begin so a share of the learning rate. ``decays_all_axes`` is
-    for runs of earlier versions, which decayed everything of more than one axis.
+    ``rate_scales`` maps prefixes of parameter names to factors of the learning rate. ``decays_all_axes`` is
+    for runs of earlier versions, which decayed every parameter with more than one axis.
     """
     hidden = hidden_matrices(network) if config.optimizer == "muon" else set()
     exempt = set() if decays_all_axes else _exempt(network)
-    # Places in what is stored are by the number of axes, whatever is decayed: checkpoints depend on them.
+    # Checkpoints store parameters by place, and the order depends on the number of axes, not on the decay.
     order: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
@@ -71,7 +72,7 @@ def make_optimizer(
                 where = [places[p] for p in members]
                 group = {"params": members, "weight_decay": decay, "scale": scale, "places": where}
                 described.append({**group, "muon": True} if muon else group)
-    # A tensor as rate can change between replays of a recorded update.
+    # A tensor, because a recorded update reads the rate from it at each replay.
     device = next(network.parameters()).device
     kind = MuonWithAdamW if config.optimizer == "muon" else torch.optim.AdamW
     optimizer = kind(
@@ -82,25 +83,25 @@ def make_optimizer(
         capturable=device.type == "cuda",
     )
     for group in optimizer.param_groups:
-        group["lr"] = torch.tensor(config.learning_rate, dtype=torch.float32, device=device)  # one of its own
+        group["lr"] = torch.tensor(config.learning_rate, dtype=torch.float32, device=device)  # not shared
     return optimizer
 
 
 def _exempt(network: nn.Module) -> set[nn.Parameter]:
-    """The parameters of more than one axis that are not decayed: those of modules that say so."""
+    """Parameters of modules that opt out of weight decay (``weight_decay = False``)."""
     modules = (module for module in network.modules() if not getattr(module, "weight_decay", True))
     return {parameter for module in modules for parameter in module.parameters()}
 
 
 def _places(optimizer: torch.optim.Optimizer) -> dict[int, nn.Parameter]:
-    """The parameters by their places in what is stored."""
+    """The parameters by their places in checkpoints."""
     groups = optimizer.param_groups
     pairs = (pair for group in groups for pair in zip(group["places"], group["params"], strict=True))
     return dict(sorted(pairs))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as named tensors, which is what safetensors hold."""
+    """The optimizer's state as named tensors, for safetensors."""
     found = {
         f"{place}.{name}": tensor
         for place, parameter in _places(optimizer).items()
@@ -113,15 +114,15 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, keys: Iterable[str], fill: Callable[[str, Tensor], None]
 ) -> None:
-    """The inverse of ``optimizer_tensors``, for those ``keys``; ``fill(key, tensor)`` gives each its content.
+    """The inverse of ``optimizer_tensors`` for these ``keys``. ``fill(key, tensor)`` loads each tensor.
 
-    A moment is sharded as its parameter is. Raises ``KeyError`` or ``ValueError`` if they do not fit.
+    Moments are sharded like their parameters. Raises ``KeyError`` or ``ValueError`` if the keys do not fit.
     """
     parameters, scale = _places(optimizer), loss_scale_of(optimizer)
     for key in keys:
         index, name = key.split(".")
         if index == _SCALE:
-            if scale is not None:  # else the run was in fp16 and is no longer
+            if scale is not None:  # the run may have been in fp16 before
                 fill(key, getattr(scale, name))
             continue
         parameter = parameters[int(index)]
@@ -134,13 +135,13 @@ def load_optimizer_tensors(
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The learning rate of the next update, scaled for each group as ``make_optimizer`` was told."""
+    """Sets the learning rate of the next update, scaled for each group (``rate_scales``)."""
     for group in optimizer.param_groups:
         group["lr"].fill_(rate * group["scale"])
 
 
 GRAD_SCALER_DEVICES = ("cpu", "cuda")
-"""Where fused optimizers heed found_inf and grad_scale; on Apple's GPUs those before torch 2.13 do not."""
+"""Devices whose fused optimizers support found_inf and grad_scale. MPS lacks them before torch 2.13."""
 
 
 def update(
@@ -150,11 +151,12 @@ def update(
     loss: Float[Tensor, ""],
     copies: Bf16Weights | None = None,
 ) -> Float[Tensor, ""]:
-    """One update from the gradients at hand, those of ``copies`` too; returns their norm before shortening.
+    """One update from the current gradients, including those of ``copies``. Returns their norm before
+    clipping.
 
-    Where the optimizer has a ``loss_scale``, gradients are those of the loss times the scale, and are divided
-    by it. A loss or a norm that is not finite updates nothing. That is decided on the device: nothing waits
-    for it. All processes decide alike: gradients and loss are the average over them, or parts of it.
+    If the optimizer has a ``loss_scale``, gradients are divided by it first. If the loss or the norm is not
+    finite, nothing is updated. This is decided on the device, without waiting for it, and in the same way on
+    all ranks, because loss and gradients are averaged over them.
     """
     norm = _gradient_norm(network, [] if copies is None else copies.gradients())
     scale = loss_scale_of(optimizer)
@@ -162,8 +164,8 @@ def update(
     finite, divisor = norm.isfinite() & loss.isfinite(), (norm / clip_norm).clamp(min=1).float()
     divisor = divisor if scale is None else divisor * scale.value
     if norm.device.type in GRAD_SCALER_DEVICES:
-        # The optimizer's part of the contract with torch's GradScaler: an update is left out where found_inf
-        # is 1, and gradients are divided by grad_scale in the same pass over memory.
+        # The interface of torch's GradScaler: the optimizer skips an update if found_inf is 1, and divides
+        # gradients by grad_scale in the same pass over memory.
         optimizer.found_inf, optimizer.grad_scale = 1 - finite.float(), divisor
         optimizer.step()
     elif finite:
@@ -172,16 +174,16 @@ def update(
     if copies is not None:
         copies.step()
     if scale is not None:
-        scale.follow(norm.isfinite())
+        scale.update(norm.isfinite())
     optimizer.zero_grad(set_to_none=True)
     return norm
 
 
-def _gradient_norm(network: nn.Module, halves: list[Tensor]) -> Float[Tensor, ""]:
-    """Of all gradients together, ``halves`` included, of which each process may hold a part."""
+def _gradient_norm(network: nn.Module, bf16_gradients: list[Tensor]) -> Float[Tensor, ""]:
+    """The norm of all gradients, also of those that are sharded, and of ``bf16_gradients``."""
     gradients = [p.grad for p in network.parameters() if p.grad is not None]
-    if halves:  # summed in fp32: in their own precision the norm would have two digits
-        norms = [*torch._foreach_norm(gradients), *torch._foreach_norm(halves, 2, torch.float32)]
+    if bf16_gradients:  # summed in fp32: in bf16 the norm would have two digits
+        norms = [*torch._foreach_norm(gradients), *torch._foreach_norm(bf16_gradients, 2, torch.float32)]
         return torch.linalg.vector_norm(torch.stack(norms))
     if not any(isinstance(gradient, DTensor) for gradient in gradients):
         return torch.nn.utils.get_total_norm(gradients)

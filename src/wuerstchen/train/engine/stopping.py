@@ -1,4 +1,4 @@
-"""How a run is asked to stop: by SIGINT or SIGTERM, at the end of an update, or while it waits for data."""
+"""Stopping a run on SIGINT or SIGTERM, at the end of an update or while it waits for data."""
 
 import contextlib
 import os
@@ -10,27 +10,29 @@ from types import FrameType
 from typing import Any
 
 GRACE = 10.0
-"""Seconds that data may still take after a signal where other processes wait for this one's part."""
+"""Seconds that data may still take after a signal if other processes wait for this one."""
 
 
 class Interrupted(Exception):
-    """Training was asked to stop; a checkpoint of that moment is on disk, unless it was a stage's first."""
+    """A signal has stopped training. A checkpoint of that moment is on disk, unless no image was trained
+    on."""
 
     def __init__(self, message: str, images: int) -> None:
-        """``images`` of the stage have been trained on; without any it has no checkpoint yet."""
+        """``images`` of the stage have been trained on. With 0 it has no checkpoint yet."""
         super().__init__(message)
         self.images = images
 
 
 class StoppedWaiting(BaseException):
-    """A signal came while this process waited for data. No ``except Exception`` on the way may keep it."""
+    """A signal came while this process waited for data. Not an ``Exception``, so that no handler catches
+    it."""
 
 
 class StopRequest:
     """Turns the first SIGINT or SIGTERM into a request that the loop answers at the end of the update.
 
-    Inside ``waiting`` it raises ``StoppedWaiting`` instead: data may never come. With several processes it
-    does so only ``GRACE`` seconds later, because the others need this one to end the update together.
+    Inside ``waiting`` it raises ``StoppedWaiting`` instead, because data may never come. With several
+    processes it does so only after ``GRACE`` seconds, because the others need this one to finish the update.
     """
 
     def __init__(self, count: int) -> None:
@@ -46,9 +48,9 @@ class StopRequest:
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:
-        """Within, signals are requests. A second Ctrl-C has its ordinary effect.
+        """Within, signals are requests. A second Ctrl-C has its usual effect.
 
-        Signals can only be caught in the main thread; elsewhere nothing is changed.
+        Only the main thread can handle signals. In other threads this does nothing.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -57,7 +59,7 @@ class StopRequest:
 
         def request(number: int, frame: FrameType | None) -> None:
             self._request()
-            if number == signal.SIGINT:  # torchrun repeats the SIGTERM that a scheduler has sent to all
+            if number == signal.SIGINT:  # SIGTERM stays caught: torchrun repeats it
                 signal.signal(number, previous[number])
             if self._waits and self._overdue():
                 raise StoppedWaiting
@@ -74,7 +76,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Within, a request ends the wait by ``StoppedWaiting``. For waits in which no state changes."""
+        """Within, a request raises ``StoppedWaiting``. For waits in which no state changes."""
         self._waits = True
         try:
             if self.requested and self._overdue():
@@ -88,7 +90,7 @@ class StopRequest:
             return
         self._since = time.monotonic()
         if self._grace:
-            # Python runs handlers in the main thread, which sleeps: another signal wakes it.
+            # Python runs handlers in the main thread, which is blocked: another signal wakes it.
             self._timer = threading.Timer(self._grace + 0.1, os.kill, (os.getpid(), signal.SIGTERM))
             self._timer.daemon = True
             self._timer.start()

@@ -1,8 +1,7 @@
-"""How fast a stage trains, in images and as a share of what the device can do at all, and in how much memory.
+"""Model FLOPs utilisation (MFU) and memory use of a stage.
 
-The convention is that of papers: an update costs three times its forward passes in floating-point operations
-(one for the loss, two for the gradients), recomputation not counted; and what a device can do is what it does
-with one large product of bf16 matrices, measured here, not what its data sheet says.
+The usual convention: an update costs three times the FLOPs of its forward passes, and recomputation is not
+counted. The peak is measured here on a large matrix product, not taken from the data sheet.
 """
 
 import contextlib
@@ -28,7 +27,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> fl
     if device.type != "cuda":
         return None
     try:
-        generator = torch.Generator(device).manual_seed(0)  # training's own is left alone
+        generator = torch.Generator(device).manual_seed(0)  # leaves the state of the global one alone
         x, y = (torch.randn(_SIDE, _SIDE, device=device, dtype=dtype, generator=generator) for _ in range(2))
         for _ in range(5):
             torch.mm(x, y)
@@ -50,14 +49,14 @@ def update_flops(
     seed: int,
     dtype: torch.dtype | None,
 ) -> int:
-    """Operations of one update on these inputs: three times the forward passes of ``stage.losses``.
+    """FLOPs of one update on these inputs: three times the forward passes of ``stage.losses``.
 
-    What ``stage.prepare`` does once a picture is not in it. Networks and generators stay as they are: nothing
-    is dropped, and no batch statistics are kept.
+    The frozen networks in ``stage.prepare`` are not counted. Networks and generators are left unchanged:
+    everything runs in eval mode.
     """
     device = indices.device
     counter = FlopCounterMode(display=False)
-    # Compiled blocks hide from the counter.
+    # The counter does not see inside compiled blocks.
     with _evaluating(stage.networks.values()), torch.compiler.set_stance("force_eager"):
         losses = stage.losses(inputs, ImageRandom(seed, indices))
         with counter, autocast(device, dtype):
@@ -79,7 +78,7 @@ def _evaluating(networks: Any) -> Iterator[None]:
 
 
 class Gauge:
-    """What a progress line says beyond losses and images a second. On a CPU there is nothing to say."""
+    """MFU and memory for progress events. Measures nothing on a CPU."""
 
     def __init__(
         self,
@@ -92,23 +91,26 @@ class Gauge:
         self.seed = seed
         self.dtype = dtype
         self.device = device
-        self.rate = matrix_rate(device, dtype or torch.bfloat16)
+        self.peak = matrix_rate(device, dtype or torch.bfloat16)
         self.flops_per_image: float | None = None
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
     def before_update(self, inputs: Inputs, indices: Int[Tensor, " b"]) -> None:
-        """Counts the operations, the first time."""
-        if self.rate is not None and self.flops_per_image is None:
+        """Counts the FLOPs of the first update."""
+        if self.peak is not None and self.flops_per_image is None:
             flops = update_flops(self.stage, inputs, indices, self.seed, self.dtype)
             self.flops_per_image = flops / len(indices)
 
     def read(self, images_per_second: float) -> dict[str, float]:
-        """``memory_gib``, the most that was allocated since the stage began, and ``matrix_share``, the share
-        of the matrix rate, where they are known."""
+        """``memory_gib``, the peak since the stage began, and ``matrix_share``, the MFU, where they are
+        known.
+
+        ``matrix_share`` is the name of the MFU in log.jsonl.
+        """
         known = {}
         if self.device.type == "cuda":
             known["memory_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 3)
-        if self.rate and self.flops_per_image:
-            known["matrix_share"] = round(images_per_second * self.flops_per_image / self.rate, 4)
+        if self.peak and self.flops_per_image:
+            known["matrix_share"] = round(images_per_second * self.flops_per_image / self.peak, 4)
         return known

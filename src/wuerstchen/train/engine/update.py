@@ -1,8 +1,8 @@
-"""One update of a stage: run as it is written, or recorded once as a CUDA graph and replayed.
+"""One update of a stage, run eagerly or recorded once as a CUDA graph and replayed.
 
-Starting the thousand kernels of an update one by one leaves a GPU waiting. A recorded update is started as
-one. So nothing in it may be decided on the host: what changes from update to update (the inputs, the images'
-numbers, the learning rate) is read from tensors.
+Launching the thousand kernels of an update one by one leaves a GPU idle. A recorded update is a single
+launch. So nothing in it may be decided on the host: what changes from update to update (inputs, image
+numbers, learning rate) is read from tensors.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,25 +28,26 @@ from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.stages.base import Inputs, Stage, autocast
 
 Values = dict[str, Tensor]
-"""Losses, terms and gradient norms of an update, each a tensor of no dimension on the device."""
+"""Losses, terms and gradient norms of an update, each a 0-d tensor on the device."""
 
-_WARM_UPS = 3  # updates of a shape before it is recorded: they compile, and allocate what stays
+_WARM_UPS = 3  # eager updates of a shape before it is recorded: they compile, and allocate what stays
 
 
 def compile_regions(network: nn.Module) -> None:
-    """Compiles block by block: a block that repeats is compiled once, and the keys of the weights stay."""
-    # One block class has as many versions as there are widths and grids.
+    """Compiles block by block: repeated blocks are compiled once, and the keys of the weights do not
+    change."""
+    # A block class is compiled once for each width and grid.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for module in network.modules():
         if traits_of(module).compile:
-            if isinstance(module, FSDPModule):  # the hooks that gather its weights stay outside
+            if isinstance(module, FSDPModule):  # leave the hooks that gather its weights uncompiled
                 module.forward = torch.compile(module.forward, dynamic=False)
             else:
                 module.compile(dynamic=False)
 
 
 def recompute_blocks(network: nn.Module) -> None:
-    """Lets blocks keep their input alone, and compute the rest again when gradients ask for it."""
+    """Activation checkpointing: blocks keep only their input and recompute the rest in the backward pass."""
     for module in network.modules():
         if traits_of(module).recompute:
             module.forward = _recomputed(module.forward)
@@ -54,16 +55,16 @@ def recompute_blocks(network: nn.Module) -> None:
 
 def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def run(*inputs: object) -> Tensor:
-        # With the same dropout: the generator is set back for it.
+        # Restoring the generator gives the recomputation the same dropout masks.
         return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=True)
 
     return run
 
 
 def make_bf16_weights(stage: Stage, state: TrainingState) -> dict[str, Bf16Weights]:
-    """Copies of the large matrices of a stage's networks, to be read where passes are in bf16 anyway.
+    """bf16 copies of the large matrices of a stage's networks, for passes that are in bf16 anyway.
 
-    None for a stage that adds up gradients of several parts, which bf16 has no digits for.
+    Empty for a stage that accumulates gradients: bf16 lacks the precision for sums.
     """
     if stage.optimization.accumulate > 1:
         return {}
@@ -71,11 +72,11 @@ def make_bf16_weights(stage: Stage, state: TrainingState) -> dict[str, Bf16Weigh
 
 
 class TrainStep:
-    """Makes the updates of a stage, one a call.
+    """Makes one update of each network of a stage per call.
 
-    A batch is computed in ``Optimization.accumulate`` parts. A network is updated in the last of them, as
-    soon as its gradient is whole; networks whose losses come after see it updated in the last part alone. In
-    our stages that is no difference: what they read of a network before them was computed before, detached.
+    A batch is computed in ``Optimization.accumulate`` parts. A network is updated in the last part, as soon
+    as its gradient is complete. In that part, losses that follow would see the updated network. In our stages
+    this makes no difference: they read only detached outputs from before the update.
     """
 
     def __init__(
@@ -99,38 +100,39 @@ class TrainStep:
         self.fault = torch.full((), -1, dtype=torch.int64, device=self.device)
         """The first image of the first update whose loss or gradient was not finite; -1 without one."""
         self.decay: float | None = None
-        """Of the weight averages, for the next update; None where they do not follow it."""
+        """EMA decay after the next update; None to leave the averages as they are."""
         self.gauge: Gauge | None = None
         self.names: Callable[[int], list[str]] | None = None
         """Of the images of a batch, by the number of its first."""
 
     def __call__(self, inputs: Inputs, indices: Int[Tensor, " b"]) -> Values:
-        """One update of every network of the stage. Waits for nothing on the device."""
+        """One update of every network of the stage, without waiting for the device."""
         parts = list(self._parts(inputs, indices))
         if self.gauge is not None:
             self.gauge.before_update(*parts[0])
         values: Values = {}
         for part, (part_inputs, part_indices) in enumerate(parts):
-            share = len(part_indices) / len(indices)
+            weight = len(part_indices) / len(indices)
             last = part + 1 == len(parts)
-            self._part(part_inputs, part_indices, share, last, values)
+            self._part(part_inputs, part_indices, weight, last, values)
         checked = [value.float() for name, value in values.items() if name.startswith(("loss", "gradient"))]
         faulty = ~torch.stack(checked).isfinite().all()
         for scale in filter(None, map(loss_scale_of, self.state.optimizers.values())):
             faulty = faulty | (scale.value < LEAST_SCALE)
-        first = indices[0] - self.processes.rank * len(indices)  # of the whole batch: all say the same
+        first = indices[0] - self.processes.rank * len(indices)  # of the whole batch, the same on all ranks
         self.fault.copy_(torch.where((self.fault < 0) & faulty, first, self.fault))
         return values
 
     def _parts(self, inputs: Inputs, indices: Tensor) -> Iterator[tuple[Inputs, Tensor]]:
-        """The batch in as many parts as it is computed in; of a last batch that is smaller, maybe fewer."""
+        """The batch in ``accumulate`` parts, or fewer if it has fewer images."""
         count = min(self.stage.optimization.accumulate, len(indices))
         columns = {name: tensor.tensor_split(count) for name, tensor in inputs.items()}
         for part, numbers in enumerate(indices.tensor_split(count)):
             yield {name: column[part] for name, column in columns.items()}, numbers
 
-    def _part(self, inputs: Inputs, indices: Tensor, share: float, last: bool, values: Values) -> None:
-        """Adds what this ``share`` of the batch says to the gradients and to ``values``; the last updates."""
+    def _part(self, inputs: Inputs, indices: Tensor, weight: float, last: bool, values: Values) -> None:
+        """Adds a part, which counts ``weight`` of the batch, to gradients and ``values``. The last one
+        updates."""
         stage, first = self.stage, True
         losses = stage.losses(inputs, ImageRandom(self.seed, indices))
         while True:
@@ -139,16 +141,16 @@ class TrainStep:
             if following is None:
                 return
             name, loss, terms = following
-            network, loss = stage.networks[name], loss * share
+            network, loss = stage.networks[name], loss * weight
             scale = loss_scale_of(self.state.optimizers[name])
             scaled = loss if scale is None else loss * scale.value
             if is_sharded(network):
-                # Gradients are averaged where they are scattered. Nothing else that learns is in this loss.
+                # FSDP averages gradients in its reduce-scatter. No other trained network is in this loss.
                 synchronise_gradients(network, last)
                 scaled.backward()
             else:
                 with self._reading_copies():
-                    # For this network alone: what else the loss passes through learns from its own loss.
+                    # For this network only: other networks in this loss learn from losses of their own.
                     trained = [p for p in network.parameters() if p.requires_grad]
                     with self.processes.averaging_gradients(trained if last else []):
                         scaled.backward(inputs=trained)
@@ -161,11 +163,11 @@ class TrainStep:
                 if scale is not None:
                     values[f"scale_{name}"] = scale.value.clone()
                 norm = update(network, optimizer, clip_norm, values[key], copies)
-                if scale is not None:  # an overflow is no fault: the scale becomes smaller
+                if scale is not None:  # an overflow is not a fault: it lowers the scale
                     norm = torch.where(norm.isfinite(), norm, torch.zeros_like(norm))
                 values[f"gradient_{name}"] = norm
             for term, value in terms.items():
-                values[term] = values.get(term, 0) + value.detach() * share
+                values[term] = values.get(term, 0) + value.detach() * weight
 
     @contextmanager
     def _reading_copies(self) -> Iterator[None]:
@@ -175,7 +177,7 @@ class TrainStep:
             yield
 
     def average(self) -> None:
-        """Lets the averages follow the networks. Not recorded: that would fix their decay."""
+        """Updates the weight averages. This is not recorded, because a recording would fix the decay."""
         if self.decay is None:
             return
         for name, average in self.state.averages.items():
@@ -183,8 +185,8 @@ class TrainStep:
 
 
 class StepRunner:
-    """Makes updates with their averages. With ``record`` each shape of inputs is recorded after its first
-    updates and replayed from then on.
+    """Runs updates and their averaging. With ``record``, each shape of inputs is recorded as a CUDA graph
+    after its first updates and replayed from then on.
     """
 
     def __init__(self, step: TrainStep, record: bool) -> None:
@@ -192,7 +194,7 @@ class StepRunner:
         self.graphs = Graphs(torch.cuda.Stream(), _WARM_UPS, non_blocking=True) if record else None
 
     def close(self) -> None:
-        """Forgets the recordings: NCCL waits for them when the processes part."""
+        """Drops the recordings. NCCL would wait for them when the process group is destroyed."""
         if self.graphs is not None:
             self.graphs.forget()
 

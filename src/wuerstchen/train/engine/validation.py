@@ -1,8 +1,8 @@
-"""The loss on pictures that no training sees, by time: whether a diffusion stage still learns, and where.
+"""The loss on held-out images by timestep: whether a diffusion stage still learns, and where.
 
-The training loss of a diffusion model hardly moves, because most of its spread is the spread of the times and
-of the noise. Here both are fixed: the same held-out pictures, the same noise, the middles of equal bins of
-time, and the averaged weights. Nothing is drawn from a generator that training draws from.
+The training loss of a diffusion model hardly moves, because most of its variance comes from timesteps and
+noise. Here both are fixed: the same held-out images, the same noise, the centres of equal timestep bins, and
+the averaged weights. Validation uses no random generator of training.
 """
 
 import math
@@ -28,23 +28,23 @@ from wuerstchen.train.feed.prepared import HeldOutMaps, StoredBatch
 from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.stages.base import Inputs, Stage, autocast, inputs_of
 
-PICTURES = 64
+IMAGES = 64
 BINS = 8
-_BATCH = 16  # pictures at a time, at most
-_SEED = 0  # not the recipe's: runs with different seeds are to be compared
-_PAUSE = 20  # times as long as it takes, between two at checkpoints: at most a twentieth of the time
+_BATCH = 16  # images at a time, at most
+_SEED = 0  # not the recipe's, so that runs with different seeds can be compared
+_PAUSE = 20  # times its duration between two validations at checkpoints, so it takes 5 % of the time
 
 
 @runtime_checkable
 class Denoising(Protocol):
-    """A stage that learns by a diffusion objective."""
+    """A stage with a diffusion objective."""
 
     objective: Objective
     denoises: str
-    """The input that is noised, by its name in ``Inputs``."""
+    """Name in ``Inputs`` of what is noised."""
 
     def predict(self, averages: dict[str, nn.Module], inputs: Inputs, x: Tensor, t: Tensor) -> Tensor:
-        """What the network with the averaged weights makes of ``x`` (b, c, h, w) at the times ``t`` (b,)."""
+        """The prediction of the averaged network for ``x`` (b, c, h, w) at the times ``t`` (b,)."""
         ...
 
 
@@ -55,25 +55,25 @@ class DenoisingTokens(Protocol):
     def token_errors(
         self, averages: dict[str, nn.Module], inputs: Inputs, t: Tensor, random: ImageRandom
     ) -> tuple[Tensor, Tensor]:
-        """The mean cross entropy of each picture at the times ``t`` (b,), by the averaged weights, and its
+        """For each image at the times ``t`` (b,), with the averaged weights: the mean cross entropy, and the
         loss as in training."""
         ...
 
 
 @runtime_checkable
-class Pictures(Protocol):
-    """What no training sees: pictures, or what is stored of them."""
+class HeldOutSet(Protocol):
+    """Held-out images, or what a prepared set stores of them."""
 
     def __len__(self) -> int: ...
 
     def batches(self, batch_size: int) -> Iterator[Batch] | Iterator[StoredBatch]:
-        """All of them, in the same batches every time, numbered through from 0."""
+        """All of them, in the same batches every time, numbered from 0."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """Pictures that no training sees."""
+    """Images that training never sees."""
 
     images: UInt8[Tensor, "n h w 3"]
     captions: list[str]
@@ -92,20 +92,20 @@ class HeldOut:
 def held_out(
     data: str,
     size: int,
-    count: int = PICTURES,
+    count: int = IMAGES,
     texts: StoredTexts = "tokens",
     around: Path | None = None,
     *,
     image_column: str | None = None,
     text_column: str | None = None,
 ) -> HeldOut | HeldOutMaps | None:
-    """At most ``count`` held-out images of the data that a recipe names, always the same.
+    """At most ``count`` held-out images of the data that a recipe names, always the same ones.
 
-    Of an emoji set they are from the *val* part of its held-out pairs, of other data those that
-    ``held_out_names`` says, for a folder those of a set ``around`` it too (``FolderSource``). None where
-    there are none; those that cannot be read are left out.
+    In an emoji set they come from the *val* part of its held-out pairs, in other data from
+    ``held_out_names``, and in a folder also from the held-out images of a set ``around`` it
+    (``FolderSource``). Unreadable images are left out. Returns None if there are none.
     """
-    # A run has verified a prepared set at its start.
+    # The run has verified prepared sets at its start.
     source = open_source(
         data, "heldout", around=around, image_column=image_column, text_column=text_column, verify=False
     )
@@ -127,18 +127,18 @@ def held_out(
 
 
 class Validation:
-    """Measures the loss of one stage, again and again."""
+    """Measures the validation loss of a stage repeatedly."""
 
     def __init__(
         self,
         stage: Denoising | DenoisingTokens,
-        pictures: Pictures,
+        images: HeldOutSet,
         dtype: torch.dtype | None,
         device: torch.device,
     ) -> None:
         assert isinstance(stage, Stage)
         self.stage = stage
-        self.pictures = pictures
+        self.images = images
         self.dtype = dtype
         self.device = device
         self._batch = min(_BATCH, stage.optimization.batch_size)
@@ -148,16 +148,16 @@ class Validation:
 
     @property
     def due(self) -> bool:
-        """Whether the last one is so long ago that another costs little."""
+        """Whether the last validation is long enough ago for another one."""
         return time.monotonic() - self._ended >= _PAUSE * self._took
 
     @torch.no_grad()
     def __call__(self, averages: dict[str, nn.Module]) -> dict[str, list[float | None] | float | None]:
-        """The mean error of the stage's objective in each bin of time, unweighted, as ``bins``, or of the
-        cross entropy of tokens; and as ``loss`` the mean over bins with the stage's own weights: its training
-        loss with all times equally likely, and nothing disturbed or dropped.
+        """Measures ``bins``, the unweighted mean error (for tokens the cross entropy) in each timestep bin,
+        and ``loss``, the mean over bins with the stage's loss weighting. That is the training loss with
+        uniform timesteps, without conditioning noise or dropout.
 
-        None stands for what is not finite. The first call also prepares the pictures, which takes longer.
+        Values that are not finite are None. The first call also prepares the images and takes longer.
         """
         self._prepared = self._prepared or list(self._prepare())
         began = time.monotonic()
@@ -165,7 +165,7 @@ class Validation:
         for numbers, inputs in self._prepared:
             found = [self._errors(averages, numbers, inputs, k) for k in range(BINS)]
             sums += torch.stack(found).cpu().double()  # Apple's GPUs have no float64
-        bins, losses = (sums / len(self.pictures)).unbind(1)
+        bins, losses = (sums / len(self.images)).unbind(1)
         self._ended = time.monotonic()
         self._took = self._ended - began
         return {
@@ -174,13 +174,13 @@ class Validation:
         }
 
     def _prepare(self) -> Iterator[tuple[Tensor, Inputs]]:
-        for batch in self.pictures.batches(self._batch):
+        for batch in self.images.batches(self._batch):
             with autocast(self.device, self.dtype):
                 inputs = inputs_of(self.stage, batch, self.device)
             yield batch.indices.to(self.device), inputs
 
     def _errors(self, averages: dict[str, nn.Module], numbers: Tensor, inputs: Inputs, k: int) -> Tensor:
-        """The sums over pictures of their mean errors at the middle of bin ``k``, and of their losses."""
+        """The sum over images of their mean errors at the centre of bin ``k``, and that of their losses."""
         stage, t = self.stage, _times()[k].to(self.device).expand(len(numbers))
         with autocast(self.device, self.dtype):
             if isinstance(stage, DenoisingTokens):
