@@ -139,16 +139,16 @@ def test_stage_c_alone_in_phases_survives_kills_and_blends(start, photos, tmp_pa
     class Killed(BaseException):
         pass
 
-    begin, saved = checkpoint_writer.Writer.begin, []
+    start_writing, saved = checkpoint_writer.Writer.start, []
 
     def dies(writer, state, header):
-        begin(writer, state, header)
+        start_writing(writer, state, header)
         writer.wait()
         saved.append((writer.folder.parent.name, state.images))
         if len(saved) in (2, 5, 8):
             raise Killed
 
-    monkeypatch.setattr(checkpoint_writer.Writer, "begin", dies)
+    monkeypatch.setattr(checkpoint_writer.Writer, "start", dies)
     for _ in range(3):
         with pytest.raises(Killed):
             train(recipe(start, photos), broken, device="cpu")

@@ -326,6 +326,14 @@ def test_images_are_composed_after_the_costs_are_said_and_no_more_than_are_used(
         shutil.rmtree(tmp_path / "run" / name)
     train(dataclasses.replace(recipe), tmp_path / "run", device="cpu")
     assert order == ["costs", 1000]
+    # Nothing is composed where only the last preview is missing.
+    order.clear()
+    shutil.rmtree(tmp_path / "run" / "model")
+    shutil.rmtree(tmp_path / "run" / "stage_a" / "previews")
+    (tmp_path / "run" / "log.jsonl").unlink()
+    train(dataclasses.replace(recipe), tmp_path / "run", device="cpu")
+    assert list((tmp_path / "run" / "stage_a" / "previews").iterdir())
+    assert order == ["costs"]
 
 
 def test_what_the_first_process_does_alone_is_waited_for_as_long_as_it_takes(tmp_path, monkeypatch):

@@ -133,7 +133,7 @@ def test_a_loss_that_is_not_finite_is_noticed_at_the_next_reading(tmp_path, toy_
             torch.nn.init.constant_(stage.networks["critic"].bias, torch.nan)
 
     stage.on_batch = poison
-    with pytest.raises(UserError, match=r"the loss of model is nan at image 20 of stage A, so the weights"):
+    with pytest.raises(UserError, match=r"the loss of model is nan at image 20 of stage A\. The weights"):
         run(tmp_path, stage, settings, toy_source(), log_every=10)
     weights = stage.networks["model"].parameters()
     assert all(bool(p.isfinite().all()) for p in weights)

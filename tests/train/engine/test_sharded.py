@@ -154,12 +154,12 @@ def test_no_pickle_in_a_checkpoint_is_ever_run(found, tmp_path):
     (path / "state.json").write_text(json.dumps(sealed(state)))
     found = newest(tmp_path)
     for reads in (lambda: restore(step.state, *found), lambda: read_averages(path, "prior")):
-        with pytest.raises(CheckpointError, match=r"averages.1-of-2.safetensors is not a whole"):
+        with pytest.raises(CheckpointError, match=r"averages.1-of-2.safetensors is not a complete"):
             reads()
     # And a list that names files elsewhere.
     state["files"]["../../elsewhere.safetensors"] = ""
     (path / "state.json").write_text(json.dumps(sealed(state)))
-    with pytest.warns(UserWarning, match="is no file of tensors in it"), pytest.raises(CheckpointError):
+    with pytest.warns(UserWarning, match="is not a safetensors file in it"), pytest.raises(CheckpointError):
         newest(tmp_path)
 
 
@@ -168,14 +168,14 @@ def test_a_process_without_disk_stops_all_in_one_line(found):
     assert "another process could not write its part of checkpoint" in others
     assert own.startswith("checkpoint ")
     assert "cannot be written" in own
-    assert own.endswith("those before it are whole: free some space and start the same command again")
+    assert own.endswith("Free some disk space and start the same command again.")
     assert files == ["000000000016"]
 
 
 def test_a_loss_of_one_process_that_is_not_finite_stops_all_before_the_update(found):
     first, second = found["not_finite"]
     assert first == second
-    assert first[0].startswith("the loss of model is nan at image 40 of stage A, so the weights were left")
+    assert first[0].startswith("the loss of model is nan at image 40 of stage A. The weights were not")
     assert first[1]
 
 

@@ -134,7 +134,9 @@ def test_parts_must_be_equal():
         PriorStage(accumulate=3)
     with pytest.raises(UserError, match="accumulate=0 must be at least 1"):
         PriorStage(accumulate=0)
-    with pytest.raises(UserError, match=r"2 processes in accumulate=3 parts each; make"):
+    with pytest.raises(
+        UserError, match=r"2 processes in accumulate=3 parts each\. Make batch_size a multiple of 6"
+    ):
         Processes(CPU, 0, 2).check_batches("c", 24, 8, 3)
 
 
