@@ -23,6 +23,7 @@ from wuerstchen.train.config_stages import (
     phases_of,
     refining,
 )
+from wuerstchen.train.decoder_kinds import decoder_kind
 from wuerstchen.train.stage_table import after, before, selectable, short_name
 
 __all__ = [
@@ -190,8 +191,8 @@ class Recipe:
                 "previewer.c_in; give all four the same number"
             )
         self._check_learnable()
-        self._check_predictions()
-        self._check_decoder()
+        check_prediction(self.prior.prediction)
+        decoder_kind(self.decoder).check(self)
         self._check_sizes()
 
     def _check_learnable(self) -> None:
@@ -202,11 +203,6 @@ class Recipe:
             every = network.dropout if isinstance(network.dropout, tuple) else (network.dropout,)
             if max(every) == 1:
                 raise UserError(f"{part}.dropout={network.dropout} must be below 1 to train; 0.1 is common")
-
-    def _check_predictions(self) -> None:
-        check_prediction(self.prior.prediction)
-        if not isinstance(self.decoder, PaellaConfig):
-            check_prediction(self.decoder.prediction)
 
     def trains(self, stage: str) -> bool:
         """Whether the stage with this short or full name is trained."""
@@ -243,32 +239,6 @@ class Recipe:
             raise UserError(
                 "optimizer=muon needs whole matrices, and sharding=full splits them between processes. "
                 "Use --sharding none or optimizer=adamw."
-            )
-
-    def _check_decoder(self) -> None:
-        """Against Stage A, and against what only the other kind of Stage B can be told."""
-        decoder, latent, codes = self.decoder, self.vqgan.latent_channels, self.vqgan.num_vq_embeddings
-        if not isinstance(decoder, PaellaConfig):
-            if not latent == decoder.c_in == decoder.c_out:
-                raise UserError(
-                    f"the latents have {latent} channels in vqgan.latent_channels, {decoder.c_in} in "
-                    f"decoder.c_in and {decoder.c_out} in decoder.c_out; give all three the same number"
-                )
-            return
-        if decoder.num_labels != codes:
-            raise UserError(
-                f"the codebook has {codes} entries in vqgan.num_vq_embeddings and {decoder.num_labels} in "
-                "decoder.num_labels; give both the same number"
-            )
-        if "b" in self.stages and self.stage_b.loss_weight != "p2":
-            raise UserError(
-                f"stage_b.loss_weight={self.stage_b.loss_weight} weighs noise on latents, and this Stage B "
-                "finds tokens; leave it at p2"
-            )
-        if "a" in self.stages and self.stage_a.refine_images:
-            raise UserError(
-                f"stage_a.refine_images={self.stage_a.refine_images} learns from latents that Stage B draws "
-                "anew, and this one draws tokens; give 0"
             )
 
     def _check_sizes(self) -> None:

@@ -20,7 +20,7 @@ from wuerstchen.checkpoints.native import Provenance, is_native_network, read_ne
 from wuerstchen.checkpoints.original import read_original
 from wuerstchen.checkpoints.text_encoder import read_text_encoder
 from wuerstchen.errors import UserError
-from wuerstchen.models.cascade import PUBLISHED_V1, Cascade, CascadeSettings
+from wuerstchen.models.cascade import Cascade, CascadeSettings
 from wuerstchen.models.compressor import Compressor
 from wuerstchen.models.decoder import Decoder
 from wuerstchen.models.paella import Paella
@@ -30,6 +30,7 @@ from wuerstchen.models.text import TextEncoder
 from wuerstchen.models.vqgan import VQGAN
 from wuerstchen.pipeline import BUNDLED
 from wuerstchen.train.config import Recipe
+from wuerstchen.train.decoder_kinds import decoder_kind
 from wuerstchen.train.stage_table import after, before, maker_of, selectable, trained_kinds
 
 TEXT_ENCODER = BUNDLED / "text_encoder"
@@ -139,8 +140,9 @@ def _read_parts(path: Path) -> tuple[CascadeSettings, dict[str, Any], dict[str, 
         return read_parts(path)
     if layout == "original":
         parts: dict[str, Any] = dict(read_original(path))
-        v1 = isinstance(parts.get("decoder"), Paella)
-        return (PUBLISHED_V1 if v1 else CascadeSettings()), parts, {}
+        decoder = parts.get("decoder")
+        settings = CascadeSettings() if decoder is None else decoder_kind(decoder.config).settings
+        return settings, parts, {}
     cascade = read_model(path)
     return cascade.settings, dict(cascade.networks()), {}
 
@@ -204,13 +206,14 @@ def _check_networks(recipe: Recipe, start: Start) -> None:
                 fix = f"name a start that has it, or train Stage {stage.upper()} too"
             raise UserError(f"start_from={recipe.start_from} has no {name}; {fix}")
     decoder = parts.decoder
-    if recipe.trains("decoder") and decoder is not None and type(decoder.config) is not type(recipe.decoder):
-        v1 = isinstance(decoder, Paella)
-        has, wants = ("v1's Stage B, on tokens,", "v2") if v1 else ("v2's Stage B", "v1")
-        raise UserError(
-            f"start_from={recipe.start_from} has {has} and the recipe trains {wants}'s; give --fresh b, or a "
-            f"start of {wants}"
-        )
+    if recipe.trains("decoder") and decoder is not None:
+        has, wants = decoder_kind(decoder.config), decoder_kind(recipe.decoder)
+        if has is not wants:
+            raise UserError(
+                f"start_from={recipe.start_from} has the Stage B of {has.version}, on {has.works_on}. The "
+                f"recipe trains that of {wants.version}, on {wants.works_on}. Use --fresh b, or a start of "
+                f"{wants.version}."
+            )
     for name in [name for kind in selectable() if kind.short in recipe.stages for name in kind.makes]:
         network = getattr(parts, name)
         if network is not None:

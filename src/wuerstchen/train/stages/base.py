@@ -24,7 +24,6 @@ from wuerstchen.data.sources import Source
 from wuerstchen.diffusion.objective import Objective, make_objective
 from wuerstchen.diffusion.sampler_table import samplers_for
 from wuerstchen.models.cascade import CascadeSettings, LatentStatistics
-from wuerstchen.models.paella import PaellaConfig
 from wuerstchen.models.text import TextEncoder, TextStates
 from wuerstchen.train.config import (
     Optimization,
@@ -34,6 +33,7 @@ from wuerstchen.train.config import (
     StageCConfig,
     phases_of,
 )
+from wuerstchen.train.decoder_kinds import decoder_kind
 from wuerstchen.train.feed.images import Batch, pixels_of
 from wuerstchen.train.feed.prepared import StoredBatch
 from wuerstchen.train.feed.random import ImageRandom
@@ -339,19 +339,19 @@ def cascade_settings(
 ) -> CascadeSettings:
     """The settings of the model that a recipe makes; those that no recipe has are of the model at its
     ``start``, if there is one."""
-    settings = start or CascadeSettings()
+    settings, decoder = start or CascadeSettings(), decoder_kind(recipe.decoder)
     objectives = {"prior": settings.prior_objective, "decoder": settings.decoder_objective}
     if "c" in recipe.stages:
         objectives["prior"] = objective_of(recipe.prior.prediction, recipe.stage_c)
-    if "b" in recipe.stages and not isinstance(recipe.decoder, PaellaConfig):
-        objectives["decoder"] = objective_of(recipe.decoder.prediction, recipe.stage_b)
+    if "b" in recipe.stages and decoder.objective is not None:
+        objectives["decoder"] = decoder.objective(recipe)
     fitting = samplers_for(objectives["prior"].path)
     return dataclasses.replace(
         settings,
         prior_objective=objectives["prior"],
         decoder_objective=objectives["decoder"],
         prior_sampler=settings.prior_sampler if settings.prior_sampler in fitting else fitting[0],
-        prior_equal_steps=settings.prior_equal_steps or isinstance(recipe.decoder, PaellaConfig),  # v1
+        prior_equal_steps=settings.prior_equal_steps or decoder.settings.prior_equal_steps,
         image_size=recipe.image_size,
         # 128 pixels are three positions of the map; the decoder's levels may need more.
         size_multiple=math.lcm(128, recipe.vqgan.factor * recipe.decoder.size_multiple),

@@ -1,16 +1,18 @@
-"""Stage B in training: the latent diffusion decoder of v2, and how a run trains either kind of decoder."""
+"""Stage B in training: the latent diffusion decoder of v2, and how a run trains any kind of decoder."""
 
 import dataclasses
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from wuerstchen.diffusion.objective import Objective
+from wuerstchen.diffusion.objective import Objective, check_prediction
+from wuerstchen.errors import UserError
+from wuerstchen.models.cascade import CascadeSettings
 from wuerstchen.models.compressor import Compressor
 from wuerstchen.models.decoder import Decoder, DecoderConfig
-from wuerstchen.models.paella import Paella, PaellaConfig
 from wuerstchen.models.previewer import Previewer
 from wuerstchen.train.config import Recipe, refining
+from wuerstchen.train.decoder_kinds import DecoderKind, decoder_kind
 from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.initial_weights import fill_compressor
 from wuerstchen.train.stages.base import (
@@ -23,7 +25,6 @@ from wuerstchen.train.stages.base import (
     sides_multiple,
 )
 from wuerstchen.train.stages.decoding import DecoderAndCompressor, Decoding, OnFinishedMap, WithCompressor
-from wuerstchen.train.stages.paella import StagePaella, StagePaellaRefinement
 
 
 class _Latents(Decoding):
@@ -68,20 +69,33 @@ class StageBRefinement(_Latents, OnFinishedMap):
     """The last phase of v2's Stage B: the decoder alone, on the maps of the finished compressor."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Version:
-    """What differs between v1 and v2 in training Stage B."""
+def _check_recipe(recipe: Recipe) -> None:
+    """Raises ``UserError`` if the latents of Stage A and of the decoder differ in their channels."""
+    decoder, channels = recipe.decoder, recipe.vqgan.latent_channels
+    assert isinstance(decoder, DecoderConfig)
+    check_prediction(decoder.prediction)
+    if not channels == decoder.c_in == decoder.c_out:
+        raise UserError(
+            f"the latents have {channels} channels in vqgan.latent_channels, {decoder.c_in} in "
+            f"decoder.c_in and {decoder.c_out} in decoder.c_out; give all three the same number"
+        )
 
-    decoder: type[Decoder] | type[Paella]
-    stage: type[StageB] | type[StagePaella]
-    refinement: type[StageBRefinement] | type[StagePaellaRefinement]
+
+def _objective(recipe: Recipe) -> Objective:
+    return objective_of(recipe.decoder.prediction, recipe.stage_b)
 
 
-def _version(config: DecoderConfig | PaellaConfig) -> _Version:
-    """v1's Stage B finds tokens and v2's noise on latents; all else is the same."""
-    if isinstance(config, PaellaConfig):
-        return _Version(Paella, StagePaella, StagePaellaRefinement)
-    return _Version(Decoder, StageB, StageBRefinement)
+LATENT_DECODER = DecoderKind(
+    version="v2",
+    works_on="latents",
+    config=DecoderConfig,
+    network=Decoder,
+    with_compressor=StageB,
+    refinement=StageBRefinement,
+    check=_check_recipe,
+    objective=_objective,
+    settings=CascadeSettings(),
+)
 
 
 _MAKES = ("decoder", "compressor", "previewer")
@@ -108,9 +122,9 @@ def train(run: Run) -> None:
         compressor.load_state_dict(given.compressor.state_dict())
     elif run.begins("b"):
         fill_compressor(recipe, compressor)
-    version = _version(recipe.decoder)
+    kind = decoder_kind(recipe.decoder)
     # Initial weights are drawn in this order.
-    decoder, previewer = version.decoder(recipe.decoder), Previewer(recipe.previewer)
+    decoder, previewer = kind.network(recipe.decoder), Previewer(recipe.previewer)
     for network, begins in ((decoder, given.decoder), (previewer, given.previewer)):
         if begins is not None:
             network.load_state_dict(begins.state_dict())
@@ -125,19 +139,21 @@ def train(run: Run) -> None:
             for network in (decoder, compressor, previewer):
                 network.requires_grad_(True)
             compressor.freeze_early_layers(config.frozen_stride)
-            stage = version.stage(config, *networks, name=named.name, optimization=named.phase.optimization)
+            stage = kind.with_compressor(
+                config, *networks, name=named.name, optimization=named.phase.optimization
+            )
             averages = run.train_phase(stage, named.phase, multiple=multiple)
             both = averages(
-                DecoderAndCompressor(version.decoder(recipe.decoder), Compressor(recipe.compressor)),
+                DecoderAndCompressor(kind.network(recipe.decoder), Compressor(recipe.compressor)),
                 "decoder_and_compressor",
             )
             decoder, compressor = both.decoder, both.compressor
         else:
             for network in (decoder, previewer):
                 network.requires_grad_(True)
-            refinement = version.refinement(config, *networks, name=named.name)
+            refinement = kind.refinement(config, *networks, name=named.name)
             averages = run.train_phase(refinement, named.phase, multiple=multiple)
-            decoder = averages(version.decoder(recipe.decoder), "decoder")
+            decoder = averages(kind.network(recipe.decoder), "decoder")
         previewer = averages(Previewer(recipe.previewer), "previewer")
     run.parts.decoder, run.parts.compressor, run.parts.previewer = decoder, compressor, previewer
 

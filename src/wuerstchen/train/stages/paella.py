@@ -14,7 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 from wuerstchen.diffusion.schedule import training_timesteps
 from wuerstchen.diffusion.tokens import add_noise, loss_weight
-from wuerstchen.models.paella import Paella
+from wuerstchen.errors import UserError
+from wuerstchen.models.cascade import PUBLISHED_V1
+from wuerstchen.models.paella import Paella, PaellaConfig
+from wuerstchen.train.config import Recipe
+from wuerstchen.train.decoder_kinds import DecoderKind
 from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.stages.base import Inputs
 from wuerstchen.train.stages.decoding import Decoding, OnFinishedMap, WithCompressor
@@ -132,3 +136,37 @@ class StagePaella(_Tokens, WithCompressor):
 
 class StagePaellaRefinement(_Tokens, OnFinishedMap):
     """The last phase of v1's Stage B: Paella alone, on the maps of the finished compressor."""
+
+
+def _check_recipe(recipe: Recipe) -> None:
+    """Raises ``UserError`` if the codebooks differ, and for settings that only a decoder of latents has."""
+    decoder, codes = recipe.decoder, recipe.vqgan.num_vq_embeddings
+    assert isinstance(decoder, PaellaConfig)
+    if decoder.num_labels != codes:
+        raise UserError(
+            f"the codebook has {codes} entries in vqgan.num_vq_embeddings and {decoder.num_labels} in "
+            "decoder.num_labels; give both the same number"
+        )
+    if "b" in recipe.stages and recipe.stage_b.loss_weight != "p2":
+        raise UserError(
+            f"stage_b.loss_weight={recipe.stage_b.loss_weight} weighs noise on latents, and this Stage B "
+            "finds tokens; leave it at p2"
+        )
+    if "a" in recipe.stages and recipe.stage_a.refine_images:
+        raise UserError(
+            f"stage_a.refine_images={recipe.stage_a.refine_images} learns from latents that Stage B draws "
+            "anew, and this one draws tokens; give 0"
+        )
+
+
+TOKEN_DECODER = DecoderKind(
+    version="v1",
+    works_on="tokens",
+    config=PaellaConfig,
+    network=Paella,
+    with_compressor=StagePaella,
+    refinement=StagePaellaRefinement,
+    check=_check_recipe,
+    objective=None,
+    settings=PUBLISHED_V1,
+)
