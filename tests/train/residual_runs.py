@@ -101,6 +101,7 @@ def _write(run, folder: Path) -> None:
 RESIDUAL = StageKind(
     name="residual",
     short="residual",
+    config="stage_c",
     makes=(),
     builds_on=("prior",),
     reads_captions=True,

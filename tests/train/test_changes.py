@@ -14,6 +14,7 @@ import pytest
 from wuerstchen.checkpoints.native import read_network
 from wuerstchen.errors import RunFolderError, UserError
 from wuerstchen.recipes.tiny import tiny
+from wuerstchen.train import stage_table
 from wuerstchen.train.changes import asked_for, check_same, ended_at, in_force, parts_of, plan
 from wuerstchen.train.config import Phase, as_dict
 from wuerstchen.train.engine.checkpoint import newest
@@ -22,8 +23,19 @@ from wuerstchen.train.report.announce import Watch
 from wuerstchen.train.report.page import write_report
 from wuerstchen.train.run import train
 from wuerstchen.train.run_data import fingerprint_of, open_sources
+from wuerstchen.train.stages.base import StageKind
 
 PARTS = ["a", "b", "b2", "a2", "c", "c2"]
+
+CROPPING = StageKind(
+    name="cropping",
+    short="cropping",
+    config="stage_a",
+    changeable=frozenset({"crop"}),
+    makes=(),
+    phases=lambda recipe: [],
+    train=lambda run: None,
+)
 
 
 def phased():
@@ -123,6 +135,16 @@ def test_a_field_of_a_later_part_holds_from_its_beginning(tmp_path):
 def test_what_cannot_change_is_refused_with_the_reason(request_, message, tmp_path):
     with pytest.raises(UserError, match=message):
         asked_for(phased(), trained(tmp_path, **until("b", b=32)), [request_])
+
+
+def test_a_stage_says_which_of_its_settings_may_change(tmp_path, monkeypatch):
+    """A new row of the table of stages is enough: there is no list of stages in changes.py."""
+    run_dir = trained(tmp_path, a=32)
+    with pytest.raises(UserError, match="within a run only"):
+        asked_for(phased(), run_dir, ["crop=32"])
+    monkeypatch.setattr(stage_table, "STAGES", (*stage_table.STAGES, f"{__name__}:CROPPING"))
+    _, (change,) = asked_for(phased(), run_dir, ["crop=32"])
+    assert (change.field, change.after, change.stage) == ("stage_a.crop", 32, "a")
 
 
 def test_a_part_that_has_begun_cannot_be_left_out(tmp_path):

@@ -68,7 +68,13 @@ def _nothing(run) -> None:
 
 
 BRANCH = StageKind(
-    name="upscaler", short="u", makes=(), builds_on=("vqgan",), phases=_no_phases, train=_nothing
+    name="upscaler",
+    short="u",
+    config="stage_a",
+    makes=(),
+    builds_on=("vqgan",),
+    phases=_no_phases,
+    train=_nothing,
 )
 
 

@@ -18,7 +18,7 @@ from wuerstchen.train.config import FREE_FIELDS, Recipe, as_dict, differing_fiel
 from wuerstchen.train.engine.checkpoint import newest
 from wuerstchen.train.recorded_recipe import get, parsed, recipe_of, replaced
 from wuerstchen.train.report.events import Log
-from wuerstchen.train.stage_table import trained_kinds, trained_phases
+from wuerstchen.train.stage_table import kinds, trained_kinds, trained_phases
 
 
 def _words(text: str) -> frozenset[str]:
@@ -28,23 +28,21 @@ def _words(text: str) -> frozenset[str]:
 _OPTIMIZATION = _words(
     "images batch_size learning_rate warmup decay betas weight_decay clip_norm ema_decay ema_every accumulate"
 )
-_STAGES = {
-    "stage_a": _words(
-        "l1_weight perceptual_weight adversarial_from quantise_dropout refine_images refine_rate "
-        "refine_redrawn"
-    ),
-    "stage_b": _words(
-        "loss_weight label_smoothing time_shift time_density map_dropout map_noise caption_dropout "
-        "previewer_rate refine_images refine_rate refine_shift max_ratio"
-    ),
-    "stage_c": _words("loss_weight time_shift time_density caption_dropout blend max_ratio"),
-}
 _PHASE = frozenset({"max_ratio"})
 _RUN = _words(
     "seed precision skip prepared_images stored_texts prior_steps prior_guidance decoder_steps "
     "decoder_guidance decoder_shift"
 )
-_OF_REFINEMENT = _words("refine_images refine_rate refine_shift refine_redrawn")
+_REFINEMENT = "refine_"
+"""What the names of settings that only the refinement of a stage reads begin with."""
+
+
+def _changeable() -> dict[str, frozenset[str]]:
+    """The settings that may change, by the recipe's field that has them (``stage_b``)."""
+    found: dict[str, frozenset[str]] = {}
+    for kind in kinds():
+        found[kind.config] = found.get(kind.config, frozenset()) | kind.changeable
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +94,8 @@ class Part:
             return False
         if rest == "max_ratio":
             return self.phase == self.config
-        if rest in _STAGES.get(first, ()):
-            return rest not in _OF_REFINEMENT or not self.phase
+        if rest in _changeable().get(first, ()):
+            return not rest.startswith(_REFINEMENT) or not self.phase
         if self.phase:
             return path.startswith(f"{self.phase}.optimization.") or path == f"{self.phase}.max_ratio"
         own = ("optimization.images", "optimization.learning_rate")  # these it has as refine_ fields
@@ -107,7 +105,7 @@ class Part:
         """The path of a field that a user calls by its last name alone; None if it has none."""
         if name in _PHASE and self.phase:
             return f"{self.phase}.{name}"
-        if name in _STAGES.get(self.config, ()):
+        if name in _changeable().get(self.config, ()):
             return f"{self.config}.{name}"
         if not self.phase:
             own = {"images": "refine_images", "learning_rate": "refine_rate"}
@@ -205,10 +203,11 @@ def _may_change(path: str, fields: dict[str, Any]) -> bool:
         return False
     if names[0] in _RUN:
         return len(names) == 1
-    if names[0] not in _STAGES:
+    stages = _changeable()
+    if names[0] not in stages:
         return False
     if len(names) == 2:
-        return names[1] in _STAGES[names[0]]
+        return names[1] in stages[names[0]]
     if names[1] == "phases" and len(names) >= 4:
         return names[3] in _PHASE if len(names) == 4 else _is_optimization(names[3:])
     return _is_optimization(names[1:])

@@ -24,7 +24,7 @@ from wuerstchen.train.config_stages import (
     refining,
 )
 from wuerstchen.train.decoder_kinds import decoder_kind
-from wuerstchen.train.stage_table import after, before, selectable, short_name
+from wuerstchen.train.stage_table import after, before, kinds, selectable, short_name
 
 __all__ = [
     "FREE_FIELDS",
@@ -232,9 +232,9 @@ class Recipe:
             raise UserError("stage_a.refine_images needs a Stage B of the same run; train b too, or give 0")
 
     def _check_optimizers(self) -> None:
-        used = (self.stage_a, self.stage_b, self.stage_c)
-        every = [c.optimization for c in used]
-        every += [phase.optimization for c in (self.stage_b, self.stage_c) for phase in c.phases]
+        stages = [getattr(self, name) for name in dict.fromkeys(kind.config for kind in kinds())]
+        every = [stage.optimization for stage in stages]
+        every += [phase.optimization for stage in stages for phase in getattr(stage, "phases", ())]
         if self.sharding == "full" and any(o.optimizer == "muon" for o in every):
             raise UserError(
                 "optimizer=muon needs whole matrices, and sharding=full splits them between processes. "

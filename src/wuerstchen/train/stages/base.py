@@ -205,6 +205,10 @@ class StageKind:
     name: str
     short: str
     """What recipes call it in ``stages``, and run folders after ``stage_``."""
+    config: str
+    """The recipe's field with its settings, as ``stage_b``."""
+    changeable: frozenset[str] = frozenset()
+    """Fields of these settings that ``--change`` may change in the middle of a run."""
     makes: tuple[str, ...]
     """The parts of the model that it trains."""
     optional: tuple[str, ...] = ()

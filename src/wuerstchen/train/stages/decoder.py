@@ -167,6 +167,23 @@ def check(run: Run) -> None:
 DECODER_STAGE = StageKind(
     name="decoder",
     short="b",
+    config="stage_b",
+    changeable=frozenset(
+        {
+            "loss_weight",
+            "label_smoothing",
+            "time_shift",
+            "time_density",
+            "map_dropout",
+            "map_noise",
+            "caption_dropout",
+            "previewer_rate",
+            "refine_images",
+            "refine_rate",
+            "refine_shift",
+            "max_ratio",
+        }
+    ),
     makes=_MAKES,
     optional=("previewer",),
     builds_on=("vqgan",),

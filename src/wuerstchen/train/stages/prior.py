@@ -285,6 +285,10 @@ def check(run: Run) -> None:
 PRIOR_STAGE = StageKind(
     name="prior",
     short="c",
+    config="stage_c",
+    changeable=frozenset(
+        {"loss_weight", "time_shift", "time_density", "caption_dropout", "blend", "max_ratio"}
+    ),
     makes=("prior",),
     builds_on=("decoder",),
     reads_captions=True,

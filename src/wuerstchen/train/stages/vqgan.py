@@ -359,6 +359,8 @@ def train_refinement(run: Run) -> None:
 VQGAN_STAGE = StageKind(
     name="vqgan",
     short="a",
+    config="stage_a",
+    changeable=frozenset({"l1_weight", "perceptual_weight", "adversarial_from", "quantise_dropout"}),
     makes=("vqgan",),
     needs_images="Stage A learns from pixels",
     phases=_phase,
@@ -367,6 +369,8 @@ VQGAN_STAGE = StageKind(
 VQGAN_REFINEMENT = StageKind(
     name="vqgan_refinement",
     short="a",
+    config="stage_a",
+    changeable=frozenset({"refine_images", "refine_rate", "refine_redrawn"}),
     makes=("vqgan",),
     builds_on=("vqgan", "decoder"),
     refines=True,
