@@ -19,7 +19,7 @@ from wuerstchen.diffusion.sampler_table import (
 )
 from wuerstchen.diffusion.schedule import uniform_timesteps
 from wuerstchen.errors import UserError
-from wuerstchen.evaluate.scoring import Artist
+from wuerstchen.evaluate.scoring import Renderer
 from wuerstchen.models.cascade import CascadeSettings
 from wuerstchen.pipeline import Sampling, Wuerstchen
 from wuerstchen.serve.schemas import JobRequest
@@ -93,7 +93,7 @@ def test_a_new_row_appears_everywhere(small_cascade, monkeypatch):
     assert samplers_for("variance_preserving")[-1] == "jump"  # what the service tells of a model
     options = make_parser().parse_args(["evaluate", "--prior-sampler", "jump", "--decoder-steps", "1"])
     model = Wuerstchen(small_cascade, torch.device("cpu"))
-    artist = Artist(model=model, sampling=sampling_of(options))
-    assert artist.model.settings_of(artist.sampling)["prior_sampler"] == "jump"  # in the report
-    model.generate(["a cat", "a dog"], sampling=artist.sampling)
+    renderer = Renderer(model=model, sampling=sampling_of(options))
+    assert renderer.model.settings_of(renderer.sampling)["prior_sampler"] == "jump"  # in the report
+    model.generate(["a cat", "a dog"], sampling=renderer.sampling)
     assert calls == [2]

@@ -29,7 +29,7 @@ def test_evaluate_writes_a_report(run, model_folder, emoji_set, use_simple_judge
         *("--guidance", "1", "--prior-steps", "2", "--before", model_folder, "--out", "found"),
     )
     assert code == 0, err
-    assert "2 entries and 0 photographs: 4 pictures to draw from text, 2 to take through the map" in err
+    assert "2 entries and 0 photographs: 4 images to draw from text, 2 to reconstruct" in err
     assert out.startswith("list (b), val, 2 entries")
     assert "only the first 2" in out
     assert "targets" not in out
@@ -80,9 +80,9 @@ BAD_CALLS = {
     "no model before": (["--before", "nowhere"], "'nowhere' does not exist"),
     "unknown list": (["--lists", "a,c"], "unknown list in 'a,c'. Use a, b or a,b"),
     "unknown split": (["--split", "train"], "invalid choice: 'train'"),
-    "limit 0": (["--limit", "0"], "limit 0 leaves nothing to score"),
-    "batch 0": (["--batch-size", "0"], "batch_size 0 draws nothing"),
-    "no photos": (["--photos", "nowhere"], "photos 'nowhere' is no folder"),
+    "limit 0": (["--limit", "0"], "limit must be at least 1, got 0"),
+    "batch 0": (["--batch-size", "0"], "batch_size must be at least 1, got 0"),
+    "no photos": (["--photos", "nowhere"], "got 'nowhere', which is not a folder"),
     "guidance nan": (["--guidance", "nan"], "guidance nan must be a number"),
     "steps 0": (["--decoder-steps", "0"], "decoder_steps 0 must be a whole number from 1"),
     "unknown option": (["--speed", "9"], "unknown option: --speed 9"),

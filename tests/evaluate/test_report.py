@@ -16,8 +16,9 @@ from wuerstchen.errors import DataError, UserError
 from wuerstchen.evaluate.lists import RealPictures, read_list, select
 from wuerstchen.evaluate.metrics import Score, background_colour, psnr
 from wuerstchen.evaluate.page import html_page, write_report
-from wuerstchen.evaluate.report import Report, evaluate, sha256_of, summary, targets, to_json
-from wuerstchen.evaluate.scoring import ROWS, Artist, Measured, scores_of
+from wuerstchen.evaluate.report import EvaluationOptions, Report, evaluate, sha256_of, summary, to_json
+from wuerstchen.evaluate.scoring import ROWS, Measured, Renderer, scores_of
+from wuerstchen.evaluate.targets import targets
 from wuerstchen.models.cascade import Cascade
 from wuerstchen.pipeline import Sampling, Wuerstchen
 
@@ -126,7 +127,20 @@ def test_one_row_on_one_split_is_enough_for_a_sweep(
     assert report.targets == {}  # they are another model's
     for column, score in report.lists["a"].scores["val"]["c_b_a"].items():
         assert score.value == pytest.approx(found.lists["a"].scores["val"]["c_b_a"][column].value, abs=1e-2)
-    assert said[0].startswith("8 entries and 0 photographs: 8 pictures to draw from text, 0 to take through")
+    assert said[0].startswith("8 entries and 0 photographs: 8 images to draw from text, 0 to reconstruct")
+
+
+def test_options_may_be_given_by_name_or_together(small_model, photos):
+    """Both ways draw the same, a name given beside the options wins, and an unknown name is refused."""
+    options = EvaluationOptions(limit=1, batch_size=2)
+    together = evaluate(small_model, None, options, photos=photos)
+    by_name = evaluate(small_model, photos=photos, limit=1, batch_size=2)
+    assert together.photos.scores == by_name.photos.scores
+    assert together.settings == by_name.settings
+    assert together.settings["limit"] == 1
+    assert evaluate(small_model, None, options, photos=photos, batch_size=1).settings["batch_size"] == 1
+    with pytest.raises(TypeError, match="lmit"):
+        evaluate(small_model, photos=photos, lmit=1)
 
 
 def test_scores_compare_with_what_was_asked():
@@ -187,7 +201,7 @@ def test_targets_are_those_promised():
         "C+B+A: object colour": (0.84, 0.85, False),
         "A+B: KID×1e3, twice that of JPEG q20": (20.1, 20, False),
         "C+B+A: KID×1e3, that of A+B and of JPEG q20": (30, pytest.approx(30.1), True),
-        "C+B+A: R@1 lost by storing it small": (pytest.approx(0.01), 0.01, True),
+        "C+B+A: R@1 lost by compression": (pytest.approx(0.01), 0.01, True),
     }
 
 
@@ -275,18 +289,18 @@ def test_photographs_need_no_emoji_set(small_model, photos, model_folder, tmp_pa
     assert "1 are smaller" in page.read_text()
     lines = summary(report).splitlines()
     assert "broken.jpg" in lines[0]
-    assert re.match(r"2 photographs, A\+B, through the map: PSNR \d+\.\d\d dB, SSIM -?\d", lines[-1])
+    assert re.match(r"2 photographs, A\+B, from the real image: PSNR \d+\.\d\d dB, SSIM -?\d", lines[-1])
 
 
 def test_photographs_that_cannot_be_read_at_all(small_model, photos, tmp_path):
-    with pytest.raises(DataError, match="'nowhere' is no folder"):
+    with pytest.raises(DataError, match="'nowhere', which is not a folder"):
         evaluate(small_model, photos=tmp_path.__class__("nowhere"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no images"):
+    with pytest.raises(DataError, match="has no images"):
         evaluate(small_model, photos=tmp_path / "empty")
     (photos / "b.jpg").unlink()
     (photos / "deep" / "a.png").unlink()
-    with pytest.raises(DataError, match=r"no photograph that can be read .*broken\.jpg"):
+    with pytest.raises(DataError, match=r"no photograph in .* can be read.*broken\.jpg"):
         evaluate(small_model, photos=photos)
 
 
@@ -298,8 +312,8 @@ def test_a_model_without_parts_has_fewer_rows(small_cascade, emoji_set):
         Cascade(settings=small_cascade.settings, vqgan=small_cascade.vqgan, decoder=small_cascade.decoder),
         torch.device("cpu"),
     )
-    artist = Artist(model=half, sampling=Sampling())
-    assert artist.rows() == ("real", "jpeg20", "stage_a", "stage_a_quantised")
+    renderer = Renderer(model=half, sampling=Sampling())
+    assert renderer.rows() == ("real", "jpeg20", "stage_a", "stage_a_quantised")
     with pytest.raises(UserError, match="row 'c_b_a' needs a part that this model lacks"):
         evaluate(half, emoji_set, rows=("c_b_a",))
 
@@ -308,14 +322,14 @@ def test_before_must_draw_the_same_size(small_model, small_cascade):
     settings = dataclasses.replace(small_cascade.settings, image_size=256)
     other = Wuerstchen(dataclasses.replace(small_cascade, settings=settings), torch.device("cpu"))
     with pytest.raises(UserError, match="draws 256 pixels and not 128"):
-        Artist(model=small_model, sampling=Sampling(), before=other)
+        Renderer(model=small_model, sampling=Sampling(), before=other)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"limit": 0}, "limit 0 leaves nothing to score"),
-        ({"batch_size": 0}, "batch_size 0 draws nothing"),
+        ({"limit": 0}, "limit must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"data": None}, "neither an emoji set nor photographs"),
     ],
 )
