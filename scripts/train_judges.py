@@ -36,7 +36,7 @@ from wuerstchen.data.emoji import STYLES, EmojiSource, split_of
 from wuerstchen.data.plan import generator, stable_hash
 from wuerstchen.evaluate.features import FeatureNetwork, Features
 from wuerstchen.evaluate.judges import JUDGES, NETWORK, JudgeHeads, Judges, load_judges, pooled_states
-from wuerstchen.evaluate.lists import LISTS, RealPictures, Split, read_list, select
+from wuerstchen.evaluate.lists import LISTS, RealImages, Split, read_list, select
 from wuerstchen.evaluate.metrics import jpeg
 from wuerstchen.pipeline import BUNDLED
 
@@ -200,11 +200,11 @@ def score(
 
 def score_lists(judges: Judges, root: Path, network: FeatureNetwork, splits: Sequence[Split]) -> None:
     """Prints how the judges do on the lists' real pictures, among the captions of the split and of all."""
-    real = RealPictures(root)
+    real = RealImages(root)
     for name in LISTS:
         for split in splits:
             entries = select(name, [split])
-            images = np.stack([real.picture(entry, SIZE) for entry in entries])
+            images = np.stack([real.image(entry, SIZE) for entry in entries])
             features = network(torch.from_numpy(images))
             own, styles = [e.caption for e in entries], [STYLES.index(e.style) for e in entries]
             for choices in (own, [entry.caption for entry in read_list(name)]):

@@ -1,4 +1,4 @@
-"""A small model, a few held-out pictures, and judges that need no weights."""
+"""A small model, a few held-out images, and judges that need no weights."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def small_model(small_cascade) -> Wuerstchen:
 
 @pytest.fixture(scope="session")
 def emoji_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The pictures of the first four entries of each list and split: discs of one colour or another."""
+    """The images of the first four entries of each list and split: discs of one colour or another."""
     root = tmp_path_factory.mktemp("emoji")
     entries = {e.id: e for name in ("a", "b") for e in select(name, limit=LIMIT)}
     y, x = np.mgrid[:256, :256] - 127.5
@@ -66,7 +66,7 @@ class ColourJudge:
 
 
 def coarse_features(images: torch.Tensor) -> Features:
-    """The pictures at 16 × 16."""
+    """The images at 16 × 16."""
     small = torch.nn.functional.interpolate(images.permute(0, 3, 1, 2).float() / 255, (16, 16), mode="area")
     return Features(pooled=small.flatten(1), detail=small.flatten(1)[:, :1])
 

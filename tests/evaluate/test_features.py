@@ -1,4 +1,4 @@
-"""Features are what the published network gives for the resized picture, whatever is beside it."""
+"""Features are what the published network gives for the resized image, whatever is beside it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +26,7 @@ def lite1() -> FeatureNetwork:
         pytest.skip(str(error))
 
 
-def pictures(count: int, side: int) -> Tensor:
+def squares(count: int, side: int) -> Tensor:
     """Coarse coloured squares: noise would look the same to the network everywhere."""
     coarse = torch.randint(0, 256, (count, 6, 6, 3), generator=torch.Generator().manual_seed(0))
     return coarse.repeat_interleave(side // 6, 1).repeat_interleave(side // 6, 2).to(torch.uint8)
@@ -49,7 +49,7 @@ def test_features_are_those_of_a_direct_forward(
         pytest.skip(str(error))
     network = EfficientNetLite(config)
     network.load_state_dict({key: value for key, value in weights.items() if not key.startswith("_fc")})
-    images = torch.nn.functional.pad(pictures(2, 222), (0, 0, *[(side - 222) // 2] * 4))
+    images = torch.nn.functional.pad(squares(2, 222), (0, 0, *[(side - 222) // 2] * 4))
     assert images.shape == (2, side, side, 3)
     with torch.no_grad():
         network.eval()
@@ -70,9 +70,9 @@ def test_features_are_those_of_a_direct_forward(
         torch.testing.assert_close(found.detail[:, 1284:2288:9], center, atol=1e-4, rtol=1e-4)
 
 
-def test_a_picture_has_its_features_beside_any_other_and_at_any_place(lite1: FeatureNetwork) -> None:
+def test_an_image_has_its_features_beside_any_other_and_at_any_place(lite1: FeatureNetwork) -> None:
     """Catches a last batch that is lost, an order that changes, and statistics taken over the batch."""
-    images = [*pictures(9, 96), pictures(1, 300)[0][:, :200]]
+    images = [*squares(9, 96), squares(1, 300)[0][:, :200]]
     together = lite1(images)
     assert together.pooled.shape == (10, POOLED)
     for place in (0, 7, 8, 9):
@@ -91,7 +91,7 @@ def test_what_is_too_fine_to_see_is_grey(lite1: FeatureNetwork) -> None:
     assert (features[0] - features[1]).norm() < 0.1 * (features[2] - features[1]).norm()
 
 
-def test_joined_keeps_pictures_and_vectors_together() -> None:
+def test_joined_keeps_images_and_vectors_together() -> None:
     parts = [
         Features(pooled=torch.full((n, 2), 1.0 * n), detail=torch.full((n, 3), -1.0 * n)) for n in (1, 2)
     ]

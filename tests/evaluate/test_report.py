@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from wuerstchen.errors import DataError, UserError
-from wuerstchen.evaluate.lists import RealPictures, read_list, select
+from wuerstchen.evaluate.lists import RealImages, read_list, select
 from wuerstchen.evaluate.metrics import Score, background_colour, psnr
 from wuerstchen.evaluate.page import html_page, write_report
 from wuerstchen.evaluate.report import EvaluationOptions, Report, evaluate, sha256_of, summary, to_json
@@ -82,9 +82,9 @@ def test_columns_are_scored_where_they_mean_something(found):
 
 
 def test_rows_are_what_the_model_makes_alone(small_model, emoji_set, found):
-    """Batches, splits and the order of rows must not change a picture: its seed is its number."""
+    """Batches, splits and the order of rows must not change an image: its seed is its number."""
     entry = select("b", limit=LIMIT)[4]  # in the middle of a batch
-    real = RealPictures(emoji_set).picture(entry, 128)
+    real = RealImages(emoji_set).image(entry, 128)
     drawn = stacked(small_model.generate(entry.caption, seed=entry.number, sampling=SAMPLING))
     through = small_model.reconstruct(Image.fromarray(real), seed=entry.number, sampling=SAMPLING).image
     vqgan = small_model.cascade.vqgan
@@ -238,9 +238,9 @@ def test_the_page_stands_alone_and_escapes_prompts(found, model_folder):
     assert "<i>" not in page
     assert "&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt; &amp; &#x27; onerror=x" in page
     assert not re.search(r"""(?:src|href)=["'](?!data:)""", page)
-    pictures = re.findall(r'<img src="data:image/webp;base64,([^"]+)" alt="([^"]+)"', page)
-    assert len(pictures) == 4
-    for data, alt in pictures:
+    images = re.findall(r'<img src="data:image/webp;base64,([^"]+)" alt="([^"]+)"', page)
+    assert len(images) == 4
+    for data, alt in images:
         assert alt.startswith("real, A, A+B, C+B+A of: ")
         Image.open(io.BytesIO(base64.b64decode(data))).load()
     assert "Only the first 4 entries of each list and split" in page
@@ -267,8 +267,8 @@ def photos(tmp_path):
     (folder / "deep").mkdir(parents=True)
     Image.effect_noise((300, 200), 60).save(folder / "b.jpg")
     Image.effect_noise((64, 64), 60).save(folder / "deep" / "a.png")
-    (folder / "broken.jpg").write_bytes(b"no picture")
-    (folder / "notes.txt").write_text("no picture either")
+    (folder / "broken.jpg").write_bytes(b"no image")
+    (folder / "notes.txt").write_text("no image either")
     Image.effect_noise((64, 64), 60).save(folder / ".hidden.png")
     return folder
 

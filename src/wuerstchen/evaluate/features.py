@@ -1,7 +1,7 @@
-"""Features of pictures from image networks with frozen ImageNet weights, which nothing here trains.
+"""Image features from networks with frozen ImageNet weights.
 
-There are two networks because a model may have learnt from one of them: Lite0 is where the small compressor
-starts and what Stage A's perceptual loss looks with. So it is Lite1 that judges.
+There are two networks because a model may have been trained with one of them: Lite0 initialises the small
+compressor, and Stage A's perceptual loss compares its features. The judges therefore read Lite1.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ FeatureName = Literal["efficientnet_lite0", "efficientnet_lite1"]
 
 POOLED, TEXTURE = 1280, 2 * (16 + 24 + 40 + 112)
 DETAIL = 4 * 320 + 9 * 112 + TEXTURE
-"""Widths of the two vectors of ``Features``, and of the end of the second that tells lines and shading."""
+"""Widths of the two vectors of ``Features``, and of the part of ``detail`` that describes texture."""
 
 _NETWORKS: dict[FeatureName, tuple[EfficientNetConfig, Callable[[], Path], int]] = {
     "efficientnet_lite0": (EFFICIENTNET_LITE0, lite0_path, 224),
@@ -37,28 +37,28 @@ _NETWORKS: dict[FeatureName, tuple[EfficientNetConfig, Callable[[], Path], int]]
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """What a frozen network sees in n pictures, float32 on the CPU."""
+    """The features of n images, in float32 on the CPU."""
 
     pooled: Float[Tensor, "n p"]
-    """The head's 1280 channels averaged over the picture: what ImageNet's classifier reads, and KID."""
+    """The head's 1280 channels averaged over the image, as for ImageNet's classifier. KID compares these."""
     detail: Float[Tensor, "n d"]
-    """For the judges, what the average loses. First the map at stride 32 in 2 × 2 fields and the one at
-    stride 16 in 3 × 3, which tell where things are; then mean and deviation of each channel at strides 2, 4,
-    8 and 16, which tell lines and shading."""
+    """What the average loses, for the judges. The feature map at stride 32 pooled to 2 × 2 and that at stride
+    16 pooled to 3 × 3 describe where things are. Then the mean and standard deviation of each channel at
+    strides 2, 4, 8 and 16 describe texture: lines and shading."""
 
     @classmethod
     def joined(cls, parts: Sequence["Features"]) -> "Features":
-        """The pictures of all parts in one."""
+        """Concatenates the images of all parts."""
         return cls(
             pooled=torch.cat([part.pooled for part in parts]), detail=torch.cat([p.detail for p in parts])
         )
 
 
 class FeatureNetwork:
-    """EfficientNet-Lite0 or Lite1 with its ImageNet weights, in eval mode, for pictures of any size."""
+    """EfficientNet-Lite0 or Lite1 with its ImageNet weights, in eval mode, for images of any size."""
 
     def __init__(self, name: FeatureName, device: torch.device | str = "cpu", *, batch_size: int = 8) -> None:
-        """``batch_size`` pictures go through the network at once; few are the fastest on a CPU.
+        """Runs ``batch_size`` images at once. Small batches are the fastest on a CPU.
 
         Raises ``UserError`` if the package with the weights is not installed.
         """
@@ -72,7 +72,7 @@ class FeatureNetwork:
 
     @torch.no_grad()
     def __call__(self, images: UInt8[Tensor, "n h w 3"] | Sequence[UInt8[Tensor, "_ _ 3"]]) -> Features:
-        """The features of at least one RGB picture; pictures in a list may differ in size."""
+        """The features of one or more RGB images. The images of a list may differ in size."""
         starts = range(0, len(images), self.batch_size)
         return Features.joined([self._features(images[start : start + self.batch_size]) for start in starts])
 
@@ -85,7 +85,7 @@ class FeatureNetwork:
         return Features(pooled=pooled.cpu(), detail=torch.cat(detail, dim=1).cpu())
 
     def _resized(self, image: UInt8[Tensor, "h w 3"]) -> Float[Tensor, "1 3 side side"]:
-        """In [0, 1], at the side that the network was published for."""
+        """The image in [0, 1], resized for the network."""
         x = image.to(self.device).permute(2, 0, 1)[None].float() / 255
-        # Without the filter, a large picture would show jagged lines that are not in it.
+        # Without antialiasing, large images get jagged lines.
         return F.interpolate(x, (self.side, self.side), mode="bilinear", antialias=True)

@@ -1,8 +1,8 @@
-"""Judges that tell from a picture which caption it was drawn for, and in which style.
+"""Judges that recognise which caption an image was drawn for, and in which style.
 
-They are small maps on frozen features of EfficientNet-Lite1, which no part of a Würstchen model learns from,
-and on frozen states of the text encoder in the package. ``scripts/train_judges.py`` trained them on the
-training split of the emoji set, and nothing trains them since: a model cannot bend what judges it.
+They are small heads on frozen features of EfficientNet-Lite1, which no part of a Würstchen model is trained
+with, and on frozen states of the bundled text encoder. ``scripts/train_judges.py`` trained them on the
+training split of the emoji set. They stay fixed, so no model can influence its judges.
 """
 
 from collections.abc import Sequence
@@ -25,10 +25,10 @@ from wuerstchen.pipeline import BUNDLED
 
 JUDGES = Path(__file__).parent / "judges.safetensors"
 NETWORK: FeatureName = "efficientnet_lite1"
-"""Whose features the judges read."""
+"""The network whose features the judges read."""
 
 WIDTH = 256
-"""Of the embeddings in which pictures and captions meet."""
+"""Width of the joint embeddings of images and captions."""
 
 _TEXT_WIDTH = 384
 _STYLE_HIDDEN, _STYLE_DROPOUT = 256, 0.3
@@ -37,7 +37,7 @@ _CAPTIONS_AT_ONCE = 128
 
 
 class JudgeHeads(nn.Module):
-    """All that is learnt: from standardised features to an embedding and to style scores, and from text."""
+    """The trained heads: image features to an embedding and to style scores, text to an embedding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class JudgeHeads(nn.Module):
             self.register_buffer(f"{name}_std", torch.ones(width))
         self.image = nn.Linear(POOLED + DETAIL, WIDTH)
         self.text = nn.Linear(_TEXT_WIDTH, WIDTH)
-        # From lines and shading alone: with all features it learns which subjects a style has, and is worse.
+        # It reads only texture. With all features it learns which subjects a style has, and is worse.
         self.style = nn.Sequential(
             nn.Linear(TEXTURE, _STYLE_HIDDEN),
             nn.GELU(),
@@ -55,9 +55,9 @@ class JudgeHeads(nn.Module):
         )
 
     def standardised(self, features: Features) -> Float[Tensor, "n p_plus_d"]:
-        """Both vectors as deviations from their mean over training pictures, cut off at 6."""
+        """Both vectors, standardised by their statistics over training images and clamped to ±6."""
         x = torch.cat([features.pooled, features.detail], dim=1).to(self.features_mean.device)
-        # In a picture unlike any in training one channel could otherwise outweigh all others.
+        # In an unusual image, one channel could otherwise outweigh all others.
         x = (x - self.features_mean) / self.features_std
         return x.clamp(-_MOST_DEVIATIONS, _MOST_DEVIATIONS)
 
@@ -70,12 +70,12 @@ class JudgeHeads(nn.Module):
         return self.style(standardised[:, -TEXTURE:])
 
     def embed_texts(self, pooled: Float[Tensor, "m t"]) -> Float[Tensor, "m e"]:
-        """Embeddings of length 1, of what `pooled_states` gives."""
+        """Embeddings of length 1 of the result of ``pooled_states``."""
         return F.normalize(self.text((pooled - self.text_mean) / self.text_std), dim=1)
 
 
 def pooled_states(encoder: TextEncoder, captions: Sequence[str]) -> Float[Tensor, "m t"]:
-    """The mean of each caption's token states, padding left out."""
+    """The mean of each caption's token states, without padding."""
     parts = []
     for start in range(0, len(captions), _CAPTIONS_AT_ONCE):
         text = encoder.encode(captions[start : start + _CAPTIONS_AT_ONCE])
@@ -85,7 +85,7 @@ def pooled_states(encoder: TextEncoder, captions: Sequence[str]) -> Float[Tensor
 
 
 class Judges:
-    """The trained heads with the text encoder that they read captions with."""
+    """The trained heads with their text encoder."""
 
     def __init__(self, heads: JudgeHeads, encoder: TextEncoder) -> None:
         self.heads = heads
@@ -93,7 +93,7 @@ class Judges:
 
     @torch.no_grad()
     def similarity(self, features: Features, captions: Sequence[str]) -> Float[Tensor, "n m"]:
-        """The cosine between each picture and each caption; equal captions have equal ones."""
+        """The cosine similarity of each image and each caption. Equal captions have equal similarities."""
         unique = list(dict.fromkeys(captions))
         place = {caption: number for number, caption in enumerate(unique)}
         images = self.heads.embed_images(self.heads.standardised(features))
@@ -103,35 +103,34 @@ class Judges:
     def rank(
         self, features: Features, captions: Sequence[str], correct: Int[np.ndarray, " n"]
     ) -> Int[np.ndarray, " n"]:
-        """How many captions fit each picture at least as well as its own, ``captions[correct[i]]``.
+        """How many other captions fit each image at least as well as its own, ``captions[correct[i]]``.
 
-        0 is the best. A tie counts against the picture: one that says nothing is right about nothing.
-        ``features`` are those of ``NETWORK``.
+        0 is the best. A tie counts against the image. ``features`` come from ``NETWORK``.
         """
         similarity = self.similarity(features, captions)
         own = similarity.gather(1, torch.from_numpy(correct).long()[:, None])
-        # Written so that NaN counts against the picture too.
+        # Written so that NaN counts against the image too.
         return (~(similarity < own)).sum(1).numpy() - 1
 
     @torch.no_grad()
     def style(self, features: Features) -> Int[np.ndarray, " n"]:
-        """The style of each picture as an index into ``data.emoji.STYLES``."""
+        """The style of each image as an index into ``data.emoji.STYLES``."""
         return self.heads.score_styles(self.heads.standardised(features)).argmax(1).cpu().numpy()
 
 
 @usual_defaults()
 def load_judges(device: torch.device | str = "cpu", path: Path = JUDGES) -> Judges:
-    """The judges in the package. Raises ``CheckpointError`` for a missing, damaged or foreign file."""
+    """Loads the bundled judges. Raises ``CheckpointError`` for a missing, damaged or foreign file."""
     tensors, header = read_tensors(path)
     if header.get("kind") != "judges":
-        raise CheckpointError(f"{path} is wrong because it holds no judges; install the package again")
+        raise CheckpointError(f"{path} does not hold the judges. Install the package again.")
     heads = JudgeHeads()
     try:
         heads.load_state_dict(tensors)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{path} is wrong because it does not fit ({reason}); install the package again"
+            f"{path} holds judges of another shape ({reason}). Install the package again."
         ) from error
     encoder = read_text_encoder(BUNDLED / "text_encoder").to(device)
     return Judges(heads.eval().requires_grad_(False).to(device), encoder)

@@ -1,4 +1,4 @@
-"""What pictures are scored by: pure functions of pixels, features and ranks."""
+"""Metrics: pure functions of pixels, features and ranks."""
 
 import io
 from dataclasses import dataclass
@@ -13,33 +13,33 @@ from torch import Tensor
 from wuerstchen.data.colours import COLOURS, NAMES, classify, to_lab
 
 MAX_PSNR = 100.0
-"""Given to pictures that are equal, in dB; the least that 8-bit pictures of 256 × 256 can differ is 101."""
+"""PSNR of equal images, in dB. The smallest difference of 8-bit images of 256 × 256 pixels gives 101."""
 
 BORDER = 4
-"""Width in pixels of the frame that the background is read from."""
+"""Width in pixels of the border that the background colour is measured on."""
 
 OBJECT_DISTANCE = 20.0
-"""In L*a*b*: pixels nearer to the background than that belong to it."""
+"""Distance in L*a*b*. Pixels closer to the background colour belong to the background."""
 
 MIN_OBJECT = 0.005
-"""Share of the picture below which what differs from the background is no object."""
+"""Smallest object, as a fraction of the image."""
 
 _LAB = to_lab(np.array(list(COLOURS.values()), dtype=np.uint8))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """A number with what is needed to judge it."""
+    """A value with its standard error."""
 
     value: float
     error: float
-    """Standard error: how far chance in the choice of entries may have moved the value."""
+    """Standard error over the choice of entries."""
     n: int
-    """Pictures it is taken over."""
+    """Number of images."""
 
 
 def mean(values: Float[np.ndarray, " n"] | list[float] | list[bool]) -> Score:
-    """The mean of one value a picture; its error is the deviation over √n. At least one value."""
+    """The mean of one value per image. The error is the standard deviation over √n. Needs one value."""
     array = np.asarray(values, dtype=np.float64)
     assert len(array)
     deviation = float(array.std(ddof=1)) if len(array) > 1 else 0.0
@@ -47,19 +47,19 @@ def mean(values: Float[np.ndarray, " n"] | list[float] | list[bool]) -> Score:
 
 
 def recall(ranks: Int[np.ndarray, " n"] | list[int], k: int) -> Score:
-    """The share of pictures whose own caption is among the first ``k``; rank 0 is the best."""
+    """The fraction of images whose own caption is among the first ``k``. Rank 0 is the best."""
     return mean([rank < k for rank in ranks])
 
 
 def kid(x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "n d"]) -> Score:
-    """Kernel Inception distance between features, where row i of ``x`` and of ``y`` are of the same entry.
+    """Kernel Inception distance between features. Row i of ``x`` and row i of ``y`` belong to the same entry.
 
-    MMD² with the kernel (x·y / d + 1)³ of Bińkowski et al. (arXiv 1801.01401, section 4), by the unbiased
-    estimator over pairs i ≠ j in all its terms (Gretton et al. 2012, JMLR 13, equation 4): the expectation
-    is right whether or not x_i depends on y_i, as it does for a picture and its reconstruction, and what the
-    two have in common cancels instead of adding noise. All pictures are used at once: subsets are for sets
-    too large for one kernel matrix. The error is the jackknife's over entries. Values near 0 can be negative.
-    Needs 3 rows. Usually given times 1000.
+    This is MMD² with the kernel (x·y / d + 1)³ of Bińkowski et al. (arXiv 1801.01401, section 4), estimated
+    without bias over pairs i ≠ j in all terms (Gretton et al. 2012, JMLR 13, equation 4). It stays unbiased
+    if x_i depends on y_i, as an image and its reconstruction do, and what they have in common cancels instead
+    of adding noise. All images are used at once. Subsets are only needed for sets too large for one kernel
+    matrix. The error is the jackknife's over entries. Values near 0 can be negative. Needs 3 rows. Usually
+    multiplied by 1000.
     """
     n, d = x.shape
     assert n >= 3
@@ -78,17 +78,17 @@ def kid(x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "n d"]) -> Score:
 
 
 def psnr(a: UInt8[np.ndarray, "b h w 3"], b: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, " b"]:
-    """Peak signal-to-noise ratio of each pair of pictures in dB, over all of its values; at most 100."""
+    """Peak signal-to-noise ratio of each pair of images in dB, over all pixels and channels. At most 100."""
     error = np.square(a.astype(np.float64) - b).mean(axis=(1, 2, 3))
     with np.errstate(divide="ignore"):
         return np.minimum(10 * np.log10(255**2 / error), MAX_PSNR)
 
 
 def ssim(a: UInt8[np.ndarray, "b h w 3"], b: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, " b"]:
-    """Structural similarity of each pair of pictures, at most 1 (Wang et al. 2004, equation 13).
+    """Structural similarity of each pair of images, at most 1 (Wang et al. 2004, equation 13).
 
-    Gaussian window of 11 × 11 with σ = 1.5, K = (0.01, 0.03), over the windows that lie wholly within the
-    picture. R, G and B are taken apart and averaged: grey alone would not see a wrong colour of the same
+    Gaussian window of 11 × 11 with σ = 1.5, K = (0.01, 0.03), over the windows that lie entirely within the
+    image. R, G and B are compared separately and averaged, because grey would hide a wrong colour of the same
     lightness. Sides are at least 11 pixels.
     """
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
@@ -109,12 +109,12 @@ def _blurred(x: Float[Tensor, "n 1 h w"]) -> Float[Tensor, "n 1 h2 w2"]:
     def band(n: int) -> Tensor:
         return torch.stack([F.pad(window, (i, n - 11 - i)) for i in range(n - 10)])
 
-    # As two products with banded matrices: on a CPU four times as fast as a convolution in fp64.
+    # Two products with banded matrices are four times as fast on a CPU as a convolution in fp64.
     return band(x.shape[2]) @ x @ band(x.shape[3]).T
 
 
 def jpeg(image: UInt8[np.ndarray, "h w 3"], quality: int) -> UInt8[np.ndarray, "h w 3"]:
-    """The picture after JPEG by libjpeg at this quality, colour at half resolution (4:2:0)."""
+    """The image after JPEG compression by libjpeg at this quality, with 4:2:0 chroma subsampling."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
     with Image.open(buffer) as stored:
@@ -122,23 +122,23 @@ def jpeg(image: UInt8[np.ndarray, "h w 3"], quality: int) -> UInt8[np.ndarray, "
 
 
 def background_pixel(image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "3"]:
-    """The median of the frame of 4 pixels around the picture, channel by channel."""
+    """The median of the 4 pixels along the border, for each channel."""
     inner = np.zeros(image.shape[:2], dtype=bool)
     inner[BORDER:-BORDER, BORDER:-BORDER] = True
     return np.median(image[~inner], axis=0).astype(np.uint8)
 
 
 def background_colour(image: UInt8[np.ndarray, "h w 3"]) -> str:
-    """The named colour that the background is nearest to, in L*a*b*."""
+    """The named colour that is closest to the background, in L*a*b*."""
     distance = np.linalg.norm(to_lab(background_pixel(image)[None]) - _LAB, axis=1)
     return NAMES[int(distance.argmin())]
 
 
 def object_colour(image: UInt8[np.ndarray, "h w 3"]) -> str | None:
-    """The largest named colour among the pixels that are not background, as ``colours.classify`` names them.
+    """The most frequent named colour among the pixels outside the background (``colours.classify``).
 
-    Background is what lies within 20 in L*a*b* of the median border pixel: of the picture's own background,
-    so that a wrong one is not taken for the object. None if less than 0.5 % of the picture is left.
+    The background is everything within 20 in L*a*b* of the median border pixel. It is the image's own
+    background, so a wrong one is not taken for the object. None if less than 0.5 % of the image is left.
     """
     pixels = image.reshape(-1, 3)
     distance = np.linalg.norm(to_lab(pixels) - to_lab(background_pixel(image)[None]), axis=1)

@@ -1,4 +1,4 @@
-"""The report on disk: ``report.json``, and ``report.html``, a page that needs nothing beside it."""
+"""Writes the report: ``report.json``, and ``report.html``, a self-contained page."""
 
 import base64
 import html
@@ -60,13 +60,13 @@ dd { margin: 0; } code { font-size: .8em; }
 """
 
 _NOTES = f"""
-<p class="note">One picture an entry, its seed the entry's number; after ± is the standard error.
-R@k: the entry's caption is among the k that a judge, trained on the training pictures, prefers among all
-captions of the list. Style: by the judge. KID: against the real pictures of the same entries, features of
-{FEATURES}; of the real pictures themselves, even against odd entries, which is what chance gives.
-Background: the named colour nearest to the median border pixel. Object: the largest named colour among the
-pixels farther than {OBJECT_DISTANCE:g} in L*a*b* from it, if they are {MIN_OBJECT:.1%} of the picture or
-more; black glyphs are not counted. PSNR and SSIM are means over pictures.</p>
+<p class="note">One image per entry, with the entry's number as seed. The standard error follows ±.
+R@k: the entry's caption is among the k best captions of the list, as ranked by a judge that was trained on
+the training images. Style: recognised by the judge. KID: compared with the real images of the same entries,
+on features of {FEATURES}. For the real images themselves it compares even with odd entries, to show what to
+expect from chance. Background: the named colour closest to the median border pixel. Object: the most frequent
+named colour among the pixels farther than {OBJECT_DISTANCE:g} in L*a*b* from the background, if they cover
+{MIN_OBJECT:.1%} of the image or more. Black glyphs are not counted. PSNR and SSIM are means over images.</p>
 """
 
 
@@ -75,8 +75,8 @@ def write_report(
 ) -> tuple[Path, Path]:
     """Writes ``report.json`` and ``report.html`` into the folder ``out`` and returns their paths.
 
-    ``model`` and ``before`` are the folders whose files are recorded; ``name`` is what the page calls the
-    model. Raises ``UserError`` if the folder cannot be written.
+    The checksums of the files in the folders ``model`` and ``before`` are recorded. ``name`` is the name of
+    the model on the page. Raises ``UserError`` if the folder cannot be written.
     """
     check_writable(out)
     content = to_json(report, model, before)
@@ -84,15 +84,15 @@ def write_report(
     try:
         write_json(data, content)
     except OSError as error:
-        raise UserError(f"{data} cannot be written ({error.strerror}); choose another folder") from error
-    # A file name may hold bytes that are no text.
+        raise UserError(f"{data} cannot be written: {error.strerror}. Choose another folder.") from error
+    # File names may contain bytes that are not text.
     write_whole(page, html_page(report, content, name).encode(errors="replace"))
     return data, page
 
 
 def html_page(report: Report, content: Mapping[str, Any], name: str) -> str:
-    """The page. ``content`` is what ``report.json`` holds."""
-    title = html.escape(f"How {name} draws")
+    """The page as HTML. ``content`` is the content of ``report.json``."""
+    title = html.escape(f"Evaluation of {name}")
     parts = [
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -102,7 +102,7 @@ def html_page(report: Report, content: Mapping[str, Any], name: str) -> str:
     if report.settings["limit"] is not None and report.lists:
         parts.append(
             f'<p class="bad">Only the first {report.settings["limit"]} entries of each list and split: '
-            "a quick look, no result.</p>"
+            "a quick look, not a result.</p>"
         )
     for split in ("test", "val"):
         if split in report.targets:
@@ -118,7 +118,7 @@ def html_page(report: Report, content: Mapping[str, Any], name: str) -> str:
         parts.append(_photos(report.photos))
     for list_name, result in report.lists.items():
         for split in ("test", "val"):
-            parts.append(_pictures(list_name, split, result))
+            parts.append(_images(list_name, split, result))
     parts.append(_files(content))
     return "\n".join(parts) + "</body>\n</html>\n"
 
@@ -145,7 +145,7 @@ def _targets(targets: Sequence[Target], split: Split) -> str:
         f"<td>{target.limit_text}</td><td>{words[target.reached]}</td></tr>"
         for target in targets
     )
-    title = "Targets, on test" if split == "test" else "Targets, on val, where choices are made"
+    title = "Targets, on test" if split == "test" else "Targets, on val"
     head = "<tr><th>target</th><th>list</th><th>measured</th><th>limit</th><th></th></tr>"
     return f'<h2>{title}</h2><div class="wide"><table>{head}{rows}</table></div>'
 
@@ -169,7 +169,7 @@ def _cell(column: Column, score: Score | None) -> str:
     return f"{score.value:.{digits}f} <small>±{score.error:.{digits}f}</small>"
 
 
-def _pictures(name: ListName, split: Split, result: ListResult) -> str:
+def _images(name: ListName, split: Split, result: ListResult) -> str:
     shown = [e for e in result.entries if e.split == split and e.number in result.strips]
     if not shown:
         return ""
@@ -183,7 +183,7 @@ def _photos(photos: PhotoResult) -> str:
     notes = ""
     if photos.enlarged:
         notes += (
-            f'<p class="note">{photos.enlarged} are smaller than the model\'s pictures and were enlarged.</p>'
+            f'<p class="note">{photos.enlarged} are smaller than the model\'s images and were enlarged.</p>'
         )
     if photos.unreadable:
         lines = "".join(f"<li>{html.escape(line)}</li>" for line in photos.unreadable)
@@ -197,7 +197,7 @@ def _photos(photos: PhotoResult) -> str:
 
 
 def _figure(data: bytes, rows: Sequence[str], caption: str) -> str:
-    """Pictures side by side under their names, with the caption below."""
+    """Images side by side under their names, with the caption below."""
     names = "".join(f"<span>{html.escape(row)}</span>" for row in rows)
     alt = html.escape(f"{', '.join(rows)} of: {caption}", quote=True)
     source = f"data:image/webp;base64,{base64.b64encode(data).decode()}"
@@ -211,7 +211,7 @@ def _files(content: Mapping[str, Any]) -> str:
     parts = []
     for key, title in (
         ("model", "SHA-256 of the model's files"),
-        ("before", "and of the model before storing"),
+        ("before", "SHA-256 of the files before compression"),
     ):
         if content[key] is not None:
             lines = "".join(
@@ -221,5 +221,5 @@ def _files(content: Mapping[str, Any]) -> str:
             parts.append(f"<details><summary>{title}</summary><dl>{lines}</dl></details>")
     data = content["settings"]["data"]
     if data is not None:
-        parts.append(f'<p class="note">Fingerprint of the held-out pictures: <code>{data}</code></p>')
+        parts.append(f'<p class="note">Fingerprint of the held-out images: <code>{data}</code></p>')
     return "".join(parts)

@@ -17,7 +17,7 @@ from wuerstchen.defaults import usual_defaults
 from wuerstchen.errors import DataError, UserError
 from wuerstchen.evaluate.features import FeatureNetwork
 from wuerstchen.evaluate.judges import load_judges
-from wuerstchen.evaluate.lists import LISTS, SPLITS, ListName, RealPictures, Split, select
+from wuerstchen.evaluate.lists import LISTS, SPLITS, ListName, RealImages, Split, select
 from wuerstchen.evaluate.photos import PhotoResult, photo_files, score_photos
 from wuerstchen.evaluate.scoring import COLUMNS, FEATURES, LITE0, ROWS, ListResult, Renderer, Row, Scorer
 from wuerstchen.evaluate.targets import Target, number_text, targets
@@ -114,7 +114,7 @@ def evaluate(
     entries = (
         {} if data is None else {name: select(name, options.splits, options.limit) for name in options.lists}
     )
-    real = None if data is None else RealPictures(data)
+    real = None if data is None else RealImages(data)
     for part in entries.values():
         assert real is not None
         real.check(part)
@@ -156,9 +156,7 @@ def evaluate(
     )
 
 
-def _scorer(
-    renderer: Renderer, rows: Sequence[Row], real: RealPictures, batch_size: int, shown: int
-) -> Scorer:
+def _scorer(renderer: Renderer, rows: Sequence[Row], real: RealImages, batch_size: int, shown: int) -> Scorer:
     """A scorer with the judges and feature networks of the package."""
     device = renderer.model.device
     features, lite0_features = (FeatureNetwork(network, device) for network in (FEATURES, LITE0))

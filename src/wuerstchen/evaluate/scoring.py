@@ -19,7 +19,7 @@ from torch import Tensor
 from wuerstchen.data.emoji import STYLES
 from wuerstchen.errors import UserError
 from wuerstchen.evaluate.features import FeatureName, Features
-from wuerstchen.evaluate.lists import SPLITS, Entry, ListName, RealPictures, Split, read_list
+from wuerstchen.evaluate.lists import SPLITS, Entry, ListName, RealImages, Split, read_list
 from wuerstchen.evaluate.metrics import (
     Score,
     background_colour,
@@ -171,7 +171,7 @@ class Scorer:
     renderer: Renderer
     rows: tuple[Row, ...]
     """The rows to score. The real images are always scored too."""
-    real: RealPictures
+    real: RealImages
     features: Callable[[Tensor], Features]
     """The features of uint8 images of shape (n, h, w, 3), for the judge and for KID."""
     lite0_features: Callable[[Tensor], Features]
@@ -200,7 +200,7 @@ class Scorer:
         strips: dict[int, bytes] = {}
         for start in range(0, len(entries), self.batch_size):
             batch = entries[start : start + self.batch_size]
-            originals = np.stack([self.real.picture(entry, self.renderer.size) for entry in batch])
+            originals = np.stack([self.real.image(entry, self.renderer.size) for entry in batch])
             captions, seeds = [entry.caption for entry in batch], [entry.number for entry in batch]
             drawn = {row: self.renderer.draw(row, originals, captions, seeds) for row in rows}
             for row, images in drawn.items():
