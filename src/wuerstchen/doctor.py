@@ -1,4 +1,4 @@
-"""Says whether a model works here: its files, the versions, three pictures, how long they took, a verdict."""
+"""Checks whether a model works on this machine: files, versions, three timed images, and a verdict."""
 
 import hashlib
 import platform
@@ -27,13 +27,13 @@ PROMPTS = (
     "an astronaut riding a horse, oil painting",
     "a bowl of fruit on a wooden table, photograph",
 )
-"""Drawn with seeds 0, 1 and 2 in the model's own size and steps."""
+"""Drawn with seeds 0, 1 and 2, at the model's own size and steps."""
 BUNDLED_PROMPTS = (
     "a 3D render of a purple camel on a blue background",
     "a flat illustration of a red apple",
     "a noto emoji of a cat",
 )
-"""The same for the model in the package, which knows emoji alone."""
+"""The same for the bundled model, which was trained on emoji only."""
 BUNDLED_IMAGES = (
     "62626362626262626267706f646a62626378877977977e626363857f7e909562"
     "6363777f787d83626362657970657c63626264776f6774636262626262626362",
@@ -42,9 +42,9 @@ BUNDLED_IMAGES = (
     "fffffefefeffffffffffd9dae0fffffffee7a7a2c5efe5fefed5939ebde6cefe"
     "ffffdca29fa6f5ffffffdea6bdadfdffffffdabcedc8fefffffffffefffefffe",
 )
-"""What it draws of them in float32, as grey images of 8×8 pixels in hexadecimal."""
+"""Its images for these prompts in float32, as 8×8 greyscale pixels in hexadecimal."""
 MAX_DIFFERENCE = 8
-"""Of such an image, on average, of 255. bfloat16 was 0.2 away."""
+"""Largest mean difference from these images, out of 255. bfloat16 differs by 0.2."""
 
 
 def examine(
@@ -56,70 +56,70 @@ def examine(
     low_memory: LowMemory | None = None,
     sources: Sources | None = None,
 ) -> Iterator[str]:
-    """Lines of a report, each as soon as it is known; the pictures go into ``out`` under free names.
+    """Yields the lines of a report as soon as they are known. The last line is the verdict.
 
-    The last line is the verdict. Raises ``UserError`` where something fails.
+    Writes the images into the folder ``out`` and overwrites no file. Raises ``UserError`` if a check fails.
     """
     sources = sources or Sources()
     yield f"wuerstchen {__version__}, Python {platform.python_version()}, {platform.platform()}"
     yield ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "safetensors", "numpy"))
     name = BUNDLED if model is None else model
     path = local_folder(name, revision=sources.revision, local_files_only=sources.local_files_only)
-    yield f"{model or 'the model in the package'}: layout {layout_of(path)}"
+    yield f"{model or 'the bundled model'}: layout {layout_of(path)}"
     for file in weight_files(path, sources):
         with open(file, "rb") as opened:
             checksum = hashlib.file_digest(opened, "sha256").hexdigest()
         yield f"  {checksum}  {file.stat().st_size:>13,}  {file}"
 
-    began = time.perf_counter()
+    started = time.perf_counter()
     pipeline = load(path, device, precision=precision, low_memory=low_memory, sources=sources)
     precision = precision or default_precision(pipeline.device)
-    yield f"loaded in {time.perf_counter() - began:.1f} s, {precision}, on {_device_name(pipeline.device)}"
+    yield f"loaded in {time.perf_counter() - started:.1f} s, {precision}, on {_device_name(pipeline.device)}"
     for part, network in pipeline.cascade.networks().items():
         yield f"  {part}: {sum(p.numel() for p in network.parameters()):,} parameters"
     if pipeline.cascade.prior is None:
-        raise UserError(f"{path} has no Stage C, so it draws nothing; give one with prior")
+        raise UserError(f"{path} has no Stage C (prior), so it cannot draw images. Use a model that has one.")
     is_bundled = path.resolve() == BUNDLED.resolve()
     drawn = []
     for seed, prompt in enumerate(BUNDLED_PROMPTS if is_bundled else PROMPTS):
-        began = time.perf_counter()
+        started = time.perf_counter()
         (image,) = pipeline.generate(prompt, seed=seed)
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - started
         settings = {"prompt": prompt, "seed": seed, "model": str(model or BUNDLED.name)}
         settings |= pipeline.settings_of(Sampling())
         file = save_new_png(image, out, f"doctor-{seed}", settings, drawn_by_a_model=True)
         yield f"{file}: {image.width}x{image.height} in {seconds:.1f} s, {prompt!r}"
         drawn.append((file, image))
     if pipeline.device.type == "cuda":
-        yield f"at most {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of GPU memory"
+        yield f"peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
     yield _verdict(drawn, is_bundled)
 
 
 def _verdict(drawn: Sequence[tuple[Path, Image.Image]], is_bundled: bool) -> str:
-    """Raises ``UserError`` for an image that shows that something is wrong."""
+    """The verdict in words. Raises ``UserError`` for an image that shows that something is wrong."""
     for number, (path, image) in enumerate(drawn):
         darkest, brightest = (f(band[i] for band in image.getextrema()) for i, f in enumerate((min, max)))
         if brightest - darkest < 8:
             raise UserError(
-                f"{path} is one even colour: the model overflowed or its weights are wrong; try float32, and "
-                "compare the checksums with the publisher's"
+                f"{path} has a single colour: the model overflowed, or its weights are wrong. Try "
+                "--precision float32, and compare the checksums with the publisher's."
             )
         if is_bundled and (away := _difference(image, BUNDLED_IMAGES[number])) > MAX_DIFFERENCE:
             raise UserError(
-                f"{path} is not the image that this model draws elsewhere: it is {away:.0f} of 255 away on "
-                f"average. At most {MAX_DIFFERENCE} is rounding. Try --precision float32 or --device cpu, or "
-                "install the package again"
+                f"{path} differs from the image that this model draws on other machines by {away:.0f} of "
+                f"255 on average. Rounding explains at most {MAX_DIFFERENCE}. Try --precision float32 or --device "
+                "cpu, or install the package again."
             )
     if is_bundled:
-        return "verdict: the model in the package works here, and draws what it draws elsewhere"
+        return "verdict: the bundled model works here, and draws the same images as on other machines"
     return (
-        "verdict: the model works here: its files were read and it drew images of more than one colour. "
-        "Look at them to see whether they show their prompts"
+        "verdict: the model works here. Its files were read, and its images have more than one colour. "
+        "Look at the images to see whether they show their prompts"
     )
 
 
 def _difference(image: Image.Image, reference: str) -> float:
-    """The mean difference of an image from one of ``BUNDLED_IMAGES``."""
+    """The mean difference of an image from one of ``BUNDLED_IMAGES``, out of 255."""
     return float(np.abs(_thumbnail(image).astype(int) - list(bytes.fromhex(reference))).mean())
 
 
