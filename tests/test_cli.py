@@ -174,7 +174,7 @@ BAD_CALLS = {
     "no recipe": (["train"], "no recipe was given. Use one of tiny"),
     "unknown recipe": (["train", "huge"], "unknown recipe 'huge'. Give one of tiny, mini"),
     "recipe after options": (["train", "--seed", "5"], "no recipe was given"),
-    "bad field": (["train", "tiny", "--image-size", "100"], "image_size=100 must be a multiple of 128"),
+    "bad field": (["train", "tiny", "--image-size", "100"], "image_size must be a multiple of 128, got 100"),
     "bad number": (["train", "tiny", "--log-every", "many"], "many"),
     "unknown field": (["train", "tiny", "--learning-rat", "1"], "--learning-rat"),
     "no data for V2": (

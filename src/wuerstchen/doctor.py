@@ -107,8 +107,8 @@ def _verdict(drawn: Sequence[tuple[Path, Image.Image]], is_bundled: bool) -> str
         if is_bundled and (away := _difference(image, BUNDLED_IMAGES[number])) > MAX_DIFFERENCE:
             raise UserError(
                 f"{path} differs from the image that this model draws on other machines by {away:.0f} of "
-                f"255 on average. Rounding explains at most {MAX_DIFFERENCE}. Try --precision float32 or --device "
-                "cpu, or install the package again."
+                f"255 on average. Rounding explains at most {MAX_DIFFERENCE}. Try --precision float32 or "
+                "--device cpu, or install the package again."
             )
     if is_bundled:
         return "verdict: the bundled model works here, and draws the same images as on other machines"

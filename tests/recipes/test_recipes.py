@@ -144,10 +144,14 @@ def test_a_smaller_recipe_by_options(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
-        ("prior", {"c_r": 1}, r"prior\.c_r=1 leaves no frequencies"),
-        ("decoder", {"c_r": 0}, r"decoder\.c_r=0 leaves no frequencies"),
-        ("prior", {"dropout": 1.0}, r"prior\.dropout=1\.0 must be below 1 to train"),
-        ("decoder", {"dropout": (0.0, 0.5, 0.0, 1.0)}, r"decoder\.dropout=\(.*\) must be below 1 to train"),
+        ("prior", {"c_r": 1}, r"prior\.c_r must be at least 4 to train, got 1"),
+        ("decoder", {"c_r": 0}, r"decoder\.c_r must be at least 4 to train, got 0"),
+        ("prior", {"dropout": 1.0}, r"prior\.dropout must be below 1 to train, got 1\.0"),
+        (
+            "decoder",
+            {"dropout": (0.0, 0.5, 0.0, 1.0)},
+            r"decoder\.dropout must be below 1 to train, got \(.*\)",
+        ),
     ],
 )
 def test_networks_that_run_but_cannot_learn_are_refused(part, change, message):

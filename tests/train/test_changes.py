@@ -116,7 +116,7 @@ def test_a_field_of_a_later_part_holds_from_its_beginning(tmp_path):
     ("request_", "message"),
     [
         ("learning_rate", "is no change; write it as --change learning_rate=1e-5"),
-        ("learning_rate=2", "learning_rate=2.0 must be between 0 and 1"),
+        ("learning_rate=2", "learning_rate must be between 0 and 1, got 2.0"),
         ("workers=3", "workers is not needed: it may always change. Give --workers 3"),
         ("prior.c=3", "within a run only what is not built into its networks and data can change"),
         ("frozen_stride=8", "within a run only"),

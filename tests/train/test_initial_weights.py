@@ -350,7 +350,7 @@ def test_fine_tuning_a_published_model(published, photos, compressor_file, tmp_p
         ),
         (
             {"compressor": CompressorConfig(backbone="efficientnet_lite0", c_latent=8)},
-            "the map has 8 channels in compressor.c_latent, 4 in prior.c_in",
+            "the semantic latents have 8 channels in compressor.c_latent, 4 in prior.c_in",
         ),
     ],
 )
@@ -427,14 +427,14 @@ def test_what_a_trained_stage_spoils_is_left_out(start, photos):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"stages": ("c",)}, "stages=c builds on a and b, which no start gives; name a model as start"),
-        ({"stages": ()}, "stages=none must follow one another"),
-        ({"stages": ("a", "c"), "start_from": "x"}, "stages=a c must follow one another"),
-        ({"stages": ("c", "b"), "start_from": "x"}, "stages=c b must follow one another"),
-        ({"stages": ("c",), "start_from": "x", "fresh": ("b",)}, "fresh=b is no stage that is trained"),
+        ({"stages": ("c",)}, "stages=c builds on a and b, which this run neither trains nor starts from"),
+        ({"stages": ()}, "stages must be consecutive, got none"),
+        ({"stages": ("a", "c"), "start_from": "x"}, "stages must be consecutive, got a c"),
+        ({"stages": ("c", "b"), "start_from": "x"}, "stages must be consecutive, got c b"),
+        ({"stages": ("c",), "start_from": "x", "fresh": ("b",)}, "fresh must name trained stages, got b"),
         (
             {"stages": ("a",), "stage_a": dataclasses.replace(tiny().stage_a, refine_images=8)},
-            "refine_images needs a Stage B of the same run",
+            "refine_images needs Stage B to be trained in the same run",
         ),
     ],
 )
@@ -446,17 +446,17 @@ def test_stages_that_cannot_be_trained_are_refused(changes, message):
 def test_phases_are_checked():
     phase = Phase(optimization=learning())
     for change, message in (
-        ({"image_size": 100}, "image_size=100 must be a multiple of 128"),
-        ({"max_ratio": 0.5}, "max_ratio=0.5 must be from 1 to 4"),
-        ({"max_ratio": float("nan")}, "max_ratio=nan must be from 1 to 4"),
+        ({"image_size": 100}, "image_size must be a multiple of 128, got 100"),
+        ({"max_ratio": 0.5}, "max_ratio must be between 1 and 4, got 0.5"),
+        ({"max_ratio": float("nan")}, "max_ratio must be between 1 and 4, got nan"),
     ):
         with pytest.raises(UserError, match=message):
             dataclasses.replace(phase, **change)
-    with pytest.raises(UserError, match=r"blend=0\.5 needs two phases"):
+    with pytest.raises(UserError, match=r"blend must be 1 without further phases, got 0\.5"):
         StageCConfig(optimization=learning(), blend=0.5)
     wide = dataclasses.replace(phase, max_ratio=2.0)
     config = dataclasses.replace(tiny().stage_c, phases=(wide,))
-    with pytest.raises(UserError, match="prepared_images holds squares alone"):
+    with pytest.raises(UserError, match="prepared_images can only hold square images"):
         dataclasses.replace(tiny(), stage_c=config, prepared_images=8)
 
 
@@ -505,5 +505,5 @@ def test_the_compressors_view_is_that_of_the_start(start, photos, tmp_path):
     ):
         read_start(goes_on)
     assert read_start(dataclasses.replace(goes_on, fresh=("b",))).parts.compressor is None
-    with pytest.raises(UserError, match=r"^view_scale must be from 0\.25 to 4, got 5.0"):
+    with pytest.raises(UserError, match=r"^view_scale must be between 0\.25 and 4, got 5\.0"):
         recipe(folder, photos, view_scale=5.0)

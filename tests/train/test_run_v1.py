@@ -192,23 +192,23 @@ def test_a_run_of_v2_is_no_run_of_v1(finished, data):
     [
         (
             {"decoder": dataclasses.replace(PAELLA, num_labels=255)},
-            r"codebook has 256 entries in vqgan\.num_vq_embeddings and 255 in decoder\.num_labels; give both",
+            r"codebook has 256 entries in vqgan\.num_vq_embeddings and 255 in decoder\.num_labels",
         ),
         (
             {"decoder": dataclasses.replace(PAELLA, effnet_embd=8)},
-            r"the map has 16 channels .* 8 in decoder\.effnet_embd",
+            r"the semantic latents have 16 channels .* 8 in decoder\.effnet_embd",
         ),
         (
             {"stage_b": dataclasses.replace(tiny().stage_b, loss_weight="velocity")},
-            r"stage_b\.loss_weight=velocity weighs noise on latents, .* finds tokens; leave it at p2",
+            r"stage_b\.loss_weight must be p2 for a decoder of tokens, got velocity",
         ),
         (
             {"stage_a": dataclasses.replace(tiny().stage_a, refine_images=8)},
-            r"stage_a\.refine_images=8 learns from latents that Stage B draws .* draws tokens; give 0",
+            r"stage_a\.refine_images must be 0 with a decoder of tokens, got 8",
         ),
         (
             {"decoder": dataclasses.replace(PAELLA, patch_size=3)},
-            r"image_size=128 gives latents of 32, no multiple of 6",
+            r"image_size=128 gives latents of side 32\. .* a multiple of 6\.",
         ),
     ],
 )

@@ -86,7 +86,9 @@ def test_a_stage_need_not_be_in_one_chain_with_the_others(monkeypatch):
     assert len(selectable()) == 4
     for stages in (("a", "u"), ("a", "b", "c", "u"), ("a", "b", "u")):
         assert dataclasses.replace(tiny(), stages=stages).stages == stages
-    with pytest.raises(UserError, match=r"stages=u builds on a, which no start gives"):
+    with pytest.raises(
+        UserError, match=r"stages=u builds on a, which this run neither trains nor starts from"
+    ):
         dataclasses.replace(tiny(), stages=("u",))
-    with pytest.raises(UserError, match=r"stages=u a must follow one another; .* or one of u"):
+    with pytest.raises(UserError, match=r"stages must be consecutive, got u a\. .* or one of u"):
         dataclasses.replace(tiny(), stages=("u", "a"))

@@ -1,4 +1,4 @@
-"""What a training run is told: frozen dataclasses, nothing else. A recipe is a function that returns one."""
+"""The configuration of a training run, in frozen dataclasses. A recipe is a function that returns one."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -41,17 +41,17 @@ __all__ = [
     "refining",
     "with_phase",
 ]
-"""All that recipes are made of comes from here."""
+"""Recipes import everything they need from here."""
 
 
 def _others(order: list[str]) -> str:
-    """Further stages that can be given, in words."""
+    """Stages beyond a, b and c that can be selected, in words."""
     more = [stage for stage in order if stage not in ("a", "b", "c")]
     return f", or one of {', '.join(more)}" if more else ""
 
 
 def with_phase(recipe: "Recipe", stage: str) -> "Recipe":
-    """The recipe with another phase at the end of Stage ``b`` or ``c``, a copy of the last one."""
+    """The recipe with one more phase of Stage ``b`` or ``c``: a copy of the last one."""
     name = f"stage_{stage}"
     config = getattr(recipe, name)
     phases = (*config.phases, phases_of(config)[-1])
@@ -64,97 +64,99 @@ StoredTexts = Literal["tokens", "states"]
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A whole run: three networks, their stages, the data, and what to watch on the way."""
+    """A whole training run: the networks, how each stage trains them, the data, and the previews."""
 
     name: str
     data: str
-    """``sample`` for the sample in the package, a folder of images with captions, tars (WebDataset), parquet
-    files, a folder that ``save_to_disk`` wrote, a name on the hub, a built emoji set, or for Stage C alone a
-    prepared set."""
+    """The images and captions: ``sample`` for the bundled sample, a folder of images with captions, tars
+    (WebDataset), parquet files, a folder written by ``save_to_disk``, a name on the hub, a built emoji set,
+    or a prepared set (for Stage C only)."""
     image_column: str = ""
-    """The column of the images in the data, or of the names of their files; of tars their extension. Empty
-    for the first of the usual names."""
+    """The column with the images or with their file names. For tars, the extension of the images. Empty for
+    the first common name."""
     text_column: str = ""
-    """The column of the captions in the data; of tars and text files their extension. Empty for the first of
-    the usual names."""
+    """The column with the captions. For tars and text files, the extension of the captions. Empty for the
+    first common name."""
     image_size: int
-    """Side of the pictures that the model draws, in pixels, a multiple of 128. Stages are trained on this
-    size where they name no other."""
+    """Side of the images that the model generates, in pixels, a multiple of 128. Stages train at this size
+    unless they set their own."""
     seed: int = 0
     stages: tuple[str, ...] = ("a", "b", "c")
-    """The stages that are trained, in order, by their short or full names (``train.stage_table``); the others
-    are ``start_from``'s."""
+    """The stages to train, in order, by their short or full names (``train.stage_table``). The other stages
+    come from ``start_from``."""
     start_from: str = ""
-    """A model to start from: a folder, a file, or a name on the hub, in any layout. Empty for none."""
+    """A model to start from, in any layout: a folder, a file, or a name on the hub. Empty for none."""
     fresh: tuple[str, ...] = ()
-    """Trained stages that begin with random weights although there is a start."""
+    """Stages that start from random weights although ``start_from`` has their networks."""
     text_encoder: str = ""
-    """Where the text encoder of Stage C comes from: a folder, or a name on the hub. Empty for the start's, or
-    without one the small one in the package."""
+    """The text encoder of Stage C: a folder, or a name on the hub. Empty for that of ``start_from``, or for
+    the small bundled one if there is none."""
     decoder_text_encoder: str = ""
-    """Likewise that of Stage B, if it reads text; empty for the start's, or else that of Stage C."""
+    """The text encoder of Stage B, if Stage B reads text: a folder, or a name on the hub. Empty for that of
+    ``start_from``, or for that of Stage C if there is none."""
     text_positions: Literal["real", "all"] = "real"
-    """Which states of a text are attended to: ``all`` are with those of padding, as in the published
+    """Which text states are attended to: ``real`` hides padding, ``all`` does not, as in the published
     models."""
     stored_texts: StoredTexts = "tokens"
-    """What is read of the texts in a prepared set: token ids, which the text encoder reads anew, or the
-    states that it has made."""
+    """What is read from a prepared set: ``tokens``, which the text encoder encodes again, or the stored
+    ``states``."""
     vqgan: VQGANConfig
     compressor: CompressorConfig
     previewer: PreviewerConfig = field(default_factory=PreviewerConfig)
     decoder: DecoderConfig | PaellaConfig
-    """Stage B: of v2, on latents, or of v1, on tokens."""
+    """Stage B: a decoder of latents (v2) or of tokens (v1)."""
     prior: PriorConfig
     stage_a: StageAConfig
     stage_b: StageBConfig
     stage_c: StageCConfig
     statistics_images: int = 1024
-    """Images over which the scale of the latents and the map's mean and deviation are measured."""
+    """Images for measuring the scale of Stage A's latents, and the mean and standard deviation of the
+    semantic latents."""
     view_scale: float = 0.75
-    """Side of the compressor's view over the image's; 0.75 as published. The semantic latents have a position
-    for every 32 pixels of the view."""
+    """Scale of the images that the compressor sees, 0.75 as published. The semantic latents have one position
+    for every 32 × 32 pixels of the scaled image."""
     prior_steps: int = 29
     prior_guidance: float = 4.0
     decoder_steps: int = 12
     decoder_guidance: float = 1.0
-    """How strictly Stage B keeps to the map; 1 is no guidance, as published."""
+    """Guidance of Stage B by the semantic latents. 1 is no guidance, as published."""
     decoder_shift: float = 1.0
-    """How far Stage B's steps lean towards noise when it draws; 1 is equal steps, as published."""
+    """Timestep shift of Stage B's sampling steps towards noise. 1 is no shift, as published."""
     precision: Literal["auto", "fp32", "bf16", "fp16", "float32", "bfloat16", "float16"] = "auto"
-    """bf16 is autocast over fp32 weights, and so is fp16, with scaled losses. auto takes bf16 on a GPU, or
-    fp16 where it has no bf16. float32, bfloat16 and float16 are the same by the names that other commands
-    use."""
+    """``bf16`` and ``fp16`` run autocast over fp32 weights, ``fp16`` with loss scaling. ``auto`` is bf16 on a
+    GPU, or fp16 if the GPU does not support bf16. ``float32``, ``bfloat16`` and ``float16`` are other names
+    for the same."""
     acceleration: Literal["auto", "none", "compile", "graph"] = "auto"
-    """``compile`` compiles the networks' blocks; ``graph`` also records an update once and replays it as a
-    CUDA graph, gradients' travel between processes included. auto takes graph on GPUs, compile where networks
-    are sharded, and none elsewhere."""
+    """``compile`` compiles the blocks of the networks. ``graph`` also records one update, including the
+    exchange of gradients between processes, and replays it as a CUDA graph. ``auto`` is graph on GPUs,
+    compile with sharded networks, and none on other devices."""
     sharding: Literal["none", "full"] = "none"
-    """What several processes share beside the batches. ``full``: weights, averages and optimizer states of
-    Stages B (of v2) and C too, each holds its part (FSDP2). Stage A, the discriminator and the previewer,
-    less than a fiftieth of that, stay whole. With one process there is nothing to share."""
+    """``full`` shards the weights, averages and optimizer states of Stages B (v2 only) and C across processes
+    (FSDP2). Stage A, the discriminator and the previewer are not sharded. They are less than 2 % of the
+    parameters. Has no effect with one process."""
     recompute: Literal["none", "blocks"] = "none"
-    """``blocks`` keeps only what enters each block and computes the rest again for the gradients: less
-    memory, a third more computation, the same gradients."""
+    """``blocks`` keeps only the input of each block and recomputes the rest in the backward pass (activation
+    checkpointing). It saves memory, computes a third more, and gives the same gradients."""
     prepared_images: int = 0
-    """Pictures composed once at the start and held on the device with what the frozen networks make of them,
-    to train on; 0 composes every picture anew. One of 256 pixels takes 0.2 MB, with the latents for Stage B
-    0.26 MB."""
+    """Size of the image cache: images that are composed once at the start and kept on the device, together
+    with the outputs of the frozen networks, for training on them. 0 composes every image anew. An image of
+    256 pixels takes 0.2 MB, or 0.26 MB with the latents for Stage B."""
     preview_prompts: tuple[str, ...] = ()
-    """Prompts of the preview grid of Stage C, fixed for the whole run; empty for captions of the data."""
+    """Prompts of Stage C's previews, the same for the whole run. Empty for captions from the data."""
     preview_every: int = 0
-    """Images between previews; 0 for one at the end of each stage."""
+    """Images between previews. 0 for one preview at the end of each stage."""
     checkpoint_seconds: float = 120.0
-    """Time between checkpoints: what a kill costs at most."""
+    """Seconds between checkpoints. A kill loses at most this much work."""
     keep_every: int = 0
-    """Images between checkpoints that are never removed; 0 for none. Always kept are the two newest and the
-    one with the lowest validation loss."""
+    """Images between checkpoints that are kept forever. 0 for none. The two newest checkpoints and the one
+    with the lowest validation loss are always kept."""
     skip: tuple[str, ...] = ()
-    """Names of images that are left out of training, as log.jsonl and messages name them. Their successors
-    take their places; all else stays in its order."""
+    """Names of images to leave out of training, as log.jsonl and messages give them. The next image takes the
+    place of each. The order of the others does not change."""
     log_every: int = 10
     """Updates between lines in log.jsonl."""
     workers: int = 1
-    """Processes that load pictures; 0 loads them in the training process."""
+    """Processes that load images. 0 loads them in the training process."""
 
     def __post_init__(self) -> None:
         for name in ("stages", "fresh"):
@@ -164,21 +166,21 @@ class Recipe:
         others = ("seed", "workers", "preview_every", "keep_every", "prepared_images")
         for name, least in (*((n, 1) for n in positive), *((n, 0) for n in others)):
             if getattr(self, name) < least:
-                raise UserError(
-                    f"{name}={getattr(self, name)} must be at least {least}; give a larger number"
-                )
+                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}.")
         Sampling(
             guidance=self.prior_guidance,
             prior_steps=self.prior_steps,
             decoder_steps=self.decoder_steps,
             decoder_guidance=self.decoder_guidance,
             decoder_shift=self.decoder_shift,
-        )  # refuses what cannot be sampled with, before anything is trained
+        )  # refuses invalid sampling settings before anything is trained
         if not self.checkpoint_seconds >= 0:
-            raise UserError(f"checkpoint_seconds={self.checkpoint_seconds} must be at least 0; 120 is common")
+            raise UserError(
+                f"checkpoint_seconds must be at least 0, got {self.checkpoint_seconds}. 120 is common."
+            )
         if not 0.25 <= self.view_scale <= 4:
             raise UserError(
-                f"view_scale must be from 0.25 to 4, got {self.view_scale}. Use 0.75 as published."
+                f"view_scale must be between 0.25 and 4, got {self.view_scale}. Use 0.75 as published."
             )
         check_side(self.image_size)
         self._check_stages()
@@ -186,9 +188,9 @@ class Recipe:
         channels = self.compressor.c_latent
         if not channels == self.prior.c_in == self.decoder.effnet_embd == self.previewer.c_in:
             raise UserError(
-                f"the map has {channels} channels in compressor.c_latent, {self.prior.c_in} in prior.c_in, "
-                f"{self.decoder.effnet_embd} in decoder.effnet_embd and {self.previewer.c_in} in "
-                "previewer.c_in; give all four the same number"
+                f"the semantic latents have {channels} channels in compressor.c_latent, "
+                f"{self.prior.c_in} in prior.c_in, {self.decoder.effnet_embd} in decoder.effnet_embd and "
+                f"{self.previewer.c_in} in previewer.c_in. All four must be equal."
             )
         self._check_learnable()
         check_prediction(self.prior.prediction)
@@ -196,16 +198,18 @@ class Recipe:
         self._check_sizes()
 
     def _check_learnable(self) -> None:
-        """Models of others may run without a timestep, or with all of a layer dropped. None can learn so."""
+        """Refuses networks that can sample but not train: no timestep embedding, or a dropout of 1."""
         for part, network in (("prior", self.prior), ("decoder", self.decoder)):
             if network.c_r < 4:
-                raise UserError(f"{part}.c_r={network.c_r} leaves no frequencies; use at least 4")
-            every = network.dropout if isinstance(network.dropout, tuple) else (network.dropout,)
-            if max(every) == 1:
-                raise UserError(f"{part}.dropout={network.dropout} must be below 1 to train; 0.1 is common")
+                raise UserError(f"{part}.c_r must be at least 4 to train, got {network.c_r}.")
+            rates = network.dropout if isinstance(network.dropout, tuple) else (network.dropout,)
+            if max(rates) == 1:
+                raise UserError(
+                    f"{part}.dropout must be below 1 to train, got {network.dropout}. 0.1 is common."
+                )
 
     def trains(self, stage: str) -> bool:
-        """Whether the stage with this short or full name is trained."""
+        """Whether the recipe trains the stage with this short or full name."""
         return short_name(stage) in self.stages
 
     def _check_stages(self) -> None:
@@ -216,20 +220,22 @@ class Recipe:
         behind = {kind.short for kind in after(trained)} if known else set()
         if not known or ahead & behind:
             raise UserError(
-                f"stages={' '.join(self.stages) or 'none'} must follow one another; give a b c, a, a b, "
-                f"b, b c or c{_others(order)}"
+                f"stages must be consecutive, got {' '.join(self.stages) or 'none'}. Use a b c, a, a b, b, "
+                f"b c or c{_others(order)}."
             )
         left_out = [stage for stage in order if stage in ahead]
         if left_out and not self.start_from:
             raise UserError(
-                f"stages={' '.join(self.stages)} builds on {' and '.join(left_out)}, which no start gives; "
-                "name a model as start, or train them too"
+                f"stages={' '.join(self.stages)} builds on {' and '.join(left_out)}, which this run neither "
+                "trains nor starts from. Use --start-from MODEL, or train them too."
             )
         for stage in self.fresh:
             if stage not in self.stages:
-                raise UserError(f"fresh={stage} is no stage that is trained; add it to stages")
+                raise UserError(f"fresh must name trained stages, got {stage}. Add it to stages.")
         if "a" in self.stages and self.stage_a.refine_images and "b" not in self.stages:
-            raise UserError("stage_a.refine_images needs a Stage B of the same run; train b too, or give 0")
+            raise UserError(
+                "stage_a.refine_images needs Stage B to be trained in the same run. Train b too, or use 0."
+            )
 
     def _check_optimizers(self) -> None:
         stages = [getattr(self, name) for name in dict.fromkeys(kind.config for kind in kinds())]
@@ -237,12 +243,12 @@ class Recipe:
         every += [phase.optimization for stage in stages for phase in getattr(stage, "phases", ())]
         if self.sharding == "full" and any(o.optimizer == "muon" for o in every):
             raise UserError(
-                "optimizer=muon needs whole matrices, and sharding=full splits them between processes. "
+                "optimizer=muon needs whole matrices, and sharding=full splits them across processes. "
                 "Use --sharding none or optimizer=adamw."
             )
 
     def _check_sizes(self) -> None:
-        """Of the stages that are trained."""
+        """Checks the image sizes of the trained stages."""
         if "a" in self.stages:
             self._check_crop()
         multiple = self.vqgan.factor * self.decoder.size_multiple
@@ -251,13 +257,13 @@ class Recipe:
                 size = phase.image_size or self.image_size
                 if size % multiple:
                     raise UserError(
-                        f"image_size={size} gives latents of {size // self.vqgan.factor}, no multiple of "
-                        f"{self.decoder.size_multiple} as the decoder's levels need; use fewer levels"
+                        f"image_size={size} gives latents of side {size // self.vqgan.factor}. The decoder's "
+                        f"levels need a multiple of {self.decoder.size_multiple}. Use fewer levels."
                     )
         if self.prepared_images:
             for config in (self.stage_b, self.stage_c):
                 if any(phase.max_ratio > 1 for phase in phases_of(config)):
-                    raise UserError("prepared_images holds squares alone; give 0, or max_ratio=1")
+                    raise UserError("prepared_images can only hold square images. Use 0, or max_ratio=1.")
 
     def _check_crop(self) -> None:
         size = self.stage_a.image_size or self.image_size
@@ -265,13 +271,13 @@ class Recipe:
         least = 2**self.stage_a.discriminator_depth + 1
         if self.stage_a.adversarial_weight > 0 and crop < least:
             raise UserError(
-                f"stage_a.crop={crop} is too small for a discriminator of depth "
-                f"{self.stage_a.discriminator_depth}, which needs {least}; use a larger crop or less depth"
+                f"stage_a.crop must be at least {least} for a discriminator of depth "
+                f"{self.stage_a.discriminator_depth}, got {crop}. Use a larger crop or a smaller depth."
             )
         if crop > size or crop % self.vqgan.factor:
             raise UserError(
-                f"stage_a.crop={crop} must be a multiple of {self.vqgan.factor} and at most image_size="
-                f"{size}; use {size}"
+                f"stage_a.crop must be a multiple of {self.vqgan.factor} and at most image_size={size}, got "
+                f"{crop}. Use {size}."
             )
 
 
@@ -290,9 +296,9 @@ FREE_FIELDS = frozenset(
         "recompute",
     }
 )
-"""What may change between the starts of a run, because the result does not depend on it: bit for bit, or, as
-with ``acceleration``, ``sharding`` and the number of processes, to rounding. ``data`` and ``start_from`` are
-only places: what is in them has a fingerprint."""
+"""Fields that may change whenever a run is resumed, because the result does not depend on them. It stays
+equal bit for bit, or up to rounding for ``acceleration``, ``sharding`` and the number of processes. ``data``
+and ``start_from`` are only locations. Their contents are checked by fingerprint."""
 
 
 _ADDED = {
@@ -303,12 +309,14 @@ _ADDED = {
     "image_column": "",
     "text_column": "",
 }
-"""Fields that runs of earlier versions lack, with what they did."""
+"""Fields that earlier versions did not record, with the values that they used."""
 
 
 def differing_fields(stored: dict, given: dict, prefix: str = "") -> list[str]:
-    """The fields in which two resolved recipes differ, with both values if short; not ``FREE_FIELDS``, nor
-    those of a Stage A that is not trained."""
+    """The fields in which two resolved recipes differ, with both values if they are short.
+
+    Leaves out ``FREE_FIELDS``, and the settings of Stage A if it is not trained.
+    """
     names = []
     for key in sorted(stored.keys() | given.keys()):
         if not prefix and (key in FREE_FIELDS or (key == "stage_a" and "a" not in given.get("stages", "a"))):
@@ -317,8 +325,8 @@ def differing_fields(stored: dict, given: dict, prefix: str = "") -> list[str]:
         if isinstance(a, dict) and isinstance(b, dict):
             names += differing_fields(a, b, f"{prefix}{key}.")
         elif key == "phases" and isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-            for number, (one, other) in enumerate(zip(a, b, strict=True)):
-                names += differing_fields(one, other, f"{prefix}{key}.{number}.")
+            for number, (old, new) in enumerate(zip(a, b, strict=True)):
+                names += differing_fields(old, new, f"{prefix}{key}.{number}.")
         elif a != b:
             values = f" ({a}, now {b})"
             names.append(f"{prefix}{key}{values if len(values) < 40 else ''}")
@@ -326,7 +334,7 @@ def differing_fields(stored: dict, given: dict, prefix: str = "") -> list[str]:
 
 
 def as_dict(recipe: Recipe) -> dict:
-    """The resolved recipe as JSON holds it: tuples are lists."""
+    """The recipe as a dictionary for JSON, with lists in place of tuples."""
 
     def plain(value: object) -> object:
         if isinstance(value, dict):

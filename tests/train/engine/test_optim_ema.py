@@ -191,11 +191,11 @@ def test_the_average_takes_statistics_and_copies_counts():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"images": 0}, "images=0 must be at least 1"),
-        ({"weight_decay": float("nan")}, "weight_decay=nan must be at least 0"),
-        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
-        ({"learning_rate": 0.0}, "learning_rate=0.0 must be between 0 and 1"),
-        ({"ema_decay": 1.0}, "ema_decay=1.0 must be from 0 to below 1"),
+        ({"images": 0}, "images must be at least 1, got 0"),
+        ({"weight_decay": float("nan")}, "weight_decay must be at least 0, got nan"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be between 0 and 1, got 0.0"),
+        ({"ema_decay": 1.0}, "ema_decay must be from 0 to below 1, got 1.0"),
     ],
 )
 def test_impossible_values_are_refused(change, message):

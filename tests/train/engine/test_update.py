@@ -130,9 +130,9 @@ def test_processes_talk_once_an_update_of_a_network(accumulate, monkeypatch):
 
 
 def test_parts_must_be_equal():
-    with pytest.raises(UserError, match=r"batch_size=8 cannot be computed in accumulate=3 equal parts"):
+    with pytest.raises(UserError, match=r"batch_size must be a multiple of accumulate=3, got 8"):
         PriorStage(accumulate=3)
-    with pytest.raises(UserError, match="accumulate=0 must be at least 1"):
+    with pytest.raises(UserError, match="accumulate must be at least 1, got 0"):
         PriorStage(accumulate=0)
     with pytest.raises(
         UserError, match=r"2 processes in accumulate=3 parts each\. Make batch_size a multiple of 6"

@@ -259,7 +259,7 @@ class TestStagePaella:
         assert both / 240 == pytest.approx(0.12, abs=0.07)
 
     def test_label_smoothing_is_a_share(self):
-        with pytest.raises(UserError, match=r"label_smoothing=1\.5 must be a share from 0 to 1"):
+        with pytest.raises(UserError, match=r"label_smoothing must be between 0 and 1, got 1\.5"):
             dataclasses.replace(tiny().stage_b, label_smoothing=1.5)
         assert StageBConfig(optimization=tiny().stage_b.optimization).label_smoothing == 0.1
 

@@ -77,7 +77,7 @@ def _check_recipe(recipe: Recipe) -> None:
     if not channels == decoder.c_in == decoder.c_out:
         raise UserError(
             f"the latents have {channels} channels in vqgan.latent_channels, {decoder.c_in} in "
-            f"decoder.c_in and {decoder.c_out} in decoder.c_out; give all three the same number"
+            f"decoder.c_in and {decoder.c_out} in decoder.c_out. All three must be equal."
         )
 
 

@@ -145,17 +145,17 @@ def _check_recipe(recipe: Recipe) -> None:
     if decoder.num_labels != codes:
         raise UserError(
             f"the codebook has {codes} entries in vqgan.num_vq_embeddings and {decoder.num_labels} in "
-            "decoder.num_labels; give both the same number"
+            "decoder.num_labels. Both must be equal."
         )
     if "b" in recipe.stages and recipe.stage_b.loss_weight != "p2":
         raise UserError(
-            f"stage_b.loss_weight={recipe.stage_b.loss_weight} weighs noise on latents, and this Stage B "
-            "finds tokens; leave it at p2"
+            f"stage_b.loss_weight must be p2 for a decoder of tokens, got {recipe.stage_b.loss_weight}. It "
+            "weights errors of noise on latents."
         )
     if "a" in recipe.stages and recipe.stage_a.refine_images:
         raise UserError(
-            f"stage_a.refine_images={recipe.stage_a.refine_images} learns from latents that Stage B draws "
-            "anew, and this one draws tokens; give 0"
+            f"stage_a.refine_images must be 0 with a decoder of tokens, got {recipe.stage_a.refine_images}. "
+            "The refinement trains on latents that Stage B samples."
         )
 
 
