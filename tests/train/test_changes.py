@@ -15,7 +15,7 @@ from wuerstchen.checkpoints.native import read_network
 from wuerstchen.errors import RunFolderError, UserError
 from wuerstchen.recipes.tiny import tiny
 from wuerstchen.train import stage_table
-from wuerstchen.train.changes import asked_for, check_same, ended_at, in_force, parts_of, plan
+from wuerstchen.train.changes import check_same, current_recipe, ending_at, plan, run_phases, with_changes
 from wuerstchen.train.config import Phase, as_dict
 from wuerstchen.train.engine.checkpoint import newest
 from wuerstchen.train.recorded_recipe import get
@@ -58,7 +58,7 @@ def trained(run_dir: Path, **images: int) -> Path:
 
 
 def lengths(recipe) -> dict[str, int]:
-    return {part.name: part.images for part in parts_of(recipe)}
+    return {part.name: part.images for part in run_phases(recipe)}
 
 
 def until(name: str, **more: int) -> dict[str, int]:
@@ -85,10 +85,10 @@ def test_the_parts_of_a_run_are_in_order():
 )
 def test_a_bare_name_is_of_the_part_being_trained(name, path, tmp_path):
     run_dir = trained(tmp_path, **until(name, **{name: 32}))
-    changed, (change,) = asked_for(phased(), run_dir, ["learning_rate=1e-6"])
+    changed, (change,) = with_changes(phased(), run_dir, ["learning_rate=1e-6"])
     assert (change.field, change.after, change.stage, change.images) == (path, 1e-6, name, 32)
-    assert asked_for(changed, run_dir, ["learning_rate=1e-6"]) == (changed, [])  # given again
-    _, (clip,) = asked_for(phased(), run_dir, ["clip_norm=0.5"])
+    assert with_changes(changed, run_dir, ["learning_rate=1e-6"]) == (changed, [])  # given again
+    _, (clip,) = with_changes(phased(), run_dir, ["clip_norm=0.5"])
     of_refinement = path.removesuffix("learning_rate")
     config = f"stage_{name[0]}.optimization." if "refine" in path else of_refinement
     assert clip.field == f"{config}clip_norm"
@@ -97,70 +97,76 @@ def test_a_bare_name_is_of_the_part_being_trained(name, path, tmp_path):
 @pytest.mark.parametrize(("name", "path"), [("c", "stage_c.max_ratio"), ("c2", "stage_c.phases.0.max_ratio")])
 def test_the_sizes_of_a_phase_are_of_that_phase(name, path, tmp_path):
     run_dir = trained(tmp_path, **until(name, **{name: 32}))
-    _, (change,) = asked_for(phased(), run_dir, ["max_ratio=1.5"])
+    _, (change,) = with_changes(phased(), run_dir, ["max_ratio=1.5"])
     assert (change.field, change.stage) == (path, name)
     finished = trained(tmp_path / "other", **until("c2", c2=32))
-    with pytest.raises(UserError, match="what it is for is finished"):
-        asked_for(phased(), finished, ["stage_c.max_ratio=1.5"])
+    with pytest.raises(UserError, match="the stages that use it are finished"):
+        with_changes(phased(), finished, ["stage_c.max_ratio=1.5"])
 
 
 def test_a_field_of_a_later_part_holds_from_its_beginning(tmp_path):
     run_dir = trained(tmp_path, a=32)
-    _, (change,) = asked_for(phased(), run_dir, ["stage_c.phases.0.optimization.learning_rate=1e-6"])
+    _, (change,) = with_changes(phased(), run_dir, ["stage_c.phases.0.optimization.learning_rate=1e-6"])
     assert (change.stage, change.images) == ("c2", 0)
-    _, (seed,) = asked_for(phased(), run_dir, ["seed=7"])
+    _, (seed,) = with_changes(phased(), run_dir, ["seed=7"])
     assert (seed.stage, seed.images) == ("a", 32)
 
 
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ("learning_rate", "is no change; write it as --change learning_rate=1e-5"),
+        ("learning_rate", "must look like learning_rate=1e-5, got learning_rate"),
         ("learning_rate=2", "learning_rate must be between 0 and 1, got 2.0"),
-        ("workers=3", "workers is not needed: it may always change. Give --workers 3"),
-        ("prior.c=3", "within a run only what is not built into its networks and data can change"),
-        ("frozen_stride=8", "within a run only"),
-        ("backbone_rate=0.5", "within a run only"),
-        ("data_is=3", "within a run only"),
-        ("stage_c.phases.7.optimization.images=3", "within a run only"),
-        ("precision=auto", "depends on the machine; give fp32 or bf16"),
-        ("seed+=1", "only skip is one"),
-        ("stage_a.optimization.learning_rate=1e-3", "changes nothing: what it is for is finished"),
-        ("images=8", r"images=8 is fewer than the 32 that stage B has seen; .*--end-now"),
-        ("batch_size=24", "batch_size=24 does not divide the 32 images that stage B has seen"),
-        ("refine_images=0 images=8", "gives no value"),
-        ("stage_a.optimization.images=999999", "stage A is finished and stage B was trained on it"),
+        ("workers=3", "workers may always change, so it needs no --change. Use --workers 3"),
+        ("prior.c=3", "prior.c cannot change within a run"),
+        ("frozen_stride=8", "cannot change within a run"),
+        ("backbone_rate=0.5", "cannot change within a run"),
+        ("data_is=3", "cannot change within a run"),
+        ("stage_c.phases.7.optimization.images=3", "cannot change within a run"),
+        ("precision=auto", "depends on the machine. Use fp32, bf16"),
+        ("seed+=1", "only skip is a list"),
+        (
+            "stage_a.optimization.learning_rate=1e-3",
+            "would have no effect: the stages that use it are finished",
+        ),
+        ("images=8", r"images must be at least 32, which stage B has seen, got 8\. .*--end-now"),
+        ("batch_size=24", "batch_size must divide the 32 images that stage B has seen, got 24"),
+        ("refine_images=0 images=8", "is not valid for"),
+        (
+            "stage_a.optimization.images=999999",
+            "stage A cannot have more images: it is finished, and stage B was trained on it",
+        ),
     ],
 )
 def test_what_cannot_change_is_refused_with_the_reason(request_, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        asked_for(phased(), trained(tmp_path, **until("b", b=32)), [request_])
+        with_changes(phased(), trained(tmp_path, **until("b", b=32)), [request_])
 
 
 def test_a_stage_says_which_of_its_settings_may_change(tmp_path, monkeypatch):
     """A new row of the table of stages is enough: there is no list of stages in changes.py."""
     run_dir = trained(tmp_path, a=32)
-    with pytest.raises(UserError, match="within a run only"):
-        asked_for(phased(), run_dir, ["crop=32"])
+    with pytest.raises(UserError, match="cannot change within a run"):
+        with_changes(phased(), run_dir, ["crop=32"])
     monkeypatch.setattr(stage_table, "STAGES", (*stage_table.STAGES, f"{__name__}:CROPPING"))
-    _, (change,) = asked_for(phased(), run_dir, ["crop=32"])
+    _, (change,) = with_changes(phased(), run_dir, ["crop=32"])
     assert (change.field, change.after, change.stage) == ("stage_a.crop", 32, "a")
 
 
 def test_a_part_that_has_begun_cannot_be_left_out(tmp_path):
     run_dir = trained(tmp_path, **until("b2", b2=32))
-    with pytest.raises(UserError, match="stage B2 has begun, so it cannot be left out"):
-        asked_for(phased(), run_dir, ["stage_b.refine_images=0"])
-    changed, _ = asked_for(phased(), run_dir, ["stage_a.refine_images=0"])
+    with pytest.raises(UserError, match="stage B2 cannot be left out: its training has started"):
+        with_changes(phased(), run_dir, ["stage_b.refine_images=0"])
+    changed, _ = with_changes(phased(), run_dir, ["stage_a.refine_images=0"])
     assert "a2" not in lengths(changed)
 
 
 def test_several_changes_are_one(tmp_path):
     """A finished run gets more images and another rate; alone the rate would change nothing."""
     run_dir = trained(tmp_path, **lengths(phased()))
-    with pytest.raises(UserError, match=r"changes nothing: .*raise the images too"):
-        asked_for(phased(), run_dir, ["learning_rate=1e-6"])
-    changed, changes = asked_for(phased(), run_dir, ["learning_rate=1e-6", "images=640", "skip+=a, b.png"])
+    with pytest.raises(UserError, match=r"would have no effect: .*raise the number of images too"):
+        with_changes(phased(), run_dir, ["learning_rate=1e-6"])
+    changed, changes = with_changes(phased(), run_dir, ["learning_rate=1e-6", "images=640", "skip+=a, b.png"])
     assert lengths(changed)["c2"] == 640
     assert changed.skip == ("a, b.png",)
     assert {(c.field.rpartition(".")[2], c.stage, c.images) for c in changes} == {
@@ -168,7 +174,7 @@ def test_several_changes_are_one(tmp_path):
         ("images", "c2", 320),
         ("skip", "c2", 320),
     }
-    again, more = asked_for(changed, run_dir, ["skip+=c.png", "skip+=a, b.png"])
+    again, more = with_changes(changed, run_dir, ["skip+=c.png", "skip+=a, b.png"])
     assert again.skip == ("a, b.png", "c.png")
     assert len(more) == 1
 
@@ -176,26 +182,28 @@ def test_several_changes_are_one(tmp_path):
 @pytest.mark.parametrize("name", PARTS)
 def test_a_run_ends_at_any_part(name, tmp_path):
     run_dir = trained(tmp_path, **until(name, **{name: 32}))
-    ended, changes = asked_for(phased(), run_dir, [], end_now=True)
-    assert ended == ended_at(phased(), name, 32)
+    ended, changes = with_changes(phased(), run_dir, [], end_now=True)
+    assert ended == ending_at(phased(), name, 32)
     assert lengths(ended) == until(name, **{name: 32})
     assert {(c.stage, c.images) for c in changes} == {(name, 32)}
-    assert asked_for(ended, run_dir, [], end_now=True) == (ended, [])
+    assert with_changes(ended, run_dir, [], end_now=True) == (ended, [])
     # What is recorded gives the same recipe.
     stored = {"recipe": as_dict(phased()), "data": "", "changes": [dataclasses.asdict(c) for c in changes]}
     stored = json.loads(json.dumps(stored))
-    assert in_force(stored, phased(), "run.json") == ended
+    assert current_recipe(stored, phased(), "run.json") == ended
 
 
 def test_before_a_part_has_a_checkpoint_the_run_ends_at_the_one_before(tmp_path):
-    ended, _ = asked_for(phased(), trained(tmp_path, **until("a2")), [], end_now=True)
+    ended, _ = with_changes(phased(), trained(tmp_path, **until("a2")), [], end_now=True)
     assert list(lengths(ended)) == ["a", "b", "b2"]
     with pytest.raises(UserError, match="has no checkpoint yet"):
-        asked_for(phased(), tmp_path / "nothing", [], end_now=True)
+        with_changes(phased(), tmp_path / "nothing", [], end_now=True)
 
 
 def test_a_run_that_has_not_begun_takes_options_instead(tmp_path):
-    with pytest.raises(UserError, match=r"has not begun.* as in --stage-c.optimization.learning-rate 1e-5"):
+    with pytest.raises(
+        UserError, match=r"needs a run that has started.* as in --stage-c.optimization.learning-rate 1e-5"
+    ):
         plan(tiny(), None, tmp_path, ["learning_rate=1e-5"])
 
 
@@ -207,7 +215,7 @@ def test_the_same_command_goes_on_after_a_change_and_another_is_told_how(tmp_pat
     check_same(stored, phased(), run_dir, changed.recipe)  # as it was begun
     check_same(stored, changed.recipe, run_dir, changed.recipe)  # as it is now
     other = dataclasses.replace(phased(), seed=3)
-    with pytest.raises(RunFolderError, match=r"seed \(0, now 3\) differ.* give --change seed=3 to change"):
+    with pytest.raises(RunFolderError, match=r"seed \(0, now 3\) differ.* add --change seed=3 to change"):
         check_same(stored, other, run_dir, changed.recipe)
     other = dataclasses.replace(other, prior=dataclasses.replace(other.prior, depth=9))
     with pytest.raises(RunFolderError) as caught:
@@ -332,9 +340,9 @@ def test_more_images_after_the_end_are_those_of_the_longer_run(finished, tmp_pat
 
 def test_a_batch_size_fits_what_the_refinement_in_training_has_seen(tmp_path):
     """It was compared with the images of the finished Stage A, and not with those of its refinement."""
-    with pytest.raises(UserError, match="does not divide the 80 images that stage A2 has seen"):
-        asked_for(phased(), trained(tmp_path / "80", **until("a2", a2=80)), ["batch_size=32"])
-    changed, _ = asked_for(phased(), trained(tmp_path / "64", **until("a2", a2=64)), ["batch_size=64"])
+    with pytest.raises(UserError, match="must divide the 80 images that stage A2 has seen"):
+        with_changes(phased(), trained(tmp_path / "80", **until("a2", a2=80)), ["batch_size=32"])
+    changed, _ = with_changes(phased(), trained(tmp_path / "64", **until("a2", a2=64)), ["batch_size=64"])
     assert changed.stage_a.optimization.batch_size == 64
 
 
@@ -386,7 +394,7 @@ def test_a_run_is_ended_before_a_phase_with_other_data(finished, tmp_path):
     recipe = dataclasses.replace(
         recipe, stage_a=dataclasses.replace(recipe.stage_a, optimization=optimization)
     )
-    ended = ended_at(recipe, "a", 24)  # as somebody might give it by hand
+    ended = ending_at(recipe, "a", 24)  # as somebody might give it by hand
     for given, end_now in ((recipe, True), (recipe, False), (ended, False)):
         train(given, run_dir, device="cpu", end_now=end_now, watch=Watch(rehearses=False))
         assert read_network(run_dir / "model" / "vqgan.safetensors")[1].images == 24

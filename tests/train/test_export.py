@@ -12,7 +12,7 @@ from wuerstchen.checkpoints.hub import local_folder
 from wuerstchen.checkpoints.native import read_cascade, read_network, read_parts
 from wuerstchen.cli import main
 from wuerstchen.errors import CheckpointError, RunFolderError, UserError
-from wuerstchen.train.changes import parts_of
+from wuerstchen.train.changes import run_phases
 from wuerstchen.train.engine.checkpoint import newest, read_averages
 from wuerstchen.train.export import NotMeasuredWarning, export
 from wuerstchen.train.run import train
@@ -107,14 +107,14 @@ def test_while_stage_a_trains_the_scale_is_not_known_yet(run_dir, tmp_path):
     )
     with pytest.warns(
         NotMeasuredWarning,
-        match="what is measured when Stage A ends is not known yet, .* the recipe's scale_factor=",
+        match="measured at the end of Stage A are not known yet.* of the recipe: scale_factor=",
     ):
         export(unfinished, tmp_path / "model")
 
 
 def test_the_best_checkpoint_is_found_by_its_name(run_dir, tmp_path):
     best = run_dir / "stage_c" / "checkpoints" / "best.json"
-    with pytest.raises(UserError, match="--checkpoint best: stage C has no validation loss"):
+    with pytest.raises(UserError, match="--checkpoint best needs a validation loss, and stage C has none"):
         export(run_dir, tmp_path / "none", stage="c", checkpoint="best")
     best.write_text(json.dumps({"images": 8, "loss": 0.5}))
     try:
@@ -126,9 +126,9 @@ def test_the_best_checkpoint_is_found_by_its_name(run_dir, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"stage": "d"}, "--stage d has no checkpoint in .*; give a or b or b2 or a2 or c or c2"),
-        ({"checkpoint": "9"}, "--checkpoint 9 is none of stage C2, which has 8, 16; give one of these"),
-        ({"checkpoint": "../x"}, r"--checkpoint \.\./x is none of stage C2"),
+        ({"stage": "d"}, r"--stage d has no checkpoint in .*\. Use a or b or b2 or a2 or c or c2"),
+        ({"checkpoint": "9"}, r"stage C2 has no checkpoint 9\. Use newest, best or one of 8, 16"),
+        ({"checkpoint": "../x"}, r"stage C2 has no checkpoint \.\./x"),
     ],
 )
 def test_a_checkpoint_that_is_not_there_is_refused(options, message, run_dir, tmp_path):
@@ -138,7 +138,7 @@ def test_a_checkpoint_that_is_not_there_is_refused(options, message, run_dir, tm
 
 
 def test_a_folder_that_is_no_run_and_a_damaged_checkpoint_are_refused(run_dir, tmp_path):
-    with pytest.raises(RunFolderError, match="is no run folder: it has no run"):
+    with pytest.raises(RunFolderError, match="is not a run folder: it has no run"):
         export(tmp_path, tmp_path / "model")
     other = tmp_path / "run"
     shutil.copytree(run_dir, other)
@@ -195,9 +195,9 @@ def test_a_run_stopped_in_stage_c_ends_with_what_export_makes(run_dir, tmp_path)
     assert {"stages", "stage_c.phases", "stage_c.optimization.images"} >= {
         change["field"] for change in stored["changes"]
     } - {"stage_c.blend"}
-    assert parts_of(short())[-1].name == "c2"
+    assert run_phases(short())[-1].name == "c2"
     assert not (stopped / "stage_c2").exists()
 
 
 def test_micro_is_what_its_name_says():
-    assert [part.name for part in parts_of(micro())] == ["a"]
+    assert [part.name for part in run_phases(micro())] == ["a"]

@@ -38,7 +38,9 @@ def test_what_an_older_version_did_not_write_has_its_default():
     ],
 )
 def test_what_is_no_recipe_is_named(path, value, named):
-    with pytest.raises(RunFolderError, match=r"run\.json holds no recipe that this version knows") as caught:
+    with pytest.raises(
+        RunFolderError, match=r"run\.json has a recipe that this version cannot read"
+    ) as caught:
         recipe_of(replaced(as_dict(tiny()), path, value), "run.json")
     assert named in str(caught.value)
 
@@ -85,4 +87,4 @@ def test_values_are_read_as_the_field_wants_them(path, text, value):
 def test_other_values_are_refused_by_name(path, text, kind):
     with pytest.raises(UserError) as caught:
         parsed(tiny(), path, text)
-    assert str(caught.value) == f"--change {path}={text} gives no value for {path}, which is {kind}"
+    assert str(caught.value) == f"--change {path}={text} is not valid for {path}, which must be {kind}."

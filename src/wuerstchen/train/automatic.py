@@ -1,4 +1,4 @@
-"""What ``auto`` in a recipe stands for on the machine that trains."""
+"""Resolves ``auto`` in a recipe for the machine that trains."""
 
 import dataclasses
 
@@ -10,7 +10,10 @@ from wuerstchen.train.stage_table import trained_kinds
 
 
 def resolved(recipe: Recipe, processes: Processes) -> Recipe:
-    """The recipe with every ``auto`` replaced: what it stands for is part of what a run folder keeps."""
+    """The recipe with every ``auto`` replaced by its value on this machine, which the run folder records.
+
+    Raises ``UserError`` if the machine or other settings do not support ``acceleration=graph``.
+    """
     device = processes.device
     gpu = device.type == "cuda"
     if recipe.precision == "auto":
@@ -18,25 +21,25 @@ def resolved(recipe: Recipe, processes: Processes) -> Recipe:
         half = "fp16" if processes.any_rank(lacks) else "bf16"
         recipe = dataclasses.replace(recipe, precision=half if gpu else "fp32")
     shards = recipe.sharding == "full" and processes.count > 1
-    # torch 2.11 draws the masks of compiled, recomputed blocks in a way that cannot be recorded.
+    # torch 2.11 draws the dropout masks of compiled, recomputed blocks in a way that graphs cannot record.
     repeats_masks = recipe.recompute == "blocks" and _drops_out(recipe)
     if recipe.acceleration == "auto":
         fast = "compile" if shards or repeats_masks else "graph"
         recipe = dataclasses.replace(recipe, acceleration=fast if gpu else "none")
     if recipe.acceleration == "graph" and not gpu:
-        raise UserError(f"acceleration=graph records CUDA graphs, and {device} has none; use compile or none")
+        raise UserError(f"acceleration=graph needs a CUDA GPU, got {device}. Use compile or none.")
     if recipe.acceleration == "graph" and shards:
-        raise UserError("acceleration=graph records no updates of networks with sharding=full; use compile")
+        raise UserError("acceleration=graph does not support sharding=full. Use acceleration=compile.")
     if recipe.acceleration == "graph" and repeats_masks:
         raise UserError(
-            "acceleration=graph records no updates with recompute=blocks and dropout. Use "
+            "acceleration=graph does not support recompute=blocks together with dropout. Use "
             "acceleration=compile, or a dropout of 0."
         )
     return recipe
 
 
 def _drops_out(recipe: Recipe) -> bool:
-    """Whether a network that is trained, and may be recomputed, has dropout."""
+    """Whether a trained network has dropout."""
     parts = [part for kind in trained_kinds(recipe) for part in kind.makes]
     rates = [getattr(getattr(recipe, part), "dropout", 0) for part in parts]
     return any(max(rate, default=0) if isinstance(rate, tuple) else rate for rate in rates)

@@ -1,8 +1,8 @@
-"""Changes of a recipe in the middle of a run: what may change, from which image on, and how it is recorded.
+"""Changes to a recipe in the middle of a run: what may change, from which image on, and how it is recorded.
 
-``run.json`` keeps the recipe that the run was begun with and, in order, every change with the stage and the
-image that it holds from. The recipe in force is the first with all the changes made, so a run that was
-changed and then killed goes on as the changed run does, by the same command with or without ``--change``.
+``run.json`` keeps the recipe that the run was started with and, in order, every change with the stage and the
+image from which it applies. The current recipe is the first one with all changes applied. So a changed run
+that is killed resumes as the changed run, by the same command with or without ``--change``.
 """
 
 import dataclasses
@@ -34,11 +34,11 @@ _RUN = _words(
     "decoder_guidance decoder_shift"
 )
 _REFINEMENT = "refine_"
-"""What the names of settings that only the refinement of a stage reads begin with."""
+"""Prefix of the settings that only the refinement of a stage reads."""
 
 
 def _changeable() -> dict[str, frozenset[str]]:
-    """The settings that may change, by the recipe's field that has them (``stage_b``)."""
+    """The settings of the stages that may change, by the recipe's field (``stage_b``)."""
     found: dict[str, frozenset[str]] = {}
     for kind in kinds():
         found[kind.config] = found.get(kind.config, frozenset()) | kind.changeable
@@ -50,120 +50,120 @@ class Change:
     """One change of one field."""
 
     field: str
-    """Its path in the recipe."""
+    """Path of the field in the recipe."""
     before: Any
     after: Any
     stage: str
-    """The first stage that it holds in, by its name in the run: c, c2 ..."""
+    """The first phase that it applies to, by its name in the run: c, c2 ..."""
     images: int
-    """Images of that stage after which it holds."""
+    """Images of that phase after which it applies."""
     time: float
-    """When it was asked for, in seconds since 1970."""
+    """When it was requested, in seconds since 1970."""
 
     def __str__(self) -> str:
         return (
             f"{self.field}: {self.before} -> {self.after}, from image {self.images:,} of stage "
-            f"{self.stage.upper()} on"
+            f"{self.stage.upper()}"
         )
 
 
 @dataclass(frozen=True)
-class Part:
-    """One stretch of training, with checkpoints of its own."""
+class RunPhase:
+    """One phase of a run, with its own checkpoints."""
 
     name: str
-    """As in ``RUN/stage_{name}``."""
+    """The name in ``RUN/stage_{name}``."""
     config: str
-    """The recipe's field with the settings of its stage."""
-    phase: str
-    """Path of its phase in the recipe; empty for the refinement of a stage."""
+    """The recipe's field with the settings of its stage, as ``stage_b``."""
+    path: str
+    """Path of the phase in the recipe. Empty for the refinement of a stage."""
     images: int
-    """Its whole length."""
+    """Its length in images."""
 
     @property
     def length(self) -> str:
         """Path of its length in the recipe."""
-        return f"{self.phase}.optimization.images" if self.phase else f"{self.config}.refine_images"
+        return f"{self.path}.optimization.images" if self.path else f"{self.config}.refine_images"
 
     def reads(self, path: str) -> bool:
-        """Whether the field at ``path`` matters to it."""
+        """Whether the phase uses the field at ``path``."""
         first, _, rest = path.partition(".")
         if first in _RUN:
             return True
         if first != self.config:
             return False
         if rest == "max_ratio":
-            return self.phase == self.config
+            return self.path == self.config
         if rest in _changeable().get(first, ()):
-            return not rest.startswith(_REFINEMENT) or not self.phase
-        if self.phase:
-            return path.startswith(f"{self.phase}.optimization.") or path == f"{self.phase}.max_ratio"
-        own = ("optimization.images", "optimization.learning_rate")  # these it has as refine_ fields
+            return not rest.startswith(_REFINEMENT) or not self.path
+        if self.path:
+            return path.startswith(f"{self.path}.optimization.") or path == f"{self.path}.max_ratio"
+        own = (
+            "optimization.images",
+            "optimization.learning_rate",
+        )  # a refinement has its own: refine_images, refine_rate
         return rest.startswith("optimization.") and rest not in own
 
     def path_of(self, name: str) -> str | None:
-        """The path of a field that a user calls by its last name alone; None if it has none."""
-        if name in _PHASE and self.phase:
-            return f"{self.phase}.{name}"
+        """The path of a field given by its last name only. None if the phase has no such field."""
+        if name in _PHASE and self.path:
+            return f"{self.path}.{name}"
         if name in _changeable().get(self.config, ()):
             return f"{self.config}.{name}"
-        if not self.phase:
+        if not self.path:
             own = {"images": "refine_images", "learning_rate": "refine_rate"}
             if name in own:
                 return f"{self.config}.{own[name]}"
         if name in _OPTIMIZATION:
-            return f"{self.phase or self.config}.optimization.{name}"
+            return f"{self.path or self.config}.optimization.{name}"
         return None
 
 
-def parts_of(recipe: Recipe) -> list[Part]:
-    """All parts of a run, in the order that they are trained in."""
+def run_phases(recipe: Recipe) -> list[RunPhase]:
+    """All phases of a run in the order of training."""
     return [
-        Part(named.name, named.config, named.path, named.phase.optimization.images)
+        RunPhase(named.name, named.config, named.path, named.phase.optimization.images)
         for named in trained_phases(recipe)
     ]
 
 
-def reached(run_dir: Path, part: Part) -> int:
-    """Images of the newest checkpoint of a part, by its name; 0 without one."""
-    folder = run_dir / f"stage_{part.name}" / "checkpoints"
+def images_seen(run_dir: Path, phase: RunPhase) -> int:
+    """Images at the newest checkpoint of a phase, by the checkpoint's name. 0 without a checkpoint."""
+    folder = run_dir / f"stage_{phase.name}" / "checkpoints"
     names = [int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit()]
     return max(names, default=0)
 
 
-def ended_at(recipe: Recipe, name: str, images: int) -> Recipe:
-    """The recipe of a run that ends after ``images`` of the part ``name``: nothing follows it.
-
-    Parts of it that come later in the run are left out, stages as a whole or refinements.
-    """
-    parts = parts_of(recipe)
-    count = 1 + [part.name for part in parts].index(name)
-    kept, left_out = parts[:count], parts[count:]
+def ending_at(recipe: Recipe, name: str, images: int) -> Recipe:
+    """The recipe of a run that ends after ``images`` of the phase ``name``, without the phases after it."""
+    phases = run_phases(recipe)
+    count = 1 + [phase.name for phase in phases].index(name)
+    kept, left_out = phases[:count], phases[count:]
     fields = replaced(as_dict(recipe), kept[-1].length, images)
-    configs = {part.config for part in kept}
-    for part in left_out:
-        if part.config in configs and not part.phase:
-            fields = replaced(fields, part.length, 0)
-        elif part.config in configs:
-            fields = replaced(fields, f"{part.config}.phases", fields[part.config]["phases"][:-1])
+    configs = {phase.config for phase in kept}
+    for phase in left_out:
+        if phase.config in configs and not phase.path:
+            fields = replaced(fields, phase.length, 0)
+        elif phase.config in configs:
+            fields = replaced(fields, f"{phase.config}.phases", fields[phase.config]["phases"][:-1])
     for config in configs:
         if not fields[config].get("phases", ()) and "blend" in fields[config]:
             fields = replaced(fields, f"{config}.blend", 1.0)
-    names = {part.name for part in kept}
+    names = {phase.name for phase in kept}
     stages = {kind.short for kind in trained_kinds(recipe) for p in kind.phases(recipe) if p.name in names}
     for field in ("stages", "fresh"):
         fields = replaced(fields, field, [stage for stage in fields[field] if stage in stages])
     return recipe_of(fields, "the recipe")
 
 
-def current_of(recipe: Recipe, run_dir: Path) -> Part:
-    """The part that is being trained, or the last where all are finished."""
-    parts = parts_of(recipe)
-    return next((part for part in parts if reached(run_dir, part) < part.images), parts[-1])
+def current_phase(recipe: Recipe, run_dir: Path) -> RunPhase:
+    """The phase that is being trained, or the last one if all are finished."""
+    phases = run_phases(recipe)
+    return next((phase for phase in phases if images_seen(run_dir, phase) < phase.images), phases[-1])
 
 
-def in_force(stored: dict[str, Any], given: Recipe, source: str) -> Recipe:
-    """The recipe of a run with its changes made. What is free to change is as ``given``."""
+def current_recipe(stored: dict[str, Any], given: Recipe, source: str) -> Recipe:
+    """The recipe of a run with its changes applied. ``FREE_FIELDS`` are taken from ``given``."""
     recipe = as_dict(recipe_of(stored["recipe"], source))
     for change in stored.get("changes", ()):
         recipe = replaced(recipe, change["field"], change["after"])
@@ -172,7 +172,7 @@ def in_force(stored: dict[str, Any], given: Recipe, source: str) -> Recipe:
 
 
 def check_same(stored: dict[str, Any], given: Recipe, run_dir: Path, current: Recipe) -> None:
-    """Raises ``RunFolderError`` unless each field is as the run began with it, or was changed to."""
+    """Raises ``RunFolderError`` if a field has neither its first value in the run nor the current one."""
     source = str(run_dir / "run.json")
     begun = as_dict(recipe_of(stored["recipe"], source))
     of_begun, of_current = (differing_fields(fields, as_dict(given)) for fields in (begun, as_dict(current)))
@@ -184,10 +184,10 @@ def check_same(stored: dict[str, Any], given: Recipe, run_dir: Path, current: Re
     changes = [f"--change {n}={_text(get(fields, n))}" for n in sorted(names) if _may_change(n, fields)]
     advice = ""
     if len(changes) == len(names):
-        advice = f", give {' '.join(changes)} to change the run from here on"
+        advice = f", or add {' '.join(changes)} to change the run from here on"
     raise RunFolderError(
-        f"{run_dir} belongs to another recipe: {', '.join(differing)} differ; use the same settings{advice}, "
-        "or use another --run-dir"
+        f"{run_dir} belongs to another recipe: {', '.join(differing)} differ. Use the same settings{advice}, "
+        "or another --run-dir."
     )
 
 
@@ -217,122 +217,125 @@ def _is_optimization(names: list[str]) -> bool:
     return len(names) == 2 and names[0] == "optimization" and names[1] in _OPTIMIZATION
 
 
-def asked_for(
+def with_changes(
     recipe: Recipe, run_dir: Path, requests: Sequence[str], *, end_now: bool = False
 ) -> tuple[Recipe, list[Change]]:
-    """The recipe with what is asked for, and the changes that this makes of the one in force.
+    """The recipe with the requested changes, and these changes as records.
 
-    ``requests`` are as ``learning_rate=1e-5``, which is of the part being trained, or
-    ``stage_c.optimization.learning_rate=1e-5``, or ``skip+=NAME``. What is so already is no change. Raises
-    ``UserError`` for what cannot change, or not at this point of the run.
+    A request looks like ``learning_rate=1e-5``, for the phase being trained, like
+    ``stage_c.optimization.learning_rate=1e-5``, or like ``skip+=NAME``. Requests for the current value change
+    nothing. Raises ``UserError`` for fields that cannot change, or cannot change at this point of the run.
     """
-    part = current_of(recipe, run_dir)
+    phase = current_phase(recipe, run_dir)
     if end_now:
         if requests:
-            raise UserError("--end-now and --change cannot be given together; give one of them")
-        return _ended_now(recipe, run_dir, part)
+            raise UserError("--end-now and --change cannot be used together. Use one of them.")
+        return _ended_now(recipe, run_dir, phase)
     changed = recipe
     for request in requests:
-        changed = _with(changed, part, request)
+        changed = _with(changed, phase, request)
     paths = _differing(recipe, changed)
     if not paths:
         return recipe, []
-    parts = parts_of(changed)
+    phases = run_phases(changed)
     _check_lengths(recipe, changed, run_dir)
     changes = []
     for path in paths:
-        # A refinement of no images is no part yet, or none any more.
-        readers = [p for p in parts if p.reads(path)] or [p for p in parts_of(recipe) if p.reads(path)]
-        open_parts = [p for p in readers if reached(run_dir, p) < p.images or p.length == path]
+        # A refinement with 0 images is not a phase yet, or not any more.
+        readers = [p for p in phases if p.reads(path)] or [p for p in run_phases(recipe) if p.reads(path)]
+        open_parts = [p for p in readers if images_seen(run_dir, p) < p.images or p.length == path]
         if not open_parts:
             raise UserError(
-                f"--change {path} changes nothing: what it is for is finished. To train on, raise the images "
-                "too, as in --change images=N"
+                f"--change {path} would have no effect: the stages that use it are finished. To continue "
+                "training, raise the number of images too, as in --change images=N."
             )
         first = open_parts[0]
-        changes.append(_change(recipe, changed, path, first.name, reached(run_dir, first)))
-    for p in parts:
-        path, seen = f"{p.phase or p.config}.optimization.batch_size", reached(run_dir, p)
+        changes.append(_change(recipe, changed, path, first.name, images_seen(run_dir, first)))
+    for p in phases:
+        path, seen = f"{p.path or p.config}.optimization.batch_size", images_seen(run_dir, p)
         if path in paths and 0 < seen < p.images:
             size = get(as_dict(changed), path)
             if seen % size:
                 raise UserError(
-                    f"batch_size={size} does not divide the {seen:,} images that stage {p.name.upper()} has "
-                    "seen. Use one that does, half or twice the old one as a rule"
+                    f"batch_size must divide the {seen:,} images that stage {p.name.upper()} has seen, got "
+                    f"{size}. Try half or twice the old batch size."
                 )
     return changed, changes
 
 
-def _with(recipe: Recipe, part: Part, request: str) -> Recipe:
-    """The recipe with one request met."""
+def _with(recipe: Recipe, phase: RunPhase, request: str) -> Recipe:
+    """The recipe with one requested change."""
     name, equals, text = request.partition("=")
     adds, name = name.endswith("+"), name.removesuffix("+").strip().replace("-", "_")
     if not equals or not name:
-        raise UserError(f"--change {request} is no change; write it as --change learning_rate=1e-5")
+        raise UserError(f"--change must look like learning_rate=1e-5, got {request}.")
     fields = as_dict(recipe)
     path = name
     if name in FREE_FIELDS:
         option = name.replace("_", "-")
-        raise UserError(f"--change {name} is not needed: it may always change. Give --{option} {text}")
+        raise UserError(f"{name} may always change, so it needs no --change. Use --{option} {text}.")
     if "." not in name and name not in _RUN:
-        path = part.path_of(name) or name
+        path = phase.path_of(name) or name
     if not _may_change(path, fields):
         raise UserError(
-            f"--change {path} cannot be: within a run only what is not built into its networks and data can "
-            "change, as images, learning_rate, batch_size, clip_norm, precision, seed or skip. For the rest "
-            f"begin a new run, from this one's model with --start-from if it fits"
+            f"{path} cannot change within a run. Only settings that do not change networks or data "
+            "can: images, learning_rate, batch_size, clip_norm, precision, seed, skip and the like. For "
+            "other changes, start a new run. --start-from can load this run's model if it fits."
         )
     if adds and path != "skip":
-        raise UserError(f"--change {path}+= adds to no list: only skip is one. Use --change {path}={text}")
+        raise UserError(
+            f"--change {path}+= needs a list, and only skip is a list. Use --change {path}={text}."
+        )
     value = [*fields["skip"], text] if adds else parsed(recipe, path, text)
     if adds and text in fields["skip"]:
         return recipe
     if (path, value) == ("precision", "auto"):
-        raise UserError("--change precision=auto depends on the machine; give fp32 or bf16")
+        raise UserError("--change precision=auto depends on the machine. Use fp32, bf16 or fp16.")
     return recipe_of(replaced(fields, path, value), "--change")
 
 
 def _check_lengths(before: Recipe, after: Recipe, run_dir: Path) -> None:
-    """Refuses lengths below what a part has seen, and above where another part was built on its end."""
-    parts = parts_of(after)
-    for number, part in enumerate(parts):
-        seen = reached(run_dir, part)
-        old = next((p.images for p in parts_of(before) if p.name == part.name), 0)
-        if part.images < seen and part.images < old:
+    """Refuses lengths below what a phase has seen, and longer phases that a later phase was trained on."""
+    phases = run_phases(after)
+    for number, phase in enumerate(phases):
+        seen = images_seen(run_dir, phase)
+        old = next((p.images for p in run_phases(before) if p.name == phase.name), 0)
+        if phase.images < seen and phase.images < old:
             raise UserError(
-                f"images={part.images} is fewer than the {seen:,} that stage {part.name.upper()} has seen; "
-                "end it where it is with --end-now, or export an earlier checkpoint with wuerstchen export"
+                f"images must be at least {seen:,}, which stage {phase.name.upper()} has seen, got "
+                f"{phase.images}. Use --end-now to end it there, or export an earlier checkpoint with "
+                "wuerstchen export."
             )
-        begun = [p.name.upper() for p in parts[number + 1 :] if reached(run_dir, p)]
-        if part.images > old and old and seen >= old and begun:
+        begun = [p.name.upper() for p in phases[number + 1 :] if images_seen(run_dir, p)]
+        if phase.images > old and old and seen >= old and begun:
             raise UserError(
-                f"stage {part.name.upper()} is finished and stage {begun[0]} was trained on it, so it cannot "
-                f"have more images. Give stage {begun[-1]} more, or begin a new run with --start-from"
+                f"stage {phase.name.upper()} cannot have more images: it is finished, and stage {begun[0]} "
+                f"was trained on it. Train stage {begun[-1]} longer, or start a new run with --start-from."
             )
-    gone = [p for p in parts_of(before) if p.name not in {q.name for q in parts}]
-    for part in gone:
-        if reached(run_dir, part):
+    gone = [p for p in run_phases(before) if p.name not in {q.name for q in phases}]
+    for phase in gone:
+        if images_seen(run_dir, phase):
             raise UserError(
-                f"stage {part.name.upper()} has begun, so it cannot be left out; end it where it is with "
-                "--end-now"
+                f"stage {phase.name.upper()} cannot be left out: its training has started. Use --end-now to "
+                "end it where it is."
             )
 
 
-def _ended_now(recipe: Recipe, run_dir: Path, part: Part) -> tuple[Recipe, list[Change]]:
-    """The recipe that ends at the newest checkpoint."""
-    seen = reached(run_dir, part)
-    parts = parts_of(recipe)
-    if not seen:  # it has not begun, so what came before it is the end
-        before = [p for p in parts[: parts.index(part)] if reached(run_dir, p)]
+def _ended_now(recipe: Recipe, run_dir: Path, phase: RunPhase) -> tuple[Recipe, list[Change]]:
+    """The recipe that ends at the newest checkpoint, and its changes."""
+    seen = images_seen(run_dir, phase)
+    phases = run_phases(recipe)
+    if not seen:  # it has not started, so the run ends with the phase before it
+        before = [p for p in phases[: phases.index(phase)] if images_seen(run_dir, p)]
         if not before:
             raise UserError(
-                f"{run_dir} has no checkpoint yet, so there is nothing to end with; let it train a little"
+                f"{run_dir} has no checkpoint yet, so the run cannot end here. Train until there is one."
             )
-        part = before[-1]
-        seen = reached(run_dir, part)
-    changed = ended_at(recipe, part.name, min(seen, part.images))
+        phase = before[-1]
+        seen = images_seen(run_dir, phase)
+    changed = ending_at(recipe, phase.name, min(seen, phase.images))
     paths = _differing(recipe, changed)
-    return changed, [_change(recipe, changed, path, part.name, seen) for path in paths]
+    return changed, [_change(recipe, changed, path, phase.name, seen) for path in paths]
 
 
 def _change(before: Recipe, after: Recipe, path: str, stage: str, images: int) -> Change:
@@ -342,7 +345,7 @@ def _change(before: Recipe, after: Recipe, path: str, stage: str, images: int) -
 
 
 def _at(recipe: Recipe, path: str) -> Any:
-    """The value at a path; None where a shorter list of phases has none."""
+    """The value at a path. None if the list of phases is too short."""
     try:
         return get(as_dict(recipe), path)
     except KeyError:
@@ -350,25 +353,25 @@ def _at(recipe: Recipe, path: str) -> Any:
 
 
 def _differing(before: Recipe, after: Recipe) -> list[str]:
-    """The paths of the fields in which two recipes differ, but for those that are free to."""
+    """The paths of the fields in which two recipes differ, without ``FREE_FIELDS``."""
     return [text.partition(" ")[0] for text in differing_fields(as_dict(before), as_dict(after))]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a start of a run does: the recipe in force, and how it came about."""
+    """The recipe that a start of a run trains by, and how it came about."""
 
     recipe: Recipe
     begun: Recipe
-    """What ``run.json`` holds, with all that is free to change as it is given now."""
+    """The recipe in ``run.json``, with ``FREE_FIELDS`` as they are given now."""
     recorded: list[dict[str, Any]]
-    """The changes that ``run.json`` holds, oldest first."""
+    """The changes in ``run.json``, oldest first."""
     new: list[Change]
-    """Those that this start asks for."""
+    """The changes that this start requests."""
 
     @property
     def changes(self) -> list[dict[str, Any]]:
-        """All of them, as JSON."""
+        """All changes, for JSON."""
         return [*self.recorded, *map(dataclasses.asdict, self.new)]
 
 
@@ -380,38 +383,38 @@ def plan(
     *,
     end_now: bool = False,
 ) -> Plan:
-    """The plan of a start with the recipe ``given``; ``stored`` is what ``run.json`` holds, None without one.
+    """The plan of a start with the recipe ``given``. ``stored`` is the content of ``run.json``, or None.
 
-    Raises ``UserError`` for changes that cannot be.
+    Raises ``UserError`` for changes that are not possible.
     """
     if stored is None:
         if requests or end_now:
             what = "--end-now" if end_now else f"--change {requests[0]}"
             raise UserError(
-                f"{what}: {run_dir} has not begun, so nothing can change in it. Give the fields as options, "
-                "as in --stage-c.optimization.learning-rate 1e-5"
+                f"{what} needs a run that has started, and {run_dir} has not. Give fields as options, as in "
+                "--stage-c.optimization.learning-rate 1e-5."
             )
         return Plan(recipe=given, begun=given, recorded=[], new=[])
     source = str(run_dir / "run.json")
-    begun = in_force({**stored, "changes": []}, given, source)
-    recipe, new = asked_for(in_force(stored, given, source), run_dir, requests, end_now=end_now)
+    begun = current_recipe({**stored, "changes": []}, given, source)
+    recipe, new = with_changes(current_recipe(stored, given, source), run_dir, requests, end_now=end_now)
     return Plan(recipe=recipe, begun=begun, recorded=list(stored.get("changes", [])), new=new)
 
 
 def record(planned: Plan, run_dir: Path, stored: dict[str, Any], log: Log) -> None:
-    """Writes new changes into ``run.json``, and those that the log lacks into the log.
+    """Writes new changes to ``run.json``, and changes that the log does not have yet to the log.
 
-    Raises ``RunFolderError`` where the checkpoint that a new change begins at is damaged.
+    Raises ``RunFolderError`` if the checkpoint at which a new change begins is damaged.
     """
-    for part in parts_of(planned.recipe):
-        seen = reached(run_dir, part)
-        if not seen or not any((c.stage, c.images) == (part.name, seen) for c in planned.new):
+    for phase in run_phases(planned.recipe):
+        seen = images_seen(run_dir, phase)
+        if not seen or not any((c.stage, c.images) == (phase.name, seen) for c in planned.new):
             continue
-        found = newest(run_dir / f"stage_{part.name}" / "checkpoints")
+        found = newest(run_dir / f"stage_{phase.name}" / "checkpoints")
         if found is None or found[1]["images"] != seen:
             raise RunFolderError(
-                f"the newest checkpoint of stage {part.name.upper()} is damaged, and a change would begin "
-                "there; start once without --change, which goes on from the one before it"
+                f"the newest checkpoint of stage {phase.name.upper()} is damaged, and the change would begin "
+                "there. Start once without --change, which resumes from the checkpoint before it."
             )
     if planned.changes != stored.get("changes", []):
         write_json(run_dir / "run.json", {**stored, "changes": planned.changes})

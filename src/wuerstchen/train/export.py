@@ -1,7 +1,7 @@
-"""A model from the checkpoints of a run, at any moment of it.
+"""Exports a model from the checkpoints of a run, at any time.
 
-A run ends with a model of its own. Before that, and of checkpoints that were kept, this makes one: the stages
-until a checkpoint are put together as the run itself would if it ended there.
+A finished run has a model. For a run that is not finished, or for an earlier checkpoint, this combines the
+stages up to that checkpoint into a model, as the run would if it ended there.
 """
 
 import warnings
@@ -13,7 +13,7 @@ import torch
 
 from wuerstchen.checkpoints.native import Provenance
 from wuerstchen.errors import RunFolderError, UserError, UserNotice
-from wuerstchen.train.changes import Part, ended_at, in_force, parts_of, reached
+from wuerstchen.train.changes import RunPhase, current_recipe, ending_at, images_seen, run_phases
 from wuerstchen.train.config import Phase, Recipe
 from wuerstchen.train.engine.checkpoint import best_of, newest, read_averages, read_whole
 from wuerstchen.train.engine.distributed import Processes
@@ -28,7 +28,7 @@ Weights = Literal["average", "raw"]
 
 
 class NotMeasuredWarning(UserNotice):
-    """Something that a run measures at the end of a stage is not known yet."""
+    """A value that a run measures at the end of a stage is not known yet."""
 
 
 def export(
@@ -39,25 +39,28 @@ def export(
     stage: str | None = None,
     weights: Weights = "average",
 ) -> str:
-    """Writes the model of a checkpoint into the new folder ``target``, and says in a line what it is.
+    """Writes the model of a checkpoint into the new folder ``target``. Returns one line that describes it.
 
-    ``checkpoint`` is ``newest``, ``best`` (the lowest validation loss) or a number of images; it is of
-    ``stage``, as ``c`` or ``c2``, or else of the last one that has begun. ``weights`` are the averaged ones,
-    as at the end of a run, or the ``raw`` ones that are trained; earlier stages are always averaged.
+    ``checkpoint`` is ``newest``, ``best`` (the lowest validation loss) or a number of images. It belongs to
+    ``stage``, as ``c`` or ``c2``, or by default to the last one that has started. ``weights`` are the
+    averaged weights, as at the end of a run, or the ``raw`` trained ones. Earlier stages always use averaged
+    weights.
 
-    Raises ``RunFolderError`` for a folder without such a checkpoint, ``CheckpointError`` for a damaged one.
+    Raises ``RunFolderError`` if there is no such checkpoint, and ``CheckpointError`` if it is damaged.
     """
     stored = read_run(run_dir)
     if stored is None:
-        raise RunFolderError(f"{run_dir} is no run folder: it has no run.json; give the --run-dir of a run")
+        raise RunFolderError(
+            f"{run_dir} is not a run folder: it has no run.json. Use the --run-dir of a run."
+        )
     source = str(run_dir / "run.json")
-    recipe = in_force(stored, recipe_of(stored["recipe"], source), source)
-    part = _part_of(recipe, run_dir, stage)
-    path = _checkpoint_of(run_dir / f"stage_{part.name}" / "checkpoints", part, checkpoint)
+    recipe = current_recipe(stored, recipe_of(stored["recipe"], source), source)
+    phase = _phase_of(recipe, run_dir, stage)
+    path = _checkpoint_of(run_dir / f"stage_{phase.name}" / "checkpoints", phase, checkpoint)
     images = int(path.name)
-    recipe = ended_at(recipe, part.name, images)
-    chosen = {part.name: path}
-    for earlier in parts_of(recipe)[:-1]:
+    recipe = ending_at(recipe, phase.name, images)
+    chosen = {phase.name: path}
+    for earlier in run_phases(recipe)[:-1]:
         found = newest(run_dir / f"stage_{earlier.name}" / "checkpoints")
         if found is None:
             raise RunFolderError(f"{run_dir} has no checkpoint of stage {earlier.name.upper()}")
@@ -68,26 +71,26 @@ def export(
     run.train_stages()
     run.write_model(target)
     of = "average" if weights == "average" else "raw weights"
-    return f"{target}: stage {part.name.upper()} at image {images:,}, {of}"
+    return f"{target}: stage {phase.name.upper()} at image {images:,}, {of}"
 
 
-def _part_of(recipe: Recipe, run_dir: Path, stage: str | None) -> Part:
-    """The part of the run that is exported."""
-    begun = [part for part in parts_of(recipe) if reached(run_dir, part)]
-    if not begun:
-        raise RunFolderError(f"{run_dir} has no checkpoint yet; let it train until it has one")
+def _phase_of(recipe: Recipe, run_dir: Path, stage: str | None) -> RunPhase:
+    """The phase of the run that is exported."""
+    started = [phase for phase in run_phases(recipe) if images_seen(run_dir, phase)]
+    if not started:
+        raise RunFolderError(f"{run_dir} has no checkpoint yet. Train until there is one.")
     if stage is None:
-        return begun[-1]
-    for part in begun:
-        if part.name == stage.lower():
-            return part
+        return started[-1]
+    for phase in started:
+        if phase.name == stage.lower():
+            return phase
     raise UserError(
-        f"--stage {stage} has no checkpoint in {run_dir}; give {' or '.join(p.name for p in begun)}"
+        f"--stage {stage} has no checkpoint in {run_dir}. Use {' or '.join(p.name for p in started)}."
     )
 
 
-def _checkpoint_of(folder: Path, part: Part, checkpoint: str) -> Path:
-    """The folder of a checkpoint, which is whole."""
+def _checkpoint_of(folder: Path, phase: RunPhase, checkpoint: str) -> Path:
+    """The folder of a checkpoint, after checking that it is complete."""
     if checkpoint == "newest":
         found = newest(folder)
         assert found is not None
@@ -96,15 +99,15 @@ def _checkpoint_of(folder: Path, part: Part, checkpoint: str) -> Path:
         best = best_of(folder)
         if best is None:
             raise UserError(
-                f"--checkpoint best: stage {part.name.upper()} has no validation loss, which needs images "
-                "that are held out; give newest, or a number of images"
+                f"--checkpoint best needs a validation loss, and stage {phase.name.upper()} has none, "
+                "because no images were held out. Use newest, or a number of images."
             )
         checkpoint = str(best["images"])
     there = sorted(int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit())
     if not checkpoint.isdecimal() or int(checkpoint) not in there:
         raise UserError(
-            f"--checkpoint {checkpoint} is none of stage {part.name.upper()}, which has "
-            f"{', '.join(map(str, there))}; give one of these, newest or best"
+            f"stage {phase.name.upper()} has no checkpoint {checkpoint}. Use newest, best or one of "
+            f"{', '.join(map(str, there))}."
         )
     path = folder / f"{int(checkpoint):012d}"
     read_whole(path)
@@ -112,14 +115,14 @@ def _checkpoint_of(folder: Path, part: Part, checkpoint: str) -> Path:
 
 
 class _Export(_Run):
-    """A run whose stages are all as their checkpoints have them. Nothing is trained."""
+    """A run that takes the weights of all stages from checkpoints and trains nothing."""
 
     makes_updates = False
 
     def __init__(
         self, recipe: Recipe, run_dir: Path, start: Start, chosen: dict[str, Path], raw: Path | None
     ) -> None:
-        """``chosen`` has a checkpoint for each part; of the checkpoint ``raw`` weights are not averaged."""
+        """``chosen`` has the checkpoint of each phase. The one that equals ``raw`` gives its raw weights."""
         log = Log(run_dir / "log.jsonl", writes=False)
         super().__init__(recipe, run_dir, {}, start, Processes(torch.device("cpu")), log)
         self.chosen, self.raw = chosen, raw
@@ -136,14 +139,14 @@ class _Export(_Run):
     ) -> dict[str, Any]:
         path = self.run_dir / folder / "measured.json"
         if path.exists():
-            return read_json(path, "let the run go on, which measures it")
+            return read_json(path, "Resume the run, which measures it again")
         if not known:
-            raise RunFolderError(f"{path} is missing; let the run go on, which measures it")
+            raise RunFolderError(f"{path} is missing. Resume the run, which measures it again.")
         stage = folder.removeprefix("stage_").upper()
         values = ", ".join(f"{name}={value}" for name, value in known.items())
         warnings.warn(
-            f"what is measured when Stage {stage} ends is not known yet, and the model has the recipe's "
-            f"{values}",
+            f"values that are measured at the end of Stage {stage} are not known yet. The model has those of "
+            f"the recipe: {values}",
             NotMeasuredWarning,
             stacklevel=2,
         )

@@ -1,4 +1,4 @@
-"""The precision of training: what autocast computes in, and frozen networks kept in it."""
+"""The precision of training: the autocast dtypes, and frozen networks in these dtypes."""
 
 import copy
 from typing import Literal
@@ -9,11 +9,11 @@ from torch import nn
 from wuerstchen.models.text import TextEncoder
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""What autocast computes in, by the recipe's ``precision``; fp32 has none."""
+"""The autocast dtype of each ``precision`` in a recipe. fp32 has none."""
 
 
 def best_half(device: torch.device) -> Literal["bf16", "fp16"]:
-    """What a GPU computes in at full speed: bf16, or fp16 where it has no bf16 (before NVIDIA's Ampere)."""
+    """The 16-bit precision of a GPU: bf16, or fp16 on GPUs without bf16 support (before NVIDIA's Ampere)."""
     if device.type != "cuda":
         return "bf16"
     with torch.cuda.device(device):
@@ -21,10 +21,10 @@ def best_half(device: torch.device) -> Literal["bf16", "fp16"]:
 
 
 def with_half_matrices(encoder: TextEncoder, half: torch.dtype) -> TextEncoder:
-    """A copy of a frozen text encoder whose linear layers are in ``half``.
+    """A copy of a frozen text encoder with its linear layers in ``half``, which nearly halves its memory.
 
-    Under autocast to ``half`` it gives the same bits, because autocast rounds those weights anyway, in nearly
-    half of the memory. Without autocast it cannot be used.
+    Under autocast to ``half`` it gives the same bits, because autocast rounds these weights anyway. It only
+    works under autocast.
     """
     copied = copy.deepcopy(encoder)
     for module in copied.modules():

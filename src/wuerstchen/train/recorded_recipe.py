@@ -1,7 +1,7 @@
-"""A recipe as ``run.json`` holds it, and back; and single fields of it by their paths.
+"""Reads recipes from ``run.json``, and gets, replaces and parses single fields by their paths.
 
-A path is as ``stage_c.phases.0.optimization.learning_rate``: the names of the dataclasses' fields, and
-numbers in tuples.
+A path looks like ``stage_c.phases.0.optimization.learning_rate``. It consists of the names of dataclass
+fields and of positions in tuples.
 """
 
 import copy
@@ -15,9 +15,9 @@ from wuerstchen.train.config import Recipe
 
 
 def recipe_of(fields: dict[str, Any], source: str) -> Recipe:
-    """The recipe that ``as_dict`` made ``fields`` of. Fields that an older one lacks have their defaults.
+    """The recipe from which ``as_dict`` made ``fields``. Fields that older versions lack get their defaults.
 
-    Raises ``RunFolderError`` naming ``source`` for what is no recipe of this version.
+    Raises ``RunFolderError`` naming ``source`` if this version cannot read the recipe.
     """
     try:
         recipe = _read(Recipe, fields, "")
@@ -25,15 +25,16 @@ def recipe_of(fields: dict[str, Any], source: str) -> Recipe:
         if isinstance(error, UserError):
             raise
         raise RunFolderError(
-            f"{source} holds no recipe that this version knows ({error}). Use the version that wrote it, or "
-            "another --run-dir"
+            f"{source} has a recipe that this version cannot read: {error}. Use the version that wrote "
+            "it, or another --run-dir."
         ) from error
     assert isinstance(recipe, Recipe)
     return recipe
 
 
 def _read(hint: Any, value: Any, path: str) -> Any:
-    """``value`` of JSON as the type ``hint``. Raises ``ValueError`` naming ``path`` if it does not fit."""
+    """Converts a JSON ``value`` to the type ``hint``. Raises ``ValueError`` naming ``path`` if it does not
+    fit."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         for kind in arguments:
@@ -56,7 +57,7 @@ def _read(hint: Any, value: Any, path: str) -> Any:
 
 
 def _is(kind: Any, value: Any) -> bool:
-    """Whether a value of JSON is of a plain type."""
+    """Whether a JSON value is of a plain type."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     if get_origin(kind) is tuple:
@@ -76,7 +77,7 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def get(fields: Any, path: str) -> Any:
-    """The value at ``path``. Raises ``KeyError`` if there is none."""
+    """The value at ``path``. Raises ``KeyError`` if the path does not exist."""
     for name in path.split("."):
         try:
             fields = fields[int(name)] if isinstance(fields, list) else fields[name]
@@ -86,7 +87,7 @@ def get(fields: Any, path: str) -> Any:
 
 
 def replaced(fields: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """A copy with another value at ``path``, which must exist. A list of phases may also get shorter."""
+    """A copy with another value at ``path``, whose parent must exist."""
     result = copy.deepcopy(fields)
     parent, _, name = path.rpartition(".")
     inside = get(result, parent) if parent else result
@@ -98,9 +99,9 @@ def replaced(fields: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 
 
 def parsed(recipe: Recipe, path: str, text: str) -> Any:
-    """What ``text`` says for the field at ``path`` of a recipe, as JSON holds it.
+    """Parses ``text`` as a JSON value for the field at ``path`` of a recipe.
 
-    Raises ``UserError`` naming the field if it is no value of that kind.
+    Raises ``UserError`` naming the field if the text is not valid for its type.
     """
     hint: Any = Recipe
     inside: Any = recipe
@@ -113,7 +114,9 @@ def parsed(recipe: Recipe, path: str, text: str) -> Any:
     try:
         return _parsed(hint, text)
     except (ValueError, OverflowError):
-        raise UserError(f"--change {path}={text} gives no value for {path}, which is {_kind(hint)}") from None
+        raise UserError(
+            f"--change {path}={text} is not valid for {path}, which must be {_kind(hint)}."
+        ) from None
 
 
 def _parsed(hint: Any, text: str) -> Any:
@@ -146,5 +149,5 @@ def _kind(hint: Any) -> str:
     if origin is Literal:
         return f"one of {', '.join(map(str, arguments))}"
     if origin is tuple:
-        return "a list with commas between its values"
+        return "a list of values separated by commas"
     return {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "a text")
