@@ -336,17 +336,17 @@ def test_fine_tuning_a_published_model(published, photos, compressor_file, tmp_p
     [
         (
             {"text_positions": "real"},
-            "text_positions=real does not suit .* whose networks attend to padding; use all",
+            r"text_positions=real does not fit .* whose networks attend to padding\. Use all",
         ),
         (
             {"prior": PriorConfig(c_in=4, c=32, c_cond=16, c_r=16, depth=1, nhead=2)},
-            r"prior\.c=32, prior\.depth=1 of the recipe is not .*; give --prior.c 16 --prior.depth 2",
+            r"prior\.c=32, prior\.depth=1 of the recipe does not fit .* Use --prior.c 16 --prior.depth 2",
         ),
         ({"start_from": "nowhere"}, "'nowhere' does not exist"),
-        ({"stage_b": tiny().stage_b}, "has no compressor; name it with --compressor-init"),
+        ({"stage_b": tiny().stage_b}, r"has no compressor\. Use --compressor-init"),
         (
             {"prior": PriorConfig(c_in=4, c=16, c_cond=24, c_r=16, depth=2, nhead=2), "fresh": ("c",)},
-            r"prior\.c_cond=24 is not the width of the text encoder's states; use 16",
+            r"prior\.c_cond must be the width of the text encoder's states, 16, got 24",
         ),
         (
             {"compressor": CompressorConfig(backbone="efficientnet_lite0", c_latent=8)},
@@ -384,7 +384,9 @@ def test_the_compressor_comes_whole_from_the_originals_file_of_stage_b(tmp_path,
     ours = Compressor(CompressorConfig())
     fill_compressor(named(tmp_path / "model_v2_stage_b.pt"), ours)
     assert all(torch.equal(ours.state_dict()[k], t) for k, t in theirs.state_dict().items())
-    with pytest.raises(UserError, match="holds no compressor; give --compressor-init the file of a Stage B"):
+    with pytest.raises(
+        UserError, match=r"has no compressor\. Use --compressor-init with the file of a Stage B"
+    ):
         fill_compressor(named(published), ours)
     larger = CompressorConfig(backbone="efficientnet_v2_l")
     other = dataclasses.replace(named(tmp_path / "model_v2_stage_b.pt"), compressor=larger)
@@ -396,7 +398,7 @@ def test_the_compressor_comes_whole_from_the_originals_file_of_stage_b(tmp_path,
         with pytest.raises(CheckpointError, match="none"):
             fill_compressor(named(missing), ours)
     with pytest.raises(
-        UserError, match="efficientnet_v2_s needs pretrained weights to start from; give --comp"
+        UserError, match=r"efficientnet_v2_s needs pretrained weights to start from\. Use --comp"
     ):
         fill_compressor(v2_stage_b(), ours)
 

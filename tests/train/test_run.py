@@ -816,7 +816,7 @@ def test_phases_and_shifts_are_checked(change, message):
     [
         (
             {"prior": dataclasses.replace(tiny().prior, c_cond=100)},
-            r"c_cond=100 is not the width .*; use 384",
+            r"c_cond must be the width .* 384, got 100\. Use 384",
         ),
         ({"compressor": CompressorConfig(backbone="efficientnet_v2_s")}, "--compressor-init FILE"),
     ],

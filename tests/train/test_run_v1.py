@@ -219,7 +219,7 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(changes, message
 
 def test_text_of_another_width_is_refused(tmp_path):
     wide = recipe(decoder=dataclasses.replace(PAELLA, clip_embd=100))
-    with pytest.raises(UserError, match=r"decoder\.clip_embd=100 is not the width .*; use 384"):
+    with pytest.raises(UserError, match=r"decoder\.clip_embd must be the width .* 384, got 100\. Use 384"):
         run.train(wide, tmp_path / "x", device="cpu")
 
 

@@ -1,7 +1,7 @@
-"""What a run has before it trains: the networks that it starts from or leaves as they are, read once.
+"""Reads the networks that a run starts from, or that it uses without training them.
 
-A model at the start may be whole or not, and in any layout. What does not fit the recipe is refused here,
-before anything is trained.
+The model to start from may be incomplete, and in any layout. Networks that do not fit the recipe are refused
+here, before anything is trained.
 """
 
 import dataclasses
@@ -34,12 +34,12 @@ from wuerstchen.train.decoder_kinds import decoder_kind
 from wuerstchen.train.stage_table import after, before, maker_of, selectable, trained_kinds
 
 TEXT_ENCODER = BUNDLED / "text_encoder"
-_FREE_CONFIG = {"dropout", "scale_factor"}  # of training, and measured: no shapes
+_FREE_CONFIG = {"dropout", "scale_factor"}  # do not change the shapes of weights
 
 
 @dataclass(kw_only=True)
 class Parts:
-    """The parts of a model that there are so far. Those that are not there are None."""
+    """The parts of a model that exist so far. The others are None."""
 
     vqgan: VQGAN | None = None
     decoder: Decoder | Paella | None = None
@@ -50,34 +50,34 @@ class Parts:
     decoder_text_encoder: TextEncoder | None = None
 
     def networks(self) -> dict[str, nn.Module]:
-        """The parts that are there, by name."""
+        """The parts that exist, by name."""
         names = (f.name for f in dataclasses.fields(self))
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def text_encoder_of_decoder(self) -> TextEncoder | None:
-        """What Stage B reads its text with."""
+        """The text encoder of Stage B."""
         return self.decoder_text_encoder or self.text_encoder
 
     def cascade(self, settings: CascadeSettings) -> Cascade:
-        """The parts as a model; there must be a Stage A and B."""
+        """The parts as a model. Stages A and B must exist."""
         return Cascade(settings=settings, **self.networks())  # type: ignore[arg-type]
 
 
 @dataclass(kw_only=True)
 class Start:
-    """What a run has at its start."""
+    """What a run starts from."""
 
     settings: CascadeSettings | None = None
-    """Of the model that it starts from; None without one."""
+    """The settings of the model to start from. None without a model."""
     parts: Parts = field(default_factory=Parts)
     text_folder: Path | None = None
-    """Of the text encoder, where it is to be copied: only CLIP can be written."""
+    """The folder of the text encoder if the model will copy it. None for CLIP, which is written instead."""
     provenance: dict[str, Provenance] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
-    """Networks of the model that will not fit what is trained, and are not taken."""
+    """Networks of the model that are not used, because they will not fit the trained stages."""
 
     def resolved(self, recipe: Recipe) -> Recipe:
-        """The recipe with the shapes of networks that are not trained, whose fit is thereby checked."""
+        """The recipe with the shapes of the networks that are not trained, which checks that they fit."""
         parts = self.parts
         shapes: dict[str, Any] = {}
         for kind in selectable():
@@ -93,7 +93,7 @@ class Start:
         return dataclasses.replace(recipe, **shapes)
 
     def fingerprint(self) -> str:
-        """A checksum of all weights; empty without any."""
+        """A checksum of all weights. Empty if there are none."""
         checksum, found = 0, False
         for network in self.parts.networks().values():
             for tensor in network.state_dict().values():
@@ -103,7 +103,7 @@ class Start:
 
 
 def read_start(recipe: Recipe) -> Start:
-    """Reads what the recipe starts from, onto the CPU, and refuses what cannot work.
+    """Reads the networks that a recipe starts from onto the CPU, and checks that they fit.
 
     Raises ``UserError`` naming the field, and ``CheckpointError`` for files that cannot be read.
     """
@@ -114,17 +114,17 @@ def read_start(recipe: Recipe) -> Start:
         start.settings, given, start.provenance = _read_parts(folder)
         if layout_of(folder) == "native" and "text_encoder" in given:
             start.text_folder = folder / "text_encoder"
-    whence = Provenance(recipe=f"taken from {Path(recipe.start_from).name}", seed=0, images=0, data="")
+    origin = Provenance(recipe=f"taken from {Path(recipe.start_from).name}", seed=0, images=0, data="")
     unfit = {kind.short for kind in after(recipe.stages)} - {*recipe.stages}
     for name, network in given.items():
         maker = maker_of(name)
         if maker is None or maker.short in recipe.fresh:
             continue
         if maker.short in unfit:
-            start.left_out += (name,)  # its input will be another
+            start.left_out += (name,)  # it was trained on other inputs
         else:
             setattr(start.parts, name, network.requires_grad_(False))
-            start.provenance.setdefault(name, whence)
+            start.provenance.setdefault(name, origin)
     _take_compressor(recipe, start)
     _check_networks(recipe, start)
     _check_view(recipe, start)
@@ -134,7 +134,7 @@ def read_start(recipe: Recipe) -> Start:
 
 
 def _read_parts(path: Path) -> tuple[CascadeSettings, dict[str, Any], dict[str, Provenance]]:
-    """Settings, parts, and provenance where it is known, of a model that need not be whole."""
+    """Reads the settings, parts and known provenance of a model that may be incomplete."""
     layout = layout_of(path)
     if layout == "native":
         return read_parts(path)
@@ -148,44 +148,46 @@ def _read_parts(path: Path) -> tuple[CascadeSettings, dict[str, Any], dict[str, 
 
 
 def _take_compressor(recipe: Recipe, start: Start) -> None:
-    """The compressor of ``compressor_init`` where that is a whole one and the start has none."""
+    """Takes the compressor from ``compressor_init``, if that has a complete one and the start has none."""
     named = recipe.stage_b.compressor_init
     if start.parts.compressor is None and named and "b" not in recipe.fresh and recipe.start_from:
-        found = _whole_compressor(named)
+        found = _complete_compressor(named)
         if found is not None:
             start.parts.compressor = found.requires_grad_(False)
-            whence = Provenance(recipe=f"taken from {Path(named).name}", seed=0, images=0, data="")
-            start.provenance["compressor"] = whence
+            origin = Provenance(recipe=f"taken from {Path(named).name}", seed=0, images=0, data="")
+            start.provenance["compressor"] = origin
 
 
-def _whole_compressor(named: str) -> Compressor | None:
-    """A compressor with its mapper: of the original's files, or of a native file or folder. None for a file
-    of a backbone alone."""
+def _complete_compressor(named: str) -> Compressor | None:
+    """A compressor with its mapper, from the original's files or from a native file or folder.
+
+    None for a file with only a backbone.
+    """
     if Path(named).suffix in (".pth", ".safetensors"):  # never a name on the hub
         path = Path(named)
         found = read_network(path)[0] if is_native_network(path) else None
     else:
         found = _read_parts(local_folder(named))[1].get("compressor")
         if found is None:
-            raise UserError(f"{named} holds no compressor; give --compressor-init the file of a Stage B")
+            raise UserError(f"{named} has no compressor. Use --compressor-init with the file of a Stage B.")
     assert found is None or isinstance(found, Compressor)
     return found
 
 
 def fill_compressor(recipe: Recipe, compressor: Compressor) -> None:
-    """Gives a compressor the weights to start from: a whole one's, or those of its backbone."""
+    """Loads the initial weights of a compressor: those of a complete compressor, or those of its backbone."""
     named, backbone = recipe.stage_b.compressor_init, recipe.compressor.backbone
     if not named and backbone != "efficientnet_lite0":
         raise UserError(
-            f"{backbone} needs pretrained weights to start from; give --compressor-init FILE, "
-            "torchvision's .pth or timm's .safetensors, or the original's file of Stage B"
+            f"{backbone} needs pretrained weights to start from. Use --compressor-init FILE with "
+            "torchvision's .pth or timm's .safetensors, or with the original's file of Stage B."
         )
-    whole = _whole_compressor(named) if named else None
-    if whole is None:
+    complete = _complete_compressor(named) if named else None
+    if complete is None:
         load_backbone(compressor.backbone, Path(named) if named else lite0_path())
         return
-    _check_config("compressor", recipe.compressor, whole.config, named)
-    compressor.load_state_dict(whole.state_dict())
+    _check_config("compressor", recipe.compressor, complete.config, named)
+    compressor.load_state_dict(complete.state_dict())
 
 
 def _check_networks(recipe: Recipe, start: Start) -> None:
@@ -199,12 +201,12 @@ def _check_networks(recipe: Recipe, start: Start) -> None:
             if name in kind.optional or getattr(parts, name) is not None:
                 continue
             if name == "compressor":
-                fix = "name it with --compressor-init: the original's file of Stage B, or a native model"
+                fix = "Use --compressor-init with the original's file of Stage B, or with a native model"
             elif stage in recipe.stages:
-                fix = f"train it from nothing with --fresh {stage}, or name another start"
+                fix = f"Use --fresh {stage} to train it from random weights, or another --start-from"
             else:
-                fix = f"name a start that has it, or train Stage {stage.upper()} too"
-            raise UserError(f"start_from={recipe.start_from} has no {name}; {fix}")
+                fix = f"Use a --start-from that has it, or train Stage {stage.upper()} too"
+            raise UserError(f"start_from={recipe.start_from} has no {name}. {fix}.")
     decoder = parts.decoder
     if recipe.trains("decoder") and decoder is not None:
         has, wants = decoder_kind(decoder.config), decoder_kind(recipe.decoder)
@@ -221,22 +223,22 @@ def _check_networks(recipe: Recipe, start: Start) -> None:
 
 
 def _check_view(recipe: Recipe, start: Start) -> None:
-    """Refuses to go on with a compressor that has seen images at another scale."""
+    """Refuses to train on with a compressor that was trained at another ``view_scale``."""
     trained = recipe.trains("decoder") and start.parts.compressor is not None and start.settings is not None
     if trained and start.settings.view_scale != recipe.view_scale:
         raise UserError(
             f"view_scale is {recipe.view_scale} in the recipe and {start.settings.view_scale} in "
-            f"{recipe.start_from}. Weights go on at the scale that they know. Use --view-scale "
+            f"{recipe.start_from}. Trained weights only work at their own scale. Use --view-scale "
             f"{start.settings.view_scale}, or --fresh b."
         )
 
 
 def _check_config(name: str, ours: object, theirs: object, source: str) -> None:
-    """Refuses shapes that are not those of the weights, naming each option that would mend it."""
+    """Refuses a configuration that does not fit the weights, and names the options that would."""
     if type(ours) is not type(theirs):
         raise UserError(
-            f"the {name} of {source} is a {type(theirs).__name__} and the recipe's a {type(ours).__name__}; "
-            "name another start"
+            f"the {name} of {source} is a {type(theirs).__name__}, and that of the recipe is a "
+            f"{type(ours).__name__}. Use another --start-from."
         )
     assert dataclasses.is_dataclass(theirs)
     fields = (f.name for f in dataclasses.fields(theirs) if f.name not in _FREE_CONFIG)
@@ -244,7 +246,7 @@ def _check_config(name: str, ours: object, theirs: object, source: str) -> None:
     if differing:
         found = ", ".join(f"{name}.{f}={getattr(ours, f)}" for f in differing)
         options = " ".join(f"--{name}.{f} {_option(getattr(theirs, f))}".replace("_", "-") for f in differing)
-        raise UserError(f"{found} of the recipe is not the shape of {source}; give {options}")
+        raise UserError(f"{found} of the recipe does not fit the weights of {source}. Use {options}.")
 
 
 def _option(value: object) -> str:
@@ -252,7 +254,7 @@ def _option(value: object) -> str:
 
 
 def _take_text_encoders(recipe: Recipe, start: Start, given: dict[str, Any]) -> None:
-    """Those that something reads."""
+    """Loads only the text encoders that the stages read."""
     parts = start.parts
     if reads_text(recipe, start):
         if recipe.decoder_text_encoder not in ("", recipe.text_encoder):
@@ -272,7 +274,7 @@ def _take_text_encoders(recipe: Recipe, start: Start, given: dict[str, Any]) -> 
 
 
 def _read_text(named: str) -> tuple[TextEncoder, Path | None]:
-    """A text encoder, and its folder where that is to be copied."""
+    """A text encoder, and its folder if the model will copy it."""
     folder = local_folder(named, only=("text_encoder/*", "tokenizer/*"))
     if (folder / "text_encoder").is_dir() and not (folder / "tokenizer").is_dir():
         folder = folder / "text_encoder"  # of a native model
@@ -281,12 +283,12 @@ def _read_text(named: str) -> tuple[TextEncoder, Path | None]:
 
 
 def reads_captions(recipe: Recipe) -> bool:
-    """Whether a stage that is trained reads captions with the text encoder of Stage C."""
+    """Whether a trained stage reads captions with the text encoder of Stage C."""
     return any(kind.reads_captions for kind in trained_kinds(recipe))
 
 
 def reads_text(recipe: Recipe, start: Start) -> bool:
-    """Whether Stage B of the model reads text; False if the model will have no Stage B."""
+    """Whether Stage B of the model reads text. False if the model will have no Stage B."""
     if recipe.trains("decoder"):
         return recipe.decoder.clip_embd is not None
     return start.parts.decoder is not None and start.parts.decoder.config.clip_embd is not None
@@ -306,18 +308,23 @@ def _check_text(recipe: Recipe, start: Start) -> None:
     for name, wants, has, option in wanted:
         if wants != has:
             published = PUBLISHED_TEXT_ENCODERS.get(wants or 0)
-            other = f", or another {option}" if published is None else f", or give {option} {published}"
-            raise UserError(f"{name}={wants} is not the width of the text encoder's states; use {has}{other}")
+            other = f"another {option}" if published is None else f"{option} {published}"
+            raise UserError(
+                f"{name} must be the width of the text encoder's states, {has}, got {wants}. Use {has}, or "
+                f"{other}."
+            )
     own = parts.decoder_text_encoder
     if own is not None and own.model.config.model_type != "clip_text_model":
-        raise UserError("the text encoder of Stage B alone must be a CLIP; leave out decoder_text_encoder")
+        raise UserError(
+            "decoder_text_encoder must be a CLIP text encoder. Leave it out to use that of Stage C."
+        )
     if start.settings is None:
         return
     learnt = "real" if start.settings.text_mask else "all"
     reads = parts.prior is not None or (parts.decoder is not None and reads_text(recipe, start))
     if reads and learnt != recipe.text_positions:
-        does = "attend to padding" if learnt == "all" else "have padding hidden from them"
+        does = "attend to padding" if learnt == "all" else "do not attend to padding"
         raise UserError(
-            f"text_positions={recipe.text_positions} does not suit start_from={recipe.start_from}, whose "
-            f"networks {does}; use {learnt}"
+            f"text_positions={recipe.text_positions} does not fit start_from={recipe.start_from}, whose "
+            f"networks {does}. Use {learnt}."
         )
