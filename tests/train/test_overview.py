@@ -14,7 +14,7 @@ from wuerstchen.recipes.mini import mini
 from wuerstchen.recipes.tiny import tiny
 from wuerstchen.recipes.v2 import v2
 from wuerstchen.train.config import Recipe
-from wuerstchen.train.overview import kept_images, overview, readings, refuse_small
+from wuerstchen.train.overview import cached_images, overview, readings, refuse_small
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_a_survey_that_took_too_long_says_so(tmp_path, monkeypatch):
     write(tmp_path / "photos", [(256, 256)])
     recipe = dataclasses.replace(tiny(), data=str(tmp_path / "photos"))
     said, _ = overview(recipe, {recipe.data: FolderSource(tmp_path / "photos")}, None)
-    assert f"  looked for files that are not read for 20 seconds, not in all of {recipe.data}" in said
+    assert f"  stopped looking for unused files after 20 seconds, before the end of {recipe.data}" in said
 
 
 def test_a_folder_that_is_as_it_should_be(tmp_path, encoder):
@@ -52,7 +52,7 @@ def test_a_folder_that_is_as_it_should_be(tmp_path, encoder):
     said, warned = overview(recipe(), {"mine": source}, encoder)
     assert said == [
         "mine: 4 images to train on",
-        "  4 captions of 4 to 4 tokens, 4 in the middle",
+        "  4 captions with 4 to 4 tokens, median 4",
         "  all have at least 128x128 pixels",
         "  Stage C: 160 images, 40 epochs",
     ]
@@ -69,16 +69,16 @@ def test_what_is_absurd_is_warned_of(tmp_path, encoder):
     (tmp_path / "photos" / "more").symlink_to(tmp_path / "elsewhere")
     said, warned = overview(recipe(images=50_000), {"mine": source}, encoder)
     text = "\n".join(said)
-    assert "2 longer than the 32 that the text encoder reads, and cut" in text
+    assert "2 are longer than the 32 that the text encoder reads, and cut" in text
     assert "2 images smaller than 128x128 pixels and enlarged, up to 128 times ('" in text
-    assert "not read: 1 entry that is a link to a folder ('more')" in text
-    assert "not read: 1 entry with the ending .heic ('a.heic')" in text
+    assert "not used: 1 entry that is a link to a folder ('more')" in text
+    assert "not used: 1 entry with the ending .heic ('a.heic')" in text
     assert "Stage C: 50,000 images, 5,000 epochs" in text
     for part in (
         "2 of 10 captions of mine are cut",
         "2 images of mine would be enlarged more than 4 times, '8.png' the first",
-        "that is a link to a folder ('more') of mine will not be read. Copy its images into the folder",
-        "with the ending .heic ('a.heic') of mine will not be read. Save them as PNG or JPEG",
+        "that is a link to a folder ('more') of mine will not be used. Copy its images into the folder",
+        "with the ending .heic ('a.heic') of mine will not be used. Save them as PNG or JPEG",
         "see each of the 10 images of mine 5,000 times. The model would memorise them. Give more images, or "
         "fewer with --stage-c.optimization.images",
     ):
@@ -122,8 +122,8 @@ def test_a_set_smaller_than_a_batch_is_refused_with_the_options_to_give():
     with pytest.raises(UserError) as caught:
         refuse_small(full, "mine", 119, whole=False)
     assert str(caught.value) == (
-        "mine has 119 images, fewer than a batch of 512. A batch has different images. Give "
-        "--stage-b.optimization.batch-size 64 --stage-c.optimization.batch-size 64, or more images"
+        "mine has 119 images, fewer than a batch of 512. The images of a batch must differ. Use "
+        "--stage-b.optimization.batch-size 64 --stage-c.optimization.batch-size 64, or more images."
     )
     refuse_small(full, "mine", 512, whole=False)
     refuse_small(full, "another", 1, whole=False)
@@ -138,7 +138,7 @@ def test_a_set_smaller_than_a_batch_is_refused_with_the_options_to_give():
 
 def test_no_more_images_are_composed_than_phases_use():
     small = dataclasses.replace(tiny(), prepared_images=2000)
-    assert kept_images(small, "sample", 128) == 2000  # Stages A and C use 2400
-    assert kept_images(dataclasses.replace(small, prepared_images=9000), "sample", 128) == 2400
+    assert cached_images(small, "sample", 128) == 2000  # Stages A and C use 2400
+    assert cached_images(dataclasses.replace(small, prepared_images=9000), "sample", 128) == 2400
     said, _ = overview(small, {"sample": EmojiSource(sample_root(), split="train", centred=CENTRED)}, None)
-    assert said[-1].endswith(", drawn from 2,000 images composed at the start")
+    assert said[-1].endswith(", from a cache of 2,000 images composed at the start")

@@ -1,4 +1,4 @@
-"""What a run is about to learn from, told before its first update: images, captions, sizes, epochs."""
+"""Describes the data of a run before its first update: images, captions, sizes and epochs."""
 
 import contextlib
 import dataclasses
@@ -19,34 +19,34 @@ from wuerstchen.train.config import Recipe
 from wuerstchen.train.stage_table import trained_kinds, trained_phases
 
 MANY_EPOCHS = 500
-"""More of the same images than this is hardly meant. Emoji are composed anew each time and may have more."""
+"""Epochs above which a warning is printed. Emoji are composed anew each time and may have more."""
 MUCH_ENLARGED = 4.0
 _MANY_CUT = 0.1  # of the captions
 _MOST_ENLARGED = 0.5  # of the images
-_LONGEST = 20_000  # characters of a caption that are counted
+_LONGEST = 20_000  # characters of a caption that are tokenized
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How a phase reads its data."""
+    """What a phase reads: data set, images, batches and size."""
 
     stage: str
-    """Its name: a, b, b2, ..."""
+    """The name of the phase: a, b, b2, ..."""
     data: str
     images: int
-    """Images over the whole phase."""
+    """Length of the phase in images."""
     batch_size: int
     accumulate: int
     size: int
-    """Side of its images in pixels; with other aspects, the shorter."""
+    """Side of the images in pixels. The shorter side of wide and tall images."""
     images_option: str
-    """The option of the command line that sets ``images``."""
+    """The command-line option that sets ``images``."""
     batch_option: str
-    """Likewise ``batch_size``."""
+    """The command-line option that sets ``batch_size``."""
 
 
 def readings(recipe: Recipe) -> list[Reading]:
-    """Every phase of the stages that are trained, those that refine included, in the order of training."""
+    """What each phase of a run reads, in the order of training. Includes refinements."""
     found: list[Reading] = []
     for named in trained_phases(recipe):
         phase, optimization = named.phase, named.phase.optimization
@@ -69,25 +69,25 @@ def readings(recipe: Recipe) -> list[Reading]:
 def overview(
     recipe: Recipe, sources: Mapping[str, Source | PreparedSet], encoder: TextEncoder | None
 ) -> tuple[list[str], list[str]]:
-    """What is to be printed about the data sets of a run, and what is to be warned of, a line each.
+    """Lines to print about the data sets of a run, and warnings.
 
-    ``encoder`` is what captions are read with, None where none is.
+    ``encoder`` is the text encoder that reads the captions. None if no stage reads captions.
     """
-    said: list[str] = []
-    warned: list[str] = []
+    lines: list[str] = []
+    warnings: list[str] = []
     for data, source in sources.items():
         phases = [reading for reading in readings(recipe) if reading.data == data]
         if isinstance(source, StoredImages):
-            _stored(data, source, phases, encoder, said, warned)
+            _stored(data, source, phases, encoder, lines, warnings)
         elif isinstance(source, PreparedSet):
-            _prepared(data, source, said)
+            _prepared(data, source, lines)
         else:
-            again = ", composed anew each time" if isinstance(source, EmojiSource) else ""
-            said.append(f"{data}: {_number(len(source), 'image')}{again}")
+            note = ", composed anew each time" if isinstance(source, EmojiSource) else ""
+            lines.append(f"{data}: {_number(len(source), 'image')}{note}")
         length = len(source.rows("train")) if isinstance(source, PreparedSet) else len(source)
         for reading in phases:
-            _epochs(recipe, reading, length, isinstance(source, EmojiSource), said, warned)
-    return said, warned
+            _epochs(recipe, reading, length, isinstance(source, EmojiSource), lines, warnings)
+    return lines, warnings
 
 
 def _stored(
@@ -95,118 +95,124 @@ def _stored(
     source: StoredImages,
     phases: Sequence[Reading],
     encoder: TextEncoder | None,
-    said: list[str],
-    warned: list[str],
+    lines: list[str],
+    warnings: list[str],
 ) -> None:
-    said.append(f"{data}: {_number(len(source), 'image')} to train on")
+    lines.append(f"{data}: {_number(len(source), 'image')} to train on")
     if isinstance(source, FolderSource) and source.without_caption:
         count = _number(len(source.without_caption), "image")
-        said.append(f"  skipped: {count} with an empty caption ({source.without_caption[0]!r})")
+        lines.append(f"  skipped: {count} with an empty caption ({source.without_caption[0]!r})")
     if isinstance(source, IndexedSource):
         dropped = source.index.tally.dropped.most_common()
-        said += [f"  left out: {count:,} {reason}" for reason, count in dropped]
+        lines += [f"  left out: {count:,} {reason}" for reason, count in dropped]
     if encoder is not None:
-        _captions(data, source, encoder, said, warned)
+        _captions(data, source, encoder, lines, warnings)
     found = sizes(source)
     target = max(reading.size for reading in phases)
     factors = found.enlarged((target, target))
-    looked = "" if len(found.found) == len(source) else f" of {len(found.found):,} looked at"
+    checked = "" if len(found.found) == len(source) else f" of {len(found.found):,} checked"
     if factors:
         name = max(factors, key=lambda name: factors[name])
         width, height = found.found[name]
-        said.append(
-            f"  {_number(len(factors), 'image')}{looked} smaller than {target}x{target} pixels and "
+        lines.append(
+            f"  {_number(len(factors), 'image')}{checked} smaller than {target}x{target} pixels and "
             f"enlarged, up to {factors[name]:.3g} times ({name!r} has {width}x{height})"
         )
         much = sorted(name for name, factor in factors.items() if factor > MUCH_ENLARGED)
         if much:
-            warned.append(
-                f"{_number(len(much), 'image')} of {data}{looked} would be enlarged more than "
+            warnings.append(
+                f"{_number(len(much), 'image')} of {data}{checked} would be enlarged more than "
                 f"{MUCH_ENLARGED:g} times, {much[0]!r} the first. The model would learn the blur. Remove them"
             )
         elif len(factors) > _MOST_ENLARGED * len(found.found):
-            warned.append(
+            warnings.append(
                 f"most images of {data} are smaller than {target}x{target} pixels and are enlarged. "
                 "The model would learn the blur. Use a smaller --image-size, or larger images"
             )
     elif found.found:
-        said.append(f"  all{looked} have at least {target}x{target} pixels")
+        lines.append(f"  all{checked} have at least {target}x{target} pixels")
     if isinstance(source, FolderSource):
-        _ignored(data, source, said, warned)
+        _ignored(data, source, lines, warnings)
 
 
 def _captions(
-    data: str, source: StoredImages, encoder: TextEncoder, said: list[str], warned: list[str]
+    data: str, source: StoredImages, encoder: TextEncoder, lines: list[str], warnings: list[str]
 ) -> None:
     items = items_at(range(min(MOST, len(source))), len(source), 0)
     texts = [text for item in items for text in source.captions(item)]
-    # The encoder's own reading cuts, and warns of each text; here the tokens are counted before that.
+    # The encoder itself would truncate each text and warn. Count the tokens before that.
     lengths = [len(encoder.tokenizer.encode(text[:_LONGEST]).ids) for text in texts]
-    of = "captions" if len(items) == len(source) else f"captions of {len(items):,} images looked at,"
-    line = f"  {len(texts):,} {of} of {min(lengths)} to {max(lengths):,} tokens, "
-    line += f"{median(lengths):g} in the middle"
+    of = "captions" if len(items) == len(source) else f"captions of {len(items):,} checked images"
+    line = f"  {len(texts):,} {of} with {min(lengths)} to {max(lengths):,} tokens, "
+    line += f"median {median(lengths):g}"
     cut = sum(length > encoder.text_positions for length in lengths)
     if cut:
-        line += f"; {cut:,} longer than the {encoder.text_positions} that the text encoder reads, and cut"
-    said.append(line)
+        line += f". {cut:,} are longer than the {encoder.text_positions} that the text encoder reads, and cut"
+    lines.append(line)
     if cut > _MANY_CUT * len(lengths):
-        warned.append(
+        warnings.append(
             f"{cut:,} of {len(lengths):,} captions of {data} are cut, because the text encoder reads "
-            f"{encoder.text_positions} tokens. What comes after them is not learnt. Use shorter captions"
+            f"{encoder.text_positions} tokens. The model does not see the rest. Use shorter captions"
         )
 
 
-def _ignored(data: str, source: FolderSource, said: list[str], warned: list[str]) -> None:
+def _ignored(data: str, source: FolderSource, lines: list[str], warnings: list[str]) -> None:
     found, whole = ignored(source.root)
     if not whole:
-        said.append(f"  looked for files that are not read for {SECONDS:.0f} seconds, not in all of {data}")
+        lines.append(
+            f"  stopped looking for unused files after {SECONDS:.0f} seconds, before the end of {data}"
+        )
     for reason, entries in found.items():
         what = f"{_number(entries.count, 'entry', 'entries')} {reason} ({entries.first!r})"
-        said.append(f"  not read: {what}")
+        lines.append(f"  not used: {what}")
         if not entries.images:
             continue
         link = "link" in reason
         fix = "Copy its images into the folder" if link else "Save them as PNG or JPEG"
-        warned.append(f"{what} of {data} will not be read. {fix}, if you want to train on them")
+        warnings.append(f"{what} of {data} will not be used. {fix}, if you want to train on them")
 
 
-def _prepared(data: str, source: PreparedSet, said: list[str]) -> None:
+def _prepared(data: str, source: PreparedSet, lines: list[str]) -> None:
     described = source.description
     held = len(source.rows("heldout"))
     line = f"{data}: {_number(len(source) - held, 'prepared image')} to train on"
     line += f", {source.crops} crops of each" if source.crops > 1 else ""
-    said.append(line + (f", {held:,} held out" if held else ""))
+    lines.append(line + (f", {held:,} held out" if held else ""))
     if described["enlarged"]:
-        said.append(f"  {_number(described['enlarged'], 'crop')} enlarged, of images smaller than their size")
+        lines.append(
+            f"  {_number(described['enlarged'], 'crop')} enlarged, of images smaller than their size"
+        )
     if described["cut_texts"]:
-        said.append(f"  {_number(described['cut_texts'], 'caption')} cut, longer than the text encoder reads")
+        lines.append(
+            f"  {_number(described['cut_texts'], 'caption')} cut, longer than the text encoder reads"
+        )
     for reason, count in described["dropped"].items():
-        said.append(f"  {count} dropped when it was prepared: {reason}")
+        lines.append(f"  {count} dropped during preparation: {reason}")
 
 
 def _epochs(
-    recipe: Recipe, reading: Reading, length: int, composed: bool, said: list[str], warned: list[str]
+    recipe: Recipe, reading: Reading, length: int, composed: bool, lines: list[str], warnings: list[str]
 ) -> None:
     times = reading.images / length
     stage = reading.stage.upper()
     line = f"  Stage {stage}: {_number(reading.images, 'image')}, {_shown(times)} epochs"
     if recipe.prepared_images:
-        kept = kept_images(recipe, reading.data, reading.size)
-        line += f", drawn from {_number(kept, 'image')} composed at the start"
-    said.append(line)
+        kept = cached_images(recipe, reading.data, reading.size)
+        line += f", from a cache of {_number(kept, 'image')} composed at the start"
+    lines.append(line)
     if times > MANY_EPOCHS and not composed:
-        warned.append(
+        warnings.append(
             f"Stage {stage} would see each of the {length:,} images of {reading.data} {_shown(times)} times. "
             f"The model would memorise them. Give more images, or fewer with {reading.images_option}"
         )
 
 
 PREVIEWS = 8
-"""Captions that are drawn in previews, where a recipe names no prompts."""
+"""Captions of the data in previews, if a recipe has no preview prompts."""
 
 
 def with_prompts(recipe: Recipe, sources: Mapping[str, Source | PreparedSet]) -> Recipe:
-    """The recipe with captions of the last phase's data for preview prompts, if it has none."""
+    """The recipe with captions from the last phase's data as preview prompts, if it has none."""
     reading = [kind for kind in trained_kinds(recipe) if kind.reads_captions]
     if recipe.preview_prompts or not reading:
         return recipe
@@ -218,22 +224,23 @@ def with_prompts(recipe: Recipe, sources: Mapping[str, Source | PreparedSet]) ->
         if isinstance(source, PreparedSet | StoredImages):
             found[source.captions(row)[0]] = None
         else:
-            with contextlib.suppress(DataError):  # an image that cannot be read
+            with contextlib.suppress(DataError):  # unreadable images
                 rng = generator(0, number, "preview prompt")
                 found[source.example(row, rng, recipe.image_size).caption] = None
     return dataclasses.replace(recipe, preview_prompts=tuple(found))
 
 
-def kept_images(recipe: Recipe, data: str, size: int) -> int:
-    """How many images of a size are composed and kept: no more than the phases that read them will use."""
+def cached_images(recipe: Recipe, data: str, size: int) -> int:
+    """Size of the image cache for a data set and image size: no more images than its phases read."""
     used = (reading.images for reading in readings(recipe) if (reading.data, reading.size) == (data, size))
     return min(recipe.prepared_images, max(used))
 
 
 def refuse_small(recipe: Recipe, data: str, length: int, whole: bool) -> None:
-    """Raises ``UserError`` where a set of ``length`` images is smaller than a batch of a phase that reads it.
+    """Raises ``UserError`` if a data set of ``length`` images is smaller than a batch of a phase that reads
+    it.
 
-    The message names every option to change. ``whole``: all batches have to be whole, as of a prepared set.
+    The message names every option to change. With ``whole``, as for prepared sets, all batches must be full.
     """
     few = [reading for reading in readings(recipe) if reading.data == data and length < reading.batch_size]
     if not few:
@@ -246,21 +253,21 @@ def refuse_small(recipe: Recipe, data: str, length: int, whole: bool) -> None:
             options[reading.images_option] = max(reading.images // fits, 1) * fits
     largest = max(reading.batch_size for reading in few)
     raise UserError(
-        f"{data} has {length} images, fewer than a batch of {largest}. A batch has different images. "
-        f"Give {' '.join(f'{name} {value}' for name, value in options.items())}, or more images"
+        f"{data} has {length} images, fewer than a batch of {largest}. The images of a batch must differ. "
+        f"Use {' '.join(f'{name} {value}' for name, value in options.items())}, or more images."
     )
 
 
-def print_overview(said: Iterable[str], warned: Iterable[str]) -> None:
-    """Prints both, warnings last."""
-    for line in said:
+def print_overview(lines: Iterable[str], warnings: Iterable[str]) -> None:
+    """Prints the lines, then the warnings."""
+    for line in lines:
         print(line)
-    for line in warned:
+    for line in warnings:
         print(f"Warning: {line}.")
 
 
-def _number(count: int, one: str, more: str = "") -> str:
-    return f"{count:,} {one if count == 1 else more or one + 's'}"
+def _number(count: int, singular: str, plural: str = "") -> str:
+    return f"{count:,} {singular if count == 1 else plural or singular + 's'}"
 
 
 def _shown(times: float) -> str:

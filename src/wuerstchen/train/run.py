@@ -36,7 +36,7 @@ from wuerstchen.train.engine.loop import rehearse
 from wuerstchen.train.feed.images import Batch, Feed, batches
 from wuerstchen.train.initial_weights import read_start, reads_captions, reads_text
 from wuerstchen.train.overview import (
-    kept_images,
+    cached_images,
     overview,
     print_overview,
     readings,
@@ -341,7 +341,7 @@ class _Rehearsal(_Run):
     def cache_size(self, data: str, size: int) -> int:
         """As many as the largest batch: more of them cost an update no more."""
         sizes = [r.batch_size for r in readings(self.recipe) if (r.data, r.size) == (data, size)]
-        return min(kept_images(self.recipe, data, size), max(sizes))
+        return min(cached_images(self.recipe, data, size), max(sizes))
 
     def measured_once(
         self, folder: str, measure: Callable[[], dict[str, Any]], known: dict[str, Any]

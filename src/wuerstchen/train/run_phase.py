@@ -26,7 +26,7 @@ from wuerstchen.train.feed.prepared import (
 )
 from wuerstchen.train.initial_weights import Start
 from wuerstchen.train.overview import (
-    kept_images,
+    cached_images,
 )
 from wuerstchen.train.precision import HALVES
 from wuerstchen.train.report.events import Log
@@ -232,7 +232,7 @@ class PhaseRunner:
         """How many images of a size are composed: no more than will be used."""
         if self.order() < ORDER:
             return self.recipe.prepared_images  # their number is part of the order that the run began with
-        return kept_images(self.recipe, data, size)
+        return cached_images(self.recipe, data, size)
 
     def averaged(self, checkpoint: Path, network: N, name: str) -> N:
         """The network with the averaged weights of a finished stage, frozen."""
