@@ -127,8 +127,8 @@ def test_the_model_is_whole_and_its_statistics_are_those_of_the_maps(runs):
     ("change", "message"),
     [
         ({"stages": ("b", "c"), "fresh": ("b", "c")}, "Stage B trains the compressor that makes them"),
-        ({"prepared_images": 16}, "prepared_images=16 holds pictures on the device"),
-        ({"image_size": 256}, r"image_size=256 is not that of .* about 128x128 pixels; use 128"),
+        ({"prepared_images": 16}, "prepared_images must be 0 with a prepared set, got 16"),
+        ({"image_size": 256}, r"image_size must be 128 for .* about 128x128 pixels, got 256\. Use 128"),
         ({"data": "sample", "stored_texts": "states"}, "stored_texts=states needs a prepared set"),
     ],
 )
@@ -142,7 +142,7 @@ def test_images_that_are_no_whole_batches_and_sets_of_another_model(folder, tmp_
     full = recipe(folder)
     optimization = dataclasses.replace(full.stage_c.optimization, images=30)
     odd = dataclasses.replace(full, stage_c=dataclasses.replace(full.stage_c, optimization=optimization))
-    with pytest.raises(UserError, match=r"images=30 is no multiple of batch_size=8"):
+    with pytest.raises(UserError, match=r"images must be a multiple of batch_size=8 .* got 30"):
         train(odd, tmp_path / "run", device="cpu")
     (tmp_path / "unfinished" / "work").mkdir(parents=True)
     (tmp_path / "unfinished" / "work" / "plan.json").write_text("{}")

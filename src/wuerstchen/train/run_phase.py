@@ -21,7 +21,7 @@ from wuerstchen.train.engine.observe import observed
 from wuerstchen.train.engine.validation import Denoising, DenoisingTokens, HeldOut, Validation, held_out
 from wuerstchen.train.feed.images import Feed, batch_sizes
 from wuerstchen.train.feed.prepared import (
-    HeldOutMaps,
+    HeldOutLatents,
     PreparedFeed,
 )
 from wuerstchen.train.initial_weights import Start
@@ -75,7 +75,7 @@ class PhaseRunner:
             if maker is None or maker.short not in recipe.stages:  # others are copied, not used
                 network.eval()  # and stay on the CPU until a stage needs them
         self._image_cache: tuple[tuple[str, int], ImageCache] | None = None
-        self._held_out: dict[tuple[str, int], HeldOut | HeldOutMaps | None] = {}
+        self._held_out: dict[tuple[str, int], HeldOut | HeldOutLatents | None] = {}
 
     def feed(self, stage: Stage, phase: Phase, multiple: int, seed: int) -> Feed | PreparedFeed:
         """The pictures of a phase, or what is stored of them."""

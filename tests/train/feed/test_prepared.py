@@ -30,12 +30,12 @@ from wuerstchen.train.engine.loop import Trainer
 from wuerstchen.train.engine.validation import IMAGES, Validation, held_out
 from wuerstchen.train.feed.images import Batch, batches
 from wuerstchen.train.feed.prepared import (
-    HeldOutMaps,
+    HeldOutLatents,
     PreparedFeed,
     StoredBatch,
     check_prepared,
     refuse_prepared,
-    some_maps,
+    some_latents,
 )
 from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.report.events import Log
@@ -109,7 +109,7 @@ def loss(stage: StageC, inputs, random: ImageRandom) -> float:
 def same(one: StoredBatch, other: StoredBatch) -> bool:
     return (
         torch.equal(one.indices, other.indices)
-        and torch.equal(one.maps, other.maps)
+        and torch.equal(one.semantic_latents, other.semantic_latents)
         and [t.tolist() for t in one.tokens] == [t.tolist() for t in other.tokens]
     )
 
@@ -123,8 +123,10 @@ def test_batches_are_of_one_size_and_show_no_image_twice_or_held_out(prepared):
     shapes, crops = set(), set()
     epoch = feed.plan.before(1) * 4
     for number, batch in enumerate(batches(feed, 0, epoch, 4, 0)):
-        shapes.add(tuple(batch.maps.shape[1:]))
-        for index, found, tokens in zip(batch.indices.tolist(), batch.maps, batch.tokens, strict=True):
+        shapes.add(tuple(batch.semantic_latents.shape[1:]))
+        for index, found, tokens in zip(
+            batch.indices.tolist(), batch.semantic_latents, batch.tokens, strict=True
+        ):
             row = int(feed.rows[feed.plan.ids(number)[index % 4]])
             # One of its own crops with one of its own captions.
             own = [np.array_equal(prepared.semantic_latents(row, crop), found.numpy()) for crop in range(3)]
@@ -139,7 +141,11 @@ def test_batches_are_of_one_size_and_show_no_image_twice_or_held_out(prepared):
 def test_sizes_with_fewer_images_than_a_batch_are_shown_and_said(prepared):
     feed = PreparedFeed(prepared, 3, 960, 60)  # each of the three sizes has 36 of the 108 images, or fewer
     batches_of_epoch = list(batches(feed, 0, feed.plan.before(1) * 60, 60, 0))
-    assert {tuple(batch.maps.shape[1:]) for batch in batches_of_epoch} == {(2, 6, 6), (2, 12, 3), (2, 3, 12)}
+    assert {tuple(batch.semantic_latents.shape[1:]) for batch in batches_of_epoch} == {
+        (2, 6, 6),
+        (2, 12, 3),
+        (2, 3, 12),
+    }
     rows = {int(feed.rows[item]) for number in range(3) for item in feed.plan.ids(number)}
     assert rows == set(feed.rows.tolist())  # every image in the first epoch
     counts = np.bincount(prepared.bucket_ids[feed.rows]).tolist()
@@ -150,7 +156,7 @@ def test_sizes_with_fewer_images_than_a_batch_are_shown_and_said(prepared):
     ]
     whole = PreparedFeed(prepared, 3, 500, 25).epoch()
     assert whole[1] == (
-        f"256x256: {counts[prepared.buckets.index((256, 256))]} images, 1 batch an epoch; "
+        f"256x256: {counts[prepared.buckets.index((256, 256))]} images, 1 batch per epoch. "
         f"{counts[prepared.buckets.index((256, 256))] - 25} wait for another epoch, different ones each time"
     )
 
@@ -172,7 +178,9 @@ def test_any_start_and_any_number_of_processes_give_the_same(prepared):
     assert all(same(a, b) for a, b in zip(whole[8:], resumed, strict=True))
     shares = [list(batches(feed, 0, 48, 4, 0, Processes(CPU, rank, 2).rank_slice)) for rank in range(2)]
     for batch, first, second in zip(whole, *shares, strict=True):
-        assert torch.equal(batch.maps, torch.cat([first.maps, second.maps]))
+        assert torch.equal(
+            batch.semantic_latents, torch.cat([first.semantic_latents, second.semantic_latents])
+        )
         assert torch.equal(batch.indices, torch.cat([first.indices, second.indices]))
     other = list(batches(PreparedFeed(prepared, 4, 48, 4), 0, 48, 4, 0))
     assert not any(same(a, b) for a, b in zip(whole, other, strict=True))
@@ -263,11 +271,11 @@ def test_what_cannot_be_read_is_replaced_by_its_successor_of_the_same_size(prepa
         skipped += batch.skipped
         if number == 1:
             kept = [0, 1, 3]
-            assert torch.equal(batch.maps[kept], fine.maps[kept])
+            assert torch.equal(batch.semantic_latents[kept], fine.semantic_latents[kept])
             bucket = [r for r in feed.rows if damaged.bucket_ids[r] == damaged.bucket_ids[rows[2]]]
             successor = int(bucket[(bucket.index(rows[2]) + 1) % len(bucket)])
             crops = [torch.tensor(damaged.semantic_latents(successor, crop)) for crop in range(3)]
-            assert any(torch.equal(batch.maps[2], crop) for crop in crops)
+            assert any(torch.equal(batch.semantic_latents[2], crop) for crop in crops)
     assert skipped
     assert set(skipped) == {(damaged.broken[0], f"{damaged.broken[0]} holds NaN")}
     damaged.broken = tuple(damaged.name(row) for row in range(len(damaged)))
@@ -350,12 +358,16 @@ def test_a_small_set_holds_out_none(cascade, tmp_path):
 
 def test_validation_by_hand(prepared, cascade, monkeypatch):
     pictures = held_out(str(prepared.folder), 256)
-    assert isinstance(pictures, HeldOutMaps)
+    assert isinstance(pictures, HeldOutLatents)
     assert len(pictures) == min(len(prepared.rows("heldout")), IMAGES)
-    assert len(HeldOutMaps(prepared, 0, 1)) == 1
+    assert len(HeldOutLatents(prepared, 0, 1)) == 1
     found = list(pictures.batches(2))
     assert torch.cat([batch.indices for batch in found]).tolist() == list(range(len(pictures)))
-    shown = {batch.maps[i].numpy().tobytes() for batch in found for i in range(len(batch.maps))}
+    shown = {
+        batch.semantic_latents[i].numpy().tobytes()
+        for batch in found
+        for i in range(len(batch.semantic_latents))
+    }
     stored = {
         prepared.semantic_latents(int(r), c).tobytes() for r in prepared.rows("heldout") for c in range(3)
     }
@@ -371,7 +383,7 @@ def test_validation_by_hand(prepared, cascade, monkeypatch):
     errors = Validation(stage, pictures, dtype=None, device=CPU)(averages)["bins"]
     expected = 0.0
     for batch in found:
-        noise = ImageRandom(0, batch.indices).normal("validation 3", batch.maps.shape[1:])
+        noise = ImageRandom(0, batch.indices).normal("validation 3", batch.semantic_latents.shape[1:])
         expected += noise.square().flatten(1).mean(1).sum().item()
     assert errors[3] == pytest.approx(expected / len(pictures), rel=1e-5)
 
@@ -385,25 +397,25 @@ def test_statistics_are_those_of_the_pictures(few, cascade, tmp_path):
     batch = Batch(torch.arange(len(rows)), images, [""] * len(rows), [])
     expected = measure_map(cascade.compressor, iter([batch]), CPU)
     # Once through, in another order.
-    found = measure_stored_maps(some_maps(square, len(rows), 7))
+    found = measure_stored_maps(some_latents(square, len(rows), 7))
     assert found.mean == pytest.approx(expected.mean, rel=1e-3, abs=1e-3)
     assert found.std == pytest.approx(expected.std, rel=1e-3)
 
 
 def test_statistics_of_several_sizes_and_of_none(prepared):
-    maps = list(some_maps(prepared, 30, 0))
+    maps = list(some_latents(prepared, 30, 0))
     assert len({found.shape for found in maps}) > 1
     columns = np.concatenate([found.reshape(2, -1) for found in maps], axis=1).astype(np.float64)
     found = measure_stored_maps(iter(maps))
     assert found.mean == pytest.approx(columns.mean(1))
     assert found.std == pytest.approx(columns.std(1, ddof=1))
     row = int(prepared.rows("train")[item_at(0, len(prepared.rows("train")), 0)])  # of the first map
-    others = list(some_maps(prepared, 30, 0, [prepared.name(row)]))
+    others = list(some_latents(prepared, 30, 0, [prepared.name(row)]))
     assert [found.tobytes() for found in others] == [found.tobytes() for found in maps[1:]]
     damaged = Damaged(prepared.folder)
     damaged.broken = tuple(damaged.name(row) for row in range(len(damaged)))
     with pytest.raises(DataError, match="none of the maps of the prepared set can be read"):
-        measure_stored_maps(some_maps(damaged, 30, 0))
+        measure_stored_maps(some_latents(damaged, 30, 0))
     with pytest.raises(UserError, match="says nothing about them"):
         measure_stored_maps([np.zeros((2, 3, 3), np.float16)])
 
@@ -412,19 +424,21 @@ def test_statistics_of_several_sizes_and_of_none(prepared):
 
 
 def test_images_that_are_no_whole_batches(prepared):
-    with pytest.raises(UserError, match=r"images=50 is no multiple of batch_size=4, .* use 48 images"):
+    with pytest.raises(
+        UserError, match=r"images must be a multiple of batch_size=4 .* got 50\. Use 48 images"
+    ):
         PreparedFeed(prepared, 0, 50, 4)
 
 
 def test_stages_that_need_pictures():
     reasons = {stage: kind_of(stage).needs_images for stage in "abc"}
     with pytest.raises(
-        UserError, match=r"data=set is a prepared set, which holds maps, and Stage B trains the compressor"
+        UserError, match=r"data=set is a prepared set, which has no images, and Stage B trains the compressor"
     ):
         refuse_prepared("set", reasons["b"])
-    with pytest.raises(UserError, match="Stage A learns from pixels; give the pictures, or train c alone"):
+    with pytest.raises(UserError, match=r"Stage A learns from pixels\. Use the images, or train only c"):
         refuse_prepared("set", reasons["a"])
-    with pytest.raises(UserError, match=r"prepared_images=9 .* data=set is a prepared set .* give 0"):
+    with pytest.raises(UserError, match=r"prepared_images must be 0 .* got 9: data=set"):
         refuse_prepared("set", reasons["c"], 9)
     refuse_prepared("set", reasons["c"])
 
@@ -450,15 +464,17 @@ def test_sets_of_another_kind(prepared, few, cascade, tmp_path):
         next(other.parameters()).add_(1)
     with pytest.raises(UserError, match="made with another compressor; prepare it with this model"):
         check(compressor=other)
-    with pytest.raises(UserError, match=r"saw pictures at 0\.75 of their size and the model's sees 1\.0"):
+    with pytest.raises(UserError, match=r"was prepared at view_scale 0\.75, and the model has 1\.0"):
         check(view_scale=1.0)
     with pytest.raises(
-        UserError, match=r"image_size=128 is not that of .* 3 sizes have about 256x256 pixels; use 256"
+        UserError, match=r"image_size must be 256 for .* 3 sizes have about 256x256 pixels, got 128\. Use 256"
     ):
         check(image_size=128)
-    with pytest.raises(UserError, match="holds no text states; use tokens, or prepare it with --text-states"):
+    with pytest.raises(
+        UserError, match=r"needs stored text states, .* Use tokens, or prepare it with --text-states"
+    ):
         check(bare)
-    with pytest.raises(UserError, match=r"text_positions=all is wrong .* holds no states of padding"):
+    with pytest.raises(UserError, match=r"text_positions=all needs the states of padding"):
         check(text_positions="all")
 
 

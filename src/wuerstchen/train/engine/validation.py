@@ -24,7 +24,7 @@ from wuerstchen.diffusion.objective import Objective
 from wuerstchen.errors import DataError
 from wuerstchen.train.config import StoredTexts
 from wuerstchen.train.feed.images import Batch
-from wuerstchen.train.feed.prepared import HeldOutMaps, StoredBatch
+from wuerstchen.train.feed.prepared import HeldOutLatents, StoredBatch
 from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.stages.base import Inputs, Stage, autocast, inputs_of
 
@@ -98,7 +98,7 @@ def held_out(
     *,
     image_column: str | None = None,
     text_column: str | None = None,
-) -> HeldOut | HeldOutMaps | None:
+) -> HeldOut | HeldOutLatents | None:
     """At most ``count`` held-out images of the data that a recipe names, always the same ones.
 
     In an emoji set they come from the *val* part of its held-out pairs, in other data from
@@ -110,7 +110,7 @@ def held_out(
         data, "heldout", around=around, image_column=image_column, text_column=text_column, verify=False
     )
     if isinstance(source, PreparedSet):
-        maps = HeldOutMaps(source, _SEED, count, texts)
+        maps = HeldOutLatents(source, _SEED, count, texts)
         return maps if len(maps) else None
     examples = []
     for number in items_at(range(len(source)), len(source), _SEED) if len(source) else []:

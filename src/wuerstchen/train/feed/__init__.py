@@ -1,1 +1,1 @@
-"""Batches for training, as functions of the image's index."""
+"""Batches for training, as functions of the image index."""

@@ -1,7 +1,7 @@
-"""Batches for training: picture number ``index`` of the run, for index after index.
+"""Batches of images for training.
 
-Nothing is shuffled or remembered here. What comes next follows from the number of images seen, so a resumed
-run is fed as the unbroken one would have been.
+The image with index i of a run is a function of the seed and i. There is no shuffling state: the next batch
+follows from the number of images seen, so a resumed run gets the same batches as an unbroken one.
 """
 
 import multiprocessing
@@ -23,29 +23,29 @@ from wuerstchen.data.plan import generator, item_at, stable_hash
 from wuerstchen.data.sources import Example, Size, Source
 from wuerstchen.errors import DataError, UserError
 
-_PREFETCHED = 4  # batches that each worker makes ahead
+_PREFETCHED = 4  # batches that each worker prepares in advance
 _SHARED_MEMORY = "/dev/shm"
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures of one update."""
+    """The images of one update."""
 
     indices: Int[Tensor, " b"]
-    """Their numbers in the run: the key to everything random about them."""
+    """Their indices in the run. All random numbers of an image are a function of the seed and its index."""
     images: UInt8[Tensor, "b h w 3"]
     captions: list[str]
-    """Empty where captions were not asked for."""
+    """Empty strings if captions were not requested."""
     skipped: list[tuple[str, str]]
-    """Names of pictures that could not be read, with the reason; their successors took their places."""
+    """Names of images that could not be read, with the reason. The next images took their places."""
 
     def pixels(self, device: torch.device) -> Tensor:
-        """The pictures in [0, 1], as (b, 3, h, w) in fp32."""
+        """The images in [0, 1], of shape (b, 3, h, w), in fp32."""
         return pixels_of(self.images.to(device))
 
 
 def pixels_of(images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b 3 h w"]:
-    """Pictures in [0, 1], in fp32."""
+    """Converts images to [0, 1] in fp32."""
     return images.permute(0, 3, 1, 2).float().div(255).contiguous()
 
 
@@ -54,7 +54,7 @@ B = TypeVar("B", covariant=True)
 
 @runtime_checkable
 class Feeding(Protocol[B]):
-    """Where batches come from: samples by their numbers in the run, and how they are put together."""
+    """A data set of samples by their indices in the run, with a function that collates them into batches."""
 
     def __getitem__(self, index: int) -> Any: ...
 
@@ -62,20 +62,20 @@ class Feeding(Protocol[B]):
 
 
 def batch_sizes(size: int, max_ratio: float, multiple: int = 1) -> tuple[Size, ...]:
-    """Widths and heights of the batches of a phase: a square, and its sides made longer by ``max_ratio``.
+    """The (width, height) of the batches of a phase: square, and wide and tall by ``max_ratio``.
 
-    Longer sides are rounded to a ``multiple``. 1024 and 5/3 are the published sizes: the compressor then sees
-    768×768, 1280×768 and 768×1280 pixels.
+    The longer side is rounded to a multiple of ``multiple``. 1024 and 5/3 give the published sizes, for which
+    the compressor sees 768×768, 1280×768 and 768×1280 pixels.
     """
-    long = round(size * max_ratio / multiple) * multiple
-    return ((size, size),) if long == size else ((size, size), (long, size), (size, long))
+    longer = round(size * max_ratio / multiple) * multiple
+    return ((size, size),) if longer == size else ((size, size), (longer, size), (size, longer))
 
 
 class Feed(Dataset[tuple[int, Example, list[tuple[str, str]]]]):
-    """Picture number ``index`` of a run.
+    """The images of a run by index.
 
-    With several ``sizes`` all pictures of a batch have one of them, as likely as any other. It is a function
-    of the seed and of the number of the batch, so processes that share a batch agree.
+    With several ``sizes``, all images of a batch have the same size, drawn uniformly. The size is a function
+    of the seed and the number of the batch, so all processes use the same one.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Feed(Dataset[tuple[int, Example, list[tuple[str, str]]]]):
         batch_size: int = 1,
         skip: Collection[str] = (),
     ) -> None:
-        """Images whose names are in ``skip`` are left out: their successors take their places."""
+        """Images named in ``skip`` are left out. The next images take their places."""
         self.source = source
         self.seed = seed
         self.size = size
@@ -99,7 +99,7 @@ class Feed(Dataset[tuple[int, Example, list[tuple[str, str]]]]):
         self.skip = frozenset(skip)
 
     def size_of(self, index: int) -> Size:
-        """Width and height of picture number ``index``."""
+        """Width and height of the image with this index."""
         if len(self.sizes) == 1:
             return self.sizes[0]
         batch = index // self.batch_size
@@ -126,11 +126,11 @@ class Feed(Dataset[tuple[int, Example, list[tuple[str, str]]]]):
                 skipped.append((self.source.name(item), str(error)))
                 item = (item + 1) % length
         if not skipped:
-            raise DataError(f"all {length} images are named in skip; leave some of them out of it")
+            raise DataError(f"skip must leave some images, got the names of all {length}.")
         raise DataError(f"none of the {length} images can be read, the last because: {skipped[-1][1]}")
 
     def names(self, indices: Sequence[int]) -> list[str]:
-        """The names of pictures by their numbers in the run, without opening them."""
+        """The names of the images with these indices, without opening them."""
         length = len(self.source)
         return [self.source.name(item_at(index, length, self.seed)) for index in indices]
 
@@ -143,14 +143,14 @@ class Feed(Dataset[tuple[int, Example, list[tuple[str, str]]]]):
         )
 
     def shown(self, count: int, size: int) -> Float[Tensor, "n 3 h w"]:
-        """The pictures of the preview grid, always the same."""
+        """The images of the preview grid, always the same."""
         feed = Feed(self.source, 0, size, captions=False, skip=self.skip)
         return feed.collate([feed[index] for index in range(count)]).pixels(torch.device("cpu"))
 
 
 def _start_worker(_: int) -> None:
-    """Leaves the process group, whose signals only the training process is to answer (Ctrl-C, a scheduler's
-    SIGTERM): it ends its workers itself when it has written a checkpoint."""
+    """Leaves the process group, so that only the training process receives signals (Ctrl-C, a scheduler's
+    SIGTERM). It stops its workers after it has written a checkpoint."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()
     else:
@@ -160,10 +160,10 @@ def _start_worker(_: int) -> None:
 
 @dataclass(frozen=True)
 class _Collating:
-    """Makes batches of samples, in a worker in shared memory at once.
+    """Collates samples into batches. In a worker, moves the tensors into shared memory right away.
 
-    torch would move tensors there in a thread of the worker, where a lack of room is printed and the batch
-    lost: the training process then waits for it for ever. Here it is an error of the worker's.
+    torch would move them in a thread of the worker. If there is no room, that thread only prints an error,
+    and the training process waits for the batch forever. Here the worker raises the error.
     """
 
     feed: Feeding[Any]
@@ -178,8 +178,8 @@ class _Collating:
 
 
 def _lacks_shared_memory(error: RuntimeError) -> bool:
-    """Whether an error of the processes that load images says that there is no room to hand batches over."""
-    # torch names its file there; a worker that writes beyond the room dies of a bus error.
+    """Whether an error of a worker means that shared memory is full."""
+    # torch names its shared-memory file. A worker that writes beyond the end dies of a bus error.
     return bool(re.search(r"</torch_\w+>|shared memory|[Bb]us error", str(error)))
 
 
@@ -189,15 +189,15 @@ def _no_shared_memory(workers: int) -> UserError:
         usage = shutil.disk_usage(_SHARED_MEMORY)
         room = f": {usage.free / 2**20:,.0f} MiB free of {usage.total / 2**20:,.0f}"
     return UserError(
-        f"{_SHARED_MEMORY} has no room for the batches of --workers {workers}{room}. Each of these processes "
-        f"keeps up to {_PREFETCHED} batches there. Use fewer or --workers 0, or make it larger, in a "
-        "container with docker run --shm-size 16g"
+        f"{_SHARED_MEMORY} has no room for the batches of --workers {workers}{room}. Each worker keeps up to "
+        f"{_PREFETCHED} batches there. Use fewer workers, --workers 0, or more shared memory, in a container "
+        "with docker run --shm-size 16g."
     )
 
 
 @dataclass(frozen=True)
 class _Batches:
-    """The image numbers from ``start`` to ``end`` - 1 in groups; none is made before it is asked for."""
+    """The indices from ``start`` to ``end`` - 1 in batches, generated lazily."""
 
     start: int
     end: int
@@ -224,9 +224,9 @@ def batches(
     workers: int,
     part: Callable[[range], range] = _whole,
 ) -> Generator[B, None, None]:
-    """The pictures ``start`` to ``end`` - 1 in batches; the last may be smaller.
+    """The images ``start`` to ``end`` - 1 in batches. The last batch may be smaller.
 
-    ``part`` is what this process wants of each batch.
+    ``part`` selects this process's images of each batch.
     """
     loader: DataLoader[Any] = DataLoader(
         feed,  # type: ignore[arg-type]
@@ -238,7 +238,7 @@ def batches(
     )
     if workers:
         try:
-            # As many as the loader will make for its queues; where it cannot, it leaves a traceback.
+            # As many locks as the loader creates for its queues. If it fails there, it prints a traceback.
             _ = [multiprocessing.Lock() for _ in range(8 + 4 * workers)]
         except OSError as error:
             raise _no_shared_memory(workers) from error
@@ -249,9 +249,9 @@ def batches(
         started = {*multiprocessing.active_children()} - others
         yield from iterator
     except DataError as error:
-        # From a worker the message comes wrapped in that process's traceback; its last line is ours.
+        # A worker wraps the message in its traceback. The last line is the message.
         raise DataError(
-            # Not str(error), which spells the line breaks out.
+            # str(error) would escape the line breaks.
             error.args[0].strip().splitlines()[-1].removeprefix("wuerstchen.errors.DataError: ")
         ) from None
     except RuntimeError as error:
@@ -259,7 +259,7 @@ def batches(
             raise
         raise _no_shared_memory(workers) from error
     finally:
-        # Those that hang in a read would each be waited for; all they do is read.
+        # The loader would wait for workers that hang in a read. They only read: terminating them is safe.
         for worker in started:
             if worker.is_alive():
                 worker.terminate()

@@ -1,7 +1,7 @@
-"""Batches for Stage C from a prepared set: stored maps, and texts as token ids or as states.
+"""Batches for Stage C from a prepared set: stored semantic latents, and texts as token ids or states.
 
-As with pictures, nothing is remembered: which images make up a batch, and which crop and caption of each are
-shown, follows from the number of images seen.
+As with images, there is no state: the images of a batch, and the crop and caption of each, follow from the
+number of images seen.
 """
 
 import functools
@@ -26,27 +26,27 @@ from wuerstchen.train.config import StoredTexts
 class StoredImage:
     """One image of a batch."""
 
-    map: Float16[np.ndarray, "c h w"]
+    semantic_latents: Float16[np.ndarray, "c h w"]
     tokens: Int64[np.ndarray, " tokens"]
     states: Float[np.ndarray, "t d"] | None
 
 
 @dataclass(frozen=True)
 class StoredBatch:
-    """Images of one update, all of one size."""
+    """The images of one update, all of the same size."""
 
     indices: Int[Tensor, " b"]
-    """Their numbers in the run: the key to everything random about them."""
-    maps: Float16[Tensor, "b c h w"]
-    """As the compressor gave them, not normalised."""
+    """Their indices in the run. All random numbers of an image are a function of the seed and its index."""
+    semantic_latents: Float16[Tensor, "b c h w"]
+    """The output of the compressor, not normalised."""
     tokens: list[Int64[np.ndarray, " _"]]
     states: Float[Tensor, "b t d"] | None
-    """None where texts are read as tokens; 0 at padding that is not stored."""
+    """None if texts are read as tokens. 0 at padding that is not stored."""
     skipped: list[tuple[str, str]]
-    """Names of images that could not be read, with the reason; their successors took their places."""
+    """Names of images that could not be read, with the reason. The next images took their places."""
 
     def texts(self, encoder: TextEncoder, device: torch.device) -> TextStates:
-        """The texts' states and masks, stored or made by ``encoder``, which the set was prepared with."""
+        """The states and masks of the texts: stored, or computed by ``encoder``, which prepared the set."""
         if self.states is None:
             return encoder.encode_tokens(self.tokens)
         lengths = torch.tensor([len(tokens) for tokens in self.tokens], dtype=torch.int64, device="cpu")
@@ -55,11 +55,11 @@ class StoredBatch:
 
 
 def _stored_image(prepared: PreparedSet, row: int, seed: int, index: int, texts: StoredTexts) -> StoredImage:
-    """What image number ``index`` shows of a row: a crop and a caption. Raises ``DataError`` for NaN."""
-    found = prepared.semantic_latents(row, crop_at(index, prepared.crops, seed))
+    """The crop and caption of a row for the image with this index. Raises ``DataError`` for NaN."""
+    latents = prepared.semantic_latents(row, crop_at(index, prepared.crops, seed))
     choice = int(generator(seed, index, "caption").integers(len(prepared.captions(row))))
     states = prepared.states(row, choice) if texts == "states" else None
-    return StoredImage(found, prepared.tokens(row, choice), states)
+    return StoredImage(latents, prepared.tokens(row, choice), states)
 
 
 def _batch_of(
@@ -75,7 +75,7 @@ def _batch_of(
             states[row, : len(image.states)] = torch.from_numpy(image.states)
     return StoredBatch(
         indices=torch.tensor(indices, dtype=torch.int64, device="cpu"),
-        maps=torch.from_numpy(np.stack([image.map for image in images])),
+        semantic_latents=torch.from_numpy(np.stack([image.semantic_latents for image in images])),
         tokens=[image.tokens for image in images],
         states=states,
         skipped=skipped,
@@ -83,10 +83,10 @@ def _batch_of(
 
 
 class PreparedFeed(Dataset[tuple[int, StoredImage, list[tuple[str, str]]]]):
-    """Image number ``index`` of a run on a prepared set, its held-out part left out.
+    """The images of a run on a prepared set by index, without its held-out part.
 
-    ``BucketPlan`` says which images are in batch number ``index // batch_size``; all are of one size. A size
-    with fewer images than a batch has batches that repeat them.
+    ``BucketPlan`` selects the images of batch number ``index // batch_size``, which all have the same size.
+    If a size has fewer images than a batch, its batches repeat them.
     """
 
     captions = True
@@ -100,15 +100,15 @@ class PreparedFeed(Dataset[tuple[int, StoredImage, list[tuple[str, str]]]]):
         texts: StoredTexts = "tokens",
         skip: Collection[str] = (),
     ) -> None:
-        """For a run of ``images`` in batches of ``batch_size``, over all processes. Images whose names are in
-        ``skip`` are left out: the next ones of their size take their places.
+        """``images`` and ``batch_size`` are totals over all processes. Images named in ``skip`` are left out.
+        The next ones of their size take their places.
 
-        Raises ``UserError`` where batches cannot be of one size each.
+        Raises ``UserError`` unless ``images`` is a multiple of ``batch_size``.
         """
         if images % batch_size:
             raise UserError(
-                f"images={images} is no multiple of batch_size={batch_size}, and the batches of a prepared "
-                f"set are whole; use {max(images // batch_size, 1) * batch_size} images"
+                f"images must be a multiple of batch_size={batch_size} with a prepared set, got {images}. "
+                f"Use {max(images // batch_size, 1) * batch_size} images."
             )
         self.source = source
         self.seed = seed
@@ -119,7 +119,7 @@ class PreparedFeed(Dataset[tuple[int, StoredImage, list[tuple[str, str]]]]):
         self.plan = BucketPlan(source.bucket_ids[self.rows], batch_size, seed)
 
     def epoch(self) -> list[str]:
-        """What an epoch shows of each size, a line each, to be printed."""
+        """Lines to print about an epoch, one for each size."""
         lines = []
         for (width, height), count in zip(self.source.buckets, self._counts, strict=True):
             whole, rest = divmod(count, self.batch_size)
@@ -132,19 +132,19 @@ class PreparedFeed(Dataset[tuple[int, StoredImage, list[tuple[str, str]]]]):
                     f"{self.batch_size / count:.3g} times, once in {self.batch_size / count:.3g} epochs"
                 )
             else:
-                line += f"{_times(whole, 'batch', 'batches')} an epoch"
-                line += f"; {rest} wait for another epoch, different ones each time" if rest else ""
+                line += f"{_times(whole, 'batch', 'batches')} per epoch"
+                line += f". {rest} wait for another epoch, different ones each time" if rest else ""
             lines.append(line)
         return lines
 
     @functools.cached_property
     def _counts(self) -> list[int]:
-        """Images of each of the set's sizes."""
+        """Number of images of each size."""
         return np.bincount(self.plan.buckets, minlength=len(self.source.buckets)).tolist()
 
     @property
     def size(self) -> int:
-        """The side that the set's pictures were prepared for."""
+        """The image size that the set was prepared for."""
         return self.source.image_size
 
     def __getitem__(self, index: int) -> tuple[int, StoredImage, list[tuple[str, str]]]:
@@ -163,13 +163,13 @@ class PreparedFeed(Dataset[tuple[int, StoredImage, list[tuple[str, str]]]]):
             except DataError as error:
                 skipped.append((self.source.name(row), str(error)))
         if not skipped:
-            raise DataError(f"all {len(bucket)} images of a size are named in skip; leave some out of it")
+            raise DataError(f"skip must leave some images of each size, got the names of all {len(bucket)}.")
         raise DataError(
             f"none of the {len(bucket)} images of a size can be read, the last because: {skipped[-1][1]}"
         )
 
     def names(self, indices: Sequence[int]) -> list[str]:
-        """The names of images by their numbers in the run."""
+        """The names of the images with these indices."""
         places = (divmod(index, self.batch_size) for index in indices)
         items = (int(self.plan.ids(batch)[position]) for batch, position in places)
         return [self.source.name(int(self.rows[item])) for item in items]
@@ -188,19 +188,21 @@ class PreparedFeed(Dataset[tuple[int, StoredImage, list[tuple[str, str]]]]):
         )
 
     def shown(self, count: int, size: int) -> Float[Tensor, "n 3 h w"]:
-        """No pictures: Stage C's previews are of prompts alone."""
+        """No images: Stage C's previews only show prompts."""
         return torch.empty(0, 3, size, size, dtype=torch.float32, device="cpu")
 
 
-def _times(count: int, one: str, more: str = "") -> str:
-    return f"{count:,} {one if count == 1 else more or one + 's'}"
+def _times(count: int, singular: str, plural: str = "") -> str:
+    return f"{count:,} {singular if count == 1 else plural or singular + 's'}"
 
 
-def some_maps(
+def some_latents(
     prepared: PreparedSet, count: int, seed: int, skip: Collection[str] = ()
 ) -> Iterator[Float16[np.ndarray, "c h w"]]:
-    """Maps of ``count`` images that training sees, to measure on; those that cannot be read, and those whose
-    names are in ``skip``, are left out."""
+    """Semantic latents of at most ``count`` training images, for measuring statistics.
+
+    Leaves out images that cannot be read, and images named in ``skip``.
+    """
     rows, left_out = prepared.rows("train"), frozenset(skip)
     for index in range(count):
         row = int(rows[item_at(index, len(rows), seed)])
@@ -212,8 +214,8 @@ def some_maps(
             continue
 
 
-class HeldOutMaps:
-    """At most ``count`` images of the held-out part of a prepared set, always the same."""
+class HeldOutLatents:
+    """At most ``count`` held-out images of a prepared set, always the same."""
 
     def __init__(self, prepared: PreparedSet, seed: int, count: int, texts: StoredTexts = "tokens") -> None:
         rows = prepared.rows("heldout")
@@ -233,7 +235,7 @@ class HeldOutMaps:
         return sum(map(len, self._images.values()))
 
     def batches(self, batch_size: int) -> Iterator[StoredBatch]:
-        """All of them, in batches of one size each; their numbers count through."""
+        """All images, in batches of the same size. Their indices count up from 0."""
         first = 0
         for bucket in sorted(self._images):
             images = self._images[bucket]
@@ -253,44 +255,46 @@ def check_prepared(
     texts: StoredTexts,
     text_positions: Literal["real", "all"],
 ) -> None:
-    """Raises ``UserError`` unless Stage C can learn from the set as it is told to."""
+    """Raises ``UserError`` if Stage C cannot train on the set with these settings."""
     prepared.check_model(compressor, text_encoder)
     name, settings = f"prepared set {str(prepared.folder)!r}", prepared.description["settings"]
     if settings["view_scale"] != view_scale:
         raise UserError(
-            f"{name} is wrong because its compressor saw pictures at {settings['view_scale']} of their size "
-            f"and the model's sees {view_scale}; prepare it with this model"
+            f"{name} was prepared at view_scale {settings['view_scale']}, and the model has {view_scale}. "
+            "Prepare it with this model."
         )
     if prepared.image_size != image_size:
         raise UserError(
-            f"image_size={image_size} is not that of {name}, whose {len(prepared.buckets)} sizes have about "
-            f"{prepared.image_size}x{prepared.image_size} pixels; use {prepared.image_size}, or prepare it "
-            f"with --size {image_size}"
+            f"image_size must be {prepared.image_size} for {name}, whose {len(prepared.buckets)} sizes have "
+            f"about {prepared.image_size}x{prepared.image_size} pixels, got {image_size}. Use "
+            f"{prepared.image_size}, or prepare it with --size {image_size}."
         )
     if texts == "tokens":
         return
     if prepared.states_kept == "none":
         raise UserError(
-            f"stored_texts=states is wrong because {name} holds no text states; use tokens, or prepare it "
-            "with --text-states fp16"
+            f"stored_texts=states needs stored text states, and {name} has none. Use tokens, or prepare it "
+            "with --text-states fp16."
         )
     if text_positions == "all" and prepared.text_positions == "real":
         raise UserError(
-            f"text_positions=all is wrong because {name} holds no states of padding; use "
-            "stored_texts=tokens, or prepare it with --text-positions all"
+            f"text_positions=all needs the states of padding, and {name} does not have them. Use "
+            "stored_texts=tokens, or prepare it with --text-positions all."
         )
 
 
 def refuse_prepared(data: str, needs_images: str, prepared_images: int = 0) -> None:
-    """Raises ``UserError`` where a prepared set cannot serve: a stage that ``needs_images``, which says why,
-    and a bank of pictures."""
+    """Raises ``UserError`` for a stage that needs images, and for an image cache.
+
+    ``needs_images`` says why the stage needs images. It is empty for a stage that does not.
+    """
     if needs_images:
         raise UserError(
-            f"data={data} is a prepared set, which holds maps, and {needs_images}; give the pictures, or "
-            "train c alone"
+            f"data={data} is a prepared set, which has no images, and {needs_images}. Use the images, or "
+            "train only c."
         )
     if prepared_images:
         raise UserError(
-            f"prepared_images={prepared_images} holds pictures on the device, and data={data} is a prepared "
-            "set without any; give 0"
+            f"prepared_images must be 0 with a prepared set, got {prepared_images}: data={data} has no "
+            "images to cache."
         )

@@ -1,8 +1,8 @@
 """Random numbers that are a pure function of (seed, image index, purpose, position).
 
-A counter is hashed instead of a state being advanced, so the noise of image 1,000,000 is the same whatever
-was drawn before, in whichever batch and on however many processes the image comes. Integer arithmetic makes
-the bits equal on every device; only the last digits of the normal transform may differ between devices.
+The generator is counter-based: it hashes instead of advancing a state. The noise of image 1,000,000 does not
+depend on what was drawn before, on the batch, or on the number of processes. Integer arithmetic gives the
+same bits on every device. Only the last digits of the normal transform may differ between devices.
 """
 
 import math
@@ -17,16 +17,16 @@ from wuerstchen.data.plan import stable_hash
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
-_BITS = 24  # what fp32 holds exactly
+_BITS = 24  # fp32 represents these exactly
 
 
 def _signed(value: int) -> int:
-    """The same 64 bits as a signed integer, the only kind that tensors multiply."""
+    """The same 64 bits as a signed integer, because tensors only multiply signed ones."""
     return (value & (2**64 - 1)) - (2**64 if value & 2**63 else 0)
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right: the sign bit moves too."""
+    """Logical right shift, which shifts the sign bit too."""
     return (x >> bits) & (2 ** (64 - bits) - 1)
 
 
@@ -38,7 +38,7 @@ def _mix(x: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
 
 
 class ImageRandom:
-    """Draws for the images of one batch; ``indices`` are their numbers in the run."""
+    """Random numbers for the images of a batch with these ``indices`` in the run."""
 
     def __init__(self, seed: int, indices: Int[Tensor, " b"]) -> None:
         self.seed = seed
@@ -51,20 +51,20 @@ class ImageRandom:
         return _mix(images[:, None] + positions).unflatten(1, tuple(shape) or (1,))
 
     def uniform(self, purpose: str, shape: Sequence[int] = ()) -> Float[Tensor, "b ..."]:
-        """Uniform numbers in [0, 1), one tensor of ``shape`` an image."""
+        """Uniform numbers in [0, 1): one tensor of ``shape`` per image."""
         bits = _shift(self._bits(purpose, shape), 64 - _BITS).float() / 2**_BITS
         return bits if shape else bits.squeeze(1)
 
     def integers(self, purpose: str, shape: Sequence[int], high: int) -> Int[Tensor, "b ..."]:
-        """Whole numbers in [0, ``high``), one tensor of ``shape`` an image. ``high`` is at most 2³¹.
+        """Integers in [0, ``high``): one tensor of ``shape`` per image. ``high`` is at most 2³¹.
 
-        No number is likelier than another by more than ``high`` / 2³¹.
+        Their probabilities differ by at most a fraction of ``high`` / 2³¹.
         """
         assert 0 < high <= 2**31
         return (_shift(self._bits(purpose, shape), 64 - 31) * high) >> 31
 
     def normal(self, purpose: str, shape: Sequence[int]) -> Float[Tensor, "b ..."]:
-        """Standard normal numbers by Box and Muller's transform, one tensor of ``shape`` an image."""
+        """Standard normal numbers by the Box–Muller transform: one tensor of ``shape`` per image."""
         bits = self._bits(purpose, shape)
         u1 = (_shift(bits, 64 - _BITS).float() + 1) / 2**_BITS
         u2 = (_shift(bits, 64 - 2 * _BITS) & (2**_BITS - 1)).float() / 2**_BITS

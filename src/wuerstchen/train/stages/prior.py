@@ -21,7 +21,7 @@ from wuerstchen.models.prior import Prior
 from wuerstchen.pipeline import Wuerstchen
 from wuerstchen.train.config import Optimization, Phase, Recipe, StageCConfig
 from wuerstchen.train.feed.images import Batch
-from wuerstchen.train.feed.prepared import StoredBatch, check_prepared, some_maps
+from wuerstchen.train.feed.prepared import StoredBatch, check_prepared, some_latents
 from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.precision import HALVES, with_half_matrices
 from wuerstchen.train.stages.base import (
@@ -115,7 +115,7 @@ class StageC:
 
     def prepare_stored(self, batch: StoredBatch, device: torch.device) -> Inputs:
         """``prepare`` on what the compressor, and maybe the text encoder, have made already."""
-        x = self.statistics.normalise(batch.maps.to(device).float())
+        x = self.statistics.normalise(batch.semantic_latents.to(device).float())
         return {"x": x, **text_inputs(batch.texts(self.text_encoder, device), self.recipe)}
 
     @property
@@ -250,7 +250,7 @@ def _measured_statistics(run: Run) -> LatentStatistics:
         source = run.measured_source()
         if isinstance(source, PreparedSet):
             seed = stable_hash(recipe.seed, "map") >> 1
-            maps = some_maps(source, recipe.statistics_images, seed, recipe.skip)
+            maps = some_latents(source, recipe.statistics_images, seed, recipe.skip)
             return dataclasses.asdict(measure_stored_maps(maps))
         images = run.some_images("map", recipe.image_size)
         network = compressor.to(run.device)
