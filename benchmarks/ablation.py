@@ -29,7 +29,7 @@ from wuerstchen.pipeline import BUNDLED, Sampling, Wuerstchen
 from wuerstchen.recipes.mini import mini
 from wuerstchen.train import run, run_phase
 from wuerstchen.train.config import Recipe
-from wuerstchen.train.report.announce import Watch
+from wuerstchen.train.report.announce import RunMonitor
 from wuerstchen.train.report.events import read_events
 
 C32 = {"compressor.c_latent": 32, "prior.c_in": 32, "decoder.effnet_embd": 32, "previewer.c_in": 32}
@@ -158,7 +158,7 @@ def train(name: str, options: argparse.Namespace) -> dict[str, Any]:
     others = dict(_change(text) for text in options.set)
     recipe = recipe_of(name, str(options.data), images, options.seed, options.workers, options.start, others)
     began = time.monotonic()
-    run.train(recipe, folder, watch=Watch(rehearses=False))
+    run.train(recipe, folder, monitor=RunMonitor(rehearse=False))
     minutes = (time.monotonic() - began) / 60
     events = read_events(folder / "log.jsonl")
     progress = [event for event in events if event["event"] == "progress"]

@@ -32,7 +32,7 @@ from wuerstchen.recipes.v2 import (
     v2_stage_b,
     v2_stage_c,
 )
-from wuerstchen.train.report.announce import Watch
+from wuerstchen.train.report.announce import RunMonitor
 from wuerstchen.train.run import train
 
 SHARE = 0.01  # of width and of depth
@@ -167,9 +167,9 @@ def with_backbone(recipe, path):
     return dataclasses.replace(recipe, stage_b=dataclasses.replace(recipe.stage_b, compressor_init=str(path)))
 
 
-def trained(recipe, folder, stages, watch=None):
+def trained(recipe, folder, stages, monitor=None):
     """Trains, checks what each phase has left, and returns the model's folder."""
-    model = train(recipe, folder, device="cpu", watch=watch)
+    model = train(recipe, folder, device="cpu", monitor=monitor)
     assert {path.name for path in folder.glob("stage_*")} == {f"stage_{stage}" for stage in stages}
     events = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     for stage in stages:
@@ -187,7 +187,7 @@ def trained(recipe, folder, stages, watch=None):
 def test_v2_from_nothing_in_one_run(places, tmp_path):
     recipe = with_backbone(toy(v2(), places), places["s.pth"])
     stages = ["a", "b", "b2", "c", "c2", "c3", "c4"]
-    trained(recipe, tmp_path / "run", stages, Watch(rehearses=True))
+    trained(recipe, tmp_path / "run", stages, RunMonitor(rehearse=True))
     events = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [e["stage"] for e in events if e["event"] == "rehearsed"] == stages
 

@@ -19,7 +19,7 @@ from wuerstchen.train.changes import check_same, current_recipe, ending_at, plan
 from wuerstchen.train.config import Phase, as_dict
 from wuerstchen.train.engine.checkpoint import newest
 from wuerstchen.train.recorded_recipe import get
-from wuerstchen.train.report.announce import Watch
+from wuerstchen.train.report.announce import RunMonitor
 from wuerstchen.train.report.page import write_report
 from wuerstchen.train.run import train
 from wuerstchen.train.run_data import fingerprint_of, open_sources
@@ -396,7 +396,7 @@ def test_a_run_is_ended_before_a_phase_with_other_data(finished, tmp_path):
     )
     ended = ending_at(recipe, "a", 24)  # as somebody might give it by hand
     for given, end_now in ((recipe, True), (recipe, False), (ended, False)):
-        train(given, run_dir, device="cpu", end_now=end_now, watch=Watch(rehearses=False))
+        train(given, run_dir, device="cpu", end_now=end_now, monitor=RunMonitor(rehearse=False))
         assert read_network(run_dir / "model" / "vqgan.safetensors")[1].images == 24
 
 

@@ -31,7 +31,7 @@ from wuerstchen.train.config import Recipe
 from wuerstchen.train.engine.checkpoint import newest
 from wuerstchen.train.engine.validation import held_out
 from wuerstchen.train.feed.images import Feed, batches
-from wuerstchen.train.report.announce import Watch
+from wuerstchen.train.report.announce import RunMonitor
 from wuerstchen.train.run import train
 
 COUNT = 9
@@ -86,7 +86,7 @@ def recipe(data: Path | str, **changes) -> Recipe:
 
 def trained(data: Path | str, run_dir: Path, **changes) -> dict[str, str]:
     """The checksums of the last checkpoint."""
-    train(recipe(data, **changes), run_dir, device="cpu", watch=Watch(rehearses=False))
+    train(recipe(data, **changes), run_dir, device="cpu", monitor=RunMonitor(rehearse=False))
     path, state = newest(run_dir / "stage_a" / "checkpoints")
     assert state["images"] == 6
     assert hashlib.sha256((path / "networks.safetensors").read_bytes()).hexdigest() in str(state["files"])
@@ -189,7 +189,7 @@ def test_a_new_source_is_one_reader_and_one_row(stripes, small_cascade, tmp_path
 def test_a_run_belongs_to_its_columns_and_its_data(tmp_path, monkeypatch):
     monkeypatch.setattr("wuerstchen.train.run._Run.train", lambda self: self.run_dir / "model")
     data, run_dir = write_tars(tmp_path / "data"), tmp_path / "run"
-    begin = {"device": "cpu", "watch": Watch(rehearses=False)}
+    begin = {"device": "cpu", "monitor": RunMonitor(rehearse=False)}
     train(recipe(data), run_dir, **begin)
     with pytest.raises(RunFolderError, match="another recipe: text_column"):
         train(recipe(data, text_column="txt"), run_dir, **begin)
@@ -202,7 +202,7 @@ def test_a_run_belongs_to_its_columns_and_its_data(tmp_path, monkeypatch):
 def test_runs_of_earlier_versions_have_no_columns_and_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr("wuerstchen.train.run._Run.train", lambda self: self.run_dir / "model")
     data, run_dir = write_folder(tmp_path / "data"), tmp_path / "run"
-    begin = {"device": "cpu", "watch": Watch(rehearses=False)}
+    begin = {"device": "cpu", "monitor": RunMonitor(rehearse=False)}
     train(recipe(data), run_dir, **begin)
     stored = json.loads((run_dir / "run.json").read_text())
     for name in ("image_column", "text_column"):

@@ -36,7 +36,7 @@ from wuerstchen.train.engine.distributed import Processes
 from wuerstchen.train.engine.image_cache import fill_image_cache
 from wuerstchen.train.engine.stopping import Interrupted
 from wuerstchen.train.feed.images import Feed
-from wuerstchen.train.report.announce import Watch
+from wuerstchen.train.report.announce import RunMonitor
 from wuerstchen.train.report.cost import Tariff
 from wuerstchen.train.report.events import Log
 from wuerstchen.train.report.page import write_report
@@ -185,8 +185,8 @@ def test_watching_changes_nothing(tmp_path, monkeypatch, capsys):
     options = make_parser().parse_known_args(["train", "tiny", "--data", str(folder)])[0]
     options.overrides = MICRO
     recipe = overridden(runpy.run_path(str(PHASED))["phased"](), options)
-    watch = Watch(tariff=Tariff(per_hour=2.0), rehearses=True)
-    train(recipe, tmp_path / "watched", device="cpu", watch=watch)
+    monitor = RunMonitor(tariff=Tariff(per_hour=2.0), rehearse=True)
+    train(recipe, tmp_path / "watched", device="cpu", monitor=monitor)
     found = events(tmp_path / "watched")
     rehearsed = {e["stage"]: e for e in found if e["event"] == "rehearsed"}
     assert rehearsed.keys() == set(STAGES)
@@ -196,8 +196,8 @@ def test_watching_changes_nothing(tmp_path, monkeypatch, capsys):
     assert {e["stage"] for e in validated} == {"b", "b2", "c", "c2"}
     assert all(0 < value < 100 for e in validated for value in e["bins"])
     said = capsys.readouterr().out
-    assert "To come, at the measured pace:\n  Stage A:" in said
-    assert said.count("in all:") == 2  # before and after
+    assert "Remaining cost at the measured speed:\n  Stage A:" in said
+    assert said.count("in total:") == 2  # before and after
     assert "in money" in said
 
     monkeypatch.setattr("wuerstchen.train.run_phase.held_out", lambda *_, **more: None)
@@ -206,7 +206,7 @@ def test_watching_changes_nothing(tmp_path, monkeypatch, capsys):
     assert final_files(tmp_path / "watched") == final_files(tmp_path / "alone")
 
     # What was measured once is not measured again, and its pace is that of the log from now on.
-    train(recipe, tmp_path / "watched", device="cpu", watch=watch)
+    train(recipe, tmp_path / "watched", device="cpu", monitor=monitor)
     found = events(tmp_path / "watched")
     assert sum(e["event"] == "rehearsed" for e in found) == len(STAGES)
     assert sum(e["event"] == "tariff" for e in found) == 1
@@ -221,9 +221,9 @@ def test_torch_s_defaults_change_no_bit(tmp_path, foreign_defaults):
     options = make_parser().parse_known_args(["train", "tiny"])[0]
     options.overrides = words.split()
     recipe = overridden(tiny(), options)
-    train(recipe, tmp_path / "plain", device="cpu", watch=Watch(rehearses=False))
+    train(recipe, tmp_path / "plain", device="cpu", monitor=RunMonitor(rehearse=False))
     with foreign_defaults(torch.float64):
-        train(recipe, tmp_path / "foreign", device="cpu", watch=Watch(rehearses=False))
+        train(recipe, tmp_path / "foreign", device="cpu", monitor=RunMonitor(rehearse=False))
     plain, foreign = (
         newest(tmp_path / name / "stage_a" / "checkpoints")[1]["files"] for name in ("plain", "foreign")
     )
@@ -286,14 +286,14 @@ def test_what_is_read_is_said_before_the_first_update_and_once(tmp_path, monkeyp
     for number in range(16):
         Image.new("RGB", (64, 64), (number, 90, 9)).save(data / f"{number}.png")
         (data / f"{number}.txt").write_text("a colour")
-    recipe, watch = dataclasses.replace(tiny(), data=str(data)), Watch(rehearses=True)
-    train(recipe, tmp_path / "run", watch=watch)
+    recipe, monitor = dataclasses.replace(tiny(), data=str(data)), RunMonitor(rehearse=True)
+    train(recipe, tmp_path / "run", monitor=monitor)
     said = capsys.readouterr().out
     assert f"{data}: 16 images to train on" in said
     assert "Stage C: 2,400 images, 150 epochs" in said
     assert f"Warning: most images of {data} are smaller than 128x128 pixels" in said
     assert said.index("rehearsal") > said.index("Warning")
-    train(recipe, tmp_path / "run", watch=watch)
+    train(recipe, tmp_path / "run", monitor=monitor)
     assert "to train on" not in capsys.readouterr().out
     (found,) = [event for event in events(tmp_path / "run") if event["event"] == "data"]
     assert found["warned"]
@@ -308,13 +308,13 @@ def test_images_are_composed_after_the_costs_are_said_and_no_more_than_are_used(
         return fill_image_cache(feed, count, workers, device)
 
     monkeypatch.setattr("wuerstchen.train.run_phase.fill_image_cache", noted)
-    monkeypatch.setattr("wuerstchen.train.run.say_costs_to_come", lambda log: order.append("costs"))
+    monkeypatch.setattr("wuerstchen.train.run.print_remaining_cost", lambda log: order.append("costs"))
     full = tiny()
     optimization = dataclasses.replace(full.stage_a.optimization, images=24, batch_size=4)
     stage_a = dataclasses.replace(full.stage_a, optimization=optimization)
     changes = {"workers": 0, "statistics_images": 8, "prepared_images": 1000, "stages": ("a",)}
     recipe = dataclasses.replace(full, stage_a=stage_a, **changes)
-    train(recipe, tmp_path / "run", device="cpu", watch=Watch(rehearses=True))
+    train(recipe, tmp_path / "run", device="cpu", monitor=RunMonitor(rehearse=True))
     assert order == [4, "costs", 24]
     # A run of an earlier version keeps as many as it began with, which decides on the order of images.
     order.clear()
@@ -397,7 +397,7 @@ def test_batches_of_every_phase_are_checked_against_the_processes_at_the_start(t
     of_three["stage_c"] = dataclasses.replace(of_three["stage_c"], phases=(Phase(optimization=odd),))
     odd = dataclasses.replace(recipe, **of_three)
     with pytest.raises(UserError, match=r"stage_c2: batches of 16 and 48 images .* by 3 processes"):
-        _train(odd, plan(odd, None, tmp_path / "run"), tmp_path / "run", processes, False, Watch())
+        _train(odd, plan(odd, None, tmp_path / "run"), tmp_path / "run", processes, False, RunMonitor())
     assert not (tmp_path / "run").exists()
 
 

@@ -160,12 +160,12 @@ def _train(options: argparse.Namespace) -> int:
         recipe = overridden(dataclasses.replace(full, **shapes), options)
 
     from wuerstchen.train.engine.loop import Interrupted
-    from wuerstchen.train.report.announce import Watch
+    from wuerstchen.train.report.announce import RunMonitor
     from wuerstchen.train.report.cost import Tariff
     from wuerstchen.train.run import train
 
     tariff = tariff_of(options) or Tariff()
-    watch = Watch(tariff=tariff, tensorboard=options.tensorboard, rehearses=not options.no_rehearsal)
+    monitor = RunMonitor(tariff=tariff, tensorboard=options.tensorboard, rehearse=not options.no_rehearsal)
     run_dir = options.run_dir or Path("runs") / recipe.name
     leads = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
     if leads:
@@ -176,7 +176,7 @@ def _train(options: argparse.Namespace) -> int:
             run_dir,
             device=options.device,
             accept_changed_data=options.accept_changed_data,
-            watch=watch,
+            monitor=monitor,
             changes=options.change,
             end_now=options.end_now,
         )

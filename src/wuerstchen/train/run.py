@@ -42,7 +42,7 @@ from wuerstchen.train.overview import (
     readings,
     with_prompts,
 )
-from wuerstchen.train.report.announce import Watch, begin, say_cost, say_costs_to_come
+from wuerstchen.train.report.announce import RunMonitor, log_tariff, print_cost, print_remaining_cost
 from wuerstchen.train.report.events import Log, check_tensorboard
 from wuerstchen.train.run_data import (
     fingerprint_of,
@@ -73,25 +73,25 @@ def train(
     *,
     device: str | None = None,
     accept_changed_data: bool = False,
-    watch: Watch | None = None,
+    monitor: RunMonitor | None = None,
     changes: Sequence[str] = (),
     end_now: bool = False,
 ) -> Path:
     """Runs a recipe to its end, from wherever the run folder stands. Returns the finished model's folder.
 
-    ``watch`` changes nothing in the result. ``changes``, as ``learning_rate=1e-5``, change a run that has
+    ``monitor`` changes nothing in the result. ``changes``, as ``learning_rate=1e-5``, change a run that has
     begun from its newest checkpoint on; ``end_now`` ends it there. Both are recorded (``train/changes.py``).
 
     Raises ``RunFolderError`` for a folder that is in use or belongs to another recipe, ``DataError`` for data
     that cannot be used, ``Interrupted`` after a signal.
     """
-    watch = watch or Watch()
-    if watch.tensorboard:
+    monitor = monitor or RunMonitor()
+    if monitor.tensorboard:
         check_tensorboard()
     with usual_defaults(), distributed(default_device(device)) as processes:
         given = resolved(recipe, processes)
         planned = plan(given, read_run(run_dir), run_dir, changes, end_now=end_now)
-        return _train(given, planned, run_dir, processes, accept_changed_data, watch)
+        return _train(given, planned, run_dir, processes, accept_changed_data, monitor)
 
 
 def _train(
@@ -100,7 +100,7 @@ def _train(
     run_dir: Path,
     processes: Processes,
     accept_changed_data: bool,
-    watch: Watch,
+    monitor: RunMonitor,
 ) -> Path:
     """Trains by the recipe of ``planned``; ``given`` is compared with what the run was begun with."""
     recipe, begun = planned.recipe, planned.begun
@@ -117,7 +117,7 @@ def _train(
         # Captions longer than the encoder reads are cut; a line for each would bury everything else.
         warnings.simplefilter("ignore", PromptTooLongWarning)
         try:
-            log = Log(run_dir / "log.jsonl", processes.is_main, tensorboard=watch.tensorboard)
+            log = Log(run_dir / "log.jsonl", processes.is_main, tensorboard=monitor.tensorboard)
             run = _Run(recipe, run_dir, sources, start, processes, log)
             for kind in trained_kinds(recipe):
                 if kind.check is not None:
@@ -140,15 +140,15 @@ def _train(
             check_colours(run_dir, has_profile, log, accept_changed_data, processes)
             wanted = False
             if processes.is_main:
-                begin(log, watch)
+                log_tariff(log, monitor.tariff)
                 run.say_what_is_read()
                 rehearsed = any(event["event"] == "rehearsed" for event in log.events())
-                wanted = watch.rehearses and not rehearsed
+                wanted = monitor.rehearse and not rehearsed
             processes.barrier_without_timeout()  # for rank 0, which has looked at the data
             if processes.any_rank(wanted):
                 run.rehearse()
             if processes.is_main:
-                say_costs_to_come(log)
+                print_remaining_cost(log)
             return run.train()
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
@@ -184,7 +184,7 @@ class _Run(PhaseRunner):
             found = sorted(self.run_dir.glob(f"stage_{kind.short}*/previews/*.png"))
             if kind.reads_captions and found:
                 print(f"{found[-1]}: the preview prompts, drawn at the end of Stage {kind.short.upper()}")
-        say_cost(self.log)
+        print_cost(self.log)
         self.log.event("end", seconds=round(time.monotonic() - began, 1))
         return target
 

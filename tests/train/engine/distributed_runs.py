@@ -24,7 +24,7 @@ from wuerstchen.models.paella import PaellaConfig
 from wuerstchen.pipeline import BUNDLED
 from wuerstchen.recipes.tiny import tiny
 from wuerstchen.train.config import Phase, Recipe
-from wuerstchen.train.report.announce import Watch
+from wuerstchen.train.report.announce import RunMonitor
 
 torch.set_num_threads(1)
 
@@ -76,8 +76,8 @@ def recipe(*, v1: bool = False, **changes: object) -> Recipe:
 def one(rank: int, count: int, port: int, folder: str, changes: dict) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    watch = Watch(rehearses=changes.pop("rehearses", False))
-    run.train(recipe(**changes), Path(folder), device="cpu", watch=watch)
+    monitor = RunMonitor(rehearse=changes.pop("rehearse", False))
+    run.train(recipe(**changes), Path(folder), device="cpu", monitor=monitor)
 
 
 def start(count: int, folder: Path, **changes: object) -> list[multiprocessing.Process]:
@@ -164,7 +164,7 @@ def sharded(folder: Path) -> None:
         other, back = folder / f"sharded {stage}", folder / f"back {stage}"
         without_last(folder / "2", other, ())
         shutil.rmtree(other / f"stage_{stage}" / "checkpoints")
-        train(2, other, sharding="full", recompute="blocks", rehearses=stage == "c")
+        train(2, other, sharding="full", recompute="blocks", rehearse=stage == "c")
         without_last(other, back, (stage,))
         train(1, back)
 

@@ -12,9 +12,9 @@ from wuerstchen.train.report.cost import (
     Cost,
     CostMeter,
     Tariff,
-    costs_to_come,
     duration,
     make_tariff,
+    remaining_costs,
     tariff_of,
     total_cost,
 )
@@ -81,7 +81,7 @@ def test_a_tariff_by_hand():
     tariff = make_tariff("fr", None, 2.5, 0.2)
     assert tariff.kg_co2(cost) == pytest.approx(1.5 * 0.056)
     assert tariff.money(cost) == pytest.approx(5.3)
-    assert tariff.describe(cost) == "2.0 h, 1.5 kWh of the GPU, 0.084 kg CO2 (FR, Ember, 2023), 5.30 in money"
+    assert tariff.describe(cost) == "2.0 h, 1.5 kWh (GPU only), 0.084 kg CO2 (FR, Ember, 2023), 5.30 in money"
     assert make_tariff(None, 0.1).kg_co2(cost) == pytest.approx(0.15)
     assert make_tariff().kg_co2(cost) == pytest.approx(1.5 * WORLD_GRAMS / 1000)
     assert make_tariff().money(cost) is None
@@ -91,11 +91,11 @@ def test_a_tariff_by_hand():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"region": "DE", "kg_per_kwh": 0.1}, "say the same in two ways; give one"),
-        ({"region": "Germany"}, r"--region Germany is none of AR AT .*; name one, or give --co2-per-kwh"),
-        ({"kg_per_kwh": -1.0}, "--co2-per-kwh -1.0 must be a number of at least 0"),
-        ({"per_hour": math.nan}, "--price-per-hour nan must be"),
-        ({"per_kwh": math.inf}, "--price-per-kwh inf must be"),
+        ({"region": "DE", "kg_per_kwh": 0.1}, "cannot be used together"),
+        ({"region": "Germany"}, r"--region must be one of AR AT .* got Germany\. Or use --co2-per-kwh"),
+        ({"kg_per_kwh": -1.0}, "--co2-per-kwh must be a finite number of at least 0, got -1.0"),
+        ({"per_hour": math.nan}, "--price-per-hour must be a finite number of at least 0, got nan"),
+        ({"per_kwh": math.inf}, "--price-per-kwh must be a finite number of at least 0, got inf"),
     ],
 )
 def test_tariffs_that_cannot_be_are_refused(given, message):
@@ -113,7 +113,10 @@ def test_costs_to_come_by_rehearsal_and_then_by_pace():
         {"event": "rehearsed", "stage": "a", "total": 100, "seconds": 2.0, "kwh": 0.01},
         {"event": "rehearsed", "stage": "b", "total": 10, "seconds": 1.0, "kwh": None},
     ]
-    assert costs_to_come(rehearsed) == {"a": Cost(seconds=200.0, kwh=1.0), "b": Cost(seconds=10.0, kwh=None)}
+    assert remaining_costs(rehearsed) == {
+        "a": Cost(seconds=200.0, kwh=1.0),
+        "b": Cost(seconds=10.0, kwh=None),
+    }
     started = [
         *rehearsed,
         event("start", "a", images=0, total=100),
@@ -121,14 +124,14 @@ def test_costs_to_come_by_rehearsal_and_then_by_pace():
         event("progress", "a", images=20, images_per_second=5.0, kwh=0.6),
         event("progress", "a", images=30, images_per_second=5.0, kwh=0.7),
     ]
-    found = costs_to_come(started)
+    found = remaining_costs(started)
     assert found["a"].seconds == pytest.approx(70 / 5)
     assert found["a"].kwh == pytest.approx(70 * 0.01)
     assert found["b"].seconds == 10.0
     again = [*started, event("start", "a", images=20, total=100)]
-    assert costs_to_come(again)["a"].seconds == pytest.approx(80 / 5)
+    assert remaining_costs(again)["a"].seconds == pytest.approx(80 / 5)
     done = [*started, event("progress", "a", images=100, images_per_second=5.0)]
-    assert costs_to_come(done)["a"].seconds == 0.0
+    assert remaining_costs(done)["a"].seconds == 0.0
 
 
 def test_the_table_is_in_grams_and_in_order():

@@ -96,13 +96,13 @@ def test_a_run_of_two_stages_that_was_killed_once(tmp_path):
     assert rows[2][0] == "Stage B"
     assert rows[2][6:] == ["", "", "", "", "60.0 min"]
     assert rows[3][2:6] == ["35 s", "0.35", "0.0196", "0.04"]  # so far
-    assert rows[4][2:6] == ["60.0 min", "–", "–", "3.60"]  # to come: B's energy is not known
+    assert rows[4][2:6] == ["60.0 min", "–", "–", "3.60"]  # remaining: B's energy is not known
     assert rows[5][2] == "60.6 min"
     starts = rows_of(text, "Starts and stops")
     assert [row[2] for row in starts[1:]] == ["0", "20"]
-    assert starts[1][-1] == "killed; 20 images done again"
+    assert starts[1][-1] == "killed, 20 images trained again"
     assert starts[2][-1] == "stopped by a signal"
-    assert "stopped by a signal; the same command goes on" in text
+    assert "stopped by a signal. The same command resumes it" in text
     for word in (
         "mine",
         "f00d",
@@ -137,10 +137,10 @@ def test_a_log_cut_in_its_last_line_and_one_of_a_run_that_goes_on(tmp_path):
     write(tmp_path, whole, cut='{"event": "progress", "stage": "a", "images": 6')
     text = page_of(tmp_path)
     assert "40 (50%)" in text
-    assert "going on, or killed" in text
+    assert "running, or killed" in text
     # As an empty log does: a run that is just beginning.
     write(tmp_path, [])
-    assert "Nothing was started yet" in page_of(tmp_path)
+    assert "Nothing has started yet" in page_of(tmp_path)
 
 
 def test_validation_by_time_has_a_line_a_bin(tmp_path):
@@ -202,7 +202,7 @@ def test_previews_say_what_they_show(tmp_path):
     a, c = text.split("<h2>Stage A</h2>")[1].split("<h2>Stage C</h2>")
     assert "Rows, from the top: original; through &lt;b&gt;." in a
     assert NONSENSE not in text
-    first, second = c.split("Prompts, in the places of their images:")[1:]
+    first, second = c.split("The prompts, in the same layout as the images:")[1:]
     cells = re.findall(r"<td[^>]*>(.*?)</td>", first)
     assert [cells[0], *cells[1:3], *cells[4:]] == ["row 1", "a cat", "a dog", "row 2", "a cow", "a hat", ""]
     assert (first.count("<figure><img"), second.count("<figure><img")) == (
@@ -220,10 +220,10 @@ def test_previews_of_before_show_the_recipes_prompts_in_stage_c(tmp_path):
     for stage in ("stage_a", "stage_c2"):
         write_preview(tmp_path / stage, 5)
     text = page_of(tmp_path)
-    assert text.count("Prompts, in the order of their images") == 1
+    assert text.count("The prompts in the order of the images") == 1
     assert "<ol><li>a cat</li><li>&lt;script&gt;" in text.split("<h2>Stage C2</h2>")[1]
     (tmp_path / "run.json").write_text(json.dumps({"recipe": {"preview_prompts": "a"}}))
-    assert "Prompts" not in page_of(tmp_path)
+    assert "prompts" not in page_of(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_a_hostile_log_is_read_as_far_as_it_makes_sense(tmp_path):
 def test_what_is_no_run_folder_is_one_line(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(
-            RunFolderError, match=r"is no run folder, it holds no log\.jsonl; name the --run-dir"
+            RunFolderError, match=r"is not a run folder: it has no log\.jsonl\. Use the --run-dir"
         ):
             write_report(path)
     write(tmp_path, [])

@@ -1,8 +1,8 @@
-"""How much CO2 a kilowatt-hour brings with it, by country.
+"""CO2 emissions of electricity by country.
 
-Lifecycle grams of CO2 equivalents a kWh generated in 2023: Ember and Energy Institute, processed by Our World
-in Data ("Carbon intensity of electricity generation", CC BY 4.0). Countries whose figure for 2023 was not out
-are left out; the world's average is from Ember's Global Electricity Review 2024.
+Lifecycle grams of CO2 equivalents per kWh generated in 2023: Ember and Energy Institute, processed by Our
+World in Data ("Carbon intensity of electricity generation", CC BY 4.0). Countries without a figure for 2023
+are left out. The world average is from Ember's Global Electricity Review 2024.
 """
 
 SOURCE = "Ember, 2023"
@@ -18,4 +18,4 @@ GRAMS_PER_KWH = {
     "RO": 241, "RS": 636, "RU": 441, "SE": 41, "SG": 471, "SI": 231, "SK": 117, "TH": 550, "TR": 465,
     "TW": 642, "US": 369, "VN": 475, "ZA": 708,
 }  # fmt: skip
-"""By ISO 3166-1 alpha-2."""
+"""By country code (ISO 3166-1 alpha-2)."""

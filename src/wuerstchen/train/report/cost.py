@@ -1,6 +1,6 @@
-"""What training costs: time, energy, CO2 and money.
+"""The cost of training: time, energy, CO2 and money.
 
-Energy is read from the counter of an NVIDIA GPU. CO2 and money follow from a tariff that the user names.
+Energy is read from the counter of an NVIDIA GPU. CO2 and money follow from a tariff that the user gives.
 """
 
 import contextlib
@@ -20,11 +20,11 @@ from wuerstchen.train.report.carbon import GRAMS_PER_KWH, SOURCE, WORLD_GRAMS
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Time and energy of a piece of work."""
+    """Time and energy."""
 
     seconds: float
     kwh: float | None
-    """Of the GPU alone, without the machine around it; None where nothing measures it."""
+    """Energy of the GPU only, without the rest of the machine. None if it is not measured."""
 
     def __add__(self, other: "Cost") -> "Cost":
         known = self.kwh is not None and other.kwh is not None
@@ -39,16 +39,16 @@ NOTHING = Cost(seconds=0.0, kwh=0.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Tariff:
-    """What time and energy cost where the work is done."""
+    """The prices and emissions of time and energy."""
 
     kg_per_kwh: float = WORLD_GRAMS / 1000
-    """kg of CO2 equivalents a kWh."""
+    """kg of CO2 equivalents per kWh."""
     grid: str = f"world average, {SOURCE}"
-    """Where that number comes from."""
+    """The source of ``kg_per_kwh``."""
     per_hour: float | None = None
-    """Money an hour of the machine."""
+    """Price of the machine per hour."""
     per_kwh: float | None = None
-    """Money a kWh."""
+    """Price per kWh."""
 
     def __post_init__(self) -> None:
         for option, value in (
@@ -57,14 +57,14 @@ class Tariff:
             ("--price-per-kwh", self.per_kwh),
         ):
             if value is not None and not (math.isfinite(value) and value >= 0):
-                raise UserError(f"{option} {value} must be a number of at least 0; give one")
+                raise UserError(f"{option} must be a finite number of at least 0, got {value}.")
 
     def kg_co2(self, cost: Cost) -> float | None:
-        """kg of CO2 equivalents, None where the energy is not known."""
+        """kg of CO2 equivalents. None if the energy is not known."""
         return None if cost.kwh is None else cost.kwh * self.kg_per_kwh
 
     def money(self, cost: Cost) -> float | None:
-        """In the currency of the prices; None without any, or where it hangs on energy that is not known."""
+        """The cost in the currency of the prices. None without prices, or if it depends on unknown energy."""
         if (self.per_hour is None and self.per_kwh is None) or (self.per_kwh and cost.kwh is None):
             return None
         return (self.per_hour or 0) * cost.seconds / 3600 + (self.per_kwh or 0) * (cost.kwh or 0)
@@ -75,7 +75,7 @@ class Tariff:
         if cost.kwh is None:
             text += ", energy not measured"
         else:
-            text += f", {cost.kwh:.3g} kWh of the GPU, {self.kg_co2(cost):.3g} kg CO2 ({self.grid})"
+            text += f", {cost.kwh:.3g} kWh (GPU only), {self.kg_co2(cost):.3g} kg CO2 ({self.grid})"
         money = self.money(cost)
         return text if money is None else f"{text}, {money:,.2f} in money"
 
@@ -88,10 +88,10 @@ def make_tariff(
 ) -> Tariff:
     """A tariff from a country's code (ISO 3166-1 alpha-2, as in ``DE``), or from a number for CO2.
 
-    Raises ``UserError`` for a country that is not in the table, for both at once, and for negative numbers.
+    Raises ``UserError`` for an unknown country, for both at once, and for negative numbers.
     """
     if region is not None and kg_per_kwh is not None:
-        raise UserError(f"--region {region} and --co2-per-kwh say the same in two ways; give one of them")
+        raise UserError(f"--region {region} and --co2-per-kwh cannot be used together. Use one of them.")
     if kg_per_kwh is not None:
         return Tariff(kg_per_kwh=kg_per_kwh, grid="as given", per_hour=per_hour, per_kwh=per_kwh)
     if region is None:
@@ -99,14 +99,14 @@ def make_tariff(
     code = region.upper()
     if code not in GRAMS_PER_KWH:
         raise UserError(
-            f"--region {region} is none of {' '.join(GRAMS_PER_KWH)}; name one, or give --co2-per-kwh"
+            f"--region must be one of {' '.join(GRAMS_PER_KWH)}, got {region}. Or use --co2-per-kwh."
         )
     kg, grid = GRAMS_PER_KWH[code] / 1000, f"{code}, {SOURCE}"
     return Tariff(kg_per_kwh=kg, grid=grid, per_hour=per_hour, per_kwh=per_kwh)
 
 
 def tariff_of(events: Iterable[dict[str, Any]]) -> Tariff:
-    """The tariff that the last start of a run was given."""
+    """The tariff of the last start of a run."""
     found = Tariff()
     for event in events:
         if event["event"] == "tariff":
@@ -118,10 +118,10 @@ def tariff_of(events: Iterable[dict[str, Any]]) -> Tariff:
     return found
 
 
-def costs_to_come(events: Sequence[dict[str, Any]]) -> dict[str, Cost]:
-    """What each stage will cost from here on, at the pace of its last lines or, before those, its rehearsal.
+def remaining_costs(events: Sequence[dict[str, Any]]) -> dict[str, Cost]:
+    """What each stage will still cost at its latest speed, or before that at the speed of its rehearsal.
 
-    Stages of which no pace is known are not in it.
+    Leaves out stages whose speed is not known.
     """
     pace: dict[str, Cost] = {}
     left: dict[str, float] = {}
@@ -157,25 +157,25 @@ def costs_to_come(events: Sequence[dict[str, Any]]) -> dict[str, Cost]:
 
 
 def number_in(event: dict[str, Any], name: str) -> float | None:
-    """A finite number of an event; None where there is none."""
+    """A finite number of an event, or None."""
     value = event.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
         return float(value) if math.isfinite(value) else None
-    except OverflowError:  # JSON has integers of any length
+    except OverflowError:  # JSON integers have any length
         return None
 
 
 def duration(seconds: float) -> str:
-    """As ``45 s``, ``12.5 min`` or ``3.2 h``."""
+    """A duration in words: ``45 s``, ``12.5 min`` or ``3.2 h``."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 class CostMeter:
-    """Measures from its construction on."""
+    """Measures time and energy from its construction on."""
 
     def __init__(self, device: torch.device) -> None:
         self._counter = energy_counter(device)
@@ -183,14 +183,14 @@ class CostMeter:
         self._began = time.monotonic()
 
     def spent(self) -> Cost:
-        """What was spent since the construction."""
+        """Time and energy since the construction."""
         now = self._counter()
         kwh = None if now is None or self._joules is None else (now - self._joules) / 3.6e6
         return Cost(seconds=time.monotonic() - self._began, kwh=kwh)
 
 
 def energy_counter(device: torch.device) -> Any:
-    """A function that gives the GPU's energy counter in joules, or None where there is none."""
+    """A function that returns the GPU's energy counter in joules, or None if there is no counter."""
     if device.type == "cuda":
         try:
             with warnings.catch_warnings():
@@ -202,17 +202,15 @@ def energy_counter(device: torch.device) -> Any:
             handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
             pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
             return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
-        except (
-            Exception
-        ):  # not installed, not permitted, or a GPU without a counter: the cost is then unknown
-            pass
+        except Exception:
+            pass  # not installed, not permitted, or a GPU without a counter: the energy is then unknown
     return lambda: None
 
 
 def total_cost(events: Iterable[dict[str, Any]]) -> dict[str, Cost]:
-    """The cost of each stage, by its name, over all starts of a run, from the events of its log.
+    """The cost of each stage by name, over all starts of a run, from the events of its log.
 
-    It goes up to the last line that each start wrote; the seconds after it are not known to anyone.
+    Counts each start up to its last log line. The time after that is not known.
     """
     totals: dict[str, Cost] = {}
     latest: dict[str, Cost] = {}

@@ -1,4 +1,4 @@
-"""Curves as SVG inside a page: no script, and colours that follow the page's light or dark."""
+"""Curves as inline SVG, without scripts, in colours for light and dark pages."""
 
 import html
 import math
@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 Point = tuple[float, float]
 
 _WIDTH, _HEIGHT = 460, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 10, 24  # margins, in the drawing's units
-_POINTS = 400  # of a line, at most
-_SPAN_OF_LOG = 5  # values that differ by more are drawn on a logarithmic scale
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 10, 24  # margins, in SVG units
+_POINTS = 400  # maximum per line
+_SPAN_OF_LOG = 5  # values with a larger ratio are drawn on a logarithmic scale
 
 STYLE = """
 svg { display: block; width: 100%; height: auto; overflow: visible; }
@@ -25,19 +25,19 @@ svg .raw { opacity: .3; stroke-width: 1; }
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One curve: points in order of their x, all finite."""
+    """One curve: finite points in order of x."""
 
     name: str
     points: Sequence[Point]
     smooth: bool = False
-    """Whether the points are drawn faint and their running mean over them."""
+    """Whether to draw the points faintly, with their running mean on top."""
 
 
 def chart(title: str, lines: Sequence[Line], starts: Sequence[float] = (), *, log: bool = True) -> str:
-    """A figure with the lines over images seen; empty where no line has two points.
+    """A figure with the lines over images seen. Empty if no line has two points.
 
-    The y axis is logarithmic where ``log`` allows it and the values are positive and spread widely.
-    ``starts`` are marked.
+    With ``log``, the y axis is logarithmic if the values are positive and spread widely. ``starts`` are
+    marked.
     """
     lines = [replace(line, points=[p for p in line.points if _drawable(p)]) for line in lines]
     lines = [line for line in lines if len(line.points) > 1]
@@ -93,7 +93,7 @@ def chart(title: str, lines: Sequence[Line], starts: Sequence[float] = (), *, lo
 
 
 def _drawable(point: Point) -> bool:
-    """Whether arithmetic on it neither overflows nor vanishes."""
+    """Whether the coordinates are 0 or far from overflow and underflow."""
     return all(value == 0 or 1e-100 < abs(value) < 1e100 for value in point)
 
 
@@ -113,7 +113,7 @@ def _polyline(points: Sequence[Point], place, colour: str, attributes: str = "")
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
-    """From the lowest to the highest, single outliers above all others left out."""
+    """The lowest and highest value, without single outliers at the top."""
     ordered = sorted(values)
     if len(ordered) < 50:
         return ordered[0], ordered[-1]
@@ -122,7 +122,7 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
 
 
 def smoothed(points: Sequence[Point]) -> list[Point]:
-    """The running mean over the last fiftieth of the points, without a start at nought."""
+    """The running mean over about the last fiftieth of the points, corrected for its start at 0."""
     keep = 1 - 1 / max(1.0, min(len(points) / 10, len(points) / 50 + 4))
     mean, weight, result = 0.0, 0.0, []
     for x, y in points:
@@ -132,23 +132,23 @@ def smoothed(points: Sequence[Point]) -> list[Point]:
 
 
 def _thinned(points: Sequence[Point], extremes: bool = False) -> Sequence[Point]:
-    """At most ``_POINTS`` of them; with ``extremes`` the lowest and highest of every stretch."""
+    """At most ``_POINTS`` points. With ``extremes``, the lowest and highest of each interval."""
     if len(points) <= _POINTS:
         return points
     result: list[Point] = []
     count = _POINTS // 2 if extremes else _POINTS
     for k in range(count):
-        stretch = points[k * len(points) // count : (k + 1) * len(points) // count]
+        interval = points[k * len(points) // count : (k + 1) * len(points) // count]
         if extremes:
-            ends = {min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])}
+            ends = {min(interval, key=lambda p: p[1]), max(interval, key=lambda p: p[1])}
             result += sorted(ends)
         else:
-            result.append(stretch[-1])
+            result.append(interval[-1])
     return result
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Round numbers between them, four to eight."""
+    """Four to eight round numbers between ``low`` and ``high``."""
     rough = (high - low) / 8
     power = 10 ** math.floor(math.log10(rough))
     step = next(s * power for s in (1, 2, 5, 10) if s * power >= rough * 0.999)
@@ -157,7 +157,7 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten between them, with 2 and 5 times those where there is room."""
+    """Powers of ten between ``low`` and ``high``, and 2 and 5 times these if there is room."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors in ((1, 2, 5), (1, 3), (1,)):
         values = [f * 10.0**e for e in exponents for f in factors]
@@ -168,7 +168,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def short(value: float) -> str:
-    """A number in few letters: 0.0123, 12.3, 1.2M, 1e-5."""
+    """A number in a few characters: 0.0123, 12.3, 1.2M, 1e-5."""
     if value == 0:
         return "0"
     for limit, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):

@@ -1,4 +1,4 @@
-"""What a run leaves to be read: ``log.jsonl``, a line an event, and the progress bar."""
+"""The log of a run, ``log.jsonl`` with one event per line, its TensorBoard copy, and the progress bar."""
 
 import contextlib
 import errno
@@ -17,19 +17,19 @@ from wuerstchen.errors import UserError, UserNotice
 from wuerstchen.progress_bar import bar
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
-"""What a disk says that is full, or cannot write for another reason of its own."""
-_KEPT = 100_000  # lines that cannot be written yet
+"""Error numbers of a disk that is full, or cannot be written for other reasons."""
+_KEPT = 100_000  # lines in memory that cannot be written yet
 
 
 class LogNotWrittenWarning(UserNotice):
-    """Lines of the log are kept in memory for now."""
+    """Lines of the log are kept in memory because the disk cannot be written."""
 
 
 class Log:
-    """Appends events to ``log.jsonl``. A line that a kill cut short is removed at the next start."""
+    """Appends events to ``log.jsonl``. A line that was cut off by a kill is removed at the next start."""
 
     def __init__(self, path: Path, writes: bool = True, *, tensorboard: bool = False) -> None:
-        """Of the processes of one run, one ``writes``; the others' events go nowhere."""
+        """Only one process of a run ``writes``. The events of the others are dropped."""
         self.path = path
         self.writes = writes
         self._pending: deque[str] = deque(maxlen=_KEPT)
@@ -41,7 +41,7 @@ class Log:
                 os.truncate(path, len(whole))
 
     def event(self, kind: str, **values: Any) -> None:
-        """Appends an event. On a disk that is full it is kept, and written with the next one that can be."""
+        """Appends an event. If the disk is full, it is kept in memory and written later with the next one."""
         if not self.writes:
             return
         line = json.dumps({"event": kind, "time": round(time.time(), 3), **values}, allow_nan=False)
@@ -53,8 +53,8 @@ class Log:
                 raise
             if len(self._pending) == 1:
                 warnings.warn(
-                    f"{self.path} cannot be written ({error.strerror}). Training goes on, and its lines are "
-                    "written when there is room. Free some space",
+                    f"{self.path} cannot be written: {error.strerror}. Training continues, and the lines are "
+                    "written as soon as there is room. Free some space",
                     LogNotWrittenWarning,
                     stacklevel=2,
                 )
@@ -62,12 +62,12 @@ class Log:
             self._board.event(kind, values)
 
     def _write(self) -> None:
-        """Writes all that is pending, or nothing."""
+        """Writes all pending lines, or none."""
         data = "".join(f"{line}\n" for line in self._pending).encode()
         with open(self.path, "ab", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
             if file.write(data) != len(data):
-                os.truncate(self.path, end)  # a disk takes what it has room for, without an error
+                os.truncate(self.path, end)  # a full disk accepts a part without an error
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._pending.clear()
 
@@ -78,10 +78,10 @@ class Log:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events in a log, oldest first. A line that is cut short or no event is left out."""
+    """The events in a log, oldest first. Skips lines that are cut off or are not events."""
     events = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        with contextlib.suppress(ValueError, RecursionError):  # a log edited by hand is no reason to fail
+        with contextlib.suppress(ValueError, RecursionError):  # a log that was edited by hand must not fail
             entry = json.loads(line)
             if isinstance(entry, dict) and isinstance(entry.get("event"), str):
                 events.append(entry)
@@ -89,9 +89,9 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 
 
 class Board:
-    """The same events for TensorBoard: a folder a stage, so that equal curves lie over each other.
+    """Writes the same events for TensorBoard, in one folder per stage, so that their curves overlay.
 
-    What a kill lost is taken out of the curves when the stage starts again.
+    When a stage is resumed, the points after its checkpoint are removed from the curves.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -107,7 +107,7 @@ class Board:
         if kind == "start":
             if self._writer is not None:
                 self._writer.close()
-            # Points at the step itself are kept: it is that of the checkpoint.
+            # Keeps the points at the step of the checkpoint.
             self._writer = _summary_writer()(str(self.folder / stage), purge_step=images + 1)
         elif self._writer is not None and kind in ("progress", "validation"):
             for name, value in values.items():
@@ -132,7 +132,7 @@ class Board:
 
 
 def check_tensorboard() -> None:
-    """Raises ``UserError`` where TensorBoard is not installed."""
+    """Raises ``UserError`` if TensorBoard is not installed."""
     _summary_writer()
 
 
@@ -143,14 +143,14 @@ def _summary_writer() -> Any:
             from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError(
-            "--tensorboard needs the package tensorboard, which is not installed; "
-            'pip install "wuerstchen[tensorboard]", or leave the option out: log.jsonl has it all'
+            "--tensorboard needs the package tensorboard, which is not installed. Run "
+            'pip install "wuerstchen[tensorboard]", or leave the option out: log.jsonl has the same events.'
         ) from error
     return SummaryWriter
 
 
 class Meter:
-    """Images a second and smoothed loss, for the bar and the log."""
+    """Images per second and the smoothed loss, for the progress bar and the log."""
 
     def __init__(self, title: str, start: int, total: int, shown: bool = True) -> None:
         self.bar = bar(
@@ -173,7 +173,7 @@ class Meter:
         self.bar.update(images)
 
     def rate(self) -> float:
-        """Images a second since the last call."""
+        """Images per second since the last call."""
         now = time.monotonic()
         rate = self._images / max(now - self._since, 1e-9)
         self._since, self._images = now, 0

@@ -1,7 +1,7 @@
-"""One page of a run: what ``log.jsonl`` and the folders beside it tell, whether the run has ended or not.
+"""The page of a run, from ``log.jsonl`` and the run folder. Works at any time, also while the run goes on.
 
-The log is what a run leaves line by line, so it may end in half a line, and several starts may have gone over
-the same images: what came after an image that a later start went back to is out of the curves.
+The log may end in an incomplete line. After a kill, the resumed run trains the same images again: points
+beyond the image at which a later start resumed are left out of the curves.
 """
 
 import html
@@ -22,9 +22,9 @@ from wuerstchen.train.report.announce import total
 from wuerstchen.train.report.cost import (
     Cost,
     Tariff,
-    costs_to_come,
     duration,
     number_in,
+    remaining_costs,
     tariff_of,
     total_cost,
 )
@@ -32,9 +32,9 @@ from wuerstchen.train.report.curves import Line, Point, chart
 from wuerstchen.train.report.events import read_events
 from wuerstchen.train.report.parts import STYLE, previews, row, table
 
-_NAMES = 5  # pictures named for each reason
+_NAMES = 5  # images named for each reason
 _SKIPPED = "…"
-_BEFORE_STARTS = ("rehearsed", "change", "change moved")  # events of a stage that is not being trained
+_BEFORE_STARTS = ("rehearsed", "change", "change moved")  # events outside of training
 
 _COLUMNS = (
     "",
@@ -47,16 +47,16 @@ _COLUMNS = (
     "kWh",
     "kg CO2",
     "money",
-    "to come",
+    "remaining",
 )
-"""Of the table of stages."""
+"""Columns of the table of stages."""
 
 _TITLES = {
     "loss": "loss",
     "learning_rate": "learning rate",
-    "images_per_second": "images a second",
-    "memory_gib": "GPU memory, most allocated, GiB",
-    "matrix_share": "share of the matrix rate",
+    "images_per_second": "images per second",
+    "memory_gib": "peak GPU memory, GiB",
+    "matrix_share": "MFU (model FLOPs utilisation)",
 }
 _LAST = ("learning_rate", "images_per_second", "matrix_share", "memory_gib")  # drawn after losses and norms
 _NO_CURVES = {"time", "images", "seconds", "kwh", "event", "stage"}
@@ -77,7 +77,7 @@ class _Start:
 
 @dataclass
 class _Stage:
-    """What the log says of one stage."""
+    """The log of one stage."""
 
     name: str
     images: float = 0.0
@@ -90,18 +90,18 @@ class _Stage:
 def write_report(run_dir: Path, out: Path | None = None, tariff: Tariff | None = None) -> Path:
     """Writes the page, ``run_dir/report.html`` unless ``out`` names another file, and returns its path.
 
-    ``tariff`` takes the place of the one that the run was given. Raises ``RunFolderError`` for what is no run
-    folder, and ``UserError`` for a page that cannot be written.
+    ``tariff`` replaces the tariff of the run. Raises ``RunFolderError`` if ``run_dir`` is not a run folder,
+    and ``UserError`` if the page cannot be written.
     """
     log = run_dir / "log.jsonl"
     if not log.is_file():
         raise RunFolderError(
-            f"{run_dir} is no run folder, it holds no log.jsonl; name the --run-dir of a run"
+            f"{run_dir} is not a run folder: it has no log.jsonl. Use the --run-dir of a run."
         )
     try:
         events = read_events(log)
     except OSError as error:
-        raise RunFolderError(f"{log} cannot be read ({error.strerror}); change its permissions") from error
+        raise RunFolderError(f"{log} cannot be read: {error.strerror}. Change its permissions.") from error
     page = out or run_dir / "report.html"
     check_writable(page.parent)
     text = html_page(run_dir, events, tariff or tariff_of(events))
@@ -110,7 +110,7 @@ def write_report(run_dir: Path, out: Path | None = None, tariff: Tariff | None =
 
 
 def html_page(run_dir: Path, events: Sequence[dict[str, Any]], tariff: Tariff) -> str:
-    """The page of a run with these events."""
+    """The page of a run with these events, as HTML."""
     settings = _settings(run_dir)
     stages = read_stages(events)
     title = html.escape(f"Run {run_dir.absolute().name}")
@@ -128,14 +128,14 @@ def html_page(run_dir: Path, events: Sequence[dict[str, Any]], tariff: Tariff) -
 
 
 def read_stages(events: Sequence[dict[str, Any]]) -> dict[str, _Stage]:
-    """The curves of each stage. A start drops what one before it had logged beyond the image it begins at."""
+    """The curves of each stage. A start drops points beyond its first image that earlier starts logged."""
     stages: dict[str, _Stage] = {}
     for event in events:
         name, images = event.get("stage"), number_in(event, "images")
         if not isinstance(name, str) or images is None or event["event"] in _BEFORE_STARTS:
             continue
         if not re.fullmatch(r"\w{1,20}", name):
-            continue  # it is part of a path
+            continue  # the name becomes part of a path
         stage = stages.setdefault(name, _Stage(name))
         when = number_in(event, "time") or 0.0
         if event["event"] == "start":
@@ -165,14 +165,14 @@ def read_stages(events: Sequence[dict[str, Any]]) -> dict[str, _Stage]:
 
 
 def _append(line: list, entry: tuple) -> None:
-    """In order of images: what is logged again takes the place of what was."""
+    """Appends in order of images. An entry replaces earlier entries for the same or later images."""
     while line and line[-1][0] >= entry[0]:
         line.pop()
     line.append(entry)
 
 
 def _settings(run_dir: Path) -> dict[str, Any]:
-    """What ``run.json`` holds, as far as it can be read."""
+    """The content of ``run.json``. Empty if it cannot be read."""
     try:
         content = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -181,7 +181,7 @@ def _settings(run_dir: Path) -> dict[str, Any]:
 
 
 def _prompts(settings: Mapping[str, Any]) -> list[str]:
-    """Those of the recipe, which previews of Stage C show."""
+    """The preview prompts of the recipe."""
     recipe = settings.get("recipe")
     found = recipe.get("preview_prompts") if isinstance(recipe, dict) else None
     return [prompt for prompt in found if isinstance(prompt, str)] if isinstance(found, list) else []
@@ -210,8 +210,8 @@ def _state(run_dir: Path, events: Sequence[dict[str, Any]]) -> str:
     if last == "end" and (run_dir / "model" / "model.json").is_file():
         return "finished"
     if last == "stopped":
-        return "stopped by a signal; the same command goes on"
-    return "not at its end: it is going on, or it was killed after the last line"
+        return "stopped by a signal. The same command resumes it"
+    return "not finished: still running, or killed after the last line"
 
 
 def _date(seconds: float) -> str:
@@ -222,19 +222,19 @@ def _date(seconds: float) -> str:
 
 
 def _stages_table(stages: Mapping[str, _Stage], events: Sequence[dict[str, Any]], tariff: Tariff) -> str:
-    spent, to_come = total_cost(events), costs_to_come(events)
-    names = list(dict.fromkeys([*stages, *to_come]))
+    spent, remaining = total_cost(events), remaining_costs(events)
+    names = list(dict.fromkeys([*stages, *remaining]))
     rows = ""
     for name in names:
         stage = stages.get(name, _Stage(name))
         lines = stage.values
         ends = [lines[key][-1][1] if lines.get(key) else None for key in ("validation", "images_per_second")]
         loss = curves.smoothed(lines["loss"])[-1][1] if lines.get("loss") else None
-        share = f" ({stage.images / stage.total:.0%})" if stage.total else ""
-        left = to_come.get(name)
+        fraction = f" ({stage.images / stage.total:.0%})" if stage.total else ""
+        left = remaining.get(name)
         cells = [
             f"Stage {html.escape(name.upper())}",
-            f"{stage.images:,.0f}{share}" if name in stages else "",
+            f"{stage.images:,.0f}{fraction}" if name in stages else "",
             f"{stage.total:,.0f}" if stage.total else "",
             *("" if value is None else curves.short(value) for value in (loss, *ends)),
             *_cost_cells(spent.get(name), tariff),
@@ -242,25 +242,25 @@ def _stages_table(stages: Mapping[str, _Stage], events: Sequence[dict[str, Any]]
         ]
         rows += row(_COLUMNS, cells)
     so_far = total(spent.values()) if spent else None
-    left = total(to_come.values()) if to_come else None
+    left = total(remaining.values()) if remaining else None
     for title, cost in (
         ("so far", so_far),
-        ("to come", left if left is not None and left.seconds else None),
-        ("in all", so_far + left if so_far is not None and left is not None and left.seconds else None),
+        ("remaining", left if left is not None and left.seconds else None),
+        ("in total", so_far + left if so_far is not None and left is not None and left.seconds else None),
     ):
         if cost is not None:
             cells = [f"<b>{title}</b>", "", *_cost_cells(cost, tariff), ""]
             rows += row(("", "", *_COLUMNS[6:]), cells).replace("<td></td>", '<td colspan="5"></td>', 1)
-    prices = [f"CO2: {tariff.kg_per_kwh:g} kg a kWh ({tariff.grid})"]
-    prices += [f"{price:g} an hour"] if (price := tariff.per_hour) is not None else []
-    prices += [f"{price:g} a kWh"] if (price := tariff.per_kwh) is not None else []
-    notes = "Energy is that of the GPU alone, by its own counter"
+    prices = [f"CO2: {tariff.kg_per_kwh:g} kg per kWh ({tariff.grid})"]
+    prices += [f"{price:g} per hour"] if (price := tariff.per_hour) is not None else []
+    prices += [f"{price:g} per kWh"] if (price := tariff.per_kwh) is not None else []
+    notes = ["Energy is that of the GPU only, by its own counter."]
     if any(cost.kwh is None for cost in spent.values()):
-        notes += "; where none is given it was not measured"
-    if any(name not in to_come and stages[name].images < stages[name].total for name in stages):
-        notes += "; of a stage without a line no pace is known"
-    notes = f"{notes}. {'; '.join(prices)}. To come: at the pace of the last lines."
-    return f'{table(_COLUMNS, rows)}<p class="note">{html.escape(notes)}</p>'
+        notes.append("A dash means that it was not measured.")
+    if any(name not in remaining and stages[name].images < stages[name].total for name in stages):
+        notes.append("Stages without a remaining cost have no known speed.")
+    notes.append(f"{', '.join(prices)}. Remaining: at the latest speed.")
+    return f'{table(_COLUMNS, rows)}<p class="note">{html.escape(" ".join(notes))}</p>'
 
 
 def _cost_cells(cost: Cost | None, tariff: Tariff) -> list[str]:
@@ -291,15 +291,17 @@ def _stage_part(stage: _Stage, folder: Path, prompts: Sequence[str]) -> str:
     lines = [Line(name=key.removeprefix("gradient_"), points=values[key], smooth=True) for key in norms]
     charts.append(chart("gradient norm", lines, starts))
     terms = [k for k in values if k not in used and not any(values[k] == values[loss] for loss in losses)]
-    for key in sorted(terms):  # a term that is a whole loss is drawn as that
+    for key in sorted(terms):  # a term that equals a loss is already drawn
         charts.append(chart(_title(key), [Line(name=key, points=values[key], smooth=True)], starts))
     for key in _LAST:
         if key in values:
             lines = [Line(name=key, points=values[key], smooth=key == "images_per_second")]
             charts.append(chart(_title(key), lines, starts, log=False))
-    drawn = "".join(charts) or '<p class="note">No curve yet: fewer than two lines.</p>'
-    note = '<p class="note">Over images seen; faint as logged, and the running mean over it.'
-    note += " Dotted: where a start began.</p>" if starts else "</p>"
+    drawn = "".join(charts) or '<p class="note">No curves yet: the log has fewer than two lines.</p>'
+    note = (
+        '<p class="note">Over images seen. Faint lines are the logged values, with the running mean on top.'
+    )
+    note += " Dotted lines mark where training was resumed.</p>" if starts else "</p>"
     head = f"<h2>Stage {html.escape(stage.name.upper())}</h2>"
     return f'{head}<div class="grid">{drawn}</div>{note}{previews(folder, prompts)}'
 
@@ -315,13 +317,13 @@ def _validation(stage: _Stage, starts: Sequence[float]) -> str:
     for k in range(min(count, 32)):
         points = [(x, y) for x, bins in stage.validation if k < len(bins) and (y := bins[k]) is not None]
         lines.append(Line(name=f"t {k / count:.3g}–{(k + 1) / count:.3g}", points=points))
-    return chart("validation: error of the prediction by time (0 clean, 1 noise)", lines, starts)
+    return chart("validation: prediction error by time (0 clean, 1 noise)", lines, starts)
 
 
 def _starts(stages: Mapping[str, _Stage]) -> str:
     starts = sorted((s for stage in stages.values() for s in stage.starts), key=lambda s: s.time)
     if not starts:
-        return "<h2>Starts and stops</h2><p>Nothing was started yet.</p>"
+        return "<h2>Starts and stops</h2><p>Nothing has started yet.</p>"
     names = ("start", "stage", "from image", "to image", "device", "last line", "how it ended")
     texts, rows = ("device", "how it ended"), ""
     for number, start in enumerate(starts):
@@ -330,12 +332,12 @@ def _starts(stages: Mapping[str, _Stage]) -> str:
         if start.stopped:
             end = "stopped by a signal"
         elif at_end:
-            end = "at its end"
+            end = "finished"
         elif not later:
-            end = "going on, or killed"
+            end = "running, or killed"
         else:
             lost = start.last_images - later[0].images
-            end = "killed" + (f"; {lost:,.0f} images done again" if lost > 0 else "")
+            end = "killed" + (f", {lost:,.0f} images trained again" if lost > 0 else "")
         cells = [
             _date(start.time),
             html.escape(start.stage.upper()),
@@ -350,8 +352,8 @@ def _starts(stages: Mapping[str, _Stage]) -> str:
 
 
 def _changes(events: Sequence[dict[str, Any]]) -> str:
-    """What was changed in the recipe since the run began; nothing if nothing was."""
-    names, rows = ("field", "before", "after", "stage", "from image", "asked for"), ""
+    """The changes to the recipe since the start of the run. Empty if there are none."""
+    names, rows = ("field", "before", "after", "stage", "from image", "requested"), ""
     for event in events:
         stage, images = event.get("stage"), number_in(event, "images")
         if event["event"] != "change" or not isinstance(stage, str) or images is None:
@@ -360,7 +362,7 @@ def _changes(events: Sequence[dict[str, Any]]) -> str:
         asked = number_in(event, "asked")
         cells.append("?" if asked is None else _date(asked))
         rows += row(names, [html.escape(str(cell)[:200]) for cell in cells], names[:3])
-    return f"<h2>Changes of the recipe</h2>{table(names, rows, names[:3])}" if rows else ""
+    return f"<h2>Changes to the recipe</h2>{table(names, rows, names[:3])}" if rows else ""
 
 
 def _skipped(events: Sequence[dict[str, Any]]) -> str:
@@ -370,17 +372,17 @@ def _skipped(events: Sequence[dict[str, Any]]) -> str:
         if event["event"] == "skipped" and isinstance(name, str) and isinstance(reason, str):
             reasons[name] = reason.replace(name, _SKIPPED)
     if not reasons:
-        return "<h2>Skipped pictures</h2><p>None.</p>"
-    # The same fault says the same but for the file's folder and for numbers.
+        return "<h2>Skipped images</h2><p>None.</p>"
+    # The same error differs only in folders and numbers.
     kinds = {name: re.sub(rf"\S*{_SKIPPED}\S*|\d+", _SKIPPED, reason) for name, reason in reasons.items()}
-    columns = ("reason", "pictures", "as")
-    texts, rows = ("reason", "as"), ""
+    columns = ("reason", "images", "names")
+    texts, rows = ("reason", "names"), ""
     for kind, count in Counter(kinds.values()).most_common():
-        names = [name for name, of in kinds.items() if of == kind]
+        names = [name for name, other in kinds.items() if other == kind]
         named = ", ".join(html.escape(name) for name in names[:_NAMES]) + (" …" if count > _NAMES else "")
         rows += row(columns, [html.escape(kind), str(count), named], texts)
-    said = f"<p>{len(reasons)} could not be read; others took their places.</p>"
-    return f"<h2>Skipped pictures</h2>{said}{table(columns, rows, texts)}"
+    note = f"<p>{len(reasons)} could not be read. The next images took their places.</p>"
+    return f"<h2>Skipped images</h2>{note}{table(columns, rows, texts)}"
 
 
 def _checkpoints(run_dir: Path) -> str:
@@ -390,7 +392,7 @@ def _checkpoints(run_dir: Path) -> str:
             size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
             written = folder.stat().st_mtime
         except OSError:
-            continue  # removed while it was looked at
+            continue  # removed in the meantime
         where = html.escape(str(folder.relative_to(run_dir)))
         rows += row(names, [where, f"{size / 1e6:,.1f} MB", _date(written)])
     if not rows:

@@ -1,4 +1,4 @@
-"""Parts of a run's page: its style, tables, and previews with what they show."""
+"""Parts of a run's page: the style, tables, and previews with their labels."""
 
 import base64
 import html
@@ -14,10 +14,10 @@ from PIL import Image
 from wuerstchen.errors import UserError
 from wuerstchen.image_files import read_settings
 
-_PREVIEWS = 6  # of a stage, at most
-_PREVIEW_SIDE = 900  # pixels, at most
-_PREVIEW_PIXELS = 100_000_000  # of a file that is opened at all
-_LABELS, _LABEL = 256, 200  # labels of a preview, and characters of each, at most
+_PREVIEWS = 6  # maximum per stage
+_PREVIEW_SIDE = 900  # maximum, in pixels
+_PREVIEW_PIXELS = 100_000_000  # larger files are not opened
+_LABELS, _LABEL = 256, 200  # maximum labels of a preview, and characters of a label
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #777; --good: #18794e; --bad: #b4232c;
@@ -56,16 +56,16 @@ dt { color: var(--soft); } dd { margin: 0; } code { font-size: .8em; }
 
 
 def table(names: Sequence[str], rows: str, texts: Sequence[str] = ()) -> str:
-    """A table of ``rows``, below a row with the names of its columns. Columns in ``texts`` are wrapped."""
+    """A table of ``rows`` below a header with the column names. Columns in ``texts`` wrap."""
     head = "".join(f"<th{_kind(name, texts)}>{name}</th>" for name in names)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead>{rows}</table></div>'
 
 
 def row(names: Sequence[str], cells: Sequence[str], texts: Sequence[str] = ()) -> str:
-    """A row of a table. A cell, which is HTML, carries its column's name, which narrow screens show."""
+    """A row of a table. Cells are HTML. Each has the name of its column, for narrow screens."""
     parts = []
     for name, cell in zip(names, cells, strict=True):
-        named = f' data-name="{name}"' if name and parts else ""  # the first is the title of its row
+        named = f' data-name="{name}"' if name and parts else ""  # the first cell is the title of the row
         parts.append(f"<td{_kind(name, texts)}{named}>{cell}</td>")
     return f"<tr>{''.join(parts)}</tr>"
 
@@ -75,20 +75,20 @@ def _kind(name: str, texts: Sequence[str]) -> str:
 
 
 class _Shown(NamedTuple):
-    """What the images of a preview show, as its file says: one of the two is empty."""
+    """The labels of a preview, from its file. Either ``rows`` or ``prompts`` is empty."""
 
     rows: tuple[str, ...]
-    """Of each row, from the top."""
+    """One label per row, from the top."""
     prompts: tuple[str, ...]
-    """Of each image, row by row."""
+    """One prompt per image, row by row."""
     columns: int
-    """Images in a row; 0 where the file does not say."""
+    """Images per row. 0 if the file does not say."""
 
 
 def previews(folder: Path, prompts: Sequence[str]) -> str:
-    """Some previews of the stage in ``folder``, the first and the last among them, with what they show.
+    """Some previews of the stage in ``folder``, including the first and the last, with their labels.
 
-    ``prompts`` are the recipe's, for previews of Stage C that hold no labels.
+    ``prompts`` are the prompts of the recipe, for previews of Stage C without labels.
     """
     try:
         paths = sorted(p for p in (folder / "previews").glob("*.png") if p.stem.isdecimal() and p.is_file())
@@ -102,7 +102,7 @@ def previews(folder: Path, prompts: Sequence[str]) -> str:
     if not folder.name.startswith("stage_c"):
         prompts = ()
     parts = ["<h3>Previews, from the averaged weights</h3>"]
-    for shown, group in itertools.groupby(drawn, lambda each: each[0]):
+    for shown, group in itertools.groupby(drawn, lambda item: item[0]):
         parts += [_words(shown, prompts), f'<div class="grid">{"".join(figure for _, figure in group)}</div>']
     return "".join(parts)
 
@@ -121,7 +121,7 @@ def _shown(path: Path) -> _Shown:
 
 
 def _words(shown: _Shown, prompts: Sequence[str]) -> str:
-    """What the images show, where they are: a line, a table laid out as they are, or a list."""
+    """The labels of the images: a line, a table with the same layout, or a list."""
     if shown.rows:
         return f'<p class="note">Rows, from the top: {html.escape("; ".join(shown.rows))}.</p>'
     if shown.prompts and shown.columns:
@@ -132,15 +132,15 @@ def _words(shown: _Shown, prompts: Sequence[str]) -> str:
             few = shown.prompts[first : first + columns]
             cells = [html.escape(text) for text in few] + [""] * (columns - len(few))
             rows += row(names, [f"row {number}", *cells], names)
-        return f"<p>Prompts, in the places of their images:</p>{table(names, rows, names)}"
+        return f"<p>The prompts, in the same layout as the images:</p>{table(names, rows, names)}"
     if prompts or shown.prompts:
         items = "".join(f"<li>{html.escape(text)}</li>" for text in shown.prompts or prompts)
-        return f"<p>Prompts, in the order of their images, row by row:</p><ol>{items}</ol>"
+        return f"<p>The prompts in the order of the images, row by row:</p><ol>{items}</ol>"
     return ""
 
 
 def _figure(path: Path) -> str:
-    """A preview, shrunk. One that cannot be read, as one that is being written, is left out."""
+    """A downscaled preview. Empty if it cannot be read, for instance while it is being written."""
     try:
         with warnings.catch_warnings(), Image.open(path, formats=("PNG",)) as opened:
             warnings.simplefilter("ignore")
