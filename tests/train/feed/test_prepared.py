@@ -167,7 +167,7 @@ def test_crops_and_captions_change_from_epoch_to_epoch(prepared):
     for batch in range(feed.plan.before(12)):
         for position in np.flatnonzero(feed.rows[feed.plan.ids(batch)] == row):
             _, image, _ = feed[batch * 4 + int(position)]
-            shown.add((image.map.tobytes(), tuple(image.tokens)))
+            shown.add((image.semantic_latents.tobytes(), tuple(image.tokens)))
     assert len(shown) > 3  # of three crops and two captions
 
 

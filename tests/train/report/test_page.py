@@ -109,7 +109,7 @@ def test_a_run_of_two_stages_that_was_killed_once(tmp_path):
         "loss",
         "gradient norm",
         "learning rate",
-        "images a second",
+        "images per second",
         "FR, Ember, 2023",
     ):
         assert word in text
@@ -160,7 +160,7 @@ def test_skipped_pictures_are_counted_by_reason_once_each(tmp_path):
     events.append(event("skipped", name=NONSENSE, reason=f"{NONSENSE} & no picture"))
     write(tmp_path, events)
     text = page_of(tmp_path)
-    rows = rows_of(text, "Skipped pictures")
+    rows = rows_of(text, "Skipped images")
     assert rows[1] == ["… is cut short at byte …", "3", "1.png, 2.png, 3.png"]
     assert rows[2][1] == "1"
     assert "4 could not be read" in text
