@@ -63,7 +63,7 @@ class Change:
     def __str__(self) -> str:
         return (
             f"{self.field}: {self.before} -> {self.after}, from image {self.images:,} of stage "
-            f"{self.stage.upper()}"
+            f"{self.stage.upper()} on"
         )
 
 

@@ -245,7 +245,7 @@ def _check_config(name: str, ours: object, theirs: object, source: str) -> None:
     differing = [f for f in fields if getattr(ours, f) != getattr(theirs, f)]
     if differing:
         found = ", ".join(f"{name}.{f}={getattr(ours, f)}" for f in differing)
-        options = " ".join(f"--{name}.{f} {_option(getattr(theirs, f))}".replace("_", "-") for f in differing)
+        options = " ".join(f"--{name}.{f.replace('_', '-')} {_option(getattr(theirs, f))}" for f in differing)
         raise UserError(f"{found} of the recipe does not fit the weights of {source}. Use {options}.")
 
 
