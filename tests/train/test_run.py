@@ -852,7 +852,7 @@ def test_differing_fields_are_named_by_path():
     ("change", "message"),
     [
         ({"crop": 0}, "crop must be at least 16, got 0"),
-        ({"discriminator_depth": -3}, "discriminator_depth=-3 must"),
+        ({"discriminator_depth": -3}, "discriminator_depth must be at least 1, got -3"),
     ],
 )
 def test_sizes_of_stage_a_that_are_none_are_refused(change, message):
