@@ -19,15 +19,24 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from wuerstchen.checkpoints import backbones
-from wuerstchen.checkpoints.native import Provenance, write_cascade
 from wuerstchen.checkpoints.text_encoder import read_text_encoder
-from wuerstchen.models.cascade import PUBLISHED_V1, Cascade, CascadeSettings, LatentStatistics
-from wuerstchen.models.compressor import Compressor, CompressorConfig
-from wuerstchen.models.decoder import Decoder, DecoderConfig
-from wuerstchen.models.paella import Paella, PaellaConfig
-from wuerstchen.models.prior import Prior, PriorConfig
-from wuerstchen.models.vqgan import VQGAN, VQGANConfig
+from wuerstchen.models.cascade import PUBLISHED_V1, Cascade, CascadeSettings
+from wuerstchen.models.compressor import Compressor
+from wuerstchen.models.decoder import Decoder
+from wuerstchen.models.paella import Paella
+from wuerstchen.models.prior import Prior
+from wuerstchen.models.vqgan import VQGAN
 from wuerstchen.pipeline import BUNDLED
+
+from .configurations import (
+    SMALL_COMPRESSOR,
+    SMALL_DECODER,
+    SMALL_PAELLA,
+    SMALL_PRIOR,
+    SMALL_STATISTICS,
+    SMALL_VQGAN,
+    write_model,
+)
 
 
 def _fill(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -135,27 +144,15 @@ def small_cascade() -> Cascade:
     cascade = Cascade(
         settings=CascadeSettings(
             image_size=128,
-            latent_statistics=LatentStatistics(mean=(0.5, -1.0), std=(2.0, 3.0)),
+            latent_statistics=SMALL_STATISTICS,
             text_mask=True,
             prior_steps=3,
             decoder_steps=2,
         ),
-        vqgan=VQGAN(VQGANConfig(bottleneck_blocks=1, embed_dim=8, num_vq_embeddings=16)),
-        decoder=Decoder(
-            DecoderConfig(
-                c_r=8,
-                c_cond=8,
-                c_hidden=(8, 8),
-                nhead=(-1, -1),
-                blocks=(1, 1),
-                level_config=("CT", "CT"),
-                inject_effnet=(False, True),
-                effnet_embd=2,
-                clip_embd=None,
-            )
-        ),
-        compressor=Compressor(CompressorConfig(backbone="efficientnet_lite0", c_latent=2)),
-        prior=Prior(PriorConfig(c_in=2, c=16, c_cond=384, c_r=8, depth=1, nhead=2)),
+        vqgan=VQGAN(SMALL_VQGAN),
+        decoder=Decoder(SMALL_DECODER),
+        compressor=Compressor(SMALL_COMPRESSOR),
+        prior=Prior(SMALL_PRIOR),
         text_encoder=read_text_encoder(BUNDLED / "text_encoder"),
     )
     for part in (cascade.decoder, cascade.prior):
@@ -170,20 +167,7 @@ def small_cascade() -> Cascade:
 @pytest.fixture(scope="session")
 def small_v1(small_cascade: Cascade) -> Cascade:
     """The same with a Stage B on tokens."""
-    decoder = Paella(
-        PaellaConfig(
-            num_labels=16,
-            c_token=8,
-            c_r=8,
-            c_cond=8,
-            c_hidden=(8, 16),
-            nhead=(-1, 2),
-            blocks=(1, 1),
-            level_config=("CT", "CTA"),
-            effnet_embd=2,
-            clip_embd=384,
-        )
-    )
+    decoder = Paella(SMALL_PAELLA)
     with torch.no_grad():
         for name, parameter in decoder.named_parameters():
             parameter.copy_(_fill(name, parameter))
@@ -196,11 +180,7 @@ def small_v1(small_cascade: Cascade) -> Cascade:
 @pytest.fixture(scope="session")
 def model_folder(small_cascade: Cascade, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``small_cascade`` on disk."""
-    folder = tmp_path_factory.mktemp("models") / "small"
-    provenance = Provenance(recipe="test", seed=1, images=2, data="none")
-    parts = dict.fromkeys(("vqgan", "decoder", "compressor", "prior"), provenance)
-    write_cascade(small_cascade, folder, parts, text_encoder=BUNDLED / "text_encoder")
-    return folder
+    return write_model(small_cascade, tmp_path_factory.mktemp("models") / "small")
 
 
 @pytest.fixture(scope="session")

@@ -25,13 +25,25 @@ from wuerstchen.checkpoints.layouts import (
 )
 from wuerstchen.checkpoints.native import Provenance, write_cascade
 from wuerstchen.errors import CheckpointError, UserError
+from wuerstchen.models import compressor as compressors
 from wuerstchen.models.cascade import PUBLISHED_V1, Cascade, CascadeSettings, LatentStatistics
 from wuerstchen.models.compressor import Compressor, CompressorConfig
-from wuerstchen.models.decoder import Decoder, DecoderConfig
+from wuerstchen.models.decoder import Decoder
+from wuerstchen.models.efficientnet import EFFICIENTNET_V2_S
 from wuerstchen.models.paella import Paella, PaellaConfig
 from wuerstchen.models.prior import Prior, PriorConfig
-from wuerstchen.models.vqgan import VQGAN, VQGANConfig
+from wuerstchen.models.vqgan import VQGAN
 from wuerstchen.pipeline import BUNDLED
+
+from ..configurations import ORIGINAL_DECODER, SMALL_VQGAN, narrow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def narrow_backbone():
+    """The compressor of the original's files, with few channels: 80 MB take long to write."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compressors, "EFFICIENTNET_V2_S", narrow(EFFICIENTNET_V2_S))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -43,18 +55,8 @@ def v2() -> Cascade:
     """The parts that the original's files hold, as small as its rule for heads lets them be."""
     return Cascade(
         settings=CascadeSettings(),
-        vqgan=VQGAN(VQGANConfig(bottleneck_blocks=1, embed_dim=8, num_vq_embeddings=16)),
-        decoder=Decoder(
-            DecoderConfig(
-                c_cond=8,
-                c_hidden=(8, 64),
-                nhead=(-1, 1),
-                blocks=(1, 1),
-                level_config=("CT", "CTA"),
-                inject_effnet=(False, True),
-                clip_embd=12,
-            )
-        ),
+        vqgan=VQGAN(SMALL_VQGAN),
+        decoder=Decoder(ORIGINAL_DECODER),
         compressor=Compressor(CompressorConfig(backbone="efficientnet_v2_s")),
         prior=Prior(PriorConfig(c=64, c_cond=16, depth=1, nhead=1)),
     )
