@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,6 +44,15 @@ from wuerstchen.pipeline import BUNDLED
 SIZES = [(300, 200), (200, 300), (128, 128), (900, 150), (150, 900), (260, 256)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As the processes that tests start, whose sets are compared bit for bit with those made here."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def networks() -> Networks:
     return read_networks(BUNDLED)
@@ -50,8 +60,11 @@ def networks() -> Networks:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Eight pictures, of which two have the same caption and one has two."""
-    folder = tmp_path / "photos"
+    return write_photos(tmp_path / "photos")
+
+
+def write_photos(folder: Path) -> Path:
+    """Eight images, of which two have the same caption and one has two."""
     folder.mkdir()
     lines = []
     for number in range(8):
@@ -81,9 +94,28 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def test_what_is_stored(photos, tmp_path, networks):
-    description = make(photos, tmp_path / "out", networks)
-    prepared = PreparedSet(tmp_path / "out", verify=True)
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory, networks) -> Path:
+    """Finished sets that tests read, compare with, or copy and damage.
+
+    ``whole`` is made by ``CONFIG``; ``states`` has text states in fp16; ``bare`` has none, and one shard.
+    """
+    folder = tmp_path_factory.mktemp("made")
+    photos = write_photos(folder / "photos")
+    make(photos, folder / "whole", networks)
+    make(photos, folder / "states", networks, dataclasses.replace(CONFIG, text_states="fp16"))
+    make(photos, folder / "bare", networks, dataclasses.replace(CONFIG, text_states="none", shard_size=100))
+    return folder
+
+
+@pytest.fixture
+def whole(made_once) -> Path:
+    return made_once / "whole"
+
+
+def test_what_is_stored(photos, whole, networks):
+    description = json.loads((whole / "prepared.json").read_text())
+    prepared = PreparedSet(whole, verify=True)
     assert len(prepared) == 8
     assert prepared.buckets == bucket_sizes(256, 4.0)
     seen = set()
@@ -117,7 +149,7 @@ def test_what_is_stored(photos, tmp_path, networks):
     assert prepared.captions(1) == prepared.captions(4) == ["a thing"]
     assert prepared.captions(2) == ["picture 2 of a thing", "another caption"]
     assert description["texts"]["rows"] == 8  # of nine
-    assert not (tmp_path / "out" / "work").exists()
+    assert not (whole / "work").exists()
     assert description["buckets"] == [[128, 512, 1], [256, 256, 6], [512, 128, 1]]
     prepared.check_model(networks.compressor, networks.text_encoder)
     ids = BucketPlan(prepared.bucket_ids, 2, 0).ids(0)
@@ -273,8 +305,7 @@ def test_a_kill_before_any_rename_changes_nothing(photos, tmp_path, networks, mo
     assert allowed == 1 + 8 + 3
 
 
-def test_what_is_done_is_not_done_again(photos, tmp_path, networks, monkeypatch):
-    make(photos, tmp_path / "whole", networks)
+def test_what_is_done_is_not_done_again(photos, whole, tmp_path, networks, monkeypatch):
     write = prepare_shards.write_json
 
     def full(path, content):
@@ -295,7 +326,7 @@ def test_what_is_done_is_not_done_again(photos, tmp_path, networks, monkeypatch)
     monkeypatch.setattr(FolderReader, "read", read)
     make(photos, tmp_path / "out", networks)
     assert asked == ["6.png", "7.png"]
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(whole)
 
 
 def command(photos: Path, out: Path) -> list[str]:
@@ -313,17 +344,8 @@ def start(photos: Path, out: Path, rank: int = 0, world_size: int = 1) -> subpro
     )
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("one_thread")
-def test_two_processes_and_kill_9_change_nothing(photos, tmp_path, networks):
-    description = make(photos, tmp_path / "whole", networks)
+def test_two_processes_and_kill_9_change_nothing(photos, whole, tmp_path):
+    description = json.loads((whole / "prepared.json").read_text())
     out = tmp_path / "out"
     first = start(photos, out)
     deadline = time.monotonic() + 100
@@ -340,15 +362,13 @@ def test_two_processes_and_kill_9_change_nothing(photos, tmp_path, networks):
     # All but how the source was named on the command line.
     found = json.loads((out / "prepared.json").read_text())
     assert found == {**description, "source": str(photos)}
-    theirs, ours = contents(out), contents(tmp_path / "whole")
+    theirs, ours = contents(out), contents(whole)
     del theirs["prepared.json"], ours["prepared.json"]
     assert theirs == ours
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
-def test_ten_kills_at_random_moments(photos, tmp_path, networks):
-    make(photos, tmp_path / "whole", networks)
+def test_ten_kills_at_random_moments(photos, whole, tmp_path):
     out, rng = tmp_path / "out", np.random.default_rng(0)
     for _ in range(10):
         process = start(photos, out)
@@ -358,13 +378,12 @@ def test_ten_kills_at_random_moments(photos, tmp_path, networks):
     process = start(photos, out)
     said = process.communicate(timeout=200)
     assert process.returncode == 0, said
-    theirs, ours = contents(out), contents(tmp_path / "whole")
+    theirs, ours = contents(out), contents(whole)
     del theirs["prepared.json"], ours["prepared.json"]
     assert theirs == ours
 
 
-def test_ranks_one_after_the_other(photos, tmp_path, networks, monkeypatch):
-    make(photos, tmp_path / "whole", networks)
+def test_ranks_one_after_the_other(photos, whole, tmp_path, networks, monkeypatch):
     monkeypatch.setattr(module, "GRACE", 0.5)
     out = tmp_path / "out"
     # Rank 0 plans, makes its share, and finds that nobody made the rest.
@@ -372,7 +391,7 @@ def test_ranks_one_after_the_other(photos, tmp_path, networks, monkeypatch):
         make(photos, out, networks, rank=Rank(0, 2))
     assert make(photos, out, networks, rank=Rank(1, 2)) is None
     assert make(photos, out, networks, rank=Rank(0, 2))
-    assert contents(out) == contents(tmp_path / "whole")
+    assert contents(out) == contents(whole)
     # One that comes late finds all done, even if it looked just before that.
     assert make(photos, out, networks, rank=Rank(1, 2)) is None
     answers = iter([False])
@@ -381,7 +400,7 @@ def test_ranks_one_after_the_other(photos, tmp_path, networks, monkeypatch):
     assert list(answers) == []
     monkeypatch.undo()
     monkeypatch.setattr(module, "GRACE", 0.5)
-    assert contents(out) == contents(tmp_path / "whole")
+    assert contents(out) == contents(whole)
     with pytest.raises(RunFolderError, match="process 0 of 2 has ended, or never began"):
         make(photos, tmp_path / "empty", networks, rank=Rank(1, 2))
 
@@ -506,12 +525,11 @@ def test_damaged_pictures_are_skipped_counted_and_named(photos, tmp_path, networ
     assert any(re.match(r"  damaged: 3.png \(image '3.png' is wrong because", line) for line in lines)
 
 
-def test_crops_do_not_depend_on_what_else_is_kept(photos, tmp_path, networks):
-    make(photos, tmp_path / "all", networks)
+def test_crops_do_not_depend_on_what_else_is_kept(photos, whole, tmp_path, networks):
     strict = dataclasses.replace(CONFIG, filters=Filters(max_watermark=0.35, min_size=140))
     description = make(photos, tmp_path / "some", networks, strict)
     assert description["dropped"] == {"watermark score above 0.35": 4, "size below 140": 1}
-    some, everything = PreparedSet(tmp_path / "some"), PreparedSet(tmp_path / "all")
+    some, everything = PreparedSet(tmp_path / "some"), PreparedSet(whole)
     assert [some.name(i) for i in range(len(some))] == ["0.png", "1.png", "3.png"]
     for ours, theirs in ((0, 0), (1, 1), (2, 3)):
         assert np.array_equal(some.boxes(ours), everything.boxes(theirs))
@@ -562,9 +580,8 @@ def test_text_states_that_are_nan_are_noticed(photos, tmp_path, networks, monkey
 
 
 @pytest.fixture
-def finished(photos, tmp_path, networks) -> Path:
-    make(photos, tmp_path / "out", networks, dataclasses.replace(CONFIG, text_states="fp16"))
-    return tmp_path / "out"
+def finished(made_once, tmp_path) -> Path:
+    return shutil.copytree(made_once / "states", tmp_path / "out")
 
 
 def overwrite(path: Path, old: bytes, new: bytes) -> None:
@@ -652,10 +669,9 @@ def test_states_that_the_table_lacks(finished):
         ("texts", "tokens", [1] * 1000, "its text has 1000 tokens of at most"),
     ],
 )
-def test_sets_that_lie_are_refused(photos, tmp_path, networks, table, column, value, message):
+def test_sets_that_lie_are_refused(made_once, tmp_path, table, column, value, message):
     """Whoever made the set wrote the checksums too."""
-    out = tmp_path / "out"
-    make(photos, out, networks, dataclasses.replace(CONFIG, text_states="none", shard_size=100))
+    out = shutil.copytree(made_once / "bare", tmp_path / "out")
     path = out / table / "00000.arrow"
     with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
         rows, schema = stream.read_all().to_pylist(), stream.schema

@@ -1,5 +1,6 @@
 """Whole runs: a kill changes nothing, and a run folder is guarded."""
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -12,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
@@ -43,6 +45,8 @@ from wuerstchen.train.report.page import write_report
 from wuerstchen.train.run import _Run, _train, train
 from wuerstchen.train.stages.base import cascade_settings
 
+from ..configurations import shortened
+
 MICRO = [
     word
     for option in (
@@ -61,8 +65,8 @@ STAGES = ("a", "b", "b2", "a2", "c", "c2")
 PHASED = Path(__file__).with_name("phased_runs.py")
 
 
-def start(run_dir: Path) -> subprocess.Popen:
-    command = [sys.executable, str(PHASED), "train", "tiny", "--run-dir", str(run_dir)]
+def start(run_dir: Path, images: Path) -> subprocess.Popen:
+    command = [sys.executable, str(PHASED), "train", "tiny", "--run-dir", str(run_dir), "--data", str(images)]
     command += ["--no-rehearsal", *MICRO]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -73,10 +77,10 @@ def events(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def kill_in(run_dir: Path, stage: str) -> int:
+def kill_in(run_dir: Path, stage: str, images: Path) -> int:
     """Starts the run and kills it without warning after a checkpoint in the middle of ``stage``."""
     before = len(events(run_dir))
-    process = start(run_dir)
+    process = start(run_dir, images)
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[0]
@@ -90,29 +94,16 @@ def kill_in(run_dir: Path, stage: str) -> int:
     raise AssertionError(f"no checkpoint in stage {stage}: {process.communicate()[0]}")
 
 
-def test_a_damaged_last_checkpoint_is_made_again_on_the_same_pictures(tmp_path):
-    """Also where pictures are composed before: the stage looks finished, and is not."""
-    options = ["--stages", "a", "--prepared-images", "8", "--stage-a.refine-images", "0"]
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "wuerstchen",
-        "train",
-        "tiny",
-        "--run-dir",
-        str(tmp_path),
-    ]
-    command += [
-        *["--no-rehearsal", "--workers", "0", "--checkpoint-seconds", "0", "--statistics-images", "16"],
-        *options,
-    ]
-    command += ["--stage-a.optimization.images", "24", "--stage-a.optimization.batch-size", "4"]
+def test_a_damaged_last_checkpoint_is_made_again_on_the_same_images(tmp_path):
+    """Also where images are composed before: the stage looks finished, and is not."""
+    full = tiny()
+    stage_a = shortened(dataclasses.replace(full.stage_a, refine_images=0), images=24, batch_size=4)
+    small = {"workers": 0, "statistics_images": 16, "checkpoint_seconds": 0.0, "prepared_images": 8}
+    recipe = dataclasses.replace(full, stage_a=stage_a, stages=("a",), **small)
     digests = []
-    for _ in range(2):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr
+    for expected in (contextlib.nullcontext(), pytest.warns(UserWarning, match="is damaged")):
+        with expected:
+            train(recipe, tmp_path, device="cpu")
         path, state = newest(tmp_path / "stage_a" / "checkpoints")
         assert state["images"] == 24
         digests.append(state["files"])
@@ -129,40 +120,65 @@ def final_files(run_dir: Path) -> dict[str, dict[str, str]]:
     return {stage: state["files"] for stage, (_, state) in found.items()}
 
 
-@pytest.mark.parametrize("stages", [("b",), pytest.param(STAGES, marks=pytest.mark.slow)], ids=["one", "all"])
-def test_kills_change_nothing(tmp_path, stages):
-    """Networks, averages and optimizers of all three stages, bit for bit; the model too."""
-    broken, whole = tmp_path / "broken", tmp_path / "whole"
-    killed_at = {stage: kill_in(broken, stage) for stage in stages}
-    for run_dir in (broken, whole):
-        process = start(run_dir)
-        output = process.communicate(timeout=300)[0]
-        assert process.returncode == 0, output
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """Emoji as a folder of images, enough for some of them to be held out."""
+    folder, sample = tmp_path_factory.mktemp("images"), open_source("sample")
+    for n in range(110):
+        example = sample.example(n % len(sample), np.random.default_rng(n), 128)
+        Image.fromarray(example.image).save(folder / f"x{n}.png")
+        (folder / f"x{n}.txt").write_text(example.caption)
+    return folder
 
+
+@pytest.fixture(scope="module")
+def recipe(images):
+    """The recipe of ``start``; checkpoints are written at the end of each stage alone."""
+    options = make_parser().parse_known_args(["train", "tiny", "--data", str(images)])[0]
+    options.overrides = MICRO
+    recipe = overridden(runpy.run_path(str(PHASED))["phased"](), options)
+    return dataclasses.replace(recipe, checkpoint_seconds=3600.0)
+
+
+@pytest.fixture(scope="module")
+def whole(recipe, tmp_path_factory) -> Path:
+    """The folder of a run in one go, which nothing watches: no rehearsal, no validation."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("wuerstchen.train.run_phase.held_out", lambda *_, **more: None)
+        train(recipe, folder)
+    assert not [e for e in events(folder) if e["event"] in ("rehearsed", "validation", "tariff")]
+    return folder
+
+
+@pytest.mark.parametrize("stages", [("b",), pytest.param(STAGES, marks=pytest.mark.slow)], ids=["one", "all"])
+def test_kills_change_nothing(tmp_path, images, recipe, whole, stages):
+    """Networks, averages and optimizers of all three stages, bit for bit; the model too."""
+    broken = tmp_path / "broken"
+    killed_at = {stage: kill_in(broken, stage, images) for stage in stages}
+    train(recipe, broken)
     assert final_files(broken) == final_files(whole)
     for part in ("vqgan", "decoder", "compressor", "prior", "previewer"):
         name = Path("model") / f"{part}.safetensors"
         assert (broken / name).read_bytes() == (whole / name).read_bytes()
 
     starts = [e for e in events(broken) if e["event"] == "start"]
-    for stage, images in killed_at.items():
+    for stage, count in killed_at.items():
         first, second = [e for e in starts if e["stage"] == stage][:2]
         assert first["images"] == 0
         assert second["resumed"]
         # The next start goes on from the checkpoint seen, or from one written before the kill arrived.
-        assert second["images"] >= images > 0
+        assert second["images"] >= count > 0
 
     # The finished run is left alone by the same command, and the model says where it came from.
-    process = start(broken)
-    process.communicate(timeout=300)
-    assert process.returncode == 0
+    train(recipe, broken)
     assert final_files(broken) == final_files(whole)
     for file in (whole / "model").rglob("*"):
         if file.is_file():
             assert file.read_bytes() == (broken / "model" / file.relative_to(whole / "model")).read_bytes()
     _, provenance = read_network(broken / "model" / "prior.safetensors")
     assert (provenance.recipe, provenance.seed, provenance.images) == ("tiny", 0, 36)
-    assert provenance.data == open_source("sample").fingerprint()
+    assert provenance.data == open_source(str(images)).fingerprint()
     assert provenance.versions.keys() == {"wuerstchen", "torch"}
     _, state = newest(broken / "stage_c" / "checkpoints")
     assert state["format"] == 2
@@ -170,23 +186,16 @@ def test_kills_change_nothing(tmp_path, stages):
     assert {"recipe", "seed", "data", "versions"} <= state.keys()
     assert state["fields"]["stage_b"]["backbone_rate"] == 0.1
     cascade = read_cascade(broken / "model")
-    assert min(cascade.settings.latent_statistics.std) > 0.3  # the map tells pictures apart
+    assert min(cascade.settings.latent_statistics.std) > 0.3  # the latents tell images apart
     assert len(cascade.settings.latent_statistics.mean) == 16
     assert cascade.vqgan.config.scale_factor != tiny().vqgan.scale_factor
 
 
-def test_watching_changes_nothing(tmp_path, monkeypatch, capsys):
+def test_watching_changes_nothing(tmp_path, recipe, whole, capsys):
     """With a rehearsal and validation on the way, and without: the same bits."""
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for n in range(110):
-        Image.effect_noise((128, 128), 90).convert("RGB").save(folder / f"x{n}.png")
-        (folder / f"x{n}.txt").write_text(f"picture {n}")
-    options = make_parser().parse_known_args(["train", "tiny", "--data", str(folder)])[0]
-    options.overrides = MICRO
-    recipe = overridden(runpy.run_path(str(PHASED))["phased"](), options)
+    recipe = dataclasses.replace(recipe, checkpoint_seconds=0.0)  # with a validation after each update
     monitor = RunMonitor(tariff=Tariff(per_hour=2.0), rehearse=True)
-    train(recipe, tmp_path / "watched", device="cpu", monitor=monitor)
+    train(recipe, tmp_path / "watched", monitor=monitor)
     found = events(tmp_path / "watched")
     rehearsed = {e["stage"]: e for e in found if e["event"] == "rehearsed"}
     assert rehearsed.keys() == set(STAGES)
@@ -200,13 +209,10 @@ def test_watching_changes_nothing(tmp_path, monkeypatch, capsys):
     assert said.count("in total:") == 2  # before and after
     assert "in money" in said
 
-    monkeypatch.setattr("wuerstchen.train.run_phase.held_out", lambda *_, **more: None)
-    train(recipe, tmp_path / "alone", device="cpu")
-    assert not [e for e in events(tmp_path / "alone") if e["event"] in ("rehearsed", "validation", "tariff")]
-    assert final_files(tmp_path / "watched") == final_files(tmp_path / "alone")
+    assert final_files(tmp_path / "watched") == final_files(whole)
 
     # What was measured once is not measured again, and its pace is that of the log from now on.
-    train(recipe, tmp_path / "watched", device="cpu", monitor=monitor)
+    train(recipe, tmp_path / "watched", monitor=monitor)
     found = events(tmp_path / "watched")
     assert sum(e["event"] == "rehearsed" for e in found) == len(STAGES)
     assert sum(e["event"] == "tariff" for e in found) == 1
@@ -312,7 +318,7 @@ def test_images_are_composed_after_the_costs_are_said_and_no_more_than_are_used(
     full = tiny()
     optimization = dataclasses.replace(full.stage_a.optimization, images=24, batch_size=4)
     stage_a = dataclasses.replace(full.stage_a, optimization=optimization)
-    changes = {"workers": 0, "statistics_images": 8, "prepared_images": 1000, "stages": ("a",)}
+    changes = {"workers": 0, "statistics_images": 8, "prepared_images": 40, "stages": ("a",)}
     recipe = dataclasses.replace(full, stage_a=stage_a, **changes)
     train(recipe, tmp_path / "run", device="cpu", monitor=RunMonitor(rehearse=True))
     assert order == [4, "costs", 24]
@@ -325,7 +331,7 @@ def test_images_are_composed_after_the_costs_are_said_and_no_more_than_are_used(
     for name in ("model", "stage_a"):
         shutil.rmtree(tmp_path / "run" / name)
     train(dataclasses.replace(recipe), tmp_path / "run", device="cpu")
-    assert order == ["costs", 1000]
+    assert order == ["costs", 40]
     # Nothing is composed where only the last preview is missing.
     order.clear()
     shutil.rmtree(tmp_path / "run" / "model")

@@ -1,4 +1,4 @@
-"""Run by test_heartbeat.py: one of several processes, of which one stops, or works alone for long."""
+"""Run by test_heartbeat.py as each of several processes: one of them works alone for long, and then stops."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from wuerstchen.train.engine import heartbeat
 from wuerstchen.train.engine.distributed import distributed
 
 heartbeat.TICK = 0.2
-what, which, hasty = sys.argv[1], *map(int, sys.argv[2:])
+which, hasty = map(int, sys.argv[1:])
 if int(os.environ["RANK"]) != hasty:
     heartbeat.TICKS *= 2
 try:
@@ -20,11 +20,12 @@ try:
         processes.barrier()
         print("met", flush=True)
         if processes.rank == which:
-            if what == "works":
-                time.sleep(6)  # more than the others' patience
-            else:
-                # Its connections stay open, as those of NCCL seem to: nobody is told.
-                os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(4)  # longer than the hasty one would wait for a dead process
+        processes.barrier()
+        print("met again", flush=True)
+        if processes.rank == which:
+            # Its connections stay open, as those of NCCL seem to: nobody is told.
+            os.kill(os.getpid(), signal.SIGSTOP)
         processes.barrier()
 except UserError as error:  # as the command does
     print(f"Error: {error}", file=sys.stderr)

@@ -12,8 +12,9 @@ import pytest
 COUNT = 3
 
 
-def run(what, which, hasty):
-    """Exit codes, standard outputs and errors of all processes but one that was stopped; and the seconds.
+def run(which: int, hasty: int) -> tuple[list[int], list[tuple[str, str]], float]:
+    """Exit codes, standard outputs and errors of all processes but the one that stops, and the seconds that
+    they took to end.
 
     The ``hasty`` one waits half as long as the others.
     """
@@ -22,7 +23,7 @@ def run(what, which, hasty):
         port = free.getsockname()[1]
     world = {"WORLD_SIZE": str(COUNT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     world |= {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, Path(__file__).with_name("heartbeat_runs.py"), what, str(which), str(hasty)]
+    command = [sys.executable, Path(__file__).with_name("heartbeat_runs.py"), str(which), str(hasty)]
     processes = [
         subprocess.Popen(
             command, env=os.environ | world | {"RANK": str(rank)}, stdout=-1, stderr=-1, text=True
@@ -31,8 +32,9 @@ def run(what, which, hasty):
     ]
     try:
         assert processes[which].stdout.readline() == "met\n"
+        assert processes[which].stdout.readline() == "met again\n"
         began = time.monotonic()
-        others = [process for rank, process in enumerate(processes) if what == "works" or rank != which]
+        others = [process for rank, process in enumerate(processes) if rank != which]
         said = [process.communicate(timeout=60) for process in others]
         return [process.returncode for process in others], said, time.monotonic() - began
     finally:
@@ -49,10 +51,13 @@ def run(what, which, hasty):
         pytest.param(2, 1, marks=pytest.mark.slow),
     ],
 )
-def test_a_process_that_no_longer_answers_ends_the_others(stopped, hasty):
-    """They waited for it for half an hour."""
-    codes, said, seconds = run("stops", stopped, hasty)
+def test_a_process_that_works_alone_is_waited_for_and_one_that_no_longer_answers_ends_the_others(
+    stopped, hasty
+):
+    """The others waited for a dead process for half an hour."""
+    codes, said, seconds = run(stopped, hasty)
     assert codes == [2, 2]
+    assert all(output == "met\nmet again\n" for output, _ in said)
     assert seconds < 20
     ranks = [rank for rank in range(COUNT) if rank != stopped]
     last = {rank: errors.splitlines()[-1] for rank, (_, errors) in zip(ranks, said, strict=True)}
@@ -60,9 +65,3 @@ def test_a_process_that_no_longer_answers_ends_the_others(stopped, hasty):
     # The other may talk with the hasty one just then, and loses its connection.
     (other,) = last.values()
     assert "has not answered for" in other or "has lost the others" in other
-
-
-def test_one_that_works_alone_is_waited_for():
-    codes, said, _ = run("works", 0, 1)
-    assert codes == [0, 0, 0]
-    assert all(output.endswith("end\n") and not errors for output, errors in said)
