@@ -24,11 +24,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from conftest import ToySource, ToyStage
 from test_loop import make_job
 from test_update import PriorStage, make_inputs, make_step
 from torch import nn
 
+from conftest import ToySource, ToyStage
 from wuerstchen.data import prepared_check
 from wuerstchen.errors import UserError
 from wuerstchen.train.engine import checkpoint, checkpoint_writer, distributed, sharding
