@@ -101,7 +101,7 @@ def test_defaults_are_those_of_diffusers(make_prior, make_decoder, make_combined
 
 @pytest.mark.parametrize("guidance", [0.0, 2.0])
 def test_several_prompts_and_images(guidance, make_combined):
-    """Each picture as it is alone; diffusers fails."""
+    """Each image equals the one generated alone. diffusers fails."""
     pipe = make_combined()
     given = {"negative_prompt": "bad", "decoder_guidance_scale": guidance}
     together = run(pipe, prompt=["a", "b"], num_images_per_prompt=2, generator=generators(4), **given)
@@ -113,15 +113,17 @@ def test_several_prompts_and_images(guidance, make_combined):
 
 @pytest.mark.parametrize(("height", "width"), [(136, 128), (8, 16), (200, 264), (256, 1000)])
 def test_every_multiple_of_8_is_drawn(height, width, make_combined):
-    """The middle of what the decoder draws; diffusers fails at most sizes, or rounds them up."""
+    """The centre of the decoder's output. diffusers fails at most sizes, or rounds them up."""
     pipe = make_combined()
     images = run(pipe, height=height, width=width)
     assert tuple(images.shape[2:]) == (height, width)
     generator = generators(1)[0]
-    maps = pipe.prior_pipe(
+    embeddings = pipe.prior_pipe(
         "a", height, width, num_inference_steps=2, guidance_scale=4.0, generator=generator
     ).image_embeddings
-    whole = pipe.decoder_pipe(maps, "a", num_inference_steps=2, output_type="pt", generator=generator).images
+    whole = pipe.decoder_pipe(
+        embeddings, "a", num_inference_steps=2, output_type="pt", generator=generator
+    ).images
     top, left = (whole.shape[2] - height) // 2, (whole.shape[3] - width) // 2
     assert top % 2 == left % 2 == 0
     assert torch.equal(images, whole[:, :, top : top + height, left : left + width])
@@ -189,9 +191,9 @@ def test_progress_bars_can_be_set_and_hidden(make_combined, capsys):
     assert capsys.readouterr().err == ""
     assert list(pipe.progress_bar(range(3))) == [0, 1, 2]
     assert pipe.progress_bar(total=3).total == 3
-    pipe.set_progress_bar_config(desc="drawing")
+    pipe.set_progress_bar_config(desc="sampling")
     run(pipe)
-    assert capsys.readouterr().err.count("drawing:   0%") == 2  # a slow bar may end twice
+    assert capsys.readouterr().err.count("sampling:   0%") == 2  # a slow bar may end twice
     with pytest.raises(ValueError, match="either `iterable` or `total`"):
         pipe.progress_bar()
 
@@ -199,7 +201,7 @@ def test_progress_bars_can_be_set_and_hidden(make_combined, capsys):
 def test_attention_needs_no_help(make_combined):
     pipe = make_combined()
     for enable in (pipe.enable_xformers_memory_efficient_attention, pipe.enable_attention_slicing):
-        with pytest.warns(UserNotice, match="memory-efficient already"):
+        with pytest.warns(UserNotice, match="always memory-efficient"):
             enable()
     pipe.disable_xformers_memory_efficient_attention()
     pipe.disable_attention_slicing()
@@ -254,7 +256,7 @@ def test_offloading_needs_a_device(make_combined):
 
 
 def test_offloading_takes_one_device(make_combined):
-    with pytest.raises(ValueError, match="device meta:0 is not number gpu_id=1"):
+    with pytest.raises(ValueError, match="device=meta:0 does not match gpu_id=1"):
         make_combined().enable_sequential_cpu_offload(gpu_id=1, device="meta:0")
     with pytest.raises(ValueError, match="device 'gpu' is not there"):
         make_combined().enable_model_cpu_offload(device="gpu")
@@ -282,8 +284,8 @@ def never(*_):
 
 
 BAD = {
-    "height": ({"height": 130}, ValueError, "height=130 must be a multiple of 8"),
-    "width": ({"width": 0}, ValueError, "width=0 is no size"),
+    "height": ({"height": 130}, ValueError, "height must be a multiple of 8, got 130"),
+    "width": ({"width": 0}, ValueError, "width must be at least 1 pixel, got 0"),
     "output type": ({"output_type": "jpeg"}, ValueError, "Only the output types"),
     "decoder steps": ({"num_inference_steps": 2.5}, TypeError, "'num_inference_steps' must be of type 'int'"),
     "prior steps": (
@@ -291,7 +293,11 @@ BAD = {
         TypeError,
         "'prior_num_inference_steps' must be of type 'int'",
     ),
-    "decoder timesteps": ({"decoder_timesteps": [9, 0]}, ValueError, "timesteps must be one row"),
+    "decoder timesteps": (
+        {"decoder_timesteps": [9, 0]},
+        ValueError,
+        "timesteps must be a list of numbers that decrease",
+    ),
     "decoder guidance": ({"decoder_guidance_scale": "b"}, TypeError, "'decoder_guidance_scale' must be"),
     "negative of the decoder": (
         {"decoder_guidance_scale": 2.0, "prior_guidance_scale": 1.0, "negative_prompt": 3},
@@ -299,7 +305,7 @@ BAD = {
         "'negative_prompt' must be",
     ),
     "decoder callback": (
-        {"callback_on_step_end_tensor_inputs": ["maps"]},
+        {"callback_on_step_end_tensor_inputs": ["embeddings"]},
         ValueError,
         "`callback_on_step_end_tensor_inputs` has to be in",
     ),
@@ -311,7 +317,7 @@ BAD = {
     "prompts and embeddings": (
         {"prompt": ["a", "b"], "prompt_embeds": torch.ones(3, 16, 24)},
         ValueError,
-        "2 prompts do not fit 3 prompt_embeds",
+        "as many prompt_embeds as prompts, got 3 and 2",
     ),
     "unknown": ({"guidance_scale": 4.0}, TypeError, "unexpected keyword argument 'guidance_scale'"),
 }
@@ -325,18 +331,18 @@ def test_refuses_before_anything_is_computed(name, make_combined):
         make_combined()(**given)
 
 
-def test_refuses_numbers_that_draw_less_than_was_asked_for(make_combined):
-    with pytest.raises(ValueError, match="height=128 cannot be drawn"):
+def test_numbers_that_give_smaller_images_are_refused(make_combined):
+    with pytest.raises(ValueError, match="height=128 is too large"):
         run(make_combined(None, {"latent_dim_scale": 8.0}))
 
 
-def test_refuses_networks_of_another_kind(make_prior, theirs):
+def test_networks_of_another_class_are_refused(make_prior, theirs):
     pipe = make_prior()
     with pytest.raises(TypeError, match=r"prior must be a wuerstchen\.models\.prior\.Prior"):
         type(pipe)(**{**pipe.components, "prior": theirs.prior(pipe).prior})
 
 
-def test_halves_that_do_not_fit_are_refused_before_anything_is_drawn(make_combined):
+def test_parts_that_do_not_fit_are_refused_before_sampling(make_combined):
     pipe = make_combined(None, {"shape": {"effnet_embd": 5}})
     with pytest.raises(UserError, match=r"image_embeddings of 3 channels. The decoder reads 5"):
         run(pipe, prior_callback_on_step_end=never)

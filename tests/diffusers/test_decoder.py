@@ -11,7 +11,7 @@ from wuerstchen.models.decoder import Decoder, DecoderContext
 from wuerstchen.models.vqgan import VQGAN, VQGANConfig
 
 
-def maps(rows: int, height: int = 3, width: int = 3) -> torch.Tensor:
+def embeddings(rows: int, height: int = 3, width: int = 3) -> torch.Tensor:
     return torch.randn(rows, 3, height, width, generator=torch.Generator().manual_seed(5)) * 5
 
 
@@ -24,37 +24,41 @@ def noise(rows: int) -> torch.Tensor:
 
 
 PATTERNS = {
-    "one prompt": lambda: {"image_embeddings": maps(1), "prompt": "a cat"},
-    "guidance": lambda: {"image_embeddings": maps(1), "prompt": "a cat", "guidance_scale": 3.0},
+    "one prompt": lambda: {"image_embeddings": embeddings(1), "prompt": "a cat"},
+    "guidance": lambda: {"image_embeddings": embeddings(1), "prompt": "a cat", "guidance_scale": 3.0},
     "guidance and negative": lambda: {
-        "image_embeddings": maps(1),
+        "image_embeddings": embeddings(1),
         "prompt": "a cat",
         "negative_prompt": "bad",
         "guidance_scale": 2.0,
     },
-    "one prompt for several maps": lambda: {
-        "image_embeddings": maps(3),
+    "one prompt for several embeddings": lambda: {
+        "image_embeddings": embeddings(3),
         "prompt": "a",
         "guidance_scale": 2.0,
     },
-    "maps as a list": lambda: {"image_embeddings": [maps(1), maps(2)[1:]], "prompt": "a"},
-    "maps as an array": lambda: {"image_embeddings": maps(2).numpy(), "prompt": "a"},
-    "not square": lambda: {"image_embeddings": maps(1, 3, 6), "prompt": "a"},
-    "timesteps": lambda: {"image_embeddings": maps(1), "prompt": "a", "timesteps": [1.0, 0.7, 0.2, 0.0]},
+    "embeddings as a list": lambda: {"image_embeddings": [embeddings(1), embeddings(2)[1:]], "prompt": "a"},
+    "embeddings as an array": lambda: {"image_embeddings": embeddings(2).numpy(), "prompt": "a"},
+    "not square": lambda: {"image_embeddings": embeddings(1, 3, 6), "prompt": "a"},
+    "timesteps": lambda: {
+        "image_embeddings": embeddings(1),
+        "prompt": "a",
+        "timesteps": [1.0, 0.7, 0.2, 0.0],
+    },
     "generator for each": lambda: {
-        "image_embeddings": maps(2),
+        "image_embeddings": embeddings(2),
         "prompt": "a",
         "generator": generators(2),
     },
     "list of one generator": lambda: {
-        "image_embeddings": maps(2),
+        "image_embeddings": embeddings(2),
         "prompt": "a",
         "generator": generators(1),
     },
-    "latents given": lambda: {"image_embeddings": maps(2), "prompt": "a", "latents": noise(2)},
-    "as an array": lambda: {"image_embeddings": maps(1), "prompt": "a", "output_type": "np"},
-    "as PIL images": lambda: {"image_embeddings": maps(2), "prompt": "a", "output_type": "pil"},
-    "as latents": lambda: {"image_embeddings": maps(2), "prompt": "a", "output_type": "latent"},
+    "latents given": lambda: {"image_embeddings": embeddings(2), "prompt": "a", "latents": noise(2)},
+    "as an array": lambda: {"image_embeddings": embeddings(1), "prompt": "a", "output_type": "np"},
+    "as PIL images": lambda: {"image_embeddings": embeddings(2), "prompt": "a", "output_type": "pil"},
+    "as latents": lambda: {"image_embeddings": embeddings(2), "prompt": "a", "output_type": "latent"},
 }
 
 
@@ -80,22 +84,24 @@ def test_every_step_equals_diffusers(name, make_decoder, theirs, assert_same_ste
 
 def run(pipe, rows: int = 1, **given):
     given = {"prompt": "a", "num_inference_steps": 2, "output_type": "pt", **given}
-    given.setdefault("image_embeddings", maps(rows))
+    given.setdefault("image_embeddings", embeddings(rows))
     given.setdefault("generator", torch.Generator().manual_seed(0))
     return pipe(**given).images
 
 
 def test_each_prompt_serves_its_own_map(make_decoder):
-    """As when each is drawn alone; diffusers fails."""
+    """As when each is generated alone. diffusers fails."""
     pipe = make_decoder()
     together = run(pipe, 2, prompt=["a cat", "two dogs"], generator=generators(2))
     for i, prompt in enumerate(["a cat", "two dogs"]):
-        alone = run(pipe, image_embeddings=maps(2)[i : i + 1], prompt=prompt, generator=generators(2)[i])
+        alone = run(
+            pipe, image_embeddings=embeddings(2)[i : i + 1], prompt=prompt, generator=generators(2)[i]
+        )
         torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-4)
 
 
 def test_each_prompt_serves_a_group_of_maps(make_decoder):
-    """The prior pipeline puts all maps of the first prompt first."""
+    """The prior's pipeline puts all embeddings of the first prompt first."""
     pipe = make_decoder()
     together = run(pipe, 4, prompt=["a", "b"], guidance_scale=2.0, negative_prompt=["c", "d"])
     each = run(pipe, 4, prompt=list("aabb"), guidance_scale=2.0, negative_prompt=list("ccdd"))
@@ -104,11 +110,11 @@ def test_each_prompt_serves_a_group_of_maps(make_decoder):
 
 @pytest.mark.parametrize("guidance", [0.0, 2.0])
 def test_several_images_of_each_map(guidance, make_decoder):
-    """As when each map is given as often; diffusers fails."""
+    """As when each embedding is repeated. diffusers fails."""
     pipe = make_decoder()
     given = {"prompt": ["a", "b"], "guidance_scale": guidance, "negative_prompt": "bad"}
     several = run(pipe, 2, num_images_per_prompt=3, **given)
-    repeated = run(pipe, image_embeddings=maps(2).repeat_interleave(3, dim=0), **given)
+    repeated = run(pipe, image_embeddings=embeddings(2).repeat_interleave(3, dim=0), **given)
     assert several.shape == (6, 3, 128, 128)
     torch.testing.assert_close(several, repeated)
     assert not torch.allclose(several[0], several[1], atol=1e-2)
@@ -121,9 +127,9 @@ def test_several_images_of_each_map(guidance, make_decoder):
 def test_sizes_that_the_network_cannot_halve_are_drawn_larger_and_cropped(grid, latents, make_decoder):
     """This network halves by 4; diffusers fails unless both sides are a multiple of it."""
     pipe = make_decoder()
-    drawn = run(pipe, image_embeddings=maps(1, *grid), output_type="latent")
+    drawn = run(pipe, image_embeddings=embeddings(1, *grid), output_type="latent")
     assert tuple(drawn.shape[2:]) == latents
-    pixels = run(pipe, image_embeddings=maps(1, *grid))
+    pixels = run(pipe, image_embeddings=embeddings(1, *grid))
     height, width = (4 * int(side * 10.67) for side in grid)
     assert tuple(pixels.shape[2:]) == (height, width)
     whole = pipe.vqgan.decode(drawn).clamp(0, 1)
@@ -139,7 +145,7 @@ def test_maps_that_a_callback_changes_are_used(kind, make_decoder):
         old = tensors["image_embeddings"]
         if step > 0:
             return {}
-        assert torch.equal(old, maps(1))
+        assert torch.equal(old, embeddings(1))
         if kind == "returned":
             return {"image_embeddings": old * 0}
         old.zero_()
@@ -160,7 +166,7 @@ def test_maps_that_a_callback_changes_are_used(kind, make_decoder):
         torch.randn(1, 4, 32, 32, generator=generator)
     expected = run(
         pipe,
-        image_embeddings=maps(1) * 0,
+        image_embeddings=embeddings(1) * 0,
         output_type="latent",
         timesteps=[0.4, 0.2],
         latents=first[0],
@@ -189,7 +195,7 @@ def test_guidance_can_be_turned_off_on_the_way(make_decoder):
 
 def test_a_tuple_on_request(make_decoder):
     pipe = make_decoder()
-    result = pipe(maps(1), "a", num_inference_steps=1, output_type="pt", return_dict=False)
+    result = pipe(embeddings(1), "a", num_inference_steps=1, output_type="pt", return_dict=False)
     assert isinstance(result, tuple)
     assert len(result) == 1
     assert result[0].shape == (1, 3, 128, 128)
@@ -209,7 +215,7 @@ def test_parts_and_inputs_may_have_different_dtypes(text, network, vqgan, given,
     pipe.decoder.to(network)
     pipe.vqgan.to(vqgan)
     pixels = run(
-        pipe, image_embeddings=40 * maps(1).to(given), latents=noise(1).to(given), guidance_scale=2.0
+        pipe, image_embeddings=40 * embeddings(1).to(given), latents=noise(1).to(given), guidance_scale=2.0
     )
     assert pixels.dtype == vqgan
     assert pixels.isfinite().all()
@@ -233,7 +239,7 @@ def test_maps_go_to_the_network_wherever_that_is(kind, make_decoder):
     pipe = make_decoder()
     pipe.decoder = Echo(pipe.decoder.config).to("meta")
     pipe.vqgan.to("meta")
-    pixels = run(pipe, image_embeddings=kind(maps(2)), guidance_scale=2.0)
+    pixels = run(pipe, image_embeddings=kind(embeddings(2)), guidance_scale=2.0)
     assert pixels.device.type == "meta"
     assert pixels.shape == (2, 3, 128, 128)
 
@@ -251,17 +257,17 @@ def test_a_method_that_is_replaced_later_is_called(make_decoder, seeded):
     """As tiling does; the first one was kept."""
     pipe = make_decoder()
     run = {"num_inference_steps": 1, "output_type": "pt"}
-    pipe(maps(1), "a", **run, generator=seeded())
+    pipe(embeddings(1), "a", **run, generator=seeded())
     decode = pipe.vqgan.decode
     kept = dict(pipe._recorders)
-    expected = pipe(maps(1), "a", **run, generator=seeded()).images
-    assert pipe._recorders == kept  # or each picture would be recorded anew
+    expected = pipe(embeddings(1), "a", **run, generator=seeded()).images
+    assert pipe._recorders == kept  # or every image would be recorded again
     pipe.vqgan.decode = lambda latents: 1 - decode(latents)
-    found = pipe(maps(1), "a", **run, generator=seeded()).images
+    found = pipe(embeddings(1), "a", **run, generator=seeded()).images
     torch.testing.assert_close(found.clamp(0, 1), 1 - expected)
 
 
-def test_compiled_networks_draw_the_same(make_decoder):
+def test_compiled_networks_give_the_same(make_decoder):
     pipe = make_decoder()
     expected = run(pipe)
     pipe.decoder, pipe.vqgan = (torch.compile(part, backend="eager") for part in (pipe.decoder, pipe.vqgan))
@@ -273,30 +279,42 @@ BAD = {
     "no prompt": ({"prompt": None}, TypeError, "'prompt' must be of type"),
     "prompt is a number": ({"prompt": 3}, TypeError, "'prompt' must be of type"),
     "prompts do not fit": (
-        {"prompt": ["a", "b"], "image_embeddings": maps(3)},
+        {"prompt": ["a", "b"], "image_embeddings": embeddings(3)},
         ValueError,
-        "2 prompts do not fit 3 image_embeddings",
+        "must divide that of image_embeddings, got 2 and 3",
     ),
     "negatives do not fit": (
         {"negative_prompt": ["a", "b"], "guidance_scale": 2.0},
         ValueError,
-        "negative_prompt has batch size 2",
+        "negative_prompt must have the prompt's batch size 1, got 2",
     ),
-    "maps are text": ({"image_embeddings": "maps"}, TypeError, "'image_embeddings' must be of type"),
-    "no maps": ({"image_embeddings": []}, ValueError, r"must be \(batch, 3, h, w\)"),
-    "maps without batch": ({"image_embeddings": maps(1)[0]}, ValueError, r"must be \(batch, 3, h, w\)"),
-    "maps of another model": (
+    "embeddings are text": ({"image_embeddings": "text"}, TypeError, "'image_embeddings' must be of type"),
+    "no embeddings": ({"image_embeddings": []}, ValueError, r"must have the shape \(batch, 3, h, w\)"),
+    "embeddings without batch": (
+        {"image_embeddings": embeddings(1)[0]},
+        ValueError,
+        r"must have the shape \(batch, 3, h, w\)",
+    ),
+    "embeddings of another model": (
         {"image_embeddings": torch.zeros(1, 16, 3, 3)},
         ValueError,
-        r"shapes \[\(1, 16, 3, 3\)\]",
+        r"got \[\(1, 16, 3, 3\)\]",
     ),
-    "maps of two sizes": ({"image_embeddings": [maps(1), maps(1, 3, 4)]}, ValueError, "differ in size"),
+    "embeddings of two sizes": (
+        {"image_embeddings": [embeddings(1), embeddings(1, 3, 4)]},
+        ValueError,
+        "differ in size",
+    ),
     "steps are a float": (
         {"num_inference_steps": 2.0},
         TypeError,
         "'num_inference_steps' must be of type 'int'",
     ),
-    "no images": ({"num_images_per_prompt": 0}, ValueError, "num_images_per_prompt=0 is too few"),
+    "no images": (
+        {"num_images_per_prompt": 0},
+        ValueError,
+        "num_images_per_prompt must be at least 1, got 0",
+    ),
     "output type unknown": (
         {"output_type": "bogus", "callback_on_step_end": lambda *_: pytest.fail("sampled all the same")},
         ValueError,
@@ -314,15 +332,15 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_refuses(name, make_decoder):
     changed, error, message = BAD[name]
-    given = {"image_embeddings": maps(1), "prompt": "a", "num_inference_steps": 1, **changed}
+    given = {"image_embeddings": embeddings(1), "prompt": "a", "num_inference_steps": 1, **changed}
     with pytest.raises(error, match=message):
         make_decoder()(**given)
 
 
-def test_parts_that_do_not_fit_are_refused_before_anything_is_drawn(make_decoder):
+def test_parts_that_do_not_fit_are_refused_before_sampling(make_decoder):
     pipe = make_decoder()
     given = {
-        "image_embeddings": maps(1),
+        "image_embeddings": embeddings(1),
         "prompt": "a",
         "num_inference_steps": 1,
         "callback_on_step_end": lambda *_: pytest.fail("sampled all the same"),
@@ -332,7 +350,7 @@ def test_parts_that_do_not_fit_are_refused_before_anything_is_drawn(make_decoder
     with pytest.raises(UserError, match=r"states are 10 wide. The decoder reads states 20 wide"):
         pipe(**given)
     pipe.text_encoder, pipe.vqgan = encoder, VQGAN(VQGANConfig(latent_channels=3, **small))
-    with pytest.raises(UserError, match=r"draws latents of 4 channels. The vqgan reads latents of 3"):
+    with pytest.raises(UserError, match=r"samples latents of 4 channels. The vqgan reads latents of 3"):
         pipe(**given)
     pipe.vqgan = VQGAN(VQGANConfig(out_channels=2, **small))
     with pytest.raises(UserError, match=r"images of 2 channels. PIL has images of 1, 3 or 4"):
@@ -354,5 +372,5 @@ def test_images_of_other_channels(channels, mode, make_decoder):
 
 @pytest.mark.parametrize("scale", [0.0, -1.0])
 def test_a_scale_of_nothing_is_refused(scale, make_decoder):
-    with pytest.raises(UserError, match=f"latent_dim_scale is {scale}. It must be above 0"):
+    with pytest.raises(UserError, match=f"latent_dim_scale must be above 0, got {scale}"):
         make_decoder(latent_dim_scale=scale)

@@ -1,4 +1,4 @@
-"""Whole pictures in half precision, ours and diffusers' own, against diffusers' in fp32."""
+"""Images in half precision, ours and diffusers', against diffusers' in fp32."""
 
 import pytest
 import torch
@@ -10,11 +10,11 @@ SEEDS = range(6)
 
 @pytest.fixture
 def same_noise(monkeypatch):
-    """Noise is drawn in fp32 and rounded: in half precision torch would draw other numbers."""
-    drawn = torch.randn
+    """Generates noise in fp32 and rounds it: in half precision torch generates other numbers."""
+    torch_randn = torch.randn
 
     def randn(*shape, dtype=None, **settings):
-        return drawn(*shape, dtype=torch.float32, **settings).to(dtype)
+        return torch_randn(*shape, dtype=torch.float32, **settings).to(dtype)
 
     monkeypatch.setattr(torch, "randn", randn)
 
@@ -30,7 +30,7 @@ def with_rounded_timesteps(pipe, dtype):
     return pipe
 
 
-def pictures(pipe):
+def images(pipe):
     given = {"prior_timesteps": DEFAULT_STAGE_C_TIMESTEPS, "output_type": "pt", "height": 128, "width": 256}
     return torch.cat(
         [
@@ -53,13 +53,13 @@ HALVES = [
 
 
 @pytest.mark.parametrize(("device", "dtype"), HALVES)
-def test_a_picture_is_no_further_from_fp32_than_diffusers_own(
+def test_images_are_no_further_from_fp32_than_those_of_diffusers(
     device, dtype, make_combined, theirs, same_noise
 ):
     pipe = make_combined()
-    exact = pictures(with_rounded_timesteps(theirs.combined(pipe.prior_pipe, pipe.decoder_pipe), dtype))
+    exact = images(with_rounded_timesteps(theirs.combined(pipe.prior_pipe, pipe.decoder_pipe), dtype))
     reference = theirs.combined(pipe.prior_pipe, pipe.decoder_pipe)
-    theirs, ours = (pictures(one.to(device, dtype)) for one in (reference, pipe))
+    theirs, ours = (images(one.to(device, dtype)) for one in (reference, pipe))
     assert 0 < distance(ours, exact) < 1.1 * distance(theirs, exact)
     # What both round alike, the latents between steps, would hide what we alone do wrong.
     assert distance(ours, theirs) < 0.5 * distance(theirs, exact)

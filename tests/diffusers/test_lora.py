@@ -18,12 +18,12 @@ RANK = 2
 
 def layers(network, pattern: str, seed: int) -> dict[str, torch.Tensor]:
     """Random adapters of some linear layers, as peft names them."""
-    draw = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, layer in network.named_modules():
         if isinstance(layer, torch.nn.Linear) and pattern in name:
-            tensors[f"{name}.lora_A.weight"] = torch.randn(RANK, layer.in_features, generator=draw)
-            tensors[f"{name}.lora_B.weight"] = torch.randn(layer.out_features, RANK, generator=draw)
+            tensors[f"{name}.lora_A.weight"] = torch.randn(RANK, layer.in_features, generator=generator)
+            tensors[f"{name}.lora_B.weight"] = torch.randn(layer.out_features, RANK, generator=generator)
     assert tensors
     return tensors
 
@@ -43,7 +43,7 @@ def folder(make_prior, tmp_path):
     return tmp_path
 
 
-def draw(pipe) -> torch.Tensor:
+def generate(pipe) -> torch.Tensor:
     run = {"height": 128, "width": 128, "num_inference_steps": 2}
     return pipe("a", **run, generator=torch.Generator().manual_seed(0))[0]
 
@@ -56,38 +56,38 @@ def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 def test_adapters_act_as_in_diffusers(make_prior, theirs, folder):
     file = "second/pytorch_lora_weights.safetensors"
     ours = make_prior()
-    plain = draw(ours)
+    plain = generate(ours)
     both = (ours, theirs.prior(make_prior()))
     for pipe in both:
         pipe.load_lora_weights(folder / "first", adapter_name="one")
-    assert same(*map(draw, both))
-    assert not same(draw(ours), plain)
+    assert same(*map(generate, both))
+    assert not same(generate(ours), plain)
     for pipe in both:
         pipe.load_lora_weights(folder, weight_name=file, adapter_name="two")
         pipe.set_adapters(["one", "two"], [0.5, 0.25])
-    assert same(*map(draw, both))
+    assert same(*map(generate, both))
     assert sorted(ours.get_active_adapters()) == ["one", "two"]
     assert ours.get_list_adapters() == {"prior": ["one", "two"], "text_encoder": ["two"]}
     for pipe in both:
         pipe.set_adapters("one")
-    assert same(*map(draw, both))
+    assert same(*map(generate, both))
     assert ours.get_active_adapters() == ["one"]
     for pipe in both:
         pipe.disable_lora()
-    assert same(draw(ours), plain)
+    assert same(generate(ours), plain)
     assert ours.get_active_adapters() == []
     for pipe in both:
         pipe.enable_lora()
         pipe.delete_adapters("two")
-    assert same(*map(draw, both))
+    assert same(*map(generate, both))
     assert ours.get_list_adapters() == {"prior": ["one"]}
     ours.unload_lora_weights()
-    assert torch.equal(draw(ours), plain)
+    assert torch.equal(generate(ours), plain)
 
 
 @pytest.mark.parametrize("part", ["kv_mapper", "to_k", "to_q"])
 def test_a_callback_scales_an_adapter_as_in_diffusers(part, make_prior, theirs, tmp_path):
-    """What is made of the text once a picture kept the first scale."""
+    """Keys and values of the text, computed once per image, kept the first scale."""
     ours = make_prior()
     TheirPriorPipeline.save_lora_weights(tmp_path, unet_lora_layers=layers(ours.prior, part, 1))
 
@@ -97,29 +97,29 @@ def test_a_callback_scales_an_adapter_as_in_diffusers(part, make_prior, theirs, 
                 layer.set_scale("one", 4.0)
         return {}
 
-    drawn = []
+    generated = []
     for pipe in (ours, theirs.prior(make_prior())):
         pipe.load_lora_weights(tmp_path, adapter_name="one")
         run = {"height": 128, "width": 128, "num_inference_steps": 4, "callback_on_step_end": scale}
-        drawn.append(pipe("a", **run, generator=torch.Generator().manual_seed(0))[0])
-    torch.testing.assert_close(*drawn, rtol=1e-3, atol=1e-3)
+        generated.append(pipe("a", **run, generator=torch.Generator().manual_seed(0))[0])
+    torch.testing.assert_close(*generated, rtol=1e-3, atol=1e-3)
 
 
 def test_fused_adapters_act_the_same_and_come_out_again(make_prior, folder):
     pipe = make_prior()
-    plain = draw(pipe)
+    plain = generate(pipe)
     pipe.load_lora_weights(folder / "second")
     pipe.set_adapters("default_0", 0.5)
-    adapted = draw(pipe)
+    adapted = generate(pipe)
     pipe.fuse_lora(components=["unet", "text_encoder"], safe_fusing=True)
-    assert same(draw(pipe), adapted)
+    assert same(generate(pipe), adapted)
     pipe.unfuse_lora()
-    assert same(draw(pipe), adapted)
+    assert same(generate(pipe), adapted)
     pipe.fuse_lora(lora_scale=0.5, adapter_names=["default_0"])
     pipe.unload_lora_weights()
-    assert not same(draw(pipe), plain)
+    assert not same(generate(pipe), plain)
     pipe.load_lora_weights(folder / "second")
-    assert not same(draw(pipe), adapted)
+    assert not same(generate(pipe), adapted)
 
 
 def test_the_combined_pipeline_passes_adapters_on(make_prior, make_decoder, folder):
@@ -127,12 +127,12 @@ def test_the_combined_pipeline_passes_adapters_on(make_prior, make_decoder, fold
     priors = {f"prior_{name}": part for name, part in prior.components.items()}
     pipe = WuerstchenCombinedPipeline(**make_decoder().components, **priors)
     pipe.prior_pipe.set_progress_bar_config(disable=True)
-    plain = draw(pipe.prior_pipe)
+    plain = generate(pipe.prior_pipe)
     pipe.load_lora_weights(folder / "first")
     assert pipe.get_list_adapters() == pipe.prior_pipe.get_list_adapters() == {"prior": ["default_0"]}
-    assert not same(draw(pipe.prior_pipe), plain)
+    assert not same(generate(pipe.prior_pipe), plain)
     pipe.unload_lora_weights()
-    assert torch.equal(draw(pipe.prior_pipe), plain)
+    assert torch.equal(generate(pipe.prior_pipe), plain)
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`", "ignore:Adapter two was active")
@@ -144,21 +144,21 @@ def test_where_the_adapter_that_acts_is_deleted_another_acts(make_prior, theirs,
         pipe.set_adapters("two")
         pipe.delete_adapters("two")
     assert both[0].get_active_adapters() == ["one"]
-    assert same(*map(draw, both))
+    assert same(*map(generate, both))
 
 
 def test_parts_may_have_weights_of_their_own(make_prior, theirs, folder):
     both = (make_prior(), theirs.prior(make_prior()))
-    drawn = []
+    generated = []
     for weights in ({"text_encoder": 0.5, "prior": 0.1}, [{"text_encoder": 0.25}]):
         for pipe in both:
             if not pipe.get_list_adapters():
                 pipe.load_lora_weights(folder / "second", adapter_name="two")
             pipe.set_adapters("two" if isinstance(weights, dict) else ["two"], weights)
-        drawn.append(draw(both[0]))
-        assert same(drawn[-1], draw(both[1]))
-    assert not same(*drawn)
-    with pytest.raises(UserError, match="no adapter acts on 'unet'"):
+        generated.append(generate(both[0]))
+        assert same(generated[-1], generate(both[1]))
+    assert not same(*generated)
+    with pytest.raises(UserError, match="No adapter applies to 'unet'"):
         both[0].set_adapters("two", {"unet": 1.0})
 
 
@@ -173,7 +173,7 @@ def test_what_is_saved_is_what_diffusers_loads(make_prior, theirs, tmp_path):
     both = (pipe, theirs.prior(make_prior()))
     for one in both:
         one.load_lora_weights(tmp_path, weight_name="mine.safetensors")
-    assert same(*map(draw, both))
+    assert same(*map(generate, both))
     pipe.save_lora_weights(tmp_path / "none", is_main_process=False)
     assert not (tmp_path / "none").exists()
 
@@ -181,40 +181,43 @@ def test_what_is_saved_is_what_diffusers_loads(make_prior, theirs, tmp_path):
 def test_adapters_are_given_to_offloaded_and_compiled_networks(make_prior, folder):
     pipe = make_prior()
     pipe.load_lora_weights(folder / "first")
-    expected = draw(pipe)
+    expected = generate(pipe)
     pipe = make_prior()
     pipe.enable_model_cpu_offload(device="cpu")
-    draw(pipe)
+    generate(pipe)
     pipe.prior = torch.compile(pipe.prior, backend="eager")
     pipe.load_lora_weights(folder / "first")
     with torch.compiler.set_stance("force_eager"):
-        assert same(draw(pipe), expected)
+        assert same(generate(pipe), expected)
 
 
 def test_a_pipeline_with_adapters_is_not_saved(make_prior, folder, tmp_path):
     pipe = make_prior()
     pipe.load_lora_weights(folder / "first", adapter_name="style")
-    with pytest.raises(UserError, match="adapters style are loaded"):
+    with pytest.raises(UserError, match="Adapters are loaded: style"):
         pipe.save_pretrained(tmp_path / "pipe")
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     pipe.save_pretrained(tmp_path / "pipe")
     again = WuerstchenPriorPipeline.from_pretrained(tmp_path / "pipe")
     again.set_progress_bar_config(disable=True)
-    assert same(draw(again), draw(pipe))
+    assert same(generate(again), generate(pipe))
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda pipe: pipe.set_adapters("two"), "adapter 'two' is not loaded; loaded are: one"),
-        (lambda pipe: pipe.set_adapters(["one"], [1.0, 2.0]), "2 weights do not fit 1 adapters"),
-        (lambda pipe: pipe.delete_adapters(["one", "two"]), "adapter 'two' is not loaded"),
-        (lambda pipe: pipe.fuse_lora(components=["vqgan"]), "components vqgan take no adapters"),
-        (lambda pipe: pipe.fuse_lora(adapter_names=["two"]), "adapter 'two' is not loaded"),
+        (lambda pipe: pipe.set_adapters("two"), r"Adapter 'two' is not loaded\. Loaded adapters: one"),
+        (
+            lambda pipe: pipe.set_adapters(["one"], [1.0, 2.0]),
+            "one weight per adapter, got 2 weights and 1 adapters",
+        ),
+        (lambda pipe: pipe.delete_adapters(["one", "two"]), "Adapter 'two' is not loaded"),
+        (lambda pipe: pipe.fuse_lora(components=["vqgan"]), "These components take no adapters: vqgan"),
+        (lambda pipe: pipe.fuse_lora(adapter_names=["two"]), "Adapter 'two' is not loaded"),
         (lambda pipe: (pipe.disable_lora(), pipe.fuse_lora()), "no adapter is active"),
         (lambda pipe: pipe.load_lora_weights("nowhere/at/all"), "does not exist"),
-        (lambda pipe: pipe.save_lora_weights("x", safe_serialization=False), "only safetensors"),
+        (lambda pipe: pipe.save_lora_weights("x", safe_serialization=False), "Only safetensors are written"),
     ],
 )
 def test_refuses(call, message, make_prior, folder):
@@ -252,7 +255,10 @@ def test_options_of_diffusers_are_known(make_prior, folder):
         ({"prefix": "transformer"}, r"prefix='transformer' cannot be used"),
         ({"proxies": {"https": "127.0.0.1:1"}}, "proxies cannot be used"),
         ({"unet_config": {}, "hotswap": True}, "hotswap=True cannot replace adapter 'three'"),
-        ({"weight_name": "other.bin", "use_safetensors": True}, "holds no safetensors"),
+        (
+            {"weight_name": "other.bin", "use_safetensors": True},
+            "has no safetensors, but use_safetensors=True",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             pipe.load_lora_weights(folder / "first", "three", **given)
@@ -265,39 +271,39 @@ def test_options_of_diffusers_are_known(make_prior, folder):
 def test_an_adapter_is_swapped_for_another_where_it_is(on, make_prior, folder):
     """As if the other had been loaded by that name: what acts, and how strongly, stays."""
     pipe, expected = make_prior(), make_prior()
-    plain = draw(pipe)
+    plain = generate(pipe)
     for one, first in ((pipe, "first"), (expected, "second")):
         one.load_lora_weights(folder / "first", adapter_name="other")
         one.load_lora_weights(folder / first, adapter_name="swapped")
         one.set_adapters(["swapped", "other"], [0.5, 0.25])
-    before = draw(pipe)
+    before = generate(pipe)
     if not on:
         pipe.disable_lora()
     pipe.load_lora_weights(folder / "second", adapter_name="swapped", hotswap=True)
     assert pipe.get_list_adapters() == {"prior": ["other", "swapped"], "text_encoder": ["swapped"]}
     if not on:
-        assert torch.equal(draw(pipe), plain)
+        assert torch.equal(generate(pipe), plain)
         pipe.enable_lora()
     assert sorted(pipe.get_active_adapters()) == ["other", "swapped"]
-    assert same(draw(pipe), draw(expected))
-    assert not same(draw(pipe), before)
+    assert same(generate(pipe), generate(expected))
+    assert not same(generate(pipe), before)
 
 
 def test_a_swap_that_fails_changes_nothing(make_prior, folder):
     pipe = make_prior()
     pipe.load_lora_weights(folder / "first", adapter_name="one")
     pipe.set_adapters("one", 0.5)
-    before = draw(pipe)
+    before = generate(pipe)
     with pytest.raises(CheckpointError, match="is no weight of a plain LoRA"):
         pipe.load_lora_weights({"a": torch.zeros(1)}, adapter_name="one", hotswap=True)
     assert pipe.get_list_adapters() == {"prior": ["one"]}
-    assert torch.equal(draw(pipe), before)
+    assert torch.equal(generate(pipe), before)
     pipe.set_adapters("one", 1.0)
     pipe.load_lora_weights(folder / "first", adapter_name="waits")
     pipe.set_adapters("one", 0.5)
     pipe.load_lora_weights(folder / "second", adapter_name="waits", hotswap=True)  # which does not act
     assert pipe.get_active_adapters() == ["one"]
-    assert torch.equal(draw(pipe), before)
+    assert torch.equal(generate(pipe), before)
 
 
 def test_the_strength_is_saved_as_diffusers_saves_it(make_prior, theirs, tmp_path):
@@ -320,13 +326,13 @@ def test_the_strength_is_saved_as_diffusers_saves_it(make_prior, theirs, tmp_pat
     other = theirs.prior(make_prior())
     ours.load_lora_weights(tmp_path / "ours", adapter_name="one")
     other.load_lora_weights(tmp_path / "theirs", adapter_name="one")
-    expected = draw(other)
-    assert same(draw(ours), expected)
+    expected = generate(other)
+    assert same(generate(ours), expected)
     ours.load_lora_weights(tmp_path / "theirs", adapter_name="two")
-    assert same(draw(ours), expected)
+    assert same(generate(ours), expected)
     mirror = theirs.prior(make_prior())
     mirror.load_lora_weights(tmp_path / "ours", adapter_name="one")
-    assert same(draw(mirror), expected)
+    assert same(generate(mirror), expected)
     with pytest.raises(UserError, match="configuration cannot be saved: a Linear is no JSON"):
         WuerstchenPriorPipeline.save_lora_weights(
             tmp_path / "bad",
@@ -342,19 +348,19 @@ def test_the_strength_is_saved_as_diffusers_saves_it(make_prior, theirs, tmp_pat
 def test_adapters_are_moved_to_a_device(make_prior, folder):
     pipe = make_prior()
     pipe.load_lora_weights(folder / "second", adapter_name="one")
-    expected = draw(pipe)
+    expected = generate(pipe)
     pipe.set_lora_device("one", "meta")
     with pytest.raises(
-        UserError, match=r"Adapter 'one' acts and is on another device.*set_lora_device\('one'"
+        UserError, match=r"Adapter 'one' is active, but on another device.*set_lora_device\('one'"
     ):
-        draw(pipe)
+        generate(pipe)
     pipe.disable_lora()
-    assert not same(draw(pipe), expected)
+    assert not same(generate(pipe), expected)
     pipe.unload_lora_weights()
     pipe.load_lora_weights(folder / "second", adapter_name="one")
     pipe.set_lora_device(["one"], "cpu")
-    assert torch.equal(draw(pipe), expected)
-    with pytest.raises(UserError, match="adapter 'two' is not loaded"):
+    assert torch.equal(generate(pipe), expected)
+    with pytest.raises(UserError, match="Adapter 'two' is not loaded"):
         pipe.set_lora_device(["two"], "cpu")
     with pytest.raises(UserError, match="device 'nowhere' is not there"):
         pipe.set_lora_device(["one"], "nowhere")

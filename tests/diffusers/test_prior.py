@@ -95,9 +95,9 @@ def test_every_step_equals_diffusers(name, make_prior, theirs, assert_same_steps
 
     result, expected = assert_same_steps(pipe, theirs.prior(pipe), call)
     assert type(result).__name__ == type(expected).__name__
-    maps, reference = torch.as_tensor(result[0]), torch.as_tensor(expected[0])
+    embeddings, reference = torch.as_tensor(result[0]), torch.as_tensor(expected[0])
     assert type(result[0]) is type(expected[0])
-    torch.testing.assert_close(maps, reference, rtol=1e-4, atol=42e-4)
+    torch.testing.assert_close(embeddings, reference, rtol=1e-4, atol=42e-4)
 
 
 def test_numbers_of_steps_and_guidance_can_be_read_while_it_runs(make_prior):
@@ -229,8 +229,8 @@ def test_recordings_are_invalidated_after_a_callback(make_prior, monkeypatch):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))])
-def test_a_copy_of_a_pipeline_that_has_drawn_is_its_own(copied, make_prior, seeded):
-    """It drew with the text encoder of the first."""
+def test_a_copy_of_a_used_pipeline_is_independent(copied, make_prior, seeded):
+    """It used the text encoder of the first."""
     pipe = make_prior()
     run = {**SIZE, "num_inference_steps": 1}
     expected = pipe("a", **run, generator=seeded())[0]
@@ -243,8 +243,8 @@ def test_a_copy_of_a_pipeline_that_has_drawn_is_its_own(copied, make_prior, seed
     assert torch.equal(pipe("a", **run, generator=seeded())[0], expected)
 
 
-def test_recordings_go_with_what_they_were_made_of(make_prior):
-    """They kept a network that another had replaced, and the memory of a device that was left."""
+def test_recordings_of_replaced_networks_are_dropped(make_prior):
+    """They kept a replaced network, and the memory of a device that was no longer used."""
     pipe = make_prior()
     pipe("a", **SIZE, num_inference_steps=1)
     assert set(pipe._recorders) == {pipe.text_encoder, pipe.prior}
@@ -311,14 +311,14 @@ def test_embeddings_need_no_text_encoder(make_prior, seeded):
 
 
 def test_the_text_that_is_cut_off_is_named(make_prior):
-    with pytest.warns(UserNotice, match="this part was cut off: 'o p q'"):
+    with pytest.warns(UserNotice, match="This part was cut off: 'o p q'"):
         make_prior()("a b c d e f g h i j k l m n o p q", **SIZE, num_inference_steps=1)
 
 
 @pytest.mark.parametrize(("side", "positions"), [(1, 1), (42, 1), (43, 2), (128, 3), (1000, 24), (1024, 24)])
 def test_a_side_of_the_map_is_rounded_up(side, positions, make_prior):
-    maps = make_prior()("a", height=side, width=8, num_inference_steps=1)[0]
-    assert maps.shape == (1, 3, positions, 1)
+    embeddings = make_prior()("a", height=side, width=8, num_inference_steps=1)[0]
+    assert embeddings.shape == (1, 3, positions, 1)
 
 
 def test_own_statistics_are_used(make_prior, seeded):
@@ -340,9 +340,9 @@ def test_parts_and_inputs_may_have_different_dtypes(text, network, given, make_p
     pipe = make_prior()
     pipe.text_encoder.to(text)
     pipe.prior.to(network)
-    maps = pipe("a", **SIZE, num_inference_steps=3, latents=noise(1).to(given))[0]
-    assert maps.dtype == network
-    assert maps.isfinite().all()
+    embeddings = pipe("a", **SIZE, num_inference_steps=3, latents=noise(1).to(given))[0]
+    assert embeddings.dtype == network
+    assert embeddings.isfinite().all()
     embeds = pipe(prompt_embeds=states(1).to(given), **SIZE, num_inference_steps=3)[0]
     assert embeds.isfinite().all()
 
@@ -380,12 +380,12 @@ def test_nothing_waits_for_the_device_between_steps(make_prior):
     """The meta device has no values to give."""
     pipe = make_prior()
     pipe.prior = Echo(pipe.prior.config).to("meta")
-    maps = pipe("a", **SIZE, num_images_per_prompt=2, num_inference_steps=3, generator=generators(2))[0]
-    assert maps.device.type == "meta"
-    assert maps.shape == (2, 3, 3, 3)
+    embeddings = pipe("a", **SIZE, num_images_per_prompt=2, num_inference_steps=3, generator=generators(2))[0]
+    assert embeddings.device.type == "meta"
+    assert embeddings.shape == (2, 3, 3, 3)
 
 
-def test_a_compiled_network_draws_the_same(make_prior, seeded):
+def test_a_compiled_network_gives_the_same(make_prior, seeded):
     pipe = make_prior()
     run = {**SIZE, "num_inference_steps": 2}
     expected = pipe("a", **run, generator=seeded())[0]
@@ -398,8 +398,8 @@ def test_a_compiled_network_draws_the_same(make_prior, seeded):
 BAD = {
     "no prompt": ({"prompt": None}, ValueError, "Provide either `prompt` or `prompt_embeds`"),
     "prompt is a number": ({"prompt": 3}, TypeError, "'prompt' must be of type"),
-    "prompt holds a number": ({"prompt": ["a", 3]}, TypeError, "'prompt' must hold only"),
-    "no prompts": ({"prompt": []}, ValueError, "draws nothing"),
+    "prompt holds a number": ({"prompt": ["a", 3]}, TypeError, "'prompt' must contain only"),
+    "no prompts": ({"prompt": []}, ValueError, r"prompt must have at least one text, got \[\]"),
     "prompt twice": ({"prompt_embeds": states(1)}, ValueError, "Cannot forward both `prompt`"),
     "negative twice": (
         {"negative_prompt": "b", "negative_prompt_embeds": states(1)},
@@ -410,7 +410,7 @@ BAD = {
     "negatives too few": (
         {"prompt": ["a", "b"], "negative_prompt": ["c"]},
         ValueError,
-        "negative_prompt has batch size 1, but the prompt has batch size 2",
+        "negative_prompt must have the prompt's batch size 2, got 1",
     ),
     "embeddings of two lengths": (
         {"prompt": None, "prompt_embeds": states(1)[:, :9], "negative_prompt_embeds": states(1)},
@@ -420,7 +420,7 @@ BAD = {
     "embeddings too wide": (
         {"prompt": None, "prompt_embeds": torch.zeros(1, 16, 25)},
         ValueError,
-        r"must be \(batch, positions, 24\)",
+        r"must have the shape \(batch, positions, 24\)",
     ),
     "embeddings as a list": ({"prompt": None, "prompt_embeds": [1.0]}, TypeError, "'prompt_embeds' must be"),
     "steps are a float": (
@@ -428,15 +428,31 @@ BAD = {
         TypeError,
         "'num_inference_steps' must be of type 'int'",
     ),
-    "steps below 0": ({"num_inference_steps": -1}, ValueError, "num_inference_steps=-1 is too few"),
-    "timesteps of DDPM": ({"timesteps": [999, 500, 0]}, ValueError, "timesteps must be one row of numbers"),
+    "steps below 0": (
+        {"num_inference_steps": -1},
+        ValueError,
+        "num_inference_steps must be at least 0, got -1",
+    ),
+    "timesteps of DDPM": (
+        {"timesteps": [999, 500, 0]},
+        ValueError,
+        "timesteps must be a list of numbers that decrease",
+    ),
     "timesteps are text": ({"timesteps": "all"}, TypeError, "'timesteps' must be a list of numbers"),
-    "timesteps rise": ({"timesteps": [0.1, 0.9]}, ValueError, "timesteps must be one row of numbers"),
+    "timesteps rise": (
+        {"timesteps": [0.1, 0.9]},
+        ValueError,
+        "timesteps must be a list of numbers that decrease",
+    ),
     "guidance is text": ({"guidance_scale": "strong"}, TypeError, "'guidance_scale' must be a number"),
     "guidance is nan": ({"guidance_scale": float("nan")}, ValueError, "must be a finite number"),
-    "no images": ({"num_images_per_prompt": 0}, ValueError, "num_images_per_prompt=0 is too few"),
+    "no images": (
+        {"num_images_per_prompt": 0},
+        ValueError,
+        "num_images_per_prompt must be at least 1, got 0",
+    ),
     "height is text": ({"height": "128"}, TypeError, "'height' must be of type 'int'"),
-    "width is nothing": ({"width": 0}, ValueError, "width=0 is no size"),
+    "width is nothing": ({"width": 0}, ValueError, "width must be at least 1 pixel, got 0"),
     "latents of another size": (
         {"latents": torch.zeros(1, 3, 4, 4)},
         ValueError,
@@ -447,9 +463,13 @@ BAD = {
     "generators too few": (
         {"prompt": ["a", "b", "c"], "generator": generators(2)},
         ValueError,
-        "2 generators do not fit a batch of 3",
+        "1 or 3 generators for a batch of 3, got 2",
     ),
-    "output type unknown": ({"output_type": "bogus"}, ValueError, "output_type='bogus' is unknown"),
+    "output type unknown": (
+        {"output_type": "bogus"},
+        ValueError,
+        "output_type must be one of .*, got 'bogus'",
+    ),
     "callback input unknown": (
         {"callback_on_step_end_tensor_inputs": ["latents", "noise"]},
         ValueError,
@@ -459,7 +479,7 @@ BAD = {
     "callback returns a tensor": (
         {"callback_on_step_end": lambda pipe, step, t, tensors: tensors["latents"]},
         TypeError,
-        "a callback must return a dict",
+        "A callback must return a dict",
     ),
     "argument unknown": ({"guidance": 4.0}, TypeError, "unexpected keyword argument 'guidance'"),
 }
@@ -494,14 +514,16 @@ def test_changes_take_effect_in_inference_mode(in_place, make_prior, seeded):
         assert torch.equal(run(), expected)
 
 
-def test_numbers_of_numpy_are_numbers(make_prior):
+def test_numpy_numbers_are_accepted(make_prior):
     size, count = np.int64(128), np.int32(2)
-    maps = make_prior()("a", size, size, count, guidance_scale=np.float32(4), num_images_per_prompt=count)[0]
-    assert maps.shape == (2, 3, 3, 3)
+    embeddings = make_prior()(
+        "a", size, size, count, guidance_scale=np.float32(4), num_images_per_prompt=count
+    )[0]
+    assert embeddings.shape == (2, 3, 3, 3)
 
 
 def test_parts_that_do_not_fit_are_refused(make_prior, make_decoder):
-    with pytest.raises(UserError, match=r"resolution_multiple is 0\.0\. It must be above 0"):
+    with pytest.raises(UserError, match=r"resolution_multiple must be above 0, got 0\.0"):
         make_prior(resolution_multiple=0.0)
     pipe = make_prior()
     pipe.text_encoder = make_decoder().text_encoder

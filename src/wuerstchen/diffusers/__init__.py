@@ -1,8 +1,8 @@
 """The names and signatures of the Würstchen pipelines in diffusers.
 
-Code written for diffusers' Würstchen runs after a change of its import. What differs is what did not work:
-several prompts, several pictures a prompt and sizes of any multiple of 8 are drawn, callbacks take effect,
-and what cannot be drawn is refused before anything is computed.
+Code written for diffusers' Würstchen runs after changing its import. It differs only where diffusers does not
+work: several prompts, several images per prompt, sizes of any multiple of 8, and callbacks that change
+tensors. Invalid arguments are refused before anything is computed.
 """
 
 from wuerstchen.diffusers.base import DiffusionPipeline

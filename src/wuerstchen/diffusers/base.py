@@ -1,4 +1,4 @@
-"""What all pipelines share: their components, where those live, progress bars, loading and saving."""
+"""The base of all pipelines: components, devices, progress bars, loading and saving."""
 
 import inspect
 import warnings
@@ -13,9 +13,9 @@ from tqdm.auto import tqdm
 
 from wuerstchen.checkpoints.diffusers import COMBINED_PIPELINE, DECODER_PIPELINE, pipeline_class
 from wuerstchen.device import checked_device
+from wuerstchen.diffusers.loading import LoadOptions
 from wuerstchen.diffusers.options import checked_device_map, drop_options
 from wuerstchen.diffusers.outputs import Config
-from wuerstchen.diffusers.source import Source
 from wuerstchen.errors import UserError, UserNotice
 from wuerstchen.runtime.offload import Blockwise, OneAtATime, Residence
 from wuerstchen.runtime.recorder import Recorder, Recorders
@@ -24,18 +24,18 @@ AnyPipeline = TypeVar("AnyPipeline", bound="DiffusionPipeline")
 
 
 class DiffusionPipeline:
-    """The base of all pipelines. ``DiffusionPipeline.from_pretrained`` gives the kind that a folder holds.
+    """The base of all pipelines. ``DiffusionPipeline.from_pretrained`` returns the class that a folder holds.
 
-    Components are plain attributes: ``pipe.prior = torch.compile(pipe.prior)`` is all that compiling takes.
+    Components are plain attributes: to compile one, set ``pipe.prior = torch.compile(pipe.prior)``.
     """
 
     model_cpu_offload_seq: str | None = None
     _callback_tensor_inputs: tuple[str, ...] = ("latents",)
     _component_names: tuple[str, ...] = ()
     _network_name: str = ""
-    """The component whose dtype and device are the pipeline's."""
+    """The component that defines the pipeline's dtype and device."""
     hf_device_map: dict[str, str] | None = None
-    """Where ``device_map`` has put the networks."""
+    """The device of each network, if ``device_map`` was given."""
 
     def __init__(self, **settings: Any) -> None:
         self._config = Config(settings)
@@ -49,21 +49,21 @@ class DiffusionPipeline:
     def from_pretrained(
         cls: type[AnyPipeline], pretrained_model_name_or_path: str | Path, **settings: Any
     ) -> AnyPipeline:
-        """Loads a pipeline from a folder, or by a name on the hub, onto the CPU.
+        """Loads a pipeline from a folder, or by its name on the hub, onto the CPU.
 
-        Settings are diffusers': ``dtype`` or ``torch_dtype`` (float32 unless given; "auto" as stored; or a
-        dict by component, ``default`` for the others), ``variant``, ``revision``, ``cache_dir``,
-        ``force_download``, ``local_files_only``, ``token``, ``use_safetensors=True`` to refuse other files;
-        and components or numbers of the pipeline by name, which are then not read. ``device_map`` is a
-        device, or "balanced" for the first GPU, and takes the whole pipeline. Options that change nothing
-        here, such as ``low_cpu_mem_usage``, are accepted; others are refused with the reason.
+        Takes diffusers' options: ``dtype`` or ``torch_dtype`` (default float32; "auto" keeps the stored
+        dtype; a dict sets it per component, with ``default`` for the others), ``variant``, ``revision``,
+        ``cache_dir``, ``force_download``, ``local_files_only``, ``token``, and ``use_safetensors=True`` to
+        refuse other files. Components and numbers of the pipeline given by name are not read. ``device_map``
+        is a device, or "balanced" for the first GPU, for the whole pipeline. Options without effect here,
+        such as ``low_cpu_mem_usage``, are ignored. Others are refused with the reason.
 
-        For a combined pipeline, which a decoder's folder gives too if it names its prior, the prior's
-        settings are these with ``prior_`` before the name; without them it is loaded as the decoder is, but
-        for the revision. ``prior`` is a folder or a name on the hub to take the prior from.
+        A combined pipeline can also be loaded from a decoder's folder that names its prior. Options with the
+        prefix ``prior_`` apply to the prior. Without them, it is loaded with the decoder's options, except
+        for the revision. ``prior`` is a folder or a name on the hub to load the prior from.
 
-        Raises ``CheckpointError`` for what is no Würstchen pipeline or damaged, ``UserError`` for options
-        that cannot be used, ``TypeError`` for names that are no options of diffusers either.
+        Raises ``CheckpointError`` for damaged folders and other pipelines, ``UserError`` for options that are
+        not supported, and ``TypeError`` for names that diffusers does not know either.
         """
         return load(cls, pretrained_model_name_or_path, settings)
 
@@ -76,10 +76,10 @@ class DiffusionPipeline:
         torch_dtype: torch.dtype | None = None,
         **parts: Any,
     ) -> AnyPipeline:
-        """A pipeline of another's components and numbers, which both then share, but for those in ``parts``.
+        """A pipeline that shares another's components and numbers, except for those in ``parts``.
 
-        A combined pipeline gives its halves too. A dtype converts the shared networks. Offloading is not
-        taken over. Raises ``UserError`` if components are missing.
+        The prior's and the decoder's pipeline can be made from a combined one. A dtype converts the shared
+        networks. Offloading is not copied. Raises ``UserError`` if components are missing.
         """
         drop_options(parts)
         source = next((pipe for pipe in (pipeline, *pipeline._pipes()) if isinstance(pipe, cls)), pipeline)
@@ -91,7 +91,10 @@ class DiffusionPipeline:
         }
         arguments = shared | parts
         if missing := [name for name in kind._component_names if name not in arguments]:
-            raise UserError(f"components {', '.join(missing)} are missing; give them by name")
+            raise UserError(
+                f"Components are missing: {', '.join(missing)}. A {kind.__name__} needs them. Pass "
+                "them by name."
+            )
         pipe: Any = kind(**arguments)
         return pipe.to(dtype=dtype, torch_dtype=torch_dtype)
 
@@ -104,10 +107,10 @@ class DiffusionPipeline:
         push_to_hub: bool = False,
         **hub_options: Any,
     ) -> None:
-        """Writes the pipeline as published, over an earlier one in that folder; a network is one file.
+        """Writes the pipeline in the published layout, one file per network, replacing an earlier pipeline.
 
-        ``hub_options`` are diffusers' for ``push_to_hub``, which is refused. Raises ``UserError`` for that,
-        and for what the layout has no place for.
+        ``hub_options`` are diffusers' options for ``push_to_hub``, which is not supported. Raises
+        ``UserError`` for that, and for components that the layout cannot hold.
         """
         for name in hub_options.keys() - {"commit_message", "private", "create_pr", "token", "repo_id"}:
             raise TypeError(f"save_pretrained() got an unexpected keyword argument {name!r}")
@@ -117,38 +120,41 @@ class DiffusionPipeline:
                 "first, then run: hf upload OWNER/NAME FOLDER"
             )
         if not safe_serialization or variant is not None:
-            raise UserError("only safetensors without a variant are written; leave both arguments out")
+            raise UserError(
+                "safe_serialization=False and variant cannot be used. Only safetensors without a variant are "
+                "written. Remove both arguments."
+            )
         self._write(Path(save_directory))
 
     @classmethod
-    def _places(cls, source: Source, settings: dict[str, Any]) -> tuple[Any, ...]:
-        """What ``_arguments`` reads from. Takes the settings that say so out of ``settings``."""
-        return (source,)
+    def _places(cls, options: LoadOptions, settings: dict[str, Any]) -> tuple[Any, ...]:
+        """The last arguments of ``_arguments``. Removes the options that it uses from ``settings``."""
+        return (options,)
 
     @classmethod
     def _arguments(cls, folder: Path, given: dict[str, Any], *places: Any) -> dict[str, Any]:
-        """What the pipeline is made of: parts and numbers ``given``, the rest read from ``folder``."""
+        """The arguments of ``__init__``: parts and numbers in ``given``, and the rest from ``folder``."""
         raise NotImplementedError
 
     def _loaded_from(self, folder: Path) -> None:
-        """Keeps what else the folder says."""
+        """Called after loading, to keep other information from the folder."""
 
     def _write(self, folder: Path) -> None:
-        """Writes the pipeline over an earlier one in ``folder``."""
+        """Writes the pipeline into ``folder``, replacing an earlier one."""
         raise NotImplementedError
 
     @property
     def config(self) -> Config:
-        """The pipeline's numbers, as they stand in ``model_index.json``."""
+        """The pipeline's numbers, as in ``model_index.json``."""
         return self._config
 
     def _pipes(self) -> "tuple[DiffusionPipeline, ...]":
-        """The pipelines that do the work: this one, where it is not made of others."""
+        """The pipelines that this one consists of: itself, or its two parts."""
         return (self,)
 
     @property
     def components(self) -> dict[str, Any]:
-        """All components by name: another pipeline can be built from them, sharing their memory."""
+        """All components by name. Another pipeline can be built from them and share their memory."""
         return {name: getattr(self, name) for name in self._component_names}
 
     def _networks(self) -> dict[str, nn.Module]:
@@ -156,23 +162,23 @@ class DiffusionPipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where the pipeline's network is."""
+        """The device of the pipeline's network."""
         return device_of(getattr(self, self._network_name))
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the pipeline's network computes in."""
+        """The dtype of the pipeline's network."""
         return dtype_of(getattr(self, self._network_name))
 
     @property
     def _execution_device(self) -> torch.device:
-        """Where the pipeline computes, which with offloading is not where its networks wait."""
+        """The device that the pipeline computes on. With offloading, its networks are elsewhere."""
         residence = self._pipes()[-1]._residence
         return self.device if residence is None else residence.device
 
     @property
     def guidance_scale(self) -> float:
-        """The guidance scale of the call that runs, or ran last. A callback changes ``_guidance_scale``."""
+        """The guidance scale of the current or last call. Callbacks may change ``_guidance_scale``."""
         return self._guidance_scale
 
     @property
@@ -181,7 +187,7 @@ class DiffusionPipeline:
 
     @property
     def num_timesteps(self) -> int:
-        """Steps of the call that runs, or ran last."""
+        """Number of steps of the current or last call."""
         return self._num_timesteps
 
     def to(
@@ -193,9 +199,9 @@ class DiffusionPipeline:
         torch_dtype: torch.dtype | None = None,
         silence_dtype_warnings: bool = False,
     ) -> AnyPipeline:
-        """Moves or converts all networks: ``to("cuda")``, ``to(torch.float16)``, or both in this order.
+        """Moves or converts all networks: ``to("cuda")``, ``to(torch.float16)``, or both.
 
-        A device ends offloading. Returns the pipeline.
+        Setting a device ends offloading. Returns the pipeline.
         """
         for value in args:
             if isinstance(value, torch.dtype):
@@ -214,13 +220,13 @@ class DiffusionPipeline:
         return self
 
     def reset_device_map(self) -> None:
-        """Undoes ``device_map``: all networks go back to the CPU."""
+        """Undoes ``device_map``: moves all networks to the CPU."""
         self.to("cpu")
         self.hf_device_map = None
 
     @contextmanager
     def _using(self, network: nn.Module | None) -> Iterator[torch.device]:
-        """While it lasts, ``network`` can run; gives the device that its inputs must be on."""
+        """A context in which ``network`` can run. Yields the device that its inputs must be on."""
         if network is None or self._residence is None:
             yield self.device if network is None else device_of(network)
             return
@@ -233,24 +239,25 @@ class DiffusionPipeline:
         function: Callable[..., Tensor] | None = None,
         prepare: Callable[..., Any] | None = None,
     ) -> Recorder:
-        """The network, or a ``function`` of it, recorded where it stays on a GPU."""
+        """The network, or a ``function`` of it, recorded if it stays on a GPU."""
         for old in self._recorders.keys() - set(self._networks().values()):
-            del self._recorders[old]  # another has taken its place
+            del self._recorders[old]  # the component was replaced
         return self._recorders.of(network, function, prepare, records=self._residence is None)
 
     def enable_model_cpu_offload(
         self, gpu_id: int | None = None, device: str | torch.device | None = None
     ) -> None:
-        """Keeps the networks on the CPU, from where each visits the device as long as it is needed.
+        """Keeps the networks on the CPU, and moves each to the device while it is needed.
 
-        The device is the one named, or the first accelerator that is there.
+        The device defaults to the first accelerator.
         """
         self._offload(OneAtATime, gpu_id, device)
 
     def enable_sequential_cpu_offload(
         self, gpu_id: int | None = None, device: str | torch.device | None = None
     ) -> None:
-        """As ``enable_model_cpu_offload``, a layer at a time: the least memory, and far slower."""
+        """Like ``enable_model_cpu_offload``, one layer at a time: needs the least memory, but is far
+        slower."""
         self._offload(Blockwise, gpu_id, device)
 
     def _offload(
@@ -265,30 +272,30 @@ class DiffusionPipeline:
             pipe._residence = kind(target)
 
     def maybe_free_model_hooks(self) -> None:
-        """Sends offloaded networks back to the CPU. Every call ends with it."""
+        """Moves offloaded networks back to the CPU. Called at the end of every call."""
         for pipe in self._pipes():
             if pipe._residence is not None:
                 pipe._residence.release()
 
     def progress_bar(self, iterable: Any = None, total: int | None = None) -> tqdm:
-        """A bar over ``iterable``, or one of ``total`` steps that is moved by hand."""
+        """A progress bar over ``iterable``, or with ``total`` steps for manual updates."""
         if (iterable is None) == (total is None):
-            raise UserError("a progress bar needs either `iterable` or `total`; give one of them")
+            raise UserError("A progress bar needs either `iterable` or `total`. Pass one of them.")
         return tqdm(iterable, total=total, **self._progress_bar_config)
 
     def set_progress_bar_config(self, **kwargs: Any) -> None:
-        """Settings of the bars to come, as tqdm takes them: ``disable=True`` hides them."""
+        """Sets tqdm's options for later progress bars: ``disable=True`` hides them."""
         self._progress_bar_config = kwargs
 
     def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
-        """Changes nothing, and says so: attention never holds the whole table of scores here."""
+        """Changes nothing, and warns: attention never stores the whole matrix of scores here."""
         _already_efficient("enable_xformers_memory_efficient_attention")
 
     def disable_xformers_memory_efficient_attention(self) -> None:
         """Changes nothing."""
 
     def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
-        """Changes nothing, and says so: attention never holds the whole table of scores here."""
+        """Changes nothing, and warns: attention never stores the whole matrix of scores here."""
         _already_efficient("enable_attention_slicing")
 
     def disable_attention_slicing(self) -> None:
@@ -301,35 +308,35 @@ class DiffusionPipeline:
 
 
 PIPELINES: dict[str, type[DiffusionPipeline]] = {}
-"""The pipelines that folders may hold, by the name in ``model_index.json``."""
+"""The pipelines by their class names in ``model_index.json``."""
 
 
 def published(kind: type[AnyPipeline]) -> type[AnyPipeline]:
-    """Decorates a pipeline that folders may hold."""
+    """Decorator that registers a pipeline in ``PIPELINES``."""
     PIPELINES[kind.__name__] = kind
     return kind
 
 
 def load(kind: Any, name_or_path: str | Path, settings: dict[str, Any]) -> Any:
-    """``kind.from_pretrained``; the base of all pipelines stands for the one that the folder holds."""
+    """``kind.from_pretrained``. For the base class, the folder decides which pipeline it is."""
     settings = dict(settings)
     device = checked_device_map(settings.pop("device_map", None), settings.pop("max_memory", None))
     connected = settings.pop("load_connected_pipeline", False)
     if "use_auth_token" in settings:  # the name of old scripts
         settings.setdefault("token", settings.pop("use_auth_token"))
     drop_options(settings)
-    source = Source(settings)
-    folder = source.folder(name_or_path)
+    options = LoadOptions(settings)
+    folder = options.folder(name_or_path)
     if kind is DiffusionPipeline:
         name = pipeline_class(folder)
         kind = PIPELINES[COMBINED_PIPELINE if connected and name == DECODER_PIPELINE else name]
-    places = kind._places(source, settings)
+    places = kind._places(options, settings)
     known = list(inspect.signature(kind).parameters)
     for name in settings:
         if name not in known:
             raise TypeError(
-                f"{kind.__name__}.from_pretrained() got an unexpected keyword argument {name!r}; its parts "
-                f"are {', '.join(known)}"
+                f"{kind.__name__}.from_pretrained() got an unexpected keyword argument {name!r}. Its parts "
+                f"are {', '.join(known)}."
             )
     pipe = kind(**kind._arguments(folder, settings, *places))
     pipe._loaded_from(folder)
@@ -343,13 +350,13 @@ def _offload_device(gpu_id: int | None, device: str | torch.device | None) -> to
     if device is not None:
         target = checked_device(device)
         if gpu_id is not None and target.index not in (None, gpu_id):
-            raise UserError(f"device {device} is not number gpu_id={gpu_id}; give only one of them")
+            raise UserError(f"device={device} does not match gpu_id={gpu_id}. Pass only one of them.")
     elif torch.cuda.is_available():
         target = torch.device("cuda")
     elif torch.backends.mps.is_available():
         target = torch.device("mps")
     else:
-        raise UserError("there is no accelerator to offload from; leave offloading out, or name a device")
+        raise UserError("There is no accelerator to offload from. Do not call this method, or pass a device.")
     return target if gpu_id is None else checked_device(f"{target.type}:{gpu_id}")
 
 
@@ -362,28 +369,28 @@ def dtype_of(network: nn.Module) -> torch.dtype:
 
 
 def plain(network: Any) -> Any:
-    """The network under ``torch.compile``."""
+    """The original of a network that ``torch.compile`` may have wrapped."""
     return getattr(network, "_orig_mod", network)
 
 
 def check_network(name: str, network: Any, kind: type[nn.Module]) -> None:
-    """Raises ``TypeError`` for a network of another kind, such as diffusers' own. A compiled one is fine."""
+    """Raises ``TypeError`` for a network of another class, such as diffusers'. It may be compiled."""
     if not isinstance(plain(network), kind):
         raise TypeError(
-            f"{name} must be a {kind.__module__}.{kind.__name__}, but got {type(network)}; "
-            "from_pretrained reads diffusers' weights into one"
+            f"{name} must be a {kind.__module__}.{kind.__name__}, got {type(network)}. "
+            "from_pretrained loads diffusers' weights into one."
         )
 
 
 def check_positive(**numbers: Any) -> None:
-    """Raises ``UserError`` for a number of the pipeline that is not above 0."""
+    """Raises ``UserError`` for numbers that are not above 0."""
     for name, value in numbers.items():
         if not value > 0:
-            raise UserError(f"{name} is {value}. It must be above 0. Give the number that the model has.")
+            raise UserError(f"{name} must be above 0, got {value}. Use the number from the model.")
 
 
 def check_text_width(pipe: "DiffusionPipeline", width: int | None, part: str) -> None:
-    """Raises ``UserError`` if the text encoder's states are not ``width`` wide, as ``part`` reads them."""
+    """Raises ``UserError`` if the text encoder's states do not have the ``width`` that ``part`` reads."""
     config = getattr(plain(getattr(pipe, "text_encoder", None)), "config", None)
     found = getattr(config, "hidden_size", width)
     if found != width:
@@ -395,9 +402,9 @@ def check_text_width(pipe: "DiffusionPipeline", width: int | None, part: str) ->
 
 def _once(name: str, earlier: Any, value: Any) -> Any:
     if earlier is not None:
-        raise UserError(f"{name} was given twice, as {earlier} and {value}; give it once")
+        raise UserError(f"{name} was given twice: {earlier} and {value}. Pass it once.")
     return value
 
 
 def _already_efficient(what: str) -> None:
-    warnings.warn(f"{what} changes nothing: attention is memory-efficient already", UserNotice, stacklevel=3)
+    warnings.warn(f"{what} changes nothing: attention is always memory-efficient.", UserNotice, stacklevel=3)

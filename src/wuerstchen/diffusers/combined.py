@@ -1,4 +1,4 @@
-"""Both pipelines as one, behind diffusers' name: from a prompt to a picture."""
+"""The prior's and the decoder's pipeline as one, with diffusers' name: from prompts to images."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +26,7 @@ from wuerstchen.diffusers.decoder import (
     decoder_arguments,
     decoder_folder_of,
 )
+from wuerstchen.diffusers.loading import LoadOptions, write_over
 from wuerstchen.diffusers.lora import LoraMethods
 from wuerstchen.diffusers.outputs import Config, ImagePipelineOutput
 from wuerstchen.diffusers.prior import (
@@ -36,30 +37,29 @@ from wuerstchen.diffusers.prior import (
 )
 from wuerstchen.diffusers.prompts import check_prompt
 from wuerstchen.diffusers.sampling import check_callbacks, check_count, check_scale, check_steps
-from wuerstchen.diffusers.source import Source, write_over
 from wuerstchen.errors import CheckpointError, UserError
 
 MULTIPLE = 8
-"""Sides of pictures are multiples of this."""
+"""Sides of images must be multiples of this."""
 
 
 def _part_of(pipe: str, name: str) -> Any:
-    """A component that lives in one of the two pipelines: exchanged here, it is exchanged there."""
+    """A property for a component of one of the two pipelines. Setting it here sets it there."""
 
     def get(self: Any) -> Any:
         return getattr(getattr(self, pipe), name)
 
-    def exchange(self: Any, value: Any) -> None:
+    def assign(self: Any, value: Any) -> None:
         setattr(getattr(self, pipe), name, value)
 
-    return property(get, exchange)
+    return property(get, assign)
 
 
 @published
 class WuerstchenCombinedPipeline(LoraMethods, DiffusionPipeline):
-    """From prompts to pictures: ``prior_pipe``, then ``decoder_pipe``, which can be used alone too.
+    """From prompts to images: ``prior_pipe``, then ``decoder_pipe``. Both can be used alone too.
 
-    The numbers are those of ``WuerstchenDecoderPipeline`` and, with ``prior_`` before their names, those of
+    The numbers are those of ``WuerstchenDecoderPipeline`` and, with the prefix ``prior_``, those of
     ``WuerstchenPriorPipeline``.
     """
 
@@ -123,14 +123,19 @@ class WuerstchenCombinedPipeline(LoraMethods, DiffusionPipeline):
         super().__init__()
 
     @classmethod
-    def _places(cls, source: Source, settings: dict[str, Any]) -> tuple[Any, ...]:
-        return source, Source(settings, "prior_", like=source), settings.pop("prior", None)
+    def _places(cls, options: LoadOptions, settings: dict[str, Any]) -> tuple[Any, ...]:
+        return options, LoadOptions(settings, "prior_", like=options), settings.pop("prior", None)
 
     @classmethod
     def _arguments(
-        cls, folder: Path, given: dict[str, Any], source: Source, prior_source: Source, prior_place: Any
+        cls,
+        folder: Path,
+        given: dict[str, Any],
+        options: LoadOptions,
+        prior_options: LoadOptions,
+        prior_place: Any,
     ) -> dict[str, Any]:
-        return combined_arguments(folder, source, prior_source, given, prior_place)
+        return combined_arguments(folder, options, prior_options, given, prior_place)
 
     def _loaded_from(self, folder: Path) -> None:
         self.decoder_pipe._loaded_from(folder)
@@ -141,7 +146,7 @@ class WuerstchenCombinedPipeline(LoraMethods, DiffusionPipeline):
 
     @property
     def config(self) -> Config:
-        """The numbers of both pipelines, the prior's with ``prior_`` before their names."""
+        """The numbers of both pipelines, the prior's with the prefix ``prior_``."""
         prior = {f"prior_{name}": value for name, value in self.prior_pipe.config.items()}
         return Config({**self.decoder_pipe.config, **prior})
 
@@ -152,27 +157,27 @@ class WuerstchenCombinedPipeline(LoraMethods, DiffusionPipeline):
         return self.prior_pipe._lora_networks()
 
     def set_progress_bar_config(self, **kwargs: Any) -> None:
-        """Settings of both pipelines' bars to come, as tqdm takes them: ``disable=True`` hides them."""
+        """Sets tqdm's options for later progress bars of both pipelines: ``disable=True`` hides them."""
         for pipe in self._pipes():
             pipe.set_progress_bar_config(**kwargs)
         super().set_progress_bar_config(**kwargs)
 
     @property
     def guidance_scale(self) -> float:
-        """The decoder's guidance scale; ``prior_pipe`` has the prior's."""
+        """The decoder's guidance scale. ``prior_pipe`` has the prior's."""
         return self.decoder_pipe.guidance_scale
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """Whether the decoder is guided."""
+        """Whether the decoder uses guidance."""
         return self.decoder_pipe.do_classifier_free_guidance
 
     @property
     def num_timesteps(self) -> int:
-        """The decoder's steps; ``prior_pipe`` has the prior's."""
+        """Number of the decoder's steps. ``prior_pipe`` has the prior's."""
         return self.decoder_pipe.num_timesteps
 
-    @no_type_check  # what is wrong is refused below, in words that say what to do
+    @no_type_check  # wrong types are refused below, with better messages
     @torch.no_grad()
     def __call__(
         self,
@@ -202,13 +207,13 @@ class WuerstchenCombinedPipeline(LoraMethods, DiffusionPipeline):
         callback: Callable[..., Any] | None = None,
         callback_steps: int | None = None,
     ) -> ImagePipelineOutput | tuple[Images]:
-        """Draws ``num_images_per_prompt`` pictures of each prompt, all of the first prompt first.
+        """Generates ``num_images_per_prompt`` images for each prompt, first all of the first prompt.
 
-        ``height`` and ``width`` are multiples of 8: what the networks draw beyond them is cropped, but for
-        ``output_type`` "latent". ``prior_...`` arguments, ``latents`` and the embeddings are the prior
-        pipeline's, ``decoder_...``, ``callback...`` and ``num_inference_steps`` the decoder's; of both, those
-        pipelines tell. With ``prompt_embeds`` the decoder reads ``prompt``, or the empty prompt if there is
-        none. One ``generator`` draws for both, first for the prior.
+        ``height`` and ``width`` must be multiples of 8. The networks' larger outputs are cropped, except with
+        ``output_type`` "latent". ``prior_...`` arguments, ``latents`` and the embeddings are passed to the
+        prior's pipeline, ``decoder_...``, ``callback...`` and ``num_inference_steps`` to the decoder's. See
+        there. With ``prompt_embeds`` the decoder still reads ``prompt``, or the empty prompt if there is
+        none. Both use the same ``generator``, the prior first.
         """
         num_images_per_prompt = check_count("num_images_per_prompt", num_images_per_prompt)
         prompts = _checked_prompts(prompt, prompt_embeds)
@@ -276,31 +281,32 @@ class WuerstchenCombinedPipeline(LoraMethods, DiffusionPipeline):
     def _check_parts(self, output_type: str | None) -> None:
         """Raises ``UserError`` if the components cannot work together."""
         self.decoder_pipe.check_parts(output_type)
-        channels, wanted = plain(self.prior_prior).config.c_in, self.decoder_pipe.map_channels()
-        if wanted not in (None, channels):
+        channels, expected = plain(self.prior_prior).config.c_in, self.decoder_pipe.embedding_channels()
+        if expected not in (None, channels):
             raise UserError(
-                f"The prior gives image_embeddings of {channels} channels. The decoder reads {wanted}. "
+                f"The prior gives image_embeddings of {channels} channels. The decoder reads {expected}. "
                 "Load both from the same model."
             )
 
     def _checked_size(self, height: Any, width: Any) -> tuple[int, int]:
-        """The size in pixels. Raises ``TypeError`` or ``UserError`` for one that cannot be drawn."""
+        """The size in pixels. Raises ``TypeError`` or ``UserError`` for an unsupported one."""
         for name, side in (("height", height), ("width", width)):
             pixels = check_side(name, side)
             if pixels % MULTIPLE:
-                raise UserError(f"{name}={side} must be a multiple of {MULTIPLE}; round it")
+                raise UserError(f"{name} must be a multiple of {MULTIPLE}, got {side}. Round it.")
             grid = self.prior_pipe.grid_side(pixels)
-            drawn = self.decoder_pipe.vqgan.config.factor * self.decoder_pipe.latent_side(grid)
-            if drawn < pixels:
+            decoded = self.decoder_pipe.vqgan.config.factor * self.decoder_pipe.latent_side(grid)
+            if decoded < pixels:
                 raise UserError(
-                    f"{name}={side} cannot be drawn, because this model's resolution_multiple and "
-                    f"latent_dim_scale give {drawn} pixels for it; correct them"
+                    f"{name}={side} is too large: with this model's resolution_multiple and "
+                    "latent_dim_scale, "
+                    f"the decoder gives {decoded} pixels. Correct these numbers."
                 )
         return int(height), int(width)
 
 
 class AutoPipelineForText2Image:
-    """Gives the pipeline that draws pictures from text: the combined one."""
+    """Returns the pipeline for text to image, which is the combined one."""
 
     @classmethod
     def from_pretrained(
@@ -311,9 +317,10 @@ class AutoPipelineForText2Image:
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **parts: Any) -> WuerstchenCombinedPipeline:
-        """A pipeline of the components of another, a combined one or a decoder's, and of ``parts``."""
+        """A pipeline that shares the components of a combined or a decoder's pipeline, except for
+        ``parts``."""
         if isinstance(pipeline, WuerstchenPriorPipeline):
-            raise UserError("a prior alone draws no pictures; give the decoder's pipeline")
+            raise UserError("A prior alone cannot generate images. Pass the decoder's pipeline.")
         return WuerstchenCombinedPipeline.from_pipe(pipeline, **parts)
 
 
@@ -321,20 +328,22 @@ def _checked_prompts(prompt: Any, prompt_embeds: Any) -> list[str] | None:
     """The prompts as a list. Raises ``UserError`` if there are not as many ``prompt_embeds``."""
     prompts = check_prompt("prompt", prompt)
     if prompts is not None and prompt_embeds is not None and len(prompt_embeds) % len(prompts):
-        raise UserError(f"{len(prompts)} prompts do not fit {len(prompt_embeds)} prompt_embeds; give as many")
+        raise UserError(
+            f"There must be as many prompt_embeds as prompts, got {len(prompt_embeds)} and {len(prompts)}."
+        )
     return prompts
 
 
 def combined_arguments(
     folder: Path,
-    source: Source,
-    prior_source: Source,
+    options: LoadOptions,
+    prior_options: LoadOptions,
     given: Mapping[str, Any],
     prior_place: Any = None,
 ) -> dict[str, Any]:
-    """What the combined pipeline is made of, out of its own folder or the decoder's and the prior's.
+    """The components and numbers of the combined pipeline, from its folder or the decoder's and the prior's.
 
-    ``prior_place`` is a folder or a name on the hub to take Stage C from: a pipeline, or its network alone.
+    ``prior_place`` is a folder or a name on the hub to load Stage C from: a pipeline or a single network.
     """
     prior_given = {
         name.removeprefix("prior_"): part for name, part in given.items() if name.startswith("prior_")
@@ -342,25 +351,27 @@ def combined_arguments(
     decoder_given = {name: part for name, part in given.items() if not name.startswith("prior_")}
     kind = pipeline_class(folder)
     if kind == PRIOR_PIPELINE:
-        raise CheckpointError(f"{folder} holds a {kind} alone; give the folder of the decoder that names it")
+        raise CheckpointError(
+            f"{folder} holds only a {kind}. Pass the decoder's folder, which names its prior."
+        )
     place = None
     if prior_place is not None:
         if not isinstance(prior_place, str | Path):
             raise UserError(
-                f"prior is a {type(prior_place).__name__}. It must be a folder or a name on the hub. Give a "
-                "network of your own as prior_prior."
+                f"prior must be a folder or a name on the hub, got a {type(prior_place).__name__}. Pass a "
+                "network as prior_prior."
             )
-        place = prior_source.folder(prior_place)
+        place = prior_options.folder(prior_place)
         if not (place / "model_index.json").is_file():
-            network = read_prior_network(place, dtype=prior_source.dtype, variant=prior_source.variant)
+            network = read_prior_network(place, dtype=prior_options.dtype, variant=prior_options.variant)
             prior_given, place = {"prior": network, **prior_given}, None
-    arguments = decoder_arguments(folder, source, decoder_given)
+    arguments = decoder_arguments(folder, options, decoder_given)
     if all(name in prior_given for name in PRIOR_PARTS):
         prior = prior_given
     elif place is not None:
-        prior = prior_arguments(place, prior_source, prior_given)
+        prior = prior_arguments(place, prior_options, prior_given)
     elif kind == COMBINED_PIPELINE:
-        prior = prior_arguments(folder, prior_source, prior_given)
+        prior = prior_arguments(folder, prior_options, prior_given)
     else:
-        prior = prior_arguments(prior_source.folder(linked_prior(folder)), prior_source, prior_given)
+        prior = prior_arguments(prior_options.folder(linked_prior(folder)), prior_options, prior_given)
     return {**arguments, **{f"prior_{name}": value for name, value in prior.items()}}

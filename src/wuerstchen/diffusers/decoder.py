@@ -1,4 +1,4 @@
-"""Stages B and A behind diffusers' names: from a semantic map to a picture."""
+"""Stages B and A with diffusers' names: from semantic latents to images."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +29,7 @@ from wuerstchen.diffusers.base import (
     plain,
     published,
 )
+from wuerstchen.diffusers.loading import LoadOptions, write_over
 from wuerstchen.diffusers.outputs import ImagePipelineOutput
 from wuerstchen.diffusers.prompts import check_negative, check_prompt, encode
 from wuerstchen.diffusers.sampling import (
@@ -41,7 +42,6 @@ from wuerstchen.diffusers.sampling import (
     text_rows,
 )
 from wuerstchen.diffusers.scheduler import DDPMWuerstchenScheduler, schedule_of
-from wuerstchen.diffusers.source import Source, write_over
 from wuerstchen.errors import CheckpointError, UserError
 from wuerstchen.images import to_images
 from wuerstchen.models.decoder import Decoder
@@ -55,9 +55,9 @@ Images = list[Image.Image] | np.ndarray | Tensor
 
 @published
 class WuerstchenDecoderPipeline(DiffusionPipeline):
-    """From semantic maps and prompts to pictures.
+    """From semantic latents (``image_embeddings``) and prompts to images.
 
-    ``latent_dim_scale`` is how many Stage A latents a side has for a position of the map.
+    ``latent_dim_scale`` is the number of Stage A latents per semantic latent and side.
     """
 
     model_cpu_offload_seq = "text_encoder->decoder->vqgan"
@@ -81,7 +81,7 @@ class WuerstchenDecoderPipeline(DiffusionPipeline):
     ) -> None:
         super().__init__(latent_dim_scale=latent_dim_scale)
         check_positive(latent_dim_scale=latent_dim_scale)
-        self._prior_name: str | None = None  # on the hub, if the decoder came with one
+        self._prior_name: str | None = None  # on the hub, if the decoder's folder names one
         check_network("decoder", decoder, Decoder)
         check_network("vqgan", vqgan, VQGAN)
         self.tokenizer = tokenizer
@@ -91,8 +91,8 @@ class WuerstchenDecoderPipeline(DiffusionPipeline):
         self.vqgan = vqgan
 
     @classmethod
-    def _arguments(cls, folder: Path, given: dict[str, Any], source: Source) -> dict[str, Any]:
-        return decoder_arguments(folder, source, given)
+    def _arguments(cls, folder: Path, given: dict[str, Any], options: LoadOptions) -> dict[str, Any]:
+        return decoder_arguments(folder, options, given)
 
     def _loaded_from(self, folder: Path) -> None:
         self._prior_name = prior_name(folder)
@@ -112,7 +112,7 @@ class WuerstchenDecoderPipeline(DiffusionPipeline):
         do_classifier_free_guidance: bool = False,
         negative_prompt: str | list[str] | None = None,
     ) -> tuple[Float[Tensor, "bn t c"], Float[Tensor, "bn t c"] | None]:
-        """Text states of prompts and, with guidance, of negative prompts, each repeated for its images."""
+        """Text states of prompts and, with guidance, of negative prompts, repeated for each image."""
         prompts = check_prompt("prompt", prompt) or [""]
         negative = None
         with self._using(self.text_encoder) as home:
@@ -126,7 +126,7 @@ class WuerstchenDecoderPipeline(DiffusionPipeline):
 
         return repeated(states), None if negative is None else repeated(negative)
 
-    @no_type_check  # what is wrong is refused below, in words that say what to do
+    @no_type_check  # wrong types are refused below, with better messages
     @torch.no_grad()
     def __call__(
         self,
@@ -146,13 +146,13 @@ class WuerstchenDecoderPipeline(DiffusionPipeline):
         callback: Callable[..., Any] | None = None,
         callback_steps: int | None = None,
     ) -> ImagePipelineOutput | tuple[Images]:
-        """Draws ``num_images_per_prompt`` pictures of each semantic map, (maps, 16, h, w).
+        """Generates ``num_images_per_prompt`` images for each of ``image_embeddings``, (n, 16, h, w).
 
-        Each prompt serves an equal number of maps that follow one another: give one prompt, or one for each
-        map, or one for each group. A picture has 4·int(h·latent_dim_scale) pixels a side; ``output_type``
-        "latent" gives Stage A's latents, whose sides are rounded up to what the network can halve;
-        ``vqgan.decode(latents)`` gives their pixels, the scale factor is its own. Of the other arguments,
-        the prior pipeline tells.
+        Each prompt applies to an equal number of consecutive ``image_embeddings``: pass one prompt, one for
+        each, or one for each group. Images have 4·int(h·latent_dim_scale) pixels per side. ``output_type``
+        "latent" returns Stage A's latents, with sides rounded up to a multiple that the network needs.
+        ``vqgan.decode(latents)`` decodes them, including the scale factor. For the other arguments, see the
+        prior's pipeline.
         """
         callbacks = Callbacks.checked(
             callback_on_step_end,
@@ -165,23 +165,23 @@ class WuerstchenDecoderPipeline(DiffusionPipeline):
         guides = self.do_classifier_free_guidance
         prompts = check_prompt("prompt", prompt)
         if prompts is None:
-            raise TypeError("'prompt' must be of type 'list' or 'str', but is missing; use '' for none")
+            raise TypeError("'prompt' must be of type 'list' or 'str', got None. Use '' for no prompt.")
         if guides:
             check_negative(negative_prompt, len(prompts))
         arguments = LoopArguments.checked(num_inference_steps, timesteps, latents, generator, callbacks)
         num_images_per_prompt = check_count("num_images_per_prompt", num_images_per_prompt)
         check_output_type(output_type)
         self.check_parts(output_type)
-        maps = self._checked_maps(image_embeddings, len(prompts))
+        embeddings = self._checked_embeddings(image_embeddings, len(prompts))
 
-        count = len(maps) * num_images_per_prompt
+        count = len(embeddings) * num_images_per_prompt
         negative = negative_prompt if guides else None
         states = self.encode_prompt(prompts, None, count // len(prompts), guides, negative)
-        size = [self.latent_side(side) for side in maps.shape[2:]]
+        size = [self.latent_side(side) for side in embeddings.shape[2:]]
         multiple = self.decoder.config.size_multiple
         canvas = [-(-side // multiple) * multiple for side in size]
         shape = (count, self.decoder.config.c_in, *canvas)
-        images = sample_latents(self, self.decoder, shape, states, arguments, image_embeddings=maps)
+        images = sample_latents(self, self.decoder, shape, states, arguments, image_embeddings=embeddings)
         if output_type != "latent":
             factor = self.vqgan.config.factor
             pixels = centre_crop(self._pixels(images), factor * size[0], factor * size[1])
@@ -190,16 +190,16 @@ class WuerstchenDecoderPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images) if return_dict else (images,)
 
     def latent_side(self, positions: int) -> int:
-        """How many of Stage A's latents a side has for ``positions`` of the map."""
+        """Stage A's latents along a side of ``positions`` semantic latents."""
         return max(int(positions * self.config.latent_dim_scale), 1)
 
     def check_parts(self, output_type: str | None) -> None:
-        """Raises ``UserError`` if the components cannot work together, before anything is drawn."""
+        """Raises ``UserError`` if the components do not fit together."""
         config, vqgan = plain(self.decoder).config, plain(self.vqgan).config
         check_text_width(self, config.clip_embd, "decoder")
         if output_type != "latent" and config.c_in != vqgan.latent_channels:
             raise UserError(
-                f"The decoder draws latents of {config.c_in} channels. The vqgan reads latents of "
+                f"The decoder samples latents of {config.c_in} channels. The vqgan reads latents of "
                 f"{vqgan.latent_channels}. Load both from the same model."
             )
         if output_type == "pil" and vqgan.out_channels not in (1, 3, 4):
@@ -208,50 +208,60 @@ class WuerstchenDecoderPipeline(DiffusionPipeline):
                 "Use output_type='pt' or 'np'."
             )
 
-    def map_channels(self) -> int | None:
-        """How many channels ``image_embeddings`` have; None for a decoder that does not look at them."""
+    def embedding_channels(self) -> int | None:
+        """Channels of ``image_embeddings``. None for a decoder that does not read them."""
         config = plain(self.decoder).config
         return config.effnet_embd if any(config.conditioned) else None
 
-    def _checked_maps(self, given: Any, prompts: int) -> Float[Tensor, "b c h w"]:
-        """The semantic maps as one tensor. Raises ``TypeError`` or ``UserError``."""
+    def _checked_embeddings(self, given: Any, prompts: int) -> Float[Tensor, "b c h w"]:
+        """``image_embeddings`` as one tensor. Raises ``TypeError`` or ``UserError``."""
         parts = given if isinstance(given, list | tuple) else [given]
         for part in parts:
             if not isinstance(part, Tensor | np.ndarray):
                 raise TypeError(
-                    f"'image_embeddings' must be of type 'torch.Tensor' or 'np.array', but got {type(part)}"
+                    f"'image_embeddings' must be of type 'torch.Tensor' or 'np.array', got {type(part)}."
                 )
-        maps = [part if isinstance(part, Tensor) else torch.as_tensor(part, device="cpu") for part in parts]
-        wanted = self.map_channels()
-        if not maps or any(
-            one.ndim != 4 or wanted not in (None, one.shape[1]) or 0 in one.shape for one in maps
+        embeddings = [
+            part if isinstance(part, Tensor) else torch.as_tensor(part, device="cpu") for part in parts
+        ]
+        expected = self.embedding_channels()
+        if not embeddings or any(
+            one.ndim != 4 or expected not in (None, one.shape[1]) or 0 in one.shape for one in embeddings
         ):
             raise UserError(
-                f"image_embeddings have shapes {[tuple(one.shape) for one in maps]}, but must be "
-                f"(batch, {wanted or 'channels'}, h, w); the prior pipeline gives such"
+                f"image_embeddings must have the shape (batch, {expected or 'channels'}, h, w), got "
+                f"{[tuple(one.shape) for one in embeddings]}. The prior's pipeline returns such tensors."
             )
-        if len({one.shape[1:] for one in maps}) > 1:
-            raise UserError("image_embeddings differ in size, so they are no batch; call once for each")
-        joined = torch.cat([one.to(maps[0]) for one in maps])
+        if len({one.shape[1:] for one in embeddings}) > 1:
+            raise UserError(
+                "image_embeddings differ in size. A batch must have one size. Call the pipeline "
+                "once per size."
+            )
+        joined = torch.cat([one.to(embeddings[0]) for one in embeddings])
         if len(joined) % prompts:
             raise UserError(
-                f"{prompts} prompts do not fit {len(joined)} image_embeddings; "
-                "give one prompt, or one for each"
+                f"The number of prompts must divide that of image_embeddings, got {prompts} and "
+                f"{len(joined)}. "
+                "Pass one prompt, or one for each."
             )
         return joined
 
     def _steering(self, state: State, guides: bool) -> tuple[Any, ...]:
         """The arguments of the network's context."""
-        latents, maps = state["latents"], state["image_embeddings"]
+        latents, embeddings = state["latents"], state["image_embeddings"]
         assert latents is not None
-        assert maps is not None
-        if len(latents) % len(maps):
-            raise UserError(f"a callback left {len(maps)} image_embeddings for {len(latents)} latents")
-        maps = maps.repeat_interleave(len(latents) // len(maps), dim=0)
+        assert embeddings is not None
+        if len(latents) % len(embeddings):
+            raise UserError(
+                f"A callback changed the number of image_embeddings to {len(embeddings)}, which "
+                "does not divide "
+                f"the {len(latents)} latents."
+            )
+        embeddings = embeddings.repeat_interleave(len(latents) // len(embeddings), dim=0)
         if guides:
-            maps = torch.cat([maps, torch.zeros_like(maps)])
+            embeddings = torch.cat([embeddings, torch.zeros_like(embeddings)])
         text = text_rows(state["text_encoder_hidden_states"], len(latents), guides)
-        return maps, (latents.shape[2], latents.shape[3]), text
+        return embeddings, (latents.shape[2], latents.shape[3]), text
 
     def _pixels(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c_out height width"]:
         with self._using(self.vqgan) as device:
@@ -268,13 +278,13 @@ def check_output_type(output_type: Any) -> None:
 
 
 def centre_crop(pixels: Float[Tensor, "b c _ _"], height: int, width: int) -> Float[Tensor, "b c _ _"]:
-    """The middle of pictures, from an even row and column on."""
+    """The centre of images, starting at an even row and column."""
     top, left = ((have - want) // 4 * 2 for have, want in zip(pixels.shape[2:], (height, width), strict=True))
     return pixels[:, :, top : top + height, left : left + width]
 
 
 def as_output(pixels: Float[Tensor, "b c height width"], output_type: str) -> Images:
-    """Pictures in [0, 1] in the form asked for: a tensor, an array (b, height, width, c), or PIL images."""
+    """Images in [0, 1] as a tensor, an array (b, height, width, c), or PIL images."""
     if output_type == "pt":
         return pixels
     if output_type == "np":
@@ -282,13 +292,14 @@ def as_output(pixels: Float[Tensor, "b c height width"], output_type: str) -> Im
     return to_images(pixels)
 
 
-def decoder_arguments(folder: Path, source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What the decoder pipeline is made of: parts and numbers ``given``, the rest read."""
+def decoder_arguments(folder: Path, options: LoadOptions, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The components and numbers of the decoder's pipeline: those in ``given``, and the rest from
+    ``folder``."""
     read = read_decoder_folder(
         folder,
-        dtype=source.dtype,
+        dtype=options.dtype,
         given=[name for name in DECODER_PARTS if name in given],
-        variant=source.variant,
+        variant=options.variant,
     )
     parts = {
         "tokenizer": read.tokenizer,
@@ -301,7 +312,7 @@ def decoder_arguments(folder: Path, source: Source, given: Mapping[str, Any]) ->
 
 
 def prior_name(folder: Path) -> str | None:
-    """The prior on the hub that a decoder's folder names, if it does: it goes with the decoder when saved."""
+    """The prior on the hub that a decoder's folder names, if any. It is saved with the decoder."""
     if pipeline_class(folder) == COMBINED_PIPELINE or not (folder / "README.md").is_file():
         return None
     try:
@@ -312,7 +323,7 @@ def prior_name(folder: Path) -> str | None:
 
 
 def decoder_folder_of(pipe: Any) -> DecoderFolder:
-    """The decoder pipeline as it is written."""
+    """The decoder's pipeline as a folder to write."""
     return DecoderFolder(
         decoder=plain(pipe.decoder),
         vqgan=plain(pipe.vqgan),

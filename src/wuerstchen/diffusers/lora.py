@@ -1,4 +1,4 @@
-"""Adapters (LoRA) of the prior pipeline, with diffusers' names."""
+"""Adapters (LoRA) of the prior's pipeline, with diffusers' names."""
 
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -23,7 +23,7 @@ _PREFIXES = ("unet", "prior")
 
 
 class LoraMethods:
-    """What the pipelines with a prior offer; adapters act on Stage C and its text encoder."""
+    """Methods of the pipelines with a prior. Adapters apply to Stage C and its text encoder."""
 
     def _lora_networks(self) -> dict[str, nn.Module]:
         raise NotImplementedError
@@ -45,28 +45,29 @@ class LoraMethods:
         prefix: str | None = None,
         **options: Any,
     ) -> None:
-        """Adds an adapter and lets it alone act: from a file, a folder, a name on the hub, or tensors.
+        """Loads an adapter from a file, a folder, a name on the hub, or tensors, and makes it the only active
+        one.
 
-        Without a name it is called ``default_0``, ``default_1`` and so on. See ``wuerstchen.lora.load_lora``.
-        ``hotswap`` puts it in the place of the loaded adapter ``adapter_name``; which adapters act, and how
-        strongly, stays. ``use_safetensors=True`` refuses other files. The ``prefix`` of keys is told by the
-        keys: "unet" and "prior" are known. ``options`` are others of diffusers that change nothing here, such
-        as ``low_cpu_mem_usage``; raises ``UserError`` for those that cannot be used.
+        The default names are ``default_0``, ``default_1`` and so on. See ``wuerstchen.lora.load_lora``.
+        ``hotswap`` replaces the loaded adapter ``adapter_name`` and keeps which adapters are active, and
+        their weights. ``use_safetensors=True`` refuses other files. The ``prefix`` of keys, "unet" or
+        "prior", is detected. ``options`` are diffusers' options without effect here, such as
+        ``low_cpu_mem_usage``. Raises ``UserError`` for unsupported ones.
         """
         drop_options(options)
         for name in options.keys() - {"return_lora_metadata"}:
             raise TypeError(f"load_lora_weights() got an unexpected keyword argument {name!r}")
         if prefix not in (None, *_PREFIXES):
             raise UserError(
-                f"prefix={str(prefix)[:80]!r} cannot be used. Keys begin with {', '.join(_PREFIXES)} or "
-                "nothing. Rename them, and leave prefix out."
+                f"prefix={str(prefix)[:80]!r} cannot be used. Keys must start with {', '.join(_PREFIXES)} or "
+                "no prefix. Rename them, and leave prefix out."
             )
         networks = self._lora_networks()
         loaded = {name for network in networks.values() for name in lora.lora_names(network)}
         if hotswap and adapter_name not in loaded:
             raise UserError(
-                f"hotswap=True cannot replace adapter {str(adapter_name)[:80]!r}. Adapters that are loaded: "
-                f"{', '.join(sorted(loaded)) or 'none'}. Give the adapter_name of one of them."
+                f"hotswap=True cannot replace adapter {str(adapter_name)[:80]!r}. Loaded adapters: "
+                f"{', '.join(sorted(loaded)) or 'none'}. Use the name of one of them as adapter_name."
             )
         source = pretrained_model_name_or_path_or_dict
         if isinstance(source, str | Path):
@@ -82,7 +83,7 @@ class LoraMethods:
             source = source / (subfolder or "")
             if use_safetensors and not _is_safetensors(source, weight_name):
                 raise UserError(
-                    f"{source} holds no safetensors. use_safetensors=True asks for them. Leave it out."
+                    f"{source} has no safetensors, but use_safetensors=True needs them. Leave it out."
                 )
         if adapter_name is None:
             adapter_name = _free_name(loaded)
@@ -103,7 +104,7 @@ class LoraMethods:
         )
 
     def _swap(self, source: Path | Mapping[str, Tensor], name: str, weight_name: str | None) -> None:
-        """Replaces the adapter ``name``. Nothing is changed if the new one cannot be loaded."""
+        """Replaces the adapter ``name``. Changes nothing if the new one cannot be loaded."""
         networks = self._lora_networks()
         before = {part: lora.chosen_loras(network) for part, network in networks.items()}
         trial = _free_name({name for network in networks.values() for name in lora.lora_names(network)})
@@ -111,14 +112,14 @@ class LoraMethods:
             self._load(source, trial, weight_name)
             self.delete_adapters([trial, name])
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", lora.AssumedScaleWarning)  # said by the trial
+                warnings.simplefilter("ignore", lora.AssumedScaleWarning)  # the trial has warned already
                 self._load(source, name, weight_name)
         finally:
             acted = {adapter: weight for chosen, _ in before.values() for adapter, weight in chosen.items()}
             on = all(on for _, on in before.values())
             for part, network in networks.items():
                 chosen, _ = before[part]
-                # The new one may adapt a network that the old one did not.
+                # The new adapter may apply to a network that the old one did not.
                 wanted = chosen | ({name: acted[name]} if name in acted and name not in chosen else {})
                 present = {a: weight for a, weight in wanted.items() if a in lora.lora_names(network)}
                 lora.set_lora(network, list(present), list(present.values()))
@@ -137,15 +138,17 @@ class LoraMethods:
         unet_lora_adapter_metadata: Mapping[str, Any] | None = None,
         text_encoder_lora_adapter_metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        """Writes an adapter's tensors, of the prior (called ``unet`` here) and of its text encoder.
+        """Writes an adapter's tensors for the prior (called ``unet`` here) and its text encoder.
 
-        The metadata are peft's ``LoraConfig.to_dict()``, which says how strong the adapter is.
+        The metadata are peft's ``LoraConfig.to_dict()``, which include the adapter's scale.
         """
         if not safe_serialization:
-            raise UserError("only safetensors are written; leave safe_serialization out")
+            raise UserError(
+                "safe_serialization=False cannot be used. Only safetensors are written. Leave it out."
+            )
         if save_function is not None:
             raise UserError(
-                "save_function cannot be used. Files are written by safetensors, whole or not at all. "
+                "save_function cannot be used. Files are always written by safetensors, atomically. "
                 "Leave it out."
             )
         if is_main_process:
@@ -159,23 +162,24 @@ class LoraMethods:
             )
 
     def set_lora_device(self, adapter_names: str | Sequence[str], device: torch.device | str | int) -> None:
-        """Moves adapters to a device: those that do not act may wait on the CPU."""
+        """Moves adapters to a device. Inactive ones can stay on the CPU."""
         names, target = _names(adapter_names), checked_device(device)
         self._check_names(names)
         for network in self._lora_networks().values():
             lora.move_lora(network, names, target)
 
     def _check_lora_devices(self) -> None:
-        """Raises ``UserError`` if an adapter that acts was moved away from its network."""
+        """Raises ``UserError`` if an active adapter is on another device than its network."""
         for network in self._lora_networks().values():
             if names := lora.misplaced_loras(network):
                 raise UserError(
-                    f"Adapter {names[0]!r} acts and is on another device than its network. Both must be on "
+                    f"Adapter {names[0]!r} is active, but on another device than its network. Both "
+                    "must be on "
                     f"the same. Call set_lora_device({names[0]!r}, {str(device_of(network))!r})."
                 )
 
     def enable_lora_hotswap(self, target_rank: int = 128, check_compiled: str = "error") -> None:
-        """Changes nothing: adapters of any rank can be exchanged without preparation."""
+        """Changes nothing: adapters of any rank can be swapped without preparation."""
 
     @property
     def fused_loras(self) -> set[str]:
@@ -187,7 +191,7 @@ class LoraMethods:
         return len(self.fused_loras)
 
     def unload_lora_weights(self) -> None:
-        """Takes all adapters out. What is fused stays in the weights."""
+        """Removes all adapters. Fused ones stay in the weights."""
         for network in self._lora_networks().values():
             lora.unload_lora(network)
 
@@ -198,7 +202,7 @@ class LoraMethods:
         safe_fusing: bool = False,
         adapter_names: Sequence[str] | None = None,
     ) -> None:
-        """Adds the adapters that act, or those named, to the weights: they then cost nothing."""
+        """Adds the active adapters, or ``adapter_names``, to the weights, so that they cost no time."""
         networks = self._chosen(components)
         wanted = None if adapter_names is None else _names(adapter_names)
         if wanted is not None:
@@ -208,13 +212,13 @@ class LoraMethods:
             present = lora.active_loras(network) if wanted is None else _present(network, wanted)
             plans.append((network, present))
         if not any(present for _, present in plans):
-            raise UserError("no adapter is active, so there is nothing to fuse; load or activate one")
+            raise UserError("There is nothing to fuse: no adapter is active. Load or activate one.")
         for network, present in plans:
             if present:
                 lora.fuse_lora(network, scale=lora_scale, names=present, safe=safe_fusing)
 
     def unfuse_lora(self, components: Sequence[str] | None = None) -> None:
-        """Subtracts what was fused. The weights are the old ones up to rounding."""
+        """Subtracts fused adapters. The weights equal the old ones up to rounding."""
         for network in self._chosen(components).values():
             lora.unfuse_lora(network)
 
@@ -223,30 +227,32 @@ class LoraMethods:
         adapter_names: str | Sequence[str],
         adapter_weights: Weight | Sequence[Weight] = None,
     ) -> None:
-        """Lets exactly these adapters act, each times its weight: one for all, or one for each.
+        """Makes exactly these adapters active, with one weight for all or one for each.
 
-        A weight may be a dict of weights for ``prior`` and ``text_encoder``; 1 where one is missing.
+        A weight may be a dict of weights for ``prior`` and ``text_encoder``. Missing ones are 1.
         """
         names = _names(adapter_names)
         if adapter_weights is None or isinstance(adapter_weights, int | float | Mapping):
             adapter_weights = [adapter_weights] * len(names)
         weights = [1.0 if weight is None else weight for weight in adapter_weights]
         if len(weights) != len(names):
-            raise UserError(f"{len(weights)} weights do not fit {len(names)} adapters; give one for each")
+            raise UserError(
+                f"There must be one weight per adapter, got {len(weights)} weights and {len(names)} adapters."
+            )
         self._check_names(names)
         known = self._lora_networks()
         for part in (part for weight in weights if isinstance(weight, Mapping) for part in weight):
             if part not in known:
-                raise UserError(f"no adapter acts on {part!r}; give weights for {' and '.join(known)}")
+                raise UserError(f"No adapter applies to {part!r}. Use weights for {' and '.join(known)}.")
         self._activate(names, weights)
 
     def get_active_adapters(self) -> list[str]:
-        """The adapters that act."""
+        """The active adapters."""
         networks = self._lora_networks().values()
         return list(dict.fromkeys(name for network in networks for name in lora.active_loras(network)))
 
     def get_list_adapters(self) -> dict[str, list[str]]:
-        """All adapters that are loaded, for each network that has any."""
+        """All loaded adapters by network."""
         networks = self._lora_networks().items()
         return {name: lora.lora_names(network) for name, network in networks if lora.lora_names(network)}
 
@@ -256,12 +262,12 @@ class LoraMethods:
             lora.enable_lora(network, False)
 
     def enable_lora(self) -> None:
-        """Turns the adapters that acted on again."""
+        """Turns the active adapters on again."""
         for network in self._lora_networks().values():
             lora.enable_lora(network, True)
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
-        """Takes adapters out for good."""
+        """Removes adapters."""
         names = _names(adapter_names)
         self._check_names(names)
         for network in self._lora_networks().values():
@@ -282,17 +288,19 @@ class LoraMethods:
         for name in names:
             if name not in known:
                 raise UserError(
-                    f"adapter {name!r} is not loaded; loaded are: {', '.join(sorted(known)) or 'none'}"
+                    f"Adapter {name!r} is not loaded. Loaded adapters: {', '.join(sorted(known)) or 'none'}."
                 )
 
     def _chosen(self, components: Sequence[str] | None) -> dict[str, nn.Module]:
-        """The networks named, all if none is; ``unet`` is diffusers' word for the prior."""
+        """The networks in ``components``, or all. ``unet`` is diffusers' name for the prior."""
         networks: dict[str, Any] = self._lora_networks()
         if components is None:
             return networks
         names = ["prior" if name == "unet" else name for name in _names(components)]
         if unknown := [name for name in names if name not in networks]:
-            raise UserError(f"components {', '.join(unknown)} take no adapters; use {', '.join(networks)}")
+            raise UserError(
+                f"These components take no adapters: {', '.join(unknown)}. Use {', '.join(networks)}."
+            )
         return {name: networks[name] for name in names}
 
 
@@ -306,7 +314,7 @@ def _is_safetensors(source: Path, weight_name: str | None) -> bool:
 
 
 def _free_name(taken: Collection[str]) -> str:
-    """The first of default_0, default_1 and so on that is free."""
+    """The first unused name of default_0, default_1 and so on."""
     return next(name for name in map("default_{}".format, range(len(taken) + 1)) if name not in taken)
 
 

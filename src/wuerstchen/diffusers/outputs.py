@@ -1,4 +1,4 @@
-"""What pipelines and the scheduler return, and the configuration that they carry."""
+"""Return values of the pipelines and the scheduler, and their configuration."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -10,18 +10,18 @@ from torch import Tensor
 
 
 class Config(dict[str, Any]):
-    """Settings that are read as ``config.name`` or ``config["name"]`` and never change.
+    """Read-only settings, available as ``config.name`` and ``config["name"]``.
 
-    A dict, for diffusers' ``from_config`` takes nothing else.
+    A dict, because diffusers' ``from_config`` takes nothing else.
     """
 
     def __getattr__(self, name: str) -> Any:
         if name not in self:
-            raise AttributeError(f"there is no setting {name!r}; use one of {', '.join(self)}")
+            raise AttributeError(f"There is no setting {name!r}. Use one of {', '.join(self)}.")
         return self[name]
 
     def _refuse(self, *given: object, **named: object) -> NoReturn:
-        raise AttributeError("a configuration is fixed; build a new object")
+        raise AttributeError("A configuration is fixed. Create a new object.")
 
     __setattr__ = __delattr__ = __setitem__ = __delitem__ = __ior__ = _refuse
     clear = pop = popitem = setdefault = update = _refuse
@@ -35,7 +35,7 @@ class Config(dict[str, Any]):
 
 @dataclasses.dataclass(eq=False)
 class Output(Mapping):
-    """Fields that are read by name, by key or by position, like those of diffusers' outputs."""
+    """Fields that can be read by name, key or position, like diffusers' outputs."""
 
     def __setitem__(self, key: str, value: Any) -> None:
         if key not in list(self):
@@ -61,24 +61,24 @@ class Output(Mapping):
 
 @dataclasses.dataclass(eq=False)
 class WuerstchenPriorPipelineOutput(Output):
-    """What the prior pipeline returns."""
+    """The prior pipeline's output."""
 
     image_embeddings: Tensor | np.ndarray
-    """Semantic maps, (b, 16, h, w)."""
+    """Semantic latents, (b, 16, h, w)."""
 
 
 @dataclasses.dataclass(eq=False)
 class ImagePipelineOutput(Output):
-    """What the decoder and the combined pipeline return."""
+    """The decoder's and the combined pipeline's output."""
 
     images: list[Image.Image] | np.ndarray | Tensor
-    """Pictures; an array is (b, height, width, 3), a tensor (b, 3, height, width), both in [0, 1]; or
-    latents, (b, 4, h, w)."""
+    """PIL images, an array (b, height, width, 3) in [0, 1], a tensor (b, 3, height, width) in [0, 1], or
+    latents (b, 4, h, w)."""
 
 
 @dataclasses.dataclass(eq=False)
 class DDPMWuerstchenSchedulerOutput(Output):
-    """What a step of the scheduler returns."""
+    """The scheduler's output for a step."""
 
     prev_sample: Tensor
-    """The sample at the next, less noisy timestep: the next step's input."""
+    """The sample at the next, less noisy timestep, which is the next step's input."""

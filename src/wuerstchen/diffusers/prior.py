@@ -1,4 +1,4 @@
-"""Stage C behind diffusers' names: from a prompt to a semantic map."""
+"""Stage C with diffusers' names: from prompts to semantic latents."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +22,7 @@ from wuerstchen.diffusers.base import (
     plain,
     published,
 )
+from wuerstchen.diffusers.loading import LoadOptions, write_over
 from wuerstchen.diffusers.lora import LoraMethods
 from wuerstchen.diffusers.outputs import WuerstchenPriorPipelineOutput
 from wuerstchen.diffusers.prompts import check_negative, check_prompt, encode
@@ -36,14 +37,13 @@ from wuerstchen.diffusers.sampling import (
     text_rows,
 )
 from wuerstchen.diffusers.scheduler import DDPMWuerstchenScheduler, schedule_of
-from wuerstchen.diffusers.source import Source, write_over
 from wuerstchen.diffusion.schedule import stage_c_timesteps
 from wuerstchen.errors import UserError
 from wuerstchen.lora import lora_names
 from wuerstchen.models.prior import Prior
 
 DEFAULT_STAGE_C_TIMESTEPS = stage_c_timesteps(29)
-"""The published recipe of Stage C: 29 steps, most of them at much noise."""
+"""The published timesteps of Stage C: 29 steps, most of them at high noise."""
 
 OUTPUT_TYPES = ("pt", "np", "latent", "pil")
 PRIOR_NUMBERS = ("latent_mean", "latent_std", "resolution_multiple")
@@ -51,10 +51,10 @@ PRIOR_NUMBERS = ("latent_mean", "latent_std", "resolution_multiple")
 
 @published
 class WuerstchenPriorPipeline(LoraMethods, DiffusionPipeline):
-    """From prompts to semantic maps, the ``image_embeddings`` of the decoder pipeline.
+    """From prompts to semantic latents, the ``image_embeddings`` of the decoder's pipeline.
 
-    ``latent_mean`` and ``latent_std`` bring the network's latents x to maps, x·latent_mean − latent_std (the
-    names are historical); ``resolution_multiple`` is how many pixels a position of the map stands for.
+    ``image_embeddings`` are x·latent_mean − latent_std of the network's latents x (the names are historical).
+    ``resolution_multiple`` is the number of pixels per semantic latent and side.
     """
 
     unet_name = "prior"
@@ -86,14 +86,14 @@ class WuerstchenPriorPipeline(LoraMethods, DiffusionPipeline):
         self.scheduler = scheduler
 
     @classmethod
-    def _arguments(cls, folder: Path, given: dict[str, Any], source: Source) -> dict[str, Any]:
-        return prior_arguments(folder, source, given)
+    def _arguments(cls, folder: Path, given: dict[str, Any], options: LoadOptions) -> dict[str, Any]:
+        return prior_arguments(folder, options, given)
 
     def _write(self, folder: Path) -> None:
         write_over(folder, lambda new: write_prior_folder(prior_folder_of(self), new))
 
     def _lora_networks(self) -> dict[str, nn.Module]:
-        # Adapters change weights, and so may only be given to those that are at home.
+        # Adapters change weights, so offloaded weights must be moved back first.
         self.maybe_free_model_hooks()
         networks = {"prior": plain(self.prior), "text_encoder": plain(self.text_encoder)}
         return {name: network for name, network in networks.items() if network is not None}
@@ -112,9 +112,9 @@ class WuerstchenPriorPipeline(LoraMethods, DiffusionPipeline):
         prompt_embeds: Float[Tensor, "b t c"] | None = None,
         negative_prompt_embeds: Float[Tensor, "b t c"] | None = None,
     ) -> tuple[Float[Tensor, "bn t c"], Float[Tensor, "bn t c"] | None]:
-        """Text states of prompts and, with guidance, of negative prompts, each repeated for its images.
+        """Text states of prompts and, with guidance, of negative prompts, repeated for each image.
 
-        They can be given to the pipeline as ``prompt_embeds`` and ``negative_prompt_embeds``.
+        You can pass them to the pipeline as ``prompt_embeds`` and ``negative_prompt_embeds``.
         """
         with self._using(self.text_encoder) as home:
             if prompt_embeds is None:
@@ -142,14 +142,14 @@ class WuerstchenPriorPipeline(LoraMethods, DiffusionPipeline):
         prompt_embeds: Any = None,
         negative_prompt_embeds: Any = None,
     ) -> None:
-        """Raises ``UserError``, which is a ``ValueError``, or ``TypeError`` for what cannot be drawn."""
+        """Raises ``UserError``, which is a ``ValueError``, or ``TypeError`` for invalid inputs."""
         if prompt is not None and prompt_embeds is not None:
-            raise UserError("Cannot forward both `prompt` and `prompt_embeds`; give only one of the two")
+            raise UserError("Cannot forward both `prompt` and `prompt_embeds`. Pass only one of them.")
         if prompt is None and prompt_embeds is None:
-            raise UserError("Provide either `prompt` or `prompt_embeds`; both are missing")
+            raise UserError("Provide either `prompt` or `prompt_embeds`. Both are missing.")
         if negative_prompt is not None and negative_prompt_embeds is not None:
             raise UserError(
-                "Cannot forward both `negative_prompt` and `negative_prompt_embeds`; give only one of the two"
+                "Cannot forward both `negative_prompt` and `negative_prompt_embeds`. Pass only one of them."
             )
         width = self.prior.config.c_cond
         for name, states in (
@@ -159,11 +159,11 @@ class WuerstchenPriorPipeline(LoraMethods, DiffusionPipeline):
             if states is None:
                 continue
             if not isinstance(states, Tensor):
-                raise TypeError(f"'{name}' must be of type 'torch.Tensor', but got {type(states)}")
+                raise TypeError(f"'{name}' must be of type 'torch.Tensor', got {type(states)}.")
             if states.ndim != 3 or states.shape[2] != width or len(states) < 1:
                 raise UserError(
-                    f"{name} has shape {tuple(states.shape)}, but must be (batch, positions, {width}); "
-                    "encode_prompt gives such"
+                    f"{name} must have the shape (batch, positions, {width}), got {tuple(states.shape)}. "
+                    "encode_prompt returns such tensors."
                 )
         prompts = check_prompt("prompt", prompt)
         batch = len(prompts or prompt_embeds)
@@ -175,19 +175,19 @@ class WuerstchenPriorPipeline(LoraMethods, DiffusionPipeline):
                 expected = (batch, positions, width)
                 if tuple(negative_prompt_embeds.shape) != expected:
                     raise UserError(
-                        "`prompt_embeds` and `negative_prompt_embeds` must have the same shape, but the "
-                        f"first is {expected} and the second {tuple(negative_prompt_embeds.shape)}"
+                        "`prompt_embeds` and `negative_prompt_embeds` must have the same shape, got "
+                        f"{expected} and {tuple(negative_prompt_embeds.shape)}."
                     )
         check_steps("", num_inference_steps, None)
 
     def grid_side(self, pixels: float) -> int:
-        """How many positions a side of the map has for a side of ``pixels``."""
+        """Semantic latents along a side of ``pixels``."""
         return math.ceil(pixels / self.config.resolution_multiple)
 
     def _positions(self) -> int | None:
         return None if self.tokenizer is None else self.tokenizer.model_max_length
 
-    @no_type_check  # what is wrong is refused below, in words that say what to do
+    @no_type_check  # wrong types are refused below, with better messages
     @torch.no_grad()
     def __call__(
         self,
@@ -210,17 +210,17 @@ class WuerstchenPriorPipeline(LoraMethods, DiffusionPipeline):
         callback: Callable[..., Any] | None = None,
         callback_steps: int | None = None,
     ) -> WuerstchenPriorPipelineOutput | tuple[Tensor | np.ndarray]:
-        """Draws ``num_images_per_prompt`` semantic maps of each prompt, all of the first prompt first.
+        """Generates semantic latents for ``num_images_per_prompt`` images of each prompt, in the prompts'
+        order.
 
-        A map has ceil(pixels / resolution_multiple) positions a side. ``timesteps`` fall from 1 to 0 and win
-        over ``num_inference_steps``; n of them are n − 1 steps. ``guidance_scale`` up to 1 is no guidance.
-        ``prompt_embeds`` are text states in place of a prompt, (batch, positions, width).
-        ``generator`` is one for the batch or a list of one a map; ``latents`` are noise of your own,
-        (batch, 16, h, w). ``output_type`` "np" gives an array in float32, all others a tensor.
+        They have ceil(pixels / resolution_multiple) positions per side. ``timesteps`` decrease from 1 to 0
+        and override ``num_inference_steps``; n timesteps are n − 1 steps. A ``guidance_scale`` up to 1 turns
+        guidance off. ``prompt_embeds`` are text states instead of a prompt, (batch, positions, width).
+        ``generator`` is one for the batch, or a list with one per image. ``latents`` are your own noise,
+        (batch, 16, h, w). ``output_type`` "np" returns an array in float32, all others a tensor.
 
         ``callback_on_step_end(pipe, step, timestep, tensors)`` is called after each step with the tensors
-        named by ``callback_on_step_end_tensor_inputs``; those that it returns replace them from the next
-        step on.
+        named in ``callback_on_step_end_tensor_inputs``. The next step uses the tensors that it returns.
         """
         callbacks = Callbacks.checked(
             callback_on_step_end,
@@ -253,9 +253,9 @@ class WuerstchenPriorPipeline(LoraMethods, DiffusionPipeline):
         return WuerstchenPriorPipelineOutput(image_embeddings) if return_dict else (image_embeddings,)
 
     def _check_parts(self, output_type: Any) -> None:
-        """Raises ``UserError`` if the components cannot work together, or cannot give such an output."""
+        """Raises ``UserError`` if the components do not fit together, or for an unknown ``output_type``."""
         if output_type not in OUTPUT_TYPES:
-            raise UserError(f"output_type={output_type!r} is unknown; use one of {', '.join(OUTPUT_TYPES)}")
+            raise UserError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
         check_text_width(self, plain(self.prior).config.c_cond, "prior")
         if self._residence is None:
             self._check_lora_devices()
@@ -270,19 +270,20 @@ class WuerstchenPriorPipeline(LoraMethods, DiffusionPipeline):
 def check_side(name: str, side: Any) -> float:
     """A side in pixels. Raises ``TypeError`` or ``UserError``."""
     if not isinstance(side, Real) or isinstance(side, bool):
-        raise TypeError(f"'{name}' must be of type 'int', but got {type(side)}")
+        raise TypeError(f"'{name}' must be of type 'int', got {type(side)}.")
     if not 1 <= side < math.inf:
-        raise UserError(f"{name}={side} is no size of a picture; use a number of pixels, 1024 for example")
+        raise UserError(f"{name} must be at least 1 pixel, got {side}. 1024 is common.")
     return float(side)
 
 
-def prior_arguments(folder: Path, source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What the prior pipeline is made of: parts and numbers ``given``, the rest read."""
+def prior_arguments(folder: Path, options: LoadOptions, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The components and numbers of the prior's pipeline: those in ``given``, and the rest from
+    ``folder``."""
     read = read_prior_folder(
         folder,
-        dtype=source.dtype,
+        dtype=options.dtype,
         given=[name for name in PRIOR_PARTS if name in given],
-        variant=source.variant,
+        variant=options.variant,
     )
     parts = {
         "tokenizer": read.tokenizer,
@@ -294,13 +295,14 @@ def prior_arguments(folder: Path, source: Source, given: Mapping[str, Any]) -> d
 
 
 def prior_folder_of(pipe: Any) -> PriorFolder:
-    """The prior pipeline as it is written. Raises ``UserError`` while adapters are loaded."""
+    """The prior's pipeline as a folder to write. Raises ``UserError`` if adapters are loaded."""
     prior = plain(pipe.prior)
     for network in (prior, pipe.text_encoder):
         if isinstance(network, nn.Module) and lora_names(network):
             raise UserError(
-                f"adapters {', '.join(lora_names(network))} are loaded and have no place in this folder; "
-                "call unload_lora_weights, after fuse_lora to keep them in the weights"
+                f"Adapters are loaded: {', '.join(lora_names(network))}. A pipeline's folder cannot "
+                "hold them. "
+                "Call unload_lora_weights, after fuse_lora if you want to keep them in the weights."
             )
     return PriorFolder(
         prior=prior,

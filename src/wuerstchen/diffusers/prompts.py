@@ -1,4 +1,4 @@
-"""Prompts: checked, and encoded by CLIP."""
+"""Checks prompts, and encodes them with CLIP."""
 
 import warnings
 from collections.abc import Callable
@@ -14,23 +14,23 @@ from wuerstchen.errors import UserError, UserNotice
 
 
 def check_prompt(name: str, prompt: Any) -> list[str] | None:
-    """A prompt or a list of them, as a list. Raises ``TypeError`` for anything else, None aside."""
+    """A prompt or a list of prompts as a list, or None. Raises ``TypeError`` for anything else."""
     if prompt is None:
         return None
     if isinstance(prompt, str):
         return [prompt]
     if not isinstance(prompt, list):
-        raise TypeError(f"'{name}' must be of type 'list' or 'str', but got {type(prompt)}")
+        raise TypeError(f"'{name}' must be of type 'list' or 'str', got {type(prompt)}.")
     for one in prompt:
         if not isinstance(one, str):
-            raise TypeError(f"'{name}' must hold only 'str', but holds {type(one)}")
+            raise TypeError(f"'{name}' must contain only 'str', got {type(one)}.")
     if not prompt:
-        raise UserError(f"{name}=[] draws nothing; give at least one text")
+        raise UserError(f"{name} must have at least one text, got [].")
     return list(prompt)
 
 
 def check_negative(negative: Any, batch: int) -> list[str]:
-    """The negative prompt of each prompt: one text serves all of them, and none at all is the empty text."""
+    """The negative prompt of each prompt. A single text is used for all. None is the empty text."""
     texts = check_prompt("negative_prompt", negative)
     if texts is None:
         return [""] * batch
@@ -38,15 +38,15 @@ def check_negative(negative: Any, batch: int) -> list[str]:
         return texts * batch
     if len(texts) != batch:
         raise UserError(
-            f"negative_prompt has batch size {len(texts)}, but the prompt has batch size {batch}; "
-            "give one text, or one for each prompt"
+            f"negative_prompt must have the prompt's batch size {batch}, got {len(texts)}. "
+            "Pass one text, or one for each prompt."
         )
     return texts
 
 
 @dataclass(frozen=True)
 class _LastStates:
-    """A text encoder's states alone. No closure: pipelines keep it, and are copied and pickled."""
+    """Returns only the states of a text encoder. Unlike a closure, it can be copied and pickled."""
 
     text_encoder: nn.Module
 
@@ -61,23 +61,25 @@ def encode(
     device: torch.device,
     recorded: Callable[[nn.Module, Callable[..., Tensor]], Callable[..., Tensor]],
 ) -> Float[Tensor, "b t c"]:
-    """CLIP's states of all positions, after its last layer norm; texts are padded to its longest length.
+    """CLIP's states at all positions, after its last layer norm. Texts are padded to CLIP's maximum length.
 
-    The published models were trained on padded texts and attend to the padding: it stays in.
-    ``recorded`` makes of a network and a function of it what is called.
+    The published models were trained on padded texts and attend to the padding, so it is not masked.
+    ``recorded(network, function)`` returns the function to call.
     """
     if tokenizer is None or text_encoder is None:
-        raise UserError("this pipeline has no text encoder or tokenizer; give embeddings instead of texts")
+        raise UserError(
+            "This pipeline has no text encoder or no tokenizer. Pass embeddings instead of texts."
+        )
     longest = tokenizer.model_max_length
-    # Not as tensors: the tokenizer would put them on torch's default device.
+    # Arrays, because the tokenizer would create tensors on torch's default device.
     tokens = tokenizer(texts, padding="max_length", max_length=longest, truncation=True, return_tensors="np")
     ids, mask = (torch.as_tensor(part, device="cpu") for part in (tokens.input_ids, tokens.attention_mask))
     for whole in tokenizer(texts, verbose=False).input_ids:
         if len(whole) > longest:
             lost = tokenizer.decode(whole[longest - 1 : -1])
             warnings.warn(
-                f"a prompt is longer than the {longest} tokens that CLIP reads, and this part was cut off: "
-                f"{lost!r}",
+                f"A prompt is longer than the {longest} tokens that CLIP reads. This part was cut "
+                f"off: {lost!r}",
                 UserNotice,
                 stacklevel=2,
             )

@@ -1,4 +1,4 @@
-"""Würstchen for diffusers' own loaders, which lost it."""
+"""Makes diffusers' own loaders find Würstchen again."""
 
 import importlib
 import importlib.util
@@ -14,18 +14,20 @@ _NETWORKS = ("WuerstchenPrior", "WuerstchenDiffNeXt", "PaellaVQModel")
 
 
 def register() -> None:
-    """Lets the diffusers that is installed load Würstchen again, with its own classes.
+    """Makes the installed diffusers load Würstchen again, with its own classes.
 
-    Since 0.38 it looks for the published folders' library ``wuerstchen`` where it no longer is, and for the
-    networks of the folders it writes itself at its top level, where they never were; Stable Cascade's Stage A
-    is lost with them. Imports by the old path work again too. Calling it twice does nothing more. Raises
-    ``UserError`` if diffusers is not installed or has no Würstchen.
+    Since version 0.38, diffusers looks for the library ``wuerstchen`` of published folders in the wrong
+    place, and for the networks of folders that it wrote itself at its top level, where they never were. This
+    breaks Stable Cascade's Stage A too. Imports from the old path work again as well. Calling it twice is
+    harmless. Raises ``UserError`` if diffusers is not installed or has no Würstchen.
     """
     if importlib.util.find_spec("diffusers") is None:
-        raise UserError("diffusers is not installed, so nothing can be registered; pip install diffusers")
+        raise UserError(
+            "diffusers is not installed, so nothing can be registered. Run: pip install diffusers"
+        )
     top, pipelines = importlib.import_module("diffusers"), importlib.import_module("diffusers.pipelines")
     package = _package()
-    setattr(pipelines, "wuerstchen", package)  # noqa: B010, no attribute that a type checker knows
+    setattr(pipelines, "wuerstchen", package)  # noqa: B010, type checkers do not know the attribute
     for module in pkgutil.iter_modules(package.__path__):
         here = importlib.import_module(f"{package.__name__}.{module.name}")
         sys.modules.setdefault(f"{_PUBLISHED}.{module.name}", here)
@@ -42,4 +44,4 @@ def _package() -> ModuleType:
         except ModuleNotFoundError as error:
             if error.name is None or not name.startswith(error.name):
                 raise  # something else is missing
-    raise UserError("this diffusers has no Würstchen any more; install diffusers==0.42.1")
+    raise UserError("The installed diffusers has no Würstchen any more. Install diffusers==0.42.1.")

@@ -1,4 +1,4 @@
-"""The loop that Stages B and C share: predict, guide, step, and let callbacks change what they asked for."""
+"""The sampling loop of Stages B and C: predict, apply guidance, step, and call callbacks."""
 
 import math
 import warnings
@@ -19,12 +19,12 @@ from wuerstchen.errors import UserError
 from wuerstchen.runtime.recorder import Recorder
 
 State = dict[str, Tensor | None]
-"""What a callback may see and change, by name: the latents and what steers them."""
+"""Tensors that callbacks may read and change, by name: the latents and their conditions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Callbacks:
-    """What is called after a step: the present kind of callback, and the deprecated one."""
+    """The callbacks after each step: diffusers' current kind, and the deprecated one."""
 
     on_step_end: Callable[..., Any] | None
     tensor_inputs: Sequence[str]
@@ -40,27 +40,27 @@ class Callbacks:
         callback: Any,
         callback_steps: Any,
     ) -> "Callbacks":
-        """Raises ``UserError`` or ``TypeError`` for what cannot be called so."""
+        """Raises ``UserError`` or ``TypeError`` for invalid callbacks."""
         names = check_callbacks(on_step_end, tensor_inputs, allowed)
         if callback is not None and not callable(callback):
-            raise TypeError(f"'callback' must be a function, but got {type(callback)}")
+            raise TypeError(f"'callback' must be a function, got {type(callback)}.")
         for name, value in (("callback", callback), ("callback_steps", callback_steps)):
             if value is not None:
                 warnings.warn(
-                    f"`{name}` is deprecated; use `callback_on_step_end`", FutureWarning, stacklevel=4
+                    f"`{name}` is deprecated. Use `callback_on_step_end`.", FutureWarning, stacklevel=4
                 )
         steps = 1 if callback_steps is None else check_count("callback_steps", callback_steps)
         return cls(on_step_end=on_step_end, tensor_inputs=names, every=callback, every_steps=steps)
 
 
 def check_callbacks(on_step_end: Any, names: Any, allowed: Sequence[str], prefix: str = "") -> list[str]:
-    """The tensors that a callback asks for. ``prefix`` is that of the arguments' names."""
+    """The names of the tensors for a callback. ``prefix`` is the prefix of the arguments' names."""
     if on_step_end is not None and not callable(on_step_end):
-        raise TypeError(f"'{prefix}callback_on_step_end' must be a function, but got {type(on_step_end)}")
+        raise TypeError(f"'{prefix}callback_on_step_end' must be a function, got {type(on_step_end)}.")
     names = [names] if isinstance(names, str) else list(names or ())
     if unknown := [name for name in names if name not in allowed]:
         raise UserError(
-            f"`{prefix}callback_on_step_end_tensor_inputs` has to be in {list(allowed)}, but found {unknown}"
+            f"`{prefix}callback_on_step_end_tensor_inputs` has to be in {list(allowed)}, but found {unknown}."
         )
     return names
 
@@ -68,10 +68,10 @@ def check_callbacks(on_step_end: Any, names: Any, allowed: Sequence[str], prefix
 def check_count(name: str, value: Any, least: int = 1) -> int:
     """A whole number of at least ``least``. Raises ``TypeError`` or ``UserError``."""
     if not isinstance(value, Integral) or isinstance(value, bool):
-        hint = "; for timesteps of your own use 'timesteps'" if "num_inference_steps" in name else ""
-        raise TypeError(f"'{name}' must be of type 'int', but got {type(value)}{hint}")
+        hint = " Use 'timesteps' for custom timesteps." if "num_inference_steps" in name else ""
+        raise TypeError(f"'{name}' must be of type 'int', got {type(value)}.{hint}")
     if value < least:
-        raise UserError(f"{name}={value} is too few; use at least {least}")
+        raise UserError(f"{name} must be at least {least}, got {value}.")
     return int(value)
 
 
@@ -80,9 +80,9 @@ def check_scale(name: str, value: Any) -> float:
     try:
         scale = float(value)
     except (TypeError, ValueError) as error:
-        raise TypeError(f"'{name}' must be a number, but got {type(value)}") from error
+        raise TypeError(f"'{name}' must be a number, got {type(value)}.") from error
     if not math.isfinite(scale):
-        raise UserError(f"{name}={scale} must be a finite number; up to 1 there is no guidance, 4 is common")
+        raise UserError(f"{name} must be a finite number, got {scale}. Up to 1 is no guidance, 4 is common.")
     return scale
 
 
@@ -91,20 +91,20 @@ def check_generator(generator: Any) -> None:
     for one in several:
         if not isinstance(one, torch.Generator) and generator is not None:
             raise TypeError(
-                f"'generator' must be a torch.Generator or a list of them, but got {type(one)}; "
-                "torch.Generator().manual_seed(0) makes one"
+                f"'generator' must be a torch.Generator or a list of them, got {type(one)}. "
+                "Use torch.Generator().manual_seed(0), for example."
             )
 
 
 def check_steps(prefix: str, num_inference_steps: Any, timesteps: Any) -> int:
-    """The number of steps, if they can be taken. 0 steps give back the noise, as in diffusers."""
+    """The number of steps, checked. 0 steps return the noise, as in diffusers."""
     if timesteps is not None:
         check_timesteps(timesteps)
     return check_count(f"{prefix}num_inference_steps", num_inference_steps, least=0)
 
 
 def set_timesteps(scheduler: Any, num_inference_steps: Any, timesteps: Any, device: torch.device) -> None:
-    """Tells a scheduler of its steps. Others than ours may not know of given timesteps."""
+    """Sets a scheduler's timesteps. diffusers' schedulers may not take custom ones."""
     if timesteps is None:
         scheduler.set_timesteps(num_inference_steps, device=device)
     else:
@@ -119,25 +119,25 @@ def initial_latents(
     dtype: torch.dtype,
     sigma: float,
 ) -> Float[Tensor, "b c h w"]:
-    """The noise to start from: that which was given, or drawn; times the scheduler's ``sigma``."""
+    """The noise to start from, given or generated, times the scheduler's ``sigma``."""
     if given is None:
         return draw_normal(shape, generator, device, dtype) * sigma
     if not isinstance(given, Tensor):
-        raise TypeError(f"'latents' must be of type 'torch.Tensor', but got {type(given)}")
+        raise TypeError(f"'latents' must be of type 'torch.Tensor', got {type(given)}.")
     if tuple(given.shape) != shape:
-        raise UserError(f"Unexpected latents shape, got {tuple(given.shape)}, expected {shape}")
+        raise UserError(f"Unexpected latents shape, got {tuple(given.shape)}, expected {shape}.")
     return given.to(device, dtype) * sigma
 
 
 def predicts_noise(network: Any, prediction: str) -> Callable[..., Tensor]:
-    """The network's output as the noise ε̂, which these pipelines and their schedulers work on.
+    """The network's output converted to the noise ε̂, which diffusers' schedulers need.
 
-    ``prediction`` is what it predicts. Raises ``UserError`` for a network that no noise follows from.
+    ``prediction`` is the kind of its objective. Raises ``UserError`` if it cannot be converted.
     """
     objective = make_objective(prediction)
     if objective.path != "variance_preserving":
         raise UserError(
-            f"a network that predicts {prediction!r} does not fit this pipeline, whose schedulers work on "
+            f"The network predicts {prediction!r}, which this pipeline cannot use. Its schedulers work on "
             "noise. Load the model with wuerstchen.load."
         )
     return predictions_for_sampling(network, objective)
@@ -207,7 +207,7 @@ def denoise(
     generator: Generators,
     callbacks: Callbacks,
 ) -> Float[Tensor, "b c h w"]:
-    """Takes ``state["latents"]`` through the timesteps of the pipeline's scheduler.
+    """Denoises ``state["latents"]`` along the timesteps of the pipeline's scheduler.
 
     ``pipe._steering(state, guides)`` returns the arguments of the network's context. It is called once, and
     again only after a callback changed something. With ``guides`` the batch is twice as large: conditional,
@@ -224,7 +224,7 @@ def denoise(
             predict = network.given(*pipe._steering(state, guides))
         r = t.to(latents.dtype).expand(len(latents))
         noise = (guided(predict, pipe.guidance_scale) if guides else predict)(latents, r)
-        # The scheduler gets the timestep as it stands in the list: rounded, it could be taken for another.
+        # The scheduler gets the exact timestep: a rounded one could be nearer to another in its list.
         latents = pipe.scheduler.step(
             model_output=noise, timestep=t.expand(len(latents)), sample=latents, generator=generator
         ).prev_sample
@@ -232,13 +232,13 @@ def denoise(
         if _call_back(pipe, callbacks, step, t, state):
             predict = None
         if callbacks.on_step_end is not None or callbacks.every is not None:
-            network.invalidate()  # a callback may load an adapter, or scale one
+            network.invalidate()  # callbacks may load or scale adapters
     assert state["latents"] is not None
     return state["latents"]
 
 
 def _call_back(pipe: Any, callbacks: Callbacks, step: int, t: Tensor, state: State) -> bool:
-    """Lets the callbacks change the state. Says whether the context must be computed again."""
+    """Calls the callbacks, which may change the state. Returns whether to compute the context again."""
     changed = False
     if callbacks.on_step_end is not None:
         before = dict(state)
@@ -249,7 +249,7 @@ def _call_back(pipe: Any, callbacks: Callbacks, step: int, t: Tensor, state: Sta
         if returned is None:
             returned = {}
         if not isinstance(returned, Mapping):
-            raise TypeError(f"a callback must return a dict or None, but returned {type(returned)}")
+            raise TypeError(f"A callback must return a dict or None, got {type(returned)}.")
         rewritten = {name for name, copy in copies.items() if not torch.equal(copy, steering[name])}
         changed = bool(rewritten)
         for name, old in before.items():
@@ -269,29 +269,29 @@ def _call_back(pipe: Any, callbacks: Callbacks, step: int, t: Tensor, state: Sta
 def _take(state: State, name: str, new: Any) -> None:
     old = state[name]
     if not isinstance(new, Tensor):
-        raise TypeError(f"a callback returned {type(new)} as {name!r}; it must be a tensor")
+        raise TypeError(f"A callback must return a tensor for {name!r}, got {type(new)}.")
     state[name] = new if old is None else new.to(old)
 
 
 def _follow_negative(before: State, state: State) -> None:
-    """Puts negative states that a callback changed in the place of the old, behind those of the prompt."""
+    """Replaces the old negative states after the prompt's by those that a callback changed."""
     negative, text = state["negative_prompt_embeds"], state["text_encoder_hidden_states"]
     if negative is None or text is None or len(text) != 2 * len(negative):
         return
-    if text is before["text_encoder_hidden_states"]:  # otherwise the callback gave both halves itself
+    if text is before["text_encoder_hidden_states"]:  # otherwise the callback returned both
         state["text_encoder_hidden_states"] = torch.cat([text[: len(negative)], negative])
 
 
 def text_rows(text: Tensor | None, rows: int, guides: bool) -> Tensor:
-    """The text states that a step needs, out of those of the prompts or of prompts and negative prompts."""
+    """The text states for a step, from those of the prompts or of prompts and negative prompts."""
     assert text is not None
     if not guides and len(text) == 2 * rows:
-        return text[:rows]  # guidance was turned off on the way
+        return text[:rows]  # a callback turned guidance off
     needed = 2 * rows if guides else rows
     if len(text) != needed:
         raise UserError(
-            f"text_encoder_hidden_states has {len(text)} rows, but a step of {rows} latents "
-            f"{'with' if guides else 'without'} guidance needs {needed}; guidance can be turned off on the "
-            "way, but must be on from the start to be turned on again"
+            f"text_encoder_hidden_states must have {needed} rows for {rows} latents "
+            f"{'with' if guides else 'without'} guidance, got {len(text)}. A callback can turn guidance off, "
+            "but it must be on from the start to be turned on again."
         )
     return text

@@ -1,4 +1,4 @@
-"""The scheduler of all Würstchen pipelines, with diffusers' names."""
+"""The scheduler of the Würstchen pipelines, with diffusers' names."""
 
 import dataclasses
 import itertools
@@ -19,7 +19,7 @@ from wuerstchen.device import sent
 from wuerstchen.diffusers.options import drop_options
 from wuerstchen.diffusers.outputs import Config, DDPMWuerstchenSchedulerOutput
 from wuerstchen.diffusion.schedule import CosineSchedule
-from wuerstchen.errors import UserError
+from wuerstchen.errors import UserError, shown
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
@@ -29,14 +29,14 @@ CONFIG_NAME = "scheduler_config.json"
 def draw_normal(
     shape: Sequence[int], generator: Generators, device: torch.device, dtype: torch.dtype
 ) -> Float[Tensor, "b ..."]:
-    """Standard normal numbers, drawn where the generator lives and then moved to ``device``.
+    """Standard normal numbers, generated on the generator's device and moved to ``device``.
 
-    One generator, or a list of one, draws the whole batch at once; a longer list one picture each.
+    One generator, or a list of one, generates the whole batch. A longer list has one per image.
     """
     if generator is not None and not isinstance(generator, torch.Generator):
         if len(generator) not in (1, shape[0]):
             raise UserError(
-                f"{len(generator)} generators do not fit a batch of {shape[0]}; give one, or one for each"
+                f"There must be 1 or {shape[0]} generators for a batch of {shape[0]}, got {len(generator)}."
             )
         if len(generator) > 1:
             return torch.cat([draw_normal((1, *shape[1:]), one, device, dtype) for one in generator])
@@ -46,30 +46,31 @@ def draw_normal(
 
 
 def check_timesteps(timesteps: Any) -> Float[Tensor, " n"]:
-    """Custom timesteps in fp32. Raises ``UserError`` unless they fall from at most 1 to at least 0."""
+    """Custom timesteps in fp32. Raises ``UserError`` unless they decrease from at most 1 to at least 0."""
     try:
         times = torch.as_tensor(
             timesteps, dtype=torch.float32, device=None if isinstance(timesteps, Tensor) else "cpu"
         )
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"'timesteps' must be a list of numbers, but got {timesteps!r}") from error
+        raise TypeError(f"'timesteps' must be a list of numbers, got {timesteps!r}.") from error
     values = times.tolist() if times.ndim == 1 else [math.nan]
     falling = all(now >= then for now, then in itertools.pairwise(values))
     if not (falling and all(0 <= value <= 1 for value in values)):
         raise UserError(
-            "timesteps must be one row of numbers that fall from at most 1 (noise) to at least 0; "
-            "DEFAULT_STAGE_C_TIMESTEPS is such a list"
+            "timesteps must be a list of numbers that decrease from at most 1 (noise) to at least 0, got "
+            f"{shown(values)}. DEFAULT_STAGE_C_TIMESTEPS is such a list."
         )
     return times
 
 
 def schedule_of(scheduler: Any) -> CosineSchedule:
-    """The schedule of a pipeline's scheduler, as it is written. Raises ``UserError`` for other kinds."""
+    """The schedule of a pipeline's scheduler. Raises ``UserError`` for other kinds of schedulers."""
     missing = [name for name in ("s", "scaler") if name not in scheduler.config]
     if missing:
         raise UserError(
-            f"{type(scheduler).__name__} has no {missing[0]}, and this folder has a place for "
-            "DDPMWuerstchenScheduler alone; set one as scheduler before saving"
+            f"A {type(scheduler).__name__} cannot be saved: it has no {missing[0]}. A pipeline's "
+            "folder can only "
+            "hold a DDPMWuerstchenScheduler. Set one as scheduler before saving."
         )
     return CosineSchedule(s=float(scheduler.config["s"]), scaler=float(scheduler.config["scaler"]))
 
@@ -77,12 +78,12 @@ def schedule_of(scheduler: Any) -> CosineSchedule:
 class DDPMWuerstchenScheduler:
     """Ancestral sampling (arXiv 2006.11239, algorithm 2) in continuous time along a cosine schedule.
 
-    Same settings, methods and draws as diffusers' class of this name. It may also be handed to the pipelines
-    of this module in place of their own scheduler, as diffusers' may.
+    Same settings, methods and random numbers as diffusers' class of this name, which these pipelines can use
+    too.
     """
 
     init_noise_sigma = 1.0
-    """Standard deviation of the noise that sampling starts from."""
+    """Standard deviation of the initial noise."""
     order = 1
 
     def __init__(self, scaler: float = 1.0, s: float = 0.008) -> None:
@@ -96,7 +97,7 @@ class DDPMWuerstchenScheduler:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **changes: Any) -> "DDPMWuerstchenScheduler":
-        """A new scheduler with the settings of another one's ``config``, some of them changed."""
+        """A new scheduler with the settings of another one's ``config`` and ``changes``."""
         known = {name: config[name] for name in ("scaler", "s") if name in config}
         return cls(**{**known, **changes})
 
@@ -116,10 +117,10 @@ class DDPMWuerstchenScheduler:
         return_unused_kwargs: bool = False,
         **options: Any,
     ) -> "DDPMWuerstchenScheduler":
-        """Reads ``scheduler_config.json`` in a folder or by a name on the hub: ``subfolder="scheduler"``.
+        """Reads ``scheduler_config.json`` from a pipeline's folder or a name on the hub.
 
-        ``s`` and ``scaler`` replace what stands there. ``options`` are others of diffusers that change
-        nothing here; raises ``UserError`` for those that cannot be used.
+        Pass ``subfolder="scheduler"``. ``s`` and ``scaler`` override the file. ``options`` are diffusers'
+        options without effect here. Raises ``UserError`` for unsupported ones.
         """
         drop_options(options)
         for name in options:
@@ -140,21 +141,21 @@ class DDPMWuerstchenScheduler:
         return cls.from_schedule(dataclasses.replace(schedule, **given))
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """Writes ``scheduler_config.json`` into a folder, which is made if it is missing."""
+        """Writes ``scheduler_config.json`` into a folder, which is created if needed."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         settings = {"_class_name": type(self).__name__, **self.config}
         (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
 
     def __len__(self) -> int:
-        """How many timesteps are set."""
+        """Number of timesteps."""
         return len(self.timesteps)
 
     def __bool__(self) -> bool:
-        return True  # also before timesteps are set, when the length is 0
+        return True  # even without timesteps, when the length is 0
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | None = None) -> Tensor:
-        """The sample as it is: this scheduler needs no scaling."""
+        """Returns the sample: this scheduler needs no scaling."""
         return sample
 
     def set_timesteps(
@@ -163,27 +164,30 @@ class DDPMWuerstchenScheduler:
         timesteps: Tensor | np.ndarray | Sequence[float | int] | None = None,
         device: str | torch.device | None = None,
     ) -> None:
-        """Sets ``timesteps`` to ``num_inference_steps`` equal steps from 1 to 0, or to those given.
+        """Sets ``timesteps`` to ``num_inference_steps`` equal steps from 1 to 0, or to custom ones.
 
-        n steps have n + 1 points. Given timesteps win over ``num_inference_steps``.
+        n steps need n + 1 timesteps. Custom ``timesteps`` override ``num_inference_steps``.
         """
         if timesteps is not None:
             self.timesteps = check_timesteps(timesteps).to(device)
             return
         if num_inference_steps is None or num_inference_steps < 0:
-            raise UserError(f"num_inference_steps={num_inference_steps} is no number of steps; use 1 or more")
+            raise UserError(
+                f"num_inference_steps must be at least 0, got {num_inference_steps}. 12 is common."
+            )
         self.timesteps = torch.linspace(
             1.0, 0.0, num_inference_steps + 1, dtype=torch.float32, device=device or "cpu"
         )
 
     def previous_timestep(self, timestep: Float[Tensor, "..."]) -> Float[Tensor, " b"]:
-        """The entry of ``timesteps`` after the one that is nearest to each; after the last comes itself."""
+        """For each timestep, the entry of ``timesteps`` after the nearest one. The last is followed by
+        itself."""
         if len(self.timesteps) == 0:
-            raise UserError("no timesteps are set; call set_timesteps first")
+            raise UserError("There are no timesteps. Call set_timesteps first.")
         timestep = timestep.reshape(-1)
         times = self.timesteps.to(timestep.device)
         nearest = (times[None, :] - timestep[:, None]).abs().argmin(dim=1)
-        # An index that stays on its device: asking the device for a number would wait for it at every step.
+        # The index stays on its device: reading it on the host would synchronise at every step.
         return times.index_select(0, (nearest + 1).clamp(max=len(times) - 1))
 
     def step(
@@ -194,12 +198,12 @@ class DDPMWuerstchenScheduler:
         generator: Generators = None,
         return_dict: bool = True,
     ) -> DDPMWuerstchenSchedulerOutput | tuple[Tensor]:
-        """The sample at the next timestep, given the noise that the network sees in it.
+        """The sample at the next timestep, from the predicted noise.
 
         With α = ᾱ(t)/ᾱ(t'): μ = (x − (1 − α)·ε̂/√(1 − ᾱ(t)))/√α and
-        x' = μ + √((1 − α)(1 − ᾱ(t'))/(1 − ᾱ(t)))·z, in at least fp32; z is drawn in the dtype of the
-        network's output. The step to t' = 0 draws too, but adds nothing. Give ``timestep`` as it stands in
-        ``timesteps``: rounded to bf16, it may be nearer to another one.
+        x' = μ + √((1 − α)(1 − ᾱ(t'))/(1 − ᾱ(t)))·z, in at least fp32. z is generated in the dtype of the
+        network's output. The step to t' = 0 generates z too, but does not add it. Pass ``timestep`` exactly
+        as in ``timesteps``: rounded to bf16, it may be nearer to another one.
         """
         rows = (len(sample), *[1] * (sample.ndim - 1))
         timestep = timestep.to(model_output.device).reshape(-1)

@@ -1,4 +1,4 @@
-"""Where pipelines are loaded from, and how their folders are replaced."""
+"""Loading pipelines from folders and the hub, and replacing their folders."""
 
 import os
 import re
@@ -13,21 +13,21 @@ from wuerstchen.checkpoints.variants import has_variant
 from wuerstchen.diffusers.options import checked_dtypes
 from wuerstchen.errors import CheckpointError, UserError, UserNotice
 
-# Of a network in a folder; what is left there of an earlier one must not be taken for it.
+# Weights in a network's folder. Those of an earlier network there must be removed.
 _WEIGHT_FILES = ("diffusion_pytorch_model*", "model*.safetensors*", "pytorch_model*")
 
 
-class Source:
-    """Where a pipeline is loaded from and how, as ``from_pretrained`` is told; the rest are parts of it.
+class LoadOptions:
+    """Options of ``from_pretrained`` about where and how to load, removed from ``settings``.
 
-    ``settings`` is emptied of what is understood. ``prefix`` is what the names of the settings begin with.
+    The names of options start with ``prefix``. Missing ones default to those of ``like``.
     """
 
-    def __init__(self, settings: dict[str, Any], prefix: str = "", like: "Source | None" = None) -> None:
+    def __init__(self, settings: dict[str, Any], prefix: str = "", like: "LoadOptions | None" = None) -> None:
         def taken(name: str, default: Any = None) -> Any:
             return settings.pop(prefix + name, default if like is None else getattr(like, name))
 
-        given = taken("torch_dtype")  # which newer versions of diffusers call dtype
+        given = taken("torch_dtype")  # called dtype in newer versions of diffusers
         self.torch_dtype = settings.pop(prefix + "dtype", None) or given
         self.cache_dir = taken("cache_dir")
         self.local_files_only = bool(taken("local_files_only", False))
@@ -39,12 +39,13 @@ class Source:
         self.dtype = checked_dtypes(f"{prefix}torch_dtype", self.torch_dtype, prefix)
         if self.variant is not None and not re.fullmatch(r"\w[\w-]{,39}", str(self.variant)):
             raise UserError(
-                f"{prefix}variant={str(self.variant)[:80]!r} is no name of a variant. A name has letters and "
-                "digits. Use 'fp16', say."
+                f"{prefix}variant is not a valid name: {str(self.variant)[:80]!r}. It must have "
+                "only letters and "
+                "digits. Use 'fp16', for example."
             )
 
     def folder(self, name_or_path: str | Path) -> Path:
-        """The folder that is meant, on this machine. Raises ``CheckpointError`` if there is none."""
+        """The local folder. Raises ``CheckpointError`` if there is none."""
         folder = local_folder(
             name_or_path,
             revision=self.revision,
@@ -55,7 +56,7 @@ class Source:
             variant=self.variant,
         )
         if not folder.is_dir():
-            raise CheckpointError(f"{folder} is no folder; give the folder of a pipeline")
+            raise CheckpointError(f"{folder} is not a folder. Pass the folder of a pipeline.")
         if self.variant is not None and not has_variant(folder, self.variant):
             warnings.warn(
                 f"{folder} has no variant {self.variant!r}. Its full weights are read, and torch_dtype "
@@ -66,18 +67,18 @@ class Source:
         for part in sorted({path.parent for path in folder.glob("*/*.bin")}) if self.use_safetensors else ():
             if not any(part.glob("*.safetensors")):
                 raise CheckpointError(
-                    f"{part} holds no safetensors, which use_safetensors=True asks for; leave that out"
+                    f"{part} has no safetensors, but use_safetensors=True needs them. Leave it out."
                 )
         return folder
 
 
 def write_over(folder: Path, write: Callable[[Path], None]) -> None:
-    """Lets ``write`` make ``folder``, or replace a pipeline in it; other files there are left alone."""
+    """Lets ``write`` create ``folder``, or replaces a pipeline in it. Other files in it are kept."""
     if not folder.exists():
         write(folder)
         return
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file; choose another folder")
+        raise CheckpointError(f"{folder} is a file. Choose another folder.")
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving.") as name:
             new = Path(name) / "pipeline"
@@ -91,4 +92,6 @@ def write_over(folder: Path, write: Callable[[Path], None]) -> None:
                 else:
                     os.replace(path, target)
     except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written ({error.strerror}); choose another") from error
+        raise CheckpointError(
+            f"{folder} cannot be written: {error.strerror}. Choose another folder."
+        ) from error
