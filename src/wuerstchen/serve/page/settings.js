@@ -124,7 +124,7 @@ export function inPlainWords(message) {
   return message
     .replace(/^([a-z_]+)(\.\d+)?(?= )/, (whole, name) => (Object.hasOwn(IN_MESSAGES, name) ? IN_MESSAGES[name] : whole))
     .replace(/\b(prior_steps|prior_sampler|decoder_steps)\b/g, (name) => wordOf(name))
-    .replace(/ is invalid: Input should/, " is invalid: it should")
+    .replace(/ is invalid: Input should/, " should")
     .replace(/ See \/openapi\.json\.$/, "");
 }
 
