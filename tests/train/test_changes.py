@@ -461,7 +461,7 @@ def test_images_are_left_out_by_name(finished, tmp_path, monkeypatch):
 
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir)
-    with pytest.raises(UserError, match=r"skip=nowhere\.png is no image of sample"):
+    with pytest.raises(UserError, match=r"skip=nowhere\.png is not an image of sample"):
         train(micro(), run_dir, device="cpu", changes=["skip+=nowhere.png", "images=28"])
     read, original = [], EmojiSource.rgba
 

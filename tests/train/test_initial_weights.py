@@ -466,7 +466,7 @@ def test_phases_are_checked():
 def test_emoji_are_squares(tmp_path):
     wide = Phase(optimization=learning(), max_ratio=2.0)
     other = dataclasses.replace(tiny(), stage_c=dataclasses.replace(tiny().stage_c, phases=(wide,)))
-    with pytest.raises(UserError, match=r"max_ratio=2\.0 needs photographs: emoji are composed as squares"):
+    with pytest.raises(UserError, match=r"max_ratio must be 1 for emoji, .* got 2\.0"):
         train(other, tmp_path / "run", device="cpu")
 
 

@@ -139,7 +139,7 @@ class _Export(_Run):
     ) -> dict[str, Any]:
         path = self.run_dir / folder / "measured.json"
         if path.exists():
-            return read_json(path, "Resume the run, which measures it again")
+            return read_json(path, "Resume the run, which measures it again.")
         if not known:
             raise RunFolderError(f"{path} is missing. Resume the run, which measures it again.")
         stage = folder.removeprefix("stage_").upper()

@@ -54,6 +54,7 @@ from wuerstchen.train.run_data import (
 )
 from wuerstchen.train.run_folder import (
     ORDER,
+    Fingerprints,
     check_colours,
     check_order,
     check_run,
@@ -102,19 +103,19 @@ def _train(
     accept_changed_data: bool,
     monitor: RunMonitor,
 ) -> Path:
-    """Trains by the recipe of ``planned``; ``given`` is compared with what the run was begun with."""
+    """Trains the recipe of ``planned``. ``given`` is compared with what the run was started with."""
     recipe, begun = planned.recipe, planned.begun
     for phase in readings(recipe):
         processes.check_batches(phase.stage, phase.images, phase.batch_size, phase.accumulate)
     sources = open_sources(recipe, begun)
     verify_sets([source for source in sources.values() if isinstance(source, PreparedSet)], processes)
     start = read_start(recipe)
-    # Of a run that was ended early, ``begun`` has phases with data that are not open.
+    # ``begun`` may have phases whose data are not open: those that --end-now or --change has removed.
     recipe = with_prompts(start.resolved(recipe), sources)
     given = dataclasses.replace(start.resolved(given), preview_prompts=recipe.preview_prompts)
     planned = dataclasses.replace(planned, recipe=recipe)
     with locked(run_dir, processes), warnings.catch_warnings():
-        # Captions longer than the encoder reads are cut; a line for each would bury everything else.
+        # Captions that are too long for the encoder are cut. A warning for each would hide everything else.
         warnings.simplefilter("ignore", PromptTooLongWarning)
         try:
             log = Log(run_dir / "log.jsonl", processes.is_main, tensorboard=monitor.tensorboard)
@@ -128,20 +129,20 @@ def _train(
             run.begun = begun
             if not processes.all_equal(run.fingerprint):
                 raise DataError(
-                    f"process {processes.rank} has other data in {recipe.data!r} than others of this run; "
-                    "give all of them the same pictures and captions"
+                    f"process {processes.rank} has other data in {recipe.data!r} than the other processes of "
+                    "this run. Give all of them the same images and captions."
                 )
-            weights = start.fingerprint() if processes.is_main else ""
-            data = run.fingerprint
-            check_run(given, run_dir, data, weights, log, accept_changed_data, processes, planned)
-            if processes.is_main and run.repeats_images:
-                check_order(run_dir)
+            if processes.is_main:
+                now = Fingerprints(data=run.fingerprint, start=start.fingerprint())
+                check_run(given, run_dir, now, log, accept_changed_data, planned)
+                if run.repeats_images:
+                    check_order(run_dir)
             has_profile = partial(first_converted, sources.values())
             check_colours(run_dir, has_profile, log, accept_changed_data, processes)
             wanted = False
             if processes.is_main:
                 log_tariff(log, monitor.tariff)
-                run.say_what_is_read()
+                run.print_data()
                 rehearsed = any(event["event"] == "rehearsed" for event in log.events())
                 wanted = monitor.rehearse and not rehearsed
             processes.barrier_without_timeout()  # for rank 0, which has looked at the data
@@ -154,15 +155,15 @@ def _train(
             if "DataLoader worker" not in str(error):
                 raise
             raise RunFolderError(
-                "a process that loads pictures was killed, for lack of memory as a rule; use fewer --workers "
-                "and start the same command again"
+                "a process that loads images was killed, usually because memory ran out. Use fewer --workers "
+                "and start the same command again."
             ) from error
         except OSError as error:
             raise named(error, run_dir) from error
 
 
 class _Run(PhaseRunner):
-    """One start of a run: what its stages are handed (``stages.base.Run``), and the model that they make."""
+    """One start of a run. Stages get it as their ``stages.base.Run``."""
 
     makes_updates = True
 
@@ -171,7 +172,8 @@ class _Run(PhaseRunner):
         target = self.run_dir / "model"
         if self.processes.is_main and self.has_its_model(target):
             print(
-                f"{self.run_dir} is finished already: nothing is left to train, and its model is in {target}"
+                f"{self.run_dir} is already finished: there is nothing left to train. Its model is in "
+                f"{target}"
             )
         self.train_stages()
         if self.processes.is_main:
@@ -179,11 +181,11 @@ class _Run(PhaseRunner):
         self.processes.barrier_without_timeout()
         if not self.processes.is_main:
             return target
-        self.say_skipped()
+        self.print_skipped()
         for kind in trained_kinds(self.recipe):
             found = sorted(self.run_dir.glob(f"stage_{kind.short}*/previews/*.png"))
             if kind.reads_captions and found:
-                print(f"{found[-1]}: the preview prompts, drawn at the end of Stage {kind.short.upper()}")
+                print(f"{found[-1]}: images of the preview prompts at the end of Stage {kind.short.upper()}")
         print_cost(self.log)
         self.log.event("end", seconds=round(time.monotonic() - began, 1))
         return target
@@ -193,13 +195,13 @@ class _Run(PhaseRunner):
             kind.train(self)
 
     def has_its_model(self, target: Path) -> bool:
-        """Whether the model by the recipe in force is there."""
+        """Whether the model of the current recipe exists."""
         stored = read_json(self.run_dir / "run.json")
         made_with = stored.get("model", {"changes": 0})["changes"]
         return (target / "model.json").exists() and made_with == len(self.changes)
 
     def write_model_once(self, target: Path) -> None:
-        """Writes the model, unless it is there; an older one makes room for it."""
+        """Writes the model unless it exists. Replaces the model of an older recipe."""
         if self.has_its_model(target):
             return
         if not (target / "model.json").exists():
@@ -228,9 +230,7 @@ class _Run(PhaseRunner):
         }
         if self.processes.is_main and self.start.left_out:
             lost = " and ".join(self.start.left_out)
-            print(
-                f"{lost} of {recipe.start_from} would not fit what was trained, and the model is without it"
-            )
+            print(f"{lost} of {recipe.start_from} would not fit the trained stages and is not in the model")
         networks, settings = self.parts.networks(), self.settings_of_model()
         write_parts(
             settings,
@@ -242,18 +242,18 @@ class _Run(PhaseRunner):
         )
 
     def write_results(self, folder: Path) -> None:
-        """Writes what stages have made beside the parts of the model."""
+        """Writes what stages have made besides the parts of the model."""
         for kind in trained_kinds(self.recipe):
             if kind.write is not None:
                 kind.write(self, folder)
 
     def settings_of_model(self, image_size: int | None = None) -> CascadeSettings:
-        """Those of the parts as they are, with another picture size by choice."""
+        """The settings of the model so far, optionally with another image size."""
         settings = cascade_settings(self.recipe, self.statistics, self.start.settings)
         return dataclasses.replace(settings, image_size=image_size or settings.image_size)
 
     def rehearse(self) -> None:
-        """Measures what an image costs in each phase, with networks that are thrown away."""
+        """Measures the cost of an image in each phase, on networks that are thrown away."""
         with tempfile.TemporaryDirectory() as folder:
             rehearsal = _Rehearsal(
                 self.recipe, Path(folder), self.sources, self.start, self.processes, self.log
@@ -263,15 +263,15 @@ class _Run(PhaseRunner):
             torch.cuda.empty_cache()
 
     def begins(self, name: str) -> bool:
-        """Whether a phase starts from nothing, as opposed to from a checkpoint of its own."""
+        """Whether a phase has no checkpoint yet."""
         return not any((self.run_dir / f"stage_{name}" / "checkpoints").glob("[0-9]*"))
 
     def measured_source(self) -> Source | PreparedSet:
-        """What is measured on: the recipe's data, or of phases that all have others the first."""
+        """The recipe's data, or those of the first phase if no phase reads them."""
         return self.sources.get(self.recipe.data) or next(iter(self.sources.values()))
 
     def some_images(self, purpose: str, size: int) -> Iterator[Batch]:
-        """Training pictures to measure on, in an order of their own."""
+        """Training images for a measurement, in an order that depends on its ``purpose``."""
         source = self.measured_source()
         assert not isinstance(source, PreparedSet)
         seed = stable_hash(self.recipe.seed, purpose) >> 1
@@ -282,24 +282,25 @@ class _Run(PhaseRunner):
     def measured_once(
         self, folder: str, measure: Callable[[], dict[str, Any]], known: dict[str, Any]
     ) -> dict[str, Any]:
-        """What ``measure`` finds, kept beside a stage's checkpoints: later starts read it back."""
+        """The result of ``measure``, stored beside a stage's checkpoints for later starts."""
         path = self.run_dir / folder / "measured.json"
         if self.processes.is_main and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, measure())
         self.processes.barrier_without_timeout()
-        again = "remove it, and it will be measured again"
+        again = "Remove it, and it will be measured again."
         found = read_json(path, again)
         if not found:
-            raise RunFolderError(f"{path} is empty; {again}")
+            raise RunFolderError(f"{path} is empty. {again}")
         return found
 
     def seed_weights(self, name: str) -> None:
-        """Initial weights are a function of the recipe's seed and the stage alone."""
+        """Seeds torch's generator for initial weights, by the recipe's seed and this name."""
         torch.manual_seed(stable_hash(self.recipe.seed, name, "weights") >> 1)
 
-    def say_what_is_read(self) -> None:
-        """Prints what the data are and how often each image will be seen; once for a run and its data."""
+    def print_data(self) -> None:
+        """Prints an overview of the data and how often each image will be seen, once for a run and its
+        data."""
         told = (event for event in self.log.events() if event["event"] == "data")
         if any(event.get("fingerprint") == self.fingerprint for event in told):
             return
@@ -312,8 +313,8 @@ class _Run(PhaseRunner):
             for name, reason in left_out(source):
                 self.log.event("skipped", stage="data", name=name, reason=reason)
 
-    def say_skipped(self) -> None:
-        """Names the images that could not be used, over all starts of the run."""
+    def print_skipped(self) -> None:
+        """Prints the images that could not be used, over all starts of the run."""
         skipped = {e["name"]: e["reason"] for e in self.log.events() if e["event"] == "skipped"}
         for name, reason in sorted(skipped.items()):
             print(f"skipped {name}: {reason}")
@@ -322,7 +323,7 @@ class _Run(PhaseRunner):
 
 
 class _Rehearsal(_Run):
-    """A run of a few updates a phase. Nothing is learnt, written, or handed from stage to stage."""
+    """A run with a few updates per phase. Its weights are neither kept nor passed on to other stages."""
 
     def run_stage(self, stage: Stage, phase: Phase, multiple: int) -> Path:
         feed = self.feed(stage, phase, multiple, 0)
@@ -339,7 +340,7 @@ class _Rehearsal(_Run):
         return ORDER
 
     def cache_size(self, data: str, size: int) -> int:
-        """As many as the largest batch: more of them cost an update no more."""
+        """The size of the largest batch: an update costs the same with more images in the cache."""
         sizes = [r.batch_size for r in readings(self.recipe) if (r.data, r.size) == (data, size)]
         return min(cached_images(self.recipe, data, size), max(sizes))
 

@@ -1,4 +1,4 @@
-"""The data sets of a run: opened and checked, and looked at by all processes together."""
+"""Opens and checks the data sets of a run."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -25,13 +25,13 @@ from wuerstchen.train.stage_table import trained_kinds, trained_phases
 
 
 def phases_read(recipe: Recipe) -> list[Phase]:
-    """Those of all stages that are trained, without refinements, which read what others read."""
+    """The phases of all trained stages, without refinements, which read the same data."""
     return [named.phase for named in trained_phases(recipe) if named.path]
 
 
 def folder_around(data: str, recipe: Recipe) -> Path | None:
-    """The largest folder of pictures that a phase reads and ``data`` lies in: what one phase holds out of it
-    is not to be trained on in another."""
+    """The outermost folder of images that contains ``data`` and that a phase reads. Its held-out images must
+    not be trained on in any phase."""
     folders = [Path(phase.data or recipe.data).resolve() for phase in phases_read(recipe)]
     outer = [folder for folder in folders if folder in Path(data).resolve().parents]
     found = [folder for folder in outer if is_folder_of_images(str(folder))]
@@ -39,7 +39,7 @@ def folder_around(data: str, recipe: Recipe) -> Path | None:
 
 
 def _opened(data: str, recipe: Recipe, begun: Recipe) -> Source | PreparedSet:
-    """The training part of a data set that ``recipe`` names. ``begun`` is as in ``open_sources``."""
+    """The training split of a data set of ``recipe``. ``begun`` is as in ``open_sources``."""
     return open_source(
         data,
         around=folder_around(data, begun),
@@ -50,11 +50,12 @@ def _opened(data: str, recipe: Recipe, begun: Recipe) -> Source | PreparedSet:
 
 
 def open_sources(recipe: Recipe, begun: Recipe | None = None) -> dict[str, Source | PreparedSet]:
-    """The data sets of all phases, by the name that the recipe gives them. Refuses what they cannot serve.
+    """The data sets of all phases by their names in the recipe. Raises ``UserError`` for a recipe that does
+    not suit them.
 
-    Prepared sets are still to be verified, by all processes together (``verify_sets``).
+    Prepared sets are not verified yet: all ranks do that together (``verify_sets``).
 
-    ``begun`` is the recipe that the run was begun with, if it is another: what its phases hold out of each
+    ``begun`` is the recipe that the run was started with, if it was changed. What its phases hold out of each
     other's data stays held out.
     """
     sources: dict[str, Source | PreparedSet] = {}
@@ -65,7 +66,7 @@ def open_sources(recipe: Recipe, begun: Recipe | None = None) -> dict[str, Sourc
             source = sources[data] = _opened(data, recipe, begun or recipe)
         if phase.max_ratio > 1 and isinstance(source, EmojiSource):
             raise UserError(
-                f"max_ratio={phase.max_ratio} needs photographs: emoji are composed as squares; use 1"
+                f"max_ratio must be 1 for emoji, which are drawn as squares, got {phase.max_ratio}."
             )
         if isinstance(source, PreparedSet):
             for kind in trained_kinds(recipe):
@@ -75,15 +76,15 @@ def open_sources(recipe: Recipe, begun: Recipe | None = None) -> dict[str, Sourc
         refuse_small(recipe, data, len(source.rows("train")) if whole else len(source), whole)
     if recipe.stored_texts == "states" and not any(isinstance(s, PreparedSet) for s in sources.values()):
         raise UserError(
-            f"stored_texts=states needs a prepared set, and data={recipe.data} is none; use tokens"
+            f"stored_texts=states needs a prepared set, got data={recipe.data}. Use stored_texts=tokens."
         )
     _check_skipped(recipe, sources, begun or recipe)
     return sources
 
 
 def _check_skipped(recipe: Recipe, sources: dict[str, Source | PreparedSet], begun: Recipe) -> None:
-    """Raises ``UserError`` for a name that is no image's: also not one of data that the run was ``begun``
-    with and no longer reads."""
+    """Raises ``UserError`` for a name in ``skip`` that no image has, including data that only the recipe
+    ``begun`` reads."""
     missing = set(recipe.skip)
     for source in all_sources(begun, sources) if missing else ():
         missing -= {source.name(item) for item in range(len(source))}
@@ -91,15 +92,15 @@ def _check_skipped(recipe: Recipe, sources: dict[str, Source | PreparedSet], beg
             return
     if missing:
         raise UserError(
-            f"skip={min(missing)} is no image of {recipe.data}. Images are named as in log.jsonl, by their "
-            "place in the folder as a rule"
+            f"skip={min(missing)} is not an image of {recipe.data}. Use a name from log.jsonl, usually the "
+            "path inside the data folder."
         )
 
 
 def all_sources(begun: Recipe, sources: dict[str, Source | PreparedSet]) -> Iterator[Source | PreparedSet]:
-    """The data sets of the recipe that a run was begun with, by falling batch size of their phases.
+    """The data sets of the recipe that a run was started with, by decreasing batch size of their phases.
 
-    Those that the run no longer reads are not in ``sources``, and are opened when it is their turn.
+    Data sets that the run no longer reads are not in ``sources``. They are opened when their turn comes.
     """
     phases = sorted(phases_read(begun), key=lambda phase: -phase.optimization.batch_size)
     for name in dict.fromkeys(phase.data or begun.data for phase in phases):
@@ -107,13 +108,13 @@ def all_sources(begun: Recipe, sources: dict[str, Source | PreparedSet]) -> Iter
 
 
 def first_converted(sources: Iterable[Source | PreparedSet], rank: int, count: int) -> str | None:
-    """An image of a process's part whose colours its profile changes, if there is one."""
+    """An image in this rank's part of the data whose colour profile changes it, or None."""
     folders = (source for source in sources if isinstance(source, FolderSource))
     return next(filter(None, (source.converted(rank, count) for source in folders)), None)
 
 
 def left_out(source: Source | PreparedSet) -> Iterator[tuple[str, str]]:
-    """Name and reason of what a data set holds and training cannot use."""
+    """Names of the images of a data set that training cannot use, with the reason."""
     if isinstance(source, IndexedSource):
         yield from source.left_out()
     for name in source.without_caption if isinstance(source, FolderSource) else ():
@@ -121,7 +122,7 @@ def left_out(source: Source | PreparedSet) -> Iterator[tuple[str, str]]:
 
 
 def repeats_images(recipe: Recipe, sources: dict[str, Source | PreparedSet]) -> bool:
-    """Whether sizes of a prepared set have fewer images than a batch of a phase that reads it."""
+    """Whether a size of a prepared set has fewer images than a batch of a phase that reads it."""
     for phase in phases_read(recipe):
         source, optimization = sources[phase.data or recipe.data], phase.optimization
         if isinstance(source, PreparedSet):
@@ -132,19 +133,19 @@ def repeats_images(recipe: Recipe, sources: dict[str, Source | PreparedSet]) -> 
 
 
 def fingerprint_of(recipe: Recipe, sources: dict[str, Source | PreparedSet]) -> str:
-    """Of all data of the recipe that a run was begun with: that of the only set, or one of all of them.
+    """The fingerprint of all data of the recipe that a run was started with.
 
-    It depends on their order. A set that the run no longer reads is opened for it.
+    For several sets it depends on their order. Sets that the run no longer reads are opened too.
     """
     found = list(dict.fromkeys(source.fingerprint() for source in all_sources(recipe, sources)))
     return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
 
 
 def verify_sets(sets: Iterable[PreparedSet], processes: Processes) -> None:
-    """Checks the shards of sets that are newer than their ``prepared.json``, each in one process.
+    """Checks the shards that are newer than the ``prepared.json`` of their set, each on one rank.
 
-    All processes call it, and all raise ``DataError`` where one finds a damaged shard. The processes that see
-    the same ``prepared.json`` share the work: a machine may have a copy of its own.
+    All ranks call it, and all raise ``DataError`` if one finds a damaged shard. Ranks that see the same
+    ``prepared.json`` share the work. Each machine may have its own copy.
     """
     sets = list(sets)
     described = [(prepared.folder / DESCRIPTION).stat() for prepared in sets]

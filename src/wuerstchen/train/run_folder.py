@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from wuerstchen.train.report.events import DISK_ERRORS, Log
 
 @contextlib.contextmanager
 def locked(run_dir: Path, processes: Processes) -> Iterator[None]:
-    """Keeps other runs out of the run folder. The lock goes with the process, however it ends."""
+    """Locks the run folder against other runs. The lock is released however the process ends."""
     if not processes.is_main:
-        processes.barrier()  # for the lock and the cleaning below
+        processes.barrier()  # rank 0 takes the lock and cleans up first
         yield
         return
     try:
@@ -32,11 +33,11 @@ def locked(run_dir: Path, processes: Processes) -> Iterator[None]:
         lock = acquired(run_dir / "lock", timeout=0.0)
     except Timeout as error:
         raise RunFolderError(
-            f"{run_dir} is in use by another process; wait for it, or use another --run-dir"
+            f"{run_dir} is in use by another process. Wait for it, or use another --run-dir."
         ) from error
     except OSError as error:
         raise RunFolderError(
-            f"{run_dir} cannot be written ({error.strerror}); use another --run-dir"
+            f"{run_dir} cannot be written: {error.strerror}. Use another --run-dir."
         ) from error
     with lock:
         for partial in (
@@ -44,44 +45,44 @@ def locked(run_dir: Path, processes: Processes) -> Iterator[None]:
             *run_dir.glob(".model.*"),
             run_dir / "model.new",
         ):
-            shutil.rmtree(partial, ignore_errors=True)  # what kills left half-written
+            shutil.rmtree(partial, ignore_errors=True)  # left incomplete by a kill
         processes.barrier()
         yield
 
 
 def named(error: OSError, run_dir: Path) -> UserError:
-    """An error of the system as the user is told it: it is of the file that it names, or else of the disk
-    that a run writes to."""
-    # One of a process that loads pictures has that process's traceback before it, and no number.
+    """A system error as a message for the user. It is about the file that it names, or about the disk of the
+    run folder."""
+    # An error in a process that loads images comes with that process's traceback and without errno.
     reason = error.strerror or [type(error).__name__, *str(error).strip().splitlines()][-1]
     path = error.filename
     if isinstance(path, str | bytes):
         path = Path(os.fsdecode(path)).absolute()
         if not path.is_relative_to(run_dir.absolute()):
-            return UserError(f"{path} cannot be used ({reason}); mend that and start the same command again")
+            return UserError(f"{path} cannot be used: {reason}. Fix that and start the same command again.")
     elif error.errno not in DISK_ERRORS:
-        return UserError(f"a file cannot be used ({reason}); mend that and start the same command again")
+        return UserError(f"a file cannot be used: {reason}. Fix that and start the same command again.")
     return RunFolderError(
-        f"{run_dir} cannot be written ({reason}); free some space and start the same command again"
+        f"{run_dir} cannot be written: {reason}. Free some disk space and start the same command again."
     )
 
 
 COLOURS = "sRGB"
-"""What images are converted to, kept in run.json. In runs without it, colour profiles were ignored."""
+"""The colour space that images are converted to, stored in run.json. Runs without it ignored profiles."""
 ORDER = 2
-"""How images are put into batches and weights decayed, kept in run.json. Runs without it never showed sizes
-of a prepared set with fewer images than a batch, could compose and keep more images than they used, and
-decayed GRN and the codebook too. Since 2 such sizes have batches that repeat their images, no more images are
-kept than are used, and weight decay acts on matrices alone."""
+"""Version of the order of images and of weight decay, stored in run.json; 1 if it is missing. Version 1 skips
+sizes of a prepared set with fewer images than a batch, may cache more images than it uses, and decays GRN and
+the codebook. In version 2 such sizes repeat their images to fill a batch, only images that are used are
+cached, and only matrices are decayed."""
 
 
 def check_order(run_dir: Path) -> None:
-    """Refuses to go on with a run that was begun when sizes with fewer images than a batch were left out."""
+    """Raises ``RunFolderError`` for a run of order 1 that would now get images of small sizes."""
     if read_json(run_dir / "run.json").get("order", 1) < ORDER:
         raise RunFolderError(
-            f"{run_dir} was begun by a version that never showed the images of sizes with fewer images than "
-            "a batch. This version shows them, so the order of the images would change in the middle of the "
-            "run. Use another --run-dir, or finish this run with the version that began it"
+            f"{run_dir} was started by a version that skips sizes with fewer images than a batch. This "
+            "version uses them, so the order of the images would change in the middle of the run. Use "
+            "another --run-dir, or finish this run with the version that started it."
         )
 
 
@@ -92,10 +93,10 @@ def check_colours(
     accept_changed_data: bool,
     processes: Processes,
 ) -> None:
-    """Raises ``RunFolderError`` for a run begun before colour profiles were read, if images have any.
+    """Raises ``RunFolderError`` for a run from before colour profiles were read, if its images have any.
 
-    ``converted`` names an image whose colours its profile changes, or none, in the part of the images of a
-    process: its rank and the number of processes. Without one the run goes on. All ``processes`` call it.
+    ``converted(rank, count)`` names an image in this rank's part of the data whose profile changes its
+    colours, or returns None. Then the run continues. All ranks call it.
     """
     path = run_dir / "run.json"
     stored = read_json(path) if processes.is_main else {}
@@ -107,10 +108,10 @@ def check_colours(
     if names:
         if not accept_changed_data:
             raise RunFolderError(
-                f"{run_dir} was begun by a version that ignored colour profiles, and image {min(names)!r} "
+                f"{run_dir} was started by a version that ignored colour profiles, and image {min(names)!r} "
                 "has one. This version converts such images to sRGB, so they would change in the middle of "
-                "the run. Give --accept-changed-data to go on with the right colours, or use another "
-                "--run-dir"
+                "the run. Give --accept-changed-data to continue with the right colours, or use another "
+                "--run-dir."
             )
         log.event("accepted changed data", before="colour profiles ignored", now="colours in sRGB")
     if processes.is_main:
@@ -118,23 +119,23 @@ def check_colours(
 
 
 _OURS = {"lock", "log.jsonl", "tensorboard"}
-_LOGS = {".err", ".log", ".out"}  # of schedulers, which may be told to write into the run folder
+_LOGS = {".err", ".log", ".out"}  # of schedulers, which may write into the run folder
 
 
 def check_new(run_dir: Path) -> None:
-    """Raises ``RunFolderError`` for a folder that holds other things: a run would fill it with its own."""
+    """Raises ``RunFolderError`` for a folder that contains other files."""
     for path in sorted(run_dir.iterdir()):
         if path.name not in _OURS and not path.name.startswith(".") and path.suffix not in _LOGS:
             raise RunFolderError(
-                f"{run_dir} holds other things: {path.name!r}. A run needs a folder of its own. Give a new "
-                "or empty folder as --run-dir"
+                f"{run_dir} contains other files: {path.name!r}. A run needs a folder of its own. Give a new "
+                "or empty folder as --run-dir."
             )
 
 
 def read_run(run_dir: Path) -> dict[str, Any] | None:
-    """What ``run.json`` holds: the recipe that the run was begun with, its changes and fingerprints.
+    """The content of ``run.json``: the recipe that the run was started with, its changes and fingerprints.
 
-    None for a run that has not begun. Raises ``RunFolderError`` for a file that is no such thing.
+    None for a run that has not started. Raises ``RunFolderError`` for a file with other content.
     """
     path = run_dir / "run.json"
     if not path.exists():
@@ -143,65 +144,65 @@ def read_run(run_dir: Path) -> dict[str, Any] | None:
     changes = stored.get("changes", [])
     whole = isinstance(stored.get("recipe"), dict) and isinstance(stored.get("data"), str)
     if not whole or not isinstance(changes, list) or not all(isinstance(c, dict) for c in changes):
-        raise RunFolderError(f"{path} names no recipe and data; use another --run-dir")
+        raise RunFolderError(f"{path} has no recipe and data. Use another --run-dir.")
     return stored
 
 
-def check_run(
-    recipe: Recipe,
-    run_dir: Path,
-    data: str,
-    start: str,
-    log: Log,
-    accept_changed_data: bool,
-    processes: Processes,
-    planned: Plan,
-) -> None:
-    """Compares what the folder was begun with and what is asked now; begins it if it is new.
+@dataclass(frozen=True, kw_only=True)
+class Fingerprints:
+    """Fingerprints of what a run reads."""
 
-    ``data`` and ``start`` are fingerprints: of the data, and of the weights at the start, if there are any.
-    ``planned`` is the recipe in force, with changes that are recorded here.
+    data: str
+    start: str
+    """Of the weights that it starts from; empty without any."""
+
+
+def check_run(
+    recipe: Recipe, run_dir: Path, now: Fingerprints, log: Log, accept_changed_data: bool, planned: Plan
+) -> None:
+    """Compares a run folder with what is asked for now, or starts it if it is new. Only rank 0 calls it.
+
+    ``planned`` is the recipe in force. Its changes are recorded here.
     """
     path = run_dir / "run.json"
     given = as_dict(recipe)
-    if not processes.is_main:
-        return
     stored = read_run(run_dir)
     if stored is None:
         if any(run_dir.glob("stage_*")):
-            raise RunFolderError(f"{run_dir} holds stages but no run.json; use another --run-dir")
+            raise RunFolderError(f"{run_dir} contains stages but no run.json. Use another --run-dir.")
         if (run_dir / "model").exists():
             raise RunFolderError(
-                f"{run_dir / 'model'} exists already, and the run would end there; use another --run-dir"
+                f"{run_dir / 'model'} already exists, and the run would write its model there. Use another "
+                "--run-dir."
             )
         check_new(run_dir)
-        content = {"format": FORMAT, "recipe": given, "data": data, "order": ORDER, "colours": COLOURS}
-        write_json(path, {**content, "start": start} if start else content)
+        content = {"format": FORMAT, "recipe": given, "data": now.data, "order": ORDER, "colours": COLOURS}
+        write_json(path, {**content, "start": now.start} if now.start else content)
         return
     if stored.get("changes", []) != planned.recorded:
-        raise RunFolderError(f"{run_dir} was changed by another process just now; start the command again")
+        raise RunFolderError(f"{run_dir} was changed by another process just now. Start the command again.")
     check_same(stored, recipe, run_dir, planned.recipe)
-    if stored["data"] != data:
+    if stored["data"] != now.data:
         if not accept_changed_data:
             raise RunFolderError(
-                f"the data in {recipe.data} have changed since {run_dir} was begun; put them back, or give "
-                "--accept-changed-data"
+                f"the data in {recipe.data} have changed since {run_dir} was started. Restore them, or give "
+                "--accept-changed-data."
             )
-        log.event("accepted changed data", before=stored["data"], now=data)
-        stored = {**stored, "data": data}
+        log.event("accepted changed data", before=stored["data"], now=now.data)
+        stored = {**stored, "data": now.data}
         write_json(path, stored)
-    if stored.get("start", "") != start:
+    if stored.get("start", "") != now.start:
         raise RunFolderError(
-            f"the weights in {recipe.start_from} have changed since {run_dir} was begun; put them back, or "
-            "use another --run-dir"
+            f"the weights in {recipe.start_from} have changed since {run_dir} was started. Restore them, or "
+            "use another --run-dir."
         )
     record(planned, run_dir, stored, log)
 
 
 def move_changes(run_dir: Path, changes: list[dict[str, Any]], stage: str, images: int, log: Log) -> None:
-    """Lets ``changes`` of a stage that were made after ``images`` hold from there, in place and in run.json.
+    """Moves ``changes`` of a stage that were made after ``images`` to that point, in place and in run.json.
 
-    Training goes on from there under the changed recipe: later checkpoints were found damaged.
+    Later checkpoints are damaged, so training resumes there, with the changed recipe.
     """
     moved = [change for change in changes if change["stage"] == stage and change["images"] > images]
     for change in moved:
@@ -212,12 +213,12 @@ def move_changes(run_dir: Path, changes: list[dict[str, Any]], stage: str, image
         write_json(path, {**read_json(path), "changes": changes})
 
 
-def read_json(path: Path, fix: str = "use another --run-dir") -> dict[str, Any]:
-    """A file that this run wrote."""
+def read_json(path: Path, fix: str = "Use another --run-dir.") -> dict[str, Any]:
+    """Reads a JSON file of the run. Raises ``RunFolderError`` with the ``fix`` if it is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
-            raise ValueError("it holds no object")
+            raise ValueError("it contains no object")
         return content
     except ValueError as error:
-        raise RunFolderError(f"{path} cannot be read ({error}); {fix}") from error
+        raise RunFolderError(f"{path} cannot be read: {error}. {fix}") from error

@@ -1,4 +1,4 @@
-"""How a run trains one phase after the other: its images, its settings, and where it goes on."""
+"""How a run trains its phases: their images, settings and checkpoints."""
 
 import dataclasses
 from functools import partial
@@ -41,7 +41,7 @@ from wuerstchen.train.stages.base import Averages, N, Stage
 
 
 class PhaseRunner:
-    """One start of a run, as far as its phases are concerned."""
+    """Trains the phases of a run."""
 
     def __init__(
         self,
@@ -58,11 +58,11 @@ class PhaseRunner:
         self.sources = sources
         self.fingerprint = ""
         self.changes: list[dict[str, Any]] = []
-        """Of the recipe since the run was begun."""
+        """Changes of the recipe since the run was started."""
         self.begun = recipe
-        """What it was begun with."""
+        """The recipe that the run was started with."""
         self.repeats_images = False
-        """Whether sizes of a prepared set have fewer images than a batch."""
+        """Whether a size of a prepared set has fewer images than a batch."""
         self.device = processes.device
         self.log = log
         self.start = start
@@ -72,13 +72,13 @@ class PhaseRunner:
             self.statistics = start.settings.latent_statistics
         for name, network in self.parts.networks().items():
             maker = maker_of(name)
-            if maker is None or maker.short not in recipe.stages:  # others are copied, not used
-                network.eval()  # and stay on the CPU until a stage needs them
+            if maker is None or maker.short not in recipe.stages:  # the others are only copied
+                network.eval()  # stays on the CPU until a stage needs it
         self._image_cache: tuple[tuple[str, int], ImageCache] | None = None
         self._held_out: dict[tuple[str, int], HeldOut | HeldOutLatents | None] = {}
 
     def feed(self, stage: Stage, phase: Phase, multiple: int, seed: int) -> Feed | PreparedFeed:
-        """The pictures of a phase, or what is stored of them."""
+        """The images of a phase, or what a prepared set stores of them."""
         recipe, source = self.recipe, self.source(phase)
         if isinstance(source, PreparedSet):
             optimization = phase.optimization
@@ -102,7 +102,7 @@ class PhaseRunner:
         )
 
     def settings(self, feed: Feed | PreparedFeed) -> Settings:
-        """How the loop runs on a feed."""
+        """Settings of the training loop."""
         recipe = self.recipe
         return Settings(
             seed=recipe.seed,
@@ -122,7 +122,7 @@ class PhaseRunner:
         )
 
     def train_phase(self, stage: Stage, phase: Phase, *, multiple: int = 1) -> Averages:
-        """Trains a phase to its end. Returns what gives a network its averaged weights."""
+        """Trains a phase to its end. Returns a function that loads its averaged weights."""
         return partial(self.averaged, self.run_stage(stage, phase, multiple))
 
     def run_stage(self, stage: Stage, phase: Phase, multiple: int) -> Path:
@@ -141,8 +141,8 @@ class PhaseRunner:
                 print("\n".join(f"    {line}" for line in feed.epoch()))
                 if feed.source.latents_precision == "bfloat16":
                     print(
-                        "  its maps were made in bfloat16 by an earlier version, with an error of a few "
-                        "hundredths of their deviation; prepare it again for exact ones"
+                        "  its semantic latents were computed in bfloat16 by an earlier version, with errors "
+                        "of a few hundredths of their standard deviation. Prepare it again for exact ones."
                     )
         header = {**dataclasses.asdict(self.provenance(0)), "fields": as_dict(self.recipe)}
         header["changes"] = self.changes
@@ -173,8 +173,7 @@ class PhaseRunner:
         )
 
     def _finished(self, folder: Path, stage: Stage, phase: Phase) -> Path | None:
-        """The last checkpoint of a stage, if it is there and whole, and its last preview and validation were
-        made."""
+        """The last checkpoint of a stage, if it is whole and its last preview and validation were made."""
         checkpoints, images = folder / "checkpoints", stage.optimization.images
         if not self.processes.any_rank((checkpoints / f"{images:012d}").is_dir()):
             return None
@@ -189,7 +188,7 @@ class PhaseRunner:
         return found[0] if found is not None and found[1]["images"] >= images else None
 
     def validation(self, stage: Stage, phase: Phase) -> Validation | None:
-        """The loss of a diffusion stage on held-out pictures; None without any."""
+        """Validation of a diffusion stage; None without held-out images."""
         if not isinstance(stage, Denoising | DenoisingTokens):
             return None
         data, size = key = (phase.data or self.recipe.data, phase.image_size or self.recipe.image_size)
@@ -204,38 +203,38 @@ class PhaseRunner:
                 text_column=self.recipe.text_column or None,
             )
             if self._held_out[key] is None:
-                print(f"{data} holds out no pictures, so there is no validation loss")
-        pictures = self._held_out[key]
-        if pictures is None:
+                print(f"{data} has no held-out images, so there is no validation loss")
+        images = self._held_out[key]
+        if images is None:
             return None
-        return Validation(stage, pictures, HALVES.get(self.recipe.precision), self.device)
+        return Validation(stage, images, HALVES.get(self.recipe.precision), self.device)
 
     def image_cache(self, feed: Feed | PreparedFeed, phase: Phase) -> ImageCache:
-        """The pictures that stages train on, composed when one first needs them."""
+        """The images that stages train on, loaded when a stage first needs them."""
         assert isinstance(feed, Feed)
         key = (phase.data or self.recipe.data, feed.size)
         if self._image_cache is None or self._image_cache[0] != key:
             self._image_cache = None  # one at a time: they are large
             seed = stable_hash(self.recipe.seed, "bank") >> 1
-            pictures = Feed(feed.source, seed, feed.size, captions=True, skip=self.recipe.skip)
-            cache = fill_image_cache(pictures, self.cache_size(*key), self.recipe.workers, self.device)
+            images = Feed(feed.source, seed, feed.size, captions=True, skip=self.recipe.skip)
+            cache = fill_image_cache(images, self.cache_size(*key), self.recipe.workers, self.device)
             self._image_cache = (key, cache)
             for name, reason in cache.skipped:
                 self.log.event("skipped", stage="bank", name=name, reason=reason)
         return self._image_cache[1]
 
     def order(self) -> int:
-        """Which version's rules the run goes by (``folder.ORDER``)."""
+        """The rules for the order of images and weight decay (``run_folder.ORDER``)."""
         return read_json(self.run_dir / "run.json").get("order", 1)
 
     def cache_size(self, data: str, size: int) -> int:
-        """How many images of a size are composed: no more than will be used."""
+        """How many images of a size are cached: no more than will be used."""
         if self.order() < ORDER:
-            return self.recipe.prepared_images  # their number is part of the order that the run began with
+            return self.recipe.prepared_images  # their number determines the order of the images
         return cached_images(self.recipe, data, size)
 
     def averaged(self, checkpoint: Path, network: N, name: str) -> N:
-        """The network with the averaged weights of a finished stage, frozen."""
+        """Loads the averaged weights of a finished phase into a network and freezes it."""
         network = network.to(self.device)
         load_averages(network, checkpoint, name, self.processes)
         return network.eval().requires_grad_(False)

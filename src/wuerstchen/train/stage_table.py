@@ -1,8 +1,8 @@
 """The table of everything that can be trained, in the order of training: a row for each file in ``stages/``.
 
-Rows are names, so that a recipe can ask which stages there are before their networks are imported. What a
-stage is called in recipes, run folders and logs, what it makes, and what it builds on is in its own file, in
-the ``StageKind`` that the row names.
+Rows are names, so that a recipe can look up stages before their networks are imported. The ``StageKind`` in
+each file says what the stage is called in recipes, run folders and logs, what it makes, and what it builds
+on.
 """
 
 import pkgutil
@@ -19,7 +19,7 @@ STAGES = (
     "wuerstchen.train.stages.vqgan:VQGAN_REFINEMENT",
     "wuerstchen.train.stages.prior:PRIOR_STAGE",
 )
-"""Places of ``StageKind`` objects. Each comes after those that it builds on."""
+"""Where the ``StageKind`` objects are. Each comes after those that it builds on."""
 
 
 def kinds() -> "list[StageKind]":
@@ -28,15 +28,12 @@ def kinds() -> "list[StageKind]":
 
 
 def selectable() -> "list[StageKind]":
-    """What a recipe's ``stages`` may name. The refinement of a stage is trained with its stage."""
+    """The stages that a recipe can name in ``stages``. Refinements are trained with their stage."""
     return [kind for kind in kinds() if not kind.refines]
 
 
 def short_name(stage: str) -> str:
-    """What recipes and run folders call a stage, by this or by its full name: ``a`` for ``vqgan``.
-
-    Other texts are returned as they are.
-    """
+    """The short name of a stage: ``a`` for ``vqgan`` or ``a``. Other texts are returned unchanged."""
     return next((kind.short for kind in selectable() if stage in (kind.name, kind.short)), stage)
 
 
@@ -49,7 +46,7 @@ def kind_of(stage: str) -> "StageKind":
 
 
 def before(stages: Collection[str]) -> "list[StageKind]":
-    """What the stages with these full or short names build on, directly or not, in the order of training."""
+    """All stages that the named stages build on, directly or indirectly, in the order of training."""
     wanted = {name for stage in stages for name in kind_of(stage).builds_on}
     found = []
     for kind in reversed(selectable()):
@@ -60,21 +57,21 @@ def before(stages: Collection[str]) -> "list[StageKind]":
 
 
 def after(stages: Collection[str]) -> "list[StageKind]":
-    """What builds on one of these stages, directly or not, in the order of training."""
+    """All stages that build on one of the named stages, directly or indirectly, in the order of training."""
     names = {kind_of(stage).name for stage in stages}
     return [kind for kind in selectable() if names & {other.name for other in before([kind.name])}]
 
 
 def maker_of(part: str) -> "StageKind | None":
-    """The stage that trains a part of the model; None for a part that no stage trains."""
+    """The stage that trains a part of the model, or None."""
     return next((kind for kind in kinds() if part in kind.makes), None)
 
 
 def trained_kinds(recipe: "Recipe") -> "list[StageKind]":
-    """What a recipe trains, refinements included, in the order of training."""
+    """The stages that a recipe trains, including refinements, in the order of training."""
     return [kind for kind in kinds() if kind.short in recipe.stages and kind.phases(recipe)]
 
 
 def trained_phases(recipe: "Recipe") -> "list[NamedPhase]":
-    """Every phase of a run in the order of training, refinements included."""
+    """All phases of a run in the order of training, including refinements."""
     return [phase for kind in trained_kinds(recipe) for phase in kind.phases(recipe)]
