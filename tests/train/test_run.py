@@ -218,7 +218,7 @@ def test_watching_changes_nothing(tmp_path, recipe, whole, capsys):
     assert sum(e["event"] == "tariff" for e in found) == 1
     page = write_report(tmp_path / "watched").read_text()
     assert "finished" in page
-    assert page.count("error of the prediction by time") == 8  # a title and a label a stage
+    assert page.count("prediction error by time") == 8  # a title and a label a stage
 
 
 def test_torch_s_defaults_change_no_bit(tmp_path, foreign_defaults):
@@ -240,7 +240,7 @@ def test_a_lock_keeps_two_processes_apart(tmp_path):
     with (
         FileLock(tmp_path / "lock"),
         pytest.raises(
-            RunFolderError, match="in use by another process; wait for it, or use another --run-dir"
+            RunFolderError, match="in use by another process. Wait for it, or use another --run-dir"
         ),
     ):
         train(tiny(), tmp_path)
@@ -579,7 +579,7 @@ def test_damaged_files_of_a_run_are_named(begun):
     run.run_dir = begun
     for content in ("{}", "[]", "{", '"x"'):
         (begun / "measured.json").write_text(content)
-        with pytest.raises(RunFolderError, match=r"measured\.json .*; remove it, and it will be measured"):
+        with pytest.raises(RunFolderError, match=r"measured\.json .* Remove it, and it will be measured"):
             run.measured_once(".", dict, {})
 
 
