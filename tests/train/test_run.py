@@ -240,7 +240,7 @@ def test_a_lock_keeps_two_processes_apart(tmp_path):
     with (
         FileLock(tmp_path / "lock"),
         pytest.raises(
-            RunFolderError, match="in use by another process. Wait for it, or use another --run-dir"
+            RunFolderError, match=r"in use by another process\. Wait for it, or use another --run-dir"
         ),
     ):
         train(tiny(), tmp_path)
