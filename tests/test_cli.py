@@ -530,6 +530,7 @@ def test_the_doctor_sees_a_model_that_overflows(run, model_folder, monkeypatch):
     assert "has a single colour" in err
 
 
+@pytest.mark.slow  # compiles all of torch, as nobody keeps what -OO compiles
 def test_python_without_docstrings():
     command = [sys.executable, "-W", "ignore", "-OO", "-m", "wuerstchen", "train", "tiny", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -344,21 +344,22 @@ def start(photos: Path, out: Path, rank: int = 0, world_size: int = 1) -> subpro
     )
 
 
-def test_two_processes_and_kill_9_change_nothing(photos, whole, tmp_path):
+def test_two_processes_and_kill_9_change_nothing(photos, whole, tmp_path, networks):
+    """The second of two is killed and started again, while the first waits for it."""
     description = json.loads((whole / "prepared.json").read_text())
     out = tmp_path / "out"
-    first = start(photos, out)
+    first, second = (start(photos, out, rank, 2) for rank in (0, 1))
     deadline = time.monotonic() + 100
-    while not (out / "work" / "images-00000.json").exists() and time.monotonic() < deadline:
-        assert first.poll() is None, first.communicate()
+    while not (out / "work" / "images-00001.json").exists() and time.monotonic() < deadline:
+        assert second.poll() is None, second.communicate()
         time.sleep(0.01)
-    os.kill(first.pid, signal.SIGKILL)
-    first.communicate()
-    both = [start(photos, out, rank, 2) for rank in (0, 1)]
-    said = [process.communicate(timeout=200) for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    assert said[1][0] == ""
-    assert said[0][0].splitlines()[0] == "8 images of 8 with a caption, 8 texts"
+    os.kill(second.pid, signal.SIGKILL)
+    assert second.communicate()[0] == ""
+    again = prepare(FolderReader(photos), out, networks, CONFIG, source=str(photos), rank=Rank(1, 2))
+    assert again is None
+    said = first.communicate(timeout=200)
+    assert first.returncode == 0, said
+    assert said[0].splitlines()[0] == "8 images of 8 with a caption, 8 texts"
     # All but how the source was named on the command line.
     found = json.loads((out / "prepared.json").read_text())
     assert found == {**description, "source": str(photos)}

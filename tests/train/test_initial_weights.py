@@ -16,20 +16,20 @@ from wuerstchen.checkpoints.native import (
     read_cascade,
     read_network,
     read_parts,
-    write_cascade,
     write_network,
 )
 from wuerstchen.checkpoints.original import write_original
 from wuerstchen.errors import CheckpointError, RunFolderError, UserError
 from wuerstchen.image_files import read_settings
+from wuerstchen.models import compressor as compressors
 from wuerstchen.models.cascade import PUBLISHED_STATISTICS
 from wuerstchen.models.compressor import Compressor, CompressorConfig
-from wuerstchen.models.decoder import Decoder, DecoderConfig
+from wuerstchen.models.decoder import Decoder
+from wuerstchen.models.efficientnet import EFFICIENTNET_V2_S
 from wuerstchen.models.paella import Paella
 from wuerstchen.models.previewer import PreviewerConfig
 from wuerstchen.models.prior import PriorConfig
 from wuerstchen.models.vqgan import VQGANConfig
-from wuerstchen.pipeline import BUNDLED
 from wuerstchen.recipes.tiny import tiny
 from wuerstchen.recipes.v2 import v2_finetune, v2_stage_b, v2_stage_c
 from wuerstchen.train.config import Optimization, Phase, StageCConfig
@@ -37,6 +37,17 @@ from wuerstchen.train.engine import checkpoint, checkpoint_writer
 from wuerstchen.train.engine.checkpoint import newest, read_averages
 from wuerstchen.train.initial_weights import fill_compressor, read_start
 from wuerstchen.train.run import train
+
+from ..configurations import (
+    ORIGINAL_DECODER,
+    SMALL_COMPRESSOR,
+    SMALL_DECODER,
+    SMALL_PREVIEWER,
+    SMALL_PRIOR,
+    narrow,
+    with_lite0,
+    write_model,
+)
 
 WHENCE = Provenance(recipe="test", seed=1, images=2, data="none", licence="MIT")
 
@@ -52,15 +63,11 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start(small_cascade, tmp_path_factory):
-    """A model of our own with a compressor that tells pictures apart."""
-    cascade = copy.deepcopy(small_cascade)
-    load_backbone(cascade.compressor.backbone, lite0_path())
+    """A model of our own with a compressor that tells images apart."""
+    cascade = with_lite0(copy.deepcopy(small_cascade))
     with torch.no_grad():
         cascade.compressor.mapper[1].weight.mul_(10)
-    folder = tmp_path_factory.mktemp("start") / "model"
-    parts = dict.fromkeys(("vqgan", "decoder", "compressor", "prior"), WHENCE)
-    write_cascade(cascade, folder, parts, text_encoder=BUNDLED / "text_encoder")
-    return folder
+    return write_model(cascade, tmp_path_factory.mktemp("start") / "model", WHENCE)
 
 
 def learning(images=16, batch_size=4):
@@ -81,20 +88,10 @@ def recipe(start, data, **changes):
             "stages": ("c",),
             "start_from": str(start),
             "fresh": ("c",),
-            "compressor": CompressorConfig(backbone="efficientnet_lite0", c_latent=2),
-            "decoder": DecoderConfig(
-                c_r=8,
-                c_cond=8,
-                c_hidden=(8, 8),
-                nhead=(-1, -1),
-                blocks=(1, 1),
-                level_config=("CT", "CT"),
-                inject_effnet=(False, True),
-                effnet_embd=2,
-                clip_embd=None,
-            ),
-            "previewer": PreviewerConfig(c_in=2),
-            "prior": PriorConfig(c_in=2, c=16, c_cond=384, c_r=8, depth=1, nhead=2),
+            "compressor": SMALL_COMPRESSOR,
+            "decoder": SMALL_DECODER,
+            "previewer": SMALL_PREVIEWER,
+            "prior": SMALL_PRIOR,
             "stage_c": StageCConfig(optimization=learning(), image_size=128, phases=phases, blend=0.25),
             "statistics_images": 16,
             "prior_steps": 2,
@@ -111,30 +108,37 @@ def recipe(start, data, **changes):
 STAGES = ("c", "c2", "c3")
 
 
+@pytest.fixture(scope="module")
+def finished(start, photos, tmp_path_factory):
+    """A run of all phases in one go."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    train(recipe(start, photos), folder, device="cpu")
+    return folder
+
+
 def files_of(run_dir):
     return {s: newest(run_dir / f"stage_{s}" / "checkpoints")[1]["files"] for s in STAGES}
 
 
-def test_a_start_reads_finished_stages_once(start, photos, tmp_path, monkeypatch):
+def test_a_start_reads_finished_stages_once(start, photos, finished, tmp_path, monkeypatch):
     """Each file of their last checkpoints was hashed twice, and then restored for nothing."""
-    train(recipe(start, photos), tmp_path, device="cpu")
+    run_dir = shutil.copytree(finished, tmp_path / "run")
     hashed, sha256 = [], checkpoint.sha256_of
     monkeypatch.setattr(checkpoint, "sha256_of", lambda path: hashed.append(path) or sha256(path))
     monkeypatch.setattr(checkpoint, "restore", None)
-    train(recipe(start, photos), tmp_path, device="cpu")
-    files = [newest(tmp_path / f"stage_{stage}" / "checkpoints") for stage in STAGES]
+    train(recipe(start, photos), run_dir, device="cpu")
+    files = [newest(run_dir / f"stage_{stage}" / "checkpoints") for stage in STAGES]
     expected = [path / name for path, state in files for name in state["files"]]
     assert sorted(hashed[: len(expected)]) == sorted(expected)
     assert len(hashed) == 2 * len(expected)  # once more by this test
-    lines = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    lines = map(json.loads, (run_dir / "log.jsonl").read_text().splitlines())
     starts = [event for event in lines if event["event"] == "start"]
     assert [event["resumed"] for event in starts] == [False] * 3 + [True] * 3
     assert starts[3].keys() == starts[0].keys()
 
 
-def test_stage_c_alone_in_phases_survives_kills_and_blends(start, photos, tmp_path, monkeypatch):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train(recipe(start, photos), whole, device="cpu")
+def test_stage_c_alone_in_phases_survives_kills_and_blends(start, photos, finished, tmp_path, monkeypatch):
+    whole, broken = finished, tmp_path / "broken"
 
     class Killed(BaseException):
         pass
@@ -190,9 +194,7 @@ def test_the_weights_at_the_start_are_those_that_the_run_began_with(
     if part == "decoder":
         with torch.no_grad():
             other.decoder.embedding[1].bias += 1
-    parts = dict.fromkeys(("vqgan", "decoder", "compressor", "prior"), WHENCE)
-    folder = tmp_path / "model"
-    write_cascade(other, folder, parts, text_encoder=BUNDLED / "text_encoder")
+    folder = write_model(other, tmp_path / "model", WHENCE)
     if part == "text_encoder":
         path = folder / "text_encoder" / "model.safetensors"
         tensors = load_file(path)
@@ -216,6 +218,7 @@ def test_a_stage_that_goes_on_begins_at_the_weights_and_keeps_their_normalisatio
         torch.testing.assert_close(tensor, given.prior.state_dict()[name])
 
 
+@pytest.mark.slow  # test_recipes_train.py has the same in small networks
 def test_stages_one_after_the_other_by_three_runs(photos, tmp_path):
     """What each writes is what the next starts from; the last is whole."""
     small = {"image_size": 128, "workers": 0, "statistics_images": 8, "preview_prompts": ("a cat",)}
@@ -362,20 +365,12 @@ def test_what_does_not_fit_the_start_is_refused_before_anything_is_written(
     assert not (tmp_path / "run" / "run.json").exists()
 
 
-def test_the_compressor_comes_whole_from_the_originals_file_of_stage_b(tmp_path, published):
-    decoder = DecoderConfig(
-        c_cond=8,
-        c_hidden=(8, 64),
-        nhead=(-1, 1),
-        blocks=(1, 1),
-        level_config=("CT", "CTA"),
-        inject_effnet=(False, True),
-        clip_embd=12,
-    )
+def test_the_compressor_comes_whole_from_the_originals_file_of_stage_b(tmp_path, published, monkeypatch):
+    monkeypatch.setattr(compressors, "EFFICIENTNET_V2_S", narrow(EFFICIENTNET_V2_S))
     theirs = Compressor(CompressorConfig())
     with torch.no_grad():
         theirs.mapper[0].weight.add_(1)
-    write_original({"decoder": Decoder(decoder), "compressor": theirs}, tmp_path)
+    write_original({"decoder": Decoder(ORIGINAL_DECODER), "compressor": theirs}, tmp_path)
 
     def named(path):
         full = v2_stage_b()
@@ -405,8 +400,7 @@ def test_the_compressor_comes_whole_from_the_originals_file_of_stage_b(tmp_path,
 
 
 def test_a_start_on_tokens_cannot_go_on_as_v2s_decoder(small_v1, tmp_path, photos):
-    parts = dict.fromkeys(("vqgan", "decoder", "compressor", "prior"), WHENCE)
-    write_cascade(small_v1, tmp_path / "v1", parts, text_encoder=BUNDLED / "text_encoder")
+    write_model(small_v1, tmp_path / "v1", WHENCE)
     other = recipe(tmp_path / "v1", photos, stages=("b",), fresh=())
     with pytest.raises(UserError, match="has the Stage B of v1, on tokens"):
         train(other, tmp_path / "run", device="cpu")

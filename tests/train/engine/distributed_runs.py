@@ -20,6 +20,7 @@ import torch
 
 import wuerstchen.train.run as run
 from wuerstchen.checkpoints.text_encoder import read_text_encoder
+from wuerstchen.cli import main
 from wuerstchen.models.paella import PaellaConfig
 from wuerstchen.pipeline import BUNDLED
 from wuerstchen.recipes.tiny import tiny
@@ -80,11 +81,14 @@ def one(rank: int, count: int, port: int, folder: str, changes: dict) -> None:
     run.train(recipe(**changes), Path(folder), device="cpu", monitor=monitor)
 
 
-def start(count: int, folder: Path, **changes: object) -> list[multiprocessing.Process]:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    fork = multiprocessing.get_context("fork")
+        return free.getsockname()[1]
+
+
+def start(count: int, folder: Path, **changes: object) -> list[multiprocessing.Process]:
+    port, fork = free_port(), multiprocessing.get_context("fork")
     arguments = ((rank, count, port, str(folder), changes) for rank in range(count))
     processes = [fork.Process(target=one, args=a) for a in arguments]
     for process in processes:
@@ -133,6 +137,40 @@ def alone(folder: Path) -> None:
 
 def damaged(folder: Path) -> None:
     train(2, folder / "damaged", data=str(folder / "pictures"), stages=("a",))
+
+
+def command(rank: int, port: int, folder: Path, options: list[str]) -> None:
+    """One of two processes of ``wuerstchen train``; its stderr goes to a file."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.dup2(os.open(folder / f"stderr {rank}", os.O_CREAT | os.O_WRONLY), 2)
+    common = ["train", "tiny", "--device", "cpu", "--workers", "0", "--no-rehearsal"]
+    sys.exit(main([*common, "--run-dir", str(folder / "run"), *options]))
+
+
+def refused(folder: Path, *options: list[str]) -> None:
+    """The command in two processes, each with options of its own; their exit codes go to a file."""
+    folder.mkdir()
+    port, fork = free_port(), multiprocessing.get_context("fork")
+    arguments = ((rank, port, folder, given) for rank, given in enumerate(options))
+    processes = [fork.Process(target=command, args=a) for a in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    (folder / "codes").write_text(" ".join(str(process.exitcode) for process in processes))
+
+
+def missing_first(folder: Path) -> None:
+    refused(folder / "missing 0", ["--data", str(folder / "nowhere")], [])
+
+
+def missing_second(folder: Path) -> None:
+    refused(folder / "missing 1", [], ["--data", str(folder / "nowhere")])
+
+
+def different(folder: Path) -> None:
+    refused(folder / "different", *(["--data", str(folder / str(count))] for count in (16, 17)))
 
 
 def four(folder: Path) -> None:

@@ -1,8 +1,6 @@
 """Many processes compute what one does: losses to rounding, and bit for bit at the same number."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -53,7 +51,9 @@ def runs(tmp_path_factory):
     pictures = folder_of(folder / "pictures", 16)
     for name in DAMAGED:
         (pictures / name).write_bytes(b"nothing")
-    run_script(folder, "whole", "alone", "damaged")
+    for count in (16, 17):
+        folder_of(folder / str(count), count)
+    run_script(folder, "whole", "alone", "damaged", "missing_second", "different")
     return folder
 
 
@@ -61,7 +61,7 @@ def runs(tmp_path_factory):
 def more_runs(runs):
     """The same folder with a run that was killed three times, ends with 4 processes, runs on tokens, and
     sharded runs."""
-    run_script(runs, "four", "killed", "tokens", "sharded")
+    run_script(runs, "four", "killed", "tokens", "sharded", "missing_first")
     return runs
 
 
@@ -178,40 +178,26 @@ def test_one_process_writes(runs):
     assert sum(e["event"] == "end" for e in events) == 1
 
 
-def said_by_two(folder: Path, options: tuple[list[str], list[str]]) -> tuple[list[int], list[list[str]]]:
-    """Exit codes and what they say on stderr of two processes of one run, each with options of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "wuerstchen", "train", "tiny", "--device", "cpu", "--workers", "0"]
-    command += ["--run-dir", str(folder), "--no-rehearsal"]
-    processes = []
-    for rank in (0, 1):
-        world = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        given = [*command, *options[rank]]
-        processes.append(subprocess.Popen(given, env=os.environ | world, stderr=subprocess.PIPE, text=True))
-    said = [process.communicate(timeout=120)[1].splitlines() for process in processes]
-    return [process.returncode for process in processes], said
+def said_by_two(folder: Path) -> list[list[str]]:
+    """What each of two processes of one command has said on stderr, both of which ended with exit code 2."""
+    assert (folder / "codes").read_text() == "2 2"
+    return [(folder / f"stderr {rank}").read_text().splitlines() for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("wrong", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_what_one_process_cannot_read_is_one_line_in_each(tmp_path, wrong):
+@pytest.mark.parametrize(
+    ("wrong", "folder"), [pytest.param(0, "more_runs", marks=pytest.mark.slow), (1, "runs")]
+)
+def test_what_one_process_cannot_read_is_one_line_in_each(request, wrong, folder):
     """The others lost their connection in the middle of a talk, and said so in a traceback."""
-    options = ([], [])
-    options[wrong].extend(["--data", str(tmp_path / "nowhere")])
-    codes, said = said_by_two(tmp_path / "run", options)
-    assert codes == [2, 2]
+    said = said_by_two(request.getfixturevalue(folder) / f"missing {wrong}")
     assert [len(lines) for lines in said] == [1, 1]
     assert "nowhere' is wrong because it is neither a folder" in said[wrong][0]
     assert said[1 - wrong][0].startswith(f"Error: process {1 - wrong} has lost the others: ")
 
 
-def test_processes_with_different_data_are_refused(tmp_path):
+def test_processes_with_different_data_are_refused(runs):
     """Each trained on its own, and an epoch was none."""
-    options = tuple(["--data", str(folder_of(tmp_path / str(count), count))] for count in (16, 17))
-    codes, said = said_by_two(tmp_path / "run", options)
-    assert codes == [2, 2]
+    said = said_by_two(runs / "different")
     assert [len(lines) for lines in said] == [1, 1]
     for rank in (0, 1):
         assert f"Error: process {rank} has other data in" in said[rank][0]
