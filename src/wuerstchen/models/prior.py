@@ -103,16 +103,17 @@ class Prior(Network):
         self,
         text: Float[Tensor, "b t c_cond"],
         mask: Bool[Tensor, "b t"] | None = None,
-        *,
+        *residuals: Float[Tensor, "b h w c"],
         cache_kv: bool = True,
     ) -> PriorContext:
-        """Keys and values of the text, for each attention block.
+        """Keys and values of the text for each attention block, and the residuals of a control network.
 
         ``mask`` is False at padding. The published models attend to padding: pass None for them. With
         ``cache_kv=False`` each block computes keys and values itself, which is faster if ``forward`` runs
         once per context, as in training.
         """
-        return PriorContext(texts=text_inputs(self.blocks, self.cond_mapper(text), mask, cache_kv))
+        texts = text_inputs(self.blocks, self.cond_mapper(text), mask, cache_kv)
+        return PriorContext(texts=texts, residuals=residuals)
 
     def forward(
         self,
