@@ -112,12 +112,12 @@ def test_only_stages_that_are_trained_are_scaled():
     assert small.prior.c == 768
 
 
-@pytest.mark.parametrize("share", [0.0, -1.0, 1.5, float("nan")])
-def test_shares_that_are_none_are_refused(share):
-    with pytest.raises(UserError, match=r"--width .* must be a share above 0 and at most 1"):
-        scaled(v2(), width=share)
-    with pytest.raises(UserError, match=r"--depth .* must be a share above 0 and at most 1"):
-        scaled(v2(), depth=share)
+@pytest.mark.parametrize("factor", [0.0, -1.0, 1.5, float("nan")])
+def test_factors_outside_of_0_to_1_are_refused(factor):
+    with pytest.raises(UserError, match=r"--width must be above 0 and at most 1, got"):
+        scaled(v2(), width=factor)
+    with pytest.raises(UserError, match=r"--depth must be above 0 and at most 1, got"):
+        scaled(v2(), depth=factor)
 
 
 def test_weights_have_a_shape_already(tmp_path, capsys):
@@ -126,9 +126,9 @@ def test_weights_have_a_shape_already(tmp_path, capsys):
     scaled(dataclasses.replace(v2_finetune(), fresh=("c",)), 0.5)
     run = ["train", "v2-finetune", "--width", "0.5", "--run-dir", str(tmp_path / "run")]
     assert main(run) == 2
-    assert "leave them out, or give --fresh c" in capsys.readouterr().err
+    assert "Leave them out, or use --fresh c" in capsys.readouterr().err
     assert main(["train", "tiny", "--depth", "2"]) == 2
-    assert "--depth 2.0 must be a share" in capsys.readouterr().err
+    assert "--depth must be above 0 and at most 1, got 2.0" in capsys.readouterr().err
 
 
 def test_a_smaller_recipe_by_options(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Runs that are known to work, and those of the paper, one function each.
+"""Training runs: tested ones, and those of the paper, as one function each.
 
 The docstring of a recipe states its hardware, time, cost and result.
 """

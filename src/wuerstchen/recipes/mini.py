@@ -1,4 +1,4 @@
-"""The model in the package."""
+"""The bundled model."""
 
 from wuerstchen.models.compressor import CompressorConfig
 from wuerstchen.models.decoder import DecoderConfig
@@ -8,11 +8,11 @@ from wuerstchen.train.config import Optimization, Recipe, StageAConfig, StageBCo
 
 
 def mini() -> Recipe:
-    """The model in the package: 256×256 pixels, a 6×6×16 map, all three stages on the emoji set.
+    """The bundled model: 256×256 pixels, 6×6×16 semantic latents, all three stages on the emoji set.
 
     Hardware: one H100 and 16 CPU cores. Time: 45 minutes.
     Cost: 0.36 kWh of the GPU.
-    Result: see the model's card. Build the data first: wuerstchen data emoji data/emoji.
+    Result: see the model card. Build the data first: wuerstchen data emoji data/emoji.
     """
     return Recipe(
         name="mini",
@@ -99,4 +99,4 @@ PROMPTS = (
     "a noto emoji of a smiling face",
     "a 3D render of an umbrella on an orange background",
 )
-"""The nine prompts of the preview grid and of the demo, fixed before the first training."""
+"""The nine prompts of the preview grid and of the demo, chosen before the first training run."""

@@ -1,4 +1,4 @@
-"""A recipe's networks made smaller, with everything else derived."""
+"""Scales the networks of a recipe down."""
 
 import dataclasses
 from typing import Any
@@ -9,26 +9,27 @@ from wuerstchen.models.paella import PaellaConfig
 from wuerstchen.train.config import Recipe
 
 UNIT = 64
-"""Widths are multiples of this, or of the channels of an attention head; narrower ones of an eighth of it."""
+"""Widths are multiples of this or of the channels of an attention head. Small widths are multiples of 1/8 of
+it."""
 
 
 def scaled(recipe: Recipe, width: float = 1.0, depth: float = 1.0) -> Recipe:
-    """The recipe with the networks of its trained stages at a share of their width and depth, in (0, 1].
+    """The recipe with the width and depth of its trained networks multiplied by factors in (0, 1].
 
-    Attention heads keep their channels, and there are fewer of them. What comes from elsewhere keeps its
-    size: the compressor's backbone, text encoders, networks of a start. Raises ``UserError`` for a share that
-    is none, and where a stage that is trained starts at weights, which have a shape already.
+    Attention heads keep their channels, and there are fewer of them. Pretrained networks keep their size: the
+    compressor's backbone, text encoders, and networks of ``start_from``. Raises ``UserError`` for other
+    factors, and if a trained stage starts from weights, which already have a shape.
     """
-    for name, share in (("width", width), ("depth", depth)):
-        if not 0 < share <= 1:
-            raise UserError(f"--{name} {share} must be a share above 0 and at most 1; 1 is the full size")
+    for name, factor in (("width", width), ("depth", depth)):
+        if not 0 < factor <= 1:
+            raise UserError(f"--{name} must be above 0 and at most 1, got {factor}. 1 is the full size.")
     if width == depth == 1:
         return recipe
     for stage in recipe.stages:
         if recipe.start_from and stage not in recipe.fresh:
             raise UserError(
-                f"--width and --depth cannot change Stage {stage.upper()}, which starts at the weights of "
-                f"{recipe.start_from}; leave them out, or give --fresh {stage}"
+                f"--width and --depth cannot change Stage {stage.upper()}, which starts from the weights of "
+                f"{recipe.start_from}. Leave them out, or use --fresh {stage}."
             )
     changes: dict[str, Any] = {}
     if "a" in recipe.stages:
@@ -51,7 +52,7 @@ def scaled(recipe: Recipe, width: float = 1.0, depth: float = 1.0) -> Recipe:
 def _decoder(
     decoder: DecoderConfig | PaellaConfig, width: float, depth: float
 ) -> DecoderConfig | PaellaConfig:
-    """Of Stage B, level by level."""
+    """Stage B, scaled level by level."""
     heads = [c // n if n > 0 else None for c, n in zip(decoder.c_hidden, decoder.nhead, strict=True)]
     widths = [_width(c, width, head) for c, head in zip(decoder.c_hidden, heads, strict=True)]
     return dataclasses.replace(
@@ -63,12 +64,12 @@ def _decoder(
     )
 
 
-def _width(channels: int, share: float, head: int | None = None) -> int:
-    """The nearest multiple of a head's channels, or of ``UNIT``."""
-    wanted = channels * share
+def _width(channels: int, factor: float, head: int | None = None) -> int:
+    """The scaled width, rounded to a multiple of a head's channels or of ``UNIT``."""
+    wanted = channels * factor
     unit = head or (UNIT if wanted >= UNIT else UNIT // 8)
     return min(channels, max(1, round(wanted / unit)) * unit)
 
 
-def _count(number: int, share: float) -> int:
-    return max(1, round(number * share))
+def _count(number: int, factor: float) -> int:
+    return max(1, round(number * factor))

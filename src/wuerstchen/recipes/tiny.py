@@ -1,4 +1,4 @@
-"""The whole way in miniature, for trying out and for tests."""
+"""All stages in miniature, for trying out and for tests."""
 
 from wuerstchen.models.compressor import CompressorConfig
 from wuerstchen.models.decoder import DecoderConfig
@@ -8,10 +8,10 @@ from wuerstchen.train.config import Optimization, Recipe, StageAConfig, StageBCo
 
 
 def tiny() -> Recipe:
-    """All three stages on the sample in the package, 128×128 pixels.
+    """All three stages on the bundled sample, 128×128 pixels.
 
-    Hardware: two CPU cores. Time: 80 seconds. Cost: nothing to speak of.
-    Result: a picture that proves that everything works, and nothing that anyone would call a camel.
+    Hardware: two CPU cores. Time: 80 seconds. Cost: negligible.
+    Result: images that show that everything works. Their objects cannot be recognised.
     """
     return Recipe(
         name="tiny",

@@ -1,4 +1,4 @@
-"""Würstchen v1 at its published size, as the original's training scripts have it."""
+"""Würstchen v1 at its published size, with the settings of the original training scripts."""
 
 import dataclasses
 
@@ -12,12 +12,12 @@ from wuerstchen.train.config import Optimization, Recipe, StageBConfig, StageCCo
 def v1_stage_b() -> Recipe:
     """Stage B of v1: Paella (730.8 M), with the compressor, on the published Stage A, at 512×512 pixels.
 
-    Hardware: GPUs of 80 GB. Time: not told by the authors for their 1.5 million updates at most. Cost:
-    likewise; nobody has run it here, and the rehearsal says what your machine takes. Result: a Stage B for
-    ``v1-stage-c``, with --start-from naming its model. Stage A is taken from --start-from, warp-ai/wuerstchen
-    unless told; v1 and v2 share it. The compressor needs --compressor-init FILE, ImageNet weights of
-    EfficientNetV2-L; its backbone learns at a tenth of the rate, the original's at the full one
-    (--stage-b.backbone-rate 1).
+    Hardware: GPUs with 80 GB. Time: not published for the authors' up to 1.5 million updates. Cost: not
+    published. This recipe has not been run; the rehearsal estimates time and cost on your machine. Result: a
+    Stage B for ``v1-stage-c``, which takes its model as --start-from. Stage A comes from --start-from, by
+    default warp-ai/wuerstchen, because v1 and v2 share it. The compressor needs --compressor-init FILE with
+    ImageNet weights of EfficientNetV2-L. Its backbone trains at a tenth of the learning rate. The original
+    trains it at the full rate (--stage-b.backbone-rate 1).
     """
     batch_size = 384
     return dataclasses.replace(
@@ -51,12 +51,12 @@ def v1_stage_b() -> Recipe:
 
 
 def v1_stage_c() -> Recipe:
-    """Stage C of v1, the prior: 512×512 pixels, maps of 12×12 by the EfficientNetV2-L of v1's Stage B.
+    """Stage C of v1, the prior: 512×512 pixels, semantic latents of 12×12 from v1's EfficientNetV2-L.
 
-    Hardware: 64 A100 of 80 GB. Time: 9,200 A100-hours (the model's card), 6 days on 64. Cost: 1,311 kg of CO2
-    (the model's card). Result: a model of v1. --start-from names a folder with the original's
-    vqgan_f4_v1_500k.pt and model_stage_b.pt, data/models/wuerstchen-v1 unless told. The map is normalised by
-    its own statistics, where the original took it as it is.
+    Hardware: 64 A100 with 80 GB. Time: 9,200 A100-hours (model card), 6 days on 64. Cost: 1,311 kg of CO2
+    (model card). Result: a v1 model. --start-from is a folder with the original's vqgan_f4_v1_500k.pt and
+    model_stage_b.pt, by default data/models/wuerstchen-v1. The semantic latents are normalised by their
+    statistics. The original uses them unnormalised.
     """
     batch_size = 1280
     return dataclasses.replace(

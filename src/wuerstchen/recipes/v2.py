@@ -1,4 +1,4 @@
-"""Würstchen v2 at its published size, as in arXiv 2306.00637 (appendix E), stage by stage or in one run."""
+"""Würstchen v2 at its published size (arXiv 2306.00637, appendix E), stage by stage or in one run."""
 
 import dataclasses
 
@@ -9,13 +9,13 @@ from wuerstchen.models.vqgan import VQGANConfig
 from wuerstchen.train.config import Optimization, Phase, Recipe, StageAConfig, StageBConfig, StageCConfig
 
 CLIP_BIGG = "warp-ai/wuerstchen-prior"
-"""Where Stage C's text encoder is published."""
+"""The published text encoder of Stage C."""
 CLIP_H = "warp-ai/wuerstchen"
-"""Stage B's, and that of both stages in v1."""
+"""The published text encoder of Stage B, and of both stages in v1."""
 
 
 def _rate(updates: int, batch_size: int, warmup: int = 0, ema_decay: float = 0.999) -> Optimization:
-    """AdamW at 1e-4 with torch's weight decay; lengths in updates, as the paper gives them."""
+    """AdamW at 1e-4 with torch's weight decay. Lengths are in updates, as in the paper."""
     return Optimization(
         images=updates * batch_size,
         batch_size=batch_size,
@@ -44,7 +44,7 @@ STAGE_B = StageBConfig(
     backbone_rate=1.0,
 )
 
-EMA_DECAY = 0.99895  # with ema_every 100 the original's 0.9 once in a hundred updates
+EMA_DECAY = 0.99895  # with ema_every=100, equals the original's decay of 0.9 every 100 updates
 
 STAGE_C = StageCConfig(
     optimization=_rate(500_000, 1536, warmup=10_000, ema_decay=EMA_DECAY),
@@ -59,16 +59,16 @@ STAGE_C = StageCConfig(
 
 
 def v2() -> Recipe:
-    """Würstchen v2, 1024×1024 pixels: all three stages as published, from nothing, in one run.
+    """Würstchen v2, 1024×1024 pixels: all three stages as published, from random weights, in one run.
 
-    Hardware: 64 A100 or more; several nodes by torchrun. Time: over 35,600 A100-hours (the paper: Stage B
-    11,000, Stage C 24,602, Stage A not told), 23 days on 64. Cost: the authors tell of 80,000 to 100,000
-    dollars; Stage C emitted 2,276 kg of CO2. Nobody has run it here: the rehearsal says what your machine
-    takes. Result: the published model has FID 23.6 on COCO30k at 256 pixels.
-    Stage A compares the features of EfficientNet-Lite0, as the network that the original used is not told.
-    New models have padding hidden from attention; --text-positions all is as published. The compressor needs
-    --compressor-init FILE. --stage-c.phases.2.data FOLDER names the pictures of the last phase, a choice of
-    fine ones; its weights and those before it are averaged.
+    Hardware: 64 A100 or more, on several nodes with torchrun. Time: over 35,600 A100-hours (paper: Stage B
+    11,000, Stage C 24,602, Stage A not published), 23 days on 64. Cost: 80,000 to 100,000 dollars according
+    to the authors. Stage C emitted 2,276 kg of CO2. This recipe has not been run; the rehearsal estimates
+    time and cost on your machine. Result: the published model has FID 23.6 on COCO30k at 256 pixels. Stage
+    A's perceptual loss uses EfficientNet-Lite0, because the network of the original is not published.
+    Attention ignores padding. Use --text-positions all for the published behaviour. The compressor needs
+    --compressor-init FILE. --stage-c.phases.2.data FOLDER has the images of the last phase, a selection of
+    high-quality ones. Its weights are averaged with those before it.
     """
     return Recipe(
         name="v2",
@@ -91,13 +91,13 @@ def v2() -> Recipe:
 
 
 def v2_stage_a() -> Recipe:
-    """Stage A of v2 alone: the VQGAN, on crops of 128 out of pictures of 256 pixels.
+    """Stage A of v2: the VQGAN, on crops of 128 pixels from images of 256 pixels.
 
-    Hardware: one GPU or more. Time: not told by the paper; 500,000 updates of 256 crops. Cost: the rehearsal
-    says. Result: latents four times smaller a side, for v2-stage-b. Losses as published: squared error 1,
-    features 0.1, adversarial 0.01 after 10,000 updates. The features are those of EfficientNet-Lite0: the
-    network that the original used is not told. Codes start normal: as published, ±1/8192, few of them would
-    ever be used (--stage-a.codebook-init uniform).
+    Hardware: one GPU or more. Time: not published, for 500,000 updates of 256 crops. Cost: see the rehearsal.
+    Result: latents that are 4× smaller per side, for v2-stage-b. Loss weights as published: squared error 1,
+    perceptual 0.1, adversarial 0.01 after 10,000 updates. The perceptual loss uses EfficientNet-Lite0,
+    because the network of the original is not published. The codebook is initialised normally. With the
+    published ±1/8192 (--stage-a.codebook-init uniform), only few codes would ever be used.
     """
     return dataclasses.replace(
         v2(), name="v2-stage-a", stages=("a",), text_encoder="", decoder_text_encoder=""
@@ -107,10 +107,10 @@ def v2_stage_a() -> Recipe:
 def v2_stage_b() -> Recipe:
     """Stage B of v2 with the compressor: 457,000 updates at 512 pixels, then 300,000 at 1024.
 
-    Hardware: 8 A100 of 80 GB or more. Time: 11,000 A100-hours (the paper), 57 days on 8. Cost: 4,400 kWh at
-    0.4 kW a GPU. Result: the decoder and the map that v2-stage-c works in. --compressor-init FILE names the
-    EfficientNetV2-S of torchvision or timm; --start-from a model with a Stage A, runs/v2-stage-a/model unless
-    told.
+    Hardware: 8 A100 with 80 GB or more. Time: 11,000 A100-hours (paper), 57 days on 8. Cost: 4,400 kWh at 0.4
+    kW per GPU. Result: the decoder, and the compressor whose semantic latents v2-stage-c models.
+    --compressor-init FILE is the EfficientNetV2-S of torchvision or timm. --start-from is a model with a
+    Stage A, by default runs/v2-stage-a/model.
     """
     return dataclasses.replace(
         v2(),
@@ -123,13 +123,13 @@ def v2_stage_b() -> Recipe:
 
 
 def v2_stage_c() -> Recipe:
-    """Stage C of v2, the prior: maps of 12×12, then 24×24, mixed aspects, fine pictures, an average.
+    """Stage C of v2, the prior: 12×12, then 24×24 latents, mixed aspect ratios, selected images.
 
-    Hardware: 64 A100 of 40 GB or more. Time: 24,602 A100-hours (the paper), 16 days on 64. Cost: 2,276 kg of
-    CO2 (the paper). Result: a model; the published one has FID 23.6 on COCO30k at 256 pixels. --start-from
-    names a model with Stages A and B, runs/v2-stage-b/model unless told; one whose Stage B attends to
-    padding, as the published one, wants --text-positions all. --stage-c.phases.2.data FOLDER names the fine
-    pictures.
+    Hardware: 64 A100 with 40 GB or more. Time: 24,602 A100-hours (paper), 16 days on 64. Cost: 2,276 kg of
+    CO2 (paper). Result: a model. The published one has FID 23.6 on COCO30k at 256 pixels. --start-from is a
+    model with Stages A and B, by default runs/v2-stage-b/model. If its Stage B attends to padding, as the
+    published one does, use --text-positions all. --stage-c.phases.2.data FOLDER has the images of the last
+    phase, a selection of high-quality ones. Its weights are averaged with those before it.
     """
     return dataclasses.replace(
         v2(),
@@ -142,16 +142,15 @@ def v2_stage_c() -> Recipe:
 
 
 def v2_finetune() -> Recipe:
-    """The published prior, trained on with your own pictures at 1024×1024 pixels.
+    """Fine-tunes the published prior on your own images at 1024×1024 pixels.
 
-    Hardware: one GPU of 80 GB. Time: 200,000 pictures; at 28 a second, the pace of diffusers' modules on one
-    H100 as they stand, 2 hours. Cost: about 1.4 kWh of an H100 at 0.7 kW. Result: a whole model with your
-    Stage C. The published folders hold no compressor: it comes with the original's file of Stage B, which
-    --compressor-init names (from the hub unless told; the file model_v2_stage_b.pt will do). Beside the
-    prior's 18.5 GiB (weights, average, AdamW, bf16 copies and gradients) and what updates compute, the GPU
-    holds 1.5 GiB of frozen networks: the compressor and the text encoder, in bf16; none with a prepared set
-    and --stored-texts states. The 5.3 GiB that only previews need stay on the CPU and visit it one network at
-    a time.
+    Hardware: one GPU with 80 GB. Time: 2 hours for 200,000 images at 28 per second, the speed of diffusers'
+    modules on one H100. Cost: about 1.4 kWh of an H100 at 0.7 kW. Result: a complete model with your Stage C.
+    The published folders have no compressor. It comes from the original's file of Stage B (--compressor-init,
+    by default from the hub; a local model_v2_stage_b.pt works too). The prior takes 18.5 GiB of GPU memory
+    (weights, average, AdamW, bf16 copies and gradients) plus activations. The frozen compressor and text
+    encoder take 1.5 GiB in bf16, or nothing with a prepared set and --stored-texts states. The networks that
+    only previews need (5.3 GiB) stay on the CPU and are moved to the GPU one at a time.
     """
     return dataclasses.replace(
         v2(),
@@ -169,11 +168,11 @@ def v2_finetune() -> Recipe:
 
 
 def v2_finetune_2048() -> Recipe:
-    """The published prior, trained on at 2048×2048 pixels: maps of 48×48.
+    """Fine-tunes the published prior at 2048×2048 pixels, with semantic latents of 48×48.
 
-    Hardware: one GPU of 80 GB. Time: 100,000 pictures of four times as many positions as in v2-finetune; a
-    day on one H100 by estimate. Cost: about 17 kWh at 0.7 kW. Result: a model for 2048 pixels;
-    Stages A and B take any size. Sources as in v2-finetune.
+    Hardware: one GPU with 80 GB. Time: an estimated day on one H100, for 100,000 images with four times as
+    many positions as in v2-finetune. Cost: about 17 kWh at 0.7 kW. Result: a model for 2048 pixels. Stages A
+    and B work at any size. Models and data as in v2-finetune.
     """
     return dataclasses.replace(
         v2_finetune(),
