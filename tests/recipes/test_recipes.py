@@ -121,7 +121,7 @@ def test_factors_outside_of_0_to_1_are_refused(factor):
 
 
 def test_weights_have_a_shape_already(tmp_path, capsys):
-    with pytest.raises(UserError, match=r"cannot change Stage C, which starts at the weights of warp-ai"):
+    with pytest.raises(UserError, match=r"cannot change Stage C, which starts from the weights of warp-ai"):
         scaled(v2_finetune(), 0.5)
     scaled(dataclasses.replace(v2_finetune(), fresh=("c",)), 0.5)
     run = ["train", "v2-finetune", "--width", "0.5", "--run-dir", str(tmp_path / "run")]

@@ -315,8 +315,8 @@ def test_a_changed_run_equals_itself_after_a_kill(finished, tmp_path):
     assert papers[1].images == 40
     assert "seed: 0 -> 3, from image 24 of stage A on" in papers[1].changes
     assert len(papers[1].changes) == len(CHANGES)
-    assert "Changes of the recipe" in write_report(broken).read_text()
-    assert "Changes of the recipe" not in write_report(finished).read_text()
+    assert "Changes to the recipe" in write_report(broken).read_text()
+    assert "Changes to the recipe" not in write_report(finished).read_text()
 
 
 def test_more_images_after_the_end_are_those_of_the_longer_run(finished, tmp_path):
