@@ -12,7 +12,7 @@ from wuerstchen.errors import UserError
 
 
 def test_logit_normal_times_have_standard_normal_logits():
-    """Against the quantiles of Python's own normal distribution; the ends are finite and inside."""
+    """Against the quantiles of Python's normal distribution. The ends are finite and inside."""
     u = torch.tensor([0.001, 0.1, 0.25, 0.5, 0.8, 0.999], dtype=torch.float64)
     expected = [1 / (1 + math.exp(-NormalDist().inv_cdf(value))) for value in u.tolist()]
     torch.testing.assert_close(flow_times(u), torch.tensor(expected, dtype=torch.float64))
@@ -42,6 +42,6 @@ def test_timesteps_fall_from_one_to_zero(steps, shift):
     assert flow_timesteps(4, 3.0)[2] == pytest.approx(0.75)
 
 
-def test_no_steps_are_refused():
+def test_zero_steps_are_refused():
     with pytest.raises(UserError, match=r"steps must be at least 1, got 0\."):
         flow_timesteps(0)

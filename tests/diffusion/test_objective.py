@@ -1,4 +1,4 @@
-"""Each formula in float64 against another way to the same number, and objectives as JSON."""
+"""Each formula in float64 against an independent one, and objectives as JSON."""
 
 import json
 import math
@@ -25,7 +25,7 @@ T = torch.tensor([0.1, 0.4, 0.7, 0.9], dtype=torch.float64)
 
 
 def images() -> tuple[torch.Tensor, torch.Tensor]:
-    """Clean ones and noise."""
+    """Clean images and noise."""
     x0, noise = torch.randn(2, 4, 3, 5, 2, dtype=torch.float64)
     return x0, noise
 
@@ -37,7 +37,7 @@ def alpha_bar(t: torch.Tensor) -> torch.Tensor:
 
 
 def target(objective, x0, noise, t):
-    """What a perfect network would say."""
+    """The output of a perfect network."""
     a = alpha_bar(t).view(-1, 1, 1, 1)
     return {
         "noise": noise,
@@ -47,7 +47,7 @@ def target(objective, x0, noise, t):
 
 
 @pytest.mark.parametrize("objective", ALL, ids=lambda o: o.kind)
-def test_the_target_gives_image_and_noise_back_and_has_no_loss(objective):
+def test_the_target_converts_to_image_and_noise_and_has_no_loss(objective):
     x0, noise = images()
     x_t, output = objective.noised(x0, noise, T), target(objective, x0, noise, T)
     torch.testing.assert_close(objective.to_clean(output, x_t, T), x0)
@@ -59,7 +59,7 @@ def test_the_target_gives_image_and_noise_back_and_has_no_loss(objective):
 
 
 def test_the_velocities_are_derivatives_of_their_paths():
-    """By autograd: of the straight path by the time, of the cosine path by the angle, whose cosine is √ᾱ."""
+    """By autograd: of the straight path by time, of the cosine path by the angle with cosine √ᾱ."""
     x0, noise = images()
     weights, t = torch.randn_like(x0), T.clone().requires_grad_(True)
 
@@ -75,7 +75,7 @@ def test_the_velocities_are_derivatives_of_their_paths():
     torch.testing.assert_close(along_arc / angle, expected)
 
 
-def test_losses_written_out():
+def test_losses_equal_their_formulas():
     """The weight ``velocity`` makes the noise's error that of the velocity."""
     (x0, noise), output = images(), images()[0]
     a = alpha_bar(T)
@@ -113,7 +113,7 @@ def test_predictions_for_sampling_are_the_noise_of_a_velocity():
     network = torch.nn.Identity()
     assert predictions_for_sampling(network, NoisePrediction()) is network
     assert predictions_for_sampling(network, FlowMatching()) is network
-    # A recording is kept for as long as the function is equal.
+    # Equal functions keep recordings.
     same = [predictions_for_sampling(network, VelocityPrediction()) for _ in range(2)]
     assert same[0] == same[1]
 

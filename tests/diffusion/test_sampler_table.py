@@ -1,4 +1,4 @@
-"""One table of samplers: what suits what, and who reads it."""
+"""The table of samplers: which objectives they support, and who reads it."""
 
 import argparse
 
@@ -30,7 +30,7 @@ def test_the_default_follows_the_path():
     assert samplers_for("linear") == ["euler"]
 
 
-def test_an_unsuited_pair_is_refused_with_those_that_fit():
+def test_an_unsupported_objective_is_refused_with_the_samplers_that_support_it():
     check_suits("ddim", "velocity", "variance_preserving")
     message = r"prior_sampler=ddpm does not suit .* the objective flow\. Use euler\.$"
     with pytest.raises(UserError, match=message):
@@ -55,7 +55,7 @@ def test_a_model_refuses_a_sampler_that_does_not_suit_it(small_cascade):
     assert len({image.tobytes() for image in drawn}) == 3
 
 
-def test_every_row_is_told_and_has_timesteps():
+def test_every_row_has_a_help_text_and_timesteps():
     for name, row in SAMPLERS.items():
         assert f"{name}, {row.help}" in sampler_help()
         times = row.timesteps(row.steps)
@@ -90,7 +90,7 @@ def test_a_new_row_appears_everywhere(small_cascade, monkeypatch):
         assert "jumps to the end at once" in help_text
     assert "jump" in str(JobRequest.model_json_schema())
     assert JobRequest(prompts=["a cat"], prior_sampler="jump").prior_sampler == "jump"
-    assert samplers_for("variance_preserving")[-1] == "jump"  # what the service tells of a model
+    assert samplers_for("variance_preserving")[-1] == "jump"  # as the service describes a model
     options = make_parser().parse_args(["evaluate", "--prior-sampler", "jump", "--decoder-steps", "1"])
     model = Wuerstchen(small_cascade, torch.device("cpu"))
     renderer = Renderer(model=model, sampling=sampling_of(options))

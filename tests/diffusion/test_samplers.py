@@ -1,4 +1,4 @@
-"""Whole sampling runs against diffusers, and the samplers on a target whose answer is known."""
+"""Whole sampling runs against diffusers, and samplers on a target with a known solution."""
 
 import dataclasses
 
@@ -51,7 +51,7 @@ def guided_if(guidance, predict):
 
 
 def calm(randomise, model, output):
-    """Random weights with a mild output: a wild random network would amplify rounding without end."""
+    """Random weights with small outputs: large ones would amplify rounding without bound."""
     randomise(model).eval()
     with torch.no_grad():
         output(model).weight.mul_(0.1)
@@ -112,7 +112,7 @@ def test_29_decoder_steps_equal_diffusers(guidance, randomise, relative_error):
 
 
 def gaussian_predictor(mean: float, std: float):
-    """The exact noise prediction where data are N(mean, std²): a target that needs no network."""
+    """The exact noise prediction for data from N(mean, std²), without a network."""
 
     def predict(x, t):
         alpha_bar = SCHEDULE.alpha_bar(t).view(-1, 1, 1, 1)
@@ -132,7 +132,7 @@ def test_samplers_reach_a_known_distribution(sampler):
     assert sample.std().item() == pytest.approx(0.5, abs=0.03)
 
 
-def test_ddim_is_deterministic_and_converges_in_the_step():
+def test_ddim_is_deterministic_and_converges_with_the_step_size():
     noise = draw_noise((1, 8, 8), seeds(1))
     predict = gaussian_predictor(1.0, 0.3)
     coarse, fine, finer = (ddim(predict, noise, uniform_timesteps(n), [], NOISE) for n in (20, 200, 400))
@@ -140,7 +140,7 @@ def test_ddim_is_deterministic_and_converges_in_the_step():
 
 
 def equal_log_snr(steps: int, first: float, last: float) -> list[float]:
-    """Times whose ln(ᾱ/(1 − ᾱ)) falls in equal steps."""
+    """Times with ln(ᾱ/(1 − ᾱ)) decreasing in equal steps."""
     times = torch.linspace(last, first, 200_001, dtype=torch.float64)
     logits = SCHEDULE.alpha_bar(times).logit()
     wanted = torch.linspace(float(logits[-1]), float(logits[0]), steps + 1, dtype=torch.float64)
@@ -149,7 +149,8 @@ def equal_log_snr(steps: int, first: float, last: float) -> list[float]:
 
 
 def test_dpm_solver_is_of_second_order():
-    """Against the solution in closed form: twice the steps leave a quarter of the error, of DDIM's half."""
+    """Against the solution in closed form: twice the steps leave a quarter of the error, and half of
+    DDIM's."""
     mean, std, noise = 1.0, 0.3, torch.randn(1, 1, 50, 50, dtype=torch.float64)
     predict = gaussian_predictor(mean, std)
 
@@ -187,7 +188,7 @@ def test_dpm_solver_in_steps_of_unequal_length():
         torch.testing.assert_close(found[step], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_picture_does_not_depend_on_its_batch():
+def test_an_image_does_not_depend_on_its_batch():
     predict = gaussian_predictor(0.0, 1.0)
     times = uniform_timesteps(5)
     together = ddpm(predict, draw_noise((2, 4, 4), seeds(5, 6)), times, seeds(7, 8), NOISE)
@@ -196,7 +197,7 @@ def test_a_picture_does_not_depend_on_its_batch():
 
 
 def test_guidance_goes_past_the_conditional_prediction():
-    """Above one the result lies beyond it, on the side away from the unconditional one."""
+    """With a scale above 1 the result lies beyond it, away from the unconditional one."""
 
     def predict(x, t):
         assert len(x) == len(t) == 4
@@ -222,7 +223,7 @@ def test_every_step_is_reported():
 
 @pytest.mark.parametrize("sampler", [ddpm, ddim, dpm_solver])
 def test_a_velocity_gives_the_samples_of_its_noise(sampler):
-    """Samplers ask the objective what an output says; guidance of either is the same, up to rounding."""
+    """Samplers convert outputs with the objective. Guidance of either is the same, up to rounding."""
     noise, times = torch.randn(1, 1, 8, 8, dtype=torch.float64), uniform_timesteps(6)
     predict = gaussian_predictor(1.0, 0.3)
 
@@ -236,7 +237,7 @@ def test_a_velocity_gives_the_samples_of_its_noise(sampler):
 
 
 def flow_velocity(mean: float, std: float):
-    """The exact E[ε − x₀ | x_t] where data are N(mean, std²)."""
+    """The exact E[ε − x₀ | x_t] for data from N(mean, std²)."""
 
     def predict(x, t):
         t = t.double().view(-1, 1, 1, 1)
@@ -257,7 +258,7 @@ def test_euler_follows_the_ode_of_a_gaussian():
 
     assert error(200) < 0.02
     assert error(100) / error(200) == pytest.approx(2, rel=0.1)
-    # A part of the way, from what is noised to 0.6: dx/dt is followed, whatever the times are.
+    # Part of the way, from data noised to 0.6.
     t, deviation = 0.6, ((0.4 * std) ** 2 + 0.36) ** 0.5
     begun = 0.4 * mean + deviation * noise
     times = [t * (1 - i / 400) for i in range(401)]

@@ -1,4 +1,4 @@
-"""The token sampler against a second writing of it in numpy, and the noise it takes away."""
+"""The token sampler against a second implementation in numpy, and the noise on tokens."""
 
 import math
 
@@ -27,7 +27,7 @@ def network(x, t):
 
 
 def reference(predict, size, steps, temperatures, seed):
-    """One picture, step by step as the original's loop goes, on arrays.
+    """One image, step by step as in the original's loop, on arrays.
 
     Drawn in this order: the initial noise; then in each step what decides the labels, and but for the last
     step what decides which tokens are noised again.
@@ -79,7 +79,7 @@ def test_guidance_mixes_logits():
 
 @pytest.mark.parametrize("labels_last", [True, False])
 def test_labels_follow_the_softmax(labels_last):
-    """Among 200,000 positions each label comes as often as its probability says; one of 0 never."""
+    """Over 200,000 positions the frequencies match the probabilities. A probability of 0 never occurs."""
     logits = torch.tensor([0.3, -1.0, 2.0, -math.inf, 0.0, 1.5, -math.inf])
     temperature = 0.8
     u = torch.rand(1, 400, 500)
@@ -95,7 +95,7 @@ def test_labels_follow_the_softmax(labels_last):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_the_ends_of_the_interval_are_labels(dtype):
+def test_the_ends_of_the_interval_give_labels(dtype):
     """u = 0 and the largest u below 1 must not fall off either end, whatever the rounding of the sums."""
     u = torch.tensor([0.0, 1 - 2**-24]).expand(1, 50, 2)
     for labels in (1, 2, 1000, 8192):
@@ -107,20 +107,20 @@ def test_the_ends_of_the_interval_are_labels(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_ends_at_the_logits(dtype):
+def test_sampling_from_half_precision_logits_is_exact(dtype):
     """Sums over thousands of labels in half precision would skip most of them."""
     logits, u = torch.randn(1, 8192, 20, 20).to(dtype), torch.rand(1, 20, 20)
     assert torch.equal(draw_labels(logits, 0.7, u), draw_labels(logits.float(), 0.7, u))
 
 
-def test_chunks_do_not_show(monkeypatch):
+def test_chunks_change_nothing(monkeypatch):
     logits, u = torch.randn(2, LABELS, 7, 11), torch.rand(2, 7, 11)
     whole = draw_labels(logits, 0.9, u)
     monkeypatch.setattr(tokens, "POSITIONS", 10)
     assert torch.equal(draw_labels(logits, 0.9, u), whole)
 
 
-def test_a_picture_does_not_depend_on_its_batch():
+def test_an_image_does_not_depend_on_its_batch():
     together, alone = (
         sample_tokens(network, draw_tokens((4, 6), LABELS, g), uniform_timesteps(5), g)
         for g in (seeds(7, 8), seeds(8))
@@ -129,8 +129,9 @@ def test_a_picture_does_not_depend_on_its_batch():
     assert not torch.equal(together[0], together[1])
 
 
-def test_a_sure_network_is_believed():
-    """Whatever the noise, what is predicted beyond doubt comes out; the noise that returns is the first."""
+def test_a_certain_prediction_is_sampled():
+    """With any noise, tokens predicted with certainty are sampled. The added noise is always the initial
+    one."""
     target = torch.randint(LABELS, (1, 64, 64))
     seen, steps = [], []
 
@@ -154,7 +155,7 @@ def test_a_sure_network_is_believed():
         assert (x == noise)[differs].float().mean().item() == pytest.approx(t, abs=0.03)
 
 
-def test_noise_replaces_a_share_of_t():
+def test_noise_replaces_a_fraction_t():
     clean = torch.zeros(3, 100, 100, dtype=torch.long)
     noise = torch.ones_like(clean)
     t = torch.tensor([0.0, 0.3, 1.0])
@@ -167,7 +168,7 @@ def test_noise_replaces_a_share_of_t():
     assert add_noise(clean, noise, t, t[:, None, None].expand(3, 100, 100))[1].all()  # u = t counts
 
 
-def test_drawn_tokens_are_labels_and_all_of_them():
+def test_initial_tokens_cover_all_labels():
     drawn = draw_tokens((50, 40), LABELS, seeds(1, 2))
     assert drawn.shape == (2, 50, 40)
     assert drawn.unique().tolist() == list(range(LABELS))
@@ -187,8 +188,8 @@ def test_impossible_temperatures_are_refused(temperatures):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_broken_logits_are_named(value):
-    """An index out of range would stop a GPU without saying why."""
+def test_logits_that_are_not_finite_are_refused(value):
+    """An index out of range would crash a GPU without an explanation."""
     logits = torch.zeros(1, LABELS, 3, 3)
     logits[0, 4, 2, 1] = value
     with pytest.raises(UserError, match="logits are not finite"):

@@ -1,4 +1,4 @@
-"""The compressor's layout, its view of the images, and what train() may and may not change."""
+"""The compressor's layout, resizing of images, and what train() may and may not change."""
 
 import jaxtyping
 import numpy as np
@@ -20,7 +20,7 @@ from wuerstchen.models.compressor import (
 
 @pytest.fixture
 def compressor() -> Compressor:
-    """Lite0 with statistics under which a signal gets through random weights."""
+    """Lite0 with statistics that let a signal through random weights."""
     torch.manual_seed(0)
     compressor = Compressor(CompressorConfig(backbone="efficientnet_lite0"))
     with torch.no_grad():
@@ -64,7 +64,7 @@ def test_published_key_of_the_stem() -> None:
     assert state["backbone.0.0.weight"].shape == (24, 3, 3, 3)
 
 
-def test_z_is_the_mappers_batch_norm_as_it_is(compressor: Compressor) -> None:
+def test_z_is_the_output_of_the_mappers_batch_norm(compressor: Compressor) -> None:
     compressor.eval()
     projection, batch_norm = compressor.mapper
     assert isinstance(projection, nn.Conv2d)
@@ -85,7 +85,7 @@ def test_z_is_the_mappers_batch_norm_as_it_is(compressor: Compressor) -> None:
     expected = (projected - per_channel(mean)) / (per_channel(variance) + 1e-5).sqrt()
     expected = expected * per_channel(batch_norm.weight) + per_channel(batch_norm.bias)
     assert z.shape == (2, 16, 2, 3)
-    assert expected.std() > 0.3  # the images' signal is there to be compared
+    assert expected.std() > 0.3  # the images' signal reaches the output
     torch.testing.assert_close(z, expected, atol=1e-4, rtol=1e-4)
     assert z.is_contiguous()
 
@@ -101,7 +101,7 @@ def test_train_leaves_the_backbone_in_eval_mode(compressor: Compressor) -> None:
     assert not any(module.training for module in compressor.modules())
 
 
-def test_training_moves_the_mappers_statistics_and_no_others(compressor: Compressor) -> None:
+def test_training_updates_only_the_mappers_statistics(compressor: Compressor) -> None:
     before = {key: value.clone() for key, value in compressor.state_dict().items()}
     compressor.train()(torch.rand(4, 3, 64, 64))
     changed = {key for key, value in compressor.state_dict().items() if not torch.equal(value, before[key])}
@@ -112,7 +112,7 @@ def test_training_moves_the_mappers_statistics_and_no_others(compressor: Compres
     assert all(torch.equal(value, before[key]) for key, value in compressor.state_dict().items())
 
 
-def test_features_in_training_are_those_used_later(compressor: Compressor) -> None:
+def test_features_are_the_same_in_training_and_inference(compressor: Compressor) -> None:
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(compressor.train().backbone(images), compressor.eval().backbone(images))
@@ -126,7 +126,7 @@ def test_a_training_step_reaches_every_weight(compressor: Compressor) -> None:
     assert without == []
 
 
-def test_a_map_of_another_width() -> None:
+def test_latents_of_another_width() -> None:
     compressor = Compressor(CompressorConfig(backbone="efficientnet_lite0", c_latent=4)).eval()
     with torch.no_grad():
         assert compressor(torch.rand(1, 3, 33, 65)).shape == (1, 4, latent_side(33), latent_side(65))
@@ -138,7 +138,7 @@ def test_latent_side(side: int, positions: int) -> None:
 
 
 @pytest.mark.parametrize("scale", [0.75, 0.375])
-def test_the_view_is_an_antialiased_bilinear_resize(scale: float) -> None:
+def test_the_input_is_an_antialiased_bilinear_resize(scale: float) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
     images = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
     view = compressor_input(images, scale=scale)
@@ -165,7 +165,7 @@ def test_a_scale_without_pixels_is_refused(scale: float) -> None:
 
 
 def test_an_unknown_backbone_is_refused_with_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # users have no type checker running
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # users run without the type checker
     with pytest.raises(
         UserError, match=r"^backbone must be one of efficientnet_v2_s, .*lite0, got 'resnet50'"
     ):
@@ -202,7 +202,7 @@ def test_depths_reach_the_mapper_folded_onto_its_grid() -> None:
 
 
 def _folded_by_hand(maps: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Every factor × factor cell of the maps at strides 8 and 16 as channels, row by row."""
+    """Every factor × factor cell of the features at strides 8 and 16 as channels, row by row."""
     folded = []
     for x, factor in ((maps[2], 4), (maps[3], 2)):
         padded = F.pad(x, (0, -x.shape[3] % factor, 0, -x.shape[2] % factor))
@@ -214,6 +214,6 @@ def _folded_by_hand(maps: list[torch.Tensor]) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     ("backbone", "depths"), [("efficientnet_lite0", (16, 8)), ("efficientnet_v2_s", (8,))]
 )
-def test_depths_that_cannot_be_read_are_refused(backbone: BackboneName, depths: tuple[int, ...]) -> None:
+def test_unsupported_depths_are_refused(backbone: BackboneName, depths: tuple[int, ...]) -> None:
     with pytest.raises(UserError, match=r"^depths must be some of 4 8 16 in this order"):
         CompressorConfig(backbone=backbone, depths=depths)

@@ -54,7 +54,7 @@ CONFIGS = {
 def make_pair(config: DecoderConfig, randomise):
     ours = randomise(Decoder(config)).eval()
     arguments = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
-    assert arguments.pop("prediction") == "noise"  # all that diffusers knows
+    assert arguments.pop("prediction") == "noise"  # the only one in diffusers
     theirs = WuerstchenDiffNeXt(**arguments).eval()
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
@@ -132,7 +132,7 @@ def test_velocity_is_the_plain_output(randomise):
 
 
 def test_published_size(monkeypatch):
-    # diffusers scales weights once for every module above them, which takes half a minute.
+    # diffusers scales weights once per parent module, which takes half a minute.
     monkeypatch.setattr(WuerstchenDiffNeXt, "_init_weights", lambda *_: None)
     with torch.device("meta"):
         ours, theirs = Decoder(DecoderConfig()), WuerstchenDiffNeXt()

@@ -202,7 +202,7 @@ def test_gradients_reach_every_weight_and_the_images(
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_v2_gives_what_torchvision_gave(name: str) -> None:
+def test_v2_equals_torchvisions_recorded_output(name: str) -> None:
     reference = json.loads(RECORDER["REFERENCE"].read_text())[name]
     network = on_meta(CONFIGS[name]).to_empty(device="cpu").eval()
     RECORDER["fill_by_name"](network.state_dict(), RECORDER["GAIN"][name])
@@ -263,7 +263,7 @@ def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean() -> None:
 
 
 @pytest.mark.parametrize(("probability", "training"), [(0.5, False), (0.0, True)])
-def test_stochastic_depth_that_is_off_draws_nothing(probability: float, training: bool) -> None:
+def test_stochastic_depth_that_is_off_uses_no_random_numbers(probability: float, training: bool) -> None:
     branch = torch.rand(3, 2, 4, 4)
     before = torch.get_rng_state()
     assert StochasticDepth(probability).train(training)(branch) is branch
@@ -273,7 +273,7 @@ def test_stochastic_depth_that_is_off_draws_nothing(probability: float, training
 @pytest.mark.parametrize(
     ("network", "config"), [(EfficientNetV2, SMALL_V2), (EfficientNetLite, SMALL_LITE)], ids=["V2", "Lite"]
 )
-def test_stochastic_depth_acts_on_the_branch_and_not_on_the_sum(
+def test_stochastic_depth_applies_to_the_branch_not_to_the_sum(
     network: type[nn.Module], config: EfficientNetConfig
 ) -> None:
     module = network(dataclasses.replace(config, stochastic_depth=0.9))
@@ -288,7 +288,7 @@ def test_stochastic_depth_acts_on_the_branch_and_not_on_the_sum(
 
 
 def tensorflow_convolution(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """The output at each place as a sum over the window, with the padding of TensorFlow's documentation.
+    """The output at each position as a sum over the window, with the padding of TensorFlow's documentation.
 
     Its rule is in terms of the remainder: max(k − s, 0) if s divides n, else max(k − n mod s, 0).
     """
@@ -329,7 +329,7 @@ def test_same_padding_is_tensorflows(kernel: int, stride: int, height: int, widt
 def test_lite_counts_and_drop_probabilities(config: EfficientNetConfig, blocks: int, parameters: int) -> None:
     with torch.device("meta"):
         network = EfficientNetLite(config)
-    # 18 entries a block, 12 in the first, which does not expand, and 6 each in stem and head.
+    # 18 entries per block, 12 in the first, which does not expand, and 6 each in stem and head.
     assert len(network.state_dict()) == 18 * blocks - 6 + 12
     assert count(network) == parameters
     probabilities = [m.probability for m in network.modules() if isinstance(m, StochasticDepth)]
@@ -341,8 +341,10 @@ def test_lite_counts_and_drop_probabilities(config: EfficientNetConfig, blocks: 
     [(EFFICIENTNET_LITE0, lite0_path), (EFFICIENTNET_LITE1, lite1_path)],
     ids=["Lite0", "Lite1"],
 )
-def test_lite_is_its_file_in_plain_functions(config: EfficientNetConfig, find: Callable[[], Path]) -> None:
-    """Every block from the published weights, told by what the file holds, and pixels of 0 to 255."""
+def test_lite_equals_plain_functions_of_its_file(
+    config: EfficientNetConfig, find: Callable[[], Path]
+) -> None:
+    """Every block with the published weights, inferred from the file, on pixels from 0 to 255."""
     try:
         path = find()
     except UserError as error:
@@ -396,7 +398,7 @@ def test_lite_is_its_file_in_plain_functions(config: EfficientNetConfig, find: C
     [(EFFICIENTNET_LITE0, (0, 2, 4, 10, 15)), (EFFICIENTNET_LITE1, (0, 3, 6, 14, 20))],
     ids=["Lite0", "Lite1"],
 )
-def test_lite_feature_maps_are_the_last_of_each_stride_and_lead_to_the_features(
+def test_lite_feature_maps_are_the_last_of_each_stride(
     config: EfficientNetConfig, last: tuple[int, ...]
 ) -> None:
     torch.manual_seed(0)
@@ -423,7 +425,7 @@ def test_lite_feature_maps_are_the_last_of_each_stride_and_lead_to_the_features(
     torch.testing.assert_close(features, head)
 
 
-# --- the user's tables ------------------------------------------------------------------------------------
+# --- invalid tables ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -441,14 +443,15 @@ def test_lite_feature_maps_are_the_last_of_each_stride_and_lead_to_the_features(
         (lambda: EfficientNetLite(SMALL_V2), "small_v2 cannot have stages with fused=True"),
     ],
 )
-def test_a_table_that_cannot_be_built_says_why(make, words: str) -> None:
+def test_invalid_tables_are_refused(make, words: str) -> None:
     with pytest.raises(UserError, match=f"^{words}") as caught:
         make()
     assert "\n" not in str(caught.value)
 
 
 def test_folding_a_norm_in_eval_mode_into_the_weights_changes_nothing():
-    """Output and gradients of convolution, scale and shift, in fp64; not with statistics of the batch."""
+    """Output and gradients of convolution, scale and shift, in fp64. Not in training mode, which uses batch
+    statistics."""
     torch.manual_seed(0)
     conv = SamePadConv2d(4, 6, 3, stride=2).double()
     norm = torch.nn.BatchNorm2d(6).double().eval()

@@ -87,8 +87,9 @@ class TestKernels:
             assert (a - b).abs().max() <= 2e-2 * a.abs().max()
 
 
-def test_a_deprecation_inside_torch_s_compiler_fails_no_test(monkeypatch):
-    """The compiler imports this module where oneDNN is built in: the first test that compiles would fail."""
+def test_a_deprecation_warning_inside_torchs_compiler_is_ignored(monkeypatch):
+    """The compiler imports this module if oneDNN is built in, which would fail the first test that
+    compiles."""
     monkeypatch.delitem(sys.modules, "torch.utils.mkldnn", raising=False)
     importlib.import_module("torch.utils.mkldnn")
 
@@ -104,7 +105,7 @@ def test_the_operator_counts_its_operations():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_channels_compete_by_their_norm_over_the_grid(dtype):
-    """Equation 1 to 3 of arXiv 2301.00808 in fp64; in fp16 the sum of squares, 10^6, is out of range."""
+    """Equations 1 to 3 of arXiv 2301.00808 in fp64; in fp16 the sum of squares, 10^6, is out of range."""
     x = torch.randn(2, 40, 25, 6, dtype=torch.float64) * 30
     x[1] = 0
     norm = GlobalResponseNorm(6).to(dtype)

@@ -193,7 +193,7 @@ def test_forward_equals_the_reference(name, randomise, relative_error):
     assert logits.shape == expected.shape == (3, config.num_labels, *size)
     assert logits.permute(0, 2, 3, 1).is_contiguous()
     assert relative_error(exact_logits, expected) <= 1e-10
-    # The smallest rounding of r · 10000 is steeply amplified by the sine, in whichever precision.
+    # The sine amplifies the smallest rounding of r · 10000, in any precision.
     fp32 = reference(original_names(model.float().state_dict()), config, **given)
     assert relative_error(logits, fp32) <= 1e-5
 
@@ -251,7 +251,7 @@ def test_context_serves_every_step(randomise):
 
 
 def test_half_precision_keeps_the_time_exact(randomise, relative_error):
-    """The sampler's times stay fp32 where the weights are bf16: in bf16 t·10000 would be off by dozens."""
+    """The sampler's times stay fp32 with bf16 weights: in bf16 t·10000 would be off by dozens."""
     model = randomise(Paella(SMALL)).eval()
     given = inputs(SMALL, (8, 8), (3, 3))
     with torch.no_grad():

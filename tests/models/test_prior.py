@@ -22,10 +22,10 @@ CONFIGS = {
 
 def make_pair(config: PriorConfig, randomise):
     ours = randomise(Prior(config)).eval()
-    with torch.no_grad():  # 1 / |1 − b| amplifies rounding without bound where b is close to 1
+    with torch.no_grad():  # 1 / |1 − b| amplifies rounding without bound if b is close to 1
         ours.out[1].weight.mul_(0.2)
     arguments = dataclasses.asdict(config)
-    assert arguments.pop("prediction") == "noise"  # all that diffusers knows
+    assert arguments.pop("prediction") == "noise"  # the only one in diffusers
     theirs = WuerstchenPrior(**arguments).eval()
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs

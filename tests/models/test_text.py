@@ -60,7 +60,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_bundled_encoder_knows_what_words_mean(bundled: TextEncoder) -> None:
-    """A wrong mapping of the weights, or of the vocabulary, would leave no such order."""
+    """A wrong mapping of the weights or the vocabulary would not give this order."""
     prompts = ["a puppy", "a young dog", "a suspension bridge", "the colour crimson", "dark red"]
     result = bundled.encode(prompts)
     means = (result.states * result.mask[..., None]).sum(1) / result.mask.sum(1, keepdim=True)
@@ -70,7 +70,7 @@ def test_the_bundled_encoder_knows_what_words_mean(bundled: TextEncoder) -> None
     assert likeness[3, 4] > likeness[3, 2] + 0.3
 
 
-def test_states_are_those_of_transformers(bundled: TextEncoder) -> None:
+def test_states_equal_transformers(bundled: TextEncoder) -> None:
     tokenizer = BertTokenizer.from_pretrained(
         BUNDLED, vocab=str(BUNDLED / "vocab.txt"), local_files_only=True
     )
@@ -242,12 +242,12 @@ BIAS = "encoder.layer.1.output.dense.bias"
         (_weights(lambda s: s.pop("embeddings.word_embeddings.weight.scale")), "weight.scale' is missing"),
     ],
 )
-def test_refuses_damaged_folders(folder: Path, damage: Callable[[Path], None], message: str) -> None:
+def test_damaged_folders_are_refused(folder: Path, damage: Callable[[Path], None], message: str) -> None:
     damage(folder)
     with pytest.raises(CheckpointError, match=message) as caught:
         read_text_encoder(folder)
     assert "\n" not in str(caught.value)
-    assert re.search(r"[;.] \w+ ", str(caught.value))  # a way out
+    assert re.search(r"[;.] \w+ ", str(caught.value))  # what to do
 
 
 def _tiny_clip() -> tuple[CLIPTextModel, CLIPTokenizer]:
@@ -271,7 +271,7 @@ def _tiny_clip() -> tuple[CLIPTextModel, CLIPTokenizer]:
     return CLIPTextModel(config), tokenizer
 
 
-def test_clip_states_are_those_of_the_published_recipe() -> None:
+def test_clip_states_follow_the_published_recipe() -> None:
     """Padded and cut to the tokenizer's length, with the mask given to the text model."""
     model, tokenizer = _tiny_clip()
     prompts = ["", "a camel", "a camel, a ox, a camel"]

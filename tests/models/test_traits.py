@@ -119,7 +119,7 @@ def test_a_block_without_traits_takes_the_plain_path_everywhere():
     assert len(factored_condition(mixed, mapper, torch.randn(1, 2, 2, 2)).factors) == 1
 
 
-def test_places_without_a_block_are_joined_over():
+def test_join_layers_skips_empty_entries():
     """Stage B's list of mappers holds None for a level that does not see the semantic latents."""
     blocks = nn.ModuleList([None, TimestepBlock(8, 4), TimestepBlock(8, 4)])
     join_layers(blocks)

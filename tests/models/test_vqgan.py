@@ -41,7 +41,7 @@ def test_encode_decode_and_quantise_equal_diffusers(name, randomise, relative_er
     with torch.no_grad():
         z = theirs.encode(pixels).latents
         assert relative_error(ours.embed(pixels), z) <= 1e-5
-        # Ours are the original's latents: divided by the factor, as Stage B wants them.
+        # Ours are the original's latents, divided by the factor for Stage B.
         assert relative_error(ours.encode(pixels), z / config.scale_factor) <= 1e-5
         assert relative_error(ours.decode(z / config.scale_factor), theirs.decode(z).sample) <= 1e-5
         quantised = theirs.decode(z, force_not_quantize=False).sample
@@ -85,7 +85,7 @@ def test_nearest_code_against_brute_force():
     assert torch.equal(quantiser.nearest(z).flatten(), expected)
 
 
-def test_quantisation_can_differ_per_picture(randomise):
+def test_quantisation_can_differ_per_image(randomise):
     ours = randomise(VQGAN(SMALL)).eval()
     pixels = torch.rand(2, 3, 16, 16)
     with torch.no_grad():
@@ -115,13 +115,13 @@ def test_discriminator_judges_patches():
     judge = Discriminator(c_hidden=32, depth=4)
     assert judge.min_side == 17
     assert judge(torch.rand(2, 3, 33, 64)).shape == (2, 1, 3, 4)
-    # Spectral norm: no convolution may stretch its input by more than one.
+    # Spectral norm: no convolution may scale its input by more than 1.
     for _ in range(30):
         judge(torch.rand(1, 3, 64, 64))
     stretch = torch.linalg.matrix_norm(judge.encoder[0].weight.detach().flatten(1), 2)
     assert stretch.item() == pytest.approx(1, rel=0.02)
 
 
-def test_widths_that_cannot_be_halved_are_refused():
+def test_too_small_widths_are_refused():
     with pytest.raises(UserError, match=r"got levels=3 and embed_dim=3\. Use a multiple of 4"):
         VQGANConfig(embed_dim=3, levels=3)

@@ -1,4 +1,4 @@
-"""Recorded passes against the passes that they stand for."""
+"""Recorded passes against eager ones."""
 
 import contextlib
 import copy

@@ -1,4 +1,4 @@
-"""Fused blocks against the blocks as they are written.
+"""Fused blocks against the plain blocks.
 
 The kernels need a GPU, or Triton's interpreter: TRITON_INTERPRET=1 runs these tests on a CPU.
 """
@@ -59,8 +59,8 @@ def fuse(monkeypatch, suits):
 
 
 @pytest.fixture
-def as_written():
-    """Runs a function without anything fused."""
+def run_plain():
+    """Runs a function without fused blocks."""
 
     def run(function, *inputs):
         with pytest.MonkeyPatch.context() as patch:
@@ -102,7 +102,7 @@ def error(found, exact):
 @pytest.fixture
 def prior(randomise):
     network = randomise(Prior(PRIOR))
-    with torch.no_grad():  # 1 / |1 - b| would amplify the rounding of either side without bound
+    with torch.no_grad():  # 1 / |1 - b| would amplify rounding without bound
         network.out[1].weight[4:] *= 0.05
         network.out[1].bias[4:] = 0.0
     return network.to(DEVICE).eval()
@@ -115,43 +115,43 @@ def unet(randomise):
 
 @pytest.mark.parametrize("joins", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-def test_stage_c_is_that_as_written(prior, joins, masked, as_written):
-    """A bias that is added twice or never, a neighbour beyond the edge, a text row of another picture."""
+def test_fused_stage_c_equals_the_plain_one(prior, joins, masked, run_plain):
+    """Catches a bias added twice or never, a neighbour beyond the edge, a text row of another image."""
     x, r, text = prior_inputs()
     mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2], device=DEVICE) if masked else None
-    plain = as_written(run_prior, prior, x, r, text, mask)
+    plain = run_plain(run_prior, prior, x, r, text, mask)
     if joins:
         fused.join_layers(prior)
     assert error(run_prior(prior, x, r, text, mask), plain) <= 1e-5
 
 
-def test_masked_texts_in_half_precision_are_those_as_written(prior, as_written):
-    """Attention's kernel must be told of the mask."""
+def test_fused_masked_texts_in_half_precision_equal_the_plain_ones(prior, run_plain):
+    """The attention kernel must apply the mask."""
     x, r, text = prior_inputs()
     mask = torch.tensor([[True] * 6, [True] * 2 + [False] * 4], device=DEVICE)
-    exact, prior = as_written(run_prior, prior, x, r, text, mask), prior.half()
+    exact, prior = run_plain(run_prior, prior, x, r, text, mask), prior.half()
     found, unmasked = run_prior(prior, x, r, text, mask), run_prior(prior, x, r, text)
     assert error(found, exact) <= 5e-3 < error(unmasked, exact)
 
 
-def assert_no_further_than_as_written(network, inputs, as_written):
-    """Compared in fp64: Stage B's output divides by |1 − b|, which amplifies the rounding of either side."""
-    plain = as_written(run_decoder, network, *inputs)
-    exact = as_written(run_decoder, copy.deepcopy(network).double(), *inputs)
+def assert_no_further_than_run_plain(network, inputs, run_plain):
+    """Compared in fp64: Stage B's output divides by |1 − b|, which amplifies rounding."""
+    plain = run_plain(run_decoder, network, *inputs)
+    exact = run_plain(run_decoder, copy.deepcopy(network).double(), *inputs)
     fused.join_layers(network)
     assert error(run_decoder(network, *inputs), exact) <= 3 * error(plain, exact) + 1e-6
 
 
-def test_stage_b_is_that_as_written(unet, as_written):
-    """Of the map, its mapper's bias is a part; the skip comes before the map."""
-    assert_no_further_than_as_written(unet, decoder_inputs(), as_written)
+def test_fused_stage_b_equals_the_plain_one(unet, run_plain):
+    """The condition includes its mapper's bias. The skip comes before the condition."""
+    assert_no_further_than_run_plain(unet, decoder_inputs(), run_plain)
 
 
 SHAPES = {
     "levels that do not start with a convolution": {"level_config": ("TC", "ACT", "TA"), "nhead": (-1, 2, 4)},
     "levels without blocks, and without a convolution": {"level_config": ("", "TA", "CTA")},
-    "the map at every level": {"inject_effnet": (True, True, True), "kernel_size": 5},
-    "the map at no level": {"inject_effnet": (False, False, False), "patch_size": 1},
+    "conditioned at every level": {"inject_effnet": (True, True, True), "kernel_size": 5},
+    "conditioned at no level": {"inject_effnet": (False, False, False), "patch_size": 1},
     "mappers in another order": {"inject_effnet": (True,) * 5},
     "heads that do not divide the width": {"nhead": (-1, 3, 7), "dropout": (0.0, 0.2, 1.0)},
     "one channel of noise": {"c_out": 1, "c_r": 1},
@@ -159,26 +159,26 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_other_stages_b_are_those_as_written(name, randomise, as_written):
-    """A skip that is taken by another block than the first, a mapper of another level."""
+def test_fused_stages_b_of_other_shapes_equal_the_plain_ones(name, randomise, run_plain):
+    """Catches a skip taken by another block than the first, a mapper of another level."""
     network = randomise(Decoder(dataclasses.replace(DECODER, **SHAPES[name]))).to(DEVICE).eval()
-    assert_no_further_than_as_written(network, decoder_inputs(), as_written)
+    assert_no_further_than_run_plain(network, decoder_inputs(), run_plain)
 
 
 @pytest.mark.parametrize("change", [{"nhead": 5}, {"depth": 0}, {"c_r": 1}, {"c": 1, "nhead": 1}])
-def test_other_stages_c_are_those_as_written(change, randomise, as_written):
+def test_fused_stages_c_of_other_shapes_equal_the_plain_ones(change, randomise, run_plain):
     network = randomise(Prior(dataclasses.replace(PRIOR, **change))).to(DEVICE).eval()
     with torch.no_grad():
         network.out[1].weight[4:] *= 0.05
         network.out[1].bias[4:] = 0.0
     inputs = prior_inputs()
-    plain = as_written(run_prior, network, *inputs)
+    plain = run_plain(run_prior, network, *inputs)
     fused.join_layers(network)
     assert error(run_prior(network, *inputs), plain) <= 1e-5
 
 
-def test_stage_b_of_v1_is_that_as_written(randomise, as_written):
-    """Its skips join before the convolution, whose groups then read two channels."""
+def test_fused_stage_b_of_v1_equals_the_plain_one(randomise, run_plain):
+    """Its skips are concatenated before the convolution, which then reads two channels per group."""
     config = PaellaConfig(
         c_r=8,
         num_labels=16,
@@ -199,12 +199,12 @@ def test_stage_b_of_v1_is_that_as_written(randomise, as_written):
         with torch.no_grad():
             return network(tokens, r, network.context(z, text))
 
-    assert error(run(), as_written(run)) <= 1e-5
+    assert error(run(), run_plain(run)) <= 1e-5
 
 
 @pytest.mark.parametrize("most", [fused.MAX_HIDDEN, 7 * 96])
-def test_stage_a_is_that_as_written(randomise, as_written, monkeypatch, most):
-    """Edges repeat; the MLP's parts of positions end where they like."""
+def test_fused_stage_a_equals_the_plain_one(randomise, run_plain, monkeypatch, most):
+    """Replication padding. The MLP's parts may end at any position."""
     monkeypatch.setattr(fused, "MAX_HIDDEN", most)
     network = randomise(VQGAN(VQGANConfig(bottleneck_blocks=2, embed_dim=24, num_vq_embeddings=8)))
     network = network.to(DEVICE).eval()
@@ -212,7 +212,7 @@ def test_stage_a_is_that_as_written(randomise, as_written, monkeypatch, most):
     calls, run = [], vqgan.run_mixing
     monkeypatch.setattr(vqgan, "run_mixing", lambda block, x: calls.append(1) or run(block, x))
     with torch.no_grad():
-        plain = as_written(network.decode, latents)
+        plain = run_plain(network.decode, latents)
         before = latents.clone()
         assert error(network.decode(latents), plain) <= 1e-5
     assert torch.equal(latents, before)
@@ -223,7 +223,7 @@ def diffusers_network(kind, network):
     config = {
         k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(network.config).items()
     }
-    del config["prediction"]  # it knows none but noise
+    del config["prediction"]  # diffusers has only noise
     theirs = kind(**config).to(DEVICE).eval()
     theirs.load_state_dict(network.state_dict())
     return theirs
@@ -231,9 +231,11 @@ def diffusers_network(kind, network):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("stage", ["b", "c"])
-def test_half_precision_is_as_near_to_diffusers_in_fp32_as_its_own(stage, dtype, prior, unet, monkeypatch):
-    """A sum in half precision, or a step that is rounded too often."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # fp32 is to be fp32
+def test_half_precision_is_as_close_to_diffusers_in_fp32_as_diffusers_own(
+    stage, dtype, prior, unet, monkeypatch
+):
+    """Catches a sum in half precision, or a step that is rounded too often."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # exact fp32
     if stage == "c":
         network, theirs, inputs = prior, diffusers_network(WuerstchenPrior, prior), prior_inputs((12, 12), 4)
         run = run_prior
@@ -250,8 +252,8 @@ def test_half_precision_is_as_near_to_diffusers_in_fp32_as_its_own(stage, dtype,
     assert 0 < found <= 1.1 * error(half, exact)
 
 
-def test_one_timestep_serves_all_pictures():
-    """As in the blocks as written; those of further pictures were read beyond the end."""
+def test_one_timestep_applies_to_all_images():
+    """As in the plain blocks. The kernel read beyond the end for all images but the first."""
     from wuerstchen.models.fused import block_kernels
 
     x, factors = torch.randn(3, 2, 5, 48, device=DEVICE), torch.randn(1, 96, device=DEVICE)
@@ -261,22 +263,22 @@ def test_one_timestep_serves_all_pictures():
     torch.testing.assert_close(x, expected)
 
 
-def test_a_text_of_other_pictures_is_refused(prior):
+def test_a_text_of_another_batch_size_is_refused(prior):
     """It was read beyond its end."""
     x, r, text = prior_inputs()
     with torch.no_grad(), pytest.raises(ValueError, match=r"batch size of the latents, 2, got 1\."):
         prior(x, r, prior.context(text[:1]))
 
 
-def test_a_map_of_other_sides_is_refused(unet):
-    """With as many positions, it was taken as one of the right sides."""
+def test_a_condition_of_another_grid_is_refused(unet):
+    """With the same number of positions, it was accepted."""
     x, r, z, text = decoder_inputs()
     with torch.no_grad(), pytest.raises(ValueError, match="must have the same batch and grid"):
         unet(x.mT, r, unet.context(z, tuple(x.shape[2:]), text))
 
 
-def test_a_map_that_is_missing_is_refused(unet):
-    """The weights that it would have met were left out."""
+def test_a_missing_condition_is_refused(unet):
+    """The weights for it were silently ignored."""
     x, r, z, text = decoder_inputs()
     with torch.no_grad():
         context = unet.context(z, tuple(x.shape[2:]), text)
@@ -285,7 +287,7 @@ def test_a_map_that_is_missing_is_refused(unet):
             unet(x, r, context)
 
 
-def test_a_block_that_changed_since_the_context_was_made_is_given_the_map(unet):
+def test_a_block_that_changed_after_its_context_gets_the_condition(unet):
     x, r, z, text = decoder_inputs()
     called = []
     with torch.no_grad():
@@ -296,8 +298,8 @@ def test_a_block_that_changed_since_the_context_was_made_is_given_the_map(unet):
     assert called
 
 
-def test_inputs_and_weights_stay_as_they_are(prior, unet):
-    """Much of it is in place."""
+def test_inputs_and_weights_do_not_change(prior, unet):
+    """Many operations are in place."""
     for network, run, inputs in ((prior, run_prior, prior_inputs()), (unet, run_decoder, decoder_inputs())):
         before = [tensor.clone() for tensor in (*inputs, *network.state_dict().values())]
         first = run(network, *inputs)
@@ -306,8 +308,8 @@ def test_inputs_and_weights_stay_as_they_are(prior, unet):
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_replaced_layers_are_called(prior, as_written):
-    """An adapter's, or whatever else somebody puts there, in attention and in the MLP."""
+def test_replaced_layers_are_called(prior, run_plain):
+    """By adapters or otherwise, in attention and in the MLP."""
 
     class Twice(nn.Linear):
         def forward(self, x):
@@ -329,12 +331,12 @@ def test_replaced_layers_are_called(prior, as_written):
     prior.blocks[6] = thrice.to(DEVICE).eval()
     prior.blocks[3].channelwise[0] = replaced(prior.blocks[3].channelwise[0])
     x, r, text = prior_inputs()
-    plain = as_written(run_prior, prior, x, r, text)
+    plain = run_plain(run_prior, prior, x, r, text)
     assert error(run_prior(prior, x, r, text), plain) <= 1e-5
 
 
 class Doubled(nn.Module):
-    """Has no weights of its own."""
+    """A wrapper without weights."""
 
     def __init__(self, base):
         super().__init__()
@@ -373,24 +375,24 @@ def doubled_attention(self, *inputs):
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_changes_without_weights_of_their_own_are_seen(change, prior, as_written):
-    """Blocks were fused as if there were none, or failed for want of a weight."""
+def test_changes_without_new_weights_are_detected(change, prior, run_plain):
+    """Blocks were fused as if unchanged, or failed because a weight was missing."""
     x, r, text = prior_inputs()
-    before = as_written(run_prior, prior, x, r, text)
+    before = run_plain(run_prior, prior, x, r, text)
     change(prior.blocks)
-    plain = as_written(run_prior, prior.eval(), x, r, text)
+    plain = run_plain(run_prior, prior.eval(), x, r, text)
     assert error(plain, before) > 5e-5
     assert error(run_prior(prior, x, r, text), plain) <= 1e-5
 
 
-def test_what_hooks_keep_stays_as_it_was(prior, as_written):
-    """The next block wrote over it."""
+def test_tensors_that_hooks_keep_do_not_change(prior, run_plain):
+    """The next block overwrote them."""
     inputs, kept = prior_inputs(), {}
     for number in range(3):
         prior.blocks[number].register_forward_hook(
             lambda *given, number=number: kept.update({number: given[2]})
         )
-    as_written(run_prior, prior, *inputs)
+    run_plain(run_prior, prior, *inputs)
     plain, kept = dict(kept), {}
     for number, hooked in enumerate(prior.blocks[:3]):
         hooked._forward_hooks.clear()
@@ -426,13 +428,13 @@ def test_joined_projections_are_the_same_weights(prior):
     assert fused._joined((attention.to_q, attention.to_k, attention.to_v)) is None
 
 
-def test_what_learns_runs_as_written(prior):
+def test_training_runs_the_plain_blocks(prior):
     x, r, text = prior_inputs()
     prior(x, r, prior.context(text)).sum().backward()
     assert all(p.grad is not None for p in prior.parameters() if p.requires_grad)
 
 
-def test_a_context_for_sampling_is_refused_where_something_learns(unet):
+def test_a_context_for_sampling_is_refused_in_training(unet):
     x, r, z, text = decoder_inputs()
     with torch.no_grad():
         context = unet.context(z, tuple(x.shape[2:]), text)
@@ -447,7 +449,7 @@ def test_a_context_for_sampling_is_refused_where_something_learns(unet):
     ("n", "text", "heads", "d"),
     [(35, 6, 3, 16), (64, 0, 2, 64), (130, 77, 2, 32), (70, 1, 2, 80), (70, 65, 1, 128)],
 )
-def test_attention_is_that_of_torch(n, text, heads, d, masked, dtype):
+def test_attention_equals_torchs(n, text, heads, d, masked, dtype):
     """A key beyond the end that counts, a head of the neighbour, a scale of another width, a tile's rest, a
     tile of which nothing is attended to."""
     from wuerstchen.models.fused import attention_kernel
@@ -479,14 +481,14 @@ def assert_attention_is_exact(grid, words, heads, mask=None, laid=lambda text: t
 
 
 @pytest.mark.parametrize("laid", [torch.Tensor.contiguous, lambda text: text.mT.contiguous().mT])
-def test_keys_of_a_text_may_lie_anyhow(laid):
-    """``torch.cat`` of two texts' keys lays head after head."""
+def test_keys_of_a_text_may_have_any_strides(laid):
+    """``torch.cat`` of two texts' keys puts one head after another."""
     grid, words = drawn(2, 35, 3 * 48, torch.float16), drawn(2, 6, 2 * 48, torch.float16)
     assert_attention_is_exact(grid, words, 3, laid=laid)
 
 
-def test_attention_takes_large_tiles_where_all_of_them_fit(monkeypatch):
-    """As at the published size of Stage C: they were never tried by small inputs."""
+def test_attention_uses_large_tiles_if_all_of_them_fit(monkeypatch):
+    """As with the published Stage C: small inputs never use them."""
     from wuerstchen.models.fused import attention_kernel
 
     started, kernel = [], attention_kernel._attend
