@@ -5,7 +5,7 @@ import dataclasses
 from wuerstchen.errors import UserError
 from wuerstchen.train.config import Recipe
 from wuerstchen.train.engine.distributed import Processes
-from wuerstchen.train.precision import best_half
+from wuerstchen.train.precision import gpu_precision
 from wuerstchen.train.stage_table import trained_kinds
 
 
@@ -17,7 +17,7 @@ def resolved(recipe: Recipe, processes: Processes) -> Recipe:
     device = processes.device
     gpu = device.type == "cuda"
     if recipe.precision == "auto":
-        lacks = gpu and best_half(device) == "fp16"
+        lacks = gpu and gpu_precision(device) == "fp16"
         half = "fp16" if processes.any_rank(lacks) else "bf16"
         recipe = dataclasses.replace(recipe, precision=half if gpu else "fp32")
     shards = recipe.sharding == "full" and processes.count > 1

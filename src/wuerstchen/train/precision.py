@@ -8,11 +8,11 @@ from torch import nn
 
 from wuerstchen.models.text import TextEncoder
 
-HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """The autocast dtype of each ``precision`` in a recipe. fp32 has none."""
 
 
-def best_half(device: torch.device) -> Literal["bf16", "fp16"]:
+def gpu_precision(device: torch.device) -> Literal["bf16", "fp16"]:
     """The 16-bit precision of a GPU: bf16, or fp16 on GPUs without bf16 support (before NVIDIA's Ampere)."""
     if device.type != "cuda":
         return "bf16"
@@ -20,14 +20,14 @@ def best_half(device: torch.device) -> Literal["bf16", "fp16"]:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
-def with_half_matrices(encoder: TextEncoder, half: torch.dtype) -> TextEncoder:
-    """A copy of a frozen text encoder with its linear layers in ``half``, which nearly halves its memory.
+def with_autocast_weights(encoder: TextEncoder, dtype: torch.dtype) -> TextEncoder:
+    """A copy of a frozen text encoder with its linear layers in ``dtype``, which nearly halves its memory.
 
-    Under autocast to ``half`` it gives the same bits, because autocast rounds these weights anyway. It only
+    Under autocast to ``dtype`` it gives the same bits, because autocast rounds these weights anyway. It only
     works under autocast.
     """
     copied = copy.deepcopy(encoder)
     for module in copied.modules():
         if isinstance(module, nn.Linear):
-            module.to(half)
+            module.to(dtype)
     return copied

@@ -28,7 +28,7 @@ from wuerstchen.train.initial_weights import Start
 from wuerstchen.train.overview import (
     cached_images,
 )
-from wuerstchen.train.precision import HALVES
+from wuerstchen.train.precision import AUTOCAST_DTYPES
 from wuerstchen.train.report.events import Log
 from wuerstchen.train.run_data import folder_around
 from wuerstchen.train.run_folder import (
@@ -106,7 +106,7 @@ class PhaseRunner:
         recipe = self.recipe
         return Settings(
             seed=recipe.seed,
-            autocast=HALVES.get(recipe.precision),
+            autocast=AUTOCAST_DTYPES.get(recipe.precision),
             decays_all_axes=self.order() < ORDER,
             compiles=recipe.acceleration in ("compile", "graph"),
             records=recipe.acceleration == "graph",
@@ -207,7 +207,7 @@ class PhaseRunner:
         images = self._held_out[key]
         if images is None:
             return None
-        return Validation(stage, images, HALVES.get(self.recipe.precision), self.device)
+        return Validation(stage, images, AUTOCAST_DTYPES.get(self.recipe.precision), self.device)
 
     def image_cache(self, feed: Feed | PreparedFeed, phase: Phase) -> ImageCache:
         """The images that stages train on, loaded when a stage first needs them."""

@@ -18,7 +18,7 @@ from wuerstchen.train.engine.loop import Trainer
 from wuerstchen.train.engine.loss_scale import LossScale
 from wuerstchen.train.engine.optim import load_optimizer_tensors, make_optimizer, optimizer_tensors, update
 from wuerstchen.train.feed.images import Feed
-from wuerstchen.train.precision import best_half
+from wuerstchen.train.precision import gpu_precision
 from wuerstchen.train.report.events import Log
 
 from .test_loop import make_job
@@ -115,7 +115,7 @@ def test_auto_takes_what_the_gpu_has(has_bf16, expected, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: has_bf16)
     monkeypatch.setattr("torch.cuda.device", lambda device: torch.no_grad())
     gpu = torch.device("cuda", 0)
-    assert best_half(gpu) == expected
+    assert gpu_precision(gpu) == expected
     assert resolved(tiny(), Processes(gpu)).precision == expected
     assert resolved(tiny(), Processes(CPU)).precision == "fp32"
     assert resolved(dataclasses.replace(tiny(), precision="float16"), Processes(gpu)).precision == "fp16"
@@ -132,7 +132,7 @@ def test_auto_takes_what_the_gpu_has(has_bf16, expected, monkeypatch):
 )
 def test_recomputed_dropout_is_not_recorded(stages, decoder, prior, expected, monkeypatch):
     """Recording it ends in an error of torch's, after minutes of compiling."""
-    monkeypatch.setattr("wuerstchen.train.automatic.best_half", lambda device: "bf16")
+    monkeypatch.setattr("wuerstchen.train.automatic.gpu_precision", lambda device: "bf16")
     gpu, base = Processes(torch.device("cuda")), tiny()
     recipe = dataclasses.replace(
         base,

@@ -26,7 +26,7 @@ from wuerstchen.train.config import Phase, StageAConfig
 from wuerstchen.train.feed.images import Batch, Feed, batches
 from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.initial_weights import Parts, Start
-from wuerstchen.train.precision import with_half_matrices
+from wuerstchen.train.precision import with_autocast_weights
 from wuerstchen.train.stages.base import Run, cascade_settings, in_pieces
 from wuerstchen.train.stages.decoder import DECODER_STAGE, StageB, StageBRefinement
 from wuerstchen.train.stages.decoding import Decoding
@@ -708,7 +708,7 @@ class TestPlacing:
 
     def test_half_of_a_text_encoder_gives_the_same_bits_under_autocast(self, small_cascade):
         encoder, texts = small_cascade.text_encoder, ["a cat", "a flat drawing of a red car", ""]
-        half = with_half_matrices(encoder, torch.bfloat16)
+        half = with_autocast_weights(encoder, torch.bfloat16)
         with torch.autocast("cpu", torch.bfloat16):
             whole, ours = encoder.encode(texts), half.encode(texts)
         assert torch.equal(whole.states, ours.states)

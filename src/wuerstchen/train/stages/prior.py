@@ -23,7 +23,7 @@ from wuerstchen.train.config import Optimization, Phase, Recipe, StageCConfig
 from wuerstchen.train.feed.images import Batch
 from wuerstchen.train.feed.prepared import StoredBatch, check_prepared, some_latents
 from wuerstchen.train.feed.random import ImageRandom
-from wuerstchen.train.precision import HALVES, with_half_matrices
+from wuerstchen.train.precision import AUTOCAST_DTYPES, with_autocast_weights
 from wuerstchen.train.stages.base import (
     LEAST_SPREAD,
     PIECE,
@@ -99,9 +99,9 @@ class StageC:
         if "compressor" in needs:
             self.compressor.to(device)
         if "text_encoder" in needs:
-            half = HALVES.get(self.recipe.precision)
+            half = AUTOCAST_DTYPES.get(self.recipe.precision)
             if half is not None:
-                self.text_encoder = with_half_matrices(self.text_encoder, half)
+                self.text_encoder = with_autocast_weights(self.text_encoder, half)
             self.text_encoder.to(device)
 
     def prepare(self, batch: Batch, device: torch.device) -> Inputs:
