@@ -47,13 +47,13 @@ def measure(recipe: Recipe, cascade: Cascade, batch: int, size: int, device: tor
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     optimization = dataclasses.replace(recipe.stage_c.optimization, batch_size=batch)
-    frozen = dataclasses.replace(cascade, prior=None)
     prior = cascade.prior
     assert prior is not None
     prior.to(device).train().requires_grad_(True)
-    stage = StageC(
-        recipe.stage_c, recipe, prior, frozen, PUBLISHED_STATISTICS, optimization=optimization, device=device
-    )
+    config = dataclasses.replace(recipe.stage_c, optimization=optimization)
+    settings = dataclasses.replace(cascade.settings, latent_statistics=PUBLISHED_STATISTICS)
+    model = dataclasses.replace(cascade, settings=settings)
+    stage = StageC(config, recipe, model, device=device)
     state = TrainingState(
         networks=stage.networks,
         averages={"prior": make_average(prior)},

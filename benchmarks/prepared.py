@@ -150,7 +150,8 @@ def main() -> None:
     )
     config = dataclasses.replace(recipe.stage_c, optimization=optimization)
     statistics = LatentStatistics(mean=(0.0,) * channels, std=(1.0,) * channels)
-    stage = StageC(config, recipe, cascade.prior, cascade, statistics)
+    settings = dataclasses.replace(cascade.settings, latent_statistics=statistics)
+    stage = StageC(config, recipe, dataclasses.replace(cascade, settings=settings))
     step = step_of(stage, published, device)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

@@ -48,10 +48,11 @@ def pictures():
 
 def make_stage(name, cascade):
     if name == "c":
-        return StageC(RECIPE.stage_c, RECIPE, cascade.prior, cascade, STATISTICS)
-    parts = (cascade.vqgan, cascade.decoder, cascade.compressor, Previewer(PreviewerConfig(c_in=2)), None)
+        settings = dataclasses.replace(cascade.settings, latent_statistics=STATISTICS)
+        return StageC(RECIPE.stage_c, RECIPE, dataclasses.replace(cascade, settings=settings))
+    model = dataclasses.replace(cascade, previewer=Previewer(PreviewerConfig(c_in=2)), text_encoder=None)
     config = dataclasses.replace(RECIPE.stage_b, refine_images=8)
-    return (StageB if name == "b" else StageBRefinement)(config, *parts, RECIPE)
+    return (StageB if name == "b" else StageBRefinement)(config, RECIPE, model)
 
 
 def averages_of(stage):

@@ -97,8 +97,7 @@ def make_stage(cascade, images: int = 48, batch_size: int = 4) -> StageC:
     torch.manual_seed(1)
     optimization = dataclasses.replace(RECIPE.stage_c.optimization, images=images, batch_size=batch_size)
     config = dataclasses.replace(RECIPE.stage_c, optimization=optimization)
-    prior = copy.deepcopy(cascade.prior)
-    return StageC(config, RECIPE, prior, cascade, cascade.settings.latent_statistics)
+    return StageC(config, RECIPE, dataclasses.replace(cascade, prior=copy.deepcopy(cascade.prior)))
 
 
 def loss(stage: StageC, inputs, random: ImageRandom) -> float:

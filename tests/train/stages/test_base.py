@@ -314,10 +314,20 @@ def small_cascade(small_cascade):
     return cascade
 
 
+def with_previewer(cascade):
+    """The cascade with a previewer and without text."""
+    return dataclasses.replace(cascade, previewer=Previewer(PreviewerConfig(c_in=2)), text_encoder=None)
+
+
+def normalising(cascade, statistics):
+    """The cascade with other statistics of its semantic latents."""
+    settings = dataclasses.replace(cascade.settings, latent_statistics=statistics)
+    return dataclasses.replace(cascade, settings=settings)
+
+
 @pytest.fixture
 def stage_b(small_cascade):
-    parts = (small_cascade.decoder, small_cascade.compressor, Previewer(PreviewerConfig(c_in=2)))
-    return StageB(RECIPE.stage_b, small_cascade.vqgan, *parts, None, RECIPE)
+    return StageB(RECIPE.stage_b, RECIPE, with_previewer(small_cascade))
 
 
 class TestStageB:
@@ -342,8 +352,7 @@ class TestStageB:
         if refines:
             changes |= {"time_shift": 0.5, "refine_shift": 2.0, "refine_images": 8}
             config = dataclasses.replace(RECIPE.stage_b, **changes)
-            parts = (small_cascade.decoder, small_cascade.compressor, stage_b.previewer)
-            stage = StageBRefinement(config, small_cascade.vqgan, *parts, None, RECIPE)
+            stage = StageBRefinement(config, RECIPE, with_previewer(small_cascade))
         else:
             stage = stage_b
             stage.config = dataclasses.replace(stage.config, time_shift=2.0, **changes)
@@ -389,8 +398,7 @@ class TestStageB:
         assert decoder is both.decoder
         assert torch.equal(z, expected)
         config = dataclasses.replace(RECIPE.stage_b, refine_images=8)
-        parts = (small_cascade.decoder, small_cascade.compressor, stage_b.previewer)
-        last = StageBRefinement(config, small_cascade.vqgan, *parts, None, RECIPE)
+        last = StageBRefinement(config, RECIPE, with_previewer(small_cascade))
         averages = {name: copy.deepcopy(network) for name, network in last.networks.items()}
         last.preview(averages, batch.pixels(CPU), CPU)
         drawn_with((averages["decoder"], small_cascade.compressor, averages["previewer"]))
@@ -405,10 +413,9 @@ class TestStageB:
         assert len(images) == 2 * len(stage_b.preview_labels["rows"])
         assert alike(images, stage_b.preview(averages, pixels, CPU, low_memory=True))
 
-    def test_the_previewer_has_a_rate_of_its_own(self, stage_b):
+    def test_the_previewer_has_a_rate_of_its_own(self, small_cascade):
         config = dataclasses.replace(RECIPE.stage_b, previewer_rate=3e-3)
-        parts = (stage_b.trained.decoder, stage_b.trained.compressor, stage_b.previewer)
-        assert StageB(config, stage_b.vqgan, *parts, None, RECIPE).rates == {"previewer": 3e-3}
+        assert StageB(config, RECIPE, with_previewer(small_cascade)).rates == {"previewer": 3e-3}
 
     def test_the_compressor_learns_with_the_decoder(self, stage_b):
         """Gradients reach the backbone through the map; Stage A's weights stay out of it."""
@@ -511,11 +518,10 @@ class TestStageB:
             assert all(torch.equal(tensor, state[key]) for key, tensor in ours.state_dict().items())
 
     def test_the_second_phase_has_rate_length_and_shift_of_its_own(self, small_cascade):
-        parts = (small_cascade.decoder, small_cascade.compressor, Previewer(PreviewerConfig(c_in=2)))
         config = dataclasses.replace(
             RECIPE.stage_b, time_shift=4.0, refine_images=12, refine_rate=2e-4, refine_shift=0.5
         )
-        stage = StageBRefinement(config, small_cascade.vqgan, *parts, None, RECIPE)
+        stage = StageBRefinement(config, RECIPE, with_previewer(small_cascade))
         assert (stage.optimization.images, stage.optimization.learning_rate) == (12, 2e-4)
         assert stage.config.time_shift == 0.5
 
@@ -538,7 +544,7 @@ class TestStageC:
         batch, losses = make_batch(128), {}
         for positions in ("real", "all"):
             recipe = dataclasses.replace(RECIPE, text_positions=positions)
-            stage = StageC(RECIPE.stage_c, recipe, small_cascade.prior, small_cascade, self.STATISTICS)
+            stage = StageC(RECIPE.stage_c, recipe, normalising(small_cascade, self.STATISTICS))
             stage.prior.eval()
             assert ("mask" in stage.prepare(batch, CPU)) == (positions == "real")
             assert cascade_settings(recipe, self.STATISTICS).text_mask == (positions == "real")
@@ -548,7 +554,7 @@ class TestStageC:
 
     def make(self, small_cascade, dropout, **fields):
         config = dataclasses.replace(RECIPE.stage_c, caption_dropout=dropout, **fields)
-        return StageC(config, RECIPE, small_cascade.prior, small_cascade, self.STATISTICS)
+        return StageC(config, RECIPE, normalising(small_cascade, self.STATISTICS))
 
     def test_the_loss_written_out(self, small_cascade):
         batch, stage = make_batch(128), self.make(small_cascade, 0.0)
@@ -596,8 +602,7 @@ class TestStageC:
 
         monkeypatch.setattr("wuerstchen.train.stages.prior.Wuerstchen", Drawing)
         recipe = dataclasses.replace(RECIPE, preview_prompts=("a cat",))
-        frozen = dataclasses.replace(small_cascade, prior=None)
-        stage = StageC(RECIPE.stage_c, recipe, small_cascade.prior, frozen, self.STATISTICS)
+        stage = StageC(RECIPE.stage_c, recipe, normalising(small_cascade, self.STATISTICS))
         average = copy.deepcopy(small_cascade.prior)
         assert len(stage.preview({"prior": average}, torch.empty(0, 3, 8, 8), CPU)) == 1
         assert drawn[0].prior is average
@@ -626,8 +631,6 @@ class TestStageC:
 @pytest.mark.parametrize("kind", ["a2", "b", "b2", "c"])
 def test_targets_are_computed_in_fp32_under_autocast(kind, small_cascade):
     """In bf16 they have a bias, which training would learn."""
-    previewer = Previewer(PreviewerConfig(c_in=2))
-    vqgan, decoder, compressor = small_cascade.vqgan, small_cascade.decoder, small_cascade.compressor
     if kind == "c":
         stage = TestStageC().make(small_cascade, 0.0)
     elif kind == "a2":
@@ -635,7 +638,7 @@ def test_targets_are_computed_in_fp32_under_autocast(kind, small_cascade):
     else:
         stage_kind = StageB if kind == "b" else StageBRefinement
         config = dataclasses.replace(RECIPE.stage_b, refine_images=8)
-        stage = stage_kind(config, vqgan, decoder, compressor, previewer, None, RECIPE)
+        stage = stage_kind(config, RECIPE, with_previewer(small_cascade))
     batch, found = make_batch(128), []
     for autocast in (False, True):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -656,12 +659,7 @@ class TestPlacing:
             torch.nn.Module, "to", lambda module, place: places.update({id(module): str(place)}) or module
         )
         recipe = dataclasses.replace(RECIPE, precision=precision, preview_prompts=("a cat", "a tree"))
-        stage = StageC(
-            *(RECIPE.stage_c, recipe, cascade.prior, dataclasses.replace(cascade, prior=None)),
-            TestStageC.STATISTICS,
-            device=torch.device("cuda"),
-            needs=needs,
-        )
+        stage = StageC(RECIPE.stage_c, recipe, cascade, device=torch.device("cuda"), needs=needs)
         return stage, places
 
     @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -734,10 +732,10 @@ class TestPlacing:
     @pytest.mark.gpu
     def test_on_a_gpu(self, small_cascade):
         device = torch.device("cuda")
-        frozen = dataclasses.replace(small_cascade, prior=None)
         recipe = dataclasses.replace(RECIPE, precision="bf16", preview_prompts=("a cat",))
         prior = small_cascade.prior.to(device)
-        stage = StageC(RECIPE.stage_c, recipe, prior, frozen, TestStageC.STATISTICS, device=device, needs=())
+        stage = StageC(RECIPE.stage_c, recipe, small_cascade, device=device, needs=())
+        frozen = dataclasses.replace(small_cascade, prior=None)
         for _ in range(2):
             assert {p.device.type for n in frozen.networks().values() for p in n.parameters()} == {"cpu"}
             for low_memory in (False, True):

@@ -63,9 +63,9 @@ def recipe_of(cascade):
 
 def make_stage(cascade, kind=StagePaella, **changes):
     recipe = recipe_of(cascade)
-    parts = (cascade.vqgan, cascade.decoder, cascade.compressor, Previewer(PreviewerConfig(c_in=2)))
+    model = dataclasses.replace(cascade, previewer=Previewer(PreviewerConfig(c_in=2)))
     config = dataclasses.replace(recipe.stage_b, refine_images=8, **changes)
-    stage = kind(config, *parts, cascade.text_encoder, recipe)
+    stage = kind(config, recipe, model)
     for network in stage.networks.values():
         network.requires_grad_(True).eval()  # without dropout
     return stage

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from wuerstchen.diffusion.objective import Objective, check_prediction
 from wuerstchen.errors import UserError
-from wuerstchen.models.cascade import CascadeSettings
+from wuerstchen.models.cascade import PUBLISHED_STATISTICS, Cascade, CascadeSettings
 from wuerstchen.models.compressor import Compressor
 from wuerstchen.models.decoder import Decoder, DecoderConfig
 from wuerstchen.models.previewer import Previewer
@@ -20,6 +20,7 @@ from wuerstchen.train.stages.base import (
     NamedPhase,
     Run,
     StageKind,
+    cascade_settings,
     numbered,
     objective_of,
     sides_multiple,
@@ -134,14 +135,19 @@ def train(run: Run) -> None:
         text.to(run.device)
     multiple = sides_multiple(recipe)
     for named in _phases(recipe):
-        networks = (vqgan, decoder, compressor, previewer, text, recipe)
+        model = Cascade(
+            settings=cascade_settings(recipe, PUBLISHED_STATISTICS),
+            vqgan=vqgan,
+            decoder=decoder,
+            compressor=compressor,
+            previewer=previewer,
+            text_encoder=text,
+        )
         if named.path:
             for network in (decoder, compressor, previewer):
                 network.requires_grad_(True)
             compressor.freeze_early_layers(config.frozen_stride)
-            stage = kind.with_compressor(
-                config, *networks, name=named.name, optimization=named.phase.optimization
-            )
+            stage = kind.with_compressor(config, recipe, model, named)
             averages = run.train_phase(stage, named.phase, multiple=multiple)
             both = averages(
                 DecoderAndCompressor(kind.network(recipe.decoder), Compressor(recipe.compressor)),
@@ -151,7 +157,7 @@ def train(run: Run) -> None:
         else:
             for network in (decoder, previewer):
                 network.requires_grad_(True)
-            refinement = kind.refinement(config, *networks, name=named.name)
+            refinement = kind.refinement(config, recipe, model, named)
             averages = run.train_phase(refinement, named.phase, multiple=multiple)
             decoder = averages(kind.network(recipe.decoder), "decoder")
         previewer = averages(Previewer(recipe.previewer), "previewer")

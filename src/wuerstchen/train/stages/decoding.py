@@ -20,16 +20,15 @@ from wuerstchen.models.compressor import Compressor, compressor_input
 from wuerstchen.models.decoder import Decoder
 from wuerstchen.models.paella import Paella
 from wuerstchen.models.previewer import Previewer
-from wuerstchen.models.text import TextEncoder
-from wuerstchen.models.vqgan import VQGAN
 from wuerstchen.pipeline import Wuerstchen
-from wuerstchen.train.config import Optimization, Recipe, StageBConfig, refining
+from wuerstchen.train.config import Recipe, StageBConfig, refining
 from wuerstchen.train.feed.images import Batch, pixels_of
 from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.stages.base import (
     LEAST_SPREAD,
     Inputs,
     Losses,
+    NamedPhase,
     cascade_settings,
     encoded_captions,
     full_precision,
@@ -55,13 +54,14 @@ class Decoding:
 
     captions: bool
 
-    def __init__(
-        self, config: StageBConfig, vqgan: VQGAN, text_encoder: TextEncoder | None, recipe: Recipe
-    ) -> None:
+    def __init__(self, config: StageBConfig, recipe: Recipe, model: Cascade) -> None:
+        """The ``model`` has the networks: those that are trained and, frozen, the others."""
+        assert model.compressor is not None
+        assert model.previewer is not None
         self.config = config
         self.recipe = recipe
-        self.vqgan = vqgan.eval().requires_grad_(False)
-        self.text_encoder = text_encoder if recipe.decoder.clip_embd is not None else None
+        self.vqgan = model.vqgan.eval().requires_grad_(False)
+        self.text_encoder = model.text_encoder_of_decoder()
         self.captions = self.text_encoder is not None
         self.no_text = None if self.text_encoder is None else self.text_encoder.encode([""])
         self.rates = {"previewer": config.previewer_rate}
@@ -163,27 +163,19 @@ class WithCompressor(Decoding):
     reads_images = True
 
     def __init__(
-        self,
-        config: StageBConfig,
-        vqgan: VQGAN,
-        decoder: Decoder | Paella,
-        compressor: Compressor,
-        previewer: Previewer,
-        text_encoder: TextEncoder | None,
-        recipe: Recipe,
-        *,
-        name: str = "b",
-        optimization: Optimization | None = None,
+        self, config: StageBConfig, recipe: Recipe, model: Cascade, phase: NamedPhase | None = None
     ) -> None:
-        """``optimization`` is that of a later phase, which then has a name of its own."""
-        super().__init__(config, vqgan, text_encoder, recipe)
-        self.name = name
-        self.optimization = optimization or config.optimization
-        self.trained = DecoderAndCompressor(decoder, compressor)
-        self.previewer = previewer
+        """Without a ``phase`` it is the first one."""
+        super().__init__(config, recipe, model)
+        assert model.compressor is not None
+        assert model.previewer is not None
+        self.name = "b" if phase is None else phase.name
+        self.optimization = config.optimization if phase is None else phase.phase.optimization
+        self.trained = DecoderAndCompressor(model.decoder, model.compressor)
+        self.previewer = model.previewer
         self.networks: dict[str, nn.Module] = {
             "decoder_and_compressor": self.trained,
-            "previewer": previewer,
+            "previewer": self.previewer,
         }
         self.rate_scales = {"compressor.backbone.": config.backbone_rate}
 
@@ -236,25 +228,17 @@ class OnFinishedMap(Decoding):
     reads_images = False
 
     def __init__(
-        self,
-        config: StageBConfig,
-        vqgan: VQGAN,
-        decoder: Decoder | Paella,
-        compressor: Compressor,
-        previewer: Previewer,
-        text_encoder: TextEncoder | None,
-        recipe: Recipe,
-        *,
-        name: str = "b2",
+        self, config: StageBConfig, recipe: Recipe, model: Cascade, phase: NamedPhase | None = None
     ) -> None:
-        self.name = name
-        config = dataclasses.replace(config, time_shift=config.refine_shift)
-        super().__init__(config, vqgan, text_encoder, recipe)
+        super().__init__(dataclasses.replace(config, time_shift=config.refine_shift), recipe, model)
+        assert model.compressor is not None
+        assert model.previewer is not None
+        self.name = "b2" if phase is None else phase.name
         self.optimization = refining(config)
-        self.decoder = decoder
-        self.compressor = compressor.eval().requires_grad_(False)
-        self.previewer = previewer
-        self.networks: dict[str, nn.Module] = {"decoder": decoder, "previewer": previewer}
+        self.decoder = model.decoder
+        self.compressor = model.compressor.eval().requires_grad_(False)
+        self.previewer = model.previewer
+        self.networks: dict[str, nn.Module] = {"decoder": self.decoder, "previewer": self.previewer}
         self.rate_scales: dict[str, float] = {}
 
     def prepare(self, batch: Batch, device: torch.device) -> Inputs:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from wuerstchen.diffusion.schedule import training_timesteps
 from wuerstchen.diffusion.tokens import add_noise, loss_weight
 from wuerstchen.errors import UserError
+from wuerstchen.models.blocks import Context
 from wuerstchen.models.cascade import PUBLISHED_V1
 from wuerstchen.models.paella import Paella, PaellaConfig
 from wuerstchen.train.config import Recipe
@@ -83,9 +84,10 @@ class _Tokens(Decoding):
         """The smoothed cross entropy, in each picture the mean over its positions by ``loss_weight``."""
         states, _ = self.text_of(inputs, random)
         t = training_timesteps(random.uniform("time"), self.config.time_shift)
-        losses, mask = self._foretold(
-            decoder, self.disturb(z, random), states, inputs, t, random, cache_kv=False
-        )
+        assert isinstance(decoder, Paella)
+        assert states is not None
+        context = decoder.context(self.disturb(z, random), states, cache_kv=False)
+        losses, mask = self._token_losses(decoder, context, inputs, t, random)
         return self._weighted(losses, mask, t).mean(), {"accuracy": losses.hit.float().mean()}
 
     def token_errors(
@@ -93,28 +95,25 @@ class _Tokens(Decoding):
     ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
         """Of each picture at time ``t`` the mean cross entropy and, second, what it counts in training."""
         decoder, z = self.decoder_and_map(averages, inputs)
-        losses, mask = self._foretold(decoder, z, inputs["states"], inputs, t, random)
+        assert isinstance(decoder, Paella)
+        context = decoder.context(z, inputs["states"])
+        losses, mask = self._token_losses(decoder, context, inputs, t, random)
         return losses.cross_entropy.flatten(1).mean(1), self._weighted(losses, mask, t)
 
-    def _foretold(
+    def _token_losses(
         self,
-        decoder: nn.Module,
-        z: Float[Tensor, "b c mh mw"],
-        states: Tensor | None,
+        decoder: Paella,
+        context: Context,
         inputs: Inputs,
         t: Float[Tensor, " b"],
         random: ImageRandom,
-        *,
-        cache_kv: bool = True,
     ) -> tuple[TokenLosses, Bool[Tensor, "b h w"]]:
-        """The losses on tokens noised to ``t``, and which of them were."""
-        assert isinstance(decoder, Paella)
-        assert states is not None
+        """The losses on tokens noised to ``t``, and which of them are noised."""
         tokens = inputs["tokens"]
         size = tokens.shape[1:]
         noise = random.integers("token noise", size, decoder.config.num_labels)
         noised, mask = add_noise(tokens, noise, t, random.uniform("token choice", size))
-        features = decoder.features(noised, t, decoder.context(z, states, cache_kv=cache_kv))
+        features = decoder.features(noised, t, context)
         head = decoder.out_mapper[1]
         assert isinstance(head, nn.Conv2d)
         return token_losses(features, head.weight.flatten(1), tokens), mask

@@ -19,7 +19,7 @@ from wuerstchen.models.cascade import Cascade, LatentStatistics
 from wuerstchen.models.compressor import Compressor, compressor_input
 from wuerstchen.models.prior import Prior
 from wuerstchen.pipeline import Wuerstchen
-from wuerstchen.train.config import Optimization, Phase, Recipe, StageCConfig
+from wuerstchen.train.config import Phase, Recipe, StageCConfig
 from wuerstchen.train.feed.images import Batch
 from wuerstchen.train.feed.prepared import StoredBatch, check_prepared, some_latents
 from wuerstchen.train.feed.random import ImageRandom
@@ -57,35 +57,37 @@ class StageC:
         self,
         config: StageCConfig,
         recipe: Recipe,
-        prior: Prior,
-        frozen: Cascade,
-        statistics: LatentStatistics,
+        model: Cascade,
+        phase: NamedPhase | None = None,
         *,
-        name: str = "c",
-        optimization: Optimization | None = None,
         device: torch.device | None = None,
         needs: Collection[Need] = ("compressor", "text_encoder"),
     ) -> None:
-        """``optimization`` is that of a later phase, which then has a name of its own.
+        """The prior of the ``model`` is trained. The other networks are frozen. Without a ``phase`` it is the
+        first one.
 
-        On a ``device`` that is not the CPU only those ``frozen`` networks stay that updates ``needs``; the
-        others visit it for previews. Without one all stay where they are.
+        On a ``device`` other than the CPU, only the frozen networks that updates ``needs`` stay there. The
+        others are moved there for previews. Without a ``device`` all stay where they are.
         """
-        assert frozen.compressor is not None
-        assert frozen.text_encoder is not None
-        self.name = name
+        assert model.prior is not None
+        assert model.compressor is not None
+        assert model.text_encoder is not None
+        self.name = "c" if phase is None else phase.name
         self.config = config
         self.recipe = recipe
-        self.optimization = optimization or config.optimization
-        self.prior = prior
+        self.optimization = config.optimization if phase is None else phase.phase.optimization
+        self.prior = model.prior
+        self.statistics = model.settings.latent_statistics
+        frozen = dataclasses.replace(model, prior=None)
+        assert frozen.compressor is not None
+        assert frozen.text_encoder is not None
         self.compressor = frozen.compressor.eval().requires_grad_(False)
         self.text_encoder = frozen.text_encoder
         if device is not None:
             frozen.text_encoder.to(device)
         self.no_text = frozen.text_encoder.encode([""])
         self.frozen = frozen
-        self.statistics = statistics
-        self.networks: dict[str, nn.Module] = {"prior": prior}
+        self.networks: dict[str, nn.Module] = {"prior": self.prior}
         self.rates: dict[str, float] = {}
         self.rate_scales: dict[str, float] = {}
         self.preview_labels = {"prompts": list(recipe.preview_prompts)}
@@ -151,8 +153,8 @@ class StageC:
         """Pictures of the recipe's prompts, through C, B and A."""
         prior = averages["prior"]
         assert isinstance(prior, Prior)
-        settings = dataclasses.replace(self.frozen.settings, latent_statistics=self.statistics)
-        cascade = dataclasses.replace(self.frozen, settings=settings, prior=prior)
+        settings = self.frozen.settings
+        cascade = dataclasses.replace(self.frozen, prior=prior)
         prompts = list(self.recipe.preview_prompts)
         if not prompts:
             return []
@@ -213,17 +215,9 @@ def train(run: Run) -> None:
     for named in _phases(recipe):
         prior.requires_grad_(True)
         frozen = run.parts.cascade(run.settings_of_model(named.phase.image_size))
-        stage = StageC(
-            config,
-            recipe,
-            prior,
-            frozen,
-            run.statistics,
-            name=named.name,
-            optimization=named.phase.optimization,
-            device=run.device,
-            needs=needs(run, named.phase),
-        )
+        model = dataclasses.replace(frozen, prior=prior)
+        needed = needs(run, named.phase)
+        stage = StageC(config, recipe, model, named, device=run.device, needs=needed)
         finals.append(run.train_phase(stage, named.phase))
         prior = finals[-1](Prior(recipe.prior), "prior")
     if config.blend < 1:
