@@ -454,7 +454,7 @@ def test_convert_writes_a_model_that_draws(run, tmp_path, model_folder, write_pu
     code, out, _ = run("convert", published, "native", "--layout", "native", "--storage", "float16")
     assert (code, out) == (0, "native\n")
     code, _, err = run("convert", published, "native", "--layout", "native")
-    assert (code, "exists already" in err) == (2, True)
+    assert (code, "already exists" in err) == (2, True)
     drawing = ["generate", "cat", "--size", "64", "--prior-steps", "2", "--decoder-steps", "1", "--seed", "3"]
     drawn = {}
     for model in (published, "native"):
@@ -464,7 +464,7 @@ def test_convert_writes_a_model_that_draws(run, tmp_path, model_folder, write_pu
     code, _, err = run("convert", model_folder, "out", "--layout", "diffusers")
     assert code == 2
     assert re.fullmatch(
-        r"Error: text_encoder has no place in the diffusers layout: it is no CLIP[^\n]+\n", err
+        r"Error: text_encoder cannot be stored in the diffusers layout: it is not a CLIP[^\n]+\n", err
     )
 
 

@@ -99,7 +99,7 @@ def test_models_that_do_not_pair_are_refused_by_name(small_cascade, model_folder
         assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match=r"share 1\.5 must be from 0"):
         average(model_folder, model_folder, tmp_path / "out", 1.5)
-    with pytest.raises(CheckpointError, match="exists already"):
+    with pytest.raises(CheckpointError, match="already exists"):
         average(model_folder, model_folder, tmp_path)
     assert main(["average", str(model_folder), str(model_folder), str(tmp_path / "out")]) == 2
     assert "nothing to average" in capsys.readouterr().err

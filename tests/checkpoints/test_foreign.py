@@ -120,5 +120,5 @@ def test_the_command_says_it_in_one_line(tmp_path, capsys):
 def test_other_files_are_not_called_so(tmp_path):
     write(tmp_path / "x.safetensors", ["down_blocks.0.0.weight", "clip_mapper.weight"])
     (tmp_path / "damaged.safetensors").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match=r"is no model: it has no model\.json"):
+    with pytest.raises(CheckpointError, match=r"is not a model: it has no model\.json"):
         layout_of(tmp_path)

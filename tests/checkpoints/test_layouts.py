@@ -1,29 +1,37 @@
 """Every layout reads as the same model, and what a layout cannot hold is refused."""
 
 import dataclasses
+import json
 import os
+import re
 import shutil
+import subprocess
+import sys
 from fnmatch import fnmatch
 
 import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 from wuerstchen.checkpoints import hub
 from wuerstchen.checkpoints.diffusers import read_decoder_folder, read_prior_folder
 from wuerstchen.checkpoints.diffusers_write import write_prior_folder
 from wuerstchen.checkpoints.hub import local_folder
+from wuerstchen.checkpoints.layout_table import LAYOUTS, Layout
 from wuerstchen.checkpoints.layouts import (
     Sources,
-    cascade_of,
     convert,
     layout_of,
+    read_incomplete,
     read_model,
     weight_files,
 )
 from wuerstchen.checkpoints.native import Provenance, write_cascade
+from wuerstchen.checkpoints.pipeline_folders import cascade_of
+from wuerstchen.cli import main
 from wuerstchen.errors import CheckpointError, UserError
 from wuerstchen.models import compressor as compressors
 from wuerstchen.models.cascade import PUBLISHED_V1, Cascade, CascadeSettings, LatentStatistics
@@ -122,7 +130,7 @@ def test_the_originals_files_survive_a_round_trip(published, tmp_path, make):
     whole = read_model(tmp_path / "original", sources)
     assert whole.text_encoder.width == 16
     assert (whole.decoder_text_encoder is None) == (make is v1)
-    with pytest.raises(UserError, match=r"text_encoder.* ha(s|ve) no place in the original layout"):
+    with pytest.raises(UserError, match=r"text_encoder.* cannot be stored in the original layout"):
         convert(tmp_path / "original", tmp_path / "again", "original", sources)
     convert(tmp_path / "original", tmp_path / "again", "original", leave_out=no_text)
     assert_same(read_model(tmp_path / "again", leave_out=no_text), cascade)
@@ -169,7 +177,7 @@ def test_the_original_without_a_known_text_encoder_says_so(tmp_path):
     with pytest.raises(CheckpointError, match="needs a text_encoder with states of width 16"):
         read_model(tmp_path / "original")
     (tmp_path / "original" / "vqgan_f4_v1_500k.pt").unlink()
-    with pytest.raises(CheckpointError, match="lacks vqgan; put the files of Stages A, B and C"):
+    with pytest.raises(CheckpointError, match=r"lacks vqgan\. Put the files of Stages A, B and C"):
         read_model(tmp_path / "original")
 
 
@@ -209,7 +217,7 @@ def test_a_target_that_is_there_is_noticed_before_anything_is_read(native, tmp_p
     (tmp_path / "link").symlink_to("nowhere")
     for target in (native, tmp_path / "link"):
         for layout in ("original", "native"):
-            with pytest.raises(CheckpointError, match="exists already"):
+            with pytest.raises(CheckpointError, match="already exists"):
                 convert("nobody/nothing", target, layout)
 
 
@@ -252,20 +260,20 @@ def test_the_prior_can_come_from_elsewhere(published, tmp_path):
     assert tmp_path / "other/prior/diffusion_pytorch_model.safetensors" in weight_files(
         published, Sources(prior=tmp_path / "other")
     )
-    with pytest.raises(UserError, match="is a native model, which has all its parts"):
+    with pytest.raises(UserError, match="is a native model, which contains all its parts"):
         read_model(BUNDLED, Sources(prior=tmp_path / "other"))
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "original", "paddle"])
 def test_the_bundled_model_fits_no_other_layout(layout, tmp_path):
-    with pytest.raises(UserError, match=f"int8, which has no place in the {layout} layout"):
+    with pytest.raises(UserError, match=f"int8, which the {layout} layout does not support"):
         convert(BUNDLED, tmp_path / "out", layout)
     convert(BUNDLED, tmp_path / "native", "native")
     # What cannot be left behind comes first, and all that can in one message.
-    words = "text_encoder has no place .* layout: it is no CLIP"
+    words = "text_encoder cannot be stored in .* layout: it is not a CLIP"
     if layout == "original":
-        words = "(previewer and text_encoder|text_encoder and previewer) have no place .* --leave-out"
-        with pytest.raises(UserError, match="image_size=256 has no place in the original layout"):
+        words = "(previewer and text_encoder|text_encoder and previewer) cannot be stored .* --leave-out"
+        with pytest.raises(UserError, match="image_size=256 cannot be stored in the original layout"):
             convert(tmp_path / "native", tmp_path / "out", layout, leave_out=["previewer", "text_encoder"])
     with pytest.raises(UserError, match=words):
         convert(tmp_path / "native", tmp_path / "out", layout)
@@ -284,7 +292,7 @@ def test_statistics_by_channel_have_no_place(published, tmp_path):
         whence = Provenance(recipe="test", seed=0, images=0, data="")
         native = tmp_path / name
         write_cascade(cascade, native, dict.fromkeys(cascade.networks(), whence))
-        with pytest.raises(UserError, match=f"{name}.* has no place in the diffusers layout"):
+        with pytest.raises(UserError, match=f"{name}.* cannot be stored in the diffusers layout"):
             convert(native, tmp_path / "out", "diffusers")
     # One mean and one deviation for all channels have their place.
     cascade.settings = CascadeSettings(latent_statistics=LatentStatistics(mean=(-2.0,), std=(40.0,)))
@@ -296,7 +304,7 @@ def test_statistics_by_channel_have_no_place(published, tmp_path):
 def test_what_is_no_model_says_why(tmp_path, published):
     with pytest.raises(CheckpointError, match=r"no model.json, no model_index.json and no .pt file"):
         read_model(tmp_path)
-    with pytest.raises(CheckpointError, match="holds one network and no whole model"):
+    with pytest.raises(CheckpointError, match="holds one network, not a whole model"):
         read_model(published / "decoder")
     with pytest.raises(CheckpointError, match="has no Stage B"):
         read_model(published / "prior_pipeline")
@@ -304,7 +312,7 @@ def test_what_is_no_model_says_why(tmp_path, published):
         convert(published, tmp_path / "out", "native", leave_out=["decoder"])
     with pytest.raises(UserError, match="unet cannot be left out"):
         convert(published, tmp_path / "out", "native", leave_out=["unet"])
-    with pytest.raises(CheckpointError, match="exists already"):
+    with pytest.raises(CheckpointError, match="already exists"):
         convert(published, tmp_path, "native")
 
 
@@ -455,3 +463,68 @@ def test_pickles_are_fetched_only_where_there_is_nothing_else(monkeypatch, tmp_p
     local_folder("warp-ai/wuerstchen")
     assert "*.bin" in asked[3]
     assert hub.HUB_NAME.fullmatch("warp-ai/wuerstchen-prior")
+
+
+def read_toy(path, sources, dtype, leave_out):
+    settings = CascadeSettings(**json.loads((path / "toy.json").read_text()))
+    networks = {part: cls(config) for part, (cls, config) in toy_networks().items()}
+    for part, network in networks.items():
+        network.load_state_dict(load_file(path / f"{part}.toy.safetensors"))
+    return Cascade(settings=settings, **networks)
+
+
+def write_toy(cascade, folder, storage, source):
+    folder.mkdir()
+    (folder / "toy.json").write_text(json.dumps({"prior_steps": cascade.settings.prior_steps}))
+    for part in toy_networks():
+        save_file(cascade.networks()[part].state_dict(), folder / f"{part}.toy.safetensors")
+
+
+def toy_networks():
+    parts = v2().networks()
+    return {part: (type(parts[part]), parts[part].config) for part in ("vqgan", "decoder", "prior")}
+
+
+TOY_LAYOUT = Layout(
+    marker="toy.json",
+    matches=lambda path: (path / "toy.json").is_file(),
+    read=read_toy,
+    write=write_toy,
+    parts=frozenset({"vqgan", "decoder", "prior"}),
+    storages=("float32",),
+    assumed_settings=lambda cascade: CascadeSettings(prior_steps=cascade.settings.prior_steps),
+)
+
+
+def test_a_new_layout_is_one_file_and_one_row(native, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(LAYOUTS, "toy", f"{__name__}:TOY_LAYOUT")
+    with pytest.raises(SystemExit):
+        main(["convert", "--help"])
+    assert re.search(r"\{native,.*,toy\}", capsys.readouterr().out)
+    command = ["convert", str(native), str(tmp_path / "toy"), "--layout", "toy"]
+    assert main(command) == 2
+    assert "compressor cannot be stored in the toy layout" in capsys.readouterr().err
+    assert main([*command, "--storage", "float16", "--leave-out", "compressor"]) == 2
+    assert "float16 is not supported by the toy layout. Use float32." in capsys.readouterr().err
+    assert main([*command, "--leave-out", "compressor"]) == 0
+
+    assert layout_of(tmp_path / "toy") == "toy"
+    original = read_model(native, leave_out=["compressor"])
+    assert_same(read_model(tmp_path / "toy"), original)
+    settings, parts, provenance = read_incomplete(tmp_path / "toy")
+    assert (settings, parts.keys(), provenance) == (original.settings, original.networks().keys(), {})
+    assert [file.name for file in weight_files(tmp_path / "toy")] == [
+        "decoder.toy.safetensors",
+        "prior.toy.safetensors",
+        "vqgan.toy.safetensors",
+    ]
+    convert(tmp_path / "toy", tmp_path / "back", "native")
+    assert_same(read_model(tmp_path / "back"), original)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"no model\.json, .* and no toy\.json"):
+        layout_of(tmp_path / "empty")
+
+
+def test_the_table_of_layouts_needs_no_torch():
+    code = "import sys, wuerstchen.checkpoints.layout_table; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

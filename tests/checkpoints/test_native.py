@@ -86,7 +86,7 @@ def test_a_whole_model_round_trips(model_folder, small_cascade):
 
 
 def test_an_existing_folder_is_not_overwritten(model_folder, small_cascade):
-    with pytest.raises(CheckpointError, match="exists already; choose another folder"):
+    with pytest.raises(CheckpointError, match=r"already exists\. Choose another folder"):
         write_cascade(small_cascade, model_folder, {})
 
 

@@ -718,7 +718,7 @@ def test_a_compressor_is_not_written_alone(tmp_path, compressor):
 
 def test_nothing_is_overwritten(tmp_path, parts):
     write_original({"prior": parts["prior"]}, tmp_path)
-    with pytest.raises(CheckpointError, match=r"model_v2_stage_c\.pt exists already; choose another folder"):
+    with pytest.raises(CheckpointError, match=r"model_v2_stage_c\.pt already exists. Choose another folder"):
         write_original(parts, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["model_v2_stage_c.pt"]
 

@@ -42,7 +42,7 @@ def average(first: str | Path, second: str | Path, target: Path, share: float = 
             f"share {share} must be from 0 (the first model alone) to 1 (the second); 0.5 is half"
         )
     if os.path.lexists(target):  # before anything is fetched or read
-        raise CheckpointError(f"{target} exists already; choose another folder or remove it")
+        raise CheckpointError(f"{target} already exists. Choose another folder or remove it.")
     ours, theirs = read_model(first), read_model(second)
     _check_pair(ours, theirs, str(first), str(second))
     changed = []

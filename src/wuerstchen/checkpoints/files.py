@@ -139,7 +139,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises ``CheckpointError`` if ``folder`` exists or cannot be made.
     """
     if os.path.lexists(folder):
-        raise CheckpointError(f"{folder} exists already; choose another folder or remove it")
+        raise CheckpointError(f"{folder} already exists. Choose another folder or remove it.")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:

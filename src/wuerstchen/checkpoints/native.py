@@ -6,10 +6,10 @@ code: tensors are safetensors, all else is JSON, and a pickle is refused by its 
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +25,8 @@ from wuerstchen.checkpoints.files import (
     write_safetensors,
 )
 from wuerstchen.checkpoints.int8 import dequantize, quantize_rows
+from wuerstchen.checkpoints.layout_table import Layout, Sources
+from wuerstchen.checkpoints.layout_table import Storage as Storage
 from wuerstchen.checkpoints.text_encoder import copy_text_encoder, read_text_encoder, write_text_encoder
 from wuerstchen.checkpoints.weights import plain_names
 from wuerstchen.diffusion.objective import (
@@ -36,7 +38,7 @@ from wuerstchen.diffusion.objective import (
     objective_of_json,
 )
 from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE
-from wuerstchen.errors import CheckpointError, shown
+from wuerstchen.errors import CheckpointError, UserError, shown
 from wuerstchen.models.cascade import Cascade, CascadeSettings, LatentStatistics
 from wuerstchen.models.compressor import Compressor, CompressorConfig
 from wuerstchen.models.decoder import Decoder, DecoderConfig
@@ -58,7 +60,6 @@ MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: dict}
 """From format n to n + 1: one function a step, on the header alone. ``read_parts`` finds the objectives that
 format 1 does not name, because it sees the networks."""
 
-Storage = Literal["float32", "float16", "int8"]
 NETWORKS: dict[str, tuple[type[nn.Module], type]] = {
     "vqgan": (VQGAN, VQGANConfig),
     "compressor": (Compressor, CompressorConfig),
@@ -374,3 +375,37 @@ def is_native_network(path: Path) -> bool:
             return _HEADER in (file.metadata() or {})
     except CheckpointError:
         return False
+
+
+def _read(path: Path, sources: Sources, dtype: torch.dtype, leave_out: Collection[str]) -> Cascade:
+    if sources.prior or sources.text_encoder or sources.decoder_text_encoder:
+        raise UserError(f"{path} is a native model, which contains all its parts. Do not give others.")
+    return read_cascade(path, dtype)
+
+
+def _write(cascade: Cascade, folder: Path, storage: Storage, source: Path) -> None:
+    provenance = Provenance(recipe=f"converted from {source.name}", seed=0, images=0, data="")
+    parts = [part for part in cascade.networks() if part in NETWORKS]
+    # The text encoder of a native model is a folder with its own vocabulary. It is copied.
+    copied = source / "text_encoder" if _is_native(source) and cascade.text_encoder is not None else None
+    write_cascade(cascade, folder, dict.fromkeys(parts, provenance), dict.fromkeys(parts, storage), copied)
+
+
+def _int8_file(folder: Path) -> Path | None:
+    files = sorted(folder.glob("*.safetensors"))
+    return next((file for file in files if read_tensors(file)[1].get("storage") == "int8"), None)
+
+
+def _is_native(path: Path) -> bool:
+    return (path / "model.json").is_file()
+
+
+NATIVE_LAYOUT = Layout(
+    marker="model.json",
+    matches=_is_native,
+    read=_read,
+    write=_write,
+    storages=("float32", "float16", "int8"),
+    read_parts=read_parts,
+    int8_file=_int8_file,
+)

@@ -8,13 +8,17 @@ queries, keys and values are one matrix, and the projection after attention and 
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from wuerstchen.checkpoints.files import new_folder
+from wuerstchen.checkpoints.hub import local_folder
+from wuerstchen.checkpoints.layout_table import Layout, Sources, Storage
+from wuerstchen.checkpoints.native import Provenance
 from wuerstchen.checkpoints.original_config import (
     BACKBONES,
     HEAD_WIDTH,
@@ -23,9 +27,11 @@ from wuerstchen.checkpoints.original_config import (
     StateDict,
     config_of,
 )
+from wuerstchen.checkpoints.text_encoder import read_text_encoder
 from wuerstchen.checkpoints.torch_files import check_apart, check_whole, read_torch_file
 from wuerstchen.checkpoints.weights import plain_names
-from wuerstchen.errors import CheckpointError, shown
+from wuerstchen.errors import CheckpointError, UserError, shown
+from wuerstchen.models.cascade import PUBLISHED_V1, Cascade, CascadeSettings
 from wuerstchen.models.compressor import Compressor, CompressorConfig
 from wuerstchen.models.decoder import Decoder, DecoderConfig
 from wuerstchen.models.paella import Paella, PaellaConfig
@@ -43,6 +49,8 @@ VQGAN_FILE = "vqgan_f4_v1_500k.pt"
 """The same for v1 and v2."""
 V1_FILES = {"decoder": "model_stage_b.pt", "prior": "model_stage_c_ema.pt"}
 V2_FILES = {"decoder": "model_v2_stage_b.pt", "prior": "model_v2_stage_c.pt"}
+PUBLISHED_TEXT_ENCODERS = {1280: "warp-ai/wuerstchen-prior", 1024: "warp-ai/wuerstchen"}
+"""The text encoders that the published models were trained with, by width. The files do not contain them."""
 
 
 def find_original(source: Path) -> list[Path]:
@@ -117,7 +125,7 @@ def write_original(parts: Mapping[str, nn.Module], folder: Path) -> list[Path]:
     paths = [folder / name for name in contents]
     for path in paths:
         if path.exists():
-            raise CheckpointError(f"{path} exists already; choose another folder or remove it")
+            raise CheckpointError(f"{path} already exists. Choose another folder or remove it.")
     for path, content in zip(paths, contents.values(), strict=True):
         _write_whole(content, path)
     return paths
@@ -190,9 +198,6 @@ def _state_dict(content: object, place: str) -> StateDict:
     return StateDict(
         place, {key.removeprefix("module.") if wrapped else key: t for key, t in content.items()}
     )
-
-
-# From shapes to configurations
 
 
 # From our names to the original's, and back
@@ -321,3 +326,64 @@ def _write_whole(content: Mapping[str, Any], path: Path) -> None:
         ) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _read(path: Path, sources: Sources, dtype: torch.dtype, leave_out: Collection[str]) -> Cascade:
+    """A whole model. Its text encoders come from ``sources``, or are the published ones."""
+    if sources.prior is not None:
+        raise UserError(
+            f"{path} holds the original's files, which take no prior from elsewhere. Put the .pt file of "
+            "Stage C next to them."
+        )
+    parts: dict[str, Any] = dict(read_original(path, dtype=dtype))
+    missing = {"vqgan", "decoder"} - parts.keys()
+    if missing:
+        raise CheckpointError(
+            f"{path} holds {', '.join(parts)} and lacks {', '.join(sorted(missing))}. "
+            "Put the files of Stages A, B and C into one folder."
+        )
+    wanted: dict[str, int] = {}
+    if "prior" in parts:
+        wanted["text_encoder"] = parts["prior"].config.c_cond
+    if "prior" not in parts or parts["decoder"].config.clip_embd != wanted["text_encoder"]:
+        wanted["decoder_text_encoder"] = parts["decoder"].config.clip_embd
+    for part, width in wanted.items():
+        if part in leave_out:
+            continue
+        source = getattr(sources, part) or PUBLISHED_TEXT_ENCODERS.get(width)
+        if source is None:
+            raise CheckpointError(
+                f"{path} needs a {part} with states of width {width}, and none is published. Give its folder."
+            )
+        folder = local_folder(
+            source, local_files_only=sources.local_files_only, only=("text_encoder/*", "tokenizer/*")
+        )
+        parts[part] = read_text_encoder(folder, dtype)
+    return Cascade(settings=_published_settings(parts["decoder"]), **parts)
+
+
+def _read_parts(path: Path) -> tuple[CascadeSettings, dict[str, Any], dict[str, Provenance]]:
+    parts: dict[str, Any] = dict(read_original(path))
+    return _published_settings(parts.get("decoder")), parts, {}
+
+
+def _published_settings(decoder: nn.Module | None) -> CascadeSettings:
+    return PUBLISHED_V1 if isinstance(decoder, Paella) else CascadeSettings()
+
+
+def _write(cascade: Cascade, folder: Path, storage: Storage, source: Path) -> None:
+    dtype = torch.float16 if storage == "float16" else torch.float32
+    networks = {name: network.to(dtype) for name, network in cascade.networks().items()}
+    with new_folder(folder) as partial:
+        write_original(networks, partial)
+
+
+ORIGINAL_LAYOUT = Layout(
+    marker=".pt file",
+    matches=lambda path: path.suffix == ".pt" or any(path.glob("*.pt")),
+    read=_read,
+    write=_write,
+    parts=frozenset({"vqgan", "decoder", "prior", "compressor"}),
+    read_parts=_read_parts,
+    assumed_settings=lambda cascade: _published_settings(cascade.decoder),
+)

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from wuerstchen.checkpoints.layout_table import LAYOUTS
 from wuerstchen.cli.options import (
     Parser,
     add_device_option,
@@ -17,7 +18,7 @@ def add_convert(commands: "argparse._SubParsersAction[Parser]") -> None:
     convert.set_defaults(run=_convert)
     convert.add_argument("source", metavar="SRC", help="model in any layout: a path or a Hub name")
     convert.add_argument("target", type=Path, metavar="DST", help="folder to create")
-    convert.add_argument("--layout", choices=("native", "diffusers", "original", "paddle"), required=True)
+    convert.add_argument("--layout", choices=tuple(LAYOUTS), required=True)
     convert.add_argument(
         "--storage",
         choices=("float32", "float16", "int8"),

@@ -15,9 +15,9 @@ from torch import nn
 
 from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
 from wuerstchen.checkpoints.hub import local_folder
-from wuerstchen.checkpoints.layouts import PUBLISHED_TEXT_ENCODERS, layout_of, read_model
-from wuerstchen.checkpoints.native import Provenance, is_native_network, read_network, read_parts
-from wuerstchen.checkpoints.original import read_original
+from wuerstchen.checkpoints.layouts import layout_of, read_incomplete
+from wuerstchen.checkpoints.native import Provenance, is_native_network, read_network
+from wuerstchen.checkpoints.original import PUBLISHED_TEXT_ENCODERS
 from wuerstchen.checkpoints.text_encoder import read_text_encoder
 from wuerstchen.errors import UserError
 from wuerstchen.models.cascade import Cascade, CascadeSettings
@@ -111,7 +111,7 @@ def read_start(recipe: Recipe) -> Start:
     given: dict[str, Any] = {}
     if recipe.start_from:
         folder = local_folder(recipe.start_from)
-        start.settings, given, start.provenance = _read_parts(folder)
+        start.settings, given, start.provenance = read_incomplete(folder)
         if layout_of(folder) == "native" and "text_encoder" in given:
             start.text_folder = folder / "text_encoder"
     origin = Provenance(recipe=f"taken from {Path(recipe.start_from).name}", seed=0, images=0, data="")
@@ -131,20 +131,6 @@ def read_start(recipe: Recipe) -> Start:
     _take_text_encoders(recipe, start, given)
     _check_text(recipe, start)
     return start
-
-
-def _read_parts(path: Path) -> tuple[CascadeSettings, dict[str, Any], dict[str, Provenance]]:
-    """Reads the settings, parts and known provenance of a model that may be incomplete."""
-    layout = layout_of(path)
-    if layout == "native":
-        return read_parts(path)
-    if layout == "original":
-        parts: dict[str, Any] = dict(read_original(path))
-        decoder = parts.get("decoder")
-        settings = CascadeSettings() if decoder is None else decoder_kind(decoder.config).settings
-        return settings, parts, {}
-    cascade = read_model(path)
-    return cascade.settings, dict(cascade.networks()), {}
 
 
 def _take_compressor(recipe: Recipe, start: Start) -> None:
@@ -167,7 +153,7 @@ def _complete_compressor(named: str) -> Compressor | None:
         path = Path(named)
         found = read_network(path)[0] if is_native_network(path) else None
     else:
-        found = _read_parts(local_folder(named))[1].get("compressor")
+        found = read_incomplete(local_folder(named))[1].get("compressor")
         if found is None:
             raise UserError(f"{named} has no compressor. Use --compressor-init with the file of a Stage B.")
     assert found is None or isinstance(found, Compressor)
