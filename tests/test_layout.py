@@ -25,6 +25,7 @@ ORDER = [
     {"checkpoints"},
     {"runtime"},
     {"lora", "progress"},
+    {"sampling_batch"},
     {"pipeline"},
     {"diffusers"},
     {"data"},

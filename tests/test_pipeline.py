@@ -23,6 +23,7 @@ from wuerstchen.models.compressor import compressor_input
 from wuerstchen.models.text import PromptTooLongWarning
 from wuerstchen.models.vqgan import VQGAN, VQGANConfig
 from wuerstchen.pipeline import Sampling, Wuerstchen
+from wuerstchen.sampling_batch import SamplingBatch
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def test_seeds_can_be_named(model):
     named = model.generate(["a cat", "a dog"], seed=[9, 6], batch_size=1)
     for prompt, seed, image in (("a cat", 9, named[0]), ("a dog", 6, named[1])):
         assert np.array_equal(pixels([image]), pixels(model.generate(prompt, seed=seed)))
-    with pytest.raises(UserError, match="1 seeds do not fit 2 pictures"):
+    with pytest.raises(UserError, match="1 seeds do not match 2 images"):
         model.generate(["a cat", "a dog"], seed=[9])
     with pytest.raises(UserError, match="seed -1 must be from 0"):
         model.generate(["a cat", "a dog"], seed=[9, -1])
@@ -118,8 +119,8 @@ class _Enough(Exception):
 
 
 @pytest.mark.parametrize("stage", ["Stage C", "Stage B"])
-def test_who_watches_can_stop_and_nothing_is_spoilt(model, stage):
-    """A cancelled drawing goes on to its end, or leaves something behind that changes the next one."""
+def test_a_step_callback_can_stop_sampling_without_side_effects(model, stage):
+    """A canceled call runs to its end, or leaves something behind that changes the next one."""
     seen = []
 
     def stop(step):
@@ -129,18 +130,20 @@ def test_who_watches_can_stop_and_nothing_is_spoilt(model, stage):
 
     before = pixels(model.generate("a cat"))
     with pytest.raises(_Enough):
-        model.generate("a cat", watch=stop)
+        model.generate("a cat", on_step=stop)
     assert seen[-1] == (stage, 2)
     assert len(seen) == {"Stage C": 2, "Stage B": 5}[stage]
     assert np.array_equal(before, pixels(model.generate("a cat")))
+    with pytest.raises(_Enough):
+        model.generate("a cat", watch=stop)  # the former name of on_step
 
 
 @pytest.mark.gpu
-def test_a_gpu_is_watched_step_by_step():
-    """Orders for a whole stage at once: too late to stop them, and progress tells of what is only ordered."""
+def test_step_callbacks_on_a_gpu_run_step_by_step():
+    """A whole stage queued at once: too late to stop it, and progress reports steps that are only queued."""
     made = []
 
-    def watch(step):
+    def record(step):
         made.append(torch.cuda.Event())
         made[-1].record()
         if len(made) > 2:
@@ -149,7 +152,7 @@ def test_a_gpu_is_watched_step_by_step():
     model = wuerstchen.load(device="cuda")
     for _ in range(2):
         made.clear()
-        model.generate("a cat", count=8, batch_size=8, size=(512, 512), watch=watch)
+        model.generate("a cat", count=8, batch_size=8, size=(512, 512), on_step=record)
 
 
 WRONG_TYPES = """
@@ -178,11 +181,11 @@ def test_settings_of_other_types_are_refused():
     for line, words in zip(
         ran.stdout.splitlines(),
         (
-            "prior_steps 2.5 must be a whole number",
-            "decoder_steps '4' must be a whole number",
-            "guidance '4' must be a number",
-            "guidance nan must be a number",
-            "decoder_shift '1' must be above 0",
+            "prior_steps must be an integer from 1 to 1000, got 2.5.",
+            "decoder_steps must be an integer from 1 to 1000, got '4'.",
+            "guidance must be a number from 0 to 100, got '4'.",
+            "guidance must be a number from 0 to 100, got nan.",
+            "decoder_shift must be above 0 and at most 100, got '1'.",
             "sampling must be a wuerstchen.Sampling, got a dict",
         ),
         strict=True,
@@ -191,7 +194,7 @@ def test_settings_of_other_types_are_refused():
 
 
 def test_previews_show_an_estimate_and_change_nothing():
-    """Noise in place of what will be there; a picture that depends on whether anybody looked at it."""
+    """Noise instead of an estimate, or an image that depends on whether a preview was made."""
     bundled = wuerstchen.load(device="cpu")
     seen = []
 
@@ -201,7 +204,7 @@ def test_previews_show_an_estimate_and_change_nothing():
 
     sampling = Sampling(prior_steps=6, decoder_steps=3)
     given = {"seed": [3, 5], "size": (192, 128), "sampling": sampling}
-    drawn = bundled.generate(["a red car", "a green tree"], watch=look, **given)
+    drawn = bundled.generate(["a red car", "a green tree"], on_step=look, **given)
     assert np.array_equal(pixels(drawn), pixels(bundled.generate(["a red car", "a green tree"], **given)))
     assert [entry[:2] for entry in seen] == [
         *(("Stage C", n) for n in range(1, 7)),
@@ -219,19 +222,19 @@ def test_previews_show_an_estimate_and_change_nothing():
 def test_a_model_without_a_previewer_shows_stage_b_alone(model, small_v1):
     for one, size in ((model, (64, 64)), (Wuerstchen(small_v1, torch.device("cpu")), (64, 64))):
         seen = []
-        one.generate("a cat", watch=lambda step, seen=seen: seen.append((step.stage, step.preview([0]))))
+        one.generate("a cat", on_step=lambda step, seen=seen: seen.append((step.stage, step.preview([0]))))
         assert all(bool(shown) == (stage == "Stage B") for stage, shown in seen)
         assert seen[-1][1][0].size == size
 
 
-def test_pictures_are_reconstructed_together_as_alone(model):
+def test_images_are_reconstructed_together_as_alone(model):
     images = [Image.effect_noise((150, 130), sigma).convert("RGB") for sigma in (20, 60, 90)]
     together = model.reconstruct_batch(images, seeds=[4, 2, 7])
     for image, seed, result in zip(images, [4, 2, 7], together, strict=True):
         alone = model.reconstruct(image, seed=seed)
         assert np.array_equal(pixels([result.original]), pixels([alone.original]))
         assert np.abs(pixels([result.image]) - pixels([alone.image])).max() <= 1
-        assert result.map_size == alone.map_size
+        assert result.latent_size == alone.latent_size
 
 
 def test_what_should_matter_matters(model):
@@ -282,14 +285,14 @@ def test_a_size_between_two_canvases_is_cut_out_of_the_larger(model):
     image = Image.effect_noise((300, 300), 80).convert("RGB")
     result = model.reconstruct(image, size=200)
     assert result.original.size == result.image.size == (200, 200)
-    # The map is that of the picture with its edges repeated to 256 pixels.
+    # The semantic latents are those of the image with its edges repeated to 256 pixels.
     padded = np.pad(pixels([result.original])[0], ((28, 28), (28, 28), (0, 0)), mode="edge")
     canvas = model.reconstruct(Image.fromarray(padded.astype(np.uint8)), size=256).image
     assert np.array_equal(pixels([result.image]), pixels([canvas.crop((28, 28, 228, 228))]))
 
 
-def test_drawing_begins_with_the_map_of_a_picture(model):
-    """The steps written out: from the picture's map, noised to the time that the strength names."""
+def test_sampling_starts_from_the_semantic_latents_of_an_image(model):
+    """The steps written out: from the image's latents, noised to the time that the strength names."""
     init = Image.effect_noise((150, 130), 80).convert("RGB")
     cascade, generator = model.cascade, [torch.Generator().manual_seed(3)]
     statistics = cascade.settings.latent_statistics
@@ -304,19 +307,20 @@ def test_drawing_begins_with_the_map_of_a_picture(model):
         sample = ddpm(
             lambda x, t: cascade.prior(x, t, context), noised, [0.5, 0.0], generator, PUBLISHED_OBJECTIVE
         )
-        expected = model._draw(
-            statistics.restore(sample),
-            [""],
-            (128, 128),
-            model.cascade.settings.completed(Sampling()),
-            generator,
-            None,
+        batch = SamplingBatch(
+            prompts=[""],
+            seeds=[3],
+            size=(128, 128),
+            canvas=(128, 128),
+            sampling=model.cascade.settings.completed(Sampling()),
         )
+        batch.generators[0].set_state(generator[0].get_state())
+        expected = model._decode(model._sample_decoder(batch, statistics.restore(sample)))
     seen = []
     drawn = model.generate("", init=init, strength=0.5, seed=3, progress=lambda *step: seen.append(step))
     assert np.abs(pixels(drawn) - pixels(to_images(expected))).max() <= 1
     assert seen[0] == ("Stage C", 1, 1)
-    # As good as nothing changed: what comes out is the picture's reconstruction.
+    # Almost nothing changed: the result is the image's reconstruction.
     kept = model.generate("a cat", init=init, strength=1e-6, sampling=Sampling(decoder_steps=30))
     assert kept[0].size == (128, 128)
     changed = model.generate("a cat", init=init, strength=1.0)
@@ -332,7 +336,7 @@ def test_v1_draws_and_reconstructs(small_v1):
     for other in (Sampling(decoder_guidance=1.0), Sampling(decoder_steps=3), Sampling(guidance=1.0)):
         changed = model.generate("a cat", seed=6, size=(72, 128), sampling=other)
         assert np.abs(pixels(alone) - pixels(changed)).max() > 1
-    assert model.reconstruct(Image.new("RGB", (80, 80), "red"), size=128).map_size == (2, 3, 3)
+    assert model.reconstruct(Image.new("RGB", (80, 80), "red"), size=128).latent_size == (2, 3, 3)
 
 
 def test_torch_s_defaults_change_no_bit(model_folder, small_v1, foreign_defaults):
@@ -426,7 +430,7 @@ def test_adapters_mix_and_come_off_again(model_folder, model, tmp_path):
 
 @pytest.mark.parametrize("strength", [0.0, -1.0, 1.5, math.nan])
 def test_strength_is_a_time(model, strength):
-    with pytest.raises(UserError, match=r"strength .* must be above 0 and at most 1"):
+    with pytest.raises(UserError, match=r"strength must be above 0 and at most 1, got .*"):
         model.generate("a cat", init=Image.new("RGB", (8, 8)), strength=strength)
 
 
@@ -476,7 +480,7 @@ def test_reconstruction(model):
     image = Image.effect_noise((300, 200), 80).convert("RGB")
     result = model.reconstruct(image)
     assert result.original.size == result.image.size == (128, 128)
-    assert result.map_size == (2, 3, 3)
+    assert result.latent_size == result.map_size == (2, 3, 3)
     assert result.spatial_compression == pytest.approx(42.67, abs=0.01)
     assert result.element_compression == pytest.approx(3 * 128 * 128 / 18)
 
@@ -504,38 +508,41 @@ def test_long_prompts_are_cut_with_a_warning(model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prompts": []}, "no prompt was given"),
-        ({"seed": -1}, "seed -1 must be from 0"),
-        ({"seed": 2**32}, "must be from 0 to 4294967295"),
-        ({"seed": 2**32 - 2, "count": 3}, "so must those of the pictures after it"),
-        ({"prompts": None}, "prompt None is no text"),
-        ({"prompts": ["a", 3]}, "prompt 3 is no text"),
-        ({"negative": ["a", "b"]}, "2 values of negative do not fit 1 prompts"),
-        ({"negative": None}, "negative None is no text; give a string or a list of them, '' for none"),
-        ({"seed": 1.5}, "seed 1.5 is no whole number"),
-        ({"seed": "3"}, "seed '3' is no whole number"),
-        ({"count": 0}, "count 0 draws nothing"),
-        ({"count": 2.0}, "count 2.0 draws nothing"),
-        ({"size": 128.0}, r"size 128.0 is no size; give \(width, height\)"),
-        ({"size": "128"}, "size '128' is no size"),
-        ({"size": (128,)}, r"size \(128,\) is no size"),
-        ({"size": (128, 128.0)}, "is no size"),
+        ({"prompts": []}, "there is no prompt"),
+        ({"seed": -1}, r"seed must be from 0 to 4294967295, .* got -1"),
+        ({"seed": 2**32}, r"seed must be from 0 to 4294967295, .* got 4294967296"),
+        ({"seed": 2**32 - 2, "count": 3}, r"to 4294967295, also for later images, .* got 4294967294"),
+        ({"prompts": None}, "prompt must be a string or a list of strings, got None"),
+        ({"prompts": ["a", 3]}, "prompt must be a string or a list of strings, got 3"),
+        ({"negative": ["a", "b"]}, "2 values of negative do not match 1 prompts"),
+        ({"negative": None}, "negative must be a string or a list of strings, got None. Use '' for none"),
+        ({"seed": 1.5}, "seed must be an integer, .* got 1.5"),
+        ({"seed": "3"}, "seed must be an integer, .* got '3'"),
+        ({"count": 0}, "count must be an integer of at least 1, got 0"),
+        ({"count": 2.0}, "count must be an integer of at least 1, got 2.0"),
+        ({"size": 128.0}, r"size must be \(width, height\) in pixels, .* got 128.0"),
+        ({"size": "128"}, "size must be .* got '128'"),
+        ({"size": (128,)}, r"size must be .* got \(128,\)"),
+        ({"size": (128, 128.0)}, r"size must be .* got \(128, 128\.0\)"),
         ({"init": "photo.jpg"}, "init is of <class 'str'>, but must be a PIL image"),
         ({"init": Image.new("RGB", (0, 9))}, "init is 0×9 pixels, which is no picture"),
-        ({"strength": "0.5"}, "strength 0.5 must be above 0"),
-        ({"batch_size": 0}, "batch_size 0 draws nothing"),
+        ({"strength": "0.5"}, "strength must be above 0 and at most 1, got 0.5"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
         (
             {"size": 100},
             "multiples of 8 from .*, got 100x100. Use 96 in place of 100",
         ),
         ({"size": (256, 0)}, "Use 64 in place of 0"),
         ({"size": 10**6}, "from 64 to 2048, .* Use 2048 in place of 1000000"),
-        ({"sampling": {"prior_steps": 0}}, "prior_steps 0 must be a whole number from 1"),
-        ({"sampling": {"decoder_steps": -3}}, "decoder_steps -3 must be a whole number from 1"),
-        ({"sampling": {"guidance": math.nan}}, "guidance nan must be a number from 0 to 100"),
-        ({"sampling": {"guidance": math.inf}}, "guidance inf must be a number"),
-        ({"sampling": {"decoder_shift": 0.0}}, "decoder_shift 0.0 must be above 0"),
-        ({"sampling": {"decoder_guidance": -1.0}}, "decoder_guidance -1.0 must be a number"),
+        ({"sampling": {"prior_steps": 0}}, "prior_steps must be an integer from 1 to 1000, got 0"),
+        ({"sampling": {"decoder_steps": -3}}, "decoder_steps must be an integer from 1 to 1000, got -3"),
+        ({"sampling": {"guidance": math.nan}}, "guidance must be a number from 0 to 100, got nan"),
+        ({"sampling": {"guidance": math.inf}}, "guidance must be a number from 0 to 100, got inf"),
+        ({"sampling": {"decoder_shift": 0.0}}, "decoder_shift must be above 0 and at most 100, got 0.0"),
+        (
+            {"sampling": {"decoder_guidance": -1.0}},
+            "decoder_guidance must be a number from 0 to 100, got -1.0",
+        ),
     ],
 )
 def test_impossible_requests_are_refused(model, arguments, message):
@@ -560,9 +567,9 @@ def test_models_without_stage_c_or_compressor_say_so(small_cascade):
 
     poor = dataclasses.replace(small_cascade, prior=None, compressor=None)
     model = Wuerstchen(poor, torch.device("cpu"))
-    with pytest.raises(UserError, match="no Stage C or no text encoder; it reconstructs, but cannot draw"):
+    with pytest.raises(UserError, match="no Stage C or no text encoder"):
         model.generate("a cat")
-    with pytest.raises(UserError, match="no compressor, so it cannot encode pictures"):
+    with pytest.raises(UserError, match="no compressor, so it cannot encode images"):
         model.reconstruct(Image.new("RGB", (128, 128)))
 
 
@@ -577,5 +584,5 @@ def test_a_gpu_without_triton_says_why_it_is_slow(monkeypatch):
     monkeypatch.setattr(pipeline, "runs_triton", lambda device: False)
     monkeypatch.setattr(pipeline, "read_model", lambda *_, dtype: dtype)
     monkeypatch.setattr(pipeline, "Wuerstchen", lambda dtype, *_, **__: dtype)
-    with pytest.warns(UserNotice, match="has no Triton"):
+    with pytest.warns(UserNotice, match="does not support Triton"):
         assert pipeline.load() == torch.float16

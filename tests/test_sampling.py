@@ -36,12 +36,12 @@ def test_a_size_is_two_sides_or_one():
     assert checked_size(96, 64) == (96, 96)
     assert checked_size([96, 32], 64) == (96, 32)
     for wrong in ((1, 2, 3), "64", (64.0, 64)):
-        with pytest.raises(UserError, match="is no size"):
+        with pytest.raises(UserError, match="size must be"):
             checked_size(wrong, 64)
 
 
 def test_one_value_stands_for_all_or_there_is_one_for_each():
     assert one_for_each("negative", ["x"], 2, 2) == ["x"] * 4
     assert one_for_each("negative", ["x", "y"], 2, 2) == ["x", "x", "y", "y"]
-    with pytest.raises(UserError, match="3 values of negative do not fit 2 prompts"):
+    with pytest.raises(UserError, match="3 values of negative do not match 2 prompts"):
         one_for_each("negative", ["x", "y", "z"], 2, 2)

@@ -1,4 +1,4 @@
-"""What one is told of a drawing while it is made, and small pictures of what it is going to be."""
+"""Step callbacks during sampling, and the preview images that they can ask for."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,85 +16,99 @@ from wuerstchen.models.cascade import Cascade
 
 @dataclass(frozen=True)
 class Step:
-    """A step that has just been made, of a batch that is being drawn."""
+    """A completed sampling step of a batch."""
 
     stage: str
     step: int
     """From 1."""
     steps: int
     preview: Callable[[Sequence[int]], list[Image.Image]]
-    """Small pictures of what is being drawn, for these numbers within the batch: Stage C's through the
-    previewer, Stage B's at half the size. They are made of an estimate of the end, and cost time. None come
-    from a model without a previewer during Stage C, or where networks do not all stay on the device."""
+    """Returns small previews of the images with these indices in the batch, decoded from the current estimate
+    of the final result: by the previewer during Stage C, at half the size during Stage B. This costs time.
+    The list is empty if the model has no previewer (Stage C), and if the networks do not all stay on the
+    device."""
 
 
-Watch = Callable[[Step], None]
-"""Called after each step. What it raises ends the drawing and reaches the caller."""
+StepCallback = Callable[[Step], None]
+"""Called after each step. An exception that it raises ends the sampling and reaches the caller."""
+Watch = StepCallback
+"""The former name of ``StepCallback``."""
 
 
-class Watching:
-    """Tells a ``watch`` of each step, and makes previews of what the networks last predicted."""
+class StepReporter:
+    """Calls a step callback after each step, and makes previews from the networks' last predictions."""
 
     def __init__(
-        self, cascade: Cascade, watch: Watch, size: tuple[int, int], canvas: tuple[int, int], *, shows: bool
+        self,
+        cascade: Cascade,
+        callback: StepCallback,
+        size: tuple[int, int],
+        canvas: tuple[int, int],
+        *,
+        can_preview: bool,
     ) -> None:
-        """``size`` and ``canvas`` are (width, height); ``shows`` is whether previews can be made."""
+        """``size`` and ``canvas`` are (width, height) in pixels."""
         self.cascade = cascade
-        self.watch = watch
+        self.callback = callback
         self.size, self.canvas = size, canvas
-        self.shows = shows
+        self.can_preview = can_preview
         self._last_step: torch.cuda.Event | None = None
 
-    def over_map(self, predict: Predict, report: OnStep | None, steps: int) -> tuple[Predict, OnStep]:
+    def on_semantic_latents(
+        self, predict: Predict, report: OnStep | None, steps: int
+    ) -> tuple[Predict, OnStep]:
+        """``predict`` and ``report`` of Stage C, extended by the callback."""
         cascade, previewer = self.cascade, self.cascade.previewer
 
-        def picture(clean: Tensor) -> Tensor:
+        def decode(clean: Tensor) -> Tensor:
             assert previewer is not None
             z = cascade.settings.latent_statistics.restore(clean)
             return previewer(z.to(next(previewer.parameters()).dtype))
 
-        sampled = cascade.settings.prior_objective.for_sampling()
-        return self._over("Stage C", predict, report, steps, sampled, None if previewer is None else picture)
+        objective = cascade.settings.prior_objective.for_sampling()
+        return self._extended("Stage C", predict, report, steps, objective, previewer and decode)
 
-    def over_latents(self, predict: Predict, report: OnStep | None, steps: int) -> tuple[Predict, OnStep]:
-        sampled = self.cascade.settings.decoder_objective.for_sampling()
-        return self._over("Stage B", predict, report, steps, sampled, self._half_size)
+    def on_latents(self, predict: Predict, report: OnStep | None, steps: int) -> tuple[Predict, OnStep]:
+        """``predict`` and ``report`` of Stage B, extended by the callback."""
+        objective = self.cascade.settings.decoder_objective.for_sampling()
+        return self._extended("Stage B", predict, report, steps, objective, self._decode_half_size)
 
-    def over_tokens(self, report: OnStep | None, steps: int) -> OnStep:
+    def on_tokens(self, report: OnStep | None, steps: int) -> OnStep:
+        """``report`` of a Stage B on tokens (v1), extended by the callback."""
         vqgan = self.cascade.vqgan
 
-        def picture(tokens: Tensor) -> Tensor:
-            return self._half_size(vqgan.vquantizer.lookup(tokens) / vqgan.config.scale_factor)
+        def estimate(rows: list[int], tokens: Tensor) -> Tensor:
+            return self._decode_half_size(vqgan.vquantizer.lookup(tokens[rows]) / vqgan.config.scale_factor)
 
-        return self._after_each("Stage B", report, steps, lambda rows, tokens: picture(tokens[rows]))
+        return self._after_each_step("Stage B", report, steps, estimate)
 
-    def _half_size(self, latents: Tensor) -> Tensor:
-        """A quarter of the pixels for about a quarter of the time."""
+    def _decode_half_size(self, latents: Tensor) -> Tensor:
+        """Decodes a quarter of the pixels, in about a quarter of the time."""
         vqgan = self.cascade.vqgan
         return vqgan.decode(F.avg_pool2d(latents, 2).to(vqgan.dtype))
 
-    def _over(
+    def _extended(
         self,
         stage: str,
         predict: Predict,
         report: OnStep | None,
         steps: int,
-        sampled: Objective,
-        picture: Callable[[Tensor], Tensor] | None,
+        objective: Objective,
+        decode: Callable[[Tensor], Tensor] | None,
     ) -> tuple[Predict, OnStep]:
         last: list[Tensor] = []
 
-        def remembering(x: Tensor, t: Tensor) -> Tensor:
+        def remembered(x: Tensor, t: Tensor) -> Tensor:
             last[:] = predict(x, t), x, t
             return last[0]
 
         def estimate(rows: list[int], _: Tensor) -> Tensor:
-            assert picture is not None
-            return picture(sampled.to_clean(*(value[rows] for value in last)))
+            assert decode is not None
+            return decode(objective.to_clean(*(value[rows] for value in last)))
 
-        return remembering, self._after_each(stage, report, steps, picture and estimate)
+        return remembered, self._after_each_step(stage, report, steps, decode and estimate)
 
-    def _after_each(
+    def _after_each_step(
         self,
         stage: str,
         report: OnStep | None,
@@ -103,21 +117,21 @@ class Watching:
     ) -> OnStep:
         def on_step(step: int, sample: Tensor) -> None:
             def preview(rows: Sequence[int]) -> list[Image.Image]:
-                if estimate is None or not rows or not self.shows:
+                if estimate is None or not rows or not self.can_preview:
                     return []
-                return [self._cut(image) for image in to_images(estimate(list(rows), sample).float())]
+                return [self._crop(image) for image in to_images(estimate(list(rows), sample).float())]
 
             if report is not None:
                 report(step, sample)
-            self._keep_pace(sample)
-            self.watch(Step(stage, step + 1, steps, preview))
+            self._wait_for_previous_step(sample)
+            self.callback(Step(stage, step + 1, steps, preview))
 
         return on_step
 
-    def _keep_pace(self, sample: Tensor) -> None:
-        """Waits on a GPU until the step before this one is made.
+    def _wait_for_previous_step(self, sample: Tensor) -> None:
+        """On a GPU, waits until the step before this one has finished.
 
-        It would take orders for a whole stage at once, which could then be neither told of nor stopped.
+        Otherwise a whole stage would be queued at once: too late to report progress, or to stop.
         """
         if sample.is_cuda:
             before, self._last_step = self._last_step, torch.cuda.Event(blocking=True)
@@ -125,8 +139,8 @@ class Watching:
             if before is not None:
                 before.synchronize()
 
-    def _cut(self, image: Image.Image) -> Image.Image:
-        """The part of a preview of the canvas that is in the picture."""
+    def _crop(self, image: Image.Image) -> Image.Image:
+        """The part of a preview of the canvas that is in the image."""
         scale = image.width / self.canvas[0]
         width, height = (max(1, round(side * scale)) for side in self.size)
         left, top = (image.width - width) // 2, (image.height - height) // 2

@@ -1,4 +1,4 @@
-"""What can be asked of a model: the sampling settings, prompts, seeds and sizes. Imports no torch."""
+"""What a caller of a model can choose: sampling settings, prompts, seeds and sizes. Imports no torch."""
 
 import math
 from collections.abc import Sequence
@@ -11,40 +11,40 @@ from PIL import Image
 from wuerstchen.diffusion.sampler_table import check_sampler
 from wuerstchen.errors import UserError
 
-MAX_SEED = 2**32 - 1  # a CPU generator keeps 32 bits: larger seeds would repeat the noise of smaller ones
+MAX_SEED = 2**32 - 1  # a CPU generator uses 32 bits: larger seeds would repeat the noise of smaller ones
 MAX_STEPS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to sample. ``None`` stands for the model's own setting."""
+    """Sampling settings. ``None`` means the model's own setting."""
 
     guidance: float | None = None
-    """Guidance scale of Stage C; 1 is none."""
+    """Guidance scale of Stage C. 1 is no guidance."""
     prior_steps: int | None = None
     prior_sampler: str | None = None
-    """Of Stage C, by its name in ``diffusion.sampler_table``. It must suit the model's objective: ``ddpm``,
-    as published, ``dpm``, for fewer steps, or ``ddim``; of flow matching, ``euler``."""
+    """Stage C's sampler, by its name in ``diffusion.sampler_table``. It must suit the model's objective:
+    ``ddpm`` (as published), ``dpm`` (for fewer steps) or ``ddim``. Flow matching uses ``euler``."""
     decoder_steps: int | None = None
     decoder_guidance: float | None = None
     decoder_shift: float | None = None
-    """How far Stage B's steps lean towards noise; 1 is equal steps."""
+    """Timestep shift of Stage B. Values above 1 spend more steps at high noise, 1 gives equal steps."""
 
     def __post_init__(self) -> None:
         for name in ("guidance", "decoder_guidance"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, Real) and 0 <= value <= 100):
                 raise UserError(
-                    f"{name} {value!r} must be a number from 0 to 100; 1 is no guidance, 4 is common"
+                    f"{name} must be a number from 0 to 100, got {value!r}. 1 is no guidance, 4 is common."
                 )
         shift = self.decoder_shift
         if shift is not None and not (isinstance(shift, Real) and 0 < shift <= 100):
-            raise UserError(f"decoder_shift {shift!r} must be above 0 and at most 100; 1 is none")
+            raise UserError(f"decoder_shift must be above 0 and at most 100, got {shift!r}. 1 is no shift.")
         for name in ("prior_steps", "decoder_steps"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, Integral) and 1 <= value <= MAX_STEPS):
                 raise UserError(
-                    f"{name} {value!r} must be a whole number from 1 to {MAX_STEPS}; 29 and 12 are common"
+                    f"{name} must be an integer from 1 to {MAX_STEPS}, got {value!r}. 29 and 12 are common."
                 )
         if self.prior_sampler is not None:
             check_sampler(self.prior_sampler)
@@ -52,74 +52,80 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """A picture, what Stages A and B make of its map, and how small that map is."""
+    """An image, and what Stages A and B reconstruct from its semantic latents."""
 
     original: Image.Image
     image: Image.Image
-    map_size: tuple[int, int, int]
-    """Channels, height and width."""
+    latent_size: tuple[int, int, int]
+    """Channels, height and width of the semantic latents."""
+
+    @property
+    def map_size(self) -> tuple[int, int, int]:
+        """The former name of ``latent_size``."""
+        return self.latent_size
 
     @property
     def spatial_compression(self) -> float:
-        """How many times smaller a side of the map is than the picture's."""
-        return self.original.height / self.map_size[1]
+        """Height of the image over height of the semantic latents."""
+        return self.original.height / self.latent_size[1]
 
     @property
     def element_compression(self) -> float:
-        """Numbers in the picture over numbers in the map."""
-        return 3 * self.original.height * self.original.width / math.prod(self.map_size)
+        """Number of values in the image over number of values in the semantic latents."""
+        return 3 * self.original.height * self.original.width / math.prod(self.latent_size)
 
 
 def checked_texts(prompts: Any, name: str = "prompt") -> list[str]:
-    """Prompts as a list. Raises ``UserError`` for anything that is no text."""
-    one = isinstance(prompts, str) or not isinstance(prompts, Sequence)
-    texts = [prompts] if one else list(prompts)
+    """Prompts as a list. Raises ``UserError`` for anything but strings."""
+    single = isinstance(prompts, str) or not isinstance(prompts, Sequence)
+    texts = [prompts] if single else list(prompts)
     for text in texts:
         if not isinstance(text, str):
-            raise UserError(f"{name} {text!r} is no text; give a string or a list of them, '' for none")
+            raise UserError(f"{name} must be a string or a list of strings, got {text!r}. Use '' for none.")
     return texts
 
 
-def check_seed(seed: Any, pictures: int) -> None:
-    """Raises ``UserError`` unless ``seed`` and those of the pictures after it can be used."""
+def check_seed(seed: Any, images: int) -> None:
+    """Raises ``UserError`` unless ``seed`` and the following seeds of so many images are valid."""
     if not isinstance(seed, Integral):
-        raise UserError(f"seed {seed!r} is no whole number; use one, or a list with one for each picture")
-    if not 0 <= seed <= MAX_SEED - pictures + 1:
+        raise UserError(f"seed must be an integer, or a list with one for each image, got {seed!r}.")
+    if not 0 <= seed <= MAX_SEED - images + 1:
         raise UserError(
-            f"seed {seed} must be from 0 to {MAX_SEED}, and so must those of the pictures after it; "
-            "use another"
+            f"seed must be from 0 to {MAX_SEED}, also for later images, which count up from it, got {seed}."
         )
 
 
 def checked_request(prompts: list[str], seed: Any, count: Any, batch_size: Any) -> Sequence[int]:
-    """The seed of each picture. Raises ``UserError`` for what asks for no picture or an impossible one."""
+    """The seed of each image. Raises ``UserError`` if no image is asked for, or an impossible one."""
     if not prompts:
-        raise UserError("no prompt was given, so there is nothing to draw; give at least one")
+        raise UserError("there is no prompt, so there is nothing to generate. Give at least one.")
     for name, value in (("count", count), ("batch_size", batch_size)):
         if not isinstance(value, Integral) or value < 1:
-            raise UserError(f"{name} {value} draws nothing; use a whole number of at least 1")
-    pictures = int(count) * len(prompts)
+            raise UserError(f"{name} must be an integer of at least 1, got {value}.")
+    images = int(count) * len(prompts)
     if not isinstance(seed, Sequence):
-        check_seed(seed, pictures)
-        return range(seed, seed + pictures)
-    if len(seed) != pictures:
-        raise UserError(f"{len(seed)} seeds do not fit {pictures} pictures; give one for each, or one number")
-    for one in seed:
-        check_seed(one, 1)
-    return [int(one) for one in seed]
+        check_seed(seed, images)
+        return range(seed, seed + images)
+    if len(seed) != images:
+        raise UserError(
+            f"{len(seed)} seeds do not match {images} images. Give one for each image, or a single number."
+        )
+    for each in seed:
+        check_seed(each, 1)
+    return [int(each) for each in seed]
 
 
 def one_for_each(name: str, values: list[Any], prompts: int, count: int) -> list[Any]:
-    """One value a picture, of one for all or one for each prompt."""
+    """One value for each image, from one value for all prompts or one for each."""
     if len(values) not in (1, prompts):
         raise UserError(
-            f"{len(values)} values of {name} do not fit {prompts} prompts; give one for each, or one for all"
+            f"{len(values)} values of {name} do not match {prompts} prompts. Give one for each, or one."
         )
     return [value for value in (values if len(values) == prompts else values * prompts) for _ in range(count)]
 
 
 def checked_size(size: Any, default: int) -> tuple[int, int]:
-    """Width and height in pixels of a ``size``, which may be one number for both, or None for the default.
+    """Width and height in pixels from ``size``: a pair, one number for both, or None for the default.
 
     Raises ``UserError`` for anything else.
     """
@@ -131,5 +137,5 @@ def checked_size(size: Any, default: int) -> tuple[int, int]:
         or len(sides) != 2
         or not all(isinstance(side, Integral) for side in sides)
     ):
-        raise UserError(f"size {size!r} is no size; give (width, height) in pixels, or one whole number")
+        raise UserError(f"size must be (width, height) in pixels, or one integer for both, got {size!r}.")
     return int(sides[0]), int(sides[1])

@@ -871,9 +871,9 @@ def test_sizes_of_stage_a_that_are_none_are_refused(change, message):
     [
         ({"image_size": 100}, "image_size must be a multiple of 128, got 100"),
         ({"prior_steps": 0}, "prior_steps must be at least 1, got 0"),
-        ({"prior_steps": 5000}, "prior_steps 5000 must be a whole number from 1 to 1000"),
-        ({"prior_guidance": float("nan")}, "guidance nan must be a number"),
-        ({"decoder_guidance": -1.0}, "decoder_guidance -1.0 must be a number"),
+        ({"prior_steps": 5000}, "prior_steps must be an integer from 1 to 1000, got 5000"),
+        ({"prior_guidance": float("nan")}, "guidance must be a number from 0 to 100, got nan"),
+        ({"decoder_guidance": -1.0}, "decoder_guidance must be a number from 0 to 100, got -1.0"),
         ({"statistics_images": 0}, "statistics_images must be at least 1, got 0"),
         ({"log_every": 0}, "log_every must be at least 1, got 0"),
         ({"workers": -1}, "workers must be at least 0, got -1"),

@@ -263,7 +263,7 @@ def _reconstruct(options: argparse.Namespace) -> int:
     settings |= {"size": result.image.width, **model.settings_of(sampling)}
     both = grid([result.original, result.image], columns=2)
     path = _save(both, options.out, f"{_slug(options.image.stem)}-reconstructed", settings)
-    channels, height, width = result.map_size
+    channels, height, width = result.latent_size
     print(path)
     print(
         f"semantic latents {channels}x{height}x{width}: {result.spatial_compression:.2f}x smaller per side, "

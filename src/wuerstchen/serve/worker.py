@@ -216,7 +216,7 @@ class _Generation:
         if shape.kind == "reconstruct":
             assert images is not None
             results = self.model.reconstruct_batch(
-                images, seeds=seeds, size=shape.width, sampling=sampling, watch=self.on_step
+                images, seeds=seeds, size=shape.width, sampling=sampling, on_step=self.on_step
             )
             generated = [result.image for result in results]
         else:
@@ -230,7 +230,7 @@ class _Generation:
                 strength=shape.strength or 1.0,
                 sampling=sampling,
                 batch_size=len(seeds),
-                watch=self.on_step,
+                on_step=self.on_step,
             )
         self.mark("Stage A")
         return generated[:own]
