@@ -481,7 +481,9 @@ def test_the_doctor_draws_and_tells(run, tmp_path, model_folder):
     assert len(list((tmp_path / "report").iterdir())) == 6  # the first three are still there
     code, out, err = run("doctor", "--model", "nobody/nothing", "--revision", "main")
     assert code == 2
-    assert re.search(r"Error: 'nobody/nothing' is no folder here, and the hub gives none[^\n]+\n$", err)
+    assert re.search(
+        r"Error: 'nobody/nothing' is not a local folder, and cannot be downloaded from the hub[^\n]+\n$", err
+    )
 
 
 def test_the_doctor_knows_what_the_bundled_model_draws(run, monkeypatch):

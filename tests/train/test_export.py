@@ -153,7 +153,7 @@ def test_a_run_folder_is_its_model_or_says_what_to_type(run_dir, tmp_path, capsy
     unfinished = tmp_path / "my run"
     shutil.copytree(run_dir, unfinished, ignore=shutil.ignore_patterns("model"))
     start = dataclasses.replace(short(), stages=("c",), start_from=str(unfinished))
-    with pytest.raises(CheckpointError, match="is the folder of a run that has not ended"):
+    with pytest.raises(CheckpointError, match="is the folder of an unfinished run"):
         train(start, tmp_path / "other", device="cpu")
     out, pictures = str(tmp_path / "out"), str(tmp_path / "pictures")
     for command in (
@@ -172,7 +172,7 @@ def test_a_run_folder_is_its_model_or_says_what_to_type(run_dir, tmp_path, capsy
     shutil.rmtree(unfinished)
     unfinished.mkdir()
     (unfinished / "run.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="has no checkpoint yet"):
+    with pytest.raises(CheckpointError, match="is a run folder without a checkpoint"):
         local_folder(unfinished)
 
 

@@ -1,35 +1,37 @@
-"""Where a model lies: a folder of this machine, or a name on the Hugging Face hub and its ordinary cache."""
+"""Finds the files of a model: in a local folder, or on the Hugging Face hub, in its usual cache."""
 
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from wuerstchen.errors import CheckpointError
 
 BUNDLED = Path(__file__).parents[1] / "bundled"
-"""The model in the package, also called "bundled", as images drawn by it say."""
+"""The model in the package. Its name is "bundled", also in the settings of images."""
 PHOTO_NOTE = (
-    "This model was trained on emoji. It keeps flat drawings, but a photograph comes out as blobs of its "
+    "This model was trained on emoji. It reconstructs flat drawings, but a photograph comes out as blobs of "
+    "its "
     "colours."
 )
-"""What to know before giving an image to the model in the package."""
+"""What to say before encoding an image with the model in the package."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DESCRIPTIONS = ["*.json", "*.txt", "*.md"]
-# What the original repository calls the v2 files; its v1 files have to be fetched by name.
+# The v2 files of the original repository. Its v1 files have to be downloaded by name.
 _ORIGINAL_V2 = [
     "vqgan_f4_v1_500k.pt",
     "model_v2_stage_b.pt",
     "model_v2_stage_c_finetune_interpolation.pt",
 ]
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pdparams")
-# Which are not fetched where there are full weights.
+# Not downloaded if there are full weights.
 _VARIANTS = [f"*.{name}{end}" for name in ("fp16", "bf16", "non_ema") for end in (".*", "-*")]
 
 
 def is_bundled(model: str | Path | None) -> bool:
-    """Whether ``model`` names the model in the package, as None does. Fetches nothing."""
+    """Whether ``model`` is the model in the package, by name, by path, or as None. Downloads nothing."""
     if model is None:
         return True
     if os.path.exists(model):
@@ -48,14 +50,14 @@ def local_folder(
     variant: str | None = None,
     only: Sequence[str] = (),
 ) -> Path:
-    """The folder of a model: ``name_or_path`` itself if it exists, else a copy from the hub.
+    """The folder of a model: ``name_or_path`` itself if it exists, otherwise a copy from the hub.
 
-    ``bundled`` is the model in the package. A name like ``warp-ai/wuerstchen`` is fetched into the hub's
-    cache, or found there: with ``local_files_only`` or ``HF_HUB_OFFLINE=1`` nothing else is tried; with
-    ``force_download`` it is fetched again. Of each network one file format is fetched: those of ``variant``
-    where there are, else full weights, else other variants, and safetensors before pickles. ``only`` are
-    patterns of the files that are wanted.
-    Raises ``CheckpointError`` if it is neither a path nor a name that can be had.
+    ``bundled`` is the model in the package. A name like ``warp-ai/wuerstchen`` is looked up in the hub's
+    cache, and downloaded into it if it is missing. ``local_files_only`` and ``HF_HUB_OFFLINE=1`` prevent the
+    download, ``force_download`` repeats it. Only one file format is downloaded for each network: ``variant``
+    if it exists, then full weights, then other variants, and safetensors before pickles. ``only`` restricts
+    the download to these patterns of file names. Raises ``CheckpointError`` if it is neither an existing path
+    nor an available name.
     """
     path = Path(name_or_path)
     if os.path.exists(path):  # Path.exists raises for a name that is too long
@@ -65,83 +67,110 @@ def local_folder(
         return BUNDLED
     if not HUB_NAME.fullmatch(name) or ".." in name:
         raise CheckpointError(
-            f"{name[:200]!r} does not exist, and is no name on the hub; give a folder, a file, or OWNER/NAME"
+            f"{name[:200]!r} does not exist, and is not a name on the hub. Give a folder, a file, or "
+            "OWNER/NAME."
         )
-    # Only here: without a network nobody waits for the hub's client.
-    from huggingface_hub import snapshot_download
+    repository = _Repository(name, revision, cache_dir, local_files_only, token, force_download)
+    return repository.fetch_only(list(only)) if only else repository.fetch_model(variant)
 
-    def fetch(patterns: list[str], ignored: Sequence[str]) -> Path:
+
+@dataclass(frozen=True)
+class _Repository:
+    """A repository on the hub, and the options of the hub's client."""
+
+    name: str
+    revision: str | None
+    cache_dir: str | Path | None
+    local_files_only: bool
+    token: str | bool | None
+    force_download: bool
+
+    def fetch_only(self, patterns: list[str]) -> Path:
+        """Downloads what matches ``patterns``, variants of weights only where there are no full weights."""
+        folder = self._fetch(patterns, _VARIANTS)
+        return self._fetch(patterns, ()) if _without_weights(folder) else folder
+
+    def fetch_model(self, variant: str | None) -> Path:
+        """Downloads a whole model, and for each part the first kind of weights that it has."""
+        attempts = _kinds_of_weights(variant)
+        patterns, ignored = next(attempts)
+        folder = self._fetch([*_DESCRIPTIONS, *patterns], ignored)
+        for patterns, ignored in attempts:
+            if not any(path.suffix in _WEIGHTS for path in folder.rglob("*.*")):
+                folder = self._fetch([*_DESCRIPTIONS, *patterns, *_ORIGINAL_V2], ignored)
+            elif lacking := _without_weights(folder):
+                inside = [f"{part}/{pattern}" for part in lacking for pattern in patterns]
+                folder = self._fetch([*_DESCRIPTIONS, *inside], ignored)
+            else:
+                break
+        return folder
+
+    def _fetch(self, patterns: list[str], ignored: Sequence[str]) -> Path:
+        from huggingface_hub import snapshot_download  # imported late: local models do not need it
+
         try:
             return Path(
                 snapshot_download(
-                    name,
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    local_files_only=local_files_only,
-                    token=token,
-                    force_download=force_download,
+                    self.name,
+                    revision=self.revision,
+                    cache_dir=self.cache_dir,
+                    local_files_only=self.local_files_only,
+                    token=self.token,
+                    force_download=self.force_download,
                     allow_patterns=patterns,
                     ignore_patterns=list(ignored),
                 )
             )
-        except Exception as error:  # the hub's client raises its own kinds, httpx's, and OSError
+        except Exception as error:  # the hub's client raises its own errors, httpx's, and OSError
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise CheckpointError(
-                f"{name!r} is no folder here, and the hub gives none ({type(error).__name__}: {reason});"
-                " check the name and the network, or give the path of a copy"
+                f"{self.name!r} is not a local folder, and cannot be downloaded from the hub "
+                f"({type(error).__name__}: {reason}). Check the name and the network, or give the path of a "
+                "copy."
             ) from error
 
-    if only:
-        folder = fetch(list(only), _VARIANTS)
-        return fetch(list(only), ()) if _without_weights(folder) else folder
-    # What is tried for the parts that have no weights yet.
-    attempts: list[tuple[list[str], Sequence[str]]] = []
+
+def _kinds_of_weights(variant: str | None) -> Iterator[tuple[list[str], Sequence[str]]]:
+    """Patterns of weight files to download and to ignore, the preferred kind first."""
     if variant is not None:
         for ending in (".safetensors", ".bin"):
-            attempts.append(([f"*.{variant}{ending}", f"*.{variant}-*{ending}"], ()))
-    attempts += [(["*.safetensors"], _VARIANTS), (["*.bin"], _VARIANTS)]
-    attempts += [(["*.safetensors"], ()), (["*.bin"], ())]
-    folder = fetch([*_DESCRIPTIONS, *attempts[0][0]], attempts[0][1])
-    for patterns, ignored in attempts[1:]:
-        if not any(path.suffix in _WEIGHTS for path in folder.rglob("*.*")):
-            folder = fetch([*_DESCRIPTIONS, *patterns, *_ORIGINAL_V2], ignored)
-        elif lacking := _without_weights(folder):
-            inside = [f"{part}/{pattern}" for part in lacking for pattern in patterns]
-            folder = fetch([*_DESCRIPTIONS, *inside], ignored)
-        else:
-            break
-    return folder
+            yield [f"*.{variant}{ending}", f"*.{variant}-*{ending}"], ()
+    for ignored in (_VARIANTS, ()):
+        for ending in (".safetensors", ".bin"):
+            yield [f"*{ending}"], ignored
 
 
 def _without_weights(folder: Path) -> list[str]:
-    """The folders inside that describe a network and hold no weights."""
+    """The subfolders with the description of a network, but without weights."""
     described = sorted(config.parent for config in folder.rglob("*/config.json"))
     lacking = [part for part in described if not any(path.suffix in _WEIGHTS for path in part.iterdir())]
     return [part.relative_to(folder).as_posix() for part in lacking if part != folder]
 
 
 def _model_of_run(path: Path) -> Path:
-    """The model in the folder of a run; a path that is no run's is itself.
+    """The model in a run folder. Any other path is returned as it is.
 
-    Raises ``CheckpointError`` where a run has no model yet, with the command that makes one.
+    Raises ``CheckpointError`` with the command that exports a model, if the run has none yet.
     """
     if (path / "run.json").is_file() and not (path / "model.json").is_file():
         if (path / "model" / "model.json").is_file():
             return path / "model"
         if not any(path.glob("stage_*/checkpoints/[0-9]*")):
             raise CheckpointError(
-                f"{path} is the folder of a run that has no checkpoint yet, so there is no model in it. "
-                "Let it train until it has one"
+                f"{path} is a run folder without a checkpoint, so it contains no model yet. Wait for its "
+                "first "
+                "checkpoint."
             )
         raise CheckpointError(
-            f"{path} is the folder of a run that has not ended, so there is no model in it yet. Make one of "
-            f"its newest checkpoint with: wuerstchen export {shlex.quote(str(path))} MODEL, and give MODEL"
+            f"{path} is the folder of an unfinished run, so it contains no model yet. Export its newest "
+            "checkpoint "
+            f"with: wuerstchen export {shlex.quote(str(path))} MODEL, and give MODEL"
         )
     if (path / "state.json").is_file() and path.absolute().parent.name == "checkpoints":
         stage = path.absolute().parents[1]
         which = f"--stage {stage.name.removeprefix('stage_')} --checkpoint {path.name.lstrip('0')}"
         raise CheckpointError(
-            f"{path} is a checkpoint of a run and no model. Make a model of it with: wuerstchen export "
+            f"{path} is a training checkpoint, not a model. Export it with: wuerstchen export "
             f"{shlex.quote(str(stage.parent))} MODEL {which}, and give MODEL"
         )
     return path
