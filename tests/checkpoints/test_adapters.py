@@ -238,7 +238,7 @@ def test_an_assumed_scale_is_said(prior, tmp_path, source, name, relative_error)
     tensors, expected = matrices(QUERIES, name), reference(prior, 1.0)
     save_file(tensors, tmp_path / "x.safetensors")
     where = "the adapter" if source == "dict" else str(tmp_path / "x.safetensors")
-    with pytest.warns(AssumedScaleWarning, match=r"does not say its alpha: .*Scale 1 is assumed") as caught:
+    with pytest.warns(AssumedScaleWarning, match=r"does not store alpha: .*which gives scale 1") as caught:
         load_lora(prior, tensors if source == "dict" else tmp_path / "x.safetensors")
     assert str(caught[0].message).startswith(where)
     assert relative_error(run(prior), expected) <= 1e-5
@@ -254,7 +254,7 @@ def test_layers_of_a_compiled_network(prior, relative_error):
 
 def test_an_assumed_scale_of_some_layers_is_said(prior):
     alpha = {f"{QUERIES[1]}.alpha": torch.tensor(4.0)}
-    with pytest.warns(AssumedScaleWarning, match="does not say its alpha for 1 of its 2 layers"):
+    with pytest.warns(AssumedScaleWarning, match="does not store alpha for 1 of its 2 layers"):
         load_lora(prior, matrices(QUERIES, dotted) | alpha)
 
 
@@ -368,7 +368,7 @@ def test_convolutions_with_groups_cannot_be_fused(prior, relative_error):
     trained = OneTrainer(theirs_of(prior))
     load_lora(prior, trained.saved("kohya"), adapter_name="all")
     before = run(prior)
-    with pytest.raises(UserError, match=r"acts on 'blocks\.0\.depthwise', a convolution with groups"):
+    with pytest.raises(UserError, match=r"changes 'blocks\.0\.depthwise', a convolution with groups"):
         fuse_lora(prior)
     assert torch.equal(run(prior), before)
     pointwise = {k: t for k, t in trained.saved("kohya").items() if "depthwise" not in k}

@@ -105,7 +105,7 @@ def test_adapters(layer):
 def test_adapters_of_others_are_not_called_so(layer):
     prior = Prior(PriorConfig(c_in=4, c=16, c_cond=12, c_r=8, depth=1, nhead=2))
     tensors = {f"{layer}.lora_down.weight": torch.ones(1, 16), f"{layer}.lora_up.weight": torch.ones(16, 1)}
-    with pytest.raises(CheckpointError, match="is no linear layer and no convolution of Prior"):
+    with pytest.raises(CheckpointError, match="is not a linear layer or a convolution of Prior"):
         load_lora(prior, tensors)
 
 
