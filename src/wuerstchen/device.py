@@ -25,7 +25,7 @@ def default_device(device: str | torch.device | None = None) -> torch.device:
     if device is not None:
         found = checked_device(device)
         if found.type == "meta":
-            raise UserError(f"device 'meta' computes nothing; use {_devices_here()}")
+            raise UserError(f"device 'meta' computes nothing. Use {_devices_here()}")
         return found
     if torch.cuda.is_available():
         return torch.device("cuda")
@@ -37,7 +37,7 @@ def checked_device(device: str | int | torch.device) -> torch.device:
     try:
         torch.empty(0, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
-        raise UserError(f"device {str(device)!r} is not there; use {_devices_here()}") from error
+        raise UserError(f"device {str(device)!r} is not there. Use {_devices_here()}") from error
     return torch.device(device)
 
 

@@ -74,7 +74,7 @@ def docstrings_needed() -> Iterator[None]:
             raise
         raise UserError(
             "text encoders cannot be read under python -OO: transformers needs its docstrings. Start Python "
-            "without -OO; -O works"
+            "without -OO; -O works."
         ) from error
 
 
@@ -86,7 +86,7 @@ def out_of_memory_named(what: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(f"{what} does not fit into memory; use a smaller batch_size or size") from error
+        raise UserError(f"{what} does not fit into memory. Use a smaller batch_size or size.") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -38,8 +38,8 @@ def check_writable(folder: Path | str) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(
-            f"folder {str(folder)!r} is wrong because it cannot be written ({error.strerror or error});"
-            " choose one that you may write to"
+            f"folder {str(folder)!r}: it cannot be written ({error.strerror or error})."
+            " Choose one that you may write to."
         ) from error
 
 
@@ -56,7 +56,7 @@ def save_png(
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
-        raise UserError(f"path {str(path)!r} is wrong because a PNG is written; end the name in .png")
+        raise UserError(f"path {str(path)!r}: a PNG is written. End the name in .png.")
     with _written(image, path, settings, drawn_by_a_model) as temporary:
         os.replace(temporary, path)
 
@@ -120,8 +120,8 @@ def _written(
         yield temporary
     except OSError as error:
         raise UserError(
-            f"path {str(path)!r} is wrong because it cannot be written ({error.strerror or error});"
-            " choose a file in a folder that exists and that you may write to"
+            f"path {str(path)!r}: it cannot be written ({error.strerror or error})."
+            " Choose a file in a folder that exists and that you may write to."
         ) from error
     finally:
         with contextlib.suppress(OSError):

@@ -151,9 +151,9 @@ def upright_rgb(image: Any, name: str = "image") -> Image.Image:
     Raises ``UserError`` for what is no picture or has no pixels.
     """
     if not isinstance(image, Image.Image):
-        raise UserError(f"{name} is of {type(image)}, but must be a PIL image; PIL.Image.open gives one")
+        raise UserError(f"{name} is of {type(image)}, but must be a PIL image; PIL.Image.open gives one.")
     if 0 in image.size:
-        raise UserError(f"{name} is {image.width}×{image.height} pixels, which is no picture; give another")
+        raise UserError(f"{name} is {image.width}×{image.height} pixels, which is no picture. Give another.")
     picture = to_rgb(_turned_upright(image), name)
     picture.info = {}  # its profile is used, and must not be applied again
     return picture
@@ -173,9 +173,7 @@ def resize_crop(
     sizes under 1.
     """
     if width < 1 or height < 1:
-        raise UserError(
-            f"size {width}×{height} is wrong because a side must be at least 1; choose a larger one"
-        )
+        raise UserError(f"size {width}×{height}: a side must be at least 1. Choose a larger one.")
     along, down = (0.5, 0.5) if rng is None else (rng.random(), rng.random())
     box = crop_box(image.size, width, height, along, down)
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
@@ -211,9 +209,7 @@ def to_images(tensor: Float[Tensor, "b c h w"]) -> list[Image.Image]:
     Raises ``UserError`` for NaN, which would otherwise be a black picture without a word.
     """
     if bool(tensor.isnan().any()):
-        raise UserError(
-            "image tensor is wrong because it holds NaN (a model overflowed); use bfloat16 or float32"
-        )
+        raise UserError("image tensor: it holds NaN (a model overflowed). Use bfloat16 or float32.")
     pixels = (tensor.detach().float().clamp(0, 1) * 255).round().byte()
     # Contiguous: PIL takes eight times as long over others.
     pixels = pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
@@ -229,14 +225,14 @@ def grid(
     for columns under 1, for a negative padding, and for labels that do not match the pictures in number.
     """
     if not images:
-        raise UserError("images [] is wrong because a grid needs at least one; give some")
+        raise UserError("images []: a grid needs at least one. Give some.")
     if columns < 1:
-        raise UserError(f"columns {columns} is wrong because a grid needs at least 1; choose 1 or more")
+        raise UserError(f"columns {columns}: a grid needs at least 1. Choose 1 or more.")
     if padding < 0:
-        raise UserError(f"padding {padding} is wrong because it must not be negative; choose 0 or more")
+        raise UserError(f"padding {padding}: it must not be negative. Choose 0 or more.")
     if labels is not None and len(labels) != len(images):
         raise UserError(
-            f"labels are wrong because there are {len(labels)} for {len(images)} images; give one for each"
+            f"labels are wrong because there are {len(labels)} for {len(images)} images. Give one for each."
         )
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
@@ -296,7 +292,7 @@ def pillow_errors(path: Path | str) -> Iterator[None]:
 
 
 def bad_image(path: Path | str, rule: str, fix: str) -> DataError:
-    return DataError(f"image {str(path)!r} is wrong because {rule}; {fix}")
+    return DataError(f"image {str(path)!r}: {rule}; {fix}")
 
 
 def _turned_upright(image: Image.Image) -> Image.Image:
@@ -320,8 +316,8 @@ def _grey_to_rgb(image: Image.Image, white: int, name: str) -> Image.Image:
     low, high = low.min(), high.max()
     if not (low >= 0 and high <= white):
         raise DataError(
-            f"{name} is wrong because its values reach from {low:g} to {high:g}, and in Pillow's mode"
-            f" {image.mode} they must be from 0 to {white}; save it with 8 or 16 bits"
+            f"{name}: its values reach from {low:g} to {high:g}, and in Pillow's mode"
+            f" {image.mode} they must be from 0 to {white}. Save it with 8 or 16 bits."
         )
     transparent = image.info.get("transparency")
     curve = None

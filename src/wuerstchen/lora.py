@@ -232,8 +232,8 @@ def _warn_of_assumed_scale(updates: Sequence[LayerUpdate], where: str) -> None:
         which = "" if assumed == len(updates) else f" for {assumed} of its {len(updates)} layers"
         warnings.warn(
             f"{where} does not store alpha{which}: not in an .alpha tensor, in its header, or in an "
-            "adapter_config.json. Alpha is assumed to equal the rank, which gives scale 1. If the adapter was "
-            "trained with another alpha, load it with scale alpha / rank.",
+            "adapter_config.json. Alpha is assumed to equal the rank, which gives scale 1. If the adapter "
+            "was trained with another alpha, load it with scale alpha / rank.",
             AssumedScaleWarning,
             stacklevel=3,
         )

@@ -4,9 +4,9 @@ An adapter adds (alpha / rank) · B A to the weight of a layer. Where alpha come
 
 - ``….alpha`` tensors (kohya, OneTrainer);
 - ``lora_adapter_metadata`` in the header of a safetensors file (diffusers);
-- ``adapter_config.json`` beside the file (peft).
+- ``adapter_config.json`` next to the file (peft).
 
-Where none of them tells, alpha is taken to equal the rank, as other readers do.
+If none of them exists, alpha is assumed to equal the rank, as other readers do.
 """
 
 import json
@@ -30,12 +30,12 @@ from wuerstchen.errors import CheckpointError, UserError, shown
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 WEIGHT_NAMES = (WEIGHT_NAME, "adapter_model.safetensors", "pytorch_lora_weights.bin", "adapter_model.bin")
-"""What diffusers and peft call an adapter's file in its folder; the first that is there is read."""
+"""The names that diffusers and peft use for an adapter's file. The first that exists is read."""
 PEFT_CONFIG = "adapter_config.json"
 METADATA = "lora_adapter_metadata"
-"""Where diffusers keeps an adapter's configuration in the header of a safetensors file, as JSON."""
+"""The header field in which diffusers stores an adapter's configuration as JSON."""
 
-# The joined names are kohya's; OneTrainer once wrote dots after the same beginnings.
+# Names with underscores are kohya's. OneTrainer once used the same prefixes with dots.
 _PRIOR_PREFIXES = ("prior.", "unet.", "lora_prior_unet_", "lora_prior_unet.", "lora_unet_", "lora_unet.")
 _TEXT_PREFIXES = ("text_encoder.", "lora_prior_te_", "lora_prior_te.", "lora_te_", "lora_te.")
 _ENDING = re.compile(
@@ -43,7 +43,7 @@ _ENDING = re.compile(
     r"|(?:\.lora\.|_lora\.|\.lora_linear_layer\.|\.lora_)(?P<way>down|up)\.weight"
     r"|(?:_lora|\.lora)?\.(?P<alpha>alpha))$"
 )
-# Settings of peft with which A and B alone are not the whole adapter, and what it is called then.
+# Settings of peft for adapters that do not consist of A and B alone, and the names of their methods.
 _NOT_PLAIN = {
     "use_dora": "DoRA",
     "use_qalora": "QALoRA",
@@ -58,14 +58,14 @@ _NOT_PLAIN = {
     "modules_to_save": "LoRA with whole layers",
     "trainable_token_indices": "LoRA with trained tokens",
 }
-# Ways to start A and B that leave the base model's weights as they are. Others (pissa, olora, loftq) change
-# them, so that A and B belong to weights that are not the model's.
-_PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
+# Initializations of A and B that do not change the weights of the base model. With others (pissa, olora,
+# loftq) A and B belong to changed weights.
+_PLAIN_INITS = ("gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
 class LayerTensors:
-    """What a file holds for one layer; either matrix may be missing."""
+    """The tensors of one layer in a file. Either matrix may be missing."""
 
     a: Tensor | None
     b: Tensor | None
@@ -74,9 +74,9 @@ class LayerTensors:
 
 
 class AdapterConfig:
-    """What a file says of the strength of one network's layers, in peft's words.
+    """The configuration of an adapter for one network, in peft's format.
 
-    Raises ``CheckpointError`` for what is no configuration of a plain LoRA.
+    Raises ``CheckpointError`` if it does not describe a plain LoRA.
     """
 
     def __init__(self, fields: Mapping[str, Any], where: str) -> None:
@@ -84,42 +84,44 @@ class AdapterConfig:
         self.where = where
         kind = fields.get("peft_type", "LORA")
         start = fields.get("init_lora_weights", True)
-        told = next((name for field, name in _NOT_PLAIN.items() if fields.get(field)), None)
+        method = next((name for field, name in _NOT_PLAIN.items() if fields.get(field)), None)
         if kind not in ("LORA", None):
-            told = shown(kind)
-        elif isinstance(start, str) and start not in _PLAIN_STARTS:
-            told = f"LoRA started by {shown(start)}, which changes the model's own weights"
-        if told is not None:
+            method = shown(kind)
+        elif isinstance(start, str) and start not in _PLAIN_INITS:
+            method = f"LoRA initialized with {shown(start)}, which changes the model's own weights"
+        if method is not None:
             raise CheckpointError(
-                f"{where} is wrong because it describes {told}, and only a plain LoRA is read; "
-                "merge it into its model, or convert it, with peft"
+                f"{where}: this adapter is a {method}. Only plain LoRA is supported. "
+                "Merge it into its model, or convert it, with peft."
             )
         self._patterns: dict[str, Patterns] = {}
         for field in ("rank_pattern", "alpha_pattern"):
             patterns = fields.get(field) or {}
             if not isinstance(patterns, dict):
-                raise CheckpointError(f"{where} is wrong because its {field} is no object; get it again")
+                raise CheckpointError(f"{where}: {field} is not an object. Download it again.")
             self._patterns[field] = Patterns(list(patterns), where)
 
     def alpha(self, names: Sequence[str], rank: int) -> float | None:
-        """The alpha that goes with plain alpha / rank for the layer of these names; None if it is not told.
+        """The alpha of a layer with these names, for the scale alpha / rank. None if it is not configured.
 
-        Raises ``CheckpointError`` where ``rank``, the tensors', is not the configured one.
+        Raises ``CheckpointError`` if ``rank``, that of the tensors, differs from the configured rank.
         """
-        told = self._value("rank_pattern", names, "r")
-        if told is not None and told != rank:
+        configured = self._value("rank_pattern", names, "r")
+        if configured is not None and configured != rank:
             raise CheckpointError(
-                f"{self.where} is wrong because it says rank {shown(told)} for {names[0]!r}, whose "
-                f"tensors are of rank {rank}; get the adapter again, with its own configuration"
+                f"{self.where}: the rank of {names[0]!r} is {shown(configured)}, but its tensors have rank "
+                f"{rank}. "
+                "Download the adapter again, with its own configuration."
             )
         alpha = self._value("alpha_pattern", names, "lora_alpha")
         if alpha is None:
             return None
         if not is_finite_number(alpha):
             raise CheckpointError(
-                f"{self.where} is wrong because alpha of {names[0]!r} is {shown(alpha)}; get it again"
+                f"{self.where}: alpha of {names[0]!r} must be a finite number, got {shown(alpha)}. Download "
+                "it again."
             )
-        # Rank-stabilised adapters (arXiv 2312.03732) divide by the root of the rank.
+        # Rank-stabilized adapters (arXiv 2312.03732) divide by the square root of the rank.
         return alpha * math.sqrt(rank) if self.fields.get("use_rslora") is True else float(alpha)
 
     def _value(self, field: str, names: Sequence[str], default: str) -> Any:
@@ -129,45 +131,45 @@ class AdapterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterFile:
-    """The tensors of an adapter by network, and by layer as the file calls it without a prefix."""
+    """The tensors of an adapter, by network and by the layer's name in the file without its prefix."""
 
     prior: dict[str, LayerTensors]
     text: dict[str, LayerTensors]
     prior_config: AdapterConfig | None
     text_config: AdapterConfig | None
     where: str
-    """What messages call it."""
+    """The file or other origin, for messages."""
 
 
 def read_adapter(source: Path | str | Mapping[str, Tensor], weight_name: str | None = None) -> AdapterFile:
-    """Reads an adapter from a file, a folder, or tensors by name. Everything in it is finite.
+    """Reads an adapter from a file, a folder, or tensors by name, and checks that all values are finite.
 
-    Raises ``CheckpointError`` if it is damaged or no plain LoRA.
+    Raises ``CheckpointError`` if it is damaged or not a plain LoRA.
     """
     if isinstance(source, Mapping):
         where = "the adapter"
         tensors = plain_names({str(key): tensor for key, tensor in source.items()}, where)
         fields: Mapping[str, Any] = {}
-        told_in = where
+        config_place = where
     else:
         path = _file_in(Path(source), weight_name)
         tensors, where = read_tensors_of(path), str(path)
-        fields, told_in = _configuration(path)
+        fields, config_place = _configuration(path)
     if not tensors:
-        raise CheckpointError(f"{where} is wrong because it is empty; get it again")
+        raise CheckpointError(f"{where} is empty. Download it again.")
     for_prior, for_text = _by_layer(tensors, where)
     prior_fields, text_fields = _fields_of(fields)
     return AdapterFile(
         prior={layer: _layer(layer, found, where) for layer, found in for_prior.items()},
         text={layer: _layer(layer, found, where) for layer, found in for_text.items()},
-        prior_config=AdapterConfig(prior_fields, told_in) if prior_fields else None,
-        text_config=AdapterConfig(text_fields, told_in) if text_fields else None,
+        prior_config=AdapterConfig(prior_fields, config_place) if prior_fields else None,
+        text_config=AdapterConfig(text_fields, config_place) if text_fields else None,
         where=where,
     )
 
 
 def wanted_files(weight_name: str | None = None, subfolder: str | None = None) -> list[str]:
-    """What to fetch of a repository on the hub, as patterns of names."""
+    """Patterns of the file names to download from a repository on the hub."""
     names = [*([weight_name] if weight_name else WEIGHT_NAMES), PEFT_CONFIG]
     return [name if subfolder is None else f"{subfolder}/{name}" for name in names]
 
@@ -181,49 +183,52 @@ def save_lora(
     config: Mapping[str, Any] | None = None,
     text_encoder_config: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes an adapter as diffusers does, for ``load_lora`` and for diffusers. Returns the file.
+    """Writes an adapter in diffusers' format and returns the file.
 
-    ``layers`` are those of the prior without a prefix, as peft names them
+    ``layers`` are the tensors for the prior under peft's names without a prefix
     (``blocks.2.attention.to_q.lora_A.weight``). ``config`` is peft's ``LoraConfig.to_dict()`` for them.
-    Without it the file does not say alpha: readers take it to equal the rank. Raises ``UserError`` for other
-    keys and a configuration that is no JSON, ``CheckpointError`` if the folder cannot be written.
+    Without it, the file does not store alpha, and readers assume that it equals the rank. Raises
+    ``UserError`` for other keys and for a configuration that JSON cannot store, ``CheckpointError`` if the
+    folder cannot be written.
     """
     named = {f"prior.{key}": tensor for key, tensor in layers.items()}
     named |= {f"text_encoder.{key}": tensor for key, tensor in (text_encoder_layers or {}).items()}
     if not named:
-        raise UserError("no layers were given, so there is no adapter to save; give at least one")
+        raise UserError("there are no layers to save. Give at least one.")
     for key in named:
         if not re.search(r"[^.]\.lora_[AB]\.weight$", key):
-            raise UserError(f"layer {key!r} cannot be saved: keys end in .lora_A.weight or .lora_B.weight")
+            raise UserError(
+                f"layer {key!r} cannot be saved. Keys must end in .lora_A.weight or .lora_B.weight."
+            )
     path = Path(folder) / weight_name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(
-            f"{folder} cannot be written ({error.strerror}); choose another folder"
+            f"{folder} cannot be written ({error.strerror}). Choose another folder."
         ) from error
-    told = {f"prior.{key}": value for key, value in (config or {}).items()}
-    told |= {f"text_encoder.{key}": value for key, value in (text_encoder_config or {}).items()}
+    metadata = {f"prior.{key}": value for key, value in (config or {}).items()}
+    metadata |= {f"text_encoder.{key}": value for key, value in (text_encoder_config or {}).items()}
     try:
-        # peft keeps names of layers in sets.
+        # peft stores names of layers in sets.
         text = json.dumps(
-            told, default=lambda value: sorted(value) if isinstance(value, set) else _no_json(value)
+            metadata, default=lambda value: sorted(value) if isinstance(value, set) else _no_json(value)
         )
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"The adapter's configuration cannot be saved: {error}. It must hold JSON's kinds of values. "
+            f"the adapter's configuration cannot be saved: {error}. It must contain only JSON values. "
             "Give LoraConfig.to_dict()."
         ) from error
-    write_tensors(named, path, {"format": 1, "kind": "lora"}, {METADATA: text} if told else None)
+    write_tensors(named, path, {"format": 1, "kind": "lora"}, {METADATA: text} if metadata else None)
     return path
 
 
 def _no_json(value: object) -> None:
-    raise TypeError(f"a {type(value).__name__} is no JSON")
+    raise TypeError(f"JSON cannot store a {type(value).__name__}")
 
 
 def is_finite_number(value: object) -> bool:
-    # Integers may be larger than any float.
+    # An integer may be larger than any float.
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and abs(value) <= sys.float_info.max
 
@@ -231,9 +236,7 @@ def is_finite_number(value: object) -> bool:
 def _file_in(path: Path, weight_name: str | None) -> Path:
     if not path.is_dir():
         if not path.is_file():
-            raise CheckpointError(
-                f"{path} is wrong because there is no such file or folder; download the adapter first"
-            )
+            raise CheckpointError(f"{path} does not exist. Download the adapter first.")
         return path
     names = WEIGHT_NAMES if weight_name is None else (weight_name,)
     for name in names:
@@ -242,8 +245,10 @@ def _file_in(path: Path, weight_name: str | None) -> Path:
     others = _weights_in(path) if weight_name is None else []
     if len(others) == 1:
         return others[0]
-    told = f"; it holds {len(others)} files of weights: name one of them" if others else ""
-    raise CheckpointError(f"{path} holds no {names[0]}{told or '; name the file with weight_name'}")
+    fix = "Name the file with weight_name."
+    if others:
+        fix = f"It contains {len(others)} weight files. Name one of them with weight_name."
+    raise CheckpointError(f"{path} contains no {names[0]}. {fix}")
 
 
 def _weights_in(folder: Path) -> list[Path]:
@@ -251,7 +256,8 @@ def _weights_in(folder: Path) -> list[Path]:
 
 
 def _configuration(path: Path) -> tuple[dict[str, Any], str]:
-    """What a file, or peft's configuration beside it, says of the adapter, and where it says so."""
+    """The configuration in a file, or in peft's ``adapter_config.json`` next to it, and where it was
+    found."""
     if path.suffix == ".safetensors":
         with open_safetensors(path) as file:
             text = (file.metadata() or {}).get(METADATA)
@@ -260,21 +266,19 @@ def _configuration(path: Path) -> tuple[dict[str, Any], str]:
                 content = parse_json(text)
             except ValueError as error:
                 raise CheckpointError(
-                    f"{path} is wrong because its {METADATA} is no JSON object ({error}); get it again"
+                    f"{path}: {METADATA} is not a JSON object ({error}). Download it again."
                 ) from None
             if not isinstance(content, dict):
-                raise CheckpointError(
-                    f"{path} is wrong because its {METADATA} is no JSON object; get it again"
-                )
+                raise CheckpointError(f"{path}: {METADATA} is not a JSON object. Download it again.")
             return content, str(path)
     beside = path.parent / PEFT_CONFIG
-    # In a folder of many adapters it belongs to the one that peft wrote with it.
+    # In a folder with several adapters, it belongs to the one that peft wrote.
     belongs = path.stem == "adapter_model" or _weights_in(path.parent) == [path]
     return (read_json(beside), str(beside)) if beside.is_file() and belongs else ({}, str(path))
 
 
 def _fields_of(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The part for the prior and that for the text encoder; without prefixes all is the prior's."""
+    """The fields for the prior and those for the text encoder. Without prefixes, all are for the prior."""
     if not any(key.startswith((*_PRIOR_PREFIXES, *_TEXT_PREFIXES)) for key in fields):
         return dict(fields), {}
     parts: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
@@ -289,15 +293,14 @@ def _fields_of(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
 def _by_layer(
     tensors: Mapping[str, Tensor], where: str
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]:
-    """For the prior and the text encoder: by layer, its ``A``, ``B`` and ``alpha``."""
+    """``A``, ``B`` and ``alpha`` of each layer of the prior, and of each layer of the text encoder."""
     for_prior: dict[str, dict[str, Tensor]] = {}
     for_text: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         found = _ENDING.search(key) if isinstance(key, str) else None
         if found is None:
             raise CheckpointError(
-                f"{where} is wrong because {shown(key)} is no weight of a plain LoRA; "
-                "other adapters are not read"
+                f"{where}: {shown(key)} is not a weight of a plain LoRA. Other adapters are not supported."
             )
         kind = found["letter"] or found["alpha"] or {"down": "A", "up": "B"}[found["way"]]
         layer = key[: found.start()].removeprefix("base_model.model.")
@@ -308,30 +311,28 @@ def _by_layer(
         layer = layer.removeprefix(prefix).replace(".processor.", ".")
         weights = layers.setdefault(layer, {})
         if kind in weights:
-            raise CheckpointError(f"{where} is wrong because {shown(layer)} has {kind} twice; get it again")
+            raise CheckpointError(f"{where}: {shown(layer)} has {kind} twice. Download it again.")
         weights[kind] = tensor if kind == "alpha" else _weight(key, tensor, where)
     return for_prior, for_text
 
 
 def _weight(key: str, tensor: Tensor, where: str) -> Tensor:
-    """The tensor in a dtype that can be computed with."""
+    """The tensor in a dtype that supports arithmetic."""
     usable = isinstance(tensor, Tensor) and tensor.layout is torch.strided and not tensor.is_meta
     if not usable or not tensor.is_floating_point():
-        raise CheckpointError(
-            f"{where} is wrong because {shown(key)} is no tensor of floating numbers; get it again"
-        )
+        raise CheckpointError(f"{where}: {shown(key)} is not a floating-point tensor. Download it again.")
     if tensor.device.type == "cpu":
         check_whole(tensor, f"{where} is wrong because {shown(key)}")
-    if tensor.dtype.itemsize < 2:  # of eight bits and less: torch can convert them, if anything
+    if tensor.dtype.itemsize < 2:  # dtypes of at most eight bits: torch can only convert them
         try:
             tensor = tensor.float()
         except RuntimeError:
             raise CheckpointError(
-                f"{where} is wrong because {shown(key)} is stored as {tensor.dtype}, which cannot be read; "
-                "get it in float16"
+                f"{where}: the dtype {tensor.dtype} of {shown(key)} is not supported. Get the file in "
+                "float16."
             ) from None
     if not tensor.isfinite().all():
-        raise CheckpointError(f"{where} is wrong because {shown(key)} is not finite; get it again")
+        raise CheckpointError(f"{where}: {shown(key)} contains NaN or infinity. Download it again.")
     return tensor
 
 
@@ -343,6 +344,7 @@ def _layer(layer: str, found: Mapping[str, Tensor], where: str) -> LayerTensors:
     value = stored.item() if number else None
     if not is_finite_number(value):
         raise CheckpointError(
-            f"{where} is wrong because alpha of {shown(layer)} is {shown(value)}; get it again"
+            f"{where}: alpha of {shown(layer)} must be a finite number, got {shown(value)}. Download it "
+            "again."
         )
     return LayerTensors(a, b, float(value))

@@ -1,4 +1,4 @@
-"""Weight averages of two models, as the published Stage C is one (arXiv 2306.00637, appendix E.3)."""
+"""Averages the weights of two models, as in the published Stage C (arXiv 2306.00637, appendix E.3)."""
 
 import dataclasses
 import os
@@ -16,32 +16,32 @@ from wuerstchen.models.cascade import Cascade
 
 
 def weighted_average(
-    first: Mapping[str, Tensor], second: Mapping[str, Tensor], share: float
+    first: Mapping[str, Tensor], second: Mapping[str, Tensor], weight: float
 ) -> dict[str, Tensor]:
-    """share · second + (1 − share) · first, of two state dicts with the same keys and shapes.
+    """weight · second + (1 − weight) · first, for two state dicts with the same keys and shapes.
 
-    What is not floating (counts) is the second's.
+    Integer tensors (counts) are taken from the second.
     """
     assert first.keys() == second.keys()
     return {
-        name: first[name].lerp(tensor, share) if tensor.is_floating_point() else tensor
+        name: first[name].lerp(tensor, weight) if tensor.is_floating_point() else tensor
         for name, tensor in second.items()
     }
 
 
 def average(first: str | Path, second: str | Path, target: Path, share: float = 0.5) -> list[str]:
-    """Writes the weight average of two models into the new native folder ``target``.
+    """Writes the average of two models' weights to the new native folder ``target``.
 
-    ``share`` is the second's. Both may be in any layout. Networks that are the same in both stay as they are;
-    returns the names of those that were averaged.
+    ``share`` is the weight of the second model. Both may be in any layout. Networks with equal weights are
+    copied. Returns the names of the averaged networks.
 
-    Raises ``UserError`` naming the first part, shape or setting in which the models do not pair.
+    Raises ``UserError`` with the first part, shape or setting that differs.
     """
     if not 0 <= share <= 1:
         raise UserError(
-            f"share {share} must be from 0 (the first model alone) to 1 (the second); 0.5 is half"
+            f"the weight of the second model must be from 0 to 1, got {share}. 0.5 weights both equally."
         )
-    if os.path.lexists(target):  # before anything is fetched or read
+    if os.path.lexists(target):  # before anything is downloaded or read
         raise CheckpointError(f"{target} already exists. Choose another folder or remove it.")
     ours, theirs = read_model(first), read_model(second)
     _check_pair(ours, theirs, str(first), str(second))
@@ -51,17 +51,17 @@ def average(first: str | Path, second: str | Path, target: Path, share: float = 
         if all(torch.equal(state[key], other[key]) for key in state):
             continue
         if name not in NETWORKS:
-            raise UserError(f"the {name} of {first} and {second} differ; average models with the same one")
+            raise UserError(f"the {name} of {first} and {second} differ. Use models with the same {name}.")
         network.load_state_dict(weighted_average(state, other, share))
         changed.append(name)
     if not changed:
-        raise UserError(f"{first} and {second} have the same weights, so there is nothing to average")
+        raise UserError(f"{first} and {second} have the same weights, so there is nothing to average.")
     names = f"{Path(first).name} and {share:g} of {Path(second).name}"
-    whence = Provenance(recipe=f"average of {1 - share:g} of {names}", seed=0, images=0, data="")
+    provenance = Provenance(recipe=f"average of {1 - share:g} of {names}", seed=0, images=0, data="")
     folder = local_folder(first)
-    # A text encoder of ours is a folder with a vocabulary of its own, and is copied.
+    # The text encoder of a native model is a folder with its own vocabulary. It is copied.
     copied = ours.text_encoder is not None and layout_of(folder) == "native"
-    parts = {name: whence for name in ours.networks() if name in NETWORKS}
+    parts = {name: provenance for name in ours.networks() if name in NETWORKS}
     write_cascade(ours, target, parts, text_encoder=folder / "text_encoder" if copied else None)
     return changed
 
@@ -70,13 +70,13 @@ def _check_pair(ours: Cascade, theirs: Cascade, first: str, second: str) -> None
     unpaired = sorted(ours.networks().keys() ^ theirs.networks().keys())
     if unpaired:
         raise UserError(
-            f"only one of {first} and {second} has a {unpaired[0]}; average models of the same parts"
+            f"only one of {first} and {second} has a {unpaired[0]}. Use models with the same parts."
         )
     for field in dataclasses.fields(ours.settings):
         a, b = getattr(ours.settings, field.name), getattr(theirs.settings, field.name)
         if a != b:
             raise UserError(
-                f"{field.name} is {a} in {first} and {b} in {second}; average models with the same settings"
+                f"{field.name} is {a} in {first} and {b} in {second}. Use models with the same settings."
             )
     for name, network in ours.networks().items():
         _check_shapes(name, network, theirs.networks()[name], first, second)
@@ -85,8 +85,9 @@ def _check_pair(ours: Cascade, theirs: Cascade, first: str, second: str) -> None
 def _check_shapes(name: str, ours: nn.Module, theirs: nn.Module, first: str, second: str) -> None:
     a, b = ours.state_dict(), theirs.state_dict()
     for key in (*a, *b):
-        one, other = (tuple(s[key].shape) if key in s else "missing" for s in (a, b))
-        if one != other:
+        here, there = (tuple(s[key].shape) if key in s else "missing" for s in (a, b))
+        if here != there:
             raise UserError(
-                f"{name}: {key} is {one} in {first} and {other} in {second}; average models of one shape"
+                f"{name}: {key} is {here} in {first} and {there} in {second}. Use models with the same "
+                "architecture."
             )

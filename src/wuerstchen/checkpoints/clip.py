@@ -1,6 +1,6 @@
-"""Reads and writes the folders of CLIP's text half, as ``transformers`` lays them out.
+"""Reads and writes CLIP text encoders and tokenizers in the layout of ``transformers``.
 
-``transformers`` is imported inside the functions: it takes as long to import as torch does.
+``transformers`` is imported inside the functions because importing it takes as long as importing torch.
 """
 
 import contextlib
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 Fill = Callable[[nn.Module, StoredTensors, torch.dtype], None]
-"""Gives a network on ``meta`` its stored tensors, whatever the layout calls them."""
+"""Loads stored tensors, under the names of one layout, into a network on ``meta``."""
 
 PREFIX = "text_model."
-_POSITIONS = "embeddings.position_ids"  # a counter that older versions of transformers stored
+_POSITIONS = "embeddings.position_ids"  # a buffer that older versions of transformers stored
 _MAX_WIDTH, _MAX_LAYERS, _MAX_WORDS = 65_536, 512, 10_000_000
 _MAX_VOCABULARY = 32 << 20
-"""Bytes of a file of words: CLIP's has 2 MB."""
+"""Size limit of a vocabulary file in bytes. CLIP's has 2 MB."""
 _MAX_POST_PROCESSOR = 4096
-"""Characters. It is repeated for every text, and CLIP's names two tokens."""
+"""Length limit in characters. It runs for every text. CLIP's adds two tokens."""
 _TOKENIZER_FIELDS = {"bos_token", "eos_token", "unk_token", "pad_token", "model_max_length", "errors"}
 _TOKENIZER_FIELDS |= {"added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"}
 _TOKENIZER_FIELDS |= {"add_prefix_space", "padding_side", "split_special_tokens", "do_lower_case"}
@@ -42,9 +42,9 @@ _TOKENIZER_FIELDS |= {"clean_up_tokenization_spaces", "add_bos_token", "add_eos_
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPTextFields:
-    """What describes a CLIP text model. Only these fields of a ``config.json`` are used.
+    """The configuration of a CLIP text model. Only these fields of a ``config.json`` are used.
 
-    So a configuration can neither name code nor choose how attention is computed.
+    This way, a configuration can neither name code nor choose how attention is computed.
     """
 
     vocab_size: int = 49_408
@@ -74,28 +74,28 @@ class CLIPTextFields:
         for name, limit in limits.items():
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= limit:
-                raise CheckpointError(f"{name} is {shown(value)}, not a whole number from 1 to {limit}")
+                raise CheckpointError(f"{name} must be an integer from 1 to {limit}, got {shown(value)}.")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
             if type(value) is not int or not 0 <= value <= _MAX_WORDS:
-                raise CheckpointError(f"{name} is {shown(value)}, not the number of a token")
+                raise CheckpointError(f"{name} must be the id of a token, got {shown(value)}.")
         if self.hidden_size % self.num_attention_heads:
             raise CheckpointError(
-                f"hidden_size {self.hidden_size} is no multiple of num_attention_heads "
-                f"{self.num_attention_heads}"
+                f"hidden_size must be a multiple of num_attention_heads={self.num_attention_heads}, "
+                f"got {self.hidden_size}"
             )
         if self.hidden_act not in ("gelu", "quick_gelu"):
-            raise CheckpointError(f"hidden_act is {shown(self.hidden_act)}, neither gelu nor quick_gelu")
+            raise CheckpointError(f"hidden_act must be gelu or quick_gelu, got {shown(self.hidden_act)}.")
         for name in ("layer_norm_eps", "attention_dropout"):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 <= value < 1:
-                raise CheckpointError(f"{name} is {shown(value)}, not a number from 0 to below 1")
+                raise CheckpointError(f"{name} must be at least 0 and below 1, got {shown(value)}.")
 
 
 def fill_torch(network: nn.Module, stored: StoredTensors, dtype: torch.dtype) -> None:
-    """Fills a network from tensors under PyTorch's names.
+    """Loads tensors under PyTorch's names into a network.
 
-    CLIP's keys begin with ``text_model.`` up to transformers 4 and have lost it since; both are read.
+    Up to transformers 4, CLIP's keys have the prefix ``text_model.``. Both kinds of keys are read.
     """
     keys = network.state_dict().keys()
     with_prefix = any(name.startswith(PREFIX) for name in stored.shapes)
@@ -117,24 +117,24 @@ def read_clip(
     variant: str | None = None,
     fill_from: Fill = fill_torch,
 ) -> "CLIPTextModel":
-    """Reads a CLIP text model, frozen and in eval mode; ``dtype`` None is as it is stored.
+    """Reads a CLIP text model, frozen and in eval mode. ``dtype`` None keeps the stored dtype.
 
-    Sizes are compared with the weights' header before anything is allocated. Raises ``CheckpointError`` for
-    a missing or damaged file, another kind of model, or sizes that do not fit.
+    Shapes are compared with the header of the weights before anything is allocated. Raises
+    ``CheckpointError`` for a missing or damaged file, another kind of model, or shapes that do not match.
     """
     path = folder / "config.json"
     raw = read_json(path)
     if raw.get("model_type", "clip_text_model") != "clip_text_model":
         raise CheckpointError(
-            f"{path} is wrong because its model_type is {shown(raw['model_type'])} and not "
-            "'clip_text_model'; get the text encoder's own folder"
+            f"{path}: model_type must be 'clip_text_model', got {shown(raw['model_type'])}. "
+            "Use the folder of the text encoder."
         )
     known = {field.name for field in dataclasses.fields(CLIPTextFields)}
     try:
-        # A configuration may leave a token out, written as null.
+        # A missing token may be written as null.
         fields = CLIPTextFields(**{k: v for k, v in raw.items() if k in known and v is not None})
     except CheckpointError as error:
-        raise CheckpointError(f"{path} is wrong because {error}; get it again") from None
+        raise CheckpointError(f"{path}: {error} Download it again.") from None
     stored = StoredTensors.in_folder(folder, stems, variant)
 
     with docstrings_needed():
@@ -143,7 +143,7 @@ def read_clip(
     with torch.device("meta"):
         model = CLIPTextModel(CLIPTextConfig(**dataclasses.asdict(fields)))
     fill_from(model, stored, stored.dtype() if dtype is None else dtype)
-    # A counter that no file of today holds.
+    # A buffer that current files do not contain.
     embeddings = next(m for m in model.modules() if hasattr(m, "position_embedding"))
     embeddings.register_buffer(
         "position_ids", torch.arange(fields.max_position_embeddings, device="cpu")[None], persistent=False
@@ -154,14 +154,14 @@ def read_clip(
 def read_clip_tokenizer(folder: Path, model: "CLIPTextModel | None" = None) -> "CLIPTokenizer":
     """Reads a CLIP tokenizer: ``tokenizer.json``, or ``vocab.json`` and ``merges.txt``.
 
-    Raises ``CheckpointError`` if a file is missing or damaged, or if it has tokens that ``model`` does not
-    know.
+    Raises ``CheckpointError`` if a file is missing or damaged, or if it has more tokens than ``model``.
     """
     whole = (folder / "tokenizer.json").is_file()
     for name in () if whole else ("vocab.json", "merges.txt"):
         if not (folder / name).is_file():
             raise CheckpointError(
-                f"{folder} is no tokenizer: it has neither tokenizer.json nor {name}; get the model again"
+                f"{folder} is not a tokenizer: it has no tokenizer.json and no {name}. Download the model "
+                "again."
             )
 
     from transformers import CLIPTokenizer
@@ -170,36 +170,38 @@ def read_clip_tokenizer(folder: Path, model: "CLIPTextModel | None" = None) -> "
         with _harmless_copy(folder, whole) as copy:
             tokenizer = CLIPTokenizer.from_pretrained(str(copy), local_files_only=True)
         tokenizer.name_or_path = str(folder)
-        tokenizer.backend_tokenizer.encode("a Cat, 1 ü")  # where unknown letters have no token it cannot
+        tokenizer.backend_tokenizer.encode("a Cat, 1 ü")  # fails if unknown letters have no token
         tokens, pad = max(tokenizer.get_vocab().values()) + 1, tokenizer.pad_token_id
     except CheckpointError:
         raise
-    except Exception as error:  # damage surfaces in transformers and tokenizers as almost anything
+    except Exception as error:  # transformers and tokenizers raise almost anything for damaged files
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise CheckpointError(f"{folder} is no CLIP tokenizer ({reason}); get the model again") from error
+        raise CheckpointError(
+            f"{folder} is not a CLIP tokenizer ({reason}). Download the model again."
+        ) from error
     if pad is None:
-        raise CheckpointError(f"{folder} has no padding token, and CLIP is padded; get the model again")
+        raise CheckpointError(f"{folder} has no padding token, which CLIP needs. Download the model again.")
     limit = tokenizer.model_max_length
     if type(limit) not in (int, float) or not limit >= 3:
         raise CheckpointError(
-            f"{folder} has a model_max_length of {shown(limit)}, no number from 3; get the model again"
+            f"{folder}: model_max_length must be at least 3, got {shown(limit)}. Download the model again."
         )
     if model is not None and tokens > model.config.vocab_size:
         raise CheckpointError(
-            f"{folder} has {tokens} tokens and the text encoder knows {model.config.vocab_size}; "
-            "get both again, from one model"
+            f"{folder} has {tokens} tokens, but the text encoder has {model.config.vocab_size}. "
+            "Download both again, from the same model."
         )
-    if model is not None:  # 10³⁰ stands for no limit in transformers' files
+    if model is not None:  # transformers writes 10³⁰ if there is no limit
         tokenizer.model_max_length = int(min(limit, model.config.max_position_embeddings))
     return tokenizer
 
 
 @contextlib.contextmanager
 def _harmless_copy(folder: Path, whole: bool) -> Iterator[Path]:
-    """A folder with what CLIP's tokenizer takes from ``folder``, and nothing that makes work of its own.
+    """A copy of ``folder`` with only what CLIP's tokenizer needs.
 
-    transformers builds everything but the vocabulary itself, and yet would do what ``tokenizer.json`` says:
-    a padding to 10⁹ tokens ends the process for want of memory.
+    transformers builds everything but the vocabulary itself, but would also follow other settings in
+    ``tokenizer.json``: padding to 10⁹ tokens would run out of memory.
     """
     with tempfile.TemporaryDirectory(prefix="wuerstchen-tokenizer-") as name:
         copy = Path(name)
@@ -208,8 +210,8 @@ def _harmless_copy(folder: Path, whole: bool) -> Iterator[Path]:
             taken = {key: raw.get(key) for key in ("version", "added_tokens", "post_processor", "model")}
             if len(json.dumps(taken["post_processor"])) > _MAX_POST_PROCESSOR:
                 raise CheckpointError(
-                    f"{folder / 'tokenizer.json'} is wrong because its post_processor has more than "
-                    f"{_MAX_POST_PROCESSOR} characters; get the model again"
+                    f"{folder / 'tokenizer.json'}: post_processor has more than {_MAX_POST_PROCESSOR} "
+                    "characters. Download the model again."
                 )
             write_json(copy / "tokenizer.json", taken)
         else:
@@ -217,8 +219,7 @@ def _harmless_copy(folder: Path, whole: bool) -> Iterator[Path]:
             merges = folder / "merges.txt"
             if merges.stat().st_size > _MAX_VOCABULARY:
                 raise CheckpointError(
-                    f"{merges} is wrong because it has more than {_MAX_VOCABULARY >> 20} MB; "
-                    "get the model again"
+                    f"{merges} has more than {_MAX_VOCABULARY >> 20} MB. Download the model again."
                 )
             shutil.copyfile(merges, copy / "merges.txt")
         for file in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
@@ -230,7 +231,7 @@ def _harmless_copy(folder: Path, whole: bool) -> Iterator[Path]:
 
 
 def clip_tokenizer_of(encoder: TextEncoder) -> "CLIPTokenizer":
-    """The ``transformers`` tokenizer that equals a text encoder's own."""
+    """A ``transformers`` tokenizer equal to that of a text encoder."""
     from transformers import CLIPTokenizer
 
     pieces = json.loads(encoder.tokenizer.to_str())["model"]
@@ -251,10 +252,10 @@ def write_clip(
     written: str = "pt",
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Writes ``config.json`` and ``model.safetensors``, under the names that every transformers reads.
+    """Writes ``config.json`` and ``model.safetensors``, with names that all versions of transformers read.
 
-    ``tensors`` are the model's as another program stores them, which ``written`` is the word for; weights are
-    stored in ``dtype`` if it is given.
+    ``tensors`` are the model's tensors as another program stores them, ``written`` is the name of its format.
+    Weights are stored in ``dtype`` if it is given.
     """
     folder.mkdir()
     fields = {field.name: getattr(model.config, field.name) for field in dataclasses.fields(CLIPTextFields)}
@@ -266,15 +267,15 @@ def write_clip(
 
 
 def write_clip_tokenizer(tokenizer: "CLIPTokenizer", folder: Path) -> None:
-    """Writes ``tokenizer.json`` for today's transformers, and vocabulary and merges for older ones.
+    """Writes ``tokenizer.json`` for current versions of transformers, vocabulary and merges for older ones.
 
     Raises ``CheckpointError`` if they cannot be written.
     """
     try:
         tokenizer.save_pretrained(str(folder))
-    except Exception as error:  # the tokenizers library has no kinds of errors
+    except Exception as error:  # the tokenizers library raises plain exceptions
         raise CheckpointError(
-            f"{folder} cannot be written ({error}); free some space or choose another folder"
+            f"{folder} cannot be written ({error}). Free some space or choose another folder."
         ) from error
     pieces = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     write_json(folder / "vocab.json", pieces["vocab"])

@@ -1,9 +1,9 @@
-"""The folders that diffusers writes: one pipeline for Stage C, another for Stages B and A, which may name it.
+"""Reads diffusers' folders: a pipeline for Stage C, and one for Stages B and A, which may name the former.
 
-All generations are read: the published ones of 2023 (libraries called ``wuerstchen``, ``.bin`` or
-safetensors, whole or in shards, and variants such as fp16), those that diffusers 0.38 and later write and
-cannot load, and a prior alone with its configuration at the root. Class names are compared with a fixed list;
-no code from a folder is run.
+All versions are read: the published ones of 2023 (libraries called ``wuerstchen``, ``.bin`` or safetensors,
+whole or in shards, and variants such as fp16), those that diffusers writes since 0.38 and cannot load itself,
+and a prior network alone with its configuration at the root. Class names are compared with a fixed list. No
+code from a folder is run.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ PRIOR_PIPELINE = "WuerstchenPriorPipeline"
 DECODER_PIPELINE = "WuerstchenDecoderPipeline"
 COMBINED_PIPELINE = "WuerstchenCombinedPipeline"
 INNER_PRIOR = "prior_pipeline"
-"""Where a folder that holds a whole model keeps the pipeline of Stage C."""
+"""The subfolder for the Stage C pipeline in the folder of a whole model."""
 PRIOR_PARTS = ("prior", "scheduler", "text_encoder", "tokenizer")
 DECODER_PARTS = ("decoder", "scheduler", "text_encoder", "tokenizer", "vqgan")
 COMPONENTS = {
@@ -57,7 +57,7 @@ CLASSES = {
     "text_encoder": ("CLIPTextModel",),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
-# Numbers that a pipeline keeps beside its components, with diffusers' defaults.
+# Numbers that a pipeline stores in addition to its components, with diffusers' defaults.
 NUMBERS = {
     PRIOR_PIPELINE: {"latent_mean": 42.0, "latent_std": 1.0, "resolution_multiple": 42.67},
     DECODER_PIPELINE: {"latent_dim_scale": 10.67},
@@ -71,7 +71,7 @@ _NETWORKS: dict[str, tuple[Any, Any]] = {
 
 
 Dtypes = torch.dtype | None | Mapping[str, torch.dtype | None]
-"""What networks are read in: a dtype for all, or one for each part by name. None is as they are stored."""
+"""The dtype of the networks: one for all, or one for each part by name. None keeps the stored dtype."""
 
 
 def _dtype_of(dtypes: Dtypes, part: str) -> torch.dtype | None:
@@ -83,17 +83,17 @@ class TensorLayout:
     """How a program names and stores the tensors of a network."""
 
     libraries: frozenset[str]
-    """What ``model_index.json`` may call the libraries of its classes."""
+    """The libraries that ``model_index.json`` may name for its classes."""
     network_stems: tuple[str, ...]
     text_stems: tuple[str, ...]
     fill: Fill
     tensors: Callable[[nn.Module], dict[str, Tensor]]
-    """A network's tensors as they are written."""
+    """The tensors of a network as they are written."""
     network_format: str
-    """What a file of them says about itself."""
+    """The ``format`` in the metadata of a file."""
     text_format: str
     own_library: str
-    """What a ``model_index.json`` that is written calls the library of schedulers, and its version."""
+    """The library of schedulers in a new ``model_index.json``, and its version."""
     version: str
     text_library: str
 
@@ -114,23 +114,23 @@ TORCH = TensorLayout(
 
 @dataclass(kw_only=True)
 class PriorFolder:
-    """A pipeline of Stage C. A part that the reader was not asked for is None."""
+    """A Stage C pipeline. Parts that were not requested are None."""
 
     prior: Prior | None
     text_encoder: "CLIPTextModel | None"
     tokenizer: "CLIPTokenizer | None"
     schedule: CosineSchedule = dataclasses.field(default_factory=CosineSchedule)
     latent_mean: float = 42.0
-    """The factor that brings Stage C's map to Stage B's units."""
+    """The factor that converts Stage C's semantic latents to Stage B's units."""
     latent_std: float = 1.0
-    """What is subtracted after it."""
+    """Subtracted after the multiplication."""
     resolution_multiple: float = 42.67
-    """Pixels a position of the map."""
+    """Pixels per position of the semantic latents."""
 
 
 @dataclass(kw_only=True)
 class DecoderFolder:
-    """A pipeline of Stages B and A. A part that the reader was not asked for is None."""
+    """A pipeline of Stages B and A. Parts that were not requested are None."""
 
     decoder: Decoder | None
     vqgan: VQGAN | None
@@ -138,13 +138,13 @@ class DecoderFolder:
     tokenizer: "CLIPTokenizer | None"
     schedule: CosineSchedule = dataclasses.field(default_factory=CosineSchedule)
     latent_dim_scale: float = 10.67
-    """Latents a position of the map."""
+    """Latents per position of the semantic latents."""
     prior: str | None = None
-    """The pipeline of Stage C that belongs to it: a folder inside it, or a name on the hub."""
+    """The matching Stage C pipeline: a folder inside this one, or a name on the hub."""
 
 
 def pipeline_class(folder: Path, layout: TensorLayout = TORCH) -> str:
-    """Which of the three pipelines a folder holds. Raises ``CheckpointError`` for anything else."""
+    """The class of the pipeline in a folder. Raises ``CheckpointError`` if it is none of the three."""
     return _read_index(folder, layout)[0]
 
 
@@ -156,15 +156,15 @@ def read_prior_folder(
     layout: TensorLayout = TORCH,
     variant: str | None = None,
 ) -> PriorFolder:
-    """Reads a pipeline of Stage C, or the Stage C half of a combined one, frozen and in eval mode.
+    """Reads a Stage C pipeline, or the Stage C half of a combined one, frozen and in eval mode.
 
-    Components named in ``given`` are left out. Weights of a ``variant`` (fp16) come before full ones. Raises
-    ``CheckpointError`` for a part that is missing or damaged, of an unknown class, or of other sizes than its
-    configuration says; sizes are checked before anything is allocated.
+    Components named in ``given`` are not read. Weights of ``variant`` (fp16) are preferred to full ones.
+    Raises ``CheckpointError`` for a part that is missing or damaged, has an unknown class, or does not match
+    its configuration. Shapes are checked before anything is allocated.
     """
     name, numbers = _read_index(folder, layout)
     if name == DECODER_PIPELINE:
-        raise CheckpointError(f"{folder} holds a {name}, which has no Stage C; give a {PRIOR_PIPELINE}")
+        raise CheckpointError(f"{folder} holds a {name}, which has no Stage C. Use a {PRIOR_PIPELINE}.")
     prefix = "prior_" if name == COMBINED_PIPELINE else ""
     parts: dict[str, Any] = dict.fromkeys(("prior", "text_encoder", "tokenizer"))
     if "prior" not in given:
@@ -185,10 +185,10 @@ def read_decoder_folder(
     layout: TensorLayout = TORCH,
     variant: str | None = None,
 ) -> DecoderFolder:
-    """Reads a pipeline of Stages B and A, or that half of a combined one, like ``read_prior_folder``."""
+    """Reads a pipeline of Stages B and A, or that half of a combined one. See ``read_prior_folder``."""
     name, numbers = _read_index(folder, layout)
     if name == PRIOR_PIPELINE:
-        raise CheckpointError(f"{folder} holds a {name}, which has no Stage B; give a {DECODER_PIPELINE}")
+        raise CheckpointError(f"{folder} holds a {name}, which has no Stage B. Use a {DECODER_PIPELINE}.")
     parts: dict[str, Any] = dict.fromkeys(("decoder", "vqgan", "text_encoder", "tokenizer"))
     for part in ("decoder", "vqgan"):
         if part not in given:
@@ -206,34 +206,34 @@ def read_prior_network(
     layout: TensorLayout = TORCH,
     variant: str | None = None,
 ) -> Prior:
-    """Reads Stage C's network alone: a folder with its ``config.json`` and weights, as the variants are."""
+    """Reads only Stage C's network, from a folder with its ``config.json`` and weights."""
     return read_network(folder, "prior", dtype=dtype, layout=layout, variant=variant)
 
 
 def linked_prior(folder: Path) -> Path | str:
-    """The Stage C that the ``prior:`` line of a folder's README names: a folder inside it, or a hub name.
+    """The Stage C pipeline named in the ``prior:`` line of a folder's README: a subfolder or a hub name.
 
-    Raises ``CheckpointError`` if there is no such line, or if it points anywhere else.
+    Raises ``CheckpointError`` if there is no such line, or if it names anything else.
     """
     name = _prior_line(folder)
     if name is None:
         raise CheckpointError(
-            f"{folder} has no Stage C, and no line prior: in a README.md that names one; "
-            "give the folder of Stage C as prior"
+            f"{folder} has no Stage C, and its README.md names none in a prior: line. "
+            "Give the folder of Stage C as prior."
         )
     return folder / name if _is_inside(folder, name) else name
 
 
 def _read_index(folder: Path, layout: TensorLayout) -> tuple[str, dict[str, float]]:
-    """The pipeline's class and numbers in ``model_index.json``, all of it checked."""
+    """The pipeline's class and numbers in ``model_index.json``. Checks all entries."""
     path = folder / "model_index.json"
     index = read_json(path)
     name = index.pop("_class_name", None)
     check_not_cascade(folder, class_name=name)
     if not isinstance(name, str) or name not in COMPONENTS:
         raise CheckpointError(
-            f"{path} is wrong because its _class_name is {_short(name)}, none of {', '.join(COMPONENTS)}; "
-            "give the folder of a Würstchen v2 model"
+            f"{path}: _class_name must be one of {', '.join(COMPONENTS)}, got {_short(name)}. "
+            "Use the folder of a Würstchen v2 model."
         )
     numbers = dict(NUMBERS[name])
     for part in COMPONENTS[name]:
@@ -241,25 +241,23 @@ def _read_index(folder: Path, layout: TensorLayout) -> tuple[str, dict[str, floa
         classes = CLASSES[part.removeprefix("prior_") if name == COMBINED_PIPELINE else part]
         if not isinstance(entry, list) or len(entry) != 2:
             raise CheckpointError(
-                f"{path} is wrong because {part} is {_short(entry)} there, not [library, class]; get it again"
+                f"{path}: {part} must be [library, class], got {_short(entry)}. Download it again."
             )
-        if not (entry[0] in tuple(layout.libraries) and entry[1] in classes):  # either may be no text
+        if not (entry[0] in tuple(layout.libraries) and entry[1] in classes):  # both may be of any type
             raise CheckpointError(
-                f"{path} is wrong because {part} is of class {_short(entry)}, and only "
-                f"{' or '.join(classes)} of {', '.join(sorted(layout.libraries))} can be; get it again"
+                f"{path}: the class of {part} must be {' or '.join(classes)} of "
+                f"{', '.join(sorted(layout.libraries))}, got {_short(entry)}. Download it again."
             )
     for key, value in index.items():
         if key in numbers:
-            if type(value) not in (int, float) or not abs(value) <= MAX_NUMBER:  # a NaN is not
+            if type(value) not in (int, float) or not abs(value) <= MAX_NUMBER:  # false for NaN
                 raise CheckpointError(
-                    f"{path} is wrong because {key} is {_short(value)}, no number up to {MAX_NUMBER}; "
-                    "get it again"
+                    f"{path}: {key} must be a number up to {MAX_NUMBER}, got {_short(value)}. Download it "
+                    "again."
                 )
             numbers[key] = float(value)
         elif not key.startswith("_") and value not in (None, [None, None]):
-            raise CheckpointError(
-                f"{path} is wrong because a {name} has no {key!r}; give the folder of a Würstchen v2 model"
-            )
+            raise CheckpointError(f"{path}: a {name} has no {key!r}. Use the folder of a Würstchen v2 model.")
     return name, numbers
 
 
@@ -271,7 +269,7 @@ def read_network(
     layout: TensorLayout = TORCH,
     variant: str | None = None,
 ) -> Any:
-    """Reads one network, a ``prior``, ``decoder`` or ``vqgan``: a folder of its ``config.json`` and weights.
+    """Reads one network (``prior``, ``decoder`` or ``vqgan``) from a folder with ``config.json`` and weights.
 
     Raises ``CheckpointError`` like ``read_prior_folder``.
     """
@@ -282,20 +280,20 @@ def read_network(
     check_not_cascade(folder, class_name=class_name)
     if class_name not in CLASSES[part]:
         raise CheckpointError(
-            f"{path} is wrong because its _class_name is {_short(class_name)} where "
-            f"{CLASSES[part][0]} belongs; get the model again"
+            f"{path}: _class_name must be {CLASSES[part][0]}, got {_short(class_name)}. "
+            "Download the model again."
         )
     config = read_config(path, raw, config_class)
     stored = StoredTensors.in_folder(folder, layout.network_stems, variant)
     try:
         with torch.device("meta"), warnings.catch_warnings():
-            # A network that reads no timestep (c_r=0) has layers without inputs.
+            # A network without a timestep (c_r=0) has layers without inputs.
             warnings.filterwarnings("ignore", "Initializing zero-element tensors")
             network = network_class(config)
-    except (RuntimeError, ValueError, ArithmeticError) as error:  # no number of values, or a dropout of 2
+    except (RuntimeError, ValueError, ArithmeticError) as error:  # an invalid size, or a dropout of 2
         reason = str(error).partition("\n")[0]
         raise CheckpointError(
-            f"{path} is wrong because it makes no network ({reason}); get it again"
+            f"{path} is not a valid configuration ({reason}). Download it again."
         ) from error
     wanted = _dtype_of(dtype, part)
     layout.fill(network, stored, stored.dtype() if wanted is None else wanted)
@@ -310,7 +308,7 @@ def _read_text(
     layout: TensorLayout,
     variant: str | None,
 ) -> dict[str, Any]:
-    """The text encoder and the tokenizer, as far as they are asked for."""
+    """The text encoder and the tokenizer, unless they are in ``given``."""
     parts: dict[str, Any] = {}
     if "text_encoder" not in given:
         parts["text_encoder"] = read_clip(
@@ -333,18 +331,18 @@ def read_schedule(folder: Path) -> CosineSchedule:
     fields = {key: value for key, value in raw.items() if not key.startswith("_")}
     if name not in CLASSES["scheduler"] or set(fields) - {"s", "scaler"}:
         raise CheckpointError(
-            f"{path} is wrong because it describes a {name} of {', '.join(fields) or 'nothing'}, where a "
-            f"{CLASSES['scheduler'][0]} of s and scaler belongs; get the model again"
+            f"{path} describes a {name} with the fields {', '.join(fields) or 'none'}. It must be a "
+            f"{CLASSES['scheduler'][0]} with s and scaler. Download the model again."
         )
     fields = {key: as_float(path, key, value, MAX_COUNT) for key, value in fields.items()}
     try:
         return CosineSchedule(**fields)
     except UserError as error:
-        raise CheckpointError(f"{path} is wrong: {error}") from error
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def _prior_line(folder: Path) -> str | None:
-    """What the README's front matter says of the prior, None if nothing. A path must stay inside."""
+    """The prior in the README's front matter, None if there is none. A path must be inside the folder."""
     path = folder / "README.md"
     if not path.is_file():
         return None
@@ -355,25 +353,26 @@ def _prior_line(folder: Path) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str) or not (_is_inside(folder, value) or HUB_NAME.fullmatch(value)):
-        # What is no text is not turned into some: YAML writes a list of endless length in a few lines.
-        shown = _short(value) if isinstance(value, str) else "no text"
+        # Other types are not printed: a few lines of YAML can describe an endless list.
+        shown = _short(value) if isinstance(value, str) else f"a {type(value).__name__}"
         raise CheckpointError(
-            f"{path} is wrong because its line prior: names {shown}, neither a folder inside it nor "
-            "OWNER/NAME on the hub; mend the line, or give the folder of Stage C as prior"
+            f"{path}: the line prior: must name a folder inside the model or OWNER/NAME on the hub, got "
+            f"{shown}. "
+            "Correct the line, or give the folder of Stage C as prior."
         )
     return value
 
 
 def _is_inside(folder: Path, name: str) -> bool:
-    """Whether there is a folder of that name inside ``folder``, wherever links lead."""
+    """Whether ``folder`` contains a folder of that name, after all links are resolved."""
     try:
         inside, root = (folder / name).resolve(), folder.resolve()
         return inside != root and inside.is_relative_to(root) and inside.is_dir()
-    except (OSError, ValueError, RuntimeError):  # too long a name, a zero byte, links in a circle
+    except (OSError, ValueError, RuntimeError):  # a name that is too long, a zero byte, circular links
         return False
 
 
 def _short(value: object) -> str:
-    """A value of any kind and length, for one line."""
+    """A value of any type and length, shortened for a message."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}…"

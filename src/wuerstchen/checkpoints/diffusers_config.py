@@ -1,6 +1,7 @@
-"""The ``config.json`` of a network in diffusers' layout: every one that diffusers' classes accept and run.
+"""Reads a network's ``config.json`` in diffusers' layout: every one that diffusers' classes accept and can
+run.
 
-Values are checked one by one, each for its kind and a bearable size, before anything is built.
+The type and size of each value are checked before anything is built.
 """
 
 import dataclasses
@@ -16,12 +17,12 @@ from wuerstchen.models.vqgan import VQGANConfig
 
 C = TypeVar("C", DecoderConfig, PriorConfig, VQGANConfig)
 
-# What diffusers takes for a field that a configuration leaves out, where it is not the published value.
+# diffusers' defaults for missing fields, where they differ from the published values.
 _DEFAULTS: dict[type, dict[str, Any]] = {PriorConfig: {"c": 1280, "c_cond": 1024, "depth": 16, "nhead": 16}}
-# Fields that say how often something is repeated: large ones would take for ever, or overflow.
+# Fields with numbers of repetitions. Large values would take forever, or overflow.
 _COUNTS = {"depth", "blocks", "levels", "bottleneck_blocks", "patch_size", "kernel_size"}
 _COUNTS |= {"up_down_scale_factor"}
-# Those of them that are repetitions of blocks: fewer than none are none.
+# Those that count blocks. Negative values mean 0.
 _REPEATS = {"depth", "blocks", "bottleneck_blocks"}
 MAX_COUNT, MAX_NUMBER = 512, 2**24
 
@@ -29,10 +30,10 @@ MAX_COUNT, MAX_NUMBER = 512, 2**24
 def read_config(path: Path, raw: Mapping[str, Any], config_class: type[C]) -> C:
     """The configuration in ``raw``, the object of a ``config.json`` at ``path``.
 
-    What diffusers does not read is passed over as it does: entries beyond the last level, the heads of a
-    level without attention, the channels of a semantic map that no level sees. A field that it does not know
-    is named in a ``UserNotice`` and ignored. Raises ``CheckpointError`` for anything else, and for what
-    diffusers' class accepts but cannot run.
+    Values that diffusers does not read are ignored too: entries beyond the last level, the heads of a level
+    without attention, and the channels of semantic latents that no level uses. Unknown fields are ignored
+    with a ``UserNotice``. Raises ``CheckpointError`` for other invalid values, also for those that diffusers'
+    class accepts but cannot run.
     """
     known = {field.name: field.default for field in dataclasses.fields(config_class)}
     values = dict(_DEFAULTS.get(config_class, {}))
@@ -40,13 +41,12 @@ def read_config(path: Path, raw: Mapping[str, Any], config_class: type[C]) -> C:
     unknown = sorted(name[:80] for name in fields if name not in known)
     if unknown or "prediction" in fields:
         network = config_class.__name__.removesuffix("Config")
-        if "prediction" in fields:  # a field of our own layout, without which the network draws nonsense
+        if "prediction" in fields:  # from our own layout: without it, the images would be wrong
             raise CheckpointError(
-                f"{path} is wrong because a {network} has no field 'prediction'; give the folder of a "
-                "Würstchen v2 model"
+                f"{path}: a {network} has no field 'prediction'. Use the folder of a Würstchen v2 model."
             )
         warnings.warn(
-            f"{path} has fields that a {network} of diffusers does not have, and that are ignored: "
+            f"{path} has fields that a {network} of diffusers does not have. They are ignored: "
             f"{', '.join(map(repr, unknown[:5]))}{', and others' if len(unknown) > 5 else ''}",
             UserNotice,
             stacklevel=5,
@@ -56,24 +56,26 @@ def read_config(path: Path, raw: Mapping[str, Any], config_class: type[C]) -> C:
         fields = _as_read(path, {name: known[name] for name in _OF_LEVELS} | fields)
     for name, value in fields.items():
         if config_class is DecoderConfig and name == "dropout" and isinstance(value, list):
-            values[name] = tuple(_checked_one(path, name, one, known[name], MAX_NUMBER) for one in value)
+            values[name] = tuple(
+                _checked_entry(path, name, entry, known[name], MAX_NUMBER) for entry in value
+            )
         else:
             values[name] = _checked(path, name, value, known[name])
     try:
         return config_class(**values)
     except UserError as error:
-        raise CheckpointError(f"{path} is wrong: {error}") from error
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 _OF_LEVELS = ("c_hidden", "nhead", "blocks", "level_config", "inject_effnet", "effnet_embd")
 
 
 def _as_read(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a decoder without what diffusers' class never looks at."""
+    """The fields of a decoder, without what diffusers' class does not read."""
     fields = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
     for name in _OF_LEVELS[:-1]:
         if not isinstance(fields[name], list):
-            raise _wrong_kind(path, name, fields[name], "a list with one entry for each level")
+            raise _wrong_type(path, name, fields[name], "a list with one entry per level")
     levels = len(fields["c_hidden"])
     for name in ("nhead", "blocks", "level_config", "dropout"):
         if isinstance(fields.get(name), list):
@@ -83,30 +85,30 @@ def _as_read(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
         attends = "A" in str(kinds) and isinstance(count, int) and count > 0
         if not attends and level < len(fields["nhead"]):
             fields["nhead"][level] = -1
-    fields["inject_effnet"] = [bool(one) if one in (0, 1) else one for one in fields["inject_effnet"]]
-    if not any(one is True for one in fields["inject_effnet"]) and type(fields["effnet_embd"]) is not int:
-        fields["effnet_embd"] = DecoderConfig.effnet_embd  # of mappers that are not there
+    fields["inject_effnet"] = [bool(v) if v in (0, 1) else v for v in fields["inject_effnet"]]
+    if not any(v is True for v in fields["inject_effnet"]) and type(fields["effnet_embd"]) is not int:
+        fields["effnet_embd"] = DecoderConfig.effnet_embd  # of mappers that do not exist
     return fields
 
 
 def _joined_letters(kinds: object) -> object:
-    """The blocks of a level, which may be a list of letters, as one text."""
+    """The blocks of a level as a string. They may also be a list of letters."""
     if isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds):
         return "".join(kinds)
     return kinds
 
 
 def _checked(path: Path, name: str, value: object, default: object) -> object:
-    """A field's value as the configuration takes it, if it is like its default."""
+    """A field's value, checked to have the type of its default."""
     limit = MAX_COUNT if name in _COUNTS else MAX_NUMBER
     if not isinstance(default, tuple):
-        return _checked_one(path, name, value, default, limit)
+        return _checked_entry(path, name, value, default, limit)
     if not isinstance(value, list):
-        raise _wrong_kind(path, name, value, f"something like {default!r}")
-    return tuple(_checked_one(path, name, one, default[0], limit) for one in value)
+        raise _wrong_type(path, name, value, f"like {default!r}")
+    return tuple(_checked_entry(path, name, entry, default[0], limit) for entry in value)
 
 
-def _checked_one(path: Path, name: str, value: object, like: object, limit: int) -> object:
+def _checked_entry(path: Path, name: str, value: object, like: object, limit: int) -> object:
     if isinstance(like, float):
         return as_float(path, name, value, limit)
     if isinstance(like, bool | str):
@@ -114,18 +116,18 @@ def _checked_one(path: Path, name: str, value: object, like: object, limit: int)
     else:
         fits = type(value) is int and abs(value) <= limit
     if not fits:
-        raise _wrong_kind(path, name, value, f"something like {like!r}, numbers at most {limit}")
+        raise _wrong_type(path, name, value, f"like {like!r}, with numbers up to {limit}")
     return max(value, 0) if name in _REPEATS and isinstance(value, int) else value
 
 
 def as_float(path: Path, name: str, value: object, limit: int) -> float:
-    """A number as a float. Raises ``CheckpointError`` unless it is of a bearable size, which NaN is not."""
+    """A number as a float. Raises ``CheckpointError`` if it is NaN or above the limit."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= limit:
-        raise _wrong_kind(path, name, value, f"a number like 0.5 of at most {limit}")
+        raise _wrong_type(path, name, value, f"a number up to {limit}")
     return float(value)
 
 
-def _wrong_kind(path: Path, name: str, value: object, wanted: str) -> CheckpointError:
+def _wrong_type(path: Path, name: str, value: object, wanted: str) -> CheckpointError:
     return CheckpointError(
-        f"{path} is wrong because {name} is {str(value)[:40]!r}, where {wanted} belongs; get the model again"
+        f"{path}: {name} must be {wanted}, got {str(value)[:40]!r}. Download the model again."
     )

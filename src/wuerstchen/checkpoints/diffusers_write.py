@@ -31,10 +31,10 @@ from wuerstchen.models.vqgan import VQGAN
 
 
 def write_prior_folder(parts: PriorFolder, folder: Path) -> None:
-    """Writes a pipeline of Stage C into a new folder, as published: diffusers up to 0.37 loads it.
+    """Writes a Stage C pipeline to a new folder, in the published layout.
 
-    So does diffusers from 0.38 on after ``wuerstchen.diffusers.register()``. Raises ``UserError`` for what
-    the layout has no place for.
+    diffusers up to 0.37 loads it, and later versions after ``wuerstchen.diffusers.register()``. Raises
+    ``UserError`` for networks that the layout cannot store.
     """
     _check_writable(parts.prior)
     with new_folder(folder) as partial:
@@ -43,7 +43,7 @@ def write_prior_folder(parts: PriorFolder, folder: Path) -> None:
 
 
 def write_decoder_folder(parts: DecoderFolder, folder: Path) -> None:
-    """Writes a pipeline of Stages B and A into a new folder; see ``write_prior_folder``."""
+    """Writes a pipeline of Stages B and A to a new folder. See ``write_prior_folder``."""
     _check_writable(parts.decoder)
     with new_folder(folder) as partial:
         _write_decoder_parts(parts, partial)
@@ -59,7 +59,7 @@ def write_model_folder(
     dtype: torch.dtype = torch.float32,
     layout: TensorLayout = TORCH,
 ) -> None:
-    """Writes a whole model: the pipeline of Stages B and A, and that of Stage C inside it, which it names.
+    """Writes a whole model: a pipeline of Stages B and A, with the Stage C pipeline in a subfolder.
 
     Weights are stored in ``dtype``.
     """
@@ -79,7 +79,7 @@ def write_model_folder(
 def write_combined_folder(decoder: DecoderFolder, prior: PriorFolder, folder: Path) -> None:
     """Writes all nine components as one pipeline.
 
-    The layout has no place for the numbers of the two halves: raises ``UserError`` unless they are diffusers'
+    This layout cannot store the numbers of the two halves. Raises ``UserError`` unless they are diffusers'
     defaults.
     """
     _check_writable(decoder.decoder)
@@ -88,8 +88,8 @@ def write_combined_folder(decoder: DecoderFolder, prior: PriorFolder, folder: Pa
         for number, default in NUMBERS[name].items():
             if getattr(half, number) != default:
                 raise UserError(
-                    f"{number}={getattr(half, number)} has no place in a {COMBINED_PIPELINE}, which means "
-                    f"{default}; save the two halves, each in a folder of its own"
+                    f"{number}={getattr(half, number)} cannot be stored in a {COMBINED_PIPELINE}, which "
+                    f"assumes {default}. Save the two halves in separate folders."
                 )
     with new_folder(folder) as partial:
         _write_decoder_parts(decoder, partial)
@@ -98,15 +98,15 @@ def write_combined_folder(decoder: DecoderFolder, prior: PriorFolder, folder: Pa
 
 
 def _check_writable(network: Prior | Decoder | None) -> None:
-    """Raises ``UserError`` if diffusers' classes cannot be told what this network is."""
+    """Raises ``UserError`` if diffusers' classes cannot represent this network."""
     if network is not None and network.config.prediction != "noise":
         raise UserError(
-            f"a network that predicts the {network.config.prediction} has no place in diffusers' layout, "
-            "whose networks predict the noise; keep it in the native layout"
+            f"a network that predicts the {network.config.prediction} cannot be stored in diffusers' layout, "
+            "whose networks predict the noise. Keep the native layout."
         )
     if isinstance(network, Decoder) and network.config.clip_embd is None:
         raise UserError(
-            "a Stage B without text has no place in diffusers' layout; keep it in the native layout"
+            "a Stage B without text cannot be stored in diffusers' layout. Keep the native layout."
         )
 
 
@@ -143,7 +143,7 @@ def _write_network(
     dtype: torch.dtype | None,
 ) -> None:
     if network is None:
-        raise UserError(f"the model has no {part}, which the pipeline's folder needs; load it whole")
+        raise UserError(f"the model has no {part}, which this layout needs. Load the whole model.")
     folder.mkdir()
     fields = {key: value for key, value in dataclasses.asdict(network.config).items() if key != "prediction"}
     write_json(folder / "config.json", {"_class_name": CLASSES[part][0], **fields})
@@ -159,7 +159,7 @@ def _write_text(
     dtype: torch.dtype | None,
 ) -> None:
     if parts.text_encoder is None or parts.tokenizer is None:
-        raise UserError("the model has no text encoder, which the pipeline's folder needs; load it whole")
+        raise UserError("the model has no text encoder, which this layout needs. Load the whole model.")
     place, tensors = folder / f"{prefix}text_encoder", layout.tensors(parts.text_encoder)
     write_clip(parts.text_encoder, place, tensors=tensors, written=layout.text_format, dtype=dtype)
     write_clip_tokenizer(parts.tokenizer, folder / f"{prefix}tokenizer")

@@ -1,4 +1,4 @@
-"""JSON and safetensors files that anybody may have written: bounded when read, whole when written."""
+"""Reads untrusted JSON and safetensors files within limits, and writes such files atomically."""
 
 import json
 import os
@@ -17,73 +17,71 @@ from torch import Tensor
 from wuerstchen.errors import CheckpointError
 
 MAX_JSON = 64 << 20
-"""Bytes of the largest JSON that is read, of a prepared data set."""
+"""Size limit of JSON files in bytes, for prepared data sets."""
 MAX_DESCRIPTION = 8 << 20
-"""Bytes of a model's description or index: far more than any has."""
+"""Size limit in bytes of the description or the index of a model."""
 MAX_DEPTH = 100
-"""How deep JSON may be nested."""
+"""Nesting limit of JSON."""
 MAX_DIGITS = 40
-"""Of a whole number in JSON. transformers writes 10³⁰ where there is no limit."""
+"""Length limit of integers in JSON. transformers writes 10³⁰ if there is no limit."""
 MAX_HEADER = 16 << 20
-"""Bytes of the header of a safetensors file: that of 100,000 tensors."""
+"""Size limit of a safetensors header in bytes, enough for 100,000 tensors."""
 
 
-def read_json(path: Path, most: int = MAX_DESCRIPTION) -> dict[str, Any]:
-    """The object in a JSON file of at most so many bytes.
+def read_json(path: Path, limit: int = MAX_DESCRIPTION) -> dict[str, Any]:
+    """The object in a JSON file of at most ``limit`` bytes.
 
-    Raises ``CheckpointError`` if it is missing, no object, or larger, and as ``parse_json`` does.
+    Raises ``CheckpointError`` if the file is missing, larger, not an object, or refused by ``parse_json``.
     """
     check_is_file(path)
     with damage_named(path):
-        if path.stat().st_size > most:
-            raise CheckpointError(
-                f"{path} is wrong because it has more than {most >> 20} MB; get the model again"
-            )
+        if path.stat().st_size > limit:
+            raise CheckpointError(f"{path} has more than {limit >> 20} MB. Download the model again.")
         content = parse_json(path.read_bytes())
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is wrong because it holds no JSON object; get the model again")
+        raise CheckpointError(f"{path} is not a JSON object. Download the model again.")
     return content
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What JSON holds. Raises ``ValueError`` if it is none, too deep, or has a whole number that is too long.
+    """Parses JSON. Raises ``ValueError`` if it is invalid, nested too deep, or has an integer that is too
+    long.
 
-    Numbers that pass can be made a float, and containers can be gone through by functions that call
-    themselves.
+    All numbers can be converted to float, and recursive functions can process the result.
     """
     try:
-        content = json.loads(text, parse_int=_whole_number)
+        content = json.loads(text, parse_int=_parse_int)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     level: list[Any] = [content]
     for _ in range(MAX_DEPTH + 1):
-        containers = [one for one in level if isinstance(one, dict | list)]
+        containers = [value for value in level if isinstance(value, dict | list)]
         if not containers:
             return content
-        level = [v for one in containers for v in (one.values() if isinstance(one, dict) else one)]
+        level = [v for c in containers for v in (c.values() if isinstance(c, dict) else c)]
     raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
 
 
-def _whole_number(digits: str) -> int:
+def _parse_int(digits: str) -> int:
     if len(digits) > MAX_DIGITS:
-        raise ValueError(f"it has a whole number of {len(digits)} digits")
+        raise ValueError(f"it has an integer of {len(digits)} digits")
     return int(digits)
 
 
 def check_header(path: Path) -> None:
-    """Raises ``ValueError`` for a safetensors file whose header alone would take minutes."""
+    """Raises ``ValueError`` if parsing the header of a safetensors file would take minutes."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-    if MAX_HEADER < length < path.stat().st_size:  # a length beyond the file is refused by safetensors
+    if MAX_HEADER < length < path.stat().st_size:  # safetensors refuses longer headers itself
         raise ValueError(f"its header has {length} bytes, more than {MAX_HEADER >> 20} MB")
 
 
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[Any]:
-    """``safetensors.safe_open`` for a file that anybody may have written.
+    """``safetensors.safe_open`` for untrusted files.
 
-    Raises ``CheckpointError`` if it is missing or damaged or has an absurd header, and turns whatever is
-    raised while it is open into one.
+    Raises ``CheckpointError`` if the file is missing or damaged, or if its header is too large. Errors that
+    are raised while the file is open become ``CheckpointError`` too.
     """
     check_is_file(path)
     with damage_named(path):
@@ -98,9 +96,9 @@ def write_safetensors(
     metadata: Mapping[str, str],
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Writes a safetensors file whole: to a temporary name first, flushed to disk, then renamed.
+    """Writes a safetensors file atomically: under a temporary name, flushed to disk, then renamed.
 
-    Floating tensors are stored in ``dtype`` if it is given.
+    Floating-point tensors are stored in ``dtype`` if it is given.
     """
     partial = path.with_name(f".{path.name}.partial")
     if dtype is not None:
@@ -108,19 +106,19 @@ def write_safetensors(
     contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     try:
         save_file(contiguous, partial, metadata=dict(metadata))
-        partial.chmod(0o644)  # safetensors leaves files that nobody else can read
+        partial.chmod(0o644)  # safetensors creates files that only the user can read
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
         raise CheckpointError(
-            f"{path} cannot be written ({error}); free some space or choose another folder"
+            f"{path} cannot be written ({error}). Free some space or choose another folder."
         ) from error
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes JSON whole: to a temporary name first, flushed to disk, then renamed. Raises ``OSError``."""
+    """Writes JSON atomically: under a temporary name, flushed to disk, then renamed. Raises ``OSError``."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with open(partial, "w", encoding="utf-8") as file:
@@ -134,9 +132,9 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes ``folder`` when all in it is written, and vanishes otherwise.
+    """A temporary folder to write to. It is renamed to ``folder`` at the end, and removed after an error.
 
-    Raises ``CheckpointError`` if ``folder`` exists or cannot be made.
+    Raises ``CheckpointError`` if ``folder`` exists or cannot be created.
     """
     if os.path.lexists(folder):
         raise CheckpointError(f"{folder} already exists. Choose another folder or remove it.")
@@ -149,29 +147,28 @@ def new_folder(folder: Path) -> Iterator[Path]:
             os.rename(partial, folder)
     except OSError as error:
         raise CheckpointError(
-            f"{folder} cannot be written ({error.strerror or error}); free some space, or choose another"
+            f"{folder} cannot be written ({error.strerror or error}). Free some space, or choose another "
+            "folder."
         ) from error
 
 
 def check_is_file(path: Path) -> None:
-    if not os.path.isfile(path):  # Path.is_file raises for names that are too long, and for locked folders
-        raise CheckpointError(f"{path} is wrong because there is no such file; check the name")
+    if not os.path.isfile(path):  # Path.is_file raises for names that are too long, and in locked folders
+        raise CheckpointError(f"{path} does not exist. Check the name.")
 
 
 @contextmanager
 def damage_named(path: Path) -> Iterator[None]:
-    """Turns whatever a reader raises into a ``CheckpointError``: damage can surface as almost anything."""
+    """Turns all errors into ``CheckpointError``, because readers raise almost anything for damaged files."""
     try:
         yield
     except CheckpointError:
         raise
     except pickle.UnpicklingError:
         raise CheckpointError(
-            f"{path} is wrong because it is not a torch file, or holds pickled objects, which are never run; "
-            "give a file with nothing but tensors"
+            f"{path} is not a torch file, or contains pickled objects, which are never loaded. "
+            "Use a file with tensors only."
         ) from None
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise CheckpointError(
-            f"{path} is wrong because it cannot be read ({reason}); download it again"
-        ) from None
+        raise CheckpointError(f"{path} cannot be read ({reason}). Download it again.") from None

@@ -1,4 +1,4 @@
-"""Weights stored as int8 with a scale a row: a quarter of the size of fp32, for what ships in the package."""
+"""Weights stored as int8 with one scale per row, a quarter of the size of fp32. The bundled model uses it."""
 
 import torch
 from torch import Tensor
@@ -10,37 +10,33 @@ _FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
 def quantize_rows(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Store weight matrices as int8 by row, everything else as it was or in half precision.
+    """Quantizes weight matrices to int8 by row, and stores everything else in half precision if possible.
 
-    A floating 2-D tensor ``(rows, columns)`` or 4-D convolution ``(out, in, h, w)`` becomes int8 under its
-    own key, with ``KEY.scale`` (float16, one a row) beside it: ``weight ≈ int8 · scale``, off by at most half
-    a scale, where ``scale = max|row| / 127`` rounded up. A tensor with a single row is no matrix (a gain of
-    shape ``(1, 1, 1, c)``, say). It and all other floating tensors become float16 if that keeps every value
-    to one part in a thousand, float32 otherwise. Integers and booleans stay as they are.
+    A floating-point matrix ``(rows, columns)`` or convolution ``(out, in, h, w)`` becomes int8 under its own
+    key, with a new key ``KEY.scale`` (float16, one per row): ``weight ≈ int8 · scale``. The error is at most
+    half a scale, where ``scale = max|row| / 127``, rounded up. Tensors with a single row, such as gains of
+    shape ``(1, 1, 1, c)``, are not quantized. They and all other floating-point tensors become float16 if the
+    relative error of every value is at most 0.001, otherwise float32. Integers and booleans are not changed.
 
-    Raises ``CheckpointError`` for NaN, infinity, values too large for a float16 scale, int8 input (stored
-    already) and keys that would collide.
+    Raises ``CheckpointError`` for NaN, infinity, values too large for a float16 scale, int8 input, and keys
+    that would collide.
     """
     stored: dict[str, Tensor] = {}
     for key, tensor in state.items():
         if tensor.dtype == torch.int8:
-            raise CheckpointError(
-                f"tensor {key!r} is wrong because it is int8 already; dequantize the state first"
-            )
+            raise CheckpointError(f"tensor {key!r} is already int8. Dequantize the state first.")
         if not tensor.is_floating_point():
             stored[key] = tensor
             continue
         weight = tensor.float()
         if not bool(torch.isfinite(weight).all()):
             raise CheckpointError(
-                f"tensor {key!r} is wrong because it holds NaN or infinity;"
-                " take weights from before the run diverged"
+                f"tensor {key!r} contains NaN or infinity. Use weights from before the run diverged."
             )
         if tensor.ndim in (2, 4) and tensor.shape[0] > 1 and tensor.numel() > 0:
             if f"{key}.scale" in state:
                 raise CheckpointError(
-                    f"tensor '{key}.scale' is wrong because its name is the scale of {key!r};"
-                    " rename one of them"
+                    f"tensor '{key}.scale' has the name that the scale of {key!r} needs. Rename one of them."
                 )
             stored[key], stored[f"{key}.scale"] = _quantize(key, weight)
         else:
@@ -49,9 +45,9 @@ def quantize_rows(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def dequantize(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Undo ``quantize_rows``: the same keys and shapes, floating tensors as float32.
+    """The inverse of ``quantize_rows``: the same keys and shapes, floating-point tensors as float32.
 
-    Raises ``CheckpointError`` for int8 weights whose scale is missing, of another length, or not finite.
+    Raises ``CheckpointError`` if the scale of int8 weights is missing, has another length, or is not finite.
     """
     restored: dict[str, Tensor] = {}
     for key, tensor in state.items():
@@ -62,12 +58,12 @@ def dequantize(state: dict[str, Tensor]) -> dict[str, Tensor]:
             if scale is None or tensor.ndim == 0 or scale.shape != tensor.shape[:1]:
                 found = "missing" if scale is None else f"of shape {tuple(scale.shape)}"
                 raise CheckpointError(
-                    f"tensor {key!r} is wrong because int8 weights of shape {tuple(tensor.shape)} need"
-                    f" a scale for each row and '{key}.scale' is {found}; fetch the file again"
+                    f"'{key}.scale' is {found}. The int8 weights {key!r} of shape {tuple(tensor.shape)} need "
+                    "a scale for each row. Download the file again."
                 )
             if not bool(torch.isfinite(scale.float()).all()):
                 raise CheckpointError(
-                    f"tensor '{key}.scale' is wrong because it holds NaN or infinity; fetch the file again"
+                    f"tensor '{key}.scale' contains NaN or infinity. Download the file again."
                 )
             restored[key] = tensor.float() * scale.float().view(-1, *[1] * (tensor.ndim - 1))
         elif tensor.is_floating_point():
@@ -86,15 +82,15 @@ def _quantize(key: str, weight: Tensor) -> tuple[Tensor, Tensor]:
     exact = largest / _LEVELS
     if bool((exact > _FLOAT16_MAX).any()):
         raise CheckpointError(
-            f"tensor {key!r} is wrong because a value of {float(largest.max()):.3g} is over"
-            f" {_FLOAT16_MAX * _LEVELS:.3g}, the most a float16 scale can hold;"
-            " take weights from before the run diverged"
+            f"tensor {key!r} has a value of {float(largest.max()):.3g}. With a float16 scale, values can be "
+            "at "
+            f"most {_FLOAT16_MAX * _LEVELS:.3g}. Use weights from before the run diverged."
         )
     scale = exact.to(torch.float16)
-    # Rounded down, the scale would cut off the largest value of the row (and a tiny row would lose all).
+    # A scale that is rounded down would clip the largest value of the row, or all of a tiny row.
     too_small = scale.float() < exact
     scale = torch.where(too_small, torch.nextafter(scale, torch.full_like(scale, torch.inf)), scale)
-    divisor = torch.where(scale == 0, torch.ones_like(exact), scale.float())  # a row of zeros stays one
+    divisor = torch.where(scale == 0, torch.ones_like(exact), scale.float())  # rows of zeros
     levels = (weight / divisor.view(-1, *[1] * (weight.ndim - 1))).round()
     return levels.to(torch.int8).contiguous(), scale
 

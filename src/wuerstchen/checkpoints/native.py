@@ -1,7 +1,7 @@
-"""The project's own layout: a folder with ``model.json`` and one safetensors file a network.
+"""The native layout: a folder with ``model.json`` and one safetensors file per network.
 
-Every file carries, in its header, what it is and where it came from (``Provenance``). Nothing here can run
-code: tensors are safetensors, all else is JSON, and a pickle is refused by its first bytes.
+The header of every file describes its content and its ``Provenance``. Nothing here can run code: tensors are
+safetensors, everything else is JSON, and pickles are refused.
 """
 
 import dataclasses
@@ -50,15 +50,15 @@ from wuerstchen.models.vqgan import VQGAN, VQGANConfig
 from wuerstchen.version import __version__
 
 FORMAT = 2
-"""Raised by one whenever older programs would misread what is written.
+"""Increased by one whenever older versions would misread new files.
 
-Format 2 names objectives that format 1 has no words for (``_format_of``). What older programs read right is
-still written as format 1, where the objective follows from what a network predicts.
+Format 2 can store objectives that format 1 cannot (``_format_of``). Files that older versions read correctly
+are still written as format 1, where a network's prediction determines its objective.
 """
 
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: dict}
-"""From format n to n + 1: one function a step, on the header alone. ``read_parts`` finds the objectives that
-format 1 does not name, because it sees the networks."""
+"""Functions that convert a header from format n to n + 1. ``read_parts`` adds the objectives that format 1
+does not store, because it has the networks."""
 
 NETWORKS: dict[str, tuple[type[nn.Module], type]] = {
     "vqgan": (VQGAN, VQGANConfig),
@@ -74,33 +74,33 @@ _HEADER = "wuerstchen"
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """Where weights came from."""
+    """The origin of weights."""
 
     recipe: str
     seed: int
     images: int
-    """Images seen in training."""
+    """Number of images seen in training."""
     data: str
-    """Fingerprint of the data set."""
+    """Fingerprint of the dataset."""
     licence: str = ""
     changes: tuple[str, ...] = ()
-    """What was changed in the recipe while it was trained, oldest first."""
+    """Changes to the recipe during training, oldest first."""
     versions: dict[str, str] = dataclasses.field(
         default_factory=lambda: {"wuerstchen": __version__, "torch": torch.__version__}
     )
 
 
 def migrate(header: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Brings a header to the current format, or says what to do about it."""
+    """Converts a header to the current format. Raises ``CheckpointError`` if that is impossible."""
     found = header.get("format")
     if not isinstance(found, int) or found < 1:
         raise CheckpointError(
-            f"{path} has format {shown(found)}, which is no number from 1; get the file again"
+            f"{path}: format must be an integer of at least 1, got {shown(found)}. Download the file again."
         )
     if found > FORMAT:
         raise CheckpointError(
-            f"{path} has format {shown(found)}, newer than {FORMAT}, the newest this version reads; "
-            "upgrade with: pip install --upgrade wuerstchen"
+            f"{path} has format {shown(found)}. This version reads formats up to {FORMAT}. "
+            "Upgrade with: pip install --upgrade wuerstchen"
         )
     for step in range(found, FORMAT):
         header = MIGRATIONS[step](header)
@@ -113,38 +113,41 @@ def write_tensors(
     header: Mapping[str, Any],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a safetensors file whole, with our header in it, and ``metadata`` of others beside it."""
+    """Writes a safetensors file atomically, with our header in addition to ``metadata``."""
     write_safetensors(tensors, path, {**(metadata or {}), _HEADER: json.dumps(header)})
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and header of a file that ``write_tensors`` made. Never unpickles."""
+    """Tensors and header of a file by ``write_tensors``. Never unpickles."""
     if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path} is no file; get the model again")
+        raise CheckpointError(f"{path} is not a file. Download the model again.")
     try:
         check_header(path)
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(_HEADER, "null")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist; check the name") from error
+        raise CheckpointError(f"{path} does not exist. Check the name.") from error
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is not a whole safetensors file ({error}); get it again, or convert it if it is a pickle"
+            f"{path} is not a complete safetensors file ({error}). Download it again, or convert it if it "
+            "is a "
+            "pickle."
         ) from error
     try:
         header = parse_json(text)
     except ValueError as error:
-        raise CheckpointError(f"{path} has a header that cannot be read ({error}); get it again") from error
+        raise CheckpointError(f"the header of {path} cannot be read ({error}). Download it again.") from error
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path} was not written by wuerstchen (no header); give a native model folder")
+        raise CheckpointError(f"{path} was not written by wuerstchen: it has no header. Give a native model.")
     return tensors, migrate(header, path)
 
 
 def write_network(
     network: nn.Module, path: Path, provenance: Provenance, storage: Storage = "float32"
 ) -> None:
-    """Writes one network with its configuration. ``int8`` stores matrices by row, the rest in fp16."""
+    """Writes one network with its configuration. ``int8`` quantizes matrices by row and stores the rest in
+    fp16."""
     kind = next(name for name, (cls, _) in NETWORKS.items() if isinstance(network, cls))
     tensors = dict(network.state_dict())
     if storage == "float16":
@@ -162,7 +165,7 @@ def write_network(
 
 
 def read_network(path: Path, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Provenance]:
-    """Reads one network, in eval mode. Raises ``CheckpointError`` for anything that does not fit."""
+    """Reads one network, in eval mode. Raises ``CheckpointError`` if anything does not fit."""
     tensors, header = read_tensors(path)
     try:
         cls, config_cls = NETWORKS[header["kind"]]
@@ -183,14 +186,12 @@ def read_network(path: Path, dtype: torch.dtype = torch.float32) -> tuple[nn.Mod
         network.load_state_dict(state, assign=True)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         detail = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"{path} does not hold what its header says ({detail}); get it again"
-        ) from error
+        raise CheckpointError(f"{path} does not match its header ({detail}). Download it again.") from error
     return network.eval().requires_grad_(False), provenance
 
 
 def _described(provenance: Provenance) -> dict[str, Any]:
-    """As a header has it: without changes where there are none, which older versions do not know."""
+    """For a header: without ``changes`` if there are none, because older versions do not know that field."""
     described = dataclasses.asdict(provenance)
     return described if provenance.changes else {k: v for k, v in described.items() if k != "changes"}
 
@@ -206,10 +207,10 @@ def write_cascade(
     storage: Mapping[str, Storage] | None = None,
     text_encoder: Path | None = None,
 ) -> None:
-    """Writes a whole model into a new folder; the folder appears when everything in it is written.
+    """Writes a whole model to a new folder, atomically.
 
-    ``text_encoder`` is the folder of the frozen text encoder, whose files are copied (``copy_text_encoder``);
-    CLIP is written without one.
+    The files of the frozen text encoder are copied from the folder ``text_encoder`` (``copy_text_encoder``).
+    A CLIP can also be written without it.
     """
     write_parts(cascade.settings, cascade.networks(), folder, provenance, storage, text_encoder)
 
@@ -223,15 +224,15 @@ def write_parts(
     text_encoder: Path | None = None,
     further: Callable[[Path], None] | None = None,
 ) -> None:
-    """``write_cascade`` for a model that may not be whole yet: Stage A alone, say, which others build on.
+    """``write_cascade`` for a model that may be incomplete, for example Stage A alone.
 
-    ``further`` writes more files into the folder, before it appears under its name.
+    ``further`` can write more files into the folder before it is renamed.
     """
     with new_folder(folder) as partial:
         parts = [part for part in networks if part in NETWORKS]
         for part in parts:
-            how = (storage or {}).get(part, "float32")
-            write_network(networks[part], partial / f"{part}.safetensors", provenance[part], how)
+            stored = (storage or {}).get(part, "float32")
+            write_network(networks[part], partial / f"{part}.safetensors", provenance[part], stored)
         for part in TEXT_ENCODERS:
             encoder = networks.get(part)
             if part == "text_encoder" and text_encoder is not None:
@@ -258,10 +259,10 @@ def write_parts(
 
 
 IN_FILES = {"latent_statistics": "map_statistics"}
-"""Settings that ``model.json`` knows by another name."""
+"""Settings with another name in ``model.json``."""
 
 OF_OBJECTIVES = ("decoder", "prior")
-"""The parts whose objectives are settings of a model: ``CascadeSettings.decoder_objective`` and so on."""
+"""The parts with an objective in the settings: ``CascadeSettings.decoder_objective`` and so on."""
 
 
 def _named(settings: CascadeSettings, part: str) -> Objective:
@@ -269,18 +270,18 @@ def _named(settings: CascadeSettings, part: str) -> Objective:
 
 
 def _diffusing(networks: Mapping[str, Any]) -> dict[str, Prior | Decoder]:
-    """The networks that have an objective, by name."""
+    """The networks with an objective, by name."""
     return {name: network for name, network in networks.items() if isinstance(network, Prior | Decoder)}
 
 
 def _implied(network: nn.Module) -> Objective | None:
-    """The objective of a network that is described by what it predicts alone; None if it has none."""
+    """The objective that follows from a network's prediction. None if the network has no objective."""
     return make_objective(network.config.prediction) if isinstance(network, Prior | Decoder) else None
 
 
 def _format_of(objective: Objective | None) -> int:
-    """The oldest format that has words for an objective. Readers of format 1 take every network that does not
-    predict noise for one that predicts the velocity along the published schedule."""
+    """The oldest format that can store an objective. Readers of format 1 assume that a network that does not
+    predict noise predicts the velocity, with the published schedule."""
     if isinstance(objective, NoisePrediction | VelocityPrediction):
         return 1 if objective.schedule == PUBLISHED_SCHEDULE else 2
     return 1 if objective is None else 2
@@ -289,13 +290,13 @@ def _format_of(objective: Objective | None) -> int:
 def read_settings(path: Path) -> tuple[CascadeSettings, list[str]]:
     """The settings and the names of the parts in a ``model.json``.
 
-    Objectives that it does not name are the published ones here; ``read_parts`` reads them off the networks.
+    Objectives that are not stored get the published value here. ``read_parts`` takes them from the networks.
     """
     return _read_description(path)[:2]
 
 
 def _read_description(path: Path) -> tuple[CascadeSettings, list[str], dict[str, Objective]]:
-    """Settings, parts and the objectives that are named."""
+    """Settings, parts, and the stored objectives."""
     try:
         description = migrate(read_json(path), path)
         raw = dict(description["settings"])
@@ -309,25 +310,30 @@ def _read_description(path: Path) -> tuple[CascadeSettings, list[str], dict[str,
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(
-            f"{path} is no description of a model ({type(error).__name__}: {error}); get the model again"
+            f"{path} is not a valid model description ({type(error).__name__}: {error}). "
+            "Download the model again."
         ) from error
 
 
 def read_cascade(folder: Path, dtype: torch.dtype = torch.float32) -> Cascade:
-    """Reads a model folder, onto the CPU."""
+    """Reads a whole model onto the CPU."""
     settings, parts, _ = read_parts(folder, dtype)
     missing = {"vqgan", "decoder"} - set(parts)
     if missing:
-        raise CheckpointError(f"{folder} lacks {', '.join(sorted(missing))}; get the model again")
+        raise CheckpointError(
+            f"{folder} has no {' and no '.join(sorted(missing))}. Download the model again."
+        )
     return Cascade(settings=settings, **parts)
 
 
 def read_parts(
     folder: Path, dtype: torch.dtype = torch.float32
 ) -> tuple[CascadeSettings, dict[str, Any], dict[str, Provenance]]:
-    """Settings, parts by name, and where each network came from, of a model that need not be whole."""
+    """Settings, parts by name, and the provenance of each network, of a model that may be incomplete."""
     if not (folder / "model.json").is_file():
-        raise CheckpointError(f"{folder} is no model folder: it has no model.json; give one that has")
+        raise CheckpointError(
+            f"{folder} is not a model folder: it has no model.json. Use a folder that has one."
+        )
     settings, names, objectives = _read_description(folder / "model.json")
     parts: dict[str, Any] = {}
     provenance: dict[str, Provenance] = {}
@@ -338,10 +344,12 @@ def read_parts(
             parts[name], provenance[name] = read_network(folder / f"{name}.safetensors", dtype)
             kinds = (Decoder, Paella) if name == "decoder" else NETWORKS[name][0]
             if not isinstance(parts[name], kinds):
-                raise CheckpointError(f"{folder / name}.safetensors holds another network; get it again")
+                raise CheckpointError(
+                    f"{folder / name}.safetensors contains another network. Download it again."
+                )
         else:
             raise CheckpointError(
-                f"{folder}/model.json names an unknown part {shown(name)}; upgrade wuerstchen"
+                f"{folder}/model.json names an unknown part: {shown(name)}. Upgrade wuerstchen."
             )
     return _with_objectives(settings, parts, objectives, folder), parts, provenance
 
@@ -349,7 +357,7 @@ def read_parts(
 def _with_objectives(
     settings: CascadeSettings, parts: Mapping[str, Any], named: Mapping[str, Objective], folder: Path
 ) -> CascadeSettings:
-    """The settings with the objectives of models that name none (format 1); checks those that are named."""
+    """The settings with the objectives that format 1 does not store. Checks the stored ones."""
     found: dict[str, Any] = {}
     for part, network in _diffusing(parts).items():
         implied = _implied(network)
@@ -357,19 +365,20 @@ def _with_objectives(
         assert objective is not None
         if objective.kind != network.config.prediction:
             raise CheckpointError(
-                f"{folder}/model.json says that the {part} has the objective {objective.kind!r}, and its "
-                f"file that it predicts {network.config.prediction!r}; get the model again"
+                f"{folder}/model.json stores the objective {objective.kind!r} for the {part}, but the "
+                "network "
+                f"predicts {network.config.prediction!r}. Download the model again."
             )
         if part not in named and _format_of(implied) > 1:
             raise CheckpointError(
-                f"{folder}/model.json does not name the objective of its {part}; get the model again"
+                f"{folder}/model.json does not store the objective of the {part}. Download the model again."
             )
         found[f"{part}_objective"] = objective
     return dataclasses.replace(settings, **found)
 
 
 def is_native_network(path: Path) -> bool:
-    """Whether a safetensors file says that ``write_network`` made it."""
+    """Whether a safetensors file was written by ``write_network``, by its header."""
     try:
         with open_safetensors(path) as file:
             return _HEADER in (file.metadata() or {})

@@ -1,9 +1,10 @@
-"""The original repository's layout: ``.pt`` files of dictionaries of tensors, and nothing to describe them.
+"""The layout of the original repository: ``.pt`` files with dictionaries of tensors, and no configuration.
 
-What a dictionary holds is told by its keys, the configuration by the shapes. What no shape tells has its
-published value: the width of attention heads, patches of 2×2, Stage A's scale factor.
-Our names are those of diffusers. As its script ``convert_wuerstchen.py`` shows, three things differ: here
-queries, keys and values are one matrix, and the projection after attention and the codebook have other names.
+The keys determine which network a dictionary contains, the shapes its configuration. Values that no shape
+determines have their published value: the width of attention heads, patches of 2×2, Stage A's scale factor.
+Our names are those of diffusers. Its script ``convert_wuerstchen.py`` shows the three differences: the
+original stores queries, keys and values as one matrix, and uses other names for the projection after
+attention and for the codebook.
 """
 
 import dataclasses
@@ -39,14 +40,14 @@ from wuerstchen.models.prior import Prior, PriorConfig
 from wuerstchen.models.vqgan import VQGAN, VQGANConfig
 
 STATE_KEYS = ("ema_state_dict", "state_dict_ema", "state_dict")
-"""Where a file keeps its network. The first that is there is read: rather an average over training."""
+"""The keys of the network in a file. The first that exists is read: averaged weights are preferred."""
 COMPRESSOR_KEY = "effnet_state_dict"
-"""Where Stage B's file keeps the semantic compressor, which was trained with it."""
+"""The key of the semantic compressor, which was trained with Stage B, in Stage B's file."""
 MAX_KEYS = 5_000
-"""More than three times as many as any published network has."""
+"""Limit of tensors, more than three times as many as any published network has."""
 
 VQGAN_FILE = "vqgan_f4_v1_500k.pt"
-"""The same for v1 and v2."""
+"""For v1 and v2."""
 V1_FILES = {"decoder": "model_stage_b.pt", "prior": "model_stage_c_ema.pt"}
 V2_FILES = {"decoder": "model_v2_stage_b.pt", "prior": "model_v2_stage_c.pt"}
 PUBLISHED_TEXT_ENCODERS = {1280: "warp-ai/wuerstchen-prior", 1024: "warp-ai/wuerstchen"}
@@ -54,7 +55,7 @@ PUBLISHED_TEXT_ENCODERS = {1280: "warp-ai/wuerstchen-prior", 1024: "warp-ai/wuer
 
 
 def find_original(source: Path) -> list[Path]:
-    """``source`` itself if it is a ``.pt`` file, else the ``.pt`` files in that folder, sorted, if any."""
+    """``source`` itself if it is a ``.pt`` file, otherwise the sorted ``.pt`` files in that folder."""
     if source.is_file():
         return [source] if source.suffix == ".pt" else []
     return sorted(path for path in source.glob("*.pt") if path.is_file() and path.name[0] != ".")
@@ -63,20 +64,18 @@ def find_original(source: Path) -> list[Path]:
 def read_original(source: Path, *, dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
     """The networks in a ``.pt`` file, or in all ``.pt`` files of a folder, in eval mode on the CPU.
 
-    They are found under ``vqgan``, ``decoder``, ``compressor`` and ``prior``, as far as the files hold them.
-    A file may be a bare state dict, a dictionary of some, or what the original's training scripts save: what
-    belongs to training is ignored. Floating weights come in ``dtype``; without conversion they stay mapped
-    from the file.
+    The keys of the result are ``vqgan``, ``decoder``, ``compressor`` and ``prior``, if the files contain
+    them. A file may be a state dict, a dictionary of state dicts, or a checkpoint of the original's training
+    scripts, whose training state is ignored. Floating-point weights are converted to ``dtype``. Without
+    conversion they stay memory-mapped.
 
-    Raises ``CheckpointError`` if a file is damaged or holds anything but these networks, if a key is missing
-    or left over, if a shape does not fit, and if two files hold the same part.
+    Raises ``CheckpointError`` if a file is damaged or contains anything but these networks, if a key is
+    missing or unexpected, if a shape does not fit, and if two files contain the same part.
     """
     paths = find_original(source)
     if not paths:
         reason = "it is no .pt file and holds none" if source.exists() else "there is no such file or folder"
-        raise CheckpointError(
-            f"{source} is wrong because {reason}; give one of the original's .pt files, or their folder"
-        )
+        raise CheckpointError(f"{source}: {reason}. Give one of the original's .pt files, or their folder.")
     networks: dict[str, nn.Module] = {}
     origins: dict[str, str] = {}
     for path in paths:
@@ -84,8 +83,8 @@ def read_original(source: Path, *, dtype: torch.dtype = torch.float32) -> dict[s
             part, network = network_of(state, dtype=dtype)
             if part in networks:
                 raise CheckpointError(
-                    f"{state.place} is wrong because {origins[part]} holds a {part} too; "
-                    "give the files of one model"
+                    f"{state.place} contains a {part}, and so does {origins[part]}. "
+                    "Give the files of one model."
                 )
             networks[part], origins[part] = network, state.place
     return networks
@@ -94,18 +93,18 @@ def read_original(source: Path, *, dtype: torch.dtype = torch.float32) -> dict[s
 def write_original(parts: Mapping[str, nn.Module], folder: Path) -> list[Path]:
     """Writes networks (keys of ``parts``: vqgan, decoder, compressor, prior) under the published names.
 
-    Those are v1's if the decoder is, or if there is none and the prior reads states of width 1024. Every file
-    appears when it is whole, and holds nothing but tensors. What belongs to a model besides its
-    networks has no place in this layout: the reader needs to know how the semantic map is normalised.
+    The names are v1's if the decoder is, or if there is no decoder and the prior reads text states of width
+    1024. Every file is written atomically and contains only tensors. The layout cannot store a model's
+    settings: the reader has to know how the semantic latents are normalized.
 
-    Raises ``CheckpointError``, before anything is written, for a network that the layout cannot hold or that
-    would be read back as another, and if a file exists already.
+    Raises ``CheckpointError`` before anything is written if a file already exists, and for networks that the
+    layout cannot store or that would be read back as other networks.
     """
     states = {part: _state_to_write(part, network) for part, network in parts.items()}
     if "compressor" in states and "decoder" not in states:
         raise CheckpointError(
-            "the compressor cannot be written alone because the original keeps it in Stage B's file; "
-            "give the decoder too"
+            "the compressor cannot be written alone: the original stores it in Stage B's file. "
+            "Give the decoder too."
         )
     names = V1_FILES if _is_v1(parts) else V2_FILES
     contents: dict[str, dict[str, dict[str, Tensor]]] = {}
@@ -121,7 +120,9 @@ def write_original(parts: Mapping[str, nn.Module], folder: Path) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CheckpointError(f"{folder} cannot be made ({error.strerror}); choose another folder") from error
+        raise CheckpointError(
+            f"{folder} cannot be created ({error.strerror}). Choose another folder."
+        ) from error
     paths = [folder / name for name in contents]
     for path in paths:
         if path.exists():
@@ -132,24 +133,24 @@ def write_original(parts: Mapping[str, nn.Module], folder: Path) -> list[Path]:
 
 
 def network_of(state: StateDict, *, dtype: torch.dtype = torch.float32) -> tuple[str, nn.Module]:
-    """The part that a state dict holds, and its network.
+    """The part that a state dict contains, and its network.
 
-    Raises ``CheckpointError`` before anything is allocated if it is none of ours or does not fit in itself.
+    Raises ``CheckpointError`` before anything is allocated if it is unknown or inconsistent.
     """
     config = config_of(state)
     part, network_class = _NETWORKS[type(config)]
     try:
         with torch.device("meta"):
             network = network_class(config)
-    except RuntimeError as error:  # more values than can be counted
+    except RuntimeError as error:  # more values than an integer can count
         raise CheckpointError(
-            f"{state.place} is wrong because its shapes make no {part} ({str(error).partition(chr(10))[0]}); "
-            "get the file again"
+            f"{state.place}: the shapes are not those of a {part} ({str(error).partition(chr(10))[0]}). "
+            "Download the file again."
         ) from error
     expected = _to_original(network.state_dict())
     for key in sorted(expected.keys() | state.tensors.keys()):
         if key not in expected:
-            raise state.error(key, "a tensor", f"left out of this {part}")
+            raise state.error(key, "not expected", f"no key of this {part}")
         ours, theirs = expected[key], state.tensors.get(key)
         if theirs is None:
             raise state.error(key, "missing", tuple(ours.shape))
@@ -162,11 +163,11 @@ def network_of(state: StateDict, *, dtype: torch.dtype = torch.float32) -> tuple
 
 
 def _state_dicts(content: object, path: Path) -> Iterator[StateDict]:
-    """The state dicts of networks in what a file holds; what belongs to training is left out."""
+    """The state dicts of networks in the content of a file, without the training state."""
     if not isinstance(content, Mapping):
         raise CheckpointError(
-            f"{path} is wrong because it holds a {type(content).__name__}, not tensors by name; "
-            "give one of the original's files"
+            f"{path} contains a {type(content).__name__}, not tensors by name. Use one of the original's "
+            "files."
         )
     names = [name for name in STATE_KEYS if content.get(name) is not None][:1]
     names += [COMPRESSOR_KEY] if content.get(COMPRESSOR_KEY) is not None else []
@@ -180,27 +181,25 @@ def _state_dict(content: object, place: str) -> StateDict:
     if not isinstance(content, Mapping) or not 0 < len(content) <= MAX_KEYS:
         what = f"{len(content)} entries" if isinstance(content, Mapping) else f"a {type(content).__name__}"
         raise CheckpointError(
-            f"{place} is wrong because it holds {what}, not the tensors of a network; "
-            "give one of the original's files"
+            f"{place} contains {what}, not the tensors of a network. Use one of the original's files."
         )
     for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise CheckpointError(
-                f"{place} is wrong because its entry {shown(key)} is no tensor; give one of the "
-                "original's files, which keep a network bare or under "
-                f"{', '.join((*STATE_KEYS, COMPRESSOR_KEY))}"
+                f"{place}: the entry {shown(key)} is not a tensor. Use one of the original's files: a state "
+                f"dict, or one under {', '.join((*STATE_KEYS, COMPRESSOR_KEY))}."
             )
-        check_whole(value, f"{place} is wrong because its entry {shown(key)}")
+        check_whole(value, f"{place}: the entry {shown(key)}")
     check_apart(content.values(), place)
     content = plain_names(content, place)
-    # DistributedDataParallel, when it is saved itself, puts a name before all others.
+    # A saved DistributedDataParallel adds a prefix to all names.
     wrapped = all(key.startswith("module.") for key in content)
     return StateDict(
         place, {key.removeprefix("module.") if wrapped else key: t for key, t in content.items()}
     )
 
 
-# From our names to the original's, and back
+# Conversion of names to the original's and back
 
 
 _NETWORKS: dict[type, tuple[str, type[nn.Module]]] = {
@@ -257,39 +256,42 @@ def _is_v1(parts: Mapping[str, nn.Module]) -> bool:
 
 
 def _state_to_write(part: str, network: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a network under the original's names, if they are read back as the same network."""
+    """The tensors of a network under the original's names. Checks that they are read back as the same
+    network."""
     if part not in {name for name, _ in _NETWORKS.values()}:
-        raise _cannot_hold(part, "the original's files have no place for it")
+        raise _cannot_hold(part, "the original's files cannot contain it")
     config: Any = network.config
     assert _NETWORKS[type(config)] == (part, type(network))
     if getattr(config, "prediction", "noise") != "noise":
-        raise _cannot_hold(part, f"it predicts the {config.prediction}, and the original's networks noise")
+        raise _cannot_hold(
+            part, f"it predicts the {config.prediction}, the original's networks predict noise"
+        )
     if isinstance(config, DecoderConfig) and config.clip_embd is None:
-        raise _cannot_hold(part, "it takes no text, and the original's decoders do")
+        raise _cannot_hold(part, "it reads no text, the original's decoders do")
     if isinstance(config, CompressorConfig) and config.backbone not in BACKBONES.values():
-        raise _cannot_hold(part, f"its backbone is {config.backbone}, and the original's EfficientNetV2")
+        raise _cannot_hold(part, f"its backbone is {config.backbone}, the original's is EfficientNetV2")
     width = PAELLA_HEAD_WIDTH if isinstance(config, PaellaConfig) else HEAD_WIDTH
     if any(c != heads * width for c, heads in _widths_and_heads(config)):
-        raise _cannot_hold(part, f"its nhead is {config.nhead}, and readers give a head {width} channels")
+        raise _cannot_hold(part, f"its nhead is {config.nhead}, but readers assume {width} channels per head")
     with torch.device("meta"):
         plain = type(network)(config)
     if plain.state_dict().keys() != network.state_dict().keys():
-        raise _cannot_hold(part, "it has other weights than its configuration says, adapters perhaps")
+        raise _cannot_hold(part, "its weights do not match its configuration. Does it have adapters?")
     tensors = _to_original(network.state_dict())
     try:
         _, again = network_of(StateDict(f"the {part}", {key: t.to("meta") for key, t in tensors.items()}))
     except CheckpointError as error:
-        raise _cannot_hold(part, f"it would not be read back ({error})") from error
-    told: Any = again.config
+        raise _cannot_hold(part, f"it could not be read back ({error})") from error
+    derived: Any = again.config
     for field in dataclasses.fields(config):
-        ours, theirs = getattr(config, field.name), getattr(told, field.name)
+        ours, theirs = getattr(config, field.name), getattr(derived, field.name)
         if field.name not in ("dropout", "nhead") and ours != theirs:
-            raise _cannot_hold(part, f"its {field.name} is {ours}, and a reader would take it for {theirs}")
+            raise _cannot_hold(part, f"its {field.name} is {ours}, but a reader would assume {theirs}")
     return {key: _compact(tensor) for key, tensor in tensors.items()}
 
 
 def _widths_and_heads(config: Config) -> list[tuple[int, int]]:
-    """Of all attention blocks, level by level."""
+    """Width and number of heads of all attention blocks, by level."""
     if isinstance(config, PriorConfig):
         return [(config.c, config.nhead)]
     if isinstance(config, DecoderConfig | PaellaConfig):
@@ -300,19 +302,19 @@ def _widths_and_heads(config: Config) -> list[tuple[int, int]]:
 
 def _cannot_hold(part: str, reason: str) -> CheckpointError:
     return CheckpointError(
-        f"the {part} cannot be written in the original's layout because {reason}; "
-        "leave it out, or keep the native layout"
+        f"the {part} cannot be written in the original's layout: {reason}. "
+        "Leave it out, or keep the native layout."
     )
 
 
 def _compact(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU in a storage of its own: torch.save would write all that a view is cut from."""
+    """The tensor on the CPU with its own storage, because torch.save writes the whole storage of a view."""
     tensor = tensor.detach().cpu().contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _write_whole(content: Mapping[str, Any], path: Path) -> None:
-    """Writes to a temporary name first, flushed to disk, then renamed."""
+    """Writes a file atomically: under a temporary name, flushed to disk, then renamed."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with open(partial, "wb") as file:
@@ -322,7 +324,7 @@ def _write_whole(content: Mapping[str, Any], path: Path) -> None:
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path} cannot be written ({error}); free some space or choose another folder"
+            f"{path} cannot be written ({error}). Free some space or choose another folder."
         ) from error
     finally:
         partial.unlink(missing_ok=True)
@@ -339,7 +341,7 @@ def _read(path: Path, sources: Sources, dtype: torch.dtype, leave_out: Collectio
     missing = {"vqgan", "decoder"} - parts.keys()
     if missing:
         raise CheckpointError(
-            f"{path} holds {', '.join(parts)} and lacks {', '.join(sorted(missing))}. "
+            f"{path} contains {', '.join(parts)}, but no {' and no '.join(sorted(missing))}. "
             "Put the files of Stages A, B and C into one folder."
         )
     wanted: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Configurations of networks in the original's files: told from the names and shapes of their tensors."""
+"""Derives the configurations of networks in the original's files from names and shapes of their tensors."""
 
 import math
 from collections.abc import Mapping
@@ -17,32 +17,31 @@ from wuerstchen.models.prior import PriorConfig
 from wuerstchen.models.vqgan import VQGANConfig
 
 HEAD_WIDTH = 64
-"""Channels of an attention head in every published prior and v2 decoder."""
+"""Channels per attention head in all published priors and v2 decoders."""
 PAELLA_HEAD_WIDTH = 80
-"""The same in v1's decoder."""
+"""Channels per attention head in v1's decoder."""
 PATCH = 2
-"""Side of the patches at both ends of Stages A and B."""
+"""Side of the patches at the input and output of Stages A and B."""
 BACKBONES: dict[int, BackboneName] = {24: "efficientnet_v2_s", 32: "efficientnet_v2_l"}
-"""The image network by the width of its first convolution."""
+"""Image networks by the width of their first convolution."""
 Config = VQGANConfig | DecoderConfig | PaellaConfig | CompressorConfig | PriorConfig
 
 
 @dataclass(frozen=True)
 class StateDict:
-    """The tensors of one network under the original's names, and where they came from."""
+    """The tensors of one network under the original's names, and their origin."""
 
     place: str
-    """The file and, in brackets, the entry of its dictionary: what an error names."""
+    """The file and, in brackets, the key in its dictionary, for messages."""
     tensors: Mapping[str, Tensor]
 
     def error(self, key: str, found: object, wanted: object) -> CheckpointError:
         return CheckpointError(
-            f"{self.place} is wrong because {shown(key)} is {found} there and must be {wanted}; "
-            "get the file again"
+            f"{self.place}: {shown(key)} is {found}, but must be {wanted}. Download the file again."
         )
 
     def shape(self, key: str, axes: int) -> tuple[int, ...]:
-        """The shape of a tensor, which must have so many axes and values on each."""
+        """The shape of a tensor. It must have this number of axes, and must not be empty."""
         tensor = self.tensors.get(key)
         if tensor is None:
             raise self.error(key, "missing", f"a tensor of {axes} axes")
@@ -51,14 +50,14 @@ class StateDict:
         return tuple(tensor.shape)
 
     def quotient(self, key: str, axis: int, divisor: int) -> int:
-        """The size of a convolution's weights along ``axis``, divided by what must be a factor of it."""
+        """The size of a convolution's weights along ``axis``, divided by ``divisor``, without a remainder."""
         shape = self.shape(key, 4)
         if shape[axis] % divisor:
             raise self.error(key, shape, f"a multiple of {divisor} along axis {axis}")
         return shape[axis] // divisor
 
     def count(self, prefix: str) -> int:
-        """How many children there are below ``prefix``; they are numbered from 0 without a gap."""
+        """The number of modules below ``prefix``. They must be numbered from 0 without gaps."""
         children = {key[len(prefix) :].partition(".")[0] for key in self.tensors if key.startswith(prefix)}
         for number in range(len(children)):
             if str(number) not in children:
@@ -66,13 +65,13 @@ class StateDict:
         return len(children)
 
     def first(self, prefix: str, suffix: str) -> str | None:
-        """The first key that begins and ends so."""
+        """The first key with this prefix and suffix."""
         found = (key for key in self.tensors if key.startswith(prefix) and key.endswith(suffix))
         return min(found, default=None)
 
 
 def config_of(state: StateDict) -> Config:
-    """What a state dict holds, by its keys, and its configuration, by the shapes."""
+    """The configuration of the network in a state dict, from its keys and shapes."""
     if "vquantizer.codebook.weight" in state.tensors:
         derive = _vqgan_config
     elif "projection.weight" in state.tensors and "cond_mapper.0.weight" in state.tensors:
@@ -86,8 +85,9 @@ def config_of(state: StateDict) -> Config:
     else:
         check_not_cascade(Path(state.place), state.tensors)
         raise CheckpointError(
-            f"{state.place} is wrong because its keys (the first is {next(iter(state.tensors))!r}) are "
-            "those of no network of Würstchen; give one of the original's files"
+            f"{state.place}: the keys (the first is {next(iter(state.tensors))!r}) are not those of a "
+            "Würstchen "
+            "network. Use one of the original's files."
         )
     try:
         return derive(state)
@@ -95,7 +95,7 @@ def config_of(state: StateDict) -> Config:
         raise
     except UserError as error:
         raise CheckpointError(
-            f"{state.place} is wrong because its shapes make no network ({error}); get the file again"
+            f"{state.place}: the shapes are not those of a network ({error}). Download the file again."
         ) from error
 
 
@@ -168,12 +168,12 @@ def _paella_config(state: StateDict) -> PaellaConfig:
 
 
 def _levels(state: StateDict, head_width: int) -> dict[str, Any]:
-    """The fields of a UNet's configuration that have an entry a level, and ``c_r``."""
+    """The fields of a UNet's configuration with one entry per level, and ``c_r``."""
     fields: dict[str, list[Any]] = {"c_hidden": [], "nhead": [], "blocks": [], "level_config": []}
     for level in range(state.count("down_blocks.")):
         entry = "embedding.1.weight" if level == 0 else f"down_blocks.{level}.0.1.weight"
         kinds = _block_kinds(state, level)
-        # The shortest pattern that gives all when it is repeated: the first rotation that changes nothing.
+        # The shortest pattern whose repetition gives all blocks: the first rotation that changes nothing.
         length = (kinds + kinds).find(kinds, 1)
         fields["c_hidden"].append(state.shape(entry, 4)[0])
         fields["nhead"].append(state.quotient(entry, 0, head_width) if "A" in kinds else -1)
@@ -185,7 +185,7 @@ def _levels(state: StateDict, head_width: int) -> dict[str, Any]:
 
 
 def _block_kinds(state: StateDict, level: int) -> str:
-    """The blocks of a level on the way down, a letter each, without the convolution that halves the grid."""
+    """The blocks of a level in the down path, one letter each, without the downsampling convolution."""
     leaves = {"C": "depthwise.weight", "T": "mapper.weight", "A": "attention.attn.in_proj_weight"}
     kinds = ""
     for number in range(min(level, 1), state.count(f"down_blocks.{level}.")):
@@ -193,6 +193,6 @@ def _block_kinds(state: StateDict, level: int) -> str:
         kind = next((kind for kind, leaf in leaves.items() if block + leaf in state.tensors), None)
         if kind is None:
             known = ", ".join(leaves.values())
-            raise state.error(f"{block}*", "of no known kind", f"a block with one of {known}")
+            raise state.error(f"{block}*", "of an unknown kind", f"a block with one of {known}")
         kinds += kind
     return kinds

@@ -1,8 +1,8 @@
-"""Folders of ppdiffusers, PaddlePaddle's port of diffusers: pipelines, names and files are the same.
+"""Reads folders of ppdiffusers, PaddlePaddle's port of diffusers, with the same pipelines, names and files.
 
-The tensors are not: a linear layer's matrix lies there as (in, out), a BatchNorm's statistics have other
-names, and counters are left out. Which matrices are linear layers', only the network can say: that of an
-embedding is a matrix too, and a square one fits both ways.
+The tensors differ: the matrix of a linear layer is stored as (in, out), the statistics of BatchNorm have
+other names, and counters are omitted. Only the network knows which matrices are those of linear layers:
+embeddings are matrices too, and a square matrix fits both ways.
 """
 
 from collections.abc import Collection, Mapping
@@ -20,7 +20,7 @@ from wuerstchen.errors import CheckpointError
 _STATISTICS = {".running_mean": "._mean", ".running_var": "._variance"}
 _COUNTER = ".num_batches_tracked"
 _POSITIONS = "position_ids"
-# What PaddleNLP's own CLIP, which ppdiffusers had before it ported that of transformers, calls otherwise.
+# Names in PaddleNLP's own CLIP, which ppdiffusers used before it ported the one of transformers.
 _PADDLENLP = {
     "text_model.embeddings.token_embedding.": "text_model.token_embedding.",
     "text_model.embeddings.position_embedding.": "text_model.positional_embedding.",
@@ -34,7 +34,7 @@ _PADDLENLP = {
 
 
 def is_paddle(folder: Path) -> bool:
-    """Whether the ``model_index.json`` of a pipeline's folder names classes of Paddle's libraries.
+    """Whether the ``model_index.json`` in a folder names classes of Paddle's libraries.
 
     Raises ``CheckpointError`` if it cannot be read.
     """
@@ -46,16 +46,15 @@ def is_paddle(folder: Path) -> bool:
 def from_paddle(
     network: nn.Module, tensors: Mapping[str, Tensor], where: str | Path = "the state dict"
 ) -> dict[str, Tensor]:
-    """``network``'s state dict from Paddle's tensors. It may be on ``meta``: only its shapes are looked at.
+    """Converts Paddle's tensors to a state dict of ``network``, which may be on ``meta``.
 
-    Matrices come as transposed views, counters as 0. Raises ``CheckpointError``, which begins with ``where``,
-    if a tensor is missing or left over, or does not fit.
+    Matrices become transposed views, counters are 0. Raises ``CheckpointError``, starting with ``where``, if
+    a tensor is missing, unexpected, or does not fit.
     """
 
     def error(name: str, found: object, wanted: object) -> CheckpointError:
         return CheckpointError(
-            f"{where} is wrong because {name!r} is {found} there and {wanted} by its configuration; "
-            "get both again"
+            f"{where}: {name!r} is {found}, but {wanted} by the configuration. Download both again."
         )
 
     names, linear = _names(network, tensors), _linear_weights(network)
@@ -69,11 +68,11 @@ def from_paddle(
         found = tensors.get(name)
         if found is None:
             raise error(name, "missing", tuple(shape))
-        # Paddle's converter turns a vector of one number into a number.
-        one_number = found.numel() == target.numel() == 1 and max(found.ndim, target.ndim) == 1
-        if found.shape != shape and not one_number:
+        # Paddle's converter turns a vector with one value into a scalar.
+        is_scalar = found.numel() == target.numel() == 1 and max(found.ndim, target.ndim) == 1
+        if found.shape != shape and not is_scalar:
             raise error(name, tuple(found.shape), tuple(shape))
-        if found.dtype is torch.uint16:  # numpy, through which Paddle writes, has no bfloat16
+        if found.dtype is torch.uint16:  # Paddle writes with numpy, which has no bfloat16
             found = found.view(torch.bfloat16)
         if found.is_floating_point() != target.is_floating_point():
             raise error(name, found.dtype, target.dtype)
@@ -85,17 +84,18 @@ def from_paddle(
 
 
 def to_paddle(network: nn.Module) -> dict[str, Tensor]:
-    """A network's tensors as Paddle names and stores them, without counters: ``from_paddle``'s inverse."""
+    """A network's tensors as Paddle names and stores them, without counters. The inverse of
+    ``from_paddle``."""
     state, linear = network.state_dict(), _linear_weights(network)
     return {name: state[key].T if key in linear else state[key] for key, name in _names(network).items()}
 
 
 def fill_paddle(network: nn.Module, stored: StoredTensors, dtype: torch.dtype) -> None:
-    """Gives ``network``, built on ``meta``, the tensors of a folder whose classes are Paddle's.
+    """Loads the tensors of a folder with Paddle's classes into ``network``, which is on ``meta``.
 
-    The file's own word comes first: ``format`` is ``pd`` where ppdiffusers wrote it, ``np`` where PaddleNLP
-    did, and ``pt`` for tensors as PyTorch has them. Raises ``CheckpointError`` for other formats and for
-    what does not fit; the network is then as it was.
+    The metadata of the file decides: ``format`` is ``pd`` for ppdiffusers, ``np`` for PaddleNLP, and ``pt``
+    for PyTorch's tensors. Raises ``CheckpointError`` for other formats and for tensors that do not fit. The
+    network is then unchanged.
     """
     written = stored.metadata.get("format", "pd")
     if written == "pt":
@@ -104,7 +104,7 @@ def fill_paddle(network: nn.Module, stored: StoredTensors, dtype: torch.dtype) -
     where = stored.files[0]
     if written not in ("pd", "np"):
         raise CheckpointError(
-            f"{where} is wrong because its format is {written!r}, none of pd, np and pt; get the model again"
+            f"{where}: format must be pd, np or pt, got {written!r}. Download the model again."
         )
     state = from_paddle(network, stored.read(), where)
     network.load_state_dict(
@@ -131,7 +131,7 @@ PADDLE = TensorLayout(
 
 
 def _names(network: nn.Module, stored: Collection[str] = ()) -> dict[str, str]:
-    """What Paddle calls our keys; of the two sets of names of a text encoder the one that is ``stored``."""
+    """Paddle's names for our keys. A text encoder has two possible sets of names: ``stored`` decides."""
     keys = [key for key in network.state_dict() if not key.endswith(_COUNTER)]
     names = {key: key for key in keys}
     if any(key.endswith("token_embedding.weight") for key in keys):

@@ -1,8 +1,8 @@
-"""How much work a pickle makes, told before anything reads it.
+"""Checks how much work loading a pickle would be, before it is loaded.
 
-``torch.load(weights_only=True)`` runs no code of a file, but a few hundred bytes can keep it busy for hours:
-a tuple of two references to a tuple of two references, and so on, has 2ⁿ elements when it is hashed as a key.
-Here the opcodes are followed with nothing but sizes on the stack.
+``torch.load(weights_only=True)`` runs no code from a file, but a few hundred bytes can keep it busy for
+hours: a tuple of two references to a tuple of two references, and so on, has 2ⁿ elements when it is hashed as
+a key. This module interprets the opcodes with only sizes on the stack.
 """
 
 import pickle
@@ -12,32 +12,32 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_OPCODES = 2_000_000
-"""A tensor takes about 50, so that is some 40,000 tensors, far more than a model and its optimizer have."""
+"""Enough for about 40,000 tensors, at 50 opcodes each: far more than a model and its optimizer have."""
 MAX_KEY = 100
-"""Elements of a key of a dictionary, with all that is in them. Ours are texts and numbers."""
+"""Elements in a dictionary key, including nested ones. Keys are usually strings and numbers."""
 MAX_ARGUMENTS = 10_000
-"""Elements of what a tensor is rebuilt from: about 30."""
+"""Elements in the arguments of a call. A tensor has about 30."""
 
 
 class TooMuchWork(ValueError):
-    """Reading a file would take more than its size explains."""
+    """Loading a file would take much longer than its size suggests."""
 
 
 @dataclass(eq=False, slots=True)
 class _Value:
-    """What lies on the stack: how much is in it, and whether it is in something else."""
+    """A stack entry: its number of elements, and whether it is inside another one."""
 
     size: int
     inside: bool = False
 
 
-_ENDLESS = 1 << 40  # larger sizes are not told apart: the numbers themselves would grow
+_ENDLESS = 1 << 40  # sizes are capped, or the numbers themselves would grow
 _MARK = _Value(0)
 _PUT = {"PUT", "BINPUT", "LONG_BINPUT"}
 _GET = {"GET", "BINGET", "LONG_BINGET"}
 _NOTHING = {"PROTO", "FRAME", "STOP"}
 _CALLS = {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"}
-# Of one number, or one list of texts.
+# Opcodes of a number, or of a list of strings.
 _FLAT = {
     "NONE",
     "NEWTRUE",
@@ -60,9 +60,9 @@ _DROPS = {"POP", "POP_MARK"}
 def check_pickle(stream: Any, *, flat: bool = False) -> None:
     """Reads one pickle from a binary stream up to its end.
 
-    ``flat`` allows a number, a text, or one list of these, whose elements may then be printed or become keys.
-    Raises ``pickle.UnpicklingError`` if it is damaged or not flat, ``TooMuchWork`` if it is that. Time and
-    memory are in proportion to the bytes that are read.
+    ``flat`` only allows a number, a string, or a list of these. Raises ``pickle.UnpicklingError`` if the
+    pickle is damaged or not flat, ``TooMuchWork`` if loading it would take too long. Time and memory are
+    proportional to its length.
     """
     stack: list[_Value] = []
     memo: dict[Any, _Value] = {}
@@ -70,14 +70,14 @@ def check_pickle(stream: Any, *, flat: bool = False) -> None:
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
             if count == MAX_OPCODES:
-                raise TooMuchWork(f"it has more than {MAX_OPCODES} steps")
+                raise TooMuchWork(f"it has more than {MAX_OPCODES} opcodes")
             name = opcode.name
             if name in _NOTHING:
                 continue
             if flat:
                 lists += name == "EMPTY_LIST"
                 if name not in _FLAT or lists > 1:
-                    raise pickle.UnpicklingError("it is no number, no text and no list of them")
+                    raise pickle.UnpicklingError("it is not a number, a string, or a list of these")
             if name == "MARK":
                 stack.append(_MARK)
             elif name in _PUT:
@@ -92,24 +92,24 @@ def check_pickle(stream: Any, *, flat: bool = False) -> None:
                 _step(opcode, stack)
     except TooMuchWork:
         raise
-    except Exception as error:  # pickletools and an empty stack raise many kinds
+    except Exception as error:  # pickletools and an empty stack raise many kinds of errors
         raise pickle.UnpicklingError(str(error)) from None
 
 
 def _step(opcode: pickletools.OpcodeInfo, stack: list[_Value]) -> None:
-    """Takes off the stack what an opcode takes, and puts there what it puts."""
+    """Pops what an opcode pops, and pushes what it pushes."""
     taken = list(_taken(opcode, stack))
-    size = min(1 + sum(one.size for one in taken), _ENDLESS)
+    size = min(1 + sum(value.size for value in taken), _ENDLESS)
     if opcode.name in _CALLS and size > MAX_ARGUMENTS:
-        raise TooMuchWork(f"an object in it is made of more than {MAX_ARGUMENTS} parts")
+        raise TooMuchWork(f"an object in it has more than {MAX_ARGUMENTS} arguments")
     if opcode.name in ("SETITEM", "SETITEMS", "DICT"):
         first = 0 if opcode.name == "DICT" else 1
-        if any(one.size > MAX_KEY for one in taken[first::2]):
-            raise TooMuchWork(f"a key in it has more than {MAX_KEY} parts")
-    if opcode.name == "BINPERSID" and size > MAX_KEY:  # it says where values are stored, and becomes a key
-        raise TooMuchWork(f"a place of values in it has more than {MAX_KEY} parts")
-    if opcode.name == "ADDITEMS" and any(one.size > MAX_KEY for one in taken[1:]):
-        raise TooMuchWork(f"an element of a set in it has more than {MAX_KEY} parts")
+        if any(value.size > MAX_KEY for value in taken[first::2]):
+            raise TooMuchWork(f"a key in it has more than {MAX_KEY} elements")
+    if opcode.name == "BINPERSID" and size > MAX_KEY:  # the id of a storage, which becomes a key
+        raise TooMuchWork(f"the id of a storage in it has more than {MAX_KEY} elements")
+    if opcode.name == "ADDITEMS" and any(value.size > MAX_KEY for value in taken[1:]):
+        raise TooMuchWork(f"an element of a set in it has more than {MAX_KEY} elements")
     if opcode.name in _INTO:
         _grow(taken[0], size, opcode)
         stack.append(taken[0])
@@ -126,9 +126,9 @@ def _grow(value: _Value, size: int, opcode: pickletools.OpcodeInfo) -> None:
     ``pickle`` itself fills a container after it was put into another one only where they hold each other.
     """
     if value.inside and opcode.name == "BUILD":
-        raise pickle.UnpicklingError("it holds objects that hold each other")
+        raise pickle.UnpicklingError("it contains objects that contain each other")
     if value.inside:
-        raise TooMuchWork("a container in it is filled after it was put into another one")
+        raise TooMuchWork("a container in it is filled after it was added to another one")
     value.size = size
 
 

@@ -1,4 +1,4 @@
-"""What the README of a model says to machines: the YAML between its first two lines of dashes."""
+"""Reads the front matter of a model's README: the YAML between its first two lines of dashes."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ import yaml
 from wuerstchen.errors import CheckpointError
 
 MAX_FRONT_MATTER = 64 << 10
-"""Characters. YAML takes a second for so many."""
+"""Length limit in characters. YAML takes a second to parse that many."""
 
 _BLOCK = re.compile(r"\s*---\n(?P<yaml>.*?)(?P<end>\n---[ \t]*(\n|\Z)|\Z)", re.DOTALL)
 
@@ -17,8 +17,8 @@ _BLOCK = re.compile(r"\s*---\n(?P<yaml>.*?)(?P<end>\n---[ \t]*(\n|\Z)|\Z)", re.D
 def read_front_matter(path: Path) -> dict[str, Any]:
     """The front matter of a README, empty if there is none.
 
-    Raises ``CheckpointError`` if it is damaged, long, or has aliases, of which ten lines can stand for ten
-    thousand million words.
+    Raises ``CheckpointError`` if it is damaged, too long, or contains aliases, because ten lines of aliases
+    can expand to ten billion words.
     """
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -28,22 +28,21 @@ def read_front_matter(path: Path) -> dict[str, Any]:
             return {}
         if not match["end"]:
             raise CheckpointError(
-                f"{path} is wrong because its front matter has more than {MAX_FRONT_MATTER >> 10} kB; "
-                "shorten it"
+                f"{path}: the front matter has more than {MAX_FRONT_MATTER >> 10} kB. Shorten it."
             )
         content = yaml.load(match["yaml"], _WithoutAliases)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         if isinstance(error, CheckpointError):
             raise
         reason = " ".join(str(error).split())[:100]
-        raise CheckpointError(f"{path} cannot be read ({reason}); mend its front matter") from error
+        raise CheckpointError(f"the front matter of {path} cannot be read ({reason}). Correct it.") from error
     if not isinstance(content, dict | None):
-        raise CheckpointError(f"{path} cannot be read (it holds no fields); mend its front matter")
+        raise CheckpointError(f"the front matter of {path} has no fields. Correct it.")
     return content or {}
 
 
 class _WithoutAliases(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it has aliases")
+            raise yaml.YAMLError("it contains aliases")
         return super().compose_node(parent, index)

@@ -1,6 +1,6 @@
-"""Reads and writes the folder of a text encoder: the small BERT's, or CLIP's with its tokenizer beside it.
+"""Reads and writes text encoders with their tokenizers: the small BERT, or CLIP.
 
-``transformers`` is imported inside the functions: it takes as long to import as torch does.
+``transformers`` is imported inside the functions because importing it takes as long as importing torch.
 """
 
 import shutil
@@ -42,12 +42,12 @@ _TEXTS = ("LICENSE", "README.md")
 
 
 def read_text_encoder(path: Path | str, dtype: torch.dtype = torch.float32) -> TextEncoder:
-    """Read a text encoder's ``config.json``, ``model.safetensors`` and tokenizer.
+    """Reads a text encoder's ``config.json``, ``model.safetensors`` and tokenizer.
 
     BERT has ``vocab.txt`` and may be stored in int8. CLIP has ``tokenizer.json``, or ``vocab.json`` and
-    ``merges.txt``; where they and the model lie in the folders ``tokenizer`` and ``text_encoder`` of a
-    pipeline, its folder does as well. Nothing is fetched and no code is run. Raises ``CheckpointError`` for a
-    missing, damaged or ill-fitting file.
+    ``merges.txt``. ``path`` may also be the folder of a pipeline, with subfolders ``tokenizer`` and
+    ``text_encoder``. Nothing is downloaded and no code is run. Raises ``CheckpointError`` if a file is
+    missing, damaged, or does not fit.
     """
     folder = Path(path)
     if (folder / "text_encoder").is_dir() and not (folder / "config.json").exists():
@@ -61,21 +61,23 @@ def read_text_encoder(path: Path | str, dtype: torch.dtype = torch.float32) -> T
 
 
 def write_text_encoder(encoder: TextEncoder, folder: Path) -> None:
-    """Writes CLIP and its tokenizer into one new folder, which ``read_text_encoder`` reads.
+    """Writes CLIP and its tokenizer to one new folder for ``read_text_encoder``.
 
-    Raises ``UserError`` for BERT, whose vocabulary is a file of its own: copy its folder.
+    Raises ``UserError`` for BERT. Copy its folder instead.
     """
     if encoder.model.config.model_type != "clip_text_model":
-        raise UserError("a text encoder that is no CLIP cannot be written; name its folder, to be copied")
+        raise UserError(
+            "only CLIP text encoders can be written. Give the folder of other text encoders, to copy it."
+        )
     write_clip(encoder.model, folder)
     write_clip_tokenizer(clip_tokenizer_of(encoder), folder)
 
 
 def copy_text_encoder(source: Path, target: Path) -> None:
-    """Copies a text encoder that was read from the folder ``source`` into the new folder ``target``.
+    """Copies a text encoder from the folder ``source`` to the new folder ``target``.
 
-    Only the files that ``read_text_encoder`` reads are copied, and a licence and a README that are no links:
-    a folder from elsewhere may hold anything, and link to anything.
+    Copies only the files that ``read_text_encoder`` reads, and the license and README unless they are links:
+    an untrusted folder may contain anything, and link to anything.
     """
     target.mkdir()
     for name in (*_FILES, *_TEXTS):
@@ -88,7 +90,7 @@ def _is_clip(path: Path) -> bool:
     try:
         return read_json(path).get("model_type") == "clip_text_model"
     except CheckpointError:
-        return False  # which the other reader says better
+        return False  # the other reader has the better message
 
 
 def _read_bert_encoder(folder: Path) -> TextEncoder:
@@ -108,53 +110,54 @@ def _quoted(path: Path) -> str:
 
 def _read_config(path: Path) -> dict[str, Any]:
     raw = read_json(path)
-    # Nothing else: a configuration could choose how attention is computed, by code from elsewhere too.
+    # No other fields: a configuration could choose how attention is computed, even with downloaded code.
     config = {name: raw[name] for name in _BERT_FIELDS if name in raw}
     if config.get("model_type") != "bert":
         raise CheckpointError(
-            f"{_quoted(path)} is wrong because its model_type is neither 'bert' nor 'clip_text_model';"
-            " give the folder of a BERT or CLIP text encoder"
+            f"{_quoted(path)}: model_type must be 'bert' or 'clip_text_model', got "
+            f"{shown(config.get('model_type'))}. Use the folder of a BERT or CLIP text encoder."
         )
     for field in ("vocab_size", "pad_token_id", "text_positions"):
         if type(config.get(field)) is not int:
             raise CheckpointError(
-                f"{_quoted(path)} is wrong because {field} is {shown(config.get(field))} and must be an"
-                " integer; fetch it again"
+                f"{_quoted(path)}: {field} must be an integer, got {shown(config.get(field))}. Download it "
+                "again."
             )
     layers, pad = config.get("num_hidden_layers", 1), config["pad_token_id"]
     if type(layers) is not int or not 1 <= layers <= 512 or not 0 <= pad < config["vocab_size"]:
         raise CheckpointError(
-            f"{_quoted(path)} is wrong because num_hidden_layers is {shown(layers)}, which goes from 1"
-            f" to 512, or pad_token_id {pad}, which is a piece of the vocabulary; fetch it again"
+            f"{_quoted(path)}: num_hidden_layers must be from 1 to 512, got {shown(layers)}, and "
+            "pad_token_id must "
+            f"be an id in the vocabulary, got {pad}. Download it again."
         )
     return config
 
 
 def _read_word_pieces(path: Path, vocab_size: int) -> Tokenizer:
-    """The uncased WordPiece tokenizer of BERT; the line of a piece in ``vocab.txt`` is its id."""
+    """The uncased WordPiece tokenizer of BERT. The id of a piece is its line in ``vocab.txt``."""
     try:
         if path.exists() and (not path.is_file() or path.stat().st_size > MAX_DESCRIPTION):
             raise CheckpointError(
-                f"{_quoted(path)} is wrong because it is no file of at most {MAX_DESCRIPTION >> 20} MB;"
-                " fetch it again"
+                f"{_quoted(path)} is not a file of at most {MAX_DESCRIPTION >> 20} MB. Download it again."
             )
         pieces = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except OSError as error:
         raise CheckpointError(
-            f"{_quoted(path)} is wrong because it cannot be read ({error.strerror});"
-            " give the folder of a text encoder, or install the package again"
+            f"{_quoted(path)} cannot be read ({error.strerror}). "
+            "Give the folder of a text encoder, or reinstall the package."
         ) from error
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{_quoted(path)} is wrong because it is not UTF-8; fetch it again") from error
+        raise CheckpointError(f"{_quoted(path)} is not UTF-8. Download it again.") from error
     ids = {piece: line for line, piece in enumerate(pieces)}
     if len(ids) != vocab_size or len(pieces) != vocab_size:
         raise CheckpointError(
-            f"{_quoted(path)} is wrong because it holds {len(ids)} different pieces in {len(pieces)} lines"
-            f" and config.json says {vocab_size}; fetch it again"
+            f"{_quoted(path)} has {len(ids)} different pieces in {len(pieces)} lines, but vocab_size in "
+            "config.json "
+            f"is {vocab_size}. Download it again."
         )
     for special in ("[UNK]", "[CLS]", "[SEP]"):
         if special not in ids:
-            raise CheckpointError(f"{_quoted(path)} is wrong because {special} is not in it; fetch it again")
+            raise CheckpointError(f"{_quoted(path)} does not contain {special}. Download it again.")
     tokenizer = Tokenizer(WordPiece(ids, unk_token="[UNK]"))
     tokenizer.normalizer = BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = BertPreTokenizer()
@@ -173,33 +176,34 @@ def _read_bert(path: Path, config: dict[str, Any]) -> "BertModel":
     except (OSError, SafetensorError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{_quoted(path)} is wrong because it cannot be read ({reason});"
-            " give the folder of a text encoder, or install the package again"
+            f"{_quoted(path)} cannot be read ({reason}). "
+            "Give the folder of a text encoder, or reinstall the package."
         ) from error
     try:
         state = dequantize(state)
     except CheckpointError as error:
         raise CheckpointError(f"{_quoted(path)}: {error}") from error
     try:
-        # On "meta" no random weights are drawn: it is fast, and torch's global generator stays as it was.
+        # "meta" is fast, and does not change the state of torch's global generator.
         with torch.device("meta"):
             model = BertModel(BertConfig.from_dict(config), add_pooling_layer=False)
-    except Exception as error:  # transformers checks the fields with exceptions of many kinds
+    except Exception as error:  # transformers raises many kinds of errors for invalid fields
         reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{_quoted(path.with_name('config.json'))} is wrong because BERT cannot be built from it"
-            f" ({reason}); fetch it again"
+            f"{_quoted(path.with_name('config.json'))} is not a valid BERT configuration ({reason}). "
+            "Download it again."
         ) from error
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     found = {key: tuple(tensor.shape) for key, tensor in state.items()}
     for key in sorted(expected.keys() | found.keys()):
         if expected.get(key) != found.get(key):
             raise CheckpointError(
-                f"{_quoted(path)} is wrong because {key!r} is {found.get(key, 'missing')} there and"
-                f" {expected.get(key, 'unknown')} by config.json; fetch both again"
+                f"{_quoted(path)}: {key!r} is {found.get(key, 'missing')}, but "
+                f"{expected.get(key, 'unknown')} by "
+                "config.json. Download both again."
             )
     model.load_state_dict(state, assign=True)
-    # The two buffers that no file holds.
+    # Two buffers that are not stored.
     positions = model.config.max_position_embeddings
     model.embeddings.register_buffer(
         "position_ids", torch.arange(positions, device="cpu")[None], persistent=False

@@ -1,4 +1,4 @@
-"""Files of torch.save: what they hold, without running anything that is in them."""
+"""Reads files of torch.save without running any code in them."""
 
 import warnings
 import zipfile
@@ -13,14 +13,15 @@ from wuerstchen.checkpoints.pickles import check_pickle
 from wuerstchen.errors import CheckpointError
 
 MAX_PICKLE = 64 << 20
-"""Bytes of a torch file that are not values of tensors: names, shapes, and what else was saved."""
+"""Size limit in bytes of everything but the values of tensors: names, shapes, and other saved objects."""
 
 
 def check_whole(tensor: Tensor, subject: str) -> None:
-    """Refuses what ``torch.save`` can store but no weight is: sparse, quantised, or without all its values.
+    """Refuses tensors that ``torch.save`` can store, but that are not plain weights: sparse, quantized,
+    expanded.
 
-    A tensor of stride 0 would be small in the file and of any size in memory. Raises ``CheckpointError``,
-    which begins with ``subject``.
+    A tensor with stride 0 could be tiny in the file and huge in memory. Raises ``CheckpointError`` with a
+    message that starts with ``subject``.
     """
     whole = (
         tensor.layout is torch.strided
@@ -31,14 +32,15 @@ def check_whole(tensor: Tensor, subject: str) -> None:
     )
     if not whole:
         raise CheckpointError(
-            f"{subject} is not stored as a plain tensor with all its values; save it as one (.clone()) again"
+            f"{subject} is not a plain tensor with all its values. Save a clone (.clone()) of it."
         )
 
 
 def check_apart(tensors: Iterable[Tensor], where: str) -> None:
-    """Refuses many tensors that are views of the same few values, which would be of any size when converted.
+    """Refuses many views of the same few values, which could become huge when they are converted.
 
-    A few may share: tied weights do. Raises ``CheckpointError``, which begins with ``where``.
+    Some sharing is normal, for example tied weights. Raises ``CheckpointError`` with a message that starts
+    with ``where``.
     """
     sizes: dict[int, int] = {}
     total = 0
@@ -48,20 +50,20 @@ def check_apart(tensors: Iterable[Tensor], where: str) -> None:
         total += tensor.nbytes
     if total > 4 * sum(sizes.values()) + (1 << 20):
         raise CheckpointError(
-            f"{where} is wrong because its tensors have {total:,} bytes and share "
-            f"{sum(sizes.values()):,} stored ones; save each as a tensor of its own (.clone()) again"
+            f"{where}: the tensors have {total:,} bytes, but share {sum(sizes.values()):,} stored bytes. "
+            "Save a clone (.clone()) of each."
         )
 
 
 def read_torch_file(path: Path) -> object:
-    """What a file of ``torch.save`` holds: tensors, numbers, text, and containers of them.
+    """The content of a file of ``torch.save``: tensors, numbers, strings, and containers of these.
 
-    Raises ``CheckpointError`` if the file is missing, damaged, or holds pickled objects of other kinds.
+    Raises ``CheckpointError`` if the file is missing, damaged, or contains other pickled objects.
     """
     check_is_file(path)
     with damage_named(path), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about unusual files; what cannot be read is refused
-        # Mapped, so that a file is not held twice; the legacy format, which is no archive, cannot be.
+        warnings.simplefilter("ignore")  # about unusual files, which raise an error if they cannot be read
+        # Memory-mapped, to save memory. The legacy format is not an archive and cannot be mapped.
         mapped = zipfile.is_zipfile(path)
         if mapped:
             _check_archive(path)
@@ -71,30 +73,29 @@ def read_torch_file(path: Path) -> object:
 
 
 def _check_archive(path: Path) -> None:
-    """Raises ``CheckpointError`` for what torch would read wrongly, or for ever."""
+    """Raises ``CheckpointError`` for archives that torch would misread, or would take forever to read."""
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
-            # torch would map compressed bytes as if they were numbers.
+            # torch would map compressed bytes as if they were values.
             if entry.compress_type != zipfile.ZIP_STORED:
                 raise CheckpointError(
-                    f"{path} is wrong because it was compressed after torch.save wrote it; "
-                    "get the file as it was"
+                    f"{path} was compressed after torch.save wrote it. Use the original file."
                 )
-            if entry.filename.lower().endswith("data.pkl"):  # torch finds it in any case
+            if entry.filename.lower().endswith("data.pkl"):  # torch ignores the case of the name
                 if entry.file_size > MAX_PICKLE:
-                    raise ValueError(f"it has {entry.file_size:,} bytes beside its tensors")
+                    raise ValueError(f"it has {entry.file_size:,} bytes besides its tensors")
                 with archive.open(entry) as stream:
                     check_pickle(stream)
 
 
 def _check_legacy(path: Path) -> None:
-    """The same for the format before torch 1.6: pickles, then the values."""
+    """``_check_archive`` for the format before torch 1.6: pickles, then the values."""
     with open(path, "rb") as file:
         if file.read(2) == b"PK":
-            raise ValueError("it is an archive without its end")
+            raise ValueError("it is a truncated archive")
         file.seek(0)
-        # A magic number, a version, the machine, the object, and the names of its values.
+        # A magic number, a version, the machine, the object, and the keys of its storages.
         for flat in (True, True, False, False, True):
             check_pickle(file, flat=flat)
             if file.tell() > MAX_PICKLE:
-                raise ValueError(f"it has more than {MAX_PICKLE:,} bytes beside its tensors")
+                raise ValueError(f"it has more than {MAX_PICKLE:,} bytes besides its tensors")

@@ -1,4 +1,4 @@
-"""Which files of a folder hold a network's weights: whole or in shards, full or a variant such as fp16."""
+"""Finds the files with a network's weights: whole or in shards, full or a variant such as fp16."""
 
 import re
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ _PREFERRED = ("fp16", "bf16")
 
 
 def has_variant(folder: Path, variant: str) -> bool:
-    """Whether a file of weights in ``folder``, or in a folder inside it, is of that variant."""
+    """Whether ``folder`` or one of its subfolders has weights of that variant."""
     endings = (".safetensors", ".bin", ".json", ".index.json", ".*.index.json", ".index.*.json")
     patterns = [f"{place}*.{variant}{ending}" for place in ("", "*/") for ending in endings]
     return any(True for pattern in patterns for _ in folder.glob(pattern))
 
 
 def is_spare_variant(path: Path) -> bool:
-    """Whether a file is of a variant of weights that lie beside it in full, which are read in its place."""
+    """Whether a file is a variant of full weights in the same folder, which are read instead."""
     shard = r"-\d{5}-of-\d{5}"
     match = re.fullmatch(
         rf"(?P<stem>\w+)(?:{shard})?\.{_VARIANT}(?:{shard})?\.(?:safetensors|bin)", path.name
@@ -29,7 +29,7 @@ def is_spare_variant(path: Path) -> bool:
 
 
 def files_of(folder: Path, stems: Sequence[str], variant: str | None) -> list[Path]:
-    """The files of full weights, or of those of a variant, in ``folder``; empty if there are none."""
+    """The files with full weights, or with those of a variant, in ``folder``. Empty if there are none."""
     for ending in _ENDINGS:
         for stem in stems:
             whole = folder / (f"{stem}{ending}" if variant is None else f"{stem}.{variant}{ending}")
@@ -42,7 +42,7 @@ def files_of(folder: Path, stems: Sequence[str], variant: str | None) -> list[Pa
 
 
 def _index_names(stem: str, ending: str, variant: str | None) -> list[str]:
-    """What the index of shards may be called: by diffusers of today first, then by older ones."""
+    """Possible names for the index of shards: that of current diffusers first, then older ones."""
     if variant is None:
         return [f"{stem}{ending}.index.json"]
     return [
@@ -54,9 +54,9 @@ def _index_names(stem: str, ending: str, variant: str | None) -> list[str]:
 
 
 def only_variant(folder: Path, stems: Sequence[str]) -> str | None:
-    """The variant in a folder without full weights, None if there is none.
+    """The variant in a folder without full weights. None if there is none.
 
-    Half precision comes before others. Raises ``CheckpointError`` where several others are there.
+    Half precision is preferred. Raises ``CheckpointError`` if there are several other variants.
     """
     if not folder.is_dir():
         return None
@@ -77,17 +77,17 @@ def only_variant(folder: Path, stems: Sequence[str]) -> str | None:
             return preferred
     if len(found) > 1:
         raise CheckpointError(
-            f"{folder} has no full weights and several variants: {', '.join(sorted(found))[:200]}. One of "
-            "them can be read. Leave only that one there, or name it with variant= in wuerstchen.diffusers."
+            f"{folder} has no full weights, but several variants: {', '.join(sorted(found))[:200]}. "
+            "Remove all but one, or choose one with variant= in wuerstchen.diffusers."
         )
     return next(iter(found), None)
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files that an index names, which lie beside it."""
+    """The files that an index names. They must be in the same folder."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
-        raise CheckpointError(f"{index} is wrong because it has no weight_map; get the model again")
+        raise CheckpointError(f"{index} has no weight_map. Download the model again.")
     names = sorted({str(place) for place in places.values()})
     for name in names:
         if (
@@ -96,6 +96,6 @@ def _shards(index: Path) -> list[Path]:
             or Path(name).suffix not in (".safetensors", ".bin")
         ):
             raise CheckpointError(
-                f"{index} is wrong because {name!r} is no file of weights beside it; get the model again"
+                f"{index}: {name!r} is not a weight file in the same folder. Download the model again."
             )
     return [index.parent / name for name in names]

@@ -1,4 +1,4 @@
-"""The tensors of a network, from safetensors or torch's own files, whole or in shards, from any program."""
+"""Reads the tensors of a network from safetensors or torch files, whole or in shards, by any program."""
 
 import functools
 import re
@@ -21,51 +21,48 @@ _COMPILED = re.compile(r"(^|\.)_orig_mod\.")
 
 
 def read_tensors_of(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file or of a torch file that holds a state dict and nothing else.
+    """All tensors of a safetensors file, or of a torch file that contains only a state dict.
 
-    Raises ``CheckpointError`` if the file is missing, damaged, or holds anything but tensors.
+    Raises ``CheckpointError`` if the file is missing, damaged, or contains anything but tensors.
     """
     if path.suffix == ".safetensors":
         return StoredTensors.of([path]).read()
     state = read_torch_file(path)
     if not isinstance(state, Mapping):
         raise CheckpointError(
-            f"{path} is wrong because it holds a {type(state).__name__}, not a state dict; "
-            "give a file with nothing but a state dict of tensors"
+            f"{path} contains a {type(state).__name__}, not a state dict. Use a file with only a state dict."
         )
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise CheckpointError(
-                f"{path} is wrong because its entry {shown(name)} is no tensor; "
-                "give a file with nothing but a state dict of tensors"
+                f"{path}: the entry {shown(name)} is not a tensor. Use a file with only a state dict."
             )
-        check_whole(value, f"{path} is wrong because its entry {shown(name)}")
+        check_whole(value, f"{path}: the entry {shown(name)}")
     check_apart(state.values(), str(path))
     return plain_names(state, path)
 
 
 def plain_names(tensors: Mapping[str, N], where: Path | str) -> dict[str, N]:
-    """The same without ``_orig_mod.``, which stands wherever a compiled module was saved.
+    """The same tensors without ``_orig_mod.`` in their names, which saved compiled modules have.
 
-    Raises ``CheckpointError`` if a name is then there twice.
+    Raises ``CheckpointError`` if two names are then equal.
     """
     plain = {_COMPILED.sub(r"\1", name): tensor for name, tensor in tensors.items()}
     if len(plain) < len(tensors):
         raise CheckpointError(
-            f"{where} is wrong because it holds a network both compiled, under _orig_mod, and as it is; "
-            "save one of them"
+            f"{where} contains a network twice, once compiled (under _orig_mod). Save only one of them."
         )
     return plain
 
 
 @dataclass(frozen=True)
 class StoredTensors:
-    """The tensors of one network, in one file or several: their shapes at once, their values when asked."""
+    """The tensors of one network in one or several files: shapes first, values on demand."""
 
     shapes: dict[str, tuple[int, ...]]
     files: tuple[Path, ...]
     metadata: dict[str, str]
-    """What a safetensors file says about itself, ``format`` for one."""
+    """The metadata of safetensors files, such as ``format``."""
 
     @classmethod
     def of(cls, files: Sequence[Path]) -> "StoredTensors":
@@ -83,41 +80,41 @@ class StoredTensors:
             twice = sorted(shapes.keys() & found.keys())
             if twice:
                 raise CheckpointError(
-                    f"{path} is wrong because {twice[0]!r} is in another shard too; get the model again"
+                    f"{path}: {twice[0]!r} is also in another shard. Download the model again."
                 )
             shapes |= found
         return cls(shapes=shapes, files=tuple(files), metadata=metadata)
 
     @classmethod
     def in_folder(cls, folder: Path, stems: Sequence[str], variant: str | None = None) -> "StoredTensors":
-        """The tensors in ``folder`` under the first of the names ``stems`` that is there.
+        """The tensors in ``folder`` under the first of the names ``stems`` that exists.
 
-        safetensors comes before ``.bin``, a whole file before shards (``STEM.safetensors.index.json``). Those
-        of ``variant`` (``STEM.fp16.safetensors``) come first. Where there are neither these nor full weights,
-        the variant that is there is read, and a ``UserNotice`` says so.
+        safetensors is preferred to ``.bin``, a whole file to shards (``STEM.safetensors.index.json``), and
+        ``variant`` (``STEM.fp16.safetensors``) to full weights. If neither exists, another variant is read,
+        with a ``UserNotice``.
         """
         for tried in dict.fromkeys((variant, None)):
             if files := files_of(folder, stems, tried):
                 return cls.of(files)
         if found := only_variant(folder, stems):
             warnings.warn(
-                f"{folder.parent} has weights of which only the variant {found!r} is there. It is read in "
-                "place of the full weights.",
+                f"{folder.parent} has only the variant {found!r} of some weights. It is read instead of full "
+                "weights.",
                 UserNotice,
                 stacklevel=2,
             )
             return cls.of(files_of(folder, stems, found))
         if any(folder.glob("*.pdparams")):
             raise CheckpointError(
-                f"{folder} holds Paddle's pickles (.pdparams), which are never opened; load the model in "
-                "ppdiffusers and save it again with save_pretrained(FOLDER, safe_serialization=True)"
+                f"{folder} contains Paddle's pickles (.pdparams), which are never opened. Load the model in "
+                "ppdiffusers and save it with save_pretrained(FOLDER, safe_serialization=True)."
             )
         raise CheckpointError(
-            f"{folder} holds no weights: there is no {stems[0]}.safetensors nor .bin; get the model again"
+            f"{folder} has no weights: there is no {stems[0]}.safetensors or .bin. Download the model again."
         )
 
     def dtype(self) -> torch.dtype:
-        """The widest dtype among the floating tensors; float32 if they are of other kinds."""
+        """The widest dtype of the floating-point tensors. float32 if there are none."""
         kinds: set[torch.dtype] = set()
         for path in self.files:
             if path.suffix != ".safetensors":
@@ -130,7 +127,7 @@ class StoredTensors:
         return functools.reduce(torch.promote_types, kinds) if kinds else torch.float32
 
     def read(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """All tensors, floating ones in ``dtype`` if it is given."""
+        """All tensors. Floating-point ones are converted to ``dtype`` if it is given."""
         tensors: dict[str, Tensor] = {}
         for path in self.files:
             if path.suffix != ".safetensors":
@@ -152,10 +149,11 @@ def fill(
     *,
     ignored: Collection[str] = (),
 ) -> None:
-    """Gives ``network``, built on ``meta``, the stored tensors, where ``names`` says how a key is called.
+    """Loads stored tensors into ``network``, which is on ``meta``. ``names`` maps its keys to the stored
+    names.
 
-    Names and shapes are compared before anything is read; stored names in ``ignored`` may be there or not.
-    Raises ``CheckpointError`` with the first that does not fit; the network is then as it was.
+    Names and shapes are compared before anything is read. Stored names in ``ignored`` are optional. Raises
+    ``CheckpointError`` for the first mismatch. The network is then unchanged.
     """
     where = stored.files[0]
     expected = {names.get(key, key): (key, tuple(t.shape)) for key, t in network.state_dict().items()}
@@ -164,20 +162,19 @@ def fill(
         found = stored.shapes.get(name, "missing")
         if wanted != found:
             raise CheckpointError(
-                f"{where} is wrong because {name!r} is {found} there and {wanted} by its configuration; "
-                "get both again"
+                f"{where}: {name!r} is {found}, but {wanted} by the configuration. Download both again."
             )
     tensors = stored.read(dtype)
     state = network.state_dict()
     for name, (key, _) in expected.items():
         if tensors[name].is_floating_point() != state[key].is_floating_point():
             raise CheckpointError(
-                f"{where} is wrong because {name!r} is {tensors[name].dtype} there, which {state[key].dtype} "
-                "cannot be read from; get it again"
+                f"{where}: the dtype of {name!r} must be {state[key].dtype}, got {tensors[name].dtype}. "
+                "Download it again."
             )
     network.load_state_dict({key: tensors[name] for name, (key, _) in expected.items()}, assign=True)
     network.eval().requires_grad_(False)
 
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""What safetensors calls them."""
+"""dtypes by their names in safetensors."""
