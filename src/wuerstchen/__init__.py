@@ -1,10 +1,10 @@
-"""Würstchen: text-to-image in a latent map shrunk 42 times.
+"""Würstchen: text-to-image with latents that are 42× smaller per side.
 
     import wuerstchen
     model = wuerstchen.load()
     model.generate("a 3D render of a purple camel")[0].save("camel.png")
 
-The names below are imported when they are first used, so that importing the package loads no torch.
+The names below are imported on first use, so importing the package does not load torch.
 """
 
 import os
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from wuerstchen.errors import CheckpointError, DataError, RunFolderError, UserError
     from wuerstchen.pipeline import Sampling, Wuerstchen, load
 
-# Threads that wait by spinning take the cores from each other as soon as anything else runs, and a picture
-# then takes minutes. OpenMP reads this when torch is imported.
+# Spinning threads block cores as soon as anything else runs, and an image then takes minutes. OpenMP reads
+# this when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __all__ = [

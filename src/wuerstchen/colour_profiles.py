@@ -1,8 +1,8 @@
-"""Converts images to sRGB by the colour profile that they carry.
+"""Converts images to sRGB with their embedded colour profiles.
 
-Profiles are read by LittleCMS, through Pillow. A file may be hostile, so LittleCMS sees only those parts of a
-profile that a conversion from it needs; what is left takes milliseconds, whatever it says. Importing this
-loads neither torch nor numpy.
+LittleCMS, through Pillow, reads the profiles. Because files are untrusted, it gets only the parts that a
+conversion to sRGB needs. These take milliseconds, whatever they contain. Importing this module loads neither
+torch nor numpy.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from PIL import ImageCms
 
 MAX_PROFILE = 8 * 2**20
-"""Bytes of the largest profile that is read. Profiles of printing presses have up to 3 MB."""
+"""Size limit of profiles in bytes. Profiles of printing presses have up to 3 MB."""
 MAX_DIFFERENCE = 2
-"""A profile is taken for sRGB's own if no colour changes by more than this, of 255. Many programs write sRGB
-with slightly rounded curves, and converting those would only add rounding errors."""
+"""A profile counts as sRGB if no colour changes by more than this, of 255. Many programs write sRGB with
+slightly rounded curves, and converting them would only add rounding errors."""
 
 _HEADER = 128
 _CLASSES = frozenset({b"scnr", b"mntr", b"prtr", b"spac"})
 _SPACES = {b"RGB ": "RGB", b"GRAY": "L", b"CMYK": "CMYK"}
-# Everything else in a profile describes other directions and devices, or is text. Above all the "D2B" tags
-# must go: they hold programs of any length, and one of 4 MB computes for minutes.
+# Everything else in a profile describes other directions and devices, or is text. The "D2B" tags must be
+# removed because they contain programs of any length, and one of 4 MB runs for minutes.
 _TAGS = frozenset(
     {
         b"A2B0",
@@ -51,16 +51,16 @@ _TAGS = frozenset(
 
 
 class _Unusable(Exception):
-    """A profile that cannot be used; the text says why."""
+    """A profile that cannot be used. The message says why."""
 
 
 def to_srgb(image: Image.Image) -> Image.Image:
-    """``image`` (mode RGB, L, CMYK or LAB) in sRGB, by the profile it carries; without one it stays as it is.
+    """Converts ``image`` (mode RGB, L, CMYK or LAB) to sRGB with its profile. Without one it is not changed.
 
-    Where something changed, the result is a new image of mode RGB (L for a grey one) without a profile.
-    Embedded ICC profiles are used, and the EXIF mark of cameras for Adobe RGB. The intent is perceptual, with
-    black point compensation. A profile that is damaged, larger than ``MAX_PROFILE`` or of other colours than
-    the image counts as none, with a ``UserNotice``.
+    A converted image has mode RGB (L for grey images) and no profile. Embedded ICC profiles are used, and the
+    EXIF mark of cameras for Adobe RGB. The rendering intent is perceptual, with black point compensation. A
+    profile that is damaged, larger than ``MAX_PROFILE``, or for other colours than the image's is ignored,
+    with a ``UserNotice``.
     """
     if image.mode == "LAB":
         return _stripped(_lab_transform().apply(image))
@@ -69,10 +69,10 @@ def to_srgb(image: Image.Image) -> Image.Image:
         return image
     try:
         mode, transform = _transform(profile)
-        if mode == "RGB" and image.mode == "L":  # grey shown on an RGB device
+        if mode == "RGB" and image.mode == "L":  # a grey image with an RGB profile
             image = image.convert("RGB")
         if mode != image.mode:
-            raise _Unusable(f"it is for {mode} and the image is {image.mode}")
+            raise _Unusable(f"it is for {mode}, but the image is {image.mode}")
     except _Unusable as error:
         warnings.warn(
             f"The colour profile of an image cannot be used: {error}. Its colours are read as sRGB.",
@@ -84,7 +84,7 @@ def to_srgb(image: Image.Image) -> Image.Image:
 
 
 def profile_of(image: Image.Image) -> bytes | None:
-    """The ICC profile that says what the colours of ``image`` mean. None stands for sRGB."""
+    """The ICC profile of ``image``. None means sRGB."""
     profile = image.info.get("icc_profile")
     if isinstance(profile, bytes) and profile:
         return profile
@@ -92,7 +92,7 @@ def profile_of(image: Image.Image) -> bytes | None:
 
 
 def differs_from_srgb(profile: bytes) -> bool:
-    """Whether colours change when an image with this profile is converted. A damaged one changes nothing."""
+    """Whether converting an image with this profile changes colours. False if the profile is damaged."""
     try:
         mode, transform = _transform(profile)
     except _Unusable:
@@ -111,14 +111,14 @@ def _is_marked_adobe_rgb(image: Image.Image) -> bool:
         return False
     try:
         index = image.getexif().get_ifd(ExifTags.IFD.Interop).get(ExifTags.Interop.InteropIndex)
-    except Exception:  # damaged EXIF says nothing about the pixels
+    except Exception:  # damaged EXIF does not matter for the pixels
         return False
     return isinstance(index, str) and index.rstrip("\0 ") == "R03"
 
 
 @functools.lru_cache(maxsize=8)
 def _transform(profile: bytes) -> tuple[str, Callable[[Image.Image], Image.Image] | None]:
-    """The mode that the profile is for, and what converts an image of it; None where nothing changes.
+    """The mode of a profile, and the conversion of images, None if it changes nothing.
 
     Raises ``_Unusable``.
     """
@@ -144,7 +144,7 @@ def _build(source: ImageCms.ImageCmsProfile, mode: str) -> ImageCms.ImageCmsTran
     target = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
     flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
     if mode == "L":
-        flags |= ImageCms.Flags.NOOPTIMIZE  # LittleCMS rounds coarsely here, and 256 levels are few
+        flags |= ImageCms.Flags.NOOPTIMIZE  # otherwise LittleCMS rounds too coarsely for 256 levels
     return ImageCms.ImageCmsTransform(
         source, target, mode, "RGB", intent=ImageCms.Intent.PERCEPTUAL, flags=flags
     )
@@ -158,13 +158,13 @@ def _lab_transform() -> ImageCms.ImageCmsTransform:
 
 
 def _changes_nothing(mode: str, transform: Callable[[Image.Image], Image.Image]) -> bool:
-    """Whether a lattice of colours comes out as it went in, up to ``MAX_DIFFERENCE``."""
+    """Whether a conversion changes a lattice of colours by at most ``MAX_DIFFERENCE``."""
     if mode == "CMYK":
         return False
     if mode == "L":
         lattice = _grey_ramp()
     else:
-        levels = range(0, 256, 15)  # 18 values a channel
+        levels = range(0, 256, 15)  # 18 values per channel
         colours = bytes(value for r in levels for g in levels for b in levels for value in (r, g, b))
         greys = bytes(value for level in range(256) for value in (level, level, level))
         content = colours + greys
@@ -179,30 +179,30 @@ def _grey_ramp() -> Image.Image:
 
 
 def _needed_parts(profile: bytes) -> tuple[str, bytes]:
-    """The mode that a profile is for, and the profile without what ``to_srgb`` does not need.
+    """The mode of a profile, and the profile without the parts that ``to_srgb`` does not need.
 
-    ICC.1:2022, 7.2 and 7.3: a header of 128 bytes, the number of tags, and for each its name, place and size.
+    ICC.1:2022, 7.2 and 7.3: a header of 128 bytes, the number of tags, and the name, offset and size of each.
     """
     if len(profile) > MAX_PROFILE:
         raise _Unusable(f"it has more than {MAX_PROFILE:,} bytes")
     if len(profile) < _HEADER + 4 or profile[36:40] != b"acsp":
-        raise _Unusable("it is no ICC profile")
+        raise _Unusable("it is not an ICC profile")
     kind, space = profile[12:16], profile[16:20]
     if kind not in _CLASSES or space not in _SPACES:
-        raise _Unusable(f"it is of class {kind!a} and colour space {space!a}")
+        raise _Unusable(f"its class {kind!a} or colour space {space!a} is not supported")
     (count,) = struct.unpack_from(">I", profile, _HEADER)
     if count > 100 or len(profile) < _HEADER + 4 + 12 * count:
         raise _Unusable("its table of contents is damaged")
     entries = [profile[at : at + 12] for at in range(_HEADER + 4, _HEADER + 4 + 12 * count, 12)]
     kept = [entry for entry in entries if entry[:4] in _TAGS]
     table = struct.pack(">I", len(kept)) + b"".join(kept)
-    # The rest of the table becomes a gap, so nothing moves.
+    # The rest of the table becomes a gap, so offsets stay valid.
     return _SPACES[space], profile[:_HEADER] + table + profile[_HEADER + len(table) :]
 
 
 @functools.cache
 def _adobe_rgb() -> bytes:
-    """Adobe RGB (1998) as a profile: its primaries adapted to D50, and its gamma, 2 + 51/256."""
+    """A profile for Adobe RGB (1998): its primaries adapted to D50, and its gamma, 2 + 51/256."""
     fixed = 65536
     points = {
         b"rXYZ": (0.60974, 0.31111, 0.01947),

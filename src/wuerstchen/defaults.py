@@ -1,4 +1,4 @@
-"""torch's defaults as this package expects them, whatever a caller has set."""
+"""Restores torch's usual defaults, whatever a caller has set."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,14 +8,14 @@ import torch
 
 @contextmanager
 def usual_defaults() -> Iterator[None]:
-    """New layers are in fp32 on the CPU inside, as without any setting; the caller's own come back after.
+    """Creates new layers in fp32 on the CPU inside the block, and restores the caller's defaults afterwards.
 
-    For work that builds networks anew. The default dtype belongs to the whole process, so other threads see
-    it too. Drawing needs none of this: it says dtype and device of every tensor.
+    For code that creates networks. The default dtype is global, so other threads see it too. Sampling does
+    not need this: it specifies dtype and device of every tensor.
     """
     dtype = torch.get_default_dtype()
     if dtype == torch.float32 and torch.get_default_device().type == "cpu":
-        yield  # the mode below would cost time in every operation
+        yield  # the device mode below would slow down every operation
         return
     torch.set_default_dtype(torch.float32)
     try:

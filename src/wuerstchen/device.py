@@ -1,4 +1,4 @@
-"""Devices: which one is meant, what it computes in, and whether our kernels run there; and the way to it."""
+"""Devices: choice, default precision, support for Triton, and transfers."""
 
 import functools
 import importlib.util
@@ -16,16 +16,16 @@ HAS_TRITON = torch.version.cuda is not None and importlib.util.find_spec("triton
 
 @functools.cache
 def runs_triton(device: torch.device) -> bool:
-    """Whether Triton is there, and made for the GPU ``device``."""
+    """Whether Triton is installed and supports the GPU ``device``."""
     return HAS_TRITON and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def default_device(device: str | torch.device | None = None) -> torch.device:
-    """The device asked for, or the first that is there: CUDA, Apple's MPS, the CPU."""
+    """The given device, or the first available: CUDA, Apple's MPS, the CPU."""
     if device is not None:
         found = checked_device(device)
         if found.type == "meta":
-            raise UserError(f"device 'meta' computes nothing. Use {_devices_here()}")
+            raise UserError(f"device 'meta' cannot compute. Use {_available_devices()}.")
         return found
     if torch.cuda.is_available():
         return torch.device("cuda")
@@ -33,32 +33,32 @@ def default_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def checked_device(device: str | int | torch.device) -> torch.device:
-    """The device of that name. Raises ``UserError`` if it is not there."""
+    """The device with this name. Raises ``UserError`` if it is not available."""
     try:
         torch.empty(0, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
-        raise UserError(f"device {str(device)!r} is not there. Use {_devices_here()}") from error
+        raise UserError(f"device {str(device)!r} is not available. Use {_available_devices()}.") from error
     return torch.device(device)
 
 
-def _devices_here() -> str:
-    """Names of what can compute here, as in "cpu or cuda"."""
+def _available_devices() -> str:
+    """The available devices, as in "cpu or cuda"."""
     found = (("cpu", True), ("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()))
-    return " or ".join(name for name, is_there in found if is_there)
+    return " or ".join(name for name, is_available in found if is_available)
 
 
 def default_precision(device: torch.device) -> Precision:
-    """What a model computes in on a device if nobody says: where half is many times faster, half."""
+    """The default precision of a model: half precision on CUDA, where it is much faster."""
     return "float16" if device.type == "cuda" else "float32"
 
 
 def sent(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """``tensor.to(device, dtype)``, for what stays as it is until it has arrived.
+    """``tensor.to(device, dtype)`` without waiting. ``tensor`` must not change until the copy is complete.
 
-    From ordinary memory a copy to a GPU waits for all that the GPU was told to do before it, and so Python
-    cannot prepare the next stage meanwhile.
+    A copy from pageable memory to a GPU waits for all queued work of the GPU, and Python could not prepare
+    the next stage meanwhile.
     """
     if device.type == "cuda" and tensor.device.type == "cpu":
-        # In its precision first: torch would convert it into ordinary memory.
+        # Convert first: torch would otherwise convert into pageable memory.
         return tensor.to(dtype=dtype).pin_memory().to(device, non_blocking=True)
     return tensor.to(device, dtype)

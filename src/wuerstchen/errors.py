@@ -1,4 +1,4 @@
-"""The errors a user can meet. Each says what is wrong, by which rule, and what to do."""
+"""Errors that a user can cause. Each says what is wrong, the rule, and what to do."""
 
 import sys
 from collections.abc import Iterator
@@ -7,15 +7,14 @@ from contextlib import contextmanager
 from wuerstchen.terminal import printable
 
 MAX_MESSAGE = 4000
-"""Characters of a message: a page. What is left out was somebody's long name or value."""
+"""Length limit of a message in characters. Longer ones contain a long name or value."""
 
 
 class UserError(ValueError):
-    """Something the user gave cannot be used.
+    """An input by the user is invalid.
 
-    The message is one line: the value, the rule it breaks, and the fix. The command line prints it as
-    ``Error: ...`` and exits with code 2; no traceback is shown. Control characters in it, from the name of a
-    file for one, are spelled out.
+    The message is one line with the value, the rule and the fix. The command line prints it as ``Error: ...``
+    without a traceback and exits with code 2. Control characters, for example in file names, are escaped.
     """
 
     def __str__(self) -> str:
@@ -23,11 +22,11 @@ class UserError(ValueError):
 
 
 class CheckpointError(UserError):
-    """A file of weights or of training state is damaged, foreign, or does not fit."""
+    """A file with weights or training state is damaged, unknown, or does not fit."""
 
 
 class DataError(UserError):
-    """A data set, an image or a caption cannot be used."""
+    """A dataset, an image or a caption cannot be used."""
 
 
 class RunFolderError(UserError):
@@ -35,14 +34,14 @@ class RunFolderError(UserError):
 
 
 class UserNotice(UserWarning):
-    """Something went on, but not quite as asked. The command line prints it in one line."""
+    """Something differs from what was asked for. The command line prints it in one line."""
 
     def __str__(self) -> str:
         return _message(super().__str__())
 
 
 def _message(text: str) -> str:
-    """A message as it leaves the program: without control characters, and never longer than a page."""
+    """A message without control characters, shortened to ``MAX_MESSAGE``."""
     if len(text) > MAX_MESSAGE:
         half = MAX_MESSAGE // 2
         text = f"{text[:half]} … ({len(text) - 2 * half} characters are left out) … {text[-half:]}"
@@ -50,14 +49,11 @@ def _message(text: str) -> str:
 
 
 def shown(value: object, length: int = 80) -> str:
-    """A value of any kind and size, from a file that anybody may have written, for a message.
-
-    It takes no longer for a large value than for a small one.
-    """
+    """Describes an untrusted value of any type and size for a message, in constant time."""
     if isinstance(value, str):
         return repr(value) if len(value) <= length else f"{value[:length]!r}…"
     if isinstance(value, int) and value.bit_length() > 256:
-        return f"a whole number of {value.bit_length()} bits"
+        return f"an integer of {value.bit_length()} bits"
     if value is None or isinstance(value, bool | int | float):
         return repr(value)
     kind = type(value).__name__
@@ -66,21 +62,21 @@ def shown(value: object, length: int = 80) -> str:
 
 @contextmanager
 def docstrings_needed() -> Iterator[None]:
-    """Says plainly that transformers cannot be imported where ``python -OO`` has left out its docstrings."""
+    """Explains why transformers cannot be imported under ``python -OO``, which removes its docstrings."""
     try:
         yield
     except Exception as error:
         if sys.flags.optimize < 2:
             raise
         raise UserError(
-            "text encoders cannot be read under python -OO: transformers needs its docstrings. Start Python "
-            "without -OO; -O works."
+            "text encoders cannot be loaded under python -OO, because transformers needs its docstrings. "
+            "Start Python without -OO. -O works."
         ) from error
 
 
 @contextmanager
 def out_of_memory_named(what: str) -> Iterator[None]:
-    """Turns a lack of memory, on a GPU or not, into a ``UserError`` that names what did not fit."""
+    """Turns out-of-memory errors, on GPU and CPU, into a ``UserError`` that names what did not fit."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -90,8 +86,8 @@ def out_of_memory_named(what: str) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory is lacking, on a GPU or not."""
-    # torch raises a RuntimeError of its own on a GPU and a plain one on a CPU.
-    lack = ("out of memory", "not enough memory", "can't allocate memory")
-    of_torch = isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in lack)
+    """Whether an error means out of memory, on GPU or CPU."""
+    # torch raises a subclass of RuntimeError on a GPU, and RuntimeError itself on a CPU.
+    phrases = ("out of memory", "not enough memory", "can't allocate memory")
+    of_torch = isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in phrases)
     return isinstance(error, MemoryError) or of_torch

@@ -1,4 +1,4 @@
-"""Images and their settings in files: written whole, read within bounds."""
+"""Writes images with their settings to PNG files atomically, and reads the settings within limits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from wuerstchen.png_text import open_any
 
 _SETTINGS_KEY = "wuerstchen"
 MADE_BY_A_MODEL = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
-"""IPTC's word for it, DigitalSourceType."""
+"""The DigitalSourceType that IPTC defines for generated images."""
 _XMP = (
     '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF '
     'xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
@@ -29,7 +29,7 @@ _XMP = (
 
 
 def check_writable(folder: Path | str) -> None:
-    """Make ``folder`` if it is missing, and raise ``UserError`` now if no file can be written into it."""
+    """Creates ``folder`` if it is missing. Raises ``UserError`` if no file can be written to it."""
     folder = Path(folder)
     probe = folder / f".{secrets.token_hex(4)}.tmp"
     try:
@@ -38,25 +38,23 @@ def check_writable(folder: Path | str) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(
-            f"folder {str(folder)!r}: it cannot be written ({error.strerror or error})."
-            " Choose one that you may write to."
+            f"folder {str(folder)!r} cannot be written ({error.strerror or error}). Choose a writable folder."
         ) from error
 
 
 def save_png(
     image: Image.Image, path: Path | str, settings: Mapping[str, Any], *, drawn_by_a_model: bool = False
 ) -> None:
-    """Write ``image`` as PNG with ``settings`` (whatever JSON can hold) in its text chunks.
+    """Writes ``image`` as PNG with ``settings`` (JSON values) in its text chunks.
 
-    Each setting is a chunk under its own name, for people and other programs to read; all together, with
-    their types, are JSON in the chunk "wuerstchen", for ``read_settings``. With ``drawn_by_a_model`` the file
-    says so too: in the chunks Software and Source, and in XMP by IPTC's DigitalSourceType. The file appears
-    under its name only when it is whole, and replaces one that is there. Raises ``UserError`` if it cannot be
-    written.
+    Each setting has its own chunk, for people and other programs. The chunk "wuerstchen" contains all of them
+    as JSON, for ``read_settings``. With ``drawn_by_a_model`` the file is marked as generated: in the chunks
+    Software and Source, and in XMP with IPTC's DigitalSourceType. The file is written atomically and replaces
+    an existing one. Raises ``UserError`` if it cannot be written.
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
-        raise UserError(f"path {str(path)!r}: a PNG is written. End the name in .png.")
+        raise UserError(f"path {str(path)!r} must end in .png, because a PNG is written.")
     with _written(image, path, settings, drawn_by_a_model) as temporary:
         os.replace(temporary, path)
 
@@ -69,10 +67,9 @@ def save_new_png(
     *,
     drawn_by_a_model: bool = False,
 ) -> Path:
-    """``save_png`` under a free name: ``stem.png`` in ``folder``, else ``stem-2.png`` and so on.
+    """``save_png`` with an unused name: ``stem.png`` in ``folder``, otherwise ``stem-2.png`` and so on.
 
-    No file that is there is replaced, even if several processes write into the folder at once. Returns the
-    path.
+    Never replaces an existing file, even if several processes write to the folder. Returns the path.
     """
     path, number = folder / f"{stem}.png", 1
     with _written(image, path, settings, drawn_by_a_model) as temporary:
@@ -83,13 +80,13 @@ def save_new_png(
 
 
 def _placed(temporary: Path, path: Path) -> bool:
-    """Gives a whole file its name, unless that is taken."""
+    """Renames the temporary file to ``path``, unless that exists."""
     try:
         os.link(temporary, path)
         return True
     except FileExistsError:
         return False
-    except OSError:  # no hard links here: the name is taken by an empty file first
+    except OSError:  # without hard links, reserve the name with an empty file
         try:
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         except FileExistsError:
@@ -102,7 +99,7 @@ def _placed(temporary: Path, path: Path) -> bool:
 def _written(
     image: Image.Image, path: Path, settings: Mapping[str, Any], drawn_by_a_model: bool
 ) -> Iterator[Path]:
-    """The image in a temporary file beside ``path``, which is gone afterwards."""
+    """The image in a temporary file in the folder of ``path``, which is removed afterwards."""
     chunks = PngInfo()
     for key, value in settings.items():
         assert key != _SETTINGS_KEY
@@ -120,8 +117,8 @@ def _written(
         yield temporary
     except OSError as error:
         raise UserError(
-            f"path {str(path)!r}: it cannot be written ({error.strerror or error})."
-            " Choose a file in a folder that exists and that you may write to."
+            f"path {str(path)!r} cannot be written ({error.strerror or error}). "
+            "Choose a file in an existing, writable folder."
         ) from error
     finally:
         with contextlib.suppress(OSError):
@@ -129,16 +126,18 @@ def _written(
 
 
 def read_settings(path: Path | str) -> dict[str, Any]:
-    """The settings that ``save_png`` wrote. Raises ``DataError`` if ``path`` is no PNG or holds none."""
+    """The settings in a PNG by ``save_png``. Raises ``DataError`` if ``path`` is not one."""
     check_file(path)
     with pillow_errors(path), open_any(path, ["PNG"]) as image:
         text = image.info.get(_SETTINGS_KEY)
     if text is None:
-        raise bad_image(path, "it holds no settings", "give a PNG that wuerstchen saved")
+        raise bad_image(path, "it contains no settings", "use a PNG saved by wuerstchen")
     try:
         settings = json.loads(text)
     except ValueError as error:
-        raise bad_image(path, "its settings are not JSON", "give a PNG as wuerstchen saved it") from error
+        raise bad_image(
+            path, "its settings are not JSON", "use an unchanged PNG saved by wuerstchen"
+        ) from error
     if not isinstance(settings, dict):
-        raise bad_image(path, "its settings are not an object", "give a PNG as wuerstchen saved it")
+        raise bad_image(path, "its settings are not an object", "use an unchanged PNG saved by wuerstchen")
     return settings

@@ -1,6 +1,6 @@
-"""Pictures in and out of files: decode, turn upright, crop, resize, lay out, save with settings.
+"""Decodes, rotates, crops and resizes images, and converts them to and from tensors.
 
-Importing this loads neither torch nor numpy: the command line does it early.
+Importing this module loads neither torch nor numpy, because the command line imports it early.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 100_000_000
 STRIP_PIXELS = 2**20
-"""Pixels that are converted at a time where a conversion needs a multiple of the image's memory."""
+"""Pixels per strip in conversions that need several times the memory of the image."""
 
-# EXIF orientation → what turns the stored picture upright (EXIF 2.32, tag 0x0112).
+# EXIF orientation → rotation that turns the image upright (EXIF 2.32, tag 0x0112).
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -42,21 +42,21 @@ _UPRIGHT = {
 
 
 def open_image(path: Path | str) -> Image.Image:
-    """Decode the picture in ``path``: sRGB, 8 bits, upright, on white where it was transparent.
+    """Decodes the image in ``path`` to sRGB with 8 bits, upright, with a white background.
 
-    Of an animation it is the first frame. Embedded colour profiles are applied, as in ``to_rgb``. Raises
-    ``DataError`` for what is missing, empty, damaged, cut off, no picture, or larger than ``MAX_PIXELS``
-    (told from the header, before anything is decoded), and for EPS, whose decoder is a program run on the
-    file.
+    Returns the first frame of an animation. Embedded colour profiles are applied, as in ``to_rgb``. Raises
+    ``DataError`` if the file is missing, empty, damaged, truncated, not an image, or larger than
+    ``MAX_PIXELS`` (by the header, before anything is decoded), and for EPS, because decoding it runs a
+    program in the file.
     """
     check_file(path)
     return _decoded(path, path)
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
-    """The same for the bytes of a picture file; messages call it ``name``."""
+    """``open_image`` for the bytes of an image file. ``name`` is its name in messages."""
     if not data:
-        raise bad_image(name, "it is empty", "fetch it again or leave it out")
+        raise bad_image(name, "it is empty", "download it again or remove it")
     return _decoded(io.BytesIO(data), name)
 
 
@@ -67,28 +67,28 @@ def _decoded(file: Path | str | io.BytesIO, name: Path | str) -> Image.Image:
         except ValueError as error:
             if not is_about_text(error):
                 raise
-            loaded = _loaded(open_without_text(file), name)  # the text is behind the pixels
-        picture = to_rgb(loaded, f"image {str(name)!r}")
-    picture.info = {}  # the source's own profile, EXIF and text must not end up in what is saved from it
-    return picture
+            loaded = _loaded(open_without_text(file), name)  # the text is after the pixels
+        rgb = to_rgb(loaded, f"image {str(name)!r}")
+    rgb.info = {}  # the profile, EXIF and text of the source must not be saved with the result
+    return rgb
 
 
 def _loaded(opened: Image.Image, name: Path | str) -> Image.Image:
-    """The image in its own mode, upright. One copy of its pixels is left when this returns."""
+    """The image in its own mode, upright. Only one copy of its pixels remains in memory."""
     with opened as image:
         if image.width * image.height > MAX_PIXELS:
             raise Image.DecompressionBombError
         if image.format == "EPS":
-            raise bad_image(name, "EPS is a program to run and no picture", "save it as PNG or JPEG")
+            raise bad_image(name, "EPS files are programs, which are never run", "save it as PNG or JPEG")
         image.load()
         return _turned_upright(image)
 
 
 def is_converted(path: Path | str) -> bool:
-    """Whether the colours of the picture in ``path`` change because its profile is applied, told from the
-    file's header. What cannot be read has no profile."""
+    """Whether the colour profile in ``path`` changes the colours, by the file's header. False if it cannot be
+    read."""
     try:
-        check_file(path)  # a FIFO would be waited on
+        check_file(path)  # opening a FIFO would wait
         with pillow_errors(path), open_any(path) as image:
             profile = profile_of(image)
             return profile is not None and differs_from_srgb(profile)
@@ -97,12 +97,12 @@ def is_converted(path: Path | str) -> bool:
 
 
 def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
-    """Convert a decoded picture of any mode to 8-bit sRGB.
+    """Converts a decoded image of any mode to 8-bit sRGB.
 
-    The colour profile that the picture carries is applied (``colour_profiles.to_srgb``); without one RGB is
-    taken for sRGB, and CMYK is converted by a plain formula. 16-bit grey is scaled (Pillow's own conversion
-    clips it), transparent parts are laid on white. Raises ``DataError`` for integers outside 0..65535 and
-    floats outside 0..1, which say nothing about their white; ``name`` is what the message calls the picture.
+    The embedded colour profile is applied (``colour_profiles.to_srgb``). Without one, RGB is assumed to be
+    sRGB, and CMYK is converted by a simple formula. 16-bit grey is scaled (Pillow's own conversion clips it),
+    and the background of transparent images becomes white. Raises ``DataError`` for integers outside 0..65535
+    and floats outside 0..1, because their white is unknown. ``name`` is the name of the image in messages.
     """
     if image.mode.startswith("I"):
         return _grey_to_rgb(image, 65535, name)
@@ -134,10 +134,10 @@ def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
 
 
 def _strip_by_strip(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """What ``convert`` makes of the image, in RGB, without more than a strip of what it needs in between.
+    """Applies ``convert`` strip by strip and returns an RGB image.
 
-    ``convert`` must treat each pixel by itself. Conversions through RGBA or float64 take several times the
-    memory of the result, which is too much for a large upload.
+    ``convert`` must treat each pixel independently. Converting a whole image through RGBA or float64 would
+    take several times the memory of the result, too much for a large upload.
     """
     converted = Image.new("RGB", image.size)
     for top, strip in _strips(image):
@@ -146,34 +146,34 @@ def _strip_by_strip(image: Image.Image, convert: Callable[[Image.Image], Image.I
 
 
 def upright_rgb(image: Any, name: str = "image") -> Image.Image:
-    """What ``open_image`` makes of a file, of a picture that is open: sRGB, 8 bits, upright, on white.
+    """Converts an open image like ``open_image``: to sRGB with 8 bits, upright, with a white background.
 
-    Raises ``UserError`` for what is no picture or has no pixels.
+    Raises ``UserError`` if it is not an image or has no pixels.
     """
     if not isinstance(image, Image.Image):
-        raise UserError(f"{name} is of {type(image)}, but must be a PIL image; PIL.Image.open gives one.")
+        raise UserError(f"{name} must be a PIL image, got {type(image)}. Open files with PIL.Image.open.")
     if 0 in image.size:
-        raise UserError(f"{name} is {image.width}×{image.height} pixels, which is no picture. Give another.")
-    picture = to_rgb(_turned_upright(image), name)
-    picture.info = {}  # its profile is used, and must not be applied again
-    return picture
+        raise UserError(f"{name} has {image.width}×{image.height} pixels. Both sides must be at least 1.")
+    rgb = to_rgb(_turned_upright(image), name)
+    rgb.info = {}  # the profile must not be applied again
+    return rgb
 
 
 def center_crop_resize(image: Image.Image, size: int) -> Image.Image:
-    """Scale the largest centred square to ``size`` × ``size``."""
+    """Crops the largest square from the center and resizes it to ``size`` × ``size``."""
     return resize_crop(image, size, size)
 
 
 def resize_crop(
     image: Image.Image, width: int, height: int, rng: np.random.Generator | None = None
 ) -> Image.Image:
-    """Scale until ``width`` × ``height`` is just covered (the aspect is kept), and crop what sticks out.
+    """Resizes to cover ``width`` × ``height``, keeping the aspect ratio, and crops the rest.
 
-    The crop is centred, or placed by two draws from ``rng``. Antialiased (Lanczos). Raises ``UserError`` for
-    sizes under 1.
+    The crop is centered, or placed by two random numbers from ``rng``. Antialiased (Lanczos). Raises
+    ``UserError`` for sides below 1.
     """
     if width < 1 or height < 1:
-        raise UserError(f"size {width}×{height}: a side must be at least 1. Choose a larger one.")
+        raise UserError(f"both sides must be at least 1, got {width}×{height}.")
     along, down = (0.5, 0.5) if rng is None else (rng.random(), rng.random())
     box = crop_box(image.size, width, height, along, down)
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
@@ -182,9 +182,10 @@ def resize_crop(
 def crop_box(
     size: tuple[int, int], width: int, height: int, along: float = 0.5, down: float = 0.5
 ) -> tuple[float, float, float, float]:
-    """The largest window of the aspect ``width``:``height`` in a picture: left, top, right, bottom in pixels.
+    """The largest box with the aspect ratio ``width``:``height`` in an image of ``size``.
 
-    ``along`` and ``down`` place it, from 0 (left, top) to 1; one of the two has no room to act.
+    Returns left, top, right and bottom in pixels. ``along`` and ``down`` place the box, from 0 (left, top) to
+    1 (right, bottom). Only one of them has an effect.
     """
     scale = max(width / size[0], height / size[1])
     crop_width, crop_height = min(width / scale, size[0]), min(height / scale, size[1])
@@ -193,7 +194,7 @@ def crop_box(
 
 
 def to_tensor(image: Image.Image) -> Float[Tensor, "3 h w"]:
-    """The picture as float32 in [0, 1]. Modes other than RGB are converted as ``to_rgb`` does."""
+    """The image as float32 in [0, 1]. Other modes than RGB are converted with ``to_rgb``."""
     import numpy as np
     import torch
 
@@ -202,38 +203,37 @@ def to_tensor(image: Image.Image) -> Float[Tensor, "3 h w"]:
 
 
 def to_images(tensor: Float[Tensor, "b c h w"]) -> list[Image.Image]:
-    """Pictures from values in [0, 1], rounded to 8 bits; values outside are clamped.
+    """Converts values in [0, 1] to 8-bit images. Values outside are clamped.
 
-    One channel gives grey pictures, three colours, four colours with transparency.
+    One channel gives grey images, three channels RGB, four channels RGBA.
 
-    Raises ``UserError`` for NaN, which would otherwise be a black picture without a word.
+    Raises ``UserError`` for NaN, which would silently become black.
     """
     if bool(tensor.isnan().any()):
-        raise UserError("image tensor: it holds NaN (a model overflowed). Use bfloat16 or float32.")
+        raise UserError("the image tensor contains NaN because a model overflowed. Use bfloat16 or float32.")
     pixels = (tensor.detach().float().clamp(0, 1) * 255).round().byte()
-    # Contiguous: PIL takes eight times as long over others.
+    # Contiguous, because PIL is eight times as slow otherwise.
     pixels = pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-    return [Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture) for picture in pixels]
+    return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]
 
 
 def grid(
     images: Sequence[Image.Image], columns: int, padding: int = 4, labels: Sequence[str] | None = None
 ) -> Image.Image:
-    """Lay pictures out row by row on white, ``padding`` pixels around each, each label under its picture.
+    """Arranges images row by row on white, with ``padding`` pixels around each and the labels below.
 
-    Cells are as large as the largest picture; long labels are wrapped. Raises ``UserError`` for no pictures,
-    for columns under 1, for a negative padding, and for labels that do not match the pictures in number.
+    Cells are as large as the largest image. Long labels are wrapped. Raises ``UserError`` if there are no
+    images, for ``columns`` below 1, for a negative ``padding``, and if the number of labels differs from that
+    of images.
     """
     if not images:
-        raise UserError("images []: a grid needs at least one. Give some.")
+        raise UserError("a grid needs at least one image, got none.")
     if columns < 1:
-        raise UserError(f"columns {columns}: a grid needs at least 1. Choose 1 or more.")
+        raise UserError(f"columns must be at least 1, got {columns}.")
     if padding < 0:
-        raise UserError(f"padding {padding}: it must not be negative. Choose 0 or more.")
+        raise UserError(f"padding must be at least 0, got {padding}.")
     if labels is not None and len(labels) != len(images):
-        raise UserError(
-            f"labels are wrong because there are {len(labels)} for {len(images)} images. Give one for each."
-        )
+        raise UserError(f"{len(labels)} labels do not match {len(images)} images. Give one for each.")
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     width, height = max(image.width for image in images), max(image.height for image in images)
@@ -253,7 +253,7 @@ def grid(
 
 
 def check_file(path: Path | str) -> None:
-    """Raises ``DataError`` unless ``path`` is a file that is not empty."""
+    """Raises ``DataError`` unless ``path`` is a regular file that is not empty."""
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:
@@ -264,41 +264,41 @@ def check_file(path: Path | str) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise bad_image(path, "it is not a regular file", "give the path of an image")
     if status.st_size == 0:
-        raise bad_image(path, "it is empty", "fetch it again or leave it out")
+        raise bad_image(path, "it is empty", "download it again or remove it")
 
 
 @contextlib.contextmanager
 def pillow_errors(path: Path | str) -> Iterator[None]:
-    """Turns all that Pillow raises into ``DataError``."""
+    """Turns all errors of Pillow into ``DataError``."""
     try:
         with warnings.catch_warnings():
-            # Of size we judge ourselves; the rest is about metadata that is not used.
+            # Pillow warns about sizes, which are checked here, and about metadata, which is not used.
             warnings.filterwarnings("ignore", module=r"PIL\.")
             yield
     except (DataError, UserNotice):
         raise
     except Image.DecompressionBombError as error:
         limit = MAX_PIXELS // 1_000_000
-        raise bad_image(path, f"it has over {limit} megapixels", "shrink it or leave it out") from error
+        raise bad_image(path, f"it has over {limit} megapixels", "resize it or remove it") from error
     except Image.UnidentifiedImageError as error:
-        raise bad_image(path, "it is no image in a known format", "save it as PNG or JPEG") from error
+        raise bad_image(path, "it is not an image in a known format", "save it as PNG or JPEG") from error
     except PermissionError as error:
-        raise bad_image(path, "you may not read it", "change its permissions") from error
-    except Exception as error:  # damaged files make the decoders fail in ways of every kind
+        raise bad_image(path, "there is no permission to read it", "change its permissions") from error
+    except Exception as error:  # decoders raise almost anything for damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
         raise bad_image(
-            path, f"it is damaged or cut off ({reason})", "fetch it again or leave it out"
+            path, f"it is damaged or truncated ({reason})", "download it again or remove it"
         ) from error
 
 
-def bad_image(path: Path | str, rule: str, fix: str) -> DataError:
-    return DataError(f"image {str(path)!r}: {rule}; {fix}")
+def bad_image(path: Path | str, reason: str, fix: str) -> DataError:
+    return DataError(f"image {str(path)!r} cannot be used: {reason}. {fix[0].upper()}{fix[1:]}.")
 
 
 def _turned_upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # damaged EXIF says nothing about the pixels
+    except Exception:  # damaged EXIF does not matter for the pixels
         return image
     turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
     return image if turn is None else image.transpose(turn)
@@ -311,13 +311,14 @@ def _grey_to_rgb(image: Image.Image, white: int, name: str) -> Image.Image:
         values = np.asarray(strip)
         return float(values.min()), float(values.max())
 
-    # NaN survives NumPy's minimum and maximum, unlike Python's, and is refused below.
+    # NumPy's minimum and maximum keep NaN, unlike Python's. It is refused below.
     low, high = np.array([extremes(strip) for _, strip in _strips(image)]).T
     low, high = low.min(), high.max()
     if not (low >= 0 and high <= white):
         raise DataError(
-            f"{name}: its values reach from {low:g} to {high:g}, and in Pillow's mode"
-            f" {image.mode} they must be from 0 to {white}. Save it with 8 or 16 bits."
+            f"{name} has values from {low:g} to {high:g}. In Pillow's mode {image.mode} they must be from 0 "
+            "to "
+            f"{white}. Save it with 8 or 16 bits."
         )
     transparent = image.info.get("transparency")
     curve = None
@@ -356,7 +357,7 @@ def _text_height(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) 
 
 
 def on_canvas(pixels: Float[Tensor, "b 3 h w"], canvas: tuple[int, int]) -> Float[Tensor, "b 3 h2 w2"]:
-    """Pictures in the middle of a larger canvas, their edges repeated."""
+    """Centers images on a larger canvas by repeating their edges."""
     (right, left), (bottom, top) = (
         ((rest := whole - own) - rest // 2, rest // 2)
         for whole, own in zip(canvas, (pixels.shape[3], pixels.shape[2]), strict=True)
@@ -367,6 +368,6 @@ def on_canvas(pixels: Float[Tensor, "b 3 h w"], canvas: tuple[int, int]) -> Floa
 
 
 def cut(pixels: Float[Tensor, "b 3 h2 w2"], size: tuple[int, int]) -> Float[Tensor, "b 3 h w"]:
-    """The middle of pictures, (width, height) large."""
+    """The center crop of images with ``size`` (width, height)."""
     left, top = (pixels.shape[3] - size[0]) // 2, (pixels.shape[2] - size[1]) // 2
     return pixels[:, :, top : top + size[1], left : left + size[0]]

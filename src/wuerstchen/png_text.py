@@ -1,8 +1,8 @@
-"""Opens PNG files whose text or colour profile is too long for Pillow, which calls them damaged.
+"""Opens PNG files with a text or colour profile that is too long for Pillow.
 
-Pillow stops at 1 MiB for each compressed chunk of text and for the profile, as protection from files that
-unpack to gigabytes. Valid files have more: photographs with large profiles, or images with a long history
-in XMP. Importing this loads neither torch nor numpy.
+Pillow refuses more than 1 MiB in a compressed text chunk and in the profile, as a protection from files that
+expand to gigabytes. But valid files can have more: photographs with large profiles, or images with a long
+history in XMP. Importing this module loads neither torch nor numpy.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _MAX_TEXT = 2**20
 _MAX_TEXTS = 16 * 2**20
 _MAX_PIXELS = 100_000_000
-_SPARE = 64 * 2**20  # bytes of chunks that hold neither pixels nor text
+_SPARE = 64 * 2**20  # bytes of chunks with neither pixels nor text
 
 
 def open_any(file: Path | str | io.BytesIO, formats: Sequence[str] | None = None) -> Image.Image:
-    """``PIL.Image.open``, and PNG files with more text than Pillow reads, without that text.
+    """``PIL.Image.open``, but opens PNG files with too much text for Pillow without that text.
 
-    Their profile is kept up to ``MAX_PROFILE``. Raises what ``PIL.Image.open`` raises. Text after the pixels
-    is met by ``load`` only: see ``open_without_text``.
+    Profiles up to ``MAX_PROFILE`` are kept. Raises the errors of ``PIL.Image.open``. Text after the pixels
+    only causes an error in ``load``: see ``open_without_text``.
     """
     try:
         return Image.open(file, formats=formats)
@@ -39,12 +39,12 @@ def open_any(file: Path | str | io.BytesIO, formats: Sequence[str] | None = None
 
 
 def is_about_text(error: ValueError) -> bool:
-    """Whether Pillow raised it for a file with more text than it reads."""
+    """Whether Pillow raised this error because of too much text."""
     return "MAX_TEXT" in str(error)
 
 
 def open_without_text(file: Path | str | io.BytesIO, formats: Sequence[str] | None = None) -> Image.Image:
-    """A PNG file without its compressed and its long text."""
+    """Opens a PNG file without its compressed text and its long text."""
     if isinstance(file, io.BytesIO):
         file.seek(0)
         rest, profile = _without_text(file)
@@ -58,9 +58,9 @@ def open_without_text(file: Path | str | io.BytesIO, formats: Sequence[str] | No
 
 
 def _without_text(file: io.BufferedIOBase) -> tuple[io.BytesIO, bytes | None]:
-    """The file's other chunks, and its profile (one that is too long is cut behind ``MAX_PROFILE``).
+    """The other chunks of the file, and its profile, truncated after ``MAX_PROFILE``.
 
-    PNG specification, third edition, 5.3: a chunk is its length, its name, its content and a checksum.
+    PNG specification, third edition, 5.3: a chunk has a length, a name, a content and a checksum.
     """
     kept, texts, room, profile = io.BytesIO(), 0, _SPARE, None
     kept.write(file.read(len(_SIGNATURE)))
@@ -70,11 +70,11 @@ def _without_text(file: io.BufferedIOBase) -> tuple[io.BytesIO, bytes | None]:
             file.seek(length + 4, io.SEEK_CUR)
             continue
         if length > room:
-            raise ValueError(f"its chunk {name!a} is larger than its pixels need")
+            raise ValueError(f"its chunk {name!a} is too large for its number of pixels")
         content = file.read(length + 4)
         if name == b"IHDR" and length == 13:
             width, height = struct.unpack(">II", content[:8])
-            room += 9 * min(width * height, _MAX_PIXELS)  # 16 bits of four channels, and some more
+            room += 9 * min(width * height, _MAX_PIXELS)  # four channels of 16 bits, and some more
         elif name == b"iCCP":
             profile = _unpacked(content[:-4])
             continue
@@ -91,7 +91,7 @@ def _without_text(file: io.BufferedIOBase) -> tuple[io.BytesIO, bytes | None]:
 
 
 def _unpacked(content: bytes) -> bytes | None:
-    """The profile in a chunk iCCP: name, a zero, the method 0, and the profile as zlib packs it."""
+    """The profile in an iCCP chunk: a name, a zero, the method 0, and the profile compressed by zlib."""
     _, zero, packed = content.partition(b"\0")
     if not zero or packed[:1] != b"\0":
         return None
@@ -102,5 +102,5 @@ def _unpacked(content: bytes) -> bytes | None:
 
 
 def _is_compressed(content: bytes) -> bool:
-    """Of a chunk iTXt: keyword, a zero, a flag."""
+    """Whether an iTXt chunk (keyword, a zero, a flag) is compressed."""
     return content.partition(b"\0")[2][:1] != b"\0"

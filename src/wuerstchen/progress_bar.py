@@ -1,4 +1,4 @@
-"""Progress bars that suit where they are written to: a bar on a terminal, a line a minute in a file."""
+"""Progress bars: a bar on a terminal, one line per minute in a file."""
 
 import sys
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 from tqdm import tqdm
 
 SECONDS = 60.0
-"""Between lines where the output is no terminal."""
+"""Time between lines if the output is not a terminal."""
 
 
 class _Lines:
-    """Writes what a bar redraws in place as lines of their own."""
+    """Writes each update of a bar as a separate line."""
 
     def write(self, text: str) -> None:
         text = text.strip()
@@ -22,7 +22,7 @@ class _Lines:
 
 
 def bar(*arguments: Any, **options: Any) -> "tqdm[Any]":
-    """A ``tqdm`` bar on standard error. Where that is no terminal, a line a minute: logs are not flooded."""
+    """A ``tqdm`` bar on standard error, or one line per minute if that is not a terminal."""
     if not sys.stderr.isatty():
         options |= {"file": _Lines(), "mininterval": SECONDS, "maxinterval": SECONDS, "dynamic_ncols": False}
         options |= {"ascii": True}

@@ -1,7 +1,7 @@
-"""Text that other people chose, shown on a terminal: names of files and tensors, captions, reasons of errors.
+"""Escapes untrusted text for a terminal: names of files and tensors, captions, messages of errors.
 
-A name may hold control characters. Printed raw, they could clear the screen, hide lines, or set the window's
-title. ``printable`` spells them out; ``safe_streams`` does so for everything that a command prints.
+A name may contain control characters. If they are printed, they can clear the screen, hide lines, or set the
+window's title. ``printable`` escapes them, ``safe_streams`` does so for everything that a command prints.
 """
 
 import contextlib
@@ -10,17 +10,17 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-# C0, DEL and C1, Unicode's line breaks, and what turns the direction of writing. Other invisible characters
-# stay: emoji are joined by them.
+# C0, DEL and C1, Unicode's line breaks, and changes of the writing direction. Other invisible characters are
+# kept because they join emoji.
 _CONTROLS = "\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069"
 _CONTROL = re.compile(f"[{_CONTROLS}]")
 _CONTROL_IN_STREAM = re.compile(rf"(?![\t\n])[{_CONTROLS}]")
-# A progress bar goes back to the start of its line, and from a lower bar up to its own.
+# A progress bar returns to the start of its line, and from a lower bar up to its own.
 _BAR = re.compile(r"(?:\x1b\[A)+")
 
 
 def printable(text: str) -> str:
-    r"""``text`` on one line, with control characters spelled out: an escape character becomes ``\x1b``."""
+    r"""``text`` on one line with escaped control characters. An escape character becomes ``\x1b``."""
     return _CONTROL.sub(_spelled, text)
 
 
@@ -29,7 +29,7 @@ def _spelled(match: "re.Match[str]") -> str:
 
 
 class _SafeStream:
-    """A text stream that spells out control characters, but for line breaks, tabs, and those of a bar."""
+    """A text stream that escapes control characters, except line breaks, tabs, and those of a bar."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -53,13 +53,13 @@ class _SafeStream:
 
 
 def unfiltered(stream: Any) -> Any:
-    """The stream below a safe one: for text of our own that has colours, and nothing of others in it."""
+    """The stream below a safe one, for our own coloured text without any untrusted text."""
     return stream._stream if isinstance(stream, _SafeStream) else stream
 
 
 @contextlib.contextmanager
 def safe_streams() -> Iterator[None]:
-    """Puts a safe stream in place of ``sys.stdout`` and ``sys.stderr``, and takes it away again."""
+    """Replaces ``sys.stdout`` and ``sys.stderr`` by safe streams inside the block."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (stream if stream is None else _SafeStream(stream) for stream in before)
     try:

@@ -74,8 +74,8 @@ def read_original(source: Path, *, dtype: torch.dtype = torch.float32) -> dict[s
     """
     paths = find_original(source)
     if not paths:
-        reason = "it is no .pt file and holds none" if source.exists() else "there is no such file or folder"
-        raise CheckpointError(f"{source}: {reason}. Give one of the original's .pt files, or their folder.")
+        reason = "is not a .pt file and contains none" if source.exists() else "does not exist"
+        raise CheckpointError(f"{source} {reason}. Give one of the original's .pt files, or their folder.")
     networks: dict[str, nn.Module] = {}
     origins: dict[str, str] = {}
     for path in paths:

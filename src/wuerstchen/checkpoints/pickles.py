@@ -121,9 +121,9 @@ def _step(opcode: pickletools.OpcodeInfo, stack: list[_Value]) -> None:
 
 
 def _grow(value: _Value, size: int, opcode: pickletools.OpcodeInfo) -> None:
-    """Gives a container its new size. It must not be in another one yet, whose size would then be wrong.
+    """Sets the new size of a container. It must not be inside another one, whose size would then be wrong.
 
-    ``pickle`` itself fills a container after it was put into another one only where they hold each other.
+    ``pickle`` itself only fills a container after adding it to another one if they contain each other.
     """
     if value.inside and opcode.name == "BUILD":
         raise pickle.UnpicklingError("it contains objects that contain each other")
