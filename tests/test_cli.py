@@ -169,7 +169,7 @@ BAD_CALLS = {
         ["generate", "a", "--model", "nowhere"],
         "'nowhere' does not exist",
     ),
-    "bad device": (["generate", "a", "--device", "toaster"], "device 'toaster' is not there"),
+    "bad device": (["generate", "a", "--device", "toaster"], "device 'toaster' is not available"),
     "missing image": (["reconstruct", "nothing.png"], "nothing.png"),
     "no recipe": (["train"], "no recipe was given. Use one of tiny"),
     "unknown recipe": (["train", "huge"], "unknown recipe 'huge'. Give one of tiny, mini"),
@@ -546,4 +546,4 @@ def test_python_without_docstrings_reads_no_text_encoder(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers.models.bert.modeling_bert", None)  # cannot be imported
     code, _, err = run("generate", "cat")
     assert code == 2
-    assert re.fullmatch(r"Error: text encoders cannot be read under python -OO: [^\n]+\n", err)
+    assert re.fullmatch(r"Error: text encoders cannot be loaded under python -OO: [^\n]+\n", err)

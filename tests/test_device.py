@@ -15,7 +15,7 @@ def test_a_device_that_is_there_is_taken():
 
 @pytest.mark.parametrize("device", ["cuda:99", "nothing", "meta"])
 def test_one_that_is_not_there_is_refused(device):
-    with pytest.raises(UserError, match=r"use cpu"):
+    with pytest.raises(UserError, match="Use cpu"):
         default_device(device)
 
 

@@ -524,8 +524,8 @@ def test_long_prompts_are_cut_with_a_warning(model):
         ({"size": "128"}, "size must be .* got '128'"),
         ({"size": (128,)}, r"size must be .* got \(128,\)"),
         ({"size": (128, 128.0)}, r"size must be .* got \(128, 128\.0\)"),
-        ({"init": "photo.jpg"}, "init is of <class 'str'>, but must be a PIL image"),
-        ({"init": Image.new("RGB", (0, 9))}, "init is 0×9 pixels, which is no picture"),
+        ({"init": "photo.jpg"}, "init must be a PIL image, got <class 'str'>"),
+        ({"init": Image.new("RGB", (0, 9))}, "init has 0×9 pixels"),
         ({"strength": "0.5"}, "strength must be above 0 and at most 1, got 0.5"),
         ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
         (

@@ -131,15 +131,15 @@ def change_config(folder: Path, **changes: Any) -> None:
     [
         (
             {"r": 8},
-            r"adapter_config\.json is wrong because it says rank 8 for '.*', whose tensors are of rank 4",
+            r"adapter_config\.json: the rank of '.*' is 8, but its tensors have rank 4",
         ),
-        ({"use_dora": True}, "describes DoRA, and only a plain LoRA is read"),
-        ({"peft_type": "LOKR"}, "describes 'LOKR'"),
+        ({"use_dora": True}, "is a DoRA. Only plain LoRA is supported"),
+        ({"peft_type": "LOKR"}, "is a 'LOKR'"),
         ({"init_lora_weights": "pissa"}, "'pissa', which changes the model's own weights"),
-        ({"modules_to_save": ["out"]}, "describes LoRA with whole layers"),
-        ({"lora_alpha": "16"}, "alpha of .* is '16'"),
-        ({"alpha_pattern": {"to_q": None, "to_k": [1]}}, r"alpha of .* is a list"),
-        ({"rank_pattern": [4]}, "rank_pattern is no object"),
+        ({"modules_to_save": ["out"]}, "is a LoRA with whole layers"),
+        ({"lora_alpha": "16"}, "alpha of .* must be a finite number, got '16'"),
+        ({"alpha_pattern": {"to_q": None, "to_k": [1]}}, r"alpha of .* must be a finite number, got a list"),
+        ({"rank_pattern": [4]}, "rank_pattern is not an object"),
     ],
 )
 def test_configurations_that_mean_something_else(prior, tmp_path, changes, message):
@@ -153,7 +153,7 @@ def test_configurations_that_mean_something_else(prior, tmp_path, changes, messa
 def test_a_damaged_configuration_of_peft(prior, tmp_path):
     peft_folder(prior, tmp_path)
     (tmp_path / PEFT_CONFIG).write_text("{")
-    with pytest.raises(CheckpointError, match=r"adapter_config\.json is wrong because it cannot be read"):
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json cannot be read"):
         load_lora(prior, tmp_path)
 
 
@@ -170,7 +170,7 @@ def test_files_in_a_folder(prior, tmp_path):
     load_lora(prior, tmp_path, adapter_name="peft")
     assert float(a["peft"].weight[0, 0]) == 1.0
     (tmp_path / WEIGHT_NAMES[1]).rename(tmp_path / "two.safetensors")
-    with pytest.raises(CheckpointError, match="it holds 2 files of weights: name one of them"):
+    with pytest.raises(CheckpointError, match=r"It contains 2 weight files\. Name one of them"):
         load_lora(prior, tmp_path, adapter_name="none")
 
 
@@ -275,13 +275,13 @@ def test_weights_of_eight_bits(prior, tmp_path, dtype, relative_error):
     load_lora(prior, {key: tensor.float() for key, tensor in small.items()} | alphas, adapter_name="same")
     assert torch.equal(result, run(prior))
     small[joined(QUERIES[0], "down")] = torch.full((4, 16), float("nan")).to(dtype)
-    with pytest.raises(CheckpointError, match="is not finite"):
+    with pytest.raises(CheckpointError, match="contains NaN or infinity"):
         load_lora(prior, small | alphas, adapter_name="bad")
 
 
 def test_weights_that_cannot_be_computed_with(prior):
     packed = torch.zeros(4, 16, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
-    with pytest.raises(CheckpointError, match=r"is stored as torch\.float4_e2m1fn_x2, which cannot be read"):
+    with pytest.raises(CheckpointError, match=r"the dtype torch\.float4_e2m1fn_x2 of .* is not supported"):
         load_lora(prior, matrices(QUERIES, dotted) | {dotted(QUERIES[0], "down"): packed})
 
 

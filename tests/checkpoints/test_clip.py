@@ -114,13 +114,17 @@ def deep(content: dict[str, Any]) -> None:
     [
         ("tokenizer.json", long_template, "post_processor has more than 4096 characters"),
         ("tokenizer.json", deep, "is nested more than 100 deep"),
-        ("tokenizer.json", lambda c: c.pop("model"), "is no CLIP tokenizer"),
+        ("tokenizer.json", lambda c: c.pop("model"), "is not a CLIP tokenizer"),
         (
             "tokenizer_config.json",
             lambda c: c.update(model_max_length=10**400),
-            "a whole number of 401 digits",
+            "an integer of 401 digits",
         ),
-        ("tokenizer_config.json", lambda c: c.update(model_max_length="x"), "has a model_max_length of 'x'"),
+        (
+            "tokenizer_config.json",
+            lambda c: c.update(model_max_length="x"),
+            "model_max_length must be at least 3, got 'x'",
+        ),
     ],
 )
 def test_what_no_tokenizer_has_is_refused(folder, file, change, message):
@@ -132,5 +136,5 @@ def test_what_no_tokenizer_has_is_refused(folder, file, change, message):
 
 def test_files_of_absurd_size(folder, monkeypatch):
     monkeypatch.setattr(clip, "_MAX_VOCABULARY", 100)
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json is wrong because it has more than 0 MB"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json has more than 0 MB"):
         read_clip_tokenizer(folder)

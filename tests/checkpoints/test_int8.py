@@ -110,30 +110,30 @@ def test_survives_a_file() -> None:
 def test_refuses_values_that_are_no_numbers(bad: float, shape: tuple[int, ...]) -> None:
     weight = torch.zeros(shape)
     weight[0] = bad
-    with pytest.raises(CheckpointError, match=r"^tensor 'a\.w' is wrong because it holds NaN or infinity; "):
+    with pytest.raises(CheckpointError, match=r"^tensor 'a\.w' contains NaN or infinity. "):
         quantize_rows({"a.w": weight})
 
 
 def test_refuses_values_over_the_range_of_the_scale() -> None:
-    with pytest.raises(CheckpointError, match=r"'w' is wrong because a value of 1e\+10 is over 8\.32e\+06"):
+    with pytest.raises(CheckpointError, match=r"'w' has a value of 1e\+10.* at most 8\.32e\+06"):
         quantize_rows({"w": torch.full((2, 2), 1e10)})
 
 
 def test_refuses_what_is_quantized_already() -> None:
-    with pytest.raises(CheckpointError, match="'w' is wrong because it is int8 already"):
+    with pytest.raises(CheckpointError, match="'w' is already int8"):
         quantize_rows(quantize_rows({"w": _normal(2, 3)}))
 
 
 def test_refuses_names_that_collide() -> None:
-    with pytest.raises(CheckpointError, match=r"'w\.scale' is wrong because its name is the scale of 'w'"):
+    with pytest.raises(CheckpointError, match=r"'w\.scale' has the name that the scale of 'w' needs"):
         quantize_rows({"w": _normal(2, 3), "w.scale": _normal(2)})
 
 
 def test_refuses_damaged_scales() -> None:
     stored = quantize_rows({"w": _normal(2, 3)})
-    with pytest.raises(CheckpointError, match=r"'w\.scale' is missing; fetch the file again"):
+    with pytest.raises(CheckpointError, match=r"'w\.scale' is missing\. .* Download the file again"):
         dequantize({"w": stored["w"]})
     with pytest.raises(CheckpointError, match=r"'w\.scale' is of shape \(3,\)"):
         dequantize({"w": stored["w"], "w.scale": torch.ones(3, dtype=torch.float16)})
-    with pytest.raises(CheckpointError, match=r"'w\.scale' is wrong because it holds NaN"):
+    with pytest.raises(CheckpointError, match=r"'w\.scale' contains NaN"):
         dequantize({"w": stored["w"], "w.scale": torch.full((2,), torch.nan, dtype=torch.float16)})

@@ -177,7 +177,7 @@ def test_the_original_without_a_known_text_encoder_says_so(tmp_path):
     with pytest.raises(CheckpointError, match="needs a text_encoder with states of width 16"):
         read_model(tmp_path / "original")
     (tmp_path / "original" / "vqgan_f4_v1_500k.pt").unlink()
-    with pytest.raises(CheckpointError, match=r"lacks vqgan\. Put the files of Stages A, B and C"):
+    with pytest.raises(CheckpointError, match=r"but no vqgan\. Put the files of Stages A, B and C"):
         read_model(tmp_path / "original")
 
 
@@ -319,7 +319,7 @@ def test_what_is_no_model_says_why(tmp_path, published):
 def test_other_numbers_than_the_published_belong_to_diffusers_interface(published):
     prior = read_prior_folder(published / "prior_pipeline")
     prior.resolution_multiple = 32.0
-    with pytest.raises(CheckpointError, match=r"load such a model with wuerstchen\.diffusers"):
+    with pytest.raises(CheckpointError, match=r"Load this model with wuerstchen\.diffusers"):
         cascade_of(read_decoder_folder(published), prior)
 
 

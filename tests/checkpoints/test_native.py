@@ -112,7 +112,10 @@ def test_older_formats_are_migrated_step_by_step(tmp_path, monkeypatch):
 def test_a_newer_format_is_refused_with_upgrade(tmp_path):
     path = tmp_path / "x.safetensors"
     write_tensors({"a": torch.ones(1)}, path, {"format": 3})
-    with pytest.raises(CheckpointError, match=r"format 3, newer than 2, .*pip install --upgrade wuerstchen"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"format 3. This version reads formats up to 2. .*pip install --upgrade wuerstchen",
+    ):
         read_tensors(path)
 
 
@@ -125,7 +128,7 @@ class Bomb:
 
 def test_a_pickle_is_never_opened(copy):
     torch.save({"weight": Bomb()}, copy / "prior.safetensors")
-    with pytest.raises(CheckpointError, match=r"prior\.safetensors is not a whole safetensors file"):
+    with pytest.raises(CheckpointError, match=r"prior\.safetensors is not a complete safetensors file"):
         read_cascade(copy)
 
 
@@ -189,15 +192,15 @@ def unknown_field(path: Path) -> None:
     ("damage", "message"),
     [
         (Path.unlink, "does not exist"),
-        (truncate, "is not a whole safetensors file"),
-        (empty, "is not a whole safetensors file"),
+        (truncate, "is not a complete safetensors file"),
+        (empty, "is not a complete safetensors file"),
         (foreign, "was not written by wuerstchen"),
-        (other_network, "holds another network"),
-        (without_a_tensor, "does not hold what its header says"),
-        (wrong_shape, "does not hold what its header says"),
+        (other_network, "contains another network"),
+        (without_a_tensor, "does not match its header"),
+        (wrong_shape, "does not match its header"),
         (unknown_field, "flux_capacitor"),
-        (nested_deep, r"has a header that cannot be read \(it is nested"),
-        (long_number, "a whole number of 401 digits"),
+        (nested_deep, r"the header of .* cannot be read \(it is nested"),
+        (long_number, "an integer of 401 digits"),
         (complex_numbers, "is torch.complex64"),
         (endless, "depth must be at most 333, got 1000000000"),
     ],
@@ -215,11 +218,11 @@ def test_damaged_and_foreign_files_are_refused(damage, message, copy):
         ("{", "cannot be read"),
         ("[" * 10**5, "cannot be read"),
         ('{"a":' * 3000 + "1" + "}" * 3000, "is nested"),
-        ('{"format": 1, "settings": {"image_size": 1' + "0" * 400 + "}}", "whole number of 401 digits"),
-        ("[]", "holds no JSON object"),
-        ('{"format": 1}', "is no description of a model"),
-        ('{"format": "x"}', "format 'x', which is no number"),
-        ('{"format": 9}', "upgrade"),
+        ('{"format": 1, "settings": {"image_size": 1' + "0" * 400 + "}}", "integer of 401 digits"),
+        ("[]", "is not a JSON object"),
+        ('{"format": 1}', "is not a valid model description"),
+        ('{"format": "x"}', "format must be an integer of at least 1, got 'x'"),
+        ('{"format": 9}', "Upgrade"),
     ],
 )
 def test_damaged_descriptions_are_refused(content, message, copy):
@@ -247,7 +250,7 @@ def test_settings_of_the_wrong_kind_are_refused(change, copy):
     description = json.loads((copy / "model.json").read_text())
     description["settings"] |= change
     (copy / "model.json").write_text(json.dumps(description))
-    with pytest.raises(CheckpointError, match=r"model\.json is no description of a model|401 digits"):
+    with pytest.raises(CheckpointError, match=r"model\.json is not a valid model description|401 digits"):
         read_cascade(copy)
 
 
@@ -279,7 +282,7 @@ def test_how_attention_is_computed_is_not_for_a_model_to_say(copy):
 def test_a_pipe_in_place_of_a_file_does_not_hang(copy):
     (copy / "decoder.safetensors").unlink()
     os.mkfifo(copy / "decoder.safetensors")
-    with pytest.raises(CheckpointError, match=r"decoder\.safetensors is no file"):
+    with pytest.raises(CheckpointError, match=r"decoder\.safetensors is not a file"):
         read_cascade(copy)
 
 
@@ -290,15 +293,15 @@ def test_unknown_parts_missing_parts_and_bad_numbers_are_refused(copy):
         (copy / "model.json").write_text(json.dumps({**description, **changes}))
 
     write(parts=[*description["parts"], "telepathy"])
-    with pytest.raises(CheckpointError, match="unknown part 'telepathy'"):
+    with pytest.raises(CheckpointError, match="unknown part: 'telepathy'"):
         read_cascade(copy)
     write(parts=[["vqgan"], "decoder"])
-    with pytest.raises(CheckpointError, match=r"unknown part \"\['vqgan'\]\""):
+    with pytest.raises(CheckpointError, match=r"unknown part: \"\['vqgan'\]\""):
         read_cascade(copy)
     write(parts=["prior"])
-    with pytest.raises(CheckpointError, match="lacks decoder, vqgan"):
+    with pytest.raises(CheckpointError, match="has no decoder and no vqgan"):
         read_cascade(copy)
-    with pytest.raises(CheckpointError, match=r"is no model folder: it has no model\.json"):
+    with pytest.raises(CheckpointError, match=r"is not a model folder: it has no model\.json"):
         read_cascade(copy / "text_encoder")
 
 
@@ -366,11 +369,14 @@ def test_another_schedule_needs_the_new_format(tmp_path, small_cascade):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d["objectives"].pop("decoder"), "does not name the objective of its decoder"),
-        (lambda d: d["objectives"].update(decoder={"kind": "noise"}), "decoder has the objective 'noise'"),
+        (lambda d: d["objectives"].pop("decoder"), "does not store the objective of the decoder"),
+        (
+            lambda d: d["objectives"].update(decoder={"kind": "noise"}),
+            "stores the objective 'noise' for the decoder",
+        ),
         (lambda d: d.pop("objectives"), "prior_sampler=euler does not suit"),
         (lambda d: d["objectives"].update(prior={"kind": "x"}), "The objective is unknown: 'x'"),
-        (lambda d: d.update(objectives=3), "is no description of a model"),
+        (lambda d: d.update(objectives=3), "is not a valid model description"),
     ],
 )
 def test_objectives_that_do_not_fit_are_refused(tmp_path, small_cascade, change, message):

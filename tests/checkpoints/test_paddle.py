@@ -194,19 +194,19 @@ def test_bfloat16_is_stored_as_whole_numbers(randomise):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"out.1.bias": None}, r"'out.1.bias' is missing there and \(6,\) by its configuration"),
-        ({"extra": torch.ones(2)}, r"'extra' is \(2,\) there and unknown by its configuration"),
-        ({"blocks.1.mapper.weight": torch.ones(30, 32)}, r"is \(30, 32\) there and \(32, 32\) by"),
-        ({"blocks.0.channelwise.0.weight": torch.ones(64, 16)}, r"is \(64, 16\) there and \(16, 64\) by"),
-        ({"out.1.bias": torch.ones(6).long()}, "is torch.int64 there and torch.float32 by"),
-        ({"out.1.bias": torch.ones(6, 1)}, r"is \(6, 1\) there and \(6,\) by its configuration"),
+        ({"out.1.bias": None}, r"'out.1.bias' is missing there, but \(6,\) by its configuration"),
+        ({"extra": torch.ones(2)}, r"'extra' is \(2,\) there, but unknown by its configuration"),
+        ({"blocks.1.mapper.weight": torch.ones(30, 32)}, r"is \(30, 32\) there, but \(32, 32\) by"),
+        ({"blocks.0.channelwise.0.weight": torch.ones(64, 16)}, r"is \(64, 16\) there, but \(16, 64\) by"),
+        ({"out.1.bias": torch.ones(6).long()}, "is torch.int64 there, but torch.float32 by"),
+        ({"out.1.bias": torch.ones(6, 1)}, r"is \(6, 1\) there, but \(6,\) by its configuration"),
     ],
 )
 def test_tensors_that_do_not_fit(change, words):
     tensors = {name: t for name, t in {**to_paddle(Prior(PRIOR)), **change}.items() if t is not None}
     with torch.device("meta"):
         network = Prior(PRIOR)
-    with pytest.raises(CheckpointError, match=f"^the file is wrong because .*{words}.*; get both again"):
+    with pytest.raises(CheckpointError, match=f"^the file: .*{words}.* Download both again"):
         from_paddle(network, tensors, "the file")
 
 
@@ -238,7 +238,7 @@ def test_what_a_file_says_about_itself(written, tmp_path, randomise):
 def test_another_format(tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({"weight": torch.ones(1)}, path, metadata={"format": "flax"})
-    with pytest.raises(CheckpointError, match="its format is 'flax', none of pd, np and pt"):
+    with pytest.raises(CheckpointError, match="must be pd, np or pt, got 'flax'"):
         fill_paddle(Prior(PRIOR), StoredTensors.of([path]), torch.float32)
 
 
@@ -305,18 +305,16 @@ def test_the_halves_are_read_apart(paddle_folder):
 
 def test_the_two_layouts_are_not_taken_for_one_another(published, paddle_folder):
     assert not is_paddle(published)
-    with pytest.raises(CheckpointError, match=r"of class .*paddlenlp.transformers|ppdiffusers"):
+    with pytest.raises(CheckpointError, match=r"must be .*, got \[.ppdiffusers|got \[.paddlenlp"):
         read_decoder_folder(paddle_folder)
-    with pytest.raises(CheckpointError, match=r"is of class \['diffusers', 'DDPMWuerstchenScheduler'\]"):
+    with pytest.raises(CheckpointError, match=r"got \['diffusers', 'DDPMWuerstchenScheduler'\]"):
         pipeline_class(published, PADDLE)
 
 
 def test_pickles_of_paddle_are_refused_with_a_way_out(paddle_folder):
     weights = paddle_folder / "decoder" / "diffusion_paddle_model.safetensors"
     weights.rename(weights.with_name("model_state.pdparams"))
-    with pytest.raises(
-        CheckpointError, match=r"decoder holds Paddle's pickles .* save it again with save_pret"
-    ):
+    with pytest.raises(CheckpointError, match=r"decoder contains Paddle's pickles .* save it with save_pret"):
         read_model(paddle_folder)
 
 
@@ -347,7 +345,7 @@ def test_a_folder_is_written_as_paddle_reads_it(storage, published, tmp_path, di
 @pytest.mark.parametrize("content", ["", "[]", "{"])
 def test_an_index_that_cannot_be_read(content, tmp_path):
     (tmp_path / "model_index.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"model_index\.json is wrong because it"):
+    with pytest.raises(CheckpointError, match=r"model_index\.json (cannot be read|is not a JSON object)"):
         is_paddle(tmp_path)
     (tmp_path / "model_index.json").write_text('{"a": [], "b": [null, null], "c": 3, "d": ["x"]}')
     assert not is_paddle(tmp_path)

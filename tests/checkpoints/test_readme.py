@@ -41,11 +41,11 @@ MERGES = [f"m{n}: &m{n}\n  <<: [{','.join([f'*m{n - 1}'] * 9)}]" for n in range(
     [
         ("a: 1\n" * 600_000, "front matter has more than 64 kB"),
         ("x" * 4_000_000, "front matter has more than 64 kB"),
-        ("\n".join(["m0: &m0 {a: 1}", *MERGES]), "it has aliases"),
-        ("a: &a [*a]", "it has aliases"),
+        ("\n".join(["m0: &m0 {a: 1}", *MERGES]), "it contains aliases"),
+        ("a: &a [*a]", "it contains aliases"),
         ("[" * (MAX_FRONT_MATTER - 10), "cannot be read"),
         ("a: !!python/object/apply:os.abort []", "cannot be read"),
-        ("- a", "it holds no fields"),
+        ("- a", "has no fields"),
         ("a: \x1b[31m", "cannot be read"),
     ],
 )

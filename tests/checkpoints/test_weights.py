@@ -156,13 +156,13 @@ def test_the_order_in_which_files_are_looked_for(tmp_path: Path) -> None:
 
 def test_a_folder_without_weights(tmp_path: Path) -> None:
     (tmp_path / "model.txt").touch()
-    with pytest.raises(CheckpointError, match=r"holds no weights: there is no model\.safetensors nor \.bin"):
+    with pytest.raises(CheckpointError, match=r"has no weights: there is no model\.safetensors or \.bin"):
         StoredTensors.in_folder(tmp_path, ["model"])
 
 
 def test_pickles_of_paddle_are_not_opened(tmp_path: Path) -> None:
     (tmp_path / "model_state.pdparams").write_bytes(pickle.dumps(Touches(tmp_path / "touched")))
-    with pytest.raises(CheckpointError, match=r"which are never opened; .*safe_serialization=True"):
+    with pytest.raises(CheckpointError, match=r"which are never opened.*safe_serialization=True"):
         StoredTensors.in_folder(tmp_path, ["diffusion_paddle_model"])
     assert not (tmp_path / "touched").exists()
 
@@ -188,7 +188,7 @@ def test_shards_lie_beside_their_index(place: object, tmp_path: Path) -> None:
     save(STATE, folder / "sub" / "inside.safetensors")
     save(STATE, folder / "model.pt")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"weight": place}}))
-    with pytest.raises(CheckpointError, match="is no file of weights beside it"):
+    with pytest.raises(CheckpointError, match="is not a weight file in the same folder"):
         StoredTensors.in_folder(folder, ["model"])
 
 
@@ -197,28 +197,30 @@ def test_an_absolute_shard(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"weight": str(outside)}}))
-    with pytest.raises(CheckpointError, match=re.escape(f"'{outside}' is no file of weights beside it")):
+    with pytest.raises(
+        CheckpointError, match=re.escape(f"'{outside}' is not a weight file in the same folder")
+    ):
         StoredTensors.in_folder(folder, ["model"])
 
 
 def test_a_lost_shard(tmp_path: Path) -> None:
     write_shards(tmp_path)
     (tmp_path / "model-2.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"model-2\.safetensors is wrong because there is no such file"):
+    with pytest.raises(CheckpointError, match=r"model-2\.safetensors does not exist"):
         StoredTensors.in_folder(tmp_path, ["model"])
 
 
 def test_a_shard_of_a_very_long_name(tmp_path: Path) -> None:
     places = {"weight_map": {"weight": "x" * 5000 + ".safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(places))
-    with pytest.raises(CheckpointError, match="there is no such file"):
+    with pytest.raises(CheckpointError, match="does not exist"):
         StoredTensors.in_folder(tmp_path, ["model"])
 
 
 def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
     write_shards(tmp_path)
     save(STATE, tmp_path / "model-2.safetensors")
-    with pytest.raises(CheckpointError, match="'weight' is in another shard too"):
+    with pytest.raises(CheckpointError, match="'weight' is also in another shard"):
         StoredTensors.in_folder(tmp_path, ["model"])
 
 
@@ -232,7 +234,7 @@ def test_an_index_that_names_nothing(content: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "{", "\x00", "[" * 100_000, '{"a": ' * 100_000])
 def test_json_that_cannot_be_read(content: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"config\.json is wrong because it cannot be read"):
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
         read_json(tmp_path / "config.json")
 
 
@@ -246,7 +248,7 @@ def test_json_of_absurd_size_is_not_read(tmp_path: Path) -> None:
 
 def test_json_that_is_no_object(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(CheckpointError, match="holds no JSON object"):
+    with pytest.raises(CheckpointError, match="is not a JSON object"):
         read_json(tmp_path / "config.json")
 
 
@@ -271,7 +273,7 @@ def test_the_prefix_of_compiled_modules_is_left_out(name: str, tmp_path: Path) -
 @pytest.mark.parametrize("name", ["model.safetensors", "model.bin"])
 def test_a_network_compiled_and_not_is_not_chosen_from(name: str, tmp_path: Path) -> None:
     save({"weight": torch.ones(1), "_orig_mod.weight": torch.zeros(1)}, tmp_path / name)
-    with pytest.raises(CheckpointError, match="both compiled, under _orig_mod, and as it is"):
+    with pytest.raises(CheckpointError, match="twice, once compiled"):
         StoredTensors.of([tmp_path / name])
 
 
@@ -301,11 +303,11 @@ def test_names_in_the_file_may_differ(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"weight": None}, r"'weight' is missing there and \(2, 3\) by its configuration"),
-        ({"extra": torch.ones(4)}, r"'extra' is \(4,\) there and unknown by its configuration"),
-        ({"weight": torch.ones(3, 2)}, r"'weight' is \(3, 2\) there and \(2, 3\) by its configuration"),
-        ({"weight": torch.ones(2, 3, dtype=torch.int64)}, "'weight' is torch.int64 there, which"),
-        ({"steps": torch.tensor(0.5)}, "'steps' is torch.float32 there, which"),
+        ({"weight": None}, r"'weight' is missing there, but \(2, 3\) by its configuration"),
+        ({"extra": torch.ones(4)}, r"'extra' is \(4,\) there, but unknown by its configuration"),
+        ({"weight": torch.ones(3, 2)}, r"'weight' is \(3, 2\) there, but \(2, 3\) by its configuration"),
+        ({"weight": torch.ones(2, 3, dtype=torch.int64)}, "'weight' must be torch.float32, got torch.int64"),
+        ({"steps": torch.tensor(0.5)}, "'steps' must be torch.int64, got torch.float32"),
     ],
 )
 def test_what_does_not_fit_leaves_the_network_as_it_was(
@@ -323,15 +325,15 @@ def test_what_does_not_fit_leaves_the_network_as_it_was(
 
 
 def refused(path: Path, words: str) -> None:
-    with pytest.raises(CheckpointError, match=f"{re.escape(str(path))} is wrong because .*{words}"):
+    with pytest.raises(CheckpointError, match=f"{re.escape(str(path))}.*{words}"):
         read_tensors_of(path)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
 def test_a_missing_file_and_a_folder(name: str, tmp_path: Path) -> None:
-    refused(tmp_path / name, "there is no such file; check the name")
+    refused(tmp_path / name, "does not exist. Check the name")
     (tmp_path / name).mkdir()
-    refused(tmp_path / name, "there is no such file; check the name")
+    refused(tmp_path / name, "does not exist. Check the name")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
@@ -346,7 +348,7 @@ def test_a_truncated_legacy_file(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     save_legacy({"weight": torch.ones(50, 50)}, path)
     path.write_bytes(path.read_bytes()[:-100])
-    refused(path, "it cannot be read .*; download it again")
+    refused(path, r"cannot be read .*\. Download it again")
 
 
 def with_header(path: Path, header: bytes, length: int | None = None) -> Path:
@@ -368,14 +370,14 @@ def with_header(path: Path, header: bytes, length: int | None = None) -> Path:
     ],
 )
 def test_an_absurd_header_of_safetensors(header: bytes, length: int | None, tmp_path: Path) -> None:
-    refused(with_header(tmp_path / "model.safetensors", header, length), "it cannot be read")
+    refused(with_header(tmp_path / "model.safetensors", header, length), "cannot be read")
 
 
 @pytest.mark.parametrize("write", [torch.save, save_legacy, lambda x, p: p.write_bytes(pickle.dumps(x))])
 def test_pickled_code_is_refused_and_not_run(write: Callable[..., object], tmp_path: Path) -> None:
     touched = tmp_path / "touched"
     write({**STATE, "extra": Touches(touched)}, tmp_path / "weights.pt")
-    refused(tmp_path / "weights.pt", "holds pickled objects, which are never run")
+    refused(tmp_path / "weights.pt", "contains pickled objects, which are never loaded")
     assert not touched.exists()
     # The same bytes do create it where they are run: the test would notice.
     os.close(pickle.loads(pickle.dumps(Touches(touched))))
@@ -385,7 +387,7 @@ def test_pickled_code_is_refused_and_not_run(write: Callable[..., object], tmp_p
 def test_a_pickle_is_not_read_as_safetensors(tmp_path: Path) -> None:
     touched = tmp_path / "touched"
     torch.save({"extra": Touches(touched)}, tmp_path / "model.safetensors")
-    refused(tmp_path / "model.safetensors", "it cannot be read")
+    refused(tmp_path / "model.safetensors", "cannot be read")
     assert not touched.exists()
 
 
@@ -393,7 +395,7 @@ def test_an_archive_compressed_again(tmp_path: Path) -> None:
     """Mapped as it lies, its bytes would come out as other numbers."""
     path = save(STATE, tmp_path / "a.pt")
     packed = rewritten(path, tmp_path / "b.pt", lambda _, data: data, zipfile.ZIP_DEFLATED)
-    refused(packed, "it was compressed after torch.save wrote it; get the file as it was")
+    refused(packed, "was compressed after torch.save wrote it. Use the original file")
 
 
 def test_a_tensor_that_claims_more_than_the_file_holds(tmp_path: Path) -> None:
@@ -405,7 +407,7 @@ def test_a_tensor_that_claims_more_than_the_file_holds(tmp_path: Path) -> None:
 
     larger = rewritten(path, tmp_path / "b.pt", enlarge)
     assert b"J\x00\x00\x00\x40" in larger.read_bytes()
-    refused(larger, "it cannot be read")
+    refused(larger, "cannot be read")
 
 
 @pytest.mark.parametrize(
@@ -418,17 +420,17 @@ def test_a_tensor_that_claims_more_than_the_file_holds(tmp_path: Path) -> None:
     ids=["expanded", "meta", "sparse"],
 )
 def test_tensors_without_their_values(tensor: Tensor, tmp_path: Path) -> None:
-    refused(save({"weight": tensor}, tmp_path / "model.pt"), "'weight' is not stored as a plain tensor")
+    refused(save({"weight": tensor}, tmp_path / "model.pt"), "'weight' is not a plain tensor")
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (torch.zeros(3), "it holds a Tensor, not a state dict"),
-        ([torch.zeros(3)], "it holds a list, not a state dict"),
-        ({"state_dict": STATE}, "its entry 'state_dict' is no tensor"),
-        ({"epoch": 3}, "its entry 'epoch' is no tensor"),
-        ({3: torch.zeros(3)}, "its entry 3 is no tensor"),
+        (torch.zeros(3), "contains a Tensor, not a state dict"),
+        ([torch.zeros(3)], "contains a list, not a state dict"),
+        ({"state_dict": STATE}, "the entry 'state_dict' is not a tensor"),
+        ({"epoch": 3}, "the entry 'epoch' is not a tensor"),
+        ({3: torch.zeros(3)}, "the entry 3 is not a tensor"),
     ],
 )
 def test_torch_files_that_are_no_state_dict(content: object, words: str, tmp_path: Path) -> None:
@@ -469,7 +471,7 @@ def test_nested_tuples_as_a_key(levels: int, legacy: bool, tmp_path: Path) -> No
     else:
         path = save(STATE, tmp_path / "a.pt")
         rewritten(path, tmp_path / "m.pt", lambda n, d: data if n.endswith("data.pkl") else d)
-    refused(tmp_path / "m.pt", "a key in it has more than 100 parts")
+    refused(tmp_path / "m.pt", "a key in it has more than 100 elements")
 
 
 @pytest.mark.parametrize("number", [0, 1, 4])
@@ -486,7 +488,7 @@ def test_nested_tuples_beside_the_object_of_a_legacy_file(number: int, tmp_path:
     start, stop = pieces[number]
     hostile = b"\x80\x02](" + nested_key(30)[3:-4] + b"e."
     (tmp_path / "m.pt").write_bytes(whole[:start] + hostile + whole[stop:])
-    refused(tmp_path / "m.pt", "it is not a torch file")
+    refused(tmp_path / "m.pt", "is not a torch file")
 
 
 def test_nested_tuples_as_the_place_of_values(tmp_path: Path) -> None:
@@ -494,7 +496,7 @@ def test_nested_tuples_as_the_place_of_values(tmp_path: Path) -> None:
     key = nested_key(30)[3:-4]
     place = b"\x80\x02(X\x07\x00\x00\x00storagectorch\nFloatStorage\n" + key + b"X\x03\x00\x00\x00cpuK\x01tQ."
     rewritten(path, tmp_path / "m.pt", lambda n, d: place if n.endswith("data.pkl") else d)
-    refused(tmp_path / "m.pt", "a place of values in it has more than 100 parts")
+    refused(tmp_path / "m.pt", "the id of a storage in it has more than 100 elements")
 
 
 def filled_later(levels: int, used: bytes) -> bytes:
@@ -517,7 +519,7 @@ def test_a_list_that_is_filled_when_it_is_in_something_else(used: bytes, tmp_pat
     path = save(STATE, tmp_path / "a.pt")
     hostile = filled_later(40, used)
     rewritten(path, tmp_path / "m.pt", lambda n, d: hostile if n.endswith("data.pkl") else d)
-    refused(tmp_path / "m.pt", "a container in it is filled after it was put into another one")
+    refused(tmp_path / "m.pt", "a container in it is filled after it was added to another one")
 
 
 def test_containers_that_are_in_several_others_are_read(tmp_path: Path) -> None:
@@ -539,7 +541,7 @@ class Circle:
 
 def test_objects_that_hold_each_other_are_called_objects(tmp_path: Path) -> None:
     torch.save(Circle(), tmp_path / "m.pt")
-    refused(tmp_path / "m.pt", "holds pickled objects, which are never run")
+    refused(tmp_path / "m.pt", "contains pickled objects, which are never loaded")
 
 
 def test_keys_of_ordinary_size_are_read(tmp_path: Path) -> None:
@@ -556,16 +558,16 @@ def test_nested_tuples_in_what_a_tensor_is_made_of(tmp_path: Path) -> None:
         # The argument ``requires_grad`` becomes the tuples.
         return data.replace(b"\x89c", huge + b"c", 1) if name.endswith("data.pkl") else data
 
-    refused(rewritten(path, tmp_path / "b.pt", change), "made of more than 10000 parts")
+    refused(rewritten(path, tmp_path / "b.pt", change), "more than 10000 arguments")
 
 
 def test_a_pickle_of_too_many_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save({f"w{i}": torch.ones(1) for i in range(30)}, tmp_path / "m.pt")
     assert len(read_tensors_of(path)) == 30
     monkeypatch.setattr(pickles, "MAX_OPCODES", 500)
-    refused(path, "more than 500 steps")
+    refused(path, "more than 500 opcodes")
     monkeypatch.setattr(torch_files, "MAX_PICKLE", 100)
-    refused(path, "bytes beside its tensors")
+    refused(path, "bytes besides its tensors")
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -574,7 +576,7 @@ def test_many_tensors_of_the_same_few_values(legacy: bool, tmp_path: Path) -> No
     values = torch.ones(1 << 20)
     state = {f"w{i}": values[i:] for i in range(40)}
     torch.save(state, tmp_path / "m.pt", _use_new_zipfile_serialization=not legacy)
-    refused(tmp_path / "m.pt", "tensors have .* bytes and share")
+    refused(tmp_path / "m.pt", "tensors have .* bytes, but share")
     torch.save({"a": values, "tied": values}, tmp_path / "m.pt")
     assert read_tensors_of(tmp_path / "m.pt").keys() == {"a", "tied"}
 
@@ -610,5 +612,5 @@ def test_json_of_ordinary_depth_and_numbers() -> None:
 @pytest.mark.parametrize("digits", [401, 5_000])
 def test_whole_numbers_that_no_float_can_hold(digits: int, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"size": ' + "9" * digits + "}")
-    with pytest.raises(CheckpointError, match=f"a whole number of {digits} digits"):
+    with pytest.raises(CheckpointError, match=f"an integer of {digits} digits"):
         read_json(tmp_path / "config.json")

@@ -330,14 +330,14 @@ def test_a_damaged_picture_is_named_when_it_is_read(with_text_files: Path) -> No
     content = (with_text_files / "b.png").read_bytes()
     (with_text_files / "b.png").write_bytes(content[: len(content) // 2])
     source = FolderSource(with_text_files)
-    with pytest.raises(DataError, match=r"^image '.*b\.png' is wrong because it is damaged or cut off"):
+    with pytest.raises(DataError, match=r"^image '.*b\.png' cannot be used: it is damaged or truncated"):
         source.example(0, np.random.default_rng(0), 8)
 
 
 def test_fingerprint_names_a_picture_that_went_away(with_text_files: Path) -> None:
     source = FolderSource(with_text_files)
     (with_text_files / "b.png").unlink()
-    with pytest.raises(DataError, match=r"^image 'b\.png' is wrong because it cannot be read \(No such file"):
+    with pytest.raises(DataError, match=r"^image 'b\.png' cannot be used: it cannot be read \(No such file"):
         source.fingerprint()
 
 

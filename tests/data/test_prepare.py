@@ -523,7 +523,7 @@ def test_damaged_pictures_are_skipped_counted_and_named(photos, tmp_path, networ
     # The others' crops are what they are without the damage.
     lines = summary(description)
     assert "  dropped 3: damaged image" in lines
-    assert any(re.match(r"  damaged: 3.png \(image '3.png' is wrong because", line) for line in lines)
+    assert any(re.match(r"  damaged: 3.png \(image '3.png' cannot be used:", line) for line in lines)
 
 
 def test_crops_do_not_depend_on_what_else_is_kept(photos, whole, tmp_path, networks):

@@ -249,16 +249,16 @@ def test_offloading_a_layer_at_a_time_draws_the_same(make_combined):
 def test_offloading_needs_a_device(make_combined):
     with pytest.raises(ValueError, match="no accelerator to offload from"):
         make_combined().enable_model_cpu_offload()
-    with pytest.raises(ValueError, match="'cuda:0' is not there"):
+    with pytest.raises(ValueError, match="'cuda:0' is not available"):
         make_combined().enable_sequential_cpu_offload(gpu_id=0, device="cuda:0")
-    with pytest.raises(ValueError, match="device 'cuda' is not there; use cpu"):
+    with pytest.raises(ValueError, match=r"device 'cuda' is not available\. Use cpu"):
         make_combined().to("cuda")
 
 
 def test_offloading_takes_one_device(make_combined):
     with pytest.raises(ValueError, match="device=meta:0 does not match gpu_id=1"):
         make_combined().enable_sequential_cpu_offload(gpu_id=1, device="meta:0")
-    with pytest.raises(ValueError, match="device 'gpu' is not there"):
+    with pytest.raises(ValueError, match="device 'gpu' is not available"):
         make_combined().enable_model_cpu_offload(device="gpu")
 
 

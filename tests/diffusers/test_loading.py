@@ -391,7 +391,7 @@ def test_pickles_can_be_refused(write_published, tmp_path):
         ),
         (WuerstchenDecoderPipeline, "prior_pipeline", {}, CheckpointError, "has no Stage B"),
         (WuerstchenPriorPipeline, "", {}, CheckpointError, "has no Stage C"),
-        (DiffusionPipeline, "vqgan", {}, CheckpointError, "there is no such file"),
+        (DiffusionPipeline, "vqgan", {}, CheckpointError, "does not exist"),
         (DiffusionPipeline, "README.md", {}, CheckpointError, "is not a folder"),
         (DiffusionPipeline, "nowhere/at/all", {}, CheckpointError, "does not exist"),
         (DiffusionPipeline, "", {"torch_dtype": "float16"}, TypeError, "'torch_dtype' must be a floating"),
@@ -693,7 +693,7 @@ def test_a_device_map_puts_the_whole_pipeline_somewhere(device_map, published):
     [
         ({"prior": 0, "decoder": 1}, "Components are not split between devices"),
         ("sequential", "Components are not split between devices"),
-        ("nowhere", "device 'nowhere' is not there"),
+        ("nowhere", "device 'nowhere' is not available"),
         (3.5, "device_map must be 'balanced' or a device, got a float"),
     ],
 )

@@ -362,7 +362,7 @@ def test_adapters_are_moved_to_a_device(make_prior, folder):
     assert torch.equal(generate(pipe), expected)
     with pytest.raises(UserError, match="Adapter 'two' is not loaded"):
         pipe.set_lora_device(["two"], "cpu")
-    with pytest.raises(UserError, match="device 'nowhere' is not there"):
+    with pytest.raises(UserError, match="device 'nowhere' is not available"):
         pipe.set_lora_device(["one"], "nowhere")
     pipe.enable_lora_hotswap(target_rank=64)
     assert pipe.num_fused_loras == 0

@@ -93,7 +93,7 @@ def children(pid):
         (["--filter", "json:dumps"], "filter 'json:dumps' cannot be used"),
         (["--results-dir", "file/inside"], "cannot be written"),
         (["--model", "nowhere"], "'nowhere' does not exist"),
-        (["--device", "toaster"], "device 'toaster' is not there"),
+        (["--device", "toaster"], "device 'toaster' is not available"),
         (["--max-batch", "0"], "max_batch must be above 0, got 0"),
     ],
 )

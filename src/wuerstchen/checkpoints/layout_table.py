@@ -8,7 +8,7 @@ import pkgutil
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -37,20 +37,6 @@ class Sources:
     local_files_only: bool = False
 
 
-class Read(Protocol):
-    def __call__(
-        self, path: Path, sources: Sources, dtype: "torch.dtype", leave_out: Collection[str]
-    ) -> "Cascade":
-        """Reads a whole model onto the CPU. May skip the parts in ``leave_out``."""
-        ...
-
-
-class Write(Protocol):
-    def __call__(self, cascade: "Cascade", folder: Path, storage: Storage, source: Path) -> None:
-        """Writes ``cascade``, which was read from ``source``, into the new folder ``folder``."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """How one program stores models."""
@@ -59,8 +45,10 @@ class Layout:
     """The file that identifies the layout, for messages."""
     matches: Callable[[Path], bool]
     """Whether a folder or a file has this layout."""
-    read: Read
-    write: Write
+    read: "Callable[[Path, Sources, torch.dtype, Collection[str]], Cascade]"
+    """(path, sources, dtype, leave_out) → a whole model on the CPU, if needed without ``leave_out``."""
+    write: "Callable[[Cascade, Path, Storage, Path], None]"
+    """(cascade, folder, storage, source): writes a model that was read from ``source`` to a new folder."""
     parts: frozenset[str] | None = None
     """The parts that can be stored. None: all of them."""
     storages: tuple[Storage, ...] = ("float32", "float16")

@@ -150,7 +150,9 @@ def network_of(state: StateDict, *, dtype: torch.dtype = torch.float32) -> tuple
     expected = _to_original(network.state_dict())
     for key in sorted(expected.keys() | state.tensors.keys()):
         if key not in expected:
-            raise state.error(key, "not expected", f"no key of this {part}")
+            raise CheckpointError(
+                f"{state.place}: {shown(key)} is not a key of this {part}. Download the file again."
+            )
         ours, theirs = expected[key], state.tensors.get(key)
         if theirs is None:
             raise state.error(key, "missing", tuple(ours.shape))

@@ -54,7 +54,7 @@ def from_paddle(
 
     def error(name: str, found: object, wanted: object) -> CheckpointError:
         return CheckpointError(
-            f"{where}: {name!r} is {found}, but {wanted} by the configuration. Download both again."
+            f"{where}: {name!r} is {found} there, but {wanted} by its configuration. Download both again."
         )
 
     names, linear = _names(network, tensors), _linear_weights(network)

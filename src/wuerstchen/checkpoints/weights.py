@@ -162,7 +162,7 @@ def fill(
         found = stored.shapes.get(name, "missing")
         if wanted != found:
             raise CheckpointError(
-                f"{where}: {name!r} is {found}, but {wanted} by the configuration. Download both again."
+                f"{where}: {name!r} is {found} there, but {wanted} by its configuration. Download both again."
             )
     tensors = stored.read(dtype)
     state = network.state_dict()

@@ -279,7 +279,7 @@ def test_out_of_memory_says_size_and_batch(tmp_path, toy_stage, toy_source, sett
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(
-        UserError, match=r"batch_size=4 at 4x4 pixels does not fit into memory; use a smaller"
+        UserError, match=r"batch_size=4 at 4x4 pixels does not fit into memory\. Use a smaller"
     ):
         run(tmp_path, toy_stage(on_batch=full), toy_source(), settings)
 
