@@ -220,8 +220,8 @@ def test_lab_images_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "mode", "reason"),
     [
-        (b"profile", "RGB", "it is no ICC profile"),
-        (grey_profile(2.2), "RGB", "it is for L and the image is RGB"),
+        (b"profile", "RGB", "it is not an ICC profile"),
+        (grey_profile(2.2), "RGB", "it is for L, but the image is RGB"),
         (cmyk_profile(), "RGB", "it is for CMYK, but the image is RGB"),
         (rgb_profile(to_xyz(ADOBE, D65), 2.2), "CMYK", "it is for RGB, but the image is CMYK"),
         (rgb_profile(to_xyz(ADOBE, D65), 2.2)[:200], "RGB", "damaged"),

@@ -404,18 +404,18 @@ A, B = f"{QUERY}.lora_A.weight", f"{QUERY}.lora_B.weight"
         (pair("blocks.8.attention.to_q", 32, 32), "is not a linear layer or a convolution of Prior"),
         (pair("blocks.2.attention", 32, 32), "is not a linear layer or a convolution of Prior"),
         (pair("projection", 4, 32), r"have shapes \(4, 4\) and \(32, 4\), not \(rank, 4, 1, 1\)"),
-        (pair("projection", 5, 32, 1), r"where \(rank, 4, 1, 1\) and \(32, rank, 1, 1\) fit"),
-        (pair("blocks.0.depthwise", 32, 32, 1), r"where \(rank, 32, 3, 3\) and \(32, rank, 1, 1\) fit"),
+        (pair("projection", 5, 32, 1), r"not \(rank, 4, 1, 1\) and \(32, rank, 1, 1\)"),
+        (pair("blocks.0.depthwise", 32, 32, 1), r"not \(rank, 32, 3, 3\) and \(32, rank, 1, 1\)"),
         (pair("blocks.0.depthwise", 32, 2, 3), r"and \(2, 4, 1, 1\)"),
-        ({f"{QUERY}.lora_magnitude_vector": torch.ones(32)}, "is no weight of a plain LoRA"),
-        ({f"{QUERY}.lora_B.bias": torch.ones(32)}, "is no weight of a plain LoRA"),
-        ({f"{QUERY}.hada_w1_a": torch.ones(32)}, "is no weight of a plain LoRA"),
-        ({f"{QUERY}.alpha": torch.tensor([1.0, 2.0])}, "alpha of .* is None"),
-        ({f"{QUERY}.alpha": torch.tensor(float("inf"))}, "alpha of .* is inf"),
+        ({f"{QUERY}.lora_magnitude_vector": torch.ones(32)}, "is not a weight of a plain LoRA"),
+        ({f"{QUERY}.lora_B.bias": torch.ones(32)}, "is not a weight of a plain LoRA"),
+        ({f"{QUERY}.hada_w1_a": torch.ones(32)}, "is not a weight of a plain LoRA"),
+        ({f"{QUERY}.alpha": torch.tensor([1.0, 2.0])}, "alpha of .* must be a finite number, got None"),
+        ({f"{QUERY}.alpha": torch.tensor(float("inf"))}, "alpha of .* must be a finite number, got inf"),
         ({f"{QUERY}.alpha": torch.tensor(True)}, "alpha of .* must be a finite number, got True"),
         (
             {"text_encoder.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 32)},
-            "give text_encoder",
+            "Pass it as text_encoder",
         ),
     ],
 )
@@ -424,7 +424,7 @@ def test_what_does_not_fit_changes_nothing(prior, change, message):
     with pytest.raises(CheckpointError, match=message) as caught:
         load_lora(prior, damaged(change))
     assert "\n" not in str(caught.value)
-    assert "; " in str(caught.value)
+    assert str(caught.value).count(". ") >= 1
     assert list(prior.modules()) == before
     assert torch.equal(run(prior), plain)
 
@@ -535,7 +535,7 @@ def test_names_that_torch_cannot_hold(prior, name):
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda p: load_lora(p, adapter(), adapter_name="a"), "adapter_name 'a' is taken"),
+        (lambda p: load_lora(p, adapter(), adapter_name="a"), "adapter_name 'a' is already used"),
         (lambda p: set_lora(p, ["c"], [1.0]), "adapter 'c' is not loaded. Loaded adapters: a, b"),
         (lambda p: set_lora(p, ["a"], [1.0, 2.0]), "2 weights do not match 1 adapters"),
         (lambda p: set_lora(p, ["a", "a"], [1.0, 2.0]), "contain a name twice"),
@@ -554,7 +554,7 @@ def test_names_that_torch_cannot_hold(prior, name):
 def test_what_cannot_be_done_changes_nothing(prior, two_files, act, message):
     for name, folder in zip("ab", two_files, strict=True):
         load_lora(prior, folder, adapter_name=name)
-    if "are not finite" in message:
+    if "infinite weights" in message:
         prior.get_submodule(QUERY).lora_B["b"].weight.fill_(100.0)
     before = run(prior)
     with pytest.raises(UserError, match=message):
@@ -578,7 +578,7 @@ def test_fused_adapters_cannot_be_changed(prior, two_files, act):
     load_lora(prior, two_files[0], adapter_name="a")
     fuse_lora(prior)
     before = run(prior)
-    with pytest.raises(UserError, match=r"is fused.*call unfuse_lora first"):
+    with pytest.raises(UserError, match=r"is .*fused.*Call unfuse_lora first"):
         act(prior)
     assert torch.equal(run(prior), before)
 
@@ -595,7 +595,7 @@ def test_a_network_without_adapters(prior):
 
 @pytest.mark.parametrize(
     ("layers", "message"),
-    [({}, "no layers were given"), ({"blocks.2.weight": torch.ones(1)}, "cannot be saved: keys end in")],
+    [({}, "there are no layers"), ({"blocks.2.weight": torch.ones(1)}, "Keys must end in")],
 )
 def test_saving_refuses(tmp_path, layers, message):
     with pytest.raises(UserError, match=message):

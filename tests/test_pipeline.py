@@ -92,7 +92,7 @@ def test_seeds_can_be_named(model):
         assert np.array_equal(pixels([image]), pixels(model.generate(prompt, seed=seed)))
     with pytest.raises(UserError, match="1 seeds do not match 2 images"):
         model.generate(["a cat", "a dog"], seed=[9])
-    with pytest.raises(UserError, match="seed -1 must be from 0"):
+    with pytest.raises(UserError, match=r"seed must be from 0 to 4294967295, .* got -1"):
         model.generate(["a cat", "a dog"], seed=[9, -1])
 
 
@@ -424,7 +424,7 @@ def test_adapters_mix_and_come_off_again(model_folder, model, tmp_path):
     assert np.array_equal(plain, pixels(adapted.generate("a cat")))
     adapted.load_lora(tmp_path / "one.safetensors", 0.5)
     assert np.array_equal(one, pixels(adapted.generate("a cat")))
-    with pytest.raises(UserError, match="scale nan of an adapter"):
+    with pytest.raises(UserError, match="the scale of an adapter must be a finite number, got nan"):
         adapted.load_lora(tmp_path / "one.safetensors", math.nan)
 
 
@@ -575,7 +575,7 @@ def test_models_without_stage_c_or_compressor_say_so(small_cascade):
 
 @pytest.mark.parametrize("device", ["toaster", "meta", "cuda:77"])
 def test_devices_that_are_not_there_are_refused(device, model_folder):
-    with pytest.raises(UserError, match=f"device '{device}' .*; use cpu"):
+    with pytest.raises(UserError, match=rf"device '{device}' .*\. Use cpu"):
         wuerstchen.load(model_folder, device=device)
 
 

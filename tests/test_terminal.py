@@ -41,11 +41,11 @@ def test_messages_are_printable(kind):
 
 
 def test_messages_are_never_longer_than_a_page():
-    message = str(UserError(f"{'x' * 10**6} is wrong; use less"))
+    message = str(UserError(f"{'x' * 10**6} is wrong. Use less"))
     assert len(message) < 4100
     assert message.startswith("xxx")
     assert "(996019 characters are left out)" in message
-    assert message.endswith("is wrong; use less")
+    assert message.endswith("is wrong. Use less")
     assert str(UserError("short")) == "short"
 
 
@@ -126,7 +126,7 @@ def test_values_of_any_size_are_shown_at_once():
         nested = (nested, nested)  # 2^200 elements, if they are written out
     assert shown(nested) == "a tuple"
     assert len(shown("x" * 10**6)) < 100
-    assert shown(10**5000) == "a whole number of 16610 bits"
+    assert shown(10**5000) == "an integer of 16610 bits"
     assert shown({"a": 1}) == "a dict"
     assert [shown(value) for value in (None, True, 3, 0.5, "a\x1b")] == [
         "None",

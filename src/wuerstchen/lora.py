@@ -23,7 +23,7 @@ from wuerstchen.checkpoints.adapters import METADATA as METADATA
 from wuerstchen.checkpoints.adapters import WEIGHT_NAME as WEIGHT_NAME
 from wuerstchen.checkpoints.adapters import AdapterConfig, LayerTensors, is_finite_number, read_adapter
 from wuerstchen.checkpoints.adapters import save_lora as save_lora
-from wuerstchen.errors import CheckpointError, UserError, UserNotice
+from wuerstchen.errors import CheckpointError, UserError, UserNotice, shown
 
 
 class AssumedScaleWarning(UserNotice):
@@ -392,7 +392,7 @@ def _check_fusible(module: nn.Module, names: Sequence[str]) -> None:
 
 def _check_scale(what: str, value: object) -> None:
     if not is_finite_number(value):
-        raise UserError(f"{what} must be a finite number, got {value!r}. 1 is as trained.")
+        raise UserError(f"{what} must be a finite number, got {shown(value)}. 1 is as trained.")
 
 
 def _check_finite_sum(layers: Sequence[tuple[Any, str]], scale: float | int) -> None:

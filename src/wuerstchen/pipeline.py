@@ -169,7 +169,8 @@ class Wuerstchen:
             raise UserError("this model has no Stage C or no text encoder. It can only reconstruct images.")
         inits = None
         if init is not None:
-            given = list(init) if isinstance(init, list | tuple) else [init]
+            given = init if isinstance(init, list | tuple) else [init]
+            given = [upright_rgb(image, "init") for image in given]
             inits = one_for_each("init", self._init_latents(given, size, canvas), len(prompts), count)
 
         texts = [prompt for prompt in prompts for _ in range(count)]
@@ -303,7 +304,7 @@ class Wuerstchen:
         self, images: Sequence[Image.Image], size: tuple[int, int], canvas: tuple[int, int]
     ) -> list[Float[Tensor, "1 c lh lw"]]:
         """The normalized semantic latents of each image."""
-        pixels = [to_tensor(resize_crop(upright_rgb(image, "init"), *size)) for image in images]
+        pixels = [to_tensor(resize_crop(image, *size)) for image in images]
         encoded = [self.encode(self._compressor(), on_canvas(p[None], canvas)) for p in pixels]
         return [self.cascade.settings.latent_statistics.normalise(z) for z in encoded]
 
