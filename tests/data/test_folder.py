@@ -337,7 +337,7 @@ def test_a_damaged_picture_is_named_when_it_is_read(with_text_files: Path) -> No
 def test_fingerprint_names_a_picture_that_went_away(with_text_files: Path) -> None:
     source = FolderSource(with_text_files)
     (with_text_files / "b.png").unlink()
-    with pytest.raises(DataError, match=r"^image 'b\.png' cannot be used: it cannot be read \(No such file"):
+    with pytest.raises(DataError, match=r"^image 'b\.png' is wrong because it cannot be read \(No such file"):
         source.fingerprint()
 
 

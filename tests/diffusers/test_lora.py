@@ -294,7 +294,7 @@ def test_a_swap_that_fails_changes_nothing(make_prior, folder):
     pipe.load_lora_weights(folder / "first", adapter_name="one")
     pipe.set_adapters("one", 0.5)
     before = generate(pipe)
-    with pytest.raises(CheckpointError, match="is no weight of a plain LoRA"):
+    with pytest.raises(CheckpointError, match="is not a weight of a plain LoRA"):
         pipe.load_lora_weights({"a": torch.zeros(1)}, adapter_name="one", hotswap=True)
     assert pipe.get_list_adapters() == {"prior": ["one"]}
     assert torch.equal(generate(pipe), before)
@@ -333,7 +333,7 @@ def test_the_strength_is_saved_as_diffusers_saves_it(make_prior, theirs, tmp_pat
     mirror = theirs.prior(make_prior())
     mirror.load_lora_weights(tmp_path / "ours", adapter_name="one")
     assert same(generate(mirror), expected)
-    with pytest.raises(UserError, match="configuration cannot be saved: a Linear is no JSON"):
+    with pytest.raises(UserError, match="configuration cannot be saved: JSON cannot store a Linear"):
         WuerstchenPriorPipeline.save_lora_weights(
             tmp_path / "bad",
             layers(ours.prior, "to_k", 1),
