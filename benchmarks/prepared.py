@@ -26,7 +26,8 @@ from torch import nn
 
 from wuerstchen.checkpoints.text_encoder import read_text_encoder
 from wuerstchen.data.folder import FolderSource
-from wuerstchen.data.prepare import Rank, prepare
+from wuerstchen.data.prepare import prepare
+from wuerstchen.data.prepare_job import Execution, Rank
 from wuerstchen.data.prepare_networks import Networks
 from wuerstchen.data.prepare_plan import PrepareConfig
 from wuerstchen.data.prepared import PreparedSet
@@ -167,9 +168,7 @@ def main() -> None:
             PrepareConfig(
                 size=size, max_ratio=1.0, crop="random", crops=2, text_states="int8", batch_size=options.batch
             ),
-            device=device,
-            workers=workers,
-            rank=Rank(),
+            Execution(device=device, workers=workers, rank=Rank()),
         )
         prepared = PreparedSet(root / "set")
         images, batch = optimization.images, options.batch

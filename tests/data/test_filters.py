@@ -15,38 +15,38 @@ ORIGINAL = Filters(
 
 
 def test_a_perfect_zero_passes():
-    assert ORIGINAL.verdict({"pwatermark": 0.0, "punsafe": 0, "aesthetic": 9.5}) is None
+    assert ORIGINAL.drop_reason({"pwatermark": 0.0, "punsafe": 0, "aesthetic": 9.5}) is None
 
 
 def test_bounds_pass_and_what_is_beyond_does_not():
-    assert ORIGINAL.verdict({"pwatermark": 0.5, "punsafe": 0.99, "aesthetic": 5}) is None
-    assert ORIGINAL.verdict({"pwatermark": 0.51}) == "watermark score above 0.5"
-    assert ORIGINAL.verdict({"punsafe": 1}) == "unsafe score above 0.99"
-    assert ORIGINAL.verdict({"aesthetic": 4.9}) == "aesthetic score below 5"
-    assert ORIGINAL.verdict({"AESTHETIC_SCORE": 4.9}) == "aesthetic score below 5"
-    assert ORIGINAL.verdict({"aesthetic": None, "AESTHETIC_SCORE": 6}) is None
+    assert ORIGINAL.drop_reason({"pwatermark": 0.5, "punsafe": 0.99, "aesthetic": 5}) is None
+    assert ORIGINAL.drop_reason({"pwatermark": 0.51}) == "watermark score above 0.5"
+    assert ORIGINAL.drop_reason({"punsafe": 1}) == "unsafe score above 0.99"
+    assert ORIGINAL.drop_reason({"aesthetic": 4.9}) == "aesthetic score below 5"
+    assert ORIGINAL.drop_reason({"AESTHETIC_SCORE": 4.9}) == "aesthetic score below 5"
+    assert ORIGINAL.drop_reason({"aesthetic": None, "AESTHETIC_SCORE": 6}) is None
 
 
 def test_a_missing_field_passes_unless_strict():
     strict = Filters(max_watermark=0.5, strict=True)
     for fields in ({}, {"pwatermark": None}):
-        assert ORIGINAL.verdict(fields) is None
-        assert strict.verdict(fields) == "no watermark score"
-    assert strict.verdict({"pwatermark": 0.0}) is None  # of scores not asked for none is missed
+        assert ORIGINAL.drop_reason(fields) is None
+        assert strict.drop_reason(fields) == "no watermark score"
+    assert strict.drop_reason({"pwatermark": 0.0}) is None  # of scores not asked for none is missed
 
 
 @pytest.mark.parametrize("value", ["0.1", True, [0.1], math.nan])
 def test_what_is_no_number_is_dropped_as_such(value):
-    assert ORIGINAL.verdict({"pwatermark": value}) == "pwatermark is no number"
+    assert ORIGINAL.drop_reason({"pwatermark": value}) == "pwatermark is no number"
 
 
 def test_sizes():
-    assert ORIGINAL.verdict_on_size((512, 1024)) is None
-    assert ORIGINAL.verdict_on_size((4096, 2048)) is None
-    assert ORIGINAL.verdict_on_size((511, 600)) == "size below 512"
-    assert ORIGINAL.verdict_on_size((4097, 4000)) == "size above 4096"
-    assert ORIGINAL.verdict_on_size((512, 1025)) == "aspect above 2"
-    assert Filters().verdict_on_size((1, 10_000)) is None
+    assert ORIGINAL.drop_reason_for_size((512, 1024)) is None
+    assert ORIGINAL.drop_reason_for_size((4096, 2048)) is None
+    assert ORIGINAL.drop_reason_for_size((511, 600)) == "size below 512"
+    assert ORIGINAL.drop_reason_for_size((4097, 4000)) == "size above 4096"
+    assert ORIGINAL.drop_reason_for_size((512, 1025)) == "aspect above 2"
+    assert Filters().drop_reason_for_size((1, 10_000)) is None
 
 
 @pytest.mark.parametrize(
@@ -113,23 +113,23 @@ def test_common_names_of_scores(fields):
     filters = Filters(max_watermark=0.5, min_aesthetic=5.0, max_unsafe=0.5)
     (name,) = fields
     assert name in FIELDS  # readers leave everything else out
-    assert filters.verdict(fields) is not None
-    assert filters.verdict(dict.fromkeys(fields, 5.0 if "aesthetic" in name.lower() else 0.1)) is None
+    assert filters.drop_reason(fields) is not None
+    assert filters.drop_reason(dict.fromkeys(fields, 5.0 if "aesthetic" in name.lower() else 0.1)) is None
 
 
 def test_whole_numbers_of_any_length():
     """They do not fit into a float, which Python says with an OverflowError."""
     filters = Filters(max_watermark=0.5, min_aesthetic=5.0)
-    assert filters.verdict({"pwatermark": 10**401}) == "watermark score above 0.5"
-    assert filters.verdict({"aesthetic": -(10**401)}) == "aesthetic score below 5"
-    assert filters.verdict({"pwatermark": Decimal("NaN")}) == "pwatermark is no number"
+    assert filters.drop_reason({"pwatermark": 10**401}) == "watermark score above 0.5"
+    assert filters.drop_reason({"aesthetic": -(10**401)}) == "aesthetic score below 5"
+    assert filters.drop_reason({"pwatermark": Decimal("NaN")}) == "pwatermark is no number"
 
 
 def test_scores_that_are_lacking_are_told():
     filters = Filters(max_watermark=0.5, min_aesthetic=5.0)
-    assert filters.lacking({"pwatermark": 0.0, "punsafe": 0.1}) == ["aesthetic"]
-    assert filters.lacking({}) == ["watermark", "aesthetic"]
-    assert Filters().lacking({}) == []
+    assert filters.missing_scores({"pwatermark": 0.0, "punsafe": 0.1}) == ["aesthetic"]
+    assert filters.missing_scores({}) == ["watermark", "aesthetic"]
+    assert Filters().missing_scores({}) == []
 
 
 def test_a_tally_names_a_thousand_and_counts_the_rest():

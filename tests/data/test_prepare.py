@@ -30,7 +30,9 @@ from wuerstchen.data import prepare_shards
 from wuerstchen.data.buckets import bucket_of, bucket_sizes, crop_boxes
 from wuerstchen.data.filters import Filters
 from wuerstchen.data.plan import BucketPlan
-from wuerstchen.data.prepare import Rank, prepare, summary
+from wuerstchen.data.prepare import prepare
+from wuerstchen.data.prepare_finish import summary
+from wuerstchen.data.prepare_job import Execution, Rank
 from wuerstchen.data.prepare_networks import Networks, read_networks
 from wuerstchen.data.prepare_plan import PrepareConfig
 from wuerstchen.data.prepared import PreparedSet, bytes_per_image, quantize_states
@@ -85,8 +87,8 @@ CONFIG = PrepareConfig(
 )
 
 
-def make(photos: Path, out: Path, networks: Networks, config: PrepareConfig = CONFIG, **more):
-    return prepare(FolderReader(photos), out, networks, config, source="photos", **more)
+def make(photos: Path, out: Path, networks: Networks, config: PrepareConfig = CONFIG, **execution):
+    return prepare(FolderReader(photos), out, networks, config, Execution(**execution), source="photos")
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -314,7 +316,7 @@ def test_what_is_done_is_not_done_again(photos, whole, tmp_path, networks, monke
         write(path, content)
 
     monkeypatch.setattr(prepare_shards, "write_json", full)
-    with pytest.raises(RunFolderError, match=r"written \(No space left on device\); free some space"):
+    with pytest.raises(RunFolderError, match=r"written \(No space left on device\)\. Free some space"):
         make(photos, tmp_path / "out", networks)
     monkeypatch.setattr(prepare_shards, "write_json", write)
     asked, ours = [], FolderReader.read
@@ -387,22 +389,22 @@ def test_ten_kills_at_random_moments(photos, whole, tmp_path):
 def test_ranks_one_after_the_other(photos, whole, tmp_path, networks, monkeypatch):
     monkeypatch.setattr(module, "GRACE", 0.5)
     out = tmp_path / "out"
-    # Rank 0 plans, makes its share, and finds that nobody made the rest.
-    with pytest.raises(RunFolderError, match="process 1 of 2 has ended, or never began"):
+    # Rank 0 makes the plan and its own shards, and finds that nobody made the other shards.
+    with pytest.raises(RunFolderError, match="Process 1 of 2 ended, or never started"):
         make(photos, out, networks, rank=Rank(0, 2))
     assert make(photos, out, networks, rank=Rank(1, 2)) is None
     assert make(photos, out, networks, rank=Rank(0, 2))
     assert contents(out) == contents(whole)
-    # One that comes late finds all done, even if it looked just before that.
+    # A late process finds the set finished, even if it was not yet finished when it first looked.
     assert make(photos, out, networks, rank=Rank(1, 2)) is None
     answers = iter([False])
-    monkeypatch.setattr(module._Run, "finished", lambda self: next(answers, True))
+    monkeypatch.setattr(module.Preparation, "is_finished", lambda self: next(answers, True))
     assert make(photos, out, networks, rank=Rank(1, 2)) is None
     assert list(answers) == []
     monkeypatch.undo()
     monkeypatch.setattr(module, "GRACE", 0.5)
     assert contents(out) == contents(whole)
-    with pytest.raises(RunFolderError, match="process 0 of 2 has ended, or never began"):
+    with pytest.raises(RunFolderError, match="Process 0 of 2 ended, or never started"):
         make(photos, tmp_path / "empty", networks, rank=Rank(1, 2))
 
 
@@ -410,7 +412,7 @@ def test_ranks_one_after_the_other(photos, whole, tmp_path, networks, monkeypatc
 def test_ranks_that_make_no_sense(monkeypatch, rank, size):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", size)
-    with pytest.raises(UserError, match="a rank is a number below the world size"):
+    with pytest.raises(UserError, match="RANK must be a number from 0 to WORLD_SIZE - 1"):
         Rank.from_environment()
 
 
@@ -419,19 +421,19 @@ def test_a_folder_with_other_settings_or_another_source_is_refused(photos, tmp_p
     make(photos, out, networks)
     before = contents(out)
     for change, message in (
-        ({"crop": "saliency"}, "begun with crop 'random' and not 'saliency'"),
-        ({"seed": 6}, "begun with seed 5 and not 6"),
-        ({"filters": Filters(min_size=10)}, "begun with filters"),
-        ({"text_states": "fp16"}, "begun with text_states 'int8' and not 'fp16'"),
+        ({"crop": "saliency"}, "started with crop 'random', but now crop is 'saliency'"),
+        ({"seed": 6}, "started with seed 5, but now seed is 6"),
+        ({"filters": Filters(min_size=10)}, "started with filters"),
+        ({"text_states": "fp16"}, "started with text_states 'int8', but now text_states is 'fp16'"),
     ):
         with pytest.raises(RunFolderError, match=message):
             make(photos, out, networks, dataclasses.replace(CONFIG, **change))
     other = dataclasses.replace(networks, settings=dataclasses.replace(networks.settings, view_scale=0.5))
-    with pytest.raises(RunFolderError, match="begun with"):
+    with pytest.raises(RunFolderError, match="started with"):
         make(photos, out, other)
     assert make(photos, out, networks)["images"]["rows"] == 8  # it is finished, which is no error
     Image.new("RGB", (99, 99)).save(photos / "0.png")
-    with pytest.raises(RunFolderError, match="begun with another source"):
+    with pytest.raises(RunFolderError, match="started with another source"):
         make(photos, out, networks)
     assert contents(out) == before
 
@@ -455,7 +457,7 @@ def test_an_unfinished_folder_from_before_colour_profiles_were_read_is_refused(
     plan = json.loads((out / "work" / "plan.json").read_text())
     assert plan.pop("colours") == "sRGB"
     (out / "work" / "plan.json").write_text(json.dumps(plan))
-    with pytest.raises(RunFolderError, match="begun by a version that ignored colour profiles"):
+    with pytest.raises(RunFolderError, match="started by a version that ignored colour profiles"):
         make(photos, out, networks)
 
 
@@ -471,12 +473,12 @@ def test_a_damaged_plan_is_named(photos, tmp_path, networks, content):
 def test_folders_that_are_not_ours(photos, tmp_path, networks):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.doc").touch()
-    with pytest.raises(RunFolderError, match=r"holds other things \(thesis.doc\)"):
+    with pytest.raises(RunFolderError, match=r"already contains other files \(thesis.doc\)"):
         make(photos, tmp_path / "full", networks)
-    with pytest.raises(RunFolderError, match="no folder"):
+    with pytest.raises(RunFolderError, match="is not a folder"):
         make(photos, photos / "0.png", networks)
     (tmp_path / "half" / "images").mkdir(parents=True)
-    with pytest.raises(RunFolderError, match="holds shards and no plan"):
+    with pytest.raises(RunFolderError, match="contains shards but no plan"):
         make(photos, tmp_path / "half", networks)
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["thesis.doc"]
 
@@ -546,12 +548,12 @@ def test_nothing_left(photos, tmp_path, networks):
         make(photos, tmp_path / "out", networks, config)
     for path in photos.glob("*.png"):
         path.write_bytes(b"nothing")
-    with pytest.raises(DataError, match=r"of 8 captioned images none is left \(8 damaged image\)"):
+    with pytest.raises(DataError, match=r"None of the 8 captioned images is left \(8 damaged image\)"):
         make(photos, tmp_path / "other", networks)
 
 
 def test_a_compressor_that_gives_nan_is_noticed(photos, tmp_path, networks, monkeypatch):
-    compressed = prepare_shards.ShardMaker._compressed
+    compressed = prepare_shards._BatchCompressor._compressed
     calls = []
 
     def spoiled(self, images):
@@ -561,10 +563,10 @@ def test_a_compressor_that_gives_nan_is_noticed(photos, tmp_path, networks, monk
             made[0, 3, 1, 1] = np.nan
         return made
 
-    monkeypatch.setattr(prepare_shards.ShardMaker, "_compressed", spoiled)
+    monkeypatch.setattr(prepare_shards._BatchCompressor, "_compressed", spoiled)
     description = make(photos, tmp_path / "out", networks)
-    assert description["dropped"] == {"map not finite": 1}
-    assert description["damaged"] == [["0.png", "the compressor's map holds NaN or infinity"]]
+    assert description["dropped"] == {"latents not finite": 1}
+    assert description["damaged"] == [["0.png", "the compressor's semantic latents contain NaN or infinity"]]
     assert len(PreparedSet(tmp_path / "out")) == 7
 
 
@@ -576,7 +578,7 @@ def test_text_states_that_are_nan_are_noticed(photos, tmp_path, networks, monkey
         return dataclasses.replace(encoded, states=encoded.states * np.nan)
 
     monkeypatch.setattr(type(networks.text_encoder), "encode_tokens", spoiled)
-    with pytest.raises(DataError, match="text 'picture 0 of a thing' is wrong because its states hold NaN"):
+    with pytest.raises(DataError, match="The text states of 'picture 0 of a thing' contain NaN"):
         make(photos, tmp_path / "out", networks)
 
 

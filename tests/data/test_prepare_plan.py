@@ -1,4 +1,4 @@
-"""What is to be made."""
+"""The plan of a prepared set: its settings, filters and shards."""
 
 import json
 
@@ -14,10 +14,10 @@ from wuerstchen.errors import DataError, UserError
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"crops": 2, "crop": "centre"}, "all centre crops of a picture are the same"),
-        ({"crops": 0}, "crops 0 is wrong"),
-        ({"batch_size": 0}, "batch_size 0 is wrong"),
-        ({"shard_size": 1 << 20}, "shard_size 1048576 is wrong"),
+        ({"crops": 2, "crop": "centre"}, "All centre crops of an image are the same"),
+        ({"crops": 0}, "crops must be between 1 and 64, got 0"),
+        ({"batch_size": 0}, "batch_size must be between 1 and 4096, got 0"),
+        ({"shard_size": 1 << 20}, "shard_size must be between 1 and 65536, got 1048576"),
     ],
 )
 def test_settings_that_make_no_sense(change, message):
@@ -61,7 +61,7 @@ def test_images_without_a_score_are_kept_and_counted(tmp_path):
 
 
 def test_a_filter_for_a_score_that_no_image_has_is_refused(tmp_path):
-    """It let everything through, without a word."""
+    """Such a filter used to let every image through silently."""
     filters = Filters(max_watermark=0.5, min_aesthetic=5.0)
     message = (
         r"^--min-aesthetic would filter nothing: none of the 2 images has .* aesthetic, AESTHETIC_SCORE, "

@@ -173,7 +173,7 @@ def test_dates_that_python_has_no_place_for(tmp_path):
     pq.write_table(table, tmp_path / "a.parquet")
     items, tally = read(ParquetReader([tmp_path / "a.parquet"]))
     assert [i.fields.get("punsafe") for i in items] == ["date32[day]", "date32[day]", None]
-    assert Filters(max_unsafe=0.5).verdict(items[0].fields) == "punsafe is no number"
+    assert Filters(max_unsafe=0.5).drop_reason(items[0].fields) == "punsafe is no number"
     assert not tally.dropped
     nested = pa.array([[2**62]], pa.list_(pa.timestamp("ms")))
     pq.write_table(pa.table({"jpg": [picture()], "caption": nested}), tmp_path / "b.parquet")

@@ -149,7 +149,9 @@ def _data_prepare(options: argparse.Namespace) -> int:
     from wuerstchen.checkpoints.hub import BUNDLED
     from wuerstchen.data.filters import Filters
     from wuerstchen.data.open import open_reader
-    from wuerstchen.data.prepare import Rank, prepare, summary
+    from wuerstchen.data.prepare import prepare
+    from wuerstchen.data.prepare_finish import summary
+    from wuerstchen.data.prepare_job import Execution, Rank
     from wuerstchen.data.prepare_networks import read_networks
     from wuerstchen.data.prepare_plan import PrepareConfig
     from wuerstchen.device import default_device
@@ -178,11 +180,13 @@ def _data_prepare(options: argparse.Namespace) -> int:
         options.out,
         networks,
         config,
+        Execution(
+            device=device,
+            workers=options.workers,
+            rank=rank,
+            announce=lambda line: print(line, file=sys.stderr),
+        ),
         source=options.source,
-        device=device,
-        workers=options.workers,
-        rank=rank,
-        announce=lambda line: print(line, file=sys.stderr),
     )
     if description is not None:
         for line in summary(description):

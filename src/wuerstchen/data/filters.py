@@ -1,4 +1,4 @@
-"""Which pictures are good enough, told from what their data set says about them."""
+"""Filters on the metadata of images: their sizes, and scores such as watermark and aesthetic."""
 
 import math
 from collections import Counter
@@ -11,7 +11,7 @@ from wuerstchen.errors import UserError
 
 WIDTH, HEIGHT = ("original_width", "WIDTH"), ("original_height", "HEIGHT")
 MAX_SIDE = 1 << 31
-"""Sides beyond it are not believed: the picture's own size counts then."""
+"""Larger sides are not believed. The image's actual size counts then."""
 SCORES = {
     "watermark": ("pwatermark", "PWATERMARK", "p_watermark", "watermark_score", "watermark_probability"),
     "aesthetic": (
@@ -33,30 +33,30 @@ SCORES = {
         "nsfw_score_gantman",
     ),
 }
-"""The names under which sets keep their scores, the first that is there counts: LAION's (``aesthetic`` of
-version 1, ``AESTHETIC_SCORE`` of version 2), COYO's, and usual spellings of them. DataComp has sizes alone.
-img2dataset keeps the columns of the list that it downloads."""
+"""The column names of each score, in order of preference: LAION's (``aesthetic`` in version 1,
+``AESTHETIC_SCORE`` in version 2), COYO's, and common spellings. DataComp has only sizes. img2dataset keeps
+the columns of the list that it downloads."""
 FIELDS = tuple(name for names in (WIDTH, HEIGHT, *SCORES.values()) for name in names)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Filters:
-    """Bounds on what the metadata says; None asks for nothing.
+    """Bounds on sizes and scores, both inclusive. None means no bound.
 
-    The original took sizes from 512 to 4096, watermark at most 0.5, aesthetic at least 5, unsafe at most
-    0.99. A bound itself passes, and so does a score of 0.
+    The original used sizes from 512 to 4096, a watermark score of at most 0.5, an aesthetic score of at least
+    5, and an unsafe score of at most 0.99.
 
-    A picture without a score that is asked for passes, unless ``strict`` drops it. How many there were is
-    told at the end, and a filter whose score no picture has is refused (``make_plan``): it would do nothing.
-    Without a size in its metadata the picture's own counts, which is always there.
+    An image without a required score passes, unless ``strict`` drops it. Such images are counted and
+    reported. A filter is refused if no image has its score, because it would have no effect
+    (``make_plan``). If the metadata has no size, the image's actual size counts.
     """
 
     min_size: int | None = None
-    """Of the shorter side, in pixels."""
+    """Smallest shorter side, in pixels."""
     max_size: int | None = None
-    """Of the longer side."""
+    """Largest longer side, in pixels."""
     max_aspect: float | None = None
-    """Of the longer side over the shorter."""
+    """Largest ratio of the longer side to the shorter side."""
     max_watermark: float | None = None
     min_aesthetic: float | None = None
     max_unsafe: float | None = None
@@ -67,18 +67,17 @@ class Filters:
         for name in (*least, "min_aesthetic"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= least.get(name, -math.inf)):
-                raise UserError(
-                    f"{name} {value} is wrong because it must be a number"
-                    f"{f' of at least {least[name]}' if name in least else ''}; change it or leave it out"
-                )
+                bound = f" of at least {least[name]}" if name in least else ""
+                raise UserError(f"{name} must be a number{bound}, got {value}.")
         if self.min_size is not None and self.max_size is not None and self.min_size > self.max_size:
             raise UserError(
-                f"min_size {self.min_size} is wrong because it is above max_size {self.max_size}; swap them"
+                f"min_size must not be above max_size, got min_size {self.min_size} and max_size"
+                f" {self.max_size}."
             )
 
-    def verdict(self, fields: Mapping[str, Any]) -> str | None:
-        """Why the scores speak against a picture, None if they do not."""
-        for score, (least, most) in self.asked().items():
+    def drop_reason(self, fields: Mapping[str, Any]) -> str | None:
+        """Why the scores of an image exclude it, or None if they do not."""
+        for score, (least, most) in self._bounds().items():
             name, value = _first(fields, SCORES[score])
             if value is None:
                 if self.strict:
@@ -93,8 +92,8 @@ class Filters:
                 return f"{score} score above {most:g}"
         return None
 
-    def asked(self) -> dict[str, tuple[float | None, float | None]]:
-        """The scores that are filtered by, with their least and greatest value."""
+    def _bounds(self) -> dict[str, tuple[float | None, float | None]]:
+        """Lower and upper bound of each score that has one."""
         bounds = {
             "watermark": (None, self.max_watermark),
             "aesthetic": (self.min_aesthetic, None),
@@ -102,12 +101,12 @@ class Filters:
         }
         return {score: pair for score, pair in bounds.items() if pair != (None, None)}
 
-    def lacking(self, fields: Mapping[str, Any]) -> list[str]:
-        """The scores that are filtered by and that a picture does not have."""
-        return [score for score in self.asked() if _first(fields, SCORES[score])[1] is None]
+    def missing_scores(self, fields: Mapping[str, Any]) -> list[str]:
+        """The scores with a bound that an image does not have."""
+        return [score for score in self._bounds() if _first(fields, SCORES[score])[1] is None]
 
-    def verdict_on_size(self, size: tuple[int, int]) -> str | None:
-        """The same for width and height in pixels."""
+    def drop_reason_for_size(self, size: tuple[int, int]) -> str | None:
+        """Why the width and height in pixels exclude an image, or None if they do not."""
         short, long = min(size), max(size)
         if self.min_size is not None and short < self.min_size:
             return f"size below {self.min_size}"
@@ -119,7 +118,7 @@ class Filters:
 
 
 def size_in(fields: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Width and height of the picture as it was found, None where the metadata does not say both."""
+    """Original width and height of an image, or None unless the metadata has both."""
     sides = [_number(_first(fields, names)[1]) for names in (WIDTH, HEIGHT)]
     if all(side is not None and 1 <= side <= MAX_SIDE for side in sides):
         return int(sides[0]), int(sides[1])
@@ -127,9 +126,9 @@ def size_in(fields: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _number(value: Any) -> int | float | None:
-    """A number in metadata, None for anything else: a bool is no score, and NaN is within no bounds.
+    """A number in metadata, or None for anything else, including booleans and NaN.
 
-    Whole numbers can have any number of digits, so they are not converted to float.
+    Integers can have any number of digits, so they are not converted to float.
     """
     if isinstance(value, Decimal):
         value = float(value)
@@ -146,26 +145,26 @@ def _first(fields: Mapping[str, Any], names: tuple[str, ...]) -> tuple[str, Any]
 
 
 MAX_NAMED = 1000
-"""Damaged pictures that a tally names; the others are counted."""
-_MAX_WORDS = 300  # characters of a name, and of a reason
+"""Damaged images that a tally names. The others are only counted."""
+_MAX_CHARACTERS = 300  # of a name, and of a reason
 
 
 @dataclass
 class Tally:
-    """What was left out of a set: how often for which reason, and what was damaged by name."""
+    """What was left out of a set: the count of each reason, and the names of damaged images."""
 
     dropped: Counter[str] = field(default_factory=Counter)
     damaged: list[tuple[str, str]] = field(default_factory=list)
-    """Name and reason of the first ``MAX_NAMED``; the reason in full, where ``dropped`` counts kinds."""
+    """Name and full reason of the first ``MAX_NAMED``. ``dropped`` counts kinds of reasons."""
     unnamed: int = 0
-    """How many more were damaged: a set can lack half of its pictures, and their names would not fit."""
+    """How many more were damaged. Half of a large set can be missing, and all the names would not fit."""
 
     def drop(self, kind: str) -> None:
-        """Counts a picture that the filters, or the lack of a caption, leave out."""
+        """Counts an image that is excluded by the filters or has no caption."""
         self.dropped[kind] += 1
 
     def damage(self, kind: str, name: str, reason: str) -> None:
-        """Counts and names what cannot be read."""
+        """Counts and names an image or file that cannot be read."""
         self.dropped[kind] += 1
         self._name([(_shortened(name), _shortened(reason))])
 
@@ -188,11 +187,11 @@ class Tally:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Tally":
-        """``unnamed`` is missing in what older versions wrote: they named all."""
+        """Reads ``to_json``. Earlier versions named all damaged images and wrote no ``unnamed``."""
         tally = cls(Counter(content["dropped"]), unnamed=int(content.get("unnamed", 0)))
         tally._name([(str(name), str(reason)) for name, reason in content["damaged"]])
         return tally
 
 
 def _shortened(text: str) -> str:
-    return text if len(text) <= _MAX_WORDS else f"{text[: _MAX_WORDS - 4]} ..."
+    return text if len(text) <= _MAX_CHARACTERS else f"{text[: _MAX_CHARACTERS - 4]} ..."

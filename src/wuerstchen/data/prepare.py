@@ -1,72 +1,54 @@
-"""``wuerstchen data prepare``: captioned pictures to a prepared set, on any number of processes.
+"""``wuerstchen data prepare``: turns captioned images into a prepared set, with any number of processes.
 
-The work is cut into shards of images and of texts, each a function of the plan alone, which rank 0 makes by
-reading names, captions and metadata once. Processes talk through files in ``OUT/work`` and nothing else:
+Rank 0 reads all names, captions and metadata once and writes a plan, which divides the work into shards of
+images and shards of texts. The contents of a shard depend on the plan and the networks only. Processes
+communicate through files in ``OUT/work``:
 
-    plan.json               settings and numbers of shards; items.arrow and texts.arrow were written before it
-    images-00007.json       shard 7 of the images is whole, with its SHA-256 and what was dropped from it
+    plan.json               settings and number of shards, written after items.arrow and texts.arrow
+    images-00007.json       image shard 7 is complete: its SHA-256 and what was dropped from it
     rank-1.lock             held for as long as that process lives
 
-Process r of n makes the shards r, r + n, ... that are not there yet; rank 0 waits for all of them and writes
-``prepared.json`` last. So a kill costs the shards that were being made, and neither it nor the number of
-processes changes a byte of what comes out (the processes being alike: same device, same number of threads).
+Process r of n makes the missing shards among r, r + n, ... Rank 0 waits for all of them and writes
+``prepared.json`` last. A kill loses only the shards in progress. Neither kills nor the number of processes
+change the output, as long as all processes use the same device and number of threads.
 """
 
 import contextlib
-import hashlib
 import json
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from filelock import FileLock, Timeout
 
-from wuerstchen.checkpoints.files import write_json
 from wuerstchen.data.files import read_file
-from wuerstchen.data.filters import Tally
 from wuerstchen.data.items import Reader
 from wuerstchen.data.locks import acquired
+from wuerstchen.data.prepare_finish import Notes, finish_set
+from wuerstchen.data.prepare_job import Execution, Job
 from wuerstchen.data.prepare_networks import Networks
-from wuerstchen.data.prepare_plan import COLOURS, PrepareConfig, make_plan, nothing_left, settings_of
-from wuerstchen.data.prepare_shards import ShardMaker, note_of
-from wuerstchen.data.prepared import bytes_per_image, features
-from wuerstchen.data.prepared_check import DESCRIPTION, FORMAT, MAX_DESCRIPTION, check_shard, read_description
-from wuerstchen.data.tables import import_datasets
+from wuerstchen.data.prepare_plan import COLOUR_SPACE, PrepareConfig, make_plan, settings_of
+from wuerstchen.data.prepare_shards import ShardMaker
+from wuerstchen.data.prepared import bytes_per_image
+from wuerstchen.data.prepared_check import (
+    DESCRIPTION,
+    MAX_DESCRIPTION,
+    SHARD_KEYS,
+    TABLES,
+    check_shard,
+    read_description,
+)
 from wuerstchen.defaults import usual_defaults
-from wuerstchen.errors import DataError, RunFolderError, UserError
+from wuerstchen.errors import DataError, RunFolderError
 
 GRACE = 60.0
-"""Seconds after which a process that others wait for is taken for dead, if it holds no lock."""
+"""Seconds without its lock after which a process counts as dead."""
 LOCK_WAIT = 5.0
-"""Seconds to wait for one's own lock, which others hold for a moment to see whether it is held."""
+"""Seconds to wait for our own lock: other processes hold it for a moment to see whether we are alive."""
 _POLL = 0.2
-_NAMED = 10  # damaged pictures that are named at the end; the rest is in prepared.json
-
-
-@dataclass(frozen=True)
-class Rank:
-    """Which of how many processes this is."""
-
-    number: int = 0
-    world_size: int = 1
-
-    @classmethod
-    def from_environment(cls) -> "Rank":
-        """As torchrun says it in RANK and WORLD_SIZE; alone without them."""
-        names = ("RANK", "WORLD_SIZE")
-        values = [os.environ.get(name, default) for name, default in zip(names, ("0", "1"), strict=True)]
-        if not all(value.isdecimal() for value in values) or int(values[0]) >= int(values[1]):
-            raise UserError(
-                f"RANK={values[0]} WORLD_SIZE={values[1]} is wrong because a rank is a number below the world"
-                " size; start the processes with torchrun, or unset both"
-            )
-        return cls(*map(int, values))
 
 
 @usual_defaults()
@@ -75,344 +57,221 @@ def prepare(
     out: Path | str,
     networks: Networks,
     config: PrepareConfig,
+    execution: Execution | None = None,
     *,
     source: str = "",
-    device: torch.device | None = None,
-    workers: int = 0,
-    rank: Rank | None = None,
-    announce: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any] | None:
-    """Makes or finishes the prepared set ``out``, or this process' share of it.
+    """Makes the prepared set ``out``, or finishes it. With several processes, each makes its own shards.
 
-    ``source`` is how the set names where it came from, ``workers`` threads decode pictures. Returns the
-    content of ``prepared.json``, None for other ranks than 0. Pictures that cannot be read are skipped,
-    counted and named. Raises ``RunFolderError`` for an ``out`` with other settings, of another source, in
-    use, or not writable, and ``DataError`` if no picture is left.
+    ``source`` is the name that the set records for its images. Images that cannot be read are skipped,
+    counted and named. Returns the content of ``prepared.json`` on rank 0, and None on other ranks.
+
+    Raises ``RunFolderError`` if ``out`` was started with other settings or another source, is in use, or
+    cannot be written, and ``DataError`` if no image is left.
     """
-    out = Path(out)
-    rank = rank or Rank.from_environment()
-    device = device or torch.device("cpu")
-    run = _Run(
+    execution = execution or Execution()
+    rank = execution.rank.number
+    # Only rank 0 reads the whole source. The other ranks read its plan.
+    settings = settings_of(None if rank else reader, networks, config)
+    job = Job(
         reader=reader,
-        out=out,
+        out=Path(out),
         networks=networks,
         config=config,
-        # Only rank 0 reads through the source; the others find its plan.
-        settings=settings_of(None if rank.number else reader, networks, config),
-        device=device,
-        workers=workers,
-        rank=rank,
-        announce=announce,
+        settings=settings,
+        execution=execution,
     )
+    preparation = Preparation(job)
     try:
-        if run.finished():
-            return run.done_already()
-        with _present(out, rank):
-            networks.compressor.to(device)
-            networks.text_encoder.to(device)
-            plan = run.plan(source)
+        if preparation.is_finished():
+            return preparation.result()
+        with _locked(job):
+            networks.compressor.to(execution.device)
+            networks.text_encoder.to(execution.device)
+            plan = preparation.plan(source)
             if plan is None:
-                return run.done_already()
-            run.make_shards(plan)
-            return None if rank.number else run.finish(plan)
+                return preparation.result()
+            preparation.make_shards(plan)
+            return None if rank else preparation.finish(plan)
     except OSError as error:
         raise RunFolderError(
-            f"folder {str(out)!r} cannot be written ({error.strerror or error}); free some space or mend its"
-            " permissions, and start the same command again: what is there is kept"
+            f"Folder {str(out)!r} cannot be written ({error.strerror or error}). Free some space or change"
+            " its permissions, and start the same command again. It continues where it stopped."
         ) from error
 
 
-def summary(description: dict[str, Any]) -> list[str]:
-    """What came of it, in lines to print."""
-    images, texts = description["images"], description["texts"]
-    lines = [f"{images['rows']} images of {description['items']} with a caption, {texts['rows']} texts"]
-    lines += [f"  dropped {count}: {reason}" for reason, count in description["dropped"].items()]
-    lines += [
-        f"  {count} had no {score} score and were kept (--strict drops them)"
-        for score, count in description.get("without_score", {}).items()
-    ]
-    damaged, unnamed = description["damaged"], description.get("unnamed", 0)
-    lines += [f"  damaged: {name} ({reason})" for name, reason in damaged[:_NAMED]]
-    if len(damaged) > _NAMED:
-        lines.append(f"  and {len(damaged) - _NAMED} more, which {DESCRIPTION} names")
-    if unnamed:
-        lines.append(f"  and {unnamed} more, which are counted above and not named")
-    lines += [f"  {width}x{height}: {count}" for width, height, count in description["buckets"]]
-    if description["enlarged"]:
-        lines.append(
-            f"  {description['enlarged']} crops were enlarged: their pictures are smaller than the bucket"
-        )
-    if description["cut_texts"]:
-        lines.append(
-            f"  {description['cut_texts']} texts were cut because they are longer than the text model reads"
-        )
-    size = description["bytes_per_image"]
-    states = f", {size['with_states']:.0f} with states" if texts["state_bytes"] else ""
-    lines.append(f"  {size['without_states']:.0f} bytes an image{states}")
-    return lines
-
-
 @contextlib.contextmanager
-def _present(out: Path, rank: Rank) -> Iterator[None]:
-    """Holds this rank's lock, which goes with the process, however it ends."""
-    allowed = {"work", "images", "texts", DESCRIPTION}
+def _locked(job: Job) -> Iterator[None]:
+    """Holds this rank's lock, which is released when the process ends for any reason."""
+    out, rank = job.out, job.rank.number
+    allowed = {"work", *TABLES, DESCRIPTION}
     if out.exists() and not out.is_dir():
-        raise RunFolderError(f"{str(out)!r} is wrong because it is no folder; give a new one")
+        raise RunFolderError(f"{str(out)!r} is not a folder. Choose a new folder.")
     others = {path.name for path in out.iterdir()} - allowed if out.exists() else set()
     if others:
         raise RunFolderError(
-            f"folder {str(out)!r} is wrong because it holds other things ({min(others)}); give a new folder"
+            f"Folder {str(out)!r} already contains other files ({min(others)}). Choose a new folder."
         )
-    work = out / "work"
-    work.mkdir(parents=True, exist_ok=True)
+    job.work.mkdir(parents=True, exist_ok=True)
     try:
-        lock = acquired(_lock_path(work, rank.number), timeout=LOCK_WAIT)
+        lock = acquired(job.lock(rank), timeout=LOCK_WAIT)
     except Timeout as error:
         raise RunFolderError(
-            f"folder {str(out)!r} is in use by another process of rank {rank.number}; wait for it to end"
+            f"Folder {str(out)!r} is in use by another process of rank {rank}. Wait until it ends."
         ) from error
     with lock:
         yield
 
 
-def _lock_path(work: Path, rank: int) -> Path:
-    return work / f"rank-{rank}.lock"
+class Preparation:
+    """One process's work on a prepared set, from the plan to ``prepared.json``."""
 
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.is_main = job.rank.number == 0
 
-def _read_own(path: Path, *keys: str) -> dict[str, Any]:
-    """A file that a process of this or another rank wrote whole. Raises ``FileNotFoundError`` if it is not
-    there, and ``RunFolderError`` if it has been damaged since."""
-    if not path.exists():
-        raise FileNotFoundError(path)
-    try:
-        content = json.loads(read_file(path, MAX_DESCRIPTION))
-        lacking = [key for key in keys if key not in content]
-        if lacking:
-            raise ValueError(f"it has no {lacking[0]}")
-    except (DataError, ValueError, TypeError, RecursionError) as error:
-        raise RunFolderError(
-            f"{path} is damaged ({' '.join(str(error).split())[:200]}). Remove {path.parent.parent} and start"
-            " the same command again"
-        ) from error
-    return content
+    def is_finished(self) -> bool:
+        return (self.job.out / DESCRIPTION).exists()
 
+    def result(self) -> dict[str, Any] | None:
+        """The description of a finished set on rank 0. Removes what a kill at the very end left behind."""
+        description = read_description(self.job.out)
+        self._check_settings(description["settings"])
+        shutil.rmtree(self.job.work, ignore_errors=True)
+        if not self.is_main:
+            return None
+        self.job.execution.announce(f"{self.job.out} is already finished")
+        return description
 
-@dataclass(frozen=True, kw_only=True)
-class _Run:
-    """One process at work."""
+    def plan(self, source: str) -> dict[str, Any] | None:
+        """The existing plan, or a new one on rank 0. None if another process has finished the set."""
+        job, path = self.job, self.job.work / "plan.json"
+        if not self.is_main:
+            self._wait(path, 0)
+        elif not path.exists() and not self.is_finished():
+            if any((job.out / table).exists() for table in TABLES):
+                raise RunFolderError(
+                    f"Folder {str(job.out)!r} contains shards but no plan. Choose a new folder."
+                )
+            make_plan(job.work, job.reader, job.config, job.settings, source)
+        try:
+            plan = _read_json(path, "settings", "shards", "dropped", "damaged")
+        except FileNotFoundError:
+            if self.is_finished():
+                return None
+            raise
+        self._check_settings(plan["settings"])
+        if plan.get("colours") != COLOUR_SPACE:
+            raise RunFolderError(
+                f"Folder {str(job.out)!r} was started by a version that ignored colour profiles. This version"
+                " converts images to sRGB, and one set cannot contain both. Choose another folder, or finish"
+                " this one with the earlier version."
+            )
+        return plan
 
-    reader: Reader
-    out: Path
-    networks: Networks
-    config: PrepareConfig
-    settings: dict[str, Any]
-    device: torch.device
-    workers: int
-    rank: Rank
-    announce: Callable[[str], None]
-
-    @property
-    def work(self) -> Path:
-        return self.out / "work"
-
-    def check_same(self, found: dict[str, Any]) -> None:
-        """Raises ``RunFolderError`` if the folder was begun with other settings."""
-        for name, ours in self.settings.items():
+    def _check_settings(self, found: dict[str, Any]) -> None:
+        """Raises ``RunFolderError`` if the folder was started with other settings."""
+        for name, ours in self.job.settings.items():
             if name == "source" and ours is None:
                 continue
             if name in ("image_column", "text_column") and name not in found:
                 continue  # earlier versions did not record them
             if found.get(name) != ours:
-                what = (
+                theirs = (
                     f"another {name.replace('_', ' ')}"
                     if name in ("source", "compressor", "text_encoder")
-                    else f"{name} {found.get(name)!r} and not {ours!r}"
+                    else f"{name} {found.get(name)!r}, but now {name} is {ours!r}"
                 )
                 raise RunFolderError(
-                    f"folder {str(self.out)!r} is wrong because it was begun with {what};"
-                    " start the command as it was, or choose another folder"
+                    f"Folder {str(self.job.out)!r} was started with {theirs}. Repeat the original command, or"
+                    " choose another folder."
                 )
-
-    def finished(self) -> bool:
-        """Whether there is nothing left to do."""
-        return (self.out / DESCRIPTION).exists()
-
-    def done_already(self) -> dict[str, Any] | None:
-        """What is there, with what a kill at the very end may have left removed."""
-        description = read_description(self.out)
-        self.check_same(description["settings"])
-        shutil.rmtree(self.work, ignore_errors=True)
-        if self.rank.number:
-            return None
-        self.announce(f"{self.out} is finished already")
-        return description
-
-    # The plan
-
-    def plan(self, source: str) -> dict[str, Any] | None:
-        """The plan that is there, or a new one of rank 0; None if the set has been finished meanwhile."""
-        path = self.work / "plan.json"
-        if self.rank.number:
-            self._wait(path, 0)
-        elif not path.exists() and not self.finished():
-            if any((self.out / table).exists() for table in ("images", "texts")):
-                raise RunFolderError(
-                    f"folder {str(self.out)!r} is wrong because it holds shards and no plan;"
-                    " give a new folder"
-                )
-            make_plan(self.work, self.reader, self.config, self.settings, source)
-        try:
-            plan = _read_own(path, "settings", "shards", "dropped", "damaged")
-        except FileNotFoundError:
-            if self.finished():
-                return None
-            raise
-        self.check_same(plan["settings"])
-        if plan.get("colours") != COLOURS:
-            raise RunFolderError(
-                f"folder {str(self.out)!r} was begun by a version that ignored colour profiles. This version"
-                " converts pictures to sRGB, and one set must not hold both. Choose another folder, or finish"
-                " this one with the version that began it"
-            )
-        return plan
-
-    # The shards
 
     def make_shards(self, plan: dict[str, Any]) -> None:
-        """This process' share of those that are missing."""
-        mine = [
-            (table, number)
-            for table in ("images", "texts")
-            for number in range(plan["shards"][table])
-            if number % self.rank.world_size == self.rank.number
-        ]
-        missing = [shard for shard in mine if not note_of(self.work, *shard).exists()]
-        self._announce_start(plan, len(missing), len(mine))
-        maker = ShardMaker(
-            reader=self.reader,
-            out=self.out,
-            networks=self.networks,
-            config=self.config,
-            settings=self.settings,
-            device=self.device,
-            workers=self.workers,
-        )
-        maker.make(missing)
+        """Makes this process's missing shards."""
+        own = self.job.own_shards(plan)
+        missing = [shard for shard in own if not self.job.note(*shard).exists()]
+        if self.is_main:
+            self._announce_start(plan, len(missing), len(own))
+        ShardMaker(self.job).make(missing)
 
-    def _announce_start(self, plan: dict[str, Any], missing: int, mine: int) -> None:
-        if self.rank.number:
-            return
-        settings = self.settings
-        positions = settings["text_length"]
-        share = min(1.0, plan["texts"] / plan["images"])
+    def _announce_start(self, plan: dict[str, Any], missing: int, own: int) -> None:
+        settings, config, announce = self.job.settings, self.job.config, self.job.execution.announce
+        texts_per_image = min(1.0, plan["texts"] / plan["images"])
+        positions = settings["text_length"] * texts_per_image
         size = bytes_per_image(
             latent_values=max(int(np.prod(shape)) for shape in settings["maps"]),
-            crops=self.config.crops,
-            tokens=positions * share,
-            positions=positions * share,
+            crops=config.crops,
+            tokens=positions,
+            positions=positions,
             width=settings["text_width"],
-            states=self.config.text_states,
+            states=config.text_states,
         )
         for score, count in plan.get("without_score", {}).items():
-            self.announce(f"{count} of {plan['items']} images have no {score} score and are kept")
-        self.announce(
+            announce(f"{count} of {plan['items']} images have no {score} score and are kept")
+        announce(
             f"{plan['images']} of {plan['items']} captioned images pass the filters, with {plan['texts']}"
-            f" texts; at most about {plan['images'] * size / 1e9:.3g} GB; {missing} of this process' {mine}"
-            " shards are to be made"
+            f" different texts; they take at most about {plan['images'] * size / 1e9:.3g} GB;"
+            f" {missing} of this process's {own} shards are missing"
         )
 
-    # The end
-
     def finish(self, plan: dict[str, Any]) -> dict[str, Any]:
-        """Waits for all shards and writes what makes them a set."""
-        datasets = import_datasets()
-        notes: dict[str, list[dict[str, Any]]] = {}
-        for table in ("images", "texts"):
+        """Waits for all shards, and writes the files that make them a set. Returns the description."""
+        job = self.job
+        notes: Notes = {}
+        for table in TABLES:
             notes[table] = []
             for number in range(plan["shards"][table]):
-                self._wait(note_of(self.work, table, number), number % self.rank.world_size)
-                note = _read_own(note_of(self.work, table, number), "file", "rows", "bytes", "sha256")
-                check_shard(self.out / table / note["file"], note, verify=False)
+                self._wait(job.note(table, number), number % job.rank.world_size)
+                note = _read_json(job.note(table, number), *SHARD_KEYS)
+                check_shard(job.out / table / note["file"], note, verify=False)
                 notes[table].append(note)
-        tally = Tally.from_json(plan)
-        for note in notes["images"]:
-            tally.add(Tally.from_json(note))
-        rows = {table: sum(note["rows"] for note in notes[table]) for table in notes}
-        if not rows["images"]:
-            raise nothing_left(plan["items"], tally)
-        sizes = {table: sum(note["bytes"] for note in notes[table]) for table in notes}
-        state_bytes = sum(note["state_bytes"] for note in notes["texts"])
-        total = sizes["images"] + sizes["texts"]
-        keys = ("file", "rows", "bytes", "sha256")
-        tables = {
-            table: {
-                "rows": rows[table],
-                "bytes": sizes[table],
-                "shards": [{key: note[key] for key in keys} for note in notes[table]],
-            }
-            for table in notes
-        }
-        tables["texts"]["state_bytes"] = state_bytes
-        counts = np.sum([note["buckets"] for note in notes["images"]], axis=0).tolist()
-        description = {
-            "format": FORMAT,
-            "settings": self.settings,
-            "source": plan["source"],
-            "items": plan["items"],
-            "without_score": plan.get("without_score", {}),
-            **tally.to_json(),
-            "buckets": [[*b, n] for b, n in zip(self.settings["buckets"], counts, strict=True)],
-            "enlarged": sum(note["enlarged"] for note in notes["images"]),
-            "cut_texts": sum(note["cut_texts"] for note in notes["texts"]),
-            "bytes_per_image": {
-                "without_states": (total - state_bytes) / rows["images"],
-                "with_states": total / rows["images"],
-            },
-            **tables,
-        }
-        columns = features(self.config.text_states, self.settings["vocabulary"])
-        for table, content in tables.items():
-            folder = self.out / table
-            for partial in folder.glob(".*.partial"):  # of processes that were killed
-                partial.unlink(missing_ok=True)
-            # What datasets.load_from_disk looks for.
-            datasets.DatasetInfo(features=columns[table]).write_to_directory(str(folder))
-            digest = hashlib.sha256("".join(shard["sha256"] for shard in content["shards"]).encode())
-            state = {
-                "_data_files": [{"filename": shard["file"]} for shard in content["shards"]],
-                "_fingerprint": digest.hexdigest()[:16],
-                "_format_columns": None,
-                "_format_kwargs": {},
-                "_format_type": None,
-                "_output_all_columns": False,
-                "_split": None,
-            }
-            write_json(folder / "state.json", state)
-        write_json(self.out / DESCRIPTION, description)
-        shutil.rmtree(self.work, ignore_errors=True)
+        description = finish_set(job, plan, notes)
+        shutil.rmtree(job.work, ignore_errors=True)
         return description
 
     def _wait(self, path: Path, author: int) -> None:
-        """Until ``author`` has written ``path``, or all is finished.
+        """Waits until process ``author`` has written ``path``, or until the set is finished.
 
-        Raises ``RunFolderError`` if it has died before that.
+        Raises ``RunFolderError`` if that process has died first.
         """
         last_seen = time.monotonic()
-        while not path.exists() and not self.finished():
+        while not path.exists() and not self.is_finished():
             if self._is_alive(author):
                 last_seen = time.monotonic()
             elif time.monotonic() - last_seen > GRACE and not path.exists():
                 raise RunFolderError(
-                    f"process {author} of {self.rank.world_size} has ended, or never began, before its"
-                    f" part of {str(self.out)!r} was made; start the same command again, it goes on"
+                    f"Process {author} of {self.job.rank.world_size} ended, or never started, before its part"
+                    f" of {str(self.job.out)!r} was ready. Start the same command again. It continues where"
+                    " it stopped."
                 )
             time.sleep(_POLL)
 
     def _is_alive(self, rank: int) -> bool:
-        if rank == self.rank.number:
+        if rank == self.job.rank.number:
             return True
         try:
-            with FileLock(_lock_path(self.work, rank)).acquire(timeout=0):
+            with FileLock(self.job.lock(rank)).acquire(timeout=0):
                 return False
         except Timeout:
             return True
+
+
+def _read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """Reads a file that this process or another rank wrote.
+
+    Raises ``FileNotFoundError`` if it does not exist, and ``RunFolderError`` if it has since been damaged.
+    """
+    if not path.exists():
+        raise FileNotFoundError(path)
+    try:
+        content = json.loads(read_file(path, MAX_DESCRIPTION))
+        missing = [key for key in keys if key not in content]
+        if missing:
+            raise ValueError(f"it has no {missing[0]}")
+    except (DataError, ValueError, TypeError, RecursionError) as error:
+        raise RunFolderError(
+            f"{path} is damaged ({' '.join(str(error).split())[:200]}). Remove {path.parent.parent} and start"
+            " the same command again."
+        ) from error
+    return content

@@ -1,7 +1,7 @@
-"""What is to be made of a source: the settings, and the first pass over names, captions and metadata.
+"""The settings of a prepared set, and the plan: one pass over names, captions and metadata.
 
-The plan is three files: ``items.arrow`` and ``texts.arrow`` with a batch of rows for every shard, and
-``plan.json``, which is written last.
+The plan consists of three files: ``items.arrow`` and ``texts.arrow``, which have a batch of rows for each
+shard, and ``plan.json``, which is written last.
 """
 
 import dataclasses
@@ -26,35 +26,35 @@ from wuerstchen.data.tables import import_datasets
 from wuerstchen.errors import DataError, UserError
 from wuerstchen.models.compressor import latent_side
 
-Precision = Literal["float32", "bfloat16"]
+TextPrecision = Literal["float32", "bfloat16"]
 
-COLOURS = "sRGB"
-"""What pictures are converted to. Plans without it were made when colour profiles were ignored."""
+COLOUR_SPACE = "sRGB"
+"""What images are converted to. Plans without it come from versions that ignored colour profiles."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """What is to be stored. ``None`` stands for what suits the model."""
+    """What to store. ``None`` means the model's own value."""
 
     size: int | None = None
-    """A picture has about size × size pixels; a multiple of 128."""
+    """Images are stored with about size × size pixels. A multiple of 128."""
     max_ratio: float = 2.0
-    """Of a bucket's longer side over its shorter; 1 makes all pictures square."""
+    """Largest ratio of a bucket's longer side to its shorter side. 1 makes all images square."""
     crop: Crop = "centre"
     crops: int = 1
-    """Of each picture; training chooses among them."""
+    """Crops stored of each image. Training picks one of them at random."""
     filters: Filters = field(default_factory=Filters)
     text_states: States = "none"
     text_positions: Positions | None = None
     seed: int = 0
-    precision: Precision = "float32"
-    """Of the text encoder. Maps are what is learnt from and are always made in float32, as in training."""
+    precision: TextPrecision = "float32"
+    """TextPrecision of the text encoder. Semantic latents are always computed in float32, as in training."""
     batch_size: int = 32
-    """Pictures, or texts, that the networks see at a time."""
+    """Images, or texts, per forward pass."""
     shard_size: int = 1024
-    """Images, or texts, in a file: what a kill can cost."""
+    """Images, or texts, in a file. A kill loses at most the shards in progress."""
     image_column: str | None = None
-    """What the reader was opened with, so that a set is of one column from beginning to end."""
+    """The column that the reader was opened with, recorded so that a set never mixes two columns."""
     text_column: str | None = None
 
     def __post_init__(self) -> None:
@@ -62,24 +62,27 @@ class PrepareConfig:
             ("crop", Crop),
             ("text_states", States),
             ("text_positions", Positions),
-            ("precision", Precision),
+            ("precision", TextPrecision),
         ):
             value = getattr(self, name)
             if value not in get_args(kind) and not (name == "text_positions" and value is None):
-                raise UserError(f"{name} {value!r} is unknown; use one of {', '.join(get_args(kind))}")
+                raise UserError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}.")
         for name, most in (("crops", 64), ("batch_size", 4096), ("shard_size", 65536)):
             value = getattr(self, name)
             if not 1 <= value <= most:
-                raise UserError(f"{name} {value} is wrong because it must be from 1 to {most}; change it")
+                raise UserError(f"{name} must be between 1 and {most}, got {value}.")
         if self.crop == "centre" and self.crops > 1:
             raise UserError(
-                f"crops {self.crops} is wrong because all centre crops of a picture are the same;"
-                " use --crop random or saliency, or one crop"
+                f"crops must be 1 with crop centre, got {self.crops}. All centre crops of an image are the"
+                " same. Use --crop random or --crop saliency, or one crop."
             )
 
 
 def settings_of(reader: Reader | None, networks: Networks, config: PrepareConfig) -> dict[str, Any]:
-    """All that the bytes of the set depend on, as JSON gives it back; the source where a reader is given."""
+    """Everything that the contents of the set depend on, as read back from JSON.
+
+    ``source`` is None without a reader.
+    """
     model, encoder = networks.settings, networks.text_encoder
     size = config.size if config.size is not None else model.image_size
     buckets = bucket_sizes(size, config.max_ratio)
@@ -103,7 +106,7 @@ def settings_of(reader: Reader | None, networks: Networks, config: PrepareConfig
         "pad_id": encoder.pad_id,
         "vocabulary": encoder.tokenizer.get_vocab_size(),
     }
-    if config.precision == "bfloat16":  # sets of earlier versions have maps in it too
+    if config.precision == "bfloat16":  # earlier versions computed the latents in bfloat16 too
         settings["maps_precision"] = "float32"
     return json.loads(json.dumps(settings))
 
@@ -111,18 +114,17 @@ def settings_of(reader: Reader | None, networks: Networks, config: PrepareConfig
 def make_plan(
     work: Path, reader: Reader, config: PrepareConfig, settings: dict[str, Any], source: str
 ) -> None:
-    """Reads names, captions and metadata once, and writes the tables of what passes and then ``plan.json``.
+    """Reads names, captions and metadata once, writes the tables of what passes the filters, and then
+    ``plan.json``.
 
-    Raises ``DataError`` if nothing passes, or if no image has a score that is filtered by, and ``UserError``
-    for more shards than can be described.
+    Raises ``DataError`` if nothing passes, or if no image has a score that a filter needs, and ``UserError``
+    for more shards than ``prepared.json`` can describe.
     """
     import_datasets()
     import pyarrow as pa
 
-    tally, numbers = Tally(), dict[str, int]()
-    kept = found = 0
-    without: Counter[str] = Counter()
-    schema = pa.schema(
+    selection = _Selection(config.filters)
+    item_schema = pa.schema(
         {
             "item": pa.int64(),
             "name": pa.string(),
@@ -131,79 +133,97 @@ def make_plan(
             "sized": pa.bool_(),
         }
     )
-
-    def rows() -> Iterator[dict[str, Any]]:
-        nonlocal kept, found
-        filters = config.filters
-        for item in tqdm(reader.items(tally), desc="reading captions", unit="img", disable=None):
-            number, found = found, found + 1
-            without.update(filters.lacking(item.fields))
-            size = size_in(item.fields)
-            verdict = filters.verdict(item.fields)
-            if verdict is None and size is not None:
-                verdict = filters.verdict_on_size(size)
-            if verdict is not None:
-                tally.drop(verdict)
-                continue
-            kept += 1
-            texts = [numbers.setdefault(caption, len(numbers)) for caption in item.captions]
-            yield {
-                "item": number,
-                "name": item.name,
-                "texts": texts,
-                "place": list(item.place),
-                "sized": size is not None,
-            }
-
-    shard_size = config.shard_size
-    _write_table(work / "items.arrow", schema, rows(), shard_size)
-    texts = ({"text": text} for text in numbers)
-    _write_table(work / "texts.arrow", pa.schema({"text": pa.string()}), texts, shard_size)
-    useless = [score for score, count in without.items() if count == found]
-    if useless and not config.filters.strict:
-        raise _no_scores(found, useless[0])
-    if not kept:
-        raise nothing_left(found, tally)
-    shards = {"images": -(-kept // shard_size), "texts": -(-len(numbers) // shard_size)}
-    if sum(shards.values()) * BYTES_PER_SHARD > MAX_DESCRIPTION // 2:
-        raise UserError(
-            f"shard_size {shard_size} makes {sum(shards.values())} shards, more than {DESCRIPTION} can"
-            " describe. Use a larger --shard-size"
-        )
+    text_schema = pa.schema({"text": pa.string()})
+    _write_table(work / "items.arrow", item_schema, selection.rows(reader), config.shard_size)
+    texts = ({"text": text} for text in selection.texts)
+    _write_table(work / "texts.arrow", text_schema, texts, config.shard_size)
+    selection.check()
+    counts = {"images": selection.kept, "texts": len(selection.texts)}
     plan = {
         "settings": settings,
         "source": source,
-        "colours": COLOURS,
-        "items": found,
-        "images": kept,
-        "texts": len(numbers),
-        "shards": shards,
-        "without_score": {} if config.filters.strict else dict(without),
-        **tally.to_json(),
+        "colours": COLOUR_SPACE,
+        "items": selection.found,
+        **counts,
+        "shards": _shards(counts, config.shard_size),
+        "without_score": {} if config.filters.strict else dict(selection.without_score),
+        **selection.tally.to_json(),
     }
     write_json(work / "plan.json", plan)
 
 
+class _Selection:
+    """Counts what a reader offers, and yields a row for each image that passes the filters."""
+
+    def __init__(self, filters: Filters) -> None:
+        self.filters = filters
+        self.tally = Tally()
+        self.found = self.kept = 0
+        self.texts: dict[str, int] = {}
+        """Each different caption, and its row in the table of texts."""
+        self.without_score: Counter[str] = Counter()
+
+    def rows(self, reader: Reader) -> Iterator[dict[str, Any]]:
+        for item in tqdm(reader.items(self.tally), desc="reading captions", unit="img", disable=None):
+            number, self.found = self.found, self.found + 1
+            self.without_score.update(self.filters.missing_scores(item.fields))
+            size = size_in(item.fields)
+            reason = self.filters.drop_reason(item.fields)
+            if reason is None and size is not None:
+                reason = self.filters.drop_reason_for_size(size)
+            if reason is not None:
+                self.tally.drop(reason)
+                continue
+            self.kept += 1
+            yield {
+                "item": number,
+                "name": item.name,
+                "texts": [self.texts.setdefault(caption, len(self.texts)) for caption in item.captions],
+                "place": list(item.place),
+                "sized": size is not None,
+            }
+
+    def check(self) -> None:
+        """Raises ``DataError`` if nothing passed, or if a filter has no score to read."""
+        useless = [score for score, count in self.without_score.items() if count == self.found]
+        if useless and not self.filters.strict:
+            raise _no_scores(self.found, useless[0])
+        if not self.kept:
+            raise nothing_left(self.found, self.tally)
+
+
+def _shards(counts: dict[str, int], shard_size: int) -> dict[str, int]:
+    """The number of shards of each table. Raises ``UserError`` if ``prepared.json`` cannot describe them."""
+    shards = {table: -(-count // shard_size) for table, count in counts.items()}
+    number = sum(shards.values())
+    if number * BYTES_PER_SHARD > MAX_DESCRIPTION // 2:
+        raise UserError(
+            f"shard_size {shard_size} makes {number} shards, more than {DESCRIPTION} can describe. Use a"
+            " larger --shard-size."
+        )
+    return shards
+
+
 def _no_scores(found: int, score: str) -> DataError:
-    """What to raise for a filter that does nothing, because no image has its score."""
+    """The error for a filter that has no effect because no image has its score."""
     option = {"watermark": "--max-watermark", "aesthetic": "--min-aesthetic", "unsafe": "--max-unsafe"}[score]
     return DataError(
         f"{option} would filter nothing: none of the {found} images has a score for it. It is read from"
-        f" {', '.join(SCORES[score])}. Rename the column to one of these, or leave {option} out"
+        f" {', '.join(SCORES[score])}. Rename the column to one of these, or leave {option} out."
     )
 
 
 def nothing_left(found: int, tally: Tally) -> DataError:
-    """What to raise if of ``found`` pictures with a caption none is left."""
+    """The error if none of ``found`` captioned images is left."""
     reasons = ", ".join(f"{count} {reason}" for reason, count in tally.dropped.most_common(5))
     return DataError(
-        f"data is wrong because of {found} captioned images none is left ({reasons or 'there are none'});"
-        " loosen the filters or give other data"
+        f"None of the {found} captioned images is left ({reasons or 'there are none'}). Loosen the filters,"
+        " or use other data."
     )
 
 
 def plan_rows(path: Path, shard: int) -> list[dict[str, Any]]:
-    """The rows of shard number ``shard``, of ``items.arrow`` or ``texts.arrow``."""
+    """The rows of one shard in ``items.arrow`` or ``texts.arrow``."""
     import pyarrow as pa
 
     with pa.memory_map(str(path)) as file, pa.ipc.open_file(file) as reader:
@@ -211,7 +231,7 @@ def plan_rows(path: Path, shard: int) -> list[dict[str, Any]]:
 
 
 def _write_table(path: Path, schema: Any, rows: Iterable[dict[str, Any]], shard_size: int) -> None:
-    """Writes rows so that batch number i holds those of shard i."""
+    """Writes rows, with the rows of shard i in batch i."""
     import pyarrow as pa
 
     def write(writer: Any, chunk: list[dict[str, Any]]) -> None:

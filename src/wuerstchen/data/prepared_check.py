@@ -18,6 +18,9 @@ FORMAT = 1
 MAX_DESCRIPTION = 96 << 20
 """Bytes of ``prepared.json``. Versions that named every damaged image wrote up to 100 bytes for each."""
 DESCRIPTION = "prepared.json"
+TABLES = ("images", "texts")
+SHARD_KEYS = ("file", "rows", "bytes", "sha256")
+"""What the description records about each shard."""
 States = Literal["none", "fp16", "int8"]
 Positions = Literal["all", "real"]
 """``all``: states of the padding are kept, for models that attend to it, as the published ones do.
@@ -70,7 +73,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _check_description(content: dict[str, Any]) -> None:
     """Raises ``KeyError`` or ``ValueError`` for what is missing, of another kind, or out of range."""
-    for table in ("images", "texts"):
+    for table in TABLES:
         described = _of(content, table, dict)
         shards = _of(described, "shards", list)
         if not shards:
@@ -218,9 +221,7 @@ def mark_verified(folder: Path) -> None:
 
 def _shards(folder: Path, description: dict[str, Any]) -> list[_Shard]:
     return [
-        (folder / table / shard["file"], shard)
-        for table in ("images", "texts")
-        for shard in description[table]["shards"]
+        (folder / table / shard["file"], shard) for table in TABLES for shard in description[table]["shards"]
     ]
 
 
