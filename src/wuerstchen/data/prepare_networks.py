@@ -1,4 +1,4 @@
-"""The two networks that data is prepared with, from a model in any layout."""
+"""The two networks that prepare data, read from a model in any layout."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from wuerstchen.models.text import TextEncoder
 
 @dataclass(frozen=True, kw_only=True)
 class Networks:
-    """What pictures and captions are prepared with."""
+    """The networks that prepare images and captions."""
 
     compressor: Compressor
     text_encoder: TextEncoder
@@ -26,9 +26,9 @@ class Networks:
 def read_networks(
     model: str | Path, *, text_encoder: str | None = None, revision: str | None = None
 ) -> Networks:
-    """The compressor and the text encoder of a model, in any layout that has them, onto the CPU.
+    """Reads the compressor and the text encoder of a model in any layout onto the CPU.
 
-    Raises ``CheckpointError`` for what is damaged, ``UserError`` for a model without one of the two.
+    Raises ``CheckpointError`` for damaged files, and ``UserError`` for a model without one of the two.
     """
     path = local_folder(model, revision=revision)
     if text_encoder is None and path.is_dir() and layout_of(path) == "native":
@@ -45,8 +45,8 @@ def read_networks(
     for part in ("compressor", "text_encoder"):
         if found.get(part) is None:
             raise UserError(
-                f"model {str(model)!r} is wrong because it has no {part.replace('_', ' ')}, which data is"
-                " prepared with; give one that has, such as the original's .pt files or a native folder"
+                f"Model {str(model)!r} has no {part.replace('_', ' ')}. Preparing data needs one. Use a model"
+                " that has it, such as the original .pt files or a native folder."
             )
     return Networks(
         compressor=found["compressor"].eval(), text_encoder=found["text_encoder"], settings=settings
