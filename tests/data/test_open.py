@@ -135,7 +135,7 @@ def test_without_the_package_a_missing_folder_is_named_too(monkeypatch):
 def test_a_row_without_a_source_of_its_own_is_indexed(monkeypatch, tmp_path):
     kind = Kind(
         name="other",
-        found=lambda name: name.text.startswith("other:"),
+        matches=lambda name: name.text.startswith("other:"),
         reader=lambda data: FolderReader(tmp_path),
     )
     monkeypatch.setattr(opening, "KINDS", [kind, *KINDS])

@@ -63,7 +63,7 @@ class StripesReader:
 
 STRIPES = Kind(
     name="stripes",
-    found=lambda name: name.text.startswith("stripes:"),
+    matches=lambda name: name.text.startswith("stripes:"),
     reader=lambda data: StripesReader(int(data.text.partition(":")[2])),
 )
 

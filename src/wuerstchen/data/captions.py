@@ -1,7 +1,7 @@
-"""Captions for the emoji pictures, composed so that obedience to them can be measured.
+"""Composed captions for the emoji images, so that prompt adherence can be measured.
 
-A caption is ``a {style phrase} of {article} {colours} {name} on a {colour} background``, with parts left
-out at random, or a list of tags that says the same.
+A caption is ``a {style phrase} of {article} {colours} {name} on a {colour} background``, with parts left out
+at random, or a list of tags with the same content.
 """
 
 import re
@@ -24,12 +24,12 @@ MONO_STYLE = "fluent-mono"
 _P_TAGS = 0.1
 _P_NO_STYLE = 0.15
 _P_SYNONYM = 0.3
-_P_COLOURS = 0.5  # of a picture whose colours are its own; changed colours are always told
-_P_ONE_COLOUR = 0.4  # of two
-_P_BACKGROUND = 0.98  # so that a caption without one nearly always means white
-_P_WHITE_BACKGROUND = 0.25  # plain white is what a picture has that says nothing
+_P_COLOURS = 0.5  # for an image in its original colours; changed colours are always mentioned
+_P_ONE_COLOUR = 0.4  # mention one colour of two
+_P_BACKGROUND = 0.98  # a caption without a background nearly always means white
+_P_WHITE_BACKGROUND = 0.25  # white is the default, so it is rarely mentioned
 
-# "light blue" comes before "blue", so that it goes as a whole.
+# "light blue" comes before "blue", so that it is matched as a whole.
 _COLOUR_WORDS = (*sorted(COLOURS, key=len, reverse=True), "grey", "blonde", "blond")
 _COLOUR = re.compile(rf"\b(?:{'|'.join(_COLOUR_WORDS)})\b(?! *$)")
 _HAIR = re.compile(rf"(?: with)? *\b(?:{'|'.join(_COLOUR_WORDS)}) hair(?:ed)?\b")
@@ -53,18 +53,18 @@ _VOWEL_SOUND = re.compile(r"(?:[aeiou]|8|x\b|xray|suv\b|ng\b|rv\b|sos\b|hour|hon
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What a picture shows, as far as a caption can tell."""
+    """The contents of an image that a caption can mention."""
 
     style: str
     names: tuple[str, ...]  # the label first, then its synonyms
     tags: tuple[str, ...]
-    colours: tuple[str, ...]  # of the subject, as they are in the picture
-    recoloured: bool  # whether the colours differ from those the names and tags were written for
+    colours: tuple[str, ...]  # of the subject in the image
+    recoloured: bool  # whether the colours differ from those that the names and tags describe
     background: str
 
 
 def article(words: str) -> str:
-    """``a`` or ``an``, by the sound that ``words`` begin with."""
+    """``a`` or ``an``, by the first sound of ``words``."""
     lowered = words.lower()
     if _CONSONANT_SOUND.match(lowered):
         return "a"
@@ -72,7 +72,7 @@ def article(words: str) -> str:
 
 
 def tidy_name(name: str) -> str:
-    """A name from the lists as one would say it: no version digit, no colon."""
+    """A name from the lists in natural English, without version digits and colons."""
     name = re.sub(r"(?<=[a-z]) ?\d$", "", name)
     if name.endswith(": bald"):
         return f"bald {name.removesuffix(': bald')}"
@@ -81,14 +81,14 @@ def tidy_name(name: str) -> str:
 
 
 def holds_colour(name: str) -> bool:
-    """Whether the name says a colour, as "red heart" does."""
+    """Whether the name contains a colour, such as "red heart"."""
     return _ANY_COLOUR.search(name) is not None
 
 
 def without_colours(name: str) -> str:
-    """The name without its colour words; a colour that is the thing itself, as an orange, stays.
+    """The name without colour words. A colour at the end stays: there it is the thing itself, as in "orange".
 
-    Empty when nothing else is left.
+    Empty if nothing else is left.
     """
     return re.sub(r" {2,}", " ", _COLOUR.sub("", _HAIR.sub("", name))).strip()
 
@@ -116,27 +116,29 @@ def background_phrase(colour: str) -> str:
 
 
 def plain_caption(style: str, name: str) -> str:
-    """The caption of a picture that has nothing special: the style's first phrase and the name."""
+    """The caption of an unmodified image: the first phrase of its style, and its name."""
     (name,) = _usable_names((name,), keep_colours=style != MONO_STYLE)
     return f"a {STYLE_PHRASES[style][0]} of {noun_phrase(name)}"
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption of the scene: a pure function of it and of ``rng``."""
+    """A caption of the scene, as a pure function of the scene and ``rng``."""
     style = _pick(STYLE_PHRASES[scene.style], rng) if rng.random() >= _P_NO_STYLE else None
-    tell_background = rng.random() < (_P_WHITE_BACKGROUND if scene.background == "white" else _P_BACKGROUND)
-    # The colours in a name or a tag hold only for the picture as it was drawn.
+    mention_background = rng.random() < (
+        _P_WHITE_BACKGROUND if scene.background == "white" else _P_BACKGROUND
+    )
+    # Colours in names and tags are right only for the original colours of the image.
     keep_colours = not scene.recoloured and scene.style != MONO_STYLE
     names = _usable_names(scene.names, keep_colours=keep_colours)
     name = _pick(names[1:], rng) if len(names) > 1 and rng.random() < _P_SYNONYM else names[0]
-    colours = _told_colours(scene, name, style, rng)
+    colours = _mentioned_colours(scene, name, style, rng)
     if rng.random() < _P_TAGS:
-        background = f"{scene.background} background" if tell_background else None
+        background = f"{scene.background} background" if mention_background else None
         return _tag_list(scene, name, colours, style, background, keep_colours, rng)
     text = noun_phrase(name, colours)
     if style:
         text = f"a {style} of {text}"
-    return f"{text} {background_phrase(scene.background)}" if tell_background else text
+    return f"{text} {background_phrase(scene.background)}" if mention_background else text
 
 
 def _pick(choices: tuple[str, ...], rng: np.random.Generator) -> str:
@@ -146,20 +148,22 @@ def _pick(choices: tuple[str, ...], rng: np.random.Generator) -> str:
 def _usable_names(names: tuple[str, ...], *, keep_colours: bool) -> tuple[str, ...]:
     tidy = [tidy_name(name) for name in names]
     if not keep_colours:
-        # A name that was nothing but colour is kept only where there is no other.
+        # Keep a name that consists only of colours if there is no other name.
         tidy = [n for n in (without_colours(name) for name in tidy) if n] or tidy[:1]
-    # Adjectives without their noun.
+    # Drop adjectives without a noun.
     tidy = [n for n in tidy if not re.fullmatch(r"\w+ haired", n)] or tidy[:1]
     return tuple(dict.fromkeys(tidy))
 
 
-def _told_colours(scene: Scene, name: str, style: str | None, rng: np.random.Generator) -> tuple[str, ...]:
-    tell, only_one = rng.random() < _P_COLOURS, rng.random() < _P_ONE_COLOUR
+def _mentioned_colours(
+    scene: Scene, name: str, style: str | None, rng: np.random.Generator
+) -> tuple[str, ...]:
+    mention, only_one = rng.random() < _P_COLOURS, rng.random() < _P_ONE_COLOUR
     if scene.style == MONO_STYLE:
-        told = style is None and tell  # with the style phrase, black is no news
+        mentioned = style is None and mention  # the style phrase already implies black
     else:
-        told = scene.recoloured or (tell and not holds_colour(name))
-    if not told:
+        mentioned = scene.recoloured or (mention and not holds_colour(name))
+    if not mentioned:
         return ()
     colours = scene.colours[:1] if only_one else scene.colours
     return tuple(colour for colour in colours if colour not in name.split(" "))

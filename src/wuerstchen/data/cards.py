@@ -1,6 +1,6 @@
-"""What a data set says about itself in YAML, looked at before Hugging Face's library reads it.
+"""Limits on the YAML in data set cards, checked before Hugging Face's library parses it.
 
-The library takes a second for 30 KB, and a few lines whose aliases repeat each other can stand for gigabytes.
+The library takes a second for 30 KB, and a few lines of nested aliases can expand to gigabytes.
 """
 
 import os
@@ -12,27 +12,25 @@ from wuerstchen.data.files import open_file
 from wuerstchen.errors import DataError
 
 _CARDS = ("README.md", ".huggingface.yaml")
-_BLOCK = re.compile(rb"\s*---[\r\n]([\s\S]*?)[\r\n]---[ \t]*(?:[\r\n]|$)")  # of YAML in a README
+_BLOCK = re.compile(rb"\s*---[\r\n]([\s\S]*?)[\r\n]---[ \t]*(?:[\r\n]|$)")  # the YAML at the top of a README
 _MAX_YAML = 1 << 18  # bytes
 _MAX_README = 1 << 24  # bytes
-_MAX_NODES = 100_000  # values, with those that aliases stand for
+_MAX_NODES = 100_000  # values after expanding aliases
 _MAX_DEPTH = 100
 
 
 def check_regular(folder: Path) -> None:
-    """Raises ``DataError`` for a folder that holds FIFOs or devices: a library would wait on them."""
+    """Raises ``DataError`` if a folder contains FIFOs or devices, on which a library would block."""
     for place, _, files in os.walk(folder):
         for name in files:
             path = Path(place) / name
             if path.exists() and not path.is_file():
-                raise DataError(
-                    f"file {str(path)!r} is wrong because it is no regular file; remove it, or replace it"
-                )
+                raise DataError(f"File {str(path)!r} is not a regular file. Remove it, or replace it.")
 
 
 def check_card(name: str) -> None:
-    """Raises ``DataError`` for a data set (a folder or a name on the hub) with more YAML than can be read in
-    a few seconds."""
+    """Raises ``DataError`` if a data set, a folder or a name on the hub, has too much YAML to parse in a few
+    seconds."""
     if os.path.isdir(name):
         check_regular(Path(name))
         cards = [Path(name) / file for file in _CARDS]
@@ -43,9 +41,11 @@ def check_card(name: str) -> None:
             _check(card)
 
 
-def not_to_be_had(name: str) -> str | None:
-    """Why a data set cannot be had from the hub: it does not give it, and nothing of it is in the cache. None
-    if it can. The library would try for half a minute."""
+def unavailable_reason(name: str) -> str | None:
+    """Why a data set is neither on the hub nor in the cache, or None if it is.
+
+    This is faster than the library, which tries for half a minute.
+    """
     from huggingface_hub import HfApi, constants
 
     if (
@@ -55,17 +55,17 @@ def not_to_be_had(name: str) -> str | None:
         return None
     try:
         HfApi().dataset_info(name, timeout=10.0)
-    except Exception as error:  # the hub's client raises kinds of its own
+    except Exception as error:  # the hub's client has its own exceptions
         return " ".join(str(error).split())[:200] or type(error).__name__
     return None
 
 
 def _from_hub(name: str) -> list[Path]:
-    """The files of a set on the hub, or without a network those in its cache."""
+    """The cards of a data set on the hub, or those in its cache without a network."""
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
     try:
-        # This is asked once; downloads are tried for half a minute where there is no network.
+        # One request fails fast. Without a network, downloads retry for half a minute.
         info = HfApi().dataset_info(name, timeout=10.0)
         there = {sibling.rfilename for sibling in info.siblings or ()}
         return [
@@ -73,10 +73,10 @@ def _from_hub(name: str) -> list[Path]:
             for file in _CARDS
             if file in there
         ]
-    except Exception:  # the library will say it, if it matters
+    except Exception:  # the library reports it if it matters
         try:
             cached = [try_to_load_from_cache(name, file, repo_type="dataset") for file in _CARDS]
-        except ValueError:  # that is no name
+        except ValueError:  # not a valid name
             return []
         return [Path(path) for path in cached if isinstance(path, str)]
 
@@ -93,13 +93,13 @@ def _check(card: Path) -> None:
         fits, yaml = size <= _MAX_YAML, text
     if not fits or size > _MAX_README or not _is_small(yaml):
         raise DataError(
-            f"file {str(card)!r} is wrong because it has over {_MAX_YAML >> 10} KiB or {_MAX_NODES} values of"
-            f" YAML, or {_MAX_README >> 20} MiB in all; shorten it, or move it away"
+            f"File {str(card)!r} is too large: its YAML may have at most {_MAX_YAML >> 10} KiB and"
+            f" {_MAX_NODES} values, and the file {_MAX_README >> 20} MiB. Shorten it, or move it away."
         )
 
 
 def _is_small(text: bytes) -> bool:
-    """Whether YAML stands for few values, not nested deeply. What is no YAML is left to the library."""
+    """Whether YAML has few values without deep nesting. Invalid YAML passes, and the library reports it."""
     import yaml
 
     loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -115,7 +115,9 @@ def _is_small(text: bytes) -> bool:
             if isinstance(event, yaml.CollectionStartEvent):
                 open_nodes.append((event.anchor, 1))
                 if event.anchor is not None:
-                    sizes[event.anchor] = _MAX_NODES + 1  # until it ends: one that holds itself has no end
+                    sizes[event.anchor] = (
+                        _MAX_NODES + 1
+                    )  # until it ends: a collection that contains itself is infinite
             elif isinstance(event, yaml.CollectionEndEvent):
                 anchor, count = open_nodes.pop()
                 if anchor is not None:

@@ -1,9 +1,9 @@
-"""Twelve named colours: what they look like, and which of them a picture shows."""
+"""Twelve named colours: their sRGB values, and which of them an image shows."""
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
-# sRGB values used as backgrounds. Each is named by `name_colours` as itself.
+# sRGB values of backgrounds. `name_colours` gives each its own name.
 COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (16, 16, 16),
     "white": (255, 255, 255),
@@ -21,19 +21,19 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 
 NAMES = tuple(COLOURS)
 
-# Borders of the rule, found by coordinate search against an earlier naming of the emoji pictures, of which
-# the rule gives 95 % of the coloured ones the same names (hue in degrees, the rest in 0..1).
+# Thresholds found by coordinate search on an earlier naming of the emoji images. They give 95 % of the
+# coloured images the same names (hue in degrees, the rest from 0 to 1).
 _HUE_ENDS = (15.0, 42.0, 68.0, 165.0, 200.0, 253.0, 290.0, 344.0, 360.0)
 _HUE_NAMES = ("red", "orange", "yellow", "green", "light blue", "blue", "purple", "pink", "red")
 _HUE_INDICES = np.array([NAMES.index(name) for name in _HUE_NAMES])
-_DARK = 0.3  # value below which anything is black
+_DARK = 0.3  # value below which every pixel is black
 _PALE = 0.18  # saturation below which a pixel has no hue
 _LIGHT = 0.85  # value from which a pixel without hue is white
 _BROWN_HUES, _BROWN_VALUE = (2.0, 33.0), 0.475  # a dark orange is brown
 _PINK_SATURATION, _PINK_VALUE = 0.56, 0.78  # a pale, light red is pink
 
-_SHARE = 0.18  # of the opaque pixels, from which a colour is named
-_MOST = 2  # colours named
+_MIN_FRACTION = 0.18  # of the opaque pixels for a colour to be named
+_MAX_COLOURS = 2
 
 
 def to_hsv(rgb: UInt8[np.ndarray, "n 3"]) -> Float[np.ndarray, "n 3"]:
@@ -69,15 +69,15 @@ def classify(rgb: UInt8[np.ndarray, "n 3"]) -> np.ndarray:
 def name_colours(rgba: UInt8[np.ndarray, "h w 4"]) -> list[str]:
     """The one or two colours that cover most of the opaque pixels, the larger first.
 
-    A colour is named from 18 % on, so a very colourful picture has none. A picture without opaque pixels
-    has none either.
+    A colour is named if it covers at least 18 %. A very colourful image has none, and neither has an image
+    without opaque pixels.
     """
     opaque = rgba[rgba[..., 3] > 128][:, :3]
     if len(opaque) == 0:
         return []
-    shares = np.bincount(classify(opaque), minlength=len(NAMES)) / len(opaque)
-    order = np.argsort(-shares, kind="stable")[:_MOST]
-    return [NAMES[i] for i in order if shares[i] >= _SHARE]
+    fractions = np.bincount(classify(opaque), minlength=len(NAMES)) / len(opaque)
+    order = np.argsort(-fractions, kind="stable")[:_MAX_COLOURS]
+    return [NAMES[i] for i in order if fractions[i] >= _MIN_FRACTION]
 
 
 _LINEAR = np.where(
@@ -85,7 +85,7 @@ _LINEAR = np.where(
     np.arange(256) / 255 / 12.92,
     ((np.arange(256) / 255 + 0.055) / 1.055) ** 2.4,
 ).astype(np.float32)
-# Rows give X, Y, Z over the white point D65 (IEC 61966-2-1).
+# Rows give X, Y and Z relative to the white point D65 (IEC 61966-2-1).
 _TO_XYZ = np.array(
     [
         [0.4124 / 0.9505, 0.3576 / 0.9505, 0.1805 / 0.9505],

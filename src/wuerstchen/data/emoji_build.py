@@ -1,4 +1,4 @@
-"""Makes the built-in data set from public npm packages: fetches, renders, names, and checks what came out."""
+"""Builds the emoji data set from public npm packages: downloads, renders, names and checks the images."""
 
 import io
 import json
@@ -43,7 +43,7 @@ _PACKAGES = {
 _NAMES_PACKAGE = "emojibase-data@17.0.0"
 
 _DROPPED_GROUPS = frozenset({"component", "flags"})
-# Signs and letters rather than things, and pictures that differ in little but a sign.
+# Signs and letters instead of things, and images that differ mainly in a sign.
 _DROPPED_SUBGROUPS = frozenset(
     {
         "alphanum",
@@ -64,7 +64,7 @@ _DROPPED_SUBGROUPS = frozenset(
         "person-symbol",
     }
 )
-# Where synonyms come from, the most widely used first.
+# The sources of synonyms, the most widely used first.
 _SHORTCODES = ("github", "iamcal", "joypixels", "cldr", "emojibase")
 
 _WEBP = {"format": "WEBP", "quality": 90, "method": 4}
@@ -72,10 +72,10 @@ _MAX_MEMBER = 256 << 20
 
 
 def build(out: Path) -> list[Record]:
-    """Make the whole data set in ``out``: ``STYLE/HEX.webp``, ``index.jsonl`` and ``ATTRIBUTION.txt``.
+    """Builds the data set in ``out``: ``STYLE/HEX.webp``, ``index.jsonl`` and ``ATTRIBUTION.txt``.
 
-    Pictures that are there and whole are kept, so a broken run can be taken up again. Raises ``UserError``
-    where npm or resvg is missing or fails, ``DataError`` where the packages do not give the listed set.
+    Existing intact images are kept, so an interrupted build can continue. Raises ``UserError`` if npm or
+    resvg is missing or fails, and ``DataError`` if the packages do not contain exactly the listed subjects.
     """
     out = Path(out)
     if out.exists():
@@ -84,14 +84,14 @@ def build(out: Path) -> list[Record]:
     npm = shutil.which("npm")
     if npm is None:
         raise UserError(
-            "npm is not on the PATH, and the emoji come as npm packages; install Node.js "
-            "(https://nodejs.org, or `apt-get install npm`) and try again"
+            "npm is not on the PATH. It downloads the packages of the emoji. Install Node.js"
+            " (https://nodejs.org, or `apt-get install npm`) and try again."
         )
     with tempfile.TemporaryDirectory(prefix="wuerstchen-emoji-") as scratch:
         packages = (*_PACKAGES.values(), _NAMES_PACKAGE)
         archives = {
             package: _fetch(npm, package, Path(scratch) / str(number))
-            for number, package in enumerate(bar(packages, desc="fetching", unit="package"))
+            for number, package in enumerate(bar(packages, desc="downloading", unit="package"))
         }
         art: dict[str, dict[str, Callable[[], bytes]]] = {
             "fluent-3d": _raster(archives[_PACKAGES["fluent-3d"]])
@@ -105,7 +105,7 @@ def build(out: Path) -> list[Record]:
     check_writable(out)
     records = []
     pairs = [(subject, style) for subject in subjects for style in STYLES]
-    for subject, style in bar(pairs, desc="rendering", unit="picture"):
+    for subject, style in bar(pairs, desc="rendering", unit="img"):
         rgba = _ensure_image(out / style / f"{subject}.webp", art[style][subject])
         records.append(
             Record(
@@ -128,7 +128,7 @@ def _renderer() -> Callable[[str], bytes]:
         import resvg_py
     except ImportError as error:
         raise UserError(
-            'resvg-py is not installed, and it renders the emoji; run `pip install "wuerstchen[train]"`'
+            'resvg-py is not installed. It renders the emoji. Run `pip install "wuerstchen[train]"`.'
         ) from error
 
     def render(svg: str) -> bytes:
@@ -151,19 +151,20 @@ def _fetch(npm: str, package: str, folder: Path) -> Path:
     )
     found = list(folder.glob("*.tgz"))
     if result.returncode != 0 or len(found) != 1:
-        said = [line for line in result.stderr.splitlines() if line.strip()]
-        reason = said[-1].strip() if said else f"exit code {result.returncode}"
+        output = [line for line in result.stderr.splitlines() if line.strip()]
+        reason = output[-1].strip() if output else f"exit code {result.returncode}"
         raise UserError(
-            f"npm could not fetch {package} ({reason}); check the network and npm's registry, then try again"
+            f"npm could not download {package} ({reason}). Check the network and npm's registry, and try"
+            " again."
         )
     return found[0]
 
 
 def read_members(archive: Path, wanted: re.Pattern[str]) -> dict[str, bytes]:
-    """The plain files of a tarball whose whole name matches ``wanted``.
+    """Reads the members of a tarball with a name that fully matches ``wanted``.
 
-    Nothing is extracted: names, links and modes in the archive have no effect on the disk. Raises
-    ``DataError`` where a wanted member is not a plain file, is too large, or the archive is damaged.
+    Nothing is extracted to the disk, so names, links and modes in the archive have no effect. Raises
+    ``DataError`` if a wanted member is not a regular file or is too large, or if the archive is damaged.
     """
     members: dict[str, bytes] = {}
     try:
@@ -174,12 +175,13 @@ def read_members(archive: Path, wanted: re.Pattern[str]) -> dict[str, bytes]:
                 stream = tar.extractfile(member) if member.isreg() else None
                 if stream is None or member.size > _MAX_MEMBER:
                     raise DataError(
-                        f"{member.name!r} in {archive.name} is not a plain file of a fair size; "
-                        "fetch the package again from a registry you trust"
+                        f"{member.name!r} in {archive.name} is not a regular file of at most"
+                        f" {_MAX_MEMBER >> 20} MiB. Download the package again from a registry that you"
+                        " trust."
                     )
                 members[member.name] = stream.read()
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise DataError(f"{archive.name} is damaged ({error}); fetch the package again") from error
+        raise DataError(f"{archive.name} is damaged ({error}). Download the package again.") from error
     return members
 
 
@@ -187,15 +189,17 @@ def _read_json(archive: Path, *names: str) -> list[Any]:
     members = read_members(archive, re.compile("|".join(re.escape(f"package/{name}") for name in names)))
     missing = [name for name in names if f"package/{name}" not in members]
     if missing:
-        raise DataError(f"{missing[0]} is missing from {archive.name}; fetch the package again")
+        raise DataError(f"{missing[0]} is missing from {archive.name}. Download the package again.")
     try:
         return [json.loads(members[f"package/{name}"]) for name in names]
     except ValueError as error:
-        raise DataError(f"{archive.name} holds damaged JSON ({error}); fetch the package again") from error
+        raise DataError(
+            f"{archive.name} contains damaged JSON ({error}). Download the package again."
+        ) from error
 
 
 def _plain_hex(code: str) -> str:
-    """Code points without the variation selector, which some packages write and others leave out."""
+    """Code points without the variation selector, which only some packages include."""
     return code.lower().replace("-fe0f", "")
 
 
@@ -223,7 +227,7 @@ def _vectors(archive: Path, render: Callable[[str], bytes]) -> dict[str, Callabl
 def _drawer(icons: dict, icon: dict, render: Callable[[str], bytes]) -> Callable[[], bytes]:
     def draw() -> bytes:
         width, height = (icon.get(key, icons.get(key, 16)) for key in ("width", "height"))
-        # A drawing that is not square comes to lie in the middle: that is SVG's default.
+        # SVG centres drawings that are not square by default.
         return render(
             '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
             f'width="{RESOLUTION}" height="{RESOLUTION}" viewBox="0 0 {width} {height}">'
@@ -234,7 +238,7 @@ def _drawer(icons: dict, icon: dict, render: Callable[[str], bytes]) -> Callable
 
 
 def _subjects(archive: Path) -> dict[str, dict]:
-    """What emojibase knows of each subject that is a thing and not a sign, in Unicode's order."""
+    """The metadata in emojibase of each subject that is a thing and not a sign, in the order of Unicode."""
     paths = [f"en/shortcodes/{name}.json" for name in _SHORTCODES]
     entries, groups, *shortcodes = _read_json(archive, "en/data.json", "meta/groups.json", *paths)
     codes = [
@@ -250,7 +254,7 @@ def _subjects(archive: Path) -> dict[str, dict]:
             continue
         subject = _plain_hex(entry["hexcode"])
         synonyms = [re.sub("[_-]", " ", code).lower() for table in codes for code in table.get(subject, [])]
-        # Shortcodes of one or two letters say nothing ("v", "+1"); a label may be as short ("ox").
+        # Shortcodes of one or two characters are not words ("v", "+1"), but a label can be this short ("ox").
         names = [entry["label"].lower(), *(synonym for synonym in synonyms if len(synonym) > 2)]
         subjects[subject] = {
             "names": tuple(dict.fromkeys(names)),
@@ -264,18 +268,18 @@ def _subjects(archive: Path) -> dict[str, dict]:
 def _check_lists(subjects: Iterable[str]) -> None:
     found, listed = tuple(subjects), listed_subjects()
     if found != listed:
-        odd = sorted(set(found) ^ set(listed)) or ["their order"]
+        different = sorted(set(found) ^ set(listed)) or ["their order"]
         raise DataError(
-            f"the packages give {len(found)} subjects where {len(listed)} are listed (first difference: "
-            f"{odd[0]}); the packages must be the pinned versions, so clear npm's cache and try again"
+            f"The packages contain {len(found)} subjects instead of {len(listed)} (first difference:"
+            f" {different[0]}). They must be the pinned versions. Clear npm's cache and try again."
         )
     heldout = {
         f"{style}/{subject}" for subject in found for style in STYLES if split_of(style, subject) == "heldout"
     }
     if heldout != listed_heldout():
         raise DataError(
-            f"the rule holds out {len(heldout)} pairs where {len(listed_heldout())} are listed; "
-            "the package is damaged, so install it again"
+            f"The rule holds out {len(heldout)} pairs instead of {len(listed_heldout())}. The list in this"
+            " package is damaged. Install wuerstchen again."
         )
 
 
@@ -284,6 +288,6 @@ def _ensure_image(path: Path, make: Callable[[], bytes]) -> np.ndarray:
         try:
             return read_rgba(path)
         except DataError:
-            pass  # damaged: made anew
+            pass  # damaged images are made again
     write_whole(path, make())
     return read_rgba(path)

@@ -1,4 +1,4 @@
-"""A folder of pictures with captions beside them, as people and Hugging Face's imagefolder keep them."""
+"""A folder of images with captions, in the layouts of Hugging Face's imagefolder and of img2dataset."""
 
 import hashlib
 import json
@@ -21,32 +21,31 @@ from wuerstchen.images import is_converted, open_image
 class _Item:
     name: str  # relative to the root, with forward slashes
     captions: tuple[str, ...]
-    fields: dict[str, object]  # of its row in the metadata file
-    sidecar: str | None = None  # the JSON file beside it
+    fields: dict[str, object]  # its row in the metadata file
+    sidecar: str | None = None  # the JSON file next to it
 
 
 class FolderSource(StoredImages):
-    """The pictures under ``root``, in order of their names, with captions kept in one of these ways:
+    """The images under ``root``, sorted by name, with captions in one of these places:
 
-    - ``metadata.jsonl`` at the root: a line ``{"file_name": "cats/1.jpg", "text": "a cat"}`` a picture;
-      ``caption`` may stand for ``text``, and a list holds several captions, of which ``rng`` picks one.
-    - A text file beside each picture, ``cats/1.txt`` or ``cats/1.caption`` for ``cats/1.jpg``, in UTF-8: all
-      of it is the caption. This is also how img2dataset writes ``files``; the ``cats/1.json`` beside them is
-      the metadata.
+    - ``metadata.jsonl`` at the root, with a line ``{"file_name": "cats/1.jpg", "text": "a cat"}`` per image.
+      The field can also be named ``caption``. It can be a list of captions, of which ``rng`` picks one.
+    - A text file next to each image, ``cats/1.txt`` or ``cats/1.caption`` for ``cats/1.jpg``, in UTF-8. The
+      whole file is the caption. img2dataset writes this layout too, with metadata in ``cats/1.json``.
     - ``metadata.csv`` or ``metadata.parquet`` at the root, with the same columns as ``metadata.jsonl``.
 
-    Where there are several, the first of the list counts. ``text_column`` names the caption instead: a column
-    of the metadata file, or the ending of the text files, or a field of the ``.json`` files beside the
-    pictures. ``image_column`` names the column of the metadata file that holds the picture's name.
+    The first of these that exists is used. ``text_column`` chooses other captions: a column of the metadata
+    file, the suffix of the text files, or a field of the ``.json`` files next to the images. ``image_column``
+    is the column of the metadata file with the names of the images.
 
-    ``split`` is ``all`` of them, ``heldout`` (``plan.held_out_names``) or the others, ``train``. Pictures
-    that belong to a set in a folder ``around`` this one too are on the side that they have there.
+    ``split`` is ``all``, ``heldout`` (``plan.held_out_names``), or ``train`` for the others. If this folder
+    lies in the data folder ``around``, shared images are in the same split in both.
 
-    An image whose captions are all empty is left out and named in ``without_caption``.
+    Images without a caption that is not empty are left out and listed in ``without_caption``.
 
     Names match in any Unicode normal form, and with backslashes for slashes. Names that begin with a dot are
-    skipped, and folders that are links are not followed. Every name and caption is checked on construction,
-    and no picture is opened. Raises ``DataError`` for whatever does not match up.
+    skipped, and links to folders are not followed. All names and captions are checked on construction,
+    without opening any image. Raises ``DataError`` for anything inconsistent.
     """
 
     def __init__(
@@ -61,17 +60,17 @@ class FolderSource(StoredImages):
         self.root = Path(root)
         if not self.root.is_dir():
             raise DataError(
-                f"data folder {str(self.root)!r} is wrong because it is no folder; give one with images in it"
+                f"Data folder {str(self.root)!r} does not exist or is not a folder. Use a folder of images."
             )
         endings = TEXTS
-        if text_column is not None:  # an ending only if it can be one
+        if text_column is not None:  # only if it can be a suffix
             endings = (f".{text_column.lower()}",) if re.fullmatch(r"[\w-]+", text_column) else ()
         found = find_files(self.root, endings)
         images = found.images
         if not images:
             raise DataError(
-                f"data folder {str(self.root)!r} is wrong because it holds no images"
-                f" ({', '.join(sorted(SUFFIXES))}){_other_data(self.root)}"
+                f"Data folder {str(self.root)!r} contains no images ({', '.join(sorted(SUFFIXES))})."
+                f" {_other_data(self.root)}"
             )
         captions, fields = read_captions(self.root, found, endings, image_column, text_column)
         held_out = held_out_names(images)
@@ -84,10 +83,10 @@ class FolderSource(StoredImages):
             held_out = own | {image for image in images if named[image] in out_there}
         chosen = {"all": set(images), "train": set(images) - held_out, "heldout": held_out}[split]
         self.without_caption = [name for name in images if name in chosen and not captions[name]]
-        """Images that are left out because their captions are empty."""
+        """Images that are left out because all their captions are empty."""
         if not any(captions.values()):
             raise DataError(
-                f"data folder {str(self.root)!r} is wrong because all captions in it are empty; write some"
+                f"Data folder {str(self.root)!r} contains only empty captions. Write at least one caption."
             )
         chosen -= set(self.without_caption)
         sidecars = Names(found.sidecars)
@@ -101,33 +100,33 @@ class FolderSource(StoredImages):
         return len(self._items)
 
     def name(self, item: int) -> str:
-        """The file of the picture, relative to the root."""
+        """The file of the image, relative to the root."""
         return self._items[item].name
 
     def captions(self, item: int) -> tuple[str, ...]:
-        """All captions of the picture."""
+        """All captions of the image."""
         return self._items[item].captions
 
     def fields(self, item: int) -> dict[str, object]:
-        """Everything that the metadata file, or else the ``.json`` beside the picture, says of it.
+        """All fields of the image in the metadata file, or else in the ``.json`` next to it.
 
-        Raises ``DataError`` for a ``.json`` that cannot be read.
+        Raises ``DataError`` if the ``.json`` cannot be read.
         """
         entry = self._items[item]
         if entry.fields or entry.sidecar is None:
             return entry.fields
         return read_sidecar(self.root, entry.sidecar)
 
-    def opened(self, item: int) -> Image.Image:
+    def load(self, item: int) -> Image.Image:
         return open_image(self.root / self._items[item].name)
 
     def size(self, item: int) -> Size | None:
         return size_in_header(self.root / self._items[item].name)
 
     def converted(self, rank: int = 0, count: int = 1) -> str | None:
-        """The first picture whose colours change because its colour profile is applied, if there is one.
+        """The first image whose colours change because its colour profile is applied, or None.
 
-        It opens all files, and decodes none. If ``count`` processes share the work, each opens its part.
+        Opens files without decoding them. With ``count`` processes, process ``rank`` opens its part.
         """
         part = self._items[rank::count]
         return next((item.name for item in part if is_converted(self.root / item.name)), None)
@@ -135,7 +134,7 @@ class FolderSource(StoredImages):
     def fingerprint(self) -> str:
         """A hash of names, captions and file sizes.
 
-        It is fast because no picture is read, so one replaced by another of exactly its size goes unnoticed.
+        It reads no image. This is fast, but misses an image that is replaced by another of the same size.
         """
         digest = hashlib.sha256()
         for item in self._items:
@@ -145,21 +144,19 @@ class FolderSource(StoredImages):
 
 
 def _other_data(root: Path) -> str:
-    """What to do with a folder without images, by what it holds instead."""
+    """What to do with a folder without images, depending on its other contents."""
     if any(file.suffix in PACKED for file in root.iterdir()):
-        return " but packed files; unpack them, tars to .tar"
+        return "Decompress the compressed files in it (tars to .tar)."
     for kind, pattern in (("tars", "*.tar"), ("parquet files", "*.parquet")):
         if any(root.glob(pattern)):
-            return f" but {kind}; give '{root}/{pattern}'"
+            return f"For the {kind} in it, use '{root}/{pattern}'."
     if any(root.glob("*.arrow")):
-        return " but Arrow files without what save_to_disk writes beside them; save the data set again"
-    return "; give one with images in it"
+        return "The Arrow files in it lack the other files of save_to_disk. Save the data set again."
+    return "Use a folder of images."
 
 
 def _size(root: Path, name: str) -> int:
     try:
         return (root / name).stat().st_size
     except OSError as error:
-        raise DataError(
-            f"image {name!r} is wrong because it cannot be read ({error.strerror}); put it back"
-        ) from error
+        raise DataError(f"Image {name!r} cannot be read ({error.strerror}). Restore it.") from error

@@ -1,4 +1,4 @@
-"""The captions of a folder of images: in a metadata file, in text files or in JSON beside the images."""
+"""The captions of a folder of images: in a metadata file, or in text or JSON files next to the images."""
 
 import os
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -10,20 +10,20 @@ from wuerstchen.data.metadata import CAPTIONS, FILE_NAME, JSONL, METADATA, metad
 from wuerstchen.errors import DataError
 
 
-def _shown(value: object) -> str:
-    """The beginning of a value from a file, where it may have a mebibyte."""
+def _shortened(value: object) -> str:
+    """The beginning of a value from a file, which can be as long as 1 MiB."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:196]} ..."
 
 
 _Read = tuple[dict[str, tuple[str, ...]], dict[str, dict[str, object]]]
-"""Captions and all fields, by image."""
+"""The captions and all metadata fields of each image."""
 
 
 def read_captions(
     root: Path, found: Found, endings: tuple[str, ...], image_column: str | None, text_column: str | None
 ) -> _Read:
-    """Captions from the first source that the folder has, in the order of ``FolderSource``."""
+    """Reads captions from the first place that exists, in the order of ``FolderSource``."""
     texts = Names(found.texts)
     beside = any(_text_of(image, texts, endings) for image in found.images)
     metadata = next((name for name in METADATA if os.path.lexists(root / name)), None)
@@ -31,8 +31,8 @@ def read_captions(
         return _read_metadata(root, metadata, found, endings, image_column, text_column)
     if image_column is not None:
         raise DataError(
-            f"data folder {str(root)!r} is wrong because it has no column {image_column!r}: columns are of"
-            f" {', '.join(METADATA)}; add one of them, or leave --image-column out"
+            f"Data folder {str(root)!r} has no column {image_column!r}. Only {', '.join(METADATA)} have"
+            " columns. Add one of these files, or leave --image-column out."
         )
     if not beside and text_column is not None:
         ending = "".join(f" or {ending}" for ending in endings)
@@ -40,9 +40,8 @@ def read_captions(
         if any(sidecars.find(beside_of(image, SIDECAR)) for image in found.images):
             return _read_sidecars(root, found.images, sidecars, text_column)
         raise DataError(
-            f"data folder {str(root)!r} is wrong because it has no column {text_column!r}: there is no"
-            f" {', no '.join(METADATA)}, and no image has a .json{ending} beside it;"
-            " add one of them, or leave --text-column out"
+            f"Data folder {str(root)!r} has no column {text_column!r}: there is no {', no '.join(METADATA)},"
+            f" and no image has a .json{ending} file next to it. Add one of them, or leave --text-column out."
         )
     if not beside and found.nested:
         raise nested_metadata(root, found.nested[0])
@@ -62,7 +61,8 @@ def _read_metadata(
         text = _text_of(image, texts, endings)
         if text is not None and text.endswith(TEXTS[0]):
             raise DataError(
-                f"file {text!r} is wrong because captions are in {metadata} already; remove one of the two"
+                f"File {text!r} conflicts with {metadata}, which already has the captions. Remove one of the"
+                " two."
             )
     known = Names(found.images)
     captions: dict[str, tuple[str, ...]] = {}
@@ -72,22 +72,22 @@ def _read_metadata(
         name = _image_name(where, fields, image_column or FILE_NAME, known)
         if name in places:
             raise DataError(
-                f"{where} is wrong because {name!r} is in {places[name]} already;"
-                " remove one, or give one line a list of captions"
+                f"{where} repeats {name!r} from {places[name]}. Remove one of them, or put a list of captions"
+                " in one line."
             )
         places[name] = where.removeprefix(f"{metadata} ")
         captions[name] = _captions(where, fields, text_column)
         all_fields[name] = fields
-    _check_all_have_captions(found.images, captions, f"add a line for it to {metadata}")
+    _check_all_have_captions(found.images, captions, f"Add a line for it to {metadata}.")
     return captions, all_fields
 
 
 def _image_name(where: str, fields: dict[str, object], column: str, known: Names) -> str:
-    """The image that a row is about."""
+    """The image that a row describes."""
     name = fields.get(column)
     if not isinstance(name, str) or not name:
         raise DataError(
-            f"{where} is wrong because {column} is {_shown(name)} and must be the name of an image; add it"
+            f"{where} must have the name of an image in {column}, got {_shortened(name)}. Add it."
         )
     slashed = name.replace("\\", "/")  # as Windows writes it
     if (
@@ -96,21 +96,21 @@ def _image_name(where: str, fields: dict[str, object], column: str, known: Names
         or ".." in PurePosixPath(slashed).parts
     ):
         raise DataError(
-            f"{where} is wrong because {column} {_shown(name)} leads out of the data folder;"
-            " name the image relative to that folder, without '..'"
+            f"{where} has a {column} outside the data folder: {_shortened(name)}. Name the image relative to"
+            " that folder, without '..'."
         )
     for path in (PurePosixPath(name), PurePosixPath(slashed)):
         image = known.find(path.as_posix())
         if image is not None:
             return image
     raise DataError(
-        f"{where} is wrong because {_shown(PurePosixPath(name).as_posix())} is no image in the data folder;"
-        " add the image or remove the line"
+        f"{where} names {_shortened(PurePosixPath(name).as_posix())}, which is not an image in the data"
+        " folder. Add the image or remove the line."
     )
 
 
 def _captions(where: str, fields: dict[str, object], column: str | None) -> tuple[str, ...]:
-    """The captions of a row that are not empty; none if all are."""
+    """The captions of a row, without empty ones."""
     if column is not None:
         if column not in fields:
             raise no_column(where, column, list(fields))
@@ -118,18 +118,17 @@ def _captions(where: str, fields: dict[str, object], column: str | None) -> tupl
         given = [key for key in CAPTIONS if key in fields]
         if len(given) != 1:
             found = "both text and caption" if given else "neither text nor caption"
-            raise DataError(f"{where} is wrong because it has {found}; give the caption in the field text")
+            raise DataError(f"{where} has {found}. Put the caption into the field text.")
         column = given[0]
     value = fields[column]
     captions = [caption for caption in (value if isinstance(value, list) else [value]) if caption is not None]
     if not all(isinstance(caption, str) for caption in captions):
-        shown = _shown(value)
         raise DataError(
-            f"{where} is wrong because {column} is {shown} and must be a caption or a list of captions;"
-            " write a caption or remove image and line"
+            f"{where} must have a caption or a list of captions in {column}, got {_shortened(value)}. Write a"
+            " caption, or remove the image and the line."
         )
-    if not is_unicode("".join(captions)):  # JSON can spell half of a character, "\\ud83d"
-        raise DataError(f"{where} is wrong because {column} is not Unicode; write the caption anew")
+    if not is_unicode("".join(captions)):  # JSON can contain half of a surrogate pair, "\\ud83d"
+        raise DataError(f"{where} has invalid Unicode in {column}. Write the caption again.")
     return tuple(" ".join(caption.split()) for caption in captions if caption.strip())
 
 
@@ -143,47 +142,44 @@ def _read_text_files(root: Path, found: Found, endings: tuple[str, ...]) -> dict
             continue
         if text in image_of:
             raise DataError(
-                f"file {text!r} is wrong because it is beside both {image_of[text]!r} and {image!r};"
-                " rename one of the images"
+                f"File {text!r} belongs to both {image_of[text]!r} and {image!r}. Rename one of the images."
             )
         image_of[text] = image
         caption = " ".join(read_text(root / text, text).split())
         captions[image] = (caption,) if caption else ()
     _check_all_have_captions(
-        found.images, captions, f"write it into a {endings[0]} file beside it, or add {JSONL}"
+        found.images, captions, f"Write one in a {endings[0]} file next to it, or add {JSONL}."
     )
-    # Of an image that has two, the second is not read.
+    # If an image has two text files, the second is ignored.
     beside = {beside_of(image, ending) for image in found.images for ending in endings}
     for text in sorted(found.texts - image_of.keys() - beside):
-        raise DataError(
-            f"file {text!r} is wrong because there is no image beside it; add the image or remove the file"
-        )
+        raise DataError(f"File {text!r} has no image next to it. Add the image or remove the file.")
     return captions
 
 
 def _read_sidecars(root: Path, images: list[str], sidecars: Names, column: str) -> _Read:
-    """Captions from a field of the ``.json`` beside each image, as img2dataset writes them."""
+    """Captions from a field of the ``.json`` next to each image, as img2dataset writes them."""
     captions: dict[str, tuple[str, ...]] = {}
     for image in images:
         name = sidecars.find(beside_of(image, SIDECAR))
         if name is not None:
-            captions[image] = _captions(f"file {name!r}", read_sidecar(root, name), column)
-    _check_all_have_captions(images, captions, f"write it into a {SIDECAR} file beside it")
+            captions[image] = _captions(f"File {name!r}", read_sidecar(root, name), column)
+    _check_all_have_captions(images, captions, f"Write one in a {SIDECAR} file next to it.")
     return captions, {}
 
 
 def read_sidecar(root: Path, name: str) -> dict[str, object]:
-    return parse_object(read_text(root / name, name), f"file {name!r}")
+    return parse_object(read_text(root / name, name), f"File {name!r}")
 
 
 def _check_all_have_captions(images: list[str], captions: dict[str, tuple[str, ...]], fix: str) -> None:
     without = [image for image in images if image not in captions]
     if without:
-        others = f" (nor do {len(without) - 1} others)" if len(without) > 1 else ""
-        raise DataError(f"image {without[0]!r} is wrong because it has no caption{others}; {fix}")
+        others = f", and neither have {len(without) - 1} others" if len(without) > 1 else ""
+        raise DataError(f"Image {without[0]!r} has no caption{others}. {fix}")
 
 
 def _text_of(image: str, texts: Names, endings: tuple[str, ...]) -> str | None:
-    """The text file beside an image."""
+    """The text file next to an image."""
     found = (texts.find(beside_of(image, ending)) for ending in endings)
     return next((text for text in found if text is not None), None)

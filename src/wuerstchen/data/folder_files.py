@@ -1,4 +1,4 @@
-"""The files of a folder of images: which are images, captions and metadata, by their names alone."""
+"""The files of a folder of images, classified by their names as images, captions or metadata."""
 
 import os
 import unicodedata
@@ -26,24 +26,26 @@ SUFFIXES = frozenset(
     },
 )
 PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
-"""Endings of files whose content cannot be read at random."""
-TEXTS = (".txt", ".caption")  # the first that an image has counts
+"""Suffixes of compressed files, which have no random access."""
+TEXTS = (".txt", ".caption")  # in order of preference
 SIDECAR = ".json"
 
 
 @dataclass(frozen=True)
 class Found:
-    """The files under a root, relative to it."""
+    """The files under a folder, relative to it."""
 
     images: list[str]  # sorted
     texts: set[str]
     sidecars: set[str]
-    nested: list[str]  # metadata files that are not at the top
+    nested: list[str]  # metadata files in subfolders
 
 
 def is_unicode(text: str) -> bool:
-    """Whether there are no lone surrogates in it, which stand for other bytes in the name of a file and which
-    neither logs nor tables can hold."""
+    """Whether a text has no lone surrogates, which stand for invalid bytes in file names.
+
+    Neither logs nor tables can store them.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -52,7 +54,7 @@ def is_unicode(text: str) -> bool:
 
 
 class Names:
-    """Names of files, to be found in any Unicode normal form: macOS writes "e" and an accent, others "é"."""
+    """File names that are found in any Unicode normal form: macOS decomposes "é" into "e" and an accent."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.exact = set(names)
@@ -61,21 +63,20 @@ class Names:
             self.normal.setdefault(unicodedata.normalize("NFC", name), []).append(name)
 
     def find(self, name: str) -> str | None:
-        """The file of that name, None if there is none or several."""
+        """The file with this name, or None if there is no such file or several."""
         if name in self.exact:
             return name
-        alike = self.normal.get(unicodedata.normalize("NFC", name), [])
-        return alike[0] if len(alike) == 1 else None
+        found = self.normal.get(unicodedata.normalize("NFC", name), [])
+        return found[0] if len(found) == 1 else None
 
 
 def find_files(root: Path, endings: tuple[str, ...]) -> Found:
-    """The images, text files with these endings, and JSON files under ``root``."""
+    """Finds the images, text files with these suffixes, and JSON files under ``root``."""
     found = Found([], set(), set(), [])
 
     def fail(error: OSError) -> None:
         raise DataError(
-            f"data folder {str(error.filename)!r} is wrong because it cannot be read ({error.strerror});"
-            " change its permissions"
+            f"Data folder {str(error.filename)!r} cannot be read ({error.strerror}). Change its permissions."
         ) from error
 
     for folder, folders, files in os.walk(root, onerror=fail):
@@ -83,7 +84,7 @@ def find_files(root: Path, endings: tuple[str, ...]) -> Found:
         for file in files:
             name = (Path(folder) / file).relative_to(root).as_posix()
             if not is_unicode(name):
-                raise DataError(f"the name of file {name!a} is wrong because it is not UTF-8; rename it")
+                raise DataError(f"The name of file {name!a} is not UTF-8. Rename it.")
             if file.startswith("."):
                 continue
             suffix = PurePosixPath(file).suffix.lower()
@@ -105,8 +106,8 @@ def find_files(root: Path, endings: tuple[str, ...]) -> Found:
 def nested_metadata(root: Path, name: str) -> DataError:
     kind = PurePosixPath(name).name
     return DataError(
-        f"file {name!r} is wrong because {kind} is read at the top of the data folder alone;"
-        f" merge it into that one, or give {str((root / name).parent)!r} as the data folder"
+        f"File {name!r} is in a subfolder. {kind} is only read at the top of the data folder. Merge it into a"
+        f" file there, or use {str((root / name).parent)!r} as the data folder."
     )
 
 
@@ -115,8 +116,10 @@ def beside_of(image: str, ending: str) -> str:
 
 
 def holds_captioned_images(root: Path) -> bool:
-    """Whether there are images under ``root``, with a metadata file at its top or a text file beside the
-    first one: then it is a folder of images, whatever else lies in it."""
+    """Whether ``root`` contains images, and a metadata file at its top or a text file next to the first one.
+
+    It is then read as a folder of images, whatever else it contains.
+    """
     for _, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         images = [name for name in files if is_image(name)]
@@ -128,5 +131,5 @@ def holds_captioned_images(root: Path) -> bool:
 
 
 def is_image(file: str) -> bool:
-    """Whether a file is taken for an image, by its name without a folder."""
+    """Whether a file counts as an image, by its name without a folder."""
     return not file.startswith(".") and PurePosixPath(file).suffix.lower() in SUFFIXES

@@ -1,14 +1,14 @@
-"""What a reader lists, kept in a file: the n-th image of tars, of parquet files or of a hub's data set.
+"""An index of a reader's images, for access by number to tars, parquet files and data sets on the hub.
 
-Listing a hundred tars takes minutes, so it is done once. The index lies in the cache folder and is made again
-when files of the data have other sizes or times. It is mapped into memory: processes of a host share it, and
-none holds anything for each image but the positions of the held-out ones.
+Listing a hundred tars takes minutes, so it is done once. The index is in the cache folder, and is rebuilt
+when sizes or times of the data's files change. It is memory-mapped: the processes of a host share it, and
+each keeps only the positions of the held-out images in its own memory.
 
-    ROOT/{data}-{state}/rows.bin     a line of JSON an image: its name and its captions
-    ROOT/{data}-{state}/ends.bin     int64: where each line ends
-    ROOT/{data}-{state}/places.bin   int64 (n, 3): where the image is, as its reader understands it
-    ROOT/{data}-{state}/held.bin     int64: rows of the images that are held out, if the set is large enough
-    ROOT/{data}-{state}/index.json   their sizes, a hash of all of it, and what was left out; written last
+    ROOT/{data}-{state}/rows.bin     a line of JSON per image: its name and its captions
+    ROOT/{data}-{state}/ends.bin     int64: the end of each line
+    ROOT/{data}-{state}/places.bin   int64 (n, 3): the place of each image, for its reader
+    ROOT/{data}-{state}/held.bin     int64: rows of the held-out images, if the set is large enough
+    ROOT/{data}-{state}/index.json   sizes of these files, a hash, and what was left out; written last
 """
 
 import contextlib
@@ -32,23 +32,23 @@ from wuerstchen.data.filters import Tally
 from wuerstchen.data.items import Reader
 from wuerstchen.data.locks import acquired
 from wuerstchen.data.plan import HELD_OUT_FROM, is_held_out
-from wuerstchen.data.sources import Part, Size, StoredImages, size_in_header
+from wuerstchen.data.sources import Size, StoredImages, Subset, size_in_header
 from wuerstchen.errors import DataError, RunFolderError, UserError
 from wuerstchen.images import decode_image
 from wuerstchen.progress_bar import bar
 
 CACHE = "WUERSTCHEN_CACHE"
-"""The environment variable that names the folder for files that can be made again."""
+"""The environment variable with the folder for files that can be rebuilt."""
 _FORMAT = 1
 _BUFFER = 1 << 20  # bytes
-_MAX_DESCRIPTION = 1 << 26  # bytes of index.json, which names the first of the damaged images
+_MAX_DESCRIPTION = 1 << 26  # bytes of index.json, which names damaged images
 _FILES = ("rows.bin", "ends.bin", "places.bin", "held.bin")
 
 
 def cache_folder() -> Path:
-    """Where indexes lie: ``$WUERSTCHEN_CACHE``, or ``wuerstchen`` in the user's cache folder.
+    """The folder of indexes, in ``$WUERSTCHEN_CACHE`` or in ``wuerstchen`` in the user's cache folder.
 
-    Raises ``UserError`` for a user without a home.
+    Raises ``UserError`` if the user has no home folder.
     """
     if os.environ.get(CACHE):
         return Path(os.environ[CACHE]) / "indexes"
@@ -58,28 +58,27 @@ def cache_folder() -> Path:
         return Path.home() / ".cache" / "wuerstchen" / "indexes"
     except RuntimeError as error:
         raise UserError(
-            f"there is no home folder to keep the list of the images in. Set {CACHE} to a folder."
+            f"There is no home folder to store the index of the images. Set {CACHE} to a folder."
         ) from error
 
 
 class Index:
-    """The list of a reader's images, in a folder that ``index_of`` made. Sent to another process, it is
-    opened there anew."""
+    """The index of a reader's images, in a folder that ``index_of`` made. Unpickling opens it again."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         described = _description(folder)
         if described is None:
-            raise DataError(f"index {str(folder)!r} is not whole. Remove the folder: it will be made again.")
+            raise DataError(f"Index {str(folder)!r} is incomplete. Remove the folder. It will be rebuilt.")
         self.count: int = described["count"]
         self.digest: str = described["digest"]
         self.tally = Tally.from_json(described)
-        # Opened now: the folder is removed when the data change, and what is open stays.
-        self._rows = self._mapped("rows.bin", np.uint8)
-        self._ends: Int64[np.ndarray, " n"] = self._mapped("ends.bin", np.int64)
-        self._places: Int64[np.ndarray, "n 3"] = self._mapped("places.bin", np.int64).reshape(-1, 3)
+        # Opened now, because the folder is removed when the data change. Open files remain readable.
+        self._rows = self._memory_mapped("rows.bin", np.uint8)
+        self._ends: Int64[np.ndarray, " n"] = self._memory_mapped("ends.bin", np.int64)
+        self._places: Int64[np.ndarray, "n 3"] = self._memory_mapped("places.bin", np.int64).reshape(-1, 3)
 
-    def _mapped(self, name: str, kind: type) -> np.ndarray:
+    def _memory_mapped(self, name: str, kind: type) -> np.ndarray:
         return np.memmap(self.folder / name, kind, "r") if self.count else np.empty(0, kind)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -89,7 +88,7 @@ class Index:
         return self.count
 
     def held_out(self) -> Int64[np.ndarray, " h"]:
-        """The rows of the images that training never sees, ascending."""
+        """The rows of the held-out images, in ascending order."""
         if len(self) < HELD_OUT_FROM:
             return np.empty(0, np.int64)
         return np.fromfile(self.folder / "held.bin", np.int64)
@@ -101,16 +100,16 @@ class Index:
         return name, tuple(captions)
 
     def place(self, number: int) -> tuple[int, int, int]:
-        """Where the image is, for ``Reader.read``."""
+        """The place of an image, for ``Reader.read``."""
         first, second, third = self._places[number].tolist()
         return first, second, third
 
 
 def index_of(reader: Reader, data: str, *columns: str | None) -> Index:
-    """The index of a reader's images, from the cache folder if the data are as they were.
+    """The index of a reader's images, from the cache folder if the data have not changed.
 
-    ``data`` and ``columns`` are what the reader was opened with. It is made by one process of a host, and
-    others wait for it. Raises ``DataError`` if no image can be used, ``UserError`` if it cannot be written.
+    ``data`` and ``columns`` are what the reader was opened with. One process per host builds the index while
+    others wait. Raises ``DataError`` if no image is usable, and ``UserError`` if the index cannot be written.
     """
     root = cache_folder()
     key = hashlib.sha256(json.dumps([_FORMAT, str(Path(data).absolute()), *columns]).encode()).hexdigest()[
@@ -122,7 +121,7 @@ def index_of(reader: Reader, data: str, *columns: str | None) -> Index:
         if _description(folder) is None:
             lock = acquired(root / f"{key}.lock", timeout=-1.0)
             try:
-                if _description(folder) is None:  # no other process has made it meanwhile
+                if _description(folder) is None:  # no other process has built it in the meantime
                     _make(reader, data, folder)
                     for other in root.glob(f"{key}-*"):
                         if other != folder:
@@ -130,46 +129,46 @@ def index_of(reader: Reader, data: str, *columns: str | None) -> Index:
             finally:
                 lock.release()
     except RunFolderError as error:  # of locks
-        raise UserError(f"{error}. {CACHE} names the folder for the lists of images.") from error
+        raise UserError(f"{error} Set {CACHE} to choose the folder.") from error
     except OSError as error:
         raise UserError(
-            f"the list of the images in {data} cannot be kept in {root} ({error.strerror or error}). It is "
-            f"needed to read them in any order. Free some space, or set {CACHE} to another folder."
+            f"The index of the images in {data} cannot be written to {root} ({error.strerror or error}). It"
+            f" is needed to read them in random order. Free some space, or set {CACHE} to another folder."
         ) from error
     index = Index(folder)
     if not len(index):
         reasons = ", ".join(f"{count} {reason}" for reason, count in index.tally.dropped.most_common(5))
         raise DataError(
-            f"data {data!r} hold no image with a caption ({reasons or 'they are empty'}). Give others, or "
-            "name the columns with --image-column and --text-column."
+            f"Data {data!r} contains no image with a caption ({reasons or 'it is empty'}). Use other data, or"
+            " choose the columns with --image-column and --text-column."
         )
     return index
 
 
 def _state(reader: Reader) -> str:
-    """A hash of what a reader says of its data, and of sizes and times of its files."""
+    """A hash of the reader's fingerprint, and of the sizes and times of its files."""
     files = [os.stat(path) for path in getattr(reader, "files", ())]
     parts = [reader.fingerprint(), [[file.st_size, file.st_mtime_ns] for file in files]]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
 
 def _description(folder: Path) -> dict[str, Any] | None:
-    """``index.json`` of a whole index, None if it is not there or its files are of other sizes."""
+    """``index.json`` of a complete index, or None if it is missing or a file has another size."""
     try:
         described = json.loads(read_file(folder / "index.json", _MAX_DESCRIPTION))
-        whole = all((folder / name).stat().st_size == size for name, size in described["bytes"].items())
+        complete = all((folder / name).stat().st_size == size for name, size in described["bytes"].items())
     except (DataError, OSError, ValueError, KeyError, AttributeError):
         return None
-    return described if whole else None
+    return described if complete else None
 
 
 def _make(reader: Reader, data: str, folder: Path) -> None:
-    """Writes the index beside ``folder`` and then gives it its name."""
+    """Writes the index to a temporary folder, and then renames it to ``folder``."""
     check = getattr(reader, "check_random_access", None)
     if check is not None:
         check()
     key = folder.name.partition("-")[0]
-    for stale in (folder, *folder.parent.glob(f".{key}-*")):  # the latter of processes that were killed
+    for stale in (folder, *folder.parent.glob(f".{key}-*")):  # left by killed processes
         shutil.rmtree(stale, ignore_errors=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -184,7 +183,7 @@ def _make(reader: Reader, data: str, folder: Path) -> None:
 
 
 def _write(reader: Reader, data: str, folder: Path, tally: Tally) -> tuple[int, str]:
-    """Number of images, and a hash of all that is written of them."""
+    """Writes the files of the index. Returns the number of images and a hash of the contents."""
     digest = hashlib.sha256()
     count = end = 0
     with contextlib.ExitStack() as stack:
@@ -207,31 +206,31 @@ def _write(reader: Reader, data: str, folder: Path, tally: Tally) -> tuple[int, 
 
 
 class IndexedSource(StoredImages):
-    """The images of a reader as a ``Source``: the training part, or what is held out of it.
+    """The training images or the held-out images of a reader, as a ``Source``.
 
-    One image in 50 is held out, by its name, of 100 and more (``plan.held_out_names``). Numbers count the
-    images of the part in the order in which the reader lists them.
+    In sets of at least 100 images, one in 50 is held out by its name (``plan.held_out_names``). Items are
+    numbered within the subset, in the order of the reader.
     """
 
-    def __init__(self, reader: Reader, part: Part, data: str, *columns: str | None) -> None:
-        """``data`` and ``columns`` are what the reader was opened with. Raises as ``index_of``."""
+    def __init__(self, reader: Reader, subset: Subset, data: str, *columns: str | None) -> None:
+        """``data`` and ``columns`` are what the reader was opened with. Raises the errors of ``index_of``."""
         self.reader = reader
-        self.part = part
+        self.subset = subset
         self.columns = columns
         self.index = index_of(reader, data, *columns)
         self._held_out = self.index.held_out()
-        # How many images of the training part come before each held-out one.
+        # The number of training images before each held-out image.
         self._before = self._held_out - np.arange(len(self._held_out))
 
     def __len__(self) -> int:
         held_out = len(self._held_out)
-        return held_out if self.part == "heldout" else len(self.index) - held_out
+        return held_out if self.subset == "heldout" else len(self.index) - held_out
 
     def _row(self, item: int) -> int:
-        """The row of the index."""
+        """The row of the item in the index."""
         if not 0 <= item < len(self):
             raise IndexError(f"image {item} of {len(self)}")
-        if self.part == "heldout":
+        if self.subset == "heldout":
             return int(self._held_out[item])
         return item + int(np.searchsorted(self._before, item, side="right"))
 
@@ -242,11 +241,11 @@ class IndexedSource(StoredImages):
         return self.index.row(self._row(item))[1]
 
     def bytes_of(self, item: int) -> bytes:
-        """The image's file. Raises ``DataError`` if it cannot be read."""
+        """The file of the image. Raises ``DataError`` if it cannot be read."""
         row = self._row(item)
         return self.reader.read(self.index.row(row)[0], self.index.place(row))
 
-    def opened(self, item: int) -> Image.Image:
+    def load(self, item: int) -> Image.Image:
         return decode_image(self.bytes_of(item), self.name(item))
 
     def size(self, item: int) -> Size | None:
@@ -256,13 +255,14 @@ class IndexedSource(StoredImages):
             return None
 
     def fingerprint(self) -> str:
-        """A hash of the files as the reader sees them, and of all names, captions and places.
+        """A hash of the reader's fingerprint, and of all names, captions and places.
 
-        It is the same wherever the data lie. An image that is replaced by one of its size can go unnoticed.
+        It does not depend on where the data are stored. It can miss an image replaced by one of the same
+        size.
         """
         parts = [self.reader.fingerprint(), self.index.digest, *self.columns]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def left_out(self) -> Iterator[tuple[str, str]]:
-        """Name and reason of images, or files, that cannot be used: the first thousand."""
+        """Yields the names of unusable images and files, up to 1000, with the reasons."""
         yield from self.index.tally.damaged

@@ -1,4 +1,4 @@
-"""What every reader of captioned pictures yields and offers, and what readers share."""
+"""The interface of readers of captioned images, and helpers that readers share."""
 
 import hashlib
 import json
@@ -14,49 +14,49 @@ from wuerstchen.errors import DataError
 
 TEXT_COLUMNS = ("text", "caption", "TEXT", "txt", "prompt")
 MAX_IMAGE = 1 << 28
-"""Bytes of a picture file."""
-_END = 1 << 14  # bytes at either end of a file that its fingerprint reads
-_SHOWN = 30  # names of columns that a message lists
+"""Largest size of an image file, in bytes."""
+_END = 1 << 14  # bytes at each end of a file that go into its fingerprint
+_SHOWN = 30  # column names in a message
 
 
 @dataclass(frozen=True)
 class Item:
-    """A captioned picture in its source."""
+    """A captioned image in its source."""
 
     name: str
     captions: tuple[str, ...]
     fields: Mapping[str, Any]
-    """What the source says about it, under the names of ``filters.FIELDS``."""
+    """Metadata, with the keys of ``filters.FIELDS``."""
     place: tuple[int, int, int]
-    """Where its bytes are; what the numbers mean is the reader's affair."""
+    """Where its bytes are. Only the reader knows what the numbers mean."""
 
 
 @runtime_checkable
 class Reader(Protocol):
-    """A source of captioned pictures."""
+    """Lists captioned images in order, and reads the file of any of them."""
 
     def items(self, tally: Tally) -> Iterator[Item]:
-        """All pictures that have a caption, in the same order every time; others are counted in ``tally``."""
+        """All images that have a caption, always in the same order. Others are counted in ``tally``."""
         ...
 
     def read(self, name: str, place: tuple[int, int, int]) -> bytes:
-        """The bytes of the picture file. Raises ``DataError`` if they cannot be had."""
+        """The bytes of the image file. Raises ``DataError`` if they cannot be read."""
         ...
 
     def fingerprint(self) -> str:
         """A hash that changes when files are added, removed or replaced.
 
-        It is fast because it reads names, sizes and little more, so a change inside a file can go unnoticed.
+        It reads little more than names and sizes. This is fast, but can miss a change inside a file.
         """
         ...
 
 
 class NotDownloaded(DataError):
-    """A cell that holds no picture, as lists keep them of downloads that failed."""
+    """The cell of an image is empty. Lists of downloads contain such cells for failed downloads."""
 
 
 def bytes_of(path: Path, offset: int, size: int, name: str) -> bytes:
-    """At most ``size`` bytes of a regular file, of the picture ``name``. Raises ``DataError``."""
+    """Up to ``size`` bytes of the image ``name`` in a regular file. Raises ``DataError``."""
     try:
         with open_file(path) as stream:
             stream.seek(offset)
@@ -64,36 +64,38 @@ def bytes_of(path: Path, offset: int, size: int, name: str) -> bytes:
     except (OSError, DataError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(
-            f"image {name!r} is wrong because {path} cannot be read ({reason}); put it back"
+            f"Image {name!r} cannot be read from {path} ({reason}). Restore the file, or remove the image."
         ) from error
 
 
 def fingerprint_of(files: list[Path]) -> str:
-    """Of names, sizes, and the bytes at both ends."""
+    """A hash of the names, sizes, and first and last bytes of files."""
     digest = hashlib.sha256()
     for path in files:
         with open_file(path) as stream:
             size = os.fstat(stream.fileno()).st_size
             digest.update(json.dumps([path.name, size]).encode() + stream.read(_END))
-            # Tars are padded, so other members may have the same size in all; parquet describes itself here.
+            # Padding can give different tars the same size. Parquet keeps its metadata at the end.
             stream.seek(max(0, size - _END))
             digest.update(stream.read(_END))
     return digest.hexdigest()
 
 
 def known_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that filters read."""
+    """The fields that filters read."""
     return {name: fields[name] for name in FIELDS if fields.get(name) is not None}
 
 
 def text_in(fields: Mapping[str, Any]) -> Any:
-    """The caption, under the first of the usual names that is there."""
+    """The caption, from the first of ``TEXT_COLUMNS`` that is present."""
     return next((fields[name] for name in TEXT_COLUMNS if fields.get(name) is not None), None)
 
 
 def captions_in(value: Any) -> tuple[str, ...]:
-    """The captions in a cell: a text or a list of them, without those that are empty, no Unicode, or longer
-    than a mebibyte."""
+    """The captions in a cell, which is a string or a list of strings.
+
+    Captions that are empty, not valid Unicode, or longer than 1 MiB are left out.
+    """
     found = []
     for caption in value if isinstance(value, list | tuple) else [value]:
         try:
@@ -109,26 +111,28 @@ def captions_in(value: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def column_of(where: str, names: list[str], asked: str | None, usual: tuple[str, ...], kind: str) -> str:
-    """The column of images or texts: the one that is asked for, or the first of the usual names."""
-    if asked is not None:
-        if asked in names:
-            return asked
-        raise no_column(where, asked, names)
-    for name in usual:
+def column_of(
+    where: str, names: list[str], requested: str | None, defaults: tuple[str, ...], kind: str
+) -> str:
+    """The column of images or texts: the requested one, or the first of the default names."""
+    if requested is not None:
+        if requested in names:
+            return requested
+        raise no_column(where, requested, names)
+    for name in defaults:
         if name in names:
             return name
     raise DataError(
-        f"{where} is wrong because none of its columns ({listed(names)}) is called {', '.join(usual)};"
-        f" name it with --{kind}-column"
+        f"{where} has no {kind} column: {listed(names)}. It must be one of {', '.join(defaults)}. Name"
+        f" another one with --{kind}-column."
     )
 
 
-def no_column(where: str, asked: str, names: list[str]) -> DataError:
-    return DataError(f"{where} is wrong because it has no column {asked!r}; its columns are {listed(names)}")
+def no_column(where: str, requested: str, names: list[str]) -> DataError:
+    return DataError(f"{where} has no column {requested!r}. Its columns are: {listed(names)}.")
 
 
 def listed(names: list[str]) -> str:
-    """The first names, to be shown."""
+    """The first names, for a message."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return (", ".join(name[:80] for name in names[:_SHOWN]) or "none") + more

@@ -1,8 +1,8 @@
-"""File locks that really lock, or an error.
+"""File locks, with an error where the file system does not support them.
 
-Where a file system has no ``flock`` (Lustre mounted without it, some NFS), what filelock does depends on
-its version: it raises an error of its own, or falls back to a marker file that two nodes may both believe to
-own. So the file system is asked first.
+Some file systems have no working ``flock`` (some NFS, or Lustre without that mount option). Depending on its
+version, filelock then raises an error, or falls back to a marker file that two nodes can both acquire. So
+``flock`` is tested first.
 """
 
 import errno
@@ -17,10 +17,10 @@ from wuerstchen.errors import RunFolderError
 
 
 def acquired(path: Path, timeout: float) -> BaseFileLock:
-    """The lock at ``path``, acquired within ``timeout`` seconds. It ends with the process at the latest.
+    """Acquires the lock at ``path`` within ``timeout`` seconds. It is released when the process ends.
 
-    The folder of ``path`` must exist. Raises ``filelock.Timeout`` where another process holds the lock,
-    ``RunFolderError`` where the file system has no locks, and ``OSError`` where the folder cannot be written.
+    The folder of ``path`` must exist. Raises ``filelock.Timeout`` if another process holds the lock,
+    ``RunFolderError`` if the file system has no locks, and ``OSError`` if the folder cannot be written.
     """
     check_locks(path.parent)
     lock = FileLock(path)
@@ -29,9 +29,9 @@ def acquired(path: Path, timeout: float) -> BaseFileLock:
 
 
 def check_locks(folder: Path) -> None:
-    """Raises ``RunFolderError`` unless a lock in ``folder`` keeps out whoever comes second."""
+    """Raises ``RunFolderError`` unless a lock in ``folder`` excludes a second process."""
     if sys.platform == "win32":
-        return  # filelock uses locks there that every local disk has
+        return  # filelock uses a lock there that every local disk supports
     import fcntl
 
     handle, name = tempfile.mkstemp(prefix=".lock-test.", dir=folder)
@@ -49,6 +49,7 @@ def check_locks(folder: Path) -> None:
         os.close(handle)
         os.unlink(name)
     raise RunFolderError(
-        f"{folder} is on a file system without working file locks ({reason}), so two processes could write "
-        "there at once. Use a folder on another disk; Lustre has locks when it is mounted with -o flock"
+        f"{folder} is on a file system without working file locks ({reason}), so two processes could write"
+        " there at the same time. Use a folder on another disk. Lustre has locks if it is mounted with -o"
+        " flock."
     )

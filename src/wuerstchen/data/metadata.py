@@ -1,6 +1,6 @@
 """The metadata file of a folder of images: ``metadata.jsonl``, ``.csv`` or ``.parquet``.
 
-The formats are those of Hugging Face's imagefolder, with a row for each image. Rows are read one by one.
+The formats are those of Hugging Face's imagefolder, with a row per image. Rows are read one at a time.
 """
 
 import csv
@@ -25,15 +25,15 @@ _MAX_COLUMNS = 1000
 def metadata_rows(
     root: Path, name: str, image_column: str | None = None, text_column: str | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row of the metadata file ``name``, with what messages call it ("metadata.jsonl line 3").
+    """Yields each row of the metadata file ``name``, after its name in messages ("metadata.jsonl line 3").
 
-    Of a parquet file only the columns that are used are read. Raises ``DataError`` for a file that cannot be
-    read, has over 4 GiB, a line of over 1 MiB, or is not what its ending says.
+    Only the columns in use are read from a parquet file. Raises ``DataError`` for a file that cannot be read,
+    is larger than 4 GiB, has a line longer than 1 MiB, or is not in the format of its suffix.
     """
     with open_file(root / name, name) as file:
         if file.seek(0, io.SEEK_END) > _MAX_FILE:
             raise DataError(
-                f"file {name!r} is wrong because it has over {_MAX_FILE >> 30} GiB; split the folder"
+                f"File {name!r} is too large. It may have at most {_MAX_FILE >> 30} GiB. Split the folder."
             )
     if name == PARQUET:
         wanted = {image_column or FILE_NAME, *((text_column,) if text_column else CAPTIONS), *FIELDS}
@@ -47,9 +47,10 @@ def _json_rows(root: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         while line := file.readline(MAX_TEXT + 1):
             if len(line) > MAX_TEXT:
                 raise DataError(
-                    f"{name} line {number + 1} is wrong because it has over {MAX_TEXT >> 20} MiB; shorten it"
+                    f"{name} line {number + 1} is too long. It may have at most {MAX_TEXT >> 20} MiB. Shorten"
+                    " it."
                 )
-            # Lines can end in \n, in \r\n, and in \r alone.
+            # Lines can end in \n, \r\n or \r.
             for part in line.rstrip(b"\r\n").split(b"\r"):
                 number += 1
                 try:
@@ -71,8 +72,8 @@ def _csv_rows(root: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
             header = next(rows, [])
             if len(set(header)) != len(header) or not 0 < len(header) <= _MAX_COLUMNS:
                 raise DataError(
-                    f"{name} line 1 is wrong because it must name each column once, and at most"
-                    f" {_MAX_COLUMNS} of them; write the names of the columns there"
+                    f"{name} line 1 must contain the names of the columns, each once and at most"
+                    f" {_MAX_COLUMNS} of them. Add them."
                 )
             for row in rows:
                 if not row:
@@ -80,23 +81,20 @@ def _csv_rows(root: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 where = f"{name} line {rows.line_num}"
                 if len(row) != len(header):
                     raise DataError(
-                        f"{where} is wrong because it has {len(row)} cells, and the first line names"
-                        f" {len(header)} columns; give each row as many"
+                        f"{where} has {len(row)} cells, but the first line names {len(header)} columns. Each"
+                        " row needs a cell per column."
                     )
                 yield where, {key: _csv_value(key, cell) for key, cell in zip(header, row, strict=True)}
         except UnicodeDecodeError as error:
             raise DataError(
-                f"file {name!r} is wrong because it is not UTF-8 (after line {rows.line_num});"
-                " save it in UTF-8"
+                f"File {name!r} is not UTF-8 (after line {rows.line_num}). Save it in UTF-8."
             ) from error
         except csv.Error as error:
-            raise DataError(
-                f"{name} line {rows.line_num} is wrong because it is not CSV ({error}); mend it"
-            ) from error
+            raise DataError(f"{name} line {rows.line_num} is not valid CSV ({error}). Correct it.") from error
 
 
 def _csv_value(key: str, cell: str) -> Any:
-    """A cell as it is; those that filters read as numbers, None where they are empty."""
+    """The text of a cell. Cells that filters read are converted to numbers, or None if they are empty."""
     if key not in FIELDS:
         return cell
     try:

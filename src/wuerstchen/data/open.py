@@ -1,8 +1,8 @@
-"""Any name of data to one thing that training, validation and preparing read.
+"""Opens data by name, for training, validation and preparing.
 
-``KINDS`` is the table of all kinds of data. A kind is a row in it, and a reader: how its images are listed
-one after the other and read again by their places. Training needs the n-th image, for which a row may have a
-source of its own; without one ``IndexedSource`` lists the reader's images once.
+``KINDS`` is the table of all kinds of data. Each kind has a reader, which lists the images in order and reads
+any of them again. Training needs access by number. A kind can bring its own source for that. Otherwise
+``IndexedSource`` lists the reader's images once.
 """
 
 import glob
@@ -22,7 +22,7 @@ from wuerstchen.data.metadata import METADATA
 from wuerstchen.data.prepared import PreparedSet
 from wuerstchen.data.prepared_check import is_prepared
 from wuerstchen.data.readers import EmojiReader, FolderReader
-from wuerstchen.data.sources import Part, Source
+from wuerstchen.data.sources import Source, Subset
 from wuerstchen.data.tables import DatasetReader, ParquetReader
 from wuerstchen.data.tars import TarReader
 from wuerstchen.errors import DataError, UserError
@@ -31,7 +31,7 @@ _SAVED = ("dataset_info.json", "state.json")  # what save_to_disk writes beside 
 
 
 class Name:
-    """A name of data, of which it is to be told what it names."""
+    """The name of a data set whose kind is to be determined."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -39,23 +39,23 @@ class Name:
 
     @cached_property
     def content(self) -> str | None:
-        """The kind of what lies in a folder that is neither an emoji set nor prepared; None for no folder."""
+        """The kind of a folder's contents, or None if there is no such folder."""
         return _content(self.path) if self.path.is_dir() else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """A data set that was named, and how it is to be read."""
+    """A data set and how to read it."""
 
     text: str
-    """Its name, as it was given."""
+    """The name as given by the user."""
     kind: "Kind"
     split: str = "train"
-    """Of a data set on the hub or saved; nothing to do with what training holds out."""
+    """The split of a data set on the hub or saved to disk, not the split between training and validation."""
     image_column: str | None = None
     text_column: str | None = None
     around: Path | None = None
-    """A folder that this one lies in, for ``FolderSource``."""
+    """A parent folder of this one, as in ``FolderSource``."""
     verify: bool | None = None
     """As in ``PreparedSet``."""
 
@@ -64,16 +64,16 @@ class Data:
         return Path(self.text)
 
     def reader(self) -> Reader:
-        """Its images, one after the other: for preparing."""
+        """Its images in order, for preparing."""
         return self.kind.reader(self)
 
-    def source(self, part: Part) -> Source | PreparedSet:
-        """Its images by number: those to train on, or the held-out ones, of which there may be none."""
-        return self.kind.source(self, part)
+    def source(self, subset: Subset) -> Source | PreparedSet:
+        """Its training images or its held-out images, by number. There may be no held-out images."""
+        return self.kind.source(self, subset)
 
 
-def _indexed(data: Data, part: Part) -> Source:
-    return IndexedSource(data.reader(), part, data.text, data.image_column, data.text_column, data.split)
+def _indexed(data: Data, subset: Subset) -> Source:
+    return IndexedSource(data.reader(), subset, data.text, data.image_column, data.text_column, data.split)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,15 +81,15 @@ class Kind:
     """A kind of data."""
 
     name: str
-    """What ``format`` calls it."""
-    found: Callable[[Name], bool]
-    """Whether data of this name are of this kind. Raises ``DataError`` for what cannot be read."""
+    """The value of ``--format`` for this kind."""
+    matches: Callable[[Name], bool]
+    """Whether a name is of this kind. Raises ``DataError`` for data that cannot be read."""
     reader: Callable[[Data], Reader]
-    source: Callable[[Data, Part], Source | PreparedSet] = _indexed
+    source: Callable[[Data, Subset], Source | PreparedSet] = _indexed
     columns: str = ""
-    """Why it has no columns to choose from, where it has none."""
+    """Why no columns can be chosen, if so."""
     splits: bool = False
-    """Whether it has splits to choose from."""
+    """Whether a split can be chosen."""
 
 
 def open_data(
@@ -100,27 +100,33 @@ def open_data(
     image_column: str | None = None,
     text_column: str | None = None,
 ) -> Data:
-    """The data set that ``name`` means: a folder of images, of ``.tar`` shards or of ``.parquet`` files, one
-    such file, a pattern of them (``shards/*.tar``), a folder that ``save_to_disk`` wrote, what img2dataset
-    wrote, a built emoji set, a prepared set, ``sample`` for the emoji set in the package, or the name of a
-    data set on the hub.
+    """Finds the data set ``name``, which can be:
 
-    ``format`` is the name of a kind, where it cannot be told. ``split`` is of a set on the hub or saved
-    ("train"). The columns are of parquet files, the hub, and saved sets; of tars they are extensions or
-    fields of the ``.json`` (``TarReader``), of folders columns of the metadata file or endings
-    (``FolderSource``). Raises ``DataError`` for what is no data, and for columns and splits of a kind that
-    has none.
+    - a folder of images, of ``.tar`` shards, or of ``.parquet`` files
+    - a single ``.tar`` or ``.parquet`` file, or a pattern of them (``shards/*.tar``)
+    - the output of img2dataset or of ``save_to_disk``
+    - a built emoji set, or ``sample`` for the emoji set in the package
+    - a prepared set
+    - the name of a data set on the hub
+
+    ``format`` names the kind if it is ambiguous. ``split`` is for data sets on the hub and saved ones
+    (default: "train"). ``image_column`` and ``text_column`` are columns of parquet files, of saved sets and
+    of sets on the hub. For tars they are extensions, or fields of the ``.json`` (``TarReader``). For folders
+    they are columns of the metadata file, or suffixes (``FolderSource``).
+
+    Raises ``DataError`` if there is no such data, or if its kind has no columns or splits to choose.
     """
     text = str(name)
     kind = kind_of(text) if format is None else _kind_called(format)
     if split is not None and not kind.splits:
         raise DataError(
-            f"data {text!r} is wrong because it has no split {split!r}: only data sets on the hub and saved"
-            " ones have splits; leave --split out"
+            f"Data {text!r} has no split {split!r}. Only data sets on the hub and saved ones have splits."
+            " Leave --split out."
         )
     if kind.columns and (image_column is not None or text_column is not None):
         raise DataError(
-            f"data {text!r} is wrong because {kind.columns}; leave --image-column and --text-column out"
+            f"Data {text!r} has no columns to choose. {kind.columns} Leave --image-column and --text-column"
+            " out."
         )
     split = "train" if split is None else split
     return Data(text=text, kind=kind, split=split, image_column=image_column, text_column=text_column)
@@ -134,8 +140,10 @@ def open_reader(
     image_column: str | None = None,
     text_column: str | None = None,
 ) -> Reader:
-    """The reader of the data that ``open_data`` finds. Raises ``DataError`` as it does, and as readers do for
-    columns and splits that are not there."""
+    """The reader of the data that ``open_data`` finds.
+
+    Raises ``DataError`` as ``open_data`` does, and for missing columns and splits.
+    """
     return open_data(
         name, format=format, split=split, image_column=image_column, text_column=text_column
     ).reader()
@@ -143,39 +151,37 @@ def open_reader(
 
 def open_source(
     name: str,
-    part: Part = "train",
+    subset: Subset = "train",
     *,
     around: Path | None = None,
     image_column: str | None = None,
     text_column: str | None = None,
     verify: bool | None = None,
 ) -> Source | PreparedSet:
-    """The source of the data that ``open_data`` finds: its training part, or what is held out.
+    """The training images, or the held-out images, of the data that ``open_data`` finds.
 
-    ``around`` is a folder that this one lies in (``FolderSource``), ``verify`` as in ``PreparedSet``.
+    ``around`` is a parent folder of this one, as in ``FolderSource``. ``verify`` is as in ``PreparedSet``.
     """
     data = open_data(name, image_column=image_column, text_column=text_column)
-    return replace(data, around=around, verify=verify).source(part)
+    return replace(data, around=around, verify=verify).source(subset)
 
 
 def kind_of(text: str) -> Kind:
-    """The kind of the data of this name. Raises ``DataError`` if it is nothing known."""
+    """The kind of the data with this name. Raises ``DataError`` if it is of no known kind."""
     name = Name(text)
-    found = next((kind for kind in KINDS if kind.found(name)), None)
+    found = next((kind for kind in KINDS if kind.matches(name)), None)
     if found is not None:
         return found
     if any(text.lower().endswith(ending) for ending in PACKED):
         raise DataError(
-            f"data {text!r} is wrong because it is packed, and what is in it cannot be read at random;"
-            " unpack it, tars to .tar, and give that"
+            f"Data {text!r} is compressed. Images in compressed files cannot be read in random order."
+            " Decompress it (tars to .tar) and use the result."
         )
     if Path(text).exists():
-        raise DataError(
-            f"data {text!r} is wrong because a file must be a .tar or a .parquet; give one, or a folder"
-        )
+        raise DataError(f"Data {text!r} is not a .tar or .parquet file. Use such a file, or a folder.")
     raise DataError(
-        f"data {text!r} is wrong because it is neither a folder, tars, parquet files nor a name on"
-        " the hub; give one of them"
+        f"Data {text!r} does not exist. Use a folder, tars, parquet files, or the name of a data set on the"
+        " hub."
     )
 
 
@@ -186,11 +192,11 @@ def _kind_called(name: str) -> Kind:
     raise UserError(f"format must be one of {', '.join(kind.name for kind in KINDS)}, got {name}.")
 
 
-# --- What is of which kind ---
+# --- Recognising kinds ---
 
 
 def is_folder_of_images(text: str) -> bool:
-    """Whether a name is a folder whose files are the images."""
+    """Whether a name is a folder of image files."""
     return Path(text).is_dir() and kind_of(text).name == "folder"
 
 
@@ -199,11 +205,11 @@ def _is_emoji(name: Name) -> bool:
 
 
 def _content(path: Path) -> str:
-    """The kind of what lies in a folder that is neither an emoji set nor prepared."""
+    """The kind of the contents of a folder that is neither an emoji set nor a prepared set."""
     saved = (path / "dataset_dict.json").is_file() or all((path / name).is_file() for name in _SAVED)
     tars = {file.stem for file in path.glob("*.tar")}
     tables = {file.stem for file in path.glob("*.parquet") if file.name not in METADATA}
-    # img2dataset writes a list of the downloads beside each shard, 00000.parquet beside 00000.tar or 00000/.
+    # img2dataset writes the list of downloads of each shard, 00000.parquet, next to 00000.tar or 00000/.
     lists = tables and all(stem.isdecimal() and (stem in tars or (path / stem).is_dir()) for stem in tables)
     if not (saved or tars or (tables and not lists)) or holds_captioned_images(path):
         return "folder"
@@ -211,8 +217,8 @@ def _content(path: Path) -> str:
         return "saved"
     if tars and tables and not lists:
         raise DataError(
-            f"data folder {str(path)!r} is wrong because it holds both tars and parquet files;"
-            f" give '{path}/*.tar' or '{path}/*.parquet'"
+            f"Data folder {str(path)!r} contains both tars and parquet files. Use '{path}/*.tar' or"
+            f" '{path}/*.parquet'."
         )
     return "webdataset" if tars else "parquet"
 
@@ -231,27 +237,26 @@ def _is_on_the_hub(name: Name) -> bool:
     return is_name and not packed and not name.path.exists()
 
 
-# --- How each is read ---
+# --- Reading each kind ---
 
 
-def _emoji_source(root: Path, part: Part) -> EmojiSource:
-    if part == "heldout":
+def _emoji_source(root: Path, subset: Subset) -> EmojiSource:
+    if subset == "heldout":
         return EmojiSource(root, split="validation")
     return EmojiSource(root, split="train", centred=CENTRED)
 
 
 def _prepared_reader(data: Data) -> Reader:
     raise DataError(
-        f"data {data.text!r} is wrong because it is a prepared set already; train Stage C on it, or give the"
-        " images that it was made from"
+        f"Data {data.text!r} is already a prepared set. Train Stage C on it, or prepare its original images."
     )
 
 
 def _hub_reader(data: Data) -> Reader:
     if importlib.util.find_spec("datasets") is None:
         raise UserError(
-            f"data {data.text!r} is no file and no folder here, and to read it from the hub the package "
-            'datasets is missing. Check the name, or install it with: pip install "wuerstchen[data]"'
+            f"Data {data.text!r} is not a local file or folder, and reading it from the hub needs the package"
+            ' datasets. Check the name, or run: pip install "wuerstchen[data]"'
         )
     return DatasetReader.load(data.text, data.split, data.image_column, data.text_column)
 
@@ -263,35 +268,35 @@ def _files(pattern: str, suffix: str) -> list[Path]:
     names = path.glob(f"*{suffix}") if path.is_dir() else map(Path, glob.glob(pattern, recursive=True))
     files = sorted(name for name in names if name.is_file())
     if not files:
-        raise DataError(f"data {pattern!r} is wrong because no {suffix} file is there; check the name")
+        raise DataError(f"Data {pattern!r} matches no {suffix} file. Check the name.")
     return files
 
 
 KINDS: list[Kind] = [
     Kind(
         name="sample",
-        found=lambda name: name.text == "sample",
+        matches=lambda name: name.text == "sample",
         reader=lambda data: EmojiReader(sample_root()),
-        source=lambda data, part: _emoji_source(sample_root(), part),
-        columns="an emoji set has no columns: its captions are composed",
+        source=lambda data, subset: _emoji_source(sample_root(), subset),
+        columns="Captions of emoji sets are composed.",
     ),
     Kind(
         name="emoji",
-        found=_is_emoji,
+        matches=_is_emoji,
         reader=lambda data: EmojiReader(data.path),
-        source=lambda data, part: _emoji_source(data.path, part),
-        columns="an emoji set has no columns: its captions are composed",
+        source=lambda data, subset: _emoji_source(data.path, subset),
+        columns="Captions of emoji sets are composed.",
     ),
     Kind(
         name="prepared",
-        found=lambda name: is_prepared(name.path),
+        matches=lambda name: is_prepared(name.path),
         reader=_prepared_reader,
-        source=lambda data, part: PreparedSet(data.path, verify=data.verify),
-        columns="a prepared set has no columns: they were chosen when it was prepared",
+        source=lambda data, subset: PreparedSet(data.path, verify=data.verify),
+        columns="Those of a prepared set were chosen when it was prepared.",
     ),
     Kind(
         name="saved",
-        found=lambda name: name.content == "saved",
+        matches=lambda name: name.content == "saved",
         reader=lambda data: DatasetReader.from_disk(
             data.path, data.split, data.image_column, data.text_column
         ),
@@ -299,22 +304,22 @@ KINDS: list[Kind] = [
     ),
     Kind(
         name="webdataset",
-        found=_is_tars,
+        matches=_is_tars,
         reader=lambda data: TarReader(_files(data.text, ".tar"), data.image_column, data.text_column),
     ),
     Kind(
         name="parquet",
-        found=_is_parquet,
+        matches=_is_parquet,
         reader=lambda data: ParquetReader(_files(data.text, ".parquet"), data.image_column, data.text_column),
     ),
     Kind(
         name="folder",
-        found=lambda name: name.content == "folder",
+        matches=lambda name: name.content == "folder",
         reader=lambda data: FolderReader(data.path, data.image_column, data.text_column),
-        source=lambda data, part: FolderSource(
-            data.path, part, data.around, image_column=data.image_column, text_column=data.text_column
+        source=lambda data, subset: FolderSource(
+            data.path, subset, data.around, image_column=data.image_column, text_column=data.text_column
         ),
     ),
-    Kind(name="hub", found=_is_on_the_hub, reader=_hub_reader, splits=True),
+    Kind(name="hub", matches=_is_on_the_hub, reader=_hub_reader, splits=True),
 ]
-"""All kinds, in the order in which a name is tried. The first whose ``found`` says yes is the one."""
+"""All kinds of data. A name is of the first kind that matches it."""

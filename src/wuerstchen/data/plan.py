@@ -1,9 +1,9 @@
-"""Which picture comes when, as a pure function: nothing here keeps state, so any point can be resumed.
+"""The order of images in training, as pure functions without state, so a run can resume at any point.
 
 Training counts progress in images. Image number ``index`` (0, 1, 2, ... over the whole run) shows item
-``item_at(index, length, seed)``, and everything random about it (crop, colours, caption, dropout, timestep,
-noise) is drawn from generators keyed by ``(seed, index)``. How images are grouped into batches, and over
-how many processes, changes none of it.
+``item_at(index, length, seed)``. Everything random about it (crop, colours, caption, dropout, timestep,
+noise) comes from generators keyed by ``(seed, index)``. None of it depends on the batch size or the number of
+processes.
 """
 
 import bisect
@@ -19,17 +19,17 @@ from wuerstchen.errors import UserError
 
 HELD_OUT_EVERY = 50
 HELD_OUT_FROM = 100
-"""One picture in 50 is held out, of sets with at least 100."""
+"""One image in 50 is held out, in sets of at least 100."""
 
 
 def stable_hash(*parts: int | str) -> int:
-    """A 64-bit hash of the parts that is the same in every process and on every machine."""
+    """A 64-bit hash of the parts, the same in all processes and on all machines."""
     text = "\x1f".join(f"{type(p).__name__}:{p}" for p in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def generator(seed: int, index: int, purpose: str) -> np.random.Generator:
-    """The random generator of image ``index`` in a run with ``seed``, one stream a purpose."""
+    """The random generator of image ``index`` in a run with ``seed``, with a separate stream per purpose."""
     return np.random.Generator(np.random.Philox(stable_hash(seed, index, purpose)))
 
 
@@ -39,9 +39,9 @@ def _order(length: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def item_at(index: int, length: int, seed: int) -> int:
-    """The item (0 .. length-1) that image ``index`` shows: every epoch is a new permutation of all items."""
+    """The item (0 to length - 1) that image ``index`` shows. Each epoch is a new permutation of all items."""
     if length < 1:
-        raise ValueError(f"length {length} must be at least 1")
+        raise ValueError(f"length must be at least 1, got {length}.")
     epoch, position = divmod(index, length)
     return int(_order(length, seed, epoch)[position])
 
@@ -52,14 +52,14 @@ def items_at(indices: range, length: int, seed: int) -> list[int]:
 
 
 VIEW = "#view="
-"""Stands between a picture's name and the number of a view, where one picture is shown in several ways."""
+"""Separates the name of an image from the number of its view, for images with several views."""
 
 
 def held_out_names(names: Collection[str]) -> set[str]:
-    """Those of a set's pictures that no training sees.
+    """The images of a set that training never sees.
 
-    Which they are follows from each picture's own name, so that adding pictures moves none from one side to
-    the other; sets of fewer than ``HELD_OUT_FROM`` hold out none.
+    This depends only on each image's own name, so adding images moves no other image between the subsets.
+    Sets of fewer than ``HELD_OUT_FROM`` images hold out none.
     """
     if len(names) < HELD_OUT_FROM:
         return set()
@@ -67,48 +67,45 @@ def held_out_names(names: Collection[str]) -> set[str]:
 
 
 def is_held_out(name: str) -> bool:
-    """Whether an image of this name is held out, of a set with at least ``HELD_OUT_FROM``."""
+    """Whether the image with this name is held out, in a set of at least ``HELD_OUT_FROM`` images."""
     return stable_hash("held out", name) % HELD_OUT_EVERY == 0
 
 
 def crop_at(index: int, crops: int, seed: int) -> int:
-    """Which of the ``crops`` stored crops of its item image ``index`` shows."""
+    """Which of the ``crops`` stored crops of its item is shown by image ``index``."""
     return int(generator(seed, index, "stored crop").integers(crops))
 
 
 @dataclass(frozen=True)
 class BucketPlan:
-    """Which items make up which batch, where only items of one bucket (one size) can be in a batch together.
+    """The items of each batch, where all items of a batch are from the same bucket and so have the same size.
 
-    A bucket with at least a batch of items is shuffled in every epoch and cut into batches. What is left over
-    of it waits for another epoch, so an epoch shows each of its items at most once.
+    A bucket with at least ``batch_size`` items is shuffled and cut into batches in each epoch. Leftover items
+    are not shown in that epoch, so an epoch shows each item at most once.
 
-    A smaller bucket cannot fill a batch with different items, so its batches repeat them: one such batch
-    holds every item of the bucket, each as often as any other or once more. To show its items as often as
-    those of a set without buckets, a bucket of n items has such a batch in the first epoch and then in n of
-    every ``batch_size`` epochs.
+    A smaller bucket fills a batch by repeating its items: each appears equally often, or once more than
+    others. To show them as often as the items of large buckets, a bucket of n items has such a batch in the
+    first epoch, and then in n of every ``batch_size`` epochs.
 
-    The batches of all buckets are shuffled. All of it is a function of ``(buckets, seed, epoch)``, so the
-    number of the next batch is all there is to remember. ``batch_size`` counts the items of all processes
-    together.
+    The batches of all buckets are shuffled together. Everything is a function of ``(buckets, seed, epoch)``,
+    so a run only needs to record the number of the next batch. ``batch_size`` counts the items of all
+    processes.
     """
 
     buckets: Int[np.ndarray, " n"]
-    """The bucket of each item, numbers from 0."""
+    """The bucket of each item, counted from 0."""
     batch_size: int
     seed: int
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
-            raise UserError(
-                f"batch_size {self.batch_size} is wrong because a batch holds 1 or more; raise it"
-            )
+            raise UserError(f"batch_size must be at least 1, got {self.batch_size}.")
         if not len(self.buckets):
-            raise UserError("there are no images to make batches of; give a set with images")
+            raise UserError("There are no images to batch. Use a set that contains images.")
 
     @functools.cached_property
     def counts(self) -> list[int]:
-        """Items of each bucket."""
+        """Number of items in each bucket."""
         return np.bincount(self.buckets).tolist()
 
     @functools.cached_property
@@ -117,17 +114,17 @@ class BucketPlan:
         return [bucket for bucket, count in enumerate(self.counts) if 0 < count < self.batch_size]
 
     def before(self, epoch: int) -> int:
-        """Batches in all epochs before number ``epoch``: where that epoch begins."""
+        """Number of batches before ``epoch``, which is the number of its first batch."""
         whole = sum(count // self.batch_size for count in self.counts)
         return epoch * whole + sum(self._filled(bucket, epoch) for bucket in self.small)
 
     def _filled(self, bucket: int, epoch: int) -> int:
-        """Batches of a small bucket before an epoch."""
+        """Number of batches of a small bucket before ``epoch``."""
         return -(-epoch * self.counts[bucket] // self.batch_size)
 
     def ids(self, batch: int) -> Int[np.ndarray, " b"]:
-        """The items of batch number ``batch`` of the run (0, 1, 2, ... through all epochs)."""
-        # Every item has been shown after batch_size epochs, so that many hold at least a batch.
+        """The items of batch number ``batch`` of the run (0, 1, 2, ... across epochs)."""
+        # Each item is shown within batch_size epochs, so these have at least one batch.
         epoch = bisect.bisect_right(range((batch + 1) * self.batch_size + 1), batch, key=self.before) - 1
         return self._epoch(epoch)[batch - self.before(epoch)]
 
@@ -140,7 +137,7 @@ class BucketPlan:
 
     def _made(self, epoch: int) -> Int[np.ndarray, "batches b"]:
         order = generator(self.seed, epoch, "order").permutation(len(self.buckets))
-        # Stable, so within a bucket the shuffled order stays.
+        # A stable sort keeps the shuffled order within each bucket.
         by_bucket = order[np.argsort(self.buckets[order], kind="stable")]
         batches, start = [], 0
         for bucket, count in enumerate(self.counts):

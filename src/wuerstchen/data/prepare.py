@@ -140,7 +140,7 @@ class Preparation:
         shutil.rmtree(self.job.work, ignore_errors=True)
         if not self.is_main:
             return None
-        self.job.execution.announce(f"{self.job.out} is already finished")
+        self.job.execution.announce(f"{self.job.out} is already finished.")
         return description
 
     def plan(self, source: str) -> dict[str, Any] | None:
@@ -208,11 +208,11 @@ class Preparation:
             states=config.text_states,
         )
         for score, count in plan.get("without_score", {}).items():
-            announce(f"{count} of {plan['items']} images have no {score} score and are kept")
+            announce(f"{count} of {plan['items']} images have no {score} score and are kept.")
         announce(
             f"{plan['images']} of {plan['items']} captioned images pass the filters, with {plan['texts']}"
-            f" different texts; they take at most about {plan['images'] * size / 1e9:.3g} GB;"
-            f" {missing} of this process's {own} shards are missing"
+            f" different texts. The set takes at most about {plan['images'] * size / 1e9:.3g} GB. {missing} of"
+            f" this process's {own} shards are missing."
         )
 
     def finish(self, plan: dict[str, Any]) -> dict[str, Any]:

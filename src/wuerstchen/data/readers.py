@@ -1,8 +1,7 @@
-"""Readers of folders and of emoji sets. ``data/open.py`` says which reader belongs to which kind of data.
+"""Readers of folders and of emoji sets. ``data/open.py`` chooses the reader for each kind of data.
 
-A reader first lists what there is (``items``: names, captions, metadata; no picture is decoded), and later
-reads the bytes of any picture again (``read``), from any process and thread. What cannot be used is counted
-and, where it is damage, named.
+``items`` lists names, captions and metadata without decoding images. ``read`` then returns the bytes of any
+image, from any process and thread. Unusable items are counted, and damaged ones are also named.
 """
 
 import functools
@@ -20,11 +19,11 @@ from wuerstchen.data.items import MAX_IMAGE, Item, bytes_of, known_fields
 from wuerstchen.data.plan import VIEW, generator
 from wuerstchen.errors import DataError
 
-_SIDE = 256  # of composed emoji, as large as the drawings themselves
+_SIDE = 256  # of composed emoji, the same as of the original drawings
 
 
 class FolderReader:
-    """A folder by the rules of ``FolderSource``; metadata is what else its metadata file says."""
+    """A folder by the rules of ``FolderSource``, with the other columns of its metadata file as metadata."""
 
     def __init__(self, root: Path, image_column: str | None = None, text_column: str | None = None) -> None:
         self.root = root
@@ -50,7 +49,7 @@ class FolderReader:
     def read(self, name: str, place: tuple[int, int, int]) -> bytes:
         path = self.root / name
         if not path.is_file():
-            raise DataError(f"image {name!r} is wrong because it is no regular file; put it back")
+            raise DataError(f"Image {name!r} is not a regular file. Restore it.")
         return bytes_of(path, 0, MAX_IMAGE + 1, name)
 
     def fingerprint(self) -> str:
@@ -58,9 +57,9 @@ class FolderReader:
 
 
 class EmojiReader:
-    """The training part of a built emoji set, each picture composed ``views`` times, with as many captions.
+    """The training images of a built emoji set. Each is composed ``views`` times, with a caption per view.
 
-    What is shown is a function of the set and of the number of the view alone.
+    A view depends only on the set and the number of the view.
     """
 
     def __init__(self, root: Path, views: int = 8) -> None:
@@ -82,7 +81,7 @@ class EmojiReader:
         item, view, _ = place
         file = io.BytesIO()
         image = self.source.image(item, self._rng(item, view), _SIDE)
-        Image.fromarray(image).save(file, "BMP")  # read again at once: nothing is gained by packing it
+        Image.fromarray(image).save(file, "BMP")  # decoded again immediately, so compression would be wasted
         return file.getvalue()
 
     def fingerprint(self) -> str:

@@ -1,4 +1,4 @@
-"""Where captioned pictures come from: the one interface that every data set offers to training."""
+"""Sources of captioned images: the interface that every data set offers to training."""
 
 import io
 import warnings
@@ -14,15 +14,15 @@ from PIL import Image
 from wuerstchen.images import resize_crop
 from wuerstchen.png_text import open_any
 
-Part = Literal["train", "heldout"]
-"""What training sees, or what it never sees and the validation loss is measured on."""
+Subset = Literal["train", "heldout"]
+"""``train`` is what training sees. ``heldout`` is what validation uses, and training never sees."""
 Size = tuple[int, int]
 """Width and height."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One picture ready for training."""
+    """An image ready for training."""
 
     image: np.ndarray  # uint8, (height, width, 3), RGB
     caption: str
@@ -30,36 +30,39 @@ class Example:
 
 @runtime_checkable
 class Source(Protocol):
-    """A set of captioned pictures with random access.
+    """A set of captioned images with random access.
 
-    ``example`` is a pure function of the item and of ``rng``: a source never draws from anywhere else. It
-    draws what the image needs before what the caption needs, so ``image`` shows the same picture.
+    ``example`` is a pure function of the item and ``rng``, its only source of randomness. It draws everything
+    for the image before anything for the caption, so ``image`` returns the same image.
     """
 
     def __len__(self) -> int: ...
 
     def name(self, item: int) -> str:
-        """What the item is called in messages: its file, as a rule."""
+        """The name of the item in messages, usually its file."""
         ...
 
     def example(self, item: int, rng: np.random.Generator, size: int | Size) -> Example:
-        """The item as a picture of a size, or side, with a caption. Raises ``DataError`` if unreadable."""
+        """The item as an image of a size (or a square of a side), with a caption.
+
+        Raises ``DataError`` if it cannot be read.
+        """
         ...
 
     def image(self, item: int, rng: np.random.Generator, size: int | Size) -> np.ndarray:
-        """The picture of ``example`` alone, without the work of a caption."""
+        """The image of ``example`` without its caption, which is faster."""
         ...
 
     def fingerprint(self) -> str:
-        """A hash of what the source holds; it changes when a file is added, removed or replaced."""
+        """A hash of the contents, which changes when a file is added, removed or replaced."""
         ...
 
 
 class StoredImages(ABC):
-    """A ``Source`` of image files with the captions that people wrote for them.
+    """A ``Source`` of image files with written captions.
 
-    An image is scaled until it just covers the size that is asked for, and cropped at random. Of several
-    captions one is picked at random.
+    Each image is scaled to cover the requested size and cropped at random. If it has several captions, one is
+    picked at random.
     """
 
     @abstractmethod
@@ -67,41 +70,41 @@ class StoredImages(ABC):
 
     @abstractmethod
     def name(self, item: int) -> str:
-        """What the image is called in messages."""
+        """The name of the image in messages."""
 
     @abstractmethod
     def captions(self, item: int) -> tuple[str, ...]:
         """All captions of the image, at least one."""
 
     @abstractmethod
-    def opened(self, item: int) -> Image.Image:
+    def load(self, item: int) -> Image.Image:
         """The whole image in sRGB. Raises ``DataError`` if it cannot be read."""
 
     @abstractmethod
     def size(self, item: int) -> Size | None:
-        """Width and height in pixels as the header of the file has them; None where there is none to read."""
+        """Width and height in pixels from the header of the file, or None if it cannot be read."""
 
     def image(self, item: int, rng: np.random.Generator, size: int | Size) -> UInt8[np.ndarray, "h w 3"]:
-        """The image, scaled until it just covers ``size`` or a square of that side, cropped at random."""
+        """The image, scaled to cover ``size`` (or a square of that side) and cropped at random."""
         width, height = (size, size) if isinstance(size, int) else size
-        return np.array(resize_crop(self.opened(item), width, height, rng))
+        return np.array(resize_crop(self.load(item), width, height, rng))
 
     def example(self, item: int, rng: np.random.Generator, size: int | Size) -> Example:
-        """The image as ``image`` gives it, and one of its captions. Raises ``DataError`` if unreadable."""
+        """The result of ``image``, and one of the captions. Raises ``DataError`` if it cannot be read."""
         image = self.image(item, rng, size)
         captions = self.captions(item)
         return Example(image, captions[int(rng.integers(len(captions)))])
 
 
 def size_in_header(file: Path | io.BytesIO) -> Size | None:
-    """Width and height of an image file; None where it has no header that can be read."""
-    if isinstance(file, Path) and not file.is_file():  # a pipe would be waited for
+    """Width and height of an image file, or None if its header cannot be read."""
+    if isinstance(file, Path) and not file.is_file():  # opening a pipe would block
         return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with open_any(file) as image:
                 width, height = image.size
-    except Exception:  # decoders fail in ways of every kind; training names these images when it reads them
+    except Exception:  # decoders raise anything; training names these images when it reads them
         return None
     return (width, height) if width > 0 and height > 0 else None

@@ -1,4 +1,4 @@
-"""Parquet files, and data sets of Hugging Face's ``datasets``: on the hub, or saved to disk."""
+"""Readers of parquet files and of Hugging Face ``datasets``, on the hub or saved to disk."""
 
 import os
 import threading
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wuerstchen.data.cards import check_card, check_regular, not_to_be_had
+from wuerstchen.data.cards import check_card, check_regular, unavailable_reason
 from wuerstchen.data.files import open_file
 from wuerstchen.data.filters import FIELDS, Tally
 from wuerstchen.data.items import (
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 IMAGE_COLUMNS = ("image", "jpg", "png", "webp", "jpeg")
 
 _ROWS = 1024  # rows of captions and metadata read at a time
-_IMAGE_ROWS = 64  # rows of pictures read at a time
-_KEPT = 8  # such batches that are kept, for threads ask for rows a little out of order
+_IMAGE_ROWS = 64  # rows of images read at a time
+_KEPT = 8  # batches of images to keep, because threads ask for rows slightly out of order
 _MAX_BATCH = 1 << 30  # bytes of a batch
 MAX_GROUP = 1 << 29
-"""Bytes of the images of a row group, where images are read in any order."""
-_FREE_ROWS = 10_000_000  # rows of any file; more are believed of a file with a bit for each
+"""Largest size in bytes of the images of a row group, if images are read in random order."""
+_FREE_ROWS = 10_000_000  # rows that any file may claim; more need at least a bit per row
 
 
 def import_datasets() -> Any:
@@ -44,15 +44,18 @@ def import_datasets() -> Any:
         import datasets
     except ImportError as error:
         raise UserError(
-            "the package datasets is missing, which prepared data is read and written with;"
-            ' install it with: pip install "wuerstchen[data]"'
+            "The package datasets is not installed. It reads and writes prepared data."
+            ' Install it with: pip install "wuerstchen[data]"'
         ) from error
     return datasets
 
 
 def open_parquet(path: Path) -> Any:
-    """A ``pyarrow.parquet.ParquetFile``. Raises ``DataError`` for what is no regular file, or names more rows
-    than it can hold, and one of ``damage()`` for damage."""
+    """Opens a file as ``pyarrow.parquet.ParquetFile``.
+
+    Raises ``DataError`` if it is not a regular file or claims more rows than it can contain, and one of
+    ``damage()`` if it is damaged.
+    """
     import pyarrow.parquet
 
     with open_file(path) as stream:
@@ -61,20 +64,20 @@ def open_parquet(path: Path) -> Any:
     if file.metadata.num_rows > _FREE_ROWS + 8 * size:
         file.close()
         raise DataError(
-            f"file {str(path)!r} is wrong because it names more rows than it can hold; make it anew"
+            f"File {str(path)!r} is damaged: it claims more rows than it can contain. Write it again."
         )
     return file
 
 
 def damage() -> tuple[type[Exception], ...]:
-    """What pyarrow raises for damaged files, and Python for values that it has no place for."""
+    """The exceptions of pyarrow for damaged files, and of Python for values that it cannot represent."""
     import pyarrow as pa
 
     return (pa.ArrowException, OSError, ValueError, OverflowError)
 
 
 def parquet_rows(path: Path, columns: Callable[[list[str]], list[str]]) -> Iterator[dict[str, Any]]:
-    """The rows of a parquet file, of the columns that ``columns`` picks from all names.
+    """Yields the rows of a parquet file, with the columns that ``columns`` selects from all names.
 
     Raises ``DataError`` if the file cannot be read.
     """
@@ -88,13 +91,16 @@ def parquet_rows(path: Path, columns: Callable[[list[str]], list[str]]) -> Itera
         raise
     except damage() as error:
         reason = " ".join(str(error).split())[:200]
-        raise DataError(f"file {str(path)!r} is wrong because it cannot be read ({reason})") from error
+        raise DataError(
+            f"File {str(path)!r} cannot be read ({reason}). Download or write it again."
+        ) from error
 
 
 def _rows_of(batch: Any, path: Path) -> Iterator[dict[str, Any]]:
     if batch.nbytes > _MAX_BATCH:
         raise DataError(
-            f"file {str(path)!r} is wrong because {_ROWS} rows of texts have over {_MAX_BATCH >> 30} GiB"
+            f"File {str(path)!r} has too much text: {_ROWS} rows may have at most {_MAX_BATCH >> 30} GiB."
+            " Shorten its texts."
         )
     columns = {name: _values(batch.column(name)) for name in batch.schema.names}
     for row in range(batch.num_rows):
@@ -102,7 +108,7 @@ def _rows_of(batch: Any, path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _values(column: Any) -> list[Any]:
-    """As Python has them; of dates, which can be outside of what it has, only that they are dates."""
+    """The values of a column. Dates can be out of Python's range, so they become the name of their type."""
     import pyarrow as pa
 
     if pa.types.is_temporal(column.type):
@@ -113,20 +119,20 @@ def _values(column: Any) -> list[Any]:
 class ParquetReader:
     """Parquet files with a column of images (bytes, or Hugging Face's bytes and path) and one of captions.
 
-    All other columns that the filters know are metadata. A file that cannot be read is left out.
+    Other columns are metadata if filters use them. Files that cannot be read are left out.
     """
 
     def __init__(
         self, files: list[Path], image_column: str | None = None, text_column: str | None = None
     ) -> None:
-        import_datasets()  # which brings pyarrow
+        import_datasets()  # it installs pyarrow
         self.files = files
         self.image_column = image_column
         self.text_column = text_column
-        self._forget()
+        self._close()
 
-    def _forget(self) -> None:
-        """Without files that are open: each process opens its own."""
+    def _close(self) -> None:
+        """Drops all open files, because each process must open its own."""
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._windows: OrderedDict[tuple[int, int], _Window] = OrderedDict()
@@ -136,7 +142,7 @@ class ParquetReader:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._forget()
+        self._close()
 
     def items(self, tally: Tally) -> Iterator[Item]:
         for number, path in enumerate(self.files):
@@ -165,9 +171,9 @@ class ParquetReader:
     def read(self, name: str, place: tuple[int, int, int]) -> bytes:
         number, group, position = place
         if self._process != os.getpid():
-            self._forget()
+            self._close()
         try:
-            with self._lock:  # the next pictures are of the same group
+            with self._lock:  # the next images are in the same group
                 window = self._windows.get((number, group))
                 if window is None or position < window.first:
                     window = self._open_window(number, group)
@@ -175,16 +181,14 @@ class ParquetReader:
         except DataError:
             raise
         except (*damage(), IndexError, MemoryError) as error:
-            raise DataError(
-                f"image {name!r} is wrong because it cannot be read ({error}); fetch it again"
-            ) from error
+            raise DataError(f"Image {name!r} cannot be read ({error}). Download it again.") from error
         return image_bytes(value, name)
 
     def fingerprint(self) -> str:
         return fingerprint_of(self.files)
 
     def check_random_access(self) -> None:
-        """Raises ``DataError`` for row groups that are too large to be read for the sake of one image."""
+        """Raises ``DataError`` for row groups that are too large to read for a single image."""
         for path in self.files:
             try:
                 with open_parquet(path) as file:
@@ -195,14 +199,14 @@ class ParquetReader:
             except DataError:
                 raise
             except damage():
-                continue  # ``items`` leaves the file out and names it
+                continue  # ``items`` skips the file and names it
             largest = max(sizes, default=0)
             if largest > MAX_GROUP:
                 raise DataError(
-                    f"file {str(path)!r} has a row group with {largest >> 20} MiB of images. At most "
-                    f"{MAX_GROUP >> 20} MiB can be read for a single image, and training reads them in any "
-                    "order. Write the file again with row_group_size=100, or make a prepared set of it for "
-                    "Stage C with wuerstchen data prepare."
+                    f"File {str(path)!r} has a row group with {largest >> 20} MiB of images. A row group may"
+                    f" have at most {MAX_GROUP >> 20} MiB, because training reads images in random order."
+                    " Write the file again with row_group_size=100, or make a prepared set for Stage C with"
+                    " wuerstchen data prepare."
                 )
 
     def _open_window(self, number: int, group: int) -> "_Window":
@@ -211,7 +215,7 @@ class ParquetReader:
         image, _ = self._columns(path, file.schema_arrow.names)
         window = self._windows[number, group] = _Window(file, group, image)
         self._windows.move_to_end((number, group))
-        if len(self._windows) > 2:  # at the end of a group threads ask for the next already
+        if len(self._windows) > 2:  # at the end of a group, threads already need the next one
             self._windows.popitem(last=False)
         return window
 
@@ -223,23 +227,23 @@ class ParquetReader:
 
 
 def _size_of_column(group: Any, name: str) -> int:
-    """Bytes of a column of a row group, unpacked."""
+    """Uncompressed bytes of a column of a row group."""
     columns = (group.column(number) for number in range(group.num_columns))
     return sum(c.total_uncompressed_size for c in columns if c.path_in_schema.partition(".")[0] == name)
 
 
 class _Window:
-    """The pictures of a row group, read from its beginning on, of which the last few hundred are kept."""
+    """The images of a row group, read in order. The last few hundred are kept."""
 
     def __init__(self, file: Any, group: int, column: str) -> None:
-        self.file = file  # held open for the batches
+        self.file = file  # keeps the file open for the batches
         self.batches = file.iter_batches(_IMAGE_ROWS, row_groups=[group], columns=[column])
         self.kept: deque[Any] = deque()
         self.first = self.end = 0
-        """The rows that are kept."""
+        """The range of rows that are kept."""
 
     def cell(self, position: int) -> Any:
-        """What is in a row, which is not before ``first``. Raises ``IndexError`` after the last."""
+        """The value of a row from ``first`` on. Raises ``IndexError`` after the last row."""
         while position >= self.end:
             batch = next(self.batches, None)
             if batch is None:
@@ -257,7 +261,7 @@ class _Window:
 
 
 class DatasetReader:
-    """A map-style data set of Hugging Face's ``datasets``, with columns as in ``ParquetReader``."""
+    """A map-style Hugging Face data set, with columns as in ``ParquetReader``."""
 
     def __init__(
         self,
@@ -267,15 +271,15 @@ class DatasetReader:
         *,
         local: bool = True,
     ) -> None:
-        """``local`` files are read where a cell holds no bytes and the path of one."""
+        """With ``local``, cells without bytes are read from the local file at their path."""
         datasets = import_datasets()
         names = dataset.column_names
-        self.image = column_of("data set", names, image_column, IMAGE_COLUMNS, "image")
+        self.image = column_of("The data set", names, image_column, IMAGE_COLUMNS, "image")
         json = dataset.features.get("json")
         inner = list(json) if isinstance(json, dict) else []
-        usual = (*TEXT_COLUMNS, "json")
+        defaults = (*TEXT_COLUMNS, "json")
         self.text = column_of(
-            "data set", [*names, *inner] if text_column else names, text_column, usual, "text"
+            "The data set", [*names, *inner] if text_column else names, text_column, defaults, "text"
         )
         self.key = dataset._fingerprint
         self.files = [Path(file["filename"]) for file in dataset.cache_files]
@@ -291,15 +295,15 @@ class DatasetReader:
     def load(
         cls, name: str, split: str, image_column: str | None = None, text_column: str | None = None
     ) -> "DatasetReader":
-        """The data set of that name on the hub, from its ordinary cache if it is there. No code is run."""
+        """Loads the data set with this name from the hub or its local cache, without running its code."""
         datasets = import_datasets()
-        reason = not_to_be_had(name)
+        reason = unavailable_reason(name)
         if reason is not None:
             raise _not_from_hub(name, reason)
         check_card(name)
         try:
             dataset = datasets.load_dataset(name, split=split)
-        except Exception as error:  # the library and the hub's client raise kinds of their own
+        except Exception as error:  # the library and the hub's client have their own exceptions
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise _not_from_hub(name, reason) from error
         return cls(dataset, image_column, text_column)
@@ -308,7 +312,7 @@ class DatasetReader:
     def from_disk(
         cls, folder: Path, split: str, image_column: str | None = None, text_column: str | None = None
     ) -> "DatasetReader":
-        """What ``save_to_disk`` wrote, one set or several splits of one."""
+        """Loads the output of ``save_to_disk``, with or without splits."""
         datasets = import_datasets()
         check_regular(folder)
         try:
@@ -316,20 +320,19 @@ class DatasetReader:
             if isinstance(found, datasets.DatasetDict):
                 if split not in found:
                     raise DataError(
-                        f"data folder {str(folder)!r} is wrong because it has no split {split!r};"
-                        f" name one of {', '.join(found)} with --split, or give the folder of one in it"
+                        f"Data folder {str(folder)!r} has no split {split!r}. Choose one of"
+                        f" {', '.join(found)} with --split, or use the folder of a split."
                     )
                 found = found[split]
-            # A damaged file can name bytes that it does not have, which would end the process.
+            # A damaged file can refer to bytes that it does not have, which would crash the process.
             found.data.table.validate(full=True)
         except DataError:
             raise
-        except Exception as error:  # damage surfaces as almost anything
+        except Exception as error:  # damaged files raise almost anything
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise DataError(
-                f"data folder {str(folder)!r} is wrong because it cannot be read as a saved data set"
-                f" ({reason});"
-                " save it again with save_to_disk"
+                f"Data folder {str(folder)!r} cannot be read as a saved data set ({reason}). Save it again"
+                " with save_to_disk."
             ) from error
         return cls(found, image_column, text_column, local=False)
 
@@ -345,7 +348,7 @@ class DatasetReader:
                 continue
             for position in range(end - start):
                 row = {name: values[position] for name, values in columns.items()}
-                # WebDataset tars, as the library reads them, keep the metadata together.
+                # The library puts the metadata of WebDataset tars into the column json.
                 inner = row.get("json")
                 fields = {**inner, **row} if isinstance(inner, dict) else row
                 captions = captions_in(text_in(fields) if self.text == "json" else fields.get(self.text))
@@ -359,9 +362,7 @@ class DatasetReader:
         try:
             value = self._images[place[0]][self.image]
         except Exception as error:
-            raise DataError(
-                f"image {name!r} is wrong because it cannot be read ({error}); fetch it again"
-            ) from error
+            raise DataError(f"Image {name!r} cannot be read ({error}). Download it again.") from error
         return image_bytes(value, name, local=self.local)
 
     def fingerprint(self) -> str:
@@ -370,15 +371,16 @@ class DatasetReader:
 
 def _not_from_hub(name: str, reason: str) -> DataError:
     return DataError(
-        f"data {name!r} is wrong because it is no path here and cannot be had from the hub"
-        f" ({reason}); check name, split and network"
+        f"Data {name!r} is neither a local path nor available on the hub ({reason}). Check the name, the"
+        " split and the network."
     )
 
 
 def image_bytes(value: Any, name: str, *, local: bool = False) -> bytes:
-    """The bytes in a cell: as they are, or as Hugging Face keeps them, ``local`` files by their path.
+    """The bytes of an image in a cell: plain bytes, or Hugging Face's bytes and path.
 
-    Raises ``NotDownloaded`` where there is nothing, and ``DataError`` for other things than bytes.
+    With ``local``, a path without bytes is read from the local file. Raises ``NotDownloaded`` for an empty
+    cell, and ``DataError`` for a cell with another type.
     """
     if isinstance(value, dict):
         path = value.get("path")
@@ -386,7 +388,7 @@ def image_bytes(value: Any, name: str, *, local: bool = False) -> bytes:
             return bytes_of(Path(path), 0, MAX_IMAGE + 1, name)
         value = value.get("bytes")
     if value is None:
-        raise NotDownloaded(f"image {name!r} is wrong because its cell holds no bytes; fetch it again")
+        raise NotDownloaded(f"Image {name!r} has an empty cell. Download it again.")
     if not isinstance(value, bytes):
-        raise DataError(f"image {name!r} is wrong because its cell holds no bytes; leave it out")
+        raise DataError(f"Image {name!r} has a cell that does not contain bytes. Remove it.")
     return value

@@ -1,4 +1,4 @@
-"""WebDataset shards: tars of images with captions and metadata beside them."""
+"""Reader of WebDataset shards: tars of images with their captions and metadata."""
 
 import os
 import tarfile
@@ -23,25 +23,25 @@ from wuerstchen.data.items import (
 from wuerstchen.errors import DataError
 
 IMAGES = ("jpeg", "jpg", "png", "webp", "jfif", "jpe", "avif", "bmp", "gif", "ppm", "tif", "tiff")
-"""Extensions of images, the first that a sample has counts."""
+"""Extensions of images, in order of preference."""
 
-_BLOCK = 512  # of a tar
-_MAX_HEADER = 1 << 20  # bytes that one header may take: long names, pax records
+_BLOCK = 512  # bytes of a block in a tar
+_MAX_HEADER = 1 << 20  # bytes of a header with its long names and pax records
 _MAX_NAME = 4096  # characters of a member's name
-_MAX_GLOBAL = 1000  # pax records that hold for all members
-_MAX_MEMBERS = 1 << 22  # of a shard: their names and places are kept in memory
+_MAX_GLOBAL = 1000  # global pax records
+_MAX_MEMBERS = 1 << 22  # in a shard, because their names and places are kept in memory
 
 
 @dataclass
 class _Sample:
     key: str
     members: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Offset and size of the data by extension."""
+    """Offset and size of the data of each extension."""
 
 
 @dataclass
 class _Seen:
-    """What the samples so far have had, to tell a column that does not exist."""
+    """What has appeared in the samples so far, to detect columns that do not exist."""
 
     image: bool = False
     text: bool = False
@@ -50,17 +50,18 @@ class _Seen:
 
 
 class TarReader:
-    """Members of one key are a sample, in whatever order they come; samples come as they begin.
+    """Samples from tars. The members with the same key form a sample, in any order.
 
     The key is a member's name up to the first dot of its last part. A sample has an image, a caption in
-    ``.txt``, under ``caption`` or ``text`` of its ``.json``, or in ``.caption``, and metadata in ``.json``.
-    ``image_column`` is the extension of the images instead ("png", "seg.png"), ``text_column`` that of the
-    captions, or else a field of ``.json``. A column that no sample of the first shard has is refused.
+    ``.txt``, in the fields ``caption`` or ``text`` of its ``.json``, or in ``.caption``, and metadata in
+    ``.json``. ``image_column`` chooses the extension of the images instead ("png", "seg.png"), and
+    ``text_column`` the extension of the captions, or a field of ``.json``. A column that no sample of the
+    first shard has is an error.
 
-    Members that are no part of a sample are passed over: folders, hidden files as macOS adds them
-    (``._0001.jpg``), names without an extension. So are, counted and named, links, other things that are no
-    file, and names that are absolute or climb by ``..``. Of a shard that is cut short what comes before the
-    cut is used, but for a last sample that may lack members.
+    Members outside of samples are ignored: folders, hidden files such as those of macOS (``._0001.jpg``), and
+    names without an extension. Links, special files, absolute names and names with ``..`` are also ignored,
+    but counted and named. A truncated shard is used up to the cut, without a last sample that may be
+    incomplete.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class TarReader:
         file, offset, size = place
         data = bytes_of(self.files[file], offset, size, name)
         if len(data) < size:
-            raise DataError(f"image {name!r} is wrong because {self.files[file]} ends in it; fetch it again")
+            raise DataError(f"Image {name!r} is truncated in {self.files[file]}. Download the file again.")
         return data
 
     def fingerprint(self) -> str:
@@ -101,7 +102,7 @@ class TarReader:
     def _item(
         self, number: int, path: Path, sample: _Sample, stream: BinaryIO, tally: Tally, seen: _Seen
     ) -> Item | None:
-        # A lone surrogate is what tarfile makes of a name that is not UTF-8.
+        # tarfile decodes names that are not UTF-8 to lone surrogates.
         name = f"{path.name}:{sample.key}".encode(errors="backslashreplace").decode()
         members = sample.members
         seen.extensions.update(dict.fromkeys(members))
@@ -112,7 +113,7 @@ class TarReader:
             return None
         seen.image = True
         if image[1] > MAX_IMAGE:
-            tally.damage("damaged image", name, f"it has over {MAX_IMAGE >> 20} MiB")
+            tally.damage("damaged image", name, f"it is larger than {MAX_IMAGE >> 20} MiB")
             return None
         try:
             captions, fields = self._texts(members, stream, seen)
@@ -127,13 +128,13 @@ class TarReader:
     def _texts(
         self, members: dict[str, tuple[int, int]], stream: BinaryIO, seen: _Seen
     ) -> tuple[tuple[str, ...], Mapping[str, Any]]:
-        """Captions and metadata of a sample. Raises ``DataError`` for what cannot be read."""
+        """Captions and metadata of a sample. Raises ``DataError`` if they cannot be read."""
 
         def text(extension: str) -> str | None:
             return _text_of(members[extension], extension, stream) if extension in members else None
 
         json_text = text("json")
-        fields = {} if json_text is None else parse_object(json_text, "its .json")
+        fields = {} if json_text is None else parse_object(json_text, "Its .json")
         seen.fields.update(dict.fromkeys(list(fields)[:100]) if len(seen.fields) < 1000 else {})
         if self.text_column is None:
             found = text("txt")
@@ -150,7 +151,7 @@ class TarReader:
 
 
 class _Headers:
-    """What tarfile reads headers from: it would read a header of any size into memory."""
+    """A stream for tarfile with a limit on headers, which it would otherwise read into memory at any size."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.stream = stream
@@ -164,17 +165,17 @@ class _Headers:
 
 
 def _samples(path: Path, stream: BinaryIO, tally: Tally) -> list[_Sample]:
-    """The samples of a shard, from its headers alone."""
+    """Reads the samples of a shard from its headers."""
     length = os.fstat(stream.fileno()).st_size
     samples: list[_Sample] = []
     latest: dict[str, _Sample] = {}
-    last: _Sample | None = None  # the one that the member before belongs to
+    last: _Sample | None = None  # the sample of the previous member
     offset = count = 0
-    whole = False
+    complete = False
     try:
         with tarfile.open(fileobj=_Headers(stream), mode="r:") as tar:  # type: ignore[arg-type]
             for member in tar:
-                tar.members = []  # tarfile would keep them all
+                tar.members = []  # otherwise tarfile keeps them all
                 key, extension = _key_of(member.name)
                 if member.isreg() and member.offset_data + member.size > length:
                     last = last if last is not None and _same(last.key) == _same(key) else None
@@ -184,8 +185,8 @@ def _samples(path: Path, stream: BinaryIO, tally: Tally) -> list[_Sample]:
                     tally.damage(
                         "shard too long",
                         str(path),
-                        f"it has more than {_MAX_MEMBERS} members, or {_MAX_GLOBAL} records for all of them,"
-                        f" and is read to byte {offset} of {length}; split it",
+                        f"it has more than {_MAX_MEMBERS} members or {_MAX_GLOBAL} global records, and is"
+                        f" read up to byte {offset} of {length}; split it",
                     )
                     return samples
                 offset = tar.offset
@@ -194,23 +195,23 @@ def _samples(path: Path, stream: BinaryIO, tally: Tally) -> list[_Sample]:
                 sample = latest.get(_same(key))
                 if sample is not None and extension in sample.members:
                     if sample is last:
-                        tally.damage("member twice", f"{path}: {member.name}", "the name is there already")
+                        tally.damage("member twice", f"{path}: {member.name}", "the name appears twice")
                         continue
-                    sample = None  # tars that were put together can have the same keys
+                    sample = None  # concatenated tars can repeat keys
                 if sample is None:
                     sample = latest[_same(key)] = _Sample(key)
                     samples.append(sample)
                 sample.members[extension] = (member.offset_data, member.size)
                 last = sample
             else:
-                # A damaged header ends the shard for tarfile; a whole one ends in zeros.
+                # tarfile stops at a damaged header. A complete shard ends in zeros.
                 stream.seek(offset := tar.offset)
                 end = stream.read(_BLOCK)
-                whole = len(end) == _BLOCK and not end.strip(b"\0")
+                complete = len(end) == _BLOCK and not end.strip(b"\0")
     except (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError, OSError, RecursionError):
-        pass  # of a header that is cut or damaged, leads before the file's beginning, or follows on hundreds
-    if not whole:
-        tally.damage("shard cut short", str(path), f"it is cut short or damaged at byte {offset} of {length}")
+        pass  # headers that are truncated, damaged, point before the file's beginning, or nest too deeply
+    if not complete:
+        tally.damage("shard cut short", str(path), f"it is truncated or damaged at byte {offset} of {length}")
         return [sample for sample in samples if sample is not last]
     return samples
 
@@ -219,38 +220,38 @@ def _is_safe(path: Path, member: tarfile.TarInfo, tally: Tally) -> bool:
     name = member.name
     if not member.isreg() or member.sparse is not None:
         kind = "link" if member.issym() or member.islnk() else "special file"
-        tally.damage(f"member is a {kind}", f"{path}: {name}", f"it is a {kind} and no regular file")
+        tally.damage(f"member is a {kind}", f"{path}: {name}", f"it is a {kind}, not a regular file")
         return False
     if len(name) > _MAX_NAME:
         tally.damage(
-            "member with a long name", f"{path}: {name}", f"its name has over {_MAX_NAME} characters"
+            "member with a long name", f"{path}: {name}", f"its name is longer than {_MAX_NAME} characters"
         )
         return False
     parts = PurePosixPath(name.replace("\\", "/"))
     if parts.is_absolute() or PureWindowsPath(name).anchor or ".." in parts.parts:
-        tally.damage("member leads out", f"{path}: {name}", "its name leads out of the shard")
+        tally.damage("member leads out", f"{path}: {name}", "its name points outside the shard")
         return False
     return True
 
 
 def _key_of(name: str) -> tuple[str, str]:
-    """Key and extension of a member's name; no extension if it is not one of a sample."""
+    """The key and the extension of a member's name. The extension is empty outside of samples."""
     place = PurePosixPath(name)
     stem, _, extension = place.name.partition(".")
     return (str(place.with_name(stem)), extension.lower()) if stem else (name, "")
 
 
 def _same(key: str) -> str:
-    """What keys are compared by: macOS writes "e" and an accent where others write "é"."""
+    """The key in the Unicode normal form for comparisons: macOS decomposes "é" into "e" and an accent."""
     return key if key.isascii() else unicodedata.normalize("NFC", key)
 
 
 def _text_of(place: tuple[int, int], extension: str, stream: BinaryIO) -> str:
     offset, size = place
     if size > MAX_TEXT:
-        raise DataError(f"its .{extension} has over {MAX_TEXT >> 20} MiB")
+        raise DataError(f"Its .{extension} is larger than {MAX_TEXT >> 20} MiB.")
     stream.seek(offset)
     try:
         return stream.read(size).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"its .{extension} is not UTF-8") from error
+        raise DataError(f"Its .{extension} is not UTF-8.") from error
