@@ -33,13 +33,13 @@ def test_buckets_of_1024_pixels():
 
 @pytest.mark.parametrize("size", [0, -128, 100, 1000])
 def test_a_size_off_the_grid_is_refused(size):
-    with pytest.raises(UserError, match="must be a multiple of 128; use"):
+    with pytest.raises(UserError, match=r"must be a multiple of 128, got \d+\. Use"):
         bucket_sizes(size, 2.0)
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.0, -1.0, math.nan, math.inf])
 def test_a_ratio_under_one_is_refused(ratio):
-    with pytest.raises(UserError, match=r"max_ratio .* from 1 to 16"):
+    with pytest.raises(UserError, match=r"max_ratio must be between 1 and 16"):
         bucket_sizes(512, ratio)
 
 

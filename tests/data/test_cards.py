@@ -16,17 +16,19 @@ def test_much_yaml_is_refused(tmp_path):
     """The library reads 30 KB of it a second: 3 MB took 40."""
     card = "---\n" + "\n".join(f"key_{i}: value" for i in range(30_000)) + "\n---\ntext\n"
     (tmp_path / "README.md").write_text(card)
-    with pytest.raises(DataError, match=r"README.md' is wrong because it has over 256 KiB or 100000 values"):
+    with pytest.raises(
+        DataError, match=r"README.md' is too large: its YAML may have at most 256 KiB and 100000 values"
+    ):
         open_reader(tmp_path, format="hub")
     (tmp_path / "README.md").write_text(" " * (1 << 19) + card)
-    with pytest.raises(DataError, match=r"README.md' is wrong"):
+    with pytest.raises(DataError, match=r"README.md' is too large"):
         check_card(str(tmp_path))
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n" + "x" * (1 << 19))  # much text is fine
     check_card(str(tmp_path))
     (tmp_path / "README.md").write_text("x" * (1 << 19))
     check_card(str(tmp_path))
     (tmp_path / ".huggingface.yaml").write_text("a: b\n" * (1 << 17))
-    with pytest.raises(DataError, match=r"\.huggingface\.yaml' is wrong"):
+    with pytest.raises(DataError, match=r"\.huggingface\.yaml' is too large"):
         check_card(str(tmp_path))
 
 
@@ -56,7 +58,7 @@ def test_other_yaml_is_left_to_the_library(tmp_path, yaml):
 
 def test_pipes_are_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "README.md")
-    with pytest.raises(DataError, match="is no regular file"):
+    with pytest.raises(DataError, match="is not a regular file"):
         open_reader(tmp_path, format="hub")
 
 

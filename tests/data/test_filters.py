@@ -81,7 +81,7 @@ def test_the_size_in_the_metadata(fields, size):
     ],
 )
 def test_bounds_that_make_no_sense(bounds):
-    with pytest.raises(UserError, match=f"{next(iter(bounds))} .* is wrong"):
+    with pytest.raises(UserError, match=f"{next(iter(bounds))} must .*, got"):
         Filters(**bounds)
 
 

@@ -189,42 +189,42 @@ def _then(*steps: Callable[[Path], object]) -> Callable[[Path], None]:
     [
         (
             lambda root: None,
-            r"^data folder '.*' is wrong because it holds no images \(\.avif, ",
+            r"^Data folder '.*' contains no images \(\.avif, ",
         ),
         (
             lambda root: root.rmdir(),
-            "^data folder '.*' is wrong because it is no folder; give one with images in it",
+            r"^Data folder '.*' does not exist or is not a folder\. Use a folder of images",
         ),
-        (lambda root: (root.rmdir(), root.touch()), "because it is no folder"),
+        (lambda root: (root.rmdir(), root.touch()), "is not a folder"),
         (
             _files(a=b"a", b=None),
-            r"^image 'b\.png' is wrong because it has no caption; write it into a \.txt file",
+            r"^Image 'b\.png' has no caption\. Write one in a \.txt file",
         ),
         (_files(a=None, b=None, c=None), r"^image 'a\.png' .* has no caption \(nor do 2 others\); "),
         (
             _then(_files(a=b"a"), lambda root: _metadata(root, {"file_name": "b.png", "text": "b"})),
-            r"^file 'a\.txt' is wrong because captions are in metadata\.jsonl already; remove one of the two",
+            r"^File 'a\.txt' conflicts with metadata\.jsonl, .*\. Remove one of the two",
         ),
         (
             _then(_files(a=b"a"), lambda root: (root / "gone.txt").write_text("gone")),
-            r"^file 'gone\.txt' is wrong because there is no image beside it; add the image",
+            r"^File 'gone\.txt' has no image next to it\. Add the image",
         ),
         (
             _then(_files(a=b"a"), lambda root: _image(root / "a.jpg")),
-            r"^file 'a\.txt' is wrong because it is beside both 'a\.jpg' and 'a\.png'; rename one",
+            r"^File 'a\.txt' belongs to both 'a\.jpg' and 'a\.png'\. Rename one",
         ),
-        (_files(a=b"ok\ncaf\xe9"), r"^file 'a\.txt' is wrong because line 2 is not UTF-8; save it in UTF-8"),
-        (_files(a=b" \n\t"), r"because all captions in it are empty; write some"),
-        (_files(a=b"\xef\xbb\xbf"), r"because all captions in it are empty; write some"),
+        (_files(a=b"ok\ncaf\xe9"), r"^File 'a\.txt' is not UTF-8 in line 2\. Save it in UTF-8"),
+        (_files(a=b" \n\t"), r"contains only empty captions\. Write at least one"),
+        (_files(a=b"\xef\xbb\xbf"), r"contains only empty captions\. Write at least one"),
         (
             _then(_files(a=None, b=None), lambda root: _metadata(root, {"file_name": "b.png", "text": "b"})),
-            r"^image 'a\.png' is wrong because it has no caption; add a line for it to metadata\.jsonl",
+            r"^Image 'a\.png' has no caption\. Add a line for it to metadata\.jsonl",
         ),
         (
             _then(
                 _files(a=None), lambda root: (root / "metadata.jsonl").write_bytes(b'\n{"text": "caf\xe9"}')
             ),
-            r"^file 'metadata\.jsonl' is wrong because line 2 is not UTF-8; save it in UTF-8",
+            r"^File 'metadata\.jsonl' is not UTF-8 in line 2\. Save it in UTF-8",
         ),
         (
             _then(
@@ -232,46 +232,46 @@ def _then(*steps: Callable[[Path], object]) -> Callable[[Path], None]:
                 lambda root: _image(root / "b" / "b.png"),
                 lambda root: _metadata(root / "b", {}),
             ),
-            r"^file 'b/metadata\.jsonl' is wrong because .* is read at the top .*/b' as the data folder",
+            r"^File 'b/metadata\.jsonl' is in a subfolder.* only read at the top .*/b' as the data folder",
         ),
         (
             _second_line("{'file_name': 1}"),
-            r"^metadata\.jsonl line 2 is wrong because it is not JSON \(.*\); write",
+            r"^metadata\.jsonl line 2 is not valid JSON \(.*\)\. Write one object",
         ),
-        (_second_line("[" * 100_000), "line 2 is wrong because it is not JSON"),
+        (_second_line("[" * 100_000), "line 2 is not valid JSON"),
         (
             _second_line('["a.png"]'),
-            "line 2 is wrong because it is not a JSON object; write one object a line",
+            r"line 2 is not a JSON object\. Write one",
         ),
         (
             _line(text="b"),
-            "line 2 is wrong because file_name is None and must be the name of an image; add it",
+            r"line 2 must have the name of an image in file_name, got None\. Add it",
         ),
         (_line(file_name=3, text="b"), "line 2 is wrong because file_name is 3 and"),
         (
             _line(file_name="b.png", text="b"),
-            r"line 2 is wrong because 'b\.png' is no image in the data folder; add",
+            r"line 2 names 'b\.png', which is not an image in the data folder\. Add",
         ),
         (
             _line(file_name="a.png", text="b"),
-            r"line 2 is wrong because 'a\.png' is in line 1 already; remove one",
+            r"line 2 repeats 'a\.png' from line 1\. Remove one",
         ),
-        (_line(file_name="b" * 10_000, text="b"), r"line 2 is wrong because 'b{195} \.\.\. is no image in"),
-        (_line(file_name="./a.png", text="b"), r"line 2 is wrong because 'a\.png' is in line 1 already"),
+        (_line(file_name="b" * 10_000, text="b"), r"line 2 names 'b{195} \.\.\., which is not an image in"),
+        (_line(file_name="./a.png", text="b"), r"line 2 repeats 'a\.png' from line 1"),
         (
             _line(file_name="../b.png", text="b"),
-            r"line 2 .* file_name '\.\./b\.png' leads out of the data folder; ",
+            r"line 2 has a file_name outside the data folder: '\.\./b\.png'\. ",
         ),
         (
             _line(file_name="x/../../b.png", text="b"),
-            "line 2 .* leads out of the data folder; name the image",
+            r"line 2 .* outside the data folder: .*\. Name the image",
         ),
-        (_line(file_name="/etc/b.png", text="b"), "line 2 .* '/etc/b.png' leads out of the data folder"),
-        (_line(file_name="C:\\b.png", text="b"), "line 2 .* leads out of the data folder"),
-        (_line(file_name="\n.png", text="b"), r"line 2 is wrong because '\\n\.png' is no image"),
+        (_line(file_name="/etc/b.png", text="b"), "line 2 .* '/etc/b.png' outside the data folder"),
+        (_line(file_name="C:\\b.png", text="b"), "line 2 .* outside the data folder"),
+        (_line(file_name="\n.png", text="b"), r"line 2 names '\\n\.png', which is not an image"),
         (
             _named_in_latin_1,
-            r"^the name of file 'caf\\udce9\.png' is wrong because it is not UTF-8; rename it$",
+            r"^The name of file 'caf\\udce9\.png' is not UTF-8\. Rename it\.$",
         ),
     ],
 )
@@ -288,16 +288,16 @@ def test_refuses_what_does_not_match_up(tmp_path: Path, make: Callable[[Path], o
     ("fields", "rule"),
     [
         ({}, "it has neither text nor caption; give the caption in the field text"),
-        ({"text": "a", "caption": "b"}, "it has both text and caption; give the caption in the field text"),
-        ({"text": 3}, "text is 3 and must be a caption or a list of captions; write"),
-        ({"caption": ["a", 3]}, r"caption is \['a', 3\] and must be"),
-        ({"text": "half \ud83d"}, "text is not Unicode; write the caption anew"),
+        ({"text": "a", "caption": "b"}, r"has both text and caption\. Put the caption into the field text"),
+        ({"text": 3}, r"must have a caption or a list of captions in text, got 3\. Write"),
+        ({"caption": ["a", 3]}, r"must have a caption or a list of captions in caption, got \['a', 3\]"),
+        ({"text": "half \ud83d"}, r"has invalid Unicode in text\. Write the caption again"),
     ],
 )
 def test_refuses_captions_that_say_nothing(tmp_path: Path, fields: dict[str, object], rule: str) -> None:
     _image(tmp_path / "a.png")
     _metadata(tmp_path, {"file_name": "a.png", **fields})
-    with pytest.raises(DataError, match=rf"^metadata\.jsonl line 1 is wrong because {rule}"):
+    with pytest.raises(DataError, match=rf"^metadata\.jsonl line 1 {rule}"):
         FolderSource(tmp_path)
 
 
@@ -337,7 +337,7 @@ def test_a_damaged_picture_is_named_when_it_is_read(with_text_files: Path) -> No
 def test_fingerprint_names_a_picture_that_went_away(with_text_files: Path) -> None:
     source = FolderSource(with_text_files)
     (with_text_files / "b.png").unlink()
-    with pytest.raises(DataError, match=r"^image 'b\.png' is wrong because it cannot be read \(No such file"):
+    with pytest.raises(DataError, match=r"^Image 'b\.png' cannot be read \(No such file"):
         source.fingerprint()
 
 
@@ -351,29 +351,29 @@ def test_caption_files_that_never_end_are_refused(tmp_path: Path, name: str, kin
     """A FIFO is waited on for ever, and /dev/zero read until the memory is full."""
     _image(tmp_path / "b.png")
     os.mkfifo(tmp_path / name) if kind == "fifo" else (tmp_path / name).symlink_to("/dev/zero")
-    with pytest.raises(DataError, match=rf"^file '{name}' is wrong because it is no regular file"):
+    with pytest.raises(DataError, match=rf"^File '{name}' is not a regular file"):
         FolderSource(tmp_path)
 
 
 def test_a_caption_of_over_a_mebibyte_is_refused(tmp_path: Path) -> None:
     _image(tmp_path / "b.png")
     (tmp_path / "b.txt").write_text("x" * (1 << 20) + "x")
-    with pytest.raises(DataError, match=r"file 'b.txt' is wrong because it has over 1 MiB"):
+    with pytest.raises(DataError, match=r"File 'b.txt' is too large\. It may have at most 1 MiB"):
         FolderSource(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("00.tar", "tars; give '.*/\\*.tar'"),
-        ("a.parquet", "parquet files; give '.*/\\*.parquet'"),
-        ("00.tar.gz", "packed files; unpack them, tars to .tar"),
-        ("data-00000-of-00001.arrow", "Arrow files without what save_to_disk writes beside them"),
+        ("00.tar", "For the tars in it, use '.*/\\*.tar'"),
+        ("a.parquet", "For the parquet files in it, use '.*/\\*.parquet'"),
+        ("00.tar.gz", "Decompress the compressed files in it \\(tars to .tar\\)"),
+        ("data-00000-of-00001.arrow", "The Arrow files in it lack the other files of save_to_disk"),
     ],
 )
 def test_other_data_than_images_is_named(tmp_path: Path, name: str, said: str) -> None:
     (tmp_path / name).write_bytes(b"")
-    with pytest.raises(DataError, match=f"holds no images .* but {said}"):
+    with pytest.raises(DataError, match=rf"contains no images .*\. {said}"):
         FolderSource(tmp_path)
 
 
@@ -401,7 +401,7 @@ def test_a_name_that_could_be_either_of_two_is_refused(tmp_path: Path) -> None:
     for name in ("e\u0301\u0323", "e\u0323\u0301"):  # two orders of the same accents
         _image(tmp_path / f"{name}.png")
     _metadata(tmp_path, {"file_name": "\u1eb9\u0301.png", "text": "which?"})
-    with pytest.raises(DataError, match="is no image in the data folder"):
+    with pytest.raises(DataError, match="is not an image in the data folder"):
         FolderSource(tmp_path)
 
 
@@ -409,7 +409,7 @@ def test_backslashes_do_not_lead_out(tmp_path: Path) -> None:
     _image(tmp_path / "root" / "a.png")
     _image(tmp_path / "b.png")
     _metadata(tmp_path / "root", {"file_name": "x\\..\\..\\b.png", "text": "b"})
-    with pytest.raises(DataError, match="leads out of the data folder"):
+    with pytest.raises(DataError, match="outside the data folder"):
         FolderSource(tmp_path / "root")
 
 
@@ -430,7 +430,7 @@ def test_caption_files_of_kohya(tmp_path: Path) -> None:
     assert _named(FolderSource(tmp_path)) == {"a.png": ("caption a",), "b.png": ("text b",)}
     assert _named(FolderSource(tmp_path, text_column="caption"))["b.png"] == ("caption b",)
     (tmp_path / "c.caption").write_text("of nothing")
-    with pytest.raises(DataError, match=r"file 'c.caption' is wrong because there is no image beside it"):
+    with pytest.raises(DataError, match=r"File 'c.caption' has no image next to it"):
         FolderSource(tmp_path)
 
 
@@ -474,9 +474,11 @@ def test_columns_of_the_metadata_file(tmp_path: Path) -> None:
     assert named == {"a.png": ("long",), "b.png": ("longer",)}
     named = _named(FolderSource(tmp_path, image_column="other", text_column="caption_llava"))
     assert named == {"a.png": ("longer",), "b.png": ("long",)}
-    with pytest.raises(DataError, match=r"no column 'nothing'; its columns are file_name, other, caption, "):
+    with pytest.raises(
+        DataError, match=r"no column 'nothing'\. Its columns are: file_name, other, caption, "
+    ):
         FolderSource(tmp_path, text_column="nothing")
-    with pytest.raises(DataError, match="image is None and must be the name of an image"):
+    with pytest.raises(DataError, match="must have the name of an image in image, got None"):
         FolderSource(tmp_path, image_column="image", text_column="caption_llava")
 
 
@@ -491,7 +493,7 @@ def test_columns_without_a_metadata_file(with_text_files: Path) -> None:
     for name in ("b", "cats/a"):
         (with_text_files / f"{name}.json").write_text(json.dumps({"caption_llava": f"long {name}"}))
     assert _caption(FolderSource(with_text_files, text_column="caption_llava"), 1) == "long cats/a"
-    with pytest.raises(DataError, match=r"'b.json' is wrong because it has no column 'gone'; its columns"):
+    with pytest.raises(DataError, match=r"'b.json' has no column 'gone'\. Its columns"):
         FolderSource(with_text_files, text_column="gone")
 
 

@@ -214,7 +214,9 @@ def test_what_cannot_be_used_is_left_out_and_named(tmp_path):
         assert [name for name, _ in source.left_out()] == ["000.tar:z"]
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "a.tar").write_bytes((folder / "000.tar").read_bytes()[:700])
-    with pytest.raises(DataError, match=r"hold no image with a caption \(1 shard cut short\)\. Give others"):
+    with pytest.raises(
+        DataError, match=r"contains no image with a caption \(1 shard cut short\)\. Use other data"
+    ):
         opened(tmp_path / "none")
 
 
@@ -222,7 +224,7 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path):
     folder = write_tars(tmp_path / "tars", 3)
     source = opened(folder)
     (folder / "000.tar").unlink()
-    with pytest.raises(DataError, match=r"image '000.tar:0001' is wrong because .* cannot be read"):
+    with pytest.raises(DataError, match=r"Image '000.tar:0001' cannot be read"):
         source.image(1, np.random.default_rng(0), 16)
     assert source.size(1) is None
 
@@ -238,7 +240,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     folder = write_tars(tmp_path / "tars", 3)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("WUERSTCHEN_CACHE", str(tmp_path / "file"))
-    with pytest.raises(UserError, match=r"cannot be kept in .* set WUERSTCHEN_CACHE to another"):
+    with pytest.raises(UserError, match=r"cannot be written to .* set WUERSTCHEN_CACHE to another"):
         opened(folder)
 
 
@@ -255,10 +257,10 @@ def test_without_a_home_or_locks_the_cache_is_named(monkeypatch, tmp_path):
     folder = write_tars(tmp_path / "tars", 3)
 
     def lockless(*_: object, **__: object) -> None:
-        raise RunFolderError("a file system without locks")
+        raise RunFolderError("A file system without locks.")
 
     monkeypatch.setattr("wuerstchen.data.index.acquired", lockless)
-    with pytest.raises(UserError, match=r"without locks\. WUERSTCHEN_CACHE names the folder"):
+    with pytest.raises(UserError, match=r"without locks\. Set WUERSTCHEN_CACHE to choose the folder"):
         opened(folder)
 
     def homeless() -> Path:
@@ -267,5 +269,5 @@ def test_without_a_home_or_locks_the_cache_is_named(monkeypatch, tmp_path):
     monkeypatch.delenv("WUERSTCHEN_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", homeless)
-    with pytest.raises(UserError, match=r"there is no home folder .* Set WUERSTCHEN_CACHE"):
+    with pytest.raises(UserError, match=r"There is no home folder .* Set WUERSTCHEN_CACHE"):
         opened(folder)

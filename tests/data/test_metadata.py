@@ -27,7 +27,7 @@ def test_lines_of_json(tmp_path):
 
 def test_a_line_without_end_is_refused(tmp_path):
     (tmp_path / JSONL).write_text(json.dumps({"text": "x" * (1 << 20)}))
-    with pytest.raises(DataError, match=r"metadata.jsonl line 1 is wrong because it has over 1 MiB"):
+    with pytest.raises(DataError, match=r"metadata.jsonl line 1 is too long\. It may have at most 1 MiB"):
         rows(tmp_path, JSONL)
 
 
@@ -79,7 +79,7 @@ def test_parquet_reads_the_columns_that_are_used(tmp_path):
 
 def test_what_is_no_parquet(tmp_path):
     (tmp_path / PARQUET).write_bytes(b"PAR1" + bytes(99) + b"PAR1")
-    with pytest.raises(DataError, match=r"metadata.parquet' is wrong because it cannot be read"):
+    with pytest.raises(DataError, match=r"metadata.parquet' cannot be read"):
         rows(tmp_path, PARQUET)
     dates = pa.array([datetime.date(2020, 1, 1)])
     pq.write_table(pa.table({"file_name": ["a.png"], "text": dates}), tmp_path / PARQUET)

@@ -128,7 +128,7 @@ def test_the_sample_holds_out_none(tmp_path):
 def test_without_the_package_a_missing_folder_is_named_too(monkeypatch):
     """The name of a folder that is not there may be one on the hub."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"'data/photos' is no file and no folder here.*wuerstchen\[data\]"):
+    with pytest.raises(UserError, match=r"'data/photos' is not a local file or folder.*wuerstchen\[data\]"):
         open_source("data/photos")
 
 

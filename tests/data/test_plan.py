@@ -126,12 +126,12 @@ def test_a_batch_is_a_function_of_its_number():
 
 @pytest.mark.parametrize("batch_size", [0, -1])
 def test_a_batch_of_nothing(batch_size):
-    with pytest.raises(UserError, match="a batch holds 1 or more"):
+    with pytest.raises(UserError, match="batch_size must be at least 1, got 0"):
         BucketPlan(np.zeros(9, dtype=int), batch_size, 0)
 
 
 def test_a_set_of_nothing():
-    with pytest.raises(UserError, match="no images to make batches of"):
+    with pytest.raises(UserError, match="no images to batch"):
         BucketPlan(np.zeros(0, dtype=int), 6, 0)
 
 

@@ -7,5 +7,5 @@ from wuerstchen.errors import UserError
 
 
 def test_a_model_without_a_compressor(write_published, tmp_path):
-    with pytest.raises(UserError, match="has no compressor, which data is prepared with"):
+    with pytest.raises(UserError, match=r"has no compressor\. Preparing data needs one"):
         read_networks(write_published(tmp_path))

@@ -76,10 +76,10 @@ def test_a_folder_with_its_metadata(tmp_path):
     assert not tally.dropped
     assert reader.read("a.jpg", items[0].place) == picture("blue")
     (tmp_path / "a.jpg").unlink()
-    with pytest.raises(DataError, match=r"image 'a.jpg' is wrong because it is no regular file"):
+    with pytest.raises(DataError, match=r"Image 'a.jpg' is not a regular file"):
         reader.read("a.jpg", items[0].place)
     os.mkfifo(tmp_path / "a.jpg")  # which would be waited on for ever
-    with pytest.raises(DataError, match="no regular file"):
+    with pytest.raises(DataError, match="not a regular file"):
         reader.read("a.jpg", items[0].place)
 
 
@@ -91,7 +91,7 @@ def three(tmp_path) -> Path:
 @pytest.mark.parametrize("source", ["nowhere", "a.tar.gz", "/nowhere/x", "../up", ""])
 def test_what_is_no_source(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="is wrong because"):
+    with pytest.raises(DataError, match=r"does not exist|is compressed|is not a"):
         read(open_reader(source))
 
 
@@ -99,7 +99,7 @@ def test_patterns_without_files_and_mixed_folders(tmp_path, three):
     with pytest.raises(DataError, match=r"no \.tar file is there"):
         open_reader(str(tmp_path / "x*.tar"))
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="holds both tars and parquet files"):
+    with pytest.raises(DataError, match="contains both tars and parquet files"):
         open_reader(tmp_path)
 
 
@@ -173,7 +173,7 @@ def test_a_folder_with_metadata_in_parquet_is_a_folder(tmp_path):
         ("shards/x.tar.gz", "it is packed"),  # it could be a name on the hub
         ("shards/*.TGZ", "it is packed"),
         ("shards/x.zip", "it is packed"),
-        ("shards/list.csv", "a file must be a .tar or a .parquet"),
+        ("shards/list.csv", "is not a .tar or .parquet file"),
     ],
 )
 def test_files_of_other_kinds_are_no_names_on_the_hub(source, message, tmp_path, monkeypatch):
@@ -191,7 +191,7 @@ def test_columns_of_folders_and_of_emoji(tmp_path):
     assert read(open_reader(tmp_path, text_column="caption_llava"))[0][0].captions == ("long",)
     with pytest.raises(DataError, match="no column 'gone'"):
         read(open_reader(tmp_path, text_column="gone"))
-    with pytest.raises(DataError, match="it has no split 'valid': only data sets on the hub and saved ones"):
+    with pytest.raises(DataError, match=r"has no split 'valid'\. Only data sets on the hub and saved ones"):
         open_reader(tmp_path, split="valid")
     with pytest.raises(DataError, match="an emoji set has no columns"):
         open_reader("sample", text_column="caption")

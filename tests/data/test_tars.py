@@ -98,8 +98,8 @@ def test_members_that_lead_out_or_are_links_are_skipped_counted_and_named(tmp_pa
     items, tally = read(TarReader([path]))
     assert [i.captions[0] for i in items] == ["good", "good too"]
     assert tally.dropped == {"member leads out": 8, "member is a link": 2, "member is a special file": 1}
-    assert (f"{path}: ../002.jpg", "its name leads out of the shard") in tally.damaged
-    assert (f"{path}: 005.jpg", "it is a link and no regular file") in tally.damaged
+    assert (f"{path}: ../002.jpg", "its name points outside the shard") in tally.damaged
+    assert (f"{path}: 005.jpg", "it is a link, not a regular file") in tally.damaged
 
 
 def test_a_size_below_zero_ends_its_shard_alone(tmp_path):
@@ -203,7 +203,7 @@ def test_a_picture_that_vanished_from_its_shard(three):
     reader = TarReader([three])
     items, _ = read(reader)
     three.write_bytes(three.read_bytes()[:2000])
-    with pytest.raises(DataError, match=r"image 'a.tar:2' is wrong because .* ends in it"):
+    with pytest.raises(DataError, match=r"Image 'a.tar:2' is truncated in"):
         reader.read(items[2].name, items[2].place)
 
 
@@ -212,7 +212,7 @@ def test_a_picture_that_its_shard_ends_in_is_not_read_in_part(three):
     items, _ = read(reader)
     _, offset, size = items[2].place
     three.write_bytes(three.read_bytes()[: offset + size - 1])
-    with pytest.raises(DataError, match=r"image 'a.tar:2' is wrong because .* ends in it"):
+    with pytest.raises(DataError, match=r"Image 'a.tar:2' is truncated in"):
         reader.read(items[2].name, items[2].place)
 
 
@@ -332,9 +332,11 @@ def test_columns_of_tars(tmp_path):
     assert [i.captions for i in items] == [("long",)]
     assert tally.dropped == {"no caption": 1}
     assert [i.captions[0] for i in read(TarReader([path], text_column="txt"))[0]] == ["beside", "alone"]
-    with pytest.raises(DataError, match=r"no column 'gone'; its columns are jpg, .*, caption, caption_llava"):
+    with pytest.raises(
+        DataError, match=r"no column 'gone'\. Its columns are: jpg, .*, caption, caption_llava"
+    ):
         read(TarReader([path], text_column="gone"))
-    with pytest.raises(DataError, match=r"no column 'gone'; its columns are jpg, seg.png, txt, json"):
+    with pytest.raises(DataError, match=r"no column 'gone'\. Its columns are: jpg, seg.png, txt, json"):
         read(TarReader([path], image_column="gone"))
 
 

@@ -75,7 +75,7 @@ def test_a_model_is_judged_by_targets_where_asked_or_where_they_are_its_own(
 BAD_CALLS = {
     "targets of a few": (["--limit", "8", "--targets"], "targets cannot be checked on 8 entries"),
     "no data set": ([], "data/emoji/index.jsonl cannot be read"),
-    "how to make it": (["--data", "here"], "make the data set with `wuerstchen data emoji here`"),
+    "how to make it": (["--data", "here"], "Make the data set with `wuerstchen data emoji here`"),
     "no model": (["nowhere"], "'nowhere' does not exist"),
     "no model before": (["--before", "nowhere"], "'nowhere' does not exist"),
     "unknown list": (["--lists", "a,c"], "unknown list in 'a,c'. Use a, b or a,b"),

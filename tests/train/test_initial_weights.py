@@ -470,7 +470,7 @@ def test_the_last_phase_has_data_of_its_own(start, photos, tmp_path):
     other = recipe(
         start, photos, stage_c=StageCConfig(optimization=learning(4), image_size=128, phases=phases)
     )
-    with pytest.raises(UserError, match="fine' is wrong because it is neither a folder"):
+    with pytest.raises(UserError, match=r"fine' does not exist\. Use a folder"):
         train(other, tmp_path / "run", device="cpu")
     (tmp_path / "fine").mkdir()
     for n in range(5):

@@ -154,7 +154,7 @@ def test_images_that_are_no_whole_batches_and_sets_of_another_model(folder, tmp_
     whence = dict.fromkeys(("vqgan", "decoder", "compressor", "prior"), WHENCE)
     write_cascade(cascade, tmp_path / "model", whence, text_encoder=BUNDLED / "text_encoder")
     other = dataclasses.replace(full, start_from=str(tmp_path / "model"))
-    with pytest.raises(UserError, match="made with another compressor; prepare it with this model"):
+    with pytest.raises(UserError, match=r"made with another compressor\. Prepare it with this model"):
         train(other, tmp_path / "run", device="cpu")
 
 

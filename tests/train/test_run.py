@@ -744,7 +744,7 @@ def test_fewer_images_than_a_batch_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"has 1 images, fewer than a batch of 16\. .*--stage-c\.opt"):
         train(dataclasses.replace(tiny(), data=str(tmp_path)), tmp_path / "run")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no images"):
+    with pytest.raises(DataError, match="contains no images"):
         train(dataclasses.replace(tiny(), data=str(tmp_path / "empty")), tmp_path / "run")
 
 

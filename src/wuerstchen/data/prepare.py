@@ -211,8 +211,8 @@ class Preparation:
             announce(f"{count} of {plan['items']} images have no {score} score and are kept.")
         announce(
             f"{plan['images']} of {plan['items']} captioned images pass the filters, with {plan['texts']}"
-            f" different texts. The set takes at most about {plan['images'] * size / 1e9:.3g} GB. {missing} of"
-            f" this process's {own} shards are missing."
+            f" different texts. The set takes at most about {plan['images'] * size / 1e9:.3g} GB. {missing}"
+            f" of this process's {own} shards are missing."
         )
 
     def finish(self, plan: dict[str, Any]) -> dict[str, Any]:

@@ -191,7 +191,7 @@ def test_what_one_process_cannot_read_is_one_line_in_each(request, wrong, folder
     """The others lost their connection in the middle of a talk, and said so in a traceback."""
     said = said_by_two(request.getfixturevalue(folder) / f"missing {wrong}")
     assert [len(lines) for lines in said] == [1, 1]
-    assert "nowhere' is wrong because it is neither a folder" in said[wrong][0]
+    assert "nowhere' does not exist. Use a folder" in said[wrong][0]
     assert said[1 - wrong][0].startswith(f"Error: process {1 - wrong} has lost the others: ")
 
 

@@ -84,7 +84,7 @@ def test_processes_divide_what_they_look_at_and_wait_for_each_other(found):
     assert first[0][2:] == ["0 of 2"]
     assert second[0][2:] == ["images/1.arrow", "1 of 2"]
     for _, said in (first, second):
-        assert "1.arrow' is wrong because it has changed since it was written" in said[0]
+        assert "1.arrow' is damaged: it has changed since it was written" in said[0]
         assert "image '0.png' has one" in said[1]
 
 

@@ -304,7 +304,7 @@ def test_nan_in_stored_states_is_skipped_counted_and_named(few, cascade, tmp_pat
     Trainer(job_of(stage, feed, tmp_path / "run", settings, log)).train()
     (event,) = [event for event in log.events() if event["event"] == "skipped"]
     assert event["name"] == name
-    assert "its text states hold NaN" in event["reason"]
+    assert "its text states contain NaN" in event["reason"]
 
 
 # Runs
@@ -461,7 +461,7 @@ def test_sets_of_another_kind(prepared, few, cascade, tmp_path):
     other = copy.deepcopy(cascade.compressor)
     with torch.no_grad():
         next(other.parameters()).add_(1)
-    with pytest.raises(UserError, match="made with another compressor; prepare it with this model"):
+    with pytest.raises(UserError, match=r"made with another compressor\. Prepare it with this model"):
         check(compressor=other)
     with pytest.raises(UserError, match=r"was prepared at view_scale 0\.75, and the model has 1\.0"):
         check(view_scale=1.0)
