@@ -1,12 +1,13 @@
-"""What weights and activations of eight bits would cost and bring: the error in Stages B and C of a trained
-model, and on a GPU the time of the published model's matrix products.
+"""The error and the speed of 8-bit weights and activations: the error in Stages B and C of a trained model,
+and on a GPU the time of the published model's matrix products.
 
     python benchmarks/eight_bits.py [--model FOLDER]
 
-Errors are relative, of one forward pass against fp32, over maps of four prompts noised to three times; only
-the inputs and weights of the blocks' linear layers are rounded, and all else is in fp32, so they are lower
-bounds. fp16 beside them is everything in fp16. Pictures are compared too, by the mean difference in 8-bit
-values. The model in the package is stored in int8 by row: int8's errors there are the activations' alone.
+Errors are relative to fp32, for one forward pass on the latents of four prompts at three noise levels. Only
+the inputs and weights of the linear layers in blocks are rounded and everything else is fp32, so the errors
+are lower bounds. For comparison, fp16 runs everything in fp16. Images are compared by the mean difference in
+8-bit values. The model in the package is stored in int8 with a scale per row, so its int8 errors come from
+the activations only.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from wuerstchen.pipeline import Wuerstchen, load
 
 PROMPTS = ["a noto emoji of a cat", "a 3D render of a green car", "a flat illustration of a pizza", "a tree"]
 TIMES = (0.9, 0.5, 0.1)
-SHAPES = {  # rows, inputs and outputs of a picture's products at 1024² → how often they come
+SHAPES = {  # rows, inputs and outputs of the matrix products of an image at 1024² → their number
     (1152, 1536, 6144): 928,
     (1152, 6144, 1536): 928,
     (1306, 1536, 4608): 928,
@@ -50,20 +51,22 @@ Rounding = Callable[[Tensor], Tensor]
 
 
 def float8(x: Tensor, dim: int | None) -> Tensor:
-    """To e4m3 with one scale, or one for each row."""
+    """Rounds to e4m3, with one scale per tensor or per row."""
     scale = x.abs().amax(*(() if dim is None else (dim, True))).clamp_min(1e-12) / 448
     return (x / scale).to(torch.float8_e4m3fn).float() * scale
 
 
 def int8(x: Tensor) -> Tensor:
-    """With one scale for each row."""
+    """Rounds to int8, with one scale per row."""
     scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
     return (x / scale).round() * scale
 
 
 def rotation(width: int) -> Tensor:
-    """An orthogonal matrix that spreads outliers over all channels: Hadamard's where there is one, of the
-    largest power of two that divides ``width``, repeated along the diagonal."""
+    """An orthogonal matrix that spreads outliers over channels.
+
+    It is block-diagonal, with Hadamard matrices of the largest power of two that divides ``width``.
+    """
     side = width & -width
     matrix = torch.ones(1, 1)
     while len(matrix) < side:
@@ -72,33 +75,33 @@ def rotation(width: int) -> Tensor:
 
 
 class Rounded(nn.Module):
-    """A linear layer whose inputs and weights are rounded before they are multiplied."""
+    """A linear layer that rounds its inputs and weights before the product."""
 
     def __init__(self, layer: nn.Linear, inputs: Rounding, weights: Rounding, rotates: bool) -> None:
         super().__init__()
         self.inputs, self.bias = inputs, layer.bias
-        self.turn = rotation(layer.in_features) if rotates else None
-        weight = layer.weight.float() if self.turn is None else layer.weight.float() @ self.turn
+        self.rotation = rotation(layer.in_features) if rotates else None
+        weight = layer.weight.float() if self.rotation is None else layer.weight.float() @ self.rotation
         self.weight = nn.Parameter(weights(weight), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x if self.turn is None else x @ self.turn
+        x = x if self.rotation is None else x @ self.rotation
         return F.linear(self.inputs(x), self.weight, self.bias)
 
 
-def rows(x: Tensor) -> Tensor:
+def float8_by_row(x: Tensor) -> Tensor:
     return float8(x, -1)
 
 
-def whole(x: Tensor) -> Tensor:
+def float8_by_tensor(x: Tensor) -> Tensor:
     return float8(x, None)
 
 
 SCHEMES: dict[str, tuple[Rounding, Rounding, bool]] = {
-    "fp8, a scale a tensor": (whole, whole, False),
-    "fp8, a scale a row": (rows, rows, False),
-    "int8, a scale a row": (int8, int8, False),
-    "int8, a scale a row, rotated": (int8, int8, True),
+    "fp8, a scale per tensor": (float8_by_tensor, float8_by_tensor, False),
+    "fp8, a scale per row": (float8_by_row, float8_by_row, False),
+    "int8, a scale per row": (int8, int8, False),
+    "int8, a scale per row, rotated": (int8, int8, True),
 }
 
 
@@ -107,28 +110,30 @@ def rounded(cascade: Cascade, scheme: str) -> Cascade:
     for network in (new.prior, new.decoder):
         for module in list(network.modules()):
             for name, child in list(module.named_children()):
-                # Not the few that lead into blocks and out of them, which take hardly any time.
+                # Skip the few input and output layers, which take hardly any time.
                 if isinstance(child, nn.Linear) and child.in_features >= 64:
                     setattr(module, name, Rounded(child, *SCHEMES[scheme]))
     return new
 
 
 @torch.no_grad()
-def predictions(model: Wuerstchen, maps: Tensor, latents: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """What Stages C and B predict of maps and latents that are noised to TIMES."""
+def predictions(
+    model: Wuerstchen, semantic_latents: Tensor, latents: Tensor, dtype: torch.dtype
+) -> list[Tensor]:
+    """The outputs of Stages C and B on inputs noised to TIMES."""
     cascade = model.cascade
     encoded = cascade.text_encoder.encode(PROMPTS)
     mask = encoded.mask if cascade.settings.text_mask else None
     context = cascade.prior.context(encoded.states.to(dtype), mask)
-    z = cascade.settings.latent_statistics.restore(maps)
+    z = cascade.settings.latent_statistics.restore(semantic_latents)
     of_decoder = cascade.text_encoder_of_decoder()
     states = None if of_decoder is None else of_decoder.encode(PROMPTS).states.to(dtype)
-    steering = cascade.decoder.context(z, tuple(latents.shape[2:]), states)
+    decoder_context = cascade.decoder.context(z, tuple(latents.shape[2:]), states)
     found: list[Tensor] = []
     settings = cascade.settings
     of_stages = (
-        (cascade.prior, settings.prior_objective, maps, context),
-        (cascade.decoder, settings.decoder_objective, latents, steering),
+        (cascade.prior, settings.prior_objective, semantic_latents, context),
+        (cascade.decoder, settings.decoder_objective, latents, decoder_context),
     )
     for network, objective, x, given in of_stages:
         outputs, predict = [], predictions_for_sampling(network, objective)
@@ -142,22 +147,22 @@ def predictions(model: Wuerstchen, maps: Tensor, latents: Tensor, dtype: torch.d
 
 
 def drawn(model: Wuerstchen) -> Tensor:
-    """Pictures in [0, 1]."""
+    """Images in [0, 1]."""
     return torch.stack([to_tensor(image) for image in model.generate(PROMPTS, seed=1)])
 
 
 def errors(model_name: str | None) -> dict[str, dict[str, float]]:
     exact = load(model_name, "cpu", precision="float32")
-    maps, latents = [], []
+    semantic_latents, latents = [], []
     images = exact.generate(PROMPTS, seed=1)
     with torch.no_grad():
         for image in images:
             pixels = to_tensor(image)[None]
             z = exact.encode(exact.cascade.compressor, pixels)
-            maps.append(exact.cascade.settings.latent_statistics.normalise(z))
+            semantic_latents.append(exact.cascade.settings.latent_statistics.normalise(z))
             latents.append(exact.cascade.vqgan.encode(pixels))
-    x, y = torch.cat(maps), torch.cat(latents)
-    reference, pictures = predictions(exact, x, y, torch.float32), drawn(exact)
+    x, y = torch.cat(semantic_latents), torch.cat(latents)
+    reference, drawn_exactly = predictions(exact, x, y, torch.float32), drawn(exact)
 
     half = load(model_name, "cpu", precision="float16")
     models = {"fp16": (half, torch.float16)}
@@ -169,17 +174,17 @@ def errors(model_name: str | None) -> dict[str, dict[str, float]]:
             ((found - right).norm() / right.norm()).item()
             for found, right in zip(predictions(model, x, y, dtype), reference, strict=True)
         )
-        table[name] = {"c": c, "b": b, "picture": 255 * (drawn(model) - pictures).abs().mean().item()}
+        table[name] = {"c": c, "b": b, "image": 255 * (drawn(model) - drawn_exactly).abs().mean().item()}
         cells = (f"{key} {v:.2e} ({v / table['fp16'][key]:5.1f}×)" for key, v in table[name].items())
         print(f"{name:<34} {'   '.join(cells)}", flush=True)
     return table
 
 
 def times(device: torch.device) -> dict[str, float]:
-    """Milliseconds of a picture's products, by kind."""
+    """Milliseconds of the matrix products of an image, by number format."""
     total: dict[str, float] = {}
-    for (m, k, n), often in SHAPES.items():
-        # More than the cache holds, one after the other.
+    for (m, k, n), count in SHAPES.items():
+        # Cycle through more buffers than fit into the cache.
         pairs = [(torch.randn(m, k, device=device), torch.randn(n, k, device=device)) for _ in range(12)]
         one, by_row, by_column = (torch.ones(*s, device=device) for s in ((), (m, 1), (1, n)))
         eight, whole_numbers, halves = (
@@ -188,20 +193,20 @@ def times(device: torch.device) -> dict[str, float]:
         )
         kinds = {
             "fp16": [lambda a=a, b=b: a @ b for a, b in halves],
-            "fp8, a scale a tensor": [
+            "fp8, a scale per tensor": [
                 lambda a=a, b=b, s=one: torch._scaled_mm(a, b, s, s, out_dtype=torch.float16)
                 for a, b in eight
             ],
-            "fp8, a scale a row": [
+            "fp8, a scale per row": [
                 lambda a=a, b=b, s=by_row, t=by_column: torch._scaled_mm(a, b, s, t, out_dtype=torch.bfloat16)
                 for a, b in eight
             ],
             "int8 (int32 out)": [lambda a=a, b=b: torch._int_mm(a, b) for a, b in whole_numbers],
         }
         for name, calls in kinds.items():
-            total[name] = total.get(name, 0.0) + 1000 * often * call_seconds(calls, device)
+            total[name] = total.get(name, 0.0) + 1000 * count * call_seconds(calls, device)
     for name, ms in total.items():
-        print(f"{name:<34} {ms:7.1f} ms for the products of a picture, {ms / total['fp16']:.2f}× fp16")
+        print(f"{name:<34} {ms:7.1f} ms for the products of an image, {ms / total['fp16']:.2f}× fp16")
     return total
 
 
@@ -209,7 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", help="the one in the package if none is named")
+    parser.add_argument("--model", help="default: the model in the package")
     options = parser.parse_args()
     found = {"errors": errors(options.model)}
     if torch.cuda.is_available():

@@ -1,11 +1,11 @@
-"""GPU memory that fine-tuning the published prior takes, frozen networks and previews included.
+"""The GPU memory for fine-tuning the published prior, including frozen networks and previews.
 
     python benchmarks/finetune_memory.py [--batches 32 64] [--recompute] [--card-gb 80]
 
-Random weights and images. An update is that of the recipe `v2-finetune` on images of 1024 pixels: the
-compressor and the text encoder make its inputs, and it is recorded as a CUDA graph. The process may only use
-what a card of --card-gb has, less 0.7 GB for the CUDA context. A preview of two prompts is drawn at the end,
-as in a run: with less memory if that is lacking.
+Weights and images are random. Updates are those of the recipe `v2-finetune` on images of 1024 pixels: the
+compressor and the text encoder compute the inputs, and the update is recorded as a CUDA graph. The process is
+limited to the memory of a card of --card-gb, less 0.7 GB for the CUDA context. A preview of two prompts is
+drawn at the end as in a run, in low-memory mode if needed.
 """
 
 import argparse
@@ -38,12 +38,12 @@ from wuerstchen.train.feed.images import Batch
 from wuerstchen.train.stages.base import inputs_of
 from wuerstchen.train.stages.prior import StageC
 
-CONTEXT = 0.7e9  # bytes that the CUDA context takes beside torch's
-UPDATES = 6  # three as written, one recorded, two replayed
+CONTEXT = 0.7e9  # bytes of the CUDA context, which torch does not count
+UPDATES = 6  # three eager, one recorded, two replayed
 
 
 def measure(recipe: Recipe, cascade: Cascade, batch: int, size: int, device: torch.device) -> dict[str, Any]:
-    """Memory in GiB after set-up, at the peak of updates, and at the peak with a preview."""
+    """Memory in GiB after setup, at the peak of updates, and at the peak including a preview."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     optimization = dataclasses.replace(recipe.stage_c.optimization, batch_size=batch)
@@ -112,7 +112,9 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[64])
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--card-gb", type=float, default=80.0)
-    parser.add_argument("--tiny", action="store_true", help="small networks and images, to try this script")
+    parser.add_argument(
+        "--tiny", action="store_true", help="use small networks and images, to test this script"
+    )
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":

@@ -1,9 +1,8 @@
-"""The time that a picture's matrix products, attention and convolutions take alone, by the best library call.
+"""A lower bound on the time of an image: its matrix products, attention and convolutions by the best call.
 
-One forward pass of each network, on no data, tells which there are and of which shapes. Each shape is then
-timed in several ways on random data that the cache does not hold, and the fastest way counts. What is left
-out: norms, activations, sums, depthwise convolutions (which are measured, but bound by memory), and starting
-kernels.
+One forward pass of each network with fake tensors records their shapes. Each shape is then timed in several
+ways on random data outside the cache, and the fastest way counts. The bound leaves out norms, activations,
+sums and kernel launches. It also leaves out depthwise convolutions, which are measured, but are memory-bound.
 """
 
 import contextlib
@@ -26,12 +25,12 @@ from wuerstchen.models.decoder import Decoder
 from wuerstchen.models.prior import Prior
 from wuerstchen.models.vqgan import VQGAN
 
-CACHE_BYTES = 160e6  # of buffers in turn: three times the second-level cache of an H100
+CACHE_BYTES = 160e6  # of buffers used in turn: three times the L2 cache of an H100
 
 
 @dataclass(frozen=True)
 class Product:
-    """(m, k) times (k, n)."""
+    """A product of matrices of shapes (m, k) and (k, n)."""
 
     dtype: torch.dtype
     m: int
@@ -55,7 +54,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Attention:
-    """``positions`` of ``batch`` pictures attend to ``attended`` ones. Masks are left out."""
+    """Attention from ``positions`` to ``attended`` positions, for ``batch`` images. Masks are ignored."""
 
     dtype: torch.dtype
     batch: int
@@ -109,16 +108,16 @@ class Convolution:
     def ways(self, device: torch.device) -> Iterator[list[Callable[[], Tensor]]]:
         sets = _sets([self.x, self.weight], self.dtype, device, 2 * math.prod(self.x))
         for layout in (torch.contiguous_format, torch.channels_last):
-            laid = [[tensor.contiguous(memory_format=layout) for tensor in s] for s in sets]
+            converted = [[tensor.contiguous(memory_format=layout) for tensor in s] for s in sets]
             with torch.backends.cudnn.flags(enabled=True, benchmark=True):
-                yield [lambda s=s: self.apply(*s) for s in laid]
+                yield [lambda s=s: self.apply(*s) for s in converted]
 
 
 Operation = Product | Attention | Convolution
 
 
 class Recorder(TorchFunctionMode):
-    """Counts the operations that run under it. A convolution of patches side by side is a product."""
+    """Counts operations. A convolution of non-overlapping patches counts as a matrix product."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,7 +138,7 @@ class Recorder(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _convolution(self, transposed: bool, x, weight, bias=None, stride=1, padding=0, *rest) -> None:
-        """``rest``: dilation and groups; of a transposed one output padding, groups and dilation."""
+        """``rest`` is dilation and groups. If transposed, it is output padding, groups and dilation."""
         groups = rest[1] if len(rest) > 1 else 1
         stride, padding = ((v, v) if isinstance(v, int) else tuple(v) for v in (stride, padding))
         if groups == 1 and stride == tuple(weight.shape[2:]) and not any(padding):
@@ -163,7 +162,7 @@ def record(run: Callable[[], object]) -> Counter[Operation]:
 def forwards(
     cascade: Cascade, dtype: torch.dtype, batch: int, size: tuple[int, int]
 ) -> dict[str, tuple[Callable[[], object], int]]:
-    """What a picture runs, and how often: the text encoders where they are, the others without data."""
+    """The forward passes of an image and how often each runs. All but the text encoders use fake tensors."""
     settings = cascade.settings
     map_size = settings.latent_size(*size)
     fake = FakeTensorMode()
@@ -194,31 +193,31 @@ def forwards(
         "text of Stage C": (faked(lambda: prior.context(text)), 1),
         "step of Stage C": (faked(lambda: prior(x, two_t, context)), settings.prior_steps),
         "text encoder of Stage B": (lambda: cascade.decoder_text_encoder.encode([""] * batch), 1),
-        "text and map of Stage B": (faked(lambda: decoder.context(x[:batch], grid, decoder_text)), 1),
+        "text and latents of Stage B": (faked(lambda: decoder.context(x[:batch], grid, decoder_text)), 1),
         "step of Stage B": (faked(lambda: decoder(latents, t, decoder_context)), settings.decoder_steps),
         "decode": (faked(lambda: vqgan.decode(latents)), 1),
     }
 
 
 def best_seconds(operation: Operation, device: torch.device) -> float:
-    """Of the fastest way that this machine has."""
+    """The time of the fastest way on this machine."""
     found = []
     ways = operation.ways(device)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a backend says why it does not take part
+        warnings.simplefilter("ignore")  # backends warn when they do not apply
         for calls in ways:
-            # Without a kernel for this shape or device: the next.
+            # Skip ways without a kernel for this shape or device.
             with contextlib.suppress(RuntimeError):
                 found.append(call_seconds(calls, device))
     if not found:
-        raise RuntimeError(f"{operation} runs in no way here; leave the floor out")
+        raise RuntimeError(f"{operation} cannot run on this device. Leave the part floor out.")
     return min(found)
 
 
 def measure_floor(
     cascade: Cascade, device: torch.device, dtype: torch.dtype, batch: int, size: tuple[int, int]
 ) -> dict[str, dict[str, float]]:
-    """Milliseconds and FLOP of each part of a picture, by kind, and of the whole: "picture"."""
+    """Milliseconds and FLOP of each part of an image by kind, and of the whole image."""
     seconds: dict[Operation, float] = {}
     parts: dict[str, dict[str, float]] = {}
     kinds = ("products", "attention", "convolutions")
@@ -234,13 +233,13 @@ def measure_floor(
         parts[name] = part
         for key in total:
             total[key] += times * part[key]
-    return {**parts, "picture": total}
+    return {**parts, "image": total}
 
 
 def _sets(
     shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device, elements: int
 ) -> list[list[Tensor]]:
-    """Buffers for calls in turn, as many as the cache does not hold; on a CPU two."""
+    """Buffers to use in turn: more than fit into the cache, or two on a CPU."""
     count = min(max(math.ceil(CACHE_BYTES / (elements * dtype.itemsize)), 2), 64)
     if device.type != "cuda":
         count = 2

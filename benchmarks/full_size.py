@@ -1,10 +1,9 @@
-"""The published v2 model's size, with random weights, against diffusers on the same GPU in the same process.
+"""Memory and time at the published v2 sizes, compared with diffusers on the same GPU in the same process.
 
-    python benchmarks/full_size.py [--pictures 2]
+    python benchmarks/full_size.py [--images 2]
 
-prints what one 1024×1024 picture takes of memory and time, with all networks on the GPU and with one at a
-time there, in the published recipe: 29 steps of Stage C with guidance, 12 of Stage B. diffusers is measured
-as it is, eager, and so are we.
+Weights are random. Measures one 1024×1024 image with all networks on the GPU, and with one network at a time
+on the GPU, with the published sampling: 29 guided steps of Stage C and 12 of Stage B. Both sides run eagerly.
 """
 
 import argparse
@@ -24,8 +23,8 @@ from wuerstchen.pipeline import LowMemory, Wuerstchen
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=int, default=2, help="drawn one after another after a first one")
-    parser.add_argument("--skip-layer", action="store_true", help="leave out the slow offload by layer")
+    parser.add_argument("--images", "--pictures", type=int, default=2, help="timed after a first one")
+    parser.add_argument("--skip-layer", action="store_true", help="skip the slow offloading by layer")
     options = parser.parse_args()
     cuda = torch.device("cuda")
     cascade = random_v2(cuda)
@@ -33,19 +32,19 @@ def main() -> None:
         network.to("cpu", torch.float16)
     rows = {}
 
-    def measure(name: str, drawn: Callable[[int], object], pictures: int = options.pictures) -> None:
+    def measure(name: str, drawn: Callable[[int], object], images: int = options.images) -> None:
         drawn(0)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         times = []
-        for seed in range(1, pictures + 1):
+        for seed in range(1, images + 1):
             began = time.perf_counter()
             drawn(seed)
             torch.cuda.synchronize()
             times.append(time.perf_counter() - began)
         peak = torch.cuda.max_memory_allocated() / 2**30
         rows[name] = {"gib": round(peak, 2), "seconds": round(statistics.median(times), 2)}
-        print(f"{name:<44} {peak:6.2f} GiB {rows[name]['seconds']:7.2f} s a picture", flush=True)
+        print(f"{name:<44} {peak:6.2f} GiB {rows[name]['seconds']:7.2f} s per image", flush=True)
 
     layers: list[LowMemory] = ["stage"] if options.skip_layer else ["stage", "layer"]
     for low_memory in layers:
@@ -69,9 +68,9 @@ def main() -> None:
     measure("wuerstchen, all on the GPU", partial(draw, model))
 
     ours, theirs = rows["wuerstchen, low memory by stage"], rows["diffusers, enable_model_cpu_offload"]
-    print(f"memory, one network at a time: {ours['gib'] / theirs['gib']:.2f} of diffusers'")
+    print(f"memory, one network at a time: {ours['gib'] / theirs['gib']:.2f} × diffusers")
     ours, theirs = rows["wuerstchen, all on the GPU"], rows["diffusers, all on the GPU"]
-    print(f"time, all on the GPU: {ours['seconds'] / theirs['seconds']:.2f} of diffusers'")
+    print(f"time, all on the GPU: {ours['seconds'] / theirs['seconds']:.2f}× diffusers")
     versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
     print(json.dumps({"gpu": torch.cuda.get_device_name(), **versions, "rows": rows}))
 

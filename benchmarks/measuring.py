@@ -1,4 +1,4 @@
-"""What several benchmarks measure with."""
+"""Helpers for measuring, shared by several benchmarks."""
 
 import gc
 import itertools
@@ -21,7 +21,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, side: int = 8192) -> float:
-    """FLOP a second of a product of square matrices, on random data."""
+    """FLOP/s of a product of random square matrices."""
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     for _ in range(10):
         a @ b
@@ -34,10 +34,10 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, side: int = 8192) -> f
 
 
 def call_seconds(calls: Sequence[Callable[[], object]], device: torch.device, replays: int = 5) -> float:
-    """Seconds of one of ``calls``, which are made one after the other; the median of several rounds.
+    """Seconds per call, as the median over several rounds of all ``calls`` in order.
 
-    On a GPU a round is a CUDA graph, so that starting the kernels does not count. Calls on buffers of their
-    own, more of them than the cache holds, show the time with inputs in memory.
+    On a GPU each round is a CUDA graph, which excludes the time for launching kernels. Give each call its own
+    buffers, more than fit into the cache, to measure the time with inputs in memory.
     """
     for call in calls[:3]:
         call()

@@ -1,12 +1,12 @@
-"""Images a second of Stage C's whole step, with the frozen networks, on pictures and on a prepared set.
+"""Training speed of Stage C including the frozen networks, on image files and on prepared sets.
 
     python benchmarks/prepared.py [--published] [--batch 8] [--workers 8] [--seconds 10]
 
-Three sources of the same pictures: files, whose maps and texts are made on the way; a prepared set whose
-token ids the text encoder reads on the way; one whose stored states are read. Loading is part of the time.
-Without --published all networks are tiny, on whatever device there is. With it they have the published sizes
-and random weights, and pictures 1024 pixels, on a GPU, in bf16, as fast as training is. A table, and a line
-of JSON.
+Compares three sources of the same images: files, for which latents and text states are computed during
+training; a prepared set with token ids, for which text states are computed during training; and a prepared
+set with stored text states. The time includes loading. Without --published all networks are tiny, on any
+device. With it they have the published sizes and random weights, images have 1024 pixels, and training runs
+on a GPU in bf16 with all optimizations. Prints a table and a line of JSON.
 """
 
 import argparse
@@ -50,16 +50,16 @@ from wuerstchen.train.feed.prepared import PreparedFeed
 from wuerstchen.train.stages.base import inputs_of
 from wuerstchen.train.stages.prior import StageC
 
-_IMAGES = 10**9  # of a run that is never trained to its end
+_IMAGES = 10**9  # of the run, which is never completed
 
 
 def photos(folder: Path, count: int, size: int) -> None:
-    """Pictures as cameras give them: JPEG files half as large again as what is trained on."""
-    draw, side = np.random.default_rng(0), size * 3 // 2
+    """Writes JPEG files with 1.5 times the training resolution, as photographs would be larger."""
+    rng, side = np.random.default_rng(0), size * 3 // 2
     for number in range(count):
-        noise = draw.integers(0, 256, (side // 16, side // 16, 3), dtype=np.uint8)
+        noise = rng.integers(0, 256, (side // 16, side // 16, 3), dtype=np.uint8)
         Image.fromarray(noise).resize((side, side)).save(folder / f"{number:03}.jpg", quality=90)
-        (folder / f"{number:03}.txt").write_text(f"picture number {number} of a thing on a background")
+        (folder / f"{number:03}.txt").write_text(f"image number {number} of a thing on a background")
 
 
 def make_cascade(published: bool, device: torch.device) -> Cascade:
@@ -102,7 +102,7 @@ def step_of(stage: StageC, fast: bool, device: torch.device) -> TrainStep:
 
 
 def rate(step: TrainStep, updates: Iterator, seconds: float, fast: bool) -> float:
-    """Images a second, after the first four updates, which compile, record and fill the workers' queues."""
+    """Images per second, after four updates that compile, record, and fill the queues of the workers."""
     device, update_of = step.device, StepRunner(step, record=fast)
 
     def update() -> int:
@@ -128,10 +128,12 @@ def rate(step: TrainStep, updates: Iterator, seconds: float, fast: bool) -> floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--published", action="store_true", help="published sizes, on a GPU")
+    parser.add_argument("--published", action="store_true", help="use the published sizes, on a GPU")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--workers", type=int, default=None, help="(8 with --published, else 1)")
-    parser.add_argument("--seconds", type=float, default=None, help="a source (10 with --published, else 3)")
+    parser.add_argument("--workers", type=int, default=None, help="default: 8 with --published, else 1")
+    parser.add_argument(
+        "--seconds", type=float, default=None, help="per source (default: 10 with --published, else 3)"
+    )
     options = parser.parse_args()
     warnings.simplefilter("ignore", PromptTooLongWarning)
     published: bool = options.published
@@ -173,7 +175,7 @@ def main() -> None:
         prepared = PreparedSet(root / "set")
         images, batch = optimization.images, options.batch
         sources: dict[str, Callable[[], Feed | PreparedFeed]] = {
-            "pictures": lambda: Feed(FolderSource(root / "photos"), 0, size, captions=True),
+            "image files": lambda: Feed(FolderSource(root / "photos"), 0, size, captions=True),
             "prepared, tokens": lambda: PreparedFeed(prepared, 0, images, batch, "tokens"),
             "prepared, states": lambda: PreparedFeed(prepared, 0, images, batch, "states"),
         }
@@ -182,8 +184,8 @@ def main() -> None:
             updates = iter(batches(make(), 0, images, batch, workers))
             rows[name] = rate(step, updates, seconds, fast=published)
             updates.close()  # type: ignore[attr-defined]
-            ratio = rows[name] / rows["pictures"]
-            print(f"{name:<20} {rows[name]:8.1f} images/s  {ratio:5.2f} times pictures", flush=True)
+            ratio = rows[name] / rows["image files"]
+            print(f"{name:<20} {rows[name]:8.1f} images/s  {ratio:5.2f}× image files", flush=True)
     machine = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     settings = {"published": published, "batch": batch, "size": size, "workers": workers}
     print(json.dumps({"device": machine, "torch": version("torch"), **settings, "images_per_second": rows}))

@@ -1,4 +1,4 @@
-"""The published v2 model's shape with random weights, for measuring without its files; diffusers' too."""
+"""The published v2 model with random weights, also in diffusers, for measuring without its files."""
 
 import dataclasses
 import warnings
@@ -21,10 +21,10 @@ PROMPT = "a capybara wearing a raincoat, in the style of an old photograph"
 
 
 def random_v2(device: torch.device, *, tiny: bool = False) -> Cascade:
-    """All networks at published size on ``device`` in fp32, 3.1 billion weights that make something of noise.
+    """All networks at the published sizes on ``device`` in fp32, with 3.1 billion weights.
 
-    What starts at zero is drawn too, so that every layer counts. ``tiny`` networks have the same structure,
-    but are narrow and shallow: to try a script.
+    Weights that are initialised to zero are also random, so that every layer has an effect. ``tiny`` networks
+    have the same structure but are narrow and shallow, to test a script.
     """
     text = {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 20}
     decoder_text = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -40,9 +40,9 @@ def random_v2(device: torch.device, *, tiny: bool = False) -> Cascade:
         )
     torch.manual_seed(0)
     with device:
-        prior = _stirred(Prior(configs[0]))
-        decoder = _stirred(Decoder(configs[1]))
-        vqgan = _stirred(VQGAN(configs[2]))
+        prior = _randomised(Prior(configs[0]))
+        decoder = _randomised(Decoder(configs[1]))
+        vqgan = _randomised(VQGAN(configs[2]))
         text, decoder_text = _clip(**text), _clip(**decoder_text)
     tokenizer = letters()
     return Cascade(
@@ -56,7 +56,7 @@ def random_v2(device: torch.device, *, tiny: bool = False) -> Cascade:
 
 
 def letters() -> CLIPTokenizer:
-    """CLIP's tokenizer with letters in place of words, and CLIP's numbers for begin and end."""
+    """CLIP's tokenizer with letters instead of words, and with CLIP's ids of the start and end tokens."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     pieces = [*alphabet, *(letter + "</w>" for letter in alphabet)]
     vocab = {piece: number for number, piece in enumerate(pieces)}
@@ -70,10 +70,10 @@ def _clip(**sizes: int) -> CLIPTextModel:
     return CLIPTextModel(config).eval().requires_grad_(False)
 
 
-def _stirred(network: nn.Module) -> nn.Module:
-    """Draws what starts at zero. The last layers stay near it: they then say that all is noise.
+def _randomised(network: nn.Module) -> nn.Module:
+    """Randomises weights that are zero. The last layers stay close to zero and so predict that all is noise.
 
-    Larger ones would claim the opposite, and sampling with guidance would leave every range.
+    With larger weights they would predict the opposite, and guided sampling would diverge.
     """
     with torch.no_grad():
         for name, parameter in network.named_parameters():
@@ -85,7 +85,7 @@ def _stirred(network: nn.Module) -> nn.Module:
 
 
 def diffusers_pipeline(cascade: Cascade) -> Any:
-    """diffusers' pipeline with the same weights, which both share."""
+    """diffusers' pipeline, sharing the weights of ``cascade``."""
     from diffusers import DDPMWuerstchenScheduler, WuerstchenCombinedPipeline
     from diffusers.pipelines.deprecated.wuerstchen.modeling_paella_vq_model import PaellaVQModel
     from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_diffnext import WuerstchenDiffNeXt
@@ -125,7 +125,10 @@ def diffusers_draw(
     count: int = 1,
     on_step: Callable[[str], None] | None = None,
 ) -> list:
-    """``count`` pictures of (width, height) by the published recipe; ``on_step`` hears each step's stage."""
+    """Draws ``count`` images of (width, height) with the published sampling.
+
+    ``on_step`` is called with the stage of each step.
+    """
 
     def listener(stage: str):
         return None if on_step is None else lambda *_: on_step(stage) or {}

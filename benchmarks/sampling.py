@@ -1,26 +1,27 @@
-"""The time of a picture at the published v2 size on one GPU, its peers and its floor beside it.
+"""The time of an image at the published v2 sizes on one GPU, compared with peers and with a lower bound.
 
     python benchmarks/sampling.py [--parts ours diffusers compiled floor] [--dtypes float16]
-    python benchmarks/sampling.py --tiny          # tries everything with toy networks, on a CPU too
+    python benchmarks/sampling.py --tiny          # tests the script with toy networks, also on a CPU
 
-Random weights, which ours and diffusers' networks share; text encoders, 29 guided steps of Stage C, 12 of
-Stage B, decoding and the conversion to a PIL picture. The parts:
+Weights are random and shared with diffusers' networks. An image takes the text encoders, 29 guided steps of
+Stage C, 12 of Stage B, decoding, and the conversion to a PIL image. The parts:
 
-ours            ``Wuerstchen.generate``, first of a model just built
-diffusers       its pipeline as it stands
+ours            ``Wuerstchen.generate``, with a new model for each case
+diffusers       its pipeline without changes
 compiled        its pipeline with prior, decoder and vqgan.decode under torch.compile(mode="reduce-overhead",
-                fullgraph=True), compiled anew for each case: minutes
-sizes           ours in one process, batch after batch and size after size: first pictures of a new size
-floor           the best library call for every matrix product, attention and convolution (``floor.py``)
-profile         kernels of one of our pictures by group, and the time without any
-sdxl            Stable Diffusion XL in diffusers: 50 Euler steps with guidance and its VAE in half precision,
-                the text encoders left out
-sdxl-compiled   the same with channels last, UNet and vae.decode compiled
+                fullgraph=True), compiled again for each case, which takes minutes
+sizes           ours in one process with many batch sizes and image sizes, for the first image of a new size
+floor           the best library call for each matrix product, attention and convolution (``floor.py``)
+profile         kernels of one of our images by group, and the time without kernels
+sdxl            Stable Diffusion XL in diffusers: 50 guided Euler steps and its VAE in half precision, without
+                the text encoders
+sdxl-compiled   the same with channels last and compiled UNet and vae.decode
 
-Caches of compilers start empty, unless --keep-caches is given. Seconds are medians. "First" counts from
-building the model (weights are on the GPU already; who comes first also pays for CUDA loading its kernels),
-"full speed" is the end of the first picture within 5 % of the median. GiB are what was allocated at most, and
-in brackets what was reserved, which counts CUDA graphs. What fails is named, and the rest goes on.
+Compiler caches start empty unless --keep-caches is given. Seconds are medians. "First" counts from building
+the model with weights on the GPU. The very first case also includes the time that CUDA takes to load kernels.
+"Full speed" is the end of the first image within 5 % of the median. GiB are the peak of allocated memory, and
+in brackets of reserved memory, which includes CUDA graphs. Failures are reported, and the benchmark
+continues.
 """
 
 import argparse
@@ -52,7 +53,7 @@ from wuerstchen.pipeline import Wuerstchen
 
 PARTS = ("ours", "diffusers", "compiled", "sizes", "floor", "profile", "sdxl", "sdxl-compiled")
 Draw = Callable[[int, Callable[[str], None] | None], object]
-"""Draws with a seed; the second argument hears the stage of every step."""
+"""Draws with a seed. The second argument is called with the stage of each step."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,10 @@ def drawn_by_us(model: Wuerstchen, case: Case) -> Draw:
 
 
 def drawn_by_diffusers(cascade: Cascade, case: Case, compiled: dict[str, Any] | None) -> Draw:
-    """``compiled`` has the arguments of ``torch.compile``."""
+    """``compiled`` are the arguments of ``torch.compile``."""
     pipe = diffusers_pipeline(cascade)
     if compiled is not None:
-        # In place: pipeline and sub-pipelines hold the same modules.
+        # Compile in place: the pipeline and its sub-pipelines share modules.
         pipe.prior_pipe.prior.compile(**compiled)
         pipe.decoder_pipe.decoder.compile(**compiled)
         vqgan = pipe.decoder_pipe.vqgan
@@ -93,7 +94,7 @@ def drawn_by_diffusers(cascade: Cascade, case: Case, compiled: dict[str, Any] | 
 
 
 def measure(make: Callable[[], Draw], device: torch.device, options: argparse.Namespace) -> dict | None:
-    """None where memory does not suffice."""
+    """Times drawing. Returns None if it does not fit into memory."""
     free()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -102,7 +103,7 @@ def measure(make: Callable[[], Draw], device: torch.device, options: argparse.Na
     try:
         draw = make()
         timed = 0
-        while timed < options.pictures or (timed < 20 and ends[-1] - ends[-1 - timed] < options.seconds):
+        while timed < options.images or (timed < 20 and ends[-1] - ends[-1 - timed] < options.seconds):
             draw(len(ends), None)
             synchronise(device)
             ends.append(time.perf_counter())
@@ -132,9 +133,9 @@ def measure(make: Callable[[], Draw], device: torch.device, options: argparse.Na
 
 
 def stage_milliseconds(draw: Draw, device: torch.device) -> dict[str, float]:
-    """Of one picture more, with a stop at every step: a step of each stage, and what is before and after.
+    """Times of one more image with a synchronisation at each step: a step of each stage, before, and after.
 
-    What is before a stage has its text encoder; a step is the median of all but the first.
+    The time before a stage includes its text encoder. A step is the median of all but the first.
     """
     marks: list[tuple[str, float]] = []
 
@@ -166,8 +167,8 @@ COPY = re.compile(r"memcpy|memset|copy|cat(array|_)|aten::(cat|_to_copy|clone)",
 
 
 def kernel_group(name: str) -> str:
-    """By the kernel's name; a convolution's own products count as convolution."""
-    if name.startswith("triton_"):  # torch.compile's, named after all that went into them
+    """The group of a kernel by its name. Matrix products inside convolutions count as convolutions."""
+    if name.startswith("triton_"):  # from torch.compile, named after all the operations fused into them
         return "matrix products" if name.startswith("triton_tem") else "norms and elementwise"
     for group, pattern in (
         ("attention", ATTENTION),
@@ -181,7 +182,7 @@ def kernel_group(name: str) -> str:
 
 
 def profile(draw: Draw, device: torch.device, warm: int) -> dict[str, Any]:
-    """Milliseconds of kernels by group; ``gaps`` is what the same picture takes longer unprofiled."""
+    """Milliseconds of kernels by group. ``gaps`` is the rest of the time of an image without the profiler."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
 
@@ -230,7 +231,7 @@ def print_row(name: str, case: Case, row: dict[str, Any]) -> None:
 
 
 def print_floor(case: Case, floor: dict[str, dict[str, float]]) -> None:
-    print(f"floor, {case}; depthwise convolutions are not in the sum")
+    print(f"floor, {case} (the sum excludes depthwise convolutions)")
     for name, part in floor.items():
         kinds = ", ".join(f"{kind} {part[kind]:.2f}" for kind in part if kind not in ("tflop", "ms"))
         rate = part["tflop"] / max(part["ms"], 1e-9) * 1000
@@ -238,7 +239,7 @@ def print_floor(case: Case, floor: dict[str, dict[str, float]]) -> None:
 
 
 def ratios(rows: dict[str, Any], floors: dict[str, Any], cases: list[Case]) -> dict[str, float]:
-    """How many times longer than ours each peer takes, and ours than the floor."""
+    """The time of each peer divided by ours, and ours divided by the floor."""
     found = {}
     for case in cases:
         ours = rows.get(f"wuerstchen, {case}")
@@ -248,8 +249,8 @@ def ratios(rows: dict[str, Any], floors: dict[str, Any], cases: list[Case]) -> d
             if name.endswith(f", {case}") and not name.startswith("wuerstchen"):
                 found[f"{name} / wuerstchen"] = row["seconds"] / ours["seconds"]
         if str(case) in floors:
-            picture = floors[str(case)]["picture"]["ms"] / 1000
-            found[f"wuerstchen / floor, {case}"] = ours["seconds"] / picture
+            floor = floors[str(case)]["image"]["ms"] / 1000
+            found[f"wuerstchen / floor, {case}"] = ours["seconds"] / floor
     return found
 
 
@@ -264,16 +265,18 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--dtypes", nargs="+", choices=["float16", "bfloat16"])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="of the part sizes")
-    parser.add_argument("--sizes", type=parsed_size, nargs="+", help="of the part sizes: WIDTHxHEIGHT")
-    parser.add_argument("--peer-batches", type=int, nargs="+", default=[1], help="of all other parts")
-    parser.add_argument("--peer-sizes", type=parsed_size, nargs="+", help="of all other parts")
-    parser.add_argument("--pictures", type=int, default=3, help="timed at least, at most 20")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of timing at least")
-    parser.add_argument("--warm", type=int, default=3, help="pictures before; compiled peers record in them")
-    parser.add_argument("--keep-caches", action="store_true", help="of compilers, from earlier runs")
-    parser.add_argument("--json", type=Path, help="file for what is found, written after each row")
-    parser.add_argument("--tiny", action="store_true", help="toy networks, to try the script")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="for the part sizes")
+    parser.add_argument("--sizes", type=parsed_size, nargs="+", help="for the part sizes: WIDTHxHEIGHT")
+    parser.add_argument("--peer-batches", type=int, nargs="+", default=[1], help="for all other parts")
+    parser.add_argument("--peer-sizes", type=parsed_size, nargs="+", help="for all other parts")
+    parser.add_argument("--images", "--pictures", type=int, default=3, help="images to time, at least")
+    parser.add_argument("--seconds", type=float, default=4.0, help="seconds of timing, at least")
+    parser.add_argument(
+        "--warm", type=int, default=3, help="images before timing, in which compiled peers record"
+    )
+    parser.add_argument("--keep-caches", action="store_true", help="keep compiler caches of earlier runs")
+    parser.add_argument("--json", type=Path, help="output file, updated after each row")
+    parser.add_argument("--tiny", action="store_true", help="use toy networks, to test the script")
     options = parser.parse_args()
     if options.sizes is None:
         options.sizes = (
@@ -288,7 +291,7 @@ def arguments() -> argparse.Namespace:
 
 
 class Findings:
-    """What has been measured. It is in the file after each row, even if the rest takes too long."""
+    """All results. They are written to the file after each row, in case the rest takes too long."""
 
     def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
         self.options, self.device = options, device
@@ -319,7 +322,7 @@ class Findings:
 
     @contextlib.contextmanager
     def surviving(self, name: str) -> Iterator[None]:
-        """What fails is named, and the rest goes on."""
+        """Reports a failure and continues."""
         try:
             yield
         except Exception:
@@ -344,7 +347,7 @@ class Findings:
 def measure_wuerstchen(
     findings: Findings, cascade: Cascade, dtype: str, cases: list[Case], compiled: dict[str, Any]
 ) -> None:
-    """All parts that draw with Würstchen, in one precision."""
+    """Measures all parts that use Würstchen, in one precision."""
     options, device = findings.options, findings.device
     torch_dtype = getattr(torch, dtype)
     for network in cascade.networks().values():

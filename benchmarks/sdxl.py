@@ -1,4 +1,4 @@
-"""Stable Diffusion XL in diffusers with random weights, as a peer of ``sampling.py``."""
+"""Stable Diffusion XL in diffusers with random weights, for comparison in ``sampling.py``."""
 
 from collections.abc import Callable
 from typing import Any
@@ -31,7 +31,7 @@ def sdxl_networks(device: torch.device, dtype: torch.dtype, tiny: bool) -> tuple
         "latent_channels": 4,
         "sample_size": 1024,
         "scaling_factor": 0.13025,
-        "force_upcast": False,  # as in the variant made for half precision, which is the faster one
+        "force_upcast": False,  # as in the faster variant for half precision
     }
     if tiny:
         unet |= {
@@ -82,10 +82,10 @@ def drawn_by_sdxl(
         vae.decode = torch.compile(vae.decode, **compiled)
 
     def one(seed: int, on_step: Callable[[str], None] | None = None) -> object:
-        listens = {} if on_step is None else {"callback_on_step_end": lambda *_: on_step("UNet") or {}}
+        callback = {} if on_step is None else {"callback_on_step_end": lambda *_: on_step("UNet") or {}}
         return pipe(
             **texts,
-            **listens,
+            **callback,
             width=size[0],
             height=size[1],
             num_inference_steps=50,

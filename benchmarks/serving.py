@@ -1,16 +1,19 @@
-"""What `wuerstchen serve` does here: start, first preview, batching, many clients, a killed worker.
+"""Measures `wuerstchen serve`: start-up, first preview, batching, many clients, and a killed worker.
 
     python benchmarks/serving.py [--model MODEL] [--device cuda] [--jobs 32] [--clients 200]
 
-The service runs in processes of its own, the clients in this one, on the same cores. Start: from the command
-to its address being printed. First preview: from a request to an idle service to its event, or the picture's
-where that is there as soon, median of nine. Throughput: ``--jobs`` requests of OpenAI's form for one picture
-each, all there at once, with batches and with `--max-batch 1`. Clients: each has a token, asks for a picture,
-follows the job's events, fetches the picture and compares its settings with what it asked for, over and over;
-one that is refused waits as long as Retry-After says. Lost is what was accepted and not drawn, wrong a
-picture of other settings. Memory is that of the service and its workers, in pages that they alone use. Killed
-worker: kill -9 of it with 24 requests waiting; seconds until the service is ready and until the next picture,
-and how many jobs failed.
+The service runs in its own processes, and the clients in this one, on the same cores.
+
+Start           from the command until its address is printed
+First preview   from a request to an idle service until the first preview or image, median of nine
+Throughput      --jobs requests to the OpenAI endpoint for one image each, sent at once, with batches and with
+                --max-batch 1
+Clients         each has a token, and repeatedly requests an image, follows the events of the job, downloads
+                the image and compares its settings with the request. A refused client waits for Retry-After.
+                "Lost" jobs were accepted but not drawn, and "wrong" images have other settings. Memory is the
+                private memory of the service and its workers.
+Killed worker   kill -9 with 24 requests waiting: seconds until the service is ready and until the next image,
+                and the number of failed jobs
 """
 
 import argparse
@@ -48,7 +51,7 @@ THINGS = (
 
 
 class Service:
-    """`wuerstchen serve` in a process of its own, ready."""
+    """`wuerstchen serve` in its own process. It is ready once constructed."""
 
     def __init__(self, options: list[str], tokens: int = 1) -> None:
         self.folder = tempfile.TemporaryDirectory()
@@ -56,7 +59,7 @@ class Service:
         path = Path(self.folder.name) / "tokens"
         path.write_text("\n".join(self.tokens))
         command = [sys.executable, "-m", "wuerstchen", "serve", "--port", "0", "--token-file", str(path)]
-        command += ["--max-requests-per-second", "0"]  # the service is to be as busy as it can be
+        command += ["--max-requests-per-second", "0"]  # no limit, to keep the service busy
         began = time.perf_counter()
         self.log = open(Path(self.folder.name) / "log", "w")  # noqa: SIM115
         self.process = subprocess.Popen(
@@ -66,7 +69,7 @@ class Service:
         line = self.process.stdout.readline()
         self.start_seconds = time.perf_counter() - began
         if not line:
-            sys.exit(f"the service did not start: {(Path(self.folder.name) / 'log').read_text()}")
+            sys.exit(f"The service did not start: {(Path(self.folder.name) / 'log').read_text()}")
         self.url = line.split()[-1]
 
     def client(self, token: int = 0) -> httpx.AsyncClient:
@@ -74,17 +77,17 @@ class Service:
         return httpx.AsyncClient(base_url=self.url, headers=headers, timeout=120, trust_env=False)
 
     def processes(self) -> list[int]:
-        """The service and what it has started."""
+        """The ids of the service and its child processes."""
         pid = self.process.pid
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         return [pid, *map(int, children)]
 
     def worker(self) -> int:
-        """The process with the model: the largest."""
+        """The worker with the model, which is the largest process."""
         return max(self.processes()[1:], key=private_bytes)
 
     def memory(self) -> float:
-        """MiB."""
+        """Private memory of all processes in MiB."""
         return sum(map(private_bytes, self.processes())) / 2**20
 
     def __enter__(self) -> "Service":
@@ -106,7 +109,7 @@ def private_bytes(pid: int) -> int:
 
 
 async def events(client: httpx.AsyncClient, job: str) -> Any:
-    """Yields (name, data) until the job has ended."""
+    """Yields the (name, data) of each event until the job ends."""
     async with client.stream("GET", f"/v1/jobs/{job}/events") as answer:
         answer.raise_for_status()
         name = ""
@@ -134,18 +137,18 @@ async def first_preview(service: Service) -> float:
 
 
 def throughput(service: Service, jobs: int) -> float:
-    """Pictures a second."""
+    """Images per second."""
 
     def draw(seed: int) -> None:
         body = json.dumps({"prompt": THINGS[seed % len(THINGS)], "seed": seed}).encode()
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {service.tokens[0]}"}
-        with urllib.request.urlopen(  # httpx's pool takes longer than the drawing
+        with urllib.request.urlopen(  # httpx's pool is slower than the service
             urllib.request.Request(f"{service.url}/v1/images/generations", body, headers), timeout=120
         ) as answer:
             answer.read()
 
     with ThreadPoolExecutor(jobs) as clients:
-        # One alone, and as many as fit: their kernels are there then.
+        # A single request and then a full batch warm up the kernels.
         for count in (1, jobs, jobs):
             began = time.perf_counter()
             list(clients.map(draw, range(count)))
@@ -153,7 +156,7 @@ def throughput(service: Service, jobs: int) -> float:
 
 
 class Load:
-    """Many clients at once, and what became of their requests."""
+    """Many simultaneous clients, and the outcomes of their requests."""
 
     def __init__(self, service: Service, seconds: float) -> None:
         self.service = service
@@ -170,7 +173,7 @@ class Load:
                 await asyncio.sleep(min(wait, max(0.0, self.until - time.perf_counter())))
 
     async def request(self, client: httpx.AsyncClient, draw: random.Random) -> float:
-        """One picture; returns how long to wait before the next."""
+        """Requests one image. Returns the seconds to wait before the next request."""
         prompt, seed = draw.choice(THINGS), draw.randrange(2**32)
         began = time.perf_counter()
         try:
@@ -222,10 +225,10 @@ async def killed_worker(service: Service, jobs: int = 24) -> dict[str, Any]:
     async with service.client() as client:
         killed: list[float] = []
         drawn: list[float] = []
-        watch: list[asyncio.Task[float]] = []
+        recovery: list[asyncio.Task[float]] = []
 
         async def ready_again() -> float:
-            await asyncio.sleep(0.5)  # its end is noticed
+            await asyncio.sleep(0.5)  # until the service notices
             while (await client.get("/readyz")).status_code != 200:
                 await asyncio.sleep(0.05)
             return time.perf_counter() - killed[0]
@@ -239,17 +242,17 @@ async def killed_worker(service: Service, jobs: int = 24) -> dict[str, Any]:
                 if name == "progress" and not killed:
                     killed.append(time.perf_counter())
                     os.kill(service.worker(), signal.SIGKILL)
-                    watch.append(asyncio.create_task(ready_again()))
+                    recovery.append(asyncio.create_task(ready_again()))
                 elif name == "image" and killed:
                     drawn.append(time.perf_counter() - killed[0])
             return last
 
         ends = await asyncio.gather(*(draw(seed) for seed in range(jobs)))
-        ready = await watch[0]
+        ready = await recovery[0]
     failed, done = ends.count("failed"), ends.count("done")
-    # What was drawn before reaches its client within half a second.
+    # Images drawn before the kill reach their clients within half a second.
     after = [seconds for seconds in drawn if seconds > 0.5]
-    found = {"ready_seconds": ready, "picture_seconds": min(after, default=None)}
+    found = {"ready_seconds": ready, "image_seconds": min(after, default=None)}
     return {**found, "failed": failed, "done": done, "lost": jobs - failed - done}
 
 
@@ -289,15 +292,15 @@ def main() -> None:
         if "preview" not in options.skip:
             show("first preview, s", asyncio.run(first_preview(service)))
         if "throughput" not in options.skip:
-            show("pictures a second, in batches", throughput(service, options.jobs))
+            show("images per second, in batches", throughput(service, options.jobs))
         if "load" not in options.skip:
             show("clients:", asyncio.run(load(service, options.clients, options.seconds)))
         if "kill" not in options.skip:
             show("killed worker:", asyncio.run(killed_worker(service)))
     if "throughput" not in options.skip:
         with Service([*common, "--max-batch", "1"]) as service:
-            show("pictures a second, one at a time", throughput(service, options.jobs))
-        gain = found["pictures a second, in batches"] / found["pictures a second, one at a time"]
+            show("images per second, one at a time", throughput(service, options.jobs))
+        gain = found["images per second, in batches"] / found["images per second, one at a time"]
         show("gain of batches", gain)
     print(json.dumps(found))
 

@@ -1,14 +1,14 @@
-"""Updates a second of Stages C and B at the published sizes on one GPU, diffusers' networks beside them.
+"""Training speed of Stages C and B at the published sizes on one GPU, compared with diffusers' networks.
 
     python benchmarks/training.py [--stages c b] [--batches 8 32 64] [--no-compiled-peer]
 
-Random weights and data, dropout on. Stage C: maps of 24×24, text of 77×1280. Stage B at 512 pixels: latents
-of 128×128, maps of 12×12, text of 77×1024; the compressor is left out of both sides, for diffusers has none
-to train. Both have fp32 weights and AdamW states and compute in bf16 autocast. The peer is diffusers' network
-in the original's step (p2 weight, clipping, AdamW), as it stands and under torch.compile; ours is the update
-that `wuerstchen train` makes: compiled blocks, bf16 copies of matrices that the optimizer keeps up, recorded
-as a CUDA graph, with an average of the weights. A
-matrix product of 8192³ in bf16 is measured beside them; FLOP are three times those of the forward pass.
+Weights and data are random, and dropout is on. Stage C has semantic latents of 24×24 and text of 77×1280.
+Stage B at 512 pixels has latents of 128×128, semantic latents of 12×12 and text of 77×1024. The compressor is
+left out on both sides, because diffusers cannot train one. Both sides have fp32 weights and AdamW states, and
+compute in bf16 autocast. The peer is diffusers' network with the original's training step (p2 weight,
+clipping, AdamW), eager and under torch.compile. Ours is the update of `wuerstchen train`: compiled blocks,
+bf16 weights maintained by the optimizer, an average of the weights, all recorded as a CUDA graph. MFU is
+relative to a bf16 matrix product of 8192³ measured here, and counts three times the FLOP of the forward pass.
 """
 
 import argparse
@@ -37,11 +37,11 @@ from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.stages.base import Inputs, Losses
 
 CUDA = torch.device("cuda")
-AVERAGED_EVERY = 100  # updates, as in the original and in the recipes of its models
+AVERAGED_EVERY = 100  # updates, as in the original and in the recipes of its sizes
 
 
 class StageC:
-    """The prior on data that are there already, as ``wuerstchen.train.engine.update`` takes a stage."""
+    """The prior on ready-made data, with the interface of a stage in ``wuerstchen.train.engine.update``."""
 
     name = "c"
     peer_batch = 8
@@ -99,13 +99,15 @@ class StageB(StageC):
     def data(batch: int) -> Inputs:
         return {
             "x": torch.randn(batch, 4, 128, 128, device=CUDA),
-            "map": torch.randn(batch, 16, 12, 12, device=CUDA),
+            "semantic_latents": torch.randn(batch, 16, 12, 12, device=CUDA),
             "text": torch.randn(batch, 77, 1024, device=CUDA),
         }
 
     def predict(self, x: Tensor, t: Tensor, inputs: Inputs) -> Tensor:
         size = (x.shape[2], x.shape[3])
-        return self.network(x, t, self.network.context(inputs["map"], size, inputs["text"], cache_kv=False))
+        return self.network(
+            x, t, self.network.context(inputs["semantic_latents"], size, inputs["text"], cache_kv=False)
+        )
 
     @classmethod
     def peer(cls) -> nn.Module:
@@ -115,7 +117,7 @@ class StageB(StageC):
 
     @staticmethod
     def peer_predict(peer: nn.Module, x: Tensor, t: Tensor, inputs: Inputs) -> Tensor:
-        return peer(x, t, inputs["map"], inputs["text"])
+        return peer(x, t, inputs["semantic_latents"], inputs["text"])
 
 
 def _shared_fields(config: Any) -> dict[str, Any]:
@@ -169,7 +171,7 @@ def peer_step(stage: type[StageC], batch: int, compiled: bool) -> Callable[[], N
 
 
 def forward_flop(stage_type: type[StageC]) -> int:
-    """Of one picture."""
+    """FLOP of the forward pass of one image."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         stage = stage_type(1)
         inputs = stage.data(1)
@@ -178,7 +180,7 @@ def forward_flop(stage_type: type[StageC]) -> int:
 
 
 def measure(make: Callable[[], Callable[[], None]], seconds: float = 6.0) -> dict[str, float] | None:
-    """Updates a second after the first ten, which compile and record; None where memory does not suffice."""
+    """Updates per second after ten updates that compile and record. None if it does not fit into memory."""
     free()
     torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
@@ -207,7 +209,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stages", nargs="+", choices=["c", "b"], default=["c", "b"])
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 32, 64])
-    parser.add_argument("--no-compiled-peer", action="store_true", help="compiling it takes minutes")
+    parser.add_argument(
+        "--no-compiled-peer", action="store_true", help="skip compiling the peer, which takes minutes"
+    )
     options = parser.parse_args()
     rate = matrix_rate(CUDA, torch.bfloat16)
     print(f"{torch.cuda.get_device_name()}: {rate / 1e12:.0f} TFLOP/s")
@@ -219,9 +223,9 @@ def main() -> None:
             print(f"{name:<48} does not fit", flush=True)
             return
         images = found["updates_per_second"] * batch
-        rows[name] = {**found, "images_per_second": images, "share_of_matrix_rate": images * flop / rate}
+        rows[name] = {**found, "images_per_second": images, "mfu": images * flop / rate}
         print(
-            f"{name:<48} {images:7.1f} img/s {100 * images * flop / rate:5.1f} % of the matrix rate "
+            f"{name:<48} {images:7.1f} img/s {100 * images * flop / rate:5.1f} % MFU "
             f"{found['gib']:6.1f} GiB, first update after {found['seconds_to_first_update']:.0f} s",
             flush=True,
         )
@@ -230,7 +234,7 @@ def main() -> None:
         if stage.name not in options.stages:
             continue
         flop, batch, title = 3 * forward_flop(stage), stage.peer_batch, f"Stage {stage.name.upper()}"
-        print(f"{title}: {flop / 1e12:.2f} TFLOP a picture")
+        print(f"{title}: {flop / 1e12:.2f} TFLOP per image")
         peers = {f"{title}, diffusers, batch {batch}": False}
         if not options.no_compiled_peer:
             peers[f"{title}, diffusers, compiled, batch {batch}"] = True
@@ -241,7 +245,7 @@ def main() -> None:
         ours = rows.get(f"{title}, wuerstchen, batch {batch}")
         for name in peers:
             if ours is not None and name in rows:
-                print(f"{ours['images_per_second'] / rows[name]['images_per_second']:.2f} times {name}")
+                print(f"{ours['images_per_second'] / rows[name]['images_per_second']:.2f}× {name}")
     print(json.dumps({"gpu": torch.cuda.get_device_name(), "torch": version("torch"), "rows": rows}))
 
 

@@ -1,12 +1,12 @@
-"""Images a second of Stage C at its published size, on as many GPUs as there are processes.
+"""Training speed of Stage C at its published size on several GPUs, with one process per GPU.
 
     torchrun --nproc-per-node 1 benchmarks/two_gpus.py --batch 8
     torchrun --nproc-per-node 2 benchmarks/two_gpus.py --batch 8
 
-``--batch`` is that of one GPU, so twice the images a second is perfect. Whole updates on random maps and text
-states that are on the device: fp32 weights and optimizer, bf16 compute, compiled blocks, weight average.
-With replicated weights, each update a CUDA graph, then with sharded ones; a table line and a JSON line each,
-by the first process.
+``--batch`` is per GPU, so twice as many images per second is perfect scaling. Measures whole updates on
+random latents and text states on the device: fp32 weights and optimizer, bf16 compute, compiled blocks, and a
+weight average. The first measurement has replicated weights and a CUDA graph per update, the second sharded
+weights. Rank 0 prints a table line and a JSON line for each.
 """
 
 import argparse
@@ -37,7 +37,7 @@ AVERAGED_EVERY = 100  # updates, as in the recipes of the published sizes
 
 
 class RandomStageC:
-    """Stage C's update on inputs that nothing has to make."""
+    """Stage C with ready-made inputs."""
 
     name = "c"
     averaged = ("prior",)
@@ -117,7 +117,7 @@ def measure(sharding: str, options: argparse.Namespace, processes: Processes) ->
     run(options.warm)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    # The median of several, each long enough that starting it does not count.
+    # The median of several runs, each long enough to make launch overhead negligible.
     seconds = sorted(run(options.updates) for _ in range(3))[1]
     update.close()
     memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
@@ -139,14 +139,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--batch", type=int, default=8, help="images of one GPU at a time")
+    parser.add_argument("--batch", type=int, default=8, help="images per GPU and forward pass")
     parser.add_argument("--accumulate", type=int, default=1)
-    parser.add_argument("--side", type=int, default=24, help="positions along a side of the map")
+    parser.add_argument("--side", type=int, default=24, help="positions per side of the semantic latents")
     parser.add_argument("--warm", type=int, default=5)
     parser.add_argument("--updates", type=int, default=50)
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--eager", action="store_true")
-    parser.add_argument("--tiny", action="store_true", help="a small network, to try the script")
+    parser.add_argument("--tiny", action="store_true", help="use a small network, to test the script")
     parser.add_argument("--sharding", nargs="+", default=["none", "full"])
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

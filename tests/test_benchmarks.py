@@ -75,7 +75,7 @@ def test_ratios_compare_the_same_case(benchmarks):
     half, brain = (sampling.Case(dtype, 1, (1024, 1024)) for dtype in ("float16", "bfloat16"))
     seconds = {f"wuerstchen, {half}": 1, f"wuerstchen, {brain}": 2, f"SDXL, {half}": 3, f"SDXL, {brain}": 8}
     rows = {name: {"seconds": value} for name, value in seconds.items()}
-    floors = {str(brain): {"picture": {"ms": 500.0}}}
+    floors = {str(brain): {"image": {"ms": 500.0}}}
     assert sampling.ratios(rows, floors, [half, brain]) == {
         f"SDXL, {half} / wuerstchen": 3,
         f"SDXL, {brain} / wuerstchen": 4,
@@ -84,9 +84,9 @@ def test_ratios_compare_the_same_case(benchmarks):
 
 
 @pytest.mark.slow
-def test_the_time_of_a_picture_is_measured_to_the_end(tmp_path):
+def test_the_time_of_an_image_is_measured_to_the_end(tmp_path):
     """A rehearsal on this machine: an option, a part or a peer that no longer runs."""
-    command = [sys.executable, str(BENCHMARKS / "sampling.py"), "--tiny", "--pictures", "1"]
+    command = [sys.executable, str(BENCHMARKS / "sampling.py"), "--tiny", "--images", "1"]
     parts = ["--parts", "ours", "diffusers", "floor", "profile", "--json", str(tmp_path / "found.json")]
     environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent / "src"), "CUDA_VISIBLE_DEVICES": ""}
     ran = subprocess.run([*command, *parts], capture_output=True, text=True, env=environment)
