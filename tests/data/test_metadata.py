@@ -46,13 +46,13 @@ def test_csv(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"file_name,text\na.png\n", "line 2 is wrong because it has 1 cells, and the first line names 2"),
-        (b"file_name,text\na.png,a,b\n", "line 2 is wrong because it has 3 cells"),
-        (b"text,text\na,b\n", "line 1 is wrong because it must name each column once"),
-        (b"", "line 1 is wrong because it must name each column once"),
+        (b"file_name,text\na.png\n", "line 2 has 1 cells, but the first line names 2"),
+        (b"file_name,text\na.png,a,b\n", "line 2 has 3 cells"),
+        (b"text,text\na,b\n", "line 1 must contain the names of the columns, each once"),
+        (b"", "line 1 must contain the names of the columns, each once"),
         (b"file_name,text\na.png,caf\xe9\n", "is not UTF-8"),
-        (b'file_name,text\na.png,"' + b"x" * (1 << 20), "is not CSV"),
-        (b'file_name,text\na.png,"a"b\n', "line 2 is wrong because it is not CSV"),
+        (b'file_name,text\na.png,"' + b"x" * (1 << 20), "is not valid CSV"),
+        (b'file_name,text\na.png,"a"b\n', "line 2 is not valid CSV"),
     ],
 )
 def test_what_is_no_csv(tmp_path, content, message):

@@ -97,7 +97,7 @@ def test_columns_of_what_has_none_are_refused_in_training_too(kind, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "set" / "work").mkdir(parents=True)
     (tmp_path / "set" / "work" / "plan.json").touch()
-    with pytest.raises(DataError, match="set has no columns"):
+    with pytest.raises(DataError, match="has no columns to choose"):
         open_source(kind, text_column="caption")
 
 
@@ -115,7 +115,7 @@ def test_columns_of_a_folder_for_training(tmp_path):
 def test_a_prepared_set_is_not_prepared_again(tmp_path):
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "plan.json").touch()
-    with pytest.raises(DataError, match="it is a prepared set already"):
+    with pytest.raises(DataError, match="is already a prepared set"):
         open_reader(tmp_path)
 
 

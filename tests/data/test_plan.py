@@ -47,7 +47,7 @@ def test_hashes_do_not_run_together_and_hold_in_another_process():
 
 
 def test_an_empty_set_is_no_set():
-    with pytest.raises(ValueError, match="length 0 must be at least 1"):
+    with pytest.raises(ValueError, match="length must be at least 1, got 0"):
         item_at(0, 0, 0)
 
 
@@ -126,7 +126,7 @@ def test_a_batch_is_a_function_of_its_number():
 
 @pytest.mark.parametrize("batch_size", [0, -1])
 def test_a_batch_of_nothing(batch_size):
-    with pytest.raises(UserError, match="batch_size must be at least 1, got 0"):
+    with pytest.raises(UserError, match="batch_size must be at least 1, got"):
         BucketPlan(np.zeros(9, dtype=int), batch_size, 0)
 
 
