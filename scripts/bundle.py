@@ -1,12 +1,12 @@
-"""Puts a trained model into the package, stored small.
+"""Puts a trained model into the package in int8.
 
     python scripts/bundle.py runs/mini/model
 
-All networks are stored in int8 by row. What that costs is told by
+All networks are stored in int8 with a scale per row. To measure the loss of quality, run
 
     wuerstchen evaluate --data data/emoji --before runs/mini/model
 
-which scores the model in the package and, in a row of its own, the one that it was made of.
+It scores the model in the package, and in a separate row the original model.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=BUNDLED.parent) as folder:
         small = Path(folder) / "model"
         cascade = read_cascade(source)
-        # How to sample is the recipe's choice as it stands now; it may have been made after the training.
+        # Use the sampling settings of the current recipe, which may be newer than the training.
         cascade.settings = cascade_settings(mini(), cascade.settings.latent_statistics)
         write_cascade(cascade, small, provenance, STORAGE, text_encoder=source / "text_encoder")
         for name in ("model.json", *(f"{part}.safetensors" for part in NETWORKS)):

@@ -1,10 +1,10 @@
-"""Whether two checkouts compute the same bits on this machine: images, training and prepared sets.
+"""Checks that two checkouts compute the same bits on this machine: images, training and prepared sets.
 
     python scripts/compare_checkouts.py OLD NEW
 
-Each checkout runs in processes of its own, with its ``src`` first on Python's path, and only its commands and
-the files that they write are looked at. Prints a line for each comparison, and ends with exit code 1 if one
-of them differs. Takes about three minutes on one idle core.
+Each checkout runs in its own processes, with its ``src`` first on Python's path. Only commands and the files
+that they write are compared. Prints a line per comparison, and exits with 1 if one of them differs. Takes
+about three minutes on one idle core.
 """
 
 import argparse
@@ -33,19 +33,19 @@ TRAIN = shlex.split(
     " --stage-b.optimization.images 160 --stage-b.refine-images 160 --stage-c.optimization.images 320"
     " --prior-steps 4 --decoder-steps 4 --preview-prompts cat"
 )
-"""20 updates of each stage, the refinements too."""
+"""20 updates of each stage, including the refinements."""
 PREPARE = shlex.split("data prepare sample prepared --text-states fp16 --crop random --shard-size 64")
 
 LEFT_OUT = ("log.jsonl", "run.json", "state.json", "lock", "tensorboard/*")
-"""Files of a run that name versions or times. Losses are taken out of log.jsonl."""
+"""Files of a run that contain versions or times. Losses are read from log.jsonl."""
 TIMES = ("time", "seconds", "kwh", "images_per_second", "matrix_share")
-"""What log.jsonl has of an update that is not computed."""
+"""Fields of an update in log.jsonl that depend on time."""
 VERSIONS = ("versions", "version")
-"""Fields of JSON files that name versions."""
+"""Fields of JSON files with versions."""
 
 
 class Checkout:
-    """A checkout and the folder in which its commands are run."""
+    """A checkout, and the folder in which its commands run."""
 
     def __init__(self, root: Path, folder: Path) -> None:
         self.source = root.resolve() / "src"
@@ -54,7 +54,7 @@ class Checkout:
         self.environment = {**os.environ, "PYTHONPATH": str(self.source), "OMP_NUM_THREADS": "1"}
         found = self.python("-c", "import wuerstchen; print(wuerstchen.__file__)").strip()
         if not Path(found).is_relative_to(self.source):
-            raise SystemExit(f"{root} is no checkout: Python takes wuerstchen from {found}")
+            raise SystemExit(f"{root} is not a checkout: Python imports wuerstchen from {found}.")
 
     def python(self, *arguments: str) -> str:
         done = subprocess.run(
@@ -66,7 +66,7 @@ class Checkout:
         )
         if done.returncode:
             command = " ".join(arguments)
-            raise SystemExit(f"{self.source.parent}: {command} ended with {done.returncode}\n{done.stderr}")
+            raise SystemExit(f"{self.source.parent}: {command} exited with {done.returncode}\n{done.stderr}")
         return done.stdout
 
     def run(self, arguments: list[str], device: str) -> None:
@@ -79,7 +79,7 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def updates(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What log.jsonl has of each update and validation of a run, without times."""
+    """The updates and validations in log.jsonl of a run, without times."""
     for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
         event = json.loads(line)
         if event["event"] in ("progress", "validation"):
@@ -93,7 +93,7 @@ def without_versions(value: object) -> object:
 
 
 def same_tensors(old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]) -> bool:
-    """Bit for bit, NaN too."""
+    """Whether tensors are equal bit for bit, including NaN."""
 
     def bits(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.contiguous().reshape(-1).view(torch.uint8)
@@ -106,7 +106,7 @@ def same_tensors(old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor
 
 
 def same_files(old: Path, new: Path) -> bool:
-    """By what they hold: headers of safetensors files and texts of images name versions."""
+    """Whether two files have the same contents, except headers and texts, which contain versions."""
     if old.suffix == ".safetensors":
         return same_tensors(load_file(old), load_file(new))
     if old.suffix == ".png":
@@ -118,17 +118,17 @@ def same_files(old: Path, new: Path) -> bool:
 
 
 class Comparison:
-    """Prints what is equal and what is not."""
+    """Prints whether files and losses are equal."""
 
     def __init__(self) -> None:
         self.differing = 0
 
-    def say(self, same: bool, what: str, detail: str = "") -> None:
+    def report(self, same: bool, what: str, detail: str = "") -> None:
         self.differing += not same
         print(f"{'equal  ' if same else 'DIFFERS'} {what}{detail}", flush=True)
 
     def folders(self, old: Path, new: Path, left_out: tuple[str, ...]) -> None:
-        """A line for each file that is in one of two folders."""
+        """Prints a line for each file in either folder."""
         names = {
             path.relative_to(folder).as_posix()
             for folder in (old, new)
@@ -143,35 +143,35 @@ class Comparison:
             missing = [folder for folder in (old, new) if not (folder / name).is_file()]
             what = f"{old.name}/{name}"
             if missing:
-                self.say(False, what, f": only in {'NEW' if missing[0] == old else 'OLD'}")
+                self.report(False, what, f": only in {'NEW' if missing[0] == old else 'OLD'}")
             else:
-                self.say(same_files(old / name, new / name), what)
+                self.report(same_files(old / name, new / name), what)
 
     def losses(self, old: Path, new: Path) -> None:
-        """A line for each stage: from which image on the logs differ."""
+        """Prints a line for each stage, with the first image at which the logs differ."""
         theirs, ours = list(updates(old)), list(updates(new))
         for stage in dict.fromkeys(stage for stage, _ in (*theirs, *ours)):
             first = [event for name, event in theirs if name == stage]
             second = [event for name, event in ours if name == stage]
             what = f"losses of stage {stage}, {len(first)} events"
-            apart = next((a for a, b in zip(first, second, strict=False) if a != b), None)
-            detail = f": from image {apart['images']} on" if apart else ""
-            self.say(first == second, what, detail)
+            different = next((a for a, b in zip(first, second, strict=False) if a != b), None)
+            detail = f": from image {different['images']} on" if different else ""
+            self.report(first == second, what, detail)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("old", type=Path, metavar="OLD", help="a checkout, with its source in src")
-    parser.add_argument("new", type=Path, metavar="NEW", help="another")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    parser.add_argument("old", type=Path, metavar="OLD", help="a checkout with its source in src")
+    parser.add_argument("new", type=Path, metavar="NEW", help="another checkout")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument(
         "--leave-out",
         action="append",
         default=[],
         metavar="PATTERN",
-        help="files that have changed on purpose, as stage_*/checkpoints/*; may be given several times",
+        help="files with intended changes, such as stage_*/checkpoints/*; can be repeated",
     )
     options = parser.parse_args()
     compared = Comparison()
@@ -183,7 +183,7 @@ def main() -> int:
                 checkout.run(command, options.device)
             old, new = (checkout.folder for checkout in both)
             if command is GENERATE:
-                compared.say(same_files(old / "demo.png", new / "demo.png"), "demo.png")
+                compared.report(same_files(old / "demo.png", new / "demo.png"), "demo.png")
             elif command is PREPARE:
                 compared.folders(old / "prepared", new / "prepared", tuple(options.leave_out))
             else:

@@ -1,4 +1,4 @@
-"""Make docs/experiments.md from docs/experiments.jsonl: one row per training run.
+"""Makes docs/experiments.md from docs/experiments.jsonl, with a row per training run.
 
     python scripts/experiments_table.py [--check]
 

@@ -1,10 +1,10 @@
-"""Installs the package with the lowest versions that it declares, into a new environment, and tries it there.
+"""Tests the package with the lowest versions that it declares, in a new environment.
 
     python scripts/lowest_versions.py
 
-Every "name>=version" of pyproject.toml, with the extras below, is installed as "name==version", so a floor
-that does not exist, or that other packages exclude, fails here. torch is taken from constraints-cpu.txt
-(--torch names another). Then each command does a small piece of work. Takes some minutes and 2 GB of disk.
+Each "name>=version" in pyproject.toml, including the extras below, is installed as "name==version". Versions
+that do not exist, or that other packages exclude, fail here. torch comes from constraints-cpu.txt, or from
+--torch. Then each command does a small piece of work. Takes some minutes and 2 GB of disk.
 """
 
 import argparse
@@ -58,9 +58,9 @@ try:
         except OSError:
             time.sleep(0.2)
     body = {"prompt": "a cat", "n": 1, "response_format": "b64_json"}
-    asked = urllib.request.Request(url + "v1/images/generations", json.dumps(body).encode())
-    asked.add_header("Content-Type", "application/json")
-    assert len(json.load(urllib.request.urlopen(asked, timeout=300))["data"][0]["b64_json"]) > 1000
+    request = urllib.request.Request(url + "v1/images/generations", json.dumps(body).encode())
+    request.add_header("Content-Type", "application/json")
+    assert len(json.load(urllib.request.urlopen(request, timeout=300))["data"][0]["b64_json"]) > 1000
 finally:
     process.send_signal(signal.SIGTERM)
     process.wait(60)
@@ -68,10 +68,10 @@ finally:
 
 
 def lowest(requirement: str) -> str | None:
-    """The requirement with its floor as the only version; None for torch, which is pinned elsewhere."""
+    """The requirement pinned to its lowest version, or None for torch, which is pinned elsewhere."""
     match = re.fullmatch(r"([\w.-]+)>=([\w.]+)", requirement)
     if match is None:
-        assert "==" in requirement, f"{requirement} has no floor"
+        assert "==" in requirement, f"{requirement} has no lowest version"
         return requirement
     return None if match[1] == "torch" else f"{match[1]}=={match[2]}"
 
@@ -84,7 +84,7 @@ def requirements() -> list[str]:
 
 
 def smoke(python: Path, work: Path) -> None:
-    """Runs every command in an empty folder, with this package's source. Raises if one fails."""
+    """Runs all commands in an empty folder. Raises an error if one fails."""
     write_photos = (
         "from PIL import Image\nfrom pathlib import Path\nPath('photos').mkdir()\nfor n in range(4):\n"
         "    Image.effect_noise((150, 140), 60).convert('RGB').save(f'photos/{n}.jpg')\n"
@@ -101,8 +101,8 @@ def smoke(python: Path, work: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--torch", default="torch", help="another torch, as in torch==2.11.0")
-    parser.add_argument("--environment", type=Path, help="an environment that is there, to try it once more")
+    parser.add_argument("--torch", default="torch", help="another torch, such as torch==2.11.0")
+    parser.add_argument("--environment", type=Path, help="an existing environment to test")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         environment = options.environment or Path(folder) / "environment"

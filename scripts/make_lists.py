@@ -1,8 +1,8 @@
-"""Make the two lists of the evaluation, (a) pairs and (b) prompts, out of the built emoji set.
+"""Makes the two lists of the evaluation, (a) pairs and (b) prompts, from the built emoji set.
 
 Usage: python scripts/make_lists.py BUILT_SET
 
-No model has a say: order, colours, backgrounds and splits come from hashes and from the drawings alone.
+Order, colours, backgrounds and splits depend only on hashes and on the drawings, not on any model.
 """
 
 import json
@@ -39,9 +39,9 @@ HUELESS = {"black", "white", "gray"}
 
 
 def reachable(rgba: np.ndarray) -> dict[str, list[int]]:
-    """The colours that turning the hue can make the picture's largest, each with the shifts that do.
+    """The colours that can become the dominant colour of an image by a hue shift, each with those shifts.
 
-    The colour is found as training names it. Shift 0 is the picture as it was drawn.
+    Colours are named as in training. Shift 0 is the original image.
     """
     coarse = rgba[::4, ::4]
     found: dict[str, list[int]] = {}
@@ -53,12 +53,12 @@ def reachable(rgba: np.ndarray) -> dict[str, list[int]]:
 
 
 def rarest(choices: Iterable[str], used: Counter[str], *key: str) -> str:
-    """The choice used least so far, so that all come up as evenly as the drawings allow; ties by hash."""
+    """The least used choice, so that choices are as balanced as possible. Ties are broken by hash."""
     return min(choices, key=lambda choice: (used[choice], stable_hash(*key, choice)))
 
 
 def pairs(source: EmojiSource) -> list[Entry]:
-    """List (a): every held-out pair once, in the order of hashes."""
+    """List (a): each held-out pair once, ordered by hash."""
     records = sorted(source.records, key=lambda record: stable_hash("evaluate pairs", record.id))
     val = val_of([record.id for record in records], VAL_PAIRS)
     return [
@@ -78,7 +78,7 @@ def pairs(source: EmojiSource) -> list[Entry]:
 
 
 def prompts(source: EmojiSource) -> list[Entry]:
-    """List (b): the first held-out pairs in another order of hashes that can take a colour."""
+    """List (b): the first held-out pairs, in another order of hashes, that can be recoloured."""
     order = sorted(
         range(len(source)), key=lambda item: stable_hash("evaluate prompts", source.records[item].id)
     )
@@ -94,13 +94,13 @@ def prompts(source: EmojiSource) -> list[Entry]:
         colour, shift = None, 0
         if record.style != MONO_STYLE:
             shifts = reachable(rgba)
-            # "an orange orange" would not tell whether the colour was heard.
+            # "an orange orange" would not show whether the model follows the colour.
             free = sorted(set(shifts) - set(subject_words(name).split(" ")))
             if not free:
                 continue
             colour = rarest(free, colours_used, "evaluate colour", record.id)
             colours_used[colour] += 1
-            # A picture that has the colour already needs no turning.
+            # Do not shift the hue if the image already has the colour.
             shift = min(shifts[colour], key=lambda s: (s > 0, stable_hash("evaluate shift", record.id, s)))
         shown = shift_hue(rgba, shift) if shift else rgba
         hidden = "black" if colour is None else colour

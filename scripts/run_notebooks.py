@@ -1,4 +1,4 @@
-"""Runs the notebooks and stores what they show, pictures as JPEG: `pip install nbclient ipykernel` first."""
+"""Runs the notebooks and stores their outputs, images as JPEG. Needs `pip install nbclient ipykernel`."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 def main() -> None:
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
         if path.stem == "train":
-            continue  # what it prints depends on the machine
+            continue  # its output depends on the machine
         notebook = nbformat.read(path, as_version=4)
         NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
         for cell in notebook.cells:

@@ -1,14 +1,14 @@
 """Writes the pages of the documentation site to build/docs/pages. `make docs` runs it first.
 
 The README, the guides and the model card link to each other, to source files and to folders. That is right on
-a code host, but a site has only pages. So this script copies the pages, in the same folders as in the
+a code host, but a site only has pages. So this script copies the pages, in the same folders as in the
 repository, and changes their links:
 
 - a module or package of wuerstchen becomes its page in the API reference, which is made from the docstrings;
 - any other text file becomes a page that shows the file;
 - images are copied.
 
-Exits with an error if a link leads nowhere. Links to headings are checked later, when the site is built.
+Exits with an error if a link is broken. Links to headings are checked later, when the site is built.
 """
 
 import os
@@ -44,13 +44,13 @@ def reference_page(repository: Path, path: Path) -> Path | None:
 
 
 def file_page(path: Path, text: str) -> str:
-    """A page that shows a text file."""
+    """A page with the contents of a text file."""
     language = LANGUAGES.get(path.suffix, "text")
     return f"# {path.as_posix()}\n\n``````{language}\n{text.rstrip()}\n``````\n"
 
 
 def separate_lists(text: str) -> str:
-    """Adds an empty line before each list. Code hosts need none, Python-Markdown does."""
+    """Adds an empty line before each list, which Python-Markdown needs and code hosts do not."""
     lines: list[str] = []
     fenced = False
     for line in text.splitlines():
@@ -67,7 +67,7 @@ def separate_lists(text: str) -> str:
 def stage(repository: Path, target: Path) -> None:
     """Writes all pages of ``repository``, and the files that they show, into the folder ``target``.
 
-    Raises ``ValueError`` with all links that lead nowhere.
+    Raises ``ValueError`` with all broken links.
     """
     pages = {path.relative_to(repository) for pattern in PAGES for path in repository.glob(pattern)}
     shown: set[Path] = set()
@@ -101,7 +101,7 @@ def stage(repository: Path, target: Path) -> None:
 
     texts = {page: staged(page) for page in sorted(pages)}
     if broken:
-        raise ValueError("These links lead nowhere:\n  " + "\n  ".join(broken))
+        raise ValueError("These links are broken:\n  " + "\n  ".join(broken))
     for path in sorted(shown):
         if path.suffix in IMAGES:
             (target / path).parent.mkdir(parents=True, exist_ok=True)

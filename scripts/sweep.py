@@ -1,9 +1,9 @@
-"""Score a model's ways to sample on val, to choose one. Test is never touched.
+"""Compares sampling settings of a model by their scores on val. The test split is never used.
 
     python scripts/sweep.py runs/mini/model data/emoji --guidance 2 3 4 --decoder-guidance 1 1.5
 
-Prints a line for each combination: the C+B+A row of both lists, or A+B. What is not given is the model's own.
-With several --first-seeds, each combination is drawn as often, and has a line each time.
+Prints a line per combination with the scores of C+B+A or A+B on both lists. The defaults are the model's own
+settings. With several --first-seeds, there is a line per combination and seed.
 """
 
 import argparse
@@ -34,9 +34,9 @@ def main() -> None:
     parser.add_argument("--decoder-guidance", type=float, nargs="+", default=[None])
     parser.add_argument("--decoder-steps", type=int, nargs="+", default=[None])
     parser.add_argument("--decoder-shift", type=float, nargs="+", default=[None])
-    parser.add_argument("--first-seeds", type=int, nargs="+", default=[0], help="1000 apart, for one")
+    parser.add_argument("--first-seeds", type=int, nargs="+", default=[0], help="for example 0 1000")
     parser.add_argument("--row", choices=("a_b", "c_b_a"), default="c_b_a", help="which row to score")
-    parser.add_argument("--limit", type=int, help="the first N of each list only")
+    parser.add_argument("--limit", type=int, help="use only the first N entries of each list")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--device")
     options = parser.parse_args()

@@ -1,15 +1,15 @@
-"""Train the judges of the evaluation, on the training split of the emoji set alone.
+"""Trains the judges of the evaluation, using only the training split of the emoji set.
 
     python scripts/train_judges.py data/emoji --cache FOLDER           # writes the file in the package
-    python scripts/train_judges.py data/emoji --cache FOLDER --choose  # to compare settings; writes nothing
-    python scripts/train_judges.py data/emoji --report                 # what the file in the package scores
+    python scripts/train_judges.py data/emoji --cache FOLDER --choose  # compares settings, writes nothing
+    python scripts/train_judges.py data/emoji --report                 # scores the file in the package
 
-Each picture is seen plain on white with its shortest full caption, and a few times as training composes it:
-place, size, colours and background at random, with a caption of what it shows, and a little weakened. The
-features of all that are computed once and kept in ``--cache``; the heads then take a minute or two.
+Each image is used once plain on white with its shortest full caption, and a few times as training composes
+it: with random place, size, colours and background, a matching caption, and a slight degradation. All
+features are computed once and stored in ``--cache``. Training the heads then takes a minute or two.
 
-``--choose`` leaves a tenth of the training pictures out and scores on them and on the *val* part of the
-lists. The *test* part is scored by ``--report`` alone, which is for the end.
+``--choose`` leaves out a tenth of the training images, and scores on them and on the *val* split of the
+lists. Only ``--report``, which is for the final result, scores the *test* split.
 """
 
 import argparse
@@ -50,15 +50,15 @@ class Settings:
     """How the heads are trained."""
 
     seed: int = 0
-    views: int = 2  # composed ones; the plain one comes as often as all of them together
+    views: int = 2  # composed views; the plain view is drawn as often as all of them together
     steps: int = 800
     batch_size: int = 1024
     learning_rate: float = 1e-3
-    warm_up: int = 50  # steps; the rate then falls to 0 along a cosine
+    warm_up: int = 50  # steps, followed by a cosine decay to 0
     weight_decay: float = 0.05
     dropout: float = 0.3
     text_dropout: float = 0.1
-    scale: float = 20.0  # of the cosines at the start; learnt
+    scale: float = 20.0  # initial scale of the cosines; it is trained
     style_learning_rate: float = 5e-3
     style_weight_decay: float = 0.2
     style_dropout: float = 0.1
@@ -66,16 +66,16 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """Every picture of the training split once: float16 features and a caption each."""
+    """One view of each image in the training split: float16 features and a caption."""
 
     features: Features
     captions: list[str]
 
 
-def weakened(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A third of the pictures after JPEG, a third softened, a third as they are.
+def degraded(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Compresses a third of the images with JPEG, blurs a third, and leaves a third unchanged.
 
-    Mildly: a style is to be seen through what a good decoder loses, and a picture that is mush is to fail.
+    The degradation is mild: judges should tolerate the losses of a good decoder, but not those of a bad one.
     """
     kind = rng.integers(3)
     if kind == 0:
@@ -88,7 +88,7 @@ def weakened(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def read_view(source: EmojiSource, number: int, seed: int, network: FeatureNetwork, cache: Path) -> View:
-    """The plain view (number 0) or a composed one, from the cache if it is there."""
+    """Computes the plain view (number 0) or a composed view, or reads it from the cache."""
     path = cache / f"{source.fingerprint()}-{seed}-{number}.safetensors"
     if not path.is_file():
         captions, parts = [], []
@@ -98,9 +98,9 @@ def read_view(source: EmojiSource, number: int, seed: int, network: FeatureNetwo
                 examples = [source.plain(item, SIZE) for item in items]
                 images = [example.image for example in examples]
             else:
-                chance = [generator(seed, item, f"judges view {number}") for item in items]
-                examples = [source.example(item, rng, SIZE) for item, rng in zip(items, chance, strict=True)]
-                images = [weakened(e.image, rng) for e, rng in zip(examples, chance, strict=True)]
+                rngs = [generator(seed, item, f"judges view {number}") for item in items]
+                examples = [source.example(item, rng, SIZE) for item, rng in zip(items, rngs, strict=True)]
+                images = [degraded(e.image, rng) for e, rng in zip(examples, rngs, strict=True)]
             captions += [example.caption for example in examples]
             parts.append(network(torch.from_numpy(np.stack(images))))
         done = Features.joined(parts)
@@ -113,14 +113,14 @@ def read_view(source: EmojiSource, number: int, seed: int, network: FeatureNetwo
 
 
 def picked(features: Features, items: Tensor) -> Features:
-    """The features of some pictures, float32."""
+    """The features of some images in float32."""
     return Features(pooled=features.pooled[items].float(), detail=features.detail[items].float())
 
 
 def train(views: Sequence[View], styles: Tensor, items: Tensor, settings: Settings) -> JudgeHeads:
-    """Heads trained on the pictures ``items``, indices into every view and into ``styles``."""
+    """Trains heads on the images ``items``, which are indices into each view and into ``styles``."""
     torch.manual_seed(settings.seed)
-    chance = torch.Generator().manual_seed(settings.seed)
+    rng = torch.Generator().manual_seed(settings.seed)
     features = Features.joined([view.features for view in views])
     captions = list(dict.fromkeys(caption for view in views for caption in view.captions))
     number = {caption: i for i, caption in enumerate(captions)}
@@ -153,9 +153,9 @@ def train(views: Sequence[View], styles: Tensor, items: Tensor, settings: Settin
         ),
     )
     for _ in tqdm(range(settings.steps), desc="heads", mininterval=5):
-        # No picture comes twice in a batch: its other view would stand as a wrong answer.
-        batch = items[torch.randperm(len(items), generator=chance)[: settings.batch_size]]
-        which = torch.randint(2 * (len(views) - 1) or 1, (len(batch),), generator=chance)
+        # Each image appears once per batch: another view of it would count as a wrong answer.
+        batch = items[torch.randperm(len(items), generator=rng)[: settings.batch_size]]
+        which = torch.randint(2 * (len(views) - 1) or 1, (len(batch),), generator=rng)
         which = (which - max(len(views) - 2, 0)).clamp(min=0)
         rows = batch + len(styles) * which
 
@@ -163,11 +163,11 @@ def train(views: Sequence[View], styles: Tensor, items: Tensor, settings: Settin
         images = heads.embed_images(F.dropout(x, settings.dropout))
         words = heads.embed_texts(F.dropout(texts[caption_of[rows]], settings.text_dropout))
         same = (caption_of[rows][:, None] == caption_of[rows]).float()
-        target = same / same.sum(1, keepdim=True)  # pictures with one caption share the right answer
+        target = same / same.sum(1, keepdim=True)  # images with the same caption share the right answer
         logits = log_scale.exp() * images @ words.T
         contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         style = F.cross_entropy(heads.score_styles(F.dropout(x, settings.style_dropout)), styles[batch])
-        loss = contrast + style  # they share no weights
+        loss = contrast + style  # without shared weights
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -188,18 +188,18 @@ def standardise_by(heads: JudgeHeads, features: Features, texts: Tensor) -> None
 def score(
     judges: Judges, features: Features, captions: Sequence[str], own: Sequence[str], styles: Sequence[int]
 ) -> str:
-    """Retrieval among ``captions`` and style accuracy, in words."""
+    """Retrieval among ``captions`` and style accuracy, as a line of text."""
     choices = list(dict.fromkeys(captions))
     ranks = judges.rank(features, choices, np.array([choices.index(caption) for caption in own]))
     right = judges.style(features) == np.array(styles)
     return (
         f"R@1 {(ranks < 1).mean():.3f}, R@5 {(ranks < 5).mean():.3f} among {len(choices)} captions, "
-        f"style {right.mean():.3f}, {len(own)} pictures"
+        f"style {right.mean():.3f}, {len(own)} images"
     )
 
 
 def score_lists(judges: Judges, root: Path, network: FeatureNetwork, splits: Sequence[Split]) -> None:
-    """Prints how the judges do on the lists' real pictures, among the captions of the split and of all."""
+    """Prints scores on the real images of the lists, among the captions of the split and among all."""
     real = RealImages(root)
     for name in LISTS:
         for split in splits:
