@@ -1,4 +1,4 @@
-"""Aspect buckets and crops."""
+"""Aspect-ratio buckets and crops."""
 
 import math
 
@@ -102,7 +102,7 @@ def test_saliency_finds_the_detail(left):
 
 
 def test_edges_count_in_both_directions():
-    """Stripes that lie have no differences along a row."""
+    """Horizontal stripes have no differences along a row."""
     pixels = np.full((100, 300), 128, dtype=np.uint8)
     pixels[::2, 220:280] = 0
     pixels[:, 10:30:2] = 0  # fewer edges, all of them along rows
@@ -111,7 +111,7 @@ def test_edges_count_in_both_directions():
         assert 175 <= box[top] <= 222
 
 
-def test_a_picture_without_any_detail_is_cut_in_the_middle():
+def test_an_image_without_detail_is_cropped_in_the_centre():
     (box,) = crop_boxes(Image.new("RGB", (301, 100), "red"), (128, 128), "saliency", 1, 0, 0)
     assert box[0] == pytest.approx(100.5, abs=1.5)
     boxes = crop_boxes(Image.new("RGB", (301, 100), "red"), (128, 128), "saliency", 9, 0, 0)

@@ -91,7 +91,7 @@ def test_every_caption_is_clean_english(fields: dict, seed: int) -> None:
 
 @given(fields=fields, seed=st.integers(0, 2**32))
 @settings(max_examples=300, deadline=None)
-def test_no_colour_is_said_that_the_picture_does_not_show(fields: dict, seed: int) -> None:
+def test_captions_name_no_colour_that_the_image_lacks(fields: dict, seed: int) -> None:
     scene = Scene(**fields)
     assume(scene.recoloured or scene.style == "fluent-mono")  # else the names' own colours hold
     text = caption(scene, np.random.default_rng(seed))
@@ -207,12 +207,12 @@ def test_each_named_colour_is_named_as_itself(name: str) -> None:
 
 
 def test_name_colours_counts_opaque_pixels_only() -> None:
-    picture = np.zeros((10, 10, 4), dtype=np.uint8)
-    picture[:] = (*COLOURS["green"], 100)
-    picture[:6] = (*COLOURS["blue"], 255)
-    picture[6:8] = (*COLOURS["red"], 255)
-    picture[8] = (*COLOURS["yellow"], 255)
-    assert name_colours(picture) == ["blue", "red"]
+    image = np.zeros((10, 10, 4), dtype=np.uint8)
+    image[:] = (*COLOURS["green"], 100)
+    image[:6] = (*COLOURS["blue"], 255)
+    image[6:8] = (*COLOURS["red"], 255)
+    image[8] = (*COLOURS["yellow"], 255)
+    assert name_colours(image) == ["blue", "red"]
     assert name_colours(np.zeros((4, 4, 4), dtype=np.uint8)) == []
 
 

@@ -1,4 +1,4 @@
-"""YAML of data sets, before the library reads it."""
+"""Limits on the YAML in data set cards."""
 
 import os
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from wuerstchen.errors import DataError
 
 
 def test_much_yaml_is_refused(tmp_path):
-    """The library reads 30 KB of it a second: 3 MB took 40."""
+    """The library parses 30 KB per second: 3 MB took 40 s."""
     card = "---\n" + "\n".join(f"key_{i}: value" for i in range(30_000)) + "\n---\ntext\n"
     (tmp_path / "README.md").write_text(card)
     with pytest.raises(

@@ -34,13 +34,13 @@ from wuerstchen.errors import DataError, UserError
 
 
 def disc(colour: tuple[int, int, int], under: tuple[int, int, int] = (0, 0, 0)) -> np.ndarray:
-    """A soft-edged disc; ``under`` is what lies unseen beneath its transparent pixels."""
+    """A soft-edged disc; ``under`` is the hidden colour of its transparent pixels."""
     y, x = np.mgrid[:256, :256] - 127.5
     alpha = np.clip((110 - np.hypot(x, y)) / 8, 0, 1)
-    picture = np.empty((256, 256, 4), dtype=np.uint8)
-    picture[..., :3] = np.where(alpha[..., None] > 0, colour, under)
-    picture[..., 3] = np.round(alpha * 255)
-    return picture
+    image = np.empty((256, 256, 4), dtype=np.uint8)
+    image[..., :3] = np.where(alpha[..., None] > 0, colour, under)
+    image[..., 3] = np.round(alpha * 255)
+    return image
 
 
 def record(style: str, subject: str, **changes: object) -> Record:
@@ -273,12 +273,12 @@ def test_compose_agrees_with_pillow_where_nothing_is_resized() -> None:
 # --- Damage ---
 
 
-def test_a_damaged_picture_is_named(built: Path, tmp_path: Path) -> None:
+def test_a_damaged_image_is_named(built: Path, tmp_path: Path) -> None:
     make_set(tmp_path, listed_subjects()[:1])
     source = EmojiSource(tmp_path)
     path = tmp_path / source.name(0)
     whole = path.read_bytes()
-    for damaged in (b"", b"not a picture", whole[: len(whole) // 2]):
+    for damaged in (b"", b"not an image", whole[: len(whole) // 2]):
         path.write_bytes(damaged)
         with pytest.raises(DataError, match=rf"{path.name} cannot be read"):
             source.example(0, generator(0, 0, "image"), 32)
@@ -395,7 +395,7 @@ FOX = listed_subjects()[0]
 
 
 def fake_packages(folder: Path) -> dict[str, Path]:
-    """Packages of one subject, one sign and one flag, in the shape of the real ones."""
+    """Packages with one subject, one sign and one flag, in the layout of the real packages."""
     webp = io.BytesIO()
     Image.fromarray(disc((200, 60, 20))).save(webp, "WEBP", lossless=True, method=0)
     icons = {"icons": {"fox": {"body": '<rect width="32" height="16" fill="currentColor"/>', "height": 16}}}
@@ -463,7 +463,7 @@ def test_build_of_one_subject_and_its_resumption(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.slow
 def test_the_true_build(tmp_path: Path) -> None:
-    """Fetches 30 MB from npm and renders 6,685 pictures."""
+    """Downloads 30 MB from npm and renders 6,685 images."""
     if emoji_build.shutil.which("npm") is None:
         pytest.skip("npm is not installed")
     probe = subprocess.run(

@@ -1,4 +1,4 @@
-"""Reading what other people made: regular files only, up to a limit, without waiting."""
+"""Safe reading of untrusted files: only regular files, up to a limit, without blocking."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ from wuerstchen.errors import DataError
 
 
 def test_a_fifo_is_refused_at_once(tmp_path):
-    """Nobody writes into it, so opening it as usual would wait for ever."""
+    """It has no writer, so a plain open would block forever."""
     os.mkfifo(tmp_path / "a.txt")
     with pytest.raises(DataError, match=r"^File 'a.txt' is not a regular file"):
         open_file(tmp_path / "a.txt", "a.txt")

@@ -118,7 +118,7 @@ def test_common_names_of_scores(fields):
 
 
 def test_whole_numbers_of_any_length():
-    """They do not fit into a float, which Python says with an OverflowError."""
+    """They do not fit into a float, for which Python raises OverflowError."""
     filters = Filters(max_watermark=0.5, min_aesthetic=5.0)
     assert filters.drop_reason({"pwatermark": 10**401}) == "watermark score above 0.5"
     assert filters.drop_reason({"aesthetic": -(10**401)}) == "aesthetic score below 5"

@@ -94,7 +94,7 @@ def test_the_shorter_side_is_scaled_and_the_crop_is_random(tmp_path: Path) -> No
     assert max(crop.mean() for crop in crops) - min(crop.mean() for crop in crops) > 100
 
 
-def test_image_is_the_picture_of_example(with_metadata: Path) -> None:
+def test_image_is_the_image_of_example(with_metadata: Path) -> None:
     source = FolderSource(with_metadata)
     for item in range(3):
         example = source.example(item, np.random.default_rng(item), 8)
@@ -142,7 +142,7 @@ def test_fingerprint_changes_with_files_and_captions(
 
 
 def _line(**fields: object) -> Callable[[Path], None]:
-    """``metadata.jsonl`` with one good line, and ``fields`` in the second."""
+    """``metadata.jsonl`` with a valid first line, and ``fields`` in the second."""
 
     def make(root: Path) -> None:
         _image(root / "a.png")
@@ -266,7 +266,10 @@ def _then(*steps: Callable[[Path], object]) -> Callable[[Path], None]:
             _line(file_name="x/../../b.png", text="b"),
             r"line 2 .* outside the data folder: .*\. Name the image",
         ),
-        (_line(file_name="/etc/b.png", text="b"), "line 2 has a file_name outside the data folder: '/etc/b.png'"),
+        (
+            _line(file_name="/etc/b.png", text="b"),
+            "line 2 has a file_name outside the data folder: '/etc/b.png'",
+        ),
         (_line(file_name="C:\\b.png", text="b"), "line 2 .* outside the data folder"),
         (_line(file_name="\n.png", text="b"), r"line 2 names '\\n\.png', which is not an image"),
         (
@@ -326,7 +329,7 @@ def test_an_empty_text_file_is_an_empty_caption(with_text_files: Path) -> None:
     assert tally.dropped == {"no caption": 1}
 
 
-def test_a_damaged_picture_is_named_when_it_is_read(with_text_files: Path) -> None:
+def test_a_damaged_image_is_named_when_it_is_read(with_text_files: Path) -> None:
     content = (with_text_files / "b.png").read_bytes()
     (with_text_files / "b.png").write_bytes(content[: len(content) // 2])
     source = FolderSource(with_text_files)
@@ -334,7 +337,7 @@ def test_a_damaged_picture_is_named_when_it_is_read(with_text_files: Path) -> No
         source.example(0, np.random.default_rng(0), 8)
 
 
-def test_fingerprint_names_a_picture_that_went_away(with_text_files: Path) -> None:
+def test_fingerprint_names_an_image_that_is_gone(with_text_files: Path) -> None:
     source = FolderSource(with_text_files)
     (with_text_files / "b.png").unlink()
     with pytest.raises(DataError, match=r"^Image 'b\.png' cannot be read \(No such file"):
@@ -348,7 +351,7 @@ def _named(source: FolderSource) -> dict[str, tuple[str, ...]]:
 @pytest.mark.parametrize("name", ["metadata.jsonl", "b.txt"])
 @pytest.mark.parametrize("kind", ["fifo", "endless"])
 def test_caption_files_that_never_end_are_refused(tmp_path: Path, name: str, kind: str) -> None:
-    """A FIFO is waited on for ever, and /dev/zero read until the memory is full."""
+    """Reading a FIFO blocks forever, and reading /dev/zero fills the memory."""
     _image(tmp_path / "b.png")
     os.mkfifo(tmp_path / name) if kind == "fifo" else (tmp_path / name).symlink_to("/dev/zero")
     with pytest.raises(DataError, match=rf"^File '{name}' is not a regular file"):
@@ -378,7 +381,7 @@ def test_other_data_than_images_is_named(tmp_path: Path, name: str, said: str) -
 
 
 def test_names_match_in_any_normal_form_and_with_backslashes(tmp_path: Path) -> None:
-    """macOS writes an e and an accent where others write é; Windows writes backslashes."""
+    """macOS decomposes é into e and an accent, and Windows writes backslashes."""
     apart, whole = "cafe\u0301", "caf\u00e9"
     _image(tmp_path / f"{apart}.png")
     _image(tmp_path / "cats" / f"{whole}.png")
@@ -452,7 +455,7 @@ def test_metadata_in_csv_and_parquet(tmp_path: Path) -> None:
 
 
 def test_text_files_come_before_metadata_in_csv(with_text_files: Path) -> None:
-    """Folders that were read by their text files may have had such a file all along."""
+    """Folders with text files may have always had such a file."""
     (with_text_files / "metadata.csv").write_text("what,ever\n")
     assert _caption(FolderSource(with_text_files), 1) == "a cat"
 

@@ -1,4 +1,4 @@
-"""Images by their number, of tars and tables whose list is made once."""
+"""The index of images in tars and tables, for access by number."""
 
 import functools
 import io
@@ -106,7 +106,7 @@ def names(source: IndexedSource) -> list[str]:
 
 @pytest.mark.parametrize("kind", WRITERS)
 def test_any_image_is_that_of_a_folder_with_the_same_files(kind, tmp_path):
-    """In any order, and in another process too."""
+    """In any order, also in another process."""
     folder = FolderSource(write_folder(tmp_path / "folder", 60))
     source = opened(WRITERS[kind](tmp_path / kind, 60))
     assert len(source) == 60

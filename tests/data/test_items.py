@@ -1,4 +1,4 @@
-"""What readers share: captions in a cell."""
+"""Helpers that readers share: captions in a cell."""
 
 from wuerstchen.data.items import MAX_TEXT, captions_in, known_fields, text_in
 

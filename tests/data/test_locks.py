@@ -1,4 +1,4 @@
-"""Locks keep a second process out, or the folder is refused by name."""
+"""Locks exclude a second process, or the folder is refused."""
 
 import errno
 import fcntl
@@ -14,7 +14,7 @@ from wuerstchen.train.run import train
 
 @pytest.fixture(params=[errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
 def no_flock(request, monkeypatch):
-    """What Lustre without ``-o flock`` and some NFS answer."""
+    """The error of Lustre without ``-o flock`` and of some NFS."""
 
     def flock(*_):
         raise OSError(request.param, "not here")
@@ -30,7 +30,7 @@ def test_a_second_holder_is_kept_out(tmp_path):
 
 
 def test_a_file_system_without_locks_is_refused_by_name(tmp_path, no_flock):
-    """filelock fell back to marker files, which two runs on two nodes both believed to own."""
+    """filelock fell back to marker files, which runs on two nodes could both acquire."""
     with pytest.raises(RunFolderError, match=r"is on a file system without working file locks \(not here\)"):
         acquired(tmp_path / "lock", timeout=0.0)
     assert not list(tmp_path.iterdir())

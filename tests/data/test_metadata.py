@@ -1,4 +1,4 @@
-"""Rows of the metadata file of a folder."""
+"""Reading the metadata file of a folder."""
 
 import datetime
 import json

@@ -1,4 +1,4 @@
-"""Which kind of data a name is, and that training and preparing agree about it."""
+"""The kind of data of a name, which is the same for training and preparing."""
 
 import dataclasses
 import json
@@ -57,7 +57,7 @@ def test_each_name_is_of_one_kind(tmp_path, monkeypatch):
 
 
 def test_other_things_in_a_folder_of_captioned_images_change_nothing(tmp_path):
-    """Training read the images of such folders before it knew tars, and runs of them go on."""
+    """Earlier versions trained on the images of such folders, and their runs must resume."""
     folder = photos(tmp_path / "photos")
     before = open_source(str(folder)).fingerprint()
     (folder / "backup.tar").touch()
@@ -126,7 +126,7 @@ def test_the_sample_holds_out_none(tmp_path):
 
 
 def test_without_the_package_a_missing_folder_is_named_too(monkeypatch):
-    """The name of a folder that is not there may be one on the hub."""
+    """The name of a missing folder can also be a name on the hub."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"'data/photos' is not a local file or folder.*wuerstchen\[data\]"):
         open_source("data/photos")

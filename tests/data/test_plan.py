@@ -1,4 +1,4 @@
-"""The order of pictures: every epoch a permutation, the same in every process."""
+"""The order of images: each epoch is a permutation, the same in all processes."""
 
 import itertools
 import subprocess
@@ -76,7 +76,7 @@ def test_an_epoch_shows_every_item_at_most_once_and_drops_only_the_rest_of_a_buc
 
 
 def test_items_of_buckets_smaller_than_a_batch_are_shown_as_often_as_the_others():
-    """119 photos of four aspects in batches of 64: three of them, 37 photos, used never to be shown."""
+    """119 photos with four aspect ratios in batches of 64: three buckets with 37 photos were never shown."""
     buckets = np.repeat([0, 1, 2, 5], [4, 8, 82, 25])
     plan = BucketPlan(buckets, 64, seed=3)
     assert plan.small == [0, 1, 5]
@@ -109,7 +109,7 @@ def test_sets_that_only_have_small_buckets():
 
 
 def test_the_order_of_sets_without_small_buckets_is_the_recorded_one():
-    """Runs that were begun before small buckets were filled go on as they were."""
+    """Runs from before small buckets were filled keep their order."""
     plan = BucketPlan(np.arange(50) % 3, 8, seed=5)
     assert plan.ids(0).tolist() == [39, 45, 42, 27, 30, 15, 12, 21]
     assert plan.ids(17).tolist() == [45, 15, 6, 3, 30, 42, 0, 33]

@@ -1,4 +1,4 @@
-"""Prepared sets: what is stored, the same after any kill and on any number of processes."""
+"""Prepared sets: their contents do not depend on kills or on the number of processes."""
 
 import dataclasses
 import errno
@@ -66,14 +66,14 @@ def photos(tmp_path: Path) -> Path:
 
 
 def write_photos(folder: Path) -> Path:
-    """Eight images, of which two have the same caption and one has two."""
+    """Eight images. Two have the same caption, and one has two captions."""
     folder.mkdir()
     lines = []
     for number in range(8):
         width, height = SIZES[number % len(SIZES)]
         noise = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
         Image.fromarray(noise).resize((width, height)).save(folder / f"{number}.png")
-        text = "a thing" if number in (1, 4) else f"picture {number} of a thing"
+        text = "a thing" if number in (1, 4) else f"image {number} of a thing"
         texts = [text, "another caption"] if number == 2 else text
         lines.append(
             {"file_name": f"{number}.png", "text": texts, "pwatermark": 0.1 * number, "punsafe": 0.0}
@@ -149,7 +149,7 @@ def test_what_is_stored(photos, whole, networks):
             assert (np.abs(states - expected) <= 0.51 * scale + 1e-4).all()
     assert seen == set(bucket_sizes(256, 4.0))
     assert prepared.captions(1) == prepared.captions(4) == ["a thing"]
-    assert prepared.captions(2) == ["picture 2 of a thing", "another caption"]
+    assert prepared.captions(2) == ["image 2 of a thing", "another caption"]
     assert description["texts"]["rows"] == 8  # of nine
     assert not (whole / "work").exists()
     assert description["buckets"] == [[128, 512, 1], [256, 256, 6], [512, 128, 1]]
@@ -181,20 +181,20 @@ def test_all_positions(photos, tmp_path, networks, kept):
     assert (np.abs(states - encoded) <= scale * (0.51 / 127 if kept == "int8" else 1e-3)).all()
 
 
-def test_all_views_of_a_picture_are_on_one_side():
-    names = [f"{picture}.webp#view={view}" for picture in range(200) for view in range(3)]
+def test_all_views_of_an_image_are_in_one_split():
+    names = [f"{image}.webp#view={view}" for image in range(200) for view in range(3)]
     prepared = PreparedSet.__new__(PreparedSet)
     column = SimpleNamespace(to_pylist=lambda: names)
     prepared._tables = {"images": SimpleNamespace(data=SimpleNamespace(column=lambda name: column))}
     train, held_out = (prepared.rows(split).tolist() for split in ("train", "heldout"))
     assert sorted([*train, *held_out]) == list(range(600))
-    pictures = {row // 3 for row in held_out}
-    assert 0 < len(pictures) < 20
-    assert held_out == [3 * picture + view for picture in sorted(pictures) for view in range(3)]
+    images = {row // 3 for row in held_out}
+    assert 0 < len(images) < 20
+    assert held_out == [3 * image + view for image in sorted(images) for view in range(3)]
 
 
-def test_maps_are_made_in_fp32_whatever_text_states_are(photos, tmp_path, networks):
-    """In bf16 they have a bias, which training would learn."""
+def test_latents_are_float32_whatever_text_states_are(photos, tmp_path, networks):
+    """In bf16 they have a bias, which training would pick up."""
     sets = []
     for precision in ("float32", "bfloat16"):
         config = dataclasses.replace(CONFIG, precision=precision, text_states="fp16")
@@ -240,14 +240,14 @@ def test_quantised_states():
 
 
 def test_sizes_of_a_million_images():
-    """At 1024 pixels, with maps of 16 × 24 × 24 and CLIP bigG's states: 25, 125 and 60 GB at most."""
-    million, maps = 1_000_000, 16 * 24 * 24
-    assert bytes_per_image(latent_values=maps, tokens=77.0) * million <= 25e9
-    full = bytes_per_image(latent_values=maps, tokens=77.0, positions=77.0, width=1280, states="int8")
+    """At 1024 pixels, with latents of 16 × 24 × 24 and CLIP bigG's states: 25, 125 and 60 GB at most."""
+    million, latents = 1_000_000, 16 * 24 * 24
+    assert bytes_per_image(latent_values=latents, tokens=77.0) * million <= 25e9
+    full = bytes_per_image(latent_values=latents, tokens=77.0, positions=77.0, width=1280, states="int8")
     assert 100e9 <= full * million <= 125e9
-    real = bytes_per_image(latent_values=maps, tokens=30.0, positions=30.0, width=1280, states="int8")
+    real = bytes_per_image(latent_values=latents, tokens=30.0, positions=30.0, width=1280, states="int8")
     assert real * million <= 60e9
-    in_half = bytes_per_image(latent_values=maps, tokens=77.0, positions=77.0, width=1280, states="fp16")
+    in_half = bytes_per_image(latent_values=latents, tokens=77.0, positions=77.0, width=1280, states="fp16")
     assert in_half * million > 200e9  # which is why there is int8
 
 
@@ -439,7 +439,7 @@ def test_a_folder_with_other_settings_or_another_source_is_refused(photos, tmp_p
 
 
 def test_a_set_of_a_model_that_sees_images_enlarged_can_be_read(photos, tmp_path, networks):
-    """It was made to its end, and then every reader refused it."""
+    """It was prepared completely, and then every reader refused it."""
     settings = dataclasses.replace(networks.settings, view_scale=2.0)
     out = tmp_path / "out"
     made = make(photos, out, dataclasses.replace(networks, settings=settings))
@@ -513,7 +513,7 @@ def test_a_folder_without_locks_is_refused_by_every_process(photos, tmp_path, ne
         make(photos, tmp_path / "out", networks, rank=Rank(number, 2))
 
 
-def test_damaged_pictures_are_skipped_counted_and_named(photos, tmp_path, networks):
+def test_damaged_images_are_skipped_counted_and_named(photos, tmp_path, networks):
     (photos / "3.png").write_bytes((photos / "3.png").read_bytes()[:100])
     (photos / "4.png").write_bytes(b"")
     (photos / "5.png").write_bytes(b"#!/bin/sh\n")
@@ -536,7 +536,7 @@ def test_crops_do_not_depend_on_what_else_is_kept(photos, whole, tmp_path, netwo
     assert [some.name(i) for i in range(len(some))] == ["0.png", "1.png", "3.png"]
     for ours, theirs in ((0, 0), (1, 1), (2, 3)):
         assert np.array_equal(some.boxes(ours), everything.boxes(theirs))
-    for item in range(8):  # each picture's crops are its own
+    for item in range(8):  # each image's crops are its own
         image, size = open_image(photos / f"{item}.png"), everything.size(item)
         expected = crop_boxes(image, size, CONFIG.crop, CONFIG.crops, CONFIG.seed, item)
         np.testing.assert_allclose(everything.boxes(item), expected, atol=1e-4)
@@ -578,7 +578,7 @@ def test_text_states_that_are_nan_are_noticed(photos, tmp_path, networks, monkey
         return dataclasses.replace(encoded, states=encoded.states * np.nan)
 
     monkeypatch.setattr(type(networks.text_encoder), "encode_tokens", spoiled)
-    with pytest.raises(DataError, match="The text states of 'picture 0 of a thing' contain NaN"):
+    with pytest.raises(DataError, match="The text states of 'image 0 of a thing' contain NaN"):
         make(photos, tmp_path / "out", networks)
 
 
@@ -596,9 +596,9 @@ def overwrite(path: Path, old: bytes, new: bytes) -> None:
 
 def test_nan_in_what_is_stored_is_noticed_and_named(finished):
     prepared = PreparedSet(finished)
-    maps, states = prepared.semantic_latents(4, 1), prepared.states(4)
+    latents, states = prepared.semantic_latents(4, 1), prepared.states(4)
     nan = np.array(np.nan, np.float16).tobytes()
-    overwrite(finished / "images" / "00001.arrow", maps.tobytes(), nan + maps.tobytes()[2:])
+    overwrite(finished / "images" / "00001.arrow", latents.tobytes(), nan + latents.tobytes()[2:])
     stored = states.astype(np.float16).tobytes()
     (path,) = [p for p in (finished / "texts").glob("*.arrow") if stored in p.read_bytes()]
     overwrite(path, stored, stored[:-2] + nan)
@@ -627,7 +627,7 @@ def test_shards_that_changed_at_equal_size_are_noticed(finished):
 
 
 def test_a_changed_shard_that_is_not_verified_ends_no_process(finished):
-    """Every byte of the structure is changed, with the time of the file kept: that is an error or nothing."""
+    """Changes each byte of the structure but keeps the file time: reading works or raises an error."""
     shard = finished / "images" / "00001.arrow"
     data, times = shard.read_bytes(), shard.stat()
     rng = np.random.default_rng(0)
@@ -673,7 +673,7 @@ def test_states_that_the_table_lacks(finished):
     ],
 )
 def test_sets_that_lie_are_refused(made_once, tmp_path, table, column, value, message):
-    """Whoever made the set wrote the checksums too."""
+    """An attacker who makes the set also writes its checksums."""
     out = shutil.copytree(made_once / "bare", tmp_path / "out")
     path = out / table / "00000.arrow"
     with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
@@ -692,7 +692,7 @@ def test_sets_that_lie_are_refused(made_once, tmp_path, table, column, value, me
 
 
 def test_failed_downloads_are_counted_and_not_named(tmp_path, networks):
-    """img2dataset writes a row for every failed download: their names made a description of 77 MiB."""
+    """img2dataset writes a row per failed download, whose names took 77 MiB in the description."""
     file = io.BytesIO()
     Image.new("RGB", (200, 200), "red").save(file, "PNG")
     images = [file.getvalue() if row % 50 == 0 else None for row in range(150)]
@@ -707,7 +707,7 @@ def test_failed_downloads_are_counted_and_not_named(tmp_path, networks):
     assert "  dropped 147: not downloaded" in summary(description)
 
 
-def test_damaged_pictures_are_named_up_to_a_number(photos, tmp_path, networks, monkeypatch):
+def test_damaged_images_are_named_up_to_a_number(photos, tmp_path, networks, monkeypatch):
     monkeypatch.setattr("wuerstchen.data.filters.MAX_NAMED", 2)
     for name in (0, 1, 3, 4, 7):
         (photos / f"{name}.png").write_bytes(b"x")
@@ -719,8 +719,8 @@ def test_damaged_pictures_are_named_up_to_a_number(photos, tmp_path, networks, m
     assert len(PreparedSet(tmp_path / "out")) == 3
 
 
-def test_sets_of_versions_that_named_every_damaged_picture_open(finished):
-    """Hundreds of thousands of names made over 64 MiB, which the version that wrote them did not read."""
+def test_sets_of_versions_that_named_every_damaged_image_open(finished):
+    """Hundreds of thousands of names took over 64 MiB, which was then too large to read."""
     path = finished / "prepared.json"
     description = json.loads(path.read_text())
     for key in ("unnamed", "without_score"):
@@ -738,7 +738,7 @@ def test_sets_of_versions_that_named_every_damaged_picture_open(finished):
 
 
 def test_the_columns_are_part_of_the_settings(photos, tmp_path, networks):
-    """The same command with another column went on as it had begun."""
+    """The same command with another column continued with the first column."""
     images = [(photos / f"{number}.png").read_bytes() for number in range(3)]
     rows = {"image": images, "text": ["short"] * 3, "other": ["long"] * 3}
     pq.write_table(pa.table(rows), tmp_path / "a.parquet")
@@ -824,7 +824,7 @@ def test_sets_that_cannot_be_read(finished, tmp_path):
 
 
 def places(value, path=()):
-    """The way to everything in a JSON value."""
+    """The paths to all values in a JSON value."""
     yield path
     items = value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ())
     for key, item in items:
@@ -838,7 +838,7 @@ JUNK = (None, True, -1, 10**30, float("inf"), "\0", "x" * 300, [[]], {})
     "kinds", [2, pytest.param(len(JUNK) + 1, marks=pytest.mark.slow)], ids=["some", "all"]
 )
 def test_junk_anywhere_in_the_description_is_one_line(finished, networks, kinds):
-    """Reading whatever is there, in every way that training does, raises nothing but ``DataError``."""
+    """Reading a set in all the ways of training only raises ``DataError``."""
     path = finished / "prepared.json"
     text = path.read_text()
     messages = []

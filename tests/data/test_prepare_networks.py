@@ -1,4 +1,4 @@
-"""Which models data can be prepared with."""
+"""The models that can prepare data."""
 
 import pytest
 

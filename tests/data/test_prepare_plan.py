@@ -26,7 +26,7 @@ def test_settings_that_make_no_sense(change, message):
 
 
 class Listed:
-    """A reader of given metadata."""
+    """A reader with the given metadata."""
 
     def __init__(self, *fields):
         self.fields = fields

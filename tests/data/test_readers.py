@@ -1,4 +1,4 @@
-"""Captioned pictures in folders, tars, parquet files and data sets of the hub."""
+"""Captioned images in folders, tars, parquet files and data sets on the hub."""
 
 import io
 import json
@@ -23,7 +23,7 @@ from wuerstchen.errors import DataError
 from wuerstchen.images import decode_image
 
 
-def picture(colour: str = "red", suffix: str = "jpeg") -> bytes:
+def image_file(colour: str = "red", suffix: str = "jpeg") -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (24, 16), colour).save(file, suffix)
     return file.getvalue()
@@ -55,12 +55,12 @@ def write_tar(path: Path, *members: tuple[tarfile.TarInfo, bytes]) -> Path:
 
 
 def sample(key: str, caption: str, colour: str = "red") -> list[tuple[tarfile.TarInfo, bytes]]:
-    return [member(f"{key}.jpg", picture(colour)), member(f"{key}.txt", caption.encode())]
+    return [member(f"{key}.jpg", image_file(colour)), member(f"{key}.txt", caption.encode())]
 
 
 def test_a_folder_with_its_metadata(tmp_path):
     for name in ("b.jpg", "a.jpg"):
-        (tmp_path / name).write_bytes(picture("blue"))
+        (tmp_path / name).write_bytes(image_file("blue"))
     lines = [
         {"file_name": "a.jpg", "text": ["one", "two"], "pwatermark": 0.0, "other": 1},
         {"file_name": "b.jpg", "text": "b"},
@@ -74,7 +74,7 @@ def test_a_folder_with_its_metadata(tmp_path):
         ("b.jpg", ("b",), {}),
     ]
     assert not tally.dropped
-    assert reader.read("a.jpg", items[0].place) == picture("blue")
+    assert reader.read("a.jpg", items[0].place) == image_file("blue")
     (tmp_path / "a.jpg").unlink()
     with pytest.raises(DataError, match=r"Image 'a.jpg' is not a regular file"):
         reader.read("a.jpg", items[0].place)
@@ -111,9 +111,9 @@ def test_emoji_are_composed_several_times(tmp_path):
     assert len(items) == 200
     assert not tally.dropped
     assert [item.name for item in items[:2]] == [f"fluent-3d/1f604.webp#view={view}" for view in (0, 1)]
-    pictures = [decode_image(reader.read(i.name, i.place), i.name) for i in items[:2]]
-    assert {picture.size for picture in pictures} == {(256, 256)}
-    assert np.asarray(pictures[0]).tobytes() != np.asarray(pictures[1]).tobytes()
+    images = [decode_image(reader.read(i.name, i.place), i.name) for i in items[:2]]
+    assert {image.size for image in images} == {(256, 256)}
+    assert np.asarray(images[0]).tobytes() != np.asarray(images[1]).tobytes()
     # Any view can be read alone, and is what its caption was made for.
     again = EmojiReader(sample_root(), views=2)
     expected = EmojiSource(sample_root(), centred=CENTRED).example(0, generator(0, 1, "view"), 256)
@@ -134,12 +134,12 @@ def test_a_damaged_emoji_is_skipped_counted_and_named(tmp_path):
 
 
 def test_what_img2dataset_writes_as_files(tmp_path):
-    """Beside the folder of a shard there are its list of downloads and its statistics."""
+    """Next to the folder of a shard are its list of downloads and its statistics."""
     shard = tmp_path / "00000"
     shard.mkdir()
     for number in range(3):
         key = f"{number:09d}"
-        (shard / f"{key}.jpg").write_bytes(picture())
+        (shard / f"{key}.jpg").write_bytes(image_file())
         (shard / f"{key}.txt").write_text(f"caption {number}")
         (shard / f"{key}.json").write_text(json.dumps({"pwatermark": number / 4, "original_width": 640}))
     (shard / "000000002.json").write_text("{")
@@ -162,7 +162,7 @@ def test_what_img2dataset_writes_as_tars(tmp_path):
 
 
 def test_a_folder_with_metadata_in_parquet_is_a_folder(tmp_path):
-    (tmp_path / "a.jpg").write_bytes(picture())
+    (tmp_path / "a.jpg").write_bytes(image_file())
     pq.write_table(pa.table({"file_name": ["a.jpg"], "text": ["a"]}), tmp_path / "metadata.parquet")
     assert isinstance(open_reader(tmp_path), FolderReader)
 
@@ -185,7 +185,7 @@ def test_files_of_other_kinds_are_no_names_on_the_hub(source, message, tmp_path,
 
 
 def test_columns_of_folders_and_of_emoji(tmp_path):
-    (tmp_path / "a.jpg").write_bytes(picture())
+    (tmp_path / "a.jpg").write_bytes(image_file())
     row = {"file_name": "a.jpg", "caption": "short", "caption_llava": "long"}
     (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
     assert read(open_reader(tmp_path, text_column="caption_llava"))[0][0].captions == ("long",)

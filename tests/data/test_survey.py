@@ -1,4 +1,4 @@
-"""What a folder holds besides what is read, and how large its images are."""
+"""The survey of a folder: ignored files, and the sizes of images."""
 
 import os
 

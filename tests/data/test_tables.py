@@ -17,7 +17,7 @@ from wuerstchen.data.tables import DatasetReader, ParquetReader
 from wuerstchen.errors import DataError, UserError
 
 
-def picture(colour: str = "red", suffix: str = "jpeg") -> bytes:
+def image_file(colour: str = "red", suffix: str = "jpeg") -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (24, 16), colour).save(file, suffix)
     return file.getvalue()
@@ -31,7 +31,7 @@ def read(reader: Reader) -> tuple[list[Item], Tally]:
 @pytest.mark.parametrize("nested", [False, True])
 def test_parquet(tmp_path, nested):
     colours = ["red", "lime", "blue", "white", "black"]
-    images = [picture(c, "png") for c in colours]
+    images = [image_file(c, "png") for c in colours]
     table = pa.table(
         {
             "image": [{"bytes": i, "path": None} for i in images] if nested else images,
@@ -68,20 +68,20 @@ def test_parquet_of_a_hostile_user(tmp_path):
 
 
 def test_columns_are_named_where_they_cannot_be_told(tmp_path):
-    pq.write_table(pa.table({"url": ["u"], "alt": ["a"], "bild": [picture()]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"url": ["u"], "alt": ["a"], "bild": [image_file()]}), tmp_path / "a.parquet")
     with pytest.raises(
         DataError, match=r"no image column: url, alt, bild\. It must be one of .* with --image-column"
     ):
         read(open_reader(tmp_path))
-    with pytest.raises(DataError, match=r"no column 'picture'\. Its columns are: url, alt, bild"):
-        read(open_reader(tmp_path, image_column="picture"))
+    with pytest.raises(DataError, match=r"no column 'image'\. Its columns are: url, alt, bild"):
+        read(open_reader(tmp_path, image_column="image"))
     items, _ = read(open_reader(tmp_path, image_column="bild", text_column="alt"))
     assert items[0].captions == ("a",)
 
 
 def test_data_sets_of_the_hub(tmp_path):
     rows = {
-        "image": [{"bytes": picture(c), "path": None} for c in ("red", "blue")],
+        "image": [{"bytes": image_file(c), "path": None} for c in ("red", "blue")],
         "text": ["r", ""],
         "punsafe": [0.0, 0.5],
     }
@@ -92,7 +92,7 @@ def test_data_sets_of_the_hub(tmp_path):
     items, tally = read(reader)
     assert [(i.name, i.captions, i.fields) for i in items] == [("row 0", ("r",), {"punsafe": 0.0})]
     assert tally.dropped == {"no caption": 1}
-    assert reader.read(items[0].name, items[0].place) == picture("red")
+    assert reader.read(items[0].name, items[0].place) == image_file("red")
 
 
 def test_a_local_data_set_through_load_dataset(tmp_path, monkeypatch):
@@ -100,13 +100,13 @@ def test_a_local_data_set_through_load_dataset(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "set"
     folder.mkdir()
-    (folder / "0.jpg").write_bytes(picture("blue"))
+    (folder / "0.jpg").write_bytes(image_file("blue"))
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "0.jpg", "text": "blue"}))
     reader = open_reader(folder, format="hub")
     assert isinstance(reader, DatasetReader)
     items, _ = read(reader)
     assert [i.captions for i in items] == [("blue",)]
-    assert reader.read(items[0].name, items[0].place) == picture("blue")
+    assert reader.read(items[0].name, items[0].place) == image_file("blue")
 
 
 def test_a_name_that_the_hub_does_not_give(monkeypatch, tmp_path):
@@ -137,8 +137,8 @@ def test_without_the_package_the_extra_is_named(monkeypatch, tmp_path):
 
 
 def test_captions_in_binary_columns_are_texts(tmp_path):
-    """As older exports write them; they counted as no caption."""
-    table = {"image": [picture("blue")] * 3, "text": pa.array(["é".encode(), b"\xff", None], pa.binary())}
+    """Older exports write them. They used to count as missing captions."""
+    table = {"image": [image_file("blue")] * 3, "text": pa.array(["é".encode(), b"\xff", None], pa.binary())}
     pq.write_table(pa.table(table), tmp_path / "a.parquet")
     items, tally = read(ParquetReader([tmp_path / "a.parquet"]))
     assert [i.captions for i in items] == [("é",)]
@@ -146,7 +146,7 @@ def test_captions_in_binary_columns_are_texts(tmp_path):
 
 
 def test_failed_downloads_are_told_from_damage(tmp_path):
-    images = [picture(), None, b"no picture"]
+    images = [image_file(), None, b"no image"]
     pq.write_table(pa.table({"jpg": images, "caption": ["a", "b", "c"]}), tmp_path / "a.parquet")
     reader = ParquetReader([tmp_path / "a.parquet"])
     items, _ = read(reader)
@@ -157,7 +157,7 @@ def test_failed_downloads_are_told_from_damage(tmp_path):
 
 
 def test_rows_are_read_in_any_order_through_a_window(tmp_path):
-    """Threads ask a little out of order, and at the end of a group for the next: groups are read in part."""
+    """Threads ask slightly out of order, and at the end of a group for the next. Groups are read in part."""
     count = 1500
     path = tmp_path / "a.parquet"
     table = pa.table({"jpg": [b"%d" % i for i in range(count)], "caption": ["c"] * count})
@@ -174,7 +174,7 @@ def test_dates_that_python_has_no_place_for(tmp_path):
     far = pa.array([2**31 - 1, 0, None], pa.date32())
     stamps = pa.array([2**62] * 3, pa.timestamp("ms"))
     table = pa.table(
-        {"jpg": [picture()] * 3, "caption": ["a", "b", "c"], "punsafe": far, "aesthetic": stamps}
+        {"jpg": [image_file()] * 3, "caption": ["a", "b", "c"], "punsafe": far, "aesthetic": stamps}
     )
     pq.write_table(table, tmp_path / "a.parquet")
     items, tally = read(ParquetReader([tmp_path / "a.parquet"]))
@@ -182,7 +182,7 @@ def test_dates_that_python_has_no_place_for(tmp_path):
     assert Filters(max_unsafe=0.5).drop_reason(items[0].fields) == "punsafe is no number"
     assert not tally.dropped
     nested = pa.array([[2**62]], pa.list_(pa.timestamp("ms")))
-    pq.write_table(pa.table({"jpg": [picture()], "caption": nested}), tmp_path / "b.parquet")
+    pq.write_table(pa.table({"jpg": [image_file()], "caption": nested}), tmp_path / "b.parquet")
     items, tally = read(ParquetReader([tmp_path / "b.parquet", tmp_path / "a.parquet"]))
     assert len(items) == 3
     assert tally.dropped == {"file unreadable": 1}
@@ -197,7 +197,7 @@ def test_more_rows_than_a_file_can_hold(tmp_path, monkeypatch):
 
 
 def small_set():
-    rows = {"image": [{"bytes": picture(), "path": None}], "text": ["red"]}
+    rows = {"image": [{"bytes": image_file(), "path": None}], "text": ["red"]}
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     return datasets.Dataset.from_dict(rows, features=features)
 
@@ -209,7 +209,7 @@ def test_folders_of_save_to_disk(tmp_path):
     assert isinstance(reader, DatasetReader)
     items, _ = read(reader)
     assert items[0].captions == ("red",)
-    assert reader.read(items[0].name, items[0].place) == picture()
+    assert reader.read(items[0].name, items[0].place) == image_file()
     datasets.DatasetDict({"valid": one}).save_to_disk(str(tmp_path / "several"))
     assert len(read(open_reader(tmp_path / "several", split="valid"))[0]) == 1
     with pytest.raises(DataError, match=r"no split 'train'\. Choose one of valid with --split"):
@@ -217,8 +217,8 @@ def test_folders_of_save_to_disk(tmp_path):
 
 
 def test_saved_sets_name_no_other_files(tmp_path):
-    """A cell may hold the path of a picture in place of its bytes, and it may be any file of this machine."""
-    (tmp_path / "secret.jpg").write_bytes(picture())
+    """A cell can contain a path instead of bytes, which could be any file on this machine."""
+    (tmp_path / "secret.jpg").write_bytes(image_file())
     cell = {"bytes": None, "path": str(tmp_path / "secret.jpg")}
     images = pa.array([cell], pa.struct({"bytes": pa.binary(), "path": pa.string()}))
     dataset = datasets.Dataset(pa.table({"image": images, "text": ["a"]}))
@@ -245,7 +245,7 @@ def test_a_damaged_saved_set_is_refused(tmp_path):
 
 def test_a_field_of_json_as_the_column_of_a_hub_set():
     rows = {
-        "jpg": [{"bytes": picture(), "path": None}],
+        "jpg": [{"bytes": image_file(), "path": None}],
         "json": [{"caption": "short", "caption_llava": "long", "pwatermark": 0.25}],
     }
     dataset = datasets.Dataset.from_dict(rows)

@@ -16,7 +16,7 @@ from wuerstchen.data.tars import TarReader
 from wuerstchen.errors import DataError
 
 
-def picture(colour: str = "red", suffix: str = "jpeg") -> bytes:
+def image_file(colour: str = "red", suffix: str = "jpeg") -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (24, 16), colour).save(file, suffix)
     return file.getvalue()
@@ -43,7 +43,7 @@ def write_tar(path: Path, *members: tuple[tarfile.TarInfo, bytes]) -> Path:
 
 
 def sample(key: str, caption: str, colour: str = "red") -> list[tuple[tarfile.TarInfo, bytes]]:
-    return [member(f"{key}.jpg", picture(colour)), member(f"{key}.txt", caption.encode())]
+    return [member(f"{key}.jpg", image_file(colour)), member(f"{key}.txt", caption.encode())]
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_tars(tmp_path):
         *sample("b/000", " a  blue\nthing ", "blue"),
         member("b/000.json", json.dumps(scores).encode()),
         member("b/001.json", json.dumps({"caption": "in json"}).encode()),
-        member("b/001.PNG", picture("lime", "png")),
+        member("b/001.PNG", image_file("lime", "png")),
         member("b/001.cls", b"7"),
     )
     write_tar(tmp_path / "0.tar", *sample("000", "first"))
@@ -72,9 +72,9 @@ def test_tars(tmp_path):
     ]
     assert items[1].fields == {k: v for k, v in scores.items() if k != "other"}
     assert not tally.dropped
-    # In any order, for other processes read other pictures.
-    assert reader.read(items[2].name, items[2].place) == picture("lime", "png")
-    assert reader.read(items[1].name, items[1].place) == picture("blue")
+    # In any order, for other processes read other images.
+    assert reader.read(items[2].name, items[2].place) == image_file("lime", "png")
+    assert reader.read(items[1].name, items[1].place) == image_file("blue")
     before = reader.fingerprint()
     write_tar(tmp_path / "0.tar", *sample("000", "first"), *sample("001", "x"))
     assert open_reader(tmp_path).fingerprint() != before
@@ -103,8 +103,8 @@ def test_members_that_lead_out_or_are_links_are_skipped_counted_and_named(tmp_pa
 
 
 def test_a_size_below_zero_ends_its_shard_alone(tmp_path):
-    """It leads before the file's beginning, where seeking is an error of the system and not of tarfile."""
-    header, data = member("001.jpg", picture("red"))
+    """It points before the start of the file, where seeking raises OSError instead of an error of tarfile."""
+    header, data = member("001.jpg", image_file("red"))
     header.pax_headers = {"size": "-9000000"}
     bad = write_tar(tmp_path / "a.tar", *sample("000", "first"), (header, data))
     good = write_tar(tmp_path / "b.tar", *sample("000", "second"))
@@ -116,23 +116,23 @@ def test_a_size_below_zero_ends_its_shard_alone(tmp_path):
 def test_samples_that_lack_something_are_dropped(tmp_path):
     path = write_tar(
         tmp_path / "a.tar",
-        member("0.jpg", picture()),
-        member("1.txt", b"no picture"),
+        member("0.jpg", image_file()),
+        member("1.txt", b"no image"),
         *sample("2", " \n "),
         *sample("3", "good"),
-        member("4.jpg", picture()),
+        member("4.jpg", image_file()),
         member("4.txt", b"\xff\xfe"),
-        member("5.jpg", picture()),
+        member("5.jpg", image_file()),
         member("5.json", b'{"caption": "x"'),
-        member("6.jpg", picture()),
+        member("6.jpg", image_file()),
         member("6.json", b"[1]"),
-        member("7.jpg", picture()),
+        member("7.jpg", image_file()),
         member("7.json", b'{"caption": "\\ud83d"}'),
-        member("8.jpg", picture()),
+        member("8.jpg", image_file()),
         member("8.txt", b"x" * (1 << 20) + b"x"),
         *sample("9", "twice"),
         member("9.txt", b"other"),
-        member("10.jpg", picture()),
+        member("10.jpg", image_file()),
         member("10.json", b"[" * 100_000),
         member(".hidden", b""),
         member("README", b""),
@@ -199,7 +199,7 @@ def test_no_tar_at_all_among_others(tmp_path, three):
     assert tally.dropped == {"shard cut short": 2}
 
 
-def test_a_picture_that_vanished_from_its_shard(three):
+def test_an_image_that_vanished_from_its_shard(three):
     reader = TarReader([three])
     items, _ = read(reader)
     three.write_bytes(three.read_bytes()[:2000])
@@ -207,7 +207,7 @@ def test_a_picture_that_vanished_from_its_shard(three):
         reader.read(items[2].name, items[2].place)
 
 
-def test_a_picture_that_its_shard_ends_in_is_not_read_in_part(three):
+def test_an_image_truncated_by_its_shard_is_not_read_in_part(three):
     reader = TarReader([three])
     items, _ = read(reader)
     _, offset, size = items[2].place
@@ -217,14 +217,14 @@ def test_a_picture_that_its_shard_ends_in_is_not_read_in_part(three):
 
 
 def test_what_macos_adds_ends_no_sample(tmp_path):
-    """Its tar writes a ``._`` file before each member; other members that are no sample come in between."""
+    """Its tar writes a ``._`` file before each member. There are also other members outside of samples."""
     path = write_tar(
         tmp_path / "a.tar",
         member("./._0000.jpg", b"resource fork"),
-        member("./0000.jpg", picture("red")),
+        member("./0000.jpg", image_file("red")),
         member("./._0000.txt", b"resource fork"),
         member("./0000.txt", b"zero"),
-        member("0001.jpg", picture("blue")),
+        member("0001.jpg", image_file("blue")),
         member("README", b""),
         member("sub", type=tarfile.DIRTYPE),
         member(".DS_Store", b""),
@@ -234,7 +234,7 @@ def test_what_macos_adds_ends_no_sample(tmp_path):
     reader = TarReader([path])
     items, tally = read(reader)
     assert [(i.name, i.captions) for i in items] == [("a.tar:0000", ("zero",)), ("a.tar:0001", ("one",))]
-    assert reader.read(items[1].name, items[1].place) == picture("blue")
+    assert reader.read(items[1].name, items[1].place) == image_file("blue")
     assert tally.dropped == {"member is a link": 1}
 
 
@@ -242,7 +242,7 @@ def test_members_may_come_in_any_order(tmp_path):
     """As ``tar cf a.tar *.jpg *.txt *.json`` writes them."""
     path = write_tar(
         tmp_path / "a.tar",
-        *(member(f"{key}.jpg", picture()) for key in "abc"),
+        *(member(f"{key}.jpg", image_file()) for key in "abc"),
         *(member(f"{key}.txt", key.encode()) for key in "cab"),
         *(member(f"{key}.json", json.dumps({"pwatermark": 0.5}).encode()) for key in "bca"),
     )
@@ -254,13 +254,13 @@ def test_members_may_come_in_any_order(tmp_path):
 
 def test_keys_match_in_any_normal_form(tmp_path):
     path = write_tar(
-        tmp_path / "a.tar", member("caf\u00e9.jpg", picture()), member("cafe\u0301.txt", b"coffee")
+        tmp_path / "a.tar", member("caf\u00e9.jpg", image_file()), member("cafe\u0301.txt", b"coffee")
     )
     assert [(i.name, i.captions) for i in read(TarReader([path]))[0]] == [("a.tar:caf\u00e9", ("coffee",))]
 
 
 def test_keys_that_come_again_are_samples_of_their_own(tmp_path):
-    """Tars that were put together have the same names."""
+    """Concatenated tars can repeat names."""
     path = write_tar(tmp_path / "a.tar", *sample("0", "first"), *sample("1", "second"), *sample("0", "third"))
     items, tally = read(TarReader([path]))
     assert [i.captions[0] for i in items] == ["first", "second", "third"]
@@ -276,7 +276,7 @@ def test_keys_that_come_again_are_samples_of_their_own(tmp_path):
     ids=["pax", "long name"],
 )
 def test_headers_that_follow_on_hundreds_end_their_shard_alone(tmp_path, header):
-    """tarfile reads each inside the one before it, until Python's recursion ends."""
+    """tarfile reads each header recursively, up to Python's recursion limit."""
     good = write_tar(tmp_path / "b.tar", *sample("0", "good"))
     bad = tmp_path / "a.tar"
     whole = write_tar(tmp_path / "c.tar", *sample("0", "first"), *sample("1", "second"))
@@ -303,7 +303,7 @@ def test_long_names_and_other_endings(tmp_path):
     path = write_tar(
         tmp_path / "a.tar",
         *sample(key, "long"),
-        member("0.jfif", picture()),
+        member("0.jfif", image_file()),
         member("0.caption", b"kohya"),
         *sample("n" * 5000, "longer than any path"),
     )
@@ -316,17 +316,17 @@ def test_columns_of_tars(tmp_path):
     fields = json.dumps({"caption": "short", "caption_llava": "long"}).encode()
     path = write_tar(
         tmp_path / "a.tar",
-        member("0.jpg", picture("red")),
-        member("0.seg.png", picture("blue", "png")),
+        member("0.jpg", image_file("red")),
+        member("0.seg.png", image_file("blue", "png")),
         member("0.txt", b"beside"),
         member("0.json", fields),
-        member("1.jpg", picture("red")),
+        member("1.jpg", image_file("red")),
         member("1.txt", b"alone"),
     )
     reader = TarReader([path], "seg.png", "caption_llava")
     items, tally = read(reader)
     assert [i.captions for i in items] == [("long",)]
-    assert reader.read(items[0].name, items[0].place) == picture("blue", "png")
+    assert reader.read(items[0].name, items[0].place) == image_file("blue", "png")
     assert tally.dropped == {"no image": 1}
     items, tally = read(TarReader([path], text_column="caption_llava"))
     assert [i.captions for i in items] == [("long",)]
@@ -341,7 +341,7 @@ def test_columns_of_tars(tmp_path):
 
 
 def test_whole_numbers_of_any_length(tmp_path):
-    """401 digits fit into no float; 5,000 are more than Python reads."""
+    """401 digits do not fit into a float, and Python does not parse 5,000."""
     path = write_tar(
         tmp_path / "a.tar",
         *sample("0", "many digits"),
