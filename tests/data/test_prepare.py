@@ -357,11 +357,12 @@ def test_two_processes_and_kill_9_change_nothing(photos, whole, tmp_path, networ
         time.sleep(0.01)
     os.kill(second.pid, signal.SIGKILL)
     assert second.communicate()[0] == ""
-    again = prepare(FolderReader(photos), out, networks, CONFIG, source=str(photos), rank=Rank(1, 2))
+    execution = Execution(rank=Rank(1, 2))
+    again = prepare(FolderReader(photos), out, networks, CONFIG, execution, source=str(photos))
     assert again is None
     said = first.communicate(timeout=200)
     assert first.returncode == 0, said
-    assert said[0].splitlines()[0] == "8 images of 8 with a caption, 8 texts"
+    assert said[0].splitlines()[0] == "8 of 8 captioned images, 8 texts"
     # All but how the source was named on the command line.
     found = json.loads((out / "prepared.json").read_text())
     assert found == {**description, "source": str(photos)}
@@ -657,7 +658,7 @@ def test_states_that_the_table_lacks(finished):
     for kept in ("int8", "none"):
         description["settings"]["text_states"] = kept
         path.write_text(json.dumps(description))
-        with pytest.raises(DataError, match=r"cannot be read \(its columns are .*, without .*states"):
+        with pytest.raises(DataError, match=r"cannot be read \(its columns must be .*, got .*states"):
             PreparedSet(finished)
 
 
@@ -715,7 +716,7 @@ def test_damaged_images_are_named_up_to_a_number(photos, tmp_path, networks, mon
     assert description["dropped"] == {"damaged image": 5}
     assert [name for name, _ in description["damaged"]] == ["0.png", "1.png"]
     assert description["unnamed"] == 3
-    assert "  and 3 more, which are counted above and not named" in summary(description)
+    assert "  and 3 more, counted above but not named" in summary(description)
     assert len(PreparedSet(tmp_path / "out")) == 3
 
 
@@ -746,7 +747,7 @@ def test_the_columns_are_part_of_the_settings(photos, tmp_path, networks):
     prepare(ParquetReader([tmp_path / "a.parquet"], text_column="other"), out, networks, config)
     assert PreparedSet(out).captions(2) == ["long"]
     reader = ParquetReader([tmp_path / "a.parquet"])
-    with pytest.raises(RunFolderError, match="begun with text_column 'other' and not None"):
+    with pytest.raises(RunFolderError, match="started with text_column 'other', but now text_column is None"):
         prepare(reader, out, networks, PrepareConfig())
     path = out / "prepared.json"
     description = json.loads(path.read_text())
@@ -774,7 +775,7 @@ def test_what_is_asked_for_and_not_there(finished):
     prepared = PreparedSet(finished)
     with pytest.raises(UserError, match=r"crop must be between 0 and 1, got 2"):
         prepared.semantic_latents(0, 2)
-    with pytest.raises(UserError, match=r"choice 1 .* has 1 captions"):
+    with pytest.raises(UserError, match=r"choice must be between 0 and 0 for '0.png', got 1"):
         prepared.tokens(0, 1)
     with pytest.raises(IndexError):
         prepared.semantic_latents(8)
@@ -814,7 +815,7 @@ def test_sets_that_cannot_be_read(finished, tmp_path):
         description = json.loads(text)
         change(description)
         path.write_text(json.dumps(description))
-        with pytest.raises(DataError, match="Prepare the set again"):
+        with pytest.raises(DataError, match="[Pp]repare the set again"):
             PreparedSet(finished)
     for damage in ("", "[]", "{", "null", "[" * 100_000, '{"a": ' * 100_000, "\0", "1" * 5000, "\ud800"):
         path.write_bytes(damage.encode(errors="surrogatepass"))
@@ -882,7 +883,7 @@ def test_the_command(photos, tmp_path, capsys, monkeypatch):
     arguments = command(photos, tmp_path / "out")
     assert main([*arguments[arguments.index("data") :], "--max-watermark", "0.55"]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert out[0] == "5 images of 8 with a caption, 6 texts"
+    assert out[0] == "5 of 8 captioned images, 6 texts"
     assert "  dropped 2: watermark score above 0.55" in out
     assert any(line.startswith("  damaged: 5.png") for line in out)
     assert re.fullmatch(r"  \d+ bytes an image, \d+ with states", out[-1])

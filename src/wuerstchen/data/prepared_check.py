@@ -251,8 +251,10 @@ def check_table(table: Any, schema: Any) -> None:
     found = {field.name: str(field.type) for field in table.schema}
     wanted = {field.name: str(field.type) for field in schema}
     if found != wanted:
-        missing = sorted(wanted.items() - found.items())
-        raise ValueError(f"its columns are {sorted(found)}, without {missing}")
+        columns, theirs = (
+            ", ".join(f"{name} {kind}" for name, kind in sorted(kinds.items())) for kinds in (wanted, found)
+        )
+        raise ValueError(f"its columns must be {columns}, got {theirs}")
     table.validate(full=True)
     for name, column in zip(table.column_names, table.columns, strict=True):
         inner = (chunk.values for chunk in column.chunks if pa.types.is_list(chunk.type))
