@@ -815,7 +815,7 @@ def test_sets_that_cannot_be_read(finished, tmp_path):
         description = json.loads(text)
         change(description)
         path.write_text(json.dumps(description))
-        with pytest.raises(DataError, match="[Pp]repare the set again"):
+        with pytest.raises(DataError, match=r"[Pp]repare the set again"):
             PreparedSet(finished)
     for damage in ("", "[]", "{", "null", "[" * 100_000, '{"a": ' * 100_000, "\0", "1" * 5000, "\ud800"):
         path.write_bytes(damage.encode(errors="surrogatepass"))
@@ -886,7 +886,7 @@ def test_the_command(photos, tmp_path, capsys, monkeypatch):
     assert out[0] == "5 of 8 captioned images, 6 texts"
     assert "  dropped 2: watermark score above 0.55" in out
     assert any(line.startswith("  damaged: 5.png") for line in out)
-    assert re.fullmatch(r"  \d+ bytes an image, \d+ with states", out[-1])
+    assert re.fullmatch(r"  \d+ bytes per image, \d+ with states", out[-1])
     assert main(["data", "prepare", str(photos), str(tmp_path / "out"), "--device", "cpu"]) == 2
     assert "was started with" in capsys.readouterr().err
     assert main(["data", "prepare", "nowhere", "x", "--device", "cpu"]) == 2
