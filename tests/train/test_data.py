@@ -215,5 +215,5 @@ def test_packed_tars_are_refused_with_what_to_do(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "0.tar.gz").touch()
     for name in (tmp_path / "data" / "0.tar.gz", tmp_path / "data"):
-        with pytest.raises(DataError, match=r"is compressed.* Decompress it"):
+        with pytest.raises(DataError, match=r"Decompress .*\(tars to .tar\)"):
             open_source(str(name))
