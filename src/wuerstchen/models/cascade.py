@@ -1,8 +1,8 @@
 """A complete Würstchen model: its networks and its settings."""
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -199,19 +199,35 @@ PUBLISHED_V1 = CascadeSettings(
 """Würstchen v1 with its notebook's settings: Stage C works on the compressor's output."""
 
 
-@dataclass
-class Cascade:
-    """The networks and settings of a model. Parts that it lacks are None."""
+@dataclass(kw_only=True)
+class OptionalParts:
+    """The networks that a model can lack. Those that it lacks are None."""
 
-    settings: CascadeSettings
-    vqgan: VQGAN
-    decoder: Decoder | Paella
     compressor: Compressor | None = None
     prior: Prior | None = None
     previewer: Previewer | None = None
     text_encoder: TextEncoder | None = None
     decoder_text_encoder: TextEncoder | None = None
     """Stage B's text encoder, if it does not share Stage C's."""
+
+    order: ClassVar[tuple[str, ...]] = (
+        *("vqgan", "decoder", "compressor", "prior", "previewer"),
+        *("text_encoder", "decoder_text_encoder"),
+    )
+    """Names of the networks, in the order of ``networks``."""
+
+    def networks(self) -> dict[str, torch.nn.Module]:
+        """The networks that exist, by name."""
+        return {name: getattr(self, name) for name in self.order if getattr(self, name) is not None}
+
+
+@dataclass
+class Cascade(OptionalParts):
+    """The networks and settings of a model."""
+
+    settings: CascadeSettings
+    vqgan: VQGAN
+    decoder: Decoder | Paella
 
     def __post_init__(self) -> None:
         """Raises ``UserError`` if the parts do not fit together."""
@@ -276,8 +292,3 @@ class Cascade:
         if self.decoder.config.clip_embd is None:
             return None
         return self.decoder_text_encoder or self.text_encoder
-
-    def networks(self) -> dict[str, torch.nn.Module]:
-        """The networks that the model has, by name."""
-        parts = (field.name for field in dataclasses.fields(self) if field.name != "settings")
-        return {name: getattr(self, name) for name in parts if getattr(self, name) is not None}

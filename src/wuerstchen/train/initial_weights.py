@@ -8,10 +8,9 @@ import dataclasses
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
 from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
 from wuerstchen.checkpoints.hub import local_folder
@@ -20,12 +19,10 @@ from wuerstchen.checkpoints.native import Provenance, is_native_network, read_ne
 from wuerstchen.checkpoints.original import PUBLISHED_TEXT_ENCODERS
 from wuerstchen.checkpoints.text_encoder import read_text_encoder
 from wuerstchen.errors import UserError
-from wuerstchen.models.cascade import Cascade, CascadeSettings
+from wuerstchen.models.cascade import Cascade, CascadeSettings, OptionalParts
 from wuerstchen.models.compressor import Compressor
 from wuerstchen.models.decoder import Decoder
 from wuerstchen.models.paella import Paella
-from wuerstchen.models.previewer import Previewer
-from wuerstchen.models.prior import Prior
 from wuerstchen.models.text import TextEncoder
 from wuerstchen.models.vqgan import VQGAN
 from wuerstchen.pipeline import BUNDLED
@@ -38,21 +35,17 @@ _FREE_CONFIG = {"dropout", "scale_factor"}  # do not change the shapes of weight
 
 
 @dataclass(kw_only=True)
-class Parts:
-    """The parts of a model that exist so far. The others are None."""
+class Parts(OptionalParts):
+    """The networks of a model that may still lack Stages A and B, without which there is no ``Cascade``."""
 
     vqgan: VQGAN | None = None
     decoder: Decoder | Paella | None = None
-    compressor: Compressor | None = None
-    previewer: Previewer | None = None
-    prior: Prior | None = None
-    text_encoder: TextEncoder | None = None
-    decoder_text_encoder: TextEncoder | None = None
 
-    def networks(self) -> dict[str, nn.Module]:
-        """The parts that exist, by name."""
-        names = (f.name for f in dataclasses.fields(self))
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+    order: ClassVar[tuple[str, ...]] = (
+        *("vqgan", "decoder", "compressor", "previewer", "prior"),
+        *("text_encoder", "decoder_text_encoder"),
+    )
+    """The order of ``Start.fingerprint``, which run folders store."""
 
     def text_encoder_of_decoder(self) -> TextEncoder | None:
         """The text encoder of Stage B."""
