@@ -407,7 +407,14 @@ def test_a_hostile_link_is_text_and_numbers(page):
 
 
 @pytest.mark.parametrize(
-    "hash", ["#%E0%A4%A", "#=&=&&", "#images", "#prompt=" + "a" * 200_000, "#kind=evil&seed=1"]
+    "hash",
+    [
+        "#%E0%A4%A",
+        pytest.param("#=&=&&", marks=pytest.mark.slow),
+        pytest.param("#images", marks=pytest.mark.slow),
+        pytest.param("#prompt=" + "a" * 200_000, marks=pytest.mark.slow),
+        "#kind=evil&seed=1",
+    ],
 )
 def test_broken_links_leave_a_working_page(page, hash):
     page.browser.get(f"{page.url}/page/icon.svg")
@@ -664,7 +671,7 @@ def test_a_proxys_own_page_is_no_answer(page, fake):
     page.drawn()
 
 
-@pytest.mark.parametrize("status", [429, 500, 503])
+@pytest.mark.parametrize("status", [429, pytest.param(500, marks=pytest.mark.slow), 503])
 def test_a_passing_error_does_not_end_a_job(page, fake, status):
     """A drawing that is called failed while the service goes on with it."""
     page.expected.append(str(status))
@@ -763,7 +770,7 @@ return [...document.querySelectorAll(controls)]
 """
 
 
-@pytest.mark.parametrize("width", [320, 390])
+@pytest.mark.parametrize("width", [320, pytest.param(390, marks=pytest.mark.slow)])
 def test_narrow_screens(page, width):
     """Sideways scrolling, and controls too small for fingers."""
     page.size(width, 700, mobile=True)
@@ -1414,12 +1421,12 @@ def test_what_was_given_is_shown_as_it_was_read(page, image):
          "Stage C steps must be at most 100, got 500."),
         ("guidance", "guidance is invalid: Input should be less than or equal to 100. See /openapi.json.",
          "Guidance should be less than or equal to 100."),
-        ("prompts", "prompts must have at most 1000 characters, got 1200.",
-         "Prompt must have at most 1000 characters, got 1200."),
+        pytest.param("prompts", "prompts must have at most 1000 characters, got 1200.",
+         "Prompt must have at most 1000 characters, got 1200.", marks=pytest.mark.slow),
         ("prompts.0", "prompts.0 is invalid: Input should be a valid string. See /openapi.json.",
          "Prompt should be a valid string."),
-        ("count", "count must be at most 16, got 99.",
-         "Number of images must be at most 16, got 99."),
+        pytest.param("count", "count must be at most 16, got 99.",
+         "Number of images must be at most 16, got 99.", marks=pytest.mark.slow),
         (None, "set prior_steps or decoder_steps lower", "set Stage C steps or Stage B steps lower"),
     ],
 )  # fmt: skip
@@ -1439,7 +1446,13 @@ def test_messages_name_fields_as_the_page_does(page, fake, param, message, shown
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"), [(3600, "1 hour"), (7200, "2 hours"), (900, "15 minutes"), (0.5, "1 second")]
+    ("seconds", "words"),
+    [
+        pytest.param(3600, "1 hour", marks=pytest.mark.slow),
+        (7200, "2 hours"),
+        pytest.param(900, "15 minutes", marks=pytest.mark.slow),
+        (0.5, "1 second"),
+    ],
 )
 def test_for_how_long_images_are_kept_is_said_as_it_is(page, fake, seconds, words):
     """A page that promises them until its tab is closed, and a service that removes them."""
