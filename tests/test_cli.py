@@ -1,4 +1,4 @@
-"""The command line: what it writes, and one line with exit code 2 for what the user can mend."""
+"""The command line: its output, and one-line errors with exit code 2."""
 
 import hashlib
 import os
@@ -24,7 +24,7 @@ from wuerstchen.pipeline import Wuerstchen
 
 @pytest.fixture
 def run(capsys, model_folder, monkeypatch, tmp_path):
-    """Runs a command in an empty folder; returns exit code, output and errors."""
+    """Runs a command in an empty folder. Returns exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments: str | Path, model: bool = True) -> tuple[int, str, str]:
@@ -62,11 +62,11 @@ def test_generate_writes_an_image_with_its_settings(run, tmp_path, model_folder)
     }
     with Image.open(path) as image:
         assert image.size == (128, 128)
-        assert MADE_BY_A_MODEL in image.info["XML:com.adobe.xmp"]  # what programs look for
+        assert MADE_BY_A_MODEL in image.info["XML:com.adobe.xmp"]  # programs look for this
 
 
-def test_the_sampler_is_a_choice(run):
-    """The second-order one draws another image, and draws no noise but the first."""
+def test_the_sampler_can_be_chosen(run):
+    """The second-order sampler gives another image."""
     pictures = {}
     for sampler in ("ddpm", "dpm"):
         code, out, errors = run("generate", "a cat", "--prior-sampler", sampler, "--out", f"{sampler}.png")
@@ -84,19 +84,19 @@ def test_images_are_numbered_by_seed_and_nothing_is_overwritten(run, tmp_path):
     assert Path(out.strip()).name == "a-cat-0-2.png"
 
 
-def test_long_names_are_cut_in_bytes(run):
+def test_file_names_are_limited_in_bytes(run):
     code, out, _ = run("generate", "𠀀" * 80, "--seed", "4294967290")
     assert code == 0
     assert len(Path(out.strip()).name.encode()) < 200
 
 
-def test_a_folder_named_like_a_file_is_noticed_before_drawing(run, tmp_path):
+def test_a_folder_named_like_a_file_is_refused_at_the_start(run, tmp_path):
     (tmp_path / "x.png").mkdir()
     code, _, err = run("generate", "a", "--out", "x.png", "--model", "nowhere", model=False)
     assert (code, "x.png is a folder" in err) == (2, True)
 
 
-def test_a_reader_that_goes_away_is_no_error(model_folder, tmp_path):
+def test_a_closed_pipe_is_not_an_error(model_folder, tmp_path):
     command = (
         f"{sys.executable} -m wuerstchen generate a b --model {model_folder} | true; echo ${{PIPESTATUS[0]}}"
     )
@@ -116,7 +116,7 @@ def test_grid_and_size(run):
     assert read_settings("all.png")["prompt"] == "a cat\na dog\na cow"
 
 
-def test_reconstruct_shows_both_and_says_how_small_the_map_is(run):
+def test_reconstruct_saves_both_images_and_prints_the_size_of_the_latents(run):
     Image.effect_noise((200, 150), 50).save("photo.jpg")
     code, out, err = run("reconstruct", "photo.jpg")
     assert (code, out.strip()) == (0, "photo-reconstructed.png")
@@ -125,8 +125,8 @@ def test_reconstruct_shows_both_and_says_how_small_the_map_is(run):
 
 
 @pytest.mark.parametrize("command", [["reconstruct"], ["generate", "--init"]])
-def test_the_bundled_model_says_what_photographs_come_to(run, command):
-    """Blobs, without a word about why; of another model it would be wrong."""
+def test_a_note_says_what_the_bundled_model_makes_of_photographs(run, command):
+    """Other models do not have this limitation."""
     Image.effect_noise((64, 64), 50).save("photo.jpg")
     few = ["--decoder-steps", "1", *(["--prior-steps", "1"] if "--init" in command else [])]
     _, _, own = run(*command, "photo.jpg", *few, model=False)
@@ -199,7 +199,7 @@ BAD_CALLS = {
 
 
 @pytest.mark.parametrize("name", BAD_CALLS)
-def test_bad_calls_get_one_line_and_exit_code_2(name, run, tmp_path):
+def test_invalid_options_get_a_one_line_error_and_exit_code_2(name, run, tmp_path):
     arguments, message = BAD_CALLS[name]
     code, out, err = run(*arguments, model="--model" not in arguments)
     assert code == 2
@@ -211,7 +211,7 @@ def test_bad_calls_get_one_line_and_exit_code_2(name, run, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["empty", "truncated", "text", "huge"])
-def test_bad_images_get_one_line(content, run, tmp_path):
+def test_unreadable_images_get_a_one_line_error(content, run, tmp_path):
     path = tmp_path / "x.png"
     Image.effect_noise((64, 64), 50).save(path)
     if content == "empty":
@@ -227,14 +227,14 @@ def test_bad_images_get_one_line(content, run, tmp_path):
     assert re.fullmatch(r"Error: [^\n]*x\.png[^\n]+\n", err)
 
 
-def test_a_folder_that_cannot_be_written_is_noticed_before_drawing(run, tmp_path):
+def test_an_unwritable_folder_is_refused_at_the_start(run, tmp_path):
     (tmp_path / "file").touch()
     code, _, err = run("generate", "a", "--out", "file/inside", "--model", "nowhere", model=False)
     assert code == 2
     assert "cannot be written" in err
 
 
-def test_a_prompt_that_is_cut_warns_in_one_line(run):
+def test_a_truncated_prompt_gets_a_one_line_warning(run):
     code, _, err = run("generate", "cat " * 40 + "lostword")
     assert code == 0
     assert re.search(r"^Warning: [^\n]*lostword[^\n]*$", err, re.MULTILINE)
@@ -255,7 +255,7 @@ def test_nothing_heavy_is_imported_before_it_is_needed(statement):
     assert not {"torch", "numpy", "transformers", "PIL", "tyro", "tqdm"} & set(loaded)
 
 
-def test_public_names_are_there():
+def test_public_names_exist():
     import wuerstchen
 
     for name in wuerstchen.__all__:
@@ -279,8 +279,8 @@ def test_help_of_train_lists_recipes_and_fields(run, capsys):
 
 @pytest.mark.parametrize("command", [("train", "v2"), ("data", "prepare")])
 def test_options_pass_through_torchrun(command, run, capsys):
-    """Before Python 3.13 its parser looks at the command's options too, and stops at one that begins several
-    of its own."""
+    """Before Python 3.13, torchrun's parser rejects a script's option that is a prefix of several of its
+    own."""
     with pytest.raises(SystemExit):
         run(*command, "--help")
     options = set(re.findall(r"--[a-z][\w.-]*", capsys.readouterr().out))
@@ -290,8 +290,8 @@ def test_options_pass_through_torchrun(command, run, capsys):
         assert option in theirs or sum(name.startswith(option) for name in theirs) < 2, option
 
 
-def test_averages_weight_had_another_name(capsys):
-    """People's scripts say --share; the help names --weight only."""
+def test_average_accepts_the_old_name_of_weight(capsys):
+    """Existing scripts use --share. The help lists only --weight."""
     arguments = ["average", "a", "b", "out"]
     assert make_parser().parse_args(arguments).weight == 0.5
     for name in ("--weight", "--share"):
@@ -325,7 +325,7 @@ WARNED = {
 
 
 @pytest.mark.parametrize("name", WARNED)
-def test_prompts_that_can_hardly_be_meant_are_drawn_with_a_warning(run, name):
+def test_suspicious_prompts_get_a_warning(run, name):
     arguments, message = WARNED[name]
     code, out, err = run("generate", *arguments, "--prior-steps", "1", "--decoder-steps", "1")
     assert code == 0
@@ -335,7 +335,7 @@ def test_prompts_that_can_hardly_be_meant_are_drawn_with_a_warning(run, name):
 
 
 @pytest.mark.parametrize("arguments", [["a cat", "dog"], ["a cat", "a dog"], ["T-Rex"], ["UFO"], ["世"]])
-def test_prompts_that_may_be_meant_are_drawn_without(run, arguments):
+def test_ordinary_prompts_get_no_warning(run, arguments):
     code, _, err = run("generate", *arguments, "--prior-steps", "1", "--decoder-steps", "1")
     assert code == 0
     assert "Warning" not in err
@@ -359,24 +359,24 @@ def test_variations_of_an_image_need_no_prompt(run, tmp_path):
         (["--", "--low-memory", "a cat"], None, ["--low-memory", "a cat"]),
     ],
 )
-def test_low_memory_takes_no_prompt_for_its_value(monkeypatch, arguments, low_memory, prompts):
+def test_low_memory_does_not_take_the_prompt_as_its_value(monkeypatch, arguments, low_memory, prompts):
     seen = []
     monkeypatch.setattr("wuerstchen.cli.generate._generate", lambda options: seen.append(options) or 0)
     assert main(["generate", *arguments]) == 0
     assert (seen[0].low_memory, seen[0].prompts) == (low_memory, prompts)
 
 
-def test_the_bundled_model_goes_by_its_name(run, tmp_path):
+def test_the_bundled_model_can_be_named(run, tmp_path):
     code, _, err = run("generate", "a cat", "--model", "bundled", "--prior-steps", "1", model=False)
     assert (code, err.count("Error")) == (0, 0)
     assert read_settings(tmp_path / "a-cat-0.png")["model"] == "bundled"
     assert local_folder("bundled") == BUNDLED
     (tmp_path / "bundled").mkdir()
-    assert local_folder("bundled") == Path("bundled")  # what lies here comes first
+    assert local_folder("bundled") == Path("bundled")  # a local folder comes first
 
 
 @pytest.mark.parametrize("command", [["reconstruct"], ["generate", "a cat", "--init"]])
-def test_the_image_that_is_read_is_never_replaced(run, tmp_path, command):
+def test_the_input_image_is_never_overwritten(run, tmp_path, command):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "photo.png")
     (tmp_path / "again.png").symlink_to(tmp_path / "photo.png")
     before = (tmp_path / "photo.png").read_bytes()
@@ -390,7 +390,7 @@ def test_the_image_that_is_read_is_never_replaced(run, tmp_path, command):
     assert (tmp_path / "photo.png").read_bytes() == before
 
 
-def test_an_image_without_a_prompt_is_varied(run, tmp_path):
+def test_an_init_image_needs_no_prompt(run, tmp_path):
     Image.effect_noise((200, 150), 60).convert("RGB").save(tmp_path / "My photo.png")
     code, out, _ = run("generate", "--init", "My photo.png", "--strength", "0.3", "--size", "136x128")
     assert code == 0
@@ -434,7 +434,7 @@ def test_adapters_are_named_with_their_scale(run, tmp_path):
 
 
 def test_a_folder_of_peft_is_an_adapter(run, tmp_path, model_folder):
-    """It says its own strength, alpha 16 of rank 4, which a scale comes on top of."""
+    """peft stores its own strength, alpha 16 at rank 4. The scale multiplies it."""
     import peft
 
     from wuerstchen.pipeline import load
@@ -455,7 +455,7 @@ def test_a_folder_of_peft_is_an_adapter(run, tmp_path, model_folder):
     assert pictures[0] != pictures[2]
 
 
-def test_convert_writes_a_model_that_draws(run, tmp_path, model_folder, write_published):
+def test_a_converted_model_generates_images(run, tmp_path, model_folder, write_published):
     published = write_published(tmp_path / "published")
     code, out, _ = run("convert", published, "native", "--layout", "native", "--storage", "float16")
     assert (code, out) == (0, "native\n")
@@ -474,7 +474,7 @@ def test_convert_writes_a_model_that_draws(run, tmp_path, model_folder, write_pu
     )
 
 
-def test_the_doctor_draws_and_tells(run, tmp_path, model_folder):
+def test_the_doctor_generates_images_and_reports(run, tmp_path, model_folder):
     code, out, _ = run("doctor", "--model", model_folder, "--out", "report")
     assert code == 0
     assert "layout native" in out
@@ -492,8 +492,8 @@ def test_the_doctor_draws_and_tells(run, tmp_path, model_folder):
     )
 
 
-def test_the_doctor_knows_what_the_bundled_model_draws(run, monkeypatch):
-    """It also fails here when the bundled model is replaced: then the recorded images are to be as well."""
+def test_the_doctor_knows_the_images_of_the_bundled_model(run, monkeypatch):
+    """If the bundled model is replaced, this fails until its recorded images are replaced too."""
     monkeypatch.setattr(doctor, "BUNDLED_PROMPTS", doctor.BUNDLED_PROMPTS[:1])
     code, out, err = run("doctor")
     assert (code, err) == (0, "")
@@ -507,7 +507,7 @@ def test_the_doctor_knows_what_the_bundled_model_draws(run, monkeypatch):
     assert "doctor-0-2.png differs from the image that this model draws on other machines" in err
 
 
-def test_the_doctor_passes_over_what_only_looks_like_weights(run, tmp_path, model_folder):
+def test_the_doctor_ignores_files_that_only_look_like_weights(run, tmp_path, model_folder):
     folder = shutil.copytree(model_folder, tmp_path / "model")
     (folder / "dangling.bin").symlink_to("nowhere")
     (folder / "folder.safetensors").mkdir()
@@ -516,7 +516,7 @@ def test_the_doctor_passes_over_what_only_looks_like_weights(run, tmp_path, mode
     assert "dangling" not in out
 
 
-def test_what_the_system_refuses_is_one_line(run, model_folder, monkeypatch):
+def test_operating_system_errors_are_one_line(run, model_folder, monkeypatch):
     code, _, err = run("convert", model_folder, "x" * 300, "--layout", "native")
     assert code == 2
     assert re.fullmatch(r"Error: [^\n]*File name too long[^\n]*\n", err)
@@ -530,8 +530,8 @@ def test_what_the_system_refuses_is_one_line(run, model_folder, monkeypatch):
     assert re.fullmatch(r"Error: [^\n]*Permission denied: 'secret/model\.json'[^\n]*\n", err)
 
 
-def test_the_doctor_sees_a_model_that_overflows(run, model_folder, monkeypatch):
-    """An image of one colour is a failure, whatever else went well."""
+def test_the_doctor_detects_overflow(run, model_folder, monkeypatch):
+    """An image of a single colour is a failure."""
     monkeypatch.setattr(Wuerstchen, "generate", lambda *_, **__: [Image.new("RGB", (64, 64), "grey")])
     code, _, err = run("doctor", "--model", model_folder)
     assert code == 2

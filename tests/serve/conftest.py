@@ -1,4 +1,4 @@
-"""A service in this process, with a stand-in for the worker or the real one; its server runs in a thread."""
+"""A service in this process, with a stand-in for the worker or the real one. Its server runs in a thread."""
 
 import asyncio
 import contextlib
@@ -16,7 +16,7 @@ from wuerstchen.serve.service import Service
 
 
 class Running:
-    """A service that answers. ``call`` runs something on its loop."""
+    """A running service. ``call`` runs a function on its event loop."""
 
     def __init__(self, config, worker_main):
         self.config = config
@@ -72,7 +72,7 @@ class Running:
         return answer.json()
 
     def wait(self, job):
-        """The job when it has ended."""
+        """Waits for the end of a job, and returns it."""
         for _ in self.events(job):
             pass
         return self.http.get(f"/v1/jobs/{job['id']}").json()
@@ -99,15 +99,15 @@ def parsed(answer):
 
 @pytest.fixture
 def serve(monkeypatch, tmp_path):
-    """Starts services that end with the test."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))  # the worker's process is handed this path
+    """Starts services, and stops them at the end of the test."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))  # the worker process inherits this path
     import fake_worker
 
     with contextlib.ExitStack() as stack:
 
         def start(*, real=False, **settings):
             settings.setdefault("results_dir", tmp_path / "results")
-            # Tests ask again and again until something is so.
+            # Tests poll until a condition holds.
             settings.setdefault("max_requests_per_second", 0.0)
             config = ServeConfig(port=0, **settings)
             running = Running(config, worker.main if real else fake_worker.main)
@@ -119,7 +119,7 @@ def serve(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="session")
 def plain(tmp_path_factory):
-    """One with the stand-in, for all tests that change nothing about it."""
+    """A shared service with the stand-in, for tests that do not change it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parent))
         import fake_worker
@@ -135,7 +135,7 @@ def plain(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def exact(request, tmp_path_factory):
-    """``real``, in float32 also where half precision is usual."""
+    """``real``, but always in float32."""
     if not torch.cuda.is_available():
         yield request.getfixturevalue("real")
         return
@@ -147,7 +147,7 @@ def exact(request, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def real(tmp_path_factory):
-    """One with the model in the package, for all tests that change nothing about it."""
+    """A shared service with the bundled model, for tests that do not change it."""
     running = Running(ServeConfig(port=0, results_dir=tmp_path_factory.mktemp("results")), worker.main)
     yield running
     running.close()

@@ -1,4 +1,4 @@
-"""Stands in for the process that decodes uploads. The text of an upload says what it does."""
+"""A stand-in for the process that decodes uploads. The text of an upload controls it."""
 
 import os
 import time

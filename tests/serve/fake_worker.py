@@ -1,4 +1,4 @@
-"""Stands in for the worker's process where the model does not matter. Prompts say what it does."""
+"""A stand-in for the worker process, without a model. Prompts control it."""
 
 import os
 import signal

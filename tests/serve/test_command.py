@@ -1,4 +1,4 @@
-"""The command itself, in a process of its own: from its first line to its exit code."""
+"""``wuerstchen serve`` in a process of its own, from its first line to its exit code."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from wuerstchen.cli import main
 
 @pytest.fixture
 def command(tmp_path):
-    """Starts ``wuerstchen serve``; returns the process and its address."""
+    """Starts ``wuerstchen serve``. Returns the process and its address."""
     started = []
 
     def start(*options, cwd=tmp_path):
@@ -39,8 +39,9 @@ def command(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_signal_finishes_what_is_drawn(command, number):
-    """An image cut off, a worker left behind, a traceback, an exit code that restarts the service."""
+def test_a_signal_lets_running_jobs_finish(command, number):
+    """Bugs: a truncated image, an orphaned worker, a traceback, or an exit code that makes a supervisor
+    restart the service."""
     process, url = command()
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+", url)
     with httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
@@ -75,7 +76,7 @@ def test_a_killed_service_leaves_no_worker_behind(command):
 
 
 def children(pid):
-    """Processes that a process has started, where /proc tells."""
+    """The child processes of a process. Needs /proc."""
     path = f"/proc/{pid}/task/{pid}/children"
     if not os.path.exists(path):
         pytest.skip("this system does not tell a process's children")
@@ -97,7 +98,7 @@ def children(pid):
         (["--max-batch", "0"], "max_batch must be above 0, got 0"),
     ],
 )
-def test_what_cannot_be_served_gets_one_line(options, words, capfd, tmp_path, monkeypatch):
+def test_a_bad_option_gets_a_one_line_error(options, words, capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     code = main(["serve", "--port", "0", *options])
@@ -108,7 +109,7 @@ def test_what_cannot_be_served_gets_one_line(options, words, capfd, tmp_path, mo
     assert len(lines) == 1, errors
 
 
-def test_a_taken_port_gets_one_line(capsys):
+def test_a_port_in_use_gets_a_one_line_error(capsys):
     import socket
 
     with socket.socket() as taken:
@@ -118,7 +119,7 @@ def test_a_taken_port_gets_one_line(capsys):
     assert "is not available" in capsys.readouterr().err
 
 
-def test_without_the_extra_one_line_says_what_to_install():
+def test_a_missing_extra_gets_a_one_line_error():
     code = (
         "import sys; sys.modules['uvicorn'] = None\n"
         "from wuerstchen.cli import main; sys.exit(main(['serve']))"
@@ -130,7 +131,7 @@ def test_without_the_extra_one_line_says_what_to_install():
 
 
 def test_the_service_itself_loads_no_torch():
-    """Seconds at the start, and half a GiB, for nothing: the worker has it."""
+    """Only the worker needs torch. In the service it would cost seconds at the start and half a GiB."""
     code = "import wuerstchen.serve.server, sys; print({'torch', 'numpy'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -1,4 +1,4 @@
-"""How many connections there may be, and which ones are closed."""
+"""The limits of connections, and which connections are closed."""
 
 import contextlib
 import socket
@@ -16,7 +16,7 @@ GET = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n"
 
 @pytest.fixture
 def connect():
-    """Opens connections that are closed with the test."""
+    """Opens connections, and closes them at the end of the test."""
     with contextlib.ExitStack() as stack:
 
         def connect(running, source="127.0.0.1"):
@@ -36,7 +36,7 @@ def until(holds):
 
 
 def is_open(connection):
-    """Whether the service answers on it."""
+    """Whether the service answers on the connection."""
     try:
         connection.sendall(GET)
         answer = b""
@@ -53,8 +53,8 @@ def room(running):
     return running.server.connections
 
 
-def test_answers_leave_at_once(serve):
-    """Nagle's algorithm: every answer on a connection that is kept took 44 ms instead of 1."""
+def test_answers_are_sent_without_delay(serve):
+    """Nagle's algorithm delayed every answer on a kept-alive connection from 1 ms to 44 ms."""
     running = serve()
     running.http.get("/healthz")
     flags = running.call(
@@ -68,8 +68,8 @@ def test_answers_leave_at_once(serve):
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_NOTSENT_LOWAT"), reason="the system has no such option")
-def test_the_kernel_holds_little_of_an_answer(serve):
-    """Megabytes for each connection whose client reads nothing, which was noticed only after them."""
+def test_the_kernel_buffers_little_of_an_answer(serve):
+    """The kernel buffered megabytes for each client that reads nothing before the service noticed."""
     running = serve()
     running.http.get("/healthz")
     held = running.call(
@@ -81,8 +81,8 @@ def test_the_kernel_holds_little_of_an_answer(serve):
     assert set(held) == {server.UNSENT_BYTES}
 
 
-def test_idle_connections_do_not_keep_others_out(serve, connect):
-    """A thousand connections that send nothing took all descriptors, and running jobs failed for it."""
+def test_idle_connections_do_not_block_others(serve, connect):
+    """A thousand idle connections used up all file descriptors, and running jobs failed."""
     running = serve(max_connections=8, max_connections_per_address=8)
     most = []
     held = [connect(running) for _ in range(40)]
@@ -94,7 +94,7 @@ def test_idle_connections_do_not_keep_others_out(serve, connect):
     assert max(most) <= 8
 
 
-def test_one_address_cannot_take_all(serve, connect):
+def test_one_address_cannot_take_all_connections(serve, connect):
     running = serve(max_connections=20, max_connections_per_address=3)
     honest = [connect(running) for _ in range(3)]
     assert all(is_open(connection) for connection in honest)
@@ -104,8 +104,8 @@ def test_one_address_cannot_take_all(serve, connect):
     assert sum(is_open(connection) for connection in greedy) == 3
 
 
-def test_whoever_has_most_makes_room(serve, connect):
-    """All connections taken by one address: the next one would be anybody's."""
+def test_the_address_with_the_most_connections_makes_room(serve, connect):
+    """When one address has all connections, a new one must replace one of that address."""
     running = serve(max_connections=6, max_connections_per_address=6)
     first = connect(running, "127.0.0.3")
     assert is_open(first)
@@ -117,7 +117,7 @@ def test_whoever_has_most_makes_room(serve, connect):
     assert sum(is_open(connection) for connection in greedy) == 4
 
 
-def test_what_is_under_way_is_not_cut_off(serve, connect):
+def test_open_requests_are_not_disconnected(serve, connect):
     running = serve(max_connections=3, max_connections_per_address=2)
     job = running.draw(prompts=["slowly"], prior_steps=100)
     running.http.close()
@@ -139,15 +139,15 @@ def test_what_is_under_way_is_not_cut_off(serve, connect):
     assert 'wuerstchen_refusals_total{reason="connections"} 1.0' in running.service.metrics.text().decode()
 
 
-def test_trusted_proxies_have_as_many_as_they_need(serve, connect):
-    """All clients come from the address of the proxy."""
+def test_trusted_proxies_have_no_limit(serve, connect):
+    """All clients share the address of the proxy."""
     running = serve(max_connections=20, max_connections_per_address=2, proxies=("127.0.0.0/30",))
     held = [connect(running, "127.0.0.2") for _ in range(10)]
     assert all(is_open(connection) for connection in held)
 
 
-def test_who_never_reads_is_cut_off(serve, monkeypatch):
-    """Requests in a row whose answers are never read: the connection was kept for ever."""
+def test_a_client_that_never_reads_is_disconnected(serve, monkeypatch):
+    """A client that sent requests without reading the answers kept its connection forever."""
     monkeypatch.setattr(connections, "WRITE_SECONDS", 0.5)
     running = serve()
     request = b"GET /openapi.json HTTP/1.1\r\nhost: localhost\r\n\r\n"
@@ -165,7 +165,7 @@ def test_who_never_reads_is_cut_off(serve, monkeypatch):
 
 
 def test_a_slow_reader_is_given_time():
-    """Cut off after 30 s however much it has taken: who has a slow line never gets an image."""
+    """A fixed time limit would disconnect clients on slow lines."""
     connection = Connection.__new__(Connection)
     connection._unsent = None
     unsent = 0
@@ -179,7 +179,7 @@ def test_a_slow_reader_is_given_time():
     assert any(connection.stalls(428.0 + second) for second in range(40))
 
 
-def test_an_address_is_what_one_person_has():
+def test_an_ipv6_network_counts_as_one_address():
     assert network_of("10.0.0.1") == network_of("::ffff:10.0.0.1") == "10.0.0.1"
     assert network_of("10.0.0.1") != network_of("10.0.0.2")
     assert network_of("2001:db8:1:2::1") == network_of("2001:db8:1:2:ffff::9%eth0")
@@ -187,7 +187,7 @@ def test_an_address_is_what_one_person_has():
     assert network_of("") == ""
 
 
-def test_connections_leave_descriptors_for_work(monkeypatch):
+def test_connections_leave_file_descriptors_for_the_service(monkeypatch):
     resource = pytest.importorskip("resource")
     for soft, most in ((1024, 768), (256, 64), (10**6, 4096), (resource.RLIM_INFINITY, 4096)):
         monkeypatch.setattr(resource, "getrlimit", lambda _, soft=soft: (soft, soft))
@@ -198,7 +198,7 @@ def test_connections_leave_descriptors_for_work(monkeypatch):
         allowed_connections(800)
 
 
-def test_the_limit_of_descriptors_is_raised_as_far_as_needed(monkeypatch):
+def test_the_file_descriptor_limit_is_raised_as_needed(monkeypatch):
     resource = pytest.importorskip("resource")
     given = []
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: given.append(limits))

@@ -1,4 +1,4 @@
-"""Batches and the workers that draw them: shared, killed, hung, restarted. A stand-in is their process."""
+"""Batches and workers, with a stand-in for the worker process: sharing, crashes, hangs and restarts."""
 
 import io
 import multiprocessing
@@ -12,7 +12,7 @@ from PIL import Image
 from wuerstchen.serve import dispatch
 
 
-def test_who_shares_a_batch_with_a_cancelled_job_is_served(serve):
+def test_cancelling_one_job_of_a_batch_keeps_the_others(serve):
     running = serve()
     first = running.draw(prompts=["slowly"], prior_steps=3)
     shared = [running.draw(prompts=["a cat"], count=2) for _ in range(3)]
@@ -26,17 +26,17 @@ def test_who_shares_a_batch_with_a_cancelled_job_is_served(serve):
     assert running.wait(shared[1])["images"] == []
 
 
-def test_what_waits_together_is_drawn_together(serve):
-    """One at a time, which costs most of the throughput; or images of two sizes in a batch."""
+def test_waiting_images_are_batched(serve):
+    """Batches of one image would cost most of the throughput. A batch must not mix sizes."""
     running = serve(max_batch=4)
     running.draw(prompts=["slowly"], prior_steps=3, seed=0)
     jobs = [running.draw(seed=k, width=64 + 64 * (k % 2), height=64) for k in range(6)]
     shown = [running.wait(job)["images"][0] for job in jobs]
     drawn = [image_of(running, image) for image in shown]
-    # The stand-in paints how many images were in the batch.
+    # The stand-in puts the batch size into the green channel.
     assert [image.size for image in drawn] == [(64, 64), (128, 64)] * 3
     assert [image.getpixel((0, 0))[1] for image in drawn[::2]] == [3, 3, 3]
-    # Of images twice as large half as many.
+    # Images with twice as many pixels get batches of half the size.
     assert [image.getpixel((0, 0))[1] for image in drawn[1::2]] == [2, 2, 1]
     assert [image.getpixel((0, 0))[0] for image in drawn] == list(range(6))
 
@@ -47,7 +47,7 @@ def image_of(running, image):
         return opened
 
 
-def test_a_killed_worker_comes_back_and_only_its_own_jobs_fail(serve):
+def test_a_killed_worker_is_restarted_and_only_its_own_jobs_fail(serve):
     running = serve(max_batch=1)
     victim = running.draw(prompts=["slowly"], prior_steps=50)
     others = [running.draw() for _ in range(5)]
@@ -66,8 +66,8 @@ def test_a_killed_worker_comes_back_and_only_its_own_jobs_fail(serve):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="processes cannot be stopped here")
-def test_a_worker_that_hangs_is_not_ready_and_is_replaced(serve, monkeypatch):
-    """A stopped worker: the service was ready for up to 630 s, and took jobs that nobody drew."""
+def test_a_stopped_worker_is_not_ready_and_is_replaced(serve, monkeypatch):
+    """With a stopped worker, the service reported ready for up to 630 s and took jobs that could not run."""
     monkeypatch.setattr(dispatch, "SILENT_SECONDS", 1.0)
     monkeypatch.setattr(dispatch, "DEAD_SECONDS", 4.0)
     running = serve(max_batch=1)
@@ -78,7 +78,7 @@ def test_a_worker_that_hangs_is_not_ready_and_is_replaced(serve, monkeypatch):
     os.kill(running.call(lambda: running.service.dispatcher.workers[0].process.pid), signal.SIGSTOP)
     status = []
     deadline = time.monotonic() + 40
-    while status[-2:] != [503, 200]:  # it was not ready, and then it was again
+    while status[-2:] != [503, 200]:  # first not ready, then ready again
         assert time.monotonic() < deadline, status
         now = running.http.get("/readyz").status_code
         status += [now] if status[-1:] != [now] else []
@@ -87,8 +87,8 @@ def test_a_worker_that_hangs_is_not_ready_and_is_replaced(serve, monkeypatch):
     assert running.wait(running.draw())["state"] == "done"
 
 
-def test_a_service_that_stood_still_does_not_blame_its_workers(serve, monkeypatch):
-    """A laptop that slept: every worker was silent for hours, as far as the service knows."""
+def test_a_suspended_service_does_not_kill_its_workers(serve, monkeypatch):
+    """After a laptop wakes from sleep, the last heartbeat of every worker is hours old."""
     monkeypatch.setattr(dispatch, "SILENT_SECONDS", 0.6)
     monkeypatch.setattr(dispatch, "DEAD_SECONDS", 0.8)
     running = serve()
@@ -100,7 +100,8 @@ def test_a_service_that_stood_still_does_not_blame_its_workers(serve, monkeypatc
 
 
 def test_a_worker_that_cannot_be_started_is_started_later(serve, monkeypatch):
-    """A moment without descriptors or memory, and the worker never came back."""
+    """If a process could not be started once, for lack of descriptors or memory, the worker never came
+    back."""
     running = serve()
 
     start, refused = multiprocessing.context.SpawnProcess.start, []
@@ -121,14 +122,14 @@ def test_a_worker_that_cannot_be_started_is_started_later(serve, monkeypatch):
     assert running.wait(running.draw())["state"] == "done"
 
 
-def test_a_worker_that_crashes_on_a_job_does_not_take_the_service_along(serve):
+def test_a_job_that_crashes_its_worker_does_not_stop_the_service(serve):
     running = serve()
     for _ in range(3):
         assert running.wait(running.draw(prompts=["crash"]))["state"] == "failed"
     assert running.wait(running.draw())["state"] == "done"
 
 
-def test_a_job_that_cannot_be_drawn_says_why(serve):
+def test_a_failed_job_gives_the_reason(serve):
     running = serve()
     job = running.wait(running.draw(prompts=["fail"]))
     assert (job["state"], job["error"]) == ("failed", "it does not fit into memory")
@@ -136,7 +137,7 @@ def test_a_job_that_cannot_be_drawn_says_why(serve):
 
 
 def test_timeouts(serve, monkeypatch):
-    """A batch that hangs for ever; a job that waits for ever behind it."""
+    """A batch that hangs, and a job that waits behind it, must both fail."""
     monkeypatch.setattr(dispatch, "STOPPING_SECONDS", 0.5)
     running = serve(run_timeout=1.0, queue_timeout=0.6, max_batch=1)
     hangs = running.draw(prompts=["hang"])
@@ -158,14 +159,14 @@ def test_timeouts(serve, monkeypatch):
     ],
 )
 def test_a_model_that_cannot_be_loaded_ends_the_start(serve, monkeypatch, model, message):
-    """A service that waits for ever for a model that is not there."""
+    """The service would wait forever for a model that does not exist."""
     if model == "stops":
         monkeypatch.setattr(dispatch, "DEAD_LOADING_SECONDS", 1.0)
     running = serve(model=model, load_timeout=2.0 if model == "loads for ever" else 100.0)
     assert message in running.call(lambda: running.service.failed)
 
 
-def test_several_devices_draw_at_a_time(serve):
+def test_several_devices_run_in_parallel(serve):
     running = serve(devices=("one", "two"), max_batch=1)
     while running.call(lambda: sum(worker.ready for worker in running.service.dispatcher.workers)) < 2:
         time.sleep(0.01)

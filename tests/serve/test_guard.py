@@ -1,4 +1,4 @@
-"""Who is let in, from where, with how much; and what every answer's headers say."""
+"""The checks on every request, and the headers of every answer."""
 
 import asyncio
 import contextlib
@@ -59,8 +59,8 @@ def test_every_answer_has_the_security_headers(serve):
         ("", 403),
     ],
 )
-def test_only_names_of_this_service_are_answered(plain, host, status):
-    """DNS rebinding: a page elsewhere points its own name to this machine, and reads what it likes."""
+def test_unknown_host_names_are_refused(plain, host, status):
+    """DNS rebinding: a malicious page points its own host name at this machine and reads the service."""
     running = plain
     assert running.http.get("/v1/model", headers={"host": host}).status_code == status
 
@@ -82,8 +82,8 @@ def test_only_names_of_this_service_are_answered(plain, host, status):
         ({"content-type": ""}, 415),
     ],
 )
-def test_other_sites_pages_cannot_draw(plain, headers, status):
-    """A page somewhere that makes whoever reads it draw on their own machine."""
+def test_pages_of_other_sites_cannot_create_jobs(plain, headers, status):
+    """Cross-site request forgery: a page makes its visitors' browsers send jobs to their own service."""
     running = plain
     headers = {name: value.replace("OWN", running.url) for name, value in headers.items()}
     content = b'{"prompts": ["a cat"]}'
@@ -95,8 +95,8 @@ def test_other_sites_pages_cannot_draw(plain, headers, status):
     assert preflight.status_code == 405
 
 
-def test_every_address_that_reads_json_is_closed_to_forms(plain):
-    """A page elsewhere can send a form or a text without asking; JSON it cannot."""
+def test_json_routes_refuse_other_content_types(plain):
+    """Pages of other sites can send forms and plain text without permission, but not JSON."""
     routes = plain.http.get("/openapi.json").json()["paths"]
     posts = [path for path, methods in routes.items() if "requestBody" in methods.get("post", {})]
     assert set(posts) == set(guard.JSON_PATHS)
@@ -137,7 +137,7 @@ def test_tokens(serve):
         assert post("/v1/jobs", json=JOB, headers=headers).status_code == 202
 
 
-def test_an_address_for_others_needs_tokens():
+def test_a_public_address_needs_tokens():
     for host in ("0.0.0.0", "::", "192.168.1.5", "draw.example"):
         with pytest.raises(UserError, match="needs tokens"):
             ServeConfig(host=host)
@@ -162,8 +162,8 @@ def test_token_files(tmp_path):
         ServeConfig(tokens=("short",))
 
 
-def test_bodies_are_counted_while_they_come(serve):
-    """A body without a length, which fills the memory."""
+def test_bodies_are_measured_while_they_arrive(serve):
+    """A body without Content-Length could fill the memory."""
     running = serve(upload_bytes=1000)
     sent = 0
 
@@ -177,14 +177,14 @@ def test_bodies_are_counted_while_they_come(serve):
         answer = running.http.post("/v1/jobs", content=chunks(), headers={"content-type": "application/json"})
         assert answer.status_code == 413
     except httpx.WriteError:
-        pass  # the service hung up before all was sent, which is as good
+        pass  # the service closed the connection early, which is fine too
     assert sent < 2**24
     assert running.http.get("/healthz").status_code == 200
 
 
 @pytest.fixture
 def begin():
-    """Sends the head of a request and so many bytes of its body, and leaves it open."""
+    """Sends the head of a request and some bytes of its body, and leaves it open."""
     with contextlib.ExitStack() as stack:
 
         def begin(running, line, sent=0, *, size=10_000_000, **headers):
@@ -201,7 +201,7 @@ def begin():
 
 
 def held(running, expected):
-    """Waits until the bodies under way have so many bytes."""
+    """Waits until this many bytes of bodies are in memory."""
     deadline = time.monotonic() + 20
     while (now := running.call(lambda: running.server.config.app.held.total())) != expected:
         assert time.monotonic() < deadline, now
@@ -209,8 +209,8 @@ def held(running, expected):
 
 
 @pytest.mark.parametrize("line", ["GET /healthz", "GET /v1/model", "DELETE /v1/jobs/x", "POST /nowhere"])
-def test_no_body_is_read_where_none_is_taken(serve, begin, line):
-    """26 connections with GET /healthz and a body without an end took the room of all uploads for 28 s."""
+def test_bodies_are_not_read_on_routes_without_one(serve, begin, line):
+    """26 connections with GET /healthz and endless bodies used up the memory for all uploads for 28 s."""
     running = serve()
     connection = begin(running, line, 60_000)
     assert connection.recv(12)[9:] in (b"200", b"404")
@@ -219,7 +219,7 @@ def test_no_body_is_read_where_none_is_taken(serve, begin, line):
     assert running.http.get("/healthz").status_code == 200
 
 
-def test_bodies_without_a_token_take_no_room(serve, begin):
+def test_bodies_without_a_token_use_no_memory(serve, begin):
     running = serve(tokens=(TOKEN,))
     for line, status in (
         ("POST /v1/jobs", b"401"),
@@ -230,8 +230,8 @@ def test_bodies_without_a_token_take_no_room(serve, begin):
     held(running, 0)
 
 
-def test_bodies_of_all_requests_are_bounded_together(serve, monkeypatch, begin):
-    """Many uploads at once, each within its limit."""
+def test_the_total_size_of_bodies_is_limited(serve, monkeypatch, begin):
+    """Many uploads at once, each within its own limit."""
     monkeypatch.setattr(guard, "MAX_BODY_BYTES", 100_000)
     tokens = tuple(f"token-number-{number}-of-all" for number in range(6))
     running = serve(upload_bytes=1, tokens=tokens)  # a body then has at most 262,145 bytes
@@ -244,7 +244,7 @@ def test_bodies_of_all_requests_are_bounded_together(serve, monkeypatch, begin):
     assert running.http.get("/v1/model", headers=honest).status_code == 200
 
 
-def test_bodies_of_one_client_leave_room_for_others(serve, monkeypatch, begin):
+def test_one_client_cannot_use_all_memory_for_bodies(serve, monkeypatch, begin):
     monkeypatch.setattr(guard, "MAX_BODY_BYTES_PER_CLIENT", 100_000)
     greedy, honest = "first-token-of-all", "second-token-of-all"
     running = serve(upload_bytes=1, tokens=(greedy, honest))
@@ -261,7 +261,7 @@ def test_bodies_of_one_client_leave_room_for_others(serve, monkeypatch, begin):
 
 
 def test_addresses_of_one_ipv6_network_are_one_client():
-    """Each would have its own share of the queue, of bodies and of decoders."""
+    """Otherwise one person could pose as many clients and get more than a fair turn."""
     clients = []
 
     async def app(scope, receive, send):
@@ -276,8 +276,8 @@ def test_addresses_of_one_ipv6_network_are_one_client():
     assert fourth == "address 10.0.0.1"
 
 
-def test_requests_of_a_client_are_limited(serve):
-    """One client's requests took the time of everybody's."""
+def test_the_request_rate_of_a_client_is_limited(serve):
+    """Requests of one client slowed down all others."""
     mine, others = "first-token-of-all", "second-token-of-all"
     running = serve(tokens=(mine, others), max_requests_per_second=0.1)
 
@@ -293,7 +293,7 @@ def test_requests_of_a_client_are_limited(serve):
     assert "0.1 per second, with bursts of 30" in error["message"]
     assert [status(mine, path) for path in ("/healthz", "/readyz") for _ in range(40)] == [200] * 80
     assert status(others) == 200
-    # Guesses of tokens count, and for the address.
+    # Wrong tokens count, for the address.
     guesses = [status(f"guess-number-{number}") for number in range(31)]
     assert guesses == [401] * 30 + [429]
     assert running.http.get("/").status_code == 429
@@ -302,7 +302,7 @@ def test_requests_of_a_client_are_limited(serve):
     assert 'wuerstchen_refusals_total{reason="429"} 3.0' in metrics
 
 
-def test_clients_behind_a_proxy_are_limited_one_by_one(serve):
+def test_clients_behind_a_proxy_have_separate_rate_limits(serve):
     running = serve(proxies=("127.0.0.1",), max_requests_per_second=0.1)
 
     def statuses(address, number):
@@ -314,14 +314,14 @@ def test_clients_behind_a_proxy_are_limited_one_by_one(serve):
     assert statuses("2001:db8::1", 15) + statuses("2001:db8::2", 16) == [200] * 30 + [429]
 
 
-def test_without_a_proxy_nobody_has_another_address(serve):
-    """Whoever sends the header of a proxy would have as many requests as they like."""
+def test_forwarded_headers_are_ignored_without_a_trusted_proxy(serve):
+    """Any client could evade the rate limit by sending a proxy's header."""
     running = serve(max_requests_per_second=0.1)
     answers = [running.http.get("/v1/model", headers={"X-Forwarded-For": f"10.1.1.{k}"}) for k in range(31)]
     assert [answer.status_code for answer in answers] == [200] * 30 + [429]
 
 
-def test_texts_need_no_room_for_uploads(serve):
+def test_routes_without_uploads_have_a_small_body_limit(serve):
     running = serve()
     padded = b" " * 300_000 + b'{"prompt": "a cat"}'
     headers = {"content-type": "application/json"}
@@ -330,7 +330,7 @@ def test_texts_need_no_room_for_uploads(serve):
     assert running.http.post("/v1/jobs", content=padded, headers=headers).status_code == 202
 
 
-def test_a_body_that_does_not_come_is_not_waited_for(serve):
+def test_a_body_that_does_not_arrive_times_out(serve):
     running = serve(body_timeout=0.5)
     host, port = running.listening.getsockname()
     with socket.create_connection((host, port), timeout=40) as connection:
@@ -346,8 +346,8 @@ def test_a_body_that_does_not_come_is_not_waited_for(serve):
 @pytest.mark.parametrize(
     "sent", [b"", b"GET / HTTP/1.1\r\nhost: loc", b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\nGET"]
 )
-def test_slow_headers_do_not_hold_a_connection(serve, sent):
-    """uvicorn waits for them for ever, and file handles are few."""
+def test_slow_headers_time_out(serve, sent):
+    """uvicorn waits for them forever, and file descriptors are scarce."""
     running = serve(body_timeout=0.5)
     host, port = running.listening.getsockname()
     with socket.create_connection((host, port), timeout=40) as connection:
@@ -356,12 +356,12 @@ def test_slow_headers_do_not_hold_a_connection(serve, sent):
             pass  # until it is closed
 
 
-def test_an_address_of_its_own_is_a_name(serve):
+def test_the_host_address_is_an_allowed_host(serve):
     running = serve(host="127.0.0.2")
     assert running.http.get("/v1/model").status_code == 200
 
 
-def test_headers_that_are_there_twice_are_refused(serve):
+def test_duplicate_headers_are_refused(serve):
     running = serve()
     answer = running.http.get(
         "/v1/model", headers=[("origin", running.url), ("origin", "https://evil.example")]
@@ -385,7 +385,7 @@ def test_headers_that_are_there_twice_are_refused(serve):
         ({"proxies": ("*", "10.0.0.1")}, "got \\*"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(settings, message):
+def test_invalid_settings_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         ServeConfig(**settings)
 
@@ -404,21 +404,21 @@ def test_proxies_may_be_addresses_and_networks():
         b'{"prompts": ["x"], "seed": ' + b"9" * 5000 + b"}",
     ],
 )
-def test_what_is_no_json_is_called_so(serve, body):
-    """A place in the text was taken for a field, and what a parser cannot name had no words of ours."""
+def test_invalid_json_is_reported_as_such(serve, body):
+    """A position in the text was reported as a field name, and some parser errors had no readable message."""
     answer = serve().http.post("/v1/jobs", content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 400
     assert "is not valid JSON" in answer.json()["error"]["message"]
 
 
-def test_a_host_that_is_no_name_gets_one_line():
-    """It is no OSError but a TypeError, whose traceback nobody wants."""
+def test_an_invalid_host_name_is_a_user_error():
+    """It raises TypeError instead of OSError, which caused a traceback."""
     with pytest.raises(UserError, match=r"address é\.\.b:0 is not available"):
         listen("é..b", 0)
 
 
 def test_head_is_get_without_a_body(serve):
-    """405, which a balancer takes for a service that is ill."""
+    """A load balancer takes 405 as an unhealthy service."""
     running = serve()
     for path, status in (("/healthz", 200), ("/readyz", 200), ("/v1/model", 200), ("/nowhere", 404)):
         answer = running.http.head(path)

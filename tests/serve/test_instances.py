@@ -1,4 +1,4 @@
-"""Two instances behind an ordinary load balancer, with one folder of results."""
+"""Two instances behind a load balancer, with one results folder."""
 
 import http.client
 import itertools
@@ -12,7 +12,7 @@ import pytest
 
 @pytest.fixture
 def balanced():
-    """Makes a proxy that sends each request to the next of some addresses, as nginx does by default."""
+    """Starts a round-robin proxy, which is the default of nginx."""
     servers = []
 
     def start(*addresses):
@@ -53,8 +53,9 @@ def balanced():
         server.server_close()
 
 
-def test_images_are_found_anywhere_and_jobs_only_where_they_are(serve, balanced):
-    """A job that is not found now and then, without a word why; an image that only its maker has."""
+def test_all_instances_serve_images_but_only_one_knows_a_job(serve, balanced):
+    """An image must not depend on the instance. A job on another instance must be reported with the
+    reason."""
     one, other = serve(), serve()
     url = balanced(one.url, other.url)
     with httpx.Client(base_url=url, trust_env=False, timeout=30) as client:
@@ -74,15 +75,15 @@ def test_images_are_found_anywhere_and_jobs_only_where_they_are(serve, balanced)
         contents = {client.get(image["url"]).content for _ in range(4)}
         assert len(contents) == 1
         assert contents.pop().startswith(b"\x89PNG")
-        # OpenAI's form needs no affinity, and its addresses lead back to the balancer.
+        # OpenAI's route needs no affinity, and its URLs point to the balancer.
         for _ in range(4):
             answer = client.post("/v1/images/generations", json={"prompt": "a cat"}).json()
             assert answer["data"][0]["url"].startswith(url)
             assert client.get(answer["data"][0]["url"]).status_code == 200
 
 
-def test_clients_behind_a_trusted_proxy_are_told_apart(serve):
-    """All the world as one client, shut out when one of them asks for too much; or anyone's word believed."""
+def test_clients_behind_a_load_balancer_are_distinguished(serve):
+    """Bugs: all clients count as one and share a limit, or anybody's forwarded headers are trusted."""
     for proxies, status in ((("127.0.0.1",), 202), ((), 429)):
         running = serve(proxies=proxies, max_jobs_per_client=1)
         body = json.dumps({"prompts": ["slowly"], "prior_steps": 50})

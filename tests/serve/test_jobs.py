@@ -1,4 +1,4 @@
-"""The queue by itself: its bounds, fairness and batches; and what a job remembers."""
+"""The queue: limits, fairness and batches. And the events that a job keeps."""
 
 import itertools
 
@@ -31,8 +31,8 @@ requests = st.lists(
 
 
 @given(requests, st.integers(1, 8))
-def test_every_image_is_drawn_once_in_batches_of_one_shape(wanted, most):
-    """A task lost, drawn twice, or beside one of another size."""
+def test_every_image_is_taken_once_in_batches_of_one_shape(wanted, most):
+    """Bugs: a lost or duplicate task, or a batch of mixed sizes."""
     queue = FairQueue(10_000, 10_000)
     jobs = [job(*request) for request in wanted]
     for one in jobs:
@@ -48,7 +48,7 @@ def test_every_image_is_drawn_once_in_batches_of_one_shape(wanted, most):
 
 @given(requests, st.integers(1, 8))
 def test_a_client_waits_for_no_more_batches_than_there_are_clients(wanted, most):
-    """Somebody with many jobs, or with a shape that suits, keeps others out."""
+    """Bug: a client with many jobs, or with a common shape, starves the others."""
     queue = FairQueue(10_000, 10_000)
     for request in wanted:
         queue.add(job(*request))
@@ -63,8 +63,8 @@ def test_a_client_waits_for_no_more_batches_than_there_are_clients(wanted, most)
 
 
 @given(requests)
-def test_room_in_a_batch_goes_round(wanted):
-    """Of those that want the same, one gets two images more than another who still waits."""
+def test_free_room_in_a_batch_is_divided_evenly(wanted):
+    """Bug: one client gets two more images than another one that waits for the same shape."""
     queue = FairQueue(10_000, 10_000)
     for client, images, _ in wanted:
         queue.add(job(client, images))
@@ -94,8 +94,8 @@ def test_the_queue_is_bounded(wanted, most, each):
     assert queue.open_jobs() == sum(open_jobs.values())
 
 
-def test_a_job_counts_until_it_has_ended_and_not_longer():
-    """A client shut out for ever, or one that gets round its limit while its jobs are drawn."""
+def test_a_job_counts_against_the_limit_until_it_ends():
+    """Bugs: a client is locked out forever, or exceeds its limit while its jobs are running."""
     queue = FairQueue(10, 1)
     one = job()
     queue.add(one)
@@ -129,7 +129,7 @@ def test_positions_follow_the_turns():
 
 
 def test_a_long_job_keeps_few_events():
-    """Memory that grows with the steps of a job, or a reader that misses what still counts."""
+    """Bugs: memory grows with the number of steps, or a client misses an event that still matters."""
     one = job(images=2)
     one.emit("queued", {"position": 3})
     one.start()

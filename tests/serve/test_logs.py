@@ -1,4 +1,4 @@
-"""What strangers send does not fill the log."""
+"""Clients cannot fill the log."""
 
 import asyncio
 import logging
@@ -13,7 +13,7 @@ def record(message, *values, error=None):
     return logging.LogRecord("x", logging.WARNING, "", 0, message, values, info)
 
 
-def test_few_lines_of_a_kind_pass_and_the_rest_is_counted():
+def test_a_few_records_of_a_kind_pass_and_the_rest_are_counted():
     """A million malformed requests wrote a million lines."""
     now = 0.0
     limit = LogLimit(lambda: now)
@@ -27,8 +27,8 @@ def test_few_lines_of_a_kind_pass_and_the_rest_is_counted():
     assert sum(limit.filter(record("bad %s", number)) for number in range(1000)) == logs.LINES - 1
 
 
-def test_kinds_are_bounded():
-    """Lines of more kinds than are told apart all passed: the count began again."""
+def test_the_number_of_kinds_is_limited():
+    """With more kinds than are tracked, all records passed, because their counts restarted."""
     now = 0.0
     limit = LogLimit(lambda: now)
     passed = sum(limit.filter(record(f"kind {number}")) for number in range(5000))
@@ -61,7 +61,7 @@ def raised_elsewhere(kind, text=""):
 
 
 def test_one_error_does_not_hide_another():
-    """uvicorn tells of all exceptions in the same words: five that a stranger provoked hid a real one."""
+    """uvicorn logs all exceptions with the same message, so five provoked ones hid a real one."""
     limit = LogLimit(lambda: 0.0)
 
     def passes(error):
@@ -74,14 +74,14 @@ def test_one_error_does_not_hide_another():
     assert passes(ValueError())  # raised nowhere
 
 
-def test_a_name_in_a_further_line_makes_no_other_kind():
-    """asyncio's lines name the task, which is another each time."""
+def test_only_the_first_line_defines_a_kind():
+    """asyncio's records contain the task's name on a later line, and it differs every time."""
     limit = LogLimit(lambda: 0.0)
     lines = (f"Task exception was never retrieved\nfuture: <Task Task-{number}>" for number in range(100))
     assert sum(limit.filter(record(line, error=raised(ValueError))) for line in lines) == logs.LINES
 
 
-def test_a_request_that_the_end_cuts_off_is_no_error():
+def test_requests_cancelled_by_the_shutdown_are_not_logged():
     limit = LogLimit()
     assert not limit.filter(record("failed", error=asyncio.CancelledError()))
     assert limit.filter(record("failed", error=ValueError()))

@@ -1,4 +1,4 @@
-"""The worker with the model in the package: what it draws, whoever shares the batch, and its previews."""
+"""The worker with the bundled model: its images, independent of the batch, and its previews."""
 
 import base64
 import io
@@ -44,28 +44,28 @@ def compare(running, alone, prompts=PROMPTS, **settings):
 
 
 def batches(running):
-    """How many, and images in them."""
+    """The number of batches, and of images in them."""
     text = running.http.get("/metrics").text
     return [float(re.search(rf"wuerstchen_batch_pictures_{what} (.*)", text)[1]) for what in ("count", "sum")]
 
 
 @pytest.mark.slow
-def test_an_image_does_not_depend_on_who_shares_its_batch(exact):
-    """Noise drawn for the batch and not for the image; rounding that grows from step to step."""
+def test_an_image_does_not_depend_on_its_batch(exact):
+    """Bugs: noise drawn per batch instead of per image, or rounding errors that grow from step to step."""
     for difference in compare(exact, [4, 6]):
         assert np.abs(difference).max() <= 2
         assert (difference != 0).mean() <= 0.001
 
 
-def test_deterministic_images_are_the_same_to_the_bit(serve):
+def test_deterministic_images_are_bit_identical(serve):
     running = serve(real=True, deterministic=True)
     small = {"width": 128, "height": 128, "prior_steps": 4, "decoder_steps": 2}
     for difference in compare(running, [2], PROMPTS[:4], **small):
         assert not difference.any()
 
 
-def test_negatives_and_beginnings_are_each_images_own(exact):
-    """Jobs of two clients in one batch, whose texts or images are mixed up."""
+def test_each_image_has_its_own_negative_prompt_and_init_image(exact):
+    """Bug: jobs of two clients in one batch get each other's texts or images."""
     running = exact
     buffer = io.BytesIO()
     Image.effect_noise((100, 80), 90).convert("RGB").save(buffer, "PNG")
@@ -95,7 +95,7 @@ def test_negatives_and_beginnings_are_each_images_own(exact):
     assert redone.mean(axis=(0, 1))[0] > 150 > 100 > redone.mean(axis=(0, 1))[1]
 
 
-def test_previews_cost_little_and_come_early(real):
+def test_previews_are_cheap_and_early(real):
     running = real
     events = list(running.events(running.draw(prompts=["a red car"])))
     order = [name for name, _ in events]
@@ -111,14 +111,14 @@ def test_previews_cost_little_and_come_early(real):
     assert stages == sorted(stages, reverse=True)
 
 
-def test_words_that_are_lost_are_told(real):
+def test_truncated_prompts_are_reported(real):
     running = real
     job = running.wait(running.draw(prompts=["cat " * 40 + "lostword", "a dog"], prior_steps=2))
     (notice,) = job["notices"]
     assert "lostword" in notice
 
 
-def test_the_model_says_what_it_can(real):
+def test_the_model_reports_its_capabilities(real):
     about = real.http.get("/v1/model").json()
     assert about["name"] == "wuerstchen"
     assert about["size"]["default"] == [256, 256]
@@ -135,7 +135,7 @@ def test_the_model_says_what_it_can(real):
 
 
 @pytest.mark.parametrize("body", [{"prior_sampler": "dpm", "guidance": 1}, {"width": 64, "height": 96}])
-def test_other_settings_are_drawn(real, body):
+def test_other_settings_work(real, body):
     running = real
     job = running.wait(running.draw(prior_steps=2, decoder_steps=1, **body))
     assert job["state"] == "done"

@@ -1,4 +1,4 @@
-"""The client that people have: the real ``openai`` package."""
+"""The service with the real ``openai`` client."""
 
 import base64
 import io
@@ -21,7 +21,7 @@ def client_of(running, **options):
 
 
 @pytest.mark.parametrize("form", ["url", "b64_json", None])
-def test_images_come_as_the_client_expects_them(serve, form, tmp_path):
+def test_images_have_the_format_that_the_client_expects(serve, form, tmp_path):
     running = serve()
     more = {} if form is None else {"response_format": form}
     with client_of(running) as client:
@@ -53,7 +53,7 @@ def test_images_come_as_the_client_expects_them(serve, form, tmp_path):
             assert image.size == (128, 64)
 
 
-def test_the_model_in_the_package_draws_for_it(real):
+def test_the_bundled_model_works_with_the_client(real):
     running = real
     with client_of(running) as client:
         (model,) = client.models.list().data
@@ -66,7 +66,7 @@ def test_the_model_in_the_package_draws_for_it(real):
         assert max(high - low for low, high in image.getextrema()) > 50
 
 
-def test_errors_are_those_of_the_client(serve):
+def test_errors_raise_the_exceptions_of_the_client(serve):
     running = serve(max_waiting=2, tokens=(TOKEN,), max_pixels=256 * 128)
     with client_of(running) as client, pytest.raises(openai.AuthenticationError, match="token is missing"):
         client.images.generate(prompt="a")
@@ -92,7 +92,7 @@ def test_errors_are_those_of_the_client(serve):
 
 
 def test_errors_name_the_fields_that_were_sent(plain):
-    """A client that looks for ``width`` in a request that has only a ``size``."""
+    """A request that has only ``size`` must not get an error about ``width``."""
     with client_of(plain) as client:
         for param, beginning, wrong in (
             ("size", "size 100x64: width must", {"size": "100x64"}),
@@ -111,8 +111,8 @@ def test_errors_name_the_fields_that_were_sent(plain):
             assert error.value.body["message"].startswith(beginning)
 
 
-def test_values_that_ask_for_nothing_are_taken(plain):
-    """Clients that send all the fields that they know, each at its default."""
+def test_fields_with_default_values_are_accepted(plain):
+    """Some clients send all fields that they know, each with its default."""
     neutral = {
         "background": "auto",
         "complexity": "low",
@@ -158,8 +158,8 @@ def test_the_model_is_found_by_its_name(plain):
             assert (error.value.code, error.value.param) == ("model_not_found", "model")
 
 
-def test_there_are_no_edits(plain):
-    """415 with "use application/json", which leads to another refusal."""
+def test_edits_and_variations_do_not_exist(plain):
+    """They answered 415 with "use application/json", which led to another refusal."""
     image = ("a.png", b"x" * 1000, "image/png")
     with client_of(plain) as client, pytest.raises(openai.NotFoundError, match="no such route"):
         client.images.edit(image=image, prompt="a")
@@ -169,15 +169,15 @@ def test_there_are_no_edits(plain):
         assert answer.status_code == 404
 
 
-def test_too_many_jobs_are_the_clients_rate_limit(serve):
+def test_too_many_jobs_raise_a_rate_limit_error(serve):
     running = serve(max_jobs_per_client=1)
     running.draw(prompts=["slowly"], prior_steps=50)
     with client_of(running) as client, pytest.raises(openai.RateLimitError, match="already have 1 open jobs"):
         client.images.generate(prompt="a")
 
 
-def test_a_client_that_goes_away_leaves_no_job(serve):
-    """Images for nobody, drawn while others wait."""
+def test_the_job_of_a_disconnected_client_is_cancelled(serve):
+    """Otherwise images that nobody receives delay other clients."""
     running = serve()
     with client_of(running, timeout=0.5) as client, pytest.raises(openai.APITimeoutError):
         client.images.generate(prompt="slowly", extra_body={"steps": 100})

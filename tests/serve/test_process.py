@@ -1,4 +1,4 @@
-"""A worker's process and the threads that talk to it."""
+"""A worker process and the threads that communicate with it."""
 
 import multiprocessing
 import threading
@@ -9,10 +9,10 @@ import pytest
 from wuerstchen.serve.process import WorkerProcess
 
 
-def test_without_a_thread_to_listen_no_process_is_left(monkeypatch):
-    """At the system's limit of threads: a process that nobody listened to, and a thread that was joined
-    though it had not begun."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))  # the process is handed this path
+def test_no_process_is_left_if_its_thread_cannot_start(monkeypatch):
+    """At the system's thread limit, a process without a listener was left, and an unstarted thread was
+    joined."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))  # the process inherits this path
     import fake_decoder
 
     start = threading.Thread.start

@@ -1,4 +1,4 @@
-"""The service behind a reverse proxy: its port, its path, and headers that are trusted or not."""
+"""The service behind a reverse proxy: port, path prefix, and trust in headers."""
 
 import asyncio
 
@@ -21,8 +21,8 @@ def url_of(running, **headers):
     return answer.json()["data"][0]["url"].partition("/v1/images/")[0]
 
 
-def test_addresses_are_those_that_the_client_asked_for(serve):
-    """A url without the port of the proxy, or without the path below which it serves this service."""
+def test_urls_are_those_that_the_client_uses(serve):
+    """Bugs: a URL without the proxy's port, or without its path prefix."""
     running = serve(proxies=("127.0.0.1",), allowed_hosts=("draw.example",))
     for headers, url in (
         ({"host": "draw.example:8443", "x_forwarded_proto": "https"}, "https://draw.example:8443"),
@@ -32,7 +32,7 @@ def test_addresses_are_those_that_the_client_asked_for(serve):
             {"host": "draw.example", "x_forwarded_port": "443", "x_forwarded_proto": "https"},
             "https://draw.example",
         ),
-        # TLS ended one hop earlier, and the last one was asked by plain HTTP.
+        # TLS was terminated one hop earlier, and the last proxy got plain HTTP.
         (
             {"host": "draw.example", "x_forwarded_port": "80", "x_forwarded_proto": "https"},
             "https://draw.example",
@@ -51,8 +51,8 @@ def test_addresses_are_those_that_the_client_asked_for(serve):
         assert url_of(running, **headers) == url, headers
 
 
-def test_below_a_path_every_address_has_it(serve):
-    """Addresses in jobs, in events and in the description of the routes that lead past the proxy's path."""
+def test_all_urls_have_the_path_prefix(serve):
+    """URLs in jobs, events and the OpenAPI schema lacked the prefix."""
     running = serve(proxies=("127.0.0.0/8",))
     running.http.headers["X-Forwarded-Prefix"] = "/draw"
     job = running.draw()
@@ -71,14 +71,14 @@ def test_below_a_path_every_address_has_it(serve):
 
 
 @pytest.mark.parametrize("proxies", [(), ("10.0.0.1",)])
-def test_headers_of_others_are_not_believed(serve, proxies):
-    """Anybody who reaches the service itself could name another host in its answers."""
+def test_forwarded_headers_of_other_clients_are_ignored(serve, proxies):
+    """Anybody who reaches the service directly could inject another host into its answers."""
     running = serve(proxies=proxies)
     told = {"x_forwarded_host": "evil.example", "x_forwarded_port": "1", "x_forwarded_prefix": "/evil"}
     assert url_of(running, **told) == running.url
     broken = {"X-Forwarded-Host": "a b", "X-Forwarded-Port": "x", "X-Forwarded-Prefix": "//x"}
     assert running.http.get("/healthz", headers=broken).status_code == 200
-    # Nor do they make another site's page this service's own.
+    # They do not make a page of another site same-origin either.
     foreign = {"origin": "https://evil.example", "X-Forwarded-Host": "evil.example", **JSON}
     assert running.http.post("/v1/jobs", content=JOB, headers=foreign).status_code == 403
 
@@ -99,22 +99,22 @@ def test_headers_of_others_are_not_believed(serve, proxies):
         ("X-Forwarded-Prefix", "/a?b"),
     ],
 )
-def test_a_header_that_cannot_be_used_is_named(name, value):
-    """An address of another site, made of what a client sent and its proxy passed on."""
+def test_invalid_forwarded_headers_are_named(name, value):
+    """A header that the proxy passes on from a client could inject another site's URL."""
     scope = {"scheme": "http", "wuerstchen.proxied": {name.lower(): value}}
     with pytest.raises(ValueError, match=f"^{name} cannot be used: .*Correct the configuration of the proxy"):
         public_address(scope, "draw.example")
 
 
-def test_a_broken_header_of_a_proxy_is_answered_with_its_name(serve):
+def test_an_invalid_forwarded_header_gets_a_400_with_its_name(serve):
     running = serve(proxies=("127.0.0.1",))
     answer = running.http.get("/healthz", headers={"X-Forwarded-Prefix": "//evil.example"})
     assert answer.status_code == 400
     assert "X-Forwarded-Prefix cannot be used: '//evil.example'" in answer.json()["error"]["message"]
 
 
-def test_the_pages_own_requests_pass_a_proxy(serve):
-    """The page's own POST was another site's: the proxy had left the port out of the Host header."""
+def test_requests_of_the_page_work_behind_a_proxy(serve):
+    """The page's own POST counted as cross-site when the proxy dropped the port from the Host header."""
     running = serve(proxies=("127.0.0.1",), allowed_hosts=("draw.example",))
 
     def status(**headers):
@@ -123,7 +123,7 @@ def test_the_pages_own_requests_pass_a_proxy(serve):
 
     own = {"host": "draw.example", "origin": "https://draw.example:8443"}
     assert status(**own, sec_fetch_site="same-origin") == 202
-    # Browsers say so only to pages with TLS or on this machine; for the others the origin has to do.
+    # Browsers send Sec-Fetch-Site only with TLS or on localhost. Otherwise the origin is checked.
     assert status(**own) == 403
     assert status(**own, x_forwarded_port="8443") == 202
     plain = {"host": "draw.example", "origin": "https://draw.example", "x_forwarded_proto": "https"}
@@ -142,8 +142,8 @@ def test_the_pages_own_requests_pass_a_proxy(serve):
         assert status(**{"host": "draw.example", **foreign}) == 403, foreign
 
 
-def test_clients_behind_a_proxy_are_told_apart(serve):
-    """All of them as the proxy, who may then have sixteen jobs in all."""
+def test_clients_behind_a_proxy_are_distinguished(serve):
+    """Otherwise all of them together may have only sixteen jobs."""
     running = serve(proxies=("127.0.0.1",), max_jobs_per_client=1, max_batch=1)
 
     def status(address):
@@ -154,7 +154,7 @@ def test_clients_behind_a_proxy_are_told_apart(serve):
 
 
 def test_both_paths_in_the_scope_have_the_prefix():
-    """ASGI has the path as it was sent, too: what reads that one would miss the prefix."""
+    """ASGI also has ``raw_path``. Apps that read it would miss the prefix."""
     scopes = []
 
     async def app(scope, receive, send):

@@ -1,4 +1,4 @@
-"""The token buckets, under a clock of our own."""
+"""The token buckets, with a fake clock."""
 
 import math
 import tracemalloc
@@ -24,11 +24,11 @@ def clock():
 
 
 def allowed(rate, number, client="a"):
-    """How many of so many requests at once are allowed."""
+    """How many of ``number`` requests at once are allowed."""
     return sum(rate.take(client) == 0 for _ in range(number))
 
 
-def test_a_burst_and_then_a_rate(clock):
+def test_a_burst_is_followed_by_the_rate(clock):
     rate = RequestRate(50.0, clock)
     assert rate.burst == 200
     assert allowed(rate, 1000) == 200
@@ -37,17 +37,17 @@ def test_a_burst_and_then_a_rate(clock):
     clock.now += 3
     assert allowed(rate, 1000) == 150
     clock.now += 1000
-    assert allowed(rate, 1000) == 200  # and no more, however long it was quiet
+    assert allowed(rate, 1000) == 200  # no more than a burst after any pause
 
 
-def test_who_keeps_to_the_rate_is_never_refused(clock):
+def test_a_client_within_the_rate_is_never_refused(clock):
     rate = RequestRate(50.0, clock)
     for _ in range(5000):
         assert rate.take("a") == 0
         clock.now += 1 / 50
 
 
-def test_what_is_refused_takes_no_token_and_says_how_long_to_wait(clock):
+def test_a_refusal_takes_no_token_and_returns_the_wait(clock):
     rate = RequestRate(0.1, clock)
     assert rate.burst == rates.MIN_BURST
     assert allowed(rate, rates.MIN_BURST) == rates.MIN_BURST
@@ -60,7 +60,7 @@ def test_what_is_refused_takes_no_token_and_says_how_long_to_wait(clock):
     assert rate.take("a") > 0
 
 
-def test_clients_have_buckets_of_their_own(clock):
+def test_each_client_has_its_own_bucket(clock):
     rate = RequestRate(1.0, clock)
     assert allowed(rate, 100, "a") == 30
     assert allowed(rate, 100, "b") == 30
@@ -82,8 +82,8 @@ def test_full_buckets_are_forgotten(clock):
     assert len(rate) == 1
 
 
-def test_memory_is_bounded_and_who_floods_is_not_forgotten(clock):
-    """Requests from any number of addresses, each remembered."""
+def test_memory_is_bounded_and_active_clients_are_remembered(clock):
+    """Requests from any number of addresses must not fill the memory."""
     clients = 1000
     rate = RequestRate(50.0, clock, clients)
     assert allowed(rate, 1000, "floods") == 200

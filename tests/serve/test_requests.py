@@ -1,4 +1,4 @@
-"""What may be asked for, and what may be uploaded."""
+"""Validation of requests and uploads."""
 
 import base64
 import io
@@ -72,7 +72,7 @@ def encoded(image, kind="PNG", **options):
         ([], "body", "valid dictionary"),
     ],
 )
-def test_impossible_requests_are_refused_in_the_common_form(plain, body, param, words):
+def test_invalid_requests_get_an_error_in_the_common_format(plain, body, param, words):
     running = plain
     if isinstance(body, dict) and body.get("image"):
         body["image"] = encoded(Image.new("RGB", (8, 8)))
@@ -141,7 +141,7 @@ def test_large_uploads_are_refused(serve):
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "MPO"])
 @pytest.mark.parametrize("prefix", ["", "data:image/png;base64,"])
 def test_uploads_are_upright_scaled_and_stripped(plain, kind, prefix):
-    """A phone's photo on its side; where it was taken, in what is made of it. The stand-in draws uploads."""
+    """Bugs: a phone's photo on its side, or its metadata in the result. The stand-in returns the upload."""
     running = plain
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
@@ -161,7 +161,7 @@ def test_uploads_are_upright_scaled_and_stripped(plain, kind, prefix):
 
 
 def test_base64_may_have_line_breaks(plain):
-    """As many encoders write it, which was no base64."""
+    """Many encoders add them, and they were refused."""
     text = base64.encodebytes(base64.b64decode(encoded(NOISE))).decode()
     assert "\n" in text.strip()
     for body in (text, "data:image/png;base64,\n" + text):
@@ -180,15 +180,16 @@ def test_reconstructions_are_a_kind_of_job(serve):
 
 
 @pytest.mark.parametrize("body", [{"prompts": [1] * 1000}, {f"k{number}": 0 for number in range(1000)}])
-def test_a_thousand_mistakes_cost_as_much_as_one(body):
-    """An error of a kilobyte for each: 2 MB of them took the service a gigabyte, and all others 5 s."""
+def test_a_thousand_errors_cost_as_much_as_one(body):
+    """pydantic made an error of a kilobyte for each. A body of 2 MB took a gigabyte and blocked others for 5
+    s."""
     with pytest.raises(ValidationError) as caught:
         JobRequest.model_validate(body)
     assert caught.value.error_count() == 1
 
 
-def test_a_job_larger_than_the_queue_is_no_matter_of_waiting(serve):
-    """429 would make a client try it for ever."""
+def test_a_job_larger_than_the_queue_is_invalid(serve):
+    """A client would repeat a 429 forever."""
     running = serve(max_waiting=4)
     assert running.http.get("/v1/model").json()["limits"]["pictures"] == 4
     answer = running.http.post("/v1/jobs", json={"prompts": ["x"], "count": 5})

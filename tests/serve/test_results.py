@@ -1,4 +1,4 @@
-"""Finished images: names, time, room, and several instances in one folder."""
+"""Finished images: names, expiry, total size, and several instances in one folder."""
 
 import os
 import time
@@ -17,7 +17,7 @@ def make(folder, instance="abc123", **settings):
     return Results(folder, instance, **{"seconds": 60.0, "max_bytes": 10**6, **settings})
 
 
-def test_names_carry_the_instance_and_cannot_be_guessed(tmp_path):
+def test_names_contain_the_instance_and_cannot_be_guessed(tmp_path):
     results = make(tmp_path)
     names = {results.save(RED, {"seed": k}) for k in range(20)}
     assert len(names) == 20
@@ -25,8 +25,8 @@ def test_names_carry_the_instance_and_cannot_be_guessed(tmp_path):
     assert sorted(os.listdir(tmp_path)) == sorted(names)
 
 
-def test_nothing_else_can_be_read(tmp_path):
-    """A name from a client that leads out of the folder."""
+def test_only_images_can_be_read(tmp_path):
+    """A name from a client must not lead out of the folder."""
     (tmp_path / "secret.png").write_bytes(b"x")
     folder = tmp_path / "results"
     results = make(folder)
@@ -48,7 +48,7 @@ def test_nothing_else_can_be_read(tmp_path):
 
 
 class Clock:
-    """Seconds that a test sets."""
+    """A clock that the test sets."""
 
     def __init__(self):
         self.now = 1000.0
@@ -57,7 +57,7 @@ class Clock:
         return self.now
 
 
-def test_another_instance_hands_them_out_and_clears_them_away(tmp_path):
+def test_another_instance_can_serve_and_delete_images(tmp_path):
     clock = Clock()
     one, other = make(tmp_path), make(tmp_path, "def456", clock=clock)
     name = one.save(RED, {})
@@ -72,8 +72,8 @@ def test_another_instance_hands_them_out_and_clears_them_away(tmp_path):
 
 
 @pytest.mark.parametrize("jump", [-1e6, 1e6])
-def test_a_clock_that_jumps_changes_nothing(tmp_path, jump):
-    """A clock that is set: all images were gone at once, or the newest went first."""
+def test_a_jump_of_the_system_clock_changes_nothing(tmp_path, jump):
+    """After the clock was set, all images were deleted at once, or the newest first."""
     clock = Clock()
     results = make(tmp_path, clock=clock)
     old = results.save(RED, {})
@@ -91,7 +91,7 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path, jump):
     assert os.listdir(tmp_path) == []
 
 
-def test_what_lies_there_at_the_start_is_judged_by_its_time(tmp_path):
+def test_files_that_exist_at_the_start_expire_by_their_modification_time(tmp_path):
     results = make(tmp_path)
     names = [results.save(RED, {"seed": k}) for k in range(3)]
     for name, age in zip(names, (100, 40, -1000), strict=True):
@@ -101,12 +101,12 @@ def test_what_lies_there_at_the_start_is_judged_by_its_time(tmp_path):
     assert [again.read(name) is None for name in names] == [True, False, False]
     clock.now += 30
     assert [again.read(name) is None for name in names] == [True, True, False]
-    clock.now += 40  # that of the future counts as new
+    clock.now += 40  # a file from the future counts as new
     again.clear()
     assert os.listdir(tmp_path) == []
 
 
-def test_the_oldest_go_first_where_room_is_short(tmp_path):
+def test_the_oldest_images_are_deleted_first(tmp_path):
     clock = Clock()
     results = make(tmp_path, clock=clock)
     names = []
@@ -121,21 +121,21 @@ def test_the_oldest_go_first_where_room_is_short(tmp_path):
     assert sorted(os.listdir(tmp_path)) == sorted([*names[2:], "notes.txt"])
 
 
-def test_what_a_crash_left_half_is_cleared_away(tmp_path):
+def test_unfinished_files_of_a_crash_are_deleted(tmp_path):
     clock = Clock()
     results = make(tmp_path, clock=clock)
     name = results.save(RED, {})
     half = tmp_path / f".{name[:-4]}-0123abcd.tmp"
     half.write_bytes(b"half")
     results.clear()
-    assert half.exists()  # it may be being written
+    assert half.exists()  # it may still be written
     clock.now += 61
     results.clear()
     assert not half.exists()
 
 
-def test_only_regular_files_are_handed_out(tmp_path):
-    """A link with an image's name in a shared folder led to any file; a pipe hangs."""
+def test_only_regular_files_are_served(tmp_path):
+    """A link with an image's name in a shared folder could expose any file, and a pipe would block."""
     folder = tmp_path / "results"
     results = make(folder)
     name = results.save(RED, {})
@@ -152,8 +152,8 @@ def test_only_regular_files_are_handed_out(tmp_path):
     assert secret.read_bytes() == b"secret"
 
 
-def test_a_folder_that_was_tidied_away_is_made_again(tmp_path):
-    """Systems clear what lies in /tmp for long; every job of an idle service failed from then on."""
+def test_a_deleted_folder_is_created_again(tmp_path):
+    """Systems delete old files in /tmp. After that, every job of an idle service failed."""
     results = make(tmp_path / "r")
     (tmp_path / "r").rmdir()
     results.clear()
@@ -161,7 +161,7 @@ def test_a_folder_that_was_tidied_away_is_made_again(tmp_path):
 
 
 def test_an_image_that_cannot_be_signed_is_not_kept(tmp_path):
-    """Its name is in the log then, and whoever knows the name could fetch it, unsigned."""
+    """Its name is in the log, so others could fetch it unsigned."""
 
     class Broken(Signer):
         def __init__(self):

@@ -1,4 +1,4 @@
-"""Running the service: what a start that fails leaves behind."""
+"""Running the service: cleaning up after a failed start."""
 
 import asyncio
 import multiprocessing
@@ -14,9 +14,9 @@ from wuerstchen.serve.service import Service
 from wuerstchen.serve.stopping import Deadline
 
 
-def test_a_start_that_fails_leaves_no_worker_and_no_signal_handler(monkeypatch, tmp_path):
-    """The first worker went on, and Ctrl-C did nothing any more."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))  # the worker's process is handed this path
+def test_a_failed_start_leaves_no_worker_and_no_signal_handler(monkeypatch, tmp_path):
+    """The first worker kept running, and Ctrl-C stopped working."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))  # the worker process inherits this path
     import fake_worker
 
     start = WorkerProcess.start

@@ -1,4 +1,4 @@
-"""Jobs over HTTP, with a stand-in for the worker's process: what it tells, cancels, survives and refuses."""
+"""Jobs over HTTP, with a stand-in for the worker process: events, cancelling, limits and shutdown."""
 
 import asyncio
 import base64
@@ -14,7 +14,7 @@ from wuerstchen.serve import streams
 
 
 def names(events):
-    """Names in order, each once where it comes several times in a row."""
+    """The names of events, without consecutive repeats."""
     found = []
     for name, _ in events:
         if found[-1:] != [name]:
@@ -22,7 +22,7 @@ def names(events):
     return found
 
 
-def test_a_job_from_beginning_to_end(serve):
+def test_a_job_from_start_to_end(serve):
     running = serve()
     job = running.draw(prompts=["a cat", "a dog"], count=2, seed=7, negative="a cow", guidance=3)
     assert job["state"] == "queued"
@@ -61,8 +61,8 @@ def test_a_job_from_beginning_to_end(serve):
     assert (ended["state"], ended["progress"], ended["position"], ended["images"]) == ("done", 1.0, 0, images)
 
 
-def test_an_image_holds_what_draws_it_again(serve, tmp_path):
-    """A file that does not say how it was made, or that it was made by a model."""
+def test_an_image_contains_the_settings_to_reproduce_it(serve, tmp_path):
+    """It must also say that a model made it."""
     running = serve()
     job = running.wait(running.draw(prompts=["ein Kätzchen"], seed=5, prior_steps=3, width=128))
     answer = running.http.get(job["images"][0]["url"])
@@ -79,8 +79,8 @@ def test_an_image_holds_what_draws_it_again(serve, tmp_path):
     assert again["settings"] == {**job["settings"], "count": 1}
 
 
-def test_a_reconstructions_settings_reconstruct_again(serve):
-    """Prompts, guidance and steps of a stage that it does not use, for which the same request is refused."""
+def test_the_settings_of_a_reconstruction_can_be_sent_again(serve):
+    """They contained prompts, guidance and Stage C steps, which a reconstruction refuses."""
     running = serve()
     Image.new("RGB", (96, 64), "red").save(buffer := io.BytesIO(), "PNG")
     image = base64.b64encode(buffer.getvalue()).decode()
@@ -91,24 +91,24 @@ def test_a_reconstructions_settings_reconstruct_again(serve):
     assert (again.status_code, again.json()["settings"]) == (202, settings)
 
 
-def test_for_how_long_images_are_kept_is_told(serve):
+def test_the_model_view_says_how_long_images_are_kept(serve):
     assert serve(result_seconds=60.0).http.get("/v1/model").json()["limits"]["result_seconds"] == 60.0
 
 
-def test_what_is_left_open_is_drawn_and_told(serve):
+def test_a_missing_seed_is_random_and_reported(serve):
     running = serve()
     seeds = {running.draw()["settings"]["seed"] for _ in range(3)}
     assert len(seeds) == 3
 
 
-def test_previews_come_only_where_they_are_wanted(serve):
+def test_previews_are_sent_only_on_request(serve):
     running = serve()
     for previews in (True, False):
         job = running.draw(prompts=["slowly"], prior_steps=2, decoder_steps=1, previews=previews)
         assert ("preview" in names(running.events(job))) == previews
 
 
-def test_a_stream_goes_on_where_it_stopped(serve):
+def test_a_stream_resumes_where_it_stopped(serve):
     running = serve()
     job = running.draw(prompts=["a", "b"])
     whole = list(running.events(job))
@@ -123,7 +123,7 @@ def test_a_stream_goes_on_where_it_stopped(serve):
 
 
 def test_a_cancelled_job_stops_within_one_step(serve):
-    """A worker that draws to the end for nobody, and keeps the next one waiting."""
+    """Otherwise a worker generates unwanted images to the end while others wait."""
     running = serve()
     job = running.draw(prompts=["slowly"], prior_steps=100)
     events = running.events(job)
@@ -139,8 +139,8 @@ def test_a_cancelled_job_stops_within_one_step(serve):
     assert running.http.delete(f"/v1/jobs/{job['id']}").status_code == 200
 
 
-def test_streams_of_a_client_are_bounded_and_closed_ones_do_not_count(serve, monkeypatch):
-    """A client that follows its jobs for ever takes all of a process's files."""
+def test_the_open_streams_of_a_client_are_limited(serve, monkeypatch):
+    """A client that keeps streams open would use up the file descriptors."""
     monkeypatch.setattr(streams, "STREAMS_PER_CLIENT", 2)
     running = serve()
     url = f"/v1/jobs/{running.draw(prompts=['slowly'], prior_steps=100)['id']}/events"
@@ -157,8 +157,8 @@ def test_streams_of_a_client_are_bounded_and_closed_ones_do_not_count(serve, mon
         assert again.status_code == 200
 
 
-def test_images_to_begin_with_are_bounded(serve, monkeypatch):
-    """256 jobs in the queue, each with tens of megabytes."""
+def test_the_memory_for_init_images_is_limited(serve, monkeypatch):
+    """256 queued jobs could each hold tens of megabytes."""
     monkeypatch.setattr(service_module, "IMAGE_BYTES", 64 * 64 * 3)
     running = serve(max_batch=1)
     Image.new("RGB", (64, 64), "red").save(buffer := io.BytesIO(), "PNG")
@@ -172,8 +172,8 @@ def test_images_to_begin_with_are_bounded(serve, monkeypatch):
     assert running.wait(running.draw(**begin))["state"] == "done"
 
 
-def test_who_waits_is_told_of_their_place(serve):
-    """A place that stays what it was when the job came."""
+def test_the_position_in_the_queue_is_updated(serve):
+    """It stayed the same as when the job was created."""
     running = serve(max_batch=1)
     for _ in range(2):
         running.draw(prompts=["slowly"], prior_steps=3, decoder_steps=1)
@@ -181,7 +181,7 @@ def test_who_waits_is_told_of_their_place(serve):
     assert [data["position"] for name, data in events if name == "queued"] == [2, 1]
 
 
-def test_too_much_is_refused_with_a_time_to_wait(serve):
+def test_a_full_queue_is_refused_with_retry_after(serve):
     running = serve(max_waiting=4, max_jobs_per_client=3, max_batch=1)
     running.draw(prompts=["slowly"], prior_steps=20)
     time.sleep(0.1)
@@ -197,7 +197,7 @@ def test_too_much_is_refused_with_a_time_to_wait(serve):
 
 
 def test_clients_take_turns(serve, tmp_path):
-    """One with a token and forty images keeps another waiting for all of them."""
+    """One client's many jobs must not block another client's."""
     one, other = "first-token-of-all", "second-token-of-all"
     running = serve(tokens=(one, other), max_batch=1)
 
@@ -216,7 +216,7 @@ def test_clients_take_turns(serve, tmp_path):
     assert state(one, greedy)["state"] == "running"
 
 
-def test_results_go_after_their_time(serve, monkeypatch):
+def test_results_expire(serve, monkeypatch):
     running = serve(result_seconds=0.5)
     job = running.wait(running.draw())
     url = job["images"][0]["url"]
@@ -228,7 +228,7 @@ def test_results_go_after_their_time(serve, monkeypatch):
     assert "ended long ago" in gone.json()["error"]["message"]
 
 
-def test_draining_finishes_what_has_begun_and_answers_the_rest(serve):
+def test_draining_finishes_running_jobs_and_fails_queued_ones(serve):
     running = serve(max_batch=1, grace=20.0)
     begun = running.draw(prompts=["slowly"], prior_steps=5)
     while running.http.get(f"/v1/jobs/{begun['id']}").json()["state"] == "queued":
@@ -246,14 +246,14 @@ def test_draining_finishes_what_has_begun_and_answers_the_rest(serve):
     draining.result(10)
 
 
-def test_what_outlasts_the_grace_time_is_failed(serve):
+def test_jobs_that_exceed_the_grace_time_fail(serve):
     running = serve(grace=0.3)
     job = running.draw(prompts=["slowly"], prior_steps=100)
     asyncio.run_coroutine_threadsafe(running.service.drain(), running.loop).result(10)
     assert "shutting down and cannot finish this job" in running.wait(job)["error"]
 
 
-def test_the_filter_is_asked_before_and_after(serve, monkeypatch, tmp_path):
+def test_the_filter_checks_prompts_and_images(serve, monkeypatch, tmp_path):
     (tmp_path / "rules.py").write_text(
         "def check(prompt, image):\n"
         "    if 'bad' in prompt:\n        return 'this prompt is against the rules'\n"
@@ -272,7 +272,7 @@ def test_the_filter_is_asked_before_and_after(serve, monkeypatch, tmp_path):
     assert running.http.post("/v1/jobs", json={"prompts": ["broken"]}).status_code == 500
 
 
-def test_prompts_are_in_the_log_only_if_asked(serve, caplog):
+def test_prompts_are_logged_only_on_request(serve, caplog):
     caplog.set_level("INFO", logger="wuerstchen.serve")
     for logs in (False, True):
         running = serve(log_prompts=logs)
@@ -283,8 +283,8 @@ def test_prompts_are_in_the_log_only_if_asked(serve, caplog):
     assert "generate, images: 1" in caplog.text
 
 
-def test_ids_of_jobs_are_in_no_log(serve, caplog):
-    """Whoever reads the log could read, watch and cancel everybody's jobs."""
+def test_job_ids_are_not_logged(serve, caplog):
+    """Whoever reads the log could read, follow and cancel everybody's jobs."""
     caplog.set_level("DEBUG")
     running = serve()
     job = running.wait(running.draw())
@@ -293,18 +293,18 @@ def test_ids_of_jobs_are_in_no_log(serve, caplog):
         time.sleep(0.05)
     cancelled = running.draw(prompts=["slowly"], prior_steps=100)
     running.http.delete(f"/v1/jobs/{cancelled['id']}")
-    # The test's own client logs what it asks for.
+    # The client of the test logs its own requests.
     text = "\n".join(r.getMessage() for r in caplog.records if not r.name.startswith("http"))
     for one in (job, failed, cancelled):
-        # The beginning is there, for whoever looks for a job; what is left has 96 bits.
+        # The log has the beginning of the id. The rest has 96 bits.
         beginning, rest = one["id"][:-24], one["id"][-24:]
         assert text.count(f"job {beginning}:") == 2
         assert rest not in text
     assert job["images"][0]["url"].rpartition("/")[2] not in text
 
 
-def test_a_job_is_its_tokens_own(serve):
-    """An id that another client comes to know is enough to read the prompts and to cancel the job."""
+def test_a_job_belongs_to_its_token(serve):
+    """A leaked id was enough for another client to read the prompts and cancel the job."""
     mine, others = "first-token-of-all", "second-token-of-all"
     running = serve(tokens=(mine, others))
 
@@ -325,7 +325,7 @@ def test_a_job_is_its_tokens_own(serve):
 
 
 def test_without_tokens_a_job_is_found_from_any_address(serve):
-    """A phone that changes from one network to another loses what it had drawn."""
+    """A phone that changes networks would lose its images."""
     running = serve(proxies=("127.0.0.1",))
     first, second = ({"X-Forwarded-For": address} for address in ("10.1.1.1", "10.1.1.2"))
     job = running.http.post("/v1/jobs", json={"prompts": ["a cat"]}, headers=first).json()
@@ -336,7 +336,7 @@ def test_metrics_count(serve):
     running = serve()
     running.wait(running.draw(count=3))
     running.http.post("/v1/jobs", json={"prompts": []})
-    text = running.http.get("/metrics").text  # at once: the watch looks once a second
+    text = running.http.get("/metrics").text  # without waiting for the monitor
     for line in (
         "wuerstchen_queue_pictures 0.0",
         "wuerstchen_jobs_open 0.0",
@@ -351,7 +351,7 @@ def test_metrics_count(serve):
         assert line in text, line
 
 
-def test_an_image_that_cannot_be_kept_fails_its_job_without_telling_the_folder(serve, tmp_path):
+def test_an_image_that_cannot_be_saved_fails_its_job_without_exposing_the_path(serve, tmp_path):
     running = serve()
     shutil.rmtree(tmp_path / "results")
     (tmp_path / "results").touch()

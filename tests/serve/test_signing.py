@@ -1,4 +1,4 @@
-"""Signed images, where the package is there: a manifest that its own reader finds valid."""
+"""Signed images, if c2pa-python is installed."""
 
 import importlib.util
 import json
@@ -53,7 +53,7 @@ def certificate(tmp_path):
 
 
 def test_signed_images_say_that_a_model_made_them(certificate, tmp_path):
-    """A manifest that no reader accepts; settings or pixels that signing lost."""
+    """Bugs: a manifest that readers reject, or settings or pixels lost by signing."""
     c2pa = pytest.importorskip("c2pa")
     from wuerstchen.serve.signing import Signer
 
@@ -65,14 +65,14 @@ def test_signed_images_say_that_a_model_made_them(certificate, tmp_path):
         read = json.loads(reader.json())
     (manifest,) = read["manifests"].values()
     assert MADE_BY_A_MODEL in json.dumps(manifest["assertions"])
-    # Nobody trusts this authority; nothing else is wrong with it.
+    # The only problem is that nobody trusts this authority.
     assert {status["code"] for status in read["validation_status"]} == {"signingCredential.untrusted"}
     assert read_settings(folder / name) == {"seed": 3}
     with Image.open(folder / name) as image:
         assert image.getpixel((5, 5)) == (255, 0, 0)
 
 
-def test_files_that_cannot_sign_are_refused_at_the_start(tmp_path):
+def test_unusable_certificates_are_refused_at_the_start(tmp_path):
     pytest.importorskip("c2pa")
     from wuerstchen.serve.signing import Signer
 

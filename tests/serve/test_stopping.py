@@ -1,4 +1,4 @@
-"""A signal ends the service within its grace time, whatever hangs."""
+"""A signal ends the service within its grace time, even if something hangs."""
 
 import base64
 import contextlib
@@ -22,7 +22,7 @@ SCRIPT = """
 import sys
 import fake_worker
 from wuerstchen.serve import worker
-worker.main = fake_worker.main  # before the service, which has it as its default
+worker.main = fake_worker.main  # before the service is imported, which has it as a default
 from wuerstchen.serve.limits import ServeConfig
 from wuerstchen.serve.server import run
 
@@ -44,7 +44,7 @@ def check(prompt, image):
 
 @pytest.fixture
 def service(tmp_path):
-    """Starts a service with a stand-in for its worker in a process; returns the process and its address."""
+    """Starts a service with a stand-in for its worker, in a process. Returns the process and its address."""
     (tmp_path / "rules.py").write_text(RULES)
     (tmp_path / "script.py").write_text(SCRIPT)
     started = []
@@ -73,7 +73,7 @@ def service(tmp_path):
 
 
 def send(url, path, body, timeout=60):
-    """Posts in a thread, whose answer nobody needs."""
+    """Posts in a thread and ignores the answer."""
 
     def post():
         with contextlib.suppress(httpx.HTTPError):
@@ -92,7 +92,7 @@ def slow_image():
 
 
 def children(pid):
-    """Processes of workers and decoders that a process has started, where /proc tells."""
+    """The worker and decoder processes of a service. Needs /proc."""
     path = Path(f"/proc/{pid}/task/{pid}/children")
     if not path.exists():
         pytest.skip("this system does not tell a process's children")
@@ -104,8 +104,8 @@ def children(pid):
     return found
 
 
-def test_a_signal_ends_what_clients_keep_busy(service):
-    """Two slow uploads, a worker that is stopped and a client that reads nothing: SIGTERM ended nothing."""
+def test_a_signal_ends_a_busy_service(service):
+    """With two slow uploads, a stopped worker and a client that reads nothing, SIGTERM had no effect."""
     process, url = service()
     workers = children(process.pid)
     uploads = [send(url, "/v1/jobs", {"kind": "reconstruct", "image": slow_image()}) for _ in range(2)]
@@ -130,7 +130,7 @@ def test_a_signal_ends_what_clients_keep_busy(service):
 
 
 @pytest.mark.parametrize("signals", [1, 2])
-def test_a_filter_that_hangs_does_not_keep_the_service(service, signals, tmp_path):
+def test_a_hanging_filter_does_not_prevent_the_exit(service, signals, tmp_path):
     process, url = service("filter")
     send(url, "/v1/jobs", {"prompts": ["hang"]})
     while not (tmp_path / "hangs").exists():
@@ -150,7 +150,7 @@ def test_closing_is_part_of_the_grace_time():
     assert [closing_seconds(grace) for grace in (30.0, 4.0, 0.4)] == [3.0, 1.0, 0.1]
 
 
-def test_threads_that_hang_are_told_from_those_that_end():
+def test_hanging_threads_are_detected():
     event = threading.Event()
     for seconds, hangs in ((0.05, False), (30, True)):
         thread = threading.Thread(target=event.wait, args=(seconds,), name="named here_7")

@@ -1,4 +1,4 @@
-"""Uploads are decoded in turns of the clients, for a limited time, in processes that can be killed."""
+"""Decoding of uploads: clients take turns, time is limited, and the processes can be killed."""
 
 import asyncio
 import base64
@@ -25,7 +25,7 @@ def encoded(image, kind="PNG", **options):
 
 
 def slow_image(side=2000, scans=2000):
-    """A progressive JPEG with more scans than an encoder would write, in 12 bytes for each."""
+    """A progressive JPEG with far too many scans, of 12 bytes each."""
     image = Image.new("RGB", (side, side), (200, 100, 50))
     data = base64.b64decode(encoded(image, "JPEG", progressive=True))
     last = data.rindex(b"\xff\xda")
@@ -39,8 +39,8 @@ def upload(text="x", **settings):
 
 @pytest.fixture
 def with_uploads(monkeypatch):
-    """Runs a coroutine function with ``Uploads`` whose processes are stand-ins."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))  # the processes are handed this path
+    """Runs a coroutine function with ``Uploads`` that use stand-ins for the decoders."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))  # the processes inherit this path
     import fake_decoder
 
     def run(use, **settings):
@@ -63,7 +63,7 @@ async def error_of(decoding):
 
 
 def test_clients_take_turns(with_uploads):
-    """One client's 24 uploads of a few seconds each kept another one waiting for all of them."""
+    """One client's many jobs must not block another client's."""
 
     async def use(uploads):
         ended = []
@@ -75,7 +75,7 @@ def test_clients_take_turns(with_uploads):
         greedy = [asyncio.create_task(decode("greedy", "sleep 0.1")) for _ in range(12)]
         while uploads._decoders[0].task is None or not uploads._decoders[0].ready:
             await asyncio.sleep(0.01)
-        assert uploads._decoders[1].task is None  # kept for others
+        assert uploads._decoders[1].task is None  # reserved for other clients
         modest = [asyncio.create_task(decode(f"modest {number}", "x")) for number in range(3)]
         await asyncio.gather(*modest)
         assert ended.count("greedy") < 12
@@ -85,7 +85,7 @@ def test_clients_take_turns(with_uploads):
     with_uploads(use)
 
 
-def test_a_slow_upload_is_given_up_and_the_next_is_decoded(with_uploads):
+def test_a_slow_upload_times_out_and_the_next_is_decoded(with_uploads):
     async def use(uploads):
         error = await error_of(uploads.decode("a", upload("sleep 100", seconds=0.2)))
         assert (error.status, error.message.startswith("image takes too long")) == (400, True)
@@ -94,8 +94,8 @@ def test_a_slow_upload_is_given_up_and_the_next_is_decoded(with_uploads):
     with_uploads(use, decoders=1)
 
 
-def test_a_client_that_has_gone_frees_the_decoder(with_uploads):
-    """Images went on being decoded, for hours, after their clients had left."""
+def test_a_disconnected_client_frees_the_decoder(with_uploads):
+    """Images were decoded for hours after their clients had disconnected."""
 
     async def use(uploads):
         gone = [asyncio.create_task(uploads.decode("a", upload("sleep 100"))) for _ in range(3)]
@@ -109,7 +109,7 @@ def test_a_client_that_has_gone_frees_the_decoder(with_uploads):
     with_uploads(use, decoders=1)
 
 
-def test_a_decoder_that_fails_takes_one_upload_along(with_uploads):
+def test_a_crash_of_a_decoder_affects_one_upload(with_uploads):
     async def use(uploads):
         error = await error_of(uploads.decode("a", upload("crash")))
         assert (error.status, "decoder crashed" in error.message) == (400, True)
@@ -120,8 +120,8 @@ def test_a_decoder_that_fails_takes_one_upload_along(with_uploads):
     with_uploads(use, decoders=1)
 
 
-def test_a_decoder_that_has_grown_is_replaced(with_uploads):
-    """The memory of the largest upload was kept for ever."""
+def test_a_decoder_that_uses_much_memory_is_replaced(with_uploads):
+    """The memory of the largest upload was never freed."""
 
     async def use(uploads):
         assert await uploads.decode("a", upload("last")) == Decoded(b"last")
@@ -132,7 +132,7 @@ def test_a_decoder_that_has_grown_is_replaced(with_uploads):
     with_uploads(use, decoders=1)
 
 
-def test_uploads_of_a_client_that_wait_are_bounded(with_uploads):
+def test_the_waiting_uploads_of_a_client_are_limited(with_uploads):
     async def use(uploads):
         tasks = [asyncio.create_task(uploads.decode("a", upload("sleep 0.1"))) for _ in range(3)]
         await asyncio.sleep(0)
@@ -144,7 +144,7 @@ def test_uploads_of_a_client_that_wait_are_bounded(with_uploads):
     with_uploads(use, max_per_client=2)
 
 
-def test_no_uploads_while_the_service_stops(with_uploads):
+def test_uploads_are_refused_during_shutdown(with_uploads):
     async def use(uploads):
         under_way = [asyncio.create_task(uploads.decode(client, upload("sleep 100"))) for client in "aab"]
         await asyncio.sleep(0.5)
@@ -155,7 +155,7 @@ def test_no_uploads_while_the_service_stops(with_uploads):
     with_uploads(use)
 
 
-def test_a_decoder_that_cannot_start_is_no_fault_of_the_image(with_uploads, monkeypatch):
+def test_a_decoder_that_cannot_start_is_a_server_error(with_uploads, monkeypatch):
     async def use(uploads):
         with monkeypatch.context() as patch:
             patch.setattr(multiprocessing.context.SpawnProcess, "start", no_room)
@@ -168,7 +168,7 @@ def test_a_decoder_that_cannot_start_is_no_fault_of_the_image(with_uploads, monk
     with_uploads(use)
 
 
-# With the decoder itself
+# With real decoders
 
 
 def post(running, text, **headers):
@@ -177,7 +177,7 @@ def post(running, text, **headers):
 
 
 def test_an_image_that_takes_hours_to_decode_is_refused(serve):
-    """A JPEG of 118 kB with thousands of scans: nobody else's upload was read."""
+    """A JPEG of 118 kB with thousands of scans blocked all other uploads."""
     tokens = ("first-token-of-all", "second-token-of-all")
     running = serve(upload_timeout=1.0, tokens=tokens)
     slow, small = slow_image(), encoded(Image.new("RGB", (64, 64)))
@@ -192,15 +192,15 @@ def test_an_image_that_takes_hours_to_decode_is_refused(serve):
 
 
 def with_profile(kind, space=b"RGB "):
-    """A PNG whose colour profile cannot be used: it is of no class that there is."""
+    """A PNG whose colour profile has an unknown class."""
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     profile[12:16] = kind
     profile[16:20] = space
     return encoded(Image.new("RGB", (64, 64), "red"), icc_profile=bytes(profile))
 
 
-def test_a_colour_profile_that_is_ignored_is_told_to_the_client_alone(serve, capfd):
-    """Each wrote a line of its own to the service's log, with eight bytes of the client's."""
+def test_an_ignored_colour_profile_is_reported_to_the_client_only(serve, capfd):
+    """Each upload wrote a log line with eight bytes of the client's data."""
     running = serve()
     for number in range(12):
         job = post(running, with_profile(b"zz%02d" % number)).json()
@@ -221,7 +221,7 @@ def test_notices_come_with_the_pixels(with_uploads):
     with_uploads(use)
 
 
-def test_decoding_ends_when_its_client_leaves(serve):
+def test_decoding_stops_when_its_client_disconnects(serve):
     running = serve(upload_timeout=100.0)
     body = b'{"kind": "reconstruct", "image": "' + slow_image().encode() + b'"}'
     head = (
@@ -235,7 +235,7 @@ def test_decoding_ends_when_its_client_leaves(serve):
     assert running.http.get("/v1/jobs/x").status_code == 404
 
 
-def test_slow_images_do_not_keep_the_service_from_stopping(serve):
+def test_slow_images_do_not_prevent_the_shutdown(serve):
     running = serve(upload_timeout=100.0)
     with ThreadPoolExecutor(2) as pool:
         answers = [pool.submit(post, running, slow_image()) for _ in range(2)]
@@ -253,7 +253,7 @@ def until(holds):
 
 @pytest.fixture
 def decoder():
-    """The process itself; returns a function that asks it, and the process."""
+    """Starts a decoder. Returns a function that sends it an upload, and the process."""
     context = multiprocessing.get_context("spawn")
     started = []
 
@@ -291,7 +291,7 @@ def test_memory_is_bounded(decoder, mode):
     assert ask(upload(encoded(Image.new(mode, (50, 30)))))[0] == "pixels"
 
 
-def test_memory_is_given_back(decoder):
+def test_memory_is_freed(decoder):
     ask, process = decoder()
     *_, last = ask(upload(encoded(Image.new("RGB", (50, 30)))))
     assert not last
@@ -304,8 +304,8 @@ def test_memory_is_given_back(decoder):
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers here")
-def test_a_decoder_without_a_service_ends_by_itself(decoder):
-    """A service that was killed would leave a process behind that decodes for hours."""
+def test_a_decoder_without_a_service_exits(decoder):
+    """After the service is killed, a decoder must not keep running for hours."""
     ask, process = decoder()
     with pytest.raises(EOFError):
         ask(upload(slow_image(), seconds=0.5 - decoding.ALARM_SECONDS))

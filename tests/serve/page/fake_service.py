@@ -1,4 +1,4 @@
-"""A service of the page's contract without a model: small drawn images, delays and failures as a test asks.
+"""A fake service for the page: simple images, and delays and failures as a test requests.
 
 ``python tests/serve/page/fake_service.py`` serves it on port 8765, to look at the page.
 """

@@ -1,4 +1,4 @@
-"""The page in headless Chromium, as people use it."""
+"""The page in headless Chromium."""
 
 import base64
 import contextlib
@@ -37,13 +37,13 @@ CONTROLS = {
 
 
 class Page:
-    """The open page, in a test's words."""
+    """The open page, with helpers for tests."""
 
     def __init__(self, browser, url: str) -> None:
         self.browser = browser
         self.url = url
-        self.expected = ["favicon.ico"]  # of the images that tests open to leave the page
-        """What the console may say besides nothing: regular expressions."""
+        self.expected = ["favicon.ico"]  # when tests open an image to leave the page
+        """Console messages that are allowed, as regular expressions."""
 
     def open(self, hash: str = "") -> None:
         self.browser.get(f"{self.url}/{hash}")
@@ -61,7 +61,7 @@ class Page:
 
     @contextlib.contextmanager
     def beginning_with(self, script: str) -> Iterator[None]:
-        """Every page that is opened in here runs the script first."""
+        """Runs a script at the start of every page that is opened in the block."""
         command = "Page.addScriptToEvaluateOnNewDocument"
         added = self.browser.execute_cdp_cmd(command, {"source": script})["identifier"]
         try:
@@ -77,7 +77,7 @@ class Page:
         return [each for each in self.browser.find_elements(By.CSS_SELECTOR, css) if each.is_displayed()]
 
     def one(self, css: str):
-        """The first that can be seen; waits for it."""
+        """Waits for the first visible element, and returns it."""
         return self.until(lambda: next(iter(self.all(css)), None))
 
     def button(self, text: str, within: str = "body"):
@@ -100,7 +100,7 @@ class Page:
         field.send_keys(text)
 
     def draw(self, prompt: str | None = None, **fields: str) -> None:
-        """Sends the form; returns once its entry is there."""
+        """Sends the form, and waits for its entry."""
         if prompt is not None:
             self.type("prompt", prompt)
         for name, value in fields.items():
@@ -110,13 +110,13 @@ class Page:
         self.until(lambda: len(self.all(".entry")) == before + 1)
 
     def draw_refused(self, prompt: str) -> None:
-        """Sends the form; returns once it is said that nobody took it."""
+        """Sends the form, and waits for an error."""
         self.type("prompt", prompt)
         self.click(self.id("draw"))
         self.until(lambda: self.id("form-error").is_displayed())
 
     def drawn(self, entries: int = 1) -> None:
-        """Waits until so many of the newest entries have their images."""
+        """Waits until the newest entries have their images."""
         self.until(lambda: all(e.get_attribute("data-state") == "done" for e in self.all(".entry")[:entries]))
         coming = "return document.querySelectorAll('.final:not(.there)').length"
         self.until(lambda: self.script(coming) == 0)
@@ -125,7 +125,7 @@ class Page:
         return [self.id(name).get_attribute("value") for name in names]
 
     def overflow(self) -> int:
-        """By how much the page is wider than the screen."""
+        """How much wider the page is than the screen."""
         return self.script("return document.documentElement.scrollWidth - window.innerWidth") + self.script(
             "return window.innerWidth - window.screen.width"
         )
@@ -141,7 +141,7 @@ def page(browser, service):
     browser.get_log("browser")
     page.open()
     yield page
-    # Errors of scripts, blocked styles and requests: what people do not see, and a test else neither.
+    # Script errors, and blocked styles and requests, which are otherwise invisible.
     said = [
         entry["message"] for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")
     ]
@@ -152,8 +152,8 @@ def page(browser, service):
     assert foreign == []
 
 
-def test_nothing_inline_and_no_text_as_html():
-    """A prompt that becomes markup, and a page that a strict policy breaks."""
+def test_no_inline_code_and_no_html_from_text():
+    """A prompt must not become markup, and the page must work with a strict CSP."""
     html = (FOLDER / "index.html").read_text(encoding="utf-8")
     assert not re.search(r"\s(style|on\w+)\s*=|<style|javascript:|https?://", html)
     assert all("src=" in tag for tag in re.findall(r"<script[^>]*>", html))
@@ -166,8 +166,8 @@ def test_nothing_inline_and_no_text_as_html():
         assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text), path.name
 
 
-def test_draws_with_previews_and_nothing_jumps(page):
-    """Images that never come, come without previews, or push what is below them about."""
+def test_generates_with_previews_and_a_stable_layout(page):
+    """Bugs: no images, no previews, or content that moves when images arrive."""
     page.click(page.one(".chip"))
     page.type("count", "2")
     page.id("count").send_keys(Keys.CONTROL, Keys.ENTER)
@@ -185,7 +185,7 @@ def test_draws_with_previews_and_nothing_jumps(page):
     links = page.all("a[download]")
     assert len(links) == 2
     assert all(link.get_attribute("download").endswith(".png") for link in links)
-    # The seed that was drawn by chance is shown, and the next drawing has another.
+    # The random seed is shown, and the next job has another one.
     seed = page.id("seed").get_attribute("value")
     assert f"seed {seed} " in page.one(".meta").text
     page.draw()
@@ -193,7 +193,7 @@ def test_draws_with_previews_and_nothing_jumps(page):
     assert page.id("seed").get_attribute("value") != seed
 
 
-def test_a_kept_seed_draws_the_same_again(page):
+def test_a_kept_seed_is_used_again(page):
     page.draw("a red apple", seed="7")
     page.draw("a red apple")
     page.drawn(2)
@@ -206,8 +206,8 @@ def test_a_kept_seed_draws_the_same_again(page):
     assert "seed 7 " not in page.one(".meta").text
 
 
-def test_a_drafts_seed_is_that_of_its_own_drawing(page, fake):
-    """After A and then B, a reload shows B's words with A's seed: what is kept then draws neither."""
+def test_a_draft_keeps_the_seed_of_its_own_job(page, fake):
+    """After two jobs, a reload combined the second prompt with the first seed."""
 
     def seed_of_newest() -> str:
         return page.until(lambda: re.search(r"seed (\d+)", page.one(".meta").text))[1]
@@ -221,12 +221,12 @@ def test_a_drafts_seed_is_that_of_its_own_drawing(page, fake):
     page.until(lambda: page.values("seed") == [second])
     page.open()
     assert page.values("prompt", "seed") == ["a green car", second]
-    # Before the service has answered, nobody knows it.
+    # The seed is unknown until the service answers.
     fake.hold_answers = True
     page.draw("a blue hat")
     page.open()
     assert page.values("prompt", "seed") == ["a blue hat", ""]
-    # A drawing from a card is not what the form holds.
+    # A job that is repeated from its entry does not change the form.
     fake.hold_answers = False
     page.draw("a blue hat")
     page.drawn()
@@ -237,7 +237,7 @@ def test_a_drafts_seed_is_that_of_its_own_drawing(page, fake):
     assert page.values("prompt", "seed") == ["something else", last]
 
 
-def test_a_refused_drawing_leaves_the_seed(page, fake):
+def test_a_refused_job_keeps_the_seed(page, fake):
     page.expected.append(r"v1/jobs.*429")
     page.draw("a red apple")
     page.drawn()
@@ -247,8 +247,8 @@ def test_a_refused_drawing_leaves_the_seed(page, fake):
     assert page.values("seed") == [seed]
 
 
-def test_progress_is_told_in_words_but_not_every_step(page, fake):
-    """A screen reader that reads sixteen steps, or none."""
+def test_screen_readers_hear_stages_but_not_every_step(page, fake):
+    """Bugs: a screen reader that reads every step, or none."""
     page.script(
         "window.told = []; new MutationObserver(() => told.push(document.getElementById('live').textContent))"
         ".observe(document.getElementById('live'), { childList: true })"
@@ -269,9 +269,9 @@ def test_progress_is_told_in_words_but_not_every_step(page, fake):
 
 
 def test_several_jobs_at_once_and_cancel(page, fake):
-    """A page that draws one after the other, and one whose cancel stops another job."""
+    """Bugs: jobs that are sent one after the other, or a cancel that ends another job."""
     fake.hold_queue = True
-    for prompt in ("one", "two", "three", "four", "five"):  # more than stream at a time
+    for prompt in ("one", "two", "three", "four", "five"):  # more than the page streams at a time
         page.draw(prompt)
     assert [words.text for words in page.all(".words")] == ["Waiting, position 1 in the queue"] * 5
     page.click(page.all(".running button")[1])
@@ -282,7 +282,7 @@ def test_several_jobs_at_once_and_cancel(page, fake):
     page.until(lambda: [e.get_attribute("data-state") for e in page.all(".entry")].count("done") == 4)
 
 
-def test_a_cancelled_job_keeps_its_way_back(page, fake):
+def test_a_cancelled_job_can_be_repeated(page, fake):
     fake.steps_until_pause = 3
     page.draw("a red apple", seed="5")
     page.button("Cancel", ".entry").send_keys(Keys.ENTER)
@@ -296,7 +296,7 @@ def test_a_cancelled_job_keeps_its_way_back(page, fake):
 
 
 def test_the_session_survives_a_reload(page):
-    """Images and settings lost by F5."""
+    """Images and settings were lost on reload."""
     page.draw("a green car", seed="11", negative="rain")
     page.drawn()
     page.type("prompt", "something else")
@@ -309,7 +309,7 @@ def test_the_session_survives_a_reload(page):
     assert page.script("return document.querySelector('[name=seeds]:checked').value") == "keep"
 
 
-def test_a_running_job_goes_on_after_a_reload(page, fake):
+def test_a_running_job_continues_after_a_reload(page, fake):
     fake.steps_until_pause = 6
     page.draw("a green car")
     page.until(lambda: "step 6" in page.one(".words").text)
@@ -333,8 +333,8 @@ def test_removing_can_be_undone(page):
     assert [h.text for h in page.all(".entry h3")] == ["two", "one"]
 
 
-def test_images_that_are_gone_say_so(page, fake):
-    """An hour later: broken images without a word."""
+def test_expired_images_are_explained(page, fake):
+    """After an hour, the page showed broken images."""
     page.expected.append("404")
     page.draw("a green car", seed="3")
     page.drawn()
@@ -347,7 +347,7 @@ def test_images_that_are_gone_say_so(page, fake):
     assert "seed 3 " in page.one(".meta").text
 
 
-def test_a_link_restores_settings_and_draws_nothing(page):
+def test_a_link_restores_settings_and_starts_nothing(page):
     page.draw("a green car & a dog #1, 100 % «ä»", seed="11", negative="rain", count="2")
     page.drawn()
     page.script("navigator.clipboard.writeText = async text => { window.copied = text; }")
@@ -360,11 +360,11 @@ def test_a_link_restores_settings_and_draws_nothing(page):
     assert page.values("negative", "seed", "count") == ["rain", "11", "2"]
     assert page.all(".entry") == []
     assert "Settings restored" in page.id("toast").text
-    assert "#" not in page.browser.current_url  # a reload would undo what is changed from here on
+    assert "#" not in page.browser.current_url  # a reload would undo later changes
 
 
 def test_a_link_without_a_clipboard_is_shown(page):
-    """Pages without TLS have no clipboard: a button that does nothing."""
+    """Without TLS there is no clipboard, and the button did nothing."""
     page.draw("a green car")
     page.drawn()
     page.script("navigator.clipboard.writeText = async () => { throw new Error('not allowed'); }")
@@ -372,8 +372,8 @@ def test_a_link_without_a_clipboard_is_shown(page):
     assert "#prompt=a+green+car" in page.one("#toast-link").get_attribute("value")
 
 
-def test_a_hostile_link_is_text_and_numbers(page):
-    """Markup from a link, values beyond the service's limits, names of JavaScript's own."""
+def test_a_hostile_link_is_validated(page):
+    """It has markup, values beyond the service's limits, and names of built-in JavaScript properties."""
     evil = {
         "prompt": "<img src=x onerror=\"document.title='hit'\"><script>1</script>\u0000",
         "negative": "x" * 5000,
@@ -423,8 +423,8 @@ def test_broken_links_leave_a_working_page(page, hash):
     page.drawn()
 
 
-def test_a_hostile_history_is_left_out(page):
-    """Stored by another page of the same origin, or an older version of this one."""
+def test_a_hostile_history_is_ignored(page):
+    """Another page of the same origin, or an older version of this one, may have stored it."""
     part = {"id": "x", "state": "done", "settings": {"prompt": "fine"}, "total": 1, "images": []}
     image = {"index": 0, "seed": 1, "prompt": "p", "width": 256, "height": 256}
     stored = [
@@ -442,8 +442,8 @@ def test_a_hostile_history_is_left_out(page):
     assert page.all(".entry") == []
 
 
-def test_what_the_service_refuses_stands_beside_its_field(page):
-    """An error far from its cause, in a box that closes."""
+def test_errors_of_the_service_are_shown_next_to_their_field(page):
+    """The field may be in a collapsed section."""
     page.expected.append(r"v1/jobs.*400")
     page.click(page.one("#more summary"))
     page.type("prompt", "a red apple")
@@ -483,7 +483,7 @@ def test_a_wrong_size_and_no_prompt(page):
     assert page.one(".meta").text.startswith("192 × 256")
 
 
-def test_a_full_queue_is_said_by_the_button(page, fake):
+def test_a_full_queue_is_reported_at_the_button(page, fake):
     page.expected.append(r"v1/jobs.*429")
     fake.refuse = (429, "The queue is full. Try again later.", None)
     page.type("prompt", "a red apple")
@@ -497,8 +497,8 @@ def test_a_full_queue_is_said_by_the_button(page, fake):
 
 
 @pytest.mark.parametrize("param", ['x"], *', "constructor", "prompts[0].\\", "", "a" * 5000])
-def test_a_refusal_of_anything_is_said(page, fake, param):
-    """A name that is no field of the form, and a message that nobody sees because of it."""
+def test_an_error_about_an_unknown_field_is_shown(page, fake, param):
+    """An error whose field does not exist in the form was not shown at all."""
     page.expected.append(r"v1/jobs.*400")
     fake.refuse = (400, "<b>no</b>", param)
     page.type("prompt", "a red apple")
@@ -507,8 +507,8 @@ def test_a_refusal_of_anything_is_said(page, fake, param):
     page.until(lambda: page.id(shown).text == "<b>no</b>", 5)
 
 
-def test_words_that_are_overwritten_come_back(page, fake):
-    """A touch on an example, a link or an old drawing that takes a long prompt with it."""
+def test_overwritten_prompts_can_be_restored(page, fake):
+    """An example, a link or an old job replaces a long prompt."""
     page.draw("an old one")
     page.drawn()
     page.type("prompt", "what took me an hour")
@@ -529,8 +529,8 @@ def test_words_that_are_overwritten_come_back(page, fake):
     assert page.all("#toast-act") == []  # nothing was lost
 
 
-def test_on_a_phone_a_refusal_is_brought_back_into_view(page, fake):
-    """The page scrolls on to images that do not come."""
+def test_an_error_is_scrolled_into_view_on_a_phone(page, fake):
+    """The page had scrolled to images that never came."""
     page.expected.append(r"v1/jobs.*429")
     page.size(390, 700, mobile=True)
     for _ in range(3):
@@ -542,7 +542,7 @@ def test_on_a_phone_a_refusal_is_brought_back_into_view(page, fake):
     page.until(lambda: page.script(shown, error), 3)
 
 
-def test_a_failed_job_says_why_beside_its_settings(page, fake):
+def test_a_failed_job_shows_the_reason(page, fake):
     fake.fail_with = "decoder_steps 90 take too long; ask for fewer"
     page.draw("a red apple")
     page.until(lambda: "Stage B steps 90 take too long; ask for fewer" in page.one(".entry").text)
@@ -552,8 +552,8 @@ def test_a_failed_job_says_why_beside_its_settings(page, fake):
     page.drawn()
 
 
-def test_what_did_not_go_as_asked_is_said(page, fake):
-    """An image whose colour profile is ignored looks wrong, and nothing said why."""
+def test_notices_of_a_job_are_shown(page, fake):
+    """An image whose colour profile is ignored looks wrong, and nothing explained it."""
     fake.notices = ["The colour profile of an image cannot be used.", "Words are lost."]
     page.draw("a cat")
     page.drawn()
@@ -561,7 +561,7 @@ def test_what_did_not_go_as_asked_is_said(page, fake):
     assert [each.text for each in page.all(".entry .error.calm")] == [shown]
 
 
-def test_a_token_is_asked_for_and_kept_for_the_tab(page, fake):
+def test_a_token_is_requested_and_kept_in_the_tab(page, fake):
     page.expected.append("401")
     fake.token = "right"
     page.browser.get(f"{page.url}/")
@@ -577,7 +577,7 @@ def test_a_token_is_asked_for_and_kept_for_the_tab(page, fake):
     page.drawn()
     page.open()  # not asked again
     page.drawn()
-    # Given up: said, and asked again on request.
+    # After "Not now", the page says so, and asks again on request.
     fake.token = "another"
     page.browser.get(f"{page.url}/")
     page.click(page.one("#token-cancel"))
@@ -588,8 +588,8 @@ def test_a_token_is_asked_for_and_kept_for_the_tab(page, fake):
     page.until(lambda: page.id("model").text)
 
 
-def test_a_service_that_goes_and_comes_back(page, fake):
-    """A job lost to a moment without a network, settings lost to a restart."""
+def test_the_page_survives_a_restart_of_the_service(page, fake):
+    """Jobs were lost when the network failed, and settings when the service restarted."""
     page.expected += [
         "ERR_CONNECTION_REFUSED",
         "ERR_INCOMPLETE_CHUNKED_ENCODING",
@@ -609,7 +609,7 @@ def test_a_service_that_goes_and_comes_back(page, fake):
     fake.steps_until_pause = None
     fake.start()
     page.until(lambda: not page.id("banner").is_displayed())
-    # The fake's jobs live on in memory, but nobody draws them: the page must hear of it.
+    # The fake service keeps its jobs but no longer runs them. The page must learn of it.
     job = next(iter(fake.jobs.values()))
     job.tell("failed", message="the service was restarted; try again")
     page.until(lambda: "the service was restarted" in page.one(".entry").text)
@@ -617,7 +617,7 @@ def test_a_service_that_goes_and_comes_back(page, fake):
     page.drawn()
 
 
-def test_a_job_of_another_instance_ends_with_its_reason(page, fake):
+def test_a_job_of_another_instance_ends_with_a_reason(page, fake):
     page.expected.append("404")
     fake.steps_until_pause = 4
     page.draw("a red apple")
@@ -626,7 +626,7 @@ def test_a_job_of_another_instance_ends_with_its_reason(page, fake):
     page.until(lambda: "no longer knows this job" in page.one(".entry").text)
 
 
-def test_events_go_on_where_the_stream_broke(page, fake):
+def test_event_streams_resume(page, fake):
     fake.drop_streams_after = 4
     fake.step_delay = 0.1
     page.draw("a red apple")
@@ -636,8 +636,8 @@ def test_events_go_on_where_the_stream_broke(page, fake):
     assert all(int(each) > 0 for each in fake.resumed_from)
 
 
-def test_a_reconnection_leaves_the_form_as_it_is(page, fake):
-    """A size and a sampler that fall back to the model's own when the service has been away."""
+def test_a_reconnection_keeps_the_form(page, fake):
+    """Size and sampler were reset to the defaults after a reconnection."""
     page.expected.append("502")
     page.click(page.one("#more summary"))
     chosen = {"size": "384x256", "prior_sampler": "ddpm"}
@@ -651,8 +651,8 @@ def test_a_reconnection_leaves_the_form_as_it_is(page, fake):
     assert page.values(*chosen) == list(chosen.values())
 
 
-def test_a_proxys_own_page_is_no_answer(page, fake):
-    """A sign-in page with status 200: a page that says nothing, a drawing that vanishes without a word."""
+def test_the_page_of_a_proxy_is_not_an_answer(page, fake):
+    """With a sign-in page of status 200, jobs disappeared without an error."""
     fake.proxy = ("/v1/", 200, "<!doctype html><title>Sign in</title>")
     page.draw_refused("a red apple")
     assert "is not responding" in page.one("#form-error").text
@@ -672,8 +672,8 @@ def test_a_proxys_own_page_is_no_answer(page, fake):
 
 
 @pytest.mark.parametrize("status", [429, pytest.param(500, marks=pytest.mark.slow), 503])
-def test_a_passing_error_does_not_end_a_job(page, fake, status):
-    """A drawing that is called failed while the service goes on with it."""
+def test_a_temporary_error_does_not_end_a_job(page, fake, status):
+    """The page marked the job as failed while the service continued it."""
     page.expected.append(str(status))
     fake.steps_until_pause = 3
     page.draw("a red apple")
@@ -687,7 +687,7 @@ def test_a_passing_error_does_not_end_a_job(page, fake, status):
     page.drawn()
 
 
-def test_images_behind_a_proxy_that_restarts_are_not_gone(page, fake):
+def test_images_load_again_after_a_proxy_restarts(page, fake):
     page.expected.append("502")
     page.draw("a red apple")
     page.drawn()
@@ -699,8 +699,8 @@ def test_images_behind_a_proxy_that_restarts_are_not_gone(page, fake):
     assert "No longer available" not in page.one(".entry").text
 
 
-def test_a_service_that_talks_nonsense(page, fake):
-    """Numbers that hang the page, markup, addresses elsewhere, fields that are missing."""
+def test_invalid_answers_of_the_service_are_ignored(page, fake):
+    """Huge numbers, markup, URLs of other sites, and missing fields."""
     fake.steps_until_pause = 2
     page.draw("a red apple")
     page.until(lambda: "step 2" in page.one(".words").text)
@@ -736,8 +736,8 @@ def test_a_service_that_talks_nonsense(page, fake):
         page.until(lambda: "The service gave no reason" in page.one(".entry").text)
 
 
-def test_tabs_share_the_connections(page, fake):
-    """Six streams of two tabs are all that a browser opens: a third tab stays white until one ends."""
+def test_tabs_share_connections(page, fake):
+    """A browser opens at most six. The streams of two tabs blocked a third tab."""
     fake.steps_until_pause = 2
     first = page.browser.current_window_handle
     for _ in range(4):
@@ -772,7 +772,7 @@ return [...document.querySelectorAll(controls)]
 
 @pytest.mark.parametrize("width", [320, pytest.param(390, marks=pytest.mark.slow)])
 def test_narrow_screens(page, width):
-    """Sideways scrolling, and controls too small for fingers."""
+    """No horizontal scrolling, and no controls too small for fingers."""
     page.size(width, 700, mobile=True)
     page.open()
     assert page.overflow() == 0
@@ -799,12 +799,12 @@ def test_narrow_screens(page, width):
     page.until(lambda: len(page.all(".entry")) == 2)
     page.drawn(2)
     assert page.overflow() == 0
-    # Where the form fills the screen, what was asked for is brought into view.
+    # Where the form fills the screen, the new entry is scrolled into view.
     assert page.one(".entry").rect["y"] < page.script("return scrollY + innerHeight")
 
 
-def test_by_keyboard_alone(page):
-    """A trap, or something that only a mouse reaches."""
+def test_everything_works_by_keyboard(page):
+    """No focus traps, and nothing that only a mouse can reach."""
     page.script("document.activeElement.blur()")
 
     def keys(*each: str) -> None:
@@ -841,7 +841,7 @@ def test_by_keyboard_alone(page):
     keys(Keys.ARROW_RIGHT)
     assert page.id("viewer-image").get_attribute("src") != first
     assert page.id("viewer-place").text == "2 of 2"
-    keys(Keys.ARROW_RIGHT)  # the last stays
+    keys(Keys.ARROW_RIGHT)  # already at the last image
     keys(Keys.ARROW_LEFT)
     assert page.id("viewer-image").get_attribute("src") == first
     keys(Keys.ESCAPE)
@@ -850,7 +850,7 @@ def test_by_keyboard_alone(page):
 
 
 def test_the_focus_is_never_lost(page, fake, image):
-    """What hides or ends under somebody's keyboard, and throws them back to the top of the page."""
+    """When the focused element disappears, the focus must not jump to the top of the page."""
 
     def focus(element) -> None:
         page.script("arguments[0].focus()", element)
@@ -870,7 +870,7 @@ def test_the_focus_is_never_lost(page, fake, image):
     for prompt in ("one", "two", "three"):
         page.draw(prompt)
     page.drawn(3)
-    # The images' bar.
+    # The bar for selected images.
     press(page.one(".tools button"))
     press(page.id("picked-clear"))
     focused("#images")
@@ -880,7 +880,7 @@ def test_the_focus_is_never_lost(page, fake, image):
     page.one("#beside")
     ActionChains(page.browser).send_keys(Keys.ESCAPE).perform()
     focused("#images")
-    # To the ends of the viewer, and on with the arrow keys.
+    # To the ends of the viewer, then back with the arrow keys.
     press(page.one("button.frame"))
     first = page.id("viewer-image").get_attribute("src")
     for _ in range(3):
@@ -894,15 +894,15 @@ def test_the_focus_is_never_lost(page, fake, image):
     assert page.id("viewer-image").get_attribute("src") == first
     focused("#viewer *")
     ActionChains(page.browser).send_keys(Keys.ESCAPE).perform()
-    # Notes and what they undo.
+    # Notes and undo.
     press(page.id("clear"))
     focused("#images")
     press(page.button("Undo"))
     focused("#images")
 
 
-def test_a_held_key_draws_once(page, fake):
-    """A key that is held down, which the keyboard repeats, and a queue full of the same image."""
+def test_a_held_key_starts_one_job(page, fake):
+    """Key repeat filled the queue with the same job."""
     page.type("prompt", "a red apple")
     for name, modifiers in (("draw", 0), ("prompt", 2), ("seed", 0)):
         page.script("arguments[0].focus()", page.id(name))
@@ -911,15 +911,17 @@ def test_a_held_key_draws_once(page, fake):
             key = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13, "text": "\r"}
             event = {"type": "keyDown", "autoRepeat": repeated, "modifiers": modifiers, **key}
             page.browser.execute_cdp_cmd("Input.dispatchKeyEvent", event)
-            page.until(lambda before=before: len(fake.jobs) > before)  # the double click's guard is over
+            page.until(
+                lambda before=before: len(fake.jobs) > before
+            )  # the guard against double clicks has ended
             page.until(lambda: "seed" in page.one(".meta").text)
         page.browser.execute_cdp_cmd("Input.dispatchKeyEvent", {"type": "keyUp", "key": "Enter"})
         page.drawn()
         assert len(fake.jobs) == before + 1, name
 
 
-def test_long_prompts_are_told_in_short(page, fake):
-    """A screen reader that reads two thousand letters at every stage, and before every button."""
+def test_long_prompts_are_shortened_for_screen_readers(page, fake):
+    """A screen reader read thousands of characters at every stage and button."""
     page.script(
         "window.told = []; new MutationObserver(() => told.push(document.getElementById('live').textContent))"
         ".observe(document.getElementById('live'), { childList: true })"
@@ -937,8 +939,8 @@ def test_long_prompts_are_told_in_short(page, fake):
 
 
 @pytest.mark.parametrize("size", [(390, 844), (320, 256)])
-def test_what_has_the_focus_is_seen(page, size):
-    """Fields below the button that stays at the end of the screen, on phones and zoomed in to 400 %."""
+def test_the_focused_field_is_visible(page, size):
+    """Fields were hidden behind the sticky button, on phones and at 400 % zoom."""
     page.size(*size)
     page.click(page.one("#more summary"))
     covered = """
@@ -953,13 +955,13 @@ def test_what_has_the_focus_is_seen(page, size):
         name = page.script("return document.activeElement.id")
         if name == "draw":
             break
-        if name not in ("", "file"):  # radio buttons and files have labels in their place
+        if name not in ("", "file"):  # radio buttons and files are hidden behind labels
             assert not page.script(covered), name
     assert name == "draw"
 
 
 def test_every_control_has_a_name(page):
-    """What a screen reader reads as "button"."""
+    """A screen reader must not read just "button"."""
 
     def nameless() -> list[str]:
         nodes = page.browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
@@ -1034,7 +1036,7 @@ return bad;
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_contrast_in_light_and_dark(page, scheme):
-    """Text that is too faint to read (WCAG AA, 4.5 to 1)."""
+    """Text needs a contrast of 4.5 to 1 (WCAG AA)."""
     page.media(prefers_color_scheme=scheme)
     page.click(page.one("#more summary"))
     page.expected.append(r"v1/jobs.*400")
@@ -1054,7 +1056,7 @@ def test_contrast_in_light_and_dark(page, scheme):
     assert (sum(map(int, re.findall(r"\d+", bright)[:3])) > 600) == (scheme == "light")
 
 
-def test_the_theme_switch_beats_the_system_and_stays(page):
+def test_the_theme_switch_overrides_the_system_and_is_kept(page):
     paper = "return getComputedStyle(document.body).backgroundColor"
     page.media(prefers_color_scheme="light")
     light = page.script(paper)
@@ -1069,7 +1071,7 @@ def test_the_theme_switch_beats_the_system_and_stays(page):
     assert page.script(paper) == light
 
 
-def test_reduced_motion_is_still(page, fake):
+def test_reduced_motion_has_no_animation(page, fake):
     page.media(prefers_reduced_motion="reduce")
     fake.hold_queue = True
     page.draw("a red apple")
@@ -1079,8 +1081,8 @@ def test_reduced_motion_is_still(page, fake):
     assert page.script(style) != "none"
 
 
-def test_storage_that_is_switched_off(page):
-    """People who block cookies meet a page that does nothing."""
+def test_the_page_works_without_storage(page):
+    """People who block cookies got a page that did nothing."""
     blocked = """for (const name of ['sessionStorage', 'localStorage'])
         Object.defineProperty(window, name, { get() { throw new DOMException('', 'SecurityError'); } });"""
     with page.beginning_with(blocked):
@@ -1091,8 +1093,8 @@ def test_storage_that_is_switched_off(page):
         assert page.id("theme").text == "Light"
 
 
-def test_storage_that_is_full(page, fake):
-    """A token that is not taken because another page of the host has filled the storage."""
+def test_the_page_works_with_a_full_storage(page, fake):
+    """The token was not accepted when another page of the host had filled the storage."""
     page.expected.append("401")
     full = "Storage.prototype.setItem = () => { throw new DOMException('', 'QuotaExceededError'); };"
     fake.token = "right"
@@ -1109,7 +1111,7 @@ def test_storage_that_is_full(page, fake):
 
 
 def test_forced_colours_show_progress_and_bars(page, fake):
-    """Windows' contrast themes paint over backgrounds: a progress bar that is nowhere."""
+    """Contrast themes of Windows override backgrounds, which hid the progress bar."""
     page.media(forced_colors="active")
     fake.steps_until_pause = 4
     page.draw("a red apple")
@@ -1120,8 +1122,8 @@ def test_forced_colours_show_progress_and_bars(page, fake):
     page.media(forced_colors="none")
 
 
-def test_text_from_right_to_left(page):
-    """A prompt in Hebrew that runs the wrong way, or turns the page around it."""
+def test_right_to_left_text(page):
+    """A Hebrew prompt must run right to left without changing the direction of the page."""
     page.draw("תפוח אדום")
     page.drawn()
     assert page.script("return getComputedStyle(document.querySelector('.entry h3')).direction") == "rtl"
@@ -1156,7 +1158,7 @@ def image(tmp_path) -> Path:
     return path
 
 
-def test_a_given_image_is_reconstructed_and_varied(page, image):
+def test_an_image_can_be_reconstructed_and_varied(page, image):
     page.id("file").send_keys(str(image))
     page.one("#chosen")
     page.click(page.one("#chosen-modes label:nth-of-type(2)"))
@@ -1164,7 +1166,7 @@ def test_a_given_image_is_reconstructed_and_varied(page, image):
     page.draw()
     page.drawn()
     assert page.one(".entry h3").text == "Reconstruction"
-    assert len(page.all(".frame")) == 2  # what was given stands beside it
+    assert len(page.all(".frame")) == 2  # with the original next to it
     page.click(page.one("#chosen-modes label:nth-of-type(1)"))
     page.script("const s = document.getElementById('strength'); s.value = 0.4;"
                 "s.dispatchEvent(new Event('input', { bubbles: true }))")  # fmt: skip
@@ -1176,7 +1178,7 @@ def test_a_given_image_is_reconstructed_and_varied(page, image):
     assert page.browser.switch_to.active_element == page.id("file")
 
 
-def test_images_are_sent_as_the_contract_says(page, fake, image):
+def test_images_are_sent_in_the_documented_format(page, fake, image):
     page.id("file").send_keys(str(image))
     page.one("#chosen")
     page.draw("a hill", count="2")
@@ -1195,9 +1197,8 @@ def test_images_are_sent_as_the_contract_says(page, fake, image):
     assert reconstructed["kind"] == "reconstruct"
 
 
-def test_large_images_are_made_small_enough(page, fake, tmp_path):
-    """A photograph of 20 MB or 100 megapixels, a format that the service does not read, and what was
-    transparent in black."""
+def test_large_images_are_shrunk(page, fake, tmp_path):
+    """Also converts formats that the service cannot read, and puts transparent images on white."""
     Image.effect_noise((1500, 1100), 90).convert("RGB").save(tmp_path / "large.png")
     Image.new("RGB", (300, 200), "red").save(tmp_path / "old.bmp")
     Image.new("RGBA", (2100, 1000)).save(tmp_path / "wide.png")
@@ -1219,22 +1220,22 @@ def test_large_images_are_made_small_enough(page, fake, tmp_path):
 def test_dropping_and_pasting(page, image, how):
     assert page.script(DROP, encoded(image), "given.png", "image/png", how)
     page.one("#chosen")
-    # It is one of ours: its settings are offered, not taken.
+    # wuerstchen saved it: its settings are offered but not applied.
     assert page.values("prompt") == [""]
     page.click(page.button("Use them"))
     assert page.values("prompt", "seed", "prior_steps") == ["a teal thing", "77", "9"]
 
 
-def test_text_that_is_copied_with_an_image_is_text(page, image):
-    """Office programs copy an image of the text beside it: a prompt that becomes an image to begin with."""
+def test_pasted_text_with_an_image_is_text(page, image):
+    """Office programs copy an image along with text. It must not become the init image."""
     with_text = DROP.replace("const bubbling", "data.setData('text/plain', 'a red apple'); const bubbling")
     assert not page.script(with_text, encoded(image), "text.png", "image/png", "paste")
     page.script("return new Promise((resolve) => setTimeout(resolve, 200))")
     assert not page.id("chosen").is_displayed()
 
 
-def test_settings_behind_other_chunks_are_found(page, tmp_path, image):
-    """A signature of a hundred kilobytes before the settings."""
+def test_settings_after_other_png_chunks_are_found(page, tmp_path, image):
+    """A signature can put a hundred kilobytes before the settings."""
     data = image.read_bytes()
     content = b"caBX" + bytes(100_000)
     chunk = len(content[4:]).to_bytes(4, "big") + content + zlib.crc32(content).to_bytes(4, "big")
@@ -1254,8 +1255,8 @@ def test_settings_behind_other_chunks_are_found(page, tmp_path, image):
         b'wuerstchen\0{"prompt": "<img src=x onerror=alert(1)>", "count": 1e9, "prior_sampler": "evil"}',
     ],
 )
-def test_hostile_settings_in_an_image(page, tmp_path, settings):
-    """An image from elsewhere that writes what it likes into the form."""
+def test_hostile_settings_in_an_image_are_validated(page, tmp_path, settings):
+    """An image from elsewhere must not write anything it likes into the form."""
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(buffer, "PNG")
     data, content = buffer.getvalue(), b"tEXt" + settings
@@ -1273,8 +1274,8 @@ def test_hostile_settings_in_an_image(page, tmp_path, settings):
     assert page.script("return document.querySelectorAll('img[src=x]').length") == 0
 
 
-def test_what_is_no_image_is_said_beside_it(page, image):
-    """A dropped text file that takes the browser away from the page."""
+def test_files_that_are_not_images_are_refused(page, image):
+    """A dropped text file made the browser leave the page."""
     assert page.script(DROP, encoded(image), "notes.txt", "text/plain", "drop")
     assert "notes.txt is not an image" in page.one("#image-error").text
     assert page.script(DROP, encoded(FOLDER / "app.js"), "broken.png", "image/png", "drop")
@@ -1283,8 +1284,8 @@ def test_what_is_no_image_is_said_beside_it(page, image):
 
 
 @pytest.mark.parametrize("bad", ["notes.txt", "broken.png"])
-def test_a_bad_image_takes_the_place_of_a_good_one(page, fake, image, bad):
-    """The image chosen before stays, and is drawn from, beside a message about another one."""
+def test_an_invalid_image_removes_the_previous_one(page, fake, image, bad):
+    """The previous image stayed in use next to an error about another file."""
     page.id("file").send_keys(str(image))
     page.one("#chosen")
     kind = "text/plain" if bad == "notes.txt" else "image/png"
@@ -1310,8 +1311,8 @@ window.createImageBitmap = async (file) => {
 """
 
 
-def test_the_image_chosen_last_counts(page, fake, image, tmp_path):
-    """A large file that is read slowly and takes the place of the one chosen after it."""
+def test_the_last_chosen_image_is_used(page, fake, image, tmp_path):
+    """A large file that is read slowly replaced the one that was chosen after it."""
     Image.new("RGB", (64, 64), "red").save(later := tmp_path / "later.png")
     page.script(SLOW_FIRST)
     page.script(DROP, encoded(image), "given.png", "image/png", "drop")
@@ -1324,8 +1325,8 @@ def test_the_image_chosen_last_counts(page, fake, image, tmp_path):
     assert job.body["image"] == f"data:image/png;base64,{encoded(later)}"
 
 
-def test_a_drawing_waits_for_its_image(page, fake, image):
-    """Sent while the file is still being read: without it, or with the one before."""
+def test_a_job_waits_for_its_image(page, fake, image):
+    """A job that was sent while the file was being read had no image, or the previous one."""
     page.script(SLOW_FIRST)
     page.type("prompt", "a hill")
     page.script(DROP, encoded(image), "given.png", "image/png", "drop")
@@ -1337,7 +1338,7 @@ def test_a_drawing_waits_for_its_image(page, fake, image):
     page.drawn()
     (job,) = fake.jobs.values()
     assert job.body["image"] == f"data:image/png;base64,{encoded(image)}"
-    # One that cannot be read is not left out without a word.
+    # If the file cannot be read, the job is not sent.
     page.script(SLOW_FIRST)
     page.script(DROP, encoded(FOLDER / "app.js"), "broken.png", "image/png", "drop")
     page.click(page.id("draw"))
@@ -1346,8 +1347,8 @@ def test_a_drawing_waits_for_its_image(page, fake, image):
     assert len(page.all(".entry")) == 1
 
 
-def test_beginning_with_an_image_that_is_gone(page, fake, image):
-    """An answer that is no image, in the place of the image, or the one that was chosen before."""
+def test_starting_from_an_expired_image(page, fake, image):
+    """The error page was used as the image, or the previously chosen image was kept."""
     page.expected.append("404")
     page.draw("a red apple")
     page.drawn()
@@ -1361,8 +1362,8 @@ def test_beginning_with_an_image_that_is_gone(page, fake, image):
     assert page.id("image-error").text == ""
 
 
-def test_what_a_model_cannot_do_with_images_is_said(page, fake, image):
-    """Blobs for a photograph, without a word about why."""
+def test_the_image_note_of_the_model_is_shown(page, fake, image):
+    """The bundled model turns photographs into blobs."""
     fake.image_note = "A photograph comes out as blobs."
     page.open()
     assert not page.id("image-note").is_displayed()
@@ -1374,8 +1375,8 @@ def test_what_a_model_cannot_do_with_images_is_said(page, fake, image):
     assert not page.id("image-note").is_displayed()
 
 
-def test_a_reconstruction_tells_only_what_it_read(page, fake, image):
-    """Steps of a stage that it does not use, and settings that were meant for another drawing."""
+def test_a_reconstruction_shows_only_settings_that_it_uses(page, fake, image):
+    """It showed Stage C steps and settings of other jobs."""
     page.click(page.one("#more summary"))
     page.type("guidance", "8")
     page.type("prior_steps", "9")
@@ -1393,7 +1394,7 @@ def test_a_reconstruction_tells_only_what_it_read(page, fake, image):
     page.click(page.one("button.frame"))
     assert [dt.text for dt in page.all("#viewer-settings dt")] == ["Size", "Seed", "Stage B steps"]
     page.click(page.id("viewer-close"))
-    # What an older page has stored is shown no differently.
+    # Entries stored by an older page look the same.
     part = {"id": "x", "state": "done", "total": 1, "images": []}
     settings = {"kind": "reconstruct", "prior_steps": 29, "decoder_steps": 10, "guidance": 2, "seed": 3}
     stored = json.dumps([{"parts": [{**part, "settings": settings}]}])
@@ -1402,8 +1403,8 @@ def test_a_reconstruction_tells_only_what_it_read(page, fake, image):
     assert page.one(".meta").text == "seed 3 · 10 steps"
 
 
-def test_what_was_given_is_shown_as_it_was_read(page, image):
-    """A whole image beside a reconstruction of its middle."""
+def test_the_original_of_a_reconstruction_is_cropped(page, image):
+    """A whole image was shown next to a reconstruction of its middle."""
     page.id("file").send_keys(str(image))
     page.click(page.one("#chosen-modes label:nth-of-type(2)"))
     page.draw()
@@ -1430,8 +1431,8 @@ def test_what_was_given_is_shown_as_it_was_read(page, image):
         (None, "set prior_steps or decoder_steps lower", "set Stage C steps or Stage B steps lower"),
     ],
 )  # fmt: skip
-def test_messages_name_fields_as_the_page_does(page, fake, param, message, shown):
-    """``prior_steps`` is a name of the service's; the page has "Stage C steps"."""
+def test_messages_use_the_labels_of_the_page(page, fake, param, message, shown):
+    """The service says ``prior_steps``, the page says "Stage C steps"."""
     page.expected.append(r"v1/jobs.*400")
     fake.refuse = (400, message, param)
     page.click(page.one("#more summary"))
@@ -1439,7 +1440,7 @@ def test_messages_name_fields_as_the_page_does(page, fake, param, message, shown
     page.click(page.id("draw"))
     page.until(lambda: page.all(".error"))
     assert {error.text for error in page.all(".error")} == {shown}
-    # Without a field to stand beside, as in a comparison.
+    # Without a field, as in a comparison.
     page.script("document.getElementById('compare').click()")
     page.click(page.button("Generate both"))
     page.until(lambda: page.id("form-error").text == shown)
@@ -1454,8 +1455,8 @@ def test_messages_name_fields_as_the_page_does(page, fake, param, message, shown
         (0.5, "1 second"),
     ],
 )
-def test_for_how_long_images_are_kept_is_said_as_it_is(page, fake, seconds, words):
-    """A page that promises them until its tab is closed, and a service that removes them."""
+def test_the_page_says_how_long_images_are_kept(page, fake, seconds, words):
+    """The page promised them until the tab is closed, but the service deleted them."""
     page.expected.append("404")
     fake.result_seconds = seconds
     page.open()
@@ -1471,7 +1472,7 @@ def test_for_how_long_images_are_kept_is_said_as_it_is(page, fake, seconds, word
     page.until(lambda: f"kept for up to {words}" in page.one(".frame").text)
 
 
-def test_a_model_that_cannot_read_images_takes_none(page, fake, image):
+def test_a_model_without_an_encoder_accepts_no_images(page, fake, image):
     fake.can = {"generate": True, "reconstruct": False, "variation": False, "preview": False}
     page.open()
     assert not page.id("start").is_displayed()
@@ -1485,7 +1486,7 @@ def test_a_model_that_cannot_read_images_takes_none(page, fake, image):
     assert [label.text for label in page.all("#chosen-modes label")] == ["Reconstruct"]
 
 
-def test_two_settings_with_one_seed_beside_each_other(page):
+def test_two_settings_side_by_side(page):
     page.type("prompt", "a red apple")
     page.click(page.id("compare"))
     (guidance,) = page.values("A-guidance")
@@ -1507,7 +1508,7 @@ def test_two_settings_with_one_seed_beside_each_other(page):
     assert len(page.all(".both .frame")) == 2
 
 
-def test_two_picked_images_beside_each_other(page):
+def test_two_selected_images_side_by_side(page):
     page.draw("a red apple", seed="4")
     page.draw("a green apple", seed="4")
     page.drawn(2)
@@ -1528,7 +1529,7 @@ def test_two_picked_images_beside_each_other(page):
     assert page.values("A-prompt", "B-prompt", "sides-seed") == ["a green apple", "a green apple", "4"]
 
 
-def test_the_example_chips_take_turns(page):
+def test_the_example_chips_rotate(page):
     shown = [chip.text for chip in page.all(".chip") if chip.text]
     assert len(shown) == 3
     page.click(page.all(".chip")[-1])
@@ -1538,8 +1539,8 @@ def test_the_example_chips_take_turns(page):
     assert page.values("prompt") == [after[0]]
 
 
-def test_files_of_the_page_are_in_the_package():
-    """A page that works in the checkout and is missing from the wheel."""
+def test_all_files_of_the_page_are_used_and_present():
+    """The page would work in the checkout but not from the wheel."""
     names = {path.name for path in FOLDER.iterdir()}
     texts = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.iterdir()}
     wanted = set(re.findall(r'(?:href|src)="page/([\w.]+)"', texts["index.html"]))
