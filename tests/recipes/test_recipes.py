@@ -1,4 +1,4 @@
-"""The paper's recipes: their shapes, sizes and lengths, and smaller ones of them."""
+"""The paper's recipes: shapes, sizes and lengths, and their scaled versions."""
 
 import dataclasses
 
@@ -45,7 +45,7 @@ def test_v1_has_the_published_networks():
         assert size_of(Compressor(v1_stage_c().compressor)) == 117_254_784
 
 
-def test_stage_c_is_trained_on_the_papers_maps():
+def test_stage_c_is_trained_on_the_papers_sizes():
     recipe = v2_stage_c()
     found = []
     for phase in phases_of(recipe.stage_c):
@@ -71,7 +71,7 @@ def test_stage_b_is_trained_at_512_and_1024():
     assert found == [(512, 457_000 * 512), (1024, 300_000 * 128)]
 
 
-def test_what_starts_from_published_weights_attends_to_padding_and_new_models_do_not():
+def test_only_published_weights_attend_to_padding():
     for make in RECIPES.values():
         recipe = make()
         published = recipe.start_from and not recipe.start_from.startswith("runs/")
@@ -154,8 +154,8 @@ def test_a_smaller_recipe_by_options(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_networks_that_run_but_cannot_learn_are_refused(part, change, message):
-    """Models of others may have them."""
+def test_networks_that_can_sample_but_not_train_are_refused(part, change, message):
+    """Models of others may be like this."""
     network = dataclasses.replace(getattr(v2(), part), **change)
     with pytest.raises(UserError, match=message):
         dataclasses.replace(v2(), **{part: network})

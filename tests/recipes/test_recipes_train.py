@@ -35,8 +35,8 @@ from wuerstchen.recipes.v2 import (
 from wuerstchen.train.report.announce import RunMonitor
 from wuerstchen.train.run import train
 
-SHARE = 0.01  # of width and of depth
-SMALLER = 4  # times, each side of a picture
+FACTOR = 0.01  # of width and of depth
+SMALLER = 4  # times, each side of an image
 BATCH = 4
 UPDATES = 2  # of each phase
 
@@ -122,10 +122,10 @@ def published(places, recipe, folder, *parts):
 def toy(recipe, places, **changes):
     """A recipe with everything but its sizes, lengths and places as it is."""
     if not recipe.start_from or recipe.fresh:
-        recipe = scaled(recipe, SHARE, SHARE)
+        recipe = scaled(recipe, FACTOR, FACTOR)
     else:  # its start is as small
         recipe = dataclasses.replace(
-            recipe, prior=scaled(dataclasses.replace(recipe, fresh=("c",)), SHARE, SHARE).prior
+            recipe, prior=scaled(dataclasses.replace(recipe, fresh=("c",)), FACTOR, FACTOR).prior
         )
 
     def short(config):
@@ -184,7 +184,7 @@ def trained(recipe, folder, stages, monitor=None):
 
 
 @pytest.mark.slow
-def test_v2_from_nothing_in_one_run(places, tmp_path):
+def test_v2_from_random_weights_in_one_run(places, tmp_path):
     recipe = with_backbone(toy(v2(), places), places["s.pth"])
     stages = ["a", "b", "b2", "c", "c2", "c3", "c4"]
     trained(recipe, tmp_path / "run", stages, RunMonitor(rehearse=True))
@@ -192,7 +192,7 @@ def test_v2_from_nothing_in_one_run(places, tmp_path):
     assert [e["stage"] for e in events if e["event"] == "rehearsed"] == stages
 
 
-def test_v2_stage_by_stage_with_fine_pictures_at_the_end(places, tmp_path):
+def test_v2_stage_by_stage_with_selected_images_at_the_end(places, tmp_path):
     a = trained(toy(v2_stage_a(), places), tmp_path / "a", ["a"])
     places = {**places, "runs/v2-stage-a/model": a}
     b = trained(with_backbone(toy(v2_stage_b(), places), places["s.pth"]), tmp_path / "b", ["b", "b2"])
@@ -207,7 +207,7 @@ def test_v2_stage_by_stage_with_fine_pictures_at_the_end(places, tmp_path):
 
 
 @pytest.mark.parametrize("make", [v2_finetune, v2_finetune_2048])
-def test_the_published_prior_is_trained_on(places, tmp_path, make):
+def test_fine_tuning_the_published_prior(places, tmp_path, make):
     every = published(places, v2_finetune(), tmp_path / "every", "vqgan", "decoder", "compressor", "prior")
     sources = Sources(text_encoder=places[CLIP_BIGG], decoder_text_encoder=places[CLIP_H])
     convert(every, tmp_path / "published", "diffusers", sources, leave_out=["compressor"])

@@ -1,6 +1,6 @@
-"""Something else to train: a small residual beside a frozen prior. It is a stage of one file, this one.
+"""A new stage in one file: a small residual network beside a frozen prior.
 
-As a script it trains it: MODEL RUN_DIR, and ends itself by SIGKILL after the first checkpoint with ``kill``.
+Run as a script with MODEL RUN_DIR, it trains and kills itself with SIGKILL after a checkpoint.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ IMAGES = 12
 
 
 class ResidualStage:
-    """The residual learns to denoise with the prior, and to stay near its own average."""
+    """Trains the residual to denoise together with the prior, and to stay near its own average."""
 
     name = "residual"
     averaged = ("residual",)

@@ -1,4 +1,4 @@
-"""Changes in the middle of a run: which, from where on, and that a changed run equals itself after a kill."""
+"""Changes in the middle of a run: which are allowed, from which image on, and that a kill does not matter."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ from wuerstchen.train.run import train
 from wuerstchen.train.run_data import fingerprint_of, open_sources
 from wuerstchen.train.stages.base import StageKind
 
-PARTS = ["a", "b", "b2", "a2", "c", "c2"]
+PHASES = ["a", "b", "b2", "a2", "c", "c2"]
 
 CROPPING = StageKind(
     name="cropping",
@@ -51,7 +51,7 @@ def phased():
 
 
 def trained(run_dir: Path, **images: int) -> Path:
-    """A run folder with checkpoints by name alone."""
+    """A run folder with empty checkpoints."""
     for name, count in images.items():
         (run_dir / f"stage_{name}" / "checkpoints" / f"{count:012d}").mkdir(parents=True)
     return run_dir
@@ -62,14 +62,14 @@ def lengths(recipe) -> dict[str, int]:
 
 
 def until(name: str, **more: int) -> dict[str, int]:
-    """The whole lengths of all parts before ``name``."""
+    """The lengths of all phases before ``name``."""
     full = lengths(phased())
-    return {part: full[part] for part in PARTS[: PARTS.index(name)]} | more
+    return {part: full[part] for part in PHASES[: PHASES.index(name)]} | more
 
 
-def test_the_parts_of_a_run_are_in_order():
-    assert list(lengths(phased())) == PARTS
-    assert list(lengths(tiny())) == [p for p in PARTS if p in lengths(tiny())]
+def test_phases_of_a_run_are_in_order():
+    assert list(lengths(phased())) == PHASES
+    assert list(lengths(tiny())) == [p for p in PHASES if p in lengths(tiny())]
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_the_parts_of_a_run_are_in_order():
         ("c2", "stage_c.phases.0.optimization.learning_rate"),
     ],
 )
-def test_a_bare_name_is_of_the_part_being_trained(name, path, tmp_path):
+def test_a_bare_name_refers_to_the_current_phase(name, path, tmp_path):
     run_dir = trained(tmp_path, **until(name, **{name: 32}))
     changed, (change,) = with_changes(phased(), run_dir, ["learning_rate=1e-6"])
     assert (change.field, change.after, change.stage, change.images) == (path, 1e-6, name, 32)
@@ -95,7 +95,7 @@ def test_a_bare_name_is_of_the_part_being_trained(name, path, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "path"), [("c", "stage_c.max_ratio"), ("c2", "stage_c.phases.0.max_ratio")])
-def test_the_sizes_of_a_phase_are_of_that_phase(name, path, tmp_path):
+def test_max_ratio_refers_to_the_current_phase(name, path, tmp_path):
     run_dir = trained(tmp_path, **until(name, **{name: 32}))
     _, (change,) = with_changes(phased(), run_dir, ["max_ratio=1.5"])
     assert (change.field, change.stage) == (path, name)
@@ -104,7 +104,7 @@ def test_the_sizes_of_a_phase_are_of_that_phase(name, path, tmp_path):
         with_changes(phased(), finished, ["stage_c.max_ratio=1.5"])
 
 
-def test_a_field_of_a_later_part_holds_from_its_beginning(tmp_path):
+def test_a_field_of_a_later_phase_applies_from_its_start(tmp_path):
     run_dir = trained(tmp_path, a=32)
     _, (change,) = with_changes(phased(), run_dir, ["stage_c.phases.0.optimization.learning_rate=1e-6"])
     assert (change.stage, change.images) == ("c2", 0)
@@ -138,7 +138,7 @@ def test_a_field_of_a_later_part_holds_from_its_beginning(tmp_path):
         ),
     ],
 )
-def test_what_cannot_change_is_refused_with_the_reason(request_, message, tmp_path):
+def test_impossible_changes_are_refused_with_the_reason(request_, message, tmp_path):
     with pytest.raises(UserError, match=message):
         with_changes(phased(), trained(tmp_path, **until("b", b=32)), [request_])
 
@@ -153,7 +153,7 @@ def test_a_stage_says_which_of_its_settings_may_change(tmp_path, monkeypatch):
     assert (change.field, change.after, change.stage) == ("stage_a.crop", 32, "a")
 
 
-def test_a_part_that_has_begun_cannot_be_left_out(tmp_path):
+def test_a_started_phase_cannot_be_left_out(tmp_path):
     run_dir = trained(tmp_path, **until("b2", b2=32))
     with pytest.raises(UserError, match="stage B2 cannot be left out: its training has started"):
         with_changes(phased(), run_dir, ["stage_b.refine_images=0"])
@@ -161,8 +161,8 @@ def test_a_part_that_has_begun_cannot_be_left_out(tmp_path):
     assert "a2" not in lengths(changed)
 
 
-def test_several_changes_are_one(tmp_path):
-    """A finished run gets more images and another rate; alone the rate would change nothing."""
+def test_several_changes_can_be_made_at_once(tmp_path):
+    """A finished run gets more images and another rate. The rate alone would have no effect."""
     run_dir = trained(tmp_path, **lengths(phased()))
     with pytest.raises(UserError, match=r"would have no effect: .*raise the number of images too"):
         with_changes(phased(), run_dir, ["learning_rate=1e-6"])
@@ -179,40 +179,40 @@ def test_several_changes_are_one(tmp_path):
     assert len(more) == 1
 
 
-@pytest.mark.parametrize("name", PARTS)
-def test_a_run_ends_at_any_part(name, tmp_path):
+@pytest.mark.parametrize("name", PHASES)
+def test_a_run_can_end_at_any_phase(name, tmp_path):
     run_dir = trained(tmp_path, **until(name, **{name: 32}))
     ended, changes = with_changes(phased(), run_dir, [], end_now=True)
     assert ended == ending_at(phased(), name, 32)
     assert lengths(ended) == until(name, **{name: 32})
     assert {(c.stage, c.images) for c in changes} == {(name, 32)}
     assert with_changes(ended, run_dir, [], end_now=True) == (ended, [])
-    # What is recorded gives the same recipe.
+    # The recorded changes give the same recipe.
     stored = {"recipe": as_dict(phased()), "data": "", "changes": [dataclasses.asdict(c) for c in changes]}
     stored = json.loads(json.dumps(stored))
     assert current_recipe(stored, phased(), "run.json") == ended
 
 
-def test_before_a_part_has_a_checkpoint_the_run_ends_at_the_one_before(tmp_path):
+def test_without_a_checkpoint_the_run_ends_at_the_previous_phase(tmp_path):
     ended, _ = with_changes(phased(), trained(tmp_path, **until("a2")), [], end_now=True)
     assert list(lengths(ended)) == ["a", "b", "b2"]
     with pytest.raises(UserError, match="has no checkpoint yet"):
         with_changes(phased(), tmp_path / "nothing", [], end_now=True)
 
 
-def test_a_run_that_has_not_begun_takes_options_instead(tmp_path):
+def test_a_run_that_has_not_started_takes_options_instead(tmp_path):
     with pytest.raises(
         UserError, match=r"needs a run that has started.* as in --stage-c.optimization.learning-rate 1e-5"
     ):
         plan(tiny(), None, tmp_path, ["learning_rate=1e-5"])
 
 
-def test_the_same_command_goes_on_after_a_change_and_another_is_told_how(tmp_path):
+def test_the_same_command_resumes_after_a_change_and_another_is_refused(tmp_path):
     run_dir = trained(tmp_path, a=32)
     stored = {"recipe": as_dict(phased()), "data": ""}
     changed = plan(phased(), stored, run_dir, ["learning_rate=1e-6"])
     stored["changes"] = changed.changes
-    check_same(stored, phased(), run_dir, changed.recipe)  # as it was begun
+    check_same(stored, phased(), run_dir, changed.recipe)  # as at the start
     check_same(stored, changed.recipe, run_dir, changed.recipe)  # as it is now
     other = dataclasses.replace(phased(), seed=3)
     with pytest.raises(RunFolderError, match=r"seed \(0, now 3\) differ.* add --change seed=3 to change"):
@@ -305,7 +305,7 @@ def test_a_changed_run_equals_itself_after_a_kill(finished, tmp_path):
         (tensor == networks[1].state_dict()[key]).all() for key, tensor in networks[0].state_dict().items()
     )
 
-    # It is told: in run.json, the log, the checkpoints, the model and the report.
+    # The changes are in run.json, the log, the checkpoints, the model and the report.
     stored = json.loads((broken / "run.json").read_text())
     assert {c["field"].rpartition(".")[2] for c in stored["changes"]} == {c.split("=")[0] for c in CHANGES}
     assert len(events(broken, "change")) == len(CHANGES)
@@ -319,7 +319,7 @@ def test_a_changed_run_equals_itself_after_a_kill(finished, tmp_path):
     assert "Changes to the recipe" not in write_report(finished).read_text()
 
 
-def test_more_images_after_the_end_are_those_of_the_longer_run(finished, tmp_path):
+def test_more_images_after_the_end_equal_the_longer_run(finished, tmp_path):
     longer, extended = tmp_path / "longer", tmp_path / "extended"
     shutil.copytree(finished, extended)
     train(micro(), extended, device="cpu", changes=["images=40"])
@@ -330,7 +330,7 @@ def test_more_images_after_the_end_are_those_of_the_longer_run(finished, tmp_pat
     )
     train(recipe, longer, device="cpu")
     assert final(extended) == final(longer)
-    # The finished run is left alone by the same command.
+    # The same command does not change the finished run.
     model = (extended / "model" / "model.json").stat().st_mtime_ns
     train(micro(), extended, device="cpu")
     assert (extended / "model" / "model.json").stat().st_mtime_ns == model
@@ -338,7 +338,7 @@ def test_more_images_after_the_end_are_those_of_the_longer_run(finished, tmp_pat
     assert not (extended / "model.new").exists()
 
 
-def test_a_batch_size_fits_what_the_refinement_in_training_has_seen(tmp_path):
+def test_a_batch_size_must_divide_the_images_of_the_current_refinement(tmp_path):
     """It was compared with the images of the finished Stage A, and not with those of its refinement."""
     with pytest.raises(UserError, match="must divide the 80 images that stage A2 has seen"):
         with_changes(phased(), trained(tmp_path / "80", **until("a2", a2=80)), ["batch_size=32"])
@@ -346,7 +346,7 @@ def test_a_batch_size_fits_what_the_refinement_in_training_has_seen(tmp_path):
     assert changed.stage_a.optimization.batch_size == 64
 
 
-def test_a_run_is_ended_with_a_usable_model(finished, tmp_path):
+def test_a_run_that_is_ended_early_has_a_usable_model(finished, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir)
     shutil.rmtree(run_dir / "model")
@@ -365,7 +365,7 @@ def test_a_run_is_ended_with_a_usable_model(finished, tmp_path):
     assert final(run_dir)[0] == 24
 
 
-def test_a_run_is_ended_before_a_phase_with_other_data(finished, tmp_path):
+def test_a_run_can_end_before_a_phase_with_other_data(finished, tmp_path):
     """Its data are not opened any more: preview prompts were looked for in them, and what they held out of
     the data inside them came back, so that these seemed to have changed; names in ``skip`` were no images,
     and the data had changed again for the recipe without the phase."""
@@ -394,7 +394,7 @@ def test_a_run_is_ended_before_a_phase_with_other_data(finished, tmp_path):
     recipe = dataclasses.replace(
         recipe, stage_a=dataclasses.replace(recipe.stage_a, optimization=optimization)
     )
-    ended = ending_at(recipe, "a", 24)  # as somebody might give it by hand
+    ended = ending_at(recipe, "a", 24)  # as a user might write it
     for given, end_now in ((recipe, True), (recipe, False), (ended, False)):
         train(given, run_dir, device="cpu", end_now=end_now, monitor=RunMonitor(rehearse=False))
         assert read_network(run_dir / "model" / "vqgan.safetensors")[1].images == 24
@@ -431,7 +431,7 @@ def test_a_change_at_a_damaged_checkpoint_is_refused_and_a_recorded_one_moves(fi
     assert newest(run_dir / "stage_a" / "checkpoints")[1]["changes"] == [change]
 
 
-def test_a_change_holds_from_where_training_goes_on_if_several_checkpoints_are_damaged(finished, tmp_path):
+def test_a_change_applies_from_the_resumed_checkpoint_if_several_are_damaged(finished, tmp_path):
     """Only those made at the newest one were corrected: run.json named an image that was trained before."""
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir)
@@ -456,7 +456,7 @@ def test_a_change_holds_from_where_training_goes_on_if_several_checkpoints_are_d
     ]
 
 
-def test_images_are_left_out_by_name(finished, tmp_path, monkeypatch):
+def test_images_are_skipped_by_name(finished, tmp_path, monkeypatch):
     from wuerstchen.data.emoji import EmojiSource
 
     run_dir = tmp_path / "run"
@@ -481,7 +481,7 @@ def test_images_are_left_out_by_name(finished, tmp_path, monkeypatch):
     assert final(run_dir) != final(every)
 
 
-def test_the_command_line_gives_changes(finished, tmp_path, capsys):
+def test_changes_on_the_command_line(finished, tmp_path, capsys):
     from wuerstchen.cli import main
 
     run_dir = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""A model of any checkpoint of a run; and what a run folder is where a model is wanted."""
+"""Exporting a model from any checkpoint of a run, and run folders given in place of a model."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ NETWORKS = ("vqgan", "decoder", "compressor", "previewer", "prior")
 
 
 def short():
-    """All parts of a run in a few updates each."""
+    """All phases of a run with a few updates each."""
     recipe = phased()
 
     def brief(config, **changes):
@@ -59,7 +59,7 @@ def weights_of(folder) -> dict[str, torch.Tensor]:
     return {f"{name}/{key}": tensor for name, tensors in found.items() for key, tensor in tensors.items()}
 
 
-def test_of_a_finished_run_it_is_the_model_of_the_run(run_dir, tmp_path):
+def test_export_of_a_finished_run_equals_its_model(run_dir, tmp_path):
     said = export(run_dir, tmp_path / "model")
     assert said == f"{tmp_path / 'model'}: stage C2 at image 16, average"
     for path in (run_dir / "model").rglob("*"):
@@ -69,7 +69,7 @@ def test_of_a_finished_run_it_is_the_model_of_the_run(run_dir, tmp_path):
             ).read_bytes() == path.read_bytes()
 
 
-def test_raw_weights_are_those_of_the_last_part_alone(run_dir, tmp_path):
+def test_only_the_last_phase_has_raw_weights(run_dir, tmp_path):
     export(run_dir, tmp_path / "raw", stage="c", weights="raw")
     checkpoint = newest(run_dir / "stage_c" / "checkpoints")[0]
     raw, averages = (read_averages(checkpoint, "prior", raw=raw) for raw in (True, False))
@@ -91,7 +91,7 @@ def test_raw_weights_are_those_of_the_last_part_alone(run_dir, tmp_path):
         ("c2", "8", set(NETWORKS), {"vqgan": 24, "decoder": 24, "prior": 24}),
     ],
 )
-def test_a_model_holds_what_there_was_by_then(stage, checkpoint, parts, images, run_dir, tmp_path):
+def test_an_export_has_the_parts_that_existed_then(stage, checkpoint, parts, images, run_dir, tmp_path):
     export(run_dir, tmp_path / "model", stage=stage, checkpoint=checkpoint)
     assert read_parts(tmp_path / "model")[1].keys() & set(NETWORKS) == parts
     for name, count in images.items():
@@ -100,7 +100,7 @@ def test_a_model_holds_what_there_was_by_then(stage, checkpoint, parts, images, 
         assert read_cascade(tmp_path / "model").prior is not None
 
 
-def test_while_stage_a_trains_the_scale_is_not_known_yet(run_dir, tmp_path):
+def test_during_stage_a_the_scale_is_not_known_yet(run_dir, tmp_path):
     unfinished = tmp_path / "run"
     shutil.copytree(
         run_dir, unfinished, ignore=shutil.ignore_patterns("stage_[bc]*", "stage_a2", "measured*")
@@ -112,7 +112,7 @@ def test_while_stage_a_trains_the_scale_is_not_known_yet(run_dir, tmp_path):
         export(unfinished, tmp_path / "model")
 
 
-def test_the_best_checkpoint_is_found_by_its_name(run_dir, tmp_path):
+def test_the_best_checkpoint_is_exported_by_name(run_dir, tmp_path):
     best = run_dir / "stage_c" / "checkpoints" / "best.json"
     with pytest.raises(UserError, match="--checkpoint best needs a validation loss, and stage C has none"):
         export(run_dir, tmp_path / "none", stage="c", checkpoint="best")
@@ -131,13 +131,13 @@ def test_the_best_checkpoint_is_found_by_its_name(run_dir, tmp_path):
         ({"checkpoint": "../x"}, r"stage C2 has no checkpoint \.\./x"),
     ],
 )
-def test_a_checkpoint_that_is_not_there_is_refused(options, message, run_dir, tmp_path):
+def test_a_missing_checkpoint_is_refused(options, message, run_dir, tmp_path):
     with pytest.raises(UserError, match=message):
         export(run_dir, tmp_path / "model", **options)
     assert not (tmp_path / "model").exists()
 
 
-def test_a_folder_that_is_no_run_and_a_damaged_checkpoint_are_refused(run_dir, tmp_path):
+def test_other_folders_and_damaged_checkpoints_are_refused(run_dir, tmp_path):
     with pytest.raises(RunFolderError, match="is not a run folder: it has no run"):
         export(tmp_path, tmp_path / "model")
     other = tmp_path / "run"
@@ -177,7 +177,7 @@ def test_a_run_folder_is_its_model_or_says_what_to_type(run_dir, tmp_path, capsy
 
 
 def test_a_run_stopped_in_stage_c_ends_with_what_export_makes(run_dir, tmp_path):
-    """--end-now, with all parts before it."""
+    """--end-now, with all phases before it."""
     stopped = tmp_path / "stopped"
     shutil.copytree(run_dir, stopped, ignore=shutil.ignore_patterns("model", "stage_c2"))
     shutil.rmtree(newest(stopped / "stage_c" / "checkpoints")[0])

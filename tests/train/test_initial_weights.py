@@ -1,4 +1,4 @@
-"""Runs that start from a model: what is kept, what goes on, what is refused, and phases at several sizes."""
+"""Runs that start from a model: what is kept, trained and refused, and phases at several sizes."""
 
 import copy
 import dataclasses
@@ -75,7 +75,7 @@ def learning(images=16, batch_size=4):
 
 
 def recipe(start, data, **changes):
-    """Stage C on its own, in three phases at two sizes, the last of which is in three shapes."""
+    """Only Stage C, in three phases at two sizes, the last one with three aspect ratios."""
     phases = (
         Phase(optimization=learning(8)),
         Phase(optimization=learning(12), max_ratio=5 / 3),
@@ -110,7 +110,7 @@ STAGES = ("c", "c2", "c3")
 
 @pytest.fixture(scope="module")
 def finished(start, photos, tmp_path_factory):
-    """A run of all phases in one go."""
+    """A run of all phases without interruption."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
     train(recipe(start, photos), folder, device="cpu")
     return folder
@@ -120,8 +120,8 @@ def files_of(run_dir):
     return {s: newest(run_dir / f"stage_{s}" / "checkpoints")[1]["files"] for s in STAGES}
 
 
-def test_a_start_reads_finished_stages_once(start, photos, finished, tmp_path, monkeypatch):
-    """Each file of their last checkpoints was hashed twice, and then restored for nothing."""
+def test_finished_stages_are_read_once(start, photos, finished, tmp_path, monkeypatch):
+    """Each file of their last checkpoints was hashed twice, and then restored without need."""
     run_dir = shutil.copytree(finished, tmp_path / "run")
     hashed, sha256 = [], checkpoint.sha256_of
     monkeypatch.setattr(checkpoint, "sha256_of", lambda path: hashed.append(path) or sha256(path))
@@ -174,7 +174,7 @@ def test_stage_c_alone_in_phases_survives_kills_and_blends(start, photos, finish
     assert cascade.settings.text_mask
     assert min(cascade.settings.latent_statistics.std) > 0.1  # measured: the prior is new
 
-    # What was not trained is as it was, with its papers.
+    # Parts that were not trained keep their weights and provenance.
     given = read_cascade(start)
     for name in ("vqgan", "decoder", "compressor"):
         kept = cascade.networks()[name].state_dict()
@@ -185,9 +185,7 @@ def test_stage_c_alone_in_phases_survives_kills_and_blends(start, photos, finish
 
 
 @pytest.mark.parametrize("part", ["decoder", "text_encoder"])
-def test_the_weights_at_the_start_are_those_that_the_run_began_with(
-    part, start, photos, tmp_path, monkeypatch
-):
+def test_a_resumed_run_must_start_from_the_same_weights(part, start, photos, tmp_path, monkeypatch):
     monkeypatch.setattr("wuerstchen.train.run._Run.train", lambda self: self.run_dir / "model")
     train(recipe(start, photos), tmp_path / "run", device="cpu")
     other = read_cascade(start)
@@ -207,7 +205,7 @@ def test_the_weights_at_the_start_are_those_that_the_run_began_with(
         train(recipe(folder, photos), tmp_path / "run", device="cpu")
 
 
-def test_a_stage_that_goes_on_begins_at_the_weights_and_keeps_their_normalisation(start, photos, tmp_path):
+def test_a_pretrained_stage_keeps_its_weights_and_normalisation(start, photos, tmp_path):
     goes_on = recipe(start, photos, fresh=(), stage_c=StageCConfig(optimization=learning(4)))
     still = dataclasses.replace(goes_on.stage_c.optimization, learning_rate=1e-12)
     goes_on = dataclasses.replace(goes_on, stage_c=StageCConfig(optimization=still))
@@ -219,8 +217,8 @@ def test_a_stage_that_goes_on_begins_at_the_weights_and_keeps_their_normalisatio
 
 
 @pytest.mark.slow  # test_recipes_train.py has the same in small networks
-def test_stages_one_after_the_other_by_three_runs(photos, tmp_path):
-    """What each writes is what the next starts from; the last is whole."""
+def test_three_runs_train_the_stages_in_turn(photos, tmp_path):
+    """Each run starts from the model of the one before. The last model is complete."""
     small = {"image_size": 128, "workers": 0, "statistics_images": 8, "preview_prompts": ("a cat",)}
     small |= {"prior_steps": 1, "decoder_steps": 1, "data": str(photos)}
     first = tiny()
@@ -272,7 +270,7 @@ def published(write_published, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compressor_file(tmp_path_factory):
-    """A whole compressor on its own, as published folders of diffusers have none."""
+    """A complete compressor in a file of its own, because published diffusers folders have none."""
     compressor = Compressor(CompressorConfig(backbone="efficientnet_lite0", c_latent=4))
     load_backbone(compressor.backbone, lite0_path())
     path = tmp_path_factory.mktemp("compressor") / "compressor.safetensors"
@@ -357,7 +355,7 @@ def test_fine_tuning_a_published_model(published, photos, compressor_file, tmp_p
         ),
     ],
 )
-def test_what_does_not_fit_the_start_is_refused_before_anything_is_written(
+def test_unfit_recipes_are_refused_before_anything_is_written(
     published, photos, compressor_file, tmp_path, changes, message
 ):
     with pytest.raises((UserError, CheckpointError), match=message):
@@ -365,7 +363,7 @@ def test_what_does_not_fit_the_start_is_refused_before_anything_is_written(
     assert not (tmp_path / "run" / "run.json").exists()
 
 
-def test_the_compressor_comes_whole_from_the_originals_file_of_stage_b(tmp_path, published, monkeypatch):
+def test_the_originals_file_of_stage_b_gives_the_compressor(tmp_path, published, monkeypatch):
     monkeypatch.setattr(compressors, "EFFICIENTNET_V2_S", narrow(EFFICIENTNET_V2_S))
     theirs = Compressor(CompressorConfig())
     with torch.no_grad():
@@ -399,12 +397,12 @@ def test_the_compressor_comes_whole_from_the_originals_file_of_stage_b(tmp_path,
         fill_compressor(v2_stage_b(), ours)
 
 
-def test_a_start_on_tokens_cannot_go_on_as_v2s_decoder(small_v1, tmp_path, photos):
+def test_a_v1_decoder_cannot_train_as_v2(small_v1, tmp_path, photos):
     write_model(small_v1, tmp_path / "v1", WHENCE)
     other = recipe(tmp_path / "v1", photos, stages=("b",), fresh=())
     with pytest.raises(UserError, match="has the Stage B of v1, on tokens"):
         train(other, tmp_path / "run", device="cpu")
-    # But it draws what Stage C makes, by v1's settings.
+    # But it can decode a new Stage C, with v1's settings.
     goes_on = recipe(tmp_path / "v1", photos, fresh=(), stage_c=StageCConfig(optimization=learning(4)))
     train(goes_on, tmp_path / "run", device="cpu")
     cascade = read_cascade(tmp_path / "run" / "model")
@@ -415,7 +413,7 @@ def test_a_start_on_tokens_cannot_go_on_as_v2s_decoder(small_v1, tmp_path, photo
     assert read_settings(preview)["prompts"] == list(goes_on.preview_prompts)
 
 
-def test_what_a_trained_stage_spoils_is_left_out(start, photos):
+def test_parts_after_a_retrained_stage_are_left_out(start, photos):
     found = read_start(recipe(start, photos, stages=("b",), fresh=("b",)))
     assert found.left_out == ("prior",)
     assert found.parts.networks().keys() == {"vqgan"}
@@ -457,15 +455,15 @@ def test_phases_are_checked():
         dataclasses.replace(tiny(), stage_c=config, prepared_images=8)
 
 
-def test_emoji_are_squares(tmp_path):
+def test_emoji_are_always_square(tmp_path):
     wide = Phase(optimization=learning(), max_ratio=2.0)
     other = dataclasses.replace(tiny(), stage_c=dataclasses.replace(tiny().stage_c, phases=(wide,)))
     with pytest.raises(UserError, match=r"max_ratio must be 1 for emoji, .* got 2\.0"):
         train(other, tmp_path / "run", device="cpu")
 
 
-def test_the_last_phase_has_data_of_its_own(start, photos, tmp_path):
-    """Found missing before training, and read from there."""
+def test_the_last_phase_reads_its_own_data(start, photos, tmp_path):
+    """Missing data are found before training, and existing data are read."""
     phases = (Phase(optimization=learning(4), data=str(tmp_path / "fine")),)
     other = recipe(
         start, photos, stage_c=StageCConfig(optimization=learning(4), image_size=128, phases=phases)
@@ -487,8 +485,8 @@ def test_the_published_model_is_an_average_of_two_phases():
     assert sizes == [364_000 * 1536, 4_000 * 768, 50_000 * 384]
 
 
-def test_the_compressors_view_is_that_of_the_start(start, photos, tmp_path):
-    """Semantic latents of a view at another scale would be other latents."""
+def test_a_pretrained_compressor_keeps_its_view_scale(start, photos, tmp_path):
+    """At another scale, the semantic latents would differ."""
     folder = tmp_path / "model"
     shutil.copytree(start, folder)
     description = json.loads((folder / "model.json").read_text())

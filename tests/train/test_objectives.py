@@ -1,4 +1,4 @@
-"""Stages B and C learn by any objective: they train, resume bit for bit, and their model draws."""
+"""Stages B and C train with any objective, resume bit for bit, and their models draw."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ LEARNING = Optimization(images=8, batch_size=4, learning_rate=1e-3)
 
 
 def recipe(start, prediction: str, **changes):
-    """Stages B and C of the smallest networks on a model whose Stage A is there."""
+    """Stages B and C with the smallest networks, on a model with a Stage A."""
     decoder = DecoderConfig(
         c_r=8,
         c_cond=8,
@@ -119,7 +119,7 @@ class CleanPrediction(FlowMatching):
 
 
 def test_an_objective_of_its_own_trains(model_folder, tmp_path, monkeypatch):
-    """One class and one entry in the table: it trains, its loss is its own, and the model reads and draws."""
+    """One class and one entry in the table are enough to train, to store the model and to draw."""
     monkeypatch.setitem(OBJECTIVES, "clean", CleanPrediction)
     chosen = recipe(model_folder, "clean", decoder=recipe(model_folder, "noise").decoder)
     model = train(chosen, tmp_path, device="cpu")
@@ -129,7 +129,7 @@ def test_an_objective_of_its_own_trains(model_folder, tmp_path, monkeypatch):
     assert Wuerstchen(cascade, torch.device("cpu")).generate("a cat")[0].size == (128, 128)
     events = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
     first = next(e for e in events if e["event"] == "progress" and e["stage"] == "c")
-    # Its last layer is silent at first, so the loss is the mean square of the latents, which are normalised.
+    # The last layer starts at zero, so the loss is the mean square of the normalised latents.
     assert first["loss"] == pytest.approx(1.0, abs=0.5)
 
 

@@ -1,4 +1,4 @@
-"""What is told of the data before the first update, and what is warned of."""
+"""The description of the data before the first update, and its warnings."""
 
 import dataclasses
 
@@ -39,7 +39,7 @@ def recipe(images: int = 160, stages: tuple = ("c",), **changes) -> Recipe:
     return dataclasses.replace(full, **{**common, **changes})
 
 
-def test_a_survey_that_took_too_long_says_so(tmp_path, monkeypatch):
+def test_an_incomplete_survey_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr("wuerstchen.train.overview.ignored", lambda root: ({}, False))
     write(tmp_path / "photos", [(256, 256)])
     recipe = dataclasses.replace(tiny(), data=str(tmp_path / "photos"))
@@ -47,7 +47,7 @@ def test_a_survey_that_took_too_long_says_so(tmp_path, monkeypatch):
     assert f"  stopped looking for unused files after 20 seconds, before the end of {recipe.data}" in said
 
 
-def test_a_folder_that_is_as_it_should_be(tmp_path, encoder):
+def test_a_good_folder_has_no_warnings(tmp_path, encoder):
     source = write(tmp_path / "photos", [(200, 128)] * 4)
     said, warned = overview(recipe(), {"mine": source}, encoder)
     assert said == [
@@ -62,7 +62,7 @@ def test_a_folder_that_is_as_it_should_be(tmp_path, encoder):
     assert said[-1] == "  Stage C: 16 images, 4 epochs"
 
 
-def test_what_is_absurd_is_warned_of(tmp_path, encoder):
+def test_suspicious_data_are_warned_about(tmp_path, encoder):
     source = write(tmp_path / "photos", [(128, 128)] * 8 + [(1, 5000), (1, 1)], ["word " * 2000] * 2)
     (tmp_path / "photos" / "a.heic").write_text("x")
     (tmp_path / "elsewhere").mkdir()
@@ -86,7 +86,7 @@ def test_what_is_absurd_is_warned_of(tmp_path, encoder):
     assert len(warned) == 5
 
 
-def test_mostly_small_images_are_warned_of(tmp_path):
+def test_mostly_small_images_are_warned_about(tmp_path):
     source = write(tmp_path / "photos", [(100, 100)] * 3 + [(256, 256)])
     _, warned = overview(recipe(), {"mine": source}, None)
     (line,) = warned
@@ -104,7 +104,7 @@ def test_emoji_may_have_many_epochs():
     assert warned == []
 
 
-def test_every_phase_is_there_with_the_options_that_change_it():
+def test_every_phase_names_its_options():
     found = {r.stage: r for r in readings(v2())}
     assert list(found) == ["a", "b", "b2", "c", "c2", "c3", "c4"]
     assert found["c3"].images_option == "--stage-c.phases.1.optimization.images"
@@ -117,7 +117,7 @@ def test_every_phase_is_there_with_the_options_that_change_it():
     assert refined["a2"].images_option == "--stage-a.refine-images"
 
 
-def test_a_set_smaller_than_a_batch_is_refused_with_the_options_to_give():
+def test_a_set_smaller_than_a_batch_is_refused_with_options_that_fit():
     full = dataclasses.replace(mini(), data="mine")
     with pytest.raises(UserError) as caught:
         refuse_small(full, "mine", 119, whole=False)
@@ -136,7 +136,7 @@ def test_a_set_smaller_than_a_batch_is_refused_with_the_options_to_give():
         )
 
 
-def test_no_more_images_are_composed_than_phases_use():
+def test_the_image_cache_is_no_larger_than_needed():
     small = dataclasses.replace(tiny(), prepared_images=2000)
     assert cached_images(small, "sample", 128) == 2000  # Stages A and C use 2400
     assert cached_images(dataclasses.replace(small, prepared_images=9000), "sample", 128) == 2400

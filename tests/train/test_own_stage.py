@@ -1,4 +1,4 @@
-"""Something trainable that the package does not know: one file, and a row in the table of stages."""
+"""A stage that the package does not know: one file, and a row in the table of stages."""
 
 import importlib
 import signal
@@ -18,7 +18,7 @@ from wuerstchen.train.run import train
 
 @pytest.fixture
 def residual_runs(monkeypatch):
-    """The file of the stage, which is in the table for as long as the test runs."""
+    """The module of the stage, which is in the table while the test runs."""
     monkeypatch.syspath_prepend(Path(__file__).parent)
     module = importlib.import_module("residual_runs")
     monkeypatch.setattr(stage_table, "STAGES", module.table())
@@ -31,7 +31,7 @@ def last(run_dir: Path) -> tuple[Path, dict]:
     return path, state["files"]
 
 
-def test_it_trains_survives_a_kill_and_keeps_its_own_tensors_alone(
+def test_it_trains_survives_a_kill_and_stores_only_its_own_tensors(
     residual_runs, model_folder, tmp_path, monkeypatch
 ):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -71,7 +71,7 @@ def test_it_trains_survives_a_kill_and_keeps_its_own_tensors_alone(
 
     first, resumed = begun
     pairs = zip(first.begun, resumed.begun, strict=True)
-    assert any(not torch.equal(one, other) for one, other in pairs)  # a start is handed what is restored
-    for stage in begun:  # and what it was handed follows
+    assert any(not torch.equal(one, other) for one, other in pairs)  # a start gets the restored averages
+    for stage in begun:  # and they follow the updates
         ours = stage.averages["residual"].state_dict()
         assert all(torch.equal(ours[key], averages[f"residual/{key}"]) for key in keys)

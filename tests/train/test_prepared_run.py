@@ -118,7 +118,7 @@ def test_the_model_is_whole_and_its_statistics_are_those_of_the_maps(runs):
         {prepared.name(int(row)).split("#")[0] for row in prepared.rows(part)}
         for part in ("train", "heldout")
     )
-    assert hidden  # all views of a picture or none
+    assert hidden  # all views of an image or none
     assert not shown & hidden
     prepared.check_model(cascade.compressor, cascade.text_encoder)
 

@@ -18,7 +18,7 @@ def test_a_recipe_comes_back_from_json(name):
     assert recipe_of(json.loads(json.dumps(as_dict(recipe))), "run.json") == recipe
 
 
-def test_what_an_older_version_did_not_write_has_its_default():
+def test_fields_missing_in_older_recipes_get_defaults():
     fields = as_dict(dataclasses.replace(tiny(), seed=3))
     for name in ("skip", "keep_every", "recompute"):
         del fields[name]
@@ -37,7 +37,7 @@ def test_what_an_older_version_did_not_write_has_its_default():
         ("decoder", {"odd": 1}, "decoder="),
     ],
 )
-def test_what_is_no_recipe_is_named(path, value, named):
+def test_invalid_recipes_are_refused_by_name(path, value, named):
     with pytest.raises(
         RunFolderError, match=r"run\.json has a recipe that this version cannot read"
     ) as caught:
@@ -68,7 +68,7 @@ def test_a_field_of_a_newer_version_is_named():
         ("skip", "", []),
     ],
 )
-def test_values_are_read_as_the_field_wants_them(path, text, value):
+def test_values_are_parsed_by_the_type_of_the_field(path, text, value):
     assert parsed(tiny(), path, text) == value
     assert get(as_dict(recipe_of(replaced(as_dict(tiny()), path, value), "x")), path) == value
 
@@ -84,7 +84,7 @@ def test_values_are_read_as_the_field_wants_them(path, text, value):
         ("stage_a.measure_scale", "perhaps", "true or false"),
     ],
 )
-def test_other_values_are_refused_by_name(path, text, kind):
+def test_invalid_values_are_refused_by_name(path, text, kind):
     with pytest.raises(UserError) as caught:
         parsed(tiny(), path, text)
     assert str(caught.value) == f"--change {path}={text} is not valid for {path}, which must be {kind}."

@@ -12,7 +12,7 @@ from wuerstchen.train.stage_table import after, before, kind_of, kinds, maker_of
 from wuerstchen.train.stages.base import NamedPhase, StageKind
 
 
-def test_stages_come_after_those_that_they_build_on():
+def test_stages_follow_their_dependencies():
     seen: set[str] = set()
     for kind in kinds():
         assert {*kind.builds_on} <= seen, kind.name
@@ -29,8 +29,8 @@ def test_dependencies_are_followed():
     assert maker_of("text_encoder") is None
 
 
-def test_full_names_are_kept_as_short_ones():
-    """What run folders of earlier versions hold goes on being what they hold."""
+def test_full_names_become_short_names():
+    """Run folders keep the short names of earlier versions."""
     recipe = dataclasses.replace(tiny(), stages=("vqgan", "b", "prior"), fresh=("prior",))
     assert (recipe.stages, recipe.fresh) == (("a", "b", "c"), ("c",))
     assert recipe.trains("decoder")
@@ -78,8 +78,8 @@ BRANCH = StageKind(
 )
 
 
-def test_a_stage_need_not_be_in_one_chain_with_the_others(monkeypatch):
-    """What builds on Stage A alone needs no Stage B, and is not in the way of one."""
+def test_stages_may_branch(monkeypatch):
+    """A stage that builds on Stage A needs no Stage B, and does not prevent one."""
     monkeypatch.setattr(stage_table, "STAGES", (*stage_table.STAGES, f"{__name__}:BRANCH"))
     assert [kind.name for kind in before(["u"])] == ["vqgan"]
     assert kind_of("upscaler").short == "u"

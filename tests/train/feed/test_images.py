@@ -34,7 +34,7 @@ def feed_of(source, seed=3):
     return Feed(source, seed, 32, True, sizes=batch_sizes(32, 2.0), batch_size=4)
 
 
-def test_a_batch_has_one_size_and_all_sizes_come_alike(photos):
+def test_a_batch_has_one_size_and_all_sizes_are_equally_likely(photos):
     feed = feed_of(photos)
     sizes = [feed.size_of(index) for index in range(4 * 3000)]
     assert all(len(set(sizes[i : i + 4])) == 1 for i in range(0, len(sizes), 4))
@@ -43,7 +43,7 @@ def test_a_batch_has_one_size_and_all_sizes_come_alike(photos):
     assert sizes != [feed_of(photos, seed=4).size_of(index) for index in range(len(sizes))]
 
 
-def test_where_a_run_goes_on_and_which_part_a_process_takes_changes_no_picture(photos):
+def test_images_depend_neither_on_the_start_nor_on_the_process(photos):
     whole = list(batches(feed_of(photos), 0, 24, 4, 0))
     assert len({batch.images.shape[1:3] for batch in whole}) > 1
     resumed = list(batches(feed_of(photos), 8, 24, 4, 0))
@@ -55,7 +55,7 @@ def test_where_a_run_goes_on_and_which_part_a_process_takes_changes_no_picture(p
         assert (one.images[2:] == other.images).all()
 
 
-def test_a_picture_is_cut_anew_every_time_it_is_shown(toy_source):
+def test_an_image_is_cropped_anew_in_every_epoch(toy_source):
     shown = {}
     for seed in (1, 2):
         feed = Feed(toy_source(3), seed, 8, False)
@@ -72,7 +72,7 @@ def test_pixels_reach_from_zero_to_one():
     assert pixels_of(images).shape == (1, 3, 2, 4)
 
 
-def test_previews_show_the_same_pictures_in_every_run(toy_source):
+def test_previews_show_the_same_images_in_every_run(toy_source):
     one, two = (Feed(toy_source(), seed, 8, True).shown(3, 8) for seed in (1, 2))
     assert one.shape == (3, 3, 8, 8)
     assert torch.equal(one, two)
@@ -84,13 +84,13 @@ def test_previews_show_the_same_pictures_in_every_run(toy_source):
     assert torch.equal(without[1:], one[1:])
 
 
-def test_pictures_fill_the_size(photos):
+def test_images_fill_the_size(photos):
     image = photos.image(0, np.random.default_rng(0), (48, 24))
     assert image.shape == (24, 48, 3)
     assert photos.image(0, np.random.default_rng(0), 24).shape == (24, 24, 3)
 
 
-def test_emoji_are_composed_as_squares_alone():
+def test_emoji_are_only_composed_as_squares():
     with pytest.raises(UserError, match="must be square, got 48x24"):
         EmojiSource(sample_root()).image(0, np.random.default_rng(0), (48, 24))
 
@@ -127,7 +127,7 @@ def said_with_shared_memory(mount: str) -> str:
     reason="mounting needs rights",
 )
 @pytest.mark.parametrize("size", ["1m", pytest.param("4k", marks=pytest.mark.slow)])
-def test_too_little_shared_memory_is_named(size):
+def test_too_little_shared_memory_is_reported(size):
     """The workers printed that there is no room, and the run waited for them for ever. With even less, not
     even the workers' queues can be made."""
     said = said_with_shared_memory(f"mount -t tmpfs -o size={size} tmpfs /dev/shm")
@@ -136,7 +136,7 @@ def test_too_little_shared_memory_is_named(size):
     assert "--shm-size" in said
 
 
-def test_batches_are_put_into_shared_memory_by_the_workers_themselves(monkeypatch, toy_source):
+def test_workers_put_batches_into_shared_memory(monkeypatch, toy_source):
     """What goes wrong there is an error of the worker's, wherever this runs."""
 
     def full(self):
@@ -149,7 +149,7 @@ def test_batches_are_put_into_shared_memory_by_the_workers_themselves(monkeypatc
     assert len(list(batches(feed, 0, 8, 4, workers=0))) == 2
 
 
-def test_images_that_are_skipped_by_name_leave_all_others_in_place(toy_source):
+def test_skipped_images_leave_all_others_in_place(toy_source):
     plain, other = (Feed(toy_source(), 5, 4, True, skip=skip) for skip in ((), ("3.png", "4.png")))
     first, second = ([feed[index][1].caption for index in range(40)] for feed in (plain, other))
     expected = ["picture 5" if caption in ("picture 3", "picture 4") else caption for caption in first]

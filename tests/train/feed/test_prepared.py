@@ -137,7 +137,7 @@ def test_batches_are_of_one_size_and_show_no_image_twice_or_held_out(prepared):
     assert crops == {0, 1, 2}
 
 
-def test_sizes_with_fewer_images_than_a_batch_are_shown_and_said(prepared):
+def test_sizes_with_fewer_images_than_a_batch_are_used_and_reported(prepared):
     feed = PreparedFeed(prepared, 3, 960, 60)  # each of the three sizes has 36 of the 108 images, or fewer
     batches_of_epoch = list(batches(feed, 0, feed.plan.before(1) * 60, 60, 0))
     assert {tuple(batch.semantic_latents.shape[1:]) for batch in batches_of_epoch} == {
@@ -185,7 +185,7 @@ def test_any_start_and_any_number_of_processes_give_the_same(prepared):
     assert not any(same(a, b) for a, b in zip(whole, other, strict=True))
 
 
-def test_the_stage_reads_the_same_as_from_pictures(few, cascade, tmp_path):
+def test_the_stage_gets_the_same_inputs_as_from_images(few, cascade, tmp_path):
     """Centred squares, which the stage's own compressor and text encoder are given too."""
     square = make(few, tmp_path / "out", cascade, size=128, max_ratio=1.0, crop="centre", crops=1)
     stage, feed = make_stage(cascade), PreparedFeed(square, 0, 48, 4)
@@ -260,7 +260,7 @@ class Damaged(PreparedSet):
         return super().semantic_latents(index, crop)
 
 
-def test_what_cannot_be_read_is_replaced_by_its_successor_of_the_same_size(prepared):
+def test_unreadable_images_are_replaced_by_the_next_of_the_same_size(prepared):
     damaged = Damaged(prepared.folder)
     feed = PreparedFeed(damaged, 3, 48, 4)
     rows = feed.rows[feed.plan.ids(1)]
@@ -311,7 +311,7 @@ def test_nan_in_stored_states_is_skipped_counted_and_named(few, cascade, tmp_pat
 
 
 class Stops(PreparedFeed):
-    """Raises at a picture: the process is gone as far as the loop can tell."""
+    """Raises at an image: the process is gone as far as the loop can tell."""
 
     def __getitem__(self, index):
         if index == 29:
@@ -387,7 +387,7 @@ def test_validation_by_hand(prepared, cascade, monkeypatch):
     assert errors[3] == pytest.approx(expected / len(pictures), rel=1e-5)
 
 
-def test_statistics_are_those_of_the_pictures(few, cascade, tmp_path):
+def test_statistics_equal_those_of_the_images(few, cascade, tmp_path):
     square = make(few, tmp_path / "out", cascade, size=128, max_ratio=1.0, crop="centre", crops=1)
     rows = square.rows("train")
     names = [square.name(int(row)) for row in rows]
@@ -422,14 +422,14 @@ def test_statistics_of_several_sizes_and_of_none(prepared):
 # What makes no sense
 
 
-def test_images_that_are_no_whole_batches(prepared):
+def test_incomplete_batches_are_refused(prepared):
     with pytest.raises(
         UserError, match=r"images must be a multiple of batch_size=4 .* got 50\. Use 48 images"
     ):
         PreparedFeed(prepared, 0, 50, 4)
 
 
-def test_stages_that_need_pictures():
+def test_stages_that_need_images():
     reasons = {stage: kind_of(stage).needs_images for stage in "abc"}
     with pytest.raises(
         UserError, match=r"data=set is a prepared set, which has no images, and Stage B trains the compressor"

@@ -24,7 +24,7 @@ def event(kind, stage, **values):
     return {"event": kind, "stage": stage, **values}
 
 
-def test_starts_add_up_and_the_lines_of_one_start_do_not():
+def test_costs_of_starts_add_up():
     events = [
         event("start", "a"),
         event("checkpoint", "a", seconds=10.0, kwh=0.1),
@@ -47,7 +47,7 @@ def test_logs_of_earlier_versions_have_no_cost():
     assert total_cost([event("start", "a"), event("checkpoint", "a", images=3)]) == {}
 
 
-def test_a_log_edited_by_hand_has_the_cost_that_can_be_read():
+def test_unreadable_lines_have_no_cost():
     events = [
         event("progress", "a", seconds="x", kwh=[]),
         event("start", 3),
@@ -59,7 +59,7 @@ def test_a_log_edited_by_hand_has_the_cost_that_can_be_read():
     assert tariff_of(edited) == Tariff()
 
 
-def test_energy_that_nothing_measures_is_not_claimed():
+def test_unmeasured_energy_is_unknown():
     spent = CostMeter(torch.device("cpu")).spent()
     assert spent.seconds >= 0
     assert spent.kwh is None
@@ -98,17 +98,17 @@ def test_a_tariff_by_hand():
         ({"per_kwh": math.inf}, "--price-per-kwh must be a finite number of at least 0, got inf"),
     ],
 )
-def test_tariffs_that_cannot_be_are_refused(given, message):
+def test_invalid_tariffs_are_refused(given, message):
     with pytest.raises(UserError, match=message):
         make_tariff(**given)
 
 
-def test_the_last_tariff_of_a_log_holds():
+def test_the_last_tariff_of_a_log_applies():
     events = [{"event": "tariff", "per_hour": p, "grid": "x", "kg_per_kwh": 0.2} for p in (1.0, 2.0)]
     assert tariff_of([*events, event("start", "a")]) == Tariff(kg_per_kwh=0.2, grid="x", per_hour=2.0)
 
 
-def test_costs_to_come_by_rehearsal_and_then_by_pace():
+def test_remaining_costs_by_rehearsal_and_then_by_speed():
     rehearsed = [
         {"event": "rehearsed", "stage": "a", "total": 100, "seconds": 2.0, "kwh": 0.01},
         {"event": "rehearsed", "stage": "b", "total": 10, "seconds": 1.0, "kwh": None},

@@ -43,7 +43,7 @@ def writers(monkeypatch):
     return Writer.made
 
 
-def test_events_go_to_a_folder_a_stage_and_what_a_kill_lost_is_purged(tmp_path, writers):
+def test_events_go_to_one_folder_per_stage_and_lost_points_are_purged(tmp_path, writers):
     log = Log(tmp_path / "log.jsonl", tensorboard=True)
     log.event("accepted changed data", before="x", now="y")
     log.event("start", stage="a", images=0, total=9, resumed=False, device="cpu")
@@ -70,19 +70,19 @@ def test_events_go_to_a_folder_a_stage_and_what_a_kill_lost_is_purged(tmp_path, 
     assert len(log.events()) == 8  # the log is the same with and without
 
 
-def test_without_it_nothing_of_it_is_imported(tmp_path, writers):
+def test_without_tensorboard_nothing_of_it_is_imported(tmp_path, writers):
     log = Log(tmp_path / "log.jsonl")
     log.event("start", stage="a", images=0)
     assert writers == []
 
 
-def test_where_it_is_not_installed_one_line_says_what_to_do(monkeypatch):
+def test_missing_tensorboard_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match=r'pip install "wuerstchen\[tensorboard\]", or leave the option out'):
         check_tensorboard()
 
 
-def test_the_real_one_can_be_read_back(tmp_path):
+def test_real_event_files_can_be_read_back(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -98,7 +98,7 @@ def test_the_real_one_can_be_read_back(tmp_path):
     ]
 
 
-def test_lines_that_a_full_disk_does_not_take_are_written_later(tmp_path):
+def test_lines_that_do_not_fit_on_a_full_disk_are_written_later(tmp_path):
     """The run ended with its log. A limit on the size of files stands for the disk."""
     log = Log(tmp_path / "log.jsonl")
     log.event("first", text="x" * 100)

@@ -132,7 +132,7 @@ def test_later_lines_win_where_starts_overlap():
     assert [start.last_images for start in stage.starts] == [40, 30]
 
 
-def test_a_log_cut_in_its_last_line_and_one_of_a_run_that_goes_on(tmp_path):
+def test_a_log_with_an_incomplete_line_and_that_of_a_running_run(tmp_path):
     whole = [event("start", images=0, total=80, device="cpu"), progress(20, 1.0), progress(40, 0.5)]
     write(tmp_path, whole, cut='{"event": "progress", "stage": "a", "images": 6')
     text = page_of(tmp_path)
@@ -143,7 +143,7 @@ def test_a_log_cut_in_its_last_line_and_one_of_a_run_that_goes_on(tmp_path):
     assert "Nothing has started yet" in page_of(tmp_path)
 
 
-def test_validation_by_time_has_a_line_a_bin(tmp_path):
+def test_validation_by_time_has_one_line_per_bin(tmp_path):
     marks = [event("validation", images=n, loss=0.1, bins=[1 / n] * 8) for n in (10, 20)]
     write(tmp_path, [event("start", images=0, total=20), *marks])
     text = page_of(tmp_path)
@@ -153,9 +153,9 @@ def test_validation_by_time_has_a_line_a_bin(tmp_path):
     assert "energy" in text.lower()
 
 
-def test_skipped_pictures_are_counted_by_reason_once_each(tmp_path):
+def test_skipped_images_are_counted_once_by_reason(tmp_path):
     events = [event("start", images=0, total=20)]
-    for n in (1, 2, 3, 1, 1):  # the feed meets a broken picture in every epoch
+    for n in (1, 2, 3, 1, 1):  # the feed meets a broken image in every epoch
         events.append(event("skipped", name=f"{n}.png", reason=f"/data/{n}.png is cut short at byte {n}00"))
     events.append(event("skipped", name=NONSENSE, reason=f"{NONSENSE} & no picture"))
     write(tmp_path, events)
@@ -190,7 +190,7 @@ def write_preview(folder, images, **settings):
     save_png(Image.new("RGB", (30, 20), "red"), path, {"images": images, **settings})
 
 
-def test_previews_say_what_they_show(tmp_path):
+def test_previews_have_labels(tmp_path):
     """Images without a word about which is the original, or which prompt they were drawn of."""
     write(tmp_path, [event("start", s, images=0, total=20) for s in ("a", "c")])
     write_preview(tmp_path / "stage_a", 5, columns=2, rows=["original", "through <b>"])
@@ -212,7 +212,7 @@ def test_previews_say_what_they_show(tmp_path):
     assert "a bee" in second
 
 
-def test_previews_of_before_show_the_recipes_prompts_in_stage_c(tmp_path):
+def test_old_previews_of_stage_c_show_the_recipes_prompts(tmp_path):
     """They do not say how many are in a row."""
     write(tmp_path, [event("start", s, images=0, total=20) for s in ("a", "c2")])
     recipe = {"preview_prompts": ["a cat", NONSENSE]}
@@ -237,7 +237,7 @@ def test_previews_of_before_show_the_recipes_prompts_in_stage_c(tmp_path):
         {"prompts": ["a", "b"], "columns": 200},
     ],
 )
-def test_labels_of_any_kind_leave_a_page(tmp_path, settings):
+def test_hostile_labels_leave_a_page(tmp_path, settings):
     write(tmp_path, [event("start", "c", images=0, total=20)])
     write_preview(tmp_path / "stage_c", 5, **settings)
     text = page_of(tmp_path)
@@ -301,7 +301,7 @@ def test_a_hostile_log_is_read_as_far_as_it_makes_sense(tmp_path):
     page_of(run)
 
 
-def test_what_is_no_run_folder_is_one_line(tmp_path):
+def test_other_folders_are_refused_in_one_line(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(
             RunFolderError, match=r"is not a run folder: it has no log\.jsonl\. Use the --run-dir"
@@ -339,7 +339,7 @@ def test_long_lines_are_thinned_and_keep_their_peaks():
     assert min(y for _, y in raw) < min(y for _, y in mean) - 50
 
 
-def test_nothing_to_draw_is_no_figure():
+def test_a_line_without_points_has_no_figure():
     assert chart("x", []) == ""
     assert chart("x", [Line(name="x", points=[(1.0, 1.0)])]) == ""
     assert chart("x", [Line(name="x", points=[(1.0, 1.0), (1.0, 2.0)])]) == ""
