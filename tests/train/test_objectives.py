@@ -134,7 +134,7 @@ def test_an_objective_of_its_own_trains(model_folder, tmp_path, monkeypatch):
 
 
 def test_a_start_with_another_objective_is_refused(model_folder, tmp_path):
-    with pytest.raises(UserError, match=r"give --prior\.prediction noise"):
+    with pytest.raises(UserError, match=r"--prior\.prediction noise"):
         train(recipe(model_folder, "flow", stages=("c",), fresh=()), tmp_path, device="cpu")
 
 
