@@ -47,7 +47,7 @@ from wuerstchen.models.paella import Paella
 from wuerstchen.models.text import TextEncoder, TextStates
 from wuerstchen.progress import StepCallback, StepReporter
 from wuerstchen.runtime.offload import LowMemory, residence_on, tiled_decode
-from wuerstchen.runtime.recorder import Recorder, Recorders
+from wuerstchen.runtime.recorder import Recorders
 from wuerstchen.sampling import (
     Reconstruction,
     Sampling,
@@ -118,7 +118,7 @@ class Wuerstchen:
         self.device = device
         self.low_memory = low_memory
         self._loras: dict[str, float] = {}
-        self._recorders = Recorders()
+        self._recorders = Recorders(records=low_memory is None)
         self.residence = residence_on(device, low_memory)
         for network in cascade.networks().values():
             network.eval()
@@ -317,16 +317,7 @@ class Wuerstchen:
 
     def _encode_text(self, encoder: TextEncoder, texts: list[str]) -> TextStates:
         with self.residence.using(encoder):
-            return encoder.encode(texts, self._recorded(encoder, encoder.last_states))
-
-    def _recorded(
-        self,
-        network: nn.Module,
-        function: Callable[..., Tensor] | None = None,
-        prepare: Callable[..., Any] | None = None,
-    ) -> Recorder:
-        """The network, or a ``function`` of it, as a CUDA graph if all networks stay on a GPU."""
-        return self._recorders.of(network, function, prepare, records=self.low_memory is None)
+            return encoder.encode(texts, self._recorders.of(encoder, encoder.last_states))
 
     def _encode_prompts(self, batch: SamplingBatch) -> TextStates:
         """Stage C's text states of the prompts and, with guidance, of the negative prompts after them."""
@@ -357,7 +348,7 @@ class Wuerstchen:
         with self.residence.using(prior):
             mask = text.mask if settings.text_mask else None
             predictions = predictions_for_sampling(prior, objective)
-            run = self._recorded(prior, predictions, prior.context).given(text.states, mask)
+            run = self._recorders.of(prior, predictions, prior.context).given(text.states, mask)
 
             def predict(x: Tensor, t: Tensor) -> Tensor:
                 return run(x.to(_dtype(prior)), t).float()
@@ -422,7 +413,7 @@ class Wuerstchen:
         states = None if text is None else text.states
         mask = text.mask if text is not None and self.cascade.settings.text_mask else None
         predictions = predictions_for_sampling(decoder, self.cascade.settings.decoder_objective)
-        recorder = self._recorded(decoder, predictions, decoder.context)
+        recorder = self._recorders.of(decoder, predictions, decoder.context)
         run = recorder.given(semantic_latents, grid, states, mask)
         return lambda x, t: run(x.to(_dtype(decoder)), t).float()
 
@@ -433,7 +424,7 @@ class Wuerstchen:
             if isinstance(self.cascade.decoder, Paella):
                 latents = vqgan.vquantizer.lookup(latents) / vqgan.config.scale_factor
             latents = latents.to(_dtype(vqgan))
-            decode = self._recorded(vqgan, vqgan.decode)
+            decode = self._recorders.of(vqgan, vqgan.decode)
             pixels = decode(latents) if self.low_memory is None else tiled_decode(vqgan, latents)
         return pixels.float().clamp(0, 1)
 

@@ -17,7 +17,7 @@ from wuerstchen.models.prior import Prior, PriorConfig
 from wuerstchen.models.traits import fused_layers
 from wuerstchen.models.vqgan import VQGAN, VQGANConfig
 from wuerstchen.runtime import recorder as recorder_module
-from wuerstchen.runtime.recorder import NotRecordedWarning, Recorder
+from wuerstchen.runtime.recorder import NotRecordedWarning, Recorder, Recorders
 
 CUDA = torch.device("cuda")
 CONFIG = PriorConfig(c_in=4, c=32, c_cond=24, c_r=8, depth=2, nhead=2)
@@ -44,6 +44,20 @@ def test_a_copy_wraps_the_copied_network(randomise, copied):
     x, r, text = inputs(torch.device("cpu"))
     with torch.no_grad():
         assert torch.equal(twin.given(text, None)(x, r), prior(x, r, prior.context(text)))
+
+
+def test_recorders_follow_the_pipelines_setting():
+    """Offloading a pipeline that has sampled must stop recordings of its networks."""
+    network, recorders = nn.Linear(2, 2), Recorders()
+    recorder = recorders.of(network)
+    assert recorder.records
+    recorders.records = False
+    assert recorders.of(network) is recorder
+    assert not recorder.records
+    assert recorders.of(network, network.forward) is not recorder  # another function
+    twin = pickle.loads(pickle.dumps(recorders))
+    assert not twin.records
+    assert len(twin) == 1
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")

@@ -242,7 +242,8 @@ class DiffusionPipeline:
         """The network, or a ``function`` of it, recorded if it stays on a GPU."""
         for old in self._recorders.keys() - set(self._networks().values()):
             del self._recorders[old]  # the component was replaced
-        return self._recorders.of(network, function, prepare, records=self._residence is None)
+        self._recorders.records = self._residence is None
+        return self._recorders.of(network, function, prepare)
 
     def enable_model_cpu_offload(
         self, gpu_id: int | None = None, device: str | torch.device | None = None

@@ -200,6 +200,11 @@ class Recorder:
 class Recorders(dict[nn.Module, Recorder]):
     """A pipeline's recorders, by network."""
 
+    def __init__(self, *, records: bool = True) -> None:
+        """Set ``records`` to false while networks do not stay on the GPU."""
+        super().__init__()
+        self.records = records
+
     def invalidate(self) -> None:
         """Calls ``Recorder.invalidate`` on each."""
         for recorder in self.values():
@@ -210,14 +215,12 @@ class Recorders(dict[nn.Module, Recorder]):
         network: nn.Module,
         function: Callable[..., Tensor] | None = None,
         prepare: Callable[..., Any] | None = None,
-        *,
-        records: bool,
     ) -> Recorder:
         """The recorder of a network. Replacing ``function`` or ``prepare`` invalidates the recorded graph."""
         function, recorder = network if function is None else function, self.get(network)
         if recorder is None or (recorder.function, recorder.prepare) != (function, prepare):
             recorder = self[network] = Recorder(network, function, prepare)
-        recorder.records = records
+        recorder.records = self.records
         return recorder
 
 
