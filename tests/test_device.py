@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wuerstchen.device import checked_device, default_device, default_precision, sent
+from wuerstchen.device import checked_device, default_device, default_precision, to_device
 from wuerstchen.errors import UserError
 
 
@@ -35,11 +35,11 @@ def test_values_arrive(device):
     device = torch.device(device)
     for number in range(20):
         tensor = torch.full((1 << 18,), float(number))
-        half = sent(tensor, device, torch.float16)
+        half = to_device(tensor, device, torch.float16)
         assert half.dtype == torch.float16
         assert half.device.type == device.type
         del tensor  # its memory may be taken at once
         torch.full((1 << 18,), -1.0)
         assert bool((half == number).all())
     whole = torch.arange(5)
-    assert torch.equal(sent(whole, device).cpu(), whole)
+    assert torch.equal(to_device(whole, device).cpu(), whole)

@@ -52,7 +52,7 @@ def default_precision(device: torch.device) -> Precision:
     return "float16" if device.type == "cuda" else "float32"
 
 
-def sent(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """``tensor.to(device, dtype)`` without waiting. ``tensor`` must not change until the copy is complete.
 
     A copy from pageable memory to a GPU waits for all queued work of the GPU, and Python could not prepare

@@ -87,7 +87,7 @@ def examine(
         seconds = time.perf_counter() - started
         settings = {"prompt": prompt, "seed": seed, "model": str(model or BUNDLED.name)}
         settings |= pipeline.settings_of(Sampling())
-        file = save_new_png(image, out, f"doctor-{seed}", settings, drawn_by_a_model=True)
+        file = save_new_png(image, out, f"doctor-{seed}", settings, is_generated=True)
         yield f"{file}: {image.width}x{image.height} in {seconds:.1f} s, {prompt!r}"
         drawn.append((file, image))
     if pipeline.device.type == "cuda":

@@ -43,19 +43,19 @@ def check_writable(folder: Path | str) -> None:
 
 
 def save_png(
-    image: Image.Image, path: Path | str, settings: Mapping[str, Any], *, drawn_by_a_model: bool = False
+    image: Image.Image, path: Path | str, settings: Mapping[str, Any], *, is_generated: bool = False
 ) -> None:
     """Writes ``image`` as PNG with ``settings`` (JSON values) in its text chunks.
 
     Each setting has its own chunk, for people and other programs. The chunk "wuerstchen" contains all of them
-    as JSON, for ``read_settings``. With ``drawn_by_a_model`` the file is marked as generated: in the chunks
+    as JSON, for ``read_settings``. With ``is_generated`` the file is marked as generated: in the chunks
     Software and Source, and in XMP with IPTC's DigitalSourceType. The file is written atomically and replaces
     an existing one. Raises ``UserError`` if it cannot be written.
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise UserError(f"path {str(path)!r} must end in .png, because a PNG is written.")
-    with _written(image, path, settings, drawn_by_a_model) as temporary:
+    with _written(image, path, settings, is_generated) as temporary:
         os.replace(temporary, path)
 
 
@@ -65,14 +65,14 @@ def save_new_png(
     stem: str,
     settings: Mapping[str, Any],
     *,
-    drawn_by_a_model: bool = False,
+    is_generated: bool = False,
 ) -> Path:
     """``save_png`` with an unused name: ``stem.png`` in ``folder``, otherwise ``stem-2.png`` and so on.
 
     Never replaces an existing file, even if several processes write to the folder. Returns the path.
     """
     path, number = folder / f"{stem}.png", 1
-    with _written(image, path, settings, drawn_by_a_model) as temporary:
+    with _written(image, path, settings, is_generated) as temporary:
         while not _placed(temporary, path):
             number += 1
             path = folder / f"{stem}-{number}.png"
@@ -97,7 +97,7 @@ def _placed(temporary: Path, path: Path) -> bool:
 
 @contextlib.contextmanager
 def _written(
-    image: Image.Image, path: Path, settings: Mapping[str, Any], drawn_by_a_model: bool
+    image: Image.Image, path: Path, settings: Mapping[str, Any], is_generated: bool
 ) -> Iterator[Path]:
     """The image in a temporary file in the folder of ``path``, which is removed afterwards."""
     chunks = PngInfo()
@@ -106,7 +106,7 @@ def _written(
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         chunks.add_text(key, text.encode("utf-8", "replace").decode())
     chunks.add_text(_SETTINGS_KEY, json.dumps(dict(settings), allow_nan=False))
-    if drawn_by_a_model:
+    if is_generated:
         chunks.add_text("Software", "wuerstchen")
         chunks.add_text("Source", "drawn by a generative model")
         chunks.add_itxt("XML:com.adobe.xmp", _XMP)

@@ -356,7 +356,7 @@ def _text_height(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) 
     return int(box[3]) + 2
 
 
-def on_canvas(pixels: Float[Tensor, "b 3 h w"], canvas: tuple[int, int]) -> Float[Tensor, "b 3 h2 w2"]:
+def pad_to_canvas(pixels: Float[Tensor, "b 3 h w"], canvas: tuple[int, int]) -> Float[Tensor, "b 3 h2 w2"]:
     """Centers images on a larger canvas by repeating their edges."""
     (right, left), (bottom, top) = (
         ((rest := whole - own) - rest // 2, rest // 2)
@@ -367,7 +367,7 @@ def on_canvas(pixels: Float[Tensor, "b 3 h w"], canvas: tuple[int, int]) -> Floa
     return pad(pixels, (left, right, top, bottom), mode="replicate")
 
 
-def cut(pixels: Float[Tensor, "b 3 h2 w2"], size: tuple[int, int]) -> Float[Tensor, "b 3 h w"]:
+def center_crop(pixels: Float[Tensor, "b 3 h2 w2"], size: tuple[int, int]) -> Float[Tensor, "b 3 h w"]:
     """The center crop of images with ``size`` (width, height)."""
     left, top = (pixels.shape[3] - size[0]) // 2, (pixels.shape[2] - size[1]) // 2
     return pixels[:, :, top : top + size[1], left : left + size[0]]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from wuerstchen.checkpoints.hub import BUNDLED
 from wuerstchen.checkpoints.layouts import Sources, read_model
-from wuerstchen.device import Precision, default_device, default_precision, runs_triton, sent
+from wuerstchen.device import Precision, default_device, default_precision, runs_triton, to_device
 from wuerstchen.diffusion.objective import predictions_for_sampling
 from wuerstchen.diffusion.sampler_table import SAMPLERS, samplers_for
 from wuerstchen.diffusion.samplers import Predict, draw_noise, guided
@@ -31,9 +31,9 @@ from wuerstchen.diffusion.schedule import uniform_timesteps
 from wuerstchen.diffusion.tokens import draw_tokens, sample_tokens
 from wuerstchen.errors import UserError, UserNotice, out_of_memory_named
 from wuerstchen.images import (
+    center_crop,
     center_crop_resize,
-    cut,
-    on_canvas,
+    pad_to_canvas,
     resize_crop,
     to_images,
     to_tensor,
@@ -194,7 +194,7 @@ class Wuerstchen:
                 semantic_latents = self._sample_prior(batch, text)
                 latents = self._sample_decoder(batch, semantic_latents)
                 pixels = self._decode(latents)
-                images += to_images(cut(pixels, size))
+                images += to_images(center_crop(pixels, size))
         return images
 
     @_for_inference
@@ -242,9 +242,9 @@ class Wuerstchen:
         )
         with out_of_memory_named(batch.describe()):
             pixels = torch.stack([to_tensor(original) for original in originals])
-            semantic_latents = self.encode(compressor, on_canvas(pixels, canvas))
+            semantic_latents = self.encode(compressor, pad_to_canvas(pixels, canvas))
             latents = self._sample_decoder(batch, semantic_latents)
-            results = to_images(cut(self._decode(latents), (side, side)))
+            results = to_images(center_crop(self._decode(latents), (side, side)))
         _, channels, height, width = semantic_latents.shape
         return [
             Reconstruction(original=original, image=result, latent_size=(channels, height, width))
@@ -305,7 +305,7 @@ class Wuerstchen:
     ) -> list[Float[Tensor, "1 c lh lw"]]:
         """The normalized semantic latents of each image."""
         pixels = [to_tensor(resize_crop(image, *size)) for image in images]
-        encoded = [self.encode(self._compressor(), on_canvas(p[None], canvas)) for p in pixels]
+        encoded = [self.encode(self._compressor(), pad_to_canvas(p[None], canvas)) for p in pixels]
         return [self.cascade.settings.latent_statistics.normalise(z) for z in encoded]
 
     def _step_reporter(
@@ -338,7 +338,7 @@ class Wuerstchen:
         spaced = uniform_timesteps if settings.prior_equal_steps else sampler.timesteps
         timesteps = spaced(sampling.prior_steps)
         shape = (prior.config.c_in, *settings.latent_size(*batch.canvas))
-        x = sent(draw_noise(shape, batch.generators), self.device)
+        x = to_device(draw_noise(shape, batch.generators), self.device)
         if batch.init_latents is not None:
             start = batch.strength
             timesteps = [start, *(t for t in timesteps if t < start)]
@@ -392,7 +392,7 @@ class Wuerstchen:
                     on_step = batch.reporter.on_tokens(on_step, sampling.decoder_steps)
                 temperatures = self.cascade.settings.decoder_temperatures
                 return sample_tokens(predict, noise, timesteps, batch.generators, temperatures, on_step)
-            noise = sent(draw_noise((decoder.config.c_in, *grid), batch.generators), self.device)
+            noise = to_device(draw_noise((decoder.config.c_in, *grid), batch.generators), self.device)
             predict = self._predict_latents(decoder, semantic_latents, grid, text)
             if guidance != 1:
                 predict = guided(predict, guidance)

@@ -180,7 +180,7 @@ def _save_one(
 ) -> None:
     name = _slug(prompt) if prompt or options.init is None else _slug(options.init.stem)
     own = {"prompt": prompt, "seed": seed, **settings}
-    print(_save(image, options.out, f"{name}-{seed}", own, drawn_by_a_model=True))
+    print(_save(image, options.out, f"{name}-{seed}", own, is_generated=True))
 
 
 def _save_grid(images: "list[Image]", options: argparse.Namespace, settings: dict[str, Any]) -> None:
@@ -189,7 +189,7 @@ def _save_grid(images: "list[Image]", options: argparse.Namespace, settings: dic
     columns = options.count if options.count > 1 else math.isqrt(len(images) - 1) + 1
     prompts = "\n".join(options.prompts)
     shown = {"prompt": prompts, "count": options.count, "seed": options.seed, **settings}
-    print(_save(grid(images, columns=columns), options.out, "grid", shown, drawn_by_a_model=True))
+    print(_save(grid(images, columns=columns), options.out, "grid", shown, is_generated=True))
 
 
 def _warn_of_words(prompts: list[str], count: int) -> None:
@@ -316,12 +316,12 @@ def _slug(text: str) -> str:
 
 
 def _save(
-    image: "Image", out: Path, stem: str, settings: dict[str, Any], *, drawn_by_a_model: bool = False
+    image: "Image", out: Path, stem: str, settings: dict[str, Any], *, is_generated: bool = False
 ) -> Path:
     """Writes to ``out`` if it is a file, else to a new file in it. Returns the path."""
     from wuerstchen.image_files import save_new_png, save_png
 
     if out.suffix.lower() != ".png":
-        return save_new_png(image, out, stem, settings, drawn_by_a_model=drawn_by_a_model)
-    save_png(image, out, settings, drawn_by_a_model=drawn_by_a_model)
+        return save_new_png(image, out, stem, settings, is_generated=is_generated)
+    save_png(image, out, settings, is_generated=is_generated)
     return out

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from wuerstchen.device import sent
+from wuerstchen.device import to_device
 from wuerstchen.errors import UserError, UserNotice
 
 
@@ -85,4 +85,4 @@ def encode(
             )
 
     run = recorded(text_encoder, _LastStates(text_encoder))
-    return run(sent(ids, device), sent(mask, device))
+    return run(to_device(ids, device), to_device(mask, device))

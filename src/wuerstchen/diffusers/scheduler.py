@@ -15,7 +15,7 @@ from torch import Tensor
 
 from wuerstchen.checkpoints.diffusers import read_schedule
 from wuerstchen.checkpoints.hub import local_folder
-from wuerstchen.device import sent
+from wuerstchen.device import to_device
 from wuerstchen.diffusers.options import drop_options
 from wuerstchen.diffusers.outputs import Config, DDPMWuerstchenSchedulerOutput
 from wuerstchen.diffusion.schedule import CosineSchedule
@@ -42,7 +42,7 @@ def draw_normal(
             return torch.cat([draw_normal((1, *shape[1:]), one, device, dtype) for one in generator])
         generator = generator[0]
     source = device if generator is None else generator.device
-    return sent(torch.randn(tuple(shape), generator=generator, device=source, dtype=dtype), device)
+    return to_device(torch.randn(tuple(shape), generator=generator, device=source, dtype=dtype), device)
 
 
 def check_timesteps(timesteps: Any) -> Float[Tensor, " n"]:

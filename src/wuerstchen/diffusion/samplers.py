@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from wuerstchen.device import sent
+from wuerstchen.device import to_device
 from wuerstchen.diffusion.objective import Objective
 
 Predict = Callable[[Tensor, Tensor], Tensor]
@@ -60,7 +60,7 @@ def ddpm(
     μ = (x − (1 − α)·ε̂ / √(1 − ᾱ(t))) / √α and x' = μ + √((1 − α)(1 − ᾱ(t'))/(1 − ᾱ(t)))·z.
     The last step, to t' = 0, adds no noise, but advances the generators, as the published scheduler does.
     """
-    times = sent(torch.tensor(list(timesteps), dtype=torch.float32, device="cpu"), x.device)
+    times = to_device(torch.tensor(list(timesteps), dtype=torch.float32, device="cpu"), x.device)
     alpha_bars = objective.alpha_bar(times)
     now, then = alpha_bars[:-1], alpha_bars[1:]
     alpha = now / then
@@ -70,7 +70,7 @@ def ddpm(
         t = times[step].expand(len(x))
         noise_pred = objective.to_noise(predict(x, t), x, t)
         mean = (x - loss[step] * noise_pred / left[step]) / root[step]
-        x = mean + std[step] * sent(draw_noise(x.shape[1:], generators), x.device, x.dtype)
+        x = mean + std[step] * to_device(draw_noise(x.shape[1:], generators), x.device, x.dtype)
         if on_step is not None:
             on_step(step, x)
     return x
@@ -85,7 +85,7 @@ def ddim(
     on_step: OnStep | None = None,
 ) -> Float[Tensor, "b c h w"]:
     """Deterministic sampling (arXiv 2010.02502, equation 12 with η = 0) along decreasing ``timesteps``."""
-    times = sent(torch.tensor(list(timesteps), dtype=torch.float32, device="cpu"), x.device)
+    times = to_device(torch.tensor(list(timesteps), dtype=torch.float32, device="cpu"), x.device)
     alpha_bars = objective.alpha_bar(times)
     for step in range(len(times) - 1):
         t = times[step].expand(len(x))
@@ -115,7 +115,7 @@ def dpm_solver(
     times = torch.tensor(list(timesteps), dtype=torch.float32, device="cpu")
     alpha_bars = objective.alpha_bar(times.double()).tolist()
     logs = [math.log(a / (1 - a)) / 2 for a in alpha_bars]
-    times = sent(times, x.device)
+    times = to_device(times, x.device)
     before: Tensor | None = None
     for step in range(len(times) - 1):
         now, then, h = alpha_bars[step], alpha_bars[step + 1], logs[step + 1] - logs[step]
@@ -145,7 +145,7 @@ def euler(
     """Euler's method along dx/dt of a linear path (arXiv 2210.02747): x' = x + (t' − t)·v̂, deterministic."""
     times = torch.tensor(list(timesteps), dtype=torch.float32, device="cpu")
     steps = (times[1:] - times[:-1]).tolist()
-    times = sent(times, x.device)
+    times = to_device(times, x.device)
     for step, length in enumerate(steps):
         t = times[step].expand(len(x))
         x = x + length * objective.to_velocity(predict(x, t), x, t)

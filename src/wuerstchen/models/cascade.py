@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from wuerstchen.device import sent
+from wuerstchen.device import to_device
 from wuerstchen.diffusion.objective import PUBLISHED_OBJECTIVE, Objective
 from wuerstchen.diffusion.sampler_table import check_suits
 from wuerstchen.errors import UserError
@@ -46,7 +46,7 @@ class LatentStatistics:
 
     def normalise(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         mean, std = (
-            sent(torch.tensor(v, dtype=z.dtype, device="cpu"), z.device) for v in (self.mean, self.std)
+            to_device(torch.tensor(v, dtype=z.dtype, device="cpu"), z.device) for v in (self.mean, self.std)
         )
         return (z - mean[:, None, None]) / std[:, None, None]
 
@@ -54,7 +54,7 @@ class LatentStatistics:
         """The inverse of ``normalise``."""
         z = normalised
         mean, std = (
-            sent(torch.tensor(v, dtype=z.dtype, device="cpu"), z.device) for v in (self.mean, self.std)
+            to_device(torch.tensor(v, dtype=z.dtype, device="cpu"), z.device) for v in (self.mean, self.std)
         )
         return z * std[:, None, None] + mean[:, None, None]
 

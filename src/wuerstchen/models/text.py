@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from wuerstchen.device import sent
+from wuerstchen.device import to_device
 from wuerstchen.errors import UserError, UserNotice
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class TextEncoder(nn.Module):
             mask[row, : len(numbers)] = True
         # The device of the embedding: with offloading, other layers may be elsewhere.
         device = self.model.get_input_embeddings().weight.device
-        ids, mask = sent(ids, device), sent(mask, device)
+        ids, mask = to_device(ids, device), to_device(mask, device)
         with torch.no_grad():
             states = (run or self.last_states)(ids, mask)
         return TextStates(states=states, mask=mask)

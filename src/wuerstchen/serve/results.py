@@ -63,7 +63,7 @@ class Results:
         path = self.folder / name
         with contextlib.suppress(OSError):  # the system may have deleted an old folder in /tmp
             self.folder.mkdir(mode=0o700, exist_ok=True)
-        save_png(image, path, settings, drawn_by_a_model=True)
+        save_png(image, path, settings, is_generated=True)
         if self.signer is not None:
             try:
                 self.signer.sign(path)
