@@ -239,7 +239,7 @@ def test_lab_images_are_read(tmp_path: Path) -> None:
     ],
     ids=range(8),
 )
-def test_profiles_that_say_nothing_usable_count_as_none(content: bytes, mode: str, reason: str) -> None:
+def test_unusable_profiles_are_ignored(content: bytes, mode: str, reason: str) -> None:
     image = Image.new(mode, (4, 4), (1, 2, 3, 4)[: len(mode)])
     image.info["icc_profile"] = content
     with pytest.warns(UserNotice, match=f"cannot be used: .*{reason}"):
@@ -248,7 +248,7 @@ def test_profiles_that_say_nothing_usable_count_as_none(content: bytes, mode: st
 
 
 def program_profile() -> bytes:
-    """Adobe RGB, and a program of 400,000 matrices that all lie in one place, as its floating-point table."""
+    """Adobe RGB with a floating-point table that is a program of 400,000 matrices at one offset."""
     matrix = b"matf\0\0\0\0" + struct.pack(">2H", 3, 3) + struct.pack(">12f", *np.eye(3).ravel(), 0, 0, 0)
     count = 400_000
     head = b"mpet\0\0\0\0" + struct.pack(">2HI", 3, 3, count)
@@ -271,7 +271,7 @@ def test_programs_in_profiles_are_not_run() -> None:
 
 
 def test_damaged_profiles_never_end_the_process() -> None:
-    """Made-up damage, in a process of its own: LittleCMS is C, and a fault there would end it."""
+    """Random damage, in a separate process: LittleCMS is written in C, and could crash it."""
     code = f"""
 import random, sys, warnings
 sys.path.insert(0, {str(Path(__file__).parent)!r})

@@ -1,4 +1,4 @@
-"""Which device is meant."""
+"""The choice of a device, and transfers."""
 
 import pytest
 import torch
@@ -7,19 +7,19 @@ from wuerstchen.device import checked_device, default_device, default_precision,
 from wuerstchen.errors import UserError
 
 
-def test_a_device_that_is_there_is_taken():
+def test_an_available_device_is_used():
     assert checked_device("cpu") == default_device("cpu") == torch.device("cpu")
     assert default_precision(torch.device("cpu")) == "float32"
     assert default_precision(torch.device("cuda", 1)) == "float16"
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "nothing", "meta"])
-def test_one_that_is_not_there_is_refused(device):
+def test_an_unavailable_device_is_refused(device):
     with pytest.raises(UserError, match="Use cpu"):
         default_device(device)
 
 
-def test_the_first_that_is_there_is_the_default(monkeypatch):
+def test_the_first_available_device_is_the_default(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert default_device() == torch.device("cpu")
@@ -31,7 +31,7 @@ def test_the_first_that_is_there_is_the_default(monkeypatch):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_values_arrive(device):
-    """A copy that is read before it is there, a precision that is lost on the way."""
+    """A copy that is read before it is complete, or loses precision."""
     device = torch.device(device)
     for number in range(20):
         tensor = torch.full((1 << 18,), float(number))

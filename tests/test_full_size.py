@@ -1,4 +1,4 @@
-"""The published v2 model's size on a GPU, with random weights: sizes, precision and memory."""
+"""A model of the published v2 size on a GPU, with random weights: sizes, precision and memory."""
 
 import importlib.util
 import sys
@@ -67,7 +67,7 @@ def test_sizes_at_full_channel_count(cascade, size):
     assert brightest - darkest > 8
 
 
-def test_one_network_at_a_time_fits_a_small_gpu_and_draws_the_same(cascade):
+def test_one_network_at_a_time_fits_a_small_gpu_and_generates_the_same(cascade):
     whole = in_dtype(cascade, torch.float16).generate("a cat", sampling=FEW_STEPS)
     for network in cascade.networks().values():
         network.to("cpu")

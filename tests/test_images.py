@@ -21,7 +21,7 @@ from wuerstchen.images import center_crop_resize, grid, open_image, resize_crop,
 
 
 def _photo(width: int = 48, height: int = 32) -> Image.Image:
-    """Smooth and different in every corner, so that turns and flips show."""
+    """A smooth image with different corners, so that rotations and flips are visible."""
     y, x = np.mgrid[0:height, 0:width]
     pixels = np.stack([x * 255 / (width - 1), y * 255 / (height - 1), np.full_like(x, 90)], -1)
     return Image.fromarray(pixels.astype(np.uint8))
@@ -59,7 +59,7 @@ def test_orientation_is_applied_once(tmp_path: Path, orientation: int, suffix: s
     assert not opened.getexif()
 
 
-def test_damaged_exif_does_not_cost_the_picture(tmp_path: Path) -> None:
+def test_images_with_damaged_exif_are_read(tmp_path: Path) -> None:
     _photo().save(tmp_path / "a.jpg", exif=b"Exif\x00\x00II*\x00\x08\x00\x00\x00\xff\xff\x12\x01")
     assert open_image(tmp_path / "a.jpg").size == (48, 32)
 
@@ -196,7 +196,7 @@ def test_refuses_what_is_not_an_image(tmp_path: Path, make: Callable[[Path], Non
     assert str(caught.value) == f"image '{tmp_path / 'a.png'}' cannot be used: {rule}"
 
 
-def test_refuses_a_path_no_system_has() -> None:
+def test_refuses_an_invalid_path() -> None:
     with pytest.raises(
         DataError, match=r"^image 'a\\x00\.png' cannot be used: it cannot be read \(embedded null"
     ):
@@ -239,7 +239,7 @@ def test_bombs_are_refused_before_they_are_decoded(tmp_path: Path, side: int, mo
     assert str(caught.value) == message
 
 
-def test_large_pictures_under_the_limit_open_without_a_warning(tmp_path: Path) -> None:
+def test_large_images_below_the_limit_open_without_a_warning(tmp_path: Path) -> None:
     Image.new("1", (9_600, 10_000)).save(tmp_path / "a.png")  # over the size at which Pillow warns
     assert open_image(tmp_path / "a.png").size == (9_600, 10_000)
 
@@ -247,7 +247,7 @@ def test_large_pictures_under_the_limit_open_without_a_warning(tmp_path: Path) -
 @pytest.mark.parametrize(("width", "height"), [(16, 16), (24, 8), (7, 30), (48, 32), (100, 90)])
 @pytest.mark.parametrize("seed", [None, 0, 1])
 def test_crops_keep_the_aspect(width: int, height: int, seed: int | None) -> None:
-    """On a picture whose colours are its coordinates, the slopes tell the scale."""
+    """In an image whose colours are its coordinates, the slopes give the scale."""
     rng = None if seed is None else np.random.default_rng(seed)
     photo = _photo(120, 100)
     crop = resize_crop(photo, width, height, rng)
@@ -276,7 +276,7 @@ def test_random_crops_reach_both_ends_and_repeat() -> None:
     assert again == means[0]
 
 
-def test_a_picture_of_the_right_size_stays_as_it_is() -> None:
+def test_an_image_of_the_right_size_is_not_changed() -> None:
     photo = _photo()
     assert _difference(resize_crop(photo, 48, 32, np.random.default_rng(0)), photo) == 0
 
@@ -316,7 +316,7 @@ def test_values_are_rounded_and_clamped() -> None:
     assert np.asarray(image)[0, :, 0].tolist() == [0, 0, 1, 255, 255]
 
 
-def test_nan_is_no_black_picture() -> None:
+def test_nan_does_not_become_black() -> None:
     with pytest.raises(UserError, match=r"^the image tensor contains NaN .*\. Use bfloat16 or float32\.$"):
         to_images(torch.full((1, 3, 2, 2), torch.nan))
 
@@ -334,7 +334,7 @@ def test_grid_places_row_by_row() -> None:
     assert grid([_photo()], columns=4, padding=0).size == (48, 32)
 
 
-def test_labels_stay_under_their_picture() -> None:
+def test_labels_are_below_their_image() -> None:
     black = [Image.new("RGB", (80, 40), "black")] * 2
     plain = grid(black, 2, padding=4)
     labelled = np.asarray(grid(black, 2, padding=4, labels=["a purple dromedary camel on blue", ""]))
@@ -507,7 +507,7 @@ def test_to_rgb_names_what_it_refuses() -> None:
 def test_images_are_converted_in_strips_as_they_are_whole(
     mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A palette, a transparent colour or the range of grey values that holds for a strip and not for all."""
+    """A palette, a transparent colour, or a grey range taken from one strip instead of the whole image."""
     rng = np.random.default_rng(0)
     if mode == "I;16B":
         data = rng.integers(0, 65535, (13, 7)).astype(">u2").tobytes()

@@ -34,7 +34,7 @@ from wuerstchen.models.prior import Prior, PriorConfig
 from wuerstchen.models.text import TextEncoder
 from wuerstchen.pipeline import BUNDLED
 
-# Most files here leave alpha out, as diffusers does.
+# Most files here do not store alpha, as diffusers.
 pytestmark = pytest.mark.filterwarnings("ignore::wuerstchen.lora.AssumedScaleWarning")
 
 SMALL = PriorConfig(c_in=4, c=32, c_cond=24, c_r=16, depth=2, nhead=4, dropout=0.1)
@@ -86,7 +86,7 @@ def two_files(tmp_path) -> tuple[Path, Path]:
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # diffusers lets it through
 def test_everything_equals_diffusers(prior, two_files, relative_error):
-    """Loading, two at once with weights, fusing, taking out: step by step the same outputs."""
+    """Loading, mixing two with weights, fusing and removing give the same outputs at every step."""
     pipe = theirs_of(prior)
     plain = run(prior)
 
@@ -436,7 +436,7 @@ def test_a_misfit_in_the_text_encoder_leaves_the_prior_alone(prior):
     assert lora_names(prior) == []
 
 
-def test_a_failure_half_way_is_taken_back(prior, monkeypatch):
+def test_a_partial_failure_is_undone(prior, monkeypatch):
     """As when memory runs out in the second network."""
     import wuerstchen.lora as module
 
@@ -574,7 +574,7 @@ def test_what_cannot_be_done_changes_nothing(prior, two_files, act, message):
     ],
 )
 def test_fused_adapters_cannot_be_changed(prior, two_files, act):
-    """peft would subtract another amount than was added, or quietly let the new adapter do nothing."""
+    """peft would subtract a different amount than it added, or silently ignore the new adapter."""
     load_lora(prior, two_files[0], adapter_name="a")
     fuse_lora(prior)
     before = run(prior)

@@ -1,4 +1,4 @@
-"""Drawing and reconstructing with a small random model: the way through, seeds, sizes and refusals."""
+"""Generation and reconstruction with a small random model: results, seeds, sizes and errors."""
 
 import dataclasses
 import math
@@ -42,7 +42,7 @@ def test_three_lines_are_enough(model_folder):
 
 
 def test_generate_is_the_steps_written_out(model):
-    """Text, guidance, the map's statistics and the order of draws, once more by hand."""
+    """Text, guidance, the latents' statistics and the order of random numbers, written out."""
     cascade, generator = model.cascade, [torch.Generator().manual_seed(11)]
     with torch.no_grad():
         cond, uncond = (cascade.text_encoder.encode([t]) for t in ("a cat", "a dog"))
@@ -69,17 +69,17 @@ def test_generate_is_the_steps_written_out(model):
     assert np.abs(pixels(drawn) - pixels(expected)).max() <= 1
 
 
-def test_a_picture_is_the_same_alone_and_in_a_batch(model):
+def test_an_image_is_the_same_alone_and_in_a_batch(model):
     together = model.generate(["a cat", "a dog", "a cow"], seed=5, batch_size=3)
     alone = model.generate("a dog", seed=6)
     chunked = model.generate(["a cat", "a dog", "a cow"], seed=5, batch_size=2)
-    # The noise is the same to the bit; the arithmetic of another batch size may round differently.
+    # The noise is bit for bit the same. Other batch sizes may round differently.
     assert np.abs(pixels(together[1:2]) - pixels(alone)).max() <= 1
     assert np.abs(pixels(together) - pixels(chunked)).max() <= 1
 
 
-def test_recordings_serve_the_next_picture(model):
-    """Or each would be recorded anew."""
+def test_recordings_are_reused_for_the_next_image(model):
+    """Otherwise each image would need a new recording."""
     model.generate("a cat")
     kept = dict(model._recorders)
     model.generate("a dog")
@@ -97,7 +97,7 @@ def test_seeds_can_be_named(model):
 
 
 def test_each_prompt_may_have_its_own_negative_and_beginning(model):
-    """A batch of several clients: the first one's text to steer away from, or picture, for all of them."""
+    """Otherwise the first client's negative prompt or image would be used for the whole batch."""
     inits = [Image.effect_noise((150, 130), sigma).convert("RGB") for sigma in (30, 90)]
     for given in (
         {"negative": ["a dog", ""]},
@@ -174,8 +174,7 @@ told(lambda: wuerstchen.load().generate("a", sampling={"prior_steps": 4}))
 
 
 def test_settings_of_other_types_are_refused():
-    """They came back as errors of torch's or Python's own, from deep within. The tests' own checks of types
-    would hide that."""
+    """They raised errors deep inside torch or Python. The type checks during tests would hide that."""
     ran = subprocess.run([sys.executable, "-c", WRONG_TYPES], capture_output=True, text=True, timeout=120)
     assert not ran.stderr
     for line, words in zip(
@@ -327,7 +326,7 @@ def test_sampling_starts_from_the_semantic_latents_of_an_image(model):
     assert np.abs(pixels(kept) - pixels(changed)).mean() > 1
 
 
-def test_v1_draws_and_reconstructs(small_v1):
+def test_v1_generates_and_reconstructs(small_v1):
     model = Wuerstchen(small_v1, torch.device("cpu"))
     together = model.generate(["a cat", "a cat"], seed=5, size=(72, 128))
     assert together[0].size == (72, 128)
@@ -340,7 +339,7 @@ def test_v1_draws_and_reconstructs(small_v1):
 
 
 def test_torch_s_defaults_change_no_bit(model_folder, small_v1, foreign_defaults):
-    """Neither of loading nor of drawing; a tensor in a default place would change the image or fail."""
+    """A tensor on the default device or in the default dtype would change the image or fail."""
     photo = Image.effect_noise((128, 128), 60).convert("RGB")
     dpm = Sampling(prior_sampler="dpm", guidance=3.0, decoder_guidance=2.0)
 
@@ -367,14 +366,14 @@ def test_torch_s_defaults_change_no_bit(model_folder, small_v1, foreign_defaults
             assert np.array_equal(a, b)
 
 
-def test_autocast_around_a_drawing_changes_no_bit(model):
+def test_autocast_around_generate_changes_no_bit(model):
     with torch.autocast("cpu", torch.bfloat16):
         inside = model.generate("a cat", seed=1)
     assert np.array_equal(pixels(inside), pixels(model.generate("a cat", seed=1)))
 
 
 def test_v1_ends_in_tokens_of_the_codebook(small_v1, monkeypatch):
-    """What Stage A decodes are entries of its codebook, without the factor of the latents."""
+    """Stage A decodes entries of its codebook, without the scale factor of the latents."""
     seen = []
     vqgan = small_v1.vqgan
     decoded = vqgan.unembed
@@ -387,7 +386,7 @@ def test_v1_ends_in_tokens_of_the_codebook(small_v1, monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_half_precision_is_near(model_folder, model, precision):
+def test_half_precision_is_close(model_folder, model, precision):
     half = wuerstchen.load(model_folder, device="cpu", precision=precision)
     networks = half.cascade.networks().values()
     assert {p.dtype for network in networks for p in network.parameters()} == {getattr(torch, precision)}
@@ -396,7 +395,7 @@ def test_half_precision_is_near(model_folder, model, precision):
 
 
 @pytest.mark.parametrize("low_memory", ["stage", "layer"])
-def test_low_memory_draws_the_same(model_folder, model, low_memory):
+def test_low_memory_generates_the_same_images(model_folder, model, low_memory):
     small = wuerstchen.load(model_folder, device="cpu", low_memory=low_memory)
     assert np.abs(pixels(model.generate("a cat")) - pixels(small.generate("a cat"))).max() <= 1
     image = Image.effect_noise((150, 130), 60).convert("RGB")
@@ -435,8 +434,8 @@ def test_strength_is_a_time(model, strength):
 
 
 @pytest.mark.parametrize("mode", ["turned", "palette", "transparent", "grey of 16 bits"])
-def test_pictures_that_are_open_are_read_as_from_a_file(model, mode, tmp_path):
-    """A phone's photo upright; a palette's colours mixed in scaling; nothing visible that was transparent."""
+def test_open_images_are_read_like_files(model, mode, tmp_path):
+    """Rotated photos, palettes that are interpolated, and the hidden colours of transparent pixels."""
     image = Image.effect_noise((150, 130), 80).convert("RGB")
     path = tmp_path / "picture.png"
     if mode == "turned":
@@ -464,7 +463,7 @@ def test_numbers_of_numpy_are_numbers(model):
     assert model.generate("a", seed=[np.int64(3)], size=[np.int64(72), 128])[0].size == (72, 128)
 
 
-def test_without_a_compressor_there_is_nothing_to_begin_with(small_cascade):
+def test_init_needs_a_compressor(small_cascade):
     model = Wuerstchen(dataclasses.replace(small_cascade, compressor=None), torch.device("cpu"))
     with pytest.raises(UserError, match="no compressor, so it cannot encode"):
         model.generate("a cat", init=Image.new("RGB", (8, 8)))
@@ -574,7 +573,7 @@ def test_models_without_stage_c_or_compressor_say_so(small_cascade):
 
 
 @pytest.mark.parametrize("device", ["toaster", "meta", "cuda:77"])
-def test_devices_that_are_not_there_are_refused(device, model_folder):
+def test_unavailable_devices_are_refused(device, model_folder):
     with pytest.raises(UserError, match=rf"device '{device}' .*\. Use cpu"):
         wuerstchen.load(model_folder, device=device)
 

@@ -34,7 +34,7 @@ def saved(**options: object) -> bytes:
 
 
 def with_chunks(png: bytes, *chunks: bytes, behind: bool = False) -> bytes:
-    """The file with more chunks before its pixels, or behind them."""
+    """The file with more chunks before or after its pixels."""
     at = len(png) - 12 if behind else 8 + 25
     return png[:at] + b"".join(chunks) + png[at:]
 
@@ -45,7 +45,7 @@ ITXT = chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(LONG))
 
 @pytest.mark.parametrize("behind", [False, True])
 @pytest.mark.parametrize("text", [ZTXT, ITXT], ids=["zTXt", "iTXt"])
-def test_long_text_is_no_damage(tmp_path: Path, text: bytes, behind: bool) -> None:
+def test_long_text_is_accepted(tmp_path: Path, text: bytes, behind: bool) -> None:
     content = with_chunks(saved(), text, behind=behind)
     with pytest.raises(ValueError, match="MAX_TEXT_CHUNK"), Image.open(io.BytesIO(content)) as image:
         image.load()
@@ -57,7 +57,7 @@ def test_long_text_is_no_damage(tmp_path: Path, text: bytes, behind: bool) -> No
     assert np.array_equal(np.asarray(read_upload(upload)), PIXELS)
 
 
-def test_much_short_text_is_no_damage(monkeypatch) -> None:
+def test_many_short_texts_are_accepted(monkeypatch) -> None:
     monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_MEMORY", 100)
     texts = [chunk(b"tEXt", b"k%d\0" % n + b"x" * 40) for n in range(9)]
     with pytest.raises(ValueError, match="MAX_TEXT_MEMORY"):
@@ -66,7 +66,7 @@ def test_much_short_text_is_no_damage(monkeypatch) -> None:
     assert np.array_equal(np.asarray(decode_image(with_chunks(saved(), *texts), "a.png")), PIXELS)
 
 
-def test_settings_beside_long_text_are_read(tmp_path: Path) -> None:
+def test_settings_are_read_despite_long_text(tmp_path: Path) -> None:
     save_png(Image.fromarray(PIXELS), tmp_path / "a.png", {"prompt": "ümlaut", "seed": 3})
     content = (tmp_path / "a.png").read_bytes()
     (tmp_path / "a.png").write_bytes(with_chunks(content, ZTXT, ITXT))
@@ -74,7 +74,7 @@ def test_settings_beside_long_text_are_read(tmp_path: Path) -> None:
 
 
 def with_profile(size: int, compressible: bool = False) -> bytes:
-    """Green and red change places in the profile, which is as large as asked."""
+    """A profile of this size that swaps green and red."""
     made = runpy.run_path(str(Path(__file__).with_name("test_colour_profiles.py")))
     matrix = made["to_xyz"](made["SRGB"], made["D65"])[:, [1, 0, 2]]
     profile = made["rgb_profile"](matrix, 2.2)
@@ -92,7 +92,7 @@ def test_a_large_profile_is_applied() -> None:
     assert np.abs(picture - swapped).mean() < 4
 
 
-def test_a_profile_that_unpacks_to_too_much_counts_as_none() -> None:
+def test_a_profile_that_is_too_large_is_ignored() -> None:
     with pytest.warns(UserNotice, match=f"it has more than {MAX_PROFILE:,} bytes"):
         picture = decode_image(with_profile(500 * 2**20 // 8, compressible=True), "a.png")
     assert np.array_equal(np.asarray(picture), PIXELS)

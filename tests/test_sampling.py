@@ -1,4 +1,4 @@
-"""What can be asked of a model."""
+"""Checks of prompts, seeds and sizes."""
 
 import subprocess
 import sys

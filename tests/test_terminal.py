@@ -1,4 +1,4 @@
-"""Names that other people chose cannot act on the terminal."""
+"""Untrusted names cannot control the terminal."""
 
 import io
 import os
@@ -18,7 +18,7 @@ from wuerstchen.images import open_image
 from wuerstchen.lora import load_lora
 from wuerstchen.terminal import printable, safe_streams, unfiltered
 
-# Clears the screen, sets the title, moves up, goes back, rings, turns the text around; C1's shorter form.
+# Clear screen, set title, cursor up, backspace, bell, change of writing direction, and the C1 form.
 HOSTILE = "a\x1b[2J\x1b]0;owned\x07\x1b[A\r\x08\u202e\u2028\x9b31m\x7fz"
 
 
@@ -72,7 +72,7 @@ def test_what_a_command_prints_is_safe(capsys):
 
 
 def test_progress_bars_still_move(monkeypatch):
-    """A bar goes to the start of its line, and a second one up again."""
+    """A bar returns to the start of its line, and a second bar moves up."""
     from tqdm import tqdm
 
     plain, safe = io.StringIO(), io.StringIO()
@@ -139,7 +139,7 @@ def test_values_of_any_size_are_shown_at_once():
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals")
 def test_help_of_recipes_keeps_its_colours():
-    """It is our own text, and has them on a terminal alone."""
+    """It is our own text, and only has them on a terminal."""
     import pty
 
     ours, theirs = pty.openpty()

@@ -1,4 +1,4 @@
-"""Adapters as peft, kohya's scripts and OneTrainer write them: as strong here as in those programs."""
+"""Adapters by peft, kohya's scripts and OneTrainer have the same effect here as in those programs."""
 
 import copy
 import json
@@ -56,7 +56,7 @@ def randomised(model: nn.Module, only: str = "lora_") -> None:
 
 
 def peft_folder(prior: Prior, folder: Path, **config: Any) -> Tensor:
-    """Saves an adapter with peft; returns what its model makes of ``run``."""
+    """Saves an adapter with peft and returns the output of its model for ``run``."""
     settings = {"r": 4, "lora_alpha": 16, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about groups
@@ -108,14 +108,14 @@ def test_a_folder_of_peft_is_as_strong_as_there(prior, tmp_path, config, safe, r
     assert torch.equal(run(prior), plain)
 
 
-def test_a_file_of_peft_finds_its_configuration_beside_it(prior, tmp_path, relative_error):
+def test_a_file_of_peft_finds_the_configuration_next_to_it(prior, tmp_path, relative_error):
     expected = peft_folder(prior, tmp_path)
     load_lora(prior, tmp_path / "adapter_model.safetensors", adapter_name="a")
     assert relative_error(run(prior), expected) <= 1e-4
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "mine.safetensors")
     load_lora(prior, tmp_path, adapter_name="b")  # the only one there
     assert relative_error(run(prior), expected) <= 1e-4
-    # In a folder of several the configuration is another's.
+    # In a folder with several adapters, the configuration belongs to another one.
     save_file({"blocks.2.attention.to_q.lora_A.weight": torch.ones(1)}, tmp_path / "other.safetensors")
     with pytest.warns(AssumedScaleWarning):
         load_lora(prior, tmp_path / "mine.safetensors", adapter_name="c")
@@ -158,7 +158,7 @@ def test_a_damaged_configuration_of_peft(prior, tmp_path):
 
 
 def test_files_in_a_folder(prior, tmp_path):
-    """diffusers' name comes before peft's; a single file of another name is meant, of two none."""
+    """diffusers' name is preferred to peft's. A file with another name is read if it is the only one."""
     for number, name in enumerate(WEIGHT_NAMES[1::-1], start=1):
         tensors = {f"{QUERIES[0]}.lora_A.weight": torch.full((1, 16), float(number))}
         alpha = {f"{QUERIES[0]}.alpha": torch.tensor(1)}
@@ -179,7 +179,7 @@ def test_what_is_fetched_from_the_hub():
     assert wanted_files("x.safetensors", "sub") == ["sub/x.safetensors", f"sub/{PEFT_CONFIG}"]
 
 
-# Where the strength is told, and where not
+# Where alpha is stored, and where not
 
 
 def matrices(layers: list[str], name: Callable[[str, str], str], rank: int = 4) -> dict[str, Tensor]:
@@ -234,7 +234,7 @@ def test_alpha_of_any_kind_of_number(prior, tmp_path, dtype, shape, relative_err
 
 @pytest.mark.parametrize("source", ["file", "dict"])
 @pytest.mark.parametrize("name", [dotted, joined])
-def test_an_assumed_scale_is_said(prior, tmp_path, source, name, relative_error):
+def test_an_assumed_scale_gives_a_warning(prior, tmp_path, source, name, relative_error):
     tensors, expected = matrices(QUERIES, name), reference(prior, 1.0)
     save_file(tensors, tmp_path / "x.safetensors")
     where = "the adapter" if source == "dict" else str(tmp_path / "x.safetensors")
@@ -252,13 +252,13 @@ def test_layers_of_a_compiled_network(prior, relative_error):
     assert relative_error(run(prior), expected) <= 1e-5
 
 
-def test_an_assumed_scale_of_some_layers_is_said(prior):
+def test_an_assumed_scale_of_some_layers_gives_a_warning(prior):
     alpha = {f"{QUERIES[1]}.alpha": torch.tensor(4.0)}
     with pytest.warns(AssumedScaleWarning, match="does not store alpha for 1 of its 2 layers"):
         load_lora(prior, matrices(QUERIES, dotted) | alpha)
 
 
-def test_an_assumed_scale_is_not_said_of_what_was_refused(prior):
+def test_a_refused_file_gives_no_warning(prior):
     tensors = matrices(QUERIES, dotted)
     tensors[dotted(QUERIES[0], "up")] = torch.ones(3, 3)
     with pytest.raises(CheckpointError):
@@ -289,7 +289,7 @@ def test_weights_that_cannot_be_computed_with(prior):
 
 
 class OneTrainer:
-    """Its LoRA as it computes it: x ↦ layer(x) + up(down(x)) · alpha / rank."""
+    """OneTrainer's formula for LoRA: x ↦ layer(x) + up(down(x)) · alpha / rank."""
 
     def __init__(self, model: nn.Module, rank: int = 3, alpha: float = 1.0) -> None:
         self.scale, self.alpha = alpha / rank, alpha
@@ -349,7 +349,7 @@ def test_onetrainer_trains_all_linear_layers_and_convolutions(prior, tmp_path, l
 
 
 def test_each_layer_of_stage_c_heeds_its_adapter(prior, relative_error):
-    """Some are read without being called: an adapter there would do nothing."""
+    """The weights of some layers are used without calling the layer, so an adapter would have no effect."""
     trained = OneTrainer(theirs_of(prior), alpha=3.0)
     plain = run(prior)
     for name, (down, up) in trained.weights.items():
@@ -393,7 +393,7 @@ def test_adapters_of_all_layers_on_a_gpu(prior, relative_error):
 
 
 def test_half_precision(prior, relative_error):
-    """The last layer is computed in float32 whatever surrounds it, its adapter too."""
+    """The last layer and its adapter always compute in float32."""
     trained = OneTrainer(theirs_of(prior))
     load_lora(prior, trained.saved("kohya"))
     exact = run(prior)

@@ -1,4 +1,4 @@
-"""The weight average of two models: what is averaged, what stays, and which pairs are refused."""
+"""Averages of two models' weights: averaged and copied networks, and models that do not match."""
 
 import copy
 import dataclasses
@@ -77,7 +77,7 @@ def test_any_layout_goes_in(write_published, tmp_path):
     assert out.decoder_text_encoder.width == 12
 
 
-def test_models_that_do_not_pair_are_refused_by_name(small_cascade, model_folder, tmp_path, capsys):
+def test_models_that_do_not_match_are_refused(small_cascade, model_folder, tmp_path, capsys):
     changes = {
         "deeper": {"prior": Prior(PriorConfig(c_in=2, c=16, c_cond=384, c_r=8, depth=2, nhead=2))},
         "wider": {"prior": Prior(PriorConfig(c_in=2, c=32, c_cond=384, c_r=8, depth=1, nhead=2))},

@@ -61,7 +61,7 @@ def in_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def in_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """timm's names by rewriting, and told apart by what a block holds rather than by its table."""
+    """timm's names by rewriting, derived from the content of a block instead of its table."""
     found = {"classifier.weight": torch.zeros(10, 16), "classifier.bias": torch.zeros(10)}
     for key, value in state.items():
         if match := re.fullmatch(r"(\d)\.(\d)\.block\.(.+)", key):
@@ -244,7 +244,7 @@ def test_pickled_objects_are_refused_and_not_run(write: Callable[..., object], t
         ({"backbone.0.0.weight": torch.zeros(1)}, "'backbone.0.0.weight'.* have no known layout"),
     ],
 )
-def test_content_that_is_no_state_dict_of_a_known_layout(content: object, words: str, tmp_path: Path) -> None:
+def test_content_that_is_not_a_known_state_dict(content: object, words: str, tmp_path: Path) -> None:
     refused(save(content, tmp_path / "weights.pth"), words)
 
 

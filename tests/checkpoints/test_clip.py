@@ -1,4 +1,4 @@
-"""CLIP's tokenizer: what a folder says is taken where it is the vocabulary's, and nothing else is done."""
+"""CLIP's tokenizer: only the vocabulary of a folder is used, and its other settings have no effect."""
 
 import json
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def same(ours: CLIPTokenizer, theirs: CLIPTokenizer) -> None:
 
 
 def published(content: dict[str, Any]) -> None:
-    """As the published prior's: texts are padded with a token that is a word too."""
+    """As in the published prior, the padding token is also a word."""
     token = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     ids = {"!": "0", content["bos_token"]: "1", content["eos_token"]: "2"}
     content["pad_token"] = "!"
@@ -60,7 +60,7 @@ def test_tokens_are_those_of_transformers(folder, whole, pad):
 
 
 def endless_padding(content: dict[str, Any]) -> None:
-    # Of 10⁹ tokens the process would end; of these the test would fail.
+    # 10⁹ tokens would kill the process. This number makes the test fail.
     fixed = {"strategy": {"Fixed": 50_000}, "direction": "Right", "pad_to_multiple_of": None}
     content["padding"] = {**fixed, "pad_id": 0, "pad_type_id": 0, "pad_token": "!"}
 
@@ -127,7 +127,7 @@ def deep(content: dict[str, Any]) -> None:
         ),
     ],
 )
-def test_what_no_tokenizer_has_is_refused(folder, file, change, message):
+def test_invalid_tokenizers_are_refused(folder, file, change, message):
     edit(folder / file, change)
     with pytest.raises(CheckpointError, match=message) as caught:
         read_clip_tokenizer(folder)

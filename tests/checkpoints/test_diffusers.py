@@ -1,4 +1,4 @@
-"""Folders as diffusers writes them: parity with diffusers' own networks, and every way to be wrong."""
+"""Folders by diffusers: parity with diffusers' own networks, and all kinds of invalid folders."""
 
 import json
 import pickle
@@ -152,7 +152,7 @@ def test_the_tokenizer_of_a_text_encoder_is_the_one_it_was_made_of(clip_tokenize
     )
 
 
-def test_what_has_no_place_in_the_layout_is_refused(small_cascade, published, tmp_path):
+def test_what_the_layout_cannot_store_is_refused(small_cascade, published, tmp_path):
     decoder = read_decoder_folder(published)
     decoder.decoder = small_cascade.decoder
     with pytest.raises(UserError, match="without text cannot be stored"):
@@ -193,7 +193,7 @@ INDEX = {
 
 
 @pytest.mark.parametrize(("changes", "message"), INDEX.values(), ids=INDEX)
-def test_an_index_that_is_nearly_right_is_refused(copy, changes, message):
+def test_an_index_that_is_almost_right_is_refused(copy, changes, message):
     edit(copy / "model_index.json", **changes)
     with pytest.raises(CheckpointError, match=message) as raised:
         read_decoder_folder(copy)
@@ -343,7 +343,7 @@ def test_code_in_a_pickle_is_never_run(write_published, tmp_path, monkeypatch):
             read_decoder_folder(root)
         (root / part).write_bytes(kept)
     assert not Path("evil").exists()
-    # The file is a real threat: whoever unpickles it runs it.
+    # Unpickling this file runs its code.
     pickle.loads(pickle.dumps(WritesToDisk()))
     assert Path("evil").exists()
 
@@ -374,7 +374,7 @@ def test_the_prior_line_names_a_folder_inside_or_a_hub_name(copy, line, allowed)
             linked_prior(copy)
 
 
-def test_a_link_out_of_the_folder_is_no_folder_inside(copy, tmp_path):
+def test_a_link_out_of_the_folder_is_not_a_folder_inside(copy, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (copy / "sly").symlink_to(tmp_path / "elsewhere")
     (copy / "README.md").write_text("---\nprior:\n- sly\n---\n")
@@ -382,15 +382,15 @@ def test_a_link_out_of_the_folder_is_no_folder_inside(copy, tmp_path):
         linked_prior(copy)
 
 
-def test_a_link_to_itself_is_no_folder(copy):
+def test_a_link_to_itself_is_not_a_folder(copy):
     (copy / "loop").symlink_to("loop")
     (copy / "README.md").write_text("---\nprior: loop\n---\n")
     with pytest.raises(CheckpointError, match="must name a folder inside"):
         linked_prior(copy)
 
 
-def test_a_line_of_endless_length_is_not_written_out(copy):
-    """Ten lines of YAML stand for a list of 10**10 words."""
+def test_an_endless_line_is_not_expanded(copy):
+    """Ten lines of YAML expand to a list of 10**10 words."""
     lines = ["a0: &a0 [x]", *(f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 11))]
     (copy / "README.md").write_text("\n".join(["---", *lines, "prior: *a10", "---"]))
     with pytest.raises(CheckpointError, match="it contains aliases"):
@@ -433,7 +433,7 @@ def test_a_token_past_the_end_is_refused_however_few_there_are(copy):
 
 
 @pytest.mark.parametrize("length", ["77", 0, -5, [1], True])
-def test_a_length_that_is_none_is_refused(copy, length):
+def test_an_invalid_length_is_refused(copy, length):
     edit(copy / "tokenizer" / "tokenizer_config.json", model_max_length=length)
     with pytest.raises(CheckpointError, match=r"model_max_length must be at least 3, got"):
         read_decoder_folder(copy)
@@ -458,7 +458,7 @@ def test_a_tokenizer_that_cannot_read_a_letter_is_refused(write_published, tmp_p
 
 
 def test_names_of_code_in_a_folder_are_passed_over(copy, published):
-    """They would name Python files to run, or kernels to fetch."""
+    """They could name Python files to run, or kernels to download."""
     evil = {"auto_map": {"AutoModel": "evil.Evil", "AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
     edit(copy / "tokenizer" / "tokenizer_config.json", **evil, tokenizer_class="Evil", vocab_file="evil")
     edit(copy / "text_encoder" / "config.json", **evil, _attn_implementation="evil/kernel")
@@ -468,7 +468,7 @@ def test_names_of_code_in_a_folder_are_passed_over(copy, published):
 
 @pytest.fixture
 def write_variant(write_published, tmp_path):
-    """Writes the pipelines in half precision, as the variant of a name, by diffusers' own hand."""
+    """Writes the pipelines in half precision with diffusers, as a variant with this name."""
 
     def write(variant="fp16", shard_size="10GB", legacy=False) -> Path:
         root = write_published(tmp_path / "v", 2026, shard_size=shard_size, variant=variant)
@@ -479,7 +479,7 @@ def write_variant(write_published, tmp_path):
             others = {k: t for k, t in safetensors.torch.load_file(path).items() if not t.is_floating_point()}
             safetensors.torch.save_file(half | others, path, metadata={"format": "pt"})
         for index in root.rglob(f"*.index.{variant}.json") if legacy else ():
-            # As diffusers up to 0.30 named shards and their index.
+            # The names of shards and their index in diffusers up to 0.30.
             text = index.read_text()
             for path in index.parent.glob(f"*.{variant}-*.safetensors"):
                 name = path.name.replace(f".{variant}-", "-").replace(
@@ -511,7 +511,7 @@ def test_a_folder_of_the_fp16_variant_alone_is_read(how, write_variant, publishe
     full = read_decoder_folder(published), read_prior_folder(published / "prior_pipeline")
     with pytest.warns(UserNotice, match=r"only the variant 'fp16' "):
         found = read_decoder_folder(root), read_prior_folder(root / "prior_pipeline")
-    # No notice to those who ask for it.
+    # No notice if the variant was requested.
     asked = (
         read_decoder_folder(root, variant="fp16", dtype=None),
         read_prior_folder(root / "prior_pipeline", variant="fp16", dtype=None),
@@ -533,7 +533,7 @@ def test_a_folder_of_the_fp16_variant_alone_is_read(how, write_variant, publishe
     assert "only the variant 'fp16' " in said
 
 
-def test_full_weights_come_before_variants_that_nobody_asked_for(write_variant, copy):
+def test_full_weights_are_preferred_to_variants(write_variant, copy):
     half = write_variant()
     for path in half.rglob("*.fp16.safetensors"):
         shutil.copy(path, copy / path.relative_to(half))
@@ -545,7 +545,7 @@ def test_full_weights_come_before_variants_that_nobody_asked_for(write_variant, 
     assert len(weight_files(copy)) == 5
 
 
-def test_of_several_variants_half_precision_is_read_or_none(write_variant):
+def test_half_precision_is_preferred_among_several_variants(write_variant):
     root = write_variant("non_ema")
     with pytest.warns(UserNotice, match="only the variant 'non_ema' "):
         expected = read_decoder_folder(root)

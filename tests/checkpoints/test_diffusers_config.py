@@ -1,4 +1,4 @@
-"""Configurations drawn at random: whatever diffusers' classes accept and run is read, and gives their result.
+"""Random configurations: those that diffusers' classes accept and can run are read and give the same result.
 
 ``RANDOM_CONFIGURATIONS=300`` in the environment draws as many of each network.
 """
@@ -39,7 +39,7 @@ def decoder(draw: random.Random) -> dict:
     levels = draw.choice([1, 2, 2, 3, 4])
 
     def of_levels(entries: list) -> list:
-        # A list that is too long is no fault to diffusers.
+        # diffusers accepts a list that is too long.
         return [draw.choice(entries) for _ in range(levels + draw.choice([0, 0, 0, 0, 1, 2]))]
 
     kinds = ["CT", "CTA", "CTA", "C", "CA", "CAT", "CC", "TC", "AC", "T", "A", "TA", "", ["C", "T", "A"]]
@@ -63,7 +63,7 @@ def decoder(draw: random.Random) -> dict:
         "kernel_size": draw.choice([1, 3, 3, 3, 3, 5, 5, 7, 2]),
         "dropout": draw.choice([0, 0.1, 1.0, of_levels([0.0, 0.2])]),
     }
-    # Most of the configurations that nobody can run have attention without heads.
+    # Most configurations that cannot run have attention without heads.
     config["nhead"] = [
         draw.choice([1, 2, 3]) if "A" in kinds and draw.random() < 0.9 else heads
         for heads, kinds in zip(config["nhead"], config["level_config"], strict=False)
@@ -125,13 +125,13 @@ NETWORKS = {
     "vqgan": (PaellaVQModel, vqgan, run_vqgan, ()),
 }
 WELL_KNOWN = {
-    # One channel of noise from c_in=1 becomes four by broadcasting: no second step can be taken.
+    # With c_in=1, one channel of noise becomes four by broadcasting, and the second step fails.
     "noise of more channels": lambda config: config.get("c_in") == 1 and config.get("c_out", 1) > 1,
 }
 
 
 def outcome(part: str, seed: int, folder, randomise, relative_error) -> str:
-    """Draws a configuration and says what became of it; fails where ours and theirs differ."""
+    """Tests a random configuration and returns the outcome. Fails if the results differ."""
     kind, make, run, last = NETWORKS[part]
     config = make(random.Random(seed))
     with warnings.catch_warnings():
@@ -142,7 +142,7 @@ def outcome(part: str, seed: int, folder, randomise, relative_error) -> str:
             return "diffusers refuses it"
         with torch.no_grad():
             for name, tensor in network.named_parameters():
-                # What the result is divided by stays away from 0, where rounding grows without bound.
+                # Keep the divisor away from 0, where rounding errors are unbounded.
                 tensor.mul_(0.1 if name.startswith(last) else 1.0)
             network.save_pretrained(folder)
             stored = json.loads((folder / "config.json").read_text())
@@ -161,7 +161,7 @@ def outcome(part: str, seed: int, folder, randomise, relative_error) -> str:
     torch.manual_seed(seed)
     with torch.no_grad():
         result = run(ours, config)
-    # diffusers resizes the semantic map in fp32 whatever it computes in.
+    # diffusers always resizes the semantic latents in fp32.
     if float(expected.norm()) or float(result.norm()):
         assert relative_error(result, expected) < (1e-5 if part == "decoder" else 1e-9), config
     return "equal"

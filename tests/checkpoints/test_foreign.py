@@ -1,4 +1,4 @@
-"""Stable Cascade's files are named as such, wherever they are given."""
+"""Stable Cascade's files are recognized wherever they are given."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ from wuerstchen.models.prior import Prior, PriorConfig
 
 MESSAGE = "is a file of Stable Cascade, which is not supported"
 
-# A few names of each file, as its own repository, diffusers, and ComfyUI's single files have them.
+# Some tensor names of each file: of its own repository, diffusers, and ComfyUI's single files.
 NAMES = {
     "stage_c.safetensors": [
         "clip_txt_mapper.weight",
@@ -79,7 +79,7 @@ def test_torch_files(tmp_path):
         read_original(tmp_path / "c.pt")
 
 
-def test_its_compressor_is_no_backbone(tmp_path):
+def test_its_compressor_is_not_a_backbone(tmp_path):
     path = write(tmp_path / "effnet_encoder.safetensors", NAMES["effnet_encoder.safetensors"])
     with pytest.raises(CheckpointError, match=MESSAGE):
         load_backbone(EfficientNetV2(), path)

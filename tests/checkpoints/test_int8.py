@@ -107,7 +107,7 @@ def test_survives_a_file() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("shape", [(3, 4), (4,)])
-def test_refuses_values_that_are_no_numbers(bad: float, shape: tuple[int, ...]) -> None:
+def test_refuses_nan_and_infinity(bad: float, shape: tuple[int, ...]) -> None:
     weight = torch.zeros(shape)
     weight[0] = bad
     with pytest.raises(CheckpointError, match=r"^tensor 'a\.w' contains NaN or infinity. "):

@@ -1,4 +1,4 @@
-"""Every layout reads as the same model, and what a layout cannot hold is refused."""
+"""Every layout reads as the same model, and models that a layout cannot store are refused."""
 
 import dataclasses
 import json
@@ -60,7 +60,7 @@ def published(write_published, tmp_path_factory):
 
 
 def v2() -> Cascade:
-    """The parts that the original's files hold, as small as its rule for heads lets them be."""
+    """The parts that the original's files contain, as small as its rule for heads allows."""
     return Cascade(
         settings=CascadeSettings(),
         vqgan=VQGAN(SMALL_VQGAN),
@@ -125,7 +125,7 @@ def test_the_originals_files_survive_a_round_trip(published, tmp_path, make):
     assert layout_of(tmp_path / "original") == "original"
     no_text = ("text_encoder", "decoder_text_encoder")
     assert_same(read_model(tmp_path / "original", leave_out=no_text), cascade)
-    # Text encoders come from elsewhere; v1 has one for both stages.
+    # Text encoders come from elsewhere. v1 has one for both stages.
     sources = Sources(text_encoder=published / "prior_pipeline", decoder_text_encoder=published)
     whole = read_model(tmp_path / "original", sources)
     assert whole.text_encoder.width == 16
@@ -137,8 +137,8 @@ def test_the_originals_files_survive_a_round_trip(published, tmp_path, make):
 
 
 @pytest.mark.parametrize("storage", ["float32", "int8"])
-def test_a_text_encoder_is_copied_without_what_lies_beside_it(model_folder, storage, tmp_path):
-    """A folder from elsewhere may link to files of this machine, and the copy may be given away."""
+def test_only_the_files_of_a_text_encoder_are_copied(model_folder, storage, tmp_path):
+    """An untrusted folder may link to files of this machine, and the copy may be shared."""
     secret = tmp_path / "secret"
     secret.mkdir()
     (secret / "id").write_text("a private key")
@@ -162,7 +162,7 @@ def test_a_text_encoder_is_copied_without_what_lies_beside_it(model_folder, stor
     assert ours.encode(["a cat"]).states.equal(theirs.encode(["a cat"]).states)
 
 
-def test_a_clip_of_a_native_model_is_copied_whole(write_published, tmp_path):
+def test_a_clip_of_a_native_model_is_copied_completely(write_published, tmp_path):
     convert(write_published(tmp_path / "published"), tmp_path / "native", "native", storage="float16")
     convert(tmp_path / "native", tmp_path / "again", "native")
     one, other = (read_model(tmp_path / name).text_encoder for name in ("native", "again"))
@@ -188,7 +188,7 @@ def native(tmp_path):
     return tmp_path / "native"
 
 
-def test_the_originals_files_can_be_stored_in_half(native, tmp_path):
+def test_the_originals_files_can_be_stored_in_half_precision(native, tmp_path):
     convert(native, tmp_path / "half", "original", storage="float16")
     for path in (tmp_path / "half").iterdir():
         for state in torch.load(path).values():
@@ -197,7 +197,7 @@ def test_the_originals_files_can_be_stored_in_half(native, tmp_path):
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])
 @pytest.mark.parametrize("layout", ["original", "native"])
-def test_what_is_stopped_halfway_leaves_nothing(native, tmp_path, monkeypatch, layout, stop):
+def test_an_interrupted_conversion_leaves_nothing(native, tmp_path, monkeypatch, layout, stop):
     replaced = []
 
     def replace(*paths):
@@ -213,7 +213,7 @@ def test_what_is_stopped_halfway_leaves_nothing(native, tmp_path, monkeypatch, l
     assert list(tmp_path.iterdir()) == [native]
 
 
-def test_a_target_that_is_there_is_noticed_before_anything_is_read(native, tmp_path):
+def test_an_existing_target_is_refused_before_anything_is_read(native, tmp_path):
     (tmp_path / "link").symlink_to("nowhere")
     for target in (native, tmp_path / "link"):
         for layout in ("original", "native"):
@@ -238,7 +238,7 @@ def test_sources_that_would_not_be_used_are_refused(published, native, tmp_path)
             read_model(published, sources)
 
 
-def test_a_full_disk_is_told_in_one_line_whatever_is_written(published, tmp_path, monkeypatch):
+def test_a_full_disk_gives_one_line_in_all_layouts(published, tmp_path, monkeypatch):
     def full(*_, **__):
         raise Exception("No space left on device")  # as the tokenizers library does
 
@@ -269,7 +269,7 @@ def test_the_bundled_model_fits_no_other_layout(layout, tmp_path):
     with pytest.raises(UserError, match=f"int8, which the {layout} layout does not support"):
         convert(BUNDLED, tmp_path / "out", layout)
     convert(BUNDLED, tmp_path / "native", "native")
-    # What cannot be left behind comes first, and all that can in one message.
+    # Parts that cannot be left out come first, then all that can be left out, in one message.
     words = "text_encoder cannot be stored in .* layout: it is not a CLIP"
     if layout == "original":
         words = "(previewer and text_encoder|text_encoder and previewer) cannot be stored .* --leave-out"
@@ -280,7 +280,7 @@ def test_the_bundled_model_fits_no_other_layout(layout, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_statistics_by_channel_have_no_place(published, tmp_path):
+def test_statistics_by_channel_cannot_be_stored(published, tmp_path):
     cascade = read_model(published)
     statistics = LatentStatistics(mean=(0.0,) * 4, std=(1.0, 2.0, 3.0, 4.0))
     for settings, name in (
@@ -294,14 +294,14 @@ def test_statistics_by_channel_have_no_place(published, tmp_path):
         write_cascade(cascade, native, dict.fromkeys(cascade.networks(), whence))
         with pytest.raises(UserError, match=f"{name}.* cannot be stored in the diffusers layout"):
             convert(native, tmp_path / "out", "diffusers")
-    # One mean and one deviation for all channels have their place.
+    # One mean and one standard deviation for all channels can be stored.
     cascade.settings = CascadeSettings(latent_statistics=LatentStatistics(mean=(-2.0,), std=(40.0,)))
     write_cascade(cascade, tmp_path / "shared", dict.fromkeys(cascade.networks(), whence))
     convert(tmp_path / "shared", tmp_path / "out", "diffusers")
     assert_same(read_model(tmp_path / "out"), cascade)
 
 
-def test_what_is_no_model_says_why(tmp_path, published):
+def test_what_is_not_a_model_says_why(tmp_path, published):
     with pytest.raises(CheckpointError, match=r"no model.json, no model_index.json and no .pt file"):
         read_model(tmp_path)
     with pytest.raises(CheckpointError, match="holds one network, not a whole model"):
@@ -347,7 +347,7 @@ def test_a_name_on_the_hub_is_found_in_its_cache_and_names_its_prior(cache, publ
 @pytest.mark.parametrize(
     "name", ["warp-ai/nothing", "no-owner", "../up/there", "a/b/c", "", "https://a/b", "x" * 5000]
 )
-def test_a_name_that_cannot_be_had_is_one_line(name, tmp_path):
+def test_an_unavailable_name_gives_one_line(name, tmp_path):
     with pytest.raises(CheckpointError) as raised:
         local_folder(name or " ", cache_dir=tmp_path, local_files_only=True)
     assert "\n" not in str(raised.value)
@@ -355,7 +355,7 @@ def test_a_name_that_cannot_be_had_is_one_line(name, tmp_path):
     assert "Check the name and the network" in str(raised.value) or "OWNER/NAME" in str(raised.value)
 
 
-def test_without_a_network_the_reason_is_told(monkeypatch):
+def test_without_a_network_the_reason_is_in_the_message(monkeypatch):
     def no_network(*_, **__):
         raise LocalEntryNotFoundError("Cannot reach\nthe hub")
 
@@ -422,7 +422,7 @@ REPOSITORIES = {
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
 @pytest.mark.parametrize("name", REPOSITORIES)
-def test_of_each_network_one_file_format_is_fetched(name, variant, monkeypatch, tmp_path):
+def test_one_file_format_of_each_network_is_downloaded(name, variant, monkeypatch, tmp_path):
     files, without, with_variant = REPOSITORIES[name]
     repository = Repository(tmp_path, DESCRIPTIONS + files)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", repository.snapshot_download)
@@ -440,7 +440,7 @@ def test_a_text_encoder_of_the_fp16_variant_alone_is_fetched(monkeypatch, tmp_pa
     assert repository.fetched == files[:2]
 
 
-def test_pickles_are_fetched_only_where_there_is_nothing_else(monkeypatch, tmp_path):
+def test_pickles_are_only_downloaded_if_there_is_nothing_else(monkeypatch, tmp_path):
     """The first call brings descriptions and safetensors; a second one what is still missing."""
     asked = []
 

@@ -1,4 +1,4 @@
-"""The native layout: exact both ways, and nothing foreign or damaged gets through."""
+"""The native layout: exact round trips, and errors for unknown or damaged files."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ def copy(model_folder, tmp_path) -> Path:
     return shutil.copytree(model_folder, tmp_path / "model")
 
 
-def test_what_is_native_is_told_without_reading_an_absurd_header(tmp_path, randomise, monkeypatch):
+def test_native_files_are_recognized_without_reading_an_absurd_header(tmp_path, randomise, monkeypatch):
     """safetensors itself parses up to 100 MB."""
     path = tmp_path / "prior.safetensors"
     assert not is_native_network(path)
@@ -75,7 +75,7 @@ def test_small_storage_costs_little(storage, error, share, tmp_path, randomise, 
     assert small.stat().st_size < share * full.stat().st_size
 
 
-def test_a_whole_model_round_trips(model_folder, small_cascade):
+def test_a_complete_model_round_trips(model_folder, small_cascade):
     again = read_cascade(model_folder)
     assert again.settings == small_cascade.settings
     ours, theirs = small_cascade.networks(), again.networks()
@@ -90,7 +90,7 @@ def test_an_existing_folder_is_not_overwritten(model_folder, small_cascade):
         write_cascade(small_cascade, model_folder, {})
 
 
-def test_a_folder_appears_whole_or_not_at_all(tmp_path, small_cascade):
+def test_folders_are_written_atomically(tmp_path, small_cascade):
     with pytest.raises(KeyError):
         write_cascade(small_cascade, tmp_path / "model", {"vqgan": PROVENANCE})
     assert list(tmp_path.iterdir()) == []
@@ -120,7 +120,7 @@ def test_a_newer_format_is_refused_with_upgrade(tmp_path):
 
 
 class Bomb:
-    """Unpickled, it would raise the alarm."""
+    """Unpickling it would fail the test."""
 
     def __reduce__(self):
         return (pytest.fail, ("a pickle was executed",))
@@ -269,8 +269,8 @@ def test_settings_that_do_not_fit_the_networks_are_refused(change, message, copy
         read_cascade(copy)
 
 
-def test_how_attention_is_computed_is_not_for_a_model_to_say(copy):
-    """transformers would fetch and run a kernel of that name."""
+def test_a_model_cannot_choose_how_attention_is_computed(copy):
+    """transformers would download and run a kernel of that name."""
     path = copy / "text_encoder" / "config.json"
     evil = {"attn_implementation": "evil/kernel", "auto_map": {"AutoModel": "evil.E"}, "return_dict": False}
     path.write_text(json.dumps(json.loads(path.read_text()) | evil | {"chunk_size_feed_forward": 3}))
@@ -306,7 +306,7 @@ def test_unknown_parts_missing_parts_and_bad_numbers_are_refused(copy):
 
 
 def with_predictions(cascade, prediction, **settings):
-    """The cascade with networks that predict another thing; what they know does not matter."""
+    """The cascade with networks for another prediction and random weights."""
     parts = {}
     for part in ("decoder", "prior"):
         network = getattr(cascade, part)
@@ -327,8 +327,8 @@ FLOW = {
 }
 
 
-def test_objectives_are_stored_whole(tmp_path, small_cascade):
-    """Older versions would take flow matching for the velocity of the published path: format 2."""
+def test_objectives_are_stored_completely(tmp_path, small_cascade):
+    """Older versions would mistake flow matching for velocity prediction, so it needs format 2."""
     described = written(with_predictions(small_cascade, "flow", **FLOW), tmp_path / "flow")
     assert described["format"] == 2
     assert described["objectives"] == {
@@ -346,7 +346,7 @@ def test_objectives_are_stored_whole(tmp_path, small_cascade):
 
 @pytest.mark.parametrize("kind", ["noise", "velocity"])
 def test_models_of_before_objectives_were_stored_are_migrated(tmp_path, small_cascade, kind):
-    """What they predict says it all; and what is written now, older versions still read."""
+    """Their prediction determines the objective, and older versions still read new files."""
     objective = make_objective(kind, loss_weight="velocity")
     cascade = with_predictions(small_cascade, kind, prior_objective=objective, decoder_objective=objective)
     described = written(cascade, tmp_path / "model")
@@ -387,7 +387,7 @@ def test_objectives_that_do_not_fit_are_refused(tmp_path, small_cascade, change,
         read_cascade(tmp_path / "model")
 
 
-def test_a_network_that_predicts_another_thing_is_refused(small_cascade):
+def test_a_network_with_another_prediction_is_refused(small_cascade):
     with pytest.raises(UserError, match="prior predicts 'noise', but prior_objective is 'velocity'"):
         dataclasses.replace(
             small_cascade,

@@ -1,4 +1,4 @@
-"""The original's ``.pt`` files: read as what they are, written so that the original's code reads them."""
+"""The original's ``.pt`` files: reading, and writing files that the original's code reads."""
 
 import dataclasses
 import os
@@ -52,7 +52,7 @@ PAELLA = PaellaConfig(
 VQ = VQGANConfig(bottleneck_blocks=3, embed_dim=16, latent_channels=5, num_vq_embeddings=32)
 
 
-# Stage C as in the original, written again from its structure, with torch's own attention
+# Stage C with the structure of the original, reimplemented with torch's own attention
 
 
 class TheirAttention(nn.Module):
@@ -139,7 +139,7 @@ class TheirPrior(nn.Module):
 
 
 def in_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """diffusers' names in the original's, by what its conversion script does the other way."""
+    """The original's names from diffusers', by the inverse of diffusers' conversion script."""
     found = dict(state)
     for key in state:
         if ".to_q." in key:
@@ -153,7 +153,7 @@ def in_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def arguments(config: Any) -> dict[str, Any]:
-    """What diffusers' class calls the same."""
+    """The same values under the names of diffusers' class."""
     fields = dataclasses.asdict(config)
     fields.pop("prediction", None)
     return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
@@ -168,7 +168,7 @@ def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
 
 @pytest.fixture
 def parts(randomise) -> dict[str, nn.Module]:
-    """A whole small model but its compressor, which has only published sizes."""
+    """A small model without a compressor, which only has published sizes."""
     networks = {"vqgan": VQGAN(VQ), "decoder": Decoder(DECODER), "prior": Prior(PRIOR)}
     return {part: randomise(network) for part, network in networks.items()}
 
@@ -340,7 +340,7 @@ def test_a_bare_state_dict_and_the_wrappers_of_training(tmp_path, parts, prior_s
 
 
 def test_what_training_leaves_in_a_file_is_ignored(tmp_path, parts, prior_state):
-    """As train_stage_C.py saves it."""
+    """The format of train_stage_C.py."""
     network = nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(network.parameters())
     network(torch.ones(2)).sum().backward()
@@ -547,7 +547,7 @@ def test_files_without_a_network(content, words, tmp_path):
 
 
 class Touches:
-    """When unpickled by plain pickle, creates a file."""
+    """Creates a file when it is unpickled by plain pickle."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

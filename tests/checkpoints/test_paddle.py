@@ -72,7 +72,7 @@ def as_paddle(network: nn.Module) -> nn.Module:
 
 
 def stored(network: nn.Module) -> dict[str, Tensor]:
-    """What Paddle saves of such a network."""
+    """The tensors that Paddle saves for such a network."""
     return {
         key.replace("running_mean", "_mean").replace("running_var", "_variance"): tensor
         for key, tensor in network.state_dict().items()
@@ -117,7 +117,7 @@ def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
 
 
 def test_a_prior_computes_the_same(randomise, relative_error):
-    """Most of its matrices are square, so that they would fit the wrong way round too."""
+    """Most matrices are square, and would also fit if they were transposed."""
     theirs = randomise(as_paddle(WuerstchenPrior(**arguments(PRIOR))))
     with torch.no_grad():  # 1 / |1 − b| amplifies rounding without bound where b is close to 1
         theirs.out[1].weight.mul_(0.2)
@@ -185,7 +185,7 @@ def test_a_number_may_be_a_vector_of_one(randomise):
 
 
 def test_bfloat16_is_stored_as_whole_numbers(randomise):
-    """numpy knows no bfloat16."""
+    """numpy does not support bfloat16."""
     network = randomise(Prior(PRIOR)).bfloat16()
     tensors = {name: t.contiguous().view(torch.uint16) for name, t in to_paddle(network).items()}
     assert_same(from_paddle(network, tensors), network.state_dict())
@@ -246,7 +246,7 @@ def test_another_format(tmp_path):
 
 
 def in_paddle(published: Path, folder: Path, pipelines, *, paddlenlp: bool) -> Path:
-    """A folder of diffusers as Paddle's community publishes it: in fp16, with no tokenizer.json."""
+    """A folder in the style of Paddle's community: in fp16, without tokenizer.json."""
     shutil.copytree(published, folder)
     for place, pipeline in ((folder, pipelines.decoder), (folder / "prior_pipeline", pipelines.prior)):
         index = json.loads((place / "model_index.json").read_text())
@@ -282,7 +282,7 @@ def paddle_folder(request, published, diffusers_pipelines, tmp_path):
 
 
 def test_a_folder_of_paddle_is_read(paddle_folder, published):
-    """fp16 of the same numbers that diffusers' folder holds."""
+    """fp16 of the values in diffusers' folder."""
     assert is_paddle(paddle_folder)
     assert is_paddle(paddle_folder / "prior_pipeline")
     assert layout_of(paddle_folder) == "paddle"

@@ -1,4 +1,4 @@
-"""Patterns of layers' names: compared as peft does, and never for long."""
+"""Patterns of layer names match as in peft, and in bounded time."""
 
 import random
 import re

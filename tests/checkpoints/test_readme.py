@@ -1,4 +1,4 @@
-"""The front matter of READMEs: read where it is small, refused where it would take long."""
+"""Front matter of READMEs: short ones are read, those that would take long are refused."""
 
 import time
 
@@ -49,7 +49,7 @@ MERGES = [f"m{n}: &m{n}\n  <<: [{','.join([f'*m{n - 1}'] * 9)}]" for n in range(
         ("a: \x1b[31m", "cannot be read"),
     ],
 )
-def test_what_takes_long_or_is_none_is_refused(yaml, message, tmp_path):
+def test_invalid_or_long_front_matter_is_refused(yaml, message, tmp_path):
     (tmp_path / "README.md").write_text(f"---\n{yaml}\n---\n")
     began = time.monotonic()
     with pytest.raises(CheckpointError, match=message) as caught:

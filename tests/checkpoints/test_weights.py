@@ -1,4 +1,4 @@
-"""Files of other programs: read exactly; what is damaged or hostile is named, and nothing of it run."""
+"""Files of other programs: exact reading, errors for damaged or malicious ones, and no code is run."""
 
 import json
 import os
@@ -74,7 +74,7 @@ def rewritten(
 
 
 class Touches:
-    """When unpickled by plain pickle, creates a file."""
+    """Creates a file when it is unpickled by plain pickle."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -181,7 +181,7 @@ def test_pickles_of_paddle_are_not_opened(tmp_path: Path) -> None:
         "two\nlines.safetensors",
     ],
 )
-def test_shards_lie_beside_their_index(place: object, tmp_path: Path) -> None:
+def test_shards_must_be_next_to_their_index(place: object, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     (folder / "sub").mkdir(parents=True)
     save(STATE, tmp_path / "outside.safetensors")
@@ -246,7 +246,7 @@ def test_json_of_absurd_size_is_not_read(tmp_path: Path) -> None:
         read_json(path)
 
 
-def test_json_that_is_no_object(tmp_path: Path) -> None:
+def test_json_that_is_not_an_object(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(CheckpointError, match="is not a JSON object"):
         read_json(tmp_path / "config.json")
@@ -271,7 +271,7 @@ def test_the_prefix_of_compiled_modules_is_left_out(name: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.bin"])
-def test_a_network_compiled_and_not_is_not_chosen_from(name: str, tmp_path: Path) -> None:
+def test_a_network_both_compiled_and_not_is_refused(name: str, tmp_path: Path) -> None:
     save({"weight": torch.ones(1), "_orig_mod.weight": torch.zeros(1)}, tmp_path / name)
     with pytest.raises(CheckpointError, match="twice, once compiled"):
         StoredTensors.of([tmp_path / name])
@@ -379,7 +379,7 @@ def test_pickled_code_is_refused_and_not_run(write: Callable[..., object], tmp_p
     write({**STATE, "extra": Touches(touched)}, tmp_path / "weights.pt")
     refused(tmp_path / "weights.pt", "contains pickled objects, which are never loaded")
     assert not touched.exists()
-    # The same bytes do create it where they are run: the test would notice.
+    # The same bytes create the file if they are run, so the test can fail.
     os.close(pickle.loads(pickle.dumps(Touches(touched))))
     assert touched.exists()
 
@@ -392,7 +392,7 @@ def test_a_pickle_is_not_read_as_safetensors(tmp_path: Path) -> None:
 
 
 def test_an_archive_compressed_again(tmp_path: Path) -> None:
-    """Mapped as it lies, its bytes would come out as other numbers."""
+    """If it were memory-mapped, its bytes would be misread as values."""
     path = save(STATE, tmp_path / "a.pt")
     packed = rewritten(path, tmp_path / "b.pt", lambda _, data: data, zipfile.ZIP_DEFLATED)
     refused(packed, "was compressed after torch.save wrote it. Use the original file")
@@ -433,16 +433,16 @@ def test_tensors_without_their_values(tensor: Tensor, tmp_path: Path) -> None:
         ({3: torch.zeros(3)}, "the entry 3 is not a tensor"),
     ],
 )
-def test_torch_files_that_are_no_state_dict(content: object, words: str, tmp_path: Path) -> None:
+def test_torch_files_that_are_not_a_state_dict(content: object, words: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "model.pt")
     refused(tmp_path / "model.pt", words)
 
 
-# Little files that would take long
+# Small files that would take long to load
 
 
 def nested_tuples(levels: int) -> object:
-    """2ᵏ elements in k tuples, each of two references to the one before."""
+    """2ᵏ elements in k tuples, each with two references to the previous one."""
     inner: object = ()
     for _ in range(levels):
         inner = (inner, inner)
@@ -475,8 +475,8 @@ def test_nested_tuples_as_a_key(levels: int, legacy: bool, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("number", [0, 1, 4])
-def test_nested_tuples_beside_the_object_of_a_legacy_file(number: int, tmp_path: Path) -> None:
-    """torch compares or prints the first two pickles, and takes the elements of the last one for keys."""
+def test_nested_tuples_next_to_the_object_of_a_legacy_file(number: int, tmp_path: Path) -> None:
+    """torch compares or prints the first two pickles, and uses the elements of the last one as keys."""
     save_legacy(STATE, tmp_path / "a.pt")
     pieces = []
     with open(tmp_path / "a.pt", "rb") as file:
@@ -491,7 +491,7 @@ def test_nested_tuples_beside_the_object_of_a_legacy_file(number: int, tmp_path:
     refused(tmp_path / "m.pt", "is not a torch file")
 
 
-def test_nested_tuples_as_the_place_of_values(tmp_path: Path) -> None:
+def test_nested_tuples_as_the_id_of_a_storage(tmp_path: Path) -> None:
     path = save(STATE, tmp_path / "a.pt")
     key = nested_key(30)[3:-4]
     place = b"\x80\x02(X\x07\x00\x00\x00storagectorch\nFloatStorage\n" + key + b"X\x03\x00\x00\x00cpuK\x01tQ."
@@ -533,13 +533,13 @@ def test_containers_that_are_in_several_others_are_read(tmp_path: Path) -> None:
 
 
 class Circle:
-    """Holds what holds it."""
+    """Contains an object that contains it."""
 
     def __init__(self) -> None:
         self.inside = [self]
 
 
-def test_objects_that_hold_each_other_are_called_objects(tmp_path: Path) -> None:
+def test_objects_that_contain_each_other_are_called_objects(tmp_path: Path) -> None:
     torch.save(Circle(), tmp_path / "m.pt")
     refused(tmp_path / "m.pt", "contains pickled objects, which are never loaded")
 
@@ -550,7 +550,7 @@ def test_keys_of_ordinary_size_are_read(tmp_path: Path) -> None:
     assert read_torch_file(tmp_path / "m.pt")["state"][1] == content["state"][1]  # type: ignore[index]
 
 
-def test_nested_tuples_in_what_a_tensor_is_made_of(tmp_path: Path) -> None:
+def test_nested_tuples_in_the_arguments_of_a_tensor(tmp_path: Path) -> None:
     path = save(STATE, tmp_path / "a.pt")
     huge = pickle.dumps(nested_tuples(30), protocol=2)[2:-1]
 
@@ -561,7 +561,7 @@ def test_nested_tuples_in_what_a_tensor_is_made_of(tmp_path: Path) -> None:
     refused(rewritten(path, tmp_path / "b.pt", change), "more than 10000 arguments")
 
 
-def test_a_pickle_of_too_many_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pickle_with_too_many_opcodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save({f"w{i}": torch.ones(1) for i in range(30)}, tmp_path / "m.pt")
     assert len(read_tensors_of(path)) == 30
     monkeypatch.setattr(pickles, "MAX_OPCODES", 500)
@@ -572,7 +572,7 @@ def test_a_pickle_of_too_many_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_many_tensors_of_the_same_few_values(legacy: bool, tmp_path: Path) -> None:
-    """Converted to another dtype, each would become a tensor of its own."""
+    """Converting them to another dtype would give each its own storage."""
     values = torch.ones(1 << 20)
     state = {f"w{i}": values[i:] for i in range(40)}
     torch.save(state, tmp_path / "m.pt", _use_new_zipfile_serialization=not legacy)
@@ -610,7 +610,7 @@ def test_json_of_ordinary_depth_and_numbers() -> None:
 
 
 @pytest.mark.parametrize("digits", [401, 5_000])
-def test_whole_numbers_that_no_float_can_hold(digits: int, tmp_path: Path) -> None:
+def test_integers_that_no_float_can_hold(digits: int, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"size": ' + "9" * digits + "}")
     with pytest.raises(CheckpointError, match=f"an integer of {digits} digits"):
         read_json(tmp_path / "config.json")

@@ -271,10 +271,12 @@ def _configuration(path: Path) -> tuple[dict[str, Any], str]:
             if not isinstance(content, dict):
                 raise CheckpointError(f"{path}: {METADATA} is not a JSON object. Download it again.")
             return content, str(path)
-    beside = path.parent / PEFT_CONFIG
+    config_file = path.parent / PEFT_CONFIG
     # In a folder with several adapters, it belongs to the one that peft wrote.
     belongs = path.stem == "adapter_model" or _weights_in(path.parent) == [path]
-    return (read_json(beside), str(beside)) if beside.is_file() and belongs else ({}, str(path))
+    return (
+        (read_json(config_file), str(config_file)) if config_file.is_file() and belongs else ({}, str(path))
+    )
 
 
 def _fields_of(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -322,7 +324,7 @@ def _weight(key: str, tensor: Tensor, where: str) -> Tensor:
     if not usable or not tensor.is_floating_point():
         raise CheckpointError(f"{where}: {shown(key)} is not a floating-point tensor. Download it again.")
     if tensor.device.type == "cpu":
-        check_whole(tensor, f"{where} is wrong because {shown(key)}")
+        check_whole(tensor, f"{where}: {shown(key)}")
     if tensor.dtype.itemsize < 2:  # dtypes of at most eight bits: torch can only convert them
         try:
             tensor = tensor.float()
