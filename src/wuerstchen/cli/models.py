@@ -18,7 +18,7 @@ def add_convert(commands: "argparse._SubParsersAction[Parser]") -> None:
     convert.set_defaults(run=_convert)
     convert.add_argument("source", metavar="SRC", help="model in any layout: a path or a Hub name")
     convert.add_argument("target", type=Path, metavar="DST", help="folder to create")
-    convert.add_argument("--layout", choices=tuple(LAYOUTS), required=True)
+    convert.add_argument("--layout", choices=tuple(LAYOUTS), required=True, help="layout to write")
     convert.add_argument(
         "--storage",
         choices=("float32", "float16", "int8"),

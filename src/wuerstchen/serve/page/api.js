@@ -8,8 +8,8 @@ const ENDS = new Set(["done", "failed", "cancelled"]);
 // A browser opens six connections per host for all tabs together, and some must stay free for other requests.
 // Without TLS, pages cannot coordinate with other tabs.
 const STREAMS = navigator.locks ? 3 : 2;
-const SILENCE = 30_000; // ms; the service sends a line every 10 s
-const PATIENCE = { GET: 20_000, DELETE: 20_000, POST: 180_000 }; // ms; an upload may take long
+const STREAM_TIMEOUT_MS = 30_000; // the service sends a line every 10 s
+const TIMEOUT_MS = { GET: 20_000, DELETE: 20_000, POST: 180_000 }; // uploads may be slow
 
 /** URLs are relative to the page, so that it works under any path prefix of a proxy. */
 export const address = (path) => new URL(path, new URL(".", document.baseURI)).href;
@@ -61,7 +61,7 @@ export async function request(path, { method = "GET", body, headers = {}, signal
         method,
         headers: sent,
         body: body === undefined ? undefined : JSON.stringify(body),
-        signal: signal ?? AbortSignal.timeout(PATIENCE[method]),
+        signal: signal ?? AbortSignal.timeout(TIMEOUT_MS[method]),
         cache: "no-store",
         credentials: "same-origin", // a proxy may need its cookies
       });
@@ -171,7 +171,7 @@ async function* events(path, last) {
   let alarm;
   const heard = () => {
     clearTimeout(alarm);
-    alarm = setTimeout(() => abort.abort(), SILENCE);
+    alarm = setTimeout(() => abort.abort(), STREAM_TIMEOUT_MS);
   };
   try {
     heard();
