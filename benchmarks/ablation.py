@@ -1,9 +1,9 @@
-"""Train variants of the recipe `mini`, one stage at a time, and score each on val: a row a variant.
+"""Trains variants of the recipe `mini`, one stage at a time, and scores each on val, with a row per variant.
 
     python benchmarks/ablation.py b-base b-muon --data data/emoji --run-dir runs/ablation --rows rows.jsonl
 
-Everything but the named stage comes from the bundled model. Rows go to a JSON-lines file; docs/experiments.md
-is made from such rows by scripts/experiments_table.py. Held-out images are never trained on, and the test
+All other stages come from the bundled model. Rows are written to a JSON-lines file, from which
+scripts/experiments_table.py makes docs/experiments.md. Training never sees held-out images, and the test
 lists are never read.
 """
 
@@ -41,7 +41,7 @@ RATE_B, RATE_C = "stage_b.optimization.learning_rate", "stage_c.optimization.lea
 
 @dataclass(frozen=True)
 class Variant:
-    """What a run changes in the recipe, and what was expected of it before it was run."""
+    """The changes to the recipe, and the prediction from before the run."""
 
     changed: dict[str, Any]
     predicted: str = "nothing was predicted."
@@ -85,14 +85,14 @@ VARIANTS: dict[str, Variant] = {
     "c-shift-0.5": Variant({"stage_c.time_shift": 0.5}, "style +0.02, R@1 the same."),
     "c-shift-1.5": Variant({"stage_c.time_shift": 1.5}, "R@1 +0.01, style -0.02."),
 }
-"""By name; its first letter is the stage that is trained."""
+"""By name. The first letter is the trained stage."""
 COLUMNS = ("recall_1", "recall_5", "style", "kid_e3", "object", "background", "psnr", "ssim")
 
 
 def recipe_of(
     name: str, data: str, images: int, seed: int, workers: int, start: str, others: dict[str, Any]
 ) -> Recipe:
-    """`mini` with one stage to train from nothing, and what the variant changes."""
+    """The recipe `mini` with one stage trained from scratch, and the changes of the variant."""
     stage = name[0]
     recipe = dataclasses.replace(
         mini(),
@@ -108,7 +108,7 @@ def recipe_of(
 
 
 def _with(config: Any, changes: dict[str, Any]) -> Any:
-    """A frozen dataclass with fields replaced, all at once, by dotted names."""
+    """Replaces fields of nested frozen dataclasses, given by dotted names, all at once."""
     nested: dict[str, dict[str, Any]] = {}
     plain: dict[str, Any] = {}
     for name, value in changes.items():
@@ -130,7 +130,7 @@ def _change(text: str) -> tuple[str, Any]:
 def scores(
     model: Wuerstchen, data: Path, row: str, seeds: list[int], sampling: Sampling, limit: int | None
 ) -> dict[str, dict[str, list[float]]]:
-    """By list and column, a value for each first seed."""
+    """The scores by list and column, with a value per first seed."""
     found: dict[str, dict[str, list[float]]] = {"a": {}, "b": {}}
     for first_seed in seeds:
         report = evaluate(
@@ -152,7 +152,7 @@ def scores(
 
 
 def train(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Trains one variant. Returns what its row says of the training."""
+    """Trains a variant. Returns the part of its row about the training."""
     stage, folder = name[0], options.run_dir / name
     images = options.images_b if stage == "b" else options.images_c
     others = dict(_change(text) for text in options.set)
@@ -177,7 +177,7 @@ def train(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def score(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Scores a trained variant. Returns what its row says of the model."""
+    """Scores a trained variant. Returns the part of its row about the model."""
     settings, parts, _ = read_parts(options.run_dir / name / "model")
     model = Wuerstchen(Cascade(settings=settings, **parts), torch.device(options.device))
     row = "a_b" if name[0] == "b" else "c_b_a"
@@ -193,20 +193,20 @@ def score(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def keep(name: str, trained: dict[str, Any], scored: dict[str, Any], options: argparse.Namespace) -> None:
-    """Adds the row of a variant, and copies its last preview beside the rows."""
+    """Adds the row of a variant, and copies its last preview next to the rows."""
     row = json.dumps(trained | scored)
     with open(options.rows, "a", encoding="utf-8") as file:
         file.write(row + "\n")
     print(row, flush=True)
-    for picture in sorted((options.run_dir / name).glob("stage_*/previews/*.png"))[-1:]:
-        shutil.copy(picture, options.rows.parent / f"{name}.png")
+    for image in sorted((options.run_dir / name).glob("stage_*/previews/*.png"))[-1:]:
+        shutil.copy(image, options.rows.parent / f"{name}.png")
 
 
 def run_all(options: argparse.Namespace) -> list[str]:
-    """Trains the variants one after the other, and scores each in another process while the next trains.
+    """Trains the variants in order, and scores each in another process while the next one trains.
 
-    The speed of a variant therefore includes what scoring the one before took from it. Returns the names of
-    those that failed: the others are still worth their time.
+    So the speed of a variant is reduced by the scoring of the previous one. A failure does not stop the
+    others. Returns the names of the failed variants.
     """
     began, longest, failed = time.monotonic(), 0.0, []
     waiting: list[tuple[str, dict[str, Any], Future[dict[str, Any]]]] = []
@@ -225,7 +225,8 @@ def run_all(options: argparse.Namespace) -> list[str]:
             left = options.minutes - (time.monotonic() - began) / 60
             if longest > left:
                 print(
-                    f"{name}: left out, {left:.1f} of the last's {longest:.1f} minutes are left", flush=True
+                    f"{name}: skipped, it needs up to {longest:.1f} minutes and {left:.1f} are left",
+                    flush=True,
                 )
                 continue
             started = time.monotonic()
@@ -251,20 +252,22 @@ def main() -> None:
     parser.add_argument("variants", nargs="+", choices=VARIANTS, metavar="VARIANT", help=", ".join(VARIANTS))
     parser.add_argument("--data", type=Path, required=True, help="built emoji set")
     parser.add_argument("--run-dir", type=Path, required=True)
-    parser.add_argument("--rows", type=Path, required=True, help="JSON lines; rows are added")
+    parser.add_argument("--rows", type=Path, required=True, help="JSON-lines file to append to")
     parser.add_argument("--images-b", type=int, default=256 * 9_000)
     parser.add_argument("--images-c", type=int, default=512 * 20_000)
-    parser.add_argument("--start", default=str(BUNDLED), help="model with everything else")
-    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=JSON", help="for all variants")
+    parser.add_argument("--start", default=str(BUNDLED), help="model with all other stages")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="FIELD=JSON", help="change fields of all variants"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first-seeds", type=int, nargs="+", default=[0, 1000])
-    parser.add_argument("--limit", type=int, help="score the first N entries of each list only")
+    parser.add_argument("--limit", type=int, help="score only the first N entries of each list")
     parser.add_argument("--workers", type=int, default=16)
     parser.add_argument(
         "--minutes",
         type=float,
         default=1e9,
-        help="start no training that would end later",
+        help="do not start a training that would end later",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
@@ -275,7 +278,7 @@ def main() -> None:
 
 
 def _once(fill_image_cache: Any) -> Any:
-    """``fill_image_cache`` that remembers its last result: every variant has the same seed, data and size."""
+    """Makes ``fill_image_cache`` remember its last result: all variants have the same seed, data and size."""
     kept: dict[tuple[int, int, int], Any] = {}
 
     def filled(feed: Any, count: int, workers: int, device: torch.device) -> Any:
