@@ -28,7 +28,7 @@ from wuerstchen.data.files import read_file
 from wuerstchen.data.items import Reader
 from wuerstchen.data.locks import acquired
 from wuerstchen.data.prepare_finish import Notes, finish_set
-from wuerstchen.data.prepare_job import Execution, Job
+from wuerstchen.data.prepare_job import Execution, PrepareJob
 from wuerstchen.data.prepare_networks import Networks
 from wuerstchen.data.prepare_plan import COLOUR_SPACE, PrepareConfig, make_plan, settings_of
 from wuerstchen.data.prepare_shards import ShardMaker
@@ -73,7 +73,7 @@ def prepare(
     rank = execution.rank.number
     # Only rank 0 reads the whole source. The other ranks read its plan.
     settings = settings_of(None if rank else reader, networks, config)
-    job = Job(
+    job = PrepareJob(
         reader=reader,
         out=Path(out),
         networks=networks,
@@ -101,7 +101,7 @@ def prepare(
 
 
 @contextlib.contextmanager
-def _locked(job: Job) -> Iterator[None]:
+def _locked(job: PrepareJob) -> Iterator[None]:
     """Holds this rank's lock, which is released when the process ends for any reason."""
     out, rank = job.out, job.rank.number
     allowed = {"work", *TABLES, DESCRIPTION}
@@ -126,7 +126,7 @@ def _locked(job: Job) -> Iterator[None]:
 class Preparation:
     """One process's work on a prepared set, from the plan to ``prepared.json``."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: PrepareJob) -> None:
         self.job = job
         self.is_main = job.rank.number == 0
 

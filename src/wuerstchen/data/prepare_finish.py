@@ -7,7 +7,7 @@ import numpy as np
 
 from wuerstchen.checkpoints.files import write_json
 from wuerstchen.data.filters import Tally
-from wuerstchen.data.prepare_job import Job
+from wuerstchen.data.prepare_job import PrepareJob
 from wuerstchen.data.prepare_plan import nothing_left
 from wuerstchen.data.prepared import features
 from wuerstchen.data.prepared_check import DESCRIPTION, FORMAT, SHARD_KEYS
@@ -19,7 +19,7 @@ Notes = dict[str, list[dict[str, Any]]]
 _NAMED = 10  # damaged images that the summary names; prepared.json names more
 
 
-def finish_set(job: Job, plan: dict[str, Any], notes: Notes) -> dict[str, Any]:
+def finish_set(job: PrepareJob, plan: dict[str, Any], notes: Notes) -> dict[str, Any]:
     """Writes what ``datasets.load_from_disk`` needs, and ``prepared.json`` last. Returns its content.
 
     Raises ``DataError`` if no image is left.
@@ -35,7 +35,7 @@ def finish_set(job: Job, plan: dict[str, Any], notes: Notes) -> dict[str, Any]:
     return description
 
 
-def _description(job: Job, plan: dict[str, Any], notes: Notes, tally: Tally) -> dict[str, Any]:
+def _description(job: PrepareJob, plan: dict[str, Any], notes: Notes, tally: Tally) -> dict[str, Any]:
     """The content of ``prepared.json``."""
     tables: dict[str, dict[str, Any]] = {
         table: {
@@ -65,7 +65,7 @@ def _description(job: Job, plan: dict[str, Any], notes: Notes, tally: Tally) -> 
     }
 
 
-def _write_dataset_files(job: Job, description: dict[str, Any]) -> None:
+def _write_dataset_files(job: PrepareJob, description: dict[str, Any]) -> None:
     """Writes the files that ``datasets.load_from_disk`` looks for beside the shards."""
     datasets = import_datasets()
     columns = features(job.config.text_states, job.settings["vocabulary"])

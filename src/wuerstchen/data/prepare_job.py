@@ -48,7 +48,7 @@ class Execution:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class PrepareJob:
     """A set to prepare in the folder ``out``, and the process that works on it."""
 
     reader: Reader

@@ -24,7 +24,7 @@ from wuerstchen.checkpoints.files import write_json
 from wuerstchen.data.buckets import bucket_of, crop_boxes
 from wuerstchen.data.filters import Tally
 from wuerstchen.data.items import NotDownloaded
-from wuerstchen.data.prepare_job import Job
+from wuerstchen.data.prepare_job import PrepareJob
 from wuerstchen.data.prepare_plan import plan_rows
 from wuerstchen.data.prepared import features, quantize_states
 from wuerstchen.data.prepared_check import TABLES, sha256
@@ -58,7 +58,7 @@ class _Dropped:
 class ShardMaker:
     """Makes the shards of a job."""
 
-    job: Job
+    job: PrepareJob
 
     def make(self, missing: list[tuple[str, int]]) -> None:
         """Makes the shards with these tables and numbers."""
@@ -210,7 +210,7 @@ class ShardMaker:
 class _BatchCompressor:
     """Compresses the crops of a shard in batches, each of crops of one size."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: PrepareJob) -> None:
         self.job = job
         self.images: list[_CroppedImage] = []
         self.latents: list[Float16[np.ndarray, "crops c h w"]] = []
