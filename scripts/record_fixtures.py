@@ -176,9 +176,9 @@ def resumed(name: str) -> dict[str, Values]:
     before = len(events(name))
     cli(*command, "--run-dir", name)
     since = events(name)[before:]
-    begun = {event["stage"]: event["images"] for event in since if event["event"] == "start"}
-    if begun.get(stage) != images:
-        raise RuntimeError(f"{name} must resume from image {images} of stage {stage}, got {begun}.")
+    started = {event["stage"]: event["images"] for event in since if event["event"] == "start"}
+    if started.get(stage) != images:
+        raise RuntimeError(f"{name} must resume from image {images} of stage {stage}, got {started}.")
     return {"losses": losses(since, stage), "tensors": tensors(Path(name) / "model")}
 
 
@@ -407,13 +407,13 @@ def cut(whole: Path, name: str) -> None:
         if (event["event"], event.get("stage"), event.get("images")) == ("checkpoint", stage, images)
     )
     (target / "log.jsonl").write_text("".join(lines[:end]))
-    for begun in {event["stage"] for event in found[:end] if event["event"] == "checkpoint"}:
-        source = whole / f"stage_{begun}"
+    for started in {event["stage"] for event in found[:end] if event["event"] == "checkpoint"}:
+        source = whole / f"stage_{started}"
         checkpoints = sorted(path for path in (source / "checkpoints").iterdir() if path.is_dir())
-        kept = source / "checkpoints" / f"{images:012d}" if begun == stage else checkpoints[-1]
+        kept = source / "checkpoints" / f"{images:012d}" if started == stage else checkpoints[-1]
         shutil.copytree(kept, target / source.name / "checkpoints" / kept.name)
         # Stage A is measured after it ends, and Stage C before it starts.
-        if (source / "measured.json").exists() and not begun == stage == "a":
+        if (source / "measured.json").exists() and not started == stage == "a":
             shutil.copy(source / "measured.json", target / source.name)
 
 

@@ -77,10 +77,10 @@ class FolderSource(StoredImages):
         if around is not None:
             inside = self.root.resolve().relative_to(around.resolve())
             theirs = find_files(around, ()).images
-            shared, out_there = set(theirs), held_out_names(theirs)
+            shared, held_out_there = set(theirs), held_out_names(theirs)
             named = {image: (inside / image).as_posix() for image in images}
             own = {image for image in held_out if named[image] not in shared}
-            held_out = own | {image for image in images if named[image] in out_there}
+            held_out = own | {image for image in images if named[image] in held_out_there}
         chosen = {"all": set(images), "train": set(images) - held_out, "heldout": held_out}[split]
         self.without_caption = [name for name in images if name in chosen and not captions[name]]
         """Images that are left out because all their captions are empty."""

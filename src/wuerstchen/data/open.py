@@ -27,7 +27,7 @@ from wuerstchen.data.tables import DatasetReader, ParquetReader
 from wuerstchen.data.tars import TarReader
 from wuerstchen.errors import DataError, UserError
 
-_SAVED = ("dataset_info.json", "state.json")  # what save_to_disk writes beside its .arrow files
+_SAVED = ("dataset_info.json", "state.json")  # written by save_to_disk next to its .arrow files
 
 
 class Name:

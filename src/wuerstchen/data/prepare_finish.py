@@ -66,7 +66,7 @@ def _description(job: PrepareJob, plan: dict[str, Any], notes: Notes, tally: Tal
 
 
 def _write_dataset_files(job: PrepareJob, description: dict[str, Any]) -> None:
-    """Writes the files that ``datasets.load_from_disk`` looks for beside the shards."""
+    """Writes the files that ``datasets.load_from_disk`` looks for next to the shards."""
     datasets = import_datasets()
     columns = features(job.config.text_states, job.settings["vocabulary"])
     for table in columns:

@@ -48,7 +48,7 @@ class PrepareConfig:
     text_positions: Positions | None = None
     seed: int = 0
     precision: TextPrecision = "float32"
-    """TextPrecision of the text encoder. Semantic latents are always computed in float32, as in training."""
+    """Precision of the text encoder. Semantic latents are always computed in float32, as in training."""
     batch_size: int = 32
     """Images, or texts, per forward pass."""
     shard_size: int = 1024
