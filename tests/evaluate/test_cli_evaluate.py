@@ -83,8 +83,8 @@ BAD_CALLS = {
     "limit 0": (["--limit", "0"], "limit must be at least 1, got 0"),
     "batch 0": (["--batch-size", "0"], "batch_size must be at least 1, got 0"),
     "no photos": (["--photos", "nowhere"], "got 'nowhere', which is not a folder"),
-    "guidance nan": (["--guidance", "nan"], "guidance nan must be a number"),
-    "steps 0": (["--decoder-steps", "0"], "decoder_steps 0 must be a whole number from 1"),
+    "guidance nan": (["--guidance", "nan"], "guidance must be a number from 0 to 100, got nan"),
+    "steps 0": (["--decoder-steps", "0"], "decoder_steps must be an integer from 1 to 1000, got 0"),
     "unknown option": (["--speed", "9"], "unknown option: --speed 9"),
     "no folder": (["--out", "file/inside"], "cannot be written"),
 }
