@@ -1,4 +1,4 @@
-"""Pipelines of tiny networks, each twice with the same weights: this package's and diffusers' own."""
+"""Pipelines of tiny networks, each with the same weights in this package and in diffusers."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -31,9 +31,9 @@ from wuerstchen.models.decoder import Decoder, DecoderConfig
 from wuerstchen.models.prior import Prior, PriorConfig
 from wuerstchen.models.vqgan import VQGAN, VQGANConfig
 
-logging.set_verbosity_error()  # what diffusers says of its own deprecation is not news here
+logging.set_verbosity_error()  # hides diffusers' warnings about its own deprecation
 
-# Heads of 16 channels, the least that attention on a GPU has a kernel for.
+# 16 channels per head, the fewest that the attention kernel supports.
 PRIOR = PriorConfig(c_in=3, c=32, c_cond=24, c_r=8, depth=2, nhead=2)
 DECODER = DecoderConfig(
     c_r=8,
@@ -57,7 +57,7 @@ def plain(config) -> dict:
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """CLIP's kind of tokenizer over single letters."""
+    """A tokenizer like CLIP's, with single letters as tokens."""
     letters = [chr(code) for code in range(33, 127)]
     words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {word: number for number, word in enumerate(words)}
@@ -86,7 +86,7 @@ def quiet(*pipes) -> None:
 
 
 def tamed(network, last: str):
-    """Keeps what the last layer divides by away from 0, where rounding would grow without bound."""
+    """Keeps the last layer's divisor away from 0, where rounding would grow without bound."""
     with torch.no_grad():
         for parameter in getattr(network, last)[1].parameters():
             parameter.mul_(0.1)
@@ -180,7 +180,7 @@ def their_combined(
 
 @pytest.fixture
 def theirs():
-    """Makes diffusers' pipeline with the weights of ours."""
+    """Creates diffusers' pipelines with the weights of ours."""
 
     def muted(make):
         def made(*ours):
@@ -226,7 +226,7 @@ def assert_same_steps():
     """Calls both pipelines and compares the latents after every step, and then the results."""
 
     def check(ours, theirs, call, tolerance: float = 1e-4):
-        """``call(pipe, recorder)`` calls a pipeline; it makes its generators anew each time."""
+        """``call(pipe, recorder)`` calls a pipeline, with new generators each time."""
         mine, reference = Recorder(), Recorder()
         result, expected = call(ours, mine), call(theirs, reference)
         assert len(mine.latents) == len(reference.latents) > 0

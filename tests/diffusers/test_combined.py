@@ -1,4 +1,4 @@
-"""The combined pipeline against diffusers' own, and where that one fails."""
+"""The combined pipeline against diffusers' own, and cases in which that one fails."""
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ PATTERNS = {
 
 
 @pytest.mark.parametrize("name", ["one generator for both", "negative", "published recipe", "several images"])
-def test_torch_s_defaults_change_no_bit(name, make_combined, foreign_defaults):
+def test_torchs_defaults_change_nothing(name, make_combined, foreign_defaults):
     pipe, given = make_combined(), PATTERNS[name]()
     expected = run(pipe, **given, generator=generators(1)[0])
     with foreign_defaults(torch.float64):
@@ -88,7 +88,7 @@ def test_defaults_are_those_of_diffusers(make_prior, make_decoder, make_combined
             if name == "kwargs":
                 continue
             default = own_parameters[name].default
-            assert not isinstance(default, list), name  # which all calls would share, as in diffusers
+            assert not isinstance(default, list), name  # all calls would share it, as in diffusers
             assert (list(default) if isinstance(default, tuple) else default) == parameter.default, name
         names = list(own_parameters)
         expected = [name for name in inspect.signature(other.__call__).parameters if name != "kwargs"]
@@ -112,7 +112,7 @@ def test_several_prompts_and_images(guidance, make_combined):
 
 
 @pytest.mark.parametrize(("height", "width"), [(136, 128), (8, 16), (200, 264), (256, 1000)])
-def test_every_multiple_of_8_is_drawn(height, width, make_combined):
+def test_sides_can_be_any_multiple_of_8(height, width, make_combined):
     """The centre of the decoder's output. diffusers fails at most sizes, or rounds them up."""
     pipe = make_combined()
     images = run(pipe, height=height, width=width)
@@ -139,14 +139,14 @@ def test_arrays_and_pil_images_have_the_size_asked_for(make_combined):
 
 
 def test_a_tuple_on_request(make_combined):
-    """diffusers gives the images themselves."""
+    """diffusers returns the images without a tuple."""
     result = make_combined()("a", **SIZE, output_type="pt", return_dict=False, prior_num_inference_steps=1)
     assert isinstance(result, tuple)
     assert result[0].shape == (1, 3, 128, 128)
 
 
 def test_the_numbers_of_both_pipelines_are_used(make_combined):
-    """diffusers takes its defaults instead."""
+    """diffusers uses its defaults instead."""
     own = {"latent_mean": 2.0, "latent_std": 3.0, "resolution_multiple": 64.0}
     pipe = make_combined(own, {"latent_dim_scale": 16.0})
     assert dict(pipe.config) == {"latent_dim_scale": 16.0, **{f"prior_{k}": v for k, v in own.items()}}
@@ -159,7 +159,7 @@ def test_the_numbers_of_both_pipelines_are_used(make_combined):
     assert sizes == [(2, 2), (2, 2), (32, 32), (32, 32)]
 
 
-def test_a_component_that_is_exchanged_is_used(make_combined):
+def test_a_replaced_component_is_used(make_combined):
     pipe = make_combined()
     expected = run(pipe)
     pipe.prior_prior = torch.compile(pipe.prior_prior, backend="eager")
@@ -198,7 +198,7 @@ def test_progress_bars_can_be_set_and_hidden(make_combined, capsys):
         pipe.progress_bar()
 
 
-def test_attention_needs_no_help(make_combined):
+def test_attention_options_change_nothing(make_combined):
     pipe = make_combined()
     for enable in (pipe.enable_xformers_memory_efficient_attention, pipe.enable_attention_slicing):
         with pytest.warns(UserNotice, match="always memory-efficient"):
@@ -207,7 +207,7 @@ def test_attention_needs_no_help(make_combined):
     pipe.disable_attention_slicing()
 
 
-def test_offloaded_networks_visit_the_device_one_after_another(make_combined, monkeypatch):
+def test_offloaded_networks_are_on_the_device_one_after_another(make_combined, monkeypatch):
     pipe = make_combined()
     expected = run(pipe)
     pipe.enable_model_cpu_offload(device="cpu")
@@ -230,12 +230,12 @@ def test_offloaded_networks_visit_the_device_one_after_another(make_combined, mo
     assert torch.equal(run(pipe, **step), expected)
     order = ["prior_text_encoder", "prior_prior", "text_encoder", "decoder", "vqgan"]
     assert list(dict.fromkeys(visit for visit in visits if visit in order)) == order
-    # Each half, when it is done: the prior would otherwise stay on the device beside the decoder.
+    # After each pipeline: otherwise the prior would stay on the device beside the decoder.
     assert visits[visits.index("text_encoder") - 1] == "all back"
-    assert visits[-2:] == ["all back"] * 2  # before Stage A comes, and after it
+    assert visits[-2:] == ["all back"] * 2  # before Stage A and after it
 
 
-def test_offloading_a_layer_at_a_time_draws_the_same(make_combined):
+def test_offloading_a_layer_at_a_time_gives_the_same(make_combined):
     pipe = make_combined()
     expected = run(pipe)
     pipe.enable_sequential_cpu_offload(device=torch.device("cpu"))
@@ -255,7 +255,7 @@ def test_offloading_needs_a_device(make_combined):
         make_combined().to("cuda")
 
 
-def test_offloading_takes_one_device(make_combined):
+def test_offloading_to_two_devices_is_refused(make_combined):
     with pytest.raises(ValueError, match="device=meta:0 does not match gpu_id=1"):
         make_combined().enable_sequential_cpu_offload(gpu_id=1, device="meta:0")
     with pytest.raises(ValueError, match="device 'gpu' is not available"):
@@ -264,7 +264,7 @@ def test_offloading_takes_one_device(make_combined):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("offload", [None, "enable_model_cpu_offload", "enable_sequential_cpu_offload"])
-def test_a_generator_of_the_cpu_draws_the_same_on_the_gpu(offload, make_combined, monkeypatch):
+def test_a_cpu_generator_gives_the_same_on_the_gpu(offload, make_combined, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # convolutions as exact as the CPU's
     pipe = make_combined()
     given = {"prompt": ["a", "b"], "decoder_guidance_scale": 2.0}
@@ -324,7 +324,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_refuses_before_anything_is_computed(name, make_combined):
+def test_invalid_arguments_are_refused_before_anything_is_computed(name, make_combined):
     changed, error, message = BAD[name]
     given = {"prompt": "a", **SIZE, "prior_callback_on_step_end": never, **changed}
     with pytest.raises(error, match=message):

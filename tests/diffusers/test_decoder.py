@@ -1,4 +1,4 @@
-"""The decoder pipeline against diffusers' own, step by step, and where that one fails."""
+"""The decoder pipeline against diffusers' own, step by step, and cases in which that one fails."""
 
 import numpy as np
 import pytest
@@ -89,7 +89,7 @@ def run(pipe, rows: int = 1, **given):
     return pipe(**given).images
 
 
-def test_each_prompt_serves_its_own_map(make_decoder):
+def test_each_prompt_applies_to_its_embedding(make_decoder):
     """As when each is generated alone. diffusers fails."""
     pipe = make_decoder()
     together = run(pipe, 2, prompt=["a cat", "two dogs"], generator=generators(2))
@@ -100,7 +100,7 @@ def test_each_prompt_serves_its_own_map(make_decoder):
         torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-4)
 
 
-def test_each_prompt_serves_a_group_of_maps(make_decoder):
+def test_each_prompt_applies_to_a_group_of_embeddings(make_decoder):
     """The prior's pipeline puts all embeddings of the first prompt first."""
     pipe = make_decoder()
     together = run(pipe, 4, prompt=["a", "b"], guidance_scale=2.0, negative_prompt=["c", "d"])
@@ -109,7 +109,7 @@ def test_each_prompt_serves_a_group_of_maps(make_decoder):
 
 
 @pytest.mark.parametrize("guidance", [0.0, 2.0])
-def test_several_images_of_each_map(guidance, make_decoder):
+def test_several_images_of_each_embedding(guidance, make_decoder):
     """As when each embedding is repeated. diffusers fails."""
     pipe = make_decoder()
     given = {"prompt": ["a", "b"], "guidance_scale": guidance, "negative_prompt": "bad"}
@@ -124,7 +124,7 @@ def test_several_images_of_each_map(guidance, make_decoder):
     ("grid", "latents"),
     [((3, 3), (32, 32)), ((1, 2), (12, 24)), ((4, 5), (44, 56)), ((10, 1), (108, 12))],
 )
-def test_sizes_that_the_network_cannot_halve_are_drawn_larger_and_cropped(grid, latents, make_decoder):
+def test_sizes_that_the_network_cannot_halve_are_rounded_up_and_cropped(grid, latents, make_decoder):
     """This network halves by 4; diffusers fails unless both sides are a multiple of it."""
     pipe = make_decoder()
     drawn = run(pipe, image_embeddings=embeddings(1, *grid), output_type="latent")
@@ -138,7 +138,7 @@ def test_sizes_that_the_network_cannot_halve_are_drawn_larger_and_cropped(grid, 
 
 
 @pytest.mark.parametrize("kind", ["returned", "in place"])
-def test_maps_that_a_callback_changes_are_used(kind, make_decoder):
+def test_embeddings_that_a_callback_changes_are_used(kind, make_decoder):
     pipe = make_decoder()
 
     def change(pipe, step, t, tensors):
@@ -162,7 +162,7 @@ def test_maps_that_a_callback_changes_are_used(kind, make_decoder):
     keep = {"callback_on_step_end": lambda *a: first.append(a[3]["latents"])}
     run(pipe, output_type="latent", timesteps=[1.0, 0.4], **keep)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(2):  # the draws of the first step
+    for _ in range(2):  # the random numbers of the first step
         torch.randn(1, 4, 32, 32, generator=generator)
     expected = run(
         pipe,
@@ -175,8 +175,8 @@ def test_maps_that_a_callback_changes_are_used(kind, make_decoder):
     torch.testing.assert_close(changed, expected)
 
 
-def test_guidance_can_be_turned_off_on_the_way(make_decoder):
-    """From then on it is as if there had been none."""
+def test_a_callback_can_turn_guidance_off(make_decoder):
+    """Later steps are as without guidance."""
     pipe = make_decoder()
 
     def off(pipe, step, t, tensors):
@@ -223,7 +223,7 @@ def test_parts_and_inputs_may_have_different_dtypes(text, network, vqgan, given,
 
 
 class Echo(Decoder):
-    """A decoder that runs on the meta device, which knows no autocast."""
+    """A decoder on the meta device, which has no autocast."""
 
     def context(self, semantic_latents, size, text=None, mask=None):
         assert semantic_latents.device.type == text.device.type == "meta"
@@ -234,8 +234,8 @@ class Echo(Decoder):
 
 
 @pytest.mark.parametrize("kind", [torch.as_tensor, np.asarray, lambda x: [np.asarray(x)]])
-def test_maps_go_to_the_network_wherever_that_is(kind, make_decoder):
-    """Also a check that nothing waits for the device between steps: meta has no values to give."""
+def test_embeddings_are_moved_to_the_networks_device(kind, make_decoder):
+    """Also checks that no step synchronises: the meta device has no values to read."""
     pipe = make_decoder()
     pipe.decoder = Echo(pipe.decoder.config).to("meta")
     pipe.vqgan.to("meta")
@@ -254,7 +254,7 @@ def test_own_scale_is_used(make_decoder):
 
 
 def test_a_method_that_is_replaced_later_is_called(make_decoder, seeded):
-    """As tiling does; the first one was kept."""
+    """As tiling does. The first method was kept."""
     pipe = make_decoder()
     run = {"num_inference_steps": 1, "output_type": "pt"}
     pipe(embeddings(1), "a", **run, generator=seeded())
@@ -271,7 +271,7 @@ def test_compiled_networks_give_the_same(make_decoder):
     pipe = make_decoder()
     expected = run(pipe)
     pipe.decoder, pipe.vqgan = (torch.compile(part, backend="eager") for part in (pipe.decoder, pipe.vqgan))
-    with torch.compiler.set_stance("force_eager"):  # the types of arguments, checked in tests, do not compile
+    with torch.compiler.set_stance("force_eager"):  # the type checks in tests do not compile
         torch.testing.assert_close(run(pipe), expected)
 
 
@@ -330,7 +330,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_refuses(name, make_decoder):
+def test_invalid_arguments_are_refused(name, make_decoder):
     changed, error, message = BAD[name]
     given = {"image_embeddings": embeddings(1), "prompt": "a", "num_inference_steps": 1, **changed}
     with pytest.raises(error, match=message):
@@ -371,6 +371,6 @@ def test_images_of_other_channels(channels, mode, make_decoder):
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0])
-def test_a_scale_of_nothing_is_refused(scale, make_decoder):
+def test_scales_that_are_not_positive_are_refused(scale, make_decoder):
     with pytest.raises(UserError, match=f"latent_dim_scale must be above 0, got {scale}"):
         make_decoder(latent_dim_scale=scale)

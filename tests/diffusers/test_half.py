@@ -20,7 +20,7 @@ def same_noise(monkeypatch):
 
 
 def with_rounded_timesteps(pipe, dtype):
-    """Timesteps as half precision has them: they are most of its error, and would hide all the rest."""
+    """Timesteps rounded to half precision: they cause most of the error, and would hide the rest."""
 
     def rounded(network, given, named):
         return given, {**named, "r": named["r"].to(dtype).to(named["r"].dtype)}
@@ -61,5 +61,5 @@ def test_images_are_no_further_from_fp32_than_those_of_diffusers(
     reference = theirs.combined(pipe.prior_pipe, pipe.decoder_pipe)
     theirs, ours = (images(one.to(device, dtype)) for one in (reference, pipe))
     assert 0 < distance(ours, exact) < 1.1 * distance(theirs, exact)
-    # What both round alike, the latents between steps, would hide what we alone do wrong.
+    # Rounding that both share, of the latents between steps, would hide errors that only we make.
     assert distance(ours, theirs) < 0.5 * distance(theirs, exact)

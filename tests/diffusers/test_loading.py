@@ -1,4 +1,4 @@
-"""Pipelines out of folders as they were published and as diffusers writes them, and back."""
+"""Loading pipelines from published folders and those that diffusers writes, and saving them."""
 
 import importlib
 import inspect
@@ -60,8 +60,8 @@ def edit(path: Path, **changes) -> None:
 
 
 @pytest.mark.parametrize("year", [2023, 2026])
-def test_draws_from_a_folder_what_diffusers_draws(year, write_published, diffusers_pipelines, tmp_path):
-    """From the folder that names its prior, as published and as diffusers writes today."""
+def test_a_loaded_folder_gives_the_same_as_diffusers(year, write_published, diffusers_pipelines, tmp_path):
+    """From a folder that names its prior, as published and as diffusers writes today."""
     root = write_published(tmp_path, year=year)
     theirs = diffusers_pipelines
     priors = {f"prior_{name}": part for name, part in theirs.prior.components.items()}
@@ -75,7 +75,7 @@ def test_draws_from_a_folder_what_diffusers_draws(year, write_published, diffuse
         )
 
 
-def test_the_base_gives_the_kind_that_a_folder_holds(published, tmp_path):
+def test_the_base_class_loads_the_pipeline_of_a_folder(published, tmp_path):
     decoder = DiffusionPipeline.from_pretrained(published)
     prior = DiffusionPipeline.from_pretrained(published / "prior_pipeline")
     assert type(decoder) is WuerstchenDecoderPipeline
@@ -115,7 +115,7 @@ def test_components_and_numbers_given_are_used_and_not_read(copy):
     assert pipe.prior_pipe.config.latent_mean == 40.0
 
 
-def test_with_a_whole_prior_no_other_is_looked_for(copy):
+def test_with_a_whole_prior_no_other_is_loaded(copy):
     prior = WuerstchenPriorPipeline.from_pretrained(copy / "prior_pipeline")
     (copy / "README.md").unlink()
     with pytest.raises(CheckpointError, match="names none in a prior: line"):
@@ -149,7 +149,7 @@ def test_pipelines_share_their_parts(published):
         WuerstchenDecoderPipeline.from_pipe(pipe, unet=None)
 
 
-def test_networks_say_where_they_are_and_what_they_compute_in(published):
+def test_networks_have_a_device_and_a_dtype(published):
     pipe = AutoPipelineForText2Image.from_pretrained(published, dtype=torch.bfloat16)
     for network in (
         pipe.prior_prior,
@@ -222,7 +222,7 @@ pipe.prior_prior = torch.compile(pipe.prior_prior, backend="eager", fullgraph=Tr
 pipe.decoder = torch.compile(pipe.decoder, backend="eager", fullgraph=True)
 torch.testing.assert_close(generate(), expected)
 
-# As on a GPU: contexts, which are not made by what is compiled, are those of fused blocks.
+# As on a GPU: contexts are not compiled, so they are those of fused blocks.
 from wuerstchen.models import blocks, decoder
 from wuerstchen.models.fused import blocks as fused
 
@@ -239,7 +239,7 @@ torch.testing.assert_close(generate(), expected)
     "compiled", ["", pytest.param(COMPILED, marks=pytest.mark.slow)], ids=["", "compiled"]
 )
 def test_published_snippets_run_from_the_hubs_cache(published, tmp_path, compiled):
-    """Those of the model's card, as they stand but for imports, device and sizes.
+    """Those of the model's card, unchanged except for imports, device and sizes.
 
     In a process of its own: the types of arguments, checked in tests, do not compile.
     """
@@ -251,7 +251,7 @@ def test_published_snippets_run_from_the_hubs_cache(published, tmp_path, compile
         for network, last in (("prior", "out"), ("decoder", "clf")):
             for path in (snapshot / network).glob("*.safetensors"):
                 state = safetensors.torch.load_file(path)
-                # What is divided by stays away from 0, so that nothing overflows fp16.
+                # Keeps divisors away from 0, so that nothing overflows fp16.
                 tamed = {key: 0.1 * value if key.startswith(last) else value for key, value in state.items()}
                 safetensors.torch.save_file(tamed, path, metadata={"format": "pt"})
     snapshot = tmp_path / "models--warp-ai--wuerstchen" / "snapshots" / commit
@@ -271,8 +271,8 @@ def test_published_snippets_run_from_the_hubs_cache(published, tmp_path, compile
     assert run.returncode == 0, run.stderr
 
 
-def test_names_on_the_hub_are_fetched_as_told(published, monkeypatch):
-    """The prior's repository is loaded as the decoder's is, but for the revision."""
+def test_options_apply_to_downloads(published, monkeypatch):
+    """The prior's repository is loaded with the decoder's options, except for the revision."""
     calls = []
 
     def fetch(name, **settings):
@@ -318,7 +318,7 @@ def test_a_scheduler_is_read_from_its_folder(published, tmp_path):
     assert DDPMWuerstchenScheduler.from_pretrained(tmp_path).config.scaler == 2.0
 
 
-def test_what_is_saved_draws_the_same(published, tmp_path):
+def test_a_saved_pipeline_gives_the_same(published, tmp_path):
     pipe = AutoPipelineForText2Image.from_pretrained(published)
     expected = generate(pipe)
     pipe.prior_prior = torch.compile(pipe.prior_prior, backend="eager")
@@ -364,7 +364,7 @@ def test_a_decoder_keeps_the_name_of_its_prior_on_the_hub(copy, tmp_path):
     assert not (tmp_path / "other" / "README.md").exists()
 
 
-def test_a_variant_that_is_not_there_is_named(published):
+def test_a_missing_variant_is_named(published):
     with pytest.warns(UserNotice, match=r"has no variant 'fp16'\. Its full weights are read"):
         pipe = WuerstchenDecoderPipeline.from_pretrained(published, variant="fp16", torch_dtype=torch.float16)
     assert pipe.dtype == torch.float16
@@ -413,7 +413,7 @@ def test_pickles_can_be_refused(write_published, tmp_path):
         (AutoPipelineForText2Image, "", {"prior_c": 3}, TypeError, "unexpected keyword argument 'prior_c'"),
     ],
 )
-def test_refuses(kind, inside, settings, error, message, published):
+def test_invalid_arguments_are_refused(kind, inside, settings, error, message, published):
     with pytest.raises(error, match=message):
         kind.from_pretrained(published / inside, **settings)
 
@@ -431,7 +431,7 @@ OLD_PATH = "diffusers.pipelines.wuerstchen"
 
 @pytest.fixture
 def as_installed(monkeypatch):
-    """diffusers as it is before anybody registers anything with it, and after the test again."""
+    """diffusers without registered classes, restored after the test."""
     for name in [name for name in sys.modules if name.startswith(OLD_PATH)]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(diffusers.pipelines, "wuerstchen", raising=False)
@@ -466,7 +466,7 @@ def test_diffusers_own_loaders_find_the_folders_again(
         )
 
 
-def test_imports_by_the_old_path_give_the_same_classes(as_installed):
+def test_imports_from_the_old_path_give_the_same_classes(as_installed):
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module(OLD_PATH)
     register()
@@ -526,8 +526,8 @@ FORMER_TESTS = {
 
 @pytest.mark.parametrize("name", FORMER_TESTS)
 @pytest.mark.filterwarnings("ignore:.*deprecated")
-def test_other_shapes_draw_what_diffusers_draws(name, clip_tokenizer, randomise, tmp_path):
-    """Whole pipelines that diffusers saves, loads and runs, with networks unlike the published ones."""
+def test_other_shapes_give_the_same_as_diffusers(name, clip_tokenizer, randomise, tmp_path):
+    """Pipelines that diffusers saves, loads and runs, with networks of other shapes."""
     shapes = FORMER_TESTS[name]
     text = CLIPTextConfig(
         hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4, vocab_size=1000
@@ -556,7 +556,7 @@ def test_other_shapes_draw_what_diffusers_draws(name, clip_tokenizer, randomise,
     results = run(quiet(ours.prior_pipe), quiet(ours.decoder_pipe))
     for found, expected in zip(results, run(prior, decoder), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
-    # The same folder by the other ways in, and out again.
+    # The same folder loaded in other ways, and saved again.
     cascade = read_model(tmp_path)
     assert cascade.decoder.config == ours.decoder.config
     convert(tmp_path, tmp_path / "native", "native")
@@ -720,7 +720,7 @@ def test_the_base_class_loads_the_combined_pipeline_on_request(published):
 
 
 def test_the_prior_can_be_given_by_its_folder(copy, published):
-    """As the message about a missing one says: a pipeline, or the network alone with the model's own rest."""
+    """As the message about a missing prior says: a pipeline, or only its network."""
     expected = generate(AutoPipelineForText2Image.from_pretrained(published))
     for place in (published / "prior_pipeline", str(published / "prior_pipeline" / "prior")):
         assert torch.equal(generate(AutoPipelineForText2Image.from_pretrained(copy, prior=place)), expected)

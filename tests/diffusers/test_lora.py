@@ -1,4 +1,4 @@
-"""Adapters of the prior pipeline: diffusers' methods by name, on files that diffusers writes."""
+"""Adapters of the prior's pipeline: diffusers' methods, on files that diffusers writes."""
 
 import inspect
 import re
@@ -10,14 +10,14 @@ from diffusers import WuerstchenPriorPipeline as TheirPriorPipeline
 from wuerstchen.diffusers import WuerstchenCombinedPipeline, WuerstchenPriorPipeline
 from wuerstchen.errors import CheckpointError, UserError
 
-# diffusers leaves alpha out.
+# diffusers omits alpha.
 pytestmark = pytest.mark.filterwarnings("ignore::wuerstchen.lora.AssumedScaleWarning")
 
 RANK = 2
 
 
 def layers(network, pattern: str, seed: int) -> dict[str, torch.Tensor]:
-    """Random adapters of some linear layers, as peft names them."""
+    """Random adapters of some linear layers, with peft's names."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, layer in network.named_modules():
@@ -30,7 +30,7 @@ def layers(network, pattern: str, seed: int) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def folder(make_prior, tmp_path):
-    """Two adapters, written by diffusers: one of the prior, one of its text encoder too."""
+    """Two adapters written by diffusers: one of the prior, one also of its text encoder."""
     pipe = make_prior()
     TheirPriorPipeline.save_lora_weights(
         tmp_path / "first", unet_lora_layers=layers(pipe.prior, "attention.to_", 1)
@@ -105,7 +105,7 @@ def test_a_callback_scales_an_adapter_as_in_diffusers(part, make_prior, theirs, 
     torch.testing.assert_close(*generated, rtol=1e-3, atol=1e-3)
 
 
-def test_fused_adapters_act_the_same_and_come_out_again(make_prior, folder):
+def test_fused_adapters_give_the_same_and_can_be_unfused(make_prior, folder):
     pipe = make_prior()
     plain = generate(pipe)
     pipe.load_lora_weights(folder / "second")
@@ -136,7 +136,7 @@ def test_the_combined_pipeline_passes_adapters_on(make_prior, make_decoder, fold
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`", "ignore:Adapter two was active")
-def test_where_the_adapter_that_acts_is_deleted_another_acts(make_prior, theirs, folder):
+def test_deleting_the_active_adapter_activates_another(make_prior, theirs, folder):
     both = (make_prior(), theirs.prior(make_prior()))
     for pipe in both:
         pipe.load_lora_weights(folder / "first", adapter_name="one")
@@ -147,7 +147,7 @@ def test_where_the_adapter_that_acts_is_deleted_another_acts(make_prior, theirs,
     assert same(*map(generate, both))
 
 
-def test_parts_may_have_weights_of_their_own(make_prior, theirs, folder):
+def test_networks_may_have_separate_weights(make_prior, theirs, folder):
     both = (make_prior(), theirs.prior(make_prior()))
     generated = []
     for weights in ({"text_encoder": 0.5, "prior": 0.1}, [{"text_encoder": 0.25}]):
@@ -162,7 +162,7 @@ def test_parts_may_have_weights_of_their_own(make_prior, theirs, folder):
         both[0].set_adapters("two", {"unet": 1.0})
 
 
-def test_what_is_saved_is_what_diffusers_loads(make_prior, theirs, tmp_path):
+def test_diffusers_loads_saved_adapters(make_prior, theirs, tmp_path):
     pipe = make_prior()
     WuerstchenPriorPipeline.save_lora_weights(
         tmp_path,
@@ -178,7 +178,7 @@ def test_what_is_saved_is_what_diffusers_loads(make_prior, theirs, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_adapters_are_given_to_offloaded_and_compiled_networks(make_prior, folder):
+def test_adapters_can_be_loaded_into_offloaded_and_compiled_networks(make_prior, folder):
     pipe = make_prior()
     pipe.load_lora_weights(folder / "first")
     expected = generate(pipe)
@@ -220,7 +220,7 @@ def test_a_pipeline_with_adapters_is_not_saved(make_prior, folder, tmp_path):
         (lambda pipe: pipe.save_lora_weights("x", safe_serialization=False), "Only safetensors are written"),
     ],
 )
-def test_refuses(call, message, make_prior, folder):
+def test_invalid_arguments_are_refused(call, message, make_prior, folder):
     pipe = make_prior()
     pipe.load_lora_weights(folder / "first", adapter_name="one")
     with pytest.raises(UserError, match=message):
@@ -228,7 +228,7 @@ def test_refuses(call, message, make_prior, folder):
 
 
 def test_options_of_diffusers_are_known(make_prior, folder):
-    """Those of ``load_lora_weights`` and of what it calls, at their neutral values."""
+    """Options of ``load_lora_weights`` and of the functions that it calls, with neutral values."""
     pipe = make_prior()
     options = {
         "low_cpu_mem_usage": True,
@@ -268,8 +268,8 @@ def test_options_of_diffusers_are_known(make_prior, folder):
 
 
 @pytest.mark.parametrize("on", [True, False])
-def test_an_adapter_is_swapped_for_another_where_it_is(on, make_prior, folder):
-    """As if the other had been loaded by that name: what acts, and how strongly, stays."""
+def test_hotswap_replaces_an_adapter(on, make_prior, folder):
+    """As if the other had been loaded with that name. Active adapters and their weights stay the same."""
     pipe, expected = make_prior(), make_prior()
     plain = generate(pipe)
     for one, first in ((pipe, "first"), (expected, "second")):
@@ -289,7 +289,7 @@ def test_an_adapter_is_swapped_for_another_where_it_is(on, make_prior, folder):
     assert not same(generate(pipe), before)
 
 
-def test_a_swap_that_fails_changes_nothing(make_prior, folder):
+def test_a_failed_hotswap_changes_nothing(make_prior, folder):
     pipe = make_prior()
     pipe.load_lora_weights(folder / "first", adapter_name="one")
     pipe.set_adapters("one", 0.5)
@@ -301,12 +301,12 @@ def test_a_swap_that_fails_changes_nothing(make_prior, folder):
     pipe.set_adapters("one", 1.0)
     pipe.load_lora_weights(folder / "first", adapter_name="waits")
     pipe.set_adapters("one", 0.5)
-    pipe.load_lora_weights(folder / "second", adapter_name="waits", hotswap=True)  # which does not act
+    pipe.load_lora_weights(folder / "second", adapter_name="waits", hotswap=True)  # inactive
     assert pipe.get_active_adapters() == ["one"]
     assert torch.equal(generate(pipe), before)
 
 
-def test_the_strength_is_saved_as_diffusers_saves_it(make_prior, theirs, tmp_path):
+def test_the_scale_is_saved_as_in_diffusers(make_prior, theirs, tmp_path):
     ours = make_prior()
     metadata = {
         "r": RANK,

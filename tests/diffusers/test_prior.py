@@ -1,4 +1,4 @@
-"""The prior pipeline against diffusers' own, step by step, and where that one fails."""
+"""The prior pipeline against diffusers' own, step by step, and cases in which that one fails."""
 
 import copy
 import pickle
@@ -151,7 +151,7 @@ def test_text_states_that_a_callback_changes_are_used(in_place, make_prior, thei
 
 
 def test_negative_states_that_a_callback_returns_are_used(make_prior, seeded):
-    """The same as giving text states of which the second half is exchanged."""
+    """The same as passing text states with the second half replaced."""
     pipe = make_prior()
     negative = states(1)
 
@@ -175,8 +175,8 @@ def test_negative_states_that_a_callback_returns_are_used(make_prior, seeded):
 
 
 @pytest.mark.parametrize("halves_text", [True, False])
-def test_guidance_can_be_turned_off_on_the_way(halves_text, make_prior, theirs, assert_same_steps):
-    """diffusers needs the callback to halve the text states too; here both ways work."""
+def test_a_callback_can_turn_guidance_off(halves_text, make_prior, theirs, assert_same_steps):
+    """In diffusers the callback must halve the text states too. Here both ways work."""
     pipe = make_prior()
     reference = theirs.prior(pipe)
 
@@ -201,7 +201,7 @@ def test_guidance_can_be_turned_off_on_the_way(halves_text, make_prior, theirs, 
     assert_same_steps(pipe, reference, call)
 
 
-def test_guidance_cannot_be_turned_on_on_the_way(make_prior):
+def test_a_callback_cannot_turn_guidance_on(make_prior):
     def change(pipe, step, t, tensors):
         pipe._guidance_scale = 4.0
         return tensors
@@ -218,7 +218,7 @@ def test_a_callback_may_return_nothing(make_prior, seeded):
 
 
 def test_recordings_are_invalidated_after_a_callback(make_prior, monkeypatch):
-    """A recorded pass goes on with an adapter that a callback took off, or with its former scale."""
+    """Otherwise a recorded pass would keep an adapter that a callback removed, or its old scale."""
     invalidated = []
     monkeypatch.setattr(Recorder, "invalidate", lambda recorder: invalidated.append(recorder.network))
     pipe = make_prior()
@@ -278,7 +278,7 @@ def test_negatives_without_guidance_are_ignored(negative, make_prior, seeded):
     )
 
 
-def test_a_negative_prompt_serves_all_prompts_and_embeddings(make_prior, seeded):
+def test_a_negative_prompt_applies_to_all_prompts_and_embeddings(make_prior, seeded):
     pipe = make_prior()
     run = {**SIZE, "num_inference_steps": 2}
     once = pipe(["a", "b"], **run, negative_prompt="bad", generator=seeded())[0]
@@ -316,7 +316,7 @@ def test_the_text_that_is_cut_off_is_named(make_prior):
 
 
 @pytest.mark.parametrize(("side", "positions"), [(1, 1), (42, 1), (43, 2), (128, 3), (1000, 24), (1024, 24)])
-def test_a_side_of_the_map_is_rounded_up(side, positions, make_prior):
+def test_sides_of_embeddings_are_rounded_up(side, positions, make_prior):
     embeddings = make_prior()("a", height=side, width=8, num_inference_steps=1)[0]
     assert embeddings.shape == (1, 3, positions, 1)
 
@@ -366,7 +366,7 @@ def test_many_steps_in_half_precision_follow_the_steps_of_fp32(dtype, make_prior
 
 
 class Echo(Prior):
-    """A prior that runs on the meta device, which knows no autocast."""
+    """A prior on the meta device, which has no autocast."""
 
     def context(self, text, mask=None):
         assert text.device.type == "meta"
@@ -376,8 +376,8 @@ class Echo(Prior):
         return x * r.view(-1, 1, 1, 1)
 
 
-def test_nothing_waits_for_the_device_between_steps(make_prior):
-    """The meta device has no values to give."""
+def test_no_step_synchronises(make_prior):
+    """The meta device has no values to read."""
     pipe = make_prior()
     pipe.prior = Echo(pipe.prior.config).to("meta")
     embeddings = pipe("a", **SIZE, num_images_per_prompt=2, num_inference_steps=3, generator=generators(2))[0]
@@ -390,7 +390,7 @@ def test_a_compiled_network_gives_the_same(make_prior, seeded):
     run = {**SIZE, "num_inference_steps": 2}
     expected = pipe("a", **run, generator=seeded())[0]
     pipe.prior = torch.compile(pipe.prior, backend="eager")
-    with torch.compiler.set_stance("force_eager"):  # the types of arguments, checked in tests, do not compile
+    with torch.compiler.set_stance("force_eager"):  # the type checks in tests do not compile
         torch.testing.assert_close(pipe("a", **run, generator=seeded())[0], expected)
     assert pipe.dtype == torch.float32
 
@@ -486,7 +486,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_refuses(name, make_prior):
+def test_invalid_arguments_are_refused(name, make_prior):
     changed, error, message = BAD[name]
     with pytest.raises(error, match=message):
         make_prior()(**{"prompt": "a", **SIZE, "num_inference_steps": 1, **changed})
@@ -494,7 +494,7 @@ def test_refuses(name, make_prior):
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["returned", "changed in place"])
 def test_changes_take_effect_in_inference_mode(in_place, make_prior, seeded):
-    """Where torch does not tell whether a tensor was changed."""
+    """In inference mode torch does not track changes of tensors."""
     pipe = make_prior()
 
     def run():

@@ -1,4 +1,4 @@
-"""The scheduler against diffusers' own, and where that one fails."""
+"""The scheduler against diffusers' own, and cases in which that one fails."""
 
 import copy
 import json
@@ -59,12 +59,12 @@ def test_noise_is_added_as_in_diffusers():
 def test_the_length_is_the_number_of_timesteps():
     scheduler = DDPMWuerstchenScheduler()
     assert len(scheduler) == 0
-    assert scheduler  # having no timesteps yet makes it no less a scheduler
+    assert scheduler  # true even without timesteps
     scheduler.set_timesteps(5)
     assert len(scheduler) == 6
 
 
-def test_one_timestep_serves_a_batch():
+def test_one_timestep_applies_to_the_batch():
     scheduler = DDPMWuerstchenScheduler()
     scheduler.set_timesteps(5)
     assert torch.equal(step(scheduler, torch.tensor(0.6)), step(scheduler, torch.full((2,), 0.6)))
@@ -102,7 +102,7 @@ def test_results_are_read_by_name_key_and_position():
     assert isinstance(plain, tuple)
 
 
-def test_settings_go_to_diffusers_and_back(tmp_path):
+def test_diffusers_reads_and_writes_the_same_settings(tmp_path):
     ours = DDPMWuerstchenScheduler(scaler=2.0, s=0.01)
     ours.save_pretrained(tmp_path / "new")
     theirs = diffusers.DDPMWuerstchenScheduler.from_pretrained(tmp_path / "new")
@@ -128,7 +128,7 @@ def test_settings_do_not_change():
 
 
 def test_settings_make_a_scheduler_of_diffusers():
-    """What everybody writes to exchange one; diffusers took what is no dict for a name on the hub."""
+    """The usual way to replace a scheduler. diffusers takes anything but a dict for a name on the hub."""
     ours = DDPMWuerstchenScheduler(s=0.01)
     assert diffusers.DDPMWuerstchenScheduler.from_config(ours.config).config.s == 0.01
 
@@ -150,12 +150,12 @@ def test_settings_make_a_scheduler_of_diffusers():
         (lambda s: DDPMWuerstchenScheduler(s=-1.0), "s must be .* got -1.0"),
     ],
 )
-def test_refuses(call, message):
+def test_invalid_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(DDPMWuerstchenScheduler())
 
 
-def test_pipelines_take_schedulers_that_know_of_no_given_timesteps(make_prior, seeded):
+def test_pipelines_take_schedulers_without_custom_timesteps(make_prior, seeded):
     class Plain(diffusers.DDPMWuerstchenScheduler):
         def set_timesteps(self, num_inference_steps, device=None):
             super().set_timesteps(num_inference_steps, device=device)

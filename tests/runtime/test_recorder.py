@@ -35,7 +35,7 @@ def test_on_a_cpu_the_function_runs_eagerly(randomise):
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda recorder: pickle.loads(pickle.dumps(recorder))])
 def test_a_copy_wraps_the_copied_network(randomise, copied):
-    """Pipelines hold recorders: a copy of one was refused as soon as it had drawn."""
+    """Pipelines hold recorders: copying a used pipeline failed."""
     prior = randomise(Prior(CONFIG)).eval()
     twin = copied(Recorder(prior, prepare=prior.context, records=False))
     assert twin.function is twin.network is not prior
@@ -63,7 +63,7 @@ def test_recorders_follow_the_pipelines_setting():
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("made", [torch.compile, torch.jit.script])
 def test_networks_that_are_compiled_or_have_compiled_parts_are_checked(made):
-    """They do not keep all in ``__dict__``: each pass on a GPU was a KeyError."""
+    """They do not keep everything in ``__dict__``, which raised a KeyError on GPUs."""
     network = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)).eval()
     plain, _ = Recorder(network)._state(torch.device("cpu"))
     for changed in (made(network), nn.Sequential(*map(made, network)).eval()):
@@ -75,8 +75,8 @@ def weights_of(state):
     return [one for one in state[1:-1] if isinstance(one, int)]
 
 
-def test_adapters_that_are_merged_into_weights_are_seen(randomise):
-    """Weights change where they lie: a recording from before added the adapter to them once more."""
+def test_merging_adapters_into_weights_is_detected(randomise):
+    """Weights change in place: an old recording applied the adapter a second time."""
     peft = pytest.importorskip("peft")
     prior = randomise(Prior(CONFIG)).eval()
     config = peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
@@ -95,8 +95,8 @@ def test_adapters_that_are_merged_into_weights_are_seen(randomise):
 
 
 @pytest.mark.parametrize("kind", ["LoraConfig", "IA3Config", "OFTConfig"])
-def test_adapters_that_are_switched_off_are_seen(kind, randomise):
-    """Most kinds have no factor, by which adapters were known."""
+def test_switching_adapters_off_is_detected(kind, randomise):
+    """Most kinds of adapters have no scale, by which they were detected."""
     peft = pytest.importorskip("peft")
     prior = randomise(Prior(CONFIG)).eval()
     more = {"feedforward_modules": []} if kind == "IA3Config" else {}
@@ -109,8 +109,8 @@ def test_adapters_that_are_switched_off_are_seen(kind, randomise):
     assert recorder._state(torch.device("cpu")) != before
 
 
-def test_a_replaced_forward_is_seen(randomise):
-    """So does accelerate, and a recording went on with the one before."""
+def test_a_replaced_forward_is_detected(randomise):
+    """As accelerate does. A recording kept the old method."""
     prior = randomise(Prior(CONFIG)).eval()
     recorder = Recorder(prior)
     before = recorder._state(torch.device("cpu"))
@@ -120,7 +120,7 @@ def test_a_replaced_forward_is_seen(randomise):
 
 
 def test_invalidate_computes_the_preparation_again(randomise):
-    """Where nothing is recorded, keys and values of the text stayed those of former weights, written over."""
+    """Without recordings, the text's keys and values stayed those of weights that were overwritten."""
     prior = randomise(Prior(CONFIG)).eval()
     x, r, text = inputs(torch.device("cpu"))
     recorder = Recorder(prior, prepare=prior.context)
@@ -142,8 +142,8 @@ def test_invalidate_computes_the_preparation_again(randomise):
     ],
     ids=["Stage C", "Stage B", "Stage B of v1", "Stage A"],
 )
-def test_blocks_as_they_are_made_are_fused(network):
-    """A layer more in one of them would make drawing slower, and nothing would say so."""
+def test_new_blocks_can_be_fused(network):
+    """Another layer in one of them would silently make sampling slower."""
     with torch.device("meta"):
         made = network().eval()
     blocks = [module for module in made.modules() if fused_layers(module)]
@@ -159,7 +159,7 @@ def inputs(device=CUDA, seed=0, grid=(6, 6), batch=2):
 
 
 def passes_of(recorder):
-    """How many kinds of passes are recorded."""
+    """Number of recorded kinds of passes."""
     return sum(kind in recorder._graphs for kind in recorder._graphs.warmed)
 
 
@@ -170,7 +170,7 @@ class TestOnCuda:
         return randomise(Prior(CONFIG)).to(CUDA).eval()
 
     def check(self, recorder, prior, *, seed=0, grid=(6, 6), batch=2):
-        """Several passes, the first of which is not yet recorded, the last of which is replayed."""
+        """Several passes: the first is not recorded, the last is replayed."""
         x, r, text = inputs(seed=seed, grid=grid, batch=batch)
         run = recorder.given(text, None)
         with torch.no_grad():
@@ -178,7 +178,7 @@ class TestOnCuda:
                 found, expected = run(x + shift, r), prior(x + shift, r, prior.context(text))
                 torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
-    def test_passes_are_those_of_the_network(self, prior):
+    def test_passes_equal_the_networks(self, prior):
         recorder = Recorder(prior, prepare=prior.context)
         for grid, batch in (((6, 6), 2), ((4, 7), 1), ((6, 6), 2)):
             for seed in range(2):
@@ -186,7 +186,7 @@ class TestOnCuda:
         assert passes_of(recorder) == 2
 
     def test_two_texts_in_turns(self, prior):
-        """Of one shape and of two; what was prepared of one is overwritten by the other."""
+        """With one shape and with two. Each preparation overwrites the other."""
         for batch in (2, 1):
             recorder = Recorder(prior, prepare=prior.context)
             given = [inputs(), inputs(seed=1, batch=batch)]
@@ -206,8 +206,8 @@ class TestOnCuda:
                 expected = prior(x * scale, r, prior.context(text))
                 torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
 
-    def test_new_weights_are_seen(self, prior, randomise):
-        """Written into the old ones, put in their place, and moved."""
+    def test_new_weights_are_detected(self, prior, randomise):
+        """Copied into the old ones, assigned, and moved."""
         recorder = Recorder(prior, prepare=prior.context)
         self.check(recorder, prior)
         other = randomise(Prior(CONFIG)).to(CUDA)
@@ -218,7 +218,7 @@ class TestOnCuda:
         self.check(recorder, prior)
         self.check(recorder, prior.to("cpu").to(CUDA))
 
-    def test_layers_that_are_replaced_and_hooks_are_seen(self, prior):
+    def test_replaced_layers_and_hooks_are_detected(self, prior):
         recorder, called = Recorder(prior, prepare=prior.context), []
         self.check(recorder, prior)
         prior.blocks[0].channelwise[0] = nn.Linear(32, 128).to(CUDA).eval()
@@ -230,7 +230,7 @@ class TestOnCuda:
         self.check(recorder, prior)
         assert passes_of(recorder)
 
-    def test_adapters_and_their_scales_are_seen(self, prior):
+    def test_adapters_and_their_scales_are_detected(self, prior):
         peft = pytest.importorskip("peft")
         recorder = Recorder(prior, prepare=prior.context)
         self.check(recorder, prior)
@@ -247,8 +247,8 @@ class TestOnCuda:
         self.check(recorder, prior)
 
     @pytest.mark.parametrize("replaces", [True, False])
-    def test_a_change_in_the_middle_of_an_image_is_seen(self, prior, replaces):
-        """By who asks for it, also where weights are written over; what was prepared is made anew as well."""
+    def test_invalidate_detects_a_change_between_steps(self, prior, replaces):
+        """Including weights that are overwritten. The preparation is computed again too."""
         x, r, text = inputs()
         recorder = Recorder(prior, prepare=prior.context)
         run = recorder.given(text, None)
@@ -263,7 +263,7 @@ class TestOnCuda:
                 expected = prior(x, r, prior.context(text))
                 torch.testing.assert_close(run(x, r), expected, rtol=1e-4, atol=1e-4)
 
-    def test_recordings_do_not_grow_without_bound(self, prior, monkeypatch):
+    def test_the_number_of_recordings_is_bounded(self, prior, monkeypatch):
         monkeypatch.setattr(recorder_module, "MAX_KINDS", 3)
         recorder = Recorder(prior, prepare=prior.context)
         for side in (3, 4, 5, 6, 7, 3):
@@ -271,7 +271,7 @@ class TestOnCuda:
             assert passes_of(recorder) <= 3
 
     def test_threads_record_one_after_the_other(self, randomise):
-        """What one thread did on the recording stream was recorded by another."""
+        """Work of one thread on the recording stream was recorded by another."""
         networks = [randomise(Prior(CONFIG)).to(CUDA).eval() for _ in range(4)]
 
         def draw(prior):
@@ -285,7 +285,7 @@ class TestOnCuda:
 
     @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
     def test_a_network_that_moves_to_another_gpu_is_recorded_there(self, prior):
-        """A stream of the first GPU records nothing of the second."""
+        """A stream of the first GPU cannot record work on the second."""
         recorder = Recorder(prior, prepare=prior.context)
         self.check(recorder, prior)
         there = torch.device("cuda:1")
@@ -298,7 +298,7 @@ class TestOnCuda:
                 torch.testing.assert_close(run(x + shift, r), expected, rtol=1e-4, atol=1e-4)
         assert passes_of(recorder)
 
-    def test_what_cannot_be_recorded_says_so_and_runs(self, prior):
+    def test_functions_that_cannot_be_recorded_warn_and_run(self, prior):
         def reads(x, r, context):
             return prior(x, r, context) * (1.0 if x.sum().item() > 0 else 2.0)
 
@@ -313,7 +313,7 @@ class TestOnCuda:
         assert torch.cuda.current_stream() == torch.cuda.default_stream()
 
     def test_inference_mode_and_no_grad_in_turns(self, prior):
-        """Tensors of inference mode may not be written to outside of it."""
+        """Tensors created in inference mode cannot be written to outside of it."""
         recorder = Recorder(prior, prepare=prior.context)
         for mode in (torch.inference_mode, contextlib.nullcontext, torch.inference_mode):
             with mode():
