@@ -262,7 +262,7 @@ class _Run(PhaseRunner):
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def begins(self, name: str) -> bool:
+    def is_new(self, name: str) -> bool:
         """Whether a phase has no checkpoint yet."""
         return not any((self.run_dir / f"stage_{name}" / "checkpoints").glob("[0-9]*"))
 

@@ -40,7 +40,7 @@ from wuerstchen.train.feed.prepared import (
 from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.report.events import Log
 from wuerstchen.train.stage_table import kind_of
-from wuerstchen.train.stages.prior import StageC, measure_map, measure_stored_maps
+from wuerstchen.train.stages.prior import StageC, measure_statistics, measure_stored_statistics
 
 CPU = torch.device("cpu")
 RECIPE = tiny()
@@ -394,9 +394,9 @@ def test_statistics_equal_those_of_the_images(few, cascade, tmp_path):
     pictures = [np.array(resize_crop(open_image(few / name), 128, 128)) for name in names]
     images = torch.from_numpy(np.stack(pictures))
     batch = Batch(torch.arange(len(rows)), images, [""] * len(rows), [])
-    expected = measure_map(cascade.compressor, iter([batch]), CPU)
+    expected = measure_statistics(cascade.compressor, iter([batch]), CPU)
     # Once through, in another order.
-    found = measure_stored_maps(some_latents(square, len(rows), 7))
+    found = measure_stored_statistics(some_latents(square, len(rows), 7))
     assert found.mean == pytest.approx(expected.mean, rel=1e-3, abs=1e-3)
     assert found.std == pytest.approx(expected.std, rel=1e-3)
 
@@ -405,7 +405,7 @@ def test_statistics_of_several_sizes_and_of_none(prepared):
     maps = list(some_latents(prepared, 30, 0))
     assert len({found.shape for found in maps}) > 1
     columns = np.concatenate([found.reshape(2, -1) for found in maps], axis=1).astype(np.float64)
-    found = measure_stored_maps(iter(maps))
+    found = measure_stored_statistics(iter(maps))
     assert found.mean == pytest.approx(columns.mean(1))
     assert found.std == pytest.approx(columns.std(1, ddof=1))
     row = int(prepared.rows("train")[item_at(0, len(prepared.rows("train")), 0)])  # of the first map
@@ -413,10 +413,10 @@ def test_statistics_of_several_sizes_and_of_none(prepared):
     assert [found.tobytes() for found in others] == [found.tobytes() for found in maps[1:]]
     damaged = Damaged(prepared.folder)
     damaged.broken = tuple(damaged.name(row) for row in range(len(damaged)))
-    with pytest.raises(DataError, match="none of the maps of the prepared set can be read"):
-        measure_stored_maps(some_latents(damaged, 30, 0))
-    with pytest.raises(UserError, match="says nothing about them"):
-        measure_stored_maps([np.zeros((2, 3, 3), np.float16)])
+    with pytest.raises(DataError, match="no semantic latents of the prepared set can be read"):
+        measure_stored_statistics(some_latents(damaged, 30, 0))
+    with pytest.raises(UserError, match=r"is at most 0\.001\. Below 0\.1 they contain no information"):
+        measure_stored_statistics([np.zeros((2, 3, 3), np.float16)])
 
 
 # What makes no sense

@@ -27,10 +27,10 @@ from wuerstchen.train.feed.images import Batch, Feed, batches
 from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.initial_weights import Parts, Start
 from wuerstchen.train.precision import with_autocast_weights
-from wuerstchen.train.stages.base import Run, cascade_settings, in_pieces
+from wuerstchen.train.stages.base import Run, cascade_settings, in_chunks
 from wuerstchen.train.stages.decoder import DECODER_STAGE, StageB, StageBRefinement
 from wuerstchen.train.stages.decoding import Decoding
-from wuerstchen.train.stages.prior import StageC, measure_map, needs
+from wuerstchen.train.stages.prior import StageC, measure_statistics, needs
 from wuerstchen.train.stages.vqgan import PerceptualLoss, StageA, StageARefinement, random_crops
 
 CPU = torch.device("cpu")
@@ -382,7 +382,7 @@ class TestStageB:
 
     def test_previews_and_validation_are_of_the_averages(self, stage_b, small_cascade, monkeypatch):
         drawn = []
-        monkeypatch.setattr(Decoding, "pictures", lambda stage, *given: (drawn.append(given), [])[1])
+        monkeypatch.setattr(Decoding, "reconstructions", lambda stage, *given: (drawn.append(given), [])[1])
 
         def drawn_with(expected):
             assert [id(network) for network in drawn.pop()[:3]] == [id(network) for network in expected]
@@ -393,7 +393,7 @@ class TestStageB:
         drawn_with((both.decoder, both.compressor, averages["previewer"]))
         both.eval()
         with torch.no_grad():
-            decoder, z = stage_b.decoder_and_map(averages, {"images": batch.images})
+            decoder, z = stage_b.decoder_and_latents(averages, {"images": batch.images})
             expected = both.compressor(compressor_input(batch.pixels(CPU), RECIPE.view_scale))
         assert decoder is both.decoder
         assert torch.equal(z, expected)
@@ -402,7 +402,7 @@ class TestStageB:
         averages = {name: copy.deepcopy(network) for name, network in last.networks.items()}
         last.preview(averages, batch.pixels(CPU), CPU)
         drawn_with((averages["decoder"], small_cascade.compressor, averages["previewer"]))
-        assert last.decoder_and_map(averages, {"z": z})[0] is averages["decoder"]
+        assert last.decoder_and_latents(averages, {"z": z})[0] is averages["decoder"]
 
     @torch.no_grad()
     def test_previews_with_less_memory_are_the_same_pictures(self, stage_b):
@@ -445,7 +445,10 @@ class TestStageB:
         torch.nn.init.constant_(stage_b.trained.compressor.backbone._bn1.bias, 100.0)
         batch = make_batch(128)
         _, _, terms = next(losses_of(stage_b, batch))
-        with pytest.raises(UserError, match=r"deviation fell to .*; use a lower stage_b\.backbone_rate"):
+        with pytest.raises(
+            UserError,
+            match=r"deviation of the semantic latents fell to .*\. Use a lower stage_b\.backbone_rate",
+        ):
             stage_b.check({"map_std": terms["map_std"].item()})
 
     def test_the_backbone_learns_more_slowly(self, stage_b):
@@ -483,7 +486,7 @@ class TestStageB:
             start=Start(),
             parts=Parts(vqgan=VQGAN(recipe.vqgan)),
             seed_weights=lambda stage: None,
-            begins=lambda stage: False,
+            is_new=lambda stage: False,
             train_phase=train_phase,
         )
         DECODER_STAGE.train(run)
@@ -509,7 +512,7 @@ class TestStageB:
                 start=Start(),
                 parts=Parts(vqgan=VQGAN(RECIPE.vqgan)),
                 seed_weights=lambda name: torch.manual_seed(5),
-                begins=lambda name: False,
+                is_new=lambda name: False,
                 train_phase=train_phase,
             )
         )
@@ -753,17 +756,17 @@ def test_frozen_networks_see_a_few_images_at_a_time(small_cascade):
         return {"latents": small_cascade.vqgan.encode(pixels), "means": pixels.mean((1, 2, 3))}
 
     with torch.no_grad():
-        found = in_pieces(frozen, batch.images, most=2 * 64 * 64 + 1)
+        found = in_chunks(frozen, batch.images, most=2 * 64 * 64 + 1)
         whole = frozen(batch.pixels(CPU))
         assert seen == [2, 2, 1, 5]
         torch.testing.assert_close(found, whole)
-        in_pieces(frozen, batch.images, most=1)
+        in_chunks(frozen, batch.images, most=1)
     assert seen[4:] == [1] * 5
 
 
 def test_map_statistics_are_those_of_numpy(small_cascade):
     batches = [make_batch(128), make_batch(128, 3)]
-    measured = measure_map(small_cascade.compressor, iter(batches), CPU)
+    measured = measure_statistics(small_cascade.compressor, iter(batches), CPU)
     with torch.no_grad():
         maps = [small_cascade.compressor(compressor_input(b.pixels(CPU))).numpy() for b in batches]
     columns = np.concatenate(maps).transpose(1, 0, 2, 3).reshape(2, -1).astype(np.float64)

@@ -227,7 +227,7 @@ class TestStagePaella:
         assert all(p.grad is not None for p in stage.trained.decoder.parameters())
         assert all(p.grad is None for p in stage.vqgan.parameters())
         assert stage.rate_scales == {"compressor.backbone.": 0.1}
-        with pytest.raises(UserError, match=r"deviation fell to 0\.01"):
+        with pytest.raises(UserError, match=r"semantic latents fell to 0\.01"):
             stage.check({"map_std": 0.01})
 
     def test_in_the_second_phase_the_compressor_stays(self, cascade):

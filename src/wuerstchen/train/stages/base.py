@@ -1,10 +1,10 @@
-"""What the files of stages share: what a stage is (``StageKind``), what it is handed (``Run``), and what the
-training loop needs to know of one of its phases (``Stage``).
+"""What all stages share: what a stage is (``StageKind``), what it gets to train with (``Run``), and the
+interface of its phases to the training loop (``Stage``).
 
-A phase works in two steps. ``prepare`` is what does not change while it trains: what frozen networks make of
-a picture and of its caption. ``losses`` is the rest: it yields ``(network, loss, terms)`` for each batch, and
-the loop makes one update of that network from each loss before it asks for the next. ``losses`` decides
-nothing on the host, so that an update can be recorded once and replayed.
+A phase works in two steps. ``prepare`` computes what does not change during training: the outputs of frozen
+networks for an image and its caption. ``losses`` yields ``(network, loss, terms)``, and the loop updates that
+network from each loss before it asks for the next one. ``losses`` decides nothing on the host, so an update
+can be recorded once and replayed.
 """
 
 import dataclasses
@@ -39,47 +39,50 @@ from wuerstchen.train.feed.prepared import StoredBatch
 from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.initial_weights import Parts, Start
 
-LEAST_SPREAD = 0.1  # of the map, which its batch norm keeps near 1 as long as pictures differ at all
+MIN_STD = 0.1  # of semantic latents. Batch norm keeps it near 1 as long as the images differ
 
 Losses = Iterator[tuple[str, Tensor, dict[str, Tensor]]]
 
 
 Inputs = dict[str, Tensor]
-"""What an update reads, a row a picture."""
+"""What an update reads, with one row per image."""
 
 
 @runtime_checkable
 class Stage(Protocol):
-    """What the loop needs to know of a stage."""
+    """The interface of a stage's phase to the training loop."""
 
     name: str
     optimization: Optimization
     networks: dict[str, nn.Module]
-    """Trained, each by an optimizer of its own."""
+    """The trained networks. Each has its own optimizer."""
     averaged: tuple[str, ...]
-    """Those of which a weight average is kept."""
+    """Names of the networks that have a weight average."""
     captions: bool
     """Whether batches need captions."""
     reads_images: bool
-    """Whether ``losses`` reads ``inputs["images"]``: the pictures themselves, (b, h, w, 3) in uint8."""
+    """Whether ``losses`` reads ``inputs["images"]``, the images as (b, h, w, 3) in uint8."""
     rates: dict[str, float]
-    """Learning rates of networks that have their own in place of ``optimization``'s."""
+    """Learning rates of networks that do not use that of ``optimization``."""
     rate_scales: dict[str, float]
-    """Shares of the learning rate, for parameters whose names begin so."""
+    """Factors of the learning rate by prefix of the parameter name."""
     preview_labels: dict[str, list[str]]
-    """What the images of ``preview`` show: ``rows`` from the top, or ``prompts``, one an image."""
+    """What the images of ``preview`` show: ``rows`` from the top, or a list of ``prompts``."""
 
     def prepare(self, batch: Batch, device: torch.device) -> Inputs:
-        """What frozen networks make of a batch. Called without gradients, once a picture if it is kept, and
-        under autocast if updates are: targets are computed in ``full_precision``."""
+        """The outputs of frozen networks for a batch.
+
+        Called without gradients, once per image if they are cached, and under the autocast of updates.
+        Targets must be computed in ``full_precision``.
+        """
         ...
 
     def losses(self, inputs: Inputs, random: ImageRandom) -> Losses:
-        """One loss for each update that this batch makes."""
+        """Yields one loss for each network that this batch updates."""
         ...
 
     def check(self, values: dict[str, float]) -> None:
-        """Raises ``UserError`` where the values of an update show that going on is in vain."""
+        """Raises ``UserError`` if the values of an update show that training has failed."""
         ...
 
     def preview(
@@ -90,23 +93,23 @@ class Stage(Protocol):
         *,
         low_memory: bool = False,
     ) -> list[Image.Image]:
-        """Pictures of the state of training, drawn with the averaged weights.
+        """Images that show the progress of training, generated with the averaged weights.
 
-        With ``low_memory`` they are drawn one at a time, and networks that are not on ``device`` visit it a
-        layer at a time: the least memory, and much slower.
+        With ``low_memory`` they are generated one at a time, and networks that are not on ``device`` are
+        moved there layer by layer. This needs the least memory and is much slower.
         """
         ...
 
 
 @runtime_checkable
 class UsesAverages(Protocol):
-    """A stage whose losses use the weight averages: a student that learns from its own average, say."""
+    """A stage whose losses use the weight averages, such as a student that learns from its own average."""
 
     def use_averages(self, averages: dict[str, nn.Module]) -> None:
-        """Is called once, before the first update of a start, with the averages by the networks' names.
+        """Called once before the first update, with the averages by the names of their networks.
 
-        They hold what a checkpoint has restored, and follow the networks after every update. ``losses`` may
-        run them, without gradients, and must not change them.
+        They are restored from a checkpoint if there is one, and change after every update. ``losses`` may run
+        them without gradients, and must not change them.
         """
         ...
 
@@ -116,7 +119,7 @@ N = TypeVar("N", bound=nn.Module)
 
 @dataclass(frozen=True, kw_only=True)
 class NamedPhase:
-    """One stretch of training, with checkpoints and a log of its own."""
+    """A phase of training with its own checkpoints."""
 
     name: str
     """In run folders (``RUN/stage_{name}``), logs and messages: b, b2 ..."""
@@ -124,48 +127,50 @@ class NamedPhase:
     config: str
     """The recipe's field with the stage's settings, as ``stage_b``."""
     path: str
-    """Path of the phase in the recipe, as ``stage_b.phases.0``; empty for the refinement of a stage."""
+    """Path of the phase in the recipe, as ``stage_b.phases.0``. Empty for the refinement of a stage."""
     trains: tuple[str, ...]
-    """The parts of the model that it changes."""
+    """The parts of the model that it trains."""
 
 
 @runtime_checkable
 class Averages(Protocol):
-    """The averaged weights that a phase has ended with."""
+    """The averaged weights at the end of a phase."""
 
     def __call__(self, network: N, name: str) -> N:
-        """``network``, which is built as the one that was trained under this ``name``, with its averaged
-        weights: on the run's device, in eval mode and frozen."""
+        """Loads the averaged weights of the network that was trained under this ``name`` into ``network``.
+
+        Returns it on the run's device, in eval mode and frozen.
+        """
         ...
 
 
 @runtime_checkable
 class Run(Protocol):
-    """What a stage is handed to train with: the results of the stages before it, the data, and the loop.
+    """What a stage gets to train with: the results of earlier stages, the data, and the training loop.
 
-    Where a run is only rehearsed or exported, the stages are trained in the same way: nothing is kept of
-    what they make, or ``train_phase`` gives the weights of checkpoints.
+    Rehearsals and exports train the stages in the same way. A rehearsal discards the results, and in an
+    export ``train_phase`` returns the weights of checkpoints.
     """
 
     recipe: Recipe
     device: torch.device
     start: Start
-    """What the run starts from, which stays as it is."""
+    """What the run starts from. It must not be changed."""
     parts: Parts
-    """The networks of the model so far. A stage replaces those that it makes. Networks that no stage is
-    trained on lie on the CPU until one moves them."""
+    """The networks of the model so far. A stage replaces those that it makes. Networks that are not trained
+    are on the CPU until a stage moves them."""
     statistics: LatentStatistics
-    """Of the semantic latents, for Stage C."""
+    """Statistics of the semantic latents, for Stage C."""
     makes_updates: bool
-    """Whether ``train_phase`` makes updates at all. If not, what only updates need can be left out."""
+    """Whether ``train_phase`` makes updates. If not, stages can leave out what only updates need."""
 
     def train_phase(self, stage: "Stage", phase: Phase, *, multiple: int = 1) -> Averages:
-        """Trains a phase to its end, from its last checkpoint if there is one. Sides of its images are
+        """Trains a phase to its end, from its last checkpoint if there is one. The sides of its images are
         multiples of ``multiple`` pixels."""
         ...
 
-    def begins(self, name: str) -> bool:
-        """Whether the phase of this name has no checkpoint yet."""
+    def is_new(self, name: str) -> bool:
+        """Whether the phase with this name has no checkpoint yet."""
         ...
 
     def seed_weights(self, name: str) -> None:
@@ -177,34 +182,35 @@ class Run(Protocol):
         ...
 
     def measured_source(self) -> Source | PreparedSet:
-        """The data set that is measured on."""
+        """The data set for measurements."""
         ...
 
     def some_images(self, purpose: str, size: int) -> Iterator[Batch]:
-        """Training images of ``size`` pixels to measure on, in an order that the ``purpose`` seeds."""
+        """Training images of ``size`` pixels for a measurement, in an order that depends on its
+        ``purpose``."""
         ...
 
     def measured_once(
         self, folder: str, measure: Callable[[], dict[str, Any]], known: dict[str, Any]
     ) -> dict[str, Any]:
-        """What ``measure`` finds, written into the run's ``folder`` and read from there by later starts.
+        """The result of ``measure``, stored in the run's ``folder`` for later starts.
 
-        Where nothing is measured, ``known`` takes its place: what the recipe says, if it says anything.
+        Runs that measure nothing return ``known`` instead: the values of the recipe, if it has any.
         """
         ...
 
     def settings_of_model(self, image_size: int | None = None) -> CascadeSettings:
-        """The settings of the model as it is so far, by choice with another image size."""
+        """The settings of the model so far, optionally with another image size."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageKind:
-    """Something that can be trained: what it makes, what it needs, and how it is done."""
+    """A stage: what it makes, what it needs, and how it is trained."""
 
     name: str
     short: str
-    """What recipes call it in ``stages``, and run folders after ``stage_``."""
+    """Its name in ``stages`` of recipes, and in run folders after ``stage_``."""
     config: str
     """The recipe's field with its settings, as ``stage_b``."""
     changeable: frozenset[str] = frozenset()
@@ -212,29 +218,29 @@ class StageKind:
     makes: tuple[str, ...]
     """The parts of the model that it trains."""
     optional: tuple[str, ...] = ()
-    """Those of them that a model can do without."""
+    """Those of them that a model can lack."""
     builds_on: tuple[str, ...] = ()
     """Names of the stages whose results it uses."""
     refines: bool = False
-    """Whether it goes on with what the stage of the same ``short`` name has made, after others."""
+    """Whether it continues the training of the stage with the same ``short`` name, after other stages."""
     reads_captions: bool = False
     """Whether it reads captions with the text encoder of Stage C."""
     needs_images: str = ""
-    """Why it cannot learn from a prepared set; empty if it can."""
+    """Why it cannot be trained on a prepared set. Empty if it can."""
     phases: Callable[[Recipe], list[NamedPhase]]
-    """Its phases by a recipe that trains it; none if the recipe leaves it out."""
+    """Its phases in a recipe that trains it. Empty if the recipe leaves it out."""
     train: Callable[[Run], None]
     """Trains all its phases and puts what it makes into ``Run.parts``."""
     check: Callable[[Run], None] | None = None
-    """Raises ``UserError`` for what would stop it, before any stage is trained."""
+    """Called before any stage is trained. Raises ``UserError`` for problems."""
     write: Callable[[Run, Path], None] | None = None
-    """Writes what is no part of a model, an adapter say, into the folder of the finished model."""
+    """Writes results that are not parts of a model, such as an adapter, into the model folder."""
 
 
 def numbered(
     kind: str, config_name: str, config: StageBConfig | StageCConfig, makes: tuple[str, ...]
 ) -> list[NamedPhase]:
-    """The phases of a stage that has several: c, c2, c3 ..."""
+    """The phases of a stage that can have several: c, c2, c3 ..."""
     return [
         NamedPhase(
             name=kind if number == 0 else f"{kind}{number + 1}",
@@ -248,17 +254,17 @@ def numbered(
 
 
 def sides_multiple(recipe: Recipe) -> int:
-    """What sides of images are multiples of where latents are decoded: the decoder's levels halve them."""
+    """What the sides of images must be multiples of to be decoded: each level of the decoder halves them."""
     return recipe.vqgan.factor * recipe.decoder.size_multiple
 
 
 def full_precision(device: torch.device) -> torch.autocast:
-    """Within, frozen networks compute what is to be learnt in fp32, whatever autocast is around.
+    """Disables autocast, so that frozen networks compute targets in fp32.
 
-    Under bf16 autocast the bundled model's semantic latents had an error of 0.035 of their deviation, with
-    biases of channels up to 0.033 that training would learn; with convolutions in TF32, torch's default for
-    fp32 on GPUs, 0.003. Text states (0.004 in bf16) are only read, and stay under autocast, as in the
-    original's trainer.
+    Under bf16 autocast the bundled model's semantic latents had an error of 0.035 standard deviations, with
+    biases of channels up to 0.033 that training would learn. With convolutions in TF32, torch's default for
+    fp32 on GPUs, the error is 0.003. Text states (0.004 in bf16) are inputs only and stay under autocast, as
+    in the original's trainer.
     """
     return torch.autocast(device.type, enabled=False)
 
@@ -269,17 +275,17 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
 
 
 PIECE = 2**22
-"""Pixels that frozen networks see at a time, 4 images of 1024: in fp32 Stage A takes 0.8 GiB for each of
-those."""
+"""Pixels that frozen networks process at a time: 4 images of 1024 × 1024. Stage A in fp32 needs 0.8 GiB for
+each."""
 
 
-def in_pieces(
+def in_chunks(
     function: Callable[[Float[Tensor, "b 3 h w"]], Inputs],
     images: UInt8[Tensor, "b h w 3"],
     most: int = PIECE,
 ) -> Inputs:
-    """What frozen networks make of images, of at most ``most`` pixels at a time, or one image; joined by
-    name."""
+    """Applies frozen networks to at most ``most`` pixels at a time, but at least one image. Joins the results
+    by name."""
     count = max(1, most // (images.shape[1] * images.shape[2]))
     made = [function(pixels_of(piece)) for piece in images.split(count)]
     return {name: torch.cat([part[name] for part in made]) for name in made[0]}
@@ -297,15 +303,15 @@ def objective_of(prediction: str, config: StageBConfig | StageCConfig) -> Object
 
 @runtime_checkable
 class ReadsStored(Protocol):
-    """A stage that learns from prepared sets too."""
+    """A stage that can also be trained on prepared sets."""
 
     def prepare_stored(self, batch: StoredBatch, device: torch.device) -> Inputs:
-        """As ``prepare``, without the networks whose results are stored."""
+        """``prepare`` without the networks whose outputs are stored."""
         ...
 
 
 def inputs_of(stage: Stage, batch: Batch | StoredBatch, device: torch.device) -> Inputs:
-    """All that an update reads of a batch."""
+    """Everything that an update reads of a batch."""
     if isinstance(batch, StoredBatch):
         assert isinstance(stage, ReadsStored)
         return stage.prepare_stored(batch, device)
@@ -314,24 +320,25 @@ def inputs_of(stage: Stage, batch: Batch | StoredBatch, device: torch.device) ->
 
 
 def encoded_captions(text_encoder: TextEncoder, captions: list[str], recipe: Recipe) -> Inputs:
-    """The captions as inputs: states of (b, t, d), and masks of (b, t) unless padding is attended to."""
+    """The captions as inputs: states (b, t, d) and, unless padding is attended to, masks (b, t)."""
     return text_inputs(text_encoder.encode(captions), recipe)
 
 
 def text_inputs(encoded: TextStates, recipe: Recipe) -> Inputs:
-    """Texts as inputs, likewise."""
+    """Encoded texts as inputs, like ``encoded_captions``."""
     states = {"states": encoded.states.float()}
     return states if recipe.text_positions == "all" else {**states, "mask": encoded.mask}
 
 
 def with_captions_dropped(
-    empty: TextStates, inputs: Inputs, random: ImageRandom, share: float
+    empty: TextStates, inputs: Inputs, random: ImageRandom, probability: float
 ) -> tuple[Float[Tensor, "b t d"], Bool[Tensor, "b t"] | None]:
-    """The captions of ``inputs``, for a ``share`` of the pictures in place of it the states of no text.
+    """States and mask of the captions in ``inputs``, replaced by those of an empty text with this
+    ``probability`` for each image.
 
-    The mask is None where ``inputs`` has none.
+    The mask is None if ``inputs`` has none.
     """
-    drop = random.uniform("caption") < share
+    drop = random.uniform("caption") < probability
     states = torch.where(drop[:, None, None], empty.states, inputs["states"])
     if "mask" not in inputs:
         return states, None
@@ -341,8 +348,8 @@ def with_captions_dropped(
 def cascade_settings(
     recipe: Recipe, statistics: LatentStatistics, start: CascadeSettings | None = None
 ) -> CascadeSettings:
-    """The settings of the model that a recipe makes; those that no recipe has are of the model at its
-    ``start``, if there is one."""
+    """The settings of the model that a recipe trains. Settings that recipes do not have come from the model
+    at its ``start``, if there is one."""
     settings, decoder = start or CascadeSettings(), decoder_kind(recipe.decoder)
     objectives = {"prior": settings.prior_objective, "decoder": settings.decoder_objective}
     if "c" in recipe.stages:
@@ -357,7 +364,7 @@ def cascade_settings(
         prior_sampler=settings.prior_sampler if settings.prior_sampler in fitting else fitting[0],
         prior_equal_steps=settings.prior_equal_steps or decoder.settings.prior_equal_steps,
         image_size=recipe.image_size,
-        # 128 pixels are three positions of the map; the decoder's levels may need more.
+        # 128 pixels are three positions of the semantic latents. The decoder's levels may need more.
         size_multiple=math.lcm(128, recipe.vqgan.factor * recipe.decoder.size_multiple),
         view_scale=recipe.view_scale,
         latent_statistics=statistics,

@@ -1,4 +1,4 @@
-"""Stage B in training: the latent diffusion decoder of v2, and how a run trains any kind of decoder."""
+"""Training of Stage B: the latent diffusion decoder of v2, and the phases of any kind of decoder."""
 
 import dataclasses
 
@@ -25,11 +25,11 @@ from wuerstchen.train.stages.base import (
     objective_of,
     sides_multiple,
 )
-from wuerstchen.train.stages.decoding import DecoderAndCompressor, Decoding, OnFinishedMap, WithCompressor
+from wuerstchen.train.stages.decoding import DecoderAndCompressor, Decoding, OnFinishedLatents, WithCompressor
 
 
 class _Latents(Decoding):
-    """What v2's decoder learns: the noise on Stage A's latents."""
+    """v2's decoder learns to denoise Stage A's latents."""
 
     denoises = "latents"
 
@@ -56,18 +56,18 @@ class _Latents(Decoding):
         return objective.loss(output, latents, noise, t).mean(), {}
 
     def predict(self, averages: dict[str, nn.Module], inputs: Inputs, x: Tensor, t: Tensor) -> Tensor:
-        decoder, z = self.decoder_and_map(averages, inputs)
+        decoder, z = self.decoder_and_latents(averages, inputs)
         assert isinstance(decoder, Decoder)
         size = tuple(x.shape[2:])
         return decoder(x, t, decoder.context(z, size, inputs.get("states"), inputs.get("mask")))
 
 
 class StageB(_Latents, WithCompressor):
-    """v2's latent diffusion decoder and, with it, the semantic compressor."""
+    """Trains v2's latent diffusion decoder together with the semantic compressor."""
 
 
-class StageBRefinement(_Latents, OnFinishedMap):
-    """The last phase of v2's Stage B: the decoder alone, on the maps of the finished compressor."""
+class StageBRefinement(_Latents, OnFinishedLatents):
+    """The last phase of v2's Stage B: trains only the decoder, on the finished compressor's latents."""
 
 
 def _check_recipe(recipe: Recipe) -> None:
@@ -114,21 +114,21 @@ def _phases(recipe: Recipe) -> list[NamedPhase]:
 
 
 def train(run: Run) -> None:
-    """Trains Stage B: the decoder with the compressor and the previewer, in all its phases."""
+    """Trains all phases of Stage B: the decoder with the compressor and the previewer."""
     recipe, config, vqgan, given = run.recipe, run.recipe.stage_b, run.parts.vqgan, run.start.parts
     assert vqgan is not None
     run.seed_weights("b")
     compressor = Compressor(recipe.compressor)
     if given.compressor is not None:
         compressor.load_state_dict(given.compressor.state_dict())
-    elif run.begins("b"):
+    elif run.is_new("b"):
         fill_compressor(recipe, compressor)
     kind = decoder_kind(recipe.decoder)
     # Initial weights are drawn in this order.
     decoder, previewer = kind.network(recipe.decoder), Previewer(recipe.previewer)
-    for network, begins in ((decoder, given.decoder), (previewer, given.previewer)):
-        if begins is not None:
-            network.load_state_dict(begins.state_dict())
+    for network, initial in ((decoder, given.decoder), (previewer, given.previewer)):
+        if initial is not None:
+            network.load_state_dict(initial.state_dict())
     text = run.parts.text_encoder_of_decoder()
     vqgan.to(run.device)
     if text is not None and recipe.decoder.clip_embd is not None:
@@ -165,8 +165,9 @@ def train(run: Run) -> None:
 
 
 def check(run: Run) -> None:
-    """Reads the compressor's weights once before anything is trained: Stage B may be hours away."""
-    if run.start.parts.compressor is None and run.begins("b"):
+    """Reads the compressor's weights once before anything is trained, because Stage B may start hours
+    later."""
+    if run.start.parts.compressor is None and run.is_new("b"):
         fill_compressor(run.recipe, Compressor(run.recipe.compressor))
 
 

@@ -1,7 +1,7 @@
-"""What all kinds of Stage B share in training: the decoder with the compressor, then the decoder alone.
+"""Training of Stage B, as far as v1 and v2 share it: the decoder with the compressor, then the decoder alone.
 
-The phases (``WithCompressor``, ``OnFinishedMap``) say what learns. What the decoder learns is v2's noise on
-latents in decoder.py, and v1's tokens in paella.py.
+``WithCompressor`` and ``OnFinishedLatents`` say which networks are trained. What the decoder learns, latents
+in v2 or tokens in v1, is in decoder.py and paella.py.
 """
 
 import dataclasses
@@ -25,23 +25,23 @@ from wuerstchen.train.config import Recipe, StageBConfig, refining
 from wuerstchen.train.feed.images import Batch, pixels_of
 from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.stages.base import (
-    LEAST_SPREAD,
+    MIN_STD,
     Inputs,
     Losses,
     NamedPhase,
     cascade_settings,
     encoded_captions,
     full_precision,
-    in_pieces,
+    in_chunks,
     with_captions_dropped,
 )
 
-MAP_NOISE = CosineSchedule()
-"""How the map is noised for Stage B, whatever the objectives of Stages B and C are."""
+LATENTS_NOISE = CosineSchedule()
+"""How semantic latents are noised for Stage B, whatever the objectives of Stages B and C are."""
 
 
 class DecoderAndCompressor(nn.Module):
-    """What Stage B trains as one."""
+    """Decoder and compressor as one network, with one optimizer."""
 
     def __init__(self, decoder: Decoder | Paella, compressor: Compressor) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class DecoderAndCompressor(nn.Module):
 
 
 class Decoding:
-    """What all kinds of Stage B share: a map that is disturbed, the text, and the pictures to look at."""
+    """What all kinds of Stage B share: augmented semantic latents, text, and previews."""
 
     captions: bool
 
@@ -80,12 +80,13 @@ class Decoding:
         return encoded_captions(self.text_encoder, batch.captions, self.recipe)
 
     def disturb(self, z: Float[Tensor, "b c h w"], random: ImageRandom) -> Float[Tensor, "b c h w"]:
-        """Zeroes the map of some pictures and noises that of others, so that B bears with what C draws.
+        """Drops the semantic latents of some images and noises those of others, so that Stage B tolerates
+        errors of Stage C.
 
-        The noise has the map's own scale: its BatchNorm keeps every channel near unit variance.
+        The noise has the scale of the latents: their batch norm keeps every channel near unit variance.
         """
         config = self.config
-        noised = MAP_NOISE.add_noise(
+        noised = LATENTS_NOISE.add_noise(
             z, random.normal("map noise", z.shape[1:]), random.uniform("map time") / 2
         )
         u = random.uniform("map choice")[:, None, None, None]
@@ -93,32 +94,32 @@ class Decoding:
         return torch.where(u < config.map_dropout, 0.0, z)
 
     def targets(self, pixels: Float[Tensor, "b 3 h w"]) -> Inputs:
-        """What the decoder has to find: what frozen Stage A makes of pictures."""
+        """The decoder's targets, computed by the frozen Stage A."""
         raise NotImplementedError
 
     def decoder_loss(
         self, decoder: nn.Module, z: Float[Tensor, "b c mh mw"], inputs: Inputs, random: ImageRandom
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """The loss of a decoder on maps, and further terms to log."""
+        """The loss of a decoder on semantic latents, and further terms to log."""
         raise NotImplementedError
 
-    def decoder_and_map(
+    def decoder_and_latents(
         self, averages: dict[str, nn.Module], inputs: Inputs
     ) -> tuple[nn.Module, Float[Tensor, "b c mh mw"]]:
-        """The averaged decoder and its maps, as they are without disturbance."""
+        """The averaged decoder and its semantic latents, without augmentation."""
         raise NotImplementedError
 
     def text_of(self, inputs: Inputs, random: ImageRandom) -> tuple[Tensor | None, Tensor | None]:
-        """States and mask of the captions, some of them dropped; None where no text is read."""
+        """States and mask of the captions, some of them dropped. None for a decoder that reads no text."""
         if self.no_text is None:
             return None, None
         return with_captions_dropped(self.no_text, inputs, random, self.config.caption_dropout)
 
     def stage_a(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-        """Pictures as Stage A alone gives them back: what Stage B could reach at best."""
+        """Reconstructions by Stage A alone: an upper bound for Stage B."""
         return self.vqgan.decode(self.vqgan.encode(pixels))
 
-    def pictures(
+    def reconstructions(
         self,
         decoder: Decoder | Paella,
         compressor: Compressor,
@@ -127,7 +128,7 @@ class Decoding:
         device: torch.device,
         low_memory: bool,
     ) -> list[Image.Image]:
-        """Originals, Stage A's reconstructions, those of A+B, and the previewer's."""
+        """Originals, then reconstructions by Stage A, by Stages B and A, and by the previewer."""
         cascade = Cascade(
             settings=cascade_settings(self.recipe, PUBLISHED_STATISTICS),
             vqgan=self.vqgan,
@@ -151,13 +152,13 @@ class Decoding:
 def previewer_loss(
     previewer: nn.Module, z: Float[Tensor, "b c mh mw"], pixels: Float[Tensor, "b 3 h w"]
 ) -> Float[Tensor, ""]:
-    """Mean squared error against the pictures, shrunk to the size of previews."""
+    """Mean squared error against the images, scaled down to the size of previews."""
     drawn = previewer(z.detach()).float()
     return F.mse_loss(drawn, F.interpolate(pixels, size=drawn.shape[2:], mode="area"))
 
 
 class WithCompressor(Decoding):
-    """The first phase: the decoder and, with it, the semantic compressor."""
+    """Phases that train the decoder together with the semantic compressor."""
 
     averaged = ("decoder_and_compressor", "previewer")
     reads_images = True
@@ -181,7 +182,7 @@ class WithCompressor(Decoding):
 
     def prepare(self, batch: Batch, device: torch.device) -> Inputs:
         with full_precision(device):
-            targets = in_pieces(self.targets, batch.images.to(device))
+            targets = in_chunks(self.targets, batch.images.to(device))
         return {**targets, **self.prepare_text(batch, device)}
 
     def losses(self, inputs: Inputs, random: ImageRandom) -> Losses:
@@ -192,13 +193,14 @@ class WithCompressor(Decoding):
         yield "previewer", previewer_loss(self.previewer, z, pixels), {}
 
     def check(self, values: dict[str, float]) -> None:
-        if values["map_std"] < LEAST_SPREAD:
+        if values["map_std"] < MIN_STD:
             raise UserError(
-                f"the semantic map's deviation fell to {values['map_std']:.3g}, so all pictures look alike "
-                "to the compressor; use a lower stage_b.backbone_rate in another --run-dir"
+                f"the standard deviation of the semantic latents fell to {values['map_std']:.3g}. Below "
+                f"{MIN_STD} all images look the same to the compressor. Use a lower stage_b.backbone_rate in "
+                "another --run-dir."
             )
 
-    def decoder_and_map(
+    def decoder_and_latents(
         self, averages: dict[str, nn.Module], inputs: Inputs
     ) -> tuple[nn.Module, Float[Tensor, "b c mh mw"]]:
         trained = averages["decoder_and_compressor"]
@@ -214,15 +216,17 @@ class WithCompressor(Decoding):
         *,
         low_memory: bool = False,
     ) -> list[Image.Image]:
-        """Originals, Stage A's reconstructions, those of A+B, and the previewer's."""
+        """Originals, then reconstructions by Stage A, by Stages B and A, and by the previewer."""
         trained, previewer = averages["decoder_and_compressor"], averages["previewer"]
         assert isinstance(trained, DecoderAndCompressor)
         assert isinstance(previewer, Previewer)
-        return self.pictures(trained.decoder, trained.compressor, previewer, pixels, device, low_memory)
+        return self.reconstructions(
+            trained.decoder, trained.compressor, previewer, pixels, device, low_memory
+        )
 
 
-class OnFinishedMap(Decoding):
-    """The last phase: the decoder alone, on the maps of the finished compressor."""
+class OnFinishedLatents(Decoding):
+    """The last phase: trains only the decoder, on the semantic latents of the finished compressor."""
 
     averaged = ("decoder", "previewer")
     reads_images = False
@@ -243,7 +247,7 @@ class OnFinishedMap(Decoding):
 
     def prepare(self, batch: Batch, device: torch.device) -> Inputs:
         with full_precision(device):
-            found = in_pieces(self._frozen, batch.images.to(device))
+            found = in_chunks(self._frozen, batch.images.to(device))
         return {**found, **self.prepare_text(batch, device)}
 
     def _frozen(self, pixels: Float[Tensor, "b 3 h w"]) -> Inputs:
@@ -258,7 +262,7 @@ class OnFinishedMap(Decoding):
     def check(self, values: dict[str, float]) -> None:
         pass
 
-    def decoder_and_map(
+    def decoder_and_latents(
         self, averages: dict[str, nn.Module], inputs: Inputs
     ) -> tuple[nn.Module, Float[Tensor, "b c mh mw"]]:
         return averages["decoder"], inputs["z"]
@@ -271,8 +275,8 @@ class OnFinishedMap(Decoding):
         *,
         low_memory: bool = False,
     ) -> list[Image.Image]:
-        """Originals, Stage A's reconstructions, those of A+B, and the previewer's."""
+        """Originals, then reconstructions by Stage A, by Stages B and A, and by the previewer."""
         decoder, previewer = averages["decoder"], averages["previewer"]
         assert isinstance(decoder, Decoder | Paella)
         assert isinstance(previewer, Previewer)
-        return self.pictures(decoder, self.compressor, previewer, pixels, device, low_memory)
+        return self.reconstructions(decoder, self.compressor, previewer, pixels, device, low_memory)

@@ -1,7 +1,7 @@
-"""Stage B of v1 in training: Paella finds the tokens of a picture again (arXiv 2211.07292).
+"""Training of v1's Stage B: Paella predicts the tokens of an image (arXiv 2211.07292).
 
-All but the loss is as in v2's Stage B. Two things differ from the original's trainer: a caption or a map is
-dropped a picture and not a batch at a time, and there is a weight average.
+Everything but the loss is as in v2's Stage B. There are two differences from the original's trainer: captions
+and semantic latents are dropped per image instead of per batch, and there is a weight average.
 """
 
 from dataclasses import dataclass
@@ -22,22 +22,22 @@ from wuerstchen.train.config import Recipe
 from wuerstchen.train.decoder_kinds import DecoderKind
 from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.stages.base import Inputs
-from wuerstchen.train.stages.decoding import Decoding, OnFinishedMap, WithCompressor
+from wuerstchen.train.stages.decoding import Decoding, OnFinishedLatents, WithCompressor
 
 POSITIONS = 128 * 128
-"""How many positions have logits at once: those of one picture of 512 pixels, 512 MiB in fp32."""
+"""Positions that have logits at the same time: one image of 512 pixels, 512 MiB in fp32."""
 
 
 @dataclass(frozen=True)
 class TokenLosses:
-    """How well logits foretell labels, position by position, in fp32 or better."""
+    """How well logits predict labels at each position, in fp32 or better."""
 
     cross_entropy: Float[Tensor, "b h w"]
     """−ln p(label)."""
     evenness: Float[Tensor, "b h w"]
-    """The mean of −ln p over all labels: what label smoothing mixes in."""
+    """The mean of −ln p over all labels, for label smoothing."""
     hit: Bool[Tensor, "b h w"]
-    """Whether the label is the likeliest."""
+    """Whether the label is the most likely one."""
 
     def smoothed(self, smoothing: float) -> Float[Tensor, "b h w"]:
         """The cross entropy to (1 − s) · one-hot + s / labels, as in arXiv 1512.00567, section 7."""
@@ -47,10 +47,10 @@ class TokenLosses:
 def token_losses(
     features: Float[Tensor, "b h w c"], weight: Float[Tensor, "labels c"], labels: Int[Tensor, "b h w"]
 ) -> TokenLosses:
-    """The losses of the logits ``features · weightᵀ``, which are never there for more than ``POSITIONS``.
+    """The losses of the logits ``features · weightᵀ``, computed for at most ``POSITIONS`` at a time.
 
-    The backward pass computes them again, piece by piece: a batch of 48 pictures of 512 pixels would keep 24
-    GiB of them, and again as much of what the softmax needs.
+    The backward pass recomputes them in the same chunks. The logits of 48 images of 512 pixels would take 24
+    GiB, and the softmax as much again.
     """
     pieces = [
         checkpoint(_piece, vectors, weight, goals, use_reentrant=False, preserve_rng_state=False)
@@ -65,7 +65,7 @@ def _piece(
     vectors: Float[Tensor, "n c"], weight: Float[Tensor, "labels c"], labels: Int[Tensor, " n"]
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Bool[Tensor, " n"]]:
     logits = F.linear(vectors, weight)
-    # Under autocast the product is in bf16, whose sums over thousands of labels would be worthless.
+    # Under autocast the product is in bf16, which is too coarse for sums over thousands of labels.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = logits.logsumexp(1)
     cross_entropy = total - logits.gather(1, labels[:, None])[:, 0]
@@ -73,7 +73,7 @@ def _piece(
 
 
 class _Tokens(Decoding):
-    """What v1's decoder learns: the tokens that quantised Stage A has for a picture."""
+    """v1's decoder learns to predict the tokens of the quantised Stage A."""
 
     def targets(self, pixels: Float[Tensor, "b 3 h w"]) -> Inputs:
         return {"tokens": self.vqgan.vquantizer(self.vqgan.embed(pixels)).indices}
@@ -81,7 +81,8 @@ class _Tokens(Decoding):
     def decoder_loss(
         self, decoder: nn.Module, z: Float[Tensor, "b c mh mw"], inputs: Inputs, random: ImageRandom
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """The smoothed cross entropy, in each picture the mean over its positions by ``loss_weight``."""
+        """The label-smoothed cross entropy, averaged over the positions of each image with
+        ``loss_weight``."""
         states, _ = self.text_of(inputs, random)
         t = training_timesteps(random.uniform("time"), self.config.time_shift)
         assert isinstance(decoder, Paella)
@@ -93,8 +94,8 @@ class _Tokens(Decoding):
     def token_errors(
         self, averages: dict[str, nn.Module], inputs: Inputs, t: Float[Tensor, " b"], random: ImageRandom
     ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-        """Of each picture at time ``t`` the mean cross entropy and, second, what it counts in training."""
-        decoder, z = self.decoder_and_map(averages, inputs)
+        """The mean cross entropy of each image at time ``t``, and its training loss."""
+        decoder, z = self.decoder_and_latents(averages, inputs)
         assert isinstance(decoder, Paella)
         context = decoder.context(z, inputs["states"])
         losses, mask = self._token_losses(decoder, context, inputs, t, random)
@@ -130,11 +131,11 @@ class _Tokens(Decoding):
 
 
 class StagePaella(_Tokens, WithCompressor):
-    """v1's Paella and, with it, the semantic compressor."""
+    """Trains v1's Paella together with the semantic compressor."""
 
 
-class StagePaellaRefinement(_Tokens, OnFinishedMap):
-    """The last phase of v1's Stage B: Paella alone, on the maps of the finished compressor."""
+class StagePaellaRefinement(_Tokens, OnFinishedLatents):
+    """The last phase of v1's Stage B: trains only Paella, on the finished compressor's latents."""
 
 
 def _check_recipe(recipe: Recipe) -> None:

@@ -1,4 +1,4 @@
-"""Stage C in training: the prior on the maps of the finished compressor."""
+"""Training of Stage C: the prior, on the semantic latents of the finished compressor."""
 
 import dataclasses
 from collections.abc import Collection, Iterable, Iterator
@@ -25,7 +25,7 @@ from wuerstchen.train.feed.prepared import StoredBatch, check_prepared, some_lat
 from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.precision import AUTOCAST_DTYPES, with_autocast_weights
 from wuerstchen.train.stages.base import (
-    LEAST_SPREAD,
+    MIN_STD,
     PIECE,
     Inputs,
     Losses,
@@ -34,7 +34,7 @@ from wuerstchen.train.stages.base import (
     StageKind,
     encoded_captions,
     full_precision,
-    in_pieces,
+    in_chunks,
     numbered,
     objective_of,
     text_inputs,
@@ -42,11 +42,11 @@ from wuerstchen.train.stages.base import (
 )
 
 Need = Literal["compressor", "text_encoder"]
-"""What makes the inputs of updates; with prepared sets, neither may be needed."""
+"""Frozen networks that compute the inputs of updates. Prepared sets may need neither."""
 
 
 class StageC:
-    """The prior, on the frozen compressor's normalised maps. Its later phases are the same by other names."""
+    """Trains the prior on the normalised semantic latents of the frozen compressor."""
 
     averaged = ("prior",)
     captions = True
@@ -95,7 +95,7 @@ class StageC:
             self._place(device, needs)
 
     def _place(self, device: torch.device, needs: Collection[Need]) -> None:
-        """Leaves on ``device`` only what updates need, in the precision that they need it in."""
+        """Keeps on ``device`` only what updates need, in the precision that they need."""
         for network in self.frozen.networks().values():
             network.to("cpu")
         if "compressor" in needs:
@@ -108,15 +108,15 @@ class StageC:
 
     def prepare(self, batch: Batch, device: torch.device) -> Inputs:
         with full_precision(device):
-            z = in_pieces(self._map, batch.images.to(device))["z"]
+            z = in_chunks(self._semantic_latents, batch.images.to(device))["z"]
         text = encoded_captions(self.text_encoder, batch.captions, self.recipe)
         return {"x": self.statistics.normalise(z), **text}
 
-    def _map(self, pixels: Float[Tensor, "b 3 h w"]) -> Inputs:
+    def _semantic_latents(self, pixels: Float[Tensor, "b 3 h w"]) -> Inputs:
         return {"z": self.compressor(compressor_input(pixels, self.recipe.view_scale)).float()}
 
     def prepare_stored(self, batch: StoredBatch, device: torch.device) -> Inputs:
-        """``prepare`` on what the compressor, and maybe the text encoder, have made already."""
+        """``prepare`` on stored outputs of the compressor and maybe of the text encoder."""
         x = self.statistics.normalise(batch.semantic_latents.to(device).float())
         return {"x": x, **text_inputs(batch.texts(self.text_encoder, device), self.recipe)}
 
@@ -150,7 +150,7 @@ class StageC:
         *,
         low_memory: bool = False,
     ) -> list[Image.Image]:
-        """Pictures of the recipe's prompts, through C, B and A."""
+        """Images of the recipe's prompts by Stages C, B and A."""
         prior = averages["prior"]
         assert isinstance(prior, Prior)
         settings = self.frozen.settings
@@ -160,7 +160,7 @@ class StageC:
             return []
         if device.type == "cpu" and not low_memory:
             return Wuerstchen(cascade, device).generate(prompts)
-        # Networks that updates do not need come one at a time, and the averages stay where they are.
+        # Networks that updates do not need are moved here one at a time. The averages stay where they are.
         model = Wuerstchen(cascade, device, low_memory="layer" if low_memory else "stage")
         most = 1 if low_memory else max(1, min(8, PIECE // settings.image_size**2))
         try:
@@ -170,29 +170,30 @@ class StageC:
 
 
 @torch.no_grad()
-def measure_map(
+def measure_statistics(
     compressor: Compressor, batches: Iterator[Batch], device: torch.device, view_scale: float = 0.75
 ) -> LatentStatistics:
-    """Mean and standard deviation of each channel of the map over some pictures."""
+    """Mean and standard deviation of each channel of the semantic latents of some images."""
     views = (compressor_input(batch.pixels(device), view_scale) for batch in batches)
-    maps = torch.cat([compressor(view).float().cpu() for view in views])
-    return _statistics(maps.double().transpose(0, 1).flatten(1))
+    latents = torch.cat([compressor(view).float().cpu() for view in views])
+    return _statistics(latents.double().transpose(0, 1).flatten(1))
 
 
-def measure_stored_maps(maps: Iterable[Float16[np.ndarray, "c h w"]]) -> LatentStatistics:
-    """``measure_map`` over stored maps, whose sizes may differ. Raises ``DataError`` if there are none."""
-    columns = [torch.from_numpy(found.astype(np.float64)).flatten(1) for found in maps]
+def measure_stored_statistics(latents: Iterable[Float16[np.ndarray, "c h w"]]) -> LatentStatistics:
+    """``measure_statistics`` of stored latents of any sizes. Raises ``DataError`` if there are none."""
+    columns = [torch.from_numpy(found.astype(np.float64)).flatten(1) for found in latents]
     if not columns:
-        raise DataError("none of the maps of the prepared set can be read; prepare the set again")
+        raise DataError("no semantic latents of the prepared set can be read. Prepare the set again.")
     return _statistics(torch.cat(columns, dim=1))
 
 
 def _statistics(columns: Float[Tensor, "c n"]) -> LatentStatistics:
-    spread = columns.std(1).clamp(min=1e-3).tolist()  # a channel may lie idle, but is not to divide by zero
-    if max(spread) < LEAST_SPREAD:
+    spread = columns.std(1).clamp(min=1e-3).tolist()  # a constant channel must not divide by zero
+    if max(spread) < MIN_STD:
         raise UserError(
-            f"the semantic map's deviation over the pictures is {max(spread):.3g} at most, so it says "
-            "nothing about them; train Stage B anew with a lower stage_b.backbone_rate"
+            f"the standard deviation of the semantic latents is at most {max(spread):.3g}. Below {MIN_STD} "
+            "they contain no information about the images. Train Stage B again with a lower "
+            "stage_b.backbone_rate."
         )
     return LatentStatistics(mean=tuple(columns.mean(1).tolist()), std=tuple(spread))
 
@@ -202,14 +203,14 @@ def _phases(recipe: Recipe) -> list[NamedPhase]:
 
 
 def train(run: Run) -> None:
-    """Trains Stage C in all its phases, on semantic latents whose statistics are measured first."""
-    recipe, config, begins = run.recipe, run.recipe.stage_c, run.start.parts.prior
+    """Trains all phases of Stage C, after measuring the statistics of the semantic latents."""
+    recipe, config, initial = run.recipe, run.recipe.stage_c, run.start.parts.prior
     run.seed_weights("c")
     prior = Prior(recipe.prior)
-    if begins is not None:
-        prior.load_state_dict(begins.state_dict())
+    if initial is not None:
+        prior.load_state_dict(initial.state_dict())
     run.parts.prior = None
-    if begins is None:  # weights go on with the normalisation that they are used to
+    if initial is None:  # trained weights keep their normalisation
         run.statistics = _measured_statistics(run)
     finals = []
     for named in _phases(recipe):
@@ -227,7 +228,7 @@ def train(run: Run) -> None:
 
 
 def needs(run: Run, phase: Phase) -> tuple[Need, ...]:
-    """The frozen networks that make the inputs of a phase of Stage C."""
+    """The frozen networks that compute the inputs of a phase of Stage C."""
     if not run.makes_updates:
         return ()
     if not isinstance(run.source(phase), PreparedSet):
@@ -236,7 +237,7 @@ def needs(run: Run, phase: Phase) -> tuple[Need, ...]:
 
 
 def _measured_statistics(run: Run) -> LatentStatistics:
-    """Measured once, before Stage C, on images of the model's size."""
+    """Measures the statistics once, on images of the model's size."""
     recipe, compressor = run.recipe, run.parts.compressor
     assert compressor is not None
 
@@ -244,11 +245,11 @@ def _measured_statistics(run: Run) -> LatentStatistics:
         source = run.measured_source()
         if isinstance(source, PreparedSet):
             seed = stable_hash(recipe.seed, "map") >> 1
-            maps = some_latents(source, recipe.statistics_images, seed, recipe.skip)
-            return dataclasses.asdict(measure_stored_maps(maps))
+            latents = some_latents(source, recipe.statistics_images, seed, recipe.skip)
+            return dataclasses.asdict(measure_stored_statistics(latents))
         images = run.some_images("map", recipe.image_size)
         network = compressor.to(run.device)
-        return dataclasses.asdict(measure_map(network, images, run.device, recipe.view_scale))
+        return dataclasses.asdict(measure_statistics(network, images, run.device, recipe.view_scale))
 
     channels = recipe.compressor.c_latent
     of_rehearsals = {"mean": [0.0] * channels, "std": [1.0] * channels}
@@ -257,7 +258,7 @@ def _measured_statistics(run: Run) -> LatentStatistics:
 
 
 def check(run: Run) -> None:
-    """Refuses prepared sets that were made with other networks, or that a phase cannot read as it is."""
+    """Raises ``UserError`` for prepared sets of other networks, or that do not suit a phase."""
     recipe, parts = run.recipe, run.parts
     for named in _phases(recipe):
         source, phase = run.source(named.phase), named.phase

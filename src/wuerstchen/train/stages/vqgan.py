@@ -1,4 +1,4 @@
-"""Stage A in training: the VQGAN against its discriminator, and then its way back to pixels alone."""
+"""Training of Stage A: the VQGAN against its discriminator, then a refinement of its decoder alone."""
 
 import copy
 import dataclasses
@@ -30,15 +30,16 @@ from wuerstchen.train.stages.base import (
     cascade_settings,
     encoded_captions,
     full_precision,
-    in_pieces,
+    in_chunks,
     sides_multiple,
 )
 
 
 class PerceptualLoss(nn.Module):
-    """Distance of two pictures in the features of an image network, in the manner of arXiv 1801.03924.
+    """Distance of two images in the features of a network, similar to LPIPS (arXiv 1801.03924).
 
-    At each resolution the features are scaled to unit length a position and compared by squared distance.
+    At each resolution, the features are normalised to unit length per position and compared by squared
+    distance.
     """
 
     def __init__(self, network: EfficientNetLite) -> None:
@@ -59,9 +60,9 @@ class PerceptualLoss(nn.Module):
 def random_crops(
     images: Shaped[Tensor, "b h w c"], side: int, random: ImageRandom, grid: int = 1
 ) -> Shaped[Tensor, "b side side c"]:
-    """A square of each picture, at a place of its own whose coordinates are multiples of ``grid``.
+    """A random square of each image, with corners at multiples of ``grid``.
 
-    The places are the same at every scale: crops of 32 out of 64 latents are those of 128 out of 256 pixels
+    Positions are the same at every scale: crops of 32 out of 64 latents match crops of 128 out of 256 pixels
     on a grid of 4.
     """
     height, width = images.shape[1:3]
@@ -69,18 +70,18 @@ def random_crops(
     steps = torch.arange(side, device=images.device)
     rows = (places[:, :1] * ((height - side) // grid + 1)).long() * grid + steps
     columns = (places[:, 1:] * ((width - side) // grid + 1)).long() * grid + steps
-    pictures = torch.arange(len(images), device=images.device)[:, None, None]
-    return images[pictures, rows[:, :, None], columns[:, None, :]]
+    numbers = torch.arange(len(images), device=images.device)[:, None, None]
+    return images[numbers, rows[:, :, None], columns[:, None, :]]
 
 
 def codes_used(indices: Int[Tensor, "b h w"], codes: int) -> Float[Tensor, ""]:
-    """How many of the ``codes`` a batch uses. If it is a handful, the codebook has collapsed."""
+    """How many of the ``codes`` a batch uses. Only a few mean that the codebook has collapsed."""
     used = torch.zeros(codes, dtype=torch.float32, device=indices.device)
     return used.scatter_(0, indices.flatten(), 1.0).sum()
 
 
-class _Pictures:
-    """What both phases of Stage A share: the losses of a picture against its original."""
+class _Reconstructing:
+    """What both phases of Stage A share: the losses of a reconstruction."""
 
     captions = False
     reads_images = True
@@ -101,7 +102,7 @@ class _Pictures:
             self.discriminator = Discriminator(vqgan.config.in_channels, width, depth)
             self.networks["discriminator"] = self.discriminator
 
-    def picture_losses(
+    def image_losses(
         self,
         network: str,
         output: Float[Tensor, "b c h w"],
@@ -109,7 +110,8 @@ class _Pictures:
         further: dict[str, Tensor],
         random: ImageRandom,
     ) -> Losses:
-        """The loss of ``network``, which drew ``output``, with ``further`` terms, and the discriminator's."""
+        """Yields the loss of ``network``, which made ``output``, with ``further`` terms, and the
+        discriminator's."""
         config, output = self.config, output.float()
         squared, absolute = F.mse_loss(output, pixels), F.l1_loss(output, pixels)
         terms = {"reconstruction": squared + config.l1_weight * absolute, **further}
@@ -124,7 +126,7 @@ class _Pictures:
             total = total + config.adversarial_weight * (listens * verdicts).mean()
         yield network, total, terms
         if self.discriminator is not None:
-            # Hinge loss (arXiv 1705.02894): only what is not yet told apart clearly teaches anything.
+            # Hinge loss (arXiv 1705.02894): images that are already told apart clearly give no gradient.
             real = F.relu(1 - self.discriminator(pixels).float()).mean()
             fake = F.relu(1 + self.discriminator(output.detach()).float()).mean()
             yield "discriminator", real + fake, {"discriminator": real + fake}
@@ -132,15 +134,15 @@ class _Pictures:
     def check(self, values: dict[str, float]) -> None:
         pass
 
-    def pictures(self, vqgan: nn.Module, pixels: Tensor, one_by_one: bool) -> list[Image.Image]:
-        """Originals, then unquantised and quantised reconstructions."""
+    def reconstructions(self, vqgan: nn.Module, pixels: Tensor, one_by_one: bool) -> list[Image.Image]:
+        """Originals, then reconstructions without and with quantisation."""
         parts = pixels.split(1 if one_by_one else len(pixels))
         rows = [parts, *([vqgan(part, quantise=q)[0].clamp(0, 1) for part in parts] for q in (False, True))]
         return [image for row in rows for part in row for image in to_images(part.float())]
 
 
-class StageA(_Pictures):
-    """The VQGAN against its discriminator."""
+class StageA(_Reconstructing):
+    """Trains the VQGAN against its discriminator."""
 
     name = "a"
     averaged = ("vqgan",)
@@ -153,7 +155,7 @@ class StageA(_Pictures):
         *,
         keeps_codes: bool = False,
     ) -> None:
-        """``keeps_codes``: the codebook is a trained one, and stays what it is at first."""
+        """``keeps_codes`` says that the codebook is already trained and is not initialised again."""
         super().__init__(config, vqgan, perceptual)
         self.optimization = config.optimization
         self.networks = {"vqgan": vqgan, **self.networks}
@@ -172,7 +174,7 @@ class StageA(_Pictures):
         output, quantised = self.vqgan(pixels, quantise=quantise)
         used = codes_used(quantised.indices, self.vqgan.config.num_vq_embeddings)
         further = {"quantiser": quantised.loss}
-        for network, loss, terms in self.picture_losses("vqgan", output, pixels, further, random):
+        for network, loss, terms in self.image_losses("vqgan", output, pixels, further, random):
             yield network, loss, terms | ({"codes_used": used} if network == "vqgan" else {})
 
     def preview(
@@ -183,18 +185,18 @@ class StageA(_Pictures):
         *,
         low_memory: bool = False,
     ) -> list[Image.Image]:
-        """Originals, then unquantised and quantised reconstructions."""
-        return self.pictures(averages["vqgan"], pixels, low_memory)
+        """Originals, then reconstructions without and with quantisation."""
+        return self.reconstructions(averages["vqgan"], pixels, low_memory)
 
 
-_REDRAWN_FROM = (0.5, 0.35, 0.2, 0.08)  # times that Stage B denoises at, each time anew from noise
+_RESAMPLED_AT = (0.5, 0.35, 0.2, 0.08)  # times at which latents are noised and denoised by Stage B
 
 
-class StageARefinement(_Pictures):
-    """The second phase of Stage A, after Stage B: the way from latents to pixels alone.
+class StageARefinement(_Reconstructing):
+    """The second phase of Stage A, after Stage B: trains only the way from latents to pixels.
 
-    The latents stay as they are, so Stages B and C are not touched. A share of them is what Stage B makes of
-    the real ones out of noise, so that its small errors at edges do not come out larger than they are.
+    The latents do not change, so Stages B and C stay valid. A fraction of them is noised and denoised by
+    Stage B, so that the decoder does not amplify Stage B's small errors at edges.
     """
 
     name = "a2"
@@ -218,12 +220,12 @@ class StageARefinement(_Pictures):
         self.compressor = stage_b.compressor.eval().requires_grad_(False)
         self.text_encoder = text_encoder if stage_b.decoder.config.clip_embd is not None else None
         self.captions = self.text_encoder is not None
-        half = vqgan.decoder_half().requires_grad_(True)
-        self.networks = {"decoder_half": half, **self.networks}
+        decoder_half = vqgan.decoder_half().requires_grad_(True)
+        self.networks = {"decoder_half": decoder_half, **self.networks}
 
     def prepare(self, batch: Batch, device: torch.device) -> Inputs:
         with full_precision(device):
-            frozen = in_pieces(self._frozen, batch.images.to(device))
+            frozen = in_chunks(self._frozen, batch.images.to(device))
         latents, z = frozen["latents"], frozen["z"]
         states = mask = None
         if self.text_encoder is not None:
@@ -232,7 +234,7 @@ class StageARefinement(_Pictures):
         context = self.decoder.context(z, tuple(latents.shape[2:]), states, mask)
         random = ImageRandom(0, batch.indices.to(device))
         redrawn = latents
-        for t in _REDRAWN_FROM:
+        for t in _RESAMPLED_AT:
             times = torch.full((len(latents),), t, dtype=torch.float32, device=device)
             noise = random.normal(f"noise at {t}", latents.shape[1:])
             x = self.objective.noised(redrawn, noise, times)
@@ -256,7 +258,7 @@ class StageARefinement(_Pictures):
         with torch.no_grad():
             codes = self.vqgan.vquantizer(z).latents
         output = self.vqgan.unembed(torch.where(quantise[:, None, None, None], codes, z))
-        yield from self.picture_losses("decoder_half", output, pixels_of(images), {}, random)
+        yield from self.image_losses("decoder_half", output, pixels_of(images), {}, random)
 
     def preview(
         self,
@@ -266,11 +268,11 @@ class StageARefinement(_Pictures):
         *,
         low_memory: bool = False,
     ) -> list[Image.Image]:
-        """Originals, then unquantised and quantised reconstructions."""
+        """Originals, then reconstructions without and with quantisation."""
         refined = VQGAN(self.vqgan.config).to(device).eval()
         refined.load_state_dict(self.vqgan.state_dict())
         refined.decoder_half().load_state_dict(averages["decoder_half"].state_dict())
-        return self.pictures(refined, pixels, low_memory)
+        return self.reconstructions(refined, pixels, low_memory)
 
 
 def _phase(recipe: Recipe) -> list[NamedPhase]:
@@ -289,19 +291,19 @@ def _refinement(recipe: Recipe) -> list[NamedPhase]:
 
 def train(run: Run) -> None:
     """Trains Stage A, and measures the scale of its latents."""
-    recipe, config, begins = run.recipe, run.recipe.stage_a, run.start.parts.vqgan
+    recipe, config, initial = run.recipe, run.recipe.stage_a, run.start.parts.vqgan
     run.seed_weights("a")
     network = VQGAN(recipe.vqgan)
-    if begins is not None:
-        network = copy.deepcopy(begins).requires_grad_(True)
+    if initial is not None:
+        network = copy.deepcopy(initial).requires_grad_(True)
     shape = network.config
     (named,) = _phase(recipe)
     averages = run.train_phase(
-        StageA(config, network, _perceptual(run), keeps_codes=begins is not None),
+        StageA(config, network, _perceptual(run), keeps_codes=initial is not None),
         named.phase,
         multiple=sides_multiple(recipe),
     )
-    # Into a network of its own: the one that was trained may be compiled.
+    # Into a new network: the trained one may be compiled.
     trained = averages(VQGAN(shape), "vqgan")
     if config.measure_scale:
         trained.config = dataclasses.replace(trained.config, scale_factor=_latent_scale(run, trained))
@@ -318,7 +320,7 @@ def _perceptual(run: Run) -> EfficientNetLite | None:
 
 
 def _latent_scale(run: Run, vqgan: VQGAN) -> float:
-    """The latents' standard deviation, measured once, which becomes their scale factor."""
+    """The standard deviation of the latents, measured once. It becomes their scale factor."""
 
     def measure() -> dict[str, Any]:
         size = run.recipe.stage_a.image_size or run.recipe.image_size
@@ -349,7 +351,7 @@ def train_refinement(run: Run) -> None:
     stage = StageARefinement(config, vqgan, _perceptual(run), frozen, text, recipe)
     (named,) = _refinement(recipe)
     averages = run.train_phase(stage, named.phase, multiple=sides_multiple(recipe))
-    # Into a network of its own: the one that was trained may be compiled.
+    # Into a new network: the trained one may be compiled.
     refined = VQGAN(vqgan.config)
     refined.load_state_dict(vqgan.state_dict())
     averages(refined.decoder_half(), "decoder_half")
