@@ -21,7 +21,7 @@ def test_buckets_hold_about_as_many_pixels_as_the_square(size, max_ratio):
         assert width % 128 == height % 128 == 0
         assert max(width, height) <= max_ratio * min(width, height)
         assert (height, width) in buckets
-        # The longer side is rounded by half a step at most.
+        # The longer side is rounded by at most half a step.
         assert abs(width * height - size * size) <= 64 * min(width, height)
     assert buckets == sorted(set(buckets), key=lambda b: b[0] / b[1])
 
@@ -97,7 +97,7 @@ def test_saliency_finds_the_detail(left):
         begin = [300 - box[3] if turned else box[0] for box in boxes]
         assert begin[0] <= left + 2
         assert begin[0] + 100 >= left + 58
-        # The others show it oftener than a place drawn blindly would.
+        # The other crops contain it more often than random crops would.
         assert np.mean([max(0, min(b + 100, left + 60) - max(b, left)) for b in begin]) > 25
 
 

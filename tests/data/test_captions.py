@@ -20,7 +20,7 @@ from wuerstchen.data.colours import COLOURS, name_colours, to_hsv, to_lab
 from wuerstchen.data.emoji import read_index, sample_root
 from wuerstchen.data.plan import generator
 
-# Names that are awkward in one way or another, beside those of the sample.
+# Awkward names, in addition to those of the sample.
 AWKWARD = [
     ("red heart", "heart"),
     ("light blue heart",),
@@ -44,7 +44,7 @@ SAMPLE = [record for record in read_index(sample_root()) if record.style == "not
 NAMES = AWKWARD + [record.names for record in SAMPLE]
 TAGS = sorted({tag for record in SAMPLE for tag in record.tags} | {"red", "blue-faced", "100", "<3"})
 
-# The fields and not the scene: checking types while a strategy draws would use `random`.
+# Draw fields instead of a scene: type checks inside a strategy would use `random`.
 fields = st.fixed_dictionaries(
     {
         "style": st.sampled_from(sorted(STYLE_PHRASES)),
@@ -93,7 +93,7 @@ def test_every_caption_is_clean_english(fields: dict, seed: int) -> None:
 @settings(max_examples=300, deadline=None)
 def test_captions_name_no_colour_that_the_image_lacks(fields: dict, seed: int) -> None:
     scene = Scene(**fields)
-    assume(scene.recoloured or scene.style == "fluent-mono")  # else the names' own colours hold
+    assume(scene.recoloured or scene.style == "fluent-mono")  # otherwise the colours in the names are right
     text = caption(scene, np.random.default_rng(seed))
     for phrase in PHRASES:
         text = text.replace(phrase, "")
@@ -225,7 +225,7 @@ def test_hsv_agrees_with_the_standard_library() -> None:
 
 
 def test_lab_of_known_colours() -> None:
-    # Published values for sRGB under D65: Lindbloom's calculator.
+    # Published values for sRGB and D65, from Lindbloom's calculator.
     pixels = np.array([[255, 255, 255], [0, 0, 0], [255, 0, 0], [0, 0, 255]], dtype=np.uint8)
     expected = [[100, 0, 0], [0, 0, 0], [53.24, 80.09, 67.20], [32.30, 79.19, -107.86]]
     np.testing.assert_allclose(to_lab(pixels), expected, atol=0.3)

@@ -83,7 +83,7 @@ def test_split_rule_gives_the_listed_pairs() -> None:
     subjects = listed_subjects()
     assert len(subjects) == len(set(subjects)) == 1337
     heldout = set()
-    for subject in subjects:  # the rule, written out a second time
+    for subject in subjects:  # a second implementation of the rule
         number = int(hashlib.sha256(("wue" + subject).encode()).hexdigest(), 16)
         if number % 1000 < 500:
             lost = ["fluent-3d", "fluent-flat", "fluent-mono", "noto", "twemoji"][(number // 1000) % 5]
@@ -96,7 +96,7 @@ def test_split_rule_gives_the_listed_pairs() -> None:
 def test_nothing_held_out_is_in_train(built: Path) -> None:
     train, heldout = EmojiSource(built), EmojiSource(built, split="heldout")
     hidden = {record.id for record in heldout.records}
-    assert hidden  # or the test shows nothing
+    assert hidden  # otherwise the test is vacuous
     assert hidden == {r.id for r in read_index(built)} & listed_heldout()
     shown = {train.name(item).removesuffix(".webp") for item in range(len(train))}
     assert not shown & listed_heldout()
@@ -449,7 +449,7 @@ def test_build_of_one_subject_and_its_resumption(tmp_path: Path, monkeypatch: py
     assert {r.names for r in records} == {("ox", "big ox")}
     assert (out / "ATTRIBUTION.txt").is_file()
     alpha = emoji.read_rgba(out / "noto" / f"{FOX}.webp")[..., 3]
-    assert alpha[64:192].min() > 250  # a drawing twice as wide as high lies in the middle
+    assert alpha[64:192].min() > 250  # a drawing twice as wide as high is centred
     assert alpha[:60].max() == alpha[196:].max() == 0
 
     whole, damaged = out / "noto" / f"{FOX}.webp", out / "twemoji" / f"{FOX}.webp"

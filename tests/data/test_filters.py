@@ -32,7 +32,7 @@ def test_a_missing_field_passes_unless_strict():
     for fields in ({}, {"pwatermark": None}):
         assert ORIGINAL.drop_reason(fields) is None
         assert strict.drop_reason(fields) == "no watermark score"
-    assert strict.drop_reason({"pwatermark": 0.0}) is None  # of scores not asked for none is missed
+    assert strict.drop_reason({"pwatermark": 0.0}) is None  # scores without a bound are not required
 
 
 @pytest.mark.parametrize("value", ["0.1", True, [0.1], math.nan])
@@ -112,7 +112,7 @@ def test_tallies_add_up_and_survive_json():
 def test_common_names_of_scores(fields):
     filters = Filters(max_watermark=0.5, min_aesthetic=5.0, max_unsafe=0.5)
     (name,) = fields
-    assert name in FIELDS  # readers leave everything else out
+    assert name in FIELDS  # readers drop all other fields
     assert filters.drop_reason(fields) is not None
     assert filters.drop_reason(dict.fromkeys(fields, 5.0 if "aesthetic" in name.lower() else 0.1)) is None
 

@@ -90,7 +90,7 @@ def test_the_shorter_side_is_scaled_and_the_crop_is_random(tmp_path: Path) -> No
         across = crop[8].astype(int)
         assert (
             255 / 3 * 0.8 < across[-1, 0] - across[0, 0] < 255 / 3
-        )  # a third of the width, so no stretching
+        )  # a third of the width: the image is not stretched
     assert max(crop.mean() for crop in crops) - min(crop.mean() for crop in crops) > 100
 
 

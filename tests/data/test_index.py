@@ -129,7 +129,7 @@ def test_one_image_in_fifty_is_held_out_by_its_name(kind, tmp_path):
     assert len(set(every)) == 260
     assert set(names(kept)) == held_out_names(every)
     assert names(kept)
-    # Both parts are in the order of the data, and their numbers lead to their own images.
+    # Both subsets keep the order of the data, and their numbers refer to their own images.
     numbers = [int(train.captions(item)[0].split()[1]) for item in range(len(train))]
     assert numbers == sorted(numbers)
     for source in (train, kept):
@@ -156,8 +156,8 @@ def test_the_list_is_made_once_and_again_for_other_files(tmp_path, monkeypatch, 
     first = opened(folder)
     assert opened(folder).fingerprint() == first.fingerprint()
     assert len(made) == 1
-    (cache / f".{next(cache.glob('*-*')).name}.left").mkdir()  # by a process that was killed
-    # The same bytes at another time are listed again, and are the same data.
+    (cache / f".{next(cache.glob('*-*')).name}.left").mkdir()  # left by a killed process
+    # The same bytes with another time are indexed again, with the same fingerprint.
     os.utime(folder / "000.tar", ns=(1, 1))
     assert opened(folder).fingerprint() == first.fingerprint()
     assert len(made) == 2
@@ -167,9 +167,9 @@ def test_the_list_is_made_once_and_again_for_other_files(tmp_path, monkeypatch, 
     assert len(made) == 3
     assert len(changed) == 13
     assert changed.fingerprint() != first.fingerprint()
-    assert first.name(11) == "000.tar:0011"  # what is open stays open
-    assert len(list(cache.glob("*/index.json"))) == 1  # and nothing old is left
-    # A damaged list is made again.
+    assert first.name(11) == "000.tar:0011"  # open files remain readable
+    assert len(list(cache.glob("*/index.json"))) == 1  # and no old index is left
+    # A damaged index is rebuilt.
     wanted, rows = names(changed), next(cache.glob("*/rows.bin"))
     rows.unlink()
     rows.write_bytes(b"x")
@@ -207,7 +207,7 @@ def test_what_cannot_be_used_is_left_out_and_named(tmp_path):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    for _ in range(2):  # also where the list is there already
+    for _ in range(2):  # also with an existing index
         source = opened(folder)
         assert len(source) == 4
         assert source.index.tally.dropped == {"no caption": 1, "no image": 1, "bad text": 1}

@@ -67,7 +67,7 @@ def test_parquet_reads_the_columns_that_are_used(tmp_path):
         "text": ["a"],
         "long": ["b"],
         "pwatermark": [0.5],
-        "taken": pa.array([2**31 - 1], pa.date32()),  # later than Python's last day
+        "taken": pa.array([2**31 - 1], pa.date32()),  # beyond Python's last date
     }
     pq.write_table(pa.table(table), tmp_path / PARQUET)
     assert rows(tmp_path, PARQUET) == [

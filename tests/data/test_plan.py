@@ -68,7 +68,7 @@ def test_an_epoch_shows_every_item_at_most_once_and_drops_only_the_rest_of_a_buc
         for bucket in set(buckets):
             members = set(np.flatnonzero(buckets == bucket))
             assert len(members & set(shown)) == len(members) // 4 * 4
-        # The buckets come mixed, not one after the other.
+        # Batches of different buckets are mixed.
         assert sum(buckets[a[0]] != buckets[b[0]] for a, b in itertools.pairwise(batches)) > 4
         shown_in.append(shown.tolist())
     assert shown_in[0] != shown_in[1]
@@ -81,7 +81,7 @@ def test_items_of_buckets_smaller_than_a_batch_are_shown_as_often_as_the_others(
     plan = BucketPlan(buckets, 64, seed=3)
     assert plan.small == [0, 1, 5]
     first = epoch_of(plan, 0)
-    for bucket in (0, 1, 5):  # every one of their items is in the first epoch
+    for bucket in (0, 1, 5):  # the first epoch contains all their items
         (batch,) = [batch for batch in first if buckets[batch[0]] == bucket]
         assert set(batch) == set(np.flatnonzero(buckets == bucket))
     batches = [batch for epoch in range(64) for batch in epoch_of(plan, epoch)]
@@ -89,10 +89,10 @@ def test_items_of_buckets_smaller_than_a_batch_are_shown_as_often_as_the_others(
     times = np.bincount(np.concatenate(batches), minlength=119)
     for bucket, count in enumerate(plan.counts):
         if bucket in plan.small:
-            # In 64 epochs each item 64 times, but for the odd ones of a batch.
+            # In 64 epochs each item appears 64 times, except for rounding to whole batches.
             assert times[buckets == bucket].sum() == 64 * count
             assert abs(times[buckets == bucket] - 64).max() <= count
-    for batch in batches:  # every item of a small bucket as often as any other, or once more
+    for batch in batches:  # the items of a small bucket appear equally often, or once more
         seen = np.bincount(batch)[buckets[: batch.max() + 1] == buckets[batch[0]]]
         assert seen.max() - seen.min() <= 1
     assert [plan.ids(i).tolist() for i in (70, 3, 41)] == [batches[i].tolist() for i in (70, 3, 41)]

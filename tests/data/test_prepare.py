@@ -141,7 +141,7 @@ def test_what_is_stored(photos, whole, networks):
             encoded = networks.text_encoder.encode([caption])
             tokens = networks.text_encoder.tokens(caption)
             assert prepared.tokens(index, choice).tolist() == tokens
-            # The bundled model hides padding, so only the states of the tokens are there.
+            # The bundled model masks padding, so only the states of tokens are stored.
             states = prepared.states(index, choice)
             expected = encoded.states[0, : len(tokens)].numpy()
             assert states.shape == expected.shape
@@ -205,7 +205,7 @@ def test_latents_are_float32_whatever_text_states_are(photos, tmp_path, networks
     for index in range(len(exact)):
         assert np.array_equal(exact.semantic_latents(index), near.semantic_latents(index))
     assert not np.array_equal(exact.states(0), near.states(0))
-    del near.description["settings"]["maps_precision"]  # as sets of earlier versions
+    del near.description["settings"]["maps_precision"]  # as in sets of earlier versions
     assert near.latents_precision == "bfloat16"
 
 
@@ -248,14 +248,14 @@ def test_sizes_of_a_million_images():
     real = bytes_per_image(latent_values=latents, tokens=30.0, positions=30.0, width=1280, states="int8")
     assert real * million <= 60e9
     in_half = bytes_per_image(latent_values=latents, tokens=77.0, positions=77.0, width=1280, states="fp16")
-    assert in_half * million > 200e9  # which is why there is int8
+    assert in_half * million > 200e9  # the reason for int8
 
 
 def test_the_arithmetic_is_what_the_files_take(photos, tmp_path, networks):
     config = dataclasses.replace(CONFIG, text_states="int8", text_positions="all", shard_size=100)
     description = make(photos, tmp_path / "out", networks, config)
     encoder = networks.text_encoder
-    # All buckets have 6 × 6 or 3 × 12 positions; eight texts for eight images.
+    # All buckets have 6 × 6 or 3 × 12 positions, and there are eight texts for eight images.
     expected = bytes_per_image(
         latent_values=16 * 36,
         crops=2,
@@ -269,7 +269,7 @@ def test_the_arithmetic_is_what_the_files_take(photos, tmp_path, networks):
     assert sizes["with_states"] * 8 == stored
     kept = encoder.text_positions * (encoder.width + 4)
     assert sizes["with_states"] - sizes["without_states"] == pytest.approx(kept)
-    # What is beyond the arithmetic is a file's header and footer, on few rows.
+    # The rest is the header and footer of a file with few rows.
     assert expected < sizes["with_states"] < expected + 1000
 
 
@@ -303,7 +303,7 @@ def test_a_kill_before_any_rename_changes_nothing(photos, tmp_path, networks, mo
         left = 100
         make(photos, out, networks, config)
         assert contents(out) == contents(tmp_path / "whole")
-    # The plan, two files for each of four shards, and what makes them a set.
+    # The plan, two files for each of four shards, and the three files at the end.
     assert allowed == 1 + 8 + 3
 
 
@@ -363,7 +363,7 @@ def test_two_processes_and_kill_9_change_nothing(photos, whole, tmp_path, networ
     said = first.communicate(timeout=200)
     assert first.returncode == 0, said
     assert said[0].splitlines()[0] == "8 of 8 captioned images, 8 texts"
-    # All but how the source was named on the command line.
+    # Equal except for the name of the source on the command line.
     found = json.loads((out / "prepared.json").read_text())
     assert found == {**description, "source": str(photos)}
     theirs, ours = contents(out), contents(whole)
@@ -432,7 +432,7 @@ def test_a_folder_with_other_settings_or_another_source_is_refused(photos, tmp_p
     other = dataclasses.replace(networks, settings=dataclasses.replace(networks.settings, view_scale=0.5))
     with pytest.raises(RunFolderError, match="started with"):
         make(photos, out, other)
-    assert make(photos, out, networks)["images"]["rows"] == 8  # it is finished, which is no error
+    assert make(photos, out, networks)["images"]["rows"] == 8  # a finished set is not an error
     Image.new("RGB", (99, 99)).save(photos / "0.png")
     with pytest.raises(RunFolderError, match="started with another source"):
         make(photos, out, networks)
@@ -523,7 +523,7 @@ def test_damaged_images_are_skipped_counted_and_named(photos, tmp_path, networks
     assert [name for name, _ in description["damaged"]] == ["3.png", "4.png", "5.png"]
     prepared = PreparedSet(tmp_path / "out")
     assert [prepared.name(i) for i in range(len(prepared))] == ["0.png", "1.png", "2.png", "6.png", "7.png"]
-    # The others' crops are what they are without the damage.
+    # The damage does not change the crops of other images.
     lines = summary(description)
     assert "  dropped 3: damaged image" in lines
     assert any(re.match(r"  damaged: 3.png \(.*3\.png", line) for line in lines)
@@ -623,7 +623,7 @@ def test_shards_that_changed_at_equal_size_are_noticed(finished):
     shard.write_bytes(data)
     assert shard.stat().st_mtime_ns > described
     PreparedSet(finished)
-    # It is as it was, and is not read again.
+    # The set is intact, so it is not read again.
     assert (finished / "prepared.json").stat().st_mtime_ns >= shard.stat().st_mtime_ns
 
 

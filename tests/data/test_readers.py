@@ -78,7 +78,7 @@ def test_a_folder_with_its_metadata(tmp_path):
     (tmp_path / "a.jpg").unlink()
     with pytest.raises(DataError, match=r"Image 'a.jpg' is not a regular file"):
         reader.read("a.jpg", items[0].place)
-    os.mkfifo(tmp_path / "a.jpg")  # which would be waited on for ever
+    os.mkfifo(tmp_path / "a.jpg")  # reading it would block forever
     with pytest.raises(DataError, match="not a regular file"):
         reader.read("a.jpg", items[0].place)
 
@@ -114,7 +114,7 @@ def test_emoji_are_composed_several_times(tmp_path):
     images = [decode_image(reader.read(i.name, i.place), i.name) for i in items[:2]]
     assert {image.size for image in images} == {(256, 256)}
     assert np.asarray(images[0]).tobytes() != np.asarray(images[1]).tobytes()
-    # Any view can be read alone, and is what its caption was made for.
+    # Each view can be read separately, and matches its caption.
     again = EmojiReader(sample_root(), views=2)
     expected = EmojiSource(sample_root(), centred=CENTRED).example(0, generator(0, 1, "view"), 256)
     assert np.array_equal(np.asarray(decode_image(again.read("x", items[1].place), "x")), expected.image)

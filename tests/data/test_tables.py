@@ -121,8 +121,8 @@ def test_a_name_that_the_hub_does_not_give(monkeypatch, tmp_path):
         DataError, match=r"Data 'owner/name' is neither a local path nor available on the hub \(offline\)"
     ):
         open_reader("owner/name")
-    assert not tried  # it would try again and again for half a minute
-    (tmp_path / "datasets--owner--name").mkdir()  # then it may be in the cache
+    assert not tried  # it would retry for half a minute
+    (tmp_path / "datasets--owner--name").mkdir()  # then the data can be in the cache
     with pytest.raises(
         DataError, match=r"Data 'owner/name' is neither a local path nor available on the hub \(offline\)"
     ):

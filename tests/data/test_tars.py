@@ -72,7 +72,7 @@ def test_tars(tmp_path):
     ]
     assert items[1].fields == {k: v for k, v in scores.items() if k != "other"}
     assert not tally.dropped
-    # In any order, for other processes read other images.
+    # In any order, because other processes read other images.
     assert reader.read(items[2].name, items[2].place) == image_file("lime", "png")
     assert reader.read(items[1].name, items[1].place) == image_file("blue")
     before = reader.fingerprint()
@@ -155,7 +155,7 @@ def test_a_shard_cut_at_any_byte_gives_what_came_before(three):
             continue
         three.write_bytes(data[:length])
         items, tally = read(TarReader([three]))
-        # A sample is whole when its last member is, and known to be so when the next one has begun.
+        # A sample is complete with its last member, but this is only known once the next one starts.
         whole = [i for i, end in enumerate(ends[1::2]) if length >= end]
         assert [int(i.name[-1]) for i in items] in (whole, whole[:-1]), length
         assert [i.captions[0] for i in items] == ["zero", "one", "two"][: len(items)]
@@ -247,7 +247,7 @@ def test_members_may_come_in_any_order(tmp_path):
         *(member(f"{key}.json", json.dumps({"pwatermark": 0.5}).encode()) for key in "bca"),
     )
     items, tally = read(TarReader([path]))
-    assert [i.captions for i in items] == [("a",), ("b",), ("c",)]  # in the order that they begin
+    assert [i.captions for i in items] == [("a",), ("b",), ("c",)]  # in the order of their first members
     assert all(i.fields == {"pwatermark": 0.5} for i in items)
     assert not tally.dropped
 
