@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from wuerstchen.checkpoints.hub import local_folder
-from wuerstchen.checkpoints.layouts import layout_of, read_model
-from wuerstchen.checkpoints.native import NETWORKS, Provenance, write_cascade
+from wuerstchen.checkpoints.layouts import read_model
+from wuerstchen.checkpoints.native import NETWORKS, Provenance, text_encoder_folder, write_cascade
 from wuerstchen.errors import CheckpointError, UserError
 from wuerstchen.models.cascade import Cascade
 
@@ -59,10 +59,9 @@ def average(first: str | Path, second: str | Path, target: Path, share: float = 
     names = f"{Path(first).name} and {share:g} of {Path(second).name}"
     provenance = Provenance(recipe=f"average of {1 - share:g} of {names}", seed=0, images=0, data="")
     folder = local_folder(first)
-    # The text encoder of a native model is a folder with its own vocabulary. It is copied.
-    copied = ours.text_encoder is not None and layout_of(folder) == "native"
+    copied = None if ours.text_encoder is None else text_encoder_folder(folder)
     parts = {name: provenance for name in ours.networks() if name in NETWORKS}
-    write_cascade(ours, target, parts, text_encoder=folder / "text_encoder" if copied else None)
+    write_cascade(ours, target, parts, text_encoder=copied)
     return changed
 
 

@@ -386,6 +386,14 @@ def is_native_network(path: Path) -> bool:
         return False
 
 
+def text_encoder_folder(model: Path) -> Path | None:
+    """The text encoder in a native model, for ``write_cascade`` to copy. None for other layouts.
+
+    A native model may have a BERT, whose folder is copied because it cannot be written again.
+    """
+    return model / "text_encoder" if _is_native(model) else None
+
+
 def _read(path: Path, sources: Sources, dtype: torch.dtype, leave_out: Collection[str]) -> Cascade:
     if sources.prior or sources.text_encoder or sources.decoder_text_encoder:
         raise UserError(f"{path} is a native model, which contains all its parts. Do not give others.")
@@ -395,8 +403,7 @@ def _read(path: Path, sources: Sources, dtype: torch.dtype, leave_out: Collectio
 def _write(cascade: Cascade, folder: Path, storage: Storage, source: Path) -> None:
     provenance = Provenance(recipe=f"converted from {source.name}", seed=0, images=0, data="")
     parts = [part for part in cascade.networks() if part in NETWORKS]
-    # The text encoder of a native model is a folder with its own vocabulary. It is copied.
-    copied = source / "text_encoder" if _is_native(source) and cascade.text_encoder is not None else None
+    copied = None if cascade.text_encoder is None else text_encoder_folder(source)
     write_cascade(cascade, folder, dict.fromkeys(parts, provenance), dict.fromkeys(parts, storage), copied)
 
 

@@ -14,8 +14,8 @@ import torch
 
 from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
 from wuerstchen.checkpoints.hub import local_folder
-from wuerstchen.checkpoints.layouts import layout_of, read_incomplete
-from wuerstchen.checkpoints.native import Provenance, is_native_network, read_network
+from wuerstchen.checkpoints.layouts import read_incomplete
+from wuerstchen.checkpoints.native import Provenance, is_native_network, read_network, text_encoder_folder
 from wuerstchen.checkpoints.original import PUBLISHED_TEXT_ENCODERS
 from wuerstchen.checkpoints.text_encoder import read_text_encoder
 from wuerstchen.errors import UserError
@@ -105,8 +105,8 @@ def read_start(recipe: Recipe) -> Start:
     if recipe.start_from:
         folder = local_folder(recipe.start_from)
         start.settings, given, start.provenance = read_incomplete(folder)
-        if layout_of(folder) == "native" and "text_encoder" in given:
-            start.text_folder = folder / "text_encoder"
+        if "text_encoder" in given:
+            start.text_folder = text_encoder_folder(folder)
     origin = Provenance(recipe=f"taken from {Path(recipe.start_from).name}", seed=0, images=0, data="")
     unfit = {kind.short for kind in after(recipe.stages)} - {*recipe.stages}
     for name, network in given.items():
