@@ -87,10 +87,6 @@ def narrow(config: EfficientNetConfig) -> EfficientNetConfig:
     return dataclasses.replace(config, stages=stages, head=32)
 
 
-def shortened(config: Any, images: int, batch_size: int, **changes: Any) -> Any:
-    """A stage's or a phase's configuration with fewer images and another batch size.
-
-    ``changes`` go to its ``Optimization`` too: ``warmup=0``.
-    """
-    optimization = dataclasses.replace(config.optimization, images=images, batch_size=batch_size, **changes)
-    return dataclasses.replace(config, optimization=optimization)
+def with_optimization(config: Any, **changes: Any) -> Any:
+    """A stage's or a phase's configuration with changes of its ``Optimization``: ``images=24``."""
+    return dataclasses.replace(config, optimization=dataclasses.replace(config.optimization, **changes))

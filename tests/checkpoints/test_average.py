@@ -9,14 +9,12 @@ import torch
 
 from wuerstchen.checkpoints.average import average
 from wuerstchen.checkpoints.layouts import layout_of, read_model
-from wuerstchen.checkpoints.native import Provenance, read_network, write_cascade
+from wuerstchen.checkpoints.native import read_network, write_cascade
 from wuerstchen.cli import main
 from wuerstchen.errors import CheckpointError, UserError
-from wuerstchen.models.prior import Prior, PriorConfig
-from wuerstchen.pipeline import BUNDLED
+from wuerstchen.models.prior import Prior
 
-WHENCE = Provenance(recipe="test", seed=1, images=2, data="none")
-PARTS = dict.fromkeys(("vqgan", "decoder", "compressor", "prior"), WHENCE)
+from ..configurations import PROVENANCE, SMALL_PRIOR, write_model
 
 
 @pytest.fixture
@@ -26,8 +24,7 @@ def other(small_cascade, tmp_path):
     with torch.no_grad():
         for parameter in cascade.prior.parameters():
             parameter.add_(torch.randn_like(parameter))
-    write_cascade(cascade, tmp_path / "other", PARTS, text_encoder=BUNDLED / "text_encoder")
-    return tmp_path / "other"
+    return write_model(cascade, tmp_path / "other")
 
 
 @pytest.mark.parametrize("share", [0.5, 0.25, 0.0, 1.0])
@@ -66,7 +63,7 @@ def test_any_layout_goes_in(write_published, tmp_path):
     cascade = read_model(second)
     with torch.no_grad():
         cascade.prior.projection.weight.add_(1.0)
-    parts = dict.fromkeys(("vqgan", "decoder", "prior"), WHENCE)
+    parts = dict.fromkeys(("vqgan", "decoder", "prior"), PROVENANCE)
     write_cascade(cascade, tmp_path / "native", parts)
     assert average(first, tmp_path / "native", tmp_path / "out") == ["prior"]
     assert layout_of(tmp_path / "out") == "native"
@@ -79,8 +76,8 @@ def test_any_layout_goes_in(write_published, tmp_path):
 
 def test_models_that_do_not_match_are_refused(small_cascade, model_folder, tmp_path, capsys):
     changes = {
-        "deeper": {"prior": Prior(PriorConfig(c_in=2, c=16, c_cond=384, c_r=8, depth=2, nhead=2))},
-        "wider": {"prior": Prior(PriorConfig(c_in=2, c=32, c_cond=384, c_r=8, depth=1, nhead=2))},
+        "deeper": {"prior": Prior(dataclasses.replace(SMALL_PRIOR, depth=2))},
+        "wider": {"prior": Prior(dataclasses.replace(SMALL_PRIOR, c=32))},
         "without": {"prior": None},
         "set": {"settings": dataclasses.replace(small_cascade.settings, text_mask=False)},
     }
@@ -93,7 +90,7 @@ def test_models_that_do_not_match_are_refused(small_cascade, model_folder, tmp_p
     for name, change in changes.items():
         folder = tmp_path / name
         cascade = dataclasses.replace(small_cascade, **change)
-        write_cascade(cascade, folder, PARTS, text_encoder=BUNDLED / "text_encoder")
+        write_model(cascade, folder)
         with pytest.raises(UserError, match=messages[name]):
             average(model_folder, folder, tmp_path / "out")
         assert not (tmp_path / "out").exists()

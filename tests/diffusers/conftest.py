@@ -29,7 +29,9 @@ from wuerstchen.diffusers import (
 )
 from wuerstchen.models.decoder import Decoder, DecoderConfig
 from wuerstchen.models.prior import Prior, PriorConfig
-from wuerstchen.models.vqgan import VQGAN, VQGANConfig
+from wuerstchen.models.vqgan import VQGAN
+
+from ..configurations import SMALL_VQGAN
 
 logging.set_verbosity_error()  # hides diffusers' warnings about its own deprecation
 
@@ -46,7 +48,6 @@ DECODER = DecoderConfig(
     effnet_embd=3,
     clip_embd=20,
 )
-QUANTISER = VQGANConfig(bottleneck_blocks=1, embed_dim=8, num_vq_embeddings=16)
 POSITIONS = 16
 
 
@@ -119,7 +120,7 @@ def make_decoder(randomise):
             text_encoder=randomise(make_text_encoder(config.clip_embd)),
             decoder=tamed(randomise(Decoder(config)).eval(), "clf"),
             scheduler=DDPMWuerstchenScheduler(),
-            vqgan=randomise(VQGAN(QUANTISER)).eval(),
+            vqgan=randomise(VQGAN(SMALL_VQGAN)).eval(),
             **settings,
         )
         quiet(pipe)

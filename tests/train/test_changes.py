@@ -25,6 +25,8 @@ from wuerstchen.train.run import train
 from wuerstchen.train.run_data import fingerprint_of, open_sources
 from wuerstchen.train.stages.base import StageKind
 
+from ..configurations import with_optimization
+
 PHASES = ["a", "b", "b2", "a2", "c", "c2"]
 
 CROPPING = StageKind(
@@ -239,12 +241,8 @@ CHANGES = ["images=40", "learning_rate=5e-4", "seed=3", "clip_norm=0.5", "batch_
 
 def micro(**changes):
     recipe = tiny()
-    optimization = dataclasses.replace(
-        recipe.stage_a.optimization, images=24, batch_size=4, decay="constant", **changes
-    )
-    config = dataclasses.replace(
-        recipe.stage_a, optimization=optimization, refine_images=0, adversarial_from=16
-    )
+    config = with_optimization(recipe.stage_a, images=24, batch_size=4, decay="constant", **changes)
+    config = dataclasses.replace(config, refine_images=0, adversarial_from=16)
     small = {"workers": 0, "statistics_images": 8, "stages": ("a",), "checkpoint_seconds": 0.0}
     return dataclasses.replace(recipe, stage_a=config, **small)
 
@@ -324,10 +322,7 @@ def test_more_images_after_the_end_equal_the_longer_run(finished, tmp_path):
     shutil.copytree(finished, extended)
     train(micro(), extended, device="cpu", changes=["images=40"])
     recipe = micro()
-    optimization = dataclasses.replace(recipe.stage_a.optimization, images=40)
-    recipe = dataclasses.replace(
-        recipe, stage_a=dataclasses.replace(recipe.stage_a, optimization=optimization)
-    )
+    recipe = dataclasses.replace(recipe, stage_a=with_optimization(recipe.stage_a, images=40))
     train(recipe, longer, device="cpu")
     assert final(extended) == final(longer)
     # The same command does not change the finished run.
@@ -354,10 +349,7 @@ def test_a_run_that_is_ended_early_has_a_usable_model(finished, tmp_path):
     stored["recipe"]["stage_a"]["optimization"]["images"] = 80
     (run_dir / "run.json").write_text(json.dumps(stored))
     recipe = micro()
-    optimization = dataclasses.replace(recipe.stage_a.optimization, images=80)
-    recipe = dataclasses.replace(
-        recipe, stage_a=dataclasses.replace(recipe.stage_a, optimization=optimization)
-    )
+    recipe = dataclasses.replace(recipe, stage_a=with_optimization(recipe.stage_a, images=80))
     train(recipe, run_dir, device="cpu", end_now=True)
     assert read_network(run_dir / "model" / "vqgan.safetensors")[1].images == 24
     assert final(run_dir) == final(finished)
@@ -390,10 +382,7 @@ def test_a_run_can_end_before_a_phase_with_other_data(finished, tmp_path):
     stored |= {"recipe": as_dict(recipe), "data": fingerprint_of(recipe, open_sources(recipe))}
     stored["recipe"]["stage_a"]["optimization"]["images"] = 80
     (run_dir / "run.json").write_text(json.dumps(stored))
-    optimization = dataclasses.replace(recipe.stage_a.optimization, images=80)
-    recipe = dataclasses.replace(
-        recipe, stage_a=dataclasses.replace(recipe.stage_a, optimization=optimization)
-    )
+    recipe = dataclasses.replace(recipe, stage_a=with_optimization(recipe.stage_a, images=80))
     ended = ending_at(recipe, "a", 24)  # as a user might write it
     for given, end_now in ((recipe, True), (recipe, False), (ended, False)):
         train(given, run_dir, device="cpu", end_now=end_now, monitor=RunMonitor(rehearse=False))

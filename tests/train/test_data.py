@@ -16,7 +16,6 @@ import pytest
 import torch
 from PIL import Image
 
-from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
 from wuerstchen.data import open as opening
 from wuerstchen.data.items import Item
 from wuerstchen.data.open import KINDS, Kind, open_reader, open_source
@@ -33,6 +32,8 @@ from wuerstchen.train.engine.validation import held_out
 from wuerstchen.train.feed.images import Feed, batches
 from wuerstchen.train.report.announce import RunMonitor
 from wuerstchen.train.run import train
+
+from ..configurations import with_lite0, with_optimization
 
 COUNT = 9
 
@@ -76,10 +77,8 @@ def stripes(monkeypatch):
 def recipe(data: Path | str, **changes) -> Recipe:
     """Three updates of Stage A."""
     full = tiny()
-    optimization = dataclasses.replace(full.stage_a.optimization, images=6, batch_size=2, warmup=0)
-    stage = dataclasses.replace(
-        full.stage_a, optimization=optimization, adversarial_from=2, discriminator_width=8, perceptual="none"
-    )
+    stage = with_optimization(full.stage_a, images=6, batch_size=2, warmup=0)
+    stage = dataclasses.replace(stage, adversarial_from=2, discriminator_width=8, perceptual="none")
     settings = {"statistics_images": 4, "workers": 1, "checkpoint_seconds": 0.0, "log_every": 1, **changes}
     return dataclasses.replace(full, data=str(data), stages=("a",), stage_a=stage, **settings)
 
@@ -176,8 +175,7 @@ def test_a_new_source_is_one_reader_and_one_row(stripes, small_cascade, tmp_path
     assert found is not None
     assert {f"stripes {caption.split()[1]}" for caption in found.captions} == kept
     # Preparing, which holds out the same images.
-    cascade = copy.deepcopy(small_cascade)
-    load_backbone(cascade.compressor.backbone, lite0_path())
+    cascade = with_lite0(copy.deepcopy(small_cascade))
     networks = Networks(
         settings=cascade.settings, compressor=cascade.compressor.eval(), text_encoder=cascade.text_encoder
     )

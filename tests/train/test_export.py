@@ -17,6 +17,7 @@ from wuerstchen.train.engine.checkpoint import newest, read_averages
 from wuerstchen.train.export import NotMeasuredWarning, export
 from wuerstchen.train.run import train
 
+from ..configurations import with_optimization
 from .test_changes import micro, phased
 
 NETWORKS = ("vqgan", "decoder", "compressor", "previewer", "prior")
@@ -27,11 +28,9 @@ def short():
     recipe = phased()
 
     def brief(config, **changes):
-        optimization = dataclasses.replace(config.optimization, images=16, batch_size=8)
-        return dataclasses.replace(config, optimization=optimization, **changes)
+        return dataclasses.replace(with_optimization(config, images=16, batch_size=8), **changes)
 
-    second = dataclasses.replace(recipe.stage_c.phases[0].optimization, images=16, batch_size=8)
-    phases = (dataclasses.replace(recipe.stage_c.phases[0], optimization=second),)
+    phases = (brief(recipe.stage_c.phases[0]),)
     return dataclasses.replace(
         recipe,
         stage_a=brief(recipe.stage_a, refine_images=8),

@@ -12,43 +12,29 @@ import torch
 from wuerstchen.checkpoints.native import read_cascade
 from wuerstchen.diffusion.objective import OBJECTIVES, FlowMatching
 from wuerstchen.errors import UserError
-from wuerstchen.models.decoder import DecoderConfig
-from wuerstchen.models.previewer import PreviewerConfig
-from wuerstchen.models.prior import PriorConfig
 from wuerstchen.pipeline import Sampling, Wuerstchen
 from wuerstchen.recipes.tiny import tiny
 from wuerstchen.train.config import Optimization, StageBConfig, StageCConfig
 from wuerstchen.train.engine.checkpoint import newest
 from wuerstchen.train.run import train
 
+from ..configurations import SMALL_COMPRESSOR, SMALL_DECODER, SMALL_PREVIEWER, SMALL_PRIOR, SMALL_VQGAN
+
 LEARNING = Optimization(images=8, batch_size=4, learning_rate=1e-3)
 
 
 def recipe(start, prediction: str, **changes):
     """Stages B and C with the smallest networks, on a model with a Stage A."""
-    decoder = DecoderConfig(
-        c_r=8,
-        c_cond=8,
-        c_hidden=(8, 8),
-        nhead=(-1, -1),
-        blocks=(1, 1),
-        level_config=("CT", "CT"),
-        inject_effnet=(False, True),
-        effnet_embd=2,
-        clip_embd=None,
-        prediction=prediction,
-    )
-    prior = PriorConfig(c_in=2, c=16, c_cond=384, c_r=8, depth=1, nhead=2, dropout=0.0, prediction=prediction)
     own = tiny()
     given = {
         "stages": ("b", "c"),
         "start_from": str(start),
         "fresh": ("b", "c"),
-        "vqgan": dataclasses.replace(own.vqgan, embed_dim=8, num_vq_embeddings=16),
-        "compressor": dataclasses.replace(own.compressor, c_latent=2),
-        "decoder": decoder,
-        "prior": prior,
-        "previewer": PreviewerConfig(c_in=2),
+        "vqgan": SMALL_VQGAN,
+        "compressor": SMALL_COMPRESSOR,
+        "decoder": dataclasses.replace(SMALL_DECODER, prediction=prediction),
+        "prior": dataclasses.replace(SMALL_PRIOR, dropout=0.0, prediction=prediction),
+        "previewer": SMALL_PREVIEWER,
         "stage_b": StageBConfig(optimization=LEARNING, loss_weight="velocity", time_shift=1.5),
         "stage_c": StageCConfig(optimization=LEARNING, time_density="uniform"),
         "statistics_images": 8,

@@ -16,6 +16,8 @@ from wuerstchen.recipes.v2 import v2
 from wuerstchen.train.config import Recipe
 from wuerstchen.train.overview import cached_images, overview, readings, refuse_small
 
+from ..configurations import with_optimization
+
 
 @pytest.fixture(scope="module")
 def encoder():
@@ -33,8 +35,7 @@ def write(folder, sizes, captions=()):
 
 def recipe(images: int = 160, stages: tuple = ("c",), **changes) -> Recipe:
     full = tiny()
-    optimization = dataclasses.replace(full.stage_c.optimization, images=images)
-    stage_c = dataclasses.replace(full.stage_c, optimization=optimization)
+    stage_c = with_optimization(full.stage_c, images=images)
     common = {"data": "mine", "stages": stages, "start_from": "model", "stage_c": stage_c}
     return dataclasses.replace(full, **{**common, **changes})
 
@@ -127,9 +128,7 @@ def test_a_set_smaller_than_a_batch_is_refused_with_options_that_fit():
     )
     refuse_small(full, "mine", 512, whole=False)
     refuse_small(full, "another", 1, whole=False)
-    odd = dataclasses.replace(
-        full.stage_c, optimization=dataclasses.replace(full.stage_c.optimization, images=1000, batch_size=500)
-    )
+    odd = with_optimization(full.stage_c, images=1000, batch_size=500)
     with pytest.raises(UserError, match=r"--stage-c\.optimization\.images 960, or more"):
         refuse_small(
             dataclasses.replace(full, stages=("c",), start_from="x", stage_c=odd), "mine", 100, whole=True

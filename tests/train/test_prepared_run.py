@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
-from wuerstchen.checkpoints.native import Provenance, read_cascade, write_cascade
+from wuerstchen.checkpoints.native import read_cascade
 from wuerstchen.data.emoji import sample_root
 from wuerstchen.data.prepare import prepare
 from wuerstchen.data.prepare_networks import read_networks
@@ -20,23 +19,20 @@ from wuerstchen.data.prepare_plan import PrepareConfig
 from wuerstchen.data.prepared import PreparedSet
 from wuerstchen.data.readers import EmojiReader, FolderReader
 from wuerstchen.errors import DataError, RunFolderError, UserError
-from wuerstchen.pipeline import BUNDLED
 from wuerstchen.train.engine.checkpoint import newest
 from wuerstchen.train.run import _Run, train
 
+from ..configurations import with_lite0, with_optimization, write_model
+
 SCRIPT = Path(__file__).with_name("prepared_runs.py")
 recipe = runpy.run_path(str(SCRIPT))["recipe"]
-WHENCE = Provenance(recipe="test", seed=1, images=2, data="none")
 
 
 @pytest.fixture(scope="module")
 def folder(small_cascade, tmp_path_factory) -> Path:
     """A model that has no trained Stage C, and the sample prepared with it."""
     folder = tmp_path_factory.mktemp("prepared")
-    cascade = copy.deepcopy(small_cascade)
-    load_backbone(cascade.compressor.backbone, lite0_path())
-    whence = dict.fromkeys(("vqgan", "decoder", "compressor", "prior"), WHENCE)
-    write_cascade(cascade, folder / "model", whence, text_encoder=BUNDLED / "text_encoder")
+    write_model(with_lite0(copy.deepcopy(small_cascade)), folder / "model")
     networks = read_networks(folder / "model")
     prepare(EmojiReader(sample_root(), views=2), folder / "set", networks, PrepareConfig())
     return folder
@@ -140,8 +136,7 @@ def test_pairings_that_make_no_sense(folder, tmp_path, change, message):
 
 def test_images_that_are_no_whole_batches_and_sets_of_another_model(folder, tmp_path):
     full = recipe(folder)
-    optimization = dataclasses.replace(full.stage_c.optimization, images=30)
-    odd = dataclasses.replace(full, stage_c=dataclasses.replace(full.stage_c, optimization=optimization))
+    odd = dataclasses.replace(full, stage_c=with_optimization(full.stage_c, images=30))
     with pytest.raises(UserError, match=r"images must be a multiple of batch_size=8 .* got 30"):
         train(odd, tmp_path / "run", device="cpu")
     (tmp_path / "unfinished" / "work").mkdir(parents=True)
@@ -151,8 +146,7 @@ def test_images_that_are_no_whole_batches_and_sets_of_another_model(folder, tmp_
     cascade = copy.deepcopy(read_cascade(folder / "model"))
     cascade.compressor.requires_grad_(False)
     next(cascade.compressor.parameters()).add_(1)
-    whence = dict.fromkeys(("vqgan", "decoder", "compressor", "prior"), WHENCE)
-    write_cascade(cascade, tmp_path / "model", whence, text_encoder=BUNDLED / "text_encoder")
+    write_model(cascade, tmp_path / "model")
     other = dataclasses.replace(full, start_from=str(tmp_path / "model"))
     with pytest.raises(UserError, match=r"made with another compressor\. Prepare it with this model"):
         train(other, tmp_path / "run", device="cpu")
@@ -172,8 +166,8 @@ def test_a_run_that_never_showed_small_sizes_does_not_go_on_in_another_order(fol
     full = recipe(folder)
 
     def begin(batch_size: int) -> None:
-        optimization = dataclasses.replace(full.stage_c.optimization, images=24, batch_size=batch_size)
-        stage = dataclasses.replace(full.stage_c, optimization=optimization, phases=())
+        stage = with_optimization(full.stage_c, images=24, batch_size=batch_size)
+        stage = dataclasses.replace(stage, phases=())
         changes = {"stage_c": stage, "data": str(tmp_path / "set"), "image_size": 256}
         train(dataclasses.replace(full, **changes), tmp_path / f"run{batch_size}", device="cpu")
 

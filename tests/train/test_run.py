@@ -45,7 +45,7 @@ from wuerstchen.train.report.page import write_report
 from wuerstchen.train.run import _Run, _train, train
 from wuerstchen.train.stages.base import cascade_settings
 
-from ..configurations import shortened
+from ..configurations import with_optimization
 
 MICRO = [
     word
@@ -97,7 +97,7 @@ def kill_in(run_dir: Path, stage: str, images: Path) -> int:
 def test_a_damaged_last_checkpoint_is_made_again_on_the_same_images(tmp_path):
     """Also where images are composed before: the stage looks finished, and is not."""
     full = tiny()
-    stage_a = shortened(dataclasses.replace(full.stage_a, refine_images=0), images=24, batch_size=4)
+    stage_a = with_optimization(dataclasses.replace(full.stage_a, refine_images=0), images=24, batch_size=4)
     small = {"workers": 0, "statistics_images": 16, "checkpoint_seconds": 0.0, "prepared_images": 8}
     recipe = dataclasses.replace(full, stage_a=stage_a, stages=("a",), **small)
     digests = []
@@ -316,8 +316,7 @@ def test_images_are_composed_after_the_costs_are_said_and_no_more_than_are_used(
     monkeypatch.setattr("wuerstchen.train.run_phase.fill_image_cache", noted)
     monkeypatch.setattr("wuerstchen.train.run.print_remaining_cost", lambda log: order.append("costs"))
     full = tiny()
-    optimization = dataclasses.replace(full.stage_a.optimization, images=24, batch_size=4)
-    stage_a = dataclasses.replace(full.stage_a, optimization=optimization)
+    stage_a = with_optimization(full.stage_a, images=24, batch_size=4)
     changes = {"workers": 0, "statistics_images": 8, "prepared_images": 40, "stages": ("a",)}
     recipe = dataclasses.replace(full, stage_a=stage_a, **changes)
     train(recipe, tmp_path / "run", device="cpu", monitor=RunMonitor(rehearse=True))
@@ -365,8 +364,7 @@ def test_what_the_first_process_does_alone_is_waited_for_as_long_as_it_takes(tmp
     noted(run, "first_converted", "colours", [None])
     noted(run, "write_json", "a measurement")
     recipe = tiny()
-    optimization = dataclasses.replace(recipe.stage_a.optimization, images=8, batch_size=4)
-    stage_a = dataclasses.replace(recipe.stage_a, optimization=optimization)
+    stage_a = with_optimization(recipe.stage_a, images=8, batch_size=4)
     changes = {"workers": 0, "statistics_images": 8, "prepared_images": 0, "stages": ("a",)}
     recipe = dataclasses.replace(recipe, stage_a=stage_a, **changes)
     train(recipe, tmp_path / "run", device="cpu")
@@ -390,9 +388,7 @@ def test_batches_of_every_phase_are_checked_against_the_processes_at_the_start(t
     monkeypatch.setattr("wuerstchen.train.run.read_start", lambda recipe: pytest.fail("too late"))
     recipe = tiny()
     of_three = {
-        name: dataclasses.replace(
-            stage, optimization=dataclasses.replace(stage.optimization, images=48, batch_size=12)
-        )
+        name: with_optimization(stage, images=48, batch_size=12)
         for name, stage in (
             ("stage_a", recipe.stage_a),
             ("stage_b", recipe.stage_b),

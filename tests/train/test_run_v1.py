@@ -27,6 +27,8 @@ from wuerstchen.train.engine.checkpoint import newest, read_averages
 from wuerstchen.train.engine.loop import Trainer
 from wuerstchen.train.stages.paella import StagePaella
 
+from ..configurations import with_optimization
+
 PAELLA = PaellaConfig(
     num_labels=256,
     c_token=16,
@@ -43,8 +45,7 @@ def recipe(data="sample", **changes):
     full = tiny()
 
     def short(stage, **more):
-        optimization = dataclasses.replace(stage.optimization, images=16, batch_size=4, warmup=0)
-        return dataclasses.replace(stage, optimization=optimization, **more)
+        return dataclasses.replace(with_optimization(stage, images=16, batch_size=4, warmup=0), **more)
 
     given = {
         "data": str(data),

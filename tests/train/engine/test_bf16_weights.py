@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from wuerstchen.models.prior import Prior, PriorConfig
+from wuerstchen.models.prior import Prior
 from wuerstchen.train.config import Optimization
 from wuerstchen.train.engine.bf16_weights import Bf16Weights, adamw
 from wuerstchen.train.engine.checkpoint import TrainingState
@@ -22,6 +22,8 @@ from wuerstchen.train.engine.optim import (
     update,
 )
 from wuerstchen.train.engine.update import StepRunner, TrainStep, make_bf16_weights
+
+from ...configurations import TOY_PRIOR
 
 CPU = torch.device("cpu")
 CONFIG = Optimization(images=64, batch_size=4, betas=(0.9, 0.95), weight_decay=0.1, clip_norm=0.5)
@@ -40,8 +42,7 @@ class PriorStage:
     def __init__(self, optimization: Optimization = CONFIG) -> None:
         torch.manual_seed(3)
         self.optimization = optimization
-        config = PriorConfig(c_in=4, c=16, c_cond=8, c_r=8, depth=2, nhead=2, dropout=0.0)
-        self.prior = Prior(config)
+        self.prior = Prior(TOY_PRIOR)
         nn.init.normal_(self.prior.out[1].weight, std=0.02)  # at 0 nothing before it would learn
         for name, parameter in self.prior.named_parameters():
             # What is the same for all keys changes no attention: its gradient is rounding, and Adam makes

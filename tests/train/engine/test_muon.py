@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from wuerstchen.errors import UserError
 from wuerstchen.models.decoder import Decoder, DecoderConfig
-from wuerstchen.models.prior import Prior, PriorConfig
+from wuerstchen.models.prior import Prior
 from wuerstchen.recipes.mini import mini
 from wuerstchen.train.config import Optimization
 from wuerstchen.train.engine.bf16_weights import Bf16Weights
@@ -22,8 +22,9 @@ from wuerstchen.train.engine.optim import (
     update,
 )
 
+from ...configurations import TOY_PRIOR
+
 CONFIG = Optimization(images=64, batch_size=4, optimizer="muon", learning_rate=0.02, weight_decay=0.1)
-PRIOR = PriorConfig(c_in=4, c=16, c_cond=8, c_r=8, depth=2, nhead=2, dropout=0.0)
 
 
 @pytest.mark.parametrize("shape", [(8, 5), (5, 8), (6, 6)])
@@ -56,7 +57,7 @@ def test_same_updates_as_torch(shape):
 
 
 def test_matrices_inside_blocks_are_muons():
-    prior, names = Prior(PRIOR), set()
+    prior, names = Prior(TOY_PRIOR), set()
     hidden = hidden_matrices(prior)
     names = {name for name, p in prior.named_parameters() if p in hidden}
     ends = ("channelwise.0", "channelwise.4", "to_q", "to_k", "to_v", "to_out.0", "kv_mapper.1")
@@ -86,7 +87,7 @@ def learn(network: nn.Module, optimizer: torch.optim.Optimizer, seed: int, loss:
 
 
 def test_clipping_a_nan_and_rates_reach_muon():
-    prior = Prior(PRIOR)
+    prior = Prior(TOY_PRIOR)
     optimizer = make_optimizer(prior, CONFIG)
     learn(prior, optimizer, 0)
     weight = prior.get_parameter("blocks.0.channelwise.0.weight")
@@ -108,7 +109,7 @@ def test_clipping_a_nan_and_rates_reach_muon():
 
 
 def test_state_is_stored_and_read():
-    prior = Prior(PRIOR)
+    prior = Prior(TOY_PRIOR)
     optimizer = make_optimizer(prior, CONFIG)
     learn(prior, optimizer, 0)
     stored = {name: tensor.clone() for name, tensor in optimizer_tensors(optimizer).items()}
@@ -121,7 +122,7 @@ def test_state_is_stored_and_read():
 
 
 def test_bf16_copies_leave_muons_matrices_alone():
-    prior = Prior(PRIOR)
+    prior = Prior(TOY_PRIOR)
     copies = Bf16Weights(prior, make_optimizer(prior, CONFIG), least=1)
     assert not {weight for _, weight, _ in copies.layers} & hidden_matrices(prior)
 

@@ -10,15 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
 from wuerstchen.data.emoji import EmojiSource, listed_heldout, sample_root
 from wuerstchen.data.folder import FolderSource
 from wuerstchen.data.open import open_source
 from wuerstchen.diffusion.schedule import CosineSchedule
 from wuerstchen.evaluate.lists import select
-from wuerstchen.models.cascade import LatentStatistics
 from wuerstchen.models.compressor import compressor_input
-from wuerstchen.models.previewer import Previewer, PreviewerConfig
+from wuerstchen.models.previewer import Previewer
 from wuerstchen.recipes.tiny import tiny
 from wuerstchen.train import run_data
 from wuerstchen.train.config import Phase
@@ -28,16 +26,15 @@ from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.stages.decoder import StageB, StageBRefinement
 from wuerstchen.train.stages.prior import StageC
 
+from ...configurations import SMALL_PREVIEWER, SMALL_STATISTICS, with_lite0
+
 CPU = torch.device("cpu")
 RECIPE = tiny()
-STATISTICS = LatentStatistics(mean=(0.5, -1.0), std=(2.0, 3.0))
 
 
 @pytest.fixture
 def cascade(small_cascade):
-    found = copy.deepcopy(small_cascade)
-    load_backbone(found.compressor.backbone, lite0_path())
-    return found
+    return with_lite0(copy.deepcopy(small_cascade))
 
 
 @pytest.fixture
@@ -48,9 +45,9 @@ def pictures():
 
 def make_stage(name, cascade):
     if name == "c":
-        settings = dataclasses.replace(cascade.settings, latent_statistics=STATISTICS)
+        settings = dataclasses.replace(cascade.settings, latent_statistics=SMALL_STATISTICS)
         return StageC(RECIPE.stage_c, RECIPE, dataclasses.replace(cascade, settings=settings))
-    model = dataclasses.replace(cascade, previewer=Previewer(PreviewerConfig(c_in=2)), text_encoder=None)
+    model = dataclasses.replace(cascade, previewer=Previewer(SMALL_PREVIEWER), text_encoder=None)
     config = dataclasses.replace(RECIPE.stage_b, refine_images=8)
     return (StageB if name == "b" else StageBRefinement)(config, RECIPE, model)
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
 from wuerstchen.data.folder import FolderSource
 from wuerstchen.data.plan import held_out_names, item_at
 from wuerstchen.data.prepare import prepare
@@ -42,6 +41,8 @@ from wuerstchen.train.report.events import Log
 from wuerstchen.train.stage_table import kind_of
 from wuerstchen.train.stages.prior import StageC, measure_statistics, measure_stored_statistics
 
+from ...configurations import with_lite0, with_optimization
+
 CPU = torch.device("cpu")
 RECIPE = tiny()
 WIDE, TALL = (250, 100), (100, 250)
@@ -49,8 +50,7 @@ WIDE, TALL = (250, 100), (100, 250)
 
 @pytest.fixture(scope="module")
 def cascade(small_cascade):
-    found = copy.deepcopy(small_cascade)
-    load_backbone(found.compressor.backbone, lite0_path())
+    found = with_lite0(copy.deepcopy(small_cascade))
     found.compressor.eval()
     return found
 
@@ -95,8 +95,7 @@ def prepared(photos, cascade, tmp_path_factory) -> PreparedSet:
 
 def make_stage(cascade, images: int = 48, batch_size: int = 4) -> StageC:
     torch.manual_seed(1)
-    optimization = dataclasses.replace(RECIPE.stage_c.optimization, images=images, batch_size=batch_size)
-    config = dataclasses.replace(RECIPE.stage_c, optimization=optimization)
+    config = with_optimization(RECIPE.stage_c, images=images, batch_size=batch_size)
     return StageC(config, RECIPE, dataclasses.replace(cascade, prior=copy.deepcopy(cascade.prior)))
 
 

@@ -10,16 +10,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
 from wuerstchen.data.prepared import PreparedSet
 from wuerstchen.diffusion.schedule import CosineSchedule, shifted
 from wuerstchen.errors import DataError, UserError
 from wuerstchen.images import to_images
-from wuerstchen.models.cascade import LatentStatistics
 from wuerstchen.models.compressor import Compressor, compressor_input
 from wuerstchen.models.decoder import Decoder
 from wuerstchen.models.efficientnet import EfficientNetLite
-from wuerstchen.models.previewer import Previewer, PreviewerConfig
+from wuerstchen.models.previewer import Previewer
 from wuerstchen.models.vqgan import VQGAN
 from wuerstchen.recipes.tiny import tiny
 from wuerstchen.train.config import Phase, StageAConfig
@@ -32,6 +30,8 @@ from wuerstchen.train.stages.decoder import DECODER_STAGE, StageB, StageBRefinem
 from wuerstchen.train.stages.decoding import Decoding
 from wuerstchen.train.stages.prior import StageC, measure_statistics, needs
 from wuerstchen.train.stages.vqgan import PerceptualLoss, StageA, StageARefinement, random_crops
+
+from ...configurations import SMALL_PREVIEWER, SMALL_STATISTICS, with_lite0
 
 CPU = torch.device("cpu")
 RECIPE = tiny()
@@ -309,14 +309,13 @@ def test_perceptual_loss_compares_directions():
 @pytest.fixture
 def small_cascade(small_cascade):
     """A copy that a test may train, with a compressor whose backbone sees something."""
-    cascade = copy.deepcopy(small_cascade)
-    load_backbone(cascade.compressor.backbone, lite0_path())
+    cascade = with_lite0(copy.deepcopy(small_cascade))
     return cascade
 
 
 def with_previewer(cascade):
     """The cascade with a previewer and without text."""
-    return dataclasses.replace(cascade, previewer=Previewer(PreviewerConfig(c_in=2)), text_encoder=None)
+    return dataclasses.replace(cascade, previewer=Previewer(SMALL_PREVIEWER), text_encoder=None)
 
 
 def normalising(cascade, statistics):
@@ -541,7 +540,7 @@ class TestStageB:
 
 
 class TestStageC:
-    STATISTICS = LatentStatistics(mean=(0.5, -1.0), std=(2.0, 3.0))
+    STATISTICS = SMALL_STATISTICS
 
     def test_padding_is_attended_to_where_the_recipe_says_so(self, small_cascade):
         batch, losses = make_batch(128), {}

@@ -9,12 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
 from wuerstchen.diffusion.schedule import shifted
 from wuerstchen.errors import UserError
 from wuerstchen.models.compressor import compressor_input
 from wuerstchen.models.paella import Paella
-from wuerstchen.models.previewer import Previewer, PreviewerConfig
+from wuerstchen.models.previewer import Previewer
 from wuerstchen.recipes.tiny import tiny
 from wuerstchen.train.config import StageBConfig
 from wuerstchen.train.engine.ema import make_average
@@ -24,6 +23,8 @@ from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.stages import paella as stage_paella
 from wuerstchen.train.stages.base import Stage
 from wuerstchen.train.stages.paella import StagePaella, StagePaellaRefinement, token_losses
+
+from ...configurations import SMALL_PREVIEWER, with_lite0
 
 CPU = torch.device("cpu")
 LABELS, WIDTH = 16, 5
@@ -42,9 +43,7 @@ def one_of(batch: Batch, i: int) -> Batch:
 @pytest.fixture
 def cascade(small_v1):
     """A copy that a test may train, with a compressor whose backbone sees something."""
-    found = copy.deepcopy(small_v1)
-    load_backbone(found.compressor.backbone, lite0_path())
-    return found
+    return with_lite0(copy.deepcopy(small_v1))
 
 
 def recipe_of(cascade):
@@ -55,7 +54,7 @@ def recipe_of(cascade):
         decoder_steps=2,
         vqgan=cascade.vqgan.config,
         compressor=cascade.compressor.config,
-        previewer=PreviewerConfig(c_in=2),
+        previewer=SMALL_PREVIEWER,
         decoder=cascade.decoder.config,
         prior=cascade.prior.config,
     )
@@ -63,7 +62,7 @@ def recipe_of(cascade):
 
 def make_stage(cascade, kind=StagePaella, **changes):
     recipe = recipe_of(cascade)
-    model = dataclasses.replace(cascade, previewer=Previewer(PreviewerConfig(c_in=2)))
+    model = dataclasses.replace(cascade, previewer=Previewer(SMALL_PREVIEWER))
     config = dataclasses.replace(recipe.stage_b, refine_images=8, **changes)
     stage = kind(config, recipe, model)
     for network in stage.networks.values():
