@@ -179,7 +179,7 @@ def test_a_run_that_never_showed_small_sizes_does_not_go_on_in_another_order(fol
         assert content.pop("order") == 2
         described.write_text(json.dumps(content))
     begin(3)  # no size is smaller than that: nothing has changed
-    with pytest.raises(RunFolderError, match="begun by a version that never showed the images of sizes"):
+    with pytest.raises(RunFolderError, match="version that skips sizes with fewer images than a batch"):
         begin(4)
 
 
