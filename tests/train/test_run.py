@@ -723,7 +723,7 @@ def test_a_damaged_run_json_and_a_newer_one_are_refused(begun):
     with pytest.raises(RunFolderError, match=r"run\.json cannot be read"):
         train(tiny(), begun)
     (begun / "run.json").write_text('{"format": 3}')
-    with pytest.raises(UserError, match="upgrade with"):
+    with pytest.raises(UserError, match="--upgrade wuerstchen"):
         train(tiny(), begun)
 
 
