@@ -171,7 +171,7 @@ def test_a_new_source_is_one_reader_and_one_row(stripes, small_cascade, tmp_path
     kept = held_out_names([f"stripes {number}" for number in range(100)])
     assert said[0] == f"stripes:100: {100 - len(kept)} images to train on"
     # Validation.
-    found = held_out("stripes:100", 16)
+    found = held_out(open_source("stripes:100", "heldout", verify=False), 16)
     assert found is not None
     assert {f"stripes {caption.split()[1]}" for caption in found.captions} == kept
     # Preparing, which holds out the same images.

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from wuerstchen.checkpoints.native import Provenance
+from wuerstchen.data.open import open_source
 from wuerstchen.data.plan import stable_hash
 from wuerstchen.data.prepared import PreparedSet
 from wuerstchen.data.sources import Source
@@ -193,15 +194,15 @@ class PhaseRunner:
             return None
         data, size = key = (phase.data or self.recipe.data, phase.image_size or self.recipe.image_size)
         if key not in self._held_out:
-            around = folder_around(data, self.begun)
-            self._held_out[key] = held_out(
+            source = open_source(
                 data,
-                size,
-                texts=self.recipe.stored_texts,
-                around=around,
+                "heldout",
+                around=folder_around(data, self.begun),
                 image_column=self.recipe.image_column or None,
                 text_column=self.recipe.text_column or None,
+                verify=False,  # the run has verified prepared sets at its start
             )
+            self._held_out[key] = held_out(source, size, texts=self.recipe.stored_texts)
             if self._held_out[key] is None:
                 print(f"{data} has no held-out images, so there is no validation loss")
         images = self._held_out[key]

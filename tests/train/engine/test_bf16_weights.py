@@ -184,7 +184,7 @@ def test_the_kernel_is_the_plain_update(shape, keeps):
     found = []
     for device in ("cpu", "cuda"):
         tensors = [tensor.to(device, copy=True) for tensor in given]
-        adamw(*tensors, factors.to(device), 0.9, 0.999, 1e-8)
+        adamw(*tensors[:3], tuple(tensors[3:]), factors.to(device), (0.9, 0.999, 1e-8))
         found.append([tensor.cpu() for tensor in tensors])
     for plain, fast in zip(*found, strict=True):
         torch.testing.assert_close(

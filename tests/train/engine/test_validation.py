@@ -191,9 +191,9 @@ def test_one_picture_in_fifty_of_a_folder_is_held_out_and_never_trained_on(tmp_p
         (root / f"{n}.txt").write_text("new")
     assert training <= names(open_source(str(root)))
     assert kept <= names(FolderSource(root, split="heldout"))
-    found = held_out(str(root), 16, count=3)
+    found = held_out(open_source(str(root), "heldout", verify=False), 16, count=3)
     assert found.images.shape == (3, 16, 16, 3)
-    again = held_out(str(root), 16, count=3)
+    again = held_out(open_source(str(root), "heldout", verify=False), 16, count=3)
     assert torch.equal(found.images, again.images)
     assert found.captions == again.captions
 
@@ -201,9 +201,9 @@ def test_one_picture_in_fifty_of_a_folder_is_held_out_and_never_trained_on(tmp_p
 def test_small_folders_and_the_sample_hold_out_nothing(tmp_path):
     root = make_folder(tmp_path / "a", 99)
     assert len(open_source(str(root))) == 99
-    assert held_out(str(root), 16) is None
-    assert held_out("sample", 16) is None
-    assert held_out(str(sample_root()), 16) is None
+    assert held_out(open_source(str(root), "heldout", verify=False), 16) is None
+    assert held_out(open_source("sample", "heldout", verify=False), 16) is None
+    assert held_out(open_source(str(sample_root()), "heldout", verify=False), 16) is None
 
 
 def test_what_one_phase_holds_out_no_other_trains_on(tmp_path, monkeypatch):
@@ -237,7 +237,7 @@ def test_pictures_that_cannot_be_read_are_left_out(tmp_path):
     root = make_folder(tmp_path / "a", 200)
     kept = sorted(names(FolderSource(root, split="heldout")))
     (root / kept[0]).write_bytes(b"no picture")
-    found = held_out(str(root), 16)
+    found = held_out(open_source(str(root), "heldout", verify=False), 16)
     assert (0 if found is None else len(found.captions)) == len(kept) - 1
 
 
@@ -256,4 +256,4 @@ def test_of_a_built_set_they_are_the_val_part(tmp_path):
         shutil.copy(built / f"{json.loads(lines[0])['id']}.webp", built / f"{name}.webp")
     (built / "index.jsonl").write_text("\n".join(lines) + "\n")
     assert len(EmojiSource(built, split="heldout")) == 10
-    assert len(held_out(str(built), 32).captions) == 5
+    assert len(held_out(open_source(str(built), "heldout", verify=False), 32).captions) == 5

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from wuerstchen.data.folder import FolderSource
+from wuerstchen.data.open import open_source
 from wuerstchen.data.plan import held_out_names, item_at
 from wuerstchen.data.prepare import prepare
 from wuerstchen.data.prepare_networks import Networks
@@ -351,11 +352,11 @@ def test_a_small_set_holds_out_none(cascade, tmp_path):
     small = make(write_photos(tmp_path / "photos", 9), tmp_path / "out", cascade)
     assert len(small.rows("train")) == 9
     assert len(small.rows("heldout")) == 0
-    assert held_out(str(tmp_path / "out"), 256) is None
+    assert held_out(open_source(str(tmp_path / "out"), "heldout", verify=False), 256) is None
 
 
 def test_validation_by_hand(prepared, cascade, monkeypatch):
-    pictures = held_out(str(prepared.folder), 256)
+    pictures = held_out(open_source(str(prepared.folder), "heldout", verify=False), 256)
     assert isinstance(pictures, HeldOutLatents)
     assert len(pictures) == min(len(prepared.rows("heldout")), IMAGES)
     assert len(HeldOutLatents(prepared, 0, 1)) == 1
@@ -483,4 +484,4 @@ def test_folders_that_are_prepared_sets(prepared, photos, tmp_path):
     (tmp_path / "work" / "plan.json").write_text("{}")
     assert is_prepared(tmp_path)
     with pytest.raises(DataError, match="it is not finished"):
-        held_out(str(tmp_path), 256)
+        held_out(open_source(str(tmp_path), "heldout", verify=False), 256)

@@ -83,7 +83,7 @@ class Bf16Weights:
             factors = torch.stack([number.float() for number in numbers])
             for (weight, copy), state in zip(pairs, states, strict=True):
                 moments = state["exp_avg"], state["exp_avg_sq"]
-                adamw(weight, copy, copy.grad, *moments, factors, beta1, beta2, group["eps"])
+                adamw(weight, copy, copy.grad, moments, factors, (beta1, beta2, group["eps"]))
                 copy.grad = None
 
     def _state(self, weight: nn.Parameter) -> dict[str, Tensor]:
@@ -98,18 +98,16 @@ def adamw(
     weight: Float32[Tensor, "*s"],
     copy: BFloat16[Tensor, "*s"],
     gradient: BFloat16[Tensor, "*s"],
-    mean: Float32[Tensor, "*s"],
-    square: Float32[Tensor, "*s"],
+    moments: tuple[Float32[Tensor, "*s"], Float32[Tensor, "*s"]],
     factors: Float32[Tensor, "5"],
-    beta1: float,
-    beta2: float,
-    eps: float,
+    constants: tuple[float, float, float],
 ) -> None:
-    """Updates weight, copy and moments in place.
+    """Updates weight, copy and moments in place. The ``constants`` are beta1, beta2 and eps.
 
     ``factors``: 1 − rate · weight decay, the rate over the first moment's bias correction, one over the root
     of the second moment's bias correction, the factor of the gradient, and 0 to skip the update (else 1).
     """
+    (mean, square), (beta1, beta2, eps) = moments, constants
     if weight.is_cuda and runs_triton(weight.device):
         from wuerstchen.models.fused import adamw_kernel as kernels
 

@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -17,9 +16,9 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
-from wuerstchen.data.open import open_source
 from wuerstchen.data.plan import generator, items_at
 from wuerstchen.data.prepared import PreparedSet
+from wuerstchen.data.sources import Source
 from wuerstchen.diffusion.objective import Objective
 from wuerstchen.errors import DataError
 from wuerstchen.train.config import StoredTexts
@@ -90,28 +89,15 @@ class HeldOut:
 
 
 def held_out(
-    data: str,
-    size: int,
-    count: int = IMAGES,
-    texts: StoredTexts = "tokens",
-    around: Path | None = None,
-    *,
-    image_column: str | None = None,
-    text_column: str | None = None,
+    source: Source | PreparedSet, size: int, count: int = IMAGES, texts: StoredTexts = "tokens"
 ) -> HeldOut | HeldOutLatents | None:
-    """At most ``count`` held-out images of the data that a recipe names, always the same ones.
+    """At most ``count`` images of a source that was opened for its held-out ones, always the same.
 
-    In an emoji set they come from the *val* part of its held-out pairs, in other data from
-    ``held_out_names``, and in a folder also from the held-out images of a set ``around`` it
-    (``FolderSource``). Unreadable images are left out. Returns None if there are none.
+    Unreadable images are left out. Returns None if there are none.
     """
-    # The run has verified prepared sets at its start.
-    source = open_source(
-        data, "heldout", around=around, image_column=image_column, text_column=text_column, verify=False
-    )
     if isinstance(source, PreparedSet):
-        maps = HeldOutLatents(source, _SEED, count, texts)
-        return maps if len(maps) else None
+        latents = HeldOutLatents(source, _SEED, count, texts)
+        return latents if len(latents) else None
     examples = []
     for number in items_at(range(len(source)), len(source), _SEED) if len(source) else []:
         if len(examples) == count:
