@@ -278,7 +278,7 @@ class Killed(BaseException):
 
 
 def test_a_kill_before_any_rename_changes_nothing(photos, tmp_path, networks, monkeypatch):
-    config = dataclasses.replace(CONFIG, shard_size=4)
+    config = dataclasses.replace(CONFIG, shard_size=4, crops=1, size=128)
     make(photos, tmp_path / "whole", networks, config)
     replace = os.replace
     left = 0
@@ -443,7 +443,8 @@ def test_a_set_of_a_model_that_sees_images_enlarged_can_be_read(photos, tmp_path
     """It was prepared completely, and then every reader refused it."""
     settings = dataclasses.replace(networks.settings, view_scale=2.0)
     out = tmp_path / "out"
-    made = make(photos, out, dataclasses.replace(networks, settings=settings))
+    config = dataclasses.replace(CONFIG, crops=1, size=128)
+    made = make(photos, out, dataclasses.replace(networks, settings=settings), config)
     assert PreparedSet(out).description == made
     assert made["settings"]["view_scale"] == 2.0
 
