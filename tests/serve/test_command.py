@@ -64,6 +64,7 @@ def test_a_signal_lets_running_jobs_finish(command, number):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_killed_service_leaves_no_worker_behind(command):
     process, _ = command()
     workers = children(process.pid)

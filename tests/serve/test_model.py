@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from .test_openai import client_of
+
 PROMPTS = [
     "a cat",
     "a 3D render of a purple camel on a blue background",
@@ -139,3 +141,16 @@ def test_other_settings_work(real, body):
     running = real
     job = running.wait(running.draw(prior_steps=2, decoder_steps=1, **body))
     assert job["state"] == "done"
+
+
+def test_the_client_of_openai_works_with_it(real):
+    running = real
+    with client_of(running) as client:
+        (model,) = client.models.list().data
+        assert model.id == "wuerstchen"
+        answer = client.images.generate(
+            prompt="a red car", size="auto", response_format="b64_json", extra_body={"steps": 4}
+        )
+    with Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json))) as image:
+        assert image.size == (256, 256)
+        assert max(high - low for low, high in image.getextrema()) > 50

@@ -53,19 +53,6 @@ def test_images_have_the_format_that_the_client_expects(serve, form, tmp_path):
             assert image.size == (128, 64)
 
 
-def test_the_bundled_model_works_with_the_client(real):
-    running = real
-    with client_of(running) as client:
-        (model,) = client.models.list().data
-        assert model.id == "wuerstchen"
-        answer = client.images.generate(
-            prompt="a red car", size="auto", response_format="b64_json", extra_body={"steps": 4}
-        )
-    with Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json))) as image:
-        assert image.size == (256, 256)
-        assert max(high - low for low, high in image.getextrema()) > 50
-
-
 def test_errors_raise_the_exceptions_of_the_client(serve):
     running = serve(max_waiting=2, tokens=(TOKEN,), max_pixels=256 * 128)
     with client_of(running) as client, pytest.raises(openai.AuthenticationError, match="token is missing"):
