@@ -316,9 +316,8 @@ def _grey_to_rgb(image: Image.Image, white: int, name: str) -> Image.Image:
     low, high = low.min(), high.max()
     if not (low >= 0 and high <= white):
         raise DataError(
-            f"{name} has values from {low:g} to {high:g}. In Pillow's mode {image.mode} they must be from 0 "
-            "to "
-            f"{white}. Save it with 8 or 16 bits."
+            f"{name} has values from {low:g} to {high:g}. In Pillow's mode {image.mode} they "
+            f"must be from 0 to {white}. Save it with 8 or 16 bits."
         )
     transparent = image.info.get("transparency")
     curve = None

@@ -206,8 +206,8 @@ def delete_lora(module: nn.Module, names: Sequence[str]) -> None:
     for name in names:
         if name in _fused(module):
             raise UserError(
-                f"adapter {name!r} is fused. Call unfuse_lora first, or unload_lora to keep it in the "
-                "weights."
+                f"adapter {name!r} is fused. Call unfuse_lora first, or "
+                "unload_lora to keep it in the weights."
             )
     _remove(module, names)
 
@@ -354,8 +354,8 @@ def _peft() -> Any:
 def _check_new_name(module: nn.Module, name: str) -> None:
     if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
         raise UserError(
-            f"adapter_name {name!r} is not allowed: it is empty, contains a dot, or is a name of torch's. "
-            "Use another."
+            f"adapter_name {name!r} is not allowed: it is empty, contains a "
+            "dot, or is a name of torch's. Use another."
         )
     if name in lora_names(module):
         raise UserError(f"adapter_name {name!r} is already used. Choose another, or call delete_lora first.")

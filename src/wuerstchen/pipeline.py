@@ -84,9 +84,9 @@ def load(
     precision = precision or default_precision(device)
     if device.type == "cuda" and not runs_triton(device):
         warnings.warn(
-            "this GPU or this build of torch does not support Triton. Sampling is correct, but several times "
-            "slower. Triton needs a CUDA build of torch for Linux and a GPU with compute capability 8.0 or "
-            "higher.",
+            "this GPU or this build of torch does not support Triton. Sampling is correct, "
+            "but several times slower. Triton needs a CUDA build of torch for Linux and a "
+            "GPU with compute capability 8.0 or higher.",
             UserNotice,
             stacklevel=2,
         )

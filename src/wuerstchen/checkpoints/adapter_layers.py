@@ -81,9 +81,9 @@ def _fitted(target: nn.Module, tensors: LayerTensors, layer: str, where: str) ->
         shapes = [", ".join(["rank", *map(str, wanted_a[1:])]), ", ".join([str(wanted_b[0]), "rank"])]
         shapes[1] += "".join(f", {size}" for size in wanted_b[2:])
         raise CheckpointError(
-            f"{where} does not fit: A and B of {shown(layer)} have shapes {tuple(a.shape)} and "
-            f"{tuple(b.shape)}, "
-            f"not ({shapes[0]}) and ({shapes[1]}). Use an adapter that was trained for this model."
+            f"{where} does not fit: A and B of {shown(layer)} have shapes "
+            f"{tuple(a.shape)} and {tuple(b.shape)}, not ({shapes[0]}) and "
+            f"({shapes[1]}). Use an adapter that was trained for this model."
         )
     return a, b
 

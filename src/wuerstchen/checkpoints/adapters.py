@@ -110,16 +110,15 @@ class AdapterConfig:
         if configured is not None and configured != rank:
             raise CheckpointError(
                 f"{self.where}: the rank of {names[0]!r} is {shown(configured)}, but its tensors have rank "
-                f"{rank}. "
-                "Download the adapter again, with its own configuration."
+                f"{rank}. Download the adapter again, with its own configuration."
             )
         alpha = self._value("alpha_pattern", names, "lora_alpha")
         if alpha is None:
             return None
         if not is_finite_number(alpha):
             raise CheckpointError(
-                f"{self.where}: alpha of {names[0]!r} must be a finite number, got {shown(alpha)}. Download "
-                "it again."
+                f"{self.where}: alpha of {names[0]!r} must be a finite number, "
+                f"got {shown(alpha)}. Download it again."
             )
         # Rank-stabilized adapters (arXiv 2312.03732) divide by the square root of the rank.
         return alpha * math.sqrt(rank) if self.fields.get("use_rslora") is True else float(alpha)
@@ -216,8 +215,8 @@ def save_lora(
         )
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"the adapter's configuration cannot be saved: {error}. It must contain only JSON values. "
-            "Give LoraConfig.to_dict()."
+            f"the adapter's configuration cannot be saved: {error}. It must contain "
+            "only JSON values. Give LoraConfig.to_dict()."
         ) from error
     write_tensors(named, path, {"format": 1, "kind": "lora"}, {METADATA: text} if metadata else None)
     return path
@@ -330,8 +329,8 @@ def _weight(key: str, tensor: Tensor, where: str) -> Tensor:
             tensor = tensor.float()
         except RuntimeError:
             raise CheckpointError(
-                f"{where}: the dtype {tensor.dtype} of {shown(key)} is not supported. Get the file in "
-                "float16."
+                f"{where}: the dtype {tensor.dtype} of {shown(key)} is not "
+                "supported. Get the file in float16."
             ) from None
     if not tensor.isfinite().all():
         raise CheckpointError(f"{where}: {shown(key)} contains NaN or infinity. Download it again.")
@@ -346,7 +345,7 @@ def _layer(layer: str, found: Mapping[str, Tensor], where: str) -> LayerTensors:
     value = stored.item() if number else None
     if not is_finite_number(value):
         raise CheckpointError(
-            f"{where}: alpha of {shown(layer)} must be a finite number, got {shown(value)}. Download it "
-            "again."
+            f"{where}: alpha of {shown(layer)} must be a finite number, got "
+            f"{shown(value)}. Download it again."
         )
     return LayerTensors(a, b, float(value))

@@ -87,6 +87,6 @@ def _check_shapes(name: str, ours: nn.Module, theirs: nn.Module, first: str, sec
         here, there = (tuple(s[key].shape) if key in s else "missing" for s in (a, b))
         if here != there:
             raise UserError(
-                f"{name}: {key} is {here} in {first} and {there} in {second}. Use models with the same "
-                "architecture."
+                f"{name}: {key} is {here} in {first} and {there} in {second}. "
+                "Use models with the same architecture."
             )

@@ -81,8 +81,8 @@ class CLIPTextFields:
                 raise CheckpointError(f"{name} must be the id of a token, got {shown(value)}.")
         if self.hidden_size % self.num_attention_heads:
             raise CheckpointError(
-                f"hidden_size must be a multiple of num_attention_heads={self.num_attention_heads}, "
-                f"got {self.hidden_size}"
+                "hidden_size must be a multiple of "
+                f"num_attention_heads={self.num_attention_heads}, got {self.hidden_size}"
             )
         if self.hidden_act not in ("gelu", "quick_gelu"):
             raise CheckpointError(f"hidden_act must be gelu or quick_gelu, got {shown(self.hidden_act)}.")
@@ -160,8 +160,8 @@ def read_clip_tokenizer(folder: Path, model: "CLIPTextModel | None" = None) -> "
     for name in () if whole else ("vocab.json", "merges.txt"):
         if not (folder / name).is_file():
             raise CheckpointError(
-                f"{folder} is not a tokenizer: it has no tokenizer.json and no {name}. Download the model "
-                "again."
+                f"{folder} is not a tokenizer: it has no tokenizer.json and no "
+                f"{name}. Download the model again."
             )
 
     from transformers import CLIPTokenizer

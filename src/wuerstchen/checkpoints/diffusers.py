@@ -252,8 +252,8 @@ def _read_index(folder: Path, layout: TensorLayout) -> tuple[str, dict[str, floa
         if key in numbers:
             if type(value) not in (int, float) or not abs(value) <= MAX_NUMBER:  # false for NaN
                 raise CheckpointError(
-                    f"{path}: {key} must be a number up to {MAX_NUMBER}, got {_short(value)}. Download it "
-                    "again."
+                    f"{path}: {key} must be a number up to {MAX_NUMBER}, got "
+                    f"{_short(value)}. Download it again."
                 )
             numbers[key] = float(value)
         elif not key.startswith("_") and value not in (None, [None, None]):
@@ -280,8 +280,8 @@ def read_network(
     check_not_cascade(folder, class_name=class_name)
     if class_name not in CLASSES[part]:
         raise CheckpointError(
-            f"{path}: _class_name must be {CLASSES[part][0]}, got {_short(class_name)}. "
-            "Download the model again."
+            f"{path}: _class_name must be {CLASSES[part][0]}, got "
+            f"{_short(class_name)}. Download the model again."
         )
     config = read_config(path, raw, config_class)
     stored = StoredTensors.in_folder(folder, layout.network_stems, variant)
@@ -357,8 +357,7 @@ def _prior_line(folder: Path) -> str | None:
         shown = _short(value) if isinstance(value, str) else f"a {type(value).__name__}"
         raise CheckpointError(
             f"{path}: the line prior: must name a folder inside the model or OWNER/NAME on the hub, got "
-            f"{shown}. "
-            "Correct the line, or give the folder of Stage C as prior."
+            f"{shown}. Correct the line, or give the folder of Stage C as prior."
         )
     return value
 

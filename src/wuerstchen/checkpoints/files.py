@@ -147,8 +147,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
             os.rename(partial, folder)
     except OSError as error:
         raise CheckpointError(
-            f"{folder} cannot be written ({error.strerror or error}). Free some space, or choose another "
-            "folder."
+            f"{folder} cannot be written ({error.strerror or error}). Free "
+            "some space, or choose another folder."
         ) from error
 
 
@@ -166,8 +166,8 @@ def damage_named(path: Path) -> Iterator[None]:
         raise
     except pickle.UnpicklingError:
         raise CheckpointError(
-            f"{path} is not a torch file, or contains pickled objects, which are never loaded. "
-            "Use a file with tensors only."
+            f"{path} is not a torch file, or contains pickled objects, which are "
+            "never loaded. Use a file with tensors only."
         ) from None
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__

@@ -12,9 +12,8 @@ from wuerstchen.errors import CheckpointError
 BUNDLED = Path(__file__).parents[1] / "bundled"
 """The model in the package. Its name is "bundled", also in the settings of images."""
 PHOTO_NOTE = (
-    "This model was trained on emoji. It reconstructs flat drawings, but a photograph comes out as blobs of "
-    "its "
-    "colours."
+    "This model was trained on emoji. It reconstructs flat drawings, but a "
+    "photograph comes out as blobs of its colours."
 )
 """What to say before encoding an image with the model in the package."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -67,8 +66,8 @@ def local_folder(
         return BUNDLED
     if not HUB_NAME.fullmatch(name) or ".." in name:
         raise CheckpointError(
-            f"{name[:200]!r} does not exist, and is not a name on the hub. Give a folder, a file, or "
-            "OWNER/NAME."
+            f"{name[:200]!r} does not exist, and is not a name on the hub. "
+            "Give a folder, a file, or OWNER/NAME."
         )
     repository = _Repository(name, revision, cache_dir, local_files_only, token, force_download)
     return repository.fetch_only(list(only)) if only else repository.fetch_model(variant)
@@ -124,9 +123,9 @@ class _Repository:
         except Exception as error:  # the hub's client raises its own errors, httpx's, and OSError
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise CheckpointError(
-                f"{self.name!r} is not a local folder, and cannot be downloaded from the hub "
-                f"({type(error).__name__}: {reason}). Check the name and the network, or give the path of a "
-                "copy."
+                f"{self.name!r} is not a local folder, and cannot be downloaded from the "
+                f"hub ({type(error).__name__}: {reason}). Check the name and the "
+                "network, or give the path of a copy."
             ) from error
 
 
@@ -157,14 +156,12 @@ def _model_of_run(path: Path) -> Path:
             return path / "model"
         if not any(path.glob("stage_*/checkpoints/[0-9]*")):
             raise CheckpointError(
-                f"{path} is a run folder without a checkpoint, so it contains no model yet. Wait for its "
-                "first "
-                "checkpoint."
+                f"{path} is a run folder without a checkpoint, so it contains no "
+                "model yet. Wait for its first checkpoint."
             )
         raise CheckpointError(
             f"{path} is the folder of an unfinished run, so it contains no model yet. Export its newest "
-            "checkpoint "
-            f"with: wuerstchen export {shlex.quote(str(path))} MODEL, and give MODEL"
+            f"checkpoint with: wuerstchen export {shlex.quote(str(path))} MODEL, and give MODEL"
         )
     if (path / "state.json").is_file() and path.absolute().parent.name == "checkpoints":
         stage = path.absolute().parents[1]

@@ -83,8 +83,7 @@ def _quantize(key: str, weight: Tensor) -> tuple[Tensor, Tensor]:
     if bool((exact > _FLOAT16_MAX).any()):
         raise CheckpointError(
             f"tensor {key!r} has a value of {float(largest.max()):.3g}. With a float16 scale, values can be "
-            "at "
-            f"most {_FLOAT16_MAX * _LEVELS:.3g}. Use weights from before the run diverged."
+            f"at most {_FLOAT16_MAX * _LEVELS:.3g}. Use weights from before the run diverged."
         )
     scale = exact.to(torch.float16)
     # A scale that is rounded down would clip the largest value of the row, or all of a tiny row.

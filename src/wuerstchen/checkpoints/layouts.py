@@ -129,9 +129,9 @@ def _check_fits(cascade: Cascade, layout: Layout, name: str) -> None:
     layout.check(cascade, name)
     if layout.parts is not None and (lacking := [p for p in cascade.networks() if p not in layout.parts]):
         raise UserError(
-            f"{' and '.join(lacking)} cannot be stored in the {name} layout, which holds "
-            f"{', '.join(sorted(layout.parts))}. Add --leave-out {' '.join(lacking)}, or keep the native "
-            "layout."
+            f"{' and '.join(lacking)} cannot be stored in the {name} layout, which "
+            f"holds {', '.join(sorted(layout.parts))}. Add --leave-out "
+            f"{' '.join(lacking)}, or keep the native layout."
         )
     if layout.assumed_settings is None:
         return
@@ -140,8 +140,8 @@ def _check_fits(cascade: Cascade, layout: Layout, name: str) -> None:
         value, theirs = getattr(cascade.settings, field.name), getattr(assumed, field.name)
         if value != theirs:
             raise UserError(
-                f"{field.name}={value} cannot be stored in the {name} layout, which assumes {theirs}. "
-                "Keep the native layout."
+                f"{field.name}={value} cannot be stored in the {name} layout, which "
+                f"assumes {theirs}. Keep the native layout."
             )
 
 

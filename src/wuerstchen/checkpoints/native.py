@@ -130,9 +130,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{path} does not exist. Check the name.") from error
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is not a complete safetensors file ({error}). Download it again, or convert it if it "
-            "is a "
-            "pickle."
+            f"{path} is not a complete safetensors file ({error}). Download it "
+            "again, or convert it if it is a pickle."
         ) from error
     try:
         header = parse_json(text)
@@ -310,8 +309,8 @@ def _read_description(path: Path) -> tuple[CascadeSettings, list[str], dict[str,
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(
-            f"{path} is not a valid model description ({type(error).__name__}: {error}). "
-            "Download the model again."
+            f"{path} is not a valid model description "
+            f"({type(error).__name__}: {error}). Download the model again."
         ) from error
 
 
@@ -366,8 +365,7 @@ def _with_objectives(
         if objective.kind != network.config.prediction:
             raise CheckpointError(
                 f"{folder}/model.json stores the objective {objective.kind!r} for the {part}, but the "
-                "network "
-                f"predicts {network.config.prediction!r}. Download the model again."
+                f"network predicts {network.config.prediction!r}. Download the model again."
             )
         if part not in named and _format_of(implied) > 1:
             raise CheckpointError(

@@ -83,8 +83,8 @@ def read_original(source: Path, *, dtype: torch.dtype = torch.float32) -> dict[s
             part, network = network_of(state, dtype=dtype)
             if part in networks:
                 raise CheckpointError(
-                    f"{state.place} contains a {part}, and so does {origins[part]}. "
-                    "Give the files of one model."
+                    f"{state.place} contains a {part}, and so does "
+                    f"{origins[part]}. Give the files of one model."
                 )
             networks[part], origins[part] = network, state.place
     return networks
@@ -103,8 +103,8 @@ def write_original(parts: Mapping[str, nn.Module], folder: Path) -> list[Path]:
     states = {part: _state_to_write(part, network) for part, network in parts.items()}
     if "compressor" in states and "decoder" not in states:
         raise CheckpointError(
-            "the compressor cannot be written alone: the original stores it in Stage B's file. "
-            "Give the decoder too."
+            "the compressor cannot be written alone: the original stores it in "
+            "Stage B's file. Give the decoder too."
         )
     names = V1_FILES if _is_v1(parts) else V2_FILES
     contents: dict[str, dict[str, dict[str, Tensor]]] = {}
@@ -144,8 +144,8 @@ def network_of(state: StateDict, *, dtype: torch.dtype = torch.float32) -> tuple
             network = network_class(config)
     except RuntimeError as error:  # more values than an integer can count
         raise CheckpointError(
-            f"{state.place}: the shapes are not those of a {part} ({str(error).partition(chr(10))[0]}). "
-            "Download the file again."
+            f"{state.place}: the shapes are not those of a {part} "
+            f"({str(error).partition(chr(10))[0]}). Download the file again."
         ) from error
     expected = _to_original(network.state_dict())
     for key in sorted(expected.keys() | state.tensors.keys()):
@@ -168,8 +168,8 @@ def _state_dicts(content: object, path: Path) -> Iterator[StateDict]:
     """The state dicts of networks in the content of a file, without the training state."""
     if not isinstance(content, Mapping):
         raise CheckpointError(
-            f"{path} contains a {type(content).__name__}, not tensors by name. Use one of the original's "
-            "files."
+            f"{path} contains a {type(content).__name__}, not tensors by "
+            "name. Use one of the original's files."
         )
     names = [name for name in STATE_KEYS if content.get(name) is not None][:1]
     names += [COMPRESSOR_KEY] if content.get(COMPRESSOR_KEY) is not None else []
@@ -336,8 +336,8 @@ def _read(path: Path, sources: Sources, dtype: torch.dtype, leave_out: Collectio
     """A whole model. Its text encoders come from ``sources``, or are the published ones."""
     if sources.prior is not None:
         raise UserError(
-            f"{path} holds the original's files, which take no prior from elsewhere. Put the .pt file of "
-            "Stage C next to them."
+            f"{path} holds the original's files, which take no prior from "
+            "elsewhere. Put the .pt file of Stage C next to them."
         )
     parts: dict[str, Any] = dict(read_original(path, dtype=dtype))
     missing = {"vqgan", "decoder"} - parts.keys()

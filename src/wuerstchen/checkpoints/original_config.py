@@ -85,9 +85,8 @@ def config_of(state: StateDict) -> Config:
     else:
         check_not_cascade(Path(state.place), state.tensors)
         raise CheckpointError(
-            f"{state.place}: the keys (the first is {next(iter(state.tensors))!r}) are not those of a "
-            "Würstchen "
-            "network. Use one of the original's files."
+            f"{state.place}: the keys (the first is {next(iter(state.tensors))!r}) are not those "
+            "of a Würstchen network. Use one of the original's files."
         )
     try:
         return derive(state)

@@ -26,9 +26,8 @@ class Patterns:
     def __init__(self, patterns: Sequence[str], where: str) -> None:
         if len(patterns) > MAX_PATTERNS or any(len(pattern) > MAX_LENGTH for pattern in patterns):
             raise CheckpointError(
-                f"{where} has more than {MAX_PATTERNS} patterns, or one with more than {MAX_LENGTH} "
-                "characters. "
-                "Download it again."
+                f"{where} has more than {MAX_PATTERNS} patterns, or one with more than "
+                f"{MAX_LENGTH} characters. Download it again."
             )
         self.where = where
         self._patterns = {pattern: self._compiled(pattern) for pattern in patterns}
@@ -70,6 +69,6 @@ class Patterns:
                 return regex.compile(rf"(.*\.)?({pattern})$", regex.V0)
         except (re.error, regex.error, RecursionError, OverflowError) as error:
             raise CheckpointError(
-                f"{self.where}: the pattern {shown(pattern)} is not a regular expression ({error}). "
-                "Download it again."
+                f"{self.where}: the pattern {shown(pattern)} is not a regular "
+                f"expression ({error}). Download it again."
             ) from None

@@ -120,15 +120,14 @@ def _read_config(path: Path) -> dict[str, Any]:
     for field in ("vocab_size", "pad_token_id", "text_positions"):
         if type(config.get(field)) is not int:
             raise CheckpointError(
-                f"{_quoted(path)}: {field} must be an integer, got {shown(config.get(field))}. Download it "
-                "again."
+                f"{_quoted(path)}: {field} must be an integer, got "
+                f"{shown(config.get(field))}. Download it again."
             )
     layers, pad = config.get("num_hidden_layers", 1), config["pad_token_id"]
     if type(layers) is not int or not 1 <= layers <= 512 or not 0 <= pad < config["vocab_size"]:
         raise CheckpointError(
             f"{_quoted(path)}: num_hidden_layers must be from 1 to 512, got {shown(layers)}, and "
-            "pad_token_id must "
-            f"be an id in the vocabulary, got {pad}. Download it again."
+            f"pad_token_id must be an id in the vocabulary, got {pad}. Download it again."
         )
     return config
 
@@ -151,9 +150,8 @@ def _read_word_pieces(path: Path, vocab_size: int) -> Tokenizer:
     ids = {piece: line for line, piece in enumerate(pieces)}
     if len(ids) != vocab_size or len(pieces) != vocab_size:
         raise CheckpointError(
-            f"{_quoted(path)} has {len(ids)} different pieces in {len(pieces)} lines, but vocab_size in "
-            "config.json "
-            f"is {vocab_size}. Download it again."
+            f"{_quoted(path)} has {len(ids)} different pieces in {len(pieces)} lines, but "
+            f"vocab_size in config.json is {vocab_size}. Download it again."
         )
     for special in ("[UNK]", "[CLS]", "[SEP]"):
         if special not in ids:
@@ -190,8 +188,8 @@ def _read_bert(path: Path, config: dict[str, Any]) -> "BertModel":
     except Exception as error:  # transformers raises many kinds of errors for invalid fields
         reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{_quoted(path.with_name('config.json'))} is not a valid BERT configuration ({reason}). "
-            "Download it again."
+            f"{_quoted(path.with_name('config.json'))} is not a valid BERT "
+            f"configuration ({reason}). Download it again."
         ) from error
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     found = {key: tuple(tensor.shape) for key, tensor in state.items()}

@@ -98,8 +98,8 @@ class StoredTensors:
                 return cls.of(files)
         if found := only_variant(folder, stems):
             warnings.warn(
-                f"{folder.parent} has only the variant {found!r} of some weights. It is read instead of full "
-                "weights.",
+                f"{folder.parent} has only the variant {found!r} of some weights. "
+                "It is read instead of full weights.",
                 UserNotice,
                 stacklevel=2,
             )
@@ -169,8 +169,8 @@ def fill(
     for name, (key, _) in expected.items():
         if tensors[name].is_floating_point() != state[key].is_floating_point():
             raise CheckpointError(
-                f"{where}: the dtype of {name!r} must be {state[key].dtype}, got {tensors[name].dtype}. "
-                "Download it again."
+                f"{where}: the dtype of {name!r} must be {state[key].dtype}, got "
+                f"{tensors[name].dtype}. Download it again."
             )
     network.load_state_dict({key: tensors[name] for name, (key, _) in expected.items()}, assign=True)
     network.eval().requires_grad_(False)
