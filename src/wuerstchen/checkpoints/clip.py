@@ -82,7 +82,7 @@ class CLIPTextFields:
         if self.hidden_size % self.num_attention_heads:
             raise CheckpointError(
                 "hidden_size must be a multiple of "
-                f"num_attention_heads={self.num_attention_heads}, got {self.hidden_size}"
+                f"num_attention_heads={self.num_attention_heads}, got {self.hidden_size}."
             )
         if self.hidden_act not in ("gelu", "quick_gelu"):
             raise CheckpointError(f"hidden_act must be gelu or quick_gelu, got {shown(self.hidden_act)}.")
