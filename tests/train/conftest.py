@@ -13,7 +13,7 @@ from wuerstchen.train.feed.images import pixels_of
 
 
 class ToySource:
-    """Noise pictures; those in ``broken`` cannot be read."""
+    """Noise images; those in ``broken`` cannot be read."""
 
     def __init__(self, length: int = 10, broken: tuple[int, ...] = ()) -> None:
         self.length = length

@@ -544,7 +544,7 @@ def test_the_run_folder_of_another_recipe_is_refused(begun):
 
 def test_what_does_not_change_the_result_may_change(begun):
     train(dataclasses.replace(tiny(), workers=0, checkpoint_seconds=5.0, preview_every=100), begun)
-    train(dataclasses.replace(tiny(), data=str(sample_root())), begun)  # the same pictures by another name
+    train(dataclasses.replace(tiny(), data=str(sample_root())), begun)  # the same images by another name
 
 
 def test_what_kills_left_half_written_is_swept_out(begun):
@@ -745,12 +745,12 @@ def test_fewer_images_than_a_batch_are_refused(tmp_path):
 
 
 def test_nothing_held_out_is_fed_to_training(tmp_path, monkeypatch):
-    """A built set holds the held-out pictures too: what a run reads of it is written down and compared."""
+    """A built set holds the held-out images too: what a run reads of it is written down and compared."""
     built = tmp_path / "emoji"
     shutil.copytree(sample_root(), built)
     lines = (built / "index.jsonl").read_text().splitlines()
     heldout = sorted(listed_heldout())[:40]
-    for name in heldout:  # pictures borrowed from the sample under held-out names
+    for name in heldout:  # images borrowed from the sample under held-out names
         style, subject = name.split("/")
         record = json.loads(lines[0]) | {"id": name, "style": style, "hex": subject, "split": "heldout"}
         record["license"] = {"noto": "Apache-2.0", "twemoji": "CC-BY-4.0"}.get(style, "MIT")

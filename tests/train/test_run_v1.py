@@ -68,7 +68,7 @@ def recipe(data="sample", **changes):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Enough pictures for some of them to be held out."""
+    """Enough images for some of them to be held out."""
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     for n in range(200):

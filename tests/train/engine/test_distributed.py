@@ -116,7 +116,7 @@ def test_another_number_of_processes_goes_on_with_the_same_losses(request, count
 @pytest.mark.slow
 @pytest.mark.parametrize("count", ["1", "4"])
 def test_so_it_does_with_tokens(more_runs, count):
-    """Stage B of v1: which tokens are noised, and with what, is a matter of the picture alone."""
+    """Stage B of v1: which tokens are noised, and with what, is a matter of the image alone."""
     images, ours = losses(more_runs / "v1")["b"][-1]
     ((resumed, theirs),) = losses(more_runs / f"{count}v1")["b"]
     assert resumed == images == 16
@@ -203,7 +203,7 @@ def test_processes_with_different_data_are_refused(runs):
         assert f"Error: process {rank} has other data in" in said[rank][0]
 
 
-def test_pictures_that_any_process_cannot_read_are_named(runs):
+def test_images_that_any_process_cannot_read_are_named(runs):
     """Those of the first process were. An epoch of Stage A meets all."""
     events = [json.loads(line) for line in (runs / "damaged" / "log.jsonl").read_text().splitlines()]
     skipped = [e["name"] for e in events if e["event"] == "skipped" and e["stage"] == "a"]

@@ -28,7 +28,7 @@ def run(folder, stage, settings, source, device=CPU, **changes):
     return Trainer(job).train(fill_image_cache(feed, 30, 0, device))
 
 
-def test_the_image_cache_holds_the_first_pictures_of_the_feed(toy_source):
+def test_the_image_cache_holds_the_first_images_of_the_feed(toy_source):
     feed = Feed(toy_source(broken=(3,)), 5, 4, captions=True)
     cache = fill_image_cache(feed, 300, 0, CPU)
     assert len(cache) == len(cache.captions) == 300
@@ -54,13 +54,13 @@ def test_it_keeps_what_the_stage_prepares_and_images_only_if_they_are_read(toy_s
     assert captions == cache.captions != captions[::-1]
 
 
-def test_every_epoch_shows_every_picture_of_the_image_cache_once():
+def test_every_epoch_shows_every_image_of_the_image_cache_once():
     assert sorted(items_at(range(30, 60), 30, 1)) == list(range(30))
     assert items_at(range(25, 35), 30, 1) == [item_at(i, 30, 1) for i in range(25, 35)]
 
 
-def test_pictures_of_the_image_cache_come_shuffled(tmp_path, toy_stage, toy_source, settings, monkeypatch):
-    """In another order in every epoch and with every seed; each picture once an epoch."""
+def test_images_of_the_image_cache_come_shuffled(tmp_path, toy_stage, toy_source, settings, monkeypatch):
+    """In another order in every epoch and with every seed; each image once per epoch."""
     prepare = ImageCache.prepare
 
     def numbered(cache, *given):
@@ -102,7 +102,7 @@ def test_a_broken_run_on_an_image_cache_ends_as_the_unbroken_one(tmp_path, toy_s
     assert newest(other.parent)[1]["files"] != files[0]  # an order of its own
 
 
-def test_for_a_preview_that_is_owed_no_picture_is_composed_and_nothing_compiled(
+def test_for_a_preview_that_is_owed_no_image_is_composed_and_nothing_compiled(
     tmp_path, toy_stage, toy_source, settings, monkeypatch
 ):
     """All were, and blocks compiled, though no update was left."""

@@ -49,7 +49,7 @@ def digests(checkpoint: Path) -> dict[str, str]:
 
 
 class StopAt:
-    """Raises at a picture: the process is gone as far as the loop can tell."""
+    """Raises at an image: the process is gone as far as the loop can tell."""
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -72,7 +72,7 @@ def test_a_broken_run_ends_as_the_unbroken_one(stops, tmp_path, toy_stage, toy_s
                 settings,
                 checkpoint_seconds=0.0,
             )
-    # The last start loads pictures in another process and draws no previews: neither may matter.
+    # The last start loads images in another process and draws no previews: neither may matter.
     broken, log = run(tmp_path / "broken", toy_stage(), toy_source(), settings, workers=1)
     assert digests(broken) == digests(whole)
     starts = [event["images"] for event in log.events() if event["event"] == "start"]
@@ -197,7 +197,7 @@ except Interrupted as stopped:
 
 
 def test_a_signal_to_the_whole_group_leaves_a_checkpoint_too(tmp_path):
-    """As a scheduler or a terminal sends it: the processes that load pictures must not die of it first."""
+    """As a scheduler or a terminal sends it: the processes that load images must not die of it first."""
     code = GROUP_STOP.format(folders=[str(p) for p in Path(__file__).parents[:2]], run=str(tmp_path / "run"))
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, start_new_session=True
@@ -292,7 +292,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(tmp_path, toy_stage, to
         run(tmp_path, toy_stage(on_batch=broken), toy_source(), settings)
 
 
-def test_unreadable_pictures_are_skipped_and_logged(tmp_path, toy_stage, toy_source, settings):
+def test_unreadable_images_are_skipped_and_logged(tmp_path, toy_stage, toy_source, settings):
     _, log = run(tmp_path, toy_stage(images=20), toy_source(broken=(3,)), settings)
     skipped = [event for event in log.events() if event["event"] == "skipped"]
     assert [event["name"] for event in skipped] == ["3.png", "3.png"]  # once an epoch of ten

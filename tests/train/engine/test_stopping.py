@@ -15,7 +15,7 @@ from .test_loop import digests, run
 
 
 def hanging(source, item: int, number: int):
-    """The source with one picture that never comes; whoever asks for it asks the main process to stop."""
+    """The source with one image that never comes; whoever asks for it asks the main process to stop."""
     reads, main = source.image, os.getpid()
 
     def image(wanted, rng, size):

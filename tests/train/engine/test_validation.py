@@ -69,7 +69,7 @@ def test_what_knows_nothing_has_the_loss_of_the_noise_itself_and_what_knows_all_
     monkeypatch.setattr(type(stage), "predict", lambda self, averages, inputs, x, t: torch.zeros_like(x))
     found = measure(stage, pictures)
     assert len(found["bins"]) == BINS
-    assert found["bins"] == pytest.approx([1.0] * BINS, abs=0.35)  # a map of 2×3×3, six times
+    assert found["bins"] == pytest.approx([1.0] * BINS, abs=0.35)  # latents of 2×3×3, six times
 
     def knowing(self, averages, inputs, x, t):
         alpha_bar = CosineSchedule().alpha_bar(t).view(-1, 1, 1, 1)
@@ -80,7 +80,7 @@ def test_what_knows_nothing_has_the_loss_of_the_noise_itself_and_what_knows_all_
 
 
 def test_stage_c_written_out(cascade, pictures):
-    """By hand, all pictures in one batch; the batches of the stage must not matter."""
+    """By hand, all images in one batch; the batches of the stage must not matter."""
     stage = make_stage("c", cascade)
     stage.optimization = dataclasses.replace(stage.optimization, batch_size=4)
     averages = averages_of(stage)
@@ -179,13 +179,13 @@ def names(source):
     return {source.name(item) for item in range(len(source))}
 
 
-def test_one_picture_in_fifty_of_a_folder_is_held_out_and_never_trained_on(tmp_path):
+def test_one_image_in_fifty_of_a_folder_is_held_out_and_never_trained_on(tmp_path):
     root = make_folder(tmp_path / "a", 600)
     training, kept = names(open_source(str(root))), names(FolderSource(root, split="heldout"))
     assert training | kept == names(FolderSource(root))
     assert not training & kept
     assert 4 <= len(kept) <= 25
-    # More pictures move none from one side to the other.
+    # More images move none from one side to the other.
     for n in range(600, 700):
         Image.new("RGB", (16, 16)).save(root / f"{n}.png")
         (root / f"{n}.txt").write_text("new")
@@ -207,7 +207,7 @@ def test_small_folders_and_the_sample_hold_out_nothing(tmp_path):
 
 
 def test_what_one_phase_holds_out_no_other_trains_on(tmp_path, monkeypatch):
-    """A folder in another gives its pictures other names, and so had others on the other side."""
+    """A folder in another gives its images other names, and so had others on the other side."""
     monkeypatch.chdir(tmp_path)
     root = make_folder(tmp_path / "photos", 300)
     fine, few = make_folder(root / "fine", 600), make_folder(root / "few", 60)
@@ -233,7 +233,7 @@ def test_what_one_phase_holds_out_no_other_trains_on(tmp_path, monkeypatch):
     assert names(FolderSource(hidden, "heldout", root)) == names(FolderSource(hidden, "heldout"))
 
 
-def test_pictures_that_cannot_be_read_are_left_out(tmp_path):
+def test_images_that_cannot_be_read_are_left_out(tmp_path):
     root = make_folder(tmp_path / "a", 200)
     kept = sorted(names(FolderSource(root, split="heldout")))
     (root / kept[0]).write_bytes(b"no picture")
@@ -248,7 +248,7 @@ def test_of_a_built_set_they_are_the_val_part(tmp_path):
     val = {entry.id for entry in select("a", ("val",))}
     heldout = listed_heldout()
     chosen = [*sorted(val)[:5], *sorted(heldout - val)[:5]]
-    for name in chosen:  # pictures borrowed from the sample under held-out names
+    for name in chosen:  # images borrowed from the sample under held-out names
         style, subject = name.split("/")
         record = json.loads(lines[0]) | {"id": name, "style": style, "hex": subject, "split": "heldout"}
         record["license"] = {"noto": "Apache-2.0", "twemoji": "CC-BY-4.0"}.get(style, "MIT")

@@ -82,8 +82,8 @@ def test_crops_of_latents_lie_where_those_of_pixels_do():
     assert torch.equal(random_crops(pixels, 32, random, grid=4)[:, ::4, ::4], random_crops(cells, 8, random))
 
 
-def alike(images, others) -> bool:
-    """Whether pictures are the same to rounding."""
+def nearly_equal(images, others) -> bool:
+    """Whether images are the same to rounding."""
     pairs = zip(images, others, strict=True)
     differences = (np.asarray(one, np.int16) - np.asarray(other, np.int16) for one, other in pairs)
     return all(np.abs(difference).max() <= 1 for difference in differences)
@@ -118,7 +118,7 @@ class TestStageA:
             batch = dataclasses.replace(make_batch(16), indices=torch.arange(start, start + 4))
             list(losses_of(stage, batch))
         assert torch.cat(seen).float().mean().item() == pytest.approx(0.9, abs=0.04)
-        assert any(0 < q.sum() < 4 for q in seen)  # decided a picture, not a batch
+        assert any(0 < q.sum() < 4 for q in seen)  # decided per image, not per batch
 
     def test_the_discriminator_is_listened_to_later_and_learns_alone(self):
         batch = make_batch()
@@ -139,7 +139,7 @@ class TestStageA:
         assert name == "discriminator"
         loss.backward()
         assert all(p.grad is None or not p.grad.any() for p in stage.vqgan.parameters())
-        # Logits of zero cost one for the real and one for the made picture.
+        # Logits of zero cost one for the real and one for the made image.
         assert loss.item() == pytest.approx(2, abs=0.5)
 
     def test_the_terms_written_out(self):
@@ -179,7 +179,7 @@ class TestStageA:
         with torch.no_grad():
             expected = to_images(average(pixels, quantise=True)[0].clamp(0, 1))
         assert [image.tobytes() for image in images[8:]] == [image.tobytes() for image in expected]
-        assert alike(images, stage.preview({"vqgan": average}, pixels, CPU, low_memory=True))
+        assert nearly_equal(images, stage.preview({"vqgan": average}, pixels, CPU, low_memory=True))
 
     def test_the_codebook_does_not_collapse(self):
         """As published (``uniform``) all codes begin in one spot; those that are nearest first take all."""
@@ -228,7 +228,7 @@ class TestStageARefinement:
         output, _ = small_cascade.vqgan(pixels, quantise=quantise)
         torch.testing.assert_close(loss, F.mse_loss(output, pixels) + F.l1_loss(output, pixels))
 
-    def test_stage_b_redraws_a_picture_by_its_number(self, small_cascade):
+    def test_stage_b_resamples_an_image_by_its_number(self, small_cascade):
         batch, stage = make_batch(128), self.make(small_cascade, refine_redrawn=1.0, crop=None)
         with torch.no_grad():
             made = stage.prepare(batch, CPU)
@@ -271,7 +271,7 @@ class TestStageARefinement:
         previews = stage.preview(averages, batch.pixels(CPU), CPU)
         assert len(previews) == len(stage.preview_labels["rows"]) * len(batch.images)
         with torch.no_grad():
-            assert alike(previews, stage.preview(averages, batch.pixels(CPU), CPU, low_memory=True))
+            assert nearly_equal(previews, stage.preview(averages, batch.pixels(CPU), CPU, low_memory=True))
 
 
 def test_perceptual_loss_sees_blur_and_is_zero_for_equals():
@@ -288,7 +288,7 @@ def test_perceptual_loss_sees_blur_and_is_zero_for_equals():
 
 
 def test_perceptual_loss_compares_directions():
-    """A picture whose features are three times as large is the same to it. In numpy, position by position."""
+    """An image whose features are three times as large is the same to it. In numpy, position by position."""
     maps = {False: [torch.rand(2, 5, 4, 3), torch.rand(2, 7, 2, 2)]}
     maps[True] = [torch.rand(2, 5, 4, 3), torch.rand(2, 7, 2, 2)]
 
@@ -330,7 +330,7 @@ def stage_b(small_cascade):
 
 
 class TestStageB:
-    def test_maps_are_zeroed_and_noised_a_picture_at_a_time(self, stage_b):
+    def test_latents_are_zeroed_and_noised_per_image(self, stage_b):
         stage_b.config = dataclasses.replace(stage_b.config, map_dropout=0.2, map_noise=0.5)
         z = torch.full((4000, 2, 3, 3), 7.0)
         disturbed = stage_b.disturb(z, ImageRandom(0, torch.arange(4000)))
@@ -339,7 +339,8 @@ class TestStageB:
         noised = ~zeroed & ~untouched
         assert zeroed.float().mean().item() == pytest.approx(0.2, abs=0.02)
         assert noised.float().mean().item() == pytest.approx(0.8 * 0.5, abs=0.03)
-        # Times reach to 0.5, where √ᾱ is 0.70: the mean of a map falls to no less than that of itself.
+        # Times reach to 0.5, where √ᾱ is 0.70: the mean of noised latents falls to
+        # no less than that.
         shares = disturbed[noised].flatten(1).mean(1) / 7
         assert shares.max() < 1.2
         assert 0.75 < shares.mean() < 0.97
@@ -404,20 +405,20 @@ class TestStageB:
         assert last.decoder_and_latents(averages, {"z": z})[0] is averages["decoder"]
 
     @torch.no_grad()
-    def test_previews_with_less_memory_are_the_same_pictures(self, stage_b):
+    def test_previews_with_less_memory_are_the_same_images(self, stage_b):
         averages = {name: copy.deepcopy(network).eval() for name, network in stage_b.networks.items()}
         stage_b.vqgan.eval()
         pixels = make_batch(128).pixels(CPU)[:2]
         images = stage_b.preview(averages, pixels, CPU)
         assert len(images) == 2 * len(stage_b.preview_labels["rows"])
-        assert alike(images, stage_b.preview(averages, pixels, CPU, low_memory=True))
+        assert nearly_equal(images, stage_b.preview(averages, pixels, CPU, low_memory=True))
 
     def test_the_previewer_has_a_rate_of_its_own(self, small_cascade):
         config = dataclasses.replace(RECIPE.stage_b, previewer_rate=3e-3)
         assert StageB(config, RECIPE, with_previewer(small_cascade)).rates == {"previewer": 3e-3}
 
     def test_the_compressor_learns_with_the_decoder(self, stage_b):
-        """Gradients reach the backbone through the map; Stage A's weights stay out of it."""
+        """Gradients reach the backbone through the semantic latents; Stage A's weights stay out of it."""
         for parameter in stage_b.trained.parameters():
             parameter.requires_grad_(True)
         stage_b.config = dataclasses.replace(stage_b.config, map_dropout=0.0, map_noise=0.0)
@@ -430,7 +431,7 @@ class TestStageB:
         assert compressor.mapper[0].weight.grad.abs().sum() > 0
         assert compressor.backbone._conv_stem.weight.grad.abs().sum() > 0
         assert all(p.grad is None for p in stage_b.vqgan.parameters())
-        # The previewer has no say in the map.
+        # The previewer has no say in the semantic latents.
         stage_b.trained.zero_grad()
         name, loss, _ = next(losses)
         loss.backward()
@@ -438,8 +439,9 @@ class TestStageB:
         assert all(p.grad is None for p in stage_b.trained.parameters())
         assert all(p.grad is not None for p in stage_b.previewer.parameters())
 
-    def test_a_map_that_says_nothing_stops_the_training(self, stage_b):
-        """A saturated backbone gives the same map for every picture, and no gradient to get out of it."""
+    def test_latents_without_information_stop_the_training(self, stage_b):
+        """A saturated backbone gives the same semantic latents for every image, and no gradient to get out of
+        it."""
         stage_b.trained.train()
         torch.nn.init.constant_(stage_b.trained.compressor.backbone._bn1.bias, 100.0)
         batch = make_batch(128)
@@ -610,7 +612,7 @@ class TestStageC:
         assert drawn[0].prior is average
         assert drawn[0].settings.latent_statistics == self.STATISTICS
 
-    def test_captions_are_dropped_a_picture_at_a_time(self, small_cascade):
+    def test_captions_are_dropped_per_image(self, small_cascade):
         stage = self.make(small_cascade, 0.3)
         seen = []
         context = stage.prior.context
@@ -763,7 +765,7 @@ def test_frozen_networks_see_a_few_images_at_a_time(small_cascade):
     assert seen[4:] == [1] * 5
 
 
-def test_map_statistics_are_those_of_numpy(small_cascade):
+def test_latent_statistics_are_those_of_numpy(small_cascade):
     batches = [make_batch(128), make_batch(128, 3)]
     measured = measure_statistics(small_cascade.compressor, iter(batches), CPU)
     with torch.no_grad():
@@ -794,7 +796,7 @@ def test_a_worker_s_error_is_one_line(workers, toy_source):
         next(batches(feed, 0, 3, 1, workers))
 
 
-def test_a_set_of_unreadable_pictures_ends_with_their_reason(toy_source):
+def test_a_set_of_unreadable_images_ends_with_their_reason(toy_source):
     feed = Feed(toy_source(3, broken=(0, 1, 2)), 0, 8, False)
     with pytest.raises(DataError, match=r"none of the 3 images can be read, .*: \d\.png is broken"):
         feed[0]

@@ -237,7 +237,7 @@ class TestStagePaella:
         assert all(p.grad is not None for p in stage.networks["decoder"].parameters())
         assert all(p.grad is None for p in cascade.compressor.parameters())
 
-    def test_maps_and_captions_are_dropped_a_picture_at_a_time(self, cascade):
+    def test_latents_and_captions_are_dropped_per_image(self, cascade):
         stage = make_stage(cascade, map_dropout=0.3, map_noise=0.0, caption_dropout=0.4)
         seen = []
         context = stage.trained.decoder.context
