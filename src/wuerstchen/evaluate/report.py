@@ -109,7 +109,9 @@ def evaluate(
         if row not in renderer.rows():
             raise UserError(f"row {row!r} needs a part that this model lacks. Leave it out.")
     if data is None and photos is None:
-        raise DataError("neither an emoji set nor photographs were given; name one of them")
+        raise DataError(
+            "nothing to evaluate: neither an emoji set nor photographs were given. Give one of them."
+        )
 
     entries = (
         {} if data is None else {name: select(name, options.splits, options.limit) for name in options.lists}
