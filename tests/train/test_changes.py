@@ -408,7 +408,7 @@ def test_a_change_at_a_damaged_checkpoint_is_refused_and_a_recorded_one_moves(fi
         raise SystemExit
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("wuerstchen.train.run._Run.train", train_nothing)
+        patch.setattr("wuerstchen.train.run.TrainingRun.train", train_nothing)
         with pytest.raises(SystemExit):
             train(micro(), run_dir, device="cpu", changes=["images=32"])
     path.write_bytes(b"")

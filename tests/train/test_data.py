@@ -185,7 +185,7 @@ def test_a_new_source_is_one_reader_and_one_row(stripes, small_cascade, tmp_path
 
 
 def test_a_run_belongs_to_its_columns_and_its_data(tmp_path, monkeypatch):
-    monkeypatch.setattr("wuerstchen.train.run._Run.train", lambda self: self.run_dir / "model")
+    monkeypatch.setattr("wuerstchen.train.run.TrainingRun.train", lambda self: self.run_dir / "model")
     data, run_dir = write_tars(tmp_path / "data"), tmp_path / "run"
     begin = {"device": "cpu", "monitor": RunMonitor(rehearse=False)}
     train(recipe(data), run_dir, **begin)
@@ -198,7 +198,7 @@ def test_a_run_belongs_to_its_columns_and_its_data(tmp_path, monkeypatch):
 
 
 def test_runs_of_earlier_versions_have_no_columns_and_go_on(tmp_path, monkeypatch):
-    monkeypatch.setattr("wuerstchen.train.run._Run.train", lambda self: self.run_dir / "model")
+    monkeypatch.setattr("wuerstchen.train.run.TrainingRun.train", lambda self: self.run_dir / "model")
     data, run_dir = write_folder(tmp_path / "data"), tmp_path / "run"
     begin = {"device": "cpu", "monitor": RunMonitor(rehearse=False)}
     train(recipe(data), run_dir, **begin)

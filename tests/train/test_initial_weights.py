@@ -186,7 +186,7 @@ def test_stage_c_alone_in_phases_survives_kills_and_blends(start, photos, finish
 
 @pytest.mark.parametrize("part", ["decoder", "text_encoder"])
 def test_a_resumed_run_must_start_from_the_same_weights(part, start, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr("wuerstchen.train.run._Run.train", lambda self: self.run_dir / "model")
+    monkeypatch.setattr("wuerstchen.train.run.TrainingRun.train", lambda self: self.run_dir / "model")
     train(recipe(start, photos), tmp_path / "run", device="cpu")
     other = read_cascade(start)
     if part == "decoder":

@@ -20,7 +20,7 @@ from wuerstchen.data.prepared import PreparedSet
 from wuerstchen.data.readers import EmojiReader, FolderReader
 from wuerstchen.errors import DataError, RunFolderError, UserError
 from wuerstchen.train.engine.checkpoint import newest
-from wuerstchen.train.run import _Run, train
+from wuerstchen.train.run import TrainingRun, train
 
 from ..configurations import with_lite0, with_optimization, write_model
 
@@ -162,7 +162,7 @@ def test_a_run_that_never_showed_small_sizes_does_not_go_on_in_another_order(fol
     networks = read_networks(folder / "model")
     config = PrepareConfig(size=256, max_ratio=4.0)
     prepare(FolderReader(tmp_path / "photos"), tmp_path / "set", networks, config)
-    monkeypatch.setattr(_Run, "train", lambda self: self.run_dir)
+    monkeypatch.setattr(TrainingRun, "train", lambda self: self.run_dir)
     full = recipe(folder)
 
     def begin(batch_size: int) -> None:

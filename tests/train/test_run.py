@@ -42,7 +42,7 @@ from wuerstchen.train.report.announce import RunMonitor
 from wuerstchen.train.report.cost import Tariff
 from wuerstchen.train.report.events import Log
 from wuerstchen.train.report.page import write_report
-from wuerstchen.train.run import _Run, _train, train
+from wuerstchen.train.run import TrainingRun, _train, train
 from wuerstchen.train.stages.base import cascade_settings
 
 from ..configurations import with_optimization
@@ -249,14 +249,14 @@ def test_a_lock_keeps_two_processes_apart(tmp_path):
 @pytest.fixture
 def begun(tmp_path, monkeypatch):
     """A run folder that was begun; what trains is left out."""
-    monkeypatch.setattr("wuerstchen.train.run._Run.train", lambda self: self.run_dir / "model")
+    monkeypatch.setattr("wuerstchen.train.run.TrainingRun.train", lambda self: self.run_dir / "model")
     train(tiny(), tmp_path)
     return tmp_path
 
 
 def test_a_run_from_before_colour_profiles_were_read(tmp_path, monkeypatch):
     """It goes on as it was where no image has a profile, and else only if asked to."""
-    monkeypatch.setattr("wuerstchen.train.run._Run.train", lambda self: self.run_dir / "model")
+    monkeypatch.setattr("wuerstchen.train.run.TrainingRun.train", lambda self: self.run_dir / "model")
     profile = ImageCms.createProfile("sRGB")
     adobe = runpy.run_path(str(Path(__file__).parents[1] / "test_colour_profiles.py"))
     for name, content in (
@@ -285,8 +285,10 @@ def test_a_run_from_before_colour_profiles_were_read(tmp_path, monkeypatch):
 
 def test_what_is_read_is_said_before_the_first_update_and_once(tmp_path, monkeypatch, capsys):
     order = []
-    monkeypatch.setattr("wuerstchen.train.run._Run.train", lambda self: order.append("train") or self.run_dir)
-    monkeypatch.setattr("wuerstchen.train.run._Run.rehearse", lambda self: print("rehearsal"))
+    monkeypatch.setattr(
+        "wuerstchen.train.run.TrainingRun.train", lambda self: order.append("train") or self.run_dir
+    )
+    monkeypatch.setattr("wuerstchen.train.run.TrainingRun.rehearse", lambda self: print("rehearsal"))
     data = tmp_path / "photos"
     data.mkdir()
     for number in range(16):
@@ -358,8 +360,8 @@ def test_what_the_first_process_does_alone_is_waited_for_as_long_as_it_takes(tmp
     for name in ("any_rank", "any_rank_each", "all_equal", "all_gather", "all_reduce_sum", "barrier"):
         noted(Processes, name, "exchange")
     noted(Processes, "barrier_without_timeout", "barrier_without_timeout")
-    noted(_Run, "validation", "held-out images", [None])
-    noted(_Run, "write_model_once", "the model")
+    noted(TrainingRun, "validation", "held-out images", [None])
+    noted(TrainingRun, "write_model_once", "the model")
     noted(run, "overview", "overview")
     noted(run, "first_converted", "colours", [None])
     noted(run, "write_json", "a measurement")
@@ -404,7 +406,7 @@ def test_batches_of_every_phase_are_checked_against_the_processes_at_the_start(t
 
 
 def test_a_folder_of_others_is_not_filled(tmp_path, monkeypatch):
-    monkeypatch.setattr("wuerstchen.train.run._Run.train", lambda self: self.run_dir)
+    monkeypatch.setattr("wuerstchen.train.run.TrainingRun.train", lambda self: self.run_dir)
     for name in ("photo.png", "metadata.jsonl", "notes"):
         folder = tmp_path / f"with-{name}"
         folder.mkdir()
@@ -452,7 +454,7 @@ def test_previews_are_of_captions_of_the_data(tmp_path, monkeypatch):
     """The recipes' prompts are about emoji. Those that a user names stay."""
     stored = []
     monkeypatch.setattr(
-        "wuerstchen.train.run._Run.train",
+        "wuerstchen.train.run.TrainingRun.train",
         lambda self: stored.append(self.recipe.preview_prompts) or self.run_dir / "model",
     )
     data = tmp_path / "photos"
@@ -570,7 +572,7 @@ def test_damaged_files_of_a_run_are_named(begun):
     with pytest.raises(RunFolderError, match=r"run\.json has no recipe and data"):
         train(tiny(), begun)
     (begun / "run.json").write_text(json.dumps(stored))
-    run = _Run.__new__(_Run)
+    run = TrainingRun.__new__(TrainingRun)
     run.processes = Processes(torch.device("cpu"))
     run.run_dir = begun
     for content in ("{}", "[]", "{", '"x"'):
@@ -599,7 +601,7 @@ def slow(*_, **__):
     time.sleep(60)
 
 owner, _, name = sys.argv[1].rpartition(".")
-setattr({"": run, "run_phase": run_phase, "_Run": run._Run}[owner], name, slow)
+setattr({"": run, "run_phase": run_phase, "TrainingRun": run.TrainingRun}[owner], name, slow)
 sys.exit(cli.main(sys.argv[2:]))
 """
 
@@ -610,7 +612,7 @@ sys.exit(cli.main(sys.argv[2:]))
         "run_phase.fill_image_cache",
         pytest.param("open_sources", marks=pytest.mark.slow),
         pytest.param("read_start", marks=pytest.mark.slow),
-        pytest.param("_Run.write_model", marks=pytest.mark.slow),
+        pytest.param("TrainingRun.write_model", marks=pytest.mark.slow),
     ],
 )
 def test_sigterm_outside_of_the_loop_is_one_line_and_the_run_goes_on(tmp_path, name):
@@ -661,7 +663,7 @@ def test_a_killed_loader_is_one_line(begun, monkeypatch):
     def killed(self):
         raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
 
-    monkeypatch.setattr("wuerstchen.train.run._Run.train", killed)
+    monkeypatch.setattr("wuerstchen.train.run.TrainingRun.train", killed)
     with pytest.raises(RunFolderError, match=r"a process that loads images was killed.* Use fewer --workers"):
         train(tiny(), begun)
 
@@ -710,7 +712,7 @@ def test_an_error_of_the_system_is_of_the_file_that_it_names(begun, monkeypatch,
     def failing(self):
         raise error
 
-    monkeypatch.setattr("wuerstchen.train.run._Run.train", failing)
+    monkeypatch.setattr("wuerstchen.train.run.TrainingRun.train", failing)
     with pytest.raises(UserError) as caught:
         train(tiny(), begun)
     assert type(caught.value) is kind

@@ -20,7 +20,7 @@ from wuerstchen.train.engine.distributed import Processes
 from wuerstchen.train.initial_weights import Start, read_start
 from wuerstchen.train.recorded_recipe import recipe_of
 from wuerstchen.train.report.events import Log
-from wuerstchen.train.run import _Run
+from wuerstchen.train.run import TrainingRun
 from wuerstchen.train.run_folder import read_json, read_run
 from wuerstchen.train.stages.base import N, Stage
 
@@ -114,7 +114,7 @@ def _checkpoint_of(folder: Path, phase: RunPhase, checkpoint: str) -> Path:
     return path
 
 
-class _Export(_Run):
+class _Export(TrainingRun):
     """A run that takes the weights of all stages from checkpoints and trains nothing."""
 
     makes_updates = False

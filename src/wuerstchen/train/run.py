@@ -78,13 +78,13 @@ def train(
     changes: Sequence[str] = (),
     end_now: bool = False,
 ) -> Path:
-    """Runs a recipe to its end, from wherever the run folder stands. Returns the finished model's folder.
+    """Trains a recipe to its end, resuming what the run folder contains. Returns the folder of the model.
 
-    ``monitor`` changes nothing in the result. ``changes``, as ``learning_rate=1e-5``, change a run that has
-    begun from its newest checkpoint on; ``end_now`` ends it there. Both are recorded (``train/changes.py``).
+    ``monitor`` does not affect the result. ``changes``, such as ``learning_rate=1e-5``, apply from the newest
+    checkpoint of a started run on, and ``end_now`` ends it there. Both are recorded (``train/changes.py``).
 
     Raises ``RunFolderError`` for a folder that is in use or belongs to another recipe, ``DataError`` for data
-    that cannot be used, ``Interrupted`` after a signal.
+    that cannot be used, and ``Interrupted`` after a signal.
     """
     monitor = monitor or RunMonitor()
     if monitor.tensorboard:
@@ -119,7 +119,7 @@ def _train(
         warnings.simplefilter("ignore", PromptTooLongWarning)
         try:
             log = Log(run_dir / "log.jsonl", processes.is_main, tensorboard=monitor.tensorboard)
-            run = _Run(recipe, run_dir, sources, start, processes, log)
+            run = TrainingRun(recipe, run_dir, sources, start, processes, log)
             for kind in trained_kinds(recipe):
                 if kind.check is not None:
                     kind.check(run)
@@ -162,7 +162,7 @@ def _train(
             raise named(error, run_dir) from error
 
 
-class _Run(PhaseRunner):
+class TrainingRun(PhaseRunner):
     """One start of a run. Stages get it as their ``stages.base.Run``."""
 
     makes_updates = True
@@ -255,7 +255,7 @@ class _Run(PhaseRunner):
     def rehearse(self) -> None:
         """Measures the cost of an image in each phase, on networks that are thrown away."""
         with tempfile.TemporaryDirectory() as folder:
-            rehearsal = _Rehearsal(
+            rehearsal = RehearsalRun(
                 self.recipe, Path(folder), self.sources, self.start, self.processes, self.log
             )
             rehearsal.train_stages()
@@ -322,7 +322,7 @@ class _Run(PhaseRunner):
             print(f"{len(skipped)} images could not be used and were skipped")
 
 
-class _Rehearsal(_Run):
+class RehearsalRun(TrainingRun):
     """A run with a few updates per phase. Its weights are neither kept nor passed on to other stages."""
 
     def run_stage(self, stage: Stage, phase: Phase, multiple: int) -> Path:
