@@ -120,7 +120,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
 def test_a_damaged_file(tmp_path: Path, kept: int) -> None:
     path = tmp_path / "judges.safetensors"
     path.write_bytes(JUDGES.read_bytes()[:kept])
-    with pytest.raises(CheckpointError, match="is not a whole safetensors file"):
+    with pytest.raises(CheckpointError, match="is not a complete safetensors file"):
         load_judges(path=path)
 
 
