@@ -128,7 +128,7 @@ def test_another_networks_file(tmp_path: Path) -> None:
     path = tmp_path / "judges.safetensors"
     tensors, header = read_tensors(JUDGES)
     write_tensors(tensors, path, header | {"kind": "prior"})
-    with pytest.raises(CheckpointError, match="does not hold the judges"):
+    with pytest.raises(CheckpointError, match="does not contain the judges"):
         load_judges(path=path)
 
 
@@ -137,7 +137,7 @@ def test_heads_of_other_features(tmp_path: Path) -> None:
     tensors, _ = read_tensors(JUDGES)
     tensors["image.weight"] = tensors["image.weight"][:, 1:]
     write_tensors(tensors, path, {"format": FORMAT, "kind": "judges"})
-    with pytest.raises(CheckpointError, match=r"judges of another shape \(.*image\.weight.*\)"):
+    with pytest.raises(CheckpointError, match=r"unexpected shapes \(.*image\.weight.*\)"):
         load_judges(path=path)
 
 

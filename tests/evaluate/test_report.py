@@ -252,7 +252,7 @@ def test_summary_says_what_is_reached(found):
     assert re.search(r"list \(a\), val, 4 entries +recall_1 +recall_5 +style", scores)
     psnr = found.lists["b"].scores["test"]["stage_a"]["psnr"].value
     assert re.search(rf"Stage A, unquantised [^\n]* {psnr:.3f} ", scores)
-    assert "only the first 4 of each list and split: a quick look" in scores
+    assert "only the first 4 entries of each list and split: a quick check" in scores
     lines = targets.splitlines()
     assert len(lines) == 10
     assert re.search(r"\(b\) Stage A, unquantised: PSNR in dB +\d+\.\d{3} +≥ 30\.000 +short", lines[1])
@@ -314,14 +314,16 @@ def test_a_model_without_parts_has_fewer_rows(small_cascade, emoji_set):
     )
     renderer = Renderer(model=half, sampling=Sampling())
     assert renderer.rows() == ("real", "jpeg20", "stage_a", "stage_a_quantised")
-    with pytest.raises(UserError, match="row 'c_b_a' needs a part that this model lacks"):
+    with pytest.raises(UserError, match="row 'c_b_a' needs a network that this model lacks"):
         evaluate(half, emoji_set, rows=("c_b_a",))
+    with pytest.raises(UserError, match=r"row 'before' needs the model before compression.* jpeg20, stage_a"):
+        evaluate(half, emoji_set, rows=("before",))
 
 
 def test_before_must_draw_the_same_size(small_model, small_cascade):
     settings = dataclasses.replace(small_cascade.settings, image_size=256)
     other = Wuerstchen(dataclasses.replace(small_cascade, settings=settings), torch.device("cpu"))
-    with pytest.raises(UserError, match="draws 256 pixels and not 128"):
+    with pytest.raises(UserError, match="image_size 128, got 256"):
         Renderer(model=small_model, sampling=Sampling(), before=other)
 
 

@@ -46,7 +46,7 @@ class JudgeHeads(nn.Module):
             self.register_buffer(f"{name}_std", torch.ones(width))
         self.image = nn.Linear(POOLED + DETAIL, WIDTH)
         self.text = nn.Linear(_TEXT_WIDTH, WIDTH)
-        # It reads only texture. With all features it learns which subjects a style has, and is worse.
+        # The style head only reads texture. With all features it overfits to the subjects of each style.
         self.style = nn.Sequential(
             nn.Linear(TEXTURE, _STYLE_HIDDEN),
             nn.GELU(),
@@ -123,14 +123,14 @@ def load_judges(device: torch.device | str = "cpu", path: Path = JUDGES) -> Judg
     """Loads the bundled judges. Raises ``CheckpointError`` for a missing, damaged or foreign file."""
     tensors, header = read_tensors(path)
     if header.get("kind") != "judges":
-        raise CheckpointError(f"{path} does not hold the judges. Install the package again.")
+        raise CheckpointError(f"{path} does not contain the judges. Reinstall the package.")
     heads = JudgeHeads()
     try:
         heads.load_state_dict(tensors)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{path} holds judges of another shape ({reason}). Install the package again."
+            f"{path} contains judge weights with unexpected shapes ({reason}). Reinstall the package."
         ) from error
     encoder = read_text_encoder(BUNDLED / "text_encoder").to(device)
     return Judges(heads.eval().requires_grad_(False).to(device), encoder)

@@ -91,7 +91,7 @@ def subject_words(name: str) -> str:
 
 
 def caption_of(name: ListName, entry: Entry) -> str:
-    """The caption that the other fields of an entry give."""
+    """The caption composed from the other fields of an entry."""
     if name == "a":
         return plain_caption(entry.style, entry.name)
     return prompt_text(entry.style, entry.name, entry.colour, entry.background)

@@ -122,7 +122,7 @@ def jpeg(image: UInt8[np.ndarray, "h w 3"], quality: int) -> UInt8[np.ndarray, "
 
 
 def background_pixel(image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "3"]:
-    """The median of the 4 pixels along the border, for each channel."""
+    """The per-channel median of the 4-pixel-wide border."""
     inner = np.zeros(image.shape[:2], dtype=bool)
     inner[BORDER:-BORDER, BORDER:-BORDER] = True
     return np.median(image[~inner], axis=0).astype(np.uint8)
@@ -137,8 +137,9 @@ def background_colour(image: UInt8[np.ndarray, "h w 3"]) -> str:
 def object_colour(image: UInt8[np.ndarray, "h w 3"]) -> str | None:
     """The most frequent named colour among the pixels outside the background (``colours.classify``).
 
-    The background is everything within 20 in L*a*b* of the median border pixel. It is the image's own
-    background, so a wrong one is not taken for the object. None if less than 0.5 % of the image is left.
+    The background is everything within 20 in L*a*b* of the median border pixel. Using the image's own
+    background keeps a wrong background from being counted as the object. None if less than 0.5 % of the image
+    is left.
     """
     pixels = image.reshape(-1, 3)
     distance = np.linalg.norm(to_lab(pixels) - to_lab(background_pixel(image)[None]), axis=1)

@@ -102,7 +102,7 @@ def html_page(report: Report, content: Mapping[str, Any], name: str) -> str:
     if report.settings["limit"] is not None and report.lists:
         parts.append(
             f'<p class="bad">Only the first {report.settings["limit"]} entries of each list and split: '
-            "a quick look, not a result.</p>"
+            "a quick check, not comparable with full results.</p>"
         )
     for split in ("test", "val"):
         if split in report.targets:

@@ -26,7 +26,7 @@ from wuerstchen.sampling import Sampling
 from wuerstchen.version import __version__
 
 FORMAT = 1
-"""The format of ``report.json``, raised by one whenever programs that read it would misread it."""
+"""The format version of ``report.json``. Increment it for changes that break readers."""
 
 SHOWN_ENTRIES = 24
 """Entries of each list and split, and photographs, that the page shows."""
@@ -107,7 +107,11 @@ def evaluate(
     rows = renderer.rows() if options.rows is None else options.rows
     for row in rows:
         if row not in renderer.rows():
-            raise UserError(f"row {row!r} needs a part that this model lacks. Leave it out.")
+            missing = "the model before compression" if row == "before" else "a network that this model lacks"
+            raise UserError(
+                f"row {row!r} needs {missing}. Available rows are {', '.join(renderer.rows())}. Remove it "
+                "from rows."
+            )
     if data is None and photos is None:
         raise DataError(
             "nothing to evaluate: neither an emoji set nor photographs were given. Give one of them."
@@ -202,7 +206,8 @@ def summary(report: Report) -> str:
     lines = [line for name, result in report.lists.items() for line in _score_table(name, result)]
     if report.settings["limit"] is not None and report.lists:
         lines.append(
-            f"only the first {report.settings['limit']} of each list and split: a quick look, not a result"
+            f"only the first {report.settings['limit']} entries of each list and split: a quick check, not "
+            "comparable with full results"
         )
     for split in ("test", "val"):
         if split in report.targets:

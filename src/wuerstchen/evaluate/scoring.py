@@ -1,8 +1,8 @@
-"""Draws every row of the report for the entries of a list, and scores it.
+"""Generates every row of the report for the entries of a list and scores it.
 
 A row is a source of images: the real ones, the real ones after JPEG, their reconstructions by Stage A or by
-Stages A and B, or images drawn from the captions. Only what the scores need is kept of each batch, so memory
-does not grow with the lists.
+Stages A and B, or images generated from the captions. Only the features needed for the scores are kept from
+each batch, so memory does not grow with the length of the lists.
 """
 
 import io
@@ -116,8 +116,8 @@ class Renderer:
     def __post_init__(self) -> None:
         if self.before is not None and self.before.cascade.settings.image_size != self.size:
             raise UserError(
-                f"the model before compression draws {self.before.cascade.settings.image_size} pixels and "
-                f"not {self.size}. Use the folder that the model was made from."
+                f"before must be a model with image_size {self.size}, got "
+                f"{self.before.cascade.settings.image_size}. Use the model that was compressed."
             )
 
     @property
@@ -227,7 +227,7 @@ class Scorer:
         features: Mapping[Row, Features],
         found: Mapping[Row, Sequence[dict[str, object]]],
     ) -> dict[Row, list[Measured]]:
-        """``found``, completed by what the judge says of the features."""
+        """Adds the judge's caption ranks and styles to the measurements in ``found``."""
         # Two subjects may have the same caption in a style; the judge ranks it once.
         captions = list(dict.fromkeys(entry.caption for entry in read_list(name)))
         correct = np.array([captions.index(entry.caption) for entry in entries])
