@@ -317,7 +317,7 @@ def test_values_are_rounded_and_clamped() -> None:
 
 
 def test_nan_does_not_become_black() -> None:
-    with pytest.raises(UserError, match=r"^the image tensor contains NaN .*\. Use bfloat16 or float32\.$"):
+    with pytest.raises(UserError, match=r"^the image tensor contains NaN, .*\. Use bfloat16 or float32\.$"):
         to_images(torch.full((1, 3, 2, 2), torch.nan))
 
 

@@ -528,7 +528,7 @@ def test_missing_files(prior, tmp_path):
 
 @pytest.mark.parametrize("name", ["", "a.b", "keys", "forward"])
 def test_names_that_torch_cannot_hold(prior, name):
-    with pytest.raises(UserError, match="is not allowed"):
+    with pytest.raises(UserError, match="adapter_name must be a non-empty string without dots"):
         load_lora(prior, adapter(), adapter_name=name)
 
 

@@ -43,5 +43,5 @@ def test_a_size_is_two_sides_or_one():
 def test_one_value_stands_for_all_or_there_is_one_for_each():
     assert one_for_each("negative", ["x"], 2, 2) == ["x"] * 4
     assert one_for_each("negative", ["x", "y"], 2, 2) == ["x", "x", "y", "y"]
-    with pytest.raises(UserError, match="3 values of negative do not match 2 prompts"):
+    with pytest.raises(UserError, match="negative has 3 values for 2 prompts"):
         one_for_each("negative", ["x", "y", "z"], 2, 2)

@@ -1,8 +1,8 @@
 """Converts images to sRGB with their embedded colour profiles.
 
-LittleCMS, through Pillow, reads the profiles. Because files are untrusted, it gets only the parts that a
-conversion to sRGB needs. These take milliseconds, whatever they contain. Importing this module loads neither
-torch nor numpy.
+LittleCMS, through Pillow, reads the profiles. Profiles are untrusted, so LittleCMS only gets the tags that a
+conversion to sRGB needs. Reading those takes milliseconds, whatever they contain. Importing this module loads
+neither torch nor numpy.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ slightly rounded curves, and converting them would only add rounding errors."""
 _HEADER = 128
 _CLASSES = frozenset({b"scnr", b"mntr", b"prtr", b"spac"})
 _SPACES = {b"RGB ": "RGB", b"GRAY": "L", b"CMYK": "CMYK"}
-# Everything else in a profile describes other directions and devices, or is text. The "D2B" tags must be
-# removed because they contain programs of any length, and one of 4 MB runs for minutes.
+# All other tags describe other conversions or device classes, or hold text. The "D2B" tags must be removed
+# because they contain programs of any length, and one of 4 MB runs for minutes.
 _TAGS = frozenset(
     {
         b"A2B0",

@@ -78,7 +78,9 @@ def examine(
     for part, network in pipeline.cascade.networks().items():
         yield f"  {part}: {sum(p.numel() for p in network.parameters()):,} parameters"
     if pipeline.cascade.prior is None:
-        raise UserError(f"{path} has no Stage C (prior), so it cannot draw images. Use a model that has one.")
+        raise UserError(
+            f"{path} has no Stage C (prior), so it cannot generate images. Use a model that has one."
+        )
     is_bundled = path.resolve() == BUNDLED.resolve()
     drawn = []
     for seed, prompt in enumerate(BUNDLED_PROMPTS if is_bundled else PROMPTS):
@@ -106,15 +108,15 @@ def _verdict(drawn: Sequence[tuple[Path, Image.Image]], is_bundled: bool) -> str
             )
         if is_bundled and (away := _difference(image, BUNDLED_IMAGES[number])) > MAX_DIFFERENCE:
             raise UserError(
-                f"{path} differs from the image that this model draws on other machines by {away:.0f} of "
-                f"255 on average. Rounding explains at most {MAX_DIFFERENCE}. Try --precision float32 or "
-                "--device cpu, or install the package again."
+                f"{path} differs from the reference image by {away:.0f} of 255 on average. Rounding explains "
+                f"at most {MAX_DIFFERENCE}. Try --precision float32 or --device cpu, or install the package "
+                "again."
             )
     if is_bundled:
-        return "verdict: the bundled model works here, and draws the same images as on other machines"
+        return "verdict: the bundled model works, and its images match the reference images"
     return (
-        "verdict: the model works here. Its files were read, and its images have more than one colour. "
-        "Look at the images to see whether they show their prompts"
+        "verdict: the model loads and generates images with more than one colour. "
+        "Look at the images to see whether they match their prompts"
     )
 
 

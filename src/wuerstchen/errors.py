@@ -22,7 +22,7 @@ class UserError(ValueError):
 
 
 class CheckpointError(UserError):
-    """A file with weights or training state is damaged, unknown, or does not fit."""
+    """A file with weights or training state is damaged, in an unknown format, or incompatible."""
 
 
 class DataError(UserError):

@@ -146,7 +146,7 @@ def _strip_by_strip(image: Image.Image, convert: Callable[[Image.Image], Image.I
 
 
 def upright_rgb(image: Any, name: str = "image") -> Image.Image:
-    """Converts an open image like ``open_image``: to sRGB with 8 bits, upright, with a white background.
+    """Converts an opened PIL image as ``open_image`` does a file: 8-bit sRGB, upright, on white.
 
     Raises ``UserError`` if it is not an image or has no pixels.
     """
@@ -210,7 +210,10 @@ def to_images(tensor: Float[Tensor, "b c h w"]) -> list[Image.Image]:
     Raises ``UserError`` for NaN, which would silently become black.
     """
     if bool(tensor.isnan().any()):
-        raise UserError("the image tensor contains NaN because a model overflowed. Use bfloat16 or float32.")
+        raise UserError(
+            "the image tensor contains NaN, usually because a network overflowed in float16. Use "
+            "bfloat16 or float32."
+        )
     pixels = (tensor.detach().float().clamp(0, 1) * 255).round().byte()
     # Contiguous, because PIL is eight times as slow otherwise.
     pixels = pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()

@@ -49,7 +49,7 @@ def load_lora(
     the file. Otherwise it equals the rank, with an ``AssumedScaleWarning``.
 
     Raises ``CheckpointError`` if the file is damaged or does not fit, ``UserError`` if the name is taken, if
-    an adapter is fused, and if ``peft`` is missing. The networks are then unchanged.
+    an adapter is fused, and if ``peft`` is missing. On error, the networks are unchanged.
     """
     file = read_adapter(source, weight_name)
     _check_new_name(prior, adapter_name)
@@ -166,7 +166,7 @@ def fuse_lora(
 
     While any adapter is fused, the others have no effect. ``safe`` refuses a result that is not finite.
     Raises ``UserError`` for unknown or fused names, a scale that is not finite, and adapters on convolutions
-    with groups, which cannot be merged. The network is then unchanged.
+    with groups, which cannot be merged. On error, the network is unchanged.
     """
     _check_scale("scale", scale)
     names = active_loras(module) if names is None else [names] if isinstance(names, str) else list(names)
@@ -182,7 +182,7 @@ def fuse_lora(
     if safe:
         _check_finite_sum(layers, scale)
     for layer, name in layers:
-        # peft subtracts with the scaling at that time, so it must not change until the adapter is unfused.
+        # peft unmerges with the current scaling, so it must not change while the adapter is fused.
         layer.unfused_scaling = {**getattr(layer, "unfused_scaling", {}), name: layer.scaling[name]}
         layer.scaling[name] *= scale
         with warnings.catch_warnings():
@@ -332,7 +332,7 @@ def _replace(module: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def _freeze(layer: Any) -> None:
-    """Undoes that peft makes whatever it activates trainable."""
+    """Freezes an adapter again, because peft makes every adapter that it activates trainable."""
     for matrices in (layer.lora_A, layer.lora_B):
         matrices.requires_grad_(False)
 
@@ -354,8 +354,8 @@ def _peft() -> Any:
 def _check_new_name(module: nn.Module, name: str) -> None:
     if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
         raise UserError(
-            f"adapter_name {name!r} is not allowed: it is empty, contains a "
-            "dot, or is a name of torch's. Use another."
+            f"adapter_name must be a non-empty string without dots that is not an attribute of "
+            f"torch.nn.ModuleDict, got {name!r}. Use another name."
         )
     if name in lora_names(module):
         raise UserError(f"adapter_name {name!r} is already used. Choose another, or call delete_lora first.")
@@ -368,7 +368,7 @@ def _check_names(module: nn.Module, names: Sequence[str]) -> None:
         if name not in known:
             raise UserError(f"adapter {name!r} is not loaded. Loaded adapters: {', '.join(known) or 'none'}.")
     if len(set(names)) < len(names):
-        raise UserError(f"adapters {', '.join(names)} contain a name twice. Give each once.")
+        raise UserError(f"adapters {', '.join(names)} contain a name twice. Name each once.")
 
 
 def _check_not_fused(module: nn.Module) -> None:
@@ -392,7 +392,7 @@ def _check_fusible(module: nn.Module, names: Sequence[str]) -> None:
 
 def _check_scale(what: str, value: object) -> None:
     if not is_finite_number(value):
-        raise UserError(f"{what} must be a finite number, got {shown(value)}. 1 is as trained.")
+        raise UserError(f"{what} must be a finite number, got {shown(value)}. Use 1 for full strength.")
 
 
 def _check_finite_sum(layers: Sequence[tuple[Any, str]], scale: float | int) -> None:

@@ -3,8 +3,8 @@
 prompt → text states → Stage C: semantic latents (b, 16, h, w) → Stage B: latents (b, 4, H, W) → Stage A:
 pixels
 
-An image is sampled on a canvas whose size suits all stages, and is cropped from its center. Networks compute
-in their own precision, the diffusion between them in fp32.
+Images are sampled on a canvas whose size works for all stages, then center-cropped. Networks compute in their
+own precision, the diffusion between them in fp32.
 """
 
 import dataclasses
@@ -71,15 +71,15 @@ def load(
 ) -> "Wuerstchen":
     """Loads a model onto ``device``: by default the bundled model, onto a GPU if there is one.
 
-    ``model`` is a folder in any layout, or a name on the hub. ``sources`` names parts that come from
-    elsewhere. ``precision`` defaults to float16 on CUDA and to float32 elsewhere. Half precision needs half
-    the memory. Images in float16 look like those in float32. bfloat16 rounds eight times as coarsely, and
-    occasionally an image changes visibly. The bundled model needs no network. Raises ``CheckpointError`` if
-    the files are damaged or are not a model.
+    ``model`` is a folder in any layout, or a name on the hub. ``sources`` loads individual networks from
+    other places. ``precision`` defaults to float16 on CUDA and to float32 elsewhere. Half precision needs
+    half the memory. Images in float16 look like those in float32. bfloat16 rounds eight times as coarsely,
+    and occasionally an image changes visibly. The bundled model needs no network. Raises ``CheckpointError``
+    if the files are damaged or are not a model.
     """
-    for value, kind in ((precision, Precision), (low_memory, LowMemory)):
+    for name, value, kind in (("precision", precision, Precision), ("low_memory", low_memory, LowMemory)):
         if value is not None and value not in get_args(kind):
-            raise UserError(f"{value!r} is unknown. Use one of {', '.join(get_args(kind))}.")
+            raise UserError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}.")
     device = default_device(device)
     precision = precision or default_precision(device)
     if device.type == "cuda" and not runs_triton(device):
@@ -144,15 +144,15 @@ class Wuerstchen:
     ) -> list[Image.Image]:
         """Generates ``count`` images for each prompt, in the order of the prompts.
 
-        Image number i of the call has seed ``seed + i``, or ``seed[i]`` of a list, and its own noise: the
-        same seed gives the same image in any batch, up to rounding. ``size`` is (width, height) in pixels, or
-        one number for both, in steps of 8. ``negative`` is the text to steer away from: one for all prompts,
-        or a list with one for each.
+        Image i uses seed ``seed + i``, or ``seed[i]`` if ``seed`` is a list. Each image has its own noise, so
+        the same seed gives the same image in any batch, up to rounding. ``size`` is (width, height) in
+        pixels, or one number for both, in steps of 8. ``negative`` is the text to steer away from: one for
+        all prompts, or a list with one for each.
 
         With ``init``, Stage C starts from the semantic latents of that image, noised to the time ``strength``
         in (0, 1]. Small values keep its composition, 1 keeps nothing. With an empty prompt, this gives
-        variations of the image. The image is scaled and cropped to the size. A list has one image for each
-        prompt. ``on_step`` is called after each step (``wuerstchen.progress``). Raises ``UserError`` for
+        variations of the image. The image is scaled and cropped to the size. Pass a list to use one image
+        per prompt. ``on_step`` is called after each step (``wuerstchen.progress``). Raises ``UserError`` for
         invalid arguments.
         """
         prompts = checked_texts(prompts)
@@ -255,12 +255,12 @@ class Wuerstchen:
         """Adds a LoRA adapter to Stage C, and to its text encoder if the file adapts that too.
 
         ``source`` is a file, or a folder with ``pytorch_lora_weights.safetensors``. Raises
-        ``CheckpointError`` if the adapter does not fit this model. The model is then unchanged.
+        ``CheckpointError`` if the adapter does not fit this model. On error, the model is unchanged.
         """
         if self.cascade.prior is None or self.cascade.text_encoder is None:
-            raise UserError("this model has no Stage C for an adapter. Use a model that has one.")
+            raise UserError("LoRA adapters apply to Stage C, and this model has none. Load one with Stage C.")
         if not math.isfinite(scale):
-            raise UserError(f"the scale of an adapter must be a finite number, got {scale}. 1 is as trained.")
+            raise UserError(f"scale must be a finite number, got {scale}. Use 1 for full strength.")
         self.residence.release()
         prior, text_model = self.cascade.prior, self.cascade.text_encoder.model
         name = f"adapter_{len(self._loras)}"

@@ -25,7 +25,7 @@ _SPARE = 64 * 2**20  # bytes of chunks with neither pixels nor text
 
 
 def open_any(file: Path | str | io.BytesIO, formats: Sequence[str] | None = None) -> Image.Image:
-    """``PIL.Image.open``, but opens PNG files with too much text for Pillow without that text.
+    """Like ``PIL.Image.open``, but leaves out PNG text that exceeds Pillow's limits instead of failing.
 
     Profiles up to ``MAX_PROFILE`` are kept. Raises the errors of ``PIL.Image.open``. Text after the pixels
     only causes an error in ``load``: see ``open_without_text``.

@@ -25,8 +25,7 @@ class Step:
     preview: Callable[[Sequence[int]], list[Image.Image]]
     """Returns small previews of the images with these indices in the batch, decoded from the current estimate
     of the final result: by the previewer during Stage C, at half the size during Stage B. This costs time.
-    The list is empty if the model has no previewer (Stage C), and if the networks do not all stay on the
-    device."""
+    The list is empty during Stage C if the model has no previewer, and always with offloading."""
 
 
 StepCallback = Callable[[Step], None]
@@ -57,7 +56,7 @@ class StepReporter:
     def on_semantic_latents(
         self, predict: Predict, report: OnStep | None, steps: int
     ) -> tuple[Predict, OnStep]:
-        """``predict`` and ``report`` of Stage C, extended by the callback."""
+        """``predict`` and ``report`` of Stage C, extended to call the step callback."""
         cascade, previewer = self.cascade, self.cascade.previewer
 
         def decode(clean: Tensor) -> Tensor:
@@ -69,12 +68,12 @@ class StepReporter:
         return self._extended("Stage C", predict, report, steps, objective, previewer and decode)
 
     def on_latents(self, predict: Predict, report: OnStep | None, steps: int) -> tuple[Predict, OnStep]:
-        """``predict`` and ``report`` of Stage B, extended by the callback."""
+        """``predict`` and ``report`` of Stage B, extended to call the step callback."""
         objective = self.cascade.settings.decoder_objective.for_sampling()
         return self._extended("Stage B", predict, report, steps, objective, self._decode_half_size)
 
     def on_tokens(self, report: OnStep | None, steps: int) -> OnStep:
-        """``report`` of a Stage B on tokens (v1), extended by the callback."""
+        """``report`` of v1's Stage B, which samples tokens, extended to call the step callback."""
         vqgan = self.cascade.vqgan
 
         def estimate(rows: list[int], tokens: Tensor) -> Tensor:
@@ -131,7 +130,8 @@ class StepReporter:
     def _wait_for_previous_step(self, sample: Tensor) -> None:
         """On a GPU, waits until the step before this one has finished.
 
-        Otherwise a whole stage would be queued at once: too late to report progress, or to stop.
+        Otherwise all steps of a stage would be queued at once, and the callback could neither report progress
+        nor stop the sampling in time.
         """
         if sample.is_cuda:
             before, self._last_step = self._last_step, torch.cuda.Event(blocking=True)

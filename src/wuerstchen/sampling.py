@@ -44,7 +44,8 @@ class Sampling:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, Integral) and 1 <= value <= MAX_STEPS):
                 raise UserError(
-                    f"{name} must be an integer from 1 to {MAX_STEPS}, got {value!r}. 29 and 12 are common."
+                    f"{name} must be an integer from 1 to {MAX_STEPS}, got {value!r}. Common values are 29 "
+                    "for prior_steps and 12 for decoder_steps."
                 )
         if self.prior_sampler is not None:
             check_sampler(self.prior_sampler)
@@ -96,9 +97,9 @@ def check_seed(seed: Any, images: int) -> None:
 
 
 def checked_request(prompts: list[str], seed: Any, count: Any, batch_size: Any) -> Sequence[int]:
-    """The seed of each image. Raises ``UserError`` if no image is asked for, or an impossible one."""
+    """Returns the seed of each image. Raises ``UserError`` for an empty or invalid request."""
     if not prompts:
-        raise UserError("there is no prompt, so there is nothing to generate. Give at least one.")
+        raise UserError("prompts must not be empty, got []. Pass at least one prompt.")
     for name, value in (("count", count), ("batch_size", batch_size)):
         if not isinstance(value, Integral) or value < 1:
             raise UserError(f"{name} must be an integer of at least 1, got {value}.")
@@ -108,7 +109,7 @@ def checked_request(prompts: list[str], seed: Any, count: Any, batch_size: Any) 
         return range(seed, seed + images)
     if len(seed) != images:
         raise UserError(
-            f"{len(seed)} seeds do not match {images} images. Give one for each image, or a single number."
+            f"{len(seed)} seeds do not match {images} images. Pass one per image, or a single number."
         )
     for each in seed:
         check_seed(each, 1)
@@ -119,7 +120,7 @@ def one_for_each(name: str, values: list[Any], prompts: int, count: int) -> list
     """One value for each image, from one value for all prompts or one for each."""
     if len(values) not in (1, prompts):
         raise UserError(
-            f"{len(values)} values of {name} do not match {prompts} prompts. Give one for each, or one."
+            f"{name} has {len(values)} values for {prompts} prompts. Pass one value, or one per prompt."
         )
     return [value for value in (values if len(values) == prompts else values * prompts) for _ in range(count)]
 

@@ -26,7 +26,7 @@ class SamplingBatch:
     size: tuple[int, int]
     """Width and height of the images in pixels."""
     canvas: tuple[int, int]
-    """Width and height in pixels of what is sampled. The images are cropped from its center."""
+    """Width and height of the sampled canvas in pixels. The images are its center crop."""
     sampling: Sampling
     """With all settings filled in."""
     init_latents: Float[Tensor, "b c lh lw"] | None = None

@@ -15,7 +15,7 @@ from typing import Any
 _CONTROLS = "\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069"
 _CONTROL = re.compile(f"[{_CONTROLS}]")
 _CONTROL_IN_STREAM = re.compile(rf"(?![\t\n])[{_CONTROLS}]")
-# A progress bar returns to the start of its line, and from a lower bar up to its own.
+# What tqdm writes to move from a lower progress bar up to its own.
 _BAR = re.compile(r"(?:\x1b\[A)+")
 
 
@@ -53,13 +53,13 @@ class _SafeStream:
 
 
 def unfiltered(stream: Any) -> Any:
-    """The stream below a safe one, for our own coloured text without any untrusted text."""
+    """The unfiltered stream inside a safe one. Only for our own coloured text, never for untrusted text."""
     return stream._stream if isinstance(stream, _SafeStream) else stream
 
 
 @contextlib.contextmanager
 def safe_streams() -> Iterator[None]:
-    """Replaces ``sys.stdout`` and ``sys.stderr`` by safe streams inside the block."""
+    """Replaces ``sys.stdout`` and ``sys.stderr`` with safe streams inside the block."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (stream if stream is None else _SafeStream(stream) for stream in before)
     try:
