@@ -447,7 +447,7 @@ def test_the_closing_hint_can_be_pasted(tmp_path, monkeypatch, capsys):
     assert main(["train", "tiny", "--run-dir", str(tmp_path / "my run"), "--device", "cpu"]) == 0
     said = capsys.readouterr().out
     assert f"wuerstchen generate --model '{tmp_path}/my run/model' ..." in said
-    assert "on the sample in the package" in said  # the recipe's own text, on its own data
+    assert "All three stages on the bundled sample" in said  # the recipe's own text, on its own data
 
 
 def test_previews_are_of_captions_of_the_data(tmp_path, monkeypatch):
