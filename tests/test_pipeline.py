@@ -136,6 +136,8 @@ def test_a_step_callback_can_stop_sampling_without_side_effects(model, stage):
     assert np.array_equal(before, pixels(model.generate("a cat")))
     with pytest.raises(_Enough):
         model.generate("a cat", watch=stop)  # the former name of on_step
+    with pytest.raises(_Enough):
+        model.generate("a cat", on_step=stop, watch=None)
 
 
 @pytest.mark.gpu

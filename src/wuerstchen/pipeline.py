@@ -99,8 +99,9 @@ def _for_inference(method: _Method) -> _Method:
 
     @functools.wraps(method)
     def run(self: "Wuerstchen", *arguments: Any, **options: Any) -> Any:
-        if "watch" in options:
-            options["on_step"] = options.pop("watch")
+        watch = options.pop("watch", None)
+        if watch is not None:
+            options.setdefault("on_step", watch)
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             return method(self, *arguments, **options)
 

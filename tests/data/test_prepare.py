@@ -567,7 +567,7 @@ def test_a_compressor_that_gives_nan_is_noticed(photos, tmp_path, networks, monk
 
     monkeypatch.setattr(prepare_shards._BatchCompressor, "_compressed", spoiled)
     description = make(photos, tmp_path / "out", networks)
-    assert description["dropped"] == {"latents not finite": 1}
+    assert description["dropped"] == {"map not finite": 1}
     assert description["damaged"] == [["0.png", "the compressor's semantic latents contain NaN or infinity"]]
     assert len(PreparedSet(tmp_path / "out")) == 7
 

@@ -96,7 +96,7 @@ class ShardMaker:
                 kept.append((image, latents))
             else:
                 reason = "the compressor's semantic latents contain NaN or infinity"
-                tally.damage("latents not finite", image.name, reason)
+                tally.damage("map not finite", image.name, reason)  # the key in prepared.json
         columns = {
             "name": [image.name for image, _ in kept],
             "item": [image.item for image, _ in kept],

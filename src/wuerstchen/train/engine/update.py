@@ -102,8 +102,6 @@ class TrainStep:
         self.decay: float | None = None
         """EMA decay after the next update; None to leave the averages as they are."""
         self.gauge: Gauge | None = None
-        self.names: Callable[[int], list[str]] | None = None
-        """Of the images of a batch, by the number of its first."""
 
     def __call__(self, inputs: Inputs, indices: Int[Tensor, " b"]) -> Values:
         """One update of every network of the stage, without waiting for the device."""
