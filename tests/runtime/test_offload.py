@@ -23,7 +23,7 @@ from wuerstchen.pipeline import BUNDLED
 from wuerstchen.runtime import offload
 from wuerstchen.runtime.offload import (
     AllOnDevice,
-    Blockwise,
+    Layerwise,
     OneAtATime,
     decoding_halo,
     tiled_decode,
@@ -165,7 +165,7 @@ class TestOneAtATime:
             assert second(torch.ones(1, 4)).isfinite().all()
         residence.release()
 
-    @pytest.mark.parametrize("kind", [OneAtATime, Blockwise])
+    @pytest.mark.parametrize("kind", [OneAtATime, Layerwise])
     def test_an_error_moves_everything_back(self, device, kind):
         first = device.put_away(two()[0])
         residence = kind(CPU)
@@ -177,7 +177,7 @@ class TestOneAtATime:
         with residence.using(first):
             assert first(torch.ones(1, 4)).isfinite().all()
 
-    @pytest.mark.parametrize("kind", [OneAtATime, Blockwise])
+    @pytest.mark.parametrize("kind", [OneAtATime, Layerwise])
     def test_running_out_of_memory_while_moving_moves_everything_back(self, device, kind, monkeypatch):
         first = device.put_away(nn.Sequential(nn.LayerNorm(4), nn.LayerNorm(4)))
         residence = kind(CPU)
@@ -195,7 +195,7 @@ class TestOneAtATime:
         with residence.using(first):
             assert first(torch.ones(1, 4)).isfinite().all()
 
-    @pytest.mark.parametrize("kind", [OneAtATime, Blockwise])
+    @pytest.mark.parametrize("kind", [OneAtATime, Layerwise])
     def test_what_was_there_already_stays_there(self, device, kind):
         first = two()[0]
         device.addresses |= {tensor.data_ptr() for tensor in offload._tensors(first)}
@@ -309,7 +309,7 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("kind", [OneAtATime, Blockwise])
+@pytest.mark.parametrize("kind", [OneAtATime, Layerwise])
 @pytest.mark.parametrize("name", CALLS)
 def test_every_network_computes_only_with_weights_on_the_device(name, kind, device, randomise):
     network, call = CALLS[name](randomise)
@@ -329,7 +329,7 @@ def test_layer_by_layer_needs_little_memory(device, randomise):
     prior, call = prior_call(randomise)
     with torch.no_grad():
         device.put_away(prior)
-        with Blockwise(CPU).using(prior):
+        with Layerwise(CPU).using(prior):
             stays = device.numbers_of(prior)
             call()
             assert device.numbers_of(prior) == stays
@@ -359,7 +359,7 @@ def test_layer_by_layer_with_tied_weights(device):
     with torch.no_grad():
         expected = tied(ids)
         device.put_away(tied)
-        residence = Blockwise(CPU)
+        residence = Layerwise(CPU)
         with residence.using(tied):
             assert torch.equal(tied(ids), expected)
             assert torch.equal(tied(ids), expected)
@@ -478,7 +478,7 @@ class TestOnCuda:
         # Layer by layer the plain MLPs run, not the kernels that fuse three layers.
         for residence, fraction, rtol in (
             (OneAtATime(self.CUDA), 1.05, 0),
-            (Blockwise(self.CUDA), 0.1, 1e-4),
+            (Layerwise(self.CUDA), 0.1, 1e-4),
         ):
             for _ in range(2):
                 for network, wanted in zip(networks, expected, strict=True):
@@ -494,7 +494,7 @@ class TestOnCuda:
     def test_layer_by_layer_peaks_at_a_layer(self, randomise):
         prior = self.networks(randomise)[0]
         weights = sum(tensor.numel() * tensor.element_size() for tensor in offload._tensors(prior))
-        with Blockwise(self.CUDA).using(prior):
+        with Layerwise(self.CUDA).using(prior):
             self.call(prior)  # the libraries' own workspaces come with the first call
             torch.cuda.reset_peak_memory_stats()
             start = torch.cuda.memory_allocated()
@@ -504,7 +504,7 @@ class TestOnCuda:
     def test_text_encoders(self):
         encoder = read_text_encoder(BUNDLED / "text_encoder")
         expected = encoder.encode(["a camel"]).states
-        for residence in (OneAtATime(self.CUDA), Blockwise(self.CUDA)):
+        for residence in (OneAtATime(self.CUDA), Layerwise(self.CUDA)):
             with residence.using(encoder):
                 states = encoder.encode(["a camel"]).states
             assert states.is_cuda

@@ -17,7 +17,7 @@ from wuerstchen.diffusers.loading import LoadOptions
 from wuerstchen.diffusers.options import checked_device_map, drop_options
 from wuerstchen.diffusers.outputs import Config
 from wuerstchen.errors import UserError, UserNotice
-from wuerstchen.runtime.offload import Blockwise, OneAtATime, Residence
+from wuerstchen.runtime.offload import Layerwise, OneAtATime, Residence
 from wuerstchen.runtime.recorder import Recorder, Recorders
 
 AnyPipeline = TypeVar("AnyPipeline", bound="DiffusionPipeline")
@@ -259,11 +259,11 @@ class DiffusionPipeline:
     ) -> None:
         """Like ``enable_model_cpu_offload``, one layer at a time: needs the least memory, but is far
         slower."""
-        self._offload(Blockwise, gpu_id, device)
+        self._offload(Layerwise, gpu_id, device)
 
     def _offload(
         self,
-        kind: type[OneAtATime] | type[Blockwise],
+        kind: type[OneAtATime] | type[Layerwise],
         gpu_id: int | None,
         device: str | torch.device | None,
     ) -> None:

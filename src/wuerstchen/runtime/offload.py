@@ -99,7 +99,7 @@ class OneAtATime:
         self._loans.keep_only(tensor for tensors in self._open for tensor in tensors)
 
 
-class Blockwise:
+class Layerwise:
     """Keeps one layer on the device at a time: the least memory, but every step waits for its weights.
 
     Linear layers and convolutions are moved to the device when they are called, and back afterwards. All else
@@ -145,11 +145,11 @@ class Blockwise:
         return [layer.register_forward_pre_hook(bring), layer.register_forward_hook(give_back)]
 
 
-def residence_on(device: torch.device, low_memory: LowMemory | None) -> AllOnDevice | OneAtATime | Blockwise:
+def residence_on(device: torch.device, low_memory: LowMemory | None) -> AllOnDevice | OneAtATime | Layerwise:
     """Where to keep networks that compute on ``device``."""
     if low_memory is None:
         return AllOnDevice(device)
-    return OneAtATime(device) if low_memory == "stage" else Blockwise(device)
+    return OneAtATime(device) if low_memory == "stage" else Layerwise(device)
 
 
 def _moves_alone(layer: nn.Module) -> bool:
