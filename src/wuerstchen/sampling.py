@@ -23,7 +23,7 @@ class Sampling:
     """Guidance scale of Stage C. 1 is no guidance."""
     prior_steps: int | None = None
     prior_sampler: str | None = None
-    """Stage C's sampler, by its name in ``diffusion.sampler_table``. It must suit the model's objective:
+    """Stage C's sampler, by its name in ``diffusion.sampler_table``. It must support the model's objective:
     ``ddpm`` (as published), ``dpm`` (for fewer steps) or ``ddim``. Flow matching uses ``euler``."""
     decoder_steps: int | None = None
     decoder_guidance: float | None = None

@@ -374,7 +374,7 @@ def test_another_schedule_needs_the_new_format(tmp_path, small_cascade):
             lambda d: d["objectives"].update(decoder={"kind": "noise"}),
             "stores the objective 'noise' for the decoder",
         ),
-        (lambda d: d.pop("objectives"), "prior_sampler=euler does not suit"),
+        (lambda d: d.pop("objectives"), "prior_sampler=euler is incompatible with"),
         (lambda d: d["objectives"].update(prior={"kind": "x"}), "The objective is unknown: 'x'"),
         (lambda d: d.update(objectives=3), "is not a valid model description"),
     ],

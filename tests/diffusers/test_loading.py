@@ -226,11 +226,11 @@ torch.testing.assert_close(generate(), expected)
 from wuerstchen.models import blocks, decoder
 from wuerstchen.models.fused import blocks as fused
 
-def suits(x):
+def can_fuse(x):
     return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 for module in (blocks, decoder, fused):
-    module.suits = suits
+    module.can_fuse = can_fuse
 torch.testing.assert_close(generate(), expected)
 """
 

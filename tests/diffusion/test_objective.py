@@ -172,12 +172,12 @@ def test_options_that_a_kind_does_not_have_are_ignored():
         ),
         (
             lambda: objective_of_json({"kind": "noise", "schedule": 3}),
-            "must have the numbers s and scaler, got 3",
+            "must be an object with the numbers s and scaler, got 3",
         ),
         (lambda: objective_of_json({"kind": "noise", "schedule": {"s": "x"}}), "s must be a finite number"),
         (
             lambda: objective_of_json({"kind": "noise", "schedule": {"v": 1}}),
-            "have the numbers s and scaler",
+            "must be an object with the numbers s and scaler",
         ),
         (lambda: objective_of_json({"kind": "noise", "time_shift": True}), "time_shift must be a finite"),
     ],

@@ -12,8 +12,8 @@ from wuerstchen.diffusion.objective import FlowMatching
 from wuerstchen.diffusion.sampler_table import (
     SAMPLERS,
     Sampler,
+    check_compatible,
     check_sampler,
-    check_suits,
     sampler_help,
     samplers_for,
 )
@@ -31,12 +31,12 @@ def test_the_default_follows_the_path():
 
 
 def test_an_unsupported_objective_is_refused_with_the_samplers_that_support_it():
-    check_suits("ddim", "velocity", "variance_preserving")
-    message = r"prior_sampler=ddpm does not suit .* the objective flow\. Use euler\.$"
+    check_compatible("ddim", "velocity", "variance_preserving")
+    message = r"prior_sampler=ddpm is incompatible with .* the objective flow\. Use euler\.$"
     with pytest.raises(UserError, match=message):
-        check_suits("ddpm", "flow", "linear")
+        check_compatible("ddpm", "flow", "linear")
     with pytest.raises(UserError, match=r"Use ddpm or dpm or ddim\.$"):
-        check_suits("euler", "noise", "variance_preserving")
+        check_compatible("euler", "noise", "variance_preserving")
     with pytest.raises(UserError, match=r"prior_sampler must be one of ddpm, dpm, ddim, euler, got 'plms'"):
         check_sampler("plms")
     with pytest.raises(UserError, match=message):
@@ -44,9 +44,9 @@ def test_an_unsupported_objective_is_refused_with_the_samplers_that_support_it()
     assert CascadeSettings(prior_objective=FlowMatching(), prior_sampler="euler").prior_sampler == "euler"
 
 
-def test_a_model_refuses_a_sampler_that_does_not_suit_it(small_cascade):
+def test_a_model_refuses_an_incompatible_sampler(small_cascade):
     model = Wuerstchen(small_cascade, torch.device("cpu"))
-    with pytest.raises(UserError, match=r"prior_sampler=euler does not suit"):
+    with pytest.raises(UserError, match=r"prior_sampler=euler is incompatible with"):
         model.generate("a cat", sampling=Sampling(prior_sampler="euler"))
     drawn = [
         np.asarray(model.generate("a cat", sampling=Sampling(prior_sampler=name))[0])

@@ -147,7 +147,7 @@ def test_moves_and_follows_the_dtype(folder: Path) -> None:
 
 def test_a_cut_prompt_warns_and_names_the_words(folder: Path) -> None:
     encoder = read_text_encoder(folder)
-    with pytest.warns(PromptTooLongWarning, match="These words are lost: 'Unreadable, blue'$"):
+    with pytest.warns(PromptTooLongWarning, match="These words are ignored: 'Unreadable, blue'$"):
         cut = encoder.encode(["a camel on Unreadable, blue"])  # it is cut after "un"
     assert issubclass(PromptTooLongWarning, UserWarning)
     kept = encoder.encode(["a camel on un"])
@@ -170,7 +170,7 @@ def test_brackets_in_a_prompt_are_not_special_tokens(folder: Path) -> None:
     ("prompts", "message"),
     [
         ("a camel", "prompts must be a list of strings, got 'a camel'"),
-        ([], r"prompts must have at least one prompt, got \[\]"),
+        ([], r"prompts must contain at least one prompt, got \[\]"),
         (["caf\udce9"], r"A prompt must be valid Unicode, got 'caf\\udce9'. Write it in UTF-8"),
     ],
 )
@@ -281,7 +281,7 @@ def test_clip_states_follow_the_published_recipe() -> None:
         expected = model(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
     # The call above stored a length of 7 in the tokenizer; the encoder must still see the lost words.
     encoder = TextEncoder.from_transformers(model, tokenizer)
-    with pytest.warns(PromptTooLongWarning, match="These words are lost: 'ox, a camel'"):
+    with pytest.warns(PromptTooLongWarning, match="These words are ignored: 'ox, a camel'"):
         result = encoder.encode(prompts)
     assert encoder.text_positions == 7
     assert encoder.width == 8

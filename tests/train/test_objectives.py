@@ -80,7 +80,7 @@ def test_each_objective_trains_resumes_and_draws(prediction, model_folder, tmp_p
     assert np.asarray(image).std() > 1
 
     unsuited = Sampling(prior_sampler="ddpm" if prediction == "flow" else "euler")
-    with pytest.raises(UserError, match="does not suit this model"):
+    with pytest.raises(UserError, match="is incompatible with this model"):
         Wuerstchen(cascade, torch.device("cpu")).generate("a cat", sampling=unsuited)
 
 

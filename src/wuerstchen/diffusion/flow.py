@@ -35,9 +35,9 @@ def flow_times(
 
 
 def flow_shifted(t: Float[Tensor, "..."], shift: float) -> Float[Tensor, "..."]:
-    """t' = shift·t / (1 + (shift − 1)·t), which divides (1 − t)/t, signal over noise, by ``shift``.
+    """t' = shift·t / (1 + (shift − 1)·t), which divides the signal-to-noise ratio (1 − t)/t by ``shift``.
 
-    arXiv 2403.03206, equation 23. Times 0 and 1 do not change. A shift of 1 is none.
+    arXiv 2403.03206, equation 23. Times 0 and 1 do not change. A shift of 1 changes nothing.
     """
     return t if shift == 1 else shift * t / (1 + (shift - 1) * t)
 

@@ -61,7 +61,7 @@ class Objective(ABC):
     """How noise is mixed in, ``variance_preserving`` or ``linear``. Samplers support one of them."""
 
     time_shift: float = field(default=1.0, compare=False)
-    """Timestep shift of training times towards noise. 1 is none."""
+    """Timestep shift of training times towards noise. 1 is no shift."""
 
     def __post_init__(self) -> None:
         """Raises ``UserError`` for invalid values."""
@@ -329,15 +329,15 @@ def objective_of_json(value: Any) -> Objective:
     if not isinstance(value, dict) or not isinstance(kind, str) or kind not in OBJECTIVES:
         raise UserError(
             f"The objective is unknown: {shown(kind)}. This version has {', '.join(OBJECTIVES)}. "
-            "Upgrade wuerstchen, or get the model again."
+            "Upgrade wuerstchen, or download the model again."
         )
     cls = OBJECTIVES[kind]
     values = {name: item for name, item in value.items() if name != "kind"}
     unknown = values.keys() - {field.name for field in dataclasses.fields(cls)}
     if unknown:
         raise UserError(
-            f"The objective {cls.kind} has no setting {shown(min(unknown))}. Upgrade wuerstchen, or get the "
-            "model again."
+            f"The objective {cls.kind} has no setting {shown(min(unknown))}. Upgrade wuerstchen, or "
+            "download the model again."
         )
     hints = get_type_hints(cls)
     return cls(**{name: _value_of_json(name, hints[name], item) for name, item in values.items()})
@@ -353,7 +353,10 @@ def _value_of_json(name: str, hint: Any, value: Any) -> Any:
     assert hint is CosineSchedule
     known = [field.name for field in dataclasses.fields(CosineSchedule)]
     if not isinstance(value, dict) or value.keys() - set(known):
-        raise UserError(f"{name} must have the numbers {' and '.join(known)}, got {shown(value)}.")
+        raise UserError(
+            f"{name} must be an object with the numbers {' and '.join(known)}, got {shown(value)}. "
+            "Download the model again."
+        )
     return CosineSchedule(**{name: float(_number(name, item)) for name, item in value.items()})
 
 

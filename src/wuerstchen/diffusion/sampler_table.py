@@ -49,21 +49,21 @@ SAMPLERS: dict[str, Sampler] = {
         timesteps=_STAGE_C,
     ),
     "dpm": Sampler(
-        help="DPM-Solver++(2M), deterministic and of second order, for fewer steps",
+        help="DPM-Solver++(2M), deterministic, second order, for fewer steps",
         paths=("variance_preserving",),
         steps=12,
         function=_later("samplers", "dpm_solver"),
         timesteps=_STAGE_C,
     ),
     "ddim": Sampler(
-        help="deterministic and of first order",
+        help="deterministic, first order",
         paths=("variance_preserving",),
         steps=29,
         function=_later("samplers", "ddim"),
         timesteps=_STAGE_C,
     ),
     "euler": Sampler(
-        help="of flow matching, deterministic and of first order",
+        help="for flow matching, deterministic, first order",
         paths=("linear",),
         steps=28,
         function=_later("samplers", "euler"),
@@ -90,11 +90,11 @@ def samplers_for(path: str) -> list[str]:
     return [name for name, row in SAMPLERS.items() if path in row.paths]
 
 
-def check_suits(name: str, kind: str, path: str) -> None:
+def check_compatible(name: str, kind: str, path: str) -> None:
     """Raises ``UserError`` if a sampler does not support objectives of this ``kind`` and ``path``."""
     check_sampler(name)
     if path not in SAMPLERS[name].paths:
         raise UserError(
-            f"prior_sampler={name} does not suit this model. Its Stage C was trained with the objective "
-            f"{kind}. Use {' or '.join(samplers_for(path))}."
+            f"prior_sampler={name} is incompatible with this model. Its Stage C was trained with the "
+            f"objective {kind}. Use {' or '.join(samplers_for(path))}."
         )

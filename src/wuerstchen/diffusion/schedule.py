@@ -61,11 +61,10 @@ def training_timesteps(u: Float[Tensor, " b"], shift: float = 1.0) -> Float[Tens
 
 
 def shifted(t: Float[Tensor, "..."], shift: float) -> Float[Tensor, "..."]:
-    """The timestep shift: t' with tan(t'·π/2) = shift · tan(t·π/2), which divides signal over noise by
-    shift².
+    """The timestep shift: t' with tan(t'·π/2) = shift · tan(t·π/2), which divides the SNR by shift².
 
     arXiv 2301.11093, section 2.1: at a higher resolution it takes more noise to hide the same image, so more
-    of the time should go there. Times 0 and 1 do not change. A shift of 1 is none.
+    timesteps should be at high noise. Times 0 and 1 do not change. A shift of 1 changes nothing.
     """
     if shift == 1:
         return t

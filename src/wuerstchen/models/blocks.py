@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from wuerstchen.models.fused.blocks import FactoredCondition, keys_values, run_fused, suits
+from wuerstchen.models.fused.blocks import FactoredCondition, can_fuse, keys_values, run_fused
 from wuerstchen.models.layers import KeysValues, TextTokens
 from wuerstchen.models.traits import traits_of
 
@@ -36,7 +36,7 @@ def text_inputs(
     readers = [block for block in blocks if traits_of(block).takes == "text"]
     if not cache_kv:
         return [TextTokens(tokens, mask) for _ in readers]
-    if not suits(tokens):
+    if not can_fuse(tokens):
         return [block.keys_values(tokens, mask) for block in readers]
     return [keys_values(block, tokens, mask) for block in readers]
 
@@ -55,7 +55,7 @@ def run_blocks(
     ``condition``, concatenated after the skip as the weights expect. May overwrite ``x`` if no gradients are
     computed.
     """
-    if suits(x):
+    if can_fuse(x):
         with torch.cuda.device_of(x):  # Triton launches kernels on the current device
             return run_fused(blocks, x, r_embed, texts, skip, condition)
     if isinstance(condition, FactoredCondition):
@@ -63,7 +63,7 @@ def run_blocks(
             raise ValueError(
                 "This context is for sampling only. To train, call context(..., cache_kv=False)."
             )
-        condition = condition.whole()  # computed eagerly, then read by a compiled network
+        condition = condition.full()  # computed eagerly, then read by a compiled network
     for block in blocks:
         takes = traits_of(block).takes
         if takes == "skips":

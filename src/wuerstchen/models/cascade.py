@@ -10,7 +10,7 @@ from torch import Tensor
 
 from wuerstchen.device import to_device
 from wuerstchen.diffusion.objective import PUBLISHED_OBJECTIVE, Objective
-from wuerstchen.diffusion.sampler_table import check_suits
+from wuerstchen.diffusion.sampler_table import check_compatible
 from wuerstchen.errors import UserError
 from wuerstchen.models.compressor import Compressor, latent_side
 from wuerstchen.models.decoder import Decoder
@@ -97,7 +97,8 @@ class CascadeSettings:
     decoder_guidance: float = 1.0
     """1 is no guidance, as published."""
     decoder_shift: float = 1.0
-    """Timestep shift of Stage B towards noise (``diffusion.schedule.shifted``). 1 is none, as published."""
+    """Timestep shift of Stage B towards noise (``diffusion.schedule.shifted``). 1 is no shift, as
+    published."""
     decoder_temperatures: tuple[float, float] = (1.0, 0.6)
     """Temperatures of the first and last step of a Stage B on tokens (v1)."""
     prior_objective: Objective = PUBLISHED_OBJECTIVE
@@ -106,46 +107,48 @@ class CascadeSettings:
     """The objective that Stage B was trained with. Not used by a Stage B on tokens."""
 
     def __post_init__(self) -> None:
-        whole = ("image_size", "size_multiple", "prior_steps", "decoder_steps")
-        if not all(type(getattr(self, name)) is int and getattr(self, name) >= 1 for name in whole):
+        integers = ("image_size", "size_multiple", "prior_steps", "decoder_steps")
+        if not all(type(getattr(self, name)) is int and getattr(self, name) >= 1 for name in integers):
             raise UserError(
-                f"{_listed(self, whole)} must be whole numbers of at least 1. Get the model again."
+                f"{_listed(self, integers)} must be integers of at least 1. Download the model again."
             )
         real = ("view_scale", "prior_guidance", "decoder_guidance", "decoder_shift")
         if not all(
             isinstance(getattr(self, n), int | float) and math.isfinite(getattr(self, n)) for n in real
         ):
-            raise UserError(f"{_listed(self, real)} must be finite numbers. Get the model again.")
+            raise UserError(f"{_listed(self, real)} must be finite numbers. Download the model again.")
         if not 0.25 <= self.view_scale <= 4 or self.image_size > MAX_IMAGE_SIZE:
             raise UserError(
                 f"view_scale must be from 0.25 to 4, got {self.view_scale}, and image_size at most "
-                f"{MAX_IMAGE_SIZE}, got {self.image_size}. Get the model again."
+                f"{MAX_IMAGE_SIZE}, got {self.image_size}. Download the model again."
             )
         for name in ("text_mask", "prior_equal_steps"):
             if type(getattr(self, name)) is not bool:
                 raise UserError(
-                    f"{name} must be true or false, got {getattr(self, name)!r}. Get the model again."
+                    f"{name} must be true or false, got {getattr(self, name)!r}. Download the model again."
                 )
-        check_suits(self.prior_sampler, self.prior_objective.kind, self.prior_objective.path)
+        check_compatible(self.prior_sampler, self.prior_objective.kind, self.prior_objective.path)
         if len(self.decoder_temperatures) != 2 or not all(
             isinstance(t, int | float) and math.isfinite(t) and t > 0 for t in self.decoder_temperatures
         ):
             raise UserError(
                 f"decoder_temperatures must be two numbers above 0, got {self.decoder_temperatures}. "
-                "Get the model again."
+                "Download the model again."
             )
         if not self.decoder_shift > 0:
-            raise UserError(f"decoder_shift must be above 0, got {self.decoder_shift}. Get the model again.")
+            raise UserError(
+                f"decoder_shift must be above 0, got {self.decoder_shift}. Download the model again."
+            )
 
     def completed(self, sampling: Sampling) -> Sampling:
         """Complete sampling settings, with the model's defaults for those not given.
 
-        Raises ``UserError`` for a sampler that does not suit the model.
+        Raises ``UserError`` for a sampler that is incompatible with the model.
         """
         if not isinstance(sampling, Sampling):
             raise UserError(f"sampling must be a wuerstchen.Sampling, got a {type(sampling).__name__}.")
         if sampling.prior_sampler is not None:
-            check_suits(sampling.prior_sampler, self.prior_objective.kind, self.prior_objective.path)
+            check_compatible(sampling.prior_sampler, self.prior_objective.kind, self.prior_objective.path)
         return Sampling(
             guidance=self.prior_guidance if sampling.guidance is None else sampling.guidance,
             prior_sampler=sampling.prior_sampler or self.prior_sampler,
@@ -158,10 +161,9 @@ class CascadeSettings:
         )
 
     def canvas(self, width: int, height: int) -> tuple[int, int]:
-        """The smallest size that the grids of all stages fit and that contains an image of the size asked
-        for.
+        """The smallest canvas that works with the grids of all stages and contains an image of this size.
 
-        The image is cropped from its centre. Raises ``UserError`` for a size that is not supported.
+        The image is cropped from its center. Raises ``UserError`` for a size that is not supported.
         """
         multiple, most = self.size_multiple, MAX_SIDES * self.image_size
         for side in (width, height):
@@ -201,7 +203,7 @@ PUBLISHED_V1 = CascadeSettings(
 
 @dataclass(kw_only=True)
 class OptionalParts:
-    """The networks that a model can lack. Those that it lacks are None."""
+    """The optional networks of a model. Missing ones are None."""
 
     compressor: Compressor | None = None
     prior: Prior | None = None
@@ -260,8 +262,8 @@ class Cascade(OptionalParts):
         for one, other, what, has, expected in fits:
             if has != expected:
                 raise UserError(
-                    f"The {one} has {has} {what}, but the {other} has {expected}. They must be parts of the "
-                    "same model. Get both again."
+                    f"The {one} has {has} {what}, but the {other} has {expected}. Both must come "
+                    "from the same model. Download both again."
                 )
 
         self._check_objectives()
@@ -269,7 +271,7 @@ class Cascade(OptionalParts):
         if self.settings.size_multiple % step:
             raise UserError(
                 f"size_multiple must be a multiple of {step} for the grids of the decoder and the vqgan, "
-                f"got {self.settings.size_multiple}. Get the model again."
+                f"got {self.settings.size_multiple}. Download the model again."
             )
 
     def _check_objectives(self) -> None:
@@ -284,7 +286,7 @@ class Cascade(OptionalParts):
             if network.config.prediction != objective.kind:
                 raise UserError(
                     f"The {part} predicts {network.config.prediction!r}, but {part}_objective is "
-                    f"{objective.kind!r}. They must be the same. Get the model again."
+                    f"{objective.kind!r}. They must be the same. Download the model again."
                 )
 
     def text_encoder_of_decoder(self) -> TextEncoder | None:

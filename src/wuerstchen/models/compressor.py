@@ -34,8 +34,8 @@ class CompressorConfig:
     backbone: BackboneName = "efficientnet_v2_s"
     c_latent: int = 16
     depths: tuple[int, ...] = ()
-    """Strides of the backbone, of 4, 8 and 16, at which the mapper also reads features. Empty as published.
-    Only for EfficientNet-Lite0."""
+    """Additional backbone strides (out of 4, 8 and 16) whose features the mapper reads. Only for
+    EfficientNet-Lite0. Empty in the published models."""
 
     def __post_init__(self) -> None:
         names = get_args(BackboneName)
@@ -47,8 +47,8 @@ class CompressorConfig:
             self.backbone != "efficientnet_lite0" or list(self.depths) != sorted({*self.depths} & {4, 8, 16})
         ):
             raise UserError(
-                f"depths must be some of 4 8 16 in this order, for efficientnet_lite0, got {self.depths} for "
-                f"{self.backbone}. Leave it empty as published."
+                f"depths must be a subset of (4, 8, 16) in this order, and only for efficientnet_lite0, got "
+                f"{self.depths} for {self.backbone}. Leave it empty, as in the published models."
             )
 
 
@@ -167,5 +167,5 @@ def compressor_input(images: Float[Tensor, "b 3 h w"], scale: float = 0.75) -> F
 
 
 def latent_side(input_side: int) -> int:
-    """Semantic latents along a side of ``input_side`` pixels of the compressor's input: ceil(n / 32)."""
+    """Number of semantic latents per side for a compressor input of ``input_side`` pixels: ceil(n / 32)."""
     return -(-input_side // STRIDE)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from wuerstchen.errors import UserError
 from wuerstchen.models.blocks import Condition, Context, TextInput, text_inputs
-from wuerstchen.models.fused.blocks import factored_condition, suits
+from wuerstchen.models.fused.blocks import can_fuse, factored_condition
 from wuerstchen.models.layers import (
     MAX_LEVELS,
     ConditionedResBlock,
@@ -219,7 +219,7 @@ class Decoder(UNet):
             )
             positions = to_channels_last(resized.to(mapper.weight.dtype))
             factored = None
-            if suits(positions):
+            if can_fuse(positions):
                 factored = factored_condition(levels[position], mapper, positions)
             conditions.append(pointwise(mapper, positions) if factored is None else factored)
         return DecoderContext(texts=texts, conditions=conditions)

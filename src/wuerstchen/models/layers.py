@@ -103,8 +103,9 @@ class ResBlock(nn.Module):
     """Stage C's block: depthwise convolution, layer norm, MLP with global response norm, residual.
 
     In Stage B of v1 it also takes ``c_skip`` channels, a multiple of ``c``, concatenated before the
-    convolution. Its groups then read adjacent channels, not a channel and its partner in the skip: with
-    ``c_skip = c`` the first half of the output depends on ``x`` only, and the second half on the skip.
+    convolution. The groups then pair adjacent channels of the concatenation, not channel i of ``x`` with
+    channel i of the skip. So with ``c_skip = c`` the first half of the output depends only on ``x``, and the
+    second half only on the skip.
     """
 
     allows = _CONVOLUTION

@@ -121,7 +121,9 @@ class TextEncoder(nn.Module):
         if isinstance(prompts, str):
             raise UserError(f"prompts must be a list of strings, got {prompts!r}. Put the prompt in a list.")
         if not prompts:
-            raise UserError("prompts must have at least one prompt, got []. It may be empty.")
+            raise UserError(
+                "prompts must contain at least one prompt, got []. Pass [''] for an empty prompt."
+            )
         return self.encode_tokens(list(map(self.tokens, prompts)), run)
 
     def encode_tokens(
@@ -143,8 +145,8 @@ class TextEncoder(nn.Module):
     def is_understood(self, prompt: str) -> bool:
         """Whether any word of ``prompt`` is in the tokenizer's vocabulary as a whole.
 
-        Other words are split into pieces or unknown, so a prompt of only those may give any image. Words like
-        "the" and single letters do not count.
+        Other words are split into pieces or unknown. Without a known word, the image may be unrelated to the
+        prompt. Words like "the" and single letters do not count.
         """
         encoding = self.tokenizer.encode(prompt, add_special_tokens=False)
         pieces = Counter(encoding.word_ids)
@@ -175,17 +177,17 @@ class TextEncoder(nn.Module):
         encoding = self.tokenizer.encode(prompt)
         if len(encoding.ids) <= self.text_positions:
             return encoding.ids
-        first_lost = self.text_positions - 1
-        # A word that is cut in the middle counts as lost: name the whole word.
-        first_of_word = encoding.word_ids.index(encoding.word_ids[first_lost])
-        lost = prompt[encoding.offsets[first_of_word][0] :].strip()
+        first_ignored = self.text_positions - 1
+        # A word that is cut in the middle counts as ignored: name the full word.
+        first_of_word = encoding.word_ids.index(encoding.word_ids[first_ignored])
+        ignored = prompt[encoding.offsets[first_of_word][0] :].strip()
         warnings.warn(
             f"The prompt is too long: {len(encoding.ids)} tokens in {_shortened(prompt)!r}. The text model "
-            f"reads {self.text_positions}. These words are lost: {_shortened(lost)!r}",
+            f"reads {self.text_positions}. These words are ignored: {_shortened(ignored)!r}",
             PromptTooLongWarning,
             stacklevel=3,
         )
-        return [*encoding.ids[:first_lost], encoding.ids[-1]]
+        return [*encoding.ids[:first_ignored], encoding.ids[-1]]
 
 
 def _shortened(text: str, length: int = 200) -> str:

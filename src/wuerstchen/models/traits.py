@@ -17,9 +17,8 @@ class BlockTraits:
     """
 
     takes: Takes = "x"
-    """The inputs that ``run_blocks`` passes besides the features ``x``: the skip and the condition of the
-    level (``skips``), the timestep embedding, or the text, for which a block needs a method
-    ``keys_values``."""
+    """The extra input that ``run_blocks`` passes to the block: the level's skip and condition (``skips``),
+    the timestep embedding, or the text. Blocks that take text need a ``keys_values`` method."""
     compile: bool = False
     """Training may compile it on its own."""
     recompute: bool = False

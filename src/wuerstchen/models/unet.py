@@ -50,7 +50,7 @@ def level_dropout(config: Levels, level: int) -> float:
 class UNet(Network):
     """The base of both kinds of Stage B: patches in, levels down and up, patches out.
 
-    A subclass calls ``_build`` where its layers come in the order of the published keys.
+    Subclasses call ``_build`` in ``__init__`` at the point that keeps the order of the published keys.
     """
 
     embedding: nn.Sequential

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from wuerstchen.errors import UserError
-from wuerstchen.models.fused.blocks import is_plain, run_mixing, suits
+from wuerstchen.models.fused.blocks import can_fuse, is_plain, run_mixing
 from wuerstchen.models.layers import (
     MAX_BLOCKS,
     Network,
@@ -197,7 +197,7 @@ class VQGAN(Network):
         for block in self.up_blocks:
             if not isinstance(block, MixingResidualBlock):
                 x = convolve(block, x)
-            elif suits(x) and is_plain(block, x):
+            elif can_fuse(x) and is_plain(block, x):
                 with torch.cuda.device_of(x):  # Triton launches kernels on the current device
                     x = run_mixing(block, x)
             else:

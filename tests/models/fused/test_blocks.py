@@ -53,9 +53,9 @@ def _interpreter(monkeypatch):
         fuse(monkeypatch, lambda x: not torch.is_grad_enabled())
 
 
-def fuse(monkeypatch, suits):
+def fuse(monkeypatch, can_fuse):
     for module in (fused, blocks, decoder, vqgan):
-        monkeypatch.setattr(module, "suits", suits)
+        monkeypatch.setattr(module, "can_fuse", can_fuse)
 
 
 @pytest.fixture
@@ -455,8 +455,8 @@ def test_attention_equals_torchs(n, text, heads, d, masked, dtype):
     from wuerstchen.models.fused import attention_kernel
 
     grid, words = drawn(2, n, 3 * heads * d, dtype), drawn(2, text, 2 * heads * d, dtype)
-    assert attention_kernel.suits(grid.chunk(3, dim=-1)[0], heads)
-    assert not attention_kernel.suits(grid.float(), heads)
+    assert attention_kernel.supports(grid.chunk(3, dim=-1)[0], heads)
+    assert not attention_kernel.supports(grid.float(), heads)
     there = torch.arange(text, device=DEVICE) < torch.tensor([[text // 2], [0]], device=DEVICE)
     assert_attention_is_exact(grid, words, heads, there if masked else None)
 

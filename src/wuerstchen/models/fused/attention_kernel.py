@@ -91,7 +91,7 @@ def _attend(
     tl.store(out + place, sums / total[:, None], own)
 
 
-def suits(queries: Float[Tensor, "b s c"], heads: int) -> bool:
+def supports(queries: Float[Tensor, "b s c"], heads: int) -> bool:
     """Whether the kernel supports them: half precision, and 16, 32, ... 128 channels per head."""
     d = queries.shape[-1] // heads
     return queries.dtype in (torch.float16, torch.bfloat16) and d % 16 == 0 and 16 <= d <= 128

@@ -94,7 +94,7 @@ def depthwise_norm(
 @triton.jit
 @no_type_check
 def _scale_shift(
-    x, added, factors, stride, later, normed, n, c, total, eps,
+    x, added, factors, stride, next_bias, normed, n, c, total, eps,
     norms: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
     row, column = tl.program_id(0) * rows + tl.arange(0, rows), tl.arange(0, columns)
@@ -107,7 +107,7 @@ def _scale_shift(
     v = v * (1.0 + scale) + tl.load(factors + factor + c, own, 0.0).to(tl.float32)
     after = v
     if norms:
-        after += tl.load(later + column, column < c, 0.0).to(tl.float32)[None, :]
+        after += tl.load(next_bias + column, column < c, 0.0).to(tl.float32)[None, :]
         inside = (column < c)[None, :]
         tl.store(normed + at, _normalised(tl.where(inside, v, 0.0), inside, c, eps), own)
     tl.store(x + at, after, own)
@@ -124,19 +124,19 @@ def scale_shift_norm_(
     x: Float[Tensor, "b h w c"],
     added: Float[Tensor, " c"],
     factors: Float[Tensor, "b c2"],
-    later: Float[Tensor, " c"],
+    next_bias: Float[Tensor, " c"],
 ) -> Float[Tensor, "b h w c"]:
     """``scale_shift_``, and returns the layer norm of x.
 
-    ``later`` is added to x after the norm. It is the bias of a product that is added to x next.
+    ``next_bias`` is added to x after the norm: the bias of the next matrix product that is added to x.
     """
     normed = torch.empty_like(x)
-    _launch_scale_shift(x, added, factors, later, normed)
+    _launch_scale_shift(x, added, factors, next_bias, normed)
     return normed
 
 
 def _launch_scale_shift(
-    x: Tensor, added: Tensor, factors: Tensor, later: Tensor | None, normed: Tensor | None
+    x: Tensor, added: Tensor, factors: Tensor, next_bias: Tensor | None, normed: Tensor | None
 ) -> None:
     assert x.is_contiguous()
     assert factors.stride(1) == 1
@@ -144,7 +144,7 @@ def _launch_scale_shift(
     factors = factors.expand(b, -1)  # one timestep may serve all samples
     total, columns = b * h * w, triton.next_power_of_2(c)
     rows = 1 if columns >= 2048 else 2 if columns >= 1024 else 4
-    others = [x if tensor is None else tensor for tensor in (later, normed)]  # x: unread
+    others = [x if tensor is None else tensor for tensor in (next_bias, normed)]  # x: unread
     _scale_shift[(triton.cdiv(total, rows),)](
         x, added, factors, factors.stride(0), *others, h * w, c, total, LAYER_NORM_EPS,
         norms=normed is not None, rows=rows, columns=columns, num_warps=4,
@@ -157,8 +157,8 @@ FAR_BELOW = tl.constexpr(-60_000.0)
 
 @triton.jit
 @no_type_check
-def _gelu_lengths(h, added, squares, n, c, part, rows: tl.constexpr, columns: tl.constexpr):
-    """h ← GELU(h + added), and squares[s, b, c] = Σ h² over the positions of part s."""
+def _gelu_sum_squares(h, added, squares, n, c, part, rows: tl.constexpr, columns: tl.constexpr):
+    """h ← GELU(h + added), and squares[s, b, c] = Σ h² over the positions in part s."""
     column = tl.program_id(0) * columns + tl.arange(0, columns)
     sample, split = tl.program_id(1), tl.program_id(2)
     h += sample.to(tl.int64) * n * c
@@ -178,7 +178,7 @@ def _gelu_lengths(h, added, squares, n, c, part, rows: tl.constexpr, columns: tl
 
 @triton.jit
 @no_type_check
-def _total_lengths(squares, length, sums, c, parts, most: tl.constexpr, columns: tl.constexpr):
+def _reduce_norms(squares, length, sums, c, parts, most: tl.constexpr, columns: tl.constexpr):
     """length[b, c] = √Σ squares over the parts, and the sum of length over each strip of columns."""
     column, sample = tl.program_id(0) * columns + tl.arange(0, columns), tl.program_id(1)
     split, samples = tl.arange(0, most), tl.num_programs(1)
@@ -191,7 +191,7 @@ def _total_lengths(squares, length, sums, c, parts, most: tl.constexpr, columns:
 
 @triton.jit
 @no_type_check
-def _respond(
+def _apply_response_norm(
     h, length, sums, gamma, beta, n, c, strips, eps,
     most: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
@@ -221,13 +221,13 @@ def response_norm_(
     strips = triton.cdiv(c, columns)
     parts = min(triton.cdiv(n, 256), max(1, triton.cdiv(1024, max(1, strips * b))), 64)
     squares = torch.empty(parts, b, c, dtype=torch.float32, device=h.device)
-    _gelu_lengths[(strips, b, parts)](
+    _gelu_sum_squares[(strips, b, parts)](
         h, added, squares, n, c, triton.cdiv(n, parts), rows=64, columns=columns
     )
     length = torch.empty(b, c, dtype=torch.float32, device=h.device)
     sums = torch.empty(b, strips, dtype=torch.float32, device=h.device)
-    _total_lengths[(strips, b)](squares, length, sums, c, parts, most=64, columns=columns)
-    _respond[(triton.cdiv(c, 128), triton.cdiv(n, 32), b)](
+    _reduce_norms[(strips, b)](squares, length, sums, c, parts, most=64, columns=columns)
+    _apply_response_norm[(triton.cdiv(c, 128), triton.cdiv(n, 32), b)](
         h, length, sums, gamma, beta, n, c, strips, EPS,
         most=triton.next_power_of_2(strips), rows=32, columns=128,
     )  # fmt: skip
@@ -258,7 +258,7 @@ def norm_affine(x: Float[Tensor, "b h w c"], gammas: Float[Tensor, "6"]) -> Floa
 @triton.jit
 @no_type_check
 def _edge_mix(
-    x, normed, taps, bias, gammas, later, out, height, width, c, eps,
+    x, normed, taps, bias, gammas, next_bias, out, height, width, c, eps,
     rows: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
     strips = tl.cdiv(width, rows)
@@ -277,7 +277,9 @@ def _edge_mix(
         total += tl.load(normed + place, inside, 0.0).to(tl.float32) * factor[None, :]
     place = ((sample * height + top) * width + left)[:, None] * c + column[None, :]
     v = tl.load(x + place, inside, 0.0).to(tl.float32) + total * tl.load(gammas + 2).to(tl.float32)
-    bias_after = tl.load(later + column, column < c, 0.0).to(tl.float32) * tl.load(gammas + 5).to(tl.float32)
+    bias_after = tl.load(next_bias + column, column < c, 0.0).to(tl.float32) * tl.load(gammas + 5).to(
+        tl.float32
+    )
     tl.store(x + place, v + bias_after[None, :], inside)
     v = _normalised(tl.where((column < c)[None, :], v, 0.0), (column < c)[None, :], c, eps)
     v = v * (1.0 + tl.load(gammas + 3).to(tl.float32)) + tl.load(gammas + 4).to(tl.float32)
@@ -290,12 +292,12 @@ def edge_mix_(
     taps: Float[Tensor, "9 c"],
     bias: Float[Tensor, " c"],
     gammas: Float[Tensor, "6"],
-    later: Float[Tensor, " c"],
+    next_bias: Float[Tensor, " c"],
 ) -> Float[Tensor, "b h w c"]:
     """x ← x + γ₂·(depthwise convolution of ``normed`` with replication padding), in place.
 
-    Returns its layer norm, times 1 + γ₃, plus γ₄. Then γ₅·``later`` is added to x: the bias of a product that
-    is added to x next.
+    Returns its layer norm, times 1 + γ₃, plus γ₄. Then γ₅·``next_bias`` is added to x: the bias of the next
+    matrix product that is added to x.
     """
     assert x.is_contiguous()
     assert normed.is_contiguous()
@@ -304,7 +306,7 @@ def edge_mix_(
     out, columns = torch.empty_like(x), triton.next_power_of_2(c)
     rows = max(1, 4096 // columns)
     _edge_mix[(b * height * triton.cdiv(width, rows),)](
-        x, normed, taps, bias, gammas, later, out, height, width, c, LAYER_NORM_EPS,
+        x, normed, taps, bias, gammas, next_bias, out, height, width, c, LAYER_NORM_EPS,
         rows=rows, columns=columns, num_warps=8,
     )  # fmt: skip
     return out

@@ -34,7 +34,7 @@ from wuerstchen.models.layers import (
 from wuerstchen.models.traits import fused_layers, traits_of
 
 
-def suits(x: Tensor) -> bool:
+def can_fuse(x: Tensor) -> bool:
     """Whether blocks can run fused on ``x``, in the present modes of torch."""
     return (
         x.is_cuda
@@ -56,7 +56,7 @@ class FactoredCondition:
     factors: list[tuple[Float[Tensor, "c4 e"], Float[Tensor, " c4"]]]
     """For each block in order: W·M, and the bias including W·m."""
 
-    def whole(self) -> Float[Tensor, "b h w c_cond"]:
+    def full(self) -> Float[Tensor, "b h w c_cond"]:
         """The condition as unfused blocks take it."""
         return F.linear(self.positions, *self.mapper)
 
@@ -151,7 +151,7 @@ def run_fused(
                 continue
             given = condition
             if isinstance(condition, FactoredCondition):
-                given, _ = condition.whole(), next(factors)
+                given, _ = condition.full(), next(factors)
             x = block(x, *(joined for joined in (skip, given) if joined is not None))
         elif isinstance(block, Resampling):  # its convolution returns a new tensor: no copy is needed
             x, pending = block(pending.apply(x)).contiguous(), _Pending()
@@ -199,7 +199,10 @@ def _first_layer(
     condition: Float[Tensor, "b h w c_cond"] | FactoredCondition | None,
     factors: Iterator[tuple[Tensor, Tensor]],
 ) -> tuple[Float[Tensor, "b h w c4"], Float[Tensor, " c4"]]:
-    """The linear layer on a block's concatenated inputs, without concatenating them, and its bias to add."""
+    """Applies the linear layer to a block's inputs as if they were concatenated.
+
+    Returns the product and the bias, which the caller adds.
+    """
     parts = [part for part in (inner, skip, condition) if isinstance(part, Tensor)]
     widths = [part.shape[-1] for part in parts]
     c_factored = len(condition.mapper[1]) if isinstance(condition, FactoredCondition) else 0
@@ -240,7 +243,7 @@ def _attended(
         queries, keys, values = (projection(tokens) for projection in projections)
     else:
         queries, keys, values = F.linear(tokens, *joined).chunk(3, dim=-1)
-    if attention_kernel.suits(queries, attention.heads) and text.keys.dtype == queries.dtype:
+    if attention_kernel.supports(queries, attention.heads) and text.keys.dtype == queries.dtype:
         return attention_kernel.attend(queries, keys, values, text.keys, text.values, text.mask)
     n, mask = tokens.shape[1], text.mask
     mask = None if mask is None else F.pad(mask, (n, 0), value=True)[:, None, None, :]
@@ -319,9 +322,12 @@ def _mapped_timesteps(
 
 
 def _taps(blocks: Sequence[nn.Module], x: Tensor) -> Iterator[Float[Tensor, "k2 c"] | None]:
-    """The depthwise weights of each convolution block in order, channels last. Channels first, reading one
-    tap would touch the memory of all. One pass transposes all of them. None for a block that cannot be
-    fused."""
+    """The depthwise weights of each convolution block in order, channels last. None for a block that cannot
+    be fused.
+
+    With channels first, reading one kernel position would touch the memory of all positions. All weights are
+    transposed in one pass.
+    """
     convolutions = [block for block in blocks if traits_of(block).takes == "skips"]
     # If a skip is concatenated before the convolution, as in v1, groups read more than one channel.
     plain = [is_plain(block, x) and block.depthwise.weight.shape[1] == 1 for block in convolutions]
