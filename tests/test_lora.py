@@ -495,7 +495,7 @@ def test_pickled_code_in_a_torch_file_is_not_run(prior, tmp_path, capsys):
         ('{"prior.lora_alpha": 4, "prior.x": ' + "[" * 900 + "]" * 900 + "}", "is nested"),
         ('{"prior.lora_alpha": "4"}', "alpha of .* must be a finite number, got '4'"),
         ('{"prior.lora_alpha": true}', "alpha of .* must be a finite number, got True"),
-        ('{"prior.alpha_pattern": [1]}', "alpha_pattern is not an object"),
+        ('{"prior.alpha_pattern": [1]}', "alpha_pattern must be a JSON object, got"),
         ('{"prior.r": 8, "prior.lora_alpha": 8}', "the rank of .* is 8, but its tensors have rank 4"),
         ('{"prior.rank_pattern": {"to_q": 2}}', "the rank of '.*to_q' is 2"),
         ('{"prior.alpha_pattern": {"(": 2}}', "is not a regular expression"),

@@ -136,10 +136,10 @@ def change_config(folder: Path, **changes: Any) -> None:
         ({"use_dora": True}, "is a DoRA. Only plain LoRA is supported"),
         ({"peft_type": "LOKR"}, "is a 'LOKR'"),
         ({"init_lora_weights": "pissa"}, "'pissa', which changes the model's own weights"),
-        ({"modules_to_save": ["out"]}, "is a LoRA with whole layers"),
+        ({"modules_to_save": ["out"]}, "is a LoRA with fully trained layers"),
         ({"lora_alpha": "16"}, "alpha of .* must be a finite number, got '16'"),
         ({"alpha_pattern": {"to_q": None, "to_k": [1]}}, r"alpha of .* must be a finite number, got a list"),
-        ({"rank_pattern": [4]}, "rank_pattern is not an object"),
+        ({"rank_pattern": [4]}, "rank_pattern must be a JSON object, got"),
     ],
 )
 def test_configurations_that_mean_something_else(prior, tmp_path, changes, message):

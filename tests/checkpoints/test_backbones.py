@@ -282,5 +282,5 @@ def test_lite_and_v2_do_not_take_each_others_files(tmp_path: Path) -> None:
     lite, v2 = EfficientNetLite(SMALL_LITE), EfficientNetV2(SMALL)
     lite_file = save(random_state(lite), tmp_path / "lite.pth")
     v2_file = save(in_timm(random_state(v2)), tmp_path / "v2.pth")
-    refused(lite_file, "does not fit small: .*'_conv_stem.weight'.* have no known layout", v2)
-    refused(v2_file, "does not fit small_lite: its keys .* have no known layout", lite)
+    refused(lite_file, "does not match small: .*'_conv_stem.weight'.* have no known layout", v2)
+    refused(v2_file, "does not match small_lite: its keys .* have no known layout", lite)

@@ -389,11 +389,11 @@ def test_finding_files(tmp_path):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("none.pt", "does not exist. Give one of the original's .pt files, or their folder"),
-        ("notes.txt", "is not a .pt file and contains none. Give one of the original's .pt files, or their"),
+        ("none.pt", "does not exist. Use one of the original's .pt files, or their folder"),
+        ("notes.txt", "is not a .pt file and contains none. Use one of the original's .pt files, or their"),
         (
             "empty",
-            "is not a .pt file and contains none. Give one of the original's .pt files, or their folder",
+            "is not a .pt file and contains none. Use one of the original's .pt files, or their folder",
         ),
     ],
 )
@@ -408,7 +408,7 @@ def test_two_files_with_the_same_part(tmp_path, prior_state):
     torch.save({"ema_state_dict": prior_state}, tmp_path / "model_stage_c.pt")
     torch.save({"state_dict": prior_state}, tmp_path / "model_v2_stage_c.pt")
     words = "model_v2_stage_c.pt['state_dict'] contains a prior, and so does "
-    words += f"{tmp_path / 'model_stage_c.pt'}['ema_state_dict']. Give the files of one model."
+    words += f"{tmp_path / 'model_stage_c.pt'}['ema_state_dict']. Use the files of one model."
     with pytest.raises(CheckpointError, match=re.escape(words)):
         read_original(tmp_path)
 
@@ -693,7 +693,7 @@ def velocity(config: Any) -> Any:
     ],
 )
 def test_what_the_layout_cannot_hold(part, make, words, tmp_path, parts):
-    words = f"^the {part} cannot be written in the original's layout: ({words}).* Leave it out, or keep"
+    words = f"^the {part} cannot be written in the original's layout: ({words}).* Omit it, or keep"
     with pytest.raises(CheckpointError, match=words):
         write_original({"vqgan": parts["vqgan"], part: make()}, tmp_path / "model")
     assert not (tmp_path / "model").exists()
@@ -712,7 +712,7 @@ def test_a_network_with_adapters_is_not_written_without_them(tmp_path, parts):
 
 
 def test_a_compressor_is_not_written_alone(tmp_path, compressor):
-    words = "the compressor cannot be written alone: the original stores it in Stage B's file. Give"
+    words = "the compressor cannot be written alone: the original stores it in Stage B's file. Pass"
     with pytest.raises(CheckpointError, match=words):
         write_original({"compressor": compressor}, tmp_path)
 

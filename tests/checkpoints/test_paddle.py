@@ -194,12 +194,18 @@ def test_bfloat16_is_stored_as_whole_numbers(randomise):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"out.1.bias": None}, r"'out.1.bias' is missing there, but \(6,\) by its configuration"),
-        ({"extra": torch.ones(2)}, r"'extra' is \(2,\) there, but unknown by its configuration"),
-        ({"blocks.1.mapper.weight": torch.ones(30, 32)}, r"is \(30, 32\) there, but \(32, 32\) by"),
-        ({"blocks.0.channelwise.0.weight": torch.ones(64, 16)}, r"is \(64, 16\) there, but \(16, 64\) by"),
-        ({"out.1.bias": torch.ones(6).long()}, "is torch.int64 there, but torch.float32 by"),
-        ({"out.1.bias": torch.ones(6, 1)}, r"is \(6, 1\) there, but \(6,\) by its configuration"),
+        ({"out.1.bias": None}, r"'out.1.bias' is missing in the file, but .* expects \(6,\)"),
+        ({"extra": torch.ones(2)}, r"'extra' is \(2,\) in the file, but .* expects no such"),
+        (
+            {"blocks.1.mapper.weight": torch.ones(30, 32)},
+            r"is \(30, 32\) in the file, but .* expects \(32, 32\)",
+        ),
+        (
+            {"blocks.0.channelwise.0.weight": torch.ones(64, 16)},
+            r"is \(64, 16\) in the file, but .* expects \(16, 64\)",
+        ),
+        ({"out.1.bias": torch.ones(6).long()}, "is torch.int64 in the file, but .* expects torch.float32"),
+        ({"out.1.bias": torch.ones(6, 1)}, r"is \(6, 1\) in the file, but .* expects \(6,\)"),
     ],
 )
 def test_tensors_that_do_not_fit(change, words):

@@ -273,7 +273,7 @@ def test_the_prefix_of_compiled_modules_is_left_out(name: str, tmp_path: Path) -
 @pytest.mark.parametrize("name", ["model.safetensors", "model.bin"])
 def test_a_network_both_compiled_and_not_is_refused(name: str, tmp_path: Path) -> None:
     save({"weight": torch.ones(1), "_orig_mod.weight": torch.zeros(1)}, tmp_path / name)
-    with pytest.raises(CheckpointError, match="twice, once compiled"):
+    with pytest.raises(CheckpointError, match="with and without the prefix _orig_mod"):
         StoredTensors.of([tmp_path / name])
 
 
@@ -303,9 +303,9 @@ def test_names_in_the_file_may_differ(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"weight": None}, r"'weight' is missing there, but \(2, 3\) by its configuration"),
-        ({"extra": torch.ones(4)}, r"'extra' is \(4,\) there, but unknown by its configuration"),
-        ({"weight": torch.ones(3, 2)}, r"'weight' is \(3, 2\) there, but \(2, 3\) by its configuration"),
+        ({"weight": None}, r"'weight' is missing in the file, but .* expects \(2, 3\)"),
+        ({"extra": torch.ones(4)}, r"'extra' is \(4,\) in the file, but .* expects no such"),
+        ({"weight": torch.ones(3, 2)}, r"'weight' is \(3, 2\) in the file, but .* expects \(2, 3\)"),
         ({"weight": torch.ones(2, 3, dtype=torch.int64)}, "'weight' must be torch.float32, got torch.int64"),
         ({"steps": torch.tensor(0.5)}, "'steps' must be torch.int64, got torch.float32"),
     ],

@@ -219,7 +219,7 @@ BIAS = "encoder.layer.1.output.dense.bias"
         (_config(text_positions=13), "text_positions must be from 3 to 12 for this text model, got 13"),
         (_config(num_attention_heads=3), "is not a valid BERT configuration"),
         (_config(hidden_size="eight"), "is not a valid BERT configuration"),
-        (_config(intermediate_size=24), r"is \(16,\), but \(24,\) by config.json"),
+        (_config(intermediate_size=24), r"is \(16,\) in the file, but config.json expects \(24,\)"),
         (_config(num_hidden_layers=3), "'encoder.layer.2.*' is missing"),
         (lambda f: (f / "vocab.txt").unlink(), "vocab.txt' cannot be read"),
         (lambda f: (f / "vocab.txt").write_bytes(b"\xff\xfe"), "vocab.txt' is not UTF-8"),
@@ -238,7 +238,7 @@ BIAS = "encoder.layer.1.output.dense.bias"
         ),
         (_truncate, "model.safetensors' cannot be read"),
         (_weights(lambda s: s.pop(BIAS)), f"'{BIAS}' is missing"),
-        (_weights(lambda s: s.update(extra=torch.ones(1))), "'extra' is .*, but unknown by config.json"),
+        (_weights(lambda s: s.update(extra=torch.ones(1))), "'extra' is .*, but config.json expects no such"),
         (_weights(lambda s: s.pop("embeddings.word_embeddings.weight.scale")), "weight.scale' is missing"),
     ],
 )

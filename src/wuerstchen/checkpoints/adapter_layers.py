@@ -35,7 +35,8 @@ def layer_updates(
 ) -> dict[str, LayerUpdate]:
     """The update of each layer, by the names in ``layers``: the linear layers and convolutions of a network.
 
-    ``network`` and ``where`` are names for messages. Raises ``CheckpointError`` unless everything fits.
+    ``network`` and ``where`` are names for messages. Raises ``CheckpointError`` unless all layers
+    and shapes match.
     """
     names = _Names(layers)
     updates: dict[str, LayerUpdate] = {}
@@ -44,8 +45,8 @@ def layer_updates(
         if name is None:
             check_adapter_not_cascade(where, found)
             raise CheckpointError(
-                f"{where} does not fit: {shown(layer)} is not a linear layer or a convolution of {network}. "
-                "Use an adapter that was trained for this model."
+                f"{where} is incompatible with this model: {shown(layer)} is not a linear layer or a "
+                f"convolution of {network}. Use an adapter that was trained for this model."
             )
         if name in updates:
             raise CheckpointError(f"{where} is damaged: it contains {name!r} twice. Download it again.")
@@ -81,7 +82,7 @@ def _fitted(target: nn.Module, tensors: LayerTensors, layer: str, where: str) ->
         shapes = [", ".join(["rank", *map(str, wanted_a[1:])]), ", ".join([str(wanted_b[0]), "rank"])]
         shapes[1] += "".join(f", {size}" for size in wanted_b[2:])
         raise CheckpointError(
-            f"{where} does not fit: A and B of {shown(layer)} have shapes "
+            f"{where} is incompatible with this model: A and B of {shown(layer)} have shapes "
             f"{tuple(a.shape)} and {tuple(b.shape)}, not ({shapes[0]}) and "
             f"({shapes[1]}). Use an adapter that was trained for this model."
         )

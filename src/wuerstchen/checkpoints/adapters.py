@@ -43,7 +43,7 @@ _ENDING = re.compile(
     r"|(?:\.lora\.|_lora\.|\.lora_linear_layer\.|\.lora_)(?P<way>down|up)\.weight"
     r"|(?:_lora|\.lora)?\.(?P<alpha>alpha))$"
 )
-# Settings of peft for adapters that do not consist of A and B alone, and the names of their methods.
+# peft settings of methods that are more than plain LoRA (matrices A and B), with their names for messages.
 _NOT_PLAIN = {
     "use_dora": "DoRA",
     "use_qalora": "QALoRA",
@@ -55,8 +55,8 @@ _NOT_PLAIN = {
     "monteclora_config": "MonteCLoRA",
     "layer_replication": "LoRA with replicated layers",
     "lora_bias": "LoRA with biases",
-    "modules_to_save": "LoRA with whole layers",
-    "trainable_token_indices": "LoRA with trained tokens",
+    "modules_to_save": "LoRA with fully trained layers",
+    "trainable_token_indices": "LoRA with trained token embeddings",
 }
 # Initializations of A and B that do not change the weights of the base model. With others (pissa, olora,
 # loftq) A and B belong to changed weights.
@@ -98,7 +98,9 @@ class AdapterConfig:
         for field in ("rank_pattern", "alpha_pattern"):
             patterns = fields.get(field) or {}
             if not isinstance(patterns, dict):
-                raise CheckpointError(f"{where}: {field} is not an object. Download it again.")
+                raise CheckpointError(
+                    f"{where}: {field} must be a JSON object, got {shown(patterns)}. Download it again."
+                )
             self._patterns[field] = Patterns(list(patterns), where)
 
     def alpha(self, names: Sequence[str], rank: int) -> float | None:
@@ -193,7 +195,7 @@ def save_lora(
     named = {f"prior.{key}": tensor for key, tensor in layers.items()}
     named |= {f"text_encoder.{key}": tensor for key, tensor in (text_encoder_layers or {}).items()}
     if not named:
-        raise UserError("there are no layers to save. Give at least one.")
+        raise UserError("there are no layers to save. Pass at least one.")
     for key in named:
         if not re.search(r"[^.]\.lora_[AB]\.weight$", key):
             raise UserError(
@@ -216,7 +218,7 @@ def save_lora(
     except (TypeError, ValueError) as error:
         raise UserError(
             f"the adapter's configuration cannot be saved: {error}. It must contain "
-            "only JSON values. Give LoraConfig.to_dict()."
+            "only JSON values. Pass LoraConfig.to_dict()."
         ) from error
     write_tensors(named, path, {"format": 1, "kind": "lora"}, {METADATA: text} if metadata else None)
     return path
@@ -329,8 +331,7 @@ def _weight(key: str, tensor: Tensor, where: str) -> Tensor:
             tensor = tensor.float()
         except RuntimeError:
             raise CheckpointError(
-                f"{where}: the dtype {tensor.dtype} of {shown(key)} is not "
-                "supported. Get the file in float16."
+                f"{where}: the dtype {tensor.dtype} of {shown(key)} is not supported. Use a float16 file."
             ) from None
     if not tensor.isfinite().all():
         raise CheckpointError(f"{where}: {shown(key)} contains NaN or infinity. Download it again.")

@@ -29,17 +29,17 @@ def weighted_average(
     }
 
 
-def average(first: str | Path, second: str | Path, target: Path, share: float = 0.5) -> list[str]:
+def average(first: str | Path, second: str | Path, target: Path, weight: float = 0.5) -> list[str]:
     """Writes the average of two models' weights to the new native folder ``target``.
 
-    ``share`` is the weight of the second model. Both may be in any layout. Networks with equal weights are
+    ``weight`` is that of the second model. Both may be in any layout. Networks with equal weights are
     copied. Returns the names of the averaged networks.
 
     Raises ``UserError`` with the first part, shape or setting that differs.
     """
-    if not 0 <= share <= 1:
+    if not 0 <= weight <= 1:
         raise UserError(
-            f"the weight of the second model must be from 0 to 1, got {share}. 0.5 weights both equally."
+            f"the weight of the second model must be from 0 to 1, got {weight}. 0.5 weights both equally."
         )
     if os.path.lexists(target):  # before anything is downloaded or read
         raise CheckpointError(f"{target} already exists. Choose another folder or remove it.")
@@ -52,12 +52,12 @@ def average(first: str | Path, second: str | Path, target: Path, share: float = 
             continue
         if name not in NETWORKS:
             raise UserError(f"the {name} of {first} and {second} differ. Use models with the same {name}.")
-        network.load_state_dict(weighted_average(state, other, share))
+        network.load_state_dict(weighted_average(state, other, weight))
         changed.append(name)
     if not changed:
         raise UserError(f"{first} and {second} have the same weights, so there is nothing to average.")
-    names = f"{Path(first).name} and {share:g} of {Path(second).name}"
-    provenance = Provenance(recipe=f"average of {1 - share:g} of {names}", seed=0, images=0, data="")
+    names = f"{Path(first).name} and {weight:g} of {Path(second).name}"
+    provenance = Provenance(recipe=f"average of {1 - weight:g} of {names}", seed=0, images=0, data="")
     folder = local_folder(first)
     copied = None if ours.text_encoder is None else text_encoder_folder(folder)
     parts = {name: provenance for name in ours.networks() if name in NETWORKS}

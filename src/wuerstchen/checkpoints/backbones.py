@@ -26,7 +26,7 @@ def load_backbone(backbone: nn.Module, path: str | Path) -> None:
     normalization. Use them as a start for training: the features are not the same here.
 
     Raises ``CheckpointError`` if the file is missing or damaged, contains anything but tensors, or has
-    another architecture. The backbone is then unchanged.
+    another architecture, and leaves the backbone unchanged.
     """
     assert isinstance(backbone, EfficientNetV2 | EfficientNetLite)
     path = Path(path)
@@ -41,15 +41,15 @@ def load_backbone(backbone: nn.Module, path: str | Path) -> None:
         if theirs is None and key.endswith("num_batches_tracked"):
             theirs = ours  # some files omit this counter, which has no effect here
         if theirs is None:
-            raise _does_not_fit(path, backbone, f"'{name}' is missing")
+            raise _mismatch(path, backbone, f"'{name}' is missing")
         if theirs.shape != ours.shape:
-            raise _does_not_fit(
+            raise _mismatch(
                 path, backbone, f"'{name}' has shape {tuple(theirs.shape)}, not {tuple(ours.shape)}"
             )
         found[key] = theirs
     left = [name for name in tensors if not name.startswith(classifier)]
     if left:
-        raise _does_not_fit(path, backbone, f"it also contains '{left[0]}'")
+        raise _mismatch(path, backbone, f"it also contains '{left[0]}'")
     backbone.load_state_dict(found)
 
 
@@ -98,7 +98,7 @@ def _layout(
     if is_called_cascade(path):
         check_not_cascade(path, class_name="StableCascade")
     example = next(iter(tensors), "none")
-    raise _does_not_fit(path, backbone, f"its keys (the first is '{example}') have no known layout")
+    raise _mismatch(path, backbone, f"its keys (the first is '{example}') have no known layout")
 
 
 def _timm_names(backbone: EfficientNetV2) -> Callable[[str], str]:
@@ -132,6 +132,6 @@ def _timm_names(backbone: EfficientNetV2) -> Callable[[str], str]:
     return name
 
 
-def _does_not_fit(path: Path, backbone: EfficientNetV2 | EfficientNetLite, reason: str) -> CheckpointError:
+def _mismatch(path: Path, backbone: EfficientNetV2 | EfficientNetLite, reason: str) -> CheckpointError:
     network = backbone.config.name
-    return CheckpointError(f"{path} does not fit {network}: {reason}. Use weights of {network}.")
+    return CheckpointError(f"{path} does not match {network}: {reason}. Use weights of {network}.")

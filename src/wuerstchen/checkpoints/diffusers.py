@@ -1,4 +1,5 @@
-"""Reads diffusers' folders: a pipeline for Stage C, and one for Stages B and A, which may name the former.
+"""Reads diffusers' folders: a prior pipeline (Stage C) and a decoder pipeline (Stages B and A), which may
+reference its prior.
 
 All versions are read: the published ones of 2023 (libraries called ``wuerstchen``, ``.bin`` or safetensors,
 whole or in shards, and variants such as fp16), those that diffusers writes since 0.38 and cannot load itself,
@@ -218,8 +219,8 @@ def linked_prior(folder: Path) -> Path | str:
     name = _prior_line(folder)
     if name is None:
         raise CheckpointError(
-            f"{folder} has no Stage C, and its README.md names none in a prior: line. "
-            "Give the folder of Stage C as prior."
+            f"{folder} has no Stage C, and the front matter of its README.md has no prior: entry. Pass the "
+            "folder of Stage C as prior."
         )
     return folder / name if _is_inside(folder, name) else name
 
@@ -356,8 +357,8 @@ def _prior_line(folder: Path) -> str | None:
         # Other types are not printed: a few lines of YAML can describe an endless list.
         shown = _short(value) if isinstance(value, str) else f"a {type(value).__name__}"
         raise CheckpointError(
-            f"{path}: the line prior: must name a folder inside the model or OWNER/NAME on the hub, got "
-            f"{shown}. Correct the line, or give the folder of Stage C as prior."
+            f"{path}: the entry prior: must name a folder inside the model or OWNER/NAME on the hub, got "
+            f"{shown}. Correct it, or pass the folder of Stage C as prior."
         )
     return value
 

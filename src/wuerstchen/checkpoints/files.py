@@ -34,7 +34,7 @@ def read_json(path: Path, limit: int = MAX_DESCRIPTION) -> dict[str, Any]:
     Raises ``CheckpointError`` if the file is missing, larger, not an object, or refused by ``parse_json``.
     """
     check_is_file(path)
-    with damage_named(path):
+    with wrap_read_errors(path):
         if path.stat().st_size > limit:
             raise CheckpointError(f"{path} has more than {limit >> 20} MB. Download the model again.")
         content = parse_json(path.read_bytes())
@@ -84,7 +84,7 @@ def open_safetensors(path: Path) -> Iterator[Any]:
     are raised while the file is open become ``CheckpointError`` too.
     """
     check_is_file(path)
-    with damage_named(path):
+    with wrap_read_errors(path):
         check_header(path)
         with safe_open(path, framework="pt") as opened:
             yield opened
@@ -158,7 +158,7 @@ def check_is_file(path: Path) -> None:
 
 
 @contextmanager
-def damage_named(path: Path) -> Iterator[None]:
+def wrap_read_errors(path: Path) -> Iterator[None]:
     """Turns all errors into ``CheckpointError``, because readers raise almost anything for damaged files."""
     try:
         yield

@@ -10,12 +10,12 @@ from pathlib import Path
 from wuerstchen.errors import CheckpointError
 
 BUNDLED = Path(__file__).parents[1] / "bundled"
-"""The model in the package. Its name is "bundled", also in the settings of images."""
+"""The bundled model. Its name is "bundled", also in the settings of images."""
 PHOTO_NOTE = (
     "This model was trained on emoji. It reconstructs flat drawings, but a "
     "photograph comes out as blobs of its colours."
 )
-"""What to say before encoding an image with the model in the package."""
+"""What to say before encoding an image with the bundled model."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DESCRIPTIONS = ["*.json", "*.txt", "*.md"]
 # The v2 files of the original repository. Its v1 files have to be downloaded by name.
@@ -25,12 +25,12 @@ _ORIGINAL_V2 = [
     "model_v2_stage_c_finetune_interpolation.pt",
 ]
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pdparams")
-# Not downloaded if there are full weights.
+# Not downloaded if there are default weights.
 _VARIANTS = [f"*.{name}{end}" for name in ("fp16", "bf16", "non_ema") for end in (".*", "-*")]
 
 
 def is_bundled(model: str | Path | None) -> bool:
-    """Whether ``model`` is the model in the package, by name, by path, or as None. Downloads nothing."""
+    """Whether ``model`` refers to the bundled model: None, its name, or its path. Downloads nothing."""
     if model is None:
         return True
     if os.path.exists(model):
@@ -51,12 +51,12 @@ def local_folder(
 ) -> Path:
     """The folder of a model: ``name_or_path`` itself if it exists, otherwise a copy from the hub.
 
-    ``bundled`` is the model in the package. A name like ``warp-ai/wuerstchen`` is looked up in the hub's
-    cache, and downloaded into it if it is missing. ``local_files_only`` and ``HF_HUB_OFFLINE=1`` prevent the
-    download, ``force_download`` repeats it. Only one file format is downloaded for each network: ``variant``
-    if it exists, then full weights, then other variants, and safetensors before pickles. ``only`` restricts
-    the download to these patterns of file names. Raises ``CheckpointError`` if it is neither an existing path
-    nor an available name.
+    ``bundled`` is the bundled model. A name like ``warp-ai/wuerstchen`` is looked up in the hub's cache, and
+    downloaded into it if it is missing. ``local_files_only`` and ``HF_HUB_OFFLINE=1`` prevent the download,
+    ``force_download`` repeats it. Only one file format is downloaded for each network: ``variant`` if it
+    exists, then default weights, then other variants, and safetensors before pickles. ``only`` restricts the
+    download to these patterns of file names. Raises ``CheckpointError`` if it is neither an existing path nor
+    an available name.
     """
     path = Path(name_or_path)
     if os.path.exists(path):  # Path.exists raises for a name that is too long
@@ -67,7 +67,7 @@ def local_folder(
     if not HUB_NAME.fullmatch(name) or ".." in name:
         raise CheckpointError(
             f"{name[:200]!r} does not exist, and is not a name on the hub. "
-            "Give a folder, a file, or OWNER/NAME."
+            "Use a folder, a file, or OWNER/NAME."
         )
     repository = _Repository(name, revision, cache_dir, local_files_only, token, force_download)
     return repository.fetch_only(list(only)) if only else repository.fetch_model(variant)
@@ -85,7 +85,7 @@ class _Repository:
     force_download: bool
 
     def fetch_only(self, patterns: list[str]) -> Path:
-        """Downloads what matches ``patterns``, variants of weights only where there are no full weights."""
+        """Downloads files that match ``patterns``. Variants only where there are no default weights."""
         folder = self._fetch(patterns, _VARIANTS)
         return self._fetch(patterns, ()) if _without_weights(folder) else folder
 

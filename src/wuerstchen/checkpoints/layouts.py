@@ -1,4 +1,4 @@
-"""Models in any layout: finds out which layout a folder has, reads it, and converts it to another layout."""
+"""Detects the layout of a model, reads it, and converts models between layouts."""
 
 import contextlib
 import dataclasses
@@ -32,12 +32,12 @@ def layout_of(path: Path) -> str:
     _check_not_cascade(path)
     if (path / "config.json").is_file():
         raise CheckpointError(
-            f"{path} holds one network, not a whole model. Give the whole model, and this folder as prior."
+            f"{path} contains only one network. Use a complete model, and pass this folder as prior."
         )
     markers = [f"no {marker}" for marker in dict.fromkeys(layout_named(name).marker for name in LAYOUTS)]
     raise CheckpointError(
         f"{path} is not a model: it has {', '.join(markers[:-1])} and {markers[-1]}. "
-        "Give a folder that has one of them."
+        "Use a folder that has one of them."
     )
 
 
@@ -71,7 +71,7 @@ def read_model(
     sources = sources or Sources()
     path = local_folder(source, revision=sources.revision, local_files_only=sources.local_files_only)
     cascade = layout_named(layout_of(path)).read(path, sources, dtype, leave_out)
-    # Checked again: without a text encoder of its own the decoder reads Stage C's, which may not fit.
+    # Checked again: a decoder without its own text encoder uses Stage C's, which may have another width.
     return dataclasses.replace(cascade, **dict.fromkeys(leave_out)) if leave_out else cascade
 
 
@@ -148,7 +148,7 @@ def _check_fits(cascade: Cascade, layout: Layout, name: str) -> None:
 def weight_files(path: Path, sources: Sources | None = None) -> list[Path]:
     """The files of weights that ``read_model`` reads, with those of a Stage C in another folder.
 
-    Variants (fp16) of full weights are left out.
+    Variants (fp16) of default weights are left out.
     """
     if path.is_file():
         return [path]

@@ -52,8 +52,8 @@ from wuerstchen.version import __version__
 FORMAT = 2
 """Increased by one whenever older versions would misread new files.
 
-Format 2 can store objectives that format 1 cannot (``_format_of``). Files that older versions read correctly
-are still written as format 1, where a network's prediction determines its objective.
+Format 2 can store objectives that format 1 cannot (``_format_of``). Files that older versions can still read
+correctly are written as format 1, in which the objective follows from the network's prediction.
 """
 
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: dict}
@@ -138,7 +138,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except ValueError as error:
         raise CheckpointError(f"the header of {path} cannot be read ({error}). Download it again.") from error
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path} was not written by wuerstchen: it has no header. Give a native model.")
+        raise CheckpointError(
+            f"{path} was not written by wuerstchen: its metadata has no {_HEADER} header. Use a native model."
+        )
     return tensors, migrate(header, path)
 
 
@@ -164,7 +166,7 @@ def write_network(
 
 
 def read_network(path: Path, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Provenance]:
-    """Reads one network, in eval mode. Raises ``CheckpointError`` if anything does not fit."""
+    """Reads one network, in eval mode. Raises ``CheckpointError`` if anything does not match its header."""
     tensors, header = read_tensors(path)
     try:
         cls, config_cls = NETWORKS[header["kind"]]
@@ -221,11 +223,11 @@ def write_parts(
     provenance: Mapping[str, Provenance],
     storage: Mapping[str, Storage] | None = None,
     text_encoder: Path | None = None,
-    further: Callable[[Path], None] | None = None,
+    write_extra: Callable[[Path], None] | None = None,
 ) -> None:
     """``write_cascade`` for a model that may be incomplete, for example Stage A alone.
 
-    ``further`` can write more files into the folder before it is renamed.
+    ``write_extra`` may write additional files into the temporary folder before it is renamed.
     """
     with new_folder(folder) as partial:
         parts = [part for part in networks if part in NETWORKS]
@@ -242,8 +244,8 @@ def write_parts(
             else:
                 continue
             parts.append(part)
-        if further is not None:
-            further(partial)
+        if write_extra is not None:
+            write_extra(partial)
         objectives = {part: _named(settings, part) for part in OF_OBJECTIVES if part in _diffusing(networks)}
         values = {IN_FILES.get(name, name): value for name, value in dataclasses.asdict(settings).items()}
         for part in OF_OBJECTIVES:
@@ -394,7 +396,10 @@ def text_encoder_folder(model: Path) -> Path | None:
 
 def _read(path: Path, sources: Sources, dtype: torch.dtype, leave_out: Collection[str]) -> Cascade:
     if sources.prior or sources.text_encoder or sources.decoder_text_encoder:
-        raise UserError(f"{path} is a native model, which contains all its parts. Do not give others.")
+        raise UserError(
+            f"{path} is a native model, which contains all networks. Do not pass prior, text_encoder or "
+            "decoder_text_encoder."
+        )
     return read_cascade(path, dtype)
 
 

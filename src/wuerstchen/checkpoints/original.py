@@ -70,12 +70,12 @@ def read_original(source: Path, *, dtype: torch.dtype = torch.float32) -> dict[s
     conversion they stay memory-mapped.
 
     Raises ``CheckpointError`` if a file is damaged or contains anything but these networks, if a key is
-    missing or unexpected, if a shape does not fit, and if two files contain the same part.
+    missing or unexpected, if a shape is wrong, and if two files contain the same part.
     """
     paths = find_original(source)
     if not paths:
         reason = "is not a .pt file and contains none" if source.exists() else "does not exist"
-        raise CheckpointError(f"{source} {reason}. Give one of the original's .pt files, or their folder.")
+        raise CheckpointError(f"{source} {reason}. Use one of the original's .pt files, or their folder.")
     networks: dict[str, nn.Module] = {}
     origins: dict[str, str] = {}
     for path in paths:
@@ -84,7 +84,7 @@ def read_original(source: Path, *, dtype: torch.dtype = torch.float32) -> dict[s
             if part in networks:
                 raise CheckpointError(
                     f"{state.place} contains a {part}, and so does "
-                    f"{origins[part]}. Give the files of one model."
+                    f"{origins[part]}. Use the files of one model."
                 )
             networks[part], origins[part] = network, state.place
     return networks
@@ -104,7 +104,7 @@ def write_original(parts: Mapping[str, nn.Module], folder: Path) -> list[Path]:
     if "compressor" in states and "decoder" not in states:
         raise CheckpointError(
             "the compressor cannot be written alone: the original stores it in "
-            "Stage B's file. Give the decoder too."
+            "Stage B's file. Pass the decoder too."
         )
     names = V1_FILES if _is_v1(parts) else V2_FILES
     contents: dict[str, dict[str, dict[str, Tensor]]] = {}
@@ -305,7 +305,7 @@ def _widths_and_heads(config: Config) -> list[tuple[int, int]]:
 def _cannot_hold(part: str, reason: str) -> CheckpointError:
     return CheckpointError(
         f"the {part} cannot be written in the original's layout: {reason}. "
-        "Leave it out, or keep the native layout."
+        "Omit it, or keep the native layout."
     )
 
 
@@ -357,7 +357,7 @@ def _read(path: Path, sources: Sources, dtype: torch.dtype, leave_out: Collectio
         source = getattr(sources, part) or PUBLISHED_TEXT_ENCODERS.get(width)
         if source is None:
             raise CheckpointError(
-                f"{path} needs a {part} with states of width {width}, and none is published. Give its folder."
+                f"{path} needs a {part} with states of width {width}, and none is published. Pass its folder."
             )
         folder = local_folder(
             source, local_files_only=sources.local_files_only, only=("text_encoder/*", "tokenizer/*")

@@ -1,8 +1,8 @@
 """Reads folders of ppdiffusers, PaddlePaddle's port of diffusers, with the same pipelines, names and files.
 
 The tensors differ: the matrix of a linear layer is stored as (in, out), the statistics of BatchNorm have
-other names, and counters are omitted. Only the network knows which matrices are those of linear layers:
-embeddings are matrices too, and a square matrix fits both ways.
+other names, and counters are omitted. Shapes alone do not tell which matrices to transpose: embeddings are
+matrices too, and a square matrix has the same shape either way. So the network's layers decide.
 """
 
 from collections.abc import Collection, Mapping
@@ -49,12 +49,13 @@ def from_paddle(
     """Converts Paddle's tensors to a state dict of ``network``, which may be on ``meta``.
 
     Matrices become transposed views, counters are 0. Raises ``CheckpointError``, starting with ``where``, if
-    a tensor is missing, unexpected, or does not fit.
+    a tensor is missing, is unexpected, or has the wrong shape or dtype.
     """
 
     def error(name: str, found: object, wanted: object) -> CheckpointError:
         return CheckpointError(
-            f"{where}: {name!r} is {found} there, but {wanted} by its configuration. Download both again."
+            f"{where}: {name!r} is {found} in the file, but the configuration expects {wanted}. "
+            "Download both again."
         )
 
     names, linear = _names(network, tensors), _linear_weights(network)
@@ -79,7 +80,7 @@ def from_paddle(
         state[key] = found.T if key in linear else found.reshape(target.shape)
     left = {name for name in tensors.keys() - set(names.values()) if not name.endswith(_POSITIONS)}
     if left:
-        raise error(min(left), tuple(tensors[min(left)].shape), "unknown")
+        raise error(min(left), tuple(tensors[min(left)].shape), "no such tensor")
     return state
 
 
@@ -94,8 +95,8 @@ def fill_paddle(network: nn.Module, stored: StoredTensors, dtype: torch.dtype) -
     """Loads the tensors of a folder with Paddle's classes into ``network``, which is on ``meta``.
 
     The metadata of the file decides: ``format`` is ``pd`` for ppdiffusers, ``np`` for PaddleNLP, and ``pt``
-    for PyTorch's tensors. Raises ``CheckpointError`` for other formats and for tensors that do not fit. The
-    network is then unchanged.
+    for PyTorch's tensors. Raises ``CheckpointError`` for other formats and for tensors that do not match, and
+    leaves the network unchanged.
     """
     written = stored.metadata.get("format", "pd")
     if written == "pt":

@@ -2,7 +2,7 @@
 
 ``torch.load(weights_only=True)`` runs no code from a file, but a few hundred bytes can keep it busy for
 hours: a tuple of two references to a tuple of two references, and so on, has 2ⁿ elements when it is hashed as
-a key. This module interprets the opcodes with only sizes on the stack.
+a key. This module interprets the opcodes, but keeps only the size of each value on the stack.
 """
 
 import pickle
@@ -19,7 +19,7 @@ MAX_ARGUMENTS = 10_000
 """Elements in the arguments of a call. A tensor has about 30."""
 
 
-class TooMuchWork(ValueError):
+class PickleTooExpensive(ValueError):
     """Loading a file would take much longer than its size suggests."""
 
 
@@ -61,8 +61,8 @@ def check_pickle(stream: Any, *, flat: bool = False) -> None:
     """Reads one pickle from a binary stream up to its end.
 
     ``flat`` only allows a number, a string, or a list of these. Raises ``pickle.UnpicklingError`` if the
-    pickle is damaged or not flat, ``TooMuchWork`` if loading it would take too long. Time and memory are
-    proportional to its length.
+    pickle is damaged or not flat, ``PickleTooExpensive`` if loading it would take too long. Time and
+    memory are proportional to its length.
     """
     stack: list[_Value] = []
     memo: dict[Any, _Value] = {}
@@ -70,7 +70,7 @@ def check_pickle(stream: Any, *, flat: bool = False) -> None:
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
             if count == MAX_OPCODES:
-                raise TooMuchWork(f"it has more than {MAX_OPCODES} opcodes")
+                raise PickleTooExpensive(f"it has more than {MAX_OPCODES} opcodes")
             name = opcode.name
             if name in _NOTHING:
                 continue
@@ -90,7 +90,7 @@ def check_pickle(stream: Any, *, flat: bool = False) -> None:
                 stack.append(stack[-1])
             else:
                 _step(opcode, stack)
-    except TooMuchWork:
+    except PickleTooExpensive:
         raise
     except Exception as error:  # pickletools and an empty stack raise many kinds of errors
         raise pickle.UnpicklingError(str(error)) from None
@@ -101,15 +101,15 @@ def _step(opcode: pickletools.OpcodeInfo, stack: list[_Value]) -> None:
     taken = list(_taken(opcode, stack))
     size = min(1 + sum(value.size for value in taken), _ENDLESS)
     if opcode.name in _CALLS and size > MAX_ARGUMENTS:
-        raise TooMuchWork(f"an object in it has more than {MAX_ARGUMENTS} arguments")
+        raise PickleTooExpensive(f"an object in it has more than {MAX_ARGUMENTS} arguments")
     if opcode.name in ("SETITEM", "SETITEMS", "DICT"):
         first = 0 if opcode.name == "DICT" else 1
         if any(value.size > MAX_KEY for value in taken[first::2]):
-            raise TooMuchWork(f"a key in it has more than {MAX_KEY} elements")
+            raise PickleTooExpensive(f"a key in it has more than {MAX_KEY} elements")
     if opcode.name == "BINPERSID" and size > MAX_KEY:  # the id of a storage, which becomes a key
-        raise TooMuchWork(f"the id of a storage in it has more than {MAX_KEY} elements")
+        raise PickleTooExpensive(f"the id of a storage in it has more than {MAX_KEY} elements")
     if opcode.name == "ADDITEMS" and any(value.size > MAX_KEY for value in taken[1:]):
-        raise TooMuchWork(f"an element of a set in it has more than {MAX_KEY} elements")
+        raise PickleTooExpensive(f"an element of a set in it has more than {MAX_KEY} elements")
     if opcode.name in _INTO:
         _grow(taken[0], size, opcode)
         stack.append(taken[0])
@@ -128,7 +128,7 @@ def _grow(value: _Value, size: int, opcode: pickletools.OpcodeInfo) -> None:
     if value.inside and opcode.name == "BUILD":
         raise pickle.UnpicklingError("it contains objects that contain each other")
     if value.inside:
-        raise TooMuchWork("a container in it is filled after it was added to another one")
+        raise PickleTooExpensive("a container in it is filled after it was added to another one")
     value.size = size
 
 

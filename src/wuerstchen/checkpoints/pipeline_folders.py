@@ -73,7 +73,10 @@ def _pipelines_of(cascade: Cascade) -> tuple[DecoderFolder, PriorFolder | None]:
     """The inverse of ``cascade_of``."""
     text, decoder_text = cascade.text_encoder, cascade.text_encoder_of_decoder()
     if decoder_text is None:
-        raise UserError("the model has no text encoder for Stage B, and this layout needs one. Give one.")
+        raise UserError(
+            "this layout needs a text encoder for Stage B, and the model has none. Pass "
+            "--decoder-text-encoder."
+        )
     assert not isinstance(cascade.decoder, Paella)
     decoder = DecoderFolder(
         decoder=cascade.decoder,
@@ -84,7 +87,9 @@ def _pipelines_of(cascade: Cascade) -> tuple[DecoderFolder, PriorFolder | None]:
     if cascade.prior is None:
         return decoder, None
     if text is None:
-        raise UserError("the model has no text encoder for Stage C, and this layout needs one. Give one.")
+        raise UserError(
+            "this layout needs a text encoder for Stage C, and the model has none. Pass --text-encoder."
+        )
     statistics = cascade.settings.latent_statistics
     prior = PriorFolder(
         prior=cascade.prior,
@@ -103,7 +108,9 @@ def _tensors_in(folder: Path) -> TensorLayout:
 def _read(path: Path, sources: Sources, dtype: torch.dtype, leave_out: Collection[str]) -> Cascade:
     """Stages B and A from ``path``, Stage C from ``sources``, from ``path``, or from the linked pipeline."""
     if sources.text_encoder is not None or sources.decoder_text_encoder is not None:
-        raise UserError(f"{path} has text encoders of its own. Do not give others.")
+        raise UserError(
+            f"{path} already contains text encoders. Do not pass text_encoder or decoder_text_encoder."
+        )
     layout = _tensors_in(path)
     decoder = read_decoder_folder(path, dtype=dtype, layout=layout)
     folder = path if pipeline_class(path, layout) == COMBINED_PIPELINE else None

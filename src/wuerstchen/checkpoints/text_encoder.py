@@ -47,7 +47,7 @@ def read_text_encoder(path: Path | str, dtype: torch.dtype = torch.float32) -> T
     BERT has ``vocab.txt`` and may be stored in int8. CLIP has ``tokenizer.json``, or ``vocab.json`` and
     ``merges.txt``. ``path`` may also be the folder of a pipeline, with subfolders ``tokenizer`` and
     ``text_encoder``. Nothing is downloaded and no code is run. Raises ``CheckpointError`` if a file is
-    missing, damaged, or does not fit.
+    missing, damaged, or does not match the others.
     """
     folder = Path(path)
     if (folder / "text_encoder").is_dir() and not (folder / "config.json").exists():
@@ -67,7 +67,8 @@ def write_text_encoder(encoder: TextEncoder, folder: Path) -> None:
     """
     if encoder.model.config.model_type != "clip_text_model":
         raise UserError(
-            "only CLIP text encoders can be written. Give the folder of other text encoders, to copy it."
+            "only CLIP text encoders can be saved. For any other, pass its folder as text_encoder, so that "
+            "it is copied."
         )
     write_clip(encoder.model, folder)
     write_clip_tokenizer(clip_tokenizer_of(encoder), folder)
@@ -143,7 +144,7 @@ def _read_word_pieces(path: Path, vocab_size: int) -> Tokenizer:
     except OSError as error:
         raise CheckpointError(
             f"{_quoted(path)} cannot be read ({error.strerror}). "
-            "Give the folder of a text encoder, or reinstall the package."
+            "Use the folder of a text encoder, or reinstall the package."
         ) from error
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{_quoted(path)} is not UTF-8. Download it again.") from error
@@ -175,7 +176,7 @@ def _read_bert(path: Path, config: dict[str, Any]) -> "BertModel":
         reason = " ".join(str(error).split())
         raise CheckpointError(
             f"{_quoted(path)} cannot be read ({reason}). "
-            "Give the folder of a text encoder, or reinstall the package."
+            "Use the folder of a text encoder, or reinstall the package."
         ) from error
     try:
         state = dequantize(state)
@@ -196,9 +197,8 @@ def _read_bert(path: Path, config: dict[str, Any]) -> "BertModel":
     for key in sorted(expected.keys() | found.keys()):
         if expected.get(key) != found.get(key):
             raise CheckpointError(
-                f"{_quoted(path)}: {key!r} is {found.get(key, 'missing')}, but "
-                f"{expected.get(key, 'unknown')} by "
-                "config.json. Download both again."
+                f"{_quoted(path)}: {key!r} is {found.get(key, 'missing')} in the file, but config.json "
+                f"expects {expected.get(key, 'no such tensor')}. Download both again."
             )
     model.load_state_dict(state, assign=True)
     # Two buffers that are not stored.

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wuerstchen.checkpoints.files import check_is_file, damage_named
+from wuerstchen.checkpoints.files import check_is_file, wrap_read_errors
 from wuerstchen.checkpoints.pickles import check_pickle
 from wuerstchen.errors import CheckpointError
 
@@ -17,11 +17,9 @@ MAX_PICKLE = 64 << 20
 
 
 def check_whole(tensor: Tensor, subject: str) -> None:
-    """Refuses tensors that ``torch.save`` can store, but that are not plain weights: sparse, quantized,
-    expanded.
+    """Raises ``CheckpointError`` for a tensor that is not plain weights: sparse, quantized or expanded.
 
-    A tensor with stride 0 could be tiny in the file and huge in memory. Raises ``CheckpointError`` with a
-    message that starts with ``subject``.
+    A tensor with stride 0 could be tiny in the file and huge in memory. The message starts with ``subject``.
     """
     whole = (
         tensor.layout is torch.strided
@@ -37,10 +35,10 @@ def check_whole(tensor: Tensor, subject: str) -> None:
 
 
 def check_apart(tensors: Iterable[Tensor], where: str) -> None:
-    """Refuses many views of the same few values, which could become huge when they are converted.
+    """Raises ``CheckpointError`` for many views of the same few values, which could become huge when they are
+    converted.
 
-    Some sharing is normal, for example tied weights. Raises ``CheckpointError`` with a message that starts
-    with ``where``.
+    Some sharing is normal, for example tied weights. The message starts with ``where``.
     """
     sizes: dict[int, int] = {}
     total = 0
@@ -61,7 +59,7 @@ def read_torch_file(path: Path) -> object:
     Raises ``CheckpointError`` if the file is missing, damaged, or contains other pickled objects.
     """
     check_is_file(path)
-    with damage_named(path), warnings.catch_warnings():
+    with wrap_read_errors(path), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about unusual files, which raise an error if they cannot be read
         # Memory-mapped, to save memory. The legacy format is not an archive and cannot be mapped.
         mapped = zipfile.is_zipfile(path)

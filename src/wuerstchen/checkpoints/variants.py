@@ -20,7 +20,7 @@ def has_variant(folder: Path, variant: str) -> bool:
 
 
 def is_spare_variant(path: Path) -> bool:
-    """Whether a file is a variant of full weights in the same folder, which are read instead."""
+    """Whether a file is a variant of default weights in the same folder, which are read instead."""
     shard = r"-\d{5}-of-\d{5}"
     match = re.fullmatch(
         rf"(?P<stem>\w+)(?:{shard})?\.{_VARIANT}(?:{shard})?\.(?:safetensors|bin)", path.name
@@ -29,7 +29,7 @@ def is_spare_variant(path: Path) -> bool:
 
 
 def files_of(folder: Path, stems: Sequence[str], variant: str | None) -> list[Path]:
-    """The files with full weights, or with those of a variant, in ``folder``. Empty if there are none."""
+    """The files with default weights, or with those of a variant, in ``folder``. Empty if there are none."""
     for ending in _ENDINGS:
         for stem in stems:
             whole = folder / (f"{stem}{ending}" if variant is None else f"{stem}.{variant}{ending}")
@@ -54,7 +54,7 @@ def _index_names(stem: str, ending: str, variant: str | None) -> list[str]:
 
 
 def only_variant(folder: Path, stems: Sequence[str]) -> str | None:
-    """The variant in a folder without full weights. None if there is none.
+    """The variant in a folder without default weights. None if there is none.
 
     Half precision is preferred. Raises ``CheckpointError`` if there are several other variants.
     """
@@ -77,7 +77,7 @@ def only_variant(folder: Path, stems: Sequence[str]) -> str | None:
             return preferred
     if len(found) > 1:
         raise CheckpointError(
-            f"{folder} has no full weights, but several variants: {', '.join(sorted(found))[:200]}. "
+            f"{folder} has no default weights, but several variants: {', '.join(sorted(found))[:200]}. "
             "Remove all but one, or choose one with variant= in wuerstchen.diffusers."
         )
     return next(iter(found), None)

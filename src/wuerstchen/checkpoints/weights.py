@@ -50,7 +50,8 @@ def plain_names(tensors: Mapping[str, N], where: Path | str) -> dict[str, N]:
     plain = {_COMPILED.sub(r"\1", name): tensor for name, tensor in tensors.items()}
     if len(plain) < len(tensors):
         raise CheckpointError(
-            f"{where} contains a network twice, once compiled (under _orig_mod). Save only one of them."
+            f"{where} contains the same tensors with and without the prefix _orig_mod. of torch.compile. "
+            "Save only one of the two."
         )
     return plain
 
@@ -89,9 +90,9 @@ class StoredTensors:
     def in_folder(cls, folder: Path, stems: Sequence[str], variant: str | None = None) -> "StoredTensors":
         """The tensors in ``folder`` under the first of the names ``stems`` that exists.
 
-        safetensors is preferred to ``.bin``, a whole file to shards (``STEM.safetensors.index.json``), and
-        ``variant`` (``STEM.fp16.safetensors``) to full weights. If neither exists, another variant is read,
-        with a ``UserNotice``.
+        safetensors is preferred to ``.bin``, a single file to shards (``STEM.safetensors.index.json``), and
+        ``variant`` (``STEM.fp16.safetensors``) to the default weights. If neither exists, another variant is
+        read, with a ``UserNotice``.
         """
         for tried in dict.fromkeys((variant, None)):
             if files := files_of(folder, stems, tried):
@@ -99,7 +100,7 @@ class StoredTensors:
         if found := only_variant(folder, stems):
             warnings.warn(
                 f"{folder.parent} has only the variant {found!r} of some weights. "
-                "It is read instead of full weights.",
+                "It is read instead of the default weights.",
                 UserNotice,
                 stacklevel=2,
             )
@@ -153,16 +154,17 @@ def fill(
     names.
 
     Names and shapes are compared before anything is read. Stored names in ``ignored`` are optional. Raises
-    ``CheckpointError`` for the first mismatch. The network is then unchanged.
+    ``CheckpointError`` for the first mismatch, and leaves the network unchanged.
     """
     where = stored.files[0]
     expected = {names.get(key, key): (key, tuple(t.shape)) for key, t in network.state_dict().items()}
     for name in sorted(expected.keys() | stored.shapes.keys() - set(ignored)):
-        wanted = expected[name][1] if name in expected else "unknown"
+        wanted = expected[name][1] if name in expected else "no such tensor"
         found = stored.shapes.get(name, "missing")
         if wanted != found:
             raise CheckpointError(
-                f"{where}: {name!r} is {found} there, but {wanted} by its configuration. Download both again."
+                f"{where}: {name!r} is {found} in the file, but the configuration expects {wanted}. "
+                "Download both again."
             )
     tensors = stored.read(dtype)
     state = network.state_dict()

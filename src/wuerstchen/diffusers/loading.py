@@ -59,7 +59,7 @@ class LoadOptions:
             raise CheckpointError(f"{folder} is not a folder. Pass the folder of a pipeline.")
         if self.variant is not None and not has_variant(folder, self.variant):
             warnings.warn(
-                f"{folder} has no variant {self.variant!r}. Its full weights are read, and torch_dtype "
+                f"{folder} has no variant {self.variant!r}. Its default weights are read, and torch_dtype "
                 "converts them.",
                 UserNotice,
                 stacklevel=4,

@@ -238,7 +238,7 @@ class TrainingRun(PhaseRunner):
             target,
             provenance,
             text_encoder=self.start.text_folder,
-            further=self.write_results,
+            write_extra=self.write_results,
         )
 
     def write_results(self, folder: Path) -> None:
