@@ -214,8 +214,8 @@ def _then(*steps: Callable[[Path], object]) -> Callable[[Path], None]:
             r"^File 'a\.txt' belongs to both 'a\.jpg' and 'a\.png'\. Rename one",
         ),
         (_files(a=b"ok\ncaf\xe9"), r"^File 'a\.txt' is not UTF-8 in line 2\. Save it in UTF-8"),
-        (_files(a=b" \n\t"), r"contains only empty captions\. Write at least one"),
-        (_files(a=b"\xef\xbb\xbf"), r"contains only empty captions\. Write at least one"),
+        (_files(a=b" \n\t"), r"^All captions in data folder '.*' are empty\. Add at least one"),
+        (_files(a=b"\xef\xbb\xbf"), r"^All captions in data folder '.*' are empty\. Add at least one"),
         (
             _then(_files(a=None, b=None), lambda root: _metadata(root, {"file_name": "b.png", "text": "b"})),
             r"^Image 'a\.png' has no caption\. Add a line for it to metadata\.jsonl",

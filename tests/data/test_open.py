@@ -97,7 +97,7 @@ def test_columns_of_what_has_none_are_refused_in_training_too(kind, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "set" / "work").mkdir(parents=True)
     (tmp_path / "set" / "work" / "plan.json").touch()
-    with pytest.raises(DataError, match="has no columns to choose"):
+    with pytest.raises(DataError, match="has no selectable columns"):
         open_source(kind, text_column="caption")
 
 

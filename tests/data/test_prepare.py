@@ -546,11 +546,11 @@ def test_crops_do_not_depend_on_what_else_is_kept(photos, whole, tmp_path, netwo
 
 def test_nothing_left(photos, tmp_path, networks):
     config = dataclasses.replace(CONFIG, filters=Filters(min_aesthetic=5.0, strict=True))
-    with pytest.raises(DataError, match=r"None of the 8 captioned images is left \(8 no aesthetic score\)"):
+    with pytest.raises(DataError, match=r"No images are left of 8 captioned images \(8 no aesthetic score\)"):
         make(photos, tmp_path / "out", networks, config)
     for path in photos.glob("*.png"):
         path.write_bytes(b"nothing")
-    with pytest.raises(DataError, match=r"None of the 8 captioned images is left \(8 damaged image\)"):
+    with pytest.raises(DataError, match=r"No images are left of 8 captioned images \(8 damaged image\)"):
         make(photos, tmp_path / "other", networks)
 
 
@@ -717,7 +717,7 @@ def test_damaged_images_are_named_up_to_a_number(photos, tmp_path, networks, mon
     assert description["dropped"] == {"damaged image": 5}
     assert [name for name, _ in description["damaged"]] == ["0.png", "1.png"]
     assert description["unnamed"] == 3
-    assert "  and 3 more, counted above but not named" in summary(description)
+    assert "  and 3 more, counted above but not listed" in summary(description)
     assert len(PreparedSet(tmp_path / "out")) == 3
 
 

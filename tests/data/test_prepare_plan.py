@@ -63,9 +63,7 @@ def test_images_without_a_score_are_kept_and_counted(tmp_path):
 def test_a_filter_for_a_score_that_no_image_has_is_refused(tmp_path):
     """Such a filter used to let every image through silently."""
     filters = Filters(max_watermark=0.5, min_aesthetic=5.0)
-    message = (
-        r"^--min-aesthetic would filter nothing: none of the 2 images has .* aesthetic, AESTHETIC_SCORE, "
-    )
+    message = r"^--min-aesthetic has no effect: none of the 2 images has .* aesthetic, AESTHETIC_SCORE, "
     with pytest.raises(DataError, match=message):
         planned(tmp_path, filters, {"pwatermark": 0.1, "my_score": 6}, {"pwatermark": 0.2})
     assert not (tmp_path / "plan.json").exists()

@@ -193,5 +193,5 @@ def test_columns_of_folders_and_of_emoji(tmp_path):
         read(open_reader(tmp_path, text_column="gone"))
     with pytest.raises(DataError, match=r"has no split 'valid'\. Only data sets on the hub and saved ones"):
         open_reader(tmp_path, split="valid")
-    with pytest.raises(DataError, match="has no columns to choose"):
+    with pytest.raises(DataError, match="has no selectable columns"):
         open_reader("sample", text_column="caption")

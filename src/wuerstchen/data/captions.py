@@ -80,13 +80,13 @@ def tidy_name(name: str) -> str:
     return re.sub(r"\b(man|woman|person) (?=\w+ hair$)", r"\1 with ", name)
 
 
-def holds_colour(name: str) -> bool:
+def contains_colour(name: str) -> bool:
     """Whether the name contains a colour, such as "red heart"."""
     return _ANY_COLOUR.search(name) is not None
 
 
 def without_colours(name: str) -> str:
-    """The name without colour words. A colour at the end stays: there it is the thing itself, as in "orange".
+    """The name without colour words. A colour at the end is kept, because there it is a noun, as in "orange".
 
     Empty if nothing else is left.
     """
@@ -162,7 +162,7 @@ def _mentioned_colours(
     if scene.style == MONO_STYLE:
         mentioned = style is None and mention  # the style phrase already implies black
     else:
-        mentioned = scene.recoloured or (mention and not holds_colour(name))
+        mentioned = scene.recoloured or (mention and not contains_colour(name))
     if not mentioned:
         return ()
     colours = scene.colours[:1] if only_one else scene.colours
@@ -179,7 +179,7 @@ def _tag_list(
     rng: np.random.Generator,
 ) -> str:
     tags = [t for t in scene.tags if t != name and t[0].isalpha()]
-    tags = [t for t in tags if keep_colours or not holds_colour(t)]
+    tags = [t for t in tags if keep_colours or not contains_colour(t)]
     count = min(len(tags), int(rng.integers(2, 6)))
     chosen = [tags[i] for i in rng.permutation(len(tags))[:count]]
     subject = f"{' and '.join(colours)} {name}".strip()

@@ -11,7 +11,7 @@ from wuerstchen.errors import UserError
 
 WIDTH, HEIGHT = ("original_width", "WIDTH"), ("original_height", "HEIGHT")
 MAX_SIDE = 1 << 31
-"""Larger sides are not believed. The image's actual size counts then."""
+"""Larger sides in metadata are ignored, and the image's actual size is used."""
 SCORES = {
     "watermark": ("pwatermark", "PWATERMARK", "p_watermark", "watermark_score", "watermark_probability"),
     "aesthetic": (

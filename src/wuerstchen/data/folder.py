@@ -39,7 +39,7 @@ class FolderSource(StoredImages):
     is the column of the metadata file with the names of the images.
 
     ``split`` is ``all``, ``heldout`` (``plan.held_out_names``), or ``train`` for the others. If this folder
-    lies in the data folder ``around``, shared images are in the same split in both.
+    is inside the data folder ``around``, images that both contain are in the same split in both.
 
     Images without a caption that is not empty are left out and listed in ``without_caption``.
 
@@ -86,7 +86,7 @@ class FolderSource(StoredImages):
         """Images that are left out because all their captions are empty."""
         if not any(captions.values()):
             raise DataError(
-                f"Data folder {str(self.root)!r} contains only empty captions. Write at least one caption."
+                f"All captions in data folder {str(self.root)!r} are empty. Add at least one caption."
             )
         chosen -= set(self.without_caption)
         sidecars = Names(found.sidecars)

@@ -1,4 +1,4 @@
-"""An index of a reader's images, for access by number to tars, parquet files and data sets on the hub.
+"""An index of a reader's images, for random access to tars, parquet files and data sets on the hub.
 
 Listing a hundred tars takes minutes, so it is done once. The index is in the cache folder, and is rebuilt
 when sizes or times of the data's files change. It is memory-mapped: the processes of a host share it, and

@@ -1,8 +1,8 @@
 """Opens data by name, for training, validation and preparing.
 
 ``KINDS`` is the table of all kinds of data. Each kind has a reader, which lists the images in order and reads
-any of them again. Training needs access by number. A kind can bring its own source for that. Otherwise
-``IndexedSource`` lists the reader's images once.
+any of them again. Training needs random access. A kind can define its own source for that. Otherwise
+``IndexedSource`` builds an index of the reader's images once.
 """
 
 import glob
@@ -55,7 +55,7 @@ class Data:
     image_column: str | None = None
     text_column: str | None = None
     around: Path | None = None
-    """A parent folder of this one, as in ``FolderSource``."""
+    """A parent data folder whose held-out images stay held out here, as in ``FolderSource``."""
     verify: bool | None = None
     """As in ``PreparedSet``."""
 
@@ -87,7 +87,7 @@ class Kind:
     reader: Callable[[Data], Reader]
     source: Callable[[Data, Subset], Source | PreparedSet] = _indexed
     columns: str = ""
-    """Why no columns can be chosen, if so."""
+    """Why columns cannot be selected. Empty if they can."""
     splits: bool = False
     """Whether a split can be chosen."""
 
@@ -114,19 +114,19 @@ def open_data(
     of sets on the hub. For tars they are extensions, or fields of the ``.json`` (``TarReader``). For folders
     they are columns of the metadata file, or suffixes (``FolderSource``).
 
-    Raises ``DataError`` if there is no such data, or if its kind has no columns or splits to choose.
+    Raises ``DataError`` if there is no such data, or if its kind has no selectable columns or splits.
     """
     text = str(name)
     kind = kind_of(text) if format is None else _kind_called(format)
     if split is not None and not kind.splits:
         raise DataError(
             f"Data {text!r} has no split {split!r}. Only data sets on the hub and saved ones have splits."
-            " Leave --split out."
+            " Remove --split."
         )
     if kind.columns and (image_column is not None or text_column is not None):
         raise DataError(
-            f"Data {text!r} has no columns to choose. {kind.columns} Leave --image-column and --text-column"
-            " out."
+            f"Data {text!r} has no selectable columns. {kind.columns} Remove --image-column and"
+            " --text-column."
         )
     split = "train" if split is None else split
     return Data(text=text, kind=kind, split=split, image_column=image_column, text_column=text_column)
@@ -278,21 +278,21 @@ KINDS: list[Kind] = [
         matches=lambda name: name.text == "sample",
         reader=lambda data: EmojiReader(sample_root()),
         source=lambda data, subset: _emoji_source(sample_root(), subset),
-        columns="Captions of emoji sets are composed.",
+        columns="Captions of emoji sets are generated.",
     ),
     Kind(
         name="emoji",
         matches=_is_emoji,
         reader=lambda data: EmojiReader(data.path),
         source=lambda data, subset: _emoji_source(data.path, subset),
-        columns="Captions of emoji sets are composed.",
+        columns="Captions of emoji sets are generated.",
     ),
     Kind(
         name="prepared",
         matches=lambda name: is_prepared(name.path),
         reader=_prepared_reader,
         source=lambda data, subset: PreparedSet(data.path, verify=data.verify),
-        columns="Those of a prepared set were chosen when it was prepared.",
+        columns="The columns of a prepared set were chosen when it was prepared.",
     ),
     Kind(
         name="saved",

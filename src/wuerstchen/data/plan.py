@@ -1,6 +1,6 @@
 """The order of images in training, as pure functions without state, so a run can resume at any point.
 
-Training counts progress in images. Image number ``index`` (0, 1, 2, ... over the whole run) shows item
+Training counts progress in images. Image number ``index`` (0, 1, 2, ... over the whole run) uses item
 ``item_at(index, length, seed)``. Everything random about it (crop, colours, caption, dropout, timestep,
 noise) comes from generators keyed by ``(seed, index)``. None of it depends on the batch size or the number of
 processes.
@@ -72,7 +72,7 @@ def is_held_out(name: str) -> bool:
 
 
 def crop_at(index: int, crops: int, seed: int) -> int:
-    """Which of the ``crops`` stored crops of its item is shown by image ``index``."""
+    """The stored crop (0 to ``crops`` - 1) that image ``index`` uses."""
     return int(generator(seed, index, "stored crop").integers(crops))
 
 
@@ -84,8 +84,8 @@ class BucketPlan:
     are not shown in that epoch, so an epoch shows each item at most once.
 
     A smaller bucket fills a batch by repeating its items: each appears equally often, or once more than
-    others. To show them as often as the items of large buckets, a bucket of n items has such a batch in the
-    first epoch, and then in n of every ``batch_size`` epochs.
+    others. So that its items are not shown more often than those of large buckets, a bucket with n items has
+    such a batch in the first epoch, and then in only n of every ``batch_size`` epochs.
 
     The batches of all buckets are shuffled together. Everything is a function of ``(buckets, seed, epoch)``,
     so a run only needs to record the number of the next batch. ``batch_size`` counts the items of all

@@ -9,8 +9,8 @@ communicate through files in ``OUT/work``:
     rank-1.lock             held for as long as that process lives
 
 Process r of n makes the missing shards among r, r + n, ... Rank 0 waits for all of them and writes
-``prepared.json`` last. A kill loses only the shards in progress. Neither kills nor the number of processes
-change the output, as long as all processes use the same device and number of threads.
+``prepared.json`` last. If a process is killed, only the shards in progress are lost. Neither kills nor the
+number of processes change the output, as long as all processes use the same device and number of threads.
 """
 
 import contextlib

@@ -16,7 +16,7 @@ from wuerstchen.data.tables import import_datasets
 Notes = dict[str, list[dict[str, Any]]]
 """What each process noted about its shards, by table and in the order of their numbers."""
 
-_NAMED = 10  # damaged images that the summary names; prepared.json names more
+_LISTED = 10  # damaged images that the summary lists; prepared.json lists more
 
 
 def finish_set(job: PrepareJob, plan: dict[str, Any], notes: Notes) -> dict[str, Any]:
@@ -98,11 +98,11 @@ def summary(description: dict[str, Any]) -> list[str]:
         for score, count in description.get("without_score", {}).items()
     ]
     damaged, unnamed = description["damaged"], description.get("unnamed", 0)
-    lines += [f"  damaged: {name} ({reason})" for name, reason in damaged[:_NAMED]]
-    if len(damaged) > _NAMED:
-        lines.append(f"  and {len(damaged) - _NAMED} more, named in {DESCRIPTION}")
+    lines += [f"  damaged: {name} ({reason})" for name, reason in damaged[:_LISTED]]
+    if len(damaged) > _LISTED:
+        lines.append(f"  and {len(damaged) - _LISTED} more, listed in {DESCRIPTION}")
     if unnamed:
-        lines.append(f"  and {unnamed} more, counted above but not named")
+        lines.append(f"  and {unnamed} more, counted above but not listed")
     lines += [f"  {width}x{height}: {count}" for width, height, count in description["buckets"]]
     if description["enlarged"]:
         lines.append(f"  {description['enlarged']} crops were enlarged: the image is smaller than its bucket")

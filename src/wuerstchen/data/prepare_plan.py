@@ -52,7 +52,7 @@ class PrepareConfig:
     batch_size: int = 32
     """Images, or texts, per forward pass."""
     shard_size: int = 1024
-    """Images, or texts, in a file. A kill loses at most the shards in progress."""
+    """Images, or texts, in a file. If the process is killed, only the shards in progress are lost."""
     image_column: str | None = None
     """The column that the reader was opened with, recorded so that a set never mixes two columns."""
     text_column: str | None = None
@@ -208,8 +208,8 @@ def _no_scores(found: int, score: str) -> DataError:
     """The error for a filter that has no effect because no image has its score."""
     option = {"watermark": "--max-watermark", "aesthetic": "--min-aesthetic", "unsafe": "--max-unsafe"}[score]
     return DataError(
-        f"{option} would filter nothing: none of the {found} images has a score for it. It is read from"
-        f" {', '.join(SCORES[score])}. Rename the column to one of these, or leave {option} out."
+        f"{option} has no effect: none of the {found} images has the score, which is read from the columns"
+        f" {', '.join(SCORES[score])}. Rename your column to one of these, or omit {option}."
     )
 
 
@@ -217,7 +217,7 @@ def nothing_left(found: int, tally: Tally) -> DataError:
     """The error if none of ``found`` captioned images is left."""
     reasons = ", ".join(f"{count} {reason}" for reason, count in tally.dropped.most_common(5))
     return DataError(
-        f"None of the {found} captioned images is left ({reasons or 'there are none'}). Loosen the filters,"
+        f"No images are left of {found} captioned images ({reasons or 'there are none'}). Loosen the filters,"
         " or use other data."
     )
 

@@ -43,7 +43,7 @@ class Source(Protocol):
         ...
 
     def example(self, item: int, rng: np.random.Generator, size: int | Size) -> Example:
-        """The item as an image of a size (or a square of a side), with a caption.
+        """The item as an image of this size (an int means a square), with a caption.
 
         Raises ``DataError`` if it cannot be read.
         """

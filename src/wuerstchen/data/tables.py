@@ -108,7 +108,7 @@ def _rows_of(batch: Any, path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _values(column: Any) -> list[Any]:
-    """The values of a column. Dates can be out of Python's range, so they become the name of their type."""
+    """The values of a column. Dates may be out of Python's range, so each becomes the name of its type."""
     import pyarrow as pa
 
     if pa.types.is_temporal(column.type):
@@ -125,7 +125,7 @@ class ParquetReader:
     def __init__(
         self, files: list[Path], image_column: str | None = None, text_column: str | None = None
     ) -> None:
-        import_datasets()  # it installs pyarrow
+        import_datasets()  # datasets depends on pyarrow
         self.files = files
         self.image_column = image_column
         self.text_column = text_column

@@ -134,7 +134,7 @@ class TarReader:
             return _text_of(members[extension], extension, stream) if extension in members else None
 
         json_text = text("json")
-        fields = {} if json_text is None else parse_object(json_text, "Its .json")
+        fields = {} if json_text is None else parse_object(json_text, "its .json")
         seen.fields.update(dict.fromkeys(list(fields)[:100]) if len(seen.fields) < 1000 else {})
         if self.text_column is None:
             found = text("txt")
@@ -249,9 +249,9 @@ def _same(key: str) -> str:
 def _text_of(place: tuple[int, int], extension: str, stream: BinaryIO) -> str:
     offset, size = place
     if size > MAX_TEXT:
-        raise DataError(f"Its .{extension} is larger than {MAX_TEXT >> 20} MiB.")
+        raise DataError(f"its .{extension} is larger than the limit of {MAX_TEXT >> 20} MiB. Shorten it.")
     stream.seek(offset)
     try:
         return stream.read(size).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"Its .{extension} is not UTF-8.") from error
+        raise DataError(f"its .{extension} is not UTF-8.") from error
