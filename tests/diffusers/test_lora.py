@@ -213,7 +213,10 @@ def test_a_pipeline_with_adapters_is_not_saved(make_prior, folder, tmp_path):
             "one weight per adapter, got 2 weights and 1 adapters",
         ),
         (lambda pipe: pipe.delete_adapters(["one", "two"]), "Adapter 'two' is not loaded"),
-        (lambda pipe: pipe.fuse_lora(components=["vqgan"]), "These components take no adapters: vqgan"),
+        (
+            lambda pipe: pipe.fuse_lora(components=["vqgan"]),
+            "These components do not support adapters: vqgan",
+        ),
         (lambda pipe: pipe.fuse_lora(adapter_names=["two"]), "Adapter 'two' is not loaded"),
         (lambda pipe: (pipe.disable_lora(), pipe.fuse_lora()), "no adapter is active"),
         (lambda pipe: pipe.load_lora_weights("nowhere/at/all"), "does not exist"),
@@ -252,12 +255,15 @@ def test_options_of_diffusers_are_known(make_prior, folder):
         inspect.signature(WuerstchenPriorPipeline.save_lora_weights).parameters.keys()
     )
     for given, message in (
-        ({"prefix": "transformer"}, r"prefix='transformer' cannot be used"),
-        ({"proxies": {"https": "127.0.0.1:1"}}, "proxies cannot be used"),
-        ({"unet_config": {}, "hotswap": True}, "hotswap=True cannot replace adapter 'three'"),
+        ({"prefix": "transformer"}, r"prefix='transformer' is not supported"),
+        ({"proxies": {"https": "127.0.0.1:1"}}, "proxies is not supported"),
+        (
+            {"unet_config": {}, "hotswap": True},
+            "hotswap=True needs the name of a loaded adapter, got 'three'",
+        ),
         (
             {"weight_name": "other.bin", "use_safetensors": True},
-            "has no safetensors, but use_safetensors=True",
+            r"has no \.safetensors files, which use_safetensors=True",
         ),
     ):
         with pytest.raises(UserError, match=message):
@@ -339,7 +345,7 @@ def test_the_scale_is_saved_as_in_diffusers(make_prior, theirs, tmp_path):
             layers(ours.prior, "to_k", 1),
             unet_lora_adapter_metadata={"a": torch.nn.Linear(1, 1)},
         )
-    with pytest.raises(UserError, match="save_function cannot be used"):
+    with pytest.raises(UserError, match="save_function is not supported"):
         WuerstchenPriorPipeline.save_lora_weights(
             tmp_path / "bad", layers(ours.prior, "to_k", 1), save_function=torch.save
         )

@@ -206,7 +206,7 @@ def test_a_callback_cannot_turn_guidance_on(make_prior):
         pipe._guidance_scale = 4.0
         return tensors
 
-    with pytest.raises(UserError, match="must be on from the start"):
+    with pytest.raises(UserError, match="if the call started with guidance"):
         make_prior()("a", **SIZE, guidance_scale=1.0, callback_on_step_end=change)
 
 

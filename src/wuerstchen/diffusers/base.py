@@ -54,7 +54,7 @@ class DiffusionPipeline:
         Takes diffusers' options: ``dtype`` or ``torch_dtype`` (default float32; "auto" keeps the stored
         dtype; a dict sets it per component, with ``default`` for the others), ``variant``, ``revision``,
         ``cache_dir``, ``force_download``, ``local_files_only``, ``token``, and ``use_safetensors=True`` to
-        refuse other files. Components and numbers of the pipeline given by name are not read. ``device_map``
+        refuse other files. Components and config values that you pass are not loaded. ``device_map``
         is a device, or "balanced" for the first GPU, for the whole pipeline. Options without effect here,
         such as ``low_cpu_mem_usage``, are ignored. Others are refused with the reason.
 
@@ -76,7 +76,7 @@ class DiffusionPipeline:
         torch_dtype: torch.dtype | None = None,
         **parts: Any,
     ) -> AnyPipeline:
-        """A pipeline that shares another's components and numbers, except for those in ``parts``.
+        """A pipeline that shares another's components and config values, except for those in ``parts``.
 
         The prior's and the decoder's pipeline can be made from a combined one. A dtype converts the shared
         networks. Offloading is not copied. Raises ``UserError`` if components are missing.
@@ -116,13 +116,13 @@ class DiffusionPipeline:
             raise TypeError(f"save_pretrained() got an unexpected keyword argument {name!r}")
         if push_to_hub:
             raise UserError(
-                "push_to_hub cannot be used. Pipelines are only written to folders here. Save the pipeline "
-                "first, then run: hf upload OWNER/NAME FOLDER"
+                "push_to_hub is not supported. Pipelines are only saved to local folders. Save the pipeline, "
+                "then run: hf upload OWNER/NAME FOLDER"
             )
         if not safe_serialization or variant is not None:
             raise UserError(
-                "safe_serialization=False and variant cannot be used. Only safetensors without a variant are "
-                "written. Remove both arguments."
+                "safe_serialization=False and variant are not supported. Only safetensors without a variant "
+                "are written. Remove both arguments."
             )
         self._write(Path(save_directory))
 
@@ -133,7 +133,7 @@ class DiffusionPipeline:
 
     @classmethod
     def _arguments(cls, folder: Path, given: dict[str, Any], *places: Any) -> dict[str, Any]:
-        """The arguments of ``__init__``: parts and numbers in ``given``, and the rest from ``folder``."""
+        """The arguments of ``__init__``: those in ``given``, and the rest from ``folder``."""
         raise NotImplementedError
 
     def _loaded_from(self, folder: Path) -> None:
@@ -145,7 +145,7 @@ class DiffusionPipeline:
 
     @property
     def config(self) -> Config:
-        """The pipeline's numbers, as in ``model_index.json``."""
+        """The pipeline's config values, as in ``model_index.json``."""
         return self._config
 
     def _pipes(self) -> "tuple[DiffusionPipeline, ...]":
@@ -336,8 +336,8 @@ def load(kind: Any, name_or_path: str | Path, settings: dict[str, Any]) -> Any:
     for name in settings:
         if name not in known:
             raise TypeError(
-                f"{kind.__name__}.from_pretrained() got an unexpected keyword argument {name!r}. Its parts "
-                f"are {', '.join(known)}."
+                f"{kind.__name__}.from_pretrained() got an unexpected keyword argument {name!r}. The "
+                f"components that can be passed are {', '.join(known)}."
             )
     pipe = kind(**kind._arguments(folder, settings, *places))
     pipe._loaded_from(folder)

@@ -59,7 +59,7 @@ def _part_of(pipe: str, name: str) -> Any:
 class WuerstchenCombinedPipeline(LoraMethods, DiffusionPipeline):
     """From prompts to images: ``prior_pipe``, then ``decoder_pipe``. Both can be used alone too.
 
-    The numbers are those of ``WuerstchenDecoderPipeline`` and, with the prefix ``prior_``, those of
+    The config values are those of ``WuerstchenDecoderPipeline`` and, with the prefix ``prior_``, those of
     ``WuerstchenPriorPipeline``.
     """
 
@@ -146,7 +146,7 @@ class WuerstchenCombinedPipeline(LoraMethods, DiffusionPipeline):
 
     @property
     def config(self) -> Config:
-        """The numbers of both pipelines, the prior's with the prefix ``prior_``."""
+        """The config values of both pipelines, the prior's with the prefix ``prior_``."""
         prior = {f"prior_{name}": value for name, value in self.prior_pipe.config.items()}
         return Config({**self.decoder_pipe.config, **prior})
 
@@ -211,9 +211,9 @@ class WuerstchenCombinedPipeline(LoraMethods, DiffusionPipeline):
 
         ``height`` and ``width`` must be multiples of 8. The networks' larger outputs are cropped, except with
         ``output_type`` "latent". ``prior_...`` arguments, ``latents`` and the embeddings are passed to the
-        prior's pipeline, ``decoder_...``, ``callback...`` and ``num_inference_steps`` to the decoder's. See
-        there. With ``prompt_embeds`` the decoder still reads ``prompt``, or the empty prompt if there is
-        none. Both use the same ``generator``, the prior first.
+        prior's pipeline, ``decoder_...``, ``callback...`` and ``num_inference_steps`` to the decoder's, which
+        document them. With ``prompt_embeds`` the decoder still reads ``prompt``, or the empty prompt if there
+        is none. Both use the same ``generator``, the prior first.
         """
         num_images_per_prompt = check_count("num_images_per_prompt", num_images_per_prompt)
         prompts = _checked_prompts(prompt, prompt_embeds)
@@ -293,7 +293,10 @@ class WuerstchenCombinedPipeline(LoraMethods, DiffusionPipeline):
         for name, side in (("height", height), ("width", width)):
             pixels = check_side(name, side)
             if pixels % MULTIPLE:
-                raise UserError(f"{name} must be a multiple of {MULTIPLE}, got {side}. Round it.")
+                raise UserError(
+                    f"{name} must be a multiple of {MULTIPLE}, got {side}. Use "
+                    f"{max(1, round(pixels / MULTIPLE)) * MULTIPLE}."
+                )
             grid = self.prior_pipe.grid_side(pixels)
             decoded = self.decoder_pipe.vqgan.config.factor * self.decoder_pipe.latent_side(grid)
             if decoded < pixels:
@@ -341,7 +344,7 @@ def combined_arguments(
     given: Mapping[str, Any],
     prior_place: Any = None,
 ) -> dict[str, Any]:
-    """The components and numbers of the combined pipeline, from its folder or the decoder's and the prior's.
+    """The components and config values of the combined pipeline, from its folder or both pipelines' folders.
 
     ``prior_place`` is a folder or a name on the hub to load Stage C from: a pipeline or a single network.
     """

@@ -162,11 +162,11 @@ class WuerstchenDecoderPipeline(DiffusionPipeline):
             callback_steps,
         )
         self._guidance_scale = check_scale("guidance_scale", guidance_scale)
-        guides = self.do_classifier_free_guidance
+        uses_guidance = self.do_classifier_free_guidance
         prompts = check_prompt("prompt", prompt)
         if prompts is None:
             raise TypeError("'prompt' must be of type 'list' or 'str', got None. Use '' for no prompt.")
-        if guides:
+        if uses_guidance:
             check_negative(negative_prompt, len(prompts))
         arguments = LoopArguments.checked(num_inference_steps, timesteps, latents, generator, callbacks)
         num_images_per_prompt = check_count("num_images_per_prompt", num_images_per_prompt)
@@ -175,8 +175,8 @@ class WuerstchenDecoderPipeline(DiffusionPipeline):
         embeddings = self._checked_embeddings(image_embeddings, len(prompts))
 
         count = len(embeddings) * num_images_per_prompt
-        negative = negative_prompt if guides else None
-        states = self.encode_prompt(prompts, None, count // len(prompts), guides, negative)
+        negative = negative_prompt if uses_guidance else None
+        states = self.encode_prompt(prompts, None, count // len(prompts), uses_guidance, negative)
         size = [self.latent_side(side) for side in embeddings.shape[2:]]
         multiple = self.decoder.config.size_multiple
         canvas = [-(-side // multiple) * multiple for side in size]
@@ -246,7 +246,7 @@ class WuerstchenDecoderPipeline(DiffusionPipeline):
             )
         return joined
 
-    def _steering(self, state: State, guides: bool) -> tuple[Any, ...]:
+    def _context_arguments(self, state: State, uses_guidance: bool) -> tuple[Any, ...]:
         """The arguments of the network's context."""
         latents, embeddings = state["latents"], state["image_embeddings"]
         assert latents is not None
@@ -258,9 +258,9 @@ class WuerstchenDecoderPipeline(DiffusionPipeline):
                 f"the {len(latents)} latents."
             )
         embeddings = embeddings.repeat_interleave(len(latents) // len(embeddings), dim=0)
-        if guides:
+        if uses_guidance:
             embeddings = torch.cat([embeddings, torch.zeros_like(embeddings)])
-        text = text_rows(state["text_encoder_hidden_states"], len(latents), guides)
+        text = text_rows(state["text_encoder_hidden_states"], len(latents), uses_guidance)
         return embeddings, (latents.shape[2], latents.shape[3]), text
 
     def _pixels(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c_out height width"]:
@@ -293,7 +293,7 @@ def as_output(pixels: Float[Tensor, "b c height width"], output_type: str) -> Im
 
 
 def decoder_arguments(folder: Path, options: LoadOptions, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The components and numbers of the decoder's pipeline: those in ``given``, and the rest from
+    """The components and config values of the decoder's pipeline: those in ``given``, and the rest from
     ``folder``."""
     read = read_decoder_folder(
         folder,

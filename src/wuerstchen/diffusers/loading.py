@@ -67,7 +67,8 @@ class LoadOptions:
         for part in sorted({path.parent for path in folder.glob("*/*.bin")}) if self.use_safetensors else ():
             if not any(part.glob("*.safetensors")):
                 raise CheckpointError(
-                    f"{part} has no safetensors, but use_safetensors=True needs them. Leave it out."
+                    f"{part} has no .safetensors files, which use_safetensors=True requires. Remove "
+                    "use_safetensors=True to load its .bin files."
                 )
         return folder
 

@@ -59,15 +59,15 @@ class LoraMethods:
             raise TypeError(f"load_lora_weights() got an unexpected keyword argument {name!r}")
         if prefix not in (None, *_PREFIXES):
             raise UserError(
-                f"prefix={str(prefix)[:80]!r} cannot be used. Keys must start with {', '.join(_PREFIXES)} or "
-                "no prefix. Rename them, and leave prefix out."
+                f"prefix={str(prefix)[:80]!r} is not supported. Keys must start with {', '.join(_PREFIXES)} "
+                "or have no prefix. Rename them, and remove prefix."
             )
         networks = self._lora_networks()
         loaded = {name for network in networks.values() for name in lora.lora_names(network)}
         if hotswap and adapter_name not in loaded:
             raise UserError(
-                f"hotswap=True cannot replace adapter {str(adapter_name)[:80]!r}. Loaded adapters: "
-                f"{', '.join(sorted(loaded)) or 'none'}. Use the name of one of them as adapter_name."
+                f"hotswap=True needs the name of a loaded adapter, got {str(adapter_name)[:80]!r}. Loaded "
+                f"adapters: {', '.join(sorted(loaded)) or 'none'}. Use one of them as adapter_name."
             )
         source = pretrained_model_name_or_path_or_dict
         if isinstance(source, str | Path):
@@ -83,7 +83,8 @@ class LoraMethods:
             source = source / (subfolder or "")
             if use_safetensors and not _is_safetensors(source, weight_name):
                 raise UserError(
-                    f"{source} has no safetensors, but use_safetensors=True needs them. Leave it out."
+                    f"{source} has no .safetensors files, which use_safetensors=True requires. Remove "
+                    "use_safetensors=True to load its .bin files."
                 )
         if adapter_name is None:
             adapter_name = _free_name(loaded)
@@ -144,12 +145,12 @@ class LoraMethods:
         """
         if not safe_serialization:
             raise UserError(
-                "safe_serialization=False cannot be used. Only safetensors are written. Leave it out."
+                "safe_serialization=False is not supported. Only safetensors are written. Remove it."
             )
         if save_function is not None:
             raise UserError(
-                "save_function cannot be used. Files are always written by safetensors, atomically. "
-                "Leave it out."
+                "save_function is not supported. Files are always written by safetensors, atomically. "
+                "Remove it."
             )
         if is_main_process:
             lora.save_lora(
@@ -299,7 +300,7 @@ class LoraMethods:
         names = ["prior" if name == "unet" else name for name in _names(components)]
         if unknown := [name for name in names if name not in networks]:
             raise UserError(
-                f"These components take no adapters: {', '.join(unknown)}. Use {', '.join(networks)}."
+                f"These components do not support adapters: {', '.join(unknown)}. Use {', '.join(networks)}."
             )
         return {name: networks[name] for name in names}
 

@@ -26,18 +26,18 @@ _HARMLESS = {
 _REFUSED = {
     "proxies": "The hub's client reads proxies from the environment. Set HTTPS_PROXY",
     "mirror": "The hub's client reads the mirror from the environment. Set HF_ENDPOINT",
-    "custom_pipeline": "Code of other pipelines is never fetched or run. Leave it out",
-    "custom_revision": "Code of other pipelines is never fetched or run. Leave it out",
+    "custom_pipeline": "Code of other pipelines is never fetched or run. Remove it",
+    "custom_revision": "Code of other pipelines is never fetched or run. Remove it",
     "quantization_config": "Networks are not quantized when loaded. Use torch_dtype=torch.float16",
-    "provider": "ONNX is not read. Leave it out",
-    "sess_options": "ONNX is not read. Leave it out",
-    "provider_options": "ONNX is not read. Leave it out",
-    "use_onnx": "ONNX is not read. Leave it out",
-    "from_flax": "Flax weights are not read. Leave it out",
-    "use_flashpack": "FlashPack is not read. Leave it out",
+    "provider": "ONNX is not read. Remove it",
+    "sess_options": "ONNX is not read. Remove it",
+    "provider_options": "ONNX is not read. Remove it",
+    "use_onnx": "ONNX is not read. Remove it",
+    "from_flax": "Flax weights are not read. Remove it",
+    "use_flashpack": "FlashPack is not read. Remove it",
     "dduf_file": "DDUF files are not read. Pass the pipeline's folder",
-    "unet_config": "It is for adapters of SDXL. Leave it out",
-    "enable_pag": "There is no perturbed-attention guidance for Würstchen. Leave it out",
+    "unet_config": "It is for adapters of SDXL. Remove it",
+    "enable_pag": "There is no perturbed-attention guidance for Würstchen. Remove it",
 }
 
 
@@ -48,7 +48,7 @@ def drop_options(settings: dict[str, Any]) -> None:
     for name in _REFUSED.keys() & settings.keys():
         value = settings.pop(name)
         if value is not None and value is not False and value != {}:
-            raise UserError(f"{name} cannot be used. {_REFUSED[name]}.")
+            raise UserError(f"{name} is not supported. {_REFUSED[name]}.")
 
 
 def checked_dtypes(name: str, value: Any, prefix: str = "") -> Dtypes:
@@ -96,13 +96,13 @@ def checked_device_map(device_map: Any, max_memory: Any) -> torch.device | None:
         device_map = device_map[""]
     if max_memory:
         raise UserError(
-            "max_memory cannot be used with device_map. Components are not split between devices. Leave it "
-            "out, and call enable_model_cpu_offload() if the GPU is too small."
+            "max_memory is not supported with device_map. Components are not split between devices. Remove "
+            "it, and call enable_model_cpu_offload() if the GPU is too small."
         )
     if isinstance(device_map, Mapping) or device_map in ("auto", "balanced_low_0", "sequential"):
         raise UserError(
-            f"device_map={str(device_map)[:80]!r} cannot be used. Components are not split between devices. "
-            "Use device_map='balanced' for the first GPU, or a device such as 'cuda:1'."
+            f"device_map={str(device_map)[:80]!r} is not supported. Components are not split between "
+            "devices. Use device_map='balanced' for the first GPU, or a device such as 'cuda:1'."
         )
     if not isinstance(device_map, str | int | torch.device):
         raise UserError(
@@ -115,5 +115,5 @@ def checked_device_map(device_map: Any, max_memory: Any) -> torch.device | None:
     if torch.backends.mps.is_available():
         return torch.device("mps")
     raise UserError(
-        "device_map='balanced' cannot be used. There is no GPU. Leave it out, or use device_map='cpu'."
+        "device_map='balanced' needs a GPU, and there is none. Remove it, or use device_map='cpu'."
     )

@@ -230,9 +230,9 @@ class WuerstchenPriorPipeline(LoraMethods, DiffusionPipeline):
             callback_steps,
         )
         self._guidance_scale = check_scale("guidance_scale", guidance_scale)
-        guides = self.do_classifier_free_guidance
+        uses_guidance = self.do_classifier_free_guidance
         self.check_inputs(
-            prompt, negative_prompt, num_inference_steps, guides, prompt_embeds, negative_prompt_embeds
+            prompt, negative_prompt, num_inference_steps, uses_guidance, prompt_embeds, negative_prompt_embeds
         )
         arguments = LoopArguments.checked(num_inference_steps, timesteps, latents, generator, callbacks)
         count = 1 if num_images_per_prompt is None else num_images_per_prompt
@@ -240,9 +240,9 @@ class WuerstchenPriorPipeline(LoraMethods, DiffusionPipeline):
         sides = (check_side("height", height), check_side("width", width))
         self._check_parts(output_type)
 
-        negative = negative_prompt if guides else None
+        negative = negative_prompt if uses_guidance else None
         states = self.encode_prompt(
-            None, count, guides, prompt, negative, prompt_embeds, negative_prompt_embeds
+            None, count, uses_guidance, prompt, negative, prompt_embeds, negative_prompt_embeds
         )
         shape = (len(states[0]), self.prior.config.c_in, *map(self.grid_side, sides))
         sample = sample_latents(self, self.prior, shape, states, arguments)
@@ -260,11 +260,11 @@ class WuerstchenPriorPipeline(LoraMethods, DiffusionPipeline):
         if self._residence is None:
             self._check_lora_devices()
 
-    def _steering(self, state: State, guides: bool) -> tuple[Any, ...]:
+    def _context_arguments(self, state: State, uses_guidance: bool) -> tuple[Any, ...]:
         """The arguments of the network's context."""
         latents = state["latents"]
         assert latents is not None
-        return (text_rows(state["text_encoder_hidden_states"], len(latents), guides),)
+        return (text_rows(state["text_encoder_hidden_states"], len(latents), uses_guidance),)
 
 
 def check_side(name: str, side: Any) -> float:
@@ -277,7 +277,7 @@ def check_side(name: str, side: Any) -> float:
 
 
 def prior_arguments(folder: Path, options: LoadOptions, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The components and numbers of the prior's pipeline: those in ``given``, and the rest from
+    """The components and config values of the prior's pipeline: those in ``given``, and the rest from
     ``folder``."""
     read = read_prior_folder(
         folder,

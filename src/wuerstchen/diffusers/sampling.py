@@ -82,7 +82,9 @@ def check_scale(name: str, value: Any) -> float:
     except (TypeError, ValueError) as error:
         raise TypeError(f"'{name}' must be a number, got {type(value)}.") from error
     if not math.isfinite(scale):
-        raise UserError(f"{name} must be a finite number, got {scale}. Up to 1 is no guidance, 4 is common.")
+        raise UserError(
+            f"{name} must be a finite number, got {scale}. Values up to 1 turn guidance off, and 4 is common."
+        )
     return scale
 
 
@@ -181,7 +183,7 @@ def sample_latents(
     """Samples latents of ``shape`` with a network of ``pipe``, on its device and in its dtype.
 
     ``states`` are the text states of the prompts and, with guidance, of the negative prompts. ``conditions``
-    are further tensors that callbacks may change and ``pipe._steering`` reads.
+    are more tensors that callbacks may change and ``pipe._context_arguments`` reads.
     """
     with pipe._using(network) as device:
         dtype = dtype_of(network)
@@ -209,21 +211,21 @@ def denoise(
 ) -> Float[Tensor, "b c h w"]:
     """Denoises ``state["latents"]`` along the timesteps of the pipeline's scheduler.
 
-    ``pipe._steering(state, guides)`` returns the arguments of the network's context. It is called once, and
-    again only after a callback changed something. With ``guides`` the batch is twice as large: conditional,
-    then unconditional. The guidance scale is read at every step, because callbacks may set it.
+    ``pipe._context_arguments(state, uses_guidance)`` returns the arguments of the network's context. It is
+    called once, and again only after a callback changed something. With guidance the batch is twice as large:
+    conditional, then unconditional. The guidance scale is read at every step, because callbacks may set it.
     """
     times = pipe.scheduler.timesteps
     pipe._num_timesteps = len(times[:-1])
-    predict = guides = None
+    predict = uses_guidance = None
     for step, t in enumerate(pipe.progress_bar(times[:-1])):
         latents = state["latents"]
         assert latents is not None
-        if predict is None or guides != pipe.do_classifier_free_guidance:
-            guides = pipe.do_classifier_free_guidance
-            predict = network.given(*pipe._steering(state, guides))
+        if predict is None or uses_guidance != pipe.do_classifier_free_guidance:
+            uses_guidance = pipe.do_classifier_free_guidance
+            predict = network.given(*pipe._context_arguments(state, uses_guidance))
         r = t.to(latents.dtype).expand(len(latents))
-        noise = (guided(predict, pipe.guidance_scale) if guides else predict)(latents, r)
+        noise = (guided(predict, pipe.guidance_scale) if uses_guidance else predict)(latents, r)
         # The scheduler gets the exact timestep: a rounded one could be nearer to another in its list.
         latents = pipe.scheduler.step(
             model_output=noise, timestep=t.expand(len(latents)), sample=latents, generator=generator
@@ -243,14 +245,14 @@ def _call_back(pipe: Any, callbacks: Callbacks, step: int, t: Tensor, state: Sta
     if callbacks.on_step_end is not None:
         before = dict(state)
         seen = {name: state[name] for name in callbacks.tensor_inputs}
-        steering = {name: tensor for name, tensor in seen.items() if name != "latents" and tensor is not None}
-        copies = {name: tensor.clone() for name, tensor in steering.items()}
+        inputs = {name: tensor for name, tensor in seen.items() if name != "latents" and tensor is not None}
+        copies = {name: tensor.clone() for name, tensor in inputs.items()}
         returned = callbacks.on_step_end(pipe, step, t, seen)
         if returned is None:
             returned = {}
         if not isinstance(returned, Mapping):
             raise TypeError(f"A callback must return a dict or None, got {type(returned)}.")
-        rewritten = {name for name, copy in copies.items() if not torch.equal(copy, steering[name])}
+        rewritten = {name for name, copy in copies.items() if not torch.equal(copy, inputs[name])}
         changed = bool(rewritten)
         for name, old in before.items():
             new = returned.get(name)
@@ -274,7 +276,7 @@ def _take(state: State, name: str, new: Any) -> None:
 
 
 def _follow_negative(before: State, state: State) -> None:
-    """Replaces the old negative states after the prompt's by those that a callback changed."""
+    """Copies negative states that a callback changed into the text states, where they follow the prompt's."""
     negative, text = state["negative_prompt_embeds"], state["text_encoder_hidden_states"]
     if negative is None or text is None or len(text) != 2 * len(negative):
         return
@@ -282,16 +284,16 @@ def _follow_negative(before: State, state: State) -> None:
         state["text_encoder_hidden_states"] = torch.cat([text[: len(negative)], negative])
 
 
-def text_rows(text: Tensor | None, rows: int, guides: bool) -> Tensor:
+def text_rows(text: Tensor | None, rows: int, uses_guidance: bool) -> Tensor:
     """The text states for a step, from those of the prompts or of prompts and negative prompts."""
     assert text is not None
-    if not guides and len(text) == 2 * rows:
+    if not uses_guidance and len(text) == 2 * rows:
         return text[:rows]  # a callback turned guidance off
-    needed = 2 * rows if guides else rows
+    needed = 2 * rows if uses_guidance else rows
     if len(text) != needed:
         raise UserError(
             f"text_encoder_hidden_states must have {needed} rows for {rows} latents "
-            f"{'with' if guides else 'without'} guidance, got {len(text)}. A callback can turn guidance off, "
-            "but it must be on from the start to be turned on again."
+            f"{'with' if uses_guidance else 'without'} guidance, got {len(text)}. A callback can only turn "
+            "guidance on again if the call started with guidance."
         )
     return text

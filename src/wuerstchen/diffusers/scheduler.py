@@ -68,9 +68,8 @@ def schedule_of(scheduler: Any) -> CosineSchedule:
     missing = [name for name in ("s", "scaler") if name not in scheduler.config]
     if missing:
         raise UserError(
-            f"A {type(scheduler).__name__} cannot be saved: it has no {missing[0]}. A pipeline's "
-            "folder can only "
-            "hold a DDPMWuerstchenScheduler. Set one as scheduler before saving."
+            f"A {type(scheduler).__name__} cannot be saved: it has no {missing[0]}. Pipelines can "
+            "only be saved with a DDPMWuerstchenScheduler. Set one as scheduler before saving."
         )
     return CosineSchedule(s=float(scheduler.config["s"]), scaler=float(scheduler.config["scaler"]))
 
@@ -126,7 +125,9 @@ class DDPMWuerstchenScheduler:
         for name in options:
             raise TypeError(f"from_pretrained() got an unexpected keyword argument {name!r}")
         if return_unused_kwargs:
-            raise UserError("return_unused_kwargs cannot be used. No argument is left unused. Leave it out.")
+            raise UserError(
+                "return_unused_kwargs is not supported. Unknown arguments raise an error instead. Remove it."
+            )
         folder = local_folder(
             pretrained_model_name_or_path,
             revision=revision,
