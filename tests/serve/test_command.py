@@ -88,7 +88,7 @@ def children(pid):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--host", "0.0.0.0"], "host 0.0.0.0 needs tokens"),
+        (["--host", "0.0.0.0"], "host 0.0.0.0 requires tokens"),
         (["--token-file", "nowhere"], "token file nowhere cannot be read"),
         (["--port", "99999"], "0 to 65535, got 99999"),
         (["--filter", "nothing:here"], "filter 'nothing:here' cannot be used"),

@@ -153,8 +153,8 @@ def test_timeouts(serve, monkeypatch):
     ("model", "message"),
     [
         ("nowhere", "does not exist"),
-        ("dies at once", "ended three times"),
-        ("stops", "ended three times"),
+        ("dies at once", "exited three times"),
+        ("stops", "exited three times"),
         ("loads for ever", "takes too long to load: over 2 s"),
     ],
 )

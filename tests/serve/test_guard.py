@@ -139,7 +139,7 @@ def test_tokens(serve):
 
 def test_a_public_address_needs_tokens():
     for host in ("0.0.0.0", "::", "192.168.1.5", "draw.example"):
-        with pytest.raises(UserError, match="needs tokens"):
+        with pytest.raises(UserError, match="requires tokens"):
             ServeConfig(host=host)
         ServeConfig(host=host, tokens=(TOKEN,))
     for host in ("127.0.0.1", "127.1.2.3", "::1", "localhost"):

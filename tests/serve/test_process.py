@@ -27,13 +27,13 @@ def test_no_process_is_left_if_its_thread_cannot_start(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", no_listener)
         with pytest.raises(OSError, match="no thread can be started"):
-            worker.start(fake_decoder.main, 0, lambda life, message: None)
+            worker.start(fake_decoder.main, 0, lambda process_number, message: None)
     assert worker.process is None
     assert set(multiprocessing.active_children()) <= before
     worker.end()
 
     heard = threading.Event()
-    worker.start(fake_decoder.main, 0, lambda life, message: heard.set())
+    worker.start(fake_decoder.main, 0, lambda process_number, message: heard.set())
     assert heard.wait(60)
     worker.end()
     assert set(multiprocessing.active_children()) <= before

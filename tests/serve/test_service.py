@@ -189,7 +189,7 @@ def test_a_full_queue_is_refused_with_retry_after(serve):
     full = running.http.post("/v1/jobs", json={"prompts": ["a"], "count": 2})
     running.draw()
     many = running.http.post("/v1/jobs", json={"prompts": ["a"]})
-    for answer, words in ((full, "of at most 4 already wait"), (many, "already have 3 open jobs")):
+    for answer, words in ((full, "the limit is 4"), (many, "already have 3 open jobs")):
         assert answer.status_code == 429
         assert 1 <= int(answer.headers["retry-after"]) <= 600
         assert answer.json()["error"]["type"] == "rate_limit_error"

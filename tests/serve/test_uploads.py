@@ -125,9 +125,9 @@ def test_a_decoder_that_uses_much_memory_is_replaced(with_uploads):
 
     async def use(uploads):
         assert await uploads.decode("a", upload("last")) == Decoded(b"last")
-        first = uploads._decoders[0].life
+        first = uploads._decoders[0].process_number
         assert await uploads.decode("a", upload("x")) == Decoded(b"x")
-        assert uploads._decoders[0].life == first + 1
+        assert uploads._decoders[0].process_number == first + 1
 
     with_uploads(use, decoders=1)
 

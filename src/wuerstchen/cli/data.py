@@ -29,7 +29,7 @@ def _add_prepare(kinds: "argparse._SubParsersAction[Parser]") -> None:
     prepare = kinds.add_parser(
         "prepare",
         help="encode images and captions once, to train Stage C on them; resumes after an interruption",
-        description="Encodes every image into semantic latents and stores them with its caption in the new "
+        description="Encodes each image into semantic latents and writes them with the caption to the new "
         "folder OUT. Several processes can share the work: "
         "torchrun --nproc-per-node 8 -m wuerstchen data prepare SRC OUT",
     )

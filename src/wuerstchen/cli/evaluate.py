@@ -43,7 +43,7 @@ def add_evaluate(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--before",
         type=Path,
         metavar="FOLDER",
-        help="the same model in float32, to measure what smaller weights cost",
+        help="the same model in float32, to measure the quality that smaller weights lose",
     )
     evaluate.add_argument(
         "--photos",
@@ -79,8 +79,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     if options.targets and options.limit is not None:
         raise UserError(
-            f"targets cannot be checked on {options.limit} entries. They apply to whole lists. Omit --limit "
-            "or --targets."
+            f"targets cannot be checked on {options.limit} entries. They only hold for the full lists. Omit "
+            "--limit or --targets."
         )
     check_writable(options.out)
     sampling = sampling_of(options)

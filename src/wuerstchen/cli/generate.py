@@ -56,7 +56,7 @@ def add_generate(commands: "argparse._SubParsersAction[Parser]") -> None:
     generate.add_argument(
         "--strength",
         type=float,
-        help="how much the --init image may change, above 0 and up to 1 (default: 0.7)",
+        help="how far the result may depart from the --init image, above 0 and up to 1 (default: 0.7)",
     )
     generate.add_argument(
         "--lora",
@@ -111,9 +111,9 @@ def _generate(options: argparse.Namespace) -> int:
     check_seed(options.seed, total)
     if init is not None:
         _note_photographs(options)
-    _warn_of_words(options.prompts, options.count)
+    _warn_of_missing_quotes(options.prompts, options.count)
     model = loaded(options)
-    _warn_of_meaning(model, options.prompts, init is not None)
+    _warn_of_unknown_words(model, options.prompts, init is not None)
     for path, scale in adapters:
         model.load_lora(path, scale)
 
@@ -192,7 +192,7 @@ def _save_grid(images: "list[Image]", options: argparse.Namespace, settings: dic
     print(_save(grid(images, columns=columns), options.out, "grid", shown, is_generated=True))
 
 
-def _warn_of_words(prompts: list[str], count: int) -> None:
+def _warn_of_missing_quotes(prompts: list[str], count: int) -> None:
     """Warns that several one-word prompts may be one prompt without quotes."""
     single = [bool(text.strip()) and len(text.split()) == 1 and len(text) <= _SHORT for text in prompts]
     if any(itertools.starmap(operator.and_, itertools.pairwise(single))):
@@ -206,8 +206,8 @@ def _warn_of_words(prompts: list[str], count: int) -> None:
         )
 
 
-def _warn_of_meaning(model: "Wuerstchen", prompts: list[str], has_init: bool) -> None:
-    """Warns of prompts that the model cannot understand."""
+def _warn_of_unknown_words(model: "Wuerstchen", prompts: list[str], has_init: bool) -> None:
+    """Warns of prompts without a known word, and of empty ones."""
     encoder = model.cascade.text_encoder
     for text in dict.fromkeys(prompts) if encoder is not None else ():
         if text.strip():

@@ -17,9 +17,11 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     serve.set_defaults(run=_serve)
     serve.add_argument(
-        "--host", help="address to listen on; any but a loopback address needs tokens (default: 127.0.0.1)"
+        "--host",
+        help="address to listen on; anything but a loopback address requires --token-file (default: "
+        "127.0.0.1)",
     )
-    serve.add_argument("--port", type=int, help="port to listen on; 0 takes a free one (default: 8042)")
+    serve.add_argument("--port", type=int, help="port to listen on; 0 picks a free port (default: 8042)")
     serve.add_argument(
         "--model",
         help="model in any layout: a path, or a name on the Hugging Face Hub (default: the bundled model)",
@@ -31,7 +33,7 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="cpu, cuda, cuda:1 ...; repeat it to start one worker per device",
     )
     add_precision_option(serve)
-    serve.add_argument("--max-batch", type=int, metavar="N", help="images per batch (default: 8)")
+    serve.add_argument("--max-batch", type=int, metavar="N", help="maximum images per batch (default: 8)")
     serve.add_argument(
         "--deterministic",
         action="store_true",
@@ -39,8 +41,8 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     _add_access(serve.add_argument_group("access"))
     _add_output(serve.add_argument_group("images"))
-    _add_load_limits(serve.add_argument_group("limits of clients"))
-    _add_request_limits(serve.add_argument_group("limits of a request"))
+    _add_load_limits(serve.add_argument_group("client limits"))
+    _add_request_limits(serve.add_argument_group("request limits"))
     _add_timeouts(serve.add_argument_group("time limits, in seconds"))
 
 
@@ -76,7 +78,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         "--result-bytes",
         type=int,
         metavar="N",
-        help="total size of the images that are kept (default: 1 GiB)",
+        help="maximum total size of the images that are kept, in bytes (default: 1 GiB)",
     )
     group.add_argument(
         "--filter", metavar="MODULE:FUNCTION", help="safety filter that checks prompts and images"
@@ -89,43 +91,55 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
 
 def _add_load_limits(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--max-waiting", type=int, metavar="N", help="images in the queue of all clients (default: 256)"
+        "--max-waiting",
+        type=int,
+        metavar="N",
+        help="maximum number of queued images over all clients (default: 256)",
     )
     group.add_argument(
-        "--max-jobs-per-client", type=int, metavar="N", help="open jobs of one client (default: 16)"
+        "--max-jobs-per-client",
+        type=int,
+        metavar="N",
+        help="maximum number of open jobs per client (default: 16)",
     )
     group.add_argument(
         "--max-connections",
         type=int,
         metavar="N",
-        help="open connections (default: 4096, or fewer if the file descriptor limit is too low)",
+        help="maximum number of open connections (default: 4096, or fewer if the file descriptor limit is "
+        "too low)",
     )
     group.add_argument(
         "--max-connections-per-address",
         type=int,
         metavar="N",
-        help="open connections from one address, except from trusted proxies (default: 512, but at most "
-        "half of --max-connections)",
+        help="maximum number of open connections per address, except from trusted proxies (default: 512, "
+        "but at most half of --max-connections)",
     )
     group.add_argument(
         "--max-requests-per-second",
         type=float,
         metavar="N",
-        help="request rate of one client, with bursts of four times as many; 0 turns the limit off "
+        help="requests per second per client, with bursts of up to four times that; 0 for no limit "
         "(default: 50)",
     )
 
 
 def _add_request_limits(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--max-steps", type=int, metavar="N", help="sampling steps of a stage (default: 100)")
+    group.add_argument(
+        "--max-steps", type=int, metavar="N", help="maximum sampling steps per stage (default: 100)"
+    )
     group.add_argument(
         "--max-pixels",
         type=int,
         metavar="N",
-        help="pixels of an image (default: four times as many as at the model's own size)",
+        help="maximum pixels per image (default: four times the pixels of the model's default size)",
     )
     group.add_argument(
-        "--upload-bytes", type=int, metavar="N", help="bytes of an uploaded image (default: 8 MiB)"
+        "--upload-bytes",
+        type=int,
+        metavar="N",
+        help="maximum size of an uploaded image in bytes (default: 8 MiB)",
     )
 
 
@@ -133,7 +147,7 @@ def _add_timeouts(group: argparse._ArgumentGroup) -> None:
     for name, text in (
         ("--upload-timeout", "to decode an uploaded image (default: 20)"),
         ("--load-timeout", "to load the model, including its download (default: 1800)"),
-        ("--queue-timeout", "until a job that still waits fails (default: 600)"),
+        ("--queue-timeout", "to wait in the queue, after which a job fails (default: 600)"),
         ("--run-timeout", "to generate a batch (default: 600)"),
         ("--grace", "to finish running jobs after Ctrl-C or SIGTERM (default: 30)"),
     ):

@@ -35,13 +35,19 @@ def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     train.add_argument("--seed", type=int, help="random seed of the run (default: 0)")
     train.add_argument(
-        "--compressor-init", help="initial weights of the compressor: of its backbone, or of all of it"
+        "--compressor-init", help="initial weights of the compressor, or of its backbone alone"
     )
     train.add_argument(
-        "--width", type=float, default=1.0, help="factor for the widths of all trained networks (default: 1)"
+        "--width",
+        type=float,
+        default=1.0,
+        help="multiplier for the width of all trained networks, at most 1 (default: 1)",
     )
     train.add_argument(
-        "--depth", type=float, default=1.0, help="factor for the depths of all trained networks (default: 1)"
+        "--depth",
+        type=float,
+        default=1.0,
+        help="multiplier for the depth of all trained networks, at most 1 (default: 1)",
     )
     train.add_argument(
         "--add-phase",
@@ -167,8 +173,8 @@ def _train(options: argparse.Namespace) -> int:
     tariff = tariff_of(options) or Tariff()
     monitor = RunMonitor(tariff=tariff, tensorboard=options.tensorboard, rehearse=not options.no_rehearsal)
     run_dir = options.run_dir or Path("runs") / recipe.name
-    leads = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
-    if leads:
+    is_main = os.environ.get("RANK", "0") == "0"  # torchrun sets it
+    if is_main:
         print(f"Recipe {recipe.name} in {run_dir}. {_about(RECIPES[options.recipe], recipe)}")
     try:
         model = train(
@@ -184,7 +190,7 @@ def _train(options: argparse.Namespace) -> int:
         state = "A checkpoint is saved" if stopped.images else "This stage has no checkpoint yet"
         print(f"{stopped}. {state}. Start the same command again to resume", file=sys.stderr)
         return 130
-    if leads:
+    if is_main:
         print(f"{model}: generate images with wuerstchen generate --model {shlex.quote(str(model))} ...")
     return 0
 

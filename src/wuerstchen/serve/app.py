@@ -134,7 +134,7 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def http(request: Request, error: HTTPException) -> Response:
         message = {
             400: NO_JSON,  # malformed in a way that the parser does not describe
-            404: "There is no such address. See /openapi.json for the available ones.",
+            404: "There is no route for this path. See /openapi.json for the available ones.",
             405: f"{request.method} is not allowed at this address. See /openapi.json.",
         }.get(error.status_code, str(error.detail))
         answer = _error(error.status_code, message)

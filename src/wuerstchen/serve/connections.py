@@ -37,8 +37,8 @@ FULL = {
 class Connections:
     """The open connections of one server.
 
-    A new connection over a limit replaces an idle one: of its own address if that has too many, else of the
-    address with the most. If none is idle, the new one is refused.
+    A new connection over a limit replaces an idle one: one from its own address if that is over its limit,
+    otherwise one from the address with the most connections. If none is idle, the new one is refused.
     """
 
     def __init__(
@@ -120,9 +120,9 @@ class Connections:
 
 
 class Connection(H11Protocol):
-    """A uvicorn connection that is counted. ``counted_in`` sets ``room``."""
+    """A uvicorn connection that is counted. ``counted_in`` sets ``limiter``."""
 
-    room: Connections
+    limiter: Connections
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -131,14 +131,14 @@ class Connection(H11Protocol):
         self._idle_of: Any = None
         self._idle_since: float | None = None
         self._unsent: tuple[float, int] | None = None
-        """Since when the client has read too little, and how many bytes were unsent then."""
+        """When the client started to read too slowly, and how many bytes were unsent at that time."""
 
     def connection_made(self, transport: Any) -> None:
         peer = transport.get_extra_info("peername")
         self.address = network_of(peer[0] if peer else "")
         self.transport = transport
         self.client = (str(peer[0]), int(peer[1])) if peer else None
-        if not self.room.admit(self):
+        if not self.limiter.admit(self):
             body = json.dumps(FULL).encode()
             head = (
                 "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 5\r\n"
@@ -151,7 +151,7 @@ class Connection(H11Protocol):
         super().connection_made(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.room.remove(self)
+        self.limiter.remove(self)
         if self._admitted:
             super().connection_lost(exc)
 
@@ -184,9 +184,9 @@ class Connection(H11Protocol):
         return False
 
 
-def counted_in(room: Connections) -> type[Connection]:
-    """A protocol class for uvicorn whose connections are counted in ``room``."""
-    return type("Connection", (Connection,), {"room": room})
+def counted_in(limiter: Connections) -> type[Connection]:
+    """A uvicorn protocol class whose connections are counted in ``limiter``."""
+    return type("Connection", (Connection,), {"limiter": limiter})
 
 
 def network_of(address: str) -> str:

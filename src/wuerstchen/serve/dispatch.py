@@ -116,7 +116,7 @@ class Dispatcher:
     async def stop(self) -> None:
         """Kills the workers. Returns when their processes and threads have ended."""
         for worker in self.workers:
-            worker.life += 1
+            worker.process_number += 1
             await asyncio.to_thread(worker.end)
 
     def kill(self) -> None:
@@ -183,9 +183,11 @@ class Dispatcher:
             job.start()
         worker.send(("generate", batch))
 
-    def _on_message(self, worker: _DeviceWorker, life: int, message: tuple[Any, ...] | None) -> None:
+    def _on_message(
+        self, worker: _DeviceWorker, process_number: int, message: tuple[Any, ...] | None
+    ) -> None:
         """Handles a message of a worker. None means that its process has ended."""
-        if life != worker.life:
+        if process_number != worker.process_number:
             return
         worker.last_message = time.monotonic()
         if message is None:
@@ -260,9 +262,9 @@ class Dispatcher:
             model=self.config.model, device=worker.device, precision=self.config.precision
         )
 
-        def tell(life: int, message: Message | None) -> None:
+        def tell(process_number: int, message: Message | None) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(self._on_message, worker, life, message)
+                self._loop.call_soon_threadsafe(self._on_message, worker, process_number, message)
 
         try:
             worker.start(self.worker_main, settings, tell)
@@ -290,7 +292,7 @@ class Dispatcher:
         worker.failures += 1
         if self.about is None and self.failed is None and worker.failures == 3:
             self.failed = (
-                "The worker ended three times before it had loaded the model. See its messages above."
+                "The worker process exited three times while loading the model. See its log messages above."
             )
             self.started.set()
         if self.failed is not None:

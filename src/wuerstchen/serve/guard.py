@@ -54,8 +54,8 @@ TEXT_BYTES = 2**18
 """Largest body on routes without uploads."""
 
 DRAIN_FACTOR = 4
-"""A body that is up to this many times too large is read and discarded: clients do not read the answer while
-they are still sending."""
+"""Bodies up to this many times over the limit are read and discarded, because clients do not read the
+response while they are still sending."""
 
 MAX_BODY_BYTES = 256 * 2**20
 """Memory for the bodies of all requests."""
@@ -131,7 +131,7 @@ class Guard:
             return  # the client has gone
         self._hold(client, len(body))
         try:
-            await self._pass_on(body, _under(public, scope), receive, headed)
+            await self._pass_on(body, _with_public_address(public, scope), receive, headed)
         finally:
             self._hold(client, -len(body))
 
@@ -158,8 +158,7 @@ class Guard:
         if match is None or match[1].lower().rstrip(".") not in allowed:
             raise Refused(
                 403,
-                f"host {host[:100]!a} is not a name of this service. Start the service with --allowed-host "
-                "to add it.",
+                f"host {host[:100]!a} is not allowed. Start the service with --allowed-host to allow it.",
             )
 
     def _check_origin(self, scope: Scope, headers: dict[str, str], host: str) -> None:
@@ -208,7 +207,7 @@ class Guard:
         if wait > 0:
             raise Refused(
                 429,
-                f"You send too many requests. The limit is {self.rate.per_second:g} per second, with bursts "
+                f"Too many requests. The limit is {self.rate.per_second:g} per second, with bursts "
                 f"of {self.rate.burst}. Wait for the time in Retry-After.",
                 retry_after=math.ceil(wait),
             )
@@ -293,16 +292,16 @@ def _public(scope: Scope, headers: dict[str, str]) -> PublicAddress:
         raise Refused(400, str(error)) from error
 
 
-def _under(public: PublicAddress, scope: Scope) -> Scope:
-    """The scope as the app sees it: addresses that it makes of it are the public ones."""
+def _with_public_address(public: PublicAddress, scope: Scope) -> Scope:
+    """The scope with the public host and path prefix, so that URLs built by the app work for the client."""
     if KEY not in scope:
         return scope
     headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"host"]
     headers.append((b"host", public.host.encode("latin-1")))
-    # As ASGI has it, the path begins with the prefix below which the app lies.
+    # In ASGI, ``path`` includes the ``root_path`` under which the app is mounted.
     root, path = public.prefix, public.prefix + scope["path"]
     moved = {**scope, "headers": headers, "root_path": root, "path": path}
-    if scope.get("raw_path") is not None:  # ASGI leaves it to the server whether there is one
+    if scope.get("raw_path") is not None:  # optional in ASGI
         moved["raw_path"] = root.encode("ascii") + scope["raw_path"]
     return moved
 

@@ -170,7 +170,7 @@ class Job:
 
 
 class QueueFull(Exception):
-    """There is no room. ``of_client``: whether it is this client's own limit."""
+    """The queue is full. ``of_client``: whether this client's own limit is reached."""
 
     def __init__(self, message: str, *, of_client: bool) -> None:
         super().__init__(message)
@@ -216,8 +216,8 @@ class FairQueue:
         waiting = len(self)
         if waiting + images > self.max_images:
             raise QueueFull(
-                f"The queue has no room for {images} more images: {waiting} of at most {self.max_images} "
-                "already wait. Try again later.",
+                f"The queue is too full for {images} more images: {waiting} are waiting, and the limit is "
+                f"{self.max_images}. Try again later.",
                 of_client=False,
             )
 
@@ -258,7 +258,8 @@ class FairQueue:
         return taken
 
     def positions(self) -> dict[Job, int]:
-        """The position of each waiting job, from 1, as if clients took turns by jobs."""
+        """The position of each waiting job, from 1. An approximation: as if clients took turns by job, not by
+        image."""
         rounds = itertools.zip_longest(*self._clients.values())
         order = [job for jobs in rounds for job in jobs if job is not None]
         return {job: place for place, job in enumerate(order, start=1)}

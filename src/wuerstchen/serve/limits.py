@@ -20,7 +20,7 @@ class ServeConfig:
 
     host: str = "127.0.0.1"
     port: int = 8042
-    """0 takes a free one."""
+    """0 picks a free port."""
     model: str | None = None
     """A path or a name on the Hugging Face Hub. None for the bundled model."""
     devices: tuple[str, ...] = ()
@@ -109,14 +109,14 @@ class ServeConfig:
                 )
         if not self.is_loopback and not self.tokens:
             raise UserError(
-                f"host {self.host} needs tokens, because other machines can reach it. Add --token-file, or "
-                "use 127.0.0.1."
+                f"host {self.host} requires tokens, because other machines can reach it. Add --token-file, "
+                "or use 127.0.0.1."
             )
         for proxy in self.proxies:
             if self.proxies != ("*",) and not _is_address_or_network(proxy):
                 raise UserError(
-                    f"proxy must be an address or a network such as 10.0.0.0/8, got {proxy}. Give the "
-                    "address that the proxy connects from, or only * for all."
+                    f"proxy must be an address or a network such as 10.0.0.0/8, got {proxy}. Use the "
+                    "address that the proxy connects from, or a single * to trust all addresses."
                 )
         if (self.c2pa_certificate is None) != (self.c2pa_key is None):
             raise UserError("--c2pa-certificate and --c2pa-key belong together. Give both or neither.")

@@ -24,7 +24,7 @@ class WorkerProcess:
     name: str
     device: str | None
     process: SpawnProcess | None = None
-    life: int = 0
+    process_number: int = 0
     """Number of the current process. Late messages of earlier ones are ignored."""
     _connection: Connection | None = None
     _sender: ThreadPoolExecutor | None = None
@@ -33,7 +33,7 @@ class WorkerProcess:
     def start(self, main: Callable[..., None], settings: Any, tell: Tell) -> None:
         """Starts ``main(settings, connection)`` in a process. Raises ``OSError``, after cleaning up, if it
         cannot."""
-        self.life += 1
+        self.process_number += 1
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(
@@ -49,7 +49,10 @@ class WorkerProcess:
         self.process, self._connection = process, ours
         self._sender = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"to {self.name}")
         listener = threading.Thread(
-            target=_listen, args=(self._connection, self.life, tell), name=f"from {self.name}", daemon=True
+            target=_listen,
+            args=(self._connection, self.process_number, tell),
+            name=f"from {self.name}",
+            daemon=True,
         )
         try:
             listener.start()
@@ -95,7 +98,7 @@ class WorkerProcess:
             self._connection = None
 
 
-def _listen(connection: Connection, life: int, tell: Tell) -> None:
+def _listen(connection: Connection, process_number: int, tell: Tell) -> None:
     """Passes on a worker's messages until it ends."""
     message: Message | None = ()
     while message is not None:
@@ -103,4 +106,4 @@ def _listen(connection: Connection, life: int, tell: Tell) -> None:
             message = connection.recv()
         except Exception:  # it has ended, maybe in the middle of a message
             message = None
-        tell(life, message)
+        tell(process_number, message)

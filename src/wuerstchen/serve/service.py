@@ -126,7 +126,9 @@ class Service:
         """Returns the model's capabilities. Raises ``Refused`` if no job can be taken now."""
         if self.draining:
             raise Refused(
-                503, "The service is shutting down and takes no new jobs. Try again later.", retry_after=10
+                503,
+                "The service is shutting down and does not accept new jobs. Try again later.",
+                retry_after=10,
             )
         if self.about is None:
             raise Refused(503, "The model is still loading. Try again in a few seconds.", retry_after=2)

@@ -22,7 +22,7 @@ DECODERS = 2
 START_SECONDS = 60.0
 """A decoder that is not ready after this time is killed."""
 
-STOPPING = "The service is shutting down and takes no new jobs. Try again later."
+STOPPING = "The service is shutting down and does not accept new jobs. Try again later."
 
 
 class Decoded(NamedTuple):
@@ -42,7 +42,7 @@ class _Task:
 
 @dataclass(eq=False)
 class _Decoder(WorkerProcess):
-    """A sequence of processes. Each decodes one upload at a time."""
+    """A decoder. Its process decodes one upload at a time and is replaced when it exits."""
 
     task: _Task | None = None
     ready: bool = False
@@ -117,7 +117,7 @@ class Uploads:
         """Ends the decoders. Returns when their processes and threads have ended."""
         self.close()
         for decoder in self._decoders:
-            decoder.life += 1
+            decoder.process_number += 1
             await asyncio.to_thread(decoder.end)
 
     def kill(self) -> None:
@@ -152,9 +152,9 @@ class Uploads:
         return None
 
     def _start(self, decoder: _Decoder) -> None:
-        def tell(life: int, message: Message | None) -> None:
+        def tell(process_number: int, message: Message | None) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(self._on_message, decoder, life, message)
+                self._loop.call_soon_threadsafe(self._on_message, decoder, process_number, message)
 
         decoder.ready = False
         try:
@@ -202,9 +202,9 @@ class Uploads:
             decoder.ending = True
             decoder.kill()
 
-    def _on_message(self, decoder: _Decoder, life: int, message: Message | None) -> None:
+    def _on_message(self, decoder: _Decoder, process_number: int, message: Message | None) -> None:
         """Handles a message of a decoder. None means that its process has ended."""
-        if life != decoder.life:
+        if process_number != decoder.process_number:
             return
         task = decoder.task
         if message is None:

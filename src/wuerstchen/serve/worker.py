@@ -184,7 +184,7 @@ class _Generation:
         self.batch = batch
         self.unwanted: set[int] = set()
         self.started = self.marked = time.perf_counter()
-        self.joules = worker.joules(max_age=0.05)  # the reading after the previous batch will do
+        self.joules = worker.joules(max_age=0.05)  # the reading after the last batch is recent enough
         self.seconds: dict[str, float] = {}
         self.preview_seconds = 0.0
         self.previewed = self.reported = -PREVIEW_SECONDS
@@ -291,7 +291,7 @@ class _Generation:
         self.preview_seconds += self.cost[step.stage]
 
     def mark(self, stage: str) -> None:
-        """Counts the time since the last mark as this stage's."""
+        """Adds the time since the last call to this stage."""
         now = time.perf_counter()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.marked
         self.marked = now

@@ -406,7 +406,7 @@ document.addEventListener("keydown", (event) => {
 byId("form").addEventListener("submit", async (event) => {
   event.preventDefault();
   if (!model) {
-    form.showError(null, "The service is not responding yet. Your settings are kept.");
+    form.showError(null, "The service is not available yet. Your settings are kept.");
     return;
   }
   if (!(await form.settled())) return; // the reason is shown next to the image

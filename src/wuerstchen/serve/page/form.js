@@ -142,7 +142,7 @@ export class Form {
     let found = null;
     let problem = "";
     try {
-      if (!this.model) throw new Error("The service is not responding yet. Choose the image again later");
+      if (!this.model) throw new Error("The service is not available yet. Choose the image again in a moment");
       const { can } = this.model;
       if (!can.reconstruct && !can.variation) throw new Error(`${file.name} cannot be used: this service does not accept images`);
       image = await readImage(file, this.model);

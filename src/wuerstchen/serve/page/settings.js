@@ -151,7 +151,7 @@ export function inWords(settings) {
     .sort(([a], [b]) => Object.keys(LABELS).indexOf(a) - Object.keys(LABELS).indexOf(b));
 }
 
-/** The common settings of two, and the remaining ones of each. */
+/** Splits two sets of settings into the shared ones and the rest of each. */
 export function shared(a, b) {
   const names = NAMES.filter((name) => a[name] === b[name]);
   const without = (settings) => Object.fromEntries(Object.entries(settings).filter(([name]) => !names.includes(name)));
