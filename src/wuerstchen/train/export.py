@@ -15,7 +15,7 @@ from wuerstchen.checkpoints.native import Provenance
 from wuerstchen.errors import RunFolderError, UserError, UserNotice
 from wuerstchen.train.changes import RunPhase, current_recipe, ending_at, images_seen, run_phases
 from wuerstchen.train.config import Phase, Recipe
-from wuerstchen.train.engine.checkpoint import best_of, newest, read_averages, read_whole
+from wuerstchen.train.engine.checkpoint import best_of, newest, read_averages, read_verified
 from wuerstchen.train.engine.distributed import Processes
 from wuerstchen.train.initial_weights import Start, read_start
 from wuerstchen.train.recorded_recipe import recipe_of
@@ -110,7 +110,7 @@ def _checkpoint_of(folder: Path, phase: RunPhase, checkpoint: str) -> Path:
             f"{', '.join(map(str, there))}."
         )
     path = folder / f"{int(checkpoint):012d}"
-    read_whole(path)
+    read_verified(path)
     return path
 
 

@@ -192,7 +192,7 @@ def test_what_one_process_cannot_read_is_one_line_in_each(request, wrong, folder
     said = said_by_two(request.getfixturevalue(folder) / f"missing {wrong}")
     assert [len(lines) for lines in said] == [1, 1]
     assert "nowhere' does not exist. Use a folder" in said[wrong][0]
-    assert said[1 - wrong][0].startswith(f"Error: process {1 - wrong} has lost the others: ")
+    assert said[1 - wrong][0].startswith(f"Error: process {1 - wrong} lost its connection to the others: ")
 
 
 def test_processes_with_different_data_are_refused(runs):
@@ -216,7 +216,7 @@ def test_batches_are_shared_evenly():
     second.check_batches("a", 64, 16)
     for images, batch_size in ((64, 6), (60, 16)):
         with pytest.raises(
-            UserError, match=r"cannot be shared by 4 processes\. Make batch_size a multiple of 4"
+            UserError, match=r"cannot be split evenly across 4 processes\. Make batch_size a multiple of 4"
         ):
             second.check_batches("a", images, batch_size)
     assert list(Processes(CPU).rank_slice(range(3))) == [0, 1, 2]

@@ -61,7 +61,7 @@ def test_a_process_that_works_alone_is_waited_for_and_one_that_no_longer_answers
     assert seconds < 20
     ranks = [rank for rank in range(COUNT) if rank != stopped]
     last = {rank: errors.splitlines()[-1] for rank, (_, errors) in zip(ranks, said, strict=True)}
-    assert last.pop(hasty).startswith(f"Error: process {stopped} of 3 has not answered for 2 seconds")
+    assert last.pop(hasty).startswith(f"Error: process {stopped} of 3 has sent no heartbeat for 2 seconds")
     # The other may talk with the hasty one just then, and loses its connection.
     (other,) = last.values()
-    assert "has not answered for" in other or "has lost the others" in other
+    assert "has sent no heartbeat for" in other or "lost its connection to the others" in other

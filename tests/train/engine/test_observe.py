@@ -9,7 +9,7 @@ import torch
 from wuerstchen.errors import UserError, out_of_memory_named
 from wuerstchen.train.engine.checkpoint import best_of, newest
 from wuerstchen.train.engine.observe import LessMemoryWarning, SkippedWarning
-from wuerstchen.train.engine.saving import Saving
+from wuerstchen.train.engine.saving import CheckpointSaver
 from wuerstchen.train.engine.validation import Validation
 
 from .test_loop import digests, run
@@ -141,8 +141,10 @@ def test_a_validation_without_its_checkpoint_is_not_the_best(
     tmp_path, toy_stage, toy_source, settings, monkeypatch
 ):
     """Its number would keep a folder that is not there, and free the one before."""
-    whole = Saving.is_whole
-    monkeypatch.setattr(Saving, "is_whole", lambda saving, images: images != 40 and whole(saving, images))
+    whole = CheckpointSaver.is_complete
+    monkeypatch.setattr(
+        CheckpointSaver, "is_complete", lambda saving, images: images != 40 and whole(saving, images)
+    )
     losses = Losses(0.9, 0.3, 0.5, 0.7, 0.6, 0.8)
     run(tmp_path, toy_stage(), toy_source(), settings, validation=losses, preview_every=20)
     assert best_of(tmp_path / "checkpoints") == {"images": 60, "loss": 0.5}

@@ -14,7 +14,7 @@ from wuerstchen.train.engine.checkpoint_writer import CheckpointNotWritten, Writ
 from wuerstchen.train.engine.distributed import Processes
 from wuerstchen.train.engine.faults import Faults
 from wuerstchen.train.engine.loop import Trainer
-from wuerstchen.train.engine.saving import CheckpointNotWrittenWarning, Saving
+from wuerstchen.train.engine.saving import CheckpointNotWrittenWarning, CheckpointSaver
 from wuerstchen.train.feed.images import Feed
 from wuerstchen.train.report.cost import CostMeter
 from wuerstchen.train.report.events import Log
@@ -64,16 +64,16 @@ def test_a_process_that_wrote_nothing_takes_no_checkpoint_for_whole_by_itself(
     writer = OfSecond(tmp_path, Second(CPU, rank=1, count=2))
     log, faults = Log(tmp_path / "log.jsonl", writes=False), NoFaults()
     job = make_job(toy_stage(), Feed(toy_source(), 5, 4, captions=True), tmp_path, settings, log=log)
-    saving = Saving(writer, job, state, faults, CostMeter(CPU))
+    saving = CheckpointSaver(writer, job, state, faults, CostMeter(CPU))
     state.images = 12
     saving.start()
     saving.poll()
-    assert not saving.is_whole(12)
+    assert not saving.is_complete(12)
     assert saving.wait() is None
-    assert saving.is_whole(8)
+    assert saving.is_complete(8)
     saving.start()
     with pytest.raises(CheckpointError):
-        saving.wait(must=True)
+        saving.wait(required=True)
 
 
 def failures_and_kept(folder, stage, source, settings):

@@ -38,14 +38,14 @@ class Batches(Protocol):
     """Where updates get their images."""
 
     waits: bool
-    """Whether updates wait for images. Then the host may as well wait for the device after each update."""
+    """Whether updates wait for data loading. Then waiting for the device after each update is free."""
 
     def fetch(self) -> StepBatch:
         """The next batch. Raises ``StoppedWaiting`` if a signal comes while it waits."""
         ...
 
     def inputs(self, batch: Any) -> Inputs:
-        """What an update reads of a batch that ``fetch`` has returned."""
+        """The model inputs for a batch returned by ``fetch``."""
         ...
 
     def names(self, first: int) -> list[str]:
@@ -106,7 +106,7 @@ class CachedBatches:
 
     @cached_property
     def _inputs(self) -> Inputs:
-        """Everything that updates read, of all cached images."""
+        """The model inputs for all cached images."""
         return self.cache.prepare(self.job.stage, self.job.settings.autocast)
 
     def fetch(self) -> CachedBatch:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from wuerstchen.device import runs_triton
 
-LARGE = 2**16  # elements from which on a matrix has a copy
+LARGE = 2**16  # minimum number of elements for a matrix to get a copy
 
 
 class Bf16Weights:
@@ -43,7 +43,7 @@ class Bf16Weights:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within, the copies replace the weights of their layers."""
+        """Inside this context, the copies replace the weights of their layers."""
         for module, _, copy in self.layers:
             module.weight = copy
         try:

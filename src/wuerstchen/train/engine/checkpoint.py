@@ -39,7 +39,8 @@ BEST = "best.json"
 
 @dataclass
 class TrainingState:
-    """Everything that the rest of a stage's training depends on, besides the recipe and the data."""
+    """The training state of a stage. Together with the recipe and the data it determines the rest of the
+    training."""
 
     networks: dict[str, nn.Module]
     averages: dict[str, nn.Module]
@@ -68,7 +69,7 @@ def best_of(folder: Path) -> dict[str, Any] | None:
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint under ``folder`` and its state.json, or None if there is none at all.
+    """The newest complete checkpoint under ``folder`` and its state.json, or None if there is none at all.
 
     Warns about each damaged one that it skips. Raises ``CheckpointError`` if all are damaged, or if one was
     written by a newer version. The run may still be training and remove a checkpoint while it is read. It has
@@ -98,7 +99,7 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def read_whole(path: Path) -> dict[str, Any]:
+def read_verified(path: Path) -> dict[str, Any]:
     """``state.json`` of one checkpoint, after checking all files. Raises ``CheckpointError`` if one is
     damaged."""
     try:
@@ -188,11 +189,11 @@ def read_state(path: Path) -> dict[str, Any]:
         raise ValueError("state.json has changed since it was written")
     for name in state["files"]:
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ValueError(f"{name!r} is not a safetensors file in it")
+            raise ValueError(f"{name!r} is not the name of a safetensors file")
     return state
 
 
-def sealed(state: dict[str, Any]) -> dict[str, Any]:
+def with_checksum(state: dict[str, Any]) -> dict[str, Any]:
     """The content of ``state.json`` with its checksum added."""
     return {**state, "sha256": _digest(state)}
 
@@ -288,14 +289,19 @@ class _Reading:
             error = raised
         except (RuntimeError, KeyError, IndexError, ValueError, TypeError) as raised:
             detail = (str(raised).splitlines() or [type(raised).__name__])[0]
-            error = CheckpointError(f"checkpoint {path} does not fit this recipe: {detail}. Remove it.")
+            error = CheckpointError(
+                f"checkpoint {path} is incompatible with this recipe: {detail}. Use the settings that the "
+                "run was started with, or remove the checkpoint."
+            )
             error.__cause__ = raised
         if self._processes is None or self._count == 1:
             if error is not None:
                 raise error
             return
         if self._processes.any_rank(error is not None):
-            raise error or CheckpointError(f"another process cannot read checkpoint {path}. It says why.")
+            raise error or CheckpointError(
+                f"another process cannot read checkpoint {path}. See that process's error for the cause."
+            )
         for reader, target in self._broadcasts:
             whole = target.contiguous()
             dist.broadcast(whole, src=reader)
@@ -307,7 +313,7 @@ class _Reading:
 def restore(
     state: TrainingState, path: Path, description: dict[str, Any], processes: Processes | None = None
 ) -> None:
-    """Loads a checkpoint into ``state``, sharded or not. Raises ``CheckpointError`` if it does not fit.
+    """Loads a checkpoint into ``state``, sharded or not. Raises ``CheckpointError`` if it is incompatible.
 
     With ``processes``, all ranks call it together.
     """
@@ -317,7 +323,8 @@ def restore(
         for group in ("networks", "averages"):
             stored = _Stored(path, description, group, files)
             for key in sorted(stored.shapes.keys() ^ groups[group].keys()):
-                raise ValueError(f"{key} is in only one of them")
+                where = "checkpoint" if key in stored.shapes else "recipe"
+                raise ValueError(f"{key} is only in the {where}")
             for key, target in groups[group].items():
                 reading.fill(stored, key, target)
         stored = _Stored(path, description, "optimizers", files)

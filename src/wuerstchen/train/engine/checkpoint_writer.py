@@ -27,9 +27,9 @@ from wuerstchen.train.engine.checkpoint import (
     best_of,
     checkpoints_in,
     read_state,
-    sealed,
     sha256_of,
     tensors_of,
+    with_checksum,
 )
 from wuerstchen.train.engine.distributed import Processes
 from wuerstchen.train.engine.sharding import first_row, local_part
@@ -98,7 +98,7 @@ class Writer:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 shutil.rmtree(self._partial, ignore_errors=True)
                 self._partial.mkdir()
-        self._agree()
+        self._raise_if_any_failed()
         part = self._copied(state)
         description = {**header, "format": FORMAT, "images": state.images, "updates": state.updates}
         copied = None
@@ -114,10 +114,10 @@ class Writer:
         written."""
         if self._thread is not None:
             self._written.wait()
-            self._agree()
+            self._raise_if_any_failed()
             self._thread.join()
             self._thread = None
-            self._agree()
+            self._raise_if_any_failed()
         return self._target
 
     def close(self) -> None:
@@ -131,12 +131,13 @@ class Writer:
     def _partial(self) -> Path:
         return self.folder / f".{self._target.name}.partial"
 
-    def _agree(self) -> None:
+    def _raise_if_any_failed(self) -> None:
         """Raises on all ranks if one has failed."""
         if self.processes.any_rank(self.failed):
             self._given_up.set()
             error = self._error or CheckpointNotWritten(
-                f"another process could not write its part of checkpoint {self._target}. It says why."
+                f"another process could not write its part of checkpoint {self._target}. See that process's "
+                "error for the cause."
             )
             self._error = None
             if self._thread is not None:
@@ -149,7 +150,7 @@ class Writer:
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
-        """Keeps an error as a message for ``_agree``."""
+        """Keeps an error as a message for ``_raise_if_any_failed``."""
         try:
             yield
         except Exception as error:  # of any kind: the others must not wait for this rank
@@ -233,7 +234,7 @@ class Writer:
             state["rows"] = rows
         else:
             del state["shapes"]
-        write_json(self._partial / "state.json", sealed(state))
+        write_json(self._partial / "state.json", with_checksum(state))
         if self._target.exists():
             _remove(self._target)  # it is damaged
         os.replace(self._partial, self._target)

@@ -56,9 +56,9 @@ class Processes:
         if batch_size % least or (self.count > 1 and images % batch_size):
             parts = "" if accumulate == 1 else f" in accumulate={accumulate} parts each"
             raise UserError(
-                f"stage_{stage}: batches of {batch_size} and {images} images in all cannot be shared by "
-                f"{self.count} processes{parts}. Make batch_size a multiple of {least} and images a multiple "
-                "of batch_size."
+                f"stage_{stage}: batches of {batch_size} and {images} images in total cannot be split "
+                f"evenly across {self.count} processes{parts}. Make batch_size a multiple of {least} and "
+                "images a multiple of batch_size."
             )
 
     @contextmanager
@@ -94,7 +94,7 @@ class Processes:
         self.all_reduce_mean_([p.grad for p in parameters if p.grad is not None and p not in pending])
 
     def all_reduce_mean_(self, tensors: Sequence[Tensor]) -> None:
-        """Replaces tensors by their mean over all ranks, in place, a bucket at a time."""
+        """Replaces tensors with their mean over all ranks, in place, a bucket at a time."""
         if self.count == 1:
             return
         bucket: list[Tensor] = []
@@ -179,8 +179,8 @@ def distributed(device: torch.device) -> Iterator[Processes]:
     if device.type == "cuda":
         if local >= torch.cuda.device_count():
             raise UserError(
-                f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}. Start "
-                "torchrun with --nproc-per-node at most that."
+                f"local rank {local} has no GPU: this machine has {torch.cuda.device_count()}. Start "
+                "torchrun with at most that many processes (--nproc-per-node)."
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
@@ -197,8 +197,8 @@ def distributed(device: torch.device) -> Iterator[Processes]:
         # The reason without the position in gloo's source and without its advice.
         reason = re.sub(r"^\[\S*\] *|\. .*", "", str(error).strip().split("\n")[0])[:200]
         raise UserError(
-            f"process {rank} has lost the others: {reason}. The process that ended first says why. Start the "
-            "same command again to resume."
+            f"process {rank} lost its connection to the others: {reason}. See the output of the process that "
+            "ended first for the cause. Start the same command again to resume."
         ) from error
     finally:
         dist.destroy_process_group()

@@ -90,8 +90,8 @@ def _monitor(rank: int, count: int, counts: list[bytes], ended: threading.Event)
         # If rank 0 dies, the store goes with it and no counter moves: the first one found is then rank 0.
         lost = still.index(max(still))
         print(  # below the progress bar
-            f"\nError: process {lost} of {count} has not answered for {TICK * TICKS:.0f} seconds, so process "
-            f"{rank} ends too. Start the same command again to resume.",
+            f"\nError: process {lost} of {count} has sent no heartbeat for {TICK * TICKS:.0f} seconds, so "
+            f"process {rank} ends too. Start the same command again to resume.",
             file=sys.stderr,
             flush=True,
         )

@@ -27,7 +27,7 @@ class ImageCache:
     skipped: list[tuple[str, str]]
     """Names of images that could not be read, and why. Others took their places."""
     names: list[str] = field(default_factory=list)
-    """Of the images in order; empty if unknown."""
+    """Names of the images in order. Empty if unknown."""
 
     def __len__(self) -> int:
         return len(self.images)

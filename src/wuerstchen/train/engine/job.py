@@ -1,4 +1,4 @@
-"""What one phase of a stage is trained with, and how."""
+"""The inputs of the training loop: a phase of a stage, its data and its settings."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,7 +81,7 @@ class StageJob:
 
     @property
     def seed(self) -> int:
-        """Of timesteps, noise and everything else that a loss draws."""
+        """Seed for timesteps, noise and all other random numbers in losses."""
         return stable_hash(self.settings.seed, self.stage.name) >> 1
 
     @property

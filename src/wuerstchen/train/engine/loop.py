@@ -2,7 +2,7 @@
 
 So a run that was killed and started again continues exactly as if it had not been interrupted, bit for bit on
 the same machine: batches, crops, timesteps and noise follow from the number of images seen, and the networks,
-their averages and the optimizers come from the last whole checkpoint.
+their averages and the optimizers come from the last complete checkpoint.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from wuerstchen.train.engine.image_cache import ImageCache
 from wuerstchen.train.engine.job import StageJob
 from wuerstchen.train.engine.observe import Observer
 from wuerstchen.train.engine.optim import learning_rate, set_rate
-from wuerstchen.train.engine.saving import Saving
+from wuerstchen.train.engine.saving import CheckpointSaver
 from wuerstchen.train.engine.state import make_state, make_step
 from wuerstchen.train.engine.stopping import GRACE, Interrupted, StoppedWaiting, StopRequest
 from wuerstchen.train.engine.throughput import Gauge
@@ -54,8 +54,9 @@ class Trainer:
         """Makes the updates that are left. Returns the last checkpoint.
 
         Images come from the ``cache`` if there is one, else from the feed. With a ``job.validation`` the loss
-        on held-out images is logged at previews and checkpoints. A preview or validation that a stop has
-        prevented is made first. Raises ``Interrupted`` after SIGINT or SIGTERM, with a checkpoint written.
+        on held-out images is logged at previews and checkpoints. If a stop prevented a preview or
+        validation, it is done first. Raises ``Interrupted`` after SIGINT or SIGTERM, after writing a
+        checkpoint.
         """
         job, state = self.job, self.state
         seen = {"images": state.images, "total": job.total, "resumed": state.images > 0}
@@ -63,7 +64,7 @@ class Trainer:
         preview, validate = self.observer.resume(state.images)
         with self.stop.caught(), job.naming_memory():
             if preview or validate:
-                self.observer.observe(state, whole=True, preview=preview, validate=validate)
+                self.observer.observe(state, saved=True, preview=preview, validate=validate)
             if not self.finished:
                 loop = _Loop(self, cache)
                 with (
@@ -100,10 +101,10 @@ class _Loop:
         self.runner = StepRunner(self.step, job.settings.records)
         self.faults = Faults(self.step, self.batches)
         self.writer = Writer(job.checkpoints, job.processes, state.images)
-        self.saving = Saving(self.writer, job, state, self.faults, self.cost)
+        self.saving = CheckpointSaver(self.writer, job, state, self.faults, self.cost)
         self.meter = Meter(job.title, state.images, job.total, job.processes.is_main)
         self.values: dict[str, float] = {}
-        """Of the last update whose values were read."""
+        """Values of the last update for which they were read."""
         self.skipped: list[tuple[str, str]] = []
         self.saved_at = time.monotonic()
 
@@ -139,7 +140,7 @@ class _Loop:
             self.save_final()
         if self.observer.due(self.state.images):
             self.preview()
-        stop, save = self.agree(synchronised)
+        stop, save = self.stop_or_save(synchronised)
         if stop:
             self.save_and_interrupt()
         if save:
@@ -174,7 +175,7 @@ class _Loop:
         seen |= {"seconds": round(spent.seconds, 3), "kwh": spent.kwh}
         self.job.log.event("progress", stage=self.job.stage.name, images=self.state.images, **seen)
 
-    def agree(self, synchronised: bool) -> tuple[bool, bool]:
+    def stop_or_save(self, synchronised: bool) -> tuple[bool, bool]:
         """Whether to stop and whether to save a checkpoint, the same on all ranks."""
         save = time.monotonic() - self.saved_at >= self.job.settings.checkpoint_seconds
         save = save or self.saving.milestone_due(self.state.images)
@@ -198,8 +199,8 @@ class _Loop:
 
     def save_final(self) -> None:
         """Writes the last checkpoint, before the last preview, so that a failing preview loses no work."""
-        self.saving.start(must=True)
-        self.saving.wait(must=True)
+        self.saving.start(required=True)
+        self.saving.wait(required=True)
 
     def save_and_interrupt(self) -> NoReturn:
         """Writes a checkpoint of this moment and ends the run."""
@@ -212,10 +213,10 @@ class _Loop:
         self.saved_at = time.monotonic()
 
     def observe(self, *, preview: bool) -> None:
-        """Validates, and draws a preview if asked, once the checkpoint of this moment is on disk."""
+        """Validates, and draws a preview if asked, after the current checkpoint is on disk."""
         self.saving.start()
         self.saving.wait()
-        self.observer.observe(self.state, self.saving.is_whole(self.state.images), preview=preview)
+        self.observer.observe(self.state, self.saving.is_complete(self.state.images), preview=preview)
 
 
 def update(job: StageJob, step: TrainStep, runner: StepRunner, batches: Batches, batch: StepBatch) -> Values:
@@ -235,11 +236,12 @@ def _set_schedule(job: StageJob, step: TrainStep, images: int) -> None:
         )
         set_rate(optimizer, learning_rate(peak, state.images + images))
     number, every = state.updates + 1, optimization.ema_every
-    passed = number % every or every  # updates since the average last followed
-    # It follows the last update too: a stage shorter than ``every`` would end with its initial weights.
+    passed = number % every or every  # updates since the last EMA update
+    # The EMA is also updated at the end. Otherwise a stage shorter than ``every`` would end with its initial
+    # weights.
     follows = passed == every or state.images + images >= optimization.images
     step.decay = decay_at(number, optimization.ema_decay) ** passed if follows else None
-    # A single process keeps the seed of versions that knew no others.
+    # With one process, the seed is the same as in versions without multi-process support.
     who = () if job.processes.count == 1 else (job.processes.rank,)
     torch.manual_seed(stable_hash(job.settings.seed, stage.name, "dropout", state.images, *who) >> 1)
 

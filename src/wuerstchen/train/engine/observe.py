@@ -1,7 +1,7 @@
 """Previews and validation of a stage while it trains. Neither ever ends a run.
 
-Both are made at images where a whole checkpoint is on disk, so nothing is lost whatever happens in them. If a
-stop prevents one, the next start from that checkpoint makes it first.
+Both run when a complete checkpoint is on disk, so a failure in them loses nothing. If a stop prevents one,
+the next start from that checkpoint does it first.
 """
 
 import contextlib
@@ -53,11 +53,11 @@ class Observer:
         self.job = job
         self.next_preview = 0
         self.low_memory = False
-        """Whether previews are drawn with the least memory, because one has run out of it."""
+        """Whether previews use the low-memory path, because an earlier one ran out of memory."""
 
     def resume(self, images: int) -> tuple[bool, bool]:
-        """Goes on from this number of images. Returns which of preview and validation a stop there has
-        prevented."""
+        """Resumes at this number of images. Returns whether a stop there prevented the preview, and whether
+        it prevented the validation."""
         job = self.job
         self.next_preview = self._next_multiple(images)
         batch = job.stage.optimization.batch_size
@@ -74,26 +74,26 @@ class Observer:
         return images >= self.next_preview
 
     def observe(
-        self, state: TrainingState, whole: bool, *, preview: bool = True, validate: bool = True
+        self, state: TrainingState, saved: bool, *, preview: bool = True, validate: bool = True
     ) -> None:
         """Draws a preview and validates.
 
-        ``whole`` says that the checkpoint of this moment is on disk. Only then can it become the best one.
+        ``saved`` says that the current checkpoint is on disk. Only then can it become the best one.
         """
         job, images = self.job, state.images
         averages: dict[str, nn.Module] = {}
-        with self._never_ends_the_run("preview" if preview else "validation", images):
+        with self._warn_on_error("preview" if preview else "validation", images):
             averages = _gathered(state, job.processes)
         if averages and job.processes.is_main:
             if preview:
-                with self._never_ends_the_run("preview", images):
+                with self._warn_on_error("preview", images):
                     self._preview(averages, images)
                     job.log.event("preview", stage=job.stage.name, images=images)
             if validate and job.validation is not None:
-                with self._never_ends_the_run("validation", images):
+                with self._warn_on_error("validation", images):
                     found = job.validation(averages)
-                    with self._never_ends_the_run("note of the best checkpoint", images):
-                        self._note_best(images, found, whole)
+                    with self._warn_on_error("note of the best checkpoint", images):
+                        self._note_best(images, found, saved)
                     job.log.event("validation", stage=job.stage.name, images=images, **found)
         if preview:
             self.next_preview = self._next_multiple(images)
@@ -143,14 +143,14 @@ class Observer:
             return self.job.total
         return min((images // every + 1) * every, self.job.total)
 
-    def _note_best(self, images: int, found: dict[str, Any], whole: bool) -> None:
+    def _note_best(self, images: int, found: dict[str, Any], saved: bool) -> None:
         """Stores which checkpoint has the lowest validation loss. That one is never removed."""
         best, loss = best_of(self.job.checkpoints), found["loss"]
-        if whole and loss is not None and (best is None or loss < best["loss"]):
+        if saved and loss is not None and (best is None or loss < best["loss"]):
             write_json(self.job.checkpoints / BEST, {"images": images, "loss": loss})
 
     @contextlib.contextmanager
-    def _never_ends_the_run(self, what: str, images: int) -> Iterator[None]:
+    def _warn_on_error(self, what: str, images: int) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # of any kind: days of training are worth more than a preview
@@ -165,8 +165,8 @@ class Observer:
         if not job.processes.is_main:
             return
         advice = (
-            " It needs memory beside the training: use a larger --preview-every, fewer --preview-prompts, "
-            "or --recompute blocks."
+            " Previews and validation need memory in addition to training. Use a larger --preview-every, "
+            "fewer --preview-prompts, or --recompute blocks."
             if out_of_memory
             else ""
         )

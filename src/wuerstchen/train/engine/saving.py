@@ -13,20 +13,20 @@ from wuerstchen.train.report.cost import CostMeter
 
 
 class CheckpointNotWrittenWarning(UserNotice):
-    """A checkpoint could not be written. Training goes on because an older one is whole."""
+    """A checkpoint could not be written. Training goes on because there is an older one."""
 
 
-class Saving:
-    """Starts checkpoints, waits for them, and logs them when they are whole.
+class CheckpointSaver:
+    """Starts checkpoints, waits for them, and logs them when they are complete.
 
-    A checkpoint that cannot be written ends the run only if it is required (``must``) or if the stage has no
-    whole one yet. Otherwise training goes on, and the next checkpoint is tried.
+    If a checkpoint cannot be written, the run only ends if the checkpoint is required (``required=True``) or
+    if the stage has no complete checkpoint yet. Otherwise training goes on until the next checkpoint.
     """
 
     def __init__(
         self, writer: Writer, job: StageJob, state: TrainingState, faults: Faults, cost: CostMeter
     ) -> None:
-        """``state`` is new or restored from a whole checkpoint. Nothing is stored after a fault."""
+        """``state`` is new or restored from a complete checkpoint. Nothing is saved after a fault."""
         self._writer, self._job, self._state = writer, job, state
         self._faults, self._cost = faults, cost
         self._header = {**job.header, "stage": job.stage.name}
@@ -35,8 +35,8 @@ class Saving:
         """The log event of the checkpoint that is being written."""
         self._owed = False
         """Whether a milestone could not be written. The next checkpoint takes its place."""
-        self._whole_at: int | None = state.images or None
-        """Images of the newest whole checkpoint of the stage."""
+        self._complete_at: int | None = state.images or None
+        """Images of the newest complete checkpoint of the stage."""
 
     @property
     def failed(self) -> bool:
@@ -45,15 +45,15 @@ class Saving:
     def milestone_due(self, images: int) -> bool:
         return self._next_milestone is not None and images >= self._next_milestone
 
-    def is_whole(self, images: int) -> bool:
+    def is_complete(self, images: int) -> bool:
         """Whether the checkpoint at this number of images is on disk."""
-        return self._whole_at == images
+        return self._complete_at == images
 
-    def start(self, *, must: bool = False) -> None:
+    def start(self, *, required: bool = False) -> None:
         """Waits for the previous checkpoint, then starts one of this moment."""
         images = self._state.images
         self.wait()
-        if self.is_whole(images):
+        if self.is_complete(images):
             return
         self._faults.check()
         milestone = self.milestone_due(images) or self._owed
@@ -67,35 +67,35 @@ class Saving:
         try:
             self._writer.start(self._state, header)
         except CheckpointError as error:
-            self._give_up(error, must)
+            self._give_up(error, required)
 
-    def wait(self, *, must: bool = False) -> Path | None:
+    def wait(self, *, required: bool = False) -> Path | None:
         """Waits for the last checkpoint that was started. Returns None if it could not be written."""
         try:
             path = self._writer.wait()
         except CheckpointError as error:
-            self._give_up(error, must)
+            self._give_up(error, required)
             return None
-        self._log_whole()
+        self._log_complete()
         return path
 
     def poll(self) -> None:
-        """Logs a checkpoint as soon as it is whole, without waiting for it.
+        """Logs a checkpoint as soon as it is complete, without waiting for it.
 
         Only rank 0 knows, because it finishes the checkpoint. The other ranks are told by ``wait``.
         """
         if self._writer.processes.is_main and not self._writer.busy and not self._writer.failed:
-            self._log_whole()
+            self._log_complete()
 
-    def _log_whole(self) -> None:
+    def _log_complete(self) -> None:
         if self._started:
-            self._whole_at = self._started["images"]
+            self._complete_at = self._started["images"]
             self._job.log.event("checkpoint", **self._started)
             self._started, self._owed = {}, False
 
-    def _give_up(self, error: CheckpointError, must: bool) -> None:
+    def _give_up(self, error: CheckpointError, required: bool) -> None:
         failed, self._started = self._started, {}
-        if must or self._whole_at is None:
+        if required or self._complete_at is None:
             raise error
         reason = getattr(error, "reason", str(error))
         self._job.log.event(
@@ -105,7 +105,7 @@ class Saving:
             warnings.warn(
                 f"the checkpoint at image {failed['images']:,} of stage {self._header['stage'].upper()} "
                 f"cannot be written: {reason}. Training goes on and will try again at the next checkpoint. "
-                f"If it stops before, everything after image {self._whole_at:,} is lost. Free some disk "
+                f"If it stops before, everything after image {self._complete_at:,} is lost. Free some disk "
                 "space.",
                 CheckpointNotWrittenWarning,
                 stacklevel=2,

@@ -15,9 +15,9 @@ from wuerstchen.train.stages.base import UsesAverages
 
 
 def make_state(job: StageJob) -> checkpoint.TrainingState:
-    """Networks, averages and optimizers of a stage, restored from its newest whole checkpoint if it has one.
+    """Networks, averages and optimizers of a stage, restored from its newest complete checkpoint if any.
 
-    All ranks call it. Raises ``CheckpointError`` for a checkpoint that does not fit.
+    All ranks call it. Raises ``CheckpointError`` for an incompatible checkpoint.
     """
     stage, settings, processes = job.stage, job.settings, job.processes
     for network in stage.networks.values():

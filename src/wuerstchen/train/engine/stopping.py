@@ -48,7 +48,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:
-        """Within, signals are requests. A second Ctrl-C has its usual effect.
+        """Inside this context, SIGINT and SIGTERM become stop requests. A second Ctrl-C has its usual effect.
 
         Only the main thread can handle signals. In other threads this does nothing.
         """
@@ -76,7 +76,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Within, a request raises ``StoppedWaiting``. For waits in which no state changes."""
+        """Inside this context, a request raises ``StoppedWaiting``. For waits in which no state changes."""
         self._waits = True
         try:
             if self.requested and self._overdue():
