@@ -119,7 +119,7 @@ def test_a_field_of_a_later_phase_applies_from_its_start(tmp_path):
     [
         ("learning_rate", "must look like learning_rate=1e-5, got learning_rate"),
         ("learning_rate=2", "learning_rate must be between 0 and 1, got 2.0"),
-        ("workers=3", "workers may always change, so it needs no --change. Use --workers 3"),
+        ("workers=3", "workers can change at any time without --change. Use --workers 3"),
         ("prior.c=3", "prior.c cannot change within a run"),
         ("frozen_stride=8", "cannot change within a run"),
         ("backbone_rate=0.5", "cannot change within a run"),
@@ -157,7 +157,7 @@ def test_a_stage_says_which_of_its_settings_may_change(tmp_path, monkeypatch):
 
 def test_a_started_phase_cannot_be_left_out(tmp_path):
     run_dir = trained(tmp_path, **until("b2", b2=32))
-    with pytest.raises(UserError, match="stage B2 cannot be left out: its training has started"):
+    with pytest.raises(UserError, match="stage B2 cannot be removed: its training has started"):
         with_changes(phased(), run_dir, ["stage_b.refine_images=0"])
     changed, _ = with_changes(phased(), run_dir, ["stage_a.refine_images=0"])
     assert "a2" not in lengths(changed)
@@ -204,7 +204,7 @@ def test_without_a_checkpoint_the_run_ends_at_the_previous_phase(tmp_path):
 
 def test_a_run_that_has_not_started_takes_options_instead(tmp_path):
     with pytest.raises(
-        UserError, match=r"needs a run that has started.* as in --stage-c.optimization.learning-rate 1e-5"
+        UserError, match=r"only works on a started run.* as in --stage-c.optimization.learning-rate 1e-5"
     ):
         plan(tiny(), None, tmp_path, ["learning_rate=1e-5"])
 

@@ -341,7 +341,7 @@ def test_fine_tuning_a_published_model(published, photos, compressor_file, tmp_p
         ),
         (
             {"prior": PriorConfig(c_in=4, c=32, c_cond=16, c_r=16, depth=1, nhead=2)},
-            r"prior\.c=32, prior\.depth=1 of the recipe does not fit .* Use --prior.c 16 --prior.depth 2",
+            r"prior\.c=32, prior\.depth=1 of the recipe does not match .* Use --prior.c 16 --prior.depth 2",
         ),
         ({"start_from": "nowhere"}, "'nowhere' does not exist"),
         ({"stage_b": tiny().stage_b}, r"has no compressor\. Use --compressor-init"),
@@ -385,7 +385,7 @@ def test_the_originals_file_of_stage_b_gives_the_compressor(tmp_path, published,
     other = dataclasses.replace(named(tmp_path / "model_v2_stage_b.pt"), compressor=larger)
     with pytest.raises(
         UserError,
-        match=r"compressor\.backbone=efficientnet_v2_l .* does not fit .*backbone efficientnet_v2_s",
+        match=r"compressor\.backbone=efficientnet_v2_l .* does not match .*backbone efficientnet_v2_s",
     ):
         fill_compressor(other, ours)
     for missing in ("none.pth", "weights/none.safetensors"):
@@ -400,7 +400,7 @@ def test_the_originals_file_of_stage_b_gives_the_compressor(tmp_path, published,
 def test_a_v1_decoder_cannot_train_as_v2(small_v1, tmp_path, photos):
     write_model(small_v1, tmp_path / "v1", WHENCE)
     other = recipe(tmp_path / "v1", photos, stages=("b",), fresh=())
-    with pytest.raises(UserError, match="has the Stage B of v1, on tokens"):
+    with pytest.raises(UserError, match="has a v1 Stage B, which works on tokens"):
         train(other, tmp_path / "run", device="cpu")
     # But it can decode a new Stage C, with v1's settings.
     goes_on = recipe(tmp_path / "v1", photos, fresh=(), stage_c=StageCConfig(optimization=learning(4)))

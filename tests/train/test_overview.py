@@ -70,13 +70,13 @@ def test_suspicious_data_are_warned_about(tmp_path, encoder):
     (tmp_path / "photos" / "more").symlink_to(tmp_path / "elsewhere")
     said, warned = overview(recipe(images=50_000), {"mine": source}, encoder)
     text = "\n".join(said)
-    assert "2 are longer than the 32 that the text encoder reads, and cut" in text
+    assert "2 are longer than the text encoder's 32 tokens and are truncated" in text
     assert "2 images smaller than 128x128 pixels and enlarged, up to 128 times ('" in text
     assert "not used: 1 entry that is a link to a folder ('more')" in text
     assert "not used: 1 entry with the ending .heic ('a.heic')" in text
     assert "Stage C: 50,000 images, 5,000 epochs" in text
     for part in (
-        "2 of 10 captions of mine are cut",
+        "2 of 10 captions of mine are truncated",
         "2 images of mine would be enlarged more than 4 times, '8.png' the first",
         "that is a link to a folder ('more') of mine will not be used. Copy its images into the folder",
         "with the ending .heic ('a.heic') of mine will not be used. Save them as PNG or JPEG",

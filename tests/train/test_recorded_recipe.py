@@ -76,9 +76,9 @@ def test_values_are_parsed_by_the_type_of_the_field(path, text, value):
 @pytest.mark.parametrize(
     ("path", "text", "kind"),
     [
-        ("seed", "1.5", "a whole number"),
-        ("seed", "many", "a whole number"),
-        ("seed", "1e999", "a whole number"),
+        ("seed", "1.5", "an integer"),
+        ("seed", "many", "an integer"),
+        ("seed", "1e999", "an integer"),
         ("stage_a.optimization.learning_rate", "low", "a number"),
         ("stored_texts", "words", "one of tokens, states"),
         ("stage_a.measure_scale", "perhaps", "true or false"),

@@ -569,7 +569,7 @@ def test_changed_data_are_refused_unless_accepted_and_recorded(begun, monkeypatc
 def test_damaged_files_of_a_run_are_named(begun):
     stored = json.loads((begun / "run.json").read_text())
     (begun / "run.json").write_text(json.dumps({**stored, "recipe": 3}))
-    with pytest.raises(RunFolderError, match=r"run\.json has no recipe and data"):
+    with pytest.raises(RunFolderError, match=r"run\.json is not a run description: it lacks recipe or data"):
         train(tiny(), begun)
     (begun / "run.json").write_text(json.dumps(stored))
     run = TrainingRun.__new__(TrainingRun)

@@ -176,7 +176,7 @@ def test_stage_b_alone_on_a_stage_a_that_is_there(finished, data, tmp_path, caps
 def test_a_start_of_the_other_kind_is_refused(finished, data, tmp_path):
     folder, _ = finished
     other = recipe(data, decoder=tiny().decoder, start_from=str(folder / "model"), stages=("b",))
-    with pytest.raises(UserError, match=r"Stage B of v1, on tokens.* trains that of v2, .*Use --fresh b"):
+    with pytest.raises(UserError, match=r"v1 Stage B, .* tokens, .* trains a v2 Stage B, .*Use --fresh b"):
         run.train(other, tmp_path / "x", device="cpu")
 
 

@@ -241,7 +241,7 @@ def with_changes(
     _check_lengths(recipe, changed, run_dir)
     changes = []
     for path in paths:
-        # A refinement with 0 images is not a phase yet, or not any more.
+        # A refinement with 0 images is not a phase: it was not added yet, or it was removed.
         readers = [p for p in phases if p.reads(path)] or [p for p in run_phases(recipe) if p.reads(path)]
         open_parts = [p for p in readers if images_seen(run_dir, p) < p.images or p.length == path]
         if not open_parts:
@@ -273,14 +273,14 @@ def _with(recipe: Recipe, phase: RunPhase, request: str) -> Recipe:
     path = name
     if name in FREE_FIELDS:
         option = name.replace("_", "-")
-        raise UserError(f"{name} may always change, so it needs no --change. Use --{option} {text}.")
+        raise UserError(f"{name} can change at any time without --change. Use --{option} {text}.")
     if "." not in name and name not in _RUN:
         path = phase.path_of(name) or name
     if not _may_change(path, fields):
         raise UserError(
             f"{path} cannot change within a run. Only settings that do not change networks or data "
             "can: images, learning_rate, batch_size, clip_norm, precision, seed, skip and the like. For "
-            "other changes, start a new run. --start-from can load this run's model if it fits."
+            "other changes, start a new run. --start-from can load this run's model if it matches."
         )
     if adds and path != "skip":
         raise UserError(
@@ -295,7 +295,8 @@ def _with(recipe: Recipe, phase: RunPhase, request: str) -> Recipe:
 
 
 def _check_lengths(before: Recipe, after: Recipe, run_dir: Path) -> None:
-    """Refuses lengths below what a phase has seen, and longer phases that a later phase was trained on."""
+    """Raises ``UserError`` if a phase would become shorter than what it has already trained on, or if a phase
+    that a later one builds on would become longer."""
     phases = run_phases(after)
     for number, phase in enumerate(phases):
         seen = images_seen(run_dir, phase)
@@ -316,8 +317,8 @@ def _check_lengths(before: Recipe, after: Recipe, run_dir: Path) -> None:
     for phase in gone:
         if images_seen(run_dir, phase):
             raise UserError(
-                f"stage {phase.name.upper()} cannot be left out: its training has started. Use --end-now to "
-                "end it where it is."
+                f"stage {phase.name.upper()} cannot be removed: its training has started. Use --end-now to "
+                "end it at its newest checkpoint."
             )
 
 
@@ -359,7 +360,7 @@ def _differing(before: Recipe, after: Recipe) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The recipe that a start of a run trains by, and how it came about."""
+    """The recipe for this start of the run, and the changes that led to it."""
 
     recipe: Recipe
     begun: Recipe
@@ -391,8 +392,8 @@ def plan(
         if requests or end_now:
             what = "--end-now" if end_now else f"--change {requests[0]}"
             raise UserError(
-                f"{what} needs a run that has started, and {run_dir} has not. Give fields as options, as in "
-                "--stage-c.optimization.learning-rate 1e-5."
+                f"{what} only works on a started run, and {run_dir} has not started. Set the fields as "
+                "options instead, as in --stage-c.optimization.learning-rate 1e-5."
             )
         return Plan(recipe=given, begun=given, recorded=[], new=[])
     source = str(run_dir / "run.json")

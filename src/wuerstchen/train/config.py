@@ -139,7 +139,7 @@ class Recipe:
     checkpointing). It saves memory, computes a third more, and gives the same gradients."""
     prepared_images: int = 0
     """Size of the image cache: images that are composed once at the start and kept on the device, together
-    with the outputs of the frozen networks, for training on them. 0 composes every image anew. An image of
+    with the outputs of the frozen networks, for training on them. 0 disables the cache. An image of
     256 pixels takes 0.2 MB, or 0.26 MB with the latents for Stage B."""
     preview_prompts: tuple[str, ...] = ()
     """Prompts of Stage C's previews, the same for the whole run. Empty for captions from the data."""

@@ -29,10 +29,10 @@ class Optimization:
     clip_norm: float = 1.0
     """Gradients are clipped to this norm."""
     ema_decay: float = 0.999
-    """Decay of the weight average per update. It starts lower, to forget the initial weights quickly."""
+    """EMA decay per update. It starts lower, to forget the initial weights quickly."""
     ema_every: int = 1
-    """Updates between steps of the weight average, which then decays by ``ema_decay`` to this power. The last
-    update is always included. Use a value above 1 for billion-parameter models. The original uses 100."""
+    """Updates between EMA steps. Each step decays by ``ema_decay ** ema_every``. The last update is always
+    included. Use a value above 1 for billion-parameter models. The original uses 100."""
     accumulate: int = 1
     """Micro-batches per batch, for batches that do not fit into memory. Gradients are accumulated, and
     exchanged between processes once per update. The update equals that of the whole batch up to rounding,
@@ -54,8 +54,8 @@ class Optimization:
             )
         if not self.clip_norm > 0 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(
-                f"clip_norm must be above 0 and betas from 0 to below 1, got {self.clip_norm} and "
-                f"{self.betas}. 1.0 and 0.9 0.999 are common."
+                f"clip_norm must be above 0 and betas must be in [0, 1), got clip_norm={self.clip_norm} and "
+                f"betas={self.betas}. Common values are 1.0 and (0.9, 0.999)."
             )
         if not 0 <= self.weight_decay < math.inf:
             raise UserError(f"weight_decay must be at least 0, got {self.weight_decay}. 0.01 is common.")
@@ -152,7 +152,9 @@ class StageAConfig:
     def __post_init__(self) -> None:
         check_side(self.image_size)
         if self.crop is not None and self.crop < 16:
-            raise UserError(f"crop must be at least 16, got {self.crop}. Leave it out for whole images.")
+            raise UserError(
+                f"crop must be at least 16, got {self.crop}. Remove it to train on complete images."
+            )
         for name in ("discriminator_width", "discriminator_depth"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")

@@ -67,7 +67,7 @@ class Start:
     """The folder of the text encoder if the model will copy it. None for CLIP, which is written instead."""
     provenance: dict[str, Provenance] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
-    """Networks of the model that are not used, because they will not fit the trained stages."""
+    """Networks of the start model that are not used because they are incompatible with the trained stages."""
 
     def resolved(self, recipe: Recipe) -> Recipe:
         """The recipe with the shapes of the networks that are not trained, which checks that they fit."""
@@ -191,9 +191,9 @@ def _check_networks(recipe: Recipe, start: Start) -> None:
         has, wants = decoder_kind(decoder.config), decoder_kind(recipe.decoder)
         if has is not wants:
             raise UserError(
-                f"start_from={recipe.start_from} has the Stage B of {has.version}, on {has.works_on}. The "
-                f"recipe trains that of {wants.version}, on {wants.works_on}. Use --fresh b, or a start of "
-                f"{wants.version}."
+                f"start_from={recipe.start_from} has a {has.version} Stage B, which works on "
+                f"{has.works_on}, but the recipe trains a {wants.version} Stage B, which works on "
+                f"{wants.works_on}. Use --fresh b, or start from a {wants.version} model."
             )
     for name in [name for kind in selectable() if kind.short in recipe.stages for name in kind.makes]:
         network = getattr(parts, name)
@@ -202,7 +202,7 @@ def _check_networks(recipe: Recipe, start: Start) -> None:
 
 
 def _check_view(recipe: Recipe, start: Start) -> None:
-    """Refuses to train on with a compressor that was trained at another ``view_scale``."""
+    """Raises ``UserError`` if the compressor was trained at another ``view_scale`` and is trained further."""
     trained = recipe.trains("decoder") and start.parts.compressor is not None and start.settings is not None
     if trained and start.settings.view_scale != recipe.view_scale:
         raise UserError(
@@ -213,11 +213,11 @@ def _check_view(recipe: Recipe, start: Start) -> None:
 
 
 def _check_config(name: str, ours: object, theirs: object, source: str) -> None:
-    """Refuses a configuration that does not fit the weights, and names the options that would."""
+    """Raises ``UserError`` if the config does not match the weights, and names the options that would."""
     if type(ours) is not type(theirs):
         raise UserError(
-            f"the {name} of {source} is a {type(theirs).__name__}, and that of the recipe is a "
-            f"{type(ours).__name__}. Use another --start-from."
+            f"the recipe's {name} is a {type(ours).__name__}, but {source} has a {type(theirs).__name__}. "
+            "Use another --start-from."
         )
     assert dataclasses.is_dataclass(theirs)
     fields = (f.name for f in dataclasses.fields(theirs) if f.name not in _FREE_CONFIG)
@@ -225,7 +225,7 @@ def _check_config(name: str, ours: object, theirs: object, source: str) -> None:
     if differing:
         found = ", ".join(f"{name}.{f}={getattr(ours, f)}" for f in differing)
         options = " ".join(f"--{name}.{f.replace('_', '-')} {_option(getattr(theirs, f))}" for f in differing)
-        raise UserError(f"{found} of the recipe does not fit the weights of {source}. Use {options}.")
+        raise UserError(f"{found} of the recipe does not match the weights of {source}. Use {options}.")
 
 
 def _option(value: object) -> str:
@@ -295,7 +295,7 @@ def _check_text(recipe: Recipe, start: Start) -> None:
     own = parts.decoder_text_encoder
     if own is not None and own.model.config.model_type != "clip_text_model":
         raise UserError(
-            "decoder_text_encoder must be a CLIP text encoder. Leave it out to use that of Stage C."
+            "decoder_text_encoder must be a CLIP text encoder. Remove it to use Stage C's text encoder."
         )
     if start.settings is None:
         return

@@ -147,12 +147,14 @@ def _captions(
     line += f"median {median(lengths):g}"
     cut = sum(length > encoder.text_positions for length in lengths)
     if cut:
-        line += f". {cut:,} are longer than the {encoder.text_positions} that the text encoder reads, and cut"
+        line += (
+            f". {cut:,} are longer than the text encoder's {encoder.text_positions} tokens and are truncated"
+        )
     lines.append(line)
     if cut > _MANY_CUT * len(lengths):
         warnings.append(
-            f"{cut:,} of {len(lengths):,} captions of {data} are cut, because the text encoder reads "
-            f"{encoder.text_positions} tokens. The model does not see the rest. Use shorter captions"
+            f"{cut:,} of {len(lengths):,} captions of {data} are truncated to the text "
+            f"encoder's {encoder.text_positions} tokens. Use shorter captions"
         )
 
 

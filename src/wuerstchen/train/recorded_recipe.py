@@ -150,4 +150,4 @@ def _kind(hint: Any) -> str:
         return f"one of {', '.join(map(str, arguments))}"
     if origin is tuple:
         return "a list of values separated by commas"
-    return {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "a text")
+    return {int: "an integer", float: "a number", bool: "true or false"}.get(hint, "a string")

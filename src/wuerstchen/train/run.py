@@ -129,8 +129,8 @@ def _train(
             run.begun = begun
             if not processes.all_equal(run.fingerprint):
                 raise DataError(
-                    f"process {processes.rank} has other data in {recipe.data!r} than the other processes of "
-                    "this run. Give all of them the same images and captions."
+                    f"rank {processes.rank} has different data in {recipe.data!r} than the other ranks. Make "
+                    "the same images and captions available to all of them."
                 )
             if processes.is_main:
                 now = Fingerprints(data=run.fingerprint, start=start.fingerprint())
@@ -230,7 +230,10 @@ class TrainingRun(PhaseRunner):
         }
         if self.processes.is_main and self.start.left_out:
             lost = " and ".join(self.start.left_out)
-            print(f"{lost} of {recipe.start_from} would not fit the trained stages and is not in the model")
+            print(
+                "not included in the model, because incompatible with the trained stages: "
+                f"{lost} of {recipe.start_from}"
+            )
         networks, settings = self.parts.networks(), self.settings_of_model()
         write_parts(
             settings,
@@ -242,7 +245,7 @@ class TrainingRun(PhaseRunner):
         )
 
     def write_results(self, folder: Path) -> None:
-        """Writes what stages have made besides the parts of the model."""
+        """Writes the results of stages that are not networks of the model."""
         for kind in trained_kinds(self.recipe):
             if kind.write is not None:
                 kind.write(self, folder)

@@ -109,9 +109,9 @@ def check_colours(
         if not accept_changed_data:
             raise RunFolderError(
                 f"{run_dir} was started by a version that ignored colour profiles, and image {min(names)!r} "
-                "has one. This version converts such images to sRGB, so they would change in the middle of "
-                "the run. Give --accept-changed-data to continue with the right colours, or use another "
-                "--run-dir."
+                "has one that changes its colours. This version converts such images to sRGB, so they would "
+                "change in the middle of the run. Use --accept-changed-data to continue with the right "
+                "colours, or use another --run-dir."
             )
         log.event("accepted changed data", before="colour profiles ignored", now="colours in sRGB")
     if processes.is_main:
@@ -144,7 +144,9 @@ def read_run(run_dir: Path) -> dict[str, Any] | None:
     changes = stored.get("changes", [])
     whole = isinstance(stored.get("recipe"), dict) and isinstance(stored.get("data"), str)
     if not whole or not isinstance(changes, list) or not all(isinstance(c, dict) for c in changes):
-        raise RunFolderError(f"{path} has no recipe and data. Use another --run-dir.")
+        raise RunFolderError(
+            f"{path} is not a run description: it lacks recipe or data. Use another --run-dir."
+        )
     return stored
 
 
@@ -154,7 +156,7 @@ class Fingerprints:
 
     data: str
     start: str
-    """Of the weights that it starts from; empty without any."""
+    """Fingerprint of the weights that the run starts from. Empty if there are none."""
 
 
 def check_run(

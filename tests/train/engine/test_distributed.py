@@ -200,7 +200,7 @@ def test_processes_with_different_data_are_refused(runs):
     said = said_by_two(runs / "different")
     assert [len(lines) for lines in said] == [1, 1]
     for rank in (0, 1):
-        assert f"Error: process {rank} has other data in" in said[rank][0]
+        assert f"Error: rank {rank} has different data in" in said[rank][0]
 
 
 def test_images_that_any_process_cannot_read_are_named(runs):
