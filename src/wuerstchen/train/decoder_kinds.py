@@ -37,7 +37,7 @@ class DecoderKind:
     with_compressor: Callable[..., Any]
     """The class of its phases that train the compressor too (``stages.decoding.WithCompressor``)."""
     refinement: Callable[..., Any]
-    """The class of its last phase, which trains the decoder alone (``stages.decoding.OnFinishedLatents``)."""
+    """The class of its last phase, which trains the decoder alone (``stages.decoding.DecoderOnly``)."""
     check: "Callable[[Recipe], None]"
     """Raises ``UserError`` for recipes that do not fit it."""
     objective: "Callable[[Recipe], Objective] | None"

@@ -333,15 +333,15 @@ class TestStageB:
     def test_latents_are_zeroed_and_noised_per_image(self, stage_b):
         stage_b.config = dataclasses.replace(stage_b.config, map_dropout=0.2, map_noise=0.5)
         z = torch.full((4000, 2, 3, 3), 7.0)
-        disturbed = stage_b.disturb(z, ImageRandom(0, torch.arange(4000)))
-        zeroed = (disturbed == 0).flatten(1).all(1)
-        untouched = (disturbed == 7).flatten(1).all(1)
+        augmented = stage_b.augment(z, ImageRandom(0, torch.arange(4000)))
+        zeroed = (augmented == 0).flatten(1).all(1)
+        untouched = (augmented == 7).flatten(1).all(1)
         noised = ~zeroed & ~untouched
         assert zeroed.float().mean().item() == pytest.approx(0.2, abs=0.02)
         assert noised.float().mean().item() == pytest.approx(0.8 * 0.5, abs=0.03)
         # Times reach to 0.5, where √ᾱ is 0.70: the mean of noised latents falls to
         # no less than that.
-        shares = disturbed[noised].flatten(1).mean(1) / 7
+        shares = augmented[noised].flatten(1).mean(1) / 7
         assert shares.max() < 1.2
         assert 0.75 < shares.mean() < 0.97
 

@@ -117,7 +117,7 @@ class TestTokenLosses:
         torch.testing.assert_close(losses.smoothed(smoothing), expected, rtol=1e-12, atol=1e-12)
         for our, their in zip(ours, theirs, strict=True):
             torch.testing.assert_close(our, their, rtol=1e-11, atol=1e-12)
-        assert torch.equal(losses.hit, logits.argmax(1) == labels)
+        assert torch.equal(losses.correct, logits.argmax(1) == labels)
 
     def test_logits_are_never_there_all_at_once(self, monkeypatch):
         """Neither in the forward pass nor kept for the backward pass."""

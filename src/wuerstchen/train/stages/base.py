@@ -1,5 +1,5 @@
-"""What all stages share: what a stage is (``StageKind``), what it gets to train with (``Run``), and the
-interface of its phases to the training loop (``Stage``).
+"""Interfaces of the training stages: a stage's definition (``StageKind``), its access to the run (``Run``),
+and a phase as the training loop sees it (``Stage``).
 
 A phase works in two steps. ``prepare`` computes what does not change during training: the outputs of frozen
 networks for an image and its caption. ``losses`` yields ``(network, loss, terms)``, and the loop updates that
@@ -218,11 +218,12 @@ class StageKind:
     makes: tuple[str, ...]
     """The parts of the model that it trains."""
     optional: tuple[str, ...] = ()
-    """Those of them that a model can lack."""
+    """Which of these parts are optional in a model."""
     builds_on: tuple[str, ...] = ()
     """Names of the stages whose results it uses."""
     refines: bool = False
-    """Whether it continues the training of the stage with the same ``short`` name, after other stages."""
+    """Whether it is a later phase of the stage with the same ``short`` name, after other stages have been
+    trained."""
     reads_captions: bool = False
     """Whether it reads captions with the text encoder of Stage C."""
     needs_images: str = ""
@@ -254,7 +255,7 @@ def numbered(
 
 
 def sides_multiple(recipe: Recipe) -> int:
-    """What the sides of images must be multiples of to be decoded: each level of the decoder halves them."""
+    """Image sides must be multiples of this to be decoded, because each level of the decoder halves them."""
     return recipe.vqgan.factor * recipe.decoder.size_multiple
 
 

@@ -25,7 +25,7 @@ from wuerstchen.train.stages.base import (
     objective_of,
     sides_multiple,
 )
-from wuerstchen.train.stages.decoding import DecoderAndCompressor, Decoding, OnFinishedLatents, WithCompressor
+from wuerstchen.train.stages.decoding import DecoderAndCompressor, DecoderOnly, Decoding, WithCompressor
 
 
 class _Latents(Decoding):
@@ -47,7 +47,7 @@ class _Latents(Decoding):
         latents = inputs["latents"]
         states, mask = self.text_of(inputs, random)
         context = decoder.context(
-            self.disturb(z, random), tuple(latents.shape[2:]), states, mask, cache_kv=False
+            self.augment(z, random), tuple(latents.shape[2:]), states, mask, cache_kv=False
         )
         objective = self.objective
         t = objective.times(random.uniform("time"))
@@ -66,7 +66,7 @@ class StageB(_Latents, WithCompressor):
     """Trains v2's latent diffusion decoder together with the semantic compressor."""
 
 
-class StageBRefinement(_Latents, OnFinishedLatents):
+class StageBRefinement(_Latents, DecoderOnly):
     """The last phase of v2's Stage B: trains only the decoder, on the finished compressor's latents."""
 
 

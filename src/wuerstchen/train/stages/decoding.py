@@ -1,6 +1,6 @@
 """Training of Stage B, as far as v1 and v2 share it: the decoder with the compressor, then the decoder alone.
 
-``WithCompressor`` and ``OnFinishedLatents`` say which networks are trained. What the decoder learns, latents
+``WithCompressor`` and ``DecoderOnly`` say which networks are trained. What the decoder learns, latents
 in v2 or tokens in v1, is in decoder.py and paella.py.
 """
 
@@ -68,9 +68,9 @@ class Decoding:
         self.preview_labels = {
             "rows": [
                 "original",
-                "through Stage A alone",
-                "through Stages B and A",
-                "as the previewer guesses it",
+                "Stage A only",
+                "Stages B and A",
+                "previewer",
             ]
         }
 
@@ -79,7 +79,7 @@ class Decoding:
             return {}
         return encoded_captions(self.text_encoder, batch.captions, self.recipe)
 
-    def disturb(self, z: Float[Tensor, "b c h w"], random: ImageRandom) -> Float[Tensor, "b c h w"]:
+    def augment(self, z: Float[Tensor, "b c h w"], random: ImageRandom) -> Float[Tensor, "b c h w"]:
         """Drops the semantic latents of some images and noises those of others, so that Stage B tolerates
         errors of Stage C.
 
@@ -225,7 +225,7 @@ class WithCompressor(Decoding):
         )
 
 
-class OnFinishedLatents(Decoding):
+class DecoderOnly(Decoding):
     """The last phase: trains only the decoder, on the semantic latents of the finished compressor."""
 
     averaged = ("decoder", "previewer")

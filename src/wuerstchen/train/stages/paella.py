@@ -22,7 +22,7 @@ from wuerstchen.train.config import Recipe
 from wuerstchen.train.decoder_kinds import DecoderKind
 from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.stages.base import Inputs
-from wuerstchen.train.stages.decoding import Decoding, OnFinishedLatents, WithCompressor
+from wuerstchen.train.stages.decoding import DecoderOnly, Decoding, WithCompressor
 
 POSITIONS = 128 * 128
 """Positions that have logits at the same time: one image of 512 pixels, 512 MiB in fp32."""
@@ -34,14 +34,14 @@ class TokenLosses:
 
     cross_entropy: Float[Tensor, "b h w"]
     """−ln p(label)."""
-    evenness: Float[Tensor, "b h w"]
+    uniform_cross_entropy: Float[Tensor, "b h w"]
     """The mean of −ln p over all labels, for label smoothing."""
-    hit: Bool[Tensor, "b h w"]
+    correct: Bool[Tensor, "b h w"]
     """Whether the label is the most likely one."""
 
     def smoothed(self, smoothing: float) -> Float[Tensor, "b h w"]:
         """The cross entropy to (1 − s) · one-hot + s / labels, as in arXiv 1512.00567, section 7."""
-        return (1 - smoothing) * self.cross_entropy + smoothing * self.evenness
+        return (1 - smoothing) * self.cross_entropy + smoothing * self.uniform_cross_entropy
 
 
 def token_losses(
@@ -87,9 +87,9 @@ class _Tokens(Decoding):
         t = training_timesteps(random.uniform("time"), self.config.time_shift)
         assert isinstance(decoder, Paella)
         assert states is not None
-        context = decoder.context(self.disturb(z, random), states, cache_kv=False)
+        context = decoder.context(self.augment(z, random), states, cache_kv=False)
         losses, mask = self._token_losses(decoder, context, inputs, t, random)
-        return self._weighted(losses, mask, t).mean(), {"accuracy": losses.hit.float().mean()}
+        return self._weighted(losses, mask, t).mean(), {"accuracy": losses.correct.float().mean()}
 
     def token_errors(
         self, averages: dict[str, nn.Module], inputs: Inputs, t: Float[Tensor, " b"], random: ImageRandom
@@ -134,7 +134,7 @@ class StagePaella(_Tokens, WithCompressor):
     """Trains v1's Paella together with the semantic compressor."""
 
 
-class StagePaellaRefinement(_Tokens, OnFinishedLatents):
+class StagePaellaRefinement(_Tokens, DecoderOnly):
     """The last phase of v1's Stage B: trains only Paella, on the finished compressor's latents."""
 
 

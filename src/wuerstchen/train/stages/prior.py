@@ -66,8 +66,8 @@ class StageC:
         """The prior of the ``model`` is trained. The other networks are frozen. Without a ``phase`` it is the
         first one.
 
-        On a ``device`` other than the CPU, only the frozen networks that updates ``needs`` stay there. The
-        others are moved there for previews. Without a ``device`` all stay where they are.
+        On a ``device`` other than the CPU, only the frozen networks in ``needs`` stay on it. The others are
+        moved to it for previews. If ``device`` is None, nothing is moved.
         """
         assert model.prior is not None
         assert model.compressor is not None
@@ -258,7 +258,7 @@ def _measured_statistics(run: Run) -> LatentStatistics:
 
 
 def check(run: Run) -> None:
-    """Raises ``UserError`` for prepared sets of other networks, or that do not suit a phase."""
+    """Raises ``UserError`` for prepared sets made with other networks or that a phase cannot use."""
     recipe, parts = run.recipe, run.parts
     for named in _phases(recipe):
         source, phase = run.source(named.phase), named.phase

@@ -92,9 +92,7 @@ class _Reconstructing:
         self.networks: dict[str, nn.Module] = {}
         self.rates: dict[str, float] = {}
         self.rate_scales: dict[str, float] = {}
-        self.preview_labels = {
-            "rows": ["original", "through Stage A without its codebook", "through Stage A"]
-        }
+        self.preview_labels = {"rows": ["original", "Stage A, unquantised", "Stage A"]}
         self.perceptual = None if perceptual is None else PerceptualLoss(perceptual)
         self.discriminator: Discriminator | None = None
         if config.adversarial_weight > 0:
