@@ -207,7 +207,7 @@ def test_watching_changes_nothing(tmp_path, recipe, whole, capsys):
     said = capsys.readouterr().out
     assert "Remaining cost at the measured speed:\n  Stage A:" in said
     assert said.count("in total:") == 2  # before and after
-    assert "in money" in said
+    assert ", cost " in said
 
     assert final_files(tmp_path / "watched") == final_files(whole)
 

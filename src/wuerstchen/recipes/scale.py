@@ -9,8 +9,8 @@ from wuerstchen.models.paella import PaellaConfig
 from wuerstchen.train.config import Recipe
 
 UNIT = 64
-"""Widths are multiples of this or of the channels of an attention head. Small widths are multiples of 1/8 of
-it."""
+"""Scaled widths are rounded to a multiple of this, or of the channels per attention head. Small widths are
+rounded to a multiple of 1/8 of it."""
 
 
 def scaled(recipe: Recipe, width: float = 1.0, depth: float = 1.0) -> Recipe:

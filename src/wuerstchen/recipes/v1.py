@@ -12,8 +12,8 @@ from wuerstchen.train.config import Optimization, Recipe, StageBConfig, StageCCo
 def v1_stage_b() -> Recipe:
     """Stage B of v1: Paella (730.8 M), with the compressor, on the published Stage A, at 512×512 pixels.
 
-    Hardware: GPUs with 80 GB. Time: not published for the authors' up to 1.5 million updates. Cost: not
-    published. This recipe has not been run; the rehearsal estimates time and cost on your machine. Result: a
+    Hardware: GPUs with 80 GB. Time: not published. The authors trained for up to 1.5 million updates.
+    Cost: not published. This recipe has not been run; the rehearsal estimates time and cost on your machine. Result: a
     Stage B for ``v1-stage-c``, which takes its model as --start-from. Stage A comes from --start-from, by
     default warp-ai/wuerstchen, because v1 and v2 share it. The compressor needs --compressor-init FILE with
     ImageNet weights of EfficientNetV2-L. Its backbone trains at a tenth of the learning rate. The original

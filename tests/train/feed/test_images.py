@@ -131,7 +131,7 @@ def test_too_little_shared_memory_is_reported(size):
     """The workers printed that there is no room, and the run waited for them for ever. With even less, not
     even the workers' queues can be made."""
     said = said_with_shared_memory(f"mount -t tmpfs -o size={size} tmpfs /dev/shm")
-    assert said.startswith("/dev/shm has no room for the batches of --workers 2: 0 MiB free of")
+    assert said.startswith("/dev/shm is too small for the batches of --workers 2: 0 MiB free of")
     assert "--workers 0" in said
     assert "--shm-size" in said
 
@@ -144,7 +144,7 @@ def test_workers_put_batches_into_shared_memory(monkeypatch, toy_source):
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
     feed = Feed(toy_source(), 5, 4, True)
-    with pytest.raises(UserError, match=r"^/dev/shm has no room for the batches of --workers 1"):
+    with pytest.raises(UserError, match=r"^/dev/shm is too small for the batches of --workers 1"):
         list(batches(feed, 0, 8, 4, workers=1))
     assert len(list(batches(feed, 0, 8, 4, workers=0))) == 2
 

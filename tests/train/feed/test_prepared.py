@@ -149,14 +149,14 @@ def test_sizes_with_fewer_images_than_a_batch_are_used_and_reported(prepared):
     assert rows == set(feed.rows.tolist())  # every image in the first epoch
     counts = np.bincount(prepared.bucket_ids[feed.rows]).tolist()
     assert feed.epoch() == [
-        f"{size}: {count} images, fewer than a batch of 60, so a batch shows each about {60 / count:.3g} "
-        f"times, once in {60 / count:.3g} epochs"
+        f"{size}: {count} images, fewer than the batch size of 60, so about every {60 / count:.3g} epochs "
+        f"one batch repeats each image about {60 / count:.3g} times"
         for size, count in zip(("128x512", "256x256", "512x128"), [c for c in counts if c], strict=True)
     ]
     whole = PreparedFeed(prepared, 3, 500, 25).epoch()
     assert whole[1] == (
         f"256x256: {counts[prepared.buckets.index((256, 256))]} images, 1 batch per epoch. "
-        f"{counts[prepared.buckets.index((256, 256))] - 25} wait for another epoch, different ones each time"
+        f"{counts[prepared.buckets.index((256, 256))] - 25} are left over in each epoch, different ones each time"
     )
 
 

@@ -81,7 +81,7 @@ def test_a_tariff_by_hand():
     tariff = make_tariff("fr", None, 2.5, 0.2)
     assert tariff.kg_co2(cost) == pytest.approx(1.5 * 0.056)
     assert tariff.money(cost) == pytest.approx(5.3)
-    assert tariff.describe(cost) == "2.0 h, 1.5 kWh (GPU only), 0.084 kg CO2 (FR, Ember, 2023), 5.30 in money"
+    assert tariff.describe(cost) == "2.0 h, 1.5 kWh (GPU only), 0.084 kg CO2 (FR, Ember, 2023), cost 5.30"
     assert make_tariff(None, 0.1).kg_co2(cost) == pytest.approx(0.15)
     assert make_tariff().kg_co2(cost) == pytest.approx(1.5 * WORLD_GRAMS / 1000)
     assert make_tariff().money(cost) is None

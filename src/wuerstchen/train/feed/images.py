@@ -189,8 +189,8 @@ def _no_shared_memory(workers: int) -> UserError:
         usage = shutil.disk_usage(_SHARED_MEMORY)
         room = f": {usage.free / 2**20:,.0f} MiB free of {usage.total / 2**20:,.0f}"
     return UserError(
-        f"{_SHARED_MEMORY} has no room for the batches of --workers {workers}{room}. Each worker keeps up to "
-        f"{_PREFETCHED} batches there. Use fewer workers, --workers 0, or more shared memory, in a container "
+        f"{_SHARED_MEMORY} is too small for the batches of --workers {workers}{room}. Each worker keeps up "
+        f"to {_PREFETCHED} batches in it. Use fewer workers, --workers 0, or more shared memory, in a container "
         "with docker run --shm-size 16g."
     )
 

@@ -128,12 +128,13 @@ class PreparedFeed(Dataset[tuple[int, StoredImage, list[tuple[str, str]]]]):
             line = f"{width}x{height}: {_times(count, 'image')}, "
             if not whole:
                 line += (
-                    f"fewer than a batch of {self.batch_size}, so a batch shows each about "
-                    f"{self.batch_size / count:.3g} times, once in {self.batch_size / count:.3g} epochs"
+                    f"fewer than the batch size of {self.batch_size}, so about every "
+                    f"{self.batch_size / count:.3g} epochs one batch repeats each image about "
+                    f"{self.batch_size / count:.3g} times"
                 )
             else:
                 line += f"{_times(whole, 'batch', 'batches')} per epoch"
-                line += f". {rest} wait for another epoch, different ones each time" if rest else ""
+                line += f". {rest} are left over in each epoch, different ones each time" if rest else ""
             lines.append(line)
         return lines
 

@@ -1,1 +1,1 @@
-"""What a run leaves to be read: events, costs, curves and its page."""
+"""Reports about a run: events, costs, curves and the HTML page."""

@@ -77,7 +77,7 @@ class Tariff:
         else:
             text += f", {cost.kwh:.3g} kWh (GPU only), {self.kg_co2(cost):.3g} kg CO2 ({self.grid})"
         money = self.money(cost)
-        return text if money is None else f"{text}, {money:,.2f} in money"
+        return text if money is None else f"{text}, cost {money:,.2f}"
 
 
 def make_tariff(

@@ -258,7 +258,7 @@ def _stages_table(stages: Mapping[str, _Stage], events: Sequence[dict[str, Any]]
     if any(cost.kwh is None for cost in spent.values()):
         notes.append("A dash means that it was not measured.")
     if any(name not in remaining and stages[name].images < stages[name].total for name in stages):
-        notes.append("Stages without a remaining cost have no known speed.")
+        notes.append("A stage without a remaining cost has no measured speed yet.")
     notes.append(f"{', '.join(prices)}. Remaining: at the latest speed.")
     return f'{table(_COLUMNS, rows)}<p class="note">{html.escape(" ".join(notes))}</p>'
 
