@@ -12,12 +12,12 @@ from wuerstchen.train.config import Optimization, Recipe, StageBConfig, StageCCo
 def v1_stage_b() -> Recipe:
     """Stage B of v1: Paella (730.8 M), with the compressor, on the published Stage A, at 512×512 pixels.
 
-    Hardware: GPUs with 80 GB. Time: not published. The authors trained for up to 1.5 million updates.
-    Cost: not published. This recipe has not been run; the rehearsal estimates time and cost on your machine. Result: a
-    Stage B for ``v1-stage-c``, which takes its model as --start-from. Stage A comes from --start-from, by
-    default warp-ai/wuerstchen, because v1 and v2 share it. The compressor needs --compressor-init FILE with
-    ImageNet weights of EfficientNetV2-L. Its backbone trains at a tenth of the learning rate. The original
-    trains it at the full rate (--stage-b.backbone-rate 1).
+    Hardware: GPUs with 80 GB. Time: not published. The authors trained for up to 1.5 million updates. Cost:
+    not published. This recipe has not been run. The rehearsal estimates time and cost on your machine.
+    Result: a Stage B for ``v1-stage-c``, which takes its model as --start-from. Stage A comes from
+    --start-from, by default warp-ai/wuerstchen, because v1 and v2 share it. The compressor needs
+    --compressor-init FILE with ImageNet weights of EfficientNetV2-L. Its backbone trains at a tenth of the
+    learning rate. The original trains it at the full rate (--stage-b.backbone-rate 1).
     """
     batch_size = 384
     return dataclasses.replace(

@@ -171,8 +171,8 @@ def v2_finetune_2048() -> Recipe:
     """Fine-tunes the published prior at 2048×2048 pixels, with semantic latents of 48×48.
 
     Hardware: one GPU with 80 GB. Time: about a day on one H100 (estimated) for 100,000 images with four
-    times as many latent positions as in v2-finetune. Cost: about 17 kWh at 0.7 kW. Result: a model for 2048 pixels.
-    Stages A and B work at any size. Models and data as in v2-finetune.
+    times as many latent positions as in v2-finetune. Cost: about 17 kWh at 0.7 kW. Result: a model for 2048
+    pixels. Stages A and B work at any size. Models and data as in v2-finetune.
     """
     return dataclasses.replace(
         v2_finetune(),

@@ -156,7 +156,8 @@ def test_sizes_with_fewer_images_than_a_batch_are_used_and_reported(prepared):
     whole = PreparedFeed(prepared, 3, 500, 25).epoch()
     assert whole[1] == (
         f"256x256: {counts[prepared.buckets.index((256, 256))]} images, 1 batch per epoch. "
-        f"{counts[prepared.buckets.index((256, 256))] - 25} are left over in each epoch, different ones each time"
+        f"{counts[prepared.buckets.index((256, 256))] - 25} are left over in each epoch, "
+        "different ones each time"
     )
 
 

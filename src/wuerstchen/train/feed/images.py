@@ -190,8 +190,8 @@ def _no_shared_memory(workers: int) -> UserError:
         room = f": {usage.free / 2**20:,.0f} MiB free of {usage.total / 2**20:,.0f}"
     return UserError(
         f"{_SHARED_MEMORY} is too small for the batches of --workers {workers}{room}. Each worker keeps up "
-        f"to {_PREFETCHED} batches in it. Use fewer workers, --workers 0, or more shared memory, in a container "
-        "with docker run --shm-size 16g."
+        f"to {_PREFETCHED} batches in it. Use fewer workers, --workers 0, or more shared memory, in a "
+        "container with docker run --shm-size 16g."
     )
 
 
