@@ -795,7 +795,7 @@ def test_mini_is_the_papers_compression():
 def test_shares_are_shares():
     with pytest.raises(UserError, match=r"map_dropout must be between 0 and 1, got 1\.5"):
         dataclasses.replace(tiny().stage_b, map_dropout=1.5)
-    with pytest.raises(UserError, match=r"clip_norm must be above 0 .* got 0\.0"):
+    with pytest.raises(UserError, match=r"clip_norm must be above 0 .* got clip_norm=0\.0"):
         dataclasses.replace(tiny().stage_b.optimization, clip_norm=0.0)
 
 
