@@ -349,7 +349,7 @@ class Wuerstchen:
         with self.residence.using(prior):
             mask = text.mask if settings.text_mask else None
             predictions = predictions_for_sampling(prior, objective)
-            run = self._recorders.of(prior, predictions, prior.context).given(text.states, mask)
+            run = self._recorders.of(prior, predictions, prior.context).bind(text.states, mask)
 
             def predict(x: Tensor, t: Tensor) -> Tensor:
                 return run(x.to(_dtype(prior)), t).float()
@@ -415,7 +415,7 @@ class Wuerstchen:
         mask = text.mask if text is not None and self.cascade.settings.text_mask else None
         predictions = predictions_for_sampling(decoder, self.cascade.settings.decoder_objective)
         recorder = self._recorders.of(decoder, predictions, decoder.context)
-        run = recorder.given(semantic_latents, grid, states, mask)
+        run = recorder.bind(semantic_latents, grid, states, mask)
         return lambda x, t: run(x.to(_dtype(decoder)), t).float()
 
     def _decode(self, latents: Tensor) -> Float[Tensor, "b 3 h w"]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wuerstchen.runtime import graphs
-from wuerstchen.runtime.recorder import Recorder, _Fixed
+from wuerstchen.runtime.recorder import Recorder, _BoundArguments
 from wuerstchen.train.engine.update import StepRunner, TrainStep
 
 
@@ -118,7 +118,7 @@ def test_sampling_makes_the_same_calls_in_the_same_order(cuda):
         return x * prepared
 
     recorder = Recorder(nn.Linear(1, 1), run, prepare)
-    x, first, second = torch.ones(2), _Fixed((torch.zeros(2),)), _Fixed((torch.ones(2),))
+    x, first, second = torch.ones(2), _BoundArguments((torch.zeros(2),)), _BoundArguments((torch.ones(2),))
     assert recorder._recorded((x,), first).tolist() == [1, 1]
     assert cuda.taken() == [
         *("side waits for main", "side: prepare", "side: run", "main waits for side"),

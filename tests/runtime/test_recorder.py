@@ -28,8 +28,8 @@ def test_on_a_cpu_the_function_runs_eagerly(randomise):
     x, r, text = inputs(torch.device("cpu"))
     recorder = Recorder(prior, prepare=prior.context)
     with torch.no_grad():
-        assert torch.equal(recorder.given(text, None)(x, r), prior(x, r, prior.context(text)))
-    recorder.given(text, None)(x, r).sum().backward()
+        assert torch.equal(recorder.bind(text, None)(x, r), prior(x, r, prior.context(text)))
+    recorder.bind(text, None)(x, r).sum().backward()
     assert prior.projection.weight.grad is not None
 
 
@@ -43,7 +43,7 @@ def test_a_copy_wraps_the_copied_network(randomise, copied):
     assert not twin.records
     x, r, text = inputs(torch.device("cpu"))
     with torch.no_grad():
-        assert torch.equal(twin.given(text, None)(x, r), prior(x, r, prior.context(text)))
+        assert torch.equal(twin.bind(text, None)(x, r), prior(x, r, prior.context(text)))
 
 
 def test_recorders_follow_the_pipelines_setting():
@@ -124,7 +124,7 @@ def test_invalidate_computes_the_preparation_again(randomise):
     prior = randomise(Prior(CONFIG)).eval()
     x, r, text = inputs(torch.device("cpu"))
     recorder = Recorder(prior, prepare=prior.context)
-    run = recorder.given(text, None)
+    run = recorder.bind(text, None)
     with torch.no_grad():
         run(x, r)
         prior.load_state_dict({key: 0.5 * tensor for key, tensor in prior.state_dict().items()})
@@ -172,7 +172,7 @@ class TestOnCuda:
     def check(self, recorder, prior, *, seed=0, grid=(6, 6), batch=2):
         """Several passes: the first is not recorded, the last is replayed."""
         x, r, text = inputs(seed=seed, grid=grid, batch=batch)
-        run = recorder.given(text, None)
+        run = recorder.bind(text, None)
         with torch.no_grad():
             for shift in range(4):
                 found, expected = run(x + shift, r), prior(x + shift, r, prior.context(text))
@@ -190,7 +190,7 @@ class TestOnCuda:
         for batch in (2, 1):
             recorder = Recorder(prior, prepare=prior.context)
             given = [inputs(), inputs(seed=1, batch=batch)]
-            runs = [recorder.given(text, None) for _, _, text in given]
+            runs = [recorder.bind(text, None) for _, _, text in given]
             with torch.no_grad():
                 for _ in range(4):
                     for run, (x, r, text) in zip(runs, given, strict=True):
@@ -199,7 +199,7 @@ class TestOnCuda:
 
     def test_results_stay_after_the_next_pass(self, prior):
         x, r, text = inputs()
-        run = Recorder(prior, prepare=prior.context).given(text, None)
+        run = Recorder(prior, prepare=prior.context).bind(text, None)
         with torch.no_grad():
             results = [run(x * scale, r) for scale in range(5)]
             for scale, result in enumerate(results):
@@ -251,7 +251,7 @@ class TestOnCuda:
         """Including weights that are overwritten. The preparation is computed again too."""
         x, r, text = inputs()
         recorder = Recorder(prior, prepare=prior.context)
-        run = recorder.given(text, None)
+        run = recorder.bind(text, None)
         with torch.no_grad():
             for _ in range(3):
                 run(x, r)
@@ -291,7 +291,7 @@ class TestOnCuda:
         there = torch.device("cuda:1")
         prior.to(there)
         x, r, text = inputs(there)
-        run = recorder.given(text, None)
+        run = recorder.bind(text, None)
         with torch.no_grad():
             for shift in range(4):
                 expected = prior(x + shift, r, prior.context(text))
@@ -307,7 +307,7 @@ class TestOnCuda:
         with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for _ in range(4):
-                found = recorder.given(text, None)(x, r)
+                found = recorder.bind(text, None)(x, r)
                 torch.testing.assert_close(found, reads(x, r, context), rtol=1e-4, atol=1e-4)
         assert [w.category for w in caught] == [NotRecordedWarning]
         assert torch.cuda.current_stream() == torch.cuda.default_stream()

@@ -223,7 +223,7 @@ def denoise(
         assert latents is not None
         if predict is None or uses_guidance != pipe.do_classifier_free_guidance:
             uses_guidance = pipe.do_classifier_free_guidance
-            predict = network.given(*pipe._context_arguments(state, uses_guidance))
+            predict = network.bind(*pipe._context_arguments(state, uses_guidance))
         r = t.to(latents.dtype).expand(len(latents))
         noise = (guided(predict, pipe.guidance_scale) if uses_guidance else predict)(latents, r)
         # The scheduler gets the exact timestep: a rounded one could be nearer to another in its list.

@@ -37,9 +37,9 @@ class _Graph:
 class Graphs:
     """Recorded functions by key. They share their memory, so only one may run at a time.
 
-    First call ``warm_up`` until ``is_warm``, which takes ``warm_ups`` calls per key in every thread:
-    functions compile, allocate their buffers, and libraries initialise for the stream and the thread, which
-    is not allowed while recording. Then call ``record`` once, and ``replay`` from then on.
+    First call ``warm_up`` until ``is_warm`` returns true, after ``warm_ups`` calls per key and thread. In
+    these calls, functions compile, buffers are allocated, and libraries initialise for the stream and the
+    thread, which is not allowed during recording. Then call ``record`` once, and ``replay`` from then on.
     """
 
     def __init__(self, stream: torch.cuda.Stream, warm_ups: int, *, non_blocking: bool = False) -> None:

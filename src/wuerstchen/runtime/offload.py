@@ -20,8 +20,9 @@ from wuerstchen.errors import UserError
 from wuerstchen.models.vqgan import VQGAN
 
 TILE = 64
-"""Side of a tile in latents, 256 pixels with the published Stage A. Its halo of 13 latents doubles the work
-of decoding, which is 2 % of an image's. At 1024 pixels it takes an eighth of the memory."""
+"""Side of a tile in latents, 256 pixels with the published Stage A. Each tile has a halo of 13 latents,
+which doubles the cost of decoding. But decoding is only 2 % of the time per image, and tiling needs an eighth
+of the memory at 1024 pixels."""
 
 LowMemory = Literal["stage", "layer"]
 """What to keep on a small GPU at a time: one network, or one layer, which is far slower."""
@@ -56,7 +57,7 @@ class AllOnDevice:
                 if not _is_on(tensor, self.device):
                     raise UserError(
                         f"A {type(module).__name__} is on the wrong device: {tensor.device}. "
-                        f"It must be on {self.device}. Move it there."
+                        f"It must be on {self.device}. Move it with .to({str(self.device)!r})."
                     )
         yield
 
@@ -72,7 +73,7 @@ class OneAtATime:
     """
 
     def __init__(self, device: torch.device, *, pinned: bool = True) -> None:
-        """``pinned`` locks the CPU's copies in memory; without it they travel some times slower."""
+        """``pinned`` keeps the CPU copies in pinned memory. Otherwise transfers are several times slower."""
         self.device = device
         self._loans = _Loans(device, pinned)
         self._open: list[list[Tensor]] = []
@@ -109,7 +110,7 @@ class Layerwise:
     """
 
     def __init__(self, device: torch.device, *, pinned: bool = True) -> None:
-        """``pinned`` locks the CPU's copies in memory; without it they travel some times slower."""
+        """``pinned`` keeps the CPU copies in pinned memory. Otherwise transfers are several times slower."""
         self.device = device
         self._loans = _Loans(device, pinned)
         self._open: list[dict[int, Tensor]] = []
@@ -154,7 +155,7 @@ def residence_on(device: torch.device, low_memory: LowMemory | None) -> AllOnDev
 
 def _moves_alone(layer: nn.Module) -> bool:
     """Whether to move a layer by itself: its weights are large, and only read when it is called."""
-    # Exact types, because a subclass may be read without a call, as the output layer of torch's attention is.
+    # Exact types: a subclass's weights may be read without a call, as those of torch's attention output are.
     if type(layer) in (nn.Conv2d, nn.ConvTranspose2d):
         return math.prod(layer.kernel_size) > 1  # type: ignore[arg-type]
     return type(layer) is nn.Linear
@@ -221,8 +222,8 @@ def tiled_decode(
 ) -> Float[Tensor, "b c h w"]:
     """``vqgan.decode`` on tiles of ``tile``×``tile`` latents: the same pixels up to rounding, without seams.
 
-    Every tile is decoded with as much around it as the convolutions see (``decoding_halo``), so no blending
-    is needed. Besides the result, memory depends on the tile, not on the size or number of images.
+    Each tile is decoded together with the receptive field around it (``decoding_halo``), so no blending is
+    needed. Besides the result, memory depends on the tile, not on the size or number of images.
     Raises ``UserError`` for a tile below 1.
     """
     if tile < 1:

@@ -21,8 +21,9 @@ from wuerstchen.models.fused.blocks import join_layers
 from wuerstchen.runtime.graphs import Graphs, recording_stream
 
 MAX_KINDS = 16
-"""Sets of input shapes to keep recordings for, per network; one more drops them all. Besides shared memory a
-recording takes a few MiB, and at the published sizes 15 MiB per text for its keys and values."""
+"""Maximum number of input shapes with a recording per network. One more drops all recordings. Besides the
+shared memory pool, a recording takes a few MiB, plus 15 MiB per text for keys and values at the published
+sizes."""
 
 
 class NotRecordedWarning(UserNotice):
@@ -30,12 +31,12 @@ class NotRecordedWarning(UserNotice):
 
 
 @dataclass(eq=False)
-class _Fixed:
+class _BoundArguments:
     """Arguments that do not change from pass to pass."""
 
-    given: tuple[Any, ...]
+    values: tuple[Any, ...]
     prepared: Any = None
-    """``prepare(*given)``, for passes that run eagerly."""
+    """``prepare(*values)``, for passes that run eagerly."""
     version: int = 0
     """The recorder's version when ``prepared`` was computed; ``invalidate`` increments it."""
 
@@ -57,14 +58,14 @@ class Recorder:
         self.function = network if function is None else function
         self.prepare = prepare
         self._graphs: Graphs | None = None
-        """Passes, keyed by the kinds of their inputs and fixed arguments, and preparations, keyed by the
-        kinds of the fixed arguments. No pass overwrites the preparation that it reads."""
-        self._current: _Fixed | None = None
+        """Passes, keyed by the kinds of their inputs and bound arguments, and preparations, keyed by the
+        kinds of the bound arguments. No pass overwrites the preparation that it reads."""
+        self._current: _BoundArguments | None = None
         """The arguments of the last preparation."""
         self._fingerprint: Any = None
         self.records = records
         self._failed, self._recordable = False, False
-        self._fixed: _Fixed | None = None
+        self._bound: _BoundArguments | None = None
         self._version = 0
         self._lock = threading.Lock()
 
@@ -80,12 +81,12 @@ class Recorder:
         """``function(*inputs)``."""
         return self._run(inputs, None)
 
-    def given(self, *fixed: Any) -> Callable[..., Tensor]:
-        """``function(*inputs, prepare(*fixed))`` as a function of the inputs.
+    def bind(self, *bound: Any) -> Callable[..., Tensor]:
+        """``function(*inputs, prepare(*bound))`` as a function of the inputs.
 
-        ``fixed`` may hold tensors and other values. If you change such a tensor, call ``given`` again.
+        ``bound`` may hold tensors and other values. If you change such a tensor, call ``bind`` again.
         """
-        kept = _Fixed(fixed)
+        kept = _BoundArguments(bound)
         return lambda *inputs: self._run(inputs, kept)
 
     def invalidate(self) -> None:
@@ -94,37 +95,37 @@ class Recorder:
         Call this after changing weights or adapters between two steps of an image.
         """
         self._version += 1
-        self._fixed = self._current = None
+        self._bound = self._current = None
 
     def forget(self) -> None:
         """Drops all recordings and frees their memory."""
-        self._graphs = self._current = self._fixed = None
+        self._graphs = self._current = self._bound = None
 
-    def _run(self, inputs: tuple[Tensor, ...], fixed: _Fixed | None) -> Tensor:
+    def _run(self, inputs: tuple[Tensor, ...], bound: _BoundArguments | None) -> Tensor:
         here = inputs[0].device
         learns = torch.is_grad_enabled() or torch.is_autocast_enabled("cuda")
         if here.type != "cuda" or not self.records or self._failed or learns:
-            return self._run_eagerly(inputs, fixed)
+            return self._run_eagerly(inputs, bound)
         # Tensors created in inference mode could not be written to outside of it.
         with self._lock, torch.cuda.device(here), torch.inference_mode(False), torch.no_grad():
-            if fixed is None or fixed is not self._fixed:
-                self._check_network(here, fixed)
-                self._fixed = fixed
-            return self._recorded(inputs, fixed) if self._recordable else self._run_eagerly(inputs, fixed)
+            if bound is None or bound is not self._bound:
+                self._check_network(here, bound)
+                self._bound = bound
+            return self._recorded(inputs, bound) if self._recordable else self._run_eagerly(inputs, bound)
 
-    def _run_eagerly(self, inputs: tuple[Tensor, ...], fixed: _Fixed | None) -> Tensor:
-        if fixed is None:
+    def _run_eagerly(self, inputs: tuple[Tensor, ...], bound: _BoundArguments | None) -> Tensor:
+        if bound is None:
             return self.function(*inputs)
-        if fixed.prepared is None or fixed.version != self._version:
+        if bound.prepared is None or bound.version != self._version:
             assert self.prepare is not None
-            fixed.prepared, fixed.version = self.prepare(*fixed.given), self._version
-        return self.function(*inputs, fixed.prepared)
+            bound.prepared, bound.version = self.prepare(*bound.values), self._version
+        return self.function(*inputs, bound.prepared)
 
-    def _check_network(self, device: torch.device, fixed: _Fixed | None) -> None:
+    def _check_network(self, device: torch.device, bound: _BoundArguments | None) -> None:
         """Drops recordings of a network that has changed, and decides whether to record."""
         found, self._recordable = self._state(device)
-        if found != self._fingerprint and fixed is not None:
-            fixed.prepared = None
+        if found != self._fingerprint and bound is not None:
+            bound.prepared = None
         if found != self._fingerprint or not self._recordable:
             self.forget()
             if self._recordable:
@@ -156,35 +157,35 @@ class Recorder:
             waiting.extend(part for part in module._modules.values() if part is not None)
         return [*found, records], records
 
-    def _recorded(self, inputs: tuple[Tensor, ...], fixed: _Fixed | None) -> Tensor:
-        fixed_kind = None if fixed is None else _kind(fixed.given)
-        kind = (_kind(inputs), fixed_kind)
+    def _recorded(self, inputs: tuple[Tensor, ...], bound: _BoundArguments | None) -> Tensor:
+        bound_kind = None if bound is None else _kind(bound.values)
+        kind = (_kind(inputs), bound_kind)
         graphs = self._graphs
         if graphs is None or (kind not in graphs.warmed and len(graphs.warmed) == MAX_KINDS):
             graphs = self._graphs = Graphs(recording_stream(inputs[0].device), warm_ups=1)
             self._current = None
         if not graphs.is_warm(kind):
-            output = graphs.warm_up(kind, lambda: self._run_eagerly(inputs, fixed))
+            output = graphs.warm_up(kind, lambda: self._run_eagerly(inputs, bound))
             output.record_stream(torch.cuda.current_stream())
             return output
         try:
             prepared: tuple[Any, ...] = ()
-            if fixed is not None:
+            if bound is not None:
                 assert self.prepare is not None
-                fixed.prepared = None  # the recording has its own copy
-                preparation = ("prepare", fixed_kind)
+                bound.prepared = None  # the recording has its own copy
+                preparation = ("prepare", bound_kind)
                 if preparation not in graphs:
-                    graphs.record(preparation, self.prepare, fixed.given)
+                    graphs.record(preparation, self.prepare, bound.values)
                     self._current = None
-                if self._current is not fixed:
-                    graphs.replay(preparation, fixed.given)
-                    self._current = fixed
+                if self._current is not bound:
+                    graphs.replay(preparation, bound.values)
+                    self._current = bound
                 prepared = (graphs.output(preparation),)
             if kind not in graphs:
                 graphs.record(kind, self.function, inputs, prepared)
             return graphs.replay(kind, inputs).clone()
         except RuntimeError as error:
-            # Running out of memory may not happen again.
+            # An out-of-memory error may be temporary, so recording is tried again later.
             self._failed, self._recordable = not isinstance(error, torch.OutOfMemoryError), False
             self.forget()
             reason = str(error).strip().partition("\n")[0]
@@ -194,7 +195,7 @@ class Recorder:
                 NotRecordedWarning,
                 stacklevel=4,
             )
-            return self._run_eagerly(inputs, fixed)
+            return self._run_eagerly(inputs, bound)
 
 
 class Recorders(dict[nn.Module, Recorder]):
