@@ -710,7 +710,7 @@ def test_balanced_is_the_first_gpu(published, monkeypatch):
     assert moved == [torch.device("cuda")]
     for backend in (torch.cuda, torch.backends.mps):
         monkeypatch.setattr(backend, "is_available", lambda: False)
-    with pytest.raises(UserError, match="There is no GPU"):
+    with pytest.raises(UserError, match="needs a GPU, and there is none"):
         DiffusionPipeline.from_pretrained(published, device_map="balanced")
 
 
