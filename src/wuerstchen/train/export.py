@@ -17,7 +17,7 @@ from wuerstchen.train.changes import RunPhase, current_recipe, ending_at, images
 from wuerstchen.train.config import Phase, Recipe
 from wuerstchen.train.engine.checkpoint import best_of, newest, read_averages, read_verified
 from wuerstchen.train.engine.distributed import Processes
-from wuerstchen.train.initial_weights import Start, read_start
+from wuerstchen.train.initial_weights import InitialWeights, read_start
 from wuerstchen.train.recorded_recipe import recipe_of
 from wuerstchen.train.report.events import Log
 from wuerstchen.train.run import TrainingRun
@@ -120,7 +120,7 @@ class _Export(TrainingRun):
     makes_updates = False
 
     def __init__(
-        self, recipe: Recipe, run_dir: Path, start: Start, chosen: dict[str, Path], raw: Path | None
+        self, recipe: Recipe, run_dir: Path, start: InitialWeights, chosen: dict[str, Path], raw: Path | None
     ) -> None:
         """``chosen`` has the checkpoint of each phase. The one that equals ``raw`` gives its raw weights."""
         log = Log(run_dir / "log.jsonl", writes=False)

@@ -45,7 +45,7 @@ class Parts(OptionalParts):
         *("vqgan", "decoder", "compressor", "previewer", "prior"),
         *("text_encoder", "decoder_text_encoder"),
     )
-    """The order of ``Start.fingerprint``, which run folders store."""
+    """The order of ``InitialWeights.fingerprint``, which run folders store."""
 
     def text_encoder_of_decoder(self) -> TextEncoder | None:
         """The text encoder of Stage B."""
@@ -57,7 +57,7 @@ class Parts(OptionalParts):
 
 
 @dataclass(kw_only=True)
-class Start:
+class InitialWeights:
     """What a run starts from."""
 
     settings: CascadeSettings | None = None
@@ -95,12 +95,12 @@ class Start:
         return f"{checksum:08x}" if found else ""
 
 
-def read_start(recipe: Recipe) -> Start:
+def read_start(recipe: Recipe) -> InitialWeights:
     """Reads the networks that a recipe starts from onto the CPU, and checks that they fit.
 
     Raises ``UserError`` naming the field, and ``CheckpointError`` for files that cannot be read.
     """
-    start = Start()
+    start = InitialWeights()
     given: dict[str, Any] = {}
     if recipe.start_from:
         folder = local_folder(recipe.start_from)
@@ -126,7 +126,7 @@ def read_start(recipe: Recipe) -> Start:
     return start
 
 
-def _take_compressor(recipe: Recipe, start: Start) -> None:
+def _take_compressor(recipe: Recipe, start: InitialWeights) -> None:
     """Takes the compressor from ``compressor_init``, if that has a complete one and the start has none."""
     named = recipe.stage_b.compressor_init
     if start.parts.compressor is None and named and "b" not in recipe.fresh and recipe.start_from:
@@ -169,7 +169,7 @@ def fill_compressor(recipe: Recipe, compressor: Compressor) -> None:
     compressor.load_state_dict(complete.state_dict())
 
 
-def _check_networks(recipe: Recipe, start: Start) -> None:
+def _check_networks(recipe: Recipe, start: InitialWeights) -> None:
     parts = start.parts
     used = {kind.short for kind in before(recipe.stages)} | {*recipe.stages}
     for kind in selectable():
@@ -201,7 +201,7 @@ def _check_networks(recipe: Recipe, start: Start) -> None:
             _check_config(name, getattr(recipe, name), network.config, recipe.start_from)
 
 
-def _check_view(recipe: Recipe, start: Start) -> None:
+def _check_view(recipe: Recipe, start: InitialWeights) -> None:
     """Raises ``UserError`` if the compressor was trained at another ``view_scale`` and is trained further."""
     trained = recipe.trains("decoder") and start.parts.compressor is not None and start.settings is not None
     if trained and start.settings.view_scale != recipe.view_scale:
@@ -232,7 +232,7 @@ def _option(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _take_text_encoders(recipe: Recipe, start: Start, given: dict[str, Any]) -> None:
+def _take_text_encoders(recipe: Recipe, start: InitialWeights, given: dict[str, Any]) -> None:
     """Loads only the text encoders that the stages read."""
     parts = start.parts
     if reads_text(recipe, start):
@@ -266,14 +266,14 @@ def reads_captions(recipe: Recipe) -> bool:
     return any(kind.reads_captions for kind in trained_kinds(recipe))
 
 
-def reads_text(recipe: Recipe, start: Start) -> bool:
+def reads_text(recipe: Recipe, start: InitialWeights) -> bool:
     """Whether Stage B of the model reads text. False if the model will have no Stage B."""
     if recipe.trains("decoder"):
         return recipe.decoder.clip_embd is not None
     return start.parts.decoder is not None and start.parts.decoder.config.clip_embd is not None
 
 
-def _check_text(recipe: Recipe, start: Start) -> None:
+def _check_text(recipe: Recipe, start: InitialWeights) -> None:
     parts, text = start.parts, start.parts.text_encoder
     of_decoder = parts.text_encoder_of_decoder()
     width = recipe.decoder.clip_embd

@@ -55,11 +55,11 @@ from wuerstchen.train.run_data import (
 from wuerstchen.train.run_folder import (
     ORDER,
     Fingerprints,
+    as_user_error,
     check_colours,
     check_order,
     check_run,
     locked,
-    named,
     read_json,
     read_run,
 )
@@ -159,7 +159,7 @@ def _train(
                 "and start the same command again."
             ) from error
         except OSError as error:
-            raise named(error, run_dir) from error
+            raise as_user_error(error, run_dir) from error
 
 
 class TrainingRun(PhaseRunner):
@@ -170,7 +170,7 @@ class TrainingRun(PhaseRunner):
     def train(self) -> Path:
         began = time.monotonic()
         target = self.run_dir / "model"
-        if self.processes.is_main and self.has_its_model(target):
+        if self.processes.is_main and self.model_is_current(target):
             print(
                 f"{self.run_dir} is already finished: there is nothing left to train. Its model is in "
                 f"{target}"
@@ -194,15 +194,15 @@ class TrainingRun(PhaseRunner):
         for kind in trained_kinds(self.recipe):
             kind.train(self)
 
-    def has_its_model(self, target: Path) -> bool:
-        """Whether the model of the current recipe exists."""
+    def model_is_current(self, target: Path) -> bool:
+        """Whether the model exists and was made with the current recipe."""
         stored = read_json(self.run_dir / "run.json")
         made_with = stored.get("model", {"changes": 0})["changes"]
         return (target / "model.json").exists() and made_with == len(self.changes)
 
     def write_model_once(self, target: Path) -> None:
         """Writes the model unless it exists. Replaces the model of an older recipe."""
-        if self.has_its_model(target):
+        if self.model_is_current(target):
             return
         if not (target / "model.json").exists():
             self.write_model(target)

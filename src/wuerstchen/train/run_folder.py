@@ -50,7 +50,7 @@ def locked(run_dir: Path, processes: Processes) -> Iterator[None]:
         yield
 
 
-def named(error: OSError, run_dir: Path) -> UserError:
+def as_user_error(error: OSError, run_dir: Path) -> UserError:
     """A system error as a message for the user. It is about the file that it names, or about the disk of the
     run folder."""
     # An error in a process that loads images comes with that process's traceback and without errno.

@@ -25,7 +25,7 @@ from wuerstchen.train.feed.prepared import (
     HeldOutLatents,
     PreparedFeed,
 )
-from wuerstchen.train.initial_weights import Start
+from wuerstchen.train.initial_weights import InitialWeights
 from wuerstchen.train.overview import (
     cached_images,
 )
@@ -49,7 +49,7 @@ class PhaseRunner:
         recipe: Recipe,
         run_dir: Path,
         sources: dict[str, Source | PreparedSet],
-        start: Start,
+        start: InitialWeights,
         processes: Processes,
         log: Log,
     ) -> None:

@@ -23,7 +23,7 @@ from wuerstchen.recipes.tiny import tiny
 from wuerstchen.train.config import Phase, StageAConfig
 from wuerstchen.train.feed.images import Batch, Feed, batches
 from wuerstchen.train.feed.random import ImageRandom
-from wuerstchen.train.initial_weights import Parts, Start
+from wuerstchen.train.initial_weights import InitialWeights, Parts
 from wuerstchen.train.precision import with_autocast_weights
 from wuerstchen.train.stages.base import Run, cascade_settings, in_chunks
 from wuerstchen.train.stages.decoder import DECODER_STAGE, StageB, StageBRefinement
@@ -484,7 +484,7 @@ class TestStageB:
         run = a_run(
             recipe=recipe,
             device=CPU,
-            start=Start(),
+            start=InitialWeights(),
             parts=Parts(vqgan=VQGAN(recipe.vqgan)),
             seed_weights=lambda stage: None,
             is_new=lambda stage: False,
@@ -510,7 +510,7 @@ class TestStageB:
             a_run(
                 recipe=RECIPE,
                 device=CPU,
-                start=Start(),
+                start=InitialWeights(),
                 parts=Parts(vqgan=VQGAN(RECIPE.vqgan)),
                 seed_weights=lambda name: torch.manual_seed(5),
                 is_new=lambda name: False,

@@ -37,7 +37,7 @@ from wuerstchen.train.decoder_kinds import decoder_kind
 from wuerstchen.train.feed.images import Batch, pixels_of
 from wuerstchen.train.feed.prepared import StoredBatch
 from wuerstchen.train.feed.random import ImageRandom
-from wuerstchen.train.initial_weights import Parts, Start
+from wuerstchen.train.initial_weights import InitialWeights, Parts
 
 MIN_STD = 0.1  # of semantic latents. Batch norm keeps it near 1 as long as the images differ
 
@@ -154,7 +154,7 @@ class Run(Protocol):
 
     recipe: Recipe
     device: torch.device
-    start: Start
+    start: InitialWeights
     """What the run starts from. It must not be changed."""
     parts: Parts
     """The networks of the model so far. A stage replaces those that it makes. Networks that are not trained
