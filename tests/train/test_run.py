@@ -400,7 +400,7 @@ def test_batches_of_every_phase_are_checked_against_the_processes_at_the_start(t
     odd = dataclasses.replace(of_three["stage_c"].optimization, batch_size=16)
     of_three["stage_c"] = dataclasses.replace(of_three["stage_c"], phases=(Phase(optimization=odd),))
     odd = dataclasses.replace(recipe, **of_three)
-    with pytest.raises(UserError, match=r"stage_c2: batches of 16 and 48 images .* by 3 processes"):
+    with pytest.raises(UserError, match=r"stage_c2: batches of 16 and 48 images .* across 3 processes"):
         _train(odd, plan(odd, None, tmp_path / "run"), tmp_path / "run", processes, False, RunMonitor())
     assert not (tmp_path / "run").exists()
 
