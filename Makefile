@@ -26,6 +26,9 @@ demo: .venv/.run
 	  "a noto emoji of a smiling face" \
 	  "a 3D render of an umbrella on an orange background"
 
+# A worker per core: torch's own threads would compete with the other workers.
+test test-long test-service: export OMP_NUM_THREADS ?= 1
+
 test: .venv/.dev
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n auto --maxprocesses 4 --dist loadfile $(TESTS)
 

@@ -492,6 +492,7 @@ def test_the_doctor_generates_images_and_reports(run, tmp_path, model_folder):
     )
 
 
+@pytest.mark.slow
 def test_the_doctor_knows_the_images_of_the_bundled_model(run, monkeypatch):
     """If the bundled model is replaced, this fails until its recorded images are replaced too."""
     monkeypatch.setattr(doctor, "BUNDLED_PROMPTS", doctor.BUNDLED_PROMPTS[:1])

@@ -277,6 +277,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 def test_a_kill_before_any_rename_changes_nothing(photos, tmp_path, networks, monkeypatch):
     config = dataclasses.replace(CONFIG, shard_size=4, crops=1, size=128)
     make(photos, tmp_path / "whole", networks, config)

@@ -192,6 +192,7 @@ def test_v2_from_random_weights_in_one_run(places, tmp_path):
     assert [e["stage"] for e in events if e["event"] == "rehearsed"] == stages
 
 
+@pytest.mark.slow
 def test_v2_stage_by_stage_with_selected_images_at_the_end(places, tmp_path):
     a = trained(toy(v2_stage_a(), places), tmp_path / "a", ["a"])
     places = {**places, "runs/v2-stage-a/model": a}
@@ -206,7 +207,7 @@ def test_v2_stage_by_stage_with_selected_images_at_the_end(places, tmp_path):
     assert image.size == (256, 256)
 
 
-@pytest.mark.parametrize("make", [v2_finetune, v2_finetune_2048])
+@pytest.mark.parametrize("make", [v2_finetune, pytest.param(v2_finetune_2048, marks=pytest.mark.slow)])
 def test_fine_tuning_the_published_prior(places, tmp_path, make):
     every = published(places, v2_finetune(), tmp_path / "every", "vqgan", "decoder", "compressor", "prior")
     sources = Sources(text_encoder=places[CLIP_BIGG], decoder_text_encoder=places[CLIP_H])

@@ -87,6 +87,7 @@ def test_a_stopped_worker_is_not_ready_and_is_replaced(serve, monkeypatch):
     assert running.wait(running.draw())["state"] == "done"
 
 
+@pytest.mark.slow
 def test_a_suspended_service_does_not_kill_its_workers(serve, monkeypatch):
     """After a laptop wakes from sleep, the last heartbeat of every worker is hours old."""
     monkeypatch.setattr(dispatch, "SILENT_SECONDS", 0.6)

@@ -59,6 +59,7 @@ def test_an_image_does_not_depend_on_its_batch(exact):
         assert (difference != 0).mean() <= 0.001
 
 
+@pytest.mark.slow
 def test_deterministic_images_are_bit_identical(serve):
     running = serve(real=True, deterministic=True)
     small = {"width": 128, "height": 128, "prior_steps": 4, "decoder_steps": 2}

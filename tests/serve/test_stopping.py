@@ -129,7 +129,7 @@ def test_a_signal_ends_a_busy_service(service):
     assert not any(os.path.exists(f"/proc/{pid}") for pid in processes)
 
 
-@pytest.mark.parametrize("signals", [1, 2])
+@pytest.mark.parametrize("signals", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_hanging_filter_does_not_prevent_the_exit(service, signals, tmp_path):
     process, url = service("filter")
     send(url, "/v1/jobs", {"prompts": ["hang"]})

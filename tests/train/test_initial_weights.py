@@ -137,6 +137,7 @@ def test_finished_stages_are_read_once(start, photos, finished, tmp_path, monkey
     assert starts[3].keys() == starts[0].keys()
 
 
+@pytest.mark.slow
 def test_stage_c_alone_in_phases_survives_kills_and_blends(start, photos, finished, tmp_path, monkeypatch):
     whole, broken = finished, tmp_path / "broken"
 

@@ -72,6 +72,7 @@ def losses(run_dir: Path) -> dict[tuple[str, int], float]:
     return {(e["stage"], e["images"]): e["loss"] for e in events(run_dir) if e["event"] == "progress"}
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(runs):
     one, two = losses(runs / "1"), losses(runs / "2")
     assert len(one) == 6
@@ -83,6 +84,7 @@ def test_two_processes_have_the_losses_of_one(runs):
     ).read_bytes()
 
 
+@pytest.mark.slow
 def test_processes_verify_a_copied_set_once_in_all(runs):
     """Each of them did, and the first once more for the images that are held out."""
     shards = sorted(str(path.relative_to(runs / "set")) for path in (runs / "set").glob("*/*.arrow"))
@@ -102,6 +104,7 @@ def test_kills_change_nothing(killed):
     assert (killed / "1" / prior).read_bytes() == (killed / "killed" / prior).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_model_is_whole_and_its_statistics_are_those_of_the_maps(runs):
     prepared = PreparedSet(runs / "set")
     cascade = read_cascade(runs / "1" / "model")

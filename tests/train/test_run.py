@@ -151,7 +151,8 @@ def whole(recipe, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("stages", [("b",), pytest.param(STAGES, marks=pytest.mark.slow)], ids=["one", "all"])
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", [("b",), STAGES], ids=["one", "all"])
 def test_kills_change_nothing(tmp_path, images, recipe, whole, stages):
     """Networks, averages and optimizers of all three stages, bit for bit; the model too."""
     broken = tmp_path / "broken"
@@ -191,6 +192,7 @@ def test_kills_change_nothing(tmp_path, images, recipe, whole, stages):
     assert cascade.vqgan.config.scale_factor != tiny().vqgan.scale_factor
 
 
+@pytest.mark.slow
 def test_watching_changes_nothing(tmp_path, recipe, whole, capsys):
     """With a rehearsal and validation on the way, and without: the same bits."""
     recipe = dataclasses.replace(recipe, checkpoint_seconds=0.0)  # with a validation after each update
@@ -307,6 +309,7 @@ def test_what_is_read_is_said_before_the_first_update_and_once(tmp_path, monkeyp
     assert found["warned"]
 
 
+@pytest.mark.slow
 def test_images_are_composed_after_the_costs_are_said_and_no_more_than_are_used(tmp_path, monkeypatch):
     """A few are enough to measure what an update costs."""
     order = []
@@ -343,6 +346,7 @@ def test_images_are_composed_after_the_costs_are_said_and_no_more_than_are_used(
     assert order == ["costs"]
 
 
+@pytest.mark.slow
 def test_what_the_first_process_does_alone_is_waited_for_as_long_as_it_takes(tmp_path, monkeypatch):
     """Other exchanges fail where a process comes half an hour late: surveys of many images take longer."""
     order = []

@@ -140,6 +140,7 @@ def test_the_model_draws(finished, tmp_path, monkeypatch):
         assert picture.size == (128, 128)
 
 
+@pytest.mark.slow
 def test_the_end_done_again_gives_the_same_bits(finished, data, tmp_path):
     folder, _ = finished
     again = tmp_path / "again"

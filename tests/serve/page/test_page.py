@@ -193,6 +193,7 @@ def test_generates_with_previews_and_a_stable_layout(page):
     assert page.id("seed").get_attribute("value") != seed
 
 
+@pytest.mark.slow
 def test_a_kept_seed_is_used_again(page):
     page.draw("a red apple", seed="7")
     page.draw("a red apple")
@@ -206,6 +207,7 @@ def test_a_kept_seed_is_used_again(page):
     assert "seed 7 " not in page.one(".meta").text
 
 
+@pytest.mark.slow
 def test_a_draft_keeps_the_seed_of_its_own_job(page, fake):
     """After two jobs, a reload combined the second prompt with the first seed."""
 
@@ -268,6 +270,7 @@ def test_screen_readers_hear_stages_but_not_every_step(page, fake):
     assert any(text.startswith("Stage C") for text in told)
 
 
+@pytest.mark.slow
 def test_several_jobs_at_once_and_cancel(page, fake):
     """Bugs: jobs that are sent one after the other, or a cancel that ends another job."""
     fake.hold_queue = True
@@ -295,6 +298,7 @@ def test_a_cancelled_job_can_be_repeated(page, fake):
     assert "seed 5 " in page.one(".meta").text
 
 
+@pytest.mark.slow
 def test_the_session_survives_a_reload(page):
     """Images and settings were lost on reload."""
     page.draw("a green car", seed="11", negative="rain")
@@ -309,6 +313,7 @@ def test_the_session_survives_a_reload(page):
     assert page.script("return document.querySelector('[name=seeds]:checked').value") == "keep"
 
 
+@pytest.mark.slow
 def test_a_running_job_continues_after_a_reload(page, fake):
     fake.steps_until_pause = 6
     page.draw("a green car")
@@ -319,6 +324,7 @@ def test_a_running_job_continues_after_a_reload(page, fake):
     page.drawn()
 
 
+@pytest.mark.slow
 def test_removing_can_be_undone(page):
     page.draw("one")
     page.draw("two")
@@ -363,6 +369,7 @@ def test_a_link_restores_settings_and_starts_nothing(page):
     assert "#" not in page.browser.current_url  # a reload would undo later changes
 
 
+@pytest.mark.slow
 def test_a_link_without_a_clipboard_is_shown(page):
     """Without TLS there is no clipboard, and the button did nothing."""
     page.draw("a green car")
@@ -507,6 +514,7 @@ def test_an_error_about_an_unknown_field_is_shown(page, fake, param):
     page.until(lambda: page.id(shown).text == "<b>no</b>", 5)
 
 
+@pytest.mark.slow
 def test_overwritten_prompts_can_be_restored(page, fake):
     """An example, a link or an old job replaces a long prompt."""
     page.draw("an old one")
@@ -529,6 +537,7 @@ def test_overwritten_prompts_can_be_restored(page, fake):
     assert page.all("#toast-act") == []  # nothing was lost
 
 
+@pytest.mark.slow
 def test_an_error_is_scrolled_into_view_on_a_phone(page, fake):
     """The page had scrolled to images that never came."""
     page.expected.append(r"v1/jobs.*429")
@@ -636,6 +645,7 @@ def test_event_streams_resume(page, fake):
     assert all(int(each) > 0 for each in fake.resumed_from)
 
 
+@pytest.mark.slow
 def test_a_reconnection_keeps_the_form(page, fake):
     """Size and sampler were reset to the defaults after a reconnection."""
     page.expected.append("502")
@@ -651,6 +661,7 @@ def test_a_reconnection_keeps_the_form(page, fake):
     assert page.values(*chosen) == list(chosen.values())
 
 
+@pytest.mark.slow
 def test_the_page_of_a_proxy_is_not_an_answer(page, fake):
     """With a sign-in page of status 200, jobs disappeared without an error."""
     fake.proxy = ("/v1/", 200, "<!doctype html><title>Sign in</title>")
@@ -687,6 +698,7 @@ def test_a_temporary_error_does_not_end_a_job(page, fake, status):
     page.drawn()
 
 
+@pytest.mark.slow
 def test_images_load_again_after_a_proxy_restarts(page, fake):
     page.expected.append("502")
     page.draw("a red apple")
@@ -699,6 +711,7 @@ def test_images_load_again_after_a_proxy_restarts(page, fake):
     assert "No longer available" not in page.one(".entry").text
 
 
+@pytest.mark.slow
 def test_invalid_answers_of_the_service_are_ignored(page, fake):
     """Huge numbers, markup, URLs of other sites, and missing fields."""
     fake.steps_until_pause = 2
@@ -736,6 +749,7 @@ def test_invalid_answers_of_the_service_are_ignored(page, fake):
         page.until(lambda: "The service gave no reason" in page.one(".entry").text)
 
 
+@pytest.mark.slow
 def test_tabs_share_connections(page, fake):
     """A browser opens at most six. The streams of two tabs blocked a third tab."""
     fake.steps_until_pause = 2
@@ -901,6 +915,7 @@ def test_the_focus_is_never_lost(page, fake, image):
     focused("#images")
 
 
+@pytest.mark.slow
 def test_a_held_key_starts_one_job(page, fake):
     """Key repeat filled the queue with the same job."""
     page.type("prompt", "a red apple")
@@ -920,6 +935,7 @@ def test_a_held_key_starts_one_job(page, fake):
         assert len(fake.jobs) == before + 1, name
 
 
+@pytest.mark.slow
 def test_long_prompts_are_shortened_for_screen_readers(page, fake):
     """A screen reader read thousands of characters at every stage and button."""
     page.script(
@@ -1093,6 +1109,7 @@ def test_the_page_works_without_storage(page):
         assert page.id("theme").text == "Light"
 
 
+@pytest.mark.slow
 def test_the_page_works_with_a_full_storage(page, fake):
     """The token was not accepted when another page of the host had filled the storage."""
     page.expected.append("401")
@@ -1197,6 +1214,7 @@ def test_images_are_sent_in_the_documented_format(page, fake, image):
     assert reconstructed["kind"] == "reconstruct"
 
 
+@pytest.mark.slow
 def test_large_images_are_shrunk(page, fake, tmp_path):
     """Also converts formats that the service cannot read, and puts transparent images on white."""
     Image.effect_noise((1500, 1100), 90).convert("RGB").save(tmp_path / "large.png")
@@ -1325,6 +1343,7 @@ def test_the_last_chosen_image_is_used(page, fake, image, tmp_path):
     assert job.body["image"] == f"data:image/png;base64,{encoded(later)}"
 
 
+@pytest.mark.slow
 def test_a_job_waits_for_its_image(page, fake, image):
     """A job that was sent while the file was being read had no image, or the previous one."""
     page.script(SLOW_FIRST)
@@ -1347,6 +1366,7 @@ def test_a_job_waits_for_its_image(page, fake, image):
     assert len(page.all(".entry")) == 1
 
 
+@pytest.mark.slow
 def test_starting_from_an_expired_image(page, fake, image):
     """The error page was used as the image, or the previously chosen image was kept."""
     page.expected.append("404")
@@ -1362,6 +1382,7 @@ def test_starting_from_an_expired_image(page, fake, image):
     assert page.id("image-error").text == ""
 
 
+@pytest.mark.slow
 def test_the_image_note_of_the_model_is_shown(page, fake, image):
     """The bundled model turns photographs into blobs."""
     fake.image_note = "A photograph comes out as blobs."
@@ -1375,6 +1396,7 @@ def test_the_image_note_of_the_model_is_shown(page, fake, image):
     assert not page.id("image-note").is_displayed()
 
 
+@pytest.mark.slow
 def test_a_reconstruction_shows_only_settings_that_it_uses(page, fake, image):
     """It showed Stage C steps and settings of other jobs."""
     page.click(page.one("#more summary"))
@@ -1486,6 +1508,7 @@ def test_a_model_without_an_encoder_accepts_no_images(page, fake, image):
     assert [label.text for label in page.all("#chosen-modes label")] == ["Reconstruct"]
 
 
+@pytest.mark.slow
 def test_two_settings_side_by_side(page):
     page.type("prompt", "a red apple")
     page.click(page.id("compare"))
@@ -1508,6 +1531,7 @@ def test_two_settings_side_by_side(page):
     assert len(page.all(".both .frame")) == 2
 
 
+@pytest.mark.slow
 def test_two_selected_images_side_by_side(page):
     page.draw("a red apple", seed="4")
     page.draw("a green apple", seed="4")
@@ -1529,6 +1553,7 @@ def test_two_selected_images_side_by_side(page):
     assert page.values("A-prompt", "B-prompt", "sides-seed") == ["a green apple", "a green apple", "4"]
 
 
+@pytest.mark.slow
 def test_the_example_chips_rotate(page):
     shown = [chip.text for chip in page.all(".chip") if chip.text]
     assert len(shown) == 3

@@ -47,10 +47,11 @@ def run(which: int, hasty: int) -> tuple[list[int], list[tuple[str, str]], float
     ("stopped", "hasty"),
     [  # the first has the store
         (0, 1),
-        pytest.param(2, 0, marks=pytest.mark.slow),
-        pytest.param(2, 1, marks=pytest.mark.slow),
+        (2, 0),
+        (2, 1),
     ],
 )
+@pytest.mark.slow
 def test_a_process_that_works_alone_is_waited_for_and_one_that_no_longer_answers_ends_the_others(
     stopped, hasty
 ):
