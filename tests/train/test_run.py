@@ -151,8 +151,7 @@ def whole(recipe, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stages", [("b",), STAGES], ids=["one", "all"])
+@pytest.mark.parametrize("stages", [("b",), pytest.param(STAGES, marks=pytest.mark.slow)], ids=["one", "all"])
 def test_kills_change_nothing(tmp_path, images, recipe, whole, stages):
     """Networks, averages and optimizers of all three stages, bit for bit; the model too."""
     broken = tmp_path / "broken"
