@@ -1,4 +1,4 @@
-"""The rooms of the house: each may import only those before it."""
+"""Layers: each module and package imports only those before it. Functions and files are short."""
 
 import ast
 import importlib.resources
@@ -297,3 +297,21 @@ def unplaced_tensors(tree: ast.AST) -> list[str]:
 def test_tensors_do_not_depend_on_torch_s_defaults(path):
     """The same seed draws the same image whatever default dtype and device a caller has set."""
     assert not unplaced_tensors(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def test_functions_and_files_are_short():
+    long = []
+    for path in (
+        file
+        for folder in ("src", "benchmarks")
+        for file in (Path(__file__).parents[1] / folder).rglob("*.py")
+    ):
+        text = path.read_text(encoding="utf-8")
+        if text.count("\n") > 450:
+            long.append(f"{path.name}: {text.count(chr(10))} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                if lines > 80:
+                    long.append(f"{path.name}, {node.name}: {lines} lines")
+    assert not long

@@ -105,13 +105,7 @@ def evaluate(
         first_seed=options.first_seed,
     )
     rows = renderer.rows() if options.rows is None else options.rows
-    for row in rows:
-        if row not in renderer.rows():
-            missing = "the model before compression" if row == "before" else "a network that this model lacks"
-            raise UserError(
-                f"row {row!r} needs {missing}. Available rows are {', '.join(renderer.rows())}. Remove it "
-                "from rows."
-            )
+    _check_rows(rows, renderer.rows())
     if data is None and photos is None:
         raise DataError(
             "nothing to evaluate: neither an emoji set nor photographs were given. Give one of them."
@@ -160,6 +154,17 @@ def evaluate(
         },
         photos=photo_result,
     )
+
+
+def _check_rows(rows: Sequence[Row], available: Sequence[Row]) -> None:
+    """Raises ``UserError`` for a row that the model cannot draw."""
+    for row in rows:
+        if row not in available:
+            missing = "the model before compression" if row == "before" else "a network that this model lacks"
+            raise UserError(
+                f"row {row!r} needs {missing}. Available rows are {', '.join(available)}. Remove it from "
+                "rows."
+            )
 
 
 def _scorer(renderer: Renderer, rows: Sequence[Row], real: RealImages, batch_size: int, shown: int) -> Scorer:
