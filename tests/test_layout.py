@@ -37,11 +37,11 @@ ORDER = [
     {"cli"},
     {"__main__", "__init__"},
 ]
-LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
+LEVEL = {layer: level for level, layers in enumerate(ORDER) for layer in layers}
 FILES = sorted(ROOT.rglob("*.py"))
 
 
-def room_of(parts: tuple[str, ...]) -> str:
+def layer_of(parts: tuple[str, ...]) -> str:
     return Path(parts[0]).stem
 
 
@@ -60,7 +60,7 @@ def imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_go_one_way(path):
-    own = room_of(path.relative_to(ROOT).parts)
+    own = layer_of(path.relative_to(ROOT).parts)
     for other in imports(path):
         assert other == own or LEVEL[other] < LEVEL[own], f"{own} may not import {other}"
     text = path.read_text(encoding="utf-8")
@@ -247,8 +247,8 @@ def test_block_classes_are_named_in_models_alone():
             assert not names & blocks, path
 
 
-def test_every_room_is_in_the_order():
-    assert {room_of(path.relative_to(ROOT).parts) for path in FILES} <= LEVEL.keys()
+def test_every_layer_is_in_the_order():
+    assert {layer_of(path.relative_to(ROOT).parts) for path in FILES} <= LEVEL.keys()
 
 
 def test_type_checkers_read_the_annotations():

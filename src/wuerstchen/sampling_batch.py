@@ -18,6 +18,8 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingBatch:
+    """The prompts, seeds, sizes, settings and callbacks of a batch."""
+
     prompts: list[str]
     negatives: list[str] = dataclasses.field(default_factory=list)
     """Only Stage C reads them."""

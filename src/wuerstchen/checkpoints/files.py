@@ -16,8 +16,6 @@ from torch import Tensor
 
 from wuerstchen.errors import CheckpointError
 
-MAX_JSON = 64 << 20
-"""Size limit of JSON files in bytes, for prepared data sets."""
 MAX_DESCRIPTION = 8 << 20
 """Size limit in bytes of the description or the index of a model."""
 MAX_DEPTH = 100

@@ -93,7 +93,7 @@ class _Loop:
 
     def __init__(self, trainer: Trainer, cache: ImageCache | None) -> None:
         job, state = trainer.job, trainer.state
-        self.job, self.state, self.cost = job, state, trainer.cost
+        self.trainer, self.job, self.state, self.cost = trainer, job, state, trainer.cost
         self.observer, self.stop = trainer.observer, trainer.stop
         self.step = make_step(job, state)
         self.gauge = self.step.gauge = Gauge(job.stage, job.seed, job.settings.autocast, job.device)
@@ -108,14 +108,10 @@ class _Loop:
         self.skipped: list[tuple[str, str]] = []
         self.saved_at = time.monotonic()
 
-    @property
-    def finished(self) -> bool:
-        return self.state.images >= self.job.total
-
     def run(self) -> None:
         """Makes all updates. Raises ``Interrupted`` after a signal."""
         try:
-            while not self.finished:
+            while not self.trainer.finished:
                 self.train_step()
         except NotFinite as fault:
             stage = self.job.stage.name
@@ -136,7 +132,7 @@ class _Loop:
         batch = self.batches.fetch()
         values = update(self.job, self.step, self.runner, self.batches, batch)
         synchronised = self.account(batch, values)
-        if self.finished:
+        if self.trainer.finished:
             self.save_final()
         if self.observer.due(self.state.images):
             self.preview()
@@ -159,7 +155,7 @@ class _Loop:
         state.images += images
         self.meter.update(images, self.values["loss"])
         self.skipped += batch.skipped
-        logs = state.updates % log_every == 0 or self.finished
+        logs = state.updates % log_every == 0 or self.trainer.finished
         if logs or job.processes.count == 1:
             for name, reason in job.processes.all_gather(self.skipped):
                 job.log.event("skipped", stage=job.stage.name, name=name, reason=reason)
@@ -187,7 +183,7 @@ class _Loop:
         self.saving.poll()
         if failed:
             self.saving.wait()
-        return stop, save and not self.finished
+        return stop, save and not self.trainer.finished
 
     def save(self) -> None:
         """Starts a checkpoint, and validates if the last validation is long ago."""
