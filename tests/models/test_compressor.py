@@ -174,6 +174,16 @@ def test_an_unknown_backbone_is_refused_with_the_known_ones(monkeypatch: pytest.
         CompressorConfig(c_latent=0)
 
 
+@pytest.mark.parametrize("depths", [(), (8, 16)])
+def test_the_backbone_is_called_as_a_module(depths: tuple[int, ...]) -> None:
+    """Compilation and FSDP wrap the call. A method of the backbone runs uncompiled."""
+    compressor = Compressor(CompressorConfig(backbone="efficientnet_lite0", depths=depths)).eval()
+    calls: list[nn.Module] = []
+    compressor.backbone.register_forward_hook(lambda module, *_: calls.append(module))
+    compressor(torch.rand(1, 3, 32, 32))
+    assert calls == [compressor.backbone]
+
+
 def test_depths_reach_the_mapper_folded_onto_its_grid() -> None:
     torch.manual_seed(0)
     compressor = Compressor(CompressorConfig(backbone="efficientnet_lite0", depths=(8, 16))).eval()

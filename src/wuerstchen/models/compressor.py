@@ -98,11 +98,11 @@ class Compressor(nn.Module):
         if not self.config.depths:
             return self.mapper(self.backbone(images)).contiguous()
         assert isinstance(self.backbone, EfficientNetLite)
-        stages = self.backbone.feature_maps(images)
-        features = [self.backbone.head(stages[-1])]
-        for stride in self.config.depths:
-            features.append(_folded(stages[_LITE_STRIDES.index(stride)], STRIDE // stride))
-        return self.mapper(torch.cat(features, dim=1)).contiguous()
+        head, maps = self.backbone(images, with_feature_maps=True)
+        features = [
+            _folded(maps[_LITE_STRIDES.index(stride)], STRIDE // stride) for stride in self.config.depths
+        ]
+        return self.mapper(torch.cat([head, *features], dim=1)).contiguous()
 
     def _side_channels(self) -> int:
         """Channels that the mapper reads besides the head's."""

@@ -9,6 +9,7 @@ EfficientNet-Lite as Google released it for TensorFlow, under the key names of i
 """
 
 from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -345,9 +346,26 @@ class EfficientNetLite(nn.Module):
         self._bn1 = nn.BatchNorm2d(config.head, eps=BATCH_NORM_EPS)
         _initialise(self)
 
-    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c h32 w32"]:
-        """Features of images in [0, 1], which are normalised as (255·x − 127) / 128."""
-        return self.head(self.feature_maps(images)[-1])
+    @overload
+    def forward(
+        self, images: Float[Tensor, "b 3 h w"], with_feature_maps: Literal[False] = False
+    ) -> Float[Tensor, "b c h32 w32"]: ...
+
+    @overload
+    def forward(
+        self, images: Float[Tensor, "b 3 h w"], with_feature_maps: Literal[True]
+    ) -> tuple[Float[Tensor, "b c h32 w32"], list[Float[Tensor, "b _ _ _"]]]: ...
+
+    def forward(
+        self, images: Float[Tensor, "b 3 h w"], with_feature_maps: bool = False
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Features of images in [0, 1], which are normalised as (255·x − 127) / 128.
+
+        With ``with_feature_maps`` also the ``feature_maps``. Unlike that method, a call of the network is
+        compiled in training.
+        """
+        maps = self.feature_maps(images)
+        return (self.head(maps[-1]), maps) if with_feature_maps else self.head(maps[-1])
 
     def head(self, last: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h w"]:
         """The network's output, from the last of ``feature_maps``."""
