@@ -8,6 +8,7 @@ from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_diffnext impo
 
 from wuerstchen.errors import UserError
 from wuerstchen.models.decoder import Decoder, DecoderConfig
+from wuerstchen.models.layers import SelfAttnBlock
 
 SMALL = DecoderConfig(
     c_r=16,
@@ -120,6 +121,39 @@ def test_without_text():
         Decoder(SMALL).context(given["semantic_latents"], (16, 16))
 
 
+def test_attention_without_text_is_that_of_torch(randomise):
+    """Keys and values come from the grid alone. Catches a head split along the wrong axis, a missing norm."""
+    block = randomise(SelfAttnBlock(12, 3)).double().eval()
+    x = torch.randn(2, 5, 4, 12, dtype=torch.float64)
+    attention = block.attention
+    theirs = torch.nn.MultiheadAttention(12, 3, batch_first=True, dtype=torch.float64)
+    projections = (attention.to_q, attention.to_k, attention.to_v)
+    tokens = torch.nn.functional.layer_norm(x, (12,), eps=1e-6).flatten(1, 2)
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(torch.cat([layer.weight for layer in projections]))
+        theirs.in_proj_bias.copy_(torch.cat([layer.bias for layer in projections]))
+        theirs.out_proj.load_state_dict(attention.to_out[0].state_dict())
+        expected = x + theirs(tokens, tokens, tokens)[0].view_as(x)
+        torch.testing.assert_close(block(x), expected)
+
+
+@pytest.mark.parametrize("cache_kv", [False, True])
+def test_a_decoder_without_text_may_have_attention(cache_kv, randomise):
+    """Each position then depends on all others, and no weight is for a text."""
+    config = dataclasses.replace(SMALL, clip_embd=None)
+    model = randomise(Decoder(config)).eval()
+    names = model.state_dict().keys()
+    assert any("attention.to_q" in name for name in names)
+    assert not any("kv_mapper" in name or "clip_mapper" in name for name in names)
+    given = inputs(config, (32, 32), (3, 3))
+    x = given["x"].clone().requires_grad_()
+    context = model.context(given["semantic_latents"], (32, 32), cache_kv=cache_kv)
+    assert not context.texts
+    model(x, given["r"], context)[0, :, 0, 0].sum().backward()
+    assert (x.grad[0].abs().sum(0) > 0).all()
+    assert (x.grad[1:] == 0).all()
+
+
 def test_velocity_is_the_plain_output(randomise):
     model = randomise(Decoder(dataclasses.replace(SMALL, prediction="velocity"))).double().eval()
     given = {name: value.double() for name, value in inputs(SMALL, (16, 16), (3, 3)).items()}
@@ -160,7 +194,6 @@ def test_starts_at_twice_the_input():
         ({"nhead": (-1, 0, 3)}, "nhead must be from 1 to the level's width 16, got 0"),
         ({"nhead": (-1, 17, 3)}, "nhead must be from 1 to the level's width 16, got 17"),
         ({"level_config": ("CT", "CTX", "CTA")}, "the letters C, T and A, got 'CTX'"),
-        ({"clip_embd": None}, "clip_embd is None, so level_config cannot have attention"),
         ({"c_out": 3}, "c_out must be c_in=4, or 1 .*, got 3"),
         ({"c_r": 3}, "c_r must be .* at least 4, got 3"),
         (

@@ -12,7 +12,7 @@ from wuerstchen.models.blocks import run_blocks, text_inputs
 from wuerstchen.models.compressor import Compressor, CompressorConfig
 from wuerstchen.models.decoder import Decoder, DecoderConfig
 from wuerstchen.models.fused.blocks import factored_condition, is_plain, join_layers
-from wuerstchen.models.layers import AttnBlock, ConditionedResBlock, ResBlock, TimestepBlock
+from wuerstchen.models.layers import AttnBlock, ConditionedResBlock, ResBlock, SelfAttnBlock, TimestepBlock
 from wuerstchen.models.paella import Paella, PaellaConfig
 from wuerstchen.models.previewer import Previewer, PreviewerConfig
 from wuerstchen.models.prior import Prior, PriorConfig
@@ -27,6 +27,7 @@ from wuerstchen.train.engine.update import compile_regions, recompute_blocks
 NETWORKS = {
     "Stage C": lambda: Prior(PriorConfig()),
     "Stage B": lambda: Decoder(DecoderConfig()),
+    "Stage B without text": lambda: Decoder(DecoderConfig(clip_embd=None)),
     "Stage B of v1": lambda: Paella(PaellaConfig()),
     "Stage A": lambda: VQGAN(VQGANConfig()),
     "discriminator": Discriminator,
@@ -141,7 +142,7 @@ def test_a_subclass_is_not_fused():
 
 
 def test_traits_of_our_blocks():
-    for kind in (ResBlock, ConditionedResBlock, AttnBlock):
+    for kind in (ResBlock, ConditionedResBlock, AttnBlock, SelfAttnBlock):
         assert kind.allows.compile
         assert kind.allows.recompute
         assert kind.allows.orthogonalise

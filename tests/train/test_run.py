@@ -809,6 +809,11 @@ def test_shares_are_shares():
         ({"time_shift": float("nan")}, "time_shift must be above 0 and at most 100, got nan"),
         ({"refine_images": -1}, "refine_images must be at least 0, got -1"),
         ({"refine_rate": 1.0}, "refine_rate must be between 0 and 1, got 1.0"),
+        ({"feature_weight": -1.0}, r"feature_weight must be at least 0, got -1\.0"),
+        ({"refine_feature_weight": -1.0}, r"refine_feature_weight must be at least 0, got -1\.0"),
+        ({"previewer_weight": float("inf")}, "previewer_weight must be at least 0, got inf"),
+        ({"feature_fraction": 0.0}, r"feature_fraction must be above 0 and at most 1, got 0\.0"),
+        ({"feature_fraction": 1.5}, r"feature_fraction must be above 0 and at most 1, got 1\.5"),
     ],
 )
 def test_phases_and_shifts_are_checked(change, message):

@@ -205,6 +205,14 @@ def test_a_run_of_v2_is_no_run_of_v1(finished, data):
             r"stage_b\.loss_weight must be p2 for a decoder of tokens, got velocity",
         ),
         (
+            {"stage_b": dataclasses.replace(tiny().stage_b, feature_weight=0.5)},
+            r"stage_b\.feature_weight must be 0 for a decoder of tokens, got 0\.5",
+        ),
+        (
+            {"stage_b": dataclasses.replace(tiny().stage_b, refine_feature_weight=0.5)},
+            r"stage_b\.refine_feature_weight must be 0 for a decoder of tokens, got 0\.5",
+        ),
+        (
             {"stage_a": dataclasses.replace(tiny().stage_a, refine_images=8)},
             r"stage_a\.refine_images must be 0 with a decoder of tokens, got 8",
         ),

@@ -13,6 +13,7 @@ from wuerstchen.models.fused.blocks import can_fuse, factored_condition
 from wuerstchen.models.layers import (
     MAX_LEVELS,
     ConditionedResBlock,
+    SelfAttnBlock,
     check_dropout,
     check_levels,
     check_timestep_width,
@@ -23,7 +24,7 @@ from wuerstchen.models.layers import (
     to_channels_last,
 )
 from wuerstchen.models.traits import BlockTraits
-from wuerstchen.models.unet import UNet, level_dropout
+from wuerstchen.models.unet import Levels, UNet, level_dropout
 
 SCALE_EPS = 1e-3
 
@@ -47,7 +48,7 @@ class DecoderConfig:
     """Repeats of each level's blocks."""
     level_config: tuple[str, ...] = ("CT", "CTA", "CTA", "CTA")
     """Blocks of each level: C convolution, T timestep, A attention. A level on the way up takes its skip only
-    if it starts with C."""
+    if it starts with C. Attention reads the grid and the text, or the grid alone if ``clip_embd`` is None."""
     inject_effnet: tuple[bool, ...] = (False, True, True, True)
     """Which levels read the semantic latents. As in diffusers, the list may be longer, which gives the levels
     on the way up other mappers."""
@@ -89,11 +90,6 @@ class DecoderConfig:
         if any(map(self._convolves, range(levels))) and (self.kernel_size < 1 or self.kernel_size % 2 == 0):
             raise UserError(
                 f"kernel_size must be odd and at least 1, got {self.kernel_size}. 3 is published."
-            )
-        if self.clip_embd is None and any("A" in kinds for kinds in self.level_config):
-            raise UserError(
-                f"clip_embd is None, so level_config cannot have attention blocks, got {self.level_config}. "
-                "Remove every A."
             )
         self._check_injection()
 
@@ -176,6 +172,12 @@ class Decoder(UNet):
         return ConditionedResBlock(
             config.c_hidden[level], c_condition + c_skip, kernel_size=kernel, dropout=dropout
         )
+
+    def _attention(self, config: Levels, level: int) -> nn.Module:
+        if self.config.clip_embd is not None:
+            return super()._attention(config, level)
+        heads, dropout = config.nhead[level], level_dropout(config, level)
+        return SelfAttnBlock(config.c_hidden[level], heads, dropout=dropout)
 
     def context(
         self,

@@ -253,6 +253,27 @@ class AttnBlock(nn.Module):
         return x + self.attention(tokens, attended).unflatten(1, x.shape[1:3])
 
 
+class SelfAttnBlock(nn.Module):
+    """Attention from every position of the grid to the grid, for networks without text."""
+
+    allows = BlockTraits(
+        compile=True,
+        recompute=True,
+        shard="block",
+        orthogonalise=True,
+        fuse=(Attention, nn.Linear, nn.Linear, nn.Linear, nn.ModuleList, nn.Linear),
+    )
+
+    def __init__(self, c: int, heads: int, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.attention = Attention(c, heads, dropout)
+
+    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+        tokens = layer_norm(x).flatten(1, 2)
+        attended = self.attention.keys_values_at_once(tokens, None)
+        return x + self.attention(tokens, attended).unflatten(1, x.shape[1:3])
+
+
 class Resampling(nn.Sequential):
     """A layer norm, then a convolution that halves or doubles the grid between two levels.
 

@@ -64,6 +64,11 @@ class UNet(Network):
         """A convolution block. ``c_skip`` is 0 for blocks that take no skip."""
         raise NotImplementedError
 
+    def _attention(self, config: Levels, level: int) -> nn.Module:
+        """An attention block."""
+        heads, dropout = config.nhead[level], level_dropout(config, level)
+        return AttnBlock(config.c_hidden[level], config.c_cond, heads, dropout=dropout)
+
     def _build(self, config: Levels, c_in: int, c_out: int) -> None:
         """Adds the layers, for ``c_in`` channels before patches are taken and ``c_out`` after.
 
@@ -101,8 +106,7 @@ class UNet(Network):
                 elif kind == "T":
                     blocks.append(TimestepBlock(width, config.c_r))
                 else:
-                    heads, dropout = config.nhead[level], level_dropout(config, level)
-                    blocks.append(AttnBlock(width, config.c_cond, heads, dropout=dropout))
+                    blocks.append(self._attention(config, level))
         return blocks
 
     def _init_weights(self, config: Levels, mappers: Iterable[nn.Linear | nn.Conv2d]) -> None:

@@ -99,6 +99,12 @@ def _check_fractions(config: object, *names: str) -> None:
             raise UserError(f"{name} must be between 0 and 1, got {getattr(config, name)}.")
 
 
+def _check_weights(config: object, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(config, name) < math.inf:
+            raise UserError(f"{name} must be at least 0, got {getattr(config, name)}. 0 leaves it out.")
+
+
 def _check_shift(shift: float) -> None:
     if not 0 < shift <= 100:
         raise UserError(f"time_shift must be above 0 and at most 100, got {shift}. 1 is no shift.")
@@ -160,9 +166,7 @@ class StageAConfig:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
         _check_fractions(self, "quantise_dropout", "refine_redrawn")
         _check_refinement(self.refine_images, self.refine_rate)
-        for name in ("l1_weight", "perceptual_weight", "adversarial_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"{name} must be at least 0, got {getattr(self, name)}. 0 leaves it out.")
+        _check_weights(self, "l1_weight", "perceptual_weight", "adversarial_weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +206,15 @@ class StageBConfig:
     caption_dropout: float = 0.05
     """Fraction of the images that train without their caption, if the decoder reads text."""
     previewer_rate: float = 1e-3
-    """Learning rate of the previewer, which trains on detached semantic latents."""
+    """Learning rate of the previewer."""
+    previewer_weight: float = 0.0
+    """Weight of the previewer's loss in the compressor's loss, so that the semantic latents keep colours and
+    shapes in a form that is easy to read. 0 trains the previewer on detached semantic latents only."""
+    feature_weight: float = 0.0
+    """Weight of the feature loss of a decoder of latents (v2): the image predicted by the decoder and Stage A
+    is compared to the original in the features of EfficientNet-Lite0, weighted by ᾱ(t). 0 leaves it out."""
+    feature_fraction: float = 0.25
+    """Fraction of each batch for which the feature loss is computed. Decoding to pixels is expensive."""
     refine_images: int = 0
     """Images in a last phase that trains only the decoder, with the compressor frozen. It starts from the
     averaged weights, with a new optimizer. 0 for none."""
@@ -210,6 +222,8 @@ class StageBConfig:
     """Learning rate of the last phase."""
     refine_shift: float = 1.0
     """``time_shift`` of the last phase. By then the decoder knows layout, but not yet texture."""
+    refine_feature_weight: float = 0.0
+    """``feature_weight`` of the last phase."""
 
     @property
     def images(self) -> int:
@@ -224,6 +238,12 @@ class StageBConfig:
         _check_shift(self.time_shift)
         _check_shift(self.refine_shift)
         _check_refinement(self.refine_images, self.refine_rate)
+        _check_weights(self, "previewer_weight", "feature_weight", "refine_feature_weight")
+        if not 0 < self.feature_fraction <= 1:
+            raise UserError(
+                f"feature_fraction must be above 0 and at most 1, got {self.feature_fraction}. 0.25 is "
+                "common."
+            )
         if not 0 < self.previewer_rate < 1:
             raise UserError(
                 f"previewer_rate must be between 0 and 1, got {self.previewer_rate}. 1e-3 is common."

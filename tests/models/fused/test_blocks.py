@@ -91,7 +91,8 @@ def run_prior(network, x, r, text, mask=None):
 def run_decoder(network, x, r, z, text):
     dtype = network.dtype
     with torch.no_grad():
-        context = network.context(z, tuple(x.shape[2:]), text.to(dtype))
+        states = None if network.config.clip_embd is None else text.to(dtype)
+        context = network.context(z, tuple(x.shape[2:]), states)
         return network(x.to(dtype), r, context)
 
 
@@ -154,6 +155,7 @@ SHAPES = {
     "conditioned at no level": {"inject_effnet": (False, False, False), "patch_size": 1},
     "mappers in another order": {"inject_effnet": (True,) * 5},
     "heads that do not divide the width": {"nhead": (-1, 3, 7), "dropout": (0.0, 0.2, 1.0)},
+    "attention without text": {"clip_embd": None, "level_config": ("CTA", "TAC", "AAT"), "nhead": (2, 3, 4)},
     "one channel of noise": {"c_out": 1, "c_r": 1},
 }
 

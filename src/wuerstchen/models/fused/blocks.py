@@ -29,6 +29,7 @@ from wuerstchen.models.layers import (
     AttnBlock,
     KeysValues,
     Resampling,
+    SelfAttnBlock,
     TextTokens,
 )
 from wuerstchen.models.traits import fused_layers, traits_of
@@ -132,9 +133,7 @@ def run_fused(
         elif takes == "text":
             text = next(texts)
             if isinstance(text, KeysValues) and is_plain(block, x):
-                attention, out = block.attention, block.attention.to_out[0]
-                tokens = block_kernels.scale_shift_norm_(x, *pending.factors_for(x), out.bias)
-                _add_product(x, _attended(attention, tokens.flatten(1, 2), text), out.weight)
+                _attend(block.attention, x, pending, text)
                 pending = _Pending()
                 continue
             x = block(pending.apply(x), text)
@@ -153,6 +152,10 @@ def run_fused(
             if isinstance(condition, FactoredCondition):
                 given, _ = condition.full(), next(factors)
             x = block(x, *(joined for joined in (skip, given) if joined is not None))
+        elif isinstance(block, SelfAttnBlock) and is_plain(block, x):
+            _attend(block.attention, x, pending, None)
+            pending = _Pending()
+            continue
         elif isinstance(block, Resampling):  # its convolution returns a new tensor: no copy is needed
             x, pending = block(pending.apply(x)).contiguous(), _Pending()
             continue
@@ -183,6 +186,17 @@ class _Pending:
         if self.bias is not None or self.factors is not None:
             block_kernels.scale_shift_(x, *self.factors_for(x))
         return x
+
+
+def _attend(
+    attention: Attention, x: Float[Tensor, "b h w c"], pending: _Pending, text: KeysValues | None
+) -> None:
+    """Applies the pending operations and an attention block to ``x``, in place."""
+    from wuerstchen.models.fused import block_kernels
+
+    out = attention.to_out[0]
+    tokens = block_kernels.scale_shift_norm_(x, *pending.factors_for(x), out.bias)
+    _add_product(x, _attended(attention, tokens.flatten(1, 2), text), out.weight)
 
 
 def _add_product(
@@ -228,12 +242,12 @@ def _first_layer(
 
 
 def _attended(
-    attention: Attention, tokens: Float[Tensor, "b n c"], text: KeysValues
+    attention: Attention, tokens: Float[Tensor, "b n c"], text: KeysValues | None
 ) -> Float[Tensor, "b n c_heads"]:
-    """Attention of the grid's tokens to themselves and the text, without the output layer."""
+    """Attention of the grid's tokens to themselves and the text, if any, without the output layer."""
     from wuerstchen.models.fused import attention_kernel
 
-    if len(text.keys) != len(tokens):
+    if text is not None and len(text.keys) != len(tokens):
         raise ValueError(
             f"The text must have the batch size of the latents, {len(tokens)}, got {len(text.keys)}."
         )
@@ -243,6 +257,9 @@ def _attended(
         queries, keys, values = (projection(tokens) for projection in projections)
     else:
         queries, keys, values = F.linear(tokens, *joined).chunk(3, dim=-1)
+    if text is None:
+        queries, keys, values = map(attention.split_heads, (queries, keys, values))
+        return F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2)
     if attention_kernel.supports(queries, attention.heads) and text.keys.dtype == queries.dtype:
         return attention_kernel.attend(queries, keys, values, text.keys, text.values, text.mask)
     n, mask = tokens.shape[1], text.mask

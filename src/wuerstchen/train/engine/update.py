@@ -71,6 +71,17 @@ def make_bf16_weights(stage: Stage, state: TrainingState) -> dict[str, Bf16Weigh
     return {name: Bf16Weights(net, state.optimizers[name]) for name, net in stage.networks.items()}
 
 
+@contextmanager
+def _keeping_gradients(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Undoes what a backward pass inside this context adds to the gradients of ``parameters``."""
+    kept = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    yield
+    for p, gradient in zip(parameters, kept, strict=True):
+        p.grad = gradient
+
+
 class TrainStep:
     """Makes one update of each network of a stage per call.
 
@@ -143,9 +154,10 @@ class TrainStep:
             scale = loss_scale_of(self.state.optimizers[name])
             scaled = loss if scale is None else loss * scale.value
             if is_sharded(network):
-                # FSDP averages gradients in its reduce-scatter. No other trained network is in this loss.
+                # FSDP averages gradients in its reduce-scatter. It cannot say which weights get a gradient.
                 synchronise_gradients(network, last)
-                scaled.backward()
+                with self._reading_copies(), _keeping_gradients(self._others(name)):
+                    scaled.backward()
             else:
                 with self._reading_copies():
                     # For this network only: other networks in this loss learn from losses of their own.
@@ -166,6 +178,11 @@ class TrainStep:
                 values[f"gradient_{name}"] = norm
             for term, value in terms.items():
                 values[term] = values.get(term, 0) + value.detach() * weight
+
+    def _others(self, name: str) -> list[nn.Parameter]:
+        """The weights of the networks that a loss of ``name`` does not update."""
+        others = [network for key, network in self.stage.networks.items() if key != name]
+        return [p for network in others for p in network.parameters() if p.requires_grad]
 
     @contextmanager
     def _reading_copies(self) -> Iterator[None]:

@@ -1,8 +1,9 @@
 """Training of Stage B: the latent diffusion decoder of v2, and the phases of any kind of decoder."""
 
 import dataclasses
+import math
 
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from wuerstchen.diffusion.objective import Objective, check_prediction
@@ -13,6 +14,7 @@ from wuerstchen.models.decoder import Decoder, DecoderConfig
 from wuerstchen.models.previewer import Previewer
 from wuerstchen.train.config import Recipe, refining
 from wuerstchen.train.decoder_kinds import DecoderKind, decoder_kind
+from wuerstchen.train.feed.images import pixels_of
 from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.initial_weights import fill_compressor
 from wuerstchen.train.stages.base import (
@@ -26,6 +28,7 @@ from wuerstchen.train.stages.base import (
     sides_multiple,
 )
 from wuerstchen.train.stages.decoding import DecoderAndCompressor, DecoderOnly, Decoding, WithCompressor
+from wuerstchen.train.stages.perceptual import perceptual_network
 
 
 class _Latents(Decoding):
@@ -52,8 +55,34 @@ class _Latents(Decoding):
         objective = self.objective
         t = objective.times(random.uniform("time"))
         noise = random.normal("noise", latents.shape[1:])
-        output = decoder(objective.noised(latents, noise, t), t, context)
-        return objective.loss(output, latents, noise, t).mean(), {}
+        x = objective.noised(latents, noise, t)
+        output = decoder(x, t, context)
+        loss = objective.loss(output, latents, noise, t).mean()
+        if not self.config.feature_weight:
+            return loss, {}
+        features = self.feature_loss(output, x, t, inputs["images"])
+        return loss + self.config.feature_weight * features, {"features": features}
+
+    def feature_loss(
+        self,
+        output: Float[Tensor, "b c h w"],
+        x: Float[Tensor, "b c h w"],
+        t: Float[Tensor, " b"],
+        images: UInt8[Tensor, "b h4 w4 3"],
+    ) -> Float[Tensor, ""]:
+        """The mean of ᾱ(t) · d(D(x̂₀), image), with d of ``PerceptualLoss`` and D the frozen Stage A.
+
+        At high noise x̂₀ is the mean of many images, whose features are not those of any one of them. The
+        factor ᾱ, the fraction of x_t that is signal, therefore goes to 0 there. With noise prediction it also
+        cancels the factor 1/√ᾱ in the gradient of x̂₀, which would let pure noise dominate. Only the first
+        ``feature_fraction`` of the batch is decoded: batches are shuffled, so it is a random sample.
+        """
+        assert self.perceptual is not None
+        rows = math.ceil(len(x) * self.config.feature_fraction)
+        output, x, t = output[:rows], x[:rows], t[:rows]
+        drawn = self.vqgan.decode(self.objective.to_clean(output, x, t)).float()
+        distances = self.perceptual.of_each(drawn, pixels_of(images[:rows]))
+        return (self.objective.alpha_bar(t) * distances).mean()
 
     def predict(self, averages: dict[str, nn.Module], inputs: Inputs, x: Tensor, t: Tensor) -> Tensor:
         decoder, z = self.decoder_and_latents(averages, inputs)
@@ -134,6 +163,8 @@ def train(run: Run) -> None:
     if text is not None and recipe.decoder.clip_embd is not None:
         text.to(run.device)
     multiple = sides_multiple(recipe)
+    compares = config.feature_weight > 0 or (config.refine_images and config.refine_feature_weight > 0)
+    perceptual = perceptual_network(run.device) if compares and run.makes_updates else None
     for named in _phases(recipe):
         model = Cascade(
             settings=cascade_settings(recipe, PUBLISHED_STATISTICS),
@@ -147,7 +178,7 @@ def train(run: Run) -> None:
             for network in (decoder, compressor, previewer):
                 network.requires_grad_(True)
             compressor.freeze_early_layers(config.frozen_stride)
-            stage = kind.with_compressor(config, recipe, model, named)
+            stage = kind.with_compressor(config, recipe, model, named, perceptual)
             averages = run.train_phase(stage, named.phase, multiple=multiple)
             both = averages(
                 DecoderAndCompressor(kind.network(recipe.decoder), Compressor(recipe.compressor)),
@@ -157,7 +188,7 @@ def train(run: Run) -> None:
         else:
             for network in (decoder, previewer):
                 network.requires_grad_(True)
-            refinement = kind.refinement(config, recipe, model, named)
+            refinement = kind.refinement(config, recipe, model, named, perceptual)
             averages = run.train_phase(refinement, named.phase, multiple=multiple)
             decoder = averages(kind.network(recipe.decoder), "decoder")
         previewer = averages(Previewer(recipe.previewer), "previewer")
@@ -185,9 +216,13 @@ DECODER_STAGE = StageKind(
             "map_noise",
             "caption_dropout",
             "previewer_rate",
+            "previewer_weight",
+            "feature_weight",
+            "feature_fraction",
             "refine_images",
             "refine_rate",
             "refine_shift",
+            "refine_feature_weight",
             "max_ratio",
         }
     ),

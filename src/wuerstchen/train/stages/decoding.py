@@ -18,6 +18,7 @@ from wuerstchen.images import to_images
 from wuerstchen.models.cascade import PUBLISHED_STATISTICS, Cascade
 from wuerstchen.models.compressor import Compressor, compressor_input
 from wuerstchen.models.decoder import Decoder
+from wuerstchen.models.efficientnet import EfficientNetLite
 from wuerstchen.models.paella import Paella
 from wuerstchen.models.previewer import Previewer
 from wuerstchen.pipeline import Wuerstchen
@@ -35,6 +36,7 @@ from wuerstchen.train.stages.base import (
     in_chunks,
     with_captions_dropped,
 )
+from wuerstchen.train.stages.perceptual import PerceptualLoss
 
 LATENTS_NOISE = CosineSchedule()
 """How semantic latents are noised for Stage B, whatever the objectives of Stages B and C are."""
@@ -54,14 +56,22 @@ class Decoding:
 
     captions: bool
 
-    def __init__(self, config: StageBConfig, recipe: Recipe, model: Cascade) -> None:
-        """The ``model`` has the networks: those that are trained and, frozen, the others."""
+    def __init__(
+        self,
+        config: StageBConfig,
+        recipe: Recipe,
+        model: Cascade,
+        perceptual: EfficientNetLite | None,
+    ) -> None:
+        """The ``model`` has the networks: those that are trained and, frozen, the others. Updates with a
+        ``feature_weight`` need the ``perceptual`` network."""
         assert model.compressor is not None
         assert model.previewer is not None
         self.config = config
         self.recipe = recipe
         self.vqgan = model.vqgan.eval().requires_grad_(False)
         self.text_encoder = model.text_encoder_of_decoder()
+        self.perceptual = None if perceptual is None else PerceptualLoss(perceptual)
         self.captions = self.text_encoder is not None
         self.no_text = None if self.text_encoder is None else self.text_encoder.encode([""])
         self.rates = {"previewer": config.previewer_rate}
@@ -153,7 +163,7 @@ def previewer_loss(
     previewer: nn.Module, z: Float[Tensor, "b c mh mw"], pixels: Float[Tensor, "b 3 h w"]
 ) -> Float[Tensor, ""]:
     """Mean squared error against the images, scaled down to the size of previews."""
-    drawn = previewer(z.detach()).float()
+    drawn = previewer(z).float()
     return F.mse_loss(drawn, F.interpolate(pixels, size=drawn.shape[2:], mode="area"))
 
 
@@ -164,10 +174,15 @@ class WithCompressor(Decoding):
     reads_images = True
 
     def __init__(
-        self, config: StageBConfig, recipe: Recipe, model: Cascade, phase: NamedPhase | None = None
+        self,
+        config: StageBConfig,
+        recipe: Recipe,
+        model: Cascade,
+        phase: NamedPhase | None = None,
+        perceptual: EfficientNetLite | None = None,
     ) -> None:
         """Without a ``phase`` it is the first one."""
-        super().__init__(config, recipe, model)
+        super().__init__(config, recipe, model, perceptual)
         assert model.compressor is not None
         assert model.previewer is not None
         self.name = "b" if phase is None else phase.name
@@ -189,8 +204,11 @@ class WithCompressor(Decoding):
         pixels = pixels_of(inputs["images"])
         z = self.trained.compressor(compressor_input(pixels, self.recipe.view_scale)).float()
         loss, terms = self.decoder_loss(self.trained.decoder, z, inputs, random)
+        if self.config.previewer_weight:
+            # The loop gives this gradient to the compressor only. The previewer learns from its own loss.
+            loss = loss + self.config.previewer_weight * previewer_loss(self.previewer, z, pixels)
         yield "decoder_and_compressor", loss, {"map_std": z.detach().std(), **terms}
-        yield "previewer", previewer_loss(self.previewer, z, pixels), {}
+        yield "previewer", previewer_loss(self.previewer, z.detach(), pixels), {}
 
     def check(self, values: dict[str, float]) -> None:
         if values["map_std"] < MIN_STD:
@@ -229,15 +247,23 @@ class DecoderOnly(Decoding):
     """The last phase: trains only the decoder, on the semantic latents of the finished compressor."""
 
     averaged = ("decoder", "previewer")
-    reads_images = False
 
     def __init__(
-        self, config: StageBConfig, recipe: Recipe, model: Cascade, phase: NamedPhase | None = None
+        self,
+        config: StageBConfig,
+        recipe: Recipe,
+        model: Cascade,
+        phase: NamedPhase | None = None,
+        perceptual: EfficientNetLite | None = None,
     ) -> None:
-        super().__init__(dataclasses.replace(config, time_shift=config.refine_shift), recipe, model)
+        own = dataclasses.replace(
+            config, time_shift=config.refine_shift, feature_weight=config.refine_feature_weight
+        )
+        super().__init__(own, recipe, model, perceptual)
         assert model.compressor is not None
         assert model.previewer is not None
         self.name = "b2" if phase is None else phase.name
+        self.reads_images = own.feature_weight > 0
         self.optimization = refining(config)
         self.decoder = model.decoder
         self.compressor = model.compressor.eval().requires_grad_(False)

@@ -152,6 +152,12 @@ def _check_recipe(recipe: Recipe) -> None:
             f"stage_b.loss_weight must be p2 for a decoder of tokens, got {recipe.stage_b.loss_weight}. It "
             "weights errors of noise on latents."
         )
+    for name in ("feature_weight", "refine_feature_weight"):
+        if "b" in recipe.stages and getattr(recipe.stage_b, name):
+            raise UserError(
+                f"stage_b.{name} must be 0 for a decoder of tokens, got {getattr(recipe.stage_b, name)}. The "
+                "feature loss compares images decoded from predicted latents. Remove it, or use a v2 decoder."
+            )
     if "a" in recipe.stages and recipe.stage_a.refine_images:
         raise UserError(
             f"stage_a.refine_images must be 0 with a decoder of tokens, got {recipe.stage_a.refine_images}. "

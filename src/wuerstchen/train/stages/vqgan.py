@@ -10,7 +10,6 @@ from jaxtyping import Float, Int, Shaped
 from PIL import Image
 from torch import Tensor, nn
 
-from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
 from wuerstchen.images import to_images
 from wuerstchen.models.cascade import PUBLISHED_STATISTICS, Cascade
 from wuerstchen.models.compressor import compressor_input
@@ -33,28 +32,7 @@ from wuerstchen.train.stages.base import (
     in_chunks,
     sides_multiple,
 )
-
-
-class PerceptualLoss(nn.Module):
-    """Distance of two images in the features of a network, similar to LPIPS (arXiv 1801.03924).
-
-    At each resolution, the features are normalised to unit length per position and compared by squared
-    distance.
-    """
-
-    def __init__(self, network: EfficientNetLite) -> None:
-        super().__init__()
-        self.network = network.eval().requires_grad_(False)
-
-    def forward(self, x: Float[Tensor, "b 3 h w"], y: Float[Tensor, "b 3 h w"]) -> Float[Tensor, ""]:
-        with torch.no_grad():
-            targets = self.network.feature_maps(y)
-        pairs = zip(self.network.feature_maps(x), targets, strict=True)
-        distances = [
-            (F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)).square().sum(1).mean()
-            for a, b in pairs
-        ]
-        return torch.stack(distances).mean()
+from wuerstchen.train.stages.perceptual import PerceptualLoss, perceptual_network
 
 
 def random_crops(
@@ -312,9 +290,7 @@ def _perceptual(run: Run) -> EfficientNetLite | None:
     """The network of Stage A's perceptual loss."""
     if run.recipe.stage_a.perceptual == "none" or not run.makes_updates:
         return None
-    network = EfficientNetLite()
-    load_backbone(network, lite0_path())
-    return network.to(run.device)
+    return perceptual_network(run.device)
 
 
 def _latent_scale(run: Run, vqgan: VQGAN) -> float:
