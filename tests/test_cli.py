@@ -54,6 +54,7 @@ def test_generate_writes_an_image_with_its_settings(run, tmp_path, model_folder)
         "seed": 7,
         "model": str(model_folder),
         "guidance": 2.0,
+        "guidance_interval": [0.0, 1.0],
         "prior_steps": 4,
         "prior_sampler": "ddpm",
         "decoder_steps": 2,
@@ -74,6 +75,19 @@ def test_the_sampler_can_be_chosen(run):
         assert read_settings(Path(out.strip()))["prior_sampler"] == sampler
         pictures[sampler] = Image.open(out.strip()).tobytes()
     assert pictures["ddpm"] != pictures["dpm"]
+
+
+def test_the_guidance_interval_can_be_chosen(run):
+    """Guided at no step, the image is the one without guidance."""
+    images = {}
+    for options in (("--guidance", "2"), ("--guidance-interval", "0", "0.001"), ("--guidance", "1")):
+        code, out, errors = run("generate", "a cat", *options, "--out", "out.png")
+        assert code == 0, errors
+        images[options] = Image.open(out.strip()).tobytes()
+        if "0.001" in options:
+            assert read_settings(Path(out.strip()))["guidance_interval"] == [0, 0.001]
+    always, never, unguided = images.values()
+    assert always != never == unguided
 
 
 def test_images_are_numbered_by_seed_and_nothing_is_overwritten(run, tmp_path):
@@ -155,6 +169,10 @@ BAD_CALLS = {
     "guidance nan": (
         ["generate", "a", "--guidance", "nan"],
         "guidance must be a number from 0 to 100, got nan",
+    ),
+    "interval upside down": (
+        ["generate", "a", "--guidance-interval", "0.8", "0.2"],
+        "guidance_interval must be two times with 0 <= LOW < HIGH <= 1, got (0.8, 0.2)",
     ),
     "negative seed": (["generate", "a", "--seed", "-1"], "must be from 0 to"),
     "large seed": (["generate", "a", "--seed", str(2**32)], "must be from 0 to"),

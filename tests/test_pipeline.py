@@ -69,6 +69,41 @@ def test_generate_is_the_steps_written_out(model):
     assert np.abs(pixels(drawn) - pixels(expected)).max() <= 1
 
 
+def test_outside_its_interval_guidance_changes_nothing_and_costs_nothing(model, monkeypatch):
+    """Bugs: the default interval changes images, or unguided steps still run both halves of the batch."""
+    rows = []
+    forward = type(model.cascade.prior).forward
+    monkeypatch.setattr(
+        type(model.cascade.prior),
+        "forward",
+        lambda self, x, *rest: rows.append(len(x)) or forward(self, x, *rest),
+    )
+
+    def drawn(**sampling):
+        rows.clear()
+        images = model.generate(["a cat", "a cow"], negative="a dog", seed=3, sampling=Sampling(**sampling))
+        return pixels(images)
+
+    always, first, second, _ = drawn(guidance=2.5), *stage_c_timesteps(3)[:3]
+    assert rows == [4, 4, 4]
+    assert np.array_equal(drawn(guidance=2.5, guidance_interval=(0.0, 1.0)), always)
+    middle = drawn(guidance=2.5, guidance_interval=(second - 0.01, first - 0.01))
+    assert rows == [2, 4, 2]
+    assert not np.array_equal(middle, always)
+    never = drawn(guidance=2.5, guidance_interval=(0.0, 1e-6))
+    assert rows == [2, 2, 2]
+    assert np.array_equal(never, drawn(guidance=1.0))
+
+
+def test_a_model_may_have_a_guidance_interval(small_cascade):
+    """A caller's interval comes first, and (0, 1) turns off the model's."""
+    own = dataclasses.replace(small_cascade.settings, prior_guidance_interval=(0.2, 0.8))
+    assert own.completed(Sampling()).guidance_interval == (0.2, 0.8)
+    for given in ((0.0, 1.0), (0.5, 0.7)):
+        assert own.completed(Sampling(guidance_interval=given)).guidance_interval == given
+    assert small_cascade.settings.completed(Sampling()).guidance_interval == (0.0, 1.0)
+
+
 def test_an_image_is_the_same_alone_and_in_a_batch(model):
     together = model.generate(["a cat", "a dog", "a cow"], seed=5, batch_size=3)
     alone = model.generate("a dog", seed=6)
@@ -170,6 +205,8 @@ told(lambda: wuerstchen.Sampling(prior_steps=2.5))
 told(lambda: wuerstchen.Sampling(decoder_steps="4"))
 told(lambda: wuerstchen.Sampling(guidance="4"))
 told(lambda: wuerstchen.Sampling(guidance=float("nan")))
+told(lambda: wuerstchen.Sampling(guidance_interval=0.5))
+told(lambda: wuerstchen.Sampling(guidance_interval=(0, "1")))
 told(lambda: wuerstchen.Sampling(decoder_shift="1"))
 told(lambda: wuerstchen.load().generate("a", sampling={"prior_steps": 4}))
 """
@@ -186,6 +223,8 @@ def test_settings_of_other_types_are_refused():
             "decoder_steps must be an integer from 1 to 1000, got '4'.",
             "guidance must be a number from 0 to 100, got '4'.",
             "guidance must be a number from 0 to 100, got nan.",
+            "guidance_interval must be two times with 0 <= LOW < HIGH <= 1, got 0.5.",
+            "guidance_interval must be two times with 0 <= LOW < HIGH <= 1, got (0, '1').",
             "decoder_shift must be above 0 and at most 100, got '1'.",
             "sampling must be a wuerstchen.Sampling, got a dict",
         ),
@@ -539,6 +578,8 @@ def test_long_prompts_are_cut_with_a_warning(model):
         ({"sampling": {"decoder_steps": -3}}, "decoder_steps must be an integer from 1 to 1000, got -3"),
         ({"sampling": {"guidance": math.nan}}, "guidance must be a number from 0 to 100, got nan"),
         ({"sampling": {"guidance": math.inf}}, "guidance must be a number from 0 to 100, got inf"),
+        ({"sampling": {"guidance_interval": (0.8, 0.2)}}, r"0 <= LOW < HIGH <= 1, got \(0.8, 0.2\)"),
+        ({"sampling": {"guidance_interval": (0.0, math.nan)}}, r"0 <= LOW < HIGH <= 1, got \(0.0, nan\)"),
         ({"sampling": {"decoder_shift": 0.0}}, "decoder_shift must be above 0 and at most 100, got 0.0"),
         (
             {"sampling": {"decoder_guidance": -1.0}},

@@ -26,7 +26,7 @@ from wuerstchen.checkpoints.layouts import Sources, read_model
 from wuerstchen.device import Precision, default_device, default_precision, runs_triton, to_device
 from wuerstchen.diffusion.objective import predictions_for_sampling
 from wuerstchen.diffusion.sampler_table import SAMPLERS, samplers_for
-from wuerstchen.diffusion.samplers import Predict, draw_noise, guided
+from wuerstchen.diffusion.samplers import Predict, draw_noise, guided, guided_within
 from wuerstchen.diffusion.schedule import uniform_timesteps
 from wuerstchen.diffusion.tokens import draw_tokens, sample_tokens
 from wuerstchen.errors import UserError, UserNotice, out_of_memory_named
@@ -44,11 +44,13 @@ from wuerstchen.models.cascade import Cascade
 from wuerstchen.models.compressor import Compressor, compressor_input
 from wuerstchen.models.decoder import Decoder
 from wuerstchen.models.paella import Paella
+from wuerstchen.models.prior import Prior
 from wuerstchen.models.text import TextEncoder, TextStates
 from wuerstchen.progress import StepCallback, StepReporter
 from wuerstchen.runtime.offload import LowMemory, residence_on, tiled_decode
 from wuerstchen.runtime.recorder import Recorders
 from wuerstchen.sampling import (
+    ALL_TIMES,
     Reconstruction,
     Sampling,
     checked_request,
@@ -283,7 +285,7 @@ class Wuerstchen:
             self._loras.clear()
             self._recorders.invalidate()
 
-    def settings_of(self, sampling: Sampling) -> dict[str, float | str]:
+    def settings_of(self, sampling: Sampling) -> dict[str, Any]:
         """All sampling settings, as they are stored in an image file."""
         return dataclasses.asdict(self.cascade.settings.completed(sampling))
 
@@ -332,6 +334,7 @@ class Wuerstchen:
         prior, settings, sampling = self.cascade.prior, self.cascade.settings, batch.sampling
         assert prior is not None
         assert sampling.guidance is not None
+        assert sampling.guidance_interval is not None
         assert sampling.prior_steps is not None
         assert sampling.prior_sampler is not None
         objective, sampler = settings.prior_objective, SAMPLERS[sampling.prior_sampler]
@@ -347,22 +350,29 @@ class Wuerstchen:
             x = objective.noised(batch.init_latents, x, t)
 
         with self.residence.using(prior):
-            mask = text.mask if settings.text_mask else None
-            predictions = predictions_for_sampling(prior, objective)
-            run = self._recorders.of(prior, predictions, prior.context).bind(text.states, mask)
-
-            def predict(x: Tensor, t: Tensor) -> Tensor:
-                return run(x.to(_dtype(prior)), t).float()
-
-            if sampling.guidance != 1:
-                predict = guided(predict, sampling.guidance)
+            predict = self._predict_semantic_latents(prior, text)
             steps = len(timesteps) - 1
             on_step = batch.on_step("Stage C", steps)
+            if sampling.guidance != 1:
+                predict = guided(predict, sampling.guidance)
+                if sampling.guidance_interval != ALL_TIMES:
+                    prompts = TextStates(states=text.states[: len(x)], mask=text.mask[: len(x)])
+                    unguided = self._predict_semantic_latents(prior, prompts)
+                    interval = sampling.guidance_interval
+                    predict, on_step = guided_within(predict, unguided, interval, timesteps, on_step)
             if batch.reporter is not None:
                 predict, on_step = batch.reporter.on_semantic_latents(predict, on_step, steps)
             sampled = objective.for_sampling()
             sample = sampler.function(predict, x, timesteps, batch.generators, sampled, on_step)
         return settings.latent_statistics.restore(sample)
+
+    def _predict_semantic_latents(self, prior: Prior, text: TextStates) -> Predict:
+        """Stage C for as many rows as ``text`` has."""
+        settings = self.cascade.settings
+        mask = text.mask if settings.text_mask else None
+        predictions = predictions_for_sampling(prior, settings.prior_objective)
+        run = self._recorders.of(prior, predictions, prior.context).bind(text.states, mask)
+        return lambda x, t: run(x.to(_dtype(prior)), t).float()
 
     def _sample_decoder(self, batch: SamplingBatch, semantic_latents: Float[Tensor, "b c lh lw"]) -> Tensor:
         """Stage B: samples the latents (b, 4, h, w) that Stage A decodes, or v1's tokens (b, h, w)."""

@@ -13,6 +13,8 @@ from wuerstchen.errors import UserError
 
 MAX_SEED = 2**32 - 1  # a CPU generator uses 32 bits: larger seeds would repeat the noise of smaller ones
 MAX_STEPS = 1000
+ALL_TIMES = (0.0, 1.0)
+"""The guidance interval that contains every time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +23,9 @@ class Sampling:
 
     guidance: float | None = None
     """Guidance scale of Stage C. 1 is no guidance."""
+    guidance_interval: tuple[float, float] | None = None
+    """Lowest and highest time at which Stage C is guided, from 0 (clean) to 1 (noise). At other times it
+    follows the prompt alone, which takes about half as long. (0, 1) guides all steps."""
     prior_steps: int | None = None
     prior_sampler: str | None = None
     """Stage C's sampler, by its name in ``diffusion.sampler_table``. It must support the model's objective:
@@ -37,6 +42,9 @@ class Sampling:
                 raise UserError(
                     f"{name} must be a number from 0 to 100, got {value!r}. 1 is no guidance, 4 is common."
                 )
+        if self.guidance_interval is not None:
+            interval = checked_interval("guidance_interval", self.guidance_interval)
+            object.__setattr__(self, "guidance_interval", interval)
         shift = self.decoder_shift
         if shift is not None and not (isinstance(shift, Real) and 0 < shift <= 100):
             raise UserError(f"decoder_shift must be above 0 and at most 100, got {shift!r}. 1 is no shift.")
@@ -49,6 +57,20 @@ class Sampling:
                 )
         if self.prior_sampler is not None:
             check_sampler(self.prior_sampler)
+
+
+def checked_interval(name: str, value: Any) -> tuple[float, float]:
+    """An interval of times from a pair of numbers. Raises ``UserError`` for anything else."""
+    if (
+        not isinstance(value, list | tuple)
+        or len(value) != 2
+        or not all(isinstance(time, Real) for time in value)
+        or not 0 <= value[0] < value[1] <= 1
+    ):
+        raise UserError(
+            f"{name} must be two times with 0 <= LOW < HIGH <= 1, got {value!r}. (0, 1) guides all steps."
+        )
+    return float(value[0]), float(value[1])
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,18 @@ def test_a_complete_model_round_trips(model_folder, small_cascade):
             assert torch.equal(tensor, theirs[part].state_dict()[name]), (part, name)
 
 
+def test_a_guidance_interval_is_stored_only_where_there_is_one(model_folder, small_cascade, tmp_path):
+    """Versions without this setting refuse a ``model.json`` that has it."""
+    name = "prior_guidance_interval"
+    assert name not in json.loads((model_folder / "model.json").read_text())["settings"]
+    settings = dataclasses.replace(small_cascade.settings, prior_guidance_interval=(0.2, 0.8))
+    cascade = dataclasses.replace(small_cascade, settings=settings)
+    provenance = dict.fromkeys(cascade.networks(), PROVENANCE)
+    write_cascade(cascade, tmp_path / "model", provenance, text_encoder=BUNDLED / "text_encoder")
+    assert json.loads((tmp_path / "model" / "model.json").read_text())["settings"][name] == [0.2, 0.8]
+    assert read_cascade(tmp_path / "model").settings == settings
+
+
 def test_an_existing_folder_is_not_overwritten(model_folder, small_cascade):
     with pytest.raises(CheckpointError, match=r"already exists\. Choose another folder"):
         write_cascade(small_cascade, model_folder, {})
@@ -239,6 +251,9 @@ def test_damaged_descriptions_are_refused(content, message, copy):
         {"image_size": 2**70},
         {"prior_guidance": None},
         {"prior_guidance": 10**400},
+        {"prior_guidance_interval": 0.5},
+        {"prior_guidance_interval": [0.8, 0.2]},
+        {"prior_guidance_interval": [0, "1"]},
         {"view_scale": "x"},
         {"view_scale": 0.0},
         {"view_scale": -1.0},

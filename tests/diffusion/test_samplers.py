@@ -10,7 +10,7 @@ from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import 
 
 from wuerstchen.diffusion.objective import FlowMatching, NoisePrediction, VelocityPrediction
 from wuerstchen.diffusion.sampler_table import SAMPLERS
-from wuerstchen.diffusion.samplers import ddim, ddpm, dpm_solver, draw_noise, euler, guided
+from wuerstchen.diffusion.samplers import ddim, ddpm, dpm_solver, draw_noise, euler, guided, guided_within
 from wuerstchen.diffusion.schedule import CosineSchedule, stage_c_timesteps, uniform_timesteps
 from wuerstchen.models.decoder import Decoder, DecoderConfig
 from wuerstchen.models.prior import Prior, PriorConfig
@@ -206,6 +206,30 @@ def test_guidance_goes_past_the_conditional_prediction():
     x, t = torch.tensor([0.0, 10.0]), torch.zeros(2)
     assert guided(predict, 3.0)(x, t).tolist() == [3.0, 15.0]
     assert guided(predict, 0.0)(x, t).tolist() == [0.0, 10.5]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_guidance_applies_at_the_times_of_its_interval(name):
+    """Bugs: guided one step early or late, or the reported steps got lost."""
+    row, calls, seen = SAMPLERS[name], [], []
+
+    def recorded(kind):
+        def predict(x, t):
+            calls.append((kind, round(t[0].item(), 6)))
+            return torch.zeros_like(x)
+
+        return predict
+
+    times = row.timesteps(8)
+    predict, on_step = guided_within(
+        recorded("guided"), recorded("plain"), (0.3, times[2]), times, lambda step, _: seen.append(step)
+    )
+    objective = FlowMatching() if row.paths == ("linear",) else NOISE
+    row.function(predict, torch.zeros(1, 1, 2, 2), times, seeds(0), objective, on_step)
+    expected = [("guided" if 0.3 <= t <= times[2] else "plain", round(t, 6)) for t in times[:-1]]
+    assert calls == expected
+    assert [calls[n][0] for n in (0, 1, 2, -1)] == ["plain", "plain", "guided", "plain"]
+    assert seen == list(range(8))
 
 
 def test_every_step_is_reported():

@@ -60,6 +60,7 @@ def test_every_row_is_there_for_every_entry(found):
             assert set(kids.values()) == {LIMIT}
     assert found.settings["sampling"] == {
         "guidance": 1.0,
+        "guidance_interval": (0.0, 1.0),
         "prior_steps": 2,
         "prior_sampler": "ddpm",
         "decoder_steps": 2,

@@ -13,6 +13,7 @@ SMALL = Shape(
     width=64,
     height=64,
     guidance=2.0,
+    guidance_interval=(0.0, 1.0),
     prior_steps=6,
     prior_sampler="ddpm",
     decoder_steps=4,

@@ -128,6 +128,7 @@ def test_the_model_reports_its_capabilities(real):
     assert [512, 256] in about["size"]["common"]
     assert about["defaults"] == {
         "guidance": 2.0,
+        "guidance_interval": [0.0, 1.0],
         "prior_steps": 29,
         "prior_sampler": "ddpm",
         "decoder_steps": 10,
@@ -137,7 +138,10 @@ def test_the_model_reports_its_capabilities(real):
     assert "a photograph comes out as blobs" in about["image_note"]  # the page shows it beside an image
 
 
-@pytest.mark.parametrize("body", [{"prior_sampler": "dpm", "guidance": 1}, {"width": 64, "height": 96}])
+@pytest.mark.parametrize(
+    "body",
+    [{"prior_sampler": "dpm", "guidance": 1}, {"guidance_interval": [0, 0.5]}, {"width": 64, "height": 96}],
+)
 def test_other_settings_work(real, body):
     running = real
     job = running.wait(running.draw(prior_steps=2, decoder_steps=1, **body))

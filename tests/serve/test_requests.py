@@ -41,6 +41,9 @@ def encoded(image, kind="PNG", **options):
         ({"prompts": ["x"], "height": 56}, "width", "from 64 to 256"),
         ({"prompts": ["x"], "width": 256, "height": 256}, "width", "65,536. An image has at most 16,384"),
         ({"prompts": ["x"], "guidance": 101}, "guidance", "less than or equal to 100"),
+        ({"prompts": ["x"], "guidance_interval": [0.5]}, "guidance_interval", "at least 2 items"),
+        ({"prompts": ["x"], "guidance_interval": [0, 2]}, "guidance_interval.1", "less than or equal to 1"),
+        ({"prompts": ["x"], "guidance_interval": [0.8, 0.2]}, "guidance_interval", "got [0.8, 0.2]"),
         ({"prompts": ["x"], "prior_steps": 101}, "prior_steps", "at most 100, got 101"),
         ({"prompts": ["x"], "decoder_steps": 0}, "decoder_steps", "greater than or equal to 1"),
         (

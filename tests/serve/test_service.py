@@ -37,6 +37,7 @@ def test_a_job_from_start_to_end(serve):
         "height": 64,
         "seed": 7,
         "guidance": 3.0,
+        "guidance_interval": [0.0, 1.0],
         "prior_steps": 6,
         "prior_sampler": "ddpm",
         "decoder_steps": 4,
@@ -64,7 +65,9 @@ def test_a_job_from_start_to_end(serve):
 def test_an_image_contains_the_settings_to_reproduce_it(serve, tmp_path):
     """It must also say that a model made it."""
     running = serve()
-    job = running.wait(running.draw(prompts=["ein Kätzchen"], seed=5, prior_steps=3, width=128))
+    job = running.wait(
+        running.draw(prompts=["ein Kätzchen"], seed=5, guidance_interval=[0.2, 0.8], width=128)
+    )
     answer = running.http.get(job["images"][0]["url"])
     assert answer.headers["content-type"] == "image/png"
     assert "immutable" in answer.headers["cache-control"]
@@ -77,6 +80,7 @@ def test_an_image_contains_the_settings_to_reproduce_it(serve, tmp_path):
     assert model == "wuerstchen"
     again = running.http.post("/v1/jobs", json=settings).json()
     assert again["settings"] == {**job["settings"], "count": 1}
+    assert again["settings"]["guidance_interval"] == [0.2, 0.8]
 
 
 def test_the_settings_of_a_reconstruction_can_be_sent_again(serve):

@@ -112,12 +112,18 @@ def test_a_field_of_a_later_phase_applies_from_its_start(tmp_path):
     assert (change.stage, change.images) == ("c2", 0)
     _, (seed,) = with_changes(phased(), run_dir, ["seed=7"])
     assert (seed.stage, seed.images) == ("a", 32)
+    for text in ("0.2,0.8", "[0.2, 0.8]"):
+        changed, _ = with_changes(phased(), run_dir, [f"prior_guidance_interval={text}"])
+        assert changed.prior_guidance_interval == (0.2, 0.8)
 
 
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
         ("learning_rate", "must look like learning_rate=1e-5, got learning_rate"),
+        ("betas=0.9", "betas, which must be 2 values separated by commas"),
+        ("prior_guidance_interval=0.2", "must be 2 values separated by commas"),
+        ("prior_guidance_interval=0.8,0.2", r"0 <= LOW < HIGH <= 1, got \(0\.8, 0\.2\)"),
         ("learning_rate=2", "learning_rate must be between 0 and 1, got 2.0"),
         ("workers=3", "workers can change at any time without --change. Use --workers 3"),
         ("prior.c=3", "prior.c cannot change within a run"),

@@ -47,6 +47,7 @@ from wuerstchen.models.previewer import Previewer, PreviewerConfig
 from wuerstchen.models.prior import Prior, PriorConfig
 from wuerstchen.models.text import TextEncoder
 from wuerstchen.models.vqgan import VQGAN, VQGANConfig
+from wuerstchen.sampling import ALL_TIMES
 from wuerstchen.version import __version__
 
 FORMAT = 2
@@ -250,6 +251,8 @@ def write_parts(
         values = {IN_FILES.get(name, name): value for name, value in dataclasses.asdict(settings).items()}
         for part in OF_OBJECTIVES:
             del values[f"{part}_objective"]
+        if settings.prior_guidance_interval == ALL_TIMES:  # older versions do not know it
+            del values["prior_guidance_interval"]
         description = {
             "format": max([1, *map(_format_of, objectives.values())]),
             "parts": parts,

@@ -111,6 +111,14 @@ def add_guidance_options(parser: argparse.ArgumentParser) -> None:
         help="guidance scale of Stage C; values above 1 follow the prompt more closely",
     )
     parser.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="guide Stage C only at times from LOW to HIGH, where 0 is clean and 1 is noise; 0 1 guides all "
+        "steps (default: the model's own)",
+    )
+    parser.add_argument(
         "--prior-steps", type=int, help="sampling steps of Stage C (default: the model's own)"
     )
     parser.add_argument(
@@ -178,8 +186,10 @@ def loaded(options: argparse.Namespace) -> "Wuerstchen":
 def sampling_of(options: argparse.Namespace) -> "Sampling":
     from wuerstchen.sampling import Sampling
 
+    interval = getattr(options, "guidance_interval", None)
     return Sampling(
         guidance=getattr(options, "guidance", None),
+        guidance_interval=None if interval is None else tuple(interval),
         prior_steps=getattr(options, "prior_steps", None),
         prior_sampler=getattr(options, "prior_sampler", None),
         decoder_steps=options.decoder_steps,

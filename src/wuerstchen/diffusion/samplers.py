@@ -46,6 +46,34 @@ def guided(predict: Predict, scale: float) -> Predict:
     return both
 
 
+def guided_within(
+    guided: Predict,
+    unguided: Predict,
+    interval: tuple[float, float],
+    timesteps: Sequence[float],
+    on_step: OnStep | None = None,
+) -> tuple[Predict, OnStep]:
+    """Guidance in an interval of times (arXiv 2404.07724): ``guided`` in it, ``unguided`` before and after.
+
+    Returns the prediction and the ``on_step`` to pass to a sampler with ``timesteps``. The second one counts
+    the steps, so that the choice does not wait for times on a GPU.
+    """
+    low, high = interval
+    choices = [guided if low <= t <= high else unguided for t in timesteps]
+    steps = 0
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        return choices[steps](x, t)
+
+    def after_step(step: int, x: Tensor) -> None:
+        nonlocal steps
+        steps = step + 1
+        if on_step is not None:
+            on_step(step, x)
+
+    return predict, after_step
+
+
 def ddpm(
     predict: Predict,
     x: Float[Tensor, "b c h w"],

@@ -19,7 +19,7 @@ from wuerstchen.models.previewer import Previewer
 from wuerstchen.models.prior import Prior
 from wuerstchen.models.text import TextEncoder
 from wuerstchen.models.vqgan import VQGAN
-from wuerstchen.sampling import Sampling
+from wuerstchen.sampling import ALL_TIMES, Sampling, checked_interval
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,8 @@ class CascadeSettings:
     prior_sampler: str = "ddpm"
     """Stage C's sampler, by its name in ``diffusion.sampler_table``."""
     prior_guidance: float = 4.0
+    prior_guidance_interval: tuple[float, float] = ALL_TIMES
+    """Lowest and highest time at which Stage C is guided."""
     decoder_steps: int = 12
     decoder_guidance: float = 1.0
     """1 is no guidance, as published."""
@@ -122,6 +124,8 @@ class CascadeSettings:
                 f"view_scale must be from 0.25 to 4, got {self.view_scale}, and image_size at most "
                 f"{MAX_IMAGE_SIZE}, got {self.image_size}. Download the model again."
             )
+        interval = checked_interval("prior_guidance_interval", self.prior_guidance_interval)
+        object.__setattr__(self, "prior_guidance_interval", interval)
         for name in ("text_mask", "prior_equal_steps"):
             if type(getattr(self, name)) is not bool:
                 raise UserError(
@@ -151,6 +155,7 @@ class CascadeSettings:
             check_compatible(sampling.prior_sampler, self.prior_objective.kind, self.prior_objective.path)
         return Sampling(
             guidance=self.prior_guidance if sampling.guidance is None else sampling.guidance,
+            guidance_interval=sampling.guidance_interval or self.prior_guidance_interval,
             prior_sampler=sampling.prior_sampler or self.prior_sampler,
             prior_steps=sampling.prior_steps or self.prior_steps,
             decoder_steps=sampling.decoder_steps or self.decoder_steps,

@@ -23,6 +23,7 @@ class Shape:
     width: int
     height: int
     guidance: float
+    guidance_interval: tuple[float, float]
     prior_steps: int
     prior_sampler: str
     decoder_steps: int

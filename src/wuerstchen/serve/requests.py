@@ -2,8 +2,11 @@
 
 import re
 import secrets
+from collections.abc import Sequence
 from typing import Any
 
+from wuerstchen.errors import UserError
+from wuerstchen.sampling import checked_interval
 from wuerstchen.serve.decoding import Upload
 from wuerstchen.serve.errors import Refused
 from wuerstchen.serve.jobs import ImageTask, Job, Shape
@@ -89,11 +92,20 @@ def _shape(request: JobRequest, size: tuple[int, int], defaults: dict[str, Any])
         width=size[0],
         height=size[1],
         guidance=defaults["guidance"] if request.guidance is None else float(request.guidance),
+        guidance_interval=_interval(request.guidance_interval or defaults["guidance_interval"]),
         prior_steps=request.prior_steps or defaults["prior_steps"],
         prior_sampler=request.prior_sampler or defaults["prior_sampler"],
         decoder_steps=request.decoder_steps or defaults["decoder_steps"],
         strength=(request.strength or 0.7) if is_variation else None,
     )
+
+
+def _interval(times: Sequence[float]) -> tuple[float, float]:
+    """The guidance interval of a request. Raises ``Refused``."""
+    try:
+        return checked_interval("guidance_interval", times)
+    except UserError as error:
+        raise Refused(400, str(error), param="guidance_interval") from error
 
 
 def _check_kind(request: JobRequest, about: dict[str, Any]) -> None:
@@ -205,6 +217,7 @@ def of_openai(request: ImageRequest, about: dict[str, Any]) -> JobRequest:
         height=height,
         seed=request.seed,
         guidance=request.guidance,
+        guidance_interval=request.guidance_interval,
         prior_steps=request.steps,
         previews=False,
     )
@@ -252,6 +265,7 @@ def settings_of(job: Job) -> dict[str, Any]:
         "height": shape.height,
         "seed": job.seeds[0],
         "guidance": shape.guidance,
+        "guidance_interval": list(shape.guidance_interval),
         "prior_steps": shape.prior_steps,
         "prior_sampler": shape.prior_sampler,
         "decoder_steps": shape.decoder_steps,
@@ -269,6 +283,7 @@ def image_settings(task: ImageTask, about: dict[str, Any]) -> dict[str, Any]:
     if shape.kind == "generate":
         settings |= {
             "guidance": shape.guidance,
+            "guidance_interval": list(shape.guidance_interval),
             "prior_steps": shape.prior_steps,
             "prior_sampler": shape.prior_sampler,
         }

@@ -11,6 +11,8 @@ from wuerstchen.serve.jobs import Kind, State
 
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Guidance = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+Time = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+GuidanceInterval = Annotated[list[Time], Field(min_length=2, max_length=2)]
 Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
 Side = Annotated[int, Field(ge=8, le=2**16)]
 Text = Annotated[str, Field(max_length=100_000)]
@@ -62,6 +64,8 @@ class JobRequest(_Request):
     seed: Seed | None = None
     """Seed of the first image; later images count up. Null: a random seed."""
     guidance: Guidance | None = None
+    guidance_interval: GuidanceInterval | None = None
+    """Lowest and highest time at which Stage C is guided, from 0 (clean) to 1 (noise)."""
     prior_steps: Steps | None = None
     prior_sampler: Sampler | None = None
     """One of ``samplers`` in ``GET /v1/model``."""
@@ -105,6 +109,7 @@ class ImageRequest(_Request):
     seed: Seed | None = None
     negative_prompt: Text | None = None
     guidance: Guidance | None = None
+    guidance_interval: GuidanceInterval | None = None
     steps: Steps | None = None
     """Sampling steps of Stage C."""
 
@@ -195,7 +200,7 @@ class ModelView(BaseModel):
     version: str
     device: str
     size: ModelSize
-    defaults: dict[str, float | int | str]
+    defaults: dict[str, float | int | str | tuple[float, float]]
     limits: ModelLimits
     samplers: list[str]
     """Samplers that fit the objective of Stage C, its default first."""

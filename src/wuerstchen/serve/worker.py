@@ -136,7 +136,7 @@ class _Worker:
             "defaults": {
                 name: value
                 for name, value in self.model.settings_of(Sampling()).items()
-                if name in ("guidance", "prior_steps", "prior_sampler", "decoder_steps")
+                if name in ("guidance", "guidance_interval", "prior_steps", "prior_sampler", "decoder_steps")
             },
             "samplers": samplers_for(cascade.settings.prior_objective.path),
             "can": {
@@ -209,6 +209,7 @@ class _Generation:
             images += [Image.new("RGB", size)] * padding
         sampling: Sampling = Sampling(
             guidance=shape.guidance,
+            guidance_interval=shape.guidance_interval,
             prior_steps=shape.prior_steps,
             prior_sampler=shape.prior_sampler,  # pyrefly: ignore
             decoder_steps=shape.decoder_steps,

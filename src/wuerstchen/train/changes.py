@@ -30,8 +30,8 @@ _OPTIMIZATION = _words(
 )
 _PHASE = frozenset({"max_ratio"})
 _RUN = _words(
-    "seed precision skip prepared_images stored_texts prior_steps prior_guidance decoder_steps "
-    "decoder_guidance decoder_shift"
+    "seed precision skip prepared_images stored_texts prior_steps prior_guidance "
+    "prior_guidance_interval decoder_steps decoder_guidance decoder_shift"
 )
 _REFINEMENT = "refine_"
 """Prefix of the settings that only the refinement of a stage reads."""

@@ -12,7 +12,7 @@ from wuerstchen.models.paella import PaellaConfig
 from wuerstchen.models.previewer import PreviewerConfig
 from wuerstchen.models.prior import PriorConfig
 from wuerstchen.models.vqgan import VQGANConfig
-from wuerstchen.pipeline import Sampling
+from wuerstchen.sampling import ALL_TIMES, Sampling
 from wuerstchen.train.config_stages import (
     Optimization,
     Phase,
@@ -117,6 +117,9 @@ class Recipe:
     for every 32 × 32 pixels of the scaled image."""
     prior_steps: int = 29
     prior_guidance: float = 4.0
+    prior_guidance_interval: tuple[float, float] = ALL_TIMES
+    """Lowest and highest time at which Stage C is guided when the model samples, from 0 (clean) to 1 (noise).
+    0 1 guides all steps."""
     decoder_steps: int = 12
     decoder_guidance: float = 1.0
     """Guidance of Stage B by the semantic latents. 1 is no guidance, as published."""
@@ -169,6 +172,7 @@ class Recipe:
                 raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}.")
         Sampling(
             guidance=self.prior_guidance,
+            guidance_interval=self.prior_guidance_interval,
             prior_steps=self.prior_steps,
             decoder_steps=self.decoder_steps,
             decoder_guidance=self.decoder_guidance,

@@ -126,10 +126,10 @@ def _parsed(hint: Any, text: str) -> Any:
             return None
         return _parsed(next(kind for kind in arguments if kind is not type(None)), text)
     if origin is tuple:
-        if text.startswith("["):
-            items = json.loads(text)
-            return [_parsed(arguments[0], str(item)) for item in items]
-        return [_parsed(arguments[0], item) for item in text.split(",")] if text else []
+        items = json.loads(text) if text.startswith("[") else text.split(",") if text else []
+        if arguments[1:] != (...,) and len(items) != len(arguments):
+            raise ValueError(text)
+        return [_parsed(arguments[0], str(item)) for item in items]
     if origin is Literal:
         if text not in arguments:
             raise ValueError(text)
@@ -149,5 +149,6 @@ def _kind(hint: Any) -> str:
     if origin is Literal:
         return f"one of {', '.join(map(str, arguments))}"
     if origin is tuple:
-        return "a list of values separated by commas"
+        count = "a list of" if get_args(hint)[1:] == (...,) else len(get_args(hint))
+        return f"{count} values separated by commas"
     return {int: "an integer", float: "a number", bool: "true or false"}.get(hint, "a string")

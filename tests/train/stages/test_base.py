@@ -556,6 +556,11 @@ class TestStageC:
                 losses[positions] = next(losses_of(stage, batch))[1].item()
         assert losses["real"] != losses["all"]
 
+    def test_the_recipe_sets_the_guidance_interval_of_the_model(self):
+        for interval in ((0.0, 1.0), (0.2, 0.8)):
+            recipe = dataclasses.replace(tiny(), prior_guidance_interval=interval)
+            assert cascade_settings(recipe, self.STATISTICS).prior_guidance_interval == interval
+
     def make(self, small_cascade, dropout, **fields):
         config = dataclasses.replace(RECIPE.stage_c, caption_dropout=dropout, **fields)
         return StageC(config, RECIPE, normalising(small_cascade, self.STATISTICS))

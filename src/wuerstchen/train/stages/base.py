@@ -372,6 +372,7 @@ def cascade_settings(
         text_mask=recipe.text_positions == "real",
         prior_steps=recipe.prior_steps,
         prior_guidance=recipe.prior_guidance,
+        prior_guidance_interval=recipe.prior_guidance_interval,
         decoder_steps=recipe.decoder_steps,
         decoder_guidance=recipe.decoder_guidance,
         decoder_shift=recipe.decoder_shift,
