@@ -1,6 +1,5 @@
 """The published v2 model with random weights, also in diffusers, for measuring without its files."""
 
-import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from wuerstchen.checkpoints.diffusers_config import shared_fields
 from wuerstchen.diffusion.schedule import stage_c_timesteps
 from wuerstchen.models.cascade import Cascade, CascadeSettings
 from wuerstchen.models.decoder import Decoder, DecoderConfig
@@ -92,11 +92,8 @@ def diffusers_pipeline(cascade: Cascade) -> Any:
     from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import WuerstchenPrior
 
     def same(network_class, ours):
-        fields = dataclasses.asdict(ours.config)
-        fields.pop("prediction", None)
-        fields = {name: list(v) if isinstance(v, tuple) else v for name, v in fields.items()}
         with torch.device("meta"):
-            network = network_class(**fields)
+            network = network_class(**shared_fields(ours.config))
         network.load_state_dict(ours.state_dict(), assign=True)
         return network.eval().requires_grad_(False)
 

@@ -12,7 +12,6 @@ relative to a bf16 matrix product of 8192³ measured here, and counts three time
 """
 
 import argparse
-import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from measuring import free, matrix_rate
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from wuerstchen.checkpoints.diffusers_config import shared_fields
 from wuerstchen.diffusion.objective import PUBLISHED_OBJECTIVE
 from wuerstchen.models.decoder import Decoder, DecoderConfig
 from wuerstchen.models.prior import Prior, PriorConfig
@@ -78,7 +78,7 @@ class StageC:
     def peer(cls) -> nn.Module:
         from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import WuerstchenPrior
 
-        return WuerstchenPrior(**_shared_fields(cls.config))
+        return WuerstchenPrior(**shared_fields(cls.config))
 
     @staticmethod
     def peer_predict(peer: nn.Module, x: Tensor, t: Tensor, inputs: Inputs) -> Tensor:
@@ -113,16 +113,11 @@ class StageB(StageC):
     def peer(cls) -> nn.Module:
         from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_diffnext import WuerstchenDiffNeXt
 
-        return WuerstchenDiffNeXt(**_shared_fields(cls.config))
+        return WuerstchenDiffNeXt(**shared_fields(cls.config))
 
     @staticmethod
     def peer_predict(peer: nn.Module, x: Tensor, t: Tensor, inputs: Inputs) -> Tensor:
         return peer(x, t, inputs["semantic_latents"], inputs["text"])
-
-
-def _shared_fields(config: Any) -> dict[str, Any]:
-    fields = {name: value for name, value in dataclasses.asdict(config).items() if name != "prediction"}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
 
 def our_step(stage_type: type[StageC], batch: int) -> Callable[[], None]:

@@ -1,5 +1,6 @@
 """Folders by diffusers: parity with diffusers' own networks, and all kinds of invalid folders."""
 
+import dataclasses
 import json
 import pickle
 import shutil
@@ -26,6 +27,7 @@ from wuerstchen.checkpoints.diffusers_write import (
 from wuerstchen.checkpoints.layouts import read_model, weight_files
 from wuerstchen.cli import main
 from wuerstchen.errors import CheckpointError, UserError, UserNotice
+from wuerstchen.models.prior import Prior
 from wuerstchen.models.text import TextEncoder
 
 GENERATIONS = {
@@ -152,12 +154,23 @@ def test_the_tokenizer_of_a_text_encoder_is_the_one_it_was_made_of(clip_tokenize
     )
 
 
+def test_a_config_with_our_own_field_is_refused(copy):
+    """Ignoring it would leave out blocks that the weights need."""
+    edit(copy / "prior_pipeline" / "prior" / "config.json", text_blocks=1)
+    with pytest.raises(CheckpointError, match="a Prior has no field 'text_blocks'"):
+        read_prior_folder(copy / "prior_pipeline")
+
+
 def test_what_the_layout_cannot_store_is_refused(small_cascade, published, tmp_path):
     decoder = read_decoder_folder(published)
     decoder.decoder = small_cascade.decoder
     with pytest.raises(UserError, match="without text cannot be stored"):
         write_decoder_folder(decoder, tmp_path / "out")
     prior = read_prior_folder(published / "prior_pipeline")
+    plain, prior.prior = prior.prior, Prior(dataclasses.replace(prior.prior.config, text_blocks=1))
+    with pytest.raises(UserError, match="text_blocks=1 cannot be stored"):
+        write_prior_folder(prior, tmp_path / "out")
+    prior.prior = plain
     prior.latent_mean = 40.0
     with pytest.raises(UserError, match=r"latent_mean=40\.0 cannot be stored"):
         write_combined_folder(decoder=read_decoder_folder(published), prior=prior, folder=tmp_path / "out")

@@ -14,6 +14,7 @@ from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_diffnext impo
 from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import WuerstchenPrior
 from torch import Tensor, nn
 
+from wuerstchen.checkpoints.diffusers_config import shared_fields
 from wuerstchen.checkpoints.original import find_original, network_of, read_original, write_original
 from wuerstchen.checkpoints.original_config import StateDict
 from wuerstchen.errors import CheckpointError
@@ -156,13 +157,6 @@ def in_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def arguments(config: Any) -> dict[str, Any]:
-    """The same values under the names of diffusers' class."""
-    fields = dataclasses.asdict(config)
-    fields.pop("prediction", None)
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
-
-
 def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
@@ -218,7 +212,7 @@ def test_a_prior_of_the_originals_computes_the_same(tmp_path, randomise, relativ
     ],
 )
 def test_the_names_are_those_of_diffusers_conversion(part, theirs, config, tmp_path, randomise):
-    state = randomise(theirs(**arguments(config))).state_dict()
+    state = randomise(theirs(**shared_fields(config))).state_dict()
     torch.save({"state_dict": in_original(state)}, tmp_path / "model.pt")
     networks = read_original(tmp_path / "model.pt")
     assert networks.keys() == {part}
@@ -616,7 +610,7 @@ def test_the_originals_code_finds_what_it_reads(tmp_path, parts, compressor):
         "model_v2_stage_c.pt": ["ema_state_dict"],
     }
     TheirPrior(PRIOR).load_state_dict(files["model_v2_stage_c.pt"]["ema_state_dict"], strict=True)
-    decoder = WuerstchenDiffNeXt(**arguments(DECODER)).state_dict()
+    decoder = WuerstchenDiffNeXt(**shared_fields(DECODER)).state_dict()
     assert files["model_v2_stage_b.pt"]["state_dict"].keys() == in_original(decoder).keys()
     assert all(
         isinstance(t, Tensor) for content in files.values() for s in content.values() for t in s.values()
@@ -657,6 +651,11 @@ def velocity(config: Any) -> Any:
             "compressor",
             lambda: Compressor(CompressorConfig(backbone="efficientnet_lite0")),
             "its backbone is efficientnet_lite0, the original's is EfficientNetV2",
+        ),
+        (
+            "prior",
+            lambda: Prior(dataclasses.replace(PRIOR, text_blocks=2)),
+            "its text_blocks is 2, the original's priors have none",
         ),
         (
             "prior",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from wuerstchen.checkpoints.diffusers import pipeline_class, read_decoder_folder, read_prior_folder
+from wuerstchen.checkpoints.diffusers_config import shared_fields
 from wuerstchen.checkpoints.layouts import convert, layout_of, read_model
 from wuerstchen.checkpoints.paddle import PADDLE, fill_paddle, from_paddle, is_paddle, to_paddle
 from wuerstchen.checkpoints.weights import StoredTensors
@@ -101,11 +102,6 @@ def filled(network: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     return network.eval()
 
 
-def arguments(config: object) -> dict[str, object]:
-    fields = {key: value for key, value in vars(config).items() if key != "prediction"}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
-
-
 def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
@@ -118,7 +114,7 @@ def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
 
 def test_a_prior_computes_the_same(randomise, relative_error):
     """Most matrices are square, and would also fit if they were transposed."""
-    theirs = randomise(as_paddle(WuerstchenPrior(**arguments(PRIOR))))
+    theirs = randomise(as_paddle(WuerstchenPrior(**shared_fields(PRIOR))))
     with torch.no_grad():  # 1 / |1 − b| amplifies rounding without bound where b is close to 1
         theirs.out[1].weight.mul_(0.2)
     with torch.device("meta"):
@@ -131,7 +127,7 @@ def test_a_prior_computes_the_same(randomise, relative_error):
 
 
 def test_a_decoder_computes_the_same(randomise, relative_error):
-    theirs = randomise(as_paddle(WuerstchenDiffNeXt(**arguments(DECODER))))
+    theirs = randomise(as_paddle(WuerstchenDiffNeXt(**shared_fields(DECODER))))
     with torch.device("meta"):
         ours = Decoder(DECODER)
     filled(ours, stored(theirs))
@@ -144,7 +140,7 @@ def test_a_decoder_computes_the_same(randomise, relative_error):
 
 
 def test_a_vqgan_computes_the_same(randomise, relative_error):
-    theirs = randomise(as_paddle(PaellaVQModel(**arguments(VQ))))
+    theirs = randomise(as_paddle(PaellaVQModel(**shared_fields(VQ))))
     with torch.device("meta"):
         ours = VQGAN(VQ)
     filled(ours, stored(theirs))

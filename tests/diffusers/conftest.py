@@ -21,6 +21,7 @@ from diffusers.pipelines.deprecated.wuerstchen.pipeline_wuerstchen_prior import 
 from diffusers.utils import logging
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from wuerstchen.checkpoints.diffusers_config import shared_fields
 from wuerstchen.diffusers import (
     DDPMWuerstchenScheduler,
     WuerstchenCombinedPipeline,
@@ -49,12 +50,6 @@ DECODER = DecoderConfig(
     clip_embd=20,
 )
 POSITIONS = 16
-
-
-def plain(config) -> dict:
-    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
-    settings.pop("prediction", None)
-    return settings
 
 
 def make_tokenizer() -> CLIPTokenizer:
@@ -146,7 +141,7 @@ def make_combined(make_prior, make_decoder):
 
 
 def their_prior(ours: WuerstchenPriorPipeline) -> TheirPriorPipeline:
-    prior = WuerstchenPrior(**plain(ours.prior.config)).eval()
+    prior = WuerstchenPrior(**shared_fields(ours.prior.config)).eval()
     prior.load_state_dict(ours.prior.state_dict())
     return TheirPriorPipeline(
         tokenizer=ours.tokenizer,
@@ -158,9 +153,9 @@ def their_prior(ours: WuerstchenPriorPipeline) -> TheirPriorPipeline:
 
 
 def their_decoder(ours: WuerstchenDecoderPipeline) -> TheirDecoderPipeline:
-    decoder = WuerstchenDiffNeXt(**plain(ours.decoder.config)).eval()
+    decoder = WuerstchenDiffNeXt(**shared_fields(ours.decoder.config)).eval()
     decoder.load_state_dict(ours.decoder.state_dict())
-    vqgan = PaellaVQModel(**plain(ours.vqgan.config)).eval()
+    vqgan = PaellaVQModel(**shared_fields(ours.vqgan.config)).eval()
     vqgan.load_state_dict(ours.vqgan.state_dict())
     return TheirDecoderPipeline(
         tokenizer=ours.tokenizer,

@@ -1,13 +1,12 @@
 """Whole sampling runs against diffusers, and samplers on a target with a known solution."""
 
-import dataclasses
-
 import pytest
 import torch
 from diffusers import DDPMWuerstchenScheduler
 from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_diffnext import WuerstchenDiffNeXt
 from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import WuerstchenPrior
 
+from wuerstchen.checkpoints.diffusers_config import shared_fields
 from wuerstchen.diffusion.objective import FlowMatching, NoisePrediction, VelocityPrediction
 from wuerstchen.diffusion.sampler_table import SAMPLERS
 from wuerstchen.diffusion.samplers import ddim, ddpm, dpm_solver, draw_noise, euler, guided, guided_within
@@ -61,8 +60,7 @@ def calm(randomise, model, output):
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_29_prior_steps_equal_diffusers(guidance, randomise, relative_error):
     ours = calm(randomise, Prior(PRIOR), lambda m: m.out[1])
-    arguments = {k: v for k, v in dataclasses.asdict(PRIOR).items() if k != "prediction"}
-    theirs = WuerstchenPrior(**arguments).eval()
+    theirs = WuerstchenPrior(**shared_fields(PRIOR)).eval()
     theirs.load_state_dict(ours.state_dict())
     text, empty = torch.randn(1, 7, 24), torch.randn(1, 7, 24)
     noise = draw_noise((4, 6, 5), seeds(3))
@@ -85,9 +83,7 @@ def test_29_prior_steps_equal_diffusers(guidance, randomise, relative_error):
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_29_decoder_steps_equal_diffusers(guidance, randomise, relative_error):
     ours = calm(randomise, Decoder(DECODER), lambda m: m.clf[1])
-    arguments = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(DECODER).items()}
-    del arguments["prediction"]
-    theirs = WuerstchenDiffNeXt(**arguments).eval()
+    theirs = WuerstchenDiffNeXt(**shared_fields(DECODER)).eval()
     theirs.load_state_dict(ours.state_dict())
     semantic_map, text = torch.randn(1, 5, 3, 3), torch.randn(1, 7, 10)
     empty = torch.randn(1, 7, 10)

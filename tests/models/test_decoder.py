@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_diffnext import WuerstchenDiffNeXt
 
+from wuerstchen.checkpoints.diffusers_config import shared_fields
 from wuerstchen.errors import UserError
 from wuerstchen.models.decoder import Decoder, DecoderConfig
 from wuerstchen.models.layers import SelfAttnBlock
@@ -54,9 +55,8 @@ CONFIGS = {
 
 def make_pair(config: DecoderConfig, randomise):
     ours = randomise(Decoder(config)).eval()
-    arguments = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
-    assert arguments.pop("prediction") == "noise"  # the only one in diffusers
-    theirs = WuerstchenDiffNeXt(**arguments).eval()
+    assert config.prediction == "noise"  # the only one in diffusers
+    theirs = WuerstchenDiffNeXt(**shared_fields(config)).eval()
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import WuerstchenPrior
 
+from wuerstchen.checkpoints.diffusers_config import shared_fields
 from wuerstchen.errors import UserError
 from wuerstchen.models.prior import Prior, PriorConfig
 
@@ -24,9 +25,8 @@ def make_pair(config: PriorConfig, randomise):
     ours = randomise(Prior(config)).eval()
     with torch.no_grad():  # 1 / |1 − b| amplifies rounding without bound if b is close to 1
         ours.out[1].weight.mul_(0.2)
-    arguments = dataclasses.asdict(config)
-    assert arguments.pop("prediction") == "noise"  # the only one in diffusers
-    theirs = WuerstchenPrior(**arguments).eval()
+    assert config.prediction == "noise"  # the only one in diffusers
+    theirs = WuerstchenPrior(**shared_fields(config)).eval()
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
 

@@ -17,6 +17,7 @@ from wuerstchen.models.paella import Paella, PaellaConfig
 from wuerstchen.models.previewer import Previewer, PreviewerConfig
 from wuerstchen.models.prior import Prior, PriorConfig
 from wuerstchen.models.text import TextEncoder
+from wuerstchen.models.text_blocks import TextBlock
 from wuerstchen.models.traits import PLAIN, BlockTraits, traits_of
 from wuerstchen.models.vqgan import VQGAN, Discriminator, VQGANConfig
 from wuerstchen.train.engine.distributed import Processes
@@ -26,6 +27,7 @@ from wuerstchen.train.engine.update import compile_regions, recompute_blocks
 
 NETWORKS = {
     "Stage C": lambda: Prior(PriorConfig()),
+    "Stage C with blocks on the text": lambda: Prior(PriorConfig(depth=1, text_blocks=1)),
     "Stage B": lambda: Decoder(DecoderConfig()),
     "Stage B without text": lambda: Decoder(DecoderConfig(clip_embd=None)),
     "Stage B of v1": lambda: Paella(PaellaConfig()),
@@ -148,6 +150,13 @@ def test_traits_of_our_blocks():
         assert kind.allows.orthogonalise
         assert kind.allows.shard == "block"
         assert kind.allows.fuse
+    of_text = TextBlock.allows
+    assert (of_text.compile, of_text.recompute, of_text.shard, of_text.orthogonalise) == (
+        True,
+        True,
+        "block",
+        True,
+    )
     allows = TimestepBlock.allows
     assert (allows.compile, allows.recompute, allows.shard, allows.orthogonalise) == (True, True, "no", False)
     roots = {kind: kind.allows.shard for kind in (Prior, Decoder, Compressor, Paella)}

@@ -17,6 +17,9 @@ from wuerstchen.models.vqgan import VQGANConfig
 
 C = TypeVar("C", DecoderConfig, PriorConfig, VQGANConfig)
 
+OWN_FIELDS: dict[str, Any] = {"prediction": "noise", "text_blocks": 0}
+"""Fields that diffusers' classes do not have, with the values that their networks correspond to."""
+
 # diffusers' defaults for missing fields, where they differ from the published values.
 _DEFAULTS: dict[type, dict[str, Any]] = {PriorConfig: {"c": 1280, "c_cond": 1024, "depth": 16, "nhead": 16}}
 # Fields with numbers of repetitions. Large values would take forever, or overflow.
@@ -25,6 +28,16 @@ _COUNTS |= {"up_down_scale_factor"}
 # Those that count blocks. Negative values mean 0.
 _REPEATS = {"depth", "blocks", "bottleneck_blocks"}
 MAX_COUNT, MAX_NUMBER = 512, 2**24
+
+
+def shared_fields(config: Any) -> dict[str, Any]:
+    """The fields of ``config`` that diffusers' class has too, as its arguments: all but ``OWN_FIELDS``."""
+    return {
+        field.name: list(value) if isinstance(value, tuple) else value
+        for field in dataclasses.fields(config)
+        if field.name not in OWN_FIELDS
+        for value in [getattr(config, field.name)]
+    }
 
 
 def read_config(path: Path, raw: Mapping[str, Any], config_class: type[C]) -> C:
@@ -39,11 +52,12 @@ def read_config(path: Path, raw: Mapping[str, Any], config_class: type[C]) -> C:
     values = dict(_DEFAULTS.get(config_class, {}))
     fields = {name: value for name, value in raw.items() if not name.startswith("_")}
     unknown = sorted(name[:80] for name in fields if name not in known)
-    if unknown or "prediction" in fields:
+    own = sorted(OWN_FIELDS.keys() & fields)
+    if unknown or own:
         network = config_class.__name__.removesuffix("Config")
-        if "prediction" in fields:  # from our own layout: without it, the images would be wrong
+        if own:  # from our own layout: without it, the images would be wrong
             raise CheckpointError(
-                f"{path}: a {network} has no field 'prediction'. Use the folder of a Würstchen v2 model."
+                f"{path}: a {network} has no field {own[0]!r}. Use the folder of a Würstchen v2 model."
             )
         warnings.warn(
             f"{path} has fields that a {network} of diffusers does not have. They are ignored: "

@@ -23,6 +23,7 @@ from wuerstchen.checkpoints.diffusers import (
     PriorFolder,
     TensorLayout,
 )
+from wuerstchen.checkpoints.diffusers_config import shared_fields
 from wuerstchen.checkpoints.files import new_folder, write_json, write_safetensors
 from wuerstchen.errors import UserError
 from wuerstchen.models.decoder import Decoder
@@ -104,6 +105,11 @@ def _check_writable(network: Prior | Decoder | None) -> None:
             f"a network that predicts the {network.config.prediction} cannot be stored in diffusers' layout, "
             "whose networks predict the noise. Keep the native layout."
         )
+    if isinstance(network, Prior) and network.config.text_blocks:
+        raise UserError(
+            f"a prior with text_blocks={network.config.text_blocks} cannot be stored in diffusers' layout, "
+            "whose priors have no blocks on the text. Keep the native layout."
+        )
     if isinstance(network, Decoder) and network.config.clip_embd is None:
         raise UserError(
             "a Stage B without text cannot be stored in diffusers' layout. Keep the native layout."
@@ -145,8 +151,8 @@ def _write_network(
     if network is None:
         raise UserError(f"the model has no {part}, which this layout needs. Load the whole model.")
     folder.mkdir()
-    fields = {key: value for key, value in dataclasses.asdict(network.config).items() if key != "prediction"}
-    write_json(folder / "config.json", {"_class_name": CLASSES[part][0], **fields})
+    fields = {"_class_name": CLASSES[part][0], **shared_fields(network.config)}
+    write_json(folder / "config.json", fields)
     weights = folder / f"{layout.network_stems[0]}.safetensors"
     write_safetensors(layout.tensors(network), weights, {"format": layout.network_format}, dtype)
 

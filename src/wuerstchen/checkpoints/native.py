@@ -160,7 +160,7 @@ def write_network(
         "format": _format_of(_implied(network)),
         "kind": kind,
         "storage": storage,
-        "config": dataclasses.asdict(network.config),  # type: ignore[arg-type]
+        "config": _described_config(network.config),
         "provenance": _described(provenance),
     }
     write_tensors(tensors, path, header)
@@ -190,6 +190,16 @@ def read_network(path: Path, dtype: torch.dtype = torch.float32) -> tuple[nn.Mod
         detail = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path} does not match its header ({detail}). Download it again.") from error
     return network.eval().requires_grad_(False), provenance
+
+
+_LATER_FIELDS: dict[str, Any] = {"depths": (), "text_blocks": 0}
+"""Fields of configurations that older versions do not know, with their defaults. Headers leave out the
+defaults, so that older versions can read networks without these options."""
+
+
+def _described_config(config: Any) -> dict[str, Any]:
+    fields = dataclasses.asdict(config)
+    return {k: v for k, v in fields.items() if k not in _LATER_FIELDS or v != _LATER_FIELDS[k]}
 
 
 def _described(provenance: Provenance) -> dict[str, Any]:

@@ -268,6 +268,8 @@ def _state_to_write(part: str, network: nn.Module) -> dict[str, Tensor]:
         raise _cannot_hold(
             part, f"it predicts the {config.prediction}, the original's networks predict noise"
         )
+    if isinstance(config, PriorConfig) and config.text_blocks:
+        raise _cannot_hold(part, f"its text_blocks is {config.text_blocks}, the original's priors have none")
     if isinstance(config, DecoderConfig) and config.clip_embd is None:
         raise _cannot_hold(part, "it reads no text, the original's decoders do")
     if isinstance(config, CompressorConfig) and config.backbone not in BACKBONES.values():

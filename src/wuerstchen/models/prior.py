@@ -23,6 +23,7 @@ from wuerstchen.models.layers import (
     timestep_embedding,
     to_channels_last,
 )
+from wuerstchen.models.text_blocks import TextBlock, init_text_block
 from wuerstchen.models.traits import BlockTraits
 
 
@@ -44,17 +45,22 @@ class PriorConfig:
     prediction: str = "noise"
     """The network's target, by the kind of its objective (``diffusion.objective``). ``noise`` has the
     published two-part output; all others have a plain one."""
+    text_blocks: int = 0
+    """Transformer blocks on the text states, as wide as the network. They run once per prompt, not at every
+    step. The published models have none."""
 
     def __post_init__(self) -> None:
         check_dropout(self.dropout)
-        for name, least in (("c_in", 1), ("c", 1), ("c_cond", 1), ("depth", 0)):
+        for name, least in (("c_in", 1), ("c", 1), ("c_cond", 1), ("depth", 0), ("text_blocks", 0)):
             if getattr(self, name) < least:
                 raise UserError(
                     f"{name} must be at least {least}, got {getattr(self, name)}. Give a larger number."
                 )
         if 3 * self.depth > MAX_BLOCKS:
             raise UserError(f"depth must be at most {MAX_BLOCKS // 3}, got {self.depth}.")
-        if self.depth and not 1 <= self.nhead <= self.c:
+        if self.text_blocks > MAX_BLOCKS:
+            raise UserError(f"text_blocks must be at most {MAX_BLOCKS}, got {self.text_blocks}. Use 1 or 2.")
+        if (self.depth or self.text_blocks) and not 1 <= self.nhead <= self.c:
             raise UserError(f"nhead must be from 1 to c={self.c}, got {self.nhead}. Use a divisor of c.")
         check_timestep_width(self.c_r)
 
@@ -83,6 +89,9 @@ class Prior(Network):
         c, dropout = config.c, config.dropout
         self.projection = nn.Conv2d(config.c_in, c, kernel_size=1)
         self.cond_mapper = nn.Sequential(nn.Linear(config.c_cond, c), nn.LeakyReLU(0.2), nn.Linear(c, c))
+        self.text_blocks = nn.ModuleList(
+            TextBlock(c, config.nhead, dropout=dropout) for _ in range(config.text_blocks)
+        )
         self.blocks = nn.ModuleList()
         for _ in range(config.depth):
             self.blocks.append(ResBlock(c, dropout=dropout))
@@ -97,6 +106,8 @@ class Prior(Network):
         for layer in (self.projection, self.cond_mapper[0], self.cond_mapper[2]):
             nn.init.normal_(layer.weight, std=0.02)
         init_blocks(list(self.blocks), self.config.depth)
+        for block in self.text_blocks:
+            init_text_block(block)
         nn.init.zeros_(self.out[1].weight)
 
     def context(
@@ -112,7 +123,10 @@ class Prior(Network):
         ``cache_kv=False`` each block computes keys and values itself, which is faster if ``forward`` runs
         once per context, as in training.
         """
-        texts = text_inputs(self.blocks, self.cond_mapper(text), mask, cache_kv)
+        tokens = self.cond_mapper(text)
+        for block in self.text_blocks:
+            tokens = block(tokens, mask)
+        texts = text_inputs(self.blocks, tokens, mask, cache_kv)
         return PriorContext(texts=texts, residuals=residuals)
 
     def forward(

@@ -15,6 +15,7 @@ from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_diffnext impo
 from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import WuerstchenPrior
 from torch import nn
 
+from wuerstchen.checkpoints.diffusers_config import shared_fields
 from wuerstchen.models import blocks, decoder, vqgan
 from wuerstchen.models.decoder import Decoder, DecoderConfig
 from wuerstchen.models.fused import blocks as fused
@@ -222,11 +223,7 @@ def test_fused_stage_a_equals_the_plain_one(randomise, run_plain, monkeypatch, m
 
 
 def diffusers_network(kind, network):
-    config = {
-        k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(network.config).items()
-    }
-    del config["prediction"]  # diffusers has only noise
-    theirs = kind(**config).to(DEVICE).eval()
+    theirs = kind(**shared_fields(network.config)).to(DEVICE).eval()
     theirs.load_state_dict(network.state_dict())
     return theirs
 

@@ -19,8 +19,11 @@ CPU = torch.device("cpu")
 
 def make_prior(dropout: float = 0.0) -> Prior:
     torch.manual_seed(3)
-    prior = Prior(PriorConfig(c_in=4, c=16, c_cond=8, c_r=8, depth=2, nhead=2, dropout=dropout))
-    nn.init.normal_(prior.out[1].weight, std=0.02)  # at 0 nothing before it would learn
+    config = PriorConfig(c_in=4, c=16, c_cond=8, c_r=8, depth=2, nhead=2, dropout=dropout, text_blocks=1)
+    prior = Prior(config)
+    text_block = prior.text_blocks[0]
+    for last in (prior.out[1], text_block.attention.to_out[0], text_block.mlp[-1]):
+        nn.init.normal_(last.weight, std=0.02)  # at 0 nothing before it would learn
     return prior
 
 
