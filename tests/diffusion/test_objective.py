@@ -13,6 +13,7 @@ from wuerstchen.diffusion.objective import (
     NoisePrediction,
     VelocityPrediction,
     check_prediction,
+    default_time_density,
     make_objective,
     objective_of_json,
     predictions_for_sampling,
@@ -102,6 +103,28 @@ def test_times_of_the_published_objective():
         assert torch.equal(objective.times(u), training_timesteps(u, 2.0))
 
 
+def test_a_time_density_counts_for_every_objective():
+    u = torch.rand(100, dtype=torch.float64)
+    for kind in ("noise", "velocity"):
+        moved = make_objective(kind, time_density="logit_normal", time_shift=2.0).times(u)
+        assert torch.equal(moved, training_timesteps(u, 2.0, "logit_normal"))
+        assert not torch.allclose(moved, training_timesteps(u, 2.0))
+    assert {kind: default_time_density(kind) for kind in OBJECTIVES} == {
+        "noise": "uniform",
+        "velocity": "uniform",
+        "flow": "logit_normal",
+    }
+
+
+def test_a_uniform_density_of_the_cosine_path_is_not_written():
+    """Older versions refuse settings that they do not know."""
+    assert "time_density" not in VelocityPrediction().as_json()
+    assert VelocityPrediction(time_density="logit_normal").as_json()["time_density"] == "logit_normal"
+    assert FlowMatching(time_density="uniform").as_json()["time_density"] == "uniform"
+    assert objective_of_json({"kind": "noise"}).time_density == "uniform"
+    assert objective_of_json({"kind": "flow"}).time_density == "logit_normal"
+
+
 def test_predictions_for_sampling_are_the_noise_of_a_velocity():
     x0, noise = images()
     x_t = VelocityPrediction().noised(x0, noise, T)
@@ -122,7 +145,7 @@ def test_predictions_for_sampling_are_the_noise_of_a_velocity():
     "objective",
     [
         NoisePrediction(schedule=CosineSchedule(s=0.01, scaler=2.0), time_shift=3.0),
-        VelocityPrediction(loss_weight="velocity"),
+        VelocityPrediction(loss_weight="velocity", time_density="logit_normal"),
         FlowMatching(time_density="uniform", time_shift=0.5),
     ],
     ids=lambda o: o.kind,

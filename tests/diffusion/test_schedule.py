@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -66,6 +67,23 @@ def test_training_timesteps():
     assert t.max() == 1
     assert (t == 1).double().mean().item() == pytest.approx(0.075, abs=5e-4)
     assert t.mean().item() == pytest.approx(0.538, abs=2e-3)
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.0, 2.0])
+def test_logit_normal_timesteps_keep_the_published_share_of_pure_noise(shift):
+    """All others have a standard normal logit, cut off at the published limits, before the shift."""
+    u = torch.arange(0, 1, 1e-4, dtype=torch.float64)
+    t = training_timesteps(u, shift, "logit_normal")
+    assert torch.equal(t == 1, training_timesteps(u) == 1)
+    assert (t == 1).double().mean().item() == pytest.approx(0.075, abs=5e-4)
+    below = training_timesteps(u)[t < 1]
+    z = torch.tensor([NormalDist().inv_cdf(p) for p in below.tolist()], dtype=torch.float64)
+    torch.testing.assert_close(t[t < 1], shifted(torch.sigmoid(z), shift))
+    if shift == 1:  # an uniform density has half of the times below 1 between 0.25 and 0.75
+        assert ((t > 0.25) & (t < 0.75)).double().mean() / 0.925 > 0.65
+    single = training_timesteps(u.float(), shift, "logit_normal")
+    assert single.isfinite().all()
+    assert (single.min() > 0) & (single.max() == 1)
 
 
 @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])

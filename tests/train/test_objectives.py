@@ -11,12 +11,12 @@ import torch
 
 from wuerstchen.checkpoints.native import read_cascade
 from wuerstchen.diffusion.objective import OBJECTIVES, FlowMatching
-from wuerstchen.errors import UserError
+from wuerstchen.errors import RunFolderError, UserError
 from wuerstchen.pipeline import Sampling, Wuerstchen
 from wuerstchen.recipes.tiny import tiny
 from wuerstchen.train.config import Optimization, StageBConfig, StageCConfig
 from wuerstchen.train.engine.checkpoint import newest
-from wuerstchen.train.run import train
+from wuerstchen.train.run import TrainingRun, train
 
 from ..configurations import SMALL_COMPRESSOR, SMALL_DECODER, SMALL_PREVIEWER, SMALL_PRIOR, SMALL_VQGAN
 
@@ -82,6 +82,60 @@ def test_each_objective_trains_resumes_and_draws(prediction, model_folder, tmp_p
     unsuited = Sampling(prior_sampler="ddpm" if prediction == "flow" else "euler")
     with pytest.raises(UserError, match="is incompatible with this model"):
         Wuerstchen(cascade, torch.device("cpu")).generate("a cat", sampling=unsuited)
+
+
+@pytest.fixture
+def begin(monkeypatch, tmp_path):
+    """Starts or continues a run without training. Returns the recipe in force."""
+    recipes = []
+    monkeypatch.setattr(TrainingRun, "train", lambda self: recipes.append(self.recipe) or self.run_dir)
+
+    def begin(chosen, *changes):
+        train(chosen, tmp_path, device="cpu", changes=changes)
+        return recipes[-1]
+
+    return begin
+
+
+@pytest.mark.parametrize(("prediction", "density"), [("velocity", "uniform"), ("flow", "logit_normal")])
+def test_a_run_of_an_older_version_keeps_its_times(prediction, density, model_folder, tmp_path, begin):
+    """Older versions recorded logit_normal for every objective, and used it only for flow matching."""
+    chosen = recipe(model_folder, prediction, stage_c=StageCConfig(optimization=LEARNING))
+    explicit = {
+        other: dataclasses.replace(chosen, stage_c=dataclasses.replace(chosen.stage_c, time_density=other))
+        for other in ("uniform", "logit_normal")
+    }
+    assert begin(chosen).stage_c.time_density == density
+    path = tmp_path / "run.json"
+    content = json.loads(path.read_text())
+    assert content["recipe"]["stage_c"]["time_density"] == density
+    del content["time_density"]
+    old = {**content["recipe"]["stage_c"], "time_density": "logit_normal"}
+    change = {
+        "field": "stage_c.time_density", "before": "uniform", "after": "logit_normal",
+        "stage": "c", "images": 0, "time": 0.0,
+    }  # fmt: skip
+    content |= {"recipe": {**content["recipe"], "stage_c": old}, "changes": [change]}
+    path.write_text(json.dumps(content))
+    for same in (chosen, explicit[density]):
+        found = begin(same)
+        assert (found.stage_b.time_density, found.stage_c.time_density) == (density, density)
+    other = "uniform" if prediction == "flow" else "logit_normal"
+    with pytest.raises(RunFolderError, match=r"stage_c\.time_density"):
+        begin(explicit[other])
+    # A change that is made now holds from then on.
+    assert begin(chosen, f"stage_c.time_density={other}").stage_c.time_density == other
+    assert begin(chosen).stage_c.time_density == other
+    assert begin(chosen, "stage_c.time_density=none").stage_c.time_density == density
+    assert begin(chosen).stage_c.time_density == density
+
+
+def test_the_cosine_path_trains_at_logit_normal_times(model_folder, tmp_path):
+    config = StageCConfig(optimization=LEARNING, time_density="logit_normal")
+    model = train(recipe(model_folder, "velocity", stage_c=config), tmp_path, device="cpu")
+    objective = read_cascade(model).settings.prior_objective
+    assert objective.time_density == "logit_normal"
+    assert read_cascade(model).settings.decoder_objective.time_density == "uniform"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,17 +4,12 @@ x_t = (1 − t)·x₀ + t·ε, whose velocity is dx/dt = ε − x₀ (arXiv 2210
 and t = 1 is noise, as for the cosine schedule.
 """
 
-import math
-from typing import Literal
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from wuerstchen.diffusion.densities import TimeDensity, logit_normal
 from wuerstchen.errors import UserError
-
-TimeDensity = Literal["logit_normal", "uniform"]
-"""Distribution of training times: mostly in the middle (arXiv 2403.03206, section 3.1), or uniform."""
 
 _LEAST = 1e-6  # of u: at 0 and 1 the normal quantile is infinite
 
@@ -24,13 +19,11 @@ def flow_times(
 ) -> Float[Tensor, " b"]:
     """Times to train at, in [0, 1], from ``u`` uniform in [0, 1).
 
-    ``logit_normal`` is t = 1/(1 + e^−z) with z standard normal, here z = Φ⁻¹(u) (arXiv 2403.03206, equation
-    19 with m = 0 and s = 1). Then ``flow_shifted`` applies the timestep ``shift``.
+    ``logit_normal`` is ``densities.logit_normal``. Then ``flow_shifted`` applies the timestep ``shift``.
     """
     t = u
     if density == "logit_normal":
-        z = math.sqrt(2) * torch.erfinv(2 * u.clamp(_LEAST, 1 - _LEAST) - 1)
-        t = z.sigmoid()
+        t = logit_normal(u.clamp(_LEAST, 1 - _LEAST))
     return flow_shifted(t, shift)
 
 

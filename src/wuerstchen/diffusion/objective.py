@@ -19,7 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from wuerstchen.diffusion.flow import TimeDensity, flow_times, flow_timesteps
+from wuerstchen.diffusion.densities import TimeDensity
+from wuerstchen.diffusion.flow import flow_times, flow_timesteps
 from wuerstchen.diffusion.schedule import CosineSchedule, training_timesteps, uniform_timesteps
 from wuerstchen.errors import UserError, shown
 
@@ -62,6 +63,8 @@ class Objective(ABC):
 
     time_shift: float = field(default=1.0, compare=False)
     """Timestep shift of training times towards noise. 1 is no shift."""
+    time_density: TimeDensity = field(default="uniform", compare=False)
+    """Distribution of training times, before the shift."""
 
     def __post_init__(self) -> None:
         """Raises ``UserError`` for invalid values."""
@@ -69,6 +72,7 @@ class Objective(ABC):
             raise UserError(
                 f"time_shift must be above 0 and at most 100, got {self.time_shift}. Use 1 for none."
             )
+        _check_choice("time_density", self.time_density, TimeDensity)
 
     @abstractmethod
     def times(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
@@ -163,8 +167,8 @@ class _CosinePath(Objective):
         _check_choice("loss_weight", self.loss_weight, LossWeight)
 
     def times(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        """As published (``schedule.training_timesteps``), shifted by ``time_shift``."""
-        return training_timesteps(u, self.time_shift)
+        """As published with the density ``uniform`` and no shift (``schedule.training_timesteps``)."""
+        return training_timesteps(u, self.time_shift, self.time_density)
 
     def scales(self, t: Float[Tensor, "..."]) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
         alpha_bar = self.schedule.alpha_bar(t)
@@ -191,6 +195,11 @@ class _CosinePath(Objective):
 
     def timesteps(self, steps: int, shift: float = 1.0) -> list[float]:
         return uniform_timesteps(steps, shift)
+
+    def as_json(self) -> dict[str, Any]:
+        """Without a uniform ``time_density``, because older versions refuse it."""
+        values = super().as_json()
+        return {k: v for k, v in values.items() if (k, v) != ("time_density", "uniform")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,17 +257,13 @@ class VelocityPrediction(_CosinePath):
 class FlowMatching(Objective):
     """The network predicts ε − x₀, the velocity of the straight line x_t = (1 − t)·x₀ + t·ε (``flow.py``).
 
-    The squared error is not weighted. ``time_density`` is the distribution of training times.
+    The squared error is not weighted.
     """
 
     kind: ClassVar[str] = "flow"
     path: ClassVar[str] = "linear"
 
     time_density: TimeDensity = field(default="logit_normal", compare=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_choice("time_density", self.time_density, TimeDensity)
 
     def times(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         return flow_times(u, self.time_density, self.time_shift)
@@ -313,6 +318,12 @@ def check_prediction(prediction: str) -> None:
     """Raises ``UserError`` for an unknown objective."""
     if prediction not in OBJECTIVES:
         raise UserError(f"prediction must be one of {', '.join(OBJECTIVES)}, got {prediction!r}.")
+
+
+def default_time_density(kind: str) -> TimeDensity:
+    """The distribution of training times that an objective has by default. Raises ``UserError``."""
+    check_prediction(kind)
+    return OBJECTIVES[kind].time_density
 
 
 def make_objective(kind: str, **options: Any) -> Objective:

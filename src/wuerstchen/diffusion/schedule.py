@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from wuerstchen.diffusion.densities import TimeDensity, logit_normal
 from wuerstchen.errors import UserError
 
 
@@ -55,9 +56,17 @@ PUBLISHED_SCHEDULE = CosineSchedule()
 """The schedule of all published models."""
 
 
-def training_timesteps(u: Float[Tensor, " b"], shift: float = 1.0) -> Float[Tensor, " b"]:
-    """Timesteps to train at, from u uniform in [0, 1). 7.5 % of them are exactly 1, pure noise."""
-    return shifted(((1 - u) * 1.08 + 0.001).clamp(0.001, 1.0), shift)
+def training_timesteps(
+    u: Float[Tensor, " b"], shift: float = 1.0, density: TimeDensity = "uniform"
+) -> Float[Tensor, " b"]:
+    """Timesteps to train at, from u uniform in [0, 1). 7.5 % of them are exactly 1, pure noise.
+
+    The ``uniform`` density is published. ``logit_normal`` moves the published times towards the middle
+    (``densities.logit_normal``), which keeps the 7.5 % at 1: sampling starts there, and a plain logit-normal
+    density would hardly train it. The timestep ``shift`` comes last.
+    """
+    t = ((1 - u) * 1.08 + 0.001).clamp(0.001, 1.0)
+    return shifted(logit_normal(t) if density == "logit_normal" else t, shift)
 
 
 def shifted(t: Float[Tensor, "..."], shift: float) -> Float[Tensor, "..."]:

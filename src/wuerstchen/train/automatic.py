@@ -3,14 +3,15 @@
 import dataclasses
 
 from wuerstchen.errors import UserError
-from wuerstchen.train.config import Recipe
+from wuerstchen.train.config import Recipe, with_time_densities
 from wuerstchen.train.engine.distributed import Processes
 from wuerstchen.train.precision import gpu_precision
 from wuerstchen.train.stage_table import trained_kinds
 
 
 def resolved(recipe: Recipe, processes: Processes) -> Recipe:
-    """The recipe with every ``auto`` replaced by its value on this machine, which the run folder records.
+    """The recipe with every ``auto`` replaced by its value on this machine, and with the objectives' own time
+    densities. The run folder records these values.
 
     Raises ``UserError`` if the machine or other settings do not support ``acceleration=graph``.
     """
@@ -35,7 +36,7 @@ def resolved(recipe: Recipe, processes: Processes) -> Recipe:
             "acceleration=graph does not support recompute=blocks together with dropout. Use "
             "acceleration=compile, or a dropout of 0."
         )
-    return recipe
+    return with_time_densities(recipe)
 
 
 def _drops_out(recipe: Recipe) -> bool:

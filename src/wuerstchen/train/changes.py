@@ -14,7 +14,7 @@ from typing import Any
 
 from wuerstchen.checkpoints.files import write_json
 from wuerstchen.errors import RunFolderError, UserError
-from wuerstchen.train.config import FREE_FIELDS, Recipe, as_dict, differing_fields
+from wuerstchen.train.config import FREE_FIELDS, Recipe, as_dict, differing_fields, with_time_densities
 from wuerstchen.train.engine.checkpoint import newest
 from wuerstchen.train.recorded_recipe import get, parsed, recipe_of, replaced
 from wuerstchen.train.report.events import Log
@@ -291,7 +291,7 @@ def _with(recipe: Recipe, phase: RunPhase, request: str) -> Recipe:
         return recipe
     if (path, value) == ("precision", "auto"):
         raise UserError("--change precision=auto depends on the machine. Use fp32, bf16 or fp16.")
-    return recipe_of(replaced(fields, path, value), "--change")
+    return with_time_densities(recipe_of(replaced(fields, path, value), "--change"))
 
 
 def _check_lengths(before: Recipe, after: Recipe, run_dir: Path) -> None:

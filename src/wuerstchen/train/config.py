@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
-from wuerstchen.diffusion.objective import check_prediction
+from wuerstchen.diffusion.objective import check_prediction, default_time_density
 from wuerstchen.errors import UserError
 from wuerstchen.models.compressor import CompressorConfig
 from wuerstchen.models.decoder import DecoderConfig
@@ -40,6 +40,7 @@ __all__ = [
     "phases_of",
     "refining",
     "with_phase",
+    "with_time_densities",
 ]
 """Recipes import everything they need from here."""
 
@@ -308,12 +309,21 @@ and ``start_from`` are only locations. Their contents are checked by fingerprint
 _ADDED = {
     "stage_b.max_ratio": 1.0,
     "stage_c.max_ratio": 1.0,
-    "stage_b.time_density": "logit_normal",
-    "stage_c.time_density": "logit_normal",
     "image_column": "",
     "text_column": "",
 }
 """Fields that earlier versions did not record, with the values that they used."""
+
+
+def with_time_densities(recipe: Recipe) -> Recipe:
+    """The recipe with the objective's own ``time_density`` in place of None."""
+    changes: dict[str, StageBConfig | StageCConfig] = {}
+    for name, network in (("stage_b", recipe.decoder), ("stage_c", recipe.prior)):
+        config = getattr(recipe, name)
+        if config.time_density is None:
+            density = default_time_density(getattr(network, "prediction", "noise"))
+            changes[name] = dataclasses.replace(config, time_density=density)
+    return dataclasses.replace(recipe, **changes) if changes else recipe
 
 
 def differing_fields(stored: dict, given: dict, prefix: str = "") -> list[str]:

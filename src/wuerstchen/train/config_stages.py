@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from wuerstchen.diffusion.flow import TimeDensity
+from wuerstchen.diffusion.densities import TimeDensity
 from wuerstchen.diffusion.objective import LossWeight
 from wuerstchen.errors import UserError
 
@@ -197,8 +197,9 @@ class StageBConfig:
     time_shift: float = 1.0
     """Timestep shift of training times towards noise (``diffusion.schedule.shifted``, or
     ``diffusion.flow.flow_shifted`` for flow matching). 1 is no shift, as published."""
-    time_density: TimeDensity = "logit_normal"
-    """Density of training times with flow matching (``diffusion.flow.flow_times``)."""
+    time_density: TimeDensity | None = None
+    """Distribution of training times before the shift. ``logit_normal`` trains mostly in the middle. None is
+    the objective's own: ``logit_normal`` for flow matching, otherwise ``uniform``, as published."""
     map_dropout: float = 0.05
     """Fraction of the images whose semantic latents are zeroed."""
     map_noise: float = 0.3
@@ -268,8 +269,9 @@ class StageCConfig:
     time_shift: float = 1.0
     """Timestep shift of training times towards noise (``diffusion.schedule.shifted``, or
     ``diffusion.flow.flow_shifted`` for flow matching). 1 is no shift, as published."""
-    time_density: TimeDensity = "logit_normal"
-    """Density of training times with flow matching (``diffusion.flow.flow_times``)."""
+    time_density: TimeDensity | None = None
+    """Distribution of training times before the shift. ``logit_normal`` trains mostly in the middle. None is
+    the objective's own: ``logit_normal`` for flow matching, otherwise ``uniform``, as published."""
     caption_dropout: float = 0.05
     """Fraction of the images that train without their caption, for classifier-free guidance."""
 

@@ -14,6 +14,7 @@ from filelock import Timeout
 from wuerstchen.checkpoints.files import write_json
 from wuerstchen.checkpoints.native import FORMAT, migrate
 from wuerstchen.data.locks import acquired
+from wuerstchen.diffusion.objective import FlowMatching
 from wuerstchen.errors import RunFolderError, UserError
 from wuerstchen.train.changes import Plan, check_same, record
 from wuerstchen.train.config import Recipe, as_dict
@@ -74,6 +75,29 @@ ORDER = 2
 sizes of a prepared set with fewer images than a batch, may cache more images than it uses, and decays GRN and
 the codebook. In version 2 such sizes repeat their images to fill a batch, only images that are used are
 cached, and only matrices are decayed."""
+
+
+TIME_DENSITY = "every objective"
+"""Where the recorded ``time_density`` applies, stored in run.json. Runs without it used the recorded value
+only with flow matching, and trained all other objectives at uniform times."""
+
+
+def _with_densities(stored: dict[str, Any]) -> dict[str, Any]:
+    """The content of a ``run.json`` without ``TIME_DENSITY``, with the densities that were in use."""
+    recipe, unused = dict(stored["recipe"]), set()
+    for stage, network in (("stage_b", "decoder"), ("stage_c", "prior")):
+        if isinstance(recipe.get(stage), dict) and isinstance(recipe.get(network), dict):
+            flow = recipe[network].get("prediction") == FlowMatching.kind
+            density = recipe[stage].get("time_density", "logit_normal") if flow else "uniform"
+            recipe[stage] = {**recipe[stage], "time_density": density}
+            unused |= set() if flow else {f"{stage}.time_density"}
+    content = {**stored, "recipe": recipe, "time_density": TIME_DENSITY}
+    if "changes" in stored:
+        content["changes"] = [
+            {**change, "before": "uniform", "after": "uniform"} if change.get("field") in unused else change
+            for change in stored["changes"]
+        ]
+    return content
 
 
 def check_order(run_dir: Path) -> None:
@@ -147,7 +171,7 @@ def read_run(run_dir: Path) -> dict[str, Any] | None:
         raise RunFolderError(
             f"{path} is not a run description: it lacks recipe or data. Use another --run-dir."
         )
-    return stored
+    return stored if "time_density" in stored else _with_densities(stored)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +202,8 @@ def check_run(
                 "--run-dir."
             )
         check_new(run_dir)
-        content = {"format": FORMAT, "recipe": given, "data": now.data, "order": ORDER, "colours": COLOURS}
+        versions = {"order": ORDER, "colours": COLOURS, "time_density": TIME_DENSITY}
+        content = {"format": FORMAT, "recipe": given, "data": now.data, **versions}
         write_json(path, {**content, "start": now.start} if now.start else content)
         return
     if stored.get("changes", []) != planned.recorded:

@@ -599,6 +599,16 @@ class TestStageC:
             expected = ((predicted - noise).square().mean((1, 2, 3)) / alpha_bar).mean()
         torch.testing.assert_close(loss, expected)
 
+    def test_the_time_density_reaches_the_loss(self, small_cascade):
+        """Another density at the same noise gives another loss, and None is the published one."""
+        batch, losses = make_batch(128), {}
+        for density in (None, "uniform", "logit_normal"):
+            stage = self.make(small_cascade, 0.0, time_density=density)
+            stage.prior.eval()
+            with torch.no_grad():
+                losses[density] = next(losses_of(stage, batch))[1].item()
+        assert losses[None] == losses["uniform"] != losses["logit_normal"]
+
     def test_previews_are_of_the_average(self, small_cascade, monkeypatch):
         drawn = []
 

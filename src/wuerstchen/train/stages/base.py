@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from wuerstchen.data.prepared import PreparedSet
 from wuerstchen.data.sources import Source
-from wuerstchen.diffusion.objective import Objective, make_objective
+from wuerstchen.diffusion.objective import Objective, default_time_density, make_objective
 from wuerstchen.diffusion.sampler_table import samplers_for
 from wuerstchen.models.cascade import CascadeSettings, LatentStatistics
 from wuerstchen.models.text import TextEncoder, TextStates
@@ -298,7 +298,7 @@ def objective_of(prediction: str, config: StageBConfig | StageCConfig) -> Object
         prediction,
         loss_weight=config.loss_weight,
         time_shift=config.time_shift,
-        time_density=config.time_density,
+        time_density=config.time_density or default_time_density(prediction),
     )
 
 

@@ -84,7 +84,8 @@ class _Tokens(Decoding):
         """The label-smoothed cross entropy, averaged over the positions of each image with
         ``loss_weight``."""
         states, _ = self.text_of(inputs, random)
-        t = training_timesteps(random.uniform("time"), self.config.time_shift)
+        density = self.config.time_density or "uniform"
+        t = training_timesteps(random.uniform("time"), self.config.time_shift, density)
         assert isinstance(decoder, Paella)
         assert states is not None
         context = decoder.context(self.augment(z, random), states, cache_kv=False)
