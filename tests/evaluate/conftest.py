@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from wuerstchen.data.emoji import Record, write_index
-from wuerstchen.evaluate import report
+from wuerstchen.evaluate import references
 from wuerstchen.evaluate.features import Features
 from wuerstchen.evaluate.lists import select
 from wuerstchen.pipeline import Wuerstchen
@@ -76,7 +76,7 @@ def use_simple_judges():
     """Puts judges and features in place that need no package of weights."""
 
     def use(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(report, "load_judges", lambda device: ColourJudge())
-        patch.setattr(report, "FeatureNetwork", lambda name, device: coarse_features)
+        patch.setattr(references, "load_judges", lambda device: ColourJudge())
+        patch.setattr(references, "FeatureNetwork", lambda name, device, batch_size: coarse_features)
 
     return use

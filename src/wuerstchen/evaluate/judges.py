@@ -90,6 +90,8 @@ class Judges:
     def __init__(self, heads: JudgeHeads, encoder: TextEncoder) -> None:
         self.heads = heads
         self.encoder = encoder
+        self._texts: dict[tuple[str, ...], Tensor] = {}
+        """Embeddings of whole lists of captions, which many images are compared with."""
 
     @torch.no_grad()
     def similarity(self, features: Features, captions: Sequence[str]) -> Float[Tensor, "n m"]:
@@ -97,7 +99,9 @@ class Judges:
         unique = list(dict.fromkeys(captions))
         place = {caption: number for number, caption in enumerate(unique)}
         images = self.heads.embed_images(self.heads.standardised(features))
-        texts = self.heads.embed_texts(pooled_states(self.encoder, unique))
+        texts = self._texts.get(tuple(unique))
+        if texts is None:
+            texts = self._texts[tuple(unique)] = self.heads.embed_texts(pooled_states(self.encoder, unique))
         return (images @ texts.T).cpu()[:, [place[caption] for caption in captions]]
 
     def rank(

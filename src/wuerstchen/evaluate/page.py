@@ -11,8 +11,9 @@ from wuerstchen.data.emoji import write_whole
 from wuerstchen.errors import UserError
 from wuerstchen.evaluate.lists import ListName, Split
 from wuerstchen.evaluate.metrics import MIN_OBJECT, OBJECT_DISTANCE, Score
+from wuerstchen.evaluate.references import FEATURES
 from wuerstchen.evaluate.report import PhotoResult, Report, Target, number_text, to_json
-from wuerstchen.evaluate.scoring import COLUMNS, FEATURES, ROWS, SHOWN, Column, ListResult, Row
+from wuerstchen.evaluate.scoring import COLUMNS, ROWS, SHOWN, Column, ListResult, Row
 from wuerstchen.image_files import check_writable
 
 _LIST_TITLES: dict[ListName, str] = {

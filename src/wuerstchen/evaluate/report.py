@@ -15,11 +15,10 @@ from tqdm import tqdm
 
 from wuerstchen.defaults import usual_defaults
 from wuerstchen.errors import DataError, UserError
-from wuerstchen.evaluate.features import FeatureNetwork
-from wuerstchen.evaluate.judges import load_judges
-from wuerstchen.evaluate.lists import LISTS, SPLITS, ListName, RealImages, Split, select
+from wuerstchen.evaluate.lists import LISTS, SPLITS, ListName, Split, select
 from wuerstchen.evaluate.photos import PhotoResult, photo_files, score_photos
-from wuerstchen.evaluate.scoring import COLUMNS, FEATURES, LITE0, ROWS, ListResult, Renderer, Row, Scorer
+from wuerstchen.evaluate.references import References
+from wuerstchen.evaluate.scoring import COLUMNS, ROWS, ListResult, Renderer, Row, Scorer
 from wuerstchen.evaluate.targets import Target, number_text, targets
 from wuerstchen.pipeline import Wuerstchen
 from wuerstchen.sampling import Sampling
@@ -85,14 +84,15 @@ def evaluate(
     *,
     before: Wuerstchen | None = None,
     photos: Path | None = None,
+    references: References | None = None,
     announce: Callable[[str], None] = _no_announcement,
     **changes: Any,
 ) -> Report:
     """Scores ``model`` on the lists with the emoji set in ``data``, and on the photographs in ``photos``.
 
     Either may be None, but not both. Fields of ``options`` may also be given by name, as in ``limit=8``.
-    ``before`` is the model before its weights were compressed. ``announce`` is called with a line that says
-    how many images will be drawn.
+    ``before`` is the model before its weights were compressed. ``references`` of ``data`` may be shared by
+    several evaluations. ``announce`` is called with a line that says how many images will be drawn.
 
     Raises ``DataError`` for an emoji set that is not built and for a folder without photographs, and
     ``UserError`` for rows that the model cannot draw.
@@ -114,10 +114,10 @@ def evaluate(
     entries = (
         {} if data is None else {name: select(name, options.splits, options.limit) for name in options.lists}
     )
-    real = None if data is None else RealImages(data)
-    for part in entries.values():
-        assert real is not None
-        real.check(part)
+    if data is not None:
+        references = _references(data, model.device, references)
+        for part in entries.values():
+            references.real.check(part)
     files = [] if photos is None else photo_files(photos)[: options.limit]
     batch_size = options.batch_size or (8 if model.device.type == "cpu" else 64)
 
@@ -127,8 +127,8 @@ def evaluate(
     results: dict[ListName, ListResult] = {}
     photo_result = None
     with _bar(count + len(files)) as bar:
-        if real is not None:
-            scorer = _scorer(renderer, rows, real, batch_size, options.shown)
+        if references is not None:
+            scorer = _scorer(renderer, rows, references, batch_size, options.shown)
             for name, part in entries.items():
                 bar.set_description(f"list ({name})")
                 results[name] = scorer.score_list(name, part, bar.update)
@@ -142,7 +142,7 @@ def evaluate(
             "splits": list(options.splits),
             "limit": options.limit,
             "batch_size": batch_size,
-            "data": None if real is None else real.source.fingerprint(),
+            "data": None if references is None else references.real.source.fingerprint(),
         },
         machine=machine(model.device),
         seconds=time.monotonic() - started,
@@ -167,17 +167,25 @@ def _check_rows(rows: Sequence[Row], available: Sequence[Row]) -> None:
             )
 
 
-def _scorer(renderer: Renderer, rows: Sequence[Row], real: RealImages, batch_size: int, shown: int) -> Scorer:
+def _references(data: Path, device: torch.device, shared: References | None) -> References:
+    if shared is None:
+        return References(data, device, keep=False)
+    if shared.data != data:
+        raise UserError(f"references are of other data: {shared.data}. Use references of {data}.")
+    return shared
+
+
+def _scorer(
+    renderer: Renderer, rows: Sequence[Row], references: References, batch_size: int, shown: int
+) -> Scorer:
     """A scorer with the judges and feature networks of the package."""
-    device = renderer.model.device
-    features, lite0_features = (FeatureNetwork(network, device) for network in (FEATURES, LITE0))
     return Scorer(
         renderer=renderer,
         rows=tuple(rows),
-        real=real,
-        features=features,
-        lite0_features=lite0_features,
-        judge=load_judges(device),
+        real=references.real,
+        features=references.features,
+        lite0_features=references.lite0_features,
+        judge=references.judges,
         batch_size=batch_size,
         shown=shown,
     )

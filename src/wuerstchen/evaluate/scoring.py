@@ -18,7 +18,7 @@ from torch import Tensor
 
 from wuerstchen.data.emoji import STYLES
 from wuerstchen.errors import UserError
-from wuerstchen.evaluate.features import FeatureName, Features
+from wuerstchen.evaluate.features import Features
 from wuerstchen.evaluate.lists import SPLITS, Entry, ListName, RealImages, Split, read_list
 from wuerstchen.evaluate.metrics import (
     Score,
@@ -56,8 +56,6 @@ COLUMNS: tuple[Column, ...] = get_args(Column)
 ``kid_lite0_e3`` uses the network that the bundled model was trained with, so it may be too favourable."""
 
 JPEG_QUALITY = 20
-FEATURES: FeatureName = "efficientnet_lite1"
-LITE0: FeatureName = "efficientnet_lite0"
 SHOWN: tuple[Row, ...] = ("real", "stage_a", "a_b", "c_b_a")
 """Rows whose images the page shows."""
 _SHOWN_SIDE = 256  # maximum height of an image on the page, in pixels
