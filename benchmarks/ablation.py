@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scoring import scores
 
 from wuerstchen.checkpoints.native import read_parts
-from wuerstchen.evaluate.report import evaluate
+from wuerstchen.evaluate.references import References
 from wuerstchen.models.cascade import Cascade
 from wuerstchen.pipeline import BUNDLED, Sampling, Wuerstchen
 from wuerstchen.recipes.mini import mini
@@ -86,7 +87,6 @@ VARIANTS: dict[str, Variant] = {
     "c-shift-1.5": Variant({"stage_c.time_shift": 1.5}, "R@1 +0.01, style -0.02."),
 }
 """By name. The first letter is the trained stage."""
-COLUMNS = ("recall_1", "recall_5", "style", "kid_e3", "object", "background", "psnr", "ssim")
 
 
 def recipe_of(
@@ -127,30 +127,6 @@ def _change(text: str) -> tuple[str, Any]:
     return name, tuple(found) if isinstance(found, list) else found
 
 
-def scores(
-    model: Wuerstchen, data: Path, row: str, seeds: list[int], sampling: Sampling, limit: int | None
-) -> dict[str, dict[str, list[float]]]:
-    """The scores by list and column, with a value per first seed."""
-    found: dict[str, dict[str, list[float]]] = {"a": {}, "b": {}}
-    for first_seed in seeds:
-        report = evaluate(
-            model,
-            data,
-            splits=("val",),
-            rows=(row,),  # type: ignore[arg-type]
-            sampling=sampling,
-            limit=limit,
-            shown=0,
-            first_seed=first_seed,
-        )
-        for name, columns in found.items():
-            values = report.lists[name].scores["val"][row]  # type: ignore[index]
-            for column in COLUMNS:
-                if column in values:
-                    columns.setdefault(column, []).append(round(values[column].value, 4))
-    return found
-
-
 def train(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Trains a variant. Returns the part of its row about the training."""
     stage, folder = name[0], options.run_dir / name
@@ -182,7 +158,8 @@ def score(name: str, options: argparse.Namespace) -> dict[str, Any]:
     model = Wuerstchen(Cascade(settings=settings, **parts), torch.device(options.device))
     row = "a_b" if name[0] == "b" else "c_b_a"
     began = time.monotonic()
-    found = scores(model, options.data, row, options.first_seeds, Sampling(), options.limit)
+    references = References(options.data, model.device)
+    found = scores(model, references, row, options.first_seeds, Sampling(), limit=options.limit)
     return {
         "row": row,
         "first_seeds": options.first_seeds,
