@@ -97,6 +97,62 @@ def test_losses_equal_their_formulas():
     torch.testing.assert_close(FlowMatching().loss(output, x0, noise, T), mean(output - noise + x0))
 
 
+def conversions(objective, output, x0, noise, t):
+    """The results of everything that takes times, by name."""
+    x_t = objective.noised(x0, noise, t)
+    return {
+        "noised": x_t,
+        "clean": objective.to_clean(output, x_t, t),
+        "noise": objective.to_noise(output, x_t, t),
+        "velocity": objective.to_velocity(output, x_t, t),
+        "errors": objective.errors(output, x0, noise, t),
+        "loss": objective.loss(output, x0, noise, t),
+    }
+
+
+@pytest.mark.parametrize("objective", ALL, ids=lambda o: o.kind)
+def test_times_of_images_give_the_bits_of_the_plain_formulas(objective):
+    """In fp32: published results must not change by a bit."""
+    x0, noise, output = torch.randn(3, 4, 3, 5, 2)
+    t = torch.tensor([0.0, 0.3, 0.8, 1.0])
+    a, s = (factor.view(-1, 1, 1, 1) for factor in objective.scales(t))
+    x_t = a * x0 + s * noise
+    expected = {"noised": x_t}
+    if objective.kind == "flow":
+        expected |= {"clean": x_t - t.view(-1, 1, 1, 1) * output, "velocity": output}
+        expected |= {"noise": x_t + (1 - t.view(-1, 1, 1, 1)) * output}
+        wrong = output - (noise - x0)
+    else:
+        expected["noise"] = output if objective.kind == "noise" else a * output + s * x_t
+        alpha_bar = objective.schedule.alpha_bar(t).view(-1, 1, 1, 1)
+        expected["clean"] = (x_t - (1 - alpha_bar).sqrt() * expected["noise"]) / alpha_bar.sqrt()
+        expected["velocity"] = expected["noise"] - expected["clean"]
+        wrong = expected["noise"] - noise
+    expected["errors"] = wrong.square().flatten(1).mean(1)
+    expected["loss"] = expected["errors"] * objective.weight(t)
+    for name, found in conversions(objective, output, x0, noise, t).items():
+        assert torch.equal(found, expected[name]), name
+
+
+@pytest.mark.parametrize("objective", ALL, ids=lambda o: o.kind)
+def test_times_of_cells_convert_each_cell_like_an_image_of_its_own(objective):
+    x0, noise, output = torch.randn(3, 4, 3, 5, 2, dtype=torch.float64)
+    t = torch.rand(4, 5, 2, dtype=torch.float64)
+
+    def as_images(x):
+        return x.permute(0, 2, 3, 1).reshape(-1, 3, 1, 1)
+
+    found = conversions(objective, output, x0, noise, t)
+    expected = conversions(objective, *map(as_images, (output, x0, noise)), t.flatten())
+    for name, value in found.items():
+        torch.testing.assert_close(value.flatten() if value.ndim == 3 else as_images(value), expected[name])
+    assert objective.times(t).shape == t.shape
+    for call in (objective.noised, objective.to_clean, objective.to_velocity):
+        if (call, objective.kind) != (objective.to_velocity, "flow"):
+            with pytest.raises(ValueError, match=r"one per cell, \(4, 5, 2\)"):
+                call(x0, noise, t.mT)
+
+
 def test_times_of_the_published_objective():
     u = torch.rand(100, dtype=torch.float64)
     for objective in (NoisePrediction(time_shift=2.0), VelocityPrediction(time_shift=2.0)):

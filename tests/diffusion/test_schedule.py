@@ -12,6 +12,7 @@ from diffusers.pipelines.deprecated.wuerstchen import DEFAULT_STAGE_C_TIMESTEPS
 
 from wuerstchen.diffusion.schedule import (
     CosineSchedule,
+    columns,
     shifted,
     stage_c_timesteps,
     training_timesteps,
@@ -122,3 +123,18 @@ def test_timesteps_fall_from_one_to_zero(steps):
 def test_impossible_values_are_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_times_broadcast_over_images_or_over_channels():
+    x = torch.zeros(2, 4, 3, 5)
+    assert columns(torch.rand(2), x).shape == (2, 1, 1, 1)
+    assert columns(torch.rand(2), x[:, :, 0, 0]).shape == (2, 1)
+    t = torch.rand(2, 3, 5)
+    assert torch.equal(columns(t, x).expand_as(x)[:, 2], t)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 3), (2, 3), (3, 3, 5), (2, 1, 3, 5), (2, 1, 1)])
+def test_times_of_another_shape_are_refused(shape):
+    """(b, 3) for a grid of 3 × 5 and (b, 1, h, w) would broadcast to something."""
+    with pytest.raises(ValueError, match=r"\(2,\), or one per cell, \(2, 3, 5\)"):
+        columns(torch.rand(shape), torch.zeros(2, 4, 3, 5))

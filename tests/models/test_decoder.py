@@ -9,7 +9,7 @@ from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_diffnext impo
 from wuerstchen.checkpoints.diffusers_config import shared_fields
 from wuerstchen.errors import UserError
 from wuerstchen.models.decoder import Decoder, DecoderConfig
-from wuerstchen.models.layers import SelfAttnBlock
+from wuerstchen.models.layers import SelfAttnBlock, TimestepBlock, timestep_embedding
 
 SMALL = DecoderConfig(
     c_r=16,
@@ -211,3 +211,35 @@ def test_starts_at_twice_the_input():
 def test_impossible_shapes_are_refused(change, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(SMALL, **change)
+
+
+def test_the_same_time_in_all_cells_is_the_time_of_the_image(randomise):
+    ours = randomise(Decoder(SMALL)).eval().double()
+    given = {name: tensor.double() for name, tensor in inputs(SMALL, (16, 32), (3, 6)).items()}
+    expected = predict(ours, **given)
+    given["r"] = given["r"].view(-1, 1, 1).expand(3, 16, 32)
+    torch.testing.assert_close(predict(ours, **given), expected)
+
+
+def test_a_position_of_a_level_has_the_time_of_its_noisiest_cell(randomise):
+    """Known cells beside noised ones must not make these look known."""
+    ours, seen = randomise(Decoder(SMALL)).eval(), {}
+    given = inputs(SMALL, (16, 32), (3, 6)) | {"r": torch.rand(3, 16, 32)}
+    for name, block in ours.named_modules():
+        if isinstance(block, TimestepBlock):
+            block.register_forward_pre_hook(lambda _, arguments, name=name: seen.update({name: arguments}))
+    predict(ours, **given)
+    assert len(seen) == 2 * sum(SMALL.blocks)
+    for x, r_embed in seen.values():
+        side = 16 // x.shape[1]
+        noisiest = given["r"].reshape(3, 16 // side, side, 32 // side, side).amax((2, 4))
+        assert side == 2 * 2 ** SMALL.c_hidden.index(x.shape[3])
+        assert torch.equal(r_embed, timestep_embedding(noisiest, SMALL.c_r))
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (3, 32, 16), (3, 8, 16), (3, 16)])
+def test_times_of_another_shape_are_refused(shape):
+    """Those of a level, or of the semantic latents, have other cells."""
+    given = inputs(SMALL, (16, 32), (3, 6)) | {"r": torch.rand(shape)}
+    with pytest.raises(ValueError, match=r"\(3,\), or one per cell of the latents, \(3, 16, 32\)"):
+        predict(Decoder(SMALL), **given)

@@ -1,6 +1,7 @@
 """Stage C against diffusers' WuerstchenPrior with random weights, and the published sizes."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import 
 
 from wuerstchen.checkpoints.diffusers_config import shared_fields
 from wuerstchen.errors import UserError
+from wuerstchen.models.layers import TimestepBlock, timestep_embedding
 from wuerstchen.models.prior import Prior, PriorConfig
 
 SMALL = PriorConfig(c_in=4, c=32, c_cond=24, c_r=16, depth=3, nhead=4, dropout=0.1)
@@ -177,3 +179,43 @@ def test_initial_spread_follows_the_original():
 def test_impossible_shapes_are_refused(change, message):
     with pytest.raises(UserError, match=message):
         PriorConfig(**change)
+
+
+def test_times_of_images_give_the_bits_of_the_plain_formula(randomise):
+    """Of the embedding and of the block, written out. Published results must not change by a bit."""
+    block, x, r = randomise(TimestepBlock(12, 16)), torch.randn(3, 4, 5, 12), torch.tensor([1.0, 0.51, 0.003])
+    frequencies = torch.arange(8).float().mul(-math.log(10_000) / 7).exp()
+    angles = (r * 10_000)[:, None] * frequencies[None, :]
+    embedding = torch.cat([angles.sin(), angles.cos()], dim=1)
+    assert torch.equal(timestep_embedding(r, 16), embedding)
+    scale, shift = block.mapper(embedding)[:, None, None, :].chunk(2, dim=-1)
+    assert torch.equal(block(x, embedding), torch.addcmul(shift, x, 1 + scale))
+
+
+def test_times_of_cells_scale_and_shift_each_position_like_an_image_of_its_own(randomise):
+    block, x = randomise(TimestepBlock(12, 13)).double(), torch.randn(2, 3, 4, 12).double()
+    r = torch.rand(2, 3, 4).double()
+    found = block(x, timestep_embedding(r, 13))
+    as_images = block(x.reshape(24, 1, 1, 12), timestep_embedding(r.flatten(), 13))
+    torch.testing.assert_close(found, as_images.reshape(2, 3, 4, 12))
+
+
+def test_the_same_time_in_all_cells_is_the_time_of_the_image(randomise):
+    ours = randomise(Prior(SMALL)).eval().double()
+    x, r, text = (tensor.double() for tensor in inputs(SMALL, (4, 5)))
+    context = ours.context(text)
+    torch.testing.assert_close(ours(x, r.view(-1, 1, 1).expand(3, 4, 5), context), ours(x, r, context))
+    other = r.view(-1, 1, 1).repeat(1, 4, 5)
+    other[1, 0, 0] = 0
+    changed = (ours(x, other, context) - ours(x, r, context)).flatten(1).abs().amax(1)
+    assert changed[1] > 1e-3
+    assert changed[[0, 2]].max() < 1e-9  # of the other images nothing
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 4), (3, 4), (3, 1, 4, 5), (3, 1, 1)])
+def test_times_of_another_shape_are_refused(shape):
+    ours = Prior(SMALL)
+    x, _, text = inputs(SMALL, (4, 5))
+    context = ours.context(text)
+    with pytest.raises(ValueError, match=r"\(3,\), or one per cell of the latents, \(3, 4, 5\)"):
+        ours(x, torch.rand(shape), context)

@@ -185,6 +185,19 @@ class TestOnCuda:
                 self.check(recorder, prior, seed=seed, grid=grid, batch=batch)
         assert passes_of(recorder) == 2
 
+    def test_times_of_cells_have_a_recording_of_their_own(self, prior):
+        """A replay with the recording for times of images would read other memory."""
+        recorder = Recorder(prior, prepare=prior.context)
+        x, r, text = inputs()
+        run = recorder.bind(text, None)
+        cells = torch.rand(2, 6, 6, generator=torch.Generator().manual_seed(2)).to(CUDA)
+        with torch.no_grad():
+            for _ in range(4):
+                for times in (r, cells, cells.flip(1)):
+                    expected = prior(x, times, prior.context(text))
+                    torch.testing.assert_close(run(x, times), expected, rtol=1e-4, atol=1e-4)
+        assert passes_of(recorder) == 2
+
     def test_two_texts_in_turns(self, prior):
         """With one shape and with two. Each preparation overwrites the other."""
         for batch in (2, 1):

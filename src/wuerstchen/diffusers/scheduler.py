@@ -226,5 +226,5 @@ class DDPMWuerstchenScheduler:
         timesteps: Float[Tensor, " b"],
     ) -> Float[Tensor, "b ..."]:
         """√ᾱ·x₀ + √(1 − ᾱ)·ε, in the dtype of the samples."""
-        times = timesteps.to(original_samples.device, torch.float32)
+        times = timesteps.to(original_samples.device, torch.float32).flatten()  # (b,) or (b, 1, 1, 1)
         return self.schedule.add_noise(original_samples, noise, times).to(original_samples.dtype)

@@ -15,8 +15,8 @@ _LEAST = 1e-6  # of u: at 0 and 1 the normal quantile is infinite
 
 
 def flow_times(
-    u: Float[Tensor, " b"], density: TimeDensity = "logit_normal", shift: float = 1.0
-) -> Float[Tensor, " b"]:
+    u: Float[Tensor, "..."], density: TimeDensity = "logit_normal", shift: float = 1.0
+) -> Float[Tensor, "..."]:
     """Times to train at, in [0, 1], from ``u`` uniform in [0, 1).
 
     ``logit_normal`` is ``densities.logit_normal``. Then ``flow_shifted`` applies the timestep ``shift``.

@@ -21,7 +21,13 @@ from torch import Tensor
 
 from wuerstchen.diffusion.densities import TimeDensity
 from wuerstchen.diffusion.flow import flow_times, flow_timesteps
-from wuerstchen.diffusion.schedule import CosineSchedule, training_timesteps, uniform_timesteps
+from wuerstchen.diffusion.schedule import (
+    CosineSchedule,
+    Times,
+    columns,
+    training_timesteps,
+    uniform_timesteps,
+)
 from wuerstchen.errors import UserError, shown
 
 LossWeight = Literal["p2", "velocity"]
@@ -29,12 +35,10 @@ LossWeight = Literal["p2", "velocity"]
 and ``velocity`` is 1/ᾱ, which makes the loss ‖v̂ − v‖²."""
 
 
-def _mean_square(difference: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
-    return difference.square().flatten(1).mean(1)
-
-
-def _columns(t: Float[Tensor, " b"], x: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
-    return t.view(-1, *[1] * (x.ndim - 1))
+def _mean_square(difference: Float[Tensor, "b ..."], t: Times) -> Times:
+    """The mean over everything that has the same time: over each image, or over the channels of each cell."""
+    squares = difference.square()
+    return squares.flatten(1).mean(1) if t.ndim < 2 else squares.mean(1)
 
 
 def _number(name: str, value: Any) -> float:
@@ -50,7 +54,8 @@ def _check_choice(name: str, value: Any, kind: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective(ABC):
-    """The base of all objectives. ``x0`` are clean images or latents, ``t`` is a time in [0, 1] for each.
+    """The base of all objectives. ``x0`` are clean images or latents (b, c, h, w). ``t`` are
+    times in [0, 1]: one per image, (b,), or one per cell, (b, h, w).
 
     Two objectives are equal if a network's output means the same under both. Loss weights and training times
     do not count.
@@ -75,7 +80,7 @@ class Objective(ABC):
         _check_choice("time_density", self.time_density, TimeDensity)
 
     @abstractmethod
-    def times(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+    def times(self, u: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Times to train at, from ``u`` uniform in [0, 1)."""
 
     @abstractmethod
@@ -88,9 +93,10 @@ class Objective(ABC):
         output: Float[Tensor, "b ..."],
         x0: Float[Tensor, "b ..."],
         noise: Float[Tensor, "b ..."],
-        t: Float[Tensor, " b"],
-    ) -> Float[Tensor, " b"]:
-        """The mean squared error of each image, before it is weighted."""
+        t: Times,
+    ) -> Times:
+        """The mean squared error of each image, or of each cell if cells have times, before it is
+        weighted."""
 
     @abstractmethod
     def weight(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -98,13 +104,13 @@ class Objective(ABC):
 
     @abstractmethod
     def to_clean(
-        self, output: Float[Tensor, "b ..."], x_t: Float[Tensor, "b ..."], t: Float[Tensor, " b"]
+        self, output: Float[Tensor, "b ..."], x_t: Float[Tensor, "b ..."], t: Times
     ) -> Float[Tensor, "b ..."]:
         """The predicted image x̂₀."""
 
     @abstractmethod
     def to_noise(
-        self, output: Float[Tensor, "b ..."], x_t: Float[Tensor, "b ..."], t: Float[Tensor, " b"]
+        self, output: Float[Tensor, "b ..."], x_t: Float[Tensor, "b ..."], t: Times
     ) -> Float[Tensor, "b ..."]:
         """The predicted noise ε̂."""
 
@@ -113,10 +119,10 @@ class Objective(ABC):
         """``steps + 1`` times from 1 to 0, evenly spaced before the timestep ``shift`` towards noise."""
 
     def noised(
-        self, x0: Float[Tensor, "b ..."], noise: Float[Tensor, "b ..."], t: Float[Tensor, " b"]
+        self, x0: Float[Tensor, "b ..."], noise: Float[Tensor, "b ..."], t: Times
     ) -> Float[Tensor, "b ..."]:
         """The network's input x_t."""
-        signal, sigma = (_columns(factor, x0) for factor in self.scales(t))
+        signal, sigma = (columns(factor, x0) for factor in self.scales(t))
         return signal * x0 + sigma * noise
 
     def loss(
@@ -124,10 +130,10 @@ class Objective(ABC):
         output: Float[Tensor, "b ..."],
         x0: Float[Tensor, "b ..."],
         noise: Float[Tensor, "b ..."],
-        t: Float[Tensor, " b"],
-    ) -> Float[Tensor, " b"]:
-        """The weighted error of each image. ``output`` is the network's output for ``noised(x0, noise,
-        t)``."""
+        t: Times,
+    ) -> Times:
+        """The weighted error of each image, or of each cell if cells have times. ``output`` is the network's
+        output for ``noised(x0, noise, t)``."""
         return self.errors(output, x0, noise, t) * self.weight(t)
 
     def alpha_bar(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -136,7 +142,7 @@ class Objective(ABC):
         return signal**2 / (signal**2 + sigma**2)
 
     def to_velocity(
-        self, output: Float[Tensor, "b ..."], x_t: Float[Tensor, "b ..."], t: Float[Tensor, " b"]
+        self, output: Float[Tensor, "b ..."], x_t: Float[Tensor, "b ..."], t: Times
     ) -> Float[Tensor, "b ..."]:
         """ε̂ − x̂₀, which is dx/dt on a linear path."""
         return self.to_noise(output, x_t, t) - self.to_clean(output, x_t, t)
@@ -166,7 +172,7 @@ class _CosinePath(Objective):
         super().__post_init__()
         _check_choice("loss_weight", self.loss_weight, LossWeight)
 
-    def times(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+    def times(self, u: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """As published with the density ``uniform`` and no shift (``schedule.training_timesteps``)."""
         return training_timesteps(u, self.time_shift, self.time_density)
 
@@ -189,7 +195,7 @@ class _CosinePath(Objective):
         return 1 - alpha_bar if self.loss_weight == "p2" else 1 / alpha_bar
 
     def to_clean(
-        self, output: Float[Tensor, "b ..."], x_t: Float[Tensor, "b ..."], t: Float[Tensor, " b"]
+        self, output: Float[Tensor, "b ..."], x_t: Float[Tensor, "b ..."], t: Times
     ) -> Float[Tensor, "b ..."]:
         return self.schedule.clean(x_t, self.to_noise(output, x_t, t), t)
 
@@ -213,13 +219,13 @@ class NoisePrediction(_CosinePath):
         output: Float[Tensor, "b ..."],
         x0: Float[Tensor, "b ..."],
         noise: Float[Tensor, "b ..."],
-        t: Float[Tensor, " b"],
-    ) -> Float[Tensor, " b"]:
+        t: Times,
+    ) -> Times:
         """‖ε̂ − ε‖² / n."""
-        return _mean_square(output - noise)
+        return _mean_square(output - noise, t)
 
     def to_noise(
-        self, output: Float[Tensor, "b ..."], x_t: Float[Tensor, "b ..."], t: Float[Tensor, " b"]
+        self, output: Float[Tensor, "b ..."], x_t: Float[Tensor, "b ..."], t: Times
     ) -> Float[Tensor, "b ..."]:
         return output
 
@@ -236,16 +242,16 @@ class VelocityPrediction(_CosinePath):
         output: Float[Tensor, "b ..."],
         x0: Float[Tensor, "b ..."],
         noise: Float[Tensor, "b ..."],
-        t: Float[Tensor, " b"],
-    ) -> Float[Tensor, " b"]:
+        t: Times,
+    ) -> Times:
         """‖ε̂ − ε‖² / n for the noise computed from the velocity, which is ᾱ·‖v̂ − v‖² / n."""
-        return _mean_square(self.to_noise(output, self.noised(x0, noise, t), t) - noise)
+        return _mean_square(self.to_noise(output, self.noised(x0, noise, t), t) - noise, t)
 
     def to_noise(
-        self, output: Float[Tensor, "b ..."], x_t: Float[Tensor, "b ..."], t: Float[Tensor, " b"]
+        self, output: Float[Tensor, "b ..."], x_t: Float[Tensor, "b ..."], t: Times
     ) -> Float[Tensor, "b ..."]:
         """ε = √ᾱ·v + √(1 − ᾱ)·x_t."""
-        signal, sigma = (_columns(factor, x_t) for factor in self.scales(t))
+        signal, sigma = (columns(factor, x_t) for factor in self.scales(t))
         return signal * output + sigma * x_t
 
     def for_sampling(self) -> Objective:
@@ -265,7 +271,7 @@ class FlowMatching(Objective):
 
     time_density: TimeDensity = field(default="logit_normal", compare=False)
 
-    def times(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+    def times(self, u: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         return flow_times(u, self.time_density, self.time_shift)
 
     def scales(self, t: Float[Tensor, "..."]) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
@@ -276,28 +282,28 @@ class FlowMatching(Objective):
         output: Float[Tensor, "b ..."],
         x0: Float[Tensor, "b ..."],
         noise: Float[Tensor, "b ..."],
-        t: Float[Tensor, " b"],
-    ) -> Float[Tensor, " b"]:
+        t: Times,
+    ) -> Times:
         """‖v̂ − (ε − x₀)‖² / n."""
-        return _mean_square(output - (noise - x0))
+        return _mean_square(output - (noise - x0), t)
 
     def weight(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         return torch.ones_like(t)
 
     def to_clean(
-        self, output: Float[Tensor, "b ..."], x_t: Float[Tensor, "b ..."], t: Float[Tensor, " b"]
+        self, output: Float[Tensor, "b ..."], x_t: Float[Tensor, "b ..."], t: Times
     ) -> Float[Tensor, "b ..."]:
         """x̂₀ = x_t − t·v̂."""
-        return x_t - _columns(t, x_t) * output
+        return x_t - columns(t, x_t) * output
 
     def to_noise(
-        self, output: Float[Tensor, "b ..."], x_t: Float[Tensor, "b ..."], t: Float[Tensor, " b"]
+        self, output: Float[Tensor, "b ..."], x_t: Float[Tensor, "b ..."], t: Times
     ) -> Float[Tensor, "b ..."]:
         """ε̂ = x_t + (1 − t)·v̂."""
-        return x_t + (1 - _columns(t, x_t)) * output
+        return x_t + (1 - columns(t, x_t)) * output
 
     def to_velocity(
-        self, output: Float[Tensor, "b ..."], x_t: Float[Tensor, "b ..."], t: Float[Tensor, " b"]
+        self, output: Float[Tensor, "b ..."], x_t: Float[Tensor, "b ..."], t: Times
     ) -> Float[Tensor, "b ..."]:
         return output
 
@@ -378,9 +384,7 @@ class PredictionsForSampling:
     network: Callable[..., Tensor]
     objective: Objective
 
-    def __call__(
-        self, x_t: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], context: Any
-    ) -> Float[Tensor, "b c h w"]:
+    def __call__(self, x_t: Float[Tensor, "b c h w"], t: Times, context: Any) -> Float[Tensor, "b c h w"]:
         output = self.network(x_t, t, context)
         return self.objective.to_noise(output, x_t.to(output.dtype), t).to(x_t.dtype)
 

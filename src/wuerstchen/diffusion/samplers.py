@@ -16,7 +16,7 @@ from wuerstchen.device import to_device
 from wuerstchen.diffusion.objective import Objective
 
 Predict = Callable[[Tensor, Tensor], Tensor]
-"""(x: b c h w, t: b) → a prediction in terms of the objective: b c h w."""
+"""(x: b c h w, t: b, or b h w for a time per cell) → a prediction in terms of the objective: b c h w."""
 
 OnStep = Callable[[int, Tensor], None]
 """Called after each step with its index and the sample."""

@@ -1,4 +1,7 @@
-"""The cosine noise schedule and its timesteps, as functions of the time t in [0, 1]."""
+"""The cosine noise schedule and its timesteps, as functions of the time t in [0, 1].
+
+Images have one time each, with shape (b,), or one time per cell of their latents, with shape (b, h, w).
+"""
 
 import math
 from dataclasses import dataclass
@@ -9,6 +12,25 @@ from torch import Tensor
 
 from wuerstchen.diffusion.densities import TimeDensity, logit_normal
 from wuerstchen.errors import UserError
+
+Times = Float[Tensor, " b"] | Float[Tensor, "b h w"]
+"""One time per image, or one per cell of the latents."""
+
+
+def columns(t: Float[Tensor, "..."], x: Float[Tensor, "b ..."]) -> Float[Tensor, "..."]:
+    """Times of ``x``, or factors that depend on them, in a shape that broadcasts to ``x``.
+
+    (b,) becomes (b, 1, 1, 1), and (b, h, w) becomes (b, 1, h, w). Raises ``ValueError`` for other shapes.
+    """
+    if t.ndim < 2:
+        return t.view(-1, *[1] * (x.ndim - 1))
+    if t.shape[1:] != x.shape[2:] or t.shape[0] not in (1, len(x)):
+        cells = (len(x), *x.shape[2:])
+        raise ValueError(
+            f"times have the shape {tuple(t.shape)} for latents of the shape {tuple(x.shape)}. They need one "
+            f"time per image, ({len(x)},), or one per cell, {cells}. Pass one of these shapes."
+        )
+    return t.unsqueeze(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,17 +60,17 @@ class CosineSchedule:
         return (torch.cos((t + self.s) / (1 + self.s) * math.pi / 2) ** 2 / start).clamp(1e-4, 0.9999)
 
     def add_noise(
-        self, x: Float[Tensor, "b ..."], noise: Float[Tensor, "b ..."], t: Float[Tensor, " b"]
+        self, x: Float[Tensor, "b ..."], noise: Float[Tensor, "b ..."], t: Times
     ) -> Float[Tensor, "b ..."]:
         """x_t = √ᾱ·x + √(1 − ᾱ)·ε."""
-        alpha_bar = self.alpha_bar(t).view(-1, *[1] * (x.ndim - 1))
+        alpha_bar = columns(self.alpha_bar(t), x)
         return alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise
 
     def clean(
-        self, x: Float[Tensor, "b ..."], noise: Float[Tensor, "b ..."], t: Float[Tensor, " b"]
+        self, x: Float[Tensor, "b ..."], noise: Float[Tensor, "b ..."], t: Times
     ) -> Float[Tensor, "b ..."]:
         """x̂₀ = (x_t − √(1 − ᾱ)·ε̂) / √ᾱ, the inverse of ``add_noise``."""
-        alpha_bar = self.alpha_bar(t).view(-1, *[1] * (x.ndim - 1))
+        alpha_bar = columns(self.alpha_bar(t), x)
         return (x - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()
 
 
@@ -57,8 +79,8 @@ PUBLISHED_SCHEDULE = CosineSchedule()
 
 
 def training_timesteps(
-    u: Float[Tensor, " b"], shift: float = 1.0, density: TimeDensity = "uniform"
-) -> Float[Tensor, " b"]:
+    u: Float[Tensor, "..."], shift: float = 1.0, density: TimeDensity = "uniform"
+) -> Float[Tensor, "..."]:
     """Timesteps to train at, from u uniform in [0, 1). 7.5 % of them are exactly 1, pure noise.
 
     The ``uniform`` density is published. ``logit_normal`` moves the published times towards the middle

@@ -44,7 +44,7 @@ def text_inputs(
 def run_blocks(
     blocks: Iterable[nn.Module],
     x: Float[Tensor, "b h w c"],
-    r_embed: Float[Tensor, "b c_r"],
+    r_embed: Float[Tensor, "b ... c_r"],
     texts: Iterator[TextInput],
     skip: Float[Tensor, "b h w c_skip"] | None = None,
     condition: Condition = None,

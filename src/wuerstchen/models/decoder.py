@@ -16,15 +16,15 @@ from wuerstchen.models.layers import (
     SelfAttnBlock,
     check_dropout,
     check_levels,
+    check_times,
     check_timestep_width,
     exact_output,
     layer_norm,
     pointwise,
-    timestep_embedding,
     to_channels_last,
 )
 from wuerstchen.models.traits import BlockTraits
-from wuerstchen.models.unet import Levels, UNet, level_dropout
+from wuerstchen.models.unet import Levels, UNet, level_dropout, level_embeddings
 
 SCALE_EPS = 1e-3
 
@@ -227,25 +227,27 @@ class Decoder(UNet):
         return DecoderContext(texts=texts, conditions=conditions)
 
     def output(
-        self, x: Float[Tensor, "b c h w"], r: Float[Tensor, " b"], context: DecoderContext
+        self, x: Float[Tensor, "b c h w"], r: Float[Tensor, "b ..."], context: DecoderContext
     ) -> Float[Tensor, "b c_last h w"]:
         """The network's output, in at least fp32: a and b before its sigmoid, or a plain prediction."""
-        r_embed = timestep_embedding(r, self.config.c_r).to(x.dtype)
-        inner = self._run_levels(x, r_embed, context, context.conditions)
+        check_times(r, len(x), x.shape[2:])
+        r_embeds = level_embeddings(r, self.config, x.dtype)
+        inner = self._run_levels(x, r_embeds, context, context.conditions)
         return self.clf[2](exact_output(self.clf[1], inner, x.dtype))
 
     def affine(
-        self, x: Float[Tensor, "b c h w"], r: Float[Tensor, " b"], context: DecoderContext
+        self, x: Float[Tensor, "b c h w"], r: Float[Tensor, "b ..."], context: DecoderContext
     ) -> tuple[Float[Tensor, "b c_out h w"], Float[Tensor, "b c_out h w"]]:
         """``a`` and ``b`` in ε̂ = (x − a) / b of a decoder that predicts noise, with b in (0.001, 0.999)."""
         a, b = self.output(x, r, context).chunk(2, dim=1)
         return a, b.sigmoid() * (1 - 2 * SCALE_EPS) + SCALE_EPS
 
     def forward(
-        self, x: Float[Tensor, "b c h w"], r: Float[Tensor, " b"], context: DecoderContext
+        self, x: Float[Tensor, "b c h w"], r: Float[Tensor, "b ..."], context: DecoderContext
     ) -> Float[Tensor, "b c h w"]:
         """The network's own prediction for the noised latents ``x`` at timesteps ``r`` in [0, 1].
 
+        ``r`` has one timestep per image, (b,), or one per cell of the latents, (b, h, w).
         With ``prediction="noise"`` this is ε̂ = (x − a)/b (``affine``), in the precision of ``x``. Otherwise
         it is the plain output, in at least fp32.
         """

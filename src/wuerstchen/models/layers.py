@@ -8,6 +8,7 @@ Parameter names are those of the published checkpoints in diffusers' layout.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,8 +64,17 @@ def exact_output(
         return F.linear(layer_norm(x.to(exact)), conv.weight.flatten(1).to(exact), bias).permute(0, 3, 1, 2)
 
 
-def timestep_embedding(r: Float[Tensor, " b"], width: int) -> Float[Tensor, "b width"]:
-    """Sine and cosine features of the timestep ``r`` in [0, 1].
+def check_times(r: Float[Tensor, "..."], batch: int, grid: Sequence[int]) -> None:
+    """Raises ``ValueError`` unless there is one time per image, (b,), or one per cell, (b, h, w)."""
+    if r.ndim == 0 or r.shape[0] not in (1, batch) or r.shape[1:] not in ((), tuple(grid)):
+        raise ValueError(
+            f"r has the shape {tuple(r.shape)}. It needs one time per image, ({batch},), or one per cell of "
+            f"the latents, {(batch, *grid)}. Pass one of these shapes."
+        )
+
+
+def timestep_embedding(r: Float[Tensor, "b ..."], width: int) -> Float[Tensor, "b ... width"]:
+    """Sine and cosine features of the timestep ``r`` in [0, 1], of each image or each cell.
 
     The order of operations is part of the model: the features of r·10000 are so steep that a different order
     changes the output by 1e-4. Odd widths end in a zero.
@@ -72,8 +82,8 @@ def timestep_embedding(r: Float[Tensor, " b"], width: int) -> Float[Tensor, "b w
     half = width // 2
     frequencies = torch.arange(half, device=r.device).float()
     frequencies = frequencies.mul(-math.log(TIMESTEP_SCALE) / (half - 1)).exp()
-    angles = (r * TIMESTEP_SCALE)[:, None] * frequencies[None, :]
-    features = torch.cat([angles.sin(), angles.cos()], dim=1)
+    angles = (r * TIMESTEP_SCALE)[..., None] * frequencies
+    features = torch.cat([angles.sin(), angles.cos()], dim=-1)
     return F.pad(features, (0, width % 2)).to(r.dtype)
 
 
@@ -140,7 +150,7 @@ class ConditionedResBlock(nn.Module):
 
 
 class TimestepBlock(nn.Module):
-    """Scales and shifts every channel by the timestep."""
+    """Scales and shifts every channel by the timestep of the image, or of each position."""
 
     allows = BlockTraits(takes="timestep", compile=True, recompute=True, fuse=(nn.Linear,))
 
@@ -149,9 +159,12 @@ class TimestepBlock(nn.Module):
         self.mapper = nn.Linear(c_r, 2 * c)
 
     def forward(
-        self, x: Float[Tensor, "b h w c"], r_embed: Float[Tensor, "b c_r"]
+        self, x: Float[Tensor, "b h w c"], r_embed: Float[Tensor, "b c_r"] | Float[Tensor, "b h w c_r"]
     ) -> Float[Tensor, "b h w c"]:
-        scale, shift = self.mapper(r_embed)[:, None, None, :].chunk(2, dim=-1)
+        factors = self.mapper(r_embed)
+        if factors.ndim == 2:
+            factors = factors[:, None, None, :]
+        scale, shift = factors.chunk(2, dim=-1)
         return torch.addcmul(shift, x, 1 + scale)
 
 

@@ -18,14 +18,14 @@ from wuerstchen.models.layers import (
     ResBlock,
     check_dropout,
     check_levels,
+    check_times,
     convolve,
     layer_norm,
     pointwise,
-    timestep_embedding,
     to_channels_last,
 )
 from wuerstchen.models.traits import BlockTraits
-from wuerstchen.models.unet import UNet
+from wuerstchen.models.unet import UNet, level_embeddings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +132,7 @@ class Paella(UNet):
         return Context(texts=text_inputs(self._blocks(), states, None, cache_kv))
 
     def forward(
-        self, tokens: Int[Tensor, "b h w"], r: Float[Tensor, " b"], context: Context
+        self, tokens: Int[Tensor, "b h w"], r: Float[Tensor, "b ..."], context: Context
     ) -> Float[Tensor, "b labels h w"]:
         """Logits of the true token at each position, from ``tokens`` noised to the time ``r`` in [0, 1].
 
@@ -141,12 +141,13 @@ class Paella(UNet):
         return pointwise(self.out_mapper[1], self.features(tokens, r, context)).permute(0, 3, 1, 2)
 
     def features(
-        self, tokens: Int[Tensor, "b h w"], r: Float[Tensor, " b"], context: Context
+        self, tokens: Int[Tensor, "b h w"], r: Float[Tensor, "b ..."], context: Context
     ) -> Float[Tensor, "b h w c_token"]:
         """The input of the last layer, ``out_mapper[1]``: 32 times smaller than the logits."""
         embedding = self.in_mapper[0]
-        r_embed = timestep_embedding(r, self.config.c_r).to(embedding.weight.dtype)
+        check_times(r, len(tokens), tokens.shape[1:])
+        r_embeds = level_embeddings(r, self.config, embedding.weight.dtype)
         vectors = layer_norm(embedding(tokens)).permute(0, 3, 1, 2)
-        x = self._run_levels(vectors, r_embed, context, itertools.repeat(None))
+        x = self._run_levels(vectors, r_embeds, context, itertools.repeat(None))
         vectors = convolve(self.clf[2], pointwise(self.clf[1], layer_norm(x)))
         return layer_norm(vectors.contiguous())

@@ -15,6 +15,7 @@ from wuerstchen.models.layers import (
     ResBlock,
     TimestepBlock,
     check_dropout,
+    check_times,
     check_timestep_width,
     exact_output,
     init_blocks,
@@ -132,14 +133,16 @@ class Prior(Network):
     def forward(
         self,
         x: Float[Tensor, "b c h w"],
-        r: Float[Tensor, " b"],
+        r: Float[Tensor, "b ..."],
         context: PriorContext,
     ) -> Float[Tensor, "b c h w"]:
         """The network's own prediction for the noised semantic latents ``x`` at timesteps ``r`` in [0, 1].
 
+        ``r`` has one timestep per image, (b,), or one per cell, (b, h, w).
         With ``prediction="noise"`` this is ε̂ = (x − a)/(|1 − b| + 1e-5) of the output's parts a and b, in the
         precision of ``x``. Otherwise it is the plain output, in at least fp32.
         """
+        check_times(r, len(x), x.shape[2:])
         r_embed = timestep_embedding(r, self.config.c_r).to(x.dtype)
         inner = pointwise(self.projection, to_channels_last(x))
         inner = self._run_blocks(inner, r_embed, iter(context.texts), context.residuals)
@@ -152,7 +155,7 @@ class Prior(Network):
     def _run_blocks(
         self,
         x: Float[Tensor, "b h w c"],
-        r_embed: Float[Tensor, "b c_r"],
+        r_embed: Float[Tensor, "b ... c_r"],
         texts: Iterator[TextInput],
         residuals: Sequence[Float[Tensor, "b h w c"]],
     ) -> Float[Tensor, "b h w c"]:

@@ -1,8 +1,9 @@
 """The U-Net that both kinds of Stage B share: levels down, then the same levels up with skip connections."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from wuerstchen.models.layers import (
     init_linear_and_conv,
     layer_norm,
     pointwise,
+    timestep_embedding,
     to_channels_last,
 )
 
@@ -45,6 +47,21 @@ class Levels(Protocol):
 def level_dropout(config: Levels, level: int) -> float:
     """The dropout of a level's blocks. A configuration has one value for all levels, or one for each."""
     return config.dropout[level] if isinstance(config.dropout, tuple) else config.dropout
+
+
+def level_embeddings(
+    r: Float[Tensor, "b ..."], config: Levels, dtype: torch.dtype
+) -> list[Float[Tensor, "b ... c_r"]]:
+    """The timestep embedding for the grid of each level, finest first.
+
+    If cells have timesteps, a position gets the highest of the cells that it covers: it is as noisy as the
+    noisiest of them, and noise is never taken for a known cell.
+    """
+    if r.ndim == 1:
+        return [timestep_embedding(r, config.c_r).to(dtype)] * len(config.c_hidden)
+    sides = [config.patch_size * 2**level for level in range(len(config.c_hidden))]
+    grids = [r.unflatten(2, (-1, side)).unflatten(1, (-1, side)).amax((2, 4)) for side in sides]
+    return [timestep_embedding(grid, config.c_r).to(dtype) for grid in grids]
 
 
 class UNet(Network):
@@ -126,21 +143,22 @@ class UNet(Network):
     def _run_levels(
         self,
         x: Float[Tensor, "b c h w"],
-        r_embed: Float[Tensor, "b c_r"],
+        r_embeds: Sequence[Float[Tensor, "b ... c_r"]],
         context: Context,
         conditions: Iterable[Condition],
     ) -> Float[Tensor, "b h2 w2 c2"]:
         """Everything from the patches to the layer before ``clf``, channels last.
 
-        ``conditions`` has an entry for each level down, then for each level up.
+        ``r_embeds`` has an entry for each level, finest first (``level_embeddings``). ``conditions`` has an
+        entry for each level down, then for each level up.
         """
         texts, conditions = iter(context.texts), iter(conditions)
         inner = layer_norm(pointwise(self.embedding[1], to_channels_last(self.embedding[0](x))))
         outputs = []
-        for blocks in self.down_blocks:
+        for blocks, r_embed in zip(self.down_blocks, r_embeds, strict=True):
             inner = run_blocks(blocks, inner, r_embed, texts, condition=next(conditions))
             outputs.append(inner)
-        for number, blocks in enumerate(self.up_blocks):
+        for number, (blocks, r_embed) in enumerate(zip(self.up_blocks, reversed(r_embeds), strict=True)):
             skip = None if number == 0 else outputs[-1 - number]
             inner = run_blocks(blocks, inner, r_embed, texts, skip, next(conditions))
         return inner

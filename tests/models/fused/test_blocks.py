@@ -251,6 +251,40 @@ def test_half_precision_is_as_close_to_diffusers_in_fp32_as_diffusers_own(
     assert 0 < found <= 1.1 * error(half, exact)
 
 
+@pytest.mark.parametrize("joins", [False, True])
+def test_times_of_cells_are_those_of_the_plain_blocks(prior, unet, joins, run_plain):
+    """Catches the factors of another position, or of the whole image. In Stage B the grid is coarser than the
+    times."""
+    x, r, text = prior_inputs()
+    r = torch.rand(2, 5, 7, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    plain = run_plain(run_prior, prior, x, r, text)
+    if joins:
+        fused.join_layers(prior)
+    assert error(run_prior(prior, x, r, text), plain) <= 1e-5
+    x, _, *others = decoder_inputs()
+    r = torch.rand(2, 24, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    assert_no_further_than_run_plain(unet, (x, r, *others), run_plain)
+
+
+def test_replaced_timestep_blocks_get_times_of_cells(prior, run_plain):
+    """A block that cannot be fused runs between fused ones."""
+    x, _, text = prior_inputs()
+    r = torch.rand(2, 5, 7, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    plain = run_plain(run_prior, prior, x, r, text)
+    prior.blocks[4].mapper.register_forward_hook(lambda *_: None)
+    assert error(run_prior(prior, x, r, text), plain) <= 1e-5
+
+
+def test_one_timestep_of_a_cell_applies_to_all_images():
+    from wuerstchen.models.fused import block_kernels
+
+    x, factors = torch.randn(3, 2, 5, 48, device=DEVICE), torch.randn(1, 2, 5, 96, device=DEVICE)
+    scale, shift = factors.chunk(2, dim=-1)
+    expected = x * (1 + scale) + shift
+    block_kernels._launch_scale_shift(x, x.new_zeros(48), factors, None, None)
+    torch.testing.assert_close(x, expected)
+
+
 def test_one_timestep_applies_to_all_images():
     """As in the plain blocks. The kernel read beyond the end for all images but the first."""
     from wuerstchen.models.fused import block_kernels

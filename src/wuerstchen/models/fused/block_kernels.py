@@ -114,16 +114,19 @@ def _scale_shift(
 
 
 def scale_shift_(
-    x: Float[Tensor, "b h w c"], added: Float[Tensor, " c"], factors: Float[Tensor, "b c2"]
+    x: Float[Tensor, "b h w c"],
+    added: Float[Tensor, " c"],
+    factors: Float[Tensor, "b c2"] | Float[Tensor, "b h w c2"],
 ) -> None:
-    """x ← (x + added)·(1 + scale) + shift, in place. ``factors`` are scale and shift of each sample."""
+    """x ← (x + added)·(1 + scale) + shift, in place. ``factors`` are scale and shift of each sample, or of
+    each position."""
     _launch_scale_shift(x, added, factors, None, None)
 
 
 def scale_shift_norm_(
     x: Float[Tensor, "b h w c"],
     added: Float[Tensor, " c"],
-    factors: Float[Tensor, "b c2"],
+    factors: Float[Tensor, "b c2"] | Float[Tensor, "b h w c2"],
     next_bias: Float[Tensor, " c"],
 ) -> Float[Tensor, "b h w c"]:
     """``scale_shift_``, and returns the layer norm of x.
@@ -139,14 +142,16 @@ def _launch_scale_shift(
     x: Tensor, added: Tensor, factors: Tensor, next_bias: Tensor | None, normed: Tensor | None
 ) -> None:
     assert x.is_contiguous()
-    assert factors.stride(1) == 1
+    assert factors.stride(-1) == 1
     b, h, w, c = x.shape
-    factors = factors.expand(b, -1)  # one timestep may serve all samples
+    n = h * w if factors.ndim == 2 else 1  # adjacent positions with the same factors
+    # One timestep may serve all samples.
+    factors = factors.expand(b, -1) if factors.ndim == 2 else factors.expand(b, h, w, -1).flatten(0, 2)
     total, columns = b * h * w, triton.next_power_of_2(c)
     rows = 1 if columns >= 2048 else 2 if columns >= 1024 else 4
     others = [x if tensor is None else tensor for tensor in (next_bias, normed)]  # x: unread
     _scale_shift[(triton.cdiv(total, rows),)](
-        x, added, factors, factors.stride(0), *others, h * w, c, total, LAYER_NORM_EPS,
+        x, added, factors, factors.stride(0), *others, n, c, total, LAYER_NORM_EPS,
         norms=normed is not None, rows=rows, columns=columns, num_warps=4,
     )  # fmt: skip
 

@@ -109,7 +109,7 @@ def keys_values(
 def run_fused(
     blocks: Iterable[nn.Module],
     x: Float[Tensor, "b h w c"],
-    r_embed: Float[Tensor, "b c_r"],
+    r_embed: Float[Tensor, "b ... c_r"],
     texts: Iterator[KeysValues | TextTokens],
     skip: Float[Tensor, "b h w c_skip"] | None = None,
     condition: Float[Tensor, "b _ _ c_cond"] | FactoredCondition | None = None,
@@ -171,9 +171,11 @@ class _Pending:
     """Operations that x still needs: a bias, then a timestep's scale and shift."""
 
     bias: Float[Tensor, " c"] | None = None
-    factors: Float[Tensor, "b c2"] | None = None
+    factors: Float[Tensor, "b ... c2"] | None = None
 
-    def factors_for(self, x: Float[Tensor, "b h w c"]) -> tuple[Float[Tensor, " c"], Float[Tensor, "b c2"]]:
+    def factors_for(
+        self, x: Float[Tensor, "b h w c"]
+    ) -> tuple[Float[Tensor, " c"], Float[Tensor, "b ... c2"]]:
         """Both, with zeros for None."""
         b, c = len(x), x.shape[-1]
         bias = x.new_zeros(c) if self.bias is None else self.bias
@@ -325,14 +327,17 @@ def _join(layers: Sequence[nn.Module]) -> None:
 
 
 def _mapped_timesteps(
-    blocks: Sequence[nn.Module], x: Tensor, r_embed: Float[Tensor, "b c_r"]
-) -> Iterator[Float[Tensor, "b c2"] | None]:
-    """Scale and shift for each timestep block in order, as one product if the mappers are adjacent in memory.
-    None for a block that cannot be fused."""
+    blocks: Sequence[nn.Module], x: Tensor, r_embed: Float[Tensor, "b ... c_r"]
+) -> Iterator[Float[Tensor, "b ... c2"] | None]:
+    """Scale and shift for each timestep block in order. None for a block that cannot be fused.
+
+    They are one product if the mappers are adjacent in memory. If cells have timesteps, each block has its
+    own product when it runs: for all blocks together, the published Stage C would need 113 MB per image.
+    """
     steps = [block for block in blocks if traits_of(block).takes == "timestep"]
     plain = [is_plain(step, x) for step in steps]
     mappers = [step.mapper if fits else None for step, fits in zip(steps, plain, strict=True)]
-    joined = _joined(mappers) if steps and all(plain) else None
+    joined = _joined(mappers) if steps and all(plain) and r_embed.ndim == 2 else None
     if joined is not None:
         return iter(F.linear(r_embed, *joined).split([mapper.out_features for mapper in mappers], dim=-1))
     return (None if mapper is None else mapper(r_embed) for mapper in mappers)
