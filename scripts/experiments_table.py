@@ -1,10 +1,10 @@
-"""Makes docs/experiments.md from docs/experiments.jsonl, with a row per training run.
+"""Makes docs/experiments.md from docs/experiments.jsonl, with a row per training run or sampling setting.
 
     python scripts/experiments_table.py [--check]
 
-benchmarks/ablation.py writes the rows, with the prediction that was entered there before the run. `kept` and
-`seen` are added by hand. With --check nothing is written, and the exit code is 1 if the page is not up to
-date.
+benchmarks/ablation.py and benchmarks/sampling_sweep.py write the rows, with the prediction that was entered
+there before the run. `kept` and `seen` are added by hand, and may be missing for sampling settings. With
+--check nothing is written, and the exit code is 1 if the page is not up to date.
 """
 
 import argparse
@@ -30,6 +30,13 @@ STAGES = {
     "b": "Compressor and Stage B, scored by A+B: images through the semantic latents and back",
     "c": "Stage C, scored by C+B+A: drawn from the caption",
 }
+SAMPLING = """## Sampling only, scored by C+B+A
+One row per setting of one model, made by `benchmarks/sampling_sweep.py`. What a row does not name is the
+model's own setting. *Diversity* is 1 − the cosine of the features (EfficientNet-Lite1, pooled) of two images
+of an entry with different seeds, averaged over entries. *ms/image* is a whole image in the fastest batch:
+text encoder, all stages, and the copy to the host.
+
+"""
 COLUMNS = (
     ("a", "recall_1", "R@1 (a)", 2),
     ("b", "recall_1", "R@1 (b)", 2),
@@ -41,8 +48,15 @@ COLUMNS = (
 )
 
 
+SAMPLING_COLUMNS = (
+    *COLUMNS[:-1],
+    ("a", "diversity", "diversity (a)", 3),
+    ("b", "diversity", "diversity (b)", 3),
+)
+
+
 def page(rows: list[dict[str, Any]]) -> str:
-    """The page: a table for each stage, and what was predicted and seen below it."""
+    """The page: a table for each stage and one for sampling, and what was predicted and seen below each."""
     parts = [HEAD]
     for stage, title in STAGES.items():
         chosen = [row for row in rows if row["name"].startswith(f"{stage}-")]
@@ -51,17 +65,40 @@ def page(rows: list[dict[str, Any]]) -> str:
         names = ["run", "images, millions", "minutes", "images/s", "validation error"]
         names += [title for _, _, title, _ in COLUMNS] + ["kept"]
         parts.append(f"## {title}\n")
-        parts.append(f"| {' | '.join(names)} |\n|{'---|' * len(names)}\n")
-        parts += [_line(row) for row in chosen]
+        parts += [_head(names), *(_line(row) for row in chosen), "\n"]
+        parts += [_note(row, f"seed {row['seed']}", "the recipe as it is") for row in chosen]
         parts.append("\n")
-        for row in chosen:
-            changed = ", ".join(f"`{name}={_shown(value)}`" for name, value in row["changed"].items())
-            parts.append(
-                f"- **{row['name']}** ({row['date']}, {row['machine']}, seed {row['seed']}): "
-                f"{changed or 'the recipe as it is'}. Predicted: {row['predicted']} Seen: {row['seen']}\n"
-            )
-        parts.append("\n")
+    chosen = [row for row in rows if row["name"].startswith("s-")]
+    if chosen:
+        titles = [title for _, _, title, _ in SAMPLING_COLUMNS]
+        parts += [SAMPLING, _head(["setting", *titles, "ms/image", "kept"])]
+        parts += [*(_sampling_line(row) for row in chosen), "\n"]
+        parts += [_note(row, f"model {row['model']}", "the model's own settings") for row in chosen]
     return "".join(parts).rstrip() + "\n"
+
+
+def _head(names: list[str]) -> str:
+    return f"| {' | '.join(names)} |\n|{'---|' * len(names)}\n"
+
+
+def _note(row: dict[str, Any], of: str, unchanged: str) -> str:
+    changed = ", ".join(f"`{name}={_shown(value)}`" for name, value in row["changed"].items())
+    seen = f" Seen: {row['seen']}" if "seen" in row else ""
+    return (
+        f"- **{row['name']}** ({row['date']}, {row['machine']}, {of}): {changed or unchanged}. "
+        f"Predicted: {row['predicted']}{seen}\n"
+    )
+
+
+def _sampling_line(row: dict[str, Any]) -> str:
+    cells = [row["name"], *_scores(row, SAMPLING_COLUMNS), f"{1000 * row['seconds_per_image']:.1f}"]
+    return f"| {' | '.join([*cells, row.get('kept', '')])} |\n"
+
+
+def _scores(row: dict[str, Any], columns: tuple[tuple[str, str, str, int], ...]) -> list[str]:
+    """The means over the first seeds. Empty where a row has no such score."""
+    values = [(row["scores"][name].get(column), digits) for name, column, _, digits in columns]
+    return ["" if found is None else f"{statistics.mean(found):.{digits}f}" for found, digits in values]
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -73,10 +110,7 @@ def _line(row: dict[str, Any]) -> str:
         f"{row['images_per_second']:,.0f}",
         f"{error:.4f}",
     ]
-    for name, column, _, digits in COLUMNS:
-        values = row["scores"][name].get(column)
-        cells.append("" if values is None else f"{statistics.mean(values):.{digits}f}")
-    return f"| {' | '.join([*cells, row['kept']])} |\n"
+    return f"| {' | '.join([*cells, *_scores(row, COLUMNS), row['kept']])} |\n"
 
 
 def _shown(value: object) -> str:
