@@ -1,4 +1,5 @@
-"""Weights stored as int8 with one scale per row, a quarter of the size of fp32. The bundled model uses it."""
+"""Weights stored as float16, or as int8 with one scale per row, a quarter of the size of fp32. The bundled
+model uses int8."""
 
 import torch
 from torch import Tensor
@@ -7,6 +8,19 @@ from wuerstchen.errors import CheckpointError
 
 _LEVELS = 127
 _FLOAT16_MAX = torch.finfo(torch.float16).max
+
+
+def in_float16(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Converts floating-point tensors to float16. Raises ``CheckpointError`` for values that would become
+    infinite."""
+    stored = {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
+    for key, tensor in stored.items():
+        if tensor.is_floating_point() and bool((tensor.isinf() & state[key].isfinite()).any()):
+            raise CheckpointError(
+                f"{key} has a value of {float(state[key].abs().max()):.3g}, and float16 stores at most "
+                f"{_FLOAT16_MAX:.0f}. Use storage float32."
+            )
+    return stored
 
 
 def quantize_rows(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -52,6 +52,8 @@ class Layout:
     parts: frozenset[str] | None = None
     """The parts that can be stored. None: all of them."""
     storages: tuple[Storage, ...] = ("float32", "float16")
+    shards: bool = True
+    """Whether its weight files can be split into shards (``checkpoints/shards.py``)."""
     assumed_settings: "Callable[[Cascade], CascadeSettings] | None" = None
     """The settings that a reader of this layout assumes for a model. None: the layout stores its settings."""
     check: "Callable[[Cascade, str], None]" = lambda cascade, name: None

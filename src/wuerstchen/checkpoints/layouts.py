@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from wuerstchen.checkpoints.files import open_safetensors, read_json
+from wuerstchen.checkpoints.files import new_folder, open_safetensors, read_json
 from wuerstchen.checkpoints.foreign import check_not_cascade, is_called_cascade
 from wuerstchen.checkpoints.hub import local_folder
 from wuerstchen.checkpoints.layout_table import LAYOUTS, Layout, Storage, layout_named
 from wuerstchen.checkpoints.layout_table import Sources as Sources
 from wuerstchen.checkpoints.native import Provenance
+from wuerstchen.checkpoints.shards import size_in_bytes, split_files
 from wuerstchen.checkpoints.variants import is_spare_variant
 from wuerstchen.errors import CheckpointError, UserError
 from wuerstchen.models.cascade import Cascade, CascadeSettings
@@ -91,11 +92,13 @@ def convert(
     sources: Sources | None = None,
     *,
     storage: Storage = "float32",
+    max_shard_size: str = "",
     leave_out: Collection[str] = (),
 ) -> None:
     """Reads a model in any layout and writes it to the new folder ``target`` in another.
 
-    Parts in ``leave_out`` are not written. Raises ``UserError`` if the layout cannot store one of the others,
+    Parts in ``leave_out`` are not written. Weight files larger than ``max_shard_size``, such as ``16MB``, are
+    split into shards with an index. Raises ``UserError`` if the layout cannot store one of the others,
     or a setting.
     """
     if layout not in LAYOUTS:
@@ -110,6 +113,13 @@ def convert(
     sources = sources or Sources()
     path = local_folder(source, revision=sources.revision, local_files_only=sources.local_files_only)
     written = layout_named(layout)
+    if max_shard_size:
+        size_in_bytes(max_shard_size)
+        if not written.shards:
+            raise UserError(
+                f"max_shard_size is not supported by the {layout} layout, whose files cannot be split. "
+                "Remove it, or use another layout."
+            )
     if "int8" not in written.storages and (file := layout_named(layout_of(path)).int8_file(path)):
         raise UserError(
             f"{file} is stored in int8, which the {layout} layout does not support. Keep the native layout, "
@@ -121,7 +131,13 @@ def convert(
             f"storage {storage} is not supported by the {layout} layout. Use {' or '.join(written.storages)}."
         )
     _check_fits(cascade, written, layout)
-    written.write(cascade, target, storage, path)
+    if not max_shard_size:
+        written.write(cascade, target, storage, path)
+        return
+    with new_folder(target) as partial:
+        partial.rmdir()  # layouts create the folder that they write
+        written.write(cascade, partial, storage, path)
+        split_files(partial, max_shard_size)
 
 
 def _check_fits(cascade: Cascade, layout: Layout, name: str) -> None:

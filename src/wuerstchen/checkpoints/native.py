@@ -7,7 +7,6 @@ safetensors, everything else is JSON, and pickles are refused.
 import dataclasses
 import json
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,12 @@ from wuerstchen.checkpoints.files import (
     write_json,
     write_safetensors,
 )
-from wuerstchen.checkpoints.int8 import dequantize, quantize_rows
+from wuerstchen.checkpoints.int8 import dequantize, in_float16, quantize_rows
 from wuerstchen.checkpoints.layout_table import Layout, Sources
 from wuerstchen.checkpoints.layout_table import Storage as Storage
+from wuerstchen.checkpoints.provenance import Provenance as Provenance
+from wuerstchen.checkpoints.provenance import described, provenance_of
+from wuerstchen.checkpoints.shards import read_joined, split_files
 from wuerstchen.checkpoints.text_encoder import copy_text_encoder, read_text_encoder, write_text_encoder
 from wuerstchen.checkpoints.weights import plain_names
 from wuerstchen.diffusion.objective import (
@@ -48,7 +50,6 @@ from wuerstchen.models.prior import Prior, PriorConfig
 from wuerstchen.models.text import TextEncoder
 from wuerstchen.models.vqgan import VQGAN, VQGANConfig
 from wuerstchen.sampling import ALL_TIMES
-from wuerstchen.version import __version__
 
 FORMAT = 2
 """Increased by one whenever older versions would misread new files.
@@ -71,24 +72,6 @@ NETWORKS: dict[str, tuple[type[nn.Module], type]] = {
 }
 TEXT_ENCODERS = ("text_encoder", "decoder_text_encoder")
 _HEADER = "wuerstchen"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Provenance:
-    """The origin of weights."""
-
-    recipe: str
-    seed: int
-    images: int
-    """Number of images seen in training."""
-    data: str
-    """Fingerprint of the dataset."""
-    licence: str = ""
-    changes: tuple[str, ...] = ()
-    """Changes to the recipe during training, oldest first."""
-    versions: dict[str, str] = dataclasses.field(
-        default_factory=lambda: {"wuerstchen": __version__, "torch": torch.__version__}
-    )
 
 
 def migrate(header: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -153,7 +136,7 @@ def write_network(
     kind = next(name for name, (cls, _) in NETWORKS.items() if isinstance(network, cls))
     tensors = dict(network.state_dict())
     if storage == "float16":
-        tensors = {k: t.half() if t.is_floating_point() else t for k, t in tensors.items()}
+        tensors = in_float16(tensors)
     elif storage == "int8":
         tensors = quantize_rows(tensors)
     header = {
@@ -161,21 +144,22 @@ def write_network(
         "kind": kind,
         "storage": storage,
         "config": _described_config(network.config),
-        "provenance": _described(provenance),
+        "provenance": described(provenance),
     }
     write_tensors(tensors, path, header)
 
 
 def read_network(path: Path, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Provenance]:
-    """Reads one network, in eval mode. Raises ``CheckpointError`` if anything does not match its header."""
-    tensors, header = read_tensors(path)
+    """Reads one network, in eval mode, also from shards (``checkpoints/shards.py``). Raises
+    ``CheckpointError`` if anything does not match its header."""
+    tensors, header = read_joined(path, read_tensors)
     try:
         cls, config_cls = NETWORKS[header["kind"]]
         config = config_cls(
             **{k: tuple(v) if isinstance(v, list) else v for k, v in header["config"].items()}
         )
         check_prediction(getattr(config, "prediction", "noise"))
-        provenance = _provenance(header["provenance"])
+        provenance = provenance_of(header["provenance"])
         with torch.device("meta"):
             network = cls(config)
         tensors = plain_names(tensors, path)
@@ -202,16 +186,6 @@ def _described_config(config: Any) -> dict[str, Any]:
     return {k: v for k, v in fields.items() if k not in _LATER_FIELDS or v != _LATER_FIELDS[k]}
 
 
-def _described(provenance: Provenance) -> dict[str, Any]:
-    """For a header: without ``changes`` if there are none, because older versions do not know that field."""
-    described = dataclasses.asdict(provenance)
-    return described if provenance.changes else {k: v for k, v in described.items() if k != "changes"}
-
-
-def _provenance(described: dict[str, Any]) -> Provenance:
-    return Provenance(**{**described, "changes": tuple(described.get("changes", ()))})
-
-
 def write_cascade(
     cascade: Cascade,
     folder: Path,
@@ -235,10 +209,12 @@ def write_parts(
     storage: Mapping[str, Storage] | None = None,
     text_encoder: Path | None = None,
     write_extra: Callable[[Path], None] | None = None,
+    max_shard_size: str = "",
 ) -> None:
     """``write_cascade`` for a model that may be incomplete, for example Stage A alone.
 
-    ``write_extra`` may write additional files into the temporary folder before it is renamed.
+    ``write_extra`` may write additional files into the temporary folder before it is renamed. Weight files
+    larger than ``max_shard_size``, such as ``16MB``, are split.
     """
     with new_folder(folder) as partial:
         parts = [part for part in networks if part in NETWORKS]
@@ -270,6 +246,8 @@ def write_parts(
             "settings": values,
         }
         write_json(partial / "model.json", description)
+        if max_shard_size:
+            split_files(partial, max_shard_size)
 
 
 IN_FILES = {"latent_statistics": "map_statistics"}
@@ -417,10 +395,13 @@ def _read(path: Path, sources: Sources, dtype: torch.dtype, leave_out: Collectio
 
 
 def _write(cascade: Cascade, folder: Path, storage: Storage, source: Path) -> None:
-    provenance = Provenance(recipe=f"converted from {source.name}", seed=0, images=0, data="")
+    converted = Provenance(recipe=f"converted from {source.name}", seed=0, images=0, data="")
     parts = [part for part in cascade.networks() if part in NETWORKS]
+    provenance = dict.fromkeys(parts, converted)
+    if _is_native(source):
+        provenance = {part: read_network(source / f"{part}.safetensors")[1] for part in parts}
     copied = None if cascade.text_encoder is None else text_encoder_folder(source)
-    write_cascade(cascade, folder, dict.fromkeys(parts, provenance), dict.fromkeys(parts, storage), copied)
+    write_cascade(cascade, folder, provenance, dict.fromkeys(parts, storage), copied)
 
 
 def _int8_file(folder: Path) -> Path | None:

@@ -386,6 +386,7 @@ def _write(cascade: Cascade, folder: Path, storage: Storage, source: Path) -> No
 
 ORIGINAL_LAYOUT = Layout(
     marker=".pt file",
+    shards=False,
     matches=lambda path: path.suffix == ".pt" or any(path.glob("*.pt")),
     read=_read,
     write=_write,

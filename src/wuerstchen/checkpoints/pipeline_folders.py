@@ -195,4 +195,5 @@ PADDLE_LAYOUT = dataclasses.replace(
     DIFFUSERS_LAYOUT,
     matches=lambda path: _is_pipeline(path) and is_paddle(path),
     write=_write_paddle,
+    shards=False,
 )

@@ -25,6 +25,8 @@ from wuerstchen.checkpoints.clip import (
 )
 from wuerstchen.checkpoints.files import MAX_DESCRIPTION, check_header, read_json
 from wuerstchen.checkpoints.int8 import dequantize
+from wuerstchen.checkpoints.shards import read_joined
+from wuerstchen.checkpoints.variants import files_of
 from wuerstchen.errors import CheckpointError, UserError, docstrings_needed, shown
 from wuerstchen.models.text import TextEncoder
 
@@ -81,7 +83,10 @@ def copy_text_encoder(source: Path, target: Path) -> None:
     an untrusted folder may contain anything, and link to anything.
     """
     target.mkdir()
-    for name in (*_FILES, *_TEXTS):
+    whole = (source / "model.safetensors").is_file()
+    shards = [] if whole else [file.name for file in files_of(source, ["model"], None)]
+    index = ["model.safetensors.index.json"] if shards else []
+    for name in (*_FILES, *_TEXTS, *index, *shards):
         file = source / name
         if file.is_file() and not (name in _TEXTS and file.is_symlink()):
             shutil.copyfile(file, target / name)
@@ -164,14 +169,18 @@ def _read_word_pieces(path: Path, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    check_header(path)
+    return safetensors.torch.load_file(path), {}
+
+
 def _read_bert(path: Path, config: dict[str, Any]) -> "BertModel":
     with docstrings_needed():
         from transformers.models.bert.configuration_bert import BertConfig
         from transformers.models.bert.modeling_bert import BertModel
 
     try:
-        check_header(path)
-        state = safetensors.torch.load_file(path)
+        state, _ = read_joined(path, _load)
     except (OSError, SafetensorError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(

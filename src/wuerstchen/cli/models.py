@@ -26,6 +26,12 @@ def add_convert(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="data type of the stored weights (default: float32); int8 needs the native layout",
     )
     convert.add_argument(
+        "--max-shard-size",
+        default="",
+        metavar="SIZE",
+        help="split larger weight files into shards of at most this size, such as 16MB or 16MiB",
+    )
+    convert.add_argument(
         "--leave-out",
         nargs="+",
         default=[],
@@ -75,6 +81,7 @@ def _convert(options: argparse.Namespace) -> int:
         options.layout,
         sources_of(options),
         storage=options.storage,
+        max_shard_size=options.max_shard_size,
         leave_out=options.leave_out,
     )
     print(options.target)

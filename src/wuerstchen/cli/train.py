@@ -115,6 +115,17 @@ def add_export(commands: "argparse._SubParsersAction[Parser]") -> None:
         default="average",
         help="averaged weights (EMA), or the raw weights being trained (default: average)",
     )
+    export.add_argument(
+        "--storage",
+        choices=("float32", "float16", "int8"),
+        help="data type of the stored weights (default: the recipe's)",
+    )
+    export.add_argument(
+        "--max-shard-size",
+        default="",
+        metavar="SIZE",
+        help="split larger weight files into shards of at most this size, such as 16MB or 16MiB",
+    )
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -126,6 +137,8 @@ def _export(options: argparse.Namespace) -> int:
         checkpoint=options.checkpoint,
         stage=options.stage,
         weights=options.weights,
+        storage=options.storage,
+        max_shard_size=options.max_shard_size,
     )
     print(said)
     return 0

@@ -29,6 +29,9 @@ _OPTIMIZATION = _words(
     "images batch_size learning_rate warmup decay betas weight_decay clip_norm ema_decay ema_every accumulate"
 )
 _PHASE = frozenset({"max_ratio"})
+"""Fields of a phase that can be named without their path."""
+_OWN = frozenset({"max_ratio", "time_shift", "feature_weight"})
+"""Fields of a phase that may change."""
 _RUN = _words(
     "seed precision skip prepared_images stored_texts prior_steps prior_guidance "
     "prior_guidance_interval decoder_steps decoder_guidance decoder_shift"
@@ -97,7 +100,8 @@ class RunPhase:
         if rest in _changeable().get(first, ()):
             return not rest.startswith(_REFINEMENT) or not self.path
         if self.path:
-            return path.startswith(f"{self.path}.optimization.") or path == f"{self.path}.max_ratio"
+            own = {f"{self.path}.{name}" for name in _OWN}
+            return path.startswith(f"{self.path}.optimization.") or path in own
         own = (
             "optimization.images",
             "optimization.learning_rate",
@@ -153,6 +157,7 @@ def ending_at(recipe: Recipe, name: str, images: int) -> Recipe:
     stages = {kind.short for kind in trained_kinds(recipe) for p in kind.phases(recipe) if p.name in names}
     for field in ("stages", "fresh"):
         fields = replaced(fields, field, [stage for stage in fields[field] if stage in stages])
+    fields = replaced(fields, "only", [name for name in fields["only"] if name in names])
     return recipe_of(fields, "the recipe")
 
 
@@ -209,7 +214,7 @@ def _may_change(path: str, fields: dict[str, Any]) -> bool:
     if len(names) == 2:
         return names[1] in stages[names[0]]
     if names[1] == "phases" and len(names) >= 4:
-        return names[3] in _PHASE if len(names) == 4 else _is_optimization(names[3:])
+        return names[3] in _OWN if len(names) == 4 else _is_optimization(names[3:])
     return _is_optimization(names[1:])
 
 

@@ -4,6 +4,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
+from wuerstchen.checkpoints.layout_table import Storage
+from wuerstchen.checkpoints.shards import size_in_bytes
 from wuerstchen.diffusion.objective import check_prediction, default_time_density
 from wuerstchen.errors import UserError
 from wuerstchen.models.compressor import CompressorConfig
@@ -24,7 +26,7 @@ from wuerstchen.train.config_stages import (
     refining,
 )
 from wuerstchen.train.decoder_kinds import decoder_kind
-from wuerstchen.train.stage_table import after, before, kinds, selectable, short_name
+from wuerstchen.train.stage_table import after, kinds, needed_before, selectable, short_name
 
 __all__ = [
     "FREE_FIELDS",
@@ -89,6 +91,10 @@ class Recipe:
     """A model to start from, in any layout: a folder, a file, or a name on the hub. Empty for none."""
     fresh: tuple[str, ...] = ()
     """Stages that start from random weights although ``start_from`` has their networks."""
+    only: tuple[str, ...] = ()
+    """The phases to train, by the names of their folders in the run (``b2`` for RUN/stage_b2), to train a
+    recipe in pieces. Everything before them comes from ``start_from``. The first phase of a stage starts from
+    random weights if ``start_from`` does not have its networks. Empty for all phases of ``stages``."""
     text_encoder: str = ""
     """The text encoder of Stage C: a folder, or a name on the hub. Empty for that of ``start_from``, or for
     the small bundled one if there is none."""
@@ -161,10 +167,16 @@ class Recipe:
     """Updates between lines in log.jsonl."""
     workers: int = 1
     """Processes that load images. 0 loads them in the training process."""
+    storage: Storage = "float32"
+    """How the weights in RUN/model are stored. Training always keeps fp32 weights in its checkpoints."""
+    max_shard_size: str = ""
+    """Size limit of the weight files in RUN/model, such as 16MB or 16MiB. Larger files are split into shards.
+    Empty for no limit."""
 
     def __post_init__(self) -> None:
         for name in ("stages", "fresh"):
             object.__setattr__(self, name, tuple(map(short_name, getattr(self, name))))
+        self._select_phases()
         object.__setattr__(self, "precision", _SHORT_PRECISIONS.get(self.precision, self.precision))
         positive = ("statistics_images", "prior_steps", "decoder_steps", "log_every")
         others = ("seed", "workers", "preview_every", "keep_every", "prepared_images")
@@ -188,6 +200,8 @@ class Recipe:
                 f"view_scale must be between 0.25 and 4, got {self.view_scale}. Use 0.75 as published."
             )
         check_side(self.image_size)
+        if self.max_shard_size:
+            size_in_bytes(self.max_shard_size)
         self._check_stages()
         self._check_optimizers()
         channels = self.compressor.c_latent
@@ -217,12 +231,35 @@ class Recipe:
         """Whether the recipe trains the stage with this short or full name."""
         return short_name(stage) in self.stages
 
+    def selects(self, phase: str) -> bool:
+        """Whether ``only`` includes the phase with this name."""
+        return not self.only or phase in self.only
+
+    def _select_phases(self) -> None:
+        """Reduces ``stages`` and ``fresh`` to those of the phases in ``only``."""
+        if not self.only:
+            return
+        phases = [(p.name, k.short) for k in kinds() if k.short in self.stages for p in k.phases(self)]
+        order = [name for name, _ in phases]
+        first = order.index(self.only[0]) if self.only[0] in order else 0
+        if list(self.only) != order[first : first + len(self.only)]:
+            raise UserError(
+                f"only must name consecutive phases of the recipe, got {' '.join(self.only)}. Its phases are "
+                f"{' '.join(order)}."
+            )
+        stages = dict.fromkeys(short for name, short in phases if name in self.only)
+        firsts = {short: name for name, short in reversed(phases)}
+        # What comes after the first phase of a stage continues its weights.
+        fresh = [stage for stage in self.fresh if stage in stages and firsts[stage] in self.only]
+        object.__setattr__(self, "stages", tuple(s for s in self.stages if s in stages))
+        object.__setattr__(self, "fresh", tuple(fresh))
+
     def _check_stages(self) -> None:
         order = [kind.short for kind in selectable()]
         trained = [stage for stage in order if stage in self.stages]
         known = bool(trained) and list(self.stages) == trained
-        ahead = {kind.short for kind in before(trained)} - {*trained} if known else set()
-        behind = {kind.short for kind in after(trained)} if known else set()
+        ahead = {kind.short for kind in needed_before(self)} if known else set()
+        behind = {kind.short for kind in after(trained)} if known and not self.only else set()
         if not known or ahead & behind:
             raise UserError(
                 f"stages must be consecutive, got {' '.join(self.stages) or 'none'}. Use a b c, a, a b, b, "
@@ -231,13 +268,14 @@ class Recipe:
         left_out = [stage for stage in order if stage in ahead]
         if left_out and not self.start_from:
             raise UserError(
-                f"stages={' '.join(self.stages)} builds on {' and '.join(left_out)}, which this run neither "
-                "trains nor starts from. Use --start-from MODEL, or train them too."
+                f"{'only' if self.only else 'stages'}={' '.join(self.only or self.stages)} builds on "
+                f"{' and '.join(left_out)}, which this run neither trains nor starts from. Use --start-from "
+                "MODEL, or train them too."
             )
         for stage in self.fresh:
             if stage not in self.stages:
                 raise UserError(f"fresh must name trained stages, got {stage}. Add it to stages.")
-        if "a" in self.stages and self.stage_a.refine_images and "b" not in self.stages:
+        if "a" in self.stages and self.stage_a.refine_images and "b" not in self.stages and not self.only:
             raise UserError(
                 "stage_a.refine_images needs Stage B to be trained in the same run. Train b too, or use 0."
             )
@@ -299,11 +337,14 @@ FREE_FIELDS = frozenset(
         "acceleration",
         "sharding",
         "recompute",
+        "storage",
+        "max_shard_size",
     }
 )
 """Fields that may change whenever a run is resumed, because the result does not depend on them. It stays
 equal bit for bit, or up to rounding for ``acceleration``, ``sharding`` and the number of processes. ``data``
-and ``start_from`` are only locations. Their contents are checked by fingerprint."""
+and ``start_from`` are only locations. Their contents are checked by fingerprint. ``storage`` and
+``max_shard_size`` are used when the model is written."""
 
 
 _ADDED = {

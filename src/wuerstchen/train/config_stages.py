@@ -76,10 +76,20 @@ class Phase:
     makes all batches square. Emoji are always square, and a prepared set has its own sizes."""
     data: str = ""
     """Another data set. Empty for the recipe's."""
+    time_shift: float | None = None
+    """The stage's ``time_shift`` in this phase. None for that of the stage."""
+    feature_weight: float | None = None
+    """Stage B's ``feature_weight`` in this phase. None for that of the stage."""
+    decoder_only: bool = False
+    """Trains only Stage B's decoder, with the compressor frozen. Not for Stage C."""
 
     def __post_init__(self) -> None:
         check_side(self.image_size)
         _check_ratio(self.max_ratio)
+        if self.time_shift is not None:
+            _check_shift(self.time_shift)
+        if self.feature_weight is not None:
+            _check_weights(self, "feature_weight")
 
 
 def _check_ratio(ratio: float) -> None:
@@ -179,8 +189,8 @@ class StageBConfig:
     max_ratio: float = 1.0
     """Aspect ratio of wide and tall batches in the first phase, as ``Phase.max_ratio``."""
     phases: tuple[Phase, ...] = ()
-    """More phases of decoder and compressor together, in order. The refinement of the decoder comes after
-    them."""
+    """More phases, in order, of decoder and compressor together or of the decoder alone (``decoder_only``).
+    The refinement of the decoder comes after them."""
     compressor_init: str = ""
     """Initial weights of the backbone: a torchvision .pth or timm .safetensors file. Empty for the installed
     EfficientNet-Lite0, if that is the backbone."""
@@ -229,7 +239,7 @@ class StageBConfig:
     @property
     def images(self) -> int:
         """Images over all phases that train decoder and compressor together."""
-        return sum(phase.optimization.images for phase in phases_of(self))
+        return sum(phase.optimization.images for phase in phases_of(self) if not phase.decoder_only)
 
     def __post_init__(self) -> None:
         check_side(self.image_size)
@@ -284,6 +294,9 @@ class StageCConfig:
         _check_fractions(self, "caption_dropout", "blend")
         _check_ratio(self.max_ratio)
         check_side(self.image_size)
+        for name in ("decoder_only", "feature_weight"):
+            if any(getattr(phase, name) for phase in self.phases):
+                raise UserError(f"{name} is for phases of Stage B, got a phase of Stage C. Remove it.")
         if self.blend < 1 and not self.phases:
             raise UserError(
                 f"blend must be 1 without further phases, got {self.blend}. It blends two phases."

@@ -4,6 +4,7 @@ A finished run has a model. For a run that is not finished, or for an earlier ch
 stages up to that checkpoint into a model, as the run would if it ended there.
 """
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from wuerstchen.checkpoints.native import Provenance
+from wuerstchen.checkpoints.native import Provenance, Storage
 from wuerstchen.errors import RunFolderError, UserError, UserNotice
 from wuerstchen.train.changes import RunPhase, current_recipe, ending_at, images_seen, run_phases
 from wuerstchen.train.config import Phase, Recipe
@@ -38,13 +39,15 @@ def export(
     checkpoint: str = "newest",
     stage: str | None = None,
     weights: Weights = "average",
+    storage: Storage | None = None,
+    max_shard_size: str = "",
 ) -> str:
     """Writes the model of a checkpoint into the new folder ``target``. Returns one line that describes it.
 
     ``checkpoint`` is ``newest``, ``best`` (the lowest validation loss) or a number of images. It belongs to
     ``stage``, as ``c`` or ``c2``, or by default to the last one that has started. ``weights`` are the
     averaged weights, as at the end of a run, or the ``raw`` trained ones. Earlier stages always use averaged
-    weights.
+    weights. ``storage`` and ``max_shard_size`` replace those of the recipe.
 
     Raises ``RunFolderError`` if there is no such checkpoint, and ``CheckpointError`` if it is damaged.
     """
@@ -59,6 +62,11 @@ def export(
     path = _checkpoint_of(run_dir / f"stage_{phase.name}" / "checkpoints", phase, checkpoint)
     images = int(path.name)
     recipe = ending_at(recipe, phase.name, images)
+    recipe = dataclasses.replace(
+        recipe,
+        storage=storage or recipe.storage,
+        max_shard_size=max_shard_size or recipe.max_shard_size,
+    )
     chosen = {phase.name: path}
     for earlier in run_phases(recipe)[:-1]:
         found = newest(run_dir / f"stage_{earlier.name}" / "checkpoints")

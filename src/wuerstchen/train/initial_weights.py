@@ -28,7 +28,14 @@ from wuerstchen.models.vqgan import VQGAN
 from wuerstchen.pipeline import BUNDLED
 from wuerstchen.train.config import Recipe
 from wuerstchen.train.decoder_kinds import decoder_kind
-from wuerstchen.train.stage_table import after, before, maker_of, selectable, trained_kinds
+from wuerstchen.train.stage_table import (
+    continued,
+    invalidated,
+    maker_of,
+    needed_before,
+    selectable,
+    trained_kinds,
+)
 
 TEXT_ENCODER = BUNDLED / "text_encoder"
 _FREE_CONFIG = {"dropout", "scale_factor"}  # do not change the shapes of weights
@@ -108,7 +115,7 @@ def read_start(recipe: Recipe) -> InitialWeights:
         if "text_encoder" in given:
             start.text_folder = text_encoder_folder(folder)
     origin = Provenance(recipe=f"taken from {Path(recipe.start_from).name}", seed=0, images=0, data="")
-    unfit = {kind.short for kind in after(recipe.stages)} - {*recipe.stages}
+    unfit = {kind.short for kind in invalidated(recipe)}
     for name, network in given.items():
         maker = maker_of(name)
         if maker is None or maker.short in recipe.fresh:
@@ -171,18 +178,23 @@ def fill_compressor(recipe: Recipe, compressor: Compressor) -> None:
 
 def _check_networks(recipe: Recipe, start: InitialWeights) -> None:
     parts = start.parts
-    used = {kind.short for kind in before(recipe.stages)} | {*recipe.stages}
+    used = {kind.short for kind in needed_before(recipe)} | {*recipe.stages}
+    begun = {*recipe.stages} - continued(recipe)
     for kind in selectable():
         stage = kind.short
         if stage not in used or stage in recipe.fresh or not recipe.start_from:
             continue
+        if recipe.only and stage in begun and all(getattr(parts, name) is None for name in kind.makes):
+            continue  # its first phase starts from random weights, as in a run of the whole recipe
         for name in kind.makes:
             if name in kind.optional or getattr(parts, name) is not None:
                 continue
             if name == "compressor":
                 fix = "Use --compressor-init with the original's file of Stage B, or with a native model"
-            elif stage in recipe.stages:
+            elif stage in begun:
                 fix = f"Use --fresh {stage} to train it from random weights, or another --start-from"
+            elif recipe.only:
+                fix = "Use a --start-from that has it"
             else:
                 fix = f"Use a --start-from that has it, or train Stage {stage.upper()} too"
             raise UserError(f"start_from={recipe.start_from} has no {name}. {fix}.")
@@ -233,7 +245,7 @@ def _option(value: object) -> str:
 
 
 def _take_text_encoders(recipe: Recipe, start: InitialWeights, given: dict[str, Any]) -> None:
-    """Loads only the text encoders that the stages read."""
+    """Loads only the text encoders that the stages read, and that of a prior that stays in the model."""
     parts = start.parts
     if reads_text(recipe, start):
         if recipe.decoder_text_encoder not in ("", recipe.text_encoder):
@@ -241,7 +253,7 @@ def _take_text_encoders(recipe: Recipe, start: InitialWeights, given: dict[str, 
         elif not recipe.decoder_text_encoder:
             parts.decoder_text_encoder = given.get("decoder_text_encoder")
     alone = parts.decoder_text_encoder is not None or not reads_text(recipe, start)
-    if not reads_captions(recipe) and alone:
+    if not reads_captions(recipe) and alone and parts.prior is None:
         start.text_folder = None
         return
     if recipe.text_encoder:

@@ -64,7 +64,7 @@ from wuerstchen.train.run_folder import (
     read_run,
 )
 from wuerstchen.train.run_phase import PhaseRunner
-from wuerstchen.train.stage_table import maker_of, trained_kinds, trained_phases
+from wuerstchen.train.stage_table import continued, maker_of, trained_kinds, trained_phases
 from wuerstchen.train.stages.base import N, Stage, cascade_settings
 
 
@@ -217,16 +217,13 @@ class TrainingRun(PhaseRunner):
             write_json(path, {**read_json(path), "model": {"changes": len(self.changes)}})
 
     def write_model(self, target: Path) -> None:
-        recipe, images = self.recipe, dict.fromkeys(self.parts.networks(), 0)
-        for phase in trained_phases(recipe):
-            for part in phase.trains:
-                images[part] = images.get(part, 0) + phase.phase.optimization.images
+        recipe = self.recipe
+        trained = dict.fromkeys(p for phase in trained_phases(recipe) for p in phase.trains)
+        images = {part: self._images_of(part) for part in trained}
         provenance = {
-            name: self.provenance(images[name])
-            if maker.short in recipe.stages
-            else self.start.provenance[name]
+            name: self.provenance(images[name]) if name in images else self.start.provenance[name]
             for name in self.parts.networks()
-            if (maker := maker_of(name)) is not None
+            if maker_of(name) is not None
         }
         if self.processes.is_main and self.start.left_out:
             lost = " and ".join(self.start.left_out)
@@ -240,9 +237,20 @@ class TrainingRun(PhaseRunner):
             networks,
             target,
             provenance,
+            dict.fromkeys(networks, recipe.storage),
             text_encoder=self.start.text_folder,
             write_extra=self.write_results,
+            max_shard_size=recipe.max_shard_size,
         )
+
+    def _images_of(self, part: str) -> int:
+        """The images that a part was trained on, including those before a run that trains only later
+        phases."""
+        found = (p.phase.optimization.images for p in trained_phases(self.recipe) if part in p.trains)
+        maker = maker_of(part)
+        if maker is None or maker.short not in continued(self.recipe) or part not in self.start.provenance:
+            return sum(found)
+        return sum(found) + self.start.provenance[part].images
 
     def write_results(self, folder: Path) -> None:
         """Writes the results of stages that are not networks of the model."""

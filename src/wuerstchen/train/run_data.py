@@ -25,8 +25,8 @@ from wuerstchen.train.stage_table import trained_kinds, trained_phases
 
 
 def phases_read(recipe: Recipe) -> list[Phase]:
-    """The phases of all trained stages, without refinements, which read the same data."""
-    return [named.phase for named in trained_phases(recipe) if named.path]
+    """The phases of all trained stages."""
+    return [named.phase for named in trained_phases(recipe)]
 
 
 def folder_around(data: str, recipe: Recipe) -> Path | None:

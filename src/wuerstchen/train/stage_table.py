@@ -67,11 +67,43 @@ def maker_of(part: str) -> "StageKind | None":
     return next((kind for kind in kinds() if part in kind.makes), None)
 
 
+def phases_in(kind: "StageKind", recipe: "Recipe") -> "list[NamedPhase]":
+    """The phases of a stage that a recipe trains."""
+    if kind.short not in recipe.stages:
+        return []
+    return [phase for phase in kind.phases(recipe) if recipe.selects(phase.name)]
+
+
 def trained_kinds(recipe: "Recipe") -> "list[StageKind]":
     """The stages that a recipe trains, including refinements, in the order of training."""
-    return [kind for kind in kinds() if kind.short in recipe.stages and kind.phases(recipe)]
+    return [kind for kind in kinds() if phases_in(kind, recipe)]
 
 
 def trained_phases(recipe: "Recipe") -> "list[NamedPhase]":
     """All phases of a run in the order of training, including refinements."""
-    return [phase for kind in trained_kinds(recipe) for phase in kind.phases(recipe)]
+    return [phase for kind in kinds() for phase in phases_in(kind, recipe)]
+
+
+def continued(recipe: "Recipe") -> set[str]:
+    """The stages whose first phase ``Recipe.only`` leaves out, by their short names. Training continues their
+    networks."""
+    if not recipe.only:
+        return set()
+    firsts = {kind.short: kind.phases(recipe)[0].name for kind in selectable() if kind.short in recipe.stages}
+    return {short for short, name in firsts.items() if not recipe.selects(name)}
+
+
+def needed_before(recipe: "Recipe") -> "list[StageKind]":
+    """The stages that must have been trained before a run, in the order of training."""
+    going_on = continued(recipe)
+    wanted = {kind.name for kind in before(recipe.stages)} | {kind_of(stage).name for stage in going_on}
+    for kind in trained_kinds(recipe) if recipe.only else ():  # refinements build on later stages
+        wanted |= {*kind.builds_on} | {other.name for other in before(kind.builds_on)}
+    trained = {*recipe.stages} - going_on
+    return [kind for kind in selectable() if kind.name in wanted and kind.short not in trained]
+
+
+def invalidated(recipe: "Recipe") -> "list[StageKind]":
+    """The stages whose networks no longer fit after a run, because they were trained on other inputs."""
+    changed = [k.short for k in kinds() if any(not phase.keeps_inputs for phase in phases_in(k, recipe))]
+    return [kind for kind in after(changed) if kind.short not in recipe.stages]

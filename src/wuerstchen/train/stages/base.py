@@ -130,6 +130,8 @@ class NamedPhase:
     """Path of the phase in the recipe, as ``stage_b.phases.0``. Empty for the refinement of a stage."""
     trains: tuple[str, ...]
     """The parts of the model that it trains."""
+    keeps_inputs: bool = False
+    """Whether stages that build on this one stay valid, because nothing changes that they are trained on."""
 
 
 @runtime_checkable
@@ -229,9 +231,10 @@ class StageKind:
     needs_images: str = ""
     """Why it cannot be trained on a prepared set. Empty if it can."""
     phases: Callable[[Recipe], list[NamedPhase]]
-    """Its phases in a recipe that trains it. Empty if the recipe leaves it out."""
+    """All its phases in a recipe that trains it. Empty if the recipe leaves it out."""
     train: Callable[[Run], None]
-    """Trains all its phases and puts what it makes into ``Run.parts``."""
+    """Trains its phases that the recipe selects (``Recipe.selects``) and puts what it makes into
+    ``Run.parts``."""
     check: Callable[[Run], None] | None = None
     """Called before any stage is trained. Raises ``UserError`` for problems."""
     write: Callable[[Run, Path], None] | None = None

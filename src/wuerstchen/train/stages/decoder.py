@@ -12,7 +12,7 @@ from wuerstchen.models.cascade import PUBLISHED_STATISTICS, Cascade, CascadeSett
 from wuerstchen.models.compressor import Compressor
 from wuerstchen.models.decoder import Decoder, DecoderConfig
 from wuerstchen.models.previewer import Previewer
-from wuerstchen.train.config import Recipe, refining
+from wuerstchen.train.config import Phase, Recipe, StageBConfig, refining
 from wuerstchen.train.decoder_kinds import DecoderKind, decoder_kind
 from wuerstchen.train.feed.images import pixels_of
 from wuerstchen.train.feed.random import ImageRandom
@@ -135,11 +135,23 @@ def _phases(recipe: Recipe) -> list[NamedPhase]:
     config = recipe.stage_b
     found = numbered("b", "stage_b", config, _MAKES)
     if config.refine_images:
-        phase = dataclasses.replace(found[-1].phase, optimization=refining(config))
+        phase = dataclasses.replace(
+            found[-1].phase,
+            optimization=refining(config),
+            time_shift=config.refine_shift,
+            feature_weight=config.refine_feature_weight,
+            decoder_only=True,
+        )
         name = f"b{len(found) + 1}"
-        trains = ("decoder", "previewer")
-        found.append(NamedPhase(name=name, phase=phase, config="stage_b", path="", trains=trains))
-    return found
+        found.append(NamedPhase(name=name, phase=phase, config="stage_b", path="", trains=_MAKES))
+    alone = {"trains": ("decoder", "previewer"), "keeps_inputs": True}
+    return [dataclasses.replace(named, **alone) if named.phase.decoder_only else named for named in found]
+
+
+def _of_phase(config: StageBConfig, phase: Phase) -> StageBConfig:
+    """The settings of the stage with those that a phase replaces."""
+    own = {"time_shift": phase.time_shift, "feature_weight": phase.feature_weight}
+    return dataclasses.replace(config, **{name: value for name, value in own.items() if value is not None})
 
 
 def train(run: Run) -> None:
@@ -163,9 +175,11 @@ def train(run: Run) -> None:
     if text is not None and recipe.decoder.clip_embd is not None:
         text.to(run.device)
     multiple = sides_multiple(recipe)
-    compares = config.feature_weight > 0 or (config.refine_images and config.refine_feature_weight > 0)
+    phases = [named for named in _phases(recipe) if recipe.selects(named.name)]
+    compares = any(_of_phase(config, named.phase).feature_weight > 0 for named in phases)
     perceptual = perceptual_network(run.device) if compares and run.makes_updates else None
-    for named in _phases(recipe):
+    for named in phases:
+        of_phase = _of_phase(config, named.phase)
         model = Cascade(
             settings=cascade_settings(recipe, PUBLISHED_STATISTICS),
             vqgan=vqgan,
@@ -174,11 +188,11 @@ def train(run: Run) -> None:
             previewer=previewer,
             text_encoder=text,
         )
-        if named.path:
+        if not named.phase.decoder_only:
             for network in (decoder, compressor, previewer):
                 network.requires_grad_(True)
             compressor.freeze_early_layers(config.frozen_stride)
-            stage = kind.with_compressor(config, recipe, model, named, perceptual)
+            stage = kind.with_compressor(of_phase, recipe, model, named, perceptual)
             averages = run.train_phase(stage, named.phase, multiple=multiple)
             both = averages(
                 DecoderAndCompressor(kind.network(recipe.decoder), Compressor(recipe.compressor)),
@@ -188,7 +202,7 @@ def train(run: Run) -> None:
         else:
             for network in (decoder, previewer):
                 network.requires_grad_(True)
-            refinement = kind.refinement(config, recipe, model, named, perceptual)
+            refinement = kind.refinement(of_phase, recipe, model, named, perceptual)
             averages = run.train_phase(refinement, named.phase, multiple=multiple)
             decoder = averages(kind.network(recipe.decoder), "decoder")
         previewer = averages(Previewer(recipe.previewer), "previewer")

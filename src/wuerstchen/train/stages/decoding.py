@@ -244,7 +244,7 @@ class WithCompressor(Decoding):
 
 
 class DecoderOnly(Decoding):
-    """The last phase: trains only the decoder, on the semantic latents of the finished compressor."""
+    """Phases that train only the decoder, on the semantic latents of the finished compressor."""
 
     averaged = ("decoder", "previewer")
 
@@ -256,15 +256,17 @@ class DecoderOnly(Decoding):
         phase: NamedPhase | None = None,
         perceptual: EfficientNetLite | None = None,
     ) -> None:
-        own = dataclasses.replace(
-            config, time_shift=config.refine_shift, feature_weight=config.refine_feature_weight
-        )
-        super().__init__(own, recipe, model, perceptual)
+        """Without a ``phase`` it is the refinement after a single first phase."""
+        if phase is None:
+            config = dataclasses.replace(
+                config, time_shift=config.refine_shift, feature_weight=config.refine_feature_weight
+            )
+        super().__init__(config, recipe, model, perceptual)
         assert model.compressor is not None
         assert model.previewer is not None
         self.name = "b2" if phase is None else phase.name
-        self.reads_images = own.feature_weight > 0
-        self.optimization = refining(config)
+        self.reads_images = config.feature_weight > 0
+        self.optimization = refining(config) if phase is None else phase.phase.optimization
         self.decoder = model.decoder
         self.compressor = model.compressor.eval().requires_grad_(False)
         self.previewer = model.previewer

@@ -159,6 +159,8 @@ def _check_recipe(recipe: Recipe) -> None:
                 f"stage_b.{name} must be 0 for a decoder of tokens, got {getattr(recipe.stage_b, name)}. The "
                 "feature loss compares images decoded from predicted latents. Remove it, or use a v2 decoder."
             )
+    if "b" in recipe.stages and any(phase.feature_weight for phase in recipe.stage_b.phases):
+        raise UserError("feature_weight of a phase must be 0 for a decoder of tokens. Remove it.")
     if "a" in recipe.stages and recipe.stage_a.refine_images:
         raise UserError(
             f"stage_a.refine_images must be 0 with a decoder of tokens, got {recipe.stage_a.refine_images}. "

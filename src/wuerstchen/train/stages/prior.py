@@ -202,6 +202,11 @@ def _phases(recipe: Recipe) -> list[NamedPhase]:
     return numbered("c", "stage_c", recipe.stage_c, ("prior",))
 
 
+def _of_phase(config: StageCConfig, phase: Phase) -> StageCConfig:
+    """The settings of the stage with those that a phase replaces."""
+    return config if phase.time_shift is None else dataclasses.replace(config, time_shift=phase.time_shift)
+
+
 def train(run: Run) -> None:
     """Trains all phases of Stage C, after measuring the statistics of the semantic latents."""
     recipe, config, initial = run.recipe, run.recipe.stage_c, run.start.parts.prior
@@ -212,17 +217,22 @@ def train(run: Run) -> None:
     run.parts.prior = None
     if initial is None:  # trained weights keep their normalisation
         run.statistics = _measured_statistics(run)
-    finals = []
-    for named in _phases(recipe):
+    phases, finals = _phases(recipe), []
+    for named in phases:
+        if not recipe.selects(named.name):
+            continue
         prior.requires_grad_(True)
         frozen = run.parts.cascade(run.settings_of_model(named.phase.image_size))
         model = dataclasses.replace(frozen, prior=prior)
         needed = needs(run, named.phase)
-        stage = StageC(config, recipe, model, named, device=run.device, needs=needed)
+        settings = _of_phase(config, named.phase)
+        stage = StageC(settings, recipe, model, named, device=run.device, needs=needed)
         finals.append(run.train_phase(stage, named.phase))
         prior = finals[-1](Prior(recipe.prior), "prior")
-    if config.blend < 1:
-        before = finals[-2](Prior(recipe.prior), "prior")
+    if config.blend < 1 and recipe.selects(phases[-1].name):
+        # The phase before the last one was trained in this run, or the run started from it.
+        before = finals[-2](Prior(recipe.prior), "prior") if len(finals) > 1 else initial
+        assert before is not None
         prior.load_state_dict(weighted_average(before.state_dict(), prior.state_dict(), config.blend))
     run.parts.prior = prior
 
@@ -261,6 +271,8 @@ def check(run: Run) -> None:
     """Raises ``UserError`` for prepared sets made with other networks or that a phase cannot use."""
     recipe, parts = run.recipe, run.parts
     for named in _phases(recipe):
+        if not recipe.selects(named.name):
+            continue
         source, phase = run.source(named.phase), named.phase
         if not isinstance(source, PreparedSet):
             continue

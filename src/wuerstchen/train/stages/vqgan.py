@@ -262,7 +262,8 @@ def _refinement(recipe: Recipe) -> list[NamedPhase]:
     if not config.refine_images:
         return []
     phase = Phase(optimization=refining(config), image_size=config.image_size)
-    return [NamedPhase(name="a2", phase=phase, config="stage_a", path="", trains=("vqgan",))]
+    made = ("vqgan",)
+    return [NamedPhase(name="a2", phase=phase, config="stage_a", path="", trains=made, keeps_inputs=True)]
 
 
 def train(run: Run) -> None:
