@@ -167,9 +167,11 @@ def test_what_the_layout_cannot_store_is_refused(small_cascade, published, tmp_p
     with pytest.raises(UserError, match="without text cannot be stored"):
         write_decoder_folder(decoder, tmp_path / "out")
     prior = read_prior_folder(published / "prior_pipeline")
-    plain, prior.prior = prior.prior, Prior(dataclasses.replace(prior.prior.config, text_blocks=1))
-    with pytest.raises(UserError, match="text_blocks=1 cannot be stored"):
-        write_prior_folder(prior, tmp_path / "out")
+    plain = prior.prior
+    for name in ("text_blocks", "registers"):
+        prior.prior = Prior(dataclasses.replace(plain.config, **{name: 1}))
+        with pytest.raises(UserError, match=f"{name}=1 cannot be stored"):
+            write_prior_folder(prior, tmp_path / "out")
     prior.prior = plain
     prior.latent_mean = 40.0
     with pytest.raises(UserError, match=r"latent_mean=40\.0 cannot be stored"):

@@ -659,6 +659,11 @@ def velocity(config: Any) -> Any:
         ),
         (
             "prior",
+            lambda: Prior(dataclasses.replace(PRIOR, registers=4)),
+            "its registers is 4, the original's priors have none",
+        ),
+        (
+            "prior",
             lambda: Prior(dataclasses.replace(PRIOR, nhead=4)),
             "its nhead is 4, but readers assume 64 channels per head",
         ),

@@ -1,4 +1,4 @@
-"""Transformer blocks on the text states: their arithmetic, and everything that handles a prior with them."""
+"""Transformer blocks on the text states and registers: their arithmetic, and what handles such a prior."""
 
 import copy
 import dataclasses
@@ -10,7 +10,8 @@ from torch import nn
 from wuerstchen.checkpoints.native import read_network, read_tensors, write_network
 from wuerstchen.errors import UserError
 from wuerstchen.lora import AssumedScaleWarning, load_lora
-from wuerstchen.models.prior import Prior, PriorConfig
+from wuerstchen.models.blocks import text_inputs
+from wuerstchen.models.prior import ADDED_FIELDS, Prior, PriorConfig, PriorContext
 from wuerstchen.models.text_blocks import TextBlock
 from wuerstchen.train.engine.muon import hidden_matrices
 
@@ -18,6 +19,7 @@ from ..configurations import PROVENANCE
 
 PLAIN = PriorConfig(c_in=4, c=32, c_cond=24, c_r=16, depth=2, nhead=4, dropout=0.0)
 CONFIG = dataclasses.replace(PLAIN, text_blocks=2)
+WITH_REGISTERS = dataclasses.replace(CONFIG, registers=3)
 MASK = torch.tensor([[True] * 4 + [False] * 2] * 3)
 
 
@@ -103,8 +105,34 @@ def test_training_without_cached_keys_gives_the_same_gradients(randomise):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("mask", [None, MASK], ids=["without mask", "with mask"])
+def test_registers_are_tokens_that_are_always_attended_to(randomise, mask):
+    """Like more positions of the text whose mapped states are learned."""
+    prior = randomise(Prior(dataclasses.replace(WITH_REGISTERS, text_blocks=0))).eval()
+    plain = Prior(PLAIN).eval()
+    plain.load_state_dict({k: t for k, t in prior.state_dict().items() if k != "registers"})
+    x, r, text = inputs()
+    with torch.no_grad():
+        tokens = torch.cat([plain.cond_mapper(text), prior.registers.expand(3, -1, -1)], dim=1)
+        seen = None if mask is None else torch.cat([mask, torch.ones(3, 3, dtype=torch.bool)], dim=1)
+        texts = text_inputs(plain.blocks, tokens, seen, cache_kv=True)
+        expected = plain(x, r, PriorContext(texts=texts))
+    torch.testing.assert_close(run(prior, x, r, text, mask), expected)
+    assert not torch.allclose(run(plain, x, r, text, mask), expected, atol=1e-2)
+
+
+def test_registers_are_learned(randomise):
+    prior = Prior(dataclasses.replace(PLAIN, registers=3))
+    assert prior.registers.std().item() == pytest.approx(0.02, rel=0.3)
+    prior = randomise(prior).eval()
+    x, r, text = inputs()
+    prior(x, r, prior.context(text, MASK, cache_kv=False)).square().sum().backward()
+    assert (prior.registers.grad.abs().sum(1) > 0).all()
+    assert prior.registers not in hidden_matrices(prior)
+
+
 def test_bf16_autocast(randomise, relative_error):
-    prior = randomise(Prior(dataclasses.replace(CONFIG, prediction="velocity"))).eval()
+    prior = randomise(Prior(dataclasses.replace(WITH_REGISTERS, prediction="velocity"))).eval()
     x, r, text = inputs()
     exact = run(prior, x, r, text, MASK)
     with torch.autocast("cpu", torch.bfloat16):
@@ -124,10 +152,10 @@ def test_muon_trains_their_matrices():
 
 @pytest.mark.parametrize(("storage", "error"), [("float32", 0), ("int8", 2e-2)])
 def test_storage(randomise, relative_error, tmp_path, storage, error):
-    prior, path = randomise(Prior(CONFIG)), tmp_path / "prior.safetensors"
+    prior, path = randomise(Prior(WITH_REGISTERS)), tmp_path / "prior.safetensors"
     write_network(prior, path, PROVENANCE, storage)
     again, _ = read_network(path)
-    assert again.config == CONFIG
+    assert again.config == WITH_REGISTERS
     for name, tensor in prior.state_dict().items():
         assert relative_error(again.state_dict()[name], tensor) <= error, name
 
@@ -136,8 +164,8 @@ def test_a_prior_without_them_loads_in_older_versions(tmp_path):
     """They refuse fields that they do not know."""
     prior, path = Prior(PLAIN), tmp_path / "prior.safetensors"
     write_network(prior, path, PROVENANCE)
-    assert not any(key.startswith("text_blocks") for key in prior.state_dict())
-    assert "text_blocks" not in read_tensors(path)[1]["config"]
+    assert not any(key.startswith(ADDED_FIELDS) for key in prior.state_dict())
+    assert not {*ADDED_FIELDS} & read_tensors(path)[1]["config"].keys()
     assert read_network(path)[0].config == PLAIN
 
 
@@ -158,10 +186,14 @@ def test_adapters_reach_them(randomise, name, layer):
     assert not torch.allclose(run(prior, x, r, text), before, atol=1e-2)
 
 
-def test_impossible_numbers_are_refused():
+@pytest.mark.parametrize("name", ADDED_FIELDS)
+def test_impossible_numbers_are_refused(name):
     for count in (-1, 1001):
-        with pytest.raises(UserError, match=f"text_blocks must be at .*, got {count}"):
-            dataclasses.replace(PLAIN, text_blocks=count)
+        with pytest.raises(UserError, match=f"{name} must be at .*, got {count}"):
+            dataclasses.replace(PLAIN, **{name: count})
+
+
+def test_heads_are_checked_for_the_text_too():
     with pytest.raises(UserError, match="nhead must be from 1 to c=32, got 0"):
         dataclasses.replace(PLAIN, depth=0, nhead=0, text_blocks=1)
     assert Prior(dataclasses.replace(PLAIN, depth=0, nhead=0)).text_blocks._modules == {}
@@ -172,7 +204,7 @@ def test_impossible_numbers_are_refused():
 def test_recorded_passes(randomise, mask):
     from wuerstchen.runtime.recorder import Recorder
 
-    prior = randomise(Prior(CONFIG)).cuda().eval()
+    prior = randomise(Prior(WITH_REGISTERS)).cuda().eval()
     expected_of = copy.deepcopy(prior)
     mask = None if mask is None else mask.cuda()
     for seed in range(2):

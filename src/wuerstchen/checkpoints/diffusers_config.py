@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 
 from wuerstchen.errors import CheckpointError, UserError, UserNotice
 from wuerstchen.models.decoder import DecoderConfig
-from wuerstchen.models.prior import PriorConfig
+from wuerstchen.models.prior import ADDED_FIELDS, PriorConfig
 from wuerstchen.models.vqgan import VQGANConfig
 
 C = TypeVar("C", DecoderConfig, PriorConfig, VQGANConfig)
 
-OWN_FIELDS: dict[str, Any] = {"prediction": "noise", "text_blocks": 0}
-"""Fields that diffusers' classes do not have, with the values that their networks correspond to."""
+OWN_FIELDS = frozenset({"prediction", *ADDED_FIELDS})
+"""Fields that diffusers' classes do not have."""
 
 # diffusers' defaults for missing fields, where they differ from the published values.
 _DEFAULTS: dict[type, dict[str, Any]] = {PriorConfig: {"c": 1280, "c_cond": 1024, "depth": 16, "nhead": 16}}
@@ -52,7 +52,7 @@ def read_config(path: Path, raw: Mapping[str, Any], config_class: type[C]) -> C:
     values = dict(_DEFAULTS.get(config_class, {}))
     fields = {name: value for name, value in raw.items() if not name.startswith("_")}
     unknown = sorted(name[:80] for name in fields if name not in known)
-    own = sorted(OWN_FIELDS.keys() & fields)
+    own = sorted(OWN_FIELDS & fields.keys())
     if unknown or own:
         network = config_class.__name__.removesuffix("Config")
         if own:  # from our own layout: without it, the images would be wrong

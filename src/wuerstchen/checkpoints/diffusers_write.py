@@ -27,7 +27,7 @@ from wuerstchen.checkpoints.diffusers_config import shared_fields
 from wuerstchen.checkpoints.files import new_folder, write_json, write_safetensors
 from wuerstchen.errors import UserError
 from wuerstchen.models.decoder import Decoder
-from wuerstchen.models.prior import Prior
+from wuerstchen.models.prior import ADDED_FIELDS, Prior
 from wuerstchen.models.vqgan import VQGAN
 
 
@@ -105,11 +105,12 @@ def _check_writable(network: Prior | Decoder | None) -> None:
             f"a network that predicts the {network.config.prediction} cannot be stored in diffusers' layout, "
             "whose networks predict the noise. Keep the native layout."
         )
-    if isinstance(network, Prior) and network.config.text_blocks:
-        raise UserError(
-            f"a prior with text_blocks={network.config.text_blocks} cannot be stored in diffusers' layout, "
-            "whose priors have no blocks on the text. Keep the native layout."
-        )
+    for name in ADDED_FIELDS if isinstance(network, Prior) else ():
+        if value := getattr(network.config, name):
+            raise UserError(
+                f"a prior with {name}={value} cannot be stored in diffusers' layout, whose priors have none. "
+                "Keep the native layout."
+            )
     if isinstance(network, Decoder) and network.config.clip_embd is None:
         raise UserError(
             "a Stage B without text cannot be stored in diffusers' layout. Keep the native layout."

@@ -46,7 +46,7 @@ from wuerstchen.models.compressor import Compressor, CompressorConfig
 from wuerstchen.models.decoder import Decoder, DecoderConfig
 from wuerstchen.models.paella import Paella, PaellaConfig
 from wuerstchen.models.previewer import Previewer, PreviewerConfig
-from wuerstchen.models.prior import Prior, PriorConfig
+from wuerstchen.models.prior import ADDED_FIELDS, Prior, PriorConfig
 from wuerstchen.models.text import TextEncoder
 from wuerstchen.models.vqgan import VQGAN, VQGANConfig
 from wuerstchen.sampling import ALL_TIMES
@@ -176,7 +176,7 @@ def read_network(path: Path, dtype: torch.dtype = torch.float32) -> tuple[nn.Mod
     return network.eval().requires_grad_(False), provenance
 
 
-_LATER_FIELDS: dict[str, Any] = {"depths": (), "text_blocks": 0}
+_LATER_FIELDS: dict[str, Any] = {"depths": (), **dict.fromkeys(ADDED_FIELDS, 0)}
 """Fields of configurations that older versions do not know, with their defaults. Headers leave out the
 defaults, so that older versions can read networks without these options."""
 

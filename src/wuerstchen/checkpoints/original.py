@@ -36,7 +36,7 @@ from wuerstchen.models.cascade import PUBLISHED_V1, Cascade, CascadeSettings
 from wuerstchen.models.compressor import Compressor, CompressorConfig
 from wuerstchen.models.decoder import Decoder, DecoderConfig
 from wuerstchen.models.paella import Paella, PaellaConfig
-from wuerstchen.models.prior import Prior, PriorConfig
+from wuerstchen.models.prior import ADDED_FIELDS, Prior, PriorConfig
 from wuerstchen.models.vqgan import VQGAN, VQGANConfig
 
 STATE_KEYS = ("ema_state_dict", "state_dict_ema", "state_dict")
@@ -268,8 +268,9 @@ def _state_to_write(part: str, network: nn.Module) -> dict[str, Tensor]:
         raise _cannot_hold(
             part, f"it predicts the {config.prediction}, the original's networks predict noise"
         )
-    if isinstance(config, PriorConfig) and config.text_blocks:
-        raise _cannot_hold(part, f"its text_blocks is {config.text_blocks}, the original's priors have none")
+    for name in ADDED_FIELDS if isinstance(config, PriorConfig) else ():
+        if value := getattr(config, name):
+            raise _cannot_hold(part, f"its {name} is {value}, the original's priors have none")
     if isinstance(config, DecoderConfig) and config.clip_embd is None:
         raise _cannot_hold(part, "it reads no text, the original's decoders do")
     if isinstance(config, CompressorConfig) and config.backbone not in BACKBONES.values():

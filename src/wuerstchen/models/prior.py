@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -27,6 +29,9 @@ from wuerstchen.models.layers import (
 from wuerstchen.models.text_blocks import TextBlock, init_text_block
 from wuerstchen.models.traits import BlockTraits
 
+ADDED_FIELDS = ("text_blocks", "registers")
+"""Fields of ``PriorConfig`` that the published models do not have. They are 0 there."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PriorConfig:
@@ -49,18 +54,23 @@ class PriorConfig:
     text_blocks: int = 0
     """Transformer blocks on the text states, as wide as the network. They run once per prompt, not at every
     step. The published models have none."""
+    registers: int = 0
+    """Learned tokens that are appended to the text states. Attention always sees them, so that it can attend
+    to something other than the text and the image. The published models have none."""
 
     def __post_init__(self) -> None:
         check_dropout(self.dropout)
-        for name, least in (("c_in", 1), ("c", 1), ("c_cond", 1), ("depth", 0), ("text_blocks", 0)):
+        counts = ("depth", *ADDED_FIELDS)
+        for name, least in (*((n, 1) for n in ("c_in", "c", "c_cond")), *((n, 0) for n in counts)):
             if getattr(self, name) < least:
                 raise UserError(
                     f"{name} must be at least {least}, got {getattr(self, name)}. Give a larger number."
                 )
         if 3 * self.depth > MAX_BLOCKS:
             raise UserError(f"depth must be at most {MAX_BLOCKS // 3}, got {self.depth}.")
-        if self.text_blocks > MAX_BLOCKS:
-            raise UserError(f"text_blocks must be at most {MAX_BLOCKS}, got {self.text_blocks}. Use 1 or 2.")
+        for name in ADDED_FIELDS:
+            if getattr(self, name) > MAX_BLOCKS:
+                raise UserError(f"{name} must be at most {MAX_BLOCKS}, got {getattr(self, name)}.")
         if (self.depth or self.text_blocks) and not 1 <= self.nhead <= self.c:
             raise UserError(f"nhead must be from 1 to c={self.c}, got {self.nhead}. Use a divisor of c.")
         check_timestep_width(self.c_r)
@@ -93,6 +103,7 @@ class Prior(Network):
         self.text_blocks = nn.ModuleList(
             TextBlock(c, config.nhead, dropout=dropout) for _ in range(config.text_blocks)
         )
+        self.registers = nn.Parameter(torch.empty(config.registers, c)) if config.registers else None
         self.blocks = nn.ModuleList()
         for _ in range(config.depth):
             self.blocks.append(ResBlock(c, dropout=dropout))
@@ -109,6 +120,8 @@ class Prior(Network):
         init_blocks(list(self.blocks), self.config.depth)
         for block in self.text_blocks:
             init_text_block(block)
+        if self.registers is not None:
+            nn.init.normal_(self.registers, std=0.02)
         nn.init.zeros_(self.out[1].weight)
 
     def context(
@@ -127,6 +140,10 @@ class Prior(Network):
         tokens = self.cond_mapper(text)
         for block in self.text_blocks:
             tokens = block(tokens, mask)
+        if self.registers is not None:
+            registers = self.registers.to(tokens.dtype).expand(len(tokens), -1, -1)
+            tokens = torch.cat([tokens, registers], dim=1)
+            mask = None if mask is None else F.pad(mask, (0, len(self.registers)), value=True)
         texts = text_inputs(self.blocks, tokens, mask, cache_kv)
         return PriorContext(texts=texts, residuals=residuals)
 

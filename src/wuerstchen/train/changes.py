@@ -296,7 +296,8 @@ def _with(recipe: Recipe, phase: RunPhase, request: str) -> Recipe:
         return recipe
     if (path, value) == ("precision", "auto"):
         raise UserError("--change precision=auto depends on the machine. Use fp32, bf16 or fp16.")
-    return with_time_densities(recipe_of(replaced(fields, path, value), "--change"))
+    changed = recipe_of(replaced(fields, path, value), "--change")
+    return with_time_densities(changed) if path.endswith(".time_density") else changed
 
 
 def _check_lengths(before: Recipe, after: Recipe, run_dir: Path) -> None:

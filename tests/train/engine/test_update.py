@@ -19,7 +19,9 @@ CPU = torch.device("cpu")
 
 def make_prior(dropout: float = 0.0) -> Prior:
     torch.manual_seed(3)
-    config = PriorConfig(c_in=4, c=16, c_cond=8, c_r=8, depth=2, nhead=2, dropout=dropout, text_blocks=1)
+    config = PriorConfig(
+        c_in=4, c=16, c_cond=8, c_r=8, depth=2, nhead=2, dropout=dropout, text_blocks=1, registers=3
+    )
     prior = Prior(config)
     text_block = prior.text_blocks[0]
     for last in (prior.out[1], text_block.attention.to_out[0], text_block.mlp[-1]):
