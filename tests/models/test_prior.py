@@ -122,6 +122,25 @@ def test_residuals_are_added_after_each_group_of_blocks(randomise):
         ours(x, r, dataclasses.replace(context, residuals=[*zeros, zeros[0]]))
 
 
+@pytest.mark.parametrize("groups", [0, 1, 3])
+def test_features_are_those_after_the_first_groups(randomise, groups):
+    ours = randomise(Prior(SMALL)).eval()
+    x, r, text = inputs(SMALL, (4, 5))
+    context, seen = ours.context(text), []
+    with torch.no_grad():
+        expected = ours(x, r, context)
+        hooks = [block.register_forward_hook(lambda _, __, y: seen.append(y)) for block in ours.blocks]
+        output, features = ours.with_features(x, r, context, groups)
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(output, expected)
+    assert features.shape == (3, 4, 5, 32)
+    if groups:
+        assert torch.equal(features, seen[3 * groups - 1])
+    with pytest.raises(ValueError, match="does not add residuals"):
+        ours.with_features(x, r, dataclasses.replace(context, residuals=[features]), groups)
+
+
 def test_mask_hides_padding_and_only_padding(randomise):
     ours = randomise(Prior(SMALL)).eval()
     x, r, text = inputs(SMALL, (4, 4), positions=6)

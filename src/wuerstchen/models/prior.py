@@ -159,10 +159,41 @@ class Prior(Network):
         With ``prediction="noise"`` this is ε̂ = (x − a)/(|1 − b| + 1e-5) of the output's parts a and b, in the
         precision of ``x``. Otherwise it is the plain output, in at least fp32.
         """
+        inner, r_embed = self._start(x, r)
+        inner = self._run_blocks(inner, r_embed, iter(context.texts), context.residuals)
+        return self._output(inner, x)
+
+    def with_features(
+        self,
+        x: Float[Tensor, "b c h w"],
+        r: Float[Tensor, "b ..."],
+        context: PriorContext,
+        groups: int,
+    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b h w c_hidden"]]:
+        """The output of ``forward``, and the features after the first ``groups`` groups of three blocks.
+
+        For losses on features in training. Without gradients, later blocks may overwrite the features. Raises
+        ``ValueError`` for a context with residuals.
+        """
+        if context.residuals:
+            raise ValueError("with_features does not add residuals. Call forward.")
+        inner, r_embed = self._start(x, r)
+        texts, blocks = iter(context.texts), list(self.blocks)
+        features = run_blocks(blocks[: 3 * groups], inner, r_embed, texts)
+        return self._output(run_blocks(blocks[3 * groups :], features, r_embed, texts), x), features
+
+    def _start(
+        self, x: Float[Tensor, "b c h w"], r: Float[Tensor, "b ..."]
+    ) -> tuple[Float[Tensor, "b h w c_hidden"], Float[Tensor, "b ... c_r"]]:
+        """The features before the first block, and the embedded times."""
         check_times(r, len(x), x.shape[2:])
         r_embed = timestep_embedding(r, self.config.c_r).to(x.dtype)
-        inner = pointwise(self.projection, to_channels_last(x))
-        inner = self._run_blocks(inner, r_embed, iter(context.texts), context.residuals)
+        return pointwise(self.projection, to_channels_last(x)), r_embed
+
+    def _output(
+        self, inner: Float[Tensor, "b h w c_hidden"], x: Float[Tensor, "b c h w"]
+    ) -> Float[Tensor, "b c h w"]:
+        """The network's output from the features after the last block."""
         output = exact_output(self.out[1], inner, x.dtype)
         if self.config.prediction != "noise":
             return output

@@ -284,6 +284,10 @@ class StageCConfig:
     the objective's own: ``logit_normal`` for flow matching, otherwise ``uniform``, as published."""
     caption_dropout: float = 0.05
     """Fraction of the images that train without their caption, for classifier-free guidance."""
+    dispersive_weight: float = 0.0
+    """Weight of the dispersive loss (``train.stages.dispersive``) on the features after a quarter of the
+    blocks. It compares the images of a batch, or with ``accumulate`` and several processes those of each
+    part. 0 leaves it out."""
 
     @property
     def images(self) -> int:
@@ -302,6 +306,10 @@ class StageCConfig:
                 f"blend must be 1 without further phases, got {self.blend}. It blends two phases."
             )
         _check_shift(self.time_shift)
+        if not 0 <= self.dispersive_weight < math.inf:
+            raise UserError(
+                f"dispersive_weight must be at least 0, got {self.dispersive_weight}. 0 leaves it out."
+            )
 
 
 def phases_of(config: StageBConfig | StageCConfig) -> tuple[Phase, ...]:

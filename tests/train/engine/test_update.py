@@ -58,8 +58,10 @@ class PriorStage:
     def losses(self, inputs, random):
         t = random.uniform("time")
         x = inputs["x"] + random.normal("noise", inputs["x"].shape[1:])
-        predicted = self.prior(x, t, self.prior.context(inputs["states"], inputs["mask"], cache_kv=False))
-        yield "prior", (predicted - inputs["x"]).square().mean(), {"spread": predicted.detach().std()}
+        context = self.prior.context(inputs["states"], inputs["mask"], cache_kv=False)
+        predicted, features = self.prior.with_features(x, t, context, 1)
+        loss = (predicted - inputs["x"]).square().mean() + 0.1 * features.square().mean()
+        yield "prior", loss, {"spread": predicted.detach().std()}
         means = predicted.detach().mean((2, 3))
         yield "critic", (self.critic(means) - 1).square().mean(), {}
 

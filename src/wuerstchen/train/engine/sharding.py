@@ -33,8 +33,9 @@ def shard(network: nn.Module, processes: Processes) -> bool:
             if traits_of(module).shard == "block":
                 fully_shard(module, mesh=mesh)
         fully_shard(root, mesh=mesh)
-        if hasattr(root, "context"):
-            register_fsdp_forward_method(root, "context")
+        for method in ("context", "with_features"):
+            if hasattr(root, method):
+                register_fsdp_forward_method(root, method)
     return True
 
 

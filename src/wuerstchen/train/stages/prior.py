@@ -40,6 +40,7 @@ from wuerstchen.train.stages.base import (
     text_inputs,
     with_captions_dropped,
 )
+from wuerstchen.train.stages.dispersive import dispersive_loss
 
 Need = Literal["compressor", "text_encoder"]
 """Frozen networks that compute the inputs of updates. Prepared sets may need neither."""
@@ -131,8 +132,16 @@ class StageC:
         t = objective.times(random.uniform("time"))
         noise = random.normal("noise", x.shape[1:])
         context = self.prior.context(states, mask, cache_kv=False)
-        output = self.prior(objective.noised(x, noise, t), t, context)
-        yield "prior", objective.loss(output, x, noise, t).mean(), {}
+        noised, weight = objective.noised(x, noise, t), self.config.dispersive_weight
+        if not weight:
+            output = self.prior(noised, t, context)
+            yield "prior", objective.loss(output, x, noise, t).mean(), {}
+            return
+        quarter = max(1, self.prior.config.depth // 4)
+        output, features = self.prior.with_features(noised, t, context, quarter)
+        dispersive = dispersive_loss(features)
+        loss = objective.loss(output, x, noise, t).mean() + weight * dispersive
+        yield "prior", loss, {"dispersive": dispersive}
 
     def check(self, values: dict[str, float]) -> None:
         pass
@@ -294,7 +303,15 @@ PRIOR_STAGE = StageKind(
     short="c",
     config="stage_c",
     changeable=frozenset(
-        {"loss_weight", "time_shift", "time_density", "caption_dropout", "blend", "max_ratio"}
+        {
+            "loss_weight",
+            "time_shift",
+            "time_density",
+            "caption_dropout",
+            "dispersive_weight",
+            "blend",
+            "max_ratio",
+        }
     ),
     makes=("prior",),
     builds_on=("decoder",),
