@@ -83,14 +83,15 @@ only with flow matching, and trained all other objectives at uniform times."""
 
 
 def _with_densities(stored: dict[str, Any]) -> dict[str, Any]:
-    """The content of a ``run.json`` without ``TIME_DENSITY``, with the densities that were in use."""
-    recipe, unused = dict(stored["recipe"]), set()
+    """The content of a ``run.json`` with the densities that are in use."""
+    recipe, unused, is_older = dict(stored["recipe"]), set(), "time_density" not in stored
     for stage, network in (("stage_b", "decoder"), ("stage_c", "prior")):
         if isinstance(recipe.get(stage), dict) and isinstance(recipe.get(network), dict):
             flow = recipe[network].get("prediction") == FlowMatching.kind
-            density = recipe[stage].get("time_density", "logit_normal") if flow else "uniform"
-            recipe[stage] = {**recipe[stage], "time_density": density}
-            unused |= set() if flow else {f"{stage}.time_density"}
+            default = "logit_normal" if flow else "uniform"
+            recorded = None if is_older and not flow else recipe[stage].get("time_density")
+            recipe[stage] = {**recipe[stage], "time_density": recorded or default}
+            unused |= {f"{stage}.time_density"} if is_older and not flow else set()
     content = {**stored, "recipe": recipe, "time_density": TIME_DENSITY}
     if "changes" in stored:
         content["changes"] = [
@@ -171,7 +172,7 @@ def read_run(run_dir: Path) -> dict[str, Any] | None:
         raise RunFolderError(
             f"{path} is not a run description: it lacks recipe or data. Use another --run-dir."
         )
-    return stored if "time_density" in stored else _with_densities(stored)
+    return _with_densities(stored)
 
 
 @dataclass(frozen=True, kw_only=True)
