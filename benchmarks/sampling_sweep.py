@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -30,7 +31,6 @@ from wuerstchen.checkpoints.native import read_network
 from wuerstchen.errors import UserError
 from wuerstchen.evaluate.lists import select
 from wuerstchen.evaluate.references import References
-from wuerstchen.images import to_tensor
 from wuerstchen.models.prior import Prior
 from wuerstchen.pipeline import Sampling, Wuerstchen, load
 
@@ -176,7 +176,7 @@ def diversity(images: list[Image.Image], seeds: int, references: References) -> 
 
     ``images`` has all entries of the first seed, then of the second, and so on.
     """
-    pixels = torch.stack([(to_tensor(image) * 255).byte().permute(1, 2, 0) for image in images])
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     features = F.normalize(references.features(pixels).pooled, dim=1).unflatten(0, (seeds, -1))
     pairs = list(itertools.combinations(features, 2))
     return torch.stack([1 - (one * other).sum(1) for one, other in pairs]).mean(0).tolist()
