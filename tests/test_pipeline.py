@@ -176,6 +176,24 @@ def test_a_step_callback_can_stop_sampling_without_side_effects(model, stage):
 
 
 @pytest.mark.gpu
+def test_guided_and_unguided_steps_are_both_recorded():
+    """Bugs: one of them always runs eagerly, or reads the text of the other."""
+    model = wuerstchen.load(device="cuda", precision="float32")
+    sampling = Sampling(guidance_interval=(0.2, 0.8), prior_steps=12, decoder_steps=2)
+
+    def draw():
+        return pixels(model.generate(["a cat", "a red car"], seed=3, sampling=sampling))
+
+    recorded = [draw() for _ in range(3)]
+    recorder = model._recorders[model.cascade.prior]
+    assert {key[0][0][0][0] for key in recorder._graphs._graphs if key[0] != "prepare"} == {2, 4}
+    model._recorders.records = False
+    eager = draw()
+    for images in recorded:
+        assert np.abs(images - eager).max() <= 2
+
+
+@pytest.mark.gpu
 def test_step_callbacks_on_a_gpu_run_step_by_step():
     """A whole stage queued at once: too late to stop it, and progress reports steps that are only queued."""
     made = []

@@ -33,7 +33,7 @@ _PHASE = frozenset({"max_ratio"})
 _OWN = frozenset({"max_ratio", "time_shift", "feature_weight"})
 """Fields of a phase that may change."""
 _RUN = _words(
-    "seed precision skip prepared_images stored_texts prior_steps prior_guidance "
+    "seed precision skip prepared_images stored_texts prior_steps prior_sampler prior_guidance "
     "prior_guidance_interval decoder_steps decoder_guidance decoder_shift"
 )
 _REFINEMENT = "refine_"

@@ -6,7 +6,8 @@ from typing import Literal
 
 from wuerstchen.checkpoints.layout_table import Storage
 from wuerstchen.checkpoints.shards import size_in_bytes
-from wuerstchen.diffusion.objective import check_prediction, default_time_density
+from wuerstchen.diffusion.objective import check_prediction, default_time_density, make_objective
+from wuerstchen.diffusion.sampler_table import check_compatible
 from wuerstchen.errors import UserError
 from wuerstchen.models.compressor import CompressorConfig
 from wuerstchen.models.decoder import DecoderConfig
@@ -123,6 +124,9 @@ class Recipe:
     """Scale of the images that the compressor sees, 0.75 as published. The semantic latents have one position
     for every 32 × 32 pixels of the scaled image."""
     prior_steps: int = 29
+    prior_sampler: str = ""
+    """Sampler of Stage C, by its name in ``diffusion.sampler_table``. Empty for that of ``start_from`` if it
+    fits, or for the default of the objective."""
     prior_guidance: float = 4.0
     prior_guidance_interval: tuple[float, float] = ALL_TIMES
     """Lowest and highest time at which Stage C is guided when the model samples, from 0 (clean) to 1 (noise).
@@ -187,6 +191,7 @@ class Recipe:
             guidance=self.prior_guidance,
             guidance_interval=self.prior_guidance_interval,
             prior_steps=self.prior_steps,
+            prior_sampler=self.prior_sampler or None,
             decoder_steps=self.decoder_steps,
             decoder_guidance=self.decoder_guidance,
             decoder_shift=self.decoder_shift,
@@ -213,6 +218,9 @@ class Recipe:
             )
         self._check_learnable()
         check_prediction(self.prior.prediction)
+        if self.prior_sampler and self.trains("c"):
+            kind = self.prior.prediction
+            check_compatible(self.prior_sampler, kind, make_objective(kind).path)
         decoder_kind(self.decoder).check(self)
         self._check_sizes()
 

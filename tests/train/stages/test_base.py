@@ -556,10 +556,17 @@ class TestStageC:
                 losses[positions] = next(losses_of(stage, batch))[1].item()
         assert losses["real"] != losses["all"]
 
-    def test_the_recipe_sets_the_guidance_interval_of_the_model(self):
-        for interval in ((0.0, 1.0), (0.2, 0.8)):
-            recipe = dataclasses.replace(tiny(), prior_guidance_interval=interval)
-            assert cascade_settings(recipe, self.STATISTICS).prior_guidance_interval == interval
+    def test_the_recipe_sets_how_the_model_samples(self):
+        given = {"prior_sampler": "dpm", "prior_steps": 12, "decoder_steps": 4, "decoder_shift": 2.0}
+        given |= {"prior_guidance": 3.0, "prior_guidance_interval": (0.2, 0.8), "decoder_guidance": 1.5}
+        settings = cascade_settings(dataclasses.replace(tiny(), **given), self.STATISTICS)
+        assert {name: getattr(settings, name) for name in given} == given
+        own = cascade_settings(tiny(), self.STATISTICS)
+        assert (own.prior_sampler, own.prior_guidance_interval) == ("ddpm", (0.0, 1.0))
+        start = dataclasses.replace(own, prior_sampler="dpm")
+        assert cascade_settings(tiny(), self.STATISTICS, start).prior_sampler == "dpm"
+        chosen = dataclasses.replace(tiny(), prior_sampler="ddpm")
+        assert cascade_settings(chosen, self.STATISTICS, start).prior_sampler == "ddpm"
 
     def make(self, small_cascade, dropout, **fields):
         config = dataclasses.replace(RECIPE.stage_c, caption_dropout=dropout, **fields)

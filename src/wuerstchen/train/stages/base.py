@@ -361,11 +361,12 @@ def cascade_settings(
     if "b" in recipe.stages and decoder.objective is not None:
         objectives["decoder"] = decoder.objective(recipe)
     fitting = samplers_for(objectives["prior"].path)
+    sampler = settings.prior_sampler if settings.prior_sampler in fitting else fitting[0]
     return dataclasses.replace(
         settings,
         prior_objective=objectives["prior"],
         decoder_objective=objectives["decoder"],
-        prior_sampler=settings.prior_sampler if settings.prior_sampler in fitting else fitting[0],
+        prior_sampler=recipe.prior_sampler or sampler,
         prior_equal_steps=settings.prior_equal_steps or decoder.settings.prior_equal_steps,
         image_size=recipe.image_size,
         # 128 pixels are three positions of the semantic latents. The decoder's levels may need more.
