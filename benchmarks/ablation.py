@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from recipe_changes import C32, DEPTHS, MUON_B, MUON_C, parse_change, with_changes
 from scoring import scores
 
 from wuerstchen.checkpoints.native import read_parts
@@ -33,10 +34,6 @@ from wuerstchen.train.config import Recipe
 from wuerstchen.train.report.announce import RunMonitor
 from wuerstchen.train.report.events import read_events
 
-C32 = {"compressor.c_latent": 32, "prior.c_in": 32, "decoder.effnet_embd": 32, "previewer.c_in": 32}
-MUON_B = {"stage_b.optimization.optimizer": "muon"}
-MUON_C = {"stage_c.optimization.optimizer": "muon"}
-DEPTHS = {"compressor.depths": (8, 16)}
 BEST_B = DEPTHS | MUON_B | C32
 RATE_B, RATE_C = "stage_b.optimization.learning_rate", "stage_c.optimization.learning_rate"
 
@@ -136,34 +133,14 @@ def recipe_of(
         start_from=start,
     )
     changes = {f"stage_{stage}.optimization.images": images, "stage_b.refine_images": 0}
-    return _with(recipe, changes | VARIANTS[name].changed | others)
-
-
-def _with(config: Any, changes: dict[str, Any]) -> Any:
-    """Replaces fields of nested frozen dataclasses, given by dotted names, all at once."""
-    nested: dict[str, dict[str, Any]] = {}
-    plain: dict[str, Any] = {}
-    for name, value in changes.items():
-        first, _, rest = name.partition(".")
-        if rest:
-            nested.setdefault(first, {})[rest] = value
-        else:
-            plain[first] = value
-    plain |= {name: _with(getattr(config, name), inner) for name, inner in nested.items()}
-    return dataclasses.replace(config, **plain)
-
-
-def _change(text: str) -> tuple[str, Any]:
-    name, _, value = text.partition("=")
-    found = json.loads(value)
-    return name, tuple(found) if isinstance(found, list) else found
+    return with_changes(recipe, changes | VARIANTS[name].changed | others)
 
 
 def train(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Trains a variant. Returns the part of its row about the training."""
     stage, folder = name[0], options.run_dir / name
     images = options.images_b if stage == "b" else options.images_c
-    others = dict(_change(text) for text in options.set)
+    others = dict(map(parse_change, options.set))
     recipe = recipe_of(name, str(options.data), images, options.seed, options.workers, options.start, others)
     began = time.monotonic()
     run.train(recipe, folder, monitor=RunMonitor(rehearse=False))
