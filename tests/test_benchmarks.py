@@ -1,5 +1,6 @@
 """The benchmarks' own arithmetic, and a rehearsal of the one that draws."""
 
+import copy
 import json
 import os
 import subprocess
@@ -11,7 +12,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from wuerstchen.recipes.tiny import tiny
 from wuerstchen.train.engine import image_cache
+from wuerstchen.train.engine.validation import HeldOut
+
+from .configurations import with_lite0
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -116,6 +121,19 @@ def test_every_variant_of_the_ablation_is_a_recipe(benchmarks):
             for part in field.split("."):
                 found = getattr(found, part)
             assert found == value
+
+
+def test_rows_of_stage_c_have_its_errors_around_known_cells(benchmarks, small_cascade, monkeypatch):
+    """A part of the scoring that failed would lose the row after its training."""
+    import ablation
+
+    images = torch.randint(0, 256, (2, 128, 128, 3), generator=torch.Generator().manual_seed(0))
+    pictures = HeldOut(images=images.to(torch.uint8), captions=["a cat"] * 2)
+    monkeypatch.setattr(ablation, "held_out", lambda source, size: pictures)
+    cascade = with_lite0(copy.deepcopy(small_cascade))
+    found = ablation.errors_around_known_cells(cascade, tiny(), torch.device("cpu"))
+    assert {name: len(bins) for name, bins in found.items()} == {"known": 8, "nothing_known": 8}
+    assert all(value is not None for bins in found.values() for value in bins)
 
 
 def test_variants_of_the_ablation_share_their_composed_images(benchmarks):

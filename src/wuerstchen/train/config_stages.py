@@ -288,6 +288,9 @@ class StageCConfig:
     """Weight of the dispersive loss (``train.stages.dispersive``) on the features after a quarter of the
     blocks. It compares the images of a batch, or with ``accumulate`` and several processes those of each
     part. 0 leaves it out."""
+    known_fraction: float = 0.0
+    """Fraction of the images that train with known cells: a random region of their latents is clean, at time
+    0, and has no loss. This prepares Stage C for inpainting. 0 trains without, as published."""
 
     @property
     def images(self) -> int:
@@ -295,7 +298,7 @@ class StageCConfig:
         return sum(phase.optimization.images for phase in phases_of(self))
 
     def __post_init__(self) -> None:
-        _check_fractions(self, "caption_dropout", "blend")
+        _check_fractions(self, "caption_dropout", "blend", "known_fraction")
         _check_ratio(self.max_ratio)
         check_side(self.image_size)
         for name in ("decoder_only", "feature_weight"):

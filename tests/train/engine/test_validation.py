@@ -107,6 +107,28 @@ def test_stage_c_written_out(cascade, pictures):
     )
 
 
+@pytest.mark.parametrize("name", ["b", "c"])
+def test_errors_around_a_known_rectangle_are_of_the_other_cells(name, cascade, pictures, monkeypatch):
+    """The same cells count with the rectangle known and with nothing known."""
+    stage, seen = make_stage(name, cascade), []
+
+    def reading(self, averages, inputs, x, t):
+        known, difference = t == 0, (x - inputs[self.denoises]).abs().amax(1)
+        seen.append((known, bool((difference[known] == 0).all())))
+        some_known = known.flatten(1).any(1).view(-1, 1, 1, 1)
+        return torch.where(some_known, 2.0, 3.0).expand_as(x)
+
+    monkeypatch.setattr(type(stage), "predict", reading)
+    monkeypatch.setattr("wuerstchen.train.engine.validation._noise", lambda clean, *_: torch.ones_like(clean))
+    found = Validation(stage, pictures, dtype=None, device=CPU).around_known_cells({})
+    assert found == {"known": [1.0] * BINS, "nothing_known": [4.0] * BINS}
+    known, is_clean = zip(*seen, strict=True)
+    assert all(is_clean)
+    side = known[0].shape[1]
+    assert {int(cells[0].sum()) for cells in known} == {0, (side // 2) ** 2}
+    assert known[0][0, side // 2, side // 2]
+
+
 @pytest.mark.parametrize("name", ["b", "b2", "c"])
 def test_it_repeats_and_leaves_networks_and_generators_alone(name, cascade, pictures):
     stage = make_stage(name, cascade)

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from wuerstchen.data.prepared import PreparedSet
+from wuerstchen.diffusion.objective import OBJECTIVES
+from wuerstchen.diffusion.sampler_table import samplers_for
 from wuerstchen.diffusion.schedule import CosineSchedule, shifted
 from wuerstchen.errors import DataError, UserError
 from wuerstchen.images import to_images
@@ -18,14 +20,16 @@ from wuerstchen.models.compressor import Compressor, compressor_input
 from wuerstchen.models.decoder import Decoder
 from wuerstchen.models.efficientnet import EfficientNetLite
 from wuerstchen.models.previewer import Previewer
+from wuerstchen.models.prior import Prior
 from wuerstchen.models.vqgan import VQGAN
 from wuerstchen.recipes.tiny import tiny
 from wuerstchen.train.config import Phase, StageAConfig
 from wuerstchen.train.feed.images import Batch, Feed, batches
+from wuerstchen.train.feed.known_cells import random_regions
 from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.initial_weights import InitialWeights, Parts
 from wuerstchen.train.precision import with_autocast_weights
-from wuerstchen.train.stages.base import Run, cascade_settings, in_chunks
+from wuerstchen.train.stages.base import Run, cascade_settings, in_chunks, with_captions_dropped
 from wuerstchen.train.stages.decoder import DECODER_STAGE, StageB, StageBRefinement
 from wuerstchen.train.stages.decoding import Decoding
 from wuerstchen.train.stages.prior import StageC, measure_statistics, needs
@@ -615,6 +619,95 @@ class TestStageC:
             with torch.no_grad():
                 losses[density] = next(losses_of(stage, batch))[1].item()
         assert losses[None] == losses["uniform"] != losses["logit_normal"]
+
+    def run_losses(self, stage, batch):
+        """The loss, and the latents and times that the prior read."""
+        seen, forward = [], stage.prior.forward
+        stage.prior.forward = lambda x, t, context: (seen.append((x, t)), forward(x, t, context))[1]
+        with torch.no_grad():
+            loss = next(losses_of(stage, batch))[1]
+        del stage.prior.forward
+        return loss, *seen[0]
+
+    def test_without_known_cells_the_loss_has_the_same_bits_as_before(self, small_cascade):
+        batch, stage = make_batch(128), self.make(small_cascade, 0.3)
+        stage.prior.eval()
+        random, objective = random_of(batch), stage.objective
+        loss, *_ = self.run_losses(stage, batch)
+        with torch.no_grad():
+            inputs = stage.prepare(batch, CPU)
+            states, mask = with_captions_dropped(stage.no_text, inputs, random, 0.3)
+            x, t = inputs["x"], objective.times(random.uniform("time"))
+            noise = random.normal("noise", x.shape[1:])
+            context = stage.prior.context(states, mask, cache_kv=False)
+            output = stage.prior(objective.noised(x, noise, t), t, context)
+            assert torch.equal(loss, objective.loss(output, x, noise, t).mean())
+
+    def test_the_loss_with_known_cells_written_out(self, small_cascade):
+        """Known cells are clean, at time 0, and have no loss. An image's weight does not depend on them."""
+        batch = make_batch(128, count=12)
+        stage = self.make(small_cascade, 0.0, known_fraction=0.5)
+        stage.prior.eval()
+        loss, noised, times = self.run_losses(stage, batch)
+        random = random_of(batch)
+        known = random_regions(random, (3, 3), 0.5)
+        has_known = known.flatten(1).any(1)
+        assert 0 < has_known.sum() < 12
+        with torch.no_grad():
+            inputs = stage.prepare(batch, CPU)
+            x, noise = inputs["x"], random.normal("noise", (2, 3, 3))
+            t = ((1 - random.uniform("time")) * 1.08 + 0.001).clamp(0.001, 1)
+            alpha_bar = CosineSchedule().alpha_bar(t).view(-1, 1, 1, 1)
+            x_t = alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise
+            x_t = torch.where(known[:, None].expand_as(x), x, x_t)
+            assert torch.equal(noised, x_t)
+            cells = t[:, None, None].repeat(1, 3, 3)
+            cells[known] = 0
+            assert torch.equal(times, cells)
+            context = stage.prior.context(inputs["states"], inputs["mask"])
+            errors = (stage.prior(x_t, cells, context) - noise).square().mean(1)
+            means = torch.stack([error[~region].mean() for error, region in zip(errors, known, strict=True)])
+            torch.testing.assert_close(loss, (means * (1 - alpha_bar.flatten())).mean())
+
+    def test_known_cells_shift_no_other_random_numbers(self, small_cascade):
+        """Images without them have the times, noise and captions of a run without the option."""
+        batch, found = make_batch(128, count=12), []
+        for fraction in (0.0, 0.5):
+            stage = self.make(small_cascade, 0.3, known_fraction=fraction)
+            stage.prior.eval()
+            found.append(self.run_losses(stage, batch)[1:])
+        rest = ~random_regions(random_of(batch), (3, 3), 0.5).flatten(1).any(1)
+        assert torch.equal(found[0][0][rest], found[1][0][rest])
+        assert torch.equal(found[0][1][rest, None, None].expand(-1, 3, 3), found[1][1][rest])
+
+    @pytest.mark.parametrize("prediction", ["velocity", "flow"])
+    def test_other_objectives_train_with_known_cells(self, prediction, small_cascade):
+        """The gradient is finite, and reaches every weight."""
+        config = dataclasses.replace(small_cascade.prior.config, prediction=prediction)
+        objective = OBJECTIVES[prediction]()
+        cascade = dataclasses.replace(
+            small_cascade,
+            prior=Prior(config),
+            settings=dataclasses.replace(
+                small_cascade.settings,
+                prior_objective=objective,
+                prior_sampler=samplers_for(objective.path)[0],
+                latent_statistics=self.STATISTICS,
+            ),
+        )
+        recipe = dataclasses.replace(
+            RECIPE,
+            prior=config,
+            compressor=dataclasses.replace(RECIPE.compressor, c_latent=2),
+            decoder=dataclasses.replace(RECIPE.decoder, effnet_embd=2),
+            previewer=dataclasses.replace(RECIPE.previewer, c_in=2),
+        )
+        stage = StageC(dataclasses.replace(RECIPE.stage_c, known_fraction=1.0), recipe, cascade)
+        torch.nn.init.normal_(stage.prior.out[1].weight)
+        next(losses_of(stage, make_batch(128)))[1].backward()
+        for name, parameter in stage.prior.named_parameters():
+            assert parameter.grad.isfinite().all(), name
+            assert parameter.grad.any(), name
 
     def test_previews_are_of_the_average(self, small_cascade, monkeypatch):
         drawn = []

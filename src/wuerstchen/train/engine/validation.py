@@ -7,8 +7,9 @@ the averaged weights. Validation uses no random generator of training.
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -19,10 +20,12 @@ from torch import Tensor, nn
 from wuerstchen.data.plan import generator, items_at
 from wuerstchen.data.prepared import PreparedSet
 from wuerstchen.data.sources import Source
+from wuerstchen.diffusion.known_cells import with_known_cells
 from wuerstchen.diffusion.objective import Objective
 from wuerstchen.errors import DataError
 from wuerstchen.train.config import StoredTexts
 from wuerstchen.train.feed.images import Batch
+from wuerstchen.train.feed.known_cells import central_region, mean_of_unknown
 from wuerstchen.train.feed.prepared import HeldOutLatents, StoredBatch
 from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.stages.base import Inputs, Stage, autocast, inputs_of
@@ -43,7 +46,8 @@ class Denoising(Protocol):
     """Name in ``Inputs`` of what is noised."""
 
     def predict(self, averages: dict[str, nn.Module], inputs: Inputs, x: Tensor, t: Tensor) -> Tensor:
-        """The prediction of the averaged network for ``x`` (b, c, h, w) at the times ``t`` (b,)."""
+        """The prediction of the averaged network for ``x`` (b, c, h, w) at the times ``t``, (b,) or
+        (b, h, w)."""
         ...
 
 
@@ -147,17 +151,36 @@ class Validation:
         """
         self._prepared = self._prepared or list(self._prepare())
         began = time.monotonic()
-        sums = torch.zeros(BINS, 2, dtype=torch.float64, device="cpu")
-        for numbers, inputs in self._prepared:
-            found = [self._errors(averages, numbers, inputs, k) for k in range(BINS)]
-            sums += torch.stack(found).cpu().double()  # Apple's GPUs have no float64
-        bins, losses = (sums / len(self.images)).unbind(1)
+        bins, losses = self._means(partial(self._errors, averages))
         self._ended = time.monotonic()
         self._took = self._ended - began
         return {
             "loss": _finite(losses.mean().item()),
             "bins": [_finite(value) for value in bins.tolist()],
         }
+
+    @torch.no_grad()
+    def around_known_cells(self, averages: dict[str, nn.Module]) -> dict[str, list[float | None]]:
+        """The unweighted mean error of a diffusion stage around a central rectangle, in each timestep bin:
+        ``known`` if the rectangle is known, ``nothing_known`` if all cells are noised.
+
+        The rectangle has half the sides (``known_cells.central_region``). Values that are not finite are
+        None.
+        """
+        self._prepared = self._prepared or list(self._prepare())
+        known, nothing_known = self._means(partial(self._errors_around, averages))
+        return {
+            "known": [_finite(value) for value in known.tolist()],
+            "nothing_known": [_finite(value) for value in nothing_known.tolist()],
+        }
+
+    def _means(self, sum_errors: Callable[[Tensor, Inputs, int], Tensor]) -> tuple[Tensor, ...]:
+        """The means over images of what ``sum_errors`` sums for a batch and a bin: two values per bin."""
+        sums = torch.zeros(BINS, 2, dtype=torch.float64, device="cpu")
+        for numbers, inputs in self._prepared:
+            found = [sum_errors(numbers, inputs, k) for k in range(BINS)]
+            sums += torch.stack(found).cpu().double()  # Apple's GPUs have no float64
+        return (sums / len(self.images)).unbind(1)
 
     def _prepare(self) -> Iterator[tuple[Tensor, Inputs]]:
         for batch in self.images.batches(self._batch):
@@ -173,11 +196,33 @@ class Validation:
                 errors, losses = stage.token_errors(averages, inputs, t, ImageRandom(_SEED + k, numbers))
                 return torch.stack([errors.sum(), losses.sum()])
             clean = inputs[stage.denoises]
-            noise = ImageRandom(_SEED, numbers).normal(f"validation {k}", clean.shape[1:])
-            objective = stage.objective
+            objective, noise = stage.objective, _noise(clean, numbers, k)
             output = stage.predict(averages, inputs, objective.noised(clean, noise, t), t)
         errors = objective.errors(output, clean, noise, t)
         return torch.stack([errors.sum(), (errors * objective.weight(t)).sum()])
+
+    def _errors_around(
+        self, averages: dict[str, nn.Module], numbers: Tensor, inputs: Inputs, k: int
+    ) -> Tensor:
+        """The sum over images of the mean errors around a central rectangle at the centre of bin ``k``, with
+        the rectangle known and with nothing known."""
+        stage = self.stage
+        assert isinstance(stage, Denoising)
+        objective, clean = stage.objective, inputs[stage.denoises]
+        noise = _noise(clean, numbers, k)
+        center = central_region(clean.shape[2:], clean.device).expand(len(clean), -1, -1)
+        sums = []
+        for known in (center, torch.zeros_like(center)):
+            t = _times()[k].to(self.device).expand(len(numbers))
+            x, t = with_known_cells(objective.noised(clean, noise, t), t, clean, known)
+            with autocast(self.device, self.dtype):
+                output = stage.predict(averages, inputs, x, t)
+            sums.append(mean_of_unknown(objective.errors(output, clean, noise, t), center).sum())
+        return torch.stack(sums)
+
+
+def _noise(clean: Tensor, numbers: Tensor, k: int) -> Tensor:
+    return ImageRandom(_SEED, numbers).normal(f"validation {k}", clean.shape[1:])
 
 
 def _times() -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from wuerstchen.checkpoints.average import weighted_average
 from wuerstchen.data.plan import stable_hash
 from wuerstchen.data.prepared import PreparedSet
+from wuerstchen.diffusion.known_cells import with_known_cells
 from wuerstchen.diffusion.objective import Objective
 from wuerstchen.errors import DataError, UserError
 from wuerstchen.models.cascade import Cascade, LatentStatistics
@@ -21,6 +22,7 @@ from wuerstchen.models.prior import Prior
 from wuerstchen.pipeline import Wuerstchen
 from wuerstchen.train.config import Phase, Recipe, StageCConfig
 from wuerstchen.train.feed.images import Batch
+from wuerstchen.train.feed.known_cells import mean_of_unknown, random_regions
 from wuerstchen.train.feed.prepared import StoredBatch, check_prepared, some_latents
 from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.precision import AUTOCAST_DTYPES, with_autocast_weights
@@ -132,16 +134,20 @@ class StageC:
         t = objective.times(random.uniform("time"))
         noise = random.normal("noise", x.shape[1:])
         context = self.prior.context(states, mask, cache_kv=False)
-        noised, weight = objective.noised(x, noise, t), self.config.dispersive_weight
-        if not weight:
+        noised, known = objective.noised(x, noise, t), None
+        if self.config.known_fraction:
+            known = random_regions(random, x.shape[2:], self.config.known_fraction)
+            noised, t = with_known_cells(noised, t, x, known)
+        weight, terms = self.config.dispersive_weight, {}
+        if weight:
+            quarter = max(1, self.prior.config.depth // 4)
+            output, features = self.prior.with_features(noised, t, context, quarter)
+            terms["dispersive"] = dispersive_loss(features)
+        else:
             output = self.prior(noised, t, context)
-            yield "prior", objective.loss(output, x, noise, t).mean(), {}
-            return
-        quarter = max(1, self.prior.config.depth // 4)
-        output, features = self.prior.with_features(noised, t, context, quarter)
-        dispersive = dispersive_loss(features)
-        loss = objective.loss(output, x, noise, t).mean() + weight * dispersive
-        yield "prior", loss, {"dispersive": dispersive}
+        losses = objective.loss(output, x, noise, t)
+        loss = (losses if known is None else mean_of_unknown(losses, known)).mean()
+        yield "prior", loss + weight * terms["dispersive"] if weight else loss, terms
 
     def check(self, values: dict[str, float]) -> None:
         pass
@@ -309,6 +315,7 @@ PRIOR_STAGE = StageKind(
             "time_density",
             "caption_dropout",
             "dispersive_weight",
+            "known_fraction",
             "blend",
             "max_ratio",
         }
