@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from recipe_changes import C32, DEPTHS, MUON_B, MUON_C, parse_change, with_changes
 from scoring import scores
+from timed_training import machine, share_images, timed_training
 
 from wuerstchen.checkpoints.native import read_parts
 from wuerstchen.data.open import open_source
@@ -30,11 +31,8 @@ from wuerstchen.evaluate.references import References
 from wuerstchen.models.cascade import Cascade
 from wuerstchen.pipeline import BUNDLED, Sampling, Wuerstchen
 from wuerstchen.recipes.mini import mini
-from wuerstchen.train import run, run_phase
 from wuerstchen.train.config import Recipe
 from wuerstchen.train.engine.validation import Validation, held_out
-from wuerstchen.train.report.announce import RunMonitor
-from wuerstchen.train.report.events import read_events
 from wuerstchen.train.stages.prior import StageC
 
 BEST_B = DEPTHS | MUON_B | C32
@@ -162,24 +160,15 @@ def errors_around_known_cells(
 def train(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Trains a variant. Returns the part of its row about the training."""
     recipe, folder = _recipe(name, options), options.run_dir / name
-    began = time.monotonic()
-    run.train(recipe, folder, monitor=RunMonitor(rehearse=False))
-    minutes = (time.monotonic() - began) / 60
-    events = read_events(folder / "log.jsonl")
-    progress = [event for event in events if event["event"] == "progress"]
     # The speed is that of the first phase: a refinement does not train the compressor.
-    rates = sorted(event["images_per_second"] for event in progress if event["stage"] == name[0])
-    validation = [event for event in events if event["event"] == "validation"]
+    trained = timed_training(recipe, folder, name[0])
     return {
         "name": name,
         "seed": options.seed,
         "changed": VARIANTS[name].changed | dict(map(parse_change, options.set)),
         "predicted": VARIANTS[name].predicted,
         "images": _images(recipe, name[0]),
-        "minutes": round(minutes, 2),
-        "images_per_second": rates[len(rates) // 2],
-        "loss": progress[-1]["loss"],
-        "validation": validation[-1] if validation else None,
+        **trained,
     }
 
 
@@ -208,7 +197,7 @@ def score(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "scores": found,
         **known,
         "scoring_minutes": round((time.monotonic() - began) / 60, 2),
-        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "machine": machine(),
     }
 
 
@@ -292,23 +281,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     # Variants train on the same images, so the image cache is filled once.
-    run_phase.fill_image_cache = _once(run_phase.fill_image_cache)
+    share_images()
     failed = run_all(options)
     sys.exit(f"failed: {' '.join(failed)}" if failed else 0)
-
-
-def _once(fill_image_cache: Any) -> Any:
-    """Makes ``fill_image_cache`` remember its last result: all variants have the same seed, data and size."""
-    kept: dict[tuple[int, int, int], Any] = {}
-
-    def filled(feed: Any, count: int, workers: int, device: torch.device) -> Any:
-        key = (feed.seed, feed.size, count)
-        if key not in kept:
-            kept.clear()
-            kept[key] = fill_image_cache(feed, count, workers, device)
-        return kept[key]
-
-    return filled
 
 
 if __name__ == "__main__":

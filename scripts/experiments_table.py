@@ -2,8 +2,9 @@
 
     python scripts/experiments_table.py [--check]
 
-benchmarks/ablation.py and benchmarks/sampling_sweep.py write the rows, with the prediction that was entered
-there before the run. `kept` and `seen` are added by hand, and may be missing for sampling settings. With
+benchmarks/ablation.py, benchmarks/sampling_sweep.py and benchmarks/transfer.py write the rows, with the
+prediction that was entered before the run. `kept` and `seen` are added by hand, and may be missing for
+sampling settings and rows of transfer.py. With
 --check nothing is written, and the exit code is 1 if the page is not up to date.
 """
 
@@ -37,6 +38,11 @@ of an entry with different seeds, averaged over entries. *ms/image* is a whole i
 text encoder, all stages, and the copy to the host.
 
 """
+TRANSFER = """## Stage C of v2 at width 512, on 12×12 latents
+One row per training, made by `benchmarks/transfer.py`, and compared by the validation error alone. What a row
+does not name is the recipe `v2`'s.
+
+"""
 COLUMNS = (
     ("a", "recall_1", "R@1 (a)", 2),
     ("b", "recall_1", "R@1 (b)", 2),
@@ -68,6 +74,12 @@ def page(rows: list[dict[str, Any]]) -> str:
         parts += [_head(names), *(_line(row) for row in chosen), "\n"]
         parts += [_note(row, f"seed {row['seed']}", "the recipe as it is") for row in chosen]
         parts.append("\n")
+    chosen = [row for row in rows if row["name"].startswith("t-")]
+    if chosen:
+        names = ["run", "images, millions", "minutes", "images/s", "validation error", "kept"]
+        parts += [TRANSFER, _head(names)]
+        parts += [f"| {' | '.join([*_training(row), row.get('kept', '')])} |\n" for row in chosen]
+        parts += ["\n", *(_note(row, f"seed {row['seed']}", "the recipe as it is") for row in chosen), "\n"]
     chosen = [row for row in rows if row["name"].startswith("s-")]
     if chosen:
         titles = [title for _, _, title, _ in SAMPLING_COLUMNS]
@@ -101,16 +113,19 @@ def _scores(row: dict[str, Any], columns: tuple[tuple[str, str, str, int], ...])
     return ["" if found is None else f"{statistics.mean(found):.{digits}f}" for found, digits in values]
 
 
-def _line(row: dict[str, Any]) -> str:
+def _training(row: dict[str, Any]) -> list[str]:
     error = statistics.mean(row["validation"]["bins"])
-    cells = [
+    return [
         row["name"],
         f"{row['images'] / 1e6:.2f}",
         f"{row['minutes']:.1f}",
         f"{row['images_per_second']:,.0f}",
         f"{error:.4f}",
     ]
-    return f"| {' | '.join([*cells, *_scores(row, COLUMNS), row['kept']])} |\n"
+
+
+def _line(row: dict[str, Any]) -> str:
+    return f"| {' | '.join([*_training(row), *_scores(row, COLUMNS), row['kept']])} |\n"
 
 
 def _shown(value: object) -> str:

@@ -138,13 +138,13 @@ def test_rows_of_stage_c_have_its_errors_around_known_cells(benchmarks, small_ca
 
 def test_variants_of_the_ablation_share_their_composed_images(benchmarks):
     """What the script replaces is what a run calls: composing takes a minute a variant."""
-    import ablation
+    import timed_training
 
     composed = []
-    once = ablation._once(lambda feed, *_: composed.append(feed) or len(composed))
+    once = timed_training.once(lambda feed, *_: composed.append(feed) or len(composed))
     feed, other = SimpleNamespace(seed=1, size=8), SimpleNamespace(seed=2, size=8)
     assert [once(one, 4, 0, None) for one in (feed, feed, other)] == [1, 1, 2]
-    assert ablation.run_phase.fill_image_cache is image_cache.fill_image_cache
+    assert timed_training.run_phase.fill_image_cache is image_cache.fill_image_cache
 
 
 def test_the_page_of_experiments_is_made_from_its_rows():
