@@ -20,13 +20,19 @@ HEAD = """# Experiments on the bundled model
 
 One row per training run, made by `scripts/experiments_table.py` from
 [experiments.jsonl](experiments.jsonl). Runs are made by `benchmarks/ablation.py`: it trains one stage of the
-recipe `mini` from nothing, with everything else taken from the bundled model, and scores it on *val*. *test*
-is never read. Scores are means over the first seeds; (a) has 150 held-out style × subject pairs, (b) 120
-composed captions. With two seeds an entry the standard error of R@1 is about 0.03 for one list. *Validation
-error* is the mean squared error of the predicted noise on 64 held-out images, averaged over eight fixed
-times; it compares runs of one stage on the same latents.
+recipe `mini` from nothing, with everything else taken from the bundled model or from the start that is named,
+and scores it on *val*. *test* is never read. Scores are means over the first seeds; (a) has 150 held-out
+style × subject pairs, (b) 120 composed captions. With two seeds an entry the standard error of R@1 is about
+0.03 for one list.
+
+*Validation error* is the mean squared error of the predicted noise, averaged over eight fixed noise levels.
+It compares runs of one stage on the same latents. It is measured on 2,400 images composed from the emoji of
+*val*, with the same noise for every run, and at the same noise levels for every objective. Errors marked with
+an asterisk were measured on 64 images while training, and can only be compared with each other.
 
 """
+FEW_IMAGES = 64
+"""Held-out images of the validation errors that were measured while training."""
 STAGES = {
     "b": "Compressor and Stage B, scored by A+B: images through the semantic latents and back",
     "c": "Stage C, scored by C+B+A: drawn from the caption",
@@ -72,7 +78,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         names += [title for _, _, title, _ in COLUMNS] + ["kept"]
         parts.append(f"## {title}\n")
         parts += [_head(names), *(_line(row) for row in chosen), "\n"]
-        parts += [_note(row, f"seed {row['seed']}", "the recipe as it is") for row in chosen]
+        parts += [_note(row, _origin(row), "the recipe as it is") for row in chosen]
         parts.append("\n")
     chosen = [row for row in rows if row["name"].startswith("t-")]
     if chosen:
@@ -91,6 +97,11 @@ def page(rows: list[dict[str, Any]]) -> str:
 
 def _head(names: list[str]) -> str:
     return f"| {' | '.join(names)} |\n|{'---|' * len(names)}\n"
+
+
+def _origin(row: dict[str, Any]) -> str:
+    start = row.get("start", "bundled")
+    return f"seed {row['seed']}" + ("" if start == "bundled" else f", start {start}")
 
 
 def _note(row: dict[str, Any], of: str, unchanged: str) -> str:
@@ -115,12 +126,13 @@ def _scores(row: dict[str, Any], columns: tuple[tuple[str, str, str, int], ...])
 
 def _training(row: dict[str, Any]) -> list[str]:
     error = statistics.mean(row["validation"]["bins"])
+    few = row["validation"]["images"] == FEW_IMAGES
     return [
         row["name"],
         f"{row['images'] / 1e6:.2f}",
         f"{row['minutes']:.1f}",
         f"{row['images_per_second']:,.0f}",
-        f"{error:.4f}",
+        f"{error:.4f}" + few * r" \*",
     ]
 
 

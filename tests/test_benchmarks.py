@@ -1,6 +1,7 @@
 """The benchmarks' own arithmetic, and a rehearsal of the one that draws."""
 
 import copy
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,11 +13,21 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from wuerstchen.diffusion.objective import make_objective
+from wuerstchen.diffusion.sampler_table import samplers_for
+from wuerstchen.diffusion.schedule import CosineSchedule
+from wuerstchen.models.previewer import PreviewerConfig
+from wuerstchen.models.prior import Prior
+from wuerstchen.pipeline import BUNDLED
+from wuerstchen.recipes.mini import mini
 from wuerstchen.recipes.tiny import tiny
 from wuerstchen.train.engine import image_cache
 from wuerstchen.train.engine.validation import HeldOut
+from wuerstchen.train.feed.random import ImageRandom
+from wuerstchen.train.initial_weights import read_start
+from wuerstchen.train.stages.prior import StageC
 
-from .configurations import with_lite0
+from .configurations import SMALL_PRIOR, with_lite0, write_model
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -109,7 +120,7 @@ def test_every_variant_of_the_ablation_is_a_recipe(benchmarks):
     import ablation
 
     for name, variant in ablation.VARIANTS.items():
-        recipe = ablation.recipe_of(name, "data", 512, 3, 2, "start", {"prepared_images": 4})
+        recipe = ablation.recipe_of(name, "data", 512, 3, 2, str(BUNDLED), {"prepared_images": 4})
         alone = name.startswith("b2")
         assert (recipe.stages, recipe.prepared_images) == ((name[0],), 4)
         assert recipe.fresh == (() if alone else (name[0],))
@@ -135,6 +146,77 @@ def test_rows_of_stage_c_have_its_errors_around_known_cells(benchmarks, small_ca
     found = ablation.errors_around_known_cells(cascade, tiny(), torch.device("cpu"))
     assert {name: len(bins) for name, bins in found.items()} == {"known": 8, "nothing_known": 8}
     assert all(value is not None for bins in found.values() for value in bins)
+
+
+def test_a_stage_c_of_the_ablation_fits_its_start(benchmarks, small_cascade, tmp_path):
+    """Channels of the latents, networks and sampling are those of the model, not those of the recipe."""
+    import ablation
+
+    settings = dataclasses.replace(small_cascade.settings, view_scale=1.0, decoder_steps=3, text_mask=False)
+    start = write_model(dataclasses.replace(small_cascade, settings=settings), tmp_path / "start")
+    recipe = ablation.recipe_of("c-text1", "data", 512, 3, 2, str(start), {})
+    assert (recipe.prior.c_in, recipe.prior.c_cond, recipe.prior.text_blocks) == (2, 384, 1)
+    assert recipe.previewer.c_in == 2
+    for name in ("vqgan", "decoder", "compressor"):
+        assert getattr(recipe, name) == getattr(small_cascade, name).config
+    assert (recipe.view_scale, recipe.decoder_steps, recipe.text_positions) == (1.0, 3, "all")
+    read_start(recipe).resolved(recipe)  # which refuses what does not fit
+
+
+def test_other_averages_are_kept_beside_the_own_one(benchmarks):
+    """One of the same decay is the same, bit for bit."""
+    import ablation
+
+    from wuerstchen.train.engine.ema import decay_at, make_average
+    from wuerstchen.train.engine.update import TrainStep
+
+    network, own = torch.nn.Linear(3, 2), TrainStep.average
+    state = SimpleNamespace(averages={"prior": make_average(network)})
+    step = SimpleNamespace(stage=SimpleNamespace(networks={"prior": network}), state=state)
+    with ablation.averaging({"same": 0.6, "shorter": 0.3}) as averages:
+        for update in range(1, 30):
+            torch.nn.init.normal_(network.weight)
+            step.decay = decay_at(update, 0.6)
+            TrainStep.average(step)
+    assert TrainStep.average is own
+    assert torch.equal(averages["same"].weight, state.averages["prior"].weight)
+    assert not torch.allclose(averages["shorter"].weight, averages["same"].weight, atol=1e-2)
+    with ablation.averaging({}) as averages:
+        assert TrainStep.average is own
+    assert averages == {}
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "flow"])
+def test_errors_on_held_out_images_compare_objectives(benchmarks, small_cascade, prediction):
+    """A prior that predicts 0 has, at every level, the error that follows from the formula of its objective.
+
+    With the velocity 0 on the cosine path, the noise is predicted as √(1 − ᾱ)·x_t, which is wrong by
+    √ᾱ·(√(1 − ᾱ)·x₀ − √ᾱ·ε). On the straight line it is x_t, wrong by (1 − t)·(x₀ − ε).
+    """
+    import held_out
+
+    prior = Prior(dataclasses.replace(SMALL_PRIOR, prediction=prediction)).eval()
+    objective = make_objective(prediction)
+    own = {"prior_objective": objective, "prior_sampler": samplers_for(objective.path)[0]}
+    settings = dataclasses.replace(small_cascade.settings, **own)
+    cascade = dataclasses.replace(small_cascade, prior=prior, settings=settings)
+    recipe = dataclasses.replace(
+        mini(), prior=prior.config, compressor=small_cascade.compressor.config,
+        decoder=small_cascade.decoder.config, previewer=PreviewerConfig(c_in=2),
+    )  # fmt: skip
+    images = HeldOut(images=torch.randint(256, (6, 128, 128, 3), dtype=torch.uint8), captions=["a"] * 6)
+    found = torch.tensor(held_out.errors_on(images, cascade, "c", recipe))
+    stage = StageC(recipe.stage_c, recipe, cascade)
+    batch = next(iter(images.batches(6)))
+    x = stage.prepare(batch, torch.device("cpu"))["x"]
+    for k, error in enumerate(found):
+        alpha_bar = CosineSchedule().alpha_bar(torch.tensor((k + 0.5) / 8))
+        signal, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        noise = ImageRandom(0, torch.arange(6)).normal(f"held out {k}", x.shape[1:])
+        wrong = signal * (sigma * x - signal * noise)
+        if prediction == "flow":
+            wrong = signal / (signal + sigma) * (x - noise)
+        torch.testing.assert_close(error, wrong.square().mean(), rtol=1e-3, atol=1e-5)
 
 
 def test_variants_of_the_ablation_share_their_composed_images(benchmarks):
