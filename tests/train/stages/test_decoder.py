@@ -1,5 +1,6 @@
 """The options of Stage B's losses: features of the predicted image, and the previewer's say."""
 
+import contextlib
 import copy
 import dataclasses
 
@@ -46,6 +47,12 @@ def make_stage(cascade, network, *, refines: bool = False, **changes):
     for trained in stage.networks.values():
         trained.requires_grad_(True).eval()  # fixed statistics of the batch norm
     return stage
+
+
+def make_step(stage, device: torch.device) -> update.TrainStep:
+    optimizers = {name: make_optimizer(n, stage.optimization) for name, n in stage.networks.items()}
+    state = TrainingState(networks=stage.networks, averages={}, optimizers=optimizers)
+    return update.TrainStep(stage, state, 1, None, Processes(device))
 
 
 def decoder_loss(stage, batch):
@@ -174,15 +181,37 @@ def test_the_previewers_own_update_is_the_same(sharded, cascade, monkeypatch):
     batch, found = make_batch(128), []
     for weight in (0.0, 5.0):
         stage = make_stage(copy.deepcopy(cascade), None, previewer_weight=weight)
-        optimization = dataclasses.replace(stage.optimization, accumulate=2)
-        stage.optimization = optimization
-        optimizers = {name: make_optimizer(n, optimization) for name, n in stage.networks.items()}
-        state = TrainingState(networks=stage.networks, averages={}, optimizers=optimizers)
+        stage.optimization = dataclasses.replace(stage.optimization, accumulate=2)
         with torch.no_grad():
             inputs = inputs_of(stage, batch, CPU)
-        values = update.TrainStep(stage, state, 1, None, Processes(CPU))(inputs, batch.indices)
+        values = make_step(stage, CPU)(inputs, batch.indices)
         found.append((values["gradient_previewer"], stage.previewer.state_dict(), values["loss"]))
     (gradient, plain, loss), (same, again, larger) = found
     assert gradient == same
     assert all(torch.equal(tensor, again[name]) for name, tensor in plain.items())
     assert larger > loss
+
+
+def trained(stage, device: torch.device, *, records: bool) -> dict[str, torch.Tensor]:
+    """The weights after six updates."""
+    for network in (stage.vqgan, stage.perceptual, *stage.networks.values()):
+        network.to(device)
+    batch = make_batch(128)
+    with torch.no_grad():
+        inputs = inputs_of(stage, batch, device)
+    with contextlib.closing(update.StepRunner(make_step(stage, device), records)) as runner:
+        for _ in range(6):
+            runner(inputs, batch.indices.to(device))
+    return torch.nn.ModuleDict(stage.networks).state_dict()
+
+
+@pytest.mark.gpu
+def test_updates_with_all_options_can_be_recorded(cascade, network):
+    """A decision on the host, or a number copied to the GPU, would stop the recording."""
+    device, options = torch.device("cuda"), {"feature_weight": 1.0, "previewer_weight": 1.0}
+    found = [
+        trained(make_stage(copy.deepcopy(cascade), network, **options), device, records=records)
+        for records in (False, True)
+    ]
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-3, atol=1e-5)
