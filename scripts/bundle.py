@@ -2,7 +2,8 @@
 
     python scripts/bundle.py runs/mini/model
 
-All networks are stored in int8 with a scale per row. To measure the loss of quality, run
+All networks are stored in int8 with a scale per row. The text encoder is copied as it is. To measure the loss
+of quality, run
 
     wuerstchen evaluate --data data/emoji --before runs/mini/model
 
@@ -39,6 +40,8 @@ def main() -> None:
         write_cascade(cascade, small, provenance, STORAGE, text_encoder=source / "text_encoder")
         for name in ("model.json", *(f"{part}.safetensors" for part in NETWORKS)):
             shutil.move(small / name, BUNDLED / name)
+        for file in sorted((small / "text_encoder").iterdir()):
+            shutil.move(file, BUNDLED / "text_encoder" / file.name)
     size = sum(file.stat().st_size for file in BUNDLED.rglob("*") if file.suffix != ".md")
     print(f"{size / 1e6:.1f} MB in {BUNDLED}")
 

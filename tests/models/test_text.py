@@ -10,14 +10,16 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import safetensors
 import safetensors.torch
 import torch
 from transformers import BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.models.bert.configuration_bert import BertConfig
 from transformers.models.bert.modeling_bert import BertModel
 
+from wuerstchen.checkpoints.int4 import quantize_groups
 from wuerstchen.checkpoints.int8 import quantize_rows
-from wuerstchen.checkpoints.text_encoder import read_text_encoder
+from wuerstchen.checkpoints.text_encoder import copy_text_encoder, read_text_encoder
 from wuerstchen.errors import CheckpointError, UserError
 from wuerstchen.models.text import PromptTooLongWarning, TextEncoder
 
@@ -139,6 +141,83 @@ def test_int8_and_floating_files_agree(folder: Path, tmp_path_factory: pytest.Te
     torch.testing.assert_close(read_text_encoder(other).encode(["a camel, blue"]).states, expected)
 
 
+WORDS = "embeddings.word_embeddings.weight"
+
+
+def _write_int4(folder: Path, changes: dict[str, torch.Tensor], metadata: dict[str, str] | None) -> None:
+    """Stores the word embeddings of a folder in 4 bits, one row also exactly, and makes further changes."""
+    model = read_text_encoder(folder).model
+    others = {key: tensor for key, tensor in model.state_dict().items() if key != WORDS}
+    words = quantize_groups(WORDS, model.state_dict()[WORDS], 4, None, 1)
+    state = {**quantize_rows(others), **words, **changes}
+    safetensors.torch.save_file(state, folder / "model.safetensors", metadata)
+
+
+INT4 = {"wuerstchen.storage": "int4"}
+
+
+BIAS = "encoder.layer.1.output.dense.bias"
+
+
+def test_word_embeddings_in_4_bits(folder: Path) -> None:
+    """Catches words that are read in another order than they are written."""
+    expected = read_text_encoder(folder)
+    _write_int4(folder, {}, INT4)
+    encoder = read_text_encoder(folder)
+    for key, tensor in encoder.model.state_dict().items():
+        if key != WORDS:
+            torch.testing.assert_close(tensor, expected.model.state_dict()[key], rtol=1e-2, atol=1e-4)
+    words, exact = encoder.model.state_dict()[WORDS], expected.model.state_dict()[WORDS]
+    # Half of the coarsest step, 2 · max / 15.
+    assert ((words - exact).abs() <= exact.abs().amax(1, keepdim=True) / 7).all()
+    states = [each.encode(["a camel, blue"]).states for each in (encoder, expected)]
+    assert torch.nn.functional.cosine_similarity(*states, dim=-1).min() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("changes", "metadata", "message"),
+    [
+        ({}, None, rf"'{WORDS}' is \(12, 4\) in the file, but config.json expects \(12, 8\)"),
+        ({}, {"wuerstchen.storage": "int3"}, "'wuerstchen.storage' in its metadata .* got 'int3'. Update"),
+        ({WORDS: torch.zeros(12, 3, dtype=torch.uint8)}, INT4, rf"'{WORDS}.exact.* do not fit"),
+        ({WORDS: torch.zeros(11, 4, dtype=torch.uint8)}, INT4, r"scale' is .* of shape \(12, 2\)"),
+        ({f"{WORDS}.scale": torch.ones(12, 3)}, INT4, r"scale' is .* of shape \(12, 3\)"),
+        ({BIAS: torch.zeros(8, dtype=torch.uint8)}, INT4, f"'{BIAS}.scale' is missing"),
+    ],
+)
+def test_unsuitable_4_bit_files_are_refused(
+    folder: Path, changes: dict[str, torch.Tensor], metadata: dict[str, str] | None, message: str
+) -> None:
+    _write_int4(folder, changes, metadata)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_text_encoder(folder)
+    assert "model.safetensors'" in str(caught.value)
+
+
+def test_a_copy_of_a_4_bit_folder_has_the_same_states(folder: Path) -> None:
+    _write_int4(folder, {}, INT4)
+    copy_text_encoder(folder, folder / "copy")
+    states = [read_text_encoder(each).encode(["a camel"]).states for each in (folder, folder / "copy")]
+    assert torch.equal(*states)
+
+
+def test_a_truncated_4_bit_file_is_refused(folder: Path) -> None:
+    _write_int4(folder, {}, INT4)
+    _truncate(folder)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors' cannot be read"):
+        read_text_encoder(folder)
+
+
+def test_the_bundled_weights_have_the_states_of_the_original(bundled: TextEncoder) -> None:
+    """``scripts/make_text_encoder.py --reference`` wrote the states of the original fp32 weights."""
+    with safetensors.safe_open(Path(__file__).with_name("text_states.safetensors"), framework="pt") as file:
+        prompts, expected = json.loads(file.metadata()["prompts"]), file.get_tensor("states").float()
+    text = bundled.encode(prompts)
+    cosines = torch.nn.functional.cosine_similarity(text.states[text.mask], expected, dim=-1)
+    assert len(cosines) > 200
+    assert cosines.min() >= 0.99
+
+
 def test_moves_and_follows_the_dtype(folder: Path) -> None:
     encoder = read_text_encoder(folder).to(torch.bfloat16)
     assert encoder.encode(["a"]).states.dtype == torch.bfloat16
@@ -200,9 +279,6 @@ def _weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[P
 def _truncate(folder: Path) -> None:
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
-
-
-BIAS = "encoder.layer.1.output.dense.bias"
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,15 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import BertProcessing
 
+from wuerstchen.checkpoints import int4
 from wuerstchen.checkpoints.clip import (
     clip_tokenizer_of,
     read_clip,
@@ -46,8 +46,8 @@ _TEXTS = ("LICENSE", "README.md")
 def read_text_encoder(path: Path | str, dtype: torch.dtype = torch.float32) -> TextEncoder:
     """Reads a text encoder's ``config.json``, ``model.safetensors`` and tokenizer.
 
-    BERT has ``vocab.txt`` and may be stored in int8. CLIP has ``tokenizer.json``, or ``vocab.json`` and
-    ``merges.txt``. ``path`` may also be the folder of a pipeline, with subfolders ``tokenizer`` and
+    BERT has ``vocab.txt`` and may be stored in int8 or 4 bits. CLIP has ``tokenizer.json``, or ``vocab.json``
+    and ``merges.txt``. ``path`` may also be the folder of a pipeline, with subfolders ``tokenizer`` and
     ``text_encoder``. Nothing is downloaded and no code is run. Raises ``CheckpointError`` if a file is
     missing, damaged, or does not match the others.
     """
@@ -170,8 +170,38 @@ def _read_word_pieces(path: Path, vocab_size: int) -> Tokenizer:
 
 
 def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors of a safetensors file, and what its metadata says about how they are stored."""
     check_header(path)
-    return safetensors.torch.load_file(path), {}
+    with safe_open(path, framework="pt") as file:
+        storage = (file.metadata() or {}).get(int4.METADATA_KEY)
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    return tensors, {} if storage is None else {"storage": storage}
+
+
+def _read_state(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, or of its shards, in floating point.
+
+    The type int8 tells which weights are stored in int8. Weights in 4 bits must also be announced in the
+    file's metadata, because uint8 is not reserved for them.
+    """
+    try:
+        state, header = read_joined(path, _load)
+    except (OSError, SafetensorError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{_quoted(path)} cannot be read ({reason}). "
+            "Use the folder of a text encoder, or reinstall the package."
+        ) from error
+    storage = header.get("storage")
+    if storage not in (None, int4.STORAGE):
+        raise CheckpointError(
+            f"{_quoted(path)}: {int4.METADATA_KEY!r} in its metadata must be {int4.STORAGE!r} or absent, got "
+            f"{shown(storage)}. Update wuerstchen, or download the file again."
+        )
+    try:
+        return dequantize(int4.dequantize_groups(state) if storage == int4.STORAGE else state)
+    except CheckpointError as error:
+        raise CheckpointError(f"{_quoted(path)}: {error}") from error
 
 
 def _read_bert(path: Path, config: dict[str, Any]) -> "BertModel":
@@ -179,18 +209,7 @@ def _read_bert(path: Path, config: dict[str, Any]) -> "BertModel":
         from transformers.models.bert.configuration_bert import BertConfig
         from transformers.models.bert.modeling_bert import BertModel
 
-    try:
-        state, _ = read_joined(path, _load)
-    except (OSError, SafetensorError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{_quoted(path)} cannot be read ({reason}). "
-            "Use the folder of a text encoder, or reinstall the package."
-        ) from error
-    try:
-        state = dequantize(state)
-    except CheckpointError as error:
-        raise CheckpointError(f"{_quoted(path)}: {error}") from error
+    state = _read_state(path)
     try:
         # "meta" is fast, and does not change the state of torch's global generator.
         with torch.device("meta"):
