@@ -30,12 +30,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 import wuerstchen
-from wuerstchen.checkpoints.native import FORMAT, write_tensors
+from wuerstchen.checkpoints.native import FORMAT, read_tensors, write_tensors
 from wuerstchen.checkpoints.text_encoder import read_text_encoder
 from wuerstchen.data.emoji import STYLES, EmojiSource, split_of
 from wuerstchen.data.plan import generator, stable_hash
 from wuerstchen.evaluate.features import FeatureNetwork, Features
-from wuerstchen.evaluate.judges import JUDGES, NETWORK, JudgeHeads, Judges, load_judges, pooled_states
+from wuerstchen.evaluate.judges import (
+    JUDGES,
+    NETWORK,
+    JudgeHeads,
+    Judges,
+    load_judges,
+    pooled_states,
+    write_captions,
+)
 from wuerstchen.evaluate.lists import LISTS, RealImages, Split, read_list, select
 from wuerstchen.evaluate.metrics import jpeg
 from wuerstchen.pipeline import BUNDLED
@@ -254,6 +262,9 @@ def main() -> None:
         "versions": {"wuerstchen": wuerstchen.__version__, "torch": torch.__version__},
     }
     write_tensors({name: tensor.half() for name, tensor in heads.state_dict().items()}, out, header)
+    # As they are read: the heads are stored in float16.
+    heads.load_state_dict(read_tensors(out)[0])
+    write_captions(Judges(heads.eval(), read_text_encoder(BUNDLED / "text_encoder")), out)
     print(f"{out}: {out.stat().st_size / 1e6:.2f} MB")
 
 

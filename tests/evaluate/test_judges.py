@@ -1,6 +1,7 @@
 """The judges rank strictly, load strictly, and know the real images in the package."""
 
 import runpy
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,16 @@ from wuerstchen.checkpoints.native import FORMAT, read_tensors, write_tensors
 from wuerstchen.data.emoji import STYLES, EmojiSource, listed_heldout, listed_subjects, sample_root
 from wuerstchen.errors import CheckpointError, UserError
 from wuerstchen.evaluate.features import DETAIL, POOLED, FeatureNetwork, Features
-from wuerstchen.evaluate.judges import JUDGES, NETWORK, JudgeHeads, Judges, load_judges
+from wuerstchen.evaluate.judges import (
+    CAPTIONS,
+    JUDGES,
+    NETWORK,
+    JudgeHeads,
+    Judges,
+    load_judges,
+    write_captions,
+)
+from wuerstchen.evaluate.lists import LISTS, read_list
 
 SCRIPT = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "train_judges.py")))
 
@@ -138,6 +148,56 @@ def test_heads_of_other_features(tmp_path: Path) -> None:
     tensors["image.weight"] = tensors["image.weight"][:, 1:]
     write_tensors(tensors, path, {"format": FORMAT, "kind": "judges"})
     with pytest.raises(CheckpointError, match=r"unexpected shapes \(.*image\.weight.*\)"):
+        load_judges(path=path)
+
+
+# --- the stored captions ----------------------------------------------------------------------------------
+
+LISTED = list(dict.fromkeys(entry.caption for name in LISTS for entry in read_list(name)))
+
+
+def test_ranks_in_the_lists_do_not_depend_on_the_text_encoder(judges: Judges) -> None:
+    """Catches ranks that change when the bundled text encoder is stored in fewer bits."""
+    features, correct = random_features(20), np.arange(20)
+    expected = judges.rank(features, LISTED, correct)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        noisy = load_judges()
+        for parameter in noisy.encoder.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    assert noisy.rank(features, LISTED, correct).tolist() == expected.tolist()
+    assert not torch.equal(noisy.embed_captions(["a cat"]), judges.embed_captions(["a cat"]))
+
+
+def test_stored_captions_are_those_of_the_encoder(judges: Judges) -> None:
+    """Catches embeddings that are assigned to other captions."""
+    some = LISTED[::50]
+    encoded = Judges(judges.heads, judges.encoder).embed_captions(some)
+    stored = judges.embed_captions([*some, "a cat"])[:-1]
+    assert (encoded * stored).sum(1).min() > 0.97
+    assert torch.allclose(stored.norm(dim=1), torch.ones(len(some)), atol=1e-3)
+
+
+def test_captions_are_written_as_they_are_read(judges: Judges, tmp_path: Path) -> None:
+    shutil.copy(JUDGES, tmp_path / "judges.safetensors")
+    write_captions(judges, tmp_path / "judges.safetensors")
+    again = load_judges(path=tmp_path / "judges.safetensors")
+    assert torch.equal(again.embed_captions(LISTED), judges.embed_captions(LISTED))
+
+
+@pytest.mark.parametrize("damage", ["missing", "other heads", "other captions", "fewer captions"])
+def test_captions_of_other_heads_or_lists_are_refused(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "judges.safetensors"
+    shutil.copy(JUDGES, path)
+    tensors, header = read_tensors(JUDGES.with_name(CAPTIONS))
+    if damage == "fewer captions":
+        tensors["embeddings"] = tensors["embeddings"][1:]
+    if damage.startswith("other"):
+        header |= {"judges" if damage == "other heads" else "captions": "0" * 64}
+    if damage != "missing":
+        write_tensors(tensors, tmp_path / CAPTIONS, header)
+    expected = "does not exist" if damage == "missing" else "does not contain the captions of the lists"
+    with pytest.raises(CheckpointError, match=expected):
         load_judges(path=path)
 
 
