@@ -1,5 +1,6 @@
 """The dispersive loss against its sum over pairs, and in an update of Stage C."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -9,11 +10,12 @@ import torch
 
 from wuerstchen.errors import UserError
 from wuerstchen.models.prior import Prior
+from wuerstchen.models.text import TextStates
 from wuerstchen.recipes.tiny import tiny
 from wuerstchen.train.engine.checkpoint import TrainingState
 from wuerstchen.train.engine.distributed import Processes
 from wuerstchen.train.engine.optim import make_optimizer
-from wuerstchen.train.engine.update import TrainStep
+from wuerstchen.train.engine.update import StepRunner, TrainStep
 from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.stages.dispersive import dispersive_loss
 from wuerstchen.train.stages.prior import StageC
@@ -54,10 +56,11 @@ def test_autocast_does_not_round_it():
     assert dispersive_loss(features.bfloat16()).dtype == torch.float32
 
 
-def make_stage(cascade, weight):
+def make_stage(cascade, weight, prior=None):
     settings = dataclasses.replace(cascade.settings, latent_statistics=SMALL_STATISTICS)
-    prior = Prior(dataclasses.replace(SMALL_PRIOR, depth=2, dropout=0.0))
-    prior.load_state_dict(cascade.prior.state_dict(), strict=False)
+    if prior is None:
+        prior = Prior(dataclasses.replace(SMALL_PRIOR, depth=2, dropout=0.0))
+        prior.load_state_dict(cascade.prior.state_dict(), strict=False)
     cascade = dataclasses.replace(cascade, settings=settings, prior=prior)
     config = dataclasses.replace(RECIPE.stage_c, caption_dropout=0.0, dispersive_weight=weight)
     return StageC(config, RECIPE, cascade)
@@ -65,7 +68,8 @@ def make_stage(cascade, weight):
 
 def make_inputs(cascade):
     text = cascade.text_encoder.encode(["a", "b c", "d", "e"])
-    inputs = {"x": torch.randn(4, 2, 3, 3), "states": text.states.float(), "mask": text.mask}
+    x = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    inputs = {"x": x, "states": text.states.float(), "mask": text.mask}
     return inputs, torch.arange(4)
 
 
@@ -99,6 +103,42 @@ def test_an_update_logs_it(small_cascade, accumulate):
     values = step(*make_inputs(small_cascade))
     assert values["loss"].isfinite()
     assert values["dispersive"] < 0
+
+
+def losses_of_updates(cascade, record, device):
+    """Losses of eight updates with every option of Stage C at once."""
+    network = dataclasses.replace(SMALL_PRIOR, depth=2, dropout=0.1, text_blocks=1, registers=3)
+    torch.manual_seed(0)
+    stage = make_stage(cascade, 0.25, Prior(network))
+    stage.config = dataclasses.replace(stage.config, time_density="logit_normal", caption_dropout=0.1)
+    empty = stage.no_text
+    stage.no_text = TextStates(states=empty.states.to(device), mask=empty.mask.to(device))
+    stage.prior.to(device).eval()
+    inputs, numbers = make_inputs(cascade)
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+    optimizers = {"prior": make_optimizer(stage.prior, stage.optimization)}
+    state = TrainingState(networks=stage.networks, averages={}, optimizers=optimizers)
+    step = TrainStep(stage, state, 0, torch.bfloat16, Processes(device, 0, 1))
+    found = []
+    with contextlib.closing(StepRunner(step, record)) as update:
+        for number in range(8):
+            values = update(inputs, numbers.to(device) + 4 * number)
+            found.append({name: value.item() for name, value in values.items()})
+    return found
+
+
+def test_updates_with_every_option(small_cascade):
+    found = losses_of_updates(small_cascade, False, CPU)
+    assert all(math.isfinite(value) for values in found for value in values.values())
+
+
+@pytest.mark.gpu
+def test_updates_with_every_option_can_be_recorded(small_cascade):
+    """Whatever waits for the device, or reads a number of it on the host, cannot."""
+    cuda = torch.device("cuda")
+    plain, recorded = (losses_of_updates(small_cascade, record, cuda) for record in (False, True))
+    for a, b in zip(plain, recorded, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=2e-2)
 
 
 def test_invalid_weights_are_refused():
