@@ -100,7 +100,7 @@ def test_updates_can_be_recorded(small_cascade):
     for record in (False, True):
         stage = StageC(config, tiny(), copy.deepcopy(small_cascade))
         texts = [value.to(cuda) for value in (stage.no_text.states, stage.no_text.mask)]
-        stage.no_text = TextStates(*texts)
+        stage.no_text = TextStates(states=texts[0], mask=texts[1])
         stage.prior.to(cuda).eval()
         states, mask = (value.expand(12, *value.shape[1:]) for value in texts)
         x = torch.randn(12, 2, 6, 6, generator=torch.Generator().manual_seed(0)).to(cuda)
