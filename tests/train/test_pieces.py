@@ -203,6 +203,12 @@ def test_impossible_selections_are_refused(only, start, message):
         dataclasses.replace(mini(), only=only, start_from=start)
 
 
+def test_a_phase_in_stages_is_told_the_option():
+    """Run folders and logs call it a stage."""
+    with pytest.raises(UserError, match=r"whole stages, got b2, a phase of a stage\. Use --only b2 "):
+        dataclasses.replace(mini(), stages=("b2",), start_from="m")
+
+
 def test_a_start_without_the_phases_before_is_refused(pieces, tmp_path):
     """A refinement of Stage A samples from Stage B, which the model after Stage A does not have."""
     for only in (("a2",), ("b2",)):

@@ -268,6 +268,12 @@ class Recipe:
         known = bool(trained) and list(self.stages) == trained
         ahead = {kind.short for kind in needed_before(self)} if known else set()
         behind = {kind.short for kind in after(trained)} if known and not self.only else set()
+        phases = set() if known else {phase.name for kind in kinds() for phase in kind.phases(self)}
+        if later := [stage for stage in self.stages if stage in phases - {*order}]:
+            raise UserError(
+                f"stages must name whole stages, got {later[0]}, a phase of a stage. Use --only "
+                f"{' '.join(self.stages)} to train it alone."
+            )
         if not known or ahead & behind:
             raise UserError(
                 f"stages must be consecutive, got {' '.join(self.stages) or 'none'}. Use a b c, a, a b, b, "
