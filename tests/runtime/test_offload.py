@@ -222,6 +222,13 @@ def prior_call(randomise) -> tuple[nn.Module, Callable[[], Tensor]]:
     return prior, lambda: prior(x, r, prior.context(text))
 
 
+def prior_with_text_blocks_call(randomise) -> tuple[nn.Module, Callable[[], Tensor]]:
+    config = PriorConfig(c_in=4, c=16, c_cond=12, c_r=8, depth=1, nhead=2, text_blocks=2, registers=3)
+    prior = randomise(Prior(config)).eval()
+    x, text, r = torch.randn(2, 4, 3, 5), torch.randn(2, 7, 12), torch.tensor([0.9, 0.3])
+    return prior, lambda: prior(x, r, prior.context(text))
+
+
 def prior_with_lora_call(randomise) -> tuple[nn.Module, Callable[[], Tensor]]:
     prior, call = prior_call(randomise)
     ones = (1, 1)
@@ -258,6 +265,16 @@ def decoder_call(randomise) -> tuple[nn.Module, Callable[[], Tensor]]:
         torch.tensor([0.5]),
     )
     return decoder, lambda: decoder(x, r, decoder.context(z, (8, 8), text))
+
+
+def decoder_without_text_call(randomise) -> tuple[nn.Module, Callable[[], Tensor]]:
+    config = DecoderConfig(
+        c_r=8, c_cond=8, c_hidden=(8, 16), nhead=(-1, 2), blocks=(1, 1), level_config=("CT", "CTA"),
+        inject_effnet=(False, True), effnet_embd=2, clip_embd=None,
+    )  # fmt: skip
+    decoder = randomise(Decoder(config)).eval()
+    x, z, r = torch.randn(1, 4, 8, 8), torch.randn(1, 2, 3, 3), torch.tensor([0.5])
+    return decoder, lambda: decoder(x, r, decoder.context(z, (8, 8)))
 
 
 def vqgan_call(randomise) -> tuple[nn.Module, Callable[[], Tensor]]:
@@ -300,7 +317,9 @@ def clip_call(randomise) -> tuple[nn.Module, Callable[[], Tensor]]:
 CALLS = {
     "prior": prior_call,
     "prior with LoRA": prior_with_lora_call,
+    "prior with blocks on the text": prior_with_text_blocks_call,
     "decoder": decoder_call,
+    "decoder with attention but no text": decoder_without_text_call,
     "vqgan": vqgan_call,
     "compressor": compressor_call,
     "previewer": previewer_call,

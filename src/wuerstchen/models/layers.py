@@ -208,8 +208,13 @@ class Attention(nn.Module):
     def keys_values_at_once(
         self, source: Float[Tensor, "b t c"], mask: Bool[Tensor, "b t"] | None
     ) -> KeysValues:
-        """``keys_values`` as one matrix product. Concatenating weights is cheap if they are cast anyway."""
-        if not type(self.to_k) is type(self.to_v) is nn.Linear:  # an adapter has replaced one
+        """``keys_values``, in training as one matrix product. Concatenating weights is cheap if they are cast
+        anyway.
+
+        Without gradients the layers are called, because only a call moves offloaded weights to the device.
+        """
+        plain = type(self.to_k) is type(self.to_v) is nn.Linear  # an adapter may have replaced one
+        if not plain or not torch.is_grad_enabled():
             return self.keys_values(source, mask)
         weight = torch.cat([self.to_k.weight, self.to_v.weight])
         both = F.linear(source, weight, torch.cat([self.to_k.bias, self.to_v.bias]))

@@ -25,7 +25,7 @@ class TextBlock(nn.Module):
     ) -> Float[Tensor, "b t c"]:
         """``mask`` is False at padding, which no position attends to. None attends to all positions."""
         normed = layer_norm(tokens)
-        tokens = tokens + self.attention(normed, self.attention.keys_values(normed, mask))
+        tokens = tokens + self.attention(normed, self.attention.keys_values_at_once(normed, mask))
         return tokens + self.mlp(layer_norm(tokens))
 
 
