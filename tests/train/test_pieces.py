@@ -9,12 +9,21 @@ import torch
 import wuerstchen
 from wuerstchen.checkpoints.native import read_parts
 from wuerstchen.cli import main
+from wuerstchen.data.open import open_source
 from wuerstchen.errors import UserError
+from wuerstchen.models.cascade import CascadeSettings
+from wuerstchen.models.compressor import Compressor
+from wuerstchen.models.decoder import Decoder
+from wuerstchen.models.previewer import Previewer
+from wuerstchen.models.vqgan import VQGAN
 from wuerstchen.recipes.mini import mini
 from wuerstchen.recipes.tiny import tiny
 from wuerstchen.recipes.v2 import v2_stage_b, v2_stage_c
 from wuerstchen.train.config import Optimization, Phase, as_dict
+from wuerstchen.train.engine.distributed import Processes
+from wuerstchen.train.initial_weights import InitialWeights, Parts
 from wuerstchen.train.recorded_recipe import recipe_of
+from wuerstchen.train.report.events import Log
 from wuerstchen.train.run import TrainingRun, train
 from wuerstchen.train.stage_table import invalidated, needed_before, trained_phases
 
@@ -124,6 +133,39 @@ def test_each_phase_has_its_own_shift(tmp_path, monkeypatch):
     )
     train(recipe, tmp_path / "run", device="cpu")
     assert seen == {"b": 1.0, "b2": 3.0, "b3": 0.5, "c": 1.5, "c2": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("only", "frozen"), [("b2", {"vqgan", "compressor"}), ("a2", {"vqgan", "compressor", "decoder"})]
+)
+def test_frozen_networks_are_on_the_device_of_the_run(only, frozen, tmp_path, monkeypatch):
+    """The training loop moves only what it trains, and the networks of the start are on the CPU."""
+    recipe, device, seen = piece((only,), "start"), torch.device("meta"), {}
+    classes = {"vqgan": VQGAN, "compressor": Compressor, "decoder": Decoder, "previewer": Previewer}
+    networks = {name: network(getattr(recipe, name)) for name, network in classes.items()}
+
+    def run_stage(self, stage, phase, multiple):
+        for name in frozen:
+            assert getattr(stage, name) not in stage.networks.values()
+            seen[name] = {parameter.device for parameter in getattr(stage, name).parameters()}
+        raise InterruptedError
+
+    monkeypatch.setattr(TrainingRun, "run_stage", run_stage)
+    start = InitialWeights(settings=CascadeSettings(), parts=Parts(**networks))
+    log = Log(tmp_path / "log.jsonl", writes=False)
+    run = TrainingRun(recipe, tmp_path, {recipe.data: open_source("sample")}, start, Processes(device), log)
+    with pytest.raises(InterruptedError):
+        run.train_stages()
+    assert seen == {name: {device} for name in frozen}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("only", PIECES[2:])
+def test_pieces_train_on_a_gpu(only, pieces, tmp_path):
+    """Each later piece, with recorded updates, from the folder of the one before."""
+    before = PIECES[PIECES.index(only) - 1]
+    model = train(piece(only, pieces[before], acceleration="graph"), tmp_path / "run", device="cuda")
+    assert all(bool(tensor.isfinite().all()) for tensor in weights_of(model).values())
 
 
 def test_pieces_from_fp16_folders_work(whole, pieces, tmp_path):

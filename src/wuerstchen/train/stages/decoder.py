@@ -200,6 +200,7 @@ def train(run: Run) -> None:
             )
             decoder, compressor = both.decoder, both.compressor
         else:
+            compressor.to(run.device)  # frozen here, so the loop does not move it
             for network in (decoder, previewer):
                 network.requires_grad_(True)
             refinement = kind.refinement(of_phase, recipe, model, named, perceptual)

@@ -246,8 +246,12 @@ def train(run: Run) -> None:
         prior = finals[-1](Prior(recipe.prior), "prior")
     if config.blend < 1 and recipe.selects(phases[-1].name):
         # The phase before the last one was trained in this run, or the run started from it.
-        before = finals[-2](Prior(recipe.prior), "prior") if len(finals) > 1 else initial
-        assert before is not None
+        before = Prior(recipe.prior).to(run.device)
+        if len(finals) > 1:
+            before = finals[-2](before, "prior")
+        else:
+            assert initial is not None
+            before.load_state_dict(initial.state_dict())
         prior.load_state_dict(weighted_average(before.state_dict(), prior.state_dict(), config.blend))
     run.parts.prior = prior
 
