@@ -89,7 +89,8 @@ def continued(recipe: "Recipe") -> set[str]:
     networks."""
     if not recipe.only:
         return set()
-    firsts = {kind.short: kind.phases(recipe)[0].name for kind in selectable() if kind.short in recipe.stages}
+    trained = [kind for kind in selectable() if kind.short in recipe.stages]
+    firsts = {kind.short: phases[0].name for kind in trained if (phases := kind.phases(recipe))}
     return {short for short, name in firsts.items() if not recipe.selects(name)}
 
 
