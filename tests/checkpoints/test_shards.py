@@ -89,13 +89,14 @@ def test_the_hub_downloads_all_shards_and_the_index(sharded):
 
 @pytest.mark.parametrize("storage", ["float16", "int8"])
 def test_convert_writes_shards_of_small_storage(storage, model_folder, tmp_path):
-    """The text encoder, of 17 MB, is split too."""
+    """The text encoder is split too."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     convert(model_folder, whole, "native", storage=storage)
-    options = ["--layout", "native", "--storage", storage, "--max-shard-size", "12MiB"]
+    largest = (model_folder / "text_encoder" / "model.safetensors").stat().st_size * 3 // 4000 * 1000
+    options = ["--layout", "native", "--storage", storage, "--max-shard-size", f"{largest // 1000}KB"]
     assert main(["convert", str(model_folder), str(parts), *options]) == 0
     assert_equal(read_cascade(parts), read_cascade(whole))
-    assert max(path.stat().st_size for path in parts.rglob("*.safetensors")) <= 12 * 2**20
+    assert max(path.stat().st_size for path in parts.rglob("*.safetensors")) <= largest
     assert read_parts(parts)[2] == read_parts(model_folder)[2]  # the origin of the weights
     encoder = parts / "text_encoder"
     assert len([*encoder.glob("model-*.safetensors")]) == 2

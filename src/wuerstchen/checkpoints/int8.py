@@ -7,6 +7,7 @@ from torch import Tensor
 from wuerstchen.errors import CheckpointError
 
 _LEVELS = 127
+_UNQUANTIZED = 0.005
 _FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
@@ -29,13 +30,16 @@ def quantize_rows(state: dict[str, Tensor]) -> dict[str, Tensor]:
     A floating-point matrix ``(rows, columns)`` or convolution ``(out, in, h, w)`` becomes int8 under its own
     key, with a new key ``KEY.scale`` (float16, one per row): ``weight ≈ int8 · scale``. The error is at most
     half a scale, where ``scale = max|row| / 127``, rounded up. Tensors with a single row, such as gains of
-    shape ``(1, 1, 1, c)``, are not quantized. They and all other floating-point tensors become float16 if the
-    relative error of every value is at most 0.001, otherwise float32. Integers and booleans are not changed.
+    shape ``(1, 1, 1, c)``, are not quantized, nor are the smallest matrices, up to 0.5 % of all values: first
+    layers, last layers and depthwise convolutions, which would cause half of the error. They and all other
+    floating-point tensors become float16 if the relative error of every value is at most 0.001, otherwise
+    float32. Integers and booleans are not changed.
 
     Raises ``CheckpointError`` for NaN, infinity, values too large for a float16 scale, int8 input, and keys
     that would collide.
     """
     stored: dict[str, Tensor] = {}
+    small = _smallest_matrices(state)
     for key, tensor in state.items():
         if tensor.dtype == torch.int8:
             raise CheckpointError(f"tensor {key!r} is already int8. Dequantize the state first.")
@@ -47,7 +51,7 @@ def quantize_rows(state: dict[str, Tensor]) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"tensor {key!r} contains NaN or infinity. Use weights from before the run diverged."
             )
-        if tensor.ndim in (2, 4) and tensor.shape[0] > 1 and tensor.numel() > 0:
+        if _is_matrix(tensor) and key not in small:
             if f"{key}.scale" in state:
                 raise CheckpointError(
                     f"tensor '{key}.scale' has the name that the scale of {key!r} needs. Rename one of them."
@@ -85,6 +89,22 @@ def dequantize(state: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             restored[key] = tensor
     return restored
+
+
+def _is_matrix(tensor: Tensor) -> bool:
+    floating = tensor.is_floating_point()
+    return floating and tensor.ndim in (2, 4) and tensor.shape[0] > 1 and tensor.numel() > 0
+
+
+def _smallest_matrices(state: dict[str, Tensor]) -> set[str]:
+    room = _UNQUANTIZED * sum(tensor.numel() for tensor in state.values())
+    found: set[str] = set()
+    for key in sorted(filter(lambda key: _is_matrix(state[key]), state), key=lambda key: state[key].numel()):
+        room -= state[key].numel()
+        if room < 0:
+            break
+        found.add(key)
+    return found
 
 
 def _is_int8(state: dict[str, Tensor], key: str) -> bool:
