@@ -73,7 +73,7 @@ def page(rows: list[dict[str, Any]]) -> str:
     """The page: a table for each stage and one for sampling, and what was predicted and seen below each."""
     parts = [HEAD]
     for stage, title in STAGES.items():
-        chosen = [row for row in rows if row["name"].startswith(f"{stage}-")]
+        chosen = [row for row in rows if row["name"].split("-")[0].rstrip("0123456789") == stage]
         if not chosen:
             continue
         names = ["run", "images, millions", "minutes", "images/s", "validation error"]
@@ -128,7 +128,7 @@ def _scores(row: dict[str, Any], columns: tuple[tuple[str, str, str, int], ...])
 
 def _training(row: dict[str, Any]) -> list[str]:
     error = statistics.mean(row["validation"]["bins"])
-    few = row["validation"]["images"] == FEW_IMAGES
+    few = row["validation"].get("images") == FEW_IMAGES
     return [
         row["name"],
         f"{row['images'] / 1e6:.2f}",

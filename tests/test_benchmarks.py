@@ -120,9 +120,9 @@ def test_every_variant_of_the_ablation_is_a_recipe(benchmarks):
     import ablation
 
     for name, variant in ablation.VARIANTS.items():
-        recipe = ablation.recipe_of(name, "data", 512, 3, 2, str(BUNDLED), {"prepared_images": 4})
+        recipe = ablation.recipe_of(name, "data", 512, 3, 2, str(BUNDLED), {"log_every": 7})
         alone = name.startswith("b2")
-        assert (recipe.stages, recipe.prepared_images) == ((name[0],), 4)
+        assert (recipe.stages, recipe.log_every) == ((name[0],), 7)
         assert recipe.fresh == (() if alone else (name[0],))
         own = variant.changed.get("stage_b.optimization.images", 512)
         refined = variant.changed.get("stage_b.refine_images", 512 if alone else 0)
