@@ -106,6 +106,44 @@ def test_max_ratio_refers_to_the_current_phase(name, path, tmp_path):
         with_changes(phased(), finished, ["stage_c.max_ratio=1.5"])
 
 
+def with_own_settings():
+    """``phased`` with a phase of the decoder alone that has its own shift."""
+    recipe = phased()
+    alone = Phase(
+        optimization=dataclasses.replace(recipe.stage_b.optimization, images=160),
+        time_shift=2.0,
+        decoder_only=True,
+    )
+    return dataclasses.replace(recipe, stage_b=dataclasses.replace(recipe.stage_b, phases=(alone,)))
+
+
+@pytest.mark.parametrize(
+    ("phase", "name", "path"),
+    [
+        ("b", "time_shift", "stage_b.time_shift"),
+        ("b2", "time_shift", "stage_b.phases.0.time_shift"),
+        ("b2", "feature_weight", "stage_b.feature_weight"),
+        ("b3", "time_shift", "stage_b.refine_shift"),
+        ("b3", "feature_weight", "stage_b.refine_feature_weight"),
+    ],
+)
+def test_a_setting_that_a_phase_replaces_changes_in_that_phase(phase, name, path, tmp_path):
+    full = lengths(with_own_settings())
+    before = {part: full[part] for part in list(full)[: list(full).index(phase)]}
+    run_dir = trained(tmp_path, **before, **{phase: 32})
+    _, (change,) = with_changes(with_own_settings(), run_dir, [f"{name}=0.5"])
+    assert (change.field, change.stage, change.images) == (path, phase, 32)
+
+
+@pytest.mark.parametrize("name", ["time_shift", "previewer_weight"])
+def test_a_setting_that_no_further_phase_uses_cannot_change(name, tmp_path):
+    """The phases of the decoder alone have their own shifts, and do not train the compressor."""
+    full = lengths(with_own_settings())
+    run_dir = trained(tmp_path, a=full["a"], b=full["b"], b2=32)
+    with pytest.raises(UserError, match="would have no effect"):
+        with_changes(with_own_settings(), run_dir, [f"stage_b.{name}=0.5"])
+
+
 def test_a_field_of_a_later_phase_applies_from_its_start(tmp_path):
     run_dir = trained(tmp_path, a=32)
     _, (change,) = with_changes(phased(), run_dir, ["stage_c.phases.0.optimization.learning_rate=1e-6"])

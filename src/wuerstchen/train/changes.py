@@ -7,7 +7,7 @@ that is killed resumes as the changed run, by the same command with or without `
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,10 @@ class RunPhase:
     """Path of the phase in the recipe. Empty for the refinement of a stage."""
     images: int
     """Its length in images."""
+    own: Mapping[str, str]
+    """Settings of the stage that the phase replaces, with the paths of its own values."""
+    unused: frozenset[str]
+    """Settings of the stage that the phase does not use."""
 
     @property
     def length(self) -> str:
@@ -97,6 +101,8 @@ class RunPhase:
             return False
         if rest == "max_ratio":
             return self.path == self.config
+        if rest in self.own or rest in self.unused:
+            return False
         if rest in _changeable().get(first, ()):
             return not rest.startswith(_REFINEMENT) or not self.path
         if self.path:
@@ -110,6 +116,8 @@ class RunPhase:
 
     def path_of(self, name: str) -> str | None:
         """The path of a field given by its last name only. None if the phase has no such field."""
+        if name in self.own:
+            return self.own[name]
         if name in _PHASE and self.path:
             return f"{self.path}.{name}"
         if name in _changeable().get(self.config, ()):
@@ -126,8 +134,8 @@ class RunPhase:
 def run_phases(recipe: Recipe) -> list[RunPhase]:
     """All phases of a run in the order of training."""
     return [
-        RunPhase(named.name, named.config, named.path, named.phase.optimization.images)
-        for named in trained_phases(recipe)
+        RunPhase(p.name, p.config, p.path, p.phase.optimization.images, p.own, p.unused)
+        for p in trained_phases(recipe)
     ]
 
 

@@ -225,7 +225,8 @@ class StageBConfig:
     """Weight of the feature loss of a decoder of latents (v2): the image predicted by the decoder and Stage A
     is compared to the original in the features of EfficientNet-Lite0, weighted by ᾱ(t). 0 leaves it out."""
     feature_fraction: float = 0.25
-    """Fraction of each batch for which the feature loss is computed. Decoding to pixels is expensive."""
+    """Fraction of each batch for which the feature loss is computed. Decoding to pixels is expensive. These
+    are the first images of a batch, or with ``accumulate`` and several processes those of each part."""
     refine_images: int = 0
     """Images in a last phase that trains only the decoder, with the compressor frozen. It starts from the
     averaged weights, with a new optimizer. 0 for none."""
@@ -309,10 +310,7 @@ class StageCConfig:
                 f"blend must be 1 without further phases, got {self.blend}. It blends two phases."
             )
         _check_shift(self.time_shift)
-        if not 0 <= self.dispersive_weight < math.inf:
-            raise UserError(
-                f"dispersive_weight must be at least 0, got {self.dispersive_weight}. 0 leaves it out."
-            )
+        _check_weights(self, "dispersive_weight")
 
 
 def phases_of(config: StageBConfig | StageCConfig) -> tuple[Phase, ...]:

@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import dataclasses
+import gc
+import weakref
 
 import pytest
 import torch
@@ -157,6 +159,31 @@ def test_the_network_is_loaded_where_it_is_used(changes, updates, loaded, monkey
         )
     )
     assert seen == [loaded] * (1 + ("refine_images" in changes))
+
+
+def test_a_phase_does_not_keep_the_networks_of_the_phase_before(monkeypatch):
+    """Its raw weights would take memory on the GPU until the end of the refinement."""
+    recipe, earlier = tiny(), []
+    recipe = dataclasses.replace(recipe, stage_b=dataclasses.replace(recipe.stage_b, refine_images=8))
+
+    def train_phase(stage, phase, *, multiple):
+        gc.collect()
+        assert [reference() for reference in earlier] == [None] * len(earlier)
+        earlier.extend(map(weakref.ref, stage.networks.values()))
+        return lambda network, name: network
+
+    DECODER_STAGE.train(
+        a_run(
+            recipe=recipe,
+            device=CPU,
+            start=InitialWeights(),
+            parts=Parts(vqgan=VQGAN(recipe.vqgan)),
+            makes_updates=True,
+            is_new=lambda name: False,
+            train_phase=train_phase,
+        )
+    )
+    assert len(earlier) == 4
 
 
 def test_the_previewer_has_a_say_in_the_latents(cascade):

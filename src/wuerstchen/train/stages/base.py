@@ -132,6 +132,16 @@ class NamedPhase:
     """The parts of the model that it trains."""
     keeps_inputs: bool = False
     """Whether stages that build on this one stay valid, because nothing changes that they are trained on."""
+    unused: frozenset[str] = frozenset()
+    """Settings of the stage that the phase does not use."""
+
+    @property
+    def own(self) -> dict[str, str]:
+        """Settings of the stage that the phase replaces, with the paths of its own values."""
+        of_refinement = {"time_shift": "refine_shift", "feature_weight": "refine_feature_weight"}
+        names = [name for name in of_refinement if getattr(self.phase, name) is not None]
+        refines = not self.path
+        return {n: f"{self.config}.{of_refinement[n]}" if refines else f"{self.path}.{n}" for n in names}
 
 
 @runtime_checkable

@@ -21,6 +21,7 @@ from wuerstchen.train.stages.base import (
     Inputs,
     NamedPhase,
     Run,
+    Stage,
     StageKind,
     cascade_settings,
     numbered,
@@ -144,7 +145,11 @@ def _phases(recipe: Recipe) -> list[NamedPhase]:
         )
         name = f"b{len(found) + 1}"
         found.append(NamedPhase(name=name, phase=phase, config="stage_b", path="", trains=_MAKES))
-    alone = {"trains": ("decoder", "previewer"), "keeps_inputs": True}
+    alone = {
+        "trains": ("decoder", "previewer"),
+        "keeps_inputs": True,
+        "unused": frozenset({"previewer_weight"}),
+    }
     return [dataclasses.replace(named, **alone) if named.phase.decoder_only else named for named in found]
 
 
@@ -192,7 +197,7 @@ def train(run: Run) -> None:
             for network in (decoder, compressor, previewer):
                 network.requires_grad_(True)
             compressor.freeze_early_layers(config.frozen_stride)
-            stage = kind.with_compressor(of_phase, recipe, model, named, perceptual)
+            stage: Stage = kind.with_compressor(of_phase, recipe, model, named, perceptual)
             averages = run.train_phase(stage, named.phase, multiple=multiple)
             both = averages(
                 DecoderAndCompressor(kind.network(recipe.decoder), Compressor(recipe.compressor)),
@@ -203,8 +208,8 @@ def train(run: Run) -> None:
             compressor.to(run.device)  # frozen here, so the loop does not move it
             for network in (decoder, previewer):
                 network.requires_grad_(True)
-            refinement = kind.refinement(of_phase, recipe, model, named, perceptual)
-            averages = run.train_phase(refinement, named.phase, multiple=multiple)
+            stage = kind.refinement(of_phase, recipe, model, named, perceptual)
+            averages = run.train_phase(stage, named.phase, multiple=multiple)
             decoder = averages(kind.network(recipe.decoder), "decoder")
         previewer = averages(Previewer(recipe.previewer), "previewer")
     run.parts.decoder, run.parts.compressor, run.parts.previewer = decoder, compressor, previewer
