@@ -138,7 +138,16 @@ def test_unsuitable_weights_are_refused(weight: torch.Tensor, group_size: int, m
         (lambda s: s.update({"w.scale": torch.ones(4, 32)}), r"'w.scale' is .* of shape \(4, 32\)"),
         (lambda s: s.update({"w.scale": torch.ones(4, 2, dtype=torch.int32)}), "'w.scale' is torch.int32"),
         (lambda s: s.update({"w.scale": torch.ones(4, 2, dtype=torch.uint8)}), "'w.scale' is torch.uint8"),
-        (lambda s: s.update({"w.scale": torch.full((4, 2), torch.nan)}), "'w.scale' contains NaN or inf"),
+        (lambda s: s.update({"w.scale": torch.full((4, 2), torch.nan)}), "'w.scale' contains NaN"),
+        (lambda s: s.update({"w.scale": torch.full((4, 2), 3e38)}), "too large for float32"),
+        (
+            lambda s: s.update({"w.scale": torch.full((4, 2), 1e300, dtype=torch.float64)}),
+            "too large for float32",
+        ),
+        (
+            lambda s: s.update({"w.scale": torch.full((4, 2), torch.nan).to(torch.float8_e4m3fn)}),
+            "'w.scale' contains NaN",
+        ),
         (
             lambda s: s.update({"w": s["w"][:, :7], "w.scale": torch.ones(4, 4)}),
             r"'w' of shape \(4, 7\) need",
@@ -150,12 +159,20 @@ def test_unsuitable_weights_are_refused(weight: torch.Tensor, group_size: int, m
         (lambda s: s.pop("w.exact_rows"), "'w.exact' and 'w.exact_rows' do not fit"),
         (lambda s: s.update({"w.exact_rows": torch.tensor([4], dtype=torch.int32)}), "do not fit"),
         (lambda s: s.update({"w.exact_rows": torch.tensor([-1], dtype=torch.int32)}), "do not fit"),
-        (lambda s: s.update({"w.exact_rows": torch.tensor([2])}), "their numbers as int32"),
+        (lambda s: s.update({"w.exact_rows": torch.tensor([2])}), "numbers as int32"),
         (lambda s: s.update({"w.exact_rows": torch.zeros(1, 1, dtype=torch.int32)}), "do not fit"),
         (lambda s: s.update({"w.exact": torch.ones(1, 8)}), r"do not fit 'w' of shape \(4, 16\)"),
         (lambda s: s.update({"w.exact": torch.ones(2, 16)}), "do not fit"),
         (lambda s: s.update({"w.exact": torch.ones(1, 16, dtype=torch.int8)}), "do not fit"),
         (lambda s: s.update({"w.exact": torch.full((1, 16), torch.inf)}), "must contain finite rows"),
+        (
+            lambda s: s.update({"w.exact": torch.full((1, 16), 1e300, dtype=torch.float64)}),
+            "must contain finite rows",
+        ),
+        (
+            lambda s: s.update({"w.exact": torch.ones(2, 16), "w.exact_rows": torch.ones(2).int()}),
+            "different numbers",
+        ),
     ],
 )
 def test_damaged_files_are_refused(change: Callable[[dict[str, torch.Tensor]], object], message: str) -> None:

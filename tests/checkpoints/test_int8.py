@@ -151,7 +151,11 @@ def test_refuses_damaged_scales() -> None:
     stored = quantize_rows({"w": _normal(2, 3)})
     with pytest.raises(CheckpointError, match=r"'w\.scale' is missing\. .* Download the file again"):
         dequantize({"w": stored["w"]})
-    with pytest.raises(CheckpointError, match=r"'w\.scale' is of shape \(3,\)"):
+    with pytest.raises(CheckpointError, match=r"'w\.scale' is torch\.float16 of shape \(3,\)"):
         dequantize({"w": stored["w"], "w.scale": torch.ones(3, dtype=torch.float16)})
     with pytest.raises(CheckpointError, match=r"'w\.scale' contains NaN"):
         dequantize({"w": stored["w"], "w.scale": torch.full((2,), torch.nan, dtype=torch.float16)})
+    with pytest.raises(CheckpointError, match=r"'w\.scale' contains .* too large for float32"):
+        dequantize({"w": stored["w"], "w.scale": torch.full((2,), 3e38)})
+    with pytest.raises(CheckpointError, match=r"'w\.scale' is torch\.complex64"):
+        dequantize({"w": stored["w"], "w.scale": torch.ones(2, dtype=torch.complex64)})

@@ -1,7 +1,9 @@
 """Weight files in shards: none is larger than asked for, and all readers read them."""
 
 import json
+import os
 import shutil
+import threading
 from fnmatch import fnmatch
 
 import pytest
@@ -163,6 +165,45 @@ def test_damaged_shards_are_refused(sharded):
     index.unlink()
     with pytest.raises(CheckpointError, match=r"decoder\.safetensors does not exist"):
         read_cascade(sharded)
+
+
+def test_names_that_no_file_can_have_are_refused(sharded, model_folder, tmp_path):
+    """Opening a file with such a name raises OSError."""
+    index = sharded / "decoder.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"w": f"{'a' * 300}.safetensors"}}))
+    with pytest.raises(CheckpointError, match="not a weight file in the same folder"):
+        read_cascade(sharded)
+    encoder = shutil.copytree(model_folder / "text_encoder", tmp_path / "encoder")
+    (encoder / "model.safetensors").unlink()
+    shutil.copy(index, encoder / "model.safetensors.index.json")
+    with pytest.raises(CheckpointError, match="not a weight file in the same folder"):
+        copy_text_encoder(encoder, tmp_path / "copy")
+
+
+def feed(pipe):
+    """Lets a reader of the pipe go on, so that a failing test ends."""
+    os.write(os.open(pipe, os.O_RDWR | os.O_NONBLOCK), bytes(64))
+
+
+def test_a_pipe_in_place_of_a_text_encoder_is_refused(model_folder, tmp_path):
+    """Opening it would wait forever."""
+    encoder = shutil.copytree(model_folder / "text_encoder", tmp_path / "encoder")
+    (encoder / "model.safetensors").unlink()
+    os.mkfifo(encoder / "model.safetensors")
+    end_of_wait = threading.Timer(5, feed, [encoder / "model.safetensors"])
+    end_of_wait.start()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors does not exist"):
+        read_text_encoder(encoder)
+    end_of_wait.cancel()
+
+
+def test_an_error_in_an_index_is_reported_once(model_folder, tmp_path):
+    encoder = shutil.copytree(model_folder / "text_encoder", tmp_path / "encoder")
+    (encoder / "model.safetensors").unlink()
+    (encoder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="has no weight_map") as caught:
+        read_text_encoder(encoder)
+    assert "cannot be read" not in str(caught.value)
 
 
 def test_float16_refuses_values_that_it_cannot_store(small_cascade, model_folder, tmp_path):

@@ -315,6 +315,7 @@ def _truncate(folder: Path) -> None:
         (_truncate, "model.safetensors' cannot be read"),
         (_weights(lambda s: s.pop(BIAS)), f"'{BIAS}' is missing"),
         (_weights(lambda s: s.update(extra=torch.ones(1))), "'extra' is .*, but config.json expects no such"),
+        (_weights(lambda s: s.update({BIAS: s[BIAS].long()})), f"'{BIAS}' must contain floating-point"),
         (_weights(lambda s: s.pop("embeddings.word_embeddings.weight.scale")), "weight.scale' is missing"),
     ],
 )

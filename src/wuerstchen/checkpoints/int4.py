@@ -107,11 +107,13 @@ def _set_rows(key: str, weight: Tensor, exact: Tensor | None, rows: Tensor | Non
         or not exact.is_floating_point()
         or exact.shape != (len(rows), weight.shape[1])
         or bool(((rows < 0) | (rows >= len(weight))).any())
-        or not bool(torch.isfinite(exact).all())
+        or rows.unique().shape != rows.shape
+        or not bool(torch.isfinite(exact.float()).all())
     ):
         raise CheckpointError(
             f"'{key}.exact' and '{key}.exact_rows' do not fit {key!r} of shape {tuple(weight.shape)}. The "
-            "first must contain finite rows, the second their numbers as int32. Download the file again."
+            "first must contain finite rows, the second their different numbers as int32. Download the file "
+            "again."
         )
     weight[rows.long()] = exact.float()
 
@@ -132,13 +134,17 @@ def _unpacked(key: str, packed: Tensor, scale: Tensor | None) -> Tensor:
             "floating-point scales for each row, whose number divides twice the number of bytes. Download "
             "the file again."
         )
-    if not bool(torch.isfinite(scale).all()):
-        raise CheckpointError(f"tensor '{key}.scale' contains NaN or infinity. Download the file again.")
+    scale = scale.float()
+    if not bool(torch.isfinite(scale * _LOWEST).all()):
+        raise CheckpointError(
+            f"tensor '{key}.scale' contains NaN, infinity, or values too large for float32. Download the "
+            "file again."
+        )
     rows, half = packed.shape
     weight = torch.empty(rows, 2 * half, dtype=torch.float32, device=packed.device)
     weight[:, :half] = packed & 15
     weight[:, half:] = packed >> 4
-    weight.view(rows, scale.shape[1], 2 * half // scale.shape[1]).add_(_LOWEST).mul_(scale.float()[..., None])
+    weight.view(rows, scale.shape[1], 2 * half // scale.shape[1]).add_(_LOWEST).mul_(scale[..., None])
     return weight
 
 

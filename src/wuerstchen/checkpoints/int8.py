@@ -73,17 +73,24 @@ def dequantize(state: dict[str, Tensor]) -> dict[str, Tensor]:
             continue
         if tensor.dtype == torch.int8:
             scale = state.get(f"{key}.scale")
-            if scale is None or tensor.ndim == 0 or scale.shape != tensor.shape[:1]:
-                found = "missing" if scale is None else f"of shape {tuple(scale.shape)}"
+            if (
+                scale is None
+                or tensor.ndim == 0
+                or scale.shape != tensor.shape[:1]
+                or not scale.is_floating_point()
+            ):
+                found = "missing" if scale is None else f"{scale.dtype} of shape {tuple(scale.shape)}"
                 raise CheckpointError(
                     f"'{key}.scale' is {found}. The int8 weights {key!r} of shape {tuple(tensor.shape)} need "
-                    "a scale for each row. Download the file again."
+                    "a floating-point scale for each row. Download the file again."
                 )
-            if not bool(torch.isfinite(scale.float()).all()):
+            scale = scale.float()
+            if not bool(torch.isfinite(scale * (_LEVELS + 1)).all()):
                 raise CheckpointError(
-                    f"tensor '{key}.scale' contains NaN or infinity. Download the file again."
+                    f"tensor '{key}.scale' contains NaN, infinity, or values too large for float32. Download "
+                    "the file again."
                 )
-            restored[key] = tensor.float() * scale.float().view(-1, *[1] * (tensor.ndim - 1))
+            restored[key] = tensor.float() * scale.view(-1, *[1] * (tensor.ndim - 1))
         elif tensor.is_floating_point():
             restored[key] = tensor.float()
         else:

@@ -23,7 +23,7 @@ from wuerstchen.checkpoints.clip import (
     write_clip,
     write_clip_tokenizer,
 )
-from wuerstchen.checkpoints.files import MAX_DESCRIPTION, check_header, read_json
+from wuerstchen.checkpoints.files import MAX_DESCRIPTION, check_header, check_is_file, read_json
 from wuerstchen.checkpoints.int8 import dequantize
 from wuerstchen.checkpoints.shards import read_joined
 from wuerstchen.checkpoints.variants import files_of
@@ -171,6 +171,8 @@ def _read_word_pieces(path: Path, vocab_size: int) -> Tokenizer:
 
 def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The tensors of a safetensors file, and what its metadata says about how they are stored."""
+    if path.exists():
+        check_is_file(path)  # opening a pipe would wait forever
     check_header(path)
     with safe_open(path, framework="pt") as file:
         storage = (file.metadata() or {}).get(int4.METADATA_KEY)
@@ -186,6 +188,8 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
     """
     try:
         state, header = read_joined(path, _load)
+    except CheckpointError as error:
+        raise CheckpointError(f"{_quoted(path)}: {error}") from error
     except (OSError, SafetensorError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
@@ -227,6 +231,11 @@ def _read_bert(path: Path, config: dict[str, Any]) -> "BertModel":
             raise CheckpointError(
                 f"{_quoted(path)}: {key!r} is {found.get(key, 'missing')} in the file, but config.json "
                 f"expects {expected.get(key, 'no such tensor')}. Download both again."
+            )
+        if not state[key].is_floating_point():
+            raise CheckpointError(
+                f"{_quoted(path)}: {key!r} must contain floating-point numbers, got {state[key].dtype}. "
+                "Download it again."
             )
     model.load_state_dict(state, assign=True)
     # Two buffers that are not stored.

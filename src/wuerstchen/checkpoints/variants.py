@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from wuerstchen.checkpoints.files import read_json
-from wuerstchen.errors import CheckpointError
+from wuerstchen.errors import CheckpointError, shown
 
 _ENDINGS = (".safetensors", ".bin")
 _VARIANT = r"(?P<variant>\w+(?:-\w+)*)"
 _PREFERRED = ("fp16", "bf16")
+_MAX_NAME = 255
+"""Length limit of a file name in bytes. File systems raise ``OSError`` for longer ones."""
 
 
 def has_variant(folder: Path, variant: str) -> bool:
@@ -92,10 +94,11 @@ def _shards(index: Path) -> list[Path]:
     for name in names:
         if (
             not name.isprintable()
+            or len(name.encode()) > _MAX_NAME
             or Path(name).name != name
             or Path(name).suffix not in (".safetensors", ".bin")
         ):
             raise CheckpointError(
-                f"{index}: {name!r} is not a weight file in the same folder. Download the model again."
+                f"{index}: {shown(name)} is not a weight file in the same folder. Download the model again."
             )
     return [index.parent / name for name in names]
