@@ -11,7 +11,7 @@ from wuerstchen.checkpoints.native import read_parts
 from wuerstchen.cli import main
 from wuerstchen.data.open import open_source
 from wuerstchen.errors import UserError
-from wuerstchen.models.cascade import CascadeSettings
+from wuerstchen.models.cascade import PUBLISHED_STATISTICS, CascadeSettings
 from wuerstchen.models.compressor import Compressor
 from wuerstchen.models.decoder import Decoder
 from wuerstchen.models.previewer import Previewer
@@ -26,6 +26,7 @@ from wuerstchen.train.recorded_recipe import recipe_of
 from wuerstchen.train.report.events import Log
 from wuerstchen.train.run import TrainingRun, train
 from wuerstchen.train.stage_table import invalidated, needed_before, trained_phases
+from wuerstchen.train.stages.base import cascade_settings
 
 from ..configurations import with_optimization
 
@@ -229,6 +230,24 @@ def test_later_phases_are_not_fresh():
     second = dataclasses.replace(v2_stage_b(), only=("b2",), start_from="runs/b/model")
     assert (first.fresh, second.fresh) == (("b",), ())
     assert names(dataclasses.replace(v2_stage_c(), only=("c3", "c4"))) == ["c3", "c4"]
+
+
+def test_fresh_names_only_stages_of_the_recipe():
+    with pytest.raises(UserError, match="fresh must name trained stages, got b"):
+        dataclasses.replace(mini(), stages=("c",), fresh=("b",), only=("c",), start_from="m")
+
+
+def test_the_sampler_of_a_later_stage_c_stops_no_piece():
+    """Before Stage C the model has the published objective, which the sampler of flow matching does not
+    fit."""
+    prior = dataclasses.replace(mini().prior, prediction="flow")
+    recipe = dataclasses.replace(mini(), prior=prior, prior_sampler="euler")
+    start = CascadeSettings()
+    for only, sampler in (("a",), "ddpm"), (("b",), "ddpm"), (("b2", "a2"), "ddpm"), (("c",), "euler"):
+        of_piece = dataclasses.replace(recipe, only=only, start_from="m")
+        start = cascade_settings(of_piece, PUBLISHED_STATISTICS, start)
+        assert start.prior_sampler == sampler
+    assert cascade_settings(dataclasses.replace(recipe, only=("b2",), start_from="m"), PUBLISHED_STATISTICS)
 
 
 @pytest.mark.parametrize(

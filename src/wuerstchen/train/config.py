@@ -258,9 +258,9 @@ class Recipe:
         stages = dict.fromkeys(short for name, short in phases if name in self.only)
         firsts = {short: name for name, short in reversed(phases)}
         # What comes after the first phase of a stage continues its weights.
-        fresh = [stage for stage in self.fresh if stage in stages and firsts[stage] in self.only]
+        unused = {stage for stage in self.stages if stage not in stages or firsts[stage] not in self.only}
         object.__setattr__(self, "stages", tuple(s for s in self.stages if s in stages))
-        object.__setattr__(self, "fresh", tuple(fresh))
+        object.__setattr__(self, "fresh", tuple(s for s in self.fresh if s not in unused))
 
     def _check_stages(self) -> None:
         order = [kind.short for kind in selectable()]

@@ -371,12 +371,14 @@ def cascade_settings(
     if "b" in recipe.stages and decoder.objective is not None:
         objectives["decoder"] = decoder.objective(recipe)
     fitting = samplers_for(objectives["prior"].path)
-    sampler = settings.prior_sampler if settings.prior_sampler in fitting else fitting[0]
+    # A recipe that does not train Stage C may name a sampler for a later Stage C with another objective.
+    wanted = (recipe.prior_sampler, settings.prior_sampler)
+    sampler = next((name for name in wanted if name in fitting), fitting[0])
     return dataclasses.replace(
         settings,
         prior_objective=objectives["prior"],
         decoder_objective=objectives["decoder"],
-        prior_sampler=recipe.prior_sampler or sampler,
+        prior_sampler=sampler,
         prior_equal_steps=settings.prior_equal_steps or decoder.settings.prior_equal_steps,
         image_size=recipe.image_size,
         # 128 pixels are three positions of the semantic latents. The decoder's levels may need more.
