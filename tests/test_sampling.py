@@ -40,6 +40,13 @@ def test_a_size_is_two_sides_or_one():
             checked_size(wrong, 64)
 
 
+def test_a_message_about_an_interval_shows_the_start_of_a_long_value():
+    """A model.json may contain a list of any length."""
+    with pytest.raises(UserError, match="guidance_interval must be two times") as caught:
+        sampling.checked_interval("guidance_interval", [0.5] * 10**5)
+    assert len(str(caught.value)) < 300
+
+
 def test_one_value_stands_for_all_or_there_is_one_for_each():
     assert one_for_each("negative", ["x"], 2, 2) == ["x"] * 4
     assert one_for_each("negative", ["x", "y"], 2, 2) == ["x", "x", "y", "y"]

@@ -68,7 +68,7 @@ def checked_interval(name: str, value: Any) -> tuple[float, float]:
         or not 0 <= value[0] < value[1] <= 1
     ):
         raise UserError(
-            f"{name} must be two times with 0 <= LOW < HIGH <= 1, got {value!r}. (0, 1) guides all steps."
+            f"{name} must be two times with 0 <= LOW < HIGH <= 1, got {value!r:.80}. (0, 1) guides all steps."
         )
     return float(value[0]), float(value[1])
 

@@ -228,6 +228,18 @@ def test_guidance_applies_at_the_times_of_its_interval(name):
     assert seen == list(range(8))
 
 
+def test_the_limits_of_a_guidance_interval_belong_to_it():
+    """Times are float32: 0.8 is stored as 0.80000001."""
+    times, drawn = uniform_timesteps(10), []
+    predict, on_step = guided_within(
+        lambda x, t: drawn.append(round(float(t), 3)) or x, lambda x, t: x, (0.2, 0.8), times
+    )
+    for step, time in enumerate(times):
+        predict(torch.zeros(1), torch.tensor(time))
+        on_step(step, torch.zeros(1))
+    assert drawn == [0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]
+
+
 def test_every_step_is_reported():
     seen = []
     ddpm(

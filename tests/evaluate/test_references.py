@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from wuerstchen.errors import UserError
 from wuerstchen.evaluate import references as module
@@ -48,6 +49,23 @@ def test_shared_references_give_the_same_scores_and_are_encoded_once(
     assert len(composed) == 8
     # Two networks encode 8 drawn images in each evaluation, and 8 real images in the first one.
     assert sum(encoded) == 2 * (2 * 8 + 8)
+
+
+def test_references_may_have_another_path_of_the_same_folder(
+    small_model, emoji_set, use_simple_judges, monkeypatch
+):
+    use_simple_judges(monkeypatch)
+    monkeypatch.chdir(emoji_set.parent)
+    references = References(Path(emoji_set.name), CPU)
+    options = {**OPTIONS, "limit": 1, "lists": ("a",)}
+    assert evaluate(small_model, emoji_set, references=references, **options).lists.keys() == {"a"}
+
+
+def test_without_an_emoji_set_references_are_not_used(small_model, emoji_set, tmp_path):
+    """The report must not name data that nothing was scored on."""
+    Image.new("RGB", (32, 32)).save(tmp_path / "photo.png")
+    report = evaluate(small_model, photos=tmp_path, references=References(emoji_set, CPU), limit=1)
+    assert report.settings["data"] is None
 
 
 def test_references_of_other_data_are_refused(small_model, emoji_set, tmp_path):

@@ -114,8 +114,8 @@ def evaluate(
     entries = (
         {} if data is None else {name: select(name, options.splits, options.limit) for name in options.lists}
     )
-    if data is not None:
-        references = _references(data, model.device, references)
+    references = None if data is None else _references(data, model.device, references)
+    if references is not None:
         for part in entries.values():
             references.real.check(part)
     files = [] if photos is None else photo_files(photos)[: options.limit]
@@ -170,7 +170,7 @@ def _check_rows(rows: Sequence[Row], available: Sequence[Row]) -> None:
 def _references(data: Path, device: torch.device, shared: References | None) -> References:
     if shared is None:
         return References(data, device, keep=False)
-    if shared.data != data:
+    if Path(shared.data).resolve() != Path(data).resolve():
         raise UserError(f"references are of other data: {shared.data}. Use references of {data}.")
     return shared
 
