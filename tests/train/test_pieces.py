@@ -10,6 +10,7 @@ import wuerstchen
 from wuerstchen.checkpoints.native import read_parts
 from wuerstchen.cli import main
 from wuerstchen.data.open import open_source
+from wuerstchen.diffusion.objective import OBJECTIVES, make_objective
 from wuerstchen.errors import UserError
 from wuerstchen.models.cascade import PUBLISHED_STATISTICS, CascadeSettings
 from wuerstchen.models.compressor import Compressor
@@ -158,6 +159,29 @@ def test_frozen_networks_are_on_the_device_of_the_run(only, frozen, tmp_path, mo
     with pytest.raises(InterruptedError):
         run.train_stages()
     assert seen == {name: {device} for name in frozen}
+
+
+@pytest.mark.parametrize("prediction", OBJECTIVES)
+def test_a_refinement_of_stage_a_samples_by_the_objective_of_the_start(prediction, tmp_path, monkeypatch):
+    """Stage B is not trained in this piece, so the recipe does not say what it predicts."""
+    recipe, seen = piece(("a2",), "start"), []
+    decoder = dataclasses.replace(recipe.decoder, prediction=prediction)
+    parts = Parts(
+        vqgan=VQGAN(recipe.vqgan), decoder=Decoder(decoder), compressor=Compressor(recipe.compressor)
+    )
+
+    def run_stage(self, stage, phase, multiple):
+        seen.append(stage.objective)
+        raise InterruptedError
+
+    monkeypatch.setattr(TrainingRun, "run_stage", run_stage)
+    settings = CascadeSettings(decoder_objective=make_objective(prediction))
+    start = InitialWeights(settings=settings, parts=parts)
+    log, sources = Log(tmp_path / "log.jsonl", writes=False), {recipe.data: open_source("sample")}
+    run = TrainingRun(recipe, tmp_path, sources, start, Processes(torch.device("cpu")), log)
+    with pytest.raises(InterruptedError):
+        run.train_stages()
+    assert seen == [make_objective(prediction)]
 
 
 @pytest.mark.gpu

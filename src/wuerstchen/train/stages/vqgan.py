@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from wuerstchen.images import to_images
-from wuerstchen.models.cascade import PUBLISHED_STATISTICS, Cascade
+from wuerstchen.models.cascade import Cascade
 from wuerstchen.models.compressor import compressor_input
 from wuerstchen.models.decoder import Decoder
 from wuerstchen.models.efficientnet import EfficientNetLite
@@ -26,7 +26,6 @@ from wuerstchen.train.stages.base import (
     NamedPhase,
     Run,
     StageKind,
-    cascade_settings,
     encoded_captions,
     full_precision,
     in_chunks,
@@ -313,7 +312,7 @@ def train_refinement(run: Run) -> None:
     assert isinstance(parts.decoder, Decoder)  # v2's: recipes of v1 have no such phase
     run.seed_weights("a2")
     frozen = Cascade(
-        settings=cascade_settings(recipe, PUBLISHED_STATISTICS),
+        settings=run.settings_of_model(),  # with the objective of a Stage B from the start
         vqgan=vqgan,
         decoder=parts.decoder,
         compressor=parts.compressor,
