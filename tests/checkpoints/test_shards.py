@@ -25,7 +25,7 @@ NETWORKS = ("decoder", "prior", "compressor")
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    """The networks of the tests are smaller than any limit that is of use."""
+    """The networks of the tests are smaller than the smallest limit."""
     monkeypatch.setattr(shards, "LEAST", 1000)
 
 
@@ -137,7 +137,7 @@ def test_other_sizes_are_refused(text):
 
 
 def test_a_tensor_is_never_cut(tmp_path):
-    """A file larger than the limit would break the promise without a word."""
+    """Bug: a file is larger than the limit, without an error."""
     save_file({"small": torch.ones(10), "large": torch.ones(30_000)}, tmp_path / "a.safetensors")
     with pytest.raises(UserError, match=r"largest tensor of a\.safetensors, 'large' with 120,000 bytes"):
         split_files(tmp_path, "100KB")

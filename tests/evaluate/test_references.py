@@ -71,5 +71,5 @@ def test_without_an_emoji_set_references_are_not_used(small_model, emoji_set, tm
 def test_references_of_other_data_are_refused(small_model, emoji_set, tmp_path):
     references = References(emoji_set, CPU)
     references.data = Path("other")
-    with pytest.raises(UserError, match=f"other data: other. Use references of {emoji_set}"):
+    with pytest.raises(UserError, match=f"of the evaluated data set, {emoji_set}, got those of other"):
         evaluate(small_model, emoji_set, references=references, **OPTIONS)

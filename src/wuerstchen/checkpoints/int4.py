@@ -1,4 +1,4 @@
-"""Weights stored in 4 bits with one scale per group of columns. The bundled word embeddings use it.
+"""Weights stored in 4 bits with one scale per group of columns, for the word embeddings of text encoders.
 
 Two values share a byte. With groups of 32 columns, a matrix takes 4.5 bits per value. A few rows can also be
 stored in float16: rows with a very large value, which makes the scale too coarse for the rest of its group.
@@ -34,13 +34,13 @@ def quantize_groups(
     one scale of either sign for ``group_size`` consecutive columns of a row. The low 4 bits of byte ``j`` are
     the value of column ``j`` plus 8, and the high 4 bits are that of column ``columns / 2 + j``.
 
-    ``sensitivity`` is a symmetric, positive definite matrix S. Values and scales are chosen so that
-    ``error · S · errorᵀ`` is small in each row: first by the best of several scales per group, then by turns
-    for one column given all others, and for all scales of a row given its values. Without it, the squared
-    error is minimized.
+    ``sensitivity`` is a symmetric, positive definite matrix S. Values and scales are chosen to make
+    ``error · S · errorᵀ`` small in each row. Each group starts with the best of several scales. Then the
+    values of one column after another and all scales of a row are updated in turn. Without ``sensitivity``,
+    the squared error is minimized.
 
     The ``exact`` rows with the largest such error, relative to ``row · S · rowᵀ``, are also stored in
-    float16, in ``KEY.exact``, with their numbers in ``KEY.exact_rows`` as int32.
+    float16, in ``KEY.exact``, with their row numbers in ``KEY.exact_rows`` as int32.
 
     Raises ``CheckpointError`` for NaN, infinity, values too large for float16, and a number of columns that
     is odd or not a multiple of ``group_size``.
@@ -131,8 +131,8 @@ def _unpacked(key: str, packed: Tensor, scale: Tensor | None) -> Tensor:
         found = "missing" if scale is None else f"{scale.dtype} of shape {tuple(scale.shape)}"
         raise CheckpointError(
             f"'{key}.scale' is {found}. The 4-bit weights {key!r} of shape {tuple(packed.shape)} need "
-            "floating-point scales for each row, whose number divides twice the number of bytes. Download "
-            "the file again."
+            "floating-point scales for each row. Their number must divide the number of columns, which is "
+            "twice the number of bytes. Download the file again."
         )
     scale = scale.float()
     if not bool(torch.isfinite(scale * _LOWEST).all()):
@@ -179,7 +179,7 @@ def _first_scales(weight: Tensor, group_size: int, weights: Tensor) -> Tensor:
         for sign in (1, -1):
             scale = largest * (sign * clip / _LOWEST)
             values = _rounded(groups, torch.where(scale == 0, 1, scale))
-            # The least squares for these values. Zeros in a group of zeros.
+            # The least-squares scale for these values. It is 0 for a group of zeros.
             scale = (weights * values * groups).sum(2, True) / (weights * values * values).sum(2, True)
             scale = scale.nan_to_num(0, 0, 0).half().float()
             error = groups - _rounded(groups, torch.where(scale == 0, 1, scale)) * scale
@@ -190,7 +190,7 @@ def _first_scales(weight: Tensor, group_size: int, weights: Tensor) -> Tensor:
 
 
 def _improved_values(weight: Tensor, values: Tensor, divisor: Tensor, sensitivity: Tensor) -> Tensor:
-    """Chooses the values of each column anew, given those of all other columns."""
+    """Updates the values of one column after another, with those of all other columns fixed."""
     values, error = values.clone(), weight - values * divisor
     for column in range(weight.shape[1]):
         own = divisor[:, column]
@@ -202,7 +202,7 @@ def _improved_values(weight: Tensor, values: Tensor, divisor: Tensor, sensitivit
 
 
 def _improved_scales(weight: Tensor, values: Tensor, scale: Tensor, sensitivity: Tensor) -> Tensor:
-    """The least squares for all scales of a row at once. Scales that it cannot tell stay as they are."""
+    """Solves for all scales of a row by least squares. Scales without a solution stay as they are."""
     rows, groups = scale.shape
     size = weight.shape[1] // groups
     apart = torch.zeros(rows, groups, groups, size, dtype=torch.float32, device=weight.device)

@@ -18,7 +18,7 @@ from wuerstchen.errors import CheckpointError, UserError
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 LEAST = 2**20
-"""The smallest size limit in bytes. Below it, the headers of shards would count."""
+"""The smallest size limit in bytes. In smaller shards, the header would take much of the space."""
 
 
 def size_in_bytes(text: str) -> int:
@@ -57,8 +57,8 @@ def _split(path: Path, limit: int) -> None:
     room = limit - (path.stat().st_size - data)  # a shard's header is no longer than that of the whole file
     if tensors[largest].nbytes > room:
         raise UserError(
-            f"max_shard_size must hold the largest tensor of {path.name}, {largest!r} with "
-            f"{tensors[largest].nbytes:,} bytes, and the header, got {limit:,} bytes. Use a larger size."
+            f"max_shard_size must be large enough for the header and the largest tensor of {path.name}, "
+            f"{largest!r} with {tensors[largest].nbytes:,} bytes, got {limit:,} bytes. Use a larger size."
         )
     plan = split_state_dict_into_shards_factory(
         tensors,
@@ -76,7 +76,7 @@ def _split(path: Path, limit: int) -> None:
 def read_joined(
     path: Path, read: Callable[[Path], tuple[dict[str, Tensor], dict[str, Any]]]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the header of a file, or of its shards if there is no such file but their index.
+    """Reads the tensors and the header of a file, or of its shards if only their index exists.
 
     ``read`` reads one file. Raises ``CheckpointError`` for shards that do not belong together.
     """

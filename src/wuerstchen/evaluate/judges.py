@@ -30,7 +30,7 @@ from wuerstchen.pipeline import BUNDLED
 
 JUDGES = Path(__file__).parent / "judges.safetensors"
 CAPTIONS = "judged_captions.safetensors"
-"""The file beside the heads with the embeddings of the captions in the lists."""
+"""The file with the embeddings of the captions in the lists, in the folder of the heads."""
 NETWORK: FeatureName = "efficientnet_lite1"
 """The network whose features the judges read."""
 
@@ -113,7 +113,7 @@ class Judges:
 
     @torch.no_grad()
     def embed_captions(self, captions: Sequence[str]) -> Float[Tensor, "m e"]:
-        """Embeddings of length 1, without encoding a caption twice."""
+        """Embeddings of length 1. Each caption is encoded only once."""
         new = [caption for caption in captions if caption not in self.known]
         if new:
             embedded = self.heads.embed_texts(pooled_states(self.encoder, new))
@@ -158,7 +158,7 @@ def load_judges(device: torch.device | str = "cpu", path: Path = JUDGES) -> Judg
 
 
 def write_captions(judges: Judges, path: Path) -> None:
-    """Stores the embeddings of the captions in the lists beside the heads in the file ``path``, in float16.
+    """Stores the embeddings of the captions in the lists in float16, next to the heads in the file ``path``.
 
     Raises ``CheckpointError`` if the file cannot be written.
     """

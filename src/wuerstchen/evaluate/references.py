@@ -1,4 +1,4 @@
-"""What evaluations on one data set have in common: the real images with their features, and the judges."""
+"""Real images with their features, and judges, for several evaluations on one data set."""
 
 import functools
 import hashlib
@@ -73,7 +73,7 @@ class _KeptImages(RealImages):
 
 
 class _KeptFeatures:
-    """Features that are computed only once for a real image, and each time for any other."""
+    """Computes the features of images, and keeps those of real images."""
 
     def __init__(self, network: Callable[[Tensor], Features], real: _KeptImages) -> None:
         self.network = network

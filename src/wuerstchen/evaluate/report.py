@@ -171,7 +171,10 @@ def _references(data: Path, device: torch.device, shared: References | None) -> 
     if shared is None:
         return References(data, device, keep=False)
     if Path(shared.data).resolve() != Path(data).resolve():
-        raise UserError(f"references are of other data: {shared.data}. Use references of {data}.")
+        raise UserError(
+            f"references must be of the evaluated data set, {data}, got those of {shared.data}. "
+            "Use References with this data set."
+        )
     return shared
 
 
