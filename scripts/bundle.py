@@ -40,10 +40,20 @@ def main() -> None:
         write_cascade(cascade, small, provenance, STORAGE, text_encoder=source / "text_encoder")
         for name in ("model.json", *(f"{part}.safetensors" for part in NETWORKS)):
             shutil.move(small / name, BUNDLED / name)
-        for file in sorted((small / "text_encoder").iterdir()):
-            shutil.move(file, BUNDLED / "text_encoder" / file.name)
+        _replace_text_encoder(small / "text_encoder", BUNDLED / "text_encoder")
     size = sum(file.stat().st_size for file in BUNDLED.rglob("*") if file.suffix != ".md")
     print(f"{size / 1e6:.1f} MB in {BUNDLED}")
+
+
+def _replace_text_encoder(new: Path, folder: Path) -> None:
+    """Moves the files of the text encoder ``new`` into ``folder``, and removes the old weights there.
+
+    If the new weights are in shards, the old file would be read instead of them.
+    """
+    for old in folder.glob("model*.safetensors*"):
+        old.unlink()
+    for file in sorted(new.iterdir()):
+        shutil.move(file, folder / file.name)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def test_a_complete_model_round_trips(model_folder, small_cascade):
             assert torch.equal(tensor, theirs[part].state_dict()[name]), (part, name)
 
 
-def test_a_guidance_interval_is_stored_only_where_there_is_one(model_folder, small_cascade, tmp_path):
+def test_a_guidance_interval_is_stored_only_if_it_is_set(model_folder, small_cascade, tmp_path):
     """Versions without this setting refuse a ``model.json`` that has it."""
     name = "prior_guidance_interval"
     assert name not in json.loads((model_folder / "model.json").read_text())["settings"]

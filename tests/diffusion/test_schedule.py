@@ -71,7 +71,7 @@ def test_training_timesteps():
 
 
 @pytest.mark.parametrize("shift", [0.5, 1.0, 2.0])
-def test_logit_normal_timesteps_keep_the_published_share_of_pure_noise(shift):
+def test_logit_normal_timesteps_keep_the_published_fraction_of_pure_noise(shift):
     """All others have a standard normal logit, cut off at the published limits, before the shift."""
     u = torch.arange(0, 1, 1e-4, dtype=torch.float64)
     t = training_timesteps(u, shift, "logit_normal")

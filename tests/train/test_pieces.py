@@ -288,7 +288,7 @@ def test_impossible_selections_are_refused(only, start, message):
         dataclasses.replace(mini(), only=only, start_from=start)
 
 
-def test_a_phase_in_stages_is_told_the_option():
+def test_a_phase_named_in_stages_gets_a_hint_at_only():
     """Run folders and logs call it a stage."""
     with pytest.raises(UserError, match=r"whole stages, got b2, a phase of a stage\. Use --only b2 "):
         dataclasses.replace(mini(), stages=("b2",), start_from="m")

@@ -186,7 +186,7 @@ def test_a_phase_does_not_keep_the_networks_of_the_phase_before(monkeypatch):
     assert len(earlier) == 4
 
 
-def test_the_previewer_has_a_say_in_the_latents(cascade):
+def test_the_loss_of_the_previewer_trains_the_compressor(cascade):
     """The compressor's gradient is that of both losses, with the weight given."""
     batch, found = make_batch(128), {}
     for weight in (0.0, 1.0, 3.0):
