@@ -155,6 +155,8 @@ def time_training(options: argparse.Namespace, seed: int) -> float:
     before = json.loads(record.read_text())["seconds"] if record.exists() else 0.0
     if not record.exists() and folder.exists():
         sys.exit(f"{folder} exists, and nobody has measured its time. Use another --run-dir.")
+    if (folder / "model" / "model.json").exists():  # only scoring has failed
+        return before / 60
     command = [sys.executable, __file__, options.configuration, "--train-here", "--seeds", str(seed)]
     command += ["--data", str(options.data), "--run-dir", str(options.run_dir), "--device", options.device]
     command += ["--workers", str(options.workers), "--set", *options.set]
@@ -298,7 +300,9 @@ def main() -> None:
     if options.join:
         files = sorted(options.run_dir.glob(f"{options.configuration}-*.json"))
         found = [json.loads(file.read_text()) for file in files if file.suffixes == [".json"]]
-        add_row(found, options.rows) if found else sys.exit(f"{options.run_dir} has no results to join.")
+        if not found:
+            sys.exit(f"{options.run_dir} has no results to join.")
+        add_row(found, options.rows)
         return
     results = [result_of(options, seed) for seed in options.seeds]
     if len(results) > 1:

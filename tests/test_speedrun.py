@@ -128,6 +128,10 @@ def test_every_process_of_a_training_adds_its_time(speedrun, tmp_path, monkeypat
         speedrun.time_training(given, 0)
     assert signals == [speedrun.signal.SIGTERM]
     assert speedrun.time_training(given, 0) == pytest.approx(4.0)
+    model = tmp_path / "runs" / "fast-0" / "model"
+    model.mkdir(parents=True)
+    (model / "model.json").touch()
+    assert speedrun.time_training(given, 0) == pytest.approx(4.0)  # finished: no process is started
 
 
 def test_a_run_folder_of_unknown_age_is_refused(speedrun, tmp_path):
