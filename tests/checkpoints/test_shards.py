@@ -13,7 +13,14 @@ from safetensors.torch import save_file
 
 from wuerstchen.checkpoints import hub, shards
 from wuerstchen.checkpoints.layouts import convert, read_model, weight_files
-from wuerstchen.checkpoints.native import read_cascade, read_network, read_parts, read_tensors, write_tensors
+from wuerstchen.checkpoints.native import (
+    read_cascade,
+    read_network,
+    read_parts,
+    read_tensors,
+    write_parts,
+    write_tensors,
+)
 from wuerstchen.checkpoints.shards import size_in_bytes, split_files
 from wuerstchen.checkpoints.text_encoder import copy_text_encoder, read_text_encoder
 from wuerstchen.cli import main
@@ -117,6 +124,23 @@ def test_the_diffusers_layout_is_split_too(write_published, tmp_path):
     convert(published, parts, "diffusers", storage="float16", max_shard_size=f"{largest * 0.9 / 1000:.1f}KB")
     assert any(parts.rglob("*-00001-of-*.safetensors"))
     assert_equal(read_model(parts), read_model(whole))
+
+
+def test_additional_files_of_a_stage_are_not_split(small_cascade, model_folder, tmp_path):
+    """Bug: they were split, and their readers found no file."""
+    limit = limit_of(model_folder, "vqgan")
+
+    def write_extra(folder):
+        save_file({name: torch.ones(limit // 4) for name in "ab"}, folder / "adapter.safetensors")
+
+    folder = tmp_path / "model"
+    provenance = {"vqgan": read_network(model_folder / "vqgan.safetensors")[1]}
+    networks, size = {"vqgan": small_cascade.vqgan}, f"{limit / 1000:.3f}KB"
+    write_parts(
+        small_cascade.settings, networks, folder, provenance, write_extra=write_extra, max_shard_size=size
+    )
+    assert (folder / "vqgan.safetensors.index.json").is_file()
+    assert (folder / "adapter.safetensors").is_file()
 
 
 def test_layouts_that_cannot_be_split_are_refused(model_folder, tmp_path):

@@ -213,8 +213,9 @@ def write_parts(
 ) -> None:
     """``write_cascade`` for a model that may be incomplete, for example Stage A alone.
 
-    ``write_extra`` may write additional files into the temporary folder before it is renamed. Weight files
-    larger than ``max_shard_size``, such as ``16MB``, are split.
+    ``write_extra`` may write additional files into the temporary folder before it is renamed. Files of
+    networks that are larger than ``max_shard_size``, such as ``16MB``, are split, but no additional ones:
+    their readers may not read shards.
     """
     with new_folder(folder) as partial:
         parts = [part for part in networks if part in NETWORKS]
@@ -231,6 +232,8 @@ def write_parts(
             else:
                 continue
             parts.append(part)
+        if max_shard_size:
+            split_files(partial, max_shard_size)
         if write_extra is not None:
             write_extra(partial)
         objectives = {part: _named(settings, part) for part in OF_OBJECTIVES if part in _diffusing(networks)}
@@ -246,8 +249,6 @@ def write_parts(
             "settings": values,
         }
         write_json(partial / "model.json", description)
-        if max_shard_size:
-            split_files(partial, max_shard_size)
 
 
 IN_FILES = {"latent_statistics": "map_statistics"}
