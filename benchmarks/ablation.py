@@ -18,9 +18,8 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from held_out import IMAGES as HELD_OUT_IMAGES
 from held_out import errors_on, held_out_images
 from recipe_changes import C32, DEPTHS, MUON_B, MUON_C, parse_change, with_changes
 from scoring import scores
-from timed_training import machine, share_images, timed_training
+from timed_training import OneProcess, machine, share_images, timed_training
 from torch import nn
 
 from wuerstchen.checkpoints.native import read_network, read_parts, write_network
@@ -372,7 +371,7 @@ def run_all(options: argparse.Namespace) -> list[str]:
                 traceback.print_exc()
                 failed.append(name)
 
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with OneProcess() as process:
         for name in options.variants:
             left = options.minutes - (time.monotonic() - began) / 60
             if longest > left:
@@ -392,7 +391,7 @@ def run_all(options: argparse.Namespace) -> list[str]:
             torch.cuda.empty_cache()
             for trained in rows:
                 print(json.dumps(trained), flush=True)
-                scoring = pool.submit(score, trained["name"], options)
+                scoring = process.submit(score, trained["name"], options)
                 waiting.append((trained["name"], trained, scoring))
             collect(False)
         collect(True)

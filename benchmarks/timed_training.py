@@ -1,8 +1,12 @@
 """Trainings for the benchmarks that write rows of docs/experiments.jsonl: their minutes, speed and errors."""
 
+import json
 import time
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -13,20 +17,51 @@ from wuerstchen.train.report.events import read_events
 
 
 def timed_training(recipe: Recipe, folder: Path, stage: str, device: str | None = None) -> dict[str, Any]:
-    """Trains a recipe. Returns the part of a row about the training. The speed is that of ``stage``."""
+    """Trains a recipe. Returns the part of a row about the training. The speed is that of ``stage``.
+
+    It is also stored in the run folder, and for a finished training the stored part is returned, with the
+    minutes that the training took.
+    """
+    kept = folder / "training.json"
     began = time.monotonic()
     run.train(recipe, folder, device=device, monitor=RunMonitor(rehearse=False))
+    if kept.exists():
+        return json.loads(kept.read_text(encoding="utf-8"))
     minutes = (time.monotonic() - began) / 60
     events = read_events(folder / "log.jsonl")
     progress = [event for event in events if event["event"] == "progress"]
     rates = sorted(event["images_per_second"] for event in progress if event["stage"] == stage)
     validation = [event for event in events if event["event"] == "validation"]
-    return {
+    found = {
         "minutes": round(minutes, 2),
         "images_per_second": rates[len(rates) // 2],
         "loss": progress[-1]["loss"],
         "validation": validation[-1] if validation else None,
     }
+    kept.write_text(json.dumps(found), encoding="utf-8")
+    return found
+
+
+class OneProcess:
+    """Another process that calls functions in turn. If it was killed, a new one takes the later calls."""
+
+    def __enter__(self) -> Self:
+        self._pool = self._start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def submit(self, function: Any, *inputs: Any) -> Future[Any]:
+        """The result of ``function(*inputs)``, which has to be importable, as a future."""
+        try:
+            return self._pool.submit(function, *inputs)
+        except BrokenProcessPool:
+            self._pool = self._start()
+            return self._pool.submit(function, *inputs)
+
+    def _start(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(1, mp_context=get_context("spawn"))
 
 
 def once(fill_image_cache: Any) -> Any:

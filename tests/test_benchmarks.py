@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -228,6 +229,30 @@ def test_variants_of_the_ablation_share_their_composed_images(benchmarks):
     feed, other = SimpleNamespace(seed=1, size=8), SimpleNamespace(seed=2, size=8)
     assert [once(one, 4, 0, None) for one in (feed, feed, other)] == [1, 1, 2]
     assert timed_training.run_phase.fill_image_cache is image_cache.fill_image_cache
+
+
+def test_a_killed_scoring_does_not_end_the_next_one(benchmarks):
+    """Of four variants on a rented GPU, the last three were lost with the first one's scoring."""
+    import timed_training
+
+    with timed_training.OneProcess() as process:
+        killed = process.submit(os._exit, 1)
+        assert isinstance(killed.exception(), BrokenProcessPool)
+        assert process.submit(abs, -2).result() == 2
+
+
+def test_a_finished_training_keeps_its_minutes(benchmarks, tmp_path, monkeypatch):
+    """A run that was only scored again had 0.05 minutes in its row."""
+    import timed_training
+
+    times = iter([0.0, 300.0, 300.0, 301.0])
+    monkeypatch.setattr(timed_training.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(timed_training.run, "train", lambda *_, **__: None)
+    progress = {"event": "progress", "stage": "c", "images_per_second": 10.0, "loss": 0.5}
+    (tmp_path / "log.jsonl").write_text(json.dumps(progress) + "\n")
+    first = timed_training.timed_training(tiny(), tmp_path, "c")
+    assert (first["minutes"], first["images_per_second"], first["loss"]) == (5.0, 10.0, 0.5)
+    assert timed_training.timed_training(tiny(), tmp_path, "c") == first
 
 
 def test_the_page_of_experiments_is_made_from_its_rows():
