@@ -8,14 +8,11 @@ sampling settings and rows of transfer.py. With
 --check nothing is written, and the exit code is 1 if the page is not up to date.
 """
 
-import argparse
-import json
 import statistics
-import sys
-from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).parents[1] / "docs"
+from pages import shown, write_page
+
 HEAD = """# Experiments on the bundled model
 
 One row per training run, made by `scripts/experiments_table.py` from
@@ -107,7 +104,7 @@ def _origin(row: dict[str, Any]) -> str:
 
 
 def _note(row: dict[str, Any], of: str, unchanged: str) -> str:
-    changed = ", ".join(f"`{name}={_shown(value)}`" for name, value in row["changed"].items())
+    changed = ", ".join(f"`{name}={shown(value)}`" for name, value in row["changed"].items())
     seen = f" Seen: {row['seen']}" if "seen" in row else ""
     return (
         f"- **{row['name']}** ({row['date']}, {row['machine']}, {of}): {changed or unchanged}. "
@@ -142,23 +139,5 @@ def _line(row: dict[str, Any]) -> str:
     return f"| {' | '.join([*_training(row), *_scores(row, COLUMNS), row['kept']])} |\n"
 
 
-def _shown(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true")
-    options = parser.parse_args()
-    lines = (DOCS / "experiments.jsonl").read_text(encoding="utf-8").splitlines()
-    made, path = page([json.loads(line) for line in lines]), DOCS / "experiments.md"
-    if not options.check:
-        path.write_text(made, encoding="utf-8")
-    elif not path.exists() or path.read_text(encoding="utf-8") != made:
-        sys.exit("docs/experiments.md is not up to date. Run python scripts/experiments_table.py.")
-
-
 if __name__ == "__main__":
-    main()
+    write_page("experiments", page, __doc__)

@@ -6,14 +6,11 @@ benchmarks/speedrun.py writes the rows. With --check nothing is written, and the
 not up to date.
 """
 
-import argparse
-import json
 import statistics
-import sys
-from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).parents[1] / "docs"
+from pages import shown, write_page
+
 HEAD = """# Speedrun
 
 How many minutes of one GPU it takes to train the bundled model's three stages from nothing to a pooled R@1 of
@@ -38,7 +35,7 @@ def page(rows: list[dict[str, Any]]) -> str:
     parts += [_line(row, phases) for row in rows]
     parts.append("\n")
     for row in rows:
-        changed = ", ".join(f"`{name}={_shown(value)}`" for name, value in row["changed"].items())
+        changed = ", ".join(f"`{name}={shown(value)}`" for name, value in row["changed"].items())
         parts.append(f"- **{row['configuration']}** ({row['date']}): {changed or 'the recipe as it is'}.\n")
     return "".join(parts)
 
@@ -53,23 +50,5 @@ def _line(row: dict[str, Any], phases: list[str]) -> str:
     return f"| {' | '.join([*cells, 'yes' if row['reached'] else 'no'])} |\n"
 
 
-def _shown(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true")
-    options = parser.parse_args()
-    lines = (DOCS / "speedrun.jsonl").read_text(encoding="utf-8").splitlines()
-    made, path = page([json.loads(line) for line in lines]), DOCS / "speedrun.md"
-    if not options.check:
-        path.write_text(made, encoding="utf-8")
-    elif not path.exists() or path.read_text(encoding="utf-8") != made:
-        sys.exit("docs/speedrun.md is not up to date. Run python scripts/speedrun_table.py.")
-
-
 if __name__ == "__main__":
-    main()
+    write_page("speedrun", page, __doc__)

@@ -3,13 +3,14 @@
 import contextlib
 import dataclasses
 import hashlib
+import importlib
 import json
 import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -46,6 +47,18 @@ def _fill(name: str, tensor: torch.Tensor) -> torch.Tensor:
         return draw.abs() + 0.5
     fan_in = max(tensor[0].numel(), 1) if tensor.ndim > 1 else 25
     return draw / fan_in**0.5
+
+
+@pytest.fixture
+def script(monkeypatch) -> Callable[[str], ModuleType]:
+    """Imports a file of ``benchmarks`` or ``scripts``, such as ``benchmarks/speedrun``."""
+
+    def imported(place: str) -> ModuleType:
+        folder, name = place.split("/")
+        monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / folder))
+        return importlib.import_module(name)
+
+    return imported
 
 
 @pytest.fixture

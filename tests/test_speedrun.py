@@ -12,19 +12,13 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
-def speedrun(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import speedrun
-
-    return speedrun
+def speedrun(script):
+    return script("benchmarks/speedrun")
 
 
 @pytest.fixture
-def table(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import speedrun_table
-
-    return speedrun_table
+def table(script):
+    return script("scripts/speedrun_table")
 
 
 def options(speedrun, *words):

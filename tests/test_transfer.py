@@ -1,19 +1,13 @@
 """The check at a larger size: what it trains, and its rows."""
 
 import json
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-
 
 @pytest.fixture
-def transfer(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import transfer
-
-    return transfer
+def transfer(script):
+    return script("benchmarks/transfer")
 
 
 def options(transfer, tmp_path, *words):
@@ -39,7 +33,7 @@ def test_both_variants_are_stage_c_of_v2_on_12x12_latents(transfer, tmp_path):
     assert winner.prepared_images == base.prepared_images  # the same images
 
 
-def test_a_row_has_a_line_on_the_page_of_experiments(transfer, tmp_path, monkeypatch):
+def test_a_row_has_a_line_on_the_page_of_experiments(transfer, script, tmp_path, monkeypatch):
     found = {"minutes": 9.5, "images_per_second": 1800.0, "loss": 0.1, "validation": {"bins": [0.1, 0.2]}}
     monkeypatch.setattr(transfer, "timed_training", lambda recipe, folder, stage, device: found)
     monkeypatch.setattr(transfer, "share_images", lambda: None)
@@ -48,9 +42,6 @@ def test_a_row_has_a_line_on_the_page_of_experiments(transfer, tmp_path, monkeyp
     transfer.main()
     rows = [json.loads(line) for line in given.rows.read_text().splitlines()]
     assert [row["name"] for row in rows] == ["t-base", "t-winner"]
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import experiments_table
-
-    page = experiments_table.page(rows)
+    page = script("scripts/experiments_table").page(rows)
     assert "| t-winner | 1.02 | 9.5 | 1,800 | 0.1500 |  |" in page
     assert "`stage_c.optimization.optimizer=muon`. Predicted: error -3 %." in page

@@ -3,7 +3,6 @@
 import copy
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,24 +13,17 @@ from wuerstchen.errors import UserError
 from wuerstchen.models.prior import Prior
 from wuerstchen.pipeline import Sampling, Wuerstchen
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def sweep(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import sampling_sweep
-
-    return sampling_sweep
+def sweep(script):
+    return script("benchmarks/sampling_sweep")
 
 
 @pytest.fixture
-def table(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import experiments_table
-
-    return experiments_table
+def table(script):
+    return script("scripts/experiments_table")
 
 
 @pytest.fixture

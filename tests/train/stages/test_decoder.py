@@ -127,6 +127,21 @@ def test_refinement_reads_images_only_for_the_feature_loss(cascade, network):
             assert ("images" in inputs_of(stage, batch, CPU)) == (weight > 0)
 
 
+def train_stage_b(recipe, train_phase, updates=True):
+    """Trains Stage B with ``train_phase`` in place of the loop."""
+    DECODER_STAGE.train(
+        a_run(
+            recipe=recipe,
+            device=CPU,
+            start=InitialWeights(),
+            parts=Parts(vqgan=VQGAN(recipe.vqgan)),
+            makes_updates=updates,
+            is_new=lambda name: False,
+            train_phase=train_phase,
+        )
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "updates", "loaded"),
     [
@@ -147,17 +162,7 @@ def test_the_network_is_loaded_where_it_is_used(changes, updates, loaded, monkey
         seen.append(stage.perceptual is not None)
         return lambda network, name: stage.networks[name]
 
-    DECODER_STAGE.train(
-        a_run(
-            recipe=recipe,
-            device=CPU,
-            start=InitialWeights(),
-            parts=Parts(vqgan=VQGAN(recipe.vqgan)),
-            makes_updates=updates,
-            is_new=lambda name: False,
-            train_phase=train_phase,
-        )
-    )
+    train_stage_b(recipe, train_phase, updates)
     assert seen == [loaded] * (1 + ("refine_images" in changes))
 
 
@@ -172,17 +177,7 @@ def test_a_phase_does_not_keep_the_networks_of_the_phase_before(monkeypatch):
         earlier.extend(map(weakref.ref, stage.networks.values()))
         return lambda network, name: network
 
-    DECODER_STAGE.train(
-        a_run(
-            recipe=recipe,
-            device=CPU,
-            start=InitialWeights(),
-            parts=Parts(vqgan=VQGAN(recipe.vqgan)),
-            makes_updates=True,
-            is_new=lambda name: False,
-            train_phase=train_phase,
-        )
-    )
+    train_stage_b(recipe, train_phase)
     assert len(earlier) == 4
 
 
