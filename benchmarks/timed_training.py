@@ -65,11 +65,11 @@ class OneProcess:
 
 
 def once(fill_image_cache: Any) -> Any:
-    """Makes ``fill_image_cache`` remember its last result: all variants have the same seed, data and size."""
-    kept: dict[tuple[int, int, int], Any] = {}
+    """Makes ``fill_image_cache`` remember its last result, which most variants share."""
+    kept: dict[tuple[int, int, int, float], Any] = {}
 
     def filled(feed: Any, count: int, workers: int, device: torch.device) -> Any:
-        key = (feed.seed, feed.size, count)
+        key = (feed.seed, feed.size, count, feed.mirrored)
         if key not in kept:
             kept.clear()
             kept[key] = fill_image_cache(feed, count, workers, device)

@@ -127,6 +127,7 @@ def test_the_model_is_whole_and_its_statistics_are_those_of_the_maps(runs):
     [
         ({"stages": ("b", "c"), "fresh": ("b", "c")}, "Stage B trains the compressor that makes them"),
         ({"prepared_images": 16}, "prepared_images must be 0 with a prepared set, got 16"),
+        ({"mirrored": 0.5}, r"mirrored must be 0 with a prepared set, got 0\.5"),
         ({"image_size": 256}, r"image_size must be 128 for .* about 128x128 pixels, got 256\. Use 128"),
         ({"data": "sample", "stored_texts": "states"}, "stored_texts=states needs a prepared set"),
     ],

@@ -805,6 +805,7 @@ def test_shares_are_shares():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"text_noise": -1.0}, r"text_noise must be at least 0, got -1\.0"),
         ({"known_fraction": 1.5}, r"known_fraction must be between 0 and 1, got 1\.5"),
         ({"time_shift": 0.0}, "time_shift must be above 0 and at most 100, got 0.0"),
         ({"time_shift": float("nan")}, "time_shift must be above 0 and at most 100, got nan"),

@@ -155,6 +155,9 @@ class Recipe:
     """Size of the image cache: images that are composed once at the start and kept on the device, together
     with the outputs of the frozen networks, for training on them. 0 disables the cache. An image of
     256 pixels takes 0.2 MB, or 0.26 MB with the latents for Stage B."""
+    mirrored: float = 0.0
+    """Fraction of the training images that are mirrored from left to right. Their captions end with
+    ", mirrored", so the model learns from them without mirroring what it draws."""
     preview_prompts: tuple[str, ...] = ()
     """Prompts of Stage C's previews, the same for the whole run. Empty for captions from the data."""
     preview_every: int = 0
@@ -204,6 +207,8 @@ class Recipe:
             raise UserError(
                 f"view_scale must be between 0.25 and 4, got {self.view_scale}. Use 0.75 as published."
             )
+        if not 0 <= self.mirrored <= 1:
+            raise UserError(f"mirrored must be between 0 and 1, got {self.mirrored}. 0.5 is common.")
         check_side(self.image_size)
         if self.max_shard_size:
             size_in_bytes(self.max_shard_size)

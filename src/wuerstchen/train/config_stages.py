@@ -285,6 +285,9 @@ class StageCConfig:
     the objective's own: ``logit_normal`` for flow matching, otherwise ``uniform``, as published."""
     caption_dropout: float = 0.05
     """Fraction of the images that train without their caption, for classifier-free guidance."""
+    text_noise: float = 0.0
+    """Standard deviation of Gaussian noise on the text states in training, in multiples of the root mean
+    square of each state. Noise on embeddings regularises (NEFTune, arXiv 2310.05914). 0 adds none."""
     dispersive_weight: float = 0.0
     """Weight of the dispersive loss (``train.stages.dispersive``) on the features after a quarter of the
     blocks. It compares the images of a batch, or with ``accumulate`` and several processes those of each
@@ -310,7 +313,7 @@ class StageCConfig:
                 f"blend must be 1 without further phases, got {self.blend}. It blends two phases."
             )
         _check_shift(self.time_shift)
-        _check_weights(self, "dispersive_weight")
+        _check_weights(self, "dispersive_weight", "text_noise")
 
 
 def phases_of(config: StageBConfig | StageCConfig) -> tuple[Phase, ...]:

@@ -70,7 +70,7 @@ def open_sources(recipe: Recipe, begun: Recipe | None = None) -> dict[str, Sourc
             )
         if isinstance(source, PreparedSet):
             for kind in trained_kinds(recipe):
-                refuse_prepared(data, kind.needs_images, recipe.prepared_images)
+                refuse_prepared(data, kind.needs_images, recipe.prepared_images, recipe.mirrored)
     for data, source in sources.items() if not recipe.prepared_images else ():
         whole = isinstance(source, PreparedSet)
         refuse_small(recipe, data, len(source.rows("train")) if whole else len(source), whole)

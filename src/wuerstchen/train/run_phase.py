@@ -100,6 +100,7 @@ class PhaseRunner:
             sizes=batch_sizes(size, phase.max_ratio, multiple),
             batch_size=phase.optimization.batch_size,
             skip=recipe.skip,
+            mirrored=recipe.mirrored,
         )
 
     def settings(self, feed: Feed | PreparedFeed) -> Settings:
@@ -217,7 +218,7 @@ class PhaseRunner:
         if self._image_cache is None or self._image_cache[0] != key:
             self._image_cache = None  # one at a time: they are large
             seed = stable_hash(self.recipe.seed, "bank") >> 1
-            images = Feed(feed.source, seed, feed.size, captions=True, skip=self.recipe.skip)
+            images = Feed(feed.source, seed, feed.size, captions=True, skip=feed.skip, mirrored=feed.mirrored)
             cache = fill_image_cache(images, self.cache_size(*key), self.recipe.workers, self.device)
             self._image_cache = (key, cache)
             for name, reason in cache.skipped:

@@ -55,6 +55,22 @@ def test_images_depend_neither_on_the_start_nor_on_the_process(photos):
         assert (one.images[2:] == other.images).all()
 
 
+def test_mirrored_images_say_so_in_their_captions(photos):
+    """A function of seed and index. The other images, captions and names stay as they are."""
+    plain, half = feed_of(photos), feed_of(photos)
+    half.mirrored = 0.5
+    pairs = [(plain[index][1], half[index][1]) for index in range(200)]
+    turned = [one.caption != other.caption for one, other in pairs]
+    assert 70 < sum(turned) < 130
+    for (one, other), is_turned in zip(pairs, turned, strict=True):
+        expected = one.image[:, ::-1] if is_turned else one.image
+        assert (other.image == expected).all()
+        assert other.caption == one.caption + (", mirrored" if is_turned else "")
+    without = Feed(photos, 3, 32, False, sizes=batch_sizes(32, 2.0), batch_size=4, mirrored=0.5)
+    assert all((without[index][1].image == half[index][1].image).all() for index in range(20))
+    assert (plain.shown(4, 32) == half.shown(4, 32)).all()
+
+
 def test_an_image_is_cropped_anew_in_every_epoch(toy_source):
     shown = {}
     for seed in (1, 2):

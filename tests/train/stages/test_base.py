@@ -32,7 +32,7 @@ from wuerstchen.train.precision import with_autocast_weights
 from wuerstchen.train.stages.base import Run, cascade_settings, in_chunks, with_captions_dropped
 from wuerstchen.train.stages.decoder import DECODER_STAGE, StageB, StageBRefinement
 from wuerstchen.train.stages.decoding import Decoding
-from wuerstchen.train.stages.prior import StageC, measure_statistics, needs
+from wuerstchen.train.stages.prior import StageC, measure_statistics, needs, with_noise
 from wuerstchen.train.stages.vqgan import PerceptualLoss, StageA, StageARefinement, random_crops
 
 from ...configurations import SMALL_PREVIEWER, SMALL_STATISTICS, with_lite0
@@ -668,6 +668,27 @@ class TestStageC:
             errors = (stage.prior(x_t, cells, context) - noise).square().mean(1)
             means = torch.stack([error[~region].mean() for error, region in zip(errors, known, strict=True)])
             torch.testing.assert_close(loss, (means * (1 - alpha_bar.flatten())).mean())
+
+    def test_noise_on_text_states_is_in_multiples_of_their_size(self):
+        """The empty text of dropped captions and the other random numbers stay as they are."""
+        states = torch.randn(64, 5, 32, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+            [0.01, 0.1, 1.0, 10.0, 100.0]
+        ).view(1, 5, 1)
+        noisy = with_noise(states, ImageRandom(0, torch.arange(64)), 0.3)
+        sizes = (noisy - states).square().mean((0, 2)).sqrt() / states.square().mean((0, 2)).sqrt()
+        torch.testing.assert_close(sizes, torch.full((5,), 0.3), rtol=0.05, atol=0)
+        assert with_noise(states.half(), ImageRandom(0, torch.arange(64)), 0.3).dtype == torch.float16
+
+    def test_dropped_captions_get_no_text_noise(self, small_cascade):
+        batch, found = make_batch(128, count=12), {}
+        for dropout in (0.0, 1.0):
+            for noise in (0.0, 0.5):
+                stage = self.make(small_cascade, dropout, text_noise=noise)
+                stage.prior.eval()
+                found[dropout, noise] = self.run_losses(stage, batch)
+        assert torch.equal(found[1.0, 0.0][0], found[1.0, 0.5][0])
+        assert not torch.equal(found[0.0, 0.0][0], found[0.0, 0.5][0])
+        assert torch.equal(found[0.0, 0.0][1], found[0.0, 0.5][1])
 
     def test_known_cells_shift_no_other_random_numbers(self, small_cascade):
         """Images without them have the times, noise and captions of a run without the option."""

@@ -54,7 +54,7 @@ def recipe(prediction: str = "velocity", text_width: int = 384):
     shape = {"c": 32, "c_cond": text_width, "depth": 4, "nhead": 2, "text_blocks": 1, "registers": 2}
     weights = {"feature_weight": 1.0, "refine_feature_weight": 1.0, "previewer_weight": 1.0}
     density = {"time_density": "logit_normal"}
-    of_prior = {"dispersive_weight": 0.25, "known_fraction": 0.5}
+    of_prior = {"dispersive_weight": 0.25, "known_fraction": 0.5, "text_noise": 0.3}
     return dataclasses.replace(
         given,
         decoder=decoder,

@@ -61,6 +61,12 @@ class Feeding(Protocol[B]):
     def collate(self, samples: list[Any]) -> B: ...
 
 
+def mirrored(example: Example) -> Example:
+    """The image mirrored from left to right. Its caption, if there is one, says so."""
+    caption = f"{example.caption}, mirrored" if example.caption else ""
+    return Example(image=np.ascontiguousarray(example.image[:, ::-1]), caption=caption)
+
+
 def batch_sizes(size: int, max_ratio: float, multiple: int = 1) -> tuple[Size, ...]:
     """The (width, height) of the batches of a phase: square, and wide and tall by ``max_ratio``.
 
@@ -88,8 +94,10 @@ class Feed(Dataset[tuple[int, Example, list[tuple[str, str]]]]):
         sizes: tuple[Size, ...] = (),
         batch_size: int = 1,
         skip: Collection[str] = (),
+        mirrored: float = 0.0,
     ) -> None:
-        """Images named in ``skip`` are left out. The next images take their places."""
+        """Images named in ``skip`` are left out. The next images take their places. A fraction ``mirrored``
+        of the images is mirrored, see the function."""
         self.source = source
         self.seed = seed
         self.size = size
@@ -97,6 +105,7 @@ class Feed(Dataset[tuple[int, Example, list[tuple[str, str]]]]):
         self.sizes = sizes or ((size, size),)
         self.batch_size = batch_size
         self.skip = frozenset(skip)
+        self.mirrored = mirrored
 
     def size_of(self, index: int) -> Size:
         """Width and height of the image with this index."""
@@ -121,6 +130,8 @@ class Feed(Dataset[tuple[int, Example, list[tuple[str, str]]]]):
                     example = self.source.example(item, rng, size)
                 else:
                     example = Example(image=self.source.image(item, rng, size), caption="")
+                if self.mirrored and generator(self.seed, index, "mirrored").random() < self.mirrored:
+                    example = mirrored(example)
                 return index, example, skipped
             except DataError as error:
                 skipped.append((self.source.name(item), str(error)))

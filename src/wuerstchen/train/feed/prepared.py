@@ -284,8 +284,8 @@ def check_prepared(
         )
 
 
-def refuse_prepared(data: str, needs_images: str, prepared_images: int = 0) -> None:
-    """Raises ``UserError`` for a stage that needs images, and for an image cache.
+def refuse_prepared(data: str, needs_images: str, prepared_images: int = 0, mirrored: float = 0.0) -> None:
+    """Raises ``UserError`` for a stage that needs images, for an image cache, and for mirrored images.
 
     ``needs_images`` says why the stage needs images. It is empty for a stage that does not.
     """
@@ -298,4 +298,8 @@ def refuse_prepared(data: str, needs_images: str, prepared_images: int = 0) -> N
         raise UserError(
             f"prepared_images must be 0 with a prepared set, got {prepared_images}: data={data} has no "
             "images to cache."
+        )
+    if mirrored:
+        raise UserError(
+            f"mirrored must be 0 with a prepared set, got {mirrored}: data={data} has no images to mirror."
         )

@@ -129,6 +129,8 @@ class StageC:
 
     def losses(self, inputs: Inputs, random: ImageRandom) -> Losses:
         x = inputs["x"]
+        if self.config.text_noise:
+            inputs = inputs | {"states": with_noise(inputs["states"], random, self.config.text_noise)}
         states, mask = with_captions_dropped(self.no_text, inputs, random, self.config.caption_dropout)
         objective = self.objective
         t = objective.times(random.uniform("time"))
@@ -182,6 +184,15 @@ class StageC:
             return model.generate(prompts, batch_size=most)
         finally:
             model.residence.release()
+
+
+def with_noise(
+    states: Float[Tensor, "b t d"], random: ImageRandom, deviation: float
+) -> Float[Tensor, "b t d"]:
+    """The text states with Gaussian noise. ``deviation`` is in multiples of the root mean square of each."""
+    size = states.float().square().mean(dim=-1, keepdim=True).sqrt()
+    noise = random.normal("text_noise", states.shape[1:])
+    return (states + deviation * size * noise).to(states.dtype)
 
 
 @torch.no_grad()
@@ -318,6 +329,7 @@ PRIOR_STAGE = StageKind(
             "time_shift",
             "time_density",
             "caption_dropout",
+            "text_noise",
             "dispersive_weight",
             "known_fraction",
             "blend",
