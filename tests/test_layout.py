@@ -26,6 +26,7 @@ ORDER = [
     {"runtime"},
     {"lora", "progress"},
     {"sampling_batch"},
+    {"reconstruction"},
     {"pipeline"},
     {"diffusers"},
     {"data"},
