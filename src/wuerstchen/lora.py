@@ -2,8 +2,9 @@
 
 An adapter adds (alpha / rank) · B A to the matrix of a linear layer. A has shape (rank, in), B has shape
 (out, rank). For a convolution, A is a convolution with the layer's kernel and ``rank`` output channels, and B
-a 1×1 convolution to the layer's channels. ``checkpoints.adapters`` reads the files. The layers come from
-``peft``: ``pip install "wuerstchen[lora]"``. After a change, recompute text keys and values that
+a 1×1 convolution to the layer's channels. DoRA (arXiv 2402.09353) then scales each output row to a learnt
+norm. ``checkpoints.adapters`` reads the files, and ``checkpoints.adapter_write`` writes them. The layers
+come from ``peft``: ``pip install "wuerstchen[lora]"``. After a change, recompute text keys and values that
 ``Prior.context`` returned before.
 """
 
@@ -75,6 +76,26 @@ def load_lora(
     _warn_of_assumed_scale([update for _, updates in plans for update in updates.values()], file.where)
 
 
+def adapter_tensors(module: nn.Module, adapter_name: str = "default") -> dict[str, LayerTensors]:
+    """The tensors of an adapter by layer, for ``Adapter`` and ``write_adapter``. They share memory with it.
+
+    Raises ``UserError`` if no adapter has this name.
+    """
+    _check_names(module, [adapter_name])
+    return {
+        name: LayerTensors(
+            layer.lora_A[adapter_name].weight,
+            layer.lora_B[adapter_name].weight,
+            float(layer.lora_alpha[adapter_name]),
+            magnitude.weight.flatten()
+            if (magnitude := dict(_matrices(layer)[2]).get(adapter_name)) is not None
+            else None,
+        )
+        for name, layer in _layers(module)
+        if adapter_name in layer.lora_A
+    }
+
+
 def lora_names(module: nn.Module) -> list[str]:
     """The names of the loaded adapters, in the order of loading."""
     return list(dict.fromkeys(name for _, layer in _layers(module) for name in layer.lora_A))
@@ -109,8 +130,9 @@ def move_lora(module: nn.Module, names: Sequence[str], device: torch.device) -> 
     for _, layer in _layers(module):
         for name in names:
             if name in layer.lora_A:
-                layer.lora_A[name].to(device)
-                layer.lora_B[name].to(device)
+                for matrices in _matrices(layer):
+                    if name in matrices:
+                        matrices[name].to(device)
 
 
 def misplaced_loras(module: nn.Module) -> list[str]:
@@ -265,6 +287,7 @@ def _inject(module: nn.Module, updates: dict[str, LayerUpdate], adapter_name: st
         alpha_pattern={patterns[n]: u.alpha for n, u in updates.items() if u.alpha != alpha},
         inference_mode=True,
         init_lora_weights=False,
+        use_dora=any(update.magnitude is not None for update in updates.values()),
     )
     targets = _adaptable(module)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -279,6 +302,11 @@ def _inject(module: nn.Module, updates: dict[str, LayerUpdate], adapter_name: st
         for matrices, value in ((layers[name].lora_A, update.a), (layers[name].lora_B, update.b)):
             weight = value.detach().to(device=base.device, dtype=base.dtype, copy=True)
             matrices[adapter_name].weight = nn.Parameter(weight, requires_grad=False)
+        if update.magnitude is not None:
+            weight = update.magnitude.detach().to(device=base.device, dtype=base.dtype, copy=True)
+            layers[name].lora_magnitude_vector[adapter_name].weight = nn.Parameter(
+                weight, requires_grad=False
+            )
         layers[name].train(module.training)
     enable_lora(module, True)
     set_lora(module, [adapter_name], [1.0])
@@ -333,8 +361,13 @@ def _replace(module: nn.Module, name: str, layer: nn.Module) -> None:
 
 def _freeze(layer: Any) -> None:
     """Freezes an adapter again, because peft makes every adapter that it activates trainable."""
-    for matrices in (layer.lora_A, layer.lora_B):
+    for matrices in _matrices(layer):
         matrices.requires_grad_(False)
+
+
+def _matrices(layer: Any) -> tuple[nn.ModuleDict, ...]:
+    """A, B and DoRA's magnitudes of a layer, by adapter."""
+    return layer.lora_A, layer.lora_B, getattr(layer, "lora_magnitude_vector", nn.ModuleDict())
 
 
 def _fused(module: nn.Module) -> list[str]:
@@ -399,6 +432,12 @@ def _check_finite_sum(layers: Sequence[tuple[Any, str]], scale: float | int) -> 
     sums: dict[int, Tensor] = {}
     for layer, name in layers:
         weight = layer.base_layer.weight
-        sums[id(layer)] = sums.get(id(layer), weight) + layer.get_delta_weight(name) * scale
+        delta = layer.get_delta_weight(name) * scale
+        if name in getattr(layer, "lora_magnitude_vector", {}):
+            magnitude = layer.lora_magnitude_vector[name].weight.flatten()
+            adapted = weight + delta
+            factor = magnitude / adapted.flatten(1).norm(dim=1)
+            delta = adapted * factor.view(-1, *[1] * (weight.ndim - 1)) - weight
+        sums[id(layer)] = sums.get(id(layer), weight) + delta
         if not sums[id(layer)].isfinite().all():
             raise UserError(f"adapter {name!r} at scale {scale} gives infinite weights. Use a smaller scale.")

@@ -19,6 +19,8 @@ class LayerUpdate:
     alpha: float
     is_assumed: bool
     """Whether the file does not say alpha, which is then the rank."""
+    magnitude: Tensor | None = None
+    """Of DoRA, in peft's shape: (out,), or (1, out, 1, 1) for a convolution."""
 
     @property
     def rank(self) -> int:
@@ -54,8 +56,38 @@ def layer_updates(
         rank, alpha = a.shape[0], tensors.alpha
         if alpha is None and config is not None:
             alpha = config.alpha([layer, name], rank)
-        updates[name] = LayerUpdate(a, b, float(rank) if alpha is None else alpha, is_assumed=alpha is None)
+        magnitude = _fitted_magnitude(layers[name], tensors, layer, where)
+        updates[name] = LayerUpdate(
+            a, b, float(rank) if alpha is None else alpha, is_assumed=alpha is None, magnitude=magnitude
+        )
+    dora = {update.magnitude is not None for update in updates.values()}
+    if len(dora) > 1 or (config is not None and config.is_dora and dora == {False}):
+        raise CheckpointError(
+            f"{where} is a DoRA, but some of its layers have no magnitude (lora_magnitude_vector or "
+            "dora_scale). Download it again."
+        )
     return updates
+
+
+def _fitted_magnitude(target: nn.Module, tensors: LayerTensors, layer: str, where: str) -> Tensor | None:
+    """DoRA's magnitude in the shape that peft uses for ``target``."""
+    magnitude = tensors.magnitude
+    if magnitude is None:
+        return None
+    out = target.weight.shape[0]
+    if magnitude.numel() != out:
+        raise CheckpointError(
+            f"{where} is incompatible with this model: the magnitude of {shown(layer)} has "
+            f"{magnitude.numel()} values, not {out}. Use an adapter that was trained for this model."
+        )
+    if not isinstance(target, nn.Conv2d):
+        return magnitude.reshape(out)
+    if target.groups > 1:
+        raise CheckpointError(
+            f"{where} is a DoRA of {shown(layer)}, a convolution with groups, which is not supported. "
+            "Train without its depthwise convolutions, or without DoRA."
+        )
+    return magnitude.reshape(1, out, 1, 1)
 
 
 def _fitted(target: nn.Module, tensors: LayerTensors, layer: str, where: str) -> tuple[Tensor, Tensor]:

@@ -14,13 +14,14 @@ import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from wuerstchen.checkpoints.adapter_metadata import AdapterMetadata
 from wuerstchen.checkpoints.files import open_safetensors, parse_json, read_json
 from wuerstchen.checkpoints.native import write_tensors
 from wuerstchen.checkpoints.patterns import Patterns
@@ -41,11 +42,14 @@ _TEXT_PREFIXES = ("text_encoder.", "lora_prior_te_", "lora_prior_te.", "lora_te_
 _ENDING = re.compile(
     r"(?:\.lora_(?P<letter>[AB])(?:\.default)?\.weight"
     r"|(?:\.lora\.|_lora\.|\.lora_linear_layer\.|\.lora_)(?P<way>down|up)\.weight"
-    r"|(?:_lora|\.lora)?\.(?P<alpha>alpha))$"
+    r"|(?:_lora|\.lora)?\.(?P<alpha>alpha)"
+    r"|\.(?P<magnitude>lora_magnitude_vector(?:\.default)?(?:\.weight)?|dora_scale))$"
 )
-# peft settings of methods that are more than plain LoRA (matrices A and B), with their names for messages.
+TOKENS = "lora_tokens."
+"""Prefix of the vectors of new words in our files. diffusers ignores keys that contain ``lora``."""
+_TOKEN = re.compile(r"^(?:lora_tokens\.(?P<word>.+)|bundle_emb\.(?P<placeholder>.+)\.clip_g)$")
+# peft settings of methods that are not supported, with their names for messages.
 _NOT_PLAIN = {
-    "use_dora": "DoRA",
     "use_qalora": "QALoRA",
     "use_bdlora": "BD-LoRA",
     "alora_invocation_tokens": "activated LoRA",
@@ -68,15 +72,19 @@ class LayerTensors:
     """The tensors of one layer in a file. Either matrix may be missing."""
 
     a: Tensor | None
+    """(rank, in), or (rank, in, height, width) for a convolution."""
     b: Tensor | None
+    """(out, rank), or (out, rank, 1, 1) for a convolution."""
     alpha: float | None
-    """From an ``.alpha`` tensor."""
+    """From an ``.alpha`` tensor. None if the file has none: then the configuration says it."""
+    magnitude: Tensor | None = None
+    """DoRA's magnitude (arXiv 2402.09353), the norm of each output row, (out,). None for a plain LoRA."""
 
 
 class AdapterConfig:
     """The configuration of an adapter for one network, in peft's format.
 
-    Raises ``CheckpointError`` if it does not describe a plain LoRA.
+    Raises ``CheckpointError`` if it describes neither a LoRA nor a DoRA.
     """
 
     def __init__(self, fields: Mapping[str, Any], where: str) -> None:
@@ -91,17 +99,22 @@ class AdapterConfig:
             method = f"LoRA initialized with {shown(start)}, which changes the model's own weights"
         if method is not None:
             raise CheckpointError(
-                f"{where}: this adapter is a {method}. Only plain LoRA is supported. "
+                f"{where}: this adapter is a {method}. Only LoRA and DoRA are supported. "
                 "Merge it into its model, or convert it, with peft."
             )
         self._patterns: dict[str, Patterns] = {}
-        for field in ("rank_pattern", "alpha_pattern"):
-            patterns = fields.get(field) or {}
+        for name in ("rank_pattern", "alpha_pattern"):
+            patterns = fields.get(name) or {}
             if not isinstance(patterns, dict):
                 raise CheckpointError(
-                    f"{where}: {field} must be a JSON object, got {shown(patterns)}. Download it again."
+                    f"{where}: {name} must be a JSON object, got {shown(patterns)}. Download it again."
                 )
-            self._patterns[field] = Patterns(list(patterns), where)
+            self._patterns[name] = Patterns(list(patterns), where)
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether the adapter is a DoRA, whose layers have magnitudes."""
+        return bool(self.fields.get("use_dora"))
 
     def alpha(self, names: Sequence[str], rank: int) -> float | None:
         """The alpha of a layer with these names, for the scale alpha / rank. None if it is not configured.
@@ -131,38 +144,47 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterFile:
-    """The tensors of an adapter, by network and by the layer's name in the file without its prefix."""
+class Adapter:
+    """The tensors of an adapter, by network and by the layer's name without the file's prefix."""
 
-    prior: dict[str, LayerTensors]
-    text: dict[str, LayerTensors]
-    prior_config: AdapterConfig | None
-    text_config: AdapterConfig | None
-    where: str
+    prior: dict[str, LayerTensors] = field(default_factory=dict)
+    text: dict[str, LayerTensors] = field(default_factory=dict)
+    tokens: dict[str, Tensor] = field(default_factory=dict)
+    """The vectors (count, width) of new words, for the text encoder's input embeddings."""
+    metadata: AdapterMetadata = field(default_factory=AdapterMetadata)
+    prior_config: AdapterConfig | None = None
+    """The configuration in the file, which has the alphas that ``prior`` lacks."""
+    text_config: AdapterConfig | None = None
+    where: str = "the adapter"
     """The file or other origin, for messages."""
 
 
-def read_adapter(source: Path | str | Mapping[str, Tensor], weight_name: str | None = None) -> AdapterFile:
+def read_adapter(source: Path | str | Mapping[str, Tensor], weight_name: str | None = None) -> Adapter:
     """Reads an adapter from a file, a folder, or tensors by name, and checks that all values are finite.
 
-    Raises ``CheckpointError`` if it is damaged or not a plain LoRA.
+    Raises ``CheckpointError`` if it is damaged, or neither a LoRA nor a DoRA.
     """
     if isinstance(source, Mapping):
         where = "the adapter"
         tensors = plain_names({str(key): tensor for key, tensor in source.items()}, where)
         fields: Mapping[str, Any] = {}
+        header: Mapping[str, str] = {}
         config_place = where
     else:
         path = _file_in(Path(source), weight_name)
         tensors, where = read_tensors_of(path), str(path)
-        fields, config_place = _configuration(path)
+        header = _header(path)
+        fields, config_place = _configuration(path, header)
     if not tensors:
         raise CheckpointError(f"{where} is empty. Download it again.")
-    for_prior, for_text = _by_layer(tensors, where)
+    tokens = _tokens(tensors, where)
+    for_prior, for_text = _by_layer({k: t for k, t in tensors.items() if not _is_token(k)}, where)
     prior_fields, text_fields = _fields_of(fields)
-    return AdapterFile(
+    return Adapter(
         prior={layer: _layer(layer, found, where) for layer, found in for_prior.items()},
         text={layer: _layer(layer, found, where) for layer, found in for_text.items()},
+        tokens=tokens,
+        metadata=AdapterMetadata.of_header(header),
         prior_config=AdapterConfig(prior_fields, config_place) if prior_fields else None,
         text_config=AdapterConfig(text_fields, config_place) if text_fields else None,
         where=where,
@@ -210,18 +232,23 @@ def save_lora(
         ) from error
     metadata = {f"prior.{key}": value for key, value in (config or {}).items()}
     metadata |= {f"text_encoder.{key}": value for key, value in (text_encoder_config or {}).items()}
+    text = json_of_config(metadata)
+    write_tensors(named, path, {"format": 1, "kind": "lora"}, {METADATA: text} if metadata else None)
+    return path
+
+
+def json_of_config(config: Mapping[str, Any]) -> str:
+    """A configuration of peft as JSON. Raises ``UserError`` if JSON cannot store it."""
     try:
         # peft stores names of layers in sets.
-        text = json.dumps(
-            metadata, default=lambda value: sorted(value) if isinstance(value, set) else _no_json(value)
+        return json.dumps(
+            config, default=lambda value: sorted(value) if isinstance(value, set) else _no_json(value)
         )
     except (TypeError, ValueError) as error:
         raise UserError(
             f"the adapter's configuration cannot be saved: {error}. It must contain "
             "only JSON values. Pass LoraConfig.to_dict()."
         ) from error
-    write_tensors(named, path, {"format": 1, "kind": "lora"}, {METADATA: text} if metadata else None)
-    return path
 
 
 def _no_json(value: object) -> None:
@@ -256,22 +283,27 @@ def _weights_in(folder: Path) -> list[Path]:
     return sorted(file for file in folder.glob("*.safetensors") if file.is_file())
 
 
-def _configuration(path: Path) -> tuple[dict[str, Any], str]:
-    """The configuration in a file, or in peft's ``adapter_config.json`` next to it, and where it was
+def _header(path: Path) -> dict[str, str]:
+    if path.suffix != ".safetensors":
+        return {}
+    with open_safetensors(path) as file:
+        return dict(file.metadata() or {})
+
+
+def _configuration(path: Path, header: Mapping[str, str]) -> tuple[dict[str, Any], str]:
+    """The configuration in a file's header, or in peft's ``adapter_config.json`` next to it, and where it was
     found."""
-    if path.suffix == ".safetensors":
-        with open_safetensors(path) as file:
-            text = (file.metadata() or {}).get(METADATA)
-        if text is not None:
-            try:
-                content = parse_json(text)
-            except ValueError as error:
-                raise CheckpointError(
-                    f"{path}: {METADATA} is not a JSON object ({error}). Download it again."
-                ) from None
-            if not isinstance(content, dict):
-                raise CheckpointError(f"{path}: {METADATA} is not a JSON object. Download it again.")
-            return content, str(path)
+    text = header.get(METADATA)
+    if text is not None:
+        try:
+            content = parse_json(text)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path}: {METADATA} is not a JSON object ({error}). Download it again."
+            ) from None
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{path}: {METADATA} is not a JSON object. Download it again.")
+        return content, str(path)
     config_file = path.parent / PEFT_CONFIG
     # In a folder with several adapters, it belongs to the one that peft wrote.
     belongs = path.stem == "adapter_model" or _weights_in(path.parent) == [path]
@@ -296,16 +328,17 @@ def _fields_of(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
 def _by_layer(
     tensors: Mapping[str, Tensor], where: str
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]:
-    """``A``, ``B`` and ``alpha`` of each layer of the prior, and of each layer of the text encoder."""
+    """The tensors of each layer of the prior, and of each layer of the text encoder, by kind."""
     for_prior: dict[str, dict[str, Tensor]] = {}
     for_text: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         found = _ENDING.search(key) if isinstance(key, str) else None
         if found is None:
             raise CheckpointError(
-                f"{where}: {shown(key)} is not a weight of a plain LoRA. Other adapters are not supported."
+                f"{where}: {shown(key)} is not a weight of a LoRA. Other adapters are not supported."
             )
-        kind = found["letter"] or found["alpha"] or {"down": "A", "up": "B"}[found["way"]]
+        kind = "magnitude" if found["magnitude"] else found["letter"] or found["alpha"]
+        kind = kind or {"down": "A", "up": "B"}[found["way"]]
         layer = key[: found.start()].removeprefix("base_model.model.")
         layers, prefixes = for_prior, _PRIOR_PREFIXES
         if layer.startswith(_TEXT_PREFIXES):
@@ -316,7 +349,41 @@ def _by_layer(
         if kind in weights:
             raise CheckpointError(f"{where}: {shown(layer)} has {kind} twice. Download it again.")
         weights[kind] = tensor if kind == "alpha" else _weight(key, tensor, where)
+        if found["magnitude"] == "dora_scale":
+            _check_axis(key, tensor, where)
     return for_prior, for_text
+
+
+def _check_axis(key: str, scale: Tensor, where: str) -> None:
+    """LyCORIS and OneTrainer have a variant of DoRA that scales inputs, with a scale of shape (1, in)."""
+    if scale.ndim > 1 and scale.shape[0] == 1 and scale.numel() > 1:
+        raise CheckpointError(
+            f"{where} is a DoRA that scales the inputs of layers: {shown(key)} has shape "
+            f"{tuple(scale.shape)}. Only scales of outputs, as in the paper, are supported. Train with "
+            "OneTrainer's option to norm the output axis, or without DoRA."
+        )
+
+
+def _is_token(key: object) -> bool:
+    return isinstance(key, str) and _TOKEN.match(key) is not None
+
+
+def _tokens(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The vectors of new words, each (count, width)."""
+    found: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        match = _TOKEN.match(key) if isinstance(key, str) else None
+        if match is None:
+            continue
+        word = match["word"] or match["placeholder"]
+        vectors = _weight(key, tensor, where)
+        if vectors.ndim != 2 or not vectors.numel() or word in found:
+            raise CheckpointError(
+                f"{where}: {shown(key)} must have one matrix of shape (count, width), got "
+                f"{tuple(vectors.shape)}. Download it again."
+            )
+        found[word] = vectors
+    return found
 
 
 def _weight(key: str, tensor: Tensor, where: str) -> Tensor:
@@ -340,8 +407,9 @@ def _weight(key: str, tensor: Tensor, where: str) -> Tensor:
 
 def _layer(layer: str, found: Mapping[str, Tensor], where: str) -> LayerTensors:
     a, b, stored = found.get("A"), found.get("B"), found.get("alpha")
+    magnitude = found["magnitude"].flatten() if "magnitude" in found else None
     if stored is None:
-        return LayerTensors(a, b, None)
+        return LayerTensors(a, b, None, magnitude)
     number = isinstance(stored, Tensor) and stored.numel() == 1 and not stored.is_meta
     value = stored.item() if number else None
     if not is_finite_number(value):
@@ -349,4 +417,4 @@ def _layer(layer: str, found: Mapping[str, Tensor], where: str) -> LayerTensors:
             f"{where}: alpha of {shown(layer)} must be a finite number, got "
             f"{shown(value)}. Download it again."
         )
-    return LayerTensors(a, b, float(value))
+    return LayerTensors(a, b, float(value), magnitude)
