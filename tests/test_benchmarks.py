@@ -258,3 +258,90 @@ def test_a_finished_training_keeps_its_minutes(benchmarks, tmp_path, monkeypatch
 def test_the_page_of_experiments_is_made_from_its_rows():
     scripts = BENCHMARKS.parent / "scripts"
     subprocess.run([sys.executable, str(scripts / "experiments_table.py"), "--check"], check=True)
+
+
+def measured_on(tmp_path: Path, *gpus: int, batch: int) -> list[dict]:
+    """The rows of many_gpus.py with a tiny network on as many processes of a CPU."""
+    command = [sys.executable, str(BENCHMARKS / "many_gpus.py"), "--tiny", "--out", str(tmp_path)]
+    command += ["--side", "4", "--warm", "1", "--updates", "1", "--batches", "1"]
+    command += ["--compared-batch", str(batch), "--gpus", *map(str, gpus)]
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent / "src"), "CUDA_VISIBLE_DEVICES": ""}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    assert (tmp_path / "table.md").read_text().strip() in ran.stdout
+    assert not (tmp_path / "checkpoints").exists()
+    return [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+
+
+def test_scaling_is_measured_in_every_mode(benchmarks, tmp_path):
+    """A mode or a checkpoint that no longer runs would be found out on rented GPUs."""
+    import scaling_table
+
+    rows = measured_on(tmp_path, 2, batch=2)
+    modes = [row["mode"] for row in rows if row["part"] == "speed"]
+    assert sorted(modes) == ["FSDP2", "FSDP2, recompute", "accumulate 4", "replicated"]
+    assert all(row["images_per_second"] > 0 < row["mfu"] for row in rows if row["part"] == "speed")
+    replicated, sharded = (row for row in rows if row["part"] == "checkpoint")
+    assert len(sharded["losses"]) == 20
+    assert scaling_table.difference(sharded["losses"], replicated["losses"]) < 1e-3
+    for row in (replicated, sharded):
+        assert row["bytes"] > 2e6
+        assert row["checkpoint"]["updates_meanwhile"] >= 3
+        assert row["checkpoint"]["images"] > row["first_checkpoint"]["images"]
+
+
+@pytest.mark.slow
+def test_eight_processes_continue_the_checkpoint_of_one_and_the_other_way_round(benchmarks, tmp_path):
+    import scaling_table
+
+    rows = measured_on(tmp_path, 1, 8, batch=8)
+    written = {row["gpus"]: row for row in rows if row["part"] == "checkpoint"}
+    assert scaling_table.difference(written[8]["losses"], written[1]["losses"]) < 1e-3
+    resumed = {(row["written_by"], row["gpus"]): row for row in rows if row["part"] == "resume"}
+    assert resumed.keys() == {(1, 8), (8, 1)}
+    for (by, _), row in resumed.items():
+        after = written[by]["checkpoint"]["losses_after"]
+        assert scaling_table.difference(row["losses_after"], after) < 1e-3
+    assert measured_on(tmp_path, 1, batch=8) == rows  # nothing is measured twice
+
+
+def test_scaling_is_compared_with_the_same_mode_on_one_gpu(benchmarks):
+    import scaling_table
+
+    def row(mode: str, gpus: int, rate: float, batch: int = 8) -> dict:
+        seen = {"part": "speed", "mode": mode, "gpus": gpus, "batch": batch, "mfu": 0.4, "memory_gib": 20.0}
+        return {**seen, "images_per_second": rate}
+
+    rows = [
+        row("replicated", 1, 999.0),  # measured again below
+        row("replicated", 1, 100.0),
+        row("replicated", 1, 400.0, batch=32),
+        row("replicated", 8, 720.0),
+        row("accumulate 4", 1, 120.0),
+        row("accumulate 4", 8, 900.0),
+        row("FSDP2", 8, 540.0),
+        row("FSDP2", 8, 50.0, batch=16),
+    ]
+    found = {(r["mode"], r["gpus"], r["batch"]): r for r in scaling_table.scaling(rows)}
+    assert found["replicated", 8, 8]["speedup"] == pytest.approx(7.2)
+    assert found["replicated", 8, 8]["efficiency"] == pytest.approx(0.9)
+    assert found["accumulate 4", 8, 8]["speedup"] == pytest.approx(7.5)
+    assert found["FSDP2", 8, 8]["speedup"] == pytest.approx(5.4)
+    assert found["FSDP2", 8, 8]["against_replicated"] == pytest.approx(0.75)
+    assert found["FSDP2", 8, 16]["speedup"] is None
+    text = scaling_table.table(rows)
+    assert "| replicated | 8 | 8 | 720.0 | 7.20× | 90% | 40.0% | 20.0 | 1.00× |" in text
+    assert "999" not in text
+
+
+def test_losses_that_differ_are_named(benchmarks):
+    import scaling_table
+
+    once = {"seconds": 2, "start_seconds": 1, "updates_meanwhile": 3, "updates_lost": 0, "losses_after": [1]}
+    common = {"part": "checkpoint", "bytes": 1, "update_seconds": 1, "checkpoint": once}
+    rows = [
+        {**common, "first_checkpoint": once, "mode": "replicated", "gpus": gpus, "losses": [0.5, loss]}
+        for gpus, loss in ((1, 0.25), (2, 0.2501), (4, 0.2506))
+    ]
+    ends = [line.rsplit("| ", 1)[1] for line in scaling_table.table(rows).splitlines()[2:5]]
+    assert ends == ["yes |", "yes |", "no |"]
