@@ -3,6 +3,7 @@
 Everything here is a plain value or function: ``from ..configurations import SMALL_PRIOR``.
 """
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -65,13 +66,22 @@ ORIGINAL_DECODER = DecoderConfig(
 )
 
 PROVENANCE = Provenance(recipe="test", seed=1, images=2, data="none")
-PARTS = ("vqgan", "decoder", "compressor", "prior")
+PARTS = ("vqgan", "decoder", "compressor", "prior", "prior_student")
 
 
 def write_model(cascade: Cascade, folder: Path, provenance: Provenance = PROVENANCE) -> Path:
     """Writes a model with the bundled text encoder; every part has the same provenance."""
     write_cascade(cascade, folder, dict.fromkeys(PARTS, provenance), text_encoder=BUNDLED / "text_encoder")
     return folder
+
+
+def with_student(cascade: Cascade, steps: int = 1, **changes: Any) -> Cascade:
+    """The model with a student of Stage C that has learnt nothing yet. ``changes`` are of its settings."""
+    student = copy.deepcopy(cascade.prior)
+    settings = dataclasses.replace(
+        cascade.settings, prior_student_steps=steps, prior_student_guidance=2.5, **changes
+    )
+    return dataclasses.replace(cascade, prior_student=student, settings=settings)
 
 
 def with_lite0(cascade: Cascade) -> Cascade:

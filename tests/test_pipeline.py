@@ -25,6 +25,8 @@ from wuerstchen.models.vqgan import VQGAN, VQGANConfig
 from wuerstchen.pipeline import Sampling, Wuerstchen
 from wuerstchen.sampling_batch import SamplingBatch
 
+from .configurations import with_student
+
 
 @pytest.fixture(scope="module")
 def model(small_cascade):
@@ -646,3 +648,53 @@ def test_a_gpu_without_triton_says_why_it_is_slow(monkeypatch):
     monkeypatch.setattr(pipeline, "Wuerstchen", lambda dtype, *_, **__: dtype)
     with pytest.warns(UserNotice, match="does not support Triton"):
         assert pipeline.load() == torch.float16
+
+
+@pytest.fixture
+def student_model(small_cascade, randomise):
+    """A model whose student differs from its prior."""
+    cascade = with_student(small_cascade)
+    randomise(cascade.prior_student)
+    return Wuerstchen(cascade, torch.device("cpu"))
+
+
+def test_few_lets_the_student_jump_without_guidance(student_model, monkeypatch):
+    cascade, found = student_model.cascade, []
+    restore = LatentStatistics.restore
+
+    def restored(self, normalised):
+        found.append(normalised)
+        return restore(self, normalised)
+
+    monkeypatch.setattr(LatentStatistics, "restore", restored)
+    student_model.generate("a cat", seed=3, sampling=Sampling(prior_sampler="few"))
+    with torch.inference_mode():
+        text = cascade.text_encoder.encode(["a cat"])
+        noise, t = draw_noise((2, 3, 3), [torch.Generator().manual_seed(3)]), torch.tensor([0.98])
+        predicted = cascade.prior_student(noise, t, cascade.prior_student.context(text.states, text.mask))
+        alpha_bar = PUBLISHED_OBJECTIVE.alpha_bar(t)
+        clean = (noise - (1 - alpha_bar).sqrt() * predicted) / alpha_bar.sqrt()
+    torch.testing.assert_close(found[0], clean, rtol=1e-4, atol=1e-4)
+
+
+def test_few_has_the_settings_of_the_student(student_model, model):
+    few = Sampling(prior_sampler="few")
+    settings = student_model.settings_of(few)
+    assert (settings["guidance"], settings["prior_steps"], settings["prior_sampler"]) == (1.0, 1, "few")
+    assert student_model.settings_of(dataclasses.replace(few, prior_steps=4))["prior_steps"] == 4
+    assert student_model.settings_of(Sampling())["guidance"] == model.settings_of(Sampling())["guidance"]
+    with pytest.raises(UserError, match=r"guidance must be 1 with prior_sampler=few, got 3"):
+        student_model.generate("a cat", sampling=dataclasses.replace(few, guidance=3.0))
+
+
+def test_other_samplers_ignore_the_student(student_model, model):
+    """Images of earlier versions are reproduced."""
+    assert np.array_equal(pixels(student_model.generate("a cat")), pixels(model.generate("a cat")))
+
+
+def test_steps_of_few_can_be_watched(student_model, model):
+    seen, few = [], Sampling(prior_sampler="few", prior_steps=2)
+    plain = pixels(student_model.generate("a cat", sampling=few))
+    drawn = student_model.generate("a cat", sampling=few, on_step=lambda step: seen.append(step.stage))
+    assert np.array_equal(pixels(drawn), plain)
+    assert seen.count("Stage C") == 2

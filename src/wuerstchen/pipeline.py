@@ -23,7 +23,7 @@ from torch import Tensor
 from wuerstchen.checkpoints.hub import BUNDLED
 from wuerstchen.checkpoints.layouts import Sources, read_model
 from wuerstchen.device import Precision, default_device, default_precision, runs_triton, to_device
-from wuerstchen.diffusion.objective import predictions_for_sampling
+from wuerstchen.diffusion.objective import Objective, predictions_for_sampling
 from wuerstchen.diffusion.sampler_table import SAMPLERS
 from wuerstchen.diffusion.samplers import Predict, draw_noise, guided, guided_within
 from wuerstchen.diffusion.schedule import uniform_timesteps
@@ -221,8 +221,8 @@ class Wuerstchen(Reconstructor):
 
     def _sample_prior(self, batch: SamplingBatch, text: TextStates) -> Float[Tensor, "b c lh lw"]:
         """Stage C: samples semantic latents from the text states. They are returned in Stage B's units."""
-        prior, settings, sampling = self.cascade.prior, self.cascade.settings, batch.sampling
-        assert prior is not None
+        settings, sampling = self.cascade.settings, batch.sampling
+        prior = self.cascade.prior_for(sampling)
         assert sampling.guidance is not None
         assert sampling.guidance_interval is not None
         assert sampling.prior_steps is not None
@@ -240,26 +240,26 @@ class Wuerstchen(Reconstructor):
             x = objective.noised(batch.init_latents, x, t)
 
         with self.residence.using(prior):
-            predict = self._predict_semantic_latents(prior, text)
+            sampled = objective if sampler.reads_output else objective.for_sampling()
+            predict = self._predict_semantic_latents(prior, text, sampled)
             steps = len(timesteps) - 1
             on_step = batch.on_step("Stage C", steps)
             if sampling.guidance != 1:
                 predict = guided(predict, sampling.guidance)
                 if sampling.guidance_interval != ALL_TIMES:
                     prompts = TextStates(states=text.states[: len(x)], mask=text.mask[: len(x)])
-                    unguided = self._predict_semantic_latents(prior, prompts)
+                    unguided = self._predict_semantic_latents(prior, prompts, sampled)
                     interval = sampling.guidance_interval
                     predict, on_step = guided_within(predict, unguided, interval, timesteps, on_step)
             if batch.reporter is not None:
-                predict, on_step = batch.reporter.on_semantic_latents(predict, on_step, steps)
-            sampled = objective.for_sampling()
+                predict, on_step = batch.reporter.on_semantic_latents(predict, on_step, steps, sampled)
             sample = sampler.function(predict, x, timesteps, batch.generators, sampled, on_step)
         return settings.latent_statistics.restore(sample)
 
-    def _predict_semantic_latents(self, prior: Prior, text: TextStates) -> Predict:
-        """Stage C for as many rows as ``text`` has."""
+    def _predict_semantic_latents(self, prior: Prior, text: TextStates, sampled: Objective) -> Predict:
+        """Stage C for as many rows as ``text`` has, in terms of the objective ``sampled``."""
         settings = self.cascade.settings
         mask = text.mask if settings.text_mask else None
-        predictions = predictions_for_sampling(prior, settings.prior_objective)
+        predictions = predictions_for_sampling(prior, settings.prior_objective, sampled)
         run = self._recorders.of(prior, predictions, prior.context).bind(text.states, mask)
         return lambda x, t: run(x.to(dtype_of(prior)), t).float()

@@ -54,9 +54,10 @@ class StepReporter:
         self._last_step: torch.cuda.Event | None = None
 
     def on_semantic_latents(
-        self, predict: Predict, report: OnStep | None, steps: int
+        self, predict: Predict, report: OnStep | None, steps: int, objective: Objective
     ) -> tuple[Predict, OnStep]:
-        """``predict`` and ``report`` of Stage C, extended to call the step callback."""
+        """``predict`` and ``report`` of Stage C, extended to call the step callback. ``predict`` is in terms
+        of the ``objective``."""
         cascade, previewer = self.cascade, self.cascade.previewer
 
         def decode(clean: Tensor) -> Tensor:
@@ -64,7 +65,6 @@ class StepReporter:
             z = cascade.settings.latent_statistics.restore(clean)
             return previewer(z.to(next(previewer.parameters()).dtype))
 
-        objective = cascade.settings.prior_objective.for_sampling()
         return self._extended("Stage C", predict, report, steps, objective, previewer and decode)
 
     def on_latents(self, predict: Predict, report: OnStep | None, steps: int) -> tuple[Predict, OnStep]:

@@ -30,6 +30,8 @@ from wuerstchen.errors import CheckpointError, UserError
 from wuerstchen.models.prior import Prior, PriorConfig
 from wuerstchen.pipeline import BUNDLED
 
+from ..configurations import with_student, write_model
+
 PROVENANCE = Provenance(recipe="r", seed=7, images=99, data="abc")
 CONFIG = PriorConfig(c_in=2, c=16, c_cond=8, c_r=8, depth=1, nhead=2)
 
@@ -408,3 +410,43 @@ def test_a_network_with_another_prediction_is_refused(small_cascade):
             small_cascade,
             settings=dataclasses.replace(small_cascade.settings, prior_objective=VelocityPrediction()),
         )
+
+
+def test_a_student_of_stage_c_is_a_file_of_its_own(tmp_path, small_cascade, randomise):
+    model = with_student(small_cascade, steps=2)
+    randomise(model.prior_student)
+    folder = write_model(model, tmp_path / "model")
+    described = json.loads((folder / "model.json").read_text())
+    assert "prior_student" in described["parts"]
+    assert described["objectives"].keys() == {"prior", "decoder"}  # the student's is that of the prior
+    assert described["settings"]["prior_student_steps"] == 2
+    assert described["settings"]["prior_student_guidance"] == 2.5
+    again = read_cascade(folder)
+    assert again.settings == model.settings
+    assert again.prior_student.config == model.prior_student.config
+    for name, tensor in model.prior_student.state_dict().items():
+        assert torch.equal(again.prior_student.state_dict()[name], tensor), name
+    assert not torch.equal(again.prior.out[1].weight, again.prior_student.out[1].weight)
+
+
+def test_a_model_without_a_student_does_not_mention_one(model_folder):
+    """So that earlier versions read it."""
+    assert "student" not in (model_folder / "model.json").read_text()
+    assert not (model_folder / "prior_student.safetensors").exists()
+    assert read_cascade(model_folder).settings.prior_student_steps == 0
+
+
+def test_a_student_says_how_many_steps_it_takes(small_cascade):
+    student = with_student(small_cascade)
+    settings = dataclasses.replace(student.settings, prior_student_steps=0)
+    with pytest.raises(UserError, match=r"prior_student_steps must be at least 1 .*, got 0"):
+        dataclasses.replace(student, settings=settings)
+    with pytest.raises(UserError, match=r"prior_student_steps must be an integer of at least 0, got -1"):
+        dataclasses.replace(student.settings, prior_student_steps=-1)
+
+
+def test_a_student_with_another_prediction_is_refused(small_cascade):
+    config = dataclasses.replace(small_cascade.prior.config, prediction="velocity")
+    settings = dataclasses.replace(small_cascade.settings, prior_student_steps=1)
+    with pytest.raises(UserError, match="prior_student predicts 'velocity', but prior_objective is 'noise'"):
+        dataclasses.replace(small_cascade, prior_student=Prior(config), settings=settings)

@@ -26,18 +26,20 @@ from wuerstchen.serve.schemas import JobRequest
 
 
 def test_the_default_follows_the_path():
-    assert samplers_for("variance_preserving") == ["ddpm", "dpm", "ddim"]
-    assert samplers_for("linear") == ["euler"]
+    assert samplers_for("variance_preserving") == ["ddpm", "dpm", "ddim", "few"]
+    assert samplers_for("linear") == ["euler", "few"]
 
 
 def test_an_unsupported_objective_is_refused_with_the_samplers_that_support_it():
     check_compatible("ddim", "velocity", "variance_preserving")
-    message = r"prior_sampler=ddpm is incompatible with .* the objective flow\. Use euler\.$"
+    message = r"prior_sampler=ddpm is incompatible with .* the objective flow\. Use euler or few\.$"
     with pytest.raises(UserError, match=message):
         check_compatible("ddpm", "flow", "linear")
-    with pytest.raises(UserError, match=r"Use ddpm or dpm or ddim\.$"):
+    with pytest.raises(UserError, match=r"Use ddpm or dpm or ddim or few\.$"):
         check_compatible("euler", "noise", "variance_preserving")
-    with pytest.raises(UserError, match=r"prior_sampler must be one of ddpm, dpm, ddim, euler, got 'plms'"):
+    with pytest.raises(
+        UserError, match=r"prior_sampler must be one of ddpm, dpm, ddim, euler, few, got 'plms'"
+    ):
         check_sampler("plms")
     with pytest.raises(UserError, match=message):
         CascadeSettings(prior_objective=FlowMatching())
@@ -52,7 +54,7 @@ def test_a_model_refuses_an_incompatible_sampler(small_cascade):
         np.asarray(model.generate("a cat", sampling=Sampling(prior_sampler=name))[0])
         for name in samplers_for("variance_preserving")
     ]
-    assert len({image.tobytes() for image in drawn}) == 3
+    assert len({image.tobytes() for image in drawn}) == 4
 
 
 def test_every_row_has_a_help_text_and_timesteps():

@@ -13,6 +13,7 @@ from diffusers.pipelines.deprecated.wuerstchen import DEFAULT_STAGE_C_TIMESTEPS
 from wuerstchen.diffusion.schedule import (
     CosineSchedule,
     columns,
+    few_timesteps,
     shifted,
     stage_c_timesteps,
     training_timesteps,
@@ -138,3 +139,17 @@ def test_times_of_another_shape_are_refused(shape):
     """(b, 3) for a grid of 3 × 5 and (b, 1, h, w) would broadcast to something."""
     with pytest.raises(ValueError, match=r"\(2,\), or one per cell, \(2, 3, 5\)"):
         columns(torch.rand(shape), torch.zeros(2, 4, 3, 5))
+
+
+def test_few_timesteps():
+    assert few_timesteps(1) == [1, 0]
+    assert few_timesteps(2) == [1, 0.66, 0]
+    assert few_timesteps(4) == [1, 0.83, 0.64, 0.38, 0]
+    assert few_timesteps(8)[::2] == pytest.approx(few_timesteps(4))
+    assert few_timesteps(3) == pytest.approx([1, 0.83 - 0.19 / 3, 0.64 - 0.26 * 2 / 3, 0])
+    for steps in range(1, 30):
+        times = few_timesteps(steps)
+        assert len(times) == steps + 1
+        assert all(before > after for before, after in itertools.pairwise(times))
+    with pytest.raises(UserError, match=r"steps must be at least 1, got 0"):
+        few_timesteps(0)

@@ -68,6 +68,7 @@ NETWORKS: dict[str, tuple[type[nn.Module], type]] = {
     "decoder": (Decoder, DecoderConfig),
     "paella": (Paella, PaellaConfig),
     "prior": (Prior, PriorConfig),
+    "prior_student": (Prior, PriorConfig),
     "previewer": (Previewer, PreviewerConfig),
 }
 TEXT_ENCODERS = ("text_encoder", "decoder_text_encoder")
@@ -242,6 +243,8 @@ def write_parts(
             del values[f"{part}_objective"]
         if settings.prior_guidance_interval == ALL_TIMES:  # older versions do not know it
             del values["prior_guidance_interval"]
+        if "prior_student" not in networks:
+            del values["prior_student_steps"], values["prior_student_guidance"]
         description = {
             "format": max([1, *map(_format_of, objectives.values())]),
             "parts": parts,
@@ -263,8 +266,9 @@ def _named(settings: CascadeSettings, part: str) -> Objective:
 
 
 def _diffusing(networks: Mapping[str, Any]) -> dict[str, Prior | Decoder]:
-    """The networks with an objective, by name."""
-    return {name: network for name, network in networks.items() if isinstance(network, Prior | Decoder)}
+    """The networks with an objective of their own, by name. That of ``prior_student`` is the prior's."""
+    found = {name: networks.get(name) for name in OF_OBJECTIVES}
+    return {name: network for name, network in found.items() if isinstance(network, Prior | Decoder)}
 
 
 def _implied(network: nn.Module) -> Objective | None:

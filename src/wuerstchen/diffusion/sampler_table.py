@@ -26,6 +26,9 @@ class Sampler:
     """(predict, x, timesteps, generators, objective, on_step) → sample, see ``samplers.py``."""
     timesteps: Callable[[int], list[float]]
     """Stage C's timesteps from 1 to 0, for a number of steps."""
+    reads_output: bool = False
+    """Whether ``predict`` returns the network's output as it is, and the objective is the network's own.
+    Otherwise they are those of ``Objective.for_sampling``."""
 
 
 def _later(module: str, name: str) -> Callable[..., Any]:
@@ -68,6 +71,14 @@ SAMPLERS: dict[str, Sampler] = {
         steps=28,
         function=_later("samplers", "euler"),
         timesteps=_later("flow", "flow_timesteps"),
+    ),
+    "few": Sampler(
+        help="for a student trained for few steps, with fresh noise between them",
+        paths=("variance_preserving", "linear"),
+        steps=2,
+        function=_later("samplers", "few"),
+        timesteps=_later("schedule", "few_timesteps"),
+        reads_output=True,
     ),
 }
 """The first row that supports an objective's path is its default."""

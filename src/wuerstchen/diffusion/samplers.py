@@ -5,6 +5,7 @@ random generator per image, the objective that ``predict`` was trained with, and
 samplers ignore the generators. ``sampler_table.py`` lists them by name.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -177,6 +178,32 @@ def euler(
     for step, length in enumerate(steps):
         t = times[step].expand(len(x))
         x = x + length * objective.to_velocity(predict(x, t), x, t)
+        if on_step is not None:
+            on_step(step, x)
+    return x
+
+
+def few(
+    predict: Predict,
+    x: Float[Tensor, "b c h w"],
+    timesteps: Sequence[float],
+    generators: Sequence[torch.Generator],
+    objective: Objective,
+    on_step: OnStep | None = None,
+) -> Float[Tensor, "b c h w"]:
+    """Sampling in a few steps (arXiv 2303.01469, algorithm 1): x̂₀ at each time, then noised again with fresh
+    noise to the next time.
+
+    For networks that were trained for it (``train.stages.few``). ``predict`` returns the network's output as
+    it is. Times above ``Objective.highest_jump`` are lowered to it.
+    """
+    times = [min(t, objective.highest_jump) for t in timesteps]
+    for step, (now, then) in enumerate(itertools.pairwise(times)):
+        t = torch.full((len(x),), now, dtype=torch.float32, device=x.device)
+        x = objective.to_clean(predict(x, t), x, t)
+        if then > 0:
+            noise = to_device(draw_noise(x.shape[1:], generators), x.device, x.dtype)
+            x = objective.noised(x, noise, torch.full_like(t, then))
         if on_step is not None:
             on_step(step, x)
     return x

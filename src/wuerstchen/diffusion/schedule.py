@@ -123,3 +123,23 @@ def stage_c_timesteps(steps: int = 29) -> list[float]:
     first = torch.linspace(1.0, 2 / 3, early + 1, dtype=torch.float64, device="cpu")
     second = torch.linspace(2 / 3, 0.0, steps - early + 1, dtype=torch.float64, device="cpu")
     return [*first.tolist(), *second[1:].tolist()]
+
+
+_FEW = {1: (1.0, 0.0), 2: (1.0, 0.66, 0.0), 4: (1.0, 0.83, 0.64, 0.38, 0.0)}
+
+
+def few_timesteps(steps: int) -> list[float]:
+    """``steps + 1`` times from 1 to 0 for the sampler ``few``.
+
+    Those of 1, 2 and 4 steps are fixed. Other numbers of steps interpolate the times of 4 steps linearly.
+    """
+    if steps < 1:
+        raise UserError(f"steps must be at least 1, got {steps}. 1, 2 and 4 are common.")
+    if steps in _FEW:
+        return [*_FEW[steps]]
+    curve, found = _FEW[4], []
+    for step in range(steps):
+        before, part = divmod(4 * step / steps, 1)
+        first, second = curve[int(before)], curve[int(before) + 1]
+        found.append(first + part * (second - first))
+    return [*found, 0.0]

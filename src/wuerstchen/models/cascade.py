@@ -107,6 +107,10 @@ class CascadeSettings:
     """The objective that Stage C was trained with."""
     decoder_objective: Objective = PUBLISHED_OBJECTIVE
     """The objective that Stage B was trained with. Not used by a Stage B on tokens."""
+    prior_student_steps: int = 0
+    """Steps that the student of Stage C was trained for. 0 for a model without a student."""
+    prior_student_guidance: float = 1.0
+    """Guidance of the samples that the student of Stage C was trained on. It needs no guidance itself."""
 
     def __post_init__(self) -> None:
         integers = ("image_size", "size_multiple", "prior_steps", "decoder_steps")
@@ -114,7 +118,15 @@ class CascadeSettings:
             raise UserError(
                 f"{_listed(self, integers)} must be integers of at least 1. Download the model again."
             )
-        real = ("view_scale", "prior_guidance", "decoder_guidance", "decoder_shift")
+        if type(self.prior_student_steps) is not int or self.prior_student_steps < 0:
+            raise UserError(
+                f"prior_student_steps must be an integer of at least 0, got {self.prior_student_steps!r}. "
+                "Download the model again."
+            )
+        real = (
+            *("view_scale", "prior_guidance", "decoder_guidance", "decoder_shift"),
+            "prior_student_guidance",
+        )
         if not all(
             isinstance(getattr(self, n), int | float) and math.isfinite(getattr(self, n)) for n in real
         ):
@@ -153,11 +165,21 @@ class CascadeSettings:
             raise UserError(f"sampling must be a wuerstchen.Sampling, got a {type(sampling).__name__}.")
         if sampling.prior_sampler is not None:
             check_compatible(sampling.prior_sampler, self.prior_objective.kind, self.prior_objective.path)
+        sampler = sampling.prior_sampler or self.prior_sampler
+        guidance, steps = self.prior_guidance, self.prior_steps
+        if sampler == "few" and self.prior_student_steps:
+            guidance, steps = 1.0, self.prior_student_steps
+            if sampling.guidance not in (None, guidance):
+                raise UserError(
+                    f"guidance must be 1 with prior_sampler=few, got {sampling.guidance}. The student has "
+                    f"learnt the guidance {self.prior_student_guidance:g}. Leave guidance out, or use "
+                    f"another prior_sampler."
+                )
         return Sampling(
-            guidance=self.prior_guidance if sampling.guidance is None else sampling.guidance,
+            guidance=guidance if sampling.guidance is None else sampling.guidance,
             guidance_interval=sampling.guidance_interval or self.prior_guidance_interval,
-            prior_sampler=sampling.prior_sampler or self.prior_sampler,
-            prior_steps=sampling.prior_steps or self.prior_steps,
+            prior_sampler=sampler,
+            prior_steps=sampling.prior_steps or steps,
             decoder_steps=sampling.decoder_steps or self.decoder_steps,
             decoder_shift=sampling.decoder_shift or self.decoder_shift,
             decoder_guidance=(
@@ -212,13 +234,16 @@ class OptionalParts:
 
     compressor: Compressor | None = None
     prior: Prior | None = None
+    prior_student: Prior | None = None
+    """Samples like the guided prior in a few unguided steps, with the sampler ``few``. Its objective is that
+    of the prior."""
     previewer: Previewer | None = None
     text_encoder: TextEncoder | None = None
     decoder_text_encoder: TextEncoder | None = None
     """Stage B's text encoder, if it does not share Stage C's."""
 
     order: ClassVar[tuple[str, ...]] = (
-        *("vqgan", "decoder", "compressor", "prior", "previewer"),
+        *("vqgan", "decoder", "compressor", "prior", "prior_student", "previewer"),
         *("text_encoder", "decoder_text_encoder"),
     )
     """Names of the networks, in the order of ``networks``."""
@@ -249,13 +274,13 @@ class Cascade(OptionalParts):
             semantic.append(("decoder", decoder.effnet_embd))
         if self.compressor is not None:
             semantic.append(("compressor", self.compressor.config.c_latent))
-        if self.prior is not None:
-            semantic.append(("prior", self.prior.config.c_in))
+        for name, prior in (("prior", self.prior), ("prior_student", self.prior_student)):
+            if prior is None:
+                continue
+            semantic.append((name, prior.config.c_in))
             if self.text_encoder is not None:
                 width = self.text_encoder.width
-                fits.append(
-                    ("text_encoder", "prior", "channels of text states", width, self.prior.config.c_cond)
-                )
+                fits.append(("text_encoder", name, "channels of text states", width, prior.config.c_cond))
         if text is not None and decoder.clip_embd is not None:
             fits.append(("text encoder", "decoder", "channels of text states", text.width, decoder.clip_embd))
         channels = len(self.settings.latent_statistics.mean)
@@ -271,6 +296,11 @@ class Cascade(OptionalParts):
                     "from the same model. Download both again."
                 )
 
+        if self.prior_student is not None and not self.settings.prior_student_steps:
+            raise UserError(
+                "prior_student_steps must be at least 1 for a model with a prior_student, got 0. Download "
+                "the model again."
+            )
         self._check_objectives()
         step = decoder.size_multiple * self.vqgan.config.factor
         if self.settings.size_multiple % step:
@@ -285,14 +315,27 @@ class Cascade(OptionalParts):
         pairs: list[tuple[str, Prior | Decoder, Objective]] = []
         if self.prior is not None:
             pairs.append(("prior", self.prior, settings.prior_objective))
+        if self.prior_student is not None:
+            pairs.append(("prior_student", self.prior_student, settings.prior_objective))
         if isinstance(self.decoder, Decoder):
             pairs.append(("decoder", self.decoder, settings.decoder_objective))
         for part, network, objective in pairs:
             if network.config.prediction != objective.kind:
                 raise UserError(
-                    f"The {part} predicts {network.config.prediction!r}, but {part}_objective is "
+                    f"The {part} predicts {network.config.prediction!r}, but "
+                    f"{part.removesuffix('_student')}_objective is "
                     f"{objective.kind!r}. They must be the same. Download the model again."
                 )
+
+    def prior_for(self, sampling: Sampling) -> Prior:
+        """The network that samples Stage C: with the sampler ``few`` the student, if there is one.
+
+        The model must have a prior.
+        """
+        found = self.prior_student if sampling.prior_sampler == "few" else None
+        found = found or self.prior
+        assert found is not None
+        return found
 
     def text_encoder_of_decoder(self) -> TextEncoder | None:
         """The text encoder that Stage B uses; None if it takes no text."""
