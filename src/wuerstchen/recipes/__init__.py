@@ -3,7 +3,7 @@
 The docstring of a recipe states its hardware, time, cost and result.
 """
 
-from wuerstchen.recipes.mini import mini
+from wuerstchen.recipes.mini import mini, mini_few
 from wuerstchen.recipes.tiny import tiny
 from wuerstchen.recipes.v1 import v1_stage_b, v1_stage_c
 from wuerstchen.recipes.v2 import v2, v2_finetune, v2_finetune_2048, v2_stage_a, v2_stage_b, v2_stage_c
@@ -11,6 +11,7 @@ from wuerstchen.recipes.v2 import v2, v2_finetune, v2_finetune_2048, v2_stage_a,
 RECIPES = {
     "tiny": tiny,
     "mini": mini,
+    "mini-few": mini_few,
     "v2": v2,
     "v2-stage-a": v2_stage_a,
     "v2-stage-b": v2_stage_b,

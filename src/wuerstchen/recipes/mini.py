@@ -1,5 +1,7 @@
 """The bundled model."""
 
+import dataclasses
+
 from wuerstchen.models.compressor import CompressorConfig
 from wuerstchen.models.decoder import DecoderConfig
 from wuerstchen.models.prior import PriorConfig
@@ -86,6 +88,16 @@ def mini() -> Recipe:
         log_every=50,
         checkpoint_seconds=300.0,
     )
+
+
+def mini_few() -> Recipe:
+    """A student of the bundled model's Stage C, which samples in one step without guidance.
+
+    Hardware: one H200. Time: not measured. A trial of the same length took 5 minutes.
+    Cost: not measured.
+    Result: not measured. The student of the trial had the R@1 and KID of 29 guided steps in one step.
+    """
+    return dataclasses.replace(mini(), name="mini-few", stages=("few",), start_from="runs/mini/model")
 
 
 PROMPTS = (

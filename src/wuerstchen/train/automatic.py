@@ -42,5 +42,5 @@ def resolved(recipe: Recipe, processes: Processes) -> Recipe:
 def _drops_out(recipe: Recipe) -> bool:
     """Whether a trained network has dropout."""
     parts = [part for kind in trained_kinds(recipe) for part in kind.makes]
-    rates = [getattr(getattr(recipe, part), "dropout", 0) for part in parts]
+    rates = [getattr(getattr(recipe, part, None), "dropout", 0) for part in parts]
     return any(max(rate, default=0) if isinstance(rate, tuple) else rate for rate in rates)

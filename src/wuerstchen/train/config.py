@@ -22,6 +22,7 @@ from wuerstchen.train.config_stages import (
     StageAConfig,
     StageBConfig,
     StageCConfig,
+    StageFewConfig,
     check_side,
     phases_of,
     refining,
@@ -37,6 +38,7 @@ __all__ = [
     "StageAConfig",
     "StageBConfig",
     "StageCConfig",
+    "StageFewConfig",
     "StoredTexts",
     "as_dict",
     "differing_fields",
@@ -117,6 +119,7 @@ class Recipe:
     stage_a: StageAConfig
     stage_b: StageBConfig
     stage_c: StageCConfig
+    stage_few: StageFewConfig = field(default_factory=StageFewConfig)
     statistics_images: int = 1024
     """Images for measuring the scale of Stage A's latents, and the mean and standard deviation of the
     semantic latents."""
@@ -389,11 +392,13 @@ def with_time_densities(recipe: Recipe) -> Recipe:
 def differing_fields(stored: dict, given: dict, prefix: str = "") -> list[str]:
     """The fields in which two resolved recipes differ, with both values if they are short.
 
-    Leaves out ``FREE_FIELDS``, and the settings of Stage A if it is not trained.
+    Leaves out ``FREE_FIELDS``, and the settings of Stage A and of the student if they are not trained.
     """
     names = []
     for key in sorted(stored.keys() | given.keys()):
-        if not prefix and (key in FREE_FIELDS or (key == "stage_a" and "a" not in given.get("stages", "a"))):
+        optional = {"stage_a": "a", "stage_few": "few"}
+        left_out = key in optional and optional[key] not in given.get("stages", optional.values())
+        if not prefix and (key in FREE_FIELDS or left_out):
             continue
         a, b = stored.get(key, _ADDED.get(f"{prefix}{key}")), given.get(key)
         if isinstance(a, dict) and isinstance(b, dict):

@@ -316,6 +316,45 @@ class StageCConfig:
         _check_weights(self, "dispersive_weight", "text_noise")
 
 
+_OF_STUDENTS = Optimization(
+    images=2048 * 5_000,
+    batch_size=2048,
+    learning_rate=5e-4,
+    warmup=2048 * 100,
+    decay="cosine",
+    betas=(0.9, 0.99),
+    ema_decay=0.999,
+)
+"""For a student as small as that of the bundled model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageFewConfig:
+    """A student of Stage C for few steps, on samples of the finished prior."""
+
+    optimization: Optimization = _OF_STUDENTS
+    """Its images count captions: each gives a trajectory of the prior."""
+    image_size: int | None = None
+    """Side of the images whose semantic latents are sampled, in pixels. None for the recipe's."""
+    steps: int = 1
+    """Steps that the model takes with the student unless a request says otherwise."""
+    teacher_steps: int = 12
+    """Most steps of a trajectory of the prior, by DPM-Solver++ or, for flow matching, Euler's method."""
+    points: int = 1
+    """Points of each trajectory that an update trains on. Trajectories are expensive: without
+    ``prepared_images`` use about as many as they have steps."""
+    pure_noise: float = 0.5
+    """Fraction of the points that are the start of the trajectory, pure noise. The others are uniform."""
+
+    def __post_init__(self) -> None:
+        check_side(self.image_size)
+        for name, least in (("steps", 1), ("points", 1), ("teacher_steps", 3)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        if not 0 <= self.pure_noise < 1:
+            raise UserError(f"pure_noise must be from 0 to below 1, got {self.pure_noise}. 0.5 is common.")
+
+
 def phases_of(config: StageBConfig | StageCConfig) -> tuple[Phase, ...]:
     """All phases of a stage, including the first."""
     first = Phase(optimization=config.optimization, image_size=config.image_size, max_ratio=config.max_ratio)

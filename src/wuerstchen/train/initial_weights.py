@@ -49,7 +49,7 @@ class Parts(OptionalParts):
     decoder: Decoder | Paella | None = None
 
     order: ClassVar[tuple[str, ...]] = (
-        *("vqgan", "decoder", "compressor", "previewer", "prior"),
+        *("vqgan", "decoder", "compressor", "previewer", "prior", "prior_student"),
         *("text_encoder", "decoder_text_encoder"),
     )
     """The order of ``InitialWeights.fingerprint``, which run folders store."""
@@ -83,7 +83,7 @@ class InitialWeights:
         for kind in selectable():
             for name in kind.makes if kind.short not in recipe.stages else ():
                 network = getattr(parts, name)
-                if network is not None:
+                if network is not None and hasattr(recipe, name):
                     shapes[name] = network.config
         if not recipe.trains("decoder") and "previewer" not in shapes and parts.compressor is not None:
             channels = parts.compressor.config.c_latent
@@ -209,7 +209,7 @@ def _check_networks(recipe: Recipe, start: InitialWeights) -> None:
             )
     for name in [name for kind in selectable() if kind.short in recipe.stages for name in kind.makes]:
         network = getattr(parts, name)
-        if network is not None:
+        if network is not None and hasattr(recipe, name):  # a student has no configuration of its own
             _check_config(name, getattr(recipe, name), network.config, recipe.start_from)
 
 

@@ -19,7 +19,7 @@ from wuerstchen.train.engine.image_cache import ImageCache, fill_image_cache
 from wuerstchen.train.engine.job import Settings, StageJob
 from wuerstchen.train.engine.loop import Trainer
 from wuerstchen.train.engine.observe import observed
-from wuerstchen.train.engine.validation import Denoising, DenoisingTokens, HeldOut, Validation, held_out
+from wuerstchen.train.engine.validation import HeldOut, Validated, Validation, held_out
 from wuerstchen.train.feed.images import Feed, batch_sizes
 from wuerstchen.train.feed.prepared import (
     HeldOutLatents,
@@ -191,7 +191,7 @@ class PhaseRunner:
 
     def validation(self, stage: Stage, phase: Phase) -> Validation | None:
         """Validation of a diffusion stage; None without held-out images."""
-        if not isinstance(stage, Denoising | DenoisingTokens):
+        if not isinstance(stage, Validated):
             return None
         data, size = key = (phase.data or self.recipe.data, phase.image_size or self.recipe.image_size)
         if key not in self._held_out:

@@ -18,6 +18,7 @@ STAGES = (
     "wuerstchen.train.stages.decoder:DECODER_STAGE",
     "wuerstchen.train.stages.vqgan:VQGAN_REFINEMENT",
     "wuerstchen.train.stages.prior:PRIOR_STAGE",
+    "wuerstchen.train.stages.few:FEW_STAGE",
 )
 """Where the ``StageKind`` objects are. Each comes after those that it builds on."""
 

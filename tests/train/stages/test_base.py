@@ -737,7 +737,7 @@ class TestStageC:
             def __init__(self, cascade, device):
                 drawn.append(cascade)
 
-            def generate(self, prompts):
+            def generate(self, prompts, sampling=None):
                 return [Image.new("RGB", (8, 8)) for _ in prompts]
 
         monkeypatch.setattr("wuerstchen.train.stages.prior.Wuerstchen", Drawing)
@@ -826,7 +826,7 @@ class TestPlacing:
                 done.append((cascade.text_encoder is stage.frozen.text_encoder, str(device), low_memory))
                 self.residence = self
 
-            def generate(self, prompts, batch_size):
+            def generate(self, prompts, batch_size, sampling=None):
                 done.append((prompts, batch_size))
                 raise torch.OutOfMemoryError
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -61,6 +61,25 @@ class DenoisingTokens(Protocol):
         """For each image at the times ``t`` (b,), with the averaged weights: the mean cross entropy, and the
         loss as in training."""
         ...
+
+
+@runtime_checkable
+class Jumping(Protocol):
+    """A stage that predicts the ends of trajectories."""
+
+    times: list[float]
+    """The times of a trajectory. The last one is its end."""
+
+    def endpoint_errors(
+        self, averages: dict[str, nn.Module], inputs: Inputs, k: int
+    ) -> tuple[Tensor, Tensor]:
+        """For each image at the time ``times[k]``, with the averaged weights: the mean squared error against
+        the end of its trajectory, and the loss."""
+        ...
+
+
+Validated = Denoising | DenoisingTokens | Jumping
+"""The stages that have a validation loss."""
 
 
 @runtime_checkable
@@ -121,7 +140,7 @@ class Validation:
 
     def __init__(
         self,
-        stage: Denoising | DenoisingTokens,
+        stage: Validated,
         images: HeldOutSet,
         dtype: torch.dtype | None,
         device: torch.device,
@@ -131,6 +150,7 @@ class Validation:
         self.images = images
         self.dtype = dtype
         self.device = device
+        self._bins = len(stage.times) - 1 if isinstance(stage, Jumping) else BINS
         self._batch = min(_BATCH, stage.optimization.batch_size)
         self._prepared: list[tuple[Tensor, Inputs]] = []
         self._ended = -math.inf
@@ -142,10 +162,12 @@ class Validation:
         return time.monotonic() - self._ended >= _PAUSE * self._took
 
     @torch.no_grad()
-    def __call__(self, averages: dict[str, nn.Module]) -> dict[str, list[float | None] | float | None]:
+    def __call__(self, averages: dict[str, nn.Module]) -> dict[str, Any]:
         """Measures ``bins``, the unweighted mean error (for tokens the cross entropy) in each timestep bin,
         and ``loss``, the mean over bins with the stage's loss weighting. That is the training loss with
         uniform timesteps, without conditioning noise or dropout.
+
+        For a stage that predicts the ends of trajectories, the bins are the ``times`` of a trajectory.
 
         Values that are not finite are None. The first call also prepares the images and takes longer.
         """
@@ -154,9 +176,11 @@ class Validation:
         bins, losses = self._means(partial(self._errors, averages))
         self._ended = time.monotonic()
         self._took = self._ended - began
+        times = {"times": self.stage.times[:-1]} if isinstance(self.stage, Jumping) else {}
         return {
             "loss": _finite(losses.mean().item()),
             "bins": [_finite(value) for value in bins.tolist()],
+            **times,
         }
 
     @torch.no_grad()
@@ -176,9 +200,9 @@ class Validation:
 
     def _means(self, sum_errors: Callable[[Tensor, Inputs, int], Tensor]) -> tuple[Tensor, ...]:
         """The means over images of what ``sum_errors`` sums for a batch and a bin: two values per bin."""
-        sums = torch.zeros(BINS, 2, dtype=torch.float64, device="cpu")
+        sums = torch.zeros(self._bins, 2, dtype=torch.float64, device="cpu")
         for numbers, inputs in self._prepared:
-            found = [sum_errors(numbers, inputs, k) for k in range(BINS)]
+            found = [sum_errors(numbers, inputs, k) for k in range(self._bins)]
             sums += torch.stack(found).cpu().double()  # Apple's GPUs have no float64
         return (sums / len(self.images)).unbind(1)
 
@@ -190,7 +214,12 @@ class Validation:
 
     def _errors(self, averages: dict[str, nn.Module], numbers: Tensor, inputs: Inputs, k: int) -> Tensor:
         """The sum over images of their mean errors at the centre of bin ``k``, and that of their losses."""
-        stage, t = self.stage, _times()[k].to(self.device).expand(len(numbers))
+        stage = self.stage
+        if isinstance(stage, Jumping):
+            with autocast(self.device, self.dtype):
+                errors, losses = stage.endpoint_errors(averages, inputs, k)
+            return torch.stack([errors.sum(), losses.sum()])
+        t = _times()[k].to(self.device).expand(len(numbers))
         with autocast(self.device, self.dtype):
             if isinstance(stage, DenoisingTokens):
                 errors, losses = stage.token_errors(averages, inputs, t, ImageRandom(_SEED + k, numbers))

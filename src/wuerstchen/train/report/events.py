@@ -114,7 +114,7 @@ class Board:
                 if name == "bins":
                     for k, of_bin in enumerate(value):
                         self._add(f"{kind}/bin {k + 1} of {len(value)}", of_bin, images)
-                elif name not in ("stage", "images"):
+                elif name not in ("stage", "images", "times"):
                     self._add(f"{kind}/{name}", value, images)
         elif self._writer is not None and kind == "preview":
             path = self.folder.parent / f"stage_{stage}" / "previews" / f"{images:012d}.png"

@@ -84,6 +84,8 @@ class _Stage:
     total: float = 0.0
     values: dict[str, list[Point]] = field(default_factory=dict)
     validation: list[tuple[float, list[float | None]]] = field(default_factory=list)
+    times: list[str] = field(default_factory=list)
+    """The times of validation. Empty for equal bins."""
     starts: list[_Start] = field(default_factory=list)
 
 
@@ -158,6 +160,8 @@ def read_stages(events: Sequence[dict[str, Any]]) -> dict[str, _Stage]:
         elif event["event"] == "validation" and isinstance(event.get("bins"), list):
             entry = (images, [number_in({"bin": value}, "bin") for value in event["bins"]])
             _append(stage.validation, entry)
+            times = event.get("times")
+            stage.times = [*map(str, times)] if isinstance(times, list) else []
             loss = number_in(event, "loss")
             if loss is not None:
                 _append(stage.values.setdefault("validation", []), (images, loss))
@@ -316,7 +320,10 @@ def _validation(stage: _Stage, starts: Sequence[float]) -> str:
     lines = []
     for k in range(min(count, 32)):
         points = [(x, y) for x, bins in stage.validation if k < len(bins) and (y := bins[k]) is not None]
-        lines.append(Line(name=f"t {k / count:.3g}–{(k + 1) / count:.3g}", points=points))
+        name = f"t {k / count:.3g}–{(k + 1) / count:.3g}"
+        if len(stage.times) == count:
+            name = f"t {stage.times[k][:5]}"
+        lines.append(Line(name=name, points=points))
     return chart("validation: prediction error by time (0 clean, 1 noise)", lines, starts)
 
 

@@ -374,6 +374,9 @@ def cascade_settings(
     # A recipe that does not train Stage C may name a sampler for a later Stage C with another objective.
     wanted = (recipe.prior_sampler, settings.prior_sampler)
     sampler = next((name for name in wanted if name in fitting), fitting[0])
+    student = (settings.prior_student_steps, settings.prior_student_guidance)
+    if "few" in recipe.stages:
+        student = (recipe.stage_few.steps, recipe.prior_guidance)
     return dataclasses.replace(
         settings,
         prior_objective=objectives["prior"],
@@ -392,4 +395,6 @@ def cascade_settings(
         decoder_steps=recipe.decoder_steps,
         decoder_guidance=recipe.decoder_guidance,
         decoder_shift=recipe.decoder_shift,
+        prior_student_steps=student[0],
+        prior_student_guidance=student[1],
     )

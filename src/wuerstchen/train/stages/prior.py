@@ -20,6 +20,7 @@ from wuerstchen.models.cascade import Cascade, LatentStatistics
 from wuerstchen.models.compressor import Compressor, compressor_input
 from wuerstchen.models.prior import Prior
 from wuerstchen.pipeline import Wuerstchen
+from wuerstchen.sampling import Sampling
 from wuerstchen.train.config import Phase, Recipe, StageCConfig
 from wuerstchen.train.feed.images import Batch
 from wuerstchen.train.feed.known_cells import mean_of_unknown, random_regions
@@ -170,20 +171,26 @@ class StageC:
         """Images of the recipe's prompts by Stages C, B and A."""
         prior = averages["prior"]
         assert isinstance(prior, Prior)
-        settings = self.frozen.settings
         cascade = dataclasses.replace(self.frozen, prior=prior)
-        prompts = list(self.recipe.preview_prompts)
-        if not prompts:
-            return []
-        if device.type == "cpu" and not low_memory:
-            return Wuerstchen(cascade, device).generate(prompts)
-        # Networks that updates do not need are moved here one at a time. The averages stay where they are.
-        model = Wuerstchen(cascade, device, low_memory="layer" if low_memory else "stage")
-        most = 1 if low_memory else max(1, min(8, PIECE // settings.image_size**2))
-        try:
-            return model.generate(prompts, batch_size=most)
-        finally:
-            model.residence.release()
+        return previews(cascade, self.recipe, device, low_memory)
+
+
+def previews(
+    cascade: Cascade, recipe: Recipe, device: torch.device, low_memory: bool, sampling: Sampling | None = None
+) -> list[Image.Image]:
+    """Images of the recipe's prompts."""
+    prompts = list(recipe.preview_prompts)
+    if not prompts:
+        return []
+    if device.type == "cpu" and not low_memory:
+        return Wuerstchen(cascade, device).generate(prompts, sampling=sampling)
+    # Networks that updates do not need are moved here one at a time. The averages stay where they are.
+    model = Wuerstchen(cascade, device, low_memory="layer" if low_memory else "stage")
+    most = 1 if low_memory else max(1, min(8, PIECE // cascade.settings.image_size**2))
+    try:
+        return model.generate(prompts, batch_size=most, sampling=sampling)
+    finally:
+        model.residence.release()
 
 
 def with_noise(
@@ -299,8 +306,13 @@ def _measured_statistics(run: Run) -> LatentStatistics:
 
 def check(run: Run) -> None:
     """Raises ``UserError`` for prepared sets made with other networks or that a phase cannot use."""
+    check_sources(run, _phases(run.recipe))
+
+
+def check_sources(run: Run, phases: list[NamedPhase]) -> None:
+    """``check`` for the ``phases`` of a stage that reads captions and semantic latents."""
     recipe, parts = run.recipe, run.parts
-    for named in _phases(recipe):
+    for named in phases:
         if not recipe.selects(named.name):
             continue
         source, phase = run.source(named.phase), named.phase
