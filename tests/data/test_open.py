@@ -39,6 +39,7 @@ def test_each_name_is_of_one_kind(tmp_path, monkeypatch):
     (tmp_path / "saved" / "dataset_dict.json").touch()
     (tmp_path / "set" / "work").mkdir(parents=True)
     (tmp_path / "set" / "work" / "plan.json").touch()
+    (tmp_path / "prompts.txt").touch()
     kinds = {
         "sample": "sample",
         "photos": "folder",
@@ -50,6 +51,7 @@ def test_each_name_is_of_one_kind(tmp_path, monkeypatch):
         "emoji": "emoji",
         "saved": "saved",
         "set": "prepared",
+        "prompts.txt": "captions",
         "owner/name": "hub",
     }
     assert {text: kind_of(text).name for text in kinds} == kinds
@@ -97,6 +99,7 @@ def test_columns_of_what_has_none_are_refused_in_training_too(kind, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "set" / "work").mkdir(parents=True)
     (tmp_path / "set" / "work" / "plan.json").touch()
+    (tmp_path / "prompts.txt").touch()
     with pytest.raises(DataError, match="has no selectable columns"):
         open_source(kind, text_column="caption")
 

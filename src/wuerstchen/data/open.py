@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from wuerstchen.checkpoints.hub import HUB_NAME
+from wuerstchen.data.caption_files import CaptionFile
 from wuerstchen.data.emoji import CENTRED, EmojiSource, sample_root
 from wuerstchen.data.folder import FolderSource
 from wuerstchen.data.folder_files import PACKED, holds_captioned_images
@@ -107,6 +108,7 @@ def open_data(
     - the output of img2dataset or of ``save_to_disk``
     - a built emoji set, or ``sample`` for the emoji set in the package
     - a prepared set
+    - a ``.txt`` file with one caption a line, for stages that read no images
     - the name of a data set on the hub
 
     ``format`` names the kind if it is ambiguous. ``split`` is for data sets on the hub and saved ones
@@ -252,6 +254,13 @@ def _prepared_reader(data: Data) -> Reader:
     )
 
 
+def _captions_reader(data: Data) -> Reader:
+    raise DataError(
+        f"Data {data.text!r} has captions without images, which cannot be prepared. Train a student on it "
+        "(--stages few)."
+    )
+
+
 def _hub_reader(data: Data) -> Reader:
     if importlib.util.find_spec("datasets") is None:
         raise UserError(
@@ -319,6 +328,13 @@ KINDS: list[Kind] = [
         source=lambda data, subset: FolderSource(
             data.path, subset, data.around, image_column=data.image_column, text_column=data.text_column
         ),
+    ),
+    Kind(
+        name="captions",
+        matches=lambda name: name.path.suffix.lower() == ".txt" and name.path.is_file(),
+        reader=_captions_reader,
+        source=lambda data, subset: CaptionFile(data.path, subset),
+        columns="A text file has one caption a line.",
     ),
     Kind(name="hub", matches=_is_on_the_hub, reader=_hub_reader, splits=True),
 ]

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from wuerstchen.data.caption_files import CaptionFile
 from wuerstchen.data.emoji import EmojiSource
 from wuerstchen.data.folder import FolderSource
 from wuerstchen.data.index import IndexedSource
@@ -83,7 +84,8 @@ def overview(
             _prepared(data, source, lines)
         else:
             note = ", composed anew each time" if isinstance(source, EmojiSource) else ""
-            lines.append(f"{data}: {_number(len(source), 'image')}{note}")
+            what = "caption" if isinstance(source, CaptionFile) else "image"
+            lines.append(f"{data}: {_number(len(source), what)}{note}")
         length = len(source.rows("train")) if isinstance(source, PreparedSet) else len(source)
         for reading in phases:
             _epochs(recipe, reading, length, isinstance(source, EmojiSource), lines, warnings)

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from wuerstchen.data.caption_files import CaptionFile
 from wuerstchen.data.emoji import EmojiSource
 from wuerstchen.data.folder import FolderSource
 from wuerstchen.data.index import IndexedSource
@@ -68,6 +69,8 @@ def open_sources(recipe: Recipe, begun: Recipe | None = None) -> dict[str, Sourc
             raise UserError(
                 f"max_ratio must be 1 for emoji, which are drawn as squares, got {phase.max_ratio}."
             )
+        if isinstance(source, CaptionFile):
+            _refuse_captions(data, recipe)
         if isinstance(source, PreparedSet):
             for kind in trained_kinds(recipe):
                 refuse_prepared(data, kind.needs_images, recipe.prepared_images, recipe.mirrored)
@@ -80,6 +83,16 @@ def open_sources(recipe: Recipe, begun: Recipe | None = None) -> dict[str, Sourc
         )
     _check_skipped(recipe, sources, begun or recipe)
     return sources
+
+
+def _refuse_captions(data: str, recipe: Recipe) -> None:
+    """Raises ``UserError`` if a stage reads more than captions."""
+    for kind in trained_kinds(recipe):
+        if kind.reads_images:
+            raise UserError(
+                f"data={data} has captions without images, and stage {kind.short} reads images. Use a data "
+                "set with images, or --stages few."
+            )
 
 
 def _check_skipped(recipe: Recipe, sources: dict[str, Source | PreparedSet], begun: Recipe) -> None:

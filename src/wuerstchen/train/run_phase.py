@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from wuerstchen.checkpoints.native import Provenance
+from wuerstchen.data.caption_files import CaptionedImages, WithoutImages
 from wuerstchen.data.open import open_source
 from wuerstchen.data.plan import stable_hash
 from wuerstchen.data.prepared import PreparedSet
@@ -38,7 +39,7 @@ from wuerstchen.train.run_folder import (
     read_json,
 )
 from wuerstchen.train.stage_table import maker_of
-from wuerstchen.train.stages.base import Averages, N, Stage
+from wuerstchen.train.stages.base import Averages, N, ReadsOnlyCaptions, Stage
 
 
 class PhaseRunner:
@@ -75,12 +76,14 @@ class PhaseRunner:
             maker = maker_of(name)
             if maker is None or maker.short not in recipe.stages:  # the others are only copied
                 network.eval()  # stays on the CPU until a stage needs it
-        self._image_cache: tuple[tuple[str, int], ImageCache] | None = None
+        self._image_cache: tuple[tuple[str, int, bool], ImageCache] | None = None
         self._held_out: dict[tuple[str, int], HeldOut | HeldOutLatents | None] = {}
 
     def feed(self, stage: Stage, phase: Phase, multiple: int, seed: int) -> Feed | PreparedFeed:
         """The images of a phase, or what a prepared set stores of them."""
         recipe, source = self.recipe, self.source(phase)
+        if isinstance(stage, ReadsOnlyCaptions) and isinstance(source, CaptionedImages):
+            source = WithoutImages(source)
         if isinstance(source, PreparedSet):
             optimization = phase.optimization
             return PreparedFeed(
@@ -215,12 +218,13 @@ class PhaseRunner:
         """The images that stages train on, loaded when a stage first needs them."""
         assert isinstance(feed, Feed)
         key = (phase.data or self.recipe.data, feed.size)
-        if self._image_cache is None or self._image_cache[0] != key:
+        kept = (*key, isinstance(feed.source, WithoutImages))
+        if self._image_cache is None or self._image_cache[0] != kept:
             self._image_cache = None  # one at a time: they are large
             seed = stable_hash(self.recipe.seed, "bank") >> 1
             images = Feed(feed.source, seed, feed.size, captions=True, skip=feed.skip, mirrored=feed.mirrored)
             cache = fill_image_cache(images, self.cache_size(*key), self.recipe.workers, self.device)
-            self._image_cache = (key, cache)
+            self._image_cache = (kept, cache)
             for name, reason in cache.skipped:
                 self.log.event("skipped", stage="bank", name=name, reason=reason)
         return self._image_cache[1]

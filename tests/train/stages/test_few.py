@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from wuerstchen.checkpoints.native import read_cascade
 from wuerstchen.diffusion.objective import FlowMatching, NoisePrediction, VelocityPrediction
@@ -345,3 +346,26 @@ def test_the_recipe_of_the_bundled_model_trains_only_the_student():
     assert recipe.stages == ("few",)
     assert mini().stages == ("a", "b", "c")
     assert dataclasses.replace(recipe, name="mini", stages=mini().stages, start_from="") == mini()
+
+
+@pytest.mark.parametrize("kind", ["text file", "folder"])
+def test_captions_are_enough(few_runs, model_folder, tmp_path, kind):
+    """No image is opened: those of the folder cannot be."""
+    data = tmp_path / "captions.txt"
+    if kind == "text file":
+        data.write_text("\n".join(f"thing {number}" for number in range(200)))
+    else:
+        data = tmp_path / "images"
+        data.mkdir()
+        for number in range(9):
+            Image.new("RGB", (150, 130)).save(data / f"{number}.png")
+            (data / f"{number}.png").write_bytes((data / f"{number}.png").read_bytes()[:60])
+            (data / f"{number}.txt").write_text(f"thing {number}")
+    run = tmp_path / "run"
+    train(few_runs.recipe(model_folder, data=str(data)), run, device="cpu")
+    assert bool(validations(run)) == (kind == "text file")
+    assert '"skipped"' not in (run / "log.jsonl").read_text()
+    if kind == "text file":
+        recipe = few_runs.recipe(model_folder, data=str(data))
+        with pytest.raises(UserError, match=r"has captions without images, and stage a reads images"):
+            train(dataclasses.replace(recipe, stages=("a", "b", "c")), tmp_path / "other", device="cpu")

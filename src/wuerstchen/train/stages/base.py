@@ -114,6 +114,13 @@ class UsesAverages(Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsOnlyCaptions(Protocol):
+    """A stage that reads only captions. Of images it looks at the size."""
+
+    only_captions: bool
+
+
 N = TypeVar("N", bound=nn.Module)
 
 
@@ -238,6 +245,8 @@ class StageKind:
     trained."""
     reads_captions: bool = False
     """Whether it reads captions with the text encoder of Stage C."""
+    reads_images: bool = True
+    """Whether it reads images or their latents. If not, it can be trained on captions alone."""
     needs_images: str = ""
     """Why it cannot be trained on a prepared set. Empty if it can."""
     phases: Callable[[Recipe], list[NamedPhase]]

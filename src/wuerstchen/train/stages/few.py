@@ -105,6 +105,7 @@ class StageFew:
     averaged = ("prior_student",)
     captions = True
     reads_images = False
+    only_captions = True
 
     def __init__(
         self,
@@ -285,6 +286,7 @@ FEW_STAGE = StageKind(
     optional=("prior_student",),
     builds_on=("prior",),
     reads_captions=True,
+    reads_images=False,
     phases=_phases,
     train=train,
     check=check,
