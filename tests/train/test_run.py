@@ -881,7 +881,7 @@ def test_sizes_of_stage_a_that_are_none_are_refused(change, message):
         ({"prior_steps": 0}, "prior_steps must be at least 1, got 0"),
         ({"prior_steps": 5000}, "prior_steps must be an integer from 1 to 1000, got 5000"),
         ({"prior_guidance": float("nan")}, "guidance must be a number from 0 to 100, got nan"),
-        ({"prior_sampler": "plms"}, "prior_sampler must be one of ddpm, dpm, ddim, euler, got 'plms'"),
+        ({"prior_sampler": "plms"}, "prior_sampler must be one of ddpm, dpm, ddim, euler, few, got 'plms'"),
         ({"prior_sampler": "euler"}, "prior_sampler=euler is incompatible"),
         ({"prior_guidance_interval": (0.5, 0.5)}, r"0 <= LOW < HIGH <= 1, got \(0\.5, 0\.5\)"),
         ({"decoder_guidance": -1.0}, "decoder_guidance must be a number from 0 to 100, got -1.0"),

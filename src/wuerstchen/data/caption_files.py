@@ -2,12 +2,13 @@
 
 import hashlib
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import numpy as np
 
+from wuerstchen.data.emoji import EmojiSource
 from wuerstchen.data.plan import held_out_names
-from wuerstchen.data.sources import Example, Size, Source, Subset
+from wuerstchen.data.sources import Example, Size, StoredImages, Subset
 from wuerstchen.errors import DataError
 
 MOST_BYTES = 2**30
@@ -56,19 +57,10 @@ class CaptionFile:
         return hashlib.sha256("\n".join(self._captions).encode()).hexdigest()
 
 
-@runtime_checkable
-class CaptionedImages(Source, Protocol):
-    """A source whose captions can be read without the images: folders, tars, parquet files."""
-
-    def captions(self, item: int) -> tuple[str, ...]:
-        """All captions of the image, at least one."""
-        ...
-
-
 class WithoutImages:
-    """The captions of stored images, which are not opened. A ``Source`` with black images."""
+    """The captions of a source, whose images are not opened or composed. A ``Source`` with black images."""
 
-    def __init__(self, source: "CaptionedImages") -> None:
+    def __init__(self, source: StoredImages | EmojiSource) -> None:
         self.source = source
 
     def __len__(self) -> int:
@@ -78,6 +70,8 @@ class WithoutImages:
         return self.source.name(item)
 
     def example(self, item: int, rng: np.random.Generator, size: int | Size) -> Example:
+        if isinstance(self.source, EmojiSource):
+            return Example(_black(size), self.source.captions(item, [rng])[0])
         captions = self.source.captions(item)
         return Example(_black(size), captions[int(rng.integers(len(captions)))])
 

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from wuerstchen.checkpoints.native import Provenance
-from wuerstchen.data.caption_files import CaptionedImages, WithoutImages
+from wuerstchen.data.caption_files import WithoutImages
+from wuerstchen.data.emoji import EmojiSource
 from wuerstchen.data.open import open_source
 from wuerstchen.data.plan import stable_hash
 from wuerstchen.data.prepared import PreparedSet
-from wuerstchen.data.sources import Source
+from wuerstchen.data.sources import Source, StoredImages
 from wuerstchen.models.cascade import PUBLISHED_STATISTICS
 from wuerstchen.train.changes import Change
 from wuerstchen.train.config import Phase, Recipe, as_dict
@@ -82,7 +83,7 @@ class PhaseRunner:
     def feed(self, stage: Stage, phase: Phase, multiple: int, seed: int) -> Feed | PreparedFeed:
         """The images of a phase, or what a prepared set stores of them."""
         recipe, source = self.recipe, self.source(phase)
-        if isinstance(stage, ReadsOnlyCaptions) and isinstance(source, CaptionedImages):
+        if isinstance(stage, ReadsOnlyCaptions) and isinstance(source, StoredImages | EmojiSource):
             source = WithoutImages(source)
         if isinstance(source, PreparedSet):
             optimization = phase.optimization

@@ -28,10 +28,11 @@ from wuerstchen.train.engine.checkpoint import newest
 from wuerstchen.train.engine.ema import make_average
 from wuerstchen.train.engine.validation import Denoising, HeldOut, Jumping, Validation
 from wuerstchen.train.feed.images import Batch
+from wuerstchen.train.feed.prepared import StoredBatch
 from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.report.page import write_report
 from wuerstchen.train.run import train
-from wuerstchen.train.stages.base import Stage
+from wuerstchen.train.stages.base import ReadsStored, Stage
 from wuerstchen.train.stages.few import StageFew, pseudo_huber, teacher_times, trajectories
 
 from ...configurations import (
@@ -369,3 +370,16 @@ def test_captions_are_enough(few_runs, model_folder, tmp_path, kind):
         recipe = few_runs.recipe(model_folder, data=str(data))
         with pytest.raises(UserError, match=r"has captions without images, and stage a reads images"):
             train(dataclasses.replace(recipe, stages=("a", "b", "c")), tmp_path / "other", device="cpu")
+
+
+def test_a_prepared_set_gives_the_same_inputs(make_stage):
+    stage, batch = make_stage(), batch_of(CAPTIONS)
+    tokens = [np.array(stage.text_encoder.tokens(caption), dtype=np.int64) for caption in CAPTIONS]
+    latents = torch.full((3, 2, 3, 3), torch.nan, dtype=torch.float16)  # not read
+    assert isinstance(stage, ReadsStored)
+    with torch.no_grad():
+        stored = stage.prepare_stored(StoredBatch(batch.indices, latents, tokens, None, []), CPU)
+        expected = stage.prepare(batch, CPU)
+    assert stored.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(stored[name], tensor, rtol=1e-2, atol=1e-2)
