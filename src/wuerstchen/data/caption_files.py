@@ -14,13 +14,17 @@ from wuerstchen.errors import DataError
 MOST_BYTES = 2**30
 
 
+class CaptionsOnly:
+    """A ``Source`` with black images. Only its captions count."""
+
+
 def _black(size: int | Size) -> np.ndarray:
     width, height = (size, size) if isinstance(size, int) else size
     return np.zeros((height, width, 3), dtype=np.uint8)
 
 
-class CaptionFile:
-    """The captions in a UTF-8 text file, one a line, as a ``Source`` with black images."""
+class CaptionFile(CaptionsOnly):
+    """The captions in a UTF-8 text file, one a line."""
 
     def __init__(self, path: Path, subset: Literal["all"] | Subset = "train") -> None:
         """Empty lines are left out. Equal captions count once. Raises ``DataError`` for a file that cannot be
@@ -57,8 +61,8 @@ class CaptionFile:
         return hashlib.sha256("\n".join(self._captions).encode()).hexdigest()
 
 
-class WithoutImages:
-    """The captions of a source, whose images are not opened or composed. A ``Source`` with black images."""
+class WithoutImages(CaptionsOnly):
+    """The captions of a source, whose images are not opened or composed."""
 
     def __init__(self, source: StoredImages | EmojiSource) -> None:
         self.source = source

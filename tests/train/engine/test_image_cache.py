@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from wuerstchen.data.caption_files import CaptionFile
 from wuerstchen.data.plan import item_at, items_at
 from wuerstchen.errors import UserError
 from wuerstchen.train.engine.checkpoint import newest, read_averages
@@ -52,6 +53,21 @@ def test_it_keeps_what_the_stage_prepares_and_images_only_if_they_are_read(toy_s
     stage.prepare = lambda batch, device: captions.extend(batch.captions) or {}
     cache.prepare(stage, dtype=None)
     assert captions == cache.captions != captions[::-1]
+
+
+def test_the_black_images_of_captions_are_not_stored(toy_stage, tmp_path):
+    file = tmp_path / "captions.txt"
+    file.write_text("\n".join(f"thing {number}" for number in range(90)))
+    feed, stage, seen = Feed(CaptionFile(file), 5, 64, captions=True), toy_stage(), []
+    cache = fill_image_cache(feed, 2000, 0, CPU)
+    assert cache.images.untyped_storage().nbytes() == 3
+    assert cache.images.shape == (2000, 64, 64, 3)
+    assert cache.captions == [feed[index][1].caption for index in range(2000)]
+    assert cache.names[:9] == cache.captions[:9]
+    stage.reads_images = False
+    stage.prepare = lambda batch, device: (seen.append(batch), {"first": batch.indices.float()})[1]
+    assert cache.prepare(stage, dtype=None)["first"].tolist() == list(range(2000))
+    assert [batch.images.shape for batch in seen] == [(1024, 64, 64, 3), (976, 64, 64, 3)]
 
 
 def test_every_epoch_shows_every_image_of_the_image_cache_once():

@@ -10,12 +10,14 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from wuerstchen.data.caption_files import CaptionsOnly
 from wuerstchen.errors import out_of_memory_named
 from wuerstchen.progress_bar import bar
 from wuerstchen.train.feed.images import Batch, Feed, batches
 from wuerstchen.train.stages.base import Inputs, Stage, autocast
 
 _LOADED, _PREPARED = 64, 256  # images at a time
+_CAPTIONS = 1024  # captions without images at a time
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class ImageCache:
     """The first images of a feed, on the device."""
 
     images: UInt8[Tensor, "n h w 3"]
+    """For captions without images a single black pixel, expanded to their number and size."""
     captions: list[str]
     skipped: list[tuple[str, str]]
     """Names of images that could not be read, and why. Others took their places."""
@@ -36,10 +39,11 @@ class ImageCache:
         """``stage.prepare`` of every image, and the images themselves if the stage reads them."""
         device = self.images.device
         inputs: Inputs = {}
+        together = _PREPARED if self.images.is_contiguous() else _CAPTIONS
         for start in bar(
-            range(0, len(self), _PREPARED), desc=f"Stage {stage.name.upper()}: preparing", leave=False
+            range(0, len(self), together), desc=f"Stage {stage.name.upper()}: preparing", leave=False
         ):
-            rows = slice(start, min(start + _PREPARED, len(self)))
+            rows = slice(start, min(start + together, len(self)))
             numbers = torch.arange(rows.start, rows.stop, device="cpu")
             batch = Batch(numbers, self.images[rows], self.captions[rows], [])
             with torch.no_grad(), autocast(device, dtype):
@@ -53,7 +57,12 @@ class ImageCache:
 
 
 def fill_image_cache(feed: Feed, count: int, workers: int, device: torch.device) -> ImageCache:
-    """Loads the first ``count`` images of the feed. Raises ``UserError`` if they do not fit into memory."""
+    """Loads the first ``count`` images of the feed. Raises ``UserError`` if they do not fit into memory.
+
+    The black images of sources that have captions only are not stored.
+    """
+    if isinstance(feed.source, CaptionsOnly):
+        return _captions(feed, count, workers, device)
     with out_of_memory_named(f"prepared_images={count}"):
         images = torch.empty(count, feed.size, feed.size, 3, dtype=torch.uint8, device=device)
     captions: list[str] = []
@@ -65,3 +74,16 @@ def fill_image_cache(feed: Feed, count: int, workers: int, device: torch.device)
             skipped += batch.skipped
             shown.update(len(batch.images))
     return ImageCache(images, captions, skipped, feed.names(range(count)))
+
+
+def _captions(feed: Feed, count: int, workers: int, device: torch.device) -> ImageCache:
+    """The first ``count`` captions of a feed without images."""
+    pixel = torch.zeros(1, 1, 1, 3, dtype=torch.uint8, device=device)
+    smallest = Feed(feed.source, feed.seed, 1, captions=True, skip=feed.skip)
+    captions: list[str] = []
+    with bar(total=count, desc="reading captions", unit="captions", dynamic_ncols=True) as shown:
+        for batch in batches(smallest, 0, count, _CAPTIONS, workers):
+            captions += batch.captions
+            shown.update(len(batch.captions))
+    images = pixel.expand(count, feed.size, feed.size, 3)
+    return ImageCache(images, captions, [], feed.names(range(count)))

@@ -19,7 +19,7 @@ from wuerstchen.diffusion.objective import Objective, predictions_for_sampling
 from wuerstchen.diffusion.sampler_table import SAMPLERS, samplers_for
 from wuerstchen.diffusion.samplers import Predict, guided, guided_within
 from wuerstchen.models.cascade import Cascade
-from wuerstchen.models.prior import Prior
+from wuerstchen.models.prior import Prior, PriorContext
 from wuerstchen.models.text import TextStates
 from wuerstchen.sampling import ALL_TIMES, Sampling
 from wuerstchen.train.config import Phase, Recipe, StageFewConfig
@@ -33,6 +33,7 @@ from wuerstchen.train.stages.base import (
     NamedPhase,
     Run,
     StageKind,
+    autocast,
     full_precision,
     text_inputs,
 )
@@ -67,18 +68,26 @@ def trajectories(
     masks: bool,
     guidance: float,
     interval: tuple[float, float] = ALL_TIMES,
+    dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "b n c h w"]:
     """All points of the guided samples of the ``prior`` from ``noise`` on, at the ``times``. The last one is
     the sample.
 
-    ``masks`` is whether attention ignores padding.
+    ``masks`` is whether attention ignores padding. The prior runs under autocast to ``dtype``. Its output is
+    converted, guided and integrated in fp32: near time 1 the error of x̂₀ is 100 times that of ε.
     """
     count = len(noise)
 
+    def output(x: Tensor, t: Tensor, context: PriorContext) -> Tensor:
+        with autocast(x.device, dtype):
+            return prior(x, t, context).float()
+
+    predictions = predictions_for_sampling(output, objective)
+
     def network(states: TextStates) -> Predict:
-        context = prior.context(states.states, states.mask if masks else None)
-        predictions = predictions_for_sampling(prior, objective)
-        return lambda x, t: predictions(x, t, context).float()
+        with autocast(noise.device, dtype):
+            context = prior.context(states.states, states.mask if masks else None)
+        return lambda x, t: predictions(x, t, context)
 
     points = [noise]
 
@@ -182,6 +191,7 @@ class StageFew:
                 masks=recipe.text_positions == "real",
                 guidance=recipe.prior_guidance,
                 interval=recipe.prior_guidance_interval,
+                dtype=AUTOCAST_DTYPES.get(recipe.precision),
             )
         return {"trajectory": drawn.half(), **text_inputs(text, recipe)}
 
