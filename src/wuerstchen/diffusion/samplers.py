@@ -59,8 +59,8 @@ def guided_within(
     Returns the prediction and the ``on_step`` to pass to a sampler with ``timesteps``. The second one counts
     the steps, so that the choice does not wait for times on a GPU.
     """
-    low, high = torch.tensor(interval, dtype=torch.float32, device="cpu").tolist()  # times are float32 too
-    choices = [guided if low <= t <= high else unguided for t in timesteps]
+    low, high, *times = torch.tensor([*interval, *timesteps], dtype=torch.float32, device="cpu").tolist()
+    choices = [guided if low <= t <= high else unguided for t in times]
     steps = 0
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
