@@ -16,6 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.run import get_args_parser
 
 from wuerstchen import doctor
+from wuerstchen.checkpoints.adapter_metadata import AdapterMetadata
+from wuerstchen.checkpoints.adapter_write import write_adapter
+from wuerstchen.checkpoints.adapters import Adapter, LayerTensors
 from wuerstchen.checkpoints.hub import BUNDLED, is_bundled, local_folder
 from wuerstchen.cli import main, make_parser
 from wuerstchen.image_files import MADE_BY_A_MODEL, read_settings
@@ -471,6 +474,46 @@ def test_a_folder_of_peft_is_an_adapter(run, tmp_path, model_folder):
     assert pictures[0] == pictures[1]
     assert pictures[2] == pictures[3]
     assert pictures[0] != pictures[2]
+
+
+def small_adapter() -> Adapter:
+    draw = torch.Generator().manual_seed(1)
+    a, b = torch.randn(4, 16, generator=draw), torch.randn(16, 4, generator=draw)
+    layers = {"blocks.2.attention.to_q": LayerTensors(a, b, 2.0)}
+    return Adapter(prior=layers, metadata=AdapterMetadata(trigger_words=("sks dog",)))
+
+
+def test_trigger_words_are_named_if_no_prompt_has_them(run, tmp_path):
+    write_adapter(tmp_path / "dog.safetensors", small_adapter())
+    options = ("--lora", "dog.safetensors", "--prior-steps", "1", "--decoder-steps", "1")
+    code, _, err = run("generate", "a cat", *options)
+    assert code == 0
+    assert "no prompt has a trigger word of the adapter dog.safetensors: 'sks dog'" in err
+    _, _, err = run("generate", "a SKS dog", *options)
+    assert "trigger" not in err
+
+
+def test_adapters_are_converted(run, tmp_path):
+    write_adapter(tmp_path / "a.safetensors", small_adapter())
+    for target, form in (("b", "kohya"), ("c", "diffusers"), ("peft/d", "peft")):
+        code, out, _ = run("convert", "a.safetensors", f"{target}.safetensors", "--layout", f"lora-{form}")
+        assert (code, out.strip()) == (0, f"{target}.safetensors")
+    layer = "lora_prior_unet_blocks_2_attention_to_q"
+    kinds = ("alpha", "lora_down.weight", "lora_up.weight")
+    assert load_file(tmp_path / "b.safetensors").keys() == {f"{layer}.{kind}" for kind in kinds}
+    assert load_file(tmp_path / "a.safetensors").keys() == load_file(tmp_path / "c.safetensors").keys()
+    run("convert", "b.safetensors", "half.safetensors", "--layout", "lora-diffusers", "--storage", "float16")
+    assert {t.dtype for t in load_file(tmp_path / "half.safetensors").values()} == {torch.float16}
+    for arguments, message in (
+        (["a.safetensors", "b.safetensors"], "b.safetensors already exists"),
+        (["a.safetensors", "e.safetensors", "--storage", "int8"], "stored whole as float32 or float16"),
+        (["a.safetensors", "e.safetensors", "--prior", "x"], "stored whole as float32 or float16"),
+        (["a.safetensors", "folder"], "must end in .safetensors"),
+        (["nowhere", "e.safetensors"], "nowhere does not exist"),
+    ):
+        code, _, err = run("convert", *arguments, "--layout", "lora-kohya")
+        assert code == 2
+        assert message in err
 
 
 def test_a_converted_model_generates_images(run, tmp_path, model_folder, write_published):

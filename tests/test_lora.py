@@ -440,14 +440,14 @@ def test_a_partial_failure_is_undone(prior, monkeypatch):
     """As when memory runs out in the second network."""
     import wuerstchen.lora as module
 
-    inject, clip = module._inject, small_clip()
+    inject, clip = module.inject, small_clip()
 
     def failing(network, updates, name):
         inject(network, updates, name)
         if network is clip:
             raise MemoryError
 
-    monkeypatch.setattr(module, "_inject", failing)
+    monkeypatch.setattr(module, "inject", failing)
     text = {f"text_encoder.{k}": t for k, t in adapter(layers=TEXT_LAYERS, width=24).items()}
     before, clip_before = list(prior.modules()), list(clip.modules())
     with pytest.raises(MemoryError):

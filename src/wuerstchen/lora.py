@@ -8,11 +8,8 @@ come from ``peft``: ``pip install "wuerstchen[lora]"``. After a change, recomput
 ``Prior.context`` returned before.
 """
 
-import contextlib
-import re
 import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from wuerstchen.checkpoints.adapter_layers import LayerUpdate, layer_updates
+from wuerstchen.checkpoints.adapter_metadata import weights_hash
 from wuerstchen.checkpoints.adapters import METADATA as METADATA
 from wuerstchen.checkpoints.adapters import WEIGHT_NAME as WEIGHT_NAME
-from wuerstchen.checkpoints.adapters import AdapterConfig, LayerTensors, is_finite_number, read_adapter
+from wuerstchen.checkpoints.adapters import (
+    Adapter,
+    AdapterConfig,
+    LayerTensors,
+    is_finite_number,
+    read_adapter,
+)
 from wuerstchen.checkpoints.adapters import save_lora as save_lora
 from wuerstchen.errors import CheckpointError, UserError, UserNotice, shown
+from wuerstchen.lora_layers import adaptable, adapted_layers, freeze, inject, matrices_of, replace
+from wuerstchen.models.text import TextEncoder
 
 
 class AssumedScaleWarning(UserNotice):
@@ -33,7 +39,7 @@ class AssumedScaleWarning(UserNotice):
 
 def load_lora(
     prior: nn.Module,
-    source: Path | str | Mapping[str, Tensor],
+    source: Path | str | Mapping[str, Tensor] | Adapter,
     *,
     adapter_name: str = "default",
     weight_name: str | None = None,
@@ -42,17 +48,20 @@ def load_lora(
     """Adds an adapter and makes it the only active one, at weight 1. Its weights are frozen.
 
     ``source`` is a file, a folder that diffusers or peft wrote (``pytorch_lora_weights.safetensors``,
-    ``adapter_model.safetensors``, or ``weight_name``), or the tensors themselves. Keys may be diffusers'
-    (``prior.blocks.2.attention.to_q.lora_A.weight``), those of its older versions (``….lora.down.weight``,
-    ``….processor.to_q_lora.down.weight``), peft's, or kohya's and OneTrainer's
-    (``lora_prior_unet_blocks_2_attention_to_q.lora_down.weight`` with ``.alpha``). The rank follows from the
-    shapes. Alpha comes from ``.alpha`` keys, the file's metadata, or peft's ``adapter_config.json`` next to
-    the file. Otherwise it equals the rank, with an ``AssumedScaleWarning``.
+    ``adapter_model.safetensors``, or ``weight_name``), the tensors themselves, or the result of
+    ``read_adapter``. Keys may be diffusers' (``prior.blocks.2.attention.to_q.lora_A.weight``), those
+    of its older versions (``….lora.down.weight``, ``….processor.to_q_lora.down.weight``), peft's, or kohya's
+    and OneTrainer's (``lora_prior_unet_blocks_2_attention_to_q.lora_down.weight`` with ``.alpha``). The rank
+    follows from the shapes. Alpha comes from ``.alpha`` keys, the file's metadata, or peft's
+    ``adapter_config.json`` next to the file. Otherwise it equals the rank, with an ``AssumedScaleWarning``.
+
+    New words in the file are added to ``text_encoder`` if it is a ``TextEncoder``. Otherwise they are
+    ignored, with a ``UserNotice``. There is one too if the adapter was trained on other weights.
 
     Raises ``CheckpointError`` if the file is damaged or does not fit, ``UserError`` if the name is taken, if
     an adapter is fused, and if ``peft`` is missing. On error, the networks are unchanged.
     """
-    file = read_adapter(source, weight_name)
+    file = source if isinstance(source, Adapter) else read_adapter(source, weight_name)
     _check_new_name(prior, adapter_name)
     if text_encoder is not None:
         _check_new_name(text_encoder, adapter_name)
@@ -68,11 +77,15 @@ def load_lora(
         for module, updates in plans:
             if updates:
                 done.append(module)
-                _inject(module, updates, adapter_name)
+                inject(module, updates, adapter_name)
+                enable_lora(module, True)
+                set_lora(module, [adapter_name], [1.0])
+        _add_words(text_encoder, file)
     except BaseException:
         for module in done:
             _remove(module, [adapter_name])
         raise
+    _warn_of_other_base(prior, file)
     _warn_of_assumed_scale([update for _, updates in plans for update in updates.values()], file.where)
 
 
@@ -88,24 +101,24 @@ def adapter_tensors(module: nn.Module, adapter_name: str = "default") -> dict[st
             layer.lora_B[adapter_name].weight,
             float(layer.lora_alpha[adapter_name]),
             magnitude.weight.flatten()
-            if (magnitude := dict(_matrices(layer)[2]).get(adapter_name)) is not None
+            if (magnitude := dict(matrices_of(layer)[2]).get(adapter_name)) is not None
             else None,
         )
-        for name, layer in _layers(module)
+        for name, layer in adapted_layers(module)
         if adapter_name in layer.lora_A
     }
 
 
 def lora_names(module: nn.Module) -> list[str]:
     """The names of the loaded adapters, in the order of loading."""
-    return list(dict.fromkeys(name for _, layer in _layers(module) for name in layer.lora_A))
+    return list(dict.fromkeys(name for _, layer in adapted_layers(module) for name in layer.lora_A))
 
 
 def active_loras(module: nn.Module) -> list[str]:
     """The adapters that affect the output, fused or not. None while ``enable_lora`` has turned them off."""
     active = (
         name
-        for _, layer in _layers(module)
+        for _, layer in adapted_layers(module)
         if not layer.disable_adapters
         for name in (layer.merged_adapters or layer.active_adapters)
     )
@@ -116,7 +129,7 @@ def chosen_loras(module: nn.Module) -> tuple[dict[str, float], bool]:
     """The adapters chosen with ``set_lora`` and their weights, and whether ``enable_lora`` has them on."""
     chosen: dict[str, float] = {}
     on = True
-    for _, layer in _layers(module):
+    for _, layer in adapted_layers(module):
         on = on and not layer.disable_adapters
         for name in layer.active_adapters:
             if name in layer.lora_A:
@@ -127,10 +140,10 @@ def chosen_loras(module: nn.Module) -> tuple[dict[str, float], bool]:
 
 def move_lora(module: nn.Module, names: Sequence[str], device: torch.device) -> None:
     """Moves the weights of adapters. Active ones must be on their layers' device for a forward pass."""
-    for _, layer in _layers(module):
+    for _, layer in adapted_layers(module):
         for name in names:
             if name in layer.lora_A:
-                for matrices in _matrices(layer):
+                for matrices in matrices_of(layer):
                     if name in matrices:
                         matrices[name].to(device)
 
@@ -140,7 +153,7 @@ def misplaced_loras(module: nn.Module) -> list[str]:
     active = active_loras(module)
     found = (
         name
-        for _, layer in _layers(module)
+        for _, layer in adapted_layers(module)
         for name in active
         if name in layer.lora_A
         and name not in layer.merged_adapters
@@ -166,19 +179,19 @@ def set_lora(module: nn.Module, names: Sequence[str], weights: Sequence[float | 
     for name, weight in zip(names, weights, strict=True):
         _check_scale(f"the weight of adapter {name!r}", weight)
     _check_not_fused(module)
-    for _, layer in _layers(module):
+    for _, layer in adapted_layers(module):
         layer.set_adapter(names)
         for name, weight in zip(names, weights, strict=True):
             layer.set_scale(name, weight)
-        _freeze(layer)
+        freeze(layer)
 
 
 def enable_lora(module: nn.Module, on: bool) -> None:
     """Turns all adapters off, or the previously active ones on. Raises ``UserError`` while one is fused."""
     _check_not_fused(module)
-    for _, layer in _layers(module):
+    for _, layer in adapted_layers(module):
         layer.enable_adapters(on)
-        _freeze(layer)
+        freeze(layer)
 
 
 def fuse_lora(
@@ -199,7 +212,7 @@ def fuse_lora(
     for name in names:
         if name in fused:
             raise UserError(f"adapter {name!r} is already fused. Call unfuse_lora first.")
-    layers = [(layer, name) for _, layer in _layers(module) for name in names if name in layer.lora_A]
+    layers = [(layer, name) for _, layer in adapted_layers(module) for name in names if name in layer.lora_A]
     _check_fusible(module, names)
     if safe:
         _check_finite_sum(layers, scale)
@@ -214,7 +227,7 @@ def fuse_lora(
 
 def unfuse_lora(module: nn.Module) -> None:
     """Subtracts all fused adapters again. The weights are restored up to rounding."""
-    for _, layer in _layers(module):
+    for _, layer in adapted_layers(module):
         if layer.merged:
             layer.unmerge()
         layer.scaling.update(getattr(layer, "unfused_scaling", {}))
@@ -236,8 +249,8 @@ def delete_lora(module: nn.Module, names: Sequence[str]) -> None:
 
 def unload_lora(module: nn.Module) -> None:
     """Restores the plain layers. Fused adapters stay in the weights."""
-    for name, layer in list(_layers(module)):
-        _replace(module, name, layer.base_layer)
+    for name, layer in list(adapted_layers(module)):
+        replace(module, name, layer.base_layer)
     if hasattr(module, "peft_config"):
         del module.peft_config
 
@@ -245,7 +258,35 @@ def unload_lora(module: nn.Module) -> None:
 def _updates(
     module: nn.Module, found: Mapping[str, LayerTensors], config: AdapterConfig | None, where: str
 ) -> dict[str, LayerUpdate]:
-    return layer_updates(_adaptable(module), found, config, network=type(module).__name__, where=where)
+    return layer_updates(adaptable(module), found, config, network=type(module).__name__, where=where)
+
+
+def _add_words(text_encoder: nn.Module | None, file: Adapter) -> None:
+    if isinstance(text_encoder, TextEncoder):
+        try:
+            text_encoder.add_words(file.tokens)
+        except UserError as error:
+            raise CheckpointError(f"{file.where}: {error}") from error
+    elif file.tokens:
+        warnings.warn(
+            f"{file.where} has vectors of new words ({', '.join(file.tokens)}), which are ignored here. Load "
+            "it with wuerstchen.load(...).load_lora to use them.",
+            UserNotice,
+            stacklevel=4,
+        )
+
+
+def _warn_of_other_base(prior: nn.Module, file: Adapter) -> None:
+    """Adapters work on related models too, such as few-step students, so this is no error."""
+    base, wanted = file.metadata.base_model, file.metadata.base_hash
+    half = next(prior.parameters()).dtype is torch.bfloat16  # its hash differs
+    if wanted and not half and weights_hash(prior) != wanted:
+        warnings.warn(
+            f"{file.where} was trained on a model with other weights{f' ({base})' if base else ''}. Its "
+            "effect may be weaker or different here.",
+            UserNotice,
+            stacklevel=4,
+        )
 
 
 def _warn_of_assumed_scale(updates: Sequence[LayerUpdate], where: str) -> None:
@@ -261,76 +302,12 @@ def _warn_of_assumed_scale(updates: Sequence[LayerUpdate], where: str) -> None:
         )
 
 
-def _adaptable(module: nn.Module) -> dict[str, nn.Module]:
-    """Linear layers and convolutions by name, without the wrappers of adapters that are already there."""
-    wrapped = dict(_layers(module))
-    inside = tuple(f"{name}." for name in wrapped)
-    return {
-        name: plain
-        for name, layer in module.named_modules()
-        if isinstance(plain := layer.base_layer if name in wrapped else layer, nn.Linear | nn.Conv2d)
-        and not name.startswith(inside)
-    }
-
-
-def _inject(module: nn.Module, updates: dict[str, LayerUpdate], adapter_name: str) -> None:
-    """Wraps the layers with peft's, with A and B in each layer's dtype and on its device."""
-    peft = _peft()
-    rank = Counter(u.rank for u in updates.values()).most_common(1)[0][0]
-    alpha = Counter(u.alpha for u in updates.values()).most_common(1)[0][0]
-    patterns = {name: f"^{re.escape(name)}" for name in updates}
-    config = peft.LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        target_modules="|".join(re.escape(name) for name in updates),
-        rank_pattern={patterns[n]: u.rank for n, u in updates.items() if u.rank != rank},
-        alpha_pattern={patterns[n]: u.alpha for n, u in updates.items() if u.alpha != alpha},
-        inference_mode=True,
-        init_lora_weights=False,
-        use_dora=any(update.magnitude is not None for update in updates.values()),
-    )
-    targets = _adaptable(module)
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    with warnings.catch_warnings(), _without_groups([targets[name] for name in updates]):
-        warnings.simplefilter("ignore")  # about other adapters of the network
-        peft.inject_adapter_in_model(config, module, adapter_name, low_cpu_mem_usage=True)
-    for parameter in trained:
-        parameter.requires_grad_(True)  # peft has frozen them
-    layers = dict(_layers(module))
-    for name, update in updates.items():
-        base = layers[name].base_layer.weight
-        for matrices, value in ((layers[name].lora_A, update.a), (layers[name].lora_B, update.b)):
-            weight = value.detach().to(device=base.device, dtype=base.dtype, copy=True)
-            matrices[adapter_name].weight = nn.Parameter(weight, requires_grad=False)
-        if update.magnitude is not None:
-            weight = update.magnitude.detach().to(device=base.device, dtype=base.dtype, copy=True)
-            layers[name].lora_magnitude_vector[adapter_name].weight = nn.Parameter(
-                weight, requires_grad=False
-            )
-        layers[name].train(module.training)
-    enable_lora(module, True)
-    set_lora(module, [adapter_name], [1.0])
-
-
-@contextlib.contextmanager
-def _without_groups(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Makes peft treat grouped convolutions as plain ones, so that A and B have no groups.
-
-    peft would give B the groups of the layer, and the rank would have to be a multiple of them: of 1536 in
-    Stage C's depthwise convolutions.
-    """
-    grouped = {layer: layer.groups for layer in layers if isinstance(layer, nn.Conv2d)}
-    try:
-        for layer in grouped:
-            layer.groups = 1
-        yield
-    finally:
-        for layer, groups in grouped.items():
-            layer.groups = groups
+def _fused(module: nn.Module) -> list[str]:
+    return list(dict.fromkeys(name for _, layer in adapted_layers(module) for name in layer.merged_adapters))
 
 
 def _remove(module: nn.Module, names: Sequence[str]) -> None:
-    for path, layer in list(_layers(module)):
+    for path, layer in list(adapted_layers(module)):
         if set(names) & set(layer.active_adapters):
             left = [name for name in layer.active_adapters if name not in names]
             # As in peft: if no active adapter is left, the first of the others becomes active.
@@ -338,50 +315,13 @@ def _remove(module: nn.Module, names: Sequence[str]) -> None:
         for name in names:
             layer.delete_adapter(name)
         if not layer.lora_A:
-            _replace(module, path, layer.base_layer)
+            replace(module, path, layer.base_layer)
         else:
-            _freeze(layer)
+            freeze(layer)
     for name in names:
         getattr(module, "peft_config", {}).pop(name, None)
     if not lora_names(module):
         unload_lora(module)
-
-
-def _layers(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The layers with adapters, by name. They are found by their attributes, so this works without peft."""
-    for name, layer in module.named_modules():
-        if hasattr(layer, "base_layer") and hasattr(layer, "lora_A"):
-            yield name, layer
-
-
-def _replace(module: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(module.get_submodule(parent), child, layer)
-
-
-def _freeze(layer: Any) -> None:
-    """Freezes an adapter again, because peft makes every adapter that it activates trainable."""
-    for matrices in _matrices(layer):
-        matrices.requires_grad_(False)
-
-
-def _matrices(layer: Any) -> tuple[nn.ModuleDict, ...]:
-    """A, B and DoRA's magnitudes of a layer, by adapter."""
-    return layer.lora_A, layer.lora_B, getattr(layer, "lora_magnitude_vector", nn.ModuleDict())
-
-
-def _fused(module: nn.Module) -> list[str]:
-    return list(dict.fromkeys(name for _, layer in _layers(module) for name in layer.merged_adapters))
-
-
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise UserError(
-            'adapters need the package peft. Install it with: pip install "wuerstchen[lora]"'
-        ) from error
-    return peft
 
 
 def _check_new_name(module: nn.Module, name: str) -> None:
@@ -414,7 +354,7 @@ def _check_not_fused(module: nn.Module) -> None:
 
 
 def _check_fusible(module: nn.Module, names: Sequence[str]) -> None:
-    for path, layer in _layers(module):
+    for path, layer in adapted_layers(module):
         for name in names:
             if name in layer.lora_A and getattr(layer.base_layer, "groups", 1) > 1:
                 raise UserError(

@@ -8,9 +8,8 @@ own precision, the diffusion between them in fp32.
 """
 
 import dataclasses
-import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any, get_args, no_type_check
@@ -20,6 +19,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from wuerstchen.adapters import ModelAdapters
+from wuerstchen.checkpoints.adapter_metadata import AdapterMetadata
 from wuerstchen.checkpoints.hub import BUNDLED
 from wuerstchen.checkpoints.layouts import Sources, read_model
 from wuerstchen.device import Precision, default_device, default_precision, runs_triton, to_device
@@ -36,7 +37,6 @@ from wuerstchen.images import (
     to_tensor,
     upright_rgb,
 )
-from wuerstchen.lora import load_lora, lora_names, set_lora, unload_lora
 from wuerstchen.models.cascade import Cascade
 from wuerstchen.models.prior import Prior
 from wuerstchen.models.text import TextStates
@@ -95,7 +95,7 @@ class Wuerstchen(Reconstructor):
     ) -> None:
         """With ``low_memory``, networks stay on the CPU and are moved to ``device`` while they are in use."""
         super().__init__(cascade, device, low_memory=low_memory)
-        self._loras: dict[str, float] = {}
+        self._adapters = ModelAdapters(cascade)
 
     @no_type_check  # the checks below raise errors that say what to do
     @for_inference
@@ -169,36 +169,29 @@ class Wuerstchen(Reconstructor):
                 images += to_images(center_crop(pixels, size))
         return images
 
-    def load_lora(self, source: str | Path, scale: float = 1.0) -> None:
+    def load_lora(self, source: str | Path, scale: float = 1.0) -> AdapterMetadata:
         """Adds a LoRA adapter to Stage C, and to its text encoder if the file adapts that too.
 
-        ``source`` is a file, or a folder with ``pytorch_lora_weights.safetensors``. Raises
-        ``CheckpointError`` if the adapter does not fit this model. On error, the model is unchanged.
+        ``source`` is a file, or a folder with ``pytorch_lora_weights.safetensors``. Returns the file's
+        description, with its trigger words. Raises ``CheckpointError`` if the adapter does not fit this
+        model. On error, the model is unchanged.
         """
-        if self.cascade.prior is None or self.cascade.text_encoder is None:
-            raise UserError("LoRA adapters apply to Stage C, and this model has none. Load one with Stage C.")
-        if not math.isfinite(scale):
-            raise UserError(f"scale must be a finite number, got {scale}. Use 1 for full strength.")
         self.residence.release()
-        prior, text_model = self.cascade.prior, self.cascade.text_encoder.model
-        name = f"adapter_{len(self._loras)}"
-        load_lora(prior, source, adapter_name=name, text_encoder=text_model)
-        self._loras[name] = scale
-        for network in (prior, text_model):
-            names = lora_names(network)
-            set_lora(network, names, [self._loras[name] for name in names])
+        metadata = self._adapters.load(source, scale)
         self._recorders.invalidate()
+        return metadata
+
+    def use_loras(self, wanted: Mapping[Path, float]) -> None:
+        """Makes these adapter files the only ones, each with its scale (``adapters.ModelAdapters.use``)."""
+        self.residence.release()
+        if self._adapters.use(wanted):
+            self._recorders.invalidate()
 
     def unload_lora(self) -> None:
         """Removes all adapters. The weights are then bit for bit what they were before."""
         self.residence.release()
-        if self._loras:
-            assert self.cascade.prior is not None
-            assert self.cascade.text_encoder is not None
-            unload_lora(self.cascade.prior)
-            unload_lora(self.cascade.text_encoder.model)
-            self._loras.clear()
-            self._recorders.invalidate()
+        self._adapters.unload()
+        self._recorders.invalidate()
 
     def settings_of(self, sampling: Sampling) -> dict[str, Any]:
         """All sampling settings, as they are stored in an image file."""

@@ -369,3 +369,59 @@ def test_clip_states_follow_the_published_recipe() -> None:
 def test_importing_does_not_import_transformers() -> None:
     code = "import sys, wuerstchen.models.text; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_added_words_have_their_own_vectors(folder: Path) -> None:
+    """A new word of two tokens acts as two words with these vectors would."""
+    encoder = read_text_encoder(folder)
+    embedding = encoder.model.get_input_embeddings()
+    before = encoder.encode(["a blue camel", "[SEP] sks"])
+    old = embedding.weight
+    encoder.add_words({"sks": embedding.weight[[7, 5]], "<My-Dog>": torch.ones(1, 8)})  # blue, camel
+    assert encoder.words == ["sks", "<My-Dog>"]
+    assert encoder.tokens("a sks") == [2, 4, 12, 13, 3]
+    assert encoder.tokens("<My-Dog>, asks") == [2, 14, 11, 1, 3]
+    torch.testing.assert_close(encoder.encode(["a sks"]).states, before.states[:1])
+    assert encoder.is_understood("sks")
+    assert not encoder.is_understood("Sks")
+    torch.testing.assert_close(encoder.encode(["a blue camel"]).states, before.states[:1])
+    encoder.remove_words()
+    encoder.remove_words()
+    assert embedding.weight is old
+    assert encoder.words == []
+    assert torch.equal(encoder.encode(["a blue camel", "[SEP] sks"]).states, before.states)
+
+
+def test_an_added_word_is_cut_like_others(folder: Path) -> None:
+    encoder = read_text_encoder(folder)
+    encoder.add_words({"sks": torch.ones(3, 8)})
+    with pytest.warns(PromptTooLongWarning, match=r"7 tokens .* These words are ignored: 'sks'$"):
+        assert encoder.tokens("a blue sks") == [2, 4, 7, 12, 13, 3]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"x": torch.ones(1, 8), "camel": torch.ones(1, 8)}, "'camel' is already a word of the tokenizer"),
+        ({" x": torch.ones(1, 8)}, "has spaces around it"),
+        ({"": torch.ones(1, 8)}, "has spaces around it"),
+        ({"x": torch.ones(1, 9)}, r"must have 8 values each, got shape \(1, 9\)"),
+        ({"x": torch.ones(8)}, r"got shape \(8,\)"),
+        ({"x": torch.ones(0, 8)}, r"got shape \(0, 8\)"),
+    ],
+)
+def test_words_that_cannot_be_added(folder: Path, words: dict[str, torch.Tensor], message: str) -> None:
+    encoder = read_text_encoder(folder)
+    with pytest.raises(UserError, match=message):
+        encoder.add_words(words)
+    assert encoder.words == []
+    assert encoder.model.get_input_embeddings().num_embeddings == 12
+
+
+def test_clip_reads_added_words() -> None:
+    model, tokenizer = _tiny_clip()
+    encoder = TextEncoder.from_transformers(model, tokenizer)
+    rows = model.get_input_embeddings().weight
+    (_, a, *_) = encoder.tokens("a")
+    encoder.add_words({"sks": rows[[a]].clone()})
+    torch.testing.assert_close(encoder.encode(["sks a"]).states, encoder.encode(["a a"]).states)

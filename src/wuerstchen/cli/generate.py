@@ -9,7 +9,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,9 +113,9 @@ def _generate(options: argparse.Namespace) -> int:
         _note_photographs(options)
     _warn_of_missing_quotes(options.prompts, options.count)
     model = loaded(options)
-    _warn_of_unknown_words(model, options.prompts, init is not None)
     for path, scale in adapters:
-        model.load_lora(path, scale)
+        _note_trigger_words(path, model.load_lora(path, scale).trigger_words, options.prompts)
+    _warn_of_unknown_words(model, options.prompts, init is not None)
 
     strength = 0.7 if options.strength is None else options.strength
     settings = {"model": options.model or "bundled", "negative": options.negative}
@@ -244,6 +244,17 @@ def _adapter(text: str) -> tuple[Path, float]:
         return Path(path), float(scale)
     except ValueError:
         raise UserError(f"adapter {text!r} does not end in a number. Write FILE or FILE:0.8.") from None
+
+
+def _note_trigger_words(path: Path, words: Sequence[str], prompts: Sequence[str]) -> None:
+    """Says which words an adapter was trained with, if no prompt contains one of them."""
+    if words and not any(word.lower() in prompt.lower() for word in words for prompt in prompts):
+        warnings.warn(
+            f"no prompt has a trigger word of the adapter {path.name}: {', '.join(map(repr, words))}. Add "
+            "one for its full effect",
+            UserNotice,
+            stacklevel=2,
+        )
 
 
 def _reconstruct(options: argparse.Namespace) -> int:

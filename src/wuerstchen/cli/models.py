@@ -11,14 +11,26 @@ from wuerstchen.cli.options import (
     add_source_options,
     sources_of,
 )
+from wuerstchen.errors import UserError
+
+_ADAPTER_LAYOUTS = ("lora-diffusers", "lora-kohya", "lora-peft")
 
 
 def add_convert(commands: "argparse._SubParsersAction[Parser]") -> None:
-    convert = commands.add_parser("convert", help="convert a model to another layout")
+    convert = commands.add_parser("convert", help="convert a model or an adapter to another layout")
     convert.set_defaults(run=_convert)
-    convert.add_argument("source", metavar="SRC", help="model in any layout: a path or a Hub name")
-    convert.add_argument("target", type=Path, metavar="DST", help="folder to create")
-    convert.add_argument("--layout", choices=tuple(LAYOUTS), required=True, help="layout to write")
+    convert.add_argument(
+        "source", metavar="SRC", help="model in any layout: a path or a Hub name; or an adapter's path"
+    )
+    convert.add_argument(
+        "target", type=Path, metavar="DST", help="folder to create; for an adapter, a .safetensors file"
+    )
+    convert.add_argument(
+        "--layout",
+        choices=(*LAYOUTS, *_ADAPTER_LAYOUTS),
+        required=True,
+        help="layout to write; lora-... converts an adapter (LoRA or DoRA)",
+    )
     convert.add_argument(
         "--storage",
         choices=("float32", "float16", "int8"),
@@ -75,6 +87,9 @@ def add_doctor(commands: "argparse._SubParsersAction[Parser]") -> None:
 def _convert(options: argparse.Namespace) -> int:
     from wuerstchen.checkpoints.layouts import convert
 
+    if options.layout in _ADAPTER_LAYOUTS:
+        return _convert_adapter(options)
+
     convert(
         options.source,
         options.target,
@@ -83,6 +98,33 @@ def _convert(options: argparse.Namespace) -> int:
         storage=options.storage,
         max_shard_size=options.max_shard_size,
         leave_out=options.leave_out,
+    )
+    print(options.target)
+    return 0
+
+
+def _convert_adapter(options: argparse.Namespace) -> int:
+    import torch
+
+    from wuerstchen.checkpoints.adapter_write import write_adapter
+    from wuerstchen.checkpoints.adapters import read_adapter
+    from wuerstchen.checkpoints.layouts import Sources
+
+    if (
+        options.storage == "int8"
+        or options.leave_out
+        or options.max_shard_size
+        or sources_of(options) != Sources()
+    ):
+        raise UserError(
+            f"--layout {options.layout} converts an adapter, which is stored whole as float32 or float16. "
+            "Omit the other options."
+        )
+    if options.target.exists():
+        raise UserError(f"{options.target} already exists. Choose another file, or remove it.")
+    form = options.layout.removeprefix("lora-")
+    write_adapter(
+        options.target, read_adapter(Path(options.source)), form=form, dtype=getattr(torch, options.storage)
     )
     print(options.target)
     return 0

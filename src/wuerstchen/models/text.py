@@ -2,14 +2,14 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from torch import Tensor, nn
 
 from wuerstchen.device import to_device
@@ -91,6 +91,10 @@ class TextEncoder(nn.Module):
         self.tokenizer.no_padding()
         self.pad_id = pad_id
         self.text_positions = text_positions
+        self._added: dict[int, range] = {}
+        """The tokens of added words, by the id that the tokenizer gives the word."""
+        self._before: tuple[nn.Parameter, str] | None = None
+        """Embeddings and tokenizer without the added words."""
 
     @classmethod
     def from_transformers(cls, model: "CLIPTextModel", tokenizer: "PreTrainedTokenizerBase") -> "TextEncoder":
@@ -106,6 +110,55 @@ class TextEncoder(nn.Module):
     def width(self) -> int:
         """Number of channels of a state."""
         return self.model.config.hidden_size
+
+    @property
+    def words(self) -> list[str]:
+        """The added words."""
+        return [word for number in self._added if (word := self.tokenizer.id_to_token(number)) is not None]
+
+    def add_words(self, words: Mapping[str, Tensor]) -> None:
+        """Adds words with their own input embeddings, of shape (count, width), until ``remove_words``.
+
+        A word stands for ``count`` tokens. Prompts must spell it exactly. Raises ``UserError`` for another
+        width, and for a word that the tokenizer already knows. On error, nothing is changed.
+        """
+        embedding = self.model.get_input_embeddings()
+        width = embedding.weight.shape[1]
+        for word, vectors in words.items():
+            if vectors.ndim != 2 or vectors.shape[1] != width or not len(vectors):
+                raise UserError(
+                    f"the vectors of the word {word[:80]!r} must have {width} values each, got shape "
+                    f"{tuple(vectors.shape)}. Use an adapter that was trained for this text encoder."
+                )
+            if not word.strip() or word != word.strip() or self.tokenizer.token_to_id(word) is not None:
+                raise UserError(
+                    f"the new word {word[:80]!r} is already a word of the tokenizer, or has spaces around "
+                    "it. Choose another word."
+                )
+        if not words:
+            return
+        if self._before is None:
+            self._before = embedding.weight, self.tokenizer.to_str()
+        self.tokenizer.add_tokens([AddedToken(w, single_word=True, normalized=False) for w in words])
+        weight = embedding.weight
+        first = len(weight)
+        for word, vectors in words.items():
+            self._added[self.tokenizer.token_to_id(word)] = range(first, first + len(vectors))
+            first += len(vectors)
+        rows = [vectors.detach().to(weight.device, weight.dtype) for vectors in words.values()]
+        self._set_embeddings(nn.Parameter(torch.cat([weight.detach(), *rows]), requires_grad=False))
+
+    def remove_words(self) -> None:
+        """Removes all added words. The embeddings and the tokenizer are then what they were before."""
+        if self._before is not None:
+            weight, tokenizer = self._before
+            self._set_embeddings(weight)
+            self.tokenizer = Tokenizer.from_str(tokenizer)
+            self._added, self._before = {}, None
+
+    def _set_embeddings(self, weight: nn.Parameter) -> None:
+        embedding = self.model.get_input_embeddings()
+        embedding.weight, embedding.num_embeddings = weight, len(weight)
 
     def train(self, mode: bool = True) -> "TextEncoder":
         """Stays in eval mode: ``train()`` on a surrounding module must not turn on dropout here."""
@@ -175,19 +228,23 @@ class TextEncoder(nn.Module):
             # Python decodes command-line bytes that are not UTF-8 as lone surrogates.
             raise UserError(f"A prompt must be valid Unicode, got {prompt!r}. Write it in UTF-8.") from error
         encoding = self.tokenizer.encode(prompt)
-        if len(encoding.ids) <= self.text_positions:
-            return encoding.ids
-        first_ignored = self.text_positions - 1
+        ids, places = encoding.ids, range(len(encoding.ids))
+        if self._added:
+            spread = [(n, place) for place, i in enumerate(ids) for n in self._added.get(i, (i,))]
+            ids, places = [n for n, _ in spread], [place for _, place in spread]
+        if len(ids) <= self.text_positions:
+            return ids
+        first_ignored = places[self.text_positions - 1]
         # A word that is cut in the middle counts as ignored: name the full word.
         first_of_word = encoding.word_ids.index(encoding.word_ids[first_ignored])
         ignored = prompt[encoding.offsets[first_of_word][0] :].strip()
         warnings.warn(
-            f"The prompt is too long: {len(encoding.ids)} tokens in {_shortened(prompt)!r}. The text model "
+            f"The prompt is too long: {len(ids)} tokens in {_shortened(prompt)!r}. The text model "
             f"reads {self.text_positions}. These words are ignored: {_shortened(ignored)!r}",
             PromptTooLongWarning,
             stacklevel=3,
         )
-        return [*encoding.ids[:first_ignored], encoding.ids[-1]]
+        return [*ids[: self.text_positions - 1], ids[-1]]
 
 
 def _shortened(text: str, length: int = 200) -> str:

@@ -1,0 +1,97 @@
+"""The adapters of a loaded model: adds them, replaces them by others, and removes them."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from wuerstchen.checkpoints.adapter_metadata import AdapterMetadata
+from wuerstchen.checkpoints.adapters import Adapter, read_adapter
+from wuerstchen.errors import CheckpointError, UserError
+from wuerstchen.lora import load_lora, lora_names, set_lora, unload_lora
+from wuerstchen.models.cascade import Cascade
+
+MAX_CACHED = 16
+"""Adapters that are kept in memory after they were used."""
+MAX_CACHED_BYTES = 1 << 30
+"""Their largest total size. The last one is kept in any case."""
+
+
+class ModelAdapters:
+    """The adapters of Stage C and its text encoder, by name, each with its strength."""
+
+    def __init__(self, cascade: Cascade) -> None:
+        self.cascade = cascade
+        self.scales: dict[str, float] = {}
+        self._used: dict[Path, float] | None = {}
+        """What ``use`` has set, or None after another change."""
+        self._cache: dict[Path, tuple[object, Adapter]] = {}
+        """Files that were read, with the state of the file, the last used one last."""
+
+    def load(self, source: str | Path | Adapter, scale: float = 1.0) -> AdapterMetadata:
+        """Adds an adapter to those that are there, and returns its description. On error, nothing changes."""
+        prior, encoder = self.cascade.prior, self.cascade.text_encoder
+        if prior is None or encoder is None:
+            raise UserError("LoRA adapters apply to Stage C, and this model has none. Load one with Stage C.")
+        if not math.isfinite(scale):
+            raise UserError(f"scale must be a finite number, got {scale}. Use 1 for full strength.")
+        adapter = source if isinstance(source, Adapter) else read_adapter(Path(source))
+        name = f"adapter_{len(self.scales)}"
+        load_lora(prior, adapter, adapter_name=name, text_encoder=encoder)
+        self.scales[name], self._used = scale, None
+        for network in (prior, encoder):
+            names = lora_names(network)
+            set_lora(network, names, [self.scales[name] for name in names])
+        return adapter.metadata
+
+    def unload(self) -> None:
+        """Removes all adapters and their words. The weights are then bit for bit what they were before."""
+        if self.scales:
+            prior, encoder = self.cascade.prior, self.cascade.text_encoder
+            assert prior is not None
+            assert encoder is not None
+            unload_lora(prior)
+            unload_lora(encoder)
+            encoder.remove_words()
+            self.scales.clear()
+        self._used = {}
+
+    def use(self, wanted: Mapping[Path, float]) -> bool:
+        """Makes these files the only adapters, with their strengths. Returns whether anything changed.
+
+        Files that were used before are kept in memory, within ``MAX_CACHED`` and ``MAX_CACHED_BYTES``. If an
+        adapter cannot be loaded, there are none afterwards.
+        """
+        if self._used == dict(wanted):
+            return False
+        adapters = [(self._read(path), scale) for path, scale in wanted.items()]
+        self.unload()
+        try:
+            for adapter, scale in adapters:
+                self.load(adapter, scale)
+        except BaseException:
+            self.unload()
+            raise
+        self._used = dict(wanted)
+        return True
+
+    def _read(self, path: Path) -> Adapter:
+        try:
+            found = path.stat()
+        except OSError as error:
+            self._cache.pop(path, None)
+            raise CheckpointError(f"{path} does not exist any more. Choose another adapter.") from error
+        state = (found.st_mtime_ns, found.st_size, found.st_ino)
+        kept = self._cache.pop(path, None)
+        adapter = kept[1] if kept is not None and kept[0] == state else read_adapter(path)
+        self._cache[path] = state, adapter
+        while len(self._cache) > MAX_CACHED or (
+            len(self._cache) > 1 and sum(_bytes(a) for _, a in self._cache.values()) > MAX_CACHED_BYTES
+        ):
+            del self._cache[next(iter(self._cache))]
+        return adapter
+
+
+def _bytes(adapter: Adapter) -> int:
+    layers = (*adapter.prior.values(), *adapter.text.values())
+    tensors = [t for v in layers for t in (v.a, v.b, v.magnitude) if t is not None]
+    return sum(tensor.nbytes for tensor in (*tensors, *adapter.tokens.values()))
