@@ -168,6 +168,7 @@ INSIDE_TRAIN = {
 }
 LOWEST_OF_TRAIN = {
     "config",
+    "config_lora",
     "config_stages",
     "decoder_kinds",
     "initial_weights",

@@ -74,7 +74,7 @@ def test_stage_b_is_trained_at_512_and_1024():
 def test_only_published_weights_attend_to_padding():
     for make in RECIPES.values():
         recipe = make()
-        published = recipe.start_from and not recipe.start_from.startswith("runs/")
+        published = recipe.start_from and not recipe.start_from.startswith(("runs/", "bundled"))
         assert recipe.text_positions == ("all" if published else "real"), recipe.name
 
 

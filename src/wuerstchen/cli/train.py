@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wuerstchen.checkpoints.hub import is_bundled
 from wuerstchen.cli.options import Parser, add_device_option, add_tariff_options, tariff_of
 from wuerstchen.errors import DataError, UserError
 from wuerstchen.terminal import unfiltered
@@ -149,6 +150,7 @@ def _train(options: argparse.Namespace) -> int:
     from wuerstchen.recipes import RECIPES
     from wuerstchen.recipes.scale import scaled
     from wuerstchen.train.config import with_phase
+    from wuerstchen.train.stage_table import result_of
 
     # python -OO removes docstrings.
     about = {name: (make.__doc__ or "").partition("\n")[0] for name, make in RECIPES.items()}
@@ -168,6 +170,9 @@ def _train(options: argparse.Namespace) -> int:
             f"unknown recipe '{options.recipe}'. Give one of {', '.join(RECIPES)} before the options."
         )
     full = RECIPES[options.recipe]()
+    options.overrides = _with_prefixes(full, options.overrides)
+    if asked_for_help and result_of(full):
+        print("Options of stage-lora and stage-lora.optimization work without this prefix, as in --rank 8.\n")
     for stage in options.add_phase:
         full = with_phase(full, stage)
     recipe = overridden(full, options)
@@ -204,13 +209,45 @@ def _train(options: argparse.Namespace) -> int:
         print(f"{stopped}. {state}. Start the same command again to resume", file=sys.stderr)
         return 130
     if is_main:
-        print(f"{model}: generate images with wuerstchen generate --model {shlex.quote(str(model))} ...")
+        print(f"{model}: generate images with wuerstchen generate {_use_of(recipe, shlex.quote(str(model)))} ...")
     return 0
+
+
+def _with_prefixes(recipe: "Recipe", overrides: list[str]) -> list[str]:
+    """The options of a recipe for an adapter, with the prefixes that they may lack: ``--rank`` becomes
+    ``--stage-lora.rank``."""
+    from wuerstchen.train.config import Optimization, StageLoraConfig
+    from wuerstchen.train.stage_table import result_of
+
+    if not result_of(recipe):
+        return overrides
+    prefixes = {field.name: "stage-lora.optimization" for field in dataclasses.fields(Optimization)}
+    prefixes |= {field.name: "stage-lora" for field in dataclasses.fields(StageLoraConfig)}
+    found = []
+    for text in overrides:
+        option, equals, value = text.partition("=")
+        name = option.removeprefix("--").replace("-", "_")
+        prefix = prefixes.get(name) or prefixes.get(name.removeprefix("no_"))
+        is_option = option.startswith("--") and prefix is not None
+        found.append(f"--{prefix}.{option[2:]}{equals}{value}" if is_option else text)
+    return found
+
+
+def _use_of(recipe: "Recipe", result: str) -> str:
+    """The options of ``generate`` that use what a run has made."""
+    from wuerstchen.train.stage_table import result_of
+
+    if not result_of(recipe):
+        return f"--model {result}"
+    model = "" if is_bundled(recipe.start_from) else f"--model {shlex.quote(recipe.start_from)} "
+    return f"{model}--lora {result}"
 
 
 def _about(make: "Callable[[], Recipe]", recipe: "Recipe") -> str:
     """The recipe's docstring, or a note that the docstring does not apply because the data set differs."""
-    if recipe.data == make().data:
+    from wuerstchen.train.stage_table import result_of
+
+    if recipe.data == make().data or result_of(recipe):  # adapters have no data of their own
         return " ".join((make.__doc__ or "").split())
     return (
         f"It is trained on {recipe.data} instead of its own data, {make().data}, so the time, cost and "

@@ -38,8 +38,11 @@ class FolderSource(StoredImages):
     file, the suffix of the text files, or a field of the ``.json`` files next to the images. ``image_column``
     is the column of the metadata file with the names of the images.
 
-    ``split`` is ``all``, ``heldout`` (``plan.held_out_names``), or ``train`` for the others. If this folder
-    is inside the data folder ``around``, images that both contain are in the same split in both.
+    ``caption`` is one caption for all images. Captions in files are then not read.
+
+    ``split`` is ``all``, ``heldout`` (``plan.held_out_names``), or ``train`` for the others. ``held_out`` is
+    the fraction that a folder of few images holds out. If this folder is inside the data folder ``around``,
+    images that both contain are in the same split in both.
 
     Images without a caption that is not empty are left out and listed in ``without_caption``.
 
@@ -56,6 +59,8 @@ class FolderSource(StoredImages):
         *,
         image_column: str | None = None,
         text_column: str | None = None,
+        caption: str = "",
+        held_out: float = 0.0,
     ) -> None:
         self.root = Path(root)
         if not self.root.is_dir():
@@ -72,16 +77,19 @@ class FolderSource(StoredImages):
                 f"Data folder {str(self.root)!r} contains no images ({', '.join(sorted(SUFFIXES))})."
                 f" {_other_data(self.root)}"
             )
-        captions, fields = read_captions(self.root, found, endings, image_column, text_column)
-        held_out = held_out_names(images)
+        captions: dict[str, tuple[str, ...]] = dict.fromkeys(images, (caption,))
+        fields: dict[str, dict[str, object]] = {}
+        if not caption:
+            captions, fields = read_captions(self.root, found, endings, image_column, text_column)
+        names = held_out_names(images, held_out)
         if around is not None:
             inside = self.root.resolve().relative_to(around.resolve())
             theirs = find_files(around, ()).images
-            shared, held_out_there = set(theirs), held_out_names(theirs)
+            shared, held_out_there = set(theirs), held_out_names(theirs, held_out)
             named = {image: (inside / image).as_posix() for image in images}
-            own = {image for image in held_out if named[image] not in shared}
-            held_out = own | {image for image in images if named[image] in held_out_there}
-        chosen = {"all": set(images), "train": set(images) - held_out, "heldout": held_out}[split]
+            own = {image for image in names if named[image] not in shared}
+            names = own | {image for image in images if named[image] in held_out_there}
+        chosen = {"all": set(images), "train": set(images) - names, "heldout": names}[split]
         self.without_caption = [name for name in images if name in chosen and not captions[name]]
         """Images that are left out because all their captions are empty."""
         if not any(captions.values()):

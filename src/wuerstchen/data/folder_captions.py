@@ -148,7 +148,10 @@ def _read_text_files(root: Path, found: Found, endings: tuple[str, ...]) -> dict
         caption = " ".join(read_text(root / text, text).split())
         captions[image] = (caption,) if caption else ()
     _check_all_have_captions(
-        found.images, captions, f"Write one in a {endings[0]} file next to it, or add {JSONL}."
+        found.images,
+        captions,
+        f"Write one in a {endings[0]} file next to it, or add {JSONL}. To train with one caption for all"
+        " images, use --caption.",
     )
     # If an image has two text files, the second is ignored.
     beside = {beside_of(image, ending) for image in found.images for ending in endings}

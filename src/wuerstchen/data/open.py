@@ -57,6 +57,10 @@ class Data:
     text_column: str | None = None
     around: Path | None = None
     """A parent data folder whose held-out images stay held out here, as in ``FolderSource``."""
+    caption: str = ""
+    """One caption for all images of a folder, as in ``FolderSource``."""
+    held_out: float = 0.0
+    """The fraction that a folder of few images holds out, as in ``FolderSource``."""
     verify: bool | None = None
     """As in ``PreparedSet``."""
 
@@ -158,14 +162,29 @@ def open_source(
     around: Path | None = None,
     image_column: str | None = None,
     text_column: str | None = None,
+    caption: str = "",
+    held_out: float = 0.0,
     verify: bool | None = None,
 ) -> Source | PreparedSet:
     """The training images, or the held-out images, of the data that ``open_data`` finds.
 
-    ``around`` is a parent folder of this one, as in ``FolderSource``. ``verify`` is as in ``PreparedSet``.
+    ``around``, a parent folder of this one, ``caption`` and ``held_out`` are as in ``FolderSource``.
+    ``verify`` is as in ``PreparedSet``. Raises ``DataError`` for a ``caption`` of data that are no folder of
+    images.
     """
     data = open_data(name, image_column=image_column, text_column=text_column)
-    return replace(data, around=around, verify=verify).source(subset)
+    if caption and data.kind.name != "folder":
+        raise DataError(
+            f"Data {name!r} have captions of their own, got caption={caption!r}. Only a folder of images can"
+            " have one caption for all images. Remove --caption."
+        )
+    if caption and (image_column is not None or text_column is not None):
+        raise DataError(
+            f"caption={caption!r} replaces all captions of {name!r}, so no column can be chosen. Remove"
+            " --caption, or --image-column and --text-column."
+        )
+    data = replace(data, around=around, caption=caption, held_out=held_out, verify=verify)
+    return data.source(subset)
 
 
 def kind_of(text: str) -> Kind:
@@ -248,6 +267,18 @@ def _emoji_source(root: Path, subset: Subset) -> EmojiSource:
     return EmojiSource(root, split="train", centred=CENTRED)
 
 
+def _folder_source(data: Data, subset: Subset) -> FolderSource:
+    return FolderSource(
+        data.path,
+        subset,
+        data.around,
+        image_column=data.image_column,
+        text_column=data.text_column,
+        caption=data.caption,
+        held_out=data.held_out,
+    )
+
+
 def _prepared_reader(data: Data) -> Reader:
     raise DataError(
         f"Data {data.text!r} is already a prepared set. Train Stage C on it, or prepare its original images."
@@ -325,9 +356,7 @@ KINDS: list[Kind] = [
         name="folder",
         matches=lambda name: name.content == "folder",
         reader=lambda data: FolderReader(data.path, data.image_column, data.text_column),
-        source=lambda data, subset: FolderSource(
-            data.path, subset, data.around, image_column=data.image_column, text_column=data.text_column
-        ),
+        source=_folder_source,
     ),
     Kind(
         name="captions",

@@ -55,14 +55,17 @@ VIEW = "#view="
 """Separates the name of an image from the number of its view, for images with several views."""
 
 
-def held_out_names(names: Collection[str]) -> set[str]:
+def held_out_names(names: Collection[str], fraction: float = 0.0) -> set[str]:
     """The images of a set that training never sees.
 
-    This depends only on each image's own name, so adding images moves no other image between the subsets.
-    Sets of fewer than ``HELD_OUT_FROM`` images hold out none.
+    In sets of at least ``HELD_OUT_FROM`` images, this depends only on each image's own name, so adding images
+    moves no other image between the subsets. Smaller sets hold out this ``fraction`` of their images: at
+    least one image of 5 to 9 and two of more, and none of fewer.
     """
     if len(names) < HELD_OUT_FROM:
-        return set()
+        least = 0 if len(names) < 5 else 1 if len(names) < 10 else 2
+        count = max(least, round(fraction * len(names))) if fraction and least else 0
+        return set(sorted(names, key=lambda name: stable_hash("held out", name))[:count])
     return {name for name in names if is_held_out(name)}
 
 

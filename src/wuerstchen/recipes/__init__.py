@@ -3,6 +3,7 @@
 The docstring of a recipe states its hardware, time, cost and result.
 """
 
+from wuerstchen.recipes.lora import lora, v2_lora
 from wuerstchen.recipes.mini import mini, mini_few
 from wuerstchen.recipes.tiny import tiny
 from wuerstchen.recipes.v1 import v1_stage_b, v1_stage_c
@@ -12,6 +13,8 @@ RECIPES = {
     "tiny": tiny,
     "mini": mini,
     "mini-few": mini_few,
+    "lora": lora,
+    "v2-lora": v2_lora,
     "v2": v2,
     "v2-stage-a": v2_stage_a,
     "v2-stage-b": v2_stage_b,

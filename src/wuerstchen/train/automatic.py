@@ -2,10 +2,13 @@
 
 import dataclasses
 
+from wuerstchen.data.prepared import PreparedSet
 from wuerstchen.errors import UserError
 from wuerstchen.train.config import Recipe, with_time_densities
+from wuerstchen.train.config_lora import with_length
 from wuerstchen.train.engine.distributed import Processes
 from wuerstchen.train.precision import gpu_precision
+from wuerstchen.train.run_data import open_training_images
 from wuerstchen.train.stage_table import trained_kinds
 
 
@@ -36,7 +39,18 @@ def resolved(recipe: Recipe, processes: Processes) -> Recipe:
             "acceleration=graph does not support recompute=blocks together with dropout. Use "
             "acceleration=compile, or a dropout of 0."
         )
+    if recipe.trains("lora"):
+        recipe = _with_length(recipe)
     return with_time_densities(recipe)
+
+
+def _with_length(recipe: Recipe) -> Recipe:
+    """The recipe of an adapter with a length that follows from the number of images."""
+    if recipe.stage_lora.updates is None:
+        return recipe
+    source = open_training_images(recipe)
+    count = len(source.rows("train")) if isinstance(source, PreparedSet) else len(source)
+    return dataclasses.replace(recipe, stage_lora=with_length(recipe.stage_lora, count))
 
 
 def _drops_out(recipe: Recipe) -> bool:

@@ -16,6 +16,7 @@ from wuerstchen.models.previewer import PreviewerConfig
 from wuerstchen.models.prior import PriorConfig
 from wuerstchen.models.vqgan import VQGANConfig
 from wuerstchen.sampling import ALL_TIMES, Sampling
+from wuerstchen.train.config_lora import StageLoraConfig
 from wuerstchen.train.config_stages import (
     Optimization,
     Phase,
@@ -39,6 +40,7 @@ __all__ = [
     "StageBConfig",
     "StageCConfig",
     "StageFewConfig",
+    "StageLoraConfig",
     "StoredTexts",
     "as_dict",
     "differing_fields",
@@ -83,6 +85,12 @@ class Recipe:
     text_column: str = ""
     """The column with the captions. For tars and text files, the extension of the captions. Empty for the
     first common name."""
+    caption: str = ""
+    """One caption for all images of a folder, which replaces those in files. Empty for the captions of the
+    data."""
+    held_out: float = 0.0
+    """Fraction of the images that a folder of fewer than 100 images holds out for validation, at most 0.5. 0
+    holds out none. Larger sets always hold out 2 %."""
     image_size: int
     """Side of the images that the model generates, in pixels, a multiple of 128. Stages train at this size
     unless they set their own."""
@@ -120,6 +128,7 @@ class Recipe:
     stage_b: StageBConfig
     stage_c: StageCConfig
     stage_few: StageFewConfig = field(default_factory=StageFewConfig)
+    stage_lora: StageLoraConfig = field(default_factory=StageLoraConfig)
     statistics_images: int = 1024
     """Images for measuring the scale of Stage A's latents, and the mean and standard deviation of the
     semantic latents."""
@@ -165,6 +174,9 @@ class Recipe:
     """Prompts of Stage C's previews, the same for the whole run. Empty for captions from the data."""
     preview_every: int = 0
     """Images between previews. 0 for one preview at the end of each stage."""
+    validate_every: int = 0
+    """Images between validations, which are then at these points only, and at the end. 0 validates at
+    previews, and at checkpoints if that takes little time."""
     checkpoint_seconds: float = 120.0
     """Seconds between checkpoints. A kill loses at most this much work."""
     keep_every: int = 0
@@ -189,7 +201,7 @@ class Recipe:
         self._select_phases()
         object.__setattr__(self, "precision", _SHORT_PRECISIONS.get(self.precision, self.precision))
         positive = ("statistics_images", "prior_steps", "decoder_steps", "log_every")
-        others = ("seed", "workers", "preview_every", "keep_every", "prepared_images")
+        others = ("seed", "workers", "preview_every", "validate_every", "keep_every", "prepared_images")
         for name, least in (*((n, 1) for n in positive), *((n, 0) for n in others)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}.")
@@ -206,6 +218,8 @@ class Recipe:
             raise UserError(
                 f"checkpoint_seconds must be at least 0, got {self.checkpoint_seconds}. 120 is common."
             )
+        if not 0 <= self.held_out <= 0.5:
+            raise UserError(f"held_out must be between 0 and 0.5, got {self.held_out}. 0.15 is common.")
         if not 0.25 <= self.view_scale <= 4:
             raise UserError(
                 f"view_scale must be between 0.25 and 4, got {self.view_scale}. Use 0.75 as published."
@@ -392,11 +406,12 @@ def with_time_densities(recipe: Recipe) -> Recipe:
 def differing_fields(stored: dict, given: dict, prefix: str = "") -> list[str]:
     """The fields in which two resolved recipes differ, with both values if they are short.
 
-    Leaves out ``FREE_FIELDS``, and the settings of Stage A and of the student if they are not trained.
+    Leaves out ``FREE_FIELDS``, and the settings of Stage A, of the student and of adapters if they are not
+    trained.
     """
     names = []
+    optional = {"stage_a": "a", "stage_few": "few", "stage_lora": "lora"}
     for key in sorted(stored.keys() | given.keys()):
-        optional = {"stage_a": "a", "stage_few": "few"}
         left_out = key in optional and optional[key] not in given.get("stages", optional.values())
         if not prefix and (key in FREE_FIELDS or left_out):
             continue

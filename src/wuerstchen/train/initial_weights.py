@@ -8,7 +8,7 @@ import dataclasses
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -33,6 +33,7 @@ from wuerstchen.train.stage_table import (
     invalidated,
     maker_of,
     needed_before,
+    result_of,
     selectable,
     trained_kinds,
 )
@@ -90,6 +91,9 @@ class InitialWeights:
             shapes["previewer"] = dataclasses.replace(recipe.previewer, c_in=channels)
         if self.settings is not None and not recipe.trains("decoder"):
             shapes["view_scale"] = self.settings.view_scale
+        if self.settings is not None and result_of(recipe):
+            shapes["image_size"] = self.settings.image_size
+            shapes["text_positions"] = _positions(self.settings)
         return dataclasses.replace(recipe, **shapes)
 
     def fingerprint(self) -> str:
@@ -244,6 +248,11 @@ def _option(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
+def _positions(settings: CascadeSettings) -> Literal["real", "all"]:
+    """The ``text_positions`` that the networks of a model were trained with."""
+    return "real" if settings.text_mask else "all"
+
+
 def _take_text_encoders(recipe: Recipe, start: InitialWeights, given: dict[str, Any]) -> None:
     """Loads only the text encoders that the stages read, and that of a prior that stays in the model."""
     parts = start.parts
@@ -311,7 +320,9 @@ def _check_text(recipe: Recipe, start: InitialWeights) -> None:
         )
     if start.settings is None:
         return
-    learnt = "real" if start.settings.text_mask else "all"
+    learnt = _positions(start.settings)
+    if result_of(recipe):
+        return
     reads = parts.prior is not None or (parts.decoder is not None and reads_text(recipe, start))
     if reads and learnt != recipe.text_positions:
         does = "attend to padding" if learnt == "all" else "do not attend to padding"

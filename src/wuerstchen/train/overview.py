@@ -17,7 +17,7 @@ from wuerstchen.data.survey import MOST, SECONDS, ignored, sizes
 from wuerstchen.errors import DataError, UserError
 from wuerstchen.models.text import TextEncoder
 from wuerstchen.train.config import Recipe
-from wuerstchen.train.stage_table import trained_kinds, trained_phases
+from wuerstchen.train.stage_table import result_of, trained_kinds, trained_phases
 
 MANY_EPOCHS = 500
 """Epochs above which a warning is printed. Emoji are composed anew each time and may have more."""
@@ -246,6 +246,8 @@ def refuse_small(recipe: Recipe, data: str, length: int, whole: bool) -> None:
 
     The message names every option to change. With ``whole``, as for prepared sets, all batches must be full.
     """
+    if result_of(recipe) and not whole:
+        return  # the networks have no batch statistics, so an image may be in a batch twice
     few = [reading for reading in readings(recipe) if reading.data == data and length < reading.batch_size]
     if not few:
         return

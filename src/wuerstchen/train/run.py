@@ -3,6 +3,7 @@
 DIR/run.json  log.jsonl  lock
 DIR/stage_{a,b,b2,a2,c,c2,...}/{checkpoints,previews}/    a folder for each phase that the recipe has
 DIR/model/            the averaged weights as a model folder; appears when all stages are done
+DIR/lora/             the adapter in place of a model, for a run that trains one
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from wuerstchen.checkpoints.files import write_json
+from wuerstchen.checkpoints.files import new_folder, write_json
 from wuerstchen.checkpoints.native import write_parts
 from wuerstchen.data.plan import stable_hash
 from wuerstchen.data.prepared import PreparedSet
@@ -64,7 +65,7 @@ from wuerstchen.train.run_folder import (
     read_run,
 )
 from wuerstchen.train.run_phase import PhaseRunner
-from wuerstchen.train.stage_table import continued, maker_of, trained_kinds, trained_phases
+from wuerstchen.train.stage_table import continued, maker_of, result_of, trained_kinds, trained_phases
 from wuerstchen.train.stages.base import N, Stage, cascade_settings
 
 
@@ -169,11 +170,12 @@ class TrainingRun(PhaseRunner):
 
     def train(self) -> Path:
         began = time.monotonic()
-        target = self.run_dir / "model"
+        result = result_of(self.recipe)
+        target = self.run_dir / (result or "model")
         if self.processes.is_main and self.model_is_current(target):
             print(
-                f"{self.run_dir} is already finished: there is nothing left to train. Its model is in "
-                f"{target}"
+                f"{self.run_dir} is already finished: there is nothing left to train. Its "
+                f"{'result' if result else 'model'} is in {target}"
             )
         self.train_stages()
         if self.processes.is_main:
@@ -198,16 +200,19 @@ class TrainingRun(PhaseRunner):
         """Whether the model exists and was made with the current recipe."""
         stored = read_json(self.run_dir / "run.json")
         made_with = stored.get("model", {"changes": 0})["changes"]
-        return (target / "model.json").exists() and made_with == len(self.changes)
+        return self._is_written(target) and made_with == len(self.changes)
+
+    def _is_written(self, target: Path) -> bool:
+        return target.is_dir() if result_of(self.recipe) else (target / "model.json").exists()
 
     def write_model_once(self, target: Path) -> None:
         """Writes the model unless it exists. Replaces the model of an older recipe."""
         if self.model_is_current(target):
             return
-        if not (target / "model.json").exists():
+        if not self._is_written(target):
             self.write_model(target)
         else:
-            new, old = self.run_dir / "model.new", self.run_dir / ".model.old"
+            new, old = self.run_dir / f"{target.name}.new", self.run_dir / f".{target.name}.old"
             self.write_model(new)
             os.replace(target, old)
             os.replace(new, target)
@@ -217,7 +222,12 @@ class TrainingRun(PhaseRunner):
             write_json(path, {**read_json(path), "model": {"changes": len(self.changes)}})
 
     def write_model(self, target: Path) -> None:
+        """Writes the model, or the result of a run that adapts one."""
         recipe = self.recipe
+        if result_of(recipe):
+            with new_folder(target) as partial:
+                self.write_results(partial)
+            return
         trained = dict.fromkeys(p for phase in trained_phases(recipe) for p in phase.trains)
         images = {part: self._images_of(part) for part in trained}
         provenance = {

@@ -46,8 +46,15 @@ def _opened(data: str, recipe: Recipe, begun: Recipe) -> Source | PreparedSet:
         around=folder_around(data, begun),
         image_column=recipe.image_column or None,
         text_column=recipe.text_column or None,
+        caption=recipe.caption,
+        held_out=recipe.held_out,
         verify=False,
     )
+
+
+def open_training_images(recipe: Recipe) -> Source | PreparedSet:
+    """The training split of a recipe's own data set."""
+    return _opened(recipe.data, recipe, recipe)
 
 
 def open_sources(recipe: Recipe, begun: Recipe | None = None) -> dict[str, Source | PreparedSet]:

@@ -20,6 +20,7 @@ from wuerstchen.train.changes import Plan, check_same, record
 from wuerstchen.train.config import Recipe, as_dict
 from wuerstchen.train.engine.distributed import Processes
 from wuerstchen.train.report.events import DISK_ERRORS, Log
+from wuerstchen.train.stage_table import kinds
 
 
 @contextlib.contextmanager
@@ -43,12 +44,17 @@ def locked(run_dir: Path, processes: Processes) -> Iterator[None]:
     with lock:
         for partial in (
             *run_dir.glob("stage_*/checkpoints/.*.partial"),
-            *run_dir.glob(".model.*"),
-            run_dir / "model.new",
+            *(path for name in _results() for path in run_dir.glob(f".{name}.*")),
+            *(run_dir / f"{name}.new" for name in _results()),
         ):
             shutil.rmtree(partial, ignore_errors=True)  # left incomplete by a kill
         processes.barrier()
         yield
+
+
+def _results() -> list[str]:
+    """The names of the folders that runs write their results to."""
+    return ["model", *(kind.result for kind in kinds() if kind.result)]
 
 
 def as_user_error(error: OSError, run_dir: Path) -> UserError:
@@ -197,11 +203,12 @@ def check_run(
     if stored is None:
         if any(run_dir.glob("stage_*")):
             raise RunFolderError(f"{run_dir} contains stages but no run.json. Use another --run-dir.")
-        if (run_dir / "model").exists():
-            raise RunFolderError(
-                f"{run_dir / 'model'} already exists, and the run would write its model there. Use another "
-                "--run-dir."
-            )
+        for name in _results():
+            if (run_dir / name).exists():
+                raise RunFolderError(
+                    f"{run_dir / name} already exists, and the run would write its result there. Use another "
+                    "--run-dir."
+                )
         check_new(run_dir)
         versions = {"order": ORDER, "colours": COLOURS, "time_density": TIME_DENSITY}
         content = {"format": FORMAT, "recipe": given, "data": now.data, **versions}

@@ -5,6 +5,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from wuerstchen.checkpoints.native import Provenance
 from wuerstchen.data.caption_files import WithoutImages
 from wuerstchen.data.emoji import EmojiSource
@@ -15,7 +17,7 @@ from wuerstchen.data.sources import Source, StoredImages
 from wuerstchen.models.cascade import PUBLISHED_STATISTICS
 from wuerstchen.train.changes import Change
 from wuerstchen.train.config import Phase, Recipe, as_dict
-from wuerstchen.train.engine.checkpoint import load_averages, newest_of_all
+from wuerstchen.train.engine.checkpoint import best_of, load_averages, newest_of_all
 from wuerstchen.train.engine.distributed import Processes
 from wuerstchen.train.engine.image_cache import ImageCache, fill_image_cache
 from wuerstchen.train.engine.job import Settings, StageJob
@@ -40,7 +42,7 @@ from wuerstchen.train.run_folder import (
     read_json,
 )
 from wuerstchen.train.stage_table import maker_of
-from wuerstchen.train.stages.base import Averages, N, ReadsOnlyCaptions, Stage
+from wuerstchen.train.stages.base import Averages, KeepsBest, N, ReadsOnlyCaptions, Stage
 
 
 class PhaseRunner:
@@ -70,6 +72,7 @@ class PhaseRunner:
         self.log = log
         self.start = start
         self.parts = dataclasses.replace(start.parts)
+        self.results: dict[str, nn.Module] = {}
         self.statistics = PUBLISHED_STATISTICS
         if start.settings is not None and start.parts.prior is not None:
             self.statistics = start.settings.latent_statistics
@@ -123,6 +126,7 @@ class PhaseRunner:
             log_every=recipe.log_every,
             preview_every=recipe.preview_every,
             keep_every=recipe.keep_every,
+            validate_every=recipe.validate_every,
             preview_size=feed.size,
             previews=min(8, len(feed.source)),
         )
@@ -132,7 +136,7 @@ class PhaseRunner:
         return partial(self.averaged, self.run_stage(stage, phase, multiple))
 
     def run_stage(self, stage: Stage, phase: Phase, multiple: int) -> Path:
-        """Trains a phase to its end. Returns its last checkpoint."""
+        """Trains a phase to its end. Returns its last checkpoint, or its best one if the stage keeps that."""
         optimization = stage.optimization
         feed = self.feed(stage, phase, multiple, stable_hash(self.recipe.seed, stage.name, "data") >> 1)
         parameters = sum(p.numel() for n in stage.networks.values() for p in n.parameters())
@@ -158,14 +162,27 @@ class PhaseRunner:
         if finished is not None:
             seen = {"images": images, "total": images, "resumed": True, "device": str(self.device)}
             self.log.event("start", stage=stage.name, **seen)
-            return finished
+            return self._kept(stage, finished)
         validation = self.validation(stage, phase) if self.processes.is_main else None
         self.processes.barrier_without_timeout()  # for rank 0, which has read held-out images
         job = self.job(stage, feed, folder)
         trainer = Trainer(dataclasses.replace(job, header=header, validation=validation))
         move_changes(self.run_dir, self.changes, stage.name, trainer.state.images, self.log)
         caches = self.recipe.prepared_images and not trainer.finished
-        return trainer.train(self.image_cache(feed, phase) if caches else None)
+        return self._kept(stage, trainer.train(self.image_cache(feed, phase) if caches else None))
+
+    def _kept(self, stage: Stage, last: Path) -> Path:
+        """The checkpoint whose averages a phase ends with."""
+        self.processes.barrier_without_timeout()  # for rank 0, which has validated
+        best = best_of(last.parent) if isinstance(stage, KeepsBest) and stage.keeps_best else None
+        if best is None or best["images"] >= int(last.name):
+            return last
+        if self.processes.is_main:
+            print(
+                f"Stage {stage.name.upper()}: the validation loss was lowest at image {best['images']:,} of "
+                f"{int(last.name):,}, so the averaged weights at that point are kept"
+            )
+        return last.parent / f"{best['images']:012d}"
 
     def job(self, stage: Stage, feed: Feed | PreparedFeed, folder: Path) -> StageJob:
         """What a stage is trained with."""
@@ -205,6 +222,8 @@ class PhaseRunner:
                 around=folder_around(data, self.begun),
                 image_column=self.recipe.image_column or None,
                 text_column=self.recipe.text_column or None,
+                caption=self.recipe.caption,
+                held_out=self.recipe.held_out,
                 verify=False,  # the run has verified prepared sets at its start
             )
             self._held_out[key] = held_out(source, size, texts=self.recipe.stored_texts)

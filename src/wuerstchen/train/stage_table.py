@@ -19,6 +19,7 @@ STAGES = (
     "wuerstchen.train.stages.vqgan:VQGAN_REFINEMENT",
     "wuerstchen.train.stages.prior:PRIOR_STAGE",
     "wuerstchen.train.stages.few:FEW_STAGE",
+    "wuerstchen.train.stages.lora:LORA_STAGE",
 )
 """Where the ``StageKind`` objects are. Each comes after those that it builds on."""
 
@@ -73,6 +74,11 @@ def phases_in(kind: "StageKind", recipe: "Recipe") -> "list[NamedPhase]":
     if kind.short not in recipe.stages:
         return []
     return [phase for phase in kind.phases(recipe) if recipe.selects(phase.name)]
+
+
+def result_of(recipe: "Recipe") -> str:
+    """The folder in the run for the result of a recipe that adapts a model. Empty if it makes a model."""
+    return next((kind.result for kind in trained_kinds(recipe) if kind.result), "")
 
 
 def trained_kinds(recipe: "Recipe") -> "list[StageKind]":

@@ -48,6 +48,9 @@ class Settings:
     """Training images in a preview."""
     keep_every: int = 0
     """Images between checkpoints that are never removed; 0 for none."""
+    validate_every: int = 0
+    """Images between validations, which are then at these points and at the end only; 0 validates at previews
+    and checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -134,8 +134,9 @@ class _Loop:
         synchronised = self.account(batch, values)
         if self.trainer.finished:
             self.save_final()
-        if self.observer.due(self.state.images):
-            self.preview()
+        preview, validate = self.observer.due(self.state.images)
+        if preview or validate:
+            self.observe(preview=preview, validate=validate)
         stop, save = self.stop_or_save(synchronised)
         if stop:
             self.save_and_interrupt()
@@ -190,8 +191,10 @@ class _Loop:
         self.saving.start()
         self.saved_at = time.monotonic()
         validation = self.job.validation
+        if self.job.settings.validate_every:
+            return
         if self.job.processes.any_rank(validation is not None and validation.due):
-            self.observe(preview=False)
+            self.observe(preview=False, validate=True)
 
     def save_final(self) -> None:
         """Writes the last checkpoint, before the last preview, so that a failing preview loses no work."""
@@ -204,15 +207,13 @@ class _Loop:
             self.save_final()
         _interrupt(self.job, self.state)
 
-    def preview(self) -> None:
-        self.observe(preview=True)
-        self.saved_at = time.monotonic()
-
-    def observe(self, *, preview: bool) -> None:
-        """Validates, and draws a preview if asked, after the current checkpoint is on disk."""
+    def observe(self, *, preview: bool, validate: bool) -> None:
+        """Draws a preview and validates, whichever is asked, after the current checkpoint is on disk."""
         self.saving.start()
         self.saving.wait()
-        self.observer.observe(self.state, self.saving.is_complete(self.state.images), preview=preview)
+        saved = self.saving.is_complete(self.state.images)
+        self.observer.observe(self.state, saved, preview=preview, validate=validate)
+        self.saved_at = time.monotonic()
 
 
 def update(job: StageJob, step: TrainStep, runner: StepRunner, batches: Batches, batch: StepBatch) -> Values:

@@ -52,26 +52,33 @@ class Observer:
     def __init__(self, job: StageJob) -> None:
         self.job = job
         self.next_preview = 0
+        self.next_validation = 0
         self.low_memory = False
         """Whether previews use the low-memory path, because an earlier one ran out of memory."""
 
     def resume(self, images: int) -> tuple[bool, bool]:
         """Resumes at this number of images. Returns whether a stop there prevented the preview, and whether
         it prevented the validation."""
-        job = self.job
-        self.next_preview = self._next_multiple(images)
-        batch = job.stage.optimization.batch_size
-        due = images >= job.total or self._next_multiple(max(images - batch, 0)) <= images
-        if not images or not due:
+        job, settings = self.job, self.job.settings
+        self.next_preview = self._next_multiple(images, settings.preview_every)
+        self.next_validation = self._next_multiple(images, settings.validate_every)
+        before = max(images - job.stage.optimization.batch_size, 0)
+        draws = self._next_multiple(before, settings.preview_every) <= images
+        validates = self._next_multiple(before, settings.validate_every) <= images
+        if not settings.validate_every:
+            validates = draws
+        if not images or not (draws or validates):
             return False, False
         preview, validation = observed(job.log, job.stage.name, images, job.folder)
-        owed = not preview, job.validation is not None and not validation
+        owed = draws and not preview, validates and job.validation is not None and not validation
         preview, validation = job.processes.any_rank_each(*(job.processes.is_main and each for each in owed))
         return preview, validation
 
-    def due(self, images: int) -> bool:
-        """Whether it is time for a preview."""
-        return images >= self.next_preview
+    def due(self, images: int) -> tuple[bool, bool]:
+        """Whether it is time for a preview, and whether it is time for a validation."""
+        preview = images >= self.next_preview
+        validation = images >= self.next_validation if self.job.settings.validate_every else preview
+        return preview, validation
 
     def observe(
         self, state: TrainingState, saved: bool, *, preview: bool = True, validate: bool = True
@@ -96,7 +103,9 @@ class Observer:
                         self._note_best(images, found, saved)
                     job.log.event("validation", stage=job.stage.name, images=images, **found)
         if preview:
-            self.next_preview = self._next_multiple(images)
+            self.next_preview = self._next_multiple(images, job.settings.preview_every)
+        if validate:
+            self.next_validation = self._next_multiple(images, job.settings.validate_every)
 
     def _preview(self, averages: dict[str, nn.Module], images: int) -> None:
         """Draws a preview. If memory does not suffice, draws it again in a way that needs less."""
@@ -137,8 +146,7 @@ class Observer:
         if self.job.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _next_multiple(self, images: int) -> int:
-        every = self.job.settings.preview_every
+    def _next_multiple(self, images: int, every: int) -> int:
         if every == 0:
             return self.job.total
         return min((images // every + 1) * every, self.job.total)

@@ -11,7 +11,7 @@ from wuerstchen.train.engine.loss_scale import LossScale
 from wuerstchen.train.engine.optim import make_optimizer
 from wuerstchen.train.engine.sharding import empty_copy, is_sharded, shard
 from wuerstchen.train.engine.update import TrainStep, compile_regions, make_bf16_weights, recompute_blocks
-from wuerstchen.train.stages.base import UsesAverages
+from wuerstchen.train.stages.base import UsesAverages, UsesBackbones
 
 
 def make_state(job: StageJob) -> checkpoint.TrainingState:
@@ -44,7 +44,8 @@ def make_state(job: StageJob) -> checkpoint.TrainingState:
         checkpoint.restore(state, *found, processes)
     if isinstance(stage, UsesAverages):
         stage.use_averages(state.averages)
-    for network in stage.networks.values() if state.images < job.total else ():
+    backbones = stage.backbones if isinstance(stage, UsesBackbones) else ()
+    for network in (*stage.networks.values(), *backbones) if state.images < job.total else ():
         if settings.recomputes:
             recompute_blocks(network)
         if settings.compiles:

@@ -211,7 +211,8 @@ def _facts(run_dir: Path, settings: Mapping[str, Any], events: Sequence[dict[str
 
 def _state(run_dir: Path, events: Sequence[dict[str, Any]]) -> str:
     last = events[-1]["event"] if events else ""
-    if last == "end" and (run_dir / "model" / "model.json").is_file():
+    made = (run_dir / "model" / "model.json").is_file() or (run_dir / "lora").is_dir()
+    if last == "end" and made:
         return "finished"
     if last == "stopped":
         return "stopped by a signal. The same command resumes it"

@@ -121,6 +121,22 @@ class ReadsOnlyCaptions(Protocol):
     only_captions: bool
 
 
+@runtime_checkable
+class UsesBackbones(Protocol):
+    """A stage whose losses have gradients with respect to the activations of frozen networks."""
+
+    backbones: tuple[nn.Module, ...]
+    """These networks. Their blocks are compiled and recomputed like those of trained networks."""
+
+
+@runtime_checkable
+class KeepsBest(Protocol):
+    """A stage that may end with the weights that had the lowest validation loss."""
+
+    keeps_best: bool
+    """Whether it does. Without validation, it ends with the last ones."""
+
+
 N = TypeVar("N", bound=nn.Module)
 
 
@@ -180,6 +196,8 @@ class Run(Protocol):
     are on the CPU until a stage moves them."""
     statistics: LatentStatistics
     """Statistics of the semantic latents, for Stage C."""
+    results: dict[str, nn.Module]
+    """What stages make that is not a part of the model, by the short names of the stages."""
     makes_updates: bool
     """Whether ``train_phase`` makes updates. If not, stages can leave out what only updates need."""
 
@@ -256,6 +274,10 @@ class StageKind:
     ``Run.parts``."""
     check: Callable[[Run], None] | None = None
     """Called before any stage is trained. Raises ``UserError`` for problems."""
+    result: str = ""
+    """Name of the folder in the run for a result that is used together with the model that the run starts
+    from, such as an adapter. The run then takes the settings of that model and writes no other. Empty for
+    stages of a model."""
     write: Callable[[Run, Path], None] | None = None
     """Writes results that are not parts of a model, such as an adapter, into the model folder."""
 

@@ -1,0 +1,81 @@
+"""The settings of a low-rank adapter (LoRA, DoRA) for Stage C."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from wuerstchen.errors import UserError
+from wuerstchen.train.config_stages import Optimization, check_side
+
+Targets = Literal["attention", "all"]
+UPDATES_PER_IMAGE, FEWEST_UPDATES, MOST_UPDATES = 25, 300, 2000
+FEWEST_IMAGES = 3
+"""With fewer images an adapter reproduces them, and nothing else."""
+
+
+def _optimization() -> Optimization:
+    return Optimization(
+        images=FEWEST_UPDATES * 4,
+        batch_size=4,
+        learning_rate=1e-4,
+        warmup=20 * 4,
+        betas=(0.9, 0.99),
+        weight_decay=0.01,
+        ema_decay=0.99,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageLoraConfig:
+    """An adapter for Stage C, on your own images. Only the adapter is trained."""
+
+    optimization: Optimization = field(default_factory=_optimization)
+    updates: int | None = 0
+    """Length in updates, from which ``optimization.images`` is set when the run starts. 0 chooses it from the
+    number of images: 25 updates for each, at least 300 and at most 2,000. None leaves
+    ``optimization.images`` as it is."""
+    image_size: int | None = None
+    """Side of the images in pixels. None for that of the model to start from."""
+    rank: int = 16
+    """Rank of the matrices that are trained for each layer."""
+    alpha: float | None = None
+    """The adapter is scaled by alpha / rank. None for the rank, which gives 1."""
+    targets: Targets = "attention"
+    """The layers that are adapted: the four linear layers of each ``attention``, or ``all`` linear layers and
+    convolutions of Stage C. ``all`` learns textures and colours better, and has about four times as many
+    parameters."""
+    dora: bool = False
+    """Also trains the norm of each output of a layer (DoRA, arXiv 2402.09353). Slower."""
+    caption_dropout: float = 0.1
+    """Fraction of the images that train without their caption, for classifier-free guidance."""
+    keep: Literal["best", "last"] = "best"
+    """Which averaged weights the adapter has: those with the lowest validation loss, or the last ones. It is
+    the last ones without held-out images."""
+
+    def __post_init__(self) -> None:
+        check_side(self.image_size)
+        if self.updates is not None and self.updates < 0:
+            raise UserError(f"updates must be at least 0, got {self.updates}. 0 chooses the length.")
+        if self.rank < 1:
+            raise UserError(f"rank must be at least 1, got {self.rank}. 16 is common.")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise UserError(f"alpha must be above 0, got {self.alpha}. Use the rank, {self.rank}.")
+        if not 0 <= self.caption_dropout <= 1:
+            raise UserError(f"caption_dropout must be between 0 and 1, got {self.caption_dropout}.")
+
+    @property
+    def scale(self) -> float:
+        """The factor of the adapter's output."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+def with_length(config: StageLoraConfig, images: int) -> StageLoraConfig:
+    """The settings with ``optimization.images`` set, for a data set of this many images."""
+    if config.updates is None:
+        return config
+    automatic = min(max(UPDATES_PER_IMAGE * images, FEWEST_UPDATES), MOST_UPDATES)
+    total = (config.updates or automatic) * config.optimization.batch_size
+    return dataclasses.replace(
+        config, updates=None, optimization=dataclasses.replace(config.optimization, images=total)
+    )

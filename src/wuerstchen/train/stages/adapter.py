@@ -1,0 +1,139 @@
+"""A new low-rank adapter on a frozen Stage C, and its weights as a network of their own.
+
+The layers are peft's. The training loop optimizes, averages and stores only the adapter's weights, so a
+checkpoint is as small as the adapter, and the average is a second set of weights for the same layers.
+"""
+
+import contextlib
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wuerstchen.errors import UserError
+from wuerstchen.models.prior import Prior
+from wuerstchen.train.config import StageLoraConfig
+
+_NAME = "trained"  # of the adapter in peft's layers
+_ATTENTION = re.compile(r"\.attention\.(to_q|to_k|to_v|to_out\.0)$")
+_PARTS = ("lora_A", "lora_B", "lora_magnitude_vector")
+
+
+class AdapterWeights(nn.Module):
+    """The trained weights of an adapter: two matrices for each layer, in fp32, and DoRA's magnitudes."""
+
+    def __init__(self, layers: dict[str, Any]) -> None:
+        super().__init__()
+        self.names = list(layers)
+        # Names of modules cannot contain dots.
+        self.layers = nn.ModuleDict(
+            {
+                _flat(name): nn.ModuleDict(
+                    {part: held[_NAME] for part in _PARTS if _NAME in (held := getattr(layer, part))}
+                )
+                for name, layer in layers.items()
+            }
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights by peft's names, such as ``blocks.2.attention.to_q.lora_A.weight``."""
+        return {
+            f"{name}.{part}.weight": self.layers[_flat(name)][part].weight.detach()
+            for name in self.names
+            for part in self.layers[_flat(name)]
+        }
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "_")
+
+
+class AdaptedPrior:
+    """A frozen prior with a new adapter, which does nothing until it is trained."""
+
+    def __init__(self, prior: Prior, config: StageLoraConfig, dtype: torch.dtype | None = None) -> None:
+        """The weights of ``prior`` are not changed. They are used in ``dtype``, or as they are.
+
+        A and B are initialized with torch's generator as in LoRA's paper: B is zero. Raises ``UserError`` if
+        ``peft`` is missing.
+        """
+        self.prior = _frozen_copy(prior, dtype)
+        self.config = config
+        names = target_layers(self.prior, config.targets)
+        self._layers = _inject(self.prior, names, config)
+        self.weights = AdapterWeights(self._layers)
+
+    @contextlib.contextmanager
+    def using(self, weights: nn.Module) -> Iterator[Prior]:
+        """The prior in eval mode with other weights of the adapter, such as the average."""
+        assert isinstance(weights, AdapterWeights)
+        training = self.prior.training
+        self._set(weights)
+        try:
+            yield self.prior.eval()
+        finally:
+            self._set(self.weights)
+            self.prior.train(training)
+
+    def _set(self, weights: AdapterWeights) -> None:
+        for name, layer in self._layers.items():
+            for part, module in weights.layers[_flat(name)].items():
+                getattr(layer, part)[_NAME] = module
+
+
+def target_layers(prior: nn.Module, targets: str) -> list[str]:
+    """The names of the layers that an adapter changes.
+
+    Depthwise convolutions are never among them: diffusers and peft cannot load adapters for them.
+    """
+    layers = [
+        name
+        for name, layer in prior.named_modules()
+        if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+    ]
+    return layers if targets == "all" else [name for name in layers if _ATTENTION.search(name)]
+
+
+def adapter_config(names: list[str], config: StageLoraConfig) -> dict[str, Any]:
+    """peft's configuration of the adapter."""
+    return {
+        "peft_type": "LORA",
+        "r": config.rank,
+        "lora_alpha": config.rank if config.alpha is None else config.alpha,
+        "target_modules": names,
+        "use_dora": config.dora,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def _frozen_copy(prior: Prior, dtype: torch.dtype | None) -> Prior:
+    with torch.device("meta"):
+        copied = Prior(prior.config)
+    weights = {name: tensor.detach().to(dtype or tensor.dtype) for name, tensor in prior.state_dict().items()}
+    copied.load_state_dict(weights, assign=True)
+    return copied.eval().requires_grad_(False)
+
+
+def _inject(prior: Prior, names: list[str], config: StageLoraConfig) -> dict[str, Any]:
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError(
+            'adapters need the package peft. Install it with: pip install "wuerstchen[lora]"'
+        ) from error
+    settings = adapter_config(names, config) | {"inference_mode": False}
+    settings["target_modules"] = "|".join(re.escape(name) for name in names)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about networks that are not transformers models
+        peft.inject_adapter_in_model(peft.LoraConfig(**settings), prior, _NAME)
+    layers = {name: prior.get_submodule(name) for name in names}
+    for layer in layers.values():
+        for part in _PARTS:
+            held = getattr(layer, part)
+            if _NAME in held:
+                held[_NAME].float()
+    return layers
