@@ -147,3 +147,30 @@ def test_a_row_without_a_source_of_its_own_is_indexed(monkeypatch, tmp_path):
     assert isinstance(source, IndexedSource)
     assert source.name(0) == "a.png"
     assert dataclasses.is_dataclass(open_data("other:1"))
+
+
+def test_one_caption_for_all_images_of_a_folder(tmp_path):
+    folder = photos(tmp_path / "photos")
+    (folder / "a.txt").write_text("")
+    (folder / "b.txt").unlink()
+    source = open_source(str(folder), caption="a photo of sks dog")
+    assert [source.captions(item) for item in range(2)] == [("a photo of sks dog",)] * 2
+    assert source.without_caption == []
+    assert source.fingerprint() != open_source(str(folder), caption="another").fingerprint()
+    with pytest.raises(DataError, match=r"'b\.png' has no caption\. .* --caption"):
+        open_source(str(folder))
+    with pytest.raises(DataError, match=r"'sample' have captions .* got caption='sks'\. .*Remove --caption"):
+        open_source("sample", caption="sks")
+    with pytest.raises(DataError, match=r"caption='sks' replaces .* Remove --caption, or --image-column"):
+        open_source(str(folder), caption="sks", text_column="text")
+
+
+def test_a_small_folder_holds_out_images_if_asked(tmp_path):
+    for number in range(10):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+    settings = {"caption": "sks", "held_out": 0.3}
+    seen, held_out = (open_source(str(tmp_path), subset, **settings) for subset in ("train", "heldout"))
+    names = [[source.name(item) for item in range(len(source))] for source in (seen, held_out)]
+    assert len(names[1]) == 3
+    assert sorted([*names[0], *names[1]]) == [f"{number}.png" for number in range(10)]
+    assert len(open_source(str(tmp_path), "heldout", caption="sks")) == 0

@@ -29,6 +29,18 @@ def test_one_name_in_fifty_is_held_out_of_sets_of_a_hundred():
     assert held_out_names(hundred[1:]) == set()
 
 
+@pytest.mark.parametrize(
+    ("images", "count"), [(4, 0), (5, 1), (9, 1), (10, 2), (12, 2), (20, 3), (50, 8), (99, 15)]
+)
+def test_small_sets_hold_out_a_fraction_if_asked(images, count):
+    names = [f"{number}.jpg" for number in range(images)]
+    assert held_out_names(names) == set()
+    found = held_out_names(names, 0.15)
+    assert len(found) == count
+    assert found <= set(names)
+    assert held_out_names(names[::-1], 0.15) == found
+
+
 def test_streams_are_independent():
     draws = {
         (seed, index, purpose): tuple(generator(seed, index, purpose).integers(0, 1000, 4))

@@ -209,7 +209,8 @@ def _train(options: argparse.Namespace) -> int:
         print(f"{stopped}. {state}. Start the same command again to resume", file=sys.stderr)
         return 130
     if is_main:
-        print(f"{model}: generate images with wuerstchen generate {_use_of(recipe, shlex.quote(str(model)))} ...")
+        use = _use_of(recipe, shlex.quote(str(model)))
+        print(f"{model}: generate images with wuerstchen generate {use} ...")
     return 0
 
 

@@ -129,6 +129,37 @@ def test_what_a_kill_prevents_is_made_up_for(images, killed_in, tmp_path, toy_st
     assert sorted(path.stem for path in (tmp_path / "previews").iterdir()) == [f"{n:012d}" for n in (60, 120)]
 
 
+class Due(Losses):
+    """It would take so little time that every checkpoint may have one."""
+
+    @property
+    def due(self) -> bool:
+        return True
+
+
+def test_validations_at_given_points_only(tmp_path, toy_stage, toy_source, settings):
+    """The best checkpoint would else depend on the time that previews and checkpoints take."""
+    given = {"preview_every": 60, "validate_every": 40, "checkpoint_seconds": 0.0}
+    _, log = run(tmp_path, toy_stage(), toy_source(), settings, validation=Due(2.0, 1.0, 3.0), **given)
+    assert images_of(log, "preview") == [60, 120]
+    assert images_of(log, "validation") == [40, 80, 120]
+    assert best_of(tmp_path / "checkpoints") == {"images": 80, "loss": 1.0}
+
+
+@pytest.mark.parametrize("images", [40, 80, 120])
+def test_a_validation_at_a_given_point_is_made_up_for(images, tmp_path, toy_stage, toy_source, settings):
+    given = {"preview_every": 60, "validate_every": 40}
+    losses = Losses(*[1.0] * (images // 40 - 1), SystemExit())
+    with pytest.raises(SystemExit):
+        run(tmp_path, toy_stage(), toy_source(), settings, validation=losses, **given)
+    assert newest(tmp_path / "checkpoints")[1]["images"] == images
+    for _ in range(2):
+        again = Losses(0.5, 0.4, 0.3)
+        _, log = run(tmp_path, toy_stage(), toy_source(), settings, validation=again, **given)
+    assert images_of(log, "validation") == [40, 80, 120]
+    assert images_of(log, "preview") == [60, 120]
+
+
 def test_the_checkpoint_with_the_lowest_validation_loss_stays(tmp_path, toy_stage, toy_source, settings):
     losses = Losses(0.9, 0.3, 0.5, None, 0.4, 0.6)
     run(tmp_path, toy_stage(), toy_source(), settings, validation=losses, preview_every=20)

@@ -1,0 +1,317 @@
+"""Adapters for Stage C: their layers and weights, and whole runs from images to a file."""
+
+import importlib
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from wuerstchen.checkpoints.native import read_cascade
+from wuerstchen.cli import main
+from wuerstchen.errors import UserError
+from wuerstchen.models.prior import Prior, PriorConfig
+from wuerstchen.pipeline import load
+from wuerstchen.recipes import RECIPES
+from wuerstchen.train.config import Optimization, StageLoraConfig
+from wuerstchen.train.config_lora import with_length
+from wuerstchen.train.engine.checkpoint import best_of, newest
+from wuerstchen.train.engine.ema import make_average
+from wuerstchen.train.export import export
+from wuerstchen.train.run import train
+from wuerstchen.train.run_folder import read_json
+from wuerstchen.train.stages.adapter import AdaptedPrior, target_layers
+
+from ...configurations import TOY_PRIOR
+
+
+@pytest.fixture
+def lora_runs(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    yield importlib.import_module("lora_runs")
+    del sys.modules["lora_runs"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for number in range(10):
+        colours = rng.integers(0, 256, (2, 2, 3), dtype=np.uint8)
+        Image.fromarray(colours).resize((128, 128), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def prior():
+    torch.manual_seed(0)
+    network = Prior(TOY_PRIOR)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return network.eval().requires_grad_(False)
+
+
+def output(prior: Prior) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    x, text = torch.randn(2, 4, 3, 3, generator=generator), torch.randn(2, 5, 8, generator=generator)
+    return prior(x, torch.tensor([0.3, 0.8]), prior.context(text))
+
+
+def randomized(adapted: AdaptedPrior) -> AdaptedPrior:
+    torch.manual_seed(2)
+    for parameter in adapted.weights.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return adapted
+
+
+# --- The adapter ---
+
+
+@pytest.mark.parametrize("targets", ["attention", "all"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_new_adapter_changes_nothing_and_leaves_the_prior_alone(prior, targets, dora):
+    before = {key: tensor.clone() for key, tensor in prior.state_dict().items()}
+    adapted = AdaptedPrior(prior, StageLoraConfig(rank=3, targets=targets, dora=dora))
+    torch.testing.assert_close(output(adapted.prior), output(prior), rtol=1e-5, atol=1e-5)
+    randomized(adapted)
+    assert not torch.allclose(output(adapted.prior), output(prior), atol=1e-2)
+    assert prior.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in prior.state_dict().items())
+
+
+def test_layers(prior):
+    attention = {f"blocks.{b}.attention.{n}" for b in (2, 5) for n in ("to_q", "to_k", "to_v", "to_out.0")}
+    assert set(target_layers(prior, "attention")) == attention
+    everything = set(target_layers(prior, "all"))
+    assert attention < everything
+    others = {"projection", "out.1", "cond_mapper.0", "cond_mapper.2"}
+    for block in (0, 3):
+        others |= {f"blocks.{block}.channelwise.0", f"blocks.{block}.channelwise.4"}
+        others |= {f"blocks.{block + 1}.mapper", f"blocks.{block + 2}.kv_mapper.1"}
+    assert everything == attention | others  # no depthwise convolutions
+
+
+def test_only_the_adapter_is_trained_and_it_is_as_large_as_estimated():
+    with torch.device("meta"):
+        published = Prior(PriorConfig())
+    names = target_layers(published, "attention")
+    assert len(names) == 128
+    assert sum(16 * sum(published.get_submodule(name).weight.shape) for name in names) == 6_291_456
+
+
+def test_it_is_a_low_rank_update_with_alpha(prior):
+    """The adapted network equals one whose weights are W + (alpha / rank) · B A."""
+    adapted = randomized(AdaptedPrior(prior, StageLoraConfig(rank=2, alpha=3.0, targets="all")))
+    plain = Prior(TOY_PRIOR).eval()
+    plain.load_state_dict(prior.state_dict())
+    tensors = adapted.weights.tensors()
+    for name in target_layers(prior, "all"):
+        a, b = (tensors[f"{name}.lora_{letter}.weight"] for letter in "AB")
+        weight = plain.get_submodule(name).weight
+        weight.data += 1.5 * (b.flatten(1) @ a.flatten(1)).view_as(weight)
+    torch.testing.assert_close(output(adapted.prior), output(plain), rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_reach_every_weight_of_the_adapter_and_no_other(prior):
+    adapted = randomized(AdaptedPrior(prior, StageLoraConfig(rank=2, targets="all", dora=True)))
+    output(adapted.prior).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapted.weights.parameters())
+    own = set(adapted.weights.parameters())
+    assert all(p.grad is None for p in adapted.prior.parameters() if p not in own)
+
+
+def test_the_average_takes_the_place_of_the_weights_for_a_while(prior):
+    adapted = AdaptedPrior(prior, StageLoraConfig(rank=2))
+    average = make_average(adapted.weights)
+    randomized(adapted)
+    trained = output(adapted.prior)
+    adapted.prior.train()
+    with adapted.using(average) as averaged:
+        assert not averaged.training
+        torch.testing.assert_close(output(averaged), output(prior), rtol=1e-5, atol=1e-5)
+    assert adapted.prior.training
+    assert torch.equal(output(adapted.prior.eval()), trained)
+
+
+def test_the_base_may_be_in_half_precision_and_the_adapter_is_not(prior):
+    adapted = AdaptedPrior(prior, StageLoraConfig(rank=2), torch.bfloat16)
+    own = set(adapted.weights.parameters())
+    assert {p.dtype for p in own} == {torch.float32}
+    assert {p.dtype for p in adapted.prior.parameters() if p not in own} == {torch.bfloat16}
+    assert {p.dtype for p in prior.parameters()} == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = output(randomized(adapted).prior).float().square().mean()
+    loss.backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in own)
+
+
+# --- Settings ---
+
+
+@pytest.mark.parametrize(
+    ("images", "updates", "length"),
+    [(5, 0, 300), (12, 0, 300), (20, 0, 500), (50, 0, 1250), (1000, 0, 2000), (20, 7, 7)],
+)
+def test_the_length_follows_from_the_number_of_images(images, updates, length):
+    optimization = Optimization(images=1, batch_size=4)
+    found = with_length(StageLoraConfig(optimization=optimization, updates=updates), images)
+    assert found.optimization.images == 4 * length
+    assert with_length(found, 10 * images) == found  # it is set once
+    fixed = StageLoraConfig(optimization=optimization, updates=None)
+    assert with_length(fixed, images).optimization.images == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 0}, r"rank must be at least 1, got 0\."),
+        ({"alpha": 0.0}, r"alpha must be above 0, got 0\.0\."),
+        ({"alpha": float("nan")}, r"alpha must be above 0, got nan\."),
+        ({"updates": -1}, r"updates must be at least 0, got -1\."),
+        ({"caption_dropout": 1.5}, r"caption_dropout must be between 0 and 1, got 1\.5\."),
+        ({"image_size": 100}, r"image_size must be a multiple of 128, got 100\."),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        StageLoraConfig(**settings)
+
+
+def test_options_need_no_prefix(monkeypatch, tmp_path):
+    found = []
+    monkeypatch.setattr("wuerstchen.train.run.train", lambda recipe, *_, **__: found.append(recipe))
+    words = "--rank 4 --alpha=8 --targets all --dora --updates 50 --learning-rate 2e-4 --batch-size 2"
+    other = "--caption sks --start-from bundled --image-size 128"
+    assert main(["train", "lora", "--data", str(tmp_path), *words.split(), *other.split()]) == 0
+    config = found[0].stage_lora
+    assert (config.rank, config.alpha, config.targets, config.dora, config.updates) == (4, 8, "all", True, 50)
+    assert (config.optimization.learning_rate, config.optimization.batch_size) == (2e-4, 2)
+    assert (found[0].caption, config.image_size) == ("sks", 128)
+    # Other recipes need prefixes, because they have several stages.
+    assert main(["train", "tiny", "--rank", "4"]) == 2
+
+
+# --- Runs ---
+
+
+def last(run_dir: Path) -> tuple[Path, dict]:
+    path, state = newest(run_dir / "stage_lora" / "checkpoints")
+    return path, state["files"]
+
+
+def events(run_dir: Path, kind: str) -> list[dict]:
+    lines = map(json.loads, (run_dir / "log.jsonl").read_text().splitlines())
+    return [event for event in lines if event["event"] == kind]
+
+
+def test_a_run_survives_a_kill_and_makes_an_adapter_that_loads(lora_runs, model_folder, photos, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    recipe = lora_runs.recipe(model_folder, photos)
+    result = train(recipe, whole, device="cpu")
+    assert result == whole / "lora"
+
+    command = [sys.executable, lora_runs.__file__, str(model_folder), str(photos), str(broken)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert last(broken)[0].name == "000000000016"
+    train(recipe, broken, device="cpu")
+    assert last(broken)[1] == last(whole)[1]  # checksums of all tensors
+    validations = [[(e["images"], e["loss"]) for e in events(run, "validation")] for run in (whole, broken)]
+    assert validations[0] == validations[1]  # including the one that the kill prevented
+    assert [images for images, _ in validations[0]] == [8, 16, 24]
+
+    (file,) = result.iterdir()
+    stored = load_file(file)
+    assert stored.keys() == load_file(broken / "lora" / file.name).keys()
+    assert len(stored) == 8
+    checkpoint = load_file(last(whole)[0] / "networks.safetensors")
+    assert len(checkpoint) == 8  # nothing of the base is in it
+    assert all(key.startswith("adapter/") for key in checkpoint)
+
+    base = load(model_folder, "cpu")
+    before = np.asarray(base.generate("sks", seed=1)[0])
+    base.load_lora(result)
+    assert (np.asarray(base.generate("sks", seed=1)[0]) != before).any()
+    assert not (whole / "model").exists()
+    assert newest(whole / "stage_lora" / "checkpoints")[1]["images"] == lora_runs.IMAGES
+    modified = (result / file.name).stat().st_mtime_ns
+    assert train(recipe, whole, device="cpu") == result  # finished
+    assert (result / file.name).stat().st_mtime_ns == modified
+
+
+def test_the_file_has_the_averages_with_the_lowest_validation_loss(
+    lora_runs, model_folder, photos, tmp_path, monkeypatch
+):
+    from wuerstchen.train.engine.validation import Validation
+
+    losses = iter([3.0, 1.0, 2.0, 4.0, 0.5])
+    monkeypatch.setattr(Validation, "__call__", lambda *_: {"loss": next(losses), "bins": []})
+    recipe = lora_runs.recipe(model_folder, photos)
+    result = train(recipe, tmp_path / "run", device="cpu")
+    folder = tmp_path / "run" / "stage_lora" / "checkpoints"
+    assert best_of(folder) == {"images": 16, "loss": 1.0}
+
+    def is_from(images: int, result: Path) -> bool:
+        average = load_file(folder / f"{images:012d}" / "averages.safetensors")
+        stored = load_file(result / "pytorch_lora_weights.safetensors")
+        name = "blocks.2.attention.to_q"
+        ours = average[f"adapter/layers.{name.replace('.', '_')}.lora_B.weight"]
+        return torch.equal(stored[f"prior.{name}.lora_B.weight"], ours)
+
+    assert is_from(16, result)
+    assert not is_from(24, result)
+    export(tmp_path / "run", tmp_path / "newest")
+    assert is_from(24, tmp_path / "newest")
+    export(tmp_path / "run", tmp_path / "best", checkpoint="best")
+    assert is_from(16, tmp_path / "best")
+
+    monkeypatch.setattr(Validation, "__call__", lambda *_: {"loss": next(losses), "bins": []})
+    losses = iter([1.0, 2.0, 3.0])
+    folder = tmp_path / "last" / "stage_lora" / "checkpoints"
+    assert is_from(24, train(lora_runs.recipe(model_folder, photos, keep="last"), folder.parents[1]))
+
+
+def test_a_run_may_have_more_images_later(lora_runs, model_folder, photos, tmp_path):
+    recipe = lora_runs.recipe(model_folder, photos, keep="last")
+    (file,) = train(recipe, tmp_path, device="cpu").iterdir()
+    before = file.read_bytes()
+    train(recipe, tmp_path, device="cpu", changes=["images=32"])
+    assert last(tmp_path)[0].name == "000000000032"
+    assert file.read_bytes() != before
+    assert not (tmp_path / "lora.new").exists()
+
+
+def test_settings_come_from_the_model_and_batches_may_be_larger_than_the_data(
+    lora_runs, model_folder, photos, tmp_path
+):
+    settings = read_cascade(model_folder).settings
+    recipe = lora_runs.recipe(
+        model_folder,
+        photos,
+        image_size=1024,
+        text_positions="all",
+        updates=1,
+        optimization=Optimization(images=4, batch_size=12),
+    )
+    train(recipe, tmp_path, device="cpu")
+    recorded = read_json(tmp_path / "run.json")["recipe"]
+    assert recorded["image_size"] == settings.image_size == 128
+    assert recorded["text_positions"] == "real"
+    assert recorded["stage_lora"]["optimization"]["images"] == 12
+    assert recorded["stage_lora"]["updates"] is None
+    train(recipe, tmp_path, device="cpu")  # the same command resumes
+
+
+def test_recipes():
+    for name in ("lora", "v2-lora"):
+        recipe = RECIPES[name]()
+        assert recipe.stages == ("lora",)
+        assert recipe.stage_lora.rank == 16
+        assert recipe.stage_lora.updates == 0
+    assert RECIPES["lora"]().start_from == "bundled"
