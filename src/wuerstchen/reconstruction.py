@@ -12,6 +12,12 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
+from wuerstchen.checkpoints.compressors import (
+    PUBLISHED_COMPRESSOR,
+    check_scale,
+    fits_published,
+    read_published_compressor,
+)
 from wuerstchen.device import to_device
 from wuerstchen.diffusion.objective import predictions_for_sampling
 from wuerstchen.diffusion.sampler_table import SAMPLERS, samplers_for
@@ -132,12 +138,18 @@ class Reconstructor:
             return compressor(view.to(dtype_of(compressor))).float()
 
     def _compressor(self) -> Compressor:
-        if self.cascade.compressor is None:
+        """The model's compressor. That of the published v2 is downloaded if the model lacks it."""
+        cascade = self.cascade
+        if cascade.compressor is None and fits_published(cascade.decoder, cascade.settings):
+            found = read_published_compressor(dtype_of(cascade.decoder))
+            check_scale(found, cascade.settings.latent_statistics, PUBLISHED_COMPRESSOR)
+            cascade.compressor = found if self.low_memory is not None else found.to(self.device)
+        if cascade.compressor is None:
             raise UserError(
-                "this model has no compressor, so it cannot encode images. Use one that has "
-                "(for the published v2, the original's .pt file of Stage B)."
+                "this model has no compressor, so it cannot encode images. Give the one that its Stage B was "
+                "trained with: --compressor, or Sources(compressor=...) in Python."
             )
-        return self.cascade.compressor
+        return cascade.compressor
 
     def _step_reporter(
         self, on_step: StepCallback | None, size: tuple[int, int], canvas: tuple[int, int]

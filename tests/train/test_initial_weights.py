@@ -274,6 +274,7 @@ def compressor_file(tmp_path_factory):
     """A complete compressor in a file of its own, because published diffusers folders have none."""
     compressor = Compressor(CompressorConfig(backbone="efficientnet_lite0", c_latent=4))
     load_backbone(compressor.backbone, lite0_path())
+    torch.nn.init.constant_(compressor.mapper[1].weight, 42.0)  # the published normalisation divides by it
     path = tmp_path_factory.mktemp("compressor") / "compressor.safetensors"
     write_network(compressor, path, WHENCE)
     return path
@@ -379,7 +380,8 @@ def test_the_originals_file_of_stage_b_gives_the_compressor(tmp_path, published,
     fill_compressor(named(tmp_path / "model_v2_stage_b.pt"), ours)
     assert all(torch.equal(ours.state_dict()[k], t) for k, t in theirs.state_dict().items())
     with pytest.raises(
-        UserError, match=r"has no compressor\. Use --compressor-init with the file of a Stage B"
+        UserError,
+        match=r"has no compressor\. Use warp-ai/EfficientNetEncoder, the original's file of Stage B",
     ):
         fill_compressor(named(published), ours)
     larger = CompressorConfig(backbone="efficientnet_v2_l")

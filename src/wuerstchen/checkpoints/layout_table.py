@@ -32,6 +32,8 @@ class Sources:
     """Only for models in the original's files, which contain no text encoders."""
     decoder_text_encoder: str | Path | None = None
     """As ``text_encoder``, for Stage B."""
+    compressor: str | Path | None = None
+    """For models without one, such as the published diffusers folders (``checkpoints.compressors``)."""
     revision: str | None = None
     """The revision of the model, if it comes from the hub."""
     local_files_only: bool = False

@@ -72,8 +72,24 @@ def read_model(
     sources = sources or Sources()
     path = local_folder(source, revision=sources.revision, local_files_only=sources.local_files_only)
     cascade = layout_named(layout_of(path)).read(path, sources, dtype, leave_out)
+    if sources.compressor is not None and "compressor" not in leave_out:
+        _add_compressor(cascade, path, sources, dtype)
     # Checked again: a decoder without its own text encoder uses Stage C's, which may have another width.
     return dataclasses.replace(cascade, **dict.fromkeys(leave_out)) if leave_out else cascade
+
+
+def _add_compressor(cascade: Cascade, path: Path, sources: Sources, dtype: torch.dtype) -> None:
+    from wuerstchen.checkpoints.compressors import check_scale, read_compressor
+
+    assert sources.compressor is not None
+    if cascade.compressor is not None:
+        raise UserError(f"{path} has a compressor, which its Stage B was trained with. Omit compressor.")
+    found = read_compressor(sources.compressor, dtype=dtype, local_files_only=sources.local_files_only)
+    if found is None:
+        raise UserError(f"{sources.compressor} has only a backbone. Use a complete compressor.")
+    check_scale(found, cascade.settings.latent_statistics, str(sources.compressor))
+    cascade.compressor = found
+    cascade.__post_init__()  # checks that it fits the other parts
 
 
 def read_incomplete(path: Path) -> tuple[CascadeSettings, dict[str, Any], dict[str, Provenance]]:

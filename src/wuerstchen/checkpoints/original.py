@@ -90,6 +90,20 @@ def read_original(source: Path, *, dtype: torch.dtype = torch.float32) -> dict[s
     return networks
 
 
+def read_original_compressor(path: Path, *, dtype: torch.dtype = torch.float32) -> Compressor | None:
+    """The compressor in one of the original's files, without reading the other networks. None if there is
+    none. Raises ``CheckpointError`` like ``read_original``."""
+    content = read_torch_file(path)
+    if isinstance(content, Mapping) and content.get(COMPRESSOR_KEY) is not None:
+        state = _state_dict(content[COMPRESSOR_KEY], f"{path}[{COMPRESSOR_KEY!r}]")
+    elif isinstance(content, Mapping) and "mapper.0.weight" in content:
+        state = _state_dict(content, str(path))
+    else:
+        return None
+    _, network = network_of(state, dtype=dtype)
+    return network if isinstance(network, Compressor) else None
+
+
 def write_original(parts: Mapping[str, nn.Module], folder: Path) -> list[Path]:
     """Writes networks (keys of ``parts``: vqgan, decoder, compressor, prior) under the published names.
 

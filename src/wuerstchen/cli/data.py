@@ -77,6 +77,9 @@ def _add_encoding(prepare: Parser) -> None:
         "--model", help="model whose compressor and text encoder are used (default: the bundled model)"
     )
     prepare.add_argument("--text-encoder", metavar="SRC", help="text encoder, which .pt files do not contain")
+    prepare.add_argument(
+        "--compressor", metavar="SRC", help="compressor, which published diffusers folders do not contain"
+    )
     prepare.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
     prepare.add_argument(
         "--size", type=int, help="images get about SIZE x SIZE pixels (default: the model's own size)"
@@ -173,7 +176,10 @@ def _data_prepare(options: argparse.Namespace) -> int:
         text_column=options.text_column,
     )
     networks = read_networks(
-        options.model or BUNDLED, text_encoder=options.text_encoder, revision=options.revision
+        options.model or BUNDLED,
+        text_encoder=options.text_encoder,
+        compressor=options.compressor,
+        revision=options.revision,
     )
     description = prepare(
         reader,

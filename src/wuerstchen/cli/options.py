@@ -72,6 +72,11 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decoder-text-encoder", metavar="SRC", help="Stage B's text encoder, which .pt files do not contain"
     )
+    parser.add_argument(
+        "--compressor",
+        metavar="SRC",
+        help="encoder of images, which published diffusers folders do not contain: a path or Hub name",
+    )
     parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
 
 
@@ -167,6 +172,7 @@ def sources_of(options: argparse.Namespace) -> "Sources":
         prior=options.prior,
         text_encoder=options.text_encoder,
         decoder_text_encoder=options.decoder_text_encoder,
+        compressor=options.compressor,
         revision=options.revision,
     )
 

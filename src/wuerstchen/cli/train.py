@@ -36,7 +36,9 @@ def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     train.add_argument("--seed", type=int, help="random seed of the run (default: 0)")
     train.add_argument(
-        "--compressor-init", help="initial weights of the compressor, or of its backbone alone"
+        "--compressor-init",
+        "--compressor",
+        help="the compressor if --start-from has none, or its initial weights, or those of its backbone",
     )
     train.add_argument(
         "--width",

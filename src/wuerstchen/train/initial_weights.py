@@ -13,9 +13,16 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
+from wuerstchen.checkpoints.compressors import (
+    PUBLISHED_COMPRESSOR,
+    check_scale,
+    fits_published,
+    read_compressor,
+    read_published_compressor,
+)
 from wuerstchen.checkpoints.hub import local_folder
 from wuerstchen.checkpoints.layouts import read_incomplete
-from wuerstchen.checkpoints.native import Provenance, is_native_network, read_network, text_encoder_folder
+from wuerstchen.checkpoints.native import Provenance, text_encoder_folder
 from wuerstchen.checkpoints.original import PUBLISHED_TEXT_ENCODERS
 from wuerstchen.checkpoints.text_encoder import read_text_encoder
 from wuerstchen.errors import UserError
@@ -138,30 +145,26 @@ def read_start(recipe: Recipe) -> InitialWeights:
 
 
 def _take_compressor(recipe: Recipe, start: InitialWeights) -> None:
-    """Takes the compressor from ``compressor_init``, if that has a complete one and the start has none."""
-    named = recipe.stage_b.compressor_init
-    if start.parts.compressor is None and named and "b" not in recipe.fresh and recipe.start_from:
-        found = _complete_compressor(named)
-        if found is not None:
-            start.parts.compressor = found.requires_grad_(False)
-            origin = Provenance(recipe=f"taken from {Path(named).name}", seed=0, images=0, data="")
-            start.provenance["compressor"] = origin
+    """Takes the compressor from ``compressor_init``, if that has a complete one and the start has none.
 
-
-def _complete_compressor(named: str) -> Compressor | None:
-    """A compressor with its mapper, from the original's files or from a native file or folder.
-
-    None for a file with only a backbone.
+    Without ``compressor_init``, a start like the published v2 takes the published one.
     """
-    if Path(named).suffix in (".pth", ".safetensors"):  # never a name on the hub
-        path = Path(named)
-        found = read_network(path)[0] if is_native_network(path) else None
+    named, parts = recipe.stage_b.compressor_init, start.parts
+    if parts.compressor is not None or "b" in recipe.fresh or not recipe.start_from:
+        return
+    trained = recipe.trains("decoder")
+    if named:
+        found = read_compressor(named)
+    elif not trained and start.settings is not None and fits_published(parts.decoder, start.settings):
+        named, found = PUBLISHED_COMPRESSOR, read_published_compressor()
     else:
-        found = read_incomplete(local_folder(named))[1].get("compressor")
-        if found is None:
-            raise UserError(f"{named} has no compressor. Use --compressor-init with the file of a Stage B.")
-    assert found is None or isinstance(found, Compressor)
-    return found
+        return
+    if found is not None:
+        if not trained and start.settings is not None:
+            check_scale(found, start.settings.latent_statistics, named)
+        parts.compressor = found.requires_grad_(False)
+        origin = Provenance(recipe=f"taken from {Path(named).name}", seed=0, images=0, data="")
+        start.provenance["compressor"] = origin
 
 
 def fill_compressor(recipe: Recipe, compressor: Compressor) -> None:
@@ -172,7 +175,7 @@ def fill_compressor(recipe: Recipe, compressor: Compressor) -> None:
             f"{backbone} needs pretrained weights to start from. Use --compressor-init FILE with "
             "torchvision's .pth or timm's .safetensors, or with the original's file of Stage B."
         )
-    complete = _complete_compressor(named) if named else None
+    complete = read_compressor(named) if named else None
     if complete is None:
         load_backbone(compressor.backbone, Path(named) if named else lite0_path())
         return
@@ -194,7 +197,7 @@ def _check_networks(recipe: Recipe, start: InitialWeights) -> None:
             if name in kind.optional or getattr(parts, name) is not None:
                 continue
             if name == "compressor":
-                fix = "Use --compressor-init with the original's file of Stage B, or with a native model"
+                fix = f"Use --compressor-init with {PUBLISHED_COMPRESSOR} or the original's file of Stage B"
             elif stage in begun:
                 fix = f"Use --fresh {stage} to train it from random weights, or another --start-from"
             elif recipe.only:
