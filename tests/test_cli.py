@@ -378,6 +378,7 @@ def test_variations_of_an_image_need_no_prompt(run, tmp_path):
         (["--low-memory", "--seed", "3", "a cat"], "stage", ["a cat"]),
         (["a cat", "--low-memory"], "stage", ["a cat"]),
         (["--", "--low-memory", "a cat"], None, ["--low-memory", "a cat"]),
+        (["--low", "--crop-to-mask", "a cat"], "stage", ["a cat"]),
     ],
 )
 def test_low_memory_does_not_take_the_prompt_as_its_value(monkeypatch, arguments, low_memory, prompts):
@@ -428,6 +429,62 @@ def test_an_init_image_needs_no_prompt(run, tmp_path):
         code, _, err = run("generate", *arguments)
         assert code == 2
         assert message in err
+
+
+def test_a_mask_is_repainted_and_the_rest_is_the_image(run, tmp_path):
+    """Grey, white and transparent masks, and an extension. The settings name what was used."""
+    init = Image.effect_noise((140, 100), 60).convert("RGB")
+    init.save("photo.png")
+    mask = Image.new("L", init.size, 0)
+    mask.paste(255, (100, 0, 140, 100))
+    mask.save("mask.png")
+    cut = init.copy()
+    cut.putalpha(mask.point(lambda value: 255 - value))
+    cut.save("cut.png")
+    drawn = []
+    for given in (("photo.png", "mask.png"), ("photo.png", "cut.png"), ("cut.png", "cut.png")):
+        code, out, err = run("generate", "a cat", "--init", given[0], "--mask", given[1], "--feather", "4")
+        assert code == 0, err
+        drawn.append(Image.open(out.strip()))
+        assert drawn[-1].size == init.size
+        assert drawn[-1].crop((0, 0, 96, 100)).tobytes() == init.crop((0, 0, 96, 100)).tobytes()
+        settings = read_settings(out.strip())
+        assert (settings["init"], settings["mask"], settings["strength"], settings["feather"]) == (
+            *given,
+            1,
+            4,
+        )
+    assert drawn[0].tobytes() == drawn[1].tobytes()
+    code, out, _ = run(
+        *("generate", "--init", "photo.png", "--mask", "mask.png", "--extend", "left=8"),
+        *("--crop-to-mask", "a cat", "--strength", "0.5"),
+    )
+    assert code == 0
+    assert size_of(out.strip()) == (148, 100)
+    settings = read_settings(out.strip())
+    assert (settings["extend"], settings["crop_to_mask"], settings["strength"]) == ("left=8", 32, 0.5)
+
+
+def test_bad_edits_are_one_line(run, tmp_path):
+    Image.new("RGB", (70, 70), "red").save("photo.png")
+    Image.new("L", (70, 70), 0).save("empty.png")
+    Image.new("L", (70, 60), 255).save("other.png")
+    (tmp_path / "text.png").write_text("none")
+    for arguments, message in (
+        (["--mask", "empty.png"], "needs an image to start from. Add --init"),
+        (["--init", "photo.png", "--mask", "empty.png"], "mask is empty"),
+        (["--init", "photo.png", "--mask", "other.png"], "mask has 70x60 pixels, but init has 70x70"),
+        (["--init", "photo.png", "--mask", "text.png"], "text.png"),
+        (["--init", "photo.png", "--mask", "no.png"], "no.png"),
+        (["--init", "photo.png", "--extend", "left=x"], "extend cannot be read: 'left=x'"),
+        (["--init", "photo.png", "--extend", "left=9999"], "10069x70 pixels"),
+        (["--init", "photo.png", "--feather", "3"], "feather 3 needs a region to repaint"),
+        (["--init", "photo.png", "--mask", "empty.png", "--out", "empty.png"], "out is the input image"),
+    ):
+        code, _, err = run("generate", "a cat", *arguments)
+        assert code == 2
+        assert message in err
+        assert len(err.splitlines()) == 1
 
 
 def test_adapters_are_named_with_their_scale(run, tmp_path):

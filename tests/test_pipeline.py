@@ -408,6 +408,7 @@ def test_torch_s_defaults_change_no_bit(model_folder, small_v1, foreign_defaults
         return [
             pixels(model.generate("a cat", seed=1, size=(72, 128))),
             pixels(model.generate("a cat", negative="dog", init=photo, strength=0.5, sampling=dpm)),
+            pixels(model.generate("a cat", init=photo, extend="left=40")),
             pixels([model.reconstruct(photo).image]),
         ]
 

@@ -49,7 +49,6 @@ def open_image(path: Path | str) -> Image.Image:
     ``MAX_PIXELS`` (by the header, before anything is decoded), and for EPS, because decoding it runs a
     program in the file.
     """
-    check_file(path)
     return _decoded(path, path)
 
 
@@ -61,6 +60,20 @@ def decode_image(data: bytes, name: str) -> Image.Image:
 
 
 def _decoded(file: Path | str | io.BytesIO, name: Path | str) -> Image.Image:
+    rgb = opened_image(file, name, lambda image: to_rgb(image, f"image {str(name)!r}"))
+    rgb.info = {}  # the profile, EXIF and text of the source must not be saved with the result
+    return rgb
+
+
+def opened_image(
+    file: Path | str | io.BytesIO, name: Path | str, convert: Callable[[Image.Image], Image.Image]
+) -> Image.Image:
+    """The image in ``file``, upright and converted with ``convert``. Raises ``DataError`` as ``open_image``.
+
+    ``name`` is its name in messages.
+    """
+    if not isinstance(file, io.BytesIO):
+        check_file(file)
     with pillow_errors(name):
         try:
             loaded = _loaded(open_any(file), name)
@@ -68,9 +81,7 @@ def _decoded(file: Path | str | io.BytesIO, name: Path | str) -> Image.Image:
             if not is_about_text(error):
                 raise
             loaded = _loaded(open_without_text(file), name)  # the text is after the pixels
-        rgb = to_rgb(loaded, f"image {str(name)!r}")
-    rgb.info = {}  # the profile, EXIF and text of the source must not be saved with the result
-    return rgb
+        return convert(loaded)
 
 
 def _loaded(opened: Image.Image, name: Path | str) -> Image.Image:
@@ -81,7 +92,7 @@ def _loaded(opened: Image.Image, name: Path | str) -> Image.Image:
         if image.format == "EPS":
             raise bad_image(name, "EPS files are programs, which are never run", "save it as PNG or JPEG")
         image.load()
-        return _turned_upright(image)
+        return turned_upright(image)
 
 
 def is_converted(path: Path | str) -> bool:
@@ -154,7 +165,7 @@ def upright_rgb(image: Any, name: str = "image") -> Image.Image:
         raise UserError(f"{name} must be a PIL image, got {type(image)}. Open files with PIL.Image.open.")
     if 0 in image.size:
         raise UserError(f"{name} has {image.width}×{image.height} pixels. Both sides must be at least 1.")
-    rgb = to_rgb(_turned_upright(image), name)
+    rgb = to_rgb(turned_upright(image), name)
     rgb.info = {}  # the profile must not be applied again
     return rgb
 
@@ -298,7 +309,8 @@ def bad_image(path: Path | str, reason: str, fix: str) -> DataError:
     return DataError(f"image {str(path)!r} cannot be used: {reason}. {fix[0].upper()}{fix[1:]}.")
 
 
-def _turned_upright(image: Image.Image) -> Image.Image:
+def turned_upright(image: Image.Image) -> Image.Image:
+    """The image rotated and mirrored as its EXIF orientation says."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # damaged EXIF does not matter for the pixels

@@ -10,7 +10,6 @@ own precision, the diffusion between them in fp32.
 import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from pathlib import Path
 from typing import Any, get_args, no_type_check
 
@@ -24,10 +23,13 @@ from wuerstchen.checkpoints.adapter_metadata import AdapterMetadata
 from wuerstchen.checkpoints.hub import BUNDLED
 from wuerstchen.checkpoints.layouts import Sources, read_model
 from wuerstchen.device import Precision, default_device, default_precision, runs_triton, to_device
+from wuerstchen.diffusion.known_cells import predict_around
 from wuerstchen.diffusion.objective import Objective, predictions_for_sampling
 from wuerstchen.diffusion.sampler_table import SAMPLERS
 from wuerstchen.diffusion.samplers import Predict, draw_noise, guided, guided_within
 from wuerstchen.diffusion.schedule import uniform_timesteps
+from wuerstchen.edit_options import EditOptions
+from wuerstchen.edits import canvas_of, checked_inits, make_edits
 from wuerstchen.errors import UserError, UserNotice, out_of_memory_named
 from wuerstchen.images import (
     center_crop,
@@ -35,7 +37,6 @@ from wuerstchen.images import (
     resize_crop,
     to_images,
     to_tensor,
-    upright_rgb,
 )
 from wuerstchen.models.cascade import Cascade
 from wuerstchen.models.prior import Prior
@@ -48,10 +49,11 @@ from wuerstchen.sampling import (
     Sampling,
     checked_request,
     checked_size,
+    checked_strength,
     checked_texts,
     one_for_each,
 )
-from wuerstchen.sampling_batch import Progress, SamplingBatch
+from wuerstchen.sampling_batch import Begin, Progress, SamplingBatch, joined_begins, same_size_rows
 
 
 def load(
@@ -108,7 +110,11 @@ class Wuerstchen(Reconstructor):
         count: int = 1,
         size: int | tuple[int, int] | None = None,
         init: Image.Image | Sequence[Image.Image] | None = None,
-        strength: float = 0.7,
+        mask: Image.Image | Sequence[Image.Image] | None = None,
+        extend: Mapping[str, int] | str | None = None,
+        crop_to_mask: bool | int = False,
+        feather: int | None = None,
+        strength: float | None = None,
         sampling: Sampling | None = None,
         batch_size: int = 8,
         progress: Progress | None = None,
@@ -122,51 +128,55 @@ class Wuerstchen(Reconstructor):
         all prompts, or a list with one for each.
 
         With ``init``, Stage C starts from the semantic latents of that image, noised to the time ``strength``
-        in (0, 1]. Small values keep its composition, 1 keeps nothing. With an empty prompt, this gives
-        variations of the image. The image is scaled and cropped to the size. Pass a list to use one image
-        per prompt. ``on_step`` is called after each step (``wuerstchen.progress``). Raises ``UserError`` for
-        invalid arguments.
+        in (0, 1]. Small values keep its composition, 1 keeps nothing. The default is 0.7. With an empty
+        prompt, this gives variations of the image. The image is scaled and cropped to the size. Pass a list
+        to use one image per prompt.
+
+        With ``mask`` too, only its white part is repainted, by default with strength 1. Grey pixels have a
+        part of the strength. ``extend``, such as ``{"left": 256}``, paints more of the image at its sides.
+        The result has the size of the image. ``EditOptions`` describes ``crop_to_mask`` and ``feather``.
+
+        ``on_step`` is called after each step (``wuerstchen.progress``). Raises ``UserError`` for invalid
+        arguments.
         """
         prompts = checked_texts(prompts)
         negatives = checked_texts(negative, "negative")
         sampling = self.cascade.settings.completed(sampling or Sampling())
-        size = checked_size(size, self.cascade.settings.image_size)
-        canvas = self.cascade.settings.canvas(*size)
         seeds = checked_request(prompts, seed, count, batch_size)
         count = int(count)
         negatives = one_for_each("negative", negatives, len(prompts), count)
-        if not isinstance(strength, Real) or not 0 < strength <= 1:
-            raise UserError(f"strength must be above 0 and at most 1, got {strength}. 0.7 is common.")
         if self.cascade.prior is None or self.cascade.text_encoder is None:
             raise UserError("this model has no Stage C or no text encoder. It can only reconstruct images.")
-        inits = None
-        if init is not None:
-            given = init if isinstance(init, list | tuple) else [init]
-            given = [upright_rgb(image, "init") for image in given]
-            inits = one_for_each("init", self._init_latents(given, size, canvas), len(prompts), count)
+        options = EditOptions(extend=extend, crop_to_mask=crop_to_mask, feather=feather)
+        is_edit = mask is not None or extend is not None
+        strength = checked_strength(strength, 1.0 if is_edit else 0.7)
+        inits = checked_inits(init, mask, options)
+        if is_edit:
+            begins = self._edited(inits, mask, options, strength, size)
+        else:
+            begins = self._from_scratch(inits, size)
+        begins = one_for_each("init", begins, len(prompts), count)
 
         texts = [prompt for prompt in prompts for _ in range(count)]
         images: list[Image.Image] = []
-        for start in range(0, len(texts), batch_size):
-            rows = slice(start, start + batch_size)
+        for rows in same_size_rows(begins, batch_size):
             batch = SamplingBatch(
                 prompts=texts[rows],
                 negatives=negatives[rows],
                 seeds=seeds[rows],
-                size=size,
-                canvas=canvas,
                 sampling=sampling,
-                init_latents=None if inits is None else torch.cat(inits[rows]),
-                strength=float(strength),
+                strength=strength,
                 progress=progress,
-                reporter=self._step_reporter(on_step, size, canvas),
+                reporter=self._step_reporter(on_step, begins[rows][0].size, begins[rows][0].canvas),
+                **joined_begins(begins[rows]),
             )
             with out_of_memory_named(batch.describe()):
                 text = self._encode_prompts(batch)
                 semantic_latents = self._sample_prior(batch, text)
                 latents = self._sample_decoder(batch, semantic_latents)
                 pixels = self._decode(latents)
-                images += to_images(center_crop(pixels, size))
+                sampled = to_images(center_crop(pixels, batch.size))
+                images += [b.finished(image) for b, image in zip(begins[rows], sampled, strict=True)]
         return images
 
     def load_lora(self, source: str | Path, scale: float = 1.0) -> AdapterMetadata:
@@ -197,13 +207,40 @@ class Wuerstchen(Reconstructor):
         """All sampling settings, as they are stored in an image file."""
         return dataclasses.asdict(self.cascade.settings.completed(sampling))
 
-    def _init_latents(
-        self, images: Sequence[Image.Image], size: tuple[int, int], canvas: tuple[int, int]
-    ) -> list[Float[Tensor, "1 c lh lw"]]:
-        """The normalized semantic latents of each image."""
-        pixels = [to_tensor(resize_crop(image, *size)) for image in images]
-        encoded = [self.encode(self._compressor(), pad_to_canvas(p[None], canvas)) for p in pixels]
-        return [self.cascade.settings.latent_statistics.normalise(z) for z in encoded]
+    def _from_scratch(self, inits: Sequence[Image.Image], size: int | tuple[int, int] | None) -> list[Begin]:
+        """One begin for all images without ``inits``, or one for each of them: its latents."""
+        size = checked_size(size, self.cascade.settings.image_size)
+        canvas = self.cascade.settings.canvas(*size)
+        if not inits:
+            return [Begin(size=size, canvas=canvas)]
+        begins = []
+        for image in inits:
+            pixels = pad_to_canvas(to_tensor(resize_crop(image, *size))[None], canvas)
+            z = self.encode(self._compressor(), pixels)
+            normalised = self.cascade.settings.latent_statistics.normalise(z)
+            begins.append(Begin(size=size, canvas=canvas, init_latents=normalised))
+        return begins
+
+    def _edited(
+        self,
+        inits: Sequence[Image.Image],
+        mask: Any,
+        options: EditOptions,
+        strength: float,
+        size: Any,
+    ) -> list[Begin]:
+        """One begin for each image that is edited."""
+        settings = self.cascade.settings
+        self._compressor()  # raises before anything is prepared
+        if size is not None:
+            size = checked_size(size, settings.image_size)
+            settings.canvas(*size)  # raises for sides that are not supported
+        begins = []
+        for edit in make_edits(inits, mask, options, strength, size, settings):
+            canvas = canvas_of(edit.size, settings)
+            known = self.known_parts(edit, canvas)
+            begins.append(Begin(size=edit.size, canvas=canvas, known=known, edit=edit))
+        return begins
 
     def _encode_prompts(self, batch: SamplingBatch) -> TextStates:
         """Stage C's text states of the prompts and, with guidance, of the negative prompts after them."""
@@ -226,11 +263,14 @@ class Wuerstchen(Reconstructor):
         timesteps = spaced(sampling.prior_steps)
         shape = (prior.config.c_in, *settings.latent_size(*batch.canvas))
         x = to_device(draw_noise(shape, batch.generators), self.device)
-        if batch.init_latents is not None:
-            start = batch.strength
+        noise, start, known = x, batch.strength, batch.known
+        if known is not None or batch.init_latents is not None:
             timesteps = [start, *(t for t in timesteps if t < start)]
+        if batch.init_latents is not None:
             t = torch.full((len(x),), start, dtype=torch.float32, device=self.device)
             x = objective.noised(batch.init_latents, x, t)
+        elif known is not None:
+            x = known.semantic_latents.begin(noise, objective, start)
 
         with self.residence.using(prior):
             sampled = objective if sampler.reads_output else objective.for_sampling()
@@ -246,6 +286,11 @@ class Wuerstchen(Reconstructor):
                     predict, on_step = guided_within(predict, unguided, interval, timesteps, on_step)
             if batch.reporter is not None:
                 predict, on_step = batch.reporter.on_semantic_latents(predict, on_step, steps, sampled)
+            if known is not None:
+                cells = known.semantic_latents
+                if settings.prior_known_cells:
+                    predict = predict_around(predict, cells.clean, cells.cells)
+                on_step = cells.replaced(noise, timesteps, objective, on_step)
             sample = sampler.function(predict, x, timesteps, batch.generators, sampled, on_step)
         return settings.latent_statistics.restore(sample)
 

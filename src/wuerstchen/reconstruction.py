@@ -19,10 +19,12 @@ from wuerstchen.checkpoints.compressors import (
     read_published_compressor,
 )
 from wuerstchen.device import to_device
+from wuerstchen.diffusion.known_cells import Known, KnownTokens
 from wuerstchen.diffusion.objective import predictions_for_sampling
 from wuerstchen.diffusion.sampler_table import SAMPLERS, samplers_for
 from wuerstchen.diffusion.samplers import Predict, draw_noise, guided
 from wuerstchen.diffusion.tokens import draw_tokens, sample_tokens
+from wuerstchen.edits import Edit
 from wuerstchen.errors import UserError, out_of_memory_named
 from wuerstchen.images import (
     center_crop,
@@ -41,7 +43,7 @@ from wuerstchen.progress import StepCallback, StepReporter
 from wuerstchen.runtime.offload import LowMemory, residence_on, tiled_decode
 from wuerstchen.runtime.recorder import Recorders
 from wuerstchen.sampling import Reconstruction, Sampling, checked_request, checked_size
-from wuerstchen.sampling_batch import Progress, SamplingBatch
+from wuerstchen.sampling_batch import KnownParts, Progress, SamplingBatch
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -151,6 +153,21 @@ class Reconstructor:
             )
         return cascade.compressor
 
+    def known_parts(self, edit: Edit, canvas: tuple[int, int]) -> KnownParts:
+        """What Stages B and C keep of an image that is edited, as a batch of one."""
+        settings, vqgan = self.cascade.settings, self.cascade.vqgan
+        pixels = pad_to_canvas(edit.pixels()[None], canvas)
+        z = settings.latent_statistics.normalise(self.encode(self._compressor(), pixels))
+        cells = edit.cell_strengths(canvas, settings.latent_size(*canvas))[None].to(self.device)
+        with self.residence.using(vqgan):
+            embedded = vqgan.embed(pixels.to(self.device, dtype_of(vqgan))).float()
+            grid = (int(embedded.shape[2]), int(embedded.shape[3]))
+            strengths = edit.latent_strengths(canvas, grid)[None].to(self.device)
+            if isinstance(self.cascade.decoder, Paella):
+                tokens = vqgan.vquantizer.nearest(embedded.to(dtype_of(vqgan)))
+                return KnownParts(Known(z, cells), KnownTokens(tokens, strengths))
+        return KnownParts(Known(z, cells), Known(embedded / vqgan.config.scale_factor, strengths))
+
     def _step_reporter(
         self, on_step: StepCallback | None, size: tuple[int, int], canvas: tuple[int, int]
     ) -> StepReporter | None:
@@ -189,6 +206,9 @@ class Reconstructor:
                     predict = guided(predict, guidance)
                 if batch.reporter is not None:
                     on_step = batch.reporter.on_tokens(on_step, sampling.decoder_steps)
+                if batch.known is not None:
+                    assert isinstance(batch.known.latents, KnownTokens)
+                    on_step = batch.known.latents.replaced(timesteps, on_step)
                 temperatures = self.cascade.settings.decoder_temperatures
                 return sample_tokens(predict, noise, timesteps, batch.generators, temperatures, on_step)
             noise = to_device(draw_noise((decoder.config.c_in, *grid), batch.generators), self.device)
@@ -197,9 +217,14 @@ class Reconstructor:
                 predict = guided(predict, guidance)
             if batch.reporter is not None:
                 predict, on_step = batch.reporter.on_latents(predict, on_step, sampling.decoder_steps)
+            x, sampled = noise, objective.for_sampling()
+            if batch.known is not None:
+                known = batch.known.latents
+                assert isinstance(known, Known)
+                x = known.begin(noise, objective, timesteps[0])
+                on_step = known.replaced(noise, timesteps, objective, on_step)
             sampler = SAMPLERS[samplers_for(objective.path)[0]]
-            sampled = objective.for_sampling()
-            return sampler.function(predict, noise, timesteps, batch.generators, sampled, on_step)
+            return sampler.function(predict, x, timesteps, batch.generators, sampled, on_step)
 
     def _predict_latents(
         self,

@@ -108,6 +108,15 @@ def checked_texts(prompts: Any, name: str = "prompt") -> list[str]:
     return texts
 
 
+def checked_strength(strength: Any, default: float) -> float:
+    """The strength of an edit or a variation. Raises ``UserError``."""
+    if strength is None:
+        return default
+    if not isinstance(strength, Real) or not 0 < strength <= 1:
+        raise UserError(f"strength must be above 0 and at most 1, got {strength}. 0.7 is common.")
+    return float(strength)
+
+
 def check_seed(seed: Any, images: int) -> None:
     """Raises ``UserError`` unless ``seed`` and the following seeds of so many images are valid."""
     if not isinstance(seed, Integral):

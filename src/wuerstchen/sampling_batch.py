@@ -1,19 +1,84 @@
 """A batch of images that are sampled together: everything that the stages need to know about it."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
+from wuerstchen.diffusion.known_cells import Known, KnownTokens
 from wuerstchen.diffusion.samplers import OnStep
+from wuerstchen.edits import Edit
 from wuerstchen.progress import StepReporter
 from wuerstchen.sampling import Sampling
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of a stage, the number of completed steps, and the number of steps in total."""
+
+
+@dataclass(frozen=True)
+class KnownParts:
+    """What the stages keep of images that are edited."""
+
+    semantic_latents: Known
+    """Of normalized semantic latents."""
+    latents: Known | KnownTokens
+
+    @staticmethod
+    def joined(parts: "Sequence[KnownParts]") -> "KnownParts":
+        """A batch of the images in ``parts``."""
+        return KnownParts(
+            _joined([part.semantic_latents for part in parts]), _joined([part.latents for part in parts])
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begin:
+    """What the sampling of an image begins with."""
+
+    size: tuple[int, int]
+    """Width and height in pixels."""
+    canvas: tuple[int, int]
+    init_latents: Float[Tensor, "1 c lh lw"] | None = None
+    known: KnownParts | None = None
+    edit: Edit | None = None
+
+    def finished(self, image: Image.Image) -> Image.Image:
+        """The sampled image, or the edited image with it."""
+        return image if self.edit is None else self.edit.paste(image)
+
+
+def same_size_rows(begins: Sequence[Begin], batch_size: int) -> Iterator[slice]:
+    """Splits images into batches of the same size, in their order."""
+    start = 0
+    for _, group in itertools.groupby(begins, key=lambda begin: begin.size):
+        stop = start + len(list(group))
+        for first in range(start, stop, batch_size):
+            yield slice(first, min(first + batch_size, stop))
+        start = stop
+
+
+def joined_begins(begins: Sequence[Begin]) -> dict[str, Any]:
+    """The fields of a ``SamplingBatch`` that come from its begins, which have the same size."""
+    latents = [begin.init_latents for begin in begins if begin.init_latents is not None]
+    known = [begin.known for begin in begins if begin.known is not None]
+    return {
+        "size": begins[0].size,
+        "canvas": begins[0].canvas,
+        "init_latents": torch.cat(latents) if latents else None,
+        "known": KnownParts.joined(known) if known else None,
+    }
+
+
+def _joined(known: Sequence[Any]) -> Any:
+    return type(known[0])(
+        torch.cat([each.clean for each in known]), torch.cat([each.strength for each in known])
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +99,9 @@ class SamplingBatch:
     init_latents: Float[Tensor, "b c lh lw"] | None = None
     """Normalized semantic latents that Stage C starts from, instead of pure noise."""
     strength: float = 1.0
-    """The time in (0, 1] that ``init_latents`` are noised to."""
+    """The time in (0, 1] that ``init_latents`` are noised to, or the highest strength of ``known``."""
+    known: KnownParts | None = None
+    """What is kept of the images that are edited."""
     progress: Progress | None = None
     reporter: StepReporter | None = None
     generators: list[torch.Generator] = dataclasses.field(init=False)

@@ -87,15 +87,17 @@ def test_a_complete_model_round_trips(model_folder, small_cascade):
             assert torch.equal(tensor, theirs[part].state_dict()[name]), (part, name)
 
 
-def test_a_guidance_interval_is_stored_only_if_it_is_set(model_folder, small_cascade, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "value"), [("prior_guidance_interval", (0.2, 0.8)), ("prior_known_cells", True)]
+)
+def test_later_settings_are_stored_only_if_they_are_set(model_folder, small_cascade, tmp_path, name, value):
     """Versions without this setting refuse a ``model.json`` that has it."""
-    name = "prior_guidance_interval"
     assert name not in json.loads((model_folder / "model.json").read_text())["settings"]
-    settings = dataclasses.replace(small_cascade.settings, prior_guidance_interval=(0.2, 0.8))
+    settings = dataclasses.replace(small_cascade.settings, **{name: value})
     cascade = dataclasses.replace(small_cascade, settings=settings)
     provenance = dict.fromkeys(cascade.networks(), PROVENANCE)
     write_cascade(cascade, tmp_path / "model", provenance, text_encoder=BUNDLED / "text_encoder")
-    assert json.loads((tmp_path / "model" / "model.json").read_text())["settings"][name] == [0.2, 0.8]
+    assert json.loads((tmp_path / "model" / "model.json").read_text())["settings"][name] in (True, [0.2, 0.8])
     assert read_cascade(tmp_path / "model").settings == settings
 
 
@@ -260,6 +262,7 @@ def test_damaged_descriptions_are_refused(content, message, copy):
         {"view_scale": 0.0},
         {"view_scale": -1.0},
         {"text_mask": "yes"},
+        {"prior_known_cells": 1},
         {"map_statistics": {"mean": [10**400], "std": [1]}},
     ],
 )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wuerstchen.diffusion.known_cells import predict_around, with_known_cells
+from wuerstchen.diffusion.known_cells import Known, KnownTokens, predict_around, with_known_cells
 from wuerstchen.diffusion.objective import (
     OBJECTIVES,
     FlowMatching,
@@ -90,3 +90,37 @@ def test_a_prior_is_guided_and_recorded_with_known_cells(prediction, randomise):
             guided(recorder.bind(text, None), 3.0), noise, sampler.timesteps(3), [], objective.for_sampling()
         )
         torch.testing.assert_close(sample(clean, KNOWN & False), plain, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("objective", [NoisePrediction(), FlowMatching()])
+def test_replaced_cells_end_as_the_image_and_the_others_are_sampled(objective):
+    """With every sampler, on networks that know nothing of known cells."""
+    clean = torch.tensor([1.5, -0.5]).view(2, 1, 1, 1).expand(2, 1, 2, 3).contiguous()
+    known = Known(clean, torch.where(KNOWN, 0.0, 1.0))
+
+    def predict(x, t):
+        assert t.shape == (2,)
+        return x / columns(objective.scales(t)[1], x)  # the exact network of data that is always 0
+
+    for name in samplers_for(objective.path):
+        if name == "few":
+            continue  # edits are sampled without students
+        sampler, generators = SAMPLERS[name], [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        noise, times = draw_noise((1, 2, 3), generators), sampler.timesteps(12)
+        x, seen = known.begin(noise, objective, times[0]), []
+        on_step = known.replaced(noise, times, objective, lambda step, x, seen=seen: seen.append(x.clone()))
+        sample = sampler.function(predict, x, times, generators, objective.for_sampling(), on_step)
+        assert torch.equal(sample[:, 0][KNOWN], clean[:, 0][KNOWN])
+        assert sample[:, 0][~KNOWN].abs().max() < 0.1
+        for then, after in zip(times[1:-1], seen, strict=False):
+            expected = objective.noised(clean, noise, torch.full((2,), then))
+            torch.testing.assert_close(after[:, 0][KNOWN], expected[:, 0][KNOWN])
+
+
+def test_known_tokens_are_written_after_each_step():
+    known = KnownTokens(torch.full((1, 2, 2), 7), torch.tensor([[[0.0, 0.4], [1.0, 0.0]]]))
+    seen = []
+    on_step = known.replaced([1.0, 0.5, 0.0], lambda step, tokens: seen.append(tokens.tolist()))
+    for step in (0, 1):
+        on_step(step, torch.ones(1, 2, 2, dtype=torch.long))
+    assert seen == [[[[7, 7], [1, 7]]], [[[7, 1], [1, 7]]]]

@@ -245,6 +245,8 @@ def write_parts(
             del values["prior_guidance_interval"]
         if "prior_student" not in networks:
             del values["prior_student_steps"], values["prior_student_guidance"]
+        if not settings.prior_known_cells:
+            del values["prior_known_cells"]
         description = {
             "format": max([1, *map(_format_of, objectives.values())]),
             "parts": parts,

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wuerstchen.cli.editing import add_edit_options, check_edit_options, edit_of, settings_of_edit
 from wuerstchen.cli.options import (
     Parser,
     add_generation_options,
@@ -46,18 +47,7 @@ def add_generate(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="image size: N or WIDTHxHEIGHT in pixels, multiples of 8 (default: the model's own)",
     )
     add_guidance_options(generate)
-    generate.add_argument(
-        "--init",
-        type=Path,
-        metavar="IMAGE",
-        help="image to start from, with or without a prompt. The bundled model, trained on emoji, turns "
-        "photographs into blobs",
-    )
-    generate.add_argument(
-        "--strength",
-        type=float,
-        help="how far the result may depart from the --init image, above 0 and up to 1 (default: 0.7)",
-    )
+    add_edit_options(generate)
     generate.add_argument(
         "--lora",
         action="append",
@@ -97,7 +87,6 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from wuerstchen.images import open_image
     from wuerstchen.sampling import check_seed
 
     start = time.monotonic()
@@ -107,20 +96,18 @@ def _generate(options: argparse.Namespace) -> int:
     _check_generate(options, total)
     sampling = sampling_of(options)
     adapters = [_adapter(text) for text in options.lora]
-    init = None if options.init is None else open_image(options.init)
+    edit = edit_of(options)
     check_seed(options.seed, total)
-    if init is not None:
+    if options.init is not None:
         _note_photographs(options)
     _warn_of_missing_quotes(options.prompts, options.count)
     model = loaded(options)
     for path, scale in adapters:
         _note_trigger_words(path, model.load_lora(path, scale).trigger_words, options.prompts)
-    _warn_of_unknown_words(model, options.prompts, init is not None)
+    _warn_of_unknown_words(model, options.prompts, options.init is not None)
 
-    strength = 0.7 if options.strength is None else options.strength
     settings = {"model": options.model or "bundled", "negative": options.negative}
-    if init is not None:
-        settings |= {"init": options.init.name, "strength": strength}
+    settings |= settings_of_edit(options)
     if adapters:
         settings["lora"] = " ".join(options.lora)
     settings |= model.settings_of(sampling)
@@ -130,10 +117,9 @@ def _generate(options: argparse.Namespace) -> int:
             options,
             negative=options.negative,
             size=options.size,
-            init=init,
-            strength=strength,
             sampling=sampling,
             progress=progress,
+            **edit,
         )
         if options.grid:
             _save_grid([image for image, _, _ in images], options, settings)
@@ -155,9 +141,8 @@ def _check_generate(options: argparse.Namespace, total: int) -> None:
             f"the grid is too large: {total} images. A grid has at most {MAX_GRID}. Generate fewer, or omit "
             "--grid."
         )
-    if options.strength is not None and options.init is None:
-        raise UserError(f"strength {options.strength} needs an image to start from. Add --init.")
-    one_file = _check_out(options.out, options.init)
+    check_edit_options(options)
+    one_file = _check_out(options.out, options.init, options.mask)
     if one_file and not options.grid and total > 1:
         raise UserError(f"{options.out} is one file for {total} images. Add --grid, or give a folder.")
 
@@ -284,10 +269,10 @@ def _reconstruct(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check_out(out: Path, read: Path | None) -> bool:
+def _check_out(out: Path, *inputs: Path | None) -> bool:
     """Whether ``--out`` is a file. Creates the folder and checks that it is writable.
 
-    Raises ``UserError`` if it is not, and if ``--out`` is the image that is ``read``.
+    Raises ``UserError`` if it is not, and if ``--out`` is one of the images that are read.
     """
     from wuerstchen.image_files import check_writable
 
@@ -296,10 +281,12 @@ def _check_out(out: Path, read: Path | None) -> bool:
         raise UserError(f"out must be a folder or a .png file, got {out}. Images are saved as PNG.")
     if suffix == ".png" and out.is_dir():
         raise UserError(f"{out} is a folder. Give a file in it, or a folder that does not end in .png.")
-    if read is not None and out.is_file() and read.exists() and out.samefile(read):
-        raise UserError(
-            f"out is the input image: {out}. It would be overwritten. Give --out another name, or a folder."
-        )
+    for read in inputs:
+        if read is not None and out.is_file() and read.exists() and out.samefile(read):
+            raise UserError(
+                f"out is the input image: {out}. It would be overwritten. Give --out another name, or a "
+                "folder."
+            )
     check_writable(out.parent if suffix == ".png" else out)
     return suffix == ".png"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from wuerstchen.diffusion.sampler_table import SAMPLERS, sampler_help
+from wuerstchen.edit_options import CROP_PADDING
 from wuerstchen.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ LOW_MEMORY = ("stage", "layer")
 
 
 def with_values(arguments: Sequence[str]) -> list[str]:
-    """Adds the default value to a ``--low-memory`` that has none.
+    """Adds the default value to a ``--low-memory`` and a ``--crop-to-mask`` that have none.
 
     Otherwise argparse would take the next argument as its value, as in ``generate --low-memory "a cat"``.
     """
@@ -26,9 +27,17 @@ def with_values(arguments: Sequence[str]) -> list[str]:
     for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
         if argument == "--":
             return spelled + list(arguments[len(spelled) :])
-        bare = len(argument) >= len("--low") and "--low-memory".startswith(argument)
-        spelled.append("--low-memory=stage" if bare and following not in LOW_MEMORY else argument)
+        if _abbreviates(argument, "--low-memory", "--low") and following not in LOW_MEMORY:
+            spelled.append("--low-memory=stage")
+        elif _abbreviates(argument, "--crop-to-mask", "--cr") and not following.isdecimal():
+            spelled.append(f"--crop-to-mask={CROP_PADDING}")
+        else:
+            spelled.append(argument)
     return spelled
+
+
+def _abbreviates(argument: str, option: str, shortest: str) -> bool:
+    return len(argument) >= len(shortest) and option.startswith(argument)
 
 
 class Parser(argparse.ArgumentParser):

@@ -20,7 +20,7 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 """(x: b c h w, t: b, or b h w for a time per cell) → a prediction in terms of the objective: b c h w."""
 
 OnStep = Callable[[int, Tensor], None]
-"""Called after each step with its index and the sample."""
+"""Called after each step with its index and the sample, which it may change in place."""
 
 
 def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Float[Tensor, "b ..."]:

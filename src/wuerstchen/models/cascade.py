@@ -95,6 +95,9 @@ class CascadeSettings:
     prior_guidance: float = 4.0
     prior_guidance_interval: tuple[float, float] = ALL_TIMES
     """Lowest and highest time at which Stage C is guided."""
+    prior_known_cells: bool = False
+    """Whether Stage C was trained with known cells (``StageCConfig.known_fraction``). Edits then show it what
+    they keep without noise."""
     decoder_steps: int = 12
     decoder_guidance: float = 1.0
     """1 is no guidance, as published."""
@@ -138,7 +141,7 @@ class CascadeSettings:
             )
         interval = checked_interval("prior_guidance_interval", self.prior_guidance_interval)
         object.__setattr__(self, "prior_guidance_interval", interval)
-        for name in ("text_mask", "prior_equal_steps"):
+        for name in ("text_mask", "prior_equal_steps", "prior_known_cells"):
             if type(getattr(self, name)) is not bool:
                 raise UserError(
                     f"{name} must be true or false, got {getattr(self, name)!r}. Download the model again."

@@ -572,6 +572,16 @@ class TestStageC:
         chosen = dataclasses.replace(tiny(), prior_sampler="ddpm")
         assert cascade_settings(chosen, self.STATISTICS, start).prior_sampler == "ddpm"
 
+    def test_a_model_says_whether_it_was_trained_with_known_cells(self):
+        """Edits then show Stage C what they keep. Without Stage C, the model at the start decides."""
+        trained = dataclasses.replace(RECIPE, stage_c=dataclasses.replace(RECIPE.stage_c, known_fraction=0.1))
+        known = cascade_settings(trained, self.STATISTICS)
+        assert known.prior_known_cells
+        assert not cascade_settings(RECIPE, self.STATISTICS, known).prior_known_cells
+        decoder = dataclasses.replace(RECIPE, stages=("a", "b"))
+        assert cascade_settings(decoder, self.STATISTICS, known).prior_known_cells
+        assert not cascade_settings(decoder, self.STATISTICS).prior_known_cells
+
     def make(self, small_cascade, dropout, **fields):
         config = dataclasses.replace(RECIPE.stage_c, caption_dropout=dropout, **fields)
         return StageC(config, RECIPE, normalising(small_cascade, self.STATISTICS))

@@ -423,6 +423,9 @@ def cascade_settings(
         prior_steps=recipe.prior_steps,
         prior_guidance=recipe.prior_guidance,
         prior_guidance_interval=recipe.prior_guidance_interval,
+        prior_known_cells=(
+            recipe.stage_c.known_fraction > 0 if "c" in recipe.stages else settings.prior_known_cells
+        ),
         decoder_steps=recipe.decoder_steps,
         decoder_guidance=recipe.decoder_guidance,
         decoder_shift=recipe.decoder_shift,

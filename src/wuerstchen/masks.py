@@ -1,0 +1,126 @@
+"""Masks of edits: reads them, extends images, and finds the region that a mask covers.
+
+A mask says how far each pixel of an image may change: black keeps it, white repaints it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from PIL import Image
+
+from wuerstchen.errors import UserError
+from wuerstchen.images import opened_image, to_rgb, turned_upright
+
+SNAP = 12
+"""Values this close to black or white, out of 255, count as black or white: JPEG changes them a little."""
+
+
+def open_mask(path: Path | str) -> Image.Image:
+    """Decodes the mask in ``path``, as ``mask_of`` does. Raises ``DataError`` as ``open_image`` does."""
+    return opened_image(path, path, lambda image: _mask_in(image, f"mask {str(path)!r}"))
+
+
+def mask_of(image: Any, name: str = "mask") -> Image.Image:
+    """A mask as 8-bit grey, upright: 0 keeps a pixel, 255 repaints it.
+
+    If the image has transparent pixels, they are repainted, as in OpenAI's API. Otherwise its luminance
+    counts. Raises ``UserError`` if it is not an image.
+    """
+    if not isinstance(image, Image.Image):
+        raise UserError(f"{name} must be a PIL image, got {type(image)}. Open files with PIL.Image.open.")
+    if 0 in image.size:
+        raise UserError(f"{name} has {image.width}×{image.height} pixels. Both sides must be at least 1.")
+    return _mask_in(turned_upright(image), name)
+
+
+def _mask_in(upright: Image.Image, name: str) -> Image.Image:
+    if upright.has_transparency_data:
+        alpha = upright.convert("RGBA").getchannel("A")
+        if alpha.getextrema() != (255, 255):
+            return alpha.point(lambda value: 255 - value)
+    mask = to_rgb(upright, name).convert("L")
+    mask.info = {}
+    return mask
+
+
+def extended(image: Image.Image, sides: tuple[int, int, int, int]) -> Image.Image:
+    """The image with ``sides`` (left, top, right, bottom) more pixels, which repeat its edges."""
+    left, top, right, bottom = sides
+    pixels = np.asarray(image)
+    widths = [(top, bottom), (left, right), *[(0, 0)] * (pixels.ndim - 2)]
+    return Image.fromarray(np.pad(pixels, widths, mode="edge"))
+
+
+def extended_mask(mask: Image.Image, sides: tuple[int, int, int, int]) -> Image.Image:
+    """The mask of ``extended``: the new pixels are white."""
+    left, top, right, bottom = sides
+    whole = Image.new("L", (mask.width + left + right, mask.height + top + bottom), 255)
+    whole.paste(mask, (left, top))
+    return whole
+
+
+def strengths_of(mask: Image.Image) -> Float[np.ndarray, "h w"]:
+    """The values of a mask from 0 to 1. Raises ``UserError`` if it is black or white everywhere."""
+    values = np.asarray(mask).astype(np.int32)
+    values[values <= SNAP] = 0
+    values[values >= 255 - SNAP] = 255
+    size = f"{mask.width}x{mask.height}"
+    if not values.any():
+        raise UserError(
+            f"mask is empty: all of its {size} pixels are black, which keeps them. Paint the part to change "
+            "white."
+        )
+    if (values == 255).all():
+        raise UserError(
+            f"mask is full: all of its {size} pixels are white, so nothing would be kept. Paint the part to "
+            "keep black, or omit the mask."
+        )
+    return (values / 255).astype(np.float32)
+
+
+def opacity_of(strengths: Float[np.ndarray, "h w"], feather: int) -> Float[np.ndarray, "h w"]:
+    """The opacity of the result over the image: 1 in the mask, and falling to 0 over ``feather`` pixels.
+
+    It is exactly 0 at pixels further from the mask than that, in a square neighbourhood.
+    """
+    outer, inner = feather - feather // 2, feather // 2
+    grown = _box_sum((strengths > 0).astype(np.int32), outer) > 0
+    return (_box_sum(grown.astype(np.int32), inner) / (2 * inner + 1) ** 2).astype(np.float32)
+
+
+def _box_sum(values: Int[np.ndarray, "h w"], radius: int) -> Int[np.ndarray, "h w"]:
+    """The sum over a square of ``2·radius + 1`` pixels around each pixel. Repeats the edges."""
+    for axis in (0, 1):
+        padded = np.pad(values, [(radius + 1, radius) if a == axis else (0, 0) for a in (0, 1)], mode="edge")
+        sums = padded.cumsum(axis, dtype=np.int64)
+        side = values.shape[axis]
+        last = np.take(sums, range(2 * radius + 1, 2 * radius + 1 + side), axis)
+        values = last - np.take(sums, range(side), axis)
+    return values
+
+
+def region_of(opacity: Float[np.ndarray, "h w"], padding: int, ratio: float) -> tuple[int, int, int, int]:
+    """The box (left, top, right, bottom) around everything with an opacity above 0 and ``padding`` pixels.
+
+    Where the image has room, the box is enlarged to the ``ratio`` of width to height.
+    """
+    height, width = opacity.shape
+    left, right = _bounds(opacity.any(0), padding)
+    top, bottom = _bounds(opacity.any(1), padding)
+    left, right = _enlarged(left, right, round((bottom - top) * ratio), width)
+    top, bottom = _enlarged(top, bottom, round((right - left) / ratio), height)
+    return left, top, right, bottom
+
+
+def _bounds(used: Any, padding: int) -> tuple[int, int]:
+    positions = used.nonzero()[0]
+    return max(0, int(positions[0]) - padding), min(len(used), int(positions[-1]) + 1 + padding)
+
+
+def _enlarged(first: int, last: int, wanted: int, side: int) -> tuple[int, int]:
+    """The interval with a length of at least ``wanted``, if the ``side`` has room, around its middle."""
+    length = min(max(wanted, last - first), side)
+    first = min(max(0, first - (length - (last - first)) // 2), side - length)
+    return first, first + length
