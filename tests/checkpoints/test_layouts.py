@@ -500,7 +500,7 @@ def test_a_new_layout_is_one_file_and_one_row(native, tmp_path, monkeypatch, cap
     monkeypatch.setitem(LAYOUTS, "toy", f"{__name__}:TOY_LAYOUT")
     with pytest.raises(SystemExit):
         main(["convert", "--help"])
-    assert re.search(r"\{native,.*,toy\}", capsys.readouterr().out)
+    assert re.search(r"\{native,.*,toy[,}]", capsys.readouterr().out)
     command = ["convert", str(native), str(tmp_path / "toy"), "--layout", "toy"]
     assert main(command) == 2
     assert "compressor cannot be stored in the toy layout" in capsys.readouterr().err
