@@ -5,7 +5,7 @@ import dataclasses
 from wuerstchen.data.prepared import PreparedSet
 from wuerstchen.errors import UserError
 from wuerstchen.train.config import Recipe, with_time_densities
-from wuerstchen.train.config_lora import with_length
+from wuerstchen.train.config_lora import cached_crops, with_length
 from wuerstchen.train.engine.distributed import Processes
 from wuerstchen.train.precision import gpu_precision
 from wuerstchen.train.run_data import open_training_images
@@ -40,17 +40,18 @@ def resolved(recipe: Recipe, processes: Processes) -> Recipe:
             "acceleration=compile, or a dropout of 0."
         )
     if recipe.trains("lora"):
-        recipe = _with_length(recipe)
+        recipe = _fitted_to_images(recipe)
     return with_time_densities(recipe)
 
 
-def _with_length(recipe: Recipe) -> Recipe:
-    """The recipe of an adapter with a length that follows from the number of images."""
-    if recipe.stage_lora.updates is None:
-        return recipe
+def _fitted_to_images(recipe: Recipe) -> Recipe:
+    """The recipe of an adapter with the length and the image cache that fit the number of images."""
     source = open_training_images(recipe)
-    count = len(source.rows("train")) if isinstance(source, PreparedSet) else len(source)
-    return dataclasses.replace(recipe, stage_lora=with_length(recipe.stage_lora, count))
+    is_prepared = isinstance(source, PreparedSet)
+    count = len(source.rows("train")) if is_prepared else len(source)
+    crops = 0 if is_prepared else recipe.prepared_images or cached_crops(recipe.stage_lora, count)
+    config = with_length(recipe.stage_lora, count)
+    return dataclasses.replace(recipe, stage_lora=config, prepared_images=crops)
 
 
 def _drops_out(recipe: Recipe) -> bool:

@@ -10,6 +10,8 @@ from wuerstchen.train.config_stages import Optimization, check_side
 
 Targets = Literal["attention", "all"]
 UPDATES_PER_IMAGE, FEWEST_UPDATES, MOST_UPDATES = 25, 300, 2000
+MOST_CROPS = 1024
+"""With the published text encoder, each one takes up to 0.4 MB."""
 FEWEST_IMAGES = 3
 """With fewer images an adapter reproduces them, and nothing else."""
 
@@ -47,6 +49,10 @@ class StageLoraConfig:
     parameters."""
     dora: bool = False
     """Also trains the norm of each output of a layer (DoRA, arXiv 2402.09353). Slower."""
+    crops: int = 8
+    """Random crops of each image, whose semantic latents and text states are computed once at the start and
+    cached on the device. Then the compressor and the text encoder leave it. At most 1,024 crops are cached in
+    all. 0 composes and encodes new crops in every update, and so does a larger data set."""
     caption_dropout: float = 0.1
     """Fraction of the images that train without their caption, for classifier-free guidance."""
     keep: Literal["best", "last"] = "best"
@@ -57,6 +63,8 @@ class StageLoraConfig:
         check_side(self.image_size)
         if self.updates is not None and self.updates < 0:
             raise UserError(f"updates must be at least 0, got {self.updates}. 0 chooses the length.")
+        if self.crops < 0:
+            raise UserError(f"crops must be at least 0, got {self.crops}. 0 caches none.")
         if self.rank < 1:
             raise UserError(f"rank must be at least 1, got {self.rank}. 16 is common.")
         if self.alpha is not None and not 0 < self.alpha < math.inf:
@@ -68,6 +76,13 @@ class StageLoraConfig:
     def scale(self) -> float:
         """The factor of the adapter's output."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+def cached_crops(config: StageLoraConfig, images: int) -> int:
+    """The number of crops to cache for a data set of this many images. 0 caches none."""
+    if images > MOST_CROPS or not config.crops:
+        return 0
+    return min(config.crops, MOST_CROPS // images) * images
 
 
 def with_length(config: StageLoraConfig, images: int) -> StageLoraConfig:

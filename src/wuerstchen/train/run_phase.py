@@ -19,7 +19,7 @@ from wuerstchen.train.changes import Change
 from wuerstchen.train.config import Phase, Recipe, as_dict
 from wuerstchen.train.engine.checkpoint import best_of, load_averages, newest_of_all
 from wuerstchen.train.engine.distributed import Processes
-from wuerstchen.train.engine.image_cache import ImageCache, fill_image_cache
+from wuerstchen.train.engine.image_cache import Cache, ImageCache, InputCache, fill_image_cache
 from wuerstchen.train.engine.job import Settings, StageJob
 from wuerstchen.train.engine.loop import Trainer
 from wuerstchen.train.engine.observe import observed
@@ -41,7 +41,7 @@ from wuerstchen.train.run_folder import (
     move_changes,
     read_json,
 )
-from wuerstchen.train.stage_table import maker_of
+from wuerstchen.train.stage_table import maker_of, result_of
 from wuerstchen.train.stages.base import Averages, KeepsBest, N, ReadsOnlyCaptions, Stage
 
 
@@ -234,10 +234,15 @@ class PhaseRunner:
             return None
         return Validation(stage, images, AUTOCAST_DTYPES.get(self.recipe.precision), self.device)
 
-    def image_cache(self, feed: Feed | PreparedFeed, phase: Phase) -> ImageCache:
+    def image_cache(self, feed: Feed | PreparedFeed, phase: Phase) -> Cache:
         """The images that stages train on, loaded when a stage first needs them."""
         assert isinstance(feed, Feed)
         key = (phase.data or self.recipe.data, feed.size)
+        if result_of(self.recipe):
+            seed = stable_hash(self.recipe.seed, "bank") >> 1
+            crops = Feed(feed.source, seed, feed.size, captions=True, skip=feed.skip, mirrored=feed.mirrored)
+            skipped = partial(self._log_skipped, "bank")
+            return InputCache(crops, self.cache_size(*key), self.recipe.workers, self.device, skipped)
         kept = (*key, isinstance(feed.source, WithoutImages))
         if self._image_cache is None or self._image_cache[0] != kept:
             self._image_cache = None  # one at a time: they are large
@@ -246,8 +251,11 @@ class PhaseRunner:
             cache = fill_image_cache(images, self.cache_size(*key), self.recipe.workers, self.device)
             self._image_cache = (kept, cache)
             for name, reason in cache.skipped:
-                self.log.event("skipped", stage="bank", name=name, reason=reason)
+                self._log_skipped("bank", name, reason)
         return self._image_cache[1]
+
+    def _log_skipped(self, stage: str, name: str, reason: str) -> None:
+        self.log.event("skipped", stage=stage, name=name, reason=reason)
 
     def order(self) -> int:
         """The rules for the order of images and weight decay (``run_folder.ORDER``)."""

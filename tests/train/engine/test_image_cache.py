@@ -11,7 +11,7 @@ from wuerstchen.data.plan import item_at, items_at
 from wuerstchen.errors import UserError
 from wuerstchen.train.engine.checkpoint import newest, read_averages
 from wuerstchen.train.engine.distributed import Processes
-from wuerstchen.train.engine.image_cache import ImageCache, fill_image_cache
+from wuerstchen.train.engine.image_cache import ImageCache, InputCache, fill_image_cache
 from wuerstchen.train.engine.loop import Trainer
 from wuerstchen.train.feed.images import Feed
 from wuerstchen.train.report.events import Log
@@ -184,3 +184,17 @@ def test_recorded_updates_are_those_that_are_run_as_written(tmp_path, toy_stage,
         averages[name] = read_averages(path, "model")
     for key, tensor in averages["written"].items():
         torch.testing.assert_close(averages["recorded"][key], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_inputs_of_images_that_are_not_kept(toy_stage, toy_source):
+    """The same as from a cache that keeps the images, with the images that could not be read."""
+    stage = toy_stage()
+    stage.reads_images = False
+    source, skipped = toy_source(broken=(3,)), []
+    feed = Feed(source, 5, 4, captions=True)
+    cache = InputCache(feed, 40, 0, CPU, lambda name, reason: skipped.append((name, reason)))
+    kept = fill_image_cache(feed, 40, 0, CPU)
+    inputs = cache.prepare(stage, dtype=None)
+    assert torch.equal(inputs["first"], kept.prepare(stage, dtype=None)["first"])
+    assert skipped == kept.skipped != []
+    assert (len(cache), cache.names) == (40, kept.names)

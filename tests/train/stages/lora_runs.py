@@ -1,4 +1,5 @@
-"""Trains an adapter for a small model. As a script with MODEL DATA RUN_DIR, it kills itself in the middle."""
+"""Trains an adapter for a small model. As a script with MODEL DATA RUN_DIR CROPS, it kills itself in the
+middle."""
 
 import dataclasses
 import os
@@ -14,7 +15,7 @@ IMAGES = 24
 
 def recipe(model: Path, data: Path, **changes) -> Recipe:
     optimization = Optimization(images=IMAGES, batch_size=4, learning_rate=1e-2, ema_decay=0.9)
-    lora = StageLoraConfig(optimization=optimization, updates=None, rank=2)
+    lora = StageLoraConfig(optimization=optimization, updates=None, rank=2, crops=2)
     settings = {name: changes.pop(name) for name in tuple(changes) if hasattr(lora, name)}
     given = {
         "stage_lora": dataclasses.replace(lora, **settings),
@@ -47,4 +48,5 @@ if __name__ == "__main__":
             os.kill(os.getpid(), signal.SIGKILL)
 
     Log.event = event
-    train(recipe(Path(sys.argv[1]), Path(sys.argv[2])), Path(sys.argv[3]), device="cpu")
+    model, data, run_dir = map(Path, sys.argv[1:4])
+    train(recipe(model, data, crops=int(sys.argv[4])), run_dir, device="cpu")

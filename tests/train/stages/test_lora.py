@@ -16,17 +16,21 @@ from safetensors.torch import load_file
 from wuerstchen.checkpoints.native import read_cascade
 from wuerstchen.cli import main
 from wuerstchen.errors import UserError
+from wuerstchen.models.compressor import Compressor
 from wuerstchen.models.prior import Prior, PriorConfig
+from wuerstchen.models.text import TextEncoder
 from wuerstchen.pipeline import load
 from wuerstchen.recipes import RECIPES
 from wuerstchen.train.config import Optimization, StageLoraConfig
-from wuerstchen.train.config_lora import with_length
+from wuerstchen.train.config_lora import cached_crops, with_length
 from wuerstchen.train.engine.checkpoint import best_of, newest
 from wuerstchen.train.engine.ema import make_average
 from wuerstchen.train.export import export
+from wuerstchen.train.feed.images import Batch
 from wuerstchen.train.run import train
 from wuerstchen.train.run_folder import read_json
 from wuerstchen.train.stages.adapter import AdaptedPrior, target_layers
+from wuerstchen.train.stages.lora import LORA_STAGE, StageLora
 
 from ...configurations import TOY_PRIOR
 
@@ -168,8 +172,17 @@ def test_the_length_follows_from_the_number_of_images(images, updates, length):
 
 
 @pytest.mark.parametrize(
+    ("images", "crops", "cached"),
+    [(5, 8, 40), (100, 8, 800), (200, 8, 1000), (1024, 8, 1024), (1025, 8, 0), (5, 0, 0)],
+)
+def test_a_bounded_number_of_crops_is_cached(images, crops, cached):
+    assert cached_crops(StageLoraConfig(crops=crops), images) == cached
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"crops": -1}, r"crops must be at least 0, got -1\."),
         ({"rank": 0}, r"rank must be at least 1, got 0\."),
         ({"alpha": 0.0}, r"alpha must be above 0, got 0\.0\."),
         ({"alpha": float("nan")}, r"alpha must be above 0, got nan\."),
@@ -210,13 +223,16 @@ def events(run_dir: Path, kind: str) -> list[dict]:
     return [event for event in lines if event["event"] == kind]
 
 
-def test_a_run_survives_a_kill_and_makes_an_adapter_that_loads(lora_runs, model_folder, photos, tmp_path):
+@pytest.mark.parametrize("crops", [0, 2])
+def test_a_run_survives_a_kill_and_makes_an_adapter_that_loads(
+    crops, lora_runs, model_folder, photos, tmp_path
+):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    recipe = lora_runs.recipe(model_folder, photos)
+    recipe = lora_runs.recipe(model_folder, photos, crops=crops)
     result = train(recipe, whole, device="cpu")
     assert result == whole / "lora"
 
-    command = [sys.executable, lora_runs.__file__, str(model_folder), str(photos), str(broken)]
+    command = [sys.executable, lora_runs.__file__, str(model_folder), str(photos), str(broken), str(crops)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert last(broken)[0].name == "000000000016"
@@ -275,6 +291,46 @@ def test_the_file_has_the_averages_with_the_lowest_validation_loss(
     losses = iter([1.0, 2.0, 3.0])
     folder = tmp_path / "last" / "stage_lora" / "checkpoints"
     assert is_from(24, train(lora_runs.recipe(model_folder, photos, keep="last"), folder.parents[1]))
+
+
+def test_images_are_encoded_once(lora_runs, model_folder, photos, tmp_path, monkeypatch):
+    """Two crops of each of 8 images, and the two that are held out."""
+    encoded = []
+    encode, forward = TextEncoder.encode, Compressor.forward
+    monkeypatch.setattr(
+        TextEncoder, "encode", lambda self, texts, *more: encoded.extend(texts) or encode(self, texts, *more)
+    )
+    seen = []
+    monkeypatch.setattr(Compressor, "forward", lambda self, x: seen.append(len(x)) or forward(self, x))
+    recipe = lora_runs.recipe(model_folder, photos, keep="last")
+    train(recipe, tmp_path, device="cpu")
+    assert read_json(tmp_path / "run.json")["recipe"]["prepared_images"] == 16
+    assert sum(seen) == 16 + 2
+    assert encoded.count("a photo of sks") == 16 + 2
+
+
+def test_encoders_are_on_the_device_only_while_they_encode(lora_runs, model_folder, monkeypatch):
+    cascade = read_cascade(model_folder)
+    recipe = lora_runs.recipe(model_folder, Path("photos"))
+    adapted = AdaptedPrior(cascade.prior, recipe.stage_lora)
+    (phase,) = LORA_STAGE.phases(recipe)
+    stage = StageLora(recipe.stage_lora, recipe, cascade, adapted, phase)
+    stage.lends = True
+    moves = []
+    for network in (stage.compressor, stage.text_encoder):
+        monkeypatch.setattr(network, "to", lambda device: moves.append(str(device)))
+    device = torch.device("meta")
+    with stage.lent_encoders(device):
+        with stage.lent_encoders(device):  # as prepare does
+            pass
+        assert moves == ["meta", "meta"]
+    assert moves == ["meta", "meta", "cpu", "cpu"]
+    with pytest.raises(KeyError), stage.lent_encoders(device):
+        raise KeyError
+    assert moves[4:] == ["meta", "meta", "cpu", "cpu"]
+    images = torch.zeros(1, 128, 128, 3, dtype=torch.uint8)
+    stage.prepare(Batch(torch.arange(1), images, ["sks"], []), torch.device("cpu"))
+    assert moves[8:] == ["cpu"] * 4
 
 
 def test_a_run_may_have_more_images_later(lora_runs, model_folder, photos, tmp_path):

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from wuerstchen.data.plan import items_at
-from wuerstchen.train.engine.image_cache import ImageCache
+from wuerstchen.train.engine.image_cache import Cache
 from wuerstchen.train.engine.job import StageJob
 from wuerstchen.train.engine.stopping import StopRequest
 from wuerstchen.train.feed.images import Batch, batches
@@ -98,7 +98,7 @@ class CachedBatches:
 
     waits = False
 
-    def __init__(self, job: StageJob, first: int, cache: ImageCache) -> None:
+    def __init__(self, job: StageJob, first: int, cache: Cache) -> None:
         """Begins at image number ``first``."""
         self.job = job
         self.cache = cache
@@ -130,7 +130,7 @@ class CachedBatches:
         pass
 
 
-def make_batches(job: StageJob, first: int, stop: StopRequest, cache: ImageCache | None) -> Batches:
+def make_batches(job: StageJob, first: int, stop: StopRequest, cache: Cache | None) -> Batches:
     """Batches from the ``cache`` if there is one, else from the feed, beginning at image number ``first``."""
     return FeedBatches(job, first, stop) if cache is None else CachedBatches(job, first, cache)
 

@@ -4,7 +4,10 @@ Loading an image and running the frozen networks costs more than training a smal
 load a fixed number of images once and draw all batches from them. An update then reads only device memory.
 """
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import UInt8
@@ -14,10 +17,25 @@ from wuerstchen.data.caption_files import CaptionsOnly
 from wuerstchen.errors import out_of_memory_named
 from wuerstchen.progress_bar import bar
 from wuerstchen.train.feed.images import Batch, Feed, batches
-from wuerstchen.train.stages.base import Inputs, Stage, autocast
+from wuerstchen.train.stages.base import Inputs, LendsEncoders, Stage, autocast
 
 _LOADED, _PREPARED = 64, 256  # images at a time
+_ENCODED = 16  # images at a time if they are not kept
 _CAPTIONS = 1024  # captions without images at a time
+
+
+@runtime_checkable
+class Cache(Protocol):
+    """What the loop reads of a cache."""
+
+    names: list[str]
+    """Names of the images in order. Empty if unknown."""
+
+    def __len__(self) -> int: ...
+
+    def prepare(self, stage: Stage, dtype: torch.dtype | None) -> Inputs:
+        """What updates read of all images, on the device."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -37,7 +55,6 @@ class ImageCache:
 
     def prepare(self, stage: Stage, dtype: torch.dtype | None) -> Inputs:
         """``stage.prepare`` of every image, and the images themselves if the stage reads them."""
-        device = self.images.device
         inputs: Inputs = {}
         together = _PREPARED if self.images.is_contiguous() else _CAPTIONS
         for start in bar(
@@ -46,14 +63,55 @@ class ImageCache:
             rows = slice(start, min(start + together, len(self)))
             numbers = torch.arange(rows.start, rows.stop, device="cpu")
             batch = Batch(numbers, self.images[rows], self.captions[rows], [])
-            with torch.no_grad(), autocast(device, dtype):
-                made = stage.prepare(batch, device)
-            for name, tensor in made.items():
-                if name not in inputs:
-                    with out_of_memory_named(f"prepared_images={len(self)}"):
-                        inputs[name] = tensor.new_empty(len(self), *tensor.shape[1:])
-                inputs[name][rows] = tensor
+            _prepare_batch(stage, batch, dtype, self.images.device, inputs, len(self))
         return inputs | ({"images": self.images} if stage.reads_images else {})
+
+
+@dataclass(frozen=True)
+class InputCache:
+    """What updates read of the first images of a feed. The images themselves are not kept."""
+
+    feed: Feed
+    count: int
+    workers: int
+    device: torch.device
+    on_skipped: Callable[[str, str], None]
+    """Called with the name of each image that could not be read, and why. Others took their places."""
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def names(self) -> list[str]:
+        return self.feed.names(range(self.count))
+
+    def prepare(self, stage: Stage, dtype: torch.dtype | None) -> Inputs:
+        """``stage.prepare`` of every image, for a stage that does not read images."""
+        inputs: Inputs = {}
+        lent = (
+            stage.lent_encoders(self.device) if isinstance(stage, LendsEncoders) else contextlib.nullcontext()
+        )
+        with lent, bar(total=self.count, desc="encoding images", unit="img", dynamic_ncols=True) as shown:
+            for batch in batches(self.feed, 0, self.count, _ENCODED, self.workers):
+                _prepare_batch(stage, batch, dtype, self.device, inputs, self.count)
+                for name, reason in batch.skipped:
+                    self.on_skipped(name, reason)
+                shown.update(len(batch.images))
+        return inputs
+
+
+def _prepare_batch(
+    stage: Stage, batch: Batch, dtype: torch.dtype | None, device: torch.device, inputs: Inputs, count: int
+) -> None:
+    """Adds ``stage.prepare`` of a batch, whose indices count from 0, to those of all ``count`` images."""
+    with torch.no_grad(), autocast(device, dtype):
+        made = stage.prepare(batch, device)
+    first = int(batch.indices[0])
+    for name, tensor in made.items():
+        if name not in inputs:
+            with out_of_memory_named(f"prepared_images={count}"):
+                inputs[name] = tensor.new_empty(count, *tensor.shape[1:])
+        inputs[name][first : first + len(tensor)] = tensor
 
 
 def fill_image_cache(feed: Feed, count: int, workers: int, device: torch.device) -> ImageCache:

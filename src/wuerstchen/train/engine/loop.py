@@ -20,7 +20,7 @@ from wuerstchen.train.engine.checkpoint import TrainingState
 from wuerstchen.train.engine.checkpoint_writer import Writer
 from wuerstchen.train.engine.ema import decay_at
 from wuerstchen.train.engine.faults import Faults, NotFinite
-from wuerstchen.train.engine.image_cache import ImageCache
+from wuerstchen.train.engine.image_cache import Cache
 from wuerstchen.train.engine.job import StageJob
 from wuerstchen.train.engine.observe import Observer
 from wuerstchen.train.engine.optim import learning_rate, set_rate
@@ -50,7 +50,7 @@ class Trainer:
         """Whether no update is left."""
         return self.state.images >= self.job.total
 
-    def train(self, cache: ImageCache | None = None) -> Path:
+    def train(self, cache: Cache | None = None) -> Path:
         """Makes the updates that are left. Returns the last checkpoint.
 
         Images come from the ``cache`` if there is one, else from the feed. With a ``job.validation`` the loss
@@ -91,7 +91,7 @@ def _interrupt(job: StageJob, state: TrainingState) -> NoReturn:
 class _Loop:
     """The updates of a stage and what happens between them. All ranks run it in step."""
 
-    def __init__(self, trainer: Trainer, cache: ImageCache | None) -> None:
+    def __init__(self, trainer: Trainer, cache: Cache | None) -> None:
         job, state = trainer.job, trainer.state
         self.trainer, self.job, self.state, self.cost = trainer, job, state, trainer.cost
         self.observer, self.stop = trainer.observer, trainer.stop
@@ -243,7 +243,7 @@ def _set_schedule(job: StageJob, step: TrainStep, images: int) -> None:
     torch.manual_seed(stable_hash(job.settings.seed, stage.name, "dropout", state.images, *who) >> 1)
 
 
-def rehearse(job: StageJob, cache: ImageCache | None) -> Cost:
+def rehearse(job: StageJob, cache: Cache | None) -> Cost:
     """The cost of an image, measured on a few updates of a stage that is then thrown away.
 
     There must be no checkpoint. The number of updates is fixed, so that all ranks make the same; the energy

@@ -10,6 +10,7 @@ can be recorded once and replayed.
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -127,6 +128,15 @@ class UsesBackbones(Protocol):
 
     backbones: tuple[nn.Module, ...]
     """These networks. Their blocks are compiled and recomputed like those of trained networks."""
+
+
+@runtime_checkable
+class LendsEncoders(Protocol):
+    """A stage whose frozen networks are on the device only while they encode images and captions."""
+
+    def lent_encoders(self, device: torch.device) -> AbstractContextManager[None]:
+        """Keeps them on ``device`` for several calls of ``prepare``."""
+        ...
 
 
 @runtime_checkable

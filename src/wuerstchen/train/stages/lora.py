@@ -4,7 +4,8 @@ The whole model is frozen, in half precision on GPUs. Only the adapter is traine
 result is a file that is used together with the model.
 """
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from wuerstchen.checkpoints.adapters import save_lora
 from wuerstchen.diffusion.objective import Objective
 from wuerstchen.models.cascade import Cascade
 from wuerstchen.train.config import Phase, Recipe, StageLoraConfig
+from wuerstchen.train.feed.images import Batch
 from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.precision import AUTOCAST_DTYPES
 from wuerstchen.train.stages.adapter import AdaptedPrior, AdapterWeights, adapter_config
@@ -46,6 +48,33 @@ class StageLora(StageC):
         self.networks: dict[str, nn.Module] = {"adapter": adapted.weights}
         self.backbones = (self.prior,)
         self.keeps_best = config.keep == "best"
+
+        self.lends = device is not None and device.type != "cpu" and not needed
+        self._lent = False
+
+    @contextlib.contextmanager
+    def lent_encoders(self, device: torch.device) -> Iterator[None]:
+        """Moves the compressor and the text encoder to ``device``, and back at the end, if they are not kept
+        there."""
+        if not self.lends or self._lent:
+            yield
+            return
+        networks = (self.compressor, self.text_encoder)
+        self._lent = True
+        try:
+            for network in networks:
+                network.to(device)
+            yield
+        finally:
+            self._lent = False
+            for network in networks:
+                network.to("cpu")
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def prepare(self, batch: Batch, device: torch.device) -> Inputs:
+        with self.lent_encoders(device):
+            return super().prepare(batch, device)
 
     @property
     def objective(self) -> Objective:
@@ -98,9 +127,8 @@ def _train(run: Run) -> None:
         for name, network in model.networks().items():
             if name not in ("compressor", "prior"):  # targets must be exact, and the prior is not used
                 network.to(half)
-    stage = StageLora(
-        config, recipe, model, adapted, named, device=run.device, needed=needs(run, named.phase)
-    )
+    needed = () if recipe.prepared_images else needs(run, named.phase)
+    stage = StageLora(config, recipe, model, adapted, named, device=run.device, needed=needed)
     averages = run.train_phase(stage, named.phase)
     run.results["lora"] = averages(adapted.weights, "adapter")
 
