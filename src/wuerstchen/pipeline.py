@@ -207,7 +207,7 @@ class Wuerstchen(Reconstructor):
         """All sampling settings, as they are stored in an image file."""
         return dataclasses.asdict(self.cascade.settings.completed(sampling))
 
-    def _from_scratch(self, inits: Sequence[Image.Image], size: int | tuple[int, int] | None) -> list[Begin]:
+    def _from_scratch(self, inits: Sequence[Image.Image], size: Any) -> list[Begin]:
         """One begin for all images without ``inits``, or one for each of them: its latents."""
         size = checked_size(size, self.cascade.settings.image_size)
         canvas = self.cascade.settings.canvas(*size)
