@@ -226,8 +226,11 @@ def test_variants_of_the_ablation_share_their_composed_images(benchmarks):
 
     composed = []
     once = timed_training.once(lambda feed, *_: composed.append(feed) or len(composed))
-    feed, other = SimpleNamespace(seed=1, size=8), SimpleNamespace(seed=2, size=8)
-    assert [once(one, 4, 0, None) for one in (feed, feed, other)] == [1, 1, 2]
+    feed, other, turned = (
+        SimpleNamespace(seed=seed, size=8, mirrored=mirrored)
+        for seed, mirrored in ((1, 0.0), (2, 0.0), (2, 0.5))
+    )
+    assert [once(one, 4, 0, None) for one in (feed, feed, other, turned)] == [1, 1, 2, 3]
     assert timed_training.run_phase.fill_image_cache is image_cache.fill_image_cache
 
 
