@@ -3,18 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-from recipe_changes import C32, DEPTHS, MUON_B, MUON_C
+from recipe_changes import BEST_C, C32, DEPTHS, MUON_B, MUON_C
 
 BEST_B = DEPTHS | MUON_B | C32
 ONLY_B2 = {"only": ("b2",), "fresh": ()}
 """Trains the decoder alone, from the model at --start."""
 EMA_C = "stage_c.optimization.ema_decay"
-BEST_C = MUON_C | {
-    "stage_c.optimization.learning_rate": 2e-3,
-    "stage_c.text_noise": 0.3,
-    "prior.text_blocks": 2,
-    "prior.dropout": 0.1,
-}
 RATE_B, RATE_C = "stage_b.optimization.learning_rate", "stage_c.optimization.learning_rate"
 
 

@@ -8,6 +8,13 @@ C32 = {"compressor.c_latent": 32, "prior.c_in": 32, "decoder.effnet_embd": 32, "
 MUON_B = {"stage_b.optimization.optimizer": "muon"}
 MUON_C = {"stage_c.optimization.optimizer": "muon"}
 DEPTHS = {"compressor.depths": (8, 16)}
+BEST_C = MUON_C | {
+    "stage_c.optimization.learning_rate": 2e-3,
+    "stage_c.text_noise": 0.3,
+    "prior.text_blocks": 2,
+    "prior.dropout": 0.1,
+}
+"""The best short training of Stage C so far, see docs/experiments.md."""
 
 
 def with_changes(config: Any, changes: dict[str, Any]) -> Any:

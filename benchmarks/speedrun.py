@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recipe_changes import C32, DEPTHS, MUON_B, parse_change, with_changes
+from recipe_changes import BEST_C, C32, DEPTHS, MUON_B, parse_change, with_changes
 from scoring import Scores, scores
 
 import wuerstchen
@@ -59,12 +59,13 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "fast": DEPTHS
     | MUON_B
     | C32
+    | BEST_C
     | {
         "stage_a.optimization.images": 64 * 2_400,
         "stage_a.refine_images": 0,
         "stage_b.optimization.images": 256 * 6_000,
         "stage_b.refine_images": 0,
-        "stage_c.optimization.images": 512 * 12_000,
+        "stage_c.optimization.images": 512 * 10_000,
     },
 }
 """Changes to the recipe `mini`, by name."""
