@@ -66,12 +66,13 @@ ORIGINAL_DECODER = DecoderConfig(
 )
 
 PROVENANCE = Provenance(recipe="test", seed=1, images=2, data="none")
-PARTS = ("vqgan", "decoder", "compressor", "prior", "prior_student")
 
 
 def write_model(cascade: Cascade, folder: Path, provenance: Provenance = PROVENANCE) -> Path:
     """Writes a model with the bundled text encoder; every part has the same provenance."""
-    write_cascade(cascade, folder, dict.fromkeys(PARTS, provenance), text_encoder=BUNDLED / "text_encoder")
+    write_cascade(
+        cascade, folder, dict.fromkeys(cascade.networks(), provenance), text_encoder=BUNDLED / "text_encoder"
+    )
     return folder
 
 

@@ -24,6 +24,8 @@ from wuerstchen.cli import main, make_parser
 from wuerstchen.image_files import MADE_BY_A_MODEL, read_settings
 from wuerstchen.pipeline import Wuerstchen
 
+from .configurations import with_student, write_model
+
 
 @pytest.fixture
 def run(capsys, model_folder, monkeypatch, tmp_path):
@@ -78,6 +80,23 @@ def test_the_sampler_can_be_chosen(run):
         assert read_settings(Path(out.strip()))["prior_sampler"] == sampler
         pictures[sampler] = Image.open(out.strip()).tobytes()
     assert pictures["ddpm"] != pictures["dpm"]
+
+
+def test_full_asks_for_the_networks_instead_of_their_students(run, small_cascade, tmp_path):
+    """The settings in the file say which network sampled."""
+    folder = write_model(with_student(small_cascade), tmp_path / "model")
+    for options, sampler, network in (
+        ((), "few", "student"),
+        (("--full",), "ddpm", "full"),
+        (("--negative", "red"), "ddpm", "full"),
+    ):
+        code, out, errors = run("generate", "a cat", *options, "--model", str(folder), model=False)
+        assert code == 0, errors
+        settings = read_settings(Path(out.strip()))
+        assert (settings["prior_sampler"], settings["stage_c"]) == (sampler, network), options
+    options = ("--negative", "red", "--prior-sampler", "few", "--model", str(folder))
+    code, _, errors = run("generate", "a cat", *options, model=False)
+    assert (code, "does not support a negative prompt" in errors) == (2, True)
 
 
 def test_the_guidance_interval_can_be_chosen(run):

@@ -683,14 +683,58 @@ def test_few_has_the_settings_of_the_student(student_model, model):
     settings = student_model.settings_of(few)
     assert (settings["guidance"], settings["prior_steps"], settings["prior_sampler"]) == (1.0, 1, "few")
     assert student_model.settings_of(dataclasses.replace(few, prior_steps=4))["prior_steps"] == 4
-    assert student_model.settings_of(Sampling())["guidance"] == model.settings_of(Sampling())["guidance"]
-    with pytest.raises(UserError, match=r"guidance must be 1 with prior_sampler=few, got 3"):
+    assert settings == student_model.settings_of(Sampling())
+    with pytest.raises(UserError, match=r"few does not support guidance 3"):
         student_model.generate("a cat", sampling=dataclasses.replace(few, guidance=3.0))
 
 
-def test_other_samplers_ignore_the_student(student_model, model):
-    """Images of earlier versions are reproduced."""
-    assert np.array_equal(pixels(student_model.generate("a cat")), pixels(model.generate("a cat")))
+def test_the_student_samples_by_default_and_the_full_network_on_request(student_model, model):
+    """Images of earlier versions are reproduced bit for bit."""
+    before, few = pixels(model.generate("a cat")), Sampling(prior_sampler="few")
+    assert np.array_equal(pixels(student_model.generate("a cat", sampling=Sampling(full=True))), before)
+    own = pixels(student_model.generate("a cat"))
+    assert np.array_equal(own, pixels(student_model.generate("a cat", sampling=few)))
+    assert not np.array_equal(own, before)
+    stored = model.settings_of(Sampling())
+    assert not {"full", "stage_c"} & stored.keys()  # nothing changes in images of models without students
+    assert np.array_equal(pixels(student_model.generate("a cat", sampling=Sampling(**stored))), before)
+
+
+def test_the_full_network_samples_what_the_student_does_not_support(student_model, model, tmp_path):
+    image = model.generate("a dog")[0]
+    for options in ({"negative": "red"}, {"init": image, "strength": 0.5}):
+        found = pixels(student_model.generate("a cat", **options))
+        assert np.array_equal(found, pixels(model.generate("a cat", **options))), options
+        with pytest.raises(UserError, match="prior_sampler few does not support"):
+            student_model.generate("a cat", sampling=Sampling(prior_sampler="few"), **options)
+    settings = student_model.settings_of(Sampling(), negative="red")
+    assert settings == {**model.settings_of(Sampling()), "stage_c": "full"}
+    assert student_model.settings_of(Sampling(), edits=True) == settings
+    assert student_model.settings_of(Sampling(), negative=" ")["stage_c"] == "student"
+
+    adapter = tmp_path / "adapter.safetensors"
+    name = "blocks.2.attention.to_q"
+    weight = dict(model.cascade.prior.named_parameters())[f"{name}.weight"]
+    rows, columns = weight.shape
+    save_file(
+        {
+            f"{name}.lora_A.weight": torch.zeros(2, columns),
+            f"{name}.lora_B.weight": torch.zeros(rows, 2),
+            f"{name}.alpha": torch.tensor(2.0),
+        },
+        adapter,
+    )
+    student_model.load_lora(adapter)
+    assert student_model.settings_of(Sampling())["stage_c"] == "full"
+    with pytest.raises(UserError, match="does not support a LoRA adapter"):
+        student_model.generate("a cat", sampling=Sampling(prior_sampler="few"))
+    student_model.unload_lora()
+    assert student_model.settings_of(Sampling())["stage_c"] == "student"
+
+
+def test_a_model_s_own_sampler_is_not_that_of_students():
+    with pytest.raises(UserError, match="prior_sampler must be a sampler of the prior itself, got 'few'"):
+        CascadeSettings(prior_sampler="few")
 
 
 def test_steps_of_few_can_be_watched(student_model, model):

@@ -7,7 +7,28 @@ import pytest
 
 from wuerstchen import pipeline, sampling
 from wuerstchen.errors import UserError
-from wuerstchen.sampling import MAX_SEED, check_seed, checked_request, checked_size, one_for_each
+from wuerstchen.sampling import (
+    MAX_SEED,
+    NO_STUDENTS,
+    Sampling,
+    check_seed,
+    checked_request,
+    checked_size,
+    completed,
+    one_for_each,
+)
+
+FULL = Sampling(
+    guidance=4.0,
+    guidance_interval=(0.0, 1.0),
+    prior_steps=29,
+    prior_sampler="ddpm",
+    decoder_steps=12,
+    decoder_guidance=1.0,
+    decoder_shift=1.0,
+)
+STUDENTS = Sampling(guidance=1.0, prior_steps=2, prior_sampler="few")
+OF_STUDENT = {"guidance": 1.0, "prior_steps": 2, "prior_sampler": "few"}
 
 
 def test_options_are_made_without_torch():
@@ -52,3 +73,44 @@ def test_one_value_stands_for_all_or_there_is_one_for_each():
     assert one_for_each("negative", ["x", "y"], 2, 2) == ["x", "x", "y", "y"]
     with pytest.raises(UserError, match="negative has 3 values for 2 prompts"):
         one_for_each("negative", ["x", "y", "z"], 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("asked", "beyond", "expected"),
+    [
+        ({}, (), OF_STUDENT),
+        ({"decoder_steps": 5}, (), {**OF_STUDENT, "decoder_steps": 5}),
+        ({"prior_sampler": "few", "prior_steps": 4}, (), {**OF_STUDENT, "prior_steps": 4}),
+        ({"prior_sampler": "few", "guidance": 1.0}, (), OF_STUDENT),
+        ({"full": True}, (), {"full": True}),
+        ({}, ("a negative prompt",), {}),
+        ({"guidance": 1.0}, (), {"guidance": 1.0}),
+        ({"guidance_interval": (0.0, 0.5)}, (), {"guidance_interval": (0.0, 0.5)}),
+        ({"prior_steps": 2}, (), {"prior_steps": 2}),
+        ({"prior_sampler": "dpm"}, (), {"prior_sampler": "dpm"}),
+    ],
+)
+def test_a_student_samples_unless_a_request_sets_what_it_does_not_support(asked, beyond, expected):
+    assert completed(Sampling(**asked), FULL, STUDENTS, beyond) == Sampling(**{**vars(FULL), **expected})
+    # A model without a student ignores all of this.
+    assert completed(Sampling(**asked), FULL, NO_STUDENTS, beyond) == Sampling(**{**vars(FULL), **asked})
+
+
+@pytest.mark.parametrize(
+    ("asked", "beyond", "named"),
+    [
+        ({"guidance": 3.0}, (), "guidance 3"),
+        ({"full": True}, (), "full"),
+        ({}, ("a negative prompt", "a LoRA adapter"), "a negative prompt"),
+    ],
+)
+def test_a_student_that_is_asked_for_is_not_replaced(asked, beyond, named):
+    with pytest.raises(UserError, match=rf"few does not support {named}\. .* Leave out prior_sampler"):
+        completed(Sampling(prior_sampler="few", **asked), FULL, STUDENTS, beyond)
+
+
+def test_completed_settings_stay_as_they_are():
+    """Stored settings reproduce the image, whichever network sampled it."""
+    for asked in (Sampling(), Sampling(prior_steps=3), Sampling(full=True)):
+        once = completed(asked, FULL, STUDENTS)
+        assert completed(once, FULL, STUDENTS) == once

@@ -53,6 +53,7 @@ from wuerstchen.sampling import (
     checked_texts,
     one_for_each,
 )
+from wuerstchen.sampling import Reconstruction as Reconstruction  # callers import it from here
 from wuerstchen.sampling_batch import Begin, Progress, SamplingBatch, joined_begins, same_size_rows
 
 
@@ -141,7 +142,7 @@ class Wuerstchen(Reconstructor):
         """
         prompts = checked_texts(prompts)
         negatives = checked_texts(negative, "negative")
-        sampling = self.cascade.settings.completed(sampling or Sampling())
+        sampling = self._completed(sampling or Sampling(), negatives, init is not None)
         seeds = checked_request(prompts, seed, count, batch_size)
         count = int(count)
         negatives = one_for_each("negative", negatives, len(prompts), count)
@@ -203,9 +204,27 @@ class Wuerstchen(Reconstructor):
         self._adapters.unload()
         self._recorders.invalidate()
 
-    def settings_of(self, sampling: Sampling) -> dict[str, Any]:
-        """All sampling settings, as they are stored in an image file."""
-        return dataclasses.asdict(self.cascade.settings.completed(sampling))
+    def settings_of(
+        self, sampling: Sampling, *, negative: str | Sequence[str] = "", edits: bool = False
+    ) -> dict[str, Any]:
+        """All sampling settings of a request, as they are stored in an image file.
+
+        ``edits`` is whether it starts from an image. For a model with a student, ``stage_c`` says whether the
+        ``student`` or the ``full`` network samples.
+        """
+        sampling = self._completed(sampling, checked_texts(negative, "negative"), edits)
+        settings = dataclasses.asdict(sampling)
+        del settings["full"]
+        if self.cascade.prior_student is not None:
+            is_student = self.cascade.prior_for(sampling) is self.cascade.prior_student
+            settings["stage_c"] = "student" if is_student else "full"
+        return settings
+
+    def _completed(self, sampling: Sampling, negatives: Sequence[str], edits: bool) -> Sampling:
+        """Complete settings of a request. Students support no negative prompts, no edits and no adapters."""
+        asks = {"a negative prompt": any(map(str.strip, negatives)), "an image to start from": edits}
+        asks["a LoRA adapter"] = bool(self._adapters.scales)
+        return self.cascade.completed(sampling, [name for name, asked in asks.items() if asked])
 
     def _from_scratch(self, inits: Sequence[Image.Image], size: Any) -> list[Begin]:
         """One begin for all images without ``inits``, or one for each of them: its latents."""
@@ -273,7 +292,7 @@ class Wuerstchen(Reconstructor):
             x = known.semantic_latents.begin(noise, objective, start)
 
         with self.residence.using(prior):
-            sampled = objective if sampler.reads_output else objective.for_sampling()
+            sampled = objective if sampler.for_students else objective.for_sampling()
             predict = self._predict_semantic_latents(prior, text, sampled)
             steps = len(timesteps) - 1
             on_step = batch.on_step("Stage C", steps)

@@ -108,7 +108,7 @@ class Reconstructor:
     ) -> list[Reconstruction]:
         """``reconstruct`` for several images at once, each with its own seed and noise."""
         compressor = self._compressor()
-        sampling = self.cascade.settings.completed(sampling or Sampling())
+        sampling = self.cascade.completed(sampling or Sampling())
         side, _ = checked_size(size, self.cascade.settings.image_size)
         canvas = self.cascade.settings.canvas(side, side)
         seeds = checked_request([""] * len(images), seeds, 1, len(images))

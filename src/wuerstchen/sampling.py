@@ -34,6 +34,8 @@ class Sampling:
     decoder_guidance: float | None = None
     decoder_shift: float | None = None
     """Timestep shift of Stage B. Values above 1 spend more steps at high noise, 1 gives equal steps."""
+    full: bool = False
+    """Whether the full networks sample, also in a model with students for few steps."""
 
     def __post_init__(self) -> None:
         for name in ("guidance", "decoder_guidance"):
@@ -57,6 +59,50 @@ class Sampling:
                 )
         if self.prior_sampler is not None:
             check_sampler(self.prior_sampler)
+
+
+NO_STUDENTS = Sampling()
+"""The settings of the students of a model without students."""
+OF_PRIOR = ("guidance", "guidance_interval", "prior_steps", "prior_sampler")
+"""The settings of Stage C."""
+
+
+def completed(sampling: Sampling, full: Sampling, students: Sampling, beyond: Sequence[str] = ()) -> Sampling:
+    """The settings ``sampling``, with a model's own settings where they are None.
+
+    ``full`` are the complete settings of the full networks. ``students`` are those of students for few steps,
+    None without a student. Stage C's student samples if ``sampling`` names its sampler, or if it sets nothing
+    of Stage C and is not ``full``. ``beyond`` names what the request wants that the student cannot do, as
+    "a negative prompt". Then the full network samples. Raises ``UserError`` if both it and the student are
+    asked for.
+    """
+    student = students.prior_sampler
+    wants_full = sampling.full or bool(beyond)
+    if student is None:
+        uses_student = False
+    elif sampling.prior_sampler == student:
+        _check_student(sampling, student, beyond)
+        uses_student = True
+    else:
+        uses_student = not wants_full and all(getattr(sampling, name) is None for name in OF_PRIOR)
+    own = {name: value for name, value in vars(sampling).items() if value is not None}
+    of_student = {name: getattr(students, name) for name in OF_PRIOR} if uses_student else {}
+    known = {name: value for name, value in of_student.items() if value is not None}
+    return Sampling(**{**vars(full), **known, **own})
+
+
+def _check_student(sampling: Sampling, student: str, beyond: Sequence[str]) -> None:
+    """Raises ``UserError`` if a request for the student of Stage C has settings that it does not support."""
+    if sampling.guidance not in (None, 1):
+        beyond = (f"guidance {sampling.guidance:g}", *beyond)
+    if sampling.full:
+        beyond = ("full", *beyond)
+    if beyond:
+        raise UserError(
+            f"prior_sampler {student} does not support {beyond[0]}. It samples with a student for few steps, "
+            "which has learnt its guidance and starts from noise. Leave out prior_sampler, and the full "
+            "network samples."
+        )
 
 
 def checked_interval(name: str, value: Any) -> tuple[float, float]:

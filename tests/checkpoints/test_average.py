@@ -14,7 +14,7 @@ from wuerstchen.cli import main
 from wuerstchen.errors import CheckpointError, UserError
 from wuerstchen.models.prior import Prior
 
-from ..configurations import PROVENANCE, SMALL_PRIOR, write_model
+from ..configurations import PROVENANCE, SMALL_PRIOR, with_student, write_model
 
 
 @pytest.fixture
@@ -40,6 +40,23 @@ def test_what_differs_is_averaged_and_the_rest_stays(model_folder, other, tmp_pa
     assert out.settings == first.settings
     assert out.text_encoder.encode(["a cat"]).states.equal(first.text_encoder.encode(["a cat"]).states)
     assert read_network(tmp_path / "out" / "prior.safetensors")[1].recipe.startswith("average of ")
+
+
+def test_students_are_averaged_but_not_with_their_priors(small_cascade, tmp_path, randomise):
+    first = with_student(small_cascade)
+    second, third = with_student(small_cascade), copy.deepcopy(first)
+    randomise(second.prior_student)
+    randomise(third.prior)
+    one, two, three = (
+        write_model(m, tmp_path / f"{i}") for i, m in enumerate((first, second, third), start=1)
+    )
+    assert average(one, two, tmp_path / "out", 0.25) == ["prior_student"]
+    out = read_model(tmp_path / "out").prior_student.state_dict()
+    for name, tensor in out.items():
+        a, b = (m.prior_student.state_dict()[name] for m in (first, second))
+        torch.testing.assert_close(tensor, 0.75 * a + 0.25 * b, atol=1e-6, rtol=1e-5)
+    with pytest.raises(UserError, match="would not be the student of their average"):
+        average(one, three, tmp_path / "other")
 
 
 def test_only_named_files_of_a_text_encoder_are_taken_along(model_folder, other, tmp_path):

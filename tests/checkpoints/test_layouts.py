@@ -43,7 +43,7 @@ from wuerstchen.models.prior import Prior, PriorConfig
 from wuerstchen.models.vqgan import VQGAN
 from wuerstchen.pipeline import BUNDLED
 
-from ..configurations import ORIGINAL_DECODER, SMALL_VQGAN, narrow
+from ..configurations import ORIGINAL_DECODER, SMALL_VQGAN, narrow, with_student, write_model
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -528,3 +528,29 @@ def test_a_new_layout_is_one_file_and_one_row(native, tmp_path, monkeypatch, cap
 def test_the_table_of_layouts_needs_no_torch():
     code = "import sys, wuerstchen.checkpoints.layout_table; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("options", [{"storage": "int8"}, {"max_shard_size": "12MB"}])
+def test_a_student_is_a_part_like_any_other(small_cascade, randomise, tmp_path, options):
+    cascade = with_student(small_cascade, steps=3)
+    randomise(cascade.prior_student)
+    folder, out = write_model(cascade, tmp_path / "model"), tmp_path / "out"
+    convert(folder, out, "native", **options)
+    found, expected = read_model(out), cascade.prior_student.state_dict()
+    assert (found.settings.prior_student_steps, found.settings.prior_student_guidance) == (3, 2.5)
+    for name, tensor in found.prior_student.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], atol=0.1 if "storage" in options else 0, rtol=0)
+    assert not torch.equal(found.prior_student.out[1].weight, found.prior.out[1].weight)
+
+
+def test_a_student_is_written_only_with_its_prior_and_in_the_native_layout(small_cascade, tmp_path):
+    folder = write_model(with_student(small_cascade), tmp_path / "model")
+    for layout in ("diffusers", "original", "paddle"):
+        with pytest.raises(UserError, match="cannot be stored in the"):
+            convert(folder, tmp_path / layout, layout)
+    with pytest.raises(UserError, match="prior_student"):
+        convert(folder, tmp_path / "original", "original")
+    with pytest.raises(UserError, match="has a prior_student without its prior"):
+        convert(folder, tmp_path / "alone", "native", leave_out=["prior"])
+    convert(folder, tmp_path / "teacher", "native", leave_out=["prior_student"])
+    assert "student" not in (tmp_path / "teacher" / "model.json").read_text()

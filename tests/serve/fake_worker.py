@@ -6,19 +6,22 @@ import time
 
 from wuerstchen.serve.heartbeat import HeartbeatConnection
 
+DEFAULTS = {
+    "guidance": 2.0,
+    "guidance_interval": (0.0, 1.0),
+    "prior_steps": 6,
+    "prior_sampler": "ddpm",
+    "decoder_steps": 4,
+}
 ABOUT = {
     "device": "fake",
     "side": 64,
     "multiple": 8,
     "min": 64,
     "max_side": 256,
-    "defaults": {
-        "guidance": 2.0,
-        "guidance_interval": (0.0, 1.0),
-        "prior_steps": 6,
-        "prior_sampler": "ddpm",
-        "decoder_steps": 4,
-    },
+    "defaults": DEFAULTS,
+    "full": DEFAULTS,
+    "students": {},
     "samplers": ["ddpm", "dpm", "ddim"],
     "can": {"generate": True, "reconstruct": True, "variation": True, "preview": True},
     "examples": ["a cat"],

@@ -10,7 +10,13 @@ from PIL import ExifTags, Image
 from pydantic import ValidationError
 
 from wuerstchen.images import decode_image, resize_crop
+from wuerstchen.serve.errors import Refused
+from wuerstchen.serve.jobs import ImageTask
+from wuerstchen.serve.limits import ServeConfig
+from wuerstchen.serve.requests import image_settings, make_job, model_view
 from wuerstchen.serve.schemas import JobRequest
+
+from .fake_worker import ABOUT, DEFAULTS
 
 
 def encoded(image, kind="PNG", **options):
@@ -198,3 +204,53 @@ def test_a_job_larger_than_the_queue_is_invalid(serve):
     answer = running.http.post("/v1/jobs", json={"prompts": ["x"], "count": 5})
     assert answer.status_code == 400
     assert "images: 5. A job has at most 4" in answer.json()["error"]["message"]
+
+
+WITH_STUDENT = {
+    **ABOUT,
+    "name": "wuerstchen",
+    "defaults": {**DEFAULTS, "guidance": 1.0, "prior_steps": 2, "prior_sampler": "few"},
+    "students": {"guidance": 1.0, "prior_steps": 2, "prior_sampler": "few"},
+    "samplers": ["few", "ddpm", "dpm", "ddim"],
+}
+
+
+def drawn_by(**body):
+    """The settings of Stage C, and what an image file says about who sampled it."""
+    job = make_job(JobRequest(prompts=["x"], **body), ServeConfig(), WITH_STUDENT, "client", "here")
+    settings = image_settings(ImageTask(job, 0), WITH_STUDENT)
+    if "image" not in body:  # the settings in a file reproduce the image
+        request = JobRequest(**{k: v for k, v in settings.items() if k in JobRequest.model_fields})
+        assert make_job(request, ServeConfig(), WITH_STUDENT, "client", "here").shape == job.shape
+    return job.shape.prior_sampler, job.shape.prior_steps, job.shape.guidance, settings["stage_c"]
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({}, ("few", 2, 1.0, "student")),
+        ({"prior_sampler": "few", "prior_steps": 4}, ("few", 4, 1.0, "student")),
+        ({"full": True}, ("ddpm", 6, 2.0, "full")),
+        ({"negative": "red"}, ("ddpm", 6, 2.0, "full")),
+        ({"image": "x"}, ("ddpm", 6, 2.0, "full")),
+        ({"guidance": 3.0}, ("ddpm", 6, 3.0, "full")),
+        ({"prior_steps": 2}, ("ddpm", 2, 2.0, "full")),
+        ({"prior_sampler": "dpm"}, ("dpm", 6, 2.0, "full")),
+    ],
+)
+def test_a_student_samples_what_it_supports(body, expected):
+    assert drawn_by(**body) == expected
+
+
+def test_a_student_that_is_asked_for_is_not_replaced():
+    with pytest.raises(Refused, match="prior_sampler few does not support a negative prompt") as caught:
+        drawn_by(prior_sampler="few", negative="red")
+    assert (caught.value.status, caught.value.param) == (400, "prior_sampler")
+
+
+def test_the_model_shows_the_defaults_of_student_and_full_network():
+    view = model_view(ServeConfig(), WITH_STUDENT)
+    assert (view["defaults"]["guidance"], view["full"]["guidance"]) == (1.0, 2.0)
+    assert "stage_c" not in image_settings(
+        ImageTask(make_job(JobRequest(prompts=["x"]), ServeConfig(), ABOUT, "client", "here"), 0), ABOUT
+    )

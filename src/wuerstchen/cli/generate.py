@@ -110,7 +110,7 @@ def _generate(options: argparse.Namespace) -> int:
     settings |= settings_of_edit(options)
     if adapters:
         settings["lora"] = " ".join(options.lora)
-    settings |= model.settings_of(sampling)
+    settings |= model.settings_of(sampling, negative=options.negative, edits=options.init is not None)
     with _progress() as progress:
         images = _images(
             model,

@@ -156,6 +156,11 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="timestep shift of Stage B; higher values spend more steps at high noise levels",
     )
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="sample with the full networks, also if the model has students for few steps",
+    )
     add_device_option(parser)
 
 
@@ -210,6 +215,7 @@ def sampling_of(options: argparse.Namespace) -> "Sampling":
         decoder_steps=options.decoder_steps,
         decoder_guidance=options.decoder_guidance,
         decoder_shift=options.decoder_shift,
+        full=options.full,
     )
 
 

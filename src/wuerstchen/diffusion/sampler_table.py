@@ -26,9 +26,9 @@ class Sampler:
     """(predict, x, timesteps, generators, objective, on_step) → sample, see ``samplers.py``."""
     timesteps: Callable[[int], list[float]]
     """Stage C's timesteps from 1 to 0, for a number of steps."""
-    reads_output: bool = False
-    """Whether ``predict`` returns the network's output as it is, and the objective is the network's own.
-    Otherwise they are those of ``Objective.for_sampling``."""
+    for_students: bool = False
+    """Whether it is for students for few steps. Then ``predict`` returns the network's output as it is, and
+    the objective is the network's own. Otherwise they are those of ``Objective.for_sampling``."""
 
 
 def _later(module: str, name: str) -> Callable[..., Any]:
@@ -78,7 +78,7 @@ SAMPLERS: dict[str, Sampler] = {
         steps=2,
         function=_later("samplers", "few"),
         timesteps=_later("schedule", "few_timesteps"),
-        reads_output=True,
+        for_students=True,
     ),
 }
 """The first row that supports an objective's path is its default."""

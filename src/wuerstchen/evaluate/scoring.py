@@ -152,7 +152,7 @@ class Renderer:
         assert model is not None
         assert captions is not None
         # The settings of the compressed model: only the weights may differ.
-        sampling = self.model.cascade.settings.completed(self.sampling)
+        sampling = self.model.cascade.completed(self.sampling)
         return _stacked(model.generate(captions, seed=seeds, sampling=sampling, batch_size=len(captions)))
 
     @torch.inference_mode()

@@ -1,6 +1,7 @@
 """A complete Würstchen model: its networks and its settings."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from wuerstchen.device import to_device
 from wuerstchen.diffusion.objective import PUBLISHED_OBJECTIVE, Objective
-from wuerstchen.diffusion.sampler_table import check_compatible
+from wuerstchen.diffusion.sampler_table import SAMPLERS, check_compatible
 from wuerstchen.errors import UserError
 from wuerstchen.models.compressor import Compressor, latent_side
 from wuerstchen.models.decoder import Decoder
@@ -19,7 +20,7 @@ from wuerstchen.models.previewer import Previewer
 from wuerstchen.models.prior import Prior
 from wuerstchen.models.text import TextEncoder
 from wuerstchen.models.vqgan import VQGAN
-from wuerstchen.sampling import ALL_TIMES, Sampling, checked_interval
+from wuerstchen.sampling import ALL_TIMES, NO_STUDENTS, Sampling, checked_interval, completed
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,11 @@ class CascadeSettings:
                     f"{name} must be true or false, got {getattr(self, name)!r}. Download the model again."
                 )
         check_compatible(self.prior_sampler, self.prior_objective.kind, self.prior_objective.path)
+        if SAMPLERS[self.prior_sampler].for_students:
+            raise UserError(
+                f"prior_sampler must be a sampler of the prior itself, got {self.prior_sampler!r}, which is "
+                "for its student. Download the model again."
+            )
         if len(self.decoder_temperatures) != 2 or not all(
             isinstance(t, int | float) and math.isfinite(t) and t > 0 for t in self.decoder_temperatures
         ):
@@ -159,35 +165,31 @@ class CascadeSettings:
                 f"decoder_shift must be above 0, got {self.decoder_shift}. Download the model again."
             )
 
-    def completed(self, sampling: Sampling) -> Sampling:
+    def completed(
+        self, sampling: Sampling, students: Sampling = NO_STUDENTS, beyond: Sequence[str] = ()
+    ) -> Sampling:
         """Complete sampling settings, with the model's defaults for those not given.
 
-        Raises ``UserError`` for a sampler that is incompatible with the model.
+        ``sampling.completed`` describes ``students`` and ``beyond``. Raises ``UserError`` for a sampler that
+        is incompatible with the model, and for a student's sampler together with what it does not support.
         """
         if not isinstance(sampling, Sampling):
             raise UserError(f"sampling must be a wuerstchen.Sampling, got a {type(sampling).__name__}.")
         if sampling.prior_sampler is not None:
             check_compatible(sampling.prior_sampler, self.prior_objective.kind, self.prior_objective.path)
-        sampler = sampling.prior_sampler or self.prior_sampler
-        guidance, steps = self.prior_guidance, self.prior_steps
-        if sampler == "few" and self.prior_student_steps:
-            guidance, steps = 1.0, self.prior_student_steps
-            if sampling.guidance not in (None, guidance):
-                raise UserError(
-                    f"guidance must be 1 with prior_sampler=few, got {sampling.guidance}. The student has "
-                    f"learnt the guidance {self.prior_student_guidance:g}. Leave guidance out, or use "
-                    f"another prior_sampler."
-                )
+        return completed(sampling, self.full, students, beyond)
+
+    @property
+    def full(self) -> Sampling:
+        """The complete sampling settings of the full networks."""
         return Sampling(
-            guidance=guidance if sampling.guidance is None else sampling.guidance,
-            guidance_interval=sampling.guidance_interval or self.prior_guidance_interval,
-            prior_sampler=sampler,
-            prior_steps=sampling.prior_steps or steps,
-            decoder_steps=sampling.decoder_steps or self.decoder_steps,
-            decoder_shift=sampling.decoder_shift or self.decoder_shift,
-            decoder_guidance=(
-                self.decoder_guidance if sampling.decoder_guidance is None else sampling.decoder_guidance
-            ),
+            guidance=self.prior_guidance,
+            guidance_interval=self.prior_guidance_interval,
+            prior_sampler=self.prior_sampler,
+            prior_steps=self.prior_steps,
+            decoder_steps=self.decoder_steps,
+            decoder_shift=self.decoder_shift,
+            decoder_guidance=self.decoder_guidance,
         )
 
     def canvas(self, width: int, height: int) -> tuple[int, int]:
@@ -299,6 +301,11 @@ class Cascade(OptionalParts):
                     "from the same model. Download both again."
                 )
 
+        if self.prior_student is not None and self.prior is None:
+            raise UserError(
+                "This model has a prior_student without its prior. The prior samples what the student does "
+                "not support. Add the prior, or leave out both."
+            )
         if self.prior_student is not None and not self.settings.prior_student_steps:
             raise UserError(
                 "prior_student_steps must be at least 1 for a model with a prior_student, got 0. Download "
@@ -329,6 +336,19 @@ class Cascade(OptionalParts):
                     f"{part.removesuffix('_student')}_objective is "
                     f"{objective.kind!r}. They must be the same. Download the model again."
                 )
+
+    @property
+    def students(self) -> Sampling:
+        """The sampling settings of the students that the model has, None for those of other networks."""
+        if self.prior_student is None:
+            return NO_STUDENTS
+        steps = self.settings.prior_student_steps
+        return Sampling(guidance=1.0, prior_sampler="few", prior_steps=steps)
+
+    def completed(self, sampling: Sampling, beyond: Sequence[str] = ()) -> Sampling:
+        """Complete sampling settings, with those of the model's students and networks where they are None
+        (``sampling.completed``)."""
+        return self.settings.completed(sampling, self.students, beyond)
 
     def prior_for(self, sampling: Sampling) -> Prior:
         """The network that samples Stage C: with the sampler ``few`` the student, if there is one.

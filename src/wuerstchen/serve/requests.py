@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from wuerstchen.errors import UserError
-from wuerstchen.sampling import checked_interval
+from wuerstchen.sampling import Sampling, checked_interval, completed
 from wuerstchen.serve.decoding import Upload
 from wuerstchen.serve.errors import Refused
 from wuerstchen.serve.jobs import ImageTask, Job, Shape
@@ -46,6 +46,7 @@ def model_view(config: ServeConfig, about: dict[str, Any]) -> dict[str, Any]:
             "common": [(w, h) for w, h in sizes if max(w, h) <= max_side and w * h <= max_pixels],
         },
         "defaults": about["defaults"],
+        "full": about["full"],
         "limits": {
             "count": config.max_count,
             "prompts": config.max_prompts,
@@ -76,7 +77,7 @@ def make_job(
     return Job(
         client=client,
         instance=instance,
-        shape=_shape(request, size, about["defaults"]),
+        shape=_shape(request, size, about),
         prompts=[prompt for prompt in prompts for _ in range(request.count)],
         seeds=range(seed, seed + total),
         count=request.count,
@@ -85,17 +86,32 @@ def make_job(
     )
 
 
-def _shape(request: JobRequest, size: tuple[int, int], defaults: dict[str, Any]) -> Shape:
+def _shape(request: JobRequest, size: tuple[int, int], about: dict[str, Any]) -> Shape:
     is_variation = request.kind == "generate" and request.image is not None
+    asks = {"a negative prompt": bool(request.negative.strip()), "an image to start from": is_variation}
+    beyond = [name for name, asked in asks.items() if asked]
+    interval = request.guidance_interval
+    asked = Sampling(
+        guidance=None if request.guidance is None else float(request.guidance),
+        guidance_interval=None if interval is None else _interval(interval),
+        prior_steps=request.prior_steps,
+        prior_sampler=request.prior_sampler,
+        decoder_steps=request.decoder_steps,
+        full=request.full,
+    )
+    try:
+        used = completed(asked, Sampling(**about["full"]), Sampling(**about["students"]), beyond)
+    except UserError as error:
+        raise Refused(400, str(error), param="prior_sampler") from error
     return Shape(
         kind=request.kind,
         width=size[0],
         height=size[1],
-        guidance=defaults["guidance"] if request.guidance is None else float(request.guidance),
-        guidance_interval=_interval(request.guidance_interval or defaults["guidance_interval"]),
-        prior_steps=request.prior_steps or defaults["prior_steps"],
-        prior_sampler=request.prior_sampler or defaults["prior_sampler"],
-        decoder_steps=request.decoder_steps or defaults["decoder_steps"],
+        guidance=float(used.guidance),
+        guidance_interval=used.guidance_interval,
+        prior_steps=used.prior_steps,
+        prior_sampler=used.prior_sampler,
+        decoder_steps=used.decoder_steps,
         strength=(request.strength or 0.7) if is_variation else None,
     )
 
@@ -219,6 +235,7 @@ def of_openai(request: ImageRequest, about: dict[str, Any]) -> JobRequest:
         guidance=request.guidance,
         guidance_interval=request.guidance_interval,
         prior_steps=request.steps,
+        full=request.full or False,
         previews=False,
     )
 
@@ -287,6 +304,9 @@ def image_settings(task: ImageTask, about: dict[str, Any]) -> dict[str, Any]:
             "prior_steps": shape.prior_steps,
             "prior_sampler": shape.prior_sampler,
         }
+        student = about["students"].get("prior_sampler")
+        if student is not None:
+            settings["stage_c"] = "student" if shape.prior_sampler == student else "full"
     settings["decoder_steps"] = shape.decoder_steps
     if shape.strength is not None:
         settings["strength"] = shape.strength

@@ -70,6 +70,8 @@ class JobRequest(_Request):
     prior_sampler: Sampler | None = None
     """One of ``samplers`` in ``GET /v1/model``."""
     decoder_steps: Steps | None = None
+    full: bool = False
+    """Sample with the full networks, also if the model has students for few steps."""
     image: str | None = None
     """PNG, JPEG or WebP, in base64 or as a data: URL. The image to ``reconstruct``, or the init image of
     ``generate``."""
@@ -112,6 +114,7 @@ class ImageRequest(_Request):
     guidance_interval: GuidanceInterval | None = None
     steps: Steps | None = None
     """Sampling steps of Stage C."""
+    full: bool | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -201,6 +204,9 @@ class ModelView(BaseModel):
     device: str
     size: ModelSize
     defaults: dict[str, float | int | str | tuple[float, float]]
+    full: dict[str, float | int | str | tuple[float, float]]
+    """The defaults of the full networks. They differ from ``defaults`` if the model has students. Those
+    sample requests that set nothing of Stage C."""
     limits: ModelLimits
     samplers: list[str]
     """Samplers that fit the objective of Stage C, its default first."""

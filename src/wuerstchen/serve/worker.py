@@ -28,8 +28,10 @@ from wuerstchen.serve.heartbeat import HeartbeatConnection
 from wuerstchen.serve.jobs import Shape
 
 if TYPE_CHECKING:
+    from wuerstchen.models.cascade import Cascade
     from wuerstchen.pipeline import Wuerstchen
     from wuerstchen.progress import Step
+    from wuerstchen.sampling import Sampling
 
 PREVIEW_FRACTION = 0.08
 """Largest fraction of a batch's time that previews may take."""
@@ -112,12 +114,13 @@ class _Worker:
         if self.model.cascade.prior is not None and self.model.cascade.text_encoder is not None:
             # Warm up: the first image takes longer.
             self.model.generate("", sampling=Sampling(prior_steps=1, decoder_steps=1))
+            if self.model.cascade.students != Sampling():
+                self.model.generate("")
 
     def about(self) -> dict[str, Any]:
         """The worker's part of ``GET /v1/model``."""
         from wuerstchen import doctor
         from wuerstchen.checkpoints.hub import PHOTO_NOTE, is_bundled
-        from wuerstchen.diffusion.sampler_table import samplers_for
         from wuerstchen.models.cascade import MAX_SIDES, MIN_SIDE, SIDE_STEP
         from wuerstchen.recipes.mini import PROMPTS
         from wuerstchen.sampling import Sampling
@@ -133,12 +136,10 @@ class _Worker:
             "multiple": SIDE_STEP,
             "min": MIN_SIDE,
             "max_side": min(4, MAX_SIDES) * side,
-            "defaults": {
-                name: value
-                for name, value in self.model.settings_of(Sampling()).items()
-                if name in ("guidance", "guidance_interval", "prior_steps", "prior_sampler", "decoder_steps")
-            },
-            "samplers": samplers_for(cascade.settings.prior_objective.path),
+            "defaults": _served(cascade.completed(Sampling())),
+            "full": _served(cascade.completed(Sampling(full=True))),
+            "students": _served(cascade.students),
+            "samplers": _samplers(cascade),
             "can": {
                 "generate": generates,
                 "reconstruct": encodes,
@@ -334,3 +335,19 @@ def _energy_counter(model: "Wuerstchen") -> Callable[[], float | None]:
     from wuerstchen.train.report.cost import energy_counter
 
     return energy_counter(model.device)
+
+
+def _served(sampling: "Sampling") -> dict[str, Any]:
+    """The settings that the service has, without those that are None."""
+    names = ("guidance", "guidance_interval", "prior_steps", "prior_sampler", "decoder_steps")
+    return {name: value for name in names if (value := getattr(sampling, name)) is not None}
+
+
+def _samplers(cascade: "Cascade") -> list[str]:
+    """Stage C's samplers that fit the model, its default first."""
+    from wuerstchen.diffusion.sampler_table import SAMPLERS, samplers_for
+
+    fitting = samplers_for(cascade.settings.prior_objective.path)
+    student = cascade.students.prior_sampler
+    own = [name for name in fitting if not SAMPLERS[name].for_students]
+    return own if student is None else [student, *own]

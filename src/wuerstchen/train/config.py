@@ -7,7 +7,7 @@ from typing import Literal
 from wuerstchen.checkpoints.layout_table import Storage
 from wuerstchen.checkpoints.shards import size_in_bytes
 from wuerstchen.diffusion.objective import check_prediction, default_time_density, make_objective
-from wuerstchen.diffusion.sampler_table import check_compatible
+from wuerstchen.diffusion.sampler_table import SAMPLERS, check_compatible
 from wuerstchen.errors import UserError
 from wuerstchen.models.compressor import CompressorConfig
 from wuerstchen.models.decoder import DecoderConfig
@@ -214,6 +214,11 @@ class Recipe:
             decoder_guidance=self.decoder_guidance,
             decoder_shift=self.decoder_shift,
         )  # refuses invalid sampling settings before anything is trained
+        if self.prior_sampler and SAMPLERS[self.prior_sampler].for_students:
+            raise UserError(
+                f"prior_sampler must be a sampler of the prior itself, got {self.prior_sampler!r}, which is "
+                "for its student. Leave it out: a model with a student samples with it by default."
+            )
         if not self.checkpoint_seconds >= 0:
             raise UserError(
                 f"checkpoint_seconds must be at least 0, got {self.checkpoint_seconds}. 120 is common."

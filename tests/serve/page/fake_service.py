@@ -108,6 +108,7 @@ class FakeService:
         self.notices: list[str] = []
         """Of the next jobs."""
         self.can = {"generate": True, "reconstruct": True, "variation": True, "preview": True}
+        self.defaults = DEFAULTS
         self.image_note: str | None = None
         self.result_seconds = 3600.0
         self.hold_answers = False
@@ -162,7 +163,8 @@ class FakeService:
                 "max_pixels": 1024 * 1024,
                 "common": [[256, 256], [384, 256], [256, 384], [512, 512]],
             },
-            "defaults": DEFAULTS,
+            "defaults": self.defaults,
+            "full": DEFAULTS,
             "limits": {
                 "count": 8,
                 "prompt_chars": 500,

@@ -645,6 +645,25 @@ def test_event_streams_resume(page, fake):
     assert all(int(each) > 0 for each in fake.resumed_from)
 
 
+def test_the_defaults_are_those_of_the_network_that_samples(page, fake):
+    """A student's, until the form asks for what it does not support."""
+    fake.defaults = {**fake.defaults, "guidance": 1, "prior_steps": 2, "prior_sampler": "few"}
+    page.open()
+
+    def shown():
+        hints = [page.id(name).get_attribute("placeholder") for name in ("guidance", "prior_steps")]
+        return [*hints, page.script("return document.getElementById('prior_sampler').options[0].text")]
+
+    student, full = ["1", "2", "few (default)"], ["4", "12", "dpm (default)"]
+    page.until(lambda: shown() == student)
+    page.type("negative", "red")
+    assert shown() == full
+    page.type("negative", " ")
+    assert shown() == student
+    page.open("#prompt=a&prior_sampler=dpm&guidance=1&prior_steps=12")
+    page.until(lambda: page.values("guidance", "prior_steps", "prior_sampler") == ["1", "12", "dpm"])
+
+
 @pytest.mark.slow
 def test_a_reconnection_keeps_the_form(page, fake):
     """Size and sampler were reset to the defaults after a reconnection."""

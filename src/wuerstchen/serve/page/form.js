@@ -86,9 +86,8 @@ export class Form {
     }
     byId("width").step = byId("height").step = size.multiple;
     [byId("width").placeholder, byId("height").placeholder] = size.default;
-    for (const name of ["guidance", "prior_steps", "decoder_steps"]) this.fields[name].placeholder = defaults[name] ?? "";
     byId("prior_sampler").replaceChildren(
-      make("option", { value: "" }, defaults.prior_sampler ? `${defaults.prior_sampler} (default)` : "default"),
+      make("option", { value: "" }),
       ...samplers.filter((name) => name !== defaults.prior_sampler).map((name) => make("option", { value: name }, name)),
     );
     // Keep the user's choices when the service comes back.
@@ -185,7 +184,22 @@ export class Form {
     if (image && chosen) [...this.fields.mode].find(({ checked }) => checked).focus(); // the file field is hidden now
   }
 
+  /** The defaults of the networks that sample: students only if the form sets nothing that they do not support. */
+  get #defaults() {
+    const { defaults, full } = this.model;
+    const sets = ["guidance", "prior_steps", "prior_sampler"].some((name) => this.fields[name].value !== "");
+    return sets || this.fields.negative.value.trim() || this.image ? full ?? defaults : defaults;
+  }
+
+  #showDefaults() {
+    const defaults = this.#defaults;
+    for (const name of ["guidance", "prior_steps", "decoder_steps"]) this.fields[name].placeholder = defaults[name] ?? "";
+    const [first] = this.fields.prior_sampler.options;
+    if (first) first.textContent = defaults.prior_sampler ? `${defaults.prior_sampler} (default)` : "default";
+  }
+
   #arrange() {
+    if (this.model) this.#showDefaults();
     const mode = this.image ? this.fields.mode.value : "generate";
     this.form.dataset.mode = mode;
     byId("chosen").hidden = !this.image;
@@ -280,10 +294,14 @@ export class Form {
     [fields.width.value, fields.height.value] = common ? ["", ""] : [width, height];
     fields.seed.value = settings.seed ?? "";
     fields.seeds.value = keep ? "keep" : "new";
-    const { defaults } = this.model;
+    const { defaults, full } = this.model;
+    // With empty fields a student samples. So the settings of the full network are written out.
+    const { prior_sampler: sampler } = settings;
+    const inFull = full && full.prior_sampler !== defaults.prior_sampler && ![undefined, defaults.prior_sampler].includes(sampler);
     for (const name of ["guidance", "prior_steps", "prior_sampler", "decoder_steps"]) {
       // Leave the model's defaults empty.
-      fields[name].value = settings[name] === undefined || settings[name] === defaults[name] ? "" : settings[name];
+      const isDefault = settings[name] === defaults[name] && !(inFull && name !== "decoder_steps");
+      fields[name].value = settings[name] === undefined || isDefault ? "" : settings[name];
     }
     if (settings.strength !== undefined) fields.strength.value = settings.strength;
     byId("more").open ||= [...IN_MORE].some((name) => fields[name].value !== "");
