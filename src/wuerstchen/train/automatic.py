@@ -16,24 +16,33 @@ def resolved(recipe: Recipe, processes: Processes) -> Recipe:
     """The recipe with every ``auto`` replaced by its value on this machine, and with the objectives' own time
     densities. The run folder records these values.
 
-    Raises ``UserError`` if the machine or other settings do not support ``acceleration=graph``.
+    Raises ``UserError`` if the machine or other settings do not support ``acceleration=graph``, or if the
+    machine does not support the choice of ``memory``.
     """
     device = processes.device
     gpu = device.type == "cuda"
     if recipe.precision == "auto":
         lacks = gpu and gpu_precision(device) == "fp16"
         half = "fp16" if processes.any_rank(lacks) else "bf16"
-        recipe = dataclasses.replace(recipe, precision=half if gpu else "fp32")
+        if recipe.memory != "normal" and half == "fp16":
+            raise UserError(
+                f"memory={recipe.memory} needs a GPU that supports bf16, and {device} does not. Use "
+                "memory=normal."
+            )
+        precision = half if gpu or recipe.memory != "normal" else "fp32"
+        recipe = dataclasses.replace(recipe, precision=precision)
     shards = recipe.sharding == "full" and processes.count > 1
     # torch 2.11 draws the dropout masks of compiled, recomputed blocks in a way that graphs cannot record.
     repeats_masks = recipe.recompute == "blocks" and _drops_out(recipe)
     if recipe.acceleration == "auto":
-        fast = "compile" if shards or repeats_masks else "graph"
+        fast = "compile" if shards or repeats_masks or recipe.memory == "lowest" else "graph"
         recipe = dataclasses.replace(recipe, acceleration=fast if gpu else "none")
     if recipe.acceleration == "graph" and not gpu:
         raise UserError(f"acceleration=graph needs a CUDA GPU, got {device}. Use compile or none.")
     if recipe.acceleration == "graph" and shards:
         raise UserError("acceleration=graph does not support sharding=full. Use acceleration=compile.")
+    if recipe.acceleration == "graph" and recipe.memory == "lowest":
+        raise UserError("acceleration=graph does not support memory=lowest. Use acceleration=compile.")
     if recipe.acceleration == "graph" and repeats_masks:
         raise UserError(
             "acceleration=graph does not support recompute=blocks together with dropout. Use "

@@ -17,6 +17,7 @@ from wuerstchen.models.prior import PriorConfig
 from wuerstchen.models.vqgan import VQGANConfig
 from wuerstchen.sampling import ALL_TIMES, Sampling
 from wuerstchen.train.config_lora import StageLoraConfig
+from wuerstchen.train.config_memory import Memory, check_memory
 from wuerstchen.train.config_stages import (
     Optimization,
     Phase,
@@ -33,6 +34,7 @@ from wuerstchen.train.stage_table import after, kinds, needed_before, selectable
 
 __all__ = [
     "FREE_FIELDS",
+    "Memory",
     "Optimization",
     "Phase",
     "Recipe",
@@ -163,6 +165,10 @@ class Recipe:
     recompute: Literal["none", "blocks"] = "none"
     """``blocks`` keeps only the input of each block and recomputes the rest in the backward pass (activation
     checkpointing). It saves memory, computes a third more, and gives the same gradients."""
+    memory: Memory = "normal"
+    """GPU memory for training Stage C, per weight: 20 bytes, 6 with ``low`` (weights and moments in bf16 with
+    stochastic rounding, the average in host memory), or 4 with ``lowest`` (also updates weights in the
+    backward pass). Both change the result and cost time (docs/training.md)."""
     prepared_images: int = 0
     """Size of the image cache: images that are composed once at the start and kept on the device, together
     with the outputs of the frozen networks, for training on them. 0 disables the cache. An image of
@@ -330,6 +336,9 @@ class Recipe:
                 "optimizer=muon needs whole matrices, and sharding=full splits them across processes. "
                 "Use --sharding none or optimizer=adamw."
             )
+        phases = [phase for kind in kinds() if kind.short in self.stages for phase in kind.phases(self)]
+        trained = (phase.phase.optimization for phase in phases if self.selects(phase.name))
+        check_memory(self.memory, self.stages, self.precision, self.sharding, trained)
 
     def _check_sizes(self) -> None:
         """Checks the image sizes of the trained stages."""
@@ -393,6 +402,7 @@ _ADDED = {
     "stage_c.max_ratio": 1.0,
     "image_column": "",
     "text_column": "",
+    "memory": "normal",
 }
 """Fields that earlier versions did not record, with the values that they used."""
 

@@ -121,6 +121,7 @@ class PhaseRunner:
             records=recipe.acceleration == "graph",
             shards=recipe.sharding == "full",
             recomputes=recipe.recompute == "blocks",
+            memory=recipe.memory,
             workers=recipe.workers,
             checkpoint_seconds=recipe.checkpoint_seconds,
             log_every=recipe.log_every,

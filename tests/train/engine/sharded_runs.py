@@ -33,6 +33,7 @@ from wuerstchen.data import prepared_check
 from wuerstchen.errors import UserError
 from wuerstchen.train.engine import checkpoint, checkpoint_writer, distributed, sharding
 from wuerstchen.train.engine.distributed import Processes
+from wuerstchen.train.engine.factored import keep_in_bf16
 from wuerstchen.train.engine.job import Settings, StageJob
 from wuerstchen.train.engine.loop import Interrupted, Trainer
 from wuerstchen.train.engine.optim import make_optimizer
@@ -204,6 +205,56 @@ def full_disk(folder: Path) -> object:
             writer.wait()
         except UserError as error:
             return [str(error), sorted(p.name for p in folder.iterdir())]
+
+    return together(2, work)
+
+
+def memory(folder: Path) -> object:
+    """Weights in bf16: two processes have the same bits after three updates, and nearly those of one."""
+
+    def work(processes: Processes) -> object:
+        found = []
+        for choice, accumulate in (("low", 1), ("low", 2), ("lowest", 1)):
+            stage = PriorStage(accumulate=accumulate)
+            step = make_step(stage, processes)
+            step.dtype = torch.bfloat16
+            for network in stage.networks.values():
+                keep_in_bf16(network, accumulates=accumulate > 1, least=1)
+            optimizers = {n: make_optimizer(m, stage.optimization) for n, m in stage.networks.items()}
+            step.state.optimizers = optimizers
+            if choice == "lowest":
+                for optimizer in optimizers.values():
+                    optimizer.update_in_backward(processes.all_reduce_mean_)
+            values = run_updates(step, updates=3)
+            digest = hashlib.sha256()
+            for parameter in stage.prior.parameters():
+                digest.update(parameter.detach().float().numpy().tobytes())
+            found.append([values["loss"], values["gradient_prior"], digest.hexdigest()])
+        return found
+
+    return [together(1, work), together(2, work)]
+
+
+def host_averages(folder: Path) -> object:
+    """Averages in host memory are read by each process itself, because NCCL cannot send them."""
+    together(1, lambda processes: loop(processes, folder, ToyStage(images=8)))
+
+    def work(processes: Processes) -> object:
+        sent, broadcast = [], checkpoint.dist.broadcast
+        checkpoint.dist.broadcast = lambda tensor, src: sent.append(tensor) or broadcast(tensor, src=src)
+        step = make_state(job_of(processes, folder, ToyStage(images=8)))
+        elsewhere = Processes(torch.device("meta"), processes.rank, processes.count)
+        once = len(sent)
+        found = checkpoint.newest_of_all(folder / "checkpoints", processes)
+        reading = checkpoint._Reading(elsewhere)
+        with contextlib.ExitStack() as files:
+            stored = checkpoint._Stored(*found, "averages", files)
+            for key, tensor in checkpoint.tensors_of(step)["averages"].items():
+                expected = tensor.clone()
+                tensor.zero_()
+                reading.fill(stored, key, tensor)
+                assert torch.equal(tensor, expected)
+        return [once > 0, len(reading._broadcasts)]
 
     return together(2, work)
 
@@ -467,6 +518,8 @@ def main() -> None:
     folder, found = Path(sys.argv[1]), {}
     ordinary = (
         updates,
+        memory,
+        host_averages,
         checkpoints,
         divided,
         lack,

@@ -49,6 +49,21 @@ def test_sharded_updates_are_those_of_one_process(found):
             assert result["copy"]
 
 
+def test_weights_in_bf16_are_rounded_alike_by_all_processes(found):
+    """Random numbers of each process would let their weights drift apart."""
+    alone, two = found["memory"]
+    assert isinstance(two[0], list), two
+    for number, (loss, norm, _) in enumerate(alone[0]):
+        of_two = [result[number] for result in two]
+        assert len({digest for *_, digest in of_two}) == 1
+        assert of_two[0][0] == pytest.approx(loss, rel=0.02)
+        assert of_two[0][1] == pytest.approx(norm, rel=0.05)
+
+
+def test_averages_in_host_memory_are_not_sent(found):
+    assert found["host_averages"] == [[True, 0]] * 2
+
+
 def test_a_checkpoint_of_two_is_read_by_one_two_and_four(found):
     written, *read = found["checkpoints"]
     assert written == [True, True]

@@ -36,6 +36,7 @@ class Bf16Weights:
             (module, module.weight, nn.Parameter(module.weight.detach().bfloat16()))
             for module in network.modules()
             if type(module) is nn.Linear and module.weight in groups and module.weight.numel() >= least
+            if module.weight.dtype is torch.float32
         ]
         self.groups: dict[int, list[tuple[nn.Parameter, nn.Parameter]]] = {}
         for _, weight, copy in self.layers:

@@ -269,7 +269,9 @@ class _Reading:
     def fill(self, stored: _Stored, key: str, target: Tensor) -> None:
         if stored.shapes[key] != tuple(target.shape):
             raise ValueError(f"{key} has shape {stored.shapes[key]}, not {tuple(target.shape)}")
-        if self._count == 1 or isinstance(target, DTensor):
+        processes = self._processes
+        on_host = processes is not None and target.device.type != processes.device.type  # NCCL cannot send it
+        if self._count == 1 or isinstance(target, DTensor) or on_host:
             stored.fill(key, local_part(target), first_row(target) if isinstance(target, DTensor) else 0)
             return
         reader = min(range(self._count), key=self._loads.__getitem__)

@@ -10,6 +10,7 @@ import torch
 
 from wuerstchen.data.plan import stable_hash
 from wuerstchen.errors import out_of_memory_named
+from wuerstchen.train.config import Memory
 from wuerstchen.train.engine.distributed import Processes
 from wuerstchen.train.engine.validation import Validation
 from wuerstchen.train.feed.images import Feed
@@ -37,6 +38,8 @@ class Settings:
     """Whether large networks are sharded over the processes."""
     recomputes: bool = False
     """Whether blocks recompute their activations in the backward pass."""
+    memory: Memory = "normal"
+    """How much memory trained networks take (``train.config_memory``)."""
     workers: int
     checkpoint_seconds: float
     log_every: int

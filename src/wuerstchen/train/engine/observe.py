@@ -22,6 +22,7 @@ from wuerstchen.image_files import save_png
 from wuerstchen.images import grid
 from wuerstchen.train.engine.checkpoint import BEST, TrainingState, best_of
 from wuerstchen.train.engine.distributed import Processes
+from wuerstchen.train.engine.ema import on_device
 from wuerstchen.train.engine.job import StageJob
 from wuerstchen.train.engine.sharding import gather
 from wuerstchen.train.report.events import Log
@@ -98,7 +99,8 @@ class Observer:
                     job.log.event("preview", stage=job.stage.name, images=images)
             if validate and job.validation is not None:
                 with self._warn_on_error("validation", images):
-                    found = job.validation(averages)
+                    with on_device(averages.values(), job.device):
+                        found = job.validation(averages)
                     with self._warn_on_error("note of the best checkpoint", images):
                         self._note_best(images, found, saved)
                     job.log.event("validation", stage=job.stage.name, images=images, **found)
@@ -130,7 +132,12 @@ class Observer:
         """Draws the preview grid with the averaged weights."""
         job, columns = self.job, self.job.settings.previews
         pixels: Tensor = job.feed.shown(columns, job.settings.preview_size).to(job.device)
-        drawn: list[Image.Image] = job.stage.preview(averages, pixels, job.device, low_memory=self.low_memory)
+        # With low memory, the stage moves the layers itself.
+        moved = () if self.low_memory else averages.values()
+        with on_device(moved, job.device):
+            drawn: list[Image.Image] = job.stage.preview(
+                averages, pixels, job.device, low_memory=self.low_memory
+            )
         if not drawn:
             return
         path = preview_path(job.folder, images)

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from wuerstchen.train.config import Optimization
 from wuerstchen.train.engine.bf16_weights import Bf16Weights
+from wuerstchen.train.engine.factored import FactoredAdamW, is_factored, zero_state
 from wuerstchen.train.engine.loss_scale import loss_scale_of
 from wuerstchen.train.engine.muon import MuonWithAdamW, hidden_matrices
 from wuerstchen.train.engine.sharding import local_part
@@ -41,7 +42,8 @@ def make_optimizer(
     decays_all_axes: bool = False,
 ) -> torch.optim.AdamW:
     """AdamW over a network's trainable parameters. With ``config.optimizer="muon"``, Muon updates the
-    matrices inside blocks (``muon.hidden_matrices``).
+    matrices inside blocks (``muon.hidden_matrices``). Matrices in bf16 have 2 bytes of state per weight
+    (``factored.FactoredAdamW``).
 
     Weight decay applies to weights of linear layers, convolutions and embeddings. It does not apply to biases
     and scales, including GRN's gamma and beta, nor to the codebook, which follows the latents. The original
@@ -63,19 +65,20 @@ def make_optimizer(
     for (scale, is_matrix), parameters in order.items():
         places = dict(zip(parameters, range(place, place + len(parameters)), strict=True))
         place += len(parameters)
-        for decays, muon in itertools.product((True, False), repeat=2):
+        for decays, kind in itertools.product((True, False), ("muon", "factored", "")):
             members = [
-                p for p in parameters if (is_matrix and p not in exempt) == decays and (p in hidden) == muon
+                p
+                for p in parameters
+                if (is_matrix and p not in exempt) == decays and _kind(p, hidden) == kind
             ]
             if members:
                 decay = config.weight_decay if decays else 0.0
                 where = [places[p] for p in members]
                 group = {"params": members, "weight_decay": decay, "scale": scale, "places": where}
-                described.append({**group, "muon": True} if muon else group)
+                described.append({**group, kind: True} if kind else group)
     # A tensor, because a recorded update reads the rate from it at each replay.
     device = next(network.parameters()).device
-    kind = MuonWithAdamW if config.optimizer == "muon" else torch.optim.AdamW
-    optimizer = kind(
+    optimizer = _class_for(config, described)(
         described,
         lr=torch.tensor(config.learning_rate, dtype=torch.float32, device=device),
         betas=config.betas,
@@ -85,6 +88,19 @@ def make_optimizer(
     for group in optimizer.param_groups:
         group["lr"] = torch.tensor(config.learning_rate, dtype=torch.float32, device=device)  # not shared
     return optimizer
+
+
+def _kind(parameter: nn.Parameter, hidden: set[nn.Parameter]) -> str:
+    """The mark of a parameter's group: how it is updated. Empty for AdamW."""
+    if parameter in hidden:
+        return "muon"
+    return "factored" if is_factored(parameter) else ""
+
+
+def _class_for(config: Optimization, groups: list[dict[str, Any]]) -> type[torch.optim.AdamW]:
+    if config.optimizer == "muon":
+        return MuonWithAdamW
+    return FactoredAdamW if any(group.get("factored") for group in groups) else torch.optim.AdamW
 
 
 def _exempt(network: nn.Module) -> set[nn.Parameter]:
@@ -126,10 +142,7 @@ def load_optimizer_tensors(
                 fill(key, getattr(scale, name))
             continue
         parameter = parameters[int(index)]
-        if name == "step":
-            tensor = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        else:
-            tensor = torch.zeros_like(parameter)
+        tensor = zero_state(parameter, name)
         fill(key, tensor)
         optimizer.state[parameter][name] = tensor
 
@@ -158,7 +171,9 @@ def update(
     finite, nothing is updated. This is decided on the device, without waiting for it, and in the same way on
     all ranks, because loss and gradients are averaged over them.
     """
-    norm = _gradient_norm(network, [] if copies is None else copies.gradients())
+    others = [] if copies is None else copies.gradients()
+    released = optimizer.released_norms() if isinstance(optimizer, FactoredAdamW) else []
+    norm = _gradient_norm(network, others, released)
     scale = loss_scale_of(optimizer)
     norm = norm if scale is None else norm / scale.value
     finite, divisor = norm.isfinite() & loss.isfinite(), (norm / clip_norm).clamp(min=1).float()
@@ -179,11 +194,17 @@ def update(
     return norm
 
 
-def _gradient_norm(network: nn.Module, bf16_gradients: list[Tensor]) -> Float[Tensor, ""]:
-    """The norm of all gradients, also of those that are sharded, and of ``bf16_gradients``."""
-    gradients = [p.grad for p in network.parameters() if p.grad is not None]
-    if bf16_gradients:  # summed in fp32: in bf16 the norm would have two digits
-        norms = [*torch._foreach_norm(gradients), *torch._foreach_norm(bf16_gradients, 2, torch.float32)]
+def _gradient_norm(
+    network: nn.Module, bf16_gradients: list[Tensor], released: list[Tensor]
+) -> Float[Tensor, ""]:
+    """The norm of all gradients, also of those that are sharded, of ``bf16_gradients``, and of those that had
+    the norms in ``released``."""
+    every = [p.grad for p in network.parameters() if p.grad is not None]
+    gradients = [gradient for gradient in every if gradient.dtype is not torch.bfloat16]
+    halves = bf16_gradients + [gradient for gradient in every if gradient.dtype is torch.bfloat16]
+    if halves or released:  # summed in fp32: in bf16 the norm would have two digits
+        norms = [*torch._foreach_norm(gradients), *released]
+        norms += torch._foreach_norm(halves, 2, torch.float32) if halves else ()
         return torch.linalg.vector_norm(torch.stack(norms))
     if not any(isinstance(gradient, DTensor) for gradient in gradients):
         return torch.nn.utils.get_total_norm(gradients)

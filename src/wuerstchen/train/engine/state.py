@@ -6,6 +6,7 @@ from torch import nn
 from wuerstchen.train.engine import checkpoint
 from wuerstchen.train.engine.batch_norm import convert_batch_norm
 from wuerstchen.train.engine.ema import make_average
+from wuerstchen.train.engine.factored import FactoredAdamW, keep_in_bf16
 from wuerstchen.train.engine.job import StageJob
 from wuerstchen.train.engine.loss_scale import LossScale
 from wuerstchen.train.engine.optim import make_optimizer
@@ -21,10 +22,11 @@ def make_state(job: StageJob) -> checkpoint.TrainingState:
     """
     stage, settings, processes = job.stage, job.settings, job.processes
     for network in stage.networks.values():
-        network.to(processes.device).train()
         if processes.count > 1:
             convert_batch_norm(network)
-    averages = {name: make_average(stage.networks[name]) for name in stage.averaged}
+    averages = _averages_and_precision(job)
+    for network in stage.networks.values():
+        network.to(processes.device).train()
     state = checkpoint.TrainingState(
         networks=stage.networks,
         averages=averages,
@@ -53,6 +55,24 @@ def make_state(job: StageJob) -> checkpoint.TrainingState:
     return state
 
 
+def _averages_and_precision(job: StageJob) -> dict[str, nn.Module]:
+    """The averages of new networks. To save memory, averages are kept in host memory, and large weights of
+    the networks are rounded to bf16 after these fp32 copies were made.
+
+    Averages that losses read are on the device in any case.
+    """
+    stage, device = job.stage, job.processes.device
+    if job.settings.memory == "normal":
+        for network in stage.networks.values():
+            network.to(device)
+        return {name: make_average(stage.networks[name]) for name in stage.averaged}
+    host = device if isinstance(stage, UsesAverages) else torch.device("cpu")
+    averages = {name: make_average(stage.networks[name].to("cpu")).to(host) for name in stage.averaged}
+    for network in stage.networks.values():
+        keep_in_bf16(network, accumulates=stage.optimization.accumulate > 1)
+    return averages
+
+
 def _shard_all(job: StageJob, averages: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """Shards networks and averages in place. Returns an empty copy of each average that is now sharded."""
     empty = {name: empty_copy(average) for name, average in averages.items()}
@@ -66,4 +86,7 @@ def make_step(job: StageJob, state: checkpoint.TrainingState) -> TrainStep:
     settings = job.settings
     with_copies = settings.records and settings.autocast is torch.bfloat16
     copies = make_bf16_weights(job.stage, state) if with_copies else {}
+    for optimizer in state.optimizers.values() if settings.memory == "lowest" else ():
+        if isinstance(optimizer, FactoredAdamW):
+            optimizer.update_in_backward(job.processes.all_reduce_mean_)
     return TrainStep(job.stage, state, job.seed, settings.autocast, job.processes, copies)

@@ -20,6 +20,7 @@ from wuerstchen.train.engine.bf16_weights import Bf16Weights
 from wuerstchen.train.engine.checkpoint import TrainingState
 from wuerstchen.train.engine.distributed import Processes
 from wuerstchen.train.engine.ema import update_average
+from wuerstchen.train.engine.factored import FactoredAdamW
 from wuerstchen.train.engine.loss_scale import LEAST_SCALE, loss_scale_of
 from wuerstchen.train.engine.optim import update
 from wuerstchen.train.engine.sharding import is_sharded, synchronise_gradients
@@ -162,7 +163,9 @@ class TrainStep:
                 with self._reading_copies():
                     # For this network only: other networks in this loss learn from losses of their own.
                     trained = [p for p in network.parameters() if p.requires_grad]
-                    with self.processes.averaging_gradients(trained if last else []):
+                    released = self._prepare_release(name, loss)
+                    kept = [p for p in trained if p not in released]
+                    with self.processes.averaging_gradients(kept if last else []):
                         scaled.backward(inputs=trained)
             key, first = "loss" if first else f"loss_{name}", False
             values[key] = values.get(key, 0) + loss.detach()
@@ -178,6 +181,17 @@ class TrainStep:
                 values[f"gradient_{name}"] = norm
             for term, value in terms.items():
                 values[term] = values.get(term, 0) + value.detach() * weight
+
+    def _prepare_release(self, name: str, loss: Tensor) -> frozenset[nn.Parameter]:
+        """The weights that the next backward pass updates. It skips all of them if the loss is not finite on
+        any rank."""
+        optimizer = self.state.optimizers[name]
+        if not isinstance(optimizer, FactoredAdamW) or not optimizer.released:
+            return frozenset()
+        mean = loss.detach().float().clone()
+        self.processes.all_reduce_mean_([mean])
+        optimizer.found_inf = 1 - mean.isfinite().float()
+        return optimizer.released
 
     def _others(self, name: str) -> list[nn.Parameter]:
         """The weights of the networks that a loss of ``name`` does not update."""

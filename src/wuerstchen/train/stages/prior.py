@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ from wuerstchen.models.cascade import Cascade, LatentStatistics
 from wuerstchen.models.compressor import Compressor, compressor_input
 from wuerstchen.models.prior import Prior
 from wuerstchen.pipeline import Wuerstchen
+from wuerstchen.runtime.offload import OneAtATime, Residence
 from wuerstchen.sampling import Sampling
 from wuerstchen.train.config import Phase, Recipe, StageCConfig
 from wuerstchen.train.feed.images import Batch
@@ -95,25 +97,44 @@ class StageC:
         self.rates: dict[str, float] = {}
         self.rate_scales: dict[str, float] = {}
         self.preview_labels = {"prompts": list(recipe.preview_prompts)}
+        self.visitors: list[nn.Module] = []
+        """Frozen networks that are on the device only while they compute."""
+        self.residence: Residence | None = None
+        """Moves them there."""
         if device is not None and device.type != "cpu":
             self._place(device, needs)
 
     def _place(self, device: torch.device, needs: Collection[Need]) -> None:
-        """Keeps on ``device`` only what updates need, in the precision that they need."""
+        """Keeps on ``device`` only what updates need, in the precision that they need, or moves it there for
+        each use with ``memory=lowest``."""
         for network in self.frozen.networks().values():
             network.to("cpu")
-        if "compressor" in needs:
-            self.compressor.to(device)
         if "text_encoder" in needs:
             half = AUTOCAST_DTYPES.get(self.recipe.precision)
             if half is not None:
                 self.text_encoder = with_autocast_weights(self.text_encoder, half)
-            self.text_encoder.to(device)
+        networks = [getattr(self, name) for name in needs]
+        if self.recipe.memory == "lowest":
+            self.visitors, self.residence = networks, OneAtATime(device)
+            return
+        for network in networks:
+            network.to(device)
+
+    @contextmanager
+    def _present(self, network: nn.Module) -> Iterator[None]:
+        """Inside this context, a frozen network that updates need is on their device."""
+        if self.residence is None or network not in self.visitors:
+            yield
+            return
+        with self.residence.using(network):
+            yield
+        self.residence.release()
 
     def prepare(self, batch: Batch, device: torch.device) -> Inputs:
-        with full_precision(device):
+        with full_precision(device), self._present(self.compressor):
             z = in_chunks(self._semantic_latents, batch.images.to(device))["z"]
-        text = encoded_captions(self.text_encoder, batch.captions, self.recipe)
+        with self._present(self.text_encoder):
+            text = encoded_captions(self.text_encoder, batch.captions, self.recipe)
         return {"x": self.statistics.normalise(z), **text}
 
     def _semantic_latents(self, pixels: Float[Tensor, "b 3 h w"]) -> Inputs:
@@ -122,7 +143,8 @@ class StageC:
     def prepare_stored(self, batch: StoredBatch, device: torch.device) -> Inputs:
         """``prepare`` on stored outputs of the compressor and maybe of the text encoder."""
         x = self.statistics.normalise(batch.semantic_latents.to(device).float())
-        return {"x": x, **text_inputs(batch.texts(self.text_encoder, device), self.recipe)}
+        with self._present(self.text_encoder):
+            return {"x": x, **text_inputs(batch.texts(self.text_encoder, device), self.recipe)}
 
     @property
     def objective(self) -> Objective:
