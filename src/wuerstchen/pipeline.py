@@ -192,11 +192,16 @@ class Wuerstchen(Reconstructor):
         self._recorders.invalidate()
         return metadata
 
-    def use_loras(self, wanted: Mapping[Path, float]) -> None:
-        """Makes these adapter files the only ones, each with its scale (``adapters.ModelAdapters.use``)."""
+    def use_loras(self, wanted: Mapping[Path, float]) -> bool:
+        """Makes these adapter files the only ones, each with its scale. Returns whether anything changed.
+
+        Adapters are kept in memory after their use (``adapters.ModelAdapters.use``).
+        """
         self.residence.release()
-        if self._adapters.use(wanted):
+        changed = self._adapters.use(wanted)
+        if changed:
             self._recorders.invalidate()
+        return changed
 
     def unload_lora(self) -> None:
         """Removes all adapters. The weights are then bit for bit what they were before."""

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -217,3 +218,14 @@ def checked_size(size: Any, default: int) -> tuple[int, int]:
     ):
         raise UserError(f"size must be (width, height) in pixels, or one integer for both, got {size!r}.")
     return int(sides[0]), int(sides[1])
+
+
+def adapter_named(text: str) -> tuple[Path, float]:
+    """The path and the scale in ``FILE`` or ``FILE:SCALE``. Raises ``UserError`` for another ending."""
+    path, colon, scale = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        return Path(path), float(scale)
+    except ValueError:
+        raise UserError(f"adapter {text!r} does not end in a number. Write FILE or FILE:0.8.") from None

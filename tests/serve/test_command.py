@@ -97,6 +97,9 @@ def children(pid):
         (["--model", "nowhere"], "'nowhere' does not exist"),
         (["--device", "toaster"], "device 'toaster' is not available"),
         (["--max-batch", "0"], "max_batch must be above 0, got 0"),
+        (["--lora-dir", "file"], "--lora-dir file is not a folder"),
+        (["--lora", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
+        (["--lora", "file:strong"], "'file:strong' does not end in a number"),
     ],
 )
 def test_a_bad_option_gets_a_one_line_error(options, words, capfd, tmp_path, monkeypatch):

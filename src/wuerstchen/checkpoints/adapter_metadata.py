@@ -1,15 +1,18 @@
-"""What an adapter file says about itself: its base model, trigger words, training images and licence."""
+"""What an adapter file says about itself: its base model, trigger words, training images and licence.
+
+Imports no torch, because the service lists adapters.
+"""
 
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+from wuerstchen.checkpoints.untrusted_json import parse_json
 
-from wuerstchen.checkpoints.files import parse_json
+if TYPE_CHECKING:
+    from torch import nn
 
 HEADER = "wuerstchen"
 """The header field with our description, as in ``checkpoints.native``."""
@@ -92,12 +95,14 @@ def _count(value: object) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1e15 else 0
 
 
-def weights_hash(network: nn.Module) -> str:
+def weights_hash(network: "nn.Module") -> str:
     """The SHA-256 hash of a sample of a network's weights, rounded to float16, without its adapters.
 
     It is the same for float32 and float16 copies of a model, and differs for bfloat16 or quantized copies.
     It reads 64 values of each tensor, so it takes milliseconds.
     """
+    import torch  # not above: the service reads descriptions without torch
+
     state = {
         name.replace(".base_layer.", "."): tensor
         for name, tensor in network.state_dict().items()

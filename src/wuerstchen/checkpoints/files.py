@@ -14,16 +14,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from wuerstchen.checkpoints.untrusted_json import MAX_HEADER
+from wuerstchen.checkpoints.untrusted_json import parse_json as parse_json
 from wuerstchen.errors import CheckpointError
 
 MAX_DESCRIPTION = 8 << 20
 """Size limit in bytes of the description or the index of a model."""
-MAX_DEPTH = 100
-"""Nesting limit of JSON."""
-MAX_DIGITS = 40
-"""Length limit of integers in JSON. transformers writes 10³⁰ if there is no limit."""
-MAX_HEADER = 16 << 20
-"""Size limit of a safetensors header in bytes, enough for 100,000 tensors."""
 
 
 def read_json(path: Path, limit: int = MAX_DESCRIPTION) -> dict[str, Any]:
@@ -39,31 +35,6 @@ def read_json(path: Path, limit: int = MAX_DESCRIPTION) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a JSON object. Download the model again.")
     return content
-
-
-def parse_json(text: str | bytes) -> Any:
-    """Parses JSON. Raises ``ValueError`` if it is invalid, nested too deep, or has an integer that is too
-    long.
-
-    All numbers can be converted to float, and recursive functions can process the result.
-    """
-    try:
-        content = json.loads(text, parse_int=_parse_int)
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
-    level: list[Any] = [content]
-    for _ in range(MAX_DEPTH + 1):
-        containers = [value for value in level if isinstance(value, dict | list)]
-        if not containers:
-            return content
-        level = [v for c in containers for v in (c.values() if isinstance(c, dict) else c)]
-    raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
-
-
-def _parse_int(digits: str) -> int:
-    if len(digits) > MAX_DIGITS:
-        raise ValueError(f"it has an integer of {len(digits)} digits")
-    return int(digits)
 
 
 def check_header(path: Path) -> None:

@@ -87,7 +87,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from wuerstchen.sampling import check_seed
+    from wuerstchen.sampling import adapter_named, check_seed
 
     start = time.monotonic()
     if options.init is not None and not options.prompts:
@@ -95,7 +95,7 @@ def _generate(options: argparse.Namespace) -> int:
     total = len(options.prompts) * options.count
     _check_generate(options, total)
     sampling = sampling_of(options)
-    adapters = [_adapter(text) for text in options.lora]
+    adapters = [adapter_named(text) for text in options.lora]
     edit = edit_of(options)
     check_seed(options.seed, total)
     if options.init is not None:
@@ -218,17 +218,6 @@ def _note_photographs(options: argparse.Namespace) -> None:
 
     if is_bundled(options.model):
         print(f"Note: {PHOTO_NOTE}", file=sys.stderr)
-
-
-def _adapter(text: str) -> tuple[Path, float]:
-    """``FILE`` or ``FILE:SCALE``."""
-    path, colon, scale = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return Path(text), 1.0
-    try:
-        return Path(path), float(scale)
-    except ValueError:
-        raise UserError(f"adapter {text!r} does not end in a number. Write FILE or FILE:0.8.") from None
 
 
 def _note_trigger_words(path: Path, words: Sequence[str], prompts: Sequence[str]) -> None:

@@ -33,6 +33,24 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="cpu, cuda, cuda:1 ...; repeat it to start one worker per device",
     )
     add_precision_option(serve)
+    serve.add_argument(
+        "--compressor",
+        metavar="SRC",
+        help="encoder of images, which published diffusers folders do not contain: a path or Hub name",
+    )
+    serve.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="adapter for all images, a file or a folder; repeatable",
+    )
+    serve.add_argument(
+        "--lora-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder of adapters (.safetensors), from which each request can choose one",
+    )
     serve.add_argument("--max-batch", type=int, metavar="N", help="maximum images per batch (default: 8)")
     serve.add_argument(
         "--deterministic",
@@ -169,6 +187,7 @@ def _serve(options: argparse.Namespace) -> int:
     config = ServeConfig(
         **{name: value for name, value in vars(options).items() if name in names},
         devices=tuple(options.device),
+        loras=tuple(options.lora),
         tokens=() if options.token_file is None else read_tokens(options.token_file),
         allowed_hosts=tuple(options.allowed_host),
         proxies=tuple(options.proxy),

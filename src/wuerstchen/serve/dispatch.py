@@ -259,7 +259,12 @@ class Dispatcher:
         worker.ready, worker.batch, worker.restart_at, worker.killed = False, None, None, None
         worker.launched = worker.last_message = time.monotonic()
         settings = WorkerSettings(
-            model=self.config.model, device=worker.device, precision=self.config.precision
+            model=self.config.model,
+            device=worker.device,
+            precision=self.config.precision,
+            compressor=self.config.compressor,
+            loras=self.config.loras,
+            lora_dir=self.config.lora_dir,
         )
 
         def tell(process_number: int, message: Message | None) -> None:

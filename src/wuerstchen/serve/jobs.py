@@ -29,6 +29,9 @@ class Shape:
     decoder_steps: int
     strength: float | None
     """None if there is no init image."""
+    lora: str | None = None
+    """The name of an adapter."""
+    lora_strength: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from wuerstchen.errors import UserError
+from wuerstchen.sampling import adapter_named
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 MIN_TOKEN = 16  # characters; shorter tokens can be guessed
@@ -26,6 +27,12 @@ class ServeConfig:
     devices: tuple[str, ...] = ()
     """One worker per device. If empty, one worker, on a GPU if there is one."""
     precision: str | None = None
+    compressor: str | None = None
+    """For a model without one: a path or a name on the hub."""
+    loras: tuple[str, ...] = ()
+    """Adapters of all images, as ``FILE`` or ``FILE:SCALE``."""
+    lora_dir: Path | None = None
+    """A folder of adapters, from which requests can choose one."""
     deterministic: bool = False
     """Pad every batch to ``max_batch``, so that an image is bit-identical regardless of what else is in its
     batch."""
@@ -122,6 +129,11 @@ class ServeConfig:
             raise UserError("--c2pa-certificate and --c2pa-key belong together. Give both or neither.")
         if self.c2pa_certificate is not None and importlib.util.find_spec("c2pa") is None:
             raise UserError('signing needs the package c2pa-python. Run pip install "wuerstchen[c2pa]"')
+        for path, _ in map(adapter_named, self.loras):
+            if not path.exists():
+                raise UserError(f"--lora {path} does not exist. Check the name.")
+        if (self.loras or self.lora_dir is not None) and importlib.util.find_spec("peft") is None:
+            raise UserError('adapters need the package peft. Run pip install "wuerstchen[lora]"')
 
     @property
     def is_loopback(self) -> bool:

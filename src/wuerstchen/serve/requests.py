@@ -57,6 +57,15 @@ def model_view(config: ServeConfig, about: dict[str, Any]) -> dict[str, Any]:
             "result_seconds": config.result_seconds,
         },
         "samplers": about["samplers"],
+        "loras": [
+            {
+                "name": listed.name,
+                "title": listed.metadata.title,
+                "trigger_words": list(listed.metadata.trigger_words),
+                "licence": listed.metadata.licence,
+            }
+            for listed in about.get("loras", ())
+        ],
         "can": about["can"],
         "examples": about["examples"],
         "image_note": about["image_note"],
@@ -73,6 +82,7 @@ def make_job(
     _check_sampling(request, config, about)
     size = _size(request, config, about)
     _check_image_options(request, size)
+    _check_lora(request, about)
     seed = _first_seed(request, total)
     return Job(
         client=client,
@@ -113,6 +123,8 @@ def _shape(request: JobRequest, size: tuple[int, int], about: dict[str, Any]) ->
         prior_sampler=used.prior_sampler,
         decoder_steps=used.decoder_steps,
         strength=(request.strength or 0.7) if is_variation else None,
+        lora=request.lora,
+        lora_strength=1.0 if request.lora_strength is None else float(request.lora_strength),
     )
 
 
@@ -177,6 +189,28 @@ def _check_image_options(request: JobRequest, size: tuple[int, int]) -> None:
         )
 
 
+def _check_lora(request: JobRequest, about: dict[str, Any]) -> None:
+    if request.lora is None:
+        if request.lora_strength is not None:
+            raise Refused(
+                400,
+                f"lora_strength {request.lora_strength} has no adapter. Send lora too, or omit it.",
+                param="lora_strength",
+            )
+        return
+    if request.kind != "generate":
+        raise Refused(400, "lora does not apply to a reconstruction. Omit it.", param="lora")
+    names = [listed.name for listed in about.get("loras", ())]
+    if request.lora not in names:
+        known = ", ".join(map(ascii, names[:10])) + (" and more" if len(names) > 10 else "")
+        raise Refused(
+            400,
+            f"lora {request.lora!a} is not available. "
+            + (f"Use one of {known}, or omit it." if names else "This service has no adapters. Omit it."),
+            param="lora",
+        )
+
+
 def _first_seed(request: JobRequest, total: int) -> int:
     """The seed of the first image: the one requested, or a random one."""
     if request.seed is None:
@@ -236,6 +270,8 @@ def of_openai(request: ImageRequest, about: dict[str, Any]) -> JobRequest:
         guidance_interval=request.guidance_interval,
         prior_steps=request.steps,
         full=request.full or False,
+        lora=request.lora,
+        lora_strength=request.lora_strength,
         previews=False,
     )
 
@@ -287,7 +323,12 @@ def settings_of(job: Job) -> dict[str, Any]:
         "prior_sampler": shape.prior_sampler,
         "decoder_steps": shape.decoder_steps,
         "strength": shape.strength,
+        **_lora_settings(shape),
     }
+
+
+def _lora_settings(shape: Shape) -> dict[str, Any]:
+    return {} if shape.lora is None else {"lora": shape.lora, "lora_strength": shape.lora_strength}
 
 
 def image_settings(task: ImageTask, about: dict[str, Any]) -> dict[str, Any]:
@@ -310,6 +351,7 @@ def image_settings(task: ImageTask, about: dict[str, Any]) -> dict[str, Any]:
     settings["decoder_steps"] = shape.decoder_steps
     if shape.strength is not None:
         settings["strength"] = shape.strength
+    settings |= _lora_settings(shape)
     return settings | {"model": about.get("name", "wuerstchen")}
 
 

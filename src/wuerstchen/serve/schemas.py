@@ -15,6 +15,8 @@ Time = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 GuidanceInterval = Annotated[list[Time], Field(min_length=2, max_length=2)]
 Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
 Side = Annotated[int, Field(ge=8, le=2**16)]
+LoraName = Annotated[str, Field(min_length=1, max_length=100)]
+LoraStrength = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Text = Annotated[str, Field(max_length=100_000)]
 
 
@@ -72,6 +74,10 @@ class JobRequest(_Request):
     decoder_steps: Steps | None = None
     full: bool = False
     """Sample with the full networks, also if the model has students for few steps."""
+    lora: LoraName | None = None
+    """The name of an adapter, one of ``loras`` in ``GET /v1/model``."""
+    lora_strength: LoraStrength | None = None
+    """Scale of the adapter's effect. Null: 1, as trained."""
     image: str | None = None
     """PNG, JPEG or WebP, in base64 or as a data: URL. The image to ``reconstruct``, or the init image of
     ``generate``."""
@@ -115,6 +121,8 @@ class ImageRequest(_Request):
     steps: Steps | None = None
     """Sampling steps of Stage C."""
     full: bool | None = None
+    lora: LoraName | None = None
+    lora_strength: LoraStrength | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -196,6 +204,16 @@ class ModelLimits(BaseModel):
     """Longest time that a finished image is kept, in seconds."""
 
 
+class LoraView(BaseModel):
+    """An adapter that requests can name."""
+
+    name: str
+    title: str
+    trigger_words: list[str]
+    """Words that prompts should contain."""
+    licence: str
+
+
 class ModelView(BaseModel):
     """``GET /v1/model``."""
 
@@ -210,6 +228,8 @@ class ModelView(BaseModel):
     limits: ModelLimits
     samplers: list[str]
     """Samplers that fit the objective of Stage C, its default first."""
+    loras: list[LoraView]
+    """The adapters that ``lora`` of a job can name."""
     can: dict[str, bool]
     examples: list[str]
     image_note: str | None

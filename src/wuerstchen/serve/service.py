@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from wuerstchen.serve import worker as worker_module
+from wuerstchen.serve.adapters import AdapterFolder
 from wuerstchen.serve.dispatch import Dispatcher
 from wuerstchen.serve.errors import Refused
 from wuerstchen.serve.finishing import Finisher
@@ -28,6 +29,8 @@ log = logging.getLogger("wuerstchen.serve")
 
 KEPT_JOBS = 2_000
 """How many ended jobs are kept. They expire together with their images."""
+SCAN_SECONDS = 2.0
+"""How often the folder of adapters is read."""
 IMAGE_BYTES = 2**30
 """Memory for the init images of all open jobs."""
 
@@ -50,6 +53,8 @@ class Service:
         self.draining = False
         self.finisher = Finisher(config, self.instance, self.metrics, self._end)
         self.uploads = Uploads(config.max_jobs_per_client)
+        self._adapters = None if config.lora_dir is None else AdapterFolder(config.lora_dir)
+        self._loras = [] if self._adapters is None else self._adapters.scan()
         self._monitor_task: asyncio.Task[None] | None = None
 
     # Starting and stopping
@@ -105,8 +110,10 @@ class Service:
 
     @property
     def about(self) -> dict[str, Any] | None:
-        """The model's capabilities, or None until the first worker is ready."""
-        return self.dispatcher.about
+        """The model's capabilities, with the adapters that are there now. None until the first worker is
+        ready."""
+        about = self.dispatcher.about
+        return None if about is None else {**about, "loras": self._loras}
 
     @property
     def failed(self) -> str | None:
@@ -227,12 +234,15 @@ class Service:
 
     async def _monitor(self) -> None:
         """Four times a second: ends late jobs, restarts workers, forgets old jobs and deletes old results."""
-        cleared = time.monotonic()
+        cleared = scanned = time.monotonic()
         while True:
             await asyncio.sleep(0.25)
             now = time.monotonic()
             try:
                 self._check(now)
+                if self._adapters is not None and now - scanned > SCAN_SECONDS:
+                    self._loras = await asyncio.to_thread(self._adapters.scan)
+                    scanned = time.monotonic()
                 if now - cleared > 10:
                     cleared = now
                     await self.finisher.clear()

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -26,6 +27,7 @@ from PIL import Image
 from wuerstchen.errors import UserError
 from wuerstchen.serve.heartbeat import HeartbeatConnection
 from wuerstchen.serve.jobs import Shape
+from wuerstchen.serve.worker_adapters import WorkerAdapters
 
 if TYPE_CHECKING:
     from wuerstchen.models.cascade import Cascade
@@ -50,6 +52,11 @@ class WorkerSettings:
     model: str | None
     device: str | None
     precision: str | None
+    compressor: str | None = None
+    loras: tuple[str, ...] = ()
+    """Adapters of all images, as ``FILE`` or ``FILE:SCALE``."""
+    lora_dir: Path | None = None
+    """The folder of the adapters that batches name."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,7 @@ class _Worker:
     def __init__(self, settings: WorkerSettings, connection: HeartbeatConnection) -> None:
         import torch
 
+        from wuerstchen.checkpoints.layout_table import Sources
         from wuerstchen.pipeline import Sampling, load
 
         if settings.precision == "float32":
@@ -107,7 +115,10 @@ class _Worker:
         precision: Any = settings.precision
         self.settings = settings
         self.connection = connection
-        self.model: Wuerstchen = load(settings.model, settings.device, precision=precision)
+        sources = Sources(compressor=settings.compressor)
+        self.model: Wuerstchen = load(settings.model, settings.device, precision=precision, sources=sources)
+        self.adapters = WorkerAdapters(self.model, settings.loras, settings.lora_dir)
+        self.adapters.use(None, 1.0)
         self._joules = _energy_counter(self.model)
         self._reading: float | None = None
         self._read_at = -math.inf
@@ -222,6 +233,9 @@ class _Generation:
             )
             generated = [result.image for result in results]
         else:
+            for notice in self.worker.adapters.use(shape.lora, shape.lora_strength):
+                for place in range(own):
+                    self.connection.send(("notice", batch.number, place, notice))
             self.report_lost_words()
             generated = self.model.generate(
                 batch.prompts + [""] * padding,

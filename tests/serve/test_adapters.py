@@ -1,0 +1,213 @@
+"""Adapters in the service: a folder of them, one for each request, and batches by adapter."""
+
+import io
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import wuerstchen
+from wuerstchen.checkpoints.adapter_metadata import AdapterMetadata
+from wuerstchen.checkpoints.adapter_write import write_adapter
+from wuerstchen.checkpoints.adapters import Adapter, LayerTensors
+from wuerstchen.errors import UserError
+from wuerstchen.sampling import Sampling
+from wuerstchen.serve.adapters import AdapterFolder
+
+from .test_openai import client_of
+
+STEPS = {"prior_steps": 2, "decoder_steps": 1}
+METADATA = AdapterMetadata(title="My dog", trigger_words=("sks dog",), licence="CC0-1.0")
+
+
+def adapter(seed: int, width: int = 256, token: int = 0) -> Adapter:
+    """An adapter of the bundled model's size."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = {
+        f"blocks.{block}.attention.to_q": LayerTensors(
+            torch.randn(2, width, generator=generator), torch.randn(width, 2, generator=generator), 2.0
+        )
+        for block in (2, 5)
+    }
+    words = {"sks": torch.randn(1, token, generator=generator)} if token else {}
+    return Adapter(prior=layers, tokens=words, metadata=METADATA)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "loras"
+    write_adapter(folder / "dog.safetensors", adapter(1))
+    write_adapter(folder / "cat.safetensors", adapter(2, token=384), form="kohya")
+    write_adapter(folder / "theirs" / "adapter_model.safetensors", adapter(3), form="peft")
+    write_adapter(folder / "other model.safetensors", adapter(4, width=64))
+    # None of these is an adapter.
+    save_file({"weight": torch.ones(1)}, folder / "model.safetensors")
+    (folder / "broken.safetensors").write_bytes(b"\xff" * 100)
+    (folder / "huge.safetensors").write_bytes((1 << 40).to_bytes(8, "little") + b"{}")
+    (folder / "notes.txt").write_text("dog")
+    (folder / "empty").mkdir()
+    (folder / "gone.safetensors").symlink_to(folder / "nowhere.safetensors")
+    (folder / "line\nbreak.safetensors").write_bytes((folder / "dog.safetensors").read_bytes())
+    (folder / ".hidden.safetensors").write_bytes((folder / "dog.safetensors").read_bytes())
+    return folder
+
+
+def test_a_folder_lists_its_adapters(folder):
+    found = AdapterFolder(folder)
+    assert [listed.name for listed in found.scan()] == ["cat", "dog", "other model", "theirs"]
+    assert found.scan()[1].metadata == METADATA
+    assert found.find("theirs") == folder / "theirs"
+    with pytest.raises(UserError, match="lora 'bird' does not exist any more"):
+        found.find("bird")
+    with pytest.raises(UserError, match=r"is not a folder\. Give a folder with \.safetensors files"):
+        AdapterFolder(folder / "nowhere")
+    write_adapter(folder / "bird.safetensors", adapter(5))
+    (folder / "dog.safetensors").unlink()
+    assert [listed.name for listed in found.scan()] == ["bird", "cat", "other model", "theirs"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        ({"lora": "bird"}, "lora", "lora 'bird' is not available. Use one of 'cat', 'dog', 'other model'"),
+        ({"lora": "../loras/dog"}, "lora", "is not available"),
+        ({"lora": ""}, "lora", "at least 1 character"),
+        ({"lora": "dog", "lora_strength": 3}, "lora_strength", "less than or equal to 2"),
+        ({"lora": "dog", "lora_strength": "1"}, "lora_strength", "valid number"),
+        ({"lora_strength": 0.5}, "lora_strength", "has no adapter"),
+    ],
+)
+def test_requests_that_name_no_adapter_are_refused(serve, folder, body, param, words):
+    running = serve(lora_dir=folder)
+    answer = running.http.post("/v1/jobs", json={"prompts": ["x"], **body})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param
+    assert words in answer.json()["error"]["message"]
+    assert str(folder) not in answer.text
+
+
+def test_a_service_without_adapters(plain):
+    assert plain.http.get("/v1/model").json()["loras"] == []
+    answer = plain.http.post("/v1/jobs", json={"prompts": ["x"], "lora": "dog"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "lora")
+    assert "This service has no adapters" in answer.json()["error"]["message"]
+
+
+def test_the_model_lists_adapters_as_they_come_and_go(serve, folder, monkeypatch):
+    monkeypatch.setattr("wuerstchen.serve.service.SCAN_SECONDS", 0.1)
+    running = serve(lora_dir=folder)
+    listed = running.http.get("/v1/model").json()["loras"]
+    assert [each["name"] for each in listed] == ["cat", "dog", "other model", "theirs"]
+    assert listed[1] == {
+        "name": "dog",
+        "title": "My dog",
+        "trigger_words": ["sks dog"],
+        "licence": "CC0-1.0",
+    }
+    write_adapter(folder / "bird.safetensors", adapter(5))
+    end = time.monotonic() + 10
+    while running.http.get("/v1/model").json()["loras"][0]["name"] != "bird":
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    job = running.draw(lora="bird", lora_strength=0.5)
+    assert (job["settings"]["lora"], job["settings"]["lora_strength"]) == ("bird", 0.5)
+    assert "lora" not in running.draw()["settings"]
+
+
+def test_a_batch_has_one_adapter(serve, folder):
+    """The stand-in's second colour is the number of images in the batch."""
+    running = serve(lora_dir=folder)
+    running.draw(prompts=["slowly"], prior_steps=3)
+    settings = [{}, {"lora": "dog"}, {"lora": "cat"}, {"lora": "dog", "lora_strength": 0.5}]
+    jobs = [running.draw(count=2, **each) for each in (*settings, *settings)]
+    sizes = []
+    for job in jobs:
+        (url, _) = (image["url"] for image in running.wait(job)["images"])
+        sizes.append(Image.open(io.BytesIO(running.http.get(url).content)).getpixel((0, 0))[1])
+    assert sizes == [4] * 8  # those of the two jobs with the same adapter and strength
+
+
+@pytest.fixture(scope="module")
+def model():
+    return wuerstchen.load(device="cpu", precision="float32")
+
+
+def expected(model, path, strength, prompt):
+    model.use_loras({} if path is None else {path: strength})
+    sampling = Sampling(prior_steps=2, decoder_steps=1)
+    return np.asarray(model.generate(prompt, seed=3, sampling=sampling)[0]).astype(int)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compares with the CPU")
+def test_each_request_has_its_own_adapter_and_strength(serve, folder, model):
+    running = serve(real=True, lora_dir=folder, precision="float32")
+    wanted = [
+        (None, 1.0),
+        ("dog", 1.0),
+        ("cat", 1.0),
+        ("dog", 0.5),
+        ("theirs", 1.0),
+        (None, 1.0),
+        ("other model", 1.0),
+        ("dog", 1.0),
+    ]
+    jobs = [
+        running.draw(
+            prompts=["a sks"], seed=3, **STEPS, **({"lora": n, "lora_strength": s} if n is not None else {})
+        )
+        for n, s in wanted
+    ]
+    found = []
+    for job, (name, _) in zip(jobs, wanted, strict=True):
+        ended = running.wait(job)
+        if name == "other model":  # the others are drawn
+            assert (ended["state"], ended["images"]) == ("failed", [])
+            assert "lora 'other model' is incompatible with this model" in ended["error"]
+            assert str(folder) not in ended["error"]
+            found.append(None)
+            continue
+        assert ended["state"] == "done", ended
+        found.append(
+            np.asarray(Image.open(io.BytesIO(running.http.get(ended["images"][0]["url"]).content))).astype(
+                int
+            )
+        )
+    assert np.array_equal(found[0], found[5])
+    assert np.array_equal(found[1], found[7])
+    files = {"dog": "dog.safetensors", "cat": "cat.safetensors", "theirs": "theirs", None: None}
+    for number in (0, 1, 2, 3, 4):
+        name, strength = wanted[number]
+        path = None if name is None else folder / files[name]
+        assert np.abs(found[number] - expected(model, path, strength, "a sks")).max() <= 2
+        assert all(np.abs(found[number] - found[k]).max() > 20 for k in range(number))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compares with the CPU")
+def test_an_adapter_for_all_images(serve, folder, model):
+    """And notices about the adapter of a request reach its job, without the folder."""
+    tensors = load_file(folder / "cat.safetensors")
+    save_file({k: t for k, t in tensors.items() if "alpha" not in k}, folder / "bare.safetensors")
+    always = (f"{folder / 'dog.safetensors'}:0.5",)
+    running = serve(real=True, loras=always, lora_dir=folder, precision="float32")
+    job = running.wait(running.draw(prompts=["a cat"], seed=3, **STEPS))
+    content = running.http.get(job["images"][0]["url"]).content
+    drawn = np.asarray(Image.open(io.BytesIO(content))).astype(int)
+    assert job["notices"] == []
+    assert np.abs(drawn - expected(model, folder / "dog.safetensors", 0.5, "a cat")).max() <= 2
+    for _ in range(2):  # also when the adapter is in use already
+        job = running.wait(running.draw(prompts=["a cat"], lora="bare", **STEPS))
+        (notice,) = job["notices"]
+        assert notice.startswith("lora 'bare' does not store alpha")
+        assert str(folder) not in notice
+
+
+def test_openai_clients_can_name_an_adapter(serve, folder):
+    running = serve(lora_dir=folder)
+    with client_of(running) as client:
+        answer = client.images.generate(prompt="x", extra_body={"lora": "dog", "lora_strength": 0.5})
+        assert len(answer.data) == 1
+        with pytest.raises(Exception, match="lora 'bird' is not available"):
+            client.images.generate(prompt="x", extra_body={"lora": "bird"})
