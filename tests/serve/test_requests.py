@@ -3,13 +3,16 @@
 import base64
 import io
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
 from pydantic import ValidationError
 
+from wuerstchen.checkpoints.adapter_metadata import AdapterMetadata
 from wuerstchen.images import decode_image, resize_crop
+from wuerstchen.serve.adapters import ListedAdapter
 from wuerstchen.serve.errors import Refused
 from wuerstchen.serve.jobs import ImageTask
 from wuerstchen.serve.limits import ServeConfig
@@ -212,6 +215,7 @@ WITH_STUDENT = {
     "defaults": {**DEFAULTS, "guidance": 1.0, "prior_steps": 2, "prior_sampler": "few"},
     "students": {"guidance": 1.0, "prior_steps": 2, "prior_sampler": "few"},
     "samplers": ["few", "ddpm", "dpm", "ddim"],
+    "loras": [ListedAdapter("dog", Path("dog.safetensors"), AdapterMetadata())],
 }
 
 
@@ -233,6 +237,7 @@ def drawn_by(**body):
         ({"full": True}, ("ddpm", 6, 2.0, "full")),
         ({"negative": "red"}, ("ddpm", 6, 2.0, "full")),
         ({"image": "x"}, ("ddpm", 6, 2.0, "full")),
+        ({"lora": "dog"}, ("ddpm", 6, 2.0, "full")),
         ({"guidance": 3.0}, ("ddpm", 6, 3.0, "full")),
         ({"prior_steps": 2}, ("ddpm", 2, 2.0, "full")),
         ({"prior_sampler": "dpm"}, ("dpm", 6, 2.0, "full")),

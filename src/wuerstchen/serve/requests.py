@@ -99,6 +99,7 @@ def make_job(
 def _shape(request: JobRequest, size: tuple[int, int], about: dict[str, Any]) -> Shape:
     is_variation = request.kind == "generate" and request.image is not None
     asks = {"a negative prompt": bool(request.negative.strip()), "an image to start from": is_variation}
+    asks["a LoRA adapter"] = request.lora is not None
     beyond = [name for name, asked in asks.items() if asked]
     interval = request.guidance_interval
     asked = Sampling(

@@ -141,16 +141,19 @@ class _Worker:
         generates = cascade.prior is not None and cascade.text_encoder is not None
         encodes = cascade.compressor is not None
         bundled = is_bundled(self.settings.model)
+        students = cascade.students
+        if self.adapters.always:  # students support no adapters
+            students = Sampling()
         return {
             "device": _device_name(self.model),
             "side": side,
             "multiple": SIDE_STEP,
             "min": MIN_SIDE,
             "max_side": min(4, MAX_SIDES) * side,
-            "defaults": _served(cascade.completed(Sampling())),
+            "defaults": _served(cascade.completed(Sampling(full=students == Sampling()))),
             "full": _served(cascade.completed(Sampling(full=True))),
-            "students": _served(cascade.students),
-            "samplers": _samplers(cascade),
+            "students": _served(students),
+            "samplers": _samplers(cascade, students),
             "can": {
                 "generate": generates,
                 "reconstruct": encodes,
@@ -357,11 +360,11 @@ def _served(sampling: "Sampling") -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(sampling, name)) is not None}
 
 
-def _samplers(cascade: "Cascade") -> list[str]:
+def _samplers(cascade: "Cascade", students: "Sampling") -> list[str]:
     """Stage C's samplers that fit the model, its default first."""
     from wuerstchen.diffusion.sampler_table import SAMPLERS, samplers_for
 
     fitting = samplers_for(cascade.settings.prior_objective.path)
-    student = cascade.students.prior_sampler
+    student = students.prior_sampler
     own = [name for name in fitting if not SAMPLERS[name].for_students]
     return own if student is None else [student, *own]
