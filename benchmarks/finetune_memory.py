@@ -1,96 +1,251 @@
-"""The GPU memory for fine-tuning the published prior, including frozen networks and previews.
+"""GPU memory and speed of fine-tuning the published Stage C at 1024 pixels, fully or with an adapter.
 
-    python benchmarks/finetune_memory.py [--batches 32 64] [--recompute] [--card-gb 80]
+    python benchmarks/finetune_memory.py --table [--kinds full lora]
+    python benchmarks/finetune_memory.py --kinds full --memory low lowest --batches 4 8 --card-gb 24
 
-Weights and images are random. Updates are those of the recipe `v2-finetune` on images of 1024 pixels: the
-compressor and the text encoder compute the inputs, and the update is recorded as a CUDA graph. The process is
-limited to the memory of a card of --card-gb, less 0.7 GB for the CUDA context. A preview of two prompts is
-drawn at the end as in a run, in low-memory mode if needed.
+Weights and images are random. Stages and their updates are those of a run of the recipes `v2-finetune` and
+`v2-lora`, with everything that such a run keeps on the GPU. The process is limited to the memory of a card of
+--card-gb, less 0.7 GB for the CUDA context. --table measures the rows of the guide, each with its own card.
+
+Prints a JSON line per row: memory in GiB before the first image (`before`), at the peak of updates, and at
+the peak including a preview of two prompts, drawn with less memory if needed; milliseconds of an update on
+given inputs, of computing the inputs, and of a step of the average; and images per second of all three, with
+a step of the average every --ema-every updates.
 """
 
 import argparse
+import contextlib
+import copy
 import dataclasses
+import itertools
 import json
+import statistics
+import tempfile
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from measuring import free
+from measuring import free, synchronise
 from random_model import random_v2
 
 from wuerstchen.errors import UserError
 from wuerstchen.models.cascade import PUBLISHED_STATISTICS, Cascade
 from wuerstchen.models.compressor import Compressor, CompressorConfig
+from wuerstchen.recipes.lora import v2_lora
 from wuerstchen.recipes.v2 import v2_finetune
 from wuerstchen.train.config import Recipe
-from wuerstchen.train.engine.checkpoint import TrainingState
 from wuerstchen.train.engine.distributed import Processes
-from wuerstchen.train.engine.ema import make_average
-from wuerstchen.train.engine.optim import make_optimizer
-from wuerstchen.train.engine.update import (
-    StepRunner,
-    TrainStep,
-    compile_regions,
-    make_bf16_weights,
-    recompute_blocks,
-)
+from wuerstchen.train.engine.ema import on_device
+from wuerstchen.train.engine.job import Settings, StageJob
+from wuerstchen.train.engine.state import make_state, make_step
+from wuerstchen.train.engine.update import StepRunner
 from wuerstchen.train.feed.images import Batch
-from wuerstchen.train.stages.base import inputs_of
-from wuerstchen.train.stages.prior import StageC
+from wuerstchen.train.initial_weights import InitialWeights, Parts
+from wuerstchen.train.report.events import Log
+from wuerstchen.train.stages.base import Stage, autocast, inputs_of
+from wuerstchen.train.stages.lora import LORA_STAGE
+from wuerstchen.train.stages.prior import PRIOR_STAGE
 
 CONTEXT = 0.7e9  # bytes of the CUDA context, which torch does not count
-UPDATES = 6  # three eager, one recorded, two replayed
+WARM = 5  # updates before measuring: three eager, one recorded, one replayed
 
 
-def measure(recipe: Recipe, cascade: Cascade, batch: int, size: int, device: torch.device) -> dict[str, Any]:
-    """Memory in GiB after setup, at the peak of updates, and at the peak including a preview."""
+@dataclass(frozen=True)
+class Row:
+    """What to measure."""
+
+    kind: str
+    memory: str
+    batch: int
+    recompute: bool
+    card_gb: float
+
+
+TABLE = (
+    Row("full", "normal", 4, False, 80),
+    Row("full", "low", 4, False, 24),
+    Row("full", "lowest", 4, False, 24),
+    Row("full", "low", 4, True, 24),
+    Row("full", "low", 4, True, 16),
+    Row("full", "lowest", 4, False, 16),
+    Row("full", "lowest", 4, True, 16),
+    Row("full", "lowest", 4, True, 12),
+    Row("lora", "normal", 4, False, 8),
+    Row("lora", "normal", 2, True, 6),
+)
+
+
+class _Ready(Exception):
+    """The stage is about to be trained."""
+
+
+class StageOnly:
+    """A run that only sets up a stage."""
+
+    makes_updates = True
+    statistics = PUBLISHED_STATISTICS
+
+    def __init__(self, recipe: Recipe, cascade: Cascade, device: torch.device) -> None:
+        self.recipe, self.device = recipe, device
+        self.start = InitialWeights(settings=cascade.settings, parts=Parts(**cascade.networks()))
+        self.parts = Parts(**cascade.networks())
+        self.results: dict[str, Any] = {}
+        self.stage: Stage | None = None
+
+    def seed_weights(self, name: str) -> None:
+        torch.manual_seed(0)
+
+    def source(self, phase: object) -> object:
+        return SimpleNamespace()
+
+    def settings_of_model(self, image_size: int | None = None) -> Any:
+        return self.start.settings
+
+    def train_phase(self, stage: Stage, phase: object, *, multiple: int = 1) -> Any:
+        self.stage = stage
+        raise _Ready
+
+
+def stage_of(recipe: Recipe, cascade: Cascade, device: torch.device) -> Stage:
+    """The stage as a run sets it up."""
+    run = StageOnly(recipe, cascade, device)
+    kind = LORA_STAGE if recipe.trains("lora") else PRIOR_STAGE
+    with contextlib.suppress(_Ready):
+        kind.train(run)  # type: ignore[arg-type]
+    assert run.stage is not None
+    return run.stage
+
+
+def recipe_of(row: Row, cascade: Cascade, device: torch.device, ema_every: int) -> Recipe:
+    base = v2_finetune() if row.kind == "full" else v2_lora()
+    name = "stage_c" if row.kind == "full" else "stage_lora"
+    config = getattr(base, name)
+    changes = {"batch_size": row.batch, "ema_every": ema_every if row.memory != "normal" else 1}
+    optimization = dataclasses.replace(config.optimization, **changes)
+    recorded = "compile" if row.memory == "lowest" or row.recompute else "graph"
+    assert cascade.prior is not None
+    return dataclasses.replace(
+        base,
+        **{name: dataclasses.replace(config, optimization=optimization)},
+        prior=cascade.prior.config,
+        precision="bf16",
+        memory=row.memory,
+        recompute="blocks" if row.recompute else "none",
+        acceleration=recorded if device.type == "cuda" else "none",
+        preview_prompts=("a cat", "a tree"),
+        # An adapter computes its inputs once, at the start, and the encoders leave the GPU.
+        prepared_images=20 if row.kind == "lora" else 0,
+        prior_steps=3,
+        decoder_steps=2,
+    )
+
+
+def job_of(recipe: Recipe, stage: Stage, device: torch.device, folder: Path) -> StageJob:
+    settings = Settings(
+        seed=0,
+        autocast=torch.bfloat16,
+        compiles=recipe.acceleration != "none",
+        records=recipe.acceleration == "graph",
+        recomputes=recipe.recompute == "blocks",
+        memory=recipe.memory,
+        workers=0,
+        checkpoint_seconds=1e9,
+        log_every=1,
+        preview_every=0,
+        preview_size=recipe.image_size,
+        previews=2,
+    )
+    feed: Any = None
+    return StageJob(
+        stage=stage,
+        feed=feed,
+        folder=folder,
+        settings=settings,
+        processes=Processes(device),
+        log=Log(folder / "log.jsonl", writes=False),
+    )
+
+
+def measure(row: Row, cascade: Cascade, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
+    """Memory and speed of a row."""
+    torch._dynamo.reset()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    optimization = dataclasses.replace(recipe.stage_c.optimization, batch_size=batch)
-    prior = cascade.prior
-    assert prior is not None
-    prior.to(device).train().requires_grad_(True)
-    config = dataclasses.replace(recipe.stage_c, optimization=optimization)
-    settings = dataclasses.replace(cascade.settings, latent_statistics=PUBLISHED_STATISTICS)
-    model = dataclasses.replace(cascade, settings=settings)
-    stage = StageC(config, recipe, model, device=device)
-    state = TrainingState(
-        networks=stage.networks,
-        averages={"prior": make_average(prior)},
-        optimizers={"prior": make_optimizer(prior, optimization)},
-    )
-    records = device.type == "cuda"
-    if recipe.recompute == "blocks":
-        recompute_blocks(prior)
-    if records:
-        compile_regions(prior)
-    copies = make_bf16_weights(stage, state) if records else {}
-    step = TrainStep(stage, state, 0, torch.bfloat16, Processes(device), copies)  # type: ignore[arg-type]
-    update = StepRunner(step, records)
-    found: dict[str, Any] = {"batch": batch, "recompute": recipe.recompute, "before": _allocated()}
-    began = time.monotonic()
-    for number in range(UPDATES):
-        images = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8)
-        captions = [f"image {number} {row}" for row in range(batch)]
-        seen = Batch(torch.arange(batch), images, captions, [])
-        state.updates += 1
-        step.decay = None
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-            inputs = inputs_of(stage, seen, device)
-        update(inputs, seen.indices.to(device))
+    recipe = recipe_of(row, cascade, device, options.ema_every)
+    size = cascade.settings.image_size
+    with tempfile.TemporaryDirectory() as folder:
+        # Adapters convert the frozen networks to half precision.
+        own = copy.deepcopy(cascade) if row.kind == "lora" else cascade
+        stage = stage_of(recipe, own, device)
+        job = job_of(recipe, stage, device, Path(folder))
+        state = make_state(job)
+        step = make_step(job, state)
+    found: dict[str, Any] = dataclasses.asdict(row) | {"acceleration": recipe.acceleration}
+    found["before"] = _allocated()
+    optimizers = state.optimizers.values()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"].fill_(1e-5)
+    numbers = itertools.count()
+
+    def inputs() -> Any:
+        indices = torch.arange(row.batch) + row.batch * next(numbers)
+        images = torch.randint(0, 256, (row.batch, size, size, 3), dtype=torch.uint8)
+        batch = Batch(indices, images, [f"image {i}" for i in indices.tolist()], [])
+        with torch.no_grad(), autocast(device, torch.bfloat16):
+            return inputs_of(stage, batch, device), indices.to(device)
+
+    update = StepRunner(step, job.settings.records)
+    step.decay = None
+    given = inputs()
+    for _ in range(WARM):
+        given = inputs() if row.kind == "full" else given
+        update(*given)
     found["peak of updates"], found["reserved"] = _peak(), _peak(reserved=True)
-    found["seconds"] = round(time.monotonic() - began, 1)
-    found["preview"] = "as usual"
-    try:
-        stage.preview(state.averages, torch.empty(0), device)
-    except (torch.OutOfMemoryError, UserError):  # as a run does (``train/engine/observe.py``)
-        found["preview"] = "with less memory"
-    if found["preview"] != "as usual":
-        free()
-        stage.preview(state.averages, torch.empty(0), device, low_memory=True)
+    times = {"update": _milliseconds(lambda: update(*given), device, options.updates)}
+    times["inputs"] = _milliseconds(inputs, device, 3) if row.kind == "full" else 0.0
+    step.decay = 0.999
+    times["average"] = _milliseconds(step.average, device, 3)
+    found["ms"] = times
+    every = options.ema_every if row.memory != "normal" else 1
+    total = times["update"] + times["inputs"] + times["average"] / every
+    found["images_per_second"] = round(1000 * row.batch / total, 2)
+    with on_device(state.averages.values(), device):
+        pass  # what validation moves there
+    _draw(stage, state.averages, device, found)
     found["peak with a preview"], found["reserved with a preview"] = _peak(), _peak(reserved=True)
     update.close()
     return found
+
+
+def _draw(stage: Stage, averages: Any, device: torch.device, found: dict[str, Any]) -> None:
+    """A preview, as a run draws it (``train/engine/observe.py``)."""
+    found["preview"] = "as usual"
+    try:
+        with on_device(averages.values(), device), torch.no_grad():
+            stage.preview(averages, torch.empty(0), device)
+    except (torch.OutOfMemoryError, UserError):
+        found["preview"] = "with less memory"
+    if found["preview"] != "as usual":
+        free()
+        with torch.no_grad():
+            stage.preview(averages, torch.empty(0), device, low_memory=True)
+
+
+def _milliseconds(call: Callable[[], object], device: torch.device, times: int) -> float:
+    """The median duration of a call."""
+    found = []
+    for _ in range(times):
+        synchronise(device)
+        began = time.perf_counter()
+        call()
+        synchronise(device)
+        found.append(1000 * (time.perf_counter() - began))
+    return round(statistics.median(found), 1)
 
 
 def _allocated() -> float | None:
@@ -105,44 +260,61 @@ def _peak(reserved: bool = False) -> float | None:
     return round(most / 2**30, 2)
 
 
+def rows_of(options: argparse.Namespace) -> Iterator[Row]:
+    if options.table:
+        yield from (row for row in TABLE if row.kind in options.kinds)
+        return
+    for kind, memory, batch in itertools.product(options.kinds, options.memory, options.batches):
+        if kind == "full" or memory == "normal":  # adapters have no other choice
+            yield Row(kind, memory, batch, options.recompute, options.card_gb)
+
+
+def make_cascade(device: torch.device, *, tiny: bool) -> Cascade:
+    """The published model with random weights and a compressor, in host memory."""
+    cascade = random_v2(device, tiny=tiny)  # a GPU draws three billion numbers faster
+    backbone = "efficientnet_lite0" if tiny else "efficientnet_v2_s"
+    compressor = Compressor(CompressorConfig(backbone=backbone)).eval()
+    settings = dataclasses.replace(
+        cascade.settings,
+        prior_steps=3,
+        decoder_steps=2,
+        image_size=128 if tiny else 1024,
+        latent_statistics=PUBLISHED_STATISTICS,
+    )
+    cascade = dataclasses.replace(cascade, compressor=compressor, settings=settings)
+    for network in cascade.networks().values():
+        network.to("cpu")
+    free()
+    return cascade
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--table", action="store_true", help="measure the rows of the guide")
+    parser.add_argument("--kinds", nargs="+", choices=["full", "lora"], default=["full", "lora"])
+    parser.add_argument("--memory", nargs="+", choices=["normal", "low", "lowest"], default=["normal"])
     parser.add_argument("--batches", type=int, nargs="+", default=[64])
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--card-gb", type=float, default=80.0)
+    parser.add_argument("--updates", type=int, default=10, help="updates to time")
+    parser.add_argument("--ema-every", type=int, default=10, help="with less memory than normal")
     parser.add_argument(
         "--tiny", action="store_true", help="use small networks and images, to test this script"
     )
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":
-        whole = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (options.card_gb * 1e9 - CONTEXT) / whole))
-    recipe = dataclasses.replace(
-        v2_finetune(),
-        precision="bf16",
-        recompute="blocks" if options.recompute else "none",
-        preview_prompts=("a cat", "a tree"),
-        prior_steps=3,
-        decoder_steps=2,
-    )
-    for batch in options.batches:
-        cascade = random_v2(device, tiny=options.tiny)
-        backbone = "efficientnet_lite0" if options.tiny else "efficientnet_v2_s"
-        with device:
-            compressor = Compressor(CompressorConfig(backbone=backbone)).eval()
-        settings = dataclasses.replace(
-            cascade.settings, prior_steps=3, decoder_steps=2, image_size=128 if options.tiny else 1024
-        )
-        cascade = dataclasses.replace(cascade, compressor=compressor, settings=settings)
+    cascade = make_cascade(device, tiny=options.tiny)
+    for row in rows_of(options):
+        if device.type == "cuda":
+            whole = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, (row.card_gb * 1e9 - CONTEXT) / whole))
         try:
-            found = measure(recipe, cascade, batch, settings.image_size, device)
-        except torch.OutOfMemoryError as error:
-            found = {"batch": batch, "recompute": recipe.recompute, "out of memory": str(error)[:200]}
+            found = measure(row, cascade, device, options)
+        except (torch.OutOfMemoryError, UserError) as error:
+            found = {**dataclasses.asdict(row), "failed": str(error)[:200]}
         print(json.dumps(found), flush=True)
-        del cascade
         free()
 
 

@@ -308,6 +308,19 @@ def test_eight_processes_continue_the_checkpoint_of_one_and_the_other_way_round(
     assert measured_on(tmp_path, 1, batch=8) == rows  # nothing is measured twice
 
 
+@pytest.mark.slow
+def test_the_memory_of_fine_tuning_is_measured_for_every_choice():
+    command = [sys.executable, str(BENCHMARKS / "finetune_memory.py"), "--tiny", "--updates", "1"]
+    command += ["--memory", "normal", "low", "lowest", "--batches", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent / "src"), "CUDA_VISIBLE_DEVICES": ""}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    rows = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
+    choices = [(row["kind"], row["memory"]) for row in rows]
+    assert choices == [("full", "normal"), ("full", "low"), ("full", "lowest"), ("lora", "normal")]
+    assert all(row["images_per_second"] > 0 for row in rows)
+
+
 def test_scaling_is_compared_with_the_same_mode_on_one_gpu(benchmarks):
     import scaling_table
 

@@ -10,6 +10,7 @@ import torch
 
 from wuerstchen.checkpoints.native import read_cascade
 from wuerstchen.errors import UserError
+from wuerstchen.recipes.lora import v2_lora
 from wuerstchen.recipes.mini import mini
 from wuerstchen.recipes.v2 import v2_finetune
 from wuerstchen.train.automatic import resolved
@@ -72,6 +73,18 @@ def test_automatic_settings_follow_the_memory(monkeypatch):
     assert resolved(base, gpu).precision == "fp16"
     with pytest.raises(UserError, match="memory=low needs a GPU that supports bf16"):
         resolved(low, gpu)
+
+
+def test_recomputed_dropout_below_an_adapter_is_not_recorded(monkeypatch):
+    """The frozen prior drops out too. Recording it ends in an error of torch after minutes of compiling."""
+    monkeypatch.setattr("wuerstchen.train.automatic.gpu_precision", lambda device: "bf16")
+    monkeypatch.setattr("wuerstchen.train.automatic._fitted_to_images", lambda recipe: recipe)
+    gpu, recipe = Processes(torch.device("cuda")), v2_lora()
+    assert resolved(recipe, gpu).acceleration == "graph"
+    recomputed = dataclasses.replace(recipe, recompute="blocks")
+    assert resolved(recomputed, gpu).acceleration == "compile"
+    without = dataclasses.replace(recipe.prior, dropout=0.0)
+    assert resolved(dataclasses.replace(recomputed, prior=without), gpu).acceleration == "graph"
 
 
 def test_runs_of_earlier_versions_trained_as_normal():

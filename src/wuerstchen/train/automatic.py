@@ -64,7 +64,8 @@ def _fitted_to_images(recipe: Recipe) -> Recipe:
 
 
 def _drops_out(recipe: Recipe) -> bool:
-    """Whether a trained network has dropout."""
-    parts = [part for kind in trained_kinds(recipe) for part in kind.makes]
+    """Whether a network that gradients pass through has dropout: a trained one, or the one below an
+    adapter."""
+    parts = [part for kind in trained_kinds(recipe) for part in kind.makes or kind.builds_on]
     rates = [getattr(getattr(recipe, part, None), "dropout", 0) for part in parts]
     return any(max(rate, default=0) if isinstance(rate, tuple) else rate for rate in rates)
