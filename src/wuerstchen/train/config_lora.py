@@ -55,6 +55,19 @@ class StageLoraConfig:
     all. 0 composes and encodes new crops in every update, and so does a larger data set."""
     caption_dropout: float = 0.1
     """Fraction of the images that train without their caption, for classifier-free guidance."""
+    class_word: str = ""
+    """What the subject is, such as ``dog``, or a whole prompt. Then the adapter also trains on images of it
+    that the model draws itself, so that it does not change other dogs (prior preservation, arXiv 2208.12242).
+    Only Stage C draws them: they are semantic latents. Empty for none."""
+    class_images: int = 100
+    """Number of drawn images. Each update trains on as many of them as of yours."""
+    class_weight: float = 1.0
+    """Weight of their loss."""
+    form: Literal["diffusers", "kohya", "peft"] = "diffusers"
+    """The form of the adapter's file. All of them load here. diffusers reads its own form, ComfyUI and others
+    read kohya's."""
+    licence: str = ""
+    """Licence of the adapter, which is stored in its file."""
     keep: Literal["best", "last"] = "best"
     """Which averaged weights the adapter has: those with the lowest validation loss, or the last ones. It is
     the last ones without held-out images."""
@@ -65,6 +78,10 @@ class StageLoraConfig:
             raise UserError(f"updates must be at least 0, got {self.updates}. 0 chooses the length.")
         if self.crops < 0:
             raise UserError(f"crops must be at least 0, got {self.crops}. 0 caches none.")
+        if self.class_images < 1:
+            raise UserError(f"class_images must be at least 1, got {self.class_images}. 100 is common.")
+        if not 0 < self.class_weight < math.inf:
+            raise UserError(f"class_weight must be above 0, got {self.class_weight}. 1 is common.")
         if self.rank < 1:
             raise UserError(f"rank must be at least 1, got {self.rank}. 16 is common.")
         if self.alpha is not None and not 0 < self.alpha < math.inf:
@@ -76,6 +93,12 @@ class StageLoraConfig:
     def scale(self) -> float:
         """The factor of the adapter's output."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    @property
+    def class_prompt(self) -> str:
+        """The prompt for images of the class."""
+        word = self.class_word.strip()
+        return f"a {word}" if word and " " not in word else word
 
 
 def cached_crops(config: StageLoraConfig, images: int) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from wuerstchen.checkpoints.native import Provenance, Storage
 from wuerstchen.errors import RunFolderError, UserError, UserNotice
@@ -158,6 +159,11 @@ class _Export(TrainingRun):
             NotMeasuredWarning,
             stacklevel=2,
         )
+        return known
+
+    def tensors_once(
+        self, name: str, make: Callable[[], dict[str, Tensor]], known: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         return known
 
     def provenance(self, images: int) -> Provenance:

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from wuerstchen.checkpoints.files import new_folder, write_json
-from wuerstchen.checkpoints.native import write_parts
+from wuerstchen.checkpoints.native import read_tensors, write_parts, write_tensors
 from wuerstchen.data.plan import stable_hash
 from wuerstchen.data.prepared import PreparedSet
 from wuerstchen.data.sources import Source
@@ -315,6 +316,18 @@ class TrainingRun(PhaseRunner):
             raise RunFolderError(f"{path} is empty. {again}")
         return found
 
+    @torch.no_grad()
+    def tensors_once(
+        self, name: str, make: Callable[[], dict[str, Tensor]], known: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The result of ``make`` on the CPU, stored in the run folder's file ``name`` for later starts."""
+        path = self.run_dir / name
+        if self.processes.is_main and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_tensors({key: tensor.cpu() for key, tensor in make().items()}, path, {"format": 1})
+        self.processes.barrier_without_timeout()
+        return read_tensors(path)[0]
+
     def seed_weights(self, name: str) -> None:
         """Seeds torch's generator for initial weights, by the recipe's seed and this name."""
         torch.manual_seed(stable_hash(self.recipe.seed, name, "weights") >> 1)
@@ -368,4 +381,9 @@ class RehearsalRun(TrainingRun):
     def measured_once(
         self, folder: str, measure: Callable[[], dict[str, Any]], known: dict[str, Any]
     ) -> dict[str, Any]:
+        return known
+
+    def tensors_once(
+        self, name: str, make: Callable[[], dict[str, Tensor]], known: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         return known

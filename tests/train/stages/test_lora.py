@@ -1,5 +1,6 @@
 """Adapters for Stage C: their layers and weights, and whole runs from images to a file."""
 
+import dataclasses
 import importlib
 import json
 import signal
@@ -13,8 +14,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from wuerstchen.checkpoints.adapter_metadata import AdapterMetadata, weights_hash
+from wuerstchen.checkpoints.adapters import read_adapter
 from wuerstchen.checkpoints.native import read_cascade
 from wuerstchen.cli import main
+from wuerstchen.data.plan import stable_hash
 from wuerstchen.errors import UserError
 from wuerstchen.models.compressor import Compressor
 from wuerstchen.models.prior import Prior, PriorConfig
@@ -27,8 +31,10 @@ from wuerstchen.train.engine.checkpoint import best_of, newest
 from wuerstchen.train.engine.ema import make_average
 from wuerstchen.train.export import export
 from wuerstchen.train.feed.images import Batch
+from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.run import train
 from wuerstchen.train.run_folder import read_json
+from wuerstchen.train.stages import class_images
 from wuerstchen.train.stages.adapter import AdaptedPrior, target_layers
 from wuerstchen.train.stages.lora import LORA_STAGE, StageLora
 
@@ -114,9 +120,10 @@ def test_it_is_a_low_rank_update_with_alpha(prior):
     adapted = randomized(AdaptedPrior(prior, StageLoraConfig(rank=2, alpha=3.0, targets="all")))
     plain = Prior(TOY_PRIOR).eval()
     plain.load_state_dict(prior.state_dict())
-    tensors = adapted.weights.tensors()
-    for name in target_layers(prior, "all"):
-        a, b = (tensors[f"{name}.lora_{letter}.weight"] for letter in "AB")
+    layers = adapted.weights.tensors(alpha=3.0)
+    assert layers.keys() == set(target_layers(prior, "all"))
+    for name, layer in layers.items():
+        a, b = layer.a, layer.b
         weight = plain.get_submodule(name).weight
         weight.data += 1.5 * (b.flatten(1) @ a.flatten(1)).view_as(weight)
     torch.testing.assert_close(output(adapted.prior), output(plain), rtol=1e-4, atol=1e-4)
@@ -141,6 +148,14 @@ def test_the_average_takes_the_place_of_the_weights_for_a_while(prior):
         torch.testing.assert_close(output(averaged), output(prior), rtol=1e-5, atol=1e-5)
     assert adapted.prior.training
     assert torch.equal(output(adapted.prior.eval()), trained)
+
+
+def test_the_adapter_can_be_turned_off_for_a_while(prior):
+    adapted = randomized(AdaptedPrior(prior, StageLoraConfig(rank=2, dora=True)))
+    with adapted.disabled() as plain:
+        torch.testing.assert_close(output(plain), output(prior))
+    assert not torch.allclose(output(adapted.prior), output(prior), atol=1e-2)
+    assert all(parameter.requires_grad for parameter in adapted.weights.parameters())
 
 
 def test_the_base_may_be_in_half_precision_and_the_adapter_is_not(prior):
@@ -182,6 +197,8 @@ def test_a_bounded_number_of_crops_is_cached(images, crops, cached):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"class_images": 0}, r"class_images must be at least 1, got 0\."),
+        ({"class_weight": 0.0}, r"class_weight must be above 0, got 0\.0\."),
         ({"crops": -1}, r"crops must be at least 0, got -1\."),
         ({"rank": 0}, r"rank must be at least 1, got 0\."),
         ({"alpha": 0.0}, r"alpha must be above 0, got 0\.0\."),
@@ -331,6 +348,73 @@ def test_encoders_are_on_the_device_only_while_they_encode(lora_runs, model_fold
     images = torch.zeros(1, 128, 128, 3, dtype=torch.uint8)
     stage.prepare(Batch(torch.arange(1), images, ["sks"], []), torch.device("cpu"))
     assert moves[8:] == ["cpu"] * 4
+
+
+@pytest.mark.parametrize(("word", "prompt"), [("", ""), ("dog", "a dog"), ("a black dog", "a black dog")])
+def test_the_prompt_of_a_class(word, prompt):
+    assert StageLoraConfig(class_word=word).class_prompt == prompt
+
+
+def test_images_of_the_class_are_drawn_once_and_trained_on(
+    lora_runs, model_folder, photos, tmp_path, monkeypatch
+):
+    """They are those of the model without the adapter, and have a loss of their own."""
+    recipe = lora_runs.recipe(model_folder, photos, class_word="dog", class_images=3, class_weight=2.0)
+    recipe = dataclasses.replace(recipe, prior_guidance=1.0)
+    draws, drawn = [], class_images.trajectories
+    monkeypatch.setattr(class_images, "trajectories", lambda *a, **k: draws.append(a[0]) or drawn(*a, **k))
+    losses = []
+    loss = StageLora._loss
+
+    def noted(self, inputs, random, purpose=""):
+        losses.append((purpose, inputs["states"].detach().clone(), loss(self, inputs, random, purpose)))
+        return losses[-1][2]
+
+    monkeypatch.setattr(StageLora, "_loss", noted)
+    train(recipe, tmp_path, device="cpu")
+    assert len(draws) == 1
+    stored = load_file(tmp_path / "stage_lora" / "class_images.safetensors")["latents"]
+    assert stored.shape == (3, 2, 3, 3)
+    cascade = read_cascade(model_folder)
+    text = cascade.text_encoder.encode(["a dog", ""])
+    plain = class_images._samples(
+        cascade.prior,
+        cascade.settings,
+        text,
+        ImageRandom(stable_hash(0, "class images") >> 1, torch.arange(3)).normal("noise", (2, 3, 3)),
+        None,
+    )
+    torch.testing.assert_close(stored, plain, rtol=1e-4, atol=1e-4)
+
+    assert [purpose for purpose, _, _ in losses] == ["", "class "] * 6
+    own, of_class = cascade.text_encoder.encode(["a photo of sks", "a dog"]).states
+    torch.testing.assert_close(losses[0][1][0], own)
+    torch.testing.assert_close(losses[1][1], of_class.expand(4, -1, -1))
+    (first, *_) = events(tmp_path, "progress")
+    assert first["loss"] == pytest.approx((losses[0][2] + 2 * losses[1][2]).item(), rel=1e-5)
+    assert first["class"] == pytest.approx(losses[1][2].item(), rel=1e-5)
+    draws.clear()
+    train(recipe, tmp_path, device="cpu", changes=["images=28"])
+    assert draws == []
+
+
+def test_the_file_describes_the_adapter(lora_runs, model_folder, photos, tmp_path):
+    settings = {"alpha": 3.0, "dora": True, "form": "kohya", "licence": "CC0-1.0", "updates": 2}
+    result = train(lora_runs.recipe(model_folder, photos, **settings), tmp_path, device="cpu")
+    adapter = read_adapter(result)
+    assert {layer.alpha for layer in adapter.prior.values()} == {3.0}
+    assert all(layer.a.shape[0] == 2 and layer.magnitude is not None for layer in adapter.prior.values())
+    assert adapter.metadata == AdapterMetadata(
+        base_model=model_folder.name,
+        base_hash=weights_hash(read_cascade(model_folder).prior),
+        trigger_words=("sks",),
+        images=8,
+        updates=2,
+        licence="CC0-1.0",
+    )
+    (file,) = result.iterdir()
+    assert any(key.startswith("lora_prior_unet_blocks_2_attention_to_q.") for key in load_file(file))
+    load(model_folder, "cpu").load_lora(result)
 
 
 def test_a_run_may_have_more_images_later(lora_runs, model_folder, photos, tmp_path):

@@ -23,8 +23,11 @@ from wuerstchen.models.vqgan import VQGAN
 from wuerstchen.recipes.mini import mini
 from wuerstchen.train.feed.images import Batch
 from wuerstchen.train.feed.random import ImageRandom
+from wuerstchen.train.stages.adapter import AdaptedPrior
 from wuerstchen.train.stages.base import cascade_settings, inputs_of
+from wuerstchen.train.stages.class_images import ClassImages
 from wuerstchen.train.stages.decoder import StageB, StageBRefinement
+from wuerstchen.train.stages.lora import LORA_STAGE, StageLora
 from wuerstchen.train.stages.prior import StageC
 
 META = torch.device("meta")
@@ -102,6 +105,25 @@ def test_updates_of_stage_c(prediction, small_cascade):
             "states": torch.empty(4, 32, text.width),
             "mask": torch.empty(4, 32).bool(),
         }
+    check_losses(stage, inputs)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_updates_of_adapters(dora, small_cascade):
+    text = small_cascade.text_encoder
+    given = recipe("velocity", text.width)
+    settings = cascade_settings(given, PUBLISHED_STATISTICS)
+    given = dataclasses.replace(given, stages=("lora",), start_from="bundled")
+    config = dataclasses.replace(given.stage_lora, targets="all", dora=dora, class_word="dog")
+    model = Cascade(settings=settings, **parts_of(given), text_encoder=text)
+    with META:
+        empty = TextStates(states=torch.empty(1, 32, text.width), mask=torch.empty(1, 32).bool())
+        x = torch.empty(4, given.prior.c_in, 6, 6)
+        adapted = AdaptedPrior(model.prior, config)
+        (phase,) = LORA_STAGE.phases(given)
+        stage = StageLora(config, given, model, adapted, phase, class_images=ClassImages(x, empty))
+        stage.no_text = empty
+        inputs = {"x": x, "states": torch.empty(4, 32, text.width), "mask": torch.empty(4, 32).bool()}
     check_losses(stage, inputs)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wuerstchen.checkpoints.adapters import LayerTensors
 from wuerstchen.errors import UserError
 from wuerstchen.models.prior import Prior
 from wuerstchen.train.config import StageLoraConfig
@@ -38,13 +39,17 @@ class AdapterWeights(nn.Module):
             }
         )
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The weights by peft's names, such as ``blocks.2.attention.to_q.lora_A.weight``."""
-        return {
-            f"{name}.{part}.weight": self.layers[_flat(name)][part].weight.detach()
-            for name in self.names
-            for part in self.layers[_flat(name)]
-        }
+    def tensors(self, alpha: float) -> dict[str, LayerTensors]:
+        """The weights by the names of the layers, for ``checkpoints.adapter_write``."""
+        found = {}
+        for name in self.names:
+            a, b, magnitude = (self._weight(name, part) for part in _PARTS)
+            found[name] = LayerTensors(a, b, alpha, None if magnitude is None else magnitude.flatten())
+        return found
+
+    def _weight(self, name: str, part: str) -> Tensor | None:
+        layer = self.layers[_flat(name)]
+        return layer[part].weight.detach() if part in layer else None
 
 
 def _flat(name: str) -> str:
@@ -78,6 +83,17 @@ class AdaptedPrior:
             self._set(self.weights)
             self.prior.train(training)
 
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[Prior]:
+        """The prior without the adapter, in eval mode."""
+        for layer in self._layers.values():
+            layer.enable_adapters(False)
+        try:
+            yield self.prior.eval()
+        finally:
+            for layer in self._layers.values():
+                layer.enable_adapters(True)
+
     def _set(self, weights: AdapterWeights) -> None:
         for name, layer in self._layers.items():
             for part, module in weights.layers[_flat(name)].items():
@@ -97,19 +113,6 @@ def target_layers(prior: nn.Module, targets: str) -> list[str]:
     return layers if targets == "all" else [name for name in layers if _ATTENTION.search(name)]
 
 
-def adapter_config(names: list[str], config: StageLoraConfig) -> dict[str, Any]:
-    """peft's configuration of the adapter."""
-    return {
-        "peft_type": "LORA",
-        "r": config.rank,
-        "lora_alpha": config.rank if config.alpha is None else config.alpha,
-        "target_modules": names,
-        "use_dora": config.dora,
-        "init_lora_weights": True,
-        "inference_mode": True,
-    }
-
-
 def _frozen_copy(prior: Prior, dtype: torch.dtype | None) -> Prior:
     with torch.device("meta"):
         copied = Prior(prior.config)
@@ -125,11 +128,15 @@ def _inject(prior: Prior, names: list[str], config: StageLoraConfig) -> dict[str
         raise UserError(
             'adapters need the package peft. Install it with: pip install "wuerstchen[lora]"'
         ) from error
-    settings = adapter_config(names, config) | {"inference_mode": False}
-    settings["target_modules"] = "|".join(re.escape(name) for name in names)
+    settings = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.rank * config.scale,  # type: ignore[arg-type]
+        target_modules="|".join(re.escape(name) for name in names),
+        use_dora=config.dora,
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about networks that are not transformers models
-        peft.inject_adapter_in_model(peft.LoraConfig(**settings), prior, _NAME)
+        peft.inject_adapter_in_model(settings, prior, _NAME)
     layers = {name: prior.get_submodule(name) for name in names}
     for layer in layers.values():
         for part in _PARTS:

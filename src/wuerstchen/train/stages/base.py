@@ -246,6 +246,15 @@ class Run(Protocol):
         """
         ...
 
+    def tensors_once(
+        self, name: str, make: Callable[[], dict[str, Tensor]], known: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The result of ``make`` on the CPU, stored in the run folder's file ``name`` for later starts.
+
+        Runs that measure nothing return ``known`` instead.
+        """
+        ...
+
     def settings_of_model(self, image_size: int | None = None) -> CascadeSettings:
         """The settings of the model so far, optionally with another image size."""
         ...

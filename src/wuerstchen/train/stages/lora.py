@@ -5,22 +5,29 @@ result is a file that is used together with the model.
 """
 
 import contextlib
+import dataclasses
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from wuerstchen.checkpoints.adapters import save_lora
+from wuerstchen.checkpoints.adapter_metadata import AdapterMetadata, weights_hash
+from wuerstchen.checkpoints.adapter_write import write_adapter
+from wuerstchen.checkpoints.adapters import WEIGHT_NAME, Adapter
+from wuerstchen.data.prepared import PreparedSet
 from wuerstchen.diffusion.objective import Objective
 from wuerstchen.models.cascade import Cascade
 from wuerstchen.train.config import Phase, Recipe, StageLoraConfig
 from wuerstchen.train.feed.images import Batch
 from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.precision import AUTOCAST_DTYPES
-from wuerstchen.train.stages.adapter import AdaptedPrior, AdapterWeights, adapter_config
+from wuerstchen.train.stages.adapter import AdaptedPrior, AdapterWeights
 from wuerstchen.train.stages.base import Inputs, Losses, NamedPhase, Run, StageKind, with_captions_dropped
+from wuerstchen.train.stages.class_images import ClassImages, class_inputs, draw_class_images
 from wuerstchen.train.stages.prior import Need, StageC, needs
 
 
@@ -37,13 +44,18 @@ class StageLora(StageC):
         adapted: AdaptedPrior,
         phase: NamedPhase,
         *,
+        class_images: ClassImages | None = None,
         device: torch.device | None = None,
         needed: Collection[Need] = ("compressor", "text_encoder"),
     ) -> None:
         """``adapted`` is a copy of the prior of the ``model``. Other arguments are as in ``StageC``."""
+        if config.class_word and len(recipe.preview_prompts) == 1:  # shows whether the class changes
+            prompts = (*recipe.preview_prompts, config.class_prompt)
+            recipe = dataclasses.replace(recipe, preview_prompts=prompts)
         super().__init__(recipe.stage_c, recipe, model, phase, device=device, needs=needed)
         self.adapter_config = config
         self.adapted = adapted
+        self.class_images = class_images
         self.prior = adapted.prior if device is None else adapted.prior.to(device)
         self.networks: dict[str, nn.Module] = {"adapter": adapted.weights}
         self.backbones = (self.prior,)
@@ -81,14 +93,25 @@ class StageLora(StageC):
         return self.frozen.settings.prior_objective
 
     def losses(self, inputs: Inputs, random: ImageRandom) -> Losses:
-        x, dropout = inputs["x"], self.adapter_config.caption_dropout
-        states, mask = with_captions_dropped(self.no_text, inputs, random, dropout)
-        t = self.objective.times(random.uniform("time"))
-        noise = random.normal("noise", x.shape[1:])
         self.prior.train()
+        loss, drawn = self._loss(inputs, random), self.class_images
+        if drawn is None:
+            yield "adapter", loss, {}
+            return
+        rows = random.integers("class image", (1,), len(drawn.latents))[:, 0]
+        of_class = self._loss(class_inputs(drawn, rows, masks="mask" in inputs), random, "class ")
+        yield "adapter", loss + self.adapter_config.class_weight * of_class, {"class": of_class}
+
+    def _loss(self, inputs: Inputs, random: ImageRandom, purpose: str = "") -> Float[Tensor, ""]:
+        """The loss of the prior. ``purpose`` begins the names of its random numbers."""
+        x, objective = inputs["x"], self.objective
+        dropout = self.adapter_config.caption_dropout
+        states, mask = with_captions_dropped(self.no_text, inputs, random, dropout)
+        t = objective.times(random.uniform(f"{purpose}time"))
+        noise = random.normal(f"{purpose}noise", x.shape[1:])
         context = self.prior.context(states, mask, cache_kv=False)
-        output = self.prior(self.objective.noised(x, noise, t), t, context)
-        yield "adapter", self.objective.loss(output, x, noise, t).mean(), {}
+        output = self.prior(objective.noised(x, noise, t), t, context)
+        return objective.loss(output, x, noise, t).mean()
 
     def predict(self, averages: dict[str, nn.Module], inputs: Inputs, x: Tensor, t: Tensor) -> Tensor:
         with self.adapted.using(averages["adapter"]) as prior:
@@ -128,15 +151,44 @@ def _train(run: Run) -> None:
             if name not in ("compressor", "prior"):  # targets must be exact, and the prior is not used
                 network.to(half)
     needed = () if recipe.prepared_images else needs(run, named.phase)
-    stage = StageLora(config, recipe, model, adapted, named, device=run.device, needed=needed)
+    drawn = None
+    if config.class_word and run.makes_updates:
+        with adapted.disabled() as untrained:
+            drawn = draw_class_images(run, untrained, model, half)
+    stage = StageLora(
+        config, recipe, model, adapted, named, class_images=drawn, device=run.device, needed=needed
+    )
     averages = run.train_phase(stage, named.phase)
     run.results["lora"] = averages(adapted.weights, "adapter")
 
 
 def _write(run: Run, folder: Path) -> None:
-    weights, config = run.results["lora"], run.recipe.stage_lora
+    weights, recipe, config = run.results["lora"], run.recipe, run.recipe.stage_lora
     assert isinstance(weights, AdapterWeights)
-    save_lora(folder, weights.tensors(), config=adapter_config(weights.names, config))
+    assert run.parts.prior is not None
+    start, trigger = Path(recipe.start_from), _trigger(recipe.caption)
+    metadata = AdapterMetadata(
+        base_model=start.name if start.exists() else recipe.start_from,
+        base_hash=weights_hash(run.parts.prior),
+        trigger_words=(trigger,) if trigger else (),
+        images=run.measured_once("stage_lora", lambda: {"images": _images(run)}, {"images": 0})["images"],
+        updates=-(-config.optimization.images // config.optimization.batch_size),
+        licence=config.licence,
+    )
+    adapter = Adapter(prior=weights.tensors(config.rank * config.scale))
+    write_adapter(folder / WEIGHT_NAME, adapter, metadata, form=config.form)
+
+
+def _images(run: Run) -> int:
+    """The number of different images that the adapter was trained on."""
+    (named,) = _phases(run.recipe)
+    source = run.source(named.phase)
+    return len(source.rows("train")) if isinstance(source, PreparedSet) else len(source)
+
+
+def _trigger(caption: str) -> str:
+    """The part of a caption for all images that prompts should repeat."""
+    return re.sub(r"^an? (photo|picture|image|drawing) of ", "", caption.strip(), flags=re.IGNORECASE)
 
 
 LORA_STAGE = StageKind(
