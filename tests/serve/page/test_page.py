@@ -1591,3 +1591,74 @@ def test_all_files_of_the_page_are_used_and_present():
     wanted |= set(itertools.chain(*(re.findall(r'from "\./([\w.]+)"', text) for text in texts.values())))
     assert wanted <= names
     assert names <= wanted | {"index.html"}
+
+
+def test_live_mode_redraws_with_the_same_seed_and_cancels_what_it_replaces(page, fake):
+    """Bugs: an entry or a seed per letter, a queue of jobs that nobody wants, or a flickering image."""
+    page.click(page.id("live-mode"))
+    assert not page.all(".entry")  # nothing is sent without a prompt
+    page.type("prompt", "a red apple")
+    page.one(".entry")
+    page.drawn()
+    (first,) = fake.jobs.values()  # one job for the whole text
+    assert first.settings["count"] == 1
+    assert page.values("seed") == [str(first.settings["seed"])]
+    fake.steps_until_pause = 5
+    page.id("prompt").send_keys(" on")
+    page.until(lambda: len(fake.jobs) == 2)
+    page.until(lambda: page.one(".words").text == "Stage C, step 5 of 12")
+    assert len(page.all(".final.there")) == 1  # the image stays until the next one has loaded
+    page.id("prompt").send_keys(" grass")
+    page.until(lambda: len(fake.jobs) == 3)
+    fake.steps_until_pause = None
+    page.until(lambda: page.one(".meta") and list(fake.jobs.values())[1].state == "cancelled")
+    page.drawn()
+    jobs = list(fake.jobs.values())
+    assert [job.state for job in jobs] == ["done", "cancelled", "done"]
+    assert {job.settings["seed"] for job in jobs} == {first.settings["seed"]}
+    assert [entry.find_element(By.CSS_SELECTOR, "h3").text for entry in page.all(".entry")] == [
+        "a red apple on grass"
+    ]
+    page.until(lambda: page.script("return document.querySelectorAll('.final').length") == 1)
+    assert fake.jobs["fake-3"].images[0]["url"] in page.one(".final").get_attribute("src")
+
+
+def test_the_slider_of_live_mode_redraws_with_its_seed(page, fake):
+    """It sets the seed of the form, so the same image can be generated later."""
+    assert not page.all("#seed-slider")
+    page.type("prompt", "a red apple")
+    page.click(page.id("live-mode"))
+    page.until(lambda: len(fake.jobs) == 1)
+    page.id("seed-slider").send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    page.until(lambda: any(job.settings["seed"] == 2 for job in fake.jobs.values()))
+    page.drawn()
+    assert page.values("seed") == ["2"]
+    assert page.script("return document.querySelector('[name=seeds]:checked').value") == "keep"
+    assert "seed 2 " in page.one(".meta").text
+    # Without live mode changes send nothing, and its entry stays.
+    sent = len(fake.jobs)
+    page.click(page.id("live-mode"))
+    page.id("prompt").send_keys(" pie")
+    page.draw()
+    page.drawn()
+    assert len(fake.jobs) == sent + 1
+    assert len(page.all(".entry")) == 2
+
+
+def test_a_refused_live_job_keeps_the_image(page, fake):
+    """Bugs: an entry without an image, or live mode that stops at the first full queue."""
+    page.expected.append(r"v1/jobs.*429")
+    page.click(page.id("live-mode"))
+    page.type("prompt", "a red apple")
+    page.one(".entry")
+    page.drawn()
+    fake.refuse = (429, "The queue is full. Try again later.", None)
+    page.id("prompt").send_keys("s")
+    page.until(lambda: page.id("form-error").is_displayed())
+    assert len(page.all(".final.there")) == 1
+    assert page.one(".entry h3").text == "a red apple"
+    fake.refuse = None
+    page.id("prompt").send_keys(" and pears")
+    page.until(lambda: page.one(".entry h3").text == "a red apples and pears")
+    page.drawn()
+    assert not page.id("form-error").is_displayed()

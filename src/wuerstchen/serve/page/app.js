@@ -6,6 +6,7 @@ import { announce, byId, hide, icon, keep, local, say, sayOrHide } from "./dom.j
 import { EntryView, isOver, imageOf } from "./entry.js";
 import { Form } from "./form.js";
 import * as history from "./history.js";
+import { Live } from "./live.js";
 import { duration, fromHash, inPlainWords, resolved, toBody, toHash, wordOf } from "./settings.js";
 import { Viewer } from "./viewer.js";
 
@@ -162,15 +163,7 @@ async function draw(parts) {
   const entry = { parts };
   show(entry);
   try {
-    for (const part of parts) {
-      const job = await postJob(toBody(part.settings, part.live.original));
-      Object.assign(part, { id: job.id, state: "queued", total: history.total(job.total) ?? part.total });
-      part.settings = resolved(part.settings, job.settings);
-      part.live.position = job.position;
-      changed(entry);
-      history.save(entries);
-      track(entry, part);
-    }
+    for (const part of parts) await send(entry, part);
   } catch (error) {
     const sent = parts.filter(({ id }) => id);
     if (sent.length === 0) drop(entry);
@@ -182,16 +175,28 @@ async function draw(parts) {
   return entry;
 }
 
+async function send(entry, part) {
+  const job = await postJob(toBody(part.settings, part.live.original));
+  Object.assign(part, { id: job.id, state: "queued", total: history.total(job.total) ?? part.total });
+  part.settings = resolved(part.settings, job.settings);
+  part.live.position = job.position;
+  changed(entry);
+  history.save(entries);
+  track(entry, part);
+}
+
 async function track(entry, part) {
   const { live } = part;
   const take = (raw) => {
     const image = history.parseImage(raw);
     if (!image) return;
+    live.old = false;
     part.images = [...part.images.filter(({ index }) => index !== image.index), image].sort((a, b) => a.index - b.index);
   };
   const end = (state, message = null) => {
     part.state = state;
     part.error = state === "failed" ? inPlainWords(message ?? part.error ?? "The service gave no reason") : null;
+    if (live.old) part.images = []; // of the job before
     delete live.previews;
   };
   const on = {
@@ -266,6 +271,33 @@ async function submit(settings, original, { fromForm = false } = {}) {
     form.showError(error.param, error instanceof Unreachable ? "The service is not responding. Your settings are kept. Try again." : error.message);
   } finally {
     sending = false;
+  }
+}
+
+let liveEntry = null;
+/** Replaces the job of the live entry, or starts one. The service cancels the job before if it still runs. */
+async function drawLive(settings, original) {
+  const part = newPart(settings, original);
+  part.live.quiet = true; // the stages of every change would be too much to hear
+  const [before] = entries.includes(liveEntry) ? liveEntry.parts : [];
+  if (before) {
+    if (!isOver(before) && before.id) cancelJob(before.id).catch(() => {}); // it may be over by now
+    Object.assign(part, { images: before.images });
+    part.live.old = true;
+    views.get(liveEntry).replace(part);
+  } else {
+    liveEntry = { parts: [part] };
+    show(liveEntry);
+  }
+  try {
+    form.clearErrors();
+    await send(liveEntry, part);
+  } catch (error) {
+    if (before) views.get(liveEntry)?.replace(before);
+    else drop(liveEntry);
+    if (!(error instanceof Refused || error instanceof Unreachable)) throw error;
+    if (error instanceof Unreachable) lost();
+    form.showError(error.param, error.message);
   }
 }
 
@@ -361,6 +393,7 @@ function allImages() {
 // ---- the form
 
 const form = new Form({
+  onChange: () => live.changed(),
   onFound(settings) {
     if (settings.prompt) note("This image contains its settings", { act: () => useFound(settings), label: "Use them" });
   },
@@ -369,6 +402,21 @@ const form = new Form({
     if (undo.act) note("Prompt replaced by an example", undo);
   },
 });
+const live = new Live({
+  read() {
+    form.keepSeed();
+    const settings = model && form.read({ quiet: true });
+    return settings && { settings: { ...settings, count: 1 }, image: form.image };
+  },
+  draw: drawLive,
+});
+byId("live-mode").addEventListener("change", ({ target }) => {
+  if (!target.checked) liveEntry = null;
+  byId("live-settings").hidden = !target.checked;
+  live.set(target.checked);
+});
+byId("seed-slider").addEventListener("input", ({ target }) => form.setSeed(Number(target.value)));
+
 /** The undo action of a note, if applying `settings` would replace a prompt that the user wrote. */
 function undoing(settings = {}) {
   const { prompt } = form.texts();

@@ -45,6 +45,8 @@ function words(part) {
   return `${live.stage}, step ${live.step} of ${live.steps}`;
 }
 
+const isSmall = ({ total, settings }) => total === 1 && settings.kind !== "reconstruct" && (settings.width ?? 0) <= 512;
+
 export class EntryView {
   /** `actions`: see app.js. */
   constructor(entry, actions) {
@@ -56,10 +58,17 @@ export class EntryView {
     this.heading = make("h3", { class: "prompt", dir: "auto" });
     this.meta = make("p", { class: "meta" });
     this.removing = iconButton("close", "Remove from the session", () => actions.remove(entry));
-    const small = !two && first.total === 1 && first.settings.kind !== "reconstruct" && (first.settings.width ?? 0) <= 512;
-    this.element = make("li", { class: `entry${two ? " both" : small ? " small" : ""}` },
+    this.element = make("li", { class: `entry${two ? " both" : isSmall(first) ? " small" : ""}` },
       make("article", {}, make("header", {}, this.heading, this.removing), this.meta,
         make("div", { class: two ? "two" : "one" }, ...this.parts.map(({ element }) => element))));
+    this.update();
+  }
+
+  /** Shows another job in place of the only one. The image stays until that of the new job has loaded. */
+  replace(part) {
+    this.entry.parts = [part];
+    this.parts[0].replace(part);
+    this.element.classList.toggle("small", isSmall(part));
     this.update();
   }
 
@@ -92,21 +101,29 @@ class PartView {
     this.own = make("span", { class: "prompt", dir: "auto" });
     this.words = make("p", { class: "words" });
     this.bar = make("progress", { max: "1", "aria-label": `Progress of ${letter ?? title}` });
-    this.cancel = make("button", { type: "button", class: "plain", onclick: () => actions.cancel(part) }, "Cancel");
+    this.cancel = make("button", { type: "button", class: "plain", onclick: () => actions.cancel(this.part) }, "Cancel");
     this.running = make("div", { class: "running" }, this.bar, this.words, this.cancel);
     this.error = make("p", { class: "error" });
     this.notice = make("p", { class: "error calm" });
-    this.retry = make("button", { type: "button", class: "plain", onclick: () => actions.again(part, part.settings.seed) });
-    this.newSeed = letter ? null : make("button", { type: "button", class: "plain", onclick: () => actions.again(part, null) }, "New seed");
+    this.retry = make("button", { type: "button", class: "plain", onclick: () => actions.again(this.part, this.part.settings.seed) });
+    this.newSeed = letter ? null : make("button", { type: "button", class: "plain", onclick: () => actions.again(this.part, null) }, "New seed");
     this.doing = make("div", { class: "actions" },
       this.retry,
-      make("button", { type: "button", class: "plain", onclick: () => actions.use(part) }, "Use settings"),
+      make("button", { type: "button", class: "plain", onclick: () => actions.use(this.part) }, "Use settings"),
       this.newSeed,
-      make("button", { type: "button", class: "plain", onclick: () => actions.link(part.settings) }, "Copy link"));
+      make("button", { type: "button", class: "plain", onclick: () => actions.link(this.part.settings) }, "Copy link"));
     this.images = make("div", { class: "images" });
     this.element = make("section", { class: "part", "aria-label": letter ? `${letter}: ${title}` : title },
       letter && make("h4", {}, make("b", { class: "letter" }, letter), this.own),
       this.images, this.error, this.notice, make("footer", {}, this.running, this.doing));
+  }
+
+  replace(part) {
+    this.part = part;
+    for (const slot of this.#slots.values()) slot.part = part;
+    const title = nameOf(part.settings);
+    this.element.setAttribute("aria-label", title);
+    this.bar.setAttribute("aria-label", `Progress of ${title}`);
   }
 
   /** `own`: for one of two parts, the settings that differ from the other one. */
@@ -140,7 +157,7 @@ class PartView {
       this.cancel.setAttribute("aria-disabled", String(part.state === "sending" || Boolean(live.cancelling)));
       const stage = live.lost ? "lost" : (live.stage ?? part.state);
       // Announce each stage once, not each step. The progress bar has the steps.
-      if (stage !== this.#said) announce(`${live.stage ?? told}: ${nameOf(settings)}`);
+      if (stage !== this.#said && !live.quiet) announce(`${live.stage ?? told}: ${nameOf(settings)}`);
     }
     this.#said = over ? part.state : live.lost ? "lost" : (live.stage ?? part.state);
   }
@@ -222,10 +239,12 @@ class Slot {
     this.image = imageOf(this.part, image);
     const { settings } = this.image;
     const title = nameOf(settings);
+    const before = this.final;
     this.final = make("img", { class: "final", alt: settings.seed === undefined ? title : `${title}, seed ${settings.seed}` });
     this.final.addEventListener("load", () => {
       this.element.classList.remove("gone");
       this.final.classList.add("there");
+      before?.remove();
       this.button.disabled = false;
       this.button.removeAttribute("aria-label");
     });

@@ -25,18 +25,18 @@ export class Form {
   #choices = 0; // number of the last choice: a file that is read slowly must not replace a later one
   #choosing = null;
 
-  /** `onFound(settings)`: a chosen image contains settings. `onExample()`: an example is about to replace the prompt. */
-  constructor({ onFound, onExample }) {
+  /**
+   * `onFound(settings)`: a chosen image contains settings. `onExample()`: an example is about to replace the prompt.
+   * `onChange()`: the form has changed.
+   */
+  constructor({ onFound, onExample, onChange }) {
     this.onFound = onFound;
     this.onExample = onExample;
+    this.onChange = onChange;
     this.form = byId("form");
     this.fields = this.form.elements;
     byId("size").addEventListener("change", () => this.#arrange());
-    byId("reroll").addEventListener("click", () => {
-      this.fields.seed.value = newSeed();
-      this.fields.seeds.value = "keep";
-      this.#changed();
-    });
+    byId("reroll").addEventListener("click", () => this.setSeed(newSeed()));
     byId("seed").addEventListener("input", () => (this.fields.seeds.value = "keep"));
     byId("chosen-remove").addEventListener("click", () => {
       this.setImage(null);
@@ -181,6 +181,7 @@ export class Form {
     this.clearError("image");
     const chosen = document.activeElement === byId("file");
     this.#arrange();
+    this.onChange();
     if (image && chosen) [...this.fields.mode].find(({ checked }) => checked).focus(); // the file field is hidden now
   }
 
@@ -216,6 +217,7 @@ export class Form {
     this.#arrange();
     const { settings } = this.#raw();
     keep(session, DRAFT, JSON.stringify({ ...settings, keep: this.fields.seeds.value === "keep" }));
+    this.onChange();
   }
 
   #restoreDraft() {
@@ -259,20 +261,21 @@ export class Form {
     return { settings, broken };
   }
 
-  /** The settings, or null if some are invalid. Then shows the errors next to their fields. */
-  read() {
-    this.clearErrors();
+  /** The settings, or null if some are invalid. Then shows the errors next to their fields, unless `quiet`. */
+  read({ quiet = false } = {}) {
+    const showError = quiet ? () => {} : (name, text) => this.showError(name, text);
+    if (!quiet) this.clearErrors();
     const { settings, broken } = this.#raw();
     const { mode } = this.form.dataset;
     const seen = broken.filter((name) => name in relevant(settings)); // ignore hidden fields
-    for (const name of seen) this.showError(name, "Not a number. Use digits only.");
+    for (const name of seen) showError(name, "Not a number. Use digits only.");
     if (seen.length) return null;
     if (mode === "generate" && !settings.prompt.trim()) {
-      this.showError("prompt", "Enter a prompt, or choose an example.");
+      showError("prompt", "Enter a prompt, or choose an example.");
       return null;
     }
     if (settings.kind === "generate" && (settings.width === null || settings.height === null)) {
-      this.showError("size", "A custom size needs a width and a height.");
+      showError("size", "A custom size needs a width and a height.");
       return null;
     }
     if (this.fields.seeds.value === "new") settings.seed = null;
@@ -331,6 +334,20 @@ export class Form {
     seed.value = "";
     this.#changed();
     return () => this.showSeed(last);
+  }
+
+  /** Keeps the seed of the field, or a new one if it is empty. */
+  keepSeed() {
+    const { seed, seeds } = this.fields;
+    if (seeds.value === "keep" && seed.value !== "") return;
+    this.setSeed(seed.value === "" ? newSeed() : seed.value);
+  }
+
+  setSeed(value) {
+    this.fields.seed.value = value;
+    this.fields.seeds.value = "keep";
+    this.clearError("seed");
+    this.#changed();
   }
 
   /** Shows the seed that the service chose. */
