@@ -170,6 +170,7 @@ INSIDE_TRAIN = {
 }
 LOWEST_OF_TRAIN = {
     "config",
+    "config_fields",
     "config_lora",
     "config_stages",
     "decoder_kinds",

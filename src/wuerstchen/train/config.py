@@ -16,6 +16,7 @@ from wuerstchen.models.previewer import PreviewerConfig
 from wuerstchen.models.prior import PriorConfig
 from wuerstchen.models.vqgan import VQGANConfig
 from wuerstchen.sampling import ALL_TIMES, Sampling
+from wuerstchen.train.config_fields import FREE_FIELDS, differing_fields
 from wuerstchen.train.config_lora import StageLoraConfig
 from wuerstchen.train.config_memory import Memory, check_memory
 from wuerstchen.train.config_stages import (
@@ -374,39 +375,6 @@ class Recipe:
             )
 
 
-FREE_FIELDS = frozenset(
-    {
-        "data",
-        "start_from",
-        "workers",
-        "checkpoint_seconds",
-        "log_every",
-        "preview_every",
-        "preview_prompts",
-        "keep_every",
-        "acceleration",
-        "sharding",
-        "recompute",
-        "storage",
-        "max_shard_size",
-    }
-)
-"""Fields that may change whenever a run is resumed, because the result does not depend on them. It stays
-equal bit for bit, or up to rounding for ``acceleration``, ``sharding`` and the number of processes. ``data``
-and ``start_from`` are only locations. Their contents are checked by fingerprint. ``storage`` and
-``max_shard_size`` are used when the model is written."""
-
-
-_ADDED = {
-    "stage_b.max_ratio": 1.0,
-    "stage_c.max_ratio": 1.0,
-    "image_column": "",
-    "text_column": "",
-    "memory": "normal",
-}
-"""Fields that earlier versions did not record, with the values that they used."""
-
-
 def with_time_densities(recipe: Recipe) -> Recipe:
     """The recipe with the objective's own ``time_density`` in place of None."""
     changes: dict[str, StageBConfig | StageCConfig] = {}
@@ -416,30 +384,6 @@ def with_time_densities(recipe: Recipe) -> Recipe:
             density = default_time_density(getattr(network, "prediction", "noise"))
             changes[name] = dataclasses.replace(config, time_density=density)
     return dataclasses.replace(recipe, **changes) if changes else recipe
-
-
-def differing_fields(stored: dict, given: dict, prefix: str = "") -> list[str]:
-    """The fields in which two resolved recipes differ, with both values if they are short.
-
-    Leaves out ``FREE_FIELDS``, and the settings of Stage A, of the student and of adapters if they are not
-    trained.
-    """
-    names = []
-    optional = {"stage_a": "a", "stage_few": "few", "stage_lora": "lora"}
-    for key in sorted(stored.keys() | given.keys()):
-        left_out = key in optional and optional[key] not in given.get("stages", optional.values())
-        if not prefix and (key in FREE_FIELDS or left_out):
-            continue
-        a, b = stored.get(key, _ADDED.get(f"{prefix}{key}")), given.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            names += differing_fields(a, b, f"{prefix}{key}.")
-        elif key == "phases" and isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-            for number, (old, new) in enumerate(zip(a, b, strict=True)):
-                names += differing_fields(old, new, f"{prefix}{key}.{number}.")
-        elif a != b:
-            values = f" ({a}, now {b})"
-            names.append(f"{prefix}{key}{values if len(values) < 40 else ''}")
-    return names
 
 
 def as_dict(recipe: Recipe) -> dict:

@@ -10,7 +10,6 @@ can be recorded once and replayed.
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -39,6 +38,11 @@ from wuerstchen.train.feed.images import Batch, pixels_of
 from wuerstchen.train.feed.prepared import StoredBatch
 from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.initial_weights import InitialWeights, Parts
+from wuerstchen.train.stages.abilities import KeepsBest as KeepsBest
+from wuerstchen.train.stages.abilities import LendsEncoders as LendsEncoders
+from wuerstchen.train.stages.abilities import ReadsOnlyCaptions as ReadsOnlyCaptions
+from wuerstchen.train.stages.abilities import UsesAverages as UsesAverages
+from wuerstchen.train.stages.abilities import UsesBackbones as UsesBackbones
 
 MIN_STD = 0.1  # of semantic latents. Batch norm keeps it near 1 as long as the images differ
 
@@ -100,51 +104,6 @@ class Stage(Protocol):
         moved there layer by layer. This needs the least memory and is much slower.
         """
         ...
-
-
-@runtime_checkable
-class UsesAverages(Protocol):
-    """A stage whose losses use the weight averages, such as a student that learns from its own average."""
-
-    def use_averages(self, averages: dict[str, nn.Module]) -> None:
-        """Called once before the first update, with the averages by the names of their networks.
-
-        They are restored from a checkpoint if there is one, and change after every update. ``losses`` may run
-        them without gradients, and must not change them.
-        """
-        ...
-
-
-@runtime_checkable
-class ReadsOnlyCaptions(Protocol):
-    """A stage that reads only captions. Of images it looks at the size."""
-
-    only_captions: bool
-
-
-@runtime_checkable
-class UsesBackbones(Protocol):
-    """A stage whose losses have gradients with respect to the activations of frozen networks."""
-
-    backbones: tuple[nn.Module, ...]
-    """These networks. Their blocks are compiled and recomputed like those of trained networks."""
-
-
-@runtime_checkable
-class LendsEncoders(Protocol):
-    """A stage whose frozen networks are on the device only while they encode images and captions."""
-
-    def lent_encoders(self, device: torch.device) -> AbstractContextManager[None]:
-        """Keeps them on ``device`` for several calls of ``prepare``."""
-        ...
-
-
-@runtime_checkable
-class KeepsBest(Protocol):
-    """A stage that may end with the weights that had the lowest validation loss."""
-
-    keeps_best: bool
-    """Whether it does. Without validation, it ends with the last ones."""
 
 
 N = TypeVar("N", bound=nn.Module)

@@ -58,7 +58,7 @@ def draw_class_images(run: Run, prior: Prior, model: Cascade, dtype: torch.dtype
         ]
         return {"latents": torch.cat(drawn)}
 
-    of_rehearsals = {"latents": torch.zeros(config.class_images, *shape, device="cpu")}
+    of_rehearsals = {"latents": torch.zeros(config.class_images, *shape, dtype=torch.float32, device="cpu")}
     latents = run.tensors_once("stage_lora/class_images.safetensors", draw, of_rehearsals)["latents"]
     return ClassImages(latents.to(device), _row(text, 0, 1))
 
