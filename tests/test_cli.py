@@ -443,7 +443,7 @@ def test_an_init_image_needs_no_prompt(run, tmp_path):
     assert Path(out.strip()).name == "a-cat-0.png"
     for arguments, message in (
         (["--init", "nothing.png"], "nothing.png"),
-        (["--init", "My photo.png", "--strength", "0"], "strength must be above 0 and at most 1, got 0.0"),
+        (["--init", "My photo.png", "--strength", "-1"], "strength must be at least 0 and at most 1, got -1"),
     ):
         code, _, err = run("generate", *arguments)
         assert code == 2
@@ -482,6 +482,64 @@ def test_a_mask_is_repainted_and_the_rest_is_the_image(run, tmp_path):
     assert size_of(out.strip()) == (148, 100)
     settings = read_settings(out.strip())
     assert (settings["extend"], settings["crop_to_mask"], settings["strength"]) == ("left=8", 32, 0.5)
+
+
+def test_a_morph_is_an_animation_or_frames(run, tmp_path, model_folder):
+    small = ("--prior-steps", "2", "--decoder-steps", "1", "--model", model_folder)
+    code, out, err = run("morph", "a cat", "a red car", "--frames", "3", *small)
+    assert code == 0, err
+    assert out.strip() == "a-cat-to-a-red-car-0.webp"
+    with Image.open(out.strip()) as image:
+        assert (image.n_frames, image.size, image.info["loop"]) == (3, (128, 128), 0)
+        image.load()
+        assert image.info["duration"] == 125
+        assert MADE_BY_A_MODEL in image.info["xmp"].decode()
+        assert '"end": "a red car"' in image.getexif()[270]
+    code, again, _ = run("morph", "a cat", "a red car", "--frames", "3", *small)
+    assert again.strip() == "a-cat-to-a-red-car-0-2.webp"
+    code, out, _ = run("morph", "a cat", "--end-seed", "4", "--frames", "2", "--out", "m.gif", *small)
+    assert code == 0
+    with Image.open("m.gif") as image:
+        assert (image.format, image.n_frames) == ("GIF", 2)
+        assert b'"end_seed": 4' in image.info["comment"]
+    Image.new("RGB", (140, 128), "red").save("My photo.png")
+    code, out, _ = run("morph", "My photo.png", "a cat", "--frames", "3", "--format", "frames", *small)
+    assert code == 0
+    assert out.split() == [f"my-photo-to-a-cat-0-{n:03d}.png" for n in range(3)]
+    assert read_settings(out.split()[1])["frame"] == 1
+
+
+def test_bad_morphs_are_one_line(run, tmp_path, model_folder):
+    Image.new("RGB", (70, 70), "red").save("photo.webp")
+    (tmp_path / "text.png").write_text("none")
+    for arguments, message in (
+        (["a cat"], "the same prompt with the same seed"),
+        (["a cat", "a dog", "--frames", "1"], "frames must be an integer from 2"),
+        (["a cat", "a dog", "--fps", "0"], "fps must be from 0.1 to 100"),
+        (["a cat", "a dog", "--out", "x.mp4"], "out must be a folder, a .webp or a .gif file"),
+        (["a cat", "a dog", "--out", "x.gif", "--format", "webp"], "format webp does not fit x.gif"),
+        (["photo.webp", "a dog", "--out", "photo.webp"], "out is the input image"),
+        (["text.png", "a dog"], "text.png"),
+    ):
+        code, _, err = run("morph", *arguments, "--model", model_folder)
+        assert code == 2
+        assert message in err
+        assert len(err.splitlines()) == 1
+
+
+def test_details_and_weights_are_options(run):
+    """The settings in the file name what was used."""
+    drawn = {}
+    for options in ((), ("--detail-seed", "5"), ("--prompt-weights",)):
+        code, out, err = run("generate", "a (red:3) cat", "--count", "2", *options)
+        assert code == 0, err
+        drawn[options] = [Image.open(path).tobytes() for path in out.split()]
+        settings = read_settings(out.split()[1])
+        assert settings.get("detail_seed") == (6 if "5" in options else None)
+        assert settings.get("prompt_weights") == ("--prompt-weights" in options or None)
+    assert len({tuple(images) for images in drawn.values()}) == 3
+    code, _, err = run("generate", "a (cat", "--prompt-weights")
+    assert (code, "does not match" in err) == (2, True)
 
 
 def test_bad_edits_are_one_line(run, tmp_path):

@@ -76,10 +76,10 @@ def test_extensions_keep_the_image_but_for_the_feather(model):
 
 
 def test_stage_c_replaces_known_cells_at_each_step(model):
-    """The steps written out: cells outside the grown mask are the noised image's after each step."""
+    """The steps written out: cells outside the mask are the noised image's after each step."""
     cascade, generator = model.cascade, [torch.Generator().manual_seed(7)]
     init = noise(256, 256)
-    mask = masked(init.size, (0, 0, 20, 20))  # one of 6 × 6 cells, and its neighbours
+    mask = masked(init.size, (0, 0, 60, 60))  # in four of 6 × 6 cells
     settings = cascade.settings
     (edit,) = make_edits([init], mask, EditOptions(), 1.0, None, settings)
     known = model.known_parts(edit, (256, 256)).semantic_latents
@@ -237,6 +237,18 @@ def test_strength_multiplies_the_mask(model):
     many = Sampling(guidance=1.0, prior_steps=12)
     distances = [(sample_c(model, each, 2, many) - kept).square().mean() for each in (weak, strong)]
     assert distances[0] < distances[1]
+
+
+def test_the_mask_grows_with_the_grid():
+    """By none of 6 × 6 cells, one of 24 × 24 and two of 48 × 48."""
+    mask = masked((1536, 1536), (512, 512, 1024, 1024))
+    (edit,) = make_edits([Image.new("RGB", mask.size)], mask, EditOptions(), 1.0, None, CascadeSettings())
+    for grid, grown in ((6, 0), (12, 0), (24, 1), (48, 2)):
+        found = edit.cell_strengths((1536, 1536), (grid, grid))
+        expected = torch.zeros(grid, grid)
+        inside = slice(grid // 3 - grown, 2 * grid // 3 + grown)
+        expected[inside, inside] = 1
+        assert torch.equal(found, expected)
 
 
 def test_what_keeps_nothing_is_not_seen():

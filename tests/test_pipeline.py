@@ -489,9 +489,9 @@ def test_adapters_mix_and_come_off_again(model_folder, model, tmp_path):
         adapted.load_lora(tmp_path / "one.safetensors", math.nan)
 
 
-@pytest.mark.parametrize("strength", [0.0, -1.0, 1.5, math.nan])
+@pytest.mark.parametrize("strength", [-0.1, -1.0, 1.5, math.nan])
 def test_strength_is_a_time(model, strength):
-    with pytest.raises(UserError, match=r"strength must be above 0 and at most 1, got .*"):
+    with pytest.raises(UserError, match=r"strength must be at least 0 and at most 1, got .*"):
         model.generate("a cat", init=Image.new("RGB", (8, 8)), strength=strength)
 
 
@@ -587,7 +587,7 @@ def test_long_prompts_are_cut_with_a_warning(model):
         ({"size": (128, 128.0)}, r"size must be .* got \(128, 128\.0\)"),
         ({"init": "photo.jpg"}, "init must be a PIL image, got <class 'str'>"),
         ({"init": Image.new("RGB", (0, 9))}, "init has 0×9 pixels"),
-        ({"strength": "0.5"}, "strength must be above 0 and at most 1, got 0.5"),
+        ({"strength": "0.5"}, "strength must be at least 0 and at most 1, got 0.5"),
         ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
         (
             {"size": 100},

@@ -28,8 +28,10 @@ from wuerstchen.masks import (
 )
 from wuerstchen.models.cascade import MAX_SIDES, MIN_SIDE, SIDE_STEP, CascadeSettings
 
-GROWN_CELLS = 1
-"""Semantic latents next to the mask that change with it. They have seen what is repainted."""
+GROWN_FRACTION = 1 / 24
+"""How far the mask grows in the semantic latents, as a fraction of their shorter side: one position for the
+published 24×24. Its neighbours have seen what is repainted. On the 6×6 of the bundled model it does not grow,
+which lost less R@1 than one position (benchmarks/editing.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +60,11 @@ class Edit:
     def cell_strengths(self, canvas: tuple[int, int], grid: tuple[int, int]) -> Float[Tensor, "h w"]:
         """How far each semantic latent may change, on a ``grid`` of (height, width).
 
-        The strongest pixel of a cell counts, and that of its neighbours.
+        The strongest pixel of a cell counts, and that of its neighbours within ``GROWN_FRACTION``.
         """
         cells = F.adaptive_max_pool2d(self._on_canvas(self.strength, canvas), grid)
-        side = 2 * GROWN_CELLS + 1
-        return F.max_pool2d(cells, side, stride=1, padding=GROWN_CELLS)[0, 0]
+        grown = int(min(grid) * GROWN_FRACTION)
+        return F.max_pool2d(cells, 2 * grown + 1, stride=1, padding=grown)[0, 0]
 
     def latent_strengths(self, canvas: tuple[int, int], grid: tuple[int, int]) -> Float[Tensor, "h w"]:
         """How far each of Stage B's latents may change, on a ``grid`` of (height, width): 1 in the mask, less

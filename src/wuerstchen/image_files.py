@@ -6,11 +6,11 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
 from wuerstchen.errors import UserError
@@ -20,6 +20,7 @@ from wuerstchen.png_text import open_any
 _SETTINGS_KEY = "wuerstchen"
 MADE_BY_A_MODEL = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 """The DigitalSourceType that IPTC defines for generated images."""
+ANIMATIONS = (".webp", ".gif")
 _XMP = (
     '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF '
     'xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
@@ -77,6 +78,47 @@ def save_new_png(
             number += 1
             path = folder / f"{stem}-{number}.png"
     return path
+
+
+def save_animation(
+    frames: Sequence[Image.Image], path: Path, settings: Mapping[str, Any], *, seconds_per_frame: float
+) -> None:
+    """Writes generated images as an endless animation: WebP or GIF, by the suffix of ``path``.
+
+    A WebP is lossless and is marked as generated in its XMP. A GIF has the settings in its comment, and at
+    most 256 colours. The file is written atomically and replaces an existing one. Raises ``UserError``.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in ANIMATIONS:
+        raise UserError(f"path {str(path)!r} must end in {' or '.join(ANIMATIONS)}.")
+    text = json.dumps(dict(settings), allow_nan=False)
+    if suffix == ".webp":
+        exif = Image.Exif()
+        exif[ExifTags.Base.ImageDescription] = text
+        options: dict[str, Any] = {"lossless": True, "xmp": _XMP.encode(), "exif": exif.tobytes()}
+    else:
+        options = {"comment": text.encode(), "disposal": 2}
+    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            frames[0].save(
+                file,
+                suffix[1:].upper(),
+                save_all=True,
+                append_images=list(frames[1:]),
+                duration=round(1000 * seconds_per_frame),
+                loop=0,
+                **options,
+            )
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(
+            f"path {str(path)!r} cannot be written ({error.strerror or error}). "
+            "Choose a file in an existing, writable folder."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def _placed(temporary: Path, path: Path) -> bool:

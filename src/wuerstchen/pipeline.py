@@ -24,6 +24,7 @@ from wuerstchen.checkpoints.hub import BUNDLED
 from wuerstchen.checkpoints.layouts import Sources, read_model
 from wuerstchen.device import Precision, default_device, default_precision, runs_triton, to_device
 from wuerstchen.diffusion.known_cells import predict_around
+from wuerstchen.diffusion.morphs import mixed
 from wuerstchen.diffusion.objective import Objective, predictions_for_sampling
 from wuerstchen.diffusion.sampler_table import SAMPLERS
 from wuerstchen.diffusion.samplers import Predict, draw_noise, guided, guided_within
@@ -41,7 +42,9 @@ from wuerstchen.images import (
 from wuerstchen.models.cascade import Cascade
 from wuerstchen.models.prior import Prior
 from wuerstchen.models.text import TextStates
+from wuerstchen.morphs import MorphRequest, morph_frames
 from wuerstchen.progress import StepCallback
+from wuerstchen.prompt_weights import parsed
 from wuerstchen.reconstruction import Reconstructor, dtype_of, for_inference
 from wuerstchen.runtime.offload import LowMemory
 from wuerstchen.sampling import (
@@ -54,7 +57,7 @@ from wuerstchen.sampling import (
     one_for_each,
 )
 from wuerstchen.sampling import Reconstruction as Reconstruction  # callers import it from here
-from wuerstchen.sampling_batch import Begin, Progress, SamplingBatch, joined_begins, same_size_rows
+from wuerstchen.sampling_batch import Begin, Morph, Progress, SamplingBatch, joined_begins, same_size_rows
 
 
 def load(
@@ -116,6 +119,8 @@ class Wuerstchen(Reconstructor):
         crop_to_mask: bool | int = False,
         feather: int | None = None,
         strength: float | None = None,
+        detail_seed: int | Sequence[int] | None = None,
+        prompt_weights: bool = False,
         sampling: Sampling | None = None,
         batch_size: int = 8,
         progress: Progress | None = None,
@@ -124,13 +129,14 @@ class Wuerstchen(Reconstructor):
         """Generates ``count`` images for each prompt, in the order of the prompts.
 
         Image i uses seed ``seed + i``, or ``seed[i]`` if ``seed`` is a list. Each image has its own noise, so
-        the same seed gives the same image in any batch, up to rounding. ``size`` is (width, height) in
-        pixels, or one number for both, in steps of 8. ``negative`` is the text to steer away from: one for
-        all prompts, or a list with one for each.
+        the same seed gives the same image in any batch, up to rounding. ``detail_seed``, of the same form,
+        seeds Stage B alone: other details of the same content. ``size`` is (width, height) in pixels, or one
+        number for both, in steps of 8. ``negative`` is the text to steer away from: one for all prompts, or a
+        list. With ``prompt_weights``, ``(word:1.3)`` weights a part of a prompt (``prompt_weights``).
 
         With ``init``, Stage C starts from the semantic latents of that image, noised to the time ``strength``
-        in (0, 1]. Small values keep its composition, 1 keeps nothing. The default is 0.7. With an empty
-        prompt, this gives variations of the image. The image is scaled and cropped to the size. Pass a list
+        in [0, 1], by default 0.7. 0 keeps the latents, so that only details change, and 1 keeps nothing. With
+        an empty prompt, this gives variations of the image. It is scaled and cropped to the size. Pass a list
         to use one image per prompt.
 
         With ``mask`` too, only its white part is repainted, by default with strength 1. Grey pixels have a
@@ -140,45 +146,85 @@ class Wuerstchen(Reconstructor):
         ``on_step`` is called after each step (``wuerstchen.progress``). Raises ``UserError`` for invalid
         arguments.
         """
-        prompts = checked_texts(prompts)
+        texts = checked_texts(prompts)
+        seeds = checked_request(texts, seed, count, batch_size)
         negatives = checked_texts(negative, "negative")
+        if detail_seed is not None:
+            detail_seed = checked_request(texts, detail_seed, count, batch_size, "detail_seed")
         sampling = self._completed(sampling or Sampling(), negatives, init is not None)
-        seeds = checked_request(prompts, seed, count, batch_size)
-        count = int(count)
-        negatives = one_for_each("negative", negatives, len(prompts), count)
-        if self.cascade.prior is None or self.cascade.text_encoder is None:
-            raise UserError("this model has no Stage C or no text encoder. It can only reconstruct images.")
-        options = EditOptions(extend=extend, crop_to_mask=crop_to_mask, feather=feather)
+        self._check_stage_c()
         is_edit = mask is not None or extend is not None
-        strength = checked_strength(strength, 1.0 if is_edit else 0.7)
+        strength = checked_strength(strength, is_edit)
+        options = EditOptions(extend=extend, crop_to_mask=crop_to_mask, feather=feather)
         inits = checked_inits(init, mask, options)
-        if is_edit:
-            begins = self._edited(inits, mask, options, strength, size)
-        else:
-            begins = self._from_scratch(inits, size)
-        begins = one_for_each("init", begins, len(prompts), count)
-
-        texts = [prompt for prompt in prompts for _ in range(count)]
+        edits = self._edited(inits, mask, options, strength, size) if is_edit else None
+        begins = edits or self._from_scratch(inits, size)
+        if prompt_weights:
+            texts, negatives = map(parsed, texts), map(parsed, negatives)
+        texts, negatives, begins = (
+            one_for_each(name, list(values), len(seeds) // int(count), int(count))
+            for name, values in (("prompt", texts), ("negative", negatives), ("init", begins))
+        )
         images: list[Image.Image] = []
         for rows in same_size_rows(begins, batch_size):
             batch = SamplingBatch(
                 prompts=texts[rows],
                 negatives=negatives[rows],
                 seeds=seeds[rows],
+                detail_seeds=None if detail_seed is None else detail_seed[rows],
                 sampling=sampling,
                 strength=strength,
                 progress=progress,
                 reporter=self._step_reporter(on_step, begins[rows][0].size, begins[rows][0].canvas),
                 **joined_begins(begins[rows]),
             )
-            with out_of_memory_named(batch.describe()):
-                text = self._encode_prompts(batch)
-                semantic_latents = self._sample_prior(batch, text)
-                latents = self._sample_decoder(batch, semantic_latents)
-                pixels = self._decode(latents)
-                sampled = to_images(center_crop(pixels, batch.size))
-                images += [b.finished(image) for b, image in zip(begins[rows], sampled, strict=True)]
+            sampled = self._sampled(batch)
+            images += [begin.finished(image) for begin, image in zip(begins[rows], sampled, strict=True)]
         return images
+
+    @no_type_check
+    @for_inference
+    def morph(
+        self,
+        start: str | Image.Image,
+        end: str | Image.Image,
+        *,
+        frames: int = 16,
+        negative: str = "",
+        seed: int = 0,
+        end_seed: int | None = None,
+        size: int | tuple[int, int] | None = None,
+        strength: float = 0.6,
+        sampling: Sampling | None = None,
+        batch_size: int = 8,
+        progress: Progress | None = None,
+    ) -> list[Image.Image]:
+        """Generates ``frames`` images from one end to another. An end is a prompt or an image.
+
+        Between prompts, each frame mixes the predictions for both. With ``end_seed``, its noise lies between
+        that of ``seed`` and that of ``end_seed``: pass the same prompt twice to morph between seeds. If an
+        end is an image, frames have semantic latents between those of both ends, noised and sampled again
+        with a strength that grows to ``strength`` in the middle. Stage B's noise is the same in all frames.
+
+        The default sampler of Stage C is one without fresh noise, so that neighbors are alike. Raises
+        ``UserError`` for invalid arguments.
+        """
+        return morph_frames(
+            self,
+            MorphRequest(
+                start=start,
+                end=end,
+                frames=frames,
+                negative=negative,
+                seed=seed,
+                end_seed=end_seed,
+                size=size,
+                strength=strength,
+                sampling=sampling,
+                batch_size=batch_size,
+                progress=progress,
+            ),
+        )
 
     def load_lora(self, source: str | Path, scale: float = 1.0) -> AdapterMetadata:
         """Adds a LoRA adapter to Stage C, and to its text encoder if the file adapts that too.
@@ -231,6 +277,19 @@ class Wuerstchen(Reconstructor):
         asks["a LoRA adapter"] = bool(self._adapters.scales)
         return self.cascade.completed(sampling, [name for name, asked in asks.items() if asked])
 
+    def _check_stage_c(self) -> None:
+        if self.cascade.prior is None or self.cascade.text_encoder is None:
+            raise UserError("this model has no Stage C or no text encoder. It can only reconstruct images.")
+
+    def _sampled(self, batch: SamplingBatch) -> list[Image.Image]:
+        """The images of a batch, from text to pixels."""
+        with out_of_memory_named(batch.describe()):
+            text = self._encode_prompts(batch)
+            semantic_latents = self._sample_prior(batch, text)
+            latents = self._sample_decoder(batch, semantic_latents)
+            pixels = self._decode(latents)
+            return to_images(center_crop(pixels, batch.size))
+
     def _from_scratch(self, inits: Sequence[Image.Image], size: Any) -> list[Begin]:
         """One begin for all images without ``inits``, or one for each of them: its latents."""
         size = checked_size(size, self.cascade.settings.image_size)
@@ -267,11 +326,12 @@ class Wuerstchen(Reconstructor):
         return begins
 
     def _encode_prompts(self, batch: SamplingBatch) -> TextStates:
-        """Stage C's text states of the prompts and, with guidance, of the negative prompts after them."""
+        """Stage C's text states of the prompts, of the other prompts of a morph and, with guidance, of the
+        negative prompts."""
         assert self.cascade.text_encoder is not None
         guides = batch.sampling.guidance != 1
-        texts = batch.prompts + batch.negatives if guides else batch.prompts
-        return self._encode_text(self.cascade.text_encoder, texts)
+        texts = batch.prompts + ([] if batch.morph is None else batch.morph.prompts)
+        return self._encode_text(self.cascade.text_encoder, texts + (batch.negatives if guides else []))
 
     def _sample_prior(self, batch: SamplingBatch, text: TextStates) -> Float[Tensor, "b c lh lw"]:
         """Stage C: samples semantic latents from the text states. They are returned in Stage B's units."""
@@ -282,12 +342,15 @@ class Wuerstchen(Reconstructor):
         assert sampling.prior_steps is not None
         assert sampling.prior_sampler is not None
         objective, sampler = settings.prior_objective, SAMPLERS[sampling.prior_sampler]
+        if batch.init_latents is not None and batch.strength == 0:
+            return settings.latent_statistics.restore(batch.init_latents)
 
         spaced = uniform_timesteps if settings.prior_equal_steps else sampler.timesteps
         timesteps = spaced(sampling.prior_steps)
         shape = (prior.config.c_in, *settings.latent_size(*batch.canvas))
-        x = to_device(draw_noise(shape, batch.generators), self.device)
-        noise, start, known = x, batch.strength, batch.known
+        noise = draw_noise(shape, batch.generators)
+        noise = to_device(noise if batch.morph is None else batch.morph.noise(noise), self.device)
+        x, start, known = noise, batch.strength, batch.known
         if known is not None or batch.init_latents is not None:
             timesteps = [start, *(t for t in timesteps if t < start)]
         if batch.init_latents is not None:
@@ -298,14 +361,15 @@ class Wuerstchen(Reconstructor):
 
         with self.residence.using(prior):
             sampled = objective if sampler.for_students else objective.for_sampling()
-            predict = self._predict_semantic_latents(prior, text, sampled)
+            predict = self._predict_semantic_latents(prior, text, sampled, batch.morph)
             steps = len(timesteps) - 1
             on_step = batch.on_step("Stage C", steps)
             if sampling.guidance != 1:
                 predict = guided(predict, sampling.guidance)
                 if sampling.guidance_interval != ALL_TIMES:
-                    prompts = TextStates(states=text.states[: len(x)], mask=text.mask[: len(x)])
-                    unguided = self._predict_semantic_latents(prior, prompts, sampled)
+                    rows = len(text.states) - len(x)
+                    prompts = TextStates(states=text.states[:rows], mask=text.mask[:rows])
+                    unguided = self._predict_semantic_latents(prior, prompts, sampled, batch.morph)
                     interval = sampling.guidance_interval
                     predict, on_step = guided_within(predict, unguided, interval, timesteps, on_step)
             if batch.reporter is not None:
@@ -318,10 +382,17 @@ class Wuerstchen(Reconstructor):
             sample = sampler.function(predict, x, timesteps, batch.generators, sampled, on_step)
         return settings.latent_statistics.restore(sample)
 
-    def _predict_semantic_latents(self, prior: Prior, text: TextStates, sampled: Objective) -> Predict:
-        """Stage C for as many rows as ``text`` has, in terms of the objective ``sampled``."""
+    def _predict_semantic_latents(
+        self, prior: Prior, text: TextStates, sampled: Objective, morph: Morph | None = None
+    ) -> Predict:
+        """Stage C for as many rows as ``text`` has, in terms of the objective ``sampled``. With a morph, the
+        rows of both prompts become one."""
         settings = self.cascade.settings
         mask = text.mask if settings.text_mask else None
         predictions = predictions_for_sampling(prior, settings.prior_objective, sampled)
         run = self._recorders.of(prior, predictions, prior.context).bind(text.states, mask)
-        return lambda x, t: run(x.to(dtype_of(prior)), t).float()
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            return run(x.to(dtype_of(prior)), t).float()
+
+        return predict if morph is None else mixed(predict, to_device(morph.weights, self.device))

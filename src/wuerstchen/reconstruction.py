@@ -40,6 +40,7 @@ from wuerstchen.models.decoder import Decoder
 from wuerstchen.models.paella import Paella
 from wuerstchen.models.text import TextEncoder, TextStates
 from wuerstchen.progress import StepCallback, StepReporter
+from wuerstchen.prompt_weights import WeightedPrompt, weighted
 from wuerstchen.runtime.offload import LowMemory, residence_on, tiled_decode
 from wuerstchen.runtime.recorder import Recorders
 from wuerstchen.sampling import Reconstruction, Sampling, checked_request, checked_size
@@ -176,8 +177,13 @@ class Reconstructor:
         return StepReporter(self.cascade, on_step, size, canvas, can_preview=self.low_memory is None)
 
     def _encode_text(self, encoder: TextEncoder, texts: list[str]) -> TextStates:
+        run = self._recorders.of(encoder, encoder.last_states)
         with self.residence.using(encoder):
-            return encoder.encode(texts, self._recorders.of(encoder, encoder.last_states))
+            states = encoder.encode(texts, run)
+            if any(isinstance(text, WeightedPrompt) for text in texts):
+                empty, is_masked = encoder.encode([""], run), self.cascade.settings.text_mask
+                states = weighted(states, texts, empty, encoder, is_masked=is_masked)
+        return states
 
     def _sample_decoder(self, batch: SamplingBatch, semantic_latents: Float[Tensor, "b c lh lw"]) -> Tensor:
         """Stage B: samples the latents (b, 4, h, w) that Stage A decodes, or v1's tokens (b, h, w)."""
@@ -196,35 +202,33 @@ class Reconstructor:
 
         objective = self.cascade.settings.decoder_objective
         timesteps = objective.timesteps(sampling.decoder_steps, sampling.decoder_shift)
-        on_step = batch.on_step("Stage B", sampling.decoder_steps)
+        on_step, generators = batch.on_step("Stage B", sampling.decoder_steps), batch.decoder_generators()
+        known = None if batch.known is None else batch.known.latents
         with self.residence.using(decoder):
             if isinstance(decoder, Paella):
                 assert text is not None
-                noise = draw_tokens(grid, decoder.config.num_labels, batch.generators).to(self.device)
+                noise = draw_tokens(grid, decoder.config.num_labels, generators).to(self.device)
                 predict = _predict_tokens(decoder, semantic_latents, text)
                 if guidance != 1:
                     predict = guided(predict, guidance)
                 if batch.reporter is not None:
                     on_step = batch.reporter.on_tokens(on_step, sampling.decoder_steps)
-                if batch.known is not None:
-                    assert isinstance(batch.known.latents, KnownTokens)
-                    on_step = batch.known.latents.replaced(timesteps, on_step)
+                if isinstance(known, KnownTokens):
+                    on_step = known.replaced(timesteps, on_step)
                 temperatures = self.cascade.settings.decoder_temperatures
-                return sample_tokens(predict, noise, timesteps, batch.generators, temperatures, on_step)
-            noise = to_device(draw_noise((decoder.config.c_in, *grid), batch.generators), self.device)
+                return sample_tokens(predict, noise, timesteps, generators, temperatures, on_step)
+            noise = to_device(draw_noise((decoder.config.c_in, *grid), generators), self.device)
             predict = self._predict_latents(decoder, semantic_latents, grid, text)
             if guidance != 1:
                 predict = guided(predict, guidance)
             if batch.reporter is not None:
                 predict, on_step = batch.reporter.on_latents(predict, on_step, sampling.decoder_steps)
             x, sampled = noise, objective.for_sampling()
-            if batch.known is not None:
-                known = batch.known.latents
-                assert isinstance(known, Known)
+            if isinstance(known, Known):
                 x = known.begin(noise, objective, timesteps[0])
                 on_step = known.replaced(noise, timesteps, objective, on_step)
             sampler = SAMPLERS[samplers_for(objective.path)[0]]
-            return sampler.function(predict, x, timesteps, batch.generators, sampled, on_step)
+            return sampler.function(predict, x, timesteps, generators, sampled, on_step)
 
     def _predict_latents(
         self,

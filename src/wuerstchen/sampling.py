@@ -155,42 +155,45 @@ def checked_texts(prompts: Any, name: str = "prompt") -> list[str]:
     return texts
 
 
-def checked_strength(strength: Any, default: float) -> float:
-    """The strength of an edit or a variation. Raises ``UserError``."""
+def checked_strength(strength: Any, is_edit: bool) -> float:
+    """The strength of an edit or of a variation, which may be 0. Raises ``UserError``."""
     if strength is None:
-        return default
-    if not isinstance(strength, Real) or not 0 < strength <= 1:
-        raise UserError(f"strength must be above 0 and at most 1, got {strength}. 0.7 is common.")
+        return 1.0 if is_edit else 0.7
+    if not isinstance(strength, Real) or not 0 <= strength <= 1 or (is_edit and strength == 0):
+        least = "above 0" if is_edit else "at least 0"
+        raise UserError(f"strength must be {least} and at most 1, got {strength}. 0.7 is common.")
     return float(strength)
 
 
-def check_seed(seed: Any, images: int) -> None:
+def check_seed(seed: Any, images: int, name: str = "seed") -> None:
     """Raises ``UserError`` unless ``seed`` and the following seeds of so many images are valid."""
     if not isinstance(seed, Integral):
-        raise UserError(f"seed must be an integer, or a list with one for each image, got {seed!r}.")
+        raise UserError(f"{name} must be an integer, or a list with one for each image, got {seed!r}.")
     if not 0 <= seed <= MAX_SEED - images + 1:
         raise UserError(
-            f"seed must be from 0 to {MAX_SEED}, also for later images, which count up from it, got {seed}."
+            f"{name} must be from 0 to {MAX_SEED}, also for later images, which count up from it, got {seed}."
         )
 
 
-def checked_request(prompts: list[str], seed: Any, count: Any, batch_size: Any) -> Sequence[int]:
+def checked_request(
+    prompts: list[str], seed: Any, count: Any, batch_size: Any, name: str = "seed"
+) -> Sequence[int]:
     """Returns the seed of each image. Raises ``UserError`` for an empty or invalid request."""
     if not prompts:
         raise UserError("prompts must not be empty, got []. Pass at least one prompt.")
-    for name, value in (("count", count), ("batch_size", batch_size)):
+    for option, value in (("count", count), ("batch_size", batch_size)):
         if not isinstance(value, Integral) or value < 1:
-            raise UserError(f"{name} must be an integer of at least 1, got {value}.")
+            raise UserError(f"{option} must be an integer of at least 1, got {value}.")
     images = int(count) * len(prompts)
     if not isinstance(seed, Sequence):
-        check_seed(seed, images)
+        check_seed(seed, images, name)
         return range(seed, seed + images)
     if len(seed) != images:
         raise UserError(
-            f"{len(seed)} seeds do not match {images} images. Pass one per image, or a single number."
+            f"{len(seed)} {name}s do not match {images} images. Pass one per image, or a single number."
         )
     for each in seed:
-        check_seed(each, 1)
+        check_seed(each, 1, name)
     return [int(each) for each in seed]
 
 

@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from wuerstchen.diffusion.known_cells import Known, KnownTokens
-from wuerstchen.diffusion.samplers import OnStep
+from wuerstchen.diffusion.morphs import slerp
+from wuerstchen.diffusion.samplers import OnStep, draw_noise
 from wuerstchen.edits import Edit
 from wuerstchen.progress import StepReporter
 from wuerstchen.sampling import Sampling
@@ -27,7 +28,7 @@ class KnownParts:
 
     semantic_latents: Known
     """Of normalized semantic latents."""
-    latents: Known | KnownTokens
+    latents: Known | KnownTokens | None = None
 
     @staticmethod
     def joined(parts: "Sequence[KnownParts]") -> "KnownParts":
@@ -76,9 +77,28 @@ def joined_begins(begins: Sequence[Begin]) -> dict[str, Any]:
 
 
 def _joined(known: Sequence[Any]) -> Any:
+    if known[0] is None:
+        return None
     return type(known[0])(
         torch.cat([each.clean for each in known]), torch.cat([each.strength for each in known])
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Morph:
+    """The other end of images between two prompts or two seeds."""
+
+    prompts: list[str]
+    seeds: Sequence[int]
+    weights: Float[Tensor, " b"]
+    """0 is the first end, 1 this one."""
+
+    def noise(self, start: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Stage C's noise between ``start`` and that of the other end, on the CPU."""
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in self.seeds]
+        end = draw_noise(start.shape[1:], generators)
+        same = (start == end).flatten(1).all(1).view(-1, 1, 1, 1)
+        return torch.where(same, start, slerp(start, end, self.weights))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +119,13 @@ class SamplingBatch:
     init_latents: Float[Tensor, "b c lh lw"] | None = None
     """Normalized semantic latents that Stage C starts from, instead of pure noise."""
     strength: float = 1.0
-    """The time in (0, 1] that ``init_latents`` are noised to, or the highest strength of ``known``."""
+    """The time that ``init_latents`` are noised to, or the highest strength of ``known``. At 0 Stage C does
+    not change ``init_latents``."""
     known: KnownParts | None = None
     """What is kept of the images that are edited."""
+    morph: Morph | None = None
+    detail_seeds: Sequence[int] | None = None
+    """Seeds of Stage B's noise, instead of the noise that follows that of Stage C."""
     progress: Progress | None = None
     reporter: StepReporter | None = None
     generators: list[torch.Generator] = dataclasses.field(init=False)
@@ -110,6 +134,12 @@ class SamplingBatch:
     def __post_init__(self) -> None:
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in self.seeds]
         object.__setattr__(self, "generators", generators)
+
+    def decoder_generators(self) -> list[torch.Generator]:
+        """The generators of Stage B."""
+        if self.detail_seeds is None:
+            return self.generators
+        return [torch.Generator("cpu").manual_seed(seed) for seed in self.detail_seeds]
 
     def describe(self) -> str:
         return f"batch_size={len(self.prompts)} at {self.size[0]}x{self.size[1]} pixels"

@@ -17,6 +17,7 @@ from wuerstchen.cli.data import add_data
 from wuerstchen.cli.evaluate import add_evaluate
 from wuerstchen.cli.generate import add_generate, add_reconstruct
 from wuerstchen.cli.models import add_average, add_convert, add_doctor
+from wuerstchen.cli.morph import add_morph
 from wuerstchen.cli.options import Parser, with_values
 from wuerstchen.cli.serve import add_serve
 from wuerstchen.cli.train import add_export, add_report, add_train
@@ -28,6 +29,8 @@ EXAMPLES = """examples:
   wuerstchen generate "a 3D render of a purple camel on a blue background"
   wuerstchen generate "a cat" "a red car" --count 3 --grid --out grid.png
   wuerstchen generate "a red car" --init drawing.png --strength 0.7
+  wuerstchen generate "a hat" --init drawing.png --mask mask.png
+  wuerstchen morph "a cat" "a dog" --frames 16
   wuerstchen reconstruct drawing.png
   wuerstchen data emoji data/emoji
   wuerstchen data prepare photos prepared/photos --size 512
@@ -138,6 +141,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     add_generate(commands)
     add_reconstruct(commands)
+    add_morph(commands)
     add_convert(commands)
     add_average(commands)
     add_doctor(commands)

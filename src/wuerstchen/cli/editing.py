@@ -19,8 +19,8 @@ def add_edit_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strength",
         type=float,
-        help="how far the result may depart from the --init image, above 0 and up to 1 (default: 0.7, or 1 "
-        "with --mask or --extend)",
+        help="how far the result may depart from the --init image, from 0, which changes details only, to 1 "
+        "(default: 0.7, or 1 with --mask or --extend)",
     )
     parser.add_argument(
         "--mask",

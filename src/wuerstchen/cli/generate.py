@@ -18,6 +18,7 @@ from wuerstchen.cli.options import (
     Parser,
     add_generation_options,
     add_guidance_options,
+    add_prompt_weights_option,
     loaded,
     sampling_of,
 )
@@ -43,7 +44,7 @@ def add_generate(commands: "argparse._SubParsersAction[Parser]") -> None:
     generate.add_argument("--count", type=int, default=1, help="images per prompt (default: 1)")
     generate.add_argument(
         "--size",
-        type=_size,
+        type=size_of,
         help="image size: N or WIDTHxHEIGHT in pixels, multiples of 8 (default: the model's own)",
     )
     add_guidance_options(generate)
@@ -55,6 +56,13 @@ def add_generate(commands: "argparse._SubParsersAction[Parser]") -> None:
         metavar="FILE[:SCALE]",
         help="LoRA adapter for Stage C: a file, or a folder written by diffusers or peft; repeatable",
     )
+    generate.add_argument(
+        "--detail-seed",
+        type=int,
+        help="seed of Stage B's noise for the first image: other details of the same content; later images "
+        "count up",
+    )
+    add_prompt_weights_option(generate)
     generate.add_argument(
         "--grid", action="store_true", help="save all images as one grid, with a row per prompt"
     )
@@ -79,7 +87,7 @@ def add_reconstruct(commands: "argparse._SubParsersAction[Parser]") -> None:
     add_generation_options(reconstruct)
 
 
-def _size(text: str) -> tuple[int, int]:
+def size_of(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", text)
     if match is None:
         raise argparse.ArgumentTypeError(f"'{text}' is neither N nor WIDTHxHEIGHT. Write 256 or 256x384.")
@@ -98,24 +106,29 @@ def _generate(options: argparse.Namespace) -> int:
     adapters = [adapter_named(text) for text in options.lora]
     edit = edit_of(options)
     check_seed(options.seed, total)
+    if options.detail_seed is not None:
+        check_seed(options.detail_seed, total, "detail-seed")
     if options.init is not None:
         _note_photographs(options)
     _warn_of_missing_quotes(options.prompts, options.count)
     model = loaded(options)
     for path, scale in adapters:
         _note_trigger_words(path, model.load_lora(path, scale).trigger_words, options.prompts)
-    _warn_of_unknown_words(model, options.prompts, options.init is not None)
+    _warn_of_unknown_words(model, _plain(options), options.init is not None)
 
     settings = {"model": options.model or "bundled", "negative": options.negative}
     settings |= settings_of_edit(options)
+    if options.prompt_weights:
+        settings["prompt_weights"] = True
     if adapters:
         settings["lora"] = " ".join(options.lora)
     settings |= model.settings_of(sampling, negative=options.negative, edits=options.init is not None)
-    with _progress() as progress:
+    with progress_bar() as progress:
         images = _images(
             model,
             options,
             negative=options.negative,
+            prompt_weights=options.prompt_weights,
             size=options.size,
             sampling=sampling,
             progress=progress,
@@ -142,7 +155,7 @@ def _check_generate(options: argparse.Namespace, total: int) -> None:
             "--grid."
         )
     check_edit_options(options)
-    one_file = _check_out(options.out, options.init, options.mask)
+    one_file = check_out(options.out, options.init, options.mask)
     if one_file and not options.grid and total > 1:
         raise UserError(f"{options.out} is one file for {total} images. Add --grid, or give a folder.")
 
@@ -156,6 +169,8 @@ def _images(
         numbers = range(start, min(start + BATCH_SIZE, total))
         prompts: list[str] = [options.prompts[number // options.count] for number in numbers]
         first_seed = options.seed + start
+        if options.detail_seed is not None:
+            arguments["detail_seed"] = options.detail_seed + start
         batch = model.generate(prompts, seed=first_seed, batch_size=BATCH_SIZE, **arguments)
         yield from zip(batch, prompts, range(first_seed, first_seed + len(prompts)), strict=True)
 
@@ -163,9 +178,11 @@ def _images(
 def _save_one(
     image: "Image", prompt: str, seed: int, options: argparse.Namespace, settings: dict[str, Any]
 ) -> None:
-    name = _slug(prompt) if prompt or options.init is None else _slug(options.init.stem)
+    name = slug(prompt) if prompt or options.init is None else slug(options.init.stem)
     own = {"prompt": prompt, "seed": seed, **settings}
-    print(_save(image, options.out, f"{name}-{seed}", own, is_generated=True))
+    if options.detail_seed is not None:
+        own["detail_seed"] = options.detail_seed + seed - options.seed
+    print(save_image(image, options.out, f"{name}-{seed}", own, is_generated=True))
 
 
 def _save_grid(images: "list[Image]", options: argparse.Namespace, settings: dict[str, Any]) -> None:
@@ -173,8 +190,10 @@ def _save_grid(images: "list[Image]", options: argparse.Namespace, settings: dic
 
     columns = options.count if options.count > 1 else math.isqrt(len(images) - 1) + 1
     prompts = "\n".join(options.prompts)
+    if options.detail_seed is not None:
+        settings = {"detail_seed": options.detail_seed, **settings}
     shown = {"prompt": prompts, "count": options.count, "seed": options.seed, **settings}
-    print(_save(grid(images, columns=columns), options.out, "grid", shown, is_generated=True))
+    print(save_image(grid(images, columns=columns), options.out, "grid", shown, is_generated=True))
 
 
 def _warn_of_missing_quotes(prompts: list[str], count: int) -> None:
@@ -212,6 +231,15 @@ def _warn_of_unknown_words(model: "Wuerstchen", prompts: list[str], has_init: bo
             )
 
 
+def _plain(options: argparse.Namespace) -> list[str]:
+    """The prompts without weights. Raises ``UserError`` for brackets that do not match."""
+    if not options.prompt_weights:
+        return options.prompts
+    from wuerstchen.prompt_weights import parsed
+
+    return [str(parsed(prompt)) for prompt in options.prompts]
+
+
 def _note_photographs(options: argparse.Namespace) -> None:
     """Prints what to expect of photographs if the model is the bundled one."""
     from wuerstchen.checkpoints.hub import PHOTO_NOTE, is_bundled
@@ -234,20 +262,20 @@ def _note_trigger_words(path: Path, words: Sequence[str], prompts: Sequence[str]
 def _reconstruct(options: argparse.Namespace) -> int:
     from wuerstchen.images import grid, open_image
 
-    _check_out(options.out, options.image)
+    check_out(options.out, options.image)
     image = open_image(options.image)
     sampling = sampling_of(options)
     _note_photographs(options)
 
     model = loaded(options)
-    with _progress() as progress:
+    with progress_bar() as progress:
         result = model.reconstruct(
             image, seed=options.seed, size=options.size, sampling=sampling, progress=progress
         )
     settings = {"image": options.image.name, "seed": options.seed, "model": options.model or "bundled"}
     settings |= {"size": result.image.width, **model.settings_of(sampling)}
     both = grid([result.original, result.image], columns=2)
-    path = _save(both, options.out, f"{_slug(options.image.stem)}-reconstructed", settings)
+    path = save_image(both, options.out, f"{slug(options.image.stem)}-reconstructed", settings)
     channels, height, width = result.latent_size
     print(path)
     print(
@@ -258,7 +286,7 @@ def _reconstruct(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check_out(out: Path, *inputs: Path | None) -> bool:
+def check_out(out: Path, *inputs: Path | None) -> bool:
     """Whether ``--out`` is a file. Creates the folder and checks that it is writable.
 
     Raises ``UserError`` if it is not, and if ``--out`` is one of the images that are read.
@@ -281,7 +309,7 @@ def _check_out(out: Path, *inputs: Path | None) -> bool:
 
 
 @contextlib.contextmanager
-def _progress() -> "Iterator[Progress]":
+def progress_bar() -> "Iterator[Progress]":
     """A progress bar for the steps of each stage."""
     from tqdm import tqdm
 
@@ -296,13 +324,13 @@ def _progress() -> "Iterator[Progress]":
         yield report
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
     """A file name from a prompt: letters, digits and dashes, of at most 150 bytes."""
     name = re.sub(r"[^\w]+", "-", text.lower()).strip("-")[:60]
     return name.encode()[:150].decode(errors="ignore").strip("-") or "picture"
 
 
-def _save(
+def save_image(
     image: "Image", out: Path, stem: str, settings: dict[str, Any], *, is_generated: bool = False
 ) -> Path:
     """Writes to ``out`` if it is a file, else to a new file in it. Returns the path."""

@@ -142,6 +142,15 @@ def add_guidance_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_prompt_weights_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompt-weights",
+        action="store_true",
+        help="read weights in prompts: (word:1.3) more, (word:0.7) less, (word) 1.1 times, [word] 1/1.1 "
+        "times, and \\( for a bracket that is text",
+    )
+
+
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decoder-steps", type=int, help="sampling steps of Stage B (default: the model's own)"

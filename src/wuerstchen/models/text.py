@@ -217,6 +217,14 @@ class TextEncoder(nn.Module):
         """The model's last hidden states of token ids."""
         return self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
 
+    def offsets(self, prompt: str) -> list[tuple[int, int]]:
+        """The characters of ``prompt`` at each position, from the first to before the last one. Begin and end
+        have none, (0, 0)."""
+        encoding = self.tokenizer.encode(prompt)
+        places = zip(encoding.ids, encoding.offsets, strict=True)
+        spread = [place for i, place in places for _ in self._added.get(i, (i,))]
+        return spread[: self.text_positions - 1]
+
     def tokens(self, prompt: str) -> list[int]:
         """The token ids of a prompt, including begin and end, at most ``text_positions`` of them.
 
