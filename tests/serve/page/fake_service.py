@@ -110,6 +110,7 @@ class FakeService:
         self.can = {"generate": True, "reconstruct": True, "variation": True, "preview": True}
         self.defaults = DEFAULTS
         self.image_note: str | None = None
+        self.loras: list[dict[str, Any]] = []
         self.result_seconds = 3600.0
         self.hold_answers = False
         """Whether new jobs are answered only when this is false again."""
@@ -175,6 +176,7 @@ class FakeService:
             },
             "image_note": self.image_note,
             "samplers": ["ddpm", "dpm", "ddim"],
+            "loras": self.loras,
             "can": self.can,
             "examples": EXAMPLES,
         }

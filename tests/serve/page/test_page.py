@@ -1181,6 +1181,117 @@ return event.defaultPrevented;
 """
 
 
+LORAS = [
+    {"name": "dog", "title": "My dog", "trigger_words": ["sks dog", "ohwx"], "licence": "CC0-1.0"},
+    {"name": "ink drawings", "title": "", "trigger_words": [], "licence": ""},
+]
+
+
+def choose(page, name: str, value: str) -> None:
+    page.click(page.one(f"#{name} option[value='{value}']"))
+
+
+def slide(page, value: float) -> None:
+    page.script(
+        "const s = document.getElementById('lora_strength'); s.value = arguments[0];"
+        "s.dispatchEvent(new Event('input', { bubbles: true }))",
+        value,
+    )
+
+
+def test_an_adapter_is_chosen_with_its_strength(page, fake):
+    assert not page.id("adapters").is_displayed()  # this service has none
+    fake.loras = LORAS
+    fake.defaults = {**fake.defaults, "prior_steps": 2, "prior_sampler": "few"}
+    page.open()
+    page.until(lambda: page.id("adapters").is_displayed())
+    assert [option.text for option in page.all("#lora option")] == ["None", "My dog (dog)", "ink drawings"]
+    assert not page.id("lora_strength").is_displayed()
+    choose(page, "lora", "dog")
+    assert page.id("prior_steps").get_attribute("placeholder") == "12"  # a student supports no adapters
+    assert page.id("lora_strength-value").text == "1.00"
+    page.type("prompt", "a cat")
+    for word, expected in (("sks dog", "a cat, sks dog"), ("sks dog", "a cat, sks dog")):
+        page.click(page.button(word, "#lora-words"))
+        assert page.values("prompt") == [expected]
+    slide(page, 0.8)
+    page.draw()
+    page.drawn()
+    body = list(fake.jobs.values())[-1].body
+    assert (body["lora"], body["lora_strength"]) == ("dog", 0.8)
+    assert "adapter dog · adapter strength 0.8" in page.one(".meta").text
+    page.click(page.one("button.frame"))
+    assert "Adapter\ndog" in page.id("viewer-settings").text
+    page.click(page.id("viewer-close"))
+    choose(page, "lora", "ink drawings")
+    assert not page.id("lora-words").is_displayed()
+    choose(page, "lora", "")
+    page.draw("a dog")
+    body = list(fake.jobs.values())[-1].body
+    assert (body["lora"], body["lora_strength"]) == (None, None)
+    page.click(page.button("Use settings", ".entry:nth-child(2)"))
+    assert page.values("lora", "lora_strength") == ["dog", "0.8"]
+
+
+def test_links_and_drafts_keep_the_adapter(page, fake):
+    fake.loras = LORAS
+    page.open()  # a new hash alone does not load the page again
+    page.open("#prompt=a+cat&lora=ink+drawings&lora_strength=1.5")
+    page.until(lambda: page.values("lora", "lora_strength") == ["ink drawings", "1.5"])
+    page.browser.refresh()
+    page.until(lambda: page.values("lora", "lora_strength") == ["ink drawings", "1.5"])
+    page.open("#prompt=a+cat&lora=%3Cimg%3E&lora_strength=9")
+    page.until(lambda: page.values("prompt") == ["a cat"] and page.values("lora") == [""])
+    page.until(lambda: "adapter" in page.id("toast-words").text)
+    page.open("#prompt=a+cat&lora_strength=0.5")  # without an adapter there is nothing to scale
+    page.until(lambda: page.values("lora", "lora_strength") == ["", "1"])
+
+
+def test_an_error_about_an_adapter_is_shown_at_its_field(page, fake):
+    fake.loras = LORAS
+    page.open()
+    page.until(lambda: page.id("adapters").is_displayed())
+    choose(page, "lora", "dog")
+    page.expected.append("400")
+    fake.refuse = (400, "lora 'dog' is not available. Use one of 'ink drawings', or omit it.", "lora")
+    page.type("prompt", "a cat")
+    page.click(page.id("draw"))
+    page.until(lambda: page.id("lora-error").is_displayed())
+    assert page.id("lora-error").text.startswith("Adapter 'dog' is not available")
+    choose(page, "lora", "ink drawings")
+    page.until(lambda: not page.id("lora-error").is_displayed(), 5)
+
+
+def test_two_adapters_are_compared_with_the_same_seed(page, fake):
+    fake.loras = LORAS
+    page.open()
+    page.until(lambda: page.id("adapters").is_displayed())
+    page.type("prompt", "a cat")
+    choose(page, "lora", "dog")
+    page.click(page.id("compare"))
+    assert page.values("A-lora", "B-lora", "A-lora_strength") == ["dog", "dog", "1"]
+    choose(page, "A-lora", "")
+    page.type("B-lora_strength", "0.5")
+    page.click(page.button("Generate both", "#sides"))
+    page.until(lambda: len(fake.jobs) == 2)
+    a, b = (job.body for job in fake.jobs.values())
+    assert (a.get("lora"), a.get("lora_strength")) == (None, None)
+    assert (b["lora"], b["lora_strength"], b["seed"]) == ("dog", 0.5, a["seed"])
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_adapter_menu_is_readable_and_fits(page, fake, scheme):
+    fake.loras = [LORAS[0] | {"title": "A very long title of an adapter " * 3}]
+    page.media(prefers_color_scheme=scheme)
+    page.size(360, 800, mobile=True)
+    page.open()
+    page.until(lambda: page.id("adapters").is_displayed())
+    choose(page, "lora", "dog")
+    page.until(lambda: page.id("lora_strength").is_displayed())
+    assert page.overflow() <= 0
+    assert page.script(CONTRAST) == []
+
+
 def encoded(path: Path) -> str:
     return base64.b64encode(path.read_bytes()).decode()
 

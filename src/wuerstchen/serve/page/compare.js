@@ -11,6 +11,10 @@ const FIELDS = [
   ["prior_steps", "Stage C steps", "input", { inputmode: "numeric" }],
   ["decoder_steps", "Stage B steps", "input", { inputmode: "numeric" }],
 ];
+const OF_ADAPTERS = [
+  ["lora", "Adapter", "select", {}],
+  ["lora_strength", "Adapter strength", "input", { inputmode: "decimal" }],
+];
 const TEXTS = new Set(["prompt", "negative"]);
 
 /** Shows two images and a table of their settings, with the differences marked. */
@@ -62,6 +66,7 @@ export class Sides {
   open(settings, model) {
     this.model = model;
     this.base = settings;
+    this.fields = model.loras?.length ? [...FIELDS, ...OF_ADAPTERS] : FIELDS;
     byId("sides-two").replaceChildren(...["A", "B"].map((letter) => this.#side(letter)));
     byId("sides-seed").value = settings.seed ?? newSeed();
     sayOrHide(byId("sides-error"), "");
@@ -71,11 +76,16 @@ export class Sides {
   }
 
   #side(letter) {
-    const { defaults, samplers } = this.model;
-    const fields = FIELDS.map(([name, label, tag, properties]) => {
+    const { defaults, samplers, loras } = this.model;
+    const fields = this.fields.map(([name, label, tag, properties]) => {
       const id = `${letter}-${name}`;
       const field = make(tag, { id, name: id, ...properties });
-      if (tag === "select") {
+      if (name === "lora") {
+        field.append(make("option", { value: "" }, "None"), ...loras.map(({ name: value }) => make("option", { value }, value)));
+        field.value = this.base.lora ?? "";
+      } else if (name === "lora_strength") {
+        field.value = this.base.lora_strength ?? 1;
+      } else if (tag === "select") {
         field.append(...samplers.map((value) => make("option", { value }, value)));
         field.value = this.base[name] ?? defaults[name] ?? samplers[0];
       } else {
@@ -87,7 +97,7 @@ export class Sides {
   }
 
   #mark() {
-    for (const [name] of FIELDS) {
+    for (const [name] of this.fields) {
       const differs = byId(`A-${name}`).value !== byId(`B-${name}`).value;
       byId(`B-${name}`).classList.toggle("differs", differs);
     }
@@ -98,14 +108,14 @@ export class Sides {
     const both = [];
     for (const letter of ["A", "B"]) {
       const raw = { kind: "generate", width, height, count: 1, seed: byId("sides-seed").value.trim() };
-      for (const [name] of FIELDS) {
+      for (const [name] of this.fields) {
         const value = byId(`${letter}-${name}`).value.trim();
         if (value) raw[name] = value;
       }
       const { settings, refused } = clean(raw, this.model);
       if (refused.length || !settings.prompt || settings.seed === undefined) {
         const name = refused[0] ?? (settings.prompt ? "seed" : "prompt");
-        const label = FIELDS.find(([each]) => each === name)?.[1] ?? name;
+        const label = this.fields.find(([each]) => each === name)?.[1] ?? name;
         const text = name === "prompt" && !settings.prompt ? "is missing" : "is out of range or not a number";
         sayOrHide(byId("sides-error"), name === "seed" ? `The seed ${text}` : `${label} of ${letter} ${text}`);
         byId(name === "seed" ? "sides-seed" : `${letter}-${name}`)?.focus();

@@ -8,7 +8,7 @@ const DRAFT = "wuerstchen.draft";
 const PLACE = {
   prompts: "prompt", prompt: "prompt", negative: "negative", count: "count", width: "size", height: "size", size: "size",
   seed: "seed", guidance: "guidance", prior_steps: "prior_steps", prior_sampler: "prior_sampler",
-  decoder_steps: "decoder_steps", image: "image", strength: "strength",
+  decoder_steps: "decoder_steps", image: "image", strength: "strength", lora: "lora", lora_strength: "lora_strength",
 };
 const PLACES = new Set(Object.values(PLACE));
 const IN_MORE = new Set(["guidance", "prior_steps", "prior_sampler", "decoder_steps"]);
@@ -51,7 +51,10 @@ export class Form {
       this.clearError(event.target.name === "width" || event.target.name === "height" ? "size" : event.target.name);
       this.#changed();
     });
-    this.form.addEventListener("change", () => this.#changed());
+    this.form.addEventListener("change", ({ target }) => {
+      if (target.tagName === "SELECT") this.clearError(target.name);
+      this.#changed();
+    });
     this.form.addEventListener("keydown", (event) => {
       if (event.key !== "Enter" || event.isComposing) return;
       const wanted = event.ctrlKey || event.metaKey;
@@ -65,9 +68,9 @@ export class Form {
 
   setModel(model) {
     const first = this.model === null;
-    const chosen = ["size", "prior_sampler"].map((name) => [this.fields[name], this.fields[name].value]);
+    const chosen = ["size", "prior_sampler", "lora"].map((name) => [this.fields[name], this.fields[name].value]);
     this.model = model;
-    const { size, defaults, limits, samplers, can, examples } = model;
+    const { size, defaults, limits, samplers, loras = [], can, examples } = model;
     const sizes = [size.default, ...size.common];
     const seen = new Map(sizes.map(([width, height]) => [`${width}x${height}`, `${width} × ${height}`]));
     byId("size").replaceChildren(
@@ -89,6 +92,11 @@ export class Form {
     byId("prior_sampler").replaceChildren(
       make("option", { value: "" }),
       ...samplers.filter((name) => name !== defaults.prior_sampler).map((name) => make("option", { value: name }, name)),
+    );
+    byId("adapters").hidden = loras.length === 0;
+    byId("lora").replaceChildren(
+      make("option", { value: "" }, "None"),
+      ...loras.map(({ name, title }) => make("option", { value: name }, title && title !== name ? `${title} (${name})` : name)),
     );
     // Keep the user's choices when the service comes back.
     for (const [field, value] of chosen) {
@@ -189,7 +197,7 @@ export class Form {
   get #defaults() {
     const { defaults, full } = this.model;
     const sets = ["guidance", "prior_steps", "prior_sampler"].some((name) => this.fields[name].value !== "");
-    return sets || this.fields.negative.value.trim() || this.image ? full ?? defaults : defaults;
+    return sets || this.fields.negative.value.trim() || this.fields.lora.value || this.image ? full ?? defaults : defaults;
   }
 
   #showDefaults() {
@@ -209,8 +217,29 @@ export class Form {
     byId("mode-words").textContent = MODES[mode] ?? "";
     sayOrHide(byId("image-note"), this.image ? this.model?.image_note : "");
     byId("custom").hidden = byId("size").value !== "custom";
+    this.#showAdapter();
     byId("strength-value").textContent = Number(this.fields.strength.value).toFixed(2);
     byId("draw-words").textContent = { variation: "Generate variation", reconstruct: "Reconstruct" }[mode] ?? "Generate";
+  }
+
+  /** The strength of the chosen adapter, and its trigger words, which a click adds to the prompt. */
+  #showAdapter() {
+    const { lora, lora_strength: strength, prompt } = this.fields;
+    const words = this.model?.loras?.find(({ name }) => name === lora.value)?.trigger_words ?? [];
+    byId("lora-scale").hidden = !lora.value;
+    byId("lora_strength-value").textContent = Number(strength.value).toFixed(2);
+    const shown = words.join("\n");
+    const group = byId("lora-words");
+    group.hidden = !shown;
+    if (group.dataset.words === shown) return; // keep the focus
+    group.dataset.words = shown;
+    group.replaceChildren(...words.map((word) =>
+      make("button", { type: "button", class: "chip", dir: "auto", title: `Add “${word}” to the prompt`, onclick: () => {
+        if (!prompt.value.toLowerCase().includes(word.toLowerCase())) prompt.value = prompt.value.trim() ? `${prompt.value.trim()}, ${word}` : word;
+        this.clearError("prompt");
+        this.#changed();
+        prompt.focus();
+      } }, word)));
   }
 
   #changed() {
@@ -256,6 +285,8 @@ export class Form {
       prior_steps: number("prior_steps"),
       prior_sampler: fields.prior_sampler.value || null,
       decoder_steps: number("decoder_steps"),
+      lora: fields.lora.value || null,
+      lora_strength: fields.lora.value ? Number(fields.lora_strength.value) : null,
       strength: Number(fields.strength.value),
     };
     return { settings, broken };
@@ -306,6 +337,9 @@ export class Form {
       const isDefault = settings[name] === defaults[name] && !(inFull && name !== "decoder_steps");
       fields[name].value = settings[name] === undefined || isDefault ? "" : settings[name];
     }
+    const known = [...fields.lora.options].some((option) => option.value === settings.lora);
+    fields.lora.value = known ? settings.lora : "";
+    fields.lora_strength.value = known ? settings.lora_strength ?? 1 : 1;
     if (settings.strength !== undefined) fields.strength.value = settings.strength;
     byId("more").open ||= [...IN_MORE].some((name) => fields[name].value !== "");
     this.clearErrors();

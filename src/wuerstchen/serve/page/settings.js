@@ -5,13 +5,14 @@ const CONTROLS = /[\u0000-\u0009\u000b-\u001f\u007f]/g; // all except line break
 const ANY = {
   size: { min: 1, max_side: 16384, multiple: 1, max_pixels: 2 ** 28 },
   limits: { count: 1000, prompt_chars: 10000, steps: 1000 },
+  loras: { some: () => true },
   samplers: { includes: (value) => typeof value === "string" && /^[a-z0-9_]{1,40}$/.test(value) }, // checked by the service
 };
 
 /** Names of settings, in display order. */
 export const NAMES = [
   "kind", "prompt", "negative", "width", "height", "seed", "count", "guidance", "prior_sampler", "prior_steps",
-  "decoder_steps", "strength",
+  "decoder_steps", "lora", "lora_strength", "strength",
 ];
 
 // A reconstruction uses only these.
@@ -46,7 +47,7 @@ function side(value, size) {
 
 /** Splits `raw` into the settings that are valid for the model and the names of invalid ones. Ignores unknown names. */
 export function clean(raw, model) {
-  const { size, limits, samplers } = model ?? ANY;
+  const { size, limits, samplers, loras = [] } = model ?? ANY;
   const checks = {
     kind: (value) => (value === "generate" || value === "reconstruct" ? value : undefined),
     prompt: (value) => text(value, limits.prompt_chars),
@@ -59,6 +60,8 @@ export function clean(raw, model) {
     prior_sampler: (value) => (samplers.includes(value) ? value : undefined),
     prior_steps: (value) => whole(value, 1, limits.steps),
     decoder_steps: (value) => whole(value, 1, limits.steps),
+    lora: (value) => (loras.some(({ name }) => name === value) ? text(value, 100) || undefined : undefined),
+    lora_strength: (value) => real(value, 0, 2),
     strength: (value) => (value === 0 || value === "0" ? undefined : real(value, 0, 1)),
   };
   const settings = {};
@@ -69,6 +72,7 @@ export function clean(raw, model) {
     if (value === undefined) refused.push(name);
     else settings[name] = value;
   }
+  if (settings.lora === undefined) delete settings.lora_strength; // there is nothing to scale
   if ((settings.width === undefined) !== (settings.height === undefined) || settings.width * settings.height > size.max_pixels) {
     delete settings.width;
     delete settings.height;
@@ -113,7 +117,7 @@ export function resolved(asked, told) {
 const IN_MESSAGES = {
   kind: "Kind", prompt: "Prompt", prompts: "Prompt", negative: "Negative prompt", size: "Size", width: "Width", height: "Height",
   seed: "Seed", count: "Number of images", guidance: "Guidance", prior_sampler: "Sampler", prior_steps: "Stage C steps",
-  decoder_steps: "Stage B steps", strength: "Strength", image: "Image",
+  decoder_steps: "Stage B steps", lora: "Adapter", lora_strength: "Adapter strength", strength: "Strength", image: "Image",
 };
 
 /** The name of a setting inside a sentence. */
@@ -123,7 +127,7 @@ export const wordOf = (name) => (IN_MESSAGES[name] ?? name).replace(/^[A-Z](?!ta
 export function inPlainWords(message) {
   return message
     .replace(/^([a-z_]+)(\.\d+)?(?= )/, (whole, name) => (Object.hasOwn(IN_MESSAGES, name) ? IN_MESSAGES[name] : whole))
-    .replace(/\b(prior_steps|prior_sampler|decoder_steps)\b/g, (name) => wordOf(name))
+    .replace(/\b(prior_steps|prior_sampler|decoder_steps|lora_strength|lora)\b/g, (name) => wordOf(name))
     .replace(/ is invalid: Input should/, " should")
     .replace(/ See \/openapi\.json\.$/, "");
 }
@@ -138,7 +142,8 @@ export function duration(seconds) {
 
 const LABELS = {
   kind: "Kind", prompt: "Prompt", negative: "Negative", size: "Size", seed: "Seed", count: "Images", guidance: "Guidance",
-  prior_sampler: "Sampler", prior_steps: "Stage C steps", decoder_steps: "Stage B steps", strength: "Strength",
+  prior_sampler: "Sampler", prior_steps: "Stage C steps", decoder_steps: "Stage B steps", lora: "Adapter",
+  lora_strength: "Adapter strength", strength: "Strength",
 };
 
 /** Name, label and value of each setting that has a value. */
@@ -173,6 +178,8 @@ export function inShort(settings) {
     settings.guidance !== undefined && settings.kind !== "reconstruct" && `guidance ${settings.guidance}`,
     steps && `${steps} steps`,
     settings.kind !== "reconstruct" && settings.prior_sampler,
+    settings.lora && settings.kind !== "reconstruct" && `adapter ${settings.lora}`,
+    settings.lora_strength !== undefined && settings.kind !== "reconstruct" && `adapter strength ${settings.lora_strength}`,
     settings.strength !== undefined && settings.kind !== "reconstruct" && `strength ${settings.strength}`,
   ].filter((part) => part).join(" · ");
 }
