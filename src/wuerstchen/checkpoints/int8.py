@@ -58,7 +58,7 @@ def quantize_rows(state: dict[str, Tensor]) -> dict[str, Tensor]:
                 )
             stored[key], stored[f"{key}.scale"] = _quantize(key, weight)
         else:
-            stored[key] = _half_if_exact_enough(weight)
+            stored[key] = half_if_exact_enough(weight)
     return stored
 
 
@@ -135,6 +135,7 @@ def _quantize(key: str, weight: Tensor) -> tuple[Tensor, Tensor]:
     return levels.to(torch.int8).contiguous(), scale
 
 
-def _half_if_exact_enough(tensor: Tensor) -> Tensor:
+def half_if_exact_enough(tensor: Tensor) -> Tensor:
+    """The tensor in float16 if the relative error of every value is at most 0.001, otherwise as it is."""
     half = tensor.to(torch.float16)
     return half if bool(((half.float() - tensor).abs() <= 1e-3 * tensor.abs()).all()) else tensor

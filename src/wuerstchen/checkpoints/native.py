@@ -8,12 +8,14 @@ import dataclasses
 import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from wuerstchen.checkpoints import differences
+from wuerstchen.checkpoints.adapter_metadata import weights_hash
 from wuerstchen.checkpoints.files import (
     check_header,
     new_folder,
@@ -26,20 +28,20 @@ from wuerstchen.checkpoints.files import (
 from wuerstchen.checkpoints.int8 import dequantize, in_float16, quantize_rows
 from wuerstchen.checkpoints.layout_table import Layout, Sources
 from wuerstchen.checkpoints.layout_table import Storage as Storage
+from wuerstchen.checkpoints.native_objectives import (
+    OF_OBJECTIVES,
+    diffusing,
+    format_of,
+    implied,
+    named_objective,
+    with_objectives,
+)
 from wuerstchen.checkpoints.provenance import Provenance as Provenance
 from wuerstchen.checkpoints.provenance import described, provenance_of
 from wuerstchen.checkpoints.shards import read_joined, split_files
 from wuerstchen.checkpoints.text_encoder import copy_text_encoder, read_text_encoder, write_text_encoder
 from wuerstchen.checkpoints.weights import plain_names
-from wuerstchen.diffusion.objective import (
-    NoisePrediction,
-    Objective,
-    VelocityPrediction,
-    check_prediction,
-    make_objective,
-    objective_of_json,
-)
-from wuerstchen.diffusion.schedule import PUBLISHED_SCHEDULE
+from wuerstchen.diffusion.objective import Objective, check_prediction, objective_of_json
 from wuerstchen.errors import CheckpointError, UserError, shown
 from wuerstchen.models.cascade import Cascade, CascadeSettings, LatentStatistics
 from wuerstchen.models.compressor import Compressor, CompressorConfig
@@ -54,13 +56,19 @@ from wuerstchen.sampling import ALL_TIMES
 FORMAT = 2
 """Increased by one whenever older versions would misread new files.
 
-Format 2 can store objectives that format 1 cannot (``_format_of``). Files that older versions can still read
-correctly are written as format 1, in which the objective follows from the network's prediction.
+Format 2 can store objectives that format 1 cannot (``native_objectives.format_of``). Files that older
+versions can still read correctly are written as format 1, in which the objective follows from the network's
+prediction.
 """
 
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: dict}
 """Functions that convert a header from format n to n + 1. ``read_parts`` adds the objectives that format 1
 does not store, because it has the networks."""
+
+PartStorage = Storage | Literal["int4_difference"]
+"""How one network is stored. ``int4_difference`` is for the networks in ``BASES``."""
+BASES = {"prior_student": "prior"}
+"""The networks that were trained from another network in the same folder."""
 
 NETWORKS: dict[str, tuple[type[nn.Module], type]] = {
     "vqgan": (VQGAN, VQGANConfig),
@@ -130,24 +138,41 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def write_network(
-    network: nn.Module, path: Path, provenance: Provenance, storage: Storage = "float32"
+    network: nn.Module, path: Path, provenance: Provenance, storage: PartStorage = "float32"
 ) -> None:
     """Writes one network with its configuration. ``int8`` quantizes matrices by row and stores the rest in
-    fp16."""
+    fp16. ``int4_difference`` stores the differences to the network in ``BASES``, which must already be in the
+    same folder."""
     kind = next(name for name, (cls, _) in NETWORKS.items() if isinstance(network, cls))
-    tensors = dict(network.state_dict())
+    tensors, base = dict(network.state_dict()), None
     if storage == "float16":
         tensors = in_float16(tensors)
     elif storage == "int8":
         tensors = quantize_rows(tensors)
+    elif storage == differences.STORAGE:
+        base = _base_of(path)
+        tensors = differences.quantize_differences(tensors, dict(base.state_dict()))
     header = {
-        "format": _format_of(_implied(network)),
+        "format": format_of(implied(network)),
         "kind": kind,
         "storage": storage,
         "config": _described_config(network.config),
         "provenance": described(provenance),
     }
+    if base is not None:
+        header["base"] = weights_hash(base)
     write_tensors(tensors, path, header)
+
+
+def _base_of(path: Path) -> nn.Module:
+    """The network that the one in the file ``path`` was trained from, in fp32, from the same folder."""
+    base = BASES.get(path.name.split(".")[0])
+    if base is None:
+        raise CheckpointError(
+            f"{path} cannot contain differences to another network. Only these files can: "
+            f"{', '.join(f'{name}.safetensors' for name in BASES)}. Give it its name back."
+        )
+    return read_network(path.with_name(f"{base}.safetensors"))[0]
 
 
 def read_network(path: Path, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Provenance]:
@@ -166,11 +191,21 @@ def read_network(path: Path, dtype: torch.dtype = torch.float32) -> tuple[nn.Mod
         tensors = plain_names(tensors, path)
         if header["storage"] == "int8":
             tensors = dequantize(tensors)
+        elif header["storage"] == differences.STORAGE:
+            base = _base_of(path)
+            if weights_hash(base) != header["base"]:
+                raise CheckpointError(
+                    f"{path} contains differences to another network than the one in its folder, so its "
+                    "weights cannot be restored. Download the whole model again."
+                )
+            tensors = differences.add_differences(tensors, dict(base.state_dict()))
         for key, wanted in network.state_dict().items():
             if key in tensors and tensors[key].is_floating_point() != wanted.is_floating_point():
                 raise ValueError(f"{key} is {tensors[key].dtype}")
         state = {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
         network.load_state_dict(state, assign=True)
+    except CheckpointError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         detail = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path} does not match its header ({detail}). Download it again.") from error
@@ -191,7 +226,7 @@ def write_cascade(
     cascade: Cascade,
     folder: Path,
     provenance: Mapping[str, Provenance],
-    storage: Mapping[str, Storage] | None = None,
+    storage: Mapping[str, PartStorage] | None = None,
     text_encoder: Path | None = None,
 ) -> None:
     """Writes a whole model to a new folder, atomically.
@@ -207,7 +242,7 @@ def write_parts(
     networks: Mapping[str, nn.Module],
     folder: Path,
     provenance: Mapping[str, Provenance],
-    storage: Mapping[str, Storage] | None = None,
+    storage: Mapping[str, PartStorage] | None = None,
     text_encoder: Path | None = None,
     write_extra: Callable[[Path], None] | None = None,
     max_shard_size: str = "",
@@ -237,7 +272,8 @@ def write_parts(
             split_files(partial, max_shard_size)
         if write_extra is not None:
             write_extra(partial)
-        objectives = {part: _named(settings, part) for part in OF_OBJECTIVES if part in _diffusing(networks)}
+        own = diffusing(networks)
+        objectives = {part: named_objective(settings, part) for part in OF_OBJECTIVES if part in own}
         values = {IN_FILES.get(name, name): value for name, value in dataclasses.asdict(settings).items()}
         for part in OF_OBJECTIVES:
             del values[f"{part}_objective"]
@@ -248,7 +284,7 @@ def write_parts(
         if not settings.prior_known_cells:
             del values["prior_known_cells"]
         description = {
-            "format": max([1, *map(_format_of, objectives.values())]),
+            "format": max([1, *map(format_of, objectives.values())]),
             "parts": parts,
             "objectives": {part: objective.as_json() for part, objective in objectives.items()},
             "settings": values,
@@ -258,32 +294,6 @@ def write_parts(
 
 IN_FILES = {"latent_statistics": "map_statistics"}
 """Settings with another name in ``model.json``."""
-
-OF_OBJECTIVES = ("decoder", "prior")
-"""The parts with an objective in the settings: ``CascadeSettings.decoder_objective`` and so on."""
-
-
-def _named(settings: CascadeSettings, part: str) -> Objective:
-    return getattr(settings, f"{part}_objective")
-
-
-def _diffusing(networks: Mapping[str, Any]) -> dict[str, Prior | Decoder]:
-    """The networks with an objective of their own, by name. That of ``prior_student`` is the prior's."""
-    found = {name: networks.get(name) for name in OF_OBJECTIVES}
-    return {name: network for name, network in found.items() if isinstance(network, Prior | Decoder)}
-
-
-def _implied(network: nn.Module) -> Objective | None:
-    """The objective that follows from a network's prediction. None if the network has no objective."""
-    return make_objective(network.config.prediction) if isinstance(network, Prior | Decoder) else None
-
-
-def _format_of(objective: Objective | None) -> int:
-    """The oldest format that can store an objective. Readers of format 1 assume that a network that does not
-    predict noise predicts the velocity, with the published schedule."""
-    if isinstance(objective, NoisePrediction | VelocityPrediction):
-        return 1 if objective.schedule == PUBLISHED_SCHEDULE else 2
-    return 1 if objective is None else 2
 
 
 def read_settings(path: Path) -> tuple[CascadeSettings, list[str]]:
@@ -350,29 +360,7 @@ def read_parts(
             raise CheckpointError(
                 f"{folder}/model.json names an unknown part: {shown(name)}. Upgrade wuerstchen."
             )
-    return _with_objectives(settings, parts, objectives, folder), parts, provenance
-
-
-def _with_objectives(
-    settings: CascadeSettings, parts: Mapping[str, Any], named: Mapping[str, Objective], folder: Path
-) -> CascadeSettings:
-    """The settings with the objectives that format 1 does not store. Checks the stored ones."""
-    found: dict[str, Any] = {}
-    for part, network in _diffusing(parts).items():
-        implied = _implied(network)
-        objective = named.get(part, implied)
-        assert objective is not None
-        if objective.kind != network.config.prediction:
-            raise CheckpointError(
-                f"{folder}/model.json stores the objective {objective.kind!r} for the {part}, but the "
-                f"network predicts {network.config.prediction!r}. Download the model again."
-            )
-        if part not in named and _format_of(implied) > 1:
-            raise CheckpointError(
-                f"{folder}/model.json does not store the objective of the {part}. Download the model again."
-            )
-        found[f"{part}_objective"] = objective
-    return dataclasses.replace(settings, **found)
+    return with_objectives(settings, parts, objectives, folder), parts, provenance
 
 
 def is_native_network(path: Path) -> bool:
