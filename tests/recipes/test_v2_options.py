@@ -21,6 +21,8 @@ OF_C = {
     "stage_c.time_shift": 1.5,
     "stage_c.known_fraction": 0.15,
     "stage_c.dispersive_weight": 0.25,
+    "stage_c.text_noise": 0.3,
+    "mirrored": 0.5,
 }
 """Options that leave the networks as they are."""
 KEYS = {"prior.text_blocks": 2, "prior.registers": 4, "prior.prediction": "velocity", "prior.depth": 8}
