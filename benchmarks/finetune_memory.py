@@ -76,6 +76,8 @@ TABLE = (
     Row("full", "lowest", 4, True, 12),
     Row("lora", "normal", 4, False, 8),
     Row("lora", "normal", 2, True, 6),
+    Row("lora int8", "normal", 2, True, 4),
+    Row("lora int8", "normal", 1, True, 4),
 )
 
 
@@ -124,13 +126,15 @@ def recipe_of(row: Row, cascade: Cascade, device: torch.device, ema_every: int) 
     base = v2_finetune() if row.kind == "full" else v2_lora()
     name = "stage_c" if row.kind == "full" else "stage_lora"
     config = getattr(base, name)
-    changes = {"batch_size": row.batch, "ema_every": ema_every if row.memory != "normal" else 1}
-    optimization = dataclasses.replace(config.optimization, **changes)
+    lengths = {"batch_size": row.batch, "ema_every": ema_every if row.memory != "normal" else 1}
+    changes: dict[str, Any] = {"optimization": dataclasses.replace(config.optimization, **lengths)}
+    if row.kind == "lora int8":
+        changes["base_weights"] = "int8"
     recorded = "compile" if row.memory == "lowest" or row.recompute else "graph"
     assert cascade.prior is not None
     return dataclasses.replace(
         base,
-        **{name: dataclasses.replace(config, optimization=optimization)},
+        **{name: dataclasses.replace(config, **changes)},
         prior=cascade.prior.config,
         precision="bf16",
         memory=row.memory,
@@ -138,7 +142,7 @@ def recipe_of(row: Row, cascade: Cascade, device: torch.device, ema_every: int) 
         acceleration=recorded if device.type == "cuda" else "none",
         preview_prompts=("a cat", "a tree"),
         # An adapter computes its inputs once, at the start, and the encoders leave the GPU.
-        prepared_images=20 if row.kind == "lora" else 0,
+        prepared_images=0 if row.kind == "full" else 20,
         prior_steps=3,
         decoder_steps=2,
     )
@@ -179,7 +183,7 @@ def measure(row: Row, cascade: Cascade, device: torch.device, options: argparse.
     size = cascade.settings.image_size
     with tempfile.TemporaryDirectory() as folder:
         # Adapters convert the frozen networks to half precision.
-        own = copy.deepcopy(cascade) if row.kind == "lora" else cascade
+        own = cascade if row.kind == "full" else copy.deepcopy(cascade)
         stage = stage_of(recipe, own, device)
         job = job_of(recipe, stage, device, Path(folder))
         state = make_state(job)
@@ -293,7 +297,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--table", action="store_true", help="measure the rows of the guide")
-    parser.add_argument("--kinds", nargs="+", choices=["full", "lora"], default=["full", "lora"])
+    kinds = ["full", "lora", "lora int8"]
+    parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--memory", nargs="+", choices=["normal", "low", "lowest"], default=["normal"])
     parser.add_argument("--batches", type=int, nargs="+", default=[64])
     parser.add_argument("--recompute", action="store_true")

@@ -29,6 +29,7 @@ _ADDED = {
     "image_column": "",
     "text_column": "",
     "memory": "normal",
+    "stage_lora.base_weights": "half",
 }
 """Fields that earlier versions did not record, with the values that they used."""
 

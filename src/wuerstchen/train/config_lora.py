@@ -49,6 +49,10 @@ class StageLoraConfig:
     parameters."""
     dora: bool = False
     """Also trains the norm of each output of a layer (DoRA, arXiv 2402.09353). Slower."""
+    base_weights: Literal["half", "int8"] = "half"
+    """The frozen weights of Stage C while the adapter is trained: in half precision on GPUs, or large
+    matrices in ``int8`` with one scale per row, which takes half the memory and is slower. The adapter is
+    used with the original weights in any case."""
     crops: int = 8
     """Random crops of each image, whose semantic latents and text states are computed once at the start and
     cached on the device. Then the compressor and the text encoder leave it. At most 1,024 crops are cached in
@@ -86,6 +90,8 @@ class StageLoraConfig:
             raise UserError(f"rank must be at least 1, got {self.rank}. 16 is common.")
         if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise UserError(f"alpha must be above 0, got {self.alpha}. Use the rank, {self.rank}.")
+        if self.dora and self.base_weights == "int8":
+            raise UserError("dora needs base_weights=half, got int8. Use one of the two.")
         if not 0 <= self.caption_dropout <= 1:
             raise UserError(f"caption_dropout must be between 0 and 1, got {self.caption_dropout}.")
 

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +22,14 @@ from wuerstchen.cli import main
 from wuerstchen.data.plan import stable_hash
 from wuerstchen.errors import UserError
 from wuerstchen.models.compressor import Compressor
+from wuerstchen.models.int8_linear import quantize_linear_layers
 from wuerstchen.models.prior import Prior, PriorConfig
 from wuerstchen.models.text import TextEncoder
 from wuerstchen.pipeline import load
 from wuerstchen.recipes import RECIPES
 from wuerstchen.train.config import Optimization, StageLoraConfig
 from wuerstchen.train.config_lora import cached_crops, with_length
+from wuerstchen.train.engine import checkpoint_writer
 from wuerstchen.train.engine.checkpoint import best_of, newest
 from wuerstchen.train.engine.ema import make_average
 from wuerstchen.train.export import export
@@ -34,7 +37,7 @@ from wuerstchen.train.feed.images import Batch
 from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.run import train
 from wuerstchen.train.run_folder import read_json
-from wuerstchen.train.stages import class_images
+from wuerstchen.train.stages import adapter, class_images
 from wuerstchen.train.stages.adapter import AdaptedPrior, target_layers
 from wuerstchen.train.stages.lora import LORA_STAGE, StageLora
 
@@ -170,6 +173,30 @@ def test_the_base_may_be_in_half_precision_and_the_adapter_is_not(prior):
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in own)
 
 
+def test_the_base_may_be_in_int8(prior, monkeypatch):
+    """Nearly the loss and the gradients of the base as it is."""
+    monkeypatch.setattr(adapter, "quantize_linear_layers", partial(quantize_linear_layers, least=1))
+    found = {}
+    for base in ("half", "int8"):
+        for targets in ("attention", "all"):
+            torch.manual_seed(4)
+            adapted = AdaptedPrior(prior, StageLoraConfig(rank=2, base_weights=base, targets=targets))
+            for parameter in adapted.weights.parameters():
+                torch.nn.init.normal_(parameter, std=0.02)  # with larger ones, rounding changes the output
+            loss = output(adapted.prior).square().mean()
+            loss.backward()
+            gradients = [p.grad for p in adapted.weights.parameters()]
+            assert all(gradient.abs().sum() > 0 for gradient in gradients)
+            found[base, targets] = loss.item(), torch.cat([g.flatten() for g in gradients])
+            kinds = {p.dtype for p in adapted.prior.parameters() if not p.requires_grad}
+            assert (torch.int8 in kinds) == (base == "int8")
+            assert all(p.dtype is torch.float32 for p in adapted.weights.parameters())
+    for targets in ("attention", "all"):
+        (loss, gradient), (expected, wanted) = (found[base, targets] for base in ("int8", "half"))
+        assert loss == pytest.approx(expected, rel=0.02)
+        assert torch.cosine_similarity(gradient, wanted, dim=0) > 0.999
+
+
 # --- Settings ---
 
 
@@ -206,6 +233,7 @@ def test_a_bounded_number_of_crops_is_cached(images, crops, cached):
         ({"updates": -1}, r"updates must be at least 0, got -1\."),
         ({"caption_dropout": 1.5}, r"caption_dropout must be between 0 and 1, got 1\.5\."),
         ({"image_size": 100}, r"image_size must be a multiple of 128, got 100\."),
+        ({"dora": True, "base_weights": "int8"}, r"dora needs base_weights=half, got int8\."),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, message):
@@ -238,6 +266,33 @@ def last(run_dir: Path) -> tuple[Path, dict]:
 def events(run_dir: Path, kind: str) -> list[dict]:
     lines = map(json.loads, (run_dir / "log.jsonl").read_text().splitlines())
     return [event for event in lines if event["event"] == kind]
+
+
+def test_a_run_with_an_int8_base_resumes_and_makes_an_adapter(
+    lora_runs, model_folder, photos, tmp_path, monkeypatch
+):
+    """The weights of the base are not in checkpoints, so they must be quantized in the same way again."""
+    monkeypatch.setattr(adapter, "quantize_linear_layers", partial(quantize_linear_layers, least=1))
+    recipe = lora_runs.recipe(model_folder, photos)
+    smaller = dataclasses.replace(recipe.stage_lora, base_weights="int8")
+    recipe = dataclasses.replace(recipe, stage_lora=smaller)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(recipe, whole, device="cpu")
+    save = checkpoint_writer.Writer.start
+
+    def dies(writer, state, header):
+        save(writer, state, header)
+        writer.wait()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_writer.Writer, "start", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, broken, device="cpu")
+    train(recipe, broken, device="cpu")
+    assert last(broken)[1] == last(whole)[1]
+    (file,) = (whole / "lora").iterdir()
+    assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("crops", [0, 2])

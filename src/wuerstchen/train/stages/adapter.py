@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from wuerstchen.checkpoints.adapters import LayerTensors
 from wuerstchen.errors import UserError
+from wuerstchen.models.int8_linear import quantize_linear_layers
 from wuerstchen.models.prior import Prior
 from wuerstchen.train.config import StageLoraConfig
 
@@ -60,12 +61,15 @@ class AdaptedPrior:
     """A frozen prior with a new adapter, which does nothing until it is trained."""
 
     def __init__(self, prior: Prior, config: StageLoraConfig, dtype: torch.dtype | None = None) -> None:
-        """The weights of ``prior`` are not changed. They are used in ``dtype``, or as they are.
+        """The weights of ``prior`` are not changed. They are used in ``dtype`` or as they are, and large
+        matrices in int8 if ``config`` says so.
 
         A and B are initialized with torch's generator as in LoRA's paper: B is zero. Raises ``UserError`` if
         ``peft`` is missing.
         """
         self.prior = _frozen_copy(prior, dtype)
+        if config.base_weights == "int8":
+            quantize_linear_layers(self.prior)
         self.config = config
         names = target_layers(self.prior, config.targets)
         self._layers = _inject(self.prior, names, config)
