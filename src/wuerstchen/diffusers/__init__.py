@@ -2,12 +2,19 @@
 
 Code written for diffusers' Würstchen runs after changing its import. It differs only where diffusers does not
 work: several prompts, several images per prompt, sizes of any multiple of 8, and callbacks that change
-tensors. Invalid arguments are refused before anything is computed.
+tensors. Invalid arguments are refused before anything is computed. Image to image and inpainting, which
+diffusers does not have for Würstchen, are in ``editing``.
 """
 
 from wuerstchen.diffusers.base import DiffusionPipeline
 from wuerstchen.diffusers.combined import AutoPipelineForText2Image, WuerstchenCombinedPipeline
 from wuerstchen.diffusers.decoder import WuerstchenDecoderPipeline
+from wuerstchen.diffusers.editing import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    WuerstchenImg2ImgPipeline,
+    WuerstchenInpaintPipeline,
+)
 from wuerstchen.diffusers.outputs import (
     DDPMWuerstchenSchedulerOutput,
     ImagePipelineOutput,
@@ -19,6 +26,8 @@ from wuerstchen.diffusers.scheduler import DDPMWuerstchenScheduler
 
 __all__ = [
     "DEFAULT_STAGE_C_TIMESTEPS",
+    "AutoPipelineForImage2Image",
+    "AutoPipelineForInpainting",
     "AutoPipelineForText2Image",
     "DDPMWuerstchenScheduler",
     "DDPMWuerstchenSchedulerOutput",
@@ -26,6 +35,8 @@ __all__ = [
     "ImagePipelineOutput",
     "WuerstchenCombinedPipeline",
     "WuerstchenDecoderPipeline",
+    "WuerstchenImg2ImgPipeline",
+    "WuerstchenInpaintPipeline",
     "WuerstchenPriorPipeline",
     "WuerstchenPriorPipelineOutput",
     "register",

@@ -1,0 +1,115 @@
+"""Image to image and inpainting with diffusers' argument names, against ``Wuerstchen.generate``."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from wuerstchen.diffusers import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    WuerstchenImg2ImgPipeline,
+    WuerstchenInpaintPipeline,
+)
+from wuerstchen.errors import UserError
+from wuerstchen.images import to_tensor
+from wuerstchen.sampling import Sampling
+
+IMAGE = Image.effect_noise((128, 96), 60).convert("RGB")
+MASK = Image.new("L", IMAGE.size, 0)
+MASK.paste(255, (0, 0, 40, 96))
+
+
+@pytest.fixture(scope="module")
+def inpaint(model_folder):
+    return AutoPipelineForInpainting.from_pretrained(model_folder)
+
+
+def seeded(seed=3):
+    return torch.Generator().manual_seed(seed)
+
+
+def seeds_of(count, seed=3):
+    generator = seeded(seed)
+    return [int(torch.randint(2**32, (1,), generator=generator)) for _ in range(count)]
+
+
+def test_inpainting_is_an_edit(inpaint):
+    images = inpaint("a cat", IMAGE, MASK, generator=seeded(), num_images_per_prompt=2).images
+    expected = inpaint.model.generate("a cat", init=IMAGE, mask=MASK, seed=seeds_of(2), count=2)
+    assert images == expected
+    assert np.array_equal(np.asarray(images[0])[:, 60:], np.asarray(IMAGE)[:, 60:])
+    assert images[0] != images[1]
+
+
+def test_arguments_have_their_meaning(inpaint):
+    given = {
+        "strength": 0.5,
+        "padding_mask_crop": 4,
+        "prior_num_inference_steps": 4,
+        "prior_guidance_scale": 2.0,
+        "num_inference_steps": 3,
+        "decoder_guidance_scale": 0.0,
+        "negative_prompt": "a dog",
+        "generator": seeded(),
+    }
+    (images,) = inpaint(prompt="a cat", image=IMAGE, mask_image=MASK, return_dict=False, **given)
+    sampling = Sampling(prior_steps=4, guidance=2.0, decoder_steps=3, decoder_guidance=1.0)
+    expected = inpaint.model.generate(
+        *("a cat",), negative="a dog", init=IMAGE, mask=MASK, seed=seeds_of(1), sampling=sampling,
+        strength=0.5, crop_to_mask=4,
+    )  # fmt: skip
+    assert images == expected
+    resized = inpaint("a cat", IMAGE, MASK, height=64, width=72).images[0]
+    assert resized.size == (72, 64)
+
+
+def test_image_to_image_is_a_variation(inpaint):
+    pipe = AutoPipelineForImage2Image.from_pipe(inpaint)
+    assert isinstance(pipe, WuerstchenImg2ImgPipeline)
+    (image,) = pipe(["a cat"], [IMAGE], strength=0.4, height=96, width=128, generator=[seeded()]).images
+    assert [image] == pipe.model.generate("a cat", init=IMAGE, strength=0.4, size=(128, 96), seed=seeds_of(1))
+    assert pipe("", IMAGE).images[0].size == (128, 128)
+
+
+@pytest.mark.parametrize("form", ["tensor", "tensors", "array", "uint8", "list"])
+def test_images_and_masks_may_be_arrays_and_tensors(inpaint, form):
+    image, mask = to_tensor(IMAGE), to_tensor(MASK)[:1]
+    forms = {
+        "tensor": (image, mask),
+        "tensors": (image[None], mask[None]),
+        "array": (image.permute(1, 2, 0).numpy(), mask[0].numpy()),
+        "uint8": (np.asarray(IMAGE), np.asarray(MASK)),
+        "list": ([image], [MASK]),
+    }
+    found = inpaint("a cat", *forms[form], generator=seeded(), output_type="np").images
+    (expected,) = inpaint("a cat", IMAGE, MASK, generator=seeded()).images
+    assert found.shape == (1, 96, 128, 3)
+    assert np.array_equal(np.rint(found[0] * 255), np.asarray(expected))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"image": None}, "image is missing"),
+        ({"mask_image": None}, "mask_image is missing"),
+        ({"image": "cat.png"}, "image must be a PIL image, an array or a tensor, got <class 'str'>"),
+        ({"image": torch.zeros(2, 8, 8)}, r"image has the shape \(2, 8, 8\)"),
+        ({"image": torch.full((3, 8, 8), 2.0)}, "image must have values from 0 to 1"),
+        ({"mask_image": Image.new("L", (8, 8))}, "mask has 8x8 pixels, but init has 128x96"),
+        ({"output_type": "latent"}, "output_type must be one of pil, np, pt"),
+        ({"generator": [seeded()] * 2}, "2 generators do not match 1 images"),
+        ({"strength": 2.0}, "strength must be above 0"),
+    ],
+)
+def test_bad_arguments_are_refused(inpaint, given, words):
+    with pytest.raises(UserError, match=words):
+        inpaint(**{"prompt": "a cat", "image": IMAGE, "mask_image": MASK, **given})
+
+
+def test_a_model_without_a_compressor_is_refused(write_published, tmp_path):
+    folder = write_published(tmp_path)
+    with pytest.raises(UserError, match="no compressor"):
+        WuerstchenInpaintPipeline.from_pretrained(folder)
+    with pytest.raises(UserError, match="torch_dtype must be float32, bfloat16 or float16"):
+        WuerstchenInpaintPipeline.from_pretrained(folder, torch_dtype=torch.float64)
