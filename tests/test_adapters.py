@@ -15,7 +15,7 @@ from wuerstchen import adapters
 from wuerstchen.adapters import ModelAdapters
 from wuerstchen.checkpoints.adapter_metadata import AdapterMetadata, weights_hash
 from wuerstchen.checkpoints.adapter_write import write_adapter
-from wuerstchen.checkpoints.adapters import Adapter, LayerTensors
+from wuerstchen.checkpoints.adapters import Adapter, LayerTensors, wanted_files
 from wuerstchen.errors import CheckpointError, UserError, UserNotice
 from wuerstchen.lora import load_lora, lora_names, unload_lora
 from wuerstchen.models.cascade import Cascade
@@ -89,6 +89,21 @@ def test_use_equals_load(cascade, files):
     assert torch.equal(output(cascade), expected)
     assert used.use({files[2]: 0.7})  # what ``load`` added does not count
     assert torch.equal(output(cascade), expected)
+
+
+def test_a_name_on_the_hub_is_downloaded(cascade, files, tmp_path, monkeypatch):
+    asked = []
+    (tmp_path / "hub").mkdir()
+    files[0].rename(tmp_path / "hub" / "pytorch_lora_weights.safetensors")
+    monkeypatch.setattr(adapters, "local_folder", lambda *a, **k: asked.append((a, k)) or tmp_path / "hub")
+    used = ModelAdapters(cascade)
+    used.load("someone/my-dog", 1.0)
+    assert asked == [(("someone/my-dog",), {"only": wanted_files()})]
+    assert len(lora_names(cascade.prior)) == 1
+    for nowhere in ("a/b.safetensors", "no file"):
+        with pytest.raises(CheckpointError, match=r"does not exist\. Download the adapter first"):
+            used.load(nowhere)
+    assert len(asked) == 1
 
 
 def test_a_failed_change_leaves_no_adapter(cascade, files, tmp_path):

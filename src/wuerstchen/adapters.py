@@ -1,11 +1,13 @@
 """The adapters of a loaded model: adds them, replaces them by others, and removes them."""
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from wuerstchen.checkpoints.adapter_metadata import AdapterMetadata
-from wuerstchen.checkpoints.adapters import Adapter, read_adapter
+from wuerstchen.checkpoints.adapters import Adapter, read_adapter, wanted_files
+from wuerstchen.checkpoints.hub import HUB_NAME, local_folder
 from wuerstchen.errors import CheckpointError, UserError
 from wuerstchen.lora import load_lora, lora_names, set_lora, unload_lora
 from wuerstchen.models.cascade import Cascade
@@ -34,7 +36,7 @@ class ModelAdapters:
             raise UserError("LoRA adapters apply to Stage C, and this model has none. Load one with Stage C.")
         if not math.isfinite(scale):
             raise UserError(f"scale must be a finite number, got {scale}. Use 1 for full strength.")
-        adapter = source if isinstance(source, Adapter) else read_adapter(Path(source))
+        adapter = source if isinstance(source, Adapter) else read_adapter(_found(source))
         name = f"adapter_{len(self.scales)}"
         load_lora(prior, adapter, adapter_name=name, text_encoder=encoder)
         self.scales[name], self._used = scale, None
@@ -89,6 +91,14 @@ class ModelAdapters:
         ):
             del self._cache[next(iter(self._cache))]
         return adapter
+
+
+def _found(source: str | Path) -> Path:
+    """The path of an adapter, downloaded if ``source`` is a name on the hub."""
+    path = Path(source)
+    if os.path.exists(path) or path.suffix in (".safetensors", ".bin") or not HUB_NAME.fullmatch(str(source)):
+        return path
+    return local_folder(source, only=wanted_files())
 
 
 def _bytes(adapter: Adapter) -> int:

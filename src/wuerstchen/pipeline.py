@@ -229,9 +229,9 @@ class Wuerstchen(Reconstructor):
     def load_lora(self, source: str | Path, scale: float = 1.0) -> AdapterMetadata:
         """Adds a LoRA adapter to Stage C, and to its text encoder if the file adapts that too.
 
-        ``source`` is a file, or a folder with ``pytorch_lora_weights.safetensors``. Returns the file's
-        description, with its trigger words. Raises ``CheckpointError`` if the adapter does not fit this
-        model. On error, the model is unchanged.
+        ``source`` is a file, a folder with ``pytorch_lora_weights.safetensors``, or a name on the hub.
+        Returns the file's description, with its trigger words. Raises ``CheckpointError`` if the adapter does
+        not fit this model. On error, the model is unchanged.
         """
         self.residence.release()
         metadata = self._adapters.load(source, scale)

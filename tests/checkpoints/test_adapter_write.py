@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from wuerstchen.checkpoints.adapter_metadata import AdapterMetadata, weights_hash
-from wuerstchen.checkpoints.adapter_write import dotted_name, write_adapter
+from wuerstchen.checkpoints.adapter_write import dotted_name, file_name, write_adapter
 from wuerstchen.checkpoints.adapters import METADATA, PEFT_CONFIG, Adapter, LayerTensors, read_adapter
+from wuerstchen.diffusers import WuerstchenPriorPipeline as OurPipeline
 from wuerstchen.errors import CheckpointError, UserError, UserNotice
 from wuerstchen.lora import adapter_tensors, fuse_lora, load_lora, unfuse_lora, unload_lora
 from wuerstchen.models.prior import Prior, PriorConfig
@@ -72,7 +73,7 @@ def adapter_for(prior: Prior, *, dora: bool = False, mixed: bool = True, only: s
         b = torch.randn(out, rank, *[1] * len(kernel), generator=generator) * 0.2
         norms = layer.weight.flatten(1).norm(dim=1) * (1 + torch.rand(out, generator=generator))
         layers[name] = LayerTensors(a, b, [4.0, 1.0, 2.5][number % 3], norms if dora else None)
-    return Adapter(prior=layers, metadata=METADATA_OF_ALL)
+    return Adapter(prior=layers, metadata=replace(METADATA_OF_ALL, base_hash=weights_hash(prior)))
 
 
 def fused(prior: Prior, adapter: Adapter) -> Tensor:
@@ -115,7 +116,7 @@ def test_what_is_written_is_read_again_with_the_same_effect(prior, tmp_path, for
     assert torch.equal(run(prior), plain)
     assert_same(adapter, again)
     read = read_adapter(write_adapter(tmp_path / "new" / "x.safetensors", again, form=form))
-    assert read.metadata == METADATA_OF_ALL
+    assert read.metadata == adapter.metadata
     assert_same(adapter, replace(read, prior={dotted_name(n): layer for n, layer in read.prior.items()}))
 
 
@@ -131,10 +132,14 @@ def test_diffusers_loads_it_with_the_same_effect(prior, tmp_path, dora, mixed, r
     assert relative_error(run(prior), run(pipe.prior)) <= 1e-4
     # And from diffusers back.
     back = tmp_path / "back"
+    ours = tmp_path / "ours"
     layers = peft.get_peft_model_state_dict(pipe.prior, adapter_name="mine")
     config = pipe.prior.peft_config["mine"].to_dict()
     pipe.save_lora_weights(back, unet_lora_layers=layers, unet_lora_adapter_metadata=config)
     assert_same(adapter, read_adapter(back))
+    save = {"unet_lora_layers": layers, "unet_lora_adapter_metadata": config}
+    OurPipeline.save_lora_weights(ours, **save)
+    assert_same(adapter, read_adapter(ours))
 
 
 @pytest.mark.parametrize("strength", [0.5, 0.8])
@@ -159,7 +164,7 @@ def test_strengths_of_a_dora_are_those_of_diffusers(prior, tmp_path, strength, r
 @pytest.mark.parametrize("dora", [False, True])
 def test_peft_loads_the_folder(prior, tmp_path, dora, relative_error):
     adapter = adapter_for(prior, dora=dora)
-    write_adapter(tmp_path / "adapter_model.safetensors", adapter, form="peft")
+    write_adapter(tmp_path / file_name("peft"), adapter, form="peft")
     model = peft.PeftModel.from_pretrained(pipeline_of(prior).prior, str(tmp_path))
     assert relative_error(run(model.base_model.model), fused(prior, adapter)) <= 1e-4
     assert json.loads((tmp_path / PEFT_CONFIG).read_text())["base_model_name_or_path"] == "warp-ai/wuerstchen"
@@ -269,7 +274,7 @@ def test_metadata(tmp_path, prior):
     adapter = adapter_for(prior, mixed=False)
     for form in ("diffusers", "kohya"):
         path = write_adapter(tmp_path / f"{form}.safetensors", adapter, form=form, dtype=torch.float16)
-        assert read_adapter(path).metadata == METADATA_OF_ALL
+        assert read_adapter(path).metadata == adapter.metadata
         with safe_open(path, "pt") as file:
             header = file.metadata()
             assert {file.get_slice(key).get_dtype() for key in file.keys() if "alpha" not in key} == {"F16"}  # noqa: SIM118

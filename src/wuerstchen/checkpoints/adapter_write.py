@@ -23,6 +23,8 @@ from wuerstchen.checkpoints.adapters import (
     METADATA,
     PEFT_CONFIG,
     TOKENS,
+    WEIGHT_NAME,
+    WEIGHT_NAMES,
     Adapter,
     LayerTensors,
     json_of_config,
@@ -119,6 +121,11 @@ def _write(
                 "lower learning rate, or store it as float32."
             )
     write_safetensors(wanted, path, header)
+
+
+def file_name(form: str) -> str:
+    """The name under which programs look for an adapter of a form in a folder."""
+    return WEIGHT_NAMES[1] if form == "peft" else WEIGHT_NAME
 
 
 def config_of(layers: Mapping[str, LayerTensors], base_model: str = "") -> dict[str, Any]:

@@ -219,9 +219,10 @@ def save_lora(
     if not named:
         raise UserError("there are no layers to save. Pass at least one.")
     for key in named:
-        if not re.search(r"[^.]\.lora_[AB]\.weight$", key):
+        if not re.search(r"[^.]\.(lora_[AB]\.weight|lora_magnitude_vector)$", key):
             raise UserError(
-                f"layer {key!r} cannot be saved. Keys must end in .lora_A.weight or .lora_B.weight."
+                f"layer {key!r} cannot be saved. Keys must end in .lora_A.weight, .lora_B.weight or, for "
+                "DoRA, .lora_magnitude_vector."
             )
     path = Path(folder) / weight_name
     try:

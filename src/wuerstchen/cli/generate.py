@@ -54,7 +54,7 @@ def add_generate(commands: "argparse._SubParsersAction[Parser]") -> None:
         action="append",
         default=[],
         metavar="FILE[:SCALE]",
-        help="LoRA adapter for Stage C: a file, or a folder written by diffusers or peft; repeatable",
+        help="adapter (LoRA) for Stage C: a file, a folder by diffusers or peft, or a Hub name; repeatable",
     )
     generate.add_argument(
         "--detail-seed",

@@ -22,9 +22,12 @@ def v2_lora() -> Recipe:
 
     Hardware: one GPU with 8 GB (estimated). Time: not measured. Cost: see the rehearsal. Result: an adapter
     file of 25 MB for wuerstchen generate --model warp-ai/wuerstchen --lora. The published folders have no
-    compressor. It comes from the original's file of Stage B (--compressor-init), as in v2-finetune.
+    compressor. It is downloaded from warp-ai/EfficientNetEncoder (81 MB), unless --compressor names a copy or
+    the original's file of Stage B.
     """
-    return _adapter(v2_finetune(), "v2-lora", "warp-ai/wuerstchen", batch_size=4, learning_rate=1e-4)
+    base = v2_finetune()
+    base = dataclasses.replace(base, stage_b=dataclasses.replace(base.stage_b, compressor_init=""))
+    return _adapter(base, "v2-lora", "warp-ai/wuerstchen", batch_size=4, learning_rate=1e-4)
 
 
 def _adapter(base: Recipe, name: str, start: str, batch_size: int, learning_rate: float) -> Recipe:

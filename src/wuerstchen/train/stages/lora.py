@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from wuerstchen.checkpoints.adapter_metadata import AdapterMetadata, weights_hash
-from wuerstchen.checkpoints.adapter_write import write_adapter
-from wuerstchen.checkpoints.adapters import WEIGHT_NAME, Adapter
+from wuerstchen.checkpoints.adapter_write import file_name, write_adapter
+from wuerstchen.checkpoints.adapters import Adapter
 from wuerstchen.data.prepared import PreparedSet
 from wuerstchen.diffusion.objective import Objective
 from wuerstchen.models.cascade import Cascade
@@ -176,7 +176,7 @@ def _write(run: Run, folder: Path) -> None:
         licence=config.licence,
     )
     adapter = Adapter(prior=weights.tensors(config.rank * config.scale))
-    write_adapter(folder / WEIGHT_NAME, adapter, metadata, form=config.form)
+    write_adapter(folder / file_name(config.form), adapter, metadata, form=config.form)
 
 
 def _images(run: Run) -> int:
