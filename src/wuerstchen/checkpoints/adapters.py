@@ -191,6 +191,17 @@ def read_adapter(source: Path | str | Mapping[str, Tensor], weight_name: str | N
     )
 
 
+def is_adapter(path: Path) -> bool:
+    """Whether a file is an adapter, or a folder has a file with one of the usual names of adapters."""
+    if path.is_dir():
+        return any((path / name).is_file() for name in WEIGHT_NAMES)
+    try:
+        with open_safetensors(path) as file:
+            return any(_ENDING.search(key) for key in file.keys())  # noqa: SIM118 (no mapping)
+    except CheckpointError:
+        return False
+
+
 def wanted_files(weight_name: str | None = None, subfolder: str | None = None) -> list[str]:
     """Patterns of the file names to download from a repository on the hub."""
     names = [*([weight_name] if weight_name else WEIGHT_NAMES), PEFT_CONFIG]

@@ -3,9 +3,9 @@
 import dataclasses
 
 from wuerstchen.data.prepared import PreparedSet
-from wuerstchen.errors import UserError
+from wuerstchen.errors import DataError, UserError
 from wuerstchen.train.config import Recipe, with_time_densities
-from wuerstchen.train.config_lora import cached_crops, with_length
+from wuerstchen.train.config_lora import FEWEST_IMAGES, cached_crops, with_length
 from wuerstchen.train.engine.distributed import Processes
 from wuerstchen.train.precision import gpu_precision
 from wuerstchen.train.run_data import open_training_images
@@ -58,6 +58,11 @@ def _fitted_to_images(recipe: Recipe) -> Recipe:
     source = open_training_images(recipe)
     is_prepared = isinstance(source, PreparedSet)
     count = len(source.rows("train")) if is_prepared else len(source)
+    if count < FEWEST_IMAGES:
+        raise DataError(
+            f"{recipe.data} has {count} {'image' if count == 1 else 'images'} to train on. An adapter needs "
+            f"at least {FEWEST_IMAGES}, and 10 or more are better. Add images."
+        )
     crops = 0 if is_prepared else recipe.prepared_images or cached_crops(recipe.stage_lora, count)
     config = with_length(recipe.stage_lora, count)
     return dataclasses.replace(recipe, stage_lora=config, prepared_images=crops)

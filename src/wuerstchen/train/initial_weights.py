@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from wuerstchen.checkpoints.adapters import is_adapter
 from wuerstchen.checkpoints.backbones import lite0_path, load_backbone
 from wuerstchen.checkpoints.compressors import (
     PUBLISHED_COMPRESSOR,
@@ -25,7 +26,7 @@ from wuerstchen.checkpoints.layouts import read_incomplete
 from wuerstchen.checkpoints.native import Provenance, text_encoder_folder
 from wuerstchen.checkpoints.original import PUBLISHED_TEXT_ENCODERS
 from wuerstchen.checkpoints.text_encoder import read_text_encoder
-from wuerstchen.errors import UserError
+from wuerstchen.errors import CheckpointError, UserError
 from wuerstchen.models.cascade import Cascade, CascadeSettings, OptionalParts
 from wuerstchen.models.compressor import Compressor
 from wuerstchen.models.decoder import Decoder
@@ -122,7 +123,15 @@ def read_start(recipe: Recipe) -> InitialWeights:
     given: dict[str, Any] = {}
     if recipe.start_from:
         folder = local_folder(recipe.start_from)
-        start.settings, given, start.provenance = read_incomplete(folder)
+        try:
+            start.settings, given, start.provenance = read_incomplete(folder)
+        except CheckpointError as error:
+            if is_adapter(folder):
+                raise UserError(
+                    f"start_from={recipe.start_from} is an adapter, which belongs to a model and is none. "
+                    "Use --start-from with the model."
+                ) from error
+            raise
         if "text_encoder" in given:
             start.text_folder = text_encoder_folder(folder)
     origin = Provenance(recipe=f"taken from {Path(recipe.start_from).name}", seed=0, images=0, data="")
@@ -272,6 +281,11 @@ def _take_text_encoders(recipe: Recipe, start: InitialWeights, given: dict[str, 
         parts.text_encoder, start.text_folder = _read_text(recipe.text_encoder)
     elif "text_encoder" in given:
         parts.text_encoder = given["text_encoder"]
+    elif parts.prior is not None:
+        raise UserError(
+            f"start_from={recipe.start_from} has a Stage C, but not the text encoder that it was trained "
+            "with. Use --text-encoder with a folder that has it."
+        )
     else:
         parts.text_encoder, start.text_folder = _read_text(str(TEXT_ENCODER))
 

@@ -79,7 +79,7 @@ def overview(
     for data, source in sources.items():
         phases = [reading for reading in readings(recipe) if reading.data == data]
         if isinstance(source, StoredImages):
-            _stored(data, source, phases, encoder, lines, warnings)
+            _stored(data, source, phases, encoder, bool(recipe.caption), lines, warnings)
         elif isinstance(source, PreparedSet):
             _prepared(data, source, lines)
         else:
@@ -97,6 +97,7 @@ def _stored(
     source: StoredImages,
     phases: Sequence[Reading],
     encoder: TextEncoder | None,
+    one_caption: bool,
     lines: list[str],
     warnings: list[str],
 ) -> None:
@@ -108,7 +109,7 @@ def _stored(
         dropped = source.index.tally.dropped.most_common()
         lines += [f"  left out: {count:,} {reason}" for reason, count in dropped]
     if encoder is not None:
-        _captions(data, source, encoder, lines, warnings)
+        _captions(data, source, encoder, one_caption, lines, warnings)
     found = sizes(source)
     target = max(reading.size for reading in phases)
     factors = found.enlarged((target, target))
@@ -138,7 +139,12 @@ def _stored(
 
 
 def _captions(
-    data: str, source: StoredImages, encoder: TextEncoder, lines: list[str], warnings: list[str]
+    data: str,
+    source: StoredImages,
+    encoder: TextEncoder,
+    one_caption: bool,
+    lines: list[str],
+    warnings: list[str],
 ) -> None:
     items = items_at(range(min(MOST, len(source))), len(source), 0)
     texts = [text for item in items for text in source.captions(item)]
@@ -153,6 +159,11 @@ def _captions(
             f". {cut:,} are longer than the text encoder's {encoder.text_positions} tokens and are truncated"
         )
     lines.append(line)
+    if len(texts) > 1 and len(set(texts)) == 1 and not one_caption:
+        warnings.append(
+            f"all captions of {data} are {texts[0][:60]!r}. The model cannot tell apart what differs between "
+            "the images. Describe each image, or give --caption if one caption for all is meant"
+        )
     if cut > _MANY_CUT * len(lengths):
         warnings.append(
             f"{cut:,} of {len(lengths):,} captions of {data} are truncated to the text "

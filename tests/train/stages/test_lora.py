@@ -1,8 +1,10 @@
 """Adapters for Stage C: their layers and weights, and whole runs from images to a file."""
 
 import dataclasses
+import errno
 import importlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,7 +43,7 @@ from wuerstchen.train.stages import adapter, class_images
 from wuerstchen.train.stages.adapter import AdaptedPrior, target_layers
 from wuerstchen.train.stages.lora import LORA_STAGE, StageLora
 
-from ...configurations import TOY_PRIOR
+from ...configurations import TOY_PRIOR, write_model
 
 
 @pytest.fixture
@@ -510,3 +512,97 @@ def test_recipes():
         assert recipe.stage_lora.rank == 16
         assert recipe.stage_lora.updates == 0
     assert RECIPES["lora"]().start_from == "bundled"
+
+
+# --- What can go wrong ---
+
+
+def test_too_few_images(lora_runs, model_folder, photos, tmp_path):
+    (tmp_path / "two").mkdir()
+    for name in ("0.png", "1.png"):
+        shutil.copy(photos / name, tmp_path / "two")
+    with pytest.raises(UserError, match=r"two has 2 images to train on\. An adapter needs at least 3"):
+        train(lora_runs.recipe(model_folder, tmp_path / "two"), tmp_path / "run", device="cpu")
+    shutil.copy(photos / "2.png", tmp_path / "two")
+    train(lora_runs.recipe(model_folder, tmp_path / "two", updates=1), tmp_path / "run", device="cpu")
+
+
+def test_equal_captions_in_files(lora_runs, model_folder, photos, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(photos, data)
+    for image in data.glob("*.png"):
+        image.with_suffix(".txt").write_text("a cat")
+    train(lora_runs.recipe(model_folder, data, caption="", updates=1), tmp_path / "a", device="cpu")
+    assert "all captions of" in (said := capsys.readouterr().out)
+    assert "are 'a cat'. " in said
+    (data / "0.txt").write_text("a dog")
+    (data / "1.txt").write_text("a bird")
+    train(lora_runs.recipe(model_folder, data, caption="", updates=1), tmp_path / "b", device="cpu")
+    train(lora_runs.recipe(model_folder, data, updates=1), tmp_path / "c", device="cpu")  # as asked
+    assert "all captions of" not in capsys.readouterr().out
+
+
+def test_an_adapter_is_no_model_to_start_from(lora_runs, model_folder, photos, tmp_path):
+    result = train(lora_runs.recipe(model_folder, photos, updates=1), tmp_path / "run", device="cpu")
+    for start in (result, *result.iterdir()):
+        with pytest.raises(UserError, match="is an adapter, which belongs to a model"):
+            train(lora_runs.recipe(start, photos), tmp_path / "other", device="cpu")
+
+
+def test_a_model_without_its_text_encoder(lora_runs, model_folder, photos, tmp_path):
+    """The bundled text encoder would take its place if it has the same width."""
+    shutil.copytree(model_folder, tmp_path / "model")
+    description = json.loads((tmp_path / "model" / "model.json").read_text())
+    description["parts"].remove("text_encoder")
+    (tmp_path / "model" / "model.json").write_text(json.dumps(description))
+    shutil.move(tmp_path / "model" / "text_encoder", tmp_path / "encoder")
+    recipe = lora_runs.recipe(tmp_path / "model", photos, updates=1)
+    with pytest.raises(UserError, match=r"not the text encoder .* Use --text-encoder"):
+        train(recipe, tmp_path / "run", device="cpu")
+    recipe = dataclasses.replace(recipe, text_encoder=str(tmp_path / "encoder"))
+    assert train(recipe, tmp_path / "run", device="cpu").is_dir()
+
+
+def test_another_model_for_the_same_run(lora_runs, model_folder, photos, tmp_path):
+    shutil.copytree(model_folder, tmp_path / "model")
+    train(lora_runs.recipe(model_folder, photos, updates=1), tmp_path / "run", device="cpu")
+    other = read_cascade(model_folder)
+    torch.nn.init.ones_(other.prior.blocks[0].depthwise.bias)
+    write_model(other, tmp_path / "other")
+    with pytest.raises(UserError, match=r"the weights in .* have changed since"):
+        train(lora_runs.recipe(tmp_path / "other", photos, updates=1), tmp_path / "run", device="cpu")
+
+
+def test_a_full_disk_at_the_end_loses_nothing(lora_runs, model_folder, photos, tmp_path, monkeypatch):
+    recipe = lora_runs.recipe(model_folder, photos)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("wuerstchen.train.stages.lora.write_adapter", full)
+        with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
+            train(recipe, tmp_path, device="cpu")
+    assert last(tmp_path)[0].name == "000000000024"
+    assert not (tmp_path / "lora").exists()
+    assert (train(recipe, tmp_path, device="cpu") / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_nan_ends_the_run_at_its_last_checkpoint(lora_runs, model_folder, photos, tmp_path, monkeypatch):
+    recipe = lora_runs.recipe(model_folder, photos)
+    whole = train(recipe, tmp_path / "whole", device="cpu")
+    loss = StageLora._loss
+
+    def broken(self, inputs, random, purpose=""):
+        found = loss(self, inputs, random, purpose)
+        return found * float("nan") if random.indices[0] >= 16 else found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StageLora, "_loss", broken)
+        with pytest.raises(UserError, match="the loss of adapter is nan at image 16") as raised:
+            train(recipe, tmp_path / "run", device="cpu")
+    assert "\n" not in str(raised.value)
+    assert last(tmp_path / "run")[0].name == "000000000016"
+    again = train(recipe, tmp_path / "run", device="cpu")
+    one, other = (load_file(next(folder.iterdir())) for folder in (whole, again))
+    assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
