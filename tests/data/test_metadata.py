@@ -73,7 +73,7 @@ def test_parquet_reads_the_columns_that_are_used(tmp_path):
     assert rows(tmp_path, PARQUET) == [
         ("metadata.parquet row 1", {"file_name": "a.png", "text": "a", "pwatermark": 0.5})
     ]
-    found = rows(tmp_path, PARQUET, image_column="file_name", text_column="long")
+    found = rows(tmp_path, PARQUET, image_column="file_name", text_columns=("long",))
     assert found[0][1] == {"file_name": "a.png", "long": "b", "pwatermark": 0.5}
 
 

@@ -76,8 +76,7 @@ class WithoutImages(CaptionsOnly):
     def example(self, item: int, rng: np.random.Generator, size: int | Size) -> Example:
         if isinstance(self.source, EmojiSource):
             return Example(_black(size), self.source.captions(item, [rng])[0])
-        captions = self.source.captions(item)
-        return Example(_black(size), captions[int(rng.integers(len(captions)))])
+        return Example(_black(size), self.source.caption(item, rng))
 
     def image(self, item: int, rng: np.random.Generator, size: int | Size) -> np.ndarray:
         return _black(size)

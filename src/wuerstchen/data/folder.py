@@ -9,7 +9,7 @@ from typing import Literal
 
 from PIL import Image
 
-from wuerstchen.data.folder_captions import read_captions, read_sidecar
+from wuerstchen.data.folder_captions import read_caption_columns, read_captions, read_sidecar
 from wuerstchen.data.folder_files import PACKED, SIDECAR, SUFFIXES, TEXTS, Names, beside_of, find_files
 from wuerstchen.data.plan import held_out_names
 from wuerstchen.data.sources import Size, StoredImages, size_in_header
@@ -23,6 +23,7 @@ class _Item:
     captions: tuple[str, ...]
     fields: dict[str, object]  # its row in the metadata file
     sidecar: str | None = None  # the JSON file next to it
+    groups: tuple[int, ...] = ()  # how many captions are from each column
 
 
 class FolderSource(StoredImages):
@@ -37,6 +38,9 @@ class FolderSource(StoredImages):
     The first of these that exists is used. ``text_column`` chooses other captions: a column of the metadata
     file, the suffix of the text files, or a field of the ``.json`` files next to the images. ``image_column``
     is the column of the metadata file with the names of the images.
+
+    ``text_columns`` are several such columns in place of ``text_column``, for ``CaptionOptions``. The
+    captions of an image are then those of all its columns.
 
     ``caption`` is one caption for all images. Captions in files are then not read.
 
@@ -59,6 +63,7 @@ class FolderSource(StoredImages):
         *,
         image_column: str | None = None,
         text_column: str | None = None,
+        text_columns: tuple[str, ...] = (),
         caption: str = "",
         held_out: float = 0.0,
     ) -> None:
@@ -68,8 +73,9 @@ class FolderSource(StoredImages):
                 f"Data folder {str(self.root)!r} does not exist or is not a folder. Use a folder of images."
             )
         endings = TEXTS
-        if text_column is not None:  # only if it can be a suffix
-            endings = (f".{text_column.lower()}",) if re.fullmatch(r"[\w-]+", text_column) else ()
+        if text_column is not None or text_columns:  # only those that can be a suffix
+            names = text_columns or (text_column or "",)
+            endings = tuple(f".{name.lower()}" for name in names if re.fullmatch(r"[\w-]+", name))
         found = find_files(self.root, endings)
         images = found.images
         if not images:
@@ -79,17 +85,20 @@ class FolderSource(StoredImages):
             )
         captions: dict[str, tuple[str, ...]] = dict.fromkeys(images, (caption,))
         fields: dict[str, dict[str, object]] = {}
-        if not caption:
+        groups: dict[str, tuple[int, ...]] = {}
+        if text_columns:
+            captions, groups, fields = read_caption_columns(self.root, found, image_column, text_columns)
+        elif not caption:
             captions, fields = read_captions(self.root, found, endings, image_column, text_column)
-        names = held_out_names(images, held_out)
+        held = held_out_names(images, held_out)
         if around is not None:
             inside = self.root.resolve().relative_to(around.resolve())
             theirs = find_files(around, ()).images
             shared, held_out_there = set(theirs), held_out_names(theirs, held_out)
             named = {image: (inside / image).as_posix() for image in images}
-            own = {image for image in names if named[image] not in shared}
-            names = own | {image for image in images if named[image] in held_out_there}
-        chosen = {"all": set(images), "train": set(images) - names, "heldout": names}[split]
+            own = {image for image in held if named[image] not in shared}
+            held = own | {image for image in images if named[image] in held_out_there}
+        chosen = {"all": set(images), "train": set(images) - held, "heldout": held}[split]
         self.without_caption = [name for name in images if name in chosen and not captions[name]]
         """Images that are left out because all their captions are empty."""
         if not any(captions.values()):
@@ -99,7 +108,13 @@ class FolderSource(StoredImages):
         chosen -= set(self.without_caption)
         sidecars = Names(found.sidecars)
         self._items = [
-            _Item(name, captions[name], fields.get(name, {}), sidecars.find(beside_of(name, SIDECAR)))
+            _Item(
+                name,
+                captions[name],
+                fields.get(name, {}),
+                sidecars.find(beside_of(name, SIDECAR)),
+                groups.get(name, ()),
+            )
             for name in images
             if name in chosen
         ]
@@ -114,6 +129,9 @@ class FolderSource(StoredImages):
     def captions(self, item: int) -> tuple[str, ...]:
         """All captions of the image."""
         return self._items[item].captions
+
+    def groups(self, item: int) -> tuple[int, ...]:
+        return self._items[item].groups
 
     def fields(self, item: int) -> dict[str, object]:
         """All fields of the image in the metadata file, or else in the ``.json`` next to it.

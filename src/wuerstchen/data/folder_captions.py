@@ -1,6 +1,8 @@
 """The captions of a folder of images: in a metadata file, or in text or JSON files next to the images."""
 
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from wuerstchen.data.files import parse_object, read_text
@@ -16,8 +18,66 @@ def _shortened(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:196]} ..."
 
 
-_Read = tuple[dict[str, tuple[str, ...]], dict[str, dict[str, object]]]
+_Texts = dict[str, tuple[str, ...]]
+_Read = tuple[_Texts, dict[str, dict[str, object]]]
 """The captions and all metadata fields of each image."""
+
+
+def read_caption_columns(
+    root: Path, found: Found, image_column: str | None, columns: tuple[str, ...]
+) -> tuple[_Texts, dict[str, tuple[int, ...]], dict[str, dict[str, object]]]:
+    """Reads captions from several columns: the captions of each image, how many are from each column, and all
+    metadata fields. An image may lack some of the columns. Raises ``DataError`` for a column that no image
+    has, and for an image without any of them."""
+    metadata = next((name for name in METADATA if os.path.lexists(root / name)), None)
+    rows: dict[str, tuple[str, dict[str, object]]] = {}
+    if metadata is not None:
+        rows = dict(_rows(root, metadata, found, image_column, columns))
+    elif image_column is not None:
+        raise _no_columns(root, image_column)
+    else:
+        texts, sidecars = Names(found.texts), Names(found.sidecars)
+        rows = {
+            image: (f"Image {image!r}", _beside(root, image, texts, sidecars, columns))
+            for image in found.images
+        }
+    present = {column for _, fields in rows.values() for column in columns if column in fields}
+    if missing := [column for column in columns if column not in present]:
+        names = dict.fromkeys(key for _, fields in rows.values() for key in fields)
+        raise no_column(f"Data folder {str(root)!r}", missing[0], list(names))
+    captions: _Texts = {}
+    groups: dict[str, tuple[int, ...]] = {}
+    for image, (where, fields) in rows.items():
+        each = [_captions(where, fields, column) if column in fields else () for column in columns]
+        groups[image] = tuple(map(len, each))
+        captions[image] = tuple(caption for texts in each for caption in texts)
+    _check_all_have_captions(found.images, captions, f"Add one of {', '.join(columns)}.")
+    return (
+        captions,
+        groups,
+        {} if metadata is None else {image: fields for image, (_, fields) in rows.items()},
+    )
+
+
+def _beside(
+    root: Path, image: str, texts: Names, sidecars: Names, columns: tuple[str, ...]
+) -> dict[str, object]:
+    """What the files next to an image say: the text files with a column as their suffix, and the fields of
+    the ``.json``."""
+    sidecar = sidecars.find(beside_of(image, SIDECAR))
+    fields = read_sidecar(root, sidecar) if sidecar is not None else {}
+    for column in columns:
+        place = _text_of(image, texts, (f".{column.lower()}",)) if re.fullmatch(r"[\w-]+", column) else None
+        if place is not None:
+            fields[column] = read_text(root / place, place)
+    return fields
+
+
+def _no_columns(root: Path, column: str) -> DataError:
+    return DataError(
+        f"Data folder {str(root)!r} has no column {column!r}. Only {', '.join(METADATA)} have"
+        " columns. Add one of these files, or leave --image-column out."
+    )
 
 
 def read_captions(
@@ -30,10 +90,7 @@ def read_captions(
     if metadata == JSONL or (metadata is not None and not beside):
         return _read_metadata(root, metadata, found, endings, image_column, text_column)
     if image_column is not None:
-        raise DataError(
-            f"Data folder {str(root)!r} has no column {image_column!r}. Only {', '.join(METADATA)} have"
-            " columns. Add one of these files, or leave --image-column out."
-        )
+        raise _no_columns(root, image_column)
     if not beside and text_column is not None:
         ending = "".join(f" or {ending}" for ending in endings)
         sidecars = Names(found.sidecars)
@@ -64,11 +121,24 @@ def _read_metadata(
                 f"File {text!r} conflicts with {metadata}, which already has the captions. Remove one of the"
                 " two."
             )
-    known = Names(found.images)
-    captions: dict[str, tuple[str, ...]] = {}
+    captions: _Texts = {}
     all_fields: dict[str, dict[str, object]] = {}
+    columns = () if text_column is None else (text_column,)
+    for name, (where, fields) in _rows(root, metadata, found, image_column, columns):
+        captions[name] = _captions(where, fields, text_column)
+        all_fields[name] = fields
+    _check_all_have_captions(found.images, captions, f"Add a line for it to {metadata}.")
+    return captions, all_fields
+
+
+def _rows(
+    root: Path, metadata: str, found: Found, image_column: str | None, columns: tuple[str, ...]
+) -> Iterator[tuple[str, tuple[str, dict[str, object]]]]:
+    """Yields the image of each row of the metadata file, with the name of the row in messages and its
+    fields."""
+    known = Names(found.images)
     places: dict[str, str] = {}
-    for where, fields in metadata_rows(root, metadata, image_column, text_column):
+    for where, fields in metadata_rows(root, metadata, image_column, columns):
         name = _image_name(where, fields, image_column or FILE_NAME, known)
         if name in places:
             raise DataError(
@@ -76,10 +146,7 @@ def _read_metadata(
                 " in one line."
             )
         places[name] = where.removeprefix(f"{metadata} ")
-        captions[name] = _captions(where, fields, text_column)
-        all_fields[name] = fields
-    _check_all_have_captions(found.images, captions, f"Add a line for it to {metadata}.")
-    return captions, all_fields
+        yield name, (where, fields)
 
 
 def _image_name(where: str, fields: dict[str, object], column: str, known: Names) -> str:

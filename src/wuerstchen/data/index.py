@@ -4,7 +4,7 @@ Listing a hundred tars takes minutes, so it is done once. The index is in the ca
 when sizes or times of the data's files change. It is memory-mapped: the processes of a host share it, and
 each keeps only the positions of the held-out images in its own memory.
 
-    ROOT/{data}-{state}/rows.bin     a line of JSON per image: its name and its captions
+    ROOT/{data}-{state}/rows.bin     a line of JSON per image: its name, its captions and their columns
     ROOT/{data}-{state}/ends.bin     int64: the end of each line
     ROOT/{data}-{state}/places.bin   int64 (n, 3): the place of each image, for its reader
     ROOT/{data}-{state}/held.bin     int64: rows of the held-out images, if the set is large enough
@@ -95,9 +95,17 @@ class Index:
 
     def row(self, number: int) -> tuple[str, tuple[str, ...]]:
         """Name and captions of an image."""
-        start = int(self._ends[number - 1]) if number else 0
-        name, captions = json.loads(self._rows[start : int(self._ends[number])].tobytes())
+        name, captions, *_ = self._content(number)
         return name, tuple(captions)
+
+    def groups(self, number: int) -> tuple[int, ...]:
+        """How many captions of an image are from each column, if there are several columns."""
+        _, _, *groups = self._content(number)
+        return tuple(groups[0]) if groups else ()
+
+    def _content(self, number: int) -> list[Any]:
+        start = int(self._ends[number - 1]) if number else 0
+        return json.loads(self._rows[start : int(self._ends[number])].tobytes())
 
     def place(self, number: int) -> tuple[int, int, int]:
         """The place of an image, for ``Reader.read``."""
@@ -191,7 +199,8 @@ def _write(reader: Reader, data: str, folder: Path, tally: Tally) -> tuple[int, 
             stack.enter_context(open(folder / name, "wb", _BUFFER)) for name in _FILES
         )
         for item in bar(reader.items(tally), desc=f"listing {data}", unit="img"):
-            row = json.dumps([item.name, item.captions], ensure_ascii=False).encode() + b"\n"
+            content = [item.name, item.captions, *([item.groups] if item.groups else ())]
+            row = json.dumps(content, ensure_ascii=False).encode() + b"\n"
             place = np.array(item.place, np.int64).tobytes()
             end += len(row)
             rows.write(row)
@@ -239,6 +248,9 @@ class IndexedSource(StoredImages):
 
     def captions(self, item: int) -> tuple[str, ...]:
         return self.index.row(self._row(item))[1]
+
+    def groups(self, item: int) -> tuple[int, ...]:
+        return self.index.groups(self._row(item))
 
     def bytes_of(self, item: int) -> bytes:
         """The file of the image. Raises ``DataError`` if it cannot be read."""

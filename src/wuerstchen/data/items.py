@@ -1,9 +1,10 @@
 """The interface of readers of captioned images, and helpers that readers share."""
 
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -29,6 +30,8 @@ class Item:
     """Metadata, with the keys of ``filters.FIELDS``."""
     place: tuple[int, int, int]
     """Where its bytes are. Only the reader knows what the numbers mean."""
+    groups: tuple[int, ...] = ()
+    """How many captions are from each column, if the reader was given several."""
 
 
 @runtime_checkable
@@ -109,6 +112,12 @@ def captions_in(value: Any) -> tuple[str, ...]:
         if words:
             found.append(words)
     return tuple(dict.fromkeys(found))
+
+
+def captions_of(values: Iterable[Any]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The captions in the cells of several columns, and how many are from each."""
+    found = [captions_in(value) for value in values]
+    return tuple(itertools.chain.from_iterable(found)), tuple(map(len, found))
 
 
 def column_of(

@@ -23,7 +23,7 @@ _MAX_COLUMNS = 1000
 
 
 def metadata_rows(
-    root: Path, name: str, image_column: str | None = None, text_column: str | None = None
+    root: Path, name: str, image_column: str | None = None, text_columns: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields each row of the metadata file ``name``, after its name in messages ("metadata.jsonl line 3").
 
@@ -36,7 +36,7 @@ def metadata_rows(
                 f"File {name!r} is too large. It may have at most {_MAX_FILE >> 30} GiB. Split the folder."
             )
     if name == PARQUET:
-        wanted = {image_column or FILE_NAME, *((text_column,) if text_column else CAPTIONS), *FIELDS}
+        wanted = {image_column or FILE_NAME, *(text_columns or CAPTIONS), *FIELDS}
         return _parquet_rows(root, name, wanted)
     return _csv_rows(root, name) if name == CSV else _json_rows(root, name)
 

@@ -7,6 +7,7 @@ any of them again. Training needs random access. A kind can define its own sourc
 
 import glob
 import importlib.util
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from wuerstchen.checkpoints.hub import HUB_NAME
 from wuerstchen.data.caption_files import CaptionFile
+from wuerstchen.data.caption_options import PLAIN, CaptionOptions
 from wuerstchen.data.emoji import CENTRED, EmojiSource, sample_root
 from wuerstchen.data.folder import FolderSource
 from wuerstchen.data.folder_files import PACKED, holds_captioned_images
@@ -23,7 +25,7 @@ from wuerstchen.data.metadata import METADATA
 from wuerstchen.data.prepared import PreparedSet
 from wuerstchen.data.prepared_check import is_prepared
 from wuerstchen.data.readers import EmojiReader, FolderReader
-from wuerstchen.data.sources import Source, Subset
+from wuerstchen.data.sources import Source, StoredImages, Subset
 from wuerstchen.data.tables import DatasetReader, ParquetReader
 from wuerstchen.data.tars import TarReader
 from wuerstchen.errors import DataError, UserError
@@ -63,6 +65,8 @@ class Data:
     """The fraction that a folder of few images holds out, as in ``FolderSource``."""
     verify: bool | None = None
     """As in ``PreparedSet``."""
+    captions: CaptionOptions = PLAIN
+    """Which captions training uses, and how they are changed."""
 
     @property
     def path(self) -> Path:
@@ -78,7 +82,10 @@ class Data:
 
 
 def _indexed(data: Data, subset: Subset) -> Source:
-    return IndexedSource(data.reader(), subset, data.text, data.image_column, data.text_column, data.split)
+    columns = [data.image_column, data.text_column, data.split]
+    if data.captions.columns:
+        columns.append(json.dumps(data.captions.names))
+    return IndexedSource(data.reader(), subset, data.text, *columns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,12 +172,13 @@ def open_source(
     caption: str = "",
     held_out: float = 0.0,
     verify: bool | None = None,
+    captions: CaptionOptions = PLAIN,
 ) -> Source | PreparedSet:
     """The training images, or the held-out images, of the data that ``open_data`` finds.
 
     ``around``, a parent folder of this one, ``caption`` and ``held_out`` are as in ``FolderSource``.
-    ``verify`` is as in ``PreparedSet``. Raises ``DataError`` for a ``caption`` of data that are no folder of
-    images.
+    ``verify`` is as in ``PreparedSet``. ``captions`` says which captions are used. Raises ``DataError`` for a
+    ``caption`` of data that are no folder of images, and for ``captions`` of data without written captions.
     """
     data = open_data(name, image_column=image_column, text_column=text_column)
     if caption and data.kind.name != "folder":
@@ -183,8 +191,22 @@ def open_source(
             f"caption={caption!r} replaces all captions of {name!r}, so no column can be chosen. Remove"
             " --caption, or --image-column and --text-column."
         )
-    data = replace(data, around=around, caption=caption, held_out=held_out, verify=verify)
-    return data.source(subset)
+    if captions.columns and (caption or text_column is not None):
+        other = f"caption={caption!r}" if caption else f"text_column={text_column!r}"
+        raise DataError(
+            f"captions.columns={' '.join(captions.columns)} and {other} both say where the captions of"
+            f" {name!r} are. Remove one of them."
+        )
+    data = replace(data, around=around, caption=caption, held_out=held_out, verify=verify, captions=captions)
+    source = data.source(subset)
+    if isinstance(source, StoredImages):
+        source.options = captions
+    elif captions != PLAIN:
+        raise DataError(
+            f"Data {name!r} ({data.kind.name}) have no written captions to choose from or to change. Remove"
+            " the options --captions, or use a folder, tars, parquet files or a data set on the hub."
+        )
+    return source
 
 
 def kind_of(text: str) -> Kind:
@@ -261,6 +283,11 @@ def _is_on_the_hub(name: Name) -> bool:
 # --- Reading each kind ---
 
 
+def _columns(data: Data) -> tuple[str | None, str | None, tuple[str, ...]]:
+    """The columns of images and of captions, for readers."""
+    return data.image_column, data.text_column, data.captions.names
+
+
 def _emoji_source(root: Path, subset: Subset) -> EmojiSource:
     if subset == "heldout":
         return EmojiSource(root, split="validation")
@@ -274,6 +301,7 @@ def _folder_source(data: Data, subset: Subset) -> FolderSource:
         data.around,
         image_column=data.image_column,
         text_column=data.text_column,
+        text_columns=data.captions.names,
         caption=data.caption,
         held_out=data.held_out,
     )
@@ -298,7 +326,7 @@ def _hub_reader(data: Data) -> Reader:
             f"Data {data.text!r} is not a local file or folder, and reading it from the hub needs the package"
             ' datasets. Check the name, or run: pip install "wuerstchen[data]"'
         )
-    return DatasetReader.load(data.text, data.split, data.image_column, data.text_column)
+    return DatasetReader.load(data.text, data.split, *_columns(data))
 
 
 def _files(pattern: str, suffix: str) -> list[Path]:
@@ -337,20 +365,18 @@ KINDS: list[Kind] = [
     Kind(
         name="saved",
         matches=lambda name: name.content == "saved",
-        reader=lambda data: DatasetReader.from_disk(
-            data.path, data.split, data.image_column, data.text_column
-        ),
+        reader=lambda data: DatasetReader.from_disk(data.path, data.split, *_columns(data)),
         splits=True,
     ),
     Kind(
         name="webdataset",
         matches=_is_tars,
-        reader=lambda data: TarReader(_files(data.text, ".tar"), data.image_column, data.text_column),
+        reader=lambda data: TarReader(_files(data.text, ".tar"), *_columns(data)),
     ),
     Kind(
         name="parquet",
         matches=_is_parquet,
-        reader=lambda data: ParquetReader(_files(data.text, ".parquet"), data.image_column, data.text_column),
+        reader=lambda data: ParquetReader(_files(data.text, ".parquet"), *_columns(data)),
     ),
     Kind(
         name="folder",

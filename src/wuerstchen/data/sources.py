@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from wuerstchen.data.caption_options import PLAIN, CaptionOptions
 from wuerstchen.images import resize_crop
 from wuerstchen.png_text import open_any
 
@@ -62,8 +63,10 @@ class StoredImages(ABC):
     """A ``Source`` of image files with written captions.
 
     Each image is scaled to cover the requested size and cropped at random. If it has several captions, one is
-    picked at random.
+    picked at random, as ``options`` say.
     """
+
+    options: CaptionOptions = PLAIN
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -75,6 +78,14 @@ class StoredImages(ABC):
     @abstractmethod
     def captions(self, item: int) -> tuple[str, ...]:
         """All captions of the image, at least one."""
+
+    def groups(self, item: int) -> tuple[int, ...]:
+        """How many of its captions are from each column. Empty if the captions are from one column."""
+        return ()
+
+    def caption(self, item: int, rng: np.random.Generator) -> str:
+        """One of the captions of the image, as ``options`` say."""
+        return self.options.pick(self.captions(item), self.groups(item), rng)
 
     @abstractmethod
     def load(self, item: int) -> Image.Image:
@@ -92,8 +103,7 @@ class StoredImages(ABC):
     def example(self, item: int, rng: np.random.Generator, size: int | Size) -> Example:
         """The result of ``image``, and one of the captions. Raises ``DataError`` if it cannot be read."""
         image = self.image(item, rng, size)
-        captions = self.captions(item)
-        return Example(image, captions[int(rng.integers(len(captions)))])
+        return Example(image, self.caption(item, rng))
 
 
 def size_in_header(file: Path | io.BytesIO) -> Size | None:

@@ -16,7 +16,7 @@ from wuerstchen.data.items import (
     Item,
     NotDownloaded,
     bytes_of,
-    captions_in,
+    captions_of,
     column_of,
     fingerprint_of,
     known_fields,
@@ -123,12 +123,18 @@ class ParquetReader:
     """
 
     def __init__(
-        self, files: list[Path], image_column: str | None = None, text_column: str | None = None
+        self,
+        files: list[Path],
+        image_column: str | None = None,
+        text_column: str | None = None,
+        text_columns: tuple[str, ...] = (),
     ) -> None:
+        """``text_columns`` are several columns of captions, in place of ``text_column``."""
         import_datasets()  # datasets depends on pyarrow
         self.files = files
         self.image_column = image_column
         self.text_column = text_column
+        self.text_columns = text_columns
         self._close()
 
     def _close(self) -> None:
@@ -149,17 +155,23 @@ class ParquetReader:
             try:
                 with open_parquet(path) as file:
                     columns = file.schema_arrow.names
-                    _, text = self._columns(path, columns)
-                    wanted = [text, *(name for name in FIELDS if name in columns)]
+                    self._image_column(path, columns)
+                    texts = self._text_columns(path, columns)
+                    wanted = [*texts, *(name for name in FIELDS if name in columns and name not in texts)]
                     row = 0
                     for group in range(file.num_row_groups):
                         position = 0
                         for batch in file.iter_batches(_ROWS, row_groups=[group], columns=wanted):
                             for fields in _rows_of(batch, path):
-                                captions = captions_in(fields[text])
+                                captions, groups = captions_of(fields[text] for text in texts)
                                 if captions:
-                                    place = (number, group, position)
-                                    yield Item(f"{path.name}:{row}", captions, known_fields(fields), place)
+                                    yield Item(
+                                        f"{path.name}:{row}",
+                                        captions,
+                                        known_fields(fields),
+                                        (number, group, position),
+                                        groups if self.text_columns else (),
+                                    )
                                 else:
                                     tally.drop("no caption")
                                 row, position = row + 1, position + 1
@@ -192,7 +204,8 @@ class ParquetReader:
         for path in self.files:
             try:
                 with open_parquet(path) as file:
-                    image, _ = self._columns(path, file.schema_arrow.names)
+                    image = self._image_column(path, file.schema_arrow.names)
+                    self._text_columns(path, file.schema_arrow.names)
                     sizes = [
                         _size_of_column(file.metadata.row_group(g), image) for g in range(file.num_row_groups)
                     ]
@@ -212,18 +225,19 @@ class ParquetReader:
     def _open_window(self, number: int, group: int) -> "_Window":
         path = self.files[number]
         file = open_parquet(path)
-        image, _ = self._columns(path, file.schema_arrow.names)
+        image = self._image_column(path, file.schema_arrow.names)
         window = self._windows[number, group] = _Window(file, group, image)
         self._windows.move_to_end((number, group))
         if len(self._windows) > 2:  # at the end of a group, threads already need the next one
             self._windows.popitem(last=False)
         return window
 
-    def _columns(self, path: Path, names: list[str]) -> tuple[str, str]:
-        return (
-            column_of(str(path), names, self.image_column, IMAGE_COLUMNS, "image"),
-            column_of(str(path), names, self.text_column, TEXT_COLUMNS, "text"),
-        )
+    def _image_column(self, path: Path, names: list[str]) -> str:
+        return column_of(str(path), names, self.image_column, IMAGE_COLUMNS, "image")
+
+    def _text_columns(self, path: Path, names: list[str]) -> list[str]:
+        requested = self.text_columns or (self.text_column,)
+        return [column_of(str(path), names, column, TEXT_COLUMNS, "text") for column in requested]
 
 
 def _size_of_column(group: Any, name: str) -> int:
@@ -268,19 +282,22 @@ class DatasetReader:
         dataset: "datasets.Dataset",
         image_column: str | None = None,
         text_column: str | None = None,
+        text_columns: tuple[str, ...] = (),
         *,
         local: bool = True,
     ) -> None:
-        """With ``local``, cells without bytes are read from the local file at their path."""
+        """With ``local``, cells without bytes are read from the local file at their path. ``text_columns``
+        are several columns of captions, in place of ``text_column``."""
         datasets = import_datasets()
         names = dataset.column_names
         self.image = column_of("The data set", names, image_column, IMAGE_COLUMNS, "image")
         json = dataset.features.get("json")
         inner = list(json) if isinstance(json, dict) else []
         defaults = (*TEXT_COLUMNS, "json")
-        self.text = column_of(
-            "The data set", [*names, *inner] if text_column else names, text_column, defaults, "text"
-        )
+        requested = text_columns or (text_column,)
+        known = [*names, *inner] if text_column or text_columns else names
+        self.texts = [column_of("The data set", known, column, defaults, "text") for column in requested]
+        self._is_grouped = bool(text_columns)
         self.key = dataset._fingerprint
         self.files = [Path(file["filename"]) for file in dataset.cache_files]
         self.local = local
@@ -288,12 +305,17 @@ class DatasetReader:
         if isinstance(dataset.features[self.image], datasets.Image):
             images = images.cast_column(self.image, datasets.Image(decode=False))
         self._images = images
-        texts = [name for name in dict.fromkeys((self.text, "json", *FIELDS)) if name in names]
+        texts = [name for name in dict.fromkeys((*self.texts, "json", *FIELDS)) if name in names]
         self._texts = dataset.select_columns(texts).with_format("arrow")
 
     @classmethod
     def load(
-        cls, name: str, split: str, image_column: str | None = None, text_column: str | None = None
+        cls,
+        name: str,
+        split: str,
+        image_column: str | None = None,
+        text_column: str | None = None,
+        text_columns: tuple[str, ...] = (),
     ) -> "DatasetReader":
         """Loads the data set with this name from the hub or its local cache, without running its code."""
         datasets = import_datasets()
@@ -306,11 +328,16 @@ class DatasetReader:
         except Exception as error:  # the library and the hub's client have their own exceptions
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise _not_from_hub(name, reason) from error
-        return cls(dataset, image_column, text_column)
+        return cls(dataset, image_column, text_column, text_columns)
 
     @classmethod
     def from_disk(
-        cls, folder: Path, split: str, image_column: str | None = None, text_column: str | None = None
+        cls,
+        folder: Path,
+        split: str,
+        image_column: str | None = None,
+        text_column: str | None = None,
+        text_columns: tuple[str, ...] = (),
     ) -> "DatasetReader":
         """Loads the output of ``save_to_disk``, with or without splits."""
         datasets = import_datasets()
@@ -334,7 +361,7 @@ class DatasetReader:
                 f"Data folder {str(folder)!r} cannot be read as a saved data set ({reason}). Save it again"
                 " with save_to_disk."
             ) from error
-        return cls(found, image_column, text_column, local=False)
+        return cls(found, image_column, text_column, text_columns, local=False)
 
     def items(self, tally: Tally) -> Iterator[Item]:
         for start in range(0, len(self._texts), _ROWS):
@@ -351,10 +378,18 @@ class DatasetReader:
                 # The library puts the metadata of WebDataset tars into the column json.
                 inner = row.get("json")
                 fields = {**inner, **row} if isinstance(inner, dict) else row
-                captions = captions_in(text_in(fields) if self.text == "json" else fields.get(self.text))
+                captions, groups = captions_of(
+                    text_in(fields) if text == "json" else fields.get(text) for text in self.texts
+                )
                 if captions:
                     number = start + position
-                    yield Item(f"row {number}", captions, known_fields(fields), (number, 0, 0))
+                    yield Item(
+                        f"row {number}",
+                        captions,
+                        known_fields(fields),
+                        (number, 0, 0),
+                        groups if self._is_grouped else (),
+                    )
                 else:
                     tally.drop("no caption")
 

@@ -15,6 +15,7 @@ from wuerstchen.data.items import (
     Item,
     bytes_of,
     captions_in,
+    captions_of,
     fingerprint_of,
     known_fields,
     no_column,
@@ -44,7 +45,8 @@ class _Seen:
     """What has appeared in the samples so far, to detect columns that do not exist."""
 
     image: bool = False
-    text: bool = False
+    texts: set[str] = field(default_factory=set)
+    """Columns of captions that have appeared."""
     extensions: dict[str, None] = field(default_factory=dict)
     fields: dict[str, None] = field(default_factory=dict)
 
@@ -65,11 +67,17 @@ class TarReader:
     """
 
     def __init__(
-        self, files: list[Path], image_column: str | None = None, text_column: str | None = None
+        self,
+        files: list[Path],
+        image_column: str | None = None,
+        text_column: str | None = None,
+        text_columns: tuple[str, ...] = (),
     ) -> None:
+        """``text_columns`` are several columns of captions, in place of ``text_column``."""
         self.files = files
         self.image_column = image_column
-        self.text_column = text_column
+        self.text_columns = text_columns or (() if text_column is None else (text_column,))
+        self._is_grouped = bool(text_columns)
 
     def items(self, tally: Tally) -> Iterator[Item]:
         seen = _Seen()
@@ -96,8 +104,9 @@ class TarReader:
     def _check_columns(self, path: Path, seen: _Seen) -> None:
         if self.image_column is not None and not seen.image:
             raise no_column(str(path), self.image_column, list(seen.extensions))
-        if self.text_column is not None and not seen.text:
-            raise no_column(str(path), self.text_column, [*seen.extensions, *seen.fields])
+        for column in self.text_columns:
+            if column not in seen.texts:
+                raise no_column(str(path), column, [*seen.extensions, *seen.fields])
 
     def _item(
         self, number: int, path: Path, sample: _Sample, stream: BinaryIO, tally: Tally, seen: _Seen
@@ -116,19 +125,20 @@ class TarReader:
             tally.damage("damaged image", name, f"it is larger than {MAX_IMAGE >> 20} MiB")
             return None
         try:
-            captions, fields = self._texts(members, stream, seen)
+            captions, groups, fields = self._texts(members, stream, seen)
         except DataError as error:
             tally.damage("bad text", name, str(error))
             return None
         if not captions:
             tally.drop("no caption")
             return None
-        return Item(name, captions, known_fields(fields), (number, *image))
+        return Item(name, captions, known_fields(fields), (number, *image), groups)
 
     def _texts(
         self, members: dict[str, tuple[int, int]], stream: BinaryIO, seen: _Seen
-    ) -> tuple[tuple[str, ...], Mapping[str, Any]]:
-        """Captions and metadata of a sample. Raises ``DataError`` if they cannot be read."""
+    ) -> tuple[tuple[str, ...], tuple[int, ...], Mapping[str, Any]]:
+        """Captions of a sample, how many are from each column, and its metadata. Raises ``DataError`` if they
+        cannot be read."""
 
         def text(extension: str) -> str | None:
             return _text_of(members[extension], extension, stream) if extension in members else None
@@ -136,18 +146,20 @@ class TarReader:
         json_text = text("json")
         fields = {} if json_text is None else parse_object(json_text, "its .json")
         seen.fields.update(dict.fromkeys(list(fields)[:100]) if len(seen.fields) < 1000 else {})
-        if self.text_column is None:
+        if not self.text_columns:
             found = text("txt")
             if found is None:
                 found = text_in(fields)
             if found is None:
                 found = text("caption")
-        else:
-            found = text(self.text_column.lower())
-            if found is None:
-                found = fields.get(self.text_column)
-            seen.text |= found is not None
-        return captions_in(found), fields
+            return captions_in(found), (), fields
+        values = []
+        for column in self.text_columns:
+            value = text(column.lower())
+            values.append(fields.get(column) if value is None else value)
+            seen.texts |= {column} if values[-1] is not None else set()
+        captions, groups = captions_of(values)
+        return captions, groups if self._is_grouped else (), fields
 
 
 class _Headers:

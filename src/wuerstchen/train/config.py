@@ -6,6 +6,7 @@ from typing import Literal
 
 from wuerstchen.checkpoints.layout_table import Storage
 from wuerstchen.checkpoints.shards import size_in_bytes
+from wuerstchen.data.caption_options import PLAIN, CaptionOptions
 from wuerstchen.diffusion.objective import check_prediction, default_time_density, make_objective
 from wuerstchen.diffusion.sampler_table import SAMPLERS, check_compatible
 from wuerstchen.errors import UserError
@@ -91,6 +92,9 @@ class Recipe:
     caption: str = ""
     """One caption for all images of a folder, which replaces those in files. Empty for the captions of the
     data."""
+    captions: CaptionOptions = PLAIN
+    """Which of the captions of an image is used, and how its tags are shuffled. For images with written
+    captions, not for prepared sets and emoji."""
     held_out: float = 0.0
     """Fraction of the images that a folder of fewer than 100 images holds out for validation, at most 0.5. 0
     holds out none. Larger sets always hold out 2 %."""

@@ -147,7 +147,7 @@ def _captions(
     warnings: list[str],
 ) -> None:
     items = items_at(range(min(MOST, len(source))), len(source), 0)
-    texts = [text for item in items for text in source.captions(item)]
+    texts = [source.options.with_trigger(text) for item in items for text in source.captions(item)]
     # The encoder itself would truncate each text and warn. Count the tokens before that.
     lengths = [len(encoder.tokenizer.encode(text[:_LONGEST]).ids) for text in texts]
     of = "captions" if len(items) == len(source) else f"captions of {len(items):,} checked images"
@@ -237,7 +237,8 @@ def with_prompts(recipe: Recipe, sources: Mapping[str, Source | PreparedSet]) ->
     for number in items_at(range(min(PREVIEWS, len(rows))), len(rows), 0):
         row = int(rows[number])
         if isinstance(source, PreparedSet | StoredImages):
-            found[source.captions(row)[0]] = None
+            text = source.captions(row)[0]
+            found[source.options.with_trigger(text) if isinstance(source, StoredImages) else text] = None
         else:
             with contextlib.suppress(DataError):  # unreadable images
                 rng = generator(0, number, "preview prompt")

@@ -49,6 +49,7 @@ def _opened(data: str, recipe: Recipe, begun: Recipe) -> Source | PreparedSet:
         caption=recipe.caption,
         held_out=recipe.held_out,
         verify=False,
+        captions=recipe.captions,
     )
 
 

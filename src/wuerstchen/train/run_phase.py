@@ -226,6 +226,7 @@ class PhaseRunner:
                 caption=self.recipe.caption,
                 held_out=self.recipe.held_out,
                 verify=False,  # the run has verified prepared sets at its start
+                captions=self.recipe.captions,
             )
             self._held_out[key] = held_out(source, size, texts=self.recipe.stored_texts)
             if self._held_out[key] is None:

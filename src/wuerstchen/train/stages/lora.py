@@ -166,7 +166,7 @@ def _write(run: Run, folder: Path) -> None:
     weights, recipe, config = run.results["lora"], run.recipe, run.recipe.stage_lora
     assert isinstance(weights, AdapterWeights)
     assert run.parts.prior is not None
-    start, trigger = Path(recipe.start_from), _trigger(recipe.caption)
+    start, trigger = Path(recipe.start_from), recipe.captions.trigger or _trigger(recipe.caption)
     metadata = AdapterMetadata(
         base_model=start.name if start.exists() else recipe.start_from,
         base_hash=weights_hash(run.parts.prior),
