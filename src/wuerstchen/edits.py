@@ -17,13 +17,14 @@ from torch import Tensor
 
 from wuerstchen.edit_options import EditOptions, checked_extend
 from wuerstchen.errors import UserError
-from wuerstchen.images import crop_box, resize_crop, to_tensor, upright_rgb
+from wuerstchen.images import resize_crop, to_tensor, upright_rgb
 from wuerstchen.masks import (
     extended,
     extended_mask,
     mask_of,
     opacity_of,
     region_of,
+    scaled_mask,
     strengths_of,
 )
 from wuerstchen.models.cascade import MAX_SIDES, MIN_SIDE, SIDE_STEP, CascadeSettings
@@ -173,7 +174,7 @@ def _make_edit(
         )
     padding = options.padding()
     if size is not None and padding is None:
-        grey = grey.resize(size, Image.Resampling.BILINEAR, box=crop_box(grey.size, *size))
+        grey = scaled_mask(grey, size)
         image = resize_crop(image, *size)
     if options.extend is not None:
         sides = checked_extend(options.extend)

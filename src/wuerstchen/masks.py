@@ -3,6 +3,7 @@
 A mask says how far each pixel of an image may change: black keeps it, white repaints it.
 """
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 
 from wuerstchen.errors import UserError
-from wuerstchen.images import opened_image, to_rgb, turned_upright
+from wuerstchen.images import crop_box, opened_image, to_rgb, turned_upright
 
 SNAP = 12
 """Values this close to black or white, out of 255, count as black or white: JPEG changes them a little."""
@@ -20,6 +21,18 @@ SNAP = 12
 def open_mask(path: Path | str) -> Image.Image:
     """Decodes the mask in ``path``, as ``mask_of`` does. Raises ``DataError`` as ``open_image`` does."""
     return opened_image(path, path, lambda image: _mask_in(image, f"mask {str(path)!r}"))
+
+
+def decode_mask(data: bytes, name: str) -> Image.Image:
+    """``open_mask`` for the bytes of an image file. ``name`` is its name in messages."""
+    return opened_image(io.BytesIO(data), name, lambda image: _mask_in(image, f"mask {name!r}"))
+
+
+def scaled_mask(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The mask scaled and cropped to ``size``, as ``images.resize_crop`` does with its image."""
+    if mask.size == size:
+        return mask
+    return mask.resize(size, Image.Resampling.BILINEAR, box=crop_box(mask.size, *size))
 
 
 def mask_of(image: Any, name: str = "mask") -> Image.Image:

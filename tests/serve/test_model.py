@@ -98,6 +98,26 @@ def test_each_image_has_its_own_negative_prompt_and_init_image(exact):
     assert redone.mean(axis=(0, 1))[0] > 150 > 100 > redone.mean(axis=(0, 1))[1]
 
 
+def test_a_mask_is_repainted_and_the_rest_is_the_image(real):
+    """Also beside an image without a mask in the queue, which must not be in its batch."""
+    image = Image.effect_noise((128, 128), 60).convert("RGB")
+    mask = Image.new("L", image.size, 0)
+    mask.paste(255, (0, 0, 40, 128))
+
+    def encoded(one):
+        one.save(buffer := io.BytesIO(), "PNG")
+        return base64.b64encode(buffer.getvalue()).decode()
+
+    small = {"width": 128, "height": 128, "prior_steps": 2, "decoder_steps": 1, "image": encoded(image)}
+    jobs = [real.draw(**small, mask=encoded(mask), count=3), real.draw(**small, strength=1.0)]
+    edited, varied = (pixels(real, real.wait(job)) for job in jobs)
+    own = np.asarray(image).astype(int)
+    for one in edited:
+        assert np.array_equal(one[:, 48:], own[:, 48:])
+        assert np.abs(one[:, :40] - own[:, :40]).mean() > 10
+    assert np.abs(varied[0][:, 48:] - own[:, 48:]).mean() > 10
+
+
 def test_previews_are_cheap_and_early(real):
     running = real
     events = list(running.events(running.draw(prompts=["a red car"])))

@@ -63,6 +63,9 @@ def encoded(image, kind="PNG", **options):
         ({"prompts": ["x"], "prior_sampler": 3}, "prior_sampler", "valid string"),
         ({"prompts": ["x"], "prior_sampler": "euler"}, "prior_sampler", "Use ddpm or dpm or ddim."),
         ({"prompts": ["x"], "strength": 0.5}, "strength", "no image to vary"),
+        ({"prompts": ["x"], "mask": "MASK"}, "mask", "mask has no image to edit"),
+        ({"kind": "reconstruct", "image": "IMAGE", "mask": "MASK"}, "mask", "mask has no image to edit"),
+        ({"prompts": ["x"], "image": "IMAGE", "mask": "§"}, "mask", "mask is not valid base64"),
         ({"prompts": ["x"], "colour": "red"}, "colour", "Extra inputs"),
         ({"kind": "dream", "prompts": ["x"]}, "kind", "'generate' or 'reconstruct'"),
         ({"kind": "reconstruct"}, "image", "image is missing"),
@@ -138,6 +141,23 @@ def test_bad_uploads_are_refused(plain, name):
     assert answer.status_code == 400
     assert words in answer.json()["error"]["message"]
     assert answer.json()["error"]["param"] == "image"
+
+
+def test_masks_must_fit_their_image(plain):
+    image, mask = encoded(Image.new("RGB", (64, 64))), Image.new("L", (64, 64), 0)
+    for wrong, words in (
+        (mask, "mask is empty: all of its 64x64 pixels"),
+        (Image.new("L", (64, 64), 255), "mask is full"),
+        (Image.linear_gradient("L").resize((64, 32)), "mask has 64x32 pixels, but image has 64x64"),
+    ):
+        body = {"prompts": ["x"], "image": image, "mask": encoded(wrong)}
+        answer = plain.http.post("/v1/jobs", json=body)
+        assert answer.status_code == 400
+        assert words in answer.json()["error"]["message"]
+        assert answer.json()["error"]["param"] == "mask"
+    mask.paste(255, (0, 0, 9, 9))
+    job = plain.wait(plain.draw(image=image, mask=encoded(mask)))
+    assert job["settings"]["strength"] == 1.0
 
 
 def test_large_uploads_are_refused(serve):

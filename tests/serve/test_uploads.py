@@ -295,7 +295,7 @@ def test_memory_is_freed(decoder):
     ask, process = decoder()
     *_, last = ask(upload(encoded(Image.new("RGB", (50, 30)))))
     assert not last
-    word, _, pixels, _, last = ask(upload(encoded(Image.new("RGB", (6000, 6000)), "JPEG"), max_pixels=10**8))
+    word, _, pixels, *_, last = ask(upload(encoded(Image.new("RGB", (6000, 6000)), "JPEG"), max_pixels=10**8))
     assert (word, len(pixels)) == ("pixels", 8 * 8 * 3)
     assert last == os.path.exists("/proc/self/status")
     if last:
@@ -320,3 +320,24 @@ def test_webp_may_have_half_as_many_pixels():
     assert decoding.read_upload(upload(encoded(image, "WEBP"), max_pixels=1200)).size == (30, 20)
     with pytest.raises(UploadError, match=r"too many pixels: 600\. At most 300"):
         decoding.read_upload(upload(encoded(image, "WEBP"), max_pixels=600))
+
+
+def test_masks_are_decoded_to_grey(decoder):
+    """White repaints, and so do transparent pixels. The size as sent comes along."""
+    ask, _ = decoder()
+    grey = Image.new("L", (16, 8), 0)
+    grey.paste(255, (0, 0, 8, 8))
+    cut = Image.new("RGBA", (16, 8), "red")
+    cut.putalpha(grey.point(lambda value: 255 - value))
+    for mask in (grey, cut):
+        word, _, pixels, _, size, _ = ask(upload(encoded(mask), name="mask", width=16, height=8))
+        assert (word, size, pixels) == ("pixels", (16, 8), grey.tobytes())
+    for mask, words in (
+        (Image.new("L", (16, 8), 0), "mask is empty"),
+        (Image.new("L", (16, 8), 255), "mask is full"),
+    ):
+        word, _, status, message, _ = ask(upload(encoded(mask), name="mask"))
+        assert (word, status) == ("refused", 400)
+        assert words in message
+    *_, message, _ = ask(upload("§", name="mask"))
+    assert message.startswith("mask is not valid base64")

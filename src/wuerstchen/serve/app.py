@@ -15,12 +15,13 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from wuerstchen.serve.decoding import UploadError
+from wuerstchen.serve.decoding import Upload, UploadError
 from wuerstchen.serve.errors import Refused
 from wuerstchen.serve.guard import Guard, error_body
 from wuerstchen.serve.jobs import Job
 from wuerstchen.serve.proxies import App, BehindProxies
 from wuerstchen.serve.requests import (
+    check_mask_size,
     check_model,
     in_openai_terms,
     make_job,
@@ -42,6 +43,7 @@ from wuerstchen.serve.schemas import (
 )
 from wuerstchen.serve.service import Service
 from wuerstchen.serve.streams import end_of, events_of
+from wuerstchen.serve.uploads import Decoded
 from wuerstchen.version import __version__
 
 PAGE = Path(__file__).parent / "page"
@@ -176,6 +178,19 @@ def _add_pages(app: FastAPI, folder: Path) -> None:
         return file(name)
 
 
+async def _decoded(request: Request, service: Service, client: str, upload: Upload) -> Decoded:
+    """Decodes an upload while its sender waits. Raises ``Refused``."""
+    decoding = asyncio.ensure_future(service.uploads.decode(client, upload))
+    try:
+        if not await _while_connected(request, decoding):
+            raise Refused(499, "The client has disconnected.")  # for the metrics
+        return decoding.result()
+    except UploadError as error:
+        raise Refused(
+            error.status, error.message, param=upload.name, retry_after=error.retry_after
+        ) from error
+
+
 def _make_queue(service: Service) -> Queue:
 
     async def queue(request: Request, body: JobRequest) -> Job:
@@ -187,16 +202,14 @@ def _make_queue(service: Service) -> Queue:
         job = make_job(body, service.config, about, client, service.instance)
         if body.image is not None:
             upload = upload_of(body.image, job, service.config)
-            decoding = asyncio.ensure_future(service.uploads.decode(client, upload))
-            try:
-                if not await _while_connected(request, decoding):
-                    raise Refused(499, "The client has disconnected.")  # for the metrics
-                job.image, notices = decoding.result()
-                job.notices.extend(notices)
-            except UploadError as error:
-                raise Refused(
-                    error.status, error.message, param="image", retry_after=error.retry_after
-                ) from error
+            image = await _decoded(request, service, client, upload)
+            job.image = image.pixels
+            job.notices.extend(image.notices)
+            if body.mask is not None:
+                upload = upload_of(body.mask, job, service.config, "mask")
+                mask = await _decoded(request, service, client, upload)
+                check_mask_size(mask.size, image.size)
+                job.mask = mask.pixels
         await service.submit(job)
         return job
 

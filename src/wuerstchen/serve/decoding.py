@@ -4,7 +4,8 @@ An image of a few kilobytes can take hours (thousands of progressive scans) or g
 and libraries cannot be stopped in the middle of it. ``serve.uploads`` starts these processes.
 
 Messages are tuples. To the process: a number and an ``Upload``. From it: ``("ready",)`` once, and for each
-upload ``("pixels", number, RGB bytes, notices, last)`` or ``("refused", number, status, message, last)``.
+upload ``("pixels", number, bytes, notices, (width, height) as sent, last)`` or
+``("refused", number, status, message, last)``.
 After an answer with ``last`` it exits, to free its memory. ``notices`` are texts for the client, such as that
 a colour profile could not be used. They are not printed, because clients could fill the log with them.
 """
@@ -14,11 +15,12 @@ import binascii
 import importlib
 import io
 import os
+import re
 import signal
 import warnings
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 
@@ -52,6 +54,8 @@ class Upload:
     max_pixels: int
     seconds: float
     """Time limit."""
+    name: Literal["image", "mask"] = "image"
+    """A mask is decoded to grey, and an image to RGB."""
 
 
 class UploadError(Exception):
@@ -74,8 +78,8 @@ def main(memory: int, connection: Connection) -> None:
         signal.signal(number, signal.SIG_IGN)
     warnings.simplefilter("ignore")  # warnings for clients are recorded below
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # each thread reserves memory
-    # 16-bit images need NumPy. Import it now, because its libraries would exceed the memory limit later.
-    importlib.import_module("numpy")
+    # 16-bit images and masks need NumPy. Import it now: its libraries would exceed the memory limit later.
+    importlib.import_module("wuerstchen.masks")
     _bound_memory(memory)
     try:
         connection.send(("ready",))
@@ -96,17 +100,34 @@ def _answer(job: int, upload: Upload) -> tuple[Any, ...]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("ignore")
             warnings.simplefilter("always", UserNotice)
-            image = resize_crop(read_upload(upload), upload.width, upload.height)
+            image = read_upload(upload)
+            pixels = _at_size(image, upload).tobytes()
         notices = tuple(dict.fromkeys(str(warning.message) for warning in caught))[:MAX_NOTICES]
-        return ("pixels", job, image.tobytes(), notices)
+        return ("pixels", job, pixels, notices, image.size)
     except UploadError as error:
-        return ("refused", job, error.status, error.message)
+        return ("refused", job, error.status, re.sub(r"^image\b", upload.name, error.message))
     except MemoryError:
-        return ("refused", job, 400, "image takes too much memory to decode. Shrink it.")
+        return ("refused", job, 400, f"{upload.name} takes too much memory to decode. Shrink it.")
+
+
+def _at_size(image: Image.Image, upload: Upload) -> Image.Image:
+    """The image scaled and cropped to the size of the upload. Raises ``UploadError`` for a mask that is black
+    or white everywhere."""
+    if upload.name == "image":
+        return resize_crop(image, upload.width, upload.height)
+    from wuerstchen.masks import scaled_mask, strengths_of
+
+    mask = scaled_mask(image, (upload.width, upload.height))
+    try:
+        strengths_of(mask)
+    except UserError as error:
+        raise UploadError(400, str(error)) from error
+    return mask
 
 
 def read_upload(upload: Upload) -> Image.Image:
-    """Decodes an image to RGB, upright and without metadata. Raises ``UploadError`` and ``MemoryError``.
+    """Decodes an image to RGB or a mask to grey, upright and without metadata. Raises ``UploadError`` and
+    ``MemoryError``.
 
     Checks format, size and number of frames from the header before decoding anything.
     """
@@ -130,6 +151,10 @@ def read_upload(upload: Upload) -> Image.Image:
     if frames != 1:
         raise _refused("is animated. Send a still image.")
     try:
+        if upload.name == "mask":
+            from wuerstchen.masks import decode_mask
+
+            return decode_mask(data, "upload")
         return decode_image(data, "upload")
     except UserError as error:
         if isinstance(error.__cause__, MemoryError):

@@ -173,6 +173,7 @@ class Dispatcher:
             negatives=[task.job.negative for task in tasks],
             seeds=[task.seed for task in tasks],
             images=[task.job.image or b"" for task in tasks] if with_images else None,
+            masks=[task.job.mask or b"" for task in tasks] if shape.masked else None,
             previews=[place for place, task in enumerate(tasks) if task.job.previews],
         )
         worker.batch = _RunningBatch(batch.number, tasks, now)

@@ -29,6 +29,8 @@ class Shape:
     decoder_steps: int
     strength: float | None
     """None if there is no init image."""
+    masked: bool = False
+    """Whether only a part of the init image is repainted."""
     lora: str | None = None
     """The name of an adapter."""
     lora_strength: float = 1.0
@@ -73,6 +75,8 @@ class Job:
     negative: str = ""
     image: bytes | None = field(default=None, repr=False)
     """RGB bytes of the init image, in the size of the shape."""
+    mask: bytes | None = field(default=None, repr=False)
+    """Grey bytes of its mask, in the size of the shape."""
     previews: bool = True
     instance: str = "here"
     created: float = 0.0

@@ -3,7 +3,7 @@
 import re
 import secrets
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from wuerstchen.errors import UserError
 from wuerstchen.sampling import Sampling, checked_interval, completed
@@ -98,6 +98,7 @@ def make_job(
 
 def _shape(request: JobRequest, size: tuple[int, int], about: dict[str, Any]) -> Shape:
     is_variation = request.kind == "generate" and request.image is not None
+    masked = is_variation and request.mask is not None
     asks = {"a negative prompt": bool(request.negative.strip()), "an image to start from": is_variation}
     asks["a LoRA adapter"] = request.lora is not None
     beyond = [name for name, asked in asks.items() if asked]
@@ -123,7 +124,8 @@ def _shape(request: JobRequest, size: tuple[int, int], about: dict[str, Any]) ->
         prior_steps=used.prior_steps,
         prior_sampler=used.prior_sampler,
         decoder_steps=used.decoder_steps,
-        strength=(request.strength or 0.7) if is_variation else None,
+        strength=(request.strength or (1.0 if masked else 0.7)) if is_variation else None,
+        masked=masked,
         lora=request.lora,
         lora_strength=1.0 if request.lora_strength is None else float(request.lora_strength),
     )
@@ -182,6 +184,8 @@ def _check_image_options(request: JobRequest, size: tuple[int, int]) -> None:
             f"size {size[0]}x{size[1]} is not square. Reconstructions are square. Use two equal sides.",
             param="width",
         )
+    if request.mask is not None and (not generates or request.image is None):
+        raise Refused(400, "mask has no image to edit. Send image too, or omit mask.", param="mask")
     if request.strength is not None and (not generates or request.image is None):
         raise Refused(
             400,
@@ -237,9 +241,10 @@ def check_model(name: str, own: str) -> None:
         )
 
 
-def upload_of(text: str, job: Job, config: ServeConfig) -> Upload:
-    """The upload of a job, ready to be decoded. ``text``: the image as it was sent."""
+def upload_of(text: str, job: Job, config: ServeConfig, name: Literal["image", "mask"] = "image") -> Upload:
+    """The upload of a job, ready to be decoded. ``text``: the image or the mask as it was sent."""
     return Upload(
+        name=name,
         text=text,
         width=job.shape.width,
         height=job.shape.height,
@@ -247,6 +252,17 @@ def upload_of(text: str, job: Job, config: ServeConfig) -> Upload:
         max_pixels=config.upload_pixels,
         seconds=config.upload_timeout,
     )
+
+
+def check_mask_size(mask: tuple[int, int] | None, image: tuple[int, int] | None) -> None:
+    """Raises ``Refused`` if a mask and its image, as they were sent, have different sizes."""
+    if mask is not None and image is not None and mask != image:
+        raise Refused(
+            400,
+            f"mask has {mask[0]}x{mask[1]} pixels, but image has {image[0]}x{image[1]}. Both must have the "
+            "same size. Resize the mask.",
+            param="mask",
+        )
 
 
 def of_openai(request: ImageRequest, about: dict[str, Any]) -> JobRequest:

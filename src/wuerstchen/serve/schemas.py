@@ -81,8 +81,12 @@ class JobRequest(_Request):
     image: str | None = None
     """PNG, JPEG or WebP, in base64 or as a data: URL. The image to ``reconstruct``, or the init image of
     ``generate``."""
+    mask: str | None = None
+    """A mask for ``image`` with the same size: only its white part is repainted, grey with a part of the
+    strength. In a mask with transparent pixels, these are repainted. If ``image`` has the requested size, all
+    pixels outside the mask and a feather of 1/32 of the model's side stay the same."""
     strength: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
-    """How much ``image`` may change. Null: 0.7."""
+    """How much ``image`` may change. Null: 0.7, or 1 with a mask."""
     previews: bool = True
 
 

@@ -174,8 +174,8 @@ class Service:
             ) from full
 
     def _check_images(self, job: Job) -> None:
-        held = sum(len(other.image) for other in self.jobs.values() if other.image is not None)
-        if job.image is not None and held and held + len(job.image) > IMAGE_BYTES:
+        held = sum(len(other.image or b"") + len(other.mask or b"") for other in self.jobs.values())
+        if job.image is not None and held and held + len(job.image) + len(job.mask or b"") > IMAGE_BYTES:
             raise Refused(
                 429,
                 f"The init images of open jobs already take {held:,} bytes. Try again later.",

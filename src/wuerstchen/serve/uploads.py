@@ -26,10 +26,12 @@ STOPPING = "The service is shutting down and does not accept new jobs. Try again
 
 
 class Decoded(NamedTuple):
-    """The RGB bytes of an upload, and notices for its sender."""
+    """The RGB bytes of an upload, or the grey ones of a mask, and notices for its sender."""
 
     pixels: bytes
     notices: tuple[str, ...] = ()
+    size: tuple[int, int] | None = None
+    """Width and height of the upload."""
 
 
 @dataclass(eq=False)

@@ -61,7 +61,8 @@ class WorkerSettings:
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Images of one shape to generate together. ``images``: RGB bytes of the init images, or None."""
+    """Images of one shape to generate together. ``images``: RGB bytes of the init images, or None. ``masks``:
+    grey bytes of their masks, or None."""
 
     number: int
     shape: Shape
@@ -71,6 +72,7 @@ class ImageBatch:
     negatives: list[str]
     seeds: list[int]
     images: list[bytes] | None
+    masks: list[bytes] | None
     previews: list[int]
     """Positions of the images that need previews."""
 
@@ -222,6 +224,10 @@ class _Generation:
         if batch.images is not None:
             images = [Image.frombytes("RGB", size, data) for data in batch.images]
             images += [Image.new("RGB", size)] * padding
+        masks = None
+        if batch.masks is not None:
+            masks = [Image.frombytes("L", size, data) for data in batch.masks]
+            masks += masks[:1] * padding
         sampling: Sampling = Sampling(
             guidance=shape.guidance,
             guidance_interval=shape.guidance_interval,
@@ -246,6 +252,7 @@ class _Generation:
                 seed=seeds,
                 size=size,
                 init=images,
+                mask=masks,
                 strength=shape.strength or 1.0,
                 sampling=sampling,
                 batch_size=len(seeds),
