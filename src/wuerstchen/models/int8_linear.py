@@ -1,6 +1,7 @@
 """Frozen linear layers with weights in int8, for training an adapter on a network that would not fit."""
 
 import math
+from typing import no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -31,9 +32,8 @@ class Int8Linear(nn.Linear):
         self.register_buffer("scale", scale)
         self.requires_grad_(False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` is (..., in). Its annotation has no shape, because tests check those in code that cannot be
-        compiled."""
+    @no_type_check  # tests check annotations at run time, in code that torch cannot compile
+    def forward(self, x: Float[Tensor, "*b in"]) -> Float[Tensor, "*b out"]:
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)

@@ -17,7 +17,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 from jaxtyping import BFloat16, Float32, Int32
@@ -201,6 +201,8 @@ def _compiled() -> Callable[..., None]:
     return torch.compile(_apply, dynamic=True)
 
 
+# Tests check annotations at run time, in code that torch cannot compile. So what is compiled opts out.
+@no_type_check
 def _apply(
     weight: Tensor,
     momentum: Tensor,
@@ -224,8 +226,8 @@ def _apply(
     momentum.copy_(torch.where(keeps > 0, new_momentum, momentum))
 
 
-# The following annotations have no shapes, because tests check them in code that cannot be compiled.
-def rounded(x: Tensor, bits: Tensor) -> Tensor:
+@no_type_check
+def rounded(x: Float32[Tensor, "*s"], bits: Int32[Tensor, "*s"]) -> BFloat16[Tensor, "*s"]:
     """Rounds fp32 to bf16 stochastically, with int32 random ``bits`` that are uniform in [0, 2¹⁶).
 
     The expected value is ``x``: bf16 is the upper half of the bits of fp32, and adding the random bits
@@ -234,13 +236,15 @@ def rounded(x: Tensor, bits: Tensor) -> Tensor:
     return ((x.contiguous().view(torch.int32) + bits) & -0x10000).view(torch.float32).bfloat16()
 
 
-def random_bits(count: int, seed: Tensor) -> Tensor:
+@no_type_check
+def random_bits(count: int, seed: Int32[Tensor, ""]) -> Int32[Tensor, " count"]:
     """32 random bits for each of ``count`` positions in int32, as a function of position and seed."""
     positions = torch.arange(count, dtype=torch.int32, device=seed.device)
     return _mixed(_mixed(positions * 0x1E3779B1 + seed) + positions)
 
 
-def _mixed(x: Tensor) -> Tensor:
+@no_type_check
+def _mixed(x: Int32[Tensor, "*s"]) -> Int32[Tensor, "*s"]:
     """The finaliser of MurmurHash3, a bijection of 32 bits."""
     x = (x ^ ((x >> 16) & 0xFFFF)) * -0x7A143595
     x = (x ^ ((x >> 13) & 0x7FFFF)) * -0x3D4D51CB
