@@ -217,6 +217,9 @@ def test_new_words_are_stored_and_do_not_disturb_diffusers(prior, tmp_path):
     save_file({"bundle_emb.x.clip_g": torch.ones(3)}, tmp_path / "bad.safetensors")
     with pytest.raises(CheckpointError, match=r"must have one matrix of shape \(count, width\)"):
         read_adapter(tmp_path / "bad.safetensors")
+    save_file({"bundle_emb.x.clip_g_out": torch.ones(1, 3)}, tmp_path / "out.safetensors")
+    with pytest.raises(CheckpointError, match="has an output embedding of a new word"):
+        read_adapter(tmp_path / "out.safetensors")
 
 
 def test_names_without_dots_get_them_back(prior):

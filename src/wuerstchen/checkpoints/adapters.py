@@ -384,6 +384,11 @@ def _tokens(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     """The vectors of new words, each (count, width)."""
     found: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
+        if isinstance(key, str) and key.startswith("bundle_emb.") and key.endswith("_out"):
+            raise CheckpointError(
+                f"{where} has an output embedding of a new word: {shown(key)}. Only input embeddings are "
+                "supported. Train without OneTrainer's option for output embeddings."
+            )
         match = _TOKEN.match(key) if isinstance(key, str) else None
         if match is None:
             continue

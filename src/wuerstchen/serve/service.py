@@ -55,15 +55,15 @@ class Service:
         self.uploads = Uploads(config.max_jobs_per_client)
         self._adapters = None if config.lora_dir is None else AdapterFolder(config.lora_dir)
         self._loras = [] if self._adapters is None else self._adapters.scan()
-        self._monitor_task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     # Starting and stopping
 
     async def start(self) -> None:
-        """Starts the workers and their monitor. Does not wait until they are ready."""
+        """Starts the workers and what watches them. Does not wait until they are ready."""
         self._loop = asyncio.get_running_loop()
         self.dispatcher.start()
-        self._monitor_task = asyncio.create_task(self._monitor())
+        self._tasks = [asyncio.create_task(work) for work in (self._monitor(), self._watch_adapters())]
 
     async def drain(self) -> None:
         """Refuses new jobs, fails queued ones, and lets running ones finish within the grace time.
@@ -87,10 +87,10 @@ class Service:
         """Ends the workers at once, also after a failed start. Call ``drain`` first: running jobs are
         lost."""
         self.draining = self.dispatcher.draining = True
-        if self._monitor_task is not None:
-            self._monitor_task.cancel()
+        for task in self._tasks:
+            task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._monitor_task
+                await task
         for job in [job for job in self.jobs.values() if not job.has_ended]:
             self._end(job, "failed", "The service was stopped. Send the job again later.")
         await self.uploads.stop()
@@ -232,17 +232,23 @@ class Service:
     def _fail(self, job: Job, message: str, kind: str = "server_error") -> None:
         self._end(job, "failed", message, kind)
 
+    async def _watch_adapters(self) -> None:
+        """Notices new and removed adapters. Not in ``_monitor``: a network drive may hang."""
+        while self._adapters is not None:
+            await asyncio.sleep(SCAN_SECONDS)
+            try:
+                self._loras = await asyncio.to_thread(self._adapters.scan)
+            except Exception:
+                log.exception("the folder of adapters cannot be read")
+
     async def _monitor(self) -> None:
         """Four times a second: ends late jobs, restarts workers, forgets old jobs and deletes old results."""
-        cleared = scanned = time.monotonic()
+        cleared = time.monotonic()
         while True:
             await asyncio.sleep(0.25)
             now = time.monotonic()
             try:
                 self._check(now)
-                if self._adapters is not None and now - scanned > SCAN_SECONDS:
-                    self._loras = await asyncio.to_thread(self._adapters.scan)
-                    scanned = time.monotonic()
                 if now - cleared > 10:
                     cleared = now
                     await self.finisher.clear()
