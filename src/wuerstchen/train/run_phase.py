@@ -5,8 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from wuerstchen.checkpoints.native import Provenance
 from wuerstchen.data.caption_files import WithoutImages
 from wuerstchen.data.emoji import EmojiSource
@@ -72,7 +70,7 @@ class PhaseRunner:
         self.log = log
         self.start = start
         self.parts = dataclasses.replace(start.parts)
-        self.results: dict[str, nn.Module] = {}
+        self.results: dict[str, Any] = {}
         self.statistics = PUBLISHED_STATISTICS
         if start.settings is not None and start.parts.prior is not None:
             self.statistics = start.settings.latent_statistics

@@ -4,8 +4,10 @@ import dataclasses
 import errno
 import importlib
 import json
+import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from functools import partial
@@ -405,6 +407,32 @@ def test_encoders_are_on_the_device_only_while_they_encode(lora_runs, model_fold
     images = torch.zeros(1, 128, 128, 3, dtype=torch.uint8)
     stage.prepare(Batch(torch.arange(1), images, ["sks"], []), torch.device("cpu"))
     assert moves[8:] == ["cpu"] * 4
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(lora_runs, model_folder, photos, tmp_path):
+    """Rank 0 alone writes the file. A collective operation there would wait forever."""
+    alone = train(lora_runs.recipe(model_folder, photos), tmp_path / "one", device="cpu")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, lora_runs.__file__, str(model_folder), str(photos), str(tmp_path / "two"), "2"]
+    processes = [
+        subprocess.Popen(command, env=os.environ | world | {"RANK": rank, "LOCAL_RANK": rank})
+        for rank in ("0", "1")
+    ]
+    try:
+        assert [process.wait(200) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    # Adam amplifies rounding in weights with small gradients, so compare what the adapter does.
+    one, two = ([e["loss"] for e in events(tmp_path / run, "validation")] for run in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-3)
+    assert [file.name for file in (tmp_path / "two" / "lora").iterdir()] == [
+        file.name for file in alone.iterdir()
+    ]
 
 
 @pytest.mark.parametrize(("word", "prompt"), [("", ""), ("dog", "a dog"), ("a black dog", "a black dog")])

@@ -165,7 +165,7 @@ class Run(Protocol):
     are on the CPU until a stage moves them."""
     statistics: LatentStatistics
     """Statistics of the semantic latents, for Stage C."""
-    results: dict[str, nn.Module]
+    results: dict[str, Any]
     """What stages make that is not a part of the model, by the short names of the stages."""
     makes_updates: bool
     """Whether ``train_phase`` makes updates. If not, stages can leave out what only updates need."""
@@ -257,7 +257,8 @@ class StageKind:
     from, such as an adapter. The run then takes the settings of that model and writes no other. Empty for
     stages of a model."""
     write: Callable[[Run, Path], None] | None = None
-    """Writes results that are not parts of a model, such as an adapter, into the model folder."""
+    """Writes results that are not parts of a model, such as an adapter, into the model folder. Only rank 0
+    calls it."""
 
 
 def numbered(

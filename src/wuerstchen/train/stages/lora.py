@@ -158,12 +158,14 @@ def _train(run: Run) -> None:
     stage = StageLora(
         config, recipe, model, adapted, named, class_images=drawn, device=run.device, needed=needed
     )
+    images = run.measured_once("stage_lora", lambda: {"images": _images(run)}, {"images": 0})["images"]
     averages = run.train_phase(stage, named.phase)
-    run.results["lora"] = averages(adapted.weights, "adapter")
+    run.results["lora"] = averages(adapted.weights, "adapter"), images
 
 
 def _write(run: Run, folder: Path) -> None:
-    weights, recipe, config = run.results["lora"], run.recipe, run.recipe.stage_lora
+    recipe, config = run.recipe, run.recipe.stage_lora
+    weights, images = run.results["lora"]
     assert isinstance(weights, AdapterWeights)
     assert run.parts.prior is not None
     start, trigger = Path(recipe.start_from), recipe.captions.trigger or _trigger(recipe.caption)
@@ -171,7 +173,7 @@ def _write(run: Run, folder: Path) -> None:
         base_model=start.name if start.exists() else recipe.start_from,
         base_hash=weights_hash(run.parts.prior),
         trigger_words=(trigger,) if trigger else (),
-        images=run.measured_once("stage_lora", lambda: {"images": _images(run)}, {"images": 0})["images"],
+        images=images,
         updates=-(-config.optimization.images // config.optimization.batch_size),
         licence=config.licence,
     )
