@@ -238,7 +238,7 @@ def run_all(options: argparse.Namespace) -> None:
             assert model.cascade.prior is not None
             sampled = Observed(loaded, Autoguided(model.cascade.prior, weak, setting.weight))
         else:
-            completed = model.cascade.settings.completed(setting.sampling)
+            completed = model.cascade.completed(setting.sampling)
             equal = scored.setdefault(completed, name)
             if equal != name:
                 print(f"{name}: skipped, for this model it is the same as {equal}", flush=True)

@@ -85,6 +85,12 @@ def with_student(cascade: Cascade, steps: int = 1, **changes: Any) -> Cascade:
     return dataclasses.replace(cascade, prior_student=student, settings=settings)
 
 
+def with_decoder_student(cascade: Cascade, steps: int = 1) -> Cascade:
+    """The model with a student of Stage B that has learnt nothing yet."""
+    settings = dataclasses.replace(cascade.settings, decoder_student_steps=steps)
+    return dataclasses.replace(cascade, decoder_student=copy.deepcopy(cascade.decoder), settings=settings)
+
+
 def with_lite0(cascade: Cascade) -> Cascade:
     """The model, its backbone filled with Lite0's weights in place: random ones hardly tell images apart."""
     assert cascade.compressor is not None

@@ -25,7 +25,7 @@ from wuerstchen.models.vqgan import VQGAN, VQGANConfig
 from wuerstchen.pipeline import Sampling, Wuerstchen
 from wuerstchen.sampling_batch import SamplingBatch
 
-from .configurations import with_student
+from .configurations import with_decoder_student, with_student
 
 
 @pytest.fixture(scope="module")
@@ -743,3 +743,66 @@ def test_steps_of_few_can_be_watched(student_model, model):
     drawn = student_model.generate("a cat", sampling=few, on_step=lambda step: seen.append(step.stage))
     assert np.array_equal(pixels(drawn), plain)
     assert seen.count("Stage C") == 2
+
+
+@pytest.fixture
+def with_both(small_cascade, randomise):
+    """A model with students of Stages B and C that differ from the full networks."""
+    cascade = with_decoder_student(with_student(small_cascade), steps=2)
+    randomise(cascade.prior_student)
+    randomise(cascade.decoder_student)
+    return Wuerstchen(cascade, torch.device("cpu"))
+
+
+def test_the_student_of_stage_b_jumps(with_both, monkeypatch):
+    """Two steps, written out."""
+    cascade, found = with_both.cascade, []
+    decode = VQGAN.decode
+    monkeypatch.setattr(VQGAN, "decode", lambda self, z: (found.append(z), decode(self, z))[1])
+    image = Image.new("RGB", (128, 128), "red")
+    with_both.reconstruct(image, seed=3)
+    with torch.inference_mode():
+        z = with_both.encode(cascade.compressor, to_tensor(image)[None])
+        generator = torch.Generator().manual_seed(3)
+        x = draw_noise((4, 32, 32), [generator])
+        context, objective = cascade.decoder_student.context(z, (32, 32)), PUBLISHED_OBJECTIVE
+        first, second = torch.tensor([0.98]), torch.tensor([0.66])
+        clean = objective.to_clean(cascade.decoder_student(x, first, context), x, first)
+        x = objective.noised(clean, draw_noise((4, 32, 32), [generator]), second)
+        clean = objective.to_clean(cascade.decoder_student(x, second, context), x, second)
+    torch.testing.assert_close(found[0], clean, rtol=1e-3, atol=1e-3)
+
+
+def test_stage_b_has_its_own_student_and_sampler(with_both, model):
+    before = pixels(model.generate("a cat"))
+    assert np.array_equal(pixels(with_both.generate("a cat", sampling=Sampling(full=True))), before)
+    found = with_both.settings_of(Sampling())
+    assert (found["decoder_sampler"], found["decoder_steps"], found["stage_b"]) == ("few", 2, "student")
+    assert not {"decoder_sampler", "stage_b"} & model.settings_of(Sampling()).keys()
+    only_c = with_both.settings_of(Sampling(decoder_steps=3))
+    assert (only_c["stage_c"], only_c["stage_b"], only_c["decoder_sampler"]) == ("student", "full", "ddpm")
+    only_b = with_both.settings_of(Sampling(), negative="red")
+    assert (only_b["stage_c"], only_b["stage_b"]) == ("full", "student")
+    assert with_both.settings_of(Sampling(), edits=True)["stage_b"] == "full"
+
+    dpm = Sampling(decoder_sampler="dpm")
+    assert model.settings_of(dpm)["decoder_sampler"] == "dpm"
+    assert not np.array_equal(pixels(model.generate("a cat", sampling=dpm)), before)
+    with pytest.raises(
+        UserError, match=r"decoder_sampler=euler is incompatible with this model\. Its Stage B"
+    ):
+        model.generate("a cat", sampling=Sampling(decoder_sampler="euler"))
+
+
+def test_a_stage_b_on_tokens_has_no_choice_of_samplers(small_v1):
+    v1 = Wuerstchen(small_v1, torch.device("cpu"))
+    with pytest.raises(UserError, match="decoder_sampler ddpm does not fit this model"):
+        v1.generate("a cat", sampling=Sampling(decoder_sampler="ddpm"))
+    assert "decoder_sampler" not in v1.settings_of(Sampling())
+
+
+def test_steps_of_the_student_of_stage_b_can_be_watched(with_both):
+    seen = []
+    drawn = with_both.generate("a cat", on_step=lambda step: seen.append((step.stage, step.preview([0]))))
+    assert np.array_equal(pixels(drawn), pixels(with_both.generate("a cat")))
+    assert [stage for stage, _ in seen] == ["Stage C", "Stage B", "Stage B"]

@@ -8,6 +8,7 @@ import pytest
 from wuerstchen import pipeline, sampling
 from wuerstchen.errors import UserError
 from wuerstchen.sampling import (
+    EDIT,
     MAX_SEED,
     NO_STUDENTS,
     Sampling,
@@ -24,8 +25,9 @@ FULL = Sampling(
     prior_steps=29,
     prior_sampler="ddpm",
     decoder_steps=12,
+    decoder_sampler="ddpm",
     decoder_guidance=1.0,
-    decoder_shift=1.0,
+    decoder_shift=2.0,
 )
 STUDENTS = Sampling(guidance=1.0, prior_steps=2, prior_sampler="few")
 OF_STUDENT = {"guidance": 1.0, "prior_steps": 2, "prior_sampler": "few"}
@@ -109,8 +111,35 @@ def test_a_student_that_is_asked_for_is_not_replaced(asked, beyond, named):
         completed(Sampling(prior_sampler="few", **asked), FULL, STUDENTS, beyond)
 
 
+BOTH = Sampling(**{**OF_STUDENT, "decoder_steps": 1, "decoder_sampler": "few", "decoder_guidance": 1.0})
+OF_BOTH = {**OF_STUDENT, "decoder_steps": 1, "decoder_sampler": "few"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "beyond", "expected"),
+    [
+        ({}, (), OF_BOTH),
+        ({"full": True}, (), {"full": True}),
+        ({"guidance": 3.0}, (), {"guidance": 3.0, "decoder_steps": 1, "decoder_sampler": "few"}),
+        ({}, ("a negative prompt",), {"decoder_steps": 1, "decoder_sampler": "few"}),
+        ({}, (EDIT,), {}),
+        ({"decoder_steps": 1}, (), {**OF_STUDENT, "decoder_steps": 1}),
+        ({"decoder_shift": 0.5}, (), {**OF_STUDENT, "decoder_shift": 0.5}),
+        ({"decoder_sampler": "few", "decoder_steps": 2}, (), {**OF_BOTH, "decoder_steps": 2}),
+        ({"decoder_sampler": "dpm"}, (), {**OF_STUDENT, "decoder_sampler": "dpm"}),
+    ],
+)
+def test_each_stage_has_its_own_student(asked, beyond, expected):
+    assert completed(Sampling(**asked), FULL, BOTH, beyond) == Sampling(**{**vars(FULL), **expected})
+    for wrong in ({"decoder_guidance": 2.0}, {"full": True}):
+        with pytest.raises(UserError, match="decoder_sampler few does not support"):
+            completed(Sampling(decoder_sampler="few", **wrong), FULL, BOTH)
+    with pytest.raises(UserError, match="decoder_sampler few does not support an image to start from"):
+        completed(Sampling(decoder_sampler="few"), FULL, BOTH, (EDIT,))
+
+
 def test_completed_settings_stay_as_they_are():
     """Stored settings reproduce the image, whichever network sampled it."""
     for asked in (Sampling(), Sampling(prior_steps=3), Sampling(full=True)):
-        once = completed(asked, FULL, STUDENTS)
-        assert completed(once, FULL, STUDENTS) == once
+        once = completed(asked, FULL, BOTH)
+        assert completed(once, FULL, BOTH) == once

@@ -49,6 +49,7 @@ from wuerstchen.reconstruction import Reconstructor, dtype_of, for_inference
 from wuerstchen.runtime.offload import LowMemory
 from wuerstchen.sampling import (
     ALL_TIMES,
+    EDIT,
     Sampling,
     checked_request,
     checked_size,
@@ -260,20 +261,29 @@ class Wuerstchen(Reconstructor):
     ) -> dict[str, Any]:
         """All sampling settings of a request, as they are stored in an image file.
 
-        ``edits`` is whether it starts from an image. For a model with a student, ``stage_c`` says whether the
-        ``student`` or the ``full`` network samples.
+        ``edits`` is whether it starts from an image. For a model with students, ``stage_c`` and ``stage_b``
+        say whether the ``student`` or the ``full`` network samples.
         """
         sampling = self._completed(sampling, checked_texts(negative, "negative"), edits)
         settings = dataclasses.asdict(sampling)
         del settings["full"]
-        if self.cascade.prior_student is not None:
-            is_student = self.cascade.prior_for(sampling) is self.cascade.prior_student
-            settings["stage_c"] = "student" if is_student else "full"
+        cascade = self.cascade
+        if (
+            cascade.decoder_student is None
+            and sampling.decoder_sampler == cascade.settings.full.decoder_sampler
+        ):
+            del settings["decoder_sampler"]  # earlier versions do not know it
+        for name, network, student in (
+            ("stage_c", cascade.prior_for, cascade.prior_student),
+            ("stage_b", cascade.decoder_for, cascade.decoder_student),
+        ):
+            if student is not None:
+                settings[name] = "student" if network(sampling) is student else "full"
         return settings
 
     def _completed(self, sampling: Sampling, negatives: Sequence[str], edits: bool) -> Sampling:
         """Complete settings of a request. Students support no negative prompts, no edits and no adapters."""
-        asks = {"a negative prompt": any(map(str.strip, negatives)), "an image to start from": edits}
+        asks = {"a negative prompt": any(map(str.strip, negatives)), EDIT: edits}
         asks["a LoRA adapter"] = bool(self._adapters.scales)
         return self.cascade.completed(sampling, [name for name, asked in asks.items() if asked])
 

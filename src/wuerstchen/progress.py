@@ -67,9 +67,11 @@ class StepReporter:
 
         return self._extended("Stage C", predict, report, steps, objective, previewer and decode)
 
-    def on_latents(self, predict: Predict, report: OnStep | None, steps: int) -> tuple[Predict, OnStep]:
-        """``predict`` and ``report`` of Stage B, extended to call the step callback."""
-        objective = self.cascade.settings.decoder_objective.for_sampling()
+    def on_latents(
+        self, predict: Predict, report: OnStep | None, steps: int, objective: Objective
+    ) -> tuple[Predict, OnStep]:
+        """``predict`` and ``report`` of Stage B, extended to call the step callback. ``predict`` is in terms
+        of the ``objective``."""
         return self._extended("Stage B", predict, report, steps, objective, self._decode_half_size)
 
     def on_tokens(self, report: OnStep | None, steps: int) -> OnStep:

@@ -20,8 +20,8 @@ from wuerstchen.checkpoints.compressors import (
 )
 from wuerstchen.device import to_device
 from wuerstchen.diffusion.known_cells import Known, KnownTokens
-from wuerstchen.diffusion.objective import predictions_for_sampling
-from wuerstchen.diffusion.sampler_table import SAMPLERS, samplers_for
+from wuerstchen.diffusion.objective import Objective, predictions_for_sampling
+from wuerstchen.diffusion.sampler_table import SAMPLERS
 from wuerstchen.diffusion.samplers import Predict, draw_noise, guided
 from wuerstchen.diffusion.tokens import draw_tokens, sample_tokens
 from wuerstchen.edits import Edit
@@ -187,8 +187,10 @@ class Reconstructor:
 
     def _sample_decoder(self, batch: SamplingBatch, semantic_latents: Float[Tensor, "b c lh lw"]) -> Tensor:
         """Stage B: samples the latents (b, 4, h, w) that Stage A decodes, or v1's tokens (b, h, w)."""
-        sampling, decoder, vqgan = batch.sampling, self.cascade.decoder, self.cascade.vqgan
+        sampling, vqgan = batch.sampling, self.cascade.vqgan
+        decoder = self.cascade.decoder_for(sampling)
         assert sampling.decoder_guidance is not None
+        assert sampling.decoder_sampler is not None
         assert sampling.decoder_steps is not None
         assert sampling.decoder_shift is not None
         grid = (batch.canvas[1] // vqgan.config.factor, batch.canvas[0] // vqgan.config.factor)
@@ -200,8 +202,12 @@ class Reconstructor:
         encoder = self.cascade.text_encoder_of_decoder()
         text = None if encoder is None else self._encode_text(encoder, prompts)
 
-        objective = self.cascade.settings.decoder_objective
-        timesteps = objective.timesteps(sampling.decoder_steps, sampling.decoder_shift)
+        objective, sampler = self.cascade.settings.decoder_objective, SAMPLERS[sampling.decoder_sampler]
+        sampled = objective if sampler.for_students else objective.for_sampling()
+        if sampler.for_students:
+            timesteps = sampler.timesteps(sampling.decoder_steps)
+        else:
+            timesteps = objective.timesteps(sampling.decoder_steps, sampling.decoder_shift)
         on_step, generators = batch.on_step("Stage B", sampling.decoder_steps), batch.decoder_generators()
         known = None if batch.known is None else batch.known.latents
         with self.residence.using(decoder):
@@ -218,16 +224,17 @@ class Reconstructor:
                 temperatures = self.cascade.settings.decoder_temperatures
                 return sample_tokens(predict, noise, timesteps, generators, temperatures, on_step)
             noise = to_device(draw_noise((decoder.config.c_in, *grid), generators), self.device)
-            predict = self._predict_latents(decoder, semantic_latents, grid, text)
+            predict = self._predict_latents(decoder, semantic_latents, grid, text, sampled)
             if guidance != 1:
                 predict = guided(predict, guidance)
             if batch.reporter is not None:
-                predict, on_step = batch.reporter.on_latents(predict, on_step, sampling.decoder_steps)
-            x, sampled = noise, objective.for_sampling()
+                predict, on_step = batch.reporter.on_latents(
+                    predict, on_step, sampling.decoder_steps, sampled
+                )
+            x = noise
             if isinstance(known, Known):
                 x = known.begin(noise, objective, timesteps[0])
                 on_step = known.replaced(noise, timesteps, objective, on_step)
-            sampler = SAMPLERS[samplers_for(objective.path)[0]]
             return sampler.function(predict, x, timesteps, generators, sampled, on_step)
 
     def _predict_latents(
@@ -236,11 +243,13 @@ class Reconstructor:
         semantic_latents: Float[Tensor, "b c lh lw"],
         grid: tuple[int, int],
         text: TextStates | None,
+        sampled: Objective,
     ) -> Predict:
-        """Stage B of v2, with everything that is the same in all steps computed once."""
+        """Stage B of v2 in terms of the objective ``sampled``, with everything that is the same in all steps
+        computed once."""
         states = None if text is None else text.states
         mask = text.mask if text is not None and self.cascade.settings.text_mask else None
-        predictions = predictions_for_sampling(decoder, self.cascade.settings.decoder_objective)
+        predictions = predictions_for_sampling(decoder, self.cascade.settings.decoder_objective, sampled)
         recorder = self._recorders.of(decoder, predictions, decoder.context)
         run = recorder.bind(semantic_latents, grid, states, mask)
         return lambda x, t: run(x.to(dtype_of(decoder)), t).float()

@@ -32,6 +32,8 @@ class Sampling:
     """Stage C's sampler, by its name in ``diffusion.sampler_table``. It must support the model's objective:
     ``ddpm`` (as published), ``dpm`` (for fewer steps) or ``ddim``. Flow matching uses ``euler``."""
     decoder_steps: int | None = None
+    decoder_sampler: str | None = None
+    """Stage B's sampler, by its name in the same table. Not for a Stage B on tokens (v1)."""
     decoder_guidance: float | None = None
     decoder_shift: float | None = None
     """Timestep shift of Stage B. Values above 1 spend more steps at high noise, 1 gives equal steps."""
@@ -58,52 +60,62 @@ class Sampling:
                     f"{name} must be an integer from 1 to {MAX_STEPS}, got {value!r}. Common values are 29 "
                     "for prior_steps and 12 for decoder_steps."
                 )
-        if self.prior_sampler is not None:
-            check_sampler(self.prior_sampler)
+        for name in ("prior_sampler", "decoder_sampler"):
+            if getattr(self, name) is not None:
+                check_sampler(getattr(self, name), name)
 
 
+EDIT = "an image to start from"
+"""What students of neither stage can do."""
 NO_STUDENTS = Sampling()
 """The settings of the students of a model without students."""
 OF_PRIOR = ("guidance", "guidance_interval", "prior_steps", "prior_sampler")
 """The settings of Stage C."""
+OF_DECODER = ("decoder_guidance", "decoder_shift", "decoder_steps", "decoder_sampler")
+"""The settings of Stage B."""
 
 
 def completed(sampling: Sampling, full: Sampling, students: Sampling, beyond: Sequence[str] = ()) -> Sampling:
     """The settings ``sampling``, with a model's own settings where they are None.
 
     ``full`` are the complete settings of the full networks. ``students`` are those of students for few steps,
-    None without a student. Stage C's student samples if ``sampling`` names its sampler, or if it sets nothing
-    of Stage C and is not ``full``. ``beyond`` names what the request wants that the student cannot do, as
-    "a negative prompt". Then the full network samples. Raises ``UserError`` if both it and the student are
-    asked for.
+    None without a student. A student samples its stage if ``sampling`` names its sampler, or if it sets
+    nothing of this stage and is not ``full``. ``beyond`` names what the request wants that students cannot
+    do: ``EDIT``, and for Stage C more, as "a negative prompt". Then the full network samples. Raises
+    ``UserError`` if both it and the student are asked for.
     """
-    student = students.prior_sampler
-    wants_full = sampling.full or bool(beyond)
-    if student is None:
-        uses_student = False
-    elif sampling.prior_sampler == student:
-        _check_student(sampling, student, beyond)
-        uses_student = True
-    else:
-        uses_student = not wants_full and all(getattr(sampling, name) is None for name in OF_PRIOR)
     own = {name: value for name, value in vars(sampling).items() if value is not None}
-    of_student = {name: getattr(students, name) for name in OF_PRIOR} if uses_student else {}
-    known = {name: value for name, value in of_student.items() if value is not None}
-    return Sampling(**{**vars(full), **known, **own})
+    known = vars(full) | own
+    edits = [name for name in beyond if name == EDIT]
+    for stage, names, limits in (("prior", OF_PRIOR, beyond), ("decoder", OF_DECODER, edits)):
+        if _uses_student(sampling, students, stage, names, limits):
+            of_student = {name: getattr(students, name) for name in names if name not in own}
+            known |= {name: value for name, value in of_student.items() if value is not None}
+    return Sampling(**known)
 
 
-def _check_student(sampling: Sampling, student: str, beyond: Sequence[str]) -> None:
-    """Raises ``UserError`` if a request for the student of Stage C has settings that it does not support."""
-    if sampling.guidance not in (None, 1):
-        beyond = (f"guidance {sampling.guidance:g}", *beyond)
+def _uses_student(
+    sampling: Sampling, students: Sampling, stage: str, names: Sequence[str], limits: Sequence[str]
+) -> bool:
+    """Whether a student samples a stage. Raises ``UserError`` if it is asked for what it does not support."""
+    setting, guidance = f"{stage}_sampler", names[0]
+    student = getattr(students, setting)
+    if student is None:
+        return False
+    if getattr(sampling, setting) != student:
+        return not (sampling.full or limits) and all(getattr(sampling, name) is None for name in names)
+    asked = list(limits)
+    if getattr(sampling, guidance) not in (None, 1):
+        asked.insert(0, f"{guidance} {getattr(sampling, guidance):g}")
     if sampling.full:
-        beyond = ("full", *beyond)
-    if beyond:
+        asked.insert(0, "full")
+    if asked:
         raise UserError(
-            f"prior_sampler {student} does not support {beyond[0]}. It samples with a student for few steps, "
-            "which has learnt its guidance and starts from noise. Leave out prior_sampler, and the full "
-            "network samples."
+            f"{setting} {student} does not support {asked[0]}. It samples with a student for few steps, "
+            f"which has learnt its guidance and starts from noise. Leave out {setting}, and the full network "
+            "samples."
         )
+    return True
 
 
 def checked_interval(name: str, value: Any) -> tuple[float, float]:

@@ -23,6 +23,7 @@ ABOUT = {
     "full": DEFAULTS,
     "students": {},
     "samplers": ["ddpm", "dpm", "ddim"],
+    "decoder_samplers": [],
     "can": {"generate": True, "reconstruct": True, "variation": True, "preview": True},
     "examples": ["a cat"],
     "image_note": None,

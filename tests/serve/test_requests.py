@@ -279,3 +279,35 @@ def test_the_model_shows_the_defaults_of_student_and_full_network():
     assert "stage_c" not in image_settings(
         ImageTask(make_job(JobRequest(prompts=["x"]), ServeConfig(), ABOUT, "client", "here"), 0), ABOUT
     )
+
+
+WITH_BOTH = {
+    **WITH_STUDENT,
+    "full": {**DEFAULTS, "decoder_sampler": "ddpm"},
+    "students": {**WITH_STUDENT["students"], "decoder_steps": 1, "decoder_sampler": "few"},
+    "decoder_samplers": ["few", "ddpm", "dpm", "ddim"],
+}
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({}, ("few", 1, "student")),
+        ({"guidance": 3.0}, ("few", 1, "student")),
+        ({"decoder_steps": 1}, ("ddpm", 1, "full")),
+        ({"decoder_sampler": "few", "decoder_steps": 2}, ("few", 2, "student")),
+        ({"full": True}, ("ddpm", 4, "full")),
+    ],
+)
+def test_the_student_of_stage_b_samples_what_it_supports(body, expected):
+    job = make_job(JobRequest(prompts=["x"], **body), ServeConfig(), WITH_BOTH, "client", "here")
+    settings = image_settings(ImageTask(job, 0), WITH_BOTH)
+    assert (settings["decoder_sampler"], settings["decoder_steps"], settings["stage_b"]) == expected
+    request = JobRequest(**{k: v for k, v in settings.items() if k in JobRequest.model_fields})
+    assert make_job(request, ServeConfig(), WITH_BOTH, "client", "here").shape == job.shape
+
+
+def test_a_sampler_of_stage_b_is_refused_without_a_student_of_it():
+    with pytest.raises(Refused, match="decoder_sampler 'few' does not fit this model") as caught:
+        drawn_by(decoder_sampler="few")
+    assert caught.value.param == "decoder_sampler"

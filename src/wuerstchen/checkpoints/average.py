@@ -54,12 +54,14 @@ def average(first: str | Path, second: str | Path, target: Path, weight: float =
             raise UserError(f"the {name} of {first} and {second} differ. Use models with the same {name}.")
         network.load_state_dict(weighted_average(state, other, weight))
         changed.append(name)
-    if "prior" in changed and ours.prior_student is not None:
-        raise UserError(
-            f"the priors of {first} and {second} differ, and have a prior_student. It would not be the "
-            "student of their average. Convert both with --leave-out prior_student first, and train a "
-            "student again."
-        )
+    for name in ("prior", "decoder"):
+        student = f"{name}_student"
+        if name in changed and getattr(ours, student) is not None:
+            raise UserError(
+                f"the {name} of {first} and {second} differs, and has a {student}. It would not be the "
+                f"student of their average. Convert both with --leave-out {student} first, and train a "
+                "student again."
+            )
     if not changed:
         raise UserError(f"{first} and {second} have the same weights, so there is nothing to average.")
     names = f"{Path(first).name} and {weight:g} of {Path(second).name}"

@@ -67,7 +67,7 @@ does not store, because it has the networks."""
 
 PartStorage = Storage | Literal["int4_difference"]
 """How one network is stored. ``int4_difference`` is for the networks in ``BASES``."""
-BASES = {"prior_student": "prior"}
+BASES = {"prior_student": "prior", "decoder_student": "decoder"}
 """The networks that were trained from another network in the same folder."""
 
 NETWORKS: dict[str, tuple[type[nn.Module], type]] = {
@@ -77,6 +77,7 @@ NETWORKS: dict[str, tuple[type[nn.Module], type]] = {
     "paella": (Paella, PaellaConfig),
     "prior": (Prior, PriorConfig),
     "prior_student": (Prior, PriorConfig),
+    "decoder_student": (Decoder, DecoderConfig),
     "previewer": (Previewer, PreviewerConfig),
 }
 TEXT_ENCODERS = ("text_encoder", "decoder_text_encoder")
@@ -281,6 +282,8 @@ def write_parts(
             del values["prior_guidance_interval"]
         if "prior_student" not in networks:
             del values["prior_student_steps"], values["prior_student_guidance"]
+        if "decoder_student" not in networks:
+            del values["decoder_student_steps"]
         if not settings.prior_known_cells:
             del values["prior_known_cells"]
         description = {

@@ -24,7 +24,7 @@ def named_objective(settings: CascadeSettings, part: str) -> Objective:
 
 
 def diffusing(networks: Mapping[str, Any]) -> dict[str, Prior | Decoder]:
-    """The networks with an objective of their own, by name. That of ``prior_student`` is the prior's."""
+    """The networks with an objective of their own, by name. Students have those of their networks."""
     found = {name: networks.get(name) for name in OF_OBJECTIVES}
     return {name: network for name, network in found.items() if isinstance(network, Prior | Decoder)}
 

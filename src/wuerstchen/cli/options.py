@@ -156,6 +156,11 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         "--decoder-steps", type=int, help="sampling steps of Stage B (default: the model's own)"
     )
     parser.add_argument(
+        "--decoder-sampler",
+        choices=list(SAMPLERS),
+        help="sampler of Stage B, one that fits its objective (default: the model's own)",
+    )
+    parser.add_argument(
         "--decoder-guidance",
         type=float,
         help="guidance scale of Stage B on the semantic latents; 1 turns it off",
@@ -222,6 +227,7 @@ def sampling_of(options: argparse.Namespace) -> "Sampling":
         prior_steps=getattr(options, "prior_steps", None),
         prior_sampler=getattr(options, "prior_sampler", None),
         decoder_steps=options.decoder_steps,
+        decoder_sampler=options.decoder_sampler,
         decoder_guidance=options.decoder_guidance,
         decoder_shift=options.decoder_shift,
         full=options.full,

@@ -90,10 +90,10 @@ def sampler_help() -> str:
     return "; ".join(rows)
 
 
-def check_sampler(name: Any) -> None:
-    """Raises ``UserError`` for a name that is not in the table."""
+def check_sampler(name: Any, setting: str = "prior_sampler") -> None:
+    """Raises ``UserError`` for a name that is not in the table. ``setting`` is where it was given."""
     if name not in SAMPLERS:
-        raise UserError(f"prior_sampler must be one of {', '.join(SAMPLERS)}, got {name!r}.")
+        raise UserError(f"{setting} must be one of {', '.join(SAMPLERS)}, got {name!r}.")
 
 
 def samplers_for(path: str) -> list[str]:
@@ -101,11 +101,12 @@ def samplers_for(path: str) -> list[str]:
     return [name for name, row in SAMPLERS.items() if path in row.paths]
 
 
-def check_compatible(name: str, kind: str, path: str) -> None:
+def check_compatible(name: str, kind: str, path: str, setting: str = "prior_sampler") -> None:
     """Raises ``UserError`` if a sampler does not support objectives of this ``kind`` and ``path``."""
-    check_sampler(name)
+    check_sampler(name, setting)
     if path not in SAMPLERS[name].paths:
+        stage = "Stage B" if setting == "decoder_sampler" else "Stage C"
         raise UserError(
-            f"prior_sampler={name} is incompatible with this model. Its Stage C was trained with the "
+            f"{setting}={name} is incompatible with this model. Its {stage} was trained with the "
             f"objective {kind}. Use {' or '.join(samplers_for(path))}."
         )

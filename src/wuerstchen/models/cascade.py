@@ -1,5 +1,6 @@
 """A complete Würstchen model: its networks and its settings."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,10 +12,10 @@ from torch import Tensor
 
 from wuerstchen.device import to_device
 from wuerstchen.diffusion.objective import PUBLISHED_OBJECTIVE, Objective
-from wuerstchen.diffusion.sampler_table import SAMPLERS, check_compatible
+from wuerstchen.diffusion.sampler_table import SAMPLERS, check_compatible, samplers_for
 from wuerstchen.errors import UserError
 from wuerstchen.models.compressor import Compressor, latent_side
-from wuerstchen.models.decoder import Decoder
+from wuerstchen.models.decoder import Decoder, DecoderConfig
 from wuerstchen.models.paella import Paella
 from wuerstchen.models.previewer import Previewer
 from wuerstchen.models.prior import Prior
@@ -115,6 +116,8 @@ class CascadeSettings:
     """Steps that the student of Stage C was trained for. 0 for a model without a student."""
     prior_student_guidance: float = 1.0
     """Guidance of the samples that the student of Stage C was trained on. It needs no guidance itself."""
+    decoder_student_steps: int = 0
+    """Steps that the student of Stage B was trained for. 0 for a model without a student."""
 
     def __post_init__(self) -> None:
         integers = ("image_size", "size_multiple", "prior_steps", "decoder_steps")
@@ -122,11 +125,12 @@ class CascadeSettings:
             raise UserError(
                 f"{_listed(self, integers)} must be integers of at least 1. Download the model again."
             )
-        if type(self.prior_student_steps) is not int or self.prior_student_steps < 0:
-            raise UserError(
-                f"prior_student_steps must be an integer of at least 0, got {self.prior_student_steps!r}. "
-                "Download the model again."
-            )
+        for name in ("prior_student_steps", "decoder_student_steps"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 0:
+                raise UserError(
+                    f"{name} must be an integer of at least 0, got {getattr(self, name)!r}. Download the "
+                    "model again."
+                )
         real = (
             *("view_scale", "prior_guidance", "decoder_guidance", "decoder_shift"),
             "prior_student_guidance",
@@ -177,6 +181,9 @@ class CascadeSettings:
             raise UserError(f"sampling must be a wuerstchen.Sampling, got a {type(sampling).__name__}.")
         if sampling.prior_sampler is not None:
             check_compatible(sampling.prior_sampler, self.prior_objective.kind, self.prior_objective.path)
+        if sampling.decoder_sampler is not None:
+            objective = self.decoder_objective
+            check_compatible(sampling.decoder_sampler, objective.kind, objective.path, "decoder_sampler")
         return completed(sampling, self.full, students, beyond)
 
     @property
@@ -188,6 +195,7 @@ class CascadeSettings:
             prior_sampler=self.prior_sampler,
             prior_steps=self.prior_steps,
             decoder_steps=self.decoder_steps,
+            decoder_sampler=samplers_for(self.decoder_objective.path)[0],
             decoder_shift=self.decoder_shift,
             decoder_guidance=self.decoder_guidance,
         )
@@ -242,13 +250,15 @@ class OptionalParts:
     prior_student: Prior | None = None
     """Samples like the guided prior in a few unguided steps, with the sampler ``few``. Its objective is that
     of the prior."""
+    decoder_student: Decoder | None = None
+    """Samples in a few steps, with the sampler ``few``. Its objective is that of the decoder."""
     previewer: Previewer | None = None
     text_encoder: TextEncoder | None = None
     decoder_text_encoder: TextEncoder | None = None
     """Stage B's text encoder, if it does not share Stage C's."""
 
     order: ClassVar[tuple[str, ...]] = (
-        *("vqgan", "decoder", "compressor", "prior", "prior_student", "previewer"),
+        *("vqgan", "decoder", "compressor", "prior", "prior_student", "decoder_student", "previewer"),
         *("text_encoder", "decoder_text_encoder"),
     )
     """Names of the networks, in the order of ``networks``."""
@@ -301,16 +311,7 @@ class Cascade(OptionalParts):
                     "from the same model. Download both again."
                 )
 
-        if self.prior_student is not None and self.prior is None:
-            raise UserError(
-                "This model has a prior_student without its prior. The prior samples what the student does "
-                "not support. Add the prior, or leave out both."
-            )
-        if self.prior_student is not None and not self.settings.prior_student_steps:
-            raise UserError(
-                "prior_student_steps must be at least 1 for a model with a prior_student, got 0. Download "
-                "the model again."
-            )
+        self._check_students()
         self._check_objectives()
         step = decoder.size_multiple * self.vqgan.config.factor
         if self.settings.size_multiple % step:
@@ -318,6 +319,29 @@ class Cascade(OptionalParts):
                 f"size_multiple must be a multiple of {step} for the grids of the decoder and the vqgan, "
                 f"got {self.settings.size_multiple}. Download the model again."
             )
+
+    def _check_students(self) -> None:
+        """Raises ``UserError`` for a student without its network, its steps or its shape."""
+        if self.prior_student is not None and self.prior is None:
+            raise UserError(
+                "This model has a prior_student without its prior. The prior samples what the student does "
+                "not support. Add the prior, or leave out both."
+            )
+        for name in ("prior_student", "decoder_student"):
+            if getattr(self, name) is not None and not getattr(self.settings, f"{name}_steps"):
+                raise UserError(
+                    f"{name}_steps must be at least 1 for a model with a {name}, got 0. Download the model "
+                    "again."
+                )
+        if self.decoder_student is not None:
+            student, decoder = self.decoder_student.config, self.decoder.config
+            if not isinstance(decoder, DecoderConfig) or dataclasses.replace(
+                student, dropout=0.0
+            ) != dataclasses.replace(decoder, dropout=0.0):
+                raise UserError(
+                    "The decoder_student and the decoder must have the same shape, got different ones. "
+                    "Download both again."
+                )
 
     def _check_objectives(self) -> None:
         """Raises ``UserError`` if a network was trained with another objective than the settings say."""
@@ -329,6 +353,8 @@ class Cascade(OptionalParts):
             pairs.append(("prior_student", self.prior_student, settings.prior_objective))
         if isinstance(self.decoder, Decoder):
             pairs.append(("decoder", self.decoder, settings.decoder_objective))
+        if self.decoder_student is not None:
+            pairs.append(("decoder_student", self.decoder_student, settings.decoder_objective))
         for part, network, objective in pairs:
             if network.config.prediction != objective.kind:
                 raise UserError(
@@ -340,14 +366,26 @@ class Cascade(OptionalParts):
     @property
     def students(self) -> Sampling:
         """The sampling settings of the students that the model has, None for those of other networks."""
-        if self.prior_student is None:
-            return NO_STUDENTS
-        steps = self.settings.prior_student_steps
-        return Sampling(guidance=1.0, prior_sampler="few", prior_steps=steps)
+        found, settings = NO_STUDENTS, self.settings
+        if self.prior_student is not None:
+            steps = settings.prior_student_steps
+            found = dataclasses.replace(found, guidance=1.0, prior_steps=steps, prior_sampler="few")
+        if self.decoder_student is not None:
+            steps = settings.decoder_student_steps
+            found = dataclasses.replace(
+                found, decoder_guidance=1.0, decoder_steps=steps, decoder_sampler="few"
+            )
+        return found
 
     def completed(self, sampling: Sampling, beyond: Sequence[str] = ()) -> Sampling:
         """Complete sampling settings, with those of the model's students and networks where they are None
         (``sampling.completed``)."""
+        named = getattr(sampling, "decoder_sampler", None)  # other types are refused below
+        if named is not None and isinstance(self.decoder, Paella):
+            raise UserError(
+                f"decoder_sampler {named} does not fit this model, whose Stage B samples "
+                "tokens. Leave it out."
+            )
         return self.settings.completed(sampling, self.students, beyond)
 
     def prior_for(self, sampling: Sampling) -> Prior:
@@ -359,6 +397,11 @@ class Cascade(OptionalParts):
         found = found or self.prior
         assert found is not None
         return found
+
+    def decoder_for(self, sampling: Sampling) -> Decoder | Paella:
+        """The network that samples Stage B: with the sampler ``few`` the student, if there is one."""
+        found = self.decoder_student if sampling.decoder_sampler == "few" else None
+        return found or self.decoder
 
     def text_encoder_of_decoder(self) -> TextEncoder | None:
         """The text encoder that Stage B uses; None if it takes no text."""

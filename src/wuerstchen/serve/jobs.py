@@ -34,6 +34,8 @@ class Shape:
     lora: str | None = None
     """The name of an adapter."""
     lora_strength: float = 1.0
+    decoder_sampler: str = ""
+    """Empty for models without a student of Stage B."""
 
 
 @dataclass(frozen=True)

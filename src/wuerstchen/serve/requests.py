@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from wuerstchen.errors import UserError
-from wuerstchen.sampling import Sampling, checked_interval, completed
+from wuerstchen.sampling import EDIT, Sampling, checked_interval, completed
 from wuerstchen.serve.decoding import Upload
 from wuerstchen.serve.errors import Refused
 from wuerstchen.serve.jobs import ImageTask, Job, Shape
@@ -66,6 +66,7 @@ def model_view(config: ServeConfig, about: dict[str, Any]) -> dict[str, Any]:
             }
             for listed in about.get("loras", ())
         ],
+        "decoder_samplers": about["decoder_samplers"],
         "can": about["can"],
         "examples": about["examples"],
         "image_note": about["image_note"],
@@ -99,7 +100,7 @@ def make_job(
 def _shape(request: JobRequest, size: tuple[int, int], about: dict[str, Any]) -> Shape:
     is_variation = request.kind == "generate" and request.image is not None
     masked = is_variation and request.mask is not None
-    asks = {"a negative prompt": bool(request.negative.strip()), "an image to start from": is_variation}
+    asks = {"a negative prompt": bool(request.negative.strip()), EDIT: is_variation}
     asks["a LoRA adapter"] = request.lora is not None
     beyond = [name for name, asked in asks.items() if asked]
     interval = request.guidance_interval
@@ -109,12 +110,14 @@ def _shape(request: JobRequest, size: tuple[int, int], about: dict[str, Any]) ->
         prior_steps=request.prior_steps,
         prior_sampler=request.prior_sampler,
         decoder_steps=request.decoder_steps,
+        decoder_sampler=request.decoder_sampler,
         full=request.full,
     )
     try:
         used = completed(asked, Sampling(**about["full"]), Sampling(**about["students"]), beyond)
     except UserError as error:
-        raise Refused(400, str(error), param="prior_sampler") from error
+        setting = next(name for name in ("prior_sampler", "decoder_sampler") if name in str(error))
+        raise Refused(400, str(error), param=setting) from error
     return Shape(
         kind=request.kind,
         width=size[0],
@@ -124,6 +127,7 @@ def _shape(request: JobRequest, size: tuple[int, int], about: dict[str, Any]) ->
         prior_steps=used.prior_steps,
         prior_sampler=used.prior_sampler,
         decoder_steps=used.decoder_steps,
+        decoder_sampler=used.decoder_sampler or "",
         strength=(request.strength or (1.0 if masked else 0.7)) if is_variation else None,
         masked=masked,
         lora=request.lora,
@@ -167,13 +171,14 @@ def _check_sampling(request: JobRequest, config: ServeConfig, about: dict[str, A
         steps = getattr(request, name)
         if steps is not None and steps > config.max_steps:
             raise _too_large(name, steps, config.max_steps)
-    if request.prior_sampler is not None and request.prior_sampler not in about["samplers"]:
-        raise Refused(
-            400,
-            f"prior_sampler {request.prior_sampler!r} does not fit this model. Use "
-            f"{' or '.join(about['samplers'])}.",
-            param="prior_sampler",
-        )
+    for name, fitting in (
+        ("prior_sampler", about["samplers"]),
+        ("decoder_sampler", about["decoder_samplers"]),
+    ):
+        sampler = getattr(request, name)
+        if sampler is not None and sampler not in fitting:
+            use = f"Use {' or '.join(fitting)}." if fitting else "Omit it."
+            raise Refused(400, f"{name} {sampler!r} does not fit this model. {use}", param=name)
 
 
 def _check_image_options(request: JobRequest, size: tuple[int, int]) -> None:
@@ -325,7 +330,8 @@ def settings_of(job: Job) -> dict[str, Any]:
     shape = job.shape
     if shape.kind == "reconstruct":
         names = ("width", "height", "decoder_steps")
-        return {"kind": shape.kind, "seed": job.seeds[0], **{name: getattr(shape, name) for name in names}}
+        own = {name: getattr(shape, name) for name in names}
+        return {"kind": shape.kind, "seed": job.seeds[0], **own, **_decoder_sampler(shape)}
     return {
         "kind": shape.kind,
         "prompts": list(job.prompts[:: job.count]),
@@ -339,6 +345,7 @@ def settings_of(job: Job) -> dict[str, Any]:
         "prior_steps": shape.prior_steps,
         "prior_sampler": shape.prior_sampler,
         "decoder_steps": shape.decoder_steps,
+        **_decoder_sampler(shape),
         "strength": shape.strength,
         **_lora_settings(shape),
     }
@@ -346,6 +353,11 @@ def settings_of(job: Job) -> dict[str, Any]:
 
 def _lora_settings(shape: Shape) -> dict[str, Any]:
     return {} if shape.lora is None else {"lora": shape.lora, "lora_strength": shape.lora_strength}
+
+
+def _decoder_sampler(shape: Shape) -> dict[str, Any]:
+    """Stage B's sampler, for a model with a student of Stage B."""
+    return {"decoder_sampler": shape.decoder_sampler} if shape.decoder_sampler else {}
 
 
 def image_settings(task: ImageTask, about: dict[str, Any]) -> dict[str, Any]:
@@ -362,10 +374,11 @@ def image_settings(task: ImageTask, about: dict[str, Any]) -> dict[str, Any]:
             "prior_steps": shape.prior_steps,
             "prior_sampler": shape.prior_sampler,
         }
-        student = about["students"].get("prior_sampler")
-        if student is not None:
-            settings["stage_c"] = "student" if shape.prior_sampler == student else "full"
-    settings["decoder_steps"] = shape.decoder_steps
+    settings |= {"decoder_steps": shape.decoder_steps, **_decoder_sampler(shape)}
+    for stage, name in (("stage_c", "prior_sampler"), ("stage_b", "decoder_sampler")):
+        student = about["students"].get(name)
+        if student is not None and (stage == "stage_b" or shape.kind == "generate"):
+            settings[stage] = "student" if getattr(shape, name) == student else "full"
     if shape.strength is not None:
         settings["strength"] = shape.strength
     settings |= _lora_settings(shape)

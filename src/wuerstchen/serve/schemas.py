@@ -72,6 +72,9 @@ class JobRequest(_Request):
     prior_sampler: Sampler | None = None
     """One of ``samplers`` in ``GET /v1/model``."""
     decoder_steps: Steps | None = None
+    decoder_sampler: Sampler | None = None
+    """Only for models with a student of Stage B: ``few``, or one of ``decoder_samplers`` in
+    ``GET /v1/model``."""
     full: bool = False
     """Sample with the full networks, also if the model has students for few steps."""
     lora: LoraName | None = None
@@ -234,6 +237,8 @@ class ModelView(BaseModel):
     """Samplers that fit the objective of Stage C, its default first."""
     loras: list[LoraView]
     """The adapters that ``lora`` of a job can name."""
+    decoder_samplers: list[str]
+    """Samplers of Stage B if the model has a student of it, its default first. Otherwise empty."""
     can: dict[str, bool]
     examples: list[str]
     image_note: str | None

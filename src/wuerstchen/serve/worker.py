@@ -30,6 +30,7 @@ from wuerstchen.serve.jobs import Shape
 from wuerstchen.serve.worker_adapters import WorkerAdapters
 
 if TYPE_CHECKING:
+    from wuerstchen.diffusion.objective import Objective
     from wuerstchen.models.cascade import Cascade
     from wuerstchen.pipeline import Wuerstchen
     from wuerstchen.progress import Step
@@ -136,26 +137,31 @@ class _Worker:
         from wuerstchen.checkpoints.hub import PHOTO_NOTE, is_bundled
         from wuerstchen.models.cascade import MAX_SIDES, MIN_SIDE, SIDE_STEP
         from wuerstchen.recipes.mini import PROMPTS
-        from wuerstchen.sampling import Sampling
+        from wuerstchen.sampling import OF_PRIOR, Sampling
 
         cascade = self.model.cascade
         side = cascade.settings.image_size
         generates = cascade.prior is not None and cascade.text_encoder is not None
         encodes = cascade.compressor is not None
         bundled = is_bundled(self.settings.model)
-        students = cascade.students
-        if self.adapters.always:  # students support no adapters
-            students = Sampling()
+        beyond, students = [], _served(cascade, cascade.students)
+        if self.adapters.always:
+            beyond = ["a LoRA adapter"]
+            students = {name: value for name, value in students.items() if name not in OF_PRIOR}
+        decoder_samplers: list[str] = []
+        if cascade.decoder_student is not None:
+            decoder_samplers = _samplers(cascade.settings.decoder_objective, True)
         return {
             "device": _device_name(self.model),
             "side": side,
             "multiple": SIDE_STEP,
             "min": MIN_SIDE,
             "max_side": min(4, MAX_SIDES) * side,
-            "defaults": _served(cascade.completed(Sampling(full=students == Sampling()))),
-            "full": _served(cascade.completed(Sampling(full=True))),
-            "students": _served(students),
-            "samplers": _samplers(cascade, students),
+            "defaults": _served(cascade, cascade.completed(Sampling(), beyond)),
+            "full": _served(cascade, cascade.completed(Sampling(full=True))),
+            "students": students,
+            "samplers": _samplers(cascade.settings.prior_objective, "prior_sampler" in students),
+            "decoder_samplers": decoder_samplers,
             "can": {
                 "generate": generates,
                 "reconstruct": encodes,
@@ -234,6 +240,7 @@ class _Generation:
             prior_steps=shape.prior_steps,
             prior_sampler=shape.prior_sampler,  # pyrefly: ignore
             decoder_steps=shape.decoder_steps,
+            decoder_sampler=shape.decoder_sampler or None,
         )
         if shape.kind == "reconstruct":
             assert images is not None
@@ -361,17 +368,18 @@ def _energy_counter(model: "Wuerstchen") -> Callable[[], float | None]:
     return energy_counter(model.device)
 
 
-def _served(sampling: "Sampling") -> dict[str, Any]:
-    """The settings that the service has, without those that are None."""
-    names = ("guidance", "guidance_interval", "prior_steps", "prior_sampler", "decoder_steps")
+def _served(cascade: "Cascade", sampling: "Sampling") -> dict[str, Any]:
+    """The settings that the service has for this model, without those that are None."""
+    names = ["guidance", "guidance_interval", "prior_steps", "prior_sampler", "decoder_steps"]
+    if cascade.decoder_student is not None:
+        names.append("decoder_sampler")
     return {name: value for name in names if (value := getattr(sampling, name)) is not None}
 
 
-def _samplers(cascade: "Cascade", students: "Sampling") -> list[str]:
-    """Stage C's samplers that fit the model, its default first."""
+def _samplers(objective: "Objective", has_student: bool) -> list[str]:
+    """The samplers of a stage with this objective, its default first: those of a student only with one."""
     from wuerstchen.diffusion.sampler_table import SAMPLERS, samplers_for
 
-    fitting = samplers_for(cascade.settings.prior_objective.path)
-    student = students.prior_sampler
+    fitting = samplers_for(objective.path)
     own = [name for name in fitting if not SAMPLERS[name].for_students]
-    return own if student is None else [student, *own]
+    return [*(name for name in fitting if name not in own), *own] if has_student else own

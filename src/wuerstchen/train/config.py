@@ -17,6 +17,7 @@ from wuerstchen.models.previewer import PreviewerConfig
 from wuerstchen.models.prior import PriorConfig
 from wuerstchen.models.vqgan import VQGANConfig
 from wuerstchen.sampling import ALL_TIMES, Sampling
+from wuerstchen.train.config_few import StageFewBConfig, StageFewConfig
 from wuerstchen.train.config_fields import FREE_FIELDS, differing_fields
 from wuerstchen.train.config_lora import StageLoraConfig
 from wuerstchen.train.config_memory import Memory, check_memory
@@ -26,7 +27,6 @@ from wuerstchen.train.config_stages import (
     StageAConfig,
     StageBConfig,
     StageCConfig,
-    StageFewConfig,
     check_side,
     phases_of,
     refining,
@@ -43,6 +43,7 @@ __all__ = [
     "StageAConfig",
     "StageBConfig",
     "StageCConfig",
+    "StageFewBConfig",
     "StageFewConfig",
     "StageLoraConfig",
     "StoredTexts",
@@ -135,6 +136,7 @@ class Recipe:
     stage_b: StageBConfig
     stage_c: StageCConfig
     stage_few: StageFewConfig = field(default_factory=StageFewConfig)
+    stage_few_b: StageFewBConfig = field(default_factory=StageFewBConfig)
     stage_lora: StageLoraConfig = field(default_factory=StageLoraConfig)
     statistics_images: int = 1024
     """Images for measuring the scale of Stage A's latents, and the mean and standard deviation of the

@@ -37,11 +37,10 @@ _ADDED = {
 def differing_fields(stored: dict, given: dict, prefix: str = "") -> list[str]:
     """The fields in which two resolved recipes differ, with both values if they are short.
 
-    Leaves out ``FREE_FIELDS``, and the settings of Stage A, of the student and of adapters if they are not
-    trained.
+    Leaves out ``FREE_FIELDS``, and the settings of Stage A, students and adapters if they are not trained.
     """
     names = []
-    optional = {"stage_a": "a", "stage_few": "few", "stage_lora": "lora"}
+    optional = {"stage_a": "a", "stage_few": "few", "stage_few_b": "few_b", "stage_lora": "lora"}
     for key in sorted(stored.keys() | given.keys()):
         left_out = key in optional and optional[key] not in given.get("stages", optional.values())
         if not prefix and (key in FREE_FIELDS or left_out):

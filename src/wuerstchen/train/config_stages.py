@@ -89,7 +89,7 @@ class Phase:
         if self.time_shift is not None:
             _check_shift(self.time_shift)
         if self.feature_weight is not None:
-            _check_weights(self, "feature_weight")
+            check_weights(self, "feature_weight")
 
 
 def _check_ratio(ratio: float) -> None:
@@ -103,13 +103,13 @@ def check_side(size: int | None) -> None:
         raise UserError(f"image_size must be a multiple of 128, got {size}. Use {near}.")
 
 
-def _check_fractions(config: object, *names: str) -> None:
+def check_fractions(config: object, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"{name} must be between 0 and 1, got {getattr(config, name)}.")
 
 
-def _check_weights(config: object, *names: str) -> None:
+def check_weights(config: object, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(config, name) < math.inf:
             raise UserError(f"{name} must be at least 0, got {getattr(config, name)}. 0 leaves it out.")
@@ -174,9 +174,9 @@ class StageAConfig:
         for name in ("discriminator_width", "discriminator_depth"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        _check_fractions(self, "quantise_dropout", "refine_redrawn")
+        check_fractions(self, "quantise_dropout", "refine_redrawn")
         _check_refinement(self.refine_images, self.refine_rate)
-        _check_weights(self, "l1_weight", "perceptual_weight", "adversarial_weight")
+        check_weights(self, "l1_weight", "perceptual_weight", "adversarial_weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,12 +245,12 @@ class StageBConfig:
     def __post_init__(self) -> None:
         check_side(self.image_size)
         fractions = ("map_dropout", "map_noise", "caption_dropout", "backbone_rate", "label_smoothing")
-        _check_fractions(self, *fractions)
+        check_fractions(self, *fractions)
         _check_ratio(self.max_ratio)
         _check_shift(self.time_shift)
         _check_shift(self.refine_shift)
         _check_refinement(self.refine_images, self.refine_rate)
-        _check_weights(self, "previewer_weight", "feature_weight", "refine_feature_weight")
+        check_weights(self, "previewer_weight", "feature_weight", "refine_feature_weight")
         if not 0 < self.feature_fraction <= 1:
             raise UserError(
                 f"feature_fraction must be above 0 and at most 1, got {self.feature_fraction}. 0.25 is "
@@ -302,7 +302,7 @@ class StageCConfig:
         return sum(phase.optimization.images for phase in phases_of(self))
 
     def __post_init__(self) -> None:
-        _check_fractions(self, "caption_dropout", "blend", "known_fraction")
+        check_fractions(self, "caption_dropout", "blend", "known_fraction")
         _check_ratio(self.max_ratio)
         check_side(self.image_size)
         for name in ("decoder_only", "feature_weight"):
@@ -313,46 +313,7 @@ class StageCConfig:
                 f"blend must be 1 without further phases, got {self.blend}. It blends two phases."
             )
         _check_shift(self.time_shift)
-        _check_weights(self, "dispersive_weight", "text_noise")
-
-
-_OF_STUDENTS = Optimization(
-    images=2048 * 5_000,
-    batch_size=2048,
-    learning_rate=5e-4,
-    warmup=2048 * 100,
-    decay="cosine",
-    betas=(0.9, 0.99),
-    ema_decay=0.999,
-)
-"""For a student as small as that of the bundled model."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageFewConfig:
-    """A student of Stage C for few steps, on samples of the finished prior."""
-
-    optimization: Optimization = _OF_STUDENTS
-    """Its images count captions: each gives a trajectory of the prior."""
-    image_size: int | None = None
-    """Side of the images whose semantic latents are sampled, in pixels. None for the recipe's."""
-    steps: int = 1
-    """Steps that the model takes with the student unless a request says otherwise."""
-    teacher_steps: int = 12
-    """Most steps of a trajectory of the prior, by DPM-Solver++ or, for flow matching, Euler's method."""
-    points: int = 1
-    """Points of each trajectory that an update trains on. Trajectories are expensive: without
-    ``prepared_images`` use about as many as they have steps."""
-    pure_noise: float = 0.5
-    """Fraction of the points that are the start of the trajectory, pure noise. The others are uniform."""
-
-    def __post_init__(self) -> None:
-        check_side(self.image_size)
-        for name, least in (("steps", 1), ("points", 1), ("teacher_steps", 3)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}.")
-        if not 0 <= self.pure_noise < 1:
-            raise UserError(f"pure_noise must be from 0 to below 1, got {self.pure_noise}. 0.5 is common.")
+        check_weights(self, "dispersive_weight", "text_noise")
 
 
 def phases_of(config: StageBConfig | StageCConfig) -> tuple[Phase, ...]:

@@ -59,6 +59,7 @@ class Parts(OptionalParts):
 
     order: ClassVar[tuple[str, ...]] = (
         *("vqgan", "decoder", "compressor", "previewer", "prior", "prior_student"),
+        "decoder_student",
         *("text_encoder", "decoder_text_encoder"),
     )
     """The order of ``InitialWeights.fingerprint``, which run folders store."""

@@ -213,6 +213,7 @@ def _epochs(
     line = f"  Stage {stage}: {_number(reading.images, 'image')}, {_shown(times)} epochs"
     if recipe.prepared_images:
         kept = cached_images(recipe, reading.data, reading.size)
+        kept = cached_captions(recipe) if reading.stage == "few" else kept
         line += f", from a cache of {_number(kept, 'image')} composed at the start"
     lines.append(line)
     if times > MANY_EPOCHS and not composed:
@@ -250,6 +251,12 @@ def cached_images(recipe: Recipe, data: str, size: int) -> int:
     """Size of the image cache for a data set and image size: no more images than its phases read."""
     used = (reading.images for reading in readings(recipe) if (reading.data, reading.size) == (data, size))
     return min(recipe.prepared_images, max(used))
+
+
+def cached_captions(recipe: Recipe) -> int:
+    """Size of the cache of captions without images: no more than the student of Stage C is trained on."""
+    config = recipe.stage_few
+    return min(config.trajectories or recipe.prepared_images, config.optimization.images)
 
 
 def refuse_small(recipe: Recipe, data: str, length: int, whole: bool) -> None:

@@ -38,6 +38,7 @@ from wuerstchen.train.engine.loop import rehearse
 from wuerstchen.train.feed.images import Batch, Feed, batches
 from wuerstchen.train.initial_weights import read_start, reads_captions, reads_text
 from wuerstchen.train.overview import (
+    cached_captions,
     cached_images,
     overview,
     print_overview,
@@ -373,8 +374,10 @@ class RehearsalRun(TrainingRun):
     def order(self) -> int:
         return ORDER
 
-    def cache_size(self, data: str, size: int) -> int:
+    def cache_size(self, data: str, size: int, *, captions_only: bool = False) -> int:
         """The size of the largest batch: an update costs the same with more images in the cache."""
+        if captions_only:
+            return min(cached_captions(self.recipe), self.recipe.stage_few.optimization.batch_size)
         sizes = [r.batch_size for r in readings(self.recipe) if (r.data, r.size) == (data, size)]
         return min(cached_images(self.recipe, data, size), max(sizes))
 

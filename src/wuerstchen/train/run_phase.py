@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from wuerstchen.checkpoints.native import Provenance
-from wuerstchen.data.caption_files import WithoutImages
+from wuerstchen.data.caption_files import CaptionsOnly, WithoutImages
 from wuerstchen.data.emoji import EmojiSource
 from wuerstchen.data.open import open_source
 from wuerstchen.data.plan import stable_hash
@@ -29,6 +29,7 @@ from wuerstchen.train.feed.prepared import (
 )
 from wuerstchen.train.initial_weights import InitialWeights
 from wuerstchen.train.overview import (
+    cached_captions,
     cached_images,
 )
 from wuerstchen.train.precision import AUTOCAST_DTYPES
@@ -248,7 +249,8 @@ class PhaseRunner:
             self._image_cache = None  # one at a time: they are large
             seed = stable_hash(self.recipe.seed, "bank") >> 1
             images = Feed(feed.source, seed, feed.size, captions=True, skip=feed.skip, mirrored=feed.mirrored)
-            cache = fill_image_cache(images, self.cache_size(*key), self.recipe.workers, self.device)
+            count = self.cache_size(*key, captions_only=isinstance(feed.source, CaptionsOnly))
+            cache = fill_image_cache(images, count, self.recipe.workers, self.device)
             self._image_cache = (kept, cache)
             for name, reason in cache.skipped:
                 self._log_skipped("bank", name, reason)
@@ -261,8 +263,10 @@ class PhaseRunner:
         """The rules for the order of images and weight decay (``run_folder.ORDER``)."""
         return read_json(self.run_dir / "run.json").get("order", 1)
 
-    def cache_size(self, data: str, size: int) -> int:
-        """How many images of a size are cached: no more than will be used."""
+    def cache_size(self, data: str, size: int, *, captions_only: bool = False) -> int:
+        """How many images of a size, or captions without images, are cached: no more than will be used."""
+        if captions_only:
+            return cached_captions(self.recipe)
         if self.order() < ORDER:
             return self.recipe.prepared_images  # their number determines the order of the images
         return cached_images(self.recipe, data, size)

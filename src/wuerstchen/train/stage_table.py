@@ -19,6 +19,7 @@ STAGES = (
     "wuerstchen.train.stages.vqgan:VQGAN_REFINEMENT",
     "wuerstchen.train.stages.prior:PRIOR_STAGE",
     "wuerstchen.train.stages.few:FEW_STAGE",
+    "wuerstchen.train.stages.few_decoder:FEW_DECODER_STAGE",
     "wuerstchen.train.stages.lora:LORA_STAGE",
 )
 """Where the ``StageKind`` objects are. Each comes after those that it builds on."""

@@ -387,6 +387,9 @@ def cascade_settings(
     student = (settings.prior_student_steps, settings.prior_student_guidance)
     if "few" in recipe.stages:
         student = (recipe.stage_few.steps, recipe.prior_guidance)
+    of_decoder = settings.decoder_student_steps
+    if "few_b" in recipe.stages:
+        of_decoder = recipe.stage_few_b.steps
     return dataclasses.replace(
         settings,
         prior_objective=objectives["prior"],
@@ -410,4 +413,5 @@ def cascade_settings(
         decoder_shift=recipe.decoder_shift,
         prior_student_steps=student[0],
         prior_student_guidance=student[1],
+        decoder_student_steps=of_decoder,
     )

@@ -5,6 +5,7 @@ in v2 or tokens in v1, is in decoder.py and paella.py.
 """
 
 import dataclasses
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -95,13 +96,7 @@ class Decoding:
 
         The noise has the scale of the latents: their batch norm keeps every channel near unit variance.
         """
-        config = self.config
-        noised = LATENTS_NOISE.add_noise(
-            z, random.normal("map noise", z.shape[1:]), random.uniform("map time") / 2
-        )
-        u = random.uniform("map choice")[:, None, None, None]
-        z = torch.where(u >= 1 - config.map_noise * (1 - config.map_dropout), noised, z)
-        return torch.where(u < config.map_dropout, 0.0, z)
+        return augmented(z, random, self.config)
 
     def targets(self, pixels: Float[Tensor, "b 3 h w"]) -> Inputs:
         """The decoder's targets, computed by the frozen Stage A."""
@@ -157,6 +152,29 @@ class Decoding:
             *(model.reconstruct(image, size=image.width).image for image in originals),
             *to_images(F.interpolate(previews, size=pixels.shape[2:], mode="nearest")),
         ]
+
+
+@runtime_checkable
+class Augmentation(Protocol):
+    """How semantic latents are augmented for Stage B."""
+
+    @property
+    def map_noise(self) -> float: ...
+
+    @property
+    def map_dropout(self) -> float: ...
+
+
+def augmented(
+    z: Float[Tensor, "b c h w"], random: ImageRandom, config: Augmentation
+) -> Float[Tensor, "b c h w"]:
+    """Semantic latents of which some are zeroed and some are noised (``Decoding.augment``)."""
+    noised = LATENTS_NOISE.add_noise(
+        z, random.normal("map noise", z.shape[1:]), random.uniform("map time") / 2
+    )
+    u = random.uniform("map choice")[:, None, None, None]
+    z = torch.where(u >= 1 - config.map_noise * (1 - config.map_dropout), noised, z)
+    return torch.where(u < config.map_dropout, 0.0, z)
 
 
 def previewer_loss(
