@@ -296,6 +296,13 @@ def overridden(recipe: "Recipe", options: argparse.Namespace) -> "Recipe":
         changes["preview_prompts"] = ()  # use captions of the data: the prompts describe other things
     if options.compressor_init is not None:
         changes["stage_b"] = dataclasses.replace(recipe.stage_b, compressor_init=options.compressor_init)
+    given = {text.partition("=")[0].replace("_", "-") for text in options.overrides}
+    if "--stage-lora.optimization.images" in given:
+        if "--stage-lora.updates" in given:
+            raise UserError(
+                "--updates and --optimization.images both set the length of the training. Use one of them."
+            )
+        changes["stage_lora"] = dataclasses.replace(recipe.stage_lora, updates=None)
     return dataclasses.replace(recipe, **changes)
 
 

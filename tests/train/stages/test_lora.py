@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from wuerstchen.checkpoints.adapter_metadata import AdapterMetadata, weights_hash
 from wuerstchen.checkpoints.adapters import read_adapter
 from wuerstchen.checkpoints.native import read_cascade
-from wuerstchen.cli import main
+from wuerstchen.cli import main, make_parser
+from wuerstchen.cli.train import overridden
 from wuerstchen.data.plan import stable_hash
 from wuerstchen.errors import UserError
 from wuerstchen.models.compressor import Compressor
@@ -634,3 +635,20 @@ def test_nan_ends_the_run_at_its_last_checkpoint(lora_runs, model_folder, photos
     again = train(recipe, tmp_path / "run", device="cpu")
     one, other = (load_file(next(folder.iterdir())) for folder in (whole, again))
     assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+
+
+def test_a_length_in_images_is_used():
+    """Bug: the length was chosen from the number of images all the same, without a word."""
+
+    def length_of(*words: str):
+        options = make_parser().parse_known_args(["train", "lora"])[0]
+        options.overrides = [*words]
+        return overridden(RECIPES["lora"](), options).stage_lora
+
+    images = "--stage-lora.optimization.images"
+    config = length_of(images, "40")
+    assert (config.updates, with_length(config, 1000).optimization.images) == (None, 40)
+    assert length_of(f"{images}=40").updates is None
+    assert length_of().updates == 0
+    with pytest.raises(UserError, match="both set the length"):
+        length_of(images, "40", "--stage-lora.updates", "9")
