@@ -229,7 +229,12 @@ def prior_with_text_blocks_call(randomise) -> tuple[nn.Module, Callable[[], Tens
     return prior, lambda: prior(x, r, prior.context(text))
 
 
-def prior_with_lora_call(randomise) -> tuple[nn.Module, Callable[[], Tensor]]:
+def prior_with_dora_call(randomise) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """DoRA reads the weights of layers without calling them."""
+    return prior_with_lora_call(randomise, dora=True)
+
+
+def prior_with_lora_call(randomise, dora: bool = False) -> tuple[nn.Module, Callable[[], Tensor]]:
     prior, call = prior_call(randomise)
     ones = (1, 1)
     shapes = {  # a linear layer, and one convolution of each kind
@@ -238,9 +243,13 @@ def prior_with_lora_call(randomise) -> tuple[nn.Module, Callable[[], Tensor]]:
         "projection": ((2, 4, *ones), (16, 2, *ones)),
         "out.1": ((2, 16, *ones), (8, 2, *ones)),
     }
+    if dora:
+        del shapes["blocks.0.depthwise"]
     tensors = {f"{name}.alpha": torch.tensor(1) for name in shapes}
     for name, (a, b) in shapes.items():
         tensors |= {f"{name}.lora_A.weight": torch.randn(a), f"{name}.lora_B.weight": torch.randn(b)}
+        if dora:
+            tensors[f"{name}.lora_magnitude_vector"] = torch.rand(b[0])
     load_lora(prior, tensors)
     return prior, call
 
@@ -317,6 +326,7 @@ def clip_call(randomise) -> tuple[nn.Module, Callable[[], Tensor]]:
 CALLS = {
     "prior": prior_call,
     "prior with LoRA": prior_with_lora_call,
+    "prior with DoRA": prior_with_dora_call,
     "prior with blocks on the text": prior_with_text_blocks_call,
     "decoder": decoder_call,
     "decoder with attention but no text": decoder_without_text_call,

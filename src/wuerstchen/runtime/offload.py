@@ -121,7 +121,10 @@ class Layerwise:
         parts = list(dict.fromkeys(part for module in modules for part in module.modules()))
         stay = [t for part in parts if not _moves_alone(part) for t in _tensors(part, recurse=False)]
         self._open.append({id(tensor): tensor for tensor in stay})
-        hooks = [hook for part in parts if _moves_alone(part) for hook in self._hooks(part)]
+        # DoRA reads the weight of its layer without calling it, so the weight moves when DoRA is called.
+        readers = {part.base_layer: part for part in parts if getattr(part, "lora_magnitude_vector", None)}
+        alone = [part for part in parts if _moves_alone(part)]
+        hooks = [hook for part in alone for hook in self._hooks(part, readers.get(part, part))]
         try:
             self._loans.bring(stay)
             yield
@@ -135,7 +138,9 @@ class Layerwise:
         """Moves back everything that no open context keeps."""
         self._loans.keep_only(tensor for stay in self._open for tensor in stay.values())
 
-    def _hooks(self, layer: nn.Module) -> list[Any]:
+    def _hooks(self, layer: nn.Module, called: nn.Module) -> list[Any]:
+        """Hooks that move the weights of ``layer`` for each call of ``called``."""
+
         def bring(*_: object) -> None:
             self._loans.bring(_tensors(layer))
 
@@ -143,7 +148,7 @@ class Layerwise:
             # A weight that is tied to one that stays, such as an embedding's, stays too.
             self._loans.give_back(t for t in _tensors(layer) if not any(id(t) in stay for stay in self._open))
 
-        return [layer.register_forward_pre_hook(bring), layer.register_forward_hook(give_back)]
+        return [called.register_forward_pre_hook(bring), called.register_forward_hook(give_back)]
 
 
 def residence_on(device: torch.device, low_memory: LowMemory | None) -> AllOnDevice | OneAtATime | Layerwise:
