@@ -66,7 +66,7 @@ def test_one_set_of_adapters_replaces_another(cascade, files):
     plain = output(cascade)
     assert not used.use({})
     found = []
-    for wanted in ({files[0]: 1.0}, {files[1]: 1.0}, {files[0]: 0.5}):
+    for wanted in ({files[0]: 1.0}, {files[1]: 1.0}, {files[0]: 0.5}, {files[0]: 0.7}):
         assert used.use(wanted)
         assert cascade.text_encoder.words == ["sks"]  # both files have the word, each its own vector
         found.append(output(cascade))
@@ -75,9 +75,26 @@ def test_one_set_of_adapters_replaces_another(cascade, files):
     assert all(not torch.equal(found[i], found[j]) for i in range(3) for j in range(i))
     assert used.use({files[0]: 1.0})
     assert torch.equal(output(cascade), found[0])
-    assert used.use({})
+    with pytest.raises(CheckpointError, match="'sks' is already a word"):  # each has its own
+        used.use({files[0]: 1.0, files[1]: 0.5})
+    assert not used.use({})  # the failure has left none
     assert torch.equal(output(cascade), plain)
     assert cascade.text_encoder.words == []
+
+
+def test_a_change_of_strengths_alone_loads_nothing_again(cascade, files, tmp_path, monkeypatch):
+    other = replace(adapter(cascade, 7), tokens={})
+    second = write_adapter(tmp_path / "other.safetensors", other)
+    used = ModelAdapters(cascade)
+    used.use({files[0]: 1.0, second: 0.25})
+    expected = output(cascade)
+    used.use({second: 2.0, files[0]: 0.5})
+    monkeypatch.setattr(adapters, "load_lora", None)
+    assert used.use({second: 0.25, files[0]: 1.0})
+    assert torch.equal(output(cascade), expected)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="scale must be a finite number, got inf"):
+        used.use({second: float("inf"), files[0]: 1.0})
 
 
 def test_use_equals_load(cascade, files):

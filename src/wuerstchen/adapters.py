@@ -40,10 +40,14 @@ class ModelAdapters:
         name = f"adapter_{len(self.scales)}"
         load_lora(prior, adapter, adapter_name=name, text_encoder=encoder)
         self.scales[name], self._used = scale, None
-        for network in (prior, encoder):
+        self._apply_scales()
+        return adapter.metadata
+
+    def _apply_scales(self) -> None:
+        for network in (self.cascade.prior, self.cascade.text_encoder):
+            assert network is not None
             names = lora_names(network)
             set_lora(network, names, [self.scales[name] for name in names])
-        return adapter.metadata
 
     def unload(self) -> None:
         """Removes all adapters and their words. The weights are then bit for bit what they were before."""
@@ -65,6 +69,11 @@ class ModelAdapters:
         """
         if self._used == dict(wanted):
             return False
+        if self._used and self._used.keys() == wanted.keys() and all(map(math.isfinite, wanted.values())):
+            self.scales = {n: wanted[path] for n, path in zip(self.scales, self._used, strict=True)}
+            self._used = {path: wanted[path] for path in self._used}
+            self._apply_scales()
+            return True
         adapters = [(self._read(path), scale) for path, scale in wanted.items()]
         self.unload()
         try:
