@@ -14,7 +14,7 @@ from wuerstchen.diffusion.samplers import ddpm, draw_noise
 from wuerstchen.diffusion.schedule import stage_c_timesteps
 from wuerstchen.edit_options import EditOptions
 from wuerstchen.edits import canvas_of, filled, make_edits
-from wuerstchen.errors import UserError
+from wuerstchen.errors import UserError, UserNotice
 from wuerstchen.image_files import save_png
 from wuerstchen.images import open_image, resize_crop
 from wuerstchen.models.cascade import CascadeSettings
@@ -321,6 +321,27 @@ def test_size_scales_the_image_and_the_mask(model):
     scaled = resize_crop(init, 128, 128)
     assert not changed(scaled, drawn)[:, 34:].any()
     assert changed(scaled, drawn)[:, :30].mean() > 0.9
+
+
+def test_edits_of_many_pixels_come_with_a_notice():
+    """A photograph of a phone would be sampled for hours."""
+    settings, init = CascadeSettings(image_size=64, size_multiple=128), Image.new("RGB", (160, 120))
+    mask = masked(init.size, (0, 0, 30, 30))
+    with pytest.warns(UserNotice, match=r"160x120 pixels, 5 times as many .* Use crop_to_mask"):
+        make_edits([init], mask, EditOptions(), 1.0, None, settings)
+    make_edits([init], mask, EditOptions(crop_to_mask=True), 1.0, None, settings)
+    make_edits([init], mask, EditOptions(), 1.0, (128, 128), settings)
+
+
+def test_a_region_of_a_very_large_image_can_be_edited():
+    """Bug: the limit of the canvas was that of the whole image, also if only its region is sampled."""
+    settings, init = CascadeSettings(image_size=64), Image.new("RGB", (3000, 1200))
+    mask = masked(init.size, (0, 0, 2900, 3))
+    (edit,) = make_edits([init], mask, EditOptions(crop_to_mask=0, feather=0), 1.0, (64, 64), settings)
+    assert edit.image.size == (3000, 1200)
+    assert max(edit.size) <= 1024
+    with pytest.raises(UserError, match=r"init is too large: it has 3000x1200 .* at most 1024"):
+        make_edits([init], mask, EditOptions(), 1.0, None, settings)
 
 
 IMAGE, MASK = Image.new("RGB", (64, 64)), masked((64, 64), (8, 8, 30, 30))

@@ -4,6 +4,7 @@ An edit cuts out what is sampled, tells Stages B and C how far each cell may cha
 back. Pixels outside the mask and its feather are those of the image, bit for bit.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from wuerstchen.edit_options import EditOptions, checked_extend
-from wuerstchen.errors import UserError
+from wuerstchen.errors import UserError, UserNotice
 from wuerstchen.images import resize_crop, to_tensor, upright_rgb
 from wuerstchen.masks import (
     extended,
@@ -29,6 +30,8 @@ from wuerstchen.masks import (
 )
 from wuerstchen.models.cascade import MAX_SIDES, MIN_SIDE, SIDE_STEP, CascadeSettings
 
+MANY_PIXELS = 4
+"""Edits of more pixels than this many training images come with a notice."""
 GROWN_FRACTION = 1 / 24
 """How far the mask grows in the semantic latents, as a fraction of their shorter side: one position for the
 published 24×24. Its neighbours have seen what is repainted. On the 6×6 of the bundled model it does not grow,
@@ -180,11 +183,11 @@ def _make_edit(
         sides = checked_extend(options.extend)
         image, grey = extended(image, sides), extended_mask(grey, sides)
     limit = MAX_SIDES * settings.image_size
-    if max(image.size) > limit:
-        what = "init" if options.extend is None else "extend makes the image too large: it"
+    if padding is None and max(image.size) > limit:
+        what = "init is too large: it" if options.extend is None else "extend makes the image too large: it"
         raise UserError(
             f"{what} has {image.width}x{image.height} pixels. Sides may have at most {limit} pixels with "
-            "this model. Extend less, or shrink the image first."
+            "this model. Use a smaller image, or crop_to_mask."
         )
     values = strengths_of(grey)
     opacity = opacity_of(values, options.feather_of(settings.image_size))
@@ -193,16 +196,25 @@ def _make_edit(
         side = settings.image_size
         width, height = size or (side, side)
         box = region_of(opacity, padding, width / height)
-        sampled = _size_at(box, width * height)
+        sampled = _size_at(box, width * height, limit)
+    factor = sampled[0] * sampled[1] / settings.image_size**2
+    if factor > MANY_PIXELS:
+        warnings.warn(
+            f"the edit is sampled at {sampled[0]}x{sampled[1]} pixels, {factor:.0f} times as many as the "
+            "model was trained on. It takes long and may repeat objects. Use crop_to_mask or a smaller size.",
+            UserNotice,
+            stacklevel=2,
+        )
     return Edit(image=image, strength=values * strength, opacity=opacity, box=box, size=sampled)
 
 
-def _size_at(box: tuple[int, int, int, int], pixels: int) -> tuple[int, int]:
-    """The size with about so many ``pixels`` and the aspect ratio of a box."""
-    width, height = box[2] - box[0], box[3] - box[1]
-    scale = (pixels / (width * height)) ** 0.5
-    width, height = (max(MIN_SIDE, round(side * scale / SIDE_STEP) * SIDE_STEP) for side in (width, height))
-    return width, height
+def _size_at(box: tuple[int, int, int, int], pixels: int, limit: int) -> tuple[int, int]:
+    """The size with about so many ``pixels`` and the aspect ratio of a box. Sides have at most ``limit``
+    pixels."""
+    sides = box[2] - box[0], box[3] - box[1]
+    scale = (pixels / (sides[0] * sides[1])) ** 0.5
+    width, height = (round(side * scale / SIDE_STEP) * SIDE_STEP for side in sides)
+    return min(max(MIN_SIDE, width), limit), min(max(MIN_SIDE, height), limit)
 
 
 def canvas_of(size: tuple[int, int], settings: CascadeSettings) -> tuple[int, int]:
