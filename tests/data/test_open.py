@@ -53,6 +53,7 @@ def test_each_name_is_of_one_kind(tmp_path, monkeypatch):
         "set": "prepared",
         "prompts.txt": "captions",
         "owner/name": "hub",
+        "photos + owner/name": "mixture",
     }
     assert {text: kind_of(text).name for text in kinds} == kinds
     assert set(kinds.values()) == {kind.name for kind in KINDS}

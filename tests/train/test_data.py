@@ -18,6 +18,7 @@ from PIL import Image
 
 from wuerstchen.data import open as opening
 from wuerstchen.data.items import Item
+from wuerstchen.data.mixture import MixedSource
 from wuerstchen.data.open import KINDS, Kind, open_reader, open_source
 from wuerstchen.data.plan import held_out_names
 from wuerstchen.data.prepare import prepare
@@ -32,6 +33,7 @@ from wuerstchen.train.engine.validation import held_out
 from wuerstchen.train.feed.images import Feed, batches
 from wuerstchen.train.report.announce import RunMonitor
 from wuerstchen.train.run import train
+from wuerstchen.train.run_data import open_subset
 
 from ..configurations import with_lite0, with_optimization
 
@@ -147,6 +149,78 @@ def test_stage_a_learns_the_same_from_tars_and_parquet_as_from_a_folder(
     shutil.rmtree(run_dir / "model")
     assert trained(data, run_dir, **columns) == whole
     assert [e["images"] for e in events(run_dir) if e["event"] == "start"] == [0, 4]
+
+
+def test_a_mixture_resumes_with_the_same_images(tmp_path):
+    """A folder and tars, in which images have the same names."""
+    data = f"{write_folder(tmp_path / 'photos')}=1 + {write_tars(tmp_path / 'tars')}=3"
+    whole = trained(data, tmp_path / "whole")
+    resumed = trained(data, tmp_path / "run")
+    path, _ = newest(tmp_path / "run" / "stage_a" / "checkpoints")
+    shutil.rmtree(path)
+    shutil.rmtree(tmp_path / "run" / "model")
+    assert whole == resumed == trained(data, tmp_path / "run")
+    assert [e["images"] for e in events(tmp_path / "run") if e["event"] == "start"] == [0, 4]
+    said = next(event for event in events(tmp_path / "whole") if event["event"] == "data")["said"]
+    assert [line.strip() for line in said if "of the mixture" in line] == [
+        "25 % of the mixture",
+        "75 % of the mixture",
+    ]
+
+
+def test_a_mixture_takes_the_place_of_a_damaged_image_from_the_same_data_set(toy_source):
+    class Damaged(type(toy_source(3))):
+        def image(self, item, rng, size):
+            if item < 2:
+                raise DataError("it is damaged")
+            return super().image(item, rng, size)
+
+    source = MixedSource([Damaged(3), toy_source(50)], ["damaged", "whole"], (1, 1))
+    feed = Feed(source, 0, 8, False)
+    drawn = [(feed.names([index])[0], feed[index][2]) for index in range(60)]
+    skipped = [name for first, entries in drawn for name, _ in entries]
+    assert skipped
+    assert all(name.startswith("damaged: ") for name in skipped)
+    source.parts[0] = toy_source(3)
+    every = Feed(source, 0, 8, False, skip=[source.name(item) for item in range(3)])
+    with pytest.raises(DataError, match="got the names of all 3"):
+        [every[index] for index in range(60)]
+
+
+def test_a_grown_data_set_of_a_mixture_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("wuerstchen.train.run.TrainingRun.train", lambda self: self.run_dir / "model")
+    photos, tars, run_dir = write_folder(tmp_path / "photos"), write_tars(tmp_path / "tars"), tmp_path / "run"
+    begin = {"device": "cpu", "monitor": RunMonitor(rehearse=False)}
+    train(recipe(f"{photos}=1 + {tars}=1"), run_dir, **begin)
+    moved = shutil.copytree(photos, tmp_path / "moved")
+    train(recipe(f"{moved}=2 + {tars}=2"), run_dir, **begin)  # other places, the same fractions
+    with pytest.raises(RunFolderError, match="have changed"):
+        train(recipe(f"{photos}=1 + {tars}=2"), run_dir, **begin)
+    (photos / "new.png").write_bytes(image(99))
+    (photos / "new.txt").write_text("another thing")
+    with pytest.raises(RunFolderError, match=r"photos' had 9 images, and has 10"):
+        train(recipe(f"{photos}=1 + {tars}=1"), run_dir, **begin)
+    train(recipe(f"{photos}=1 + {tars}=1"), run_dir, accept_changed_data=True, **begin)
+    (photos / "new.txt").write_text("a thing again")
+    with pytest.raises(RunFolderError, match=r"captions of '.*photos' are others"):
+        train(recipe(f"{photos}=1 + {tars}=1"), run_dir, **begin)
+
+
+def test_a_folder_in_another_one_of_a_mixture_holds_out_the_same_images(tmp_path):
+    outer = tmp_path / "outer"
+    (outer / "inner").mkdir(parents=True)
+    for number in range(240):
+        folder = outer / "inner" if number % 2 else outer
+        (folder / f"{number}.png").write_bytes(image(number % 3))
+        (folder / f"{number}.txt").write_text(f"thing {number}")
+    mixture = recipe(f"{outer}=1 + {outer / 'inner'}=1")
+    parts = {subset: open_subset(mixture.data, subset, mixture, mixture) for subset in ("train", "heldout")}
+    names = {}
+    for subset, source in parts.items():
+        found = (source.name(item).rpartition("/")[2].rpartition(" ")[2] for item in range(len(source)))
+        names[subset] = set(found)
+    assert names["heldout"]
+    assert not names["train"] & names["heldout"]
 
 
 def test_saved_sets_are_decoded_in_another_process(tmp_path):

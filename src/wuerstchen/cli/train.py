@@ -31,8 +31,9 @@ def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
     train.add_argument("--run-dir", type=Path, help="folder of the run (default: runs/RECIPE)")
     train.add_argument(
         "--data",
+        action="append",
         help="data set: any source that 'data prepare' takes, a prepared one, or 'sample', the bundled one "
-        "(default: the recipe's own)",
+        "(default: the recipe's own); repeat it to mix several, with weights as in --data A=3 --data B=1",
     )
     train.add_argument("--seed", type=int, help="random seed of the run (default: 0)")
     train.add_argument(
@@ -171,6 +172,7 @@ def _train(options: argparse.Namespace) -> int:
         raise UserError(
             f"unknown recipe '{options.recipe}'. Give one of {', '.join(RECIPES)} before the options."
         )
+    options.data = " + ".join(options.data) if options.data else None
     full = RECIPES[options.recipe]()
     options.overrides = _with_prefixes(full, options.overrides)
     if asked_for_help and result_of(full):

@@ -22,6 +22,7 @@ from wuerstchen.data.folder_files import PACKED, holds_captioned_images
 from wuerstchen.data.index import IndexedSource
 from wuerstchen.data.items import Reader
 from wuerstchen.data.metadata import METADATA
+from wuerstchen.data.mixture import is_mixture, open_mixture
 from wuerstchen.data.prepared import PreparedSet
 from wuerstchen.data.prepared_check import is_prepared
 from wuerstchen.data.readers import EmojiReader, FolderReader
@@ -30,6 +31,7 @@ from wuerstchen.data.tables import DatasetReader, ParquetReader
 from wuerstchen.data.tars import TarReader
 from wuerstchen.errors import DataError, UserError
 
+Around = Path | Callable[[str], Path | None] | None
 _SAVED = ("dataset_info.json", "state.json")  # written by save_to_disk next to its .arrow files
 
 
@@ -57,8 +59,9 @@ class Data:
     """The split of a data set on the hub or saved to disk, not the split between training and validation."""
     image_column: str | None = None
     text_column: str | None = None
-    around: Path | None = None
-    """A parent data folder whose held-out images stay held out here, as in ``FolderSource``."""
+    around: Around = None
+    """A parent data folder whose held-out images stay held out here, as in ``FolderSource``, or a function
+    that finds it for each data set of a mixture."""
     caption: str = ""
     """One caption for all images of a folder, as in ``FolderSource``."""
     held_out: float = 0.0
@@ -121,6 +124,7 @@ def open_data(
     - a prepared set
     - a ``.txt`` file with one caption a line, for stages that read no images
     - the name of a data set on the hub
+    - several of these, mixed by weights: ``photos=3 + shards/*.tar=1``
 
     ``format`` names the kind if it is ambiguous. ``split`` is for data sets on the hub and saved ones
     (default: "train"). ``image_column`` and ``text_column`` are columns of parquet files, of saved sets and
@@ -166,7 +170,7 @@ def open_source(
     name: str,
     subset: Subset = "train",
     *,
-    around: Path | None = None,
+    around: Around = None,
     image_column: str | None = None,
     text_column: str | None = None,
     caption: str = "",
@@ -176,11 +180,17 @@ def open_source(
 ) -> Source | PreparedSet:
     """The training images, or the held-out images, of the data that ``open_data`` finds.
 
-    ``around``, a parent folder of this one, ``caption`` and ``held_out`` are as in ``FolderSource``.
-    ``verify`` is as in ``PreparedSet``. ``captions`` says which captions are used. Raises ``DataError`` for a
-    ``caption`` of data that are no folder of images, and for ``captions`` of data without written captions.
+    ``around``, a parent folder of this one or a function that finds it, ``caption`` and ``held_out`` are as
+    in ``FolderSource``. ``verify`` is as in ``PreparedSet``. ``captions`` says which captions are used.
+
+    Raises ``DataError`` for a ``caption`` of data that are no folder of images, and for ``captions`` of data
+    without written captions.
     """
     data = open_data(name, image_column=image_column, text_column=text_column)
+    if data.kind.name == "mixture":
+        options = {"image_column": image_column, "text_column": text_column, "caption": caption}
+        options |= {"around": around, "held_out": held_out, "verify": verify, "captions": captions}
+        return open_mixture(name, lambda part: open_source(part, subset, **options))
     if caption and data.kind.name != "folder":
         raise DataError(
             f"Data {name!r} have captions of their own, got caption={caption!r}. Only a folder of images can"
@@ -298,7 +308,7 @@ def _folder_source(data: Data, subset: Subset) -> FolderSource:
     return FolderSource(
         data.path,
         subset,
-        data.around,
+        data.around(data.text) if callable(data.around) else data.around,
         image_column=data.image_column,
         text_column=data.text_column,
         text_columns=data.captions.names,
@@ -311,6 +321,10 @@ def _prepared_reader(data: Data) -> Reader:
     raise DataError(
         f"Data {data.text!r} is already a prepared set. Train Stage C on it, or prepare its original images."
     )
+
+
+def _mixture_reader(data: Data) -> Reader:
+    raise DataError(f"Data {data.text!r} are several data sets. Prepare each of them by itself.")
 
 
 def _captions_reader(data: Data) -> Reader:
@@ -341,6 +355,7 @@ def _files(pattern: str, suffix: str) -> list[Path]:
 
 
 KINDS: list[Kind] = [
+    Kind(name="mixture", matches=lambda name: is_mixture(name.text), reader=_mixture_reader),
     Kind(
         name="sample",
         matches=lambda name: name.text == "sample",

@@ -83,7 +83,9 @@ class Recipe:
     data: str
     """The images and captions: ``sample`` for the bundled sample, a folder of images with captions, tars
     (WebDataset), parquet files, a folder written by ``save_to_disk``, a name on the hub, a built emoji set,
-    a text file with a caption a line (for students only), or a prepared set (for Stage C and students)."""
+    a text file with a caption a line (for students only), or a prepared set (for Stage C and students).
+    Several of them are mixed by weights: ``photos=3 + shards/*.tar=1``. Without weights each image is shown
+    equally often."""
     image_column: str = ""
     """The column with the images or with their file names. For tars, the extension of the images. Empty for
     the first common name."""

@@ -10,6 +10,7 @@ from wuerstchen.data.caption_files import CaptionFile
 from wuerstchen.data.emoji import EmojiSource
 from wuerstchen.data.folder import FolderSource
 from wuerstchen.data.index import IndexedSource
+from wuerstchen.data.mixture import MixedSource, named_parts
 from wuerstchen.data.plan import generator, items_at
 from wuerstchen.data.prepared import PreparedSet
 from wuerstchen.data.sources import Source, StoredImages
@@ -78,17 +79,23 @@ def overview(
     warnings: list[str] = []
     for data, source in sources.items():
         phases = [reading for reading in readings(recipe) if reading.data == data]
-        if isinstance(source, StoredImages):
-            _stored(data, source, phases, encoder, bool(recipe.caption), lines, warnings)
-        elif isinstance(source, PreparedSet):
-            _prepared(data, source, lines)
-        else:
-            note = ", composed anew each time" if isinstance(source, EmojiSource) else ""
-            what = "caption" if isinstance(source, CaptionFile) else "image"
-            lines.append(f"{data}: {_number(len(source), what)}{note}")
-        length = len(source.rows("train")) if isinstance(source, PreparedSet) else len(source)
-        for reading in phases:
-            _epochs(recipe, reading, length, isinstance(source, EmojiSource), lines, warnings)
+        for number, (name, part) in enumerate(named_parts(data, source)):
+            if isinstance(part, StoredImages):
+                _stored(name, part, phases, encoder, bool(recipe.caption), lines, warnings)
+            elif isinstance(part, PreparedSet):
+                _prepared(name, part, lines)
+            else:
+                note = ", composed anew each time" if isinstance(part, EmojiSource) else ""
+                what = "caption" if isinstance(part, CaptionFile) else "image"
+                lines.append(f"{name}: {_number(len(part), what)}{note}")
+            fraction = 1.0
+            if isinstance(source, MixedSource):
+                fraction = source.fraction(number)
+                lines.append(f"  {100 * fraction:.3g} % of the mixture")
+            length = len(part.rows("train")) if isinstance(part, PreparedSet) else len(part)
+            for reading in phases:
+                shown = dataclasses.replace(reading, data=name, images=round(reading.images * fraction))
+                _epochs(recipe, data, shown, length, isinstance(part, EmojiSource), lines, warnings)
     return lines, warnings
 
 
@@ -206,13 +213,20 @@ def _prepared(data: str, source: PreparedSet, lines: list[str]) -> None:
 
 
 def _epochs(
-    recipe: Recipe, reading: Reading, length: int, composed: bool, lines: list[str], warnings: list[str]
+    recipe: Recipe,
+    data: str,
+    reading: Reading,
+    length: int,
+    composed: bool,
+    lines: list[str],
+    warnings: list[str],
 ) -> None:
+    """``data`` is the name of the mixture that the data set of ``reading`` is part of."""
     times = reading.images / length
     stage = reading.stage.upper()
     line = f"  Stage {stage}: {_number(reading.images, 'image')}, {_shown(times)} epochs"
     if recipe.prepared_images:
-        kept = cached_images(recipe, reading.data, reading.size)
+        kept = cached_images(recipe, data, reading.size)
         kept = cached_captions(recipe) if reading.stage == "few" else kept
         line += f", from a cache of {_number(kept, 'image')} composed at the start"
     lines.append(line)

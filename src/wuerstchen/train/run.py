@@ -53,6 +53,7 @@ from wuerstchen.train.run_data import (
     left_out,
     open_sources,
     repeats_images,
+    sets_of,
     verify_sets,
 )
 from wuerstchen.train.run_folder import (
@@ -136,7 +137,9 @@ def _train(
                     "the same images and captions available to all of them."
                 )
             if processes.is_main:
-                now = Fingerprints(data=run.fingerprint, start=start.fingerprint())
+                now = Fingerprints(
+                    data=run.fingerprint, start=start.fingerprint(), sets=sets_of(begun, sources)
+                )
                 check_run(given, run_dir, now, log, accept_changed_data, planned)
                 if run.repeats_images:
                     check_order(run_dir)

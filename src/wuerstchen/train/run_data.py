@@ -2,16 +2,18 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from wuerstchen.data.caption_files import CaptionFile
 from wuerstchen.data.emoji import EmojiSource
 from wuerstchen.data.folder import FolderSource
 from wuerstchen.data.index import IndexedSource
+from wuerstchen.data.mixture import MixedSource, named_parts, names_of
 from wuerstchen.data.open import is_folder_of_images, open_source
 from wuerstchen.data.prepared import PreparedSet
 from wuerstchen.data.prepared_check import DESCRIPTION, mark_verified, verify_newer
-from wuerstchen.data.sources import Source
+from wuerstchen.data.sources import Source, Subset
 from wuerstchen.errors import DataError, UserError
 from wuerstchen.train.config import Phase, Recipe
 from wuerstchen.train.engine.distributed import Processes
@@ -33,17 +35,22 @@ def phases_read(recipe: Recipe) -> list[Phase]:
 def folder_around(data: str, recipe: Recipe) -> Path | None:
     """The outermost folder of images that contains ``data`` and that a phase reads. Its held-out images must
     not be trained on in any phase."""
-    folders = [Path(phase.data or recipe.data).resolve() for phase in phases_read(recipe)]
+    names = dict.fromkeys(phase.data or recipe.data for phase in phases_read(recipe))
+    folders = [Path(part).resolve() for name in names for part in names_of(name)]
     outer = [folder for folder in folders if folder in Path(data).resolve().parents]
     found = [folder for folder in outer if is_folder_of_images(str(folder))]
     return min(found, key=lambda folder: len(folder.parts), default=None)
 
 
-def _opened(data: str, recipe: Recipe, begun: Recipe) -> Source | PreparedSet:
-    """The training split of a data set of ``recipe``. ``begun`` is as in ``open_sources``."""
+def open_subset(data: str, subset: Subset, recipe: Recipe, begun: Recipe) -> Source | PreparedSet:
+    """The training images or the held-out images of a data set of ``recipe``.
+
+    ``begun`` is as in ``open_sources``. Prepared sets are not verified.
+    """
     return open_source(
         data,
-        around=folder_around(data, begun),
+        subset,
+        around=partial(folder_around, recipe=begun),
         image_column=recipe.image_column or None,
         text_column=recipe.text_column or None,
         caption=recipe.caption,
@@ -55,7 +62,7 @@ def _opened(data: str, recipe: Recipe, begun: Recipe) -> Source | PreparedSet:
 
 def open_training_images(recipe: Recipe) -> Source | PreparedSet:
     """The training split of a recipe's own data set."""
-    return _opened(recipe.data, recipe, recipe)
+    return open_subset(recipe.data, "train", recipe, recipe)
 
 
 def open_sources(recipe: Recipe, begun: Recipe | None = None) -> dict[str, Source | PreparedSet]:
@@ -72,13 +79,14 @@ def open_sources(recipe: Recipe, begun: Recipe | None = None) -> dict[str, Sourc
         data = phase.data or recipe.data
         source = sources.get(data)
         if source is None:
-            source = sources[data] = _opened(data, recipe, begun or recipe)
-        if phase.max_ratio > 1 and isinstance(source, EmojiSource):
-            raise UserError(
-                f"max_ratio must be 1 for emoji, which are drawn as squares, got {phase.max_ratio}."
-            )
-        if isinstance(source, CaptionFile):
-            _refuse_captions(data, recipe)
+            source = sources[data] = open_subset(data, "train", recipe, begun or recipe)
+        for name, part in named_parts(data, source):
+            if phase.max_ratio > 1 and isinstance(part, EmojiSource):
+                raise UserError(
+                    f"max_ratio must be 1 for emoji, which are drawn as squares, got {phase.max_ratio}."
+                )
+            if isinstance(part, CaptionFile):
+                _refuse_captions(name, recipe)
         if isinstance(source, PreparedSet):
             for kind in trained_kinds(recipe):
                 refuse_prepared(data, kind.needs_images, recipe.prepared_images, recipe.mirrored)
@@ -125,21 +133,24 @@ def all_sources(begun: Recipe, sources: dict[str, Source | PreparedSet]) -> Iter
     """
     phases = sorted(phases_read(begun), key=lambda phase: -phase.optimization.batch_size)
     for name in dict.fromkeys(phase.data or begun.data for phase in phases):
-        yield sources.get(name) or _opened(name, begun, begun)
+        yield sources.get(name) or open_subset(name, "train", begun, begun)
 
 
 def first_converted(sources: Iterable[Source | PreparedSet], rank: int, count: int) -> str | None:
     """An image in this rank's part of the data whose colour profile changes it, or None."""
-    folders = (source for source in sources if isinstance(source, FolderSource))
+    parts = (part for source in sources for _, part in named_parts("", source))
+    folders = (part for part in parts if isinstance(part, FolderSource))
     return next(filter(None, (source.converted(rank, count) for source in folders)), None)
 
 
 def left_out(source: Source | PreparedSet) -> Iterator[tuple[str, str]]:
     """Names of the images of a data set that training cannot use, with the reason."""
-    if isinstance(source, IndexedSource):
-        yield from source.left_out()
-    for name in source.without_caption if isinstance(source, FolderSource) else ():
-        yield name, "its caption is empty"
+    for data, part in named_parts("", source):
+        start = f"{data}: " if data else ""
+        found = part.left_out() if isinstance(part, IndexedSource) else ()
+        yield from ((f"{start}{name}", reason) for name, reason in found)
+        for name in part.without_caption if isinstance(part, FolderSource) else ():
+            yield f"{start}{name}", "its caption is empty"
 
 
 def repeats_images(recipe: Recipe, sources: dict[str, Source | PreparedSet]) -> bool:
@@ -160,6 +171,21 @@ def fingerprint_of(recipe: Recipe, sources: dict[str, Source | PreparedSet]) -> 
     """
     found = list(dict.fromkeys(source.fingerprint() for source in all_sources(recipe, sources)))
     return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
+
+
+def sets_of(recipe: Recipe, sources: dict[str, Source | PreparedSet]) -> list[dict[str, str | int]]:
+    """The data sets of the recipe that a run was started with: name, number of images, and fingerprint of
+    each part of a mixture. They say which one has changed."""
+    found: list[dict[str, str | int]] = []
+    names = dict.fromkeys(phase.data or recipe.data for phase in phases_read(recipe))
+    for name in names:
+        source = sources.get(name)
+        if isinstance(source, MixedSource):
+            parts = zip(source.names, source.parts, source.fingerprints, strict=True)
+            found += [{"data": part, "images": len(one), "hash": key} for part, one, key in parts]
+        elif source is not None:
+            found.append({"data": name, "images": len(source)})
+    return found
 
 
 def verify_sets(sets: Iterable[PreparedSet], processes: Processes) -> None:

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +188,8 @@ class Fingerprints:
     data: str
     start: str
     """Fingerprint of the weights that the run starts from. Empty if there are none."""
+    sets: list[dict[str, str | int]] = field(default_factory=list)
+    """Name and number of images of each data set, and its fingerprint if it is part of a mixture."""
 
 
 def check_run(
@@ -211,7 +213,7 @@ def check_run(
                 )
         check_new(run_dir)
         versions = {"order": ORDER, "colours": COLOURS, "time_density": TIME_DENSITY}
-        content = {"format": FORMAT, "recipe": given, "data": now.data, **versions}
+        content = {"format": FORMAT, "recipe": given, "data": now.data, "sets": now.sets, **versions}
         write_json(path, {**content, "start": now.start} if now.start else content)
         return
     if stored.get("changes", []) != planned.recorded:
@@ -220,11 +222,11 @@ def check_run(
     if stored["data"] != now.data:
         if not accept_changed_data:
             raise RunFolderError(
-                f"the data in {recipe.data} have changed since {run_dir} was started. Restore them, or give "
-                "--accept-changed-data."
+                f"the data in {recipe.data} have changed since {run_dir} was started"
+                f"{_changed(stored.get('sets'), now.sets)}. Restore them, or give --accept-changed-data."
             )
         log.event("accepted changed data", before=stored["data"], now=now.data)
-        stored = {**stored, "data": now.data}
+        stored = {**stored, "data": now.data, "sets": now.sets}
         write_json(path, stored)
     if stored.get("start", "") != now.start:
         raise RunFolderError(
@@ -232,6 +234,21 @@ def check_run(
             "use another --run-dir."
         )
     record(planned, run_dir, stored, log)
+
+
+def _changed(stored: object, now: list[dict[str, str | int]]) -> str:
+    """Which data sets have changed, as far as it is known. Their places may have changed too."""
+    if not isinstance(stored, list) or not all(isinstance(one, dict) for one in stored):
+        return ""  # of a version that did not store it
+    if len(stored) != len(now):
+        return f": they were {len(stored)} data sets, and are {len(now)}"
+    changed = []
+    for old, new in zip(stored, now, strict=True):
+        if old.get("images") != new["images"]:
+            changed.append(f"{new['data']!r} had {old.get('images')} images, and has {new['images']}")
+        elif old.get("hash") != new.get("hash"):
+            changed.append(f"files or captions of {new['data']!r} are others")
+    return f": {', '.join(changed)}" if changed else ""
 
 
 def move_changes(run_dir: Path, changes: list[dict[str, Any]], stage: str, images: int, log: Log) -> None:

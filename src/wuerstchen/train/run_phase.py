@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from wuerstchen.checkpoints.native import Provenance
-from wuerstchen.data.caption_files import CaptionsOnly, WithoutImages
-from wuerstchen.data.emoji import EmojiSource
-from wuerstchen.data.open import open_source
+from wuerstchen.data.caption_files import CaptionsOnly
+from wuerstchen.data.mixture import without_images
 from wuerstchen.data.plan import stable_hash
 from wuerstchen.data.prepared import PreparedSet
-from wuerstchen.data.sources import Source, StoredImages
+from wuerstchen.data.sources import Source
 from wuerstchen.models.cascade import PUBLISHED_STATISTICS
 from wuerstchen.train.changes import Change
 from wuerstchen.train.config import Phase, Recipe, as_dict
@@ -34,7 +33,7 @@ from wuerstchen.train.overview import (
 )
 from wuerstchen.train.precision import AUTOCAST_DTYPES
 from wuerstchen.train.report.events import Log
-from wuerstchen.train.run_data import folder_around
+from wuerstchen.train.run_data import open_subset
 from wuerstchen.train.run_folder import (
     ORDER,
     move_changes,
@@ -85,8 +84,8 @@ class PhaseRunner:
     def feed(self, stage: Stage, phase: Phase, multiple: int, seed: int) -> Feed | PreparedFeed:
         """The images of a phase, or what a prepared set stores of them."""
         recipe, source = self.recipe, self.source(phase)
-        if isinstance(stage, ReadsOnlyCaptions) and isinstance(source, StoredImages | EmojiSource):
-            source = WithoutImages(source)
+        if isinstance(stage, ReadsOnlyCaptions):
+            source = without_images(source)
         if isinstance(source, PreparedSet):
             optimization = phase.optimization
             return PreparedFeed(
@@ -216,17 +215,7 @@ class PhaseRunner:
             return None
         data, size = key = (phase.data or self.recipe.data, phase.image_size or self.recipe.image_size)
         if key not in self._held_out:
-            source = open_source(
-                data,
-                "heldout",
-                around=folder_around(data, self.begun),
-                image_column=self.recipe.image_column or None,
-                text_column=self.recipe.text_column or None,
-                caption=self.recipe.caption,
-                held_out=self.recipe.held_out,
-                verify=False,  # the run has verified prepared sets at its start
-                captions=self.recipe.captions,
-            )
+            source = open_subset(data, "heldout", self.recipe, self.begun)
             self._held_out[key] = held_out(source, size, texts=self.recipe.stored_texts)
             if self._held_out[key] is None:
                 print(f"{data} has no held-out images, so there is no validation loss")
@@ -244,7 +233,7 @@ class PhaseRunner:
             crops = Feed(feed.source, seed, feed.size, captions=True, skip=feed.skip, mirrored=feed.mirrored)
             skipped = partial(self._log_skipped, "bank")
             return InputCache(crops, self.cache_size(*key), self.recipe.workers, self.device, skipped)
-        kept = (*key, isinstance(feed.source, WithoutImages))
+        kept = (*key, isinstance(feed.source, CaptionsOnly))
         if self._image_cache is None or self._image_cache[0] != kept:
             self._image_cache = None  # one at a time: they are large
             seed = stable_hash(self.recipe.seed, "bank") >> 1

@@ -19,7 +19,8 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from wuerstchen.data.plan import generator, item_at, stable_hash
+from wuerstchen.data.mixture import item_of, span_of
+from wuerstchen.data.plan import generator, stable_hash
 from wuerstchen.data.sources import Example, Size, Source
 from wuerstchen.errors import DataError, UserError
 
@@ -115,14 +116,15 @@ class Feed(Dataset[tuple[int, Example, list[tuple[str, str]]]]):
         return self.sizes[stable_hash(self.seed, "size", batch) % len(self.sizes)]
 
     def __getitem__(self, index: int) -> tuple[int, Example, list[tuple[str, str]]]:
-        length = len(self.source)
         width, height = self.size_of(index)
         size = width if width == height else (width, height)
-        item = item_at(index, length, self.seed)
+        item = item_of(self.source, index, self.seed)
+        others = span_of(self.source, item)
+        length = len(others)
         skipped: list[tuple[str, str]] = []
         for _ in range(length):
             if self.skip and self.source.name(item) in self.skip:
-                item = (item + 1) % length
+                item = others[(item + 1 - others.start) % length]
                 continue
             try:
                 rng = generator(self.seed, index, "example")
@@ -135,15 +137,14 @@ class Feed(Dataset[tuple[int, Example, list[tuple[str, str]]]]):
                 return index, example, skipped
             except DataError as error:
                 skipped.append((self.source.name(item), str(error)))
-                item = (item + 1) % length
+                item = others[(item + 1 - others.start) % length]
         if not skipped:
             raise DataError(f"skip must leave some images, got the names of all {length}.")
         raise DataError(f"none of the {length} images can be read, the last because: {skipped[-1][1]}")
 
     def names(self, indices: Sequence[int]) -> list[str]:
         """The names of the images with these indices, without opening them."""
-        length = len(self.source)
-        return [self.source.name(item_at(index, length, self.seed)) for index in indices]
+        return [self.source.name(item_of(self.source, index, self.seed)) for index in indices]
 
     def collate(self, samples: list[tuple[int, Example, list[tuple[str, str]]]]) -> Batch:
         return Batch(
