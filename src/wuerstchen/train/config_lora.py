@@ -59,6 +59,10 @@ class StageLoraConfig:
     all. 0 composes and encodes new crops in every update, and so does a larger data set."""
     caption_dropout: float = 0.1
     """Fraction of the images that train without their caption, for classifier-free guidance."""
+    token: str = ""
+    """A new word for the text encoder, whose input embedding is trained too (textual inversion, arXiv
+    2208.01618). Captions and prompts must contain it. Its embedding starts as that of ``class_word``, or of
+    its own pieces. The text encoder then stays on the device. Empty for none."""
     class_word: str = ""
     """What the subject is, such as ``dog``, or a whole prompt. Then the adapter also trains on images of it
     that the model draws itself, so that it does not change other dogs (prior preservation, arXiv 2208.12242).
@@ -82,6 +86,8 @@ class StageLoraConfig:
             raise UserError(f"updates must be at least 0, got {self.updates}. 0 chooses the length.")
         if self.crops < 0:
             raise UserError(f"crops must be at least 0, got {self.crops}. 0 caches none.")
+        if self.token and (len(self.token.split()) != 1 or self.token != self.token.strip()):
+            raise UserError(f"token must be one word, got {self.token!r}. Leave out the spaces.")
         if self.class_images < 1:
             raise UserError(f"class_images must be at least 1, got {self.class_images}. 100 is common.")
         if not 0 < self.class_weight < math.inf:

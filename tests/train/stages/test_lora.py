@@ -1,5 +1,6 @@
 """Adapters for Stage C: their layers and weights, and whole runs from images to a file."""
 
+import copy
 import dataclasses
 import errno
 import importlib
@@ -45,6 +46,7 @@ from wuerstchen.train.run_folder import read_json
 from wuerstchen.train.stages import adapter, class_images
 from wuerstchen.train.stages.adapter import AdaptedPrior, target_layers
 from wuerstchen.train.stages.lora import LORA_STAGE, StageLora
+from wuerstchen.train.stages.new_word import NewWord
 
 from ...configurations import TOY_PRIOR, write_model
 
@@ -229,6 +231,7 @@ def test_a_bounded_number_of_crops_is_cached(images, crops, cached):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"token": "two words"}, r"token must be one word, got 'two words'\."),
         ({"class_images": 0}, r"class_images must be at least 1, got 0\."),
         ({"class_weight": 0.0}, r"class_weight must be above 0, got 0\.0\."),
         ({"crops": -1}, r"crops must be at least 0, got -1\."),
@@ -392,7 +395,7 @@ def test_encoders_are_on_the_device_only_while_they_encode(lora_runs, model_fold
     adapted = AdaptedPrior(cascade.prior, recipe.stage_lora)
     (phase,) = LORA_STAGE.phases(recipe)
     stage = StageLora(recipe.stage_lora, recipe, cascade, adapted, phase)
-    stage.lends = True
+    stage.lent = [stage.compressor, stage.text_encoder]
     moves = []
     for network in (stage.compressor, stage.text_encoder):
         monkeypatch.setattr(network, "to", lambda device: moves.append(str(device)))
@@ -408,6 +411,62 @@ def test_encoders_are_on_the_device_only_while_they_encode(lora_runs, model_fold
     images = torch.zeros(1, 128, 128, 3, dtype=torch.uint8)
     stage.prepare(Batch(torch.arange(1), images, ["sks"], []), torch.device("cpu"))
     assert moves[8:] == ["cpu"] * 4
+
+
+@pytest.mark.parametrize("crops", [0, 2])
+def test_a_new_word_is_learnt_with_the_adapter(crops, lora_runs, model_folder, photos, tmp_path):
+    settings = {"token": "sks-1", "class_word": "dog", "class_images": 2, "crops": crops}
+    recipe = lora_runs.recipe(model_folder, photos, caption="a photo of sks-1", **settings)
+    recipe = dataclasses.replace(recipe, preview_prompts=("sks-1",))
+    result = train(recipe, tmp_path / "whole", device="cpu")
+    adapter = read_adapter(result)
+    assert adapter.metadata.trigger_words == ("sks-1",)
+    encoder = read_cascade(model_folder).text_encoder
+    (dog,) = encoder.tokenizer.encode("dog", add_special_tokens=False).ids
+    initial = encoder.model.get_input_embeddings().weight[dog]
+    (word,) = adapter.tokens["sks-1"]
+    assert word.shape == initial.shape
+    assert 0 < (word - initial).abs().max() < 1
+    stored = load_file(last(tmp_path / "whole")[0] / "networks.safetensors")
+    assert "adapter/word" in stored
+
+    model = load(model_folder, "cpu")
+    model.load_lora(result)
+    assert model.cascade.text_encoder.words == ["sks-1"]
+    train(recipe, tmp_path / "whole", device="cpu", changes=["images=28"])  # from the checkpoint
+    assert "adapter/word" in load_file(last(tmp_path / "whole")[0] / "averages.safetensors")
+
+
+def test_text_states_follow_the_embedding_that_is_trained(small_cascade):
+    """Those of a caption equal what an encoder with this embedding gives, and have gradients."""
+    encoder = copy.deepcopy(small_cascade.text_encoder)
+    word = NewWord(encoder, "sks-1", like="a cat")
+    assert encoder.words == []
+    vectors = torch.nn.Parameter(torch.randn(1, encoder.width))
+    word.vectors = lambda: vectors
+    ids, mask = word.tokens(["a sks-1 cat", "a cat"], torch.device("cpu"))
+    states = word.encoder.last_states(ids, mask)
+    encoder.add_words({"sks-1": vectors.detach()})
+    expected = encoder.encode(["a sks-1 cat", "a cat"])
+    assert torch.equal(mask, expected.mask)
+    torch.testing.assert_close(states, expected.states)
+    vectors.data.neg_()  # copies, such as those for autocast, follow it too
+    copied = copy.deepcopy(word.encoder).last_states(ids, mask)
+    assert torch.equal(copied, word.encoder.last_states(ids, mask))
+    assert not torch.allclose(copied, states, atol=1e-3)
+    states[1].sum().backward()
+    assert vectors.grad.abs().sum() == 0  # it is not in the second caption
+    word.encoder.last_states(ids, mask)[0].square().sum().backward()
+    assert vectors.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [("sks-1", r"token=sks-1 is in no caption of"), ("photo", r"'photo' is already a word of the tokenizer")],
+)
+def test_words_that_cannot_be_learnt(token, message, lora_runs, model_folder, photos, tmp_path):
+    with pytest.raises(UserError, match=message):
+        train(lora_runs.recipe(model_folder, photos, token=token), tmp_path, device="cpu")
 
 
 @pytest.mark.slow
@@ -428,9 +487,9 @@ def test_two_processes_train_what_one_does(lora_runs, model_folder, photos, tmp_
     finally:
         for process in processes:
             process.kill()
-    # Adam amplifies rounding in weights with small gradients, so compare what the adapter does.
+    # Processes have other dropout masks.
     one, two = ([e["loss"] for e in events(tmp_path / run, "validation")] for run in ("one", "two"))
-    assert two == pytest.approx(one, rel=1e-3)
+    assert two == pytest.approx(one, rel=1e-2)
     assert [file.name for file in (tmp_path / "two" / "lora").iterdir()] == [
         file.name for file in alone.iterdir()
     ]

@@ -18,6 +18,7 @@ from wuerstchen.errors import UserError
 from wuerstchen.models.int8_linear import quantize_linear_layers
 from wuerstchen.models.prior import Prior
 from wuerstchen.train.config import StageLoraConfig
+from wuerstchen.train.stages.new_word import NewWord
 
 _NAME = "trained"  # of the adapter in peft's layers
 _ATTENTION = re.compile(r"\.attention\.(to_q|to_k|to_v|to_out\.0)$")
@@ -25,10 +26,13 @@ _PARTS = ("lora_A", "lora_B", "lora_magnitude_vector")
 
 
 class AdapterWeights(nn.Module):
-    """The trained weights of an adapter: two matrices for each layer, in fp32, and DoRA's magnitudes."""
+    """The trained weights of an adapter, in fp32: two matrices for each layer, DoRA's magnitudes, and the
+    embedding of a new word."""
 
-    def __init__(self, layers: dict[str, Any]) -> None:
+    def __init__(self, layers: dict[str, Any], word: Tensor | None = None) -> None:
+        """``word`` is the initial embedding of a new word, which is trained too."""
         super().__init__()
+        self.word = None if word is None else nn.Parameter(word.clone())
         self.names = list(layers)
         # Names of modules cannot contain dots.
         self.layers = nn.ModuleDict(
@@ -60,9 +64,16 @@ def _flat(name: str) -> str:
 class AdaptedPrior:
     """A frozen prior with a new adapter, which does nothing until it is trained."""
 
-    def __init__(self, prior: Prior, config: StageLoraConfig, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        prior: Prior,
+        config: StageLoraConfig,
+        dtype: torch.dtype | None = None,
+        *,
+        word: NewWord | None = None,
+    ) -> None:
         """The weights of ``prior`` are not changed. They are used in ``dtype`` or as they are, and large
-        matrices in int8 if ``config`` says so.
+        matrices in int8 if ``config`` says so. The embedding of ``word`` is trained with the adapter.
 
         A and B are initialized with torch's generator as in LoRA's paper: B is zero. Raises ``UserError`` if
         ``peft`` is missing.
@@ -73,7 +84,10 @@ class AdaptedPrior:
         self.config = config
         names = target_layers(self.prior, config.targets)
         self._layers = _inject(self.prior, names, config)
-        self.weights = AdapterWeights(self._layers)
+        self.weights = self._used = AdapterWeights(self._layers, None if word is None else word.initial)
+        self.word = word
+        if word is not None:
+            word.vectors = self._vectors
 
     @contextlib.contextmanager
     def using(self, weights: nn.Module) -> Iterator[Prior]:
@@ -98,7 +112,13 @@ class AdaptedPrior:
             for layer in self._layers.values():
                 layer.enable_adapters(True)
 
+    def _vectors(self) -> Tensor:
+        """The current embedding of the new word."""
+        assert self._used.word is not None
+        return self._used.word
+
     def _set(self, weights: AdapterWeights) -> None:
+        self._used = weights
         for name, layer in self._layers.items():
             for part, module in weights.layers[_flat(name)].items():
                 getattr(layer, part)[_NAME] = module

@@ -19,16 +19,30 @@ from wuerstchen.checkpoints.adapter_metadata import AdapterMetadata, weights_has
 from wuerstchen.checkpoints.adapter_write import file_name, write_adapter
 from wuerstchen.checkpoints.adapters import Adapter
 from wuerstchen.data.prepared import PreparedSet
+from wuerstchen.data.sources import StoredImages
 from wuerstchen.diffusion.objective import Objective
+from wuerstchen.errors import UserError
 from wuerstchen.models.cascade import Cascade
+from wuerstchen.models.text import TextStates
 from wuerstchen.train.config import Phase, Recipe, StageLoraConfig
 from wuerstchen.train.feed.images import Batch
 from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.precision import AUTOCAST_DTYPES
 from wuerstchen.train.stages.adapter import AdaptedPrior, AdapterWeights
-from wuerstchen.train.stages.base import Inputs, Losses, NamedPhase, Run, StageKind, with_captions_dropped
+from wuerstchen.train.stages.base import (
+    Inputs,
+    Losses,
+    NamedPhase,
+    Run,
+    StageKind,
+    full_precision,
+    in_chunks,
+    text_inputs,
+    with_captions_dropped,
+)
 from wuerstchen.train.stages.class_images import ClassImages, class_inputs, draw_class_images
-from wuerstchen.train.stages.prior import Need, StageC, needs
+from wuerstchen.train.stages.new_word import NewWord
+from wuerstchen.train.stages.prior import Need, StageC, check_sources, needs
 
 
 class StageLora(StageC):
@@ -61,32 +75,48 @@ class StageLora(StageC):
         self.backbones = (self.prior,)
         self.keeps_best = config.keep == "best"
 
-        self.lends = device is not None and device.type != "cpu" and not needed
-        self._lent = False
+        on_gpu = device is not None and device.type != "cpu"
+        encoders = {"compressor": self.compressor, "text_encoder": self.text_encoder}
+        self.lent = [network for name, network in encoders.items() if on_gpu and name not in needed]
+        """The networks that are on the device only while they encode."""
+        self._are_lent = False
 
     @contextlib.contextmanager
     def lent_encoders(self, device: torch.device) -> Iterator[None]:
         """Moves the compressor and the text encoder to ``device``, and back at the end, if they are not kept
         there."""
-        if not self.lends or self._lent:
+        if not self.lent or self._are_lent:
             yield
             return
-        networks = (self.compressor, self.text_encoder)
-        self._lent = True
+        self._are_lent = True
         try:
-            for network in networks:
+            for network in self.lent:
                 network.to(device)
             yield
         finally:
-            self._lent = False
-            for network in networks:
+            self._are_lent = False
+            for network in self.lent:
                 network.to("cpu")
             if device.type == "cuda":
                 torch.cuda.empty_cache()
 
     def prepare(self, batch: Batch, device: torch.device) -> Inputs:
+        word = self.adapted.word
         with self.lent_encoders(device):
-            return super().prepare(batch, device)
+            if word is None:
+                return super().prepare(batch, device)
+            with full_precision(device):
+                z = in_chunks(self._semantic_latents, batch.images.to(device))["z"]
+        ids, mask = word.tokens(batch.captions, device)
+        return {"x": self.statistics.normalise(z), "ids": ids, "tokens": mask}
+
+    def _with_text(self, inputs: Inputs) -> Inputs:
+        """The inputs with the text states of captions that contain the new word, which is being trained."""
+        if "ids" not in inputs:
+            return inputs
+        states = self.text_encoder.last_states(inputs["ids"], inputs["tokens"])
+        text = text_inputs(TextStates(states=states, mask=inputs["tokens"]), self.recipe)
+        return {"x": inputs["x"], **text}
 
     @property
     def objective(self) -> Objective:
@@ -94,6 +124,7 @@ class StageLora(StageC):
 
     def losses(self, inputs: Inputs, random: ImageRandom) -> Losses:
         self.prior.train()
+        inputs = self._with_text(inputs)
         loss, drawn = self._loss(inputs, random), self.class_images
         if drawn is None:
             yield "adapter", loss, {}
@@ -115,7 +146,7 @@ class StageLora(StageC):
 
     def predict(self, averages: dict[str, nn.Module], inputs: Inputs, x: Tensor, t: Tensor) -> Tensor:
         with self.adapted.using(averages["adapter"]) as prior:
-            return super().predict({"prior": prior}, inputs, x, t)
+            return super().predict({"prior": prior}, self._with_text(inputs), x, t)
 
     def preview(
         self,
@@ -144,13 +175,20 @@ def _train(run: Run) -> None:
     (named,) = _phases(recipe)
     run.seed_weights("lora")
     half = AUTOCAST_DTYPES.get(recipe.precision) if run.device.type != "cpu" else None
-    adapted = AdaptedPrior(prior, config, half)
     model = run.parts.cascade(settings)
+    word = None
+    if config.token:
+        assert model.text_encoder is not None
+        word = NewWord(model.text_encoder, config.token, like=config.class_word)
+        model = dataclasses.replace(model, text_encoder=word.encoder)
+    adapted = AdaptedPrior(prior, config, half, word=word)
     if half is not None:
         for name, network in model.networks().items():
             if name not in ("compressor", "prior"):  # targets must be exact, and the prior is not used
                 network.to(half)
-    needed = () if recipe.prepared_images else needs(run, named.phase)
+    needed = needs(run, named.phase)
+    if recipe.prepared_images:
+        needed = ("text_encoder",) if word is not None else ()
     drawn = None
     if config.class_word and run.makes_updates:
         with adapted.disabled() as untrained:
@@ -168,7 +206,8 @@ def _write(run: Run, folder: Path) -> None:
     weights, images = run.results["lora"]
     assert isinstance(weights, AdapterWeights)
     assert run.parts.prior is not None
-    start, trigger = Path(recipe.start_from), recipe.captions.trigger or _trigger(recipe.caption)
+    start = Path(recipe.start_from)
+    trigger = config.token or recipe.captions.trigger or _trigger(recipe.caption)
     metadata = AdapterMetadata(
         base_model=start.name if start.exists() else recipe.start_from,
         base_hash=weights_hash(run.parts.prior),
@@ -177,8 +216,31 @@ def _write(run: Run, folder: Path) -> None:
         updates=-(-config.optimization.images // config.optimization.batch_size),
         licence=config.licence,
     )
-    adapter = Adapter(prior=weights.tensors(config.rank * config.scale))
+    words = {} if weights.word is None else {config.token: weights.word.detach()}
+    adapter = Adapter(prior=weights.tensors(config.rank * config.scale), tokens=words)
     write_adapter(folder / file_name(config.form), adapter, metadata, form=config.form)
+
+
+def _check(run: Run) -> None:
+    """Raises ``UserError`` for prepared sets that do not fit, and for a new word that cannot be learnt."""
+    check_sources(run, _phases(run.recipe))
+    recipe, token = run.recipe, run.recipe.stage_lora.token
+    if not token:
+        return
+    (named,) = _phases(recipe)
+    source = run.source(named.phase)
+    if isinstance(source, PreparedSet):
+        raise UserError(
+            f"token={token} needs images with captions, got the prepared set {recipe.data}, whose captions "
+            "are tokens of known words. Use the original images."
+        )
+    if isinstance(source, StoredImages):
+        texts = (text for item in range(len(source)) for text in source.captions(item))
+        if not any(token in text.split() for text in texts):
+            raise UserError(
+                f"token={token} is in no caption of {recipe.data}, so nothing would teach it. Use "
+                f'--caption "a photo of {token}", or write it in the captions.'
+            )
 
 
 def _images(run: Run) -> int:
@@ -201,6 +263,7 @@ LORA_STAGE = StageKind(
     makes=(),
     builds_on=("prior",),
     reads_captions=True,
+    check=_check,
     result="lora",
     phases=_phases,
     train=_train,
