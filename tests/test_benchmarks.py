@@ -10,6 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -362,3 +363,24 @@ def test_losses_that_differ_are_named(benchmarks):
     ]
     ends = [line.rsplit("| ", 1)[1] for line in scaling_table.table(rows).splitlines()[2:5]]
     assert ends == ["yes |", "yes |", "no |"]
+
+
+def test_repainted_rectangles_are_in_the_middle_and_seams_are_seen(script):
+    """Bugs: a rectangle outside the image, or a seam that is measured beside the border."""
+    editing = script("benchmarks/editing")
+    boxes = [editing.rectangle(number, 6, 252) for number in range(40)]
+    assert len(set(boxes)) > 5
+    for left, top, right, bottom in boxes:
+        assert all(side % 42 == 0 for side in (left, top, right, bottom))
+        assert 84 <= right - left <= 168
+        assert 84 <= bottom - top <= 168
+        assert left < 126 < right
+        assert top < 126 < bottom
+    box = (20, 30, 60, 50)
+    smooth = np.tile(np.arange(100, dtype=np.uint8)[:, None], (100, 1, 3)).reshape(100, 100, 3)
+    border, inside = editing.gradients(smooth, box, 4)
+    cut = smooth.copy()
+    cut[30:50, 20:60] += 50
+    seam, same = editing.gradients(cut, box, 4)
+    assert inside == pytest.approx(same)
+    assert seam > 10 * border
