@@ -137,6 +137,28 @@ def test_what_is_not_finite_updates_nothing(fault, loss):
     assert not any(tensor.any() for tensor in optimizer_tensors(optimizer).values())
 
 
+def test_all_weights_may_have_copies():
+    """As those of an adapter with a large rank. Then no weight has a gradient of its own."""
+    found = []
+    for with_copies in (False, True):
+        torch.manual_seed(0)
+        network = nn.Linear(8, 8, bias=False)
+        optimizer = make_optimizer(network, CONFIG)
+        set_rate(optimizer, 0.01)
+        copies = Bf16Weights(network, optimizer, least=1) if with_copies else None
+        with (
+            contextlib.nullcontext() if copies is None else copies.in_place(),
+            torch.autocast("cpu", torch.bfloat16),
+        ):
+            loss = network(torch.ones(1, 8)).square().sum()
+            loss.backward()
+        norm = update(network, optimizer, 1.0, loss.detach().float(), copies)
+        found.append((norm, network.weight.detach()))
+    (norm, weight), (our_norm, our_weight) = found
+    torch.testing.assert_close(our_norm, norm, rtol=1e-2, atol=0)
+    torch.testing.assert_close(our_weight, weight, rtol=1e-3, atol=1e-4)
+
+
 def test_a_run_that_goes_on_has_the_copies_of_its_weights():
     first = make_step(True)
     first(*make_inputs())

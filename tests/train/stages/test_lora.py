@@ -27,6 +27,7 @@ from wuerstchen.cli import main, make_parser
 from wuerstchen.cli.train import overridden
 from wuerstchen.data.plan import stable_hash
 from wuerstchen.errors import UserError
+from wuerstchen.lora import lora_names
 from wuerstchen.models.compressor import Compressor
 from wuerstchen.models.int8_linear import quantize_linear_layers
 from wuerstchen.models.prior import Prior, PriorConfig
@@ -44,11 +45,12 @@ from wuerstchen.train.feed.random import ImageRandom
 from wuerstchen.train.run import train
 from wuerstchen.train.run_folder import read_json
 from wuerstchen.train.stages import adapter, class_images
+from wuerstchen.train.stages import prior as prior_stage
 from wuerstchen.train.stages.adapter import AdaptedPrior, target_layers
 from wuerstchen.train.stages.lora import LORA_STAGE, StageLora
 from wuerstchen.train.stages.new_word import NewWord
 
-from ...configurations import TOY_PRIOR, write_model
+from ...configurations import TOY_PRIOR, with_student, write_model
 
 
 @pytest.fixture
@@ -339,6 +341,20 @@ def test_a_run_survives_a_kill_and_makes_an_adapter_that_loads(
     modified = (result / file.name).stat().st_mtime_ns
     assert train(recipe, whole, device="cpu") == result  # finished
     assert (result / file.name).stat().st_mtime_ns == modified
+
+
+def test_previews_of_a_model_with_a_student_show_the_adapted_prior(
+    lora_runs, small_cascade, photos, tmp_path, monkeypatch
+):
+    seen = []
+    monkeypatch.setattr(prior_stage, "previews", lambda cascade, *_: seen.append(cascade) or [])
+    model = write_model(with_student(small_cascade), tmp_path / "model")
+    result = train(lora_runs.recipe(model, photos, preview_every=8), tmp_path / "run", device="cpu")
+    assert seen
+    for cascade in seen:
+        assert cascade.prior_student is None
+        assert lora_names(cascade.prior)
+    load(model, "cpu").load_lora(result)
 
 
 def test_the_file_has_the_averages_with_the_lowest_validation_loss(

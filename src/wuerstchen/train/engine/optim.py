@@ -203,7 +203,7 @@ def _gradient_norm(
     gradients = [gradient for gradient in every if gradient.dtype is not torch.bfloat16]
     halves = bf16_gradients + [gradient for gradient in every if gradient.dtype is torch.bfloat16]
     if halves or released:  # summed in fp32: in bf16 the norm would have two digits
-        norms = [*torch._foreach_norm(gradients), *released]
+        norms = [*(torch._foreach_norm(gradients) if gradients else ()), *released]
         norms += torch._foreach_norm(halves, 2, torch.float32) if halves else ()
         return torch.linalg.vector_norm(torch.stack(norms))
     if not any(isinstance(gradient, DTensor) for gradient in gradients):

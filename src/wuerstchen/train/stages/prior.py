@@ -84,7 +84,8 @@ class StageC:
         self.optimization = config.optimization if phase is None else phase.phase.optimization
         self.prior = model.prior
         self.statistics = model.settings.latent_statistics
-        frozen = dataclasses.replace(model, prior=None)
+        # Without the student, so that previews show the network that is trained.
+        frozen = dataclasses.replace(model, prior=None, prior_student=None)
         assert frozen.compressor is not None
         assert frozen.text_encoder is not None
         self.compressor = frozen.compressor.eval().requires_grad_(False)
