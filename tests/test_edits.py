@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from wuerstchen.edit_options import EditOptions
 from wuerstchen.edits import canvas_of, filled, make_edits
 from wuerstchen.errors import UserError, UserNotice
 from wuerstchen.image_files import save_png
-from wuerstchen.images import open_image, resize_crop
+from wuerstchen.images import open_image, pad_to_canvas, resize_crop, to_tensor
 from wuerstchen.models.cascade import CascadeSettings
 from wuerstchen.pipeline import Wuerstchen
 from wuerstchen.sampling import Sampling
@@ -239,16 +240,54 @@ def test_strength_multiplies_the_mask(model):
     assert distances[0] < distances[1]
 
 
-def test_the_mask_grows_with_the_grid():
-    """By none of 6 × 6 cells, one of 24 × 24 and two of 48 × 48."""
-    mask = masked((1536, 1536), (512, 512, 1024, 1024))
-    (edit,) = make_edits([Image.new("RGB", mask.size)], mask, EditOptions(), 1.0, None, CascadeSettings())
-    for grid, grown in ((6, 0), (12, 0), (24, 1), (48, 2)):
-        found = edit.cell_strengths((1536, 1536), (grid, grid))
-        expected = torch.zeros(grid, grid)
-        inside = slice(grid // 3 - grown, 2 * grid // 3 + grown)
-        expected[inside, inside] = 1
-        assert torch.equal(found, expected)
+def test_the_mask_grows_by_as_many_positions_on_each_canvas():
+    """Bug: it depended on the canvas. The published v2 grew by none on 1024x768 (18 × 24 positions).
+
+    A position has the same size in pixels on each canvas, so the model decides: one for 24 × 24 positions of
+    a training image, none for 6 × 6.
+    """
+    for side, scale, grown in ((1024, 0.75, 1), (256, 0.75, 0), (2048, 0.75, 2)):
+        settings = CascadeSettings(image_size=side, view_scale=scale)
+        for size in ((768, 768), (1152, 768), (1152, 1152), (2304, 768)):
+            mask = masked(size, (256, 256, 512, 512))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserNotice)
+                (edit,) = make_edits([Image.new("RGB", size)], mask, EditOptions(), 1.0, None, settings)
+            width, height = (side // 32 for side in size)
+            expected = torch.zeros(height, width)
+            inside = slice(8 - grown, 16 + grown)
+            expected[inside, inside] = 1
+            assert torch.equal(edit.cell_strengths(size, (height, width)), expected)
+
+
+def test_masks_lie_on_the_canvas_where_the_image_does(model):
+    """Also at sizes that are no canvas: against masks that were padded as the image is."""
+    settings, size = model.cascade.settings, (150, 97)
+    canvas = canvas_of(size, settings)
+    assert canvas != size
+    grid = settings.latent_size(*canvas)
+    for box in ((0, 0, 9, 97), (141, 0, 150, 97), (0, 0, 150, 9), (0, 88, 150, 97), (60, 40, 66, 46)):
+        mask = masked(size, box)
+        options = EditOptions(feather=0)
+        (edit,) = make_edits([Image.new("RGB", size)], mask, options, 1.0, None, settings)
+        whole = pad_to_canvas(to_tensor(mask)[None, :1], canvas)
+        for found, shape in (
+            (edit.cell_strengths(canvas, grid), grid),
+            (
+                edit.latent_strengths(canvas, (canvas[1] // 4, canvas[0] // 4)),
+                (canvas[1] // 4, canvas[0] // 4),
+            ),
+        ):
+            assert torch.equal(found, torch.nn.functional.adaptive_max_pool2d(whole, shape)[0, 0])
+
+
+def test_a_size_that_crops_the_mask_away_says_so(model):
+    """Bug: the message was that the mask is empty, with the size of the result."""
+    image, left = Image.new("RGB", (400, 100)), masked((400, 100), (0, 0, 60, 100))
+    inverted = left.point(lambda value: 255 - value)
+    for mask, word in ((left, "white"), (inverted, "black")):
+        with pytest.raises(UserError, match=rf"no {word} pixel left: size 128x128 .* 400x100 pixels"):
+            model.generate("a", init=image, mask=mask, size=128)
 
 
 def test_what_keeps_nothing_is_not_seen():
@@ -355,6 +394,9 @@ IMAGE, MASK = Image.new("RGB", (64, 64)), masked((64, 64), (8, 8, 30, 30))
         ({"init": IMAGE, "mask": Image.new("L", (64, 64), 255)}, "mask is full: all of its 64x64 pixels"),
         ({"init": IMAGE, "mask": "mask.png"}, "mask must be a PIL image, got <class 'str'>"),
         ({"init": IMAGE, "mask": [MASK, MASK]}, "mask has 2 values for 1 init images"),
+        ({"init": [], "mask": MASK}, r"init is empty: \[\]"),
+        ({"init": ()}, r"init is empty: \(\)"),
+        ({"init": IMAGE, "mask": []}, "mask has 0"),
         ({"mask": MASK}, "mask needs an image to edit, but init is missing"),
         ({"extend": "left=8"}, "extend needs an image to edit"),
         ({"init": IMAGE, "feather": 3}, "feather needs a mask or extend"),

@@ -6,6 +6,7 @@ from PIL import ExifTags, Image, ImageDraw
 
 from wuerstchen.edit_options import checked_extend
 from wuerstchen.errors import DataError, UserError
+from wuerstchen.images import crop_box
 from wuerstchen.masks import (
     extended,
     extended_mask,
@@ -13,6 +14,7 @@ from wuerstchen.masks import (
     opacity_of,
     open_mask,
     region_of,
+    scaled_mask,
     strengths_of,
 )
 
@@ -43,13 +45,38 @@ def test_white_repaints_and_so_does_transparency(tmp_path):
 
 
 def test_masks_are_turned_once(tmp_path):
+    """Bug: a transparent mask of a turned photograph was turned twice."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
-    rectangle((6, 4), (0, 0, 1, 1)).save(tmp_path / "mask.png", exif=exif)
-    mask = open_mask(tmp_path / "mask.png")
-    assert (mask.size, mask.getpixel((3, 0))) == ((4, 6), 255)
-    with Image.open(tmp_path / "mask.png") as image:
-        assert np.array_equal(np.asarray(mask_of(image)), np.asarray(mask))
+    grey = rectangle((6, 4), (0, 0, 1, 1))
+    cut = Image.new("RGBA", grey.size, "red")
+    cut.putalpha(grey.point(lambda value: 255 - value))
+    for given in (grey, cut, cut.convert("LA"), cut.quantize()):
+        given.save(tmp_path / "mask.png", exif=exif)
+        mask = mask_of(open_mask(tmp_path / "mask.png"))
+        assert (mask.size, mask.getpixel((3, 0)), mask.getbbox()) == ((4, 6), 255, (3, 0, 4, 1))
+        with Image.open(tmp_path / "mask.png") as image:
+            assert np.array_equal(np.asarray(mask_of(mask_of(image))), np.asarray(mask))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (100, 50), (37, 90), (700, 500)])
+def test_scaled_masks_keep_thin_lines(size):
+    """Bug: an average weakened a white line of 1 pixel, or erased it."""
+    for box in ((150, 0, 151, 200), (0, 100, 300, 101), (149, 99, 150, 100)):
+        given = rectangle((300, 200), box)
+        mask = scaled_mask(given, size)
+        assert (mask.mode, mask.size, mask.getextrema()) == ("L", size, (0, 255))
+        left, top, right, bottom = crop_box(given.size, *size)
+        across, down = size[0] / (right - left), size[1] / (bottom - top)
+        expected = (
+            max(0, (box[0] - left) * across),
+            max(0, (box[1] - top) * down),
+            min(size[0], (box[2] - left) * across),
+            min(size[1], (box[3] - top) * down),
+        )
+        found = mask.getbbox()
+        assert all(-1 < wanted - value < 1 for wanted, value in zip(expected, found, strict=True))
+    assert scaled_mask(given, given.size) is given
 
 
 def test_bad_masks_are_named(tmp_path):

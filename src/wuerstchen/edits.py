@@ -20,6 +20,7 @@ from wuerstchen.edit_options import EditOptions, checked_extend
 from wuerstchen.errors import UserError, UserNotice
 from wuerstchen.images import resize_crop, to_tensor, upright_rgb
 from wuerstchen.masks import (
+    check_mask,
     extended,
     extended_mask,
     mask_of,
@@ -32,10 +33,10 @@ from wuerstchen.models.cascade import MAX_SIDES, MIN_SIDE, SIDE_STEP, CascadeSet
 
 MANY_PIXELS = 4
 """Edits of more pixels than this many training images come with a notice."""
-GROWN_FRACTION = 1 / 24
-"""How far the mask grows in the semantic latents, as a fraction of their shorter side: one position for the
-published 24×24. Its neighbours have seen what is repainted. On the 6×6 of the bundled model it does not grow,
-which lost less R@1 than one position (benchmarks/editing.py)."""
+POSITIONS_PER_GROWTH = 24
+"""The mask grows by one position of the semantic latents for every so many on a side of a training image:
+by one for the published 24×24, on canvases of any size. Its neighbours have seen what is repainted. For the
+6×6 of the bundled model it does not grow, which lost less R@1 than one position (benchmarks/editing.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,8 @@ class Edit:
     """Left, top, right and bottom of what is sampled."""
     size: tuple[int, int]
     """Width and height in pixels at which the box is sampled."""
+    grown: int
+    """By how many positions of the semantic latents the mask grows."""
 
     def pixels(self) -> Float[Tensor, "3 h w"]:
         """The box at ``size``. What keeps nothing is filled smoothly from around, so that the compressor does
@@ -64,11 +67,10 @@ class Edit:
     def cell_strengths(self, canvas: tuple[int, int], grid: tuple[int, int]) -> Float[Tensor, "h w"]:
         """How far each semantic latent may change, on a ``grid`` of (height, width).
 
-        The strongest pixel of a cell counts, and that of its neighbours within ``GROWN_FRACTION``.
+        The strongest pixel of a cell counts, and that of its neighbours within ``grown`` positions.
         """
         cells = F.adaptive_max_pool2d(self._on_canvas(self.strength, canvas), grid)
-        grown = int(min(grid) * GROWN_FRACTION)
-        return F.max_pool2d(cells, 2 * grown + 1, stride=1, padding=grown)[0, 0]
+        return F.max_pool2d(cells, 2 * self.grown + 1, stride=1, padding=self.grown)[0, 0]
 
     def latent_strengths(self, canvas: tuple[int, int], grid: tuple[int, int]) -> Float[Tensor, "h w"]:
         """How far each of Stage B's latents may change, on a ``grid`` of (height, width): 1 in the mask, less
@@ -132,6 +134,8 @@ def checked_inits(init: Any, mask: Any, options: EditOptions) -> list[Image.Imag
     if edits and mask is None and options.extend is None:
         raise UserError(f"{edits[0]} needs a mask or extend. Pass one of them, or omit {edits[0]}.")
     given = init if isinstance(init, list | tuple) else [init]
+    if not given:
+        raise UserError(f"init is empty: {init}. Pass an image, or one per prompt.")
     return [upright_rgb(image, "init") for image in given]
 
 
@@ -176,8 +180,11 @@ def _make_edit(
             "must have the same size. Resize the mask."
         )
     padding = options.padding()
+    may_be_black = options.extend is not None
+    check_mask(grey, may_be_black=may_be_black)
     if size is not None and padding is None:
         grey = scaled_mask(grey, size)
+        check_mask(grey, given=image.size, may_be_black=may_be_black)
         image = resize_crop(image, *size)
     if options.extend is not None:
         sides = checked_extend(options.extend)
@@ -205,7 +212,14 @@ def _make_edit(
             UserNotice,
             stacklevel=2,
         )
-    return Edit(image=image, strength=values * strength, opacity=opacity, box=box, size=sampled)
+    return Edit(
+        image=image,
+        strength=values * strength,
+        opacity=opacity,
+        box=box,
+        size=sampled,
+        grown=min(settings.latent_size(settings.image_size, settings.image_size)) // POSITIONS_PER_GROWTH,
+    )
 
 
 def _size_at(box: tuple[int, int, int, int], pixels: int, limit: int) -> tuple[int, int]:

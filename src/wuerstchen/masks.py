@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from wuerstchen.errors import UserError
@@ -29,10 +29,27 @@ def decode_mask(data: bytes, name: str) -> Image.Image:
 
 
 def scaled_mask(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The mask scaled and cropped to ``size``, as ``images.resize_crop`` does with its image."""
+    """The mask scaled and cropped to ``size``, as ``images.resize_crop`` does with its image.
+
+    The largest value counts where pixels are joined, so that thin lines stay.
+    """
     if mask.size == size:
         return mask
-    return mask.resize(size, Image.Resampling.BILINEAR, box=crop_box(mask.size, *size))
+    left, top, right, bottom = crop_box(mask.size, *size)
+    rows = _joined(np.asarray(mask), top, bottom, size[1])
+    return Image.fromarray(_joined(rows.T, left, right, size[0]).T.copy())
+
+
+def _joined(
+    values: UInt8[np.ndarray, "n m"], first: float, last: float, count: int
+) -> UInt8[np.ndarray, "c m"]:
+    """The largest values in ``count`` equal intervals of the rows from ``first`` to ``last``."""
+    edges = np.linspace(first, last, count + 1)
+    starts, ends = np.floor(edges[:-1] + 1e-6).astype(int), np.ceil(edges[1:] - 1e-6).astype(int)
+    bounds = np.stack([starts, ends], 1).ravel()
+    # reduceat reduces from each bound to the next. The results from an end to the next start are not used.
+    padded = np.concatenate([values, np.zeros_like(values[:1])])
+    return np.maximum.reduceat(padded, bounds)[::2]
 
 
 def mask_of(image: Any, name: str = "mask") -> Image.Image:
@@ -52,7 +69,9 @@ def _mask_in(upright: Image.Image, name: str) -> Image.Image:
     if upright.has_transparency_data:
         alpha = upright.convert("RGBA").getchannel("A")
         if alpha.getextrema() != (255, 255):
-            return alpha.point(lambda value: 255 - value)
+            mask = alpha.point(lambda value: 255 - value)
+            mask.info = {}  # the image is upright already: its EXIF must not turn the mask again
+            return mask
     mask = to_rgb(upright, name).convert("L")
     mask.info = {}
     return mask
@@ -76,21 +95,39 @@ def extended_mask(mask: Image.Image, sides: tuple[int, int, int, int]) -> Image.
 
 def strengths_of(mask: Image.Image) -> Float[np.ndarray, "h w"]:
     """The values of a mask from 0 to 1. Raises ``UserError`` if it is black or white everywhere."""
+    check_mask(mask)
     values = np.asarray(mask).astype(np.int32)
     values[values <= SNAP] = 0
     values[values >= 255 - SNAP] = 255
+    return (values / 255).astype(np.float32)
+
+
+def check_mask(
+    mask: Image.Image, *, given: tuple[int, int] | None = None, may_be_black: bool = False
+) -> None:
+    """Raises ``UserError`` if the mask is black or white everywhere.
+
+    ``given`` is the size that it had before ``scaled_mask``, for the message. With ``may_be_black``, black
+    everywhere is fine: the image is extended.
+    """
+    lowest, highest = mask.getextrema()
+    is_black, is_white = highest <= SNAP and not may_be_black, lowest >= 255 - SNAP
     size = f"{mask.width}x{mask.height}"
-    if not values.any():
+    if (is_black or is_white) and given is not None:
+        raise UserError(
+            f"mask has no {'white' if is_black else 'black'} pixel left: size {size} scales and crops its "
+            f"{given[0]}x{given[1]} pixels to the center. Choose a size of the same shape, or omit it."
+        )
+    if is_black:
         raise UserError(
             f"mask is empty: all of its {size} pixels are black, which keeps them. Paint the part to change "
             "white."
         )
-    if (values == 255).all():
+    if is_white:
         raise UserError(
             f"mask is full: all of its {size} pixels are white, so nothing would be kept. Paint the part to "
             "keep black, or omit the mask."
         )
-    return (values / 255).astype(np.float32)
 
 
 def opacity_of(strengths: Float[np.ndarray, "h w"], feather: int) -> Float[np.ndarray, "h w"]:

@@ -159,7 +159,7 @@ class Wuerstchen(Reconstructor):
         options = EditOptions(extend=extend, crop_to_mask=crop_to_mask, feather=feather)
         inits = checked_inits(init, mask, options)
         edits = self._edited(inits, mask, options, strength, size) if is_edit else None
-        begins = edits or self._from_scratch(inits, size)
+        begins = self._from_scratch(inits, size) if edits is None else edits
         if prompt_weights:
             texts, negatives = map(parsed, texts), map(parsed, negatives)
         texts, negatives, begins = (

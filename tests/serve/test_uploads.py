@@ -339,5 +339,9 @@ def test_masks_are_decoded_to_grey(decoder):
         word, _, status, message, _ = ask(upload(encoded(mask), name="mask"))
         assert (word, status) == ("refused", 400)
         assert words in message
+    side = Image.new("L", (400, 100), 0)
+    side.paste(255, (0, 0, 60, 100))
+    *_, message, _ = ask(upload(encoded(side), name="mask", width=64, height=64))
+    assert "mask has no white pixel left: size 64x64 scales and crops its 400x100 pixels" in message
     *_, message, _ = ask(upload("§", name="mask"))
     assert message.startswith("mask is not valid base64")

@@ -115,11 +115,12 @@ def _at_size(image: Image.Image, upload: Upload) -> Image.Image:
     or white everywhere."""
     if upload.name == "image":
         return resize_crop(image, upload.width, upload.height)
-    from wuerstchen.masks import scaled_mask, strengths_of
+    from wuerstchen.masks import check_mask, scaled_mask
 
-    mask = scaled_mask(image, (upload.width, upload.height))
     try:
-        strengths_of(mask)
+        check_mask(image)
+        mask = scaled_mask(image, (upload.width, upload.height))
+        check_mask(mask, given=image.size)
     except UserError as error:
         raise UploadError(400, str(error)) from error
     return mask
