@@ -1,5 +1,7 @@
 """Image to image and inpainting with diffusers' argument names, against ``Wuerstchen.generate``."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from wuerstchen.diffusers import (
     WuerstchenImg2ImgPipeline,
     WuerstchenInpaintPipeline,
 )
+from wuerstchen.diffusers.editing import as_images
 from wuerstchen.errors import UserError
 from wuerstchen.images import to_tensor
 from wuerstchen.sampling import Sampling
@@ -86,6 +89,32 @@ def test_images_and_masks_may_be_arrays_and_tensors(inpaint, form):
     (expected,) = inpaint("a cat", IMAGE, MASK, generator=seeded()).images
     assert found.shape == (1, 96, 128, 3)
     assert np.array_equal(np.rint(found[0] * 255), np.asarray(expected))
+
+
+def test_arrays_with_an_alpha_channel_are_one_image():
+    """Bug: (h, w, 4) became a batch of h images, and a batch of masks as a tensor became one RGB mask."""
+    rgba = IMAGE.convert("RGBA")
+    rgba.putalpha(MASK)
+    for name in ("image", "mask_image"):
+        (found,) = as_images(name, np.asarray(rgba))
+        assert found.tobytes() == rgba.tobytes()
+    masks = as_images("mask_image", np.stack([np.asarray(MASK)] * 5))
+    assert [mask.tobytes() for mask in masks] == [MASK.tobytes()] * 5
+    assert len(as_images("mask_image", to_tensor(MASK)[:1].expand(3, 1, 96, 128))) == 3
+    for value in (
+        np.zeros((64, 48, 2), np.uint8),
+        np.zeros((5, 64, 48), np.uint8),
+        np.zeros(5),
+        np.zeros((1, 1, 8, 8, 3)),
+        torch.zeros(5),
+    ):
+        shape = str(tuple(value.shape))
+        with pytest.raises(UserError, match=f"image has the shape {re.escape(shape)}"):
+            as_images("image", value)
+    with pytest.raises(UserError, match=r"mask_image has the shape \(3, 8, 8\)\..* \(b, 1, h, w\)"):
+        as_images("mask_image", torch.zeros(3, 8, 8))
+    with pytest.raises(UserError, match="image must have numbers, got an array of <U7"):
+        as_images("image", np.array([["cat.png"]]))
 
 
 @pytest.mark.parametrize(

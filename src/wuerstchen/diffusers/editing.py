@@ -31,6 +31,7 @@ _PRECISIONS: dict[Any, Any] = {
     None: "float32",
 }
 OUTPUT_TYPES = ("pil", "np", "pt")
+CHANNELS = (1, 3, 4)
 _ONE_OR_MORE = Image.Image | np.ndarray | Tensor | Sequence[Image.Image]
 
 
@@ -179,10 +180,10 @@ class WuerstchenInpaintPipeline(_EditingPipeline):
     ) -> ImagePipelineOutput | tuple[Images]:
         """Repaints ``image`` where ``mask_image`` is white. Grey pixels have a part of the ``strength``.
 
-        Images and masks have the forms of ``WuerstchenImg2ImgPipeline``; masks may have one channel. Without
-        ``height`` and ``width`` the result has the size of the image. With ``padding_mask_crop``, only the
-        masked region and so many pixels around it are sampled, enlarged to ``height`` and ``width``, and
-        pasted back.
+        Images have the forms of ``WuerstchenImg2ImgPipeline``. Masks are images too, or have the shape
+        (h, w), as arrays (b, h, w) and as tensors (b, 1, h, w). Without ``height`` and ``width`` the result
+        has the size of the image. With ``padding_mask_crop``, only the masked region and so many pixels
+        around it are sampled, enlarged to ``height`` and ``width``, and pasted back.
         """
         if mask_image is None:
             raise UserError("mask_image is missing. Pass an image in which the part to repaint is white.")
@@ -236,29 +237,45 @@ class AutoPipelineForInpainting:
 
 
 def as_images(name: str, value: Any) -> list[Image.Image]:
-    """PIL images from one or more of them, an array or a tensor. Raises ``UserError``."""
+    """PIL images from one or more of them, an array or a tensor. Raises ``UserError``.
+
+    Four channels are RGBA. A three-dimensional array or tensor of a mask is a batch, except for an array that
+    ends in 1, 3 or 4 channels.
+    """
     if value is None:
         raise UserError(f"{name} is missing. Pass a PIL image.")
     if isinstance(value, Image.Image):
         return [value]
     if isinstance(value, np.ndarray):
+        if value.dtype.kind not in "fiub":
+            raise UserError(f"{name} must have numbers, got an array of {value.dtype}. Pass a PIL image.")
         pixels = value / 255 if value.dtype == np.uint8 else value
-        if pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[-1] not in (1, 3)):
+        is_batch_of_masks = name == "mask_image" and value.ndim == 3 and value.shape[-1] not in CHANNELS
+        if value.ndim == 2 or is_batch_of_masks:
             pixels = pixels[..., None]
-        value = torch.from_numpy(np.ascontiguousarray(pixels)).movedim(-1, -3)
+        if pixels.ndim not in (3, 4) or pixels.shape[-1] not in CHANNELS or 0 in pixels.shape:
+            raise _bad_shape(name, value, "An array", ("(h, w, 3)", "(b, h, w, 3)"))
+        rows = pixels if pixels.ndim == 4 else pixels[None]
+        value = torch.from_numpy(np.ascontiguousarray(rows, np.float32)).movedim(-1, 1)
     if isinstance(value, Tensor):
+        is_unclear = name == "mask_image" and value.ndim == 3 and value.shape[0] != 1
         pixels = value[(None,) * max(0, 4 - value.ndim)].float()
-        if pixels.ndim != 4 or pixels.shape[1] not in (1, 3) or 0 in pixels.shape:
-            raise UserError(
-                f"{name} has the shape {tuple(value.shape)}. A tensor has (3, h, w) or (b, 3, h, w), an "
-                "array (h, w, 3) or (b, h, w, 3)."
-            )
+        if value.ndim not in (2, 3, 4) or pixels.shape[1] not in CHANNELS or 0 in pixels.shape or is_unclear:
+            raise _bad_shape(name, value, "A tensor", ("(3, h, w)", "(b, 3, h, w)"))
         if not (pixels.min() >= 0 and pixels.max() <= 1):
             raise UserError(f"{name} must have values from 0 to 1, got {pixels.min()} to {pixels.max()}.")
         return to_images(pixels)
     if not isinstance(value, list | tuple) or not value:
         raise UserError(f"{name} must be a PIL image, an array or a tensor, got {type(value)}.")
     return [image for one in value for image in as_images(name, one)]
+
+
+def _bad_shape(name: str, value: Any, kind: str, forms: tuple[str, str]) -> UserError:
+    if name == "mask_image":
+        forms = ("(h, w)", "(b, 1, h, w)" if kind == "A tensor" else "(b, h, w)")
+    return UserError(
+        f"{name} has the shape {tuple(value.shape)}. {kind} must have the shape {forms[0]} or {forms[1]}."
+    )
 
 
 def _size(height: Any, width: Any, default: int) -> tuple[Any, Any]:
