@@ -17,7 +17,7 @@ from wuerstchen.checkpoints.adapter_metadata import AdapterMetadata, weights_has
 from wuerstchen.checkpoints.adapter_write import write_adapter
 from wuerstchen.checkpoints.adapters import Adapter, LayerTensors, wanted_files
 from wuerstchen.errors import CheckpointError, UserError, UserNotice
-from wuerstchen.lora import load_lora, lora_names, unload_lora
+from wuerstchen.lora import chosen_loras, load_lora, lora_names, unload_lora
 from wuerstchen.models.cascade import Cascade
 
 
@@ -143,6 +143,18 @@ def test_a_failed_change_leaves_no_adapter(cascade, files, tmp_path):
     twice.unlink()
     with pytest.raises(CheckpointError, match="does not exist any more"):
         used.use({twice: 1.0})
+
+
+def test_an_adapter_that_fails_leaves_the_others_as_they_were(cascade):
+    """A word of a wrong width is found after the layers were added."""
+    used = ModelAdapters(cascade)
+    for seed, scale in ((1, 0.5), (2, 0.7)):
+        used.load(replace(adapter(cascade, seed), tokens={}), scale)
+    before, chosen = output(cascade), chosen_loras(cascade.prior)
+    with pytest.raises(CheckpointError, match="the vectors of the word 'sks'"):
+        used.load(replace(adapter(cascade, 3), tokens={"sks": torch.zeros(1, 7)}))
+    assert chosen_loras(cascade.prior) == chosen
+    assert torch.equal(output(cascade), before)
 
 
 def test_files_are_read_once_and_again_after_a_change(cascade, files, monkeypatch):

@@ -72,6 +72,7 @@ def load_lora(
     plans = [(prior, _updates(prior, file.prior, file.prior_config, file.where))]
     if text_encoder is not None:
         plans.append((text_encoder, _updates(text_encoder, file.text, file.text_config, file.where)))
+    before = [_states(module) for module, _ in plans]
     done: list[nn.Module] = []
     try:
         for module, updates in plans:
@@ -84,6 +85,8 @@ def load_lora(
     except BaseException:
         for module in done:
             _remove(module, [adapter_name])
+        for states in before:  # adding an adapter has turned off the others
+            _restore(states)
         raise
     _warn_of_other_base(prior, file)
     _warn_of_assumed_scale([update for _, updates in plans for update in updates.values()], file.where)
@@ -304,6 +307,22 @@ def _warn_of_assumed_scale(updates: Sequence[LayerUpdate], where: str) -> None:
 
 def _fused(module: nn.Module) -> list[str]:
     return list(dict.fromkeys(name for _, layer in adapted_layers(module) for name in layer.merged_adapters))
+
+
+def _states(module: nn.Module) -> list[tuple[Any, list[str], dict[str, float], bool]]:
+    """What is active in each adapted layer, with which scaling, and whether adapters are off."""
+    return [
+        (layer, list(layer.active_adapters), dict(layer.scaling), layer.disable_adapters)
+        for _, layer in adapted_layers(module)
+    ]
+
+
+def _restore(states: list[tuple[Any, list[str], dict[str, float], bool]]) -> None:
+    for layer, active, scaling, is_off in states:
+        layer.set_adapter(active)
+        layer.scaling.update(scaling)
+        layer.enable_adapters(not is_off)
+        freeze(layer)
 
 
 def _remove(module: nn.Module, names: Sequence[str]) -> None:

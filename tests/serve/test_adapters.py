@@ -1,8 +1,10 @@
 """Adapters in the service: a folder of them, one for each request, and batches by adapter."""
 
 import io
+import json
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,6 +118,34 @@ def test_the_model_lists_adapters_as_they_come_and_go(serve, folder, monkeypatch
     job = running.draw(lora="bird", lora_strength=0.5)
     assert (job["settings"]["lora"], job["settings"]["lora_strength"]) == ("bird", 0.5)
     assert "lora" not in running.draw()["settings"]
+
+
+def test_texts_of_a_file_break_no_answer(serve, folder):
+    """A lone surrogate cannot be encoded, and control characters would act on a terminal."""
+    texts = {"modelspec.title": "a\ud800b\x1b[2J", "modelspec.trigger_phrase": "\udfff, d\u00f6g"}
+    header = {
+        "__metadata__": texts,
+        "prior.x.lora_A.weight": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]},
+    }
+    content = json.dumps(header).encode()
+    (folder / "evil.safetensors").write_bytes(len(content).to_bytes(8, "little") + content)
+    answer = serve(lora_dir=folder).http.get("/v1/model")
+    assert answer.status_code == 200
+    (evil,) = (each for each in answer.json()["loras"] if each["name"] == "evil")
+    assert (evil["title"], evil["trigger_words"]) == ("a b [2J", ["d\u00f6g"])
+
+
+def test_a_subfolder_that_cannot_be_entered_is_left_out(folder, monkeypatch):
+    """A permission fails so in Python 3.11, unless the service runs as root."""
+    is_file = Path.is_file
+
+    def refuses(path):
+        if path.parent.name == "empty":
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refuses)
+    assert [listed.name for listed in AdapterFolder(folder).scan()] == ["cat", "dog", "other model", "theirs"]
 
 
 def test_a_batch_has_one_adapter(serve, folder):

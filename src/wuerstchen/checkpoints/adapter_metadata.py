@@ -76,17 +76,25 @@ class AdapterMetadata:
 
         def text(name: str, *others: str) -> str:
             found = own.get(name, next((header[key] for key in others if key in header), ""))
-            return found[:_LONGEST] if isinstance(found, str) else ""
+            return _clean(found) if isinstance(found, str) else ""
 
         return cls(
             title=text("title", "modelspec.title", "ss_output_name"),
             base_model=text("base_model", "ss_sd_model_name"),
             base_hash=text("base_hash"),
-            trigger_words=tuple(word[:_LONGEST] for word in words if isinstance(word, str) and word)[:100],
+            trigger_words=tuple(filter(None, (_clean(word) for word in words if isinstance(word, str))))[
+                :100
+            ],
             images=_count(own.get("images", header.get("ss_num_train_images"))),
             updates=_count(own.get("updates", header.get("ss_steps"))),
             licence=text("licence", "modelspec.license"),
         )
+
+
+def _clean(text: str) -> str:
+    """The text of an untrusted header on one line. Lone surrogates, which no file and no answer can hold, and
+    control characters, which would act on a terminal, become spaces."""
+    return "".join(c if c.isprintable() else " " for c in text[:_LONGEST]).strip()
 
 
 def _count(value: object) -> int:

@@ -59,14 +59,15 @@ class AdapterFolder:
             entries = []
         for entry in entries:
             path = Path(entry.path)
-            file = _weights_of(path)
+            try:
+                file = _weights_of(path)
+                status = None if file is None else file.stat()
+            except OSError:  # removed just now, or a folder that cannot be entered
+                continue
             name = path.name if file is not path else path.stem
             if file is None or not name.isprintable() or not 0 < len(name) <= _MAX_NAME or name[0] == ".":
                 continue
-            try:
-                status = file.stat()
-            except OSError:
-                continue
+            assert status is not None
             state = (status.st_mtime_ns, status.st_size, status.st_ino)
             before = self._known.get(path)
             listed = before[1] if before is not None and before[0] == state else _read(name, path, file)
