@@ -178,7 +178,14 @@ def test_each_request_has_its_own_adapter_and_strength(serve, folder, model):
     tensors = load_file(folder / "cat.safetensors")
     save_file({k: t for k, t in tensors.items() if "alpha" not in k}, folder / "bare.safetensors")
     always = {folder / "theirs": 0.5}
-    running = serve(real=True, loras=(f"{folder / 'theirs'}:0.5",), lora_dir=folder, precision="float32")
+    running = serve(
+        real=True,
+        loras=(f"{folder / 'theirs'}:0.5",),
+        lora_dir=folder,
+        precision="float32",
+        low_memory="stage",  # on the CPU it moves nothing
+    )
+    assert not running.http.get("/v1/model").json()["can"]["preview"]
     wanted = [(None, 1.0), ("dog", 1.0), ("cat", 1.0), ("other model", 1.0), ("dog", 0.5), (None, 1.0)]
     jobs = [
         running.draw(

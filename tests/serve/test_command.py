@@ -95,6 +95,8 @@ def children(pid):
         (["--filter", "json:dumps"], "filter 'json:dumps' cannot be used"),
         (["--results-dir", "file/inside"], "cannot be written"),
         (["--model", "nowhere"], "'nowhere' does not exist"),
+        (["--prior", "nowhere"], "is a native model, which contains all networks. Do not pass prior"),
+        (["--compressor", "nowhere"], "has a compressor, which its Stage B was trained with"),
         (["--device", "toaster"], "device 'toaster' is not available"),
         (["--max-batch", "0"], "max_batch must be above 0, got 0"),
         (["--lora-dir", "file"], "--lora-dir file is not a folder"),

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from wuerstchen.cli.options import Parser, add_precision_option
+from wuerstchen.cli.options import LOW_MEMORY, Parser, add_precision_option
 from wuerstchen.errors import UserError
 
 
@@ -34,10 +34,20 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     add_precision_option(serve)
     serve.add_argument(
-        "--compressor",
-        metavar="SRC",
-        help="encoder of images, which published diffusers folders do not contain: a path or Hub name",
+        "--low-memory",
+        nargs="?",
+        const="stage",
+        choices=LOW_MEMORY,
+        help="keep one network (stage, the default value) or one layer (layer) on the GPU at a time; "
+        "without previews",
     )
+    for name, text in (
+        ("--prior", "load Stage C from this path or Hub name instead"),
+        ("--text-encoder", "text encoder, which .pt files do not contain"),
+        ("--decoder-text-encoder", "Stage B's text encoder, which .pt files do not contain"),
+        ("--compressor", "encoder of images, which published diffusers folders do not contain"),
+    ):
+        serve.add_argument(name, metavar="SRC", help=text)
     serve.add_argument(
         "--lora",
         action="append",

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from wuerstchen.checkpoints.layout_table import Sources
 from wuerstchen.serve.heartbeat import HEARTBEAT
 from wuerstchen.serve.jobs import FairQueue, ImageTask, Job, Shape
 from wuerstchen.serve.limits import ServeConfig
@@ -263,7 +264,13 @@ class Dispatcher:
             model=self.config.model,
             device=worker.device,
             precision=self.config.precision,
-            compressor=self.config.compressor,
+            sources=Sources(
+                prior=self.config.prior,
+                text_encoder=self.config.text_encoder,
+                decoder_text_encoder=self.config.decoder_text_encoder,
+                compressor=self.config.compressor,
+            ),
+            low_memory=self.config.low_memory,
             loras=self.config.loras,
             lora_dir=self.config.lora_dir,
         )

@@ -27,8 +27,16 @@ class ServeConfig:
     devices: tuple[str, ...] = ()
     """One worker per device. If empty, one worker, on a GPU if there is one."""
     precision: str | None = None
+    low_memory: str | None = None
+    """``stage`` or ``layer``: what is on the GPU at a time. Without previews."""
+    prior: str | None = None
+    """Stage C from another place: a path or a name on the hub."""
+    text_encoder: str | None = None
+    """For models in the original's files, which contain none."""
+    decoder_text_encoder: str | None = None
+    """As ``text_encoder``, for Stage B."""
     compressor: str | None = None
-    """For a model without one: a path or a name on the hub."""
+    """For a model without one."""
     loras: tuple[str, ...] = ()
     """Adapters of all images, as ``FILE`` or ``FILE:SCALE``."""
     lora_dir: Path | None = None

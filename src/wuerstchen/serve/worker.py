@@ -17,13 +17,14 @@ import signal
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from wuerstchen.checkpoints.layout_table import Sources
 from wuerstchen.errors import UserError
 from wuerstchen.serve.heartbeat import HeartbeatConnection
 from wuerstchen.serve.jobs import Shape
@@ -53,7 +54,8 @@ class WorkerSettings:
     model: str | None
     device: str | None
     precision: str | None
-    compressor: str | None = None
+    sources: Sources = field(default_factory=Sources)
+    low_memory: str | None = None
     loras: tuple[str, ...] = ()
     """Adapters of all images, as ``FILE`` or ``FILE:SCALE``."""
     lora_dir: Path | None = None
@@ -109,7 +111,6 @@ class _Worker:
     def __init__(self, settings: WorkerSettings, connection: HeartbeatConnection) -> None:
         import torch
 
-        from wuerstchen.checkpoints.layout_table import Sources
         from wuerstchen.pipeline import Sampling, load
 
         if settings.precision == "float32":
@@ -118,8 +119,14 @@ class _Worker:
         precision: Any = settings.precision
         self.settings = settings
         self.connection = connection
-        sources = Sources(compressor=settings.compressor)
-        self.model: Wuerstchen = load(settings.model, settings.device, precision=precision, sources=sources)
+        low_memory: Any = settings.low_memory
+        self.model: Wuerstchen = load(
+            settings.model,
+            settings.device,
+            precision=precision,
+            low_memory=low_memory,
+            sources=settings.sources,
+        )
         self.adapters = WorkerAdapters(self.model, settings.loras, settings.lora_dir)
         self.adapters.use(None, 1.0)
         self._joules = _energy_counter(self.model)
@@ -166,7 +173,7 @@ class _Worker:
                 "generate": generates,
                 "reconstruct": encodes,
                 "variation": generates and encodes,
-                "preview": cascade.previewer is not None,
+                "preview": cascade.previewer is not None and self.model.low_memory is None,
             },
             "examples": list(PROMPTS if bundled else doctor.PROMPTS),
             "image_note": PHOTO_NOTE if bundled else None,
