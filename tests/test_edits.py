@@ -420,6 +420,24 @@ def test_a_model_without_a_compressor_cannot_edit(model):
         without.generate("a cat", init=IMAGE, mask=MASK)
 
 
+@pytest.mark.parametrize("network", ["vqgan", "compressor"])
+@pytest.mark.parametrize("size", [None, 128])
+def test_images_that_do_not_fit_into_memory_are_named(model, monkeypatch, network, size):
+    """Bug: images were encoded outside of what names the error, and ended in a traceback."""
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    method = "embed" if network == "vqgan" else "forward"
+    monkeypatch.setattr(getattr(model.cascade, network), method, full)
+    shown = "128x128" if size else "150x97"
+    with pytest.raises(UserError, match=f"the edit at {shown} pixels does not fit into memory"):
+        model.generate("a cat", init=noise(150, 97), mask=masked((150, 97), (50, 20, 90, 60)), size=size)
+    if network == "compressor":
+        with pytest.raises(UserError, match="the image at 128x128 pixels does not fit into memory"):
+            model.generate("a cat", init=noise(150, 97), size=size)
+
+
 def test_known_cells_of_guided_networks_are_those_of_the_first_half(model):
     """``predict_around`` outside of guidance: both halves see the same known cells."""
     seen = []

@@ -1,5 +1,6 @@
 """Morphs, variations by Stage B's noise, and weighted prompts, with a tiny random model."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -106,6 +107,23 @@ def test_a_morph_between_images_starts_and_ends_with_them(model, monkeypatch):
 def test_bad_morphs_are_refused(model, given, words):
     with pytest.raises(UserError, match=words):
         model.morph("a cat", **{"end": "a dog", **given})
+
+
+def test_numbers_of_numpy_are_numbers(model):
+    """Bug: a batch size of NumPy was accepted, and then refused by torch."""
+    given = {"frames": 3, "batch_size": 2, "seed": 3, "end_seed": 4}
+    numbers = {name: np.int64(value) for name, value in given.items()}
+    assert model.morph("a cat", "a cow", **numbers) == model.morph("a cat", "a cow", **given)
+
+
+def test_morphs_with_a_student_s_sampler_are_refused_as_morphs(model):
+    """Bug: the message said that the student does not support an image to start from, without an image."""
+    settings = dataclasses.replace(model.cascade.settings, prior_student_steps=1)
+    student = dataclasses.replace(model.cascade, prior_student=model.cascade.prior, settings=settings)
+    with pytest.raises(UserError, match="prior_sampler few does not support a morph"):
+        Wuerstchen(student, torch.device("cpu")).morph(
+            "a cat", "a cow", frames=2, sampling=Sampling(prior_sampler="few")
+        )
 
 
 def test_strength_0_keeps_the_semantic_latents(model, monkeypatch):

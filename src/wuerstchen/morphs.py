@@ -17,7 +17,7 @@ from wuerstchen.errors import UserError, shown
 from wuerstchen.images import upright_rgb
 from wuerstchen.models.cascade import Cascade
 from wuerstchen.models.text import TextStates
-from wuerstchen.sampling import Sampling, check_seed, checked_strength, checked_texts
+from wuerstchen.sampling import MORPH, Sampling, check_seed, checked_strength, checked_texts
 from wuerstchen.sampling_batch import Begin, KnownParts, Morph, Progress, SamplingBatch
 
 MAX_FRAMES = 1000
@@ -49,7 +49,7 @@ class MorphModel(Protocol):
 
     def _check_stage_c(self) -> None: ...
 
-    def _completed(self, sampling: Sampling, negatives: Any, edits: bool) -> Sampling: ...
+    def _completed(self, sampling: Sampling, negatives: Any, edits: bool, what: str = ...) -> Sampling: ...
 
     def _from_scratch(self, inits: Any, size: Any) -> list[Begin]: ...
 
@@ -67,14 +67,15 @@ def morph_frames(model: MorphModel, request: MorphRequest) -> list[Image.Image]:
     negatives = checked_texts(request.negative, "negative")
     if len(negatives) != 1:
         raise UserError(f"negative must be one text, got {len(negatives)}. A morph has one for all frames.")
-    sampling = _sampling(model, request, negatives)
-    end_seed = request.seed if request.end_seed is None else request.end_seed
+    sampling = model._completed(calm_sampling(model.cascade, request.sampling), negatives, True, MORPH)
+    seed = int(request.seed)
+    end_seed = seed if request.end_seed is None else int(request.end_seed)
     strength = checked_strength(request.strength, is_edit=False)
     begins = model._from_scratch([image for image in images if image is not None], request.size)
     batch = SamplingBatch(
         prompts=[texts[0]],
         negatives=negatives,
-        seeds=[request.seed],
+        seeds=[seed],
         size=begins[0].size,
         canvas=begins[0].canvas,
         sampling=sampling,
@@ -85,11 +86,11 @@ def morph_frames(model: MorphModel, request: MorphRequest) -> list[Image.Image]:
         given = iter(begins)
         ends = [
             _latents_of(model, batch, text, seed) if image is None else next(given).init_latents
-            for text, image, seed in zip(texts, images, (request.seed, end_seed), strict=True)
+            for text, image, seed in zip(texts, images, (seed, end_seed), strict=True)
         ]
-    weights = torch.linspace(0, 1, request.frames, dtype=torch.float32, device="cpu")
+    weights = torch.linspace(0, 1, int(request.frames), dtype=torch.float32, device="cpu")
     frames: list[Image.Image] = []
-    for part in weights.split(request.batch_size):
+    for part in weights.split(int(request.batch_size)):
         count = len(part)
         morph = Morph(prompts=[texts[1]] * count, seeds=[end_seed] * count, weights=part)
         frames += model._sampled(
@@ -97,7 +98,7 @@ def morph_frames(model: MorphModel, request: MorphRequest) -> list[Image.Image]:
                 batch,
                 prompts=[texts[0]] * count,
                 negatives=negatives * count,
-                seeds=[request.seed] * count,
+                seeds=[seed] * count,
                 morph=morph,
                 known=None if ends is None else _between(ends, part, strength, model.device),
                 strength=1.0 if ends is None else max(strength, 1e-3),
@@ -132,14 +133,14 @@ def _ends(request: MorphRequest) -> tuple[list[str], list[Image.Image | None]]:
     return texts, images
 
 
-def _sampling(model: MorphModel, request: MorphRequest, negatives: list[str]) -> Sampling:
-    """Complete settings, by default with a sampler without fresh noise."""
-    sampling = request.sampling or Sampling()
-    if sampling.prior_sampler is None:
-        fitting = samplers_for(model.cascade.settings.prior_objective.path)
-        calm = next(name for name in ("dpm", "euler") if name in fitting)
-        sampling = dataclasses.replace(sampling, prior_sampler=calm)
-    return model._completed(sampling, negatives, True)
+def calm_sampling(cascade: Cascade, sampling: Sampling | None) -> Sampling:
+    """The settings of a morph: by default with a sampler of Stage C without fresh noise."""
+    sampling = sampling or Sampling()
+    if sampling.prior_sampler is not None:
+        return sampling
+    fitting = samplers_for(cascade.settings.prior_objective.path)
+    calm = next(name for name in ("dpm", "euler") if name in fitting)
+    return dataclasses.replace(sampling, prior_sampler=calm)
 
 
 def _latents_of(model: MorphModel, batch: SamplingBatch, text: str, seed: int) -> Tensor:

@@ -281,9 +281,14 @@ class Wuerstchen(Reconstructor):
                 settings[name] = "student" if network(sampling) is student else "full"
         return settings
 
-    def _completed(self, sampling: Sampling, negatives: Sequence[str], edits: bool) -> Sampling:
-        """Complete settings of a request. Students support no negative prompts, no edits and no adapters."""
-        asks = {"a negative prompt": any(map(str.strip, negatives)), EDIT: edits}
+    def _completed(
+        self, sampling: Sampling, negatives: Sequence[str], edits: bool, what: str = EDIT
+    ) -> Sampling:
+        """Complete settings of a request. Students support no negative prompts, no edits and no adapters.
+
+        ``what`` names the edit in messages: ``EDIT`` or ``MORPH``.
+        """
+        asks = {"a negative prompt": any(map(str.strip, negatives)), what: edits}
         asks["a LoRA adapter"] = bool(self._adapters.scales)
         return self.cascade.completed(sampling, [name for name, asked in asks.items() if asked])
 
@@ -309,7 +314,9 @@ class Wuerstchen(Reconstructor):
         begins = []
         for image in inits:
             pixels = pad_to_canvas(to_tensor(resize_crop(image, *size))[None], canvas)
-            z = self.encode(self._compressor(), pixels)
+            compressor = self._compressor()
+            with out_of_memory_named(f"the image at {size[0]}x{size[1]} pixels"):
+                z = self.encode(compressor, pixels)
             normalised = self.cascade.settings.latent_statistics.normalise(z)
             begins.append(Begin(size=size, canvas=canvas, init_latents=normalised))
         return begins
@@ -331,7 +338,8 @@ class Wuerstchen(Reconstructor):
         begins = []
         for edit in make_edits(inits, mask, options, strength, size, settings):
             canvas = canvas_of(edit.size, settings)
-            known = self.known_parts(edit, canvas)
+            with out_of_memory_named(f"the edit at {edit.size[0]}x{edit.size[1]} pixels"):
+                known = self.known_parts(edit, canvas)
             begins.append(Begin(size=edit.size, canvas=canvas, known=known, edit=edit))
         return begins
 

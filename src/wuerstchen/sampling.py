@@ -66,7 +66,8 @@ class Sampling:
 
 
 EDIT = "an image to start from"
-"""What students of neither stage can do."""
+MORPH = "a morph"
+"""``EDIT`` and ``MORPH`` are what students of neither stage can do."""
 NO_STUDENTS = Sampling()
 """The settings of the students of a model without students."""
 OF_PRIOR = ("guidance", "guidance_interval", "prior_steps", "prior_sampler")
@@ -81,12 +82,12 @@ def completed(sampling: Sampling, full: Sampling, students: Sampling, beyond: Se
     ``full`` are the complete settings of the full networks. ``students`` are those of students for few steps,
     None without a student. A student samples its stage if ``sampling`` names its sampler, or if it sets
     nothing of this stage and is not ``full``. ``beyond`` names what the request wants that students cannot
-    do: ``EDIT``, and for Stage C more, as "a negative prompt". Then the full network samples. Raises
-    ``UserError`` if both it and the student are asked for.
+    do: ``EDIT`` or ``MORPH``, and for Stage C more, as "a negative prompt". Then the full network samples.
+    Raises ``UserError`` if both it and the student are asked for.
     """
     own = {name: value for name, value in vars(sampling).items() if value is not None}
     known = vars(full) | own
-    edits = [name for name in beyond if name == EDIT]
+    edits = [name for name in beyond if name in (EDIT, MORPH)]
     for stage, names, limits in (("prior", OF_PRIOR, beyond), ("decoder", OF_DECODER, edits)):
         if _uses_student(sampling, students, stage, names, limits):
             of_student = {name: getattr(students, name) for name in names if name not in own}
