@@ -24,6 +24,10 @@ from wuerstchen.prompt_weights import WeightedPrompt, parsed, weighted
         ("at 10:30", "at 10:30", {}),
         ("(a: b)", "a: b", {"a: b": 1.1}),
         ("(cat:.5)", "cat", {"cat": 0.5}),
+        ("(cat:+1.3)", "cat", {"cat": 1.3}),
+        ("(cat:2.)", "cat", {"cat": 2.0}),
+        ("(cat: 1e-1 )", "cat", {"cat": 0.1}),
+        ("(:-)", ":-", {":-": 1.1}),
     ],
 )
 def test_weights_are_read_as_users_type_them(prompt, text, weights):
@@ -40,8 +44,13 @@ def test_weights_are_read_as_users_type_them(prompt, text, weights):
 def test_brackets_that_do_not_match_are_refused(prompt):
     with pytest.raises(UserError, match="bracket in the prompt does not match"):
         parsed(prompt)
-    with pytest.raises(UserError, match="at most 10, got 11"):
-        parsed("(cat:11)")
+
+
+@pytest.mark.parametrize("weight", ["11", "-1", "1,3", "1.3.1", "5pm", "-0.5"])
+def test_weights_that_are_no_numbers_in_range_are_refused(weight):
+    """Bug: they were text, with the weight 1.1."""
+    with pytest.raises(UserError, match=f"from 0 to 10, got '{weight}'"):
+        parsed(f"a (cat:{weight})")
 
 
 def test_states_move_away_from_the_empty_prompt_s():

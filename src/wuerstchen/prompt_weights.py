@@ -4,6 +4,7 @@
 nested, and their weights multiply. A backslash before a bracket makes it text.
 """
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -18,7 +19,7 @@ from wuerstchen.models.text import TextEncoder, TextStates
 STEP = 1.1
 MAX_WEIGHT = 10.0
 _OPEN, _CLOSE = {"(": STEP, "[": 1 / STEP}, {")": "(", "]": "["}
-_NUMBER = re.compile(r":\s*([0-9]*\.?[0-9]+)\s*\)")
+_NUMBER = re.compile(r":\s*([+-]?\.?[0-9][^\s:()\[\]]*)\s*\)")
 
 
 class WeightedPrompt(str):
@@ -33,8 +34,8 @@ class WeightedPrompt(str):
 
 
 def parsed(prompt: str) -> WeightedPrompt:
-    """Reads the weights of a prompt. Raises ``UserError`` for brackets that do not match and for weights
-    above ``MAX_WEIGHT``."""
+    """Reads the weights of a prompt. Raises ``UserError`` for brackets that do not match, and for weights
+    that are no numbers from 0 to ``MAX_WEIGHT``."""
     text: list[str] = []
     weights: list[float] = []
     waiting: list[tuple[str, int]] = []  # brackets, and where their text starts
@@ -67,9 +68,15 @@ def parsed(prompt: str) -> WeightedPrompt:
 
 
 def _weight(number: str) -> float:
-    weight = float(number)
-    if weight > MAX_WEIGHT:
-        raise UserError(f"a weight in a prompt must be at most {MAX_WEIGHT:g}, got {number}. 1.3 is common.")
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = math.nan
+    if not 0 <= weight <= MAX_WEIGHT:
+        raise UserError(
+            f"a weight in a prompt must be a number from 0 to {MAX_WEIGHT:g}, got {shown(number)}. 1.3 is "
+            "common. Put a backslash before a bracket that is text."
+        )
     return weight
 
 
