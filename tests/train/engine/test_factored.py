@@ -278,6 +278,22 @@ def test_a_loss_that_is_not_finite_changes_nothing(memory):
     assert all(torch.equal(v, moments[k]) for k, v in after.items())
 
 
+def test_a_gradient_that_is_not_finite_is_a_fault_and_changes_no_weight():
+    """Of a finite loss, in the backward pass, where the norm of all gradients is not known yet."""
+    step = low_step("lowest")
+    weight = step.stage.prior.blocks[0].channelwise[0].weight
+    assert weight in step.state.optimizers["prior"].released
+    before = {k: v.clone() for k, v in step.stage.prior.state_dict().items()}
+    weight.register_hook(lambda gradient: gradient * torch.inf)
+    values = step(*make_inputs())
+    assert values["loss"].isfinite()
+    assert not values["gradient_prior"].isfinite()
+    assert step.fault.item() == 0
+    after = step.stage.prior.state_dict()
+    assert torch.equal(after["blocks.0.channelwise.0.weight"], before["blocks.0.channelwise.0.weight"])
+    assert all(tensor.isfinite().all() for tensor in after.values())
+
+
 def test_accumulated_gradients_are_summed_in_fp32():
     whole, parts = (
         low_step("low", Optimization(images=64, batch_size=4, accumulate=count)) for count in (1, 4)
